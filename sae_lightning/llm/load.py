@@ -1,0 +1,248 @@
+"""A frozen language model and its tokenizer: packaged, from a local folder or from the hub."""
+
+import re
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from sae_lightning.errors import UserError
+from sae_lightning.llm.failures import explained
+from sae_lightning.llm.packaged import PACKAGED, Shape, cached, gguf_folder
+from sae_lightning.llm.quiet import quiet
+from sae_lightning.terminal import phase
+
+
+class Dtype(Enum):
+    """Number format of the LLM's weights and activations."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Attention(Enum):
+    """Implementation of the LLM's attention."""
+
+    auto = "auto"
+    eager = "eager"
+    sdpa = "sdpa"
+    flash_attention_2 = "flash_attention_2"
+
+
+@dataclass(slots=True, kw_only=True)
+class LLMConfig:
+    """The language model whose activations are read."""
+
+    name: str
+    """`smollm2` (packaged), a local folder, or a name on the hub."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a hub model; null is its main branch."""
+
+    dtype: Dtype = Dtype.auto
+    """Number format; auto is bfloat16 where the processor or GPU computes in it, else float32."""
+
+    device: str = "auto"
+    """cpu, cuda, cuda:N or mps; auto is cuda if there is one, then mps, then cpu."""
+
+    attn: Attention = Attention.auto
+    """Attention implementation; auto is sdpa where the model supports it."""
+
+    trust_remote_code: bool = False
+    """Whether Python code that comes with a hub model may run on this machine."""
+
+    batch: int = 16
+    """Sequences per forward pass."""
+
+    def __post_init__(self):
+        if self.batch < 1:
+            raise UserError(f"llm.batch={self.batch}: sequences per forward pass; give 1 or more")
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
+            raise UserError(
+                f"llm.device={self.device}: unknown; choose auto, cpu, cuda, cuda:N or mps"
+            )
+        if not self.name:
+            raise UserError("llm.name=: empty; give smollm2, a hub name or a local folder")
+        if self.revision and (self.name in PACKAGED or _folder(self.name)):
+            raise UserError(
+                f"llm.revision={self.revision}: only a hub model has revisions and "
+                f"{self.name} is on this machine; leave it out"
+            )
+
+
+class LLM(NamedTuple):
+    """A language model that is only read."""
+
+    model: nn.Module
+    """The causal LM: frozen, in eval mode, on its device."""
+
+    tokenizer: object
+    """Its tokenizer (transformers)."""
+
+    name: str
+    """llm.name as configured."""
+
+
+def device(config: LLMConfig) -> torch.device:
+    """The device that `llm.device` stands for on this machine."""
+    if config.device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    chosen = torch.device(config.device)
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        raise UserError(
+            f"llm.device={config.device}: this machine has {found or 'no'} CUDA device"
+            f"{'s' if found > 1 else ''}; use llm.device=auto"
+        )
+    if chosen.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("llm.device=mps: this machine has no MPS device; use llm.device=auto")
+    return chosen
+
+
+def dtype(config: LLMConfig) -> torch.dtype:
+    """The number format that `llm.dtype` stands for on this machine."""
+    if config.dtype is not Dtype.auto:
+        return getattr(torch, config.dtype.value)
+    match device(config).type:
+        case "cuda":
+            hardware = torch.cuda.is_bf16_supported(including_emulation=False)
+        case "cpu":
+            hardware = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        case _:
+            hardware = False
+    return torch.bfloat16 if hardware else torch.float32
+
+
+def shape(config: LLMConfig) -> Shape:
+    """Blocks, width and longest context of the LLM, from its config alone (no weight is read)."""
+    if config.name in PACKAGED:
+        gguf_folder(config.name)
+        return PACKAGED[config.name].shape
+    with phase(f"looking up LLM {config.name}"), quiet():
+        text = _hf_config(config).get_text_config()
+    context = getattr(text, "max_position_embeddings", None)
+    return Shape(layers=text.num_hidden_layers, width=text.hidden_size, context=context)
+
+
+def load(config: LLMConfig) -> LLM:
+    """The LLM in eval mode, without gradients, and its tokenizer."""
+    chosen = device(config), dtype(config)
+    source = str(cached(config.name)) if config.name in PACKAGED else None
+    with phase(f"loading LLM {config.name}"), quiet():
+        model, tokenizer = _pretrained(config, source, *chosen)
+    # Whole texts are encoded and cut by the caller; a limit here would only cause warnings.
+    tokenizer.model_max_length = int(1e30)
+    return LLM(model=model, tokenizer=tokenizer, name=config.name)
+
+
+def special_ids(tokenizer) -> list[int]:
+    """Ids of the tokens that stand for no text (BOS, EOS, padding, ...), ascending."""
+    return sorted(set(tokenizer.all_special_ids))
+
+
+def bos_id(tokenizer) -> int:
+    """Id of the token that opens every sequence: BOS, or EOS in a model that has no BOS."""
+    return _first_id(tokenizer.bos_token_id, tokenizer.eos_token_id)
+
+
+def separator_id(tokenizer) -> int:
+    """Id of the token between two texts: EOS, or BOS in a model that has no EOS."""
+    return _first_id(tokenizer.eos_token_id, tokenizer.bos_token_id)
+
+
+def _first_id(*ids: int | None) -> int:
+    for token in ids:
+        if token is not None:
+            return token
+    raise UserError(
+        "llm.name: this tokenizer has neither a BOS nor an EOS token; "
+        "choose a model whose tokenizer defines one"
+    )
+
+
+def _folder(name: str) -> Path | None:
+    path = Path(name).expanduser()
+    return path if path.is_dir() else None
+
+
+def _origin(config: LLMConfig) -> dict:
+    """Arguments of from_pretrained that say where files may come from."""
+    return {
+        "revision": config.revision or "main",
+        "trust_remote_code": config.trust_remote_code,
+        "local_files_only": _folder(config.name) is not None,
+    }
+
+
+def _hf_config(config: LLMConfig):
+    """The model's config (transformers), known to be that of a causal LM."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    folder = _folder(config.name)
+    if folder is None and config.name.startswith((".", "/", "~")):
+        raise UserError(f"llm.name={config.name}: no such folder; check the path")
+    if folder and not (folder / "config.json").is_file():
+        raise UserError(
+            f"llm.name={config.name}: the folder has no config.json; give a folder that "
+            "save_pretrained wrote"
+        )
+    try:
+        found = AutoConfig.from_pretrained(folder or config.name, **_origin(config))
+    except Exception as error:
+        raise explained(config, error) from error
+    # AutoModelForCausalLM would turn an encoder such as BERT into a "causal" LM that sees ahead.
+    architectures = set(found.architectures or [])
+    custom = "AutoModelForCausalLM" in (getattr(found, "auto_map", None) or {})
+    known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    if architectures and not custom and not architectures & known:
+        raise UserError(
+            f"llm.name={config.name}: {', '.join(sorted(architectures))} is not a causal language "
+            "model; choose a decoder such as gpt2"
+        )
+    return found
+
+
+def _pretrained(
+    config: LLMConfig, source: str | None, device: torch.device, dtype: torch.dtype
+) -> tuple[nn.Module, object]:
+    """Model and tokenizer by transformers, every failure a UserError; `source`: packaged."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    origin = {"local_files_only": True} if source else _origin(config)
+    if source is None:
+        _hf_config(config)
+        source = str(_folder(config.name) or config.name)
+    attn = None if config.attn is Attention.auto else config.attn.value
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **origin)
+    except Exception as error:
+        raise explained(config, error, "tokenizer") from error
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        # Some tokenizer classes come back empty, without an error, where there are no files.
+        raise UserError(
+            f"llm.name={config.name}: there is no tokenizer beside the model; save it there with "
+            "tokenizer.save_pretrained"
+        )
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, attn_implementation=attn, output_loading_info=True, **origin
+        )
+        model = model.to(device).eval().requires_grad_(False)
+    except Exception as error:
+        raise explained(config, error) from error
+    if report["missing_keys"]:
+        # transformers fills these with random numbers.
+        missing = sorted(report["missing_keys"])
+        raise UserError(
+            f"llm.name={config.name}: {len(missing)} weights are missing, {missing[0]} first; "
+            "give the folder or name of a complete causal language model"
+        )
+    return model, tokenizer

