@@ -1,0 +1,108 @@
+"""An indexed text as one long run of tokens that may be larger than memory."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sae_lightning.stream.documents import quiet
+from sae_lightning.terminal import phase
+
+BATCH = 256  # documents tokenised at a time
+
+
+class Flat:
+    """Arrays read as if they lay end to end; a slice copies only what it covers.
+
+    pieces   |0 . . . .|5 . .|8 . . . .|      starts = 0, 5, 8, 13
+    [4:9]            └────────┘
+    """
+
+    def __init__(self, pieces: list[np.ndarray]) -> None:
+        self.pieces = [piece for piece in pieces if len(piece)]
+        self.starts = np.cumsum([0, *map(len, self.pieces)])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, window: slice) -> np.ndarray:
+        start, stop = window.start, min(window.stop, len(self))
+        parts = []
+        piece = int(np.searchsorted(self.starts, start, side="right")) - 1
+        while start < stop:
+            offset = start - self.starts[piece]
+            part = self.pieces[piece][offset : offset + stop - start]
+            parts.append(part)
+            start += len(part)
+            piece += 1
+        return np.concatenate(parts) if parts else np.empty(0, dtype=np.int32)
+
+
+def encode(tokenizer: Any, texts: list[str | None], separator: int) -> list[np.ndarray]:
+    """Tokenise documents, each closed by the separator -> arrays [tokens + 1] int32.
+
+    A document without tokens gives an empty array. `verbose=False` because a document longer than
+    the LLM's window is no mistake here: it is cut into sequences.
+    """
+    ids = tokenizer(
+        [text or "" for text in texts],
+        add_special_tokens=False,
+        return_attention_mask=False,
+        verbose=False,
+    )["input_ids"]
+    return [np.asarray([*document, separator] if document else [], np.int32) for document in ids]
+
+
+def flat_tokens(data: Any, tokenizer: Any, separator: int) -> Flat:
+    """Tokenise an indexed data set once; the result lies on disk if the data set does.
+
+    The file is found again by the data, the tokenizer's behaviour and the separator, so the next
+    run with the same three opens it in no time. Slices read it through the memory map.
+    """
+    import datasets
+
+    key = hashlib.sha256()
+    for part in (data._fingerprint, tokenizer_hash(tokenizer), str(separator)):
+        key.update(part.encode())
+    fingerprint = key.hexdigest()[:32]
+    file = None
+    if data.cache_files:  # our own place: beside a saved data set may not be writable
+        folder = Path(datasets.config.HF_DATASETS_CACHE) / "sae_lightning"
+        folder.mkdir(parents=True, exist_ok=True)
+        file = str(folder / f"tokens-{fingerprint}.arrow")
+    with quiet(), phase("tokenising the text", total=len(data)) as advance:
+
+        def tokenise(batch: dict[str, list[str | None]]) -> dict[str, list[np.ndarray]]:
+            advance(len(batch["text"]))
+            return {"tokens": encode(tokenizer, batch["text"], separator)}
+
+        tokenised = data.map(
+            tokenise,
+            batched=True,
+            batch_size=BATCH,
+            remove_columns=["text"],
+            features=datasets.Features({"tokens": datasets.List(datasets.Value("int32"))}),
+            cache_file_name=file,
+            # given, because hashing the function would hash the tokenizer object: slow, and
+            # different from process to process
+            new_fingerprint=fingerprint,
+        )
+    if not len(tokenised):
+        return Flat([])
+    chunks = tokenised.data.column("tokens").chunks
+    return Flat([chunk.flatten().to_numpy(zero_copy_only=True) for chunk in chunks])
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """A hash of what a tokenizer does to text, the same in every process."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:  # a tokenizer in Python: its class and its vocabulary
+        behaviour: Any = sorted(tokenizer.get_vocab().items())
+    else:
+        behaviour = json.loads(backend.to_str())
+        for call in ("truncation", "padding"):  # set by whoever called it last, not by us
+            behaviour.pop(call, None)
+    text = json.dumps([type(tokenizer).__name__, behaviour], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,72 @@
+"""Documents become packed sequences of tokens.
+
+    documents      To be, or not to be      Who's there?      Nay, answer me
+                   └────────┬─────────┘     └────┬─────┘      └─────┬──────┘
+    token stream   a  b  c  d  e  f  /  g  h  i  /  j  k  l  m  /              / = separator
+                   └──┬──┘  └──┬──┘  └──┬──┘  └──┬──┘  └──┬──┘  └┬┘
+    sequences      ^  a  b  c                                                  ^ = BOS
+    (context 4)    ^  d  e  f
+                   ^  /  g  h
+                   ^  i  /  j
+                   ^  k  l  m
+                   ^  /  /  /      only the last one of an epoch is padded, with separators
+
+Every token of every document, and one separator after each, is in exactly one sequence. A document
+without tokens leaves nothing behind.
+"""
+
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Sequences(NamedTuple):
+    """What one call of `next` serves."""
+
+    tokens: Tensor
+    """[n, context] int64; column 0 is BOS."""
+
+    ids: Tensor
+    """[n] int64; a number no other sequence of the run has."""
+
+
+class Packing(NamedTuple):
+    """How a flat run of tokens becomes sequences."""
+
+    context: int
+    """Tokens per sequence, BOS included."""
+
+    bos: int
+    """Id that opens every sequence."""
+
+    separator: int
+    """Id after every document, and in the padding of an epoch's last sequence."""
+
+    @property
+    def width(self) -> int:
+        """Tokens of text in a sequence."""
+        return self.context - 1
+
+    def pack(self, windows: list[np.ndarray]) -> Tensor:
+        """Put BOS before each window of at most `width` tokens -> [n, context] int64."""
+        rows = np.full((len(windows), self.context), self.separator, dtype=np.int64)
+        rows[:, 0] = self.bos
+        for row, window in zip(rows, windows, strict=True):
+            row[1 : 1 + len(window)] = window
+        return torch.from_numpy(rows)
+
+
+class TokenSource(Protocol):
+    """An endless supply of packed sequences that knows where it is."""
+
+    epoch: int
+    """Times the text has been begun, from 1."""
+
+    packing: Packing
+    """How its sequences are made."""
+
+    def next(self, n: int) -> Sequences: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...

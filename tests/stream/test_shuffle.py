@@ -1,0 +1,112 @@
+"""The pool: which rows come out, and that all of them do."""
+
+import pickle
+
+import torch
+
+from sae_lightning.llm.sites import Kind, Site
+from sae_lightning.stream.shuffle import Pool
+
+SHALLOW, DEEP = Site(0, Kind.resid), Site(2, Kind.mlp)
+
+
+def rows(start: int, stop: int) -> dict[Site, torch.Tensor]:
+    """Row i holds i at one site and -i, wider, at the other."""
+    number = torch.arange(start, stop, dtype=torch.float32)
+    return {SHALLOW: number[:, None].repeat(1, 2), DEEP: -number[:, None].repeat(1, 3)}
+
+
+def filled(n: int, seed: int = 0) -> Pool:
+    pool = Pool([SHALLOW, DEEP], capacity=n + 10, seed=seed)
+    pool.add(rows(0, n), torch.arange(n))
+    return pool
+
+
+def test_every_row_comes_out_exactly_once_and_aligned():
+    pool = Pool([SHALLOW, DEEP], capacity=64, seed=0)
+    seen, added = [], 0
+    for step in range(200):
+        new = [0, 5, 17][step % 3] if len(pool) < 40 else 0
+        pool.add(rows(added, added + new), torch.arange(added, added + new))
+        added += new
+        taken = pool.take(min(7, len(pool)))
+        assert torch.equal(taken.activations[SHALLOW][:, 0], -taken.activations[DEEP][:, 2])
+        assert torch.equal(taken.activations[SHALLOW][:, 0].long(), taken.ids)
+        seen += taken.ids.tolist()
+    seen += pool.take(len(pool)).ids.tolist()
+    assert len(pool) == 0
+    assert sorted(seen) == list(range(added))
+
+
+def test_every_row_is_as_likely_as_any_other_wherever_it_lies():
+    # 2000 pools of 20 rows, 5 taken, then 5 more after the holes were filled: each row is
+    # expected 500 times in either draw, sd sqrt(2000 * .25 * .75) = 19.4. Five sds are allowed.
+    first, second = torch.zeros(20), torch.zeros(20)
+    for seed in range(2000):
+        pool = filled(20, seed)
+        first[pool.take(5).ids] += 1
+        second[pool.take(5).ids] += 1
+    for count in (first, second):
+        assert count.sum() == 10_000
+        assert (count - 500).abs().max() < 97
+
+
+def test_pairs_of_rows_are_taken_independently_of_their_distance():
+    # Two of 6 rows: 15 pairs, each expected 200 times of 3000, sd sqrt(3000 * 14/225) = 13.7.
+    count = torch.zeros(6, 6)
+    for seed in range(3000):
+        a, b = filled(6, seed).take(2).ids.sort().values
+        count[a, b] += 1
+    pairs = count[torch.triu_indices(6, 6, 1).unbind()]
+    assert (pairs - 200).abs().max() < 69
+
+
+def test_the_seed_fixes_the_draw():
+    assert torch.equal(filled(50, 1).take(9).ids, filled(50, 1).take(9).ids)
+    assert not torch.equal(filled(50, 1).take(9).ids, filled(50, 2).take(9).ids)
+
+
+def test_peeking_consumes_nothing_and_leaves_chance_alone():
+    pool, other = filled(50), filled(50)
+    peeked = pool.peek(10)
+    assert len(peeked.ids.unique()) == 10
+    assert peeked.activations[DEEP].shape == (10, 3)
+    assert {0, 49} <= set(peeked.ids.tolist()), "from all over the pool"
+    assert len(pool.peek(1000).ids) == 50, "no more than there are"
+    peeked.activations[SHALLOW].zero_()
+    assert len(pool) == 50
+    for _ in range(5):
+        a, b = pool.take(10), other.take(10)
+        assert torch.equal(a.ids, b.ids)
+        assert torch.equal(a.activations[SHALLOW], b.activations[SHALLOW])
+
+
+def test_a_restored_pool_continues_exactly():
+    pool = filled(50)
+    pool.take(8)
+    state = pickle.loads(pickle.dumps(pool.state_dict()))
+    assert [len(r) for r in state["rows"]] == [42, 42], "only the filled rows are saved"
+    other = Pool([SHALLOW, DEEP], capacity=60, seed=99)
+    other.load_state_dict(state)
+    for step in range(6):
+        for p in (pool, other):
+            p.add(rows(100 * step, 100 * step + 3), torch.arange(100 * step, 100 * step + 3))
+        a, b = pool.take(8), other.take(8)
+        assert torch.equal(a.ids, b.ids)
+        assert all(torch.equal(a.activations[s], b.activations[s]) for s in (SHALLOW, DEEP))
+
+
+def test_a_saved_state_does_not_change_when_the_pool_goes_on():
+    pool = filled(20)
+    state = pool.state_dict()
+    before = state["rows"][0].clone()
+    pool.take(10)
+    pool.add(rows(50, 60), torch.arange(50, 60))
+    assert torch.equal(state["rows"][0], before)
+
+
+def test_activations_keep_their_dtype():
+    pool = Pool([SHALLOW], capacity=8, seed=0)
+    pool.add({SHALLOW: torch.ones(4, 2, dtype=torch.bfloat16)}, torch.arange(4))
+    assert pool.take(2).activations[SHALLOW].dtype == torch.bfloat16
+    assert pool.state_dict()["rows"][0].dtype == torch.bfloat16

@@ -1,0 +1,298 @@
+"""Packing and order: no token lost or repeated, every order reproducible and resumable."""
+
+import copy
+import pickle
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from small_text import BOS, SEPARATOR, STYLES, byte_tokenizer, story
+
+from sae_lightning.errors import UserError
+from sae_lightning.stream import tokens as tokens_module
+from sae_lightning.stream.documents import Text, open_text
+from sae_lightning.stream.flat import Flat, encode, flat_tokens, tokenizer_hash
+from sae_lightning.stream.text import HubConfig, LocalConfig
+from sae_lightning.stream.tokens import open_tokens
+from sae_lightning.terminal import console
+
+
+def text(documents: list[str], style: str, held_out: tuple[str, ...] = ()) -> Text:
+    return Text(*(part_of(list(part), style) for part in (documents, held_out)))
+
+
+def part_of(documents: list[str], style: str):
+    if style == "indexed":
+        return Dataset.from_dict({"text": documents})
+    streamed = Dataset.from_dict({"text": [*documents, "one too many"]}).to_iterable_dataset()
+    return streamed.take(len(documents))
+
+
+def source(documents: list[str], style: str, tokenizer, context: int = 6, seed: int = 0):
+    return open_tokens(text(documents, style), tokenizer, context=context, seed=seed).train
+
+
+def epoch_of(train) -> torch.Tensor:
+    """All sequences of the epoch that `train` is about to serve, one at a time."""
+    epoch, served = train.epoch, []
+    while True:
+        ahead = copy.deepcopy(train.state_dict())
+        sequences = train.next(1).tokens
+        if train.epoch != epoch:
+            train.load_state_dict(ahead)
+            return torch.cat(served)
+        served.append(sequences)
+
+
+def as_text(tokens: list[int]) -> str:
+    return byte_tokenizer().decode(tokens)
+
+
+@pytest.fixture(autouse=True)
+def said(monkeypatch) -> list[str]:
+    """What the terminal is told."""
+    lines: list[str] = []
+    monkeypatch.setattr(console, "print", lambda line: lines.append(line))
+    return lines
+
+
+def test_packing_by_hand(tokenizer):
+    #   documents        "abcde"          "f"      "ghi"
+    #   token stream     a  b  c  d  e  / f  /  g  h  i  /
+    #   windows of 5     └─────┬──────┘ └──────┬──────┘ └──┬──...
+    #                    a  b  c  d  e  / f  /  g  h   i  /  + 3 separators
+    flat = flat_tokens(Dataset.from_dict({"text": ["abcde", "f", "", "ghi"]}), tokenizer, SEPARATOR)
+    a, b, c, d, e, f, g, h, i = (tokenizer.encode(letter)[0] for letter in "abcdefghi")
+    assert len(flat) == 12
+    train = source(["abcde", "f", "", "ghi"], "streamed", tokenizer)
+    train.seed = None  # the documents in their own order
+    train._begin(1)
+    assert train.next(3).tokens.tolist() == [
+        [BOS, a, b, c, d, e],
+        [BOS, SEPARATOR, f, SEPARATOR, g, h],
+        [BOS, i, SEPARATOR, SEPARATOR, SEPARATOR, SEPARATOR],
+    ]
+    indexed = source(["abcde", "f", "", "ghi"], "indexed", tokenizer)
+    assert sorted(indexed.next(3).tokens.tolist()) == sorted(
+        [
+            [BOS, a, b, c, d, e],
+            [BOS, SEPARATOR, f, SEPARATOR, g, h],
+            [BOS, i, SEPARATOR, SEPARATOR, SEPARATOR, SEPARATOR],
+        ]
+    )
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("context", [2, 7, 64])
+def test_an_indexed_epoch_holds_every_token_exactly_once(tokenizer, seed, context):
+    documents = story(seed)
+    train = source(documents, "indexed", tokenizer, context, seed)
+    sequences = epoch_of(train)
+    assert (sequences[:, 0] == BOS).all()
+    # back into the order of the text: window numbers are the order that was served
+    ordered = sequences[torch.from_numpy(np.argsort(train._order))][:, 1:].flatten().tolist()
+    expected = np.concatenate(encode(tokenizer, documents, SEPARATOR)).tolist()
+    assert ordered[: len(expected)] == expected
+    assert set(ordered[len(expected) :]) <= {SEPARATOR}
+    assert len(ordered) - len(expected) < context - 1
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("context", [2, 7, 64])
+def test_a_streamed_epoch_holds_every_document_exactly_once(tokenizer, seed, context, monkeypatch):
+    monkeypatch.setattr(tokens_module, "CHUNK", 40)
+    documents = story(seed)
+    sequences = epoch_of(source(documents, "streamed", tokenizer, context, seed))
+    assert (sequences[:, 0] == BOS).all()
+    flat = sequences[:, 1:].flatten().tolist()
+    found = as_text(flat).split("</s>")
+    count = sum(len(d) + 1 for d in documents if d)
+    assert len(flat) - count < context - 1
+    assert Counter(d for d in found if d) == Counter(d for d in documents if d)
+    assert [d for d in found if d] != [d for d in documents if d], "shuffled"
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_an_epoch_has_a_new_order_and_the_same_tokens(tokenizer, style, said):
+    documents = story(1)
+    train = source(documents, style, tokenizer, context=6)
+    first, second = epoch_of(train), None
+    train.next(1)
+    assert train.epoch == 2
+    count = sum(len(d) + 1 for d in documents if d)
+    expected = (
+        f"the text ran out after {count:,} tokens; going round again in a new order (epoch 2)"
+    )
+    assert said[-1] == expected
+    train = source(documents, style, tokenizer, context=6)
+    train._begin(2)
+    second = epoch_of(train)
+    assert not torch.equal(first, second)
+    letters = [Counter(part[:, 1:].flatten().tolist()) for part in (first, second)]
+    assert letters[0] == letters[1]
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_the_seed_fixes_the_order(tokenizer, style):
+    def order(seed):
+        return source(story(2), style, tokenizer, seed=seed).next(50).tokens
+
+    assert torch.equal(order(3), order(3))
+    assert not torch.equal(order(3), order(4))
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_every_sequence_has_its_own_id_across_epochs(tokenizer, style):
+    train = source(story(2), style, tokenizer)
+    ids = torch.cat([train.next(n).ids for n in (1, 30, 7, 200, 5)])
+    assert train.epoch > 2
+    assert len(ids.unique()) == len(ids) == 243
+    assert ids.dtype == torch.int64
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_serving_one_at_a_time_equals_serving_many(tokenizer, style):
+    one, many = source(story(3), style, tokenizer), source(story(3), style, tokenizer)
+    singles = torch.cat([one.next(1).tokens for _ in range(150)])
+    assert torch.equal(singles, torch.cat([many.next(50).tokens for _ in range(3)]))
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_resuming_is_exact_at_every_sequence(tokenizer, style, monkeypatch):
+    monkeypatch.setattr(tokens_module, "CHUNK", 40)
+    monkeypatch.setattr(tokens_module, "SHUFFLE_BUFFER", 5)
+    documents = story(4)
+    train = source(documents, style, tokenizer)
+    reference = source(documents, style, tokenizer).next(260)
+    assert epoch_of(source(documents, style, tokenizer)).shape[0] < 100, "several epochs"
+    for place in range(0, 200):
+        state = pickle.loads(pickle.dumps(train.state_dict()))
+        resumed = source(documents, style, tokenizer)
+        resumed.load_state_dict(state)
+        if place % 7 == 0 or 60 < place < 80:
+            continued = resumed.next(60)
+            assert torch.equal(continued.tokens, reference.tokens[place : place + 60])
+            assert torch.equal(continued.ids, reference.ids[place : place + 60])
+        train.next(1)
+
+
+def test_resuming_with_another_text_is_refused(tokenizer):
+    state = source(["abc", "def"], "indexed", tokenizer).state_dict()
+    with pytest.raises(UserError, match="has 4 tokens but the run to be resumed read one of 8"):
+        source(["abc"], "indexed", tokenizer).load_state_dict(state)
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("documents", [["", ""], []])
+def test_text_without_a_token_is_refused(tokenizer, style, documents):
+    with pytest.raises(UserError, match="the text holds no token to train on"):
+        source(documents, style, tokenizer).next(1)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_text_that_is_all_held_out_is_refused(tokenizer, style):
+    with pytest.raises(UserError, match="data: no text is held out"):
+        open_tokens(text(["abc"], style), tokenizer, context=6, seed=0).held_out.take(3)
+
+
+def test_held_out_windows_are_spread_over_all_documents(tokenizer):
+    held_out = ("a" * 99, "b" * 99, "c" * 99)
+    tokens = open_tokens(text(["x"], "indexed", held_out), tokenizer, context=11, seed=0).held_out
+    taken = tokens.take(6)
+    assert taken.shape == (6, 11)
+    assert "".join(sorted(set(as_text(taken[:, 1:].flatten().tolist())) & set("abc"))) == "abc"
+    assert torch.equal(taken, tokens.take(6))
+    everything = tokens.take(1000)
+    assert everything.shape == (30, 11), "no more than there are"
+    assert as_text(everything[:, 1:].flatten().tolist()) == "</s>".join([*held_out, ""])
+
+
+def test_streamed_held_out_windows_are_the_first_ones(tokenizer):
+    tokens = open_tokens(
+        text(["x"], "streamed", ("abcd", "efg")), tokenizer, context=5, seed=0
+    ).held_out
+    assert [as_text(row) for row in tokens.take(9).tolist()] == ["<s>abcd", "<s></s>efg"]
+    assert len(tokens.take(1)) == 1
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_evaluation_never_sees_padding(tokenizer, style):
+    tokens = open_tokens(text(["x"], style, ("abc",)), tokenizer, context=128, seed=0).held_out
+    assert [as_text(row) for row in tokens.take(9).tolist()] == ["<s>abc</s>"]
+
+
+def test_training_never_serves_held_out_text(tokenizer, tmp_path):
+    # Each document has a letter of its own, so a token says which document it is from.
+    documents = [chr(ord("a") + i) * 9 for i in range(26)]
+    lines = "\n".join(f'{{"text": "{d}"}}' for d in documents)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.jsonl").write_text(lines)
+    for config in (
+        LocalConfig(path=str(tmp_path / "data"), held_out=0.2),
+        HubConfig(name=str(tmp_path / "data"), held_out_documents=5),
+        HubConfig(name=str(tmp_path / "data"), held_out_documents=5, streaming=False),
+    ):
+        tokens = open_tokens(open_text(config), tokenizer, context=6, seed=0)
+        train = set(tokens.train.next(200).tokens[:, 1:].unique().tolist()) - {SEPARATOR}
+        held_out = set(tokens.held_out.take(99)[:, 1:].unique().tolist()) - {SEPARATOR}
+        assert (len(train), len(held_out)) == (21, 5)
+        assert not train & held_out
+
+
+def test_a_slice_of_flat_tokens_runs_across_pieces():
+    flat = Flat([np.arange(5), np.empty(0, int), np.arange(5, 8), np.arange(8, 13)])
+    for start in range(13):
+        for stop in range(start + 1, 16):
+            assert flat[start:stop].tolist() == list(range(start, min(stop, 13)))
+
+
+def test_text_on_disk_is_tokenised_once_and_read_through_the_memory_map(tokenizer, tmp_path):
+    (tmp_path / "a.txt").write_text("hello " * 50)
+    (tmp_path / "b.txt").write_text("world " * 50)
+    config = LocalConfig(path=str(tmp_path / "*.txt"), held_out=0)
+    calls = []
+
+    class Counting:
+        backend_tokenizer = tokenizer.backend_tokenizer
+
+        def __call__(self, texts, **options):
+            calls.append(len(texts))
+            return tokenizer(texts, **options)
+
+    flats = [flat_tokens(open_text(config).train, Counting(), SEPARATOR) for _ in range(2)]
+    assert calls == [2], "the second time it comes from the cache"
+    assert len(flats[0]) == len(flats[1]) == 602
+    assert flats[1][0:602].tolist() == flats[0][0:602].tolist()
+    assert not any(piece.flags.owndata for piece in flats[0].pieces), "views, not copies"
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "sae_lightning"
+    assert [file.suffix for file in folder.iterdir()] == [".arrow"]
+    assert len(flat_tokens(open_text(config).train, Counting(), 0)) == 602
+    assert calls == [2, 2], "another separator is another text"
+
+
+def test_the_tokenizer_hash_follows_its_behaviour_and_nothing_else(tokenizer):
+    before = tokenizer_hash(tokenizer)
+    tokenizer(["a", "bc"], truncation=True, max_length=1)  # stays set in its backend
+    assert tokenizer_hash(tokenizer) == before
+    changed = byte_tokenizer()
+    changed.add_tokens(["hello"])
+    assert tokenizer_hash(changed) != before
+
+
+def test_the_tokenizer_hash_is_the_same_in_another_process(tokenizer):
+    code = (
+        "from small_text import byte_tokenizer\n"
+        "from sae_lightning.stream.flat import tokenizer_hash\n"
+        "import sys; sys.stdout.write(tokenizer_hash(byte_tokenizer()))"
+    )
+    folder = Path(__file__).parent
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, check=True
+    )
+    assert out.stdout == tokenizer_hash(tokenizer)
