@@ -78,6 +78,15 @@ def save_tiny(family: str, folder: str) -> str:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads that wait for one another take far longer than these models' arithmetic."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
     """tiny_folder(family) -> the folder of that family's tiny model."""
