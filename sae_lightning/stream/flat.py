@@ -75,8 +75,9 @@ def flat_tokens(data: Any, tokenizer: Any, separator: int) -> Flat:
     with quiet(), phase("tokenising the text", total=len(data)) as advance:
 
         def tokenise(batch: dict[str, list[str | None]]) -> dict[str, list[np.ndarray]]:
-            advance(len(batch["text"]))
-            return {"tokens": encode(tokenizer, batch["text"], separator)}
+            tokens = encode(tokenizer, batch["text"], separator)
+            advance(len(tokens))
+            return {"tokens": tokens}
 
         tokenised = data.map(
             tokenise,
