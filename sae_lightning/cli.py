@@ -1,0 +1,135 @@
+"""Turns whatever a person can put right at the command line into one line that says how."""
+
+import dataclasses
+import errno
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
+
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    OmegaConfBaseException,
+    ValidationError,
+)
+
+from sae_lightning.config import conf_folder
+from sae_lightning.errors import UserError
+from sae_lightning.losses import LOSSES
+
+DEBUG = "SAE_LIGHTNING_DEBUG"
+# What someone meant who wrote `layer=9`.
+MAIN_SETTING = {"layer": "index", "llm": "name", "data": "path", "model": "features", "loss": "l1"}
+USERS_DISK = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOSPC, errno.EEXIST)
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Print expected errors as one line and exit with code 1; bugs keep their traceback.
+
+    With SAE_LIGHTNING_DEBUG=1 every error keeps it.
+    """
+    # Hydra would otherwise print its own shortened traceback and exit before the error gets here.
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        sys.exit(130)
+    except Exception as error:
+        message = explain(error, sys.argv[1:])
+        if message is None or os.environ.get(DEBUG):
+            raise
+        sys.exit(f"error: {message}")
+
+
+def explain(error: BaseException, overrides: list[str]) -> str | None:
+    """One line about an error that the user can put right; None for a bug."""
+    causes = _chain(error, lambda e: e.__cause__)
+    for link in causes:
+        if isinstance(link, UserError):
+            return str(link)
+        if isinstance(link, OSError) and link.errno in USERS_DISK:
+            return f"cannot write to {link.filename}: {link.strerror}; choose another folder"
+    if "group override must be a string" in str(error):
+        return _number_for_group(overrides)
+    chain = _chain(error, lambda e: e.__cause__ or e.__context__)
+    for link in chain:
+        if isinstance(link, UserError):  # within a resolver: Hydra wraps it
+            return str(link)
+        if isinstance(link, ConfigAttributeError | ConfigKeyError):
+            return _unknown_setting(link)
+        if isinstance(link, ValidationError):
+            return _bad_value(link, overrides)
+        if isinstance(link, OverrideParseException):
+            return f"cannot read {link.override!r}: write setting=value, quoted where needed"
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return _unknown_preset(str(error)) or str(error).strip().splitlines()[0]
+    return None
+
+
+def _chain(error: BaseException | None, follow) -> list[BaseException]:
+    """An error and what it came from, outermost first."""
+    chain: list[BaseException] = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = follow(error)
+    return chain
+
+
+def _did_you_mean(word: str, options: list[str]) -> str:
+    close = get_close_matches(word, options, n=1)
+    return f"did you mean {close[0]}? " if close else ""
+
+
+def _presets(group: str) -> list[str]:
+    return sorted(file.stem for file in Path(conf_folder(), group).glob("*.yaml"))
+
+
+def _number_for_group(overrides: list[str]) -> str:
+    for override in overrides:
+        group, _, value = override.partition("=")
+        if group and _presets(group) and not value.isidentifier():
+            hint = MAIN_SETTING.get(group)
+            return f"{override}: `{group}` chooses a preset ({', '.join(_presets(group))})" + (
+                f"; for a value write {group}.{hint}={value}" if hint else ""
+            )
+    return "every argument has the form setting=value, such as loss.l1=1e-3"
+
+
+def _unknown_setting(error: OmegaConfBaseException) -> str:
+    name = str(error.full_key)
+    parent, _, key = name.rpartition(".")
+    owners = [model for model, loss in LOSSES.items() if key in loss.__dataclass_fields__]
+    if parent == "loss" and owners:
+        models = " and ".join(f"model={owner}" for owner in owners)
+        return f"{name} has no meaning for this model, only for {models}: leave it out"
+    known = [f.name for f in dataclasses.fields(error.object_type)] if error.object_type else []
+    prefix = f"{parent}." if parent else ""
+    hint = _did_you_mean(key, known)
+    return f"no setting {name}: {hint}there are {', '.join(prefix + k for k in known)}"
+
+
+def _bad_value(error: ValidationError, overrides: list[str]) -> str:
+    name, reason = str(error.full_key), str(error).splitlines()[0]
+    given = next((o for o in overrides if o.lstrip("+").startswith(f"{name}=")), name)
+    if "Integer" in reason and re.search(r"'[\d.]+' of type 'float'", reason):
+        reason = "give a whole number in digits, such as 1000000 or 1_000_000"
+    if "not Optional" in reason:
+        reason = "null is not possible here"
+    return f"{given}: {reason[0].lower()}{reason[1:].removesuffix('.')}"
+
+
+def _unknown_preset(text: str) -> str | None:
+    found = re.search(r"Could not find '(\w+)/([^']+)'", text)
+    if not found:
+        return None
+    group, choice = found.groups()
+    presets = _presets(group)
+    hint = _did_you_mean(choice, presets)
+    return f"{group}={choice}: no such preset; {hint}choose from {', '.join(presets)}"

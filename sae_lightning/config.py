@@ -1,0 +1,224 @@
+"""The config of one SAE, cut in two halves.
+
+The stream half says which activations flow; runs that agree on it can share one pass of the LLM.
+The head half says what is trained on them. Hydra composes YAML presets over these dataclasses;
+below this file nobody sees a DictConfig.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue
+
+from sae_lightning.errors import UserError
+from sae_lightning.llm.load import LLMConfig
+from sae_lightning.llm.sites import LayerConfig
+from sae_lightning.losses import LOSSES, Loss
+from sae_lightning.sae import ARCHITECTURES, SAEConfig
+from sae_lightning.stream.text import DataConfig, HubConfig, LocalConfig, PlaysConfig
+from sae_lightning.training.settings import (
+    CallbacksConfig,
+    EvalConfig,
+    OptimConfig,
+    TrainerConfig,
+)
+
+CONFIG_FILE = "config.yaml"
+SOURCES: dict[str, type[DataConfig]] = {
+    "plays": PlaysConfig,
+    "hub": HubConfig,
+    "local": LocalConfig,
+}
+STREAM_HALF = ("llm", "data", "trainer", "eval", "seed")
+# What a run can be continued with on another machine, or evaluated otherwise, without becoming
+# another run.
+FREE_ON_RESUME = ("llm.device", "llm.attn", "trainer.accelerator", "eval", "resume")
+
+
+@dataclass(slots=True, kw_only=True)
+class Config:
+    """Everything about one run."""
+
+    llm: LLMConfig
+    """The language model."""
+    data: DataConfig
+    """The text and how it is cut and shuffled."""
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    """How long, and on what."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    """Evaluation on held-out text."""
+    seed: int = 0
+    """Fixes the order of the data and, through `model.seed`, everything else."""
+
+    layer: LayerConfig
+    """Where in the LLM the SAE reads."""
+    model: SAEConfig
+    """The network."""
+    loss: Loss
+    """The objective."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Adam and the learning rate's path."""
+    callbacks: CallbacksConfig = field(default_factory=CallbacksConfig)
+    """Normalisation and dead features."""
+
+    resume: str | None = None
+    """Run folder to continue; nothing else may be given with it."""
+
+    def __post_init__(self):
+        if self.trainer.batch > self.data.pool:
+            raise UserError(
+                f"trainer.batch={self.trainer.batch} is larger than the shuffle pool "
+                f"(data.pool={self.data.pool}): lower the batch or enlarge the pool"
+            )
+        if self.seed < 0:
+            raise UserError(f"seed={self.seed}: give 0 or a positive integer")
+
+    def flat(self) -> dict[str, Any]:
+        """Every setting by its dotted name, as plain values."""
+        return _flatten(_plain(asdict(self)))
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that a checkpoint has to agree with."""
+        return {k: v for k, v in self.flat().items() if not k.startswith(FREE_ON_RESUME)}
+
+    def stream_key(self) -> str:
+        """Hash of the stream half: runs with equal keys can share one pass of the LLM.
+
+        With `data.max_norm` the site decides which tokens are dropped, so it belongs to the key.
+        """
+        half = {name: _plain(asdict(self)[name]) for name in STREAM_HALF}
+        if self.data.max_norm is not None:
+            half["layer"] = _plain(asdict(self.layer))
+        return hashlib.sha256(json.dumps(half, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(kw_only=True)
+class Job:
+    """One run to do: its config, its folder, and what the user typed to get it."""
+
+    config: Config
+    folder: Path
+    overrides: list[str] = field(default_factory=list)
+    resumed: bool = False
+
+    @property
+    def name(self) -> str:
+        """What distinguishes this job in messages."""
+        return ",".join(self.overrides) or self.config.model.name
+
+
+def register() -> None:
+    """Tell Hydra the schemas (hidden from the user's options below `schema/`) and `run_folder`."""
+    store = ConfigStore.instance()
+    store.store(group="schema", name="root", node=Config)
+    for group, table in (
+        ("model", {name: row.config for name, row in ARCHITECTURES.items()}),
+        ("loss", LOSSES),
+        ("data", SOURCES),
+    ):
+        for name, schema in table.items():
+            store.store(group=f"schema/{group}", name=name, node=schema)
+    OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)
+
+
+def run_folder(resume: str | None) -> str:
+    """`hydra.run.dir`: outputs/<day>/<time>, or the folder of the run to continue."""
+    if resume:
+        if not (Path(resume) / CONFIG_FILE).is_file():
+            raise UserError(
+                f"resume={resume}: no {CONFIG_FILE} there; give the folder of a run, such as "
+                "outputs/2026-01-31/12-00-00"
+            )
+        return resume
+    return datetime.now().strftime("outputs/%Y-%m-%d/%H-%M-%S")
+
+
+def typed(cfg: DictConfig) -> Config:
+    """The dataclasses behind a composed config; validation happens here."""
+    try:
+        return OmegaConf.to_object(cfg)
+    except MissingMandatoryValue as error:
+        raise UserError(f"{error.full_key} is not set: give {error.full_key}=...") from error
+    except AttributeError as error:  # `+model.featurs=3`: Hydra lets + add what no schema knows
+        raise UserError(f"{error}: leave out the +, or correct the setting's name") from error
+
+
+def job(cfg: DictConfig, folder: Path, overrides: list[str]) -> Job:
+    """The job of a composed config: a new run in `folder`, or the one that `resume` names."""
+    if cfg.resume is None:
+        return Job(config=typed(cfg), folder=folder, overrides=overrides)
+    others = [o for o in overrides if not o.startswith("resume=")]
+    if others:
+        raise UserError(
+            f"resume continues a run as it was; {' '.join(others)} cannot be given with it. "
+            "Start a new run to change a setting"
+        )
+    this = read_job(Path(cfg.resume))
+    this.resumed = True
+    return this
+
+
+def read_job(folder: Path) -> Job:
+    """The job that an existing run folder describes."""
+    try:
+        saved = OmegaConf.load(folder / CONFIG_FILE)
+        overrides = list(saved.pop("overrides", []))
+        schema = OmegaConf.structured(Config)
+        for group, node in (
+            ("data", SOURCES[_source_of(saved.data)]),
+            ("model", ARCHITECTURES[saved.model.name].config),
+            ("loss", LOSSES[saved.model.name]),
+        ):
+            schema[group] = node
+        return Job(config=typed(OmegaConf.merge(schema, saved)), folder=folder, overrides=overrides)
+    except UserError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise UserError(f"{folder / CONFIG_FILE} cannot be read: {reason}") from error
+
+
+def resolved_yaml(job: Job) -> str:
+    """What `config.yaml` in a run folder holds."""
+    return OmegaConf.to_yaml(
+        OmegaConf.create(_plain(asdict(job.config)) | {"overrides": job.overrides})
+    )
+
+
+def _source_of(data: DictConfig) -> str:
+    """Which kind of source a saved `data` node is: the one whose settings it has."""
+    for name, schema in SOURCES.items():
+        if set(data) == set(schema.__dataclass_fields__):
+            return name
+    raise UserError(f"data: {', '.join(data)} are not the settings of any source of text")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return value.name if isinstance(value, Enum) else value
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def conf_folder() -> str:
+    """Where the presets are: beside `train.py`."""
+    return os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "conf")

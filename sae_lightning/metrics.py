@@ -1,0 +1,66 @@
+"""Metrics: what is known about an SAE after it has seen some activations.
+
+Everything is summed in float64 over the whole set and divided once at the end. Averages of
+per-batch or per-token ratios are not the same number: they gave published explained variances
+that were too high (SAELens issue 659).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def explained_variance(target: Tensor, reconstruction: Tensor) -> Tensor:
+    """1 - sum |x - x_hat|^2 / sum |x - mean|^2 over one set [n, d]; the mean predictor scores 0."""
+    target, reconstruction = target.float(), reconstruction.float()
+    residual = (target - reconstruction).square().sum()
+    return 1 - residual / (target - target.mean(dim=0)).square().sum()
+
+
+class Quality(NamedTuple):
+    """How well an SAE reconstructs a set of activations, and how sparsely."""
+
+    l0: float
+    """Mean number of active features per token."""
+    explained_variance: float
+    """1 - residual sum of squares / total sum of squares about the set's mean; nan where the
+    activations are constant."""
+    unfired: float
+    """Share of features that fire on none of the tokens."""
+    density: Tensor
+    """[features] share of tokens on which each feature fires"""
+
+
+class QualitySums:
+    """Sums over batches from which `Quality` follows."""
+
+    def __init__(self):
+        self.tokens = 0
+        self.residual = self.total = 0.0
+        self.shift = self.sum = self.fired = torch.zeros(())
+
+    @torch.no_grad()
+    def add(self, target: Tensor, reconstruction: Tensor, features: Tensor) -> None:
+        """Add tokens: [n, d], [n, d] and [n, features]."""
+        target = target.double()
+        if self.tokens == 0:
+            # Sums about a first guess of the mean: the subtraction below then loses no digits
+            # where activations sit far from the origin.
+            self.shift = target.mean(dim=0)
+        self.tokens += len(target)
+        self.residual += (target - reconstruction.double()).square().sum().item()
+        self.total += (target - self.shift).square().sum().item()
+        self.sum = self.sum + (target - self.shift).sum(dim=0)
+        self.fired = self.fired + (features > 0).sum(dim=0)
+
+    def result(self) -> Quality:
+        """The metrics of all tokens added so far."""
+        total = self.total - self.sum.square().sum().item() / self.tokens
+        fired = self.fired.double()
+        return Quality(
+            l0=fired.sum().item() / self.tokens,
+            explained_variance=1 - self.residual / total if total > 0 else float("nan"),
+            unfired=(fired == 0).double().mean().item(),
+            density=fired / self.tokens,
+        )

@@ -1,0 +1,78 @@
+"""Held-out text and its activations: the only thing that evaluation reads.
+
+Shapes: sequences = held-out sequences, context = tokens each, n = kept tokens, d = site width.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from sae_lightning.llm.capture import capture
+from sae_lightning.llm.load import LLM, special_ids
+from sae_lightning.llm.sites import Site
+from sae_lightning.llm.splice import Baseline, Scores, baseline, score
+from sae_lightning.terminal import phase
+
+
+class HeldOut:
+    """Activations of text that training never sees, and the LLM's loss on it.
+
+    Position 0 and special tokens are left out, as in training, and stay untouched in every
+    intervention. What does not depend on the SAE is computed once.
+    """
+
+    def __init__(
+        self, llm: LLM, tokens: Tensor, sites: list[Site], *, batch: int, keep_special: bool
+    ):
+        """`tokens` [sequences, context]; `batch` sequences go through the LLM at a time."""
+        self.llm, self.tokens, self.sites, self.batch = llm, tokens, sites, batch
+        dropped = [] if keep_special else special_ids(llm.tokenizer)
+        self.keep = ~torch.isin(tokens, torch.tensor(dropped, dtype=tokens.dtype))
+        self.keep[:, 0] = False
+        self.activations = lru_cache(maxsize=None)(self._activations)
+        self.baseline = lru_cache(maxsize=None)(self._baseline)
+
+    def _captured(self) -> dict[Site, Tensor]:
+        batches = zip(self.tokens.split(self.batch), self.keep.split(self.batch), strict=True)
+        rows: dict[Site, list[Tensor]] = {site: [] for site in self.sites}
+        with phase("reading held-out text", total=len(self.tokens)) as advance:
+            for tokens, keep in batches:
+                for site, activation in capture(self.llm.model, tokens, self.sites).items():
+                    rows[site].append(activation[keep.to(activation.device)])
+                advance(len(tokens))
+        return {site: torch.cat(parts) for site, parts in rows.items()}
+
+    def _activations(self, site: Site) -> Tensor:
+        """Activations [n, d] of the kept tokens at `site`, in the LLM's dtype."""
+        if not hasattr(self, "_rows"):
+            self._rows = self._captured()
+        return self._rows[site]
+
+    def mean(self, site: Site) -> Tensor:
+        """Mean activation [d] at `site` over the held-out text."""
+        return self.activations(site).double().mean(dim=0).float()
+
+    def _baseline(self, site: Site) -> Baseline:
+        """The LLM's loss as it is, and with `site` zero- and mean-ablated."""
+        with phase("LLM loss on held-out text", total=len(self.tokens)) as advance:
+            return baseline(
+                self.llm.model, self.tokens, site, self.keep, self.mean(site), self.batch, advance
+            )
+
+    def scores(self, site: Site, function: Callable[[Tensor], Tensor]) -> Scores:
+        """The LLM's loss with `function` [n, d] -> [n, d] in place of `site`."""
+        known = self.baseline(site)
+        with phase("LLM loss with the SAE", total=len(self.tokens)) as advance:
+            return score(
+                self.llm.model,
+                self.tokens,
+                site,
+                function,
+                self.keep,
+                self.mean(site),
+                self.batch,
+                baseline=known,
+                advance=advance,
+            )

@@ -1,0 +1,52 @@
+"""Draws the training curves."""
+
+import lightning as L
+import torch
+
+from sae_lightning.metrics import explained_variance
+from sae_lightning.schedules import due
+from sae_lightning.training.head import Head
+
+
+@torch.no_grad()
+def training_scalars(head: Head) -> dict[str, float]:
+    """What the last step says about a head, by curve name."""
+    step = head.last
+    norms = head.sae.W_dec.norm(dim=1)
+    scalars = {
+        "train/loss": step.loss,
+        **{f"train/{name}": term for name, term in step.terms.items()},
+        "train/l0": (step.features > 0).sum(dim=1).float().mean(),
+        "train/explained_variance": explained_variance(step.target, step.reconstruction),
+        "train/dead": head.dead.float().mean(),
+        "optim/grad_norm": head.grad_norm,
+        "decoder/norm_mean": norms.mean(),
+        "decoder/norm_max": norms.max(),
+    }
+    for name, coefficient in head.loss.coefficients().items():
+        scalars[f"optim/{name}"] = coefficient * head.penalty_warmup
+    return {name: float(value) for name, value in scalars.items()}
+
+
+class Curves(L.Callback):
+    """Logs each head's training scalars every `log_every` updates, and at the last."""
+
+    def __init__(self, log_every: int):
+        self.log_every = log_every
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
+        """Log if it is time."""
+        step, stream = trainer.global_step, trainer.datamodule.stream
+        if not (due(step, 1, self.log_every) or step == module.steps):
+            return
+        groups = trainer.optimizers[0].param_groups
+        for head, group in zip(module.heads, groups, strict=True):
+            head.training_metrics = training_scalars(head) | {"optim/lr": group["lr"]}
+            head.log.scalars(
+                head.training_metrics
+                | {
+                    "data/distinct_sequences": stream.distinct_sequences,
+                    "data/epoch": stream.epoch,
+                },
+                module.tokens,
+            )

@@ -1,0 +1,49 @@
+"""Estimates the normalisation from the first activations."""
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from sae_lightning.errors import UserError
+from sae_lightning.training.settings import Normalization
+
+
+@torch.no_grad()
+def estimate(x: Tensor, mode: Normalization) -> tuple[Tensor, Tensor]:
+    """Mean [d] and scale [] so that (x - mean) / scale has a mean square of 1, for x [n, d]."""
+    mean = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
+    if mode is Normalization.none:
+        return mean.float(), torch.ones((), device=x.device)
+    if mode is Normalization.standardize:
+        mean = x.double().mean(dim=0)
+    square = torch.stack([(part.double() - mean).square().sum() for part in x.split(4096)]).sum()
+    scale = (square / x.numel()).sqrt()
+    if not 0 < scale.item() < float("inf"):
+        raise UserError(
+            f"the activations cannot be normalised: their spread over the first {len(x)} tokens "
+            f"is {scale.item():g}. Try another layer.index, or llm.dtype=float32"
+        )
+    return mean.float(), scale.float()
+
+
+class Normalize(L.Callback):
+    """Sets each head's mean and scale before the first step of a new run.
+
+    The activations are looked at in the shuffle pool, not taken out of it: training still sees
+    every one of them.
+    """
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Fill the buffers, unless they came from a checkpoint."""
+        if trainer.global_step > 0:
+            return
+        for head in module.heads:
+            settings = head.recipe.normalize
+            sample = trainer.datamodule.stream.peek(settings.tokens)
+            for site, mean, scale in (
+                (head.source, head.in_mean, head.in_scale),
+                (head.target, head.out_mean, head.out_scale),
+            ):
+                estimated = estimate(sample[site], settings.mode)
+                mean.copy_(estimated[0])
+                scale.copy_(estimated[1])

@@ -1,0 +1,61 @@
+"""Gives dead features a new start (Bricken et al. 2023, "Neuron resampling")."""
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+from torch.optim import Optimizer
+
+from sae_lightning.schedules import due
+from sae_lightning.training.head import Head
+
+
+@torch.no_grad()
+def resample(head: Head, optimizer: Optimizer, x: Tensor, target: Tensor) -> int:
+    """Restart the dead features of `head` and return how many there were.
+
+    Each takes the direction of an input, drawn from the normalised x [n, d_in] (and its target
+    [n, d_out]) with a probability proportional to its squared loss. Its encoder gets 0.2 times
+    the mean norm of those that live, its bias 0, and Adam forgets about it.
+    """
+    dead = head.dead.nonzero().squeeze(1)
+    alive = ~head.dead
+    if not len(dead) or not alive.any():
+        return 0
+    sae = head.sae
+    loss = (sae(x).reconstruction.float() - target).square().sum(dim=1)
+    generator = torch.Generator()
+    generator.set_state(head.generator_state.cpu())
+    chances = loss.double().square().cpu()
+    drawn = torch.multinomial(chances, len(dead), len(dead) > len(x), generator=generator)
+    head.generator_state.copy_(generator.get_state())
+
+    drawn = drawn.to(x.device)
+    decoder_norm = sae.W_dec[alive].norm(dim=1).mean()
+    encoder_norm = sae.W_enc[:, alive].norm(dim=0).mean()
+    sae.W_dec[dead] = normalize(target[drawn]) * decoder_norm
+    sae.W_enc[:, dead] = normalize(x[drawn]).T * 0.2 * encoder_norm
+    sae.b_enc[dead] = 0
+    for moment in ("exp_avg", "exp_avg_sq"):
+        optimizer.state[sae.W_dec][moment][dead] = 0
+        optimizer.state[sae.W_enc][moment][:, dead] = 0
+        optimizer.state[sae.b_enc][moment][dead] = 0
+    head.tokens_since_fired[dead] = 0
+    return len(dead)
+
+
+class Resample(L.Callback):
+    """Resamples dead features every `callbacks.resample.every` tokens; off where that is null."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
+        """Resample the heads whose time has come."""
+        step = trainer.global_step
+        for head in module.heads:
+            settings = head.recipe.resample
+            if settings.every is None or step > settings.until * module.steps:
+                continue
+            if not due(step, module.batch, settings.every):
+                continue
+            sample = trainer.datamodule.stream.peek(settings.tokens)
+            count = resample(head, trainer.optimizers[0], *head.normalised(sample))
+            head.log.scalars({"train/resampled": count}, module.tokens)

@@ -1,0 +1,20 @@
+"""Moves the learning rate and the penalties' coefficients along their schedules."""
+
+import lightning as L
+
+from sae_lightning.schedules import decay, warmup
+
+
+class Schedule(L.Callback):
+    """Warm-up and decay of the learning rate, warm-up of the sparsity penalty, head by head."""
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
+        """Set the values for the coming update."""
+        step, steps = trainer.global_step, module.steps
+        groups = trainer.optimizers[0].param_groups
+        for head, group in zip(module.heads, groups, strict=True):
+            optim = head.optim
+            group["lr"] = (
+                optim.lr * warmup(step, steps, optim.warmup) * decay(step, steps, optim.decay)
+            )
+            head.penalty_warmup.fill_(warmup(step, steps, head.loss.penalty_warmup))

@@ -1,0 +1,117 @@
+"""A head: one SAE in training, with everything about it that evolves.
+
+Shapes: batch = tokens, d_in and d_out = widths of the source and target site.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sae_lightning.llm.sites import Site
+from sae_lightning.losses import Loss
+from sae_lightning.sae import SAE, Output
+from sae_lightning.training.settings import CallbacksConfig, OptimConfig
+
+
+class Step(NamedTuple):
+    """What one training step computed, detached, for callbacks to read."""
+
+    loss: Tensor
+    """The weighted sum of the terms."""
+    terms: dict[str, Tensor]
+    """Unweighted terms by name."""
+    features: Tensor
+    """[batch, features]"""
+    target: Tensor
+    """[batch, d_out], normalised"""
+    reconstruction: Tensor
+    """[batch, d_out], normalised"""
+
+
+class Head(nn.Module):
+    """An SAE, its objective, the sites it reads and writes, and its buffers.
+
+    Every tensor that evolves is a registered buffer: resuming, moving to a device and exporting
+    then need no code of their own.
+    """
+
+    def __init__(
+        self,
+        sae: SAE,
+        *,
+        name: str,
+        folder: Path,
+        source: Site,
+        target: Site,
+        loss: Loss,
+        optim: OptimConfig,
+        recipe: CallbacksConfig,
+        dead_window: int,
+        seed: int,
+    ):
+        super().__init__()
+        self.sae, self.loss, self.optim, self.recipe = sae, loss, optim, recipe
+        self.name, self.folder, self.source, self.target = name, folder, source, target
+        self.dead_window = dead_window
+        self.last: Step | None = None
+        self.training_metrics: dict[str, float] = {}
+        self.held_out_metrics: dict[str, float] = {}
+
+        features, d_out = sae.W_dec.shape
+        self.register_buffer("in_mean", torch.zeros(sae.W_enc.shape[0]))
+        self.register_buffer("in_scale", torch.ones(()))
+        self.register_buffer("out_mean", torch.zeros(d_out))
+        self.register_buffer("out_scale", torch.ones(()))
+        self.register_buffer("penalty_warmup", torch.ones(()))
+        self.register_buffer("tokens_since_fired", torch.zeros(features, dtype=torch.int64))
+        self.register_buffer("grad_norm", torch.zeros(()))
+        # One generator per head: heads that train together draw the same as when alone.
+        generator_state = torch.Generator().manual_seed(seed).get_state()
+        self.register_buffer("generator_state", generator_state)
+
+    def normalised(self, batch: dict[Site, Tensor]) -> tuple[Tensor, Tensor]:
+        """Input [batch, d_in] and target [batch, d_out] with a mean square of 1 per element."""
+        x = (batch[self.source].float() - self.in_mean) / self.in_scale
+        if self.target == self.source:
+            return x, x
+        return x, (batch[self.target].float() - self.out_mean) / self.out_scale
+
+    def forward(self, batch: dict[Site, Tensor]) -> Tensor:
+        """The training loss [] of a batch {site: [batch, d_site]} of raw activations."""
+        x, target = self.normalised(batch)
+        output: Output = self.sae(x)
+        terms = self.loss.terms(self.sae, output, target)
+        loss = terms["mse"]
+        for name, coefficient in self.loss.coefficients().items():
+            loss = loss + coefficient * self.penalty_warmup * terms[name]
+        self._count_firing(output.features)
+        self.last = Step(
+            loss.detach(),
+            {name: term.detach() for name, term in terms.items()},
+            output.features.detach(),
+            target,
+            output.reconstruction.detach(),
+        )
+        return loss
+
+    @torch.no_grad()
+    def _count_firing(self, features: Tensor) -> None:
+        silent = self.tokens_since_fired + len(features)
+        self.tokens_since_fired.copy_(silent.masked_fill((features > 0).any(dim=0), 0))
+
+    @property
+    def dead(self) -> Tensor:
+        """[features] which have not fired for `dead_window` tokens."""
+        return self.tokens_since_fired >= self.dead_window
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor) -> Output:
+        """Reconstruct raw activations [batch, d_in] as [batch, d_out], both in the LLM's units."""
+        output = self.sae((x.float() - self.in_mean) / self.in_scale)
+        return Output(output.reconstruction * self.out_scale + self.out_mean, output.features)
+
+    def folded(self) -> dict[str, Tensor]:
+        """The SAE's weights for raw activations."""
+        return self.sae.fold(self.in_mean, self.in_scale, self.out_mean, self.out_scale)

@@ -1,0 +1,46 @@
+"""One TensorBoard run folder per head, its curves plotted against tokens."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+HEADLINE = ("held_out/l0", "held_out/explained_variance", "held_out/ce_recovered", "train/dead")
+"""What the HParams tab shows of each run."""
+
+
+class HeadLog:
+    """Writes a head's curves into its run folder."""
+
+    def __init__(self, folder: Path, settings: dict, resumed_at: int | None):
+        """`settings` appear in the HParams tab; points after `resumed_at` tokens are replaced."""
+        purge = None if resumed_at is None else resumed_at + 1
+        self.writer = SummaryWriter(str(folder), purge_step=purge)
+        if resumed_at is None:
+            for summary in hparams(settings, dict.fromkeys(HEADLINE, 0.0)):
+                self.writer.file_writer.add_summary(summary)
+
+    def scalars(self, values: dict[str, float], tokens: int) -> None:
+        """Add one point to each named curve at `tokens` training tokens."""
+        for tag, value in values.items():
+            self.writer.add_scalar(tag, value, tokens)
+
+    def histogram(self, tag: str, values: Tensor, tokens: int) -> None:
+        """Add the distribution of `values` at `tokens` training tokens."""
+        values = values[values.isfinite()].float().cpu()
+        if values.numel():
+            self.writer.add_histogram(tag, values, tokens)
+
+    def density(self, density: Tensor, tokens: int) -> None:
+        """Add the histogram of log10 firing rates; features that never fired are not in it."""
+        self.histogram("held_out/log10_density", torch.log10(density), tokens)
+
+    def flush(self) -> None:
+        """Put everything on disk."""
+        self.writer.flush()
+
+    def close(self) -> None:
+        """Finish the file."""
+        self.writer.close()

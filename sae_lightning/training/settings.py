@@ -1,0 +1,172 @@
+"""Settings of training: plain dataclasses, so that reading a config does not import lightning.
+
+Units: tokens unless a field says otherwise; a share is a part of the run, from 0 to 1.
+"""
+
+import math
+from dataclasses import dataclass, field
+from enum import Enum
+
+from sae_lightning.errors import UserError
+
+
+def _share(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise UserError(f"{name}={value}: give a share of the run, from 0 to 1")
+
+
+def _positive(name: str, value: float, remedy: str = "give a positive number") -> None:
+    if not 0 < value < math.inf:
+        raise UserError(f"{name}={value}: {remedy}")
+
+
+class Accelerator(Enum):
+    """Where the SAEs train."""
+
+    auto = "auto"
+    cpu = "cpu"
+    gpu = "gpu"
+
+
+class Precision(Enum):
+    """Arithmetic of the SAE's matrix products; weights and Adam's state are always fp32."""
+
+    fp32 = "32-true"
+    bf16 = "bf16-mixed"
+
+
+@dataclass(slots=True, kw_only=True)
+class TrainerConfig:
+    """How long and on what; the `trainer` group."""
+
+    tokens: int = 524_288
+    """Training tokens in the whole run."""
+    batch: int = 1024
+    """Tokens per update."""
+    accelerator: Accelerator = Accelerator.auto
+    """Where the SAEs train; `llm.device` says where the LLM runs."""
+    precision: Precision = Precision.fp32
+    """fp32, or bf16 for the SAE's matrix products (faster where the hardware has bf16)."""
+    log_every: int = 8
+    """Updates between two points of a training curve."""
+    checkpoint_every: int = 131_072
+    """Tokens between two checkpoints; a killed run loses at most these."""
+
+    def __post_init__(self):
+        for name in ("tokens", "batch", "log_every", "checkpoint_every"):
+            _positive(f"trainer.{name}", getattr(self, name))
+        if self.tokens < self.batch:
+            raise UserError(
+                f"trainer.tokens={self.tokens} is less than one batch: give at least "
+                f"trainer.batch={self.batch}"
+            )
+
+    @property
+    def steps(self) -> int:
+        """Updates in the whole run."""
+        return self.tokens // self.batch
+
+
+@dataclass(slots=True, kw_only=True)
+class EvalConfig:
+    """Evaluation on held-out text; changes nothing about training."""
+
+    every: int = 131_072
+    """Training tokens between two evaluations; one more comes at the end."""
+    tokens: int = 16_384
+    """Held-out tokens, rounded up to whole sequences."""
+
+    def __post_init__(self):
+        _positive("eval.every", self.every)
+        _positive("eval.tokens", self.tokens)
+
+
+@dataclass(slots=True, kw_only=True)
+class OptimConfig:
+    """Adam, its learning rate's path and the clipping of its gradient; the `optim` group."""
+
+    lr: float = 1e-3
+    """Peak learning rate."""
+    beta1: float = 0.9
+    """Decay of Adam's first moment."""
+    beta2: float = 0.999
+    """Decay of Adam's second moment."""
+    eps: float = 1e-8
+    """Added to the root of Adam's second moment."""
+    warmup: float = 0.05
+    """Share of the run over which the learning rate rises linearly from 0."""
+    decay: float = 0.2
+    """Share of the run, at its end, over which the learning rate falls linearly to 0."""
+    clip: float | None = 1.0
+    """Largest norm of one SAE's gradient; null for no clipping."""
+
+    def __post_init__(self):
+        _positive("optim.lr", self.lr, "give a positive learning rate, such as 1e-3")
+        _positive("optim.eps", self.eps)
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"optim.{name}={getattr(self, name)}: give a number from 0 to <1")
+        _share("optim.warmup", self.warmup)
+        _share("optim.decay", self.decay)
+        if self.clip is not None:
+            _positive("optim.clip", self.clip, "give a positive norm, or null for no clipping")
+
+
+class Normalization(Enum):
+    """What is done to activations before the SAE sees them."""
+
+    none = "none"
+    scale = "scale"
+    standardize = "standardize"
+
+
+@dataclass(slots=True, kw_only=True)
+class NormalizeConfig:
+    """Activations are shifted and scaled to a mean square of 1 per element."""
+
+    mode: Normalization = Normalization.standardize
+    """standardize (subtract the mean, divide by one scalar), scale (divide only), or none."""
+    tokens: int = 65_536
+    """Tokens from which mean and scale are estimated (at most what the shuffle pool holds)."""
+
+    def __post_init__(self):
+        _positive("callbacks.normalize.tokens", self.tokens)
+
+
+@dataclass(slots=True, kw_only=True)
+class ResampleConfig:
+    """Dead features start again at inputs that are reconstructed badly (Anthropic 2023)."""
+
+    every: int | None = None
+    """Tokens between two resamplings; null, the default, for none."""
+    until: float = 0.6
+    """Share of the run after which no more features are resampled."""
+    tokens: int = 8192
+    """Tokens of the shuffle pool among which new directions are drawn."""
+
+    def __post_init__(self):
+        if self.every is not None:
+            _positive("callbacks.resample.every", self.every, "give tokens, or null for none")
+        _share("callbacks.resample.until", self.until)
+        _positive("callbacks.resample.tokens", self.tokens)
+
+
+@dataclass(slots=True, kw_only=True)
+class CallbacksConfig:
+    """The rest of the recipe."""
+
+    normalize: NormalizeConfig = field(default_factory=NormalizeConfig)
+    """Normalisation of the activations."""
+    resample: ResampleConfig = field(default_factory=ResampleConfig)
+    """Resampling of dead features."""
+    dead_after: int | None = None
+    """Tokens without firing after which a feature counts as dead; null for a quarter of the run
+    or 10 M tokens, whichever is less (a window longer than the run would never see one)."""
+
+    def __post_init__(self):
+        if self.dead_after is not None:
+            _positive("callbacks.dead_after", self.dead_after, "give tokens, or null")
+
+    def dead_window(self, run_tokens: int) -> int:
+        """Tokens without firing after which a feature counts as dead."""
+        return self.dead_after or min(10_000_000, max(1, run_tokens // 4))

@@ -1,0 +1,28 @@
+"""Train a sparse autoencoder: python train.py model.features=10000 loss.l1=1e-3"""
+
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from sae_lightning.cli import one_line_errors
+from sae_lightning.config import job, register
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def train(cfg: DictConfig) -> dict:
+    """Run the job that the command line describes; returns its final metrics."""
+    hydra_config = HydraConfig.get()
+    folder = Path(hydra_config.runtime.output_dir)
+    this = job(cfg, folder, list(hydra_config.overrides.task))
+    # imported late: a mistyped option is answered at once
+    from sae_lightning.run import run
+
+    return run([this])[0]
+
+
+if __name__ == "__main__":
+    register()
+    with one_line_errors():
+        train()
