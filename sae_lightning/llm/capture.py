@@ -23,7 +23,10 @@ def capture(model: nn.Module, tokens: Tensor, sites: Collection[Site]) -> dict[S
 
     def reader(site: Site):
         def read(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
-            found[site] = output[0] if isinstance(output, tuple) else output
+            x = output[0] if isinstance(output, tuple) else output
+            # A copy, because Falcon goes on to add into this memory; reshaped, because OPT's MLP
+            # returns [sequences * context, d].
+            found[site] = x.clone().view(*tokens.shape, -1)
             if len(found) == len(modules):
                 raise _Done
 

@@ -155,9 +155,10 @@ def _means(
 def _where(kept: Tensor, function: Function) -> Function:
     """function, applied to the kept positions [sequences, context] only, in float32."""
 
-    def apply(x: Tensor) -> Tensor:  # [sequences, context, d]
+    def apply(x: Tensor) -> Tensor:  # [sequences, context, d], or [sequences * context, d] in OPT
+        where = kept.view(x.shape[:-1])
         result = x.clone()
-        result[kept] = function(x[kept].float()).to(x.dtype)
+        result[where] = function(x[where].float()).to(x.dtype)
         return result
 
     return apply

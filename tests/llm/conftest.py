@@ -10,7 +10,16 @@ from sae_lightning.llm.quiet import quiet
 
 LAYERS, WIDTH, VOCABULARY = 3, 24, 100
 TEXT = "the quick brown fox jumps over the lazy dog while seven wizards quietly mix a potion"
-FAMILIES = ["gpt2", "gpt_neo", "gpt_neox", "gpt_neox_sequential", "llama", "gemma2"]
+FAMILIES = [
+    "gpt2",
+    "gpt_neo",
+    "gpt_neox",
+    "gpt_neox_sequential",
+    "llama",
+    "gemma2",
+    "falcon",  # parallel branches, added up in place
+    "opt",  # its MLP is no module of its own
+]
 IDS = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
 MODERN = {
     "hidden_size": WIDTH,
@@ -49,6 +58,10 @@ def tiny_config(family: str):
             return transformers.Gemma2Config(
                 **MODERN, num_key_value_heads=1, head_dim=12, sliding_window=4
             )
+        case "falcon":
+            return transformers.FalconConfig(**MODERN)
+        case "opt":
+            return transformers.OPTConfig(**MODERN, ffn_dim=40, word_embed_proj_dim=WIDTH)
     raise ValueError(family)
 
 

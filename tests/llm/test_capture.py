@@ -16,7 +16,7 @@ def hook_count(model) -> int:
 
 
 def final_norm(model):
-    base = model.base_model
+    base = model.get_decoder()
     names = ("ln_f", "final_layer_norm", "norm")
     return next(getattr(base, name) for name in names if hasattr(base, name))
 
