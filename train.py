@@ -15,11 +15,12 @@ def train(cfg: DictConfig) -> dict:
     """Run the job that the command line describes; returns its final metrics."""
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
-    this = job(cfg, folder, list(hydra_config.overrides.task))
-    # imported late: a mistyped option is answered at once
-    from sae_lightning.run import run
+    with one_line_errors():
+        this = job(cfg, folder, list(hydra_config.overrides.task))
+        # imported late: a mistyped option is answered at once
+        from sae_lightning.run import run
 
-    return run([this])[0]
+        return run([this])[0]
 
 
 if __name__ == "__main__":

@@ -68,6 +68,9 @@ def explain(error: BaseException, overrides: list[str]) -> str | None:
             return _bad_value(link, overrides)
         if isinstance(link, OverrideParseException):
             return f"cannot read {link.override!r}: write setting=value, quoted where needed"
+        missing = re.search(r"Missing mandatory value: (\S+)", str(link))
+        if missing:
+            return f"{missing[1]} is not set: give {missing[1]}=..."
     if isinstance(error, HydraException | OmegaConfBaseException):
         return _unknown_preset(str(error)) or str(error).strip().splitlines()[0]
     return None

@@ -129,16 +129,16 @@ def register() -> None:
     OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)
 
 
-def run_folder(resume: str | None) -> str:
-    """`hydra.run.dir`: outputs/<day>/<time>, or the folder of the run to continue."""
-    if resume:
-        if not (Path(resume) / CONFIG_FILE).is_file():
-            raise UserError(
-                f"resume={resume}: no {CONFIG_FILE} there; give the folder of a run, such as "
-                "outputs/2026-01-31/12-00-00"
-            )
-        return resume
-    return datetime.now().strftime("outputs/%Y-%m-%d/%H-%M-%S")
+def run_folder(existing: str | None) -> str:
+    """`hydra.run.dir`: outputs/<day>/<time>, or a folder that already holds a run."""
+    if not existing:
+        return datetime.now().strftime("outputs/%Y-%m-%d/%H-%M-%S")
+    if not (Path(existing) / CONFIG_FILE).is_file():
+        raise UserError(
+            f"{existing} holds no run (no {CONFIG_FILE}): give the folder of a run, such as "
+            "outputs/2026-01-31/12-00-00"
+        )
+    return existing
 
 
 def typed(cfg: DictConfig) -> Config:

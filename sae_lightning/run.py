@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import lightning as L
-from rich.table import Table
 
-from sae_lightning import checks
+from sae_lightning import checks, scorecard
 from sae_lightning.config import CONFIG_FILE, Config, Job, resolved_yaml
 from sae_lightning.export import atomically, write_json
 from sae_lightning.llm.load import LLM, load
@@ -22,10 +21,10 @@ from sae_lightning.stream.documents import Text, open_text
 from sae_lightning.stream.held_out import HeldOut
 from sae_lightning.stream.live import LiveStream
 from sae_lightning.stream.tokens import open_tokens
-from sae_lightning.terminal import console
+from sae_lightning.terminal import console, grid
 from sae_lightning.training.callbacks import standard
 from sae_lightning.training.callbacks.checkpoint import Checkpoint, export
-from sae_lightning.training.callbacks.evaluate import evaluate, log_evaluation
+from sae_lightning.training.callbacks.evaluate import evaluate
 from sae_lightning.training.datamodule import ActivationData
 from sae_lightning.training.head import Head
 from sae_lightning.training.logging import HeadLog
@@ -96,8 +95,9 @@ def assemble(jobs: list[Job], sites: list[Site], llm: LLM, text: Text, steps_don
     )
     held_out = HeldOut(
         llm,
-        tokens.held_out.take(-(-config.eval.tokens // (config.data.context - 1))),
+        tokens.held_out,
         sites,
+        tokens=config.eval.tokens,
         batch=config.llm.batch,
         keep_special=config.data.keep_special,
     )
@@ -161,7 +161,7 @@ def finish(jobs: list[Job], parts: Parts, tokens_per_second: float) -> list[dict
     """Score the trained SAEs, write `metrics.json` and `sae/`, and say where everything is."""
     module = parts.module
     for job, head in zip(jobs, module.heads, strict=True):
-        log_evaluation(head, evaluate(head, parts.data.held_out), module.tokens)
+        evaluate(head, parts.data.held_out, module.tokens)
         head.log.close()
         export(head)
         metrics = {
@@ -196,34 +196,20 @@ def announce(job: Job, parts: Parts, llm: LLM, steps_done: int) -> None:
     }
     if steps_done:
         rows["resuming"] = f"after {steps_done * config.trainer.batch:,} tokens"
-    console.print(_grid(rows))
+    console.print(grid(rows))
 
 
 def report(job: Job, metrics: dict) -> None:
     """The table at the end, and the commands that come next."""
-    held_out, folder = metrics["held_out"], shown(job.folder)
-    rows = {
-        "L0": f"{held_out['l0']:.1f} active features per token",
-        "explained variance": f"{held_out['explained_variance']:.4f}",
-        "CE recovered": f"{held_out['ce_recovered']:.4f}",
-        "cross-entropy": f"{held_out['ce_clean']:.3f} clean, {held_out['ce_spliced']:.3f} with "
-        f"the SAE, {held_out['ce_mean']:.3f} mean- and {held_out['ce_zero']:.3f} zero-ablated",
-        "KL": f"{held_out['kl']:.4f} nats",
-        "unfired on held-out": f"{held_out['unfired']:.1%} of features",
-        "dead in training": f"{metrics['training'].get('train/dead', float('nan')):.1%}",
-        "speed": f"{metrics['speed']['tokens_per_second']:,.0f} tokens/s in all, "
-        f"peak memory {metrics['speed']['peak_memory_gb']:.1f} GB",
+    folder = shown(job.folder)
+    lines = scorecard.rows(metrics["held_out"]) | {
+        "dead in training": f"{metrics['training']['train/dead']:.1%} of features",
+        "speed": f"{metrics['speed']['tokens_per_second']:,.0f} tokens/s in all",
+        "peak memory": f"{metrics['speed']['peak_memory_gb']:.1f} GB",
     }
-    console.print(_grid(rows, title="on held-out text"))
+    console.print(grid(lines, title="on held-out text"))
     root = folder.parts[0] if not folder.is_absolute() else folder
     console.print(f"\n  tensorboard --logdir {root}\n  python analyze.py run={folder}\n")
-
-
-def _grid(rows: dict[str, str], title: str | None = None) -> Table:
-    table = Table(title=title, title_justify="left", show_header=False, box=None)
-    for name, value in rows.items():
-        table.add_row(name, value)
-    return table
 
 
 def _say_how_to_continue(job: Job, parts: Parts) -> None:

@@ -16,6 +16,7 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+from rich.table import Table
 
 console = Console(highlight=False, soft_wrap=True)
 _live: list[Progress] = []
@@ -61,3 +62,11 @@ def phase(description: str, total: int | None = None) -> Iterator[Callable[[int]
             yield lambda n=1: bar.advance(task, n)
     if not console.is_terminal:
         console.print(f"{description}: done in {time.monotonic() - started:.0f} s")
+
+
+def grid(rows: dict[str, str], title: str | None = None) -> Table:
+    """A table of names and values without lines."""
+    table = Table(title=title, title_justify="left", show_header=False, box=None)
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table

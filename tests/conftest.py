@@ -4,3 +4,45 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+import pytest
+import torch
+from tiny_llm import save_tiny
+
+from sae_lightning.llm.load import Dtype, LLMConfig, load
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads that wait for one another take far longer than these models' arithmetic."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """tiny_folder(family) -> the folder of that family's tiny model."""
+    made = {}
+
+    def folder(family: str) -> str:
+        if family not in made:
+            made[family] = save_tiny(family, str(tmp_path_factory.mktemp(family)))
+        return made[family]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_folder):
+    """tiny(family) -> LLM in float32."""
+    made = {}
+
+    def llm(family: str):
+        if family not in made:
+            config = LLMConfig(name=tiny_folder(family), dtype=Dtype.float32, device="cpu")
+            made[family] = load(config)
+        return made[family]
+
+    return llm

@@ -13,6 +13,7 @@ from sae_lightning.llm.capture import capture
 from sae_lightning.llm.load import LLM, special_ids
 from sae_lightning.llm.sites import Site
 from sae_lightning.llm.splice import Baseline, Scores, baseline, score
+from sae_lightning.stream.tokens import HeldOutTokens
 from sae_lightning.terminal import phase
 
 
@@ -24,12 +25,20 @@ class HeldOut:
     """
 
     def __init__(
-        self, llm: LLM, tokens: Tensor, sites: list[Site], *, batch: int, keep_special: bool
+        self,
+        llm: LLM,
+        text: HeldOutTokens,
+        sites: list[Site],
+        *,
+        tokens: int,
+        batch: int,
+        keep_special: bool = False,
     ):
-        """`tokens` [sequences, context]; `batch` sequences go through the LLM at a time."""
-        self.llm, self.tokens, self.sites, self.batch = llm, tokens, sites, batch
-        dropped = [] if keep_special else special_ids(llm.tokenizer)
-        self.keep = ~torch.isin(tokens, torch.tensor(dropped, dtype=tokens.dtype))
+        """At least `tokens` tokens, in whole sequences; `batch` sequences a forward pass."""
+        self.llm, self.sites, self.batch = llm, sites, batch
+        self.tokens = text.take(-(-tokens // text.packing.width))  # [sequences, context]
+        dropped = torch.tensor([] if keep_special else special_ids(llm.tokenizer))
+        self.keep = ~torch.isin(self.tokens, dropped)
         self.keep[:, 0] = False
         self.activations = lru_cache(maxsize=None)(self._activations)
         self.baseline = lru_cache(maxsize=None)(self._baseline)

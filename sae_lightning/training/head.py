@@ -109,7 +109,8 @@ class Head(nn.Module):
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Output:
         """Reconstruct raw activations [batch, d_in] as [batch, d_out], both in the LLM's units."""
-        output = self.sae((x.float() - self.in_mean) / self.in_scale)
+        x = x.to(self.in_mean.device, torch.float32)
+        output = self.sae((x - self.in_mean) / self.in_scale)
         return Output(output.reconstruction * self.out_scale + self.out_mean, output.features)
 
     def folded(self) -> dict[str, Tensor]:

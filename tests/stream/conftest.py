@@ -36,12 +36,3 @@ def own_cache(tmp_path, monkeypatch):
     """Nothing of these tests lands in the user's cache, and no test finds another's files."""
     for name in ("HF_DATASETS_CACHE", "HF_MODULES_CACHE"):
         monkeypatch.setattr(datasets.config, name, str(tmp_path / "cache"))
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """A tiny LLM is slower on several threads than on one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
