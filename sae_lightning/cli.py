@@ -5,11 +5,13 @@ import errno
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
 
+from hydra._internal.utils import get_args_parser
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf.errors import (
     ConfigAttributeError,
@@ -25,18 +27,21 @@ from sae_lightning.losses import LOSSES
 DEBUG = "SAE_LIGHTNING_DEBUG"
 # What someone meant who wrote `layer=9`.
 MAIN_SETTING = {"layer": "index", "llm": "name", "data": "path", "model": "features", "loss": "l1"}
-USERS_DISK = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOSPC, errno.EEXIST)
+USERS_DISK = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+STARTED = time.time()
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
+def one_line_errors(folder: Path | None = None) -> Iterator[None]:
     """Print expected errors as one line and exit with code 1; bugs keep their traceback.
 
-    With SAE_LIGHTNING_DEBUG=1 every error keeps it.
+    With SAE_LIGHTNING_DEBUG=1 every error keeps it. `folder`, which Hydra made for the run, is
+    removed if the run came to nothing.
     """
     # Hydra would otherwise print its own shortened traceback and exit before the error gets here.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:
+        _check_flags(sys.argv[1:])
         yield
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
@@ -46,6 +51,33 @@ def one_line_errors() -> Iterator[None]:
         if message is None or os.environ.get(DEBUG):
             raise
         sys.exit(f"error: {message}")
+    finally:
+        if folder is not None:
+            _remove_unused(folder)
+
+
+def _check_flags(arguments: list[str]) -> None:
+    """Hydra's parser answers an unknown flag with a page of its own flags."""
+    _, unknown = get_args_parser().parse_known_args(arguments)
+    if unknown:
+        raise UserError(
+            f"{unknown[0]}: no such flag; settings are written without dashes (setting=value), "
+            "and --help lists them"
+        )
+
+
+def _remove_unused(folder: Path) -> None:
+    """Remove a run folder that this process made and left empty, and the empty day above it.
+
+    An empty folder that was there before belongs to the user.
+    """
+    with suppress(OSError):  # not empty, or never made
+        if folder.stat().st_mtime < STARTED:
+            return
+        folder.rmdir()
+        if re.fullmatch(r"\d{4}-\d\d-\d\d", folder.parent.name):  # see config.run_folder
+            folder.parent.rmdir()
+            folder.parent.parent.rmdir()
 
 
 def explain(error: BaseException, overrides: list[str]) -> str | None:
@@ -54,6 +86,8 @@ def explain(error: BaseException, overrides: list[str]) -> str | None:
     for link in causes:
         if isinstance(link, UserError):
             return str(link)
+        if isinstance(link, OSError) and link.errno == errno.ENOSPC:
+            return "no space left on the disk: free some, or choose another with hydra.run.dir=..."
         if isinstance(link, OSError) and link.errno in USERS_DISK:
             return f"cannot write to {link.filename}: {link.strerror}; choose another folder"
     if "group override must be a string" in str(error):
@@ -72,7 +106,7 @@ def explain(error: BaseException, overrides: list[str]) -> str | None:
         if missing:
             return f"{missing[1]} is not set: give {missing[1]}=..."
     if isinstance(error, HydraException | OmegaConfBaseException):
-        return _unknown_preset(str(error)) or str(error).strip().splitlines()[0]
+        return _hydras_own(str(error))
     return None
 
 
@@ -128,11 +162,16 @@ def _bad_value(error: ValidationError, overrides: list[str]) -> str:
     return f"{given}: {reason[0].lower()}{reason[1:].removesuffix('.')}"
 
 
-def _unknown_preset(text: str) -> str | None:
-    found = re.search(r"Could not find '(\w+)/([^']+)'", text)
-    if not found:
-        return None
-    group, choice = found.groups()
-    presets = _presets(group)
-    hint = _did_you_mean(choice, presets)
-    return f"{group}={choice}: no such preset; {hint}choose from {', '.join(presets)}"
+def _hydras_own(text: str) -> str:
+    """What Hydra says only in its text."""
+    if found := re.search(r"Could not find '(\w+)/([^']+)'", text):
+        group, choice = found.groups()
+        presets = _presets(group)
+        hint = _did_you_mean(choice, presets)
+        choices = f"{hint}choose from {', '.join(presets)}" if presets else "there is none yet"
+        return f"{group}={choice}: no such preset; {choices}"
+    if found := re.search(r"Ambiguous value for argument '(.+)'", text):
+        return f"{found[1]}: several values make a sweep, which needs -m; or quote the value"
+    if found := re.search(r"Either remove \+ prefix: '(.+)'", text):
+        return f"+{found[1]}: this setting exists; leave out the +"
+    return text.strip().splitlines()[0]

@@ -73,6 +73,15 @@ class Config:
     """Run folder to continue; nothing else may be given with it."""
 
     def __post_init__(self):
+        name = self.model.name
+        if name not in ARCHITECTURES:
+            names = ", ".join(ARCHITECTURES)
+            raise UserError(f"model.name={name}: no such architecture; choose from {names}")
+        if type(self.loss) is not LOSSES[name]:
+            raise UserError(
+                f"loss: this is not the objective of model.name={name}; choose the architecture "
+                f"with model={name}, which brings its own loss"
+            )
         if self.trainer.batch > self.data.pool:
             raise UserError(
                 f"trainer.batch={self.trainer.batch} is larger than the shuffle pool "

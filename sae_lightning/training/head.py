@@ -113,6 +113,14 @@ class Head(nn.Module):
         output = self.sae((x - self.in_mean) / self.in_scale)
         return Output(output.reconstruction * self.out_scale + self.out_mean, output.features)
 
+    def get_extra_state(self) -> dict[str, float]:
+        """What `metrics.json` will say about training goes into checkpoints too."""
+        return self.training_metrics
+
+    def set_extra_state(self, state: dict[str, float]) -> None:
+        """Take the training metrics of a checkpoint."""
+        self.training_metrics = state
+
     def folded(self) -> dict[str, Tensor]:
         """The SAE's weights for raw activations."""
         return self.sae.fold(self.in_mean, self.in_scale, self.out_mean, self.out_scale)

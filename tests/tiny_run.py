@@ -1,0 +1,46 @@
+"""A whole run small enough for a test: a tiny LLM on disk, a text file, a few dozen updates."""
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+from tiny_llm import TEXT
+
+from sae_lightning.config import Config, Job
+from sae_lightning.llm.load import Dtype, LLMConfig
+from sae_lightning.llm.sites import LayerConfig
+from sae_lightning.losses import ReLULoss
+from sae_lightning.sae import SAEConfig
+from sae_lightning.stream.text import LocalConfig
+from sae_lightning.training.settings import Accelerator, EvalConfig, TrainerConfig
+
+STEPS, BATCH = 40, 64
+
+
+def write_text(folder: Path, words: int = 600) -> Path:
+    """Three documents of random words, in one folder."""
+    rng = random.Random(0)
+    for name in ("a", "b", "c"):
+        text = " ".join(rng.choices(TEXT.split(), k=words))
+        (folder / f"{name}.txt").write_text(text)
+    return folder
+
+
+def tiny_job(llm: str, text: Path, folder: Path, **changes) -> Job:
+    """A job of 40 updates; `changes` replace whole groups of its config."""
+    config = Config(
+        llm=LLMConfig(name=llm, dtype=Dtype.float32, device="cpu", batch=4),
+        data=LocalConfig(path=str(text), context=16, pool=256, held_out=0.34),
+        trainer=TrainerConfig(
+            tokens=STEPS * BATCH,
+            batch=BATCH,
+            accelerator=Accelerator.cpu,
+            log_every=4,
+            checkpoint_every=10 * BATCH,
+        ),
+        eval=EvalConfig(every=15 * BATCH, tokens=150),
+        layer=LayerConfig(index=1),
+        model=SAEConfig(features=48),
+        loss=ReLULoss(l1=1e-2),
+    )
+    return Job(config=replace(config, **changes), folder=folder)

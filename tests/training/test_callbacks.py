@@ -1,0 +1,257 @@
+"""Each part of the recipe, by itself."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sae_lightning import UserError
+from sae_lightning.llm.sites import Kind, Site
+from sae_lightning.losses import DenseLoss, ReLULoss
+from sae_lightning.sae import SAEConfig, build
+from sae_lightning.training.callbacks.clip import ClipGradient
+from sae_lightning.training.callbacks.curves import training_scalars
+from sae_lightning.training.callbacks.normalize import Normalize, estimate
+from sae_lightning.training.callbacks.resample import resample
+from sae_lightning.training.callbacks.schedule import Schedule
+from sae_lightning.training.head import Head
+from sae_lightning.training.module import SAEModule
+from sae_lightning.training.settings import (
+    CallbacksConfig,
+    Normalization,
+    NormalizeConfig,
+    OptimConfig,
+)
+
+SITE = Site(0, Kind.resid)
+
+
+def make_head(features=6, d=4, loss=None, target=SITE, dead_window=100, seed=0, **optim):
+    return Head(
+        build(SAEConfig(features=features), d, d),
+        name="test",
+        folder=Path("nowhere"),
+        source=SITE,
+        target=target,
+        loss=loss or ReLULoss(l1=0.1),
+        optim=OptimConfig(**optim),
+        recipe=CallbacksConfig(normalize=NormalizeConfig(tokens=64)),
+        dead_window=dead_window,
+        seed=seed,
+    )
+
+
+def activations(n=64, d=4, seed=0):
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
+
+
+def test_standardize_gives_mean_0_and_mean_square_1():
+    # two tokens (1, 2) and (3, 6): mean (2, 4), deviations -+(1, 2), mean square (1 + 4) / 2
+    mean, scale = estimate(torch.tensor([[1.0, 2.0], [3.0, 6.0]]), Normalization.standardize)
+    assert mean.tolist() == [2.0, 4.0]
+    assert scale.item() == pytest.approx(2.5**0.5)
+
+
+def test_scale_leaves_the_mean_alone():
+    # mean square of 1, 2, 3, 6 = 50 / 4
+    mean, scale = estimate(torch.tensor([[1.0, 2.0], [3.0, 6.0]]), Normalization.scale)
+    assert mean.tolist() == [0.0, 0.0]
+    assert scale.item() == pytest.approx(12.5**0.5)
+
+
+def test_no_normalisation_changes_nothing():
+    mean, scale = estimate(activations(), Normalization.none)
+    assert mean.tolist() == [0.0] * 4
+    assert scale.item() == 1
+
+
+def test_a_large_mean_does_not_spoil_the_scale():
+    x = activations(10_000) + 1e4
+    _, scale = estimate(x, Normalization.standardize)
+    assert scale.item() == pytest.approx(1, abs=0.02)
+
+
+def test_constant_activations_are_refused():
+    with pytest.raises(UserError, match="cannot be normalised: their spread .* is 0"):
+        estimate(torch.ones(8, 4), Normalization.standardize)
+
+
+def test_each_site_of_a_head_gets_its_own_mean_and_scale_and_only_in_a_new_run():
+    out = Site(1, Kind.mlp)
+    head = make_head(target=out)
+    sample = {SITE: activations() * 3 + 1, out: activations(seed=1) * 5 - 2}
+    stream = SimpleNamespace(peek=lambda n: {site: x[:n] for site, x in sample.items()})
+    trainer = SimpleNamespace(global_step=0, datamodule=SimpleNamespace(stream=stream))
+    Normalize().on_train_start(trainer, SAEModule([head], batch=64, steps=1))
+    x, target = head.normalised(sample)
+    for z in (x, target):
+        torch.testing.assert_close(z.mean(dim=0), torch.zeros(4), atol=1e-6, rtol=0)
+        torch.testing.assert_close(z.square().mean(), torch.ones(()))
+    before = head.in_mean.clone()
+    trainer.global_step, sample[SITE] = 1, sample[SITE] + 7
+    Normalize().on_train_start(trainer, SAEModule([head], batch=64, steps=1))
+    assert torch.equal(head.in_mean, before)
+
+
+def test_the_schedule_sets_each_heads_learning_rate_and_penalty():
+    # 100 updates; the first head warms up over 10 and decays over 20, its penalty over 50
+    one = make_head(lr=1.0, warmup=0.1, decay=0.2, loss=ReLULoss(l1=2.0, warmup=0.5))
+    other = make_head(lr=0.5, warmup=0, decay=0, loss=DenseLoss())
+    module = SAEModule([one, other], batch=1, steps=100)
+    optimizer = module.configure_optimizers()
+    seen = {}
+    for step in (0, 4, 9, 50, 80, 90, 99):
+        trainer = SimpleNamespace(global_step=step, optimizers=[optimizer])
+        Schedule().on_train_batch_start(trainer, module, None, 0)
+        seen[step] = [group["lr"] for group in optimizer.param_groups] + [one.penalty_warmup.item()]
+    assert {step: pytest.approx(values) for step, values in seen.items()} == {
+        0: [0.1, 0.5, 0.02],
+        4: [0.5, 0.5, 0.1],
+        9: [1.0, 0.5, 0.2],
+        50: [1.0, 0.5, 1.0],
+        80: [1.0, 0.5, 1.0],
+        90: [0.5, 0.5, 1.0],
+        99: [0.05, 0.5, 1.0],
+    }
+
+
+def test_heads_are_clipped_one_by_one():
+    heads = [make_head(clip=1.0), make_head(clip=1.0), make_head(clip=None)]
+    # gradients of norm 5 (only W_enc[0, 0] = 3 and b_dec[0] = 4), 0.5 and 50
+    for head, factor in zip(heads, (1, 0.1, 10), strict=True):
+        for parameter in head.sae.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        head.sae.W_enc.grad[0, 0], head.sae.b_dec.grad[0] = 3 * factor, 4 * factor
+    ClipGradient().on_before_optimizer_step(None, SAEModule(heads, batch=1, steps=1), None)
+    after = [(head.sae.W_enc.grad[0, 0].item(), head.grad_norm.item()) for head in heads]
+    assert after == [
+        (pytest.approx(0.6, abs=1e-5), pytest.approx(5)),
+        (pytest.approx(0.3), pytest.approx(0.5)),
+        (pytest.approx(30), pytest.approx(50)),
+    ]
+
+
+def test_the_loss_of_a_head_is_mse_plus_the_warmed_up_penalty():
+    head = make_head(loss=ReLULoss(l1=0.5))
+    head.penalty_warmup.fill_(0.25)
+    x = activations()
+    loss = head({SITE: x})
+    output = head.sae(x)
+    strengths = (output.features * head.sae.W_dec.norm(dim=1)).sum(dim=1).mean()
+    expected = (output.reconstruction - x).square().mean() + 0.25 * 0.5 * strengths
+    torch.testing.assert_close(loss, expected)
+
+
+def test_dead_features_are_counted_in_tokens():
+    head = make_head(features=3, dead_window=100)
+    with torch.no_grad():
+        head.sae.b_enc.copy_(torch.tensor([100.0, -100.0, 100.0]))
+    head({SITE: activations(60)})
+    assert head.dead.tolist() == [False] * 3
+    head({SITE: activations(40)})
+    assert head.tokens_since_fired.tolist() == [0, 100, 0]
+    assert training_scalars(head)["train/dead"] == pytest.approx(1 / 3)
+    with torch.no_grad():
+        head.sae.b_enc.fill_(100)
+    head({SITE: activations(10)})
+    assert head.dead.tolist() == [False] * 3
+
+
+def trained(features=6, steps=5):
+    """A head with Adam moments in every entry, and its optimizer."""
+    head = make_head(features=features)
+    module = SAEModule([head], batch=64, steps=steps)
+    optimizer = module.configure_optimizers()
+    for seed in range(steps):
+        optimizer.zero_grad()
+        head({SITE: activations(seed=seed)}).backward()
+        optimizer.step()
+    for parameter in head.sae.parameters():
+        assert (optimizer.state[parameter]["exp_avg_sq"] > 0).all()
+    return head, optimizer
+
+
+def test_resampling_changes_dead_features_and_nothing_else():
+    head, optimizer = trained()
+    head.tokens_since_fired[torch.tensor([1, 4])] = 1000
+    x = activations(32, seed=9)
+    sae, state = head.sae, optimizer.state
+    before = {name: p.detach().clone() for name, p in sae.named_parameters()}
+    moments = {
+        name: {k: v.clone() for k, v in state[p].items()} for name, p in sae.named_parameters()
+    }
+    assert resample(head, optimizer, x, x) == 2
+
+    alive, dead = [0, 2, 3, 5], [1, 4]
+    for feature in dead:
+        # the new decoder row points along one of the inputs, the encoder column likewise
+        direction = torch.nn.functional.normalize(sae.W_dec[feature], dim=0)
+        cosines = torch.nn.functional.normalize(x, dim=1) @ direction
+        assert cosines.max().item() == pytest.approx(1, abs=1e-5)
+        norm = before["W_dec"][alive].norm(dim=1).mean()
+        torch.testing.assert_close(sae.W_dec[feature], direction * norm)
+        norm = 0.2 * before["W_enc"][:, alive].norm(dim=0).mean()
+        torch.testing.assert_close(sae.W_enc[:, feature], direction * norm)
+        assert sae.b_enc[feature] == 0
+        assert (before["b_enc"][feature]) != 0
+    assert torch.equal(sae.W_dec[alive], before["W_dec"][alive])
+    assert torch.equal(sae.W_enc[:, alive], before["W_enc"][:, alive])
+    assert torch.equal(sae.b_enc[alive], before["b_enc"][alive])
+    assert torch.equal(sae.b_dec, before["b_dec"])
+
+    for moment in ("exp_avg", "exp_avg_sq"):
+        now = {name: state[p][moment] for name, p in sae.named_parameters()}
+        was = {name: kept[moment] for name, kept in moments.items()}
+        for name, pick in (("W_dec", lambda t, i: t[i]), ("W_enc", lambda t, i: t[:, i])):
+            assert not pick(now[name], dead).any()
+            assert torch.equal(pick(now[name], alive), pick(was[name], alive))
+        assert not now["b_enc"][dead].any()
+        assert torch.equal(now["b_enc"][alive], was["b_enc"][alive])
+        assert torch.equal(now["b_dec"], was["b_dec"])
+    assert not head.dead.any()
+
+
+def test_resampling_prefers_inputs_that_are_reconstructed_badly():
+    # one input has nearly all of the squared loss: every dead feature must take its direction
+    head, optimizer = trained()
+    x = activations(32, seed=9) * 1e-3
+    x[17] = torch.tensor([50.0, -50.0, 50.0, 50.0])
+    head.tokens_since_fired[:3] = 1000
+    resample(head, optimizer, x, x)
+    rows = torch.nn.functional.normalize(head.sae.W_dec[:1], dim=1)
+    torch.testing.assert_close(rows, torch.nn.functional.normalize(x[17:18], dim=1))
+
+
+def test_resampling_brings_dead_features_back():
+    head, optimizer = trained(features=32)
+    with torch.no_grad():
+        head.sae.b_enc[:16] = -100  # never fire, get no gradient
+    for seed in range(4):
+        head({SITE: activations(seed=seed)})
+    assert head.dead[:16].all()
+    x = activations(256, seed=9)
+    resample(head, optimizer, x, x)
+    fired = (head.sae(activations(256, seed=10)).features > 0).any(dim=0)
+    assert fired.all()
+
+
+def test_resampling_draws_from_the_heads_own_generator():
+    results = []
+    for seed in (1, 1, 2):
+        head, optimizer = trained()
+        head.generator_state.copy_(torch.Generator().manual_seed(seed).get_state())
+        head.tokens_since_fired[:2] = 1000
+        torch.manual_seed(len(results))  # the global generator must not matter
+        x = activations(64, seed=9)
+        resample(head, optimizer, x, x)
+        results.append(head.sae.W_dec.detach().clone())
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+
+
+def test_nothing_is_resampled_while_every_feature_lives():
+    head, optimizer = trained()
+    before = head.generator_state.clone()
+    assert resample(head, optimizer, activations(), activations()) == 0
+    assert torch.equal(head.generator_state, before)

@@ -1,0 +1,254 @@
+"""What a run leaves behind, and that nothing of it depends on being interrupted or watched."""
+
+import json
+import os
+import signal
+from dataclasses import replace
+
+import lightning as L
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_run import BATCH, STEPS
+
+from sae_lightning import UserError, load_sae, run
+from sae_lightning.config import read_job
+from sae_lightning.export import WEIGHTS
+from sae_lightning.llm.capture import capture
+from sae_lightning.losses import ReLULoss
+from sae_lightning.training.settings import (
+    CallbacksConfig,
+    EvalConfig,
+    Normalization,
+    NormalizeConfig,
+    OptimConfig,
+    ResampleConfig,
+)
+
+
+def weights(folder):
+    return (folder / "sae" / WEIGHTS).read_bytes()
+
+
+def checkpoint(folder):
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=False)
+
+
+def leaves(tree, path=""):
+    """{path: value} of nested dicts and lists, tensors as bytes."""
+    if isinstance(tree, torch.Tensor):
+        return {path: (tree.dtype, tree.shape, tree.flatten().view(torch.uint8).numpy().tobytes())}
+    if isinstance(tree, list | tuple):
+        tree = dict(enumerate(tree))
+    if not isinstance(tree, dict):
+        return {path: tree}
+    return {k: v for key in tree for k, v in leaves(tree[key], f"{path}/{key}").items()}
+
+
+def curves(folder):
+    """Every scalar of a run's TensorBoard folder but the speeds: {tag: [(tokens, value)]}."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if not tag.startswith("speed/")]
+    return {tag: [(point.step, point.value) for point in events.Scalars(tag)] for tag in tags}
+
+
+def interrupt(monkeypatch, at_step, action):
+    """Let the next run do `action()` when update `at_step` is done."""
+
+    class Interrupt(L.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == at_step:
+                action()
+
+    standard = run.standard
+    monkeypatch.setattr(run, "standard", lambda *args: [Interrupt(), *standard(*args)])
+
+
+def resume(job):
+    again = read_job(job.folder)
+    again.resumed = True
+    return run.run([again])
+
+
+# dead after five batches and resampled twice, so that resuming has resampling to get right
+RESAMPLING = CallbacksConfig(
+    dead_after=3 * BATCH, resample=ResampleConfig(every=8 * BATCH, tokens=100)
+)
+
+
+def assert_same(one, other):
+    """Weights, Adam's state, the stream's state, metrics and curves are equal bit for bit."""
+    assert weights(one) == weights(other)
+    for key in ("state_dict", "optimizer_states", "loops"):
+        assert leaves(checkpoint(one)[key]) == leaves(checkpoint(other)[key])
+    metrics = [json.loads((folder / "metrics.json").read_text()) for folder in (one, other)]
+    for section in ("held_out", "training", "tokens"):
+        assert metrics[0][section] == metrics[1][section]
+    assert curves(one) == curves(other)
+
+
+@pytest.fixture
+def whole(job):
+    """An uninterrupted run with sparsity strong enough to kill features."""
+    done = job("whole", loss=ReLULoss(l1=0.3), optim=OptimConfig(lr=3e-2), callbacks=RESAMPLING)
+    run.run([done])
+    return done
+
+
+@pytest.mark.parametrize("at_step", [1, 10, 23, STEPS])
+def test_a_run_stopped_by_sigterm_saves_says_how_to_continue_and_ends_the_same(
+    job, whole, monkeypatch, capsys, at_step
+):
+    assert max(count for _, count in curves(whole.folder)["train/resampled"]) > 0
+    stopped = replace(whole, folder=whole.folder.parent / "stopped")
+    with monkeypatch.context() as patch:
+        interrupt(patch, at_step, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        if at_step < STEPS:
+            with pytest.raises(SystemExit) as end:
+                run.run([stopped])
+            assert end.value.code == 128 + signal.SIGTERM
+            assert f"resume={stopped.folder}" in capsys.readouterr().out.replace("\n", "")
+            assert checkpoint(stopped.folder)["global_step"] == at_step
+        else:
+            run.run([stopped])
+    if at_step < STEPS:
+        resume(stopped)
+    assert_same(whole.folder, stopped.folder)
+
+
+@pytest.mark.parametrize("at_step", [4, 27])
+def test_a_run_that_dies_between_checkpoints_ends_the_same(job, whole, monkeypatch, at_step):
+    def power_cut():
+        raise SystemError("power cut")
+
+    died = replace(whole, folder=whole.folder.parent / "died")
+    with monkeypatch.context() as patch:
+        interrupt(patch, at_step, power_cut)
+        with pytest.raises(SystemError):
+            run.run([died])
+    resume(died)
+    assert_same(whole.folder, died.folder)
+
+
+def test_a_run_killed_after_its_last_update_is_finished_by_resuming(job, whole):
+    (whole.folder / "metrics.json").rename(whole.folder / "metrics.was")
+    before = weights(whole.folder)
+    resume(whole)
+    assert weights(whole.folder) == before
+    old, new = (
+        json.loads((whole.folder / f"metrics.{suffix}").read_text()) for suffix in ("was", "json")
+    )
+    assert old["held_out"] == new["held_out"]
+    assert old["training"] == new["training"]
+
+
+def test_a_finished_run_is_not_touched_by_resuming(job, whole, capsys):
+    before = {file: file.stat().st_mtime_ns for file in whole.folder.rglob("*")}
+    metrics = resume(whole)
+    assert metrics == [json.loads((whole.folder / "metrics.json").read_text())["held_out"]]
+    assert {file: file.stat().st_mtime_ns for file in whole.folder.rglob("*")} == before
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_evaluation_changes_nothing_about_training(job):
+    often, never = (
+        job(name, eval=EvalConfig(every=every, tokens=150))
+        for name, every in (("often", 3 * BATCH), ("never", 10**9))
+    )
+    run.run([often])
+    run.run([never])
+    assert weights(often.folder) == weights(never.folder)
+    assert len(curves(often.folder)["held_out/l0"]) == 14  # 13 on the way and one at the end
+    assert len(curves(never.folder)["held_out/l0"]) == 1
+
+
+def test_the_seed_decides_everything(job):
+    for name, seed in (("one", 3), ("same", 3), ("other", 4)):
+        made = job(name, seed=seed)
+        made.config.model.seed = seed
+        run.run([made])
+    folder = made.folder.parent
+    assert weights(folder / "one") == weights(folder / "same") != weights(folder / "other")
+
+
+@pytest.mark.parametrize("mode", Normalization)
+def test_the_saved_sae_does_to_raw_activations_what_the_trained_one_did(
+    job, mode, monkeypatch, tiny
+):
+    """Claim 5: normalisation folded in, on real activations of the LLM."""
+    made = job("run", callbacks=CallbacksConfig(normalize=NormalizeConfig(mode=mode)))
+    kept = {}
+    finish = run.finish
+    monkeypatch.setattr(run, "finish", lambda *args: kept.update(parts=args[1]) or finish(*args))
+    run.run([made])
+    head = kept["parts"].module.heads[0]
+    if mode is not Normalization.none:
+        assert not torch.equal(head.in_scale, torch.ones(()))
+    ids = torch.randint(2, 60, (8, 16))
+    x = capture(tiny("llama").model, ids, [head.source])[head.source].flatten(0, 1)
+    loaded, trained = load_sae(made.folder)(x), head.reconstruct(x)
+    torch.testing.assert_close(loaded.reconstruction, trained.reconstruction, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(loaded.features, trained.features, rtol=1e-4, atol=1e-5)
+    assert trained.features.count_nonzero() > 100
+
+
+def test_a_run_folder_is_complete_and_the_curves_are_plotted_against_tokens(job):
+    made = job("run")
+    (metrics,) = run.run([made])
+    folder = made.folder
+    assert {file.name for file in folder.iterdir() if "tfevents" not in file.name} == {
+        "config.yaml",
+        "checkpoints",
+        "metrics.json",
+        "sae",
+    }
+    assert metrics == json.loads((folder / "metrics.json").read_text())["held_out"]
+    drawn = curves(folder)
+    assert [tokens for tokens, _ in drawn["train/loss"]] == [
+        step * BATCH for step in range(4, STEPS + 1, 4)
+    ]
+    assert {
+        *("train/loss", "train/mse", "train/l1", "train/l0", "train/explained_variance"),
+        *("train/dead", "optim/lr", "optim/l1", "optim/grad_norm", "decoder/norm_mean"),
+        *("data/distinct_sequences", "held_out/ce_clean", "held_out/ce_spliced"),
+        *("held_out/ce_zero", "held_out/ce_mean", "held_out/ce_recovered", "held_out/kl"),
+        *("held_out/l0", "held_out/explained_variance", "held_out/unfired"),
+    } <= set(drawn)
+    loss, mse, l1, coefficient = (
+        dict(drawn[tag])[STEPS * BATCH]
+        for tag in ("train/loss", "train/mse", "train/l1", "optim/l1")
+    )
+    assert loss == pytest.approx(mse + coefficient * l1, rel=1e-5)
+    assert 0 < metrics["l0"] <= 48
+    assert metrics["explained_variance"] > 0.1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optim": OptimConfig(lr=1e30, clip=None)}, "the loss term|the gradient"),
+        ({"optim": OptimConfig(lr=1e30, clip=None, warmup=0)}, "step 1 .*nothing was saved yet"),
+    ],
+)
+def test_a_loss_that_is_no_longer_finite_stops_the_run_and_names_the_term(job, changes, message):
+    with pytest.raises(UserError, match=message):
+        run.run([job("run", **changes)])
+
+
+def test_a_late_divergence_leaves_the_last_good_checkpoint(job, monkeypatch):
+    made = job("run")
+
+    def poison():
+        kept["head"].sae.W_dec.data[3, 5] = float("nan")
+
+    kept = {}
+    build_head = run._head
+    monkeypatch.setattr(run, "_head", lambda *args: kept.setdefault("head", build_head(*args)))
+    interrupt(monkeypatch, 15, poison)
+    with pytest.raises(UserError, match=r"step 15 .*last\.ckpt.*lower optim\.lr"):
+        run.run([made])
+    saved = checkpoint(made.folder)
+    assert saved["global_step"] == 10
+    tensors = [t for t in saved["state_dict"].values() if isinstance(t, torch.Tensor)]
+    assert len(tensors) > 8
+    assert all(tensor.isfinite().all() for tensor in tensors)
