@@ -15,7 +15,7 @@ def train(cfg: DictConfig) -> dict:
     """Run the job that the command line describes; returns its final metrics."""
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
-    with one_line_errors():
+    with one_line_errors(folder):
         this = job(cfg, folder, list(hydra_config.overrides.task))
         # imported late: a mistyped option is answered at once
         from sae_lightning.run import run

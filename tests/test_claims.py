@@ -1,0 +1,140 @@
+"""Claims of the whole that need separate processes; slow."""
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny_run import write_text
+
+TRAIN = Path(__file__).parents[1] / "train.py"
+
+
+def arguments(llm, text, folder):
+    """A run of 400 updates, so that it can be killed in the middle."""
+    return [
+        "llm=hf",
+        f"llm.name={llm}",
+        "llm.dtype=float32",
+        "llm.batch=4",
+        "layer.index=1",
+        "data=text",
+        f"data.path={text}",
+        "data.held_out=0.34",
+        "data.context=16",
+        "data.pool=1024",
+        "model.features=256",
+        "trainer=cpu",
+        f"trainer.tokens={400 * 256}",
+        "trainer.batch=256",
+        "trainer.checkpoint_every=8192",
+        "eval.tokens=150",
+        "callbacks.dead_after=2048",
+        "callbacks.resample.every=10240",
+        f"hydra.run.dir={folder}",
+    ]
+
+
+def start(*overrides, cwd):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(cwd / "cache")}
+    return subprocess.Popen(
+        [sys.executable, TRAIN, *overrides],
+        cwd=cwd,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def sae_hash(folder):
+    return hashlib.sha256((folder / "sae" / "sae_weights.safetensors").read_bytes()).hexdigest()
+
+
+def held_out(folder):
+    return json.loads((folder / "metrics.json").read_text())["held_out"]
+
+
+@pytest.mark.slow
+def test_a_run_killed_five_times_at_random_moments_ends_as_if_it_had_not_been(
+    tiny_folder, tmp_path
+):
+    """Claim 2: SIGKILL at any moment, resume, and the saved SAE has the same hash."""
+    llm, text = tiny_folder("llama"), tmp_path / "text"
+    text.mkdir()
+    write_text(text)
+    began = time.monotonic()
+    whole = start(*arguments(llm, text, tmp_path / "whole"), cwd=tmp_path)
+    output, _ = whole.communicate(timeout=300)
+    assert whole.returncode == 0, output
+    seconds = time.monotonic() - began
+
+    rng = random.Random()
+    killed, moments = 0, []
+    folder = tmp_path / "killed"
+    process = start(*arguments(llm, text, folder), cwd=tmp_path)
+    for _ in range(5):
+        # after it has begun to write, so that there is a run to continue; late enough to progress
+        while not (folder / "config.yaml").exists() and process.poll() is None:
+            time.sleep(0.05)
+        moments.append(rng.uniform(0.2, 0.6) * seconds)
+        time.sleep(moments[-1])
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            killed += 1
+        process.communicate()
+        process = start(f"resume={folder}", cwd=tmp_path)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert killed >= 2, f"the run was over too soon to be killed: {moments}, {seconds}"
+    assert sae_hash(folder) == sae_hash(tmp_path / "whole")
+    assert held_out(folder) == held_out(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_first_and_says_how_to_continue(tiny_folder, tmp_path):
+    text = tmp_path / "text"
+    text.mkdir()
+    write_text(text)
+    process = start(*arguments(tiny_folder("llama"), text, tmp_path / "run"), cwd=tmp_path)
+    for line in process.stdout:
+        if line.startswith("training"):
+            process.send_signal(signal.SIGINT)
+            break
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT
+    assert "python train.py resume=run" in rest
+    assert "Traceback" not in rest
+    process = start("resume=run", cwd=tmp_path)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert "resuming" in output
+
+
+@pytest.mark.slow
+def test_the_first_command_works_on_the_packaged_llm_and_text(tmp_path):
+    """`python train.py` as in the README, cut short, and then `python analyze.py`."""
+    environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    train = [sys.executable, TRAIN, "trainer=smoke", "model.features=600", "loss.l1=1e-3"]
+    train += ["data.pool=4096", "eval.tokens=500", "hydra.run.dir=out"]
+    done = subprocess.run(train, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "python analyze.py run=out" in done.stdout
+    trained = held_out(tmp_path / "out")
+    assert 0.5 < trained["explained_variance"] < 1
+    assert 0.5 < trained["ce_recovered"] <= 1.01
+    assert 3 < trained["ce_clean"] < 5  # nats; a uniform guess over 49,152 tokens has 10.8
+    analyze = [sys.executable, TRAIN.with_name("analyze.py"), "run=out"]
+    done = subprocess.run(analyze, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    again = json.loads((tmp_path / "out" / "analysis" / "evaluate.json").read_text())
+    for name, value in trained.items():
+        assert again[name] == pytest.approx(value, rel=1e-3, abs=1e-4), name

@@ -1,0 +1,195 @@
+"""Who may import whom: downwards only, and each library has its rooms (see ARCHITECTURE)."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = "sae_lightning"
+
+# Top to bottom. A unit imports units of lower rows; units of one row do not know each other.
+ROWS = [
+    ["train", "analyze", "hydra_plugins"],
+    ["cli", "run"],
+    ["checks"],
+    ["config"],
+    ["training", "analysis"],
+    ["scorecard"],
+    ["stream"],
+    ["llm", "export"],
+    ["losses", "metrics", "schedules", "synthetic"],
+    ["sae"],
+    ["terminal", "errors"],
+]
+DEPTH = {unit: row for row, units in enumerate(ROWS) for unit in units}
+# The package's front door: `from sae_lightning import load_sae`.
+DEPTH[PACKAGE] = DEPTH["analysis"]
+
+# Below is not always allowed: rooms that do not know of SAEs.
+UNKNOWN = {
+    "llm": {"sae", "losses", "metrics", "schedules", "synthetic"},
+    "stream": {"sae", "losses", "metrics", "schedules", "export"},
+    "sae": {"terminal"},
+    "losses": {"terminal"},
+    "metrics": {"terminal", "sae"},
+    "schedules": {"terminal", "sae"},
+}
+# Library -> the only units that import it.
+ROOMS = {
+    "hydra": {"train", "analyze", "hydra_plugins", "cli", "config"},
+    "omegaconf": {"train", "analyze", "hydra_plugins", "cli", "config"},
+    "lightning": {"training", "run"},
+    "transformers": {"llm"},
+}
+TORCH_ONLY = {"sae", "losses", "metrics", "schedules", "synthetic"}
+WITHOUT_LIGHTNING = {f"{PACKAGE}.training.settings"}
+
+
+def modules(root: Path) -> dict[str, Path]:
+    """Dotted name -> file of everything that the rules are about."""
+    files = [root / "train.py", root / "analyze.py"]
+    files += [*(root / PACKAGE).rglob("*.py"), *(root / "hydra_plugins").rglob("*.py")]
+    found = {}
+    for file in filter(Path.is_file, files):
+        parts = file.relative_to(root).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
+    return found
+
+
+def imports(file: Path, known: dict[str, Path]) -> set[str]:
+    """Dotted names of the modules that a file imports, at its top or inside a function."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text("utf8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            members = {f"{node.module}.{alias.name}" for alias in node.names}
+            # `from sae_lightning import checks` imports a module, not a name of the package
+            names |= {member if member in known else node.module for member in members}
+    return names
+
+
+def unit(module: str) -> str:
+    """The row entry that a module of ours belongs to."""
+    parts = module.split(".")
+    return parts[1] if parts[0] == PACKAGE and len(parts) > 1 else parts[0]
+
+
+def violations(root: Path) -> list[str]:
+    """Every import that breaks a rule, as `importer -> imported: rule`."""
+    known = modules(root)
+    broken = []
+    for module, file in sorted(known.items()):
+        mine = unit(module)
+        if mine not in DEPTH:
+            broken.append(f"{module}: has no row in this table")
+            continue
+        for name in sorted(imports(file, known)):
+            if rule := _broken_rule(module, mine, name):
+                broken.append(f"{module} -> {name}: {rule}")
+    return broken
+
+
+def _broken_rule(module: str, mine: str, name: str) -> str | None:
+    library = name.split(".")[0]
+    if library == PACKAGE:
+        callbacks = f"{PACKAGE}.training.callbacks."
+        if module.startswith(callbacks) and name.startswith(callbacks):
+            return "callbacks do not import one another"
+        theirs = unit(name)
+        if theirs == mine:
+            return None
+        if DEPTH.get(theirs, 0) <= DEPTH[mine]:
+            return "not downwards"
+        return f"{mine} does not know {theirs}" if theirs in UNKNOWN.get(mine, ()) else None
+    if mine not in ROOMS.get(library, {mine}):
+        return f"only in {', '.join(sorted(ROOMS[library]))}"
+    if library == "lightning" and module in WITHOUT_LIGHTNING:
+        return "a config is read without lightning"
+    if mine in TORCH_ONLY and library not in {"torch"} | sys.stdlib_module_names:
+        return "torch and the standard library only"
+    return None
+
+
+def test_every_import_of_the_project_keeps_the_rules():
+    assert {"train", "analyze", "sae_lightning.sae.base"} <= set(modules(ROOT)), "looked at nothing"
+    assert violations(ROOT) == []
+
+
+def make_tree(root: Path, files: dict[str, str]) -> Path:
+    for path, text in files.items():
+        file = root / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    return root
+
+
+def test_a_tree_that_keeps_the_rules_passes(tmp_path):
+    tree = {
+        "train.py": "import hydra\nfrom sae_lightning.run import run",
+        "sae_lightning/__init__.py": "from sae_lightning.export import load_sae",
+        "sae_lightning/run.py": "import lightning as L\nfrom sae_lightning import checks, errors",
+        "sae_lightning/checks.py": "import json, torch",
+        "sae_lightning/errors.py": "",
+        "sae_lightning/export.py": "from sae_lightning.sae import SAE",
+        "sae_lightning/sae/__init__.py": "from sae_lightning.sae.base import SAE",
+        "sae_lightning/sae/base.py": "import math\nfrom torch import nn",
+        "sae_lightning/training/callbacks/__init__.py": (
+            "from sae_lightning.training.callbacks.clip import Clip"
+        ),
+        "sae_lightning/training/callbacks/clip.py": "import lightning",
+    }
+    assert violations(make_tree(tmp_path, tree)) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "line"),
+    [
+        ("stream/live.py", "from sae_lightning.training.head import Head"),  # upwards
+        ("stream/live.py", "from sae_lightning.sae import SAE"),
+        ("llm/load.py", "from sae_lightning.losses import mse"),
+        ("llm/load.py", "from sae_lightning import metrics"),
+        ("training/head.py", "from sae_lightning.analysis import evaluate"),  # siblings
+        ("analysis/lens.py", "from sae_lightning.training import head"),
+        ("analysis/lens.py", "import lightning"),
+        ("analysis/lens.py", "from transformers import AutoModel"),
+        ("llm/load.py", "from sae_lightning.export import load_sae"),
+        ("config.py", "from sae_lightning.checks import check"),
+        ("cli.py", "from sae_lightning.run import run"),
+        ("config.py", "import lightning as L"),
+        ("training/settings.py", "import lightning as L"),
+        ("training/head.py", "from omegaconf import DictConfig"),
+        ("checks.py", "import hydra"),
+        ("sae/relu.py", "import numpy as np"),
+        ("sae/relu.py", "from sae_lightning.terminal import console"),
+        ("sae/relu.py", "from sae_lightning.losses import mse"),
+        ("losses.py", "import safetensors"),
+        ("training/callbacks/a.py", "from sae_lightning.training.callbacks.b import B"),
+        ("training/callbacks/a.py", "from sae_lightning.training.callbacks import b"),
+        ("utils.py", ""),  # a file that nobody gave a place
+    ],
+)
+def test_a_planted_violation_is_found(tmp_path, path, line):
+    inside = "\n".join(["def later():", f"    {line}", "    pass"])
+    others = ["training/head.py", "training/callbacks/b.py", "metrics.py", "analysis/evaluate.py"]
+    tree = {f"sae_lightning/{other}": "" for other in others}
+    for text in (line, inside):
+        found = violations(make_tree(tmp_path, tree | {f"sae_lightning/{path}": text}))
+        assert len(found) == 1, found
+        assert found[0].startswith(f"sae_lightning.{path.removesuffix('.py').replace('/', '.')}")
+
+
+def test_reading_a_config_or_an_sae_imports_neither_lightning_nor_transformers():
+    code = (
+        "import sys, sae_lightning.config, sae_lightning.export, sae_lightning.cli\n"
+        "print(sorted({'lightning', 'pytorch_lightning', 'transformers', 'datasets'}"
+        " & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, cwd=ROOT
+    )
+    assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stderr
