@@ -41,7 +41,7 @@ def atomically(path: Path) -> Iterator[Path]:
         # safetensors makes files that only their owner can read; a colleague may want to
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
-    except Exception as error:
+    except BaseException as error:
         # Writers wrap the system's error in various ways, so the disk is asked as well.
         full = getattr(error, "errno", None) == errno.ENOSPC or "space left" in str(error)
         temporary.unlink(missing_ok=True)
@@ -97,13 +97,15 @@ def load_sae(path: str | os.PathLike) -> SAE:
     try:
         cfg = json.loads((folder / CFG).read_text(encoding="utf8"))
         weights = load_file(folder / WEIGHTS)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
             f"{path} holds no saved SAE: give a run folder (outputs/<day>/<time>) or a folder "
             f"with {CFG} and {WEIGHTS}"
         ) from error
     except (ValueError, SafetensorError) as error:
         raise UserError(f"{folder} is damaged or not an SAE: {error}") from error
+    if not isinstance(cfg, dict):
+        raise UserError(f"{folder / CFG} is damaged or not an SAE: it holds no settings")
     network = READERS.get(cfg.get("architecture"))
     if network is None:
         known = ", ".join(READERS)
@@ -113,6 +115,11 @@ def load_sae(path: str | os.PathLike) -> SAE:
         )
     if cfg.get("normalize_activations", "none") != "none":
         raise UserError(f"{folder / CFG}: fold normalize_activations into the weights first")
+    if set(weights) != {"W_enc", "b_enc", "W_dec", "b_dec"}:
+        raise UserError(
+            f"{folder / WEIGHTS} is damaged or not an SAE: it holds {', '.join(sorted(weights))}"
+        )
+    weights = {name: weight.float() for name, weight in weights.items()}
     d_in, features = weights["W_enc"].shape
     if cfg.get("apply_b_dec_to_input", True):
         weights["b_enc"] = weights["b_enc"] - weights["b_dec"] @ weights["W_enc"]

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import lightning as L
+import torch
 
 from sae_lightning import checks, scorecard
 from sae_lightning.config import CONFIG_FILE, Config, Job, resolved_yaml
 from sae_lightning.export import atomically, write_json
-from sae_lightning.llm.load import LLM, load
+from sae_lightning.llm.load import LLM, has_bf16, load
 from sae_lightning.llm.sites import Site
 from sae_lightning.sae import build
 from sae_lightning.stream.documents import Text, open_text
@@ -29,6 +30,7 @@ from sae_lightning.training.datamodule import ActivationData
 from sae_lightning.training.head import Head
 from sae_lightning.training.logging import HeadLog
 from sae_lightning.training.module import SAEModule
+from sae_lightning.training.settings import Accelerator, Precision, TrainerConfig
 
 METRICS_FILE = "metrics.json"
 # Shown in TensorBoard's HParams tab; a column for every setting would bury these.
@@ -117,7 +119,7 @@ def assemble(jobs: list[Job], sites: list[Site], llm: LLM, text: Text, steps_don
         trainer=L.Trainer(
             accelerator=trainer.accelerator.value,
             devices=1,
-            precision=trainer.precision.value,
+            precision=_precision(trainer),
             max_epochs=1,
             min_epochs=0,
             max_steps=trainer.steps,
@@ -130,6 +132,14 @@ def assemble(jobs: list[Job], sites: list[Site], llm: LLM, text: Text, steps_don
             default_root_dir=jobs[0].folder,
         ),
     )
+
+
+def _precision(trainer: TrainerConfig) -> str:
+    if trainer.precision is not Precision.auto:
+        return trainer.precision.value
+    found = torch.accelerator.current_accelerator()
+    kind = "cpu" if trainer.accelerator is Accelerator.cpu or found is None else found.type
+    return (Precision.bf16 if has_bf16(kind) else Precision.fp32).value
 
 
 def _head(job: Job, site: Site, width: int, log: HeadLog) -> Head:

@@ -110,14 +110,18 @@ def dtype(config: LLMConfig) -> torch.dtype:
     """The number format that `llm.dtype` stands for on this machine."""
     if config.dtype is not Dtype.auto:
         return getattr(torch, config.dtype.value)
-    match device(config).type:
+    return torch.bfloat16 if has_bf16(device(config).type) else torch.float32
+
+
+def has_bf16(kind: str) -> bool:
+    """Whether devices of this kind (cpu, cuda, ...) compute in bfloat16 in hardware here."""
+    match kind:
         case "cuda":
-            hardware = torch.cuda.is_bf16_supported(including_emulation=False)
+            return torch.cuda.is_bf16_supported(including_emulation=False)
         case "cpu":
-            hardware = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+            return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         case _:
-            hardware = False
-    return torch.bfloat16 if hardware else torch.float32
+            return False
 
 
 def shape(config: LLMConfig) -> Shape:

@@ -44,16 +44,26 @@ class SAEModule(L.LightningModule):
         )
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """One Adam with a parameter group per head; Adam works element by element."""
-        groups = [
-            {
-                "params": list(head.sae.parameters()),
-                "lr": head.optim.lr,
-                "betas": (head.optim.beta1, head.optim.beta2),
-                "eps": head.optim.eps,
-            }
-            for head in self.heads
-        ]
+        """One Adam for all heads: it works element by element, so they do not notice each other.
+
+        Each head has a group of weights and one of its encoder bias, which learns faster.
+        """
+        groups = []
+        for number, head in enumerate(self.heads):
+            optim, bias = head.optim, head.sae.b_enc
+            factor = optim.bias_lr or head.sae.W_enc.shape[0] ** 0.5
+            weights = [p for p in head.sae.parameters() if p is not bias]
+            for parameters, rate in ((weights, optim.lr), ([bias], optim.lr * factor)):
+                groups.append(
+                    {
+                        "params": parameters,
+                        "lr": rate,
+                        "peak_lr": rate,
+                        "head": number,
+                        "betas": (optim.beta1, optim.beta2),
+                        "eps": optim.eps,
+                    }
+                )
         return torch.optim.Adam(groups, fused=True)
 
 

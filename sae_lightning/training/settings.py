@@ -31,6 +31,7 @@ class Accelerator(Enum):
 class Precision(Enum):
     """Arithmetic of the SAE's matrix products; weights and Adam's state are always fp32."""
 
+    auto = "auto"
     fp32 = "32-true"
     bf16 = "bf16-mixed"
 
@@ -45,8 +46,8 @@ class TrainerConfig:
     """Tokens per update."""
     accelerator: Accelerator = Accelerator.auto
     """Where the SAEs train; `llm.device` says where the LLM runs."""
-    precision: Precision = Precision.fp32
-    """fp32, or bf16 for the SAE's matrix products (faster where the hardware has bf16)."""
+    precision: Precision = Precision.auto
+    """Matrix products of the SAE in fp32 or bf16; auto is bf16 where the hardware has it."""
     log_every: int = 8
     """Updates between two points of a training curve."""
     checkpoint_every: int = 131_072
@@ -87,6 +88,10 @@ class OptimConfig:
 
     lr: float = 1e-3
     """Peak learning rate."""
+    bias_lr: float | None = None
+    """The encoder bias learns this many times as fast as the weights; null for sqrt(d_in). Adam
+    moves every parameter by about lr, and a pre-activation adds up d_in weights but one bias: at
+    equal rates the bias cannot keep pace and features hardly learn to stay silent."""
     beta1: float = 0.9
     """Decay of Adam's first moment."""
     beta2: float = 0.999
@@ -103,6 +108,8 @@ class OptimConfig:
     def __post_init__(self):
         _positive("optim.lr", self.lr, "give a positive learning rate, such as 1e-3")
         _positive("optim.eps", self.eps)
+        if self.bias_lr is not None:
+            _positive("optim.bias_lr", self.bias_lr, "give a factor such as 1, or null")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"optim.{name}={getattr(self, name)}: give a number from 0 to <1")

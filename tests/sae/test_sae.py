@@ -72,19 +72,16 @@ def hand_made() -> SAE:
 def test_relu_by_hand():
     # x = (1, 2):    x W_enc + b_enc = ( 1 + .5, 4 - 1, -1 + 2) = ( 1.5,  3,  1)
     # x = (-1, -2):                    (-1 + .5, -4 - 1, 1 - 2) = (-0.5, -5, -1) -> 0
-    features, reconstruction = (
-        hand_made().encode(x := tensor([[1.0, 2.0], [-1.0, -2.0]])),
-        hand_made()(x).reconstruction,
-    )
-    assert_close(features, tensor([[1.5, 3.0, 1.0], [0.0, 0.0, 0.0]]))
+    sae, x = hand_made(), tensor([[1.0, 2.0], [-1.0, -2.0]])
+    assert_close(sae.encode(x), tensor([[1.5, 3.0, 1.0], [0.0, 0.0, 0.0]]))
+    assert torch.equal(sae(x).features, sae.encode(x))
     # 1.5 x 1 + 3 x 10 + 1 x 100 + 0.25;  nothing fires: b_dec
-    assert_close(reconstruction, tensor([[131.75], [0.25]]))
-    assert torch.equal(hand_made()(x).features, features)
+    assert_close(sae(x).reconstruction, tensor([[131.75], [0.25]]))
 
 
 @torch.no_grad()
 def test_folding_by_hand():
-    # z = (x - 3) / 2 and x_hat = z_hat x 5 + 7, with one feature f = relu(4 z + 1), z_hat = 6 f + 8:
+    # z = (x - 3) / 2 and x_hat = z_hat x 5 + 7; one feature f = relu(4 z + 1), z_hat = 6 f + 8:
     # f = relu(2 x - 6 + 1) and x_hat = 30 f + 40 + 7.
     sae = build(SAEConfig(features=1), 1, 1)
     values = {"W_enc": [[4.0]], "b_enc": [1.0], "W_dec": [[6.0]], "b_dec": [8.0]}

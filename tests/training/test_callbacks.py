@@ -96,8 +96,8 @@ def test_each_site_of_a_head_gets_its_own_mean_and_scale_and_only_in_a_new_run()
 
 def test_the_schedule_sets_each_heads_learning_rate_and_penalty():
     # 100 updates; the first head warms up over 10 and decays over 20, its penalty over 50
-    one = make_head(lr=1.0, warmup=0.1, decay=0.2, loss=ReLULoss(l1=2.0, warmup=0.5))
-    other = make_head(lr=0.5, warmup=0, decay=0, loss=DenseLoss())
+    one = make_head(lr=1.0, bias_lr=3, warmup=0.1, decay=0.2, loss=ReLULoss(l1=2.0, warmup=0.5))
+    other = make_head(d=4, lr=0.5, warmup=0, decay=0, loss=DenseLoss())
     module = SAEModule([one, other], batch=1, steps=100)
     optimizer = module.configure_optimizers()
     seen = {}
@@ -105,15 +105,29 @@ def test_the_schedule_sets_each_heads_learning_rate_and_penalty():
         trainer = SimpleNamespace(global_step=step, optimizers=[optimizer])
         Schedule().on_train_batch_start(trainer, module, None, 0)
         seen[step] = [group["lr"] for group in optimizer.param_groups] + [one.penalty_warmup.item()]
+    # each head: weights, then the encoder bias, which by default learns sqrt(d) = 2 times as fast
     assert {step: pytest.approx(values) for step, values in seen.items()} == {
-        0: [0.1, 0.5, 0.02],
-        4: [0.5, 0.5, 0.1],
-        9: [1.0, 0.5, 0.2],
-        50: [1.0, 0.5, 1.0],
-        80: [1.0, 0.5, 1.0],
-        90: [0.5, 0.5, 1.0],
-        99: [0.05, 0.5, 1.0],
+        0: [0.1, 0.3, 0.5, 1.0, 0.02],
+        4: [0.5, 1.5, 0.5, 1.0, 0.1],
+        9: [1.0, 3.0, 0.5, 1.0, 0.2],
+        50: [1.0, 3.0, 0.5, 1.0, 1.0],
+        80: [1.0, 3.0, 0.5, 1.0, 1.0],
+        90: [0.5, 1.5, 0.5, 1.0, 1.0],
+        99: [0.05, 0.15, 0.5, 1.0, 1.0],
     }
+
+
+def test_only_the_encoder_bias_learns_faster():
+    head = make_head(lr=0.1, bias_lr=5)
+    optimizer = SAEModule([head], batch=1, steps=1).configure_optimizers()
+    before = {name: p.detach().clone() for name, p in head.sae.named_parameters()}
+    for parameter in head.sae.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    # Adam's first step is the learning rate itself
+    moved = {name: (before[name] - p).abs() for name, p in head.sae.named_parameters()}
+    for name, rate in {"W_enc": 0.1, "W_dec": 0.1, "b_dec": 0.1, "b_enc": 0.5}.items():
+        torch.testing.assert_close(moved[name], torch.full_like(moved[name], rate))
 
 
 def test_heads_are_clipped_one_by_one():

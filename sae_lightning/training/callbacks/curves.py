@@ -39,9 +39,9 @@ class Curves(L.Callback):
         step, stream = trainer.global_step, trainer.datamodule.stream
         if not (due(step, 1, self.log_every) or step == module.steps):
             return
-        groups = trainer.optimizers[0].param_groups
-        for head, group in zip(module.heads, groups, strict=True):
-            head.training_metrics = training_scalars(head) | {"optim/lr": group["lr"]}
+        rates = {g["head"]: g["lr"] for g in reversed(trainer.optimizers[0].param_groups)}
+        for number, head in enumerate(module.heads):
+            head.training_metrics = training_scalars(head) | {"optim/lr": rates[number]}
             head.log.scalars(
                 head.training_metrics
                 | {

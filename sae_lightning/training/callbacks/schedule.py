@@ -11,10 +11,9 @@ class Schedule(L.Callback):
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
         """Set the values for the coming update."""
         step, steps = trainer.global_step, module.steps
-        groups = trainer.optimizers[0].param_groups
-        for head, group in zip(module.heads, groups, strict=True):
-            optim = head.optim
-            group["lr"] = (
-                optim.lr * warmup(step, steps, optim.warmup) * decay(step, steps, optim.decay)
-            )
+        for group in trainer.optimizers[0].param_groups:
+            optim = module.heads[group["head"]].optim
+            rise, fall = warmup(step, steps, optim.warmup), decay(step, steps, optim.decay)
+            group["lr"] = group["peak_lr"] * rise * fall
+        for head in module.heads:
             head.penalty_warmup.fill_(warmup(step, steps, head.loss.penalty_warmup))
