@@ -55,7 +55,7 @@ def encode(tokenizer: Any, texts: list[str | None], separator: int) -> list[np.n
     return [np.asarray([*document, separator] if document else [], np.int32) for document in ids]
 
 
-def flat_tokens(data: Any, tokenizer: Any, separator: int) -> Flat:
+def flat_tokens(data: Any, tokenizer: Any, separator: int, what: str = "text") -> Flat:
     """Tokenise an indexed data set once; the result lies on disk if the data set does.
 
     The file is found again by the data, the tokenizer's behaviour and the separator, so the next
@@ -72,7 +72,7 @@ def flat_tokens(data: Any, tokenizer: Any, separator: int) -> Flat:
         folder = Path(datasets.config.HF_DATASETS_CACHE) / "sae_lightning"
         folder.mkdir(parents=True, exist_ok=True)
         file = str(folder / f"tokens-{fingerprint}.arrow")
-    with quiet(), phase("tokenising the text", total=len(data)) as advance:
+    with quiet(), phase(f"tokenising the {what}", total=len(data)) as advance:
 
         def tokenise(batch: dict[str, list[str | None]]) -> dict[str, list[np.ndarray]]:
             tokens = encode(tokenizer, batch["text"], separator)

@@ -185,3 +185,4 @@ class LiveStream:
         self._served, self._medians = state["served"], state["medians"]
         self.tokens.load_state_dict(state["tokens"])
         self._pool.load_state_dict(state["pool"])
+        self._started = True

@@ -181,7 +181,7 @@ class HeldOutTokens:
         return self.packing.pack(full or windows)[:, : 1 + len((full or windows)[0])]
 
     def _spread(self, sequences: int) -> list[np.ndarray]:
-        flat = flat_tokens(self.data, self.tokenizer, self.packing.separator)
+        flat = flat_tokens(self.data, self.tokenizer, self.packing.separator, "held-out text")
         width, count = self.packing.width, max(1, len(flat) // self.packing.width)
         places = np.linspace(0, count - 1, min(sequences, count)).round().astype(np.int64)
         windows = [flat[place * width : (place + 1) * width] for place in places]
