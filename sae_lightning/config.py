@@ -179,7 +179,8 @@ def read_job(folder: Path) -> Job:
     """The job that an existing run folder describes."""
     try:
         saved = OmegaConf.load(folder / CONFIG_FILE)
-        overrides = list(saved.pop("overrides", []))
+        # unresolved: an override may be an interpolation of its own
+        overrides = OmegaConf.to_container(saved.pop("overrides", OmegaConf.create([])))
         schema = OmegaConf.structured(Config)
         for group, node in (
             ("data", SOURCES[_source_of(saved.data)]),
