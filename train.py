@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 
 from sae_lightning.cli import one_line_errors
 from sae_lightning.config import job, register
+from sae_lightning.terminal import phase
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -18,7 +19,8 @@ def train(cfg: DictConfig) -> dict:
     with one_line_errors(folder):
         this = job(cfg, folder, list(hydra_config.overrides.task))
         # imported late: a mistyped option is answered at once
-        from sae_lightning.run import run
+        with phase("starting"):
+            from sae_lightning.run import run
 
         return run([this])[0]
 

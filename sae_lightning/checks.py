@@ -83,10 +83,11 @@ def _steps_done(job: Job) -> int:
     try:
         saved = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
         steps, settings = saved["global_step"], saved["settings"]
-    except (RuntimeError, EOFError, KeyError, BadZipFile, OSError) as error:
+    except (RuntimeError, EOFError, KeyError, TypeError, BadZipFile, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{path} is truncated or not a checkpoint ({str(error).splitlines()[0]}); delete it to "
-            "start the run again from its beginning"
+            f"{path} is truncated or not a checkpoint ({reason}); delete it to start the run "
+            "again from its beginning"
         ) from error
     mine = job.config.identity()
     differing = sorted(k for k in mine | settings if mine.get(k) != settings.get(k))

@@ -43,16 +43,17 @@ class QualitySums:
     @torch.no_grad()
     def add(self, target: Tensor, reconstruction: Tensor, features: Tensor) -> None:
         """Add tokens: [n, d], [n, d] and [n, features]."""
-        target = target.double()
+        # in float64 on the CPU: not every accelerator has it
+        target, reconstruction = target.cpu().double(), reconstruction.cpu().double()
         if self.tokens == 0:
             # Sums about a first guess of the mean: the subtraction below then loses no digits
             # where activations sit far from the origin.
             self.shift = target.mean(dim=0)
         self.tokens += len(target)
-        self.residual += (target - reconstruction.double()).square().sum().item()
+        self.residual += (target - reconstruction).square().sum().item()
         self.total += (target - self.shift).square().sum().item()
         self.sum = self.sum + (target - self.shift).sum(dim=0)
-        self.fired = self.fired + (features > 0).sum(dim=0)
+        self.fired = self.fired + (features > 0).sum(dim=0).cpu()
 
     def result(self) -> Quality:
         """The metrics of all tokens added so far."""

@@ -43,7 +43,7 @@ def score(
     with torch.autocast(x.device.type, enabled=False):
         for part, wanted in zip(x.split(ROWS), y.split(ROWS), strict=True):
             output = reconstruct(part.float())
-            sums.add(wanted, output.reconstruction.to(wanted.device), output.features)
+            sums.add(wanted, output.reconstruction, output.features)
         scores = held_out.scores(source, lambda x: reconstruct(x).reconstruction.to(x.device))
     return Scorecard(sums.result(), scores)
 

@@ -89,13 +89,17 @@ class SAE(nn.Module):
 
         With z = (x - in_mean) / in_scale for the input and x_hat = z_hat out_scale + out_mean for
         the output, both affine maps merge with the encoder and the decoder. Computed in float64,
-        returned in float32.
+        returned in float32, on the CPU.
         """
-        W_enc = self.W_enc.double() / in_scale.double()
+        in_mean, in_scale, out_mean, out_scale = (
+            value.cpu().double() for value in (in_mean, in_scale, out_mean, out_scale)
+        )
+        weights = {name: value.cpu().double() for name, value in self.state_dict().items()}
+        W_enc = weights["W_enc"] / in_scale
         folded = {
             "W_enc": W_enc,
-            "b_enc": self.b_enc.double() - in_mean.double() @ W_enc,
-            "W_dec": self.W_dec.double() * out_scale.double(),
-            "b_dec": self.b_dec.double() * out_scale.double() + out_mean.double(),
+            "b_enc": weights["b_enc"] - in_mean @ W_enc,
+            "W_dec": weights["W_dec"] * out_scale,
+            "b_dec": weights["b_dec"] * out_scale + out_mean,
         }
-        return {name: weight.float().contiguous().cpu() for name, weight in folded.items()}
+        return {name: weight.float().contiguous() for name, weight in folded.items()}

@@ -61,7 +61,7 @@ class HeldOut:
 
     def mean(self, site: Site) -> Tensor:
         """Mean activation [d] at `site` over the held-out text."""
-        return self.activations(site).double().mean(dim=0).float()
+        return self.activations(site).cpu().double().mean(dim=0).float()
 
     def _baseline(self, site: Site) -> Baseline:
         """The LLM's loss as it is, and with `site` zero- and mean-ablated."""

@@ -68,6 +68,11 @@ class Checkpoint(L.Callback):
             signal.signal(number, handler)
         self.handlers.clear()
 
-    def on_exception(self, *_) -> None:
-        """Stop listening."""
+    def on_exception(self, trainer: L.Trainer, module: L.LightningModule, error: BaseException):
+        """Stop listening; after an impatient Ctrl-C say what is left."""
         self.on_train_end()
+        if isinstance(error, KeyboardInterrupt):
+            console.print(
+                f"interrupted; resume={self.path.parents[1]} continues from "
+                f"{'the last checkpoint' if self.path.exists() else 'the beginning'}"
+            )

@@ -11,9 +11,10 @@ from sae_lightning.training.settings import Normalization
 @torch.no_grad()
 def estimate(x: Tensor, mode: Normalization) -> tuple[Tensor, Tensor]:
     """Mean [d] and scale [] so that (x - mean) / scale has a mean square of 1, for x [n, d]."""
-    mean = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
+    x = x.cpu()  # not every accelerator has float64
+    mean = torch.zeros(x.shape[1], dtype=torch.float64)
     if mode is Normalization.none:
-        return mean.float(), torch.ones((), device=x.device)
+        return mean.float(), torch.ones(())
     if mode is Normalization.standardize:
         mean = x.double().mean(dim=0)
     square = torch.stack([(part.double() - mean).square().sum() for part in x.split(4096)]).sum()
