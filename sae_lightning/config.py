@@ -136,6 +136,17 @@ def register() -> None:
         for name, schema in table.items():
             store.store(group=f"schema/{group}", name=name, node=schema)
     OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)
+    OmegaConf.register_new_resolver("presets", presets, replace=True)
+
+
+def presets() -> str:
+    """A line for each group of presets in conf/, for `--help`."""
+    groups = sorted(path for path in Path(conf_folder()).iterdir() if path.is_dir())
+    return "\n".join(
+        f"  {group.name:<11}{', '.join(sorted(file.stem for file in group.glob('*.yaml')))}"
+        for group in groups
+        if any(group.glob("*.yaml"))
+    )
 
 
 def run_folder(existing: str | None) -> str:
