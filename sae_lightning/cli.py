@@ -146,7 +146,11 @@ def _unknown_setting(error: OmegaConfBaseException) -> str:
     if parent == "loss" and owners:
         models = " and ".join(f"model={owner}" for owner in owners)
         return f"{name} has no meaning for this model, only for {models}: leave it out"
-    known = [f.name for f in dataclasses.fields(error.object_type)] if error.object_type else []
+    schema = error.object_type
+    if dataclasses.is_dataclass(schema):
+        known = [field.name for field in dataclasses.fields(schema)]
+    else:  # analyze.yaml has no schema, only its own keys
+        known = sorted(k for k in error.parent_node or {} if k != "hydra")
     prefix = f"{parent}." if parent else ""
     hint = _did_you_mean(key, known)
     return f"no setting {name}: {hint}there are {', '.join(prefix + k for k in known)}"

