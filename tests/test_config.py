@@ -60,9 +60,8 @@ def make_job(*overrides: str) -> Job:
 def preset(name: str) -> list[str]:
     """Overrides that choose `group/preset`, complete enough to compose."""
     group, choice = name.split("/")
-    plus = "+" if group == "experiment" else ""
     objective = [f"model={choice}"] if group == "loss" else []
-    return [f"{plus}{group}={choice}", *objective, *LEFT_OPEN.get(name, [])]
+    return [name.replace("/", "="), *objective, *LEFT_OPEN.get(name, [])]
 
 
 @pytest.mark.parametrize("name", PRESETS)
