@@ -7,7 +7,7 @@ from omegaconf import DictConfig
 
 from sae_lightning.analysis.evaluate import evaluate
 from sae_lightning.cli import one_line_errors
-from sae_lightning.config import read_job, register
+from sae_lightning.config import read_job, register, typed
 from sae_lightning.errors import UserError
 from sae_lightning.llm.load import load, shape
 from sae_lightning.stream.documents import open_text
@@ -21,9 +21,10 @@ TASKS = {"evaluate": evaluate}
 def analyze(cfg: DictConfig) -> None:
     """Run one task on the SAE of one run folder, with the run's own LLM and held-out text."""
     with one_line_errors():
-        if cfg.task not in TASKS:
-            raise UserError(f"task={cfg.task}: no such task; choose from {', '.join(TASKS)}")
-        folder = Path(cfg.run)
+        asked = typed(cfg)
+        if asked.task not in TASKS:
+            raise UserError(f"task={asked.task}: no such task; choose from {', '.join(TASKS)}")
+        folder = Path(asked.run)
         config = read_job(folder).config
         site = config.layer.within(shape(config.llm).layers)
         text = open_text(config.data)
@@ -34,11 +35,12 @@ def analyze(cfg: DictConfig) -> None:
                 text, llm.tokenizer, context=config.data.context, seed=config.seed
             ).held_out,
             [site],
-            tokens=cfg.tokens or config.eval.tokens,
+            tokens=asked.tokens or config.eval.tokens,
+            loss_tokens=asked.tokens or config.eval.tokens,
             batch=config.llm.batch,
             keep_special=config.data.keep_special,
         )
-        TASKS[cfg.task](folder, llm, held_out, site)
+        TASKS[asked.task](folder, llm, held_out, site)
 
 
 if __name__ == "__main__":

@@ -109,6 +109,22 @@ class Config:
         return hashlib.sha256(json.dumps(half, sort_keys=True).encode()).hexdigest()[:16]
 
 
+@dataclass(slots=True, kw_only=True)
+class AnalyzeConfig:
+    """What `analyze.py` is asked to do."""
+
+    run: str
+    """Run folder."""
+    task: str = "evaluate"
+    """What to do with it."""
+    tokens: int | None = None
+    """Held-out tokens; null for as many as the run's own evaluation."""
+
+    def __post_init__(self):
+        if self.tokens is not None and self.tokens < 1:
+            raise UserError(f"tokens={self.tokens}: give a positive number of held-out tokens")
+
+
 @dataclass(kw_only=True)
 class Job:
     """One run to do: its config, its folder, and what the user typed to get it."""
@@ -128,6 +144,7 @@ def register() -> None:
     """Tell Hydra the schemas (hidden from the user's options below `schema/`) and `run_folder`."""
     store = ConfigStore.instance()
     store.store(group="schema", name="root", node=Config)
+    store.store(group="schema", name="analyze", node=AnalyzeConfig)
     for group, table in (
         ("model", {name: row.config for name, row in ARCHITECTURES.items()}),
         ("loss", LOSSES),
@@ -161,7 +178,7 @@ def run_folder(existing: str | None) -> str:
     return existing
 
 
-def typed(cfg: DictConfig) -> Config:
+def typed(cfg: DictConfig) -> Any:
     """The dataclasses behind a composed config; validation happens here."""
     try:
         return OmegaConf.to_object(cfg)

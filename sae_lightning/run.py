@@ -100,6 +100,7 @@ def assemble(jobs: list[Job], sites: list[Site], llm: LLM, text: Text, steps_don
         tokens.held_out,
         sites,
         tokens=config.eval.tokens,
+        loss_tokens=config.eval.loss_tokens,
         batch=config.llm.batch,
         keep_special=config.data.keep_special,
     )

@@ -31,15 +31,20 @@ class HeldOut:
         sites: list[Site],
         *,
         tokens: int,
+        loss_tokens: int,
         batch: int,
         keep_special: bool = False,
     ):
-        """At least `tokens` tokens, in whole sequences; `batch` sequences a forward pass."""
+        """At least `tokens` tokens in whole sequences, and `loss_tokens` of them, spread evenly,
+        for the LLM's loss; `batch` sequences a forward pass."""
         self.llm, self.sites, self.batch = llm, sites, batch
         self.tokens = text.take(-(-tokens // text.packing.width))  # [sequences, context]
         dropped = torch.tensor([] if keep_special else special_ids(llm.tokenizer))
         self.keep = ~torch.isin(self.tokens, dropped)
         self.keep[:, 0] = False
+        count = min(len(self.tokens), -(-loss_tokens // text.packing.width))
+        places = torch.linspace(0, len(self.tokens) - 1, count).round().long()
+        self._loss_text = self.tokens[places], self.keep[places]
         self.activations = lru_cache(maxsize=None)(self._activations)
         self.baseline = lru_cache(maxsize=None)(self._baseline)
 
@@ -65,23 +70,18 @@ class HeldOut:
 
     def _baseline(self, site: Site) -> Baseline:
         """The LLM's loss as it is, and with `site` zero- and mean-ablated."""
-        with phase("LLM loss on held-out text", total=len(self.tokens)) as advance:
+        tokens, keep = self._loss_text
+        with phase("LLM loss on held-out text", total=len(tokens)) as advance:
             return baseline(
-                self.llm.model, self.tokens, site, self.keep, self.mean(site), self.batch, advance
+                self.llm.model, tokens, site, keep, self.mean(site), self.batch, advance
             )
 
     def scores(self, site: Site, function: Callable[[Tensor], Tensor]) -> Scores:
         """The LLM's loss with `function` [n, d] -> [n, d] in place of `site`."""
         known = self.baseline(site)
-        with phase("LLM loss with the SAE", total=len(self.tokens)) as advance:
+        tokens, keep = self._loss_text
+        with phase("LLM loss with the SAE", total=len(tokens)) as advance:
+            mean = self.mean(site)
             return score(
-                self.llm.model,
-                self.tokens,
-                site,
-                function,
-                self.keep,
-                self.mean(site),
-                self.batch,
-                baseline=known,
-                advance=advance,
+                self.llm.model, tokens, site, function, keep, mean, self.batch, advance, known
             )

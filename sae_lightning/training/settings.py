@@ -75,11 +75,13 @@ class EvalConfig:
     every: int = 131_072
     """Training tokens between two evaluations; one more comes at the end."""
     tokens: int = 16_384
-    """Held-out tokens, rounded up to whole sequences."""
+    """Held-out tokens for reconstruction and sparsity, rounded up to whole sequences."""
+    loss_tokens: int = 4096
+    """Of these, at most so many for the LLM's loss, which is by far the most expensive part."""
 
     def __post_init__(self):
-        _positive("eval.every", self.every)
-        _positive("eval.tokens", self.tokens)
+        for name in ("every", "tokens", "loss_tokens"):
+            _positive(f"eval.{name}", getattr(self, name))
 
 
 @dataclass(slots=True, kw_only=True)
