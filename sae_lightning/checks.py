@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from pickle import UnpicklingError
 from zipfile import BadZipFile
 
 import torch
@@ -81,9 +82,17 @@ def _steps_done(job: Job) -> int:
     if not path.is_file():
         return 0
     try:
-        saved = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+        saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         steps, settings = saved["global_step"], saved["settings"]
-    except (RuntimeError, EOFError, KeyError, TypeError, BadZipFile, OSError) as error:
+    except (
+        RuntimeError,
+        UnpicklingError,
+        EOFError,
+        KeyError,
+        TypeError,
+        BadZipFile,
+        OSError,
+    ) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"{path} is truncated or not a checkpoint ({reason}); delete it to start the run "

@@ -25,8 +25,9 @@ def l1(features: Tensor, W_dec: Tensor) -> Tensor:
     The decoder norm keeps the optimiser from shrinking f and growing W_dec instead
     (Conerly et al., Anthropic April 2024 update).
     """
-    # sum over the batch first: a [batch, features] product would be made only to be added up
-    return features.float().mean(dim=0) @ W_dec.norm(dim=1)
+    # mean over the batch first: a [batch, features] product would be made only to be added up.
+    # Not `@`, which autocast would compute in bf16.
+    return (features.float().mean(dim=0) * W_dec.norm(dim=1)).sum()
 
 
 @dataclass(slots=True, kw_only=True)

@@ -70,7 +70,7 @@ def run(jobs: list[Job]) -> list[dict[str, float]]:
             parts.module,
             datamodule=parts.data,
             ckpt_path=parts.checkpoint.path if steps_done else None,
-            weights_only=False,
+            weights_only=True,
         )
     if parts.checkpoint.stopped_by and parts.module.global_step < parts.module.steps:
         _say_how_to_continue(jobs[0], parts)

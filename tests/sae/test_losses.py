@@ -113,3 +113,12 @@ def test_a_coefficient_without_meaning_names_its_setting(settings):
 def test_the_ends_of_the_ranges_are_allowed():
     assert ReLULoss(l1=0, warmup=0).coefficients() == {"l1": 0}
     assert ReLULoss(warmup=1).penalty_warmup == 1
+
+
+def test_the_penalty_is_computed_in_fp32_under_autocast():
+    features = torch.rand(64, 33, generator=torch.Generator().manual_seed(0))
+    W_dec = torch.randn(33, 8, generator=torch.Generator().manual_seed(1))
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = l1(features, W_dec)
+    assert mixed.dtype is torch.float32
+    assert mixed.item() == l1(features, W_dec).item()
