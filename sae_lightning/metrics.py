@@ -65,3 +65,18 @@ class QualitySums:
             unfired=(fired == 0).double().mean().item(),
             density=fired / self.tokens,
         )
+
+
+def density_histogram(density: Tensor) -> dict[str, int]:
+    """How many features [features] fire on which share of tokens, by power of ten.
+
+    {"never": 12, "1e-05": 0, "1e-04": 3, ...}: 3 features fire on 1e-4 to 1e-3 of the tokens.
+    """
+    # rounded, or a share of exactly 0.001 would fall below 1e-3
+    exponents = torch.log10(density[density > 0].double()).mul(1e6).round().div(1e6).floor()
+    counts = {"never": int((density == 0).sum())}
+    for exponent in range(-6, 1):
+        lowest, highest = exponent == -6, exponent == 0
+        inside = exponents <= exponent if lowest else exponents == exponent
+        counts["1" if highest else f"1e{exponent:03d}"] = int(inside.sum())
+    return counts

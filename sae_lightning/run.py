@@ -179,9 +179,11 @@ def finish(jobs: list[Job], parts: Parts, tokens_per_second: float) -> list[dict
             "finished": True,
             "tokens": module.tokens,
             "held_out": head.held_out_metrics,
+            "density": head.density,
             "training": head.training_metrics,
-            "speed": {
-                "tokens_per_second": tokens_per_second,
+            "speed": module.speed
+            | {
+                "tokens_per_second_in_all": tokens_per_second,
                 "peak_memory_gb": checks.peak_memory_gb(),
             },
         }
@@ -215,12 +217,23 @@ def report(job: Job, metrics: dict) -> None:
     folder = shown(job.folder)
     lines = scorecard.rows(metrics["held_out"]) | {
         "dead in training": f"{metrics['training']['train/dead']:.1%} of features",
-        "speed": f"{metrics['speed']['tokens_per_second']:,.0f} tokens/s in all",
+        "speed": _speed(metrics["speed"]),
         "peak memory": f"{metrics['speed']['peak_memory_gb']:.1f} GB",
     }
     console.print(grid(lines, title="on held-out text"))
     root = folder.parts[0] if not folder.is_absolute() else folder
     console.print(f"\n  tensorboard --logdir {root}\n  python analyze.py run={folder}\n")
+
+
+def _speed(speed: dict[str, float]) -> str:
+    """Empty shares: the last process had nothing left to train."""
+    in_all = f"{speed['tokens_per_second_in_all']:,.0f} tokens/s with evaluation"
+    if "llm_share" not in speed:
+        return in_all
+    return (
+        f"{speed['tokens_per_second']:,.0f} tokens/s (LLM {speed['llm_share']:.0%} of the time, "
+        f"SAE {speed['sae_share']:.0%}), {in_all}"
+    )
 
 
 def _say_how_to_continue(job: Job, parts: Parts) -> None:

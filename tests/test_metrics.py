@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Generator, tensor
 
-from sae_lightning.metrics import QualitySums, explained_variance
+from sae_lightning.metrics import QualitySums, density_histogram, explained_variance
 
 
 def quality(*batches):
@@ -124,3 +124,17 @@ def test_sums_keep_no_gradient():
     sums.add(x, 2 * x, x.relu())
     assert not sums.sum.requires_grad
     assert not sums.fired.requires_grad
+
+
+def test_densities_are_counted_by_power_of_ten():
+    density = torch.tensor([0, 0, 1e-3, 0.00999, 0.01, 0.5, 1.0, 2e-8])
+    assert density_histogram(density) == {
+        "never": 2,
+        "1e-06": 1,
+        "1e-05": 0,
+        "1e-04": 0,
+        "1e-03": 2,
+        "1e-02": 1,
+        "1e-01": 1,
+        "1": 1,
+    }

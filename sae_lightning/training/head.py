@@ -58,6 +58,7 @@ class Head(nn.Module):
         self.last: Step | None = None
         self.training_metrics: dict[str, float] = {}
         self.held_out_metrics: dict[str, float] = {}
+        self.density: dict[str, int] = {}
 
         features, d_out = sae.W_dec.shape
         self.register_buffer("in_mean", torch.zeros(sae.W_enc.shape[0]))

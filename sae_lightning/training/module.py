@@ -18,6 +18,7 @@ class SAEModule(L.LightningModule):
         self.heads = nn.ModuleList(heads)
         self.batch, self.steps = batch, steps
         self.tokens_per_second = 0.0
+        self.speed: dict[str, float] = {}
 
     @property
     def tokens(self) -> int:

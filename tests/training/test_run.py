@@ -82,7 +82,7 @@ def assert_same(one, other):
     for key in ("state_dict", "optimizer_states", "loops"):
         assert leaves(checkpoint(one)[key]) == leaves(checkpoint(other)[key])
     metrics = [json.loads((folder / "metrics.json").read_text()) for folder in (one, other)]
-    for section in ("held_out", "training", "tokens"):
+    for section in ("held_out", "density", "training", "tokens"):
         assert metrics[0][section] == metrics[1][section]
     assert curves(one) == curves(other)
 
@@ -220,6 +220,12 @@ def test_a_run_folder_is_complete_and_the_curves_are_plotted_against_tokens(job)
     )
     assert loss == pytest.approx(mse + coefficient * l1, rel=1e-5)
     assert 0 < metrics["l0"] <= 48
+    written = json.loads((folder / "metrics.json").read_text())
+    assert sum(written["density"].values()) == 48
+    assert written["training"]["data/distinct_sequences"] > 1
+    speed = written["speed"]
+    assert speed["llm_share"] + speed["sae_share"] == pytest.approx(1)
+    assert speed["peak_memory_gb"] > 0.1
     assert metrics["explained_variance"] > 0.1
 
 

@@ -41,12 +41,9 @@ class Curves(L.Callback):
             return
         rates = {g["head"]: g["lr"] for g in reversed(trainer.optimizers[0].param_groups)}
         for number, head in enumerate(module.heads):
-            head.training_metrics = training_scalars(head) | {"optim/lr": rates[number]}
-            head.log.scalars(
-                head.training_metrics
-                | {
-                    "data/distinct_sequences": stream.distinct_sequences,
-                    "data/epoch": stream.epoch,
-                },
-                module.tokens,
-            )
+            head.training_metrics = training_scalars(head) | {
+                "optim/lr": rates[number],
+                "data/distinct_sequences": stream.distinct_sequences,
+                "data/epoch": stream.epoch,
+            }
+            head.log.scalars(head.training_metrics, module.tokens)

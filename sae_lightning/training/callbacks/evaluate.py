@@ -2,6 +2,7 @@
 
 import lightning as L
 
+from sae_lightning.metrics import density_histogram
 from sae_lightning.schedules import due
 from sae_lightning.scorecard import score
 from sae_lightning.stream.held_out import HeldOut
@@ -13,6 +14,7 @@ def evaluate(head: Head, held_out: HeldOut, tokens: int) -> None:
     card = score(head.reconstruct, held_out, head.source, head.target)
     head.held_out_metrics = card.scalars()
     head.log.scalars({f"held_out/{k}": v for k, v in head.held_out_metrics.items()}, tokens)
+    head.density = density_histogram(card.quality.density)
     head.log.density(card.quality.density, tokens)
     head.log.histogram("decoder/norm", head.sae.W_dec.detach().norm(dim=1), tokens)
     head.log.flush()
