@@ -81,8 +81,12 @@ def baseline(
     batch: int,
     advance: Advance | None = None,
 ) -> Baseline:
-    """The part of `score` that holds for every function: compute it once, pass it to `score`."""
-    ce = _means(model, tokens, site, _ablations(mean), keep, batch, advance)
+    """Cross-entropies that hold for every function: compute them once, pass them to `score`.
+
+    tokens, keep, batch, advance: as in `score`; mean: [d], what mean ablation puts in place.
+    """
+    ablations = {"zero": torch.zeros_like, "mean": lambda x: mean.to(x).expand_as(x)}
+    ce = _means(model, tokens, site, ablations, keep, batch, advance)
     return Baseline(ce_clean=ce["clean"], ce_zero=ce["zero"], ce_mean=ce["mean"])
 
 
@@ -92,34 +96,28 @@ def score(
     site: Site,
     function: Function,
     keep: Tensor,
-    mean: Tensor,
+    baseline: Baseline,
     batch: int,
     advance: Advance | None = None,
-    baseline: Baseline | None = None,
 ) -> Scores:
     """Cross-entropy and KL of the model with `function` in place of `site`.
 
-    tokens, keep (bool): [sequences, context]; function: float32 [n, d] -> [n, d]; mean: [d];
-    batch: sequences per forward pass; advance is called with the sequences just done.
+    tokens, keep (bool): [sequences, context]; function: float32 [n, d] -> [n, d];
+    baseline: of the same tokens and keep; batch: sequences per forward pass; advance is called
+    with the sequences just done.
     Only positions in `keep` are replaced, in the ablations too: an SAE never sees BOS and other
     special tokens. The scores are means over the predictions of kept tokens.
     """
-    functions = {"spliced": function} | ({} if baseline else _ablations(mean))
-    ce = _means(model, tokens, site, functions, keep, batch, advance)
-    clean, spliced = ce["clean"], ce["spliced"]
-    zero = baseline.ce_zero if baseline else ce["zero"]
+    ce = _means(model, tokens, site, {"spliced": function}, keep, batch, advance)
+    clean, spliced, zero = ce["clean"], ce["spliced"], baseline.ce_zero
     return Scores(
         ce_clean=clean,
         ce_spliced=spliced,
         ce_zero=zero,
-        ce_mean=baseline.ce_mean if baseline else ce["mean"],
+        ce_mean=baseline.ce_mean,
         ce_recovered=(zero - spliced) / (zero - clean) if zero != clean else float("nan"),
         kl=ce["kl"],
     )
-
-
-def _ablations(mean: Tensor) -> dict[str, Function]:
-    return {"zero": torch.zeros_like, "mean": lambda x: mean.to(x).expand_as(x)}
 
 
 @torch.no_grad()

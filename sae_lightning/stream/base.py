@@ -32,8 +32,13 @@ class ActivationStream(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
     @property
+    def seconds(self) -> float:
+        """Seconds spent in the stream since this process began, the LLM and the first fill too."""
+        ...
+
+    @property
     def llm_seconds(self) -> float:
-        """Seconds spent in the LLM since this process began."""
+        """Those of `seconds` that were spent in the LLM."""
         ...
 
     @property

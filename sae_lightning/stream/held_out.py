@@ -4,7 +4,6 @@ Shapes: sequences = held-out sequences, context = tokens each, n = kept tokens, 
 """
 
 from collections.abc import Callable
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from sae_lightning.llm.capture import capture
 from sae_lightning.llm.load import LLM, special_ids
 from sae_lightning.llm.sites import Site
 from sae_lightning.llm.splice import Baseline, Scores, baseline, score
+from sae_lightning.stream.norms import medians, not_large
 from sae_lightning.stream.tokens import HeldOutTokens
 from sae_lightning.terminal import phase
 
@@ -20,8 +20,9 @@ from sae_lightning.terminal import phase
 class HeldOut:
     """Activations of text that training never sees, and the LLM's loss on it.
 
-    Position 0 and special tokens are left out, as in training, and stay untouched in every
-    intervention. What does not depend on the SAE is computed once.
+    What training drops is neither scored nor replaced: position 0, special tokens, and rows whose
+    norm exceeds `max_norm` x median at any of the sites (the median over this text). What does not
+    depend on the SAE is computed once.
     """
 
     def __init__(
@@ -34,22 +35,44 @@ class HeldOut:
         loss_tokens: int,
         batch: int,
         keep_special: bool = False,
+        max_norm: float | None = None,
     ):
         """At least `tokens` tokens in whole sequences, and `loss_tokens` of them, spread evenly,
         for the LLM's loss; `batch` sequences a forward pass."""
-        self.llm, self.sites, self.batch = llm, sites, batch
+        self.llm, self.sites, self.batch, self.max_norm = llm, sites, batch, max_norm
         self.tokens = text.take(-(-tokens // text.packing.width))  # [sequences, context]
         dropped = torch.tensor([] if keep_special else special_ids(llm.tokenizer))
-        self.keep = ~torch.isin(self.tokens, dropped)
-        self.keep[:, 0] = False
+        self._keep = ~torch.isin(self.tokens, dropped)
+        self._keep[:, 0] = False
         count = min(len(self.tokens), -(-loss_tokens // text.packing.width))
-        places = torch.linspace(0, len(self.tokens) - 1, count).round().long()
-        self._loss_text = self.tokens[places], self.keep[places]
-        self.activations = lru_cache(maxsize=None)(self._activations)
-        self.baseline = lru_cache(maxsize=None)(self._baseline)
+        self._loss_places = torch.linspace(0, len(self.tokens) - 1, count).round().long()
+        self._rows: dict[Site, Tensor] = {}  # {site: [n, d]}, once they are read
+        self._baselines: dict[Site, Baseline] = {}
+
+    @property
+    def keep(self) -> Tensor:
+        """Whether a token is scored and replaced: [sequences, context] bool."""
+        self._read()
+        return self._keep
+
+    def activations(self, site: Site) -> Tensor:
+        """Activations [n, d] of the kept tokens at `site`, in the LLM's dtype."""
+        self._read()
+        return self._rows[site]
+
+    def _read(self) -> None:
+        """Read the text's activations, once, and take large norms out of them and of `keep`."""
+        if self._rows:
+            return
+        rows = self._captured()
+        if self.max_norm is not None:
+            usual = not_large(rows, medians(rows), self.max_norm)  # [n]
+            self._keep = self._keep.masked_scatter(self._keep, usual.cpu())
+            rows = {site: x[usual] for site, x in rows.items()}
+        self._rows = rows
 
     def _captured(self) -> dict[Site, Tensor]:
-        batches = zip(self.tokens.split(self.batch), self.keep.split(self.batch), strict=True)
+        batches = zip(self.tokens.split(self.batch), self._keep.split(self.batch), strict=True)
         rows: dict[Site, list[Tensor]] = {site: [] for site in self.sites}
         with phase("reading held-out text", total=len(self.tokens)) as advance:
             for tokens, keep in batches:
@@ -58,30 +81,27 @@ class HeldOut:
                 advance(len(tokens))
         return {site: torch.cat(parts) for site, parts in rows.items()}
 
-    def _activations(self, site: Site) -> Tensor:
-        """Activations [n, d] of the kept tokens at `site`, in the LLM's dtype."""
-        if not hasattr(self, "_rows"):
-            self._rows = self._captured()
-        return self._rows[site]
-
     def mean(self, site: Site) -> Tensor:
         """Mean activation [d] at `site` over the held-out text."""
         return self.activations(site).cpu().double().mean(dim=0).float()
 
-    def _baseline(self, site: Site) -> Baseline:
+    def _loss_text(self) -> tuple[Tensor, Tensor]:
+        """Tokens and keep [sequences, context] of the part that the LLM's loss is measured on."""
+        return self.tokens[self._loss_places], self.keep[self._loss_places]
+
+    def baseline(self, site: Site) -> Baseline:
         """The LLM's loss as it is, and with `site` zero- and mean-ablated."""
-        tokens, keep = self._loss_text
-        with phase("LLM loss on held-out text", total=len(tokens)) as advance:
-            return baseline(
-                self.llm.model, tokens, site, keep, self.mean(site), self.batch, advance
-            )
+        if site not in self._baselines:
+            (tokens, keep), mean = self._loss_text(), self.mean(site)
+            with phase("LLM loss on held-out text", total=len(tokens)) as advance:
+                self._baselines[site] = baseline(
+                    self.llm.model, tokens, site, keep, mean, self.batch, advance
+                )
+        return self._baselines[site]
 
     def scores(self, site: Site, function: Callable[[Tensor], Tensor]) -> Scores:
         """The LLM's loss with `function` [n, d] -> [n, d] in place of `site`."""
         known = self.baseline(site)
-        tokens, keep = self._loss_text
+        tokens, keep = self._loss_text()
         with phase("LLM loss with the SAE", total=len(tokens)) as advance:
-            mean = self.mean(site)
-            return score(
-                self.llm.model, tokens, site, function, keep, mean, self.batch, advance, known
-            )
+            return score(self.llm.model, tokens, site, function, keep, known, self.batch, advance)

@@ -4,12 +4,13 @@ tokens.next -> capture -> drop -> pool -> batches
 [n, context]   {site: [n, context, d]}    {site: [batch, d]}
                           │
                           ├─ position 0 (BOS), whose activations are many times larger
+                          ├─ the padding of an epoch's last sequence
                           ├─ other special tokens, unless data.keep_special
                           └─ norms above data.max_norm x median, at any of the sites
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from time import perf_counter
 from typing import Any
 
@@ -20,6 +21,7 @@ from sae_lightning.errors import UserError
 from sae_lightning.llm.capture import capture
 from sae_lightning.llm.load import LLM, special_ids
 from sae_lightning.llm.sites import Site
+from sae_lightning.stream.norms import medians, not_large
 from sae_lightning.stream.packing import TokenSource
 from sae_lightning.stream.shuffle import Pool
 from sae_lightning.terminal import phase
@@ -55,12 +57,8 @@ class LiveStream:
         seed: int = 0,
     ) -> None:
         """`batch` and `pool` in tokens, `llm_batch` in sequences; activations stay on the LLM's
-        device, in its dtype. UserError: `batch` is larger than `pool`."""
-        if batch > pool:
-            raise UserError(
-                f"trainer.batch={batch} is larger than data.pool={pool}: batches are drawn from "
-                "the pool; raise data.pool (64 batches or more mix well) or lower trainer.batch"
-            )
+        device, in its dtype."""
+        assert batch <= pool, f"batches of {batch} rows from a pool of {pool}"
         self.llm, self.tokens, self.sites = llm, tokens, tuple(sorted(set(sites)))
         self.batch, self.total_batches, self.pool_rows = batch, total_batches, pool
         self.llm_batch, self.max_norm = llm_batch, max_norm
@@ -72,7 +70,7 @@ class LiveStream:
         self._served = 0  # batches
         self._medians: list[float] | None = None  # of the norms, one a site
         self._started = False
-        self._llm_seconds = 0.0
+        self._seconds = {"all": 0.0, "llm": 0.0}
         self._distinct_sequences = 0
 
     def __len__(self) -> int:
@@ -80,20 +78,26 @@ class LiveStream:
 
     def __iter__(self) -> Iterator[dict[Site, Tensor]]:
         while self._served < self.total_batches:
-            self._fill()
-            taken = self._pool.take(self.batch)
+            with self._clock("all"):
+                self._fill()
+                taken = self._pool.take(self.batch)
             self._distinct_sequences = len(taken.ids.unique())
             self._served += 1  # before the yield: a state saved now continues after this batch
             yield taken.activations
 
     def peek(self, n: int) -> dict[Site, Tensor]:
         """Activations {site: [<= n, d]} that wait in the pool, spread over all of it."""
-        self._fill()
-        return self._pool.peek(n).activations
+        with self._clock("all"):
+            self._fill()
+            return self._pool.peek(n).activations
+
+    @property
+    def seconds(self) -> float:
+        return self._seconds["all"]
 
     @property
     def llm_seconds(self) -> float:
-        return self._llm_seconds
+        return self._seconds["llm"]
 
     @property
     def distinct_sequences(self) -> int:
@@ -131,44 +135,31 @@ class LiveStream:
         """Capture one LLM batch, no larger than the run still needs; the rows it added."""
         n = min(self.llm_batch, -(-self._missing() // self.tokens.packing.width))
         sequences = self.tokens.next(n)
-        captured = self._capture(sequences.tokens)
-        keep = ~torch.isin(sequences.tokens, self._dropped)  # [n, context]
-        keep[:, 0] = False
+        with self._clock("llm"):
+            captured = capture(self.llm.model, sequences.tokens.to(self.device), self.sites)
+        keep = sequences.text & ~torch.isin(sequences.tokens, self._dropped)  # [n, context]
         places = keep.flatten().nonzero().squeeze(1)  # [rows]
         there = places.to(self.device)
         rows = {site: captured[site].flatten(0, 1)[there] for site in self.sites}
         ids = sequences.ids.repeat_interleave(keep.sum(1))  # [rows]
         if self.max_norm is not None and len(ids):
-            rows, ids = self._drop_large(rows, ids)
+            # The medians are those of the first LLM batch, for the whole run.
+            self._medians = self._medians or medians(rows)
+            usual = not_large(rows, self._medians, self.max_norm)  # [rows]
+            rows, ids = {site: x[usual] for site, x in rows.items()}, ids[usual.cpu()]
         self._pool.add(rows, ids)
         return len(ids)
 
-    def _drop_large(
-        self, rows: dict[Site, Tensor], ids: Tensor
-    ) -> tuple[dict[Site, Tensor], Tensor]:
-        """Keep the rows whose norm is at most max_norm x median at every site.
-
-        A row that is too large at one site is dropped at all of them, so that rows stay aligned.
-        The medians are those of the first LLM batch, for the whole run.
-        """
-        norms = [torch.linalg.vector_norm(rows[s], dim=1, dtype=torch.float32) for s in self.sites]
-        if self._medians is None:
-            self._medians = [norm.median().item() for norm in norms]
-        keep = torch.ones(len(ids), dtype=torch.bool, device=self.device)
-        for norm, median in zip(norms, self._medians, strict=True):
-            keep &= norm <= self.max_norm * median
-        return {site: rows[site][keep] for site in self.sites}, ids[keep.cpu()]
-
-    def _capture(self, tokens: Tensor) -> dict[Site, Tensor]:
-        """Run the LLM on tokens [n, context], on the clock."""
+    @contextmanager
+    def _clock(self, name: str) -> Iterator[None]:
+        """Add the block's time to `name`, what the device still had to do before it left out."""
         started = self._now()
-        captured = capture(self.llm.model, tokens.to(self.device), self.sites)
-        self._llm_seconds += self._now() - started
-        return captured
+        yield
+        self._seconds[name] += self._now() - started
 
     def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
         return perf_counter()
 
     def state_dict(self) -> dict[str, Any]:

@@ -28,6 +28,9 @@ class Sequences(NamedTuple):
     tokens: Tensor
     """[n, context] int64; column 0 is BOS."""
 
+    text: Tensor
+    """[n, context] bool; false for BOS in column 0 and for padding."""
+
     ids: Tensor
     """[n] int64; a number no other sequence of the run has."""
 
@@ -56,6 +59,16 @@ class Packing(NamedTuple):
         for row, window in zip(rows, windows, strict=True):
             row[1 : 1 + len(window)] = window
         return torch.from_numpy(rows)
+
+    def text(self, windows: list[np.ndarray]) -> Tensor:
+        """Where `pack` puts the tokens of the windows -> [n, context] bool."""
+        stops = torch.tensor([1 + len(window) for window in windows])
+        places = torch.arange(self.context)
+        return (places > 0) & (places < stops[:, None])
+
+    def sequences(self, windows: list[np.ndarray], ids: Tensor) -> Sequences:
+        """Windows, and ids [n] for them, as they are served."""
+        return Sequences(self.pack(windows), self.text(windows), ids)
 
 
 class TokenSource(Protocol):

@@ -57,7 +57,7 @@ class ShuffledTokens:
             windows.append(self.flat[start : start + self.packing.width])
             ids.append((self.epoch - 1) * self.windows + self.cursor)
             self.cursor += 1
-        return Sequences(self.packing.pack(windows), torch.tensor(ids, dtype=torch.int64))
+        return self.packing.sequences(windows, torch.tensor(ids, dtype=torch.int64))
 
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "cursor": self.cursor, "tokens": len(self.flat)}
@@ -137,7 +137,7 @@ class StreamedTokens:
             _say_again(self.read, self.epoch + 1)
             self._begin(self.epoch + 1)
         self.served += n
-        return Sequences(self.packing.pack(windows), torch.arange(self.served - n, self.served))
+        return self.packing.sequences(windows, torch.arange(self.served - n, self.served))
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -22,8 +22,9 @@ def mean():
     return torch.linspace(-1, 1, 24)
 
 
-def scored(llm, tokens, site, function, keep, mean, **options):
-    return score(llm.model, tokens, site, function, keep, mean, batch=3, **options)
+def scored(llm, tokens, site, function, keep, mean, batch=3):
+    known = baseline(llm.model, tokens, site, keep, mean, batch)
+    return score(llm.model, tokens, site, function, keep, known, batch)
 
 
 @pytest.mark.parametrize("site", SITES, ids=str)
@@ -48,10 +49,11 @@ def test_clean_cross_entropy_is_the_models_own_loss(llm, tokens, keep, mean):
 
 def test_spliced_scores_match_a_model_whose_site_is_changed_by_hand(tiny, tokens, mean):
     """The last block's output is all that reaches the head: norm and head give the logits."""
-    model = tiny("llama").model
+    llm = tiny("llama")
+    model = llm.model
     site = Site(2, Kind.resid)
     keep = (tokens != 0) & (torch.arange(10) != 4)  # position 4 plays a special token
-    scores = score(model, tokens, site, lambda x: 0.5 * x + 1, keep, mean, batch=2)
+    scores = scored(llm, tokens, site, lambda x: 0.5 * x + 1, keep, mean, batch=2)
 
     x = capture(model, tokens, [site])[site]
     changed = torch.where(keep[..., None], 0.5 * x + 1, x)
@@ -84,23 +86,20 @@ def test_positions_that_are_not_kept_stay_as_they_are(tiny, tokens, mean):
 
 
 def test_scores_do_not_depend_on_the_batch(tiny, tokens, keep, mean):
-    model = tiny("gpt_neox").model
+    llm = tiny("gpt_neox")
     one, all_ = (
-        score(model, tokens, SITES[0], torch.tanh, keep, mean, batch=batch) for batch in (1, 4)
+        scored(llm, tokens, SITES[0], torch.tanh, keep, mean, batch=batch) for batch in (1, 4)
     )
     for a, b in zip(one, all_, strict=True):
         assert math.isclose(a, b, rel_tol=1e-3)  # float32, amplified by the difference
 
 
-def test_a_baseline_computed_once_gives_the_same_scores(tiny, tokens, keep, mean):
+def test_a_baseline_serves_every_function(tiny, tokens, keep, mean):
     llm, done = tiny("gemma2"), []
-    once = baseline(llm.model, tokens, SITES[1], keep, mean, batch=3)
-    full = scored(llm, tokens, SITES[1], torch.tanh, keep, mean)
-    again = scored(
-        llm, tokens, SITES[1], torch.tanh, keep, mean, baseline=once, advance=done.append
-    )
-    assert again == full
-    assert done == [3, 1]
+    once = baseline(llm.model, tokens, SITES[1], keep, mean, 3, done.append)
+    scores = score(llm.model, tokens, SITES[1], torch.tanh, keep, once, 3, done.append)
+    assert once == (scores.ce_clean, scores.ce_zero, scores.ce_mean)
+    assert done == [3, 1, 3, 1]
 
 
 def test_nothing_to_score_is_an_error(tiny, tokens, mean):

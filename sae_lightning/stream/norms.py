@@ -1,0 +1,26 @@
+"""`data.max_norm`: which activations are far longer than usual, in training and evaluation."""
+
+import torch
+from torch import Tensor
+
+from sae_lightning.llm.sites import Site
+
+
+def medians(rows: dict[Site, Tensor]) -> list[float]:
+    """The median norm of the rows {site: [n, d]} at each site."""
+    return [_norms(x).median().item() for x in rows.values()]
+
+
+def not_large(rows: dict[Site, Tensor], medians: list[float], max_norm: float) -> Tensor:
+    """Whether a row of {site: [n, d]} is at most max_norm x median at every site -> [n] bool.
+
+    A row that is too large at one site is dropped at all of them, so that rows stay aligned.
+    """
+    usual = [
+        _norms(x) <= max_norm * median for x, median in zip(rows.values(), medians, strict=True)
+    ]
+    return torch.stack(usual).all(dim=0)
+
+
+def _norms(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)

@@ -1,0 +1,110 @@
+"""Held-out text: what is scored, what is replaced, and what is computed only once."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from datasets import Dataset
+from small_text import SEPARATOR
+
+from sae_lightning.llm.capture import capture
+from sae_lightning.llm.load import LLM
+from sae_lightning.llm.sites import Kind, Site
+from sae_lightning.stream import held_out as held_out_module
+from sae_lightning.stream.documents import Text
+from sae_lightning.stream.held_out import HeldOut
+from sae_lightning.stream.tokens import open_tokens
+
+SITES = [Site(1, Kind.resid), Site(0, Kind.mlp)]
+DOCUMENTS = ["abcdefgh" * 5, "hgfedcba" * 4, "abba" * 9]
+
+
+def make(llm: LLM, **settings) -> HeldOut:
+    data = Dataset.from_dict({"text": DOCUMENTS})
+    tokens = open_tokens(Text(data, data), llm.tokenizer, context=9, seed=0).held_out
+    chosen = {"tokens": 1000, "loss_tokens": 40, "batch": 4} | settings
+    return HeldOut(llm, tokens, chosen.pop("sites", SITES), **chosen)
+
+
+@pytest.fixture
+def planted(llm, monkeypatch) -> list[int]:
+    """Activations are 5 times as large where the token is `a` (one site) or `b` (the other)."""
+    large = [llm.tokenizer.encode(letter)[0] for letter in "ab"]
+
+    def scaled(model, tokens, sites):
+        found = capture(model, tokens, sites)
+        for site in found:
+            unit = found[site] / found[site].norm(dim=-1, keepdim=True)
+            found[site] = unit * (1 + 4 * (tokens == large[SITES.index(site)]))[..., None]
+        return found
+
+    monkeypatch.setattr(held_out_module, "capture", scaled)
+    return large
+
+
+def test_special_tokens_and_position_0_are_left_out(llm):
+    held_out = make(llm)
+    expected = held_out.tokens != SEPARATOR
+    expected[:, 0] = False
+    assert torch.equal(held_out.keep, expected)
+    direct = capture(llm.model, held_out.tokens, SITES)
+    for site in SITES:
+        torch.testing.assert_close(held_out.activations(site), direct[site][expected])
+    assert make(llm, keep_special=True).keep[:, 1:].all()
+
+
+def test_outliers_are_neither_scored_nor_replaced(llm, planted):
+    everything, usual = make(llm), make(llm, max_norm=3.0)
+    large = torch.isin(usual.tokens, torch.tensor(planted))
+    assert torch.equal(usual.keep, everything.keep & ~large)
+    assert (everything.keep & large).any()
+    for site in SITES:
+        kept = usual.activations(site)
+        assert torch.equal(kept, everything.activations(site)[~large[everything.keep]])
+        assert kept.norm(dim=1).max() < 1.1
+    seen = []
+    usual.scores(SITES[0], lambda x: seen.append(len(x)) or x)
+    tokens, keep = usual._loss_text()
+    assert len(tokens) == 5 < len(usual.tokens)
+    assert sum(seen) == int(keep.sum())
+    assert not keep[torch.isin(tokens, torch.tensor(planted))].any()
+
+
+def test_an_outlier_at_another_site_counts_only_if_that_site_is_read(llm, planted):
+    held_out = make(llm, max_norm=3.0, sites=SITES[:1])
+    assert not held_out.keep[held_out.tokens == planted[0]].any()
+    assert held_out.keep[:, 1:][held_out.tokens[:, 1:] == planted[1]].all()
+
+
+def test_a_generous_max_norm_changes_nothing(llm):
+    scores = [make(llm, max_norm=m).scores(SITES[0], torch.tanh) for m in (None, 1000.0)]
+    assert scores[0] == scores[1]
+
+
+def test_what_does_not_depend_on_the_sae_is_computed_once(llm, monkeypatch):
+    calls = []
+
+    def counted(function):
+        return lambda *args: calls.append(function.__name__) or function(*args)
+
+    for function in (capture, held_out_module.baseline):
+        monkeypatch.setattr(held_out_module, function.__name__, counted(function))
+    held_out = make(llm, batch=100)
+    for _ in range(3):
+        held_out.activations(SITES[1])
+        for site in SITES:
+            held_out.scores(site, torch.tanh)
+    assert calls == ["capture", "baseline", "baseline"]
+
+
+def test_the_llm_is_not_kept_alive_by_a_cycle(llm):
+    held_out = make(llm)
+    held_out.scores(SITES[0], torch.tanh)
+    gone = weakref.ref(held_out)
+    gc.disable()
+    try:
+        del held_out
+        assert gone() is None
+    finally:
+        gc.enable()
