@@ -2,7 +2,8 @@
 
 import json
 import os
-import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from zipfile import BadZipFile
@@ -16,6 +17,8 @@ from sae_lightning.llm.load import device, shape
 from sae_lightning.llm.packaged import Shape
 from sae_lightning.llm.sites import Site
 from sae_lightning.training.settings import Accelerator
+
+METRICS_FILE = "metrics.json"
 
 
 def check(jobs: list[Job]) -> tuple[list[Site], int]:
@@ -45,9 +48,46 @@ def checkpoint_path(folder: Path) -> Path:
     return folder / "checkpoints" / "last.ckpt"
 
 
-def finished(metrics_file: Path) -> dict | None:
-    """The metrics of a run that came to its end, else None."""
-    return json.loads(metrics_file.read_text("utf8")) if metrics_file.is_file() else None
+def finished(job: Job) -> dict | None:
+    """The metrics of a resumed run that had come to its end, else None."""
+    file = job.folder / METRICS_FILE
+    if not job.resumed or not file.is_file():
+        return None
+    try:
+        return json.loads(file.read_text("utf8"))
+    except ValueError:  # damaged: the last checkpoint is still there to score again
+        return None
+
+
+@contextmanager
+def claimed(folders: list[Path]) -> Iterator[None]:
+    """Keep other processes out of the run folders; the system lifts the claim if we die."""
+    with ExitStack() as locks:
+        for folder in folders:
+            locks.enter_context(_claimed(folder))
+        yield
+
+
+@contextmanager
+def _claimed(folder: Path) -> Iterator[None]:
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    path = folder / ".lock"
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{folder}: another process is training there; wait for it, or choose another "
+                "folder with hydra.run.dir=..."
+            ) from None
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def _check_folder(job: Job) -> None:
@@ -67,6 +107,8 @@ def _check_space(job: Job, llm: Shape) -> None:
     features, pool = job.config.model.features, job.config.data.pool
     weights = 4 * (2 * llm.width * features + features + llm.width)
     needed = 2 * (3 * weights + 4 * llm.width * pool) + 2 * weights
+    kept = [checkpoint_path(job.folder), *job.folder.glob("sae/*")]
+    needed -= sum(file.stat().st_size for file in kept if file.is_file())
     free = free_space(job.folder)
     if free < needed:
         raise UserError(
@@ -107,15 +149,3 @@ def _steps_done(job: Job) -> int:
             f"{mine.get(name)}" + (f" ({len(differing)} settings differ)" * (len(differing) > 1))
         )
     return steps
-
-
-def peak_memory_gb() -> float:
-    """The most memory that this process has held, in GB: on the GPU if there is one, else RAM."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    if sys.platform == "win32":  # has no getrusage
-        return float("nan")
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

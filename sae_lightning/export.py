@@ -42,7 +42,7 @@ def atomically(path: Path) -> Iterator[Path]:
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException as error:
-        # Writers wrap the system's error in various ways, so the disk is asked as well.
+        # not every writer passes the system's error on; all of them quote it
         full = getattr(error, "errno", None) == errno.ENOSPC or "space left" in str(error)
         temporary.unlink(missing_ok=True)
         if full:

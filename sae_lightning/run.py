@@ -1,38 +1,42 @@
 """Trains a list of jobs that share one stream: the only place where everything is wired."""
 
+import gc
 import logging
+import signal
 import sys
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import replace
 from typing import NamedTuple
 
 import lightning as L
 import torch
 
-from sae_lightning import checks, scorecard
+from sae_lightning import checks
+from sae_lightning.checks import METRICS_FILE
 from sae_lightning.config import CONFIG_FILE, Config, Job, resolved_yaml
 from sae_lightning.export import atomically, write_json
-from sae_lightning.llm.load import LLM, has_bf16, load
+from sae_lightning.llm.load import LLM, Dtype, dtype, has_bf16, load
 from sae_lightning.llm.sites import Site
+from sae_lightning.report import announce, conclude, say_how_to_continue
 from sae_lightning.sae import build
 from sae_lightning.stream.documents import Text, open_text
 from sae_lightning.stream.held_out import HeldOut
 from sae_lightning.stream.live import LiveStream
 from sae_lightning.stream.tokens import open_tokens
-from sae_lightning.terminal import console, grid
+from sae_lightning.terminal import console, resume_command
 from sae_lightning.training.callbacks import standard
 from sae_lightning.training.callbacks.checkpoint import Checkpoint, export
 from sae_lightning.training.callbacks.evaluate import evaluate
+from sae_lightning.training.callbacks.throughput import peak_memory_gb
 from sae_lightning.training.datamodule import ActivationData
 from sae_lightning.training.head import Head
 from sae_lightning.training.logging import HeadLog
 from sae_lightning.training.module import SAEModule
-from sae_lightning.training.settings import Accelerator, Precision, TrainerConfig
+from sae_lightning.training.settings import Accelerator, Precision
 
-METRICS_FILE = "metrics.json"
 # Shown in TensorBoard's HParams tab; a column for every setting would bury these.
 HPARAMS = ("model.", "loss.", "layer.", "optim.lr", "llm.name", "trainer.tokens", "trainer.batch")
 
@@ -42,7 +46,6 @@ class Parts(NamedTuple):
 
     data: ActivationData
     module: SAEModule
-    checkpoint: Checkpoint
     trainer: L.Trainer
 
 
@@ -52,30 +55,67 @@ def run(jobs: list[Job]) -> list[dict[str, float]]:
     Returns the final held-out metrics of each; its run folder holds the rest. UserError: anything
     wrong that can be known is told before the LLM is loaded.
     """
-    finished = [checks.finished(job.folder / METRICS_FILE) for job in jobs]
+    finished = [checks.finished(job) for job in jobs]
     if all(finished):
         console.print(f"{jobs[0].folder} is finished; start a new run to train further")
         return [metrics["held_out"] for metrics in finished]
+    jobs = [_resolved(job) for job in jobs]
     sites, steps_done = checks.check(jobs)
+    try:
+        with checks.claimed([job.folder for job in jobs]), _quiet_lightning():
+            return _run(jobs, sites, steps_done)
+    finally:
+        # trainer, module and callbacks refer to one another: the next job of a sweep would
+        # otherwise load its LLM while this one is still in memory
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _run(jobs: list[Job], sites: list[Site], steps_done: int) -> list[dict[str, float]]:
     text = open_text(jobs[0].config.data)
+    llm = load(jobs[0].config.llm)
+    parts = assemble(jobs, sites, llm, text, steps_done)
+    module = parts.module
     for job in jobs:
         with atomically(job.folder / CONFIG_FILE) as temporary:
             temporary.write_text(resolved_yaml(job), encoding="utf8")
-    llm = load(jobs[0].config.llm)
-    with _quiet_lightning():
-        parts = assemble(jobs, sites, llm, text, steps_done)
-        announce(jobs[0], parts, llm, steps_done)
-        started = time.monotonic()
-        parts.trainer.fit(
-            parts.module,
-            datamodule=parts.data,
-            ckpt_path=parts.checkpoint.path if steps_done else None,
-            weights_only=True,
-        )
-    if parts.checkpoint.stopped_by and parts.module.global_step < parts.module.steps:
-        _say_how_to_continue(jobs[0], parts)
-    seconds = time.monotonic() - started
-    return finish(jobs, parts, (parts.module.steps - steps_done) * parts.module.batch / seconds)
+    announce(jobs[0], module.heads[0], llm, steps_done)
+    started = time.monotonic()
+    parts.trainer.fit(
+        module,
+        datamodule=parts.data,
+        ckpt_path=module.checkpoint if steps_done else None,
+        weights_only=True,
+    )
+    if module.stopped_by and module.global_step < module.steps:
+        say_how_to_continue(module)
+        sys.exit(128 + module.stopped_by)
+    if module.speed:
+        done = (module.steps - steps_done) * module.batch
+        module.speed["tokens_per_second_in_all"] = done / (time.monotonic() - started)
+    try:
+        return finish(jobs, parts)
+    except KeyboardInterrupt:
+        console.print(f"interrupted. Continue with\n\n  {resume_command(module.folder)}\n")
+        sys.exit(128 + signal.SIGINT)
+
+
+def _resolved(job: Job) -> Job:
+    """`job` with dtype and precision as they are on this machine: on another, `auto` could stand
+    for something else, and a resumed run would silently become another one."""
+    llm, trainer = job.config.llm, job.config.trainer
+    precision = trainer.precision
+    if precision is Precision.auto:
+        found = torch.accelerator.current_accelerator()
+        on_cpu = trainer.accelerator is Accelerator.cpu or found is None
+        precision = Precision.bf16 if has_bf16("cpu" if on_cpu else found.type) else Precision.fp32
+    config = replace(
+        job.config,
+        llm=replace(llm, dtype=Dtype(str(dtype(llm)).removeprefix("torch."))),
+        trainer=replace(trainer, precision=precision),
+    )
+    return replace(job, config=config)
 
 
 def assemble(jobs: list[Job], sites: list[Site], llm: LLM, text: Text, steps_done: int) -> Parts:
@@ -100,27 +140,26 @@ def assemble(jobs: list[Job], sites: list[Site], llm: LLM, text: Text, steps_don
         tokens.held_out,
         sites,
         tokens=config.eval.tokens,
+        max_norm=config.data.max_norm,
         loss_tokens=config.eval.loss_tokens,
         batch=config.llm.batch,
         keep_special=config.data.keep_special,
     )
-    resumed_at = steps_done * trainer.batch if steps_done else None
+    resumed_at = steps_done * trainer.batch if jobs[0].resumed else None
     width = llm.model.config.get_text_config().hidden_size
     heads = [
         _head(job, site, width, HeadLog(job.folder, _hparams(job.config), resumed_at))
         for job, site in zip(jobs, sites, strict=True)
     ]
-    checkpoint = Checkpoint(
-        checks.checkpoint_path(jobs[0].folder), trainer.checkpoint_every, config.identity()
-    )
+    module = SAEModule(heads, batch=trainer.batch, steps=trainer.steps, folder=jobs[0].folder)
+    checkpoint = Checkpoint(trainer.checkpoint_every, config.identity())
     return Parts(
         data=ActivationData(stream, held_out),
-        module=SAEModule(heads, batch=trainer.batch, steps=trainer.steps),
-        checkpoint=checkpoint,
+        module=module,
         trainer=L.Trainer(
             accelerator=trainer.accelerator.value,
             devices=1,
-            precision=_precision(trainer),
+            precision=trainer.precision.value,
             max_epochs=1,
             min_epochs=0,
             max_steps=trainer.steps,
@@ -135,14 +174,6 @@ def assemble(jobs: list[Job], sites: list[Site], llm: LLM, text: Text, steps_don
     )
 
 
-def _precision(trainer: TrainerConfig) -> str:
-    if trainer.precision is not Precision.auto:
-        return trainer.precision.value
-    found = torch.accelerator.current_accelerator()
-    kind = "cpu" if trainer.accelerator is Accelerator.cpu or found is None else found.type
-    return (Precision.bf16 if has_bf16(kind) else Precision.fp32).value
-
-
 def _head(job: Job, site: Site, width: int, log: HeadLog) -> Head:
     config = job.config
     head = Head(
@@ -154,7 +185,7 @@ def _head(job: Job, site: Site, width: int, log: HeadLog) -> Head:
         loss=config.loss,
         optim=config.optim,
         recipe=config.callbacks,
-        dead_window=config.callbacks.dead_window(config.trainer.tokens),
+        dead_window=config.callbacks.dead_window(config.trainer.steps * config.trainer.batch),
         seed=config.model.seed,
     )
     head.log = log
@@ -168,7 +199,7 @@ def _head(job: Job, site: Site, width: int, log: HeadLog) -> Head:
     return head
 
 
-def finish(jobs: list[Job], parts: Parts, tokens_per_second: float) -> list[dict[str, float]]:
+def finish(jobs: list[Job], parts: Parts) -> list[dict[str, float]]:
     """Score the trained SAEs, write `metrics.json` and `sae/`, and say where everything is."""
     module = parts.module
     for job, head in zip(jobs, module.heads, strict=True):
@@ -176,73 +207,15 @@ def finish(jobs: list[Job], parts: Parts, tokens_per_second: float) -> list[dict
         head.log.close()
         export(head)
         metrics = {
-            "finished": True,
             "tokens": module.tokens,
             "held_out": head.held_out_metrics,
             "density": head.density,
             "training": head.training_metrics,
-            "speed": module.speed
-            | {
-                "tokens_per_second_in_all": tokens_per_second,
-                "peak_memory_gb": checks.peak_memory_gb(),
-            },
+            "speed": module.speed | {"peak_memory_gb": peak_memory_gb()},
         }
         write_json(job.folder / METRICS_FILE, metrics)
-        report(job, metrics)
+        conclude(job, metrics)
     return [head.held_out_metrics for head in module.heads]
-
-
-def announce(job: Job, parts: Parts, llm: LLM, steps_done: int) -> None:
-    """Say what is about to be trained, and where the results go."""
-    config, head = job.config, parts.module.heads[0]
-    d = head.sae.W_enc.shape[0]
-    parameters = sum(p.numel() for p in head.sae.parameters())
-    dtype = str(next(llm.model.parameters()).dtype).removeprefix("torch.")
-    rows = {
-        "LLM": f"{llm.name}, {dtype} on {llm.model.device}",
-        "site": f"{head.source} ({head.source.hook_name}), d = {d}",
-        "SAE": f"{config.model.name}, {config.model.features:,} features, "
-        f"{parameters / 1e6:.1f} M parameters",
-        "training": f"{config.trainer.tokens:,} tokens in batches of {config.trainer.batch:,} "
-        f"({config.trainer.steps:,} updates)",
-        "results": str(shown(job.folder)),
-    }
-    if steps_done:
-        rows["resuming"] = f"after {steps_done * config.trainer.batch:,} tokens"
-    console.print(grid(rows))
-
-
-def report(job: Job, metrics: dict) -> None:
-    """The table at the end, and the commands that come next."""
-    folder = shown(job.folder)
-    lines = scorecard.rows(metrics["held_out"]) | {
-        "dead in training": f"{metrics['training']['train/dead']:.1%} of features",
-        "speed": _speed(metrics["speed"]),
-        "peak memory": f"{metrics['speed']['peak_memory_gb']:.1f} GB",
-    }
-    console.print(grid(lines, title="on held-out text"))
-    root = folder.parts[0] if not folder.is_absolute() else folder
-    console.print(f"\n  tensorboard --logdir {root}\n  python analyze.py run={folder}\n")
-
-
-def _speed(speed: dict[str, float]) -> str:
-    """Empty shares: the last process had nothing left to train."""
-    in_all = f"{speed['tokens_per_second_in_all']:,.0f} tokens/s with evaluation"
-    if "llm_share" not in speed:
-        return in_all
-    return (
-        f"{speed['tokens_per_second']:,.0f} tokens/s (LLM {speed['llm_share']:.0%} of the time, "
-        f"SAE {speed['sae_share']:.0%}), {in_all}"
-    )
-
-
-def _say_how_to_continue(job: Job, parts: Parts) -> None:
-    number = parts.checkpoint.stopped_by
-    console.print(
-        f"stopped by {number.name} and saved at {parts.module.tokens:,} tokens. Continue with\n\n"
-        f"  python train.py resume={shown(job.folder)}\n"
-    )
-    sys.exit(128 + number)
 
 
 def _hparams(config: Config) -> dict:
@@ -251,12 +224,6 @@ def _hparams(config: Config) -> dict:
         for name, value in config.flat().items()
         if name.startswith(HPARAMS)
     }
-
-
-def shown(folder: Path) -> Path:
-    """`folder` as a person would type it: relative, if it is below the working folder."""
-    folder = folder.absolute()
-    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
 
 
 @contextmanager

@@ -3,9 +3,11 @@
 One live display at a time: a phase that starts inside another adds a line to its bar.
 """
 
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import (
@@ -17,8 +19,10 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
-console = Console(highlight=False, soft_wrap=True)
+# no markup: a path such as runs/[a]/b is not a style
+console = Console(highlight=False, soft_wrap=True, markup=False)
 _live: list[Progress] = []
 
 
@@ -50,7 +54,7 @@ def phase(description: str, total: int | None = None) -> Iterator[Callable[[int]
     else:
         bar = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             *([BarColumn(), MofNCompleteColumn()] if total else []),
             TimeElapsedColumn(),
             console=console,
@@ -68,5 +72,21 @@ def grid(rows: dict[str, str], title: str | None = None) -> Table:
     """A table of names and values without lines."""
     table = Table(title=title, title_justify="left", show_header=False, box=None)
     for name, value in rows.items():
-        table.add_row(name, value)
+        table.add_row(name, Text(value))
     return table
+
+
+def shown(folder: Path) -> Path:
+    """`folder` as a person would type it: relative, if it is below the working folder."""
+    folder = folder.absolute()
+    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+
+
+def command(program: str, **settings: object) -> str:
+    """A command line to paste: python `program` setting=value ..."""
+    return shlex.join(["python", program, *(f"{k}={v}" for k, v in settings.items())])
+
+
+def resume_command(folder: Path) -> str:
+    """The command that continues the run in `folder`."""
+    return command("train.py", resume=shown(folder))

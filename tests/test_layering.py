@@ -14,6 +14,7 @@ PACKAGE = "sae_lightning"
 ROWS = [
     ["train", "analyze", "hydra_plugins"],
     ["cli", "run"],
+    ["report"],
     ["checks"],
     ["config"],
     ["training", "analysis"],

@@ -22,8 +22,8 @@ class Step(NamedTuple):
     """The weighted sum of the terms."""
     terms: dict[str, Tensor]
     """Unweighted terms by name."""
-    features: Tensor
-    """[batch, features]"""
+    l0: Tensor
+    """Mean number of active features per token."""
     target: Tensor
     """[batch, d_out], normalised"""
     reconstruction: Tensor
@@ -65,7 +65,7 @@ class Head(nn.Module):
         self.register_buffer("in_scale", torch.ones(()))
         self.register_buffer("out_mean", torch.zeros(d_out))
         self.register_buffer("out_scale", torch.ones(()))
-        self.register_buffer("penalty_warmup", torch.ones(()))
+        self.register_buffer("penalty_factor", torch.ones(()))
         self.register_buffer("tokens_since_fired", torch.zeros(features, dtype=torch.int64))
         self.register_buffer("grad_norm", torch.zeros(()))
         # One generator per head: heads that train together draw the same as when alone.
@@ -86,21 +86,24 @@ class Head(nn.Module):
         terms = self.loss.terms(self.sae, output, target)
         loss = terms["mse"]
         for name, coefficient in self.loss.coefficients().items():
-            loss = loss + coefficient * self.penalty_warmup * terms[name]
-        self._count_firing(output.features)
+            loss = loss + coefficient * self.penalty_factor * terms[name]
+        l0 = self._count_firing(output.features)
         self.last = Step(
             loss.detach(),
             {name: term.detach() for name, term in terms.items()},
-            output.features.detach(),
+            l0,
             target,
             output.reconstruction.detach(),
         )
         return loss
 
     @torch.no_grad()
-    def _count_firing(self, features: Tensor) -> None:
+    def _count_firing(self, features: Tensor) -> Tensor:
+        """Note which of [batch, features] fired; returns how many per token."""
+        fired = (features > 0).sum(dim=0)
         silent = self.tokens_since_fired + len(features)
-        self.tokens_since_fired.copy_(silent.masked_fill((features > 0).any(dim=0), 0))
+        self.tokens_since_fired.copy_(silent.masked_fill(fired > 0, 0))
+        return fired.sum() / len(features)
 
     @property
     def dead(self) -> Tensor:

@@ -18,7 +18,7 @@ class HeadLog:
         """`settings` appear in the HParams tab; points after `resumed_at` tokens are replaced."""
         purge = None if resumed_at is None else resumed_at + 1
         self.writer = SummaryWriter(str(folder), purge_step=purge)
-        if resumed_at is None:
+        if not resumed_at:
             for summary in hparams(settings, dict.fromkeys(HEADLINE, 0.0)):
                 self.writer.file_writer.add_summary(summary)
 

@@ -1,5 +1,8 @@
 """The LightningModule: one or more heads that share batches, and the sum of their losses."""
 
+import signal
+from pathlib import Path
+
 import lightning as L
 import torch
 from torch import Tensor, nn
@@ -12,11 +15,13 @@ from sae_lightning.training.head import Head
 class SAEModule(L.LightningModule):
     """Heads with independent losses: each gradient is that of the head trained alone."""
 
-    def __init__(self, heads: list[Head], *, batch: int, steps: int):
-        """`batch` tokens per update, `steps` updates in the whole run."""
+    def __init__(self, heads: list[Head], *, batch: int, steps: int, folder: Path):
+        """`batch` tokens per update, `steps` updates in the whole run, kept in `folder`."""
         super().__init__()
         self.heads = nn.ModuleList(heads)
-        self.batch, self.steps = batch, steps
+        self.batch, self.steps, self.folder = batch, steps, folder
+        self.checkpoint = folder / "checkpoints" / "last.ckpt"
+        self.stopped_by: signal.Signals | None = None
         self.tokens_per_second = 0.0
         self.speed: dict[str, float] = {}
 
@@ -31,17 +36,20 @@ class SAEModule(L.LightningModule):
         for head in self.heads:
             loss = head(batch)
             if not loss.isfinite():
-                raise self.diverged(head, _culprit(head, batch))
+                raise self.diverged(head, *_culprit(head, batch))
             total = total + loss
         return total
 
-    def diverged(self, head: Head, culprit: str) -> UserError:
+    def diverged(self, head: Head, culprit: str, remedy: str = "") -> UserError:
         """The error that stops a run whose numbers are no longer finite."""
-        last = head.folder / "checkpoints" / "last.ckpt"
-        saved = f"the last good checkpoint is {last}" if last.exists() else "nothing was saved yet"
+        saved = "nothing was saved yet"
+        if self.checkpoint.exists():
+            saved = f"the last good checkpoint is {self.checkpoint}"
+        which = f"{head.name}: " if len(self.heads) > 1 else ""
+        remedy = remedy or f"a lower optim.lr (now {head.optim.lr:g})"
         return UserError(
-            f"{head.name}: stopped at step {self.global_step} ({self.tokens:,} tokens): {culprit} "
-            f"is not finite; {saved}. Start again with a lower optim.lr (now {head.optim.lr:g})"
+            f"{which}stopped at step {self.global_step} ({self.tokens:,} tokens): {culprit} is not "
+            f"finite; {saved}. Start again with {remedy}"
         )
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -54,13 +62,17 @@ class SAEModule(L.LightningModule):
             optim, bias = head.optim, head.sae.b_enc
             factor = optim.bias_lr or head.sae.W_enc.shape[0] ** 0.5
             weights = [p for p in head.sae.parameters() if p is not bias]
-            for parameters, rate in ((weights, optim.lr), ([bias], optim.lr * factor)):
+            for name, parameters, rate in (
+                ("lr", weights, optim.lr),
+                ("bias_lr", [bias], optim.lr * factor),
+            ):
                 groups.append(
                     {
                         "params": parameters,
                         "lr": rate,
                         "peak_lr": rate,
                         "head": number,
+                        "rate": name,
                         "betas": (optim.beta1, optim.beta2),
                         "eps": optim.eps,
                     }
@@ -68,10 +80,10 @@ class SAEModule(L.LightningModule):
         return torch.optim.Adam(groups, fused=True)
 
 
-def _culprit(head: Head, batch: dict[Site, Tensor]) -> str:
-    """Which part of a head's loss is not finite."""
+def _culprit(head: Head, batch: dict[Site, Tensor]) -> tuple[str, ...]:
+    """Which part of a head's loss is not finite, and a remedy if it is not the learning rate."""
     for site in (head.source, head.target):
         if not batch[site].isfinite().all():
-            return f"the LLM's activation at {site}"
+            return f"the LLM's activation at {site}", "llm.dtype=float32"
     broken = [name for name, term in head.last.terms.items() if not term.isfinite()]
-    return f"the loss term {' and '.join(broken) or 'sum'}"
+    return (f"the loss term {' and '.join(broken) or 'sum'}",)

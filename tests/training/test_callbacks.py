@@ -42,6 +42,10 @@ def make_head(features=6, d=4, loss=None, target=SITE, dead_window=100, seed=0, 
     )
 
 
+def make_module(heads, batch=1, steps=1):
+    return SAEModule(heads, batch=batch, steps=steps, folder=Path("nowhere"))
+
+
 def activations(n=64, d=4, seed=0):
     return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
 
@@ -83,14 +87,14 @@ def test_each_site_of_a_head_gets_its_own_mean_and_scale_and_only_in_a_new_run()
     sample = {SITE: activations() * 3 + 1, out: activations(seed=1) * 5 - 2}
     stream = SimpleNamespace(peek=lambda n: {site: x[:n] for site, x in sample.items()})
     trainer = SimpleNamespace(global_step=0, datamodule=SimpleNamespace(stream=stream))
-    Normalize().on_train_start(trainer, SAEModule([head], batch=64, steps=1))
+    Normalize().on_train_start(trainer, make_module([head], batch=64, steps=1))
     x, target = head.normalised(sample)
     for z in (x, target):
         torch.testing.assert_close(z.mean(dim=0), torch.zeros(4), atol=1e-6, rtol=0)
         torch.testing.assert_close(z.square().mean(), torch.ones(()))
     before = head.in_mean.clone()
     trainer.global_step, sample[SITE] = 1, sample[SITE] + 7
-    Normalize().on_train_start(trainer, SAEModule([head], batch=64, steps=1))
+    Normalize().on_train_start(trainer, make_module([head], batch=64, steps=1))
     assert torch.equal(head.in_mean, before)
 
 
@@ -98,13 +102,13 @@ def test_the_schedule_sets_each_heads_learning_rate_and_penalty():
     # 100 updates; the first head warms up over 10 and decays over 20, its penalty over 50
     one = make_head(lr=1.0, bias_lr=3, warmup=0.1, decay=0.2, loss=ReLULoss(l1=2.0, warmup=0.5))
     other = make_head(d=4, lr=0.5, warmup=0, decay=0, loss=DenseLoss())
-    module = SAEModule([one, other], batch=1, steps=100)
+    module = make_module([one, other], batch=1, steps=100)
     optimizer = module.configure_optimizers()
     seen = {}
     for step in (0, 4, 9, 50, 80, 90, 99):
         trainer = SimpleNamespace(global_step=step, optimizers=[optimizer])
         Schedule().on_train_batch_start(trainer, module, None, 0)
-        seen[step] = [group["lr"] for group in optimizer.param_groups] + [one.penalty_warmup.item()]
+        seen[step] = [group["lr"] for group in optimizer.param_groups] + [one.penalty_factor.item()]
     # each head: weights, then the encoder bias, which by default learns sqrt(d) = 2 times as fast
     assert {step: pytest.approx(values) for step, values in seen.items()} == {
         0: [0.1, 0.3, 0.5, 1.0, 0.02],
@@ -119,7 +123,7 @@ def test_the_schedule_sets_each_heads_learning_rate_and_penalty():
 
 def test_only_the_encoder_bias_learns_faster():
     head = make_head(lr=0.1, bias_lr=5)
-    optimizer = SAEModule([head], batch=1, steps=1).configure_optimizers()
+    optimizer = make_module([head], batch=1, steps=1).configure_optimizers()
     before = {name: p.detach().clone() for name, p in head.sae.named_parameters()}
     for parameter in head.sae.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -137,7 +141,7 @@ def test_heads_are_clipped_one_by_one():
         for parameter in head.sae.parameters():
             parameter.grad = torch.zeros_like(parameter)
         head.sae.W_enc.grad[0, 0], head.sae.b_dec.grad[0] = 3 * factor, 4 * factor
-    ClipGradient().on_before_optimizer_step(None, SAEModule(heads, batch=1, steps=1), None)
+    ClipGradient().on_before_optimizer_step(None, make_module(heads, batch=1, steps=1), None)
     after = [(head.sae.W_enc.grad[0, 0].item(), head.grad_norm.item()) for head in heads]
     assert after == [
         (pytest.approx(0.6, abs=1e-5), pytest.approx(5)),
@@ -148,7 +152,7 @@ def test_heads_are_clipped_one_by_one():
 
 def test_the_loss_of_a_head_is_mse_plus_the_warmed_up_penalty():
     head = make_head(loss=ReLULoss(l1=0.5))
-    head.penalty_warmup.fill_(0.25)
+    head.penalty_factor.fill_(0.25)
     x = activations()
     loss = head({SITE: x})
     output = head.sae(x)
@@ -175,7 +179,7 @@ def test_dead_features_are_counted_in_tokens():
 def trained(features=6, steps=5):
     """A head with Adam moments in every entry, and its optimizer."""
     head = make_head(features=features)
-    module = SAEModule([head], batch=64, steps=steps)
+    module = make_module([head], batch=64, steps=steps)
     optimizer = module.configure_optimizers()
     for seed in range(steps):
         optimizer.zero_grad()

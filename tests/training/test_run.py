@@ -11,10 +11,11 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_run import BATCH, STEPS
 
-from sae_lightning import UserError, load_sae, run
+from sae_lightning import UserError, checks, load_sae, run
 from sae_lightning.config import read_job
 from sae_lightning.export import WEIGHTS
 from sae_lightning.llm.capture import capture
+from sae_lightning.llm.load import Dtype
 from sae_lightning.losses import ReLULoss
 from sae_lightning.training.settings import (
     CallbacksConfig,
@@ -22,6 +23,7 @@ from sae_lightning.training.settings import (
     Normalization,
     NormalizeConfig,
     OptimConfig,
+    Precision,
     ResampleConfig,
 )
 
@@ -130,6 +132,80 @@ def test_a_run_that_dies_between_checkpoints_ends_the_same(job, whole, monkeypat
     assert_same(whole.folder, died.folder)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_the_first_update_stops_at_once_and_not_as_a_success(
+    job, whole, monkeypatch, capsys, number
+):
+    stopped = replace(whole, folder=whole.folder.parent / "stopped")
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "sae_lightning.stream.live.LiveStream.peek",
+            lambda *_: os.kill(os.getpid(), number),
+        )
+        with pytest.raises(SystemExit) as end:
+            run.run([stopped])
+    assert end.value.code == 128 + number
+    assert f"resume={stopped.folder}" in capsys.readouterr().out
+    assert not (stopped.folder / "checkpoints").exists()
+    resume(stopped)
+    assert_same(whole.folder, stopped.folder)
+
+
+@pytest.mark.parametrize("precision", [Precision.fp32, Precision.bf16])
+def test_resuming_is_exact_in_either_precision_and_when_repeated(job, monkeypatch, precision):
+    def power_cut():
+        raise SystemError("power cut")
+
+    changes = {"loss": ReLULoss(l1=0.3), "callbacks": RESAMPLING}
+    one, other = (job(name, **changes) for name in ("one", "other"))
+    for made in (one, other):
+        made.config = replace(
+            made.config,
+            trainer=replace(made.config.trainer, precision=precision),
+            data=replace(made.config.data, max_norm=1.2),
+        )
+    run.run([one])
+    for at_step, again in ((13, False), (25, True), (33, True)):
+        with monkeypatch.context() as patch:
+            interrupt(patch, at_step, power_cut)
+            with pytest.raises(SystemError):
+                resume(other) if again else run.run([other])
+    resume(other)
+    assert_same(one.folder, other.folder)
+
+
+def test_the_run_folder_says_what_auto_stood_for(job):
+    made = job("run")
+    made.config = replace(made.config, llm=replace(made.config.llm, dtype=Dtype.auto))
+    run.run([made])
+    written = read_job(made.folder).config
+    assert written.llm.dtype is not Dtype.auto
+    assert written.trainer.precision is not Precision.auto
+
+
+def test_two_processes_do_not_train_in_one_folder(job):
+    made = job("run")
+    made.folder.mkdir()
+    with checks.claimed([made.folder]), pytest.raises(UserError, match="another process is train"):
+        run.run([made])
+    assert list(made.folder.iterdir()) == []
+
+
+def test_a_folder_that_holds_a_run_is_not_trained_over(job, whole):
+    with pytest.raises(UserError, match=r"already holds a run: continue it with resume="):
+        run.run([replace(whole, config=job("whole").config)])
+
+
+def test_damaged_metrics_are_written_again(job, whole):
+    file = whole.folder / "metrics.json"
+    before = json.loads(file.read_text())
+    file.write_text("{")
+    resume(whole)
+    after = json.loads(file.read_text())
+    assert after["held_out"] == before["held_out"]
+    assert "tokens_per_second" not in after["speed"]  # this process has trained nothing
+
+
 def test_a_run_killed_after_its_last_update_is_finished_by_resuming(job, whole):
     (whole.folder / "metrics.json").rename(whole.folder / "metrics.was")
     before = weights(whole.folder)
@@ -224,7 +300,8 @@ def test_a_run_folder_is_complete_and_the_curves_are_plotted_against_tokens(job)
     assert sum(written["density"].values()) == 48
     assert written["training"]["data/distinct_sequences"] > 1
     speed = written["speed"]
-    assert speed["llm_share"] + speed["sae_share"] == pytest.approx(1)
+    assert sum(speed[f"{part}_share"] for part in ("llm", "data", "sae")) == pytest.approx(1)
+    assert speed["tokens_per_second"] >= speed["tokens_per_second_in_all"] > 0
     assert speed["peak_memory_gb"] > 0.1
     assert metrics["explained_variance"] > 0.1
 

@@ -10,6 +10,7 @@ from sae_lightning.training.callbacks.normalize import Normalize
 from sae_lightning.training.callbacks.progress import ProgressBar
 from sae_lightning.training.callbacks.resample import Resample
 from sae_lightning.training.callbacks.schedule import Schedule
+from sae_lightning.training.callbacks.stop import StopOnSignal
 from sae_lightning.training.callbacks.throughput import Throughput
 from sae_lightning.training.settings import EvalConfig, TrainerConfig
 
@@ -21,6 +22,7 @@ def standard(trainer: TrainerConfig, eval: EvalConfig, checkpoint: Checkpoint) -
     changes what they show; the checkpoint is last and saves what all others did.
     """
     return [
+        StopOnSignal(),
         Normalize(),
         Schedule(),
         ClipGradient(),

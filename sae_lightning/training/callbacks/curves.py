@@ -16,7 +16,7 @@ def training_scalars(head: Head) -> dict[str, float]:
     scalars = {
         "train/loss": step.loss,
         **{f"train/{name}": term for name, term in step.terms.items()},
-        "train/l0": (step.features > 0).sum(dim=1).float().mean(),
+        "train/l0": step.l0,
         "train/explained_variance": explained_variance(step.target, step.reconstruction),
         "train/dead": head.dead.float().mean(),
         "optim/grad_norm": head.grad_norm,
@@ -24,7 +24,7 @@ def training_scalars(head: Head) -> dict[str, float]:
         "decoder/norm_max": norms.max(),
     }
     for name, coefficient in head.loss.coefficients().items():
-        scalars[f"optim/{name}"] = coefficient * head.penalty_warmup
+        scalars[f"optim/{name}"] = coefficient * head.penalty_factor
     return {name: float(value) for name, value in scalars.items()}
 
 
@@ -39,10 +39,12 @@ class Curves(L.Callback):
         step, stream = trainer.global_step, trainer.datamodule.stream
         if not (due(step, 1, self.log_every) or step == module.steps):
             return
-        rates = {g["head"]: g["lr"] for g in reversed(trainer.optimizers[0].param_groups)}
+        rates: dict[int, dict[str, float]] = {}
+        for group in trainer.optimizers[0].param_groups:
+            rates.setdefault(group["head"], {})[f"optim/{group['rate']}"] = group["lr"]
         for number, head in enumerate(module.heads):
             head.training_metrics = training_scalars(head) | {
-                "optim/lr": rates[number],
+                **rates[number],
                 "data/distinct_sequences": stream.distinct_sequences,
                 "data/epoch": stream.epoch,
             }

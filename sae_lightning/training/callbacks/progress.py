@@ -15,7 +15,7 @@ class ProgressBar(L.Callback):
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Show the bar, at the step from which this process trains."""
         self.bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TextColumn("{task.fields[text]}"),
             TimeElapsedColumn(),

@@ -20,13 +20,13 @@ def resample(head: Head, optimizer: Optimizer, x: Tensor, target: Tensor) -> int
     """
     dead = head.dead.nonzero().squeeze(1)
     alive = ~head.dead
-    if not len(dead) or not alive.any():
+    if not len(dead) or not alive.any() or not len(x):
         return 0
     sae = head.sae
     loss = (sae(x).reconstruction.float() - target).square().sum(dim=1)
     generator = torch.Generator()
     generator.set_state(head.generator_state.cpu())
-    chances = loss.double().square().cpu()
+    chances = loss.cpu().double().square()
     drawn = torch.multinomial(chances, len(dead), len(dead) > len(x), generator=generator)
     head.generator_state.copy_(generator.get_state())
 
@@ -52,10 +52,12 @@ class Resample(L.Callback):
         step = trainer.global_step
         for head in module.heads:
             settings = head.recipe.resample
-            if settings.every is None or step > settings.until * module.steps:
+            last = min(settings.until * module.steps, module.steps - 1)  # then the pool is empty
+            if settings.every is None or step > last:
                 continue
             if not due(step, module.batch, settings.every):
                 continue
             sample = trainer.datamodule.stream.peek(settings.tokens)
+            sample = {site: rows.to(module.device) for site, rows in sample.items()}
             count = resample(head, trainer.optimizers[0], *head.normalised(sample))
             head.log.scalars({"train/resampled": count}, module.tokens)

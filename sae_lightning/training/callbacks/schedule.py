@@ -16,4 +16,4 @@ class Schedule(L.Callback):
             rise, fall = warmup(step, steps, optim.warmup), decay(step, steps, optim.decay)
             group["lr"] = group["peak_lr"] * rise * fall
         for head in module.heads:
-            head.penalty_warmup.fill_(warmup(step, steps, head.loss.penalty_warmup))
+            head.penalty_factor.fill_(warmup(step, steps, head.loss.penalty_warmup))

@@ -1,0 +1,54 @@
+"""What a run says to the person at the terminal, before and after."""
+
+from sae_lightning import scorecard
+from sae_lightning.config import Job
+from sae_lightning.llm.load import LLM
+from sae_lightning.terminal import command, console, grid, resume_command, shown
+from sae_lightning.training.head import Head
+from sae_lightning.training.module import SAEModule
+
+
+def announce(job: Job, head: Head, llm: LLM, steps_done: int) -> None:
+    """Say what is about to be trained, and where the results go."""
+    config, trainer = job.config, job.config.trainer
+    parameters = sum(p.numel() for p in head.sae.parameters())
+    rows = {
+        "LLM": f"{llm.name}, {config.llm.dtype.name} on {llm.model.device}",
+        "site": f"{head.source} ({head.source.hook_name}), d = {head.sae.W_enc.shape[0]}",
+        "SAE": f"{config.model.name}, {config.model.features:,} features, "
+        f"{parameters / 1e6:.1f} M parameters, {trainer.precision.name}",
+        "training": f"{trainer.steps * trainer.batch:,} tokens in {trainer.steps:,} updates of "
+        f"{trainer.batch:,}",
+        "results": str(shown(job.folder)),
+    }
+    if steps_done:
+        rows["resuming"] = f"after {steps_done * trainer.batch:,} tokens"
+    console.print(grid(rows))
+
+
+def conclude(job: Job, metrics: dict) -> None:
+    """The table at the end, and the commands that come next."""
+    speed, dead = metrics["speed"], metrics["training"]["train/dead"]
+    lines = scorecard.rows(metrics["held_out"]) | {
+        "dead in training": f"{dead:.1%} of features",
+        "peak memory": f"{speed['peak_memory_gb']:.1f} GB",
+    }
+    if "tokens_per_second" in speed:
+        lines["speed"] = (
+            f"{speed['tokens_per_second']:,.0f} tokens/s (LLM {speed['llm_share']:.0%}, text and "
+            f"pool {speed['data_share']:.0%}, SAE {speed['sae_share']:.0%} of the time), "
+            f"{speed['tokens_per_second_in_all']:,.0f} with evaluation and checkpoints"
+        )
+    console.print(grid(lines, title="on held-out text"))
+    folder = shown(job.folder)
+    # the folder above, outputs/ or multirun/, so that earlier runs are there to compare with
+    root = folder.parts[0] if folder.parts and not folder.is_absolute() else folder
+    console.print(f"\n  tensorboard --logdir {root}\n  {command('analyze.py', run=folder)}\n")
+
+
+def say_how_to_continue(module: SAEModule) -> None:
+    """After a stop that was asked for."""
+    console.print(
+        f"stopped by {module.stopped_by.name} and saved at {module.tokens:,} tokens. "
+        f"Continue with\n\n  {resume_command(module.folder)}\n"
+    )

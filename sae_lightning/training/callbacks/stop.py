@@ -1,0 +1,49 @@
+"""Ctrl-C and SIGTERM."""
+
+import signal
+import threading
+
+import lightning as L
+
+from sae_lightning.terminal import console, resume_command
+
+
+class StopOnSignal(L.Callback):
+    """Asks training to stop after the current update; `Checkpoint` then saves.
+
+    Before the first update there is nothing to save: the run stops at once, as it does at a second
+    Ctrl-C. The first callback in the list, because the next one fills the shuffle pool. Lightning's
+    own handler would end a run that gets SIGTERM as if it had succeeded.
+    """
+
+    def __init__(self):
+        self.updating = False
+        self.handlers: dict = {}
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Listen."""
+
+        def stop(number: int, _) -> None:
+            if not self.updating or module.stopped_by and number == signal.SIGINT:
+                console.print(f"interrupted. Continue with\n\n  {resume_command(module.folder)}\n")
+                raise SystemExit(128 + number)
+            module.stopped_by = signal.Signals(number)
+            console.print("stopping: this update is finished and saved first (Ctrl-C again: now)")
+
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.handlers[number] = signal.signal(number, stop)
+
+    def on_train_batch_start(self, *_) -> None:
+        """From now on there is something to save."""
+        self.updating = True
+
+    def on_train_end(self, *_) -> None:
+        """Stop listening."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.handlers.clear()
+
+    def on_exception(self, *_) -> None:
+        """Stop listening."""
+        self.on_train_end()
