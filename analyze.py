@@ -9,6 +9,7 @@ from sae_lightning.analysis.evaluate import evaluate
 from sae_lightning.cli import one_line_errors
 from sae_lightning.config import read_job, register, typed
 from sae_lightning.errors import UserError
+from sae_lightning.export import load_sae
 from sae_lightning.llm.load import load, shape
 from sae_lightning.stream.documents import open_text
 from sae_lightning.stream.held_out import HeldOut
@@ -26,6 +27,7 @@ def analyze(cfg: DictConfig) -> None:
             raise UserError(f"task={asked.task}: no such task; choose from {', '.join(TASKS)}")
         folder = Path(asked.run)
         config = read_job(folder).config
+        sae = load_sae(folder)
         site = config.layer.within(shape(config.llm).layers)
         text = open_text(config.data)
         llm = load(config.llm)
@@ -36,11 +38,12 @@ def analyze(cfg: DictConfig) -> None:
             ).held_out,
             [site],
             tokens=asked.tokens or config.eval.tokens,
-            loss_tokens=asked.tokens or config.eval.tokens,
+            loss_tokens=asked.tokens or config.eval.loss_tokens,
+            max_norm=config.data.max_norm,
             batch=config.llm.batch,
             keep_special=config.data.keep_special,
         )
-        TASKS[asked.task](folder, llm, held_out, site)
+        TASKS[asked.task](folder, sae, llm, held_out, site)
 
 
 if __name__ == "__main__":

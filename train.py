@@ -4,6 +4,7 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from sae_lightning.cli import one_line_errors
@@ -12,17 +13,21 @@ from sae_lightning.terminal import phase
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def train(cfg: DictConfig) -> dict:
-    """Run the job that the command line describes; returns its final metrics."""
+def train(cfg: DictConfig) -> dict | None:
+    """Run the job that the command line describes; returns its final metrics.
+
+    None: it failed and said why, and the other jobs of the multirun go on.
+    """
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
-    with one_line_errors(folder):
+    with one_line_errors(folder, multirun=hydra_config.mode is RunMode.MULTIRUN):
         this = job(cfg, folder, list(hydra_config.overrides.task))
         # imported late: a mistyped option is answered at once
         with phase("starting"):
             from sae_lightning.run import run
 
         return run([this])[0]
+    return None
 
 
 if __name__ == "__main__":

@@ -6,13 +6,22 @@ import os
 import re
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
 
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.core.utils import JobReturn
 from hydra.errors import HydraException, OverrideParseException
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import (
     ConfigAttributeError,
     ConfigKeyError,
@@ -20,28 +29,30 @@ from omegaconf.errors import (
     ValidationError,
 )
 
-from sae_lightning.config import conf_folder
+from sae_lightning.config import conf_folder, job
 from sae_lightning.errors import UserError
 from sae_lightning.losses import LOSSES
 
 DEBUG = "SAE_LIGHTNING_DEBUG"
 # What someone meant who wrote `layer=9`.
 MAIN_SETTING = {"layer": "index", "llm": "name", "data": "path", "model": "features", "loss": "l1"}
+PATHS = ("resume", "run", "data.path", "llm.name", "hydra.run.dir")
 USERS_DISK = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 STARTED = time.time()
 
 
 @contextmanager
-def one_line_errors(folder: Path | None = None) -> Iterator[None]:
+def one_line_errors(folder: Path | None = None, multirun: bool = False) -> Iterator[None]:
     """Print expected errors as one line and exit with code 1; bugs keep their traceback.
 
     With SAE_LIGHTNING_DEBUG=1 every error keeps it. `folder`, which Hydra made for the run, is
-    removed if the run came to nothing.
+    removed if the run came to nothing. A job of a `multirun` only prints: the others go on.
     """
     # Hydra would otherwise print its own shortened traceback and exit before the error gets here.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:
         _check_flags(sys.argv[1:])
+        sys.argv[1:] = quoted_paths(sys.argv[1:])
         yield
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
@@ -50,7 +61,10 @@ def one_line_errors(folder: Path | None = None) -> Iterator[None]:
         message = explain(error, sys.argv[1:])
         if message is None or os.environ.get(DEBUG):
             raise
-        sys.exit(f"error: {message}")
+        if not multirun:
+            sys.exit(f"error: {message}")
+        name = f"{folder.name}: "
+        sys.stderr.write(f"error: {name}{message.removeprefix(name)}\n")
     finally:
         if folder is not None:
             _remove_unused(folder)
@@ -64,6 +78,84 @@ def _check_flags(arguments: list[str]) -> None:
             f"{unknown[0]}: no such flag; settings are written without dashes (setting=value), "
             "and --help lists them"
         )
+
+
+def quoted_paths(arguments: list[str]) -> list[str]:
+    """The arguments with their paths as Hydra takes them: quoted where needed, `~` expanded.
+
+    Folders of a sweep have names such as `loss.l1=0.001`, and a shell expands no `~` behind `=`.
+    """
+    sweep = bool({"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(arguments))
+    return [_quoted_path(argument, sweep) for argument in arguments]
+
+
+def _quoted_path(argument: str, sweep: bool) -> str:
+    name, _, value = argument.partition("=")
+    setting = name.lstrip("+")
+    # what is written in Hydra's own language stays: quotes, interpolations, escapes, functions
+    hydras = re.match(r"""['"]""", value) or "${" in value or re.search(r"\\[()\[\]{}:=, ]", value)
+    if setting not in PATHS or hydras or (sweep and re.match(r"\w+\(", value)):
+        return argument
+    if "," in value and (sweep or setting not in ("resume", "run")):
+        # several values: a sweep, or the error that asks for -m
+        return f"{name}=" + ",".join(_quoted(part) if sweep else part for part in value.split(","))
+    return f"{name}={_quoted(value)}"
+
+
+def _quoted(path: str) -> str:
+    path = os.path.expanduser(path)
+    if re.fullmatch(r"[\w/\\+.$%*@?|:-]*", path, re.ASCII):
+        return path
+    return QuotedString(path, Quote.single).with_quotes()
+
+
+class Sweep(Callback):
+    """Around the jobs of a multirun: all are checked before the first, failures counted."""
+
+    def __init__(self):
+        self.failed = 0
+
+    def on_multirun_start(self, config: DictConfig, **_) -> None:
+        """Name the jobs' folders after what is swept, and end here if any config is wrong."""
+        loader = GlobalHydra.instance().config_loader()
+        params = [f"{k}={v}" for k, v in (config.hydra.sweeper.get("params") or {}).items()]
+        given = params + OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
+        parsed = OverridesParser.create(loader).parse_overrides(given)
+        same = [o.key_or_group for o in parsed if not o.is_sweep_override()]
+        excluded = ",".join(f"'{key}'" for key in same)
+        with read_write(config):  # each job is composed with these
+            config.hydra.overrides.hydra.append(
+                f"hydra.job.config.override_dirname.exclude_keys=[{excluded}]"
+            )
+        if not config.hydra.sweeper._target_.endswith(f".{BasicSweeper.__name__}"):
+            return  # another sweeper chooses as it goes
+        for number, overrides in enumerate(BasicSweeper.split_arguments(parsed, None)[0]):
+            try:
+                _check_job(loader.load_sweep_config(config, overrides), number, overrides)
+            except Exception as error:
+                # Hydra turns a callback's exceptions into warnings, but not SystemExit
+                message = explain(error, overrides)
+                if message is None or os.environ.get(DEBUG):
+                    traceback.print_exc()
+                    sys.exit(1)
+                sys.exit(f"error: {message}")
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **_) -> None:
+        """A job that failed, and said why, returns None."""
+        self.failed += job_return._return_value is None
+
+    def on_multirun_end(self, config: DictConfig, **_) -> None:
+        """The failures' lines may be far up by now."""
+        if self.failed:
+            sys.exit(f"error: {self.failed} of the jobs failed, see above")
+
+
+def _check_job(cfg: DictConfig, number: int, overrides: list[str]) -> None:
+    with read_write(cfg), open_dict(cfg):
+        cfg.hydra.job.num = number
+        HydraConfig.instance().set_config(cfg)  # for ${hydra:job.num}
+        del cfg["hydra"]
+    job(cfg, Path(), overrides)
 
 
 def _remove_unused(folder: Path) -> None:
@@ -158,7 +250,7 @@ def _unknown_setting(error: OmegaConfBaseException) -> str:
 
 def _bad_value(error: ValidationError, overrides: list[str]) -> str:
     name, reason = str(error.full_key), str(error).splitlines()[0]
-    given = next((o for o in overrides if o.lstrip("+").startswith(f"{name}=")), name)
+    given = next((o for o in reversed(overrides) if o.lstrip("+").startswith(f"{name}=")), name)
     if "Integer" in reason and re.search(r"'[\d.]+' of type 'float'", reason):
         reason = "give a whole number in digits, such as 1000000 or 1_000_000"
     if "not Optional" in reason:

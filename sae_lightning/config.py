@@ -5,6 +5,7 @@ The head half says what is trained on them. Hydra composes YAML presets over the
 below this file nobody sees a DictConfig.
 """
 
+import glob
 import hashlib
 import json
 import os
@@ -20,6 +21,7 @@ from omegaconf.errors import MissingMandatoryValue
 
 from sae_lightning.errors import UserError
 from sae_lightning.llm.load import LLMConfig
+from sae_lightning.llm.packaged import PACKAGED
 from sae_lightning.llm.sites import LayerConfig
 from sae_lightning.losses import LOSSES, Loss
 from sae_lightning.sae import ARCHITECTURES, SAEConfig
@@ -87,8 +89,9 @@ class Config:
                 f"trainer.batch={self.trainer.batch} is larger than the shuffle pool "
                 f"(data.pool={self.data.pool}): lower the batch or enlarge the pool"
             )
-        if self.seed < 0:
-            raise UserError(f"seed={self.seed}: give 0 or a positive integer")
+        for setting, seed in (("seed", self.seed), ("model.seed", self.model.seed)):
+            if not 0 <= seed < 2**63:
+                raise UserError(f"{setting}={seed}: give 0 or a positive integer below 2**63")
 
     def flat(self) -> dict[str, Any]:
         """Every setting by its dotted name, as plain values."""
@@ -141,7 +144,7 @@ class Job:
 
 
 def register() -> None:
-    """Tell Hydra the schemas (hidden from the user's options below `schema/`) and `run_folder`."""
+    """Tell Hydra the schemas (hidden from the user's options below `schema/`) and resolvers."""
     store = ConfigStore.instance()
     store.store(group="schema", name="root", node=Config)
     store.store(group="schema", name="analyze", node=AnalyzeConfig)
@@ -153,6 +156,7 @@ def register() -> None:
         for name, schema in table.items():
             store.store(group=f"schema/{group}", name=name, node=schema)
     OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)
+    OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
     OmegaConf.register_new_resolver("presets", presets, replace=True)
 
 
@@ -178,6 +182,14 @@ def run_folder(existing: str | None) -> str:
     return existing
 
 
+def job_folder(swept: str, number: int) -> str:
+    """`hydra.sweep.subdir`: what the job is swept to, or its number if nothing is swept."""
+    name = swept.replace("/", "_").encode()
+    if len(name) > 200:  # file systems take 255 bytes; the number keeps names apart
+        return name[:190].decode(errors="ignore") + f"_{number}"
+    return name.decode() or str(number)
+
+
 def typed(cfg: DictConfig) -> Any:
     """The dataclasses behind a composed config; validation happens here."""
     try:
@@ -191,7 +203,7 @@ def typed(cfg: DictConfig) -> Any:
 def job(cfg: DictConfig, folder: Path, overrides: list[str]) -> Job:
     """The job of a composed config: a new run in `folder`, or the one that `resume` names."""
     if cfg.resume is None:
-        return Job(config=typed(cfg), folder=folder, overrides=overrides)
+        return Job(config=_with_absolute_paths(typed(cfg)), folder=folder, overrides=overrides)
     others = [o for o in overrides if not o.startswith("resume=")]
     if others:
         raise UserError(
@@ -201,6 +213,21 @@ def job(cfg: DictConfig, folder: Path, overrides: list[str]) -> Job:
     this = read_job(Path(cfg.resume))
     this.resumed = True
     return this
+
+
+def _with_absolute_paths(config: Config) -> Config:
+    """So that the run can be resumed and analysed from another working folder."""
+    if config.llm.name not in PACKAGED and Path(config.llm.name).expanduser().is_dir():
+        config.llm.name = _absolute(config.llm.name)
+    if isinstance(config.data, LocalConfig):
+        path = os.path.expanduser(config.data.path)
+        if os.path.exists(path) or any(glob.iglob(path, recursive=True)):
+            config.data.path = _absolute(path)
+    return config
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))
 
 
 def read_job(folder: Path) -> Job:

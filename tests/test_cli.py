@@ -72,7 +72,10 @@ BAD = {
     "llm.batch=0": r"llm\.batch=0: .*give 1 or more",
     "optim.lr=0": r"optim\.lr=0\.0: give a positive learning rate, such as 1e-3",
     "optim.decay=2": r"optim\.decay=2\.0: give a share of the run, from 0 to 1",
-    "seed=-1": r"seed=-1: give 0 or a positive integer",
+    "seed=-1": r"seed=-1: give 0 or a positive integer below 2\*\*63",
+    "seed=18446744073709551616": r"seed=18446744073709551616: give 0 or .*",
+    "seed=0 model.seed=9223372036854775808": r"model\.seed=9223372036854775808: give 0 or .*",
+    "loss.l1=1 loss.l1=abc": r"loss\.l1=abc: .* could not be converted to Float",
     "callbacks=3": r"callbacks=3: .*",
     # left open
     "llm=hf": r"llm\.name is not set: give llm\.name=\.\.\.",
