@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from sae_lightning.errors import UserError
+from sae_lightning.llm.quiet import quiet
 from sae_lightning.stream.text import DataConfig, HubConfig, LocalConfig, PlaysConfig
 from sae_lightning.terminal import phase
 
@@ -29,6 +30,7 @@ LOADERS = {
 }
 # Not the run's seed: runs that differ in their seed are scored on the same held-out documents.
 HOLD_OUT_SEED = 0
+HELD_OUT_DOCUMENTS = 500  # of a hub data set, where nothing is said
 
 
 class Text(NamedTuple):
@@ -40,6 +42,9 @@ class Text(NamedTuple):
     held_out: "Dataset | IterableDataset"
     """What only evaluation reads; one column, `text`; may be empty."""
 
+    where: str = "data"
+    """The setting that names the text and its value, for messages."""
+
 
 def open_text(config: DataConfig) -> Text:
     """Open the text that `config` names, cut into training and held-out documents.
@@ -48,28 +53,26 @@ def open_text(config: DataConfig) -> Text:
     UserError: nothing there, no such column, hub out of reach, package not installed.
     """
     openers = {PlaysConfig: _open_plays, HubConfig: _open_hub, LocalConfig: _open_local}
-    with quiet():
+    with quiet_datasets():
         return openers[type(config)](config)
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Silence the libraries' own bars and retry messages; `phase` tells the user instead."""
+def quiet_datasets() -> Iterator[None]:
+    """`quiet`, and datasets' own bars and log lines; `phase` tells the user instead."""
     import datasets
-    import huggingface_hub
 
     had_bars = not datasets.are_progress_bars_disabled()
-    verbosity = huggingface_hub.logging.get_verbosity(), datasets.logging.get_verbosity()
+    verbosity = datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
-    huggingface_hub.logging.set_verbosity_error()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
-        yield
+        with quiet():
+            yield
     finally:
         if had_bars:
             datasets.enable_progress_bars()
-        huggingface_hub.logging.set_verbosity(verbosity[0])
-        datasets.logging.set_verbosity(verbosity[1])
+        datasets.logging.set_verbosity(verbosity)
 
 
 def _documents(texts: list[str]) -> "Dataset":
@@ -100,20 +103,22 @@ def _open_plays(config: PlaysConfig) -> Text:
 
 
 def _open_hub(config: HubConfig) -> Text:
+    where = f"data.name={config.name}"
     if config.held_out_split is not None:
-        return Text(_load_hub(config, config.split), _load_hub(config, config.held_out_split))
-    n = config.held_out_documents
+        parts = (_load_hub(config, split) for split in (config.split, config.held_out_split))
+        return Text(*parts, where)
+    n = config.held_out_documents or HELD_OUT_DOCUMENTS
     data = _load_hub(config, config.split)
     if config.streaming:
         # take() and skip() before any shuffling: they fix the order of the files too, so the
         # first n documents are the same ones in every epoch.
-        return Text(data.skip(n), data.take(n))
+        return Text(data.skip(n), data.take(n), where)
     if n >= len(data):
         raise UserError(
             f"data.held_out_documents={n} leaves nothing to train on: "
             f"split {config.split} has {len(data)} documents"
         )
-    return Text(data.select(range(n, len(data))), data.select(range(n)))
+    return Text(data.select(range(n, len(data))), data.select(range(n)), where)
 
 
 def _load_hub(config: HubConfig, split: str) -> "Dataset | IterableDataset":
@@ -125,14 +130,17 @@ def _load_hub(config: HubConfig, split: str) -> "Dataset | IterableDataset":
             data = load_dataset(config.name, config.subset, split=split, streaming=config.streaming)
             row = next(iter(data), None)
     except DatasetNotFoundError as error:
-        raise UserError(f"data.name={config.name}: no such data set ({_line(error)})") from error
+        raise UserError(
+            f"data.name={config.name}: no such data set ({first_line(error)})"
+        ) from error
     except ValueError as error:  # unknown split or subset: the library lists those there are
         raise UserError(
-            f"data.name={config.name}, data.subset={config.subset}, split {split}: {_line(error)}"
+            f"data.name={config.name}, data.subset={config.subset}, split {split}: "
+            f"{first_line(error)}"
         ) from error
     except Exception as error:
         raise UserError(
-            f"data.name={config.name}: cannot be read ({_line(error)}); "
+            f"data.name={config.name}: cannot be read ({first_line(error)}); "
             f"without a network use {OFFLINE_PRESETS}"
         ) from error
     return _only_text(data, row, config.column, f"data.name={config.name}")
@@ -167,7 +175,9 @@ def _open_local(config: LocalConfig) -> Text:
     except UserError:
         raise
     except Exception as error:  # StopIteration is how datasets answers an empty file
-        reason = "there is no document in it" if isinstance(error, StopIteration) else _line(error)
+        reason = (
+            "there is no document in it" if isinstance(error, StopIteration) else first_line(error)
+        )
         raise UserError(f"{where}: cannot be read ({reason})") from error
     return _hold_out(_only_text(data, row, config.column, where), config.held_out)
 
@@ -216,9 +226,7 @@ def _load_saved(path: Path, where: str) -> "Dataset":
 
 
 def _hold_out(data: "Dataset", share: float) -> Text:
-    """Documents at fixed random places held out, at least one unless `share` is 0."""
-    if share == 0:
-        return Text(data, _documents([]))
+    """At least one document held out, at fixed random places."""
     if len(data) == 1:
         text = data[0]["text"] or ""
         cut = int(len(text) * (1 - share))
@@ -230,7 +238,7 @@ def _hold_out(data: "Dataset", share: float) -> Text:
     return Text(data.select(np.sort(order[n:])), data.select(np.sort(order[:n])))
 
 
-def _line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """The first line of what went wrong underneath; datasets hides it in the cause."""
     lines = str(error.__cause__ or error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sae_lightning.errors import UserError
 from sae_lightning.llm.sites import Site
 
 
@@ -49,7 +50,10 @@ class Pool:
         return self._filled
 
     def add(self, activations: Mapping[Site, Tensor], ids: Tensor) -> None:
-        """Append rows {site: [n, d]} of sequences `ids` [n], in the activations' own dtype."""
+        """Append rows {site: [n, d]} of sequences `ids` [n], in the activations' own dtype.
+
+        UserError: the pool holds rows of another dtype, which only a restored one can.
+        """
         start, stop = self._filled, self._filled + len(ids)
         assert stop <= self.capacity, f"{stop} rows in a pool of {self.capacity}"
         for site in self.sites:
@@ -57,6 +61,12 @@ class Pool:
             if site not in self._rows:
                 self._rows[site] = torch.empty(
                     self.capacity, new.shape[1], dtype=new.dtype, device=self.device
+                )
+            if new.dtype != self._rows[site].dtype:
+                now, saved = (str(x.dtype).removeprefix("torch.") for x in (new, self._rows[site]))
+                raise UserError(
+                    f"llm.dtype: the LLM computes in {now} here, but the run to be resumed did in "
+                    f"{saved}; set llm.dtype={saved}, as it was, or start a new run"
                 )
             self._rows[site][start:stop] = new
         self._ids[start:stop] = ids

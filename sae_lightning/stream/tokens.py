@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sae_lightning.errors import UserError
 from sae_lightning.llm.load import bos_id, separator_id
-from sae_lightning.stream.documents import Text
+from sae_lightning.stream.documents import Text, first_line
 from sae_lightning.stream.flat import Flat, encode, flat_tokens
 from sae_lightning.stream.packing import Packing, Sequences, TokenSource
 from sae_lightning.terminal import console
@@ -84,9 +84,12 @@ class StreamedTokens:
     drops the documents waiting in the shuffle buffer, so a resumed run would never read them.
     """
 
-    def __init__(self, data: Any, tokenizer: Any, packing: Packing, seed: int | None) -> None:
-        """`seed` None keeps the documents in their own order."""
+    def __init__(
+        self, data: Any, tokenizer: Any, packing: Packing, seed: int | None, where: str = "data"
+    ) -> None:
+        """`seed` None keeps the documents in their own order; `where` names the text."""
         self.data, self.tokenizer, self.packing, self.seed = data, tokenizer, packing, seed
+        self.where = where
         self.served = 0
         self._begin(1)
 
@@ -102,11 +105,19 @@ class StreamedTokens:
     def _pull(self) -> bool:
         """Tokenise some more documents into the carry; False at the end of the epoch."""
         texts, characters = [], 0
-        for row in self._rows:
-            texts.append(row["text"])
-            characters += len(row["text"] or "")
-            if characters >= CHUNK:
-                break
+        try:
+            for row in self._rows:
+                texts.append(row["text"])
+                characters += len(row["text"] or "")
+                if characters >= CHUNK:
+                    break
+        except UserError:
+            raise
+        except Exception as error:  # the network, or a broken file: any of a dozen libraries'
+            raise UserError(
+                f"{self.where}: reading it broke off ({first_line(error)}); what a run trained up "
+                "to its last checkpoint is kept: continue it with resume=<run folder>"
+            ) from error
         if not texts:
             return False
         new = encode(self.tokenizer, texts, self.packing.separator)
@@ -157,8 +168,9 @@ class StreamedTokens:
 class HeldOutTokens:
     """The text that only evaluation reads, as sequences."""
 
-    def __init__(self, data: Any, tokenizer: Any, packing: Packing) -> None:
-        self.data, self.tokenizer, self.packing = data, tokenizer, packing
+    def __init__(self, data: Any, tokenizer: Any, packing: Packing, where: str = "data") -> None:
+        """`where` names the text in messages."""
+        self.data, self.tokenizer, self.packing, self.where = data, tokenizer, packing, where
 
     def take(self, sequences: int) -> Tensor:
         """The same sequences at every call -> [<= sequences, context] int64.
@@ -170,7 +182,7 @@ class HeldOutTokens:
         if hasattr(self.data, "__len__"):
             windows = self._spread(sequences)
         else:
-            stream = StreamedTokens(self.data, self.tokenizer, self.packing, seed=None)
+            stream = StreamedTokens(self.data, self.tokenizer, self.packing, None, self.where)
             windows = [w for _ in range(sequences) if (w := stream.window()) is not None]
         if not windows:
             raise UserError(
@@ -205,11 +217,11 @@ def open_tokens(text: Text, tokenizer: Any, *, context: int, seed: int) -> Token
     UserError: the text holds no token.
     """
     packing = Packing(context, bos_id(tokenizer), separator_id(tokenizer))
-    held_out = HeldOutTokens(text.held_out, tokenizer, packing)
+    held_out = HeldOutTokens(text.held_out, tokenizer, packing, text.where)
     if hasattr(text.train, "__len__"):
         flat = flat_tokens(text.train, tokenizer, packing.separator)
         return Tokens(ShuffledTokens(flat, packing, seed), held_out)
-    return Tokens(StreamedTokens(text.train, tokenizer, packing, seed), held_out)
+    return Tokens(StreamedTokens(text.train, tokenizer, packing, seed, text.where), held_out)
 
 
 _NO_TOKENS = (

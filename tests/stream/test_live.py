@@ -12,8 +12,10 @@ from sae_lightning.errors import UserError
 from sae_lightning.llm.capture import capture
 from sae_lightning.llm.sites import Kind, Site
 from sae_lightning.stream import live
-from sae_lightning.stream.documents import Text
+from sae_lightning.stream import tokens as tokens_module
+from sae_lightning.stream.documents import Text, open_text
 from sae_lightning.stream.live import LiveStream
+from sae_lightning.stream.text import HubConfig
 from sae_lightning.stream.tokens import open_tokens
 
 SITES = [Site(1, Kind.resid), Site(0, Kind.mlp)]
@@ -134,6 +136,42 @@ def test_resuming_is_exact_at_every_batch(llm, style):
         rest = list(resumed)
         assert len(rest) == 12 - served
         assert all(same(a, b) for a, b in zip(rest, reference[served:], strict=True))
+
+
+def test_a_run_on_a_streamed_hub_data_set_resumes_exactly_twice_in_a_row(
+    llm, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(tokens_module, "CHUNK", 40)
+    monkeypatch.setattr(tokens_module, "SHUFFLE_BUFFER", 5)
+    # Two files, several epochs, a shuffle buffer smaller than the text; all opened anew each time.
+    (tmp_path / "data").mkdir()
+    for part in range(2):
+        data = Dataset.from_dict({"text": story(part, documents=30)})
+        data.to_parquet(tmp_path / "data" / f"{part}.parquet")
+    config = HubConfig(name=str(tmp_path / "data"), held_out_documents=5)
+
+    def opened(state=None):
+        tokens = open_tokens(open_text(config), llm.tokenizer, context=CONTEXT, seed=3)
+        settings = {"batch": 16, "total_batches": 150, "pool": 64, "llm_batch": 4}
+        stream = LiveStream(llm, tokens.train, SITES, max_norm=1.5, seed=7, **settings)
+        if state is not None:
+            stream.load_state_dict(pickle.loads(state))
+        return stream
+
+    def served(stream, n):
+        return [batch for _, batch in zip(range(n), stream, strict=False)]
+
+    whole = opened()
+    reference = list(whole)
+    assert whole.epoch >= 3
+    for first, second in [(1, 1), (20, 70), (75, 76), (140, 9)]:
+        stream, batches = opened(), []
+        for n in (first, second):
+            batches += served(stream, n)
+            stream = opened(pickle.dumps(stream.state_dict()))
+        batches += list(stream)
+        assert len(batches) == 150
+        assert all(same(a, b) for a, b in zip(batches, reference, strict=True))
 
 
 def test_a_saved_state_is_plain_enough_for_a_safe_load(llm, tmp_path):

@@ -2,8 +2,10 @@
 
 import pickle
 
+import pytest
 import torch
 
+from sae_lightning.errors import UserError
 from sae_lightning.llm.sites import Kind, Site
 from sae_lightning.stream.shuffle import Pool
 
@@ -110,3 +112,14 @@ def test_activations_keep_their_dtype():
     pool.add({SHALLOW: torch.ones(4, 2, dtype=torch.bfloat16)}, torch.arange(4))
     assert pool.take(2).activations[SHALLOW].dtype == torch.bfloat16
     assert pool.state_dict()["rows"][0].dtype == torch.bfloat16
+
+
+def test_a_restored_pool_takes_no_rows_of_another_dtype():
+    pool = filled(20)
+    half = Pool([SHALLOW, DEEP], capacity=60, seed=0)
+    half.add({s: x.bfloat16() for s, x in rows(0, 20).items()}, torch.arange(20))
+    pool.load_state_dict(half.state_dict())
+    with pytest.raises(UserError, match="in float32 here, .* in bfloat16; set llm.dtype=bfloat16"):
+        pool.add(rows(20, 30), torch.arange(20, 30))
+    assert len(pool) == 20
+    assert pool.take(20).activations[DEEP].dtype == torch.bfloat16, "nothing more is needed of it"

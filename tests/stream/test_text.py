@@ -45,7 +45,7 @@ def write(folder, kind: str, column: str = "text", documents: list[str] = DOCUME
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet", "saved", "saved dict"])
 def test_a_local_document_is_in_training_or_held_out_never_both(tmp_path, kind):
     config = LocalConfig(path=write(tmp_path / "data", kind), held_out=0.1)
-    train, held_out = (texts(part) for part in open_text(config))
+    train, held_out = (texts(part) for part in open_text(config)[:2])
     assert len(held_out) == 4
     assert sorted(train + held_out) == sorted(DOCUMENTS)
     assert texts(open_text(config).held_out) == held_out, "the same ones at every start"
@@ -56,15 +56,14 @@ def test_a_file_is_one_document_with_its_line_breaks(tmp_path):
     (tmp_path / "a.txt").write_text("one\n\ntwo\n")
     (tmp_path / "b.txt").write_text("three")
     (tmp_path / ".hidden").write_text("not text")
-    train, held_out = open_text(LocalConfig(path=str(tmp_path), held_out=0))
-    assert texts(train) == ["one\n\ntwo\n", "three"]
-    assert texts(held_out) == []
+    train, held_out, _ = open_text(LocalConfig(path=str(tmp_path), held_out=0.5))
+    assert sorted(texts(train) + texts(held_out)) == ["one\n\ntwo\n", "three"]
 
 
 def test_of_a_single_document_the_last_words_are_held_out(tmp_path):
     text = " ".join(f"word{i}" for i in range(100))
     (tmp_path / "a.txt").write_text(text)
-    train, held_out = open_text(LocalConfig(path=str(tmp_path / "a.txt"), held_out=0.2))
+    train, held_out, _ = open_text(LocalConfig(path=str(tmp_path / "a.txt"), held_out=0.2))
     assert texts(train)[0] + texts(held_out)[0] == text
     assert texts(held_out)[0].startswith("word")
     assert 0.2 <= len(texts(held_out)[0]) / len(text) < 0.22
@@ -72,7 +71,7 @@ def test_of_a_single_document_the_last_words_are_held_out(tmp_path):
 
 def test_another_column_can_hold_the_text(tmp_path):
     path = write(tmp_path / "data", "jsonl", column="story")
-    train, held_out = open_text(LocalConfig(path=path, column="story"))
+    train, held_out, _ = open_text(LocalConfig(path=path, column="story"))
     assert sorted(texts(train) + texts(held_out)) == sorted(DOCUMENTS)
 
 
@@ -81,7 +80,7 @@ def test_another_column_can_hold_the_text(tmp_path):
 def test_the_first_documents_of_a_hub_data_set_are_held_out(tmp_path, streaming, kind):
     write(tmp_path / "data", kind)
     config = HubConfig(name=str(tmp_path / "data"), streaming=streaming, held_out_documents=7)
-    train, held_out = open_text(config)
+    train, held_out, _ = open_text(config)
     assert texts(held_out) == DOCUMENTS[:7]
     assert texts(train) == DOCUMENTS[7:]
     if streaming:
@@ -93,13 +92,13 @@ def test_another_split_of_a_hub_data_set_can_be_held_out(tmp_path):
     folder.mkdir()
     for split, documents in [("train", DOCUMENTS[:30]), ("validation", DOCUMENTS[30:])]:
         Dataset.from_dict({"text": documents}).to_json(folder / f"{split}.jsonl")
-    train, held_out = open_text(HubConfig(name=str(folder), held_out_split="validation"))
+    train, held_out, _ = open_text(HubConfig(name=str(folder), held_out_split="validation"))
     assert (texts(train), texts(held_out)) == (DOCUMENTS[:30], DOCUMENTS[30:])
 
 
 @needs_plays
 def test_whole_plays_are_held_out():
-    train, held_out = (texts(part) for part in open_text(PlaysConfig()))
+    train, held_out = (texts(part) for part in open_text(PlaysConfig())[:2])
     assert (len(train), len(held_out)) == (35, 3)
     assert {play.splitlines()[0] for play in held_out} == {"# Hamlet", "# Henry V", "# The Tempest"}
     assert not set(train) & set(held_out)
@@ -136,6 +135,7 @@ def test_missing_plays_name_the_command_that_installs_them(monkeypatch):
         ({"max_norm": 1.0}, "data.max_norm=1.0"),
         ({"max_norm": float("nan")}, "data.max_norm=nan"),
         ({"held_out": 1.0}, "data.held_out=1.0"),
+        ({"held_out": 0.0}, "data.held_out=0.0: .*; give more than 0 and less than 1"),
         ({"path": ""}, "data.path is empty"),
     ],
 )
@@ -148,7 +148,12 @@ def test_a_setting_out_of_range_is_named(setting, message):
     ("setting", "message"),
     [
         ({"name": ""}, "data.name is empty"),
-        ({"held_out_documents": -1}, "data.held_out_documents=-1"),
+        ({"held_out_documents": -1}, "data.held_out_documents=-1: .*; give 1 or more"),
+        ({"held_out_documents": 0}, "data.held_out_documents=0: .*; give 1 or more"),
+        (
+            {"held_out_documents": 9, "held_out_split": "dev"},
+            "data.held_out_documents=9 .* data.held_out_split=dev: leave one of the two out",
+        ),
         ({"held_out_split": "train"}, "data.held_out_split=train is the split trained on"),
         ({"context": 0}, "data.context=0"),
     ],
@@ -156,6 +161,17 @@ def test_a_setting_out_of_range_is_named(setting, message):
 def test_a_hub_setting_out_of_range_is_named(setting, message):
     with pytest.raises(UserError, match=message):
         HubConfig(**{"name": "owner/name"} | setting)
+
+
+def test_no_play_to_evaluate_on_is_refused():
+    with pytest.raises(UserError, match=r"data.held_out=\[\]: .*data.held_out=\[hamlet\]"):
+        PlaysConfig(held_out=[])
+
+
+def test_500_documents_are_held_out_where_nothing_is_said(tmp_path):
+    write(tmp_path / "data", "jsonl", documents=[f"document {i}" for i in range(520)])
+    train, held_out, _ = open_text(HubConfig(name=str(tmp_path / "data"), streaming=False))
+    assert (len(train), len(held_out)) == (20, 500)
 
 
 def test_defaults_are_the_documented_ones():

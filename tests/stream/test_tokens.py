@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from small_text import BOS, SEPARATOR, STYLES, byte_tokenizer, story
 
 from sae_lightning.errors import UserError
@@ -182,6 +182,36 @@ def test_resuming_is_exact_at_every_sequence(tokenizer, style, monkeypatch):
         train.next(1)
 
 
+def unreliable():
+    yield {"text": "abcdefgh"}
+    raise ConnectionError("the hub went away\nfor good")
+
+
+@pytest.mark.parametrize("part", ["train", "held_out"])
+def test_a_stream_that_breaks_off_says_how_to_go_on(tokenizer, part):
+    data = IterableDataset.from_generator(unreliable)
+    tokens = open_tokens(Text(data, data, "data.name=a/b"), tokenizer, context=6, seed=0)
+    read = {"train": lambda: tokens.train.next(1), "held_out": lambda: tokens.held_out.take(9)}
+    expected = r"^data.name=a/b: reading it broke off \(the hub went away\); .*resume=<run folder>$"
+    with pytest.raises(UserError, match=expected) as error:
+        read[part]()
+    assert isinstance(error.value.__cause__, ConnectionError)
+
+
+@pytest.mark.parametrize("raised", [KeyboardInterrupt, UserError("as it is")])
+def test_a_stream_explains_nobody_elses_errors(tokenizer, raised):
+    train = source(["abc"], "streamed", tokenizer)
+
+    def rows():
+        raise raised
+        yield
+
+    train._rows = rows()
+    with pytest.raises(raised if isinstance(raised, type) else UserError) as error:
+        train.next(1)
+    assert "broke off" not in str(error.value)
+
+
 def test_resuming_with_another_text_is_refused(tokenizer):
     state = source(["abc", "def"], "indexed", tokenizer).state_dict()
     with pytest.raises(UserError, match="has 4 tokens but the run to be resumed read one of 8"):
@@ -255,7 +285,8 @@ def test_a_slice_of_flat_tokens_runs_across_pieces():
 def test_text_on_disk_is_tokenised_once_and_read_through_the_memory_map(tokenizer, tmp_path):
     (tmp_path / "a.txt").write_text("hello " * 50)
     (tmp_path / "b.txt").write_text("world " * 50)
-    config = LocalConfig(path=str(tmp_path / "*.txt"), held_out=0)
+    (tmp_path / "c.txt").write_text("third " * 50)
+    config = LocalConfig(path=str(tmp_path / "*.txt"), held_out=0.3)
     calls = []
 
     class Counting:
