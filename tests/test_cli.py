@@ -1,5 +1,6 @@
 """Bad input gets one clear line that names the setting and the remedy, and exit code 1."""
 
+import json
 import os
 import re
 import subprocess
@@ -9,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from tiny_run import write_text
 
 from sae_lightning import checks, cli
-from sae_lightning.cli import explain, one_line_errors
+from sae_lightning.cli import explain, one_line_errors, quoted_paths
 from sae_lightning.config import CONFIG_FILE, Config, Job, conf_folder, job, register, resolved_yaml
 from sae_lightning.errors import UserError
 from sae_lightning.llm import packaged
@@ -191,6 +194,54 @@ def test_hydras_own_flags_are_let_through(command_line, flags):
     command_line.setattr(sys, "argv", ["train.py", *flags, "seed=1", "~loss"])
     with one_line_errors():
         pass
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "multirun/2026-01-31/12-00-00/loss.l1=0.001",
+        "multirun/x/loss.l1=0.001,model.features=64",
+        "my runs/a (b)",
+        "caf\u00e9/[1]{2}!#&;",
+        "it's",
+        'say "a"',
+        "a=b\\",
+        "back~up",
+    ],
+)
+@pytest.mark.parametrize("name", ["resume", "run"])
+def test_a_path_as_it_is_pasted_is_what_hydra_reads(name, path):
+    (argument,) = quoted_paths([f"{name}={path}"])
+    assert OverridesParser.create().parse_override(argument).value() == path
+    assert quoted_paths([argument]) == [argument], "twice is as once"
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    given = ["data.path=~/a.txt", "+run=~/l1=1", "loss.l1=~/a"]
+    assert quoted_paths(given) == ["data.path=/home/me/a.txt", "+run='/home/me/l1=1'", given[2]]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["-m", "llm.name=a,b"],
+        ["-m", "llm.name=choice(a,b)"],
+        ["llm.name=a,b"],  # answered with: needs -m
+        ["hydra.run.dir=outputs/${now:%H=%M}"],
+        ["resume='a=b'", 'run="a=b"', "run=a\\=b"],
+        ["resume=outputs/2026-01-31/12-00-00", "resume=null", "data.path=texts/*.txt", "resume="],
+        ["loss.l1=[1", "~loss", "--cfg", "job", "-x=a=b"],
+    ],
+)
+def test_hydras_own_language_is_left_alone(arguments):
+    assert quoted_paths(arguments) == arguments
+
+
+def test_a_sweep_over_paths_stays_a_sweep():
+    swept = quoted_paths(["-m", "resume=m/l1=1,m/l1=2"])[1]
+    override = OverridesParser.create().parse_override(swept)
+    assert list(override.sweep_string_iterator()) == ["'m/l1=1'", "'m/l1=2'"]
 
 
 def fail(folder):
@@ -442,6 +493,78 @@ def test_analyze_refuses_in_one_line(tmp_path, overrides, message):
     line = one_line(run_script("analyze.py", *overrides, cwd=tmp_path))
     assert re.fullmatch(message, line), line
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def folders_of_sweep(cwd: Path) -> list[str]:
+    return sorted(path.name for path in cwd.glob("multirun/*/*/*") if path.is_dir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bad", ["model.features=64,-1", "seed=1,-1 model.features=1,2"])
+def test_a_multirun_is_checked_before_its_first_job(tmp_path, bad):
+    line = one_line(run_script("train.py", "-m", *bad.split(" "), cwd=tmp_path))
+    assert re.fullmatch(r"(model\.features|seed)=-1: give .*", line)
+    assert list(tmp_path.iterdir()) == []
+
+
+NO_LLM = ["llm=hf", "layer.index=0"]  # composes, and fails when the LLM is looked for
+
+
+@pytest.mark.slow
+def test_the_jobs_of_a_multirun_fail_on_their_own(tmp_path):
+    sweep = ["-m", *NO_LLM, "llm.name=./no/a,./no/b", "seed=3"]
+    done = run_script("train.py", *sweep, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        "error: llm.name=._no_a: llm.name=./no/a: no such folder; check the path",
+        "error: llm.name=._no_b: llm.name=./no/b: no such folder; check the path",
+        "error: 2 of the jobs failed, see above",
+    ]
+    assert folders_of_sweep(tmp_path) == [], "they came to nothing"
+
+
+@pytest.mark.slow
+def test_a_job_without_anything_swept_is_named_by_its_number(tmp_path):
+    done = run_script("train.py", "-m", *NO_LLM, "llm.name=./no", cwd=tmp_path)
+    assert done.stderr.startswith("error: 0: llm.name=./no: no such folder")
+
+
+@pytest.mark.slow
+def test_a_sweeps_run_is_resumed_and_analysed_as_it_is_pasted(tmp_path, tiny_folder):
+    (tmp_path / "text").mkdir()
+    write_text(tmp_path / "text")
+    cache = str(tmp_path / "cache")
+    tiny = ["llm=hf", f"llm.name={tiny_folder('llama')}", "llm.dtype=float32", "layer.index=1"]
+    tiny += ["data=text", "data.path=text", "data.held_out=0.34", "data.context=16"]
+    tiny += ["data.pool=256", "trainer=cpu", "trainer.tokens=2560", "trainer.batch=64"]
+    tiny += ["model.features=48", "eval.tokens=150", "optim.clip=null"]
+    # the first diverges, and the second is trained all the same
+    sweep = ["-m", *tiny, "loss.l1=0.001", "optim.lr=1e30,1e-3"]
+    done = run_script("train.py", *sweep, cwd=tmp_path, HF_DATASETS_CACHE=cache)
+    assert done.returncode == 1, done.stdout
+    assert re.match(r"error: optim\.lr=1e\+30: .*\nerror: 1 of the jobs failed", done.stderr)
+    (run,) = tmp_path.glob("multirun/*/*/optim.lr=0.001")
+    assert (run / "metrics.json").is_file()
+
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (run / "metrics.json").unlink()
+    pasted = f"../{run.relative_to(tmp_path)}"
+    for script, name in (("train.py", "resume"), ("analyze.py", "run")):
+        done = run_script(script, f"{name}={pasted}", cwd=elsewhere, HF_DATASETS_CACHE=cache)
+        assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    trained = json.loads((run / "metrics.json").read_text())["held_out"]
+    again = json.loads((run / "analysis" / "evaluate.json").read_text())
+    for name, value in trained.items():
+        assert again[name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
+
+
+@pytest.mark.slow
+def test_an_unfinished_run_is_not_analysed(tmp_path):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / CONFIG_FILE).write_text(resolved_yaml(a_job(tmp_path)))
+    line = one_line(run_script("analyze.py", "run=old", cwd=tmp_path))
+    assert line.startswith("old holds no saved SAE")
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from sae_lightning.config import (
     Job,
     conf_folder,
     job,
+    job_folder,
     read_job,
     register,
     resolved_yaml,
@@ -297,6 +298,38 @@ def test_a_run_folder_is_a_day_and_a_time_or_the_run_that_goes_on(tmp_path):
         run_folder(str(tmp_path))
     (tmp_path / CONFIG_FILE).write_text("")
     assert run_folder(str(tmp_path)) == str(tmp_path)
+
+
+def test_a_job_of_a_sweep_is_named_after_what_is_swept():
+    assert job_folder("loss.l1=0.001", 3) == "loss.l1=0.001"
+    assert job_folder("data.path=/a/b", 3) == "data.path=_a_b"
+    assert job_folder("", 3) == "3"
+    long = job_folder("\u00e9" * 300, 3)
+    assert len(long.encode()) <= 200 and long.endswith("_3")
+
+
+def test_local_paths_are_saved_absolute(tmp_path, monkeypatch):
+    (tmp_path / "llm").mkdir()
+    (tmp_path / "a.txt").write_text("")
+    (tmp_path / "smollm2").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for given, kept in {
+        "a.txt": tmp_path / "a.txt",
+        f"../{tmp_path.name}/*.txt": tmp_path / "*.txt",
+        "missing.txt": "missing.txt",
+    }.items():
+        overrides = ["llm=hf", "llm.name=llm", "layer.index=0", "data=text", f"data.path={given}"]
+        config = make_job(*overrides).config
+        assert (config.llm.name, config.data.path) == (str(tmp_path / "llm"), str(kept))
+    assert make_job("llm=gpt2").config.llm.name == "openai-community/gpt2"
+    assert make_job("llm=smollm2", "seed=9").config.llm.name == "smollm2", "the packaged one"
+
+
+def test_the_smoke_run_does_everything_once():
+    config = make("trainer=smoke")
+    assert config.eval.every < config.trainer.tokens
+    assert config.trainer.checkpoint_every < config.trainer.tokens
+    assert config.data.pool < config.trainer.tokens
 
 
 @pytest.mark.parametrize(
