@@ -4,28 +4,34 @@
 PYTHON ?= python3
 ARGS ?= model.features=10000 loss.l1=1e-3
 BIN := .venv/bin
-# runs again when what it installed from has changed
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# stamps: a set-up runs again when what it installed from has changed
 READY := .venv/ready
-# no version check, no prompt; one that is already installed is not fetched again
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+READY_TO_TEST := .venv/ready-to-test
 
 .PHONY: train test quick lint
 train: $(READY)
 	$(BIN)/python train.py $(ARGS)
 
-test: $(READY)
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+test: $(READY_TO_TEST)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -m "not gpu"
 
-quick: $(READY)
+quick: $(READY_TO_TEST)
 	$(BIN)/python -m pytest
 
-lint: $(READY)
-	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+lint: $(READY_TO_TEST)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 $(READY): pyproject.toml constraints.txt requirements/offline.txt
 	@echo "installing into .venv (a minute or two)"
 	$(PYTHON) -m venv .venv
-	$(PIP) --constraint constraints.txt --editable ".[test]"
+	$(PIP) --editable .
 	$(PIP) --no-deps --requirement requirements/offline.txt
-	@touch $(READY)
+	@touch $@
+
+$(READY_TO_TEST): $(READY)
+	$(PIP) --editable ".[test]"
+	@touch $@
