@@ -13,6 +13,7 @@ PACKAGE = "sae_lightning"
 # Top to bottom. A unit imports units of lower rows; units of one row do not know each other.
 ROWS = [
     ["train", "analyze", "hydra_plugins"],
+    ["sweep"],
     ["cli", "run"],
     ["report"],
     ["checks"],
@@ -40,8 +41,8 @@ UNKNOWN = {
 }
 # Library -> the only units that import it.
 ROOMS = {
-    "hydra": {"train", "analyze", "hydra_plugins", "cli", "config"},
-    "omegaconf": {"train", "analyze", "hydra_plugins", "cli", "config"},
+    "hydra": {"train", "analyze", "hydra_plugins", "sweep", "cli", "config"},
+    "omegaconf": {"train", "analyze", "hydra_plugins", "sweep", "cli", "config"},
     "lightning": {"training", "run"},
     "transformers": {"llm"},
 }
