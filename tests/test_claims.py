@@ -119,8 +119,9 @@ def test_ctrl_c_saves_first_and_says_how_to_continue(tiny_folder, tmp_path):
 
 @pytest.mark.slow
 def test_the_first_command_works_on_the_packaged_llm_and_text(tmp_path):
-    """`python train.py` as in the README, cut short, and then `python analyze.py`."""
-    environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    """`python train.py` as in the README, cut short, with empty caches; then `analyze.py`."""
+    caches = ("HF_DATASETS_CACHE", "XDG_CACHE_HOME")
+    environment = os.environ | {name: str(tmp_path / name) for name in caches}
     train = [sys.executable, TRAIN, "trainer=smoke", "model.features=600", "loss.l1=1e-3"]
     train += ["data.pool=4096", "eval.tokens=500", "hydra.run.dir=out"]
     done = subprocess.run(train, cwd=tmp_path, env=environment, capture_output=True, text=True)

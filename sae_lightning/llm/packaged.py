@@ -2,9 +2,11 @@
 
 import importlib.metadata
 import importlib.util
+import io
 import os
 import shutil
 import tempfile
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import NamedTuple
 
@@ -93,7 +95,8 @@ def _fill(cache: Path, source: Path, file: str) -> None:
     cache.parent.mkdir(parents=True, exist_ok=True)
     partial = tempfile.mkdtemp(prefix=f".{cache.name}-", dir=cache.parent)
     try:
-        with quiet():
+        # transformers draws its GGUF bar with plain tqdm, which no setting of it turns off
+        with quiet(), redirect_stderr(io.StringIO()):
             _save_dequantised(source, file, partial)
         try:
             os.replace(partial, cache)
