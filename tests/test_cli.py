@@ -217,9 +217,9 @@ def test_a_path_as_it_is_pasted_is_what_hydra_reads(name, path):
 
 
 def test_a_tilde_is_the_home_folder(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("HOME", "/users/me")
     given = ["data.path=~/a.txt", "+run=~/l1=1", "loss.l1=~/a"]
-    assert quoted_paths(given) == ["data.path=/home/me/a.txt", "+run='/home/me/l1=1'", given[2]]
+    assert quoted_paths(given) == ["data.path=/users/me/a.txt", "+run='/users/me/l1=1'", given[2]]
 
 
 @pytest.mark.parametrize(
