@@ -16,7 +16,7 @@ from sae_lightning.export import free_space
 from sae_lightning.llm.load import device, shape
 from sae_lightning.llm.packaged import Shape
 from sae_lightning.llm.sites import Site
-from sae_lightning.training.settings import Accelerator
+from sae_lightning.training.settings import Accelerator, checkpoint_path
 
 METRICS_FILE = "metrics.json"
 
@@ -41,11 +41,6 @@ def check(jobs: list[Job]) -> tuple[list[Site], int]:
     for job in jobs:
         _check_space(job, llm)
     return [job.config.layer.within(llm.layers) for job in jobs], steps_done[0]
-
-
-def checkpoint_path(folder: Path) -> Path:
-    """Where a run keeps what it needs to continue."""
-    return folder / "checkpoints" / "last.ckpt"
 
 
 def finished(job: Job) -> dict | None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sae_lightning.errors import UserError
 from sae_lightning.llm.sites import Site
 from sae_lightning.training.head import Head
+from sae_lightning.training.settings import checkpoint_path
 
 
 class SAEModule(L.LightningModule):
@@ -20,7 +21,7 @@ class SAEModule(L.LightningModule):
         super().__init__()
         self.heads = nn.ModuleList(heads)
         self.batch, self.steps, self.folder = batch, steps, folder
-        self.checkpoint = folder / "checkpoints" / "last.ckpt"
+        self.checkpoint = checkpoint_path(folder)
         self.stopped_by: signal.Signals | None = None
         self.tokens_per_second = 0.0
         self.speed: dict[str, float] = {}

@@ -6,6 +6,7 @@ Units: tokens unless a field says otherwise; a share is a part of the run, from 
 import math
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 
 from sae_lightning.errors import UserError
 
@@ -18,6 +19,11 @@ def _share(name: str, value: float) -> None:
 def _positive(name: str, value: float, remedy: str = "give a positive number") -> None:
     if not 0 < value < math.inf:
         raise UserError(f"{name}={value}: {remedy}")
+
+
+def checkpoint_path(folder: Path) -> Path:
+    """Where a run keeps what it needs to continue."""
+    return folder / "checkpoints" / "last.ckpt"
 
 
 class Accelerator(Enum):

@@ -41,10 +41,11 @@ class Normalize(L.Callback):
         for head in module.heads:
             settings = head.recipe.normalize
             sample = trainer.datamodule.stream.peek(settings.tokens)
+            sites = {head.source, head.target}  # one, but for a transcoder
+            estimated = {site: estimate(sample[site], settings.mode) for site in sites}
             for site, mean, scale in (
                 (head.source, head.in_mean, head.in_scale),
                 (head.target, head.out_mean, head.out_scale),
             ):
-                estimated = estimate(sample[site], settings.mode)
-                mean.copy_(estimated[0])
-                scale.copy_(estimated[1])
+                mean.copy_(estimated[site][0])
+                scale.copy_(estimated[site][1])
