@@ -24,6 +24,7 @@ from sae_lightning.llm.load import LLMConfig
 from sae_lightning.llm.packaged import PACKAGED
 from sae_lightning.llm.sites import LayerConfig
 from sae_lightning.losses import LOSSES, Loss
+from sae_lightning.objective import SweepConfig
 from sae_lightning.sae import ARCHITECTURES, SAEConfig
 from sae_lightning.stream.text import DataConfig, HubConfig, LocalConfig, PlaysConfig
 from sae_lightning.training.settings import (
@@ -42,7 +43,15 @@ SOURCES: dict[str, type[DataConfig]] = {
 STREAM_HALF = ("llm", "data", "trainer", "eval", "seed")
 # What a run can be continued with on another machine, or evaluated otherwise, without becoming
 # another run.
-FREE_ON_RESUME = ("llm.device", "llm.attn", "trainer.accelerator", "eval", "resume")
+FREE_ON_RESUME = (
+    "llm.device",
+    "llm.attn",
+    "trainer.accelerator",
+    "data.cache",
+    "eval",
+    "sweep",
+    "resume",
+)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -71,6 +80,8 @@ class Config:
     callbacks: CallbacksConfig = field(default_factory=CallbacksConfig)
     """Normalisation and dead features."""
 
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+    """A multirun as a whole."""
     resume: str | None = None
     """Run folder to continue; nothing else may be given with it."""
 
@@ -107,6 +118,8 @@ class Config:
         With `data.max_norm` the site decides which tokens are dropped, so it belongs to the key.
         """
         half = {name: _plain(asdict(self)[name]) for name in STREAM_HALF}
+        # where activations are read from changes none of them
+        half["data"] = {k: v for k, v in half["data"].items() if not k.startswith("cache")}
         if self.data.max_norm is not None:
             half["layer"] = _plain(asdict(self.layer))
         return hashlib.sha256(json.dumps(half, sort_keys=True).encode()).hexdigest()[:16]

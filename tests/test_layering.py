@@ -22,7 +22,7 @@ ROWS = [
     ["scorecard"],
     ["stream"],
     ["llm", "export"],
-    ["losses", "metrics", "schedules", "synthetic"],
+    ["losses", "metrics", "schedules", "synthetic", "objective"],
     ["sae"],
     ["terminal", "errors"],
 ]
