@@ -12,7 +12,7 @@ import torch
 
 from sae_lightning.config import CONFIG_FILE, Job
 from sae_lightning.errors import UserError
-from sae_lightning.export import free_space
+from sae_lightning.files import free_space
 from sae_lightning.llm.load import device, shape
 from sae_lightning.llm.packaged import Shape
 from sae_lightning.llm.sites import Site

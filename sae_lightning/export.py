@@ -5,12 +5,8 @@ sae/sae_weights.safetensors   W_enc [d_in, features], b_enc [features],
                               W_dec [features, d_out], b_dec [d_out]
 """
 
-import errno
 import json
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -18,51 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor
 
 from sae_lightning.errors import UserError
+from sae_lightning.files import atomically, write_json
 from sae_lightning.sae import SAE, ReLU, SAEConfig
 
 CFG = "cfg.json"
 WEIGHTS = "sae_weights.safetensors"
 READERS: dict[str, type[SAE]] = {"standard": ReLU}
 """The class of each `architecture` that a cfg.json can name."""
-
-
-@contextmanager
-def atomically(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; put it in place, complete, when the block ends.
-
-    A reader, or a run killed at any moment, sees the old file or the new one.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        # safetensors makes files that only their owner can read; a colleague may want to
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException as error:
-        # not every writer passes the system's error on; all of them quote it
-        full = getattr(error, "errno", None) == errno.ENOSPC or "space left" in str(error)
-        temporary.unlink(missing_ok=True)
-        if full:
-            raise UserError(
-                f"no space left for {path}: what was there before is unharmed; free some space "
-                "and resume"
-            ) from error
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write `content` to `path` atomically, indented for people."""
-    with atomically(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf8")
 
 
 def save_sae(folder: Path, architecture: str, weights: dict[str, Tensor], metadata: dict) -> None:
@@ -129,11 +87,3 @@ def load_sae(path: str | os.PathLike) -> SAE:
     sae.load_state_dict(weights)
     sae.metadata = cfg.get("metadata", {})
     return sae.requires_grad_(False).eval()
-
-
-def free_space(folder: Path) -> int:
-    """Bytes free on the disk that holds `folder` or its nearest existing parent."""
-    folder = folder.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free

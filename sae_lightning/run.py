@@ -17,7 +17,7 @@ import torch
 from sae_lightning import checks
 from sae_lightning.checks import METRICS_FILE
 from sae_lightning.config import CONFIG_FILE, Config, Job, resolved_yaml
-from sae_lightning.export import atomically, write_json
+from sae_lightning.files import atomically, write_json
 from sae_lightning.llm.load import LLM, Dtype, dtype, has_bf16, load
 from sae_lightning.llm.sites import Site
 from sae_lightning.report import announce, conclude, say_how_to_continue

@@ -1,6 +1,5 @@
 """The saved format: read back, agreed on with SAELens, and never half written."""
 
-import errno
 import json
 import os
 import stat
@@ -15,15 +14,8 @@ from torch.testing import assert_close
 
 import sae_lightning
 from sae_lightning.errors import UserError
-from sae_lightning.export import (
-    CFG,
-    WEIGHTS,
-    atomically,
-    free_space,
-    load_sae,
-    save_sae,
-    write_json,
-)
+from sae_lightning.export import CFG, WEIGHTS, load_sae, save_sae
+from sae_lightning.files import write_json
 from sae_lightning.sae import SAE, SAEConfig, build
 
 D, FEATURES, OFFSET, SCALE = 16, 40, 3.0, 2.5
@@ -150,47 +142,6 @@ def test_a_path_that_is_a_file_or_nothing_says_what_to_give(tmp_path):
             load_sae(tmp_path / name)
 
 
-@pytest.mark.parametrize("error", [RuntimeError("a bug"), KeyboardInterrupt()])
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, error):
-    (tmp_path / "file").write_text("old")
-    with pytest.raises(type(error)), atomically(tmp_path / "file") as temporary:
-        temporary.write_text("half of the n")
-        raise error
-    assert (tmp_path / "file").read_text() == "old"
-    assert os.listdir(tmp_path) == ["file"]
-
-
-def test_a_reader_sees_the_old_file_until_the_new_one_is_complete(tmp_path):
-    path = tmp_path / "folder" / "file"  # made on the way
-    for text in ("old", "new"):
-        before = path.read_text() if path.exists() else None
-        with atomically(path) as temporary:
-            temporary.write_text(text)
-            assert (path.read_text() if path.exists() else None) == before
-        assert path.read_text() == text
-    assert os.listdir(path.parent) == ["file"]
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
-        RuntimeError("PytorchStreamWriter failed: No space left on device"),  # torch.save's way
-    ],
-)
-def test_a_full_disk_is_told_in_one_line_and_harms_nothing(tmp_path, error):
-    (tmp_path / "file").write_text("old")
-    with (
-        pytest.raises(UserError, match="no space left for .*file: .* free some space") as raised,
-        atomically(tmp_path / "file") as temporary,
-    ):
-        temporary.write_text("half")
-        raise error
-    assert "\n" not in str(raised.value)
-    assert (tmp_path / "file").read_text() == "old"
-    assert os.listdir(tmp_path) == ["file"]
-
-
 @pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
 def test_files_are_as_readable_as_the_user_has_asked_for(tmp_path, mask, mode):
     before = os.umask(mask)
@@ -201,10 +152,6 @@ def test_files_are_as_readable_as_the_user_has_asked_for(tmp_path, mask, mode):
         os.umask(before)
     modes = {stat.S_IMODE((tmp_path / name).stat().st_mode) for name in (CFG, WEIGHTS)}
     assert modes == {mode}
-
-
-def test_free_space_is_that_of_the_nearest_folder_that_exists(tmp_path):
-    assert free_space(tmp_path / "not" / "yet") > 0
 
 
 SAELENS_READS = """

@@ -24,6 +24,7 @@ ROWS = [
     ["llm", "export"],
     ["losses", "metrics", "schedules", "synthetic", "objective"],
     ["sae"],
+    ["files"],
     ["terminal", "errors"],
 ]
 DEPTH = {unit: row for row, units in enumerate(ROWS) for unit in units}
