@@ -9,12 +9,13 @@ from omegaconf import DictConfig
 
 from sae_lightning.cli import one_line_errors
 from sae_lightning.config import job, register
+from sae_lightning.objective import objective
 from sae_lightning.terminal import phase
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def train(cfg: DictConfig) -> dict | None:
-    """Run the job that the command line describes; returns its final metrics.
+def train(cfg: DictConfig) -> float | None:
+    """Run the job that the command line describes; returns what a searching sweeper maximises.
 
     None: it failed and said why, and the other jobs of the multirun go on.
     """
@@ -26,7 +27,7 @@ def train(cfg: DictConfig) -> dict | None:
         with phase("starting"):
             from sae_lightning.run import run
 
-        return run([this])[0]
+        return objective(run([this])[0], this.config.sweep)
     return None
 
 
