@@ -25,6 +25,7 @@ from sae_lightning.sae import build
 from sae_lightning.stream.documents import Text, open_text
 from sae_lightning.stream.held_out import HeldOut
 from sae_lightning.stream.live import LiveStream
+from sae_lightning.stream.sources import open_rows
 from sae_lightning.stream.tokens import open_tokens
 from sae_lightning.terminal import console, resume_command
 from sae_lightning.training.callbacks import standard
@@ -123,16 +124,12 @@ def assemble(jobs: list[Job], sites: list[Site], llm: LLM, text: Text, steps_don
     config = jobs[0].config
     trainer = config.trainer
     tokens = open_tokens(text, llm.tokenizer, context=config.data.context, seed=config.seed)
+    rows = open_rows(config.llm, config.data, config.seed, llm, tokens.train, sites)
     stream = LiveStream(
-        llm,
-        tokens.train,
-        sites,
+        rows,
         batch=trainer.batch,
         total_batches=trainer.steps,
         pool=config.data.pool,
-        llm_batch=config.llm.batch,
-        max_norm=config.data.max_norm,
-        keep_special=config.data.keep_special,
         seed=config.seed,
     )
     held_out = HeldOut(

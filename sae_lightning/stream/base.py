@@ -1,8 +1,9 @@
 """What training reads: batches of activations, wherever they come from."""
 
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from sae_lightning.llm.sites import Site
@@ -50,3 +51,43 @@ class ActivationStream(Protocol):
     def epoch(self) -> int:
         """Times the text has been begun, from 1."""
         ...
+
+
+class Rows(NamedTuple):
+    """What training may read of one LLM batch, in the order of the text."""
+
+    activations: dict[Site, Tensor]
+    """{site: [n, d]}; row i is the same token at every site."""
+
+    ids: Tensor
+    """[n] int64 on the CPU; the sequence that each row came from."""
+
+
+class RowSource(Protocol):
+    """An endless row of LLM batches that depends on no run's length, batch or pool.
+
+    Its state can be given to any other source of the same rows: a run goes on exactly whether the
+    LLM computes what follows or a cache holds it.
+    """
+
+    sites: tuple[Site, ...]
+    """The sites of its rows, ascending."""
+
+    device: torch.device
+    """Where training wants the rows."""
+
+    most: int
+    """Rows that an LLM batch has at most."""
+
+    llm_seconds: float
+    """Seconds spent in the LLM since this process began."""
+
+    epoch: int
+    """Times the text has been begun, from 1."""
+
+    def next(self, wanted: int) -> Rows:
+        """The rows of the next LLM batch; the run wants `wanted` rows more, these included."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...

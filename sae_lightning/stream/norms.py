@@ -6,19 +6,17 @@ from torch import Tensor
 from sae_lightning.llm.sites import Site
 
 
-def medians(rows: dict[Site, Tensor]) -> list[float]:
+def medians(rows: dict[Site, Tensor]) -> dict[Site, float]:
     """The median norm of the rows {site: [n, d]} at each site."""
-    return [_norms(x).median().item() for x in rows.values()]
+    return {site: _norms(x).median().item() for site, x in rows.items()}
 
 
-def not_large(rows: dict[Site, Tensor], medians: list[float], max_norm: float) -> Tensor:
+def not_large(rows: dict[Site, Tensor], medians: dict[Site, float], max_norm: float) -> Tensor:
     """Whether a row of {site: [n, d]} is at most max_norm x median at every site -> [n] bool.
 
     A row that is too large at one site is dropped at all of them, so that rows stay aligned.
     """
-    usual = [
-        _norms(x) <= max_norm * median for x, median in zip(rows.values(), medians, strict=True)
-    ]
+    usual = [_norms(x) <= max_norm * medians[site] for site, x in rows.items()]
     return torch.stack(usual).all(dim=0)
 
 

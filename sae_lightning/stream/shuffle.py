@@ -103,19 +103,27 @@ class Pool:
     def state_dict(self) -> dict[str, Any]:
         """The filled rows, on the CPU, and the generator: plain lists, numbers and tensors."""
         return {
-            "rows": [
-                self._rows[site][: self._filled].to("cpu", copy=True)
-                for site in self.sites
-                if site in self._rows
-            ],
+            "rows": {
+                str(site): rows[: self._filled].to("cpu", copy=True)
+                for site, rows in self._rows.items()
+            },
             "ids": self._ids[: self._filled].clone(),
             "random": self._random.bit_generator.state,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore exactly what `state_dict` saw; the sites must be the same."""
-        self._filled = 0
-        self._rows = {}
-        if state["rows"]:
-            self.add(dict(zip(self.sites, state["rows"], strict=True)), state["ids"])
+        """Restore what `state_dict` saw of this pool's sites; it may have held others besides.
+
+        UserError: it did not hold all of them.
+        """
+        self._filled, self._rows = 0, {}
+        saved = state["rows"]
+        if saved:
+            missing = [str(site) for site in self.sites if str(site) not in saved]
+            if missing:
+                raise UserError(
+                    f"layer: the run to be resumed read {', '.join(saved)}, not "
+                    f"{', '.join(missing)}; resume it with its own layer.index and layer.site"
+                )
+            self.add({site: saved[str(site)] for site in self.sites}, state["ids"])
         self._random.bit_generator.state = state["random"]

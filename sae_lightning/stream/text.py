@@ -28,7 +28,18 @@ class DataConfig:
     keep_special: bool = False
     """Train on the activations of special tokens too (BOS, at position 0, is always dropped)."""
 
+    cache: bool = False
+    """Keep the LLM's activations on disk, and read them from there where they are kept already."""
+
+    cache_folder: str | None = None
+    """Folder of the cached activations; null is `activations` in the user's cache folder."""
+
     def __post_init__(self) -> None:
+        if self.cache_folder is not None and not self.cache:
+            raise UserError(
+                f"data.cache_folder={self.cache_folder} has no meaning without data.cache=true: "
+                "add that, or leave the folder out (null)"
+            )
         if self.context < 2:
             raise UserError(
                 f"data.context={self.context}: a sequence needs BOS and a token; give 2 or more"

@@ -8,6 +8,7 @@ Two sources, one behaviour (`next`, `epoch`, `state_dict`, `load_state_dict`):
 The tokenizer is handed in; nothing here loads a model.
 """
 
+import zlib
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ from sae_lightning.terminal import console
 
 SHUFFLE_BUFFER = 1000  # documents
 CHUNK = 1 << 16  # characters tokenised at a time when streaming
+SAMPLE = 1 << 12  # tokens; so long are the samples by which a long text is known
 
 
 class ShuffledTokens:
@@ -58,6 +60,15 @@ class ShuffledTokens:
             ids.append((self.epoch - 1) * self.windows + self.cursor)
             self.cursor += 1
         return self.packing.sequences(windows, torch.tensor(ids, dtype=torch.int64))
+
+    def fingerprint(self) -> str:
+        """The text's length and checksum: of all of it up to a million tokens, of evenly spread
+        samples of a longer one."""
+        samples = min(256, -(-len(self.flat) // SAMPLE))
+        checksum = 0
+        for start in np.linspace(0, len(self.flat), samples, endpoint=False).astype(np.int64):
+            checksum = zlib.crc32(self.flat[start : start + SAMPLE].tobytes(), checksum)
+        return f"{len(self.flat)} tokens, crc32 {checksum:08x}"
 
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "cursor": self.cursor, "tokens": len(self.flat)}
@@ -149,6 +160,12 @@ class StreamedTokens:
             self._begin(self.epoch + 1)
         self.served += n
         return self.packing.sequences(windows, torch.arange(self.served - n, self.served))
+
+    def fingerprint(self) -> str:
+        """Checksum of the first documents; more of a streamed text is not at hand."""
+        start = StreamedTokens(self.data, self.tokenizer, self.packing, None, self.where)
+        start._pull()
+        return f"begins with {len(start.carry)} tokens, crc32 {zlib.crc32(start.carry):08x}"
 
     def state_dict(self) -> dict[str, Any]:
         return {

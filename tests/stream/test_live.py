@@ -11,10 +11,11 @@ from small_text import BOS, SEPARATOR, STYLES, story
 from sae_lightning.errors import UserError
 from sae_lightning.llm.capture import capture
 from sae_lightning.llm.sites import Kind, Site
-from sae_lightning.stream import live
+from sae_lightning.stream import rows as rows_module
 from sae_lightning.stream import tokens as tokens_module
 from sae_lightning.stream.documents import Text, open_text
 from sae_lightning.stream.live import LiveStream
+from sae_lightning.stream.rows import LLMRows
 from sae_lightning.stream.text import HubConfig
 from sae_lightning.stream.tokens import open_tokens
 
@@ -26,8 +27,13 @@ def make(llm, style: str = "indexed", **settings) -> LiveStream:
     data = Dataset.from_dict({"text": story(5, documents=60)})
     data = data if style == "indexed" else data.to_iterable_dataset()
     tokens = open_tokens(Text(data, data), llm.tokenizer, context=CONTEXT, seed=3).train
-    chosen = {"batch": 16, "total_batches": 40, "pool": 64, "llm_batch": 4, "seed": 7} | settings
-    return LiveStream(llm, tokens, chosen.pop("sites", SITES), **chosen)
+    return stream_of(llm, tokens, **settings)
+
+
+def stream_of(llm, tokens, sites=SITES, *, llm_batch=4, max_norm=None, keep_special=False, **pool):
+    kept = {"max_norm": max_norm, "keep_special": keep_special}
+    rows = LLMRows(llm, tokens, sites, batch=llm_batch, **kept)
+    return LiveStream(rows, **({"batch": 16, "total_batches": 40, "pool": 64, "seed": 7} | pool))
 
 
 def same(a: dict, b: dict) -> bool:
@@ -43,7 +49,7 @@ def calls(monkeypatch) -> list[torch.Tensor]:
         passes.append(tokens)
         return capture(model, tokens, sites)
 
-    monkeypatch.setattr(live, "capture", counting)
+    monkeypatch.setattr(rows_module, "capture", counting)
     return passes
 
 
@@ -78,7 +84,7 @@ def test_a_batch_holds_what_capture_reads_less_bos_and_special_tokens(llm, calls
 
 def test_special_tokens_are_kept_on_request_but_never_position_0(llm, calls):
     list(make(llm, keep_special=True, total_batches=14, pool=16, llm_batch=1))
-    assert 224 == 14 * 16 <= sum(t[:, 1:].numel() for t in calls) < 224 + 2 * CONTEXT
+    assert 224 == 14 * 16 <= sum(t[:, 1:].numel() for t in calls) < 224 + CONTEXT
     assert any((t[:, 1:] == SEPARATOR).any() for t in calls)
 
 
@@ -92,10 +98,12 @@ def test_the_padding_of_an_epochs_last_sequence_is_never_trained_on(
     data = data if style == "indexed" else data.to_iterable_dataset()
     tokens = open_tokens(Text(data, data), llm.tokenizer, context=CONTEXT, seed=3).train
     monkeypatch.setattr(
-        live, "capture", lambda model, tokens, sites: {s: tokens[..., None].float() for s in sites}
+        rows_module,
+        "capture",
+        lambda model, tokens, sites: {s: tokens[..., None].float() for s in sites},
     )
     settings = {"total_batches": 8, "pool": 12, "llm_batch": 2, "keep_special": keep_special}
-    stream = LiveStream(llm, tokens, SITES, batch=12, **settings)
+    stream = stream_of(llm, tokens, batch=12, **settings)
     rows = torch.cat([batch[SITES[0]] for batch in stream]).flatten()
     assert tokens.epoch > 20
     shares = {int(t): int((rows == t).sum()) / len(rows) for t in rows.unique()}
@@ -108,7 +116,8 @@ def test_the_llm_runs_for_no_more_tokens_than_the_run_needs(llm, calls):
     stream = make(llm, total_batches=9, pool=64, llm_batch=4)
     list(stream)
     kept = sum(int(((t != BOS) & (t != SEPARATOR)).sum()) for t in calls)
-    assert 9 * 16 <= kept < 9 * 16 + CONTEXT - 1, "at most one sequence beyond the need"
+    assert 9 * 16 <= kept < 9 * 16 + 4 * (CONTEXT - 1), "less than an LLM batch beyond the need"
+    assert {len(t) for t in calls} == {4}, "every LLM batch is whole: rows depend on no run's end"
     assert len(stream._pool) == kept - 9 * 16, "drained"
 
 
@@ -152,8 +161,7 @@ def test_a_run_on_a_streamed_hub_data_set_resumes_exactly_twice_in_a_row(
 
     def opened(state=None):
         tokens = open_tokens(open_text(config), llm.tokenizer, context=CONTEXT, seed=3)
-        settings = {"batch": 16, "total_batches": 150, "pool": 64, "llm_batch": 4}
-        stream = LiveStream(llm, tokens.train, SITES, max_norm=1.5, seed=7, **settings)
+        stream = stream_of(llm, tokens.train, max_norm=1.5, total_batches=150)
         if state is not None:
             stream.load_state_dict(pickle.loads(state))
         return stream
@@ -213,7 +221,7 @@ def test_max_norm_drops_exactly_the_outliers_at_every_site(llm, monkeypatch):
         norms = [1 + 11.0 * (tokens == letter) for letter in (a, b)]
         return {s: torch.stack([n, tokens * 1e-6], 2) for s, n in zip(sites, norms, strict=True)}
 
-    monkeypatch.setattr(live, "capture", planted)
+    monkeypatch.setattr(rows_module, "capture", planted)
 
     def letters(max_norm):
         batches = list(make(llm, max_norm=max_norm, total_batches=30))
@@ -230,16 +238,16 @@ def test_the_median_is_that_of_the_first_llm_batch(llm, monkeypatch):
     def growing(model, tokens, sites):
         return {site: torch.full((*tokens.shape, 2), next(scale)) for site in sites}
 
-    monkeypatch.setattr(live, "capture", growing)
+    monkeypatch.setattr(rows_module, "capture", growing)
     stream = make(llm, max_norm=10.0)
     with pytest.raises(UserError, match="data.max_norm=10.0.* last 20 LLM batches"):
         list(stream)
-    assert stream._medians == pytest.approx([2**0.5, 2**0.5])
+    assert list(stream.rows._medians.values()) == pytest.approx([2**0.5, 2**0.5])
 
 
 def test_activations_that_are_not_numbers_end_the_run_instead_of_looping(llm, monkeypatch):
     monkeypatch.setattr(
-        live,
+        rows_module,
         "capture",
         lambda model, tokens, sites: {s: torch.full((*tokens.shape, 2), torch.nan) for s in sites},
     )

@@ -87,7 +87,7 @@ def test_a_restored_pool_continues_exactly():
     pool = filled(50)
     pool.take(8)
     state = pickle.loads(pickle.dumps(pool.state_dict()))
-    assert [len(r) for r in state["rows"]] == [42, 42], "only the filled rows are saved"
+    assert [len(r) for r in state["rows"].values()] == [42, 42], "only the filled rows are saved"
     other = Pool([SHALLOW, DEEP], capacity=60, seed=99)
     other.load_state_dict(state)
     for step in range(6):
@@ -101,17 +101,17 @@ def test_a_restored_pool_continues_exactly():
 def test_a_saved_state_does_not_change_when_the_pool_goes_on():
     pool = filled(20)
     state = pool.state_dict()
-    before = state["rows"][0].clone()
+    before = state["rows"]["resid.0"].clone()
     pool.take(10)
     pool.add(rows(50, 60), torch.arange(50, 60))
-    assert torch.equal(state["rows"][0], before)
+    assert torch.equal(state["rows"]["resid.0"], before)
 
 
 def test_activations_keep_their_dtype():
     pool = Pool([SHALLOW], capacity=8, seed=0)
     pool.add({SHALLOW: torch.ones(4, 2, dtype=torch.bfloat16)}, torch.arange(4))
     assert pool.take(2).activations[SHALLOW].dtype == torch.bfloat16
-    assert pool.state_dict()["rows"][0].dtype == torch.bfloat16
+    assert pool.state_dict()["rows"]["resid.0"].dtype == torch.bfloat16
 
 
 def test_a_restored_pool_takes_no_rows_of_another_dtype():
@@ -123,3 +123,21 @@ def test_a_restored_pool_takes_no_rows_of_another_dtype():
         pool.add(rows(20, 30), torch.arange(20, 30))
     assert len(pool) == 20
     assert pool.take(20).activations[DEEP].dtype == torch.bfloat16, "nothing more is needed of it"
+
+
+def test_a_pool_of_fewer_sites_goes_on_from_the_state_of_one_of_more():
+    both, one = filled(50), Pool([DEEP], capacity=60, seed=99)
+    both.take(8)
+    one.load_state_dict(both.state_dict())
+    assert len(one) == 42
+    for _ in range(4):
+        a, b = both.take(8), one.take(8)
+        assert torch.equal(a.ids, b.ids)
+        assert b.activations.keys() == {DEEP}
+        assert torch.equal(a.activations[DEEP], b.activations[DEEP])
+
+
+def test_a_pool_does_not_go_on_from_a_state_without_its_site():
+    pool = Pool([SHALLOW, Site(1, Kind.attn)], capacity=60, seed=0)
+    with pytest.raises(UserError, match="read resid.0, mlp.2, not attn.1; resume it with its own"):
+        pool.load_state_dict(filled(20).state_dict())

@@ -1,0 +1,274 @@
+"""The activation cache on disk: one folder a key, in it one folder a shard.
+
+0f3c5a.../
+    manifest.json        the settings that the key was made from, for people
+    .lock                held by the process that writes
+    00000000/            the shard that begins with LLM batch 0
+        shard.json       rows of each LLM batch; size, dtype and checksum of each file
+        ids              [rows] int64, the sequence of each row
+        resid.9          [rows, d], one file a site, in the LLM's dtype
+        state.pt         where the LLM and the text were before and after it
+    00000112/            the next one
+    .00000224.tmp/       one that is being written, or was when its writer was killed
+
+A shard appears by one renaming when all of it is on disk, and nothing ever changes what earlier
+shards say: there is no list of shards that a crash could leave behind the truth. A shard needs no
+other one, so that one that is damaged, or was never finished, is made again alone.
+"""
+
+import json
+import os
+import shutil
+import weakref
+import zlib
+from bisect import insort
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sae_lightning.files import atomically, write_json
+from sae_lightning.llm.sites import Site
+from sae_lightning.stream.base import Rows
+
+MANIFEST, SHARD, STATE, IDS = "manifest.json", "shard.json", "state.pt", "ids"
+
+
+class Shard:
+    """Consecutive LLM batches `first` to `stop` - 1, memory-mapped once they are opened."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read what the shard says of itself; OSError, ValueError, KeyError if that is damaged."""
+        about = json.loads((folder / SHARD).read_text("utf8"))
+        self.folder, self.first = folder, int(folder.name)
+        self.rows: list[int] = about["rows"]  # of each LLM batch
+        self.epochs: list[int] = about["epochs"]  # after each LLM batch
+        self.files: dict[str, dict[str, Any]] = about["files"]
+        self.stop = self.first + len(self.rows)
+        self._starts = np.cumsum([0, *self.rows])
+        self._open: dict[str, Tensor] = {}
+
+    def __lt__(self, other: "Shard") -> bool:
+        return self.first < other.first
+
+    def lacks(self, sites: Iterable[Site]) -> list[Site]:
+        """Those of `sites` that it does not hold."""
+        return [site for site in sites if str(site) not in self.files]
+
+    def check(self, names: Iterable[str]) -> list[str]:
+        """Map the files, and return those that are not as they were written."""
+        damaged = []
+        for name in names:
+            about = self.files[name]
+            path = self.folder / name
+            try:
+                # a shorter file would be mapped, and end the process when read beyond its end
+                whole = path.stat().st_size == about["bytes"]
+                data = _mapped(path, about["bytes"])
+            except (OSError, RuntimeError):
+                whole = False
+            if not whole or zlib.crc32(data.numpy()) != about["crc32"]:
+                damaged.append(name)
+            elif name != STATE:
+                dtype = getattr(torch, about["dtype"])
+                self._open[name] = data.view(dtype).view(int(self._starts[-1]), *about["row"])
+        return damaged
+
+    def state(self) -> dict[str, dict[str, Any]]:
+        """The source's state `before` the shard and `after` it."""
+        return torch.load(self.folder / STATE, weights_only=True)
+
+    def ids(self, llm_batch: int) -> Tensor:
+        """Sequence ids [n] of the rows of an LLM batch; `check` has opened the file."""
+        return self._part(IDS, llm_batch)
+
+    def batch(self, llm_batch: int, sites: Iterable[Site]) -> Rows:
+        """The rows of an LLM batch, read when used; `check` has opened the sites' files."""
+        rows = {site: self._part(str(site), llm_batch) for site in sites}
+        return Rows(rows, self.ids(llm_batch))
+
+    def _part(self, name: str, llm_batch: int) -> Tensor:
+        place = llm_batch - self.first
+        return self._open[name][self._starts[place] : self._starts[place + 1]]
+
+
+class Draft:
+    """A shard that is being written; nothing of it is read before `commit`."""
+
+    def __init__(
+        self, store: "Shards", before: dict[str, Any], sites: Iterable[Site], old: Shard | None
+    ) -> None:
+        """From the source's state `before`; `old`: the shard that lacks `sites` and gets them."""
+        first = before["llm_batches"]
+        self.store, self.before, self.sites, self.old = store, before, sites, old
+        self.final = store.folder / f"{first:08d}"
+        self.folder = store.folder / f".{first:08d}.tmp"
+        self.folder.mkdir()
+        self.rows: list[int] = []
+        self.epochs: list[int] = []
+        self._about: dict[str, dict[str, Any]] = {}  # of each file
+
+    @property
+    def largest(self) -> int:
+        """Bytes of its largest file."""
+        return max((about["bytes"] for about in self._about.values()), default=0)
+
+    def add(self, rows: Rows, epoch: int) -> None:
+        """Append the rows of the next LLM batch; `epoch` of the text after it."""
+        if self.old is None:
+            self._append(IDS, rows.ids)
+        for site in self.sites:
+            self._append(str(site), rows.activations[site])
+        self.rows.append(len(rows.ids))
+        self.epochs.append(epoch)
+
+    def _append(self, name: str, x: Tensor) -> None:
+        dtype = str(x.dtype).removeprefix("torch.")
+        fresh = {"dtype": dtype, "row": [*x.shape[1:]], "bytes": 0, "crc32": 0}
+        about = self._about.setdefault(name, fresh)
+        data = x.cpu().contiguous().flatten().view(torch.uint8).numpy()
+        with open(self.folder / name, "ab") as file:
+            file.write(data)
+        about["bytes"] += data.nbytes
+        about["crc32"] = zlib.crc32(data, about["crc32"])
+
+    def commit(self, after: dict[str, Any]) -> None:
+        """Put the shard, or the sites added to one, in place."""
+        if self.old is not None:
+            self._extend(self.old)
+            return
+        torch.save({"before": self.before, "after": after}, self.folder / STATE)
+        state = (self.folder / STATE).read_bytes()
+        self._about[STATE] = {"bytes": len(state), "crc32": zlib.crc32(state)}
+        self._sync_files()
+        about = {"rows": self.rows, "epochs": self.epochs, "files": self._about}
+        _write_about(self.folder, about)
+        os.replace(self.folder, self.final)
+        _sync(self.store.folder)
+        insort(self.store.shards, Shard(self.final))
+
+    def _extend(self, old: Shard) -> None:
+        self._sync_files()
+        for name in self._about:
+            os.replace(self.folder / name, self.final / name)
+        _sync(self.final)
+        files = old.files | self._about
+        _write_about(self.final, {"rows": old.rows, "epochs": old.epochs, "files": files})
+        old.files = files
+        self.folder.rmdir()
+
+    def _sync_files(self) -> None:
+        for name in self._about:
+            with open(self.folder / name, "rb+") as file:
+                os.fsync(file.fileno())
+
+    def discard(self) -> None:
+        """Leave nothing of it behind."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class Shards:
+    """The shards of one key, in order; written by one process at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.shards: list[Shard] = []
+        self._lock: Lock | None = None
+
+    def read(self) -> None:
+        """Look at what is there; the shards themselves are checked when they are opened."""
+        self.shards = []
+        for folder in self._folders():
+            try:
+                insort(self.shards, Shard(folder))
+            except (OSError, ValueError, KeyError, TypeError):
+                if self.writable:
+                    shutil.rmtree(folder, ignore_errors=True)
+
+    def _folders(self) -> Iterator[Path]:
+        names = os.listdir(self.folder) if self.folder.is_dir() else []
+        return (self.folder / name for name in names if name.isdecimal())
+
+    def at(self, llm_batch: int) -> Shard | None:
+        """The shard that holds an LLM batch."""
+        return next((s for s in self.shards if s.first <= llm_batch < s.stop), None)
+
+    def following(self, llm_batch: int) -> int | None:
+        """The first LLM batch after `llm_batch` that begins a shard."""
+        return next((s.first for s in self.shards if s.first > llm_batch), None)
+
+    def remove(self, shard: Shard) -> None:
+        """Take a damaged shard out, from the disk too if this process may write."""
+        self.shards.remove(shard)
+        if self.writable:
+            shutil.rmtree(shard.folder, ignore_errors=True)
+
+    @property
+    def writable(self) -> bool:
+        """Whether this process is the one that writes."""
+        return self._lock is not None
+
+    def claim(self) -> None:
+        """Become the process that writes, clear up what a killed one left, and `read`.
+
+        BlockingIOError: another process writes. OSError: the folder cannot be written to.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = Lock(self.folder / ".lock")
+        for path in self.folder.glob(".*.tmp"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self.read()
+
+    def describe(self, settings: dict[str, Any]) -> None:
+        """Write down, for people, what these shards are of."""
+        if not (self.folder / MANIFEST).is_file():
+            write_json(self.folder / MANIFEST, settings)
+
+    def release(self) -> None:
+        """Let another process write."""
+        if self._lock is not None:
+            self._lock.release()
+        self._lock = None
+
+
+class Lock:
+    """An exclusive lock on a file until `release`, or the end of this object or process."""
+
+    def __init__(self, path: Path) -> None:
+        """BlockingIOError: somebody else holds it."""
+        number = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        self.release = weakref.finalize(self, os.close, number)
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            return
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.release()
+            raise
+
+
+def _mapped(path: Path, size: int) -> Tensor:
+    if size == 0:  # which cannot be mapped
+        return torch.empty(0, dtype=torch.uint8)
+    return torch.from_file(str(path), size=size, dtype=torch.uint8)
+
+
+def _write_about(folder: Path, about: dict[str, Any]) -> None:
+    with atomically(folder / SHARD) as temporary:
+        temporary.write_text(json.dumps(about), encoding="utf8")
+
+
+def _sync(folder: Path) -> None:
+    """Have a renaming in `folder` outlive a power cut."""
+    if os.name == "nt":
+        return
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
