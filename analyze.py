@@ -1,4 +1,4 @@
-"""Look at what a trained SAE found: python analyze.py run=outputs/<day>/<time>"""
+"""Look at what training found: python analyze.py run=outputs/<day>/<time>"""
 
 from pathlib import Path
 
@@ -6,44 +6,91 @@ import hydra
 from omegaconf import DictConfig
 
 from sae_lightning.analysis.evaluate import evaluate
+from sae_lightning.analysis.sweep_report import write_report
+from sae_lightning.analysis.sweep_table import SweepRun
 from sae_lightning.cli import one_line_errors
-from sae_lightning.config import read_job, register, typed
+from sae_lightning.config import (
+    CONFIG_FILE,
+    AnalyzeConfig,
+    Job,
+    is_sweep,
+    read_job,
+    read_sweep,
+    register,
+    run_folder,
+    typed,
+)
 from sae_lightning.errors import UserError
 from sae_lightning.export import load_sae
+from sae_lightning.folders import failure, metrics
 from sae_lightning.llm.load import load, shape
 from sae_lightning.stream.documents import open_text
 from sae_lightning.stream.held_out import HeldOut
 from sae_lightning.stream.tokens import open_tokens
+from sae_lightning.terminal import shown
 
-TASKS = {"evaluate": evaluate}
+
+def _evaluate(asked: AnalyzeConfig) -> None:
+    """Score the SAE of a run folder, with the run's own LLM and held-out text."""
+    folder = Path(asked.run)
+    if is_sweep(folder):
+        raise UserError(
+            f"{asked.run} holds a sweep: give one of the run folders in it, or task=sweep for the "
+            "report of all"
+        )
+    config = read_job(Path(run_folder(asked.run))).config
+    sae = load_sae(folder)
+    site = config.layer.within(shape(config.llm).layers)
+    text = open_text(config.data)
+    llm = load(config.llm)
+    tokens = open_tokens(text, llm.tokenizer, context=config.data.context, seed=config.seed)
+    held_out = HeldOut(
+        llm,
+        tokens.held_out,
+        [site],
+        tokens=asked.tokens or config.eval.tokens,
+        loss_tokens=asked.tokens or config.eval.loss_tokens,
+        max_norm=config.data.max_norm,
+        batch=config.llm.batch,
+        keep_special=config.data.keep_special,
+    )
+    evaluate(folder, sae, llm, held_out, site)
+
+
+def _sweep(asked: AnalyzeConfig) -> None:
+    """Write and print the report of a multirun again."""
+    folder = Path(asked.run)
+    if (folder / CONFIG_FILE).is_file():
+        above = shown(folder.absolute().parent)
+        raise UserError(
+            f"{asked.run} holds one run, no sweep: leave out task=sweep to evaluate it, or give "
+            f"the folder above it for the report of all runs there (run={above})"
+        )
+    write_report(folder, [_as_table_row(job) for job in read_sweep(folder)])
+
+
+def _as_table_row(job: Job) -> SweepRun:
+    failed = failure(job.folder)
+    return SweepRun(
+        folder=job.folder,
+        overrides=job.overrides,
+        metrics=metrics(job.folder),
+        failure=failed["reason"] if failed else None,
+        settings=job.config.flat(),
+    )
+
+
+TASKS = {"evaluate": _evaluate, "sweep": _sweep}
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="analyze")
 def analyze(cfg: DictConfig) -> None:
-    """Run one task on the SAE of one run folder, with the run's own LLM and held-out text."""
+    """Run one task on one folder."""
     with one_line_errors():
         asked = typed(cfg)
         if asked.task not in TASKS:
             raise UserError(f"task={asked.task}: no such task; choose from {', '.join(TASKS)}")
-        folder = Path(asked.run)
-        config = read_job(folder).config
-        sae = load_sae(folder)
-        site = config.layer.within(shape(config.llm).layers)
-        text = open_text(config.data)
-        llm = load(config.llm)
-        held_out = HeldOut(
-            llm,
-            open_tokens(
-                text, llm.tokenizer, context=config.data.context, seed=config.seed
-            ).held_out,
-            [site],
-            tokens=asked.tokens or config.eval.tokens,
-            loss_tokens=asked.tokens or config.eval.loss_tokens,
-            max_norm=config.data.max_norm,
-            batch=config.llm.batch,
-            keep_special=config.data.keep_special,
-        )
-        TASKS[asked.task](folder, sae, llm, held_out, site)
+        TASKS[asked.task](asked)
 
 
 if __name__ == "__main__":

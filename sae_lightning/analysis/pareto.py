@@ -85,7 +85,7 @@ def _trace(points: list[Point], group: str, number: int, front: list[Point], tot
             "size": 10,
             "color": COLOURS[number % len(COLOURS)],
             "symbol": SHAPES[number % len(SHAPES)],
-            "opacity": [1.0 if p in front else 0.45 for p in points],
+            "opacity": [1.0 if p in front else 0.5 for p in points],
         },
     }
 

@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 from urllib.parse import quote
 
-from sae_lightning.analysis.pareto import Point, tradeoff
+from sae_lightning.analysis.pareto import LABELLED, Point, tradeoff
 from sae_lightning.analysis.sweep_table import SweepRun, SweepTable, natural
 from sae_lightning.terminal import command, shown
 
@@ -45,6 +45,7 @@ def page(folder: Path, table: SweepTable) -> str:
         facts=facts(table.runs),
         plots=plots,
         plotly=get_plotlyjs() if plots else "",
+        labels=[key for key in table.keys if key != group] if _is_labelled(table) else [],
         unplotted=_unplotted(table) if plots else 0,
         rows=[_row(folder, table, run) for run in table.runs],
         commands=[
@@ -109,6 +110,10 @@ def grouping(table: SweepTable) -> str | None:
     few = [key for key in table.keys if len(values[key]) <= GROUPS]
     words = {key: any(natural(value)[0] for value in values[key]) for key in few}
     return min(few, key=lambda key: (not words[key], len(values[key])), default=None)
+
+
+def _is_labelled(table: SweepTable) -> bool:
+    return table.count("finished") <= LABELLED
 
 
 def _unplotted(table: SweepTable) -> int:
