@@ -157,18 +157,18 @@ class CachedRows:
             needed, found = self._estimate(wanted)
             free = free_space(self.store.folder)
             console.print(
-                f"the activation cache takes about {needed / 1e9:.2f} GB in {self.store.folder}, "
-                f"{free / 1e9:.2f} GB are free"
+                f"the activation cache takes about {_size(needed)} in {self.store.folder}, "
+                f"{_size(free)} are free"
             )
             if free < needed:
-                self._refuse(f"no space for {needed / 1e9:.2f} GB in {self.store.folder}")
+                self._refuse(f"no space for {_size(needed)} in {self.store.folder}")
             else:
                 with self._unless_full():
                     self.store.describe(self.settings)
         if found:
             console.print(
-                f"{found:,} of {wanted:,} activations are read from {self.store.folder}, not "
-                "computed"
+                f"{found:,} of {wanted:,} tokens are read from the activation cache in "
+                f"{self.store.folder}"
             )
 
     def _estimate(self, wanted: int) -> tuple[int, int]:
@@ -221,7 +221,7 @@ class CachedRows:
         try:
             yield
         except (OSError, UserError) as error:
-            reason = getattr(error, "strerror", None) or "no space left on the disk"
+            reason = (error if isinstance(error, OSError) else error.__cause__).strerror
             console.print(
                 f"the activation cache in {self.store.folder} is not written any further "
                 f"({reason}); training goes on"
@@ -245,3 +245,7 @@ class CachedRows:
         self._known, self.epoch = state, state["tokens"]["epoch"]
         self._place = self._stop = state["llm_batches"]
         self._resumed, self._looked = True, False
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -16,6 +16,7 @@ shards say: there is no list of shards that a crash could leave behind the truth
 other one, so that one that is damaged, or was never finished, is made again alone.
 """
 
+import io
 import json
 import os
 import shutil
@@ -140,8 +141,10 @@ class Draft:
         if self.old is not None:
             self._extend(self.old)
             return
-        torch.save({"before": self.before, "after": after}, self.folder / STATE)
-        state = (self.folder / STATE).read_bytes()
+        buffer = io.BytesIO()
+        torch.save({"before": self.before, "after": after}, buffer)
+        state = buffer.getvalue()
+        (self.folder / STATE).write_bytes(state)
         self._about[STATE] = {"bytes": len(state), "crc32": zlib.crc32(state)}
         self._sync_files()
         about = {"rows": self.rows, "epochs": self.epochs, "files": self._about}
