@@ -75,7 +75,7 @@ def _as_table_row(job: Job) -> SweepRun:
         folder=job.folder,
         overrides=job.overrides,
         metrics=metrics(job.folder),
-        failure=failed["reason"] if failed else None,
+        failure=failed.get("reason", "it left no reason") if failed is not None else None,
         settings=job.config.flat(),
     )
 

@@ -93,13 +93,19 @@ def _points(table: SweepTable, group: str | None, quality: str) -> list[Point]:
             Point(
                 l0=run.numbers.get("l0", math.nan),
                 quality=run.numbers.get(quality, math.nan),
-                label=", ".join(run.typed.get(key, "") for key in labelled),
+                label=", ".join(brief(run.typed.get(key, "")) for key in labelled),
                 group=run.typed.get(group, "–") if group else "",
                 details="\n".join(lines),
             )
         )
     # the legend is in the order of values
     return sorted(points, key=lambda point: natural(point.group))
+
+
+def brief(value: str) -> str:
+    """A swept value for a label: a sweeper that searches gives numbers of 17 digits."""
+    is_word, number, _ = natural(value)
+    return value if is_word or len(value) <= 8 else f"{number:.3g}"
 
 
 def grouping(table: SweepTable) -> str | None:

@@ -9,7 +9,7 @@ from urllib.parse import unquote
 
 import pytest
 
-from sae_lightning.analysis.sweep_page import facts, grouping
+from sae_lightning.analysis.sweep_page import brief, facts, grouping
 from sae_lightning.analysis.sweep_report import CSV, PAGE, write_report
 from sae_lightning.analysis.sweep_table import SweepRun, SweepTable
 from sae_lightning.terminal import console
@@ -237,3 +237,10 @@ def test_colours_stand_for_the_setting_with_few_values_best_for_one_of_words(
     for key in keys[1:]:
         grid = [[*row, f"{key}={value}"] for row in grid for value in swept[key].split()]
     assert grouping(SweepTable([run(tmp_path, *row) for row in grid])) == coloured
+
+
+def test_long_numbers_are_rounded_in_labels_and_words_are_not():
+    values = ["0.0012345678901234", "1234567.25", "1e-4", "standardize", "a_long_name"]
+    assert [brief(v) for v in values] == [
+        *("0.00123", "1.23e+06", "1e-4", "standardize", "a_long_name")
+    ]
