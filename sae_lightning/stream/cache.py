@@ -116,6 +116,7 @@ class CachedRows:
     def _leave(self) -> None:
         """End the stretch that ends at this place."""
         if self._shard is not None:
+            self._shard.close()
             self._known, self._shard = self._after, None
         if self._draft is not None:
             with self._unless_full():
@@ -138,14 +139,18 @@ class CachedRows:
             return None
         return shard
 
-    def _close(self) -> None:
-        """End the stretch early, and let another process write."""
-        if self._draft is not None and self._draft.old and self._place != self._stop:
-            self._draft.discard()  # half a site is of no use
-            self._draft = None
-        if self._draft is not None or self._place == self._stop:
+    def _cut(self) -> None:
+        """End a shard that is being written early, so that what is in it is not lost."""
+        if self._draft is not None and (self._draft.old is None or self._place == self._stop):
             self._leave()
             self._stop = self._place
+
+    def _close(self) -> None:
+        """No more is wanted: let another process write."""
+        self._cut()
+        if self._draft is not None:
+            self._draft.discard()  # half of a site that a whole shard lacks
+            self._draft = None
         self.store.release()
 
     def _look(self, wanted: int) -> None:
@@ -232,7 +237,11 @@ class CachedRows:
             self.store.release()
 
     def state_dict(self) -> dict[str, Any]:
-        """As that of `LLMRows`, with which it is interchangeable."""
+        """As that of `LLMRows`, with which it is interchangeable.
+
+        All rows up to here are put in place: a resumed run leaves no hole in the cache.
+        """
+        self._cut()
         if self.live.llm_batches == self._place:
             return self.live.state_dict()
         return self._known | {"llm_batches": self._place}

@@ -34,6 +34,7 @@ from torch import Tensor
 from sae_lightning.files import atomically, write_json
 from sae_lightning.llm.sites import Site
 from sae_lightning.stream.base import Rows
+from sae_lightning.terminal import console
 
 MANIFEST, SHARD, STATE, IDS = "manifest.json", "shard.json", "state.pt", "ids"
 
@@ -44,6 +45,8 @@ class Shard:
     def __init__(self, folder: Path) -> None:
         """Read what the shard says of itself; OSError, ValueError, KeyError if that is damaged."""
         about = json.loads((folder / SHARD).read_text("utf8"))
+        if about.pop("crc32") != _checksum(about):
+            raise ValueError(f"{folder / SHARD} is damaged")
         self.folder, self.first = folder, int(folder.name)
         self.rows: list[int] = about["rows"]  # of each LLM batch
         self.epochs: list[int] = about["epochs"]  # after each LLM batch
@@ -73,14 +76,20 @@ class Shard:
                 whole = False
             if not whole or zlib.crc32(data.numpy()) != about["crc32"]:
                 damaged.append(name)
-            elif name != STATE:
+            elif name == STATE:
+                self._open[name] = data
+            else:
                 dtype = getattr(torch, about["dtype"])
                 self._open[name] = data.view(dtype).view(int(self._starts[-1]), *about["row"])
         return damaged
 
+    def close(self) -> None:
+        """Unmap the files."""
+        self._open = {}
+
     def state(self) -> dict[str, dict[str, Any]]:
-        """The source's state `before` the shard and `after` it."""
-        return torch.load(self.folder / STATE, weights_only=True)
+        """The source's state `before` the shard and `after` it; `check` has opened the file."""
+        return torch.load(io.BytesIO(self._open[STATE].numpy().tobytes()), weights_only=True)
 
     def ids(self, llm_batch: int) -> Tensor:
         """Sequence ids [n] of the rows of an LLM batch; `check` has opened the file."""
@@ -189,6 +198,7 @@ class Shards:
                 insort(self.shards, Shard(folder))
             except (OSError, ValueError, KeyError, TypeError):
                 if self.writable:
+                    console.print(f"{folder / SHARD} is damaged: the LLM makes the shard again")
                     shutil.rmtree(folder, ignore_errors=True)
 
     def _folders(self) -> Iterator[Path]:
@@ -263,7 +273,12 @@ def _mapped(path: Path, size: int) -> Tensor:
 
 def _write_about(folder: Path, about: dict[str, Any]) -> None:
     with atomically(folder / SHARD) as temporary:
-        temporary.write_text(json.dumps(about), encoding="utf8")
+        text = json.dumps(about | {"crc32": _checksum(about)})
+        temporary.write_text(text, encoding="utf8")
+
+
+def _checksum(about: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(about, sort_keys=True).encode())
 
 
 def _sync(folder: Path) -> None:
