@@ -7,22 +7,19 @@ from omegaconf import DictConfig
 
 from sae_lightning.analysis.evaluate import evaluate
 from sae_lightning.analysis.sweep_report import write_report
-from sae_lightning.analysis.sweep_table import SweepRun
 from sae_lightning.cli import one_line_errors
 from sae_lightning.config import (
     CONFIG_FILE,
     AnalyzeConfig,
-    Job,
     is_sweep,
     read_job,
-    read_sweep,
     register,
     run_folder,
     typed,
 )
 from sae_lightning.errors import UserError
 from sae_lightning.export import load_sae
-from sae_lightning.folders import failure, metrics
+from sae_lightning.folders import sweep_runs
 from sae_lightning.llm.load import load, shape
 from sae_lightning.stream.documents import open_text
 from sae_lightning.stream.held_out import HeldOut
@@ -66,18 +63,7 @@ def _sweep(asked: AnalyzeConfig) -> None:
             f"{asked.run} holds one run, no sweep: leave out task=sweep to evaluate it, or give "
             f"the folder above it for the report of all runs there (run={above})"
         )
-    write_report(folder, [_as_table_row(job) for job in read_sweep(folder)])
-
-
-def _as_table_row(job: Job) -> SweepRun:
-    failed = failure(job.folder)
-    return SweepRun(
-        folder=job.folder,
-        overrides=job.overrides,
-        metrics=metrics(job.folder),
-        failure=failed.get("reason", "it left no reason") if failed is not None else None,
-        settings=job.config.flat(),
-    )
+    write_report(folder, sweep_runs(folder))
 
 
 TASKS = {"evaluate": _evaluate, "sweep": _sweep}

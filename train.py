@@ -1,5 +1,7 @@
 """Train a sparse autoencoder: python train.py model.features=10000 loss.l1=1e-3"""
 
+import sys
+import traceback
 from pathlib import Path
 
 import hydra
@@ -7,10 +9,14 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from sae_lightning.cli import one_line_errors
-from sae_lightning.config import job, register
+from sae_lightning.cli import explain, one_line_errors
+from sae_lightning.config import CONFIG_FILE, Job, job, read_job, register
+from sae_lightning.errors import UserError
 from sae_lightning.objective import objective
 from sae_lightning.terminal import phase
+
+# Launchers whose jobs run in this process; those of others write to a log on some machine.
+HERE = ("hydra._internal.", "hydra_plugins.one_pass_launcher.")
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -20,15 +26,37 @@ def train(cfg: DictConfig) -> float | None:
     None: it failed and said why, and the other jobs of the multirun go on.
     """
     hydra_config = HydraConfig.get()
-    folder = Path(hydra_config.runtime.output_dir)
-    with one_line_errors(folder, multirun=hydra_config.mode is RunMode.MULTIRUN):
-        this = job(cfg, folder, list(hydra_config.overrides.task))
-        # imported late: a mistyped option is answered at once
-        with phase("starting"):
-            from sae_lightning.run import run
-
-        return objective(run([this])[0], this.config.sweep)
+    multirun = hydra_config.mode is RunMode.MULTIRUN
+    folder, overrides = Path(hydra_config.runtime.output_dir), list(hydra_config.overrides.task)
+    if multirun and not hydra_config.launcher._target_.startswith(HERE):
+        try:
+            return trained(requeued(job(cfg, folder, overrides)))
+        except Exception as error:  # for the log, and for the process that the user looks at
+            line = explain(error, overrides)
+            sys.stderr.write(f"error: {line}\n" if line else traceback.format_exc())
+            raise UserError(f"{folder.name}: {line}") if line else error from None
+    with one_line_errors(folder, multirun):
+        return trained(job(cfg, folder, overrides))
     return None
+
+
+def trained(this: Job) -> float:
+    """The objective of a job, after training it."""
+    # imported late: a mistyped option is answered at once
+    with phase("starting"):
+        from sae_lightning.run import run
+
+    return objective(run([this])[0], this.config.sweep)
+
+
+def requeued(this: Job) -> Job:
+    """`this`, or the run that it began before the cluster took its machine away."""
+    if not this.resumed and (this.folder / CONFIG_FILE).is_file():
+        begun = read_job(this.folder)
+        if begun.overrides == this.overrides:
+            begun.resumed = True
+            return begun
+    return this
 
 
 if __name__ == "__main__":

@@ -1,10 +1,7 @@
-"""What can be known to be wrong with a run before anything expensive starts."""
+"""What can be known to be wrong with runs before anything expensive starts."""
 
-import json
 import os
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from dataclasses import replace
 from pickle import UnpicklingError
 from zipfile import BadZipFile
 
@@ -13,16 +10,36 @@ import torch
 from sae_lightning.config import CONFIG_FILE, Job
 from sae_lightning.errors import UserError
 from sae_lightning.files import free_space
-from sae_lightning.llm.load import device, shape
+from sae_lightning.llm.load import Dtype, device, dtype, has_bf16, shape
 from sae_lightning.llm.packaged import Shape
 from sae_lightning.llm.sites import Site
-from sae_lightning.training.settings import Accelerator, checkpoint_path
+from sae_lightning.training.settings import (
+    Accelerator,
+    Precision,
+    checkpoint_path,
+    stream_path,
+)
 
-METRICS_FILE = "metrics.json"
+
+def resolved(job: Job) -> Job:
+    """`job` with dtype and precision as they are on this machine: on another, `auto` could stand
+    for something else, and a resumed run would silently become another one."""
+    llm, trainer = job.config.llm, job.config.trainer
+    precision = trainer.precision
+    if precision is Precision.auto:
+        found = torch.accelerator.current_accelerator()
+        on_cpu = trainer.accelerator is Accelerator.cpu or found is None
+        precision = Precision.bf16 if has_bf16("cpu" if on_cpu else found.type) else Precision.fp32
+    config = replace(
+        job.config,
+        llm=replace(llm, dtype=Dtype(str(dtype(llm)).removeprefix("torch."))),
+        trainer=replace(trainer, precision=precision),
+    )
+    return replace(job, config=config)
 
 
-def check(jobs: list[Job]) -> tuple[list[Site], int]:
-    """The site of each job and the updates that are already done, or the first thing wrong."""
+def check(jobs: list[Job]) -> tuple[list[Site], list[int]]:
+    """The site of each job and the updates it has done already, or the first thing wrong."""
     config = jobs[0].config
     assert len({job.config.stream_key() for job in jobs}) == 1, "jobs must share the stream half"
     device(config.llm)
@@ -31,58 +48,15 @@ def check(jobs: list[Job]) -> tuple[list[Site], int]:
     for job in jobs:
         _check_folder(job)
     steps_done = [_steps_done(job) if job.resumed else 0 for job in jobs]
-    assert len(set(steps_done)) == 1
     llm = shape(config.llm)
     if llm.context is not None and config.data.context > llm.context:
         raise UserError(
             f"data.context={config.data.context}: {config.llm.name} takes at most {llm.context} "
             "tokens; lower it"
         )
-    for job in jobs:
-        _check_space(job, llm)
-    return [job.config.layer.within(llm.layers) for job in jobs], steps_done[0]
-
-
-def finished(job: Job) -> dict | None:
-    """The metrics of a resumed run that had come to its end, else None."""
-    file = job.folder / METRICS_FILE
-    if not job.resumed or not file.is_file():
-        return None
-    try:
-        return json.loads(file.read_text("utf8"))
-    except ValueError:  # damaged: the last checkpoint is still there to score again
-        return None
-
-
-@contextmanager
-def claimed(folders: list[Path]) -> Iterator[None]:
-    """Keep other processes out of the run folders; the system lifts the claim if we die."""
-    with ExitStack() as locks:
-        for folder in folders:
-            locks.enter_context(_claimed(folder))
-        yield
-
-
-@contextmanager
-def _claimed(folder: Path) -> Iterator[None]:
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    path = folder / ".lock"
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{folder}: another process is training there; wait for it, or choose another "
-                "folder with hydra.run.dir=..."
-            ) from None
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+    sites = [job.config.layer.within(llm.layers) for job in jobs]
+    _check_space(jobs, len(set(sites)), llm)
+    return sites, steps_done
 
 
 def _check_folder(job: Job) -> None:
@@ -96,20 +70,23 @@ def _check_folder(job: Job) -> None:
         )
 
 
-def _check_space(job: Job, llm: Shape) -> None:
-    """A checkpoint holds weights and two moments of Adam, and the shuffle pool; twice while it
-    is being replaced."""
-    features, pool = job.config.model.features, job.config.data.pool
-    weights = 4 * (2 * llm.width * features + features + llm.width)
-    needed = 2 * (3 * weights + 4 * llm.width * pool) + 2 * weights
-    kept = [checkpoint_path(job.folder), *job.folder.glob("sae/*")]
-    needed -= sum(file.stat().st_size for file in kept if file.is_file())
-    free = free_space(job.folder)
+def _check_space(jobs: list[Job], sites: int, llm: Shape) -> None:
+    """A checkpoint holds weights and two moments of Adam, and shares the shuffle pool with the
+    others of its pass; all are there twice while they are being replaced."""
+    needed = 2 * 4 * llm.width * jobs[0].config.data.pool * sites
+    for job in jobs:
+        features = job.config.model.features
+        weights = 4 * (2 * llm.width * features + features + llm.width)
+        needed += 2 * (3 * weights + weights)
+        kept = [checkpoint_path(job.folder), *job.folder.glob("sae/*")]
+        needed -= sum(file.stat().st_size for file in kept if file.is_file())
+    folder = jobs[0].folder if len(jobs) == 1 else jobs[0].folder.parent
+    free = free_space(folder)
     if free < needed:
         raise UserError(
-            f"no space left: checkpoints in {job.folder} need {needed / 1e9:.1f} GB, "
+            f"no space left: checkpoints in {folder} need {needed / 1e9:.1f} GB, "
             f"{free / 1e9:.1f} GB are free; free some, or choose another disk with "
-            "hydra.run.dir=..."
+            f"hydra.{'run' if len(jobs) == 1 else 'sweep'}.dir=..."
         )
 
 
@@ -142,5 +119,11 @@ def _steps_done(job: Job) -> int:
         raise UserError(
             f"{path} does not fit {CONFIG_FILE}: it was made with {name}={settings.get(name)}, not "
             f"{mine.get(name)}" + (f" ({len(differing)} settings differ)" * (len(differing) > 1))
+        )
+    stream = stream_path(job.folder, steps)
+    if not stream.is_file():
+        raise UserError(
+            f"{stream}, which belongs to {path.name}, is gone; delete {path} to start the run "
+            "again from its beginning"
         )
     return steps

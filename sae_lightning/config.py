@@ -130,15 +130,20 @@ class AnalyzeConfig:
     """What `analyze.py` is asked to do."""
 
     run: str
-    """Run folder."""
+    """Run folder; for `task=sweep` the folder of a multirun."""
     task: str = "evaluate"
-    """What to do with it."""
+    """What to do with it: `evaluate` scores the SAE, `sweep` writes the report of a multirun."""
     tokens: int | None = None
     """Held-out tokens; null for as many as the run's own evaluation."""
 
     def __post_init__(self):
         if self.tokens is not None and self.tokens < 1:
             raise UserError(f"tokens={self.tokens}: give a positive number of held-out tokens")
+        if self.tokens is not None and self.task == "sweep":
+            raise UserError(
+                f"tokens={self.tokens} has no meaning for task=sweep, which reads what each run "
+                "has measured: leave it out"
+            )
 
 
 @dataclass(kw_only=True)
@@ -149,11 +154,15 @@ class Job:
     folder: Path
     overrides: list[str] = field(default_factory=list)
     resumed: bool = False
+    sweep: Path | None = None
+    """The folder of the multirun that it is part of."""
 
     @property
     def name(self) -> str:
-        """What distinguishes this job in messages."""
-        return ",".join(self.overrides) or self.config.model.name
+        """What distinguishes this job in messages: in a sweep, what is swept."""
+        return (
+            self.folder.name if self.sweep else ",".join(self.overrides) or self.config.model.name
+        )
 
 
 def register() -> None:
@@ -168,7 +177,10 @@ def register() -> None:
     ):
         for name, schema in table.items():
             store.store(group=f"schema/{group}", name=name, node=schema)
+    launcher = {"_target_": "hydra_plugins.one_pass_launcher.OnePassLauncher"}
+    store.store(group="hydra/launcher", name="one_pass", node=launcher)
     OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)
+    OmegaConf.register_new_resolver("sweep_folder", sweep_folder, replace=True)
     OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
     OmegaConf.register_new_resolver("presets", presets, replace=True)
 
@@ -187,12 +199,29 @@ def run_folder(existing: str | None) -> str:
     """`hydra.run.dir`: outputs/<day>/<time>, or a folder that already holds a run."""
     if not existing:
         return datetime.now().strftime("outputs/%Y-%m-%d/%H-%M-%S")
+    if is_sweep(Path(existing)):
+        raise UserError(
+            f"{existing} holds a sweep: continue all of it with -m resume={existing}, or give one "
+            "of the run folders in it"
+        )
     if not (Path(existing) / CONFIG_FILE).is_file():
         raise UserError(
             f"{existing} holds no run (no {CONFIG_FILE}): give the folder of a run, such as "
             "outputs/2026-01-31/12-00-00"
         )
     return existing
+
+
+def sweep_folder(existing: str | None, day: str, time: str) -> str:
+    """`hydra.sweep.dir`: multirun/<day>/<time>, or the sweep that is continued."""
+    if existing and is_sweep(Path(existing)):
+        return existing
+    return f"multirun/{day}/{time}"
+
+
+def is_sweep(folder: Path) -> bool:
+    """Whether `folder` holds the run folders of a multirun."""
+    return not (folder / CONFIG_FILE).exists() and any(folder.glob(f"*/{CONFIG_FILE}"))
 
 
 def job_folder(swept: str, number: int) -> str:
@@ -217,15 +246,35 @@ def job(cfg: DictConfig, folder: Path, overrides: list[str]) -> Job:
     """The job of a composed config: a new run in `folder`, or the one that `resume` names."""
     if cfg.resume is None:
         return Job(config=_with_absolute_paths(typed(cfg)), folder=folder, overrides=overrides)
-    others = [o for o in overrides if not o.startswith("resume=")]
+    _nothing_else(overrides)
+    this = read_job(Path(cfg.resume))
+    this.resumed = True
+    return this
+
+
+def jobs(cfg: DictConfig, folder: Path, overrides: list[str], sweep: Path) -> list[Job]:
+    """The jobs that one composed config of the multirun in `sweep` stands for: one, or all those
+    of the sweep that `resume` names."""
+    if cfg.resume is None or not is_sweep(Path(cfg.resume)):
+        these = [job(cfg, folder, overrides)]
+    else:
+        _nothing_else(overrides)
+        these = read_sweep(Path(cfg.resume))
+        for this in these:
+            this.resumed, this.config.sweep = True, typed(cfg.sweep)
+    for this in these:
+        this.sweep = this.folder.parent if cfg.resume else sweep
+    return these
+
+
+def _nothing_else(overrides: list[str]) -> None:
+    """A resumed run is the run that it was."""
+    others = [o for o in overrides if not o.startswith(("resume=", "sweep."))]
     if others:
         raise UserError(
             f"resume continues a run as it was; {' '.join(others)} cannot be given with it. "
             "Start a new run to change a setting"
         )
-    this = read_job(Path(cfg.resume))
-    this.resumed = True
-    return this
 
 
 def _with_absolute_paths(config: Config) -> Config:
@@ -262,6 +311,16 @@ def read_job(folder: Path) -> Job:
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise UserError(f"{folder / CONFIG_FILE} cannot be read: {reason}") from error
+
+
+def read_sweep(folder: Path) -> list[Job]:
+    """The jobs whose run folders lie in the folder of a multirun, by name."""
+    if not is_sweep(folder):
+        raise UserError(
+            f"{folder} holds no runs of a sweep: give its folder, such as "
+            "multirun/2026-01-31/12-00-00"
+        )
+    return [read_job(file.parent) for file in sorted(folder.glob(f"*/{CONFIG_FILE}"))]
 
 
 def resolved_yaml(job: Job) -> str:

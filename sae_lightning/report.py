@@ -1,25 +1,34 @@
 """What a run says to the person at the terminal, before and after."""
 
+from collections.abc import Sequence
+
 from sae_lightning import scorecard
 from sae_lightning.config import Job
 from sae_lightning.llm.load import LLM
-from sae_lightning.terminal import command, console, grid, resume_command, shown
+from sae_lightning.terminal import command, console, grid, shown
 from sae_lightning.training.head import Head
 from sae_lightning.training.module import SAEModule
 
 
-def announce(job: Job, head: Head, llm: LLM, steps_done: int) -> None:
+def announce(jobs: Sequence[Job], heads: Sequence[Head], llm: LLM, steps_done: int) -> None:
     """Say what is about to be trained, and where the results go."""
-    config, trainer = job.config, job.config.trainer
-    parameters = sum(p.numel() for p in head.sae.parameters())
+    config, trainer = jobs[0].config, jobs[0].config.trainer
+    parameters = sum(p.numel() for head in heads for p in head.sae.parameters())
+    sites = {
+        str(head.source): f"{head.source} ({head.source.hook_name}), d = {head.sae.W_enc.shape[0]}"
+        for head in heads
+    }
+    kinds = {
+        f"{job.config.model.name}, {job.config.model.features:,} features": None for job in jobs
+    }
     rows = {
         "LLM": f"{llm.name}, {config.llm.dtype.name} on {llm.model.device}",
-        "site": f"{head.source} ({head.source.hook_name}), d = {head.sae.W_enc.shape[0]}",
-        "SAE": f"{config.model.name}, {config.model.features:,} features, "
-        f"{parameters / 1e6:.1f} M parameters, {trainer.precision.name}",
+        "site": "; ".join(sites.values()),
+        "SAE": (f"{len(jobs)} of " if len(jobs) > 1 else "")
+        + f"{'; '.join(kinds)}, {parameters / 1e6:.1f} M parameters, {trainer.precision.name}",
         "training": f"{trainer.steps * trainer.batch:,} tokens in {trainer.steps:,} updates of "
         f"{trainer.batch:,}",
-        "results": str(shown(job.folder)),
+        "results": str(shown(jobs[0].folder if len(jobs) == 1 else jobs[0].folder.parent)),
     }
     if steps_done:
         rows["resuming"] = f"after {steps_done * trainer.batch:,} tokens"
@@ -34,11 +43,7 @@ def conclude(job: Job, metrics: dict) -> None:
         "peak memory": f"{speed['peak_memory_gb']:.1f} GB",
     }
     if "tokens_per_second" in speed:
-        lines["speed"] = (
-            f"{speed['tokens_per_second']:,.0f} tokens/s (LLM {speed['llm_share']:.0%}, text and "
-            f"pool {speed['data_share']:.0%}, SAE {speed['sae_share']:.0%} of the time), "
-            f"{speed['tokens_per_second_in_all']:,.0f} with evaluation and checkpoints"
-        )
+        lines["speed"] = speed_line(speed)
     console.print(grid(lines, title="on held-out text"))
     folder = shown(job.folder)
     # the folder above, outputs/ or multirun/, so that earlier runs are there to compare with
@@ -46,9 +51,18 @@ def conclude(job: Job, metrics: dict) -> None:
     console.print(f"\n  tensorboard --logdir {root}\n  {command('analyze.py', run=folder)}\n")
 
 
+def speed_line(speed: dict[str, float]) -> str:
+    """Where the time of a run went."""
+    return (
+        f"{speed['tokens_per_second']:,.0f} tokens/s (LLM {speed['llm_share']:.0%}, text and "
+        f"pool {speed['data_share']:.0%}, SAE {speed['sae_share']:.0%} of the time), "
+        f"{speed['tokens_per_second_in_all']:,.0f} with evaluation and checkpoints"
+    )
+
+
 def say_how_to_continue(module: SAEModule) -> None:
     """After a stop that was asked for."""
     console.print(
         f"stopped by {module.stopped_by.name} and saved at {module.tokens:,} tokens. "
-        f"Continue with\n\n  {resume_command(module.folder)}\n"
+        f"Continue with\n\n  {module.resume}\n"
     )

@@ -8,19 +8,18 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import NamedTuple
 
 import lightning as L
 import torch
 
-from sae_lightning import checks
-from sae_lightning.checks import METRICS_FILE
-from sae_lightning.config import CONFIG_FILE, Config, Job, resolved_yaml
-from sae_lightning.files import atomically, write_json
-from sae_lightning.llm.load import LLM, Dtype, dtype, has_bf16, load
+from sae_lightning import checks, folders
+from sae_lightning.config import Job
+from sae_lightning.files import write_json
+from sae_lightning.folders import METRICS_FILE
+from sae_lightning.llm.load import LLM, load
 from sae_lightning.llm.sites import Site
-from sae_lightning.report import announce, conclude, say_how_to_continue
+from sae_lightning.report import announce, conclude, say_how_to_continue, speed_line
 from sae_lightning.sae import build
 from sae_lightning.stream.documents import Text, open_text
 from sae_lightning.stream.held_out import HeldOut
@@ -29,14 +28,15 @@ from sae_lightning.stream.sources import open_rows
 from sae_lightning.stream.tokens import open_tokens
 from sae_lightning.terminal import console, resume_command
 from sae_lightning.training.callbacks import standard
-from sae_lightning.training.callbacks.checkpoint import Checkpoint, export
+from sae_lightning.training.callbacks.checkpoint import export
 from sae_lightning.training.callbacks.evaluate import evaluate
 from sae_lightning.training.callbacks.throughput import peak_memory_gb
+from sae_lightning.training.checkpoints import HeadCheckpoints
 from sae_lightning.training.datamodule import ActivationData
 from sae_lightning.training.head import Head
 from sae_lightning.training.logging import HeadLog
 from sae_lightning.training.module import SAEModule
-from sae_lightning.training.settings import Accelerator, Precision
+from sae_lightning.training.settings import checkpoint_path
 
 # Shown in TensorBoard's HParams tab; a column for every setting would bury these.
 HPARAMS = ("model.", "loss.", "layer.", "optim.lr", "llm.name", "trainer.tokens", "trainer.batch")
@@ -50,21 +50,23 @@ class Parts(NamedTuple):
     trainer: L.Trainer
 
 
-def run(jobs: list[Job]) -> list[dict[str, float]]:
+def run(jobs: list[Job]) -> list[dict[str, float] | None]:
     """Train the SAEs of `jobs`, which share the stream half of their configs, on one pass.
 
-    Returns the final held-out metrics of each; its run folder holds the rest. UserError: anything
-    wrong that can be known is told before the LLM is loaded.
+    Returns the final held-out metrics of each, None for one that failed beside others; its run
+    folder holds the rest. UserError: anything wrong that can be known is told before the LLM is
+    loaded.
     """
-    finished = [checks.finished(job) for job in jobs]
+    finished = [folders.finished(job) for job in jobs]
     if all(finished):
         console.print(f"{jobs[0].folder} is finished; start a new run to train further")
         return [metrics["held_out"] for metrics in finished]
-    jobs = [_resolved(job) for job in jobs]
+    jobs = [checks.resolved(job) for job in jobs]
     sites, steps_done = checks.check(jobs)
+    assert len(set(steps_done)) == 1, "jobs must have come to the same update"
     try:
-        with checks.claimed([job.folder for job in jobs]), _quiet_lightning():
-            return _run(jobs, sites, steps_done)
+        with folders.claimed([job.folder for job in jobs]), _quiet_lightning():
+            return _run(jobs, sites, steps_done[0])
     finally:
         # trainer, module and callbacks refer to one another: the next job of a sweep would
         # otherwise load its LLM while this one is still in memory
@@ -73,20 +75,19 @@ def run(jobs: list[Job]) -> list[dict[str, float]]:
             torch.cuda.empty_cache()
 
 
-def _run(jobs: list[Job], sites: list[Site], steps_done: int) -> list[dict[str, float]]:
+def _run(jobs: list[Job], sites: list[Site], steps_done: int) -> list[dict[str, float] | None]:
     text = open_text(jobs[0].config.data)
     llm = load(jobs[0].config.llm)
     parts = assemble(jobs, sites, llm, text, steps_done)
     module = parts.module
     for job in jobs:
-        with atomically(job.folder / CONFIG_FILE) as temporary:
-            temporary.write_text(resolved_yaml(job), encoding="utf8")
-    announce(jobs[0], module.heads[0], llm, steps_done)
+        folders.begin(job)
+    announce(jobs, module.heads, llm, steps_done)
     started = time.monotonic()
     parts.trainer.fit(
         module,
         datamodule=parts.data,
-        ckpt_path=module.checkpoint if steps_done else None,
+        ckpt_path=checkpoint_path(jobs[0].folder) if steps_done else None,
         weights_only=True,
     )
     if module.stopped_by and module.global_step < module.steps:
@@ -98,25 +99,8 @@ def _run(jobs: list[Job], sites: list[Site], steps_done: int) -> list[dict[str, 
     try:
         return finish(jobs, parts)
     except KeyboardInterrupt:
-        console.print(f"interrupted. Continue with\n\n  {resume_command(module.folder)}\n")
+        console.print(f"interrupted. Continue with\n\n  {module.resume}\n")
         sys.exit(128 + signal.SIGINT)
-
-
-def _resolved(job: Job) -> Job:
-    """`job` with dtype and precision as they are on this machine: on another, `auto` could stand
-    for something else, and a resumed run would silently become another one."""
-    llm, trainer = job.config.llm, job.config.trainer
-    precision = trainer.precision
-    if precision is Precision.auto:
-        found = torch.accelerator.current_accelerator()
-        on_cpu = trainer.accelerator is Accelerator.cpu or found is None
-        precision = Precision.bf16 if has_bf16("cpu" if on_cpu else found.type) else Precision.fp32
-    config = replace(
-        job.config,
-        llm=replace(llm, dtype=Dtype(str(dtype(llm)).removeprefix("torch."))),
-        trainer=replace(trainer, precision=precision),
-    )
-    return replace(job, config=config)
 
 
 def assemble(jobs: list[Job], sites: list[Site], llm: LLM, text: Text, steps_done: int) -> Parts:
@@ -145,11 +129,16 @@ def assemble(jobs: list[Job], sites: list[Site], llm: LLM, text: Text, steps_don
     resumed_at = steps_done * trainer.batch if jobs[0].resumed else None
     width = llm.model.config.get_text_config().hidden_size
     heads = [
-        _head(job, site, width, HeadLog(job.folder, _hparams(job.config), resumed_at))
+        _head(job, site, width, _log(job, resumed_at))
         for job, site in zip(jobs, sites, strict=True)
     ]
-    module = SAEModule(heads, batch=trainer.batch, steps=trainer.steps, folder=jobs[0].folder)
-    checkpoint = Checkpoint(trainer.checkpoint_every, config.identity())
+    sweep = jobs[0].sweep
+    module = SAEModule(
+        heads,
+        batch=trainer.batch,
+        steps=trainer.steps,
+        resume=resume_command(sweep or jobs[0].folder, sweep is not None),
+    )
     return Parts(
         data=ActivationData(stream, held_out),
         module=module,
@@ -160,7 +149,8 @@ def assemble(jobs: list[Job], sites: list[Site], llm: LLM, text: Text, steps_don
             max_epochs=1,
             min_epochs=0,
             max_steps=trainer.steps,
-            callbacks=standard(trainer, config.eval, checkpoint),
+            callbacks=standard(trainer, config.eval),
+            plugins=HeadCheckpoints(heads),
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -186,6 +176,7 @@ def _head(job: Job, site: Site, width: int, log: HeadLog) -> Head:
         seed=config.model.seed,
     )
     head.log = log
+    head.settings = config.identity()
     head.metadata = {
         "model_name": config.llm.name,
         "hook_name": site.hook_name,
@@ -196,31 +187,40 @@ def _head(job: Job, site: Site, width: int, log: HeadLog) -> Head:
     return head
 
 
-def finish(jobs: list[Job], parts: Parts) -> list[dict[str, float]]:
+def finish(jobs: list[Job], parts: Parts) -> list[dict[str, float] | None]:
     """Score the trained SAEs, write `metrics.json` and `sae/`, and say where everything is."""
     module = parts.module
+    evaluate(module.training_heads, parts.data.held_out, module.tokens)
     for job, head in zip(jobs, module.heads, strict=True):
-        evaluate(head, parts.data.held_out, module.tokens)
         head.log.close()
+        if head.failure is not None:
+            continue
         export(head)
         metrics = {
             "tokens": module.tokens,
             "held_out": head.held_out_metrics,
             "density": head.density,
             "training": head.training_metrics,
-            "speed": module.speed | {"peak_memory_gb": peak_memory_gb()},
+            "speed": module.speed
+            | {"heads": len(module.heads), "peak_memory_gb": peak_memory_gb()},
         }
         write_json(job.folder / METRICS_FILE, metrics)
-        conclude(job, metrics)
-    return [head.held_out_metrics for head in module.heads]
+    if len(jobs) == 1:
+        conclude(jobs[0], metrics)
+    elif "tokens_per_second" in module.speed:
+        console.print(speed_line(module.speed))
+    return [None if head.failure else head.held_out_metrics for head in module.heads]
 
 
-def _hparams(config: Config) -> dict:
-    return {
+def _log(job: Job, resumed_at: int | None) -> HeadLog:
+    typed = [override.partition("=")[0].lstrip("+") for override in job.overrides]
+    typed += [f"{group}.name" for group in typed]  # model=dense
+    settings = {
         name: value if isinstance(value, bool | int | float) else str(value)
-        for name, value in config.flat().items()
-        if name.startswith(HPARAMS)
+        for name, value in job.config.flat().items()
+        if name.startswith(HPARAMS) or name in typed
     }
+    return HeadLog(job.folder, settings, resumed_at, typed)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """What held-out text says about an SAE: the one scoring that training and analysis share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -32,20 +33,34 @@ class Scorecard(NamedTuple):
 
 @torch.no_grad()
 def score(
-    reconstruct: Callable[[Tensor], Output], held_out: HeldOut, source: Site, target: Site
-) -> Scorecard:
-    """Score an SAE, given as a function of raw activations [n, d_in], on held-out text.
+    reconstructs: Sequence[Callable[[Tensor], Output]],
+    held_out: HeldOut,
+    source: Site,
+    target: Site,
+) -> list[Scorecard]:
+    """Score SAEs of one site, given as functions of raw activations [n, d_in], on held-out text.
 
     Runs in float32 whatever the training precision: it is what the saved SAE will do.
     """
     x, y = held_out.activations(source), held_out.activations(target)
-    sums = QualitySums()
     with torch.autocast(x.device.type, enabled=False):
-        for part, wanted in zip(x.split(ROWS), y.split(ROWS), strict=True):
-            output = reconstruct(part.float())
-            sums.add(wanted, output.reconstruction, output.features)
-        scores = held_out.scores(source, lambda x: reconstruct(x).reconstruction.to(x.device))
-    return Scorecard(sums.result(), scores)
+        qualities = [_quality(reconstruct, x, y) for reconstruct in reconstructs]
+        functions = [partial(_reconstruction, reconstruct) for reconstruct in reconstructs]
+        scores = held_out.scores(source, functions)
+    return [Scorecard(*pair) for pair in zip(qualities, scores, strict=True)]
+
+
+def _quality(reconstruct: Callable[[Tensor], Output], x: Tensor, y: Tensor) -> Quality:
+    """Quality on inputs [n, d_in] and targets [n, d_out]."""
+    sums = QualitySums()
+    for part, wanted in zip(x.split(ROWS), y.split(ROWS), strict=True):
+        output = reconstruct(part.float())
+        sums.add(wanted, output.reconstruction, output.features)
+    return sums.result()
+
+
+def _reconstruction(reconstruct: Callable[[Tensor], Output], x: Tensor) -> Tensor:
+    return reconstruct(x).reconstruction.to(x.device)
 
 
 def rows(scalars: dict[str, float]) -> dict[str, str]:

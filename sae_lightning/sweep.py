@@ -13,8 +13,10 @@ from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
+from sae_lightning.analysis.sweep_report import write_report
 from sae_lightning.cli import DEBUG, explain
-from sae_lightning.config import job
+from sae_lightning.config import is_sweep, jobs
+from sae_lightning.folders import sweep_runs
 
 
 class Sweep(Callback):
@@ -53,7 +55,10 @@ class Sweep(Callback):
         self.failed += job_return._return_value is None
 
     def on_multirun_end(self, config: DictConfig, **_) -> None:
-        """The failures' lines may be far up by now."""
+        """Write the report; the failures' lines may be far up by now."""
+        folder = Path(config.hydra.sweep.dir)
+        if is_sweep(folder):
+            write_report(folder, sweep_runs(folder))
         if self.failed:
             sys.exit(f"error: {self.failed} of the jobs failed, see above")
 
@@ -63,4 +68,4 @@ def _check_job(cfg: DictConfig, number: int, overrides: list[str]) -> None:
         cfg.hydra.job.num = number
         HydraConfig.instance().set_config(cfg)  # for ${hydra:job.num}
         del cfg["hydra"]
-    job(cfg, Path(), overrides)
+    jobs(cfg, Path(), overrides, Path())

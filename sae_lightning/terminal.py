@@ -87,6 +87,7 @@ def command(program: str, **settings: object) -> str:
     return shlex.join(["python", program, *(f"{k}={v}" for k, v in settings.items())])
 
 
-def resume_command(folder: Path) -> str:
-    """The command that continues the run in `folder`."""
-    return command("train.py", resume=shown(folder))
+def resume_command(folder: Path, sweep: bool = False) -> str:
+    """The command that continues the run, or the whole sweep, in `folder`."""
+    resume = command("train.py", resume=shown(folder))
+    return resume.replace("train.py", "train.py -m", 1) if sweep else resume

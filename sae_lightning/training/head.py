@@ -59,6 +59,7 @@ class Head(nn.Module):
         self.training_metrics: dict[str, float] = {}
         self.held_out_metrics: dict[str, float] = {}
         self.density: dict[str, int] = {}
+        self.failure: str | None = None  # why it does not train any more
 
         features, d_out = sae.W_dec.shape
         self.register_buffer("in_mean", torch.zeros(sae.W_enc.shape[0]))

@@ -1,8 +1,10 @@
 """One TensorBoard run folder per head, its curves plotted against tokens."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
@@ -14,12 +16,21 @@ HEADLINE = ("held_out/l0", "held_out/explained_variance", "held_out/ce_recovered
 class HeadLog:
     """Writes a head's curves into its run folder."""
 
-    def __init__(self, folder: Path, settings: dict, resumed_at: int | None):
-        """`settings` appear in the HParams tab; points after `resumed_at` tokens are replaced."""
+    def __init__(
+        self, folder: Path, settings: dict, resumed_at: int | None, typed: Collection[str] = ()
+    ):
+        """`settings` appear in the HParams tab, those `typed` by the user first; points after
+        `resumed_at` tokens are replaced."""
         purge = None if resumed_at is None else resumed_at + 1
         self.writer = SummaryWriter(str(folder), purge_step=purge)
         if not resumed_at:
-            for summary in hparams(settings, dict.fromkeys(HEADLINE, 0.0)):
+            experiment, *session = hparams(settings, dict.fromkeys(HEADLINE, 0.0))
+            data = experiment.value[0].metadata.plugin_data
+            content = HParamsPluginData.FromString(data.content)
+            for info in content.experiment.hparam_infos:
+                info.differs = info.name in typed  # the tab opens with five settings, these first
+            data.content = content.SerializeToString()
+            for summary in (experiment, *session):
                 self.writer.file_writer.add_summary(summary)
 
     def scalars(self, values: dict[str, float], tokens: int) -> None:

@@ -1,27 +1,30 @@
-"""The LightningModule: one or more heads that share batches, and the sum of their losses."""
+"""The LightningModule: one or more heads that share batches, each with its own loss."""
 
 import signal
-from pathlib import Path
 
 import lightning as L
 import torch
 from torch import Tensor, nn
 
 from sae_lightning.errors import UserError
+from sae_lightning.files import write_json
 from sae_lightning.llm.sites import Site
+from sae_lightning.terminal import console
 from sae_lightning.training.head import Head
-from sae_lightning.training.settings import checkpoint_path
+from sae_lightning.training.settings import checkpoint_path, failure_path
 
 
 class SAEModule(L.LightningModule):
     """Heads with independent losses: each gradient is that of the head trained alone."""
 
-    def __init__(self, heads: list[Head], *, batch: int, steps: int, folder: Path):
-        """`batch` tokens per update, `steps` updates in the whole run, kept in `folder`."""
+    def __init__(self, heads: list[Head], *, batch: int, steps: int, resume: str = ""):
+        """`batch` tokens per update, `steps` updates in the whole run; the command `resume`
+        continues it."""
         super().__init__()
+        # the heads' graphs live one after another: memory holds one head's activations, not all
+        self.automatic_optimization = False
         self.heads = nn.ModuleList(heads)
-        self.batch, self.steps, self.folder = batch, steps, folder
-        self.checkpoint = checkpoint_path(folder)
+        self.batch, self.steps, self.resume = batch, steps, resume
         self.stopped_by: signal.Signals | None = None
         self.tokens_per_second = 0.0
         self.speed: dict[str, float] = {}
@@ -31,27 +34,44 @@ class SAEModule(L.LightningModule):
         """Training tokens seen so far."""
         return self.global_step * self.batch
 
-    def training_step(self, batch: dict[Site, Tensor], _: int) -> Tensor:
-        """The sum of the heads' losses on a batch {site: [batch, d_site]}."""
-        total = torch.zeros((), device=self.device)
-        for head in self.heads:
-            loss = head(batch)
-            if not loss.isfinite():
-                raise self.diverged(head, *_culprit(head, batch))
-            total = total + loss
-        return total
+    @property
+    def training_heads(self) -> list[Head]:
+        """The heads that have not failed."""
+        return [head for head in self.heads if head.failure is None]
 
-    def diverged(self, head: Head, culprit: str, remedy: str = "") -> UserError:
-        """The error that stops a run whose numbers are no longer finite."""
-        saved = "nothing was saved yet"
-        if self.checkpoint.exists():
-            saved = f"the last good checkpoint is {self.checkpoint}"
-        which = f"{head.name}: " if len(self.heads) > 1 else ""
+    def training_step(self, batch: dict[Site, Tensor], _: int) -> None:
+        """One update of every head on a batch {site: [batch, d_site]}."""
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        for head in self.training_heads:
+            loss = head(batch)
+            if loss.isfinite():
+                with torch.autocast(self.device.type, enabled=False):
+                    self.manual_backward(loss)
+            else:
+                self.fail(head, *_culprit(head, batch))
+        optimizer.step()
+
+    def fail(self, head: Head, culprit: str, remedy: str = "") -> None:
+        """Freeze a head whose numbers are no longer finite, and write down why; the others go on.
+
+        UserError: it was the last one.
+        """
+        saved, checkpoint = "nothing was saved yet", checkpoint_path(head.folder)
+        if checkpoint.exists():
+            saved = f"the last good checkpoint is {checkpoint}"
         remedy = remedy or f"a lower optim.lr (now {head.optim.lr:g})"
-        return UserError(
-            f"{which}stopped at step {self.global_step} ({self.tokens:,} tokens): {culprit} is not "
+        head.failure = (
+            f"stopped at step {self.global_step} ({self.tokens:,} tokens): {culprit} is not "
             f"finite; {saved}. Start again with {remedy}"
         )
+        head.sae.zero_grad()  # Adam passes over what has no gradient
+        write_json(failure_path(head.folder), {"reason": head.failure, "diverged": True})
+        if len(self.heads) == 1:
+            raise UserError(head.failure)
+        console.print(f"{head.name}: {head.failure}")
+        if not self.training_heads:
+            raise UserError(f"none of the {len(self.heads)} SAEs of this pass is left, see above")
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """One Adam for all heads: it works element by element, so they do not notice each other.

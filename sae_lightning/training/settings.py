@@ -26,6 +26,16 @@ def checkpoint_path(folder: Path) -> Path:
     return folder / "checkpoints" / "last.ckpt"
 
 
+def stream_path(folder: Path, step: int) -> Path:
+    """Where a run keeps the state of the stream at update `step`."""
+    return folder / "checkpoints" / f"stream-{step}.pt"
+
+
+def failure_path(folder: Path) -> Path:
+    """Where a run writes down why it failed."""
+    return folder / "failure.json"
+
+
 class Accelerator(Enum):
     """Where the SAEs train."""
 

@@ -18,6 +18,7 @@ from sae_lightning.llm.load import (
     Shape,
     bos_id,
     load,
+    parameters,
     separator_id,
     shape,
     special_ids,
@@ -50,13 +51,22 @@ def test_the_loaded_weights_are_those_on_disk(tiny_folder, tiny):
 def test_shape_is_read_without_weights(llm, tmp_path):
     for file in ("config.json", "tokenizer.json"):
         shutil.copy(os.path.join(llm.name, file), tmp_path)
-    assert shape(LLMConfig(name=str(tmp_path))) == Shape(layers=3, width=24, context=32)
+    assert shape(LLMConfig(name=str(tmp_path))) == Shape(
+        3, 24, 32, vocabulary=llm.model.config.vocab_size
+    )
 
 
 def test_shape_reads_the_text_part_of_a_nested_config(tmp_path):
     text = {"num_hidden_layers": 5, "hidden_size": 48, "max_position_embeddings": 77}
+    text |= {"vocab_size": 99}
     transformers.Gemma3Config(text_config=text).save_pretrained(tmp_path)
-    assert shape(LLMConfig(name=str(tmp_path))) == Shape(layers=5, width=48, context=77)
+    assert shape(LLMConfig(name=str(tmp_path))) == Shape(5, 48, 77, vocabulary=99)
+
+
+def test_parameters_are_counted_without_reading_them(llm, tmp_path):
+    shutil.copy(os.path.join(llm.name, "config.json"), tmp_path)
+    counted = sum(p.numel() for p in llm.model.parameters())
+    assert parameters(LLMConfig(name=str(tmp_path))) == counted
 
 
 def test_bfloat16_is_chosen_where_the_processor_has_it(tiny_folder, monkeypatch):
@@ -230,7 +240,9 @@ def test_the_cached_packaged_model_is_the_packaged_model(tmp_path, monkeypatch):
         text.num_hidden_layers,
         text.hidden_size,
         text.max_position_embeddings,
+        text.vocab_size,
     )
+    assert parameters(config) == sum(p.numel() for p in model.parameters())
     sample = "<|im_start|>O Romeo, Romeo!\n\n  Wherefore art thou\tRomeo? naïve — 1597<|im_end|>"
     ids = tokenizer(sample).input_ids
     assert llm.tokenizer(sample).input_ids == ids

@@ -24,7 +24,8 @@ def mean():
 
 def scored(llm, tokens, site, function, keep, mean, batch=3):
     known = baseline(llm.model, tokens, site, keep, mean, batch)
-    return score(llm.model, tokens, site, function, keep, known, batch)
+    (scores,) = score(llm.model, tokens, site, [function], keep, known, batch)
+    return scores
 
 
 @pytest.mark.parametrize("site", SITES, ids=str)
@@ -97,9 +98,13 @@ def test_scores_do_not_depend_on_the_batch(tiny, tokens, keep, mean):
 def test_a_baseline_serves_every_function(tiny, tokens, keep, mean):
     llm, done = tiny("gemma2"), []
     once = baseline(llm.model, tokens, SITES[1], keep, mean, 3, done.append)
-    scores = score(llm.model, tokens, SITES[1], torch.tanh, keep, once, 3, done.append)
-    assert once == (scores.ce_clean, scores.ce_zero, scores.ce_mean)
+    functions = [torch.tanh, torch.sin]
+    together = score(llm.model, tokens, SITES[1], functions, keep, once, 3, done.append)
     assert done == [3, 1, 3, 1]
+    for function, scores in zip(functions, together, strict=True):
+        assert once == (scores.ce_clean, scores.ce_zero, scores.ce_mean)
+        assert [scores] == score(llm.model, tokens, SITES[1], [function], keep, once, 3)
+    assert together[0] != together[1]
 
 
 def test_nothing_to_score_is_an_error(tiny, tokens, mean):

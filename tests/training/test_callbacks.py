@@ -43,7 +43,7 @@ def make_head(features=6, d=4, loss=None, target=SITE, dead_window=100, seed=0, 
 
 
 def make_module(heads, batch=1, steps=1):
-    return SAEModule(heads, batch=batch, steps=steps, folder=Path("nowhere"))
+    return SAEModule(heads, batch=batch, steps=steps)
 
 
 def activations(n=64, d=4, seed=0):

@@ -11,7 +11,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_run import BATCH, STEPS
 
-from sae_lightning import UserError, checks, load_sae, run
+from sae_lightning import UserError, folders, load_sae, run
 from sae_lightning.config import read_job
 from sae_lightning.export import WEIGHTS
 from sae_lightning.llm.capture import capture
@@ -186,7 +186,7 @@ def test_the_run_folder_says_what_auto_stood_for(job):
 def test_two_processes_do_not_train_in_one_folder(job):
     made = job("run")
     made.folder.mkdir()
-    with checks.claimed([made.folder]), pytest.raises(UserError, match="another process is train"):
+    with folders.claimed([made.folder]), pytest.raises(UserError, match="another process is train"):
         run.run([made])
     assert list(made.folder.iterdir()) == []
 

@@ -15,7 +15,7 @@ from sae_lightning.training.callbacks.throughput import Throughput
 from sae_lightning.training.settings import EvalConfig, TrainerConfig
 
 
-def standard(trainer: TrainerConfig, eval: EvalConfig, checkpoint: Checkpoint) -> list[L.Callback]:
+def standard(trainer: TrainerConfig, eval: EvalConfig) -> list[L.Callback]:
     """The callbacks of every run, in the order in which they act.
 
     Throughput stops its clock before the slower ones start; curves are drawn before resampling
@@ -31,5 +31,5 @@ def standard(trainer: TrainerConfig, eval: EvalConfig, checkpoint: Checkpoint) -
         Resample(),
         Evaluate(eval.every),
         ProgressBar(),
-        checkpoint,
+        Checkpoint(trainer.checkpoint_every),
     ]

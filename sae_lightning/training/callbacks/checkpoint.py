@@ -2,9 +2,10 @@
 
 import lightning as L
 
-from sae_lightning.export import atomically, save_sae
+from sae_lightning.export import save_sae
 from sae_lightning.schedules import due
 from sae_lightning.training.head import Head
+from sae_lightning.training.settings import checkpoint_path
 
 
 def export(head: Head) -> None:
@@ -13,14 +14,13 @@ def export(head: Head) -> None:
 
 
 class Checkpoint(L.Callback):
-    """Saves the checkpoint and every `sae/` at regular tokens, at the end, and when asked to stop.
+    """Saves checkpoints and every `sae/` at regular tokens, at the end, and when asked to stop.
 
     This callback comes last in the list, so that what it saves includes the others' work.
     """
 
-    def __init__(self, every: int, settings: dict):
-        """`settings` are stored in the checkpoint, which later has to fit the run's config."""
-        self.every, self.settings = every, settings
+    def __init__(self, every: int):
+        self.every = every
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
         """Save if it is time or if the run was asked to stop."""
@@ -31,15 +31,11 @@ class Checkpoint(L.Callback):
             self.save(trainer, module)
 
     def save(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Write curves, checkpoint and SAEs, each atomically; a resumed run redraws only what
-        comes after the checkpoint, so the curves go first."""
-        for head in module.heads:
+        """Write curves, checkpoints and SAEs; a resumed run redraws only what comes after the
+        checkpoint, so the curves go first."""
+        heads = module.training_heads
+        for head in heads:
             head.log.flush()
-        with atomically(module.checkpoint) as temporary:
-            trainer.save_checkpoint(temporary)
-        for head in module.heads:
+        trainer.save_checkpoint(checkpoint_path(heads[0].folder))  # see training/checkpoints.py
+        for head in heads:
             export(head)
-
-    def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, saved: dict):
-        """Write down which settings the weights belong to."""
-        saved["settings"] = self.settings

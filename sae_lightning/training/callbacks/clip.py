@@ -13,9 +13,10 @@ class ClipGradient(L.Callback):
 
     def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
         """Clip, after checking that the gradient is finite."""
-        for head in module.heads:
+        for head in module.training_heads:
             limit = float("inf") if head.optim.clip is None else head.optim.clip
             norm = torch.nn.utils.clip_grad_norm_(head.sae.parameters(), limit)
-            if not norm.isfinite():
-                raise module.diverged(head, "the gradient")
-            head.grad_norm.copy_(norm)
+            if norm.isfinite():
+                head.grad_norm.copy_(norm)
+            else:
+                module.fail(head, "the gradient")

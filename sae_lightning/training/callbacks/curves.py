@@ -43,6 +43,8 @@ class Curves(L.Callback):
         for group in trainer.optimizers[0].param_groups:
             rates.setdefault(group["head"], {})[f"optim/{group['rate']}"] = group["lr"]
         for number, head in enumerate(module.heads):
+            if head.failure is not None:
+                continue
             head.training_metrics = training_scalars(head) | {
                 **rates[number],
                 "data/distinct_sequences": stream.distinct_sequences,

@@ -1,17 +1,32 @@
 """Scores each head on held-out text while it trains."""
 
+from collections.abc import Sequence
+from itertools import groupby
+
 import lightning as L
 
 from sae_lightning.metrics import density_histogram
 from sae_lightning.schedules import due
-from sae_lightning.scorecard import score
+from sae_lightning.scorecard import Scorecard, score
 from sae_lightning.stream.held_out import HeldOut
 from sae_lightning.training.head import Head
 
 
-def evaluate(head: Head, held_out: HeldOut, tokens: int) -> None:
-    """Score `head` after `tokens` training tokens; the result goes to its log and its metrics."""
-    card = score(head.reconstruct, held_out, head.source, head.target)
+def evaluate(heads: Sequence[Head], held_out: HeldOut, tokens: int) -> None:
+    """Score heads after `tokens` training tokens, those of one site together; the results go to
+    their logs and metrics."""
+
+    def sites(head: Head) -> tuple:
+        return head.source, head.target
+
+    for (source, target), group in groupby(sorted(heads, key=sites), key=sites):
+        mine = list(group)
+        cards = score([head.reconstruct for head in mine], held_out, source, target)
+        for head, card in zip(mine, cards, strict=True):
+            _note(head, card, tokens)
+
+
+def _note(head: Head, card: Scorecard, tokens: int) -> None:
     head.held_out_metrics = card.scalars()
     head.log.scalars({f"held_out/{k}": v for k, v in head.held_out_metrics.items()}, tokens)
     head.density = density_histogram(card.quality.density)
@@ -30,5 +45,4 @@ class Evaluate(L.Callback):
         """Evaluate if it is time."""
         step = trainer.global_step
         if step < module.steps and due(step, module.batch, self.every):
-            for head in module.heads:
-                evaluate(head, trainer.datamodule.held_out, module.tokens)
+            evaluate(module.training_heads, trainer.datamodule.held_out, module.tokens)

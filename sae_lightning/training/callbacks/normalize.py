@@ -38,14 +38,16 @@ class Normalize(L.Callback):
         """Fill the buffers, unless they came from a checkpoint."""
         if trainer.global_step > 0:
             return
+        known: dict[tuple, tuple[Tensor, Tensor]] = {}  # heads of a sweep mostly agree
         for head in module.heads:
             settings = head.recipe.normalize
-            sample = trainer.datamodule.stream.peek(settings.tokens)
-            sites = {head.source, head.target}  # one, but for a transcoder
-            estimated = {site: estimate(sample[site], settings.mode) for site in sites}
             for site, mean, scale in (
                 (head.source, head.in_mean, head.in_scale),
                 (head.target, head.out_mean, head.out_scale),
             ):
-                mean.copy_(estimated[site][0])
-                scale.copy_(estimated[site][1])
+                key = (site, settings.mode, settings.tokens)
+                if key not in known:
+                    sample = trainer.datamodule.stream.peek(settings.tokens)
+                    known[key] = estimate(sample[site], settings.mode)
+                mean.copy_(known[key][0])
+                scale.copy_(known[key][1])

@@ -50,7 +50,7 @@ class Resample(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
         """Resample the heads whose time has come."""
         step = trainer.global_step
-        for head in module.heads:
+        for head in module.training_heads:
             settings = head.recipe.resample
             last = min(settings.until * module.steps, module.steps - 1)  # then the pool is empty
             if settings.every is None or step > last:

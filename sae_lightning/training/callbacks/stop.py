@@ -5,7 +5,7 @@ import threading
 
 import lightning as L
 
-from sae_lightning.terminal import console, resume_command
+from sae_lightning.terminal import console
 
 
 class StopOnSignal(L.Callback):
@@ -25,7 +25,7 @@ class StopOnSignal(L.Callback):
 
         def stop(number: int, _) -> None:
             if not self.updating or module.stopped_by and number == signal.SIGINT:
-                console.print(f"interrupted. Continue with\n\n  {resume_command(module.folder)}\n")
+                console.print(f"interrupted. Continue with\n\n  {module.resume}\n")
                 raise SystemExit(128 + number)
             module.stopped_by = signal.Signals(number)
             console.print("stopping: this update is finished and saved first (Ctrl-C again: now)")

@@ -40,7 +40,7 @@ class Throughput(L.Callback):
         self.last = now
         module.tokens_per_second = recent["tokens_per_second"]
         module.speed = _speed(self.first, now, module.batch)
-        for head in module.heads:
+        for head in module.training_heads:
             scalars = {f"speed/{name}": value for name, value in recent.items()}
             head.log.scalars(scalars, module.tokens)
 

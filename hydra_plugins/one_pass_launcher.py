@@ -1,0 +1,78 @@
+"""`hydra/launcher=one_pass`, the default: jobs that may share a pass of the LLM do."""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from copy import copy
+from pathlib import Path
+
+from hydra._internal.callbacks import Callbacks
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn, JobStatus, run_job, setup_globals
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, open_dict
+
+from sae_lightning.config import Job, jobs
+
+
+class OnePassLauncher(Launcher):
+    """Composes every job of a batch first, then trains them on as few passes as they allow."""
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        """Keep what `launch` needs."""
+        self.context, self.config, self.task_function = hydra_context, config, task_function
+
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
+        """Train the jobs; each return value is the objective, None for a job that failed."""
+        setup_globals()
+        composed = [
+            self._compose(number, list(overrides))
+            for number, overrides in enumerate(job_overrides, initial_job_idx)
+        ]
+        # one entry a run: resuming a sweep, a single job stands for all of them
+        returns = [(config, copy(ret), job) for config, ret in composed for job in ret.return_value]
+        # imported late: what is wrong with a setting is answered at once
+        from sae_lightning.objective import objective
+        from sae_lightning.passes import train
+
+        callbacks = self.context.callbacks
+        try:
+            for config, *_ in returns:
+                callbacks.on_job_start(config=config, task_function=self.task_function)
+            results = train([job for *_, job in returns])
+        finally:
+            for config, _ in composed:
+                with suppress(OSError):  # holds a run
+                    Path(config.hydra.runtime.output_dir).rmdir()
+        for (config, ret, job), metrics in zip(returns, results, strict=True):
+            ret.overrides = job.overrides
+            ret.return_value = None if metrics is None else objective(metrics, job.config.sweep)
+            callbacks.on_job_end(config=config, job_return=ret)
+        return [ret for _, ret, _ in returns]
+
+    def _compose(self, number: int, overrides: list[str]) -> tuple[DictConfig, JobReturn]:
+        """Hydra's own preparation of a job; returns the list of our jobs instead of running it."""
+        config = self.context.config_loader.load_sweep_config(self.config, overrides)
+        with open_dict(config):
+            config.hydra.job.id = config.hydra.job.num = number
+
+        def collect(cfg: DictConfig) -> list[Job]:
+            hydra = HydraConfig.get()
+            sweep, folder = Path(hydra.sweep.dir), Path(hydra.runtime.output_dir)
+            return jobs(cfg, folder, list(hydra.overrides.task), sweep)
+
+        done = run_job(
+            task_function=collect,
+            config=config,
+            job_dir_key="hydra.sweep.dir",
+            job_subdir_key="hydra.sweep.subdir",
+            # the user's callbacks are told when the job really starts and ends
+            hydra_context=HydraContext(self.context.config_loader, Callbacks()),
+        )
+        if done.status is JobStatus.FAILED:
+            raise done._return_value
+        return config, done

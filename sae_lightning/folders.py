@@ -1,0 +1,96 @@
+"""What run folders say about their runs."""
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from sae_lightning.analysis.sweep_table import SweepRun
+from sae_lightning.config import CONFIG_FILE, Job, read_sweep, resolved_yaml
+from sae_lightning.errors import UserError
+from sae_lightning.files import atomically, write_json
+from sae_lightning.training.settings import failure_path
+
+METRICS_FILE = "metrics.json"
+
+
+def metrics(folder: Path) -> dict | None:
+    """`metrics.json` of a run that came to its end."""
+    return _json(folder / METRICS_FILE)  # damaged: the last checkpoint is there to score again
+
+
+def failure(folder: Path) -> dict | None:
+    """Why a run failed (`reason`), and whether it would do so again (`diverged`)."""
+    return _json(failure_path(folder))
+
+
+def finished(job: Job) -> dict | None:
+    """The metrics of a resumed run that had come to its end."""
+    return metrics(job.folder) if job.resumed else None
+
+
+def begin(job: Job) -> None:
+    """Write down the settings of a run, and forget that it failed before."""
+    with atomically(job.folder / CONFIG_FILE) as temporary:
+        temporary.write_text(resolved_yaml(job), encoding="utf8")
+    failure_path(job.folder).unlink(missing_ok=True)
+
+
+def note_failure(job: Job, reason: str) -> None:
+    """Write down why a run failed, unless it has said so itself."""
+    if failure(job.folder) is None:
+        write_json(failure_path(job.folder), {"reason": reason, "diverged": False})
+
+
+def sweep_runs(folder: Path) -> list[SweepRun]:
+    """What a sweep's report says about each of its runs."""
+    return [_sweep_run(job) for job in read_sweep(folder)]
+
+
+def _sweep_run(job: Job) -> SweepRun:
+    failed = failure(job.folder)
+    return SweepRun(
+        folder=job.folder,
+        overrides=job.overrides,
+        metrics=metrics(job.folder),
+        failure=failed["reason"] if failed else None,
+        settings=job.config.flat(),
+    )
+
+
+def _json(path: Path) -> dict | None:
+    try:
+        return json.loads(path.read_text("utf8"))
+    except (OSError, ValueError):
+        return None
+
+
+@contextmanager
+def claimed(folders: list[Path]) -> Iterator[None]:
+    """Keep other processes out of the folders; the system lifts the claim if we die."""
+    with ExitStack() as locks:
+        for folder in folders:
+            locks.enter_context(_claimed(folder))
+        yield
+
+
+@contextmanager
+def _claimed(folder: Path) -> Iterator[None]:
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    path = folder / ".lock"
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{folder}: another process is training there; wait for it, or choose another "
+                "folder with hydra.run.dir=..."
+            ) from None
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)

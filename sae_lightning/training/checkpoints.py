@@ -1,0 +1,131 @@
+"""Checkpoints: one a head, complete, whoever it shares a pass of the LLM with.
+
+    run folder/checkpoints/last.ckpt          weights, Adam, progress: of this head alone
+                           stream-<step>.pt   text position and shuffle pool, which heads share:
+                                              one file on the disk with a name (hard link) for each
+
+Any head can go on alone, and heads at the same step can go on together.
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins.io import CheckpointIO
+
+from sae_lightning.files import atomically
+from sae_lightning.training.head import Head
+from sae_lightning.training.settings import checkpoint_path, stream_path
+
+
+class HeadCheckpoints(CheckpointIO):
+    """Takes the checkpoint that Lightning makes of a run apart by head, and puts it together again.
+
+    All files are complete on disk before the first takes its name: a run killed at any moment
+    finds for each head the old checkpoint or the new one, with the stream that belongs to it.
+    """
+
+    def __init__(self, heads: Iterable[Head]):
+        self.heads = list(heads)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options=None) -> None:
+        """Write the checkpoints of the heads that have not failed; `path` is not used."""
+        stream = _loader(checkpoint).pop()
+        step = checkpoint["global_step"]
+        training = {n: head for n, head in enumerate(self.heads) if head.failure is None}
+        _write_stream(stream, [stream_path(head.folder, step) for head in training.values()])
+        with ExitStack() as files:
+            for number, head in training.items():
+                file = files.enter_context(atomically(checkpoint_path(head.folder)))
+                part = _part(checkpoint, number) | {"settings": head.settings}
+                with open(file, "wb") as opened:
+                    torch.save(part, opened)
+                    opened.flush()
+                    os.fsync(opened.fileno())  # now, so that the new names follow at once
+        for head in training.values():
+            current = stream_path(head.folder, step)
+            for old in current.parent.glob("stream-*.pt"):
+                if old != current:
+                    old.unlink()
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """The checkpoint of a run with all heads, as Lightning wants it; `path` is not used."""
+        how = {"map_location": map_location or "cpu", "weights_only": weights_only}
+        parts = [torch.load(checkpoint_path(head.folder), **how) for head in self.heads]
+        whole = _joined(parts)
+        stream = stream_path(self.heads[0].folder, whole["global_step"])
+        _loader(whole).append(torch.load(stream, **how))
+        return whole
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Never asked for: a checkpoint is replaced by the next."""
+        raise NotImplementedError
+
+
+def _loader(checkpoint: dict[str, Any]) -> list:
+    """Where Lightning keeps the state of the loaders: one, the stream."""
+    return checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"]
+
+
+def _write_stream(stream: dict[str, Any], paths: list[Path]) -> None:
+    """One file under all the names; copies where the file system has no hard links."""
+    with atomically(paths[0]) as file:
+        torch.save(stream, file)
+    for path in paths[1:]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        try:
+            os.link(paths[0], path)
+        except OSError:
+            with atomically(path) as file:
+                shutil.copyfile(paths[0], file)
+
+
+def _part(checkpoint: dict[str, Any], number: int) -> dict[str, Any]:
+    """The checkpoint of head `number`, as if it were the only one."""
+    mine = f"heads.{number}."
+    weights = {
+        f"heads.0.{name.removeprefix(mine)}": value
+        for name, value in checkpoint["state_dict"].items()
+        if name.startswith(mine)
+    }
+    (adam,) = checkpoint["optimizer_states"]
+    groups = [group for group in adam["param_groups"] if group["head"] == number]
+    places = {old: new for new, old in enumerate(i for g in groups for i in g["params"])}
+    return checkpoint | {"state_dict": weights, "optimizer_states": [_moved(adam, places, 0)]}
+
+
+def _joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """The checkpoint of a run with the heads of `parts`, in their order."""
+    weights: dict[str, Any] = {}
+    adam: dict[str, Any] = {"state": {}, "param_groups": []}
+    count = 0
+    for number, part in enumerate(parts):
+        for name, value in part["state_dict"].items():
+            weights[re.sub(r"^heads\.0\.", f"heads.{number}.", name)] = value
+        (mine,) = part["optimizer_states"]
+        old = [place for group in mine["param_groups"] for place in group["params"]]
+        moved = _moved(mine, {place: count + i for i, place in enumerate(old)}, number)
+        count += len(old)
+        adam["state"] |= moved["state"]
+        adam["param_groups"] += moved["param_groups"]
+    return parts[0] | {"state_dict": weights, "optimizer_states": [adam]}
+
+
+def _moved(adam: dict[str, Any], places: dict[int, int], head: int) -> dict[str, Any]:
+    """Adam's state for the parameters in `places` {old: new}, in groups of head `head`."""
+    return {
+        "state": {new: adam["state"][old] for old, new in places.items() if old in adam["state"]},
+        "param_groups": [
+            group | {"head": head, "params": [places[old] for old in group["params"]]}
+            for group in adam["param_groups"]
+            if set(group["params"]) <= set(places)
+        ],
+    }
