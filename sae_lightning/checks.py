@@ -3,6 +3,7 @@
 import os
 from dataclasses import replace
 from pickle import UnpicklingError
+from typing import NamedTuple
 from zipfile import BadZipFile
 
 import torch
@@ -38,8 +39,21 @@ def resolved(job: Job) -> Job:
     return replace(job, config=config)
 
 
-def check(jobs: list[Job]) -> tuple[list[Site], list[int]]:
-    """The site of each job and the updates it has done already, or the first thing wrong."""
+class Checked(NamedTuple):
+    """What is known of jobs in which nothing is wrong."""
+
+    sites: list[Site]
+    """Where each reads."""
+
+    steps_done: list[int]
+    """Updates that each has done already."""
+
+    llm: Shape
+    """Of the LLM that they share."""
+
+
+def check(jobs: list[Job]) -> Checked:
+    """Raise a UserError for the first thing wrong with jobs that share the stream half."""
     config = jobs[0].config
     assert len({job.config.stream_key() for job in jobs}) == 1, "jobs must share the stream half"
     device(config.llm)
@@ -56,7 +70,7 @@ def check(jobs: list[Job]) -> tuple[list[Site], list[int]]:
         )
     sites = [job.config.layer.within(llm.layers) for job in jobs]
     _check_space(jobs, len(set(sites)), llm)
-    return sites, steps_done
+    return Checked(sites, steps_done, llm)
 
 
 def _check_folder(job: Job) -> None:

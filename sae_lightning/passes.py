@@ -9,8 +9,9 @@
 
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from math import ceil
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ import torch
 from sae_lightning import checks, folders, memory
 from sae_lightning.config import CONFIG_FILE, Job, read_job
 from sae_lightning.errors import UserError
+from sae_lightning.llm.packaged import Shape
 from sae_lightning.llm.sites import Site
 from sae_lightning.run import run
 from sae_lightning.terminal import console, resume_command
@@ -31,11 +33,8 @@ class Pass(NamedTuple):
 
     jobs: list[Job]
     sites: list[Site]
-
-    @property
-    def memory(self) -> str:
-        """The estimate, for a person."""
-        return f"{memory.needed([job.config for job in self.jobs], self.sites) / 1e9:.1f} GB"
+    memory: int
+    """Estimate in bytes."""
 
 
 def train(jobs: list[Job]) -> Results:
@@ -88,36 +87,40 @@ def plan(jobs: Iterable[Job]) -> list[Pass]:
     streams: dict[str, list[Job]] = {}
     for job in jobs:
         streams.setdefault(job.config.stream_key(), []).append(job)
-    groups: dict[tuple[str, int], Pass] = {}
-    wrong = []
-    for key, sharing in streams.items():
+    passes, wrong = [], []
+    for sharing in streams.values():
         try:
-            sites, steps = checks.check(sharing)
+            sites, steps_done, llm = checks.check(sharing)
         except UserError as error:
             wrong.append(str(error))
             continue
         # runs of a killed sweep may have come to different points
-        for job, site, done in zip(sharing, sites, steps, strict=True):
-            group = groups.setdefault((key, done), Pass([], []))
-            group.jobs.append(job)
-            group.sites.append(site)
+        for done in dict.fromkeys(steps_done):
+            group = [
+                pair for *pair, mine in zip(sharing, sites, steps_done, strict=True) if mine == done
+            ]
+            passes += _split(*zip(*group, strict=True), llm)
     if len(wrong) > 1:
         raise UserError("nothing was started:\n  " + "\n  ".join(wrong))
     if wrong:
         raise UserError(wrong[0])
-    return [part for group in groups.values() for part in _split(group)]
+    return passes
 
 
-def _split(group: Pass) -> list[Pass]:
-    """`group` in parts of about equal size, none with more SAEs than asked for or than fit."""
-    count = len(group.jobs)
-    if count == 1:
-        return [group]
-    configs = [job.config for job in group.jobs]
-    asked = min((c.sweep.max_heads for c in configs if c.sweep.max_heads), default=None)
-    parts = ceil(count / (asked or memory.fitting(configs, group.sites)[0]))
-    ends = [count * n // parts for n in range(parts + 1)]
-    return [Pass(group.jobs[a:b], group.sites[a:b]) for a, b in zip(ends, ends[1:], strict=False)]
+def _split(jobs: Sequence[Job], sites: Sequence[Site], llm: Shape) -> list[Pass]:
+    """Passes of about equal size, none with more SAEs than asked for or, else, than fit."""
+    configs = [job.config for job in jobs]
+    needed = memory.estimate(configs, sites, llm)
+    most = min((c.sweep.max_heads for c in configs if c.sweep.max_heads), default=None)
+    if most is None:
+        room = 0.9 * memory.available(configs[0]) - needed.shared
+        most = max(1, int(room // max(needed.heads)))
+    parts = ceil(len(jobs) / most)
+    ends = [len(jobs) * n // parts for n in range(parts + 1)]
+    return [
+        Pass(list(jobs[a:b]), list(sites[a:b]), needed.shared + sum(needed.heads[a:b]))
+        for a, b in pairwise(ends)
+    ]
 
 
 def _announce(jobs: list[Job], passes: list[Pass]) -> None:
@@ -128,8 +131,8 @@ def _announce(jobs: list[Job], passes: list[Pass]) -> None:
     console.print(f"{runs} on {times} of the LLM ({free} of memory are free)")
     for number, this in enumerate(passes, 1):
         names = ", ".join(sorted({str(site) for site in this.sites}))
-        saes = _count(len(this.jobs), "SAE")
-        console.print(f"  pass {number}: {saes} on {names}, about {this.memory}")
+        saes, size = _count(len(this.jobs), "SAE"), f"{this.memory / 1e9:.1f} GB"
+        console.print(f"  pass {number}: {saes} on {names}, about {size}")
 
 
 def _count(n: int, noun: str) -> str:

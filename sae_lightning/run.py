@@ -62,7 +62,7 @@ def run(jobs: list[Job]) -> list[dict[str, float] | None]:
         console.print(f"{jobs[0].folder} is finished; start a new run to train further")
         return [metrics["held_out"] for metrics in finished]
     jobs = [checks.resolved(job) for job in jobs]
-    sites, steps_done = checks.check(jobs)
+    sites, steps_done, _ = checks.check(jobs)
     assert len(set(steps_done)) == 1, "jobs must have come to the same update"
     try:
         with folders.claimed([job.folder for job in jobs]), _quiet_lightning():

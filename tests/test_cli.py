@@ -315,7 +315,7 @@ def refused(this: Job) -> str:
 
 
 def test_a_good_job_passes_with_its_site(tmp_path, smollm2):
-    (site,), steps_done = checks.check([a_job(tmp_path / "run")])
+    (site,), steps_done, _ = checks.check([a_job(tmp_path / "run")])
     assert (str(site), steps_done) == ("resid.9", [0])
 
 

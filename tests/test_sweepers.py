@@ -111,7 +111,7 @@ def test_a_preset_can_hold_a_sweep(sweep, tmp_path):
         "# @package _global_\nhydra: {sweeper: {params: {loss.l1: '1e-3,1e-2', seed: 0}}}"
     )
     (batch,) = sweep([f"hydra.searchpath=[file://{tmp_path}]", "experiment=mine", "seed=3"])
-    assert [(job["loss.l1"], job["seed"]) for job in batch] == [("1e-3", "3"), ("1e-2", "3")]
+    assert [(job["loss.l1"], job["seed"]) for job in batch] == [("0.001", "3"), ("0.01", "3")]
 
 
 SEARCH = ["hydra/sweeper=optuna", "loss.l1=tag(log,interval(1e-5,1e-1))"]
@@ -165,7 +165,7 @@ def test_a_search_over_presets_and_sizes_composes(sweep, loader):
         "model.features=choice(16,64)",
         "layer.index=range(3,15,6)",
     ]
-    (batch,) = sweep(["hydra/sweeper=optuna", *swept, "seed=3"])[:1]
+    (batch,) = sweep([*SEARCH[:1], *swept, "seed=3", "hydra.sweeper.n_trials=5"])
     configs = [composed(loader, job) for job in batch]
     assert {config.model.name for config in configs} == {"relu", "dense"}
     assert {config.model.features for config in configs} == {16, 64}

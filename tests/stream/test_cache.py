@@ -303,7 +303,7 @@ def test_resuming_is_exact_whatever_became_of_the_cache(llm, folder, style, mean
             list(make(llm, folder, **(settings | {"total_batches": 6})))
         return None if name == "never" else folder
 
-    for served in (0, 1, 5, 9, 13):
+    for served in (0, 5, 13):
         for before in ("there", "deleted", "shorter"):
             stream = make(llm, restore(before), **settings)
             for _ in zip(range(served), stream, strict=False):

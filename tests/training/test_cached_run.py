@@ -15,6 +15,8 @@ from sae_lightning.llm.sites import LayerConfig
 from sae_lightning.stream import rows
 from sae_lightning.training.settings import EvalConfig
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def made(job, tmp_path):

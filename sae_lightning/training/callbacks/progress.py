@@ -5,6 +5,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from sae_lightning.terminal import console, display
 
+EV = "train/explained_variance"
+
+
+def _range(name: str, form: str, values: list[float]) -> str:
+    """The value of one SAE, the least and the largest of several."""
+    ends = [form.format(value) for value in (min(values), max(values))]
+    return f"{name} {'–'.join(dict.fromkeys(ends))}"
+
 
 class ProgressBar(L.Callback):
     """Tokens, tokens/s, time left, L0, explained variance and dead share.
@@ -43,13 +51,14 @@ class ProgressBar(L.Callback):
             f"{module.tokens:,}/{module.steps * module.batch:,} tokens",
             f"{module.tokens_per_second:,.0f}/s",
         ]
-        # one line has room for one SAE; the curves of several are in TensorBoard
-        metrics = module.heads[0].training_metrics
-        if metrics:
+        heads = module.training_heads
+        if len(module.heads) > 1:
+            parts.append(f"{len(heads)} SAEs")
+        if all(head.training_metrics for head in heads):
             parts += [
-                f"L0 {metrics['train/l0']:.0f}",
-                f"EV {metrics['train/explained_variance']:.3f}",
-                f"dead {metrics['train/dead']:.1%}",
+                _range("L0", "{:.0f}", [h.training_metrics["train/l0"] for h in heads]),
+                _range("EV", "{:.3f}", [h.training_metrics[EV] for h in heads]),
+                _range("dead", "{:.1%}", [h.training_metrics["train/dead"] for h in heads]),
             ]
         return "  ".join(parts)
 
