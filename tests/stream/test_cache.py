@@ -285,37 +285,33 @@ def test_the_llm_runs_only_for_shards_that_lack_a_site(llm, folder, calls):
 
 
 @pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("before", ["there", "shorter", "nothing"])
 @pytest.mark.parametrize("meanwhile", ["there", "deleted", "shorter", "damaged", "never"])
-def test_resuming_is_exact_whatever_became_of_the_cache(llm, folder, style, meanwhile):
+def test_resuming_is_exact_whatever_became_of_the_cache(llm, folder, style, before, meanwhile):
     settings = {"style": style, "total_batches": 14, "max_norm": 1.5}
     reference = list(make(llm, **settings))
-    list(make(llm, folder, **settings))
-    kept = folder.with_name("kept")
-    folder.rename(kept)
 
-    def restore(name):
+    def prepared(state):
         shutil.rmtree(folder, ignore_errors=True)
-        if name in ("there", "damaged"):
-            shutil.copytree(kept, folder)
-        if name == "damaged":
+        if state in ("there", "damaged"):
+            list(make(llm, folder, **settings))
+        if state == "damaged":
             flip(folder / shards(folder)[-2] / str(A))
-        if name == "shorter":
+        if state == "shorter":
             list(make(llm, folder, **(settings | {"total_batches": 6})))
-        return None if name == "never" else folder
+        return None if state == "never" else folder
 
     for served in (0, 5, 13):
-        for before in ("there", "deleted", "shorter"):
-            stream = make(llm, restore(before), **settings)
-            for _ in zip(range(served), stream, strict=False):
-                pass
-            state = pickle.dumps(stream.state_dict())
-            del stream  # killed: its lock is lifted
-            resumed = make(llm, restore(meanwhile), **settings)
-            resumed.load_state_dict(pickle.loads(state))
-            assert_same(list(resumed), reference[served:])
-            if meanwhile != "never":
-                again = make(llm, folder, **settings)
-                assert_same(list(again), reference)
+        stream = make(llm, prepared(before), **settings)
+        for _ in zip(range(served), stream, strict=False):
+            pass
+        state = pickle.dumps(stream.state_dict())
+        del stream  # killed: its lock is lifted
+        resumed = make(llm, prepared(meanwhile), **settings)
+        resumed.load_state_dict(pickle.loads(state))
+        assert_same(list(resumed), reference[served:])
+    if meanwhile != "never":
+        assert_same(list(make(llm, folder, **settings)), reference)
 
 
 def test_a_saved_state_is_plain_enough_for_a_safe_load(llm, folder, tmp_path):
