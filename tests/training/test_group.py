@@ -1,15 +1,23 @@
 """Claim 1: SAEs that share a pass are those that were trained alone; claim 7: one pass for all."""
 
 from dataclasses import replace
+from pathlib import Path
 
+import lightning as L
 import pytest
-from test_run import RESAMPLING, assert_same, weights
+from omegaconf import OmegaConf
+from test_run import RESAMPLING, assert_same, checkpoint, curves, interrupt, resume, weights
+from tiny_run import BATCH, STEPS
 
-from sae_lightning import run
+from sae_lightning import UserError, folders, memory, passes, run
+from sae_lightning.config import jobs as jobs_of
+from sae_lightning.config import read_sweep
 from sae_lightning.llm.sites import Kind, LayerConfig
 from sae_lightning.losses import DenseLoss, ReLULoss
+from sae_lightning.objective import SweepConfig
 from sae_lightning.sae import SAEConfig
-from sae_lightning.stream import rows
+from sae_lightning.stream import held_out, rows
+from sae_lightning.training import checkpoints
 from sae_lightning.training.settings import OptimConfig, Precision
 
 DENSE = {"model": SAEConfig(name="dense", features=20), "loss": DenseLoss()}
@@ -44,20 +52,246 @@ def test_heads_of_a_group_end_as_when_trained_alone(job, sweep, precision):
     assert len({weights(one.folder) for one in sweep("together", **mix)}) == len(mix)
 
 
-def test_a_group_runs_the_llm_as_often_as_one_job(job, sweep, monkeypatch):
-    calls = []
-    for module in (rows, run):
-        monkeypatch.setattr(module, "capture", counting(rows.capture, calls), raising=False)
-    run.run([job("one")])
-    alone = len(calls)
-    assert alone > 20
-    run.run(sweep("many", **{f"{l1}": {"loss": ReLULoss(l1=l1)} for l1 in (1e-3, 1e-2, 0.1)}))
-    assert len(calls) == 2 * alone
-
-
-def counting(function, calls):
-    def counted(*args, **kwargs):
+def counted(function, calls):
+    def call(*args, **kwargs):
         calls.append(args)
         return function(*args, **kwargs)
 
-    return counted
+    return call
+
+
+def test_a_group_runs_the_llm_as_often_as_one_job(job, sweep, monkeypatch):
+    """Claim 7, counted in forward passes of the LLM, for training and for held-out text; what is
+    left is the LLM with each SAE in place."""
+    captured, forward = [], []
+    for module in (rows, held_out):
+        monkeypatch.setattr(module, "capture", counted(module.capture, captured))
+    loaded = run.load
+
+    def load(config):
+        llm = loaded(config)
+        llm.model.forward = counted(llm.model.forward, forward)
+        return llm
+
+    monkeypatch.setattr(run, "load", load)
+    run.run([job("one")])
+    alone, whole = len(captured), len(forward)
+    assert alone > 20
+    run.run(sweep("many", **{f"{l1}": {"loss": ReLULoss(l1=l1)} for l1 in (1e-3, 1e-2, 0.1)}))
+    assert len(captured) - alone == alone
+    # scored three times, on 150 held-out tokens in 10 sequences, 4 at a time: 9 forward passes
+    # with each SAE
+    assert (len(forward) - whole) - whole == 2 * 9
+
+
+SEEDS = {f"{seed}": {"model": SAEConfig(features=48, seed=seed)} for seed in range(3)}
+
+
+@pytest.fixture
+def whole(sweep):
+    """A sweep of three that nothing interrupts."""
+    jobs = sweep("whole", **SEEDS)
+    run.run(jobs)
+    return jobs
+
+
+class Killed(BaseException):
+    """Nothing catches it."""
+
+
+def die():
+    raise Killed
+
+
+@pytest.mark.parametrize("steps", [(5, 7), (12, 25), (23, STEPS)])
+def test_a_sweep_killed_twice_ends_as_if_it_had_not_been(sweep, whole, monkeypatch, steps):
+    jobs = sweep("killed", **SEEDS)
+    for step in steps:
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            interrupt(patch, step, die)
+            passes.train(jobs)
+        jobs = read_sweep(jobs[0].sweep)
+        for one in jobs:
+            one.resumed, one.sweep = True, one.folder.parent
+    assert passes.train(jobs) == [folders.metrics(one.folder)["held_out"] for one in whole]
+    for one, other in zip(whole, jobs, strict=True):
+        assert_same(one.folder, other.folder)
+
+
+def test_each_head_can_go_on_alone_and_heads_at_different_steps_form_passes(
+    sweep, whole, monkeypatch, capsys
+):
+    jobs = sweep("killed", **SEEDS)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        interrupt(patch, 15, die)
+        run.run(jobs)
+    assert checkpoint(jobs[0].folder)["global_step"] == 10
+    one, two, three = jobs
+    resume(one)
+    assert_same(whole[0].folder, one.folder)
+    # the second is killed later than the third
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        interrupt(patch, 25, die)
+        resume(two)
+    rest = [replace(one, resumed=True) for one in read_sweep(jobs[0].folder.parent)]
+    assert [len(each.jobs) for each in passes.plan(rest[1:])] == [1, 1]
+    capsys.readouterr()
+    passes.train(rest)
+    said = capsys.readouterr().out
+    assert "0 is finished" in said
+    assert "2 jobs on 2 passes" in said
+    for mine, other in zip(jobs, whole, strict=True):
+        assert_same(mine.folder, other.folder)
+
+
+def test_heads_share_one_file_of_the_stream(whole):
+    files = [one.folder / "checkpoints" / f"stream-{STEPS}.pt" for one in whole]
+    assert len({file.stat().st_ino for file in files}) == 1
+    for file in files:
+        assert sorted(each.name for each in file.parent.iterdir()) == ["last.ckpt", file.name]
+
+
+def test_without_hard_links_each_has_a_copy(sweep, whole, monkeypatch):
+    def refuse(*_):
+        raise OSError("no hard links here")
+
+    monkeypatch.setattr(checkpoints.os, "link", refuse)
+    jobs = sweep("copies", **SEEDS)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        interrupt(patch, 15, die)
+        run.run(jobs)
+    resume(jobs[2])
+    assert_same(jobs[2].folder, whole[2].folder)
+
+
+def test_a_head_that_diverges_is_frozen_and_the_others_do_not_notice(
+    sweep, whole, capsys, monkeypatch
+):
+    bad = {"optim": OptimConfig(lr=1e30, clip=None), "model": SAEConfig(features=48, seed=1)}
+    jobs = sweep("diverged", **(SEEDS | {"1": bad}))
+    results = passes.train(jobs)
+    assert [metrics is None for metrics in results] == [False, True, False]
+    for number in (0, 2):
+        assert_same(jobs[number].folder, whole[number].folder)
+    failure = folders.failure(jobs[1].folder)
+    assert failure["diverged"]
+    assert failure["reason"].startswith("stopped at step 1 (64 tokens): the loss term mse")
+    said = capsys.readouterr().out
+    assert f"1: {failure['reason']}" in said.replace("\n", "")
+    assert not (jobs[1].folder / "metrics.json").exists()
+    # a resumed sweep does not try it again
+    again = [replace(one, resumed=True) for one in jobs]
+    monkeypatch.setattr(passes, "run", lambda jobs: pytest.fail("nothing is left to train"))
+    assert passes.train(again) == results
+    assert "1 had failed: stopped at step 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_head_that_diverges_late_keeps_its_last_checkpoint(sweep, whole, monkeypatch, what):
+    jobs = sweep("diverged", **SEEDS)
+
+    class Spoil(L.Callback):
+        def on_train_batch_start(self, trainer, module, *_):
+            if trainer.global_step == 17:
+                W_enc = module.heads[1].sae.W_enc
+                if what == "loss":
+                    W_enc.data[0, 0] = float("nan")
+                else:
+                    W_enc.register_hook(lambda gradient: gradient * float("inf"))
+
+    standard = run.standard
+    monkeypatch.setattr(run, "standard", lambda *args: [Spoil(), *standard(*args)])
+    assert run.run(jobs)[1] is None
+    for number in (0, 2):
+        assert_same(jobs[number].folder, whole[number].folder)
+    assert checkpoint(jobs[1].folder)["global_step"] == 10
+    assert "the last good checkpoint is" in folders.failure(jobs[1].folder)["reason"]
+    assert curves(jobs[1].folder)["train/loss"][-1][0] == 16 * BATCH
+
+
+def test_where_all_diverge_the_pass_ends(sweep):
+    jobs = sweep("diverged", **{f"{lr}": {"optim": OptimConfig(lr=lr)} for lr in (1e30, 1e31)})
+    with pytest.raises(UserError, match="none of the 2 SAEs of this pass is left"):
+        run.run(jobs)
+    assert passes.train([replace(one, resumed=True) for one in jobs]) == [None, None]
+
+
+def test_a_pass_that_fails_does_not_end_the_sweep(job, sweep, monkeypatch, capsys):
+    seeds = {f"{seed}": {"seed": seed} for seed in range(3)}
+    jobs = sweep("seeds", **seeds)
+    train = run.run
+
+    def broken(jobs):
+        if jobs[0].config.seed == 1:
+            raise ZeroDivisionError("a bug")
+        return train(jobs)
+
+    monkeypatch.setattr(passes, "run", broken)
+    first, second, third = passes.train(jobs)
+    assert second is None
+    assert first != third
+    assert folders.failure(jobs[1].folder)["reason"] == "ZeroDivisionError: a bug"
+    assert "error: 1: ZeroDivisionError: a bug" in capsys.readouterr().err
+    # put right, a resumed sweep trains what is missing
+    monkeypatch.setattr(passes, "run", train)
+    again = passes.train([replace(one, resumed=True) for one in jobs])
+    assert (again[0], again[2]) == (first, third)
+    assert again[1] is not None
+    assert folders.failure(jobs[1].folder) is None
+
+
+def planned(jobs):
+    return [[one.folder.name for one in each.jobs] for each in passes.plan(jobs)]
+
+
+def test_jobs_are_grouped_by_stream_and_split_evenly(sweep, tmp_path):
+    head = {f"l{l1}": {"loss": ReLULoss(l1=l1)} for l1 in range(1, 6)}
+    other = {"other": {"seed": 1}}
+    assert planned(sweep("a", **head, **other)) == [["l1", "l2", "l3", "l4", "l5"], ["other"]]
+    limited = {
+        name: changes | {"sweep": SweepConfig(max_heads=4)} for name, changes in head.items()
+    }
+    assert planned(sweep("b", **limited)) == [["l1", "l2"], ["l3", "l4", "l5"]]
+
+
+def test_a_group_too_large_for_memory_is_split(sweep, monkeypatch, capsys):
+    jobs = sweep("many", **{f"{seed}": SEEDS[f"{seed % 3}"] for seed in range(5)})
+    (together,) = passes.plan(jobs)
+    # d = 24, 48 features: 2 x 24 x 48 + 48 + 24 = 2376 weights, 18 bytes each
+    each = 18 * 2376
+    shared = together.memory - 5 * each
+    monkeypatch.setattr(memory, "available", lambda config: (shared + 2.5 * each) / 0.9)
+    assert [len(part.jobs) for part in passes.plan(jobs)] == [1, 2, 2]
+    passes.train(jobs)
+    assert "5 jobs on 3 passes of the LLM" in capsys.readouterr().out
+    monkeypatch.setattr(memory, "available", lambda config: 0)
+    with_less_than_one = sweep("more", **SEEDS)
+    assert [len(part.jobs) for part in passes.plan(with_less_than_one)] == [1, 1, 1]
+
+
+def test_one_job_that_cannot_run_keeps_all_from_starting(sweep):
+    jobs = sweep("bad", good={}, bad={"layer": LayerConfig(index=3)})
+    with pytest.raises(UserError, match=r"^layer\.index=3: this LLM has 3 blocks; give 0 to 2$"):
+        passes.train(jobs)
+    assert not any((one.folder / "config.yaml").exists() for one in jobs)
+
+
+def test_the_same_run_twice_is_trained_once(sweep, monkeypatch):
+    (one,) = sweep("twice", a={})
+    trained = []
+    monkeypatch.setattr(passes, "run", counted(run.run, trained))
+    first, second = passes.train([one, one])
+    assert first == second
+    (third,) = passes.train([one])
+    assert third == first
+    assert len(trained) == 1
+    other = replace(one, config=replace(one.config, seed=3))
+    with pytest.raises(UserError, match="already holds a run"):
+        passes.train([other])
+
+
+def test_a_resumed_sweep_may_be_split_otherwise(sweep, whole):
+    text = OmegaConf.create({"resume": str(whole[0].sweep), "sweep": SweepConfig(max_heads=2)})
+    again = jobs_of(text, Path("new"), ["resume=x", "sweep.max_heads=2"], Path("new"))
+    assert [one.folder for one in again] == [one.folder for one in whole]
+    assert {one.config.sweep.max_heads for one in again} == {2}
