@@ -1,6 +1,5 @@
 """Train a sparse autoencoder: python train.py model.features=10000 loss.l1=1e-3"""
 
-import sys
 import traceback
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from sae_lightning.cli import explain, one_line_errors
-from sae_lightning.config import CONFIG_FILE, Job, job, read_job, register
+from sae_lightning.config import Job, job, register
 from sae_lightning.errors import UserError
 from sae_lightning.objective import objective
 from sae_lightning.terminal import phase
@@ -30,11 +29,13 @@ def train(cfg: DictConfig) -> float | None:
     folder, overrides = Path(hydra_config.runtime.output_dir), list(hydra_config.overrides.task)
     if multirun and not hydra_config.launcher._target_.startswith(HERE):
         try:
-            return trained(requeued(job(cfg, folder, overrides)))
-        except Exception as error:  # for the log, and for the process that the user looks at
+            return trained_elsewhere(job(cfg, folder, overrides))
+        except Exception as error:  # it travels to the process that the user looks at
             line = explain(error, overrides)
-            sys.stderr.write(f"error: {line}\n" if line else traceback.format_exc())
-            raise UserError(f"{folder.name}: {line}") if line else error from None
+            if line is None:
+                traceback.print_exc()
+                raise
+            raise UserError(f"{folder.name}: {line}") from error
     with one_line_errors(folder, multirun):
         return trained(job(cfg, folder, overrides))
     return None
@@ -49,14 +50,15 @@ def trained(this: Job) -> float:
     return objective(run([this])[0], this.config.sweep)
 
 
-def requeued(this: Job) -> Job:
-    """`this`, or the run that it began before the cluster took its machine away."""
-    if not this.resumed and (this.folder / CONFIG_FILE).is_file():
-        begun = read_job(this.folder)
-        if begun.overrides == this.overrides:
-            begun.resumed = True
-            return begun
-    return this
+def trained_elsewhere(this: Job) -> float:
+    """The same in a process of its own; goes on where a cluster took the machine away."""
+    with phase("starting"):
+        from sae_lightning import folders, passes
+
+    (metrics,) = passes.train([this])
+    if metrics is None:
+        raise UserError(folders.failure(this.folder)["reason"])
+    return objective(metrics, this.config.sweep)
 
 
 if __name__ == "__main__":
