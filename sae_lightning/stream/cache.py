@@ -43,7 +43,6 @@ class CachedRows:
         self._place = 0  # LLM batches served
         self._stop: int | None = 0  # where this stretch ends, None: wherever
         self._shard: Shard | None = None  # being read
-        self._after: dict[str, Any] = {}  # the state of `live` after that
         self._draft: Draft | None = None  # being written
         self._known = live.state_dict()  # a state of `live` at or before the place
         self.epoch = live.epoch
@@ -100,11 +99,9 @@ class CachedRows:
         shard = self._find()
         self._stop = self.store.following(self._place) if shard is None else shard.stop
         if shard is not None:
-            states = shard.state()
-            # the medians are those of the first LLM batch of all, as soon as there are any
-            self._known = states["before"] | {"medians": states["after"]["medians"]}
+            self._known = shard.state()
             if not shard.lacks(self.sites):
-                self._shard, self._after = shard, states["after"]
+                self._shard = shard
                 return
         if self.live.llm_batches != self._place:
             self.live.load_state_dict(self._known | {"llm_batches": self._place})
@@ -117,10 +114,10 @@ class CachedRows:
         """End the stretch that ends at this place."""
         if self._shard is not None:
             self._shard.close()
-            self._known, self._shard = self._after, None
+            self._shard = None
         if self._draft is not None:
             with self._unless_full():
-                self._draft.commit(self.live.state_dict())
+                self._draft.commit(self.live.state_dict()["medians"])
             self._draft = None
 
     def _find(self) -> Shard | None:

@@ -7,7 +7,7 @@
         shard.json       rows of each LLM batch; size, dtype and checksum of each file
         ids              [rows] int64, the sequence of each row
         resid.9          [rows, d], one file a site, in the LLM's dtype
-        state.pt         where the LLM and the text were before and after it
+        state.pt         where the LLM and the text were at its beginning
     00000112/            the next one
     .00000224.tmp/       one that is being written, or was when its writer was killed
 
@@ -87,8 +87,8 @@ class Shard:
         """Unmap the files."""
         self._open = {}
 
-    def state(self) -> dict[str, dict[str, Any]]:
-        """The source's state `before` the shard and `after` it; `check` has opened the file."""
+    def state(self) -> dict[str, Any]:
+        """The source's state before the shard's first LLM batch; `check` has opened the file."""
         return torch.load(io.BytesIO(self._open[STATE].numpy().tobytes()), weights_only=True)
 
     def ids(self, llm_batch: int) -> Tensor:
@@ -145,13 +145,17 @@ class Draft:
         about["bytes"] += data.nbytes
         about["crc32"] = zlib.crc32(data, about["crc32"])
 
-    def commit(self, after: dict[str, Any]) -> None:
-        """Put the shard, or the sites added to one, in place."""
+    def commit(self, medians: dict[str, float] | None) -> None:
+        """Put the shard, or the sites added to one, in place; `medians` as they are at its end.
+
+        They are those of the first LLM batch of all: whoever goes on inside the first shard needs
+        them, and cannot find them there again.
+        """
         if self.old is not None:
             self._extend(self.old)
             return
         buffer = io.BytesIO()
-        torch.save({"before": self.before, "after": after}, buffer)
+        torch.save(self.before | {"medians": medians}, buffer)
         state = buffer.getvalue()
         (self.folder / STATE).write_bytes(state)
         self._about[STATE] = {"bytes": len(state), "crc32": zlib.crc32(state)}
