@@ -18,8 +18,9 @@ import torch
 from sae_lightning.errors import UserError
 from sae_lightning.files import free_space
 from sae_lightning.stream.base import Rows
+from sae_lightning.stream.draft import Draft
 from sae_lightning.stream.rows import LLMRows
-from sae_lightning.stream.shards import IDS, STATE, Draft, Shard, Shards
+from sae_lightning.stream.shards import IDS, STATE, Shard, Shards
 from sae_lightning.terminal import console
 
 SHARD_BYTES = 1 << 28  # of one site; no more of it is lost when a run is killed

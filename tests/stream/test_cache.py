@@ -20,13 +20,14 @@ from sae_lightning.llm.capture import capture
 from sae_lightning.llm.load import LLMConfig
 from sae_lightning.llm.sites import Kind, Site
 from sae_lightning.stream import cache as cache_module
+from sae_lightning.stream import draft as draft_module
 from sae_lightning.stream import rows as rows_module
-from sae_lightning.stream import shards as shards_module
 from sae_lightning.stream.cache import CachedRows
 from sae_lightning.stream.documents import Text, open_text
+from sae_lightning.stream.draft import Draft
 from sae_lightning.stream.live import LiveStream
 from sae_lightning.stream.rows import LLMRows
-from sae_lightning.stream.shards import Draft, Lock, Shards
+from sae_lightning.stream.shards import Lock, Shards
 from sae_lightning.stream.sources import cache_folder, open_rows
 from sae_lightning.stream.text import LocalConfig
 from sae_lightning.stream.tokens import open_tokens
@@ -171,7 +172,7 @@ def test_what_a_shard_says_of_itself(llm, folder):
 KILLED = {
     "in the middle of a shard": (rows_module.LLMRows, "next", 9),
     "between two files": (Draft, "_append", 17),
-    "before the description": (shards_module, "_write_about", 2),
+    "before the description": (draft_module, "_write_about", 2),
     "before the renaming": (os, "replace", 4),  # of a description, of a folder, and again
 }
 
