@@ -28,7 +28,22 @@ from sae_lightning.losses import LOSSES
 DEBUG = "SAE_LIGHTNING_DEBUG"
 # What someone meant who wrote `layer=9`.
 MAIN_SETTING = {"layer": "index", "llm": "name", "data": "path", "model": "features", "loss": "l1"}
-PATHS = ("resume", "run", "data.path", "llm.name", "hydra.run.dir")
+PATHS = (
+    "resume",
+    "run",
+    "data.path",
+    "data.cache_folder",
+    "llm.name",
+    "hydra.run.dir",
+    "hydra.sweep.dir",
+)
+# What brings a sweeper or launcher that is not installed.
+PLUGINS = {
+    "optuna": 'pip install -c constraints.txt -e ".[optuna]"',
+    "submitit_slurm": 'pip install -c constraints.txt -e ".[submitit]"',
+    "submitit_local": 'pip install -c constraints.txt -e ".[submitit]"',
+    "ray": "pip install hydra-ray-launcher",
+}
 USERS_DISK = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 STARTED = time.time()
 
@@ -142,6 +157,8 @@ def explain(error: BaseException, overrides: list[str]) -> str | None:
             return f"{missing[1]} is not set: give {missing[1]}=..."
     if isinstance(error, HydraException | OmegaConfBaseException):
         return _hydras_own(str(error))
+    if str(error) == "No trials are completed yet.":  # Optuna's
+        return "no trial of the search succeeded, see above"
     return None
 
 
@@ -203,6 +220,10 @@ def _bad_value(error: ValidationError, overrides: list[str]) -> str:
 
 def _hydras_own(text: str) -> str:
     """What Hydra says only in its text."""
+    if found := re.search(r"Could not find '(hydra/\w+)/([^']+)'", text):
+        group, choice = found.groups()
+        remedy = f"; {PLUGINS[choice]}" if choice in PLUGINS else ", or misspelt"
+        return f"{group}={choice}: not installed{remedy}"
     if found := re.search(r"Could not find '(\w+)/([^']+)'", text):
         group, choice = found.groups()
         presets = _presets(group)

@@ -9,7 +9,7 @@ import glob
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from enum import Enum
 from pathlib import Path
@@ -263,7 +263,7 @@ def jobs(cfg: DictConfig, folder: Path, overrides: list[str], sweep: Path) -> li
         for this in these:
             this.resumed, this.config.sweep = True, typed(cfg.sweep)
     for this in these:
-        this.sweep = this.folder.parent if cfg.resume else sweep
+        this.sweep = this.sweep or (this.folder.parent if this.resumed else sweep)
     return these
 
 
@@ -285,6 +285,8 @@ def _with_absolute_paths(config: Config) -> Config:
         path = os.path.expanduser(config.data.path)
         if os.path.exists(path) or any(glob.iglob(path, recursive=True)):
             config.data.path = _absolute(path)
+    if config.data.cache_folder is not None:
+        config.data.cache_folder = _absolute(config.data.cache_folder)
     return config
 
 
@@ -320,7 +322,8 @@ def read_sweep(folder: Path) -> list[Job]:
             f"{folder} holds no runs of a sweep: give its folder, such as "
             "multirun/2026-01-31/12-00-00"
         )
-    return [read_job(file.parent) for file in sorted(folder.glob(f"*/{CONFIG_FILE}"))]
+    runs = sorted(file.parent for file in folder.glob(f"*/{CONFIG_FILE}"))
+    return [replace(read_job(run), sweep=folder) for run in runs]
 
 
 def resolved_yaml(job: Job) -> str:
@@ -331,9 +334,10 @@ def resolved_yaml(job: Job) -> str:
 
 
 def _source_of(data: DictConfig) -> str:
-    """Which kind of source a saved `data` node is: the one whose settings it has."""
+    """Which kind of source a saved `data` node is: the first that has its settings (an earlier
+    version may have saved fewer)."""
     for name, schema in SOURCES.items():
-        if set(data) == set(schema.__dataclass_fields__):
+        if set(data) <= set(schema.__dataclass_fields__):
             return name
     raise UserError(f"data: {', '.join(data)} are not the settings of any source of text")
 

@@ -36,6 +36,8 @@ BAD = {
     "loss=0.01": r"loss=0\.01: `loss` chooses .*; for a value write loss\.l1=0\.01",
     "trainer=1000": r"trainer=1000: `trainer` chooses a preset \([^)]*cpu[^)]*\)",
     # typos
+    "hydra/launcher=ray": r"hydra/launcher=ray: not installed; pip install hydra-ray-launcher",
+    "hydra/sweeper=nope": r"hydra/sweeper=nope: not installed, or misspelt",
     "llm=gpt3": r"llm=gpt3: no such preset; did you mean gpt2\? choose from .*smollm2.*",
     "data=shakespear": r"data=shakespear: no such preset; did you mean shakespeare\? .*",
     "experiment=nope": r"experiment=nope: no such preset; .*",
