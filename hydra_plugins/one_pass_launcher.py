@@ -1,7 +1,6 @@
 """`hydra/launcher=one_pass`, the default: jobs that may share a pass of the LLM do."""
 
 from collections.abc import Sequence
-from contextlib import suppress
 from copy import copy
 from pathlib import Path
 
@@ -12,7 +11,10 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
+from sae_lightning.cli import remove_unused
 from sae_lightning.config import Job, jobs
+from sae_lightning.objective import objective
+from sae_lightning.terminal import phase
 
 
 class OnePassLauncher(Launcher):
@@ -29,30 +31,39 @@ class OnePassLauncher(Launcher):
     ) -> Sequence[JobReturn]:
         """Train the jobs; each return value is the objective, None for a job that failed."""
         setup_globals()
-        composed = [
-            self._compose(number, list(overrides))
-            for number, overrides in enumerate(job_overrides, initial_job_idx)
-        ]
-        # one entry a run: resuming a sweep, a single job stands for all of them
-        returns = [(config, copy(ret), job) for config, ret in composed for job in ret.return_value]
-        # imported late: what is wrong with a setting is answered at once
-        from sae_lightning.objective import objective
-        from sae_lightning.passes import train
-
-        callbacks = self.context.callbacks
+        composed: list[tuple[DictConfig, JobReturn]] = []
         try:
-            for config, *_ in returns:
-                callbacks.on_job_start(config=config, task_function=self.task_function)
-            results = train([job for *_, job in returns])
+            with phase("composing the jobs", total=len(job_overrides)) as advance:
+                for number, overrides in enumerate(job_overrides, initial_job_idx):
+                    composed.append(self._compose(number, list(overrides)))
+                    advance(1)
+            # one entry a run: resuming a sweep, a single job stands for all of them
+            runs = [
+                (config, copy(ret), job) for config, ret in composed for job in ret.return_value
+            ]
+            with phase("starting"):  # imported late: what is wrong with a setting comes first
+                from sae_lightning.passes import train
+
+            for config, *_ in runs:
+                self.context.callbacks.on_job_start(config=config, task_function=self.task_function)
+            results = train([job for *_, job in runs])
         finally:
-            for config, _ in composed:
-                with suppress(OSError):  # holds a run
-                    Path(config.hydra.runtime.output_dir).rmdir()
-        for (config, ret, job), metrics in zip(returns, results, strict=True):
+            self._remove_unused([config for config, _ in composed])
+        for (config, ret, job), metrics in zip(runs, results, strict=True):
             ret.overrides = job.overrides
             ret.return_value = None if metrics is None else objective(metrics, job.config.sweep)
-            callbacks.on_job_end(config=config, job_return=ret)
-        return [ret for _, ret, _ in returns]
+            self.context.callbacks.on_job_end(config=config, job_return=ret)
+        return [ret for _, ret, _ in runs]
+
+    def _remove_unused(self, configs: list[DictConfig]) -> None:
+        """Take away the folders that Hydra made and that hold no run, and its record of a sweep
+        without any."""
+        sweep = Path(self.config.hydra.sweep.dir)
+        for config in configs:
+            remove_unused(Path(config.hydra.runtime.output_dir))
+        if [file.name for file in sweep.iterdir()] == ["multirun.yaml"]:
+            (sweep / "multirun.yaml").unlink()
+            remove_unused(sweep)
 
     def _compose(self, number: int, overrides: list[str]) -> tuple[DictConfig, JobReturn]:
         """Hydra's own preparation of a job; returns the list of our jobs instead of running it."""
@@ -74,5 +85,6 @@ class OnePassLauncher(Launcher):
             hydra_context=HydraContext(self.context.config_loader, Callbacks()),
         )
         if done.status is JobStatus.FAILED:
+            self._remove_unused([config])
             raise done._return_value
         return config, done

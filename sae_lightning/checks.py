@@ -2,18 +2,20 @@
 
 import os
 from dataclasses import replace
+from pathlib import Path
 from pickle import UnpicklingError
 from typing import NamedTuple
 from zipfile import BadZipFile
 
 import torch
 
-from sae_lightning.config import CONFIG_FILE, Job
+from sae_lightning.config import CONFIG_FILE, ELSEWHERE, Job
 from sae_lightning.errors import UserError
 from sae_lightning.files import free_space
 from sae_lightning.llm.load import Dtype, device, dtype, has_bf16, shape
 from sae_lightning.llm.packaged import Shape
 from sae_lightning.llm.sites import Site
+from sae_lightning.stream.sources import cache_folder
 from sae_lightning.training.settings import (
     Accelerator,
     Precision,
@@ -51,6 +53,9 @@ class Checked(NamedTuple):
     llm: Shape
     """Of the LLM that they share."""
 
+    space: int
+    """Bytes that their checkpoints need."""
+
 
 def check(jobs: list[Job]) -> Checked:
     """Raise a UserError for the first thing wrong with jobs that share the stream half."""
@@ -61,6 +66,7 @@ def check(jobs: list[Job]) -> Checked:
         raise UserError("trainer.accelerator=gpu: no GPU found; use trainer=cpu or trainer=auto")
     for job in jobs:
         _check_folder(job)
+    _check_cache(jobs)
     steps_done = [_steps_done(job) if job.resumed else 0 for job in jobs]
     llm = shape(config.llm)
     if llm.context is not None and config.data.context > llm.context:
@@ -69,24 +75,47 @@ def check(jobs: list[Job]) -> Checked:
             "tokens; lower it"
         )
     sites = [job.config.layer.within(llm.layers) for job in jobs]
-    _check_space(jobs, len(set(sites)), llm)
-    return Checked(sites, steps_done, llm)
+    needed = _space(jobs, len(set(sites)), llm)
+    check_space(jobs[0].folder, needed)
+    return Checked(sites, steps_done, llm, needed)
 
 
 def _check_folder(job: Job) -> None:
     job.folder.mkdir(parents=True, exist_ok=True)
     if not os.access(job.folder, os.W_OK):
-        raise UserError(f"{job.folder} cannot be written to: choose another with hydra.run.dir=...")
+        raise UserError(f"{job.folder} cannot be written to: choose another with {ELSEWHERE}")
     if not job.resumed and (job.folder / CONFIG_FILE).exists():
         raise UserError(
             f"{job.folder} already holds a run: continue it with resume={job.folder}, or choose "
-            "another folder with hydra.run.dir=..."
+            f"another folder with {ELSEWHERE}"
         )
 
 
-def _check_space(jobs: list[Job], sites: int, llm: Shape) -> None:
-    """A checkpoint holds weights and two moments of Adam, and shares the shuffle pool with the
-    others of its pass; all are there twice while they are being replaced."""
+def _check_cache(jobs: list[Job]) -> None:
+    """That a new run can write its cache, or find one: a colleague's may be there to be read."""
+    data = jobs[0].config.data
+    if len({(job.config.data.cache, job.config.data.cache_folder) for job in jobs}) > 1:
+        raise UserError(
+            "data.cache, data.cache_folder: jobs on one pass of the LLM share its cache; give all "
+            "of them the same"
+        )
+    if not data.cache or jobs[0].resumed:
+        return
+    folder = place = cache_folder(data.cache_folder)
+    while not os.path.exists(place):
+        place = place.parent
+    writable = os.path.isdir(place) and os.access(place, os.W_OK)
+    held = os.path.isdir(folder) and os.access(folder, os.R_OK) and os.listdir(folder)
+    if not writable and not held:
+        raise UserError(
+            f"data.cache_folder={folder} cannot be written to: choose another, or set "
+            "data.cache=false"
+        )
+
+
+def _space(jobs: list[Job], sites: int, llm: Shape) -> int:
+    """Bytes that checkpoints need: each has weights and two moments of Adam, and shares the shuffle
+    pool with the others of its pass; all are there twice while they are being replaced."""
     needed = 2 * 4 * llm.width * jobs[0].config.data.pool * sites
     for job in jobs:
         features = job.config.model.features
@@ -94,13 +123,16 @@ def _check_space(jobs: list[Job], sites: int, llm: Shape) -> None:
         needed += 2 * (3 * weights + weights)
         kept = [checkpoint_path(job.folder), *job.folder.glob("sae/*")]
         needed -= sum(file.stat().st_size for file in kept if file.is_file())
-    folder = jobs[0].folder if len(jobs) == 1 else jobs[0].folder.parent
+    return needed
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raise a UserError if the disk of `folder` has fewer bytes free."""
     free = free_space(folder)
     if free < needed:
         raise UserError(
             f"no space left: checkpoints in {folder} need {needed / 1e9:.1f} GB, "
-            f"{free / 1e9:.1f} GB are free; free some, or choose another disk with "
-            f"hydra.{'run' if len(jobs) == 1 else 'sweep'}.dir=..."
+            f"{free / 1e9:.1f} GB are free; free some, or choose another disk with {ELSEWHERE}"
         )
 
 

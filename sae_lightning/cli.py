@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import io
 import os
 import re
 import sys
@@ -57,6 +58,9 @@ def one_line_errors(folder: Path | None = None, multirun: bool = False) -> Itera
     """
     # Hydra would otherwise print its own shortened traceback and exit before the error gets here.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # an arrow need not end a run
     try:
         _check_flags(sys.argv[1:])
         sys.argv[1:] = quoted_paths(sys.argv[1:])
@@ -74,7 +78,7 @@ def one_line_errors(folder: Path | None = None, multirun: bool = False) -> Itera
         sys.stderr.write(f"error: {name}{message.removeprefix(name)}\n")
     finally:
         if folder is not None:
-            _remove_unused(folder)
+            remove_unused(folder)
 
 
 def _check_flags(arguments: list[str]) -> None:
@@ -116,7 +120,7 @@ def _quoted(path: str) -> str:
     return QuotedString(path, Quote.single).with_quotes()
 
 
-def _remove_unused(folder: Path) -> None:
+def remove_unused(folder: Path) -> None:
     """Remove a run folder that this process made and left empty, and the empty day above it.
 
     An empty folder that was there before belongs to the user.

@@ -9,6 +9,7 @@ import glob
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from enum import Enum
@@ -27,6 +28,7 @@ from sae_lightning.losses import LOSSES, Loss
 from sae_lightning.objective import SweepConfig
 from sae_lightning.sae import ARCHITECTURES, SAEConfig
 from sae_lightning.stream.text import DataConfig, HubConfig, LocalConfig, PlaysConfig
+from sae_lightning.terminal import resume_command
 from sae_lightning.training.settings import (
     CallbacksConfig,
     EvalConfig,
@@ -35,6 +37,7 @@ from sae_lightning.training.settings import (
 )
 
 CONFIG_FILE = "config.yaml"
+ELSEWHERE = "hydra.run.dir=... (of a sweep: hydra.sweep.dir=...)"
 SOURCES: dict[str, type[DataConfig]] = {
     "plays": PlaysConfig,
     "hub": HubConfig,
@@ -155,7 +158,9 @@ class Job:
     overrides: list[str] = field(default_factory=list)
     resumed: bool = False
     sweep: Path | None = None
-    """The folder of the multirun that it is part of."""
+    """The folder of the multirun that it is part of, unless its launcher starts jobs singly."""
+    swept: Sequence[str] = ()
+    """The settings in which the jobs of the sweep differ."""
 
     @property
     def name(self) -> str:
@@ -163,6 +168,13 @@ class Job:
         return (
             self.folder.name if self.sweep else ",".join(self.overrides) or self.config.model.name
         )
+
+
+def resume_of(jobs: Sequence[Job]) -> str:
+    """The command that continues jobs that train together: their sweep, or each that was named."""
+    if jobs[0].sweep:
+        return resume_command([jobs[0].sweep], sweep=True)
+    return resume_command([job.folder for job in jobs], sweep=len(jobs) > 1)
 
 
 def register() -> None:
@@ -201,8 +213,8 @@ def run_folder(existing: str | None) -> str:
         return datetime.now().strftime("outputs/%Y-%m-%d/%H-%M-%S")
     if is_sweep(Path(existing)):
         raise UserError(
-            f"{existing} holds a sweep: continue all of it with -m resume={existing}, or give one "
-            "of the run folders in it"
+            f"{existing} holds a sweep: continue all of it with -m resume={existing} (and no other "
+            "hydra/launcher), or give one of the run folders in it"
         )
     if not (Path(existing) / CONFIG_FILE).is_file():
         raise UserError(
@@ -247,7 +259,7 @@ def job(cfg: DictConfig, folder: Path, overrides: list[str]) -> Job:
     if cfg.resume is None:
         return Job(config=_with_absolute_paths(typed(cfg)), folder=folder, overrides=overrides)
     _nothing_else(overrides)
-    this = read_job(Path(cfg.resume))
+    this = read_job(Path(run_folder(cfg.resume)))
     this.resumed = True
     return this
 
@@ -255,15 +267,17 @@ def job(cfg: DictConfig, folder: Path, overrides: list[str]) -> Job:
 def jobs(cfg: DictConfig, folder: Path, overrides: list[str], sweep: Path) -> list[Job]:
     """The jobs that one composed config of the multirun in `sweep` stands for: one, or all those
     of the sweep that `resume` names."""
-    if cfg.resume is None or not is_sweep(Path(cfg.resume)):
-        these = [job(cfg, folder, overrides)]
-    else:
+    if cfg.resume is None:
+        return [replace(job(cfg, folder, overrides), sweep=sweep)]
+    if is_sweep(Path(cfg.resume)):
         _nothing_else(overrides)
-        these = read_sweep(Path(cfg.resume))
-        for this in these:
-            this.resumed, this.config.sweep = True, typed(cfg.sweep)
+        these = [replace(this, resumed=True) for this in read_sweep(Path(cfg.resume))]
+    else:
+        these = [job(cfg, folder, overrides)]
+    given = [o.partition("=")[0].partition(".")[2] for o in overrides if o.startswith("sweep.")]
+    now = {name: getattr(typed(cfg.sweep), name) for name in given}
     for this in these:
-        this.sweep = this.sweep or (this.folder.parent if this.resumed else sweep)
+        this.config.sweep = replace(this.config.sweep, **now)
     return these
 
 
@@ -322,8 +336,12 @@ def read_sweep(folder: Path) -> list[Job]:
             f"{folder} holds no runs of a sweep: give its folder, such as "
             "multirun/2026-01-31/12-00-00"
         )
-    runs = sorted(file.parent for file in folder.glob(f"*/{CONFIG_FILE}"))
-    return [replace(read_job(run), sweep=folder) for run in runs]
+    return [replace(read_job(run), sweep=folder) for run in run_folders(folder)]
+
+
+def run_folders(sweep: Path) -> list[Path]:
+    """The folders of a multirun's runs, by name."""
+    return sorted(file.parent for file in sweep.glob(f"*/{CONFIG_FILE}"))
 
 
 def resolved_yaml(job: Job) -> str:

@@ -6,12 +6,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from sae_lightning.analysis.sweep_table import SweepRun
-from sae_lightning.config import CONFIG_FILE, Job, read_sweep, resolved_yaml
+from sae_lightning.config import CONFIG_FILE, ELSEWHERE, Job, read_job, resolved_yaml, run_folders
 from sae_lightning.errors import UserError
 from sae_lightning.files import atomically, write_json
 from sae_lightning.training.settings import failure_path
 
 METRICS_FILE = "metrics.json"
+_mine: set[Path] = set()  # folders that this process has claimed
 
 
 def metrics(folder: Path) -> dict | None:
@@ -37,22 +38,26 @@ def begin(job: Job) -> None:
 
 
 def note_failure(job: Job, reason: str) -> None:
-    """Write down why a run failed, unless it has said so itself."""
-    if failure(job.folder) is None:
+    """Write down why a run failed, unless it has said so itself or has come to its end."""
+    if failure(job.folder) is None and metrics(job.folder) is None:
         write_json(failure_path(job.folder), {"reason": reason, "diverged": False})
 
 
 def sweep_runs(folder: Path) -> list[SweepRun]:
-    """What a sweep's report says about each of its runs."""
-    return [_sweep_run(job) for job in read_sweep(folder)]
+    """What a sweep's report says about each of its runs; one whose settings cannot be read has
+    failed."""
+    return [_sweep_run(run) for run in run_folders(folder)]
 
 
-def _sweep_run(job: Job) -> SweepRun:
-    failed = failure(job.folder)
+def _sweep_run(folder: Path) -> SweepRun:
+    try:
+        job, failed = read_job(folder), failure(folder)
+    except UserError as error:
+        return SweepRun(folder, overrides=[], metrics=None, failure=str(error))
     return SweepRun(
-        folder=job.folder,
+        folder=folder,
         overrides=job.overrides,
-        metrics=metrics(job.folder),
+        metrics=metrics(folder),
         failure=failed["reason"] if failed else None,
         settings=job.config.flat(),
     )
@@ -67,10 +72,15 @@ def _json(path: Path) -> dict | None:
 
 @contextmanager
 def claimed(folders: list[Path]) -> Iterator[None]:
-    """Keep other processes out of the folders; the system lifts the claim if we die."""
+    """Keep other processes out of the folders; the system lifts the claim if we die.
+
+    What this process has claimed already it may claim again: a sweep claims the runs of all passes.
+    """
     with ExitStack() as locks:
-        for folder in folders:
+        for folder in {folder.absolute() for folder in folders} - _mine:
             locks.enter_context(_claimed(folder))
+            _mine.add(folder)
+            locks.callback(_mine.discard, folder)
         yield
 
 
@@ -88,7 +98,7 @@ def _claimed(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             raise UserError(
                 f"{folder}: another process is training there; wait for it, or choose another "
-                "folder with hydra.run.dir=..."
+                f"folder with {ELSEWHERE}"
             ) from None
         try:
             yield

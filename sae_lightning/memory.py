@@ -1,6 +1,8 @@
 """How much memory a pass takes, estimated before anything is loaded. Units: bytes."""
 
+import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import psutil
@@ -27,11 +29,24 @@ class Memory(NamedTuple):
     """Of each SAE: weights, gradients and Adam's two moments in fp32, and a copy in bf16."""
 
 
-def available(config: Config) -> int:
+def available(config: Config) -> float:
     """What is free where the SAEs train: on the GPU, or in this machine."""
     if config.trainer.accelerator is not Accelerator.cpu and torch.cuda.is_available():
         return torch.cuda.mem_get_info()[0]
-    return psutil.virtual_memory().available
+    return min(psutil.virtual_memory().available, _left_in_cgroup())
+
+
+def _left_in_cgroup() -> float:
+    """What a container or a cluster's job may still take (cgroup v2)."""
+    try:
+        group = Path("/proc/self/cgroup").read_text().partition("::")[2].strip().lstrip("/")
+        limit, used = (
+            int((Path("/sys/fs/cgroup") / group / f"memory.{name}").read_text())
+            for name in ("max", "current")
+        )
+    except (OSError, ValueError):  # another system, or no limit
+        return math.inf
+    return limit - used
 
 
 def estimate(configs: Sequence[Config], sites: Sequence[Site], llm: Shape) -> Memory:
@@ -40,7 +55,8 @@ def estimate(configs: Sequence[Config], sites: Sequence[Site], llm: Shape) -> Me
     weights = [_weights(c.model.features, llm) for c in configs]
     number = torch.finfo(getattr(torch, config.llm.dtype.name)).bits // 8
     llm_batch = config.llm.batch * config.data.context
-    tokens = config.data.pool + llm_batch + config.eval.tokens
+    # the pool is copied for a checkpoint
+    tokens = 2 * config.data.pool + llm_batch + config.eval.tokens
     logits = 2 * llm_batch * llm.vocabulary  # clean and with an SAE
     held = parameters(config.llm) + tokens * llm.width * len(set(sites)) + logits
     # batches in training and evaluation, and the float64 in which an SAE is exported

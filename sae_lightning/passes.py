@@ -7,23 +7,27 @@
     loss.l1=1e-3,seed=1           b            0            >  2 SAEs on another, after it
 """
 
+import gc
+import os
 import sys
 import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from math import ceil
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from sae_lightning import checks, folders, memory
-from sae_lightning.config import CONFIG_FILE, Job, read_job
+from sae_lightning.cli import DEBUG, explain
+from sae_lightning.config import CONFIG_FILE, Job, read_job, resume_of
 from sae_lightning.errors import UserError
 from sae_lightning.llm.packaged import Shape
 from sae_lightning.llm.sites import Site
 from sae_lightning.run import run
-from sae_lightning.terminal import console, resume_command
+from sae_lightning.terminal import console
 
 Results = list[dict[str, float] | None]
 
@@ -43,11 +47,14 @@ def train(jobs: list[Job]) -> Results:
     UserError: something is wrong with one of them; then none was started.
     """
     jobs = [_known(checks.resolved(job)) for job in jobs]
+    jobs = [replace(job, swept=_differing(jobs)) for job in jobs]
+    _check_folders(jobs)
     results = {job.folder: _over(job) for job in jobs}
     todo = list({job.folder: job for job in jobs if not results[job.folder]}.values())
     passes = plan(todo)
     _announce(todo, passes)
-    with folders.claimed(sorted({job.sweep for job in todo if job.sweep})):
+    sweeps = {job.sweep for job in todo if job.sweep}
+    with folders.claimed([*sweeps, *(job.folder for job in todo)]):
         for job in todo:  # from here on, the sweep can be continued
             folders.begin(job)
         for number, this in enumerate(passes, 1):
@@ -59,12 +66,45 @@ def train(jobs: list[Job]) -> Results:
     return [metrics for job in jobs for metrics in results[job.folder]]
 
 
+def _check_folders(jobs: list[Job]) -> None:
+    """The same job twice is trained once; different ones need folders of their own."""
+    first: dict[Path, Job] = {}
+    for job in jobs:
+        other = first.setdefault(job.folder, job)
+        if other.config.flat() != job.config.flat():
+            raise UserError(
+                f"hydra.sweep.subdir: jobs that differ in {_differing([other, job])[0]} would "
+                f"share the folder {job.folder}; name all that is swept in it, or leave it as it is"
+            )
+
+
+def train_alone(job: Job) -> dict[str, float] | None:
+    """Train a job of a multirun whose launcher starts each by itself; a failure is said, and
+    written down for the report, and the other jobs go on."""
+    try:
+        return train([job])[0]
+    except UserError as error:
+        sys.stderr.write(f"error: {job.folder.name}: {error}\n")
+        if not (job.folder / CONFIG_FILE).exists():  # else the folder is another run's
+            folders.begin(job)
+            folders.note_failure(job, str(error))
+        return None
+
+
+def _differing(jobs: list[Job]) -> list[str]:
+    """The settings in which jobs differ."""
+    settings = [job.config.flat() for job in jobs]
+    names = dict.fromkeys(name for each in settings for name in each)
+    return [name for name in names if len({repr(each.get(name)) for each in settings}) > 1]
+
+
 def _known(job: Job) -> Job:
     """`job`, marked as begun if this very run is in its folder already: a search may try the same
-    values twice."""
+    values twice, and a sweep be started again."""
     if job.resumed or not (job.folder / CONFIG_FILE).is_file():
         return job
-    same = read_job(job.folder).config.identity() == job.config.identity()
+    there = read_job(job.folder).config
+    same = there.identity() == job.config.identity() and there.eval == job.config.eval
     return replace(job, resumed=same)
 
 
@@ -85,15 +125,17 @@ def _over(job: Job) -> Results:
 def plan(jobs: Iterable[Job]) -> list[Pass]:
     """The passes that train `jobs`; UserError if any of them cannot be trained as it is."""
     streams: dict[str, list[Job]] = {}
+    space = 0
     for job in jobs:
         streams.setdefault(job.config.stream_key(), []).append(job)
     passes, wrong = [], []
     for sharing in streams.values():
         try:
-            sites, steps_done, llm = checks.check(sharing)
+            sites, steps_done, llm, needed = checks.check(sharing)
         except UserError as error:
             wrong.append(str(error))
             continue
+        space += needed
         # runs of a killed sweep may have come to different points
         for done in dict.fromkeys(steps_done):
             group = [
@@ -104,6 +146,8 @@ def plan(jobs: Iterable[Job]) -> list[Pass]:
         raise UserError("nothing was started:\n  " + "\n  ".join(wrong))
     if wrong:
         raise UserError(wrong[0])
+    if passes:
+        checks.check_space(passes[0].jobs[0].folder.parent, space)
     return passes
 
 
@@ -126,13 +170,14 @@ def _split(jobs: Sequence[Job], sites: Sequence[Site], llm: Shape) -> list[Pass]
 def _announce(jobs: list[Job], passes: list[Pass]) -> None:
     if not jobs:
         return
-    free = f"{memory.available(jobs[0].config) / 1e9:.1f} GB"
+    free = memory.available(jobs[0].config)
     runs, times = _count(len(jobs), "job"), _count(len(passes), "pass")
-    console.print(f"{runs} on {times} of the LLM ({free} of memory are free)")
+    console.print(f"{runs} on {times} of the LLM ({free / 1e9:.1f} GB of memory are free)")
     for number, this in enumerate(passes, 1):
         names = ", ".join(sorted({str(site) for site in this.sites}))
         saes, size = _count(len(this.jobs), "SAE"), f"{this.memory / 1e9:.1f} GB"
-        console.print(f"  pass {number}: {saes} on {names}, about {size}")
+        more = ", more than is free" if this.memory > free else ""
+        console.print(f"  pass {number}: {saes} on {names}, about {size}{more}")
 
 
 def _count(n: int, noun: str) -> str:
@@ -147,19 +192,24 @@ def _train(jobs: list[Job]) -> Results:
     except torch.OutOfMemoryError:
         reason = f"out of memory with {len(jobs)} SAEs on one pass"
         if len(jobs) > 1:
-            sweep = resume_command(jobs[0].sweep, sweep=True)
-            reason += f"; continue with fewer: {sweep} sweep.max_heads={ceil(len(jobs) / 2)}"
-    except UserError as error:
-        reason = str(error)
-    except Exception as error:  # a bug: the other passes need not suffer from it
-        traceback.print_exc()
-        reason = f"{type(error).__name__}: {error}"
+            fewer = f"sweep.max_heads={ceil(len(jobs) / 2)}"
+            reason += f"; continue with fewer: {resume_of(jobs)} {fewer}"
     except KeyboardInterrupt:
-        sweep = resume_command(jobs[0].sweep, sweep=True)
-        console.print(f"interrupted. Continue with\n\n  {sweep}\n")
+        console.print(f"interrupted. Continue with\n\n  {resume_of(jobs)}\n")
         sys.exit(130)
-    name = f"{jobs[0].name}: " if len(jobs) == 1 else ""
+    except Exception as error:  # a bug, too: the other passes need not suffer from it
+        reason = explain(error, [])
+        if reason is None or os.environ.get(DEBUG):
+            traceback.print_exc()
+        reason = reason or f"{type(error).__name__}: {error}"
+    finally:
+        # trainer, module and callbacks refer to one another (and an error to all of them): the
+        # next pass would load its LLM while this one is still in memory
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    name = f"{jobs[0].folder.name}: " if len(jobs) == 1 else ""
     sys.stderr.write(f"error: {name}{reason}\n")
     for job in jobs:
         folders.note_failure(job, reason)
-    return [None] * len(jobs)
+    return [finished and finished["held_out"] for finished in map(folders.finished, jobs)]

@@ -1,6 +1,5 @@
 """Trains a list of jobs that share one stream: the only place where everything is wired."""
 
-import gc
 import logging
 import signal
 import sys
@@ -14,7 +13,7 @@ import lightning as L
 import torch
 
 from sae_lightning import checks, folders
-from sae_lightning.config import Job
+from sae_lightning.config import Config, Job, resume_of
 from sae_lightning.files import write_json
 from sae_lightning.folders import METRICS_FILE
 from sae_lightning.llm.load import LLM, load
@@ -26,7 +25,7 @@ from sae_lightning.stream.held_out import HeldOut
 from sae_lightning.stream.live import LiveStream
 from sae_lightning.stream.sources import open_rows
 from sae_lightning.stream.tokens import open_tokens
-from sae_lightning.terminal import console, resume_command
+from sae_lightning.terminal import console
 from sae_lightning.training.callbacks import standard
 from sae_lightning.training.callbacks.checkpoint import export
 from sae_lightning.training.callbacks.evaluate import evaluate
@@ -62,17 +61,12 @@ def run(jobs: list[Job]) -> list[dict[str, float] | None]:
         console.print(f"{jobs[0].folder} is finished; start a new run to train further")
         return [metrics["held_out"] for metrics in finished]
     jobs = [checks.resolved(job) for job in jobs]
-    sites, steps_done, _ = checks.check(jobs)
+    sites, steps_done, *_ = checks.check(jobs)
     assert len(set(steps_done)) == 1, "jobs must have come to the same update"
-    try:
-        with folders.claimed([job.folder for job in jobs]), _quiet_lightning():
-            return _run(jobs, sites, steps_done[0])
-    finally:
-        # trainer, module and callbacks refer to one another: the next job of a sweep would
-        # otherwise load its LLM while this one is still in memory
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()  # of this pass, not of the one before
+    with folders.claimed([job.folder for job in jobs]), _quiet_lightning():
+        return _run(jobs, sites, steps_done[0])
 
 
 def _run(jobs: list[Job], sites: list[Site], steps_done: int) -> list[dict[str, float] | None]:
@@ -84,12 +78,15 @@ def _run(jobs: list[Job], sites: list[Site], steps_done: int) -> list[dict[str, 
         folders.begin(job)
     announce(jobs, module.heads, llm, steps_done)
     started = time.monotonic()
-    parts.trainer.fit(
-        module,
-        datamodule=parts.data,
-        ckpt_path=checkpoint_path(jobs[0].folder) if steps_done else None,
-        weights_only=True,
-    )
+    try:
+        parts.trainer.fit(
+            module,
+            datamodule=parts.data,
+            ckpt_path=checkpoint_path(jobs[0].folder) if steps_done else None,
+            weights_only=True,
+        )
+    finally:
+        parts.data.stream.close()  # the traceback of a failure would keep its cache locked
     if module.stopped_by and module.global_step < module.steps:
         say_how_to_continue(module)
         sys.exit(128 + module.stopped_by)
@@ -97,10 +94,14 @@ def _run(jobs: list[Job], sites: list[Site], steps_done: int) -> list[dict[str, 
         done = (module.steps - steps_done) * module.batch
         module.speed["tokens_per_second_in_all"] = done / (time.monotonic() - started)
     try:
-        return finish(jobs, parts)
+        results = finish(jobs, parts)
     except KeyboardInterrupt:
         console.print(f"interrupted. Continue with\n\n  {module.resume}\n")
         sys.exit(128 + signal.SIGINT)
+    if module.stopped_by and jobs[0].sweep:  # other passes may follow
+        say_how_to_continue(module)
+        sys.exit(128 + module.stopped_by)
+    return results
 
 
 def assemble(jobs: list[Job], sites: list[Site], llm: LLM, text: Text, steps_done: int) -> Parts:
@@ -108,7 +109,9 @@ def assemble(jobs: list[Job], sites: list[Site], llm: LLM, text: Text, steps_don
     config = jobs[0].config
     trainer = config.trainer
     tokens = open_tokens(text, llm.tokenizer, context=config.data.context, seed=config.seed)
-    rows = open_rows(config.llm, config.data, config.seed, llm, tokens.train, sites)
+    rows = open_rows(
+        config.llm, config.data, config.seed, llm, tokens.train, sites, jobs[0].resumed
+    )
     stream = LiveStream(
         rows,
         batch=trainer.batch,
@@ -129,16 +132,10 @@ def assemble(jobs: list[Job], sites: list[Site], llm: LLM, text: Text, steps_don
     resumed_at = steps_done * trainer.batch if jobs[0].resumed else None
     width = llm.model.config.get_text_config().hidden_size
     heads = [
-        _head(job, site, width, _log(job, resumed_at))
+        _head(job, site, width, _log(job, jobs, resumed_at))
         for job, site in zip(jobs, sites, strict=True)
     ]
-    sweep = jobs[0].sweep
-    module = SAEModule(
-        heads,
-        batch=trainer.batch,
-        steps=trainer.steps,
-        resume=resume_command(sweep or jobs[0].folder, sweep is not None),
-    )
+    module = SAEModule(heads, batch=trainer.batch, steps=trainer.steps, resume=resume_of(jobs))
     return Parts(
         data=ActivationData(stream, held_out),
         module=module,
@@ -212,15 +209,20 @@ def finish(jobs: list[Job], parts: Parts) -> list[dict[str, float] | None]:
     return [None if head.failure else head.held_out_metrics for head in module.heads]
 
 
-def _log(job: Job, resumed_at: int | None) -> HeadLog:
-    typed = [override.partition("=")[0].lstrip("+") for override in job.overrides]
-    typed += [f"{group}.name" for group in typed]  # model=dense
-    settings = {
-        name: value if isinstance(value, bool | int | float) else str(value)
-        for name, value in job.config.flat().items()
-        if name.startswith(HPARAMS) or name in typed
-    }
-    return HeadLog(job.folder, settings, resumed_at, typed)
+def _log(job: Job, jobs: list[Job], resumed_at: int | None) -> HeadLog:
+    swept = job.swept or [override.partition("=")[0].lstrip("+") for override in job.overrides]
+
+    def shown(config: Config) -> dict:
+        return {
+            name: value if isinstance(value, bool | int | float) else str(value)
+            for name, value in config.flat().items()
+            if name.startswith(HPARAMS) or name in swept
+        }
+
+    columns: dict = {}
+    for other in jobs:
+        columns = shown(other.config) | columns
+    return HeadLog(job.folder, shown(job.config), columns, swept, resumed_at)
 
 
 @contextmanager

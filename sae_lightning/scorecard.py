@@ -60,7 +60,7 @@ def _quality(reconstruct: Callable[[Tensor], Output], x: Tensor, y: Tensor) -> Q
 
 
 def _reconstruction(reconstruct: Callable[[Tensor], Output], x: Tensor) -> Tensor:
-    return reconstruct(x).reconstruction.to(x.device)
+    return torch.cat([reconstruct(part).reconstruction.to(x.device) for part in x.split(ROWS)])
 
 
 def rows(scalars: dict[str, float]) -> dict[str, str]:

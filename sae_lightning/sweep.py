@@ -6,24 +6,29 @@ import traceback
 from pathlib import Path
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.utils import JobReturn
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf.errors import OmegaConfBaseException
 
 from sae_lightning.analysis.sweep_report import write_report
 from sae_lightning.cli import DEBUG, explain
-from sae_lightning.config import is_sweep, jobs
+from sae_lightning.config import is_sweep, jobs, run_folders
 from sae_lightning.folders import sweep_runs
+from sae_lightning.terminal import command, console, shown
+
+RECORD = "multirun.yaml"  # what Hydra keeps of a sweep
 
 
 class Sweep(Callback):
-    """Around the jobs of a multirun: all are checked before the first, failures counted."""
+    """Around the jobs of a multirun: all are checked before the first; a report ends them."""
 
     def __init__(self):
-        self.failed = 0
+        self.record: tuple[Path, str] | None = None
 
     def on_multirun_start(self, config: DictConfig, **_) -> None:
         """Name the jobs' folders after what is swept, and end here if any config is wrong."""
@@ -37,8 +42,13 @@ class Sweep(Callback):
             config.hydra.overrides.hydra.append(
                 f"hydra.job.config.override_dirname.exclude_keys=[{excluded}]"
             )
-        if not config.hydra.sweeper._target_.endswith(f".{BasicSweeper.__name__}"):
+        if config.resume and is_sweep(Path(config.resume)):
+            self._look_at_record(Path(config.hydra.sweep.dir), loader)
+        sweeper, launcher = config.hydra.sweeper, config.hydra.launcher._target_
+        if not sweeper._target_.endswith(f".{BasicSweeper.__name__}"):
             return  # another sweeper chooses as it goes
+        if launcher.endswith(".OnePassLauncher") and sweeper.max_batch_size is None:
+            return  # it checks all jobs itself, and more of them
         for number, overrides in enumerate(BasicSweeper.split_arguments(parsed, None)[0]):
             try:
                 _check_job(loader.load_sweep_config(config, overrides), number, overrides)
@@ -50,17 +60,43 @@ class Sweep(Callback):
                     sys.exit(1)
                 sys.exit(f"error: {message}")
 
-    def on_job_end(self, config: DictConfig, job_return: JobReturn, **_) -> None:
-        """A job that failed, and said why, returns None."""
-        self.failed += job_return._return_value is None
+    def _look_at_record(self, folder: Path, loader: ConfigLoader) -> None:
+        """Keep Hydra's record of a resumed sweep, which it is about to write over, and say which
+        jobs are not in its folder: only what has begun can be resumed."""
+        try:
+            self.record = folder / RECORD, (folder / RECORD).read_text("utf8")
+            given = OmegaConf.create(self.record[1]).hydra.overrides.task
+            parsed = OverridesParser.create(loader).parse_overrides(list(given))
+            jobs = len(BasicSweeper.split_arguments(parsed, None)[0])
+        except (OSError, OmegaConfBaseException, HydraException):
+            return  # no record, or one of a search
+        missing = jobs - len(run_folders(folder))
+        if missing > 0:
+            console.print(
+                f"{missing} of the {jobs} jobs of this sweep never began and are not resumed: give "
+                f"its own command again, with hydra.sweep.dir={shown(folder)}"
+            )
+
+    def on_job_start(self, config: DictConfig, **_) -> None:
+        """Put Hydra's record of a resumed sweep back."""
+        if self.record:
+            path, text = self.record
+            path.write_text(text, "utf8")
 
     def on_multirun_end(self, config: DictConfig, **_) -> None:
-        """Write the report; the failures' lines may be far up by now."""
+        """Write the report, and end with an error if a run has no result."""
         folder = Path(config.hydra.sweep.dir)
-        if is_sweep(folder):
-            write_report(folder, sweep_runs(folder))
-        if self.failed:
-            sys.exit(f"error: {self.failed} of the jobs failed, see above")
+        runs = sweep_runs(folder)
+        if not runs:
+            return
+        try:
+            write_report(folder, runs)
+        except Exception as error:  # the runs are there, and what failed has to be told
+            again = command("analyze.py", task="sweep", run=shown(folder))
+            sys.stderr.write(f"the report could not be written ({error}); again: {again}\n")
+        failed = sum(run.metrics is None for run in runs)
+        if failed:
+            sys.exit(f"error: {failed} of the {len(runs)} jobs failed, see above")
 
 
 def _check_job(cfg: DictConfig, number: int, overrides: list[str]) -> None:

@@ -97,6 +97,63 @@ def test_a_run_killed_five_times_at_random_moments_ends_as_if_it_had_not_been(
     assert held_out(folder) == held_out(tmp_path / "whole")
 
 
+SWEEP = ["loss.l1=1e-3,1e-2", "layer.index=0,2", "model.features=64,256"]
+
+
+def sweep_hashes(folder):
+    hashes = {run.parts[-3]: sae_hash(run.parents[1]) for run in folder.glob("*/sae/*.safetensors")}
+    assert len(set(hashes.values())) == 8
+    return hashes
+
+
+@pytest.mark.slow
+def test_a_sweep_killed_twice_ends_as_if_it_had_not_been_and_as_one_by_one(tiny_folder, tmp_path):
+    """Claims 1, 2 and 7 for what a user types; two layers and two dictionary sizes."""
+    llm, text = tiny_folder("llama"), tmp_path / "text"
+    text.mkdir()
+    write_text(text)
+
+    def sweep(name, *more):
+        settings = arguments(llm, text, "")[:-1]
+        settings = [s for s in settings if not s.startswith(("layer.", "model."))]
+        return start("-m", *settings, *SWEEP, *more, f"hydra.sweep.dir={name}", cwd=tmp_path)
+
+    whole = sweep("whole")
+    output, _ = whole.communicate(timeout=300)
+    assert whole.returncode == 0, output
+    assert "8 jobs on 1 pass of the LLM" in output
+    assert "sweep.html" in output
+
+    folder = tmp_path / "killed"
+    process = sweep("killed")
+    for checkpoints in (1, 2):
+        # a sweep that has got on, so that there is something to continue
+        while len(set(folder.glob("*/checkpoints/last.ckpt"))) < 8 and process.poll() is None:
+            time.sleep(0.05)
+        time.sleep(0.5)
+        assert process.poll() is None, f"over too soon to be killed {checkpoints} times"
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        for checkpoint in folder.glob("*/checkpoints/last.ckpt"):
+            os.utime(checkpoint, (0, 0))
+        process = start("-m", "resume=killed/", cwd=tmp_path)
+        while process.poll() is None and not any(
+            file.stat().st_mtime for file in folder.glob("*/checkpoints/last.ckpt")
+        ):
+            time.sleep(0.05)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert "resuming" in output
+    assert sweep_hashes(folder) == sweep_hashes(tmp_path / "whole")
+    for run in folder.glob("*/metrics.json"):
+        assert held_out(run.parent) == held_out(tmp_path / "whole" / run.parent.name)
+
+    alone = sweep("alone", "hydra/launcher=basic")
+    output, _ = alone.communicate(timeout=600)
+    assert alone.returncode == 0, output
+    assert sweep_hashes(tmp_path / "alone") == sweep_hashes(tmp_path / "whole")
+
+
 @pytest.mark.slow
 def test_ctrl_c_saves_first_and_says_how_to_continue(tiny_folder, tmp_path):
     text = tmp_path / "text"

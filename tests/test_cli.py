@@ -5,15 +5,18 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra._internal.callbacks import Callbacks
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 from tiny_run import write_text
 
-from sae_lightning import checks, cli
+from sae_lightning import checks, cli, folders, sweep
 from sae_lightning.cli import explain, one_line_errors, quoted_paths
 from sae_lightning.config import CONFIG_FILE, Config, Job, conf_folder, job, register, resolved_yaml
 from sae_lightning.errors import UserError
@@ -95,7 +98,7 @@ BAD = {
     "=3": r"every argument has the form setting=value, such as loss\.l1=1e-3",
     "loss.l1=1e-3,1e-2": r"loss\.l1=1e-3,1e-2: several values make a sweep, which needs -m; .*",
     # resume
-    "resume=nope": r"nope.config\.yaml cannot be read: .*No such file.*",
+    "resume=nope": r"nope holds no run \(no config\.yaml\): .*",
     "resume=nope seed=1": r"resume continues a run as it was; seed=1 cannot be given with it\. .*",
 }
 
@@ -317,7 +320,7 @@ def refused(this: Job) -> str:
 
 
 def test_a_good_job_passes_with_its_site(tmp_path, smollm2):
-    (site,), steps_done, _ = checks.check([a_job(tmp_path / "run")])
+    (site,), steps_done, *_ = checks.check([a_job(tmp_path / "run")])
     assert (str(site), steps_done) == ("resid.9", [0])
 
 
@@ -542,9 +545,11 @@ def test_one_by_one_the_jobs_of_a_multirun_fail_on_their_own(tmp_path):
     assert done.stderr.splitlines() == [
         "error: llm.name=._no_a: llm.name=./no/a: no such folder; check the path",
         "error: llm.name=._no_b: llm.name=./no/b: no such folder; check the path",
-        "error: 2 of the jobs failed, see above",
+        "error: 2 of the 2 jobs failed, see above",
     ]
-    assert folders_of_sweep(tmp_path) == [], "they came to nothing"
+    assert folders_of_sweep(tmp_path) == ["llm.name=._no_a", "llm.name=._no_b"]
+    (page,) = tmp_path.glob("multirun/*/*/sweep.html")
+    assert "llm.name=./no/b: no such folder" in page.read_text()
 
 
 @pytest.mark.slow
@@ -567,7 +572,7 @@ def test_a_sweeps_run_is_resumed_and_analysed_as_it_is_pasted(tmp_path, tiny_fol
     sweep = ["-m", *tiny, "loss.l1=0.001", "optim.lr=1e30,1e-3"]
     done = run_script("train.py", *sweep, cwd=tmp_path, HF_DATASETS_CACHE=cache)
     assert done.returncode == 1, done.stdout
-    assert done.stderr == "error: 1 of the jobs failed, see above\n"
+    assert done.stderr == "error: 1 of the 2 jobs failed, see above\n"
     assert "optim.lr=1e+30: stopped at step" in done.stdout
     (run,) = tmp_path.glob("multirun/*/*/optim.lr=0.001")
     assert (run / "metrics.json").is_file()
@@ -599,3 +604,30 @@ def test_the_environment_variable_brings_the_traceback_back(tmp_path):
     assert done.returncode == 1
     assert done.stderr.startswith("Traceback (most recent call last)")
     assert "error: " not in done.stderr.splitlines()[0]
+
+
+def test_a_report_that_cannot_be_written_hides_neither_runs_nor_failures(
+    tmp_path, monkeypatch, capsys
+):
+    """Hydra turns what a callback raises into a warning."""
+    for name in ("a", "b"):
+        folders.begin(replace(a_job(tmp_path / name), folder=tmp_path / name))
+    folders.note_failure(a_job(tmp_path / "b"), "it had to")
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / CONFIG_FILE).write_text("")  # damaged
+
+    def full(*_):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(sweep, "write_report", full)
+    callbacks = Callbacks()
+    callbacks.callbacks = [sweep.Sweep()]
+    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
+    with pytest.raises(SystemExit) as end:
+        callbacks.on_multirun_end(config=config)
+    assert end.value.code == "error: 3 of the 3 jobs failed, see above"
+    said = capsys.readouterr().err
+    assert f"(the disk is full); again: python analyze.py task=sweep run={tmp_path}" in said
+    reasons = [run.failure for run in folders.sweep_runs(tmp_path)]
+    assert reasons[:2] == [None, "it had to"]
+    assert "config.yaml cannot be read" in reasons[2]

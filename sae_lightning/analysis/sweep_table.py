@@ -114,7 +114,7 @@ class SweepTable:
 
     def swept(self, run: SweepRun) -> list[str]:
         """The values of `keys`."""
-        return [run.typed.get(key, "") for key in self.keys]
+        return [run.typed.get(key, str(run.settings.get(key, ""))) for key in self.keys]
 
     def name(self, run: SweepRun) -> str:
         """What distinguishes a run, for messages."""

@@ -144,12 +144,14 @@ def _means(
         clean = model(input_ids=ids, use_cache=False).logits
         clean_sum += _cross_entropy(clean, ids, kept)
         for i, function in enumerate(functions):
+            # logits are let go before the next forward pass: they are large
             with replaced(model, site, _where(kept, function)):
                 logits = model(input_ids=ids, use_cache=False).logits
             ce[i] += _cross_entropy(logits, ids, kept)
             if with_kl:
                 kl[i] += _kl(clean, logits, kept)
-        del clean, logits  # or the next forward pass would hold them as well
+            del logits
+        del clean
         if advance:
             advance(len(ids))
     return clean_sum / targets, [x / targets for x in ce], [x / targets for x in kl]

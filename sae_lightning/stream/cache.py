@@ -8,6 +8,7 @@ What is kept is what the LLM gives, before the pool: batch, pool and length of a
 in it, and the batches that training sees are the same bit for bit with and without a cache.
 """
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ from sae_lightning.stream.shards import IDS, STATE, Shard, Shards
 from sae_lightning.terminal import console
 
 SHARD_BYTES = 1 << 28  # of one site; no more of it is lost when a run is killed
+RESERVE = 4 << 30  # bytes of the disk that are left for checkpoints
 
 
 class CachedRows:
@@ -35,19 +37,22 @@ class CachedRows:
     and the disk reads it only once.
     """
 
-    def __init__(self, live: LLMRows, folder: Path, settings: dict[str, Any], width: int) -> None:
+    def __init__(
+        self, live: LLMRows, folder: Path, settings: dict[str, Any], width: int, resumed: bool
+    ) -> None:
         """`folder` of the shards of one key; `settings` that the key was made from; `width` of an
-        activation, for the estimate of the disk space."""
+        activation, for the estimate of the disk space; `resumed`: never refuse to go on."""
         self.live, self.sites, self.device, self.most = live, live.sites, live.device, live.most
-        self.store, self.settings = Shards(folder), settings
+        self.store, self.settings, self.resumed = Shards(folder), settings, resumed
         self.row_bytes = width * next(live.llm.model.parameters()).dtype.itemsize
         self._place = 0  # LLM batches served
         self._stop: int | None = 0  # where this stretch ends, None: wherever
-        self._shard: Shard | None = None  # being read
+        self._shard: Shard | None = None  # that the place is in
+        self._reads = False  # all rows from it
         self._draft: Draft | None = None  # being written
         self._known = live.state_dict()  # a state of `live` at or before the place
         self.epoch = live.epoch
-        self._looked = self._resumed = self._only_reads = False
+        self._looked = self._asked = False  # at what is there; to be the one that writes
 
     @property
     def llm_seconds(self) -> float:
@@ -62,19 +67,23 @@ class CachedRows:
             self._look(wanted)
         if self._place == self._stop:
             self._enter()
-        rows = self._run() if self._shard is None else self._read(self._shard)
+        rows = self._read(self._shard) if self._reads else self._run()
         if len(rows.ids) >= wanted:
-            self._close()
+            self._cut()
+            self.close()
         return rows
 
     def _read(self, shard: Shard) -> Rows:
-        rows = shard.batch(self._place, self.sites)
-        self.epoch = shard.epochs[self._place - shard.first]
+        rows, epoch = shard.batch(self._place, self.sites), shard.epochs[self._place - shard.first]
+        if epoch > self.epoch:  # the text itself, which is not read, cannot say so
+            console.print(f"the text ran out; going round again in a new order (epoch {epoch})")
+        self.epoch = epoch
         self._place += 1
         return rows
 
     def _run(self) -> Rows:
         rows = self.live.next(0)
+        self._compare()
         self.epoch = self.live.epoch
         if self._draft is not None:
             self._write(rows, self._draft)
@@ -86,40 +95,58 @@ class CachedRows:
 
     def _write(self, rows: Rows, draft: Draft) -> None:
         if draft.old and not torch.equal(draft.old.ids(self._place), rows.ids):
-            draft.discard()
-            raise UserError(
-                f"data.cache: the text or the LLM is no longer what {self.store.folder} was made "
-                "from; delete that folder, or choose another data.cache_folder"
-            )
+            raise self._changed("LLM")  # norms, by which rows are dropped, are others
         with self._unless_full():
-            draft.add(rows, self.epoch)
+            draft.add(rows, self.epoch, self.live.text)
+
+    def _seek(self) -> None:
+        """Have `live` read over the text that comes before this place."""
+        self.live.load_state_dict(self._known | {"llm_batches": self._known["read"]})
+        while self.live.llm_batches < self._place:
+            self.live.skip()
+            self._compare()
+
+    def _compare(self) -> None:
+        """UserError if the text that `live` read last is not the one that its shard is of."""
+        place = self.live.llm_batches - 1
+        shard = self.store.at(place)
+        if shard is not None and shard.texts[place - shard.first] != self.live.text:
+            raise self._changed("text")
+
+    def _changed(self, what: str) -> UserError:
+        return UserError(
+            f"data.cache: the {what} is no longer the one that {self.store.folder} was made from; "
+            "delete that folder, or choose another data.cache_folder"
+        )
 
     def _enter(self) -> None:
         """Begin the stretch at this place."""
         self._leave()
-        shard = self._find()
+        self._shard = shard = self._find()
         self._stop = self.store.following(self._place) if shard is None else shard.stop
         if shard is not None:
             self._known = shard.state()
-            if not shard.lacks(self.sites):
-                self._shard = shard
-                return
+        lacks = self.sites if shard is None else shard.lacks(self.sites)
+        self._reads = not lacks
+        if self._reads:
+            return
         if self.live.llm_batches != self._place:
-            self.live.load_state_dict(self._known | {"llm_batches": self._place})
+            self._seek()
         if (shard is None or shard.first == self._place) and self._may_write():
-            sites = self.sites if shard is None else shard.lacks(self.sites)
             with self._unless_full():
-                self._draft = Draft(self.store, self.live.state_dict(), sites, shard)
+                if free_space(self.store.folder) < RESERVE:
+                    raise OSError(errno.ENOSPC, f"less than {_size(RESERVE)} are free")
+                self._draft = Draft(self.store, self.live.state_dict(), lacks, shard)
 
     def _leave(self) -> None:
         """End the stretch that ends at this place."""
-        if self._shard is not None:
-            self._shard.close()
-            self._shard = None
         if self._draft is not None:
             with self._unless_full():
                 self._draft.commit(self.live.state_dict()["medians"])
             self._draft = None
+        if self._shard is not None:
+            self._shard.close()
+            self._shard = None
 
     def _find(self) -> Shard | None:
         """The shard at this place, with what is damaged taken out of it."""
@@ -143,12 +170,14 @@ class CachedRows:
             self._leave()
             self._stop = self._place
 
-    def _close(self) -> None:
-        """No more is wanted: let another process write."""
-        self._cut()
+    def close(self) -> None:
+        """No more is wanted: let another process write. What is half written is dropped."""
         if self._draft is not None:
-            self._draft.discard()  # half of a site that a whole shard lacks
-            self._draft = None
+            self._draft.discard()
+        if self._shard is not None:
+            self._shard.close()
+        self._draft = self._shard = None
+        self._stop = self._place
         self.store.release()
 
     def _look(self, wanted: int) -> None:
@@ -163,8 +192,11 @@ class CachedRows:
                 f"the activation cache takes about {_size(needed)} in {self.store.folder}, "
                 f"{_size(free)} are free"
             )
-            if free < needed:
-                self._refuse(f"no space for {_size(needed)} in {self.store.folder}")
+            if free < needed + RESERVE:
+                self._refuse(
+                    f"no space for {_size(needed)} in {self.store.folder} and {_size(RESERVE)} to "
+                    "spare for checkpoints"
+                )
             else:
                 with self._unless_full():
                     self.store.describe(self.settings)
@@ -191,12 +223,11 @@ class CachedRows:
 
     def _may_write(self) -> bool:
         """Whether this process writes, which is asked for once."""
-        if self.store.writable or self._only_reads:
+        if self._asked:
             return self.store.writable
-        self._only_reads = True
+        self._asked = True
         try:
             self.store.claim()
-            self._only_reads = False
         except BlockingIOError:
             console.print(
                 f"another process writes the activation cache in {self.store.folder}: this run "
@@ -211,8 +242,7 @@ class CachedRows:
     def _refuse(self, reason: str, fatal: bool = True) -> None:
         """UserError in a new run; a resumed one, whose settings are fixed, only reads."""
         self.store.release()
-        self._only_reads = True
-        if fatal and not self._resumed:
+        if fatal and not self.resumed:
             raise UserError(
                 f"data.cache: {reason}; choose another data.cache_folder, or set data.cache=false"
             )
@@ -231,13 +261,14 @@ class CachedRows:
             )
             if self._draft is not None:
                 self._draft.discard()
-            self._draft, self._only_reads = None, True
+            self._draft = None
             self.store.release()
 
     def state_dict(self) -> dict[str, Any]:
         """As that of `LLMRows`, with which it is interchangeable.
 
-        All rows up to here are put in place: a resumed run leaves no hole in the cache.
+        The rows of a shard that was begun are put in place, so that a resumed run leaves no hole.
+        Of a site that is being added to a whole shard they are not: it is added as a whole later.
         """
         self._cut()
         if self.live.llm_batches == self._place:
@@ -246,12 +277,10 @@ class CachedRows:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue after LLM batch `llm_batches`; the text is opened there once it is needed."""
-        if self._draft is not None:
-            self._draft.discard()
-        self._shard = self._draft = None
         self._known, self.epoch = state, state["tokens"]["epoch"]
-        self._place = self._stop = state["llm_batches"]
-        self._resumed, self._looked = True, False
+        self._place = state["llm_batches"]
+        self.close()
+        self._looked = self._asked = False
 
 
 def _size(count: int) -> str:

@@ -33,6 +33,7 @@ class Draft:
         self.folder.mkdir()
         self.rows: list[int] = []
         self.epochs: list[int] = []
+        self.texts: list[int] = []
         self._about: dict[str, dict[str, Any]] = {}  # of each file
 
     @property
@@ -40,14 +41,15 @@ class Draft:
         """Bytes of its largest file."""
         return max((about["bytes"] for about in self._about.values()), default=0)
 
-    def add(self, rows: Rows, epoch: int) -> None:
-        """Append the rows of the next LLM batch; `epoch` of the text after it."""
+    def add(self, rows: Rows, epoch: int, text: int) -> None:
+        """Append the rows of the next LLM batch; `epoch` after it, crc32 of its `text`."""
         if self.old is None:
             self._append(IDS, rows.ids)
         for site in self.sites:
             self._append(str(site), rows.activations[site])
         self.rows.append(len(rows.ids))
         self.epochs.append(epoch)
+        self.texts.append(text)
 
     def _append(self, name: str, x: Tensor) -> None:
         dtype = str(x.dtype).removeprefix("torch.")
@@ -74,8 +76,7 @@ class Draft:
         (self.folder / STATE).write_bytes(state)
         self._about[STATE] = {"bytes": len(state), "crc32": zlib.crc32(state)}
         self._sync_files()
-        about = {"rows": self.rows, "epochs": self.epochs, "files": self._about}
-        _write_about(self.folder, about)
+        _write_about(self.folder, self, self._about)
         os.replace(self.folder, self.final)
         _sync(self.store.folder)
         insort(self.store.shards, Shard(self.final))
@@ -86,7 +87,7 @@ class Draft:
             os.replace(self.folder / name, self.final / name)
         _sync(self.final)
         files = old.files | self._about
-        _write_about(self.final, {"rows": old.rows, "epochs": old.epochs, "files": files})
+        _write_about(self.final, old, files)
         old.files = files
         self.folder.rmdir()
 
@@ -100,7 +101,8 @@ class Draft:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _write_about(folder: Path, about: dict[str, Any]) -> None:
+def _write_about(folder: Path, shard: Draft | Shard, files: dict[str, dict[str, Any]]) -> None:
+    about = {"rows": shard.rows, "epochs": shard.epochs, "texts": shard.texts, "files": files}
     with atomically(folder / SHARD) as temporary:
         text = json.dumps(about | {"crc32": checksum(about)})
         temporary.write_text(text, encoding="utf8")

@@ -77,6 +77,10 @@ class LiveStream:
     def epoch(self) -> int:
         return self.rows.epoch
 
+    def close(self) -> None:
+        """No more batches are wanted, whether or not all were served."""
+        self.rows.close()
+
     def _missing(self) -> int:
         """Rows that the rest of the run needs beyond those in the pool."""
         return (self.total_batches - self._served) * self.batch - len(self._pool)

@@ -9,6 +9,7 @@ tokens.next -> capture -> drop
                           └─ norms above data.max_norm x median, at any of the sites
 """
 
+import zlib
 from collections.abc import Sequence
 from time import perf_counter
 from typing import Any
@@ -21,7 +22,7 @@ from sae_lightning.llm.load import LLM, special_ids
 from sae_lightning.llm.sites import Site
 from sae_lightning.stream.base import Rows
 from sae_lightning.stream.norms import medians, not_large
-from sae_lightning.stream.packing import TokenSource
+from sae_lightning.stream.packing import Sequences, TokenSource
 
 EMPTY_BATCHES = 20  # LLM batches in a row without a usable row before we give up
 
@@ -49,6 +50,7 @@ class LLMRows:
         self.device = next(llm.model.parameters()).device
         self.most = batch * tokens.packing.width
         self.llm_batches = 0  # served so far
+        self.text = 0  # crc32 of the tokens of the last one
         self.llm_seconds = 0.0
         dropped = [] if keep_special else special_ids(llm.tokenizer)
         self._dropped = torch.tensor(dropped, dtype=torch.int64)
@@ -61,7 +63,7 @@ class LLMRows:
 
     def next(self, wanted: int) -> Rows:
         """Capture one LLM batch, whatever is `wanted`; rows on the LLM's device."""
-        sequences = self.tokens.next(self.batch)
+        sequences = self.skip()
         started = self._now()
         captured = capture(self.llm.model, sequences.tokens.to(self.device), self.sites)
         self.llm_seconds += self._now() - started
@@ -75,9 +77,18 @@ class LLMRows:
             self._medians = self._medians or medians(rows)
             usual = not_large(rows, self._medians, self.max_norm)  # [rows]
             rows, ids = {site: x[usual] for site, x in rows.items()}, ids[usual.cpu()]
-        self.llm_batches += 1
         self._check_not_empty(len(ids))
         return Rows(rows, ids)
+
+    def skip(self) -> Sequences:
+        """Read the text of an LLM batch, and no more."""
+        sequences = self.tokens.next(self.batch)
+        self.text = zlib.crc32(sequences.tokens.numpy())
+        self.llm_batches += 1
+        return sequences
+
+    def close(self) -> None:
+        """Nothing is held."""
 
     def _check_not_empty(self, rows: int) -> None:
         self._empty = 0 if rows else self._empty + 1
@@ -106,8 +117,8 @@ class LLMRows:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue after LLM batch `llm_batches`; the text between `read` and it is read over."""
         self.tokens.load_state_dict(state["tokens"])
-        for _ in range(state["llm_batches"] - state["read"]):
-            self.tokens.next(self.batch)
-        self.llm_batches = state["llm_batches"]
+        self.llm_batches = state["read"]
+        while self.llm_batches < state["llm_batches"]:
+            self.skip()
         known = state["medians"]
         self._medians = known and {site: known[str(site)] for site in self.sites}

@@ -4,7 +4,7 @@
     manifest.json        the settings that the key was made from, for people
     .lock                held by the process that writes
     00000000/            the shard that begins with LLM batch 0
-        shard.json       rows of each LLM batch; size, dtype and checksum of each file
+        shard.json       rows and text of each LLM batch; size, dtype and checksum of each file
         ids              [rows] int64, the sequence of each row
         resid.9          [rows, d], one file a site, in the LLM's dtype
         state.pt         where the LLM and the text were at its beginning
@@ -50,6 +50,7 @@ class Shard:
         self.folder, self.first = folder, int(folder.name)
         self.rows: list[int] = about["rows"]  # of each LLM batch
         self.epochs: list[int] = about["epochs"]  # after each LLM batch
+        self.texts: list[int] = about["texts"]  # crc32 of the tokens of each LLM batch
         self.files: dict[str, dict[str, Any]] = about["files"]
         self.stop = self.first + len(self.rows)
         self._starts = np.cumsum([0, *self.rows])

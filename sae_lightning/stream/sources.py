@@ -1,6 +1,7 @@
 """Where a run's rows come from, and the key under which they are cached."""
 
 import hashlib
+import importlib.metadata
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -15,13 +16,16 @@ from sae_lightning.llm.load import LLM, LLMConfig
 from sae_lightning.llm.sites import Site
 from sae_lightning.stream.base import RowSource
 from sae_lightning.stream.cache import CachedRows
+from sae_lightning.stream.documents import quiet_datasets
 from sae_lightning.stream.flat import tokenizer_hash
 from sae_lightning.stream.packing import TokenSource
 from sae_lightning.stream.rows import LLMRows
-from sae_lightning.stream.text import DataConfig
+from sae_lightning.stream.text import DataConfig, HubConfig
 
 FORMAT = 1  # of the cache; another number is another key
-SAMPLE = 1 << 14  # numbers of a tensor that tell it from another
+PLACES = 1 << 14  # numbers of a tensor that are looked at in their places
+PIECE = 1 << 24  # numbers summed at a time, or their 64-bit copy may not fit in memory
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def open_rows(
@@ -31,8 +35,12 @@ def open_rows(
     llm: LLM,
     tokens: TokenSource,
     sites: Sequence[Site],
+    resumed: bool = False,
 ) -> RowSource:
-    """The rows at `sites` as the settings describe them: from the LLM, or from the cache."""
+    """The rows at `sites` as the settings describe them: from the LLM, or from the cache.
+
+    A run that is not `resumed` ends with a UserError where there is no space for its cache.
+    """
     rows = LLMRows(
         llm,
         tokens,
@@ -46,7 +54,7 @@ def open_rows(
     known = settings(config, data, seed, rows)
     key = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
     width = llm.model.config.get_text_config().hidden_size
-    return CachedRows(rows, cache_folder(data.cache_folder) / key, known, width)
+    return CachedRows(rows, cache_folder(data.cache_folder) / key, known, width, resumed)
 
 
 def cache_folder(chosen: str | None) -> Path:
@@ -59,7 +67,7 @@ def cache_folder(chosen: str | None) -> Path:
 def settings(config: LLMConfig, data: DataConfig, seed: int, rows: LLMRows) -> dict[str, Any]:
     """All that decides what the rows are: settings, and what LLM and text are behind them.
 
-    The LLM as it is loaded, device too, because another kind of device rounds otherwise. With
+    The LLM as it is loaded, device and libraries too, because others round otherwise. With
     `data.max_norm` all sites together decide which rows are dropped.
     """
     model, tokenizer = rows.llm.model, rows.llm.tokenizer
@@ -76,24 +84,55 @@ def settings(config: LLMConfig, data: DataConfig, seed: int, rows: LLMRows) -> d
             "batch": config.batch,
             "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
             "attn": getattr(model.config, "_attn_implementation", None),
-            "device": rows.device.type,
+            "device": _processor(rows.device),
+            "torch": str(torch.__version__),
+            "transformers": importlib.metadata.version("transformers"),
             "weights": llm_fingerprint(model),
             "tokenizer": tokenizer_hash(tokenizer)[:16],
         },
-        "data": text | {"text": rows.tokens.fingerprint()},
+        "data": text | {"text": rows.tokens.fingerprint(), "files": _files(data)},
         "seed": seed,
         "sites": None if data.max_norm is None else [str(site) for site in rows.sites],
     }
 
 
+def _processor(device: torch.device) -> str:
+    """What computes, by its name where it has one."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    capability = f" {torch.backends.cpu.get_cpu_capability()}" if device.type == "cpu" else ""
+    return device.type + capability
+
+
+def _files(data: DataConfig) -> str | None:
+    """A hash of the files of a streamed text: their names, and the commit they are of or, on this
+    machine, their times. None where it cannot be known."""
+    if not isinstance(data, HubConfig) or not data.streaming:
+        return None
+    from datasets import load_dataset_builder
+
+    try:
+        with quiet_datasets():
+            splits = load_dataset_builder(data.name, data.subset).config.data_files
+        known = {
+            str(split): [list(files), files.origin_metadata] for split, files in splits.items()
+        }
+    except Exception:  # a look that failed is no reason to end a run: its text has been opened
+        return None
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def llm_fingerprint(model: nn.Module) -> str:
-    """A hash of an LLM's architecture and of evenly spread numbers of each of its tensors."""
+    """A hash of an LLM's architecture and, of each of its tensors, of the sum of all its bits and
+    of evenly spread numbers."""
     about = model.config.to_dict()
     for name in ("_name_or_path", "transformers_version"):
         about.pop(name, None)
     known = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
     for name, tensor in model.state_dict().items():
         known.update(f"{name} {tuple(tensor.shape)}".encode())
-        sample = tensor.flatten()[:: 1 + tensor.numel() // SAMPLE]
-        known.update(sample.cpu().contiguous().view(torch.uint8).numpy())
+        bits = tensor.flatten().view(BITS[tensor.itemsize])
+        known.update(bits[:: 1 + len(bits) // PLACES].cpu().contiguous().numpy())
+        total = sum(piece.sum(dtype=torch.int64) for piece in bits.split(PIECE))
+        known.update(f"{int(total)}".encode())
     return known.hexdigest()[:16]

@@ -60,8 +60,11 @@ class HeadCheckpoints(CheckpointIO):
         how = {"map_location": map_location or "cpu", "weights_only": weights_only}
         parts = [torch.load(checkpoint_path(head.folder), **how) for head in self.heads]
         whole = _joined(parts)
-        stream = stream_path(self.heads[0].folder, whole["global_step"])
-        _loader(whole).append(torch.load(stream, **how))
+        paths = [stream_path(head.folder, whole["global_step"]) for head in self.heads]
+        stream, *others = [torch.load(path, **how) for path in _different(paths)]
+        for other in others:  # of passes at the same update that read other sites
+            stream["pool"]["rows"] |= other["pool"]["rows"]
+        _loader(whole).append(stream)
         return whole
 
     def remove_checkpoint(self, path: Any) -> None:
@@ -72,6 +75,12 @@ class HeadCheckpoints(CheckpointIO):
 def _loader(checkpoint: dict[str, Any]) -> list:
     """Where Lightning keeps the state of the loaders: one, the stream."""
     return checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"]
+
+
+def _different(paths: list[Path]) -> list[Path]:
+    """One path for each file that has several names."""
+    files = {(stat.st_dev, stat.st_ino): path for path in paths for stat in [path.stat()]}
+    return list(files.values())
 
 
 def _write_stream(stream: dict[str, Any], paths: list[Path]) -> None:

@@ -17,19 +17,26 @@ class HeadLog:
     """Writes a head's curves into its run folder."""
 
     def __init__(
-        self, folder: Path, settings: dict, resumed_at: int | None, typed: Collection[str] = ()
+        self,
+        folder: Path,
+        settings: dict,
+        columns: dict,
+        swept: Collection[str],
+        resumed_at: int | None,
     ):
-        """`settings` appear in the HParams tab, those `typed` by the user first; points after
-        `resumed_at` tokens are replaced."""
+        """`settings` appear in the HParams tab, whose columns are the names in `columns`, those
+        `swept` first; points after `resumed_at` tokens are replaced."""
         purge = None if resumed_at is None else resumed_at + 1
         self.writer = SummaryWriter(str(folder), purge_step=purge)
         if not resumed_at:
-            experiment, *session = hparams(settings, dict.fromkeys(HEADLINE, 0.0))
+            # TensorBoard takes the columns from any one run: each names those of all
+            experiment, *_ = hparams(columns, dict.fromkeys(HEADLINE, 0.0))
             data = experiment.value[0].metadata.plugin_data
             content = HParamsPluginData.FromString(data.content)
             for info in content.experiment.hparam_infos:
-                info.differs = info.name in typed  # the tab opens with five settings, these first
+                info.differs = info.name in swept  # the tab opens with five settings, these first
             data.content = content.SerializeToString()
+            _, *session = hparams(settings, {})
             for summary in (experiment, *session):
                 self.writer.file_writer.add_summary(summary)
 

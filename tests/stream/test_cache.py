@@ -22,14 +22,15 @@ from sae_lightning.llm.sites import Kind, Site
 from sae_lightning.stream import cache as cache_module
 from sae_lightning.stream import draft as draft_module
 from sae_lightning.stream import rows as rows_module
+from sae_lightning.stream import sources as sources_module
 from sae_lightning.stream.cache import CachedRows
 from sae_lightning.stream.documents import Text, open_text
 from sae_lightning.stream.draft import Draft
 from sae_lightning.stream.live import LiveStream
 from sae_lightning.stream.rows import LLMRows
 from sae_lightning.stream.shards import Lock, Shards
-from sae_lightning.stream.sources import cache_folder, open_rows
-from sae_lightning.stream.text import LocalConfig
+from sae_lightning.stream.sources import cache_folder, llm_fingerprint, open_rows
+from sae_lightning.stream.text import HubConfig, LocalConfig
 from sae_lightning.stream.tokens import open_tokens
 
 A, B = SITES = [Site(0, Kind.mlp), Site(1, Kind.resid)]
@@ -61,14 +62,16 @@ def calls(monkeypatch) -> list[tuple]:
     return passes
 
 
-def make(llm, folder=None, *, style="indexed", sites=SITES, max_norm=None, **pool) -> LiveStream:
+def make(
+    llm, folder=None, *, style="indexed", sites=SITES, max_norm=None, resumed=False, **pool
+) -> LiveStream:
     """A stream of 40 batches, live where no `folder` is given."""
     data = Dataset.from_dict({"text": story(5, documents=60)})
     data = data if style == "indexed" else data.to_iterable_dataset()
     tokens = open_tokens(Text(data, data), llm.tokenizer, context=CONTEXT, seed=3).train
     rows = LLMRows(llm, tokens, sites, batch=LLM_BATCH, max_norm=max_norm)
     if folder is not None:
-        rows = CachedRows(rows, folder, {"made": "for a test"}, WIDTH)
+        rows = CachedRows(rows, folder, {"made": "for a test"}, WIDTH, resumed)
     return LiveStream(rows, **({"batch": 16, "total_batches": 40, "pool": 64, "seed": 7} | pool))
 
 
@@ -407,8 +410,11 @@ def test_the_space_is_estimated_told_and_refused_before_anything_is_written(
     told = capsys.readouterr().out
     assert f"the activation cache takes about {needed / 1e6:.1f} MB in {folder}, " in told
     empty = folder.with_name("empty")
-    monkeypatch.setattr(cache_module, "free_space", lambda folder: needed - 1)
-    with pytest.raises(UserError, match="data.cache: no space for 0.1 MB in .*data.cache=false"):
+    enough = needed + cache_module.RESERVE
+    monkeypatch.setattr(cache_module, "free_space", lambda folder: enough - 1)
+    with pytest.raises(
+        UserError, match="data.cache: no space for 0.1 MB in .* and 4.3 GB to spare .*cache=false"
+    ):
         list(make(llm, empty))
     assert [path.name for path in empty.iterdir()] == [".lock"]
     capsys.readouterr()
@@ -420,15 +426,59 @@ def test_the_space_is_estimated_told_and_refused_before_anything_is_written(
     assert re.search(r"6[45]\d of 960 tokens are read", capsys.readouterr().out)
 
 
-def test_a_resumed_run_goes_on_where_a_new_one_would_be_refused(llm, folder, monkeypatch, capsys):
+@pytest.mark.parametrize("served", [0, 1])
+def test_a_resumed_run_goes_on_where_a_new_one_would_be_refused(
+    llm, folder, monkeypatch, capsys, served
+):
     reference, stream = list(make(llm)), make(llm)
-    next(iter(stream))
     monkeypatch.setattr(cache_module, "free_space", lambda folder: 0)
-    resumed = make(llm, folder)
-    resumed.load_state_dict(stream.state_dict())
-    assert_same(list(resumed), reference[1:])
-    assert "this run adds nothing to it" in capsys.readouterr().out
+    resumed = make(llm, folder, resumed=True)
+    if served:  # else it was killed before its first checkpoint
+        next(iter(stream))
+        resumed.load_state_dict(stream.state_dict())
+    assert_same(list(resumed), reference[served:])
+    assert capsys.readouterr().out.count("this run adds nothing to it") == 1
     assert shards(folder) == []
+
+
+def test_the_space_that_checkpoints_need_is_left_to_them(llm, folder, monkeypatch, capsys):
+    reference = list(make(llm))
+    free = [10**12] * 4 + [cache_module.RESERVE - 1] * 100
+    monkeypatch.setattr(cache_module, "free_space", lambda folder: free.pop(0))
+    assert_same(list(make(llm, folder)), reference)
+    assert "any further (less than 4.3 GB are free); training" in capsys.readouterr().out
+    assert len(shards(folder)) == 3, "of the four looks, the first was at the whole run"
+
+
+def test_a_source_that_is_closed_lets_another_write_and_leaves_nothing_half_done(
+    llm, folder, capsys
+):
+    failed = make(llm, folder)
+    next(iter(failed))
+    assert len(leftovers(folder)) == 1
+    failed.close()
+    assert leftovers(folder) == []
+    capsys.readouterr()
+    list(make(llm, folder))
+    assert "another process" not in capsys.readouterr().out
+
+
+def test_no_shard_is_mapped_but_the_one_at_the_place(llm, folder, monkeypatch):
+    list(make(llm, folder, sites=[A]))
+    for sites in ([B], [A, B]):  # adds, reads
+        stream, most = make(llm, folder, sites=sites), 0
+        for _ in stream:
+            most = max(most, sum(bool(shard._open) for shard in stream.rows.store.shards))
+        assert most == 1
+        assert not any(shard._open for shard in stream.rows.store.shards)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_text_that_runs_out_is_told_when_rows_are_read_too(llm, folder, capsys, style):
+    for _ in ("writing", "reading"):
+        list(make(llm, folder, style=style, total_batches=70))
+        told = capsys.readouterr().out
+        assert told.count("the text ran out") == told.count("(epoch 2)") == 1
 
 
 def test_a_folder_that_cannot_be_written_to_is_read_or_refused(llm, folder, monkeypatch, capsys):
@@ -491,12 +541,28 @@ def test_a_cache_that_is_deleted_while_it_is_used_harms_no_run(llm, folder, afte
         list(make(llm, folder))
 
 
-def test_a_text_that_changed_unseen_is_refused_and_not_mixed_in(llm, folder, monkeypatch):
+@pytest.mark.parametrize("then", [{"sites": [B]}, {"sites": [A], "total_batches": 60}])
+def test_a_text_that_changed_unseen_is_refused_and_not_mixed_in(llm, folder, monkeypatch, then):
     list(make(llm, folder, sites=[A]))
-    monkeypatch.setitem(globals(), "story", lambda _, documents: ["abc" * 7] * documents)
-    with pytest.raises(UserError, match="no longer what .* was made from; delete that folder"):
-        list(make(llm, folder, sites=[B]))
+    before, swapped = shards(folder), {"a": "b", "b": "a"}
+    texts = ["".join(swapped.get(c, c) for c in text) for text in story(5, documents=60)]
+    monkeypatch.setitem(globals(), "story", lambda _, documents: texts)
+    stream = make(llm, folder, **then)
+    with pytest.raises(UserError, match="the text is no longer the one that .* was made from"):
+        list(stream)
+    stream.close()
     assert leftovers(folder) == []
+    assert shards(folder) == before
+
+
+def test_an_llm_that_drops_other_rows_is_not_mixed_in(llm, folder):
+    list(make(llm, folder, max_norm=1.02))
+    for name in shards(folder):
+        flip(folder / name / str(B))
+    other = llm._replace(model=copy.deepcopy(llm.model))
+    next(iter(other.model.parameters())).data[:100] *= 2
+    with pytest.raises(UserError, match="the LLM is no longer the one that .* was made from"):
+        list(make(other, folder, max_norm=1.02))
 
 
 @pytest.fixture
@@ -541,6 +607,59 @@ def test_whatever_changes_the_rows_has_a_cache_of_its_own(opened, llm):
     assert len(set(folders)) == len(changed)
     same = [{}, {"pool": 99}, {"sites": (A, B)}, {"llm": copy.deepcopy(llm)}]
     assert {opened(**change).store.folder for change in same} == {folders[0]}
+
+
+def test_every_bit_of_an_llm_is_looked_at(llm, monkeypatch):
+    monkeypatch.setattr(sources_module, "PLACES", 16)
+    monkeypatch.setattr(sources_module, "PIECE", 100)
+    for dtype in (torch.float32, torch.bfloat16, torch.float8_e4m3fn):
+        model = copy.deepcopy(llm.model).to(dtype)
+        tensors = [t for t in model.state_dict().values() if t.numel() > 100]
+        known = {llm_fingerprint(model)}
+        for tensor in tensors:
+            tensor.view(torch.uint8).flatten()[-1] ^= 1  # the first of the last number's bits
+            known.add(llm_fingerprint(model))
+        assert len(known) == 1 + len(tensors) > 5
+        bits = tensors[0].view(torch.uint8)
+        bits.copy_(bits.flip(0))  # which no sum can see
+        assert llm_fingerprint(model) not in known
+
+
+@pytest.mark.parametrize("what", ["processor", "torch", "transformers"])
+def test_what_computes_the_rows_is_in_the_key(opened, monkeypatch, what):
+    here = opened().store.folder
+    match what:
+        case "processor":
+            monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "other")
+        case "torch":
+            monkeypatch.setattr(torch, "__version__", "other")
+        case "transformers":
+            monkeypatch.setattr(sources_module.importlib.metadata, "version", lambda name: "other")
+    assert opened().store.folder != here
+
+
+def test_a_streamed_text_is_known_by_its_files_too(llm, tmp_path):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    config = HubConfig(name=str(folder), held_out_documents=1, cache=True, context=CONTEXT)
+
+    def known():
+        tokens = open_tokens(open_text(config), llm.tokenizer, context=CONTEXT, seed=0).train
+        rows = LLMRows(llm, tokens, SITES, batch=4)
+        return sources_module.settings(LLMConfig(name="tiny"), config, 0, rows)["data"]
+
+    lines = ['{"text": "abc"}\n'] * 30_000
+    (folder / "a.jsonl").write_text("".join(lines))
+    first = known()
+    assert known() == first
+    (folder / "a.jsonl").write_text("".join([*lines[:-1], '{"text": "abd"}\n']))
+    changed = known()
+    assert changed["text"] == first["text"], "its beginning is the same"
+    assert changed["files"] != first["files"] is not None
+
+
+def test_files_that_cannot_be_asked_about_end_no_run(tmp_path):
+    assert sources_module._files(HubConfig(name=str(tmp_path / "gone"))) is None
 
 
 def test_a_streamed_text_is_known_by_its_beginning(llm):

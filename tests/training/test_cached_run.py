@@ -1,21 +1,20 @@
 """Whole runs with the activation cache: the SAE is the one that the LLM alone would have given."""
 
-import gc
 import json
+import os
 import shutil
 from dataclasses import replace
 
 import lightning as L
 import pytest
 
-from sae_lightning import run
+from sae_lightning import checks, run
 from sae_lightning.config import read_job
+from sae_lightning.errors import UserError
 from sae_lightning.export import WEIGHTS
 from sae_lightning.llm.sites import LayerConfig
-from sae_lightning.stream import rows
+from sae_lightning.stream import cache, rows
 from sae_lightning.training.settings import EvalConfig
-
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
@@ -48,6 +47,7 @@ def metrics(job):
     return json.loads((job.folder / "metrics.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_cached_run_ends_with_the_weights_of_a_live_one_and_without_the_llm(made, calls):
     live, writing, reading = made("live", cached=False), made("writing"), made("reading")
     run.run([live])
@@ -65,22 +65,92 @@ def test_a_cached_run_ends_with_the_weights_of_a_live_one_and_without_the_llm(ma
     assert len(calls) == 3 * passes, "another layer is not there yet"
 
 
-@pytest.mark.parametrize("deleted", [False, True])
-def test_a_killed_caching_run_resumes_exactly(made, calls, monkeypatch, tmp_path, deleted):
-    live, killed = made("live", cached=False), made("killed")
-    run.run([live])
+@pytest.fixture
+def failing(monkeypatch):
+    """failing(job) -> the error, traceback and all, of its run that ends at update 27."""
 
     class PowerCut(L.Callback):
         def on_train_batch_end(self, trainer, *_):
             if trainer.global_step == 27:
                 raise SystemError("power cut")
 
-    with monkeypatch.context() as patch:
-        standard = run.standard
-        patch.setattr(run, "standard", lambda *args: [PowerCut(), *standard(*args)])
-        with pytest.raises(SystemError):
-            run.run([killed])
-    gc.collect()  # as the end of a process would: the lock is lifted
+    def fail(job):
+        with monkeypatch.context() as patch:
+            standard = run.standard
+            patch.setattr(run, "standard", lambda *args: [PowerCut(), *standard(*args)])
+            with pytest.raises(SystemError) as error:
+                run.run([job])
+        return error
+
+    return fail
+
+
+@pytest.mark.slow
+def test_a_run_that_failed_leaves_the_cache_to_the_next_one_of_its_process(
+    made, calls, failing, capsys, tmp_path
+):
+    error = failing(made("failed"))
+    assert error.tb, "which holds all that the run was made of"
+    assert list(tmp_path.glob("activations/*/.*.tmp")) == []
+    capsys.readouterr()
+    run.run([made("next")])
+    assert "another process" not in capsys.readouterr().out
+    passes = len(calls)
+    run.run([made("last")])
+    assert len(calls) == passes
+
+
+def test_a_cache_that_cannot_be_is_refused_before_the_llm_is_loaded(made, tmp_path, monkeypatch):
+    monkeypatch.delattr(run, "load")
+    folder = tmp_path / "activations"
+    folder.touch()
+    with pytest.raises(UserError, match="data.cache_folder=.*/activations cannot be written to"):
+        run.run([made("run")])
+    resumed = made("resumed")
+    resumed.resumed = True
+    checks.check([resumed])
+    folder.unlink()
+    checks.check([made("new")])
+    assert not folder.exists()
+
+
+def test_a_cache_that_can_only_be_read_is_taken_if_there_is_anything_in_it(
+    made, tmp_path, monkeypatch
+):
+    folder, job = tmp_path / "activations", made("run")
+    folder.mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: path != folder or mode == os.R_OK)
+    with pytest.raises(UserError, match="cannot be written to"):
+        checks.check([job])
+    (folder / "key").mkdir()
+    checks.check([job])
+
+
+@pytest.mark.slow
+def test_a_run_that_a_sweep_or_a_user_takes_up_needs_no_space_for_its_cache(made, monkeypatch):
+    monkeypatch.setattr(cache, "free_space", lambda folder: 0)
+    with pytest.raises(UserError, match="data.cache: no space"):
+        run.run([made("new")])
+    taken_up = made("taken up")
+    taken_up.resumed = True  # and has no checkpoint yet
+    run.run([taken_up])
+    assert metrics(taken_up)["tokens"] > 0
+
+
+def test_jobs_of_one_pass_have_one_cache(made):
+    for other in (made("live", cached=False), made("elsewhere")):
+        if other.config.data.cache:
+            other.config.data.cache_folder += "2"
+        with pytest.raises(UserError, match="share its cache; give all of them the same"):
+            checks.check([made("cached"), other])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("deleted", [False, True])
+def test_a_killed_caching_run_resumes_exactly(made, calls, failing, tmp_path, deleted):
+    live, killed = made("live", cached=False), made("killed")
+    run.run([live])
+    failing(killed)
     if deleted:
         shutil.rmtree(tmp_path / "activations")
     again = read_job(killed.folder)

@@ -1,10 +1,15 @@
 """Claim 1: SAEs that share a pass are those that were trained alone; claim 7: one pass for all."""
 
+import fcntl
+import os
+import signal
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
 import lightning as L
 import pytest
+import torch
 from omegaconf import OmegaConf
 from test_run import RESAMPLING, assert_same, checkpoint, curves, interrupt, resume, weights
 from tiny_run import BATCH, STEPS
@@ -190,7 +195,14 @@ def test_a_head_that_diverges_is_frozen_and_the_others_do_not_notice(
 def test_a_head_that_diverges_late_keeps_its_last_checkpoint(sweep, whole, monkeypatch, what):
     jobs = sweep("diverged", **SEEDS)
 
+    frozen = {}
+
     class Spoil(L.Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            if trainer.global_step >= 18:
+                frozen["now"] = module.heads[1].sae.W_dec.detach().clone()
+                frozen.setdefault("then", frozen["now"])
+
         def on_train_batch_start(self, trainer, module, *_):
             if trainer.global_step == 17:
                 W_enc = module.heads[1].sae.W_enc
@@ -205,6 +217,7 @@ def test_a_head_that_diverges_late_keeps_its_last_checkpoint(sweep, whole, monke
     for number in (0, 2):
         assert_same(jobs[number].folder, whole[number].folder)
     assert checkpoint(jobs[1].folder)["global_step"] == 10
+    assert torch.equal(frozen["now"], frozen["then"]), "frozen: no update after the failure"
     assert "the last good checkpoint is" in folders.failure(jobs[1].folder)["reason"]
     assert curves(jobs[1].folder)["train/loss"][-1][0] == 16 * BATCH
 
@@ -290,8 +303,123 @@ def test_the_same_run_twice_is_trained_once(sweep, monkeypatch):
         passes.train([other])
 
 
-def test_a_resumed_sweep_may_be_split_otherwise(sweep, whole):
-    text = OmegaConf.create({"resume": str(whole[0].sweep), "sweep": SweepConfig(max_heads=2)})
-    again = jobs_of(text, Path("new"), ["resume=x", "sweep.max_heads=2"], Path("new"))
-    assert [one.folder for one in again] == [one.folder for one in whole]
+def resumed(folder, *settings, **sweep):
+    """The jobs of `-m resume=<folder> <settings>`."""
+    asked = OmegaConf.create({"resume": str(folder), "sweep": SweepConfig(**sweep)})
+    return jobs_of(asked, Path("new"), [f"resume={folder}", *settings], Path("new"))
+
+
+def test_a_resumed_sweep_keeps_its_settings_and_may_be_split_otherwise(sweep, whole, monkeypatch):
+    asked = {"sweep": SweepConfig(l0=5.0, max_heads=3)}
+    jobs = sweep("killed", **{name: seed | asked for name, seed in SEEDS.items()})
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        interrupt(patch, 15, die)
+        passes.train(jobs)
+    (same, *_) = resumed(jobs[0].sweep)
+    assert same.config.sweep == asked["sweep"]
+    again = resumed(jobs[0].sweep, "sweep.max_heads=2", max_heads=2)
     assert {one.config.sweep.max_heads for one in again} == {2}
+    assert {one.config.sweep.l0 for one in again} == {5}
+    assert [len(part.jobs) for part in passes.plan(again)] == [1, 2]
+    passes.train(again)
+    for one, other in zip(whole, jobs, strict=True):
+        assert_same(one.folder, other.folder)
+    (single,) = resumed(jobs[0].folder, "sweep.max_heads=1", max_heads=1)
+    assert (single.resumed, single.sweep, single.config.sweep.max_heads) == (True, None, 1)
+
+
+def test_runs_that_read_other_sites_in_other_passes_are_resumed_together(
+    job, sweep, monkeypatch, capsys
+):
+    layers = {"0": {"layer": LayerConfig(index=0)}, "2": {"layer": LayerConfig(index=2)}}
+    alone = {"sweep": SweepConfig(max_heads=1)}
+    jobs = sweep("sites", **{name: layer | alone for name, layer in layers.items()})
+    with monkeypatch.context() as patch:
+        interrupt(patch, 15, lambda: 1 / 0)
+        assert passes.train(jobs) == [None, None]
+    capsys.readouterr()
+    again = resumed(jobs[0].sweep, "sweep.max_heads=2", max_heads=2)
+    assert None not in passes.train(again)
+    assert "2 jobs on 1 pass of the LLM" in capsys.readouterr().out
+    for name, layer in layers.items():
+        whole = job(f"whole{name}", **layer)
+        run.run([whole])
+        assert_same(jobs[0].sweep / name, whole.folder)
+
+
+def test_jobs_that_would_share_a_folder_are_refused(sweep):
+    one, other = sweep("shared", a={}, b={"loss": ReLULoss(l1=0.5)})
+    with pytest.raises(UserError, match=r"jobs that differ in loss\.l1 would share the folder"):
+        passes.train([one, replace(other, folder=one.folder)])
+    assert not one.folder.exists()
+
+
+def test_a_failed_pass_leaves_nothing_in_memory(sweep, monkeypatch):
+    jobs = sweep("seeds", **{f"{seed}": {"seed": seed} for seed in range(2)})
+    loaded, load = [], run.load
+
+    def remember(config):
+        assert not any(llm() for llm in loaded), "the LLM of the pass that failed"
+        llm = load(config)
+        loaded.append(weakref.ref(llm.model))
+        return llm
+
+    monkeypatch.setattr(run, "load", remember)
+    with monkeypatch.context() as patch:
+        interrupt(patch, 5, lambda: 1 / 0)
+        assert passes.train(jobs) == [None, None]
+    assert len(loaded) == 2
+
+
+def test_out_of_memory_says_how_to_go_on_with_fewer(sweep, monkeypatch, capsys):
+    jobs = sweep("many", **SEEDS)
+    monkeypatch.setattr(passes, "run", lambda jobs: raise_(torch.OutOfMemoryError()))
+    assert passes.train(jobs) == [None] * 3
+    line = capsys.readouterr().err
+    assert line.startswith("error: out of memory with 3 SAEs on one pass; continue with fewer: ")
+    assert line.rstrip().endswith(f"train.py -m resume={jobs[0].sweep} sweep.max_heads=2")
+
+
+def raise_(error):
+    raise error
+
+
+def test_runs_that_had_come_to_their_end_when_the_pass_failed_have_not_failed(sweep, monkeypatch):
+    jobs = sweep("end", **SEEDS)
+    write = run.write_json
+
+    def full(path, content):
+        if path.parent.name == "1":
+            raise OSError("no room")
+        write(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "write_json", full)
+        first, *others = passes.train(jobs)
+    assert first is not None
+    assert others == [None, None]
+    assert [folders.failure(one.folder) is None for one in jobs] == [True, False, False]
+    assert None not in passes.train(resumed(jobs[0].sweep))
+    assert [folders.failure(one.folder) for one in jobs] == [None] * 3
+
+
+def test_ctrl_c_in_the_last_update_of_a_pass_ends_the_sweep(sweep, monkeypatch, capsys):
+    jobs = sweep("seeds", **{f"{seed}": {"seed": seed} for seed in range(2)})
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        interrupt(patch, STEPS, lambda: os.kill(os.getpid(), signal.SIGINT))
+        passes.train(jobs)
+    assert end.value.code == 128 + signal.SIGINT
+    assert f"train.py -m resume={jobs[0].sweep}" in capsys.readouterr().out.replace("\n", "")
+    assert [folders.metrics(one.folder) is None for one in jobs] == [False, True]
+
+
+def test_a_run_that_trains_elsewhere_is_left_alone(sweep, whole):
+    again = resumed(whole[0].sweep)
+    (again[1].folder / "metrics.json").unlink()
+    lock = open(again[1].folder / ".lock", "w")  # noqa: SIM115
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with pytest.raises(UserError, match="another process is training there"):
+        passes.train(again)
+    assert folders.failure(again[1].folder) is None
+    lock.close()
+    assert None not in passes.train(again)

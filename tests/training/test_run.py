@@ -1,5 +1,6 @@
 """What a run leaves behind, and that nothing of it depends on being interrupted or watched."""
 
+import fcntl
 import json
 import os
 import signal
@@ -11,7 +12,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_run import BATCH, STEPS
 
-from sae_lightning import UserError, folders, load_sae, run
+from sae_lightning import UserError, load_sae, run
 from sae_lightning.config import read_job
 from sae_lightning.export import WEIGHTS
 from sae_lightning.llm.capture import capture
@@ -186,9 +187,11 @@ def test_the_run_folder_says_what_auto_stood_for(job):
 def test_two_processes_do_not_train_in_one_folder(job):
     made = job("run")
     made.folder.mkdir()
-    with folders.claimed([made.folder]), pytest.raises(UserError, match="another process is train"):
-        run.run([made])
-    assert list(made.folder.iterdir()) == []
+    with open(made.folder / ".lock", "w") as lock:  # as another process would
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process is training there"):
+            run.run([made])
+    assert [file.name for file in made.folder.iterdir()] == [".lock"]
 
 
 def test_a_folder_that_holds_a_run_is_not_trained_over(job, whole):

@@ -1,0 +1,69 @@
+"""What does a sweep on one pass of the LLM cost, against its runs one by one?
+
+Starts the commands that a user types, `train.py -m ...` with `hydra/launcher=one_pass` and with
+`basic` (which trains one job after another, in one process, and so saves the imports), and compares
+their wall time, side by side. The saved SAEs of both are compared too.
+
+    python benchmarks/one_pass.py                      # block 20, 2,048 features, 8 values of l1
+    python benchmarks/one_pass.py wide                 # block 9, 10,000 features, 3 values
+    python benchmarks/one_pass.py trainer.tokens=20480 # any override; about 20 minutes without
+"""
+
+import hashlib
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from rich.table import Table
+
+from sae_lightning.terminal import console
+
+TRAIN = Path(__file__).parents[1] / "train.py"
+TOKENS = "trainer.tokens=102400"
+SWEEPS = {
+    "narrow": [
+        "layer.index=20",
+        "model.features=2048",
+        "loss.l1=1e-3,1.5e-3,2e-3,3e-3,4e-3,6e-3,8e-3,1e-2",
+    ],
+    "wide": ["layer.index=9", "model.features=10000", "loss.l1=1e-3,3e-3,1e-2"],
+}
+
+
+def sweep(launcher: str, overrides: list[str], folder: Path) -> tuple[float, dict[str, str]]:
+    """Seconds that a sweep takes, and a hash of the SAE of each of its jobs."""
+    command = [sys.executable, TRAIN, "-m", f"hydra/launcher={launcher}", *overrides]
+    started = time.monotonic()
+    subprocess.run([*command, f"hydra.sweep.dir={folder}"], check=True)
+    seconds = time.monotonic() - started
+    files = sorted(folder.glob("*/sae/sae_weights.safetensors"))
+    return seconds, {
+        file.parts[-3]: hashlib.sha256(file.read_bytes()).hexdigest() for file in files
+    }
+
+
+def main(arguments: list[str]) -> None:
+    """Train one sweep both ways."""
+    names = [name for name in arguments if name in SWEEPS] or ["narrow"]
+    overrides = [argument for argument in arguments if argument not in SWEEPS]
+    table = Table("sweep", "jobs", "one by one", "one pass", "ratio", "same SAEs")
+    for name in names:
+        with tempfile.TemporaryDirectory() as folder:
+            chosen = [*SWEEPS[name], TOKENS, *overrides]
+            together, saes = sweep("one_pass", chosen, Path(folder, "one_pass"))
+            alone, same = sweep("basic", chosen, Path(folder, "basic"))
+        table.add_row(
+            name,
+            str(len(saes)),
+            f"{alone:.0f} s",
+            f"{together:.0f} s",
+            f"{together / alone:.3f}",
+            f"{sum(saes[job] == same.get(job) for job in saes)} of {len(saes)}",
+        )
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,34 @@
+"""What TensorBoard's HParams tab is told about the runs of a sweep."""
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import metadata
+
+from sae_lightning.training.logging import HEADLINE, HeadLog
+
+RELU = {"model.name": "relu", "loss.l1": 0.01, "optim.lr": 1e-3}
+DENSE = {"model.name": "dense", "optim.lr": 1e-3}
+
+
+def told(folder, settings):
+    """The plugin's records in a run folder by tag."""
+    swept = ["model.name", "loss.l1"]
+    HeadLog(folder, settings, RELU | DENSE, swept, resumed_at=None).close()
+    events = EventAccumulator(str(folder)).Reload()
+    return events.PluginTagToContent(metadata.PLUGIN_NAME)
+
+
+def test_every_run_names_the_columns_of_all_and_those_that_differ(tmp_path):
+    """TensorBoard takes the columns from any one run, and shows those that differ first."""
+    for name, settings in (("relu", RELU), ("dense", DENSE)):
+        content = told(tmp_path / name, settings)[metadata.EXPERIMENT_TAG]
+        experiment = metadata.parse_experiment_plugin_data(content)
+        infos = {info.name: info.differs for info in experiment.hparam_infos}
+        assert infos == {"model.name": True, "loss.l1": True, "optim.lr": False}
+        assert {info.name.tag for info in experiment.metric_infos} == set(HEADLINE)
+
+
+def test_a_run_has_its_own_settings_only(tmp_path):
+    content = told(tmp_path, DENSE)[metadata.SESSION_START_INFO_TAG]
+    start = metadata.parse_session_start_info_plugin_data(content)
+    assert set(start.hparams) == set(DENSE)
+    assert start.hparams["model.name"].string_value == "dense"
