@@ -184,9 +184,9 @@ class CachedRows:
         """Say what the cache has and what it will take; UserError if it has not that much room."""
         self._looked = True
         self.store.read()
-        needed, found = self._estimate(wanted)
+        needed, found = self.store.estimate(self._place, wanted, self.live, self.row_bytes)
         if needed and self._may_write():
-            needed, found = self._estimate(wanted)
+            needed, found = self.store.estimate(self._place, wanted, self.live, self.row_bytes)
             free = free_space(self.store.folder)
             console.print(
                 f"the activation cache takes about {_size(needed)} in {self.store.folder}, "
@@ -205,21 +205,6 @@ class CachedRows:
                 f"{found:,} of {wanted:,} tokens are read from the activation cache in "
                 f"{self.store.folder}"
             )
-
-    def _estimate(self, wanted: int) -> tuple[int, int]:
-        """Bytes that the next `wanted` rows add to the disk, and how many of them are there."""
-        place, needed, found = self._place, 0, 0
-        everything = len(self.sites) * self.row_bytes + 8
-        for shard in self.store.shards:
-            if shard.stop > place and wanted > 0:
-                hole = min(wanted, max(0, shard.first - place) * self.most)
-                here = min(wanted - hole, sum(shard.rows[max(0, place - shard.first) :]))
-                lacks = len(shard.lacks(self.sites))
-                needed += hole * everything + here * lacks * self.row_bytes
-                found += 0 if lacks else here
-                wanted -= hole + here
-                place = shard.stop
-        return needed + wanted * everything, found
 
     def _may_write(self) -> bool:
         """Whether this process writes, which is asked for once."""

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from sae_lightning.files import write_json
 from sae_lightning.llm.sites import Site
-from sae_lightning.stream.base import Rows
+from sae_lightning.stream.base import Rows, RowSource
 from sae_lightning.terminal import console
 
 MANIFEST, SHARD, STATE, IDS = "manifest.json", "shard.json", "state.pt", "ids"
@@ -136,6 +136,24 @@ class Shards:
     def following(self, llm_batch: int) -> int | None:
         """The first LLM batch after `llm_batch` that begins a shard."""
         return next((s.first for s in self.shards if s.first > llm_batch), None)
+
+    def estimate(
+        self, place: int, wanted: int, source: RowSource, row_bytes: int
+    ) -> tuple[int, int]:
+        """Bytes that the next `wanted` rows from LLM batch `place` on add to the disk, and how many
+        of them are there; `row_bytes` of a row at one site."""
+        needed = found = 0
+        everything = len(source.sites) * row_bytes + 8  # with the id
+        for shard in self.shards:
+            if shard.stop > place and wanted > 0:
+                hole = min(wanted, max(0, shard.first - place) * source.most)
+                here = min(wanted - hole, sum(shard.rows[max(0, place - shard.first) :]))
+                lacks = len(shard.lacks(source.sites))
+                needed += hole * everything + here * lacks * row_bytes
+                found += 0 if lacks else here
+                wanted -= hole + here
+                place = shard.stop
+        return needed + wanted * everything, found
 
     def remove(self, shard: Shard) -> None:
         """Take a damaged shard out, from the disk too if this process may write."""

@@ -401,7 +401,7 @@ def test_the_space_is_estimated_told_and_refused_before_anything_is_written(
 ):
     stream = make(llm, folder)
     stream.rows.store.read()
-    needed, found = stream.rows._estimate(640)
+    needed, found = stream.rows.store.estimate(0, 640, stream.rows, WIDTH * 4)
     assert found == 0
     list(stream)
     files = [path for path in folder.rglob("*") if path.name in ("ids", *map(str, SITES))]
@@ -648,7 +648,7 @@ def test_a_streamed_text_is_known_by_its_files_too(llm, tmp_path):
         rows = LLMRows(llm, tokens, SITES, batch=4)
         return sources_module.settings(LLMConfig(name="tiny"), config, 0, rows)["data"]
 
-    lines = ['{"text": "abc"}\n'] * 30_000
+    lines = [f'{{"text": "{"abc" * 100}"}}\n'] * 300
     (folder / "a.jsonl").write_text("".join(lines))
     first = known()
     assert known() == first
