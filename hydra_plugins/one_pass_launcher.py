@@ -61,7 +61,7 @@ class OnePassLauncher(Launcher):
         sweep = Path(self.config.hydra.sweep.dir)
         for config in configs:
             remove_unused(Path(config.hydra.runtime.output_dir))
-        if [file.name for file in sweep.iterdir()] == ["multirun.yaml"]:
+        if [file.name for file in sweep.glob("*")] == ["multirun.yaml"]:
             (sweep / "multirun.yaml").unlink()
             remove_unused(sweep)
 

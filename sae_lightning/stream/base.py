@@ -32,6 +32,10 @@ class ActivationStream(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
+    def close(self) -> None:
+        """No more batches are wanted, whether or not all were served."""
+        ...
+
     @property
     def seconds(self) -> float:
         """Seconds spent in the stream since this process began, the LLM and the first fill too."""
@@ -91,3 +95,7 @@ class RowSource(Protocol):
 
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+    def close(self) -> None:
+        """No more rows are wanted."""
+        ...
