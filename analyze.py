@@ -8,18 +8,11 @@ from omegaconf import DictConfig
 from sae_lightning.analysis.evaluate import evaluate
 from sae_lightning.analysis.sweep_report import write_report
 from sae_lightning.cli import one_line_errors
-from sae_lightning.config import (
-    CONFIG_FILE,
-    AnalyzeConfig,
-    is_sweep,
-    read_job,
-    register,
-    run_folder,
-    typed,
-)
+from sae_lightning.config import AnalyzeConfig, typed
 from sae_lightning.errors import UserError
 from sae_lightning.export import load_sae
 from sae_lightning.folders import sweep_runs
+from sae_lightning.jobs import CONFIG_FILE, is_sweep, read_job, register, run_folder
 from sae_lightning.llm.load import load, shape
 from sae_lightning.stream.documents import open_text
 from sae_lightning.stream.held_out import HeldOut

@@ -8,7 +8,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from sae_lightning.cli import one_line_errors
-from sae_lightning.config import job, register
+from sae_lightning.jobs import job, register
 from sae_lightning.objective import objective
 from sae_lightning.terminal import phase
 

@@ -15,8 +15,9 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from rich.table import Table
 
-from sae_lightning.config import conf_folder, job, register
+from sae_lightning.config import conf_folder
 from sae_lightning.export import WEIGHTS
+from sae_lightning.jobs import job, register
 from sae_lightning.run import run
 from sae_lightning.terminal import console
 

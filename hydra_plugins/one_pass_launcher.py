@@ -12,7 +12,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
 from sae_lightning.cli import remove_unused
-from sae_lightning.config import Job, jobs
+from sae_lightning.jobs import Job, jobs
 from sae_lightning.objective import objective
 from sae_lightning.terminal import phase
 

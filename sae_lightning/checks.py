@@ -9,9 +9,9 @@ from zipfile import BadZipFile
 
 import torch
 
-from sae_lightning.config import CONFIG_FILE, ELSEWHERE, Job
 from sae_lightning.errors import UserError
 from sae_lightning.files import free_space
+from sae_lightning.jobs import CONFIG_FILE, ELSEWHERE, Job
 from sae_lightning.llm.load import Dtype, device, dtype, has_bf16, shape
 from sae_lightning.llm.packaged import Shape
 from sae_lightning.llm.sites import Site

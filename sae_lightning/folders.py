@@ -6,9 +6,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from sae_lightning.analysis.sweep_table import SweepRun
-from sae_lightning.config import CONFIG_FILE, ELSEWHERE, Job, read_job, resolved_yaml, run_folders
 from sae_lightning.errors import UserError
 from sae_lightning.files import atomically, write_json
+from sae_lightning.jobs import CONFIG_FILE, ELSEWHERE, Job, read_job, resolved_yaml, run_folders
 from sae_lightning.training.settings import failure_path
 
 METRICS_FILE = "metrics.json"

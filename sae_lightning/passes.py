@@ -22,8 +22,8 @@ import torch
 
 from sae_lightning import checks, folders, memory
 from sae_lightning.cli import DEBUG, explain
-from sae_lightning.config import CONFIG_FILE, Job, read_job, resume_of
 from sae_lightning.errors import UserError
+from sae_lightning.jobs import CONFIG_FILE, Job, read_job, resume_of
 from sae_lightning.llm.packaged import Shape
 from sae_lightning.llm.sites import Site
 from sae_lightning.run import run

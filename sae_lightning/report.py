@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from sae_lightning import scorecard
-from sae_lightning.config import Job
+from sae_lightning.jobs import Job
 from sae_lightning.llm.load import LLM
 from sae_lightning.terminal import command, console, grid, shown
 from sae_lightning.training.head import Head

@@ -13,9 +13,10 @@ import lightning as L
 import torch
 
 from sae_lightning import checks, folders
-from sae_lightning.config import Config, Job, resume_of
+from sae_lightning.config import Config
 from sae_lightning.files import write_json
 from sae_lightning.folders import METRICS_FILE
+from sae_lightning.jobs import Job, resume_of
 from sae_lightning.llm.load import LLM, load
 from sae_lightning.llm.sites import Site
 from sae_lightning.report import announce, conclude, say_how_to_continue, speed_line

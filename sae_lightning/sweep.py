@@ -17,8 +17,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sae_lightning.analysis.sweep_report import write_report
 from sae_lightning.cli import DEBUG, explain
-from sae_lightning.config import is_sweep, jobs, run_folders
 from sae_lightning.folders import sweep_runs
+from sae_lightning.jobs import is_sweep, jobs, run_folders
 from sae_lightning.terminal import command, console, shown
 
 RECORD = "multirun.yaml"  # what Hydra keeps of a sweep

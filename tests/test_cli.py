@@ -18,8 +18,9 @@ from tiny_run import write_text
 
 from sae_lightning import checks, cli, folders, sweep
 from sae_lightning.cli import explain, one_line_errors, quoted_paths
-from sae_lightning.config import CONFIG_FILE, Config, Job, conf_folder, job, register, resolved_yaml
+from sae_lightning.config import Config, conf_folder
 from sae_lightning.errors import UserError
+from sae_lightning.jobs import CONFIG_FILE, Job, job, register, resolved_yaml
 from sae_lightning.llm import packaged
 from sae_lightning.llm.load import LLMConfig
 from sae_lightning.llm.sites import LayerConfig

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from sae_lightning.config import CONFIG_FILE, Config, Job, resolved_yaml
+from sae_lightning.config import Config
+from sae_lightning.jobs import CONFIG_FILE, Job, resolved_yaml
 from sae_lightning.llm.load import LLMConfig
 from sae_lightning.llm.sites import LayerConfig
 from sae_lightning.losses import ReLULoss

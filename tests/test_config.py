@@ -10,12 +10,11 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 
-from sae_lightning.config import (
+from sae_lightning.config import SOURCES, Config, conf_folder
+from sae_lightning.errors import UserError
+from sae_lightning.jobs import (
     CONFIG_FILE,
-    SOURCES,
-    Config,
     Job,
-    conf_folder,
     job,
     job_folder,
     read_job,
@@ -23,7 +22,6 @@ from sae_lightning.config import (
     resolved_yaml,
     run_folder,
 )
-from sae_lightning.errors import UserError
 from sae_lightning.llm.load import Dtype
 from sae_lightning.llm.sites import Kind
 from sae_lightning.losses import DenseLoss, ReLULoss

@@ -19,6 +19,7 @@ ROWS = [
     ["report"],
     ["memory"],
     ["checks", "folders"],
+    ["jobs"],
     ["config"],
     ["training", "analysis"],
     ["scorecard", "objective"],
@@ -44,8 +45,8 @@ UNKNOWN = {
 }
 # Library -> the only units that import it.
 ROOMS = {
-    "hydra": {"train", "analyze", "hydra_plugins", "sweep", "cli", "config"},
-    "omegaconf": {"train", "analyze", "hydra_plugins", "sweep", "cli", "config"},
+    "hydra": {"train", "analyze", "hydra_plugins", "sweep", "cli", "jobs", "config"},
+    "omegaconf": {"train", "analyze", "hydra_plugins", "sweep", "cli", "jobs", "config"},
     "lightning": {"training", "run"},
     "transformers": {"llm"},
 }

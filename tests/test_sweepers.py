@@ -18,7 +18,8 @@ from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from tiny_run import write_text
 
-from sae_lightning.config import Config, conf_folder, register, typed
+from sae_lightning.config import Config, conf_folder, typed
+from sae_lightning.jobs import register
 from sae_lightning.objective import SweepConfig, objective
 
 ROOT = Path(__file__).parent.parent

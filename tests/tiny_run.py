@@ -6,7 +6,8 @@ from pathlib import Path
 
 from tiny_llm import TEXT
 
-from sae_lightning.config import Config, Job
+from sae_lightning.config import Config
+from sae_lightning.jobs import Job
 from sae_lightning.llm.load import Dtype, LLMConfig
 from sae_lightning.llm.sites import LayerConfig
 from sae_lightning.losses import ReLULoss

@@ -15,8 +15,8 @@ from test_run import RESAMPLING, assert_same, checkpoint, curves, interrupt, res
 from tiny_run import BATCH, STEPS
 
 from sae_lightning import UserError, folders, memory, passes, run
-from sae_lightning.config import jobs as jobs_of
-from sae_lightning.config import read_sweep
+from sae_lightning.jobs import jobs as jobs_of
+from sae_lightning.jobs import read_sweep
 from sae_lightning.llm.sites import Kind, LayerConfig
 from sae_lightning.losses import DenseLoss, ReLULoss
 from sae_lightning.objective import SweepConfig

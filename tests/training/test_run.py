@@ -13,8 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_run import BATCH, STEPS
 
 from sae_lightning import UserError, load_sae, run
-from sae_lightning.config import read_job
 from sae_lightning.export import WEIGHTS
+from sae_lightning.jobs import read_job
 from sae_lightning.llm.capture import capture
 from sae_lightning.llm.load import Dtype
 from sae_lightning.losses import ReLULoss
