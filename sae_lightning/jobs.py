@@ -184,16 +184,16 @@ def read_job(folder: Path) -> Job:
 
 def read_sweep(folder: Path) -> list[Job]:
     """The jobs whose run folders lie in the folder of a multirun, by name."""
-    if not is_sweep(folder):
-        raise UserError(
-            f"{folder} holds no runs of a sweep: give its folder, such as "
-            "multirun/2026-01-31/12-00-00"
-        )
     return [replace(read_job(run), sweep=folder) for run in run_folders(folder)]
 
 
 def run_folders(sweep: Path) -> list[Path]:
-    """The folders of a multirun's runs, by name."""
+    """The folders of a multirun's runs, by name; UserError if there are none."""
+    if not is_sweep(sweep):
+        raise UserError(
+            f"{sweep} holds no runs of a sweep: give its folder, such as "
+            "multirun/2026-01-31/12-00-00"
+        )
     return sorted(file.parent for file in sweep.glob(f"*/{CONFIG_FILE}"))
 
 

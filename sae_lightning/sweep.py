@@ -86,9 +86,9 @@ class Sweep(Callback):
     def on_multirun_end(self, config: DictConfig, **_) -> None:
         """Write the report, and end with an error if a run has no result."""
         folder = Path(config.hydra.sweep.dir)
-        runs = sweep_runs(folder)
-        if not runs:
+        if not is_sweep(folder):
             return
+        runs = sweep_runs(folder)
         try:
             write_report(folder, runs)
         except Exception as error:  # the runs are there, and what failed has to be told

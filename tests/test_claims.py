@@ -195,4 +195,7 @@ def test_the_first_command_works_on_the_packaged_llm_and_text(tmp_path):
     assert done.stderr == ""
     again = json.loads((tmp_path / "out" / "analysis" / "evaluate.json").read_text())
     for name, value in trained.items():
-        assert again[name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
+        # the saved SAE has the normalisation folded in: its last digits are rounded otherwise to
+        # the LLM's bf16, and KL, a mean over 1,000 tokens, feels that most
+        within = 5e-3 if name == "kl" else 1e-3
+        assert again[name] == pytest.approx(value, rel=within, abs=1e-4), name

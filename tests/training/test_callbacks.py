@@ -1,5 +1,6 @@
 """Each part of the recipe, by itself."""
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from sae_lightning.losses import DenseLoss, ReLULoss
 from sae_lightning.sae import SAEConfig, build
 from sae_lightning.training.callbacks.clip import ClipGradient
 from sae_lightning.training.callbacks.curves import training_scalars
-from sae_lightning.training.callbacks.normalize import Normalize, estimate
+from sae_lightning.training.callbacks.normalize import Normalize, estimate, outliers
 from sae_lightning.training.callbacks.resample import resample
 from sae_lightning.training.callbacks.schedule import Schedule
 from sae_lightning.training.head import Head
@@ -79,6 +80,17 @@ def test_a_large_mean_does_not_spoil_the_scale():
 def test_constant_activations_are_refused():
     with pytest.raises(UserError, match="cannot be normalised: their spread .* is 0"):
         estimate(torch.ones(8, 4), Normalization.standardize)
+
+
+def test_a_few_long_activations_that_decide_the_variance_are_told():
+    """100 of length 1 in opposite directions: a variance of 1 each. One of 20 adds 400 or so."""
+    x = torch.tensor([1.0, -1.0]).repeat(50)[:, None] * torch.tensor([[1.0, 0.0]])
+    assert outliers(SITE, x) is None
+    long = torch.cat([x, torch.tensor([[0.0, 20.0]])])
+    # about the mean (0, 20/101): 400 (100/101)^2 = 392.1 of 392.1 + 100 + 100 (20/101)^2 = 496.0
+    assert re.search(r"1 of 101 activations .* hold 79% of the variance", outliers(SITE, long))
+    ten = torch.cat([x, torch.tensor([[0.0, 9.9]])])  # less than 10 times the median
+    assert outliers(SITE, ten) is None
 
 
 def test_each_site_of_a_head_gets_its_own_mean_and_scale_and_only_in_a_new_run():

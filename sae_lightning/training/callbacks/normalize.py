@@ -5,7 +5,12 @@ import torch
 from torch import Tensor
 
 from sae_lightning.errors import UserError
+from sae_lightning.llm.sites import Site
+from sae_lightning.stream.norms import medians, not_large
+from sae_lightning.terminal import console
 from sae_lightning.training.settings import Normalization
+
+LARGE = 10  # times the median norm: what dictionary_learning drops
 
 
 @torch.no_grad()
@@ -25,6 +30,21 @@ def estimate(x: Tensor, mode: Normalization) -> tuple[Tensor, Tensor]:
             f"is {scale.item():g}. Try another layer.index, or llm.dtype=float32"
         )
     return mean.float(), scale.float()
+
+
+@torch.no_grad()
+def outliers(site: Site, x: Tensor) -> str | None:
+    """A warning if a few activations [n, d] that are far longer than usual decide the variance."""
+    large = ~not_large({site: x}, medians({site: x}), LARGE)
+    spread = (x.float() - x.float().mean(dim=0)).square().sum(dim=1)  # [n]
+    share = (spread[large].sum() / spread.sum()).item()
+    if not share > 0.1:
+        return None
+    return (
+        f"{site}: {int(large.sum())} of {len(x):,} activations are more than {LARGE} times as long "
+        f"as usual and hold {share:.0%} of the variance, so that normalisation and explained "
+        f"variance are about them; data.max_norm={LARGE} leaves them out"
+    )
 
 
 class Normalize(L.Callback):
@@ -49,5 +69,7 @@ class Normalize(L.Callback):
                 if key not in known:
                     sample = trainer.datamodule.stream.peek(settings.tokens)
                     known[key] = estimate(sample[site], settings.mode)
+                    if warning := outliers(site, sample[site]):
+                        console.print(warning)
                 mean.copy_(known[key][0])
                 scale.copy_(known[key][1])
