@@ -64,7 +64,7 @@ def run(jobs: list[Job]) -> list[dict[str, float] | None]:
     jobs = [checks.resolved(job) for job in jobs]
     sites, steps_done, *_ = checks.check(jobs)
     assert len(set(steps_done)) == 1, "jobs must have come to the same update"
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()  # of this pass, not of the one before
     with folders.claimed([job.folder for job in jobs]), _quiet_lightning():
         return _run(jobs, sites, steps_done[0])
