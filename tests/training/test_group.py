@@ -46,7 +46,9 @@ def sweep(job, tmp_path):
     return make
 
 
-@pytest.mark.parametrize("precision", [Precision.fp32, Precision.bf16])
+@pytest.mark.parametrize(
+    "precision", [Precision.fp32, pytest.param(Precision.bf16, marks=pytest.mark.slow)]
+)
 def test_heads_of_a_group_end_as_when_trained_alone(job, sweep, precision):
     trainer = replace(job("x").config.trainer, precision=precision)
     mix = {name: changes | {"trainer": trainer} for name, changes in MIX.items()}
@@ -108,7 +110,14 @@ def die():
     raise Killed
 
 
-@pytest.mark.parametrize("steps", [(5, 7), (12, 25), (23, STEPS)])
+@pytest.mark.parametrize(
+    "steps",
+    [
+        (12, 25),
+        pytest.param((5, 7), marks=pytest.mark.slow),
+        pytest.param((23, STEPS), marks=pytest.mark.slow),
+    ],
+)
 def test_a_sweep_killed_twice_ends_as_if_it_had_not_been(sweep, whole, monkeypatch, steps):
     jobs = sweep("killed", **SEEDS)
     for step in steps:
@@ -156,6 +165,7 @@ def test_heads_share_one_file_of_the_stream(whole):
         assert sorted(each.name for each in file.parent.iterdir()) == ["last.ckpt", file.name]
 
 
+@pytest.mark.slow
 def test_without_hard_links_each_has_a_copy(sweep, whole, monkeypatch):
     def refuse(*_):
         raise OSError("no hard links here")
@@ -267,6 +277,7 @@ def test_jobs_are_grouped_by_stream_and_split_evenly(sweep, tmp_path):
     assert planned(sweep("b", **limited)) == [["l1", "l2"], ["l3", "l4", "l5"]]
 
 
+@pytest.mark.slow
 def test_a_group_too_large_for_memory_is_split(sweep, monkeypatch, capsys):
     jobs = sweep("many", **{f"{seed}": SEEDS[f"{seed % 3}"] for seed in range(5)})
     (together,) = passes.plan(jobs)
@@ -384,6 +395,7 @@ def raise_(error):
     raise error
 
 
+@pytest.mark.slow
 def test_runs_that_had_come_to_their_end_when_the_pass_failed_have_not_failed(sweep, monkeypatch):
     jobs = sweep("end", **SEEDS)
     write = run.write_json
@@ -403,6 +415,7 @@ def test_runs_that_had_come_to_their_end_when_the_pass_failed_have_not_failed(sw
     assert [folders.failure(one.folder) for one in jobs] == [None] * 3
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_the_last_update_of_a_pass_ends_the_sweep(sweep, monkeypatch, capsys):
     jobs = sweep("seeds", **{f"{seed}": {"seed": seed} for seed in range(2)})
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
