@@ -47,7 +47,8 @@ def train(jobs: list[Job]) -> Results:
     UserError: something is wrong with one of them; then none was started.
     """
     jobs = [_known(checks.resolved(job)) for job in jobs]
-    jobs = [replace(job, swept=_differing(jobs)) for job in jobs]
+    swept = _differing(jobs)
+    jobs = [replace(job, swept=swept) for job in jobs]
     _check_folders(jobs)
     results = {job.folder: _over(job) for job in jobs}
     todo = list({job.folder: job for job in jobs if not results[job.folder]}.values())
