@@ -38,7 +38,7 @@ def score(
     source: Site,
     target: Site,
 ) -> list[Scorecard]:
-    """Score SAEs of one site, given as functions of raw activations [n, d_in], on held-out text.
+    """Score SAEs of one source and target, given as functions of raw activations [n, d_in].
 
     Runs in float32 whatever the training precision: it is what the saved SAE will do.
     """
@@ -46,7 +46,7 @@ def score(
     with torch.autocast(x.device.type, enabled=False):
         qualities = [_quality(reconstruct, x, y) for reconstruct in reconstructs]
         functions = [partial(_reconstruction, reconstruct) for reconstruct in reconstructs]
-        scores = held_out.scores(source, functions)
+        scores = held_out.scores(source, target, functions)
     return [Scorecard(*pair) for pair in zip(qualities, scores, strict=True)]
 
 

@@ -5,7 +5,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, nn
 
-from sae_lightning.llm.sites import Site, site_module
+from sae_lightning.llm.sites import Site, hook
 
 
 class _Done(Exception):
@@ -22,26 +22,25 @@ def capture(model: nn.Module, tokens: Tensor, sites: Collection[Site]) -> dict[S
     found: dict[Site, Tensor] = {}
 
     def reader(site: Site):
-        def read(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
-            x = output[0] if isinstance(output, tuple) else output
+        def read(x: Tensor) -> None:
             # A copy, because Falcon goes on to add into this memory; reshaped, because OPT's MLP
             # returns [sequences * context, d].
             found[site] = x.clone().view(*tokens.shape, -1)
-            if len(found) == len(modules):
+            if len(found) == len(wanted):
                 raise _Done
 
         return read
 
-    modules = {site: site_module(model, site) for site in sites}
+    wanted = dict.fromkeys(sites)
     hooks = []
     try:
-        for site, module in modules.items():
-            hooks.append(module.register_forward_hook(reader(site)))
+        for site in wanted:
+            hooks.append(hook(model, site, reader(site)))
         tokens = tokens.to(model.device, torch.long)
         model.base_model(input_ids=tokens, use_cache=False)
     except _Done:
         pass
     finally:
-        for hook in hooks:
-            hook.remove()
-    return {site: found[site] for site in modules}
+        for each in hooks:
+            each.remove()
+    return {site: found[site] for site in wanted}

@@ -7,11 +7,13 @@ A block adds two branches to the residual stream, and each kind of site is one t
 
 import inspect
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from functools import total_ordering
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from sae_lightning.errors import UserError
 
@@ -20,6 +22,7 @@ from sae_lightning.errors import UserError
 ATTN_NORMS = ("post_self_attn_layernorm", "post_attention_layernorm")
 MLP_NORMS = ("post_feedforward_layernorm", "post_mlp_layernorm")
 BRANCH = {"attn": r"attn|attention", "mlp": r"mlp|feed_?forward|ffn|moe|fc2"}
+BRANCH["mlp_in"] = BRANCH["mlp"].replace("fc2", "fc1")
 
 
 @total_ordering
@@ -27,12 +30,21 @@ class Kind(Enum):
     """What is read at a block, in the order in which a block computes it."""
 
     attn = "attn"
+    mlp_in = "mlp_in"
     mlp = "mlp"
     resid = "resid"
 
     def __lt__(self, other: "Kind") -> bool:
         order = list(Kind)
         return order.index(self) < order.index(other)
+
+
+HOOK_NAMES = {
+    Kind.attn: "hook_attn_out",
+    Kind.mlp_in: "ln2.hook_normalized",
+    Kind.mlp: "hook_mlp_out",
+    Kind.resid: "hook_resid_post",
+}
 
 
 @dataclass(frozen=True, order=True)
@@ -43,7 +55,7 @@ class Site:
     """Index of the block, from 0."""
 
     kind: Kind
-    """Output of the block, or what its attention or MLP adds to the residual stream."""
+    """What is read there."""
 
     def __str__(self) -> str:
         return f"{self.kind.value}.{self.layer}"
@@ -51,8 +63,7 @@ class Site:
     @property
     def hook_name(self) -> str:
         """TransformerLens' name of this site."""
-        suffix = "resid_post" if self.kind is Kind.resid else f"{self.kind.value}_out"
-        return f"blocks.{self.layer}.hook_{suffix}"
+        return f"blocks.{self.layer}.{HOOK_NAMES[self.kind]}"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -92,13 +103,38 @@ def decoder_stack(model: nn.Module) -> nn.ModuleList:
 
 
 def site_module(model: nn.Module, site: Site) -> nn.Module:
-    """The module whose output is the activation at `site`."""
+    """The module whose output, or for mlp_in whose input, is the activation at `site`."""
     stack = decoder_stack(model)
     LayerConfig(index=site.layer, site=site.kind).within(len(stack))
     block = stack[site.layer]
-    if site.kind is Kind.resid:
-        return block
-    return _output_norm(block, site.kind) or _branch(block, site.kind)
+    match site.kind:
+        case Kind.resid:
+            return block
+        case Kind.mlp_in:
+            return _branch(block, site.kind)
+        case _:
+            return _output_norm(block, site.kind) or _branch(block, site.kind)
+
+
+def hook(
+    model: nn.Module, site: Site, function: Callable[[Tensor], Tensor | None]
+) -> RemovableHandle:
+    """Have function(x) called with the activation x at `site`; what it returns replaces x.
+
+    x: [sequences, context, d_site], or [sequences * context, d_site] at OPT's MLP, in the model's
+    dtype. None leaves it as it is.
+    """
+
+    def within(values: Tensor | tuple) -> Tensor | tuple | None:
+        if isinstance(values, Tensor):
+            return function(values)
+        x = function(values[0])
+        return None if x is None else (x, *values[1:])
+
+    module = site_module(model, site)
+    if site.kind is Kind.mlp_in:
+        return module.register_forward_pre_hook(lambda module, args: within(args))
+    return module.register_forward_hook(lambda module, args, output: within(output))
 
 
 def _output_norm(block: nn.Module, kind: Kind) -> nn.Module | None:

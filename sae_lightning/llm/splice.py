@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sae_lightning.llm.sites import Site, site_module
+from sae_lightning.llm.sites import Site, hook
 
 # Positions whose logits are in float32 at a time. On a CPU 32 rows of 50,000 stay in its cache, six
 # times as fast as 256; a GPU wants fewer and larger pieces.
@@ -24,26 +24,26 @@ class Baseline(NamedTuple):
     """The model as it is."""
 
     ce_zero: float
-    """The site set to zero."""
+    """The target set to zero."""
 
     ce_mean: float
-    """The site set to its mean activation."""
+    """The target set to its mean activation."""
 
 
 class Scores(NamedTuple):
-    """What replacing a site costs the model's next-token predictions (nats per token)."""
+    """What replacing the target costs the model's next-token predictions (nats per token)."""
 
     ce_clean: float
     """Cross-entropy of the model as it is."""
 
     ce_spliced: float
-    """Cross-entropy with the site replaced by function(site)."""
+    """Cross-entropy with the target replaced by function(source)."""
 
     ce_zero: float
-    """Cross-entropy with the site set to zero."""
+    """Cross-entropy with the target set to zero."""
 
     ce_mean: float
-    """Cross-entropy with the site set to its mean activation."""
+    """Cross-entropy with the target set to its mean activation."""
 
     ce_recovered: float
     """(ce_zero - ce_spliced) / (ce_zero - ce_clean): 1 is lossless, 0 as bad as zero ablation;
@@ -54,28 +54,34 @@ class Scores(NamedTuple):
 
 
 @contextmanager
-def replaced(model: nn.Module, site: Site, function: Function) -> Iterator[nn.Module]:
-    """Inside the block, `model` runs with function(x) in place of x at `site`.
+def replaced(
+    model: nn.Module, source: Site, target: Site, function: Callable[[Tensor, Tensor], Tensor]
+) -> Iterator[nn.Module]:
+    """Inside the block, `model` runs with function(x, y) in place of y, its activation at `target`.
 
-    x: [sequences, context, d_site] in the model's dtype; function returns the same shape.
+    x: that at `source`, which the model computes before `target` or which is the same site. Both
+    as `hook` gives them; function returns the shape of y.
     """
+    read: list[Tensor] = []
 
-    def replace(module: nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple:
-        if isinstance(output, tuple):
-            return (function(output[0]).to(output[0].dtype), *output[1:])
-        return function(output).to(output.dtype)
+    def replace(y: Tensor) -> Tensor:
+        return function(read.pop(), y).to(y.dtype)
 
-    hook = site_module(model, site).register_forward_hook(replace)
+    hooks = []
     try:
+        # A copy, because Falcon adds the attention's output into the MLP's.
+        hooks.append(hook(model, source, lambda x: read.append(x.clone())))
+        hooks.append(hook(model, target, replace))
         yield model
     finally:
-        hook.remove()
+        for each in hooks:
+            each.remove()
 
 
 def baseline(
     model: nn.Module,
     tokens: Tensor,
-    site: Site,
+    target: Site,
     keep: Tensor,
     mean: Tensor,
     batch: int,
@@ -83,32 +89,37 @@ def baseline(
 ) -> Baseline:
     """Cross-entropies that hold for every function: compute them once, pass them to `score`.
 
-    tokens, keep, batch, advance: as in `score`; mean: [d], what mean ablation puts in place.
+    tokens, keep, batch, advance: as in `score`; mean: [d_out], what mean ablation puts in place.
     """
-    ablations = [torch.zeros_like, lambda x: mean.to(x).expand_as(x)]
-    clean, (zero, mean_ablated), _ = _means(model, tokens, site, ablations, keep, batch, advance)
+    ablations = [torch.zeros_like, lambda y: mean.to(y).expand_as(y)]
+    clean, (zero, mean_ablated), _ = _means(
+        model, tokens, target, target, ablations, keep, batch, advance
+    )
     return Baseline(ce_clean=clean, ce_zero=zero, ce_mean=mean_ablated)
 
 
 def score(
     model: nn.Module,
     tokens: Tensor,
-    site: Site,
+    source: Site,
+    target: Site,
     functions: Sequence[Function],
     keep: Tensor,
     baseline: Baseline,
     batch: int,
     advance: Advance | None = None,
 ) -> list[Scores]:
-    """Cross-entropy and KL of the model with each function in place of `site`.
+    """Cross-entropy and KL of the model with each function of `source` in place of `target`.
 
-    tokens, keep (bool): [sequences, context]; functions: float32 [n, d] -> [n, d];
+    tokens, keep (bool): [sequences, context]; functions: float32 [n, d_in] -> [n, d_out];
     baseline: of the same tokens and keep; batch: sequences per forward pass; advance is called
     with the sequences just done. The clean model runs once for all functions.
     Only positions in `keep` are replaced, in the ablations too: an SAE never sees BOS and other
     special tokens. The scores are means over the predictions of kept tokens.
     """
-    clean, ce, kl = _means(model, tokens, site, functions, keep, batch, advance, with_kl=True)
+    clean, ce, kl = _means(
+        model, tokens, source, target, functions, keep, batch, advance, with_kl=True
+    )
     zero = baseline.ce_zero
     return [
         Scores(
@@ -127,7 +138,8 @@ def score(
 def _means(
     model: nn.Module,
     tokens: Tensor,
-    site: Site,
+    source: Site,
+    target: Site,
     functions: Sequence[Function],
     keep: Tensor,
     batch: int,
@@ -145,7 +157,7 @@ def _means(
         clean_sum += _cross_entropy(clean, ids, kept)
         for i, function in enumerate(functions):
             # logits are let go before the next forward pass: they are large
-            with replaced(model, site, _where(kept, function)):
+            with replaced(model, source, target, _where(kept, function)):
                 logits = model(input_ids=ids, use_cache=False).logits
             ce[i] += _cross_entropy(logits, ids, kept)
             if with_kl:
@@ -157,13 +169,12 @@ def _means(
     return clean_sum / targets, [x / targets for x in ce], [x / targets for x in kl]
 
 
-def _where(kept: Tensor, function: Function) -> Function:
-    """function, applied to the kept positions [sequences, context] only, in float32."""
+def _where(kept: Tensor, function: Function) -> Callable[[Tensor, Tensor], Tensor]:
+    """function(x) at the kept positions [sequences, context], in float32, and y at the others."""
 
-    def apply(x: Tensor) -> Tensor:  # [sequences, context, d], or [sequences * context, d] in OPT
-        where = kept.view(x.shape[:-1])
-        result = x.clone()
-        result[where] = function(x[where].float()).to(x.dtype)
+    def apply(x: Tensor, y: Tensor) -> Tensor:
+        result = y.clone()
+        result[kept.view(y.shape[:-1])] = function(x[kept.view(x.shape[:-1])].float()).to(y.dtype)
         return result
 
     return apply

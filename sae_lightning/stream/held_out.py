@@ -89,20 +89,24 @@ class HeldOut:
         """Tokens and keep [sequences, context] of the part that the LLM's loss is measured on."""
         return self.tokens[self._loss_places], self.keep[self._loss_places]
 
-    def baseline(self, site: Site) -> Baseline:
-        """The LLM's loss as it is, and with `site` zero- and mean-ablated."""
-        if site not in self._baselines:
-            (tokens, keep), mean = self._loss_text(), self.mean(site)
+    def baseline(self, target: Site) -> Baseline:
+        """The LLM's loss as it is, and with `target` zero- and mean-ablated."""
+        if target not in self._baselines:
+            (tokens, keep), mean = self._loss_text(), self.mean(target)
             with phase("LLM loss on held-out text", total=len(tokens)) as advance:
-                self._baselines[site] = baseline(
-                    self.llm.model, tokens, site, keep, mean, self.batch, advance
+                self._baselines[target] = baseline(
+                    self.llm.model, tokens, target, keep, mean, self.batch, advance
                 )
-        return self._baselines[site]
+        return self._baselines[target]
 
-    def scores(self, site: Site, functions: Sequence[Callable[[Tensor], Tensor]]) -> list[Scores]:
-        """The LLM's loss with each function [n, d] -> [n, d] in place of `site`."""
-        known = self.baseline(site)
+    def scores(
+        self, source: Site, target: Site, functions: Sequence[Callable[[Tensor], Tensor]]
+    ) -> list[Scores]:
+        """The LLM's loss with each function [n, d_in] -> [n, d_out] of `source` as `target`."""
+        known = self.baseline(target)
         tokens, keep = self._loss_text()
         what = "the SAE" if len(functions) == 1 else f"{len(functions)} SAEs"
         with phase(f"LLM loss with {what}", total=len(tokens)) as advance:
-            return score(self.llm.model, tokens, site, functions, keep, known, self.batch, advance)
+            return score(
+                self.llm.model, tokens, source, target, functions, keep, known, self.batch, advance
+            )

@@ -10,6 +10,7 @@ from sae_lightning.llm.sites import Kind, Site
 from sae_lightning.llm.splice import baseline, replaced, score
 
 SITES = [Site(1, kind) for kind in Kind]
+RESID = Site(1, Kind.resid)
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def mean():
 
 def scored(llm, tokens, site, function, keep, mean, batch=3):
     known = baseline(llm.model, tokens, site, keep, mean, batch)
-    (scores,) = score(llm.model, tokens, site, [function], keep, known, batch)
+    (scores,) = score(llm.model, tokens, site, site, [function], keep, known, batch)
     return scores
 
 
@@ -42,7 +43,7 @@ def test_the_identity_recovers_everything_and_zero_nothing(llm, tokens, keep, me
 
 
 def test_clean_cross_entropy_is_the_models_own_loss(llm, tokens, keep, mean):
-    scores = scored(llm, tokens, SITES[2], lambda x: x, keep, mean)
+    scores = scored(llm, tokens, RESID, lambda x: x, keep, mean)
     with torch.no_grad():
         loss = llm.model(input_ids=tokens, labels=tokens).loss.item()
     assert math.isclose(scores.ce_clean, loss, rel_tol=1e-5)
@@ -81,7 +82,7 @@ def test_the_function_sees_kept_positions_only_in_float32(tiny, tokens, keep, me
 def test_positions_that_are_not_kept_stay_as_they_are(tiny, tokens, mean):
     nowhere_before_the_end = torch.zeros(4, 10, dtype=torch.bool)
     nowhere_before_the_end[:, -1] = True  # the last position predicts nothing
-    scores = scored(tiny("gpt2"), tokens, SITES[2], torch.zeros_like, nowhere_before_the_end, mean)
+    scores = scored(tiny("gpt2"), tokens, RESID, torch.zeros_like, nowhere_before_the_end, mean)
     assert scores.ce_spliced == scores.ce_zero == scores.ce_mean == scores.ce_clean
     assert math.isnan(scores.ce_recovered)
 
@@ -99,11 +100,12 @@ def test_a_baseline_serves_every_function(tiny, tokens, keep, mean):
     llm, done = tiny("gemma2"), []
     once = baseline(llm.model, tokens, SITES[1], keep, mean, 3, done.append)
     functions = [torch.tanh, torch.sin]
-    together = score(llm.model, tokens, SITES[1], functions, keep, once, 3, done.append)
+    both = SITES[1], SITES[1]
+    together = score(llm.model, tokens, *both, functions, keep, once, 3, done.append)
     assert done == [3, 1, 3, 1]
     for function, scores in zip(functions, together, strict=True):
         assert once == (scores.ce_clean, scores.ce_zero, scores.ce_mean)
-        assert [scores] == score(llm.model, tokens, SITES[1], [function], keep, once, 3)
+        assert [scores] == score(llm.model, tokens, *both, [function], keep, once, 3)
     assert together[0] != together[1]
 
 
@@ -114,11 +116,15 @@ def test_nothing_to_score_is_an_error(tiny, tokens, mean):
 
 @pytest.mark.parametrize("site", SITES, ids=str)
 def test_replaced_restores_the_model_also_after_an_exception(llm, tokens, site):
+    def zero(x, y):
+        assert torch.equal(x, y)
+        return torch.zeros_like(y)
+
     with torch.no_grad():
         before = llm.model(input_ids=tokens).logits
-        with replaced(llm.model, site, torch.zeros_like):
+        with replaced(llm.model, site, site, zero):
             during = llm.model(input_ids=tokens).logits
-        with pytest.raises(RuntimeError), replaced(llm.model, site, torch.zeros_like):
+        with pytest.raises(RuntimeError), replaced(llm.model, site, site, zero):
             raise RuntimeError
         after = llm.model(input_ids=tokens).logits
     assert not torch.allclose(before, during)

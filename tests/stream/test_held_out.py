@@ -64,7 +64,7 @@ def test_outliers_are_neither_scored_nor_replaced(llm, planted):
         assert torch.equal(kept, everything.activations(site)[~large[everything.keep]])
         assert kept.norm(dim=1).max() < 1.1
     seen = []
-    usual.scores(SITES[0], [lambda x: seen.append(len(x)) or x])
+    usual.scores(SITES[0], SITES[0], [lambda x: seen.append(len(x)) or x])
     tokens, keep = usual._loss_text()
     assert len(tokens) == 5 < len(usual.tokens)
     assert sum(seen) == int(keep.sum())
@@ -78,7 +78,9 @@ def test_an_outlier_at_another_site_counts_only_if_that_site_is_read(llm, plante
 
 
 def test_a_generous_max_norm_changes_nothing(llm):
-    scores = [make(llm, max_norm=m).scores(SITES[0], [torch.tanh]) for m in (None, 1000.0)]
+    scores = [
+        make(llm, max_norm=m).scores(SITES[0], SITES[0], [torch.tanh]) for m in (None, 1000.0)
+    ]
     assert scores[0] == scores[1]
 
 
@@ -94,13 +96,13 @@ def test_what_does_not_depend_on_the_sae_is_computed_once(llm, monkeypatch):
     for _ in range(3):
         held_out.activations(SITES[1])
         for site in SITES:
-            held_out.scores(site, [torch.tanh])
+            held_out.scores(site, site, [torch.tanh])
     assert calls == ["capture", "baseline", "baseline"]
 
 
 def test_the_llm_is_not_kept_alive_by_a_cycle(llm):
     held_out = make(llm)
-    held_out.scores(SITES[0], [torch.tanh])
+    held_out.scores(SITES[0], SITES[0], [torch.tanh])
     gone = weakref.ref(held_out)
     gc.disable()
     try:
