@@ -24,7 +24,7 @@ from omegaconf.errors import (
 
 from sae_lightning.config import conf_folder
 from sae_lightning.errors import UserError
-from sae_lightning.losses import LOSSES
+from sae_lightning.sae import ARCHITECTURES
 
 DEBUG = "SAE_LIGHTNING_DEBUG"
 # What someone meant who wrote `layer=9`.
@@ -198,8 +198,13 @@ def _number_for_group(overrides: list[str]) -> str:
 def _unknown_setting(error: OmegaConfBaseException) -> str:
     name = str(error.full_key)
     parent, _, key = name.rpartition(".")
-    owners = [model for model, loss in LOSSES.items() if key in loss.__dataclass_fields__]
-    if parent == "loss" and owners:
+    schemas = {"model": lambda row: row.config, "loss": lambda row: row.loss}
+    owners = [
+        model
+        for model, row in ARCHITECTURES.items()
+        if parent in schemas and key in schemas[parent](row).__dataclass_fields__
+    ]
+    if owners:
         models = " and ".join(f"model={owner}" for owner in owners)
         return f"{name} has no meaning for this model, only for {models}: leave it out"
     schema = error.object_type

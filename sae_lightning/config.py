@@ -19,9 +19,8 @@ from omegaconf.errors import MissingMandatoryValue
 from sae_lightning.errors import UserError
 from sae_lightning.llm.load import LLMConfig
 from sae_lightning.llm.sites import LayerConfig
-from sae_lightning.losses import LOSSES, Loss
 from sae_lightning.objective import SweepConfig
-from sae_lightning.sae import ARCHITECTURES, SAEConfig
+from sae_lightning.sae import ARCHITECTURES, Loss, SAEConfig
 from sae_lightning.stream.text import DataConfig, HubConfig, LocalConfig, PlaysConfig
 from sae_lightning.training.settings import (
     CallbacksConfig,
@@ -85,7 +84,7 @@ class Config:
         if name not in ARCHITECTURES:
             names = ", ".join(ARCHITECTURES)
             raise UserError(f"model.name={name}: no such architecture; choose from {names}")
-        if type(self.loss) is not LOSSES[name]:
+        if type(self.loss) is not ARCHITECTURES[name].loss:
             raise UserError(
                 f"loss: this is not the objective of model.name={name}; choose the architecture "
                 f"with model={name}, which brings its own loss"

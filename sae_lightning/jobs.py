@@ -13,7 +13,6 @@ from omegaconf import DictConfig, OmegaConf
 from sae_lightning.config import SOURCES, AnalyzeConfig, Config, plain, presets, typed
 from sae_lightning.errors import UserError
 from sae_lightning.llm.packaged import PACKAGED
-from sae_lightning.losses import LOSSES
 from sae_lightning.sae import ARCHITECTURES
 from sae_lightning.stream.text import LocalConfig
 from sae_lightning.terminal import resume_command
@@ -57,7 +56,7 @@ def register() -> None:
     store.store(group="schema", name="analyze", node=AnalyzeConfig)
     for group, table in (
         ("model", {name: row.config for name, row in ARCHITECTURES.items()}),
-        ("loss", LOSSES),
+        ("loss", {name: row.loss for name, row in ARCHITECTURES.items()}),
         ("data", SOURCES),
     ):
         for name, schema in table.items():
@@ -171,7 +170,7 @@ def read_job(folder: Path) -> Job:
         for group, node in (
             ("data", SOURCES[_source_of(saved.data)]),
             ("model", ARCHITECTURES[saved.model.name].config),
-            ("loss", LOSSES[saved.model.name]),
+            ("loss", ARCHITECTURES[saved.model.name].loss),
         ):
             schema[group] = node
         return Job(config=typed(OmegaConf.merge(schema, saved)), folder=folder, overrides=overrides)

@@ -1,17 +1,12 @@
-"""Training objectives: pure functions of tensors, and the coefficients that weigh them.
+"""Terms of training objectives: pure functions of tensors.
 
-Shapes: batch = tokens, d = width of the target site.
+Shapes: batch = tokens, d = width of the target site, features = dictionary size.
 Units: activations are normalised to a mean square of 1 per element, so an mse of 1 is the error
 of predicting the mean, whatever the model or the layer.
 """
 
-import math
-from dataclasses import dataclass
-
+import torch
 from torch import Tensor
-
-from sae_lightning.errors import UserError
-from sae_lightning.sae.base import SAE, Output
 
 
 def mse(reconstruction: Tensor, target: Tensor) -> Tensor:
@@ -30,60 +25,55 @@ def l1(features: Tensor, W_dec: Tensor) -> Tensor:
     return (features.float().mean(dim=0) * W_dec.norm(dim=1)).sum()
 
 
-@dataclass(slots=True, kw_only=True)
-class Loss:
-    """loss = mse + sum of coefficient x penalty; each penalty is warmed up from 0."""
+def lp(features: Tensor, W_dec: Tensor, p: float, smooth: float = 0.01) -> Tensor:
+    """Mean over the batch of sum_i (f_i |W_dec_i|)^p, rescaled to the value that `l1` has.
 
-    def terms(self, sae: SAE, output: Output, target: Tensor) -> dict[str, Tensor]:
-        """The unweighted terms by name; "mse" is always there."""
-        return {"mse": mse(output.reconstruction, target)}
-
-    def coefficients(self) -> dict[str, float]:
-        """Coefficient of each term but the mse, after warm-up."""
-        return {}
-
-    @property
-    def penalty_warmup(self) -> float:
-        """Share of the run over which the coefficients rise from 0 to their value."""
-        return 0.0
+    For 0 < p < 1 it presses on weak features and spares strong ones. The rescaling keeps the
+    penalty continuous while p falls (Karvonen et al. 2024, arXiv 2408.00113, section 3.2, rescale
+    the coefficient from step to step to the same end). `smooth` bounds the slope at 0.
+    """
+    strengths = features.float() * W_dec.norm(dim=1)
+    powers = ((strengths + smooth) ** p - smooth**p).sum(dim=1).mean()
+    with torch.no_grad():
+        scale = strengths.sum(dim=1).mean() / powers
+    return powers * scale.nan_to_num(0.0)
 
 
-@dataclass(slots=True, kw_only=True)
-class DenseLoss(Loss):
-    """loss = mse: an ordinary autoencoder."""
+def tanh_l0(features: Tensor, W_dec: Tensor, scale: float) -> Tensor:
+    """Mean over the batch of sum_i tanh(scale f_i |W_dec_i|): a smooth count of active features.
+
+    Conerly et al., Anthropic January 2025 update, with scale = 4.
+    """
+    return torch.tanh(scale * features.float() * W_dec.norm(dim=1)).sum(dim=1).mean()
 
 
-@dataclass(slots=True, kw_only=True)
-class ReLULoss(Loss):
-    """loss = mse + l1 x mean over the batch of sum_i f_i |W_dec_i|."""
+def auxk(residual: Tensor, pre: Tensor, dead: Tensor, W_dec: Tensor, k: int) -> Tensor:
+    """Share of the residual's variance [batch, d] that the k strongest dead features leave.
 
-    l1: float = 1e-3
-    """Sparsity coefficient; 1e-4 is dense, 1e-2 very sparse. Anthropic's lambda is l1 x d."""
-    warmup: float = 0.05
-    """Share of the run over which l1 rises linearly from 0."""
-
-    def __post_init__(self):
-        if not 0 <= self.l1 < math.inf:
-            raise UserError(f"loss.l1={self.l1}: give a number that is 0 or more, such as 1e-3")
-        if not 0 <= self.warmup <= 1:
-            raise UserError(f"loss.warmup={self.warmup}: give a share of the run, from 0 to 1")
-
-    def terms(self, sae: SAE, output: Output, target: Tensor) -> dict[str, Tensor]:
-        """The mse and the sum of feature strengths, in units of decoder norm."""
-        return {
-            "mse": mse(output.reconstruction, target),
-            "l1": l1(output.features, sae.W_dec),
-        }
-
-    def coefficients(self) -> dict[str, float]:
-        """l1, after warm-up."""
-        return {"l1": self.l1}
-
-    @property
-    def penalty_warmup(self) -> float:
-        """Share of the run over which l1 rises."""
-        return self.warmup
+    pre: pre-activations [batch, features]; dead: [features] bool. The residual is a given
+    (detached), and b_dec, which has done its work in it, is not added again. 0 where nothing is
+    dead or nothing is left (Gao et al. 2024, arXiv 2406.04093, appendix A.2).
+    """
+    places = dead.nonzero().squeeze(1)
+    if not len(places):
+        return residual.new_zeros(())
+    residual = residual.detach().float()
+    strengths = pre[:, places].relu()
+    if k < len(places):
+        values, chosen = strengths.topk(k, dim=1, sorted=False)
+        strengths = torch.zeros_like(strengths).scatter(1, chosen, values)
+    left = mse(strengths @ W_dec[places], residual)
+    variance = (residual - residual.mean(dim=0)).square().mean()
+    return (left / variance).nan_to_num(0.0, 0.0, 0.0)
 
 
-LOSSES: dict[str, type[Loss]] = {"relu": ReLULoss, "dense": DenseLoss}
-"""The objective of each architecture (the keys of `ARCHITECTURES`)."""
+def preact(pre: Tensor, threshold: Tensor | float, dead: Tensor, W_dec: Tensor) -> Tensor:
+    """Mean over the batch of sum_dead relu(threshold - pre) |W_dec|: how far below its threshold
+    a dead feature stays, so that it finds back (Conerly et al., Anthropic January 2025 update).
+
+    pre [batch, features], threshold [features], dead [features] bool.
+    """
+    places = dead.nonzero().squeeze(1)
+    threshold = threshold[places] if isinstance(threshold, Tensor) else threshold
+    missing = (threshold - pre[:, places].float()).relu().mean(dim=0)
+    return (missing * W_dec[places].norm(dim=1).detach()).sum()

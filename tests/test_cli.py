@@ -24,8 +24,8 @@ from sae_lightning.jobs import CONFIG_FILE, Job, job, register, resolved_yaml
 from sae_lightning.llm import packaged
 from sae_lightning.llm.load import LLMConfig
 from sae_lightning.llm.sites import LayerConfig
-from sae_lightning.losses import ReLULoss
 from sae_lightning.sae import SAEConfig
+from sae_lightning.sae.relu import ReLULoss
 from sae_lightning.stream.text import PlaysConfig
 from sae_lightning.training.settings import Accelerator, TrainerConfig
 
@@ -34,8 +34,8 @@ ROOT = Path(__file__).parent.parent
 # What is typed, and the line that answers it (a regular expression for the whole line).
 BAD = {
     # a value for a group
-    "layer=9": r"layer=9: `layer` chooses a preset \(attn, mlp, resid\); for a value write "
-    r"layer\.index=9",
+    "layer=9": r"layer=9: `layer` chooses a preset \(attn, mlp, resid, transcoder\); "
+    r"for a value write layer\.index=9",
     "model=10000": r"model=10000: `model` chooses .*; for a value write model\.features=10000",
     "loss=0.01": r"loss=0\.01: `loss` chooses .*; for a value write loss\.l1=0\.01",
     "trainer=1000": r"trainer=1000: `trainer` chooses a preset \([^)]*cpu[^)]*\)",
@@ -63,7 +63,8 @@ BAD = {
     "loss.l1=-1": r"loss\.l1=-1\.0: give a number that is 0 or more, such as 1e-3",
     "loss.l1=nan": r"loss\.l1=nan: give .*",
     "loss.l1=null": r"loss\.l1=null: null is not possible here",
-    "layer.site=foo": r"layer\.site=foo: invalid value 'foo', expected one of \[attn, mlp, resid\]",
+    "layer.source=foo": r"layer\.source=foo: invalid value 'foo', expected one of "
+    r"\[attn, mlp_in, mlp, resid\]",
     "layer.index=-1": r"layer\.index=-1: .*give 0 or more",
     "trainer.accelerator=tpu": r"trainer\.accelerator=tpu: .* one of \[auto, cpu, gpu\]",
     "trainer.tokens=1e6": r"trainer\.tokens=1e6: give a whole number in digits, such as .*",

@@ -14,8 +14,8 @@ from sae_lightning.config import Config
 from sae_lightning.jobs import CONFIG_FILE, Job, resolved_yaml
 from sae_lightning.llm.load import LLMConfig
 from sae_lightning.llm.sites import LayerConfig
-from sae_lightning.losses import ReLULoss
 from sae_lightning.sae import SAEConfig
+from sae_lightning.sae.relu import ReLULoss
 from sae_lightning.stream.text import PlaysConfig
 
 ROOT = Path(__file__).parent.parent

@@ -24,8 +24,8 @@ from sae_lightning.jobs import (
 )
 from sae_lightning.llm.load import Dtype
 from sae_lightning.llm.sites import Kind
-from sae_lightning.losses import DenseLoss, ReLULoss
 from sae_lightning.sae import ARCHITECTURES
+from sae_lightning.sae.relu import DenseLoss, ReLULoss
 from sae_lightning.stream.text import HubConfig, LocalConfig, PlaysConfig
 from sae_lightning.training.settings import Normalization, Precision
 
@@ -78,7 +78,7 @@ def test_a_preset_that_leaves_something_open_says_what(name):
 
 def test_without_options_it_is_the_packaged_llm_and_text():
     config = make()
-    assert (config.llm.name, config.layer.index, config.layer.site) == ("smollm2", 9, Kind.resid)
+    assert (config.llm.name, config.layer.index, config.layer.source) == ("smollm2", 9, Kind.resid)
     assert type(config.data) is PlaysConfig
     assert (config.model.name, config.model.features) == ("relu", 10_000)
     assert type(config.loss) is ReLULoss
@@ -107,7 +107,10 @@ def test_every_architecture_and_every_source_has_a_schema_and_a_preset():
 def test_an_llm_brings_a_layer_and_the_user_may_choose_another():
     assert make("llm=gpt2").layer.index == 8
     assert make("llm=gpt2", "layer.index=3", "layer=mlp").layer.index == 3
-    assert make("llm=gpt2", "layer=mlp").layer.site is Kind.mlp
+    layer = make("llm=gpt2", "layer=mlp").layer
+    assert (layer.source, layer.target) == (Kind.mlp, None)
+    layer = make("llm=gpt2", "layer=transcoder").layer
+    assert (layer.index, layer.source, layer.target) == (8, Kind.mlp_in, Kind.mlp)
 
 
 def test_a_model_brings_its_own_loss():
@@ -153,7 +156,8 @@ HEAD_HALF = {
     "loss.l1": 3e-3,
     "optim.lr": 3e-4,
     "layer.index": 3,
-    "layer.site": Kind.mlp,
+    "layer.source": Kind.mlp,
+    "layer.target": Kind.resid,
     "callbacks.dead_after": 5000,
 }
 STREAM_HALF = {
@@ -267,7 +271,7 @@ def test_a_checkpoint_must_agree_on_everything_but_where_and_how_it_is_looked_at
 def test_flat_names_are_those_of_the_command_line():
     flat = make("data.max_norm=10").flat()
     assert flat["data.max_norm"] == 10
-    assert flat["layer.site"] == "resid"
+    assert flat["layer.source"] == "resid"
     assert flat["callbacks.normalize.mode"] == "standardize"
     overrides = [f"{name}={'null' if value is None else value}" for name, value in flat.items()]
     simple = [o for o in overrides if "[" not in o]

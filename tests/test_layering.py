@@ -25,7 +25,7 @@ ROWS = [
     ["scorecard", "objective"],
     ["stream"],
     ["llm", "export"],
-    ["losses", "metrics", "schedules", "synthetic"],
+    ["losses", "metrics", "schedules", "synthetic", "recovery"],
     ["sae"],
     ["files"],
     ["terminal", "errors"],
@@ -49,6 +49,7 @@ ROOMS = {
     "omegaconf": {"train", "analyze", "hydra_plugins", "sweep", "cli", "jobs", "config"},
     "lightning": {"training", "run"},
     "transformers": {"llm"},
+    "scipy": {"recovery"},
 }
 TORCH_ONLY = {"sae", "losses", "metrics", "schedules", "synthetic"}
 WITHOUT_LIGHTNING = {f"{PACKAGE}.training.settings"}

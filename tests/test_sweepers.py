@@ -94,7 +94,7 @@ def composed(loader, overrides: dict[str, str]) -> Config:
         (["layer.index=range(3,16,6)"], "layer.index", [3, 9, 15]),
         (["model.features=sort(choice(64,16),reverse=true)"], "model.features", [64, 16]),
         (["model=glob(*)"], "model.name", ["dense", "relu"]),
-        (["layer=glob(*,exclude=resid)"], "layer.site", ["attn", "mlp"]),
+        (["layer=glob(*,exclude=resid)"], "layer.source", ["attn", "mlp", "mlp_in"]),
         (["seed=0,1", "model.seed=2,3"], "model.seed", [2, 3, 2, 3]),
         (["loss.l1=1e-3,1e-2", "optim.clip=null"], "optim.clip", [None, None]),
     ],

@@ -10,8 +10,8 @@ from sae_lightning.config import Config
 from sae_lightning.jobs import Job
 from sae_lightning.llm.load import Dtype, LLMConfig
 from sae_lightning.llm.sites import LayerConfig
-from sae_lightning.losses import ReLULoss
 from sae_lightning.sae import SAEConfig
+from sae_lightning.sae.relu import ReLULoss
 from sae_lightning.stream.text import LocalConfig
 from sae_lightning.training.settings import Accelerator, EvalConfig, TrainerConfig
 

@@ -1,4 +1,4 @@
-"""Sparse autoencoders (torch only). One table row per architecture."""
+"""Sparse autoencoders (torch only). One file and one table row per architecture."""
 
 from typing import NamedTuple
 
@@ -6,9 +6,15 @@ from torch import Generator
 
 from sae_lightning.errors import UserError
 from sae_lightning.sae.base import SAE, Output, SAEConfig
-from sae_lightning.sae.relu import ReLU
+from sae_lightning.sae.batch_topk import BatchTopK
+from sae_lightning.sae.gated import Gated, GatedConfig, GatedLoss
+from sae_lightning.sae.jumprelu import JumpReLU, JumpReLUConfig, JumpReLULoss
+from sae_lightning.sae.matryoshka import Matryoshka, MatryoshkaConfig, MatryoshkaLoss
+from sae_lightning.sae.objective import AuxKLoss, Loss, Moment
+from sae_lightning.sae.relu import DenseLoss, ReLU, ReLULoss
+from sae_lightning.sae.topk import TopK, TopKConfig
 
-__all__ = ["ARCHITECTURES", "SAE", "Architecture", "Output", "ReLU", "SAEConfig", "build"]
+__all__ = ["ARCHITECTURES", "SAE", "Architecture", "Loss", "Moment", "Output", "SAEConfig", "build"]
 
 
 class Architecture(NamedTuple):
@@ -18,11 +24,18 @@ class Architecture(NamedTuple):
     """Schema of the `model` group."""
     network: type[SAE]
     """The class it configures."""
+    loss: type[Loss]
+    """Schema of the `loss` group: the objective."""
 
 
 ARCHITECTURES = {
-    "relu": Architecture(SAEConfig, ReLU),
-    "dense": Architecture(SAEConfig, ReLU),
+    "relu": Architecture(SAEConfig, ReLU, ReLULoss),
+    "dense": Architecture(SAEConfig, ReLU, DenseLoss),
+    "topk": Architecture(TopKConfig, TopK, AuxKLoss),
+    "batch_topk": Architecture(TopKConfig, BatchTopK, AuxKLoss),
+    "jumprelu": Architecture(JumpReLUConfig, JumpReLU, JumpReLULoss),
+    "gated": Architecture(GatedConfig, Gated, GatedLoss),
+    "matryoshka": Architecture(MatryoshkaConfig, Matryoshka, MatryoshkaLoss),
 }
 
 

@@ -5,10 +5,11 @@ batch = tokens. One orientation everywhere: a feature is a column of W_enc and a
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.nn.functional import normalize
 
 from sae_lightning.errors import UserError
 
@@ -23,6 +24,10 @@ class SAEConfig:
     """Dictionary size (number of features); may be smaller than the site's width."""
     decoder_norm: float = 0.1
     """Norm of a decoder row at the start (Anthropic, April 2024 update: 0.05 to 1, here 0.1)."""
+    fixed_norm: bool = False
+    """Keep every decoder row at that norm; false lets it grow and shrink."""
+    skip: bool = False
+    """Add x W_skip to the reconstruction: only for a transcoder (`layer.target`)."""
     seed: int = 0
     """Seed of the weights' initialisation and of resampling; presets set it to the run's `seed`."""
 
@@ -42,20 +47,39 @@ class Output(NamedTuple):
     """[batch, features], not negative"""
 
 
-class SAE(nn.Module):
-    """f = act(x W_enc + b_enc);  x_hat = f W_dec + b_dec.
+class Pass(NamedTuple):
+    """One forward pass in training: what objectives are made of."""
 
-    An architecture is a subclass that defines `encode`. Nothing here knows of coefficients or
+    reconstruction: Tensor
+    """[batch, d_out]"""
+    features: Tensor
+    """[batch, features], not negative"""
+    pre: Tensor
+    """[batch, features], before the activation function"""
+    prefixes: tuple[Tensor, ...] = ()
+    """Reconstructions [batch, d_out] by the first features alone, where a class has them"""
+
+
+class SAE(nn.Module):
+    """f = activate(x W_enc + b_enc);  x_hat = f W_dec + b_dec (+ x W_skip).
+
+    An architecture is a subclass that defines `activate`. Nothing here knows of coefficients or
     steps; b_dec is not subtracted from the input, because the input is already centred and
     b_enc can express the same.
     """
 
     architecture: str
     """The name that SAELens gives to this kind in `cfg.json`."""
+    per_feature = {"W_enc": 1, "b_enc": 0, "W_dec": 0}
+    """The parameters that have an entry for each feature, and along which dimension."""
+    biases = ("b_enc",)
+    """Parameters that stand beside a sum of d_in weights and have to keep pace with it: they learn
+    `optim.bias_lr` times as fast."""
 
     def __init__(self, config: SAEConfig, d_in: int, d_out: int, generator: Generator):
         """Anthropic's start: random decoder directions, encoder = decoder transposed, biases 0."""
         super().__init__()
+        self.config = config
         rows = torch.randn(config.features, d_out, generator=generator)
         rows *= config.decoder_norm / rows.norm(dim=1, keepdim=True)
         # A transcoder's encoder reads another space: its directions are drawn there.
@@ -67,19 +91,64 @@ class SAE(nn.Module):
         self.b_enc = nn.Parameter(torch.zeros(config.features))
         self.W_dec = nn.Parameter(rows.clone())
         self.b_dec = nn.Parameter(torch.zeros(d_out))
+        if config.skip:
+            self.W_skip = nn.Parameter(torch.zeros(d_in, d_out))
+
+    def pre_activations(self, x: Tensor) -> Tensor:
+        """[batch, features] of activations [batch, d_in]."""
+        return x @ self.W_enc + self.b_enc
+
+    def activate(self, pre: Tensor) -> Tensor:
+        """Feature strengths of pre-activations, both [batch, features], token by token."""
+        raise NotImplementedError
+
+    def activate_batch(self, pre: Tensor) -> Tensor:
+        """`activate` in training, where tokens of a batch may share what is allowed to fire."""
+        return self.activate(pre)
 
     def encode(self, x: Tensor) -> Tensor:
         """Feature strengths [batch, features] of activations [batch, d_in]."""
-        raise NotImplementedError
+        return self.activate(self.pre_activations(x))
 
     def decode(self, features: Tensor) -> Tensor:
-        """Reconstruction [batch, d_out] from feature strengths [batch, features]."""
+        """What features [batch, features] say of the reconstruction [batch, d_out]."""
         return features @ self.W_dec + self.b_dec
 
+    def reconstruct(self, x: Tensor, features: Tensor) -> Tensor:
+        """Reconstruction [batch, d_out] from features and, with a skip connection, the input."""
+        decoded = self.decode(features)
+        return decoded + x @ self.W_skip if self.config.skip else decoded
+
     def forward(self, x: Tensor) -> Output:
-        """Reconstruct activations [batch, d_in]."""
+        """Reconstruct activations [batch, d_in]; no token depends on its neighbours."""
         features = self.encode(x)
-        return Output(self.decode(features), features)
+        return Output(self.reconstruct(x, features), features)
+
+    def training_pass(self, x: Tensor) -> Pass:
+        """Reconstruct a batch [batch, d_in] in training."""
+        pre = self.pre_activations(x)
+        features = self.activate_batch(pre)
+        return Pass(self.reconstruct(x, features), features, pre)
+
+    @torch.no_grad()
+    def restart(self, which: Tensor, columns: Tensor, rows: Tensor) -> None:
+        """Give features `which` [n] new encoder columns [n, d_in] and decoder rows [n, d_out]; what
+        else they have is as at the start."""
+        self.W_enc[:, which] = columns.T
+        self.b_enc[which] = 0
+        self.W_dec[which] = rows
+
+    @torch.no_grad()
+    def fix_norms(self) -> None:
+        """Bring every decoder row to the norm that it started with."""
+        self.W_dec.copy_(normalize(self.W_dec) * self.config.decoder_norm)
+
+    @torch.no_grad()
+    def project_gradient(self) -> None:
+        """Leave of the decoder's gradient what turns rows, and nothing that stretches them
+        (Bricken et al. 2023): Adam's moments then hold no part that `fix_norms` undoes."""
+        gradient, rows = self.W_dec.grad, normalize(self.W_dec)
+        gradient -= (gradient * rows).sum(dim=1, keepdim=True) * rows
 
     @torch.no_grad()
     def fold(
@@ -88,18 +157,34 @@ class SAE(nn.Module):
         """The weights that do for raw activations what these do for normalised ones.
 
         With z = (x - in_mean) / in_scale for the input and x_hat = z_hat out_scale + out_mean for
-        the output, both affine maps merge with the encoder and the decoder. Computed in float64,
-        returned in float32, on the CPU.
+        the output, both affine maps merge with the encoder and the decoder. Features stay what they
+        were, and thresholds with them. Computed in float64, returned in float32, on the CPU.
         """
         in_mean, in_scale, out_mean, out_scale = (
             value.cpu().double() for value in (in_mean, in_scale, out_mean, out_scale)
         )
-        weights = {name: value.cpu().double() for name, value in self.state_dict().items()}
+        weights = {name: value.cpu().double() for name, value in self.weights().items()}
         W_enc = weights["W_enc"] / in_scale
-        folded = {
+        b_dec = weights["b_dec"] * out_scale + out_mean
+        folded = weights | {
             "W_enc": W_enc,
             "b_enc": weights["b_enc"] - in_mean @ W_enc,
             "W_dec": weights["W_dec"] * out_scale,
-            "b_dec": weights["b_dec"] * out_scale + out_mean,
         }
+        if self.config.skip:
+            folded["W_skip"] = weights["W_skip"] * (out_scale / in_scale)
+            b_dec = b_dec - in_mean @ folded["W_skip"]
+        folded["b_dec"] = b_dec
         return {name: weight.float().contiguous() for name, weight in folded.items()}
+
+    def weights(self) -> dict[str, Tensor]:
+        """What makes this SAE what it is, by the names of the saved format."""
+        return {name: value.detach() for name, value in self.state_dict().items()}
+
+    def load_weights(self, weights: dict[str, Tensor]) -> None:
+        """Take what `weights` gave. RuntimeError: names or shapes differ."""
+        self.load_state_dict(weights)
+
+    def saelens(self) -> dict[str, Any]:
+        """What `cfg.json` tells SAELens beyond the architecture's name."""
+        return {}

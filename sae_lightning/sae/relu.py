@@ -1,8 +1,13 @@
 """The ReLU autoencoder; without a penalty on f it is the dense one."""
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
-from sae_lightning.sae.base import SAE
+from sae_lightning.errors import UserError
+from sae_lightning.losses import l1, lp
+from sae_lightning.sae.base import SAE, Pass
+from sae_lightning.sae.objective import Loss, Moment, PenaltyLoss
 
 
 class ReLU(SAE):
@@ -14,6 +19,39 @@ class ReLU(SAE):
 
     architecture = "standard"
 
-    def encode(self, x: Tensor) -> Tensor:
-        """Feature strengths [batch, features] of activations [batch, d_in]."""
-        return (x @ self.W_enc + self.b_enc).relu()
+    def activate(self, pre: Tensor) -> Tensor:
+        """Feature strengths of pre-activations, both [batch, features]."""
+        return pre.relu()
+
+
+@dataclass(slots=True, kw_only=True)
+class DenseLoss(Loss):
+    """loss = mse: an ordinary autoencoder."""
+
+
+@dataclass(slots=True, kw_only=True)
+class ReLULoss(PenaltyLoss):
+    """loss = mse + l1 x mean over the batch of sum_i (f_i |W_dec_i|)^p."""
+
+    l1: float = 1e-3
+    """Sparsity coefficient; 1e-4 is dense, 1e-2 very sparse. Anthropic's lambda is l1 x d."""
+    p: float = 1.0
+    """Power to which the penalty falls, linearly, from 1 at the end of its warm-up to the end of
+    the run; less than 1 spares strong features (p-annealing, Karvonen et al. 2024: 0.2)."""
+
+    def __post_init__(self):
+        PenaltyLoss.__post_init__(self)
+        if not 0 < self.p <= 1:
+            raise UserError(f"loss.p={self.p}: give a power above 0 and at most 1 (0.2 is usual)")
+
+    @property
+    def sparsity(self) -> str:
+        """The term that makes features sparse."""
+        return "l1"
+
+    def penalty(self, sae: SAE, this: Pass, moment: Moment) -> Tensor:
+        """The sum of feature strengths in units of decoder norm, or of their p-th powers."""
+        if self.p == 1:
+            return l1(this.features, sae.W_dec)
+        done = (moment.progress - self.warmup) / max(1 - self.warmup, 1e-9)
+        return lp(this.features, sae.W_dec, 1 - (1 - self.p) * min(max(done, 0.0), 1.0))

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sae_lightning.llm.sites import Site
-from sae_lightning.losses import Loss
-from sae_lightning.sae import SAE, Output
+from sae_lightning.sae import SAE, Loss, Moment, Output
 from sae_lightning.training.settings import CallbacksConfig, OptimConfig
 
 
@@ -66,7 +65,9 @@ class Head(nn.Module):
         self.register_buffer("in_scale", torch.ones(()))
         self.register_buffer("out_mean", torch.zeros(d_out))
         self.register_buffer("out_scale", torch.ones(()))
-        self.register_buffer("penalty_factor", torch.ones(()))
+        self.register_buffer("progress", torch.zeros(()))  # share of the run that is done
+        self.register_buffer("penalty_factor", torch.ones(()))  # warm-up of the sparsity penalty
+        self.register_buffer("steering", torch.ones(()))  # its coefficient's multiple: `target_l0`
         self.register_buffer("tokens_since_fired", torch.zeros(features, dtype=torch.int64))
         self.register_buffer("grad_norm", torch.zeros(()))
         # One generator per head: heads that train together draw the same as when alone.
@@ -83,20 +84,28 @@ class Head(nn.Module):
     def forward(self, batch: dict[Site, Tensor]) -> Tensor:
         """The training loss [] of a batch {site: [batch, d_site]} of raw activations."""
         x, target = self.normalised(batch)
-        output: Output = self.sae(x)
-        terms = self.loss.terms(self.sae, output, target)
+        this = self.sae.training_pass(x)
+        moment = Moment(self.dead, float(self.progress))
+        terms = self.loss.terms(self.sae, this, target, moment)
         loss = terms["mse"]
-        for name, coefficient in self.loss.coefficients().items():
-            loss = loss + coefficient * self.penalty_factor * terms[name]
-        l0 = self._count_firing(output.features)
+        for name, coefficient in self.coefficients().items():
+            loss = loss + coefficient * terms[name]
+        l0 = self._count_firing(this.features)
         self.last = Step(
             loss.detach(),
             {name: term.detach() for name, term in terms.items()},
             l0,
             target,
-            output.reconstruction.detach(),
+            this.reconstruction.detach(),
         )
         return loss
+
+    def coefficients(self) -> dict[str, float | Tensor]:
+        """The coefficients of the terms at this moment."""
+        now = self.loss.coefficients()
+        if self.loss.sparsity:
+            now[self.loss.sparsity] *= self.penalty_factor * self.steering
+        return now
 
     @torch.no_grad()
     def _count_firing(self, features: Tensor) -> Tensor:

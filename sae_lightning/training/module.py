@@ -76,20 +76,20 @@ class SAEModule(L.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """One Adam for all heads: it works element by element, so they do not notice each other.
 
-        Each head has a group of weights and one of its encoder bias, which learns faster.
+        Each head has a group of weights and one of biases and thresholds, which learn faster.
         """
         groups = []
         for number, head in enumerate(self.heads):
-            optim, bias = head.optim, head.sae.b_enc
+            optim, parameters = head.optim, dict(head.sae.named_parameters())
             factor = optim.bias_lr or head.sae.W_enc.shape[0] ** 0.5
-            weights = [p for p in head.sae.parameters() if p is not bias]
-            for name, parameters, rate in (
-                ("lr", weights, optim.lr),
-                ("bias_lr", [bias], optim.lr * factor),
+            biases = [parameters.pop(name) for name in head.sae.biases]
+            for name, group, rate in (
+                ("lr", list(parameters.values()), optim.lr),
+                ("bias_lr", biases, optim.lr * factor),
             ):
                 groups.append(
                     {
-                        "params": parameters,
+                        "params": group,
                         "lr": rate,
                         "peak_lr": rate,
                         "head": number,

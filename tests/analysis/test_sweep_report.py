@@ -203,7 +203,12 @@ def test_a_failed_run_with_metrics_of_an_earlier_time_is_not_compared(tmp_path):
 
 
 def test_the_heading_says_what_is_common_and_what_differs(tmp_path):
-    common = {"llm.name": "smollm2", "layer.site": "resid", "model.name": "relu"}
+    common = {
+        "llm.name": "smollm2",
+        "layer.source": "resid",
+        "layer.target": None,
+        "model.name": "relu",
+    }
     common |= {"model.features": 2048, "trainer.tokens": 524288, "data.path": None}
     runs = [
         run(tmp_path, f"layer.index={i}")._replace(settings=common | {"layer.index": i})

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sae_lightning.llm.capture import capture
-from sae_lightning.llm.sites import Kind, Site, decoder_stack
+from sae_lightning.llm.sites import Kind, Site, decoder_stack, site_module
 
 LAYERS = range(3)
 EVERYWHERE = [Site(layer, kind) for layer in LAYERS for kind in Kind]
@@ -19,6 +19,31 @@ def final_norm(model):
     base = model.get_decoder()
     names = ("ln_f", "final_layer_norm", "norm")
     return next(getattr(base, name) for name in names if hasattr(base, name))
+
+
+def parallel(model) -> bool:
+    """Whether the MLP reads the stream before the attention is added to it."""
+    return getattr(model.config, "use_parallel_residual", model.config.model_type == "falcon")
+
+
+def mlp_norm(block):
+    """The norm that the MLP reads the residual stream through."""
+    names = (
+        "pre_feedforward_layernorm",  # gemma2, whose post_attention_layernorm is the attention's
+        "ln_2",  # gpt2, gpt_neo
+        "post_attention_layernorm",  # llama, gpt_neox
+        "final_layer_norm",  # opt
+        "input_layernorm",  # falcon
+    )
+    return next(getattr(block, name) for name in names if hasattr(block, name))
+
+
+def mlp_of(block):
+    """What the block makes of `mlp_in`, up to what it adds to the residual stream."""
+    if hasattr(block, "fc1"):
+        return lambda x: block.fc2(block.activation_fn(block.fc1(x)))
+    after = getattr(block, "post_feedforward_layernorm", lambda x: x)
+    return lambda x: after(block.mlp(x))
 
 
 @pytest.fixture
@@ -50,6 +75,17 @@ def test_attn_and_mlp_are_the_two_terms_that_a_block_adds(llm, tokens, hidden):
         assert mlp.abs().mean() > 0.01
 
 
+def test_mlp_in_is_what_the_mlp_reads(llm, tokens, hidden):
+    """With what lies between, from the residual stream to what the block adds to it."""
+    found = capture(llm.model, tokens, EVERYWHERE)
+    for i, block in enumerate(decoder_stack(llm.model)):
+        x, mlp = found[Site(i, Kind.mlp_in)], found[Site(i, Kind.mlp)]
+        stream = hidden[i] if parallel(llm.model) else hidden[i] + found[Site(i, Kind.attn)]
+        with torch.no_grad():
+            torch.testing.assert_close(mlp_norm(block)(stream), x, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(mlp_of(block)(x), mlp, rtol=1e-4, atol=1e-4)
+
+
 def test_stopping_early_changes_no_captured_value(llm, tokens):
     together = capture(llm.model, tokens, EVERYWHERE)
     for site in EVERYWHERE:
@@ -71,6 +107,13 @@ def test_blocks_after_the_deepest_site_and_the_lm_head_do_not_run(llm, tokens):
         calls.clear()
         capture(llm.model, tokens, [Site(2, Kind.resid)])
         assert calls == [0, 1, 2]
+        calls.clear()
+        mlp_runs = site_module(llm.model, Site(1, Kind.mlp)).register_forward_pre_hook(
+            lambda module, args: calls.append("mlp")
+        )
+        hooks.append(mlp_runs)
+        capture(llm.model, tokens, [Site(1, Kind.mlp_in)])
+        assert calls == [0, 1]
     finally:
         for hook in hooks:
             hook.remove()

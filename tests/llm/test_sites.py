@@ -5,13 +5,22 @@ import torch
 from torch import nn
 
 from sae_lightning.errors import UserError
-from sae_lightning.llm.sites import Kind, LayerConfig, Site, decoder_stack, site_module
+from sae_lightning.llm.sites import (
+    Kind,
+    LayerConfig,
+    Site,
+    Sites,
+    decoder_stack,
+    distinct,
+    site_module,
+)
 
 
 def test_sites_sort_in_the_order_in_which_the_model_computes_them():
-    order = [Site(0, Kind.resid), Site(1, Kind.attn), Site(1, Kind.mlp), Site(1, Kind.resid)]
+    kinds = [Kind.attn, Kind.mlp_in, Kind.mlp, Kind.resid]
+    order = [Site(0, Kind.resid), *(Site(1, kind) for kind in kinds)]
     assert sorted(reversed(order)) == order
-    assert Kind.attn < Kind.mlp < Kind.resid
+    assert Kind.attn < Kind.mlp_in < Kind.mlp < Kind.resid
     assert Kind.resid >= Kind.mlp
     assert len({Site(1, Kind.mlp), Site(1, Kind.mlp)}) == 1
 
@@ -21,6 +30,7 @@ def test_sites_sort_in_the_order_in_which_the_model_computes_them():
     [
         (Kind.resid, "resid.9", "blocks.9.hook_resid_post"),
         (Kind.attn, "attn.9", "blocks.9.hook_attn_out"),
+        (Kind.mlp_in, "mlp_in.9", "blocks.9.ln2.hook_normalized"),
         (Kind.mlp, "mlp.9", "blocks.9.hook_mlp_out"),
     ],
 )
@@ -33,8 +43,34 @@ def test_a_negative_index_is_an_error():
         LayerConfig(index=-1)
 
 
+def test_an_autoencoder_has_one_site_and_a_transcoder_two():
+    one = LayerConfig(index=2, source=Kind.mlp).within(3)
+    assert one == (Site(2, Kind.mlp), Site(2, Kind.mlp))
+    assert (str(one), one.hook_names) == ("mlp.2", {"hook_name": "blocks.2.hook_mlp_out"})
+    assert LayerConfig(index=2, source=Kind.mlp, target=Kind.mlp).within(3) == one
+    two = LayerConfig(index=2, source=Kind.mlp_in, target=Kind.mlp).within(3)
+    assert str(two) == "mlp_in.2 -> mlp.2"
+    assert two.hook_names == {
+        "hook_name": "blocks.2.ln2.hook_normalized",
+        "hook_name_out": "blocks.2.hook_mlp_out",
+    }
+    assert distinct([two, one]) == [two.source, two.target]
+
+
+@pytest.mark.parametrize("source", Kind)
+def test_a_target_that_the_block_computes_before_the_source_is_refused(source):
+    later = ", ".join(kind.value for kind in list(Kind)[list(Kind).index(source) :])
+    for target in Kind:
+        if target >= source:
+            sites = LayerConfig(index=0, source=source, target=target).within(1)
+            assert sites == Sites(Site(0, source), Site(0, target))
+        else:
+            error = rf"^layer\.target={target.value}: .* before its {source.value} .* {later}$"
+            with pytest.raises(UserError, match=error):
+                LayerConfig(index=0, source=source, target=target)
+
+
 def test_an_index_past_the_last_block_names_the_range(tiny):
-    assert LayerConfig(index=2, site=Kind.mlp).within(3) == Site(2, Kind.mlp)
     with pytest.raises(UserError, match=r"^layer\.index=3: this LLM has 3 blocks; give 0 to 2"):
         LayerConfig(index=3).within(3)
     with pytest.raises(UserError, match=r"^layer\.index=7: .* 0 to 2"):
@@ -63,8 +99,10 @@ def test_a_block_without_the_branch_lists_what_it_holds(tiny_folder):
     model.transformer.h[1].mlp = nn.Identity()
     model.transformer.h[1].attn = torch.nn.ModuleList()
     del model.transformer.h[1].mlp
-    with pytest.raises(UserError, match=r"^layer\.site=mlp: .*attn \(ModuleList\).*site=resid"):
-        site_module(model, Site(1, Kind.mlp))
+    error = r"^layer\.source, .* its MLP \(it holds .*attn \(ModuleList\)\); use layer=resid$"
+    for kind in (Kind.mlp_in, Kind.mlp):
+        with pytest.raises(UserError, match=error):
+            site_module(model, Site(1, kind))
 
 
 def test_a_branch_that_adds_the_residual_stream_itself_is_refused():
@@ -75,6 +113,6 @@ def test_a_branch_that_adds_the_residual_stream_itself_is_refused():
     )
     model = BloomForCausalLM(config)
     assert site_module(model, Site(1, Kind.resid)) is model.transformer.h[1]
-    for kind in (Kind.attn, Kind.mlp):
-        with pytest.raises(UserError, match="use layer.site=resid"):
+    for kind in (Kind.attn, Kind.mlp_in, Kind.mlp):
+        with pytest.raises(UserError, match="use layer=resid"):
             site_module(model, Site(1, kind))

@@ -8,8 +8,9 @@ from torch import tensor
 from torch.testing import assert_close
 
 from sae_lightning.errors import UserError
-from sae_lightning.losses import LOSSES, DenseLoss, ReLULoss, l1, mse
+from sae_lightning.losses import l1, mse
 from sae_lightning.sae import ARCHITECTURES, Output, SAEConfig, build
+from sae_lightning.sae.relu import DenseLoss, ReLULoss
 
 
 def test_mse_is_the_mean_over_tokens_and_elements():

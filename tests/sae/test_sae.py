@@ -6,8 +6,8 @@ from torch import Generator, tensor
 from torch.testing import assert_close
 
 from sae_lightning.errors import UserError
-from sae_lightning.losses import DenseLoss
 from sae_lightning.sae import ARCHITECTURES, SAE, SAEConfig, build
+from sae_lightning.sae.relu import DenseLoss
 
 
 def test_it_starts_as_anthropic_advises():

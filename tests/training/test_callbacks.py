@@ -9,8 +9,8 @@ import torch
 
 from sae_lightning import UserError
 from sae_lightning.llm.sites import Kind, Site
-from sae_lightning.losses import DenseLoss, ReLULoss
 from sae_lightning.sae import SAEConfig, build
+from sae_lightning.sae.relu import DenseLoss, ReLULoss
 from sae_lightning.training.callbacks.clip import ClipGradient
 from sae_lightning.training.callbacks.curves import training_scalars
 from sae_lightning.training.callbacks.normalize import Normalize, estimate, outliers

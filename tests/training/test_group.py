@@ -18,9 +18,9 @@ from sae_lightning import UserError, folders, memory, passes, run
 from sae_lightning.jobs import jobs as jobs_of
 from sae_lightning.jobs import read_sweep
 from sae_lightning.llm.sites import Kind, LayerConfig
-from sae_lightning.losses import DenseLoss, ReLULoss
 from sae_lightning.objective import SweepConfig
 from sae_lightning.sae import SAEConfig
+from sae_lightning.sae.relu import DenseLoss, ReLULoss
 from sae_lightning.stream import held_out, rows
 from sae_lightning.training import checkpoints
 from sae_lightning.training.settings import OptimConfig, Precision
@@ -31,7 +31,7 @@ MIX = {
     "relu": {"loss": ReLULoss(l1=0.3), "optim": OptimConfig(lr=3e-2), "callbacks": RESAMPLING},
     "dense": DENSE,
     "deep": {"layer": LayerConfig(index=2), "model": SAEConfig(features=96, seed=5)},
-    "mlp": {"layer": LayerConfig(index=0, site=Kind.mlp), "optim": OptimConfig(clip=1e-3)},
+    "mlp": {"layer": LayerConfig(index=0, source=Kind.mlp), "optim": OptimConfig(clip=1e-3)},
 }
 
 

@@ -17,7 +17,7 @@ from sae_lightning.export import WEIGHTS
 from sae_lightning.jobs import read_job
 from sae_lightning.llm.capture import capture
 from sae_lightning.llm.load import Dtype
-from sae_lightning.losses import ReLULoss
+from sae_lightning.sae.relu import ReLULoss
 from sae_lightning.training.settings import (
     CallbacksConfig,
     EvalConfig,

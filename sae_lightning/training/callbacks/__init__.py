@@ -5,11 +5,13 @@ import lightning as L
 from sae_lightning.training.callbacks.checkpoint import Checkpoint
 from sae_lightning.training.callbacks.clip import ClipGradient
 from sae_lightning.training.callbacks.curves import Curves
+from sae_lightning.training.callbacks.decoder_norm import DecoderNorm
 from sae_lightning.training.callbacks.evaluate import Evaluate
 from sae_lightning.training.callbacks.normalize import Normalize
 from sae_lightning.training.callbacks.progress import ProgressBar
 from sae_lightning.training.callbacks.resample import Resample
 from sae_lightning.training.callbacks.schedule import Schedule
+from sae_lightning.training.callbacks.steer import Steer
 from sae_lightning.training.callbacks.stop import StopOnSignal
 from sae_lightning.training.callbacks.throughput import Throughput
 from sae_lightning.training.settings import EvalConfig, TrainerConfig
@@ -25,7 +27,9 @@ def standard(trainer: TrainerConfig, eval: EvalConfig) -> list[L.Callback]:
         StopOnSignal(),
         Normalize(),
         Schedule(),
+        DecoderNorm(),
         ClipGradient(),
+        Steer(),
         Throughput(trainer.log_every),
         Curves(trainer.log_every),
         Resample(),

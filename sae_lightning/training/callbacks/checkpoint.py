@@ -10,7 +10,7 @@ from sae_lightning.training.settings import checkpoint_path
 
 def export(head: Head) -> None:
     """Write the head's SAE, for raw activations, into its run folder."""
-    save_sae(head.folder / "sae", head.sae.architecture, head.folded(), head.metadata)
+    save_sae(head.folder / "sae", head.sae, head.folded(), head.metadata)
 
 
 class Checkpoint(L.Callback):

@@ -23,8 +23,10 @@ def training_scalars(head: Head) -> dict[str, float]:
         "decoder/norm_mean": norms.mean(),
         "decoder/norm_max": norms.max(),
     }
-    for name, coefficient in head.loss.coefficients().items():
-        scalars[f"optim/{name}"] = coefficient * head.penalty_factor
+    for name, coefficient in head.coefficients().items():
+        scalars[f"optim/{name}"] = coefficient
+    if hasattr(head.sae, "threshold"):
+        scalars["sae/threshold_mean"] = head.sae.threshold.mean()
     return {name: float(value) for name, value in scalars.items()}
 
 

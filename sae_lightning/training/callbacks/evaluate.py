@@ -13,7 +13,7 @@ from sae_lightning.training.head import Head
 
 
 def evaluate(heads: Sequence[Head], held_out: HeldOut, tokens: int) -> None:
-    """Score heads after `tokens` training tokens, those of one site together; the results go to
+    """Score heads after `tokens` training tokens, those of the same sites together; the results go to
     their logs and metrics."""
 
     def sites(head: Head) -> tuple:

@@ -33,13 +33,11 @@ def resample(head: Head, optimizer: Optimizer, x: Tensor, target: Tensor) -> int
     drawn = drawn.to(x.device)
     decoder_norm = sae.W_dec[alive].norm(dim=1).mean()
     encoder_norm = sae.W_enc[:, alive].norm(dim=0).mean()
-    sae.W_dec[dead] = normalize(target[drawn]) * decoder_norm
-    sae.W_enc[:, dead] = normalize(x[drawn]).T * 0.2 * encoder_norm
-    sae.b_enc[dead] = 0
-    for moment in ("exp_avg", "exp_avg_sq"):
-        optimizer.state[sae.W_dec][moment][dead] = 0
-        optimizer.state[sae.W_enc][moment][:, dead] = 0
-        optimizer.state[sae.b_enc][moment][dead] = 0
+    columns, rows = normalize(x[drawn]) * 0.2 * encoder_norm, normalize(target[drawn])
+    sae.restart(dead, columns, rows * decoder_norm)
+    for name, dim in sae.per_feature.items():
+        for moment in ("exp_avg", "exp_avg_sq"):
+            optimizer.state[getattr(sae, name)][moment].index_fill_(dim, dead, 0)
     head.tokens_since_fired[dead] = 0
     return len(dead)
 

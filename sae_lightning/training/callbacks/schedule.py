@@ -16,4 +16,6 @@ class Schedule(L.Callback):
             rise, fall = warmup(step, steps, optim.warmup), decay(step, steps, optim.decay)
             group["lr"] = group["peak_lr"] * rise * fall
         for head in module.heads:
-            head.penalty_factor.fill_(warmup(step, steps, head.loss.penalty_warmup))
+            head.progress.fill_(step / steps)
+            if head.loss.sparsity:
+                head.penalty_factor.fill_(warmup(step, steps, head.loss.warmup))

@@ -1,0 +1,59 @@
+"""BatchTopK: k active features per token on average, by a threshold that training finds."""
+
+import torch
+from torch import Generator, Tensor
+
+from sae_lightning.sae.base import SAE
+from sae_lightning.sae.topk import TopKConfig
+
+MEMORY = 0.98  # share of the running mean that an update keeps: it looks back over 50 updates
+
+
+class BatchTopK(SAE):
+    """In training: f = the batch x k largest of relu(x W_enc + b_enc) in a batch, the others 0.
+    Afterwards: f = z where z = x W_enc + b_enc exceeds threshold, else 0.  x_hat = f W_dec + b_dec.
+
+    Bussmann et al. 2024, "BatchTopK sparse autoencoders" (arXiv 2412.06410). The threshold is the
+    mean of the smallest strength that was kept, over recent batches: with it no token depends on
+    its neighbours, and the SAE is a JumpReLU, as which it is saved.
+    """
+
+    architecture = "jumprelu"
+
+    def __init__(self, config: TopKConfig, d_in: int, d_out: int, generator: Generator):
+        super().__init__(config, d_in, d_out, generator)
+        # one value, in the saved format's shape
+        self.register_buffer("threshold", torch.zeros(config.features))
+        # without it the zeros of the start would weigh in; goes to 1
+        self.register_buffer("threshold_weight", torch.zeros(()))
+
+    def activate(self, pre: Tensor) -> Tensor:
+        """Pre-activations above the threshold."""
+        return pre * (pre > self.threshold)
+
+    def activate_batch(self, pre: Tensor) -> Tensor:
+        """The batch x k largest pre-activations [batch, features], if they are positive."""
+        with torch.no_grad():
+            candidates = pre[pre > 0]
+            count = min(len(pre) * self.config.k, len(candidates))
+            if not count:
+                return pre * 0
+            smallest = candidates.topk(count, sorted=False).values.min()
+            self._remember(smallest)
+        return pre * (pre >= smallest)
+
+    def _remember(self, smallest: Tensor) -> None:
+        """Move the threshold to the running mean that includes this batch's smallest strength."""
+        self.threshold_weight.mul_(MEMORY).add_(1 - MEMORY)
+        share = (1 - MEMORY) / self.threshold_weight
+        self.threshold.lerp_(smallest.float().expand_as(self.threshold), share)
+
+    def weights(self) -> dict[str, Tensor]:
+        """What makes this SAE what it is; how the threshold was found is not saved."""
+        weights = super().weights()
+        del weights["threshold_weight"]
+        return weights
+
+    def load_weights(self, weights: dict[str, Tensor]) -> None:
+        """Take what `weights` gave."""
+        super().load_weights(weights | {"threshold_weight": self.threshold_weight})

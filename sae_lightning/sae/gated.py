@@ -1,0 +1,83 @@
+"""Gated: one path decides whether a feature fires, the other how strongly."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor, nn
+
+from sae_lightning.losses import l1, mse
+from sae_lightning.sae.base import SAE, Pass, SAEConfig
+from sae_lightning.sae.objective import Moment, PenaltyLoss
+
+
+@dataclass(slots=True, kw_only=True)
+class GatedConfig(SAEConfig):
+    """A network with two encoders that share their directions."""
+
+    decoder_norm: float = 1.0
+    """Norm of a decoder row at the start."""
+    fixed_norm: bool = True
+    """Keep every decoder row at that norm. With false the penalty, which only sees the gate, can be
+    evaded: rows shrink while r_mag grows."""
+
+
+class Gated(SAE):
+    """f = 1[gate > 0] relu(x W_enc exp(r_mag) + b_mag), gate = x W_enc + b_gate;
+    x_hat = f W_dec + b_dec.
+
+    Rajamanoharan et al. 2024, "Improving dictionary learning with gated sparse autoencoders" (arXiv
+    2404.16014). The penalty acts on the gate alone and does not shrink strengths. b_gate is `b_enc`
+    here, as in every SAE the bias that decides whether a feature fires.
+    """
+
+    architecture = "gated"
+    per_feature = SAE.per_feature | {"r_mag": 0, "b_mag": 0}
+    biases = ("b_enc", "b_mag")
+
+    def __init__(self, config: GatedConfig, d_in: int, d_out: int, generator: Generator):
+        super().__init__(config, d_in, d_out, generator)
+        self.r_mag = nn.Parameter(torch.zeros(config.features))
+        self.b_mag = nn.Parameter(torch.zeros(config.features))
+
+    def activate(self, pre: Tensor) -> Tensor:
+        """Feature strengths of the gate's pre-activations, both [batch, features]."""
+        strength = (pre - self.b_enc) * self.r_mag.exp() + self.b_mag
+        return strength.relu() * (pre > 0)
+
+    @torch.no_grad()
+    def restart(self, which: Tensor, columns: Tensor, rows: Tensor) -> None:
+        """Give features new directions; both paths begin equal."""
+        super().restart(which, columns, rows)
+        self.r_mag[which] = 0
+        self.b_mag[which] = 0
+
+
+@dataclass(slots=True, kw_only=True)
+class GatedLoss(PenaltyLoss):
+    """loss = mse + l1 x sum_i relu(gate_i) |W_dec_i| + mse(relu(gate) W_dec + b_dec).
+
+    The decoder of the last term is detached: it teaches the gate, and the gate alone.
+    """
+
+    l1: float = 1e-3
+    """Sparsity coefficient."""
+
+    @property
+    def sparsity(self) -> str:
+        """The term that makes features sparse."""
+        return "l1"
+
+    def penalty(self, sae: Gated, this: Pass, moment: Moment) -> Tensor:
+        """How far the gates are open, in units of decoder norm."""
+        return l1(this.pre.relu(), sae.W_dec.detach())
+
+    def terms(self, sae: Gated, this: Pass, target: Tensor, moment: Moment) -> dict[str, Tensor]:
+        """The usual ones, and what teaches the gate, through which no gradient of the mse flows."""
+        terms = PenaltyLoss.terms(self, sae, this, target, moment)
+        opened = this.pre.relu() @ sae.W_dec.detach() + sae.b_dec.detach()
+        terms["gate"] = mse(opened, target)
+        return terms
+
+    def coefficients(self) -> dict[str, float]:
+        """The penalty's; the gate's error counts as much as the reconstruction's."""
+        return PenaltyLoss.coefficients(self) | {"gate": 1.0}

@@ -1,0 +1,147 @@
+"""JumpReLU: every feature has a threshold, learned through straight-through gradients."""
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Generator, Tensor, nn
+
+from sae_lightning.errors import UserError
+from sae_lightning.losses import tanh_l0
+from sae_lightning.sae.base import SAE, Pass, SAEConfig
+from sae_lightning.sae.objective import Moment, PenaltyLoss
+
+
+@dataclass(slots=True, kw_only=True)
+class JumpReLUConfig(SAEConfig):
+    """A network whose features have thresholds."""
+
+    threshold: float = 0.1
+    """Threshold of every feature at the start (Anthropic, January 2025 update: 0.1)."""
+    bandwidth: float = 2.0
+    """Width of the window around a threshold in which gradients reach it (Anthropic: 2; in
+    Rajamanoharan et al. 0.001 for inputs of norm 1, which is 0.001 sqrt(d) here)."""
+
+    def __post_init__(self):
+        SAEConfig.__post_init__(self)
+        for name in ("threshold", "bandwidth"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"model.{name}={getattr(self, name)}: give a positive number")
+
+
+class _Jump(torch.autograd.Function):
+    """z 1[z > threshold]; the threshold's gradient is -threshold / width x 1[|z - threshold| <
+    width / 2]: that of the jump, averaged over the window."""
+
+    @staticmethod
+    def forward(ctx, z: Tensor, threshold: Tensor, width: float) -> Tensor:
+        ctx.save_for_backward(z, threshold)
+        ctx.width = width
+        return z * (z > threshold)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        z, threshold = ctx.saved_tensors
+        window = (z - threshold).abs() < ctx.width / 2
+        to_threshold = -(gradient * window).sum(dim=0) * threshold / ctx.width
+        return gradient * (z > threshold), to_threshold, None
+
+
+class _Step(torch.autograd.Function):
+    """1[z > threshold]; the threshold's gradient is -1 / width x 1[|z - threshold| < width / 2]."""
+
+    @staticmethod
+    def forward(ctx, z: Tensor, threshold: Tensor, width: float) -> Tensor:
+        ctx.save_for_backward(z, threshold)
+        ctx.width = width
+        return (z > threshold).float()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        z, threshold = ctx.saved_tensors
+        window = (z - threshold).abs() < ctx.width / 2
+        return None, -(gradient * window).sum(dim=0) / ctx.width, None
+
+
+class JumpReLU(SAE):
+    """f = z 1[z > threshold], z = x W_enc + b_enc;  x_hat = f W_dec + b_dec.
+
+    Rajamanoharan et al. 2024, "Jumping ahead: improving reconstruction fidelity with JumpReLU
+    sparse autoencoders" (arXiv 2407.14435). Thresholds are learned as logarithms, so that they stay
+    positive.
+    """
+
+    architecture = "jumprelu"
+    per_feature = SAE.per_feature | {"log_threshold": 0}
+    biases = ("b_enc", "log_threshold")
+
+    def __init__(self, config: JumpReLUConfig, d_in: int, d_out: int, generator: Generator):
+        super().__init__(config, d_in, d_out, generator)
+        start = torch.full((config.features,), math.log(config.threshold))
+        self.log_threshold = nn.Parameter(start)
+
+    @property
+    def threshold(self) -> Tensor:
+        """[features]"""
+        return self.log_threshold.exp()
+
+    def activate(self, pre: Tensor) -> Tensor:
+        """Pre-activations above their threshold."""
+        return _Jump.apply(pre, self.threshold, self.config.bandwidth)
+
+    def active(self, pre: Tensor) -> Tensor:
+        """Mean number of active features per token, whose gradient reaches the thresholds."""
+        return _Step.apply(pre, self.threshold, self.config.bandwidth).sum(dim=1).mean()
+
+    @torch.no_grad()
+    def restart(self, which: Tensor, columns: Tensor, rows: Tensor) -> None:
+        """Give features new directions and the thresholds of the start."""
+        super().restart(which, columns, rows)
+        self.log_threshold[which] = math.log(self.config.threshold)
+
+    def weights(self) -> dict[str, Tensor]:
+        """What makes this SAE what it is."""
+        weights = super().weights()
+        return weights | {"threshold": weights.pop("log_threshold").exp()}
+
+    def load_weights(self, weights: dict[str, Tensor]) -> None:
+        """Take what `weights` gave."""
+        threshold = weights["threshold"].clamp(min=torch.finfo(torch.float32).tiny)
+        others = {name: weight for name, weight in weights.items() if name != "threshold"}
+        super().load_weights(others | {"log_threshold": threshold.log()})
+
+
+class Penalty(Enum):
+    """How active features are counted."""
+
+    tanh = "tanh"
+    step = "step"
+
+
+@dataclass(slots=True, kw_only=True)
+class JumpReLULoss(PenaltyLoss):
+    """loss = mse + l0 x (active features) + preact x (what keeps dead features silent)."""
+
+    l0: float = 1e-3
+    """Sparsity coefficient."""
+    penalty_kind: Penalty = Penalty.tanh
+    """tanh (sum of tanh(tanh_scale f_i |W_dec_i|), Anthropic, January 2025 update) or step (the
+    number itself, Rajamanoharan et al. 2024, of which only thresholds learn)."""
+    tanh_scale: float = 4.0
+    """How soon a feature counts as active."""
+
+    @property
+    def sparsity(self) -> str:
+        """The term that makes features sparse."""
+        return "l0"
+
+    def penalty(self, sae: JumpReLU, this: Pass, moment: Moment) -> Tensor:
+        """Active features per token, counted exactly or smoothly."""
+        if self.penalty_kind is Penalty.step:
+            return sae.active(this.pre)
+        return tanh_l0(this.features, sae.W_dec, self.tanh_scale)
+
+    def threshold(self, sae: JumpReLU) -> Tensor:
+        """[features], to be exceeded by pre-activations."""
+        return sae.threshold.detach()

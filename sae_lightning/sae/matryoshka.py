@@ -1,0 +1,75 @@
+"""Matryoshka: dictionaries within a dictionary, each of which has to reconstruct by itself."""
+
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+from torch import Tensor
+
+from sae_lightning.errors import UserError
+from sae_lightning.losses import mse
+from sae_lightning.sae.base import Pass
+from sae_lightning.sae.batch_topk import BatchTopK
+from sae_lightning.sae.objective import AuxKLoss, Moment
+from sae_lightning.sae.topk import TopKConfig
+
+
+@dataclass(slots=True, kw_only=True)
+class MatryoshkaConfig(TopKConfig):
+    """A BatchTopK whose first features are dictionaries of their own."""
+
+    groups: list[float] = field(default_factory=lambda: [1 / 32, 1 / 16, 1 / 8, 1 / 4])
+    """Shares of the features by which the nested dictionaries grow; what they leave of 1 is the
+    last step, which ends in the whole dictionary."""
+
+    def __post_init__(self):
+        TopKConfig.__post_init__(self)
+        if not self.groups or min(self.groups) <= 0 or sum(self.groups) >= 1:
+            raise UserError(
+                f"model.groups={self.groups}: give positive shares of the features that leave some "
+                "of 1, such as [0.0625,0.25]"
+            )
+        if 0 in self.sizes():
+            raise UserError(
+                f"model.groups={self.groups}: of model.features={self.features} a group would get "
+                "none; give larger shares, or more features"
+            )
+
+    def sizes(self) -> list[int]:
+        """Features in each group; they add up to all."""
+        ends = [round(self.features * end) for end in accumulate(self.groups)]
+        return [b - a for a, b in zip([0, *ends], [*ends, self.features], strict=True)]
+
+
+class Matryoshka(BatchTopK):
+    """f as in BatchTopK;  x_hat_m = f[:m] W_dec[:m] + b_dec for each prefix m of the features.
+
+    Bussmann et al. 2025, "Learning multi-level features with matryoshka sparse autoencoders" (arXiv
+    2503.17547): early features have to do without the later ones and stay general.
+    """
+
+    def training_pass(self, x: Tensor) -> Pass:
+        """Reconstruct a batch [batch, d_in] with each prefix; each adds to the one before."""
+        pre = self.pre_activations(x)
+        features = self.activate_batch(pre)
+        reached = self.b_dec + x @ self.W_skip if self.config.skip else self.b_dec
+        steps = []
+        sizes = self.config.sizes()
+        for f, rows in zip(features.split(sizes, dim=1), self.W_dec.split(sizes), strict=True):
+            reached = reached + f @ rows
+            steps.append(reached)
+        return Pass(steps[-1], features, pre, tuple(steps[:-1]))
+
+
+@dataclass(slots=True, kw_only=True)
+class MatryoshkaLoss(AuxKLoss):
+    """loss = sum over prefixes m of mse(x_hat_m) + auxk x (residual that dead features leave)."""
+
+    def terms(self, sae: Matryoshka, this: Pass, target: Tensor, moment: Moment):
+        """The mse of the whole dictionary, that of all shorter ones together, and AuxK."""
+        terms = AuxKLoss.terms(self, sae, this, target, moment)
+        terms["prefixes"] = sum(mse(prefix, target) for prefix in this.prefixes)
+        return terms
+
+    def coefficients(self) -> dict[str, float]:
+        """Prefixes have equal weights."""
+        return AuxKLoss.coefficients(self) | {"prefixes": 1.0}

@@ -1,0 +1,128 @@
+"""What training objectives have in common: terms, the coefficients that weigh them, and which of
+them makes features sparse."""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from sae_lightning.errors import UserError
+from sae_lightning.losses import auxk, mse, preact
+from sae_lightning.sae.base import SAE, Pass
+
+
+class Moment(NamedTuple):
+    """What an objective may know of the run."""
+
+    dead: Tensor
+    """[features] bool: silent for `callbacks.dead_after` tokens"""
+    progress: float
+    """Share of the run that is done, from 0 to 1."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Loss:
+    """loss = mse + sum of coefficient x term."""
+
+    def terms(self, sae: SAE, this: Pass, target: Tensor, moment: Moment) -> dict[str, Tensor]:
+        """The unweighted terms by name; "mse" is always there."""
+        return {"mse": mse(this.reconstruction, target)}
+
+    def coefficients(self) -> dict[str, float]:
+        """Coefficient of each term but the mse, after warm-up."""
+        return {}
+
+    @property
+    def sparsity(self) -> str | None:
+        """The term that makes features sparse: `warmup` and `target_l0` act on its coefficient."""
+        return None
+
+
+def _not_negative(name: str, value: float, example: str) -> None:
+    if not 0 <= value < math.inf:
+        raise UserError(f"loss.{name}={value}: give a number that is 0 or more, such as {example}")
+
+
+@dataclass(slots=True, kw_only=True)
+class PenaltyLoss(Loss):
+    """loss = mse + coefficient x penalty + preact x (what keeps dead features silent): for
+    architectures whose features have thresholds of their own."""
+
+    warmup: float = 0.05
+    """Share of the run over which the coefficient rises linearly from 0."""
+    target_l0: float | None = None
+    """Steer the coefficient so that so many features are active per token; it starts from the
+    coefficient that is given. null leaves it fixed."""
+    preact: float = 0.0
+    """Coefficient of the pre-activation loss, which pulls dead features back to their threshold;
+    3e-6 is customary for long runs, 0 is off."""
+
+    def __post_init__(self):
+        _not_negative("preact", self.preact, "3e-6")
+        if not 0 <= self.warmup <= 1:
+            raise UserError(f"loss.warmup={self.warmup}: give a share of the run, from 0 to 1")
+        if self.target_l0 is not None and not 0 < self.target_l0 < math.inf:
+            raise UserError(
+                f"loss.target_l0={self.target_l0}: give a positive number of active features per "
+                "token, or null"
+            )
+        coefficient = getattr(self, self.sparsity)
+        _not_negative(self.sparsity, coefficient, "1e-3")
+        if self.target_l0 is not None and coefficient == 0:
+            raise UserError(
+                f"loss.{self.sparsity}=0: loss.target_l0={self.target_l0} multiplies it, so it "
+                "must start above 0; leave it out"
+            )
+
+    def penalty(self, sae: SAE, this: Pass, moment: Moment) -> Tensor:
+        """What makes features sparse."""
+        raise NotImplementedError
+
+    def threshold(self, sae: SAE) -> Tensor | float:
+        """What pre-activations [.., features] have to exceed."""
+        return 0.0
+
+    def terms(self, sae: SAE, this: Pass, target: Tensor, moment: Moment) -> dict[str, Tensor]:
+        """The mse, the penalty and, where it is on, the pre-activation loss."""
+        terms = Loss.terms(self, sae, this, target, moment)
+        terms[self.sparsity] = self.penalty(sae, this, moment)
+        if self.preact:
+            terms["preact"] = preact(this.pre, self.threshold(sae), moment.dead, sae.W_dec)
+        return terms
+
+    def coefficients(self) -> dict[str, float]:
+        """The penalty's, after warm-up, and that of the pre-activation loss."""
+        mine = {self.sparsity: getattr(self, self.sparsity)}
+        return mine | {"preact": self.preact} if self.preact else mine
+
+
+@dataclass(slots=True, kw_only=True)
+class AuxKLoss(Loss):
+    """loss = mse + auxk x (residual that dead features leave): for architectures whose features
+    compete for k places, so that a dead one has pre-activations that were merely not large enough.
+    """
+
+    auxk: float = 1 / 32
+    """Coefficient of AuxK, in which dead features learn to reconstruct what the others leave; 0 is
+    off (Gao et al. 2024: 1/32)."""
+    auxk_k: int | None = None
+    """Dead features that do so on each token; null for half the width of the target site."""
+
+    def __post_init__(self):
+        _not_negative("auxk", self.auxk, "0.03125")
+        if self.auxk_k is not None and self.auxk_k < 1:
+            raise UserError(f"loss.auxk_k={self.auxk_k}: give at least 1 feature, or null")
+
+    def terms(self, sae: SAE, this: Pass, target: Tensor, moment: Moment) -> dict[str, Tensor]:
+        """The mse and, where it is on, AuxK."""
+        terms = Loss.terms(self, sae, this, target, moment)
+        if self.auxk:
+            k = self.auxk_k or max(1, target.shape[1] // 2)
+            residual = target - this.reconstruction
+            terms["auxk"] = auxk(residual, this.pre, moment.dead, sae.W_dec, k)
+        return terms
+
+    def coefficients(self) -> dict[str, float]:
+        """That of AuxK."""
+        return {"auxk": self.auxk} if self.auxk else {}

@@ -1,0 +1,48 @@
+"""TopK: sparsity by construction, with AuxK against dead features."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sae_lightning.errors import UserError
+from sae_lightning.sae.base import SAE, SAEConfig
+
+
+@dataclass(slots=True, kw_only=True)
+class TopKConfig(SAEConfig):
+    """A network in which a given number of features is active."""
+
+    k: int = 64
+    """Active features per token (BatchTopK, Matryoshka: on average)."""
+    decoder_norm: float = 1.0
+    """Norm of a decoder row at the start."""
+    fixed_norm: bool = True
+    """Keep every decoder row at that norm; false lets it grow and shrink."""
+
+    def __post_init__(self):
+        SAEConfig.__post_init__(self)
+        if not 1 <= self.k <= self.features:
+            raise UserError(
+                f"model.k={self.k}: give 1 to model.features={self.features} active features"
+            )
+
+
+class TopK(SAE):
+    """f = the k largest of relu(x W_enc + b_enc), the others 0;  x_hat = f W_dec + b_dec.
+
+    Gao et al. 2024, "Scaling and evaluating sparse autoencoders" (arXiv 2406.04093): decoder rows
+    of norm 1, which makes the strengths of features comparable; AuxK.
+    """
+
+    architecture = "topk"
+
+    def activate(self, pre: Tensor) -> Tensor:
+        """The k largest pre-activations of each token, if they are positive."""
+        values, places = pre.relu().topk(self.config.k, dim=-1, sorted=False)
+        return torch.zeros_like(pre).scatter(-1, places, values)
+
+    def saelens(self) -> dict[str, Any]:
+        """SAELens would take k = 100 where none is given."""
+        return {"k": self.config.k}
