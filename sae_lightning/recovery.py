@@ -1,0 +1,139 @@
+"""How much of the truth an SAE found: its features against the concepts behind the activations.
+
+Shapes: n = held-out samples, concepts, features, dim = width of an activation.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+from torch.nn.functional import normalize
+
+FOUND = 0.9  # cosine from which on a feature counts as its concept (26 degrees)
+
+
+class Recovery(NamedTuple):
+    """Features compared with concepts. Each concept is matched with one feature, none with two,
+    so that the cosines of decoder rows and concepts add up to as much as they can.
+
+    Detecting: precision, recall and readouts are means over the concepts that are active on any
+    sample. One whose feature never fires there, or for which no feature was left, counts 0.
+    """
+
+    mmcs: float
+    """Mean over concepts of the largest cosine with any decoder row (Sharkey et al. 2022)."""
+    recovered: float
+    """Share of concepts whose matched decoder row has a cosine above 0.9."""
+    precision: float
+    """Of the samples on which its feature fires, the share on which the concept is active."""
+    recall: float
+    """Of the samples on which the concept is active, the share on which its feature fires."""
+    feature_readout: float
+    """Squared correlation of the concept's strength with its feature."""
+    projection_readout: float
+    """Squared correlation of its strength with the activation projected on its direction: what is
+    lost to interference is what encoders and biases are there for."""
+    concept_overlap: float
+    """Mean over concepts of the largest |cosine| with another: many fit into few dimensions."""
+    encoder_agreement: float
+    """Mean cosine of encoder column and decoder row of recovered features; nan without any."""
+    negative_bias: float
+    """Share of recovered features that are silent at an activation of 0, with a margin: for raw
+    activations, encoder bias < threshold (0 where the class has none). nan without any."""
+
+
+class Matching(NamedTuple):
+    """Which feature stands for which concept."""
+
+    concepts: Tensor
+    """[matched], ascending; all of them unless there are fewer features"""
+    features: Tensor
+    """[matched], the feature of each"""
+    cosine: Tensor
+    """[matched], of decoder row and concept"""
+
+
+def cosines(directions: Tensor, W_dec: Tensor) -> Tensor:
+    """[concepts, features], of [concepts, dim] and [features, dim]; 0 where a row is 0."""
+    return normalize(directions, dim=1) @ normalize(W_dec, dim=1).T
+
+
+def match(table: Tensor) -> Matching:
+    """The one-to-one matching with the largest sum of cosines [concepts, features]."""
+    concepts, features = map(torch.from_numpy, linear_sum_assignment(table.numpy(), maximize=True))
+    return Matching(concepts, features, table[concepts, features])
+
+
+class Detection:
+    """Sums over batches of samples from which follows how well matched features detect."""
+
+    def __init__(self, matching: Matching, directions: Tensor):
+        self.matching, self.directions = matching, directions
+        concepts = len(directions)
+        self.n = 0
+        self.active, self.fired, self.both = torch.zeros(3, concepts, dtype=torch.float64)
+        # of strength, feature and projection: their sums, squares and products with the strength
+        self.sums, self.squares, self.products = torch.zeros(3, 3, concepts, dtype=torch.float64)
+
+    def add(self, x: Tensor, strengths: Tensor, features: Tensor) -> None:
+        """Add samples: [n, dim], [n, concepts] and [n, features]."""
+        matched = torch.zeros_like(strengths)
+        matched[:, self.matching.concepts] = features[:, self.matching.features]
+        self.n += len(x)
+        self.active += (strengths > 0).sum(dim=0)
+        self.fired += (matched > 0).sum(dim=0)
+        self.both += ((strengths > 0) & (matched > 0)).sum(dim=0)
+        for k, values in enumerate((strengths, matched, x @ self.directions.T)):
+            values = values.double()
+            self.sums[k] += values.sum(dim=0)
+            self.squares[k] += values.square().sum(dim=0)
+            self.products[k] += (values * strengths).sum(dim=0)
+
+    def result(self) -> dict[str, float]:
+        """The fields of `Recovery` that depend on samples."""
+        seen = self.active > 0
+        variance = self.squares - self.sums.square() / self.n  # [3, concepts], times n
+        covariance = self.products - self.sums * self.sums[0] / self.n
+        agreement = _ratio(covariance.square(), variance * variance[0])
+        each = {
+            "precision": _ratio(self.both, self.fired),
+            "recall": _ratio(self.both, self.active),
+            "feature_readout": agreement[1],
+            "projection_readout": agreement[2],
+        }
+        return {name: values[seen].mean().item() for name, values in each.items()}
+
+
+def _ratio(a: Tensor, b: Tensor) -> Tensor:
+    """a / b; 0 where b is 0, or would be but for rounding."""
+    return torch.where(b > 1e-12, a / b, 0.0)
+
+
+def recovery(
+    directions: Tensor,
+    weights: dict[str, Tensor],
+    samples: Iterable[tuple[Tensor, Tensor, Tensor]],
+) -> Recovery:
+    """Compare an SAE, by its weights for raw activations (see `SAE.fold`), with the concepts
+    [concepts, dim]; `samples` yields (activations, strengths, features), [n, ...] each, on the
+    CPU."""
+    W_dec = weights["W_dec"]
+    table = cosines(directions, W_dec)
+    matching = match(table)
+    detection = Detection(matching, directions)
+    for batch in samples:
+        detection.add(*batch)
+    found = matching.features[matching.cosine > FOUND]
+    among = cosines(directions, directions).fill_diagonal_(0).abs()
+    agreement = torch.cosine_similarity(weights["W_enc"].T[found], W_dec[found], dim=1)
+    bias = weights["b_enc"] - weights.get("threshold", torch.zeros(()))
+    return Recovery(
+        mmcs=table.amax(dim=1).mean().item(),
+        recovered=len(found) / len(directions),
+        concept_overlap=among.amax(dim=1).mean().item(),
+        encoder_agreement=agreement.mean().item(),
+        negative_bias=(bias[found] < 0).float().mean().item(),
+        **detection.result(),
+    )
