@@ -14,6 +14,7 @@ from sae_lightning.export import load_sae
 from sae_lightning.folders import sweep_runs
 from sae_lightning.jobs import CONFIG_FILE, is_sweep, read_job, register, run_folder
 from sae_lightning.llm.load import load, shape
+from sae_lightning.llm.sites import distinct
 from sae_lightning.stream.documents import open_text
 from sae_lightning.stream.held_out import HeldOut
 from sae_lightning.stream.tokens import open_tokens
@@ -30,21 +31,21 @@ def _evaluate(asked: AnalyzeConfig) -> None:
         )
     config = read_job(Path(run_folder(asked.run))).config
     sae = load_sae(folder)
-    site = config.layer.within(shape(config.llm).layers)
+    sites = config.layer.within(shape(config.llm).layers)
     text = open_text(config.data)
     llm = load(config.llm)
     tokens = open_tokens(text, llm.tokenizer, context=config.data.context, seed=config.seed)
     held_out = HeldOut(
         llm,
         tokens.held_out,
-        [site],
+        distinct([sites]),
         tokens=asked.tokens or config.eval.tokens,
         loss_tokens=asked.tokens or config.eval.loss_tokens,
         max_norm=config.data.max_norm,
         batch=config.llm.batch,
         keep_special=config.data.keep_special,
     )
-    evaluate(folder, sae, llm, held_out, site)
+    evaluate(folder, sae, llm, held_out, sites)
 
 
 def _sweep(asked: AnalyzeConfig) -> None:

@@ -14,7 +14,7 @@ from sae_lightning.files import free_space
 from sae_lightning.jobs import CONFIG_FILE, ELSEWHERE, Job
 from sae_lightning.llm.load import Dtype, device, dtype, has_bf16, shape
 from sae_lightning.llm.packaged import Shape
-from sae_lightning.llm.sites import Site
+from sae_lightning.llm.sites import Sites, distinct
 from sae_lightning.stream.sources import cache_folder
 from sae_lightning.training.settings import (
     Accelerator,
@@ -44,8 +44,8 @@ def resolved(job: Job) -> Job:
 class Checked(NamedTuple):
     """What is known of jobs in which nothing is wrong."""
 
-    sites: list[Site]
-    """Where each reads."""
+    sites: list[Sites]
+    """What each reads and reconstructs."""
 
     steps_done: list[int]
     """Updates that each has done already."""
@@ -75,7 +75,7 @@ def check(jobs: list[Job]) -> Checked:
             "tokens; lower it"
         )
     sites = [job.config.layer.within(llm.layers) for job in jobs]
-    needed = _space(jobs, len(set(sites)), llm)
+    needed = _space(jobs, len(distinct(sites)), llm)
     check_space(jobs[0].folder, needed)
     return Checked(sites, steps_done, llm, needed)
 

@@ -11,7 +11,7 @@ import torch
 from sae_lightning.config import Config
 from sae_lightning.llm.load import parameters
 from sae_lightning.llm.packaged import Shape
-from sae_lightning.llm.sites import Site
+from sae_lightning.llm.sites import Sites, distinct
 from sae_lightning.scorecard import ROWS
 from sae_lightning.training.settings import Accelerator
 
@@ -49,7 +49,7 @@ def _left_in_cgroup() -> float:
     return limit - used
 
 
-def estimate(configs: Sequence[Config], sites: Sequence[Site], llm: Shape) -> Memory:
+def estimate(configs: Sequence[Config], sites: Sequence[Sites], llm: Shape) -> Memory:
     """The memory of a pass that trains SAEs with these configs at these sites."""
     config = configs[0]
     weights = [_weights(c.model.features, llm) for c in configs]
@@ -58,7 +58,7 @@ def estimate(configs: Sequence[Config], sites: Sequence[Site], llm: Shape) -> Me
     # the pool is copied for a checkpoint
     tokens = 2 * config.data.pool + llm_batch + config.eval.tokens
     logits = 2 * llm_batch * llm.vocabulary  # clean and with an SAE
-    held = parameters(config.llm) + tokens * llm.width * len(set(sites)) + logits
+    held = parameters(config.llm) + tokens * llm.width * len(distinct(sites)) + logits
     # batches in training and evaluation, and the float64 in which an SAE is exported
     batches = [max(16 * c.trainer.batch, 8 * ROWS) * c.model.features for c in configs]
     computing = max(batch + 16 * n for batch, n in zip(batches, weights, strict=True))

@@ -25,7 +25,7 @@ from sae_lightning.cli import DEBUG, explain
 from sae_lightning.errors import UserError
 from sae_lightning.jobs import CONFIG_FILE, Job, read_job, resume_of
 from sae_lightning.llm.packaged import Shape
-from sae_lightning.llm.sites import Site
+from sae_lightning.llm.sites import Sites
 from sae_lightning.run import run
 from sae_lightning.terminal import console
 
@@ -36,7 +36,7 @@ class Pass(NamedTuple):
     """Jobs that train together, on one stream."""
 
     jobs: list[Job]
-    sites: list[Site]
+    sites: list[Sites]
     memory: int
     """Estimate in bytes."""
 
@@ -152,7 +152,7 @@ def plan(jobs: Iterable[Job]) -> list[Pass]:
     return passes
 
 
-def _split(jobs: Sequence[Job], sites: Sequence[Site], llm: Shape) -> list[Pass]:
+def _split(jobs: Sequence[Job], sites: Sequence[Sites], llm: Shape) -> list[Pass]:
     """Passes of about equal size, none with more SAEs than asked for or, else, than fit."""
     configs = [job.config for job in jobs]
     needed = memory.estimate(configs, sites, llm)

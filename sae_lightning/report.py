@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from sae_lightning import scorecard
 from sae_lightning.jobs import Job
 from sae_lightning.llm.load import LLM
+from sae_lightning.llm.sites import Sites
 from sae_lightning.terminal import command, console, grid, shown
 from sae_lightning.training.head import Head
 from sae_lightning.training.module import SAEModule
@@ -14,10 +15,11 @@ def announce(jobs: Sequence[Job], heads: Sequence[Head], llm: LLM, steps_done: i
     """Say what is about to be trained, and where the results go."""
     config, trainer = jobs[0].config, jobs[0].config.trainer
     parameters = sum(p.numel() for head in heads for p in head.sae.parameters())
-    sites = {
-        str(head.source): f"{head.source} ({head.source.hook_name}), d = {head.sae.W_enc.shape[0]}"
-        for head in heads
-    }
+    sites = {}
+    for head in heads:
+        pair = Sites(head.source, head.target)
+        names = " -> ".join(pair.hook_names.values())
+        sites[pair] = f"{pair} ({names}), d = {head.sae.W_enc.shape[0]}"
     kinds = {
         f"{job.config.model.name}, {job.config.model.features:,} features": None for job in jobs
     }

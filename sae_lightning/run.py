@@ -18,7 +18,7 @@ from sae_lightning.files import write_json
 from sae_lightning.folders import METRICS_FILE
 from sae_lightning.jobs import Job, resume_of
 from sae_lightning.llm.load import LLM, load
-from sae_lightning.llm.sites import Site
+from sae_lightning.llm.sites import Sites, distinct
 from sae_lightning.report import announce, conclude, say_how_to_continue, speed_line
 from sae_lightning.sae import build
 from sae_lightning.stream.documents import Text, open_text
@@ -70,7 +70,7 @@ def run(jobs: list[Job]) -> list[dict[str, float] | None]:
         return _run(jobs, sites, steps_done[0])
 
 
-def _run(jobs: list[Job], sites: list[Site], steps_done: int) -> list[dict[str, float] | None]:
+def _run(jobs: list[Job], sites: list[Sites], steps_done: int) -> list[dict[str, float] | None]:
     text = open_text(jobs[0].config.data)
     llm = load(jobs[0].config.llm)
     parts = assemble(jobs, sites, llm, text, steps_done)
@@ -105,14 +105,13 @@ def _run(jobs: list[Job], sites: list[Site], steps_done: int) -> list[dict[str, 
     return results
 
 
-def assemble(jobs: list[Job], sites: list[Site], llm: LLM, text: Text, steps_done: int) -> Parts:
+def assemble(jobs: list[Job], sites: list[Sites], llm: LLM, text: Text, steps_done: int) -> Parts:
     """Build stream, heads and trainer from the jobs' configs."""
     config = jobs[0].config
     trainer = config.trainer
     tokens = open_tokens(text, llm.tokenizer, context=config.data.context, seed=config.seed)
-    rows = open_rows(
-        config.llm, config.data, config.seed, llm, tokens.train, sites, jobs[0].resumed
-    )
+    read = distinct(sites)
+    rows = open_rows(config.llm, config.data, config.seed, llm, tokens.train, read, jobs[0].resumed)
     stream = LiveStream(
         rows,
         batch=trainer.batch,
@@ -123,7 +122,7 @@ def assemble(jobs: list[Job], sites: list[Site], llm: LLM, text: Text, steps_don
     held_out = HeldOut(
         llm,
         tokens.held_out,
-        sites,
+        read,
         tokens=config.eval.tokens,
         max_norm=config.data.max_norm,
         loss_tokens=config.eval.loss_tokens,
@@ -133,8 +132,8 @@ def assemble(jobs: list[Job], sites: list[Site], llm: LLM, text: Text, steps_don
     resumed_at = steps_done * trainer.batch if jobs[0].resumed else None
     width = llm.model.config.get_text_config().hidden_size
     heads = [
-        _head(job, site, width, _log(job, jobs, resumed_at))
-        for job, site in zip(jobs, sites, strict=True)
+        _head(job, pair, width, _log(job, jobs, resumed_at))
+        for job, pair in zip(jobs, sites, strict=True)
     ]
     module = SAEModule(heads, batch=trainer.batch, steps=trainer.steps, resume=resume_of(jobs))
     return Parts(
@@ -159,14 +158,14 @@ def assemble(jobs: list[Job], sites: list[Site], llm: LLM, text: Text, steps_don
     )
 
 
-def _head(job: Job, site: Site, width: int, log: HeadLog) -> Head:
+def _head(job: Job, sites: Sites, width: int, log: HeadLog) -> Head:
     config = job.config
     head = Head(
         build(config.model, width, width),
         name=job.name,
         folder=job.folder,
-        source=site,
-        target=site,
+        source=sites.source,
+        target=sites.target,
         loss=config.loss,
         optim=config.optim,
         recipe=config.callbacks,
@@ -177,7 +176,7 @@ def _head(job: Job, site: Site, width: int, log: HeadLog) -> Head:
     head.settings = config.identity()
     head.metadata = {
         "model_name": config.llm.name,
-        "hook_name": site.hook_name,
+        **sites.hook_names,
         "context_size": config.data.context,
         "prepend_bos": True,
         "sae_lightning": config.flat(),

@@ -63,7 +63,7 @@ def facts(runs: list[SweepRun]) -> dict[str, str]:
         text = get("data.name") or get("data.path") or "Shakespeare's plays"
         for name, value in {
             "LLM": get("llm.name"),
-            "site": f"{get('layer.site')}.{get('layer.index')}",
+            "site": " -> ".join(f"{kind}.{get('layer.index')}" for kind in _kinds(run.settings)),
             "SAE": get("model.name"),
             "features": f"{get('model.features'):,}",
             "text": text,
@@ -75,6 +75,12 @@ def facts(runs: list[SweepRun]) -> dict[str, str]:
         name: ", ".join(values) if len(values) <= 4 else f"{len(values)} different"
         for name, values in distinct.items()
     }
+
+
+def _kinds(settings: dict) -> list[str]:
+    """What a run read at its block and, for a transcoder, what it reconstructed."""
+    kinds = settings.get("layer.source"), settings.get("layer.target")
+    return [kind for kind in dict.fromkeys(kinds) if kind is not None]
 
 
 def _points(table: SweepTable, group: str | None, quality: str) -> list[Point]:

@@ -1,16 +1,19 @@
 """Places in a language model where activations are read or replaced, found by structure.
 
-A block adds two branches to the residual stream, and each kind of site is one term:
+A block adds two branches to the residual stream, and each kind of site is one term, or what the
+MLP makes its term of:
 
     resid (block i) = resid (block i - 1) + attn (block i) + mlp (block i)
+    mlp (block i)   = MLP(mlp_in (block i))
 """
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
 from functools import total_ordering
+from typing import NamedTuple
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -30,9 +33,13 @@ class Kind(Enum):
     """What is read at a block, in the order in which a block computes it."""
 
     attn = "attn"
+    """What the attention adds to the residual stream."""
     mlp_in = "mlp_in"
+    """What the MLP reads: the residual stream behind its norm."""
     mlp = "mlp"
+    """What the MLP adds to the residual stream."""
     resid = "resid"
+    """The block's output."""
 
     def __lt__(self, other: "Kind") -> bool:
         order = list(Kind)
@@ -41,6 +48,7 @@ class Kind(Enum):
 
 HOOK_NAMES = {
     Kind.attn: "hook_attn_out",
+    # behind the norm's weights, which TransformerLens by default folds into the MLP
     Kind.mlp_in: "ln2.hook_normalized",
     Kind.mlp: "hook_mlp_out",
     Kind.resid: "hook_resid_post",
@@ -66,27 +74,61 @@ class Site:
         return f"blocks.{self.layer}.{HOOK_NAMES[self.kind]}"
 
 
+class Sites(NamedTuple):
+    """Where an SAE reads and what it reconstructs; an autoencoder reconstructs what it reads."""
+
+    source: Site
+    target: Site
+
+    def __str__(self) -> str:
+        return " -> ".join(dict.fromkeys(map(str, self)))
+
+    @property
+    def hook_names(self) -> dict[str, str]:
+        """TransformerLens' names of both, under SAELens' keys."""
+        names = {"hook_name": self.source.hook_name}
+        if self.target != self.source:
+            names["hook_name_out"] = self.target.hook_name
+        return names
+
+
+def distinct(pairs: Iterable[Sites]) -> list[Site]:
+    """The sites that occur in `pairs`, by depth."""
+    return sorted({site for pair in pairs for site in pair})
+
+
 @dataclass(slots=True, kw_only=True)
 class LayerConfig:
-    """Where in the LLM the SAE reads."""
+    """Where in the LLM the SAE reads, and what it reconstructs."""
 
     index: int
     """Block, counted from 0."""
 
-    site: Kind = Kind.resid
-    """resid (the block's output), attn or mlp (what that branch adds to the residual stream)."""
+    source: Kind = Kind.resid
+    """What the SAE reads: resid (the block's output), attn or mlp (what that branch adds to the
+    residual stream) or mlp_in (what the MLP reads)."""
+
+    target: Kind | None = None
+    """What it reconstructs; null for what it reads. Another makes it a transcoder."""
 
     def __post_init__(self):
         if self.index < 0:
             raise UserError(f"layer.index={self.index}: blocks are counted from 0; give 0 or more")
+        if self.target is not None and self.target < self.source:
+            later = ", ".join(kind.value for kind in Kind if kind >= self.source)
+            raise UserError(
+                f"layer.target={self.target.value}: a block computes it before its "
+                f"{self.source.value} (layer.source), so that no function of that can replace it; "
+                f"choose from {later}"
+            )
 
-    def within(self, layers: int) -> Site:
-        """The site, once its index is known to lie in an LLM of `layers` blocks."""
+    def within(self, layers: int) -> Sites:
+        """The sites, once their block is known to be one of an LLM of `layers` blocks."""
         if self.index >= layers:
             raise UserError(
                 f"layer.index={self.index}: this LLM has {layers} blocks; give 0 to {layers - 1}"
             )
-        return Site(self.index, self.site)
+        return Sites(Site(self.index, self.source), Site(self.index, self.target or self.source))
 
 
 def decoder_stack(model: nn.Module) -> nn.ModuleList:
@@ -105,7 +147,7 @@ def decoder_stack(model: nn.Module) -> nn.ModuleList:
 def site_module(model: nn.Module, site: Site) -> nn.Module:
     """The module whose output, or for mlp_in whose input, is the activation at `site`."""
     stack = decoder_stack(model)
-    LayerConfig(index=site.layer, site=site.kind).within(len(stack))
+    LayerConfig(index=site.layer, source=site.kind).within(len(stack))
     block = stack[site.layer]
     match site.kind:
         case Kind.resid:
@@ -163,6 +205,6 @@ def _branch(block: nn.Module, kind: Kind) -> nn.Module:
         return found[0]
     listing = ", ".join(f"{n} ({type(c).__name__})" for n, c in block.named_children())
     raise UserError(
-        f"layer.site={kind.value}: cannot tell which part of {type(block).__name__} it is "
-        f"(it holds {listing}); use layer.site=resid"
+        f"layer.source, layer.target: cannot tell which part of {type(block).__name__} is its "
+        f"{'attention' if kind is Kind.attn else 'MLP'} (it holds {listing}); use layer=resid"
     )

@@ -123,7 +123,8 @@ class Pool:
             if missing:
                 raise UserError(
                     f"layer: the run to be resumed read {', '.join(saved)}, not "
-                    f"{', '.join(missing)}; resume it with its own layer.index and layer.site"
+                    f"{', '.join(missing)}; resume it with its own layer.index, layer.source and "
+                    "layer.target"
                 )
             self.add({site: saved[str(site)] for site in self.sites}, state["ids"])
         self._random.bit_generator.state = state["random"]

@@ -108,10 +108,8 @@ def test_blocks_after_the_deepest_site_and_the_lm_head_do_not_run(llm, tokens):
         capture(llm.model, tokens, [Site(2, Kind.resid)])
         assert calls == [0, 1, 2]
         calls.clear()
-        mlp_runs = site_module(llm.model, Site(1, Kind.mlp)).register_forward_pre_hook(
-            lambda module, args: calls.append("mlp")
-        )
-        hooks.append(mlp_runs)
+        mlp = site_module(llm.model, Site(1, Kind.mlp))
+        hooks.append(mlp.register_forward_hook(lambda *_: calls.append("mlp")))
         capture(llm.model, tokens, [Site(1, Kind.mlp_in)])
         assert calls == [0, 1]
     finally:

@@ -13,8 +13,8 @@ from sae_lightning.training.head import Head
 
 
 def evaluate(heads: Sequence[Head], held_out: HeldOut, tokens: int) -> None:
-    """Score heads after `tokens` training tokens, those of the same sites together; the results go to
-    their logs and metrics."""
+    """Score heads after `tokens` training tokens, those of the same sites together; the results go
+    to their logs and metrics."""
 
     def sites(head: Head) -> tuple:
         return head.source, head.target
