@@ -1,16 +1,19 @@
 """Splicing costs nothing for the identity, everything for zero, and touches kept positions only."""
 
+import copy
 import math
 
 import pytest
 import torch
+from blocks import mlp_of
 
 from sae_lightning.llm.capture import capture
-from sae_lightning.llm.sites import Kind, Site
+from sae_lightning.llm.sites import Kind, Site, decoder_stack
 from sae_lightning.llm.splice import baseline, replaced, score
 
 SITES = [Site(1, kind) for kind in Kind]
 RESID = Site(1, Kind.resid)
+PAIRS = [(a, b) for a in SITES for b in SITES if a < b]
 
 
 @pytest.fixture
@@ -23,9 +26,9 @@ def mean():
     return torch.linspace(-1, 1, 24)
 
 
-def scored(llm, tokens, site, function, keep, mean, batch=3):
+def scored(llm, tokens, site, function, keep, mean, batch=3, source=None):
     known = baseline(llm.model, tokens, site, keep, mean, batch)
-    (scores,) = score(llm.model, tokens, site, site, [function], keep, known, batch)
+    (scores,) = score(llm.model, tokens, source or site, site, [function], keep, known, batch)
     return scores
 
 
@@ -42,6 +45,37 @@ def test_the_identity_recovers_everything_and_zero_nothing(llm, tokens, keep, me
     assert constant.ce_spliced == constant.ce_mean != constant.ce_zero
 
 
+def test_the_mlp_itself_as_a_transcoder_recovers_everything_and_zero_nothing(
+    llm, tokens, keep, mean
+):
+    sites = {"source": Site(1, Kind.mlp_in), "site": Site(1, Kind.mlp)}
+    mlp = mlp_of(copy.deepcopy(decoder_stack(llm.model)[1]))  # its own is spliced
+    whole = scored(llm, tokens, function=mlp, keep=keep, mean=mean, **sites)
+    assert math.isclose(whole.ce_spliced, whole.ce_clean, rel_tol=1e-6)
+    assert math.isclose(whole.ce_recovered, 1, rel_tol=1e-3)  # float32, by the difference
+    assert math.isclose(whole.kl, 0, abs_tol=1e-6)
+    zero = scored(llm, tokens, function=torch.zeros_like, keep=keep, mean=mean, **sites)
+    assert zero.ce_spliced == zero.ce_zero != zero.ce_clean
+    assert zero.ce_recovered == 0
+
+
+@pytest.mark.parametrize(("source", "target"), PAIRS, ids=str)
+def test_the_function_reads_the_source_as_the_clean_model_has_it(
+    llm, tokens, keep, mean, source, target
+):
+    """Also where the model adds to that memory later (Falcon) or flattens one of both (OPT)."""
+    x, y = capture(llm.model, tokens, [source, target]).values()
+    seen = []
+
+    def function(x):
+        seen.append(x)
+        return y[keep]
+
+    scores = scored(llm, tokens, target, function, keep, mean, batch=4, source=source)
+    torch.testing.assert_close(torch.cat(seen), x[keep], rtol=0, atol=0)
+    assert (scores.ce_spliced, scores.kl) == (scores.ce_clean, 0)
+
+
 def test_clean_cross_entropy_is_the_models_own_loss(llm, tokens, keep, mean):
     scores = scored(llm, tokens, RESID, lambda x: x, keep, mean)
     with torch.no_grad():
@@ -49,18 +83,20 @@ def test_clean_cross_entropy_is_the_models_own_loss(llm, tokens, keep, mean):
     assert math.isclose(scores.ce_clean, loss, rel_tol=1e-5)
 
 
-def test_spliced_scores_match_a_model_whose_site_is_changed_by_hand(tiny, tokens, mean):
+@pytest.mark.parametrize("kind", Kind)
+def test_spliced_scores_match_a_model_whose_site_is_changed_by_hand(tiny, tokens, mean, kind):
     """The last block's output is all that reaches the head: norm and head give the logits."""
     llm = tiny("llama")
     model = llm.model
-    site = Site(2, Kind.resid)
+    source, target = Site(2, kind), Site(2, Kind.resid)
     keep = (tokens != 0) & (torch.arange(10) != 4)  # position 4 plays a special token
-    scores = scored(llm, tokens, site, lambda x: 0.5 * x + 1, keep, mean, batch=2)
+    scores = scored(llm, tokens, target, lambda x: 0.5 * x + 1, keep, mean, batch=2, source=source)
 
-    x = capture(model, tokens, [site])[site]
-    changed = torch.where(keep[..., None], 0.5 * x + 1, x)
+    found = capture(model, tokens, [source, target])
+    x, y = found[source], found[target]
+    changed = torch.where(keep[..., None], 0.5 * x + 1, y)
     with torch.no_grad():
-        log_p = model.lm_head(model.model.norm(x)).double().log_softmax(-1)[:, :-1]
+        log_p = model.lm_head(model.model.norm(y)).double().log_softmax(-1)[:, :-1]
         log_q = model.lm_head(model.model.norm(changed)).double().log_softmax(-1)[:, :-1]
     counted = keep[:, 1:]
     nll = -log_q.gather(-1, tokens[:, 1:, None])[..., 0]

@@ -1,5 +1,6 @@
 """Held-out text: what is scored, what is replaced, and what is computed only once."""
 
+import copy
 import gc
 import weakref
 
@@ -97,7 +98,21 @@ def test_what_does_not_depend_on_the_sae_is_computed_once(llm, monkeypatch):
         held_out.activations(SITES[1])
         for site in SITES:
             held_out.scores(site, site, [torch.tanh])
+        held_out.scores(SITES[1], SITES[0], [torch.tanh])
     assert calls == ["capture", "baseline", "baseline"]
+
+
+def test_the_mlp_itself_in_place_of_what_it_writes_recovers_everything_and_zero_nothing(llm):
+    source, target = sites = Site(1, Kind.mlp_in), Site(1, Kind.mlp)
+    held_out = make(llm, sites=sites, loss_tokens=1000)
+    mlp = copy.deepcopy(llm.model.model.layers[1].mlp)  # its own is spliced
+    torch.testing.assert_close(mlp(held_out.activations(source)), held_out.activations(target))
+    whole, nothing = held_out.scores(source, target, [mlp, torch.zeros_like])
+    assert whole.ce_recovered == pytest.approx(1, abs=0.01)  # float32, by the difference
+    assert nothing.ce_recovered == 0
+    known = held_out.baseline(target)
+    assert nothing.ce_spliced == nothing.ce_zero == known.ce_zero != known.ce_clean
+    assert nothing.ce_mean == known.ce_mean
 
 
 def test_the_llm_is_not_kept_alive_by_a_cycle(llm):
