@@ -26,11 +26,12 @@ from sae_lightning.training import checkpoints
 from sae_lightning.training.settings import OptimConfig, Precision
 
 DENSE = {"model": SAEConfig(name="dense", features=20), "loss": DenseLoss()}
-# two objectives, three dictionary sizes, three sites, other rates, seeds and recipes
+# two objectives, three dictionary sizes, five sites, other rates, seeds and recipes
 MIX = {
     "relu": {"loss": ReLULoss(l1=0.3), "optim": OptimConfig(lr=3e-2), "callbacks": RESAMPLING},
     "dense": DENSE,
     "deep": {"layer": LayerConfig(index=2), "model": SAEConfig(features=96, seed=5)},
+    "transcoder": {"layer": LayerConfig(index=1, source=Kind.mlp_in, target=Kind.mlp)},
     "mlp": {"layer": LayerConfig(index=0, source=Kind.mlp), "optim": OptimConfig(clip=1e-3)},
 }
 
