@@ -12,12 +12,9 @@ from sae_lightning.config import AnalyzeConfig, typed
 from sae_lightning.errors import UserError
 from sae_lightning.export import load_sae
 from sae_lightning.folders import sweep_runs
+from sae_lightning.inputs import open_held_out, shape
 from sae_lightning.jobs import CONFIG_FILE, is_sweep, read_job, register, run_folder
-from sae_lightning.llm.load import load, shape
 from sae_lightning.llm.sites import distinct
-from sae_lightning.stream.documents import open_text
-from sae_lightning.stream.held_out import HeldOut
-from sae_lightning.stream.tokens import open_tokens
 from sae_lightning.terminal import shown
 
 
@@ -31,21 +28,8 @@ def _evaluate(asked: AnalyzeConfig) -> None:
         )
     config = read_job(Path(run_folder(asked.run))).config
     sae = load_sae(folder)
-    sites = config.layer.within(shape(config.llm).layers)
-    text = open_text(config.data)
-    llm = load(config.llm)
-    tokens = open_tokens(text, llm.tokenizer, context=config.data.context, seed=config.seed)
-    held_out = HeldOut(
-        llm,
-        tokens.held_out,
-        distinct([sites]),
-        tokens=asked.tokens or config.eval.tokens,
-        loss_tokens=asked.tokens or config.eval.loss_tokens,
-        max_norm=config.data.max_norm,
-        batch=config.llm.batch,
-        keep_special=config.data.keep_special,
-    )
-    evaluate(folder, sae, llm, held_out, sites)
+    sites = config.layer.within(shape(config).layers)
+    evaluate(folder, sae, open_held_out(config, distinct([sites]), asked.tokens), sites)
 
 
 def _sweep(asked: AnalyzeConfig) -> None:

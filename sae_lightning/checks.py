@@ -11,8 +11,9 @@ import torch
 
 from sae_lightning.errors import UserError
 from sae_lightning.files import free_space
+from sae_lightning.inputs import is_text, shape
 from sae_lightning.jobs import CONFIG_FILE, ELSEWHERE, Job
-from sae_lightning.llm.load import Dtype, device, dtype, has_bf16, shape
+from sae_lightning.llm.load import Dtype, device, dtype, has_bf16
 from sae_lightning.llm.packaged import Shape
 from sae_lightning.llm.sites import Sites, distinct
 from sae_lightning.stream.sources import cache_folder
@@ -66,9 +67,10 @@ def check(jobs: list[Job]) -> Checked:
         raise UserError("trainer.accelerator=gpu: no GPU found; use trainer=cpu or trainer=auto")
     for job in jobs:
         _check_folder(job)
-    _check_cache(jobs)
+    if is_text(config):
+        _check_cache(jobs)
     steps_done = [_steps_done(job) if job.resumed else 0 for job in jobs]
-    llm = shape(config.llm)
+    llm = shape(config)
     if llm.context is not None and config.data.context > llm.context:
         raise UserError(
             f"data.context={config.data.context}: {config.llm.name} takes at most {llm.context} "

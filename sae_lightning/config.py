@@ -17,11 +17,18 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from sae_lightning.errors import UserError
-from sae_lightning.llm.load import LLMConfig
+from sae_lightning.llm.load import NO_LLM, Dtype, LLMConfig
 from sae_lightning.llm.sites import LayerConfig
 from sae_lightning.objective import SweepConfig
 from sae_lightning.sae import ARCHITECTURES, Loss, SAEConfig
-from sae_lightning.stream.text import DataConfig, HubConfig, LocalConfig, PlaysConfig
+from sae_lightning.stream.text import (
+    DataConfig,
+    HubConfig,
+    LocalConfig,
+    PlaysConfig,
+    SyntheticConfig,
+    TextConfig,
+)
 from sae_lightning.training.settings import (
     CallbacksConfig,
     EvalConfig,
@@ -33,6 +40,7 @@ SOURCES: dict[str, type[DataConfig]] = {
     "plays": PlaysConfig,
     "hub": HubConfig,
     "local": LocalConfig,
+    "synthetic": SyntheticConfig,
 }
 STREAM_HALF = ("llm", "data", "trainer", "eval", "seed")
 # What a run can be continued with on another machine, or evaluated otherwise, without becoming
@@ -55,7 +63,7 @@ class Config:
     llm: LLMConfig
     """The language model."""
     data: DataConfig
-    """The text and how it is cut and shuffled."""
+    """The text, or synthetic concepts, and how activations are shuffled."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     """How long, and on what."""
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -97,6 +105,30 @@ class Config:
         for setting, seed in (("seed", self.seed), ("model.seed", self.model.seed)):
             if not 0 <= seed < 2**63:
                 raise UserError(f"{setting}={seed}: give 0 or a positive integer below 2**63")
+        self._check_data()
+
+    def _check_data(self) -> None:
+        """Text needs an LLM to read it; concepts need none, and have one site."""
+        synthetic = isinstance(self.data, SyntheticConfig)
+        self.sweep.check(synthetic)
+        if not synthetic:
+            if self.llm.name == NO_LLM:
+                raise UserError(
+                    "llm=none: text takes an LLM to read it; choose one, or data=synthetic"
+                )
+            return
+        dtype = Dtype.auto if self.llm.dtype is Dtype.auto else Dtype.float32
+        for group, neutral in (
+            ("llm", LLMConfig(name=NO_LLM, dtype=dtype, device=self.llm.device)),
+            ("layer", LayerConfig(index=0)),
+        ):
+            given = plain(asdict(getattr(self, group)))
+            for name, value in plain(asdict(neutral)).items():
+                if given[name] != value:
+                    raise UserError(
+                        f"{group}.{name}={given[name]} has no meaning with data=synthetic, whose "
+                        "activations come from no LLM: leave it out"
+                    )
 
     def flat(self) -> dict[str, Any]:
         """Every setting by its dotted name, as plain values."""
@@ -114,7 +146,7 @@ class Config:
         half = {name: plain(asdict(self)[name]) for name in STREAM_HALF}
         # where activations are read from changes none of them
         half["data"] = {k: v for k, v in half["data"].items() if not k.startswith("cache")}
-        if self.data.max_norm is not None:
+        if isinstance(self.data, TextConfig) and self.data.max_norm is not None:
             half["layer"] = plain(asdict(self.layer))
         return hashlib.sha256(json.dumps(half, sort_keys=True).encode()).hexdigest()[:16]
 

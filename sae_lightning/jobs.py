@@ -14,7 +14,7 @@ from sae_lightning.config import SOURCES, AnalyzeConfig, Config, plain, presets,
 from sae_lightning.errors import UserError
 from sae_lightning.llm.packaged import PACKAGED
 from sae_lightning.sae import ARCHITECTURES
-from sae_lightning.stream.text import LocalConfig
+from sae_lightning.stream.text import LocalConfig, TextConfig
 from sae_lightning.terminal import resume_command
 
 CONFIG_FILE = "config.yaml"
@@ -151,7 +151,7 @@ def _with_absolute_paths(config: Config) -> Config:
         path = os.path.expanduser(config.data.path)
         if os.path.exists(path) or any(glob.iglob(path, recursive=True)):
             config.data.path = _absolute(path)
-    if config.data.cache_folder is not None:
+    if isinstance(config.data, TextConfig) and config.data.cache_folder is not None:
         config.data.cache_folder = _absolute(config.data.cache_folder)
     return config
 

@@ -13,6 +13,8 @@ from sae_lightning.llm.load import parameters
 from sae_lightning.llm.packaged import Shape
 from sae_lightning.llm.sites import Sites, distinct
 from sae_lightning.scorecard import ROWS
+from sae_lightning.stream.synthetic import MOST
+from sae_lightning.stream.text import SyntheticConfig
 from sae_lightning.training.settings import Accelerator
 
 PROCESS = 800_000_000  # Python with torch, transformers and lightning
@@ -54,11 +56,15 @@ def estimate(configs: Sequence[Config], sites: Sequence[Sites], llm: Shape) -> M
     config = configs[0]
     weights = [_weights(c.model.features, llm) for c in configs]
     number = torch.finfo(getattr(torch, config.llm.dtype.name)).bits // 8
-    llm_batch = config.llm.batch * config.data.context
+    if isinstance(config.data, SyntheticConfig):
+        batch = MOST
+        more = (config.eval.tokens + 4 * MOST) * config.data.concepts  # their strengths
+    else:
+        batch = config.llm.batch * config.data.context
+        more = 2 * batch * llm.vocabulary  # logits, clean and with an SAE
     # the pool is copied for a checkpoint
-    tokens = 2 * config.data.pool + llm_batch + config.eval.tokens
-    logits = 2 * llm_batch * llm.vocabulary  # clean and with an SAE
-    held = parameters(config.llm) + tokens * llm.width * len(distinct(sites)) + logits
+    tokens = 2 * config.data.pool + batch + config.eval.tokens
+    held = parameters(config.llm) + tokens * llm.width * len(distinct(sites)) + more
     # batches in training and evaluation, and the float64 in which an SAE is exported
     batches = [max(16 * c.trainer.batch, 8 * ROWS) * c.model.features for c in configs]
     computing = max(batch + 16 * n for batch, n in zip(batches, weights, strict=True))

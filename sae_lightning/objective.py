@@ -6,9 +6,12 @@ from dataclasses import dataclass
 from sae_lightning.errors import UserError
 from sae_lightning.llm.splice import Baseline, Scores
 from sae_lightning.metrics import Quality
+from sae_lightning.recovery import OF_THE_WORLD, Recovery
 
 # Held-out numbers that depend on the SAE: the LLM's own cross-entropies rank no runs.
-METRICS = sorted({*Quality._fields, *Scores._fields} - {*Baseline._fields, "density"})
+OF_THE_LLM = {*Scores._fields} - {*Baseline._fields}
+OF_CONCEPTS = {*Recovery._fields} - OF_THE_WORLD
+METRICS = sorted({*Quality._fields, *OF_THE_LLM, *OF_CONCEPTS} - {"density"})
 # Per factor e of active features too many (1 % too many cost 0.1). It has to outweigh what a metric
 # gains by them: kl, the steepest, falls by 0.2 nats from L0 20 to 50 (SmolLM2, block 9).
 EXCESS = 10.0
@@ -37,6 +40,16 @@ class SweepConfig:
             )
         if self.max_heads is not None and self.max_heads < 1:
             raise UserError(f"sweep.max_heads={self.max_heads}: give 1 or more SAEs for a pass")
+
+    def check(self, synthetic: bool) -> None:
+        """Raise a UserError if the objective is not measured on such data."""
+        absent, data = (OF_THE_LLM, "data=synthetic") if synthetic else (OF_CONCEPTS, "text")
+        if self.objective.removeprefix("-") in absent:
+            there = ", ".join(name for name in METRICS if name not in absent)
+            raise UserError(
+                f"sweep.objective={self.objective} is not measured on {data}: "
+                f"choose from {there}"
+            )
 
 
 def objective(metrics: dict[str, float], sweep: SweepConfig) -> float:

@@ -4,16 +4,17 @@ from collections.abc import Sequence
 
 from sae_lightning import scorecard
 from sae_lightning.jobs import Job
-from sae_lightning.llm.load import LLM
 from sae_lightning.llm.sites import Sites
 from sae_lightning.terminal import command, console, grid, shown
 from sae_lightning.training.head import Head
 from sae_lightning.training.module import SAEModule
 
 
-def announce(jobs: Sequence[Job], heads: Sequence[Head], llm: LLM, steps_done: int) -> None:
-    """Say what is about to be trained, and where the results go."""
-    config, trainer = jobs[0].config, jobs[0].config.trainer
+def announce(
+    jobs: Sequence[Job], heads: Sequence[Head], inputs: dict[str, str], steps_done: int
+) -> None:
+    """Say what is about to be trained on which `inputs`, and where the results go."""
+    trainer = jobs[0].config.trainer
     parameters = sum(p.numel() for head in heads for p in head.sae.parameters())
     sites = {}
     for head in heads:
@@ -24,7 +25,7 @@ def announce(jobs: Sequence[Job], heads: Sequence[Head], llm: LLM, steps_done: i
         f"{job.config.model.name}, {job.config.model.features:,} features": None for job in jobs
     }
     rows = {
-        "LLM": f"{llm.name}, {config.llm.dtype.name} on {llm.model.device}",
+        **inputs,
         "site": "; ".join(sites.values()),
         "SAE": (f"{len(jobs)} of " if len(jobs) > 1 else "")
         + f"{'; '.join(kinds)}, {parameters / 1e6:.1f} M parameters, {trainer.precision.name}",
@@ -46,7 +47,7 @@ def conclude(job: Job, metrics: dict) -> None:
     }
     if "tokens_per_second" in speed:
         lines["speed"] = speed_line(speed)
-    console.print(grid(lines, title="on held-out text"))
+    console.print(grid(lines, title=scorecard.title(metrics["held_out"])))
     folder = shown(job.folder)
     # the folder above, outputs/ or multirun/, so that earlier runs are there to compare with
     root = folder.parts[0] if folder.parts and not folder.is_absolute() else folder

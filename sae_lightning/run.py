@@ -16,16 +16,12 @@ from sae_lightning import checks, folders
 from sae_lightning.config import Config
 from sae_lightning.files import write_json
 from sae_lightning.folders import METRICS_FILE
+from sae_lightning.inputs import Inputs, metadata, open_inputs
 from sae_lightning.jobs import Job, resume_of
-from sae_lightning.llm.load import LLM, load
 from sae_lightning.llm.sites import Sites, distinct
 from sae_lightning.report import announce, conclude, say_how_to_continue, speed_line
 from sae_lightning.sae import build
-from sae_lightning.stream.documents import Text, open_text
-from sae_lightning.stream.held_out import HeldOut
 from sae_lightning.stream.live import LiveStream
-from sae_lightning.stream.sources import open_rows
-from sae_lightning.stream.tokens import open_tokens
 from sae_lightning.terminal import console
 from sae_lightning.training.callbacks import standard
 from sae_lightning.training.callbacks.checkpoint import export
@@ -71,13 +67,12 @@ def run(jobs: list[Job]) -> list[dict[str, float] | None]:
 
 
 def _run(jobs: list[Job], sites: list[Sites], steps_done: int) -> list[dict[str, float] | None]:
-    text = open_text(jobs[0].config.data)
-    llm = load(jobs[0].config.llm)
-    parts = assemble(jobs, sites, llm, text, steps_done)
+    inputs = open_inputs(jobs[0].config, distinct(sites), jobs[0].resumed)
+    parts = assemble(jobs, sites, inputs, steps_done)
     module = parts.module
     for job in jobs:
         folders.begin(job)
-    announce(jobs, module.heads, llm, steps_done)
+    announce(jobs, module.heads, inputs.about, steps_done)
     started = time.monotonic()
     try:
         parts.trainer.fit(
@@ -105,39 +100,25 @@ def _run(jobs: list[Job], sites: list[Sites], steps_done: int) -> list[dict[str,
     return results
 
 
-def assemble(jobs: list[Job], sites: list[Sites], llm: LLM, text: Text, steps_done: int) -> Parts:
+def assemble(jobs: list[Job], sites: list[Sites], inputs: Inputs, steps_done: int) -> Parts:
     """Build stream, heads and trainer from the jobs' configs."""
     config = jobs[0].config
     trainer = config.trainer
-    tokens = open_tokens(text, llm.tokenizer, context=config.data.context, seed=config.seed)
-    read = distinct(sites)
-    rows = open_rows(config.llm, config.data, config.seed, llm, tokens.train, read, jobs[0].resumed)
     stream = LiveStream(
-        rows,
+        inputs.rows,
         batch=trainer.batch,
         total_batches=trainer.steps,
         pool=config.data.pool,
         seed=config.seed,
     )
-    held_out = HeldOut(
-        llm,
-        tokens.held_out,
-        read,
-        tokens=config.eval.tokens,
-        max_norm=config.data.max_norm,
-        loss_tokens=config.eval.loss_tokens,
-        batch=config.llm.batch,
-        keep_special=config.data.keep_special,
-    )
     resumed_at = steps_done * trainer.batch if jobs[0].resumed else None
-    width = llm.model.config.get_text_config().hidden_size
     heads = [
-        _head(job, pair, width, _log(job, jobs, resumed_at))
+        _head(job, pair, inputs.width, _log(job, jobs, resumed_at))
         for job, pair in zip(jobs, sites, strict=True)
     ]
     module = SAEModule(heads, batch=trainer.batch, steps=trainer.steps, resume=resume_of(jobs))
     return Parts(
-        data=ActivationData(stream, held_out),
+        data=ActivationData(stream, inputs.held_out),
         module=module,
         trainer=L.Trainer(
             accelerator=trainer.accelerator.value,
@@ -174,13 +155,7 @@ def _head(job: Job, sites: Sites, width: int, log: HeadLog) -> Head:
     )
     head.log = log
     head.settings = config.identity()
-    head.metadata = {
-        "model_name": config.llm.name,
-        **sites.hook_names,
-        "context_size": config.data.context,
-        "prepend_bos": True,
-        "sae_lightning": config.flat(),
-    }
+    head.metadata = metadata(config) | sites.hook_names | {"sae_lightning": config.flat()}
     return head
 
 

@@ -1,6 +1,6 @@
-"""What held-out text says about an SAE: the one scoring that training and analysis share."""
+"""What held-out data says about an SAE: the one scoring that training and analysis share."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -10,41 +10,54 @@ from torch import Tensor
 from sae_lightning.llm.sites import Site
 from sae_lightning.llm.splice import Scores
 from sae_lightning.metrics import Quality, QualitySums
+from sae_lightning.recovery import FOUND, Recovery, recovery
 from sae_lightning.sae import Output
 from sae_lightning.stream.held_out import HeldOut
+from sae_lightning.stream.synthetic import HeldOutConcepts
 
 ROWS = 4096  # tokens reconstructed at a time: bounds the memory that features take
 
 
 class Scorecard(NamedTuple):
-    """Everything that is measured on held-out text."""
+    """Everything that is measured on held-out text or, where they are known, on concepts."""
 
     quality: Quality
     """Reconstruction and sparsity."""
-    scores: Scores
-    """What the LLM makes of the reconstruction."""
+    scores: Scores | None = None
+    """What the LLM makes of the reconstruction; None where there is no LLM."""
+    recovery: Recovery | None = None
+    """How much of the truth was found; None where it is not known."""
 
     def scalars(self) -> dict[str, float]:
         """The numbers by name."""
         quality = self.quality._asdict()
         del quality["density"]
-        return quality | self.scores._asdict()
+        return quality | (self.scores or self.recovery)._asdict()
 
 
 @torch.no_grad()
 def score(
     reconstructs: Sequence[Callable[[Tensor], Output]],
-    held_out: HeldOut,
+    held_out: HeldOut | HeldOutConcepts,
     source: Site,
     target: Site,
+    weights: Sequence[Callable[[], dict[str, Tensor]]] = (),
 ) -> list[Scorecard]:
     """Score SAEs of one source and target, given as functions of raw activations [n, d_in].
 
+    Where the concepts are known, `weights` gives those of each SAE, for raw activations too.
     Runs in float32 whatever the training precision: it is what the saved SAE will do.
     """
     x, y = held_out.activations(source), held_out.activations(target)
     with torch.autocast(x.device.type, enabled=False):
         qualities = [_quality(reconstruct, x, y) for reconstruct in reconstructs]
+        if isinstance(held_out, HeldOutConcepts):
+            found = [
+                recovery(held_out.world.directions, mine(), _samples(reconstruct, x, held_out))
+                for reconstruct, mine in zip(reconstructs, weights, strict=True)
+            ]
+            pairs = zip(qualities, found, strict=True)
+            return [Scorecard(quality, recovery=each) for quality, each in pairs]
         functions = [partial(_reconstruction, reconstruct) for reconstruct in reconstructs]
         scores = held_out.scores(source, target, functions)
     return [Scorecard(*pair) for pair in zip(qualities, scores, strict=True)]
@@ -59,20 +72,53 @@ def _quality(reconstruct: Callable[[Tensor], Output], x: Tensor, y: Tensor) -> Q
     return sums.result()
 
 
+def _samples(
+    reconstruct: Callable[[Tensor], Output], x: Tensor, held_out: HeldOutConcepts
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Activations, strengths and features of the samples [n, d_in], part by part."""
+    for part, strengths in zip(x.split(ROWS), held_out.strengths.split(ROWS), strict=True):
+        yield part.cpu(), strengths, reconstruct(part).features.cpu()
+
+
 def _reconstruction(reconstruct: Callable[[Tensor], Output], x: Tensor) -> Tensor:
     return torch.cat([reconstruct(part).reconstruction.to(x.device) for part in x.split(ROWS)])
 
 
+def title(scalars: dict[str, float]) -> str:
+    """What a scorecard's numbers are measured on."""
+    return "on held-out text" if "ce_clean" in scalars else "on held-out samples"
+
+
 def rows(scalars: dict[str, float]) -> dict[str, str]:
     """A scorecard's numbers as lines for a person."""
-    return {
+    quality = {
         "L0": f"{scalars['l0']:.1f} active features per token",
         "explained variance": f"{scalars['explained_variance']:.4f}",
-        "unfired": f"{scalars['unfired']:.1%} of features on this text",
+        "unfired": f"{scalars['unfired']:.1%} of features {title(scalars)}",
+    }
+    return quality | (_llm_rows(scalars) if "ce_clean" in scalars else _concept_rows(scalars))
+
+
+def _llm_rows(scalars: dict[str, float]) -> dict[str, str]:
+    return {
         "CE recovered": f"{scalars['ce_recovered']:.4f}",
         "CE of the LLM": f"{scalars['ce_clean']:.3f} nats per token",
         "  with the SAE": f"{scalars['ce_spliced']:.3f}",
         "  mean-ablated": f"{scalars['ce_mean']:.3f}",
         "  zero-ablated": f"{scalars['ce_zero']:.3f}",
         "KL": f"{scalars['kl']:.4f} nats per token",
+    }
+
+
+def _concept_rows(scalars: dict[str, float]) -> dict[str, str]:
+    return {
+        "recovered": f"{scalars['recovered']:.1%} of concepts, at a cosine above {FOUND}",
+        "mean max cosine": f"{scalars['mmcs']:.4f}; between concepts "
+        f"{scalars['concept_overlap']:.4f}",
+        "precision, recall": f"{scalars['precision']:.4f}, {scalars['recall']:.4f} of matched "
+        "features as detectors",
+        "strengths": f"{scalars['feature_readout']:.1%} of their variance read by features, "
+        f"{scalars['projection_readout']:.1%} by projection",
+        "encoder and decoder": f"cosine {scalars['encoder_agreement']:.4f}, "
+        f"{scalars['negative_bias']:.1%} of biases negative",
     }

@@ -9,6 +9,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import ConfigCompositionException
 
 from sae_lightning.config import SOURCES, Config, conf_folder
 from sae_lightning.errors import UserError
@@ -26,7 +27,7 @@ from sae_lightning.llm.load import Dtype
 from sae_lightning.llm.sites import Kind
 from sae_lightning.sae import ARCHITECTURES
 from sae_lightning.sae.relu import DenseLoss, ReLULoss
-from sae_lightning.stream.text import HubConfig, LocalConfig, PlaysConfig
+from sae_lightning.stream.text import PlaysConfig, SyntheticConfig
 from sae_lightning.training.settings import Normalization, Precision
 
 CONF = Path(conf_folder())
@@ -59,8 +60,9 @@ def make_job(*overrides: str) -> Job:
 def preset(name: str) -> list[str]:
     """Overrides that choose `group/preset`, complete enough to compose."""
     group, choice = name.split("/")
-    objective = [f"model={choice}"] if group == "loss" else []
-    return [name.replace("/", "="), *objective, *LEFT_OPEN.get(name, [])]
+    goes_with = [f"model={choice}"] if group == "loss" else []
+    goes_with += ["data=synthetic"] if name == "llm/none" else []
+    return [name.replace("/", "="), *goes_with, *LEFT_OPEN.get(name, [])]
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -111,6 +113,54 @@ def test_an_llm_brings_a_layer_and_the_user_may_choose_another():
     assert (layer.source, layer.target) == (Kind.mlp, None)
     layer = make("llm=gpt2", "layer=transcoder").layer
     assert (layer.index, layer.source, layer.target) == (8, Kind.mlp_in, Kind.mlp)
+
+
+def test_synthetic_data_brings_no_llm_and_an_objective_that_it_has():
+    config = make("data=synthetic", "seed=3")
+    assert (config.llm.name, config.layer.index, config.sweep.objective) == ("none", 0, "recovered")
+    assert (type(config.data), config.data.seed) == (SyntheticConfig, 3)
+    assert make("data=synthetic", "trainer=smoke").data.pool == 4096
+    assert make("data=synthetic", "llm.device=cpu", "llm.dtype=float32").llm.device == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data=synthetic", "llm=gpt2"], r"llm\.name=openai-community/gpt2 has no meaning with"),
+        (["llm=gpt2", "data=synthetic"], r"llm\.name=openai-community/gpt2 has no meaning with"),
+        (["data=synthetic", "llm.batch=4"], r"llm\.batch=4 has no meaning"),
+        (["data=synthetic", "llm.dtype=bfloat16"], r"llm\.dtype=bfloat16 has no meaning"),
+        (["data=synthetic", "layer.index=3"], r"layer\.index=3 has no meaning"),
+        (["data=synthetic", "layer=mlp"], r"layer\.source=mlp has no meaning"),
+        (["data=synthetic", "layer=transcoder"], r"layer\.source=mlp_in has no meaning"),
+        (["llm=none"], r"llm=none: text takes an LLM"),
+        (["llm=none", "data=tinystories"], r"llm=none: text takes an LLM"),
+        (
+            ["data=synthetic", "sweep.objective=kl"],
+            r"sweep\.objective=kl is not measured on data=s",
+        ),
+        (["sweep.objective=-mmcs"], r"sweep\.objective=-mmcs is not measured on text"),
+        (["data=synthetic", "data.l0=600"], r"data\.l0=600\.0: .* at most 512"),
+        (["data=synthetic", "data.l0=0"], r"data\.l0=0\.0: "),
+        (["data=synthetic", "data.dim=0"], r"data\.dim=0: give 1 or more"),
+        (["data=synthetic", "data.zipf=-1"], r"data\.zipf=-1\.0: "),
+        (["data=synthetic", "data.correlation=1"], r"data\.correlation=1\.0: "),
+        (["data=synthetic", "data.hierarchy=1"], r"data\.hierarchy=1\.0: "),
+        (["data=synthetic", "data.seed=-1"], r"data\.seed=-1: "),
+        (["data=synthetic", "data.pool=0"], r"data\.pool=0: "),
+    ],
+)
+def test_what_has_no_meaning_without_an_llm_is_refused(overrides, message):
+    with pytest.raises(UserError, match=f"^{message}"):
+        make(*overrides)
+
+
+@pytest.mark.parametrize(
+    "setting", ["context=64", "max_norm=10", "keep_special=true", "cache=true"]
+)
+def test_settings_of_text_are_unknown_to_synthetic_data(setting):
+    with pytest.raises(ConfigCompositionException):
+        make("data=synthetic", f"data.{setting}")
 
 
 def test_a_model_brings_its_own_loss():
@@ -227,6 +277,7 @@ ROUND_TRIPS = {
     "a quoted comma": ["data=text", "data.path='a,b c=d'"],
     "an interpolation": ["model.seed=${trainer.batch}"],
     "gpu": ["trainer=gpu"],
+    "concepts": ["data=synthetic", "data.hierarchy=0.5", "seed=3"],
 }
 
 
@@ -358,7 +409,7 @@ def test_a_config_of_another_version_names_what_it_does_not_know(tmp_path):
 
 
 def test_sources_are_told_apart_by_their_settings():
-    kinds = [set(schema.__dataclass_fields__) for schema in (PlaysConfig, HubConfig, LocalConfig)]
+    kinds = [set(schema.__dataclass_fields__) for schema in SOURCES.values()]
     assert not any(b <= a for i, a in enumerate(kinds) for b in kinds[i + 1 :])
 
 

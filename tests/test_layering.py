@@ -19,6 +19,7 @@ ROWS = [
     ["report"],
     ["memory"],
     ["checks", "folders"],
+    ["inputs"],
     ["jobs"],
     ["config"],
     ["training", "analysis"],

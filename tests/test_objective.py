@@ -10,6 +10,7 @@ from sae_lightning.errors import UserError
 from sae_lightning.llm.splice import Baseline, Scores
 from sae_lightning.metrics import Quality
 from sae_lightning.objective import METRICS, SweepConfig, objective
+from sae_lightning.recovery import OF_THE_WORLD, Recovery
 from sae_lightning.scorecard import Scorecard
 
 RUN = {"ce_recovered": 0.9, "kl": 0.25, "l0": 80.0}
@@ -50,10 +51,20 @@ def test_a_metric_that_is_nan_is_the_worst_of_all(name):
 
 
 def test_every_number_of_a_run_that_the_sae_decides_can_be_the_objective():
-    card = Scorecard(Quality(1.0, 0.5, 0.1, torch.zeros(2)), Scores(1, 2, 3, 3, 0.5, 0.1))
-    assert set(METRICS) == set(card.scalars()) - set(Baseline._fields)
-    for name in METRICS:
-        assert objective(card.scalars(), SweepConfig(objective=name)) == card.scalars()[name]
+    quality = Quality(1.0, 0.5, 0.1, torch.zeros(2))
+    of_text = Scorecard(quality, scores=Scores(1, 2, 3, 3, 0.5, 0.1)).scalars()
+    of_concepts = Scorecard(quality, recovery=Recovery(*range(9))).scalars()
+    fixed = {*Baseline._fields, *OF_THE_WORLD}
+    assert set(METRICS) == {*of_text, *of_concepts} - fixed
+    for numbers, synthetic in ((of_text, False), (of_concepts, True)):
+        for name in METRICS:
+            sweep = SweepConfig(objective=name)
+            if name in numbers:
+                sweep.check(synthetic)
+                assert objective(numbers, sweep) == numbers[name]
+            else:
+                with pytest.raises(UserError, match=rf"^sweep\.objective={name} is not measured"):
+                    sweep.check(synthetic)
 
 
 @pytest.mark.parametrize("name", ["ce_recoverd", "--kl", "", "density", "ce_clean"])
@@ -62,7 +73,8 @@ def test_an_unknown_metric_is_refused_with_those_there_are(name):
         SweepConfig(objective=name)
     assert str(error.value) == (
         f"sweep.objective={name}: no such held-out metric; choose from ce_recovered, ce_spliced, "
-        "explained_variance, kl, l0, unfired, with a minus in front to minimise it"
+        "encoder_agreement, explained_variance, feature_readout, kl, l0, mmcs, negative_bias, "
+        "precision, recall, recovered, unfired, with a minus in front to minimise it"
     )
 
 

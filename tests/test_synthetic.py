@@ -30,7 +30,7 @@ def test_zipf_rates_by_hand():
 def test_rates_add_up_to_l0_and_none_is_above_a_half(concepts, exponent, share):
     rates = zipf_rates(concepts, share * concepts, exponent)
     assert rates.sum().item() == pytest.approx(share * concepts, rel=1e-5)
-    assert 0 < rates.min() and rates.max() <= MOST
+    assert rates.min() > 0 and rates.max() <= MOST
     assert (rates.diff() <= 1e-7).all()
 
 

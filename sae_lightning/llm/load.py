@@ -15,6 +15,8 @@ from sae_lightning.llm.packaged import PACKAGED, Shape, cached, gguf_folder
 from sae_lightning.llm.quiet import quiet
 from sae_lightning.terminal import phase
 
+NO_LLM = "none"  # synthetic activations come from no LLM
+
 
 class Dtype(Enum):
     """Number format of the LLM's weights and activations."""
@@ -39,7 +41,7 @@ class LLMConfig:
     """The language model whose activations are read."""
 
     name: str
-    """`smollm2` (packaged), a local folder, or a name on the hub."""
+    """`smollm2` (packaged), a local folder, or a name on the hub; `none` for data=synthetic."""
 
     revision: str | None = None
     """Branch, tag or commit of a hub model; null is its main branch."""
@@ -110,6 +112,8 @@ def dtype(config: LLMConfig) -> torch.dtype:
     """The number format that `llm.dtype` stands for on this machine."""
     if config.dtype is not Dtype.auto:
         return getattr(torch, config.dtype.value)
+    if config.name == NO_LLM:
+        return torch.float32
     return torch.bfloat16 if has_bf16(device(config).type) else torch.float32
 
 
@@ -137,6 +141,8 @@ def shape(config: LLMConfig) -> Shape:
 
 def parameters(config: LLMConfig) -> int:
     """Number of weights of the LLM, from its config alone."""
+    if config.name == NO_LLM:
+        return 0
     if config.name in PACKAGED:
         return PACKAGED[config.name].parameters
     from transformers import AutoModelForCausalLM

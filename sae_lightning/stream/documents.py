@@ -14,7 +14,7 @@ import numpy as np
 
 from sae_lightning.errors import UserError
 from sae_lightning.llm.quiet import quiet
-from sae_lightning.stream.text import DataConfig, HubConfig, LocalConfig, PlaysConfig
+from sae_lightning.stream.text import HubConfig, LocalConfig, PlaysConfig, TextConfig
 from sae_lightning.terminal import phase
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Text(NamedTuple):
     """The setting that names the text and its value, for messages."""
 
 
-def open_text(config: DataConfig) -> Text:
+def open_text(config: TextConfig) -> Text:
     """Open the text that `config` names, cut into training and held-out documents.
 
     Reads no more than it must to find the documents (a streamed data set: its first row).

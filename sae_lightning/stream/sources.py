@@ -20,7 +20,7 @@ from sae_lightning.stream.documents import quiet_datasets
 from sae_lightning.stream.flat import tokenizer_hash
 from sae_lightning.stream.packing import TokenSource
 from sae_lightning.stream.rows import LLMRows
-from sae_lightning.stream.text import DataConfig, HubConfig
+from sae_lightning.stream.text import HubConfig, TextConfig
 
 FORMAT = 1  # of the cache; another number is another key
 PLACES = 1 << 14  # numbers of a tensor that are looked at in their places
@@ -30,7 +30,7 @@ BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def open_rows(
     config: LLMConfig,
-    data: DataConfig,
+    data: TextConfig,
     seed: int,
     llm: LLM,
     tokens: TokenSource,
@@ -64,7 +64,7 @@ def cache_folder(chosen: str | None) -> Path:
     return Path(chosen).expanduser().absolute()
 
 
-def settings(config: LLMConfig, data: DataConfig, seed: int, rows: LLMRows) -> dict[str, Any]:
+def settings(config: LLMConfig, data: TextConfig, seed: int, rows: LLMRows) -> dict[str, Any]:
     """All that decides what the rows are: settings, and what LLM and text are behind them.
 
     The LLM as it is loaded, device and libraries too, because others round otherwise. With
@@ -104,7 +104,7 @@ def _processor(device: torch.device) -> str:
     return device.type + capability
 
 
-def _files(data: DataConfig) -> str | None:
+def _files(data: TextConfig) -> str | None:
     """A hash of the files of a streamed text: their names, and the commit they are of or, on this
     machine, their times. None where it cannot be known."""
     if not isinstance(data, HubConfig) or not data.streaming:

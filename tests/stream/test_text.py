@@ -8,7 +8,7 @@ from datasets import Dataset, DatasetDict
 
 from sae_lightning.errors import UserError
 from sae_lightning.stream.documents import open_text
-from sae_lightning.stream.text import DataConfig, HubConfig, LocalConfig, PlaysConfig
+from sae_lightning.stream.text import HubConfig, LocalConfig, PlaysConfig, TextConfig
 
 DOCUMENTS = [f"document {i}" for i in range(40)]
 needs_plays = pytest.mark.skipif(
@@ -175,7 +175,7 @@ def test_500_documents_are_held_out_where_nothing_is_said(tmp_path):
 
 
 def test_defaults_are_the_documented_ones():
-    config = DataConfig()
+    config = TextConfig()
     assert (config.context, config.pool, config.max_norm) == (128, 65536, None)
     assert not hasattr(config, "__dict__"), "slots: a misspelt setting cannot be added"
 

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from test_run import RESAMPLING, assert_same, checkpoint, curves, interrupt, resume, weights
 from tiny_run import BATCH, STEPS
 
-from sae_lightning import UserError, folders, memory, passes, run
+from sae_lightning import UserError, folders, inputs, memory, passes, run
 from sae_lightning.jobs import jobs as jobs_of
 from sae_lightning.jobs import read_sweep
 from sae_lightning.llm.sites import Kind, LayerConfig
@@ -74,14 +74,14 @@ def test_a_group_runs_the_llm_as_often_as_one_job(job, sweep, monkeypatch):
     captured, forward = [], []
     for module in (rows, held_out):
         monkeypatch.setattr(module, "capture", counted(module.capture, captured))
-    loaded = run.load
+    loaded = inputs.load
 
     def load(config):
         llm = loaded(config)
         llm.model.forward = counted(llm.model.forward, forward)
         return llm
 
-    monkeypatch.setattr(run, "load", load)
+    monkeypatch.setattr(inputs, "load", load)
     run.run([job("one")])
     alone, whole = len(captured), len(forward)
     assert alone > 20
@@ -368,7 +368,7 @@ def test_jobs_that_would_share_a_folder_are_refused(sweep):
 
 def test_a_failed_pass_leaves_nothing_in_memory(sweep, monkeypatch):
     jobs = sweep("seeds", **{f"{seed}": {"seed": seed} for seed in range(2)})
-    loaded, load = [], run.load
+    loaded, load = [], inputs.load
 
     def remember(config):
         assert not any(llm() for llm in loaded), "the LLM of the pass that failed"
@@ -376,7 +376,7 @@ def test_a_failed_pass_leaves_nothing_in_memory(sweep, monkeypatch):
         loaded.append(weakref.ref(llm.model))
         return llm
 
-    monkeypatch.setattr(run, "load", remember)
+    monkeypatch.setattr(inputs, "load", remember)
     with monkeypatch.context() as patch:
         interrupt(patch, 5, lambda: 1 / 0)
         assert passes.train(jobs) == [None, None]

@@ -9,10 +9,11 @@ from sae_lightning.metrics import density_histogram
 from sae_lightning.schedules import due
 from sae_lightning.scorecard import Scorecard, score
 from sae_lightning.stream.held_out import HeldOut
+from sae_lightning.stream.synthetic import HeldOutConcepts
 from sae_lightning.training.head import Head
 
 
-def evaluate(heads: Sequence[Head], held_out: HeldOut, tokens: int) -> None:
+def evaluate(heads: Sequence[Head], held_out: HeldOut | HeldOutConcepts, tokens: int) -> None:
     """Score heads after `tokens` training tokens, those of the same sites together; the results go
     to their logs and metrics."""
 
@@ -21,7 +22,8 @@ def evaluate(heads: Sequence[Head], held_out: HeldOut, tokens: int) -> None:
 
     for (source, target), group in groupby(sorted(heads, key=sites), key=sites):
         mine = list(group)
-        cards = score([head.reconstruct for head in mine], held_out, source, target)
+        functions, weights = zip(*((head.reconstruct, head.folded) for head in mine), strict=True)
+        cards = score(functions, held_out, source, target, weights)
         for head, card in zip(mine, cards, strict=True):
             _note(head, card, tokens)
 
