@@ -1,0 +1,125 @@
+"""A transcoder is any architecture whose target is another site than its source."""
+
+import json
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+from test_run import RESAMPLING, assert_same, interrupt, resume, weights
+
+from sae_lightning import load_sae, run
+from sae_lightning.analysis.evaluate import evaluate
+from sae_lightning.inputs import open_held_out
+from sae_lightning.llm.sites import Kind, LayerConfig, Site, Sites
+from sae_lightning.metrics import QualitySums
+from sae_lightning.sae import ARCHITECTURES
+from sae_lightning.sae.relu import ReLULoss
+from sae_lightning.stream import rows
+from sae_lightning.training.settings import OptimConfig
+
+LAYER = LayerConfig(index=1, source=Kind.mlp_in, target=Kind.mlp)
+SITES = Sites(Site(1, Kind.mlp_in), Site(1, Kind.mlp))
+
+
+@pytest.fixture
+def transcoder(job):
+    """transcoder(name, **groups) -> a job of 40 updates from the MLP's input to its output."""
+    return lambda name, **changes: job(name, layer=LAYER, **changes)
+
+
+def metrics(job):
+    return json.loads((job.folder / "metrics.json").read_text())
+
+
+def architecture(name):
+    """Groups of a small SAE of that architecture that learns within 40 updates."""
+    config, _, loss = ARCHITECTURES[name]
+    sparse = {"k": 12} if "k" in config.__dataclass_fields__ else {}
+    return {
+        "model": config(name=name, features=48, **sparse),
+        "loss": loss(),
+        "optim": OptimConfig(lr=2e-2),
+    }
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_learns_the_mlp_and_is_saved_as_it_is_scored(transcoder, name):
+    done = transcoder("run", **architecture(name))
+    run.run([done])
+    said = metrics(done)["held_out"]
+    sae = load_sae(done.folder)
+    assert sae.metadata["hook_name"] == "blocks.1.ln2.hook_normalized"
+    assert sae.metadata["hook_name_out"] == "blocks.1.hook_mlp_out"
+
+    held_out = open_held_out(done.config, SITES, None)
+    x, y = (held_out.activations(site) for site in SITES)
+    quality = QualitySums()
+    quality.add(y, *sae(x))
+    explained = quality.result().explained_variance
+    assert explained > 0.3, "of the MLP's output; the mean explains 0"
+    assert explained == pytest.approx(said["explained_variance"], abs=1e-4)
+    card = evaluate(done.folder, sae, held_out, SITES)
+    assert card.scalars() == pytest.approx(said, rel=1e-3, abs=1e-3)
+
+
+def test_the_mlp_is_learned_and_not_its_input(transcoder, job):
+    """With the same weights at the start, only the target differs."""
+    settings = {"optim": OptimConfig(lr=2e-2)}
+    both = [
+        transcoder("transcoder", **settings),
+        job("autoencoder", layer=LayerConfig(index=1, source=Kind.mlp_in), **settings),
+    ]
+    run.run(both)
+    names = [load_sae(one.folder).metadata for one in both]
+    assert "hook_name_out" in names[0]
+    assert "hook_name_out" not in names[1]
+    assert names[0]["hook_name"] == names[1]["hook_name"]
+    held_out = open_held_out(both[0].config, SITES, None)
+    x, y = (held_out.activations(site) for site in SITES)
+    errors = {}
+    for one in both:
+        reconstruction = load_sae(one.folder)(x).reconstruction
+        for name, wanted in (("input", x), ("output", y)):
+            spread = (wanted - wanted.mean(dim=0)).square().sum()
+            error = (reconstruction - wanted).square().sum() / spread
+            errors[one.folder.name, name] = error.item()
+    assert errors["transcoder", "output"] < 0.8 < 1 < errors["transcoder", "input"]
+    assert errors["autoencoder", "input"] < 0.8 < 1 < errors["autoencoder", "output"]
+
+
+def test_a_killed_transcoder_ends_the_same(transcoder, monkeypatch):
+    settings = {"loss": ReLULoss(l1=0.3), "optim": OptimConfig(lr=3e-2), "callbacks": RESAMPLING}
+    whole = transcoder("whole", **settings)
+    run.run([whole])
+    killed = replace(whole, folder=whole.folder.parent / "killed")
+    with monkeypatch.context() as patch:
+        interrupt(patch, 23, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(SystemExit):
+            run.run([killed])
+    resume(killed)
+    assert_same(whole.folder, killed.folder)
+
+
+@pytest.mark.slow
+def test_a_cached_transcoder_is_the_live_one_and_shares_sites_with_autoencoders(
+    transcoder, job, tmp_path, monkeypatch
+):
+    passes, capture = [], rows.capture
+    monkeypatch.setattr(rows, "capture", lambda *args: passes.append(1) or capture(*args))
+
+    def cached(one):
+        folder = str(tmp_path / "activations")
+        data = replace(one.config.data, cache=True, cache_folder=folder)
+        return replace(one, config=replace(one.config, data=data))
+
+    live, writing, reading = transcoder("live"), transcoder("writing"), transcoder("reading")
+    run.run([live])
+    once = len(passes)
+    run.run([cached(writing)])
+    assert len(passes) == 2 * once > 0
+    run.run([cached(reading)])
+    run.run([cached(job("mlp", layer=LayerConfig(index=1, source=Kind.mlp)))])
+    assert len(passes) == 2 * once, "both sites are there"
+    assert weights(live.folder) == weights(writing.folder) == weights(reading.folder)
+    assert metrics(live)["held_out"] == metrics(reading)["held_out"]
