@@ -69,6 +69,8 @@ def check(jobs: list[Job]) -> Checked:
         _check_folder(job)
     if is_text(config):
         _check_cache(jobs)
+    for job in jobs:
+        _check_loss_tokens(job)
     steps_done = [_steps_done(job) if job.resumed else 0 for job in jobs]
     llm = shape(config)
     if llm.context is not None and config.data.context > llm.context:
@@ -90,6 +92,16 @@ def _check_folder(job: Job) -> None:
         raise UserError(
             f"{job.folder} already holds a run: continue it with resume={job.folder}, or choose "
             f"another folder with {ELSEWHERE}"
+        )
+
+
+def _check_loss_tokens(job: Job) -> None:
+    """That nobody asks for the loss of an LLM that is not there; presets of the trainer may."""
+    asked = [o for o in job.overrides if o.lstrip("+").startswith("eval.loss_tokens=")]
+    if asked and not is_text(job.config):
+        raise UserError(
+            f"{asked[0]} has no meaning with data=synthetic, whose activations come from no LLM: "
+            "leave it out"
         )
 
 

@@ -23,6 +23,7 @@ import torch
 from sae_lightning import checks, folders, memory
 from sae_lightning.cli import DEBUG, explain
 from sae_lightning.errors import UserError
+from sae_lightning.inputs import is_text
 from sae_lightning.jobs import CONFIG_FILE, Job, read_job, resume_of
 from sae_lightning.llm.packaged import Shape
 from sae_lightning.llm.sites import Sites
@@ -173,7 +174,8 @@ def _announce(jobs: list[Job], passes: list[Pass]) -> None:
         return
     free = memory.available(jobs[0].config)
     runs, times = _count(len(jobs), "job"), _count(len(passes), "pass")
-    console.print(f"{runs} on {times} of the LLM ({free / 1e9:.1f} GB of memory are free)")
+    of = " of the LLM" if is_text(jobs[0].config) else ""
+    console.print(f"{runs} on {times}{of} ({free / 1e9:.1f} GB of memory are free)")
     for number, this in enumerate(passes, 1):
         names = ", ".join(sorted({str(site) for site in this.sites}))
         saes, size = _count(len(this.jobs), "SAE"), f"{this.memory / 1e9:.1f} GB"

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from sae_lightning import scorecard
+from sae_lightning.inputs import is_text
 from sae_lightning.jobs import Job
 from sae_lightning.llm.sites import Sites
 from sae_lightning.terminal import command, console, grid, shown
@@ -46,7 +47,7 @@ def conclude(job: Job, metrics: dict) -> None:
         "peak memory": f"{speed['peak_memory_gb']:.1f} GB",
     }
     if "tokens_per_second" in speed:
-        lines["speed"] = speed_line(speed)
+        lines["speed"] = speed_line(job, speed)
     console.print(grid(lines, title=scorecard.title(metrics["held_out"])))
     folder = shown(job.folder)
     # the folder above, outputs/ or multirun/, so that earlier runs are there to compare with
@@ -54,10 +55,11 @@ def conclude(job: Job, metrics: dict) -> None:
     console.print(f"\n  tensorboard --logdir {root}\n  {command('analyze.py', run=folder)}\n")
 
 
-def speed_line(speed: dict[str, float]) -> str:
+def speed_line(job: Job, speed: dict[str, float]) -> str:
     """Where the time of a run went."""
+    sources = f"LLM {speed['llm_share']:.0%}, text" if is_text(job.config) else "samples"
     return (
-        f"{speed['tokens_per_second']:,.0f} tokens/s (LLM {speed['llm_share']:.0%}, text and "
+        f"{speed['tokens_per_second']:,.0f} tokens/s ({sources} and "
         f"pool {speed['data_share']:.0%}, SAE {speed['sae_share']:.0%} of the time), "
         f"{speed['tokens_per_second_in_all']:,.0f} with evaluation and checkpoints"
     )

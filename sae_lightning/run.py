@@ -16,7 +16,7 @@ from sae_lightning import checks, folders
 from sae_lightning.config import Config
 from sae_lightning.files import write_json
 from sae_lightning.folders import METRICS_FILE
-from sae_lightning.inputs import Inputs, metadata, open_inputs
+from sae_lightning.inputs import Inputs, is_text, metadata, open_inputs
 from sae_lightning.jobs import Job, resume_of
 from sae_lightning.llm.sites import Sites, distinct
 from sae_lightning.report import announce, conclude, say_how_to_continue, speed_line
@@ -30,7 +30,7 @@ from sae_lightning.training.callbacks.throughput import peak_memory_gb
 from sae_lightning.training.checkpoints import HeadCheckpoints
 from sae_lightning.training.datamodule import ActivationData
 from sae_lightning.training.head import Head
-from sae_lightning.training.logging import HeadLog
+from sae_lightning.training.logging import HEADLINE, HEADLINE_OF_CONCEPTS, HeadLog
 from sae_lightning.training.module import SAEModule
 from sae_lightning.training.settings import checkpoint_path
 
@@ -180,7 +180,7 @@ def finish(jobs: list[Job], parts: Parts) -> list[dict[str, float] | None]:
     if len(jobs) == 1:
         conclude(jobs[0], metrics)
     elif "tokens_per_second" in module.speed:
-        console.print(speed_line(module.speed))
+        console.print(speed_line(jobs[0], module.speed))
     return [None if head.failure else head.held_out_metrics for head in module.heads]
 
 
@@ -197,7 +197,8 @@ def _log(job: Job, jobs: list[Job], resumed_at: int | None) -> HeadLog:
     columns: dict = {}
     for other in jobs:
         columns = shown(other.config) | columns
-    return HeadLog(job.folder, shown(job.config), columns, swept, resumed_at)
+    headline = HEADLINE if is_text(job.config) else HEADLINE_OF_CONCEPTS
+    return HeadLog(job.folder, shown(job.config), columns, swept, resumed_at, headline)
 
 
 @contextmanager

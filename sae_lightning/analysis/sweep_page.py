@@ -11,7 +11,11 @@ from sae_lightning.analysis.sweep_table import SweepRun, SweepTable, natural
 from sae_lightning.terminal import command, shown
 
 TEMPLATES = Path(__file__).parent / "templates"
-PLOTS = {"explained_variance": "explained variance", "ce_recovered": "CE recovered"}
+PLOTS = {
+    "explained_variance": "explained variance",
+    "ce_recovered": "CE recovered",
+    "recovered": "concepts recovered",
+}
 FILES = {
     "config.yaml": "config",
     "metrics.json": "metrics",
@@ -46,7 +50,7 @@ def page(folder: Path, table: SweepTable) -> str:
         plots=plots,
         plotly=get_plotlyjs() if plots else "",
         labels=[key for key in table.keys if key != group] if _is_labelled(table) else [],
-        unplotted=_unplotted(table) if plots else 0,
+        unplotted=_unplotted(table, [name for name in PLOTS if figures[name]]),
         rows=[_row(folder, table, run) for run in table.runs],
         commands=[
             f"tensorboard --logdir {shlex.quote(str(shown(folder)))}",
@@ -60,13 +64,10 @@ def facts(runs: list[SweepRun]) -> dict[str, str]:
     said: dict[str, list[str]] = {}
     for run in (run for run in runs if run.settings):
         get = run.settings.get
-        text = get("data.name") or get("data.path") or "Shakespeare's plays"
         for name, value in {
-            "LLM": get("llm.name"),
-            "site": " -> ".join(f"{kind}.{get('layer.index')}" for kind in _kinds(run.settings)),
+            **_source(run.settings),
             "SAE": get("model.name"),
             "features": f"{get('model.features'):,}",
-            "text": text,
             "tokens": f"{get('trainer.tokens'):,}",
         }.items():
             said.setdefault(name, []).append(str(value))
@@ -74,6 +75,18 @@ def facts(runs: list[SweepRun]) -> dict[str, str]:
     return {
         name: ", ".join(values) if len(values) <= 4 else f"{len(values)} different"
         for name, values in distinct.items()
+    }
+
+
+def _source(settings: dict) -> dict[str, object]:
+    """Where the activations came from."""
+    get = settings.get
+    if get("data.concepts"):
+        return {"concepts": f"{get('data.concepts'):,} in {get('data.dim'):,} dimensions"}
+    return {
+        "LLM": get("llm.name"),
+        "site": " -> ".join(f"{kind}.{get('layer.index')}" for kind in _kinds(settings)),
+        "text": get("data.name") or get("data.path") or "Shakespeare's plays",
     }
 
 
@@ -128,9 +141,10 @@ def _is_labelled(table: SweepTable) -> bool:
     return table.count("finished") <= LABELLED
 
 
-def _unplotted(table: SweepTable) -> int:
+def _unplotted(table: SweepTable, plotted: list[str]) -> int:
+    """Finished runs that are missing in one of the plots."""
     return sum(
-        not all(math.isfinite(run.numbers.get(name, math.nan)) for name in ("l0", *PLOTS))
+        not all(math.isfinite(run.numbers.get(name, math.nan)) for name in plotted)
         for run in table.runs
         if run.status == "finished"
     )

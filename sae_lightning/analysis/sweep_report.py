@@ -64,7 +64,7 @@ def _drawn(table: SweepTable) -> Table:
     # what is the same for all would only make lines longer
     trained = {run.tokens for run in table.runs if run.tokens is not None}
     same, all_finished = len(trained) == 1, table.count("finished") == len(table.runs)
-    title = "sweep, on held-out text" + "".join(f" after {n:,} tokens" for n in trained if same)
+    title = "sweep, on held-out data" + "".join(f" after {n:,} tokens" for n in trained if same)
     drawn = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for key in table.keys or ["run"]:
         drawn.add_column(Text(key), no_wrap=True)

@@ -36,7 +36,7 @@ class SweepRun(NamedTuple):
 
     @property
     def numbers(self) -> dict[str, float]:
-        """The final metrics by name: those of held-out text, then those of training."""
+        """The final metrics by name: those of held-out data, then those of training."""
         if self.metrics is None:
             return {}
         training = self.metrics.get("training", {})
@@ -75,7 +75,10 @@ COLUMNS = {
     "explained_variance": Column("EV", "{:.4f}", 1, "explained variance"),
     "ce_recovered": Column("CE recovered", "{:.4f}", 1, "share of the LLM's loss recovered"),
     "kl": Column("KL", "{:.4f}", -1, "from the LLM's predictions, nats per token"),
-    "unfired": Column("unfired", "{:.1%}", -1, "share of features silent on held-out text"),
+    "recovered": Column("recovered", "{:.1%}", 1, "share of concepts found (cosine > 0.9)"),
+    "precision": Column("precision", "{:.4f}", 1, "of matched features as detectors"),
+    "recall": Column("recall", "{:.4f}", 1, "of matched features as detectors"),
+    "unfired": Column("unfired", "{:.1%}", -1, "share of features silent on held-out data"),
     "train/dead": Column("dead", "{:.1%}", -1, "share of features dead at the end of training"),
     "mse": Column("mse", "{:.4f}", -1, "mean squared error"),
 }

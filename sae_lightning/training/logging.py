@@ -11,6 +11,8 @@ from torch.utils.tensorboard.summary import hparams
 
 HEADLINE = ("held_out/l0", "held_out/explained_variance", "held_out/ce_recovered", "train/dead")
 """What the HParams tab shows of each run."""
+HEADLINE_OF_CONCEPTS = tuple(tag.replace("ce_recovered", "recovered") for tag in HEADLINE)
+"""What it shows where there is no LLM."""
 
 
 class HeadLog:
@@ -23,14 +25,15 @@ class HeadLog:
         columns: dict,
         swept: Collection[str],
         resumed_at: int | None,
+        headline: Collection[str] = HEADLINE,
     ):
         """`settings` appear in the HParams tab, whose columns are the names in `columns`, those
-        `swept` first; points after `resumed_at` tokens are replaced."""
+        `swept` first, and the metrics `headline`; points after `resumed_at` tokens are replaced."""
         purge = None if resumed_at is None else resumed_at + 1
         self.writer = SummaryWriter(str(folder), purge_step=purge)
         if not resumed_at:
             # TensorBoard takes the columns from any one run: each names those of all
-            experiment, *_ = hparams(columns, dict.fromkeys(HEADLINE, 0.0))
+            experiment, *_ = hparams(columns, dict.fromkeys(headline, 0.0))
             data = experiment.value[0].metadata.plugin_data
             content = HParamsPluginData.FromString(data.content)
             for info in content.experiment.hparam_infos:
