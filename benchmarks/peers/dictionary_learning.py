@@ -1,0 +1,129 @@
+"""dictionary_learning on the same work: its own `trainSAE`, its own folder, its own loader.
+
+Optional, because it needs many packages (nnsight below 0.4 among them):
+
+    pip install dictionary-learning==0.1.0
+
+Its defaults are for hundreds of thousands of updates: 1,000 of warm-up, a threshold from update
+1,000 on, 10 million silent tokens until a feature is dead. A run of 512 does not even start with
+them. These counts become shares of the run, and the rate is a faster one; all else is its own.
+"""
+
+import importlib.metadata
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
+from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKTrainer
+from dictionary_learning.trainers.standard import StandardTrainerAprilUpdate
+from dictionary_learning.trainers.top_k import TopKTrainer
+from dictionary_learning.training import trainSAE
+from dictionary_learning.utils import load_dictionary
+from peers.work import Work
+from torch import Tensor
+
+from sae_lightning.terminal import phase
+
+NAME, VERSION = "dictionary_learning", importlib.metadata.version("dictionary-learning")
+
+
+class Recipe(NamedTuple):
+    """One SAE."""
+
+    architecture: str
+    """As this project calls it."""
+    label: str
+    """What tells it from the others of its architecture."""
+    trainer: dict[str, Any]
+    """Settings of its trainer."""
+    lr: float = 1e-3
+    """Peak learning rate; it rises over the first 5 % of the run and falls over the last 20 %."""
+
+
+def _with_dead_window(trainer: type) -> type:
+    """`trainer`, which counts a feature as dead after `dead_window` tokens: it has no setting."""
+
+    class Trainer(trainer):
+        def __init__(self, dead_window: int, **settings: Any) -> None:
+            super().__init__(**settings)
+            self.dead_feature_threshold = dead_window
+
+    return Trainer
+
+
+RECIPES = [
+    Recipe("relu", "l1=0.1", {"l1_penalty": 0.1}),
+    Recipe("topk", "k=64", {"k": 64}),
+    Recipe("batch_topk", "k=64", {"k": 64}),
+    Recipe("matryoshka", "k=64", {"k": 64}),
+]
+TRAINERS = {
+    "relu": StandardTrainerAprilUpdate,
+    "topk": _with_dead_window(TopKTrainer),
+    "batch_topk": _with_dead_window(BatchTopKTrainer),
+    "matryoshka": _with_dead_window(MatryoshkaBatchTopKTrainer),
+}
+
+
+def train(recipe: Recipe, work: Work, folder: Path) -> None:
+    """Train one SAE with trainSAE, which saves it in `folder`/trainer_0."""
+    warm_up = work.steps // 20
+    settings: dict[str, Any] = {"warmup_steps": warm_up, "decay_start": work.steps * 4 // 5}
+    if recipe.architecture == "relu":
+        settings |= {"sparsity_warmup_steps": warm_up}
+    else:
+        settings |= {
+            "threshold_start_step": warm_up,
+            "dead_window": work.steps // 16 * work.batch,
+        }
+    if recipe.architecture == "matryoshka":
+        settings["group_fractions"] = [1 / 32, 1 / 32, 1 / 16, 1 / 8, 3 / 4]
+    settings |= {
+        "trainer": TRAINERS[recipe.architecture],
+        "steps": work.steps,
+        "activation_dim": work.d_in,
+        "dict_size": work.features,
+        "layer": work.layer,
+        "lm_name": work.model_name,
+        "lr": recipe.lr,
+        "seed": work.seed,
+        "device": "cpu",
+    }
+    with phase(f"{NAME} {recipe.architecture} {recipe.label}", total=work.steps) as advance:
+        data = _Batches(work, advance)
+        trainSAE(
+            data,
+            [settings | recipe.trainer],
+            steps=work.steps,
+            save_dir=str(folder),
+            normalize_activations=True,
+            device="cpu",
+        )
+
+
+class _Batches:
+    """What trainSAE iterates twice: once for the scale, then to train."""
+
+    def __init__(self, work: Work, advance: Callable[[int], None]) -> None:
+        self.passes = [work.first(), self._counted(work, advance)]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return self.passes.pop(0)
+
+    @staticmethod
+    def _counted(work: Work, advance: Callable[[int], None]) -> Iterator[Tensor]:
+        for batch in work.batches():
+            advance(1)
+            yield batch
+
+
+def load(folder: Path) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """The saved SAE, by its loader: x [n, d] -> reconstruction [n, d], features [n, F]."""
+    sae, _ = load_dictionary(str(folder / "trainer_0"), device="cpu")
+
+    def reconstruct(x: Tensor) -> tuple[Tensor, Tensor]:
+        features = sae.encode(x)
+        return sae.decode(features), features
+
+    return reconstruct

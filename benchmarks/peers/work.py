@@ -1,0 +1,81 @@
+"""The work that every tool is given: the same activations, in the same order."""
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import NamedTuple
+
+from torch import Tensor
+
+from sae_lightning.config import Config
+from sae_lightning.llm.load import load
+from sae_lightning.stream.documents import open_text
+from sae_lightning.stream.live import LiveStream
+from sae_lightning.stream.sources import open_rows
+from sae_lightning.stream.tokens import open_tokens
+
+NORM_BATCHES = 64  # from which a tool estimates the scale: as many tokens as our own runs
+
+
+class Work(NamedTuple):
+    """What one SAE is trained on and how large it is."""
+
+    d_in: int
+    """Width of an activation."""
+    features: int
+    """Features of the SAE."""
+    batch: int
+    """Tokens per update."""
+    steps: int
+    """Updates in the whole run."""
+    seed: int
+    """Of the SAE's initialisation."""
+    layer: int
+    """Block of the LLM whose output it is, from 0."""
+    model_name: str
+    """The LLM."""
+    hook_name: str
+    """TransformerLens' name of the site."""
+    batches: Callable[[], Iterator[Tensor]]
+    """Begins the run's batches [batch, d_in] anew: raw activations, float32."""
+
+    def first(self) -> Iterator[Tensor]:
+        """The first batches, for the estimate of a scale; training sees them again."""
+        return islice(self.batches(), NORM_BATCHES)
+
+
+def open_work(config: Config) -> Work:
+    """The batches that a run of `config` trains on, without the run."""
+    llm, trainer, data = load(config.llm), config.trainer, config.data
+    width = llm.model.config.get_text_config().hidden_size
+    site = config.layer.within(llm.model.config.get_text_config().num_hidden_layers).source
+
+    tokens = open_tokens(open_text(data), llm.tokenizer, context=data.context, seed=config.seed)
+    beginning = tokens.train.state_dict()
+
+    def batches() -> Iterator[Tensor]:
+        tokens.train.load_state_dict(beginning)
+        rows = open_rows(config.llm, data, config.seed, llm, tokens.train, [site])
+        stream = LiveStream(
+            rows,
+            batch=trainer.batch,
+            total_batches=trainer.steps,
+            pool=data.pool,
+            seed=config.seed,
+        )
+        try:
+            for batch in stream:
+                yield batch[site].float()
+        finally:
+            stream.close()
+
+    return Work(
+        d_in=width,
+        features=config.model.features,
+        batch=trainer.batch,
+        steps=trainer.steps,
+        seed=config.seed,
+        layer=site.layer,
+        model_name=config.llm.name,
+        hook_name=site.hook_name,
+        batches=batches,
+    )

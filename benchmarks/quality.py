@@ -1,0 +1,225 @@
+"""How good are the SAEs, against those of other tools given the same work?
+
+Every tool trains on the same activations in the same order (the packaged LLM and text, one pool,
+one seed), for as many tokens, in the same batches, with as many features. Each SAE is saved in its
+tool's format, loaded by its tool's loader, and scored by one referee that shares no code with this
+project (`peers/evaluator.py`). Prints a table and draws L0 against EV and CE recovered.
+
+    python benchmarks/quality.py                              # everything: hours on two cores
+    python benchmarks/quality.py only=ours:batch_topk,saelens # a tool, or one architecture of it
+    python benchmarks/quality.py trainer.tokens=16384 model.features=512 out=outputs/quick
+
+What is in `out` (outputs/quality) already is not trained again: delete its folder there for that.
+SAELens comes with the tests' requirements; `peers/dictionary_learning.py` says how to get that one.
+"""
+
+import importlib
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from hydra import compose, initialize_config_dir
+from peers.evaluator import Evaluator, Reconstruct
+from peers.plot import draw
+from peers.work import Work, open_work
+from rich.table import Table
+
+from sae_lightning.cli import explain
+from sae_lightning.config import Config, conf_folder, typed
+from sae_lightning.errors import UserError
+from sae_lightning.export import load_sae
+from sae_lightning.files import write_json
+from sae_lightning.jobs import Job, job, register
+from sae_lightning.llm.load import dtype
+from sae_lightning.llm.packaged import cached
+from sae_lightning.passes import train
+from sae_lightning.sae import ARCHITECTURES
+from sae_lightning.terminal import console, phase
+
+OURS = {  # architecture -> what each of its SAEs is given
+    "relu": ["loss.l1=2.5e-3", "loss.l1=4e-3"],
+    "topk": ["model.k=32", "model.k=64"],
+    "batch_topk": ["model.k=32", "model.k=64"],
+    "jumprelu": ["loss.target_l0=32", "loss.target_l0=64"],
+    "gated": ["loss.target_l0=32", "loss.target_l0=64"],
+    "matryoshka": ["model.k=32", "model.k=64"],
+}
+PEERS = ("saelens", "dictionary_learning")
+RESULT = "quality.json"
+# one evaluation of our own, at the end
+SETTINGS = ["layer.index=9", "eval.every=${trainer.tokens}", "data.cache=true"]
+
+
+class Entry(NamedTuple):
+    """One SAE of the benchmark."""
+
+    tool: str
+    """Who trains it."""
+    architecture: str
+    label: str
+    """What tells it from the tool's others of this architecture."""
+    folder: Path
+    """Of its weights and its result."""
+    train: Callable[[Work], None] | None
+    """Trains and saves it; ours train together on one pass."""
+    load: Callable[[], Reconstruct]
+    """Opens what was saved."""
+
+
+def main(arguments: list[str]) -> None:
+    """Train what is missing, score it, show everything."""
+    given = dict(a.split("=", 1) for a in arguments if a.startswith(("out=", "only=")))
+    overrides = [a for a in arguments if not a.startswith(("out=", "only="))]
+    out = Path(given.get("out", "outputs/quality"))
+    wanted = given["only"].split(",") if "only" in given else []
+    register()
+    with initialize_config_dir(conf_folder(), version_base="1.3"):
+        settings = [*SETTINGS, f"data.cache_folder={out.absolute()}/activations", *overrides]
+        config = typed(compose("config", overrides=settings))
+        jobs = _jobs(settings, wanted, out)
+    entries = [_ours(job) for job in jobs] + _peers(wanted, out)
+    _same_work(out, config)
+    todo = [entry for entry in entries if not (entry.folder / RESULT).exists()]
+    console.print(f"{len(todo)} of {len(entries)} SAEs are to be trained and scored, in {out}")
+    train([job for job in jobs if not (job.folder / RESULT).exists()])
+    work = open_work(config) if any(entry.train for entry in todo) else None
+    evaluator = None
+    for entry in todo:
+        if entry.train:
+            entry.train(work)
+        evaluator = evaluator or _evaluator(config)
+        _score(entry, evaluator)
+    _show(out)
+
+
+def _jobs(settings: list[str], wanted: list[str], out: Path) -> list[Job]:
+    """Our own SAEs as jobs of one sweep; architectures of later versions are left out."""
+    jobs = []
+    for architecture, values in OURS.items():
+        if not _chosen("ours", architecture, wanted) or architecture not in ARCHITECTURES:
+            continue
+        for value in values:
+            mine = [f"model={architecture}", *settings, value]
+            folder = out / "ours" / f"{architecture}-{value.partition('.')[2]}"
+            cfg = compose("config", overrides=mine)
+            jobs.append(replace(job(cfg, folder, mine), sweep=out / "ours"))
+    return jobs
+
+
+def _ours(job: Job) -> Entry:
+    def load() -> Reconstruct:
+        sae = load_sae(job.folder)
+        return lambda x: tuple(sae(x))[:2]
+
+    label = job.overrides[-1].partition(".")[2]
+    return Entry("sae_lightning", job.config.model.name, label, job.folder, None, load)
+
+
+def _peers(wanted: list[str], out: Path) -> list[Entry]:
+    """The SAEs of other tools, as far as they are installed."""
+    entries = []
+    for name in PEERS:
+        if wanted and not any(w.partition(":")[0] == name for w in wanted):
+            continue
+        try:
+            with phase(f"importing {name}"):
+                peer = importlib.import_module(f"peers.{name}")
+        except ImportError as error:
+            console.print(f"{name}: not installed ({error})")
+            continue
+        for recipe in peer.RECIPES:
+            if _chosen(name, recipe.architecture, wanted):
+                file = f"{recipe.architecture}-{recipe.label}".replace(", ", "-").replace(" ", "-")
+                folder = out / name / file
+                entries.append(
+                    Entry(
+                        tool=f"{peer.NAME} {peer.VERSION}",
+                        architecture=recipe.architecture,
+                        label=recipe.label,
+                        folder=folder,
+                        train=lambda work, p=peer, r=recipe, f=folder: p.train(r, work, f),
+                        load=lambda p=peer, f=folder: p.load(f),
+                    )
+                )
+    return entries
+
+
+def _chosen(tool: str, architecture: str, wanted: list[str]) -> bool:
+    return not wanted or tool in wanted or f"{tool}:{architecture}" in wanted
+
+
+def _same_work(out: Path, config: Config) -> None:
+    """UserError if `out` holds results of other work."""
+    named = ("llm.name", "layer.", "data.context", "data.pool", "data.held_out", "model.features")
+    named += ("trainer.tokens", "trainer.batch", "eval.tokens", "seed")
+    work = {name: value for name, value in config.flat().items() if name.startswith(named)}
+    if config.llm.name != "smollm2":
+        raise UserError(f"llm.name={config.llm.name}: the referee reads the packaged LLM only")
+    file = out / "work.json"
+    if file.exists() and (there := json.loads(file.read_text("utf8"))) != work:
+        other = next(name for name in work if there.get(name) != work[name])
+        raise UserError(
+            f"{out} holds results for {other}={there.get(other)}, not {work[other]}: "
+            "choose another folder with out="
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(file, work)
+
+
+def _evaluator(config: Config) -> Evaluator:
+    with phase("the referee reads held-out text"):
+        return Evaluator(
+            cached(config.llm.name),
+            config.data.held_out,
+            layer=config.layer.index,
+            context=config.data.context,
+            tokens=config.eval.tokens,
+            dtype=dtype(config.llm),
+        )
+
+
+def _score(entry: Entry, evaluator: Evaluator) -> None:
+    name = f"{entry.architecture} {entry.label}"
+    try:
+        with phase(f"scoring {entry.tool} {name}"):
+            scores = evaluator.score(entry.load())
+    except UserError as error:  # it did not come to its end, and has said why
+        console.print(f"{entry.tool} {name}: {error}")
+        return
+    about = {"tool": entry.tool, "architecture": entry.architecture, "label": entry.label}
+    write_json(entry.folder / RESULT, about | scores)
+
+
+def _show(out: Path) -> None:
+    """The table and the plot of all results in `out`."""
+    results = [json.loads(file.read_text("utf8")) for file in sorted(out.glob(f"*/*/{RESULT}"))]
+    if not results:
+        return
+    order = list(OURS)
+    results.sort(key=lambda r: (order.index(r["architecture"]), r["tool"], r["l0"]))
+    table = Table("architecture", "tool", "setting", "L0", "EV", "CE recovered", "unfired")
+    for r in results:
+        table.add_row(
+            r["architecture"],
+            r["tool"],
+            r["label"],
+            f"{r['l0']:.1f}",
+            f"{r['explained_variance']:.3f}",
+            f"{r['ce_recovered']:.3f}",
+            f"{r['unfired']:.1%}",
+        )
+    console.print(table)
+    console.print(f"the plot is {draw(results, out / 'quality.png')}")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except Exception as error:
+        line = explain(error, [])
+        if line is None:
+            raise
+        sys.exit(f"error: {line}")
