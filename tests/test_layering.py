@@ -26,6 +26,7 @@ ROWS = [
     ["scorecard", "objective"],
     ["stream"],
     ["llm", "export"],
+    ["readers"],
     ["losses", "metrics", "schedules", "synthetic", "recovery"],
     ["sae"],
     ["files"],
@@ -37,8 +38,8 @@ DEPTH[PACKAGE] = DEPTH["analysis"]
 
 # Below is not always allowed: rooms that do not know of SAEs.
 UNKNOWN = {
-    "llm": {"sae", "losses", "metrics", "schedules", "synthetic"},
-    "stream": {"sae", "losses", "metrics", "schedules", "export"},
+    "llm": {"readers", "sae", "losses", "metrics", "schedules", "synthetic"},
+    "stream": {"sae", "losses", "metrics", "schedules", "export", "readers"},
     "sae": {"terminal"},
     "losses": {"terminal"},
     "metrics": {"terminal", "sae"},

@@ -1,0 +1,278 @@
+"""Folders that hold an SAE, whoever wrote them; the file of the weights tells the format.
+
+sae_weights.safetensors + cfg.json   this project (see export.py) and SAELens, its checkpoints too
+sae.safetensors + cfg.json           sparsify
+ae.pt + config.json                  dictionary_learning
+"""
+
+import json
+import pickle
+from collections.abc import Callable
+from dataclasses import fields
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sae_lightning.errors import UserError
+from sae_lightning.sae import ARCHITECTURES
+
+CFG = "cfg.json"
+WEIGHTS = "sae_weights.safetensors"
+OURS = "sae_lightning"  # the key in cfg.json under which we describe the SAE ourselves
+
+# SAELens' name of a kind -> ours. The two batch kinds are only in its checkpoints.
+SAELENS = {
+    "standard": "relu",
+    "topk": "topk",
+    "jumprelu": "jumprelu",
+    "gated": "gated",
+    "batchtopk": "batch_topk",
+    "matryoshka_batchtopk": "matryoshka",
+    "transcoder": "relu",
+    "skip_transcoder": "relu",
+    "jumprelu_transcoder": "jumprelu",
+    "jumprelu_skip_transcoder": "jumprelu",
+}
+# dictionary_learning's class -> ours, and whether its encoder reads x - b_dec
+DICTIONARIES = {
+    "AutoEncoder": ("relu", True),
+    "AutoEncoderNew": ("relu", False),
+    "AutoEncoderTopK": ("topk", True),
+    "BatchTopKSAE": ("batch_topk", True),
+    "MatryoshkaBatchTopKSAE": ("matryoshka", True),
+    "JumpReluAutoEncoder": ("jumprelu", False),
+    "GatedAutoEncoder": ("gated", True),
+}
+# All of their names of tensors that are not ours; the second group is stored transposed.
+NAMES = {
+    "b_gate": "b_enc",
+    "encoder.bias": "b_enc",
+    "gate_bias": "b_enc",
+    "mag_bias": "b_mag",
+    "bias": "b_dec",
+    "decoder.bias": "b_dec",
+    "decoder_bias": "b_dec",
+}
+TRANSPOSED = {"encoder.weight": "W_enc", "decoder.weight": "W_dec", "W_skip": "W_skip"}
+# Of a file that is cut off, or is another file; and of a value of another type than is usual.
+UNREADABLE = (
+    *(SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError),
+    *(ValueError, TypeError, AttributeError),
+)
+
+
+class Stored(NamedTuple):
+    """An SAE as a folder tells it, under our names."""
+
+    file: Path
+    """Holds the weights."""
+    settings: dict[str, Any]
+    """Of the architecture's config, with its name."""
+    weights: dict[str, Tensor]
+    """By name, in float32."""
+    metadata: dict[str, Any]
+    """What it was trained on."""
+    centred: bool = False
+    """The encoder reads x - b_dec (a skip connection reads x)."""
+
+
+def read(path: Path) -> Stored:
+    """The SAE of a run folder, of its `sae/`, or of a folder that another tool wrote."""
+    for folder in (path / "sae", path):
+        for name, reader in FORMATS.items():
+            if (folder / name).is_file():
+                return _read(folder / name, reader)
+    raise UserError(
+        f"{path} holds no saved SAE: give a run folder (outputs/<day>/<time>) or a folder with "
+        f"one of {', '.join(FORMATS)}"
+    )
+
+
+def _read(file: Path, reader: Callable[[Path], Stored]) -> Stored:
+    try:
+        return reader(file)
+    except FileNotFoundError as error:
+        missing = Path(error.filename).name
+        raise UserError(f"{file.parent} holds no saved SAE: {missing} is missing") from error
+    except KeyError as error:
+        raise UserError(f"{file.parent} is damaged or not an SAE: it lacks {error}") from error
+    except UserError:
+        raise
+    except UNREADABLE as error:
+        why = str(error).split("\n")[0] or "a file ends early"
+        raise UserError(f"{file.parent} is damaged or not an SAE: {why}") from error
+
+
+def _json(file: Path) -> dict[str, Any]:
+    content = json.loads(file.read_text(encoding="utf8"))
+    if not isinstance(content, dict):
+        raise UserError(f"{file} is damaged or not an SAE: it holds no settings")
+    return content
+
+
+def _ours(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under our names, in our orientation, in float32."""
+    straight = {
+        NAMES.get(name, name): tensor.float()
+        for name, tensor in tensors.items()
+        if name not in TRANSPOSED
+    }
+    turned = {ours: tensors[name].float().T for name, ours in TRANSPOSED.items() if name in tensors}
+    return straight | turned
+
+
+def _each(threshold: Tensor, weights: dict[str, Tensor]) -> Tensor:
+    """[features] of one threshold; -1, where training never set it, is no bound to relu(z)."""
+    return threshold.clamp(min=0).expand_as(weights["b_enc"])
+
+
+def _nested(settings: dict[str, Any], sizes: list[int]) -> dict[str, Any]:
+    """Settings of a Matryoshka with groups of these sizes; one group alone is a BatchTopK."""
+    if len(sizes) == 1:
+        return settings | {"name": "batch_topk"}
+    return settings | {"groups": [size / sum(sizes) for size in sizes[:-1]]}
+
+
+def saelens(file: Path) -> Stored:
+    """SAELens since version 3, saved for inference or in the midst of training; and ours."""
+    source = file.with_name(CFG)
+    cfg, weights = _of_today(_json(source)), _ours(load_file(file))
+    kind = cfg["architecture"]
+    settings = _own_settings(source, cfg[OURS]) if OURS in cfg else _their_settings(source, cfg)
+    scale = _scale(source, cfg.get("normalize_activations") or "none")
+    rescale = cfg.get("rescale_acts_by_decoder_norm", "batchtopk" in kind)
+    centred = "transcoder" not in kind and cfg.get("apply_b_dec_to_input", True)
+    weights = _plain(weights, scale, rescale)
+    return Stored(file, settings, weights, cfg.get("metadata", cfg), centred)
+
+
+def _of_today(cfg: dict[str, Any]) -> dict[str, Any]:
+    """Settings as SAELens 6 writes them; versions 3 to 5 had other words for TopK."""
+    cfg = {"architecture": "standard", "activation_fn": cfg.get("activation_fn_str", "relu")} | cfg
+    if cfg["activation_fn"] == "topk":
+        cfg |= {"architecture": "topk", "activation_fn": "relu"} | cfg["activation_fn_kwargs"]
+    return cfg
+
+
+def _own_settings(source: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings that this project wrote; what a newer version added has a meaning unknown here."""
+    name = settings["name"]
+    known = fields(ARCHITECTURES[name].config) if name in ARCHITECTURES else ()
+    unknown = settings.keys() - {field.name for field in known}
+    if unknown:
+        key = "name" if "name" in unknown else min(unknown)
+        raise UserError(
+            f"{source}: {OURS}.{key}={settings[key]} is of another version: update, or take the "
+            f"key {OURS} out to read the SAE as SAELens does"
+        )
+    return settings
+
+
+def _their_settings(source: Path, cfg: dict[str, Any]) -> dict[str, Any]:
+    """Settings of ours that say what SAELens' say."""
+    kind = cfg["architecture"]
+    for key, readable in (("architecture", SAELENS), ("activation_fn", ["relu"])):
+        if cfg[key] not in readable:
+            raise UserError(
+                f"{source}: {key} {cfg[key]!r} is not one that this version reads "
+                f"({', '.join(readable)})"
+            )
+    settings = {"name": SAELENS[kind], "skip": "skip" in kind}
+    if "topk" in kind:
+        # 100 is what SAELens takes where none is given; its BatchTopK may have half of a feature
+        settings["k"] = max(1, round(cfg.get("k", 100)))
+    if kind == "matryoshka_batchtopk":
+        ends = [0, *cfg["matryoshka_widths"]]
+        settings = _nested(settings, [end - start for start, end in pairwise(ends)])
+    return settings
+
+
+def _plain(weights: dict[str, Tensor], scale: float, rescale: bool) -> dict[str, Tensor]:
+    """SAELens' weights, made for activations x scale, without what needs a word of explanation.
+
+    With `rescale`, features are compared and told in units of their decoder's norm; the threshold
+    of a batch is in these units, and so moves with the scale.
+    """
+    weights = dict(weights)
+    if (weights.get("scaling_factor", torch.zeros(1)) == 1).all():
+        del weights["scaling_factor"]  # of versions before 6; at 1 without effect
+    weights["W_enc"] = weights["W_enc"] * scale
+    weights["W_dec"], weights["b_dec"] = weights["W_dec"] / scale, weights["b_dec"] / scale
+    if rescale:
+        norms = weights["W_dec"].norm(dim=1).clamp(min=1e-8)
+        weights["W_enc"], weights["b_enc"] = weights["W_enc"] * norms, weights["b_enc"] * norms
+        weights["W_dec"] = weights["W_dec"] / norms[:, None]
+    if "topk_threshold" in weights:
+        threshold = weights.pop("topk_threshold") / (scale if rescale else 1)
+        weights["threshold"] = _each(threshold, weights)
+    if "log_threshold" in weights:
+        weights["threshold"] = weights.pop("log_threshold").exp()
+    return weights
+
+
+def _scale(source: Path, normalisation: str | bool) -> float:
+    """The factor by which SAELens multiplies activations: 1 where it is folded in already."""
+    if normalisation == "none":
+        return 1.0
+    if normalisation not in (True, "expected_average_only_in"):
+        raise UserError(
+            f"{source}: normalize_activations={normalisation} cannot be folded into the weights; "
+            "only expected_average_only_in can"
+        )
+    beside = source.with_name("activation_scaler.json")  # in checkpoints
+    factor = _json(beside)["scaling_factor"] if beside.is_file() else None
+    if factor is None:
+        raise UserError(
+            f"{source}: normalize_activations={normalisation}, but its factor is not saved: fold "
+            "it in with SAELens (sae.fold_activation_norm_scaling_factor) and save again"
+        )
+    return factor
+
+
+def sparsify(file: Path) -> Stored:
+    """sparsify, SAEs and transcoders; all are TopK."""
+    cfg, tensors = _json(file.with_name(CFG)), load_file(file)
+    activation = "signed topk" if cfg.get("signed") else cfg.get("activation", "topk")
+    if activation != "topk":
+        raise UserError(
+            f"{file.with_name(CFG)}: activation {activation!r} cannot be read; only topk"
+        )
+    settings = {"name": "topk", "k": cfg["k"], "skip": "W_skip" in tensors}
+    return Stored(file, settings, _ours(tensors), cfg, centred=not cfg.get("transcode", False))
+
+
+def dictionary_learning(file: Path) -> Stored:
+    """dictionary_learning, whose scale of activations is folded in already."""
+    source = file.with_name("config.json")
+    trainer = _json(source)["trainer"]
+    kind = trainer["dict_class"]
+    if kind not in DICTIONARIES:
+        raise UserError(
+            f"{source}: dict_class {kind!r} is not one that this version reads "
+            f"({', '.join(DICTIONARIES)})"
+        )
+    name, centred = DICTIONARIES[kind]
+    # a pickle: only tensors are taken out of it, no code runs
+    weights = _ours(torch.load(file, map_location="cpu", weights_only=True))
+    settings = {"name": name}
+    if "k" in weights:  # config.json may tell another, from which training came down to it
+        settings["k"] = int(weights.pop("k"))
+    if "group_sizes" in weights:
+        settings = _nested(settings, weights.pop("group_sizes").int().tolist())
+    if name == "topk":
+        weights.pop("threshold", None)  # a by-product; each token has its k features
+    elif "threshold" in weights:
+        weights["threshold"] = _each(weights["threshold"], weights)
+    return Stored(file, settings, weights, trainer, centred)
+
+
+FORMATS = {
+    WEIGHTS: saelens,
+    "sae.safetensors": sparsify,
+    "ae.pt": dictionary_learning,
+}
