@@ -71,7 +71,7 @@ def match(table: Tensor) -> Matching:
 
 
 class Detection:
-    """Sums over batches of samples from which follows how well matched features detect."""
+    """Float64 sums over batches of samples from which follows how well matched features detect."""
 
     def __init__(self, matching: Matching, directions: Tensor):
         self.matching, self.directions = matching, directions
@@ -86,11 +86,11 @@ class Detection:
         matched = torch.zeros_like(strengths)
         matched[:, self.matching.concepts] = features[:, self.matching.features]
         self.n += len(x)
-        self.active += (strengths > 0).sum(dim=0)
-        self.fired += (matched > 0).sum(dim=0)
-        self.both += ((strengths > 0) & (matched > 0)).sum(dim=0)
+        active, fired = (strengths > 0).float(), (matched > 0).float()
+        self.active += active.sum(dim=0)
+        self.fired += fired.sum(dim=0)
+        self.both += (active * fired).sum(dim=0)
         for k, values in enumerate((strengths, matched, x @ self.directions.T)):
-            values = values.double()
             self.sums[k] += values.sum(dim=0)
             self.squares[k] += values.square().sum(dim=0)
             self.products[k] += (values * strengths).sum(dim=0)
