@@ -1,0 +1,166 @@
+"""A run on known concepts: what it leaves behind, that it resumes exactly, and claim 10."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import lightning as L
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from sae_lightning import UserError, load_sae, passes, run
+from sae_lightning.analysis.evaluate import evaluate
+from sae_lightning.analysis.sweep_report import write_report
+from sae_lightning.config import Config
+from sae_lightning.export import WEIGHTS
+from sae_lightning.folders import sweep_runs
+from sae_lightning.inputs import open_held_out
+from sae_lightning.jobs import Job, read_job
+from sae_lightning.llm.load import LLMConfig
+from sae_lightning.llm.sites import LayerConfig, distinct
+from sae_lightning.objective import SweepConfig
+from sae_lightning.recovery import Recovery
+from sae_lightning.sae import SAEConfig
+from sae_lightning.sae.relu import ReLULoss
+from sae_lightning.stream.text import SyntheticConfig
+from sae_lightning.training.settings import Accelerator, EvalConfig, Precision, TrainerConfig
+
+ROOT = Path(__file__).parents[2]
+STEPS, BATCH = 60, 128
+
+
+@pytest.fixture
+def job(tmp_path):
+    """job(name, **groups) -> a job of 60 updates on 32 concepts in 16 dimensions."""
+
+    def make(name: str, **changes) -> Job:
+        config = Config(
+            llm=LLMConfig(name="none", device="cpu"),
+            data=SyntheticConfig(concepts=32, dim=16, l0=2.0, pool=1024),
+            trainer=TrainerConfig(
+                tokens=STEPS * BATCH,
+                batch=BATCH,
+                accelerator=Accelerator.cpu,
+                precision=Precision.fp32,
+                checkpoint_every=20 * BATCH,
+            ),
+            eval=EvalConfig(every=20 * BATCH, tokens=2000),
+            layer=LayerConfig(index=0),
+            model=SAEConfig(features=48),
+            loss=ReLULoss(l1=1e-2),
+            sweep=SweepConfig(objective="recovered"),
+        )
+        return Job(config=replace(config, **changes), folder=tmp_path / name)
+
+    return make
+
+
+def metrics(folder: Path) -> dict:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def curves(folder: Path) -> dict:
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if not tag.startswith("speed/")]
+    return {tag: [(point.step, point.value) for point in events.Scalars(tag)] for tag in tags}
+
+
+def test_recovery_is_measured_instead_of_the_llms_loss(job, capsys):
+    this = job("run")
+    (held_out,) = run.run([this])
+    said = capsys.readouterr().out
+    found = metrics(this.folder)["held_out"]
+    assert found == held_out
+    assert set(found) == {"l0", "explained_variance", "unfired", *Recovery._fields}
+    assert all(math.isfinite(value) for value in found.values())
+    assert 0.5 < found["mmcs"] <= 1
+    drawn = curves(this.folder)
+    assert len(drawn["held_out/recovered"]) == STEPS // 20
+    assert not [tag for tag in drawn if "ce_" in tag or tag.endswith("kl")]
+    assert "32 in 16 dimensions, 2 of them active" in said
+    assert "LLM" not in said and "CE" not in said
+    assert f"{found['recovered']:.1%} of concepts" in said
+
+
+def test_an_evaluation_of_the_saved_sae_says_the_same(job):
+    this = job("run")
+    (trained,) = run.run([this])
+    sites = this.config.layer.within(1)
+    held_out = open_held_out(read_job(this.folder).config, distinct([sites]), None)
+    card = evaluate(this.folder, load_sae(this.folder), held_out, sites)
+    assert card.scalars() == pytest.approx(trained, rel=1e-3)
+    again = json.loads((this.folder / "analysis" / "evaluate.json").read_text())
+    assert again["tokens"] == 2000
+
+
+def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(job, monkeypatch):
+    whole, stopped = job("whole"), job("stopped")
+    run.run([whole])
+
+    class Stop(L.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 23:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        standard = run.standard
+        patch.setattr(run, "standard", lambda *args: [Stop(), *standard(*args)])
+        with pytest.raises(SystemExit):
+            run.run([stopped])
+    run.run([replace(read_job(stopped.folder), resumed=True)])
+    ends = [(job.folder / "sae" / WEIGHTS).read_bytes() for job in (whole, stopped)]
+    assert ends[0] == ends[1]
+    assert metrics(whole.folder)["held_out"] == metrics(stopped.folder)["held_out"]
+    assert curves(whole.folder) == curves(stopped.folder)
+
+
+def test_a_sweep_shares_the_samples_and_reports_what_was_recovered(job, tmp_path, capsys):
+    sweep = tmp_path / "sweep"
+    jobs = [
+        replace(job(f"sweep/{l1}", loss=ReLULoss(l1=l1)), sweep=sweep, overrides=[f"loss.l1={l1}"])
+        for l1 in (1e-3, 1e-2)
+    ]
+    alone = job("alone", loss=ReLULoss(l1=1e-2))
+    run.run([alone])
+    passes.train(jobs)
+    ends = [(folder / "sae" / WEIGHTS).read_bytes() for folder in (jobs[1].folder, alone.folder)]
+    assert ends[0] == ends[1]
+    capsys.readouterr()
+    write_report(sweep, sweep_runs(sweep))
+    said = capsys.readouterr().out
+    assert "recovered" in said and "CE" not in said
+    page = (sweep / "sweep.html").read_text("utf8")
+    assert "Sparsity and concepts recovered" in page and "CE recovered" not in page
+    assert "32 in 16 dimensions" in page and "not in every plot" not in page
+
+
+def test_the_loss_of_no_llm_cannot_be_asked_for(job):
+    with pytest.raises(UserError, match=r"^eval\.loss_tokens=8 has no meaning with data=synthetic"):
+        run.run([replace(job("run"), overrides=["eval.loss_tokens=8"])])
+
+
+@pytest.mark.slow
+def test_what_a_user_types_trains_and_evaluates(tmp_path):
+    small = ["data.concepts=32", "data.dim=16", "data.l0=2", "model.features=48"]
+    run_dir, sweep_dir = tmp_path / "run", tmp_path / "sweep"
+    for command in (
+        ["train.py", "data=synthetic", "trainer=smoke", *small, f"hydra.run.dir={run_dir}"],
+        ["analyze.py", f"run={run_dir}"],
+        [
+            *["train.py", "-m", "data=synthetic", "trainer=smoke", "model=relu,topk", *small],
+            f"hydra.sweep.dir={sweep_dir}",
+        ],
+        ["analyze.py", "task=sweep", f"run={sweep_dir}"],
+    ):
+        done = subprocess.run(
+            [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        assert "recovered" in done.stdout
+        assert "CE" not in done.stdout
+    assert len(list(sweep_dir.glob("*/metrics.json"))) == 2
