@@ -21,13 +21,18 @@ def due(step: int, batch: int, every: int) -> bool:
     return step * batch // every > (step - 1) * batch // every
 
 
-def steered(l0: float, target: float, rate: float = 0.02) -> float:
-    """Factor by which a sparsity coefficient grows after an update with `l0` active features.
+def error(l0: float, target: float) -> float:
+    """How far L0 is from its target, as a logarithm bounded by -1 and 1."""
+    return min(max(math.log(max(l0, 1e-9) / target), -1.0), 1.0)
 
-    exp(rate x log(l0 / target)), the logarithm bounded by -1 and 1: an integral controller in
-    logarithms, since L0 falls about as a power of the coefficient. It does not overshoot for long
-    because L0 follows within some tens of updates while the coefficient needs 1 / rate for a
-    factor e.
+
+def steered(now: float, before: float, total: int) -> float:
+    """Factor by which a sparsity coefficient grows after an update, from the `error` of L0 at it
+    and at the update before, in a run of `total` updates.
+
+    exp(10 / total x now + (now - before)): a proportional-integral controller in logarithms, since
+    L0 falls about as a power of the coefficient. A factor e that remains is made up for in a tenth
+    of the run, slowly enough for L0 to follow; the second term answers a change at once and keeps
+    the first from overshooting.
     """
-    error = math.log(max(l0, 1e-9) / target)
-    return math.exp(rate * min(max(error, -1.0), 1.0))
+    return math.exp(10 / total * now + (now - before))

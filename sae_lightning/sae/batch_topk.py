@@ -6,7 +6,7 @@ from torch import Generator, Tensor
 from sae_lightning.sae.base import SAE
 from sae_lightning.sae.topk import TopKConfig
 
-MEMORY = 0.98  # share of the running mean that an update keeps: it looks back over 50 updates
+MEMORY = 0.9  # share of the running mean that an update keeps: it looks back over 10 updates
 
 
 class BatchTopK(SAE):
@@ -33,14 +33,18 @@ class BatchTopK(SAE):
 
     def activate_batch(self, pre: Tensor) -> Tensor:
         """The batch x k largest pre-activations [batch, features], if they are positive."""
+        flat = pre.flatten()
         with torch.no_grad():
-            candidates = pre[pre > 0]
-            count = min(len(pre) * self.config.k, len(candidates))
+            places = (flat > 0).nonzero().squeeze(1)
+            count = min(len(pre) * self.config.k, len(places))
             if not count:
                 return pre * 0
-            smallest = candidates.topk(count, sorted=False).values.min()
-            self._remember(smallest)
-        return pre * (pre >= smallest)
+            # by place, not by value: equal strengths (bf16 has many) would all be kept
+            values, chosen = flat[places].topk(count, sorted=False)
+            places = places[chosen]
+            self._remember(values.min())
+        kept = flat.gather(0, places)
+        return torch.zeros_like(flat).scatter(0, places, kept).view_as(pre)
 
     def _remember(self, smallest: Tensor) -> None:
         """Move the threshold to the running mean that includes this batch's smallest strength."""

@@ -2,19 +2,22 @@
 
 import lightning as L
 
-from sae_lightning.schedules import steered
+from sae_lightning.schedules import error, steered
 
 
 class Steer(L.Callback):
     """After every update, `head.steering` (the coefficient's multiple) follows the L0 of the batch.
 
-    Training batches alone decide; what is aimed at is the L0 of the update, before the next one.
+    It waits for the end of the penalty's warm-up, in which L0 is large whatever the coefficient.
     """
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
         """Adjust the coefficients of the heads that have a target."""
         for head in module.training_heads:
             target = getattr(head.loss, "target_l0", None)
-            if target is not None:
-                factor = steered(float(head.last.l0), target)
-                head.steering.mul_(factor)
+            if target is None or head.penalty_factor < 1:
+                continue
+            now = error(float(head.last.l0), target)
+            before = now if head.l0_error.isnan() else float(head.l0_error)
+            head.steering.mul_(steered(now, before, module.steps))
+            head.l0_error.fill_(now)
