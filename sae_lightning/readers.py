@@ -59,11 +59,8 @@ NAMES = {
     "decoder_bias": "b_dec",
 }
 TRANSPOSED = {"encoder.weight": "W_enc", "decoder.weight": "W_dec", "W_skip": "W_skip"}
-# Of a file that is cut off, or is another file; and of a value of another type than is usual.
-UNREADABLE = (
-    *(SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError),
-    *(ValueError, TypeError, AttributeError),
-)
+# What comes of a file that is cut off or is no such file, and of a value of another type.
+DAMAGE = (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, ValueError, TypeError)
 
 
 class Stored(NamedTuple):
@@ -103,7 +100,7 @@ def _read(file: Path, reader: Callable[[Path], Stored]) -> Stored:
         raise UserError(f"{file.parent} is damaged or not an SAE: it lacks {error}") from error
     except UserError:
         raise
-    except UNREADABLE as error:
+    except (*DAMAGE, AttributeError) as error:
         why = str(error).split("\n")[0] or "a file ends early"
         raise UserError(f"{file.parent} is damaged or not an SAE: {why}") from error
 
@@ -260,8 +257,9 @@ def dictionary_learning(file: Path) -> Stored:
     # a pickle: only tensors are taken out of it, no code runs
     weights = _ours(torch.load(file, map_location="cpu", weights_only=True))
     settings = {"name": name}
-    if "k" in weights:  # config.json may tell another, from which training came down to it
-        settings["k"] = int(weights.pop("k"))
+    if name in ("topk", "batch_topk", "matryoshka"):
+        # among the weights is the last one, to which training may have come down from the other
+        settings["k"] = int(weights.pop("k", trainer["k"]))
     if "group_sizes" in weights:
         settings = _nested(settings, weights.pop("group_sizes").int().tolist())
     if name == "topk":

@@ -129,6 +129,13 @@ def test_a_threshold_that_was_never_set_lets_all_positive_features_pass(tmp_path
     assert_computes(sae, Z.relu(), Z.relu() @ W_DEC + B_DEC)
 
 
+def test_a_k_that_is_only_in_the_settings_is_taken_from_there(tmp_path):
+    folder = dictionary(tmp_path, "AutoEncoderTopK")
+    torch.save(LINEAR | {"b_dec": B_DEC}, folder / "ae.pt")
+    (folder / "config.json").write_text('{"trainer": {"dict_class": "AutoEncoderTopK", "k": 3}}')
+    assert_computes(load_sae(folder), topk(Z, 3), topk(Z, 3) @ W_DEC + B_DEC)
+
+
 def test_one_group_is_a_batch_topk(tmp_path):
     folder = dictionary(tmp_path, "MatryoshkaBatchTopKSAE", group_sizes=torch.tensor([FEATURES]))
     assert type(load_sae(folder)).__name__ == "BatchTopK"
