@@ -36,7 +36,7 @@ def lp(features: Tensor, W_dec: Tensor, p: float, smooth: float = 0.01) -> Tenso
     powers = ((strengths + smooth) ** p - smooth**p).sum(dim=1).mean()
     with torch.no_grad():
         scale = strengths.sum(dim=1).mean() / powers
-    return powers * scale.nan_to_num(0.0)
+    return powers * scale.nan_to_num(0.0, 0.0, 0.0)
 
 
 def tanh_l0(features: Tensor, W_dec: Tensor, scale: float) -> Tensor:
@@ -62,9 +62,10 @@ def auxk(residual: Tensor, pre: Tensor, dead: Tensor, W_dec: Tensor, k: int) -> 
     if k < len(places):
         values, chosen = strengths.topk(k, dim=1, sorted=False)
         strengths = torch.zeros_like(strengths).scatter(1, chosen, values)
-    left = mse(strengths @ W_dec[places], residual)
     variance = (residual - residual.mean(dim=0)).square().mean()
-    return (left / variance).nan_to_num(0.0, 0.0, 0.0)
+    # a factor of 0, since the gradient of 0 / 0 would be nan whatever becomes of the quotient
+    share = (1 / variance).nan_to_num(0.0, 0.0, 0.0)
+    return mse(strengths @ W_dec[places], residual) * share
 
 
 def preact(pre: Tensor, threshold: Tensor | float, dead: Tensor, W_dec: Tensor) -> Tensor:

@@ -37,12 +37,11 @@ class BatchTopK(SAE):
         with torch.no_grad():
             places = (flat > 0).nonzero().squeeze(1)
             count = min(len(pre) * self.config.k, len(places))
-            if not count:
-                return pre * 0
             # by place, not by value: equal strengths (bf16 has many) would all be kept
             values, chosen = flat[places].topk(count, sorted=False)
             places = places[chosen]
-            self._remember(values.min())
+            if count:
+                self._remember(values.min())
         kept = flat.gather(0, places)
         return torch.zeros_like(flat).scatter(0, places, kept).view_as(pre)
 

@@ -79,8 +79,9 @@ class GatedLoss(PenaltyLoss):
     def terms(self, sae: Gated, this: Pass, target: Tensor, moment: Moment) -> dict[str, Tensor]:
         """The usual ones, and what teaches the gate, through which no gradient of the mse flows."""
         terms = PenaltyLoss.terms(self, sae, this, target, moment)
-        opened = this.pre.relu() @ sae.W_dec.detach() + sae.b_dec.detach()
-        terms["gate"] = mse(opened, target)
+        # as this reconstruction, with all that is not features (b_dec, a skip connection) in it
+        difference = (this.pre.relu() - this.features.detach()) @ sae.W_dec.detach()
+        terms["gate"] = mse(this.reconstruction.detach() + difference, target)
         return terms
 
     def coefficients(self) -> dict[str, float]:
