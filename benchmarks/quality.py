@@ -14,9 +14,11 @@ SAELens comes with the tests' requirements; `peers/dictionary_learning.py` says 
 """
 
 import importlib
+import io
 import json
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -58,6 +60,7 @@ class Entry(NamedTuple):
 
     tool: str
     """Who trains it."""
+    version: str
     architecture: str
     label: str
     """What tells it from the tool's others of this architecture."""
@@ -115,7 +118,7 @@ def _ours(job: Job) -> Entry:
         return lambda x: tuple(sae(x))[:2]
 
     label = job.overrides[-1].partition(".")[2]
-    return Entry("sae_lightning", job.config.model.name, label, job.folder, None, load)
+    return Entry("sae_lightning", "", job.config.model.name, label, job.folder, None, load)
 
 
 def _peers(wanted: list[str], out: Path) -> list[Entry]:
@@ -136,7 +139,8 @@ def _peers(wanted: list[str], out: Path) -> list[Entry]:
                 folder = out / name / file
                 entries.append(
                     Entry(
-                        tool=f"{peer.NAME} {peer.VERSION}",
+                        tool=peer.NAME,
+                        version=peer.VERSION,
                         architecture=recipe.architecture,
                         label=recipe.label,
                         folder=folder,
@@ -170,7 +174,7 @@ def _same_work(out: Path, config: Config) -> None:
 
 
 def _evaluator(config: Config) -> Evaluator:
-    with phase("the referee reads held-out text"):
+    with phase("the referee reads held-out text"), redirect_stderr(io.StringIO()):
         return Evaluator(
             cached(config.llm.name),
             config.data.held_out,
@@ -189,7 +193,7 @@ def _score(entry: Entry, evaluator: Evaluator) -> None:
     except UserError as error:  # it did not come to its end, and has said why
         console.print(f"{entry.tool} {name}: {error}")
         return
-    about = {"tool": entry.tool, "architecture": entry.architecture, "label": entry.label}
+    about = {name: getattr(entry, name) for name in ("tool", "version", "architecture", "label")}
     write_json(entry.folder / RESULT, about | scores)
 
 
@@ -200,7 +204,8 @@ def _show(out: Path) -> None:
         return
     order = list(OURS)
     results.sort(key=lambda r: (order.index(r["architecture"]), r["tool"], r["l0"]))
-    table = Table("architecture", "tool", "setting", "L0", "EV", "CE recovered", "unfired")
+    columns = ("model", "tool", "setting", "L0", "EV", "CE rec.", "unfired")
+    table = Table(*columns, box=None, padding=(0, 1, 0, 0))  # as narrow as a terminal may be
     for r in results:
         table.add_row(
             r["architecture"],

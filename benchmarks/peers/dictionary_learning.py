@@ -2,7 +2,7 @@
 
 Optional, because it needs many packages (nnsight below 0.4 among them):
 
-    pip install dictionary-learning==0.1.0
+    pip install -c constraints.txt dictionary-learning==0.1.0
 
 Its defaults are for hundreds of thousands of updates: 1,000 of warm-up, a threshold from update
 1,000 on, 10 million silent tokens until a feature is dead. A run of 512 does not even start with
@@ -10,7 +10,9 @@ them. These counts become shares of the run, and the rate is a faster one; all e
 """
 
 import importlib.metadata
+import io
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,14 +94,15 @@ def train(recipe: Recipe, work: Work, folder: Path) -> None:
     }
     with phase(f"{NAME} {recipe.architecture} {recipe.label}", total=work.steps) as advance:
         data = _Batches(work, advance)
-        trainSAE(
-            data,
-            [settings | recipe.trainer],
-            steps=work.steps,
-            save_dir=str(folder),
-            normalize_activations=True,
-            device="cpu",
-        )
+        with redirect_stderr(io.StringIO()):  # its bars; ours is there
+            trainSAE(
+                data,
+                [settings | recipe.trainer],
+                steps=work.steps,
+                save_dir=str(folder),
+                normalize_activations=True,
+                device="cpu",
+            )
 
 
 class _Batches:

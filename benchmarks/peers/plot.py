@@ -28,6 +28,7 @@ MEASURES = {
 def draw(results: list[dict[str, Any]], file: Path) -> Path:
     """Draw all results into a PNG; those by a documentation's letter are hollow."""
     tools = sorted({r["tool"] for r in results}, key=lambda t: (t != "sae_lightning", t))
+    versions = {r["tool"]: r["version"] for r in results}
     names = [name for name in COLOURS if any(r["architecture"] == name for r in results)]
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), dpi=150, layout="constrained")
     for axis, (measure, title) in zip(axes, MEASURES.items(), strict=True):
@@ -36,7 +37,7 @@ def draw(results: list[dict[str, Any]], file: Path) -> Path:
                 mine = [r for r in results if (r["architecture"], r["tool"]) == (name, tool)]
                 _points(axis, mine, measure, COLOURS[name], marker)
         axis.set(xscale="log", xlabel="L0 (active features per token)", ylabel=title)
-        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
         axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.grid(color="#e3e3e3", linewidth=0.8)
@@ -45,7 +46,7 @@ def draw(results: list[dict[str, Any]], file: Path) -> Path:
     grey = {"color": "#555555", "linestyle": "none", "markersize": 8}
     handles = [Line2D([], [], color=COLOURS[name], linewidth=5, label=name) for name in names]
     handles += [
-        Line2D([], [], marker=marker, label=tool, **grey)
+        Line2D([], [], marker=marker, label=f"{tool} {versions[tool]}".strip(), **grey)
         for tool, marker in zip(tools, MARKERS, strict=False)
     ]
     if any(_documented(r) for r in results):
