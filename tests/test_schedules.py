@@ -1,8 +1,10 @@
 """Schedules: exact values at every step of a short run."""
 
+import math
+
 import pytest
 
-from sae_lightning.schedules import decay, due, warmup
+from sae_lightning.schedules import decay, due, error, steered, warmup
 
 TOTAL = 10
 
@@ -60,3 +62,52 @@ def test_a_resumed_run_is_due_at_the_same_updates():
     whole = [due(step, 7, 20) for step in range(1, 101)]
     assert whole[50:] == [due(step, 7, 20) for step in range(51, 101)]
     assert sum(whole) == 700 // 20
+
+
+def test_the_error_of_l0_is_a_bounded_logarithm():
+    assert error(50, 50) == 0
+    assert error(60, 50) == pytest.approx(math.log(1.2))
+    assert error(40, 50) == pytest.approx(math.log(0.8))
+    assert error(50 * math.e, 50) == pytest.approx(1)
+    assert [error(l0, 50) for l0 in (1e6, 200, 10, 0)] == [1, 1, -1, -1]
+
+
+def test_a_coefficient_at_its_target_stays():
+    assert steered(0, 0, total=100) == 1
+
+
+def test_a_lasting_error_moves_the_coefficient_by_its_tenfold_in_a_run():
+    # exp(10 / 1000 x 0.2) an update: exp(0.2) in a tenth of the run, exp(2) in all
+    assert steered(0.2, 0.2, total=1000) == pytest.approx(math.exp(0.002))
+    assert steered(0.2, 0.2, total=1000) ** 1000 == pytest.approx(math.exp(2))
+    assert steered(-0.2, -0.2, total=1000) == pytest.approx(math.exp(-0.002))
+
+
+def test_a_change_is_answered_at_once():
+    assert steered(0.3, 0.1, total=1000) == pytest.approx(math.exp(0.003 + 0.2))
+    # too many still, but fewer than before: the coefficient already falls
+    assert steered(0.1, 0.3, total=1000) < 1
+
+
+def test_noise_in_l0_does_not_add_up():
+    errors = [0.5, -0.5] * 50
+    product = 1.0
+    for before, now in zip(errors, errors[1:], strict=False):
+        product *= steered(now, before, total=100)
+    # changes cancel but for the last: exp(-0.5 - 0.5), and the sum of errors after the first
+    assert product == pytest.approx(math.exp(-1 + 10 / 100 * -0.5))
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
+def test_where_l0_falls_as_a_power_of_the_coefficient_the_target_is_reached(power):
+    """L0 follows the coefficient with a delay of some ten updates, as weights have to change."""
+    log_l0, log_coefficient, before = math.log(400), 0.0, 1.0
+    path = []
+    for _ in range(500):
+        log_l0 += 0.1 * (math.log(400) - power * log_coefficient - log_l0)
+        now = error(math.exp(log_l0), 50)
+        log_coefficient += math.log(steered(now, before, total=500))
+        before = now
+        path.append(math.exp(log_l0))
+    assert path[-1] == pytest.approx(50, rel=0.1 if power < 1 else 0.03)
+    assert min(path) > 35, "it does not overshoot by much"

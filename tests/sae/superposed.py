@@ -1,4 +1,4 @@
-"""SAEs trained in a second on concepts in superposition, with the recipe of a run but without one."""
+"""SAEs trained in a second on concepts in superposition, with the recipe of a run."""
 
 from functools import cache
 from pathlib import Path

@@ -4,13 +4,14 @@ import math
 
 import pytest
 import torch
-from torch import tensor
+from torch import Generator, tensor
 from torch.testing import assert_close
 
-from sae_lightning.errors import UserError
-from sae_lightning.losses import l1, mse
-from sae_lightning.sae import ARCHITECTURES, Output, SAEConfig, build
-from sae_lightning.sae.relu import DenseLoss, ReLULoss
+from sae_lightning.losses import auxk, l1, lp, mse, preact, tanh_l0
+from sae_lightning.sae import ARCHITECTURES, Moment, build
+from sae_lightning.sae.base import Pass
+from sae_lightning.sae.objective import AuxKLoss
+from sae_lightning.sae.topk import TopKConfig
 
 
 def test_mse_is_the_mean_over_tokens_and_elements():
@@ -52,68 +53,165 @@ def test_the_gradient_of_l1_reaches_features_and_decoder():
     assert_close(W_dec.grad, tensor([[1.2, 1.6]]))  # 2 x (0.6, 0.8)
 
 
-def one_pass():
-    """An SAE with one feature of decoder norm 5, and what it makes of two tokens."""
-    sae = build(SAEConfig(features=1), 2, 2)
-    sae.load_state_dict(
-        {
-            "W_enc": tensor([[1.0], [0.0]]),
-            "b_enc": tensor([0.0]),
-            "W_dec": tensor([[3.0, 4.0]]),
-            "b_dec": tensor([0.0, 0.0]),
-        }
-    )
-    # f = 1 and 0; x_hat = (3, 4) and (0, 0); errors (2, 4), (1, 0)
-    x = tensor([[1.0, 0.0], [-1.0, 0.0]])
-    return sae, sae(x), x
+W_DEC = tensor([[3.0, 4.0], [0.0, -1.0], [2.0, 0.0]])  # of length 5, 1 and 2
 
 
-def test_the_relu_objective_is_the_error_and_the_penalty():
-    terms = ReLULoss(l1=0.1).terms(*one_pass())
-    assert {name: term.item() for name, term in terms.items()} == {
-        "mse": (4 + 16 + 1 + 0) / 4,
-        "l1": (1 * 5 + 0) / 2,
-    }
-    assert ReLULoss(l1=0.1).coefficients() == {"l1": 0.1}
-    assert ReLULoss(warmup=0.3).penalty_warmup == 0.3
+@pytest.mark.parametrize("p", [1.0, 0.7, 0.2])
+def test_lp_has_the_value_of_l1_at_any_p(p):
+    features = torch.rand(30, 3, generator=Generator().manual_seed(0)) * 4
+    assert_close(lp(features, W_DEC, p), l1(features, W_DEC))
 
 
-def test_the_dense_objective_is_the_error_alone():
-    terms = DenseLoss().terms(*one_pass())
-    assert {name: term.item() for name, term in terms.items()} == {"mse": 5.25}
-    assert DenseLoss().coefficients() == {}
-    assert DenseLoss().penalty_warmup == 0
+def test_lp_presses_weak_features_harder_and_l1_all_alike():
+    # strengths 0.1 and 3; l1 = 3.1. Without smoothing the gradient at p = 0.5 is
+    # 0.5 s^-0.5 x 3.1 / (0.1^0.5 + 3^0.5) = 2.392, 0.437
+    features, W_dec = tensor([[0.1, 3.0]], requires_grad=True), torch.eye(2)
+    (plain,) = torch.autograd.grad(l1(features, W_dec), features)
+    assert_close(plain, tensor([[1.0, 1.0]]))
+    (annealed,) = torch.autograd.grad(lp(features, W_dec, 0.5, smooth=0.0), features)
+    total = 0.1**0.5 + 3**0.5
+    assert_close(annealed, tensor([[0.5 / s**0.5 * 3.1 / total for s in (0.1, 3)]]))
+    assert annealed[0, 0] > 2 > 0.5 > annealed[0, 1]
+    # p = 1 is l1
+    (same,) = torch.autograd.grad(lp(features, W_dec, 1.0), features)
+    assert_close(same, plain)
 
 
-def test_the_target_may_be_another_site_than_the_input():
-    sae, _, _ = one_pass()
-    output = Output(reconstruction=tensor([[1.0, 1.0]]), features=tensor([[0.0]]))
-    assert ReLULoss().terms(sae, output, tensor([[0.0, 3.0]]))["mse"] == 2.5
+def test_the_slope_of_lp_at_0_is_bounded():
+    features = tensor([[0.0, 1.0]], requires_grad=True)
+    (gradient,) = torch.autograd.grad(lp(features, torch.eye(2), 0.2, smooth=0.01), features)
+    # 0.2 x 0.01^-0.8 x (1 / (1.01^0.2 - 0.01^0.2)) = 7.96 x 1.653
+    assert_close(gradient[0, 0], tensor(0.2 * 0.01**-0.8 / (1.01**0.2 - 0.01**0.2)))
 
 
-def test_every_coefficient_belongs_to_a_term():
-    for loss in (ReLULoss(), DenseLoss()):
-        assert set(loss.coefficients()) <= set(loss.terms(*one_pass()))
+def test_where_nothing_fires_lp_is_0_and_so_is_its_gradient():
+    features = torch.zeros(2, 3, requires_grad=True)
+    value = lp(features, W_DEC, 0.5)
+    value.backward()
+    assert value == 0
+    assert not features.grad.any()
 
 
-def test_every_architecture_has_an_objective():
-    assert set(LOSSES) == set(ARCHITECTURES)
+def test_tanh_l0_by_hand():
+    # strengths (0.5, 0, 1) x norms (5, 1, 2) = 2.5, 0, 2; scale 0.4: tanh(1) + tanh(0.8)
+    features = tensor([[0.5, 0.0, 1.0], [0.0, 0.0, 0.0]])
+    expected = (math.tanh(1.0) + math.tanh(0.8)) / 2
+    assert_close(tanh_l0(features, W_DEC, 0.4), tensor(expected))
+    # with a large scale it is the number of active features
+    assert_close(tanh_l0(features, W_DEC, 1000), tensor(1.0))
+
+
+# pre-activations of 4 features on 2 tokens; features 1 and 3 are dead
+PRE = tensor([[9.0, 2.0, 9.0, -1.0], [9.0, 1.0, 9.0, 3.0]])
+DEAD = tensor([False, True, False, True])
+ROWS = tensor([[7.0, 7.0], [1.0, 0.0], [7.0, 7.0], [0.0, 2.0]])
+# relu of the dead: (2, 0) and (1, 3); decoded: (2, 0) and (1, 6)
+DECODED = tensor([[2.0, 0.0], [1.0, 6.0]])
+
+
+def test_auxk_is_0_where_the_dead_features_are_the_residual():
+    assert auxk(DECODED, PRE, DEAD, ROWS, k=2) == 0
+
+
+def test_auxk_by_hand():
+    # residual 0 against decoded (2, 0), (1, 6), shifted by (1, -1) and (-1, 1):
+    # errors (1, 1), (2, 5) -> (1 + 1 + 4 + 25) / 4; variance of the residual: 1
+    residual = tensor([[1.0, -1.0], [-1.0, 1.0]])
+    assert auxk(residual, PRE, DEAD, ROWS, k=2).item() == (1 + 1 + 4 + 25) / 4
+    # the strongest alone: 2 and 3: (2, 0), (0, 6): errors (1, 1), (1, 5)
+    assert auxk(residual, PRE, DEAD, ROWS, k=1).item() == (1 + 1 + 1 + 25) / 4
+
+
+def test_auxk_is_a_share_of_the_residuals_variance():
+    """What says nothing leaves all of it, whatever the residual's size; the mean is no part."""
+    noise = torch.randn(500, 2, generator=Generator().manual_seed(0))
+    pre, dead = torch.zeros(500, 4), torch.ones(4).bool()
+    for size in (1e-3, 1.0, 1e3):
+        residual = size * (noise - noise.mean(dim=0))
+        assert_close(auxk(residual, pre, dead, ROWS, k=4), tensor(1.0))
+    # a feature that gives the mean, (3, 0), of a residual around it
+    pre[:, 1] = 3
+    residual = noise - noise.mean(dim=0) + tensor([3.0, 0.0])
+    assert_close(auxk(residual, pre, dead, ROWS, k=4), tensor(1.0))
+
+
+def test_auxk_does_not_count_b_dec_twice():
+    """sparsify issue 132: the residual is target - x_hat, and x_hat holds b_dec already."""
+    sae = build(TopKConfig(name="topk", features=4, k=1), 2, 2)
+    with torch.no_grad():
+        sae.W_dec.copy_(ROWS)
+        sae.b_dec.copy_(tensor([100.0, -100.0]))
+    this = Pass(torch.zeros(2, 2) + sae.b_dec, torch.zeros(2, 4), PRE)
+    target = DECODED + sae.b_dec.detach()  # b_dec and what the dead say
+    terms = AuxKLoss(auxk_k=2).terms(sae, this, target, Moment(DEAD, 0.5))
+    assert terms["auxk"] == 0
+
+
+def test_auxk_teaches_the_dead_alone():
+    pre, rows = PRE.clone().requires_grad_(), ROWS.clone().requires_grad_()
+    residual = tensor([[1.0, -1.0], [-1.0, 1.0]], requires_grad=True)
+    auxk(residual, pre, DEAD, rows, k=2).backward()
+    assert residual.grad is None
+    for gradient in (pre.grad.T, rows.grad):
+        assert gradient.any(dim=1).tolist() == DEAD.tolist()
+    # 2 x error / 4 elements x row: errors (1, 1), (2, 5); off (-1) gets none
+    assert_close(pre.grad[:, [1, 3]], tensor([[0.5 * 1, 0.0], [0.5 * 2, 0.5 * 5 * 2]]))
+    assert_close(rows.grad[1], 0.5 * (2 * tensor([1.0, 1.0]) + 1 * tensor([2.0, 5.0])))
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [{"l1": -1e-3}, {"l1": math.inf}, {"l1": math.nan}, {"warmup": -0.1}, {"warmup": 1.1}],
+    ("residual", "dead"),
+    [
+        (DECODED, torch.zeros(4).bool()),  # nothing is dead
+        (torch.ones(2, 2), DEAD),  # nothing varies
+        (torch.zeros(2, 2), DEAD),  # nothing is left
+    ],
 )
-def test_a_coefficient_without_meaning_names_its_setting(settings):
-    ((name, value),) = settings.items()
-    with pytest.raises(UserError) as error:
-        ReLULoss(**settings)
-    assert str(error.value).startswith(f"loss.{name}={value}: give a ")
+def test_auxk_without_anything_to_do_is_0_and_its_gradient_is_no_nan(residual, dead):
+    pre = PRE.clone().requires_grad_()
+    value = auxk(residual, pre, dead, ROWS, k=2) + 0 * pre.sum()
+    value.backward()
+    assert value == 0
+    assert not pre.grad.any()
 
 
-def test_the_ends_of_the_ranges_are_allowed():
-    assert ReLULoss(l1=0, warmup=0).coefficients() == {"l1": 0}
-    assert ReLULoss(warmup=1).penalty_warmup == 1
+def test_preact_by_hand():
+    # threshold 0: feature 1 never below, feature 3 by 1 on the first token: norm 2
+    pre = PRE.clone().requires_grad_()
+    value = preact(pre, 0.0, DEAD, ROWS)
+    assert value.item() == 1 * 2 / 2
+    value.backward()
+    assert_close(pre.grad, tensor([[0.0, 0, 0, -1], [0, 0, 0, 0]]))
+    # thresholds 1.5 and 4: 0.5 of norm 1 on the second token; 5 and 1 of norm 2
+    threshold = tensor([99.0, 1.5, 99.0, 4.0])
+    assert preact(PRE, threshold, DEAD, ROWS).item() == (0.5 * 1 + 5 * 2 + 1 * 2) / 2
+
+
+@pytest.mark.parametrize("threshold", [0.0, torch.ones(4)])
+def test_preact_of_no_dead_feature_is_0(threshold):
+    assert preact(-PRE, threshold, torch.zeros(4).bool(), ROWS) == 0
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_coefficient_belongs_to_a_term(name):
+    config, _, objective = ARCHITECTURES[name]
+    loss = objective()
+    sae = build(config(name=name, features=64), 8, 8)
+    x = torch.randn(20, 8, generator=Generator().manual_seed(0))
+    terms = loss.terms(sae, sae.training_pass(x), x, Moment(torch.zeros(64).bool(), 0.5))
+    assert set(terms) == {"mse", *loss.coefficients()}
+    assert all(term.isfinite() and term.shape == () for term in terms.values())
+    assert loss.sparsity in {None, *loss.coefficients()}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_target_may_be_another_site_than_the_input(name):
+    config, _, objective = ARCHITECTURES[name]
+    sae = build(config(name=name, features=64), 8, 5)
+    x = torch.randn(20, 8, generator=Generator().manual_seed(0))
+    this, target = sae.training_pass(x), torch.full((20, 5), 2.0)
+    terms = objective().terms(sae, this, target, Moment(torch.zeros(64).bool(), 0.5))
+    assert_close(terms["mse"], (this.reconstruction - 2).square().mean())
 
 
 def test_the_penalty_is_computed_in_fp32_under_autocast():

@@ -1,4 +1,4 @@
-"""The network: its start, its equation, folding the normalisation in, and what it cannot do."""
+"""What all networks share: the start, folding the normalisation in, one token at a time."""
 
 import pytest
 import torch
@@ -6,8 +6,7 @@ from torch import Generator, tensor
 from torch.testing import assert_close
 
 from sae_lightning.errors import UserError
-from sae_lightning.sae import ARCHITECTURES, SAE, SAEConfig, build
-from sae_lightning.sae.relu import DenseLoss
+from sae_lightning.sae import ARCHITECTURES, SAEConfig, build
 
 
 def test_it_starts_as_anthropic_advises():
@@ -54,31 +53,6 @@ def test_the_seed_fixes_the_weights_and_nothing_else_does():
     assert torch.equal(given, weights(1, before=0))
 
 
-def hand_made() -> SAE:
-    """d_in = 2, three features, d_out = 1."""
-    sae = build(SAEConfig(features=3), 2, 1)
-    sae.load_state_dict(
-        {
-            "W_enc": tensor([[1.0, 0.0, -1.0], [0.0, 2.0, 1.0]]),
-            "b_enc": tensor([0.5, -1.0, 0.0]),
-            "W_dec": tensor([[1.0], [10.0], [100.0]]),
-            "b_dec": tensor([0.25]),
-        }
-    )
-    return sae
-
-
-@torch.no_grad()
-def test_relu_by_hand():
-    # x = (1, 2):    x W_enc + b_enc = ( 1 + .5, 4 - 1, -1 + 2) = ( 1.5,  3,  1)
-    # x = (-1, -2):                    (-1 + .5, -4 - 1, 1 - 2) = (-0.5, -5, -1) -> 0
-    sae, x = hand_made(), tensor([[1.0, 2.0], [-1.0, -2.0]])
-    assert_close(sae.encode(x), tensor([[1.5, 3.0, 1.0], [0.0, 0.0, 0.0]]))
-    assert torch.equal(sae(x).features, sae.encode(x))
-    # 1.5 x 1 + 3 x 10 + 1 x 100 + 0.25;  nothing fires: b_dec
-    assert_close(sae(x).reconstruction, tensor([[131.75], [0.25]]))
-
-
 @torch.no_grad()
 def test_folding_by_hand():
     # z = (x - 3) / 2 and x_hat = z_hat x 5 + 7; one feature f = relu(4 z + 1), z_hat = 6 f + 8:
@@ -91,31 +65,147 @@ def test_folding_by_hand():
     assert got == {"W_enc": [[2.0]], "b_enc": [-5.0], "W_dec": [[30.0]], "b_dec": [47.0]}
 
 
-@torch.no_grad()
-@pytest.mark.parametrize(("d_in", "d_out"), [(16, 16), (16, 5), (5, 16)])
-def test_folded_weights_do_for_raw_activations_what_the_others_do_for_normalised(d_in, d_out):
+def noisy(name: str, d_in: int, d_out: int, **settings):
+    """An SAE of 40 features in which no parameter is 0, and random activations for it."""
     generator = Generator().manual_seed(0)
+    sae = build(ARCHITECTURES[name].config(name=name, features=40, **settings), d_in, d_out)
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter.normal_(generator=generator)
+        if name in ("batch_topk", "matryoshka"):
+            sae.threshold.fill_(0.7)
+    return sae, torch.randn(100, d_in, generator=generator)
 
-    def noise(*shape):
-        return torch.randn(shape, generator=generator)
 
-    sae = build(SAEConfig(features=40), d_in, d_out)
-    for parameter in sae.parameters():
-        parameter.copy_(noise(*parameter.shape))
-    in_mean, out_mean = 5 * noise(d_in), 5 * noise(d_out)
+def settings_of(name: str) -> dict:
+    return {"k": 5} if "k" in ARCHITECTURES[name].config.__dataclass_fields__ else {}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize(("d_in", "d_out"), [(16, 16), (16, 5), (5, 16)])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_folded_weights_do_for_raw_activations_what_the_others_do_for_normalised(
+    name, d_in, d_out, skip
+):
+    settings = settings_of(name) | {"skip": skip}
+    if name == "matryoshka":
+        settings["groups"] = [0.25]
+    sae, z = noisy(name, d_in, d_out, **settings)
+    generator = Generator().manual_seed(1)
+    in_mean = 5 * torch.randn(d_in, generator=generator)
+    out_mean = 5 * torch.randn(d_out, generator=generator)
     in_scale, out_scale = tensor(3.7), tensor(0.21)
-    raw = noise(100, d_in) * in_scale + in_mean
+    raw = z * in_scale + in_mean
 
     output = sae((raw - in_mean) / in_scale)
     expected = output.reconstruction * out_scale + out_mean
     before = {name: weight.clone() for name, weight in sae.state_dict().items()}
-    folded = build(SAEConfig(features=40), d_in, d_out)
-    folded.load_state_dict(sae.fold(in_mean, in_scale, out_mean, out_scale))
+    folded = build(sae.config, d_in, d_out)
+    folded.load_weights(sae.fold(in_mean, in_scale, out_mean, out_scale))
 
     # Sums of up to 40 terms of size 10 to 100: float32 leaves about 1e-5 of that.
-    assert_close(folded(raw).features, output.features, rtol=1e-5, atol=2e-5)
-    assert_close(folded(raw).reconstruction, expected, rtol=1e-5, atol=5e-5)
+    assert (output.features > 0).any()
+    assert_close(folded(raw).features, output.features, rtol=1e-5, atol=5e-5)
+    assert_close(folded(raw).reconstruction, expected, rtol=1e-5, atol=1e-4)
     assert all(torch.equal(before[name], w) for name, w in sae.state_dict().items())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_inference_is_per_token(name):
+    settings = settings_of(name) | ({"groups": [0.25]} if name == "matryoshka" else {})
+    sae, x = noisy(name, 16, 16, **settings)
+    sae.training_pass(x)
+    whole = sae(x)
+    assert torch.equal(whole.features, sae.encode(x))
+    assert torch.equal(whole.reconstruction, sae.reconstruct(x, whole.features))
+    assert (whole.features >= 0).all()
+    order = torch.randperm(100, generator=Generator().manual_seed(2))
+    parts = [sae(part) for part in x[order].split(7)]
+    # another batch size is another order of summation
+    features = torch.cat([part.features for part in parts])
+    assert_close(features, whole.features[order], rtol=1e-5, atol=1e-5)
+    reconstruction = torch.cat([part.reconstruction for part in parts])
+    assert_close(reconstruction, whole.reconstruction[order], rtol=1e-5, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_looking_at_an_sae_changes_nothing(name):
+    settings = settings_of(name) | ({"groups": [0.25]} if name == "matryoshka" else {})
+    sae, x = noisy(name, 16, 16, **settings)
+    before = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
+    sae(x), sae.encode(x), sae.weights()
+    after = sae.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_weights_make_the_same_sae_again(name):
+    settings = settings_of(name) | ({"groups": [0.25]} if name == "matryoshka" else {})
+    sae, x = noisy(name, 16, 16, **settings)
+    again = build(sae.config, 16, 16, Generator().manual_seed(99))
+    again.load_weights(sae.weights())
+    # a threshold goes through a logarithm and back
+    assert_close(again(x).features, sae(x).features, rtol=1e-6, atol=0)
+    assert_close(again(x).reconstruction, sae(x).reconstruction)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_skip_connection_is_added_to_what_features_say(name):
+    settings = settings_of(name) | ({"groups": [0.25]} if name == "matryoshka" else {})
+    sae, x = noisy(name, 16, 5, skip=True, **settings)
+    this = sae.training_pass(x)
+    decoded = this.features @ sae.W_dec + sae.b_dec
+    assert_close(this.reconstruction, decoded + x @ sae.W_skip, rtol=1e-5, atol=1e-4)
+    output = sae(x)
+    decoded = output.features @ sae.W_dec + sae.b_dec
+    assert_close(output.reconstruction, decoded + x @ sae.W_skip, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_restarted_features_are_as_at_the_start_and_others_as_they_were(name):
+    settings = settings_of(name) | ({"groups": [0.25]} if name == "matryoshka" else {})
+    sae, x = noisy(name, 16, 5, **settings)
+    fresh = build(sae.config, 16, 5)
+    before = {each: p.detach().clone() for each, p in sae.named_parameters()}
+    which, others = tensor([3, 8]), [i for i in range(40) if i not in (3, 8)]
+    sae.restart(which, x[:2], x[2:4, :5])
+    assert torch.equal(sae.W_enc[:, which], x[:2].T)
+    assert torch.equal(sae.W_dec[which], x[2:4, :5])
+    assert set(sae.per_feature) == set(before) - {"b_dec"}, "all of a feature"
+    for each, dim in sae.per_feature.items():
+        now, was = getattr(sae, each).movedim(dim, 0), before[each].movedim(dim, 0)
+        assert torch.equal(now[others], was[others])
+        if each not in ("W_enc", "W_dec"):
+            assert torch.equal(now[which], getattr(fresh, each)[which])
+    assert torch.equal(sae.b_dec, before["b_dec"])
+
+
+def test_a_row_of_fixed_norm_turns_and_is_not_stretched():
+    sae, x = noisy("relu", 16, 5, decoder_norm=0.3)
+    sae.fix_norms()
+    assert_close(sae.W_dec.norm(dim=1).detach(), torch.full((40,), 0.3))
+    sae.W_dec.grad = torch.randn(40, 5, generator=Generator().manual_seed(3))
+    whole, rows = sae.W_dec.grad.clone(), sae.W_dec.detach() / 0.3
+    sae.project_gradient()
+    assert_close((sae.W_dec.grad * rows).sum(dim=1), torch.zeros(40), atol=1e-6, rtol=0)
+    # what was taken away points along the row: Pythagoras
+    along = (whole * rows).sum(dim=1)
+    assert_close(sae.W_dec.grad.norm(dim=1) ** 2 + along**2, whole.norm(dim=1) ** 2)
+
+
+def test_the_radial_part_by_hand():
+    # row (3, 4) / 5; gradient (1, 2) has 11/5 along it, (33, 44) / 25: left (-0.32, 0.24)
+    sae = build(SAEConfig(features=1), 2, 2)
+    with torch.no_grad():
+        sae.W_dec.copy_(tensor([[3.0, 4.0]]))
+    sae.W_dec.grad = tensor([[1.0, 2.0]])
+    sae.project_gradient()
+    assert_close(sae.W_dec.grad, tensor([[-0.32, 0.24]]))
 
 
 def test_an_unknown_architecture_is_named_with_the_known_ones():
@@ -139,38 +229,9 @@ def test_a_value_without_meaning_names_its_setting(setting, message):
 
 
 def test_every_architecture_names_itself_as_saelens_does():
-    assert {row.network.architecture for row in ARCHITECTURES.values()} == {"standard"}
-
-
-def trained_loss(x: torch.Tensor, features: int) -> float:
-    """Final loss of a dense autoencoder trained on all of x with Adam."""
-    sae = build(SAEConfig(name="dense", features=features), x.shape[1], x.shape[1])
-    steps = 1000
-    adam = torch.optim.Adam(sae.parameters(), lr=2e-2)
-    decay = torch.optim.lr_scheduler.LinearLR(adam, 1, 0.02, steps)
-    for _ in range(steps):
-        adam.zero_grad()
-        loss = DenseLoss().terms(sae, sae(x), x)["mse"]
-        loss.backward()
-        adam.step()
-        decay.step()
-    return loss.item()
-
-
-def test_a_dense_autoencoder_narrower_than_its_input_cannot_reach_zero_loss():
-    # A reconstruction is b_dec plus a mix of the 4 rows of W_dec: whatever the encoder does, it
-    # lies in a 4-dimensional plane. The best plane through isotropic data in 8 dimensions leaves
-    # the 4 smallest eigenvalues of the covariance, half of the variance of 1 but for chance.
-    x = torch.randn(512, 8, generator=Generator().manual_seed(0))
-    eigenvalues = torch.linalg.eigvalsh(torch.cov(x.T, correction=0))  # ascending
-    floor = (eigenvalues[:4].sum() / 8).item()
-    assert 0.4 < floor < 0.5
-    # PCA reaches the floor with a linear encoder, which large biases make of a ReLU one.
-    assert 0.9999 * floor < trained_loss(x, features=4) < 1.02 * floor
-
-
-@pytest.mark.parametrize("features", [8, 12])
-def test_a_dense_autoencoder_as_wide_as_its_input_reaches_zero_loss(features):
-    # With all features active on all of the data both maps are linear and can be inverses.
-    x = torch.randn(512, 8, generator=Generator().manual_seed(0))
-    assert trained_loss(x, features) < 1e-4
+    assert {row.network.architecture for row in ARCHITECTURES.values()} == {
+        "standard",
+        "topk",
+        "jumprelu",
+        "gated",
+    }
