@@ -6,8 +6,8 @@ Optional, because it needs many packages (nnsight below 0.4 among them):
 
 Its defaults are for hundreds of thousands of updates: 1,000 of warm-up, a threshold from update
 1,000 on, 10 million silent tokens until a feature is dead. A run of 512 does not even start with
-them. These counts become shares of the run, and the rate is a faster one (not tuned); all else is its
-own.
+them. These counts become shares of the run, and the rate is a faster one (not tuned); all else is
+its own.
 """
 
 import importlib.metadata
