@@ -19,5 +19,5 @@ class Steer(L.Callback):
                 continue
             now = error(float(head.last.l0), target)
             before = now if head.l0_error.isnan() else float(head.l0_error)
-            head.steering.mul_(steered(now, before, module.steps))
+            head.steering.mul_(steered(now, before, trainer.global_step, module.steps))
             head.l0_error.fill_(now)
