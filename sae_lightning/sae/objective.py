@@ -17,7 +17,7 @@ class Moment(NamedTuple):
 
     dead: Tensor
     """[features] bool: silent for `callbacks.dead_after` tokens"""
-    progress: float
+    progress: Tensor
     """Share of the run that is done, from 0 to 1."""
 
 

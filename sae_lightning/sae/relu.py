@@ -53,5 +53,5 @@ class ReLULoss(PenaltyLoss):
         """The sum of feature strengths in units of decoder norm, or of their p-th powers."""
         if self.p == 1:
             return l1(this.features, sae.W_dec)
-        done = (moment.progress - self.warmup) / max(1 - self.warmup, 1e-9)
+        done = (float(moment.progress) - self.warmup) / max(1 - self.warmup, 1e-9)
         return lp(this.features, sae.W_dec, 1 - (1 - self.p) * min(max(done, 0.0), 1.0))

@@ -86,7 +86,7 @@ class Head(nn.Module):
         """The training loss [] of a batch {site: [batch, d_site]} of raw activations."""
         x, target = self.normalised(batch)
         this = self.sae.training_pass(x)
-        moment = Moment(self.dead, float(self.progress))
+        moment = Moment(self.dead, self.progress)
         terms = self.loss.terms(self.sae, this, target, moment)
         loss = terms["mse"]
         for name, coefficient in self.coefficients().items():
