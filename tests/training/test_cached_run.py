@@ -8,7 +8,7 @@ from dataclasses import replace
 import lightning as L
 import pytest
 
-from sae_lightning import checks, run
+from sae_lightning import checks, inputs, run
 from sae_lightning.errors import UserError
 from sae_lightning.export import WEIGHTS
 from sae_lightning.jobs import read_job
@@ -101,7 +101,7 @@ def test_a_run_that_failed_leaves_the_cache_to_the_next_one_of_its_process(
 
 
 def test_a_cache_that_cannot_be_is_refused_before_the_llm_is_loaded(made, tmp_path, monkeypatch):
-    monkeypatch.delattr(run, "load")
+    monkeypatch.delattr(inputs, "load")
     folder = tmp_path / "activations"
     folder.touch()
     with pytest.raises(UserError, match="data.cache_folder=.*/activations cannot be written to"):
