@@ -11,21 +11,23 @@ from pathlib import Path
 
 import lightning as L
 import pytest
+from hydra import compose, initialize_config_dir
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sae_lightning import UserError, load_sae, passes, run
 from sae_lightning.analysis.evaluate import evaluate
 from sae_lightning.analysis.sweep_report import write_report
-from sae_lightning.config import Config
+from sae_lightning.config import Config, conf_folder
 from sae_lightning.export import WEIGHTS
 from sae_lightning.folders import sweep_runs
 from sae_lightning.inputs import open_held_out
-from sae_lightning.jobs import Job, read_job
+from sae_lightning.jobs import Job, read_job, register
+from sae_lightning.jobs import job as make_job
 from sae_lightning.llm.load import LLMConfig
 from sae_lightning.llm.sites import LayerConfig, distinct
 from sae_lightning.objective import SweepConfig
 from sae_lightning.recovery import Recovery
-from sae_lightning.sae import SAEConfig
+from sae_lightning.sae import ARCHITECTURES, SAEConfig
 from sae_lightning.sae.relu import ReLULoss
 from sae_lightning.stream.text import SyntheticConfig
 from sae_lightning.training.settings import Accelerator, EvalConfig, Precision, TrainerConfig
@@ -144,9 +146,58 @@ def test_the_loss_of_no_llm_cannot_be_asked_for(job):
         run.run([replace(job("run"), overrides=["eval.loss_tokens=8"])])
 
 
+# 256 concepts in 64 dimensions, 4 of them active: a run of 131,072 tokens takes three seconds
+SMALL = [
+    *["data=synthetic", "data.concepts=256", "data.dim=64", "data.l0=4", "data.pool=8192"],
+    *["model.features=512", "trainer=cpu", "trainer.tokens=131072", "trainer.batch=512"],
+    *["trainer.precision=fp32", "eval.tokens=8192"],
+]
+SPARSITY = {
+    "relu": ["loss.l1=2e-2", "trainer.tokens=262144"],
+    "topk": ["model.k=4"],
+    "batch_topk": ["model.k=4"],
+    "jumprelu": ["loss.l0=3e-3"],
+    "gated": ["loss.l1=3e-2"],
+    "matryoshka": ["model.k=4"],
+}
+
+
+def recovery_of(overrides: list[str], folder: Path) -> dict[str, float]:
+    """The final metrics of a run as it is typed."""
+    register()
+    with initialize_config_dir(conf_folder(), version_base="1.3"):
+        typed = compose("config", [*SMALL, *overrides])
+    (found,) = run.run([make_job(typed, folder, overrides)])
+    return found
+
+
+def test_every_architecture_that_is_sparse_has_to_recover_the_truth():
+    assert set(SPARSITY) == set(ARCHITECTURES) - {"dense"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", SPARSITY)
+def test_every_architecture_recovers_known_concepts(model, tmp_path):
+    """Claim 10. Measured: 98 to 100 % recovered; precision 0.31 (gated) to 0.82 (TopK)."""
+    found = recovery_of([f"model={model}", *SPARSITY[model]], tmp_path / "run")
+    assert found["recovered"] >= 0.9
+    assert found["precision"] > 0.2 and found["recall"] > 0.6
+    assert found["encoder_agreement"] > 0.8
+    assert found["negative_bias"] > 0.9
+    assert found["feature_readout"] > 3 * found["projection_readout"]
+
+
+@pytest.mark.slow
+def test_without_sparsity_features_point_at_concepts_but_do_not_detect_them(tmp_path):
+    found = recovery_of(["model=dense"], tmp_path / "run")
+    assert found["l0"] > 256
+    assert found["precision"] < 0.05
+    assert found["negative_bias"] < 0.2
+
+
 @pytest.mark.slow
 def test_what_a_user_types_trains_and_evaluates(tmp_path):
-    small = ["data.concepts=32", "data.dim=16", "data.l0=2", "model.features=48"]
+    small = ["data.concepts=32", "data.dim=16", "data.l0=2", "model.features=96"]
     run_dir, sweep_dir = tmp_path / "run", tmp_path / "sweep"
     for command in (
         ["train.py", "data=synthetic", "trainer=smoke", *small, f"hydra.run.dir={run_dir}"],
