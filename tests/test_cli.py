@@ -53,8 +53,24 @@ BAD = {
     "+loss.l1=1e-3": r"\+loss\.l1=1e-3: this setting exists; leave out the \+",
     "nothing.of.this=1": r"no setting nothing: there are llm, .*",
     # the wrong model
-    "model=dense loss.l1=1e-3": r"loss\.l1 has no meaning for this model, only for model=relu.*: "
-    "leave it out",
+    "model=dense loss.l1=1e-3": r"loss\.l1 has no meaning for this model, only for model=relu and "
+    "model=gated: leave it out",
+    "loss.auxk=0.1": r"loss\.auxk has no meaning for this model, only for model=topk and "
+    "model=batch_topk and model=matryoshka: leave it out",
+    "model=topk loss.target_l0=50": r"loss\.target_l0 has no meaning .* only for model=relu and "
+    "model=jumprelu and model=gated: leave it out",
+    "model=topk loss.preact=1": r"loss\.preact has no meaning .* only for model=relu and "
+    "model=jumprelu and model=gated: leave it out",
+    "model=relu model.k=3": r"model\.k has no meaning .* only for model=topk and "
+    "model=batch_topk and model=matryoshka: leave it out",
+    "model=gated loss.p=0.2": r"loss\.p has no meaning for this model, only for model=relu: .*",
+    "model=batch_topk model.threshold=1": r"model\.threshold has no meaning .* model=jumprelu: .*",
+    "model=topk model.groups=[0.5]": r"model\.groups has no meaning .* model=matryoshka: .*",
+    "model=topk loss.auxkk=1": r"no setting loss\.auxkk: did you mean auxk\? there are .*",
+    "model=topk model.k=0": r"model\.k=0: give 1 to model\.features=10000 active features",
+    "model=matryoshka model.features=10 model.k=3": r"model\.groups=.* give larger shares, or .*",
+    "model=jumprelu loss.penalty_kind=l0": r"loss\.penalty_kind=l0: .* one of \[tanh, step\]",
+    "loss.l1=0 loss.target_l0=5": r"loss\.l1=0: loss\.target_l0=5\.0 multiplies it, .*",
     "model=dense loss=relu": r"loss: .* model\.name=dense; choose .* model=dense, .*",
     "model.name=topkk": r"model\.name=topkk: no such architecture; choose from relu, dense.*",
     # values

@@ -26,7 +26,7 @@ from sae_lightning.jobs import (
 from sae_lightning.llm.load import Dtype
 from sae_lightning.llm.sites import Kind
 from sae_lightning.sae import ARCHITECTURES
-from sae_lightning.sae.relu import DenseLoss, ReLULoss
+from sae_lightning.sae.relu import ReLULoss
 from sae_lightning.stream.text import PlaysConfig, SyntheticConfig
 from sae_lightning.training.settings import Normalization, Precision
 
@@ -164,15 +164,26 @@ def test_settings_of_text_are_unknown_to_synthetic_data(setting):
 
 
 def test_a_model_brings_its_own_loss():
-    assert type(make("model=dense").loss) is DenseLoss
+    for name, row in ARCHITECTURES.items():
+        config = make(f"model={name}")
+        assert (type(config.model), type(config.loss)) == (row.config, row.loss)
     assert make("model=relu", "loss=relu") == make()
 
 
 @pytest.mark.parametrize(
-    "overrides", [["loss=dense"], ["model=dense", "loss=relu"], ["model.name=dense"]]
+    "overrides",
+    [
+        ["loss=dense"],
+        ["loss=topk"],
+        ["model=dense", "loss=relu"],
+        ["model=jumprelu", "loss=gated"],
+        ["model=batch_topk", "loss=matryoshka"],
+        ["model.name=dense"],
+        ["model.name=topk"],
+    ],
 )
 def test_a_loss_of_another_architecture_is_an_error(overrides):
-    with pytest.raises(UserError, match=r"^loss: .* model\.name=(relu|dense); choose"):
+    with pytest.raises(UserError, match=r"^loss: .* model\.name=\w+; choose"):
         make(*overrides)
 
 
@@ -204,6 +215,8 @@ HEAD_HALF = {
     "model.features": 77,
     "model.seed": 5,
     "loss.l1": 3e-3,
+    "loss.target_l0": 50.0,
+    "loss.p": 0.2,
     "optim.lr": 3e-4,
     "layer.index": 3,
     "layer.source": Kind.mlp,
@@ -254,7 +267,8 @@ def test_runs_that_differ_in_the_stream_half_share_none():
 
 def test_other_text_is_another_stream_and_another_architecture_is_not():
     assert make("data=tinystories").stream_key() != make().stream_key()
-    assert make("model=dense").stream_key() == make().stream_key()
+    for name in ARCHITECTURES:
+        assert make(f"model={name}").stream_key() == make().stream_key()
 
 
 def test_where_norms_decide_what_is_dropped_the_layer_is_part_of_the_stream():
@@ -271,6 +285,13 @@ ROUND_TRIPS = {
     "local files": ["data=text", "data.path=my text/*.txt", "data.held_out=0.2"],
     "other plays": ["data.held_out=[macbeth]"],
     "dense": ["model=dense", "model.features=12", "seed=3"],
+    "topk": ["model=topk", "model.k=3", "loss.auxk=0.1", "loss.auxk_k=7", "seed=3"],
+    "batch_topk": ["model=batch_topk", "model.fixed_norm=false", "model.decoder_norm=0.3"],
+    "jumprelu": ["model=jumprelu", "model.bandwidth=0.5", "loss.penalty_kind=step", "loss.l0=0.1"],
+    "gated": ["model=gated", "loss.target_l0=50", "loss.preact=3e-6", "loss.warmup=0.1"],
+    "matryoshka": ["model=matryoshka", "model.groups=[0.1,0.25]", "model.features=33", "model.k=3"],
+    "p-annealing": ["loss.p=0.2", "loss.target_l0=null"],
+    "a skip transcoder": ["layer=transcoder", "model=topk", "model.skip=true"],
     "another llm": ["llm=gpt2", "llm.dtype=bfloat16", "llm.attn=eager", "layer=attn"],
     "numbers": ["loss.l1=1e-5", "optim.clip=null", "optim.eps=1e-12", "optim.lr=1"],
     "enums": ["trainer.precision=bf16", "callbacks.normalize.mode=scale"],

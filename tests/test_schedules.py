@@ -73,27 +73,29 @@ def test_the_error_of_l0_is_a_bounded_logarithm():
 
 
 def test_a_coefficient_at_its_target_stays():
-    assert steered(0, 0, total=100) == 1
+    assert [steered(0, 0, step, total=100) for step in (1, 50, 100)] == [1, 1, 1]
 
 
 def test_a_lasting_error_moves_the_coefficient_by_its_tenfold_in_a_run():
-    # exp(10 / 1000 x 0.2) an update: exp(0.2) in a tenth of the run, exp(2) in all
-    assert steered(0.2, 0.2, total=1000) == pytest.approx(math.exp(0.002))
-    assert steered(0.2, 0.2, total=1000) ** 1000 == pytest.approx(math.exp(2))
-    assert steered(-0.2, -0.2, total=1000) == pytest.approx(math.exp(-0.002))
+    # in the middle exp(20 x 500 / 1000^2 x 0.2) an update: exp(0.2) in a tenth of the run
+    assert steered(0.2, 0.2, 500, total=1000) == pytest.approx(math.exp(0.002))
+    assert steered(-0.2, -0.2, 500, total=1000) == pytest.approx(math.exp(-0.002))
+    # slower before, faster after: 20 / 1000^2 x (1 + ... + 1000) = 10.01
+    whole = math.prod(steered(0.2, 0.2, step, total=1000) for step in range(1, 1001))
+    assert whole == pytest.approx(math.exp(0.2 * 10.01))
 
 
 def test_a_change_is_answered_at_once():
-    assert steered(0.3, 0.1, total=1000) == pytest.approx(math.exp(0.003 + 0.2))
+    assert steered(0.3, 0.1, 500, total=1000) == pytest.approx(math.exp(0.003 + 0.2))
     # too many still, but fewer than before: the coefficient already falls
-    assert steered(0.1, 0.3, total=1000) < 1
+    assert steered(0.1, 0.3, 500, total=1000) < 1
 
 
 def test_noise_in_l0_does_not_add_up():
     errors = [0.5, -0.5] * 50
     product = 1.0
     for before, now in zip(errors, errors[1:], strict=False):
-        product *= steered(now, before, total=100)
+        product *= steered(now, before, 50, total=100)
     # changes cancel but for the last: exp(-0.5 - 0.5), and the sum of errors after the first
     assert product == pytest.approx(math.exp(-1 + 10 / 100 * -0.5))
 
@@ -103,10 +105,10 @@ def test_where_l0_falls_as_a_power_of_the_coefficient_the_target_is_reached(powe
     """L0 follows the coefficient with a delay of some ten updates, as weights have to change."""
     log_l0, log_coefficient, before = math.log(400), 0.0, 1.0
     path = []
-    for _ in range(500):
+    for step in range(1, 501):
         log_l0 += 0.1 * (math.log(400) - power * log_coefficient - log_l0)
         now = error(math.exp(log_l0), 50)
-        log_coefficient += math.log(steered(now, before, total=500))
+        log_coefficient += math.log(steered(now, before, step, total=500))
         before = now
         path.append(math.exp(log_l0))
     assert path[-1] == pytest.approx(50, rel=0.1 if power < 1 else 0.03)

@@ -57,7 +57,6 @@ def train(head: Head, steps: int = 300, batch: int = 256) -> torch.optim.Optimiz
     trainer = SimpleNamespace(global_step=0, optimizers=[optimizer])
     x, order = activations(), Generator().manual_seed(0)
     for step in range(steps):
-        trainer.global_step = step
         for callback in CALLBACKS:
             callback.on_train_batch_start(trainer, module, None, step)
         optimizer.zero_grad()
@@ -65,6 +64,7 @@ def train(head: Head, steps: int = 300, batch: int = 256) -> torch.optim.Optimiz
         for callback in CALLBACKS:
             callback.on_before_optimizer_step(trainer, module, optimizer)
         optimizer.step()
+        trainer.global_step = step + 1
         for callback in CALLBACKS:
             callback.on_train_batch_end(trainer, module, None, None, step)
     return optimizer

@@ -1,5 +1,6 @@
 """Each part of the recipe, by itself."""
 
+import math
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,13 +10,19 @@ import torch
 
 from sae_lightning import UserError
 from sae_lightning.llm.sites import Kind, Site
-from sae_lightning.sae import SAEConfig, build
+from sae_lightning.sae import ARCHITECTURES, SAEConfig, build
+from sae_lightning.sae.gated import GatedConfig, GatedLoss
+from sae_lightning.sae.jumprelu import JumpReLUConfig, JumpReLULoss
+from sae_lightning.sae.objective import AuxKLoss
 from sae_lightning.sae.relu import DenseLoss, ReLULoss
+from sae_lightning.sae.topk import TopKConfig
 from sae_lightning.training.callbacks.clip import ClipGradient
 from sae_lightning.training.callbacks.curves import training_scalars
+from sae_lightning.training.callbacks.decoder_norm import DecoderNorm
 from sae_lightning.training.callbacks.normalize import Normalize, estimate, outliers
 from sae_lightning.training.callbacks.resample import resample
 from sae_lightning.training.callbacks.schedule import Schedule
+from sae_lightning.training.callbacks.steer import Steer
 from sae_lightning.training.head import Head
 from sae_lightning.training.module import SAEModule
 from sae_lightning.training.settings import (
@@ -28,9 +35,9 @@ from sae_lightning.training.settings import (
 SITE = Site(0, Kind.resid)
 
 
-def make_head(features=6, d=4, loss=None, target=SITE, dead_window=100, seed=0, **optim):
+def make_head(features=6, d=4, loss=None, target=SITE, dead_window=100, seed=0, sae=None, **optim):
     return Head(
-        build(SAEConfig(features=features), d, d),
+        build(sae or SAEConfig(features=features), d, d),
         name="test",
         folder=Path("nowhere"),
         source=SITE,
@@ -131,6 +138,106 @@ def test_the_schedule_sets_each_heads_learning_rate_and_penalty():
         90: [0.5, 1.5, 0.5, 1.0, 1.0],
         99: [0.05, 0.15, 0.5, 1.0, 1.0],
     }
+
+
+def test_a_head_knows_how_much_of_the_run_is_done():
+    head = make_head()
+    module = make_module([head], steps=8)
+    trainer = SimpleNamespace(global_step=6, optimizers=[module.configure_optimizers()])
+    Schedule().on_train_batch_start(trainer, module, None, 0)
+    assert head.progress == 0.75
+
+
+def steer(head, *l0s, steps=1000):
+    """The coefficient's multiple after updates with so many active features, amid the run."""
+    path, trainer = [], SimpleNamespace(global_step=steps // 2)
+    for l0 in l0s:
+        head.last = SimpleNamespace(l0=torch.tensor(float(l0)))
+        Steer().on_train_batch_end(trainer, make_module([head], steps=steps))
+        path.append(head.steering.item())
+    return path
+
+
+def test_steering_by_hand():
+    head = make_head(loss=ReLULoss(l1=0.5, target_l0=10))
+    # amid 10 updates the gain on an error is 1, as on its change; errors log 2, log 1.5 and 0:
+    # 2;  x 1.5 x 1.5/2 = 1.5^2;  x 1 x 1/1.5 = 1.5
+    assert steer(head, 20, 15, 10, steps=10) == pytest.approx([2, 1.5**2, 1.5])
+    assert head.l0_error == 0
+    assert head.coefficients()["l1"] == 0.5 * head.steering
+
+
+def test_too_many_raise_the_coefficient_and_too_few_lower_it():
+    up, down = (steer(make_head(loss=ReLULoss(target_l0=10)), l0)[0] for l0 in (20, 5))
+    assert up > 1 > down
+    assert up * down == pytest.approx(1)
+    assert steer(make_head(loss=ReLULoss(target_l0=10)), 0) == pytest.approx([math.exp(-0.01)])
+
+
+def test_steering_waits_for_the_end_of_the_warm_up():
+    head = make_head(loss=ReLULoss(target_l0=10))
+    head.penalty_factor.fill_(0.99)
+    assert steer(head, 100, 100) == [1, 1]
+    head.penalty_factor.fill_(1.0)
+    assert steer(head, 100)[0] > 1
+
+
+@pytest.mark.parametrize("loss", [ReLULoss(), DenseLoss(), AuxKLoss()])
+def test_without_a_target_nothing_is_steered(loss):
+    assert steer(make_head(loss=loss), 100, 1) == [1, 1]
+
+
+def test_steering_goes_on_where_it_was():
+    one, other = (make_head(loss=ReLULoss(target_l0=10)) for _ in range(2))
+    steer(one, 30, 20)
+    other.load_state_dict(one.state_dict())
+    assert steer(one, 15, 12) == steer(other, 15, 12)
+
+
+def test_the_path_of_every_coefficient_is_a_curve():
+    heads = {
+        "l1": make_head(loss=ReLULoss(l1=0.5)),
+        "l0": make_head(loss=JumpReLULoss(l0=0.5), sae=JumpReLUConfig(name="jumprelu", features=6)),
+    }
+    for name, head in heads.items():
+        head({SITE: activations()})
+        head.steering.fill_(4.0)
+        head.penalty_factor.fill_(0.5)
+        assert training_scalars(head)[f"optim/{name}"] == 0.5 * 4 * 0.5
+        assert training_scalars(head)[f"train/{name}"] > 0
+    assert training_scalars(heads["l0"])["sae/threshold_mean"] == pytest.approx(0.1)
+    topk = make_head(loss=AuxKLoss(), sae=TopKConfig(name="topk", features=6, k=2))
+    topk({SITE: activations()})
+    assert training_scalars(topk)["optim/auxk"] == 1 / 32
+
+
+def test_only_rows_of_fixed_norm_are_projected_and_rescaled():
+    free = make_head()
+    fixed = make_head(sae=TopKConfig(name="topk", features=6, k=2), loss=AuxKLoss())
+    failed = make_head(sae=TopKConfig(name="topk", features=6, k=2), loss=AuxKLoss())
+    failed.failure = "for a test"
+    module = make_module([free, fixed, failed])
+    for head in module.heads:
+        head.sae.W_dec.grad = 3 * head.sae.W_dec.detach()  # radial
+        with torch.no_grad():
+            head.sae.W_dec.mul_(1.5)
+    DecoderNorm().on_before_optimizer_step(None, module)
+    DecoderNorm().on_train_batch_end(None, module)
+    norms = [head.sae.W_dec.norm(dim=1).mean().item() for head in module.heads]
+    assert norms == pytest.approx([0.15, 1.0, 1.5])
+    left = [head.sae.W_dec.grad.abs().max().item() > 1e-5 for head in module.heads]
+    assert left == [True, False, True]
+
+
+def test_biases_and_thresholds_of_every_architecture_learn_faster():
+    for name, row in ARCHITECTURES.items():
+        sae = row.config(name=name, features=64)
+        head = make_head(sae=sae, loss=row.loss(), lr=0.1)  # sqrt(4) = 2 times
+        groups = make_module([head]).configure_optimizers().param_groups
+        rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+        for each, parameter in head.sae.named_parameters():
+            fast = each in ("b_enc", "b_mag", "log_threshold")
+            assert rates[id(parameter)] == (0.2 if fast else 0.1), (name, each)
 
 
 def test_only_the_encoder_bias_learns_faster():
@@ -240,6 +347,36 @@ def test_resampling_changes_dead_features_and_nothing_else():
         assert torch.equal(now["b_enc"][alive], was["b_enc"][alive])
         assert torch.equal(now["b_dec"], was["b_dec"])
     assert not head.dead.any()
+
+
+@pytest.mark.parametrize(
+    ("sae", "loss", "restarted"),
+    [
+        (JumpReLUConfig(name="jumprelu", features=6), JumpReLULoss(), {"log_threshold"}),
+        (GatedConfig(name="gated", features=6), GatedLoss(), {"r_mag", "b_mag"}),
+    ],
+)
+def test_resampling_forgets_all_that_a_dead_feature_has(sae, loss, restarted):
+    head = make_head(sae=sae, loss=loss)
+    optimizer = make_module([head], batch=64).configure_optimizers()
+    start = {name: p.detach().clone() for name, p in head.sae.named_parameters()}
+    for seed in range(5):
+        optimizer.zero_grad()
+        head({SITE: activations(seed=seed)}).backward()
+        optimizer.step()
+    head.tokens_since_fired[torch.tensor([1, 4])] = 1000
+    was = {name: getattr(head.sae, name).detach().clone() for name in restarted}
+    x = activations(32, seed=9)
+    assert resample(head, optimizer, x, x) == 2
+    alive, dead = [0, 2, 3, 5], [1, 4]
+    for name in restarted:
+        now = getattr(head.sae, name)
+        assert torch.equal(now[dead], start[name][dead])
+        assert torch.equal(now[alive], was[name][alive])
+        assert not torch.equal(was[name][dead], start[name][dead])
+        for moment in ("exp_avg", "exp_avg_sq"):
+            assert not optimizer.state[now][moment][dead].any()
+            assert optimizer.state[now][moment][alive].any()
 
 
 def test_resampling_prefers_inputs_that_are_reconstructed_badly():

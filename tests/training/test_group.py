@@ -19,20 +19,57 @@ from sae_lightning.jobs import jobs as jobs_of
 from sae_lightning.jobs import read_sweep
 from sae_lightning.llm.sites import Kind, LayerConfig
 from sae_lightning.objective import SweepConfig
-from sae_lightning.sae import SAEConfig
+from sae_lightning.sae import ARCHITECTURES, SAEConfig
+from sae_lightning.sae.gated import GatedConfig, GatedLoss
+from sae_lightning.sae.jumprelu import JumpReLUConfig, JumpReLULoss
+from sae_lightning.sae.matryoshka import MatryoshkaConfig, MatryoshkaLoss
+from sae_lightning.sae.objective import AuxKLoss
 from sae_lightning.sae.relu import DenseLoss, ReLULoss
+from sae_lightning.sae.topk import TopKConfig
 from sae_lightning.stream import held_out, rows
 from sae_lightning.training import checkpoints
-from sae_lightning.training.settings import OptimConfig, Precision
+from sae_lightning.training.settings import CallbacksConfig, OptimConfig, Precision
 
 DENSE = {"model": SAEConfig(name="dense", features=20), "loss": DenseLoss()}
-# two objectives, three dictionary sizes, five sites, other rates, seeds and recipes
+# every architecture, some steered, resampled or with a term for dead features; other sizes, sites,
+# rates and seeds
 MIX = {
-    "relu": {"loss": ReLULoss(l1=0.3), "optim": OptimConfig(lr=3e-2), "callbacks": RESAMPLING},
+    "relu": {
+        "loss": ReLULoss(l1=0.3, target_l0=3, p=0.5),
+        "optim": OptimConfig(lr=3e-2),
+        "callbacks": RESAMPLING,
+    },
     "dense": DENSE,
-    "deep": {"layer": LayerConfig(index=2), "model": SAEConfig(features=96, seed=5)},
-    "transcoder": {"layer": LayerConfig(index=1, source=Kind.mlp_in, target=Kind.mlp)},
-    "mlp": {"layer": LayerConfig(index=0, source=Kind.mlp), "optim": OptimConfig(clip=1e-3)},
+    "topk": {
+        "layer": LayerConfig(index=2),
+        "model": TopKConfig(name="topk", features=96, k=4, seed=5),
+        "loss": AuxKLoss(),
+        "callbacks": RESAMPLING,
+    },
+    "batch_topk": {
+        "layer": LayerConfig(index=1, source=Kind.mlp_in, target=Kind.mlp),
+        "model": TopKConfig(name="batch_topk", features=48, k=4, skip=True),
+        "loss": AuxKLoss(),
+        "callbacks": CallbacksConfig(dead_after=3 * BATCH),
+    },
+    "jumprelu": {
+        "layer": LayerConfig(index=0, source=Kind.mlp),
+        "model": JumpReLUConfig(name="jumprelu", features=48),
+        "loss": JumpReLULoss(l0=0.1, target_l0=3, preact=1e-3),
+        "optim": OptimConfig(lr=1e-2, clip=1e-3),
+        "callbacks": RESAMPLING,
+    },
+    "gated": {
+        "model": GatedConfig(name="gated", features=40),
+        "loss": GatedLoss(l1=0.3, preact=1e-3),
+        "optim": OptimConfig(lr=3e-2),
+        "callbacks": RESAMPLING,
+    },
+    "matryoshka": {
+        "model": MatryoshkaConfig(name="matryoshka", features=33, k=4),
+        "loss": MatryoshkaLoss(),
+        "callbacks": RESAMPLING,
+    },
 }
 
 
@@ -58,6 +95,26 @@ def test_heads_of_a_group_end_as_when_trained_alone(job, sweep, precision):
         assert run.run([alone]) == [together[number]]
         assert_same(alone.folder.parent.parent / "together" / alone.folder.name, alone.folder)
     assert len({weights(one.folder) for one in sweep("together", **mix)}) == len(mix)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [12, 37])
+def test_every_architecture_killed_ends_as_if_it_had_not_been(sweep, monkeypatch, step):
+    assert set(MIX) == set(ARCHITECTURES)
+    whole, jobs = sweep("whole", **MIX), sweep("killed", **MIX)
+    results = passes.train(whole)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        interrupt(patch, step, die)
+        passes.train(jobs)
+    assert passes.train([replace(one, resumed=True) for one in jobs]) == results
+    for one, other in zip(whole, jobs, strict=True):
+        assert_same(one.folder, other.folder)
+    # what a resumed run has to get right did happen
+    for name in ("relu", "jumprelu"):
+        path = curves(whole[0].sweep / name)[f"optim/{MIX[name]['loss'].sparsity}"]
+        assert len({coefficient for _, coefficient in path}) > 5
+    resampled = [curves(one.folder).get("train/resampled", [(0, 0)]) for one in whole]
+    assert any(count for points in resampled for _, count in points)
 
 
 def counted(function, calls):
