@@ -116,7 +116,7 @@ def test_l0_falls_when_its_coefficient_rises_over_three_decades(kind):
     reached, errors = [], []
     for coefficient in (1e-4, 1e-3, 1e-2, 1e-1):
         head = make_head("jumprelu", loss={"l0": coefficient, "penalty_kind": kind})
-        train(head, 120)
+        train(head, 200)
         reached.append(l0(head))
         errors.append(head.last.terms["mse"].item())
     assert all(b < 0.8 * a for a, b in zip(reached, reached[1:], strict=False)), reached
