@@ -42,12 +42,12 @@ from sae_lightning.sae import ARCHITECTURES
 from sae_lightning.terminal import console, phase
 
 OURS = {  # architecture -> what each of its SAEs is given
-    "relu": ["loss.l1=2.5e-3", "loss.l1=4e-3"],
-    "topk": ["model.k=32", "model.k=64"],
-    "batch_topk": ["model.k=32", "model.k=64"],
-    "jumprelu": ["loss.target_l0=32", "loss.target_l0=64"],
-    "gated": ["loss.target_l0=32", "loss.target_l0=64"],
-    "matryoshka": ["model.k=32", "model.k=64"],
+    "relu": ["loss.target_l0=64"],
+    "topk": ["model.k=64"],
+    "batch_topk": ["model.k=64"],
+    "jumprelu": ["loss.target_l0=64"],
+    "gated": ["loss.target_l0=64"],
+    "matryoshka": ["model.k=64"],
 }
 PEERS = ("saelens", "dictionary_learning")
 RESULT = "quality.json"

@@ -67,6 +67,11 @@ class PenaltyLoss(Loss):
                 f"loss.target_l0={self.target_l0}: give a positive number of active features per "
                 "token, or null"
             )
+        if self.target_l0 is not None and self.warmup > 0.5:
+            raise UserError(
+                f"loss.warmup={self.warmup}: loss.target_l0={self.target_l0} steers once the "
+                "warm-up is over; give at most 0.5"
+            )
         coefficient = getattr(self, self.sparsity)
         _not_negative(self.sparsity, coefficient, "1e-3")
         if self.target_l0 is not None and coefficient == 0:

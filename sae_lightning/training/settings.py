@@ -185,8 +185,8 @@ class CallbacksConfig:
     resample: ResampleConfig = field(default_factory=ResampleConfig)
     """Resampling of dead features."""
     dead_after: int | None = None
-    """Tokens without firing after which a feature counts as dead; null for a quarter of the run
-    or 10 M tokens, whichever is less (a window longer than the run would never see one)."""
+    """Tokens without firing after which a feature counts as dead; null for a 25th of the run or 10 M
+    tokens, whichever is less (a window longer than the run would never see one)."""
 
     def __post_init__(self):
         if self.dead_after is not None:
@@ -194,4 +194,4 @@ class CallbacksConfig:
 
     def dead_window(self, run_tokens: int) -> int:
         """Tokens without firing after which a feature counts as dead."""
-        return self.dead_after or min(10_000_000, max(1, run_tokens // 4))
+        return self.dead_after or min(10_000_000, max(1, run_tokens // 25))
