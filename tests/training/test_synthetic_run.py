@@ -209,7 +209,7 @@ def test_what_a_user_types_trains_and_evaluates(tmp_path):
         ["analyze.py", "task=sweep", f"run={sweep_dir}"],
     ):
         done = subprocess.run(
-            [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=300
+            [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=900
         )
         assert done.returncode == 0, done.stderr
         assert "recovered" in done.stdout
