@@ -97,6 +97,17 @@ class Config:
                 f"loss: this is not the objective of model.name={name}; choose the architecture "
                 f"with model={name}, which brings its own loss"
             )
+        if self.model.skip and self.layer.target in (None, self.layer.source):
+            raise UserError(
+                "model.skip=true: an autoencoder's skip connection would copy its input; only a "
+                "transcoder has one (layer=transcoder, or layer.target)"
+            )
+        target_l0 = getattr(self.loss, "target_l0", None)
+        if target_l0 is not None and target_l0 >= self.model.features:
+            raise UserError(
+                f"loss.target_l0={target_l0}: there are only model.features={self.model.features}; "
+                "give fewer active features, or null"
+            )
         if self.trainer.batch > self.data.pool:
             raise UserError(
                 f"trainer.batch={self.trainer.batch} is larger than the shuffle pool "

@@ -47,8 +47,7 @@ class SweepConfig:
         if self.objective.removeprefix("-") in absent:
             there = ", ".join(name for name in METRICS if name not in absent)
             raise UserError(
-                f"sweep.objective={self.objective} is not measured on {data}: "
-                f"choose from {there}"
+                f"sweep.objective={self.objective} is not measured on {data}: choose from {there}"
             )
 
 

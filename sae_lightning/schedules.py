@@ -21,13 +21,13 @@ def due(step: int, batch: int, every: int) -> bool:
     return step * batch // every > (step - 1) * batch // every
 
 
-def error(l0: float, target: float) -> float:
+def l0_error(l0: float, target: float) -> float:
     """How far L0 is from its target, as a logarithm bounded by -1 and 1."""
     return min(max(math.log(max(l0, 1e-9) / target), -1.0), 1.0)
 
 
 def steered(now: float, before: float, step: int, total: int) -> float:
-    """Factor by which a sparsity coefficient grows after update `step`, from the `error` of L0 at
+    """Factor by which a sparsity coefficient grows after update `step`, from the `l0_error` at
     it and at the update before, in a run of `total` updates.
 
     exp(30 step^2 / total^3 x now + (now - before)): a proportional-integral controller in

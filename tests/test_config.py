@@ -192,6 +192,28 @@ def test_an_unknown_architecture_is_an_error_before_anything_is_loaded():
         make("model.name=topkk")
 
 
+def test_only_a_transcoder_has_a_skip_connection():
+    assert make("layer=transcoder", "model.skip=true").model.skip
+    for autoencoder in ([], ["layer.target=resid"]):
+        with pytest.raises(UserError, match=r"^model\.skip=true: an autoencoder's skip .*layer="):
+            make("model.skip=true", *autoencoder)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["loss.target_l0=10000"],
+            r"^loss\.target_l0=10000.0: there are only model\.features=10000",
+        ),
+        (["loss.target_l0=50", "loss.warmup=0.6"], r"^loss\.warmup=0\.6: .*give at most 0\.5$"),
+    ],
+)
+def test_a_target_that_cannot_be_steered_to_is_an_error(overrides, message):
+    with pytest.raises(UserError, match=message):
+        make(*overrides)
+
+
 def test_a_typo_behind_a_plus_is_an_error():
     for typo in ("+model.featurs=3", "+loss.lambda=1", "+sed=1"):
         with pytest.raises(UserError, match="leave out the"):

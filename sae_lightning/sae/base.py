@@ -166,7 +166,7 @@ class SAE(nn.Module):
         weights = {name: value.cpu().double() for name, value in self.weights().items()}
         W_enc = weights["W_enc"] / in_scale
         b_dec = weights["b_dec"] * out_scale + out_mean
-        folded = weights | self.without(in_mean @ W_enc, weights)
+        folded = weights | self.biases_without(in_mean @ W_enc, weights)
         folded |= {"W_enc": W_enc, "W_dec": weights["W_dec"] * out_scale}
         if self.config.skip:
             folded["W_skip"] = weights["W_skip"] * (out_scale / in_scale)
@@ -174,7 +174,7 @@ class SAE(nn.Module):
         folded["b_dec"] = b_dec
         return {name: weight.float().contiguous() for name, weight in folded.items()}
 
-    def without(self, share: Tensor, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    def biases_without(self, share: Tensor, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """The encoder's biases if every x W_enc loses a constant `share` [features]."""
         return {"b_enc": weights["b_enc"] - share}
 

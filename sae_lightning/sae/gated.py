@@ -44,10 +44,10 @@ class Gated(SAE):
         strength = (pre - self.b_enc) * self.r_mag.exp() + self.b_mag
         return strength.relu() * (pre > 0)
 
-    def without(self, share: Tensor, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    def biases_without(self, share: Tensor, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """The biases of both paths if every x W_enc loses a constant `share` [features]."""
         b_mag = weights["b_mag"] - share * weights["r_mag"].exp()
-        return super().without(share, weights) | {"b_mag": b_mag}
+        return super().biases_without(share, weights) | {"b_mag": b_mag}
 
     @torch.no_grad()
     def restart(self, which: Tensor, columns: Tensor, rows: Tensor) -> None:

@@ -107,9 +107,9 @@ class OptimConfig:
     lr: float = 1e-3
     """Peak learning rate."""
     bias_lr: float | None = None
-    """The encoder bias learns this many times as fast as the weights; null for sqrt(d_in). Adam
-    moves every parameter by about lr, and a pre-activation adds up d_in weights but one bias: at
-    equal rates the bias cannot keep pace and features hardly learn to stay silent."""
+    """Biases and thresholds of features learn this many times as fast as the weights; null for
+    sqrt(d_in). Adam moves every parameter by about lr, and a pre-activation adds up d_in weights but
+    one bias: at equal rates it cannot keep pace and features hardly learn to stay silent."""
     beta1: float = 0.9
     """Decay of Adam's first moment."""
     beta2: float = 0.999

@@ -2,7 +2,7 @@
 
 import lightning as L
 
-from sae_lightning.schedules import error, steered
+from sae_lightning.schedules import l0_error, steered
 
 
 class Steer(L.Callback):
@@ -17,7 +17,7 @@ class Steer(L.Callback):
             target = getattr(head.loss, "target_l0", None)
             if target is None or head.penalty_factor < 1:
                 continue
-            now = error(float(head.last.l0), target)
+            now = l0_error(float(head.last.l0), target)
             before = now if head.l0_error.isnan() else float(head.l0_error)
             head.steering.mul_(steered(now, before, trainer.global_step, module.steps))
             head.l0_error.fill_(now)
