@@ -108,8 +108,8 @@ class OptimConfig:
     """Peak learning rate."""
     bias_lr: float | None = None
     """Biases and thresholds of features learn this many times as fast as the weights; null for
-    sqrt(d_in). Adam moves every parameter by about lr, and a pre-activation adds up d_in weights but
-    one bias: at equal rates it cannot keep pace and features hardly learn to stay silent."""
+    sqrt(d_in). Adam moves every parameter by about lr, and a pre-activation adds up d_in weights
+    but one bias: at equal rates it cannot keep pace and features hardly learn to be silent."""
     beta1: float = 0.9
     """Decay of Adam's first moment."""
     beta2: float = 0.999
@@ -185,8 +185,8 @@ class CallbacksConfig:
     resample: ResampleConfig = field(default_factory=ResampleConfig)
     """Resampling of dead features."""
     dead_after: int | None = None
-    """Tokens without firing after which a feature counts as dead; null for a 25th of the run or 10 M
-    tokens, whichever is less (a window longer than the run would never see one)."""
+    """Tokens without firing after which a feature counts as dead; null for a 25th of the run or
+    10 M tokens, whichever is less (a window longer than the run would never see one)."""
 
     def __post_init__(self):
         if self.dead_after is not None:
