@@ -13,6 +13,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from hydra._internal.utils import get_args_parser
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf.errors import (
@@ -63,7 +64,7 @@ def one_line_errors(folder: Path | None = None, multirun: bool = False) -> Itera
             stream.reconfigure(errors="replace")  # an arrow need not end a run
     try:
         _check_flags(sys.argv[1:])
-        sys.argv[1:] = quoted_paths(sys.argv[1:])
+        sys.argv[1:] = with_swept_groups(quoted_paths(sys.argv[1:]))
         yield
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
@@ -96,8 +97,36 @@ def quoted_paths(arguments: list[str]) -> list[str]:
 
     Folders of a sweep have names such as `loss.l1=0.001`, and a shell expands no `~` behind `=`.
     """
-    sweep = bool({"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(arguments))
+    sweep = _is_sweep(arguments)
     return [_quoted_path(argument, sweep) for argument in arguments]
+
+
+def with_swept_groups(arguments: list[str]) -> list[str]:
+    """The arguments with settings of a swept group as sweeps over one value.
+
+    Hydra first composes what is not swept: `-m model=topk,batch_topk model.k=32` would be refused,
+    because without `model=` there is no `model.k`. A model brings its loss.
+    """
+    if not _is_sweep(arguments):
+        return arguments
+    parser, parsed = OverridesParser.create(), {}
+    for argument in arguments:
+        with suppress(HydraException):  # a flag, or a mistake that Hydra will tell
+            parsed[argument] = parser.parse_override(argument)
+    swept = {o.key_or_group for o in parsed.values() if o.is_sweep_override()}
+    groups = swept | ({"loss"} if "model" in swept else set())
+    return [
+        argument.replace("=", "=choice(", 1) + ")"
+        if (o := parsed.get(argument))
+        and not (o.is_sweep_override() or o.is_delete())
+        and o.key_or_group.partition(".")[0] in groups - {o.key_or_group}
+        else argument
+        for argument in arguments
+    ]
+
+
+def _is_sweep(arguments: list[str]) -> bool:
+    return bool({"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(arguments))
 
 
 def _quoted_path(argument: str, sweep: bool) -> str:

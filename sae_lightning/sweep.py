@@ -10,6 +10,7 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
@@ -36,7 +37,7 @@ class Sweep(Callback):
         params = [f"{k}={v}" for k, v in (config.hydra.sweeper.get("params") or {}).items()]
         given = params + OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
         parsed = OverridesParser.create(loader).parse_overrides(given)
-        same = [o.key_or_group for o in parsed if not o.is_sweep_override()]
+        same = [o.key_or_group for o in parsed if not _varies(o)]
         excluded = ",".join(f"'{key}'" for key in same)
         with read_write(config):  # each job is composed with these
             config.hydra.overrides.hydra.append(
@@ -97,6 +98,13 @@ class Sweep(Callback):
         failed = sum(run.metrics is None for run in runs)
         if failed:
             sys.exit(f"error: {failed} of the {len(runs)} jobs failed, see above")
+
+
+def _varies(override: Override) -> bool:
+    """Whether an override has several values (see `cli.with_swept_groups` for those with one)."""
+    if override.is_choice_sweep():
+        return len(override.value().list) > 1
+    return override.is_sweep_override()
 
 
 def _check_job(cfg: DictConfig, number: int, overrides: list[str]) -> None:

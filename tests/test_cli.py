@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from tiny_run import write_text
 
 from sae_lightning import checks, cli, folders, sweep
-from sae_lightning.cli import explain, one_line_errors, quoted_paths
+from sae_lightning.cli import explain, one_line_errors, quoted_paths, with_swept_groups
 from sae_lightning.config import Config, conf_folder
 from sae_lightning.errors import UserError
 from sae_lightning.jobs import CONFIG_FILE, Job, job, register, resolved_yaml
@@ -265,6 +265,27 @@ def test_a_sweep_over_paths_stays_a_sweep():
     swept = quoted_paths(["-m", "resume=m/l1=1,m/l1=2"])[1]
     override = OverridesParser.create().parse_override(swept)
     assert list(override.sweep_string_iterator()) == ["'m/l1=1'", "'m/l1=2'"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "taken"),
+    [
+        # Hydra composes what is not swept first, with the default model, which has no k
+        ("-m model=topk,batch_topk model.k=32", "-m model=topk,batch_topk model.k=choice(32)"),
+        ("-m model=choice(topk,gated) seed=1", "-m model=choice(topk,gated) seed=1"),
+        (
+            "-m model=matryoshka,topk model.groups=[0.1,0.2] loss.auxk=0",
+            "-m model=matryoshka,topk model.groups=choice([0.1,0.2]) loss.auxk=choice(0)",
+        ),
+        # nothing to do: no sweep, no swept group, swept already, a deletion
+        ("model=topk model.k=32", "model=topk model.k=32"),
+        ("-m model=topk model.k=3 loss.l1=1,2", "-m model=topk model.k=3 loss.l1=1,2"),
+        ("-m model=relu,topk model.k=3,4 ~model.seed", "-m model=relu,topk model.k=3,4 ~model.seed"),
+        ("-m model=relu,topk model.k=[", "-m model=relu,topk model.k=["),
+    ],
+)
+def test_settings_of_a_swept_group_wait_for_it(arguments, taken):
+    assert with_swept_groups(arguments.split()) == taken.split()
 
 
 def fail(folder):
