@@ -29,7 +29,7 @@ from sae_lightning.sae import ARCHITECTURES
 
 DEBUG = "SAE_LIGHTNING_DEBUG"
 # What someone meant who wrote `layer=9`.
-MAIN_SETTING = {"layer": "index", "llm": "name", "data": "path", "model": "features", "loss": "l1"}
+MAIN_SETTING = {"layer": "index", "llm": "name", "data": "path", "model": "features"}
 PATHS = (
     "resume",
     "run",
@@ -217,11 +217,18 @@ def _number_for_group(overrides: list[str]) -> str:
     for override in overrides:
         group, _, value = override.partition("=")
         if group and _presets(group) and not value.isidentifier():
-            hint = MAIN_SETTING.get(group)
+            hint = MAIN_SETTING.get(group) or (group == "loss" and _coefficient(overrides))
             return f"{override}: `{group}` chooses a preset ({', '.join(_presets(group))})" + (
                 f"; for a value write {group}.{hint}={value}" if hint else ""
             )
     return "every argument has the form setting=value, such as loss.l1=1e-3"
+
+
+def _coefficient(overrides: list[str]) -> str | None:
+    """The sparsity coefficient of the model that is asked for, if it has one."""
+    models = ["relu", *(o.removeprefix("model=") for o in overrides if o.startswith("model="))]
+    row = ARCHITECTURES.get(models[-1])
+    return row and row.loss().sparsity
 
 
 def _unknown_setting(error: OmegaConfBaseException) -> str:

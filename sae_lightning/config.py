@@ -93,9 +93,11 @@ class Config:
             names = ", ".join(ARCHITECTURES)
             raise UserError(f"model.name={name}: no such architecture; choose from {names}")
         if type(self.loss) is not ARCHITECTURES[name].loss:
+            others = [each for each, row in ARCHITECTURES.items() if row.loss is type(self.loss)]
             raise UserError(
-                f"loss: this is not the objective of model.name={name}; choose the architecture "
-                f"with model={name}, which brings its own loss"
+                f"loss: this is not the objective of model.name={name} but of "
+                f"{' and '.join(f'model={other}' for other in others)}; choose model=..., which "
+                "brings its own loss, and leave loss=... out"
             )
         if self.model.skip and self.layer.target in (None, self.layer.source):
             raise UserError(

@@ -166,6 +166,8 @@ def read_job(folder: Path) -> Job:
         saved = OmegaConf.load(folder / CONFIG_FILE)
         # unresolved: an override may be an interpolation of its own
         overrides = OmegaConf.to_container(saved.pop("overrides", OmegaConf.create([])))
+        if "site" in saved.get("layer", {}):  # its name before there were transcoders
+            saved.layer.source = saved.layer.pop("site")
         schema = OmegaConf.structured(Config)
         for group, node in (
             ("data", SOURCES[_source_of(saved.data)]),

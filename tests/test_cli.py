@@ -38,6 +38,8 @@ BAD = {
     r"for a value write layer\.index=9",
     "model=10000": r"model=10000: `model` chooses .*; for a value write model\.features=10000",
     "loss=0.01": r"loss=0\.01: `loss` chooses .*; for a value write loss\.l1=0\.01",
+    "model=jumprelu loss=0.01": r".* for a value write loss\.l0=0\.01",
+    "model=topk loss=0.01": r"loss=0\.01: `loss` chooses a preset \([^)]*topk[^)]*\)",
     "trainer=1000": r"trainer=1000: `trainer` chooses a preset \([^)]*cpu[^)]*\)",
     # typos
     "hydra/launcher=ray": r"hydra/launcher=ray: not installed; pip install hydra-ray-launcher",
@@ -71,7 +73,8 @@ BAD = {
     "model=matryoshka model.features=10 model.k=3": r"model\.groups=.* give larger shares, or .*",
     "model=jumprelu loss.penalty_kind=l0": r"loss\.penalty_kind=l0: .* one of \[tanh, step\]",
     "loss.l1=0 loss.target_l0=5": r"loss\.l1=0: loss\.target_l0=5\.0 multiplies it, .*",
-    "model=dense loss=relu": r"loss: .* model\.name=dense; choose .* model=dense, .*",
+    "model=dense loss=relu": r"loss: this is not the objective of model\.name=dense but of "
+    r"model=relu; choose .*",
     "model.name=topkk": r"model\.name=topkk: no such architecture; choose from relu, dense.*",
     # values
     "loss.l1=abc": r"loss\.l1=abc: value 'abc' .* could not be converted to Float",

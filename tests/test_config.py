@@ -183,7 +183,7 @@ def test_a_model_brings_its_own_loss():
     ],
 )
 def test_a_loss_of_another_architecture_is_an_error(overrides):
-    with pytest.raises(UserError, match=r"^loss: .* model\.name=\w+; choose"):
+    with pytest.raises(UserError, match=r"^loss: .* model\.name=\w+ but of model=\w+.*; choose"):
         make(*overrides)
 
 
@@ -462,6 +462,14 @@ def test_a_run_of_a_version_with_fewer_settings_is_read(tmp_path):
     assert len(fewer) == len(saved.splitlines()) - 2
     (tmp_path / CONFIG_FILE).write_text("\n".join(fewer))
     assert read_job(tmp_path).config == make("data=text", "data.path=x")
+
+
+def test_a_run_of_a_version_without_transcoders_is_read(tmp_path):
+    saved = resolved_yaml(make_job("layer=mlp"))
+    old = saved.replace("  source: mlp\n", "  site: mlp\n").replace("  target: null\n", "")
+    assert len(old) < len(saved)
+    (tmp_path / CONFIG_FILE).write_text(old)
+    assert read_job(tmp_path).config == make("layer=mlp")
 
 
 def test_an_experiment_beats_config_yaml(tmp_path):
