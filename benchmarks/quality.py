@@ -91,10 +91,14 @@ def main(arguments: list[str]) -> None:
     work = open_work(config) if any(entry.train for entry in todo) else None
     evaluator = None
     for entry in todo:
-        if entry.train:
-            entry.train(work)
         evaluator = evaluator or _evaluator(config)
-        _score(entry, evaluator)
+        name = f"{entry.tool} {entry.architecture} {entry.label}"
+        try:
+            if entry.train:
+                entry.train(work)
+            _score(entry, evaluator)
+        except Exception as error:  # of one tool: the others are to be compared all the same
+            console.print(f"{name}: {explain(error, []) or f'{type(error).__name__}: {error}'}")
     _show(out)
 
 
@@ -158,7 +162,8 @@ def _chosen(tool: str, architecture: str, wanted: list[str]) -> bool:
 def _same_work(out: Path, config: Config) -> None:
     """UserError if `out` holds results of other work."""
     named = ("llm.name", "layer.", "data.context", "data.pool", "data.held_out", "model.features")
-    named += ("trainer.tokens", "trainer.batch", "eval.tokens", "seed")
+    named += ("trainer.tokens", "trainer.batch", "trainer.precision", "eval.tokens", "seed")
+    named += ("llm.dtype", "optim.", "callbacks.")
     work = {name: value for name, value in config.flat().items() if name.startswith(named)}
     if config.llm.name != "smollm2":
         raise UserError(f"llm.name={config.llm.name}: the referee reads the packaged LLM only")
@@ -186,13 +191,8 @@ def _evaluator(config: Config) -> Evaluator:
 
 
 def _score(entry: Entry, evaluator: Evaluator) -> None:
-    name = f"{entry.architecture} {entry.label}"
-    try:
-        with phase(f"scoring {entry.tool} {name}"):
-            scores = evaluator.score(entry.load())
-    except UserError as error:  # it did not come to its end, and has said why
-        console.print(f"{entry.tool} {name}: {error}")
-        return
+    with phase(f"scoring {entry.tool} {entry.architecture} {entry.label}"):
+        scores = evaluator.score(entry.load())
     about = {name: getattr(entry, name) for name in ("tool", "version", "architecture", "label")}
     write_json(entry.folder / RESULT, about | scores)
 

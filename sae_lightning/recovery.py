@@ -11,6 +11,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn.functional import normalize
 
+ROWS = 1024  # concepts compared with all others at a time
 FOUND = 0.9  # cosine from which on a feature counts as its concept (26 degrees)
 
 
@@ -65,9 +66,22 @@ def cosines(directions: Tensor, W_dec: Tensor) -> Tensor:
 
 
 def match(table: Tensor) -> Matching:
-    """The one-to-one matching with the largest sum of cosines [concepts, features]."""
+    """The one-to-one matching with the largest sum of cosines [concepts, features]; a feature that
+    is not finite any more points away from every concept."""
+    table = table.nan_to_num(nan=-1.0)
     concepts, features = map(torch.from_numpy, linear_sum_assignment(table.numpy(), maximize=True))
     return Matching(concepts, features, table[concepts, features])
+
+
+def overlap(directions: Tensor) -> float:
+    """Mean over concepts [concepts, dim] of the largest |cosine| with another."""
+    largest = []
+    for start, part in zip(range(0, len(directions), ROWS), directions.split(ROWS), strict=True):
+        among = cosines(part, directions).abs()
+        own = torch.arange(len(part))
+        among[own, start + own] = 0
+        largest.append(among.amax(dim=1))
+    return torch.cat(largest).mean().item()
 
 
 class Detection:
@@ -130,13 +144,12 @@ def recovery(
     for batch in samples:
         detection.add(*batch)
     found = matching.features[matching.cosine > FOUND]
-    among = cosines(directions, directions).fill_diagonal_(0).abs()
     agreement = torch.cosine_similarity(weights["W_enc"].T[found], W_dec[found], dim=1)
     bias = weights["b_enc"] - weights.get("threshold", torch.zeros(()))
     return Recovery(
         mmcs=table.amax(dim=1).mean().item(),
         recovered=len(found) / len(directions),
-        concept_overlap=among.amax(dim=1).mean().item(),
+        concept_overlap=overlap(directions),
         encoder_agreement=agreement.mean().item(),
         negative_bias=(bias[found] < 0).float().mean().item(),
         **detection.result(),

@@ -27,7 +27,7 @@ def announce(
     }
     rows = {
         **inputs,
-        "site": "; ".join(sites.values()),
+        **({"site": "; ".join(sites.values())} if is_text(jobs[0].config) else {}),
         "SAE": (f"{len(jobs)} of " if len(jobs) > 1 else "")
         + f"{'; '.join(kinds)}, {parameters / 1e6:.1f} M parameters, {trainer.precision.name}",
         "training": f"{trainer.steps * trainer.batch:,} tokens in {trainer.steps:,} updates of "

@@ -120,5 +120,7 @@ def _concept_rows(scalars: dict[str, float]) -> dict[str, str]:
         "strengths": f"{scalars['feature_readout']:.1%} of their variance read by features, "
         f"{scalars['projection_readout']:.1%} by projection",
         "encoder and decoder": f"cosine {scalars['encoder_agreement']:.4f}, "
-        f"{scalars['negative_bias']:.1%} of biases negative",
+        f"{scalars['negative_bias']:.1%} of biases (less thresholds) negative"
+        if scalars["recovered"]
+        else "no concept recovered",
     }

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor
 
-MOST = 0.5  # firing probability; what is active more often is better described by its absence
+MAX_RATE = 0.5  # firing probability; what is active more often is better described by its absence
 GROUP = 8  # concepts that tend to fire together
 SPREAD = 0.5  # standard deviation of log strength: the upper sixth is 1.65 times the median
 
@@ -88,12 +88,12 @@ def make_world(
 
 
 def zipf_rates(concepts: int, l0: float, exponent: float) -> Tensor:
-    """Firing probabilities min(MOST, c / rank^exponent) [concepts], with c such that they add up
-    to `l0`."""
+    """Firing probabilities min(MAX_RATE, c / rank^exponent) [concepts], with c such that they add
+    up to `l0`."""
     law = torch.arange(1, concepts + 1, dtype=torch.float64) ** -exponent
-    # the first m at MOST leave l0 - m MOST for the others, whose law adds up to the tail
+    # the first m at MAX_RATE leave l0 - m MAX_RATE for the others, whose law adds up to the tail
     capped = torch.arange(concepts)
     tail = law.flip(0).cumsum(0).flip(0)
-    c = (l0 - MOST * capped) / tail
-    m = int((c * law <= MOST).nonzero()[0])
-    return torch.where(capped < m, MOST, c[m] * law).float()
+    c = (l0 - MAX_RATE * capped) / tail
+    m = int((c * law <= MAX_RATE).nonzero()[0])
+    return torch.where(capped < m, MAX_RATE, c[m] * law).float()

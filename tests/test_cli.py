@@ -283,7 +283,10 @@ def test_a_sweep_over_paths_stays_a_sweep():
         # nothing to do: no sweep, no swept group, swept already, a deletion
         ("model=topk model.k=32", "model=topk model.k=32"),
         ("-m model=topk model.k=3 loss.l1=1,2", "-m model=topk model.k=3 loss.l1=1,2"),
-        ("-m model=relu,topk model.k=3,4 ~model.seed", "-m model=relu,topk model.k=3,4 ~model.seed"),
+        (
+            "-m model=relu,topk model.k=3,4 ~model.seed",
+            "-m model=relu,topk model.k=3,4 ~model.seed",
+        ),
         ("-m model=relu,topk model.k=[", "-m model=relu,topk model.k=["),
     ],
 )

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from sae_lightning.recovery import Recovery, cosines, match, recovery
+from sae_lightning import recovery as recovery_module
+from sae_lightning.recovery import Recovery, cosines, match, overlap, recovery
 
 EYE = torch.eye(4)
 #               a    b    c    d      d never fires
@@ -168,3 +169,19 @@ def test_nothing_recovered_has_no_encoder_to_compare():
     found = scored(torch.zeros(2, 4), torch.zeros(4, 2))
     assert (found.mmcs, found.recovered, found.precision, found.recall) == (0, 0, 0, 0)
     assert math.isnan(found.encoder_agreement) and math.isnan(found.negative_bias)
+
+
+def test_a_feature_that_is_not_finite_is_no_concepts_and_harms_no_other():
+    W_dec = torch.eye(4)
+    W_dec[3] = float("nan")
+    matching = match(cosines(torch.eye(4), W_dec))
+    assert sorted(matching.features.tolist()) == [0, 1, 2, 3]
+    assert (matching.cosine > 0.9).sum() == 3
+
+
+def test_the_overlap_of_concepts_is_with_others_and_in_any_number_of_parts(monkeypatch):
+    # cosines: 0.6 between the first two, 0.8 and 0 with the third
+    directions = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, -1.0]])
+    for rows in (1, 2, 1024):
+        monkeypatch.setattr(recovery_module, "ROWS", rows)
+        assert overlap(directions) == pytest.approx((0.6 + 0.8 + 0.8) / 3)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from sae_lightning.synthetic import GROUP, MOST, SPREAD, make_world, zipf_rates
+from sae_lightning.synthetic import GROUP, MAX_RATE, SPREAD, make_world, zipf_rates
 
 SMALL = {"concepts": 64, "dim": 16, "l0": 4.0}
 N = 40_000
@@ -30,7 +30,7 @@ def test_zipf_rates_by_hand():
 def test_rates_add_up_to_l0_and_none_is_above_a_half(concepts, exponent, share):
     rates = zipf_rates(concepts, share * concepts, exponent)
     assert rates.sum().item() == pytest.approx(share * concepts, rel=1e-5)
-    assert rates.min() > 0 and rates.max() <= MOST
+    assert rates.min() > 0 and rates.max() <= MAX_RATE
     assert (rates.diff() <= 1e-7).all()
 
 

@@ -10,8 +10,12 @@
 
 from dataclasses import dataclass, field
 
+import torch
+
 from sae_lightning.errors import UserError
-from sae_lightning.synthetic import MOST
+from sae_lightning.synthetic import MAX_RATE, zipf_rates
+
+MOST_CONCEPTS = 8192
 
 
 @dataclass(slots=True, kw_only=True)
@@ -182,10 +186,11 @@ class SyntheticConfig(DataConfig):
         for name in ("concepts", "dim"):
             if getattr(self, name) < 1:
                 raise UserError(f"data.{name}={getattr(self, name)}: give 1 or more")
-        if not 0 < self.l0 <= MOST * self.concepts:
+        if not 0 < self.l0 <= MAX_RATE * self.concepts:
             raise UserError(
                 f"data.l0={self.l0}: each of the {self.concepts} concepts is active in at most "
-                f"{MOST:.0%} of activations; give more than 0 and at most {MOST * self.concepts:g}"
+                f"{MAX_RATE:.0%} of activations; give more than 0 and at most "
+                f"{MAX_RATE * self.concepts:g}"
             )
         if not 0 <= self.zipf <= 4:
             raise UserError(f"data.zipf={self.zipf}: give an exponent from 0 to 4 (1 is usual)")
@@ -194,3 +199,28 @@ class SyntheticConfig(DataConfig):
                 raise UserError(f"data.{name}={getattr(self, name)}: give 0 to less than 1")
         if not 0 <= self.seed < 2**63:
             raise UserError(f"data.seed={self.seed}: give 0 or a positive integer below 2**63")
+        if self.concepts > MOST_CONCEPTS:
+            raise UserError(
+                f"data.concepts={self.concepts}: give at most {MOST_CONCEPTS}; matching them one "
+                "to one with features takes time that grows with their cube"
+            )
+        if self.hierarchy > 0:
+            self._check_children()
+
+    def _check_children(self) -> None:
+        """Children whose parents hardly fire without them cannot be told from them."""
+        children = int(self.hierarchy * self.concepts)
+        if not children:
+            raise UserError(
+                f"data.hierarchy={self.hierarchy}: no child among data.concepts={self.concepts}; "
+                f"give at least {1 / self.concepts:g}, or 0"
+            )
+        rates = zipf_rates(self.concepts, self.l0, self.zipf)
+        parents = self.concepts - children
+        of_parent = rates[torch.arange(children) % parents]
+        if (rates[parents:] / of_parent).max() > 0.9:
+            raise UserError(
+                f"data.hierarchy={self.hierarchy}: with data.zipf={self.zipf} and "
+                f"data.l0={self.l0} some children fire nearly whenever their parent does, and "
+                "cannot be told from it; give a larger data.zipf, or a smaller data.l0"
+            )
