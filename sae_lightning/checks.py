@@ -16,6 +16,7 @@ from sae_lightning.jobs import CONFIG_FILE, ELSEWHERE, Job
 from sae_lightning.llm.load import Dtype, device, dtype, has_bf16
 from sae_lightning.llm.packaged import Shape
 from sae_lightning.llm.sites import Sites, distinct
+from sae_lightning.sae import size
 from sae_lightning.stream.sources import cache_folder
 from sae_lightning.training.settings import (
     Accelerator,
@@ -132,8 +133,7 @@ def _space(jobs: list[Job], sites: int, llm: Shape) -> int:
     pool with the others of its pass; all are there twice while they are being replaced."""
     needed = 2 * 4 * llm.width * jobs[0].config.data.pool * sites
     for job in jobs:
-        features = job.config.model.features
-        weights = 4 * (2 * llm.width * features + features + llm.width)
+        weights = 4 * size(job.config.model, llm.width, llm.width)
         needed += 2 * (3 * weights + weights)
         kept = [checkpoint_path(job.folder), *job.folder.glob("sae/*")]
         needed -= sum(file.stat().st_size for file in kept if file.is_file())

@@ -12,12 +12,14 @@ from sae_lightning.config import Config
 from sae_lightning.llm.load import parameters
 from sae_lightning.llm.packaged import Shape
 from sae_lightning.llm.sites import Sites, distinct
+from sae_lightning.sae import ARCHITECTURES, size
 from sae_lightning.scorecard import ROWS
 from sae_lightning.stream.synthetic import MOST
 from sae_lightning.stream.text import SyntheticConfig
 from sae_lightning.training.settings import Accelerator
 
 PROCESS = 800_000_000  # Python with torch, transformers and lightning
+EVALUATION = 5 / 8  # a token evaluated takes at most so much of what one in training takes
 
 
 class Memory(NamedTuple):
@@ -54,7 +56,7 @@ def _left_in_cgroup() -> float:
 def estimate(configs: Sequence[Config], sites: Sequence[Sites], llm: Shape) -> Memory:
     """The memory of a pass that trains SAEs with these configs at these sites."""
     config = configs[0]
-    weights = [_weights(c.model.features, llm) for c in configs]
+    weights = [size(c.model, llm.width, llm.width) for c in configs]
     number = torch.finfo(getattr(torch, config.llm.dtype.name)).bits // 8
     if isinstance(config.data, SyntheticConfig):
         batch = MOST
@@ -66,10 +68,10 @@ def estimate(configs: Sequence[Config], sites: Sequence[Sites], llm: Shape) -> M
     tokens = 2 * config.data.pool + batch + config.eval.tokens
     held = parameters(config.llm) + tokens * llm.width * len(distinct(sites)) + more
     # batches in training and evaluation, and the float64 in which an SAE is exported
-    batches = [max(16 * c.trainer.batch, 8 * ROWS) * c.model.features for c in configs]
+    rows = max(config.trainer.batch, int(EVALUATION * ROWS))
+    batches = [
+        rows * c.model.features * ARCHITECTURES[c.model.name].network.bytes_per_activation
+        for c in configs
+    ]
     computing = max(batch + 16 * n for batch, n in zip(batches, weights, strict=True))
     return Memory(PROCESS + held * number + computing, [18 * n for n in weights])
-
-
-def _weights(features: int, llm: Shape) -> int:
-    return 2 * llm.width * features + features + llm.width

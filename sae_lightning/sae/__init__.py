@@ -14,7 +14,17 @@ from sae_lightning.sae.objective import AuxKLoss, Loss, Moment
 from sae_lightning.sae.relu import DenseLoss, ReLU, ReLULoss
 from sae_lightning.sae.topk import TopK, TopKConfig
 
-__all__ = ["ARCHITECTURES", "SAE", "Architecture", "Loss", "Moment", "Output", "SAEConfig", "build"]
+__all__ = [
+    "ARCHITECTURES",
+    "SAE",
+    "Architecture",
+    "Loss",
+    "Moment",
+    "Output",
+    "SAEConfig",
+    "build",
+    "size",
+]
 
 
 class Architecture(NamedTuple):
@@ -46,3 +56,10 @@ def build(config: SAEConfig, d_in: int, d_out: int, generator: Generator | None 
         raise UserError(f"model.name={config.name}: no such architecture; choose from {names}")
     generator = generator or Generator().manual_seed(config.seed)
     return ARCHITECTURES[config.name].network(config, d_in, d_out, generator)
+
+
+def size(config: SAEConfig, d_in: int, d_out: int) -> int:
+    """Numbers that the SAE which `config` describes learns."""
+    vectors = len(ARCHITECTURES[config.name].network.per_feature) - 2  # but W_enc and W_dec
+    learned = config.features * (d_in + d_out + vectors) + d_out
+    return learned + d_in * d_out if config.skip else learned

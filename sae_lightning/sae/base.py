@@ -4,6 +4,7 @@ Shapes: d_in, d_out = widths of the source and target site; features = dictionar
 batch = tokens. One orientation everywhere: a feature is a column of W_enc and a row of W_dec.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -34,7 +35,7 @@ class SAEConfig:
     def __post_init__(self):
         if self.features < 1:
             raise UserError(f"model.features={self.features}: give at least 1 feature")
-        if not self.decoder_norm > 0:
+        if not 0 < self.decoder_norm < math.inf:
             raise UserError(f"model.decoder_norm={self.decoder_norm}: give a positive norm")
 
 
@@ -58,6 +59,8 @@ class Pass(NamedTuple):
     """[batch, features], before the activation function"""
     prefixes: tuple[Tensor, ...] = ()
     """Reconstructions [batch, d_out] by the first features alone, where a class has them"""
+    gate: Tensor | None = None
+    """[batch, features], how far gates are open, where a class has them"""
 
 
 class SAE(nn.Module):
@@ -70,6 +73,9 @@ class SAE(nn.Module):
 
     architecture: str
     """The name that SAELens gives to this kind in `cfg.json`."""
+    bytes_per_activation: int
+    """Memory of an update for each token and feature, at its peak: what forward saves and backward
+    makes, in mixed precision, with half of the features dead and the costliest objective."""
     per_feature = {"W_enc": 1, "b_enc": 0, "W_dec": 0}
     """The parameters that have an entry for each feature, and along which dimension."""
     biases = ("b_enc",)

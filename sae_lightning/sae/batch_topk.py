@@ -19,6 +19,7 @@ class BatchTopK(SAE):
     """
 
     architecture = "jumprelu"
+    bytes_per_activation = 25
 
     def __init__(self, config: TopKConfig, d_in: int, d_out: int, generator: Generator):
         super().__init__(config, d_in, d_out, generator)

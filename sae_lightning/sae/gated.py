@@ -31,6 +31,7 @@ class Gated(SAE):
     """
 
     architecture = "gated"
+    bytes_per_activation = 34
     per_feature = SAE.per_feature | {"r_mag": 0, "b_mag": 0}
     biases = ("b_enc", "b_mag")
 
@@ -43,6 +44,11 @@ class Gated(SAE):
         """Feature strengths of the gate's pre-activations, both [batch, features]."""
         strength = (pre - self.b_enc) * self.r_mag.exp() + self.b_mag
         return strength.relu() * (pre > 0)
+
+    def training_pass(self, x: Tensor) -> Pass:
+        """Reconstruct a batch [batch, d_in]; two terms of the objective share the gate."""
+        this = super().training_pass(x)
+        return this._replace(gate=this.pre.relu())
 
     def biases_without(self, share: Tensor, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """The biases of both paths if every x W_enc loses a constant `share` [features]."""
@@ -74,13 +80,13 @@ class GatedLoss(PenaltyLoss):
 
     def penalty(self, sae: Gated, this: Pass, moment: Moment) -> Tensor:
         """How far the gates are open, in units of decoder norm."""
-        return l1(this.pre.relu(), sae.W_dec.detach())
+        return l1(this.gate, sae.W_dec.detach())
 
     def terms(self, sae: Gated, this: Pass, target: Tensor, moment: Moment) -> dict[str, Tensor]:
         """The usual ones, and what teaches the gate, through which no gradient of the mse flows."""
         terms = PenaltyLoss.terms(self, sae, this, target, moment)
         # as this reconstruction, with all that is not features (b_dec, a skip connection) in it
-        difference = (this.pre.relu() - this.features.detach()) @ sae.W_dec.detach()
+        difference = (this.gate - this.features.detach()) @ sae.W_dec.detach()
         terms["gate"] = mse(this.reconstruction.detach() + difference, target)
         return terms
 

@@ -73,6 +73,7 @@ class JumpReLU(SAE):
     """
 
     architecture = "jumprelu"
+    bytes_per_activation = 30
     per_feature = SAE.per_feature | {"log_threshold": 0}
     biases = ("b_enc", "log_threshold")
 
@@ -128,8 +129,22 @@ class JumpReLULoss(PenaltyLoss):
     penalty_kind: Penalty = Penalty.tanh
     """tanh (sum of tanh(tanh_scale f_i |W_dec_i|), Anthropic, January 2025 update) or step (the
     number itself, Rajamanoharan et al. 2024, of which only thresholds learn)."""
-    tanh_scale: float = 4.0
-    """How soon a feature counts as active."""
+    tanh_scale: float | None = None
+    """How soon a feature counts as active, for tanh; null for 4."""
+
+    def __post_init__(self):
+        PenaltyLoss.__post_init__(self)
+        if self.tanh_scale is None:
+            return
+        if self.penalty_kind is Penalty.step:
+            raise UserError(
+                f"loss.tanh_scale={self.tanh_scale} has no effect with loss.penalty_kind=step, "
+                "which counts exactly: leave it out"
+            )
+        if not 0 < self.tanh_scale < math.inf:
+            raise UserError(
+                f"loss.tanh_scale={self.tanh_scale}: give a positive number, or null for 4"
+            )
 
     @property
     def sparsity(self) -> str:
@@ -140,7 +155,7 @@ class JumpReLULoss(PenaltyLoss):
         """Active features per token, counted exactly or smoothly."""
         if self.penalty_kind is Penalty.step:
             return sae.active(this.pre)
-        return tanh_l0(this.features, sae.W_dec, self.tanh_scale)
+        return tanh_l0(this.features, sae.W_dec, self.tanh_scale or 4.0)
 
     def threshold(self, sae: JumpReLU) -> Tensor:
         """[features], to be exceeded by pre-activations."""

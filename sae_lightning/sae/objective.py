@@ -55,8 +55,9 @@ class PenaltyLoss(Loss):
     """Steer the coefficient so that so many features are active per token; it starts from the
     coefficient that is given. null leaves it fixed."""
     preact: float = 0.0
-    """Coefficient of the pre-activation loss, which pulls dead features back to their threshold;
-    3e-6 is customary for long runs, 0 is off."""
+    """Coefficient of the pre-activation loss, which pulls dead features back to their threshold; 0
+    is off. 3e-6 is Anthropic's value, beside a squared error that is summed over the site's width.
+    Only dead features feel it, and Adam divides by its size: that hardly matters."""
 
     def __post_init__(self):
         _not_negative("preact", self.preact, "3e-6")
@@ -118,6 +119,11 @@ class AuxKLoss(Loss):
         _not_negative("auxk", self.auxk, "0.03125")
         if self.auxk_k is not None and self.auxk_k < 1:
             raise UserError(f"loss.auxk_k={self.auxk_k}: give at least 1 feature, or null")
+        if self.auxk_k is not None and self.auxk == 0:
+            raise UserError(
+                f"loss.auxk_k={self.auxk_k} has no effect with loss.auxk=0: leave it out, or give "
+                "loss.auxk"
+            )
 
     def terms(self, sae: SAE, this: Pass, target: Tensor, moment: Moment) -> dict[str, Tensor]:
         """The mse and, where it is on, AuxK."""

@@ -18,6 +18,7 @@ class ReLU(SAE):
     """
 
     architecture = "standard"
+    bytes_per_activation = 26
 
     def activate(self, pre: Tensor) -> Tensor:
         """Feature strengths of pre-activations, both [batch, features]."""
@@ -37,12 +38,15 @@ class ReLULoss(PenaltyLoss):
     """Sparsity coefficient; 1e-4 is dense, 1e-2 very sparse. Anthropic's lambda is l1 x d."""
     p: float = 1.0
     """Power to which the penalty falls, linearly, from 1 at the end of its warm-up to the end of
-    the run; less than 1 spares strong features (p-annealing, Karvonen et al. 2024: 0.2)."""
+    the run; less than 1 spares strong features (p-annealing, Karvonen et al. 2024: 0.2). The term
+    is rescaled to the value that it would have with p = 1, which is what curves show."""
 
     def __post_init__(self):
         PenaltyLoss.__post_init__(self)
         if not 0 < self.p <= 1:
             raise UserError(f"loss.p={self.p}: give a power above 0 and at most 1 (0.2 is usual)")
+        if self.p < 1 and self.l1 == 0:
+            raise UserError(f"loss.p={self.p} has no effect with loss.l1=0: leave one of them out")
 
     @property
     def sparsity(self) -> str:

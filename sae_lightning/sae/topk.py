@@ -37,6 +37,7 @@ class TopK(SAE):
     """
 
     architecture = "topk"
+    bytes_per_activation = 27
 
     def activate(self, pre: Tensor) -> Tensor:
         """The k largest pre-activations of each token, if they are positive."""

@@ -174,3 +174,18 @@ def test_a_threshold_of_0_is_a_relu():
 def test_a_value_without_meaning_names_its_setting(name, value):
     with pytest.raises(UserError, match=rf"^model\.{name}={value}: give a positive number"):
         JumpReLUConfig(**{name: value})
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan])
+def test_a_scale_without_meaning_is_refused(value):
+    with pytest.raises(UserError, match=rf"^loss\.tanh_scale={value}: give a positive number"):
+        JumpReLULoss(tanh_scale=value)
+
+
+def test_a_scale_is_that_of_tanh_alone_where_it_is_4_unless_given():
+    with pytest.raises(UserError, match=r"^loss\.tanh_scale=2\.0 has no effect with "):
+        JumpReLULoss(tanh_scale=2.0, penalty_kind=Penalty.step)
+    sae, moment = hand_made(), Moment(torch.zeros(2).bool(), 0.5)
+    this = sae.training_pass(X)
+    given, default = (JumpReLULoss(tanh_scale=scale) for scale in (4.0, None))
+    assert given.penalty(sae, this, moment) == default.penalty(sae, this, moment)

@@ -183,6 +183,7 @@ def test_a_head_weighs_its_terms_by_their_coefficients():
         ({"warmup": 1.1}, "loss.warmup=1.1: give a "),
         ({"p": 0.0}, "loss.p=0.0: give a power "),
         ({"p": 1.5}, "loss.p=1.5: give a power "),
+        ({"p": 0.5, "l1": 0.0}, "loss.p=0.5 has no effect with loss.l1=0: "),
         ({"preact": -1.0}, "loss.preact=-1.0: give a "),
         ({"target_l0": 0.0}, "loss.target_l0=0.0: give a positive number"),
         ({"target_l0": float("nan")}, "loss.target_l0=nan: give a positive number"),

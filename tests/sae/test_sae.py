@@ -6,7 +6,7 @@ from torch import Generator, tensor
 from torch.testing import assert_close
 
 from sae_lightning.errors import UserError
-from sae_lightning.sae import ARCHITECTURES, SAEConfig, build
+from sae_lightning.sae import ARCHITECTURES, SAEConfig, build, size
 
 
 def test_it_starts_as_anthropic_advises():
@@ -208,6 +208,14 @@ def test_the_radial_part_by_hand():
     assert_close(sae.W_dec.grad, tensor([[-0.32, 0.24]]))
 
 
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_what_an_sae_learns_is_counted_without_building_it(name, skip):
+    settings = settings_of(name) | ({"groups": [0.25]} if name == "matryoshka" else {})
+    sae, _ = noisy(name, 16, 5, skip=skip, **settings)
+    assert size(sae.config, 16, 5) == sum(parameter.numel() for parameter in sae.parameters())
+
+
 def test_an_unknown_architecture_is_named_with_the_known_ones():
     with pytest.raises(UserError, match=r"model\.name=topkk: .* choose from relu, dense"):
         build(SAEConfig(name="topkk"), 4, 4)
@@ -220,6 +228,7 @@ def test_an_unknown_architecture_is_named_with_the_known_ones():
         ({"features": -3}, "model.features=-3"),
         ({"decoder_norm": 0.0}, "model.decoder_norm=0.0"),
         ({"decoder_norm": float("nan")}, "model.decoder_norm=nan"),
+        ({"decoder_norm": float("inf")}, "model.decoder_norm=inf"),
     ],
 )
 def test_a_value_without_meaning_names_its_setting(setting, message):

@@ -178,3 +178,8 @@ def test_an_auxk_without_meaning_names_its_setting(settings):
     ((name, value),) = settings.items()
     with pytest.raises(UserError, match=rf"^loss\.{name}={value}: give "):
         AuxKLoss(**settings)
+
+
+def test_features_for_an_auxk_that_is_off_are_refused():
+    with pytest.raises(UserError, match=r"^loss\.auxk_k=3 has no effect with loss\.auxk=0: "):
+        AuxKLoss(auxk=0.0, auxk_k=3)
