@@ -115,6 +115,12 @@ class Config:
                 f"trainer.batch={self.trainer.batch} is larger than the shuffle pool "
                 f"(data.pool={self.data.pool}): lower the batch or enlarge the pool"
             )
+        dead_after = self.callbacks.dead_after
+        if dead_after is not None and dead_after >= self.trainer.tokens:
+            raise UserError(
+                f"callbacks.dead_after={dead_after}: no feature can be silent for so long in "
+                f"trainer.tokens={self.trainer.tokens}; give less, or null"
+            )
         for setting, seed in (("seed", self.seed), ("model.seed", self.model.seed)):
             if not 0 <= seed < 2**63:
                 raise UserError(f"{setting}={seed}: give 0 or a positive integer below 2**63")

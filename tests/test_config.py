@@ -236,6 +236,12 @@ def test_a_batch_larger_than_the_pool_is_an_error():
         make("trainer.batch=501", "data.pool=500")
 
 
+def test_a_feature_cannot_be_silent_for_longer_than_the_run():
+    assert make("callbacks.dead_after=999", "trainer.tokens=1000", "trainer.batch=10")
+    with pytest.raises(UserError, match=r"^callbacks\.dead_after=2048: .*trainer\.tokens=2048; "):
+        make("callbacks.dead_after=2048", "trainer.tokens=2048")
+
+
 HEAD_HALF = {
     "model.features": 77,
     "model.seed": 5,
