@@ -160,9 +160,10 @@ def steer(head, *l0s, steps=1000):
 
 def test_steering_by_hand():
     head = make_head(loss=ReLULoss(l1=0.5, target_l0=10))
-    # amid 10 updates the gain on an error is 1, as on its change; errors log 2, log 1.5 and 0:
-    # 2;  x 1.5 x 1.5/2 = 1.5^2;  x 1 x 1/1.5 = 1.5
-    assert steer(head, 20, 15, 10, steps=10) == pytest.approx([2, 1.5**2, 1.5])
+    # at update 5 of 10 the gain on an error is 30 x 5^2 / 10^3 = 0.75; errors log 2, log 1.5, 0:
+    # 2^0.75;  x 1.5^0.75 x 1.5/2;  x 1 x 1/1.5
+    path = [2**0.75, 3**0.75 * 0.75, 3**0.75 * 0.5]
+    assert steer(head, 20, 15, 10, steps=10) == pytest.approx(path)
     assert head.l0_error == 0
     assert head.coefficients()["l1"] == 0.5 * head.steering
 
@@ -171,7 +172,8 @@ def test_too_many_raise_the_coefficient_and_too_few_lower_it():
     up, down = (steer(make_head(loss=ReLULoss(target_l0=10)), l0)[0] for l0 in (20, 5))
     assert up > 1 > down
     assert up * down == pytest.approx(1)
-    assert steer(make_head(loss=ReLULoss(target_l0=10)), 0) == pytest.approx([math.exp(-0.01)])
+    # amid 1000 updates: 30 x 500^2 / 1000^3; the error is bounded by -1
+    assert steer(make_head(loss=ReLULoss(target_l0=10)), 0) == pytest.approx([math.exp(-0.0075)])
 
 
 def test_steering_waits_for_the_end_of_the_warm_up():
@@ -209,6 +211,14 @@ def test_the_path_of_every_coefficient_is_a_curve():
     topk = make_head(loss=AuxKLoss(), sae=TopKConfig(name="topk", features=6, k=2))
     topk({SITE: activations()})
     assert training_scalars(topk)["optim/auxk"] == 1 / 32
+
+
+def test_a_term_that_always_counts_alike_has_no_curve_of_a_coefficient():
+    head = make_head(loss=GatedLoss(l1=0.5), sae=GatedConfig(name="gated", features=6))
+    head({SITE: activations()})
+    scalars = training_scalars(head)
+    assert {"train/gate", "optim/l1"} <= set(scalars)
+    assert "optim/gate" not in scalars
 
 
 def test_only_rows_of_fixed_norm_are_projected_and_rescaled():

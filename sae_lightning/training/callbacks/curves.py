@@ -24,7 +24,8 @@ def training_scalars(head: Head) -> dict[str, float]:
         "decoder/norm_max": norms.max(),
     }
     for name, coefficient in head.coefficients().items():
-        scalars[f"optim/{name}"] = coefficient
+        if hasattr(head.loss, name):  # a setting; others are always 1
+            scalars[f"optim/{name}"] = coefficient
     if hasattr(head.sae, "threshold"):
         scalars["sae/threshold_mean"] = head.sae.threshold.mean()
     return {name: float(value) for name, value in scalars.items()}

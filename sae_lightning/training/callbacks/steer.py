@@ -1,6 +1,9 @@
 """Moves the sparsity coefficient until as many features are active as `loss.target_l0` asks for."""
 
+import math
+
 import lightning as L
+import torch
 
 from sae_lightning.schedules import l0_error, steered
 
@@ -15,9 +18,14 @@ class Steer(L.Callback):
         """Adjust the coefficients of the heads that have a target."""
         for head in module.training_heads:
             target = getattr(head.loss, "target_l0", None)
-            if target is None or head.penalty_factor < 1:
+            if target is None:
                 continue
-            now = l0_error(float(head.last.l0), target)
-            before = now if head.l0_error.isnan() else float(head.l0_error)
+            # read together: each by itself would make the host wait for the GPU
+            buffers = (head.last.l0, head.l0_error, head.penalty_factor)
+            l0, before, warmed_up = torch.stack(buffers).tolist()
+            if warmed_up < 1:
+                continue
+            now = l0_error(l0, target)
+            before = now if math.isnan(before) else before
             head.steering.mul_(steered(now, before, trainer.global_step, module.steps))
             head.l0_error.fill_(now)
