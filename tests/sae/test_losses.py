@@ -214,10 +214,20 @@ def test_the_target_may_be_another_site_than_the_input(name):
     assert_close(terms["mse"], (this.reconstruction - 2).square().mean())
 
 
-def test_the_penalty_is_computed_in_fp32_under_autocast():
+@pytest.mark.parametrize(
+    "penalty",
+    [
+        l1,
+        lambda features, W_dec: lp(features, W_dec, 0.5),
+        lambda features, W_dec: tanh_l0(features, W_dec, 4.0),
+        lambda features, W_dec: preact(-features, 0.1, torch.arange(33) < 20, W_dec),
+    ],
+    ids=["l1", "lp", "tanh_l0", "preact"],
+)
+def test_the_penalty_is_computed_in_fp32_under_autocast(penalty):
     features = torch.rand(64, 33, generator=torch.Generator().manual_seed(0))
     W_dec = torch.randn(33, 8, generator=torch.Generator().manual_seed(1))
     with torch.autocast("cpu", torch.bfloat16):
-        mixed = l1(features, W_dec)
+        mixed = penalty(features, W_dec)
     assert mixed.dtype is torch.float32
-    assert mixed.item() == l1(features, W_dec).item()
+    assert mixed.item() == penalty(features, W_dec).item()

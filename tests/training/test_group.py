@@ -88,6 +88,8 @@ def sweep(job, tmp_path):
     "precision", [Precision.fp32, pytest.param(Precision.bf16, marks=pytest.mark.slow)]
 )
 def test_heads_of_a_group_end_as_when_trained_alone(job, sweep, precision):
+    names = {changes.get("model", SAEConfig()).name for changes in MIX.values()}
+    assert names == set(ARCHITECTURES)
     trainer = replace(job("x").config.trainer, precision=precision)
     mix = {name: changes | {"trainer": trainer} for name, changes in MIX.items()}
     together = run.run(sweep("together", **mix))
