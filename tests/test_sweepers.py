@@ -21,6 +21,7 @@ from tiny_run import write_text
 from sae_lightning.config import Config, conf_folder, typed
 from sae_lightning.jobs import register
 from sae_lightning.objective import SweepConfig, objective
+from sae_lightning.sae import ARCHITECTURES
 
 ROOT = Path(__file__).parent.parent
 # Optuna 2 is written for SQLAlchemy 1, which says of itself that it is old
@@ -93,7 +94,7 @@ def composed(loader, overrides: dict[str, str]) -> Config:
         (["loss.l1=choice(1e-4,1e-2)"], "loss.l1", [1e-4, 1e-2]),
         (["layer.index=range(3,16,6)"], "layer.index", [3, 9, 15]),
         (["model.features=sort(choice(64,16),reverse=true)"], "model.features", [64, 16]),
-        (["model=glob(*)"], "model.name", ["dense", "relu"]),
+        (["model=glob(*)"], "model.name", sorted(ARCHITECTURES)),
         (["layer=glob(*,exclude=resid)"], "layer.source", ["attn", "mlp", "mlp_in"]),
         (["seed=0,1", "model.seed=2,3"], "model.seed", [2, 3, 2, 3]),
         (["loss.l1=1e-3,1e-2", "optim.clip=null"], "optim.clip", [None, None]),

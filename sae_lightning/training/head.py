@@ -68,7 +68,8 @@ class Head(nn.Module):
         self.register_buffer("progress", torch.zeros(()))  # share of the run that is done
         self.register_buffer("penalty_factor", torch.ones(()))  # warm-up of the sparsity penalty
         self.register_buffer("steering", torch.ones(()))  # its coefficient's multiple: `target_l0`
-        self.register_buffer("l0_error", torch.tensor(float("nan")))  # at the last update steered
+        # at the last update steered; errors are bounded by 1, so 2 says that there was none yet
+        self.register_buffer("l0_error", torch.tensor(2.0))
         self.register_buffer("tokens_since_fired", torch.zeros(features, dtype=torch.int64))
         self.register_buffer("grad_norm", torch.zeros(()))
         # One generator per head: heads that train together draw the same as when alone.

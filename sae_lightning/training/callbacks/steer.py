@@ -1,7 +1,5 @@
 """Moves the sparsity coefficient until as many features are active as `loss.target_l0` asks for."""
 
-import math
-
 import lightning as L
 import torch
 
@@ -26,6 +24,6 @@ class Steer(L.Callback):
             if warmed_up < 1:
                 continue
             now = l0_error(l0, target)
-            before = now if math.isnan(before) else before
+            before = now if before > 1 else before
             head.steering.mul_(steered(now, before, trainer.global_step, module.steps))
             head.l0_error.fill_(now)
