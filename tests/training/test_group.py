@@ -192,6 +192,7 @@ def test_a_sweep_killed_twice_ends_as_if_it_had_not_been(sweep, whole, monkeypat
         assert_same(one.folder, other.folder)
 
 
+@pytest.mark.slow
 def test_each_head_can_go_on_alone_and_heads_at_different_steps_form_passes(
     sweep, whole, monkeypatch, capsys
 ):
@@ -380,6 +381,7 @@ def resumed(folder, *settings, **sweep):
     return jobs_of(asked, Path("new"), [f"resume={folder}", *settings], Path("new"))
 
 
+@pytest.mark.slow
 def test_a_resumed_sweep_keeps_its_settings_and_may_be_split_otherwise(sweep, whole, monkeypatch):
     asked = {"sweep": SweepConfig(l0=5.0, max_heads=3)}
     jobs = sweep("killed", **{name: seed | asked for name, seed in SEEDS.items()})
@@ -399,6 +401,7 @@ def test_a_resumed_sweep_keeps_its_settings_and_may_be_split_otherwise(sweep, wh
     assert (single.resumed, single.sweep, single.config.sweep.max_heads) == (True, None, 1)
 
 
+@pytest.mark.slow
 def test_runs_that_read_other_sites_in_other_passes_are_resumed_together(
     job, sweep, monkeypatch, capsys
 ):
