@@ -87,6 +87,7 @@ def composed(loader, overrides: dict[str, str]) -> Config:
     return typed(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "setting", "values"),
     [

@@ -238,6 +238,7 @@ def flip(path):
     path.write_bytes(data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resid.1", "ids", "state.pt", "shard.json"])
 @pytest.mark.parametrize("harm", [flip, lambda path: os.truncate(path, 40), os.remove])
 def test_a_damaged_shard_is_made_again_and_no_other(llm, folder, calls, capsys, name, harm):
@@ -288,6 +289,7 @@ def test_the_llm_runs_only_for_shards_that_lack_a_site(llm, folder, calls):
     assert 0 < len(calls) == last.shards[-1].stop - first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("before", ["there", "shorter", "nothing"])
 @pytest.mark.parametrize("meanwhile", ["there", "deleted", "shorter", "damaged", "never"])

@@ -316,6 +316,7 @@ def test_the_tokenizer_hash_follows_its_behaviour_and_nothing_else(tokenizer):
     assert tokenizer_hash(changed) != before
 
 
+@pytest.mark.slow
 def test_the_tokenizer_hash_is_the_same_in_another_process(tokenizer):
     code = (
         "from small_text import byte_tokenizer\n"

@@ -262,6 +262,7 @@ def test_a_head_that_diverges_is_frozen_and_the_others_do_not_notice(
     assert "1 had failed: stopped at step 1" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_a_head_that_diverges_late_keeps_its_last_checkpoint(sweep, whole, monkeypatch, what):
     jobs = sweep("diverged", **SEEDS)

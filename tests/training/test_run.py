@@ -98,6 +98,7 @@ def whole(job):
     return done
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at_step", [1, 10, 23, STEPS])
 def test_a_run_stopped_by_sigterm_saves_says_how_to_continue_and_ends_the_same(
     job, whole, monkeypatch, capsys, at_step
@@ -133,6 +134,7 @@ def test_a_run_that_dies_between_checkpoints_ends_the_same(job, whole, monkeypat
     assert_same(whole.folder, died.folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_before_the_first_update_stops_at_once_and_not_as_a_success(
     job, whole, monkeypatch, capsys, number

@@ -43,6 +43,7 @@ def architecture(name):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_architecture_learns_the_mlp_and_is_saved_as_it_is_scored(transcoder, name):
     done = transcoder("run", **architecture(name))
