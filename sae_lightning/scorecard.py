@@ -50,14 +50,10 @@ def score(
     """
     x, y = held_out.activations(source), held_out.activations(target)
     with torch.autocast(x.device.type, enabled=False):
-        qualities = [_quality(reconstruct, x, y) for reconstruct in reconstructs]
         if isinstance(held_out, HeldOutConcepts):
-            found = [
-                recovery(held_out.world.directions, mine(), _samples(reconstruct, x, held_out))
-                for reconstruct, mine in zip(reconstructs, weights, strict=True)
-            ]
-            pairs = zip(qualities, found, strict=True)
-            return [Scorecard(quality, recovery=each) for quality, each in pairs]
+            pairs = zip(reconstructs, weights, strict=True)
+            return [_on_concepts(reconstruct, mine(), x, held_out) for reconstruct, mine in pairs]
+        qualities = [_quality(reconstruct, x, y) for reconstruct in reconstructs]
         functions = [partial(_reconstruction, reconstruct) for reconstruct in reconstructs]
         scores = held_out.scores(source, target, functions)
     return [Scorecard(*pair) for pair in zip(qualities, scores, strict=True)]
@@ -72,12 +68,23 @@ def _quality(reconstruct: Callable[[Tensor], Output], x: Tensor, y: Tensor) -> Q
     return sums.result()
 
 
-def _samples(
-    reconstruct: Callable[[Tensor], Output], x: Tensor, held_out: HeldOutConcepts
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Activations, strengths and features of the samples [n, d_in], part by part."""
-    for part, strengths in zip(x.split(ROWS), held_out.strengths.split(ROWS), strict=True):
-        yield part.cpu(), strengths, reconstruct(part).features.cpu()
+def _on_concepts(
+    reconstruct: Callable[[Tensor], Output],
+    weights: dict[str, Tensor],
+    x: Tensor,
+    held_out: HeldOutConcepts,
+) -> Scorecard:
+    """Quality and recovery on samples [n, d_in], which the SAE sees once."""
+    sums = QualitySums()
+
+    def samples() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for part, strengths in zip(x.split(ROWS), held_out.strengths.split(ROWS), strict=True):
+            output = reconstruct(part)
+            sums.add(part, output.reconstruction, output.features)
+            yield part.cpu(), strengths, output.features.cpu()
+
+    found = recovery(held_out.world.directions, weights, samples())
+    return Scorecard(sums.result(), recovery=found)
 
 
 def _reconstruction(reconstruct: Callable[[Tensor], Output], x: Tensor) -> Tensor:
