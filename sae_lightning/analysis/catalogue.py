@@ -1,0 +1,107 @@
+"""Everything that is known about each feature, or each neuron: what the page and the files show.
+
+Shapes: units = features of the SAE or neurons of the site; n = examples; window = tokens shown of an
+example; k = tokens or units listed.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BEFORE, AFTER = 20, 11
+WINDOW = BEFORE + 1 + AFTER  # tokens of an example; its peak is at index BEFORE
+# Strengths are counted in half octaves; the first and the last bin hold what lies outside.
+EDGES = 2.0 ** torch.arange(-10, 14.5, 0.5)
+
+
+class Statistics(NamedTuple):
+    """How often and how strongly units fire, [units] unless said otherwise."""
+
+    tokens: int
+    """Tokens that were read."""
+    fired: Tensor
+    """Tokens on which each unit is active, int64."""
+    mean: Tensor
+    """Mean strength where it is active; 0 where it never is."""
+    maximum: Tensor
+    """Greatest strength."""
+    histogram: Tensor
+    """[units, len(EDGES) - 1] tokens on which its strength is between EDGES[i] and EDGES[i + 1],
+    int64."""
+
+    @property
+    def density(self) -> Tensor:
+        """Share of tokens on which each unit is active."""
+        return self.fired / self.tokens
+
+
+class Examples(NamedTuple):
+    """Places in the text where units are active, at most one in a sequence, strongest first."""
+
+    strength: Tensor
+    """[units, n] at the peak, the token at index BEFORE of the window; 0 where there are fewer
+    examples than n."""
+    tokens: Tensor
+    """[units, n, WINDOW] ids, int32; -1 beyond the ends of the sequence."""
+    strengths: Tensor
+    """[units, n, WINDOW] of each token, float16; 0 where tokens is -1."""
+    sequence: Tensor
+    """[units, n] number of the sequence in the order of reading, int64."""
+
+
+class Reading(NamedTuple):
+    """How well the best set of tokens predicts where units are active."""
+
+    score: Tensor
+    """[units] F1 on text that the set was not chosen on; nan where a unit fires too rarely to
+    say."""
+    tokens: Tensor
+    """[units, k] ids of the set's first tokens, the surest first, int32; -1 where there are fewer."""
+    previous: Tensor
+    """[units] bool: it is the token before that predicts, not the active one itself."""
+
+
+class Related(NamedTuple):
+    """Units that are like each unit, the closest first."""
+
+    units: Tensor
+    """[units, k] int64; -1 where there are fewer."""
+    likeness: Tensor
+    """[units, k]"""
+
+
+class Effect(NamedTuple):
+    """Tokens that a unit makes likelier and unlikelier through the unembedding."""
+
+    promoted: Tensor
+    """[units, k] ids, the most promoted first, int64"""
+    suppressed: Tensor
+    """[units, k] ids, the most suppressed first, int64"""
+    sharpness: Tensor
+    """[units] excess kurtosis of the effect over the vocabulary: large where it is on few tokens"""
+
+
+class Catalogue(NamedTuple):
+    """All units of one kind."""
+
+    kind: str
+    """feature or neuron"""
+    vocabulary: list[str]
+    """Each token id as it reads, with its space."""
+    statistics: Statistics
+    top: Examples
+    """The strongest."""
+    spread: Examples
+    """Random ones from all over the range of strengths."""
+    reading: Reading | None = None
+    """None for neurons, which are always active."""
+    neighbours: Related | None = None
+    """By the cosine of decoder rows; None for neurons."""
+    partners: Related | None = None
+    """By how often they fire together (Jaccard: both / either); None for neurons."""
+    effect: Effect | None = None
+    """None where the site does not write into the residual stream."""
+
+    def __len__(self) -> int:
+        return len(self.statistics.fired)

@@ -1,0 +1,40 @@
+"""What a task found, in a form that a terminal and a page can both show."""
+
+from typing import Any, NamedTuple
+
+
+class Coloured(NamedTuple):
+    """Text whose tokens carry strengths."""
+
+    caption: str
+    """What it is an example of."""
+    tokens: list[str]
+    """As they read, with their spaces."""
+    strengths: list[float]
+    """One for each token; 0 where there is none."""
+
+
+class Table(NamedTuple):
+    """Numbers in rows."""
+
+    header: list[str]
+    """Names of the columns; the first holds words, the others numbers."""
+    rows: list[list[str]]
+    """Ready to read."""
+
+
+class Section(NamedTuple):
+    """One result: a claim in words, with the numbers and pictures that bear it out."""
+
+    title: str
+    """A few words."""
+    lead: str
+    """What was found, in a sentence or two."""
+    rows: dict[str, str] = {}
+    """Numbers by name, ready to read."""
+    table: Table | None = None
+    """More of them."""
+    texts: list[Coloured] = []
+    """Text that shows it."""
+    figures: dict[str, dict[str, Any]] = {}
+    """Caption -> plotly figure ({"data": [...], "layout": {...}})."""

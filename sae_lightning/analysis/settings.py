@@ -1,0 +1,171 @@
+"""What `analyze.py` can be asked: the settings that all tasks share, and those of each task.
+
+A task is a preset of the group `task`, so that a setting that another task has is refused.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from sae_lightning.errors import UserError
+from sae_lightning.llm.load import LLMConfig
+from sae_lightning.llm.sites import LayerConfig
+from sae_lightning.stream.text import DataConfig
+
+
+@dataclass(slots=True, kw_only=True)
+class AnalyzeConfig:
+    """Which SAE, on which LLM and text."""
+
+    run: str
+    """Run folder, a folder with a saved SAE, or for `task=sweep` the folder of a multirun."""
+    task: str
+    """What to do with it."""
+    llm: LLMConfig
+    """The LLM, where the folder does not say it or another is wanted."""
+    data: DataConfig
+    """The text, likewise."""
+    layer: LayerConfig
+    """The site, likewise."""
+    seed: int = 0
+    """Fixes the order of the text; a run's own, unless given."""
+
+
+class Positive(Enum):
+    """How a neuron's value, which has a sign, becomes a strength."""
+
+    abs = "abs"
+    """Its absolute value."""
+    relu = "relu"
+    """Its value where it is positive, else 0."""
+    shift = "shift"
+    """Its value minus the least that it takes on the first tokens, not below 0."""
+
+
+@dataclass(slots=True, kw_only=True)
+class FeaturesConfig(AnalyzeConfig):
+    """Examples and statistics of every feature, and of every neuron of the site."""
+
+    tokens: int = 131_072
+    """Tokens of text to read."""
+    examples: int = 12
+    """Strongest examples of a feature; half as many are kept from all over its range."""
+    neurons: Positive = Positive.abs
+    """How neurons are made positive, to be compared with features."""
+
+    def __post_init__(self):
+        at_least("tokens", self.tokens, 1)
+        at_least("examples", self.examples, 1)
+
+
+@dataclass(slots=True, kw_only=True)
+class OverviewConfig(FeaturesConfig):
+    """Everything that is cheap, and one page to open."""
+
+
+@dataclass(slots=True, kw_only=True)
+class EvaluateConfig(AnalyzeConfig):
+    """The held-out scorecard."""
+
+    tokens: int | None = None
+    """Held-out tokens; null for as many as the run's own evaluation."""
+
+    def __post_init__(self):
+        at_least("tokens", self.tokens, 1)
+
+
+@dataclass(slots=True, kw_only=True)
+class TheoryConfig(AnalyzeConfig):
+    """The claims of superposition theory, tested."""
+
+    tokens: int = 65_536
+    """Tokens of text to read."""
+
+    def __post_init__(self):
+        at_least("tokens", self.tokens, 1024)
+
+
+@dataclass(slots=True, kw_only=True)
+class ProbeConfig(AnalyzeConfig):
+    """Do features match abstract ideas better than neurons do?"""
+
+    tokens: int = 131_072
+    """Tokens of labelled text to read."""
+
+    def __post_init__(self):
+        at_least("tokens", self.tokens, 1024)
+
+
+@dataclass(slots=True, kw_only=True)
+class LensConfig(AnalyzeConfig):
+    """What features say to the output, and what they read at the input."""
+
+    feature: Any = None
+    """A feature or a list of them to print; null prints the ones with the sharpest effect."""
+    top: int = 10
+    """Tokens for each feature."""
+
+    def __post_init__(self):
+        self.feature = integers("feature", self.feature)
+        at_least("top", self.top, 1)
+
+
+@dataclass(slots=True, kw_only=True)
+class SteerConfig(AnalyzeConfig):
+    """Text that the LLM writes with a feature turned up."""
+
+    feature: Any
+    """A feature."""
+    strength: Any = field(default_factory=lambda: [4, 8, 16])
+    """A strength or a list of them, in units of the feature's own activation."""
+    prompt: str = "Once upon a time"
+    """What the text begins with."""
+
+    def __post_init__(self):
+        self.feature = integers("feature", self.feature)
+        self.strength = numbers("strength", self.strength)
+
+
+@dataclass(slots=True, kw_only=True)
+class ExplainConfig(AnalyzeConfig):
+    """Explanations of features in words, and how well they predict firing."""
+
+    feature: Any = None
+    """A feature or a list of them; null for a random ten."""
+
+    def __post_init__(self):
+        self.feature = integers("feature", self.feature)
+
+
+@dataclass(slots=True, kw_only=True)
+class SweepReportConfig(AnalyzeConfig):
+    """The report of a multirun again."""
+
+
+def at_least(name: str, value: float | None, least: float) -> None:
+    """UserError unless `value` is None or at least `least`."""
+    if value is not None and value < least:
+        raise UserError(f"{name}={value}: give {least} or more")
+
+
+def integers(name: str, value: Any) -> list[int] | None:
+    """A whole number or a list of them as a list; UserError for anything else."""
+    values = numbers(name, value)
+    if values is not None and any(x != int(x) or x < 0 for x in values):
+        raise UserError(f"{name}={_plain(value)}: give whole numbers from 0, such as {name}=[3,7]")
+    return values and [int(x) for x in values]
+
+
+def numbers(name: str, value: Any) -> list[float] | None:
+    """A number or a list of them as a list; UserError for anything else."""
+    if value is None:
+        return None
+    values = value if isinstance(value, list | tuple) else [value]
+    good = all(isinstance(x, int | float) and not isinstance(x, bool) for x in values)
+    if not good or not values:
+        raise UserError(f"{name}={_plain(value)}: give a number, or several as {name}=[1,2]")
+    return list(values)
+
+
+def _plain(value: Any) -> str:
+    return str(value).replace(" ", "")
