@@ -54,8 +54,8 @@ class Reading(NamedTuple):
     """How well the best set of tokens predicts where units are active."""
 
     score: Tensor
-    """[units] F1 on text that the set was not chosen on; nan where a unit fires too rarely to
-    say."""
+    """[units] correlation of being in the set with firing (Matthews' coefficient: 1 is perfect, 0
+    is chance) on text that the set was not chosen on; nan where a unit fires too rarely to say."""
     tokens: Tensor
     """[units, k] ids of the set's first tokens, the surest first, int32; -1 where there are fewer."""
     previous: Tensor

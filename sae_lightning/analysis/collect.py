@@ -1,17 +1,25 @@
 """One pass over text that feeds every reducer; memory does not grow with the text.
 
-sequences -> capture -> encode ->  Batch  -> reducer.add(batch), for each reducer
+sequences -> capture -> encode -> Batch -> reducer.add(batch), for each reducer
 
 Shapes: sequences = sequences of a batch, context = tokens of each.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from sae_lightning.analysis.subject import Subject
-from sae_lightning.stream.packing import Sequences
+from sae_lightning.llm.capture import capture
+from sae_lightning.llm.load import special_ids
+from sae_lightning.llm.sites import Site, distinct
+from sae_lightning.stream.norms import medians, not_large
+from sae_lightning.stream.packing import Sequences, TokenSource
+from sae_lightning.terminal import phase
+
+STRENGTHS = 1 << 25  # of features that are in memory at a time (128 MB)
 
 
 class Batch(NamedTuple):
@@ -20,8 +28,8 @@ class Batch(NamedTuple):
     tokens: Tensor
     """[sequences, context] int64"""
     keep: Tensor
-    """[sequences, context] bool: false for BOS, padding and other special tokens, which an SAE
-    never sees"""
+    """[sequences, context] bool: false for what the SAE never saw in training: BOS, padding, other
+    special tokens, norms that are too large"""
     x: Tensor
     """[sequences, context, d_in] activations at the source, float32"""
     y: Tensor
@@ -40,6 +48,14 @@ class Reducer(Protocol):
         ...
 
 
+def excerpt(source: TokenSource, tokens: int, batch: int) -> tuple[Iterator[Sequences], int]:
+    """At least `tokens` tokens of a text, `batch` sequences at a time, and how many sequences
+    those are."""
+    total = -(-tokens // source.packing.width)
+    return (source.next(min(batch, total - n)) for n in range(0, total, batch)), total
+
+
+@torch.no_grad()
 def collect(
     subject: Subject,
     text: Iterable[Sequences],
@@ -49,4 +65,33 @@ def collect(
     what: str = "reading text",
 ) -> None:
     """Feed `text` (`total` sequences) through LLM and SAE to every reducer, with a progress bar."""
-    raise NotImplementedError  # in work
+    reducers, usual, read = list(reducers), None, 0
+    dropped = torch.tensor([] if subject.keep_special else special_ids(subject.llm.tokenizer))
+    with phase(what, total=total) as advance:
+        for sequences in text:
+            captured = capture(subject.llm.model, sequences.tokens, distinct([subject.sites]))
+            keep = (sequences.text & ~torch.isin(sequences.tokens, dropped)).to(subject.device)
+            if subject.max_norm is not None:
+                rows = {site: values[keep] for site, values in captured.items()}
+                usual = usual or medians(rows)  # those of the first batch, as in training
+                keep = keep.masked_scatter(keep, not_large(rows, usual, subject.max_norm))
+            ids = torch.arange(read, read + len(keep))
+            for batch in _batches(subject, sequences.tokens.to(subject.device), keep, captured, ids):
+                for reducer in reducers:
+                    reducer.add(batch)
+            read += len(keep)
+            advance(len(keep))
+
+
+def _batches(
+    subject: Subject, tokens: Tensor, keep: Tensor, captured: dict[Site, Tensor], ids: Tensor
+) -> Iterator[Batch]:
+    """Some sequences at a time, so that their features fit into memory."""
+    n = max(1, STRENGTHS // (keep.shape[1] * subject.features))
+    parts = [each.split(n) for each in (tokens, keep, *(captured[s] for s in subject.sites), ids)]
+    for part_tokens, part_keep, source, target, part_ids in zip(*parts, strict=True):
+        x = source.float()
+        y = x if subject.sites.source == subject.sites.target else target.float()
+        features = subject.sae.encode(x.flatten(0, 1)).view(*part_keep.shape, -1)
+        features = features.masked_fill(~part_keep[..., None], 0)
+        yield Batch(part_tokens, part_keep, x, y, features, part_ids)

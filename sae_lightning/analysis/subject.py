@@ -19,6 +19,10 @@ class Subject(NamedTuple):
     """For raw activations, in float32, on the LLM's device."""
     sites: Sites
     """Where it reads and what it reconstructs."""
+    keep_special: bool = False
+    """Whether it was trained on special tokens too (but BOS)."""
+    max_norm: float | None = None
+    """It was trained on activations below this multiple of the median norm; None for all."""
 
     @property
     def features(self) -> int:

@@ -1,0 +1,112 @@
+"""Reducers that find out how often units fire, and where: counts, and the strongest or random
+examples."""
+
+import torch
+from torch import Tensor
+
+from sae_lightning.analysis.catalogue import AFTER, BEFORE, EDGES, WINDOW, Examples, Statistics
+from sae_lightning.analysis.collect import Batch
+from sae_lightning.analysis.strengths import Strengths
+
+BINS = len(EDGES) - 1
+
+
+class Counting:
+    """How often and how strongly units fire."""
+
+    def __init__(self, units: int, strengths: Strengths):
+        self.strengths = strengths
+        self.tokens = 0
+        self.fired = torch.zeros(units, dtype=torch.int64)
+        self.sum = torch.zeros(units, dtype=torch.float64)
+        self.maximum = torch.zeros(units)
+        self.histogram = torch.zeros(units * BINS, dtype=torch.int64)
+
+    def add(self, batch: Batch) -> None:
+        values = self.strengths(batch).flatten(0, 1)  # [tokens, units]
+        self.tokens += int(batch.keep.sum())
+        self.fired += (values > 0).sum(dim=0).cpu()
+        self.sum += values.sum(dim=0).cpu().double()
+        self.maximum = self.maximum.maximum(values.amax(dim=0).cpu())
+        token, unit = values.nonzero(as_tuple=True)
+        lowest = EDGES[0].log2().item()
+        half_octave = ((values[token, unit].log2() - lowest) * 2).floor().long()
+        places = unit * BINS + half_octave.clamp(0, BINS - 1)
+        self.histogram += torch.bincount(places, minlength=len(self.histogram)).cpu()
+
+    def result(self) -> Statistics:
+        mean = (self.sum / self.fired.clamp(min=1)).float()
+        return Statistics(
+            self.tokens, self.fired, mean, self.maximum, self.histogram.view(-1, BINS)
+        )
+
+
+class Gathering:
+    """The strongest examples of each unit or, given a seed, random ones of those where it fires.
+
+    kept [units, n]   9 7 4 2        the best n of both stay; what is new goes where
+    new  [units, s]   1 8 3          something had to give way
+                      └ one a sequence
+    """
+
+    def __init__(self, units: int, n: int, strengths: Strengths, seed: int | None = None):
+        self.strengths = strengths
+        self.random = None if seed is None else torch.Generator().manual_seed(seed)
+        self.rank = torch.zeros(units, n)  # what examples compete by; 0 where there is none yet
+        self.strength = torch.zeros(units, n)
+        self.tokens = torch.full((units, n, WINDOW), -1, dtype=torch.int32)
+        self.around = torch.zeros(units, n, WINDOW, dtype=torch.float16)
+        self.sequence = torch.zeros(units, n, dtype=torch.int64)
+
+    def add(self, batch: Batch) -> None:
+        values = self.strengths(batch)  # [sequences, context, units]
+        best, place = (x.cpu() for x in self._ranked(values).max(dim=1))  # [sequences, units]
+        best = torch.where(best > 0, best, -1).T  # below the 0 of a slot that is still empty
+        n = self.rank.shape[1]
+        winners = torch.cat([self.rank, best], dim=1).topk(n, dim=1).indices
+        stays = torch.zeros(len(best), n + best.shape[1], dtype=torch.bool)
+        stays.scatter_(1, winners, True)
+        # as many slots of a unit become free as it has new examples, and both are in unit order
+        unit, slot = (~stays[:, :n]).nonzero(as_tuple=True)
+        _, sequence = stays[:, n:].nonzero(as_tuple=True)
+        if len(unit):
+            self._store(batch, values, unit, slot, sequence, place[sequence, unit])
+            self.rank[unit, slot] = best[unit, sequence]
+
+    def _ranked(self, values: Tensor) -> Tensor:
+        """What the places of a batch compete by: [sequences, context, units]."""
+        if self.random is None:
+            return values
+        # one number for all units of a token: for each unit its order is as random
+        lot = torch.rand(*values.shape[:2], 1, generator=self.random).to(values.device)
+        return torch.where(values > 0, lot + 1e-6, 0)
+
+    def _store(
+        self,
+        batch: Batch,
+        values: Tensor,
+        unit: Tensor,
+        slot: Tensor,
+        sequence: Tensor,
+        place: Tensor,
+    ) -> None:
+        """Write down the windows around `place` in `sequence`; all [m]."""
+        window = place[:, None] + torch.arange(-BEFORE, AFTER + 1)  # [m, WINDOW]
+        inside = (window >= 0) & (window < values.shape[1])
+        window = window.clamp(0, values.shape[1] - 1)
+        tokens = batch.tokens.cpu()[sequence[:, None], window]
+        around = values[sequence[:, None], window, unit[:, None]].cpu()
+        self.strength[unit, slot] = around[:, BEFORE]
+        self.tokens[unit, slot] = torch.where(inside, tokens, -1).int()
+        self.around[unit, slot] = torch.where(inside, around, 0).half()
+        self.sequence[unit, slot] = batch.ids[sequence]
+
+    def result(self) -> Examples:
+        order = self.strength.argsort(dim=1, descending=True, stable=True)
+        wide = order[..., None].expand(-1, -1, WINDOW)
+        return Examples(
+            self.strength.gather(1, order),
+            self.tokens.gather(1, wide),
+            self.around.gather(1, wide),
+            self.sequence.gather(1, order),
+        )

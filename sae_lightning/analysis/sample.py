@@ -1,0 +1,95 @@
+"""A random part of the text of bounded size, with every feature that fires in it."""
+
+import heapq
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sae_lightning.analysis.collect import Batch
+
+TOKENS = 131_072
+ENTRIES = 1 << 24  # strengths that are kept
+
+
+class Sample(NamedTuple):
+    """Sequences, and where features fire in them; place = sequence * context + position."""
+
+    tokens: Tensor
+    """[sequences, context] int32"""
+    keep: Tensor
+    """[sequences, context] bool: what the SAE reads"""
+    ids: Tensor
+    """[sequences] numbers of the sequences in the order of reading, ascending"""
+    starts: Tensor
+    """[features + 1] where each feature's entries begin"""
+    places: Tensor
+    """[entries] where it fires, ascending for each feature, int64"""
+    strengths: Tensor
+    """[entries] how strongly, float16"""
+
+    @property
+    def features(self) -> int:
+        """Number of features."""
+        return len(self.starts) - 1
+
+    def fired(self, feature: int) -> Tensor:
+        """Strengths [sequences, context] of a feature, float32."""
+        found = torch.zeros(self.tokens.numel())
+        mine = slice(int(self.starts[feature]), int(self.starts[feature + 1]))
+        found[self.places[mine]] = self.strengths[mine].float()
+        return found.view(self.tokens.shape)
+
+    def owners(self) -> Tensor:
+        """[entries] the feature that each entry is of, int64."""
+        return torch.repeat_interleave(torch.arange(self.features), self.starts.diff())
+
+
+class Sampling:
+    """Keeps whole sequences by lot; once there is no more room, those with the lowest give way."""
+
+    def __init__(self, features: int, seed: int, tokens: int = TOKENS, entries: int = ENTRIES):
+        self.features, self.room = features, {"tokens": tokens, "entries": entries}
+        self.random = np.random.default_rng(seed)
+        self.kept: list[tuple] = []  # a heap of (lot, id, tokens, keep, positions, units, values)
+        self.size = {"tokens": 0, "entries": 0}
+
+    def add(self, batch: Batch) -> None:
+        tokens, keep = batch.tokens.cpu().int().numpy(), batch.keep.cpu().numpy()
+        for i, lot in enumerate(self.random.random(len(tokens))):
+            if self._full() and lot < self.kept[0][0]:
+                continue
+            position, unit = batch.features[i].nonzero(as_tuple=True)
+            value = batch.features[i][position, unit].cpu().half().numpy()
+            # copies, or a slice would keep the whole batch in memory
+            fires = position.cpu().numpy().astype(np.int32), unit.cpu().numpy().astype(np.int32)
+            entry = (lot, int(batch.ids[i]), tokens[i].copy(), keep[i].copy(), *fires, value)
+            heapq.heappush(self.kept, entry)
+            self._count(entry, 1)
+            while self._full() and len(self.kept) > 1:
+                self._count(heapq.heappop(self.kept), -1)
+
+    def _count(self, entry: tuple, sign: int) -> None:
+        self.size["tokens"] += sign * entry[2].size
+        self.size["entries"] += sign * entry[4].size
+
+    def _full(self) -> bool:
+        return any(self.size[name] > room for name, room in self.room.items())
+
+    def result(self) -> Sample:
+        kept = sorted(self.kept, key=lambda entry: entry[1])
+        _, ids, tokens, keep, positions, units, values = zip(*kept, strict=True)
+        context = tokens[0].size
+        places = np.concatenate([n * context + p.astype(np.int64) for n, p in enumerate(positions)])
+        units, values = np.concatenate(units), np.concatenate(values)
+        order = np.argsort(units, kind="stable")  # places stay ascending within a feature
+        counts = np.bincount(units, minlength=self.features)
+        return Sample(
+            tokens=torch.from_numpy(np.stack(tokens)),
+            keep=torch.from_numpy(np.stack(keep)),
+            ids=torch.tensor(ids),
+            starts=torch.from_numpy(np.concatenate([[0], counts.cumsum()])),
+            places=torch.from_numpy(places[order]),
+            strengths=torch.from_numpy(values[order]),
+        )

@@ -1,0 +1,36 @@
+"""What counts as a unit: a feature of the SAE, or a neuron of the site that it reads."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from sae_lightning.analysis.collect import Batch
+from sae_lightning.analysis.settings import Positive
+
+Strengths = Callable[[Batch], Tensor]
+"""[sequences, context, units] of a batch, not negative, 0 where not `keep`."""
+
+
+def features(batch: Batch) -> Tensor:
+    """Strengths of the SAE's features."""
+    return batch.features
+
+
+class Neurons:
+    """Strengths of the site's own dimensions, which have a sign, made positive."""
+
+    def __init__(self, positive: Positive):
+        self.positive = positive
+        self._least: Tensor | None = None  # [d_in], on the first batch
+
+    def __call__(self, batch: Batch) -> Tensor:
+        if self.positive is Positive.abs:
+            values = batch.x.abs()
+        elif self.positive is Positive.relu:
+            values = batch.x.relu()
+        else:
+            if self._least is None:
+                self._least = batch.x[batch.keep].amin(dim=0)
+            values = (batch.x - self._least).relu()
+        return torch.where(batch.keep[..., None], values, 0)
