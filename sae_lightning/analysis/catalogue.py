@@ -1,7 +1,6 @@
 """Everything that is known about each feature, or each neuron: what the page and the files show.
 
-Shapes: units = features of the SAE or neurons of the site; n = examples; window = tokens shown of an
-example; k = tokens or units listed.
+Shapes: units = features of the SAE or neurons of the site; n = examples; k = tokens or units listed.
 """
 
 from typing import NamedTuple
@@ -57,7 +56,7 @@ class Reading(NamedTuple):
     """[units] correlation of being in the set with firing (Matthews' coefficient: 1 is perfect, 0
     is chance) on text that the set was not chosen on; nan where a unit fires too rarely to say."""
     tokens: Tensor
-    """[units, k] ids of the set's first tokens, the surest first, int32; -1 where there are fewer."""
+    """[units, k] ids of the set's most frequent tokens, int32; -1 where there are fewer."""
     previous: Tensor
     """[units] bool: it is the token before that predicts, not the active one itself."""
 

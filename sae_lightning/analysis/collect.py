@@ -76,7 +76,9 @@ def collect(
                 usual = usual or medians(rows)  # those of the first batch, as in training
                 keep = keep.masked_scatter(keep, not_large(rows, usual, subject.max_norm))
             ids = torch.arange(read, read + len(keep))
-            for batch in _batches(subject, sequences.tokens.to(subject.device), keep, captured, ids):
+            for batch in _batches(
+                subject, sequences.tokens.to(subject.device), keep, captured, ids
+            ):
                 for reducer in reducers:
                     reducer.add(batch)
             read += len(keep)

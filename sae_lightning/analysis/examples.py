@@ -9,6 +9,7 @@ from sae_lightning.analysis.collect import Batch
 from sae_lightning.analysis.strengths import Strengths
 
 BINS = len(EDGES) - 1
+MOST = torch.finfo(torch.float16).max
 
 
 class Counting:
@@ -98,7 +99,7 @@ class Gathering:
         around = values[sequence[:, None], window, unit[:, None]].cpu()
         self.strength[unit, slot] = around[:, BEFORE]
         self.tokens[unit, slot] = torch.where(inside, tokens, -1).int()
-        self.around[unit, slot] = torch.where(inside, around, 0).half()
+        self.around[unit, slot] = torch.where(inside, around, 0).clamp(max=MOST).half()
         self.sequence[unit, slot] = batch.ids[sequence]
 
     def result(self) -> Examples:

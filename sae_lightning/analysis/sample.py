@@ -27,7 +27,7 @@ class Sample(NamedTuple):
     places: Tensor
     """[entries] where it fires, ascending for each feature, int64"""
     strengths: Tensor
-    """[entries] how strongly, float16"""
+    """[entries] how strongly"""
 
     @property
     def features(self) -> int:
@@ -38,7 +38,7 @@ class Sample(NamedTuple):
         """Strengths [sequences, context] of a feature, float32."""
         found = torch.zeros(self.tokens.numel())
         mine = slice(int(self.starts[feature]), int(self.starts[feature + 1]))
-        found[self.places[mine]] = self.strengths[mine].float()
+        found[self.places[mine]] = self.strengths[mine]
         return found.view(self.tokens.shape)
 
     def owners(self) -> Tensor:
@@ -54,21 +54,24 @@ class Sampling:
         self.random = np.random.default_rng(seed)
         self.kept: list[tuple] = []  # a heap of (lot, id, tokens, keep, positions, units, values)
         self.size = {"tokens": 0, "entries": 0}
+        self.lowest = 0.0  # lots below it have no chance any more
 
     def add(self, batch: Batch) -> None:
         tokens, keep = batch.tokens.cpu().int().numpy(), batch.keep.cpu().numpy()
         for i, lot in enumerate(self.random.random(len(tokens))):
-            if self._full() and lot < self.kept[0][0]:
+            if lot < self.lowest:
                 continue
             position, unit = batch.features[i].nonzero(as_tuple=True)
-            value = batch.features[i][position, unit].cpu().half().numpy()
+            value = batch.features[i][position, unit].cpu().numpy()
             # copies, or a slice would keep the whole batch in memory
             fires = position.cpu().numpy().astype(np.int32), unit.cpu().numpy().astype(np.int32)
             entry = (lot, int(batch.ids[i]), tokens[i].copy(), keep[i].copy(), *fires, value)
             heapq.heappush(self.kept, entry)
             self._count(entry, 1)
             while self._full() and len(self.kept) > 1:
-                self._count(heapq.heappop(self.kept), -1)
+                loser = heapq.heappop(self.kept)
+                self.lowest = loser[0]
+                self._count(loser, -1)
 
     def _count(self, entry: tuple, sign: int) -> None:
         self.size["tokens"] += sign * entry[2].size
