@@ -67,6 +67,72 @@ class QualitySums:
         )
 
 
+class Fidelity(NamedTuple):
+    """What kind of error a reconstruction x_hat of x makes: its size, its direction, its length.
+
+    Numbers about the mean are those of x - m and x_hat - m, m the mean of x: where the mean is
+    long, those about the origin are close to 1 whatever an SAE does.
+    """
+
+    mse: float
+    """Mean squared error of an element, in the activations' own units."""
+    relative_mse: float
+    """sum |x - x_hat|^2 / sum |x|^2."""
+    cosine: float
+    """Mean over tokens of the cosine of x and x_hat."""
+    cosine_centred: float
+    """The same about the mean."""
+    norm_ratio: float
+    """sum |x_hat| / sum |x|, about the origin."""
+    gamma: float
+    """Relative reconstruction bias, sum |x_hat|^2 / sum x . x_hat: x_hat / gamma is nearest to x
+    (Rajamanoharan et al. 2024, 2404.16014). 1 where no rescaling helps, less where features are too
+    weak (shrinkage)."""
+    gamma_centred: float
+    """The same about the mean."""
+
+
+class FidelitySums:
+    """Sums over batches from which `Fidelity` follows."""
+
+    def __init__(self, mean: Tensor):
+        """`mean` [d]: that of the whole set."""
+        self.mean = mean.cpu().double()
+        self.tokens = 0
+        self.residual = 0.0
+        self.origin = self.centred = torch.zeros(6, dtype=torch.float64)
+
+    @torch.no_grad()
+    def add(self, target: Tensor, reconstruction: Tensor) -> None:
+        """Add tokens: [n, d] each."""
+        x, x_hat = target.cpu().double(), reconstruction.cpu().double()
+        self.tokens += len(x)
+        self.residual += (x - x_hat).square().sum().item()
+        self.origin = self.origin + _sums(x, x_hat)
+        self.centred = self.centred + _sums(x - self.mean, x_hat - self.mean)
+
+    def result(self) -> Fidelity:
+        """The numbers of all tokens added so far; nan where there is nothing to divide by."""
+        length, length_hat, square, square_hat, product, cosine = self.origin
+        return Fidelity(
+            mse=self.residual / (self.tokens * len(self.mean)),
+            relative_mse=(self.residual / square).item(),
+            cosine=(cosine / self.tokens).item(),
+            cosine_centred=(self.centred[5] / self.tokens).item(),
+            norm_ratio=(length_hat / length).item(),
+            gamma=(square_hat / product).item(),
+            gamma_centred=(self.centred[3] / self.centred[4]).item(),
+        )
+
+
+def _sums(x: Tensor, x_hat: Tensor) -> Tensor:
+    """Of tokens [n, d]: |x|, |x_hat|, their squares, x . x_hat and the cosine (0 of a zero)."""
+    length, length_hat, product = x.norm(dim=1), x_hat.norm(dim=1), (x * x_hat).sum(dim=1)
+    cosine = (product / (length * length_hat)).nan_to_num(nan=0.0)
+    values = length, length_hat, length.square(), length_hat.square(), product, cosine
+    return torch.stack([value.sum() for value in values])
+
+
 def density_histogram(density: Tensor) -> dict[str, int]:
     """How many features [features] fire on which share of tokens, by power of ten.
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sae_lightning.llm.sites import Site
 from sae_lightning.llm.splice import Scores
-from sae_lightning.metrics import Quality, QualitySums
+from sae_lightning.metrics import Fidelity, FidelitySums, Quality, QualitySums
 from sae_lightning.recovery import FOUND, Recovery, recovery
 from sae_lightning.sae import Output
 from sae_lightning.stream.held_out import HeldOut
@@ -27,6 +27,9 @@ class Scorecard(NamedTuple):
     """What the LLM makes of the reconstruction; None where there is no LLM."""
     recovery: Recovery | None = None
     """How much of the truth was found; None where it is not known."""
+    fidelity: Fidelity | None = None
+    """What kind of error is made. Not among `scalars`, by which runs are compared: those hold its
+    size, explained variance, in units that are the same for all."""
 
     def scalars(self) -> dict[str, float]:
         """The numbers by name."""
@@ -53,18 +56,38 @@ def score(
         if isinstance(held_out, HeldOutConcepts):
             pairs = zip(reconstructs, weights, strict=True)
             return [_on_concepts(reconstruct, mine(), x, held_out) for reconstruct, mine in pairs]
-        qualities = [_quality(reconstruct, x, y) for reconstruct in reconstructs]
+        errors = [_errors(reconstruct, x, y) for reconstruct in reconstructs]
         functions = [partial(_reconstruction, reconstruct) for reconstruct in reconstructs]
         scores = held_out.scores(source, target, functions)
-    return [Scorecard(*pair) for pair in zip(qualities, scores, strict=True)]
+    return [
+        Scorecard(quality, mine, fidelity=fidelity)
+        for (quality, fidelity), mine in zip(errors, scores, strict=True)
+    ]
 
 
-def _quality(reconstruct: Callable[[Tensor], Output], x: Tensor, y: Tensor) -> Quality:
-    """Quality on inputs [n, d_in] and targets [n, d_out]."""
-    sums = QualitySums()
+class _Errors:
+    """Sums about reconstructions of targets [n, d_out]."""
+
+    def __init__(self, y: Tensor):
+        self.quality, self.fidelity = QualitySums(), FidelitySums(y.cpu().double().mean(dim=0))
+
+    def add(self, target: Tensor, output: Output) -> None:
+        """Add some of the targets, and what an SAE makes of their inputs."""
+        self.quality.add(target, output.reconstruction, output.features)
+        self.fidelity.add(target, output.reconstruction)
+
+    def result(self) -> tuple[Quality, Fidelity]:
+        """Of all that was added."""
+        return self.quality.result(), self.fidelity.result()
+
+
+def _errors(
+    reconstruct: Callable[[Tensor], Output], x: Tensor, y: Tensor
+) -> tuple[Quality, Fidelity]:
+    """On inputs [n, d_in] and targets [n, d_out]."""
+    sums = _Errors(y)
     for part, wanted in zip(x.split(ROWS), y.split(ROWS), strict=True):
-        output = reconstruct(part.float())
-        sums.add(wanted, output.reconstruction, output.features)
+        sums.add(wanted, reconstruct(part.float()))
     return sums.result()
 
 
@@ -75,16 +98,17 @@ def _on_concepts(
     held_out: HeldOutConcepts,
 ) -> Scorecard:
     """Quality and recovery on samples [n, d_in], which the SAE sees once."""
-    sums = QualitySums()
+    sums = _Errors(x)
 
     def samples() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         for part, strengths in zip(x.split(ROWS), held_out.strengths.split(ROWS), strict=True):
             output = reconstruct(part)
-            sums.add(part, output.reconstruction, output.features)
+            sums.add(part, output)
             yield part.cpu(), strengths, output.features.cpu()
 
     found = recovery(held_out.world.directions, weights, samples())
-    return Scorecard(sums.result(), recovery=found)
+    quality, fidelity = sums.result()
+    return Scorecard(quality, recovery=found, fidelity=fidelity)
 
 
 def _reconstruction(reconstruct: Callable[[Tensor], Output], x: Tensor) -> Tensor:

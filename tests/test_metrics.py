@@ -6,7 +6,12 @@ import pytest
 import torch
 from torch import Generator, tensor
 
-from sae_lightning.metrics import QualitySums, density_histogram, explained_variance
+from sae_lightning.metrics import (
+    FidelitySums,
+    QualitySums,
+    density_histogram,
+    explained_variance,
+)
 
 
 def quality(*batches):
@@ -124,6 +129,68 @@ def test_sums_keep_no_gradient():
     sums.add(x, 2 * x, x.relu())
     assert not sums.sum.requires_grad
     assert not sums.fired.requires_grad
+
+
+def fidelity(x, *batches):
+    """The fidelity of (target, reconstruction) batches, about the mean of x."""
+    sums = FidelitySums(x.double().mean(dim=0))
+    for batch in batches:
+        sums.add(*batch)
+    return sums.result()
+
+
+def test_fidelity_by_hand():
+    # |x| = 5, 13; x_hat = (3, 0), (0, 12): |x_hat| = 3, 12; residual 16 + 25; x . x_hat 9 + 144
+    x = tensor([[3.0, 4.0], [5.0, 12.0]])
+    x_hat = tensor([[3.0, 0.0], [0.0, 12.0]])
+    found = fidelity(x, (x, x_hat))
+    assert found.mse == pytest.approx(41 / 4)
+    assert found.relative_mse == pytest.approx(41 / (25 + 169))
+    assert found.cosine == pytest.approx((3 / 5 + 12 / 13) / 2)
+    assert found.norm_ratio == pytest.approx(15 / 18)
+    assert found.gamma == pytest.approx(1)  # (9 + 144) / (9 + 144): no scaling of it is nearer
+    # mean (4, 8): x - m = -+(1, 4); x_hat - m = (-1, -8), (-4, 4); products 33 and 12
+    assert found.gamma_centred == pytest.approx((65 + 32) / (33 + 12))
+    lengths = math.sqrt(17 * 65), math.sqrt(17 * 32)
+    assert found.cosine_centred == pytest.approx((33 / lengths[0] + 12 / lengths[1]) / 2)
+
+
+def test_a_reconstruction_that_is_too_short_by_a_fifth_is_found_so():
+    x, _, _ = some(100)
+    mean = x.mean(dim=0)
+    short = fidelity(x, (x, 0.8 * x))
+    assert (short.norm_ratio, short.gamma) == pytest.approx((0.8, 0.8))
+    assert short.cosine == pytest.approx(1)
+    about_mean = fidelity(x, (x, mean + 0.8 * (x - mean)))
+    assert about_mean.gamma_centred == pytest.approx(0.8, rel=1e-5)
+    assert about_mean.cosine_centred == pytest.approx(1)
+
+
+def test_noise_around_the_best_guess_is_not_shrinkage():
+    # x = s + n and x_hat = s, uncorrelated with n: |s|^2 / s . (s + n) -> 1, though s is shorter
+    generator = Generator().manual_seed(0)
+    s, n = torch.randn(2, 20_000, 8, generator=generator)
+    found = fidelity(s + n, (s + n, s))
+    assert found.gamma == pytest.approx(1, abs=0.01)
+    assert found.norm_ratio == pytest.approx(math.sqrt(0.5), abs=0.01)
+
+
+def test_a_far_mean_flatters_the_cosine_about_the_origin_only():
+    x, x_hat, _ = some(1000)
+    near, far = fidelity(x, (x, x_hat)), fidelity(x + 100, (x + 100, x_hat + 100))
+    assert near.cosine < 0.95 < 0.999 < far.cosine
+    assert far.cosine_centred == pytest.approx(near.cosine_centred, rel=1e-4)
+
+
+def test_fidelity_does_not_depend_on_the_cutting():
+    x, x_hat, _ = some(100)
+    parts = zip(x.split(33), x_hat.split(33), strict=True)
+    assert fidelity(x, *parts) == pytest.approx(fidelity(x, (x, x_hat)), rel=1e-12)
+
+
+def test_a_token_that_is_zero_has_no_direction_and_counts_nothing():
+    x, x_hat = tensor([[0.0, 0.0], [1.0, 0.0]]), tensor([[1.0, 0.0], [2.0, 0.0]])
+    assert fidelity(x, (x, x_hat)).cosine == 0.5
 
 
 def test_densities_are_counted_by_power_of_ten():

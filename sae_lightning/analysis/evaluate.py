@@ -1,24 +1,117 @@
-"""The held-out scorecard of a saved SAE."""
+"""The held-out scorecard of a saved SAE: every number, and where it comes from."""
 
-from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from sae_lightning import scorecard
-from sae_lightning.files import write_json
+from sae_lightning.analysis.figures import bars, histogram, layout
+from sae_lightning.analysis.section import Section
 from sae_lightning.llm.sites import Sites
+from sae_lightning.metrics import density_histogram
 from sae_lightning.sae import SAE
 from sae_lightning.stream.held_out import HeldOut
 from sae_lightning.stream.synthetic import HeldOutConcepts
-from sae_lightning.terminal import console, grid
 
 
-def evaluate(
-    run: Path, sae: SAE, held_out: HeldOut | HeldOutConcepts, sites: Sites
-) -> scorecard.Scorecard:
-    """Score the SAE of `run` as it was saved, print the card and write `analysis/evaluate.json`."""
+class Evaluation(NamedTuple):
+    """What held-out data says about an SAE."""
+
+    card: scorecard.Scorecard
+    """All that is measured."""
+    tokens: int
+    """Tokens that it was measured on; the LLM's loss may be on a part of them."""
+    norms: Tensor
+    """[features] of decoder rows"""
+
+    def scalars(self) -> dict[str, Any]:
+        """What `evaluate.json` holds: every number by name, and how many features fire on which
+        share of tokens."""
+        return {
+            **self.card.scalars(),
+            **self.card.fidelity._asdict(),
+            "tokens": self.tokens,
+            "features": len(self.norms),
+            "decoder_norm_mean": self.norms.mean().item(),
+            "decoder_norm_max": self.norms.max().item(),
+            "density": density_histogram(self.card.quality.density),
+        }
+
+
+def evaluate(sae: SAE, held_out: HeldOut | HeldOutConcepts, sites: Sites) -> Evaluation:
+    """Score an SAE as it was saved; numbers are nan where there is nothing to divide by."""
     x = held_out.activations(sites.source)
-    (card,) = scorecard.score([sae.to(x.device)], held_out, *sites, [sae.weights])
-    target = run / "analysis" / "evaluate.json"
-    write_json(target, card.scalars() | {"tokens": len(x)})
-    console.print(grid(scorecard.rows(card.scalars()), title=scorecard.title(card.scalars())))
-    console.print(f"written to {target}")
-    return card
+    sae = sae.to(x.device)
+    (card,) = scorecard.score([sae], held_out, *sites, [sae.weights])
+    return Evaluation(card, len(x), sae.W_dec.detach().norm(dim=1).cpu())
+
+
+def section(result: Evaluation) -> Section:
+    """The scorecard for people."""
+    scalars = result.scalars()
+    return Section(
+        title=f"Scorecard {scorecard.title(scalars)}",
+        lead=_lead(scalars),
+        rows=scorecard.rows(scalars) | _fidelity_rows(scalars) | _size_rows(scalars),
+        figures=_figures(result),
+    )
+
+
+def _lead(scalars: dict[str, Any]) -> str:
+    lead = (
+        f"{scalars['l0']:.1f} active features of {scalars['features']:,} explain "
+        f"{scalars['explained_variance']:.1%} of the activations' variance"
+    )
+    if "ce_clean" not in scalars:
+        return f"{lead} and recover {scalars['recovered']:.1%} of the concepts."
+    worse = scalars["ce_spliced"] - scalars["ce_clean"]
+    return (
+        f"{lead}; with the SAE in place the LLM's cross-entropy is {abs(worse):.3f} nats "
+        f"{'higher' if worse >= 0 else 'lower'} "
+        f"({scalars['ce_recovered']:.1%} of what zero ablation costs is recovered)."
+    )
+
+
+def _fidelity_rows(scalars: dict[str, Any]) -> dict[str, str]:
+    return {
+        "squared error": f"{scalars['mse']:.4g} per element, {scalars['relative_mse']:.2%} of the "
+        "activations' own square",
+        "shrinkage": f"reconstructions are {scalars['norm_ratio']:.4f} as long as activations; "
+        f"best rescaled by 1 / {scalars['gamma']:.4f} (about the mean 1 / "
+        f"{scalars['gamma_centred']:.4f})",
+        "cosine": f"{scalars['cosine']:.4f} of activation and reconstruction, "
+        f"{scalars['cosine_centred']:.4f} about the mean",
+    }
+
+
+def _size_rows(scalars: dict[str, Any]) -> dict[str, str]:
+    return {
+        "decoder norms": f"{scalars['decoder_norm_mean']:.3g} on average, at most "
+        f"{scalars['decoder_norm_max']:.3g}",
+        "measured on": f"{scalars['tokens']:,} tokens",
+    }
+
+
+def _figures(result: Evaluation) -> dict[str, dict]:
+    quality, scores = result.card.quality, result.card.scores
+    fired = quality.density[quality.density > 0]
+    silent = len(quality.density) - len(fired)
+    caption = "How often features fire" + (f" ({silent:,} never do)" if silent else "")
+    figures = {
+        caption: histogram(fired.log10(), "log10 of the share of tokens"),
+        "How long decoder rows are": histogram(result.norms, "norm of the decoder row"),
+    }
+    if scores is not None:
+        values = {
+            "as it is": scores.ce_clean,
+            "with the SAE": scores.ce_spliced,
+            "mean-ablated": scores.ce_mean,
+            "zero-ablated": scores.ce_zero,
+        }
+        trace = bars([*values], [round(value, 4) for value in values.values()])
+        texts = {"text": [f"{value:.3f}" for value in values.values()], "textposition": "auto"}
+        figures["What the LLM loses"] = {
+            "data": [trace | texts],
+            "layout": layout("", "cross-entropy (nats per token)"),
+        }
+    return figures

@@ -94,10 +94,9 @@ def test_an_evaluation_of_the_saved_sae_says_the_same(job):
     (trained,) = run.run([this])
     sites = this.config.layer.within(1)
     held_out = open_held_out(read_job(this.folder).config, distinct([sites]), None)
-    card = evaluate(this.folder, load_sae(this.folder), held_out, sites)
-    assert card.scalars() == pytest.approx(trained, rel=1e-3)
-    again = json.loads((this.folder / "analysis" / "evaluate.json").read_text())
-    assert again["tokens"] == 2000
+    found = evaluate(load_sae(this.folder), held_out, sites)
+    assert found.card.scalars() == pytest.approx(trained, rel=1e-3)
+    assert found.tokens == 2000
 
 
 def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(job, monkeypatch):

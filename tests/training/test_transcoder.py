@@ -60,7 +60,7 @@ def test_every_architecture_learns_the_mlp_and_is_saved_as_it_is_scored(transcod
     explained = quality.result().explained_variance
     assert explained > 0.3, "of the MLP's output; the mean explains 0"
     assert explained == pytest.approx(said["explained_variance"], abs=1e-4)
-    card = evaluate(done.folder, sae, held_out, SITES)
+    card = evaluate(sae, held_out, SITES).card
     assert card.scalars() == pytest.approx(said, rel=1e-3, abs=1e-3)
 
 

@@ -1,0 +1,121 @@
+"""The scorecard of a saved SAE: closed forms, on text and on synthetic concepts."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch import Generator
+
+from sae_lightning.analysis.evaluate import evaluate, section
+from sae_lightning.llm.sites import Kind, Site, Sites
+from sae_lightning.sae import ARCHITECTURES, SAEConfig, build
+from sae_lightning.stream.documents import Text
+from sae_lightning.stream.held_out import HeldOut
+from sae_lightning.stream.synthetic import HeldOutConcepts
+from sae_lightning.stream.tokens import open_tokens
+from sae_lightning.synthetic import make_world
+
+SITES = Sites(Site(1, Kind.resid), Site(1, Kind.resid))
+WIDTH = 24
+
+
+def both_signs(width: int, scale: float = 1.0):
+    """x_hat = scale x: one feature for each sign of each dimension, decoder norms 2 and 2."""
+    sae = build(SAEConfig(name="relu", features=2 * width), width, width)
+    eye = torch.eye(width)
+    directions = torch.cat([eye, -eye])
+    weights = {
+        "W_enc": scale / 2 * directions.T,
+        "b_enc": torch.zeros(2 * width),
+        "W_dec": 2 * directions,
+        "b_dec": torch.zeros(width),
+    }
+    sae.load_weights(weights)
+    return sae.requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def held_out(tiny):
+    from datasets import Dataset
+
+    text = Dataset.from_dict({"text": ["seven wizards mix a potion over the lazy dog " * 20]})
+    llm = tiny("llama")
+    tokens = open_tokens(Text(text, text), llm.tokenizer, context=16, seed=0)
+    return HeldOut(llm, tokens.held_out, [SITES.source], tokens=200, loss_tokens=100, batch=4)
+
+
+def test_the_identity_loses_nothing(held_out):
+    found = evaluate(both_signs(WIDTH), held_out, SITES).scalars()
+    assert found["l0"] == WIDTH  # of each pair, one
+    assert found["explained_variance"] == pytest.approx(1)
+    assert (found["mse"], found["kl"]) == pytest.approx((0, 0), abs=1e-6)
+    assert found["ce_recovered"] == pytest.approx(1, abs=1e-5)
+    assert found["ce_spliced"] == pytest.approx(found["ce_clean"], abs=1e-5)
+    for name in ("cosine", "cosine_centred", "norm_ratio", "gamma", "gamma_centred"):
+        assert found[name] == pytest.approx(1), name
+    assert (found["decoder_norm_mean"], found["decoder_norm_max"]) == (2, 2)
+
+
+def test_features_that_are_too_weak_are_found_as_shrinkage(held_out):
+    sae = both_signs(WIDTH, scale=0.75)
+    found = evaluate(sae, held_out, SITES).scalars()
+    x = held_out.activations(SITES.source)
+    assert (found["norm_ratio"], found["gamma"]) == pytest.approx((0.75, 0.75))
+    assert found["relative_mse"] == pytest.approx(1 / 16)
+    assert found["mse"] == pytest.approx(x.square().mean().item() / 16, rel=1e-5)
+    assert found["cosine"] == pytest.approx(1)
+
+
+def test_what_is_written_is_json_with_every_number_of_the_scorecard(held_out):
+    result = evaluate(both_signs(WIDTH), held_out, SITES)
+    found = json.loads(json.dumps(result.scalars()))
+    assert result.card.scalars().items() <= found.items()
+    assert found["tokens"] == len(held_out.activations(SITES.source))
+    assert sum(found["density"].values()) == 2 * WIDTH
+
+
+def test_the_section_shows_the_numbers_and_three_figures(held_out):
+    result = evaluate(both_signs(WIDTH, scale=0.75), held_out, SITES)
+    shown = section(result)
+    assert shown.title == "Scorecard on held-out text"
+    assert "24.0 active features of 48" in shown.lead
+    assert "0.7500" in shown.rows["shrinkage"]
+    assert len(shown.figures) == 3
+    for figure in shown.figures.values():
+        json.dumps(figure, allow_nan=False)
+    density, norms = [*shown.figures.values()][:2]
+    assert sum(density["data"][0]["y"]) + (result.card.quality.density == 0).sum() == 2 * WIDTH
+    assert sum(norms["data"][0]["y"]) == 2 * WIDTH
+
+
+def test_silent_features_are_counted_in_the_caption(held_out):
+    sae = both_signs(WIDTH)
+    sae.b_enc[:5] = -1e6
+    captions = [*section(evaluate(sae, held_out, SITES)).figures]
+    silent = 5 + int(
+        (evaluate(both_signs(WIDTH), held_out, SITES).card.quality.density == 0)[5:].sum()
+    )
+    assert captions[0] == f"How often features fire ({silent} never do)"
+
+
+def test_synthetic_concepts_are_scored_without_an_llm():
+    world = make_world(concepts=8, dim=8, l0=1.0, seed=0)
+    held_out = HeldOutConcepts(world, seed=0, tokens=500, device="cpu")
+    result = evaluate(both_signs(8), held_out, SITES)
+    found = result.scalars()
+    assert found["explained_variance"] == pytest.approx(1)
+    assert found["gamma"] == pytest.approx(1)
+    assert "ce_clean" not in found
+    assert math.isfinite(found["recovered"])
+    assert section(result).title == "Scorecard on held-out samples"
+    assert len(section(result).figures) == 2
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_has_a_scorecard(name, held_out):
+    kind = ARCHITECTURES[name].config
+    sparse = {"k": 4} if "k" in kind.__dataclass_fields__ else {}
+    sae = build(kind(name=name, features=40, **sparse), WIDTH, WIDTH, Generator().manual_seed(0))
+    shown = section(evaluate(sae.requires_grad_(False), held_out, SITES))
+    assert shown.rows["L0"]
