@@ -170,30 +170,10 @@ class Config:
         return hashlib.sha256(json.dumps(half, sort_keys=True).encode()).hexdigest()[:16]
 
 
-@dataclass(slots=True, kw_only=True)
-class AnalyzeConfig:
-    """What `analyze.py` is asked to do."""
-
-    run: str
-    """Run folder; for `task=sweep` the folder of a multirun."""
-    task: str = "evaluate"
-    """What to do with it: `evaluate` scores the SAE, `sweep` writes the report of a multirun."""
-    tokens: int | None = None
-    """Held-out tokens; null for as many as the run's own evaluation."""
-
-    def __post_init__(self):
-        if self.tokens is not None and self.tokens < 1:
-            raise UserError(f"tokens={self.tokens}: give a positive number of held-out tokens")
-        if self.tokens is not None and self.task == "sweep":
-            raise UserError(
-                f"tokens={self.tokens} has no meaning for task=sweep, which reads what each run "
-                "has measured: leave it out"
-            )
-
-
-def presets() -> str:
-    """A line for each group of presets in conf/, for `--help`."""
-    groups = sorted(path for path in Path(conf_folder()).iterdir() if path.is_dir())
+def presets(*hidden: str) -> str:
+    """A line for each group of presets in conf/ that is not `hidden`, for `--help`."""
+    folders = sorted(path for path in Path(conf_folder()).iterdir() if path.is_dir())
+    groups = [folder for folder in folders if folder.name not in hidden]
     return "\n".join(
         f"  {group.name:<11}{', '.join(sorted(file.stem for file in group.glob('*.yaml')))}"
         for group in groups

@@ -54,7 +54,7 @@ def open_inputs(config: Config, sites: Sequence[Site], resumed: bool) -> Inputs:
         rows = ConceptRows(open_world(data), sites, seed=config.seed, device=device(llm))
         held_out = _concepts(config, config.eval.tokens)
         return Inputs(rows, held_out, data.dim, {"concepts": _told(data)})
-    loaded, tokens = _open_text(config)
+    loaded, tokens = open_llm(config)
     rows = open_rows(llm, data, config.seed, loaded, tokens.train, sites, resumed)
     held_out = _text(config, loaded, tokens, sites, config.eval.tokens, config.eval.loss_tokens)
     width = loaded.model.config.get_text_config().hidden_size
@@ -71,14 +71,15 @@ def open_held_out(
         return _concepts(config, tokens or config.eval.tokens)
     return _text(
         config,
-        *_open_text(config),
+        *open_llm(config),
         sites,
         tokens or config.eval.tokens,
         tokens or config.eval.loss_tokens,
     )
 
 
-def _open_text(config: Config) -> tuple[LLM, Tokens]:
+def open_llm(config: Config) -> tuple[LLM, Tokens]:
+    """The LLM, and the text that it reads."""
     text = open_text(config.data)  # before the LLM: a wrong name is told at once
     llm = load(config.llm)
     return llm, open_tokens(text, llm.tokenizer, context=config.data.context, seed=config.seed)

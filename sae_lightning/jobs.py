@@ -10,7 +10,8 @@ from pathlib import Path
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from sae_lightning.config import SOURCES, AnalyzeConfig, Config, plain, presets, typed
+from sae_lightning.analysis.settings import TASKS
+from sae_lightning.config import SOURCES, Config, plain, presets, typed
 from sae_lightning.errors import UserError
 from sae_lightning.llm.packaged import PACKAGED
 from sae_lightning.sae import ARCHITECTURES
@@ -53,11 +54,11 @@ def register() -> None:
     """Tell Hydra the schemas (hidden from the user's options below `schema/`) and resolvers."""
     store = ConfigStore.instance()
     store.store(group="schema", name="root", node=Config)
-    store.store(group="schema", name="analyze", node=AnalyzeConfig)
     for group, table in (
         ("model", {name: row.config for name, row in ARCHITECTURES.items()}),
         ("loss", {name: row.loss for name, row in ARCHITECTURES.items()}),
         ("data", SOURCES),
+        ("task", TASKS),
     ):
         for name, schema in table.items():
             store.store(group=f"schema/{group}", name=name, node=schema)

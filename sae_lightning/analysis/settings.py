@@ -142,6 +142,19 @@ class SweepReportConfig(AnalyzeConfig):
     """The report of a multirun again."""
 
 
+TASKS: dict[str, type[AnalyzeConfig]] = {
+    "overview": OverviewConfig,
+    "features": FeaturesConfig,
+    "evaluate": EvaluateConfig,
+    "theory": TheoryConfig,
+    "probe": ProbeConfig,
+    "lens": LensConfig,
+    "steer": SteerConfig,
+    "explain": ExplainConfig,
+    "sweep": SweepReportConfig,
+}
+
+
 def at_least(name: str, value: float | None, least: float) -> None:
     """UserError unless `value` is None or at least `least`."""
     if value is not None and value < least:
