@@ -3,6 +3,11 @@
 from typing import Any, NamedTuple
 
 
+def visible(token: str) -> str:
+    """The token on one line: line breaks and tabs as symbols."""
+    return token.replace("\n", "↵").replace("\r", "␍").replace("\t", "⇥")
+
+
 class Coloured(NamedTuple):
     """Text whose tokens carry strengths."""
 
@@ -38,3 +43,5 @@ class Section(NamedTuple):
     """Text that shows it."""
     figures: dict[str, dict[str, Any]] = {}
     """Caption -> plotly figure ({"data": [...], "layout": {...}})."""
+    part: str = ""
+    """Part of a larger page that it belongs to; its title unless given."""

@@ -6,11 +6,11 @@ import shlex
 from pathlib import Path
 from urllib.parse import quote
 
+from sae_lightning.analysis.markup import figure, rendered
 from sae_lightning.analysis.pareto import LABELLED, Point, tradeoff
 from sae_lightning.analysis.sweep_table import SweepRun, SweepTable, natural
 from sae_lightning.terminal import command, shown
 
-TEMPLATES = Path(__file__).parent / "templates"
 PLOTS = {
     "explained_variance": "explained variance",
     "ce_recovered": "CE recovered",
@@ -23,32 +23,21 @@ FILES = {
     "sae": "sae",
 }
 GROUPS = 6  # colours that a reader can keep apart
-BUTTONS = ["toImage", "zoom2d", "pan2d", "resetScale2d"]  # no others: one of them uploads
 
 
 def page(folder: Path, table: SweepTable) -> str:
     """The page for a sweep in `folder`, which is where its links start from."""
-    # imported late: train.py needs neither
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from plotly.offline import get_plotlyjs
-
     group = grouping(table)
     figures = {
         name: tradeoff(_points(table, group, name), label, group) for name, label in PLOTS.items()
     }
-    plots = {label: _drawn(figures[name], name) for name, label in PLOTS.items() if figures[name]}
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("sweep.html").render(
+    plots = {label: figure(figures[name]) for name, label in PLOTS.items() if figures[name]}
+    return rendered(
+        "sweep.html",
+        figures=bool(plots),
         table=table,
         facts=facts(table.runs),
         plots=plots,
-        plotly=get_plotlyjs() if plots else "",
         labels=[key for key in table.keys if key != group] if _is_labelled(table) else [],
         unplotted=_unplotted(table, [name for name in PLOTS if figures[name]]),
         rows=[_row(folder, table, run) for run in table.runs],
@@ -147,24 +136,6 @@ def _unplotted(table: SweepTable, plotted: list[str]) -> int:
         not all(math.isfinite(run.numbers.get(name, math.nan)) for name in plotted)
         for run in table.runs
         if run.status == "finished"
-    )
-
-
-def _drawn(figure: dict, name: str) -> str:
-    """The figure as a <div> and its script, both escaped by plotly."""
-    from markupsafe import Markup
-    from plotly.io import to_html
-
-    config = {"displaylogo": False, "responsive": True, "modeBarButtons": [BUTTONS]}
-    return Markup(
-        to_html(
-            figure,
-            config=config,
-            full_html=False,
-            include_plotlyjs=False,
-            div_id=name,
-            default_height="100%",
-        )
     )
 
 

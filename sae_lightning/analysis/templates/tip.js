@@ -1,0 +1,17 @@
+// What an element says when it is pointed at or touched: its data-tip, at once.
+const tip = document.createElement("div");
+tip.className = "tip";
+tip.hidden = true;
+document.body.append(tip);
+document.addEventListener("pointerover", event => {
+  const said = event.target.closest("[data-tip]");
+  tip.hidden = !said;
+  if (!said) return;
+  tip.textContent = said.dataset.tip;
+  const box = said.getClientRects()[0];
+  const left = Math.min(box.left, document.documentElement.clientWidth - tip.offsetWidth - 4);
+  const above = box.top - tip.offsetHeight - 4;
+  tip.style.left = `${Math.max(4, left)}px`;
+  tip.style.top = `${above > 4 ? above : box.bottom + 4}px`;
+});
+document.addEventListener("scroll", () => { tip.hidden = true; }, { capture: true, passive: true });
