@@ -131,10 +131,54 @@ class ExplainConfig(AnalyzeConfig):
     """Explanations of features in words, and how well they predict firing."""
 
     feature: Any = None
-    """A feature or a list of them; null for a random ten."""
+    """A feature or a list of them; null for `count` random ones."""
+    count: int = 10
+    """Features to explain where none is named."""
+    endpoint: str | None = None
+    """Address of a server that speaks OpenAI's API, such as http://localhost:8000/v1; null for a
+    model on this machine."""
+    model: str | None = None
+    """The model that explains: its name at the endpoint or, without one, smollm2 (packaged), a
+    local folder or a hub name. Null explains nothing and ranks features by their token sets."""
+    key_env: str | None = "OPENAI_API_KEY"
+    """Environment variable that holds the endpoint's key; null sends none."""
+    concurrency: int = 8
+    """Requests to the endpoint at a time."""
+    price_in: float | None = None
+    """Price of a million tokens of questions, for the estimate of what it will cost."""
+    price_out: float | None = None
+    """Price of a million tokens of answers."""
+    budget: float | None = None
+    """Most that it may cost, in the currency of the prices; null sets no limit."""
+    tokens: int = 131_072
+    """Tokens of text to read."""
+    examples: int = 24
+    """Strongest examples of a feature; half as many are kept from all over its range. The explainer
+    sees every other one."""
+    scored: int = 20
+    """Texts in which a feature fires, and as many in which it is silent, to test an explanation."""
+    together: int = 5
+    """Texts that are judged in one request: the more the cheaper, the fewer the easier."""
+    thinking: int = 0
+    """Tokens that a reasoning model may spend on each answer before it gives it."""
 
     def __post_init__(self):
         self.feature = integers("feature", self.feature)
+        for name in ("count", "concurrency", "tokens", "together"):
+            at_least(name, getattr(self, name), 1)
+        for name in ("examples", "scored"):
+            at_least(name, getattr(self, name), 8)
+        for name in ("price_in", "price_out", "budget", "thinking"):
+            at_least(name, getattr(self, name), 0)
+        if self.endpoint is not None and self.model is None:
+            raise UserError(f"endpoint={self.endpoint}: give its model's name too, as model=...")
+        prices = [self.price_in, self.price_out]
+        if prices != [None, None] and (None in prices or self.endpoint is None):
+            raise UserError("price_in, price_out: give both, and the endpoint that they are of")
+        if self.budget is not None and None in prices:
+            raise UserError(
+                f"budget={self.budget:g}: needs the endpoint's prices; give price_in and price_out"
+            )
 
 
 @dataclass(slots=True, kw_only=True)

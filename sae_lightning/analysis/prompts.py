@@ -1,0 +1,121 @@
+"""What the models that explain features and test explanations are asked, and what they answer."""
+
+import re
+
+from sae_lightning.analysis.evidence import Window
+from sae_lightning.analysis.section import visible
+
+MARKED = 0.3  # of the strongest token of its text, from where a token counts as one that fires
+LONGEST = 300  # characters of an explanation
+LEGEND = "↵ stands for a line break, ¶ for the beginning or the end of a document."
+
+EXPLAIN = """\
+A language model has an internal feature that is active on some tokens of a text and silent on all \
+others. Below are pieces of text in which it is active. The tokens on which it is active stand \
+between << and >>. The number in front of a text says how strongly, from 1 to 10. {legend}
+
+{texts}
+
+What do the marked tokens, or the words just before them, have in common? It may be a word, a part \
+of a word, a meaning, a topic, a grammatical role, a place in the text, or what comes next. Be as \
+specific as all the texts allow. Answer with one line of at most 25 words, such as:
+Explanation: names of cities, above all after "in"
+"""
+
+DETECT = """\
+A feature of a language model is active on tokens that this explanation describes:
+{explanation}
+
+In which of these pieces of text is it active on at least one token? It may be in all of them, in \
+some or in none. {legend}
+
+{texts}
+
+{form}
+"""
+
+FUZZ = """\
+A feature of a language model is active on tokens that this explanation describes:
+{explanation}
+
+In these pieces of text some tokens stand between << and >>. In which of them are these the tokens \
+on which it is active? It may be in all of them, in some or in none. {legend}
+
+{texts}
+
+{form}
+"""
+
+
+def explain(shown: list[Window]) -> str:
+    """The question what the texts have in common."""
+    strongest = max(max(window.strengths) for window in shown)
+    texts = [
+        f"({max(1, round(10 * max(window.strengths) / strongest))}/10) {marked(window)}"
+        for window in shown
+    ]
+    return EXPLAIN.format(texts="\n".join(texts), legend=LEGEND)
+
+
+def judge(task: str, explanation: str, texts: list[str]) -> str:
+    """The question which of the texts fit the explanation; task: DETECT or FUZZ."""
+    numbered = "\n".join(f"{i}. {text}" for i, text in enumerate(texts, 1))
+    form = (
+        "Answer with one word, yes or no."
+        if len(texts) == 1
+        else f"Answer with one line for each of the {len(texts)} texts, its number and yes or no, "
+        'such as "1: yes", and nothing else.'
+    )
+    return task.format(explanation=explanation, texts=numbered, form=form, legend=LEGEND)
+
+
+def fires(window: Window) -> list[int]:
+    """Indices of the tokens on which a feature fires strongly enough to be marked."""
+    least = MARKED * max(window.strengths)
+    return [i for i, strength in enumerate(window.strengths) if strength > 0 and strength >= least]
+
+
+def marked(window: Window, chosen: list[int] | None = None) -> str:
+    """The text on one line with the chosen tokens (those on which it fires) in << >>."""
+    chosen = fires(window) if chosen is None else chosen
+    pieces = []
+    for i, token in enumerate(window.tokens):
+        pieces.append(f"<<{_plain(token)}>>" if i in chosen else _plain(token))
+    # one pair around neighbours, and spaces outside
+    return re.sub(r"<<( +)", r"\1<<", "".join(pieces).replace(">><<", "")).strip()
+
+
+def plain(window: Window) -> str:
+    """The text on one line."""
+    return "".join(map(_plain, window.tokens)).strip()
+
+
+def _plain(token: str) -> str:
+    """A token without line breaks, or what could be taken for a mark."""
+    return visible(token).replace("<<", "‹‹").replace(">>", "››")
+
+
+def explanation(answer: str) -> str | None:
+    """The explanation in a model's answer; None if it says nothing."""
+    answer = _conclusion(answer)
+    labelled = re.findall(r"explanation\W*?:[\s*]*(.+)", answer, re.IGNORECASE)
+    line = labelled[-1] if labelled else answer.partition("\n")[0]
+    return line.strip(" *")[:LONGEST] or None
+
+
+def verdicts(answer: str, texts: int) -> list[bool | None]:
+    """What a model says of each of the texts: yes, no, or nothing that could be understood."""
+    answer = _conclusion(answer)
+    if texts == 1 and (word := re.match(r"\W*(?:1\W+)?(yes|no)\b", answer, re.IGNORECASE)):
+        return [word[1].lower() == "yes"]
+    said: dict[int, set[bool]] = {}
+    pattern = r"^\W*(?:text )?(\d+)\W+(yes|no)\b"
+    for number, word in re.findall(pattern, answer, re.IGNORECASE | re.MULTILINE):
+        said.setdefault(int(number), set()).add(word.lower() == "yes")
+    # both of a text are as good as neither
+    return [next(iter(said[i])) if len(said.get(i, ())) == 1 else None for i in range(1, texts + 1)]
+
+
+def _conclusion(answer: str) -> str:
+    """What follows a reasoning model's thoughts."""
+    return answer.rpartition("</think>")[2].strip()
