@@ -1,0 +1,188 @@
+"""How well single units detect concepts, from counts that do not grow with the text.
+
+    counts[half, concept, unit, bin]     tokens of the concept on which the unit is that strong
+                                         (the last concept: all tokens)
+    first half of the sequences          -> the unit and the threshold with the best F1
+    second half                          -> what they are worth
+
+Shapes: n = tokens, concepts, units = features or neurons, bins.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+from sae_lightning.analysis.catalogue import EDGES
+
+ENTRIES = 1 << 20  # strengths sorted into bins at a time: bounds memory
+# Ranks at which neurons' values are cut: ever finer towards both ends, where rare concepts are.
+_TAIL = 0.5 * 2.0 ** -torch.arange(0, 10.25, 0.25)
+RANKS = torch.cat([_TAIL.flip(0), 1 - _TAIL[1:]])
+
+
+class Detector(NamedTuple):
+    """A unit with a threshold that stands for a concept."""
+
+    unit: int
+    """Its number."""
+    below: bool
+    """It says yes below the threshold (a neuron's negative direction)."""
+    threshold: float
+    """In units of its strength."""
+    chosen_f1: float
+    """F1 on the half of the sequences that unit and threshold were chosen on."""
+    f1: float
+    """F1 on the other half, as all that follows."""
+    precision: float
+    """Of the tokens it says yes to, the share of the concept's."""
+    recall: float
+    """Of the concept's tokens, the share it says yes to."""
+    auroc: float
+    """Probability that a token of the concept ranks above one that is none, whatever the threshold;
+    0.5 is chance."""
+
+
+class Counts(NamedTuple):
+    """How strong each unit is on the tokens of each concept, in two halves of the text."""
+
+    counts: Tensor
+    """[2, concepts + 1, units, bins] int32; the last concept is that of all tokens"""
+    thresholds: Tensor
+    """[units, bins - 1] from where on a strength is in the next bin"""
+    signed: bool
+    """Units have a negative direction too."""
+
+    def __len__(self) -> int:
+        return self.counts.shape[1] - 1
+
+    @property
+    def tokens(self) -> Tensor:
+        """[2, concepts + 1] in each half."""
+        return self.counts[:, :, 0].sum(dim=-1)
+
+
+class FeatureCounts:
+    """Counts of features by half octaves of strength; bin 0 is silence."""
+
+    def __init__(self, concepts: int, features: int, device: torch.device | str = "cpu"):
+        self.edges = EDGES.to(device)
+        self.tokens = torch.zeros(2, concepts + 1, dtype=torch.int32, device=device)
+        shape = 2, concepts + 1, features, len(EDGES) + 1
+        self.counts = torch.zeros(shape, dtype=torch.int32, device=device)
+
+    def add(self, strengths: Tensor, member: Tensor, half: Tensor) -> None:
+        """Add tokens: [n, features], bool [n, concepts], and 0 or 1 [n]."""
+        member = _with_all(member)
+        token, concept = member.nonzero(as_tuple=True)
+        _increment(self.tokens, half[token] * member.shape[1] + concept)
+        _, columns, features, bins = self.counts.shape
+        fires = strengths.nonzero(as_tuple=True)
+        for tokens, units in zip(*(each.split(ENTRIES) for each in fires), strict=True):
+            # what is weaker than all edges is in the first bin of those that fire
+            level = torch.bucketize(strengths[tokens, units], self.edges, right=True).clamp(min=1)
+            entry, concept = member[tokens].nonzero(as_tuple=True)
+            place = (half[tokens[entry]] * columns + concept) * features + units[entry]
+            _increment(self.counts, place * bins + level[entry])
+
+    def result(self) -> Counts:
+        """Of all tokens added so far, on the CPU."""
+        counts = self.counts.cpu().clone()
+        counts[..., 0] = self.tokens.cpu()[..., None] - counts.sum(dim=-1)
+        thresholds = torch.cat([torch.zeros(1), EDGES[1:]]).expand(counts.shape[2], -1)
+        return Counts(counts, thresholds, signed=False)
+
+
+class NeuronCounts:
+    """Counts of a site's dimensions by ranks of their values among the first tokens that come."""
+
+    def __init__(self, concepts: int):
+        self.concepts = concepts
+        self.edges = self.counts = None
+
+    def add(self, x: Tensor, member: Tensor, half: Tensor) -> None:
+        """Add tokens: [n, d], bool [n, concepts], and 0 or 1 [n]."""
+        if self.edges is None:
+            self.edges = torch.quantile(x[:ENTRIES].float(), RANKS.to(x), dim=0).T.contiguous()
+            shape = 2, self.concepts + 1, x.shape[1], len(RANKS) + 1
+            self.counts = torch.zeros(shape, dtype=torch.int32, device=x.device)
+        _, columns, d, bins = self.counts.shape
+        units, at_once = torch.arange(d, device=x.device), max(1, ENTRIES // d)
+        parts = zip(*(each.split(at_once) for each in (x, _with_all(member), half)), strict=True)
+        for values, belongs, halves in parts:
+            level = torch.searchsorted(self.edges, values.T.contiguous(), right=True).T  # [n, d]
+            token, concept = belongs.nonzero(as_tuple=True)
+            place = (halves[token] * columns + concept)[:, None] * d + units
+            _increment(self.counts, place * bins + level[token])
+
+    def result(self) -> Counts:
+        """Of all tokens added so far, on the CPU."""
+        return Counts(self.counts.cpu(), self.edges.cpu(), signed=True)
+
+
+def _with_all(member: Tensor) -> Tensor:
+    """[n, concepts + 1]: every token belongs to the last."""
+    return torch.cat([member, torch.ones_like(member[:, :1])], dim=1)
+
+
+def _increment(counts: Tensor, places: Tensor) -> None:
+    """Add 1 at each of the places in the flattened counts; one may come up several times."""
+    places = places.flatten()
+    counts.view(-1).index_add_(0, places, torch.ones_like(places, dtype=torch.int32))
+
+
+def detect(counts: Counts, concept: int, among: Tensor | None = None) -> Detector:
+    """The unit and threshold with the best F1 on the first half, scored on the second; `among`
+    [some] are the units to choose from, or all."""
+    units = torch.arange(counts.counts.shape[2]) if among is None else among
+    f1, _, _ = _scores(*_halves(counts, concept, 0, units), counts.signed)
+    side, row, level = (int(i) for i in torch.unravel_index(f1.argmax(), f1.shape))
+    unit = units[row]
+    of, everything = _halves(counts, concept, 1, unit[None])
+    scores = [s[side, 0, level].item() for s in _scores(of, everything, counts.signed)]
+    auroc = _auroc(of[0], everything[0] - of[0])
+    return Detector(
+        unit=int(unit),
+        below=side == 1,
+        threshold=counts.thresholds[unit, level].item(),
+        chosen_f1=f1[side, row, level].item(),
+        f1=scores[0],
+        precision=scores[1],
+        recall=scores[2],
+        auroc=1 - auroc if side == 1 else auroc,
+    )
+
+
+def _halves(counts: Counts, concept: int, half: int, units: Tensor) -> tuple[Tensor, Tensor]:
+    """Counts [units, bins] of one half: the concept's tokens, and all."""
+    one = counts.counts[half]
+    return one[concept, units].double(), one[-1, units].double()
+
+
+def _scores(of: Tensor, everything: Tensor, signed: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """F1, precision and recall [sides, units, bins - 1] of saying yes above each threshold, or
+    where units are `signed` below it, from counts [units, bins]."""
+    total, tokens = of.sum(dim=-1, keepdim=True), everything.sum(dim=-1, keepdim=True)
+    # a bin and all above it; a threshold below which nothing lies is none
+    right, yes = (each.flip(-1).cumsum(-1).flip(-1)[..., 1:] for each in (of, everything))
+    sides = [(right, yes)] + [(total - right, tokens - yes)] * signed
+    right, yes = (torch.stack(each) for each in zip(*sides, strict=True))
+    precision = torch.where(yes > 0, right / yes, 0.0)
+    recall = right / total
+    return 2 * right / (yes + total), precision, recall
+
+
+def _auroc(of: Tensor, others: Tensor) -> float:
+    """From counts [bins] of a concept's tokens and the others; within a bin half are above."""
+    below = others.cumsum(0) - others / 2
+    return ((of * below).sum() / (of.sum() * others.sum())).item()
+
+
+def chance_f1(share: float) -> float:
+    """What always saying yes scores on a concept of that share of tokens."""
+    return 2 * share / (1 + share)
+
+
+def drawn(units: int, n: int, seed: int = 0) -> Tensor:
+    """n of so many units by lot."""
+    return torch.randperm(units, generator=Generator().manual_seed(seed))[:n]

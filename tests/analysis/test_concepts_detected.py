@@ -1,0 +1,162 @@
+"""Concepts in text, and how well single units detect them: on hand-made tokens and strengths."""
+
+import pytest
+import torch
+from torch import Generator, Tensor
+
+from sae_lightning.analysis.concepts import CONCEPTS, members
+from sae_lightning.analysis.detection import FeatureCounts, NeuronCounts, detect
+
+
+def words(text: str, concept: str) -> list[str]:
+    """The tokens of a text, cut before spaces and line ends, that belong to a concept."""
+    import re
+
+    pieces = re.findall(r"\s*\S+|\s+", text)
+    column = [each.name for each in CONCEPTS].index(concept)
+    chosen = members(pieces)[:, column].tolist()
+    return [piece.strip() for piece, is_member in zip(pieces, chosen, strict=True) if is_member]
+
+
+@pytest.mark.parametrize(
+    ("concept", "text", "expected"),
+    [
+        ("thou", "And thou shalt love thy kin, Thine own; you too", "thou thy Thine"),
+        ("negation", "I cannot say no, nor notice knots", "cannot no, nor"),
+        ("kinship", "Her brother's grandson, a fatherly uncle", "brother's uncle"),
+        ("numbers", "twenty men, 1,400 ships, someone", "twenty 1,400"),
+        ("question words", "Wherefore art thou? whatever", "Wherefore"),
+        ("names of speakers", "\n\n**KING HENRY**  \nWhat **is** it", "**KING HENRY**"),
+        ("stage directions", "_Enter the Duke_ Sir, [Exit] a_b_c", "_Enter the Duke_ [Exit]"),
+        ("capitals in mid-sentence", "So says Rome. And I, by Jove, am", "Rome. Jove,"),
+        ("starts of lines", "one two\nthree four\n\nfive", "three five"),
+        ("ends of sentences", "Go. Mr Fox, why? 'Ay!' 3.5 men", "Go. why? 'Ay!'"),
+        (
+            "words with an apostrophe",
+            "'Tis o'er, 'twas remember'd 'quote'",
+            "'Tis o'er, 'twas remember'd",
+        ),
+        ("words in -ing", "the king is going, sing! being", "going, being"),
+    ],
+)
+def test_a_concept_holds_these_words(concept, text, expected):
+    assert words(text, concept) == expected.split()
+
+
+def test_every_piece_of_a_word_belongs_and_no_neighbour():
+    pieces = ["The", " grand", "mo", "ther", " mo", "thed", ",", " fa", "ther"]
+    column = [each.name for each in CONCEPTS].index("kinship")
+    assert members(pieces)[:, column].tolist() == [
+        False,
+        True,
+        True,
+        True,
+        *[False] * 3,
+        True,
+        True,
+    ]
+
+
+def test_every_concept_has_a_name_of_its_own():
+    assert len({concept.name for concept in CONCEPTS}) == len(CONCEPTS) >= 30
+
+
+# One concept, about a quarter of 4,000 tokens; half of the tokens in each half of the text.
+N = 4000
+GENERATOR = Generator().manual_seed(0)
+MEMBER = torch.rand(N, 1, generator=GENERATOR) < 0.25
+HALF = torch.arange(N) % 2
+NOISE = torch.rand(N, 6, generator=GENERATOR)
+
+
+def by_feature(strengths: Tensor, member: Tensor = MEMBER):
+    counts = FeatureCounts(member.shape[1], strengths.shape[1])
+    for part in zip(strengths.split(999), member.split(999), HALF.split(999), strict=True):
+        counts.add(*part)
+    return counts.result()
+
+
+def by_neuron(x: Tensor, member: Tensor = MEMBER):
+    counts = NeuronCounts(member.shape[1])
+    for part in zip(x.split(999), member.split(999), HALF.split(999), strict=True):
+        counts.add(*part)
+    return counts.result()
+
+
+def planted_feature() -> Tensor:
+    """Feature 3 is 2 to 3 on the concept and below 1 elsewhere; the others are random."""
+    strengths = (NOISE - 0.5).relu()
+    strengths[:, 3] = NOISE[:, 3] + 2 * MEMBER[:, 0]
+    return strengths
+
+
+def test_a_planted_feature_is_found_with_its_threshold():
+    found = detect(by_feature(planted_feature()), 0)
+    assert (found.unit, found.f1, found.precision, found.recall, found.auroc) == (3, 1, 1, 1, 1)
+    assert 1 <= found.threshold <= 2
+    assert not found.below
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_planted_neuron_is_found_in_either_direction(sign):
+    x = NOISE - 0.5
+    x[:, 4] = sign * (NOISE[:, 4] + 3 * MEMBER[:, 0])
+    found = detect(by_neuron(x), 0)
+    assert (found.unit, found.below) == (4, sign < 0)
+    assert found.f1 > 0.99  # a rank among the first tokens is near the gap
+    assert found.auroc > 0.99
+
+
+def test_random_features_are_at_chance():
+    found = detect(by_feature(NOISE), 0)
+    share = MEMBER[HALF == 1].float().mean().item()
+    assert found.f1 == pytest.approx(2 * share / (1 + share), abs=0.02)
+    assert found.auroc == pytest.approx(0.5, abs=0.03)
+
+
+def test_what_predicts_by_accident_on_the_first_half_does_not_score():
+    strengths = torch.zeros(N, 2)
+    strengths[:, 0] = (MEMBER[:, 0] & (HALF == 0)).float()  # perfect, but there only
+    strengths[:, 1] = MEMBER[:, 0] * (torch.arange(N) % 10 > 1)  # of the concept, 80 %
+    found = detect(by_feature(strengths), 0)
+    assert (found.unit, found.chosen_f1) == (0, 1)
+    assert (found.f1, found.recall) == (0, 0)
+    assert found.auroc == 0.5
+
+
+def test_scores_by_hand():
+    # The second half: 1000 tokens of the concept fire at 4, 500 at 1; 500 others at 1.
+    member = torch.zeros(N, 1, dtype=torch.bool)
+    strengths = torch.zeros(N, 1)
+    second = (HALF == 1).nonzero()[:, 0]
+    member[second[:1500]] = True
+    strengths[second[:1000]] = 4.0
+    strengths[second[1000:2000]] = 1.0
+    # The first half wants a threshold between them.
+    first = (HALF == 0).nonzero()[:, 0]
+    member[first[:1000]] = True
+    strengths[first[:1000]] = 4.0
+    strengths[first[1000:]] = 1.0
+    found = detect(by_feature(strengths, member), 0)
+    assert 1 < found.threshold <= 4
+    assert (found.precision, found.recall) == pytest.approx((1, 2 / 3))
+    assert found.f1 == pytest.approx(0.8)
+    # of 1500 x 500 pairs: 1000 x 500 above, 500 x 500 equal, which count half
+    assert found.auroc == pytest.approx((1000 + 250) / 1500)
+
+
+def test_counts_are_of_all_tokens_and_do_not_depend_on_the_cutting():
+    strengths, x = planted_feature(), NOISE - 0.5
+    for counts in (by_feature(strengths), by_neuron(x)):
+        tokens = counts.counts.sum(dim=-1)  # [2, concepts + 1, units]
+        assert torch.equal(tokens[:, 1], torch.full_like(tokens[:, 1], N // 2))
+        for half in (0, 1):
+            assert (tokens[half, 0] == MEMBER[half::2].sum()).all()
+    whole = FeatureCounts(1, 6)
+    whole.add(strengths, MEMBER, HALF)
+    assert torch.equal(whole.result().counts, by_feature(strengths).counts)
+
+
+def test_units_can_be_chosen_among_a_few_only():
+    few = torch.tensor([0, 5])
+    assert detect(by_feature(planted_feature()), 0, few).unit in (0, 5)
