@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from sae_lightning.analysis.settings import AnalyzeConfig
 from sae_lightning.analysis.subject import Subject
+from sae_lightning.analysis.sweep_page import source
 from sae_lightning.config import Config
 from sae_lightning.errors import UserError
 from sae_lightning.export import load_sae
@@ -18,6 +19,7 @@ from sae_lightning.llm.load import device
 from sae_lightning.llm.sites import Kind, LayerConfig, Sites
 from sae_lightning.sae import ARCHITECTURES, SAE
 from sae_lightning.stream.tokens import Tokens
+from sae_lightning.terminal import shown
 
 # TransformerLens' names, by which SAELens knows models, that are not the hub's.
 HUB = {
@@ -50,6 +52,15 @@ class Trained(NamedTuple):
     """Where it reads and what it reconstructs."""
     config: Config
     """LLM and text; of a folder that is no run, the rest has no meaning."""
+
+    def facts(self) -> dict[str, str]:
+        """What it is, for a page."""
+        config = self.sae.config
+        return source(self.config.flat()) | {
+            "SAE": config.name,
+            "features": f"{config.features:,}",
+            "folder": str(shown(self.folder)),
+        }
 
 
 def open_trained(asked: AnalyzeConfig, given: Collection[str] = ()) -> Trained:

@@ -1,6 +1,7 @@
 """Everything that is known about each feature, or each neuron: what the page and the files show.
 
-Shapes: units = features of the SAE or neurons of the site; n = examples; k = tokens or units listed.
+Shapes: units = features of the SAE or neurons of the site; n = examples; k = how many tokens
+or units are listed.
 """
 
 from typing import NamedTuple
@@ -102,5 +103,7 @@ class Catalogue(NamedTuple):
     effect: Effect | None = None
     """None where the site does not write into the residual stream."""
 
-    def __len__(self) -> int:
+    @property
+    def units(self) -> int:
+        """Number of units."""
         return len(self.statistics.fired)

@@ -99,7 +99,7 @@ class Gathering:
         around = values[sequence[:, None], window, unit[:, None]].cpu()
         self.strength[unit, slot] = around[:, BEFORE]
         self.tokens[unit, slot] = torch.where(inside, tokens, -1).int()
-        self.around[unit, slot] = torch.where(inside, around, 0).clamp(max=MOST).half()
+        self.around[unit, slot] = torch.where(inside, around, 0).clamp(0, MOST).half() + 0
         self.sequence[unit, slot] = batch.ids[sequence]
 
     def result(self) -> Examples:

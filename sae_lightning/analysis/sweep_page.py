@@ -54,7 +54,7 @@ def facts(runs: list[SweepRun]) -> dict[str, str]:
     for run in (run for run in runs if run.settings):
         get = run.settings.get
         for name, value in {
-            **_source(run.settings),
+            **source(run.settings),
             "SAE": get("model.name"),
             "features": f"{get('model.features'):,}",
             "tokens": f"{get('trainer.tokens'):,}",
@@ -67,7 +67,7 @@ def facts(runs: list[SweepRun]) -> dict[str, str]:
     }
 
 
-def _source(settings: dict) -> dict[str, object]:
+def source(settings: dict) -> dict[str, str]:
     """Where the activations came from."""
     get = settings.get
     if get("data.concepts"):

@@ -20,7 +20,7 @@ def write_table(path: Path, catalogue: Catalogue) -> None:
     words = pa.array(catalogue.vocabulary)
     s = catalogue.statistics
     columns = {
-        catalogue.kind: pa.array(range(len(catalogue))),
+        catalogue.kind: pa.array(range(catalogue.units)),
         "fired": _numbers(s.fired),
         "density": _numbers(s.density),
         "mean": _numbers(s.mean),

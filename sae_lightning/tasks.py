@@ -1,0 +1,146 @@
+"""What `analyze.py` does: each task opens what it needs, and leaves its numbers as JSON, a page to
+open and a short account at the terminal."""
+
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+from sae_lightning.analysis import evaluate, lens, survey
+from sae_lightning.analysis.catalogue import Catalogue
+from sae_lightning.analysis.page import page
+from sae_lightning.analysis.printer import say, say_units
+from sae_lightning.analysis.section import Section
+from sae_lightning.analysis.settings import (
+    AnalyzeConfig,
+    EvaluateConfig,
+    FeaturesConfig,
+    LensConfig,
+    SweepReportConfig,
+)
+from sae_lightning.analysis.subject import Subject
+from sae_lightning.analysis.survey import Survey
+from sae_lightning.analysis.sweep_report import write_report
+from sae_lightning.analysis.table import write_table
+from sae_lightning.errors import UserError
+from sae_lightning.files import atomically, write_json
+from sae_lightning.folders import sweep_runs
+from sae_lightning.inputs import open_held_out
+from sae_lightning.jobs import CONFIG_FILE
+from sae_lightning.llm.sites import distinct
+from sae_lightning.llm.vocabulary import vocabulary
+from sae_lightning.stream.tokens import Tokens
+from sae_lightning.terminal import command, console, shown
+from sae_lightning.trained import Trained, open_subject, open_trained
+
+SHOWN = 5  # features at the terminal
+
+
+def _features(asked: FeaturesConfig, given: Collection[str]) -> None:
+    """What each feature fires on."""
+    trained = open_trained(asked, given)
+    found = _surveyed(asked, trained, *open_subject(trained))
+    section = survey.section(found)
+    say(section)
+    say_units(found.features, survey.best_read(found.features, SHOWN))
+    _publish(trained, asked, found.scalars(), [section], [found.features, found.neurons])
+
+
+def _surveyed(asked: FeaturesConfig, trained: Trained, subject: Subject, text: Tokens) -> Survey:
+    """The survey with the features' effects, written as parquet files too."""
+    config = trained.config
+    found = survey.survey(
+        subject,
+        text.train,
+        tokens=asked.tokens,
+        examples=asked.examples,
+        neurons=asked.neurons,
+        batch=config.llm.batch,
+        seed=config.seed,
+    )
+    found = found._replace(features=found.features._replace(effect=lens.lens(subject).effect))
+    for name, catalogue in (("features", found.features), ("neurons", found.neurons)):
+        write_table(_folder(trained) / f"{name}.parquet", catalogue)
+    return found
+
+
+def _evaluate(asked: EvaluateConfig, given: Collection[str]) -> None:
+    """The held-out scorecard."""
+    trained = open_trained(asked, given)
+    held_out = open_held_out(trained.config, distinct([trained.sites]), asked.tokens)
+    result = evaluate.evaluate(trained.sae, held_out, trained.sites)
+    _finish(trained, asked, result.scalars(), [evaluate.section(result)])
+
+
+def _lens(asked: LensConfig, given: Collection[str]) -> None:
+    """What features say to the output and read at the input."""
+    trained = open_trained(asked, given)
+    subject, _ = open_subject(trained)
+    chosen = asked.feature and subject.known(asked.feature)
+    result = lens.lens(subject, asked.top)
+    section = lens.section(result, vocabulary(subject.llm), chosen)
+    _finish(trained, asked, {}, [section])
+
+
+def _sweep(asked: SweepReportConfig, given: Collection[str]) -> None:
+    """The report of a multirun again."""
+    folder = Path(asked.run)
+    if others := sorted({*given} - {"run", "task"}):
+        raise UserError(
+            f"{others[0]} has no meaning for task=sweep, which reads what each run has measured: "
+            "leave it out"
+        )
+    if (folder / CONFIG_FILE).is_file():
+        above = shown(folder.absolute().parent)
+        raise UserError(
+            f"{asked.run} holds one run, no sweep: leave out task=sweep to look at it, or give "
+            f"the folder above it for the report of all runs there (run={above})"
+        )
+    write_report(folder, sweep_runs(folder))
+
+
+TASKS: dict[str, Callable[[Any, Collection[str]], None]] = {
+    "features": _features,
+    "evaluate": _evaluate,
+    "lens": _lens,
+    "sweep": _sweep,
+}
+
+
+def _folder(trained: Trained) -> Path:
+    return trained.folder / "analysis"
+
+
+def _finish(
+    trained: Trained, asked: AnalyzeConfig, scalars: dict[str, Any], sections: Sequence[Section]
+) -> None:
+    """Print and publish a task's sections."""
+    for section in sections:
+        say(section)
+    _publish(trained, asked, scalars, sections)
+
+
+def _publish(
+    trained: Trained,
+    asked: AnalyzeConfig,
+    scalars: dict[str, Any],
+    sections: Sequence[Section],
+    catalogues: Sequence[Catalogue] = (),
+) -> None:
+    """Write a task's numbers and its page, and say where they are."""
+    name = f"{asked.task}.html" if asked.task != "overview" else "index.html"
+    target = _folder(trained) / name
+    numbers = target.with_name(f"{asked.task}.json")
+    write_json(numbers, scalars)
+    text = page(trained.folder.name, trained.facts(), sections, catalogues, _commands(trained))
+    with atomically(target) as temporary:
+        temporary.write_text(text, encoding="utf8")
+    console.print(f"\n  open in a browser: {shown(target)}\n  the same numbers: {shown(numbers)}\n")
+
+
+def _commands(trained: Trained) -> list[str]:
+    """What to ask next."""
+    run = shown(trained.folder)
+    return [
+        command("analyze.py", run=run),
+        command("analyze.py", run=run, task="steer", feature=0, strength=8),
+    ]

@@ -1,0 +1,126 @@
+"""What is counted and kept of a text is what a look at all of it at once would find."""
+
+import pytest
+import torch
+from batches import batches, sparse
+
+from sae_lightning.analysis import strengths
+from sae_lightning.analysis.catalogue import AFTER, BEFORE, EDGES, WINDOW
+from sae_lightning.analysis.examples import Counting, Gathering
+from sae_lightning.analysis.settings import Positive
+
+UNITS, CONTEXT = 7, 40
+
+
+def gathered(features: torch.Tensor, n: int, seed: int | None = None, size: int = 3):
+    reducer = Gathering(features.shape[2], n, strengths.features, seed)
+    for batch in batches(features, size=size):
+        reducer.add(batch)
+    return reducer.result()
+
+
+def test_counts_are_those_of_the_whole_text():
+    features = sparse(11, CONTEXT, UNITS)
+    reducer = Counting(UNITS, strengths.features)
+    for batch in batches(features):
+        reducer.add(batch)
+    found, read = reducer.result(), features[:, 1:].flatten(0, 1)
+    assert found.tokens == 11 * (CONTEXT - 1)
+    assert found.fired.tolist() == (read > 0).sum(dim=0).tolist()
+    torch.testing.assert_close(found.density, (read > 0).float().mean(dim=0))
+    torch.testing.assert_close(found.mean, read.sum(dim=0) / (read > 0).sum(dim=0))
+    torch.testing.assert_close(found.maximum, read.amax(dim=0))
+    for unit in range(UNITS):
+        active = read[:, unit][read[:, unit] > 0]
+        assert (
+            found.histogram[unit].tolist()
+            == torch.histogram(active.clamp(min=EDGES[0]), EDGES).hist.tolist()
+        )
+
+
+def test_strengths_beyond_the_histogram_are_in_its_last_bins():
+    features = torch.zeros(1, 3, 1)
+    features[0, 1:, 0] = torch.tensor([1e-9, 1e9])
+    reducer = Counting(1, strengths.features)
+    for batch in batches(features):
+        reducer.add(batch)
+    histogram = reducer.result().histogram[0]
+    assert (histogram[0], histogram[-1], histogram.sum()) == (1, 1, 2)
+
+
+def test_a_unit_that_never_fires_has_a_mean_of_0_and_no_examples():
+    features = sparse(4, CONTEXT, 2)
+    features[..., 1] = 0
+    reducer = Counting(2, strengths.features)
+    for batch in batches(features):
+        reducer.add(batch)
+    assert reducer.result().mean[1] == 0
+    found = gathered(features, 3)
+    assert found.strength[1].tolist() == [0, 0, 0]
+    assert (found.tokens[1] == -1).all()
+
+
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_the_strongest_examples_are_those_of_the_whole_text_one_a_sequence(size):
+    features = sparse(20, CONTEXT, UNITS, share=0.05)
+    found = gathered(features, 4, size=size)
+    read = features.clone()
+    read[:, 0] = 0
+    best, place = read.max(dim=1)  # [sequences, units]
+    for unit in range(UNITS):
+        strongest = best[:, unit].sort(descending=True)
+        assert found.strength[unit].tolist() == strongest.values[:4].tolist()
+        for i in range(4):
+            if strongest.values[i] == 0:
+                continue
+            sequence = int(strongest.indices[i])
+            assert found.sequence[unit, i] == sequence
+            assert found.tokens[unit, i, BEFORE] == sequence * CONTEXT + place[sequence, unit]
+
+
+def test_a_window_shows_the_text_around_its_peak_and_ends_with_the_sequence():
+    features = torch.zeros(1, CONTEXT, 1)
+    features[0, [3, 5], 0] = torch.tensor([1.0, 2.0])  # the peak is token 5
+    found = gathered(features, 1)
+    tokens = found.tokens[0, 0].tolist()
+    outside = BEFORE - 5
+    assert tokens == [-1] * outside + list(range(5 + AFTER + 1))
+    strengths_there = found.strengths[0, 0].tolist()
+    assert strengths_there[BEFORE] == 2
+    assert strengths_there[BEFORE - 2] == 1
+    assert sum(strengths_there) == 3
+    assert len(tokens) == WINDOW
+
+
+def test_random_examples_are_active_and_each_as_likely_as_the_others():
+    features = torch.zeros(30, 5, 1)
+    features[:, 2, 0] = torch.arange(1.0, 31.0)  # one active token a sequence
+    chosen = torch.zeros(30)
+    for seed in range(400):
+        found = gathered(features, 3, seed=seed, size=7)
+        assert len(found.sequence[0].unique()) == 3
+        assert found.strength[0].tolist() == (found.sequence[0] + 1.0).tolist()
+        chosen[found.sequence[0]] += 1
+    # 1,200 draws over 30 places: 40 each, with a standard deviation of 6
+    assert chosen.min() > 40 - 4 * 6
+    assert chosen.max() < 40 + 4 * 6
+
+
+def test_examples_of_a_seed_are_the_same_again():
+    features = sparse(20, CONTEXT, UNITS)
+    first, second = gathered(features, 3, seed=5), gathered(features, 3, seed=5)
+    assert torch.equal(first.tokens, second.tokens)
+    assert not torch.equal(first.tokens, gathered(features, 3, seed=6).tokens)
+
+
+def test_neurons_are_made_positive_and_silent_where_no_sae_looks():
+    (batch,) = batches(sparse(1, 4, 1), size=1)
+    x = torch.tensor([[[9.0, 9.0], [-2.0, 1.0], [3.0, -1.0], [0.0, 0.5]]])
+    batch = batch._replace(x=x)
+    absolute = strengths.Neurons(Positive.abs)(batch)[0].tolist()
+    assert absolute == [[0, 0], [2, 1], [3, 1], [0, 0.5]]
+    assert strengths.Neurons(Positive.relu)(batch)[0].tolist() == [[0, 0], [0, 1], [3, 0], [0, 0.5]]
+    shift = strengths.Neurons(Positive.shift)  # less -2 and -1, the least values
+    assert shift(batch)[0].tolist() == [[0, 0], [0, 2], [5, 0], [2, 1.5]]
+    lower = batch._replace(x=x - 10)  # later values below the least are 0
+    assert shift(lower)[0].tolist() == [[0, 0], [0, 0], [0, 0], [0, 0]]

@@ -1,0 +1,91 @@
+"""A feature's token set is found, and scored on text that it was not chosen on."""
+
+import numpy as np
+import pytest
+import torch
+from batches import batches
+
+from sae_lightning.analysis.reading import _correlation, reading
+from sae_lightning.analysis.sample import Sampling
+
+WORDS, SEQUENCES, CONTEXT = 50, 60, 41
+
+
+def text(seed: int = 0) -> torch.Tensor:
+    return torch.randint(
+        2, WORDS, (SEQUENCES, CONTEXT), generator=torch.Generator().manual_seed(seed)
+    )
+
+
+def read(tokens: torch.Tensor, *fires: torch.Tensor):
+    reducer = Sampling(len(fires), 0)
+    for batch in batches(torch.stack(fires, dim=2).float(), tokens):
+        reducer.add(batch)
+    return reading(reducer.result(), WORDS)
+
+
+def listed(tokens: torch.Tensor) -> list[int]:
+    return sorted(t for t in tokens.tolist() if t >= 0)
+
+
+def test_a_feature_of_tokens_is_predicted_by_them():
+    tokens = text()
+    found = read(tokens, (tokens == 7) | (tokens == 9))
+    assert found.score[0] == pytest.approx(1)
+    assert listed(found.tokens[0]) == [7, 9]
+    assert not found.previous[0]
+
+
+def test_a_feature_of_the_token_before_is_told_from_one_of_the_token_itself():
+    tokens = text()
+    fires = torch.zeros_like(tokens, dtype=torch.bool)
+    fires[:, 1:] = tokens[:, :-1] == 7
+    found = read(tokens, fires)
+    assert found.score[0] == pytest.approx(1)
+    assert listed(found.tokens[0]) == [7]
+    assert found.previous[0]
+
+
+def test_a_feature_that_no_token_predicts_scores_about_0_though_it_fits_what_was_seen():
+    """2,400 tokens, a tenth of them active: chance correlates by about 1 / sqrt(2,400) = 0.02."""
+    tokens = text()
+    random = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(1)) < 0.1
+    found = read(tokens, random)
+    assert abs(found.score[0]) < 0.08
+
+
+def test_a_dense_feature_is_not_taken_for_a_predictable_one():
+    """All tokens predict it in nine cases of ten, and yet say nothing."""
+    tokens = text()
+    dense = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(1)) < 0.9
+    assert abs(read(tokens, dense).score[0]) < 0.08
+
+
+def test_a_set_that_holds_in_one_half_only_scores_badly():
+    """In even sequences it fires on 7, in odd ones on 9: each half's set is wrong for the other."""
+    tokens = text()
+    even = (torch.arange(SEQUENCES) % 2 == 0)[:, None]
+    found = read(tokens, torch.where(even, tokens == 7, tokens == 9))
+    assert found.score[0] < 0.05
+
+
+def test_of_a_feature_that_hardly_fires_nothing_is_said():
+    tokens = torch.full((SEQUENCES, CONTEXT), 3)
+    tokens[:9, 5] = 7
+    found = read(tokens, tokens == 7, tokens == 8)
+    assert found.score.isnan().all()
+    assert (found.tokens == -1).all()
+    tokens[9, 5] = 7
+    assert read(tokens, tokens == 7).score[0] == pytest.approx(1)
+
+
+def test_the_correlation_of_a_worked_table():
+    """8 tokens; the set holds 4, the feature fires on 4, both on 3: (3*8 - 4*4) / (4*4) = 0.5."""
+    assert _correlation(np.array([3]), np.array([4]), np.array([4]), np.array(8)) == [0.5]
+    # a set of nothing or of everything says nothing
+    assert _correlation(
+        np.array([0, 4]), np.array([0, 8]), np.array([4, 4]), np.array(8)
+    ).tolist() == [
+        0,
+        0,
+    ]

@@ -1,0 +1,51 @@
+"""Which features are like which."""
+
+import pytest
+import torch
+from batches import batches, sparse
+
+from sae_lightning.analysis import related
+from sae_lightning.analysis.related import neighbours, partners
+from sae_lightning.analysis.sample import Sampling
+
+
+@pytest.fixture(params=[2, 512])
+def slices(request, monkeypatch):
+    monkeypatch.setattr(related, "ROWS", request.param)
+
+
+def test_neighbours_are_the_rows_of_the_largest_cosine(slices):
+    rows = torch.tensor([[1.0, 0.0], [3.0, 3.0], [0.0, 2.0], [-1.0, 0.0]])
+    found = neighbours(rows, k=2)
+    half = 0.5**0.5
+    assert found.units.tolist()[0][0] == 1
+    assert found.likeness[0].tolist() == pytest.approx([half, 0])
+    assert sorted(found.units[1].tolist()) == [0, 2]
+    assert found.likeness[1].tolist() == pytest.approx([half, half])
+    assert found.likeness[3].tolist() == pytest.approx([0, -half], abs=1e-6)
+
+
+def sample(features: torch.Tensor):
+    reducer = Sampling(features.shape[2], 0)
+    for batch in batches(features):
+        reducer.add(batch)
+    return reducer.result()
+
+
+def test_partners_fire_on_the_same_tokens(slices):
+    """Tokens 1..6: feature 0 on 1 2 3 4, feature 1 on 3 4 5, feature 2 on 6, feature 3 never."""
+    features = torch.zeros(1, 7, 4)
+    for feature, places in enumerate(([1, 2, 3, 4], [3, 4, 5], [6], [])):
+        features[0, places, feature] = 1
+    found = partners(sample(features), k=2)
+    assert found.units.tolist() == [[1, -1], [0, -1], [-1, -1], [-1, -1]]
+    assert found.likeness[0].tolist() == pytest.approx([2 / 5, 0])  # 2 of 5 tokens are shared
+
+
+def test_partners_of_a_dense_sae_are_told_from_fewer_tokens(monkeypatch):
+    features = sparse(8, 20, 6, share=0.8)
+    all_of_them = partners(sample(features))
+    monkeypatch.setattr(related, "PAIRS", 400)
+    some = partners(sample(features))
+    assert not torch.equal(all_of_them.likeness, some.likeness)
+    assert ((some.likeness >= 0) & (some.likeness <= 1)).all()

@@ -1,0 +1,50 @@
+"""A part of the text of bounded size, exact in what it holds."""
+
+import pytest
+import torch
+from batches import batches, sparse
+
+from sae_lightning.analysis.sample import Sampling
+
+UNITS, CONTEXT = 5, 8
+
+
+def sampled(features: torch.Tensor, seed: int = 0, **room: int):
+    reducer = Sampling(features.shape[2], seed, **room)
+    for batch in batches(features):
+        reducer.add(batch)
+    return reducer.result()
+
+
+def test_a_text_that_fits_is_kept_as_it_is():
+    features = sparse(10, CONTEXT, UNITS)
+    sample = sampled(features)
+    assert sample.ids.tolist() == list(range(10))
+    assert sample.tokens.flatten().tolist() == list(range(10 * CONTEXT))
+    assert not sample.keep[:, 0].any()
+    features[:, 0] = 0
+    for feature in range(UNITS):
+        assert torch.equal(sample.fired(feature), features[..., feature])
+        mine = sample.places[sample.owners() == feature]
+        assert torch.equal(mine, features[..., feature].flatten().nonzero().squeeze(1))
+
+
+@pytest.mark.parametrize("room", [{"tokens": 4 * CONTEXT}, {"entries": 45}])
+def test_a_longer_text_leaves_whole_sequences_and_no_more_than_there_is_room_for(room):
+    features = sparse(40, CONTEXT, UNITS)
+    sample = sampled(features, **room)
+    assert 1 <= len(sample.ids) < 40
+    size = {"tokens": sample.tokens.numel(), "entries": len(sample.places)}
+    assert all(size[name] <= most for name, most in room.items())
+    features[:, 0] = 0
+    for feature in range(UNITS):
+        assert torch.equal(sample.fired(feature), features[sample.ids][..., feature])
+
+
+def test_every_sequence_is_as_likely_to_be_kept():
+    features, kept = sparse(20, CONTEXT, UNITS), torch.zeros(20)
+    for seed in range(300):
+        kept[sampled(features, seed, tokens=5 * CONTEXT).ids] += 1
+    # 5 of 20, 300 times: 75 each, with a standard deviation of 7.5
+    assert kept.sum() == 1500
+    assert (kept - 75).abs().max() < 4 * 7.5

@@ -1,0 +1,82 @@
+"""A feature planted in a tiny LLM is found again by every way of looking at it."""
+
+import pyarrow.parquet
+import pytest
+from planted import FEATURE, FEATURES, READS, save_planted, token
+from tiny_run import write_text
+
+from sae_lightning.analysis.catalogue import BEFORE
+from sae_lightning.analysis.settings import TASKS
+from sae_lightning.analysis.survey import best_read, survey
+from sae_lightning.analysis.table import write_table
+from sae_lightning.llm.load import Dtype, LLMConfig
+from sae_lightning.llm.sites import LayerConfig
+from sae_lightning.stream.text import LocalConfig
+from sae_lightning.trained import open_subject, open_trained
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory):
+    """The planted SAE at its place, its text, and the folder of all that."""
+    folder = tmp_path_factory.mktemp("planted")
+    llm, sae = save_planted(folder)
+    (folder / "text").mkdir()
+    asked = TASKS["features"](
+        run=str(sae),
+        task="features",
+        llm=LLMConfig(name=str(llm), dtype=Dtype.float32, device="cpu"),
+        data=LocalConfig(path=str(write_text(folder / "text")), context=16, held_out=0.34),
+        layer=LayerConfig(index=0),
+    )
+    return *open_subject(open_trained(asked, ["llm", "data"])), folder
+
+
+@pytest.fixture(scope="module")
+def found(opened):
+    subject, text, _ = opened
+    return survey(subject, text.train, tokens=1500)
+
+
+def test_its_examples_are_all_of_the_words_that_it_reads(found):
+    peaks = found.features.top.tokens[FEATURE, :, BEFORE].tolist()
+    assert len(peaks) == 12
+    assert set(peaks) == {token(word) for word in READS}
+
+
+def test_its_token_set_is_these_words_and_predicts_perfectly(found):
+    reading = found.features.reading
+    assert reading.score[FEATURE] == pytest.approx(1)
+    assert {t for t in reading.tokens[FEATURE].tolist() if t >= 0} == {token(w) for w in READS}
+    assert not reading.previous[FEATURE]
+    assert FEATURE in best_read(found.features, FEATURES)
+
+
+def test_the_parquet_file_says_what_the_catalogue_says(found, tmp_path):
+    for catalogue in (found.features, found.neurons):
+        write_table(tmp_path / "units.parquet", catalogue)
+        rows = pyarrow.parquet.read_table(tmp_path / "units.parquet").to_pylist()
+        assert len(rows) == catalogue.units
+        assert [row[catalogue.kind] for row in rows] == list(range(len(rows)))
+        assert [row["fired"] for row in rows] == catalogue.statistics.fired.tolist()
+        for unit in (0, FEATURE):
+            for i, example in enumerate(rows[unit]["examples"]):
+                shown = catalogue.top.tokens[unit, i]
+                inside = shown >= 0
+                assert example["strength"] == catalogue.top.strength[unit, i]
+                assert example["tokens"] == [catalogue.vocabulary[t] for t in shown[inside]]
+                expected = catalogue.top.strengths[unit, i][inside].tolist()
+                assert example["strengths"] == expected
+    row = pyarrow.parquet.read_table(tmp_path / "units.parquet").to_pylist()[0]
+    assert "score" not in row  # of neurons, which always fire
+
+
+def test_a_row_of_the_planted_feature(found, tmp_path):
+    write_table(tmp_path / "features.parquet", found.features)
+    row = pyarrow.parquet.read_table(tmp_path / "features.parquet").to_pylist()[FEATURE]
+    assert sorted(row["tokens"]) == sorted(READS)
+    assert row["score"] == pytest.approx(1)
+    assert row["maximum"] == pytest.approx(2)  # an embedding of 3, less a bias of 1
+    assert {e["tokens"][e["strengths"].index(max(e["strengths"]))] for e in row["examples"]} == {
+        *READS
+    }
+    assert row["density"] == pytest.approx(row["fired"] / found.features.statistics.tokens)
