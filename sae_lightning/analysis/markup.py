@@ -6,14 +6,6 @@ from typing import Any
 TEMPLATES = Path(__file__).parent / "templates"
 BUTTONS = ["toImage", "zoom2d", "pan2d", "resetScale2d"]  # no others: one of them uploads
 CONFIG = {"displaylogo": False, "responsive": True, "modeBarButtons": [BUTTONS]}
-# What a figure is drawn with unless it says otherwise; the page's style colours its texts.
-LAYOUT = {
-    "autosize": True,
-    "margin": {"l": 62, "r": 24, "t": 24, "b": 48},
-    "paper_bgcolor": "rgba(0,0,0,0)",
-    "plot_bgcolor": "rgba(0,0,0,0)",
-    "font": {"family": "system-ui, sans-serif", "size": 13},
-}
 
 
 def rendered(template: str, *, figures: bool, **values: object) -> str:
@@ -47,8 +39,7 @@ def data(value: Any) -> str:
 
 def figure(given: dict[str, Any]) -> dict[str, Any]:
     """A plotly figure as templates/plots.js draws it."""
-    layout = LAYOUT | given.get("layout", {})
-    return {"data": given["data"], "layout": layout, "config": CONFIG}
+    return given | {"config": CONFIG}
 
 
 def _plotly() -> str:

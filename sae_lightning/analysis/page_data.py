@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from sae_lightning.analysis.catalogue import BEFORE, EDGES, WINDOW, Catalogue, Examples
+from sae_lightning.analysis.section import visible
 
 CHUNK = 128  # units of a block of details; about 200 kB when unpacked
 LEVELS = 255  # of a strength; the unit's maximum is the highest
 HUNDREDTHS = 100  # of a likeness
-PREVIEW = slice(BEFORE - 6, BEFORE + 5)  # of the strongest example, in the list
+PREVIEW = slice(BEFORE - 3, BEFORE + 8)  # of the strongest example, in the list
 
 
 class Field(NamedTuple):
@@ -49,7 +50,7 @@ class Numbering(NamedTuple):
     """Tokens that occur on the page, by their place in the page's own vocabulary."""
 
     words: list[str]
-    """As they read; the first is that of no token."""
+    """As they are shown; the first is that of no token."""
     numbers: Tensor
     """[vocabulary + 1] token id -> place in `words`; -1, which is no token, -> 0."""
 
@@ -63,7 +64,7 @@ def page_data(catalogues: Sequence[Catalogue]) -> PageData:
     numbering = _numbering(catalogues)
     blocks, kinds = {}, []
     for catalogue in catalogues:
-        kind, units = catalogue.kind, len(catalogue)
+        kind, units = catalogue.kind, catalogue.units
         listed, detailed = _listed(catalogue, numbering), _detailed(catalogue, numbering)
         blocks[kind] = _packed(listed, 0, units)
         for first in range(0, units, CHUNK):
@@ -98,7 +99,7 @@ def _numbering(catalogues: Sequence[Catalogue]) -> Numbering:
     used = counts.argsort(descending=True, stable=True)[: int((counts > 0).sum())]
     numbers = torch.zeros(len(vocabulary) + 1, dtype=torch.int64)
     numbers[used] = torch.arange(1, len(used) + 1)
-    return Numbering(["", *(vocabulary[token] for token in used.tolist())], numbers)
+    return Numbering(["", *(visible(vocabulary[token]) for token in used.tolist())], numbers)
 
 
 def _listed(catalogue: Catalogue, numbering: Numbering) -> dict[str, Field]:

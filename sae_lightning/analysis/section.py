@@ -2,10 +2,13 @@
 
 from typing import Any, NamedTuple
 
+# What would move the cursor or cannot be seen, as a symbol that is written instead.
+SYMBOLS = {code: chr(0x2400 + code) for code in range(32)} | {ord("\n"): "↵", ord("\t"): "⇥"}
+
 
 def visible(token: str) -> str:
-    """The token on one line: line breaks and tabs as symbols."""
-    return token.replace("\n", "↵").replace("\r", "␍").replace("\t", "⇥")
+    """The token on one line: line breaks, tabs and other control characters as symbols."""
+    return token.translate(SYMBOLS)
 
 
 class Coloured(NamedTuple):

@@ -8,7 +8,7 @@ const finder = find(".finder"), list = find(".list"), rows = find(".rows"), view
 const [search, key, live] = [find("[type=search]"), find("select"), find(".live input")];
 const ROW = 54; // pixels of a row, as in browser.css
 const ORDERS = { // name -> the number of a unit, none if its kind has no such number
-  score: listed => listed.score?.values,
+  "token score": listed => listed.score?.values,
   density: listed => listed.fired.values,
   "maximum strength": listed => listed.maximum.values,
   "mean strength": listed => listed.mean.values,
@@ -16,7 +16,7 @@ const ORDERS = { // name -> the number of a unit, none if its kind has no such n
   id: listed => listed.fired.values.map((_, unit) => unit),
 };
 const kinds = new Map(index.kinds.map(kind => [kind.kind, { ...kind, blocks: new Map() }]));
-let kind, unit = null, order = [], down = true, asked = 0;
+let kind, unit = null, order = [], wanted = "token score", down = true, asked = 0;
 
 // ---- data ----
 
@@ -60,46 +60,45 @@ function make(tag, { tip, ...properties } = {}, ...children) {
   element.append(...children);
   return element;
 }
-const visible = word => word.replaceAll("\n", "↵").replaceAll("\r", "␍").replaceAll("\t", "⇥");
-const shown = words.map(visible);
-const chip = number => make("span", { className: "chip" }, shown[number]);
+const chip = number => make("span", { className: "chip" }, words[number]);
 const chips = (numbers, most = 99) =>
   [...new Set(numbers)].filter(Boolean).slice(0, most).map(chip);
 const link = (kind, unit) => `#${kind.kind}-${unit}`;
 const digits = value => Number(value.toPrecision(3)).toLocaleString("en", { maximumSignificantDigits: 3 });
-const percent = share => share === 0 ? "never" : share < 1e-5 ? "<0.001 %" : `${digits(100 * share)} %`;
+const percent = share => share < 1e-5 && share > 0 ? "<0.001 %" : `${digits(Number((100 * share).toPrecision(2)))} %`;
 const capital = word => word[0].toUpperCase() + word.slice(1);
 
 // ---- the list ----
 
-// Which units match what is typed: an id, part of a token, or a whole "token".
+// Which units have what is typed as part of a token, or as a whole "token".
 function matcher(listed) {
   const typed = search.value.trimEnd().toLowerCase();
   if (!typed) return () => true;
-  const id = /^#?(\d+)$/.exec(typed)?.[1];
-  if (typed[0] === "#" && id) return unit => unit === Number(id);
+  if (/^#\d+$/.test(typed)) return () => false;
   const whole = /^"(.+)"$/.exec(typed)?.[1];
-  const hit = shown.map(word => whole ? word.trim().toLowerCase() === whole.trim()
+  const hit = words.map(word => whole ? word.trim().toLowerCase() === whole.trim()
                                       : word.toLowerCase().includes(typed));
   const fields = [listed.reading, listed.promoted, listed.peaks].filter(Boolean);
-  return unit => unit === Number(id ?? NaN) || fields.some(field => field.of(unit).some(n => hit[n]));
+  return unit => fields.some(field => field.of(unit).some(n => hit[n]));
 }
 
 async function refill() {
   const mine = ++asked, listed = await listedOf(kind);
   if (mine !== asked) return;
-  const values = (ORDERS[key.value](listed) ?? ORDERS.id(listed));
+  const values = ORDERS[key.value](listed);
   const matches = matcher(listed), fired = listed.fired.values, sign = down ? -1 : 1;
+  const id = Number(/^#?(\d+)$/.exec(search.value.trim())?.[1] ?? NaN);
   order = [];
   for (let unit = 0; unit < kind.units; unit++) {
-    if ((fired[unit] || !live.checked) && matches(unit)) order.push(unit);
+    if (unit === id || (fired[unit] || !live.checked) && matches(unit)) order.push(unit);
   }
-  // an exact id comes first; units without a number stay last in both directions
-  const id = Number(/^#?(\d+)$/.exec(search.value.trim())?.[1] ?? NaN);
+  // the unit asked for comes first; those without a number stay last in both directions
   order.sort((a, b) => (b === id) - (a === id) || Number.isNaN(values[a]) - Number.isNaN(values[b])
     || sign * (values[a] - values[b]) || a - b);
   const some = order.length === kind.units ? "all" : order.length.toLocaleString("en") + " of";
-  find(".count").textContent = `${some} ${kind.units.toLocaleString("en")} ${kind.kind}s`;
+  find(".count").replaceChildren(
+    make("span", {}, `${some} ${kind.units.toLocaleString("en")} ${kind.kind}s`),
+    make("span", {}, `${listed.score ? "token score, " : ""}density · maximum`));
   find(".direction").textContent = down ? "↓" : "↑";
   rows.style.height = `${order.length * ROW}px`;
   list.scrollTop = 0;
@@ -117,9 +116,9 @@ function row(listed, id, place) {
   const preview = [...listed.preview.of(id)];
   const peak = index.before - index.preview;
   const text = make("span", { className: "line" },
-    preview.slice(0, peak).map(n => shown[n]).join(""),
-    make("b", {}, shown[preview[peak]]),
-    preview.slice(peak + 1).map(n => shown[n]).join(""));
+    preview.slice(0, peak).map(n => words[n]).join(""),
+    make("b", {}, words[preview[peak]]),
+    preview.slice(peak + 1).map(n => words[n]).join(""));
   const main = listed.reading?.of(id)[0] ? listed.reading : listed.peaks;
   const fired = listed.fired.values[id];
   const element = make("a", { className: "row", href: link(kind, id), tabIndex: -1 },
@@ -175,7 +174,7 @@ function heading(listed, id) {
   const tokens = listed.reading ? chips(listed.reading.of(id)) : [];
   if (tokens.length) {
     const where = listed.previous.values[id] ? "best predicted by the token before" : "best predicted by the token";
-    add(where, ...tokens, Number.isNaN(score) ? "" : ` F1 ${score.toFixed(2)}`);
+    add(where, ...tokens, Number.isNaN(score) ? "" : ` score ${score.toFixed(2)}`);
   }
   const walks = [["‹", -1, "previous (k)"], ["›", 1, "next (j)"]].map(([sign, step, title]) =>
     make("button", { title, onclick: () => walk(step) }, sign));
@@ -192,7 +191,7 @@ function examples(listed, id, { tokens, strengths }) {
     const parts = [[0, before], [before, before + 1], [before + 1, width]].map(([from, to]) => {
       const part = make("span", { className: from === before ? "peak" : "" });
       for (let i = at + from; i < at + to; i++) {
-        const word = shown[tokens[i]];
+        const word = words[tokens[i]];
         if (!strengths[i]) { part.append(word); continue; }
         const token = make("span", { className: "t", tip: `${word}  ${digits(strengths[i] * unit)}` }, word);
         token.style.setProperty("--s", (strengths[i] / levels).toFixed(2));
@@ -274,10 +273,10 @@ function walk(step) {
 
 async function choose(name) {
   kind = kinds.get(name);
-  const listed = await listedOf(kind), chosen = key.value;
+  const listed = await listedOf(kind);
   const names = Object.keys(ORDERS).filter(name => ORDERS[name](listed));
   key.replaceChildren(...names.map(name => make("option", {}, name)));
-  key.value = names.includes(chosen) ? chosen : names[0];
+  key.value = names.includes(wanted) ? wanted : names[0];
   find(".kinds").replaceChildren(...kinds.size < 2 ? [] : [...kinds.values()].map(other => {
     const label = `${capital(other.kind)}s ${other.units.toLocaleString("en")}`;
     const button = make("a", { className: "kind", href: `#${other.kind}s` }, label);
@@ -312,7 +311,7 @@ async function changed() {
 
 search.addEventListener("input", changed);
 live.addEventListener("change", changed);
-key.addEventListener("change", () => { down = key.value !== "id"; changed(); });
+key.addEventListener("change", () => { wanted = key.value; down = wanted !== "id"; changed(); });
 find(".direction").addEventListener("click", () => { down = !down; changed(); });
 list.addEventListener("scroll", redraw, { passive: true });
 addEventListener("resize", redraw);
