@@ -10,8 +10,9 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from pathlib import Path
+from threading import Event
 from typing import NamedTuple, Protocol
 
 import platformdirs
@@ -112,22 +113,35 @@ class Answers:
     ) -> dict[Question, Reply]:
         """Replies of the model, written down one by one; those in flight too if one fails."""
         found: dict[Question, Reply] = {}
+        halted = Event()
+
+        def answer(question: Question) -> Reply | None:
+            if halted.is_set():
+                return None
+            try:
+                return self.model.answer(question)
+            except BaseException:
+                halted.set()  # here, so that this thread does not take up the next one
+                raise
+
         with ThreadPoolExecutor(self.model.concurrency) as pool:
-            futures = {pool.submit(self.model.answer, question): question for question in questions}
+            futures = {pool.submit(answer, question): question for question in questions}
 
             def take(future: Future) -> None:
-                question = futures.pop(future)
-                found[question] = future.result()
-                self._keep(question, found[question])
-                advance(1)
+                question, given = futures[future], future.result()
+                if given is not None and question not in found:
+                    found[question] = given
+                    self._keep(question, given)
+                    advance(1)
 
             try:
-                for future in as_completed(list(futures)):
+                for future in as_completed(futures):
                     take(future)
             except BaseException as error:
-                pool.shutdown(cancel_futures=True)
-                for future in list(futures):
-                    if not future.cancelled() and future.exception() is None:
+                halted.set()
+                wait(futures)  # what is in flight may be paid for already
+                for future in futures:
+                    if future.exception() is None:
                         take(future)
                 if isinstance(error, UserError) and found:
                     raise UserError(

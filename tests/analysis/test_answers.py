@@ -1,0 +1,244 @@
+"""Questions are answered once, whatever the server does, and the key stays where it is."""
+
+import sys
+import threading
+
+import pytest
+import torch
+from chat_server import ChatServer
+
+from sae_lightning.analysis.answers import Answers, Local, Question
+from sae_lightning.analysis.endpoint import Endpoint
+from sae_lightning.analysis.explain import open_model
+from sae_lightning.errors import UserError
+from sae_lightning.llm.chat import Reply
+
+QUESTIONS = [Question(f"what is {i}?", 5) for i in range(6)]
+ECHOES = [question.text.upper() for question in QUESTIONS]
+KEY = "sk-very-secret-123"
+
+
+@pytest.fixture
+def server():
+    with ChatServer(str.upper) as running:
+        yield running
+
+
+def answers(server: ChatServer, folder, model: str = "small", **options) -> Answers:
+    return Answers(Endpoint(server.url, model, **options), folder)
+
+
+def test_a_second_run_asks_nothing(server, tmp_path):
+    first = answers(server, tmp_path)
+    assert first.ask(QUESTIONS + QUESTIONS[:2]) == ECHOES + ECHOES[:2]
+    assert len(server.requests) == 6, "the same question twice is asked once"
+    assert first.spent == (6, 600, 42)
+    second = answers(server, tmp_path)
+    done = []
+    assert second.ask(QUESTIONS, done.append) == ECHOES
+    assert (len(server.requests), second.spent.requests, sum(done)) == (6, 0, 6)
+
+
+def test_what_changes_the_answer_is_asked_again(server, tmp_path):
+    server.models = ("small", "other")
+    question = QUESTIONS[0]
+    answers(server, tmp_path).ask([question])
+    answers(server, tmp_path).ask([question._replace(tokens=6)])
+    answers(server, tmp_path, model="other").ask([question])
+    assert [(r["model"], r["max_tokens"]) for r in server.requests] == [
+        ("small", 5),
+        ("small", 6),
+        ("other", 5),
+    ]
+    assert all(request["temperature"] == 0 for request in server.requests)
+
+
+def test_a_broken_file_in_the_cache_is_no_answer(server, tmp_path):
+    answers(server, tmp_path).ask(QUESTIONS[:1])
+    (file,) = tmp_path.iterdir()
+    for broken in ("", "{}", "[1", '{"text": "YES"}'):
+        file.write_text(broken)
+        assert answers(server, tmp_path).ask(QUESTIONS[:1]) == ECHOES[:1]
+    assert len(server.requests) == 5
+
+
+def test_failures_that_pass_are_waited_for(server, tmp_path):
+    server.failures = [(500, "out of order"), (429, "too many"), (503, "restarting")]
+    assert answers(server, tmp_path).ask(QUESTIONS[:1]) == ECHOES[:1]
+    assert len(server.requests) == 4
+
+
+def test_a_failure_that_stays_is_one_line_and_what_was_answered_is_kept(server, tmp_path):
+    patience = {"retries": 2, "concurrency": 1}
+
+    def breaks(question: str) -> str:
+        if question == QUESTIONS[2].text:
+            server.broken = 429, "quota used up"
+        return question.upper()
+
+    server.answer = breaks
+    message = r"rate limit or quota, in 3 tries \(.*quota used up.*; 3 of 6 answers are kept"
+    with pytest.raises(UserError, match=message) as caught:
+        answers(server, tmp_path, **patience).ask(QUESTIONS)
+    assert "\n" not in str(caught.value)
+    assert len(server.requests) == 3 + 3
+
+    server.broken, server.answer, server.requests = None, str.upper, []
+    assert answers(server, tmp_path, **patience).ask(QUESTIONS) == ECHOES
+    assert len(server.requests) == 3
+
+
+def test_answers_in_flight_are_kept_when_another_fails(tmp_path):
+    class Halting:
+        name, concurrency = "halting", 2
+        together = threading.Barrier(2, timeout=10)
+
+        def answer(self, question: Question, patient: bool = True) -> Reply:
+            self.together.wait()
+            if question is QUESTIONS[0]:
+                raise KeyboardInterrupt
+            return Reply(question.text, 1, 1)
+
+    asked = Answers(Halting(), tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        asked.ask(QUESTIONS[:2])
+    assert asked.known(QUESTIONS[1]).text == QUESTIONS[1].text
+
+
+def test_as_many_questions_as_allowed_are_asked_at_a_time(server, tmp_path):
+    together = threading.Barrier(3, timeout=10)
+
+    def waits(question: str) -> str:
+        together.wait()
+        return question.upper()
+
+    server.answer = waits
+    assert answers(server, tmp_path, concurrency=3).ask(QUESTIONS) == ECHOES
+
+
+def test_the_key_goes_to_the_server_and_nowhere_else(server, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("MY_KEY", KEY)
+    asked = answers(server, tmp_path, key_env="MY_KEY")
+    asked.ask(QUESTIONS)
+    assert set(server.keys) == {f"Bearer {KEY}"}
+    server.broken = 401, f"{KEY} is no good key"
+    with pytest.raises(UserError, match=r"refused the key in MY_KEY \(.*\*\*\* is no good") as e:
+        asked.ask([Question("more?", 5)])
+    assert e.value.__suppress_context__, "the client's error holds the headers"
+    written = "".join(file.read_text() + file.name for file in tmp_path.rglob("*.*"))
+    assert len(written) > 100
+    assert KEY not in written + str(e.value) + repr(asked.__dict__) + "".join(capfd.readouterr())
+
+
+def test_a_missing_key_is_named(server, tmp_path, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    server.broken = 401, "who are you?"
+    with pytest.raises(UserError, match="asks for a key; .* environment variable OPENAI_API_KEY"):
+        answers(server, tmp_path).check()
+
+
+def test_an_unknown_model_is_told_which_ones_there_are(server, tmp_path):
+    with pytest.raises(UserError, match=r"model=big: .* has no such model; it has small"):
+        answers(server, tmp_path, model="big").check()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dead_address_is_told_at_once(server, tmp_path):
+    server.__exit__()
+    with pytest.raises(UserError, match=r"endpoint=http.*/v1: cannot be reached in 2 tries") as e:
+        answers(server, tmp_path).check()
+    assert "\n" not in str(e.value)
+
+
+def test_a_page_that_is_no_api_is_told(server, tmp_path, monkeypatch):
+    monkeypatch.setattr("chat_server._completion", lambda text: {"hello": "there"})
+    with pytest.raises(UserError, match="does not answer as OpenAI's API does"):
+        answers(server, tmp_path).check()
+
+
+def test_a_server_that_answers_is_checked_once(server, tmp_path):
+    for _ in range(2):
+        answers(server, tmp_path).check()
+    assert len(server.requests) == 1
+
+
+def test_a_reasoning_model_gets_the_parameters_that_it_takes(server, tmp_path):
+    server.failures = [
+        (400, "'max_tokens' is not supported, use 'max_completion_tokens' instead"),
+        (400, "'temperature' does not support 0"),
+    ]
+    assert answers(server, tmp_path, concurrency=1).ask(QUESTIONS) == ECHOES
+    last = server.requests[-1]
+    assert last["max_completion_tokens"] == 5
+    assert not {"max_tokens", "temperature"} & last.keys()
+    assert len(server.requests) == 6 + 2
+
+
+def test_a_question_that_is_refused_is_not_asked_again(server, tmp_path):
+    server.broken = 400, "longer than the context of 512 tokens"
+    with pytest.raises(UserError, match="does not take the question .*context of 512"):
+        answers(server, tmp_path).ask(QUESTIONS[:1])
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("localhost:8000/v1", "endpoint=localhost:8000/v1: give a web address"),
+        ("ftp://host/v1", "give a web address"),
+        (f"http://me:{KEY}@host/v1", "holds a user name, a password"),
+        (f"http://host/v1?key={KEY}", "or a query"),
+        ("http://some.host/v1", "would get the key in OPENAI_API_KEY unencrypted; use https"),
+    ],
+)
+def test_an_address_that_cannot_be_meant_is_refused(monkeypatch, url, message):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with pytest.raises(UserError, match=message) as caught:
+        Endpoint(url, "small")
+    assert KEY not in str(caught.value)
+
+
+def test_the_key_may_travel_on_this_machine_encrypted_or_if_it_was_named(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("MY_KEY", KEY)
+    Endpoint("http://localhost:1/v1", "small")
+    Endpoint("http://127.0.0.1:1/v1", "small")
+    Endpoint("https://some.host/v1", "small")
+    Endpoint("http://some.host/v1", "small", "MY_KEY")
+    Endpoint("http://some.host/v1", "small", None)
+
+
+def test_without_the_client_the_remedy_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(UserError, match=r"pip install .*\[explain\]"):
+        Endpoint("http://localhost:1/v1", "small")
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(server, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="answers cannot be kept in .*XDG_CACHE_HOME"):
+        answers(server, tmp_path / "file")
+
+
+def test_a_model_on_this_machine_answers_and_is_known_by_its_weights(tiny, tmp_path):
+    llm = tiny("llama")
+    asked = Answers(Local(llm), tmp_path)
+    (text,) = asked.ask([Question("the dog", 4)])
+    assert asked.spent.tokens_out <= 4
+    assert Answers(Local(llm), tmp_path).known(Question("the dog", 4)).text == text
+    *_, last = llm.model.parameters()
+    with torch.no_grad():
+        last += 1
+        trained = Local(llm).name
+        last -= 1
+    assert trained != Local(llm).name
+
+
+def test_the_model_is_one_at_an_endpoint_or_a_local_one_or_none(tiny, tiny_folder):
+    llm = tiny("llama")
+    assert open_model(None, None) is None
+    assert open_model(None, llm.name, llm=llm).llm is llm, "not loaded twice"
+    assert open_model(None, tiny_folder("gpt2"), llm=llm).llm is not llm
+    assert open_model("http://localhost:1/v1", llm.name).url == "http://localhost:1/v1"
+    with pytest.raises(UserError, match="^model=/nowhere: no such folder"):
+        open_model(None, "/nowhere")

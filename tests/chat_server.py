@@ -1,0 +1,92 @@
+"""A small server that speaks OpenAI's chat completions, on this machine."""
+
+import json
+import re
+import threading
+from collections import Counter
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+class ChatServer:
+    """Answers each question with answer(question); notes what it was asked and by whom."""
+
+    def __init__(self, answer: Callable[[str], str], models: tuple[str, ...] = ("small",)):
+        self.answer, self.models = answer, models
+        self.failures: list[tuple[int, str]] = []  # status and message of the next replies
+        self.broken: tuple[int, str] | None = None  # of all replies
+        self.requests: list[dict] = []
+        self.keys: list[str] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._server.server_port}/v1"
+
+    def __enter__(self):
+        chat = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *args):
+                pass
+
+            def do_GET(self):
+                self._send(200, {"object": "list", "data": [_model(name) for name in chat.models]})
+
+            def do_POST(self):
+                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                chat.requests.append(request)
+                chat.keys.append(self.headers["Authorization"])
+                trouble = chat.failures.pop(0) if chat.failures else chat.broken
+                if request["model"] not in chat.models:
+                    trouble = 404, "unknown model"
+                if trouble:
+                    status, message = trouble
+                    self._send(status, {"error": {"message": message}})
+                else:
+                    self._send(200, _completion(chat.answer(request["messages"][0]["content"])))
+
+            def _send(self, status: int, content: dict):
+                body = json.dumps(content).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(body)))
+                self.send_header("Retry-After-Ms", "1")
+                self.end_headers()
+                self.wfile.write(body)
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+def _model(name: str) -> dict:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "me"}
+
+
+def _completion(text: str) -> dict:
+    message = {"role": "assistant", "content": text}
+    return {
+        "id": "1",
+        "object": "chat.completion",
+        "created": 0,
+        "model": "small",
+        "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
+        "usage": {"prompt_tokens": 100, "completion_tokens": 7, "total_tokens": 107},
+    }
+
+
+def oracle(question: str) -> str:
+    """A model that reads: it explains by the word that is marked most, and judges by that word."""
+    if "the word " not in question:
+        marked = re.findall(r"^\(\d+/10\).*?<<(\w+)>>", question, re.MULTILINE)
+        return f"Explanation: the word {Counter(marked).most_common(1)[0][0]}"
+    word = re.search(r"the word (\w+)", question)[1]
+    wanted = f"<<{word}>>" if "between << and >>" in question else word
+    texts = re.findall(r"^(\d+)\. (.*)$", question, re.MULTILINE)
+    return "\n".join(f"{n}: {'yes' if wanted in text.split() else 'no'}" for n, text in texts)
