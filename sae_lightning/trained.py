@@ -109,16 +109,16 @@ def open_subject(trained: Trained) -> tuple[Subject, Tokens]:
 def _of_run(run: Path, asked: AnalyzeConfig, given: Collection[str]) -> Config:
     """A run's settings with what was given instead."""
     config = read_job(run).config
-    for group in ("llm", "data", "layer"):
-        if group in given:
-            config = replace(config, **{group: getattr(asked, group)})
-        config = replace(config, **{group: _with(config, group, asked, given)})
+    groups = {name: _group(config, name, asked, given) for name in ("llm", "data", "layer")}
+    config = replace(config, **groups)
     return replace(config, seed=asked.seed) if "seed" in given else config
 
 
-def _with(config: Config, group: str, asked: AnalyzeConfig, given: Collection[str]) -> Any:
-    """One group of settings with those that were given one by one."""
+def _group(config: Config, group: str, asked: AnalyzeConfig, given: Collection[str]) -> Any:
+    """One group of settings: the given one, or the run's with those that were given singly."""
     mine, theirs = getattr(config, group), getattr(asked, group)
+    if group in given:
+        return theirs
     names = [name.partition(".")[2] for name in given if name.startswith(f"{group}.")]
     for name in names:
         if name not in {field.name for field in fields(mine)}:
