@@ -12,6 +12,7 @@ from sae_lightning.analysis.settings import TASKS
 from sae_lightning.errors import UserError
 from sae_lightning.llm.load import LLMConfig
 from sae_lightning.llm.sites import Kind, LayerConfig, Site
+from sae_lightning.objective import SweepConfig
 from sae_lightning.sae import SAEConfig
 from sae_lightning.stream.text import LocalConfig, PlaysConfig, SyntheticConfig
 from sae_lightning.trained import open_subject, open_trained
@@ -37,6 +38,12 @@ def run(planted, tmp_path):
     folders.begin(job)
     shutil.copytree(planted[1], job.folder / "sae")
     return job.folder
+
+
+def small_text(folder):
+    """Three documents."""
+    (folder / "text").mkdir()
+    return LocalConfig(path=str(write_text(folder / "text")))
 
 
 def asked(folder, **settings):
@@ -96,7 +103,7 @@ def test_an_sae_alone_says_where_it_was_trained(sae, planted):
     assert trained.sites == (Site(1, Kind.resid), Site(1, Kind.resid))
     # the text is the one that is asked for, cut as in training
     assert (trained.config.data.context, trained.config.data.keep_special) == (16, True)
-    subject, tokens = open_subject(open_trained(asked(sae, data=PlaysConfig())))
+    subject, tokens = open_subject(open_trained(asked(sae, data=small_text(sae.parent))))
     assert subject.sites == trained.sites
     assert tokens.train.packing.context == 16
     given = open_trained(asked(sae, data=PlaysConfig(context=9)), ["data.context"])
@@ -168,7 +175,7 @@ def test_an_llm_of_another_width_is_refused_before_it_is_loaded(sae):
 
 
 def test_a_feature_that_is_not_there_is_refused(sae):
-    subject, _ = open_subject(open_trained(asked(sae, data=PlaysConfig())))
+    subject, _ = open_subject(open_trained(asked(sae, data=small_text(sae.parent))))
     assert subject.known([0, 31]) == [0, 31]
     with pytest.raises(UserError, match=r"feature=32: this SAE has 32 features; give 0 to 31"):
         subject.known([3, 32])
@@ -178,7 +185,7 @@ def test_concepts_have_no_text(run, tmp_path):
     job = tiny_job("not read", tmp_path, run, model=SAEConfig(features=32))
     data = SyntheticConfig(concepts=64, dim=24)
     job.config.llm, job.config.data = LLMConfig(name="none"), data
-    job.config.layer = LayerConfig(index=0)
+    job.config.layer, job.config.sweep = LayerConfig(index=0), SweepConfig(objective="recovered")
     folders.begin(job)
     with pytest.raises(UserError, match="synthetic concepts, .* only task=evaluate"):
         open_subject(open_trained(asked(run)))
