@@ -3,6 +3,7 @@
 A task is a preset of the group `task`, so that a setting that another task has is refused.
 """
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -110,6 +111,15 @@ class LensConfig(AnalyzeConfig):
         at_least("top", self.top, 1)
 
 
+class Mode(Enum):
+    """What a strength does to the feature."""
+
+    add = "add"
+    """It comes on top of the feature's own activation."""
+    clamp = "clamp"
+    """It takes the place of it: 0 removes the feature."""
+
+
 @dataclass(slots=True, kw_only=True)
 class SteerConfig(AnalyzeConfig):
     """Text that the LLM writes with a feature turned up."""
@@ -117,13 +127,30 @@ class SteerConfig(AnalyzeConfig):
     feature: Any
     """A feature."""
     strength: Any = field(default_factory=lambda: [4, 8, 16])
-    """A strength or a list of them, in units of the feature's own activation."""
+    """A strength or a list of them, in units of the feature's activation; below 0 suppresses."""
     prompt: str = "Once upon a time"
     """What the text begins with."""
+    tokens: int = 60
+    """Tokens to write."""
+    mode: Mode = Mode.add
+    """add or clamp: whether a strength is added to the feature's own or takes its place."""
+    temperature: float = 0.7
+    """How freely the next token is drawn; 0 always takes the likeliest."""
+    top_p: float = 0.95
+    """Draw from the likeliest tokens that together have this probability."""
 
     def __post_init__(self):
-        self.feature = integers("feature", self.feature)
+        feature = integers("feature", self.feature)
+        if feature is None or len(feature) > 1:
+            raise UserError(f"feature={_plain(self.feature)}: give one feature, as feature=87")
+        (self.feature,) = feature
         self.strength = numbers("strength", self.strength)
+        if not self.strength or not all(map(math.isfinite, self.strength)):
+            raise UserError(f"strength={_plain(self.strength)}: give numbers, as strength=[4,8]")
+        at_least("tokens", self.tokens, 1)
+        at_least("temperature", self.temperature, 0)
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p={self.top_p}: a probability; give one above 0, up to 1")
 
 
 @dataclass(slots=True, kw_only=True)
