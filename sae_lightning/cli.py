@@ -23,6 +23,7 @@ from omegaconf.errors import (
     ValidationError,
 )
 
+from sae_lightning.analysis.settings import TASKS
 from sae_lightning.config import conf_folder
 from sae_lightning.errors import UserError
 from sae_lightning.sae import ARCHITECTURES
@@ -234,16 +235,18 @@ def _coefficient(overrides: list[str]) -> str | None:
 def _unknown_setting(error: OmegaConfBaseException) -> str:
     name = str(error.full_key)
     parent, _, key = name.rpartition(".")
-    schemas = {"model": lambda row: row.config, "loss": lambda row: row.loss}
-    owners = [
-        model
-        for model, row in ARCHITECTURES.items()
-        if parent in schemas and key in schemas[parent](row).__dataclass_fields__
-    ]
-    if owners:
-        models = " and ".join(f"model={owner}" for owner in owners)
-        return f"{name} has no meaning for this model, only for {models}: leave it out"
     schema = error.object_type
+    tables = {
+        "model": {model: row.config for model, row in ARCHITECTURES.items()},
+        "loss": {model: row.loss for model, row in ARCHITECTURES.items()},
+        "": TASKS if schema in TASKS.values() else {},
+    }
+    table = tables.get(parent, {})
+    owners = [name for name, schema in table.items() if key in schema.__dataclass_fields__]
+    if owners:
+        kind = "model" if parent else "task"
+        choices = " and ".join(f"{kind}={owner}" for owner in owners)
+        return f"{name} has no meaning for this {kind}, only for {choices}: leave it out"
     if dataclasses.is_dataclass(schema):
         known = [field.name for field in dataclasses.fields(schema)]
     else:  # analyze.yaml has no schema, only its own keys

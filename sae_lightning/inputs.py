@@ -63,15 +63,18 @@ def open_inputs(config: Config, sites: Sequence[Site], resumed: bool) -> Inputs:
 
 
 def open_held_out(
-    config: Config, sites: Sequence[Site], tokens: int | None
+    config: Config,
+    sites: Sequence[Site],
+    tokens: int | None,
+    opened: tuple[LLM, Tokens] | None = None,
 ) -> HeldOut | HeldOutConcepts:
     """What a run is evaluated on; `tokens` of it, or None for as many as the run's own
-    evaluation reads."""
+    evaluation reads. `opened`: LLM and text, where they are open already."""
     if not is_text(config):
         return _concepts(config, tokens or config.eval.tokens)
     return _text(
         config,
-        *open_llm(config),
+        *(opened or open_llm(config)),
         sites,
         tokens or config.eval.tokens,
         tokens or config.eval.loss_tokens,

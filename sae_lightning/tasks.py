@@ -1,12 +1,15 @@
 """What `analyze.py` does: each task opens what it needs, and leaves its numbers as JSON, a page to
 open and a short account at the terminal."""
 
+import math
 from collections.abc import Callable, Collection, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from sae_lightning.analysis import evaluate, lens, survey
+from sae_lightning.analysis import evaluate, lens, steering, survey, theory, theory_sections
 from sae_lightning.analysis.catalogue import Catalogue
+from sae_lightning.analysis.collect import Reducer, collect, excerpt
 from sae_lightning.analysis.page import page
 from sae_lightning.analysis.printer import say, say_units
 from sae_lightning.analysis.section import Section
@@ -15,37 +18,70 @@ from sae_lightning.analysis.settings import (
     EvaluateConfig,
     FeaturesConfig,
     LensConfig,
+    OverviewConfig,
+    SteerConfig,
     SweepReportConfig,
+    TheoryConfig,
 )
-from sae_lightning.analysis.subject import Subject
+from sae_lightning.analysis.subject import Subject, known
 from sae_lightning.analysis.survey import Survey
 from sae_lightning.analysis.sweep_report import write_report
 from sae_lightning.analysis.table import write_table
 from sae_lightning.errors import UserError
 from sae_lightning.files import atomically, write_json
 from sae_lightning.folders import sweep_runs
-from sae_lightning.inputs import open_held_out
+from sae_lightning.inputs import is_text, open_held_out
 from sae_lightning.jobs import CONFIG_FILE
+from sae_lightning.llm.generate import Sampling
+from sae_lightning.llm.load import LLM
 from sae_lightning.llm.sites import distinct
 from sae_lightning.llm.vocabulary import vocabulary
 from sae_lightning.stream.tokens import Tokens
 from sae_lightning.terminal import command, console, shown
-from sae_lightning.trained import Trained, open_subject, open_trained
+from sae_lightning.trained import Trained, open_reader, open_subject, open_trained
 
 SHOWN = 5  # features at the terminal
+
+
+def _overview(asked: OverviewConfig, given: Collection[str]) -> None:
+    """Everything that is cheap, on one page."""
+    trained = open_trained(asked, given)
+    if not is_text(trained.config):  # of concepts there is only a scorecard
+        card = _scored(trained, None)
+        return _finish(trained, asked, {"evaluate": card.scalars()}, [evaluate.section(card)])
+    subject, text = open_reader(trained)
+    reducers = theory.TheoryReducers(subject)
+    found = _surveyed(asked, trained, subject, text, reducers)
+    card = _scored(trained, None, (subject.llm, text))
+    tested = theory.theory(subject, reducers)
+    say(survey.section(found))
+    say_units(found.features, survey.best_read(found.features, SHOWN))
+    sections = [evaluate.section(card), *theory_sections.sections(tested)]
+    for section in sections:
+        console.print(f"{section.title}: {section.lead}\n")
+    scalars = {
+        "features": found.scalars(),
+        "evaluate": card.scalars(),
+        "theory": theory.scalars(tested),
+    }
+    sections.insert(0, survey.section(found))
+    _publish(trained, asked, scalars, sections, [found.features, found.neurons])
+    return None
 
 
 def _features(asked: FeaturesConfig, given: Collection[str]) -> None:
     """What each feature fires on."""
     trained = open_trained(asked, given)
-    found = _surveyed(asked, trained, *open_subject(trained))
+    found = _surveyed(asked, trained, *open_reader(trained))
     section = survey.section(found)
     say(section)
     say_units(found.features, survey.best_read(found.features, SHOWN))
     _publish(trained, asked, found.scalars(), [section], [found.features, found.neurons])
 
 
-def _surveyed(asked: FeaturesConfig, trained: Trained, subject: Subject, text: Tokens) -> Survey:
+def _surveyed(
+    asked: FeaturesConfig, trained: Trained, subject: Subject, text: Tokens, *reducers: Reducer
+) -> Survey:
     """The survey with the features' effects, written as parquet files too."""
     config = trained.config
     found = survey.survey(
@@ -56,6 +92,7 @@ def _surveyed(asked: FeaturesConfig, trained: Trained, subject: Subject, text: T
         neurons=asked.neurons,
         batch=config.llm.batch,
         seed=config.seed,
+        reducers=reducers,
     )
     found = found._replace(features=found.features._replace(effect=lens.lens(subject).effect))
     for name, catalogue in (("features", found.features), ("neurons", found.neurons)):
@@ -66,19 +103,52 @@ def _surveyed(asked: FeaturesConfig, trained: Trained, subject: Subject, text: T
 def _evaluate(asked: EvaluateConfig, given: Collection[str]) -> None:
     """The held-out scorecard."""
     trained = open_trained(asked, given)
-    held_out = open_held_out(trained.config, distinct([trained.sites]), asked.tokens)
-    result = evaluate.evaluate(trained.sae, held_out, trained.sites)
+    result = _scored(trained, asked.tokens)
     _finish(trained, asked, result.scalars(), [evaluate.section(result)])
+
+
+def _scored(
+    trained: Trained, tokens: int | None, opened: tuple[LLM, Tokens] | None = None
+) -> evaluate.Evaluation:
+    held_out = open_held_out(trained.config, distinct([trained.sites]), tokens, opened)
+    return evaluate.evaluate(trained.sae, held_out, trained.sites)
+
+
+def _theory(asked: TheoryConfig, given: Collection[str]) -> None:
+    """The claims of superposition theory."""
+    trained = open_trained(asked, given)
+    subject, text = open_reader(trained)
+    reducers = theory.TheoryReducers(subject)
+    parts, total = excerpt(text.train, asked.tokens, trained.config.llm.batch)
+    collect(subject, parts, [reducers], total=total)
+    result = theory.theory(subject, reducers)
+    _finish(trained, asked, theory.scalars(result), theory_sections.sections(result))
 
 
 def _lens(asked: LensConfig, given: Collection[str]) -> None:
     """What features say to the output and read at the input."""
     trained = open_trained(asked, given)
-    subject, _ = open_subject(trained)
-    chosen = asked.feature and subject.known(asked.feature)
+    chosen = asked.feature and known(trained.sae, asked.feature)
+    subject = open_subject(trained)
     result = lens.lens(subject, asked.top)
     section = lens.section(result, vocabulary(subject.llm), chosen)
-    _finish(trained, asked, {}, [section])
+    _finish(trained, asked, section.table._asdict() if section.table else {}, [section])
+
+
+def _steer(asked: SteerConfig, given: Collection[str]) -> None:
+    """Text with a feature turned up."""
+    trained = open_trained(asked, given)
+    known(trained.sae, [asked.feature])
+    result = steering.steer(
+        open_subject(trained),
+        asked.feature,
+        asked.strength,
+        asked.prompt,
+        tokens=asked.tokens,
+        mode=asked.mode,
+        sampling=Sampling(asked.temperature, asked.top_p, asked.seed),
+    )
+    _finish(trained, asked, result._asdict(), [steering.section(result)])
 
 
 def _sweep(asked: SweepReportConfig, given: Collection[str]) -> None:
@@ -99,9 +169,12 @@ def _sweep(asked: SweepReportConfig, given: Collection[str]) -> None:
 
 
 TASKS: dict[str, Callable[[Any, Collection[str]], None]] = {
+    "overview": _overview,
     "features": _features,
     "evaluate": _evaluate,
+    "theory": _theory,
     "lens": _lens,
+    "steer": _steer,
     "sweep": _sweep,
 }
 
@@ -130,7 +203,7 @@ def _publish(
     name = f"{asked.task}.html" if asked.task != "overview" else "index.html"
     target = _folder(trained) / name
     numbers = target.with_name(f"{asked.task}.json")
-    write_json(numbers, scalars)
+    write_json(numbers, jsonable(scalars))
     text = page(trained.folder.name, trained.facts(), sections, catalogues, _commands(trained))
     with atomically(target) as temporary:
         temporary.write_text(text, encoding="utf8")
@@ -144,3 +217,16 @@ def _commands(trained: Trained) -> list[str]:
         command("analyze.py", run=run),
         command("analyze.py", run=run, task="steer", feature=0, strength=8),
     ]
+
+
+def jsonable(value: Any) -> Any:
+    """`value` with tuples as lists, named ones as objects, and nan as null."""
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
+    if isinstance(value, dict):
+        return {str(key): jsonable(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(inner) for inner in value]
+    if isinstance(value, Enum):
+        return value.name
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -15,7 +15,7 @@ from sae_lightning.errors import UserError
 from sae_lightning.export import load_sae
 from sae_lightning.inputs import is_text, open_llm, shape
 from sae_lightning.jobs import CONFIG_FILE, is_sweep, read_job
-from sae_lightning.llm.load import device
+from sae_lightning.llm.load import LLM, load
 from sae_lightning.llm.sites import Kind, LayerConfig, Sites
 from sae_lightning.sae import ARCHITECTURES, SAE
 from sae_lightning.stream.tokens import Tokens
@@ -93,17 +93,30 @@ def open_trained(asked: AnalyzeConfig, given: Collection[str] = ()) -> Trained:
     return Trained(folder, sae, sites, config)
 
 
-def open_subject(trained: Trained) -> tuple[Subject, Tokens]:
-    """The SAE at its place in the LLM, and the text. UserError where there is no LLM."""
-    config = trained.config
-    if not is_text(config):
+def open_subject(trained: Trained) -> Subject:
+    """The SAE at its place in the LLM. UserError where there is no LLM."""
+    config = _needs_text(trained)
+    return _subject(trained, load(config.llm))
+
+
+def open_reader(trained: Trained) -> tuple[Subject, Tokens]:
+    """The SAE at its place in the LLM, and the text that it reads. UserError as `open_subject`."""
+    llm, tokens = open_llm(_needs_text(trained))
+    return _subject(trained, llm), tokens
+
+
+def _needs_text(trained: Trained) -> Config:
+    if not is_text(trained.config):
         raise UserError(
             f"{trained.folder} was trained on synthetic concepts, which no LLM reads: only "
             "task=evaluate can be asked of it"
         )
-    llm, tokens = open_llm(config)
-    sae = trained.sae.to(device(config.llm))
-    return Subject(llm, sae, trained.sites, config.data.keep_special, config.data.max_norm), tokens
+    return trained.config
+
+
+def _subject(trained: Trained, llm: LLM) -> Subject:
+    data, sae = trained.config.data, trained.sae.to(llm.model.device)
+    return Subject(llm, sae, trained.sites, data.keep_special, data.max_norm)
 
 
 def _of_run(run: Path, asked: AnalyzeConfig, given: Collection[str]) -> Config:

@@ -12,7 +12,7 @@ from sae_lightning.analysis.table import write_table
 from sae_lightning.llm.load import Dtype, LLMConfig
 from sae_lightning.llm.sites import LayerConfig
 from sae_lightning.stream.text import LocalConfig
-from sae_lightning.trained import open_subject, open_trained
+from sae_lightning.trained import open_reader, open_trained
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def opened(tmp_path_factory):
         data=LocalConfig(path=str(write_text(folder / "text")), context=16, held_out=0.34),
         layer=LayerConfig(index=0),
     )
-    return *open_subject(open_trained(asked, ["llm", "data"])), folder
+    return *open_reader(open_trained(asked, ["llm", "data"])), folder
 
 
 @pytest.fixture(scope="module")

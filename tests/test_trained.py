@@ -9,13 +9,14 @@ from tiny_run import tiny_job, write_text
 
 from sae_lightning import folders
 from sae_lightning.analysis.settings import TASKS
+from sae_lightning.analysis.subject import known
 from sae_lightning.errors import UserError
 from sae_lightning.llm.load import LLMConfig
 from sae_lightning.llm.sites import Kind, LayerConfig, Site
 from sae_lightning.objective import SweepConfig
 from sae_lightning.sae import SAEConfig
 from sae_lightning.stream.text import LocalConfig, PlaysConfig, SyntheticConfig
-from sae_lightning.trained import open_subject, open_trained
+from sae_lightning.trained import open_reader, open_subject, open_trained
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +104,7 @@ def test_an_sae_alone_says_where_it_was_trained(sae, planted):
     assert trained.sites == (Site(1, Kind.resid), Site(1, Kind.resid))
     # the text is the one that is asked for, cut as in training
     assert (trained.config.data.context, trained.config.data.keep_special) == (16, True)
-    subject, tokens = open_subject(open_trained(asked(sae, data=small_text(sae.parent))))
+    subject, tokens = open_reader(open_trained(asked(sae, data=small_text(sae.parent))))
     assert subject.sites == trained.sites
     assert tokens.train.packing.context == 16
     given = open_trained(asked(sae, data=PlaysConfig(context=9)), ["data.context"])
@@ -175,10 +176,10 @@ def test_an_llm_of_another_width_is_refused_before_it_is_loaded(sae):
 
 
 def test_a_feature_that_is_not_there_is_refused(sae):
-    subject, _ = open_subject(open_trained(asked(sae, data=small_text(sae.parent))))
-    assert subject.known([0, 31]) == [0, 31]
+    trained = open_trained(asked(sae))
+    assert known(trained.sae, [0, 31]) == [0, 31]
     with pytest.raises(UserError, match=r"feature=32: this SAE has 32 features; give 0 to 31"):
-        subject.known([3, 32])
+        known(trained.sae, [3, 32])
 
 
 def test_concepts_have_no_text(run, tmp_path):

@@ -34,12 +34,13 @@ class Subject(NamedTuple):
         """Where LLM and SAE are."""
         return self.sae.W_enc.device
 
-    def known(self, features: list[int]) -> list[int]:
-        """`features`; UserError if the SAE has no such feature."""
-        for feature in features:
-            if not 0 <= feature < self.features:
-                raise UserError(
-                    f"feature={feature}: this SAE has {self.features:,} features; "
-                    f"give 0 to {self.features - 1}"
-                )
-        return features
+
+def known(sae: SAE, features: list[int]) -> list[int]:
+    """`features`; UserError if the SAE has no such feature."""
+    for feature in features:
+        if not 0 <= feature < sae.config.features:
+            raise UserError(
+                f"feature={feature}: this SAE has {sae.config.features:,} features; "
+                f"give 0 to {sae.config.features - 1}"
+            )
+    return features
