@@ -1,0 +1,134 @@
+"""The ends of the residual stream: what tokens write into it, and what the logits read from it.
+
+    r = embedding + what blocks add        logits = W_U N(r)
+    N(r) = gain * centred(r) / scale(r) + b
+
+A direction v that is added to r reaches the logits along the direct path as W_U (gain * centred(v))
+/ scale(r): linear, if the norm's scale is held fixed (Elhage et al. 2021, "A mathematical framework
+for transformer circuits"; the logit lens, nostalgebraist 2020, reads whole activations this way).
+scale(r) is positive, so that it changes no ranking; RMSNorm does not centre.
+
+Shapes: d = width of the residual stream.
+"""
+
+import copy
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sae_lightning.errors import UserError
+from sae_lightning.llm.sites import Kind, Site, decoder_stack, site_module
+
+BATCH = 1024  # tokens whose embeddings are read in one pass
+
+
+class Norm(NamedTuple):
+    """r -> gain * centred(r) / scale(r) + b, without its scale and its constant."""
+
+    gain: Tensor
+    """[d] float32"""
+    centres: bool
+    """Whether the mean over d is subtracted (LayerNorm) or not (RMSNorm)."""
+
+    def passes(self, directions: Tensor) -> Tensor:
+        """What becomes of directions [n, d] added to the norm's input, times its scale."""
+        return self._centred(directions) * self.gain
+
+    def reads(self, directions: Tensor) -> Tensor:
+        """Directions [n, d] whose dot product with the norm's input, over its scale, is that of
+        `directions` with its output: `passes` transposed."""
+        return self._centred(directions * self.gain)
+
+    def _centred(self, x: Tensor) -> Tensor:
+        return x - x.mean(-1, keepdim=True) if self.centres else x
+
+
+def final_norm(model: nn.Module) -> Norm:
+    """The norm between the last block and the unembedding."""
+    return _norm_before(model, model.get_output_embeddings(), "the unembedding")
+
+
+def mlp_norm(model: nn.Module, layer: int) -> Norm:
+    """The norm between the residual stream and the MLP of a block."""
+    site = Site(layer, Kind.mlp_in)
+    return _norm_before(model, site_module(model, site), f"the MLP of block {layer}")
+
+
+@torch.no_grad()
+def embedding(model: nn.Module, tokens: int) -> Tensor:
+    """What the first `tokens` ids bring to block 0 at the first position [tokens, d], float32, less
+    its mean over them: with the model's own scale or norm, and without a position embedding."""
+    found: list[Tensor] = []
+
+    def read(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        x = args[0] if args else kwargs["hidden_states"]
+        found.append(x[:, 0].float())
+        raise _Read
+
+    hook = decoder_stack(model)[0].register_forward_pre_hook(read, with_kwargs=True)
+    try:
+        for ids in torch.arange(tokens, device=model.device)[:, None].split(BATCH):
+            try:
+                model.base_model(input_ids=ids, use_cache=False)
+            except _Read:
+                continue
+    finally:
+        hook.remove()
+    x = torch.cat(found)
+    return x - x.mean(0)
+
+
+class _Read(Exception):
+    """The rest of the forward pass is not needed."""
+
+
+@torch.no_grad()
+def _norm_before(model: nn.Module, reader: nn.Module, name: str) -> Norm:
+    """The norm whose output `reader` takes, found by following one token through the model."""
+    made: list[tuple[Tensor, nn.Module]] = []  # holds the tensors, so that no memory is used twice
+    taken: list[Tensor] = []
+
+    def write(module: nn.Module, args: tuple, output: Tensor) -> None:
+        if isinstance(output, Tensor):
+            made.append((output, module))
+
+    leaves = [module for module in model.modules() if not list(module.children())]
+    hooks = [module.register_forward_hook(write) for module in leaves]
+    hooks.append(reader.register_forward_pre_hook(lambda module, args: taken.append(args[0])))
+    try:
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
+    finally:
+        for each in hooks:
+            each.remove()
+    source = next((m for x, m in made if x.data_ptr() == taken[0].data_ptr()), None)
+    norm = source and _as_norm(source, taken[0].shape[-1])
+    if norm is None:
+        raise UserError(
+            f"llm.name: no norm in front of {name} of {type(model).__name__}, so that the lens "
+            "cannot follow directions to it; choose another LLM"
+        )
+    return norm
+
+
+def _as_norm(module: nn.Module, width: int) -> Norm | None:
+    """Gain and centring of a norm, by what it does; None if `module` is no norm.
+
+    Families write their gain differently (Gemma as 1 + weight), so that weights are not read.
+    """
+    norm = copy.deepcopy(module).float()
+    parameter = next(norm.parameters(), torch.empty(0))
+
+    def output(x: Tensor) -> Tensor:
+        return norm(x.to(parameter.device)[None, None])[0, 0].float()
+
+    sign = torch.ones(width)
+    sign[1::2] = -1
+    constant = output(torch.zeros(width))
+    once, thrice = output(sign) - constant, output(3 * sign) - constant
+    if not torch.allclose(once, thrice, rtol=1e-3, atol=1e-3 * once.abs().max().item()):
+        return None
+    flat = output(torch.ones(width)) - constant
+    centres = bool(flat.abs().max() < 1e-3 * once.abs().max())
+    x = (sign - sign.mean() if centres else sign).to(once.device)
+    return Norm(gain=once * x.square().mean().sqrt() / x, centres=centres)

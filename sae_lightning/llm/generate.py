@@ -1,0 +1,136 @@
+"""Text that the language model writes, with an activation replaced while it does.
+
+    BOS  There  once  was    a  cat  who ...
+     .     *      *    *     *   *    *         * = replaced; BOS is left as it is
+
+Shapes: sequences = continuations of the one prompt; d = width of a site.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sae_lightning.errors import UserError
+from sae_lightning.llm.load import LLM, bos_id, separator_id
+from sae_lightning.llm.quiet import quiet
+from sae_lightning.llm.sites import Sites
+from sae_lightning.llm.splice import replaced
+
+
+class Sampling(NamedTuple):
+    """How the next token is chosen from p = softmax(logits / temperature)."""
+
+    temperature: float = 0.0
+    """0: always the likeliest token."""
+    top_p: float = 1.0
+    """Only the likeliest tokens that together have this probability."""
+    seed: int = 0
+    """Fixes the choice."""
+
+
+GREEDY = Sampling()
+
+
+def prompt_ids(llm: LLM, prompt: str, tokens: int) -> Tensor:
+    """[n] ids of the prompt, opened by BOS as in training; UserError if it has no text, or if it is
+    too long for `tokens` more."""
+    ids = llm.tokenizer.encode(prompt, add_special_tokens=False)
+    if not ids:
+        raise UserError("prompt=: empty; give the words that the text begins with")
+    context = getattr(llm.model.config.get_text_config(), "max_position_embeddings", None)
+    if context and 1 + len(ids) + tokens > context:
+        raise UserError(
+            f"prompt: its {len(ids):,} tokens and tokens={tokens} new ones are more than the "
+            f"{context - 1:,} that {llm.name} can read; shorten one of both"
+        )
+    return torch.tensor([bos_id(llm.tokenizer), *ids])
+
+
+@torch.no_grad()
+def generate(
+    llm: LLM,
+    prompt: Tensor,
+    tokens: int,
+    sites: Sites,
+    function: Callable[[Tensor, Tensor], Tensor],
+    sequences: int,
+    sampling: Sampling = GREEDY,
+    cache: bool = True,
+) -> list[Tensor]:
+    """Continue `prompt` [n], which begins with BOS, by up to `tokens` tokens, `sequences` times.
+
+    function(x, y) -> what takes the place of y, the activation at the target; x: at the source.
+    All are float32 [sequences, some tokens, d]: at first the prompt's, then each new token's.
+    Sequences share the random numbers of each step (Gumbel's: argmax(log p + g) is a sample of p),
+    so that only what `function` does tells them apart. A sequence ends before its separator.
+    """
+    from transformers import GenerationConfig
+
+    model, end = llm.model, separator_id(llm.tokenizer)
+    ids = prompt.to(model.device).expand(sequences, -1)
+    config = GenerationConfig(
+        max_new_tokens=tokens,
+        do_sample=False,
+        use_cache=cache,
+        eos_token_id=end,
+        pad_token_id=end,
+    )
+    with quiet(), replaced(model, *sites, _behind_bos(function, sequences)):
+        written = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=config,
+            logits_processor=_processors(sampling),
+        )
+    return [_cut(sequence, len(prompt), end) for sequence in written.cpu()]
+
+
+def _behind_bos(
+    function: Callable[[Tensor, Tensor], Tensor], sequences: int
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """`function` for everything but BOS."""
+
+    def apply(x: Tensor, y: Tensor) -> Tensor:
+        # OPT's MLP has one dimension for sequences and tokens
+        x, whole = x.view(sequences, -1, x.shape[-1]), y.view(sequences, -1, y.shape[-1])
+        changed = function(x.float(), whole.float()).to(y.dtype)
+        if (
+            whole.shape[1] > 1
+        ):  # with the cache, a new token comes alone; the prompt is never BOS alone
+            changed = torch.cat([whole[:, :1], changed[:, 1:]], dim=1)
+        return changed.view_as(y)
+
+    return apply
+
+
+def _processors(sampling: Sampling) -> list[Callable[[Tensor, Tensor], Tensor]]:
+    """What makes the largest score the chosen token."""
+    from transformers import TopPLogitsWarper
+
+    if sampling.temperature == 0:
+        return []
+    generator = torch.Generator().manual_seed(sampling.seed)
+
+    def cool(ids: Tensor, logits: Tensor) -> Tensor:
+        return logits / sampling.temperature
+
+    def draw(ids: Tensor, logits: Tensor) -> Tensor:
+        noise = torch.rand(logits.shape[-1], generator=generator, dtype=torch.float64)
+        return logits - (-noise.log()).log().to(logits)
+
+    return [cool, TopPLogitsWarper(sampling.top_p), draw]
+
+
+def _cut(sequence: Tensor, prompt: int, end: int) -> Tensor:
+    """`sequence` up to the first separator that was written; it is no text."""
+    ends = (sequence[prompt:] == end).nonzero()
+    return sequence[: prompt + int(ends[0])] if len(ends) else sequence
+
+
+@torch.no_grad()
+def surprise(model: nn.Module, ids: Tensor) -> Tensor:
+    """-log p of each token of `ids` [n] given those before it, nats [n - 1]."""
+    logits = model(input_ids=ids[None].to(model.device), use_cache=False).logits[0, :-1].float()
+    return nn.functional.cross_entropy(logits, ids[1:].to(logits.device), reduction="none").cpu()

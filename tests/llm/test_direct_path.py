@@ -1,0 +1,89 @@
+"""Both ends of the residual stream are found in every family by what the model does there."""
+
+import pytest
+import torch
+from blocks import mlp_norm as mlp_norm_of
+
+from sae_lightning.errors import UserError
+from sae_lightning.llm.capture import capture
+from sae_lightning.llm.direct_path import embedding, final_norm, mlp_norm
+from sae_lightning.llm.sites import Kind, Site, decoder_stack
+
+LAST = Site(2, Kind.resid)
+
+
+def hook_count(model) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def module_behind(model):
+    base = model.get_decoder()
+    names = ("ln_f", "final_layer_norm", "norm")
+    return next(getattr(base, name) for name in names if hasattr(base, name))
+
+
+def scale(norm, x):
+    """What the norm divides x [..., d] by, written out."""
+    x = x - x.mean(-1, keepdim=True) if norm.centres else x
+    return x.square().mean(-1, keepdim=True).sqrt()
+
+
+def test_a_direction_changes_the_logits_as_finite_differences_do_at_a_fixed_scale(llm, tokens):
+    """r and r + v (rescaled to the same scale) through the model's own norm and head: since a norm
+    forgets the length of its input, N(r + v) scale(r + v) - N(r) scale(r) is what v adds."""
+    model = llm.model
+    norm, head = final_norm(model), model.get_output_embeddings().weight.double()
+    own = module_behind(model)
+    r = capture(model, tokens, [LAST])[LAST][0, 1:].float()
+    v = torch.randn(9, 24, generator=torch.Generator().manual_seed(0))
+    constant = own(torch.zeros(24))
+
+    def unscaled(x):
+        return (own(x) - constant).double() * scale(norm, x).double()
+
+    expected = (unscaled(r + v) - unscaled(r)) @ head.T
+    torch.testing.assert_close(norm.passes(v).double() @ head.T, expected, rtol=2e-3, atol=2e-3)
+    assert expected.std() > 0.1
+
+
+def test_norms_are_told_apart(tiny):
+    centring = {f: final_norm(tiny(f).model).centres for f in ("gpt2", "opt", "llama", "gemma2")}
+    assert centring == {"gpt2": True, "opt": True, "llama": False, "gemma2": False}
+    # Gemma's gain is 1 + weight
+    gemma = tiny("gemma2").model
+    torch.testing.assert_close(
+        final_norm(gemma).gain, 1 + gemma.model.norm.weight, rtol=1e-3, atol=1e-3
+    )
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_what_an_encoder_reads_behind_the_norm_of_an_mlp_is_a_direction_of_the_stream(llm, layer):
+    """w N(r) scale(r) = reads(w) r, up to the norm's constant."""
+    norm, own = mlp_norm(llm.model, layer), mlp_norm_of(decoder_stack(llm.model)[layer])
+    r, w = torch.randn(2, 7, 24, generator=torch.Generator().manual_seed(0))
+    expected = ((own(r) - own(torch.zeros(24))) * scale(norm, r) * w).sum(-1)
+    torch.testing.assert_close((norm.reads(w) * r).sum(-1), expected, rtol=1e-3, atol=1e-3)
+    # and `passes` and `reads` are transposes
+    torch.testing.assert_close((norm.passes(r) * w).sum(-1), (norm.reads(w) * r).sum(-1))
+
+
+def test_embeddings_are_what_reaches_block_0_without_the_position(llm):
+    found = embedding(llm.model, 90)
+    weight = llm.model.get_input_embeddings().weight[:90]
+    factor = 24**0.5 if "gemma" in llm.name else 1
+    expected = (weight - weight.mean(0)) * factor
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(found.mean(0), torch.zeros(24), atol=1e-5, rtol=0)
+
+
+def test_no_hook_is_left_behind(llm):
+    before = hook_count(llm.model)
+    final_norm(llm.model), mlp_norm(llm.model, 1), embedding(llm.model, 3)
+    assert hook_count(llm.model) == before
+
+
+def test_a_head_that_reads_no_norm_is_refused(tiny, monkeypatch):
+    model = tiny("gpt2").model
+    monkeypatch.setattr(model.transformer, "ln_f", torch.nn.Linear(24, 24))
+    with pytest.raises(UserError, match="no norm in front of the unembedding of GPT2LMHeadModel"):
+        final_norm(model)
