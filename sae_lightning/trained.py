@@ -1,6 +1,7 @@
 """The SAE in a folder, and what it reads: told by a run's settings, by what the SAE's own file says
 it was trained on, or at the command line."""
 
+import os
 import re
 from collections.abc import Collection
 from dataclasses import fields, replace
@@ -15,9 +16,10 @@ from sae_lightning.errors import UserError
 from sae_lightning.export import load_sae
 from sae_lightning.inputs import is_text, open_llm, shape
 from sae_lightning.jobs import CONFIG_FILE, is_sweep, read_job
-from sae_lightning.llm.load import LLM, load
+from sae_lightning.llm.load import LLM, LLMConfig, load
 from sae_lightning.llm.sites import Kind, LayerConfig, Sites
 from sae_lightning.sae import ARCHITECTURES, SAE
+from sae_lightning.stream.text import DataConfig, PlaysConfig
 from sae_lightning.stream.tokens import Tokens
 from sae_lightning.terminal import shown
 
@@ -91,6 +93,29 @@ def open_trained(asked: AnalyzeConfig, given: Collection[str] = ()) -> Trained:
                 f"the SAE in {folder} {weight} {width}; give the LLM that it was trained on"
             )
     return Trained(folder, sae, sites, config)
+
+
+def open_run(
+    folder: str | os.PathLike,
+    *,
+    llm: LLMConfig | None = None,
+    data: DataConfig | None = None,
+    layer: LayerConfig | None = None,
+) -> tuple[Subject, Tokens]:
+    """The SAE of a run folder, or of a folder that another tool saved, at its place in the LLM; and
+    the text. What is given counts more than what the folder says.
+
+    UserError: no SAE there, or not for such an LLM.
+    """
+    given = {"llm": llm, "data": data, "layer": layer}
+    neutral = {
+        "llm": LLMConfig(name="smollm2"),
+        "data": PlaysConfig(),
+        "layer": LayerConfig(index=0),
+    }
+    known = {name: value for name, value in given.items() if value is not None}
+    asked = AnalyzeConfig(run=str(folder), task="", **(neutral | known))
+    return open_reader(open_trained(asked, known))
 
 
 def open_subject(trained: Trained) -> Subject:

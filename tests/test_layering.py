@@ -13,8 +13,8 @@ PACKAGE = "sae_lightning"
 # Top to bottom. A unit imports units of lower rows; units of one row do not know each other.
 ROWS = [
     ["train", "analyze", "hydra_plugins"],
-    ["sweep"],
-    ["passes"],
+    ["sweep", "tasks"],
+    ["passes", "trained"],
     ["cli", "run"],
     ["report"],
     ["memory"],
@@ -52,7 +52,7 @@ ROOMS = {
     "omegaconf": {"train", "analyze", "hydra_plugins", "sweep", "cli", "jobs", "config"},
     "lightning": {"training", "run"},
     "transformers": {"llm"},
-    "scipy": {"recovery"},
+    "scipy": {"recovery", "analysis"},
 }
 TORCH_ONLY = {"sae", "losses", "metrics", "schedules", "synthetic"}
 WITHOUT_LIGHTNING = {f"{PACKAGE}.training.settings"}

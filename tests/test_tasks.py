@@ -1,0 +1,72 @@
+"""Every task of `analyze.py` has a preset, settings and a function."""
+
+import json
+import math
+from enum import Enum
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from sae_lightning.analysis.settings import TASKS as SETTINGS
+from sae_lightning.cli import explain
+from sae_lightning.config import conf_folder, typed
+from sae_lightning.jobs import register
+from sae_lightning.tasks import TASKS, jsonable
+
+NEEDED = {"steer": ["feature=3"]}  # what a task cannot do without
+
+
+@pytest.fixture(autouse=True)
+def hydra():
+    register()
+    with initialize_config_dir(conf_folder(), version_base="1.3"):
+        yield
+
+
+def asked(task: str, *overrides: str):
+    return typed(compose("analyze", ["run=x", f"task={task}", *NEEDED.get(task, []), *overrides]))
+
+
+def test_tasks_are_the_same_everywhere():
+    presets = {file.stem for file in Path(conf_folder(), "task").glob("*.yaml")}
+    assert presets == set(SETTINGS) == set(TASKS)
+
+
+@pytest.mark.parametrize("task", SETTINGS)
+def test_a_task_composes_with_its_settings(task):
+    config = asked(task)
+    assert type(config) is SETTINGS[task]
+    assert (config.task, config.llm.name) == (task, "smollm2")
+
+
+def test_the_default_is_the_overview():
+    assert typed(compose("analyze", ["run=x"])).task == "overview"
+
+
+def test_steering_is_typed_as_the_readme_does():
+    config = asked("steer", "strength=8", 'prompt="There once was a cat"')
+    assert (config.feature, config.strength, config.prompt) == (3, [8], "There once was a cat")
+    assert asked("steer", "strength=[2,-4.5]").strength == [2, -4.5]
+
+
+def test_a_setting_of_another_task_is_refused_by_name():
+    with pytest.raises(Exception) as found:
+        asked("features", "strength=8")
+    assert explain(found.value, []) == (
+        "strength has no meaning for this task, only for task=steer: leave it out"
+    )
+
+
+def test_json_holds_plain_values_only():
+    class Mode(Enum):
+        add = 1
+
+    class Found(NamedTuple):
+        mode: Mode
+        numbers: tuple
+
+    value = jsonable({"found": Found(Mode.add, (1, math.nan, None)), 3: math.inf})
+    assert value == {"found": {"mode": "add", "numbers": [1, None, None]}, "3": None}
+    assert json.loads(json.dumps(value, allow_nan=False)) == value
