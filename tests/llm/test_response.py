@@ -1,0 +1,43 @@
+"""The response to a direction is what adding it by hand does to the unembedding's input."""
+
+import pytest
+import torch
+
+from sae_lightning.llm import response as module
+from sae_lightning.llm.response import response
+from sae_lightning.llm.sites import Kind, Site
+from sae_lightning.llm.splice import replaced
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch):
+    monkeypatch.setattr(module, "BATCH", 4)  # 6 directions and the LLM as it is: two passes
+
+
+@pytest.mark.parametrize("kind", Kind)
+def test_it_is_the_change_that_hooks_without_a_cache_find(llm, tokens, kind):
+    site, directions = Site(1, kind), torch.randn(6, 24, generator=torch.Generator().manual_seed(0))
+    done = []
+    found = response(llm.model, tokens[:2], site, directions, 0.5, done.append)
+
+    def change(direction):
+        def add(x, y):
+            y = y.clone().view(2, 10, 24)
+            last = y[:, -1]
+            y[:, -1] = last + 0.5 * direction / direction.norm() * last.norm(dim=1, keepdim=True)
+            return y.view_as(x)
+
+        with replaced(llm.model, site, site, add):
+            return llm.model.base_model(input_ids=tokens[:2]).last_hidden_state[:, -1]
+
+    with torch.no_grad():
+        plain = llm.model.base_model(input_ids=tokens[:2]).last_hidden_state[:, -1]
+        expected = torch.stack([(change(d) - plain).mean(0) for d in directions])
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    assert expected.abs().mean() > 1e-3
+    assert sum(done) == 2 * 7
+
+
+def test_a_direction_of_length_0_changes_nothing(tiny, tokens):
+    found = response(tiny("llama").model, tokens, Site(1, Kind.resid), torch.zeros(3, 24), 0.5, id)
+    assert torch.equal(found, torch.zeros(3, 24))
