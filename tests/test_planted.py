@@ -2,11 +2,13 @@
 
 import pyarrow.parquet
 import pytest
-from planted import FEATURE, FEATURES, READS, save_planted, token
+from planted import FEATURE, FEATURES, READS, WRITES, save_planted, token
 from tiny_run import write_text
 
 from sae_lightning.analysis.catalogue import BEFORE
+from sae_lightning.analysis.lens import lens
 from sae_lightning.analysis.settings import TASKS
+from sae_lightning.analysis.steering import steer
 from sae_lightning.analysis.survey import best_read, survey
 from sae_lightning.analysis.table import write_table
 from sae_lightning.llm.load import Dtype, LLMConfig
@@ -49,6 +51,22 @@ def test_its_token_set_is_these_words_and_predicts_perfectly(found):
     assert {t for t in reading.tokens[FEATURE].tolist() if t >= 0} == {token(w) for w in READS}
     assert not reading.previous[FEATURE]
     assert FEATURE in best_read(found.features, FEATURES)
+
+
+def test_the_lens_sees_what_it_reads_and_what_it_writes(opened):
+    subject, _, _ = opened
+    found = lens(subject, top=2)
+    assert {*found.read[FEATURE].tolist()} == {token(word) for word in READS}
+    assert found.effect.promoted[FEATURE, 0] == token(WRITES)
+    assert found.effect.sharpness.argmax() == FEATURE
+
+
+def test_steering_with_it_writes_the_word(opened):
+    subject, _, _ = opened
+    found = steer(subject, FEATURE, [-20, 20], "the lazy dog", tokens=8)
+    weaker, stronger = found.steered
+    assert WRITES not in found.plain.text + weaker.text
+    assert stronger.text.count(WRITES) == 8
 
 
 def test_the_parquet_file_says_what_the_catalogue_says(found, tmp_path):
