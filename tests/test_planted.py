@@ -65,8 +65,8 @@ def test_steering_with_it_writes_the_word(opened):
     subject, _, _ = opened
     found = steer(subject, FEATURE, [-20, 20], "the lazy dog", tokens=8)
     weaker, stronger = found.steered
-    assert WRITES not in found.plain.text + weaker.text
-    assert stronger.text.count(WRITES) == 8
+    assert WRITES not in found.plain.tokens + weaker.tokens
+    assert stronger.tokens[-8:] == [WRITES] * 8
 
 
 def test_the_parquet_file_says_what_the_catalogue_says(found, tmp_path):
