@@ -38,9 +38,11 @@ class Detector(NamedTuple):
     """Of the tokens it says yes to, the share of the concept's."""
     recall: float
     """Of the concept's tokens, the share it says yes to."""
+    ranker: int
+    """The unit that ranks best: with the best AUROC on the half for choosing."""
     auroc: float
-    """Probability that a token of the concept ranks above one that is none, whatever the threshold;
-    0.5 is chance."""
+    """Its AUROC on the other half: the probability that a token of the concept ranks above one that
+    is none; 0.5 is chance."""
 
 
 class Counts(NamedTuple):
@@ -132,15 +134,18 @@ def _increment(counts: Tensor, places: Tensor) -> None:
 
 
 def detect(counts: Counts, concept: int, among: Tensor | None = None) -> Detector:
-    """The unit and threshold with the best F1 on the first half, scored on the second; `among`
-    [some] are the units to choose from, or all."""
+    """The unit and threshold with the best F1 on the first half, and the unit with the best AUROC,
+    scored on the second; `among` [some] are the units to choose from, or all."""
     units = torch.arange(counts.counts.shape[2]) if among is None else among
-    f1, _, _ = _scores(*_halves(counts, concept, 0, units), counts.signed)
+    first = _halves(counts, concept, 0, units)
+    f1, _, _ = _scores(*first, counts.signed)
     side, row, level = (int(i) for i in torch.unravel_index(f1.argmax(), f1.shape))
     unit = units[row]
-    of, everything = _halves(counts, concept, 1, unit[None])
-    scores = [s[side, 0, level].item() for s in _scores(of, everything, counts.signed)]
-    auroc = _auroc(of[0], everything[0] - of[0])
+    second = _halves(counts, concept, 1, unit[None])
+    scores = [s[side, 0, level].item() for s in _scores(*second, counts.signed)]
+    aurocs = _auroc(*first, counts.signed)  # [sides, units]
+    upside, best = (int(i) for i in torch.unravel_index(aurocs.argmax(), aurocs.shape))
+    ranked = _auroc(*_halves(counts, concept, 1, units[best : best + 1]), counts.signed)
     return Detector(
         unit=int(unit),
         below=side == 1,
@@ -149,7 +154,8 @@ def detect(counts: Counts, concept: int, among: Tensor | None = None) -> Detecto
         f1=scores[0],
         precision=scores[1],
         recall=scores[2],
-        auroc=1 - auroc if side == 1 else auroc,
+        ranker=int(units[best]),
+        auroc=ranked[upside, 0].item(),
     )
 
 
@@ -172,10 +178,12 @@ def _scores(of: Tensor, everything: Tensor, signed: bool) -> tuple[Tensor, Tenso
     return 2 * right / (yes + total), precision, recall
 
 
-def _auroc(of: Tensor, others: Tensor) -> float:
-    """From counts [bins] of a concept's tokens and the others; within a bin half are above."""
-    below = others.cumsum(0) - others / 2
-    return ((of * below).sum() / (of.sum() * others.sum())).item()
+def _auroc(of: Tensor, everything: Tensor, signed: bool) -> Tensor:
+    """AUROC [sides, units] from counts [units, bins]; within a bin half of the others are below."""
+    others = everything - of
+    below = others.cumsum(dim=-1) - others / 2
+    auroc = (of * below).sum(dim=-1) / (of.sum(dim=-1) * others.sum(dim=-1))
+    return torch.stack([auroc, 1 - auroc] if signed else [auroc])
 
 
 def chance_f1(share: float) -> float:

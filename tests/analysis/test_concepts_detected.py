@@ -92,7 +92,8 @@ def planted_feature() -> Tensor:
 
 def test_a_planted_feature_is_found_with_its_threshold():
     found = detect(by_feature(planted_feature()), 0)
-    assert (found.unit, found.f1, found.precision, found.recall, found.auroc) == (3, 1, 1, 1, 1)
+    assert (found.unit, found.f1, found.precision, found.recall) == (3, 1, 1, 1)
+    assert (found.ranker, found.auroc) == (3, 1)
     assert 1 <= found.threshold <= 2
     assert not found.below
 
@@ -121,7 +122,7 @@ def test_what_predicts_by_accident_on_the_first_half_does_not_score():
     found = detect(by_feature(strengths), 0)
     assert (found.unit, found.chosen_f1) == (0, 1)
     assert (found.f1, found.recall) == (0, 0)
-    assert found.auroc == 0.5
+    assert (found.ranker, found.auroc) == (0, 0.5)
 
 
 def test_scores_by_hand():
@@ -143,6 +144,17 @@ def test_scores_by_hand():
     assert found.f1 == pytest.approx(0.8)
     # of 1500 x 500 pairs: 1000 x 500 above, 500 x 500 equal, which count half
     assert found.auroc == pytest.approx((1000 + 250) / 1500)
+
+
+def test_what_ranks_best_need_not_be_what_says_yes_best():
+    # Feature 0 fires on half of the concept and on nothing else: F1 2/3, AUROC 3/4. Feature 1 fires
+    # on all of it and on 40 % of the rest: F1 2 x 0.25 / (0.55 + 0.25) = 0.625, AUROC 0.8.
+    turn = torch.arange(N) // 2 % 10
+    is_one = MEMBER[:, 0]
+    strengths = torch.stack([is_one & (turn < 5), is_one | (turn < 4)], dim=1).float()
+    found = detect(by_feature(strengths), 0)
+    assert (found.unit, found.ranker) == (0, 1)
+    assert (found.f1, found.auroc) == pytest.approx((2 / 3, 0.8), abs=0.03)
 
 
 def test_counts_are_of_all_tokens_and_do_not_depend_on_the_cutting():

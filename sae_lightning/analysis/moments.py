@@ -1,0 +1,53 @@
+"""What activations are like as a cloud of points: mean, covariance and principal directions.
+
+Shapes: n = tokens, d = width of a site.
+"""
+
+import torch
+from torch import Tensor
+
+
+class Moments:
+    """Sums in float64 from which mean and covariance follow."""
+
+    def __init__(self):
+        self.tokens = 0
+        self.shift = self.sum = self.products = None
+
+    @torch.no_grad()
+    def add(self, x: Tensor) -> None:
+        """Add tokens [n, d]."""
+        # not every accelerator has float64
+        x = x.cpu().double() if x.device.type == "mps" else x.double()
+        if self.shift is None:
+            # about a first guess of the mean, so that the difference of squares loses no digits
+            self.shift = x.mean(dim=0)
+            self.sum = torch.zeros_like(self.shift)
+            self.products = torch.zeros_like(self.shift.outer(self.shift))
+        x = x - self.shift
+        self.tokens += len(x)
+        self.sum += x.sum(dim=0)
+        self.products.addmm_(x.T, x)
+
+    @property
+    def mean(self) -> Tensor:
+        """[d] float64, on the CPU"""
+        return (self.shift + self.sum / self.tokens).cpu()
+
+    @property
+    def covariance(self) -> Tensor:
+        """[d, d] float64, on the CPU"""
+        mean = self.sum / self.tokens
+        return (self.products / self.tokens - mean.outer(mean)).cpu()
+
+
+def principal(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """Variances [d] and directions [d, d] (rows), the largest first."""
+    variances, columns = torch.linalg.eigh(covariance)
+    return variances.flip(0).clamp(min=0), columns.T.flip(0)
+
+
+def explained(variances: Tensor) -> Tensor:
+    """[d + 1] explained variance of the best F-dimensional affine subspace, F = 0 ... d (Eckart and
+    Young 1936); nan where nothing varies."""
+    return torch.cat([torch.zeros(1).double(), variances.cumsum(0)]) / variances.sum()

@@ -1,0 +1,297 @@
+"""What the theory predicts and what was found, in sentences, tables and figures.
+
+Every sentence is chosen by the number that it tells.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from sae_lightning.analysis.detection import Detector, chance_f1
+from sae_lightning.analysis.figures import bars, histogram, layout, line, rounded, upright
+from sae_lightning.analysis.overlap import Cosines
+from sae_lightning.analysis.pareto import COLOURS, GREY
+from sae_lightning.analysis.section import Section, Table
+from sae_lightning.analysis.theory import Theory, scalars
+
+COARSE = 20  # thousandths of a cosine that a point of the figure stands for
+BARS = 80
+
+
+def sections(result: Theory) -> list[Section]:
+    """One for each claim."""
+    numbers = scalars(result)
+    found = [
+        _agreement(result, numbers) if result.agreement is not None else None,
+        _biases(result, numbers["biases"]),
+        _overlap(result, numbers["overlap"]),
+        _activity(result),
+        _detection(result, numbers["detection"]),
+        _dense(result) if result.dense is not None else None,
+    ]
+    return [section for section in found if section is not None]
+
+
+def _agreement(result: Theory, numbers: dict[str, Any]) -> Section:
+    cosine, told = result.agreement.cosine, numbers["agreement"]
+    chance = told["chance"]
+    if told["median"] > 0.9:
+        verdict = "a feature is written nearly in the direction in which it is read"
+    elif told["median"] > 0.5:
+        verdict = "directions are alike but not the same"
+    elif told["median"] > 4 * chance:
+        verdict = "directions are related but mostly different"
+    else:
+        verdict = "directions have nothing to do with one another"
+    return Section(
+        title="Encoder against decoder directions",
+        lead=f"Encoder columns and decoder rows of the {result.fired:,} features that fired have a "
+        f"median cosine of {told['median']:.2f}, random directions 0 ± {chance:.2f}: {verdict}.",
+        rows={
+            "cosine": f"median {told['median']:.3f}, mean {told['mean']:.3f}",
+            "nine of ten": f"between {told['low']:.3f} and {told['high']:.3f}",
+            "random directions": f"0 ± {chance:.3f}",
+            "never fired": f"{result.features - result.fired:,} features, left out here",
+        },
+        figures={
+            "Cosine of a feature's encoder and decoder": _marked(
+                histogram(cosine, "cosine of encoder column and decoder row"), 0, "random"
+            )
+        },
+    )
+
+
+def _marked(figure: dict, x: float, name: str) -> dict:
+    """The figure with a mark on its x axis."""
+    figure["layout"]["shapes"] = [upright(x, name)]
+    return figure
+
+
+def _biases(result: Theory, numbers: dict[str, float]) -> Section:
+    negative, median = numbers["negative"], numbers["median"]
+    where = f"{abs(median):.2f} standard deviations {'below' if median < 0 else 'above'} it"
+    verdict = (
+        "features are silent by default"
+        if negative > 0.9
+        else ("many features are on by default" if negative < 0.5 else "most are silent by default")
+    )
+    limit = "zero" if result.biases.compete else "its threshold"
+    compete = " (and has to be among the k strongest)" if result.biases.compete else ""
+    return Section(
+        title="Encoder biases",
+        lead=f"At the mean activation {negative:.1%} of features are below {limit}{compete}; the "
+        f"median feature is {where}: {verdict}.",
+        rows={
+            "nine of ten": f"between {numbers['low']:.2f} and {numbers['high']:.2f} standard "
+            "deviations of their pre-activation",
+            "b_enc as saved": f"{numbers['raw_negative']:.1%} negative; what the mean activation "
+            "adds is taken off there",
+            "if pre-activations were normal": f"{numbers['l0_if_normal']:.1f} features would be "
+            f"above {limit} on a token; {result.activity.mean:.1f} are active",
+        },
+        figures={
+            "Pre-activation at the mean activation": _marked(
+                histogram(result.biases.margin, "standard deviations above the threshold"),
+                0,
+                "threshold",
+            )
+        },
+    )
+
+
+def _overlap(result: Theory, numbers: dict[str, Any]) -> Section:
+    decoder, random = numbers["decoder"], numbers["random"]
+    ratio = decoder["99%"] / random["99%"]
+    if ratio < 1.1:
+        verdict = "they are as nearly orthogonal as random directions"
+    elif decoder["above_0.3"] < 0.01:
+        verdict = f"nearly orthogonal, if {ratio:.2f} times as alike as random ones"
+    else:
+        verdict = f"they are {ratio:.1f} times as alike as random ones"
+    names = {"decoder": "decoder rows", "random": "random", "like_data": "random, like the data"}
+    header = ["directions", "median |cosine|", "99 % below", "above 0.3", "nearest neighbour"]
+    table = [
+        [
+            name,
+            f"{numbers[key]['median']:.3f}",
+            f"{numbers[key]['99%']:.3f}",
+            f"{numbers[key]['above_0.3']:.3%}",
+            f"{numbers[key]['nearest']:.3f}",
+        ]
+        for key, name in names.items()
+    ]
+    traces = [
+        _density(getattr(result.overlap, key), name, i)
+        for i, (key, name) in enumerate(names.items())
+    ]
+    return Section(
+        title="Nearly orthogonal directions",
+        lead=f"Of pairs of decoder rows {decoder['above_0.3']:.2%} have a cosine above 0.3 in size "
+        f"(random ones {random['above_0.3']:.2%}), and 99 % stay below {decoder['99%']:.2f} "
+        f"(random {random['99%']:.2f}): {verdict}.",
+        rows={"compared": f"{result.overlap.rows:,} of {result.fired:,} rows with all others"},
+        table=Table(header, table),
+        figures={
+            "Cosines between directions": {
+                "data": traces,
+                "layout": layout("cosine", "share of pairs per 0.02", yaxis={"type": "log"}),
+            }
+        },
+    )
+
+
+def _density(cosines: Cosines, name: str, number: int) -> dict:
+    counts = cosines.counts.view(-1, COARSE).sum(dim=1)
+    middles = [(i + 0.5) * 2 / len(counts) - 1 for i in range(len(counts))]
+    shares = (counts / counts.sum()).tolist()
+    y = [float(f"{share:.4g}") if share > 0 else None for share in shares]
+    return line(rounded(middles), y, name, number)
+
+
+def _activity(result: Theory) -> Section:
+    activity = result.activity
+    low, median, high = (activity.quantile(share) for share in (0.05, 0.5, 0.95))
+    times = activity.deviation / activity.independent if activity.independent else 1.0
+    together = (
+        f"{times:.1f} times what features that fire independently would give"
+        if times > 1.1
+        else "no more than independent features would give"
+    )
+    return Section(
+        title="Features per token",
+        lead=f"{activity.mean:.1f} of {result.features:,} features are active on a token, between "
+        f"{low} and {high} on nine of ten; the standard deviation of {activity.deviation:.1f} is "
+        f"{together}.",
+        rows={
+            "median": f"{median}",
+            "every second token": "between "
+            f"{activity.quantile(0.25)} and {activity.quantile(0.75)}",
+            "all": f"between {activity.quantile(0)} and {activity.quantile(1)}",
+            "tokens": f"{result.tokens:,}",
+        },
+        figures={"Active features of a token": _active(activity.counts)},
+    )
+
+
+def _active(counts: Tensor) -> dict:
+    """Tokens by their number of active features, several numbers to a bar where there are many."""
+    last = int(counts.nonzero().max())
+    width = -(-(last + 1) // BARS)
+    padded = counts[: last + 1].new_zeros(width * -(-(last + 1) // width))
+    padded[: last + 1] = counts[: last + 1]
+    heights = padded.view(-1, width).sum(dim=1).tolist()
+    middles = [i * width + (width - 1) / 2 for i in range(len(heights))]
+    trace = bars(middles, heights, width=width)
+    return {"data": [trace], "layout": layout("active features", "tokens", bargap=0)}
+
+
+def _detection(result: Theory, numbers: dict[str, Any]) -> Section:
+    title, n = "One feature, one concept", numbers["concepts"]
+    if not n:
+        return Section(title, "No concept of the lists is frequent enough in this text.")
+    feature, neuron, wins = numbers["feature_f1"], numbers["neuron_f1"], numbers["feature_wins"]
+    comparison = "better than" if feature > neuron else "no better than"
+    chance = sum(chance_f1(one.share) for one in result.detected) / n
+    return Section(
+        title=title,
+        lead=f"The best single feature detects a concept with a mean F1 of {feature:.2f}, "
+        f"{comparison} the best single neuron with {neuron:.2f}; the feature wins on {wins} of {n} "
+        "concepts.",
+        rows={
+            "mean F1": f"{feature:.3f} feature, {neuron:.3f} neuron; {chance:.3f} by always "
+            "saying yes",
+            "with as few features": f"{numbers['few_f1']:.3f}, the best of as many features, by "
+            "lot, as there are neurons in both directions",
+            "mean AUROC": f"{numbers['feature_auroc']:.3f} feature, {numbers['neuron_auroc']:.3f} "
+            "neuron, each of the unit that ranks best",
+            "how": "unit and threshold are chosen on one half of the sequences and scored on the "
+            "other",
+        },
+        table=_concepts(result),
+        figures={"F1 of the best single unit": _units(result)},
+    )
+
+
+def _concepts(result: Theory) -> Table:
+    header = ["concept", "tokens", "feature", "F1", "AUROC", "neuron", "F1", "AUROC"]
+    rows = [
+        [one.concept, f"{one.share:.1%}", f"{one.feature.unit}"]
+        + [f"{one.feature.f1:.3f}", f"{one.feature.auroc:.3f}", _signed(one.neuron)]
+        + [f"{one.neuron.f1:.3f}", f"{one.neuron.auroc:.3f}"]
+        for one in sorted(result.detected, key=lambda each: -each.feature.f1)
+    ]
+    return Table(header, rows)
+
+
+def _signed(neuron: Detector) -> str:
+    return f"{'-' if neuron.below else '+'}{neuron.unit}"
+
+
+def _units(result: Theory) -> dict:
+    points = {
+        "type": "scatter",
+        "mode": "markers+text",
+        "x": rounded([one.neuron.f1 for one in result.detected]),
+        "y": rounded([one.feature.f1 for one in result.detected]),
+        "text": [one.concept for one in result.detected],
+        "textposition": "middle right",
+        "textfont": {"size": 11},
+        "cliponaxis": False,
+        "hovertext": [
+            f"{one.concept}<br>feature {one.feature.unit}: F1 {one.feature.f1:.3f}<br>"
+            f"neuron {_signed(one.neuron)}: F1 {one.neuron.f1:.3f}"
+            for one in result.detected
+        ],
+        "hovertemplate": "%{hovertext}<extra></extra>",
+        "marker": {"size": 8, "color": COLOURS[0]},
+        "showlegend": False,
+    }
+    equal = line([0, 1], [0, 1], "equally good", line={"color": GREY, "dash": "dot"})
+    axes = {name: {"range": [0, 1.02]} for name in ("xaxis", "yaxis")}
+    shape = layout("F1 of the best neuron", "F1 of the best feature", **axes)
+    return {"data": [equal | {"hoverinfo": "skip"}, points], "layout": shape}
+
+
+def _dense(result: Theory) -> Section:
+    dense, d = result.dense, len(result.dense.curve) - 1
+    fewer = ", ".join(
+        f"{check.measured:.6f} with {check.features:,} (bound {check.expected:.6f})"
+        for check in dense.checks
+    )
+    short = d // 2
+    compared = (
+        f"{dense.worth:.0f} dense features"
+        if dense.worth < d
+        else f"no fewer dense features than the site has dimensions, {d:,}"
+    )
+    return Section(
+        title="Dense autoencoders",
+        lead=f"Without sparsity {short:,} features explain at most {dense.curve[short]:.2%} of the "
+        f"variance and {d:,}, one for each dimension, all of it. To explain as much as the SAE "
+        f"does with {dense.l0:.1f} active features a token ({dense.explained:.1%}) it takes "
+        f"{compared}.",
+        rows={
+            "networks that were run": f"explained variance {fewer}",
+            "as many dense as active": f"{dense.l0:.1f} dense features explain {dense.at_l0:.1%}",
+        },
+        figures={"Explained variance by number of features": _curve(result)},
+    )
+
+
+def _curve(result: Theory) -> dict:
+    dense = result.dense
+    sizes = list(range(len(dense.curve)))
+    best = line(sizes, rounded(dense.curve), "dense, at best")
+    run = {
+        "type": "scatter",
+        "mode": "markers",
+        "name": "dense, run",
+        "x": [check.features for check in dense.checks],
+        "y": rounded([check.measured for check in dense.checks]),
+        "marker": {"size": 9, "symbol": "x", "color": COLOURS[0]},
+    }
+    value = float(f"{dense.explained:.5g}")
+    sae = line([dense.l0, dense.worth], [value, value], "SAE, at its L0", 1, mode="lines+markers")
+    sae["line"] |= {"dash": "dot"}
+    sae["marker"] = {"size": [11, 0], "symbol": "diamond"}
+    return {"data": [best, run, sae], "layout": layout("features", "explained variance")}
