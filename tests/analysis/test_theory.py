@@ -1,0 +1,310 @@
+"""The claims of the theory, on SAEs and activations for which the answer is known."""
+
+import json
+import math
+
+import pytest
+import torch
+from subjects import make_subject
+from torch import Generator, Tensor
+from torch.nn.functional import one_hot
+
+from sae_lightning.analysis.collect import Batch, collect, excerpt
+from sae_lightning.analysis.dense import dense_autoencoders
+from sae_lightning.analysis.detection import Detector
+from sae_lightning.analysis.moments import Moments, principal
+from sae_lightning.analysis.overlap import cosines, overlap
+from sae_lightning.analysis.subject import Subject
+from sae_lightning.analysis.theory import Activity, Detected, TheoryReducers, scalars, theory
+from sae_lightning.analysis.theory_sections import sections
+from sae_lightning.llm.sites import Kind, Site, Sites
+from sae_lightning.llm.vocabulary import vocabulary
+from sae_lightning.sae import ARCHITECTURES, build
+
+WIDTH, FEATURES, CONTEXT = 24, 48, 16
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=Generator().manual_seed(seed))
+
+
+def subject_of(llm, name: str = "relu", **settings) -> Subject:
+    kind = ARCHITECTURES[name].config
+    sparse = {"k": 4} if "k" in kind.__dataclass_fields__ else {}
+    sae = build(kind(name=name, features=FEATURES, **sparse, **settings), WIDTH, WIDTH)
+    site = Site(1, Kind.resid)
+    return Subject(llm, sae.requires_grad_(False), Sites(site, site))
+
+
+def batch_of(subject: Subject, x: Tensor, tokens: Tensor | None = None, first: int = 0) -> Batch:
+    """A batch of activations [sequences, context, WIDTH]; position 0 is BOS."""
+    tokens = torch.full(x.shape[:2], 5) if tokens is None else tokens
+    keep = torch.ones(x.shape[:2], dtype=torch.bool)
+    keep[:, 0] = False
+    features = subject.sae.encode(x.flatten(0, 1)).view(*x.shape[:2], -1)
+    features = features.masked_fill(~keep[..., None], 0)
+    return Batch(tokens, keep, x, x, features, torch.arange(first, first + len(x)))
+
+
+def theory_of(subject: Subject, x: Tensor, tokens: Tensor | None = None):
+    """The theory of a subject on activations, given in uneven batches."""
+    reducers, first = TheoryReducers(subject), 0
+    for n in (3, len(x) - 3):
+        part = slice(first, first + n)
+        reducers.add(batch_of(subject, x[part], None if tokens is None else tokens[part], first))
+        first += n
+    return theory(subject, reducers)
+
+
+def lead(result, title: str) -> str:
+    (found,) = [section.lead for section in sections(result) if section.title == title]
+    return found
+
+
+DIRECTIONS = "Encoder against decoder directions"
+
+
+def test_an_encoder_that_is_the_decoder_transposed_has_cosines_of_1(tiny):
+    result = theory_of(subject_of(tiny("llama")), noise(20, CONTEXT, WIDTH))
+    assert result.fired == FEATURES
+    assert torch.allclose(result.agreement.cosine, torch.ones(FEATURES))
+    assert "written nearly in the direction in which it is read" in lead(result, DIRECTIONS)
+
+
+def test_an_encoder_orthogonal_to_the_decoder_is_called_unrelated(tiny):
+    subject = subject_of(tiny("llama"))
+    half = WIDTH // 2
+    subject.sae.W_enc[half:] = 0
+    subject.sae.W_dec[:, :half] = 0
+    result = theory_of(subject, noise(20, CONTEXT, WIDTH))
+    assert result.agreement.cosine.abs().max() == 0
+    assert "nothing to do with one another" in lead(result, DIRECTIONS)
+
+
+def test_features_that_never_fire_say_nothing(tiny):
+    subject = subject_of(tiny("llama"))
+    subject.sae.b_enc[:10] = -1e6
+    result = theory_of(subject, noise(20, CONTEXT, WIDTH))
+    assert (result.fired, len(result.agreement.cosine)) == (FEATURES - 10, FEATURES - 10)
+    assert len(result.biases.margin) == FEATURES - 10
+
+
+def test_the_margin_is_taken_at_the_mean_in_deviations(tiny):
+    # x has mean 3 and deviation 2 in dimension 0, which feature 0 reads twice over with b_enc = -9:
+    # (2 x 3 - 9) / (2 x 2) = -0.75
+    subject = subject_of(tiny("llama"))
+    x = noise(400, CONTEXT, WIDTH)
+    kept = x[:, 1:]
+    x = (x - kept.mean((0, 1))) / kept.std((0, 1), correction=0)
+    x[..., 0] = 2 * x[..., 0] + 3
+    subject.sae.W_enc[0] = 0
+    subject.sae.W_enc[:, 0] = 2 * one_hot(torch.tensor(0), WIDTH)
+    subject.sae.b_enc[0] = -9
+    result = theory_of(subject, x)
+    assert result.biases.margin[0].item() == pytest.approx(-0.75, abs=1e-4)
+    # a standard normal exceeds 0.75 with probability 0.2266, what else fires is at 0: 1/2 each
+    expected = 0.2266 + (FEATURES - 1) / 2
+    assert result.biases.normal == pytest.approx(expected, abs=0.01)
+    assert result.activity.mean == pytest.approx(expected, abs=0.3)
+
+
+@pytest.mark.parametrize("name", ["relu", "jumprelu", "batch_topk", "gated"])
+def test_moving_all_activations_changes_raw_biases_and_no_margin(tiny, name):
+    subject, x = subject_of(tiny("llama"), name), noise(30, CONTEXT, WIDTH)
+    if name == "batch_topk":
+        subject.sae.threshold.fill_(0.02)
+    shift, one = 5 + noise(WIDTH, seed=1), torch.ones(())
+    moved = subject_of(tiny("llama"), name)
+    moved.sae.load_weights(subject.sae.fold(shift, one, shift, one))
+    here, there = theory_of(subject, x), theory_of(moved, x + shift)
+    assert torch.allclose(here.biases.margin, there.biases.margin, atol=1e-3)
+    assert not torch.allclose(here.biases.raw, there.biases.raw, atol=0.1)
+
+
+def test_a_threshold_counts_against_the_feature(tiny):
+    subject = subject_of(tiny("llama"), "jumprelu", threshold=0.05)
+    result = theory_of(subject, noise(50, CONTEXT, WIDTH))
+    # b_enc = 0 and mean about 0; the encoder's columns have norm 0.1 and x has deviation 1
+    assert result.biases.margin.mean().item() == pytest.approx(-0.5, abs=0.05)
+    assert "100.0% of features are below its threshold" in lead(result, "Encoder biases")
+
+
+def test_features_that_are_on_by_default_are_called_so(tiny):
+    subject = subject_of(tiny("llama"))
+    subject.sae.b_enc.fill_(1.0)
+    assert "on by default" in lead(theory_of(subject, noise(20, CONTEXT, WIDTH)), "Encoder biases")
+
+
+def test_orthogonal_directions_have_no_cosine_and_equal_ones_have_1():
+    eye = torch.eye(WIDTH)
+    alone = cosines(eye, torch.arange(WIDTH))
+    assert (alone.above(0.001), alone.size(0.99)) == (0, 0.001)
+    assert alone.nearest.max() == 0
+    assert alone.counts.sum() == WIDTH * (WIDTH - 1)  # none with itself
+    twice = cosines(torch.cat([eye, 3 * eye]), torch.arange(WIDTH))
+    assert (twice.nearest == 1).all()
+    assert twice.above(0.3) == pytest.approx(1 / (2 * WIDTH - 1))
+    opposite = cosines(torch.cat([eye, -eye]), torch.arange(WIDTH))
+    assert opposite.above(0.999) == pytest.approx(1 / (2 * WIDTH - 1))
+    assert opposite.nearest.max() == 0
+
+
+def test_random_directions_are_as_theory_has_them():
+    # nearly normal with deviation 1 / sqrt(d): the median is at 0.674, 99 % below 2.576 of them
+    found = overlap(noise(600, 400, seed=5), torch.eye(400))
+    for each in (found.decoder, found.random, found.like_data):
+        assert each.size(0.5) == pytest.approx(0.674 / 20, abs=0.002)
+        assert each.size(0.99) == pytest.approx(2.576 / 20, abs=0.003)
+    stretched = torch.diag(torch.tensor([5.0] + [0.1] * 399))
+    assert overlap(noise(600, 400), stretched).like_data.size(0.5) > 0.5
+
+
+def test_features_that_fire_together_spread_more_than_independent_ones():
+    # 4 features on half of 100 tokens, always together: 0 or 4, deviation 2; independent: 1
+    together = Activity(torch.tensor([50, 0, 0, 0, 50]), torch.full((4,), 0.5).double())
+    assert (together.mean, together.deviation, together.independent) == (2, 2, 1)
+    assert [together.quantile(share) for share in (0.05, 0.5, 0.51, 1)] == [0, 0, 4, 4]
+
+
+def test_active_features_are_counted_and_the_error_is_that_of_the_sae(tiny):
+    subject, x = subject_of(tiny("llama")), noise(20, CONTEXT, WIDTH)
+    result = theory_of(subject, x)
+    kept = x[:, 1:].flatten(0, 1)
+    output = subject.sae(kept)
+    number = (output.features > 0).sum(dim=1)
+    assert torch.equal(result.activity.counts, torch.bincount(number, minlength=FEATURES + 1))
+    total = (kept - kept.mean(dim=0)).square().sum()
+    explained = 1 - (kept - output.reconstruction).square().sum() / total
+    assert result.dense.explained == pytest.approx(explained.item(), abs=1e-5)
+    assert result.dense.l0 == pytest.approx(number.float().mean().item())
+
+
+def test_a_planted_feature_is_found_as_the_one_of_its_concept(tiny):
+    llm = tiny("llama")
+    subject = subject_of(llm)
+    names = vocabulary(llm)
+    animals = torch.tensor([names.index(" dog"), names.index(" fox")])
+    others = torch.tensor([names.index(" mix"), names.index(" lazy"), names.index(" wizards")])
+    random = Generator().manual_seed(0)
+    which = torch.randint(0, 5, (60, CONTEXT), generator=random)
+    tokens = torch.cat([animals, others])[which]
+    x = noise(60, CONTEXT, WIDTH)
+    x[..., 3] = 10.0 * (which < 2)
+    subject.sae.W_enc[3] = 0
+    subject.sae.W_enc[:, 7] = one_hot(torch.tensor(3), WIDTH).float()
+    subject.sae.b_enc[7] = -5
+    result = theory_of(subject, x, tokens)
+    (found,) = [one for one in result.detected if one.concept == "animals"]
+    assert (found.feature.unit, found.feature.f1, found.feature.auroc) == (7, 1, 1)
+    assert (found.neuron.unit, found.neuron.below, found.neuron.f1) == (3, False, 1)
+    assert found.share == pytest.approx(0.4, abs=0.05)
+    assert "no better than" in lead(result, "One feature, one concept")  # both are perfect
+
+
+def test_a_text_without_the_concepts_says_so(tiny):
+    result = theory_of(subject_of(tiny("llama")), noise(20, CONTEXT, WIDTH))
+    assert result.detected == []
+    assert lead(result, "One feature, one concept").startswith("No concept")
+    assert scalars(result)["detection"]["concepts"] == 0
+
+
+def test_the_dense_curve_follows_from_the_covariance():
+    # variances 4, 3, 2, 1 along rotated axes: 4/10, 7/10 and 9/10 with 1, 2 and 3 features
+    axes, _ = torch.linalg.qr(noise(4, 4).double())
+    variances = torch.tensor([4.0, 3.0, 2.0, 1.0]).double()
+    found, directions = principal(axes.T @ torch.diag(variances) @ axes)
+    assert torch.allclose(found, variances)
+    assert torch.allclose((directions @ axes.T).abs(), torch.eye(4).double(), atol=1e-7)
+    sample = noise(200, 4).double() @ torch.diag(variances.sqrt()) @ axes + 100
+    dense = dense_autoencoders(found, sample, l0=1.5, error=2.0)
+    assert dense.curve.tolist() == pytest.approx([0, 0.4, 0.7, 0.9, 1])
+    assert dense.explained == pytest.approx(0.8)
+    assert dense.worth == pytest.approx(2.5)  # half way from 0.7 to 0.9
+    assert dense.at_l0 == pytest.approx(0.55)  # half way from 0.4 to 0.7
+
+
+def test_networks_attain_the_bound_and_none_with_fewer_features_than_dimensions_is_perfect():
+    x = noise(500, 10) @ noise(10, 10, seed=1) + 30
+    moments = Moments()
+    moments.add(x)
+    variances, _ = principal(moments.covariance)
+    dense = dense_autoencoders(variances, x, l0=3.0, error=0.0)
+    assert [check.features for check in dense.checks] == [5, 9, 10]
+    for check in dense.checks:
+        assert check.measured == pytest.approx(check.expected, abs=1e-12)
+    half, short, full = (check.measured for check in dense.checks)
+    assert half < short < 1 - 1e-6
+    assert full == pytest.approx(1, abs=1e-12)
+    assert dense.worth == pytest.approx(10)  # a perfect SAE is worth all of them
+
+
+@pytest.mark.parametrize("error", [20.0, 0.0])
+def test_an_sae_that_explains_nothing_is_worth_no_feature_and_a_perfect_one_all(error):
+    dense = dense_autoencoders(torch.tensor([6.0, 4.0]).double(), noise(50, 2), 1.0, error)
+    assert dense.worth == (0 if error else 2)
+
+
+def test_moments_do_not_depend_on_the_cutting_or_on_a_far_mean():
+    x = noise(300, 5).double() + 1e4
+    moments = Moments()
+    for part in x.split(70):
+        moments.add(part)
+    assert torch.allclose(moments.mean, x.mean(dim=0))
+    assert torch.allclose(moments.covariance, x.T.cov(correction=0), rtol=1e-9, atol=1e-12)
+
+
+def test_nothing_in_the_reducers_grows_with_the_text(tiny):
+    subject = subject_of(tiny("llama"))
+    reducers, sizes = TheoryReducers(subject), []
+    for n in range(12):
+        reducers.add(batch_of(subject, noise(16, CONTEXT, WIDTH, seed=n), first=16 * n))
+        parts = reducers.source, reducers.feature, reducers.neuron, reducers
+        tensors = [v for part in parts for v in vars(part).values() if isinstance(v, Tensor)]
+        sizes.append(sum(tensor.numel() for tensor in tensors))
+    assert sizes[0] < sizes[8]  # the sample fills up
+    assert len(set(sizes[8:])) == 1
+
+
+def words_of(tiny, words, name: str = "relu", **sites):
+    subject = make_subject(tiny("llama"), **sites) if sites else subject_of(tiny("llama"), name)
+    reducers = TheoryReducers(subject)
+    batches, total = excerpt(words(5000), 1500, 16)
+    collect(subject, batches, [reducers], total=total)
+    return theory(subject, reducers)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_is_tested_with_a_sentence_a_number_and_a_figure(tiny, words, name):
+    result = words_of(tiny, words, name)
+    found = sections(result)
+    assert len(found) == 6
+    for section in found:
+        assert section.lead.endswith(".") and "nan" not in section.lead
+        assert section.rows
+        for figure in section.figures.values():
+            json.dumps(figure, allow_nan=False)
+    assert all(section.figures for section in found)
+    numbers = json.loads(json.dumps(scalars(result), allow_nan=False))
+    assert numbers["tokens"] >= 1500
+    assert numbers["detection"]["concepts"] == len(result.detected) > 0
+    assert math.isclose(numbers["dense"]["curve"][-1], 1)
+
+
+def test_a_transcoder_is_spared_what_has_no_meaning_for_it(tiny, words):
+    result = words_of(tiny, words, source=Kind.mlp_in, target=Kind.mlp)
+    assert result.agreement is None and result.dense is None
+    titles = [section.title for section in sections(result)]
+    assert DIRECTIONS not in titles and "Dense autoencoders" not in titles
+    assert len(titles) == 4
+    json.dumps(scalars(result), allow_nan=False)
+
+
+@pytest.mark.parametrize(("f1", "verdict"), [(0.9, ", better than"), (0.1, "no better than")])
+def test_the_comparison_says_what_the_numbers_say(tiny, f1, verdict):
+    result = theory_of(subject_of(tiny("llama")), noise(20, CONTEXT, WIDTH))
+    neuron = Detector(1, False, 0.5, 0.5, 0.5, 0.5, 0.5, 1, 0.5)
+    feature = neuron._replace(f1=f1)
+    result = result._replace(detected=[Detected("war", 0.1, feature, neuron, feature)])
+    said = lead(result, "One feature, one concept")
+    assert verdict in said
+    assert f"wins on {int(f1 > 0.5)} of 1 concepts" in said
