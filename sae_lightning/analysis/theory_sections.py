@@ -196,7 +196,7 @@ def _detection(result: Theory, numbers: dict[str, Any]) -> Section:
         title=title,
         lead=f"The best single feature detects a concept with a mean F1 of {feature:.2f}, "
         f"{comparison} the best single neuron with {neuron:.2f}; the feature wins on {wins} of {n} "
-        "concepts.",
+        f"concepts. {_ranking(numbers)}",
         rows={
             "mean F1": f"{feature:.3f} feature, {neuron:.3f} neuron; {chance:.3f} by always "
             "saying yes",
@@ -210,6 +210,15 @@ def _detection(result: Theory, numbers: dict[str, Any]) -> Section:
         table=_concepts(result),
         figures={"F1 of the best single unit": _units(result)},
     )
+
+
+def _ranking(numbers: dict[str, Any]) -> str:
+    """The other measure, which need not agree."""
+    feature, neuron = numbers["feature_auroc"], numbers["neuron_auroc"]
+    scores = f"(AUROC {feature:.2f} against {neuron:.2f})"
+    if feature > neuron:
+        return f"Features also rank tokens better {scores}."
+    return f"Features do not rank tokens better {scores}: where one is silent, all are alike to it."
 
 
 def _concepts(result: Theory) -> Table:

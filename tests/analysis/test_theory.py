@@ -3,6 +3,7 @@
 import json
 import math
 
+import plotly.graph_objects
 import pytest
 import torch
 from subjects import make_subject
@@ -283,6 +284,7 @@ def test_every_architecture_is_tested_with_a_sentence_a_number_and_a_figure(tiny
         assert section.rows
         for figure in section.figures.values():
             json.dumps(figure, allow_nan=False)
+            plotly.graph_objects.Figure(figure)  # refuses what plotly does not know
     assert all(section.figures for section in found)
     numbers = json.loads(json.dumps(scalars(result), allow_nan=False))
     assert numbers["tokens"] >= 1500
@@ -297,6 +299,16 @@ def test_a_transcoder_is_spared_what_has_no_meaning_for_it(tiny, words):
     assert DIRECTIONS not in titles and "Dense autoencoders" not in titles
     assert len(titles) == 4
     json.dumps(scalars(result), allow_nan=False)
+
+
+@pytest.mark.parametrize(("auroc", "verdict"), [(0.9, "also rank"), (0.7, "do not rank")])
+def test_a_measure_that_speaks_against_features_is_told_too(tiny, auroc, verdict):
+    result = theory_of(subject_of(tiny("llama")), noise(20, CONTEXT, WIDTH))
+    neuron = Detector(1, False, 0.5, 0.5, 0.5, 0.5, 0.5, 1, 0.8)
+    feature = neuron._replace(f1=0.9, auroc=auroc)
+    result = result._replace(detected=[Detected("war", 0.1, feature, neuron, feature)])
+    said = lead(result, "One feature, one concept")
+    assert f"{verdict} tokens better (AUROC {auroc:.2f} against 0.80)" in said
 
 
 @pytest.mark.parametrize(("f1", "verdict"), [(0.9, ", better than"), (0.1, "no better than")])
