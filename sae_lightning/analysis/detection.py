@@ -89,8 +89,8 @@ class FeatureCounts:
 
     def result(self) -> Counts:
         """Of all tokens added so far, on the CPU."""
-        counts = self.counts.cpu().clone()
-        counts[..., 0] = self.tokens.cpu()[..., None] - counts.sum(dim=-1)
+        counts = self.counts.cpu()
+        counts[..., 0] = self.tokens.cpu()[..., None] - counts[..., 1:].sum(dim=-1)
         thresholds = torch.cat([torch.zeros(1), EDGES[1:]]).expand(counts.shape[2], -1)
         return Counts(counts, thresholds, signed=False)
 

@@ -71,8 +71,20 @@ def rounded(values: list[float] | Tensor, digits: int = 5) -> list[float]:
     return [float(f"{value:.{digits}g}") for value in values]
 
 
-def upright(x: float, name: str, colour: str = GREY) -> dict:
-    """What a layout takes to mark a place on the x axis: a dashed line and its name."""
-    common = {"x0": x, "x1": x, "yref": "paper", "y0": 0, "y1": 1}
-    label = {"text": name, "textposition": "end", "textangle": 0, "font": {"color": colour}}
-    return {"type": "line", "line": {"color": colour, "dash": "dot"}, "label": label} | common
+def upright(x: float, name: str, left: bool = False) -> dict:
+    """What a layout takes to mark a place on the x axis: a dashed line, its name to the right or
+    left of it."""
+    return {
+        "type": "line",
+        "line": {"color": GREY, "dash": "dot"},
+        "label": {
+            "text": name,
+            "textposition": "end",
+            "textangle": 0,
+            "xanchor": "right" if left else "left",
+            "yanchor": "top",
+            "padding": 4,
+            "font": {"color": GREY},
+        },
+        **{"x0": x, "x1": x, "yref": "paper", "y0": 0, "y1": 1},
+    }

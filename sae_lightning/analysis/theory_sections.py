@@ -12,7 +12,7 @@ from sae_lightning.analysis.figures import bars, histogram, layout, line, rounde
 from sae_lightning.analysis.overlap import Cosines
 from sae_lightning.analysis.pareto import COLOURS, GREY
 from sae_lightning.analysis.section import Section, Table
-from sae_lightning.analysis.theory import Theory, scalars
+from sae_lightning.analysis.theory import SAMPLE, Detected, Theory, scalars
 
 COARSE = 20  # thousandths of a cosine that a point of the figure stands for
 BARS = 80
@@ -63,7 +63,9 @@ def _agreement(result: Theory, numbers: dict[str, Any]) -> Section:
 
 def _marked(figure: dict, x: float, name: str) -> dict:
     """The figure with a mark on its x axis."""
-    figure["layout"]["shapes"] = [upright(x, name)]
+    places = figure["data"][0]["x"]
+    is_right = x > (places[0] + places[-1]) / 2
+    figure["layout"]["shapes"] = [upright(x, name, left=is_right)]
     return figure
 
 
@@ -134,7 +136,11 @@ def _overlap(result: Theory, numbers: dict[str, Any]) -> Section:
         figures={
             "Cosines between directions": {
                 "data": traces,
-                "layout": layout("cosine", "share of pairs per 0.02", yaxis={"type": "log"}),
+                "layout": layout(
+                    "cosine",
+                    "share of pairs per 0.02",
+                    yaxis={"type": "log", "exponentformat": "power"},
+                ),
             }
         },
     )
@@ -242,7 +248,7 @@ def _units(result: Theory) -> dict:
         "mode": "markers+text",
         "x": rounded([one.neuron.f1 for one in result.detected]),
         "y": rounded([one.feature.f1 for one in result.detected]),
-        "text": [one.concept for one in result.detected],
+        "text": _labels(result.detected),
         "textposition": "middle right",
         "textfont": {"size": 11},
         "cliponaxis": False,
@@ -259,6 +265,20 @@ def _units(result: Theory) -> dict:
     axes = {name: {"range": [0, 1.02]} for name in ("xaxis", "yaxis")}
     shape = layout("F1 of the best neuron", "F1 of the best feature", **axes)
     return {"data": [equal | {"hoverinfo": "skip"}, points], "layout": shape}
+
+
+def _labels(detected: list[Detected]) -> list[str]:
+    """Names of concepts; "" where one would cover that of a concept before it."""
+    placed: list[Detected] = []
+    for one in detected:
+        clear = all(
+            abs(one.feature.f1 - other.feature.f1) > 0.03
+            or abs(one.neuron.f1 - other.neuron.f1) > 0.2
+            for other in placed
+        )
+        if clear:
+            placed.append(one)
+    return [one.concept if one in placed else "" for one in detected]
 
 
 def _dense(result: Theory) -> Section:
@@ -280,7 +300,8 @@ def _dense(result: Theory) -> Section:
         f"does with {dense.l0:.1f} active features a token ({dense.explained:.1%}) it takes "
         f"{compared}.",
         rows={
-            "networks that were run": f"explained variance {fewer}",
+            "networks that were run": f"explained variance {fewer}, on "
+            f"{min(SAMPLE, result.tokens):,} of the tokens",
             "as many dense as active": f"{dense.l0:.1f} dense features explain {dense.at_l0:.1%}",
         },
         figures={"Explained variance by number of features": _curve(result)},
@@ -294,7 +315,7 @@ def _curve(result: Theory) -> dict:
     run = {
         "type": "scatter",
         "mode": "markers",
-        "name": "dense, run",
+        "name": f"dense, run on {min(SAMPLE, result.tokens):,} of the tokens",
         "x": [check.features for check in dense.checks],
         "y": rounded([check.measured for check in dense.checks]),
         "marker": {"size": 9, "symbol": "x", "color": COLOURS[0]},
