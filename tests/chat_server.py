@@ -87,6 +87,11 @@ def oracle(question: str) -> str:
         marked = re.findall(r"^\(\d+/10\).*?<<(\w+)>>", question, re.MULTILINE)
         return f"Explanation: the word {Counter(marked).most_common(1)[0][0]}"
     word = re.search(r"the word (\w+)", question)[1]
-    wanted = f"<<{word}>>" if "between << and >>" in question else word
+    fuzzing = "between << and >>" in question
+
+    def fits(text: str) -> bool:
+        pieces = re.findall("<<(.*?)>>", text) if fuzzing else [text]
+        return any(word in piece.split() for piece in pieces)
+
     texts = re.findall(r"^(\d+)\. (.*)$", question, re.MULTILINE)
-    return "\n".join(f"{n}: {'yes' if wanted in text.split() else 'no'}" for n, text in texts)
+    return "\n".join(f"{n}: {'yes' if fits(text) else 'no'}" for n, text in texts)

@@ -138,6 +138,8 @@ def _written(score: Score | None) -> str:
 def _number(explanation: Explanation) -> str:
     """How many verdicts the two scores rest on."""
     scores = explanation.detection, explanation.fuzzing
+    if scores == (None, None):
+        return "–"
     return " + ".join("–" if s is None else str(s.yes + s.no) for s in scores)
 
 

@@ -117,5 +117,6 @@ def verdicts(answer: str, texts: int) -> list[bool | None]:
 
 
 def _conclusion(answer: str) -> str:
-    """What follows a reasoning model's thoughts."""
-    return answer.rpartition("</think>")[2].strip()
+    """What follows a reasoning model's thoughts; nothing if it never came to their end."""
+    _, end, rest = answer.rpartition("</think>")
+    return "" if not end and "<think>" in rest else rest.strip()
