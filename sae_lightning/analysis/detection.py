@@ -16,6 +16,7 @@ from torch import Generator, Tensor
 from sae_lightning.analysis.catalogue import EDGES
 
 ENTRIES = 1 << 20  # strengths sorted into bins at a time: bounds memory
+QUANTILES = 1 << 23  # numbers that torch.quantile takes at once; it refuses twice as many
 # Ranks at which neurons' values are cut: ever finer towards both ends, where rare concepts are.
 _TAIL = 0.5 * 2.0 ** -torch.arange(0, 10.25, 0.25)
 RANKS = torch.cat([_TAIL.flip(0), 1 - _TAIL[1:]])
@@ -105,7 +106,8 @@ class NeuronCounts:
     def add(self, x: Tensor, member: Tensor, half: Tensor) -> None:
         """Add tokens: [n, d], bool [n, concepts], and 0 or 1 [n]."""
         if self.edges is None:
-            self.edges = torch.quantile(x[:ENTRIES].float(), RANKS.to(x), dim=0).T.contiguous()
+            first = x[: max(1, QUANTILES // x.shape[1])]
+            self.edges = torch.quantile(first, RANKS.to(x), dim=0).T.contiguous()
             shape = 2, self.concepts + 1, x.shape[1], len(RANKS) + 1
             self.counts = torch.zeros(shape, dtype=torch.int32, device=x.device)
         _, columns, d, bins = self.counts.shape

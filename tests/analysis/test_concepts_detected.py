@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
+from sae_lightning.analysis import detection
 from sae_lightning.analysis.concepts import CONCEPTS, members
 from sae_lightning.analysis.detection import FeatureCounts, NeuronCounts, detect
 
@@ -169,6 +170,14 @@ def test_counts_are_of_all_tokens_and_do_not_depend_on_the_cutting():
     whole.result()  # looking at it changes nothing
     whole.add(strengths[500:], MEMBER[500:], HALF[500:])
     assert torch.equal(whole.result().counts, by_feature(strengths).counts)
+
+
+def test_ranks_are_taken_from_no_more_numbers_than_quantile_takes(monkeypatch):
+    monkeypatch.setattr(detection, "QUANTILES", 6 * 50 + 5)
+    counts = NeuronCounts(1)
+    counts.add(NOISE, MEMBER, HALF)
+    assert torch.equal(counts.edges, torch.quantile(NOISE[:50], detection.RANKS, dim=0).T)
+    assert counts.result().tokens.sum(dim=0)[-1] == N  # all are counted
 
 
 def test_units_can_be_chosen_among_a_few_only():
