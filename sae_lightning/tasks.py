@@ -64,7 +64,11 @@ def _overview(asked: OverviewConfig, given: Collection[str]) -> None:
         "evaluate": card.scalars(),
         "theory": theory.scalars(tested),
     }
-    sections.insert(0, survey.section(found))
+    sections = [
+        survey.section(found)._replace(part="Scorecard"),
+        evaluate.section(card)._replace(part="Scorecard"),
+        *(section._replace(part="Theory") for section in theory_sections.sections(tested)),
+    ]
     _publish(trained, asked, scalars, sections, [found.features, found.neurons])
     return None
 
