@@ -16,7 +16,7 @@ const ORDERS = { // name -> the number of a unit, none if its kind has no such n
   id: listed => listed.fired.values.map((_, unit) => unit),
 };
 const kinds = new Map(index.kinds.map(kind => [kind.kind, { ...kind, blocks: new Map() }]));
-let kind, unit = null, order = [], wanted = "token score", down = true, asked = 0;
+let kind, unit = null, order = [], matches = null, wanted = "token score", down = true, asked = 0;
 
 // ---- data ----
 
@@ -60,7 +60,8 @@ function make(tag, { tip, ...properties } = {}, ...children) {
   element.append(...children);
   return element;
 }
-const chip = number => make("span", { className: "chip" }, words[number]);
+const bare = word => word.trim() ? word : word.replaceAll(" ", "␣");
+const chip = number => make("span", { className: "chip" }, bare(words[number]));
 const chips = (numbers, most = 99) =>
   [...new Set(numbers)].filter(Boolean).slice(0, most).map(chip);
 const link = (kind, unit) => `#${kind.kind}-${unit}`;
@@ -70,35 +71,42 @@ const capital = word => word[0].toUpperCase() + word.slice(1);
 
 // ---- the list ----
 
-// Which units have what is typed as part of a token, or as a whole "token".
+// For a unit the tokens that hold what is typed, or are it if it is in quotes: those that it fires
+// on and those that it promotes. Null while nothing is typed.
 function matcher(listed) {
   const typed = search.value.trimEnd().toLowerCase();
-  if (!typed) return () => true;
-  if (/^#\d+$/.test(typed)) return () => false;
+  if (!typed) return null;
+  if (/^#\d+$/.test(typed)) return () => [[], []];
   const whole = /^"(.+)"$/.exec(typed)?.[1];
   const hit = words.map(word => whole ? word.trim().toLowerCase() === whole.trim()
                                       : word.toLowerCase().includes(typed));
-  const fields = [listed.reading, listed.promoted, listed.peaks].filter(Boolean);
-  return unit => fields.some(field => field.of(unit).some(n => hit[n]));
+  const hits = (unit, ...fields) => fields.flatMap(field => field ? [...field.of(unit)].filter(n => hit[n]) : []);
+  return unit => [hits(unit, listed.reading, listed.peaks), hits(unit, listed.promoted)];
 }
 
 async function refill() {
   const mine = ++asked, listed = await listedOf(kind);
   if (mine !== asked) return;
   const values = ORDERS[key.value](listed);
-  const matches = matcher(listed), fired = listed.fired.values, sign = down ? -1 : 1;
+  matches = matcher(listed);
+  const fired = listed.fired.values, sign = down ? -1 : 1;
   const id = Number(/^#?(\d+)$/.exec(search.value.trim())?.[1] ?? NaN);
   order = [];
+  const place = new Uint8Array(kind.units); // the id that is asked for, units that fire on it, the rest
   for (let unit = 0; unit < kind.units; unit++) {
-    if (unit === id || (fired[unit] || !live.checked) && matches(unit)) order.push(unit);
+    if (unit === id) order.push(unit);
+    if (unit === id || live.checked && !fired[unit]) continue;
+    const [fires, promotes] = matches?.(unit) ?? [[0], []];
+    place[unit] = fires.length ? 1 : 2;
+    if (fires.length || promotes.length) order.push(unit);
   }
-  // the unit asked for comes first; those without a number stay last in both directions
-  order.sort((a, b) => (b === id) - (a === id) || Number.isNaN(values[a]) - Number.isNaN(values[b])
+  // units without a number stay last in both directions
+  order.sort((a, b) => place[a] - place[b] || Number.isNaN(values[a]) - Number.isNaN(values[b])
     || sign * (values[a] - values[b]) || a - b);
   const some = order.length === kind.units ? "all" : order.length.toLocaleString("en") + " of";
   find(".count").replaceChildren(
     make("span", {}, `${some} ${kind.units.toLocaleString("en")} ${kind.kind}s`),
-    make("span", {}, `${listed.score ? "token score, " : ""}density · maximum`));
+    make("span", {}, `${listed.score ? "score, " : ""}density · max`));
   find(".direction").textContent = down ? "↓" : "↑";
   rows.style.height = `${order.length * ROW}px`;
   list.scrollTop = 0;
@@ -121,9 +129,17 @@ function row(listed, id, place) {
     preview.slice(peak + 1).map(n => words[n]).join(""));
   const main = listed.reading?.of(id)[0] ? listed.reading : listed.peaks;
   const fired = listed.fired.values[id];
+  const [fires, promotes] = matches?.(id) ?? [[], []];
+  const tokens = chips([...fires, ...main.of(id)], 4);
+  tokens.slice(0, new Set(fires).size).forEach(chip => chip.classList.add("hit"));
+  if (!fires.length && promotes.length) {
+    const [first] = chips(promotes, 1);
+    first.classList.add("hit");
+    tokens.unshift("promotes ", first);
+  }
   const element = make("a", { className: "row", href: link(kind, id), tabIndex: -1 },
     make("span", { className: "id" }, String(id)),
-    make("span", { className: "line" }, ...chips(main.of(id), 4)),
+    make("span", { className: "line" }, ...tokens),
     make("span", { className: "number" }, score === undefined ? "" : Number.isNaN(score) ? "–" : score.toFixed(2)),
     text,
     make("span", { className: "number" }, `${percent(fired / kind.tokens)} · ${digits(listed.maximum.values[id])}`));
