@@ -4,7 +4,7 @@ A task is a preset of the group `task`, so that a setting that another task has 
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
@@ -105,10 +105,14 @@ class LensConfig(AnalyzeConfig):
     """A feature or a list of them to print; null prints the ones with the sharpest effect."""
     top: int = 10
     """Tokens for each feature."""
+    contexts: int = 8
+    """Pieces of text in which every feature is added, to see what it does; 0 skips the blocks from
+    the SAE to both ends of the LLM, and needs weights alone (the logit lens)."""
 
     def __post_init__(self):
         self.feature = integers("feature", self.feature)
         at_least("top", self.top, 1)
+        at_least("contexts", self.contexts, 0)
 
 
 class Mode(Enum):
@@ -126,8 +130,9 @@ class SteerConfig(AnalyzeConfig):
 
     feature: Any
     """A feature."""
-    strength: Any = field(default_factory=lambda: [4, 8, 16])
-    """A strength or a list of them, in units of the feature's activation; below 0 suppresses."""
+    strength: Any = None
+    """A strength or a list of them, in units of the feature's activation; below 0 suppresses. Null
+    for three at which text usually changes and stays fluent."""
     prompt: str = "Once upon a time"
     """What the text begins with."""
     tokens: int = 60
@@ -145,7 +150,7 @@ class SteerConfig(AnalyzeConfig):
             raise UserError(f"feature={_plain(self.feature)}: give one feature, as feature=87")
         (self.feature,) = feature
         self.strength = numbers("strength", self.strength)
-        if not self.strength or not all(map(math.isfinite, self.strength)):
+        if not all(map(math.isfinite, self.strength or [])):
             raise UserError(f"strength={_plain(self.strength)}: give numbers, as strength=[4,8]")
         at_least("tokens", self.tokens, 1)
         at_least("temperature", self.temperature, 0)

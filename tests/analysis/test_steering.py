@@ -134,11 +134,24 @@ def test_the_activation_is_that_of_the_unsteered_llm_on_the_text(planted):
 def test_the_section_shows_every_text(planted):
     result = steer(planted, PLANTED, [4.0, 100.0], PROMPT, tokens=5)
     shown = section(result)
-    assert [row[0] for row in shown.table.rows] == ["unsteered", "strength +4", "strength +100"]
+    assert [row[0] for row in shown.table.rows] == ["unsteered", "add 4", "add 100"]
+    assert shown.table.rows[2][1] == f"{100 / result.whole:.0%}"
     assert [len(text.tokens) for text in shown.texts] == [
         len(c.tokens) for c in (result.plain, *result.steered)
     ]
-    assert "strength 100" in shown.lead or "strength 4" in shown.lead
+    assert [text.strengths for text in shown.texts] == [
+        c.activations for c in (result.plain, *result.steered)
+    ]
+
+
+def test_strengths_that_are_not_given_are_shares_of_the_activation(planted):
+    """The row has length 1: a fifth to two fifths of the median length on the prompt's tokens."""
+    result = steer(planted, PLANTED, None, PROMPT, tokens=2)
+    ids = planted.llm.tokenizer.encode(PROMPT)
+    y = capture(planted.llm.model, torch.tensor([[0, *ids]]), [LAST.target])[LAST.target]
+    assert result.whole == pytest.approx(y[0, 1:].norm(dim=1).median().item(), rel=1e-4)
+    shares = [c.strength / result.whole for c in result.steered]
+    assert shares == pytest.approx([0.2, 0.3, 0.4], rel=0.05)
 
 
 def test_a_text_that_ends_at_once_has_no_mean():

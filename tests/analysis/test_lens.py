@@ -1,0 +1,174 @@
+"""The lens finds planted tokens at both ends, by weights alone and through the blocks."""
+
+import math
+
+import pytest
+import torch
+from subjects import make_subject
+from tiny_llm import FAMILIES
+
+from sae_lightning.analysis import lens as module
+from sae_lightning.analysis.lens import lens, section
+from sae_lightning.llm.direct_path import embedding, final_norm
+from sae_lightning.llm.sites import Kind, Site, Sites
+from sae_lightning.llm.vocabulary import vocabulary
+
+PLANTED, TOKEN = 5, 42
+LAST = Site(2, Kind.resid)
+
+
+@pytest.fixture(autouse=True)
+def little_text(monkeypatch):
+    monkeypatch.setattr(module, "TOKENS", 3000)
+
+
+@pytest.fixture(params=FAMILIES)
+def llm(request, tiny):
+    return tiny(request.param)
+
+
+def logits_of(llm, rows):
+    return final_norm(llm.model).passes(rows) @ llm.model.get_output_embeddings().weight.T
+
+
+def plant(subject):
+    """Feature 5 writes what raises the logit of token 42 by 1 and others as little as d dimensions
+    allow, and reads where the embedding of that token is, likewise."""
+    model = subject.llm.model
+    sees = final_norm(model).reads(model.get_output_embeddings().weight)
+    subject.sae.W_dec[PLANTED] = one_of(sees)
+    subject.sae.W_enc[:, PLANTED] = one_of(embedding(model, len(subject.llm.tokenizer)))
+    return subject
+
+
+def one_of(matrix):
+    """The direction whose product with row 42 is nearest 1 and with the others nearest 0."""
+    return torch.linalg.pinv(matrix.double(), rtol=1e-4)[:, TOKEN].float()
+
+
+def test_the_planted_token_comes_first_at_both_ends(llm):
+    found = lens(plant(make_subject(llm)), top=3)
+    assert found.effect.promoted[PLANTED, 0] == TOKEN
+    assert found.read[PLANTED, 0] == TOKEN
+    assert (
+        found.effect.promoted.shape == found.effect.suppressed.shape == found.read.shape == (32, 3)
+    )
+
+
+def test_the_ranking_is_that_of_the_logits_at_a_fixed_scale(llm):
+    subject = make_subject(llm)
+    known = len(llm.tokenizer)
+    logits = logits_of(llm, subject.sae.W_dec)[:, :known]
+    found = lens(subject, top=5).effect
+    assert torch.equal(found.promoted, logits.argsort(descending=True)[:, :5])
+    assert torch.equal(found.suppressed, logits.argsort()[:, :5])
+
+
+def test_sharpness_is_the_excess_kurtosis(tiny):
+    """By hand: one token of n at 1 and the others at 0 is a coin with p = 1 / n, whose excess
+    kurtosis is (1 - 6 p (1 - p)) / (p (1 - p))."""
+    p = 1 / 20
+    (_, _, sharpness) = module._effect(torch.eye(20)[:1], 1)
+    assert math.isclose(sharpness.item(), (1 - 6 * p * (1 - p)) / (p * (1 - p)), rel_tol=1e-4)
+    normal = torch.randn(1, 100_000, generator=torch.Generator().manual_seed(0))
+    assert abs(module._effect(normal, 1)[2].item()) < 0.1
+    assert module._effect(torch.zeros(1, 20), 1)[2].isfinite().all()
+
+
+@pytest.mark.parametrize("text", [False, True], ids=["direct", "blocks"])
+def test_slices_of_features_change_nothing(tiny, words, monkeypatch, text):
+    subject = make_subject(tiny("llama"))
+    whole = lens(subject, 4, words(4000) if text else None)
+    monkeypatch.setattr(module, "NUMBERS", 250)  # two features at a time
+    sliced = lens(subject, 4, words(4000) if text else None)
+    for a, b in zip((*whole.effect, whole.read), (*sliced.effect, sliced.read), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_behind_the_last_block_the_effect_is_what_norm_and_head_make_of_the_row(
+    llm, words, monkeypatch
+):
+    """If it drowns what was there, the norm's scale is that of the row itself."""
+    monkeypatch.setattr(module, "SHARE", 1e4)
+    subject = make_subject(llm)._replace(sites=Sites(LAST, LAST))
+    norm, rows = final_norm(llm.model), subject.sae.W_dec
+    centred = rows - rows.mean(1, keepdim=True) if norm.centres else rows
+    behind = norm.passes(rows) / centred.norm(dim=1, keepdim=True)
+    logits = (behind - behind.mean(0)) @ llm.model.get_output_embeddings().weight.T
+    expected = logits[:, : len(llm.tokenizer)]
+    found = lens(subject, 1, words(4000)).effect
+    agree = found.promoted[:, 0] == expected.argmax(1)
+    assert agree.float().mean() > 0.9  # all but ties within float32
+    assert (found.suppressed[:, 0] == expected.argmin(1)).float().mean() > 0.9
+
+
+def test_a_planted_effect_is_found_through_the_blocks(llm, words):
+    """A row that the logit of a token reads, and no other logit more."""
+    subject = make_subject(llm)._replace(sites=Sites(LAST, LAST))
+    rows = final_norm(llm.model).reads(llm.model.get_output_embeddings().weight)
+    token = next(i for i in range(40, 90) if logits_of(llm, rows)[i].argmax() == i)
+    subject.sae.W_dec[PLANTED] = rows[token]
+    assert token in lens(subject, 3, words(4000)).effect.promoted[PLANTED]
+
+
+def test_what_is_read_through_blocks_is_found_behind_them(llm, words):
+    """The encoder reads the mean activation that a token has behind block 1."""
+    subject = make_subject(llm)
+    text = words(4000)
+    captured = Gathered()
+    module.collect(subject, [text.next(300)], [captured], total=300)
+    tokens, x = torch.cat(captured.tokens), torch.cat(captured.x)
+    mine = x[tokens == TOKEN].mean(0) - x.mean(0)
+    subject.sae.W_enc[:, PLANTED] = torch.linalg.lstsq(
+        x - x.mean(0), (tokens == TOKEN).float()[:, None]
+    ).solution[:, 0]
+    assert mine @ subject.sae.W_enc[:, PLANTED] > 0
+    assert TOKEN in lens(subject, 5, words(4000)).read[PLANTED]
+
+
+class Gathered:
+    def __init__(self):
+        self.tokens, self.x = [], []
+
+    def add(self, batch):
+        self.tokens.append(batch.tokens[batch.keep])
+        self.x.append(batch.x[batch.keep])
+
+
+def test_without_a_path_there_is_nothing_to_say(tiny, words):
+    llm = tiny("llama")
+    found = lens(make_subject(llm, Kind.mlp_in))
+    assert found.effect is None
+    assert found.read.shape == (32, 10)
+    found = lens(make_subject(llm, Kind.attn))
+    assert found.read is None
+    assert found.effect.promoted.shape == (32, 10)
+    nothing = lens(make_subject(llm, Kind.attn))._replace(effect=None)
+    shown = section(nothing, vocabulary(llm))
+    assert shown.table is None
+    assert "no direct path" in shown.lead
+
+
+@pytest.mark.parametrize("kind", Kind)
+def test_through_the_blocks_every_site_has_both_ends(tiny, words, kind):
+    found = lens(make_subject(tiny("llama"), kind), 4, words(4000))
+    assert found.effect.promoted.shape == found.read.shape == (32, 4)
+
+
+def test_a_transcoder_reads_at_its_source_and_writes_at_its_target(llm, words):
+    subject = plant(make_subject(llm, Kind.mlp_in, Kind.mlp))
+    for found in (lens(subject, 3), lens(subject, 3, words(4000))):
+        assert found.effect.promoted.shape == found.read.shape == (32, 3)
+    assert lens(subject, 3).effect.promoted[PLANTED, 0] == TOKEN
+
+
+def test_the_section_shows_tokens_with_their_spaces(tiny):
+    subject = plant(make_subject(tiny("llama")))
+    words, found = vocabulary(subject.llm), lens(subject, 3)
+    shown = section(found, words, [PLANTED, 0])
+    assert shown.table.header == ["feature", "reads", "promotes", "suppresses", "sharpness"]
+    assert [row[0] for row in shown.table.rows] == ["5", "0"]
+    assert shown.table.rows[0][2].startswith(repr(words[TOKEN]))
+    sharpest = section(found, words).table.rows
+    assert len(sharpest) == 10
+    assert float(sharpest[0][-1]) == round(found.effect.sharpness.max().item(), 1)
