@@ -1,5 +1,6 @@
 """Features in words: which model is asked, and what people see of its explanations."""
 
+from statistics import stdev
 from typing import Any, NamedTuple
 
 from sae_lightning.analysis.answers import Answerer, Local, Spent
@@ -154,5 +155,10 @@ def _mean(explanations: list[Explanation], test: str) -> float | None:
 
 
 def _summary(explanations: list[Explanation], test: str) -> str:
-    mean, n = _mean(explanations, test), len(_accuracies(explanations, test))
-    return "no verdicts" if mean is None else f"{mean:.2f} on average over {n} features"
+    """The mean over features with its standard error."""
+    found = _accuracies(explanations, test)
+    if not found:
+        return "no verdicts"
+    error = f" ± {stdev(found) / len(found) ** 0.5:.2f}" if len(found) > 1 else ""
+    mean = f"{_mean(explanations, test):.2f}{error}"
+    return f"{mean} on average over {len(found)} features (0.5 is chance)"

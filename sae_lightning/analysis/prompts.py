@@ -109,7 +109,7 @@ def verdicts(answer: str, texts: int) -> list[bool | None]:
     if texts == 1 and (word := re.match(r"\W*(?:1\W+)?(yes|no)\b", answer, re.IGNORECASE)):
         return [word[1].lower() == "yes"]
     said: dict[int, set[bool]] = {}
-    pattern = r"^\W*(?:text )?(\d+)\W+(yes|no)\b"
+    pattern = r"^\W*(?:text )?(\d+)(?:\W+\1)?\W+(yes|no)\b"  # small models write 1. 1: yes
     for number, word in re.findall(pattern, answer, re.IGNORECASE | re.MULTILINE):
         said.setdefault(int(number), set()).add(word.lower() == "yes")
     # both of a text are as good as neither

@@ -18,7 +18,7 @@ from sae_lightning.analysis.explainer import Explainer
 from sae_lightning.analysis.prompts import DETECT, FUZZ
 from sae_lightning.analysis.reading import reading
 from sae_lightning.analysis.sample import Sample, Sampling
-from sae_lightning.analysis.scoring import detection, fuzzing, score
+from sae_lightning.analysis.scoring import Score, detection, fuzzing, score
 from sae_lightning.errors import UserError
 from sae_lightning.llm.chat import Reply
 from sae_lightning.llm.load import Dtype, LLMConfig, load
@@ -328,6 +328,7 @@ def test_an_explanation_is_taken_out_of_what_surrounds_it(answer, text):
         ("1: yes\n2: no\n3: yes", [True, False, True]),
         ("**1.** Yes\n2) NO.\nText 3: yes, clearly", [True, False, True]),
         ("3: yes\n1: no", [False, None, True]),
+        ("1. 1: Yes\n2. 2: No\n3. 4: Yes", [True, False, None]),
         ("1: yes\n1: no\n2: no\n2: no\n4: yes", [None, False, None]),  # contradicts itself
         ("yes, no, yes", [None, None, None]),
         ("1: yesterday\n2: not sure\n3: perhaps", [None, None, None]),
@@ -361,8 +362,12 @@ def test_the_section_says_what_was_found_and_on_how_many_texts(planted, tmp_path
     shown = section(result)
     assert shown.table.rows[0] == ["0: the word fox", "1.00", "1.00", "40 + 40"]
     assert shown.table.rows[1][1:] == ["–", "–", "–"]
-    assert shown.rows["detection"] == "1.00 on average over 1 features"
+    assert shown.rows["detection"] == "1.00 on average over 1 features (0.5 is chance)"
     assert "not understood" not in shown.rows
+    pair = [result[0][0]._replace(detection=Score(a, 20, 20, 0)) for a in (0.5, 1.0)]
+    # their deviation is 0.25 * sqrt(2), that of their mean 0.25
+    rows = section(result._replace(explanations=pair)).rows
+    assert rows["detection"] == "0.75 ± 0.25 on average over 2 features (0.5 is chance)"
     assert shown.texts[0].caption == "0: the word fox"
     scalars = result.scalars()
     assert (scalars["detection"], scalars["requests"]) == (1.0, 17)
