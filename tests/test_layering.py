@@ -53,6 +53,7 @@ ROOMS = {
     "lightning": {"training", "run"},
     "transformers": {"llm"},
     "scipy": {"recovery", "analysis"},
+    "sklearn": {"analysis"},
 }
 TORCH_ONLY = {"sae", "losses", "metrics", "schedules", "synthetic"}
 WITHOUT_LIGHTNING = {f"{PACKAGE}.training.settings"}

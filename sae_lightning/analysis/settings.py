@@ -90,11 +90,16 @@ class TheoryConfig(AnalyzeConfig):
 class ProbeConfig(AnalyzeConfig):
     """Do features match abstract ideas better than neurons do?"""
 
+    label: str = "genre"
+    """What to tell: genre, play or speaker of the packaged plays, or the name of the column of
+    `data` that holds the classes."""
     tokens: int = 131_072
     """Tokens of labelled text to read."""
 
     def __post_init__(self):
         at_least("tokens", self.tokens, 1024)
+        if not self.label:
+            raise UserError("label is empty: give genre, play, speaker or the name of a column")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -190,7 +195,8 @@ class ExplainConfig(AnalyzeConfig):
     scored: int = 20
     """Texts in which a feature fires, and as many in which it is silent, to test an explanation."""
     together: int = 5
-    """Texts that are judged in one request: the more the cheaper, the fewer the easier."""
+    """Texts that are judged in one request: the more the cheaper, the fewer the easier; 1 for
+    small models."""
     thinking: int = 0
     """Tokens that a reasoning model may spend on each answer before it gives it."""
 

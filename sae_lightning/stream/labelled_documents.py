@@ -16,6 +16,7 @@ from sae_lightning.stream.documents import (
     _load_saved,
     first_line,
 )
+from sae_lightning.stream.labelled_plays import SPLITS
 from sae_lightning.stream.pieces import Piece, deal
 from sae_lightning.stream.text import HubConfig, LocalConfig
 
@@ -72,9 +73,14 @@ def _rows(
     columns = list(next(iter(data), {}))
     for setting, column in {"data.column": config.column, "label": label}.items():
         if column not in columns:
+            plays = (
+                "; the packaged plays have it: data=shakespeare"
+                if setting == "label" and label in SPLITS
+                else ""
+            )
             raise UserError(
                 f"{setting}={column}: {where} has no such column; it has "
-                f"{', '.join(columns) or 'no document'}"
+                f"{', '.join(columns) or 'no document'}{plays}"
             )
     if label == config.column:
         raise UserError(f"label={label}: that is the column of the text; give one with classes")

@@ -1,0 +1,141 @@
+"""What probes found, in sentences, tables and figures."""
+
+import html
+from statistics import mean, stdev
+
+from sae_lightning.analysis.figures import layout, line, rounded
+from sae_lightning.analysis.pareto import GREY
+from sae_lightning.analysis.probing import FEATURES, NEURONS, RANDOM, Probes, Score
+from sae_lightning.analysis.section import Section, Table
+
+KINDS = (FEATURES, NEURONS, RANDOM)
+MEASURES = {"AUROC": "auroc", "accuracy": "accuracy"}
+
+
+def sections(probes: Probes) -> list[Section]:
+    """How well k units tell the classes, and which unit tells which class."""
+    return [_comparison(probes), _units(probes)]
+
+
+def _comparison(probes: Probes) -> Section:
+    sizes = list(dict.fromkeys(score.k for score in probes.scores))
+    few, most = sizes[0], probes.score(NEURONS, None)
+    features, neurons = probes.score(FEATURES, few), probes.score(NEURONS, few)
+    return Section(
+        title=f"Probes for {probes.label}",
+        lead=(
+            f"Told from {_units_of(few)} of each class, {probes.label} has a held-out AUROC of "
+            f"{features.auroc:.2f} with features and {neurons.auroc:.2f} with neurons: "
+            f"{verdict(features, neurons)}. (Random directions, as many as there are features: "
+            f"{probes.score(RANDOM, few).auroc:.2f}; chance: 0.50.) All features together reach "
+            f"{probes.score(FEATURES, None).auroc:.2f}, the dense activation (all neurons) "
+            f"{most.auroc:.2f}."
+        ),
+        rows={
+            "pieces of text": f"{sum(probes.pieces):,} of up to {probes.context} tokens",
+            "classes": f"{len(probes.classes)}",
+            "most frequent class": f"accuracy {probes.majority:.3f}",
+            "folds": f"{len(most.folds)}",
+            "note": " ".join(probes.notes),
+        },
+        table=Table(
+            ["", *(f"k = {k}" if k else "all" for k in sizes)],
+            [
+                [f"{units}: {name}", *(_cell(probes.score(units, k), measure) for k in sizes)]
+                for name, measure in MEASURES.items()
+                for units in KINDS
+            ],
+        ),
+        figures={
+            f"Held-out {name} of probes for {html.escape(probes.label)}": _figure(
+                probes, sizes, name, measure
+            )
+            for name, measure in MEASURES.items()
+        },
+    )
+
+
+def verdict(features: Score, neurons: Score) -> str:
+    """Which is better, and whether the folds agree on it."""
+    gaps = [a.auroc - b.auroc for a, b in zip(features.folds, neurons.folds, strict=True)]
+    ahead = FEATURES if mean(gaps) > 0 else NEURONS
+    agree = sum(gap > 0 if ahead == FEATURES else gap <= 0 for gap in gaps)
+    return f"{ahead} are ahead by {abs(mean(gaps)):.2f}, in {agree} of {len(gaps)} folds"
+
+
+def _units_of(k: int | None) -> str:
+    return {None: "all units", 1: "the single best unit"}.get(k, f"the {k} best units")
+
+
+def _spread(values: list[float]) -> float:
+    """Standard error of their mean."""
+    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+
+
+def _cell(score: Score | None, measure: str) -> str:
+    if score is None:
+        return ""
+    values = [getattr(fold, measure) for fold in score.folds]
+    return f"{mean(values):.3f} ± {_spread(values):.3f}"
+
+
+def _figure(probes: Probes, sizes: list[int | None], name: str, measure: str) -> dict:
+    traces = []
+    for number, units in enumerate(KINDS):
+        scores = [score for k in sizes if (score := probes.score(units, k))]
+        values = [[getattr(fold, measure) for fold in score.folds] for score in scores]
+        traces.append(
+            line(
+                [str(score.k or "all") for score in scores],
+                rounded([mean(each) for each in values]),
+                units,
+                number,
+                mode="lines+markers",
+                error_y={"type": "data", "array": rounded([_spread(each) for each in values])},
+            )
+        )
+    chance = 0.5 if measure == "auroc" else probes.majority
+    ends = [str(sizes[0] or "all"), str(sizes[-1] or "all")]
+    label = "chance" if measure == "auroc" else "most frequent class"
+    dotted = {"color": GREY, "width": 1.5, "dash": "dot"}
+    traces.append(line(ends, [chance, chance], label, line=dotted))
+    return {
+        "data": traces,
+        "layout": layout("units for each class", f"held-out {name}", xaxis={"type": "category"}),
+    }
+
+
+def _units(probes: Probes) -> Section:
+    folds = len(probes.scores[0].folds)
+    found = list(zip(probes.classes, probes.pieces, *probes.matches.values(), strict=True))
+    found.sort(key=lambda row: -row[2].auroc)
+    name, _, best, _ = found[0]
+    better = sum(feature.auroc > neuron.auroc for _, _, feature, neuron in found)
+    return Section(
+        title=f"The unit that tells each {probes.label}",
+        lead=(
+            f"The surest is feature {best.unit} for {name}, with a held-out AUROC of "
+            f"{best.auroc:.2f}. For {better} of {len(found)} classes the best feature does better "
+            "than the best neuron. (Units are chosen anew in each fold: the one that most folds "
+            "chose stands here, beside the mean of all choices.)"
+        ),
+        table=Table(
+            [probes.label, "pieces", "feature", "folds", "AUROC", "neuron", "folds", "AUROC"],
+            [
+                [
+                    name,
+                    str(pieces),
+                    *(
+                        entry
+                        for match in matches
+                        for entry in (
+                            str(match.unit),
+                            f"{match.folds} of {folds}",
+                            f"{match.auroc:.3f}",
+                        )
+                    ),
+                ]
+                for name, pieces, *matches in found
+            ],
+        ),
+    )

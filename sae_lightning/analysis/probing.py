@@ -1,0 +1,185 @@
+"""Do features match abstract ideas better than neurons do?
+
+    labelled pieces -> LLM -> site ----------> mean over tokens -> neurons   [pieces, d]
+                               └-> SAE ------> mean over tokens -> features  [pieces, features]
+
+k-sparse probing (Gurnee et al. 2023, 2305.01610): how well can a class be told from k units? All
+neurons together are the dense activation. Random directions, as many as there are features, show
+what is owed to the choice among so many.
+"""
+
+from collections import Counter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sae_lightning.analysis.collect import Batch, collect
+from sae_lightning.analysis.linear_probes import Fold, Outcome, Single, standardised
+from sae_lightning.analysis.subject import Subject
+from sae_lightning.stream.labelled import Labelled
+from sae_lightning.terminal import phase
+
+FEATURES, NEURONS, RANDOM = "features", "neurons", "random directions"
+
+
+class Score(NamedTuple):
+    """Probes on k units of one kind, each fold tested by probes that were not fitted on it."""
+
+    units: str
+    """features, neurons or random directions"""
+    k: int | None
+    """Units for each class; None for all."""
+    folds: list[Outcome]
+    """What came out for each fold."""
+
+    @property
+    def accuracy(self) -> float:
+        """Mean over folds."""
+        return sum(fold.accuracy for fold in self.folds) / len(self.folds)
+
+    @property
+    def auroc(self) -> float:
+        """Mean over folds."""
+        return sum(fold.auroc for fold in self.folds) / len(self.folds)
+
+
+class Match(NamedTuple):
+    """The single unit that tells a class from all others."""
+
+    unit: int
+    """The one that most folds chose."""
+    folds: int
+    """How many of them did."""
+    auroc: float
+    """On tested folds, of whichever unit was chosen there: mean."""
+
+
+class Probes(NamedTuple):
+    """Features against neurons on one label."""
+
+    label: str
+    """What was to be told."""
+    classes: list[str]
+    """Its values."""
+    pieces: list[int]
+    """Pieces of text of each class."""
+    context: int
+    """Tokens of a piece, BOS included."""
+    notes: list[str]
+    """What to know about text and folds."""
+    scores: list[Score]
+    """Of each kind of units and each k."""
+    matches: dict[str, list[Match]]
+    """Of features and of neurons: one for each class."""
+
+    @property
+    def majority(self) -> float:
+        """Accuracy of always saying the most frequent class."""
+        return max(self.pieces) / sum(self.pieces)
+
+    def score(self, units: str, k: int | None) -> Score | None:
+        """One of the scores."""
+        return next((s for s in self.scores if (s.units, s.k) == (units, k)), None)
+
+    def scalars(self) -> dict[str, Any]:
+        """Everything, for a file."""
+        scores = [
+            score._asdict()
+            | {
+                "accuracy": score.accuracy,
+                "auroc": score.auroc,
+                "folds": [fold._asdict() for fold in score.folds],
+            }
+            for score in self.scores
+        ]
+        matches = {
+            units: {name: match._asdict() for name, match in zip(self.classes, found, strict=True)}
+            for units, found in self.matches.items()
+        }
+        return self._asdict() | {
+            "pieces": dict(zip(self.classes, self.pieces, strict=True)),
+            "majority": self.majority,
+            "scores": scores,
+            "matches": matches,
+        }
+
+
+class Pooled:
+    """Means over the tokens of each piece of text; grows by one row a piece."""
+
+    def __init__(self) -> None:
+        self._rows: dict[str, list[Tensor]] = {FEATURES: [], NEURONS: []}
+
+    def add(self, batch: Batch) -> None:
+        keep = batch.keep[..., None]
+        count = keep.sum(1).clamp(min=1)
+        means = {FEATURES: batch.features.sum(1) / count, NEURONS: (batch.x * keep).sum(1) / count}
+        for units, rows in means.items():
+            self._rows[units].append(rows.float().cpu())
+
+    def result(self) -> dict[str, Tensor]:
+        """Features [pieces, features] and neurons [pieces, d], float32."""
+        return {units: torch.cat(rows) for units, rows in self._rows.items()}
+
+
+def probe(
+    subject: Subject, labelled: Labelled, *, k: tuple[int, ...] = (1, 2, 5, 16), batch: int = 16
+) -> Probes:
+    """Read the labelled text, `batch` pieces at a time, and fit probes on k units and on all."""
+    pooled, total = Pooled(), len(labelled.tokens)
+    text = labelled.batches(batch)
+    collect(subject, text, [pooled], total=total, what="reading labelled text")
+    return compare(pooled.result(), labelled, k=k)
+
+
+def compare(
+    pooled: dict[str, Tensor], labelled: Labelled, *, k: tuple[int, ...] = (1, 2, 5, 16)
+) -> Probes:
+    """Probes on `features` and `neurons`, each [pieces, units]."""
+    neurons = standardised(pooled[NEURONS], pooled[NEURONS])[0]
+    noise = torch.Generator().manual_seed(0)
+    directions = torch.randn(neurons.shape[1], pooled[FEATURES].shape[1], generator=noise)
+    representations = pooled | {RANDOM: neurons @ directions}
+    scores, matches = [], {}
+    with phase("fitting probes", total=len(representations)) as advance:
+        for units, x in representations.items():
+            found, singles = _tested(x, labelled, k, everything=units != RANDOM)
+            scores += [Score(units, size, outcomes) for size, outcomes in found.items()]
+            if units != RANDOM:
+                matches[units] = _matches(singles)
+            advance(1)
+    return Probes(
+        label=labelled.label,
+        classes=labelled.classes,
+        pieces=torch.bincount(labelled.target, minlength=len(labelled.classes)).tolist(),
+        context=labelled.tokens.shape[1],
+        notes=labelled.notes,
+        scores=scores,
+        matches=matches,
+    )
+
+
+def _tested(
+    x: Tensor, labelled: Labelled, k: tuple[int, ...], everything: bool
+) -> tuple[dict[int | None, list[Outcome]], list[Single]]:
+    """k (None: all) -> the outcome of each fold; and each fold's best units."""
+    sizes: list[int | None] = [size for size in k if size < x.shape[1]]
+    found = {size: [] for size in [*sizes, *([None] if everything else [])]}
+    singles = []
+    for tested in labelled.fold.unique().tolist():
+        fold = Fold(x, labelled.target, labelled.fold, tested)
+        singles.append(fold.single())
+        for size, outcomes in found.items():
+            outcomes.append(fold.all() if size is None else fold.sparse(size))
+    return found, singles
+
+
+def _matches(singles: list[Single]) -> list[Match]:
+    units = torch.stack([single.unit for single in singles], 1)  # [classes, folds]
+    aurocs = torch.stack([single.auroc for single in singles], 1).nanmean(1)
+    matches = []
+    for row, auroc in zip(units.tolist(), aurocs.tolist(), strict=True):
+        unit, folds = Counter(row).most_common(1)[0]
+        matches.append(Match(unit, folds, auroc))
+    return matches
