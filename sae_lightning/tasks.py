@@ -7,15 +7,27 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from sae_lightning.analysis import evaluate, lens, steering, survey, theory, theory_sections
+from sae_lightning.analysis import (
+    evaluate,
+    explain,
+    lens,
+    steering,
+    survey,
+    theory,
+    theory_sections,
+)
+from sae_lightning.analysis.answers import Answers
 from sae_lightning.analysis.catalogue import Catalogue
 from sae_lightning.analysis.collect import Reducer, collect, excerpt
+from sae_lightning.analysis.evidence import choose, gather
+from sae_lightning.analysis.explainer import Explainer
 from sae_lightning.analysis.page import page
 from sae_lightning.analysis.printer import say, say_units
 from sae_lightning.analysis.section import Section
 from sae_lightning.analysis.settings import (
     AnalyzeConfig,
     EvaluateConfig,
+    ExplainConfig,
     FeaturesConfig,
     LensConfig,
     OverviewConfig,
@@ -33,7 +45,7 @@ from sae_lightning.folders import sweep_runs
 from sae_lightning.inputs import is_text, open_held_out
 from sae_lightning.jobs import CONFIG_FILE
 from sae_lightning.llm.generate import Sampling
-from sae_lightning.llm.load import LLM
+from sae_lightning.llm.load import LLM, special_ids
 from sae_lightning.llm.sites import distinct
 from sae_lightning.llm.vocabulary import vocabulary
 from sae_lightning.stream.tokens import Tokens
@@ -155,6 +167,39 @@ def _steer(asked: SteerConfig, given: Collection[str]) -> None:
     _finish(trained, asked, result._asdict(), [steering.section(result)])
 
 
+def _explain(asked: ExplainConfig, given: Collection[str]) -> None:
+    """Features in words."""
+    trained = open_trained(asked, given)
+    chosen = asked.feature and known(trained.sae, asked.feature)
+    model = explain.open_model(asked.endpoint, asked.explainer, asked.key_env, asked.concurrency)
+    answers = model and Answers(model)
+    if answers:
+        answers.check()  # before any text is read
+    subject, text = open_reader(trained)
+    seed = trained.config.seed
+    found = survey.survey(
+        subject,
+        text.train,
+        tokens=asked.tokens,
+        examples=asked.examples,
+        batch=trained.config.llm.batch,
+        seed=seed,
+    )
+    features = chosen or choose(found.features, asked.count, seed)
+    if answers is None:
+        return _finish(trained, asked, {}, [explain.without_model(found.features, features)])
+    special = special_ids(subject.llm.tokenizer)
+    evidence = gather(
+        found.features, found.sample, features, scored=asked.scored, special=special, seed=seed
+    )
+    explainer = Explainer(answers, together=asked.together, thinking=asked.thinking, seed=seed)
+    plan = explainer.estimate(evidence, asked.price_in, asked.price_out)
+    console.print(str(plan))
+    plan.within(asked.budget)
+    result = explain.Explained(explainer.explain(evidence), answers.spent, asked.explainer)
+    return _finish(trained, asked, result.scalars(), [explain.section(result)])
+
+
 def _sweep(asked: SweepReportConfig, given: Collection[str]) -> None:
     """The report of a multirun again."""
     folder = Path(asked.run)
@@ -179,6 +224,7 @@ TASKS: dict[str, Callable[[Any, Collection[str]], None]] = {
     "theory": _theory,
     "lens": _lens,
     "steer": _steer,
+    "explain": _explain,
     "sweep": _sweep,
 }
 

@@ -112,7 +112,7 @@ class Endpoint:
                     f"environment variable {name}, or name the one that holds it"
                 )
             case openai.NotFoundError():
-                return UserError(f"model={self.model}: {self._missing()} ({said})")
+                return UserError(f"explainer={self.model}: {self._missing()} ({said})")
             case openai.RateLimitError():
                 return UserError(
                     f"{endpoint}: over its rate limit or quota, in {tries} tries ({said}); "

@@ -62,7 +62,7 @@ def open_model(
     try:
         return Local(load(LLMConfig(name=model)))
     except UserError as error:
-        raise UserError(str(error).replace("llm.name=", "model=")) from error
+        raise UserError(str(error).replace("llm.name=", "explainer=")) from error
 
 
 def section(result: Explained) -> Section:
@@ -121,8 +121,8 @@ def without_model(catalogue: Catalogue, features: list[int]) -> Section:
         title="Explanations",
         lead="No model was named that could put features into words, so that this is only how well "
         "the best set of tokens predicts where each fires (1 is perfect, 0 is chance). For "
-        "explanations give model=smollm2 (packaged, but weak), another folder or hub name, or "
-        "endpoint=http://localhost:8000/v1 model=NAME for any server that speaks OpenAI's API.",
+        "explanations give explainer=smollm2 (packaged, but weak), another folder or hub name, or "
+        "endpoint=http://localhost:8000/v1 explainer=NAME for any server that speaks OpenAI's API.",
         table=Table(["tokens", "score"], rows),
     )
 

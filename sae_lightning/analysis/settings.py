@@ -174,7 +174,7 @@ class ExplainConfig(AnalyzeConfig):
     endpoint: str | None = None
     """Address of a server that speaks OpenAI's API, such as http://localhost:8000/v1; null for a
     model on this machine."""
-    model: str | None = None
+    explainer: str | None = None
     """The model that explains: its name at the endpoint or, without one, smollm2 (packaged), a
     local folder or a hub name. Null explains nothing and ranks features by their token sets."""
     key_env: str | None = "OPENAI_API_KEY"
@@ -208,8 +208,10 @@ class ExplainConfig(AnalyzeConfig):
             at_least(name, getattr(self, name), 8)
         for name in ("price_in", "price_out", "budget", "thinking"):
             at_least(name, getattr(self, name), 0)
-        if self.endpoint is not None and self.model is None:
-            raise UserError(f"endpoint={self.endpoint}: give its model's name too, as model=...")
+        if self.endpoint is not None and self.explainer is None:
+            raise UserError(
+                f"endpoint={self.endpoint}: give the name of its model too, as explainer=..."
+            )
         prices = [self.price_in, self.price_out]
         if prices != [None, None] and (None in prices or self.endpoint is None):
             raise UserError("price_in, price_out: give both, and the endpoint that they are of")

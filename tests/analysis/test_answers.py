@@ -138,7 +138,7 @@ def test_a_missing_key_is_named(server, tmp_path, monkeypatch):
 
 
 def test_an_unknown_model_is_told_which_ones_there_are(server, tmp_path):
-    with pytest.raises(UserError, match=r"model=big: .* has no such model; it has small"):
+    with pytest.raises(UserError, match=r"explainer=big: .* has no such model; it has small"):
         answers(server, tmp_path, model="big").check()
     assert list(tmp_path.iterdir()) == []
 
@@ -240,5 +240,5 @@ def test_the_model_is_one_at_an_endpoint_or_a_local_one_or_none(tiny, tiny_folde
     assert open_model(None, llm.name, llm=llm).llm is llm, "not loaded twice"
     assert open_model(None, tiny_folder("gpt2"), llm=llm).llm is not llm
     assert open_model("http://localhost:1/v1", llm.name).url == "http://localhost:1/v1"
-    with pytest.raises(UserError, match="^model=/nowhere: no such folder"):
+    with pytest.raises(UserError, match="^explainer=/nowhere: no such folder"):
         open_model(None, "/nowhere")
