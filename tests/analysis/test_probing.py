@@ -1,0 +1,207 @@
+"""Probes find the unit that carries a label, and nothing where there is nothing."""
+
+import json
+
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+
+from sae_lightning.analysis.collect import collect
+from sae_lightning.analysis.linear_probes import (
+    ALL_C,
+    Fold,
+    Outcome,
+    auroc_of_units,
+    outcome,
+    standardised,
+)
+from sae_lightning.analysis.probe_sections import sections, verdict
+from sae_lightning.analysis.probing import Pooled, Score, compare, probe
+from sae_lightning.llm.capture import capture
+from sae_lightning.stream.labelled import Labelled
+
+CLASSES, PIECES, CONTEXT = 3, 120, 12
+WORD = [3, 5, 8]  # places of the word that gives the class away
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def labels() -> Labelled:
+    """120 pieces of three classes in turn; those of class c hold token 10 + c three times."""
+    target = torch.arange(PIECES) % CLASSES
+    random = torch.Generator().manual_seed(0)
+    tokens = torch.randint(20, 100, (PIECES, CONTEXT), generator=random)
+    tokens[:, 0] = 0
+    tokens[:, WORD] = 10 + target[:, None]
+    text = torch.ones_like(tokens, dtype=torch.bool)
+    text[:, 0] = False
+    return Labelled(
+        label="colour",
+        classes=["red", "green", "blue"],
+        target=target,
+        fold=torch.arange(PIECES) // CLASSES % 4,
+        group=torch.arange(PIECES),
+        tokens=tokens,
+        text=text,
+        notes=["Made up."],
+    )
+
+
+@pytest.fixture
+def planted(labels) -> dict[str, torch.Tensor]:
+    """Feature 7 + c is active in class c only; neurons know of no class."""
+    features = noise(PIECES, 30).relu()
+    features[:, 7:10] = torch.eye(CLASSES)[labels.target]
+    return {"features": features, "neurons": noise(PIECES, 20, seed=1)}
+
+
+def test_a_unit_that_carries_the_label_is_found_and_suffices(labels, planted):
+    probes = compare(planted, labels)
+    assert probes.score("features", 1).accuracy == probes.score("features", 1).auroc == 1.0
+    assert [(match.unit, match.folds) for match in probes.matches["features"]] == [
+        (7, 4), (8, 4), (9, 4)
+    ]  # fmt: skip
+    assert all(match.auroc == 1.0 for match in probes.matches["features"])
+    assert probes.score("neurons", 1).accuracy < 0.55
+
+
+def test_shuffled_labels_are_told_no_better_than_by_chance(labels, planted):
+    found = []
+    for seed in range(6):
+        order = torch.randperm(PIECES, generator=torch.Generator().manual_seed(seed))
+        shuffled = labels._replace(target=labels.target[order])
+        found.append(compare(planted, shuffled, k=(1,)).scores)
+    for scores in zip(*found, strict=True):  # one kind of units each
+        accuracy = sum(score.accuracy for score in scores) / len(scores)
+        auroc = sum(score.auroc for score in scores) / len(scores)
+        assert (accuracy, auroc) == pytest.approx((1 / CLASSES, 0.5), abs=0.07), scores[0]
+
+
+def test_nothing_of_a_tested_piece_reaches_its_probe(labels, planted):
+    """A unit that knows the label of one fold only is never chosen to test that fold."""
+    x = noise(PIECES, 30).relu()
+    first = labels.fold == 0
+    x[first, 5] = 100.0 * labels.target[first]
+    assert 5 not in Fold(x, labels.target, labels.fold, 0).single().unit
+    changed = x.clone()
+    changed[first] = 7.0
+    for attribute in ("x", "detection"):
+        before, after = (
+            getattr(Fold(each, labels.target, labels.fold, 0), attribute) for each in (x, changed)
+        )
+        assert torch.equal(before, after)
+
+
+def test_all_units_tell_what_no_single_one_does(labels):
+    """Each class is the sum of 20 units, each of them nearly all noise."""
+    x = noise(PIECES, 60, seed=4)
+    for number in range(CLASSES):
+        x[labels.target == number, 20 * number : 20 * (number + 1)] += 0.7
+    fold = Fold(x, labels.target, labels.fold, 0)
+    assert fold.all().auroc > 0.95 > 0.85 > fold.sparse(1).auroc
+
+
+def test_more_units_than_pieces_give_the_same_probe_as_in_the_space_of_the_pieces(labels):
+    wide = noise(PIECES, 500, seed=5)
+    wide[:, :9] += torch.eye(CLASSES).repeat(1, 3)[labels.target]
+    fold = Fold(wide, labels.target, labels.fold, 1)
+    found = fold.all()
+    scale = 500**-0.5
+    direct = []
+    for c in ALL_C:
+        model = LogisticRegression(C=c, max_iter=5000, tol=1e-8)
+        model.fit((fold.x * scale).numpy(), fold.target.numpy())
+        scores = torch.from_numpy(model.decision_function((fold.test_x * scale).numpy()))
+        direct.append(outcome(scores, fold.test_target).auroc)
+    assert min(abs(found.auroc - auroc) for auroc in direct) < 0.01
+
+
+def test_two_classes_need_one_probe(labels, planted):
+    two = labels.target < 2
+    x = planted["features"][two][:, 7:8]  # the unit of class 0 tells class 1 by its absence
+    fold = Fold(
+        torch.cat([x, noise(int(two.sum()), 3)], 1), labels.target[two], labels.fold[two], 0
+    )
+    assert fold.sparse(1) == fold.all() == (1.0, 1.0)
+    assert fold.single().auroc.tolist() == [1.0, 1.0]
+
+
+def test_auroc_counts_pairs_and_ties_for_half():
+    x = torch.tensor([[3.0], [1.0], [1.0], [0.0]])
+    target = torch.tensor([0, 0, 1, 1])
+    # pairs 3>1, 3>0, 1=1, 1>0: 3.5 of 4
+    assert auroc_of_units(x, target, 2)[:, 0].tolist() == [0.875, 0.125]
+    many, classes = noise(50, 4).round(decimals=1), torch.arange(50) % 3
+    expected = [[roc_auc_score(classes == c, unit) for unit in many.T] for c in range(3)]
+    assert torch.allclose(auroc_of_units(many, classes, 3), torch.tensor(expected).double())
+
+
+def test_a_unit_that_never_changes_tells_nothing():
+    x, other = standardised(torch.tensor([[2.0, 1.0], [2.0, 3.0]]), torch.tensor([[5.0, 2.0]]))
+    assert x.tolist() == [[0, -1], [0, 1]]
+    assert other.tolist() == [[0, 0]]
+
+
+def test_a_planted_feature_is_found_through_the_llm(labels, subject):
+    """The SAE's last three features fire on the three words that are the classes."""
+    site = subject.sites.source
+    x = capture(subject.llm.model, labels.tokens, [site])[site][:, 1:].flatten(0, 1)
+    words = labels.tokens[:, 1:].flatten()
+    mean = x.mean(0)
+    spoken = torch.stack([words == 10 + c for c in range(CLASSES)], 1).float()
+    columns = torch.linalg.lstsq(x - mean, spoken - spoken.mean(0)).solution  # [d, classes]
+    subject.sae.b_dec.data.zero_()
+    subject.sae.W_enc.data[:, -CLASSES:] = columns
+    subject.sae.b_enc.data[-CLASSES:] = -mean @ columns - 0.4
+    probes = probe(subject, labels, k=(1, 2), batch=7)
+    assert [match.unit for match in probes.matches["features"]] == [29, 30, 31]
+    assert probes.score("features", 1).accuracy > 0.95
+    assert probes.score("features", 1).accuracy > probes.score("neurons", 1).accuracy + 0.1
+    assert probes.context == CONTEXT
+
+
+def test_pieces_are_pooled_over_their_own_tokens_only(labels, subject):
+    """A padded piece has the representation of the piece without its padding."""
+    short = labels.tokens[:2].clone()
+    short[:, 7:] = 1
+    text = labels.text[:2].clone()
+    text[:, 7:] = False
+    pooled = []
+    for tokens, mask in ((short, text), (short[:, :7], text[:, :7])):
+        part = labels._replace(tokens=tokens, text=mask)
+        reducer = Pooled()
+        collect(subject, part.batches(1), [reducer], total=2)
+        pooled.append(reducer.result())
+    for units in ("features", "neurons"):
+        torch.testing.assert_close(pooled[0][units], pooled[1][units], rtol=1e-4, atol=1e-4)
+
+
+def test_the_sections_tell_the_numbers(labels, planted):
+    probes = compare(planted, labels, k=(1, 2))
+    comparison, units = sections(probes)
+    assert "AUROC of 1.00 with features" in comparison.lead
+    assert "features are ahead by" in comparison.lead and "in 4 of 4 folds" in comparison.lead
+    assert comparison.table.header == ["", "k = 1", "k = 2", "all"]
+    rows = {row[0]: row[1:] for row in comparison.table.rows}
+    assert rows["features: accuracy"][0] == "1.000 ± 0.000"
+    assert rows["random directions: AUROC"][2] == "", "all random directions are all neurons again"
+    assert comparison.rows["most frequent class"] == "accuracy 0.333"
+    assert comparison.rows["pieces of text"] == "120 of up to 12 tokens"
+    assert {tuple(row[:4]) for row in units.table.rows} == {
+        ("red", "40", "7", "4 of 4"), ("green", "40", "8", "4 of 4"), ("blue", "40", "9", "4 of 4")
+    }  # fmt: skip
+    for figure in comparison.figures.values():
+        assert [trace["name"] for trace in figure["data"]][:2] == ["features", "neurons"]
+        assert figure["data"][0]["x"] == ["1", "2", "all"]
+    json.dumps([probes.scalars(), comparison.figures], allow_nan=False)
+
+
+def test_the_verdict_is_on_the_side_of_the_mean():
+    features = Score("features", 1, [Outcome(0, 0.8), Outcome(0, 0.5)])
+    neurons = Score("neurons", 1, [Outcome(0, 0.6), Outcome(0, 0.6)])
+    assert verdict(features, neurons) == "features are ahead by 0.05, in 1 of 2 folds"
+    assert verdict(neurons, features) == "neurons are ahead by 0.05, in 1 of 2 folds"
