@@ -106,7 +106,6 @@ def _figure(probes: Probes, sizes: list[int | None], name: str, measure: str) ->
 
 
 def _units(probes: Probes) -> Section:
-    folds = len(probes.scores[0].folds)
     found = list(zip(probes.classes, probes.pieces, *probes.matches.values(), strict=True))
     found.sort(key=lambda row: -row[2].auroc)
     name, _, best, _ = found[0]
@@ -116,11 +115,20 @@ def _units(probes: Probes) -> Section:
         lead=(
             f"The surest is feature {best.unit} for {name}, with a held-out AUROC of "
             f"{best.auroc:.2f}. For {better} of {len(found)} classes the best feature does better "
-            "than the best neuron. (Units are chosen anew in each fold: the one that most folds "
-            "chose stands here, beside the mean of all choices.)"
+            "than the best neuron. (Units are chosen anew for each fold that is tested: shown is the "
+            "one chosen most often, for how many folds, and the mean AUROC over all folds.)"
         ),
         table=Table(
-            [probes.label, "pieces", "feature", "folds", "AUROC", "neuron", "folds", "AUROC"],
+            [
+                probes.label,
+                "pieces",
+                "feature",
+                "folds",
+                "AUROC",
+                "neuron",
+                "neuron's folds",
+                "neuron's AUROC",
+            ],
             [
                 [
                     name,
@@ -130,7 +138,7 @@ def _units(probes: Probes) -> Section:
                         for match in matches
                         for entry in (
                             str(match.unit),
-                            f"{match.folds} of {folds}",
+                            str(match.folds),
                             f"{match.auroc:.3f}",
                         )
                     ),

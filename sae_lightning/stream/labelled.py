@@ -61,7 +61,7 @@ def labelled(
             "data=synthetic holds no text; give data=shakespeare, data=text or data=hub"
         )
     packing = Packing(config.context, bos_id(tokenizer), separator_id(tokenizer))
-    with quiet_datasets(), phase("reading labelled text"):
+    with quiet_datasets(), phase("cutting labelled text"):
         if isinstance(config, PlaysConfig):
             pieces, notes = play_pieces(label, tokenizer, packing, seed)
         else:
