@@ -537,8 +537,11 @@ def test_train_refuses_before_anything_is_made(tmp_path, overrides, message):
     ("overrides", "message"),
     [
         ([], r"run is not set: give run=\.\.\."),
-        (["run=nope"], r"nope holds no run .*"),
-        (["run=old", "task=nope"], r"task=nope: no such task; choose from .*evaluate.*"),
+        (["run=nope"], r"nope holds no saved SAE: give a run folder .*"),
+        (["run=old", "task=nope"], r"task=nope: no such preset; choose from .*evaluate.*"),
+        (["run=old", "task=lens", "strength=8"], r"strength has no meaning for this task, only .*"),
+        (["run=old", "task=lens", "feature=a"], r"feature=a: give a number, or several as .*"),
+        (["run=old", "task=steer"], r"feature is not set: give feature=\.\.\."),
         (
             ["run=old", "tasks=evaluate"],
             r"no setting tasks: did you mean task\? there are .*task.*",
@@ -630,7 +633,7 @@ def test_a_sweeps_run_is_resumed_and_analysed_as_it_is_pasted(tmp_path, tiny_fol
         done = run_script(script, f"{name}={pasted}", cwd=elsewhere, HF_DATASETS_CACHE=cache)
         assert (done.returncode, done.stderr) == (0, ""), done.stdout
     trained = json.loads((run / "metrics.json").read_text())["held_out"]
-    again = json.loads((run / "analysis" / "evaluate.json").read_text())
+    again = json.loads((run / "analysis" / "overview.json").read_text())["evaluate"]
     for name, value in trained.items():
         assert again[name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
 

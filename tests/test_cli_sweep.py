@@ -90,7 +90,8 @@ def test_the_report_of_a_sweep_is_written_again_as_it_is_pasted(tmp_path):
         ),
         ([f"run={SWEEP}"], rf"{SWEEP} holds a sweep: give one of the run folders in it, .*"),
         ([f"run={SWEEP / 'loss.l1=1'}"], r".*/loss\.l1=1 holds no saved SAE: .*"),
-        (["task=sweep", f"run={SWEEP}", "tokens=5"], r"tokens=5 has no meaning for task=sweep.*"),
+        (["task=sweep", f"run={SWEEP}", "tokens=5"], r"tokens has no meaning for this task, .*"),
+        (["task=sweep", f"run={SWEEP}", "seed=5"], r"seed has no meaning for task=sweep, .*"),
     ],
 )
 def test_the_wrong_folder_is_answered_in_one_line(tmp_path, overrides, message):

@@ -213,4 +213,6 @@ def test_what_a_user_types_trains_and_evaluates(tmp_path):
         assert done.returncode == 0, done.stderr
         assert "recovered" in done.stdout
         assert "CE" not in done.stdout
+    overview = json.loads((run_dir / "analysis" / "overview.json").read_text())
+    assert overview["evaluate"]["recovered"] >= 0
     assert len(list(sweep_dir.glob("*/metrics.json"))) == 2
