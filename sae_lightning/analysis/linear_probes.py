@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SPARSE_C = 0.1  # of k standardised units; from 0.01 to 1 nothing changes
+SPARSE_C = 0.1  # of k standardised units; 0.01 and 1 change the AUROC at k = 16 by < 0.02
 # of all units, so scaled that their squares add up to about 1; chosen on the fitted folds
 ALL_C = (1.0, 10.0, 100.0, 1000.0)
 

@@ -115,8 +115,8 @@ def _units(probes: Probes) -> Section:
         lead=(
             f"The surest is feature {best.unit} for {name}, with a held-out AUROC of "
             f"{best.auroc:.2f}. For {better} of {len(found)} classes the best feature does better "
-            "than the best neuron. (Units are chosen anew for each fold that is tested: shown is the "
-            "one chosen most often, for how many folds, and the mean AUROC over all folds.)"
+            "than the best neuron. (Units are chosen anew for each tested fold: shown is "
+            "the one chosen most often, for how many folds, and the mean AUROC over all folds.)"
         ),
         table=Table(
             [
