@@ -13,7 +13,7 @@ import torch
 from sae_lightning.analysis.catalogue import Reading
 from sae_lightning.analysis.sample import Sample
 
-LEAST = 10  # tokens on which a feature has to fire for a score
+LEAST = 5  # tokens of each half on which a feature has to fire for a score
 TWICE = 2  # a token on which it fired once is no pattern
 SHOWN = 8
 
@@ -56,7 +56,7 @@ def reading(sample: Sample, vocabulary: int) -> Reading:
     # which of the two is told from all of the text; both scores are of sets that are held out
     previous = chosen[1].score > chosen[0].score
     score = np.where(previous, scores[1], scores[0])
-    often = sum(half.features for half in here) >= LEAST
+    often = np.minimum(*(half.features for half in here)) >= LEAST
     shown = [_shown(sets, vocabulary, sample.features) for sets in chosen]
     tokens = np.where(previous[:, None], shown[1], shown[0])
     return Reading(
