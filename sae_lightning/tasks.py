@@ -11,6 +11,8 @@ from sae_lightning.analysis import (
     evaluate,
     explain,
     lens,
+    probe_sections,
+    probing,
     steering,
     survey,
     theory,
@@ -31,6 +33,7 @@ from sae_lightning.analysis.settings import (
     FeaturesConfig,
     LensConfig,
     OverviewConfig,
+    ProbeConfig,
     SteerConfig,
     SweepReportConfig,
     TheoryConfig,
@@ -48,11 +51,14 @@ from sae_lightning.llm.generate import Sampling
 from sae_lightning.llm.load import LLM, special_ids
 from sae_lightning.llm.sites import distinct
 from sae_lightning.llm.vocabulary import vocabulary
+from sae_lightning.stream.labelled import labelled
+from sae_lightning.stream.text import PlaysConfig
 from sae_lightning.stream.tokens import Tokens
 from sae_lightning.terminal import command, console, shown
 from sae_lightning.trained import Trained, open_reader, open_subject, open_trained
 
 SHOWN = 5  # features at the terminal
+PROBED = 32_768  # tokens of labelled text in the overview
 
 
 def _overview(asked: OverviewConfig, given: Collection[str]) -> None:
@@ -68,18 +74,23 @@ def _overview(asked: OverviewConfig, given: Collection[str]) -> None:
     tested = theory.theory(subject, reducers)
     say(survey.section(found))
     say_units(found.features, survey.best_read(found.features, SHOWN))
-    sections = [evaluate.section(card), *theory_sections.sections(tested)]
-    for section in sections:
+    probed = None
+    if isinstance(trained.config.data, PlaysConfig):  # whose labels are known
+        probed = _probed(trained, subject, "genre", PROBED)
+    probes = probe_sections.sections(probed) if probed else []
+    for section in [evaluate.section(card), *theory_sections.sections(tested), *probes]:
         console.print(f"{section.title}: {section.lead}\n")
     scalars = {
         "features": found.scalars(),
         "evaluate": card.scalars(),
         "theory": theory.scalars(tested),
+        "probe": probed and probed.scalars(),
     }
     sections = [
         survey.section(found)._replace(part="Scorecard"),
         evaluate.section(card)._replace(part="Scorecard"),
         *(section._replace(part="Theory") for section in theory_sections.sections(tested)),
+        *(section._replace(part="Probes") for section in probes),
     ]
     _publish(trained, asked, scalars, sections, [found.features, found.neurons])
     return None
@@ -139,6 +150,19 @@ def _theory(asked: TheoryConfig, given: Collection[str]) -> None:
     collect(subject, parts, [reducers], total=total)
     result = theory.theory(subject, reducers)
     _finish(trained, asked, theory.scalars(result), theory_sections.sections(result))
+
+
+def _probe(asked: ProbeConfig, given: Collection[str]) -> None:
+    """Do features match abstract ideas better than neurons do?"""
+    trained = open_trained(asked, given)
+    result = _probed(trained, open_subject(trained), asked.label, asked.tokens)
+    _finish(trained, asked, result.scalars(), probe_sections.sections(result))
+
+
+def _probed(trained: Trained, subject: Subject, label: str, tokens: int) -> probing.Probes:
+    config = trained.config
+    text = labelled(config.data, label, subject.llm.tokenizer, tokens=tokens, seed=config.seed)
+    return probing.probe(subject, text, batch=config.llm.batch)
 
 
 def _lens(asked: LensConfig, given: Collection[str]) -> None:
@@ -222,6 +246,7 @@ TASKS: dict[str, Callable[[Any, Collection[str]], None]] = {
     "features": _features,
     "evaluate": _evaluate,
     "theory": _theory,
+    "probe": _probe,
     "lens": _lens,
     "steer": _steer,
     "explain": _explain,
