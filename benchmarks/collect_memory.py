@@ -19,7 +19,7 @@ from sae_lightning.terminal import console
 def measure(tokens: int, features: int, block: int) -> None:
     """Print the peak memory of one survey in bytes."""
     from sae_lightning.analysis.subject import Subject
-    from sae_lightning.analysis.survey import survey
+    from sae_lightning.analysis.survey.survey import survey
     from sae_lightning.llm.load import LLMConfig, load
     from sae_lightning.llm.sites import Kind, Site, Sites
     from sae_lightning.sae import ARCHITECTURES, build

@@ -8,13 +8,14 @@ from sae_lightning.export import load_sae
 
 # Name -> module: found when they are asked for, because a saved SAE is opened without them.
 FOUND_IN = {
-    "collect": "analysis.collect",
+    "collect": "analysis.survey.collect",
     "evaluate": "analysis.evaluate",
     "lens": "analysis.lens",
     "open_run": "trained",
+    "probe": "analysis.probing.probes",
     "steer": "analysis.steering",
-    "survey": "analysis.survey",
-    "theory": "analysis.theory",
+    "survey": "analysis.survey.survey",
+    "theory": "analysis.theory.claims",
 }
 
 __all__ = ["UserError", "load_sae", *FOUND_IN]

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from sae_lightning.analysis.sweep_table import SweepRun
+from sae_lightning.analysis.report.sweep_table import SweepRun
 from sae_lightning.errors import UserError
 from sae_lightning.files import atomically, write_json
 from sae_lightning.jobs import CONFIG_FILE, ELSEWHERE, Job, read_job, resolved_yaml, run_folders

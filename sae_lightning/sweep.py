@@ -16,7 +16,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from sae_lightning.analysis.sweep_report import write_report
+from sae_lightning.analysis.report.sweep_report import write_report
 from sae_lightning.cli import DEBUG, explain
 from sae_lightning.folders import sweep_runs
 from sae_lightning.jobs import is_sweep, jobs, run_folders

@@ -7,25 +7,17 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from sae_lightning.analysis import (
-    evaluate,
-    explain,
-    lens,
-    probe_sections,
-    probing,
-    steering,
-    survey,
-    theory,
-    theory_sections,
-)
-from sae_lightning.analysis.answers import Answers
-from sae_lightning.analysis.catalogue import Catalogue
-from sae_lightning.analysis.collect import Reducer, collect, excerpt
-from sae_lightning.analysis.evidence import choose, gather
-from sae_lightning.analysis.explainer import Explainer
-from sae_lightning.analysis.page import page
-from sae_lightning.analysis.printer import say, say_units
-from sae_lightning.analysis.section import Section
+from sae_lightning.analysis import evaluate, lens, steering
+from sae_lightning.analysis.explain import explained
+from sae_lightning.analysis.explain.answers import Answers
+from sae_lightning.analysis.explain.evidence import choose, gather
+from sae_lightning.analysis.explain.explainer import Explainer
+from sae_lightning.analysis.probing import probes
+from sae_lightning.analysis.probing import sections as probe_sections
+from sae_lightning.analysis.report.page import page
+from sae_lightning.analysis.report.printer import say, say_units
+from sae_lightning.analysis.report.section import Section
+from sae_lightning.analysis.report.sweep_report import write_report
 from sae_lightning.analysis.settings import (
     AnalyzeConfig,
     EvaluateConfig,
@@ -39,9 +31,13 @@ from sae_lightning.analysis.settings import (
     TheoryConfig,
 )
 from sae_lightning.analysis.subject import Subject, known
-from sae_lightning.analysis.survey import Survey
-from sae_lightning.analysis.sweep_report import write_report
-from sae_lightning.analysis.table import write_table
+from sae_lightning.analysis.survey import survey
+from sae_lightning.analysis.survey.catalogue import Catalogue
+from sae_lightning.analysis.survey.collect import Reducer, collect, excerpt
+from sae_lightning.analysis.survey.survey import Survey
+from sae_lightning.analysis.survey.table import write_table
+from sae_lightning.analysis.theory import claims
+from sae_lightning.analysis.theory import sections as theory_sections
 from sae_lightning.errors import UserError
 from sae_lightning.files import atomically, write_json
 from sae_lightning.folders import sweep_runs
@@ -58,7 +54,7 @@ from sae_lightning.terminal import command, console, shown
 from sae_lightning.trained import Trained, open_reader, open_subject, open_trained
 
 SHOWN = 5  # features at the terminal
-PROBED = 32_768  # tokens of labelled text in the overview
+PROBED = 65_536  # tokens of labelled text in the overview
 
 
 def _overview(asked: OverviewConfig, given: Collection[str]) -> None:
@@ -68,29 +64,29 @@ def _overview(asked: OverviewConfig, given: Collection[str]) -> None:
         card = _scored(trained, None)
         return _finish(trained, asked, {"evaluate": card.scalars()}, [evaluate.section(card)])
     subject, text = open_reader(trained)
-    reducers = theory.TheoryReducers(subject)
+    reducers = claims.TheoryReducers(subject)
     found = _surveyed(asked, trained, subject, text, reducers)
     card = _scored(trained, None, (subject.llm, text))
-    tested = theory.theory(subject, reducers)
+    tested = claims.theory(subject, reducers)
     say(survey.section(found))
     say_units(found.features, survey.best_read(found.features, SHOWN))
     probed = None
     if isinstance(trained.config.data, PlaysConfig):  # whose labels are known
-        probed = _probed(trained, subject, "genre", PROBED)
-    probes = probe_sections.sections(probed) if probed else []
-    for section in [evaluate.section(card), *theory_sections.sections(tested), *probes]:
+        probed = _probed(trained, subject, "speaker", PROBED)
+    told = probe_sections.sections(probed) if probed else []
+    for section in [evaluate.section(card), *theory_sections.sections(tested), *told]:
         console.print(f"{section.title}: {section.lead}\n")
     scalars = {
         "features": found.scalars(),
         "evaluate": card.scalars(),
-        "theory": theory.scalars(tested),
+        "theory": claims.scalars(tested),
         "probe": probed and probed.scalars(),
     }
     sections = [
         survey.section(found)._replace(part="Scorecard"),
         evaluate.section(card)._replace(part="Scorecard"),
         *(section._replace(part="Theory") for section in theory_sections.sections(tested)),
-        *(section._replace(part="Probes") for section in probes),
+        *(section._replace(part="Probes") for section in told),
     ]
     _publish(trained, asked, scalars, sections, [found.features, found.neurons])
     return None
@@ -145,11 +141,11 @@ def _theory(asked: TheoryConfig, given: Collection[str]) -> None:
     """The claims of superposition theory."""
     trained = open_trained(asked, given)
     subject, text = open_reader(trained)
-    reducers = theory.TheoryReducers(subject)
+    reducers = claims.TheoryReducers(subject)
     parts, total = excerpt(text.train, asked.tokens, trained.config.llm.batch)
     collect(subject, parts, [reducers], total=total)
-    result = theory.theory(subject, reducers)
-    _finish(trained, asked, theory.scalars(result), theory_sections.sections(result))
+    result = claims.theory(subject, reducers)
+    _finish(trained, asked, claims.scalars(result), theory_sections.sections(result))
 
 
 def _probe(asked: ProbeConfig, given: Collection[str]) -> None:
@@ -159,10 +155,10 @@ def _probe(asked: ProbeConfig, given: Collection[str]) -> None:
     _finish(trained, asked, result.scalars(), probe_sections.sections(result))
 
 
-def _probed(trained: Trained, subject: Subject, label: str, tokens: int) -> probing.Probes:
+def _probed(trained: Trained, subject: Subject, label: str, tokens: int) -> probes.Probes:
     config = trained.config
     text = labelled(config.data, label, subject.llm.tokenizer, tokens=tokens, seed=config.seed)
-    return probing.probe(subject, text, batch=config.llm.batch)
+    return probes.probe(subject, text, batch=config.llm.batch)
 
 
 def _lens(asked: LensConfig, given: Collection[str]) -> None:
@@ -195,7 +191,7 @@ def _explain(asked: ExplainConfig, given: Collection[str]) -> None:
     """Features in words."""
     trained = open_trained(asked, given)
     chosen = asked.feature and known(trained.sae, asked.feature)
-    model = explain.open_model(asked.endpoint, asked.explainer, asked.key_env, asked.concurrency)
+    model = explained.open_model(asked.endpoint, asked.explainer, asked.key_env, asked.concurrency)
     answers = model and Answers(model)
     if answers:
         answers.check()  # before any text is read
@@ -211,7 +207,7 @@ def _explain(asked: ExplainConfig, given: Collection[str]) -> None:
     )
     features = chosen or choose(found.features, asked.count, seed)
     if answers is None:
-        return _finish(trained, asked, {}, [explain.without_model(found.features, features)])
+        return _finish(trained, asked, {}, [explained.without_model(found.features, features)])
     special = special_ids(subject.llm.tokenizer)
     evidence = gather(
         found.features, found.sample, features, scored=asked.scored, special=special, seed=seed
@@ -220,8 +216,8 @@ def _explain(asked: ExplainConfig, given: Collection[str]) -> None:
     plan = explainer.estimate(evidence, asked.price_in, asked.price_out)
     console.print(str(plan))
     plan.within(asked.budget)
-    result = explain.Explained(explainer.explain(evidence), answers.spent, asked.explainer)
-    return _finish(trained, asked, result.scalars(), [explain.section(result)])
+    result = explained.Explained(explainer.explain(evidence), answers.spent, asked.explainer)
+    return _finish(trained, asked, result.scalars(), [explained.section(result)])
 
 
 def _sweep(asked: SweepReportConfig, given: Collection[str]) -> None:

@@ -8,9 +8,9 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sae_lightning.analysis.report.sweep_page import source
 from sae_lightning.analysis.settings import AnalyzeConfig
 from sae_lightning.analysis.subject import Subject
-from sae_lightning.analysis.sweep_page import source
 from sae_lightning.config import Config
 from sae_lightning.errors import UserError
 from sae_lightning.export import load_sae

@@ -108,7 +108,7 @@ def test_reading_a_sweep_imports_no_llm_and_training_imports_no_plots():
     """The report takes a second or two; `train.py` pays for it only when a multirun ends."""
     code = "import sys, {}; print(sorted({} & set(sys.modules)))"
     heavy = {"lightning", "transformers", "datasets", "plotly", "jinja2"}
-    for modules in ("analyze", "train", "sae_lightning.analysis.sweep_report"):
+    for modules in ("analyze", "train", "sae_lightning.analysis.report.sweep_report"):
         done = subprocess.run(
             [sys.executable, "-W", "ignore", "-c", code.format(modules, heavy)],
             capture_output=True,

@@ -5,12 +5,12 @@ import pytest
 from planted import FEATURE, FEATURES, READS, WRITES, save_planted, token
 from tiny_run import write_text
 
-from sae_lightning.analysis.catalogue import BEFORE
 from sae_lightning.analysis.lens import lens
 from sae_lightning.analysis.settings import TASKS
 from sae_lightning.analysis.steering import steer
-from sae_lightning.analysis.survey import best_read, survey
-from sae_lightning.analysis.table import write_table
+from sae_lightning.analysis.survey.catalogue import BEFORE
+from sae_lightning.analysis.survey.survey import best_read, survey
+from sae_lightning.analysis.survey.table import write_table
 from sae_lightning.llm.load import Dtype, LLMConfig
 from sae_lightning.llm.sites import LayerConfig
 from sae_lightning.stream.text import LocalConfig

@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from sae_lightning import scorecard
-from sae_lightning.analysis.figures import bars, histogram, layout
-from sae_lightning.analysis.section import Section
+from sae_lightning.analysis.report.figures import bars, histogram, layout
+from sae_lightning.analysis.report.section import Section
 from sae_lightning.llm.sites import Sites
 from sae_lightning.metrics import density_histogram
 from sae_lightning.sae import SAE

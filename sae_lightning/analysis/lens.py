@@ -3,27 +3,27 @@
     token -> embedding -> blocks -> [ W_enc  feature  W_dec ] -> blocks -> norm -> W_U -> logits
                  read                                             promoted, suppressed
 
-There are two routes. One goes through the blocks in between, on a little text. The direct one
-skips them, as if embedding, site and unembedding were one space (the logit lens, nostalgebraist
-2020; the direct path, Elhage et al. 2021), and needs weights alone. It holds where it skips little.
-Behind block 9 of SmolLM2-135M's 30 it says nothing: of 765 features that fire on one token above
-all, it finds that token among the ten that are read for none, the route through blocks for 94 %;
-and of the ten tokens that adding a feature promotes it finds 0.2 on average, as chance would.
+The blocks in between stand as the linear maps that fit best on a little text (Din et al. 2023,
+"Jump to conclusions"), or, for features that are asked for, are run with the feature added. Without
+text they are skipped, as if embedding, site and unembedding were one space (the logit lens,
+nostalgebraist 2020; the direct path, Elhage et al. 2021). That holds where little is skipped. Behind
+block 9 of SmolLM2-135M's 30 it says nothing: of 765 features that fire on one token above all, that
+token is among the ten that are read for none, with the linear map for nine of ten.
 
 Shapes: features = features of the SAE; k = tokens listed; vocabulary = tokens; d = width of the
 residual stream.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from sae_lightning.analysis.catalogue import Effect
-from sae_lightning.analysis.collect import Batch, collect, excerpt
-from sae_lightning.analysis.section import Section, Table
+from sae_lightning.analysis.report.section import Section, Table
 from sae_lightning.analysis.subject import Subject
+from sae_lightning.analysis.survey.catalogue import Effect
+from sae_lightning.analysis.survey.collect import Batch, collect, excerpt
 from sae_lightning.llm.direct_path import embedding, final_norm, mlp_norm
 from sae_lightning.llm.response import response
 from sae_lightning.llm.sites import Kind
@@ -33,10 +33,10 @@ from sae_lightning.terminal import phase
 NUMBERS = 2**24  # of products of features and tokens that are in memory at a time
 SHARPEST = 10  # features shown where none is asked for
 
-# Text, and what is done with it, for the route through blocks.
-TOKENS = 8192  # to learn from where embeddings go; with 3 times as many the result is the same
-RIDGE = 0.3  # of the embeddings' mean variance; 0.1 and 1 find fewer of the tokens features fire on
-LENGTH = 16  # tokens of the contexts at whose end each feature is added
+TOKENS = 8192  # of text to fit linear maps on; three times as many find no more
+RIDGE = 0.5  # of the mean variance; results from 0.3 to 1 are alike
+REFERENCE = 200  # random features; what they do on average is what any change does
+LENGTH = 16  # tokens of the contexts at whose end features are added
 SHARE = (
     0.4  # how long what is added is, against the activation; less drowns in what any change does
 )
@@ -54,24 +54,27 @@ class Lens(NamedTuple):
 
 @torch.no_grad()
 def lens(
-    subject: Subject, top: int = 10, text: TokenSource | None = None, contexts: int = 8
+    subject: Subject,
+    top: int = 10,
+    text: TokenSource | None = None,
+    features: Sequence[int] = (),
+    contexts: int = 16,
 ) -> Lens:
-    """The `top` tokens that each feature promotes, suppresses and reads: through the blocks on some
-    tokens of `text`, or by the direct path without one.
+    """The `top` tokens that each feature promotes, suppresses and reads, by linear maps that are
+    fitted on some tokens of `text`, or by the direct path without one.
 
-    contexts: pieces of text in which each feature is tried; the time taken grows with them.
-
-    Both are rankings. Effects are up to a positive factor (and before a cap such as Gemma-2's);
-    what is read says which token a feature looks for, not that it fires on it, for which a bias and
-    the text around it count too.
+    features: those whose effect is measured instead, in some contexts of the text. All are
+    rankings: effects are up to a positive factor, and what is read says which token a feature looks
+    for, not that it fires on it, for which a bias and the text around it count too.
     """
     model, words = subject.llm.model, len(subject.llm.tokenizer)
     tokens = embedding(model, model.get_input_embeddings().num_embeddings)
     if text is None:
         rows, columns = _direct_rows(subject), _direct_columns(subject)
     else:
-        rows = _rows_through_blocks(subject, text, contexts)
-        columns = _columns_through_blocks(subject, text, tokens)
+        rows, columns = _mapped(subject, text, tokens)
+        if features:
+            rows[list(features)] = _measured(subject, text, list(features), contexts)
     effect = read = None
     # Rows beyond the tokenizer pad both matrices: no token has them.
     if rows is not None:
@@ -103,45 +106,58 @@ def _direct_columns(subject: Subject) -> Tensor | None:
     return columns
 
 
-def _rows_through_blocks(subject: Subject, text: TokenSource, contexts: int) -> Tensor:
-    """What the unembedding gets of W_dec [features, d]: the mean change of its input when a row is
-    added at the target, at the last token of some contexts, less what any row changes there."""
-    tokens = text.next(contexts).tokens[:, :LENGTH]
-    with phase("adding each feature", total=contexts * (1 + subject.features)) as advance:
-        rows = response(
-            subject.llm.model, tokens, subject.sites.target, subject.sae.W_dec, SHARE, advance
-        )
-    return rows - rows.mean(0)
-
-
-def _columns_through_blocks(subject: Subject, text: TokenSource, tokens: Tensor) -> Tensor:
-    """What W_enc takes from an embedding [features, d], if blocks were the linear map that fits
-    best from embeddings to activations at the source."""
-    fit = _Fit(tokens)
+def _mapped(subject: Subject, text: TokenSource, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """What the unembedding gets of W_dec and what W_enc takes from an embedding, both [features,
+    d], if blocks were linear maps."""
+    maps = _Maps(subject.llm.model, tokens)
     parts, total = excerpt(text, TOKENS, 16)
-    collect(subject, parts, [fit], total=total, what="following embeddings")
-    return subject.sae.W_enc.T @ fit.result().T
+    collect(subject, parts, [maps], total=total, what="following tokens through the LLM")
+    rows = subject.sae.W_dec @ maps.above.result()
+    return rows - rows.mean(0), subject.sae.W_enc.T @ maps.below.result().T
 
 
-class _Fit:
-    """Ridge regression from embeddings to activations, both about their means."""
+def _measured(subject: Subject, text: TokenSource, features: list[int], contexts: int) -> Tensor:
+    """What the unembedding gets of some features [n, d]: the mean change of its input when a row of
+    W_dec is added at the target, at the last token of some contexts, less what others change."""
+    random = torch.Generator().manual_seed(0)
+    others = torch.randperm(subject.features, generator=random)[:REFERENCE]
+    rows = subject.sae.W_dec[torch.cat([torch.tensor(features), others]).to(subject.device)]
+    tokens = text.next(contexts).tokens[:, :LENGTH]
+    with phase("adding features", total=contexts * (1 + len(rows))) as advance:
+        found = response(subject.llm.model, tokens, subject.sites.target, rows, SHARE, advance)
+    return found[: len(features)] - found[len(features) :].mean(0)
 
-    def __init__(self, embeddings: Tensor):
-        self.embeddings, self.n = embeddings, 0
-        self.sums: list[Tensor] = []
+
+class _Maps:
+    """The blocks below the source and those above the target, as linear maps."""
+
+    def __init__(self, model: nn.Module, embeddings: Tensor):
+        self.model, self.embeddings = model, embeddings
+        self.below, self.above = _Ridge(), _Ridge()
 
     def add(self, batch: Batch) -> None:
-        e, x = self.embeddings[batch.tokens[batch.keep]], batch.x[batch.keep]
-        sums = [e.sum(0), x.sum(0), e.T @ e, e.T @ x]
-        self.sums = [a + b for a, b in zip(self.sums, sums, strict=True)] if self.n else sums
-        self.n += len(e)
+        output = self.model.base_model(input_ids=batch.tokens, use_cache=False).last_hidden_state
+        self.below.add(self.embeddings[batch.tokens[batch.keep]], batch.x[batch.keep])
+        self.above.add(batch.y[batch.keep], output[batch.keep].float())
+
+
+class _Ridge:
+    """B that minimises |b - a B|^2 + ridge |B|^2, a and b about their means."""
+
+    def __init__(self):
+        self.n = 0
+        self.sums: list[Tensor] = []
+
+    def add(self, a: Tensor, b: Tensor) -> None:
+        sums = [a.sum(0), b.sum(0), a.T @ a, a.T @ b]
+        self.sums = [x + y for x, y in zip(self.sums, sums, strict=True)] if self.n else sums
+        self.n += len(a)
 
     def result(self) -> Tensor:
-        """[d, d_in]"""
-        e, x, ee, ex = self.sums
-        ee, ex = ee - torch.outer(e, e) / self.n, ex - torch.outer(e, x) / self.n
-        ridge = RIDGE * ee.diagonal().mean() * torch.eye(len(ee), device=ee.device)
-        return torch.linalg.solve(ee + ridge, ex)
+        a, b, aa, ab = self.sums
+        aa, ab = aa - torch.outer(a, a) / self.n, ab - torch.outer(a, b) / self.n
+        ridge = RIDGE * aa.diagonal().mean() * torch.eye(len(aa), device=aa.device)
+        return torch.linalg.solve(aa + ridge, ab)
 
 
 def _along(

@@ -110,14 +110,15 @@ class LensConfig(AnalyzeConfig):
     """A feature or a list of them to print; null prints the ones with the sharpest effect."""
     top: int = 10
     """Tokens for each feature."""
-    contexts: int = 8
-    """Pieces of text in which every feature is added, to see what it does; 0 skips the blocks from
-    the SAE to both ends of the LLM, and needs weights alone (the logit lens)."""
+    contexts: int = 16
+    """Pieces of text in which the features of `feature` are added, to see what they do."""
+    direct: bool = False
+    """Skip the blocks between the SAE and both ends of the LLM (the logit lens); reads no text."""
 
     def __post_init__(self):
         self.feature = integers("feature", self.feature)
         at_least("top", self.top, 1)
-        at_least("contexts", self.contexts, 0)
+        at_least("contexts", self.contexts, 1)
 
 
 class Mode(Enum):

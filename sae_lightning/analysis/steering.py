@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sae_lightning.analysis.section import Coloured, Section, Table
+from sae_lightning.analysis.report.section import Coloured, Section, Table
 from sae_lightning.analysis.settings import Mode
 from sae_lightning.analysis.subject import Subject, known
 from sae_lightning.llm.capture import capture

@@ -24,6 +24,7 @@ OFFLINE_PRESETS = "data=shakespeare (the packaged plays) or data=text (your own 
 LOADERS = {
     ".txt": "text",
     ".md": "text",
+    ".csv": "csv",
     ".jsonl": "json",
     ".json": "json",
     ".parquet": "parquet",
@@ -168,9 +169,9 @@ def _open_local(config: LocalConfig) -> Text:
     path = Path(config.path).expanduser()
     try:
         if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
-            data = _load_saved(path, where)
+            data = load_saved(path, where)
         else:
-            data = _load_files(_find_files(path, where))
+            data = load_files(find_files(path, where))
         row = next(iter(data), None)
     except UserError:
         raise
@@ -182,7 +183,7 @@ def _open_local(config: LocalConfig) -> Text:
     return _hold_out(_only_text(data, row, config.column, where), config.held_out)
 
 
-def _find_files(path: Path, where: str) -> list[str]:
+def find_files(path: Path, where: str) -> list[str]:
     if path.is_dir():
         found = [str(file) for file in path.rglob("*")]
     else:
@@ -205,7 +206,7 @@ def _find_files(path: Path, where: str) -> list[str]:
     return files
 
 
-def _load_files(files: list[str]) -> "Dataset":
+def load_files(files: list[str]) -> "Dataset":
     from datasets import load_dataset
 
     loader = LOADERS[Path(files[0]).suffix]
@@ -214,7 +215,7 @@ def _load_files(files: list[str]) -> "Dataset":
         return load_dataset(loader, data_files=files, split="train", **whole_files)
 
 
-def _load_saved(path: Path, where: str) -> "Dataset":
+def load_saved(path: Path, where: str) -> "Dataset":
     from datasets import DatasetDict, load_from_disk
 
     data = load_from_disk(str(path))

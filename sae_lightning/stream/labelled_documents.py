@@ -11,9 +11,9 @@ import numpy as np
 from sae_lightning.errors import UserError
 from sae_lightning.stream.documents import (
     OFFLINE_PRESETS,
-    _find_files,
-    _load_files,
-    _load_saved,
+    find_files,
+    load_files,
+    load_saved,
     first_line,
 )
 from sae_lightning.stream.labelled_plays import SPLITS
@@ -56,8 +56,8 @@ def document_pieces(
 def _open_local(config: LocalConfig, where: str) -> "Dataset":
     path = Path(config.path).expanduser()
     if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
-        return _load_saved(path, where)
-    return _load_files(_find_files(path, where))
+        return load_saved(path, where)
+    return load_files(find_files(path, where))
 
 
 def _open_hub(config: HubConfig) -> "Dataset | IterableDataset":

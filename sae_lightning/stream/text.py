@@ -135,7 +135,7 @@ class LocalConfig(TextConfig):
     """Your own text: files, a folder of files, or a data set written by `save_to_disk`."""
 
     path: str
-    """File, folder or glob of .txt / .md (a document each), .jsonl / .json or .parquet (a row
+    """File, folder or glob of .txt / .md (a document each), .csv / .jsonl / .json or .parquet (a row
     each), or a folder written by `save_to_disk`."""
 
     column: str = "text"

@@ -7,9 +7,9 @@ import pytest
 import torch
 from chat_server import ChatServer
 
-from sae_lightning.analysis.answers import Answers, Local, Question
-from sae_lightning.analysis.endpoint import Endpoint
-from sae_lightning.analysis.explain import open_model
+from sae_lightning.analysis.explain.answers import Answers, Local, Question
+from sae_lightning.analysis.explain.endpoint import Endpoint
+from sae_lightning.analysis.explain.explained import open_model
 from sae_lightning.errors import UserError
 from sae_lightning.llm.chat import Reply
 

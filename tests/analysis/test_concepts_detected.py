@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
-from sae_lightning.analysis import detection
-from sae_lightning.analysis.concepts import CONCEPTS, members
-from sae_lightning.analysis.detection import FeatureCounts, NeuronCounts, detect
+from sae_lightning.analysis.theory import detection
+from sae_lightning.analysis.theory.concepts import CONCEPTS, members
+from sae_lightning.analysis.theory.detection import FeatureCounts, NeuronCounts, detect
 
 
 def words(text: str, concept: str) -> list[str]:

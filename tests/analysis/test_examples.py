@@ -4,10 +4,10 @@ import pytest
 import torch
 from batches import batches, sparse
 
-from sae_lightning.analysis import strengths
-from sae_lightning.analysis.catalogue import AFTER, BEFORE, EDGES, WINDOW
-from sae_lightning.analysis.examples import Counting, Gathering
 from sae_lightning.analysis.settings import Positive
+from sae_lightning.analysis.survey import strengths
+from sae_lightning.analysis.survey.catalogue import AFTER, BEFORE, EDGES, WINDOW
+from sae_lightning.analysis.survey.examples import Counting, Gathering
 
 UNITS, CONTEXT = 7, 40
 

@@ -6,19 +6,20 @@ import pytest
 import torch
 from chat_server import ChatServer, oracle
 
-from sae_lightning.analysis import prompts, strengths
-from sae_lightning.analysis.answers import Answers, Question
-from sae_lightning.analysis.catalogue import Catalogue
-from sae_lightning.analysis.collect import Batch
-from sae_lightning.analysis.endpoint import Endpoint
-from sae_lightning.analysis.evidence import MARK, Evidence, Window, choose, gather
-from sae_lightning.analysis.examples import Counting, Gathering
-from sae_lightning.analysis.explain import Explained, Local, section, without_model
-from sae_lightning.analysis.explainer import Explainer
-from sae_lightning.analysis.prompts import DETECT, FUZZ
-from sae_lightning.analysis.reading import reading
-from sae_lightning.analysis.sample import Sample, Sampling
-from sae_lightning.analysis.scoring import Score, detection, fuzzing, score
+from sae_lightning.analysis.explain import prompts
+from sae_lightning.analysis.explain.answers import Answers, Question
+from sae_lightning.analysis.explain.endpoint import Endpoint
+from sae_lightning.analysis.explain.evidence import MARK, Evidence, Window, choose, gather
+from sae_lightning.analysis.explain.explained import Explained, Local, section, without_model
+from sae_lightning.analysis.explain.explainer import Explainer
+from sae_lightning.analysis.explain.prompts import DETECT, FUZZ
+from sae_lightning.analysis.explain.scoring import Score, detection, fuzzing, score
+from sae_lightning.analysis.survey import strengths
+from sae_lightning.analysis.survey.catalogue import Catalogue
+from sae_lightning.analysis.survey.collect import Batch
+from sae_lightning.analysis.survey.examples import Counting, Gathering
+from sae_lightning.analysis.survey.reading import reading
+from sae_lightning.analysis.survey.sample import Sample, Sampling
 from sae_lightning.errors import UserError
 from sae_lightning.llm.chat import Reply
 from sae_lightning.llm.load import Dtype, LLMConfig, load

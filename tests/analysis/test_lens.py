@@ -85,7 +85,7 @@ def test_slices_of_features_change_nothing(tiny, words, monkeypatch, text):
         torch.testing.assert_close(a, b)
 
 
-def test_behind_the_last_block_the_effect_is_what_norm_and_head_make_of_the_row(
+def test_a_measured_effect_behind_the_last_block_is_what_norm_and_head_make_of_the_row(
     llm, words, monkeypatch
 ):
     """If it drowns what was there, the norm's scale is that of the row itself."""
@@ -96,19 +96,39 @@ def test_behind_the_last_block_the_effect_is_what_norm_and_head_make_of_the_row(
     behind = norm.passes(rows) / centred.norm(dim=1, keepdim=True)
     logits = (behind - behind.mean(0)) @ llm.model.get_output_embeddings().weight.T
     expected = logits[:, : len(llm.tokenizer)]
-    found = lens(subject, 1, words(4000)).effect
+    found = lens(subject, 1, words(4000), range(32)).effect
     agree = found.promoted[:, 0] == expected.argmax(1)
     assert agree.float().mean() > 0.9  # all but ties within float32
     assert (found.suppressed[:, 0] == expected.argmin(1)).float().mean() > 0.9
 
 
-def test_a_planted_effect_is_found_through_the_blocks(llm, words):
+@pytest.mark.parametrize("measured", [[], [PLANTED]], ids=["mapped", "measured"])
+def test_a_planted_effect_is_found_through_the_blocks(llm, words, measured):
     """A row that the logit of a token reads, and no other logit more."""
     subject = make_subject(llm)._replace(sites=Sites(LAST, LAST))
     rows = final_norm(llm.model).reads(llm.model.get_output_embeddings().weight)
     token = next(i for i in range(40, 90) if logits_of(llm, rows)[i].argmax() == i)
     subject.sae.W_dec[PLANTED] = rows[token]
-    assert token in lens(subject, 3, words(4000)).effect.promoted[PLANTED]
+    assert token in lens(subject, 3, words(4000), measured).effect.promoted[PLANTED]
+
+
+def test_only_the_features_asked_for_are_measured(tiny, words):
+    subject = make_subject(tiny("llama"))
+    mapped, measured = (lens(subject, 5, words(4000), features) for features in ([], [3, 7]))
+    same = (mapped.effect.promoted == measured.effect.promoted).all(1)
+    assert same.sum() == 30
+    assert not same[[3, 7]].any()
+    assert torch.equal(mapped.read, measured.read)
+
+
+def test_the_linear_map_is_the_one_that_made_the_data():
+    random = torch.Generator().manual_seed(0)
+    a, true = torch.randn(2000, 6, generator=random), torch.randn(6, 4, generator=random)
+    fit = module._Ridge()
+    for part in a.split(300):
+        fit.add(part, part @ true + 5)
+    # all directions have about variance 1: the ridge shrinks each to n / (n + 0.5 n)
+    torch.testing.assert_close(fit.result() * 1.5, true, rtol=0.1, atol=0.05)
 
 
 def test_what_is_read_through_blocks_is_found_behind_them(llm, words):

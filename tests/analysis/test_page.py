@@ -10,7 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from sae_lightning.analysis.catalogue import (
+from sae_lightning.analysis.report.markup import TEMPLATES
+from sae_lightning.analysis.report.page import coloured, page, sortable
+from sae_lightning.analysis.report.page_data import CHUNK, LEVELS, page_data
+from sae_lightning.analysis.report.section import Coloured, Section, Table
+from sae_lightning.analysis.survey.catalogue import (
     BEFORE,
     EDGES,
     WINDOW,
@@ -21,10 +25,6 @@ from sae_lightning.analysis.catalogue import (
     Related,
     Statistics,
 )
-from sae_lightning.analysis.markup import TEMPLATES
-from sae_lightning.analysis.page import coloured, page, sortable
-from sae_lightning.analysis.page_data import CHUNK, LEVELS, page_data
-from sae_lightning.analysis.section import Coloured, Section, Table
 
 WORDS = [" a", "\n", "</script><script>alert(1)</script>", '"', "&amp;", "<!--<script>", "ü"]
 FIGURE = {"data": [{"type": "bar", "x": ["</script>"], "y": [1]}], "layout": {}}

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from sae_lightning.analysis.pareto import LABELLED, Point, pareto, tradeoff
+from sae_lightning.analysis.report.pareto import LABELLED, Point, pareto, tradeoff
 
 NAN = math.nan
 

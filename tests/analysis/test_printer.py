@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from sae_lightning.analysis.catalogue import (
+from sae_lightning.analysis.report.printer import say, say_units
+from sae_lightning.analysis.report.section import Coloured, Section, Table
+from sae_lightning.analysis.survey.catalogue import (
     BEFORE,
     EDGES,
     WINDOW,
@@ -12,8 +14,6 @@ from sae_lightning.analysis.catalogue import (
     Reading,
     Statistics,
 )
-from sae_lightning.analysis.printer import say, say_units
-from sae_lightning.analysis.section import Coloured, Section, Table
 from sae_lightning.terminal import console
 
 WORDS = [" the", " cat", "\n", " 世界", "</b>"]

@@ -7,8 +7,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
-from sae_lightning.analysis.collect import collect
-from sae_lightning.analysis.linear_probes import (
+from sae_lightning.analysis.probing.linear import (
     ALL_C,
     Fold,
     Outcome,
@@ -16,8 +15,9 @@ from sae_lightning.analysis.linear_probes import (
     outcome,
     standardised,
 )
-from sae_lightning.analysis.probe_sections import sections, verdict
-from sae_lightning.analysis.probing import Pooled, Score, compare, probe
+from sae_lightning.analysis.probing.probes import Pooled, Score, compare, probe
+from sae_lightning.analysis.probing.sections import sections, verdict
+from sae_lightning.analysis.survey.collect import collect
 from sae_lightning.llm.capture import capture
 from sae_lightning.stream.labelled import Labelled
 

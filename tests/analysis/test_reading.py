@@ -5,8 +5,8 @@ import pytest
 import torch
 from batches import batches
 
-from sae_lightning.analysis.reading import _correlation, reading
-from sae_lightning.analysis.sample import Sampling
+from sae_lightning.analysis.survey.reading import _correlation, reading
+from sae_lightning.analysis.survey.sample import Sampling
 
 WORDS, SEQUENCES, CONTEXT = 50, 60, 41
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from batches import batches, sparse
 
-from sae_lightning.analysis import related
-from sae_lightning.analysis.related import neighbours, partners
-from sae_lightning.analysis.sample import Sampling
+from sae_lightning.analysis.survey import related
+from sae_lightning.analysis.survey.related import neighbours, partners
+from sae_lightning.analysis.survey.sample import Sampling
 
 
 @pytest.fixture(params=[2, 512])

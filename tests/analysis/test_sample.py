@@ -4,7 +4,7 @@ import pytest
 import torch
 from batches import batches, sparse
 
-from sae_lightning.analysis.sample import Sampling
+from sae_lightning.analysis.survey.sample import Sampling
 
 UNITS, CONTEXT = 5, 8
 

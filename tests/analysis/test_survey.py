@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from sae_lightning.analysis.collect import collect, excerpt
-from sae_lightning.analysis.survey import best_read, section, survey
+from sae_lightning.analysis.survey.collect import collect, excerpt
+from sae_lightning.analysis.survey.survey import best_read, section, survey
 
 
 @pytest.fixture

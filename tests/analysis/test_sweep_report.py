@@ -9,9 +9,9 @@ from urllib.parse import unquote
 
 import pytest
 
-from sae_lightning.analysis.sweep_page import brief, facts, grouping
-from sae_lightning.analysis.sweep_report import CSV, PAGE, write_report
-from sae_lightning.analysis.sweep_table import SweepRun, SweepTable
+from sae_lightning.analysis.report.sweep_page import brief, facts, grouping
+from sae_lightning.analysis.report.sweep_report import CSV, PAGE, write_report
+from sae_lightning.analysis.report.sweep_table import SweepRun, SweepTable
 from sae_lightning.terminal import console
 
 NAN = math.nan

@@ -10,14 +10,14 @@ from subjects import make_subject
 from torch import Generator, Tensor
 from torch.nn.functional import one_hot
 
-from sae_lightning.analysis.collect import Batch, collect, excerpt
-from sae_lightning.analysis.dense import dense_autoencoders
-from sae_lightning.analysis.detection import Detector
-from sae_lightning.analysis.moments import Moments, principal
-from sae_lightning.analysis.overlap import cosines, overlap
 from sae_lightning.analysis.subject import Subject
-from sae_lightning.analysis.theory import Activity, Detected, TheoryReducers, scalars, theory
-from sae_lightning.analysis.theory_sections import sections
+from sae_lightning.analysis.survey.collect import Batch, collect, excerpt
+from sae_lightning.analysis.theory.claims import Activity, Detected, TheoryReducers, scalars, theory
+from sae_lightning.analysis.theory.dense import dense_autoencoders
+from sae_lightning.analysis.theory.detection import Detector
+from sae_lightning.analysis.theory.moments import Moments, principal
+from sae_lightning.analysis.theory.overlap import cosines, overlap
+from sae_lightning.analysis.theory.sections import sections
 from sae_lightning.llm.sites import Kind, Site, Sites
 from sae_lightning.llm.vocabulary import vocabulary
 from sae_lightning.sae import ARCHITECTURES, build

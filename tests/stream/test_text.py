@@ -33,6 +33,9 @@ def write(folder, kind: str, column: str = "text", documents: list[str] = DOCUME
     if kind == "parquet":
         data.to_parquet(folder / "part.parquet")
         return str(folder / "part.parquet")
+    if kind == "csv":
+        data.to_csv(folder / "part.csv")
+        return str(folder / "part.csv")
     if kind == "jsonl":
         lines = [json.dumps({column: text, "number": 0}) for text in documents]
         (folder / "part.jsonl").write_text("\n".join(lines))
@@ -42,7 +45,7 @@ def write(folder, kind: str, column: str = "text", documents: list[str] = DOCUME
     return str(folder)
 
 
-@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet", "saved", "saved dict"])
+@pytest.mark.parametrize("kind", ["txt", "csv", "jsonl", "parquet", "saved", "saved dict"])
 def test_a_local_document_is_in_training_or_held_out_never_both(tmp_path, kind):
     config = LocalConfig(path=write(tmp_path / "data", kind), held_out=0.1)
     train, held_out = (texts(part) for part in open_text(config)[:2])

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from sae_lightning import UserError, load_sae, passes, run
 from sae_lightning.analysis.evaluate import evaluate
-from sae_lightning.analysis.sweep_report import write_report
+from sae_lightning.analysis.report.sweep_report import write_report
 from sae_lightning.config import Config, conf_folder
 from sae_lightning.export import WEIGHTS
 from sae_lightning.folders import sweep_runs

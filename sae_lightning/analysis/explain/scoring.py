@@ -10,8 +10,8 @@ import math
 import random
 from typing import NamedTuple
 
-from sae_lightning.analysis.evidence import MARK, Evidence, Window
-from sae_lightning.analysis.prompts import DETECT, FUZZ, fires, judge, marked, plain
+from sae_lightning.analysis.explain.evidence import MARK, Evidence, Window
+from sae_lightning.analysis.explain.prompts import DETECT, FUZZ, fires, judge, marked, plain
 
 
 class Trial(NamedTuple):

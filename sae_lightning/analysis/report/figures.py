@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sae_lightning.analysis.pareto import COLOURS, GREY
+from sae_lightning.analysis.report.pareto import COLOURS, GREY
 
 
 def layout(x: str, y: str, **more: Any) -> dict:

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
-from sae_lightning.analysis.pareto import pareto
+from sae_lightning.analysis.report.pareto import pareto
 
 
 class SweepRun(NamedTuple):

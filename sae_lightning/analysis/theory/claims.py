@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag, normalize
 
-from sae_lightning.analysis.collect import Batch
-from sae_lightning.analysis.concepts import CONCEPTS, members
-from sae_lightning.analysis.dense import Dense, dense_autoencoders
-from sae_lightning.analysis.detection import (
+from sae_lightning.analysis.subject import Subject
+from sae_lightning.analysis.survey.collect import Batch
+from sae_lightning.analysis.theory.concepts import CONCEPTS, members
+from sae_lightning.analysis.theory.dense import Dense, dense_autoencoders
+from sae_lightning.analysis.theory.detection import (
     Counts,
     Detector,
     FeatureCounts,
@@ -22,9 +23,8 @@ from sae_lightning.analysis.detection import (
     detect,
     drawn,
 )
-from sae_lightning.analysis.moments import Moments, principal
-from sae_lightning.analysis.overlap import Cosines, Overlap, overlap
-from sae_lightning.analysis.subject import Subject
+from sae_lightning.analysis.theory.moments import Moments, principal
+from sae_lightning.analysis.theory.overlap import Cosines, Overlap, overlap
 from sae_lightning.llm.load import special_ids
 from sae_lightning.llm.vocabulary import vocabulary
 from sae_lightning.terminal import phase

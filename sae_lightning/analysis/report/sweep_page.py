@@ -6,9 +6,9 @@ import shlex
 from pathlib import Path
 from urllib.parse import quote
 
-from sae_lightning.analysis.markup import figure, rendered
-from sae_lightning.analysis.pareto import LABELLED, Point, tradeoff
-from sae_lightning.analysis.sweep_table import SweepRun, SweepTable, natural
+from sae_lightning.analysis.report.markup import figure, rendered
+from sae_lightning.analysis.report.pareto import LABELLED, Point, tradeoff
+from sae_lightning.analysis.report.sweep_table import SweepRun, SweepTable, natural
 from sae_lightning.terminal import command, shown
 
 PLOTS = {

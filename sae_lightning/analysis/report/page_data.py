@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sae_lightning.analysis.catalogue import BEFORE, EDGES, WINDOW, Catalogue, Examples
-from sae_lightning.analysis.section import visible
+from sae_lightning.analysis.report.section import visible
+from sae_lightning.analysis.survey.catalogue import BEFORE, EDGES, WINDOW, Catalogue, Examples
 
 CHUNK = 128  # units of a block of details; about 200 kB when unpacked
 LEVELS = 255  # of a strength; the unit's maximum is the highest

@@ -4,10 +4,10 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from sae_lightning.analysis.catalogue import Catalogue
-from sae_lightning.analysis.markup import figure, rendered
-from sae_lightning.analysis.page_data import page_data
-from sae_lightning.analysis.section import Coloured, Section, visible
+from sae_lightning.analysis.report.markup import figure, rendered
+from sae_lightning.analysis.report.page_data import page_data
+from sae_lightning.analysis.report.section import Coloured, Section, visible
+from sae_lightning.analysis.survey.catalogue import Catalogue
 
 # The first number of a cell, with what may stand before it.
 NUMBER = re.compile(r"^[^\w.]*?([-−+]?(?:\d[\d,]*)?\.?\d+(?:e[-+]?\d+)?)", re.IGNORECASE)

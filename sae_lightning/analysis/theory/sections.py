@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
-from sae_lightning.analysis.detection import Detector, chance_f1
-from sae_lightning.analysis.figures import bars, histogram, layout, line, rounded, upright
-from sae_lightning.analysis.overlap import Cosines
-from sae_lightning.analysis.pareto import COLOURS, GREY
-from sae_lightning.analysis.section import Section, Table
-from sae_lightning.analysis.theory import SAMPLE, Detected, Theory, scalars
+from sae_lightning.analysis.report.figures import bars, histogram, layout, line, rounded, upright
+from sae_lightning.analysis.report.pareto import COLOURS, GREY
+from sae_lightning.analysis.report.section import Section, Table
+from sae_lightning.analysis.theory.claims import SAMPLE, Detected, Theory, scalars
+from sae_lightning.analysis.theory.detection import Detector, chance_f1
+from sae_lightning.analysis.theory.overlap import Cosines
 
 COARSE = 20  # thousandths of a cosine that a point of the figure stands for
 BARS = 80

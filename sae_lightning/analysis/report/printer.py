@@ -12,9 +12,9 @@ from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
-from sae_lightning.analysis import section as sections
-from sae_lightning.analysis.catalogue import BEFORE, Catalogue
-from sae_lightning.analysis.section import Coloured, Section, visible
+from sae_lightning.analysis.report import section as sections
+from sae_lightning.analysis.report.section import Coloured, Section, visible
+from sae_lightning.analysis.survey.catalogue import BEFORE, Catalogue
 from sae_lightning.terminal import console, grid
 
 HEIGHTS = " ▁▂▃▄▅▆▇█"

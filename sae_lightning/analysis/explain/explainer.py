@@ -10,10 +10,10 @@ scoring.py are those of Paulo et al. 2024)
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from sae_lightning.analysis import prompts
-from sae_lightning.analysis.answers import Answers, Question
-from sae_lightning.analysis.evidence import Evidence, Window
-from sae_lightning.analysis.scoring import Score, Trial, detection, fuzzing, score
+from sae_lightning.analysis.explain import prompts
+from sae_lightning.analysis.explain.answers import Answers, Question
+from sae_lightning.analysis.explain.evidence import Evidence, Window
+from sae_lightning.analysis.explain.scoring import Score, Trial, detection, fuzzing, score
 from sae_lightning.errors import UserError
 from sae_lightning.terminal import phase
 

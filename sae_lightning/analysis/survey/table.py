@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sae_lightning.analysis.catalogue import Catalogue, Examples
+from sae_lightning.analysis.survey.catalogue import Catalogue, Examples
 from sae_lightning.files import atomically
 
 

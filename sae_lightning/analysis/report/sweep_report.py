@@ -9,8 +9,8 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from sae_lightning.analysis.sweep_page import page
-from sae_lightning.analysis.sweep_table import SweepRun, SweepTable
+from sae_lightning.analysis.report.sweep_page import page
+from sae_lightning.analysis.report.sweep_table import SweepRun, SweepTable
 from sae_lightning.files import atomically
 from sae_lightning.terminal import console, shown
 

@@ -4,7 +4,7 @@ import ipaddress
 import os
 from urllib.parse import urlsplit
 
-from sae_lightning.analysis.answers import Question
+from sae_lightning.analysis.explain.answers import Question
 from sae_lightning.errors import UserError
 from sae_lightning.llm.chat import Reply
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from sae_lightning.analysis.moments import Moments, explained, principal
+from sae_lightning.analysis.theory.moments import Moments, explained, principal
 from sae_lightning.sae import SAE, SAEConfig, build
 
 

@@ -4,9 +4,16 @@ examples."""
 import torch
 from torch import Tensor
 
-from sae_lightning.analysis.catalogue import AFTER, BEFORE, EDGES, WINDOW, Examples, Statistics
-from sae_lightning.analysis.collect import Batch
-from sae_lightning.analysis.strengths import Strengths
+from sae_lightning.analysis.survey.catalogue import (
+    AFTER,
+    BEFORE,
+    EDGES,
+    WINDOW,
+    Examples,
+    Statistics,
+)
+from sae_lightning.analysis.survey.collect import Batch
+from sae_lightning.analysis.survey.strengths import Strengths
 
 BINS = len(EDGES) - 1
 MOST = torch.finfo(torch.float16).max

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sae_lightning.analysis.collect import Batch
 from sae_lightning.analysis.settings import Positive
+from sae_lightning.analysis.survey.collect import Batch
 
 Strengths = Callable[[Batch], Tensor]
 """[sequences, context, units] of a batch, not negative, 0 where not `keep`."""

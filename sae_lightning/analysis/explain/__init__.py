@@ -1,0 +1,1 @@
+"""Features in words, and how well the words predict firing."""

@@ -1,0 +1,1 @@
+"""Probes on features and on neurons."""

@@ -1,0 +1,1 @@
+"""What features and neurons fire on: one pass over text, and what it adds up to."""

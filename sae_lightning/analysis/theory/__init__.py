@@ -1,0 +1,1 @@
+"""The claims of superposition theory, tested on an SAE."""
