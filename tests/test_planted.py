@@ -1,11 +1,16 @@
 """A feature planted in a tiny LLM is found again by every way of looking at it."""
 
+import json
+import random
+
 import pyarrow.parquet
 import pytest
 from planted import FEATURE, FEATURES, READS, WRITES, save_planted, token
+from tiny_llm import TEXT
 from tiny_run import write_text
 
 from sae_lightning.analysis.lens import lens
+from sae_lightning.analysis.probing.probes import probe
 from sae_lightning.analysis.settings import TASKS
 from sae_lightning.analysis.steering import steer
 from sae_lightning.analysis.survey.catalogue import BEFORE
@@ -13,6 +18,7 @@ from sae_lightning.analysis.survey.survey import best_read, survey
 from sae_lightning.analysis.survey.table import write_table
 from sae_lightning.llm.load import Dtype, LLMConfig
 from sae_lightning.llm.sites import LayerConfig
+from sae_lightning.stream.labelled import labelled
 from sae_lightning.stream.text import LocalConfig
 from sae_lightning.trained import open_reader, open_trained
 
@@ -68,6 +74,26 @@ def test_steering_with_it_writes_the_word(opened):
     assert found.plain.tokens.count(WRITES) <= 1
     assert WRITES not in weaker.tokens
     assert stronger.tokens[-8:] == [WRITES] * 8
+
+
+def test_a_probe_on_one_unit_chooses_it(opened, tmp_path):
+    subject, _, _ = opened
+    rng = random.Random(0)
+    plain = [word for word in TEXT.split() if f" {word}" not in READS]
+    documents = []
+    for i in range(160):
+        words = rng.choices(plain, k=6)
+        if i % 2:
+            words.insert(rng.randrange(1, 6), rng.choice(READS).strip())
+        documents.append({"text": " ".join(words), "magic": i % 2})
+    file = tmp_path / "labelled.jsonl"
+    file.write_text("\n".join(map(json.dumps, documents)))
+    config = LocalConfig(path=str(file), context=16)
+    text = labelled(config, "magic", subject.llm.tokenizer, tokens=160 * 15)
+    found = probe(subject, text, k=(1, 2))
+    assert found.score("features", 1).auroc == 1
+    assert found.score("features", 1).accuracy == 1
+    assert [match.unit for match in found.matches["features"]] == [FEATURE, FEATURE]
 
 
 def test_the_parquet_file_says_what_the_catalogue_says(found, tmp_path):
