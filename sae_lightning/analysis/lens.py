@@ -6,9 +6,9 @@
 The blocks in between stand as the linear maps that fit best on a little text (Din et al. 2023,
 "Jump to conclusions"), or, for features that are asked for, are run with the feature added. Without
 text they are skipped, as if embedding, site and unembedding were one space (the logit lens,
-nostalgebraist 2020; the direct path, Elhage et al. 2021). That holds where little is skipped. Behind
-block 9 of SmolLM2-135M's 30 it says nothing: of 765 features that fire on one token above all, that
-token is among the ten that are read for none, with the linear map for nine of ten.
+nostalgebraist 2020; the direct path, Elhage et al. 2021). That holds where little is skipped, and
+behind block 9 of SmolLM2-135M's 30 it says nothing: of 765 features that fire on one token above
+all, that token is among the ten that are read for 2, with the linear map for 718.
 
 Shapes: features = features of the SAE; k = tokens listed; vocabulary = tokens; d = width of the
 residual stream.
