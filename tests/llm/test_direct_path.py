@@ -1,5 +1,7 @@
 """Both ends of the residual stream are found in every family by what the model does there."""
 
+import copy
+
 import pytest
 import torch
 from blocks import mlp_norm as mlp_norm_of
@@ -82,8 +84,8 @@ def test_no_hook_is_left_behind(llm):
     assert hook_count(llm.model) == before
 
 
-def test_a_head_that_reads_no_norm_is_refused(tiny, monkeypatch):
-    model = tiny("gpt2").model
-    monkeypatch.setattr(model.transformer, "ln_f", torch.nn.Linear(24, 24))
+def test_a_head_that_reads_no_norm_is_refused(tiny):
+    model = copy.deepcopy(tiny("gpt2").model)
+    model.transformer.ln_f = torch.nn.Linear(24, 24)
     with pytest.raises(UserError, match="no norm in front of the unembedding of GPT2LMHeadModel"):
         final_norm(model)
