@@ -117,7 +117,9 @@ def _surveyed(
         seed=config.seed,
         reducers=reducers,
     )
-    found = found._replace(features=found.features._replace(effect=lens.lens(subject).effect))
+    found = found._replace(
+        features=found.features._replace(effect=lens.lens(subject, text=text.train).effect)
+    )
     for name, catalogue in (("features", found.features), ("neurons", found.neurons)):
         write_table(_folder(trained) / f"{name}.parquet", catalogue)
     return found
@@ -165,8 +167,12 @@ def _lens(asked: LensConfig, given: Collection[str]) -> None:
     """What features say to the output and read at the input."""
     trained = open_trained(asked, given)
     chosen = asked.feature and known(trained.sae, asked.feature)
-    subject = open_subject(trained)
-    result = lens.lens(subject, asked.top)
+    if asked.direct:
+        subject = open_subject(trained)
+        result = lens.lens(subject, asked.top)
+    else:
+        subject, text = open_reader(trained)
+        result = lens.lens(subject, asked.top, text.train, chosen or (), asked.contexts)
     section = lens.section(result, vocabulary(subject.llm), chosen)
     _finish(trained, asked, section.table._asdict() if section.table else {}, [section])
 
