@@ -55,13 +55,23 @@ def test_reducers_that_read_along_see_the_same_pass(subject, words):
     assert beside.seen == alone.seen
 
 
-def test_the_features_shown_first_are_the_best_predicted_one_for_each_token(found):
-    vocabulary = ["a word"] * len(found.features.vocabulary)
+def test_the_features_shown_first_are_the_best_predicted_ones_of_several_words(found):
+    words = ["king", "queen", "duke", "king's", "King", "see", "saw", "seen", ",", "a"]
+    sets = {
+        0: [0, 1, 4],
+        1: [0, 1, 2],
+        2: [2, 1, 0, 5],
+        3: [8, 9, 5, 6],
+        4: [5, 6, 7],
+        5: [6, 7, 3],
+    }
+    tokens = torch.full((32, 4), -1)
+    for unit, ids in sets.items():
+        tokens[unit, : len(ids)] = torch.tensor(ids)
     reading = found.features.reading._replace(
-        score=torch.linspace(0.9, -0.1, 32), tokens=torch.arange(32).div(2).int()[:, None]
+        score=torch.linspace(0.9, -0.1, 32), tokens=tokens.int()
     )
-    shown = best_read(found.features._replace(reading=reading, vocabulary=vocabulary), 3)
-    assert shown == []  # two words are no token
-    vocabulary = ["word"] * 2 + [","] + ["word"] * 97
-    shown = best_read(found.features._replace(reading=reading, vocabulary=vocabulary), 3)
-    assert shown == [0, 2, 6]  # 1 and 3 have the token of the one before, 4 and 5 a comma
+    catalogue = found.features._replace(reading=reading, vocabulary=words)
+    # 0 has two words in three spellings, 2 those of 1, 3 but two of more than a letter
+    assert best_read(catalogue, 5) == [1, 4]
+    assert best_read(catalogue, 1) == [1]

@@ -16,6 +16,7 @@ from sae_lightning.analysis.survey.sample import Sample
 LEAST = 5  # tokens of each half on which a feature has to fire for a score
 TWICE = 2  # a token on which it fired once is no pattern
 SHOWN = 8
+WORTH_SHOWING = 0.02  # share of the tokens on which set and feature agree
 
 
 class _Counts(NamedTuple):
@@ -159,9 +160,12 @@ def _correlation(
 
 
 def _shown(sets: _Sets, vocabulary: int, features: int) -> np.ndarray:
-    """The SHOWN most frequent members of each set [features, SHOWN]; -1 where there are fewer."""
+    """The SHOWN most frequent members of each set [features, SHOWN], without those that explain
+    next to nothing of its firing; -1 where there are fewer."""
     feature, token = np.divmod(sets.pairs, vocabulary)
     order = np.lexsort((-sets.fired, feature))
+    hits = np.bincount(feature, sets.fired, minlength=features)
+    order = order[(sets.fired >= WORTH_SHOWING * hits[feature])[order]]
     feature, token = feature[order], token[order]
     _, rank = _runs(feature)
     shown = np.full((features, SHOWN), -1)

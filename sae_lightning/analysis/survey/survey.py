@@ -20,6 +20,8 @@ from sae_lightning.metrics import density_histogram
 from sae_lightning.stream.packing import TokenSource
 from sae_lightning.terminal import phase
 
+WORDS = 3  # different ones that make a unit worth showing
+
 
 class Survey(NamedTuple):
     """What one pass over text says about an SAE and about the site that it reads."""
@@ -135,15 +137,16 @@ def section(survey: Survey) -> Section:
 
 
 def best_read(catalogue: Catalogue, n: int) -> list[int]:
-    """The `n` units whose token sets predict best, each set only once."""
-    score = catalogue.reading.score.nan_to_num(-1)
+    """The `n` units that token sets of several words predict best, each set only once."""
+    score, sets = catalogue.reading.score.nan_to_num(-1), catalogue.reading.tokens.tolist()
     found, seen = [], set()
     for unit in torch.argsort(score, descending=True).tolist():
-        first = int(catalogue.reading.tokens[unit, 0])
         if len(found) == n or score[unit] <= 0:
             break
-        # many features of one newline would be all that is shown
-        if first not in seen and catalogue.vocabulary[first].strip().isalpha():
-            seen.add(first)
+        pieces = (catalogue.vocabulary[i].strip().lower() for i in sets[unit] if i >= 0)
+        words = {piece for piece in pieces if piece.isalpha() and len(piece) > 1}
+        # a unit of one word, or of line breaks, shows nothing of what features are
+        if len(words) >= WORDS and not words & seen:
+            seen |= words
             found.append(unit)
     return found
