@@ -5,7 +5,7 @@ import random
 
 import pyarrow.parquet
 import pytest
-from planted import FEATURE, FEATURES, READS, WRITES, save_planted, token
+from planted import FEATURE, READS, WRITES, save_planted, token
 from tiny_llm import TEXT
 from tiny_run import write_text
 
@@ -14,7 +14,7 @@ from sae_lightning.analysis.probing.probes import probe
 from sae_lightning.analysis.settings import TASKS
 from sae_lightning.analysis.steering import steer
 from sae_lightning.analysis.survey.catalogue import BEFORE
-from sae_lightning.analysis.survey.survey import best_read, survey
+from sae_lightning.analysis.survey.survey import survey
 from sae_lightning.analysis.survey.table import write_table
 from sae_lightning.llm.load import Dtype, LLMConfig
 from sae_lightning.llm.sites import LayerConfig
@@ -56,7 +56,6 @@ def test_its_token_set_is_these_words_and_predicts_perfectly(found):
     assert reading.score[FEATURE] == pytest.approx(1)
     assert {t for t in reading.tokens[FEATURE].tolist() if t >= 0} == {token(w) for w in READS}
     assert not reading.previous[FEATURE]
-    assert FEATURE in best_read(found.features, FEATURES)
 
 
 def test_the_lens_sees_what_it_reads_and_what_it_writes(opened):
