@@ -167,6 +167,45 @@ def test_features_that_fire_together_spread_more_than_independent_ones():
     assert [together.quantile(share) for share in (0.05, 0.5, 0.51, 1)] == [0, 0, 4, 4]
 
 
+def test_the_least_and_the_greatest_number_of_active_features_are_those_that_occur():
+    activity = Activity(torch.tensor([0, 0, 5, 90, 5, 0]), torch.full((5,), 0.6).double())
+    assert [activity.quantile(share) for share in (0, 0.05, 0.5, 1)] == [2, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("counts", "verdict"),
+    [
+        ([50, 0, 0, 0, 50], "2.0 times what features that fire independently would give"),
+        ([6, 25, 38, 25, 6], "about what features that fire independently would give"),
+        ([0, 0, 100, 0, 0], "less than features that fire independently would give"),
+    ],
+)
+def test_the_spread_of_active_features_is_called_what_it_is(tiny, counts, verdict):
+    result = theory_of(subject_of(tiny("llama")), noise(20, CONTEXT, WIDTH))
+    activity = Activity(torch.tensor(counts), torch.full((4,), 0.5).double())
+    assert verdict in lead(result._replace(activity=activity), "Features per token")
+
+
+@pytest.mark.parametrize("fired", [0, 1])
+def test_where_no_two_features_fire_nothing_is_said_of_directions_and_biases(tiny, fired):
+    subject = subject_of(tiny("llama"))
+    subject.sae.b_enc[fired:] = -1e6
+    result = theory_of(subject, noise(20, CONTEXT, WIDTH))
+    assert result.fired == fired
+    titles = [section.title for section in sections(result)]
+    assert titles == ["Features per token", "One feature, one concept", "Dense autoencoders"]
+    assert "nan" not in "".join(section.lead for section in sections(result))
+    json.dumps(scalars(result), allow_nan=False)
+
+
+def test_features_that_the_sae_is_worth_are_rounded_to_as_many_as_it_takes(tiny):
+    result = theory_of(subject_of(tiny("llama")), noise(20, CONTEXT, WIDTH))
+    curve = result.dense.curve
+    between = (0.9 * curve[5] + 0.1 * curve[6]).item()
+    result = result._replace(dense=result.dense._replace(explained=between))
+    assert "it takes 6 dense features" in lead(result, "Dense autoencoders")
+
+
 def test_active_features_are_counted_and_the_error_is_that_of_the_sae(tiny):
     subject, x = subject_of(tiny("llama")), noise(20, CONTEXT, WIDTH)
     result = theory_of(subject, x)

@@ -86,8 +86,8 @@ class Activity(NamedTuple):
 
     def quantile(self, share: float) -> int:
         """The least number that at least this share of tokens does not exceed."""
-        up_to = self.counts.cumsum(0) / self.counts.sum()
-        return int((up_to < share - 1e-9).sum())
+        up_to = self.counts.double().cumsum(0) / self.counts.sum()
+        return int((up_to <= max(share - 1e-9, 0)).sum())  # of no share: the least that there is
 
 
 class Detected(NamedTuple):
@@ -115,9 +115,11 @@ class Theory(NamedTuple):
     fired: int
     """Those that fired on the text; what is said of directions and biases is of them."""
     agreement: Agreement | None
-    """None where encoder and decoder are of different spaces."""
-    biases: Biases
-    overlap: Overlap
+    """None where encoder and decoder are of different spaces, or fewer than two features fired."""
+    biases: Biases | None
+    """None where fewer than two features fired."""
+    overlap: Overlap | None
+    """None where fewer than two features fired."""
     activity: Activity
     detected: list[Detected]
     """Concepts that are frequent enough in both halves of the text."""
@@ -187,6 +189,7 @@ def theory(subject: Subject, reducers: TheoryReducers) -> Theory:
         tokens = reducers.source.tokens
         density = features.counts[:, -1, :, 1:].sum(dim=(0, 2)).double() / tokens
         fired = density > 0
+        several = fired.sum() > 1  # else there is no pair, and perhaps no feature
         weights = {name: value.cpu() for name, value in subject.sae.weights().items()}
         covariance = reducers.target.covariance
         activity = Activity(reducers.active, density)
@@ -195,9 +198,13 @@ def theory(subject: Subject, reducers: TheoryReducers) -> Theory:
             tokens=tokens,
             features=len(density),
             fired=int(fired.sum()),
-            agreement=_agreement(weights, fired) if reducers.is_autoencoder else None,
-            biases=_biases(weights, reducers.source, fired, subject.sae.architecture == "topk"),
-            overlap=overlap(weights["W_dec"][fired], variances.sqrt()[:, None] * directions),
+            agreement=_agreement(weights, fired) if several and reducers.is_autoencoder else None,
+            biases=_biases(weights, reducers.source, fired, subject.sae.architecture == "topk")
+            if several
+            else None,
+            overlap=overlap(weights["W_dec"][fired], variances.sqrt()[:, None] * directions)
+            if several
+            else None,
             activity=activity,
             detected=_detected(features, neurons),
             dense=dense_autoencoders(
@@ -253,14 +260,6 @@ def scalars(result: Theory) -> dict[str, Any]:
         "tokens": result.tokens,
         "features": result.features,
         "fired": result.fired,
-        "biases": spread(biases.margin)
-        | {
-            "negative": (biases.margin < 0).float().mean().item(),
-            "raw_negative": (biases.raw < 0).float().mean().item(),
-            "l0_if_normal": biases.normal,
-        },
-        "overlap": {"rows": result.overlap.rows}
-        | {name: _sizes(getattr(result.overlap, name)) for name in Overlap._fields[1:]},
         "activity": {
             "mean": activity.mean,
             "deviation": activity.deviation,
@@ -270,6 +269,16 @@ def scalars(result: Theory) -> dict[str, Any]:
         },
         "detection": _detection_scalars(result.detected),
     }
+    if biases is not None:
+        found["biases"] = spread(biases.margin) | {
+            "negative": (biases.margin < 0).float().mean().item(),
+            "raw_negative": (biases.raw < 0).float().mean().item(),
+            "l0_if_normal": biases.normal,
+        }
+    if (found_overlap := result.overlap) is not None:
+        found["overlap"] = {"rows": found_overlap.rows} | {
+            name: _sizes(getattr(found_overlap, name)) for name in Overlap._fields[1:]
+        }
     if result.agreement is not None:
         cosine = result.agreement.cosine
         found["agreement"] = spread(cosine) | {"chance": result.agreement.chance}
@@ -282,9 +291,8 @@ def scalars(result: Theory) -> dict[str, Any]:
 
 
 def spread(values: Tensor) -> dict[str, float]:
-    """Mean, median, and the range in which nine of ten values [n] lie; nan where there are none."""
-    ranks = torch.tensor([0.05, 0.5, 0.95])
-    low, median, high = values.quantile(ranks).tolist() if len(values) else [torch.nan] * 3
+    """Mean, median, and the range in which nine of ten values [n] lie."""
+    low, median, high = values.quantile(torch.tensor([0.05, 0.5, 0.95])).tolist()
     return {"mean": values.mean().item(), "low": low, "median": median, "high": high}
 
 

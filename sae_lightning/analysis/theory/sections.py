@@ -3,6 +3,7 @@
 Every sentence is chosen by the number that it tells.
 """
 
+from math import ceil
 from typing import Any
 
 from torch import Tensor
@@ -23,8 +24,8 @@ def sections(result: Theory) -> list[Section]:
     numbers = scalars(result)
     found = [
         _agreement(result, numbers) if result.agreement is not None else None,
-        _biases(result, numbers["biases"]),
-        _overlap(result, numbers["overlap"]),
+        _biases(result, numbers["biases"]) if result.biases is not None else None,
+        _overlap(result, numbers["overlap"]) if result.overlap is not None else None,
         _activity(result),
         _detection(result, numbers["detection"]),
         _dense(result) if result.dense is not None else None,
@@ -158,11 +159,13 @@ def _activity(result: Theory) -> Section:
     activity = result.activity
     low, median, high = (activity.quantile(share) for share in (0.05, 0.5, 0.95))
     times = activity.deviation / activity.independent if activity.independent else 1.0
-    together = (
-        f"{times:.1f} times what features that fire independently would give"
-        if times > 1.1
-        else "no more than independent features would give"
-    )
+    independent = "features that fire independently would give"
+    if times > 1.1:
+        together = f"{times:.1f} times what {independent}"
+    elif times > 0.9:
+        together = f"about what {independent}"
+    else:
+        together = f"less than {independent}"
     return Section(
         title="Features per token",
         lead=f"{activity.mean:.1f} of {result.features:,} features are active on a token, between "
@@ -289,7 +292,7 @@ def _dense(result: Theory) -> Section:
     )
     short = d // 2
     compared = (
-        f"{dense.worth:.0f} dense features"
+        f"{ceil(dense.worth - 1e-9)} dense features"
         if dense.worth < d
         else f"no fewer dense features than the site has dimensions, {d:,}"
     )
