@@ -28,8 +28,8 @@ class Scorecard(NamedTuple):
     recovery: Recovery | None = None
     """How much of the truth was found; None where it is not known."""
     fidelity: Fidelity | None = None
-    """What kind of error is made. Not among `scalars`, by which runs are compared: those hold its
-    size, explained variance, in units that are the same for all."""
+    """What kind of error is made, where it was asked for. Not among `scalars`, by which runs are
+    compared: those hold its size, explained variance, in units that are the same for all."""
 
     def scalars(self) -> dict[str, float]:
         """The numbers by name."""
@@ -45,47 +45,55 @@ def score(
     source: Site,
     target: Site,
     weights: Sequence[Callable[[], dict[str, Tensor]]] = (),
+    *,
+    fidelity: bool = False,
 ) -> list[Scorecard]:
     """Score SAEs of one source and target, given as functions of raw activations [n, d_in].
 
     Where the concepts are known, `weights` gives those of each SAE, for raw activations too.
+    `fidelity` costs about a twentieth of what the SAE does: training can do without.
     Runs in float32 whatever the training precision: it is what the saved SAE will do.
     """
     x, y = held_out.activations(source), held_out.activations(target)
     with torch.autocast(x.device.type, enabled=False):
         if isinstance(held_out, HeldOutConcepts):
             pairs = zip(reconstructs, weights, strict=True)
-            return [_on_concepts(reconstruct, mine(), x, held_out) for reconstruct, mine in pairs]
-        errors = [_errors(reconstruct, x, y) for reconstruct in reconstructs]
+            return [
+                _on_concepts(reconstruct, mine(), x, held_out, fidelity)
+                for reconstruct, mine in pairs
+            ]
+        errors = [_errors(reconstruct, x, y, fidelity) for reconstruct in reconstructs]
         functions = [partial(_reconstruction, reconstruct) for reconstruct in reconstructs]
         scores = held_out.scores(source, target, functions)
     return [
-        Scorecard(quality, mine, fidelity=fidelity)
-        for (quality, fidelity), mine in zip(errors, scores, strict=True)
+        Scorecard(quality, mine, fidelity=kind)
+        for (quality, kind), mine in zip(errors, scores, strict=True)
     ]
 
 
 class _Errors:
     """Sums about reconstructions of targets [n, d_out]."""
 
-    def __init__(self, y: Tensor):
-        self.quality, self.fidelity = QualitySums(), FidelitySums(y.cpu().double().mean(dim=0))
+    def __init__(self, y: Tensor, fidelity: bool):
+        self.quality = QualitySums()
+        self.fidelity = FidelitySums(y.cpu().double().mean(dim=0)) if fidelity else None
 
     def add(self, target: Tensor, output: Output) -> None:
         """Add some of the targets, and what an SAE makes of their inputs."""
         self.quality.add(target, output.reconstruction, output.features)
-        self.fidelity.add(target, output.reconstruction)
+        if self.fidelity is not None:
+            self.fidelity.add(target, output.reconstruction)
 
-    def result(self) -> tuple[Quality, Fidelity]:
+    def result(self) -> tuple[Quality, Fidelity | None]:
         """Of all that was added."""
-        return self.quality.result(), self.fidelity.result()
+        return self.quality.result(), self.fidelity and self.fidelity.result()
 
 
 def _errors(
-    reconstruct: Callable[[Tensor], Output], x: Tensor, y: Tensor
-) -> tuple[Quality, Fidelity]:
+    reconstruct: Callable[[Tensor], Output], x: Tensor, y: Tensor, fidelity: bool
+) -> tuple[Quality, Fidelity | None]:
     """On inputs [n, d_in] and targets [n, d_out]."""
-    sums = _Errors(y)
+    sums = _Errors(y, fidelity)
     for part, wanted in zip(x.split(ROWS), y.split(ROWS), strict=True):
         sums.add(wanted, reconstruct(part.float()))
     return sums.result()
@@ -96,9 +104,10 @@ def _on_concepts(
     weights: dict[str, Tensor],
     x: Tensor,
     held_out: HeldOutConcepts,
+    fidelity: bool,
 ) -> Scorecard:
     """Quality and recovery on samples [n, d_in], which the SAE sees once."""
-    sums = _Errors(x)
+    sums = _Errors(x, fidelity)
 
     def samples() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         for part, strengths in zip(x.split(ROWS), held_out.strengths.split(ROWS), strict=True):
@@ -107,8 +116,8 @@ def _on_concepts(
             yield part.cpu(), strengths, output.features.cpu()
 
     found = recovery(held_out.world.directions, weights, samples())
-    quality, fidelity = sums.result()
-    return Scorecard(quality, recovery=found, fidelity=fidelity)
+    quality, kind = sums.result()
+    return Scorecard(quality, recovery=found, fidelity=kind)
 
 
 def _reconstruction(reconstruct: Callable[[Tensor], Output], x: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ def evaluate(sae: SAE, held_out: HeldOut | HeldOutConcepts, sites: Sites) -> Eva
     """Score an SAE as it was saved; numbers are nan where there is nothing to divide by."""
     x = held_out.activations(sites.source)
     sae = sae.to(x.device)
-    (card,) = scorecard.score([sae], held_out, *sites, [sae.weights])
+    (card,) = scorecard.score([sae], held_out, *sites, [sae.weights], fidelity=True)
     return Evaluation(card, len(x), sae.W_dec.detach().norm(dim=1).cpu())
 
 

@@ -10,6 +10,7 @@ from torch import Generator
 from sae_lightning.analysis.evaluate import evaluate, section
 from sae_lightning.llm.sites import Kind, Site, Sites
 from sae_lightning.sae import ARCHITECTURES, SAEConfig, build
+from sae_lightning.scorecard import score
 from sae_lightning.stream.documents import Text
 from sae_lightning.stream.held_out import HeldOut
 from sae_lightning.stream.synthetic import HeldOutConcepts
@@ -65,6 +66,14 @@ def test_features_that_are_too_weak_are_found_as_shrinkage(held_out):
     assert found["relative_mse"] == pytest.approx(1 / 16)
     assert found["mse"] == pytest.approx(x.square().mean().item() / 16, rel=1e-5)
     assert found["cosine"] == pytest.approx(1)
+
+
+def test_training_is_spared_what_only_the_evaluation_asks_for(held_out):
+    sae = both_signs(WIDTH, scale=0.75)
+    (asked,) = score([sae], held_out, *SITES, fidelity=True)
+    (spared,) = score([sae], held_out, *SITES)
+    assert spared.fidelity is None and asked.fidelity.gamma == pytest.approx(0.75)
+    assert spared.scalars() == pytest.approx(asked.scalars())
 
 
 def test_what_is_written_is_json_with_every_number_of_the_scorecard(held_out):
