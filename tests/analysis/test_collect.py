@@ -78,6 +78,15 @@ def test_norms_above_the_limit_are_dropped_as_in_training(subject, words):
     assert (strict.features[~strict.keep] == 0).all()
 
 
+def test_what_is_usual_is_told_by_the_first_sequences_as_in_training(subject, words):
+    found = collected(subject, words(600), 99)
+    norms = found.x.norm(dim=2)
+    usual = norms[:2][found.keep[:2]].median()
+    assert usual != norms[found.keep].median()
+    strict = collected(subject._replace(max_norm=1.1), words(600), 99, batch=2)
+    assert torch.equal(strict.keep, found.keep & (norms <= 1.1 * usual))
+
+
 def test_slices_of_a_batch_add_up_to_it(subject, words, monkeypatch):
     whole = collected(subject, words(600), 99)
     monkeypatch.setattr(room, "STRENGTHS", 32 * 12)  # a sequence at a time
@@ -95,3 +104,11 @@ def test_a_transcoders_batch_holds_both_sites(tiny, words, target):
     there = capture(subject.llm.model, found.tokens, sites)
     torch.testing.assert_close(found.x, there[sites[0]], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found.y, there[sites[1]], rtol=1e-4, atol=1e-4)
+
+
+def test_a_text_shorter_than_what_is_asked_for_is_read_once(words, capsys):
+    source = words(600)
+    parts, total = excerpt(source, 10**6, 4)
+    assert sum(len(part.tokens) for part in parts) == total == source.windows
+    assert source.epoch == 1
+    assert "the text has fewer than 1,000,000 tokens: all of it is read" in capsys.readouterr().out

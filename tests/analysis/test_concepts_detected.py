@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from sklearn.metrics import f1_score, precision_score, recall_score, roc_auc_score
 from torch import Generator, Tensor
 
 from sae_lightning.analysis.theory import detection
@@ -181,5 +182,25 @@ def test_ranks_are_taken_from_no_more_numbers_than_quantile_takes(monkeypatch):
 
 
 def test_units_can_be_chosen_among_a_few_only():
-    few = torch.tensor([0, 5])
-    assert detect(by_feature(planted_feature()), 0, few).unit in (0, 5)
+    counts = by_feature(planted_feature())
+    assert detect(counts, 0, torch.tensor([0, 5])).unit in (0, 5)
+    found = detect(counts, 0, torch.tensor([5, 3]))
+    assert (found.unit, found.ranker) == (3, 3)
+
+
+@pytest.mark.parametrize(("kind", "sign"), [(by_feature, 1), (by_neuron, 1), (by_neuron, -1)])
+def test_scores_are_those_of_the_strengths_themselves_where_these_are_few(kind, sign):
+    """0, 1, 2, 4 or 8, the greater the likelier on the concept: in bins of their own."""
+    raised = NOISE + 0.1 * torch.arange(6) * MEMBER
+    values = sign * torch.tensor([0.0, 1, 2, 4, 8])[(raised * 5).long().clamp(max=4)]
+    found, second = detect(kind(values), 0), HALF == 1
+    truth, unit = MEMBER[second, 0], values[second, found.unit]
+    said = unit < found.threshold if found.below else unit >= found.threshold
+    if kind is by_feature:
+        said &= unit > 0  # above 0, where a threshold is 0
+    assert found.below == (sign < 0)
+    assert found.f1 == pytest.approx(f1_score(truth, said))
+    assert found.precision == pytest.approx(precision_score(truth, said))
+    assert found.recall == pytest.approx(recall_score(truth, said))
+    auroc = roc_auc_score(truth, sign * values[second, found.ranker])
+    assert found.auroc == pytest.approx(auroc)

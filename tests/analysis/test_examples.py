@@ -92,6 +92,21 @@ def test_a_window_shows_the_text_around_its_peak_and_ends_with_the_sequence():
     assert len(tokens) == WINDOW
 
 
+def test_a_window_ends_with_the_sequence_at_its_end_too():
+    features = torch.zeros(2, CONTEXT, 1)
+    features[0, CONTEXT - 3, 0] = 2  # two tokens are behind it, then the next sequence begins
+    tokens = gathered(features, 1).tokens[0, 0].tolist()
+    assert tokens[BEFORE:] == [CONTEXT - 3, CONTEXT - 2, CONTEXT - 1] + [-1] * (AFTER - 2)
+
+
+def test_a_strength_that_is_too_great_for_its_window_is_the_greatest_there():
+    features = torch.zeros(1, CONTEXT, 1)
+    features[0, [4, 5], 0] = torch.tensor([7e4, 1e6])
+    found = gathered(features, 1)
+    assert found.strength[0, 0] == 1e6
+    assert found.strengths[0, 0, BEFORE - 1 : BEFORE + 1].tolist() == [65504, 65504]
+
+
 def test_random_examples_are_active_and_each_as_likely_as_the_others():
     features = torch.zeros(30, 5, 1)
     features[:, 2, 0] = torch.arange(1.0, 31.0)  # one active token a sequence

@@ -79,6 +79,51 @@ def test_of_a_feature_that_hardly_fires_nothing_is_said():
     assert read(tokens, tokens == 7).score[0] == pytest.approx(1)
 
 
+def correlation(said: np.ndarray, fires: np.ndarray) -> float:
+    if said.std() == 0 or fires.std() == 0:
+        return 0
+    return np.corrcoef(said, fires)[0, 1]
+
+
+def searched(tokens: np.ndarray, fires: np.ndarray) -> tuple[float, list[int]]:
+    """The best head of the tokens by share of firing, by trying them all; both [n]."""
+    occurs, fired = np.bincount(tokens), np.bincount(tokens, fires)
+    ranked = sorted(np.flatnonzero(fired >= 2), key=lambda t: (-fired[t] / (occurs[t] + 1), t))
+    tried = [(correlation(np.isin(tokens, ranked[:n]), fires), n) for n in range(len(ranked) + 1)]
+    best, n = max(tried, key=lambda each: (round(each[0], 12), -each[1]))
+    return best, ranked[:n]
+
+
+def test_every_number_is_that_of_a_plain_search():
+    """Features of many tokens, of the token before, and of none: with some probability each."""
+    tokens, random = text(3), torch.Generator().manual_seed(4)
+    before = tokens.roll(1, dims=1)
+    chances = torch.rand(WORDS, 12, generator=random) ** 4
+    chances[:, 8:] = 0.06
+    odds = torch.cat([chances[tokens][..., :4], chances[before][..., 4:]], dim=2)
+    fires = torch.rand(odds.shape, generator=random) < odds
+    found = read(tokens, *fires.unbind(dim=2))
+    half = (torch.arange(SEQUENCES) % 2)[:, None].expand(-1, CONTEXT - 1).flatten().numpy()
+    for feature in range(12):
+        y = fires[:, 1:, feature].flatten().numpy()
+        known, held_out = [], []
+        for column in (tokens, before):
+            t = column[:, 1:].flatten().numpy()
+            said = np.zeros(len(t), bool)
+            for tested in (0, 1):
+                members = searched(t[half != tested], y[half != tested])[1]
+                said[half == tested] = np.isin(t[half == tested], members)
+            held_out.append(correlation(said, y))
+            known.append((*searched(t, y), np.bincount(t, y, minlength=WORDS)))
+        chosen = int(known[1][0] > known[0][0])
+        assert found.previous[feature] == bool(chosen)
+        assert found.score[feature].item() == pytest.approx(held_out[chosen], abs=1e-6)
+        _, members, counts = known[chosen]
+        shown = [t for t in found.tokens[feature].tolist() if t >= 0]
+        assert set(shown) <= set(members)
+        assert counts[shown].tolist() == sorted(counts[members], reverse=True)[: len(shown)]
+
+
 def test_the_correlation_of_a_worked_table():
     """8 tokens; the set holds 4, the feature fires on 4, both on 3: (3*8 - 4*4) / (4*4) = 0.5."""
     assert _correlation(np.array([3]), np.array([4]), np.array([4]), np.array(8)) == [0.5]

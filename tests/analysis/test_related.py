@@ -49,3 +49,18 @@ def test_partners_of_a_dense_sae_are_told_from_fewer_tokens(monkeypatch):
     some = partners(sample(features))
     assert not torch.equal(all_of_them.likeness, some.likeness)
     assert ((some.likeness >= 0) & (some.likeness <= 1)).all()
+
+
+def test_what_is_left_out_is_left_out_of_both_and_of_either(monkeypatch):
+    """Two features fire together on tokens 1 and 2, the first alone on 3, the second on 4 and 5."""
+    features = torch.zeros(1, 6, 2)
+    for feature, places in enumerate(([1, 2, 3], [1, 2, 4, 5])):
+        features[0, places, feature] = 1
+    assert partners(sample(features)).likeness[0].item() == pytest.approx(2 / 5)
+    monkeypatch.setattr(related, "PAIRS", 4 + 4 + 1)  # of tokens 1, 2 and 3
+    assert partners(sample(features)).likeness[0].item() == pytest.approx(2 / 3)
+
+
+def test_a_single_feature_is_like_none():
+    assert neighbours(torch.ones(1, 3)).units.shape == (1, 0)
+    assert partners(sample(sparse(2, 6, 1))).units.shape == (1, 0)

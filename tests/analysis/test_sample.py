@@ -1,5 +1,6 @@
 """A part of the text of bounded size, exact in what it holds."""
 
+import numpy as np
 import pytest
 import torch
 from batches import batches, sparse
@@ -39,6 +40,21 @@ def test_a_longer_text_leaves_whole_sequences_and_no_more_than_there_is_room_for
     features[:, 0] = 0
     for feature in range(UNITS):
         assert torch.equal(sample.fired(feature), features[sample.ids][..., feature])
+
+
+def test_what_is_kept_has_drawn_the_highest_lots():
+    """Also where sequences differ in how many features fire: no short one slips in below."""
+    features = sparse(40, CONTEXT, UNITS)
+    features[::3] = sparse(14, CONTEXT, UNITS, share=0.9, seed=1)
+    lots = np.random.default_rng(7).random(40)
+    kept = np.isin(np.arange(40), sampled(features, 7, entries=45).ids)
+    assert lots[kept].min() > lots[~kept].max()
+
+
+def test_a_text_in_which_nothing_fires_is_a_sample_too():
+    sample = sampled(torch.zeros(3, CONTEXT, UNITS))
+    assert (sample.features, len(sample.places)) == (UNITS, 0)
+    assert not sample.fired(2).any()
 
 
 def test_every_sequence_is_as_likely_to_be_kept():

@@ -32,6 +32,15 @@ def test_half_as_many_random_examples_as_strongest_ones_are_kept(found):
     assert found.neurons.top.strength.shape == (24, 4)
 
 
+def test_at_least_one_random_example_is_kept_and_it_is_not_the_strongest(subject, words):
+    found = survey(subject, words(3000), tokens=1500, examples=1).features
+    assert found.spread.strength.shape == (32, 1)
+    several = found.statistics.fired > 20
+    assert several.any()
+    weaker = found.spread.strength < found.top.strength
+    assert weaker[several].float().mean() > 0.5
+
+
 def test_a_text_of_which_nothing_can_be_scored_is_told_without_scores(subject, words):
     found = survey(subject, words(3000), tokens=9)
     assert found.features.reading.score.isnan().all()

@@ -12,9 +12,17 @@ from torch.nn.functional import one_hot
 
 from sae_lightning.analysis.subject import Subject
 from sae_lightning.analysis.survey.collect import Batch, collect, excerpt
-from sae_lightning.analysis.theory.claims import Activity, Detected, TheoryReducers, scalars, theory
+from sae_lightning.analysis.theory.claims import (
+    SAMPLE,
+    Activity,
+    Agreement,
+    Detected,
+    TheoryReducers,
+    scalars,
+    theory,
+)
 from sae_lightning.analysis.theory.dense import dense_autoencoders
-from sae_lightning.analysis.theory.detection import Detector
+from sae_lightning.analysis.theory.detection import Detector, drawn
 from sae_lightning.analysis.theory.moments import Moments, principal
 from sae_lightning.analysis.theory.overlap import cosines, overlap
 from sae_lightning.analysis.theory.sections import sections
@@ -69,6 +77,7 @@ def test_an_encoder_that_is_the_decoder_transposed_has_cosines_of_1(tiny):
     result = theory_of(subject_of(tiny("llama")), noise(20, CONTEXT, WIDTH))
     assert result.fired == FEATURES
     assert torch.allclose(result.agreement.cosine, torch.ones(FEATURES))
+    assert result.agreement.chance == pytest.approx(24**-0.5)
     assert "written nearly in the direction in which it is read" in lead(result, DIRECTIONS)
 
 
@@ -204,6 +213,10 @@ def test_features_that_the_sae_is_worth_are_rounded_to_as_many_as_it_takes(tiny)
     between = (0.9 * curve[5] + 0.1 * curve[6]).item()
     result = result._replace(dense=result.dense._replace(explained=between))
     assert "it takes 6 dense features" in lead(result, "Dense autoencoders")
+    perfect = result._replace(dense=result.dense._replace(explained=1.0))
+    assert "no fewer dense features than the site has dimensions" in lead(
+        perfect, "Dense autoencoders"
+    )
 
 
 def test_active_features_are_counted_and_the_error_is_that_of_the_sae(tiny):
@@ -239,6 +252,77 @@ def test_a_planted_feature_is_found_as_the_one_of_its_concept(tiny):
     assert (found.neuron.unit, found.neuron.below, found.neuron.f1) == (3, False, 1)
     assert found.share == pytest.approx(0.4, abs=0.05)
     assert "no better than" in lead(result, "One feature, one concept")  # both are perfect
+
+
+ANIMALS = (" dog", " fox")
+OTHERS = (" mix", " lazy", " wizards")
+
+
+def animals_in(llm, share: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens [sequences, CONTEXT] of which this share [sequences] are animals; and which."""
+    names = vocabulary(llm)
+    ids = torch.tensor([names.index(word) for word in (*ANIMALS, *OTHERS)])
+    random = Generator().manual_seed(0)
+    is_animal = torch.rand(len(share), CONTEXT, generator=random) < share[:, None]
+    which = torch.randint(0, 6, is_animal.shape, generator=random)
+    return ids[torch.where(is_animal, which % 2, 2 + which % 3)], is_animal
+
+
+def test_halves_are_of_sequences_and_a_concept_of_one_half_is_not_scored(tiny):
+    subject = subject_of(tiny("llama"))
+    even = torch.arange(60) % 2 == 0
+    for odd_share in (0.0, 0.2):
+        tokens, is_animal = animals_in(subject.llm, torch.where(even, 0.4, odd_share))
+        result = theory_of(subject, noise(60, CONTEXT, WIDTH), tokens)
+        found = [one for one in result.detected if one.concept == "animals"]
+        assert len(found) == (odd_share > 0)
+    share = is_animal[1::2, 1:].double().mean().item()  # of the half that is scored
+    assert found[0].share == pytest.approx(share)
+
+
+@pytest.mark.parametrize("is_drawn", [True, False])
+def test_a_fair_choice_is_among_as_many_features_as_neurons_have_directions(tiny, is_drawn):
+    config = ARCHITECTURES["relu"].config(features=200)
+    sae = build(config, WIDTH, WIDTH).requires_grad_(False)
+    lot = drawn(200, 2 * WIDTH).tolist()
+    planted = lot[-1] if is_drawn else min({*range(200)} - {*lot})
+    sae.W_enc[:, planted] = one_hot(torch.tensor(3), WIDTH).float()
+    sae.b_enc[planted] = -5
+    subject = subject_of(tiny("llama"))._replace(sae=sae)
+    tokens, is_animal = animals_in(subject.llm, torch.full((60,), 0.4))
+    x = noise(60, CONTEXT, WIDTH)
+    x[..., 3] = 10.0 * is_animal
+    result = theory_of(subject, x, tokens)
+    (found,) = [one for one in result.detected if one.concept == "animals"]
+    assert found.feature.unit == planted
+    assert found.few.unit in lot
+    assert (found.few.unit == planted) == is_drawn
+
+
+@pytest.mark.parametrize(
+    ("cosine", "verdict"),
+    [
+        (0.95, "written nearly in the direction"),
+        (0.7, "alike but not the same"),
+        (0.3, "related but mostly different"),
+        (0.1, "nothing to do with one another"),
+        (-0.7, "nothing to do with one another"),
+    ],
+)
+def test_directions_are_called_what_their_cosine_is(tiny, cosine, verdict):
+    result = theory_of(subject_of(tiny("llama")), noise(20, CONTEXT, WIDTH))
+    agreement = Agreement(torch.full((FEATURES,), cosine), chance=0.05)
+    assert verdict in lead(result._replace(agreement=agreement), DIRECTIONS)
+
+
+@pytest.mark.parametrize(
+    ("common", "verdict"), [(0.0, "as nearly orthogonal as random"), (3.0, "times as alike")]
+)
+def test_rows_that_share_a_direction_are_not_called_orthogonal(tiny, common, verdict):
+    result = theory_of(subject_of(tiny("llama")), noise(20, CONTEXT, WIDTH))
+    rows = noise(600, WIDTH, seed=1) + common * one_hot(torch.tensor(0), WIDTH)
+    found = overlap(rows, torch.eye(WIDTH))
+    assert verdict in lead(result._replace(overlap=found), "Nearly orthogonal directions")
 
 
 def test_a_text_without_the_concepts_says_so(tiny):
@@ -303,6 +387,7 @@ def test_nothing_in_the_reducers_grows_with_the_text(tiny):
         sizes.append(sum(tensor.numel() for tensor in tensors))
     assert sizes[0] < sizes[8]  # the sample fills up
     assert len(set(sizes[8:])) == 1
+    assert len(reducers.sample) == SAMPLE
 
 
 def words_of(tiny, words, name: str = "relu", **sites):
@@ -350,7 +435,9 @@ def test_a_measure_that_speaks_against_features_is_told_too(tiny, auroc, verdict
     assert f"{verdict} tokens better (AUROC {auroc:.2f} against 0.80)" in said
 
 
-@pytest.mark.parametrize(("f1", "verdict"), [(0.9, ", better than"), (0.1, "no better than")])
+@pytest.mark.parametrize(
+    ("f1", "verdict"), [(0.9, ", better than"), (0.5, "no better than"), (0.1, "no better than")]
+)
 def test_the_comparison_says_what_the_numbers_say(tiny, f1, verdict):
     result = theory_of(subject_of(tiny("llama")), noise(20, CONTEXT, WIDTH))
     neuron = Detector(1, False, 0.5, 0.5, 0.5, 0.5, 0.5, 1, 0.5)
