@@ -11,7 +11,7 @@ import torch
 
 from sae_lightning.errors import UserError
 from sae_lightning.files import free_space
-from sae_lightning.inputs import is_text, shape
+from sae_lightning.inputs import check_context, is_text, shape
 from sae_lightning.jobs import CONFIG_FILE, ELSEWHERE, Job
 from sae_lightning.llm.load import Dtype, device, dtype, has_bf16
 from sae_lightning.llm.packaged import Shape
@@ -74,11 +74,8 @@ def check(jobs: list[Job]) -> Checked:
         _check_loss_tokens(job)
     steps_done = [_steps_done(job) if job.resumed else 0 for job in jobs]
     llm = shape(config)
-    if llm.context is not None and config.data.context > llm.context:
-        raise UserError(
-            f"data.context={config.data.context}: {config.llm.name} takes at most {llm.context} "
-            "tokens; lower it"
-        )
+    if is_text(config):
+        check_context(config, llm)
     sites = [job.config.layer.within(llm.layers) for job in jobs]
     needed = _space(jobs, len(distinct(sites)), llm)
     check_space(jobs[0].folder, needed)

@@ -181,7 +181,7 @@ def explain(error: BaseException, overrides: list[str]) -> str | None:
         if isinstance(link, UserError):  # within a resolver: Hydra wraps it
             return str(link)
         if isinstance(link, ConfigAttributeError | ConfigKeyError):
-            return _unknown_setting(link)
+            return _unknown_setting(link, overrides)
         if isinstance(link, ValidationError):
             return _bad_value(link, overrides)
         if isinstance(link, OverrideParseException):
@@ -232,10 +232,15 @@ def _coefficient(overrides: list[str]) -> str | None:
     return row and row.loss().sparsity
 
 
-def _unknown_setting(error: OmegaConfBaseException) -> str:
+def _unknown_setting(error: OmegaConfBaseException, overrides: list[str]) -> str:
     name = str(error.full_key)
     parent, _, key = name.rpartition(".")
     schema = error.object_type
+    if schema in TASKS.values() and "data=synthetic" in overrides:
+        return (
+            "data=synthetic has no meaning here: a run that was trained on concepts says so itself;"
+            " leave it out"
+        )
     tables = {
         "model": {model: row.config for model, row in ARCHITECTURES.items()},
         "loss": {model: row.loss for model, row in ARCHITECTURES.items()},
@@ -245,7 +250,8 @@ def _unknown_setting(error: OmegaConfBaseException) -> str:
     owners = [name for name, schema in table.items() if key in schema.__dataclass_fields__]
     if owners:
         kind = "model" if parent else "task"
-        choices = " and ".join(f"{kind}={owner}" for owner in owners)
+        choices = ", ".join(f"{kind}={owner}" for owner in owners[:-1])
+        choices += f"{' and ' * (len(owners) > 1)}{kind}={owners[-1]}"
         return f"{name} has no meaning for this {kind}, only for {choices}: leave it out"
     if dataclasses.is_dataclass(schema):
         known = [field.name for field in dataclasses.fields(schema)]
@@ -280,6 +286,8 @@ def _hydras_own(text: str) -> str:
         return f"{group}={choice}: no such preset; {choices}"
     if found := re.search(r"Ambiguous value for argument '(.+)'", text):
         return f"{found[1]}: several values make a sweep, which needs -m; or quote the value"
+    if found := re.search(r"Could not override '([\w/]+)'", text):
+        return f"no setting {found[1]}: --help lists those that there are"
     if found := re.search(r"Either remove \+ prefix: '(.+)'", text):
         return f"+{found[1]}: this setting exists; leave out the +"
     return text.strip().splitlines()[0]

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from sae_lightning.config import Config
+from sae_lightning.errors import UserError
 from sae_lightning.llm.load import LLM, device, load
 from sae_lightning.llm.load import shape as llm_shape
 from sae_lightning.llm.packaged import Shape
@@ -38,6 +39,15 @@ def shape(config: Config) -> Shape:
     if isinstance(config.data, SyntheticConfig):
         return Shape(layers=1, width=config.data.dim, context=None, vocabulary=0)
     return llm_shape(config.llm)
+
+
+def check_context(config: Config, llm: Shape) -> None:
+    """UserError if the text's sequences are longer than the LLM can read."""
+    if llm.context is not None and config.data.context > llm.context:
+        raise UserError(
+            f"data.context={config.data.context}: {config.llm.name} takes at most {llm.context} "
+            "tokens; lower it"
+        )
 
 
 def metadata(config: Config) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 open and a short account at the terminal."""
 
 import math
+import os
 from collections.abc import Callable, Collection, Sequence
 from enum import Enum
 from pathlib import Path
@@ -15,7 +16,7 @@ from sae_lightning.analysis.explain.explainer import Explainer
 from sae_lightning.analysis.probing import probes
 from sae_lightning.analysis.probing import sections as probe_sections
 from sae_lightning.analysis.report.page import page
-from sae_lightning.analysis.report.printer import say, say_units
+from sae_lightning.analysis.report.printer import say, say_lead, say_units
 from sae_lightning.analysis.report.section import Section
 from sae_lightning.analysis.report.sweep_report import write_report
 from sae_lightning.analysis.settings import (
@@ -59,7 +60,7 @@ PROBED = 65_536  # tokens of labelled text in the overview
 
 def _overview(asked: OverviewConfig, given: Collection[str]) -> None:
     """Everything that is cheap, on one page."""
-    trained = open_trained(asked, given)
+    trained = _opened(asked, given)
     if not is_text(trained.config):  # of concepts there is only a scorecard
         card = _scored(trained, None)
         return _finish(trained, asked, {"evaluate": card.scalars()}, [evaluate.section(card)])
@@ -75,7 +76,7 @@ def _overview(asked: OverviewConfig, given: Collection[str]) -> None:
         probed = _probed(trained, subject, "speaker", PROBED)
     told = probe_sections.sections(probed) if probed else []
     for section in [evaluate.section(card), *theory_sections.sections(tested), *told]:
-        console.print(f"{section.title}: {section.lead}\n")
+        say_lead(section)
     scalars = {
         "features": found.scalars(),
         "evaluate": card.scalars(),
@@ -94,7 +95,7 @@ def _overview(asked: OverviewConfig, given: Collection[str]) -> None:
 
 def _features(asked: FeaturesConfig, given: Collection[str]) -> None:
     """What each feature fires on."""
-    trained = open_trained(asked, given)
+    trained = _opened(asked, given)
     found = _surveyed(asked, trained, *open_reader(trained))
     section = survey.section(found)
     say(section)
@@ -127,7 +128,7 @@ def _surveyed(
 
 def _evaluate(asked: EvaluateConfig, given: Collection[str]) -> None:
     """The held-out scorecard."""
-    trained = open_trained(asked, given)
+    trained = _opened(asked, given)
     result = _scored(trained, asked.tokens)
     _finish(trained, asked, result.scalars(), [evaluate.section(result)])
 
@@ -141,7 +142,7 @@ def _scored(
 
 def _theory(asked: TheoryConfig, given: Collection[str]) -> None:
     """The claims of superposition theory."""
-    trained = open_trained(asked, given)
+    trained = _opened(asked, given)
     subject, text = open_reader(trained)
     reducers = claims.TheoryReducers(subject)
     parts, total = excerpt(text.train, asked.tokens, trained.config.llm.batch)
@@ -152,7 +153,7 @@ def _theory(asked: TheoryConfig, given: Collection[str]) -> None:
 
 def _probe(asked: ProbeConfig, given: Collection[str]) -> None:
     """Do features match abstract ideas better than neurons do?"""
-    trained = open_trained(asked, given)
+    trained = _opened(asked, given)
     result = _probed(trained, open_subject(trained), asked.label, asked.tokens)
     _finish(trained, asked, result.scalars(), probe_sections.sections(result))
 
@@ -165,7 +166,7 @@ def _probed(trained: Trained, subject: Subject, label: str, tokens: int) -> prob
 
 def _lens(asked: LensConfig, given: Collection[str]) -> None:
     """What features say to the output and read at the input."""
-    trained = open_trained(asked, given)
+    trained = _opened(asked, given)
     chosen = asked.feature and known(trained.sae, asked.feature)
     if asked.direct:
         subject = open_subject(trained)
@@ -179,7 +180,7 @@ def _lens(asked: LensConfig, given: Collection[str]) -> None:
 
 def _steer(asked: SteerConfig, given: Collection[str]) -> None:
     """Text with a feature turned up."""
-    trained = open_trained(asked, given)
+    trained = _opened(asked, given)
     known(trained.sae, [asked.feature])
     result = steering.steer(
         open_subject(trained),
@@ -195,7 +196,7 @@ def _steer(asked: SteerConfig, given: Collection[str]) -> None:
 
 def _explain(asked: ExplainConfig, given: Collection[str]) -> None:
     """Features in words."""
-    trained = open_trained(asked, given)
+    trained = _opened(asked, given)
     chosen = asked.feature and known(trained.sae, asked.feature)
     model = explained.open_model(asked.endpoint, asked.explainer, asked.key_env, asked.concurrency)
     answers = model and Answers(model)
@@ -213,7 +214,8 @@ def _explain(asked: ExplainConfig, given: Collection[str]) -> None:
     )
     features = chosen or choose(found.features, asked.count, seed)
     if answers is None:
-        return _finish(trained, asked, {}, [explained.without_model(found.features, features)])
+        section = explained.without_model(found.features, features)
+        return _finish(trained, asked, section.table._asdict() if section.table else {}, [section])
     special = special_ids(subject.llm.tokenizer)
     evidence = gather(
         found.features, found.sample, features, scored=asked.scored, special=special, seed=seed
@@ -256,6 +258,18 @@ TASKS: dict[str, Callable[[Any, Collection[str]], None]] = {
 }
 
 
+def _opened(asked: AnalyzeConfig, given: Collection[str]) -> Trained:
+    """The SAE, once it is known that what is found can be written beside it."""
+    trained = open_trained(asked, given)
+    place = _folder(trained) if _folder(trained).exists() else trained.folder
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise UserError(
+            f"{place} cannot be written to: copy {trained.folder} (its config.yaml and sae/ will "
+            "do) to where you can write, and give that folder as run=..."
+        )
+    return trained
+
+
 def _folder(trained: Trained) -> Path:
     return trained.folder / "analysis"
 
@@ -281,18 +295,19 @@ def _publish(
     target = _folder(trained) / name
     numbers = target.with_name(f"{asked.task}.json")
     write_json(numbers, jsonable(scalars))
-    text = page(trained.folder.name, trained.facts(), sections, catalogues, _commands(trained))
+    text = page(trained.name, trained.facts(), sections, catalogues, _commands(trained, catalogues))
     with atomically(target) as temporary:
         temporary.write_text(text, encoding="utf8")
     console.print(f"\n  open in a browser: {shown(target)}\n  the same numbers: {shown(numbers)}\n")
 
 
-def _commands(trained: Trained) -> list[str]:
-    """What to ask next."""
+def _commands(trained: Trained, catalogues: Sequence[Catalogue]) -> list[str]:
+    """What to ask next, of a feature with a clear pattern where one is known."""
     run = shown(trained.folder)
+    feature = (catalogues and survey.best_read(catalogues[0], 1) or [0])[0]
     return [
-        command("analyze.py", run=run),
-        command("analyze.py", run=run, task="steer", feature=0, strength=8),
+        command("analyze.py", run=run, task="lens", feature=feature),
+        command("analyze.py", run=run, task="steer", feature=feature),
     ]
 
 

@@ -14,7 +14,7 @@ from sae_lightning.analysis.subject import Subject
 from sae_lightning.config import Config
 from sae_lightning.errors import UserError
 from sae_lightning.export import load_sae
-from sae_lightning.inputs import is_text, open_llm, shape
+from sae_lightning.inputs import check_context, is_text, open_llm, shape
 from sae_lightning.jobs import CONFIG_FILE, is_sweep, read_job
 from sae_lightning.llm.load import LLM, LLMConfig, load
 from sae_lightning.llm.sites import Kind, LayerConfig, Sites
@@ -55,6 +55,13 @@ class Trained(NamedTuple):
     config: Config
     """LLM and text; of a folder that is no run, the rest has no meaning."""
 
+    @property
+    def name(self) -> str:
+        """What it is, for a heading."""
+        sae, llm = self.sae.config, Path(self.config.llm.name).name
+        where = f"{llm}, {self.sites}" if is_text(self.config) else "synthetic concepts"
+        return f"{where}: {sae.features:,} {sae.name} features"
+
     def facts(self) -> dict[str, str]:
         """What it is, for a page."""
         config = self.sae.config
@@ -72,6 +79,8 @@ def open_trained(asked: AnalyzeConfig, given: Collection[str] = ()) -> Trained:
     UserError: no SAE there, or not for such an LLM. No weight of the LLM is read.
     """
     folder = Path(asked.run)
+    if not asked.run:
+        raise UserError("run is empty: give a run folder, as run=outputs/<day>/<time>")
     if is_sweep(folder):
         raise UserError(
             f"{asked.run} holds a sweep: give one of the run folders in it, or task=sweep for the "
@@ -86,6 +95,8 @@ def open_trained(asked: AnalyzeConfig, given: Collection[str] = ()) -> Trained:
         config = _of_sae(sae, asked, given)
     known = shape(config)
     sites = config.layer.within(known.layers)
+    if is_text(config):
+        check_context(config, known)
     for weight, width in (("reads", len(sae.W_enc)), ("writes", len(sae.b_dec))):
         if width != known.width:
             raise UserError(
@@ -147,6 +158,11 @@ def _subject(trained: Trained, llm: LLM) -> Subject:
 def _of_run(run: Path, asked: AnalyzeConfig, given: Collection[str]) -> Config:
     """A run's settings with what was given instead."""
     config = read_job(run).config
+    if not is_text(config) and (others := sorted({"llm", "data", "layer"} & {*given})):
+        raise UserError(
+            f"{others[0]}=... has no meaning for {run}, which was trained on synthetic concepts: "
+            "leave it out"
+        )
     groups = {name: _group(config, name, asked, given) for name in ("llm", "data", "layer")}
     config = replace(config, **groups)
     return replace(config, seed=asked.seed) if "seed" in given else config

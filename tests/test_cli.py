@@ -57,13 +57,13 @@ BAD = {
     # the wrong model
     "model=dense loss.l1=1e-3": r"loss\.l1 has no meaning for this model, only for model=relu and "
     "model=gated: leave it out",
-    "loss.auxk=0.1": r"loss\.auxk has no meaning for this model, only for model=topk and "
+    "loss.auxk=0.1": r"loss\.auxk has no meaning for this model, only for model=topk, "
     "model=batch_topk and model=matryoshka: leave it out",
-    "model=topk loss.target_l0=50": r"loss\.target_l0 has no meaning .* only for model=relu and "
+    "model=topk loss.target_l0=50": r"loss\.target_l0 has no meaning .* only for model=relu, "
     "model=jumprelu and model=gated: leave it out",
-    "model=topk loss.preact=1": r"loss\.preact has no meaning .* only for model=relu and "
+    "model=topk loss.preact=1": r"loss\.preact has no meaning .* only for model=relu, "
     "model=jumprelu and model=gated: leave it out",
-    "model=relu model.k=3": r"model\.k has no meaning .* only for model=topk and "
+    "model=relu model.k=3": r"model\.k has no meaning .* only for model=topk, "
     "model=batch_topk and model=matryoshka: leave it out",
     "model=gated loss.p=0.2": r"loss\.p has no meaning for this model, only for model=relu: .*",
     "model=batch_topk model.threshold=1": r"model\.threshold has no meaning .* model=jumprelu: .*",

@@ -8,10 +8,12 @@ from typing import NamedTuple
 
 import pytest
 from hydra import compose, initialize_config_dir
+from planted import save_planted
 
 from sae_lightning.analysis.settings import TASKS as SETTINGS
 from sae_lightning.cli import explain
 from sae_lightning.config import conf_folder, typed
+from sae_lightning.errors import UserError
 from sae_lightning.jobs import register
 from sae_lightning.tasks import TASKS, jsonable
 
@@ -70,3 +72,17 @@ def test_json_holds_plain_values_only():
     value = jsonable({"found": Found(Mode.add, (1, math.nan, None)), 3: math.inf})
     assert value == {"found": {"mode": "add", "numbers": [1, None, None]}, "3": None}
     assert json.loads(json.dumps(value, allow_nan=False)) == value
+
+
+@pytest.mark.parametrize("value", ["inf", "nan", "true", "[]", "much"])
+def test_what_is_no_number_is_refused(value):
+    with pytest.raises(UserError, match="feature=.*: give a number, or several"):
+        asked("lens", f"feature={value}")
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_read(tmp_path):
+    _, sae = save_planted(tmp_path)
+    (sae / "analysis").write_text("")  # as good as a folder of someone else
+    config = asked("features", f"run={sae}")
+    with pytest.raises(UserError, match=r"analysis cannot be written to: copy .*sae .* as run="):
+        TASKS["features"](config, ["run", "task"])

@@ -65,6 +65,15 @@ def rewrite(folder, **metadata):
     (folder / "cfg.json").write_text(json.dumps(cfg))
 
 
+def synthetic(run, folder):
+    """Make of a run one that was trained on concepts."""
+    job = tiny_job("not read", folder, run, model=SAEConfig(features=32))
+    data = SyntheticConfig(concepts=64, dim=24)
+    job.config.llm, job.config.data = LLMConfig(name="none"), data
+    job.config.layer, job.config.sweep = LayerConfig(index=0), SweepConfig(objective="recovered")
+    folders.begin(job)
+
+
 @pytest.mark.parametrize("inside", ["", "sae"])
 def test_a_run_says_what_its_sae_reads(run, planted, inside):
     trained = open_trained(asked(run / inside))
@@ -183,10 +192,28 @@ def test_a_feature_that_is_not_there_is_refused(sae):
 
 
 def test_concepts_have_no_text(run, tmp_path):
-    job = tiny_job("not read", tmp_path, run, model=SAEConfig(features=32))
-    data = SyntheticConfig(concepts=64, dim=24)
-    job.config.llm, job.config.data = LLMConfig(name="none"), data
-    job.config.layer, job.config.sweep = LayerConfig(index=0), SweepConfig(objective="recovered")
-    folders.begin(job)
+    synthetic(run, tmp_path)
     with pytest.raises(UserError, match="synthetic concepts, .* only task=evaluate"):
         open_subject(open_trained(asked(run)))
+
+
+def test_sequences_that_the_llm_cannot_read_are_refused(run):
+    with pytest.raises(UserError, match=r"data\.context=33: .* takes at most 32 tokens"):
+        open_trained(asked(run, data=PlaysConfig(context=33)), ["data.context"])
+
+
+def test_no_folder_at_all_is_told(run):
+    with pytest.raises(UserError, match="run is empty: give a run folder"):
+        open_trained(asked(""))
+
+
+def test_concepts_are_not_replaced_by_text(run, tmp_path):
+    synthetic(run, tmp_path)
+    with pytest.raises(UserError, match=r"data=\.\.\. has no meaning for .*run, which was trained"):
+        open_trained(asked(run), ["data"])
+
+
+def test_a_heading_says_what_is_looked_at(run, tmp_path):
+    assert open_trained(asked(run)).name == "llm, resid.1: 32 relu features"
+    synthetic(run, tmp_path)
+    assert open_trained(asked(run)).name == "synthetic concepts: 32 relu features"

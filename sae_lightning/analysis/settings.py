@@ -156,8 +156,6 @@ class SteerConfig(AnalyzeConfig):
             raise UserError(f"feature={_plain(self.feature)}: give one feature, as feature=87")
         (self.feature,) = feature
         self.strength = numbers("strength", self.strength)
-        if not all(map(math.isfinite, self.strength or [])):
-            raise UserError(f"strength={_plain(self.strength)}: give numbers, as strength=[4,8]")
         at_least("tokens", self.tokens, 1)
         at_least("temperature", self.temperature, 0)
         if not 0 < self.top_p <= 1:
@@ -259,7 +257,9 @@ def numbers(name: str, value: Any) -> list[float] | None:
     if value is None:
         return None
     values = value if isinstance(value, list | tuple) else [value]
-    good = all(isinstance(x, int | float) and not isinstance(x, bool) for x in values)
+    good = all(
+        isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) for x in values
+    )
     if not good or not values:
         raise UserError(f"{name}={_plain(value)}: give a number, or several as {name}=[1,2]")
     return list(values)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from sae_lightning.analysis.report.figures import histogram
 from sae_lightning.analysis.report.markup import TEMPLATES
 from sae_lightning.analysis.report.page import coloured, page, sortable
 from sae_lightning.analysis.report.page_data import CHUNK, LEVELS, page_data
@@ -279,3 +280,26 @@ def test_the_first_column_is_sorted_as_words_unless_it_holds_only_numbers():
     assert sortable("12", word=True) == 12
     assert sortable("12 monkeys", word=True) == "12 monkeys"
     assert sortable("genre", word=True) == "genre"
+
+
+def test_a_feature_that_is_alone_has_no_neighbours_to_show():
+    alone = catalogue(1)
+    nobody = Related(torch.zeros(1, 0, dtype=torch.int64), torch.zeros(1, 0))
+    data = page_data([alone._replace(neighbours=nobody, partners=nobody)])
+    layout = data.index["kinds"][0]["detailed"]
+    assert ("neighbours", "i4", 0) in layout
+    assert unpacked(data.blocks["feature-0"], layout, 1)["neighbours"].shape == (1, 0)
+
+
+def test_values_that_are_equal_are_one_bar_that_can_be_seen():
+    norms = 1 + 1e-7 * torch.arange(-5.0, 6)
+    (trace,) = histogram(norms, "norm")["data"]
+    assert max(trace["y"]) == len(norms) == sum(trace["y"])
+    where = trace["x"][trace["y"].index(len(norms))]
+    assert abs(where - 1) < 1e-6
+    assert trace["width"] > (trace["x"][-1] - trace["x"][0]) / 20
+
+
+def test_values_that_are_close_keep_bars_of_their_own():
+    (trace,) = histogram(5 + 0.002 * torch.rand(1000), "norm")["data"]
+    assert len(set(trace["x"])) == len(trace["x"]) == 60

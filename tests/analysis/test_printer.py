@@ -116,3 +116,24 @@ def test_long_texts_are_broken_between_tokens(capsys, monkeypatch):
         *("        █████", " twelve chars twelve"[:20]),
         *("█████        █████", "chars twelve chars"),
     ]
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_a_table_that_is_too_wide_is_folded_between_tokens_and_loses_nothing(
+    monkeypatch, capsys, columns
+):
+    monkeypatch.setattr(console, "width", columns)
+    tokens = [f"' token {n}'" for n in range(10)]
+    table = Table(["feature", "promotes", "suppresses"], [["3", " ".join(tokens), tokens[0]]])
+    say(Section("Lens", "What it says.", table=table))
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= columns
+    assert all(token in out for token in tokens)
+    assert "…" not in out
+
+
+def test_a_table_that_fits_keeps_its_headings_on_one_line(capsys):
+    say(Section("Probes", "How well.", table=Table(["", "of all units"], [["neurons", "0.5"]])))
+    assert any(
+        line.split() == ["of", "all", "units"] for line in capsys.readouterr().out.split("\n")
+    )

@@ -6,6 +6,9 @@ from torch import Tensor
 
 from sae_lightning.analysis.report.pareto import COLOURS, GREY
 
+ALIKE = 1e-4  # of their size; so close are values that are meant to be equal
+FEW = 11  # bins
+
 
 def layout(x: str, y: str, **more: Any) -> dict:
     """A layout with titles of the axes; `more` are entries of its own, xaxis and yaxis merged."""
@@ -56,12 +59,13 @@ def histogram(values: Tensor, x: str, y: str = "features", bins: int = 60) -> di
     """How many of finite `values` [n] lie where; counted here, so that a page stays small."""
     values = values[values.isfinite()].double().cpu()
     low, high = (values.min().item(), values.max().item()) if len(values) else (0.0, 1.0)
-    if high <= low:
-        low, high = low - 0.5, low + 0.5
+    middle, size = (low + high) / 2, max(abs(low), abs(high))
+    if high - low <= ALIKE * size:  # one broad bar: those of rounding errors cannot be seen
+        low, high, bins = middle - (size or 1) / 2, middle + (size or 1) / 2, FEW
     counts = values.histc(bins, low, high)
     width = (high - low) / bins
     middles = [low + (i + 0.5) * width for i in range(bins)]
-    trace = bars(rounded(middles), counts.int().tolist(), width=width)
+    trace = bars(rounded(middles, 9), counts.int().tolist(), width=width)
     return {"data": [trace], "layout": layout(x, y, bargap=0)}
 
 

@@ -159,5 +159,5 @@ def _packed(fields: dict[str, Field], first: int, stop: int) -> str:
     packed = []
     for values, dtype in fields.values():
         numbers = values[first:stop].detach().cpu().flatten().numpy().astype("<" + dtype)
-        packed.append(numbers.view("u1").reshape(len(numbers), -1).T.tobytes())
+        packed.append(numbers.view("u1").reshape(-1, numbers.itemsize).T.tobytes())
     return base64.b64encode(zlib.compress(b"".join(packed), 9)).decode()

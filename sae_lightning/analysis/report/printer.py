@@ -4,6 +4,7 @@
 a cat sat on the mat
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
@@ -21,13 +22,15 @@ HEIGHTS = " ▁▂▃▄▅▆▇█"
 WIDTH = 100  # columns that are easily read
 STRENGTH = 8  # columns for the number before an example
 SHARE = 0.6  # of the columns left of the peak
+LONG = (24, 12, 6)  # columns; a longer cell may be folded, a shorter one only where it has to be
+SHORT = 10  # columns; nothing is folded to less
+GAP = 2  # columns from one of a table to the next
+BETWEEN = re.compile(r"(?<=['’]) (?=['‘])")  # tokens in quotes
 
 
 def say(section: Section) -> None:
     """Print a section; its figures are for the page only."""
-    console.print()
-    console.print(Text(section.title, "bold"))
-    console.print(section.lead, soft_wrap=False)
+    say_lead(section)
     if section.rows:
         console.print(grid(section.rows))
     if section.table:
@@ -39,6 +42,13 @@ def say(section: Section) -> None:
             if heights.strip():
                 console.print(Text(heights.rstrip(), "dark_orange"))
             console.print(line)
+
+
+def say_lead(section: Section) -> None:
+    """Print what a section says in words."""
+    console.print()
+    console.print(Text(section.title, "bold"))
+    console.print(section.lead, soft_wrap=False, width=_columns())
 
 
 def say_units(catalogue: Catalogue, units: Sequence[int], examples: int = 3) -> None:
@@ -78,12 +88,40 @@ def _columns() -> int:
 
 
 def _table(given: sections.Table) -> Table:
+    """The table; where it is too wide its headings are folded, then the longest cells."""
+    columns = [
+        (heading, max([0, *map(cell_len, cells)]))
+        for heading, *cells in zip(given.header, *given.rows, strict=True)
+    ]
+    wide = [max(width, cell_len(heading)) for heading, width in columns]
+    narrow = [max([width, *map(cell_len, heading.split())]) for heading, width in columns]
+    free = console.width - GAP * len(wide)
+    widths = wide if sum(wide) <= free else narrow
+    for limit in LONG:
+        long = [width for width in widths if width > limit]
+        spare = free - sum(widths) + sum(long)
+        if spare >= SHORT * len(long):
+            break
+    share = max(SHORT, spare // max(1, len(long)))
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for number, heading in enumerate(given.header):
-        table.add_column(Text(heading), justify="right" if number else "left")
+    for number, width in enumerate(widths):
+        justify = "left" if number == 0 or width > LONG[0] else "right"
+        heading = folded(given.header[number], min(width, share) if width > limit else width)
+        table.add_column(Text(heading), justify=justify, no_wrap=True)
     for row in given.rows:
-        table.add_row(*map(Text, row))
+        shown = zip(row, widths, strict=True)
+        table.add_row(*(Text(folded(c, share) if width > limit else c) for c, width in shown))
     return table
+
+
+def folded(text: str, columns: int) -> str:
+    """`text` in lines of so many columns, broken between words or, where it lists quoted tokens,
+    between these."""
+    lines = [""]
+    for piece in BETWEEN.split(text) if BETWEEN.search(text) else text.split(" "):
+        line = f"{lines[-1]} {piece}" if lines[-1] else piece
+        lines[-1:] = [line] if cell_len(line) <= columns or not lines[-1] else [lines[-1], piece]
+    return "\n".join(lines)
 
 
 def _shares(strengths: Sequence[float], strongest: float) -> list[float]:

@@ -17,7 +17,7 @@ from sae_lightning.llm.load import special_ids
 from sae_lightning.llm.sites import Site, distinct
 from sae_lightning.stream.norms import medians, not_large
 from sae_lightning.stream.packing import Sequences, TokenSource
-from sae_lightning.terminal import phase
+from sae_lightning.terminal import console, phase
 
 STRENGTHS = 1 << 25  # of features that are in memory at a time (128 MB)
 
@@ -49,9 +49,13 @@ class Reducer(Protocol):
 
 
 def excerpt(source: TokenSource, tokens: int, batch: int) -> tuple[Iterator[Sequences], int]:
-    """At least `tokens` tokens of a text, `batch` sequences at a time, and how many sequences
-    those are."""
-    total = -(-tokens // source.packing.width)
+    """At least `tokens` tokens of a text, or all of a shorter one, `batch` sequences at a time; and
+    how many sequences those are."""
+    wanted = -(-tokens // source.packing.width)
+    # what is read twice would be its own second example; a streamed text knows no length
+    total = min(wanted, getattr(source, "windows", wanted))
+    if total < wanted:
+        console.print(f"the text has fewer than {tokens:,} tokens: all of it is read, once")
     return (source.next(min(batch, total - n)) for n in range(0, total, batch)), total
 
 
