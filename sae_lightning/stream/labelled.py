@@ -18,7 +18,7 @@ from sae_lightning.stream.flat import encode
 from sae_lightning.stream.labelled_documents import document_pieces
 from sae_lightning.stream.labelled_plays import play_pieces
 from sae_lightning.stream.packing import Packing, Sequences
-from sae_lightning.stream.pieces import affordable, choose
+from sae_lightning.stream.pieces import Piece, affordable, choose
 from sae_lightning.stream.text import DataConfig, PlaysConfig, TextConfig
 from sae_lightning.terminal import phase
 
@@ -66,12 +66,14 @@ def labelled(
             pieces, notes = play_pieces(label, tokenizer, packing, seed)
         else:
             pieces, notes = document_pieces(config, label, seed)
-        classes = sorted(affordable(label, pieces, tokens, packing.width), key=_natural)
+        classes = affordable(label, pieces, tokens, packing.width)
         chosen = choose(pieces, classes, tokens // packing.width)
+        if isinstance(chosen[0].content, str):
+            chosen = _beginnings(chosen, tokenizer, packing)
+            classes = affordable(label, chosen, tokens, packing.width)
+            chosen = [piece for piece in chosen if piece.name in classes]
+        classes.sort(key=_natural)
         windows = [piece.content for piece in chosen]
-        if isinstance(windows[0], str):
-            windows = encode(tokenizer, windows, packing.separator)
-            windows = [window[:-1][: packing.width] for window in windows]
     if left_out := len({piece.name for piece in pieces}) - len(classes):
         notes = [*notes, f"Left out: {left_out} values of {label} with fewer pieces of text."]
     return Labelled(
@@ -84,6 +86,15 @@ def labelled(
         text=packing.text(windows),
         notes=notes,
     )
+
+
+def _beginnings(pieces: list[Piece], tokenizer: Any, packing: Packing) -> list[Piece]:
+    """Pieces with the first tokens of their texts; of those that are alike there, one."""
+    texts = encode(tokenizer, [piece.content for piece in pieces], packing.separator)
+    windows = [text[:-1][: packing.width] for text in texts]
+    # documents that go on differently may begin alike, and lie in two folds
+    distinct = {window.tobytes(): n for n, window in enumerate(windows)}.values()
+    return [pieces[n]._replace(content=windows[n]) for n in distinct]
 
 
 def _natural(name: str) -> tuple[bool, float, str]:

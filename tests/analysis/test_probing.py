@@ -191,6 +191,7 @@ def test_the_sections_tell_the_numbers(labels, planted):
     assert rows["random directions: AUROC"][2] == "", "all random directions are all neurons again"
     assert comparison.rows["most frequent class"] == "accuracy 0.333"
     assert comparison.rows["pieces of text"] == "120 of up to 12 tokens"
+    assert "For 3 of 3 classes the best feature does better" in units.lead
     assert {tuple(row[:4]) for row in units.table.rows} == {
         ("red", "40", "7", "4"), ("green", "40", "8", "4"), ("blue", "40", "9", "4")
     }  # fmt: skip
@@ -205,3 +206,54 @@ def test_the_verdict_is_on_the_side_of_the_mean():
     neurons = Score("neurons", 1, [Outcome(0, 0.6), Outcome(0, 0.6)])
     assert verdict(features, neurons) == "features are ahead by 0.05, in 1 of 2 folds"
     assert verdict(neurons, features) == "neurons are ahead by 0.05, in 1 of 2 folds"
+
+
+def test_a_tie_is_on_no_side():
+    features = Score("features", 1, [Outcome(0, 0.8), Outcome(0, 0.6)])
+    neurons = Score("neurons", 1, [Outcome(0, 0.6), Outcome(0, 0.6)])
+    assert verdict(features, neurons) == "features are ahead by 0.10, in 1 of 2 folds"
+    assert verdict(neurons, neurons) == "neither is ahead"
+
+
+def test_a_score_is_the_mean_over_folds_with_its_standard_error(labels, planted):
+    probes = compare(planted, labels, k=(1,))
+    outcomes = [Outcome(0.8, 0.5), Outcome(0.5, 0.9)]
+    scores = [score._replace(folds=outcomes) for score in probes.scores]
+    table = sections(probes._replace(scores=scores))[0].table
+    rows = {row[0]: row[1] for row in table.rows}
+    assert rows["features: accuracy"] == "0.650 ± 0.150"  # 0.3 / sqrt(2) / sqrt(2)
+    assert rows["features: AUROC"] == "0.700 ± 0.200"
+
+
+def test_random_directions_are_as_many_as_features_and_k_is_less_than_all(labels, planted):
+    probes = compare(planted, labels, k=(20, 25, 30))  # of 30 features and 20 neurons
+    tested = {(score.units, score.k) for score in probes.scores}
+    assert tested == {
+        ("features", 20), ("features", 25), ("features", None), ("neurons", None),
+        ("random directions", 20), ("random directions", 25),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("tested", range(4))
+def test_how_strongly_to_regularise_is_told_by_a_fitted_fold(labels, tested):
+    """Pieces of the chosen strength do best on a fold that neither fits nor tests."""
+    x = noise(PIECES, 40, seed=6)
+    x[:, :3] += 0.6 * torch.eye(CLASSES)[labels.target]
+    fold = Fold(x, labels.target, labels.fold, tested)
+    assert 0 < fold.chooses.sum() < len(fold.chooses)
+    assert len(labels.fold[labels.fold != tested][fold.chooses].unique()) == 1
+
+    def fitted(c, which):
+        model = LogisticRegression(C=c, max_iter=5000)
+        return model.fit((fold.x[which] * 40**-0.5).numpy(), fold.target[which].numpy())
+
+    def auroc(model, x, target):
+        scores = model.decision_function((x * 40**-0.5).numpy())
+        return sum(roc_auc_score(target == c, scores[:, c]) for c in range(CLASSES)) / CLASSES
+
+    checked = fold.x[fold.chooses], fold.target[fold.chooses]
+    tried = {c: auroc(fitted(c, ~fold.chooses), *checked) for c in ALL_C}
+    assert max(tried.values()) > min(tried.values())
+    best = max(ALL_C, key=tried.get)
+    expected = auroc(fitted(best, slice(None)), fold.test_x, fold.test_target)
+    assert fold.all().auroc == pytest.approx(expected, abs=2e-3)

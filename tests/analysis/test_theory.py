@@ -137,6 +137,7 @@ def test_a_threshold_counts_against_the_feature(tiny):
     # b_enc = 0 and mean about 0; the encoder's columns have norm 0.1 and x has deviation 1
     assert result.biases.margin.mean().item() == pytest.approx(-0.5, abs=0.05)
     assert "100.0% of features are below its threshold" in lead(result, "Encoder biases")
+    assert "standard deviations below it" in lead(result, "Encoder biases")
 
 
 def test_features_that_are_on_by_default_are_called_so(tiny):

@@ -12,7 +12,7 @@ from sae_lightning.errors import UserError
 from sae_lightning.stream import labelled_plays
 from sae_lightning.stream.labelled import labelled
 from sae_lightning.stream.labelled_plays import read_plays, rivals, speeches
-from sae_lightning.stream.pieces import FOLDS, block, shares
+from sae_lightning.stream.pieces import FOLDS, Piece, affordable, block, shares
 from sae_lightning.stream.text import HubConfig, LocalConfig, PlaysConfig, SyntheticConfig
 
 needs_plays = pytest.mark.skipif(
@@ -140,6 +140,32 @@ def test_the_labels_of_a_column_are_read(tmp_path, tokenizer):
 def test_a_text_that_comes_twice_is_in_one_fold_only(tmp_path, tokenizer):
     found = labelled(write(tmp_path, reviews() * 2), "sentiment", tokenizer, tokens=10**4)
     assert len(set(words(found, tokenizer))) == len(found.target) == 40
+
+
+def test_documents_that_begin_alike_give_one_piece(tmp_path, tokenizer):
+    """A piece is 11 tokens; what follows is another in each document."""
+    alike = "the quick brown fox jumps over the lazy dog " * 2
+    texts = [f"{alike} {i}" if i % 4 == 0 else f"{i} {alike}" for i in range(160)]
+    rows = [{"text": text, "kind": "ab"[i % 2]} for i, text in enumerate(texts)]
+    found = labelled(write(tmp_path, rows), "kind", tokenizer, tokens=10_000)
+    pieces = [tuple(row) for row in found.tokens.tolist()]
+    assert len(pieces) == len({*pieces}) == 121
+
+
+def test_a_class_that_is_one_text_over_and_over_is_left_out(tmp_path, tokenizer):
+    alike = "the quick brown fox jumps over the lazy dog " * 2
+    rows = [{"text": f"{i} {alike}", "kind": "ab"[i % 2]} for i in range(80)]
+    rows += [{"text": f"{alike} {i}", "kind": "c"} for i in range(40)]
+    found = labelled(write(tmp_path, rows), "kind", tokenizer, tokens=10_000)
+    assert found.classes == ["a", "b"]
+    assert "Left out: 1 values" in found.notes[-1]
+
+
+def test_a_class_needs_two_pieces_in_every_fold():
+    pieces = [Piece(name, fold, 0, None) for name in "abc" for fold in range(FOLDS)] * 2
+    assert affordable("kind", pieces, 10_000, 10) == ["a", "b", "c"]
+    pieces.remove(Piece("b", 3, 0, None))
+    assert affordable("kind", pieces, 10_000, 10) == ["a", "c"]
 
 
 def test_only_the_beginning_of_a_long_document_is_taken(tmp_path, tokenizer):

@@ -58,8 +58,10 @@ def _comparison(probes: Probes) -> Section:
 def verdict(features: Score, neurons: Score) -> str:
     """Which is better, and whether the folds agree on it."""
     gaps = [a.auroc - b.auroc for a, b in zip(features.folds, neurons.folds, strict=True)]
+    if abs(mean(gaps)) < 0.005:
+        return "neither is ahead"
     ahead = FEATURES if mean(gaps) > 0 else NEURONS
-    agree = sum(gap > 0 if ahead == FEATURES else gap <= 0 for gap in gaps)
+    agree = sum(gap > 0 if ahead == FEATURES else gap < 0 for gap in gaps)
     return f"{ahead} are ahead by {abs(mean(gaps)):.2f}, in {agree} of {len(gaps)} folds"
 
 
