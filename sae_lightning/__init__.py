@@ -8,8 +8,21 @@ from sae_lightning.export import load_sae
 
 # Name -> module: found when they are asked for, because a saved SAE is opened without them.
 FOUND_IN = {
+    "Answers": "analysis.explain.answers",
+    "Endpoint": "analysis.explain.endpoint",
+    "Explainer": "analysis.explain.explainer",
+    "HeldOut": "stream.held_out",
+    "LLMConfig": "llm.load",
+    "LayerConfig": "llm.sites",
+    "LocalConfig": "stream.text",
+    "PlaysConfig": "stream.text",
+    "Sampling": "llm.generate",
+    "TheoryReducers": "analysis.theory.claims",
     "collect": "analysis.survey.collect",
     "evaluate": "analysis.evaluate",
+    "excerpt": "analysis.survey.collect",
+    "gather": "analysis.explain.evidence",
+    "labelled": "stream.labelled",
     "lens": "analysis.lens",
     "open_run": "trained",
     "probe": "analysis.probing.probes",

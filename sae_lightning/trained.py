@@ -60,7 +60,7 @@ class Trained(NamedTuple):
         """What it is, for a heading."""
         sae, llm = self.sae.config, Path(self.config.llm.name).name
         where = f"{llm}, {self.sites}" if is_text(self.config) else "synthetic concepts"
-        return f"{where}: {sae.features:,} {sae.name} features"
+        return f"{where}: {sae.features:,} {sae.name} feature{'s' * (sae.features > 1)}"
 
     def facts(self) -> dict[str, str]:
         """What it is, for a page."""

@@ -55,7 +55,7 @@ def say_units(catalogue: Catalogue, units: Sequence[int], examples: int = 3) -> 
     """Print some units of a catalogue with their strongest examples, the peaks in one column."""
     for unit in units:
         console.print()
-        console.print(_heading(catalogue, unit))
+        console.print(_heading(catalogue, unit), soft_wrap=False, width=_columns())
         maximum = float(catalogue.statistics.maximum[unit])
         top = catalogue.top
         for number in range(min(examples, top.strength.shape[1])):

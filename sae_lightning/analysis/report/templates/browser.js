@@ -241,10 +241,15 @@ function histogram(counts) {
   }
   picture.append(svg("line", { x1: 0, x2: width, y1: height, y2: height }));
   const every = Math.ceil(bins / 12) * 2; // edges are half octaves: label whole ones
+  let end = -Infinity; // of the label before
   for (let i = first + first % 2; i <= first + bins && i < edges.length; i += every) {
     const x = (i - first) * step, anchor = x < 10 ? "start" : x > width - 12 ? "end" : "middle";
+    const text = digits(edges[i]), long = 6 * text.length;
+    const from = x - long * { start: 0, middle: .5, end: 1 }[anchor];
+    if (from < end + 4) continue;
+    end = from + long;
     const label = svg("text", { x, y: height + 13, "text-anchor": anchor });
-    label.textContent = digits(edges[i]);
+    label.textContent = text;
     picture.append(label);
   }
   return make("section", {}, make("h3", {}, "Strengths"), picture);
