@@ -69,6 +69,15 @@ def test_a_set_that_holds_in_one_half_only_scores_badly():
     assert found.score[0] < 0.05
 
 
+def test_a_set_that_predicts_nothing_is_empty():
+    """Where all tokens are the same, they all are in the set or none is."""
+    tokens = torch.full((SEQUENCES, CONTEXT), 3)
+    random = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(1)) < 0.1
+    found = read(tokens, random)
+    assert found.score[0] == 0
+    assert listed(found.tokens[0]) == []
+
+
 def test_of_a_feature_that_hardly_fires_nothing_is_said():
     tokens = torch.full((SEQUENCES, CONTEXT), 3)
     tokens[:9, 5] = 7

@@ -21,11 +21,13 @@ from sae_lightning.analysis.theory.claims import (
     scalars,
     theory,
 )
+from sae_lightning.analysis.theory.concepts import CONCEPTS, members
 from sae_lightning.analysis.theory.dense import dense_autoencoders
 from sae_lightning.analysis.theory.detection import Detector, drawn
 from sae_lightning.analysis.theory.moments import Moments, principal
 from sae_lightning.analysis.theory.overlap import cosines, overlap
 from sae_lightning.analysis.theory.sections import sections
+from sae_lightning.llm.load import special_ids
 from sae_lightning.llm.sites import Kind, Site, Sites
 from sae_lightning.llm.vocabulary import vocabulary
 from sae_lightning.sae import ARCHITECTURES, build
@@ -324,6 +326,14 @@ def test_rows_that_share_a_direction_are_not_called_orthogonal(tiny, common, ver
     rows = noise(600, WIDTH, seed=1) + common * one_hot(torch.tensor(0), WIDTH)
     found = overlap(rows, torch.eye(WIDTH))
     assert verdict in lead(result._replace(overlap=found), "Nearly orthogonal directions")
+
+
+def test_special_tokens_hold_no_word_and_a_sentence_ends_before_them(tiny):
+    subject = subject_of(tiny("llama"))
+    words = TheoryReducers(subject).words
+    for special in special_ids(subject.llm.tokenizer):
+        column = [concept.name for concept in CONCEPTS].index("ends of sentences")
+        assert members([" dog", ".", words[special], " fox"])[:, column].tolist() == [0, 1, 0, 0]
 
 
 def test_a_text_without_the_concepts_says_so(tiny):
