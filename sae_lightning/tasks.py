@@ -55,6 +55,7 @@ from sae_lightning.terminal import command, console, shown
 from sae_lightning.trained import Trained, open_reader, open_subject, open_trained
 
 SHOWN = 5  # features at the terminal
+NEXT = ("lens", "steer", "explain")  # tasks for a feature that looks interesting
 PROBED = 65_536  # tokens of labelled text in the overview
 
 
@@ -295,20 +296,25 @@ def _publish(
     target = _folder(trained) / name
     numbers = target.with_name(f"{asked.task}.json")
     write_json(numbers, jsonable(scalars))
-    text = page(trained.name, trained.facts(), sections, catalogues, _commands(trained, catalogues))
+    text = page(
+        trained.name, trained.facts(), sections, catalogues, following(trained, asked, catalogues)
+    )
     with atomically(target) as temporary:
         temporary.write_text(text, encoding="utf8")
     console.print(f"\n  open in a browser: {shown(target)}\n  the same numbers: {shown(numbers)}\n")
 
 
-def _commands(trained: Trained, catalogues: Sequence[Catalogue]) -> list[str]:
-    """What to ask next, of a feature with a clear pattern where one is known."""
+def following(trained: Trained, asked: AnalyzeConfig, catalogues: Sequence[Catalogue]) -> list[str]:
+    """What to ask next: of the feature that was asked for, or one with a clear pattern."""
     run = shown(trained.folder)
-    feature = (catalogues and survey.best_read(catalogues[0], 1) or [0])[0]
-    return [
-        command("analyze.py", run=run, task="lens", feature=feature),
-        command("analyze.py", run=run, task="steer", feature=feature),
-    ]
+    feature = getattr(asked, "feature", None)
+    if catalogues:
+        feature = survey.best_read(catalogues[0], 1)
+    if isinstance(feature, list):
+        feature = feature[0] if feature else None
+    if feature is None:
+        return [command("analyze.py", run=run)]
+    return [command("analyze.py", run=run, task=task, feature=feature) for task in NEXT]
 
 
 def jsonable(value: Any) -> Any:

@@ -15,7 +15,8 @@ from sae_lightning.cli import explain
 from sae_lightning.config import conf_folder, typed
 from sae_lightning.errors import UserError
 from sae_lightning.jobs import register
-from sae_lightning.tasks import TASKS, jsonable
+from sae_lightning.tasks import TASKS, following, jsonable
+from sae_lightning.trained import open_trained
 
 NEEDED = {"steer": ["feature=3"]}  # what a task cannot do without
 
@@ -86,3 +87,16 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_read(tmp_
     config = asked("features", f"run={sae}")
     with pytest.raises(UserError, match=r"analysis cannot be written to: copy .*sae .* as run="):
         TASKS["features"](config, ["run", "task"])
+
+
+def test_what_to_ask_next_is_about_the_feature_that_was_asked_for(tmp_path):
+    _, sae = save_planted(tmp_path)
+    steer, lens = asked("steer", f"run={sae}"), asked("lens", f"run={sae}", "feature=[5,7]")
+    trained = open_trained(steer, ["run", "task", "feature"])
+    commands = following(trained, steer, [])
+    assert [line.split(" ", 3)[3] for line in commands] == [
+        *("task=lens feature=3", "task=steer feature=3", "task=explain feature=3")
+    ]
+    assert following(trained, lens, [])[0].endswith("task=lens feature=5")
+    everything = following(trained, asked("theory", f"run={sae}"), [])
+    assert everything == [f"python analyze.py run={sae}"]

@@ -303,3 +303,12 @@ def test_values_that_are_equal_are_one_bar_that_can_be_seen():
 def test_values_that_are_close_keep_bars_of_their_own():
     (trace,) = histogram(5 + 0.002 * torch.rand(1000), "norm")["data"]
     assert len(set(trace["x"])) == len(trace["x"]) == 60
+
+
+def test_long_words_in_a_table_may_wrap_and_numbers_may_not():
+    table = Table(["feature", "promotes", "n"], [["3", "' fox' " * 8, "1"], ["4", "", "2"]])
+    found = Elements(page("", {}, [Section("Lens", "", table=table)])).found
+    assert [cell.get("class") for tag, cell in found if tag == "td"] == [
+        *("word", "word long", None),
+        *("word", "word long", None),
+    ]

@@ -4,8 +4,12 @@ import html
 from statistics import mean, stdev
 
 from sae_lightning.analysis.probing.probes import FEATURES, NEURONS, RANDOM, Probes, Score
-from sae_lightning.analysis.report.figures import layout, line, rounded
-from sae_lightning.analysis.report.pareto import GREY
+from sae_lightning.analysis.report.figures import (
+    GREY,
+    layout,
+    line,
+    rounded,
+)
 from sae_lightning.analysis.report.section import Section, Table
 
 KINDS = (FEATURES, NEURONS, RANDOM)

@@ -4,17 +4,20 @@ from typing import Any
 
 from torch import Tensor
 
-from sae_lightning.analysis.report.pareto import COLOURS, GREY
-
+# Told apart by colour-blind readers.
+COLOURS = ("#3b82c4", "#d9822b", "#2a9d74", "#b65fa6", "#c9504a", "#8a8a3c")
+GREY = "#8b909a"
 ALIKE = 1e-4  # of their size; so close are values that are meant to be equal
 FEW = 11  # bins
 
 
 def layout(x: str, y: str, **more: Any) -> dict:
-    """A layout with titles of the axes; `more` are entries of its own, xaxis and yaxis merged."""
-    axes = {
+    """A layout with titles of the axes; `more` are entries of its own, xaxis, yaxis and legend
+    merged."""
+    merged = {
         "xaxis": {"title": {"text": x}, "zeroline": False, "automargin": True},
         "yaxis": {"title": {"text": y}, "zeroline": False, "automargin": True},
+        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
     }
     return {
         "autosize": True,
@@ -25,8 +28,7 @@ def layout(x: str, y: str, **more: Any) -> dict:
         "hovermode": "closest",
         "hoverlabel": {"align": "left", "bgcolor": "#1f2328", "font": {"color": "#ffffff"}},
         "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": GREY},
-        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
-        **{name: entry | more.pop(name, {}) for name, entry in axes.items()},
+        **{name: entry | more.pop(name, {}) for name, entry in merged.items()},
         **more,
     }
 

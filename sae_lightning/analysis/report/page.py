@@ -6,11 +6,13 @@ from typing import NamedTuple
 
 from sae_lightning.analysis.report.markup import figure, rendered
 from sae_lightning.analysis.report.page_data import page_data
-from sae_lightning.analysis.report.section import Coloured, Section, visible
+from sae_lightning.analysis.report.section import Coloured, Section, Table, visible
 from sae_lightning.analysis.survey.catalogue import Catalogue
 
 # The first number of a cell, with what may stand before it.
 NUMBER = re.compile(r"^[^\w.]*?([-−+]?(?:\d[\d,]*)?\.?\d+(?:e[-+]?\d+)?)", re.IGNORECASE)
+
+LONG = 40  # characters
 
 
 class Token(NamedTuple):
@@ -46,6 +48,7 @@ def page(
         commands=commands,
         figure=figure,
         coloured=coloured,
+        wordy=wordy,
         sortable=sortable,
     )
 
@@ -79,6 +82,11 @@ def coloured(texts: Sequence[Coloured]) -> list[tuple[str, list[Token]]]:
 def _broken(token: str) -> str:
     """Line breaks as symbols and as breaks."""
     return visible(token).replace("↵", "↵\n")
+
+
+def wordy(table: Table) -> set[int]:
+    """Numbers of the columns with cells too long to stand on one line."""
+    return {number for row in table.rows for number, cell in enumerate(row) if len(cell) > LONG}
 
 
 def sortable(cell: str, *, word: bool) -> float | str:

@@ -4,12 +4,11 @@ import html
 import math
 from typing import NamedTuple
 
+from sae_lightning.analysis.report.figures import COLOURS, GREY, layout
+
 LABELLED = 12  # points; with more, labels cover one another and the pointer has to do
 WIDE = 8  # largest L0 over smallest, from where the axis is logarithmic
-# A colour and a shape for each group; both are told apart by colour-blind readers.
-COLOURS = ("#3b82c4", "#d9822b", "#2a9d74", "#b65fa6", "#c9504a", "#8a8a3c")
-SHAPES = ("circle", "square", "diamond", "triangle-up", "cross", "x")
-GREY = "#8b909a"
+SHAPES = ("circle", "square", "diamond", "triangle-up", "cross", "x")  # one for each group
 
 
 class Point(NamedTuple):
@@ -100,41 +99,27 @@ def _escaped(text: str) -> str:
 
 
 def _layout(points: list[Point], quality: str, grouping: str | None) -> dict:
-    return {
-        "autosize": True,
-        "margin": {"l": 62, "r": 24, "t": 10, "b": 48},
-        "paper_bgcolor": "rgba(0,0,0,0)",
-        "plot_bgcolor": "rgba(0,0,0,0)",
-        "font": {"family": "system-ui, sans-serif", "size": 13},
-        "hovermode": "closest",
-        "hoverlabel": {"align": "left", "bgcolor": "#1f2328", "font": {"color": "#ffffff"}},
-        "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": GREY},
-        "legend": {
-            "title": {"text": _escaped(_short(grouping or "")), "font": {"size": 13}},
-            "orientation": "h",
-            "x": 0,
-            "y": 1.02,
-            "yanchor": "bottom",
-        },
-        "xaxis": _l0_axis([p.l0 for p in points]),
-        "yaxis": {"title": {"text": quality}, "zeroline": False, "automargin": True},
-    }
+    return layout(
+        "L0 (active features per token)",
+        quality,
+        legend={"title": {"text": _escaped(_short(grouping or "")), "font": {"size": 13}}},
+        xaxis=_l0_axis([p.l0 for p in points]),
+    )
 
 
 def _l0_axis(values: list[float]) -> dict:
     """Room for labels at both ends; logarithmic where the values span much."""
     low, high = min(values), max(values)
-    axis = {"title": {"text": "L0 (active features per token)"}, "zeroline": False}
     if low <= 0 or high / low < WIDE:
         span = (high - low) or abs(high) or 1.0
-        return axis | {"range": [low - 0.1 * span, high + 0.1 * span]}
+        return {"range": [low - 0.1 * span, high + 0.1 * span]}
     first, last = math.log10(low), math.log10(high)
     pad = last - first
     exponents = range(math.floor(first) - 1, math.ceil(last) + 2)
     # of each decade 1, 2 and 5, written out: plotly writes 2 and 5 without their zeros
     steps = (1, 2, 5) if pad < 3 else (1,)
     ticks = [step * 10.0**exponent for exponent in exponents for step in steps]
-    return axis | {
+    return {
         "type": "log",
         "range": [first - 0.1 * pad, last + 0.1 * pad],
         "tickvals": ticks,

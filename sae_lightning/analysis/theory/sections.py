@@ -8,8 +8,16 @@ from typing import Any
 
 from torch import Tensor
 
-from sae_lightning.analysis.report.figures import bars, histogram, layout, line, rounded, upright
-from sae_lightning.analysis.report.pareto import COLOURS, GREY
+from sae_lightning.analysis.report.figures import (
+    COLOURS,
+    GREY,
+    bars,
+    histogram,
+    layout,
+    line,
+    rounded,
+    upright,
+)
 from sae_lightning.analysis.report.section import Section, Table
 from sae_lightning.analysis.theory.claims import SAMPLE, Detected, Theory, scalars
 from sae_lightning.analysis.theory.detection import Detector, chance_f1
