@@ -1,10 +1,12 @@
 """Look at what an SAE has learnt: python analyze.py run=outputs/<day>/<time>"""
 
+import sys
+
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from sae_lightning.cli import one_line_errors
+from sae_lightning.cli import one_line_errors, refuse_sweep
 from sae_lightning.config import typed
 from sae_lightning.jobs import register
 from sae_lightning.tasks import TASKS
@@ -23,4 +25,5 @@ def analyze(cfg: DictConfig) -> None:
 if __name__ == "__main__":
     register()
     with one_line_errors():
+        refuse_sweep(sys.argv[1:])  # Hydra would make folders for it
         analyze()

@@ -93,6 +93,15 @@ def _check_flags(arguments: list[str]) -> None:
         )
 
 
+def refuse_sweep(arguments: list[str]) -> None:
+    """UserError for -m where there is nothing to sweep over."""
+    if _is_sweep(arguments):
+        raise UserError(
+            "-m: analyze.py looks at one folder at a time; leave it out, and give several features "
+            "as feature=[3,7]"
+        )
+
+
 def quoted_paths(arguments: list[str]) -> list[str]:
     """The arguments with their paths as Hydra takes them: quoted where needed, `~` expanded.
 
@@ -285,7 +294,11 @@ def _hydras_own(text: str) -> str:
         choices = f"{hint}choose from {', '.join(presets)}" if presets else "there is none yet"
         return f"{group}={choice}: no such preset; {choices}"
     if found := re.search(r"Ambiguous value for argument '(.+)'", text):
-        return f"{found[1]}: several values make a sweep, which needs -m; or quote the value"
+        name, _, values = found[1].partition("=")
+        return (
+            f"{found[1]}: several values make a sweep, which needs -m; a list is written "
+            f"{name}=[{values}]; or quote the value"
+        )
     if found := re.search(r"Could not override '([\w/]+)'", text):
         return f"no setting {found[1]}: --help lists those that there are"
     if found := re.search(r"Either remove \+ prefix: '(.+)'", text):

@@ -541,6 +541,11 @@ def test_train_refuses_before_anything_is_made(tmp_path, overrides, message):
         (["run=old", "task=nope"], r"task=nope: no such preset; choose from .*evaluate.*"),
         (["run=old", "task=lens", "strength=8"], r"strength has no meaning for this task, only .*"),
         (["run=old", "task=lens", "feature=a"], r"feature=a: give a number, or several as .*"),
+        (["-m", "run=old", "task=lens", "feature=1,2"], r"-m: analyze\.py looks at one folder .*"),
+        (["run=old", "task=lens", "feature=1,2"], r"feature=1,2: .* written feature=\[1,2\]; .*"),
+        (["run=old", "trainer=cpu"], r"no setting trainer: --help lists those that there are"),
+        (["run=old", "data=synthetic"], r"data=synthetic has no meaning here: .* leave it out"),
+        (["run=old", "task=lens", "feature=nan"], r"feature=nan: give a number, or several as .*"),
         (["run=old", "task=steer"], r"feature is not set: give feature=\.\.\."),
         (
             ["run=old", "tasks=evaluate"],
