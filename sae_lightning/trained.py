@@ -16,7 +16,7 @@ from sae_lightning.errors import UserError
 from sae_lightning.export import load_sae
 from sae_lightning.inputs import check_context, is_text, open_llm, shape
 from sae_lightning.jobs import CONFIG_FILE, is_sweep, read_job
-from sae_lightning.llm.load import LLM, LLMConfig, load
+from sae_lightning.llm.load import LLM, LLMConfig, device, load
 from sae_lightning.llm.sites import Kind, LayerConfig, Sites
 from sae_lightning.sae import ARCHITECTURES, SAE
 from sae_lightning.stream.text import DataConfig, PlaysConfig
@@ -93,6 +93,7 @@ def open_trained(asked: AnalyzeConfig, given: Collection[str] = ()) -> Trained:
     else:
         sae = load_sae(folder)
         config = _of_sae(sae, asked, given)
+    device(config.llm)  # one that is not there is told before any text is read
     known = shape(config)
     sites = config.layer.within(known.layers)
     if is_text(config):

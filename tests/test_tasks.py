@@ -100,3 +100,9 @@ def test_what_to_ask_next_is_about_the_feature_that_was_asked_for(tmp_path):
     assert following(trained, lens, [])[0].endswith("task=lens feature=5")
     everything = following(trained, asked("theory", f"run={sae}"), [])
     assert everything == [f"python analyze.py run={sae}"]
+
+
+def test_the_readme_has_the_example_that_is_tested():
+    from test_analyze import EXAMPLE
+
+    assert EXAMPLE.strip() in Path(__file__).parent.parent.joinpath("README.md").read_text("utf8")

@@ -184,6 +184,13 @@ def test_an_llm_of_another_width_is_refused_before_it_is_loaded(sae):
         open_trained(asked(sae), ["llm"])
 
 
+def test_a_device_that_is_not_there_is_refused_at_once(run, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    settings = {"llm": LLMConfig(name="smollm2", device="cuda:3")}
+    with pytest.raises(UserError, match="llm.device=cuda:3: this machine has no CUDA device"):
+        open_trained(asked(run, **settings), ["llm.device"])
+
+
 def test_a_feature_that_is_not_there_is_refused(sae):
     trained = open_trained(asked(sae))
     assert known(trained.sae, [0, 31]) == [0, 31]

@@ -12,9 +12,9 @@ from sae_lightning.errors import UserError
 from sae_lightning.stream.documents import (
     OFFLINE_PRESETS,
     find_files,
+    first_line,
     load_files,
     load_saved,
-    first_line,
 )
 from sae_lightning.stream.labelled_plays import SPLITS
 from sae_lightning.stream.pieces import Piece, deal

@@ -135,8 +135,8 @@ class LocalConfig(TextConfig):
     """Your own text: files, a folder of files, or a data set written by `save_to_disk`."""
 
     path: str
-    """File, folder or glob of .txt / .md (a document each), .csv / .jsonl / .json or .parquet (a row
-    each), or a folder written by `save_to_disk`."""
+    """File, folder or glob of .txt / .md (a document each), .csv / .jsonl / .json / .parquet (a
+    row each), or a folder written by `save_to_disk`."""
 
     column: str = "text"
     """Column that holds the text (not used for .txt and .md)."""
