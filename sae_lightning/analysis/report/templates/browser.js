@@ -262,7 +262,7 @@ function svg(tag, attributes) {
 }
 
 function effect(listed, id) {
-  return [["Makes likelier", listed.promoted], ["Makes less likely", listed.suppressed]]
+  return [["Makes likelier (estimated)", listed.promoted], ["Makes less likely (estimated)", listed.suppressed]]
     .filter(([, field]) => field)
     .map(([title, field]) => make("section", {}, make("h3", {}, title), make("p", {}, ...chips(field.of(id)))));
 }
