@@ -103,6 +103,8 @@ def test_ctrl_c_ends_it_at_once_and_leaves_nothing(here):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # a shell without a terminal starts what is in its background deaf to Ctrl-C
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     for line in process.stdout:
         if line.startswith("tokenising the text"):

@@ -3,8 +3,11 @@
 import fcntl
 import json
 import os
+import re
+import shutil
 import signal
 from dataclasses import replace
+from tempfile import TemporaryDirectory
 
 import lightning as L
 import pytest
@@ -50,7 +53,12 @@ def leaves(tree, path=""):
 
 def curves(folder):
     """Every scalar of a run's TensorBoard folder but the speeds: {tag: [(tokens, value)]}."""
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    # by second and number of the writer; TensorBoard would read .10 before .9 of the same second
+    files = sorted(folder.glob("events*"), key=lambda f: [*map(int, re.findall(r"\d+", f.name))])
+    with TemporaryDirectory() as ordered:
+        for number, file in enumerate(files):
+            shutil.copy(file, f"{ordered}/events.out.tfevents.{number:03}")
+        events = EventAccumulator(ordered, size_guidance={"scalars": 0}).Reload()
     tags = [tag for tag in events.Tags()["scalars"] if not tag.startswith("speed/")]
     return {tag: [(point.step, point.value) for point in events.Scalars(tag)] for tag in tags}
 
