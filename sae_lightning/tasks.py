@@ -70,13 +70,18 @@ def _overview(asked: OverviewConfig, given: Collection[str]) -> None:
     found = _surveyed(asked, trained, subject, text, reducers)
     card = _scored(trained, None, (subject.llm, text))
     tested = claims.theory(subject, reducers)
-    say(survey.section(found))
+    summary, scored = survey.section(found), evaluate.section(card)
+    say(summary)
     say_units(found.features, survey.best_read(found.features, SHOWN))
     probed = None
     if isinstance(trained.config.data, PlaysConfig):  # whose labels are known
         probed = _probed(trained, subject, "speaker", PROBED)
-    told = probe_sections.sections(probed) if probed else []
-    for section in [evaluate.section(card), *theory_sections.sections(tested), *told]:
+    parts = {
+        "Scorecard": [summary, scored],
+        "Theory": theory_sections.sections(tested),
+        "Probes": probe_sections.sections(probed) if probed else [],
+    }
+    for section in [scored, *parts["Theory"], *parts["Probes"]]:
         say_lead(section)
     scalars = {
         "features": found.scalars(),
@@ -84,12 +89,7 @@ def _overview(asked: OverviewConfig, given: Collection[str]) -> None:
         "theory": claims.scalars(tested),
         "probe": probed and probed.scalars(),
     }
-    sections = [
-        survey.section(found)._replace(part="Scorecard"),
-        evaluate.section(card)._replace(part="Scorecard"),
-        *(section._replace(part="Theory") for section in theory_sections.sections(tested)),
-        *(section._replace(part="Probes") for section in told),
-    ]
+    sections = [section._replace(part=part) for part, mine in parts.items() for section in mine]
     _publish(trained, asked, scalars, sections, [found.features, found.neurons])
     return None
 

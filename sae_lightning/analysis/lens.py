@@ -37,9 +37,8 @@ TOKENS = 8192  # of text to fit linear maps on; three times as many find no more
 RIDGE = 0.5  # of the mean variance; results from 0.3 to 1 are alike
 REFERENCE = 200  # random features; what they do on average is what any change does
 LENGTH = 16  # tokens of the contexts at whose end features are added
-SHARE = (
-    0.4  # how long what is added is, against the activation; less drowns in what any change does
-)
+# How long what is added is, against the activation; less drowns in what any change does.
+SHARE = 0.4
 
 
 class Lens(NamedTuple):

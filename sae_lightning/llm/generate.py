@@ -96,9 +96,8 @@ def _behind_bos(
         # OPT's MLP has one dimension for sequences and tokens
         x, whole = x.view(sequences, -1, x.shape[-1]), y.view(sequences, -1, y.shape[-1])
         changed = function(x.float(), whole.float()).to(y.dtype)
-        if (
-            whole.shape[1] > 1
-        ):  # with the cache, a new token comes alone; the prompt is never BOS alone
+        # with the cache, a new token comes alone; the prompt is never BOS alone
+        if whole.shape[1] > 1:
             changed = torch.cat([whole[:, :1], changed[:, 1:]], dim=1)
         return changed.view_as(y)
 

@@ -1,6 +1,6 @@
 """The claims of the theory behind SAEs, each measured on an SAE and the text that it reads.
 
-    one pass over text -> TheoryReducers -> theory() -> Theory -> theory_sections.sections()
+    one pass over text -> TheoryReducers -> theory() -> Theory -> sections.sections()
 
 Shapes: d = width of the site, d_in of the source; fired = features that fired on the text.
 """
