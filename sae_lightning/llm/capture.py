@@ -4,6 +4,7 @@ from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from sae_lightning.llm.sites import Site, hook
 
@@ -13,10 +14,13 @@ class _Done(Exception):
 
 
 @torch.no_grad()
-def capture(model: nn.Module, tokens: Tensor, sites: Collection[Site]) -> dict[Site, Tensor]:
+def capture(
+    model: nn.Module, tokens: Tensor, sites: Collection[Site], places: Tensor | None = None
+) -> dict[Site, Tensor]:
     """Activations [sequences, context, d_site] of tokens [sequences, context], for each site.
 
-    In the model's dtype and on its device. Blocks after the deepest site and the LM head do not
+    In the model's dtype and on its device. With `places` [n], positions in the flattened tokens,
+    only those are copied out -> [n, d_site]. Blocks after the deepest site and the LM head do not
     run; no hook is left behind.
     """
     found: dict[Site, Tensor] = {}
@@ -25,7 +29,10 @@ def capture(model: nn.Module, tokens: Tensor, sites: Collection[Site]) -> dict[S
         def read(x: Tensor) -> None:
             # A copy, because Falcon goes on to add into this memory; reshaped, because OPT's MLP
             # returns [sequences * context, d].
-            found[site] = x.clone().view(*tokens.shape, -1)
+            if places is None:
+                found[site] = x.clone().view(*tokens.shape, -1)
+            else:
+                found[site] = x.reshape(tokens.numel(), -1).index_select(0, places)
             if len(found) == len(wanted):
                 raise _Done
 
@@ -37,7 +44,9 @@ def capture(model: nn.Module, tokens: Tensor, sites: Collection[Site]) -> dict[S
         for site in wanted:
             hooks.append(hook(model, site, reader(site)))
         tokens = tokens.to(model.device, torch.long)
-        model.base_model(input_ids=tokens, use_cache=False)
+        places = places if places is None else places.to(model.device)
+        with record_function("llm"):
+            model.base_model(input_ids=tokens, use_cache=False)
     except _Done:
         pass
     finally:

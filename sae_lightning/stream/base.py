@@ -38,7 +38,10 @@ class ActivationStream(Protocol):
 
     @property
     def seconds(self) -> float:
-        """Seconds spent in the stream since this process began, the LLM and the first fill too."""
+        """Seconds spent in the stream since this process began, the LLM and the first fill too.
+
+        By the CPU's clock: an accelerator is not waited for, and may still be at work.
+        """
         ...
 
     @property
@@ -84,7 +87,7 @@ class RowSource(Protocol):
     """Rows that an LLM batch has at most."""
 
     llm_seconds: float
-    """Seconds spent in the LLM since this process began."""
+    """Seconds spent in the LLM since this process began, by the CPU's clock."""
 
     epoch: int
     """Times the text has been begun, from 1."""

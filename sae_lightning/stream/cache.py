@@ -19,6 +19,7 @@ import torch
 from sae_lightning.errors import UserError
 from sae_lightning.files import free_space
 from sae_lightning.stream.base import Rows
+from sae_lightning.stream.devices import send
 from sae_lightning.stream.draft import Draft
 from sae_lightning.stream.rows import LLMRows
 from sae_lightning.stream.shards import IDS, STATE, Shard, Shards
@@ -79,7 +80,8 @@ class CachedRows:
             console.print(f"the text ran out; going round again in a new order (epoch {epoch})")
         self.epoch = epoch
         self._place += 1
-        return rows
+        there = {site: send(x, self.device) for site, x in rows.activations.items()}
+        return Rows(there, rows.ids)
 
     def _run(self) -> Rows:
         rows = self.live.next(0)

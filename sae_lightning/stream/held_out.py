@@ -76,8 +76,9 @@ class HeldOut:
         rows: dict[Site, list[Tensor]] = {site: [] for site in self.sites}
         with phase("reading held-out text", total=len(self.tokens)) as advance:
             for tokens, keep in batches:
-                for site, activation in capture(self.llm.model, tokens, self.sites).items():
-                    rows[site].append(activation[keep.to(activation.device)])
+                places = keep.flatten().nonzero().squeeze(1)
+                for site, x in capture(self.llm.model, tokens, self.sites, places).items():
+                    rows[site].append(x)
                 advance(len(tokens))
         return {site: torch.cat(parts) for site, parts in rows.items()}
 

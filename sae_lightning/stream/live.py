@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from sae_lightning.llm.sites import Site
 from sae_lightning.stream.base import RowSource
@@ -41,7 +42,7 @@ class LiveStream:
         self._served = 0  # batches
         self._started = False
         self._seconds = 0.0
-        self._distinct_sequences = 0
+        self._ids = torch.empty(0, dtype=torch.int64)  # of the last batch's rows
 
     def __len__(self) -> int:
         return self.total_batches
@@ -50,8 +51,9 @@ class LiveStream:
         while self._served < self.total_batches:
             with self._clock():
                 self._fill()
-                taken = self._pool.take(self.batch)
-            self._distinct_sequences = len(taken.ids.unique())
+                with record_function("pool"):
+                    taken = self._pool.take(self.batch)
+            self._ids = taken.ids
             self._served += 1  # before the yield: a state saved now continues after this batch
             yield taken.activations
 
@@ -71,7 +73,7 @@ class LiveStream:
 
     @property
     def distinct_sequences(self) -> int:
-        return self._distinct_sequences
+        return len(self._ids.unique())
 
     @property
     def epoch(self) -> int:
@@ -95,20 +97,16 @@ class LiveStream:
         with bar as advance:
             while len(self._pool) < self.pool_rows and self._missing() > 0:
                 rows = self.rows.next(self._missing())
-                self._pool.add(rows.activations, rows.ids)
+                with record_function("pool"):
+                    self._pool.add(rows.activations, rows.ids)
                 advance(len(rows.ids))
 
     @contextmanager
     def _clock(self) -> Iterator[None]:
-        """Count the block's time, what the device still had to do before it left out."""
-        started = self._now()
+        """Count the block's time."""
+        started = perf_counter()
         yield
-        self._seconds += self._now() - started
-
-    def _now(self) -> float:
-        if self._pool.device.type != "cpu":
-            torch.accelerator.synchronize(self._pool.device)
-        return perf_counter()
+        self._seconds += perf_counter() - started
 
     def state_dict(self) -> dict[str, Any]:
         """Place in the run, in the rows, and the pool: plain numbers, CPU tensors."""

@@ -1,12 +1,13 @@
 """Rows of activations straight from the LLM.
 
-tokens.next -> capture -> drop
-[n, context]   {site: [n, context, d]}
-                          │
-                          ├─ position 0 (BOS), whose activations are many times larger
-                          ├─ the padding of an epoch's last sequence
-                          ├─ other special tokens, unless data.keep_special
-                          └─ norms above data.max_norm x median, at any of the sites
+tokens.next -> which -> capture -> drop norms above data.max_norm x median, at any of the sites
+[n, context]     │      {site: [rows, d]}
+                 │
+                 ├─ not position 0 (BOS), whose activations are many times larger
+                 ├─ not the padding of an epoch's last sequence
+                 └─ not other special tokens, unless data.keep_special
+
+Which tokens are read is known from the text: the CPU need not wait for the LLM to find out.
 """
 
 import zlib
@@ -15,12 +16,14 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from torch.profiler import record_function
 
 from sae_lightning.errors import UserError
 from sae_lightning.llm.capture import capture
 from sae_lightning.llm.load import LLM, special_ids
 from sae_lightning.llm.sites import Site
 from sae_lightning.stream.base import Rows
+from sae_lightning.stream.devices import send
 from sae_lightning.stream.norms import medians, not_large
 from sae_lightning.stream.packing import Sequences, TokenSource
 
@@ -63,22 +66,28 @@ class LLMRows:
 
     def next(self, wanted: int) -> Rows:
         """Capture one LLM batch, whatever is `wanted`; rows on the LLM's device."""
-        sequences = self.skip()
-        started = self._now()
-        captured = capture(self.llm.model, sequences.tokens.to(self.device), self.sites)
-        self.llm_seconds += self._now() - started
-        keep = sequences.text & ~torch.isin(sequences.tokens, self._dropped)  # [n, context]
-        places = keep.flatten().nonzero().squeeze(1)  # [rows]
-        there = places.to(self.device)
-        rows = {site: captured[site].flatten(0, 1)[there] for site in self.sites}
-        ids = sequences.ids.repeat_interleave(keep.sum(1))  # [rows]
+        with record_function("pool"):
+            sequences = self.skip()
+            keep = sequences.text & ~torch.isin(sequences.tokens, self._dropped)  # [n, context]
+            places = keep.flatten().nonzero().squeeze(1)  # [rows]
+            ids = sequences.ids.repeat_interleave(keep.sum(1))  # [rows]
+            tokens, there = send(sequences.tokens, self.device), send(places, self.device)
+        started = perf_counter()
+        rows = Rows(capture(self.llm.model, tokens, self.sites, there), ids)
+        self.llm_seconds += perf_counter() - started
         if self.max_norm is not None and len(ids):
-            # The medians are those of the first LLM batch, for the whole run.
-            self._medians = self._medians or medians(rows)
-            usual = not_large(rows, self._medians, self.max_norm)  # [rows]
-            rows, ids = {site: x[usual] for site, x in rows.items()}, ids[usual.cpu()]
-        self._check_not_empty(len(ids))
-        return Rows(rows, ids)
+            with record_function("pool"):
+                rows = self._without_large(rows, self.max_norm)
+        self._check_not_empty(len(rows.ids))
+        return rows
+
+    def _without_large(self, rows: Rows, max_norm: float) -> Rows:
+        # The medians are those of the first LLM batch, for the whole run.
+        self._medians = self._medians or medians(rows.activations)
+        usual = not_large(rows.activations, self._medians, max_norm).cpu().nonzero().squeeze(1)
+        there = send(usual, self.device)
+        kept = {site: x.index_select(0, there) for site, x in rows.activations.items()}
+        return Rows(kept, rows.ids[usual])
 
     def skip(self) -> Sequences:
         """Read the text of an LLM batch, and no more."""
@@ -98,11 +107,6 @@ class LLMRows:
                 f"last {EMPTY_BATCHES} LLM batches was left after dropping special tokens and "
                 "large norms; raise data.max_norm, or look at the text and llm.dtype"
             )
-
-    def _now(self) -> float:
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize(self.device)
-        return perf_counter()
 
     def state_dict(self) -> dict[str, Any]:
         """LLM batches served, the text's state after `read` of them (here: all), and medians."""

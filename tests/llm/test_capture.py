@@ -70,6 +70,14 @@ def test_stopping_early_changes_no_captured_value(llm, tokens):
         assert torch.equal(alone[site], together[site])
 
 
+def test_only_the_wanted_places_are_copied_out(llm, tokens):
+    whole, places = capture(llm.model, tokens, EVERYWHERE), torch.tensor([3, 0, 11, 39])
+    some = capture(llm.model, tokens, EVERYWHERE, places)
+    for site in EVERYWHERE:
+        assert torch.equal(some[site], whole[site].flatten(0, 1)[places])
+        assert some[site].untyped_storage().nbytes() == some[site].nbytes, "no view of the whole"
+
+
 def test_blocks_after_the_deepest_site_and_the_lm_head_do_not_run(llm, tokens):
     calls = []
     watched = [*decoder_stack(llm.model), llm.model.get_output_embeddings()]

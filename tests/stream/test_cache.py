@@ -54,9 +54,9 @@ def calls(monkeypatch) -> list[tuple]:
     """The sites of every pass of the LLM."""
     passes = []
 
-    def counting(model, tokens, sites):
+    def counting(model, tokens, sites, places):
         passes.append(tuple(sites))
-        return capture(model, tokens, sites)
+        return capture(model, tokens, sites, places)
 
     monkeypatch.setattr(rows_module, "capture", counting)
     return passes

@@ -33,11 +33,11 @@ def planted(llm, monkeypatch) -> list[int]:
     """Activations are 5 times as large where the token is `a` (one site) or `b` (the other)."""
     large = [llm.tokenizer.encode(letter)[0] for letter in "ab"]
 
-    def scaled(model, tokens, sites):
-        found = capture(model, tokens, sites)
+    def scaled(model, tokens, sites, places):
+        found, read = capture(model, tokens, sites, places), tokens.flatten()[places]
         for site in found:
             unit = found[site] / found[site].norm(dim=-1, keepdim=True)
-            found[site] = unit * (1 + 4 * (tokens == large[SITES.index(site)]))[..., None]
+            found[site] = unit * (1 + 4 * (read == large[SITES.index(site)]))[:, None]
         return found
 
     monkeypatch.setattr(held_out_module, "capture", scaled)

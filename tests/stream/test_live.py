@@ -45,9 +45,9 @@ def calls(monkeypatch) -> list[torch.Tensor]:
     """The tokens of every pass of the LLM."""
     passes = []
 
-    def counting(model, tokens, sites):
+    def counting(model, tokens, sites, places):
         passes.append(tokens)
-        return capture(model, tokens, sites)
+        return capture(model, tokens, sites, places)
 
     monkeypatch.setattr(rows_module, "capture", counting)
     return passes
@@ -100,7 +100,9 @@ def test_the_padding_of_an_epochs_last_sequence_is_never_trained_on(
     monkeypatch.setattr(
         rows_module,
         "capture",
-        lambda model, tokens, sites: {s: tokens[..., None].float() for s in sites},
+        lambda model, tokens, sites, places: {
+            s: tokens.flatten()[places, None].float() for s in sites
+        },
     )
     settings = {"total_batches": 8, "pool": 12, "llm_batch": 2, "keep_special": keep_special}
     stream = stream_of(llm, tokens, batch=12, **settings)
@@ -217,9 +219,10 @@ def test_max_norm_drops_exactly_the_outliers_at_every_site(llm, monkeypatch):
     # Rows of norm 1, but 12 where the token is `a` at one site, and where it is `b` at the other.
     a, b = (llm.tokenizer.encode(letter)[0] for letter in "ab")
 
-    def planted(model, tokens, sites):
+    def planted(model, tokens, sites, places):
+        tokens = tokens.flatten()[places]
         norms = [1 + 11.0 * (tokens == letter) for letter in (a, b)]
-        return {s: torch.stack([n, tokens * 1e-6], 2) for s, n in zip(sites, norms, strict=True)}
+        return {s: torch.stack([n, tokens * 1e-6], 1) for s, n in zip(sites, norms, strict=True)}
 
     monkeypatch.setattr(rows_module, "capture", planted)
 
@@ -235,8 +238,8 @@ def test_max_norm_drops_exactly_the_outliers_at_every_site(llm, monkeypatch):
 def test_the_median_is_that_of_the_first_llm_batch(llm, monkeypatch):
     scale = iter([1.0, 1.0] + [100.0] * 1000)
 
-    def growing(model, tokens, sites):
-        return {site: torch.full((*tokens.shape, 2), next(scale)) for site in sites}
+    def growing(model, tokens, sites, places):
+        return {site: torch.full((len(places), 2), next(scale)) for site in sites}
 
     monkeypatch.setattr(rows_module, "capture", growing)
     stream = make(llm, max_norm=10.0)
@@ -249,7 +252,9 @@ def test_activations_that_are_not_numbers_end_the_run_instead_of_looping(llm, mo
     monkeypatch.setattr(
         rows_module,
         "capture",
-        lambda model, tokens, sites: {s: torch.full((*tokens.shape, 2), torch.nan) for s in sites},
+        lambda model, tokens, sites, places: {
+            s: torch.full((len(places), 2), torch.nan) for s in sites
+        },
     )
     with pytest.raises(UserError, match="no activation of the last 20 LLM batches was left"):
         list(make(llm, max_norm=10.0))
