@@ -56,11 +56,16 @@ def conclude(job: Job, metrics: dict) -> None:
 
 
 def speed_line(job: Job, speed: dict[str, float]) -> str:
-    """Where the time of a run went."""
-    sources = f"LLM {speed['llm_share']:.0%}, text" if is_text(job.config) else "samples"
+    """How fast a run was and, where that is known, where its time went."""
+    where = ""
+    if "llm_share" in speed:
+        sources = f"LLM {speed['llm_share']:.0%}, text" if is_text(job.config) else "samples"
+        where = (
+            f" ({sources} and pool {speed['data_share']:.0%}, SAE {speed['sae_share']:.0%} of the "
+            "time)"
+        )
     return (
-        f"{speed['tokens_per_second']:,.0f} tokens/s ({sources} and "
-        f"pool {speed['data_share']:.0%}, SAE {speed['sae_share']:.0%} of the time), "
+        f"{speed['tokens_per_second']:,.0f} tokens/s{where}, "
         f"{speed['tokens_per_second_in_all']:,.0f} with evaluation and checkpoints"
     )
 

@@ -30,7 +30,7 @@ def standard(trainer: TrainerConfig, eval: EvalConfig) -> list[L.Callback]:
         DecoderNorm(),
         ClipGradient(),
         Steer(),
-        Throughput(trainer.log_every),
+        Throughput(trainer.log_every, pauses=(eval.every, trainer.checkpoint_every)),
         Curves(trainer.log_every),
         Resample(),
         Evaluate(eval.every),

@@ -1,63 +1,91 @@
 """Measures how fast training runs and where the time goes."""
 
 import sys
-import time
+from collections.abc import Collection
+from time import perf_counter
+from typing import NamedTuple
 
 import lightning as L
 import torch
 
+from sae_lightning.schedules import due
+
+
+class Moment(NamedTuple):
+    """Where training is, and what it has taken."""
+
+    step: int
+    seconds: float
+    """Seconds of training, from whenever."""
+    stream: float
+    """Seconds of these spent in the stream, the LLM with it, by the CPU's clock."""
+    llm: float
+    """Seconds of these spent in the LLM, by the CPU's clock."""
+
 
 class Throughput(L.Callback):
-    """Tokens per second, and the shares of the LLM, of the rest of the stream (text, tokens, pool)
-    and of the SAEs, between two log points.
+    """Tokens per second between two log points and, on a CPU, the shares of the LLM, of the rest of
+    the stream (text, tokens, pool) and of the SAEs. `module.speed` has the same over the whole of
+    this process, for `metrics.json`.
 
-    Evaluation and checkpoints are not counted; the first fill of the pool is. `module.speed` has
-    the same over the whole of this process, for `metrics.json`.
+    CPU           stream SAEs | others | stream SAEs | others | ...      counted: all but others
+    accelerator   stream SAEs others stream SAEs | evaluation | ...      counted: all but evaluation
+
+    Others are the callbacks that follow, evaluation and checkpoints among them; the first fill of
+    the pool is counted. An accelerator works while the CPU goes on: waiting for it at every update
+    would slow both down, so that this happens at log points and before evaluations and checkpoints
+    only, and how its time is shared out is a question for a profiler.
     """
 
-    def __init__(self, log_every: int):
-        self.log_every = log_every
-        self.sae_seconds = self.batch_started = 0.0
+    def __init__(self, log_every: int, pauses: Collection[int]):
+        """`log_every` in updates; `pauses`: training tokens between evaluations, checkpoints."""
+        self.log_every, self.pauses = log_every, pauses
+        self.idle = 0.0
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Begin at the update from which this process trains."""
-        self.first = self.last = self._now(trainer)
+        self.first = self.last = self.paused = self._now(trainer)
 
-    def on_train_batch_start(self, *_) -> None:
-        """The SAEs' turn begins."""
-        self.batch_started = time.perf_counter()
+    def on_train_batch_start(self, trainer: L.Trainer, *_) -> None:
+        """A pause ended when the stream began to make this batch."""
+        if self.paused:
+            now = self._now(trainer)
+            self.idle += now.seconds - self.paused.seconds - (now.stream - self.paused.stream)
+            self.paused = None
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
-        """The SAEs' turn ends; log if it is time."""
-        if module.device.type != "cpu":
-            torch.accelerator.synchronize()  # or the update would count as the LLM's time
-        self.sae_seconds += time.perf_counter() - self.batch_started
-        step = trainer.global_step
-        if step % self.log_every and step < module.steps:
-            return
+        """The update is made; log if it is time."""
+        step, on_cpu = trainer.global_step, module.device.type == "cpu"
+        log = step % self.log_every == 0 or step >= module.steps
+        pause = on_cpu or any(due(step, module.batch, every) for every in self.pauses)
+        if not on_cpu and (log or pause):
+            torch.accelerator.synchronize()
         now = self._now(trainer)
-        recent = _speed(self.last, now, module.batch)
+        self.paused = now if pause else None
+        if not log:
+            return
+        recent = _speed(self.last, now, module.batch, shares=on_cpu)
         self.last = now
         module.tokens_per_second = recent["tokens_per_second"]
-        module.speed = _speed(self.first, now, module.batch)
+        module.speed = _speed(self.first, now, module.batch, shares=on_cpu)
         for head in module.training_heads:
             scalars = {f"speed/{name}": value for name, value in recent.items()}
             head.log.scalars(scalars, module.tokens)
 
-    def _now(self, trainer: L.Trainer) -> tuple[int, float, float, float]:
-        stream = trainer.datamodule.stream
-        return trainer.global_step, self.sae_seconds, stream.llm_seconds, stream.seconds
+    def _now(self, trainer: L.Trainer) -> Moment:
+        stream, seconds = trainer.datamodule.stream, perf_counter() - self.idle
+        return Moment(trainer.global_step, seconds, stream.seconds, stream.llm_seconds)
 
 
-def _speed(before: tuple, after: tuple, batch: int) -> dict[str, float]:
-    """Speed between two moments (step; seconds of the SAEs, the LLM, the stream with the LLM)."""
-    steps, sae, llm, stream = (b - a for a, b in zip(before, after, strict=True))
-    return {
-        "tokens_per_second": steps * batch / (sae + stream),
-        "llm_share": llm / (sae + stream),
-        "data_share": (stream - llm) / (sae + stream),
-        "sae_share": sae / (sae + stream),
-    }
+def _speed(before: Moment, after: Moment, batch: int, shares: bool) -> dict[str, float]:
+    """Speed between two moments, and where the time went."""
+    steps, seconds, stream, llm = (b - a for a, b in zip(before, after, strict=True))
+    speed = {"tokens_per_second": steps * batch / seconds}
+    if shares:
+        speed["llm_share"] = llm / seconds
+        speed["data_share"] = (stream - llm) / seconds
+        speed["sae_share"] = (seconds - stream) / seconds
+    return speed
 
 
 def peak_memory_gb() -> float:

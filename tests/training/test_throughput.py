@@ -1,0 +1,81 @@
+"""What is counted as training, and how often an accelerator is waited for."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sae_lightning.training.callbacks import throughput as throughput_module
+from sae_lightning.training.callbacks.throughput import Throughput
+
+STEPS, BATCH = 10, 100
+FILL, LLM, POOL, SAES, OTHERS, EVALUATION = 50.0, 2.0, 1.0, 4.0, 0.5, 1000.0  # seconds
+
+
+@pytest.fixture
+def waits(monkeypatch) -> list[int]:
+    """The updates after which the accelerator is waited for."""
+    return []
+
+
+@pytest.fixture
+def trained(monkeypatch, waits):
+    """trained(device) -> the module of a run of 10 updates by a clock that a test can read, and its
+    curves; it is evaluated after 300, 600 and 900 tokens."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(throughput_module, "perf_counter", lambda: clock.now)
+    curves: list[tuple[int, dict]] = []
+
+    def train(device: str):
+        stream = SimpleNamespace(seconds=0.0, llm_seconds=0.0)
+        trainer = SimpleNamespace(global_step=0, datamodule=SimpleNamespace(stream=stream))
+        log = SimpleNamespace(scalars=lambda values, tokens: curves.append((tokens, values)))
+        module = SimpleNamespace(
+            device=torch.device(device), batch=BATCH, steps=STEPS, tokens_per_second=0.0, tokens=0
+        )
+        module.training_heads = [SimpleNamespace(log=log)]
+        wait = lambda: waits.append(trainer.global_step)  # noqa: E731
+        monkeypatch.setattr(torch.accelerator, "synchronize", wait)
+        callback = Throughput(5, pauses=(300, 10_000))
+        callback.on_fit_start(trainer, module)
+        clock.now += 7  # Lightning's own preparations
+        for step in range(STEPS):
+            llm, pool = LLM + FILL * (step == 0), POOL
+            clock.now += llm + pool
+            stream.seconds += llm + pool
+            stream.llm_seconds += llm
+            callback.on_train_batch_start(trainer, module, None, step)
+            clock.now += SAES
+            trainer.global_step += 1
+            module.tokens += BATCH
+            callback.on_train_batch_end(trainer, module, None, None, step)
+            clock.now += OTHERS + EVALUATION * (module.tokens % 300 == 0)
+        return module, curves
+
+    return train
+
+
+def test_on_a_cpu_the_stream_and_the_saes_are_counted_and_nothing_else(trained, waits):
+    module, curves = trained("cpu")
+    seconds = FILL + STEPS * (LLM + POOL + SAES)
+    assert module.speed == pytest.approx(
+        {
+            "tokens_per_second": STEPS * BATCH / seconds,
+            "llm_share": (FILL + STEPS * LLM) / seconds,
+            "data_share": STEPS * POOL / seconds,
+            "sae_share": STEPS * SAES / seconds,
+        }
+    )
+    assert [tokens for tokens, _ in curves] == [500, 1000]
+    assert curves[1][1]["speed/tokens_per_second"] == pytest.approx(500 / (5 * 7))
+    assert waits == []
+
+
+def test_an_accelerator_is_waited_for_where_something_is_measured_and_nowhere_else(trained, waits):
+    module, curves = trained("cuda")
+    assert waits == [3, 5, 6, 9, 10]
+    # what follows an update runs beside it, but for evaluation (after updates 3, 6 and 9)
+    seconds = FILL + STEPS * (LLM + POOL + SAES) + 6 * OTHERS
+    assert module.speed == pytest.approx({"tokens_per_second": STEPS * BATCH / seconds})
+    recent = 5 * (LLM + POOL + SAES) + 3 * OTHERS
+    assert curves[1][1] == pytest.approx({"speed/tokens_per_second": 500 / recent})
