@@ -7,6 +7,11 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # read where triton is first imported, which transformers does
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from tiny_llm import save_tiny
 
 from sae_lightning.llm.load import Dtype, LLMConfig, load

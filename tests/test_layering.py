@@ -54,8 +54,10 @@ ROOMS = {
     "transformers": {"llm"},
     "scipy": {"recovery", "analysis"},
     "sklearn": {"analysis"},
+    "triton": {"sae"},
 }
 TORCH_ONLY = {"sae", "losses", "metrics", "schedules", "synthetic"}
+KERNELS = {f"{PACKAGE}.sae.triton_products": {"triton"}}
 WITHOUT_LIGHTNING = {f"{PACKAGE}.training.settings"}
 
 
@@ -121,7 +123,8 @@ def _broken_rule(module: str, mine: str, name: str) -> str | None:
         return f"only in {', '.join(sorted(ROOMS[library]))}"
     if library == "lightning" and module in WITHOUT_LIGHTNING:
         return "a config is read without lightning"
-    if mine in TORCH_ONLY and library not in {"torch"} | sys.stdlib_module_names:
+    allowed = {"torch"} | KERNELS.get(module, set()) | sys.stdlib_module_names
+    if mine in TORCH_ONLY and library not in allowed:
         return "torch and the standard library only"
     return None
 
@@ -176,6 +179,7 @@ def test_a_tree_that_keeps_the_rules_passes(tmp_path):
         ("training/head.py", "from omegaconf import DictConfig"),
         ("checks.py", "import hydra"),
         ("sae/relu.py", "import numpy as np"),
+        ("sae/relu.py", "import triton"),
         ("sae/relu.py", "from sae_lightning.terminal import console"),
         ("losses.py", "from sae_lightning.sae import SAE"),
         ("losses.py", "import safetensors"),
