@@ -1,0 +1,41 @@
+"""Work in a process of its own: the memory it needs is its own, and so is what it leaves behind.
+
+answer = call("timing.ours:measure", {"runs": ..., "folder": ...}, log=...)
+"""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve()
+
+
+class Failed(Exception):
+    """The process ended with an error; the last line of its log."""
+
+
+def call(work: str, settings: dict[str, Any], log: Path, python: str = sys.executable) -> Any:
+    """What the function `work` (module:function) answers to `settings`; its output goes to `log`.
+
+    `python`: the interpreter of another environment, in which a peer is installed.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    answer = log.with_suffix(".json")
+    answer.unlink(missing_ok=True)
+    command = [python, "-W", "ignore", str(HERE), work, json.dumps(settings), str(answer)]
+    with log.open("w") as output:
+        done = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT)
+    if done.returncode or not answer.exists():
+        lines = log.read_text("utf8", errors="replace").strip().splitlines()
+        raise Failed(f"{lines[-1] if lines else 'no output'} (all of it: {log})")
+    return json.loads(answer.read_text("utf8"))
+
+
+if __name__ == "__main__":
+    sys.path[0] = str(HERE.parents[1])  # benchmarks/
+    module, _, function = sys.argv[1].partition(":")
+    found = getattr(importlib.import_module(module), function)(**json.loads(sys.argv[2]))
+    Path(sys.argv[3]).write_text(json.dumps(found), "utf8")

@@ -1,0 +1,97 @@
+"""LLMs of real shapes with random weights: as fast as the real ones, and they need no network.
+
+Their tokenizer is the packaged LLM's, whose ids fit each of the vocabularies.
+
+    gpt2          GPT-2 small: 12 blocks, d = 768
+    pythia_160m   Pythia-160M: 12 blocks, d = 768
+    gemma_2_2b    Gemma-2-2B's width (2304) and blocks, but only those up to the hooked one, and a
+                  vocabulary of 49,152 rather than 256,000: 2 GB in bf16 at block 12
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma2Config,
+    GPT2Config,
+    GPTNeoXConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from sae_lightning.llm.packaged import cached
+from sae_lightning.llm.quiet import quiet
+from sae_lightning.llm.sites import decoder_stack
+from sae_lightning.terminal import phase
+
+VOCABULARY = 49_152  # of the packaged tokenizer
+
+
+def _gemma(blocks: int) -> PretrainedConfig:
+    return Gemma2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=2304,
+        intermediate_size=9216,
+        num_hidden_layers=blocks,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=256,
+    )
+
+
+CONFIGS: dict[str, Callable[[int], PretrainedConfig]] = {
+    "gpt2": lambda _: GPT2Config(),
+    "pythia_160m": lambda _: GPTNeoXConfig(
+        vocab_size=50_304,
+        hidden_size=768,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        intermediate_size=3072,
+    ),
+    "gemma_2_2b": _gemma,
+}
+
+
+def saved(name: str, block: int, folder: Path) -> Path:
+    """The folder of a random-weight LLM that has at least the block; made on the first call."""
+    made = CONFIGS[name](block + 1)
+    path = folder / f"{name}-{made.num_hidden_layers}"
+    if (path / "config.json").is_file():
+        return path.absolute()
+    with phase(f"making a {name} of random weights"), quiet():
+        tokenizer = AutoTokenizer.from_pretrained(cached("smollm2"))
+        made.bos_token_id = tokenizer.bos_token_id
+        made.eos_token_id = tokenizer.eos_token_id
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(made, dtype=torch.bfloat16)
+        _save(model, tokenizer, path)
+    return path.absolute()
+
+
+def truncated(source: Path, block: int, number: torch.dtype, folder: Path) -> tuple[Path, str]:
+    """A copy of the LLM in `source` that ends after `block`, and the hooked block's name in it."""
+    path = folder / f"{source.name}-{block + 1}"
+    with phase(f"cutting {source.name} after block {block}"), quiet():
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=number)
+        stack = decoder_stack(model)
+        name = next(n for n, module in model.named_modules() if module is stack[block])
+        if not (path / "config.json").is_file():
+            del stack[block + 1 :]
+            text = model.config.get_text_config()
+            text.num_hidden_layers = block + 1
+            if getattr(text, "layer_types", None):
+                text.layer_types = text.layer_types[: block + 1]
+            _save(model, AutoTokenizer.from_pretrained(source), path)
+    return path.absolute(), name
+
+
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """Write both; the folder is there when it is complete."""
+    partial = path.with_name(f"{path.name}.partial")
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    partial.rename(path)

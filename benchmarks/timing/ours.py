@@ -1,0 +1,116 @@
+"""One run of ours, measured: `train.py`'s own way from the config to the trained SAEs."""
+
+import json
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+from unittest.mock import patch
+
+import lightning as L
+import torch
+from hydra import compose, initialize_config_dir
+from timing.profile import profiler, summary
+
+import sae_lightning.run as wiring
+from sae_lightning import passes
+from sae_lightning.config import Config, conf_folder
+from sae_lightning.folders import METRICS_FILE
+from sae_lightning.jobs import Job, job, register
+from sae_lightning.training.callbacks import standard
+from sae_lightning.training.callbacks.throughput import peak_memory_gb
+
+UPDATES = 16  # that a profile looks at
+
+
+class _Done(Exception):
+    """The profile is complete: the rest of the run is not needed."""
+
+
+def jobs(runs: list[list[str]], folder: Path) -> list[Job]:
+    """A job for each list of overrides."""
+    register()
+    found = []
+    with initialize_config_dir(conf_folder(), version_base="1.3"):
+        for number, overrides in enumerate(runs):
+            this = job(compose("config", overrides=overrides), folder / str(number), overrides)
+            found.append(this)
+    return found
+
+
+def measure(runs: list[list[str]], folder: str) -> dict[str, Any]:
+    """Train the SAEs of `runs` on one pass: tokens/s, memory, and where they ended."""
+    these, clock = jobs(runs, Path(folder)), _Clock()
+    with patch.object(wiring, "standard", lambda *a: [clock, *standard(*a)]):
+        passes.train(these)
+    metrics = [json.loads((this.folder / METRICS_FILE).read_text("utf8")) for this in these]
+    speed, tokens = metrics[0]["speed"], metrics[0]["tokens"]
+    assert speed["heads"] == len(runs), "the SAEs did not train on one pass"
+    return {
+        "tokens": tokens,
+        "seconds": clock.seconds,
+        "tokens_per_second": tokens / clock.seconds,
+        "l0": metrics[0]["held_out"]["l0"],
+        "explained_variance": metrics[0]["held_out"]["explained_variance"],
+        "peak_memory_gb": clock.peak_memory_gb,
+        "speed": speed,
+    }
+
+
+def look(runs: list[list[str]], folder: str) -> dict[str, Any]:
+    """The same run up to its middle, for a profile of updates there."""
+    these = jobs(runs, Path(folder))
+    look = _Look(*window(these[0].config))
+    with patch.object(wiring, "standard", lambda *a: [*standard(*a), look]):
+        try:
+            wiring.run(these)
+        except _Done:
+            return look.found
+    raise AssertionError("the run ended before its middle")
+
+
+def window(config: Config) -> tuple[int, int]:
+    """The updates (after which, how many) in the middle of those that keep the LLM at work: at the
+    end of a run the pool drains."""
+    steps = config.trainer.steps
+    working = steps - config.data.pool // config.trainer.batch
+    if working < 4:  # a trial: the pool holds it all
+        working = steps
+    return max(1, working // 2), max(1, min(UPDATES, working // 2 - 1))
+
+
+class _Clock(L.Callback):
+    """Seconds from before the first fill of the pool to the last update."""
+
+    def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        self.started = _now()
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
+        if trainer.global_step == module.steps:
+            self.seconds = _now() - self.started
+            self.peak_memory_gb = peak_memory_gb()  # of training: evaluation comes later
+
+
+class _Look(L.Callback):
+    """Profiles whole cycles: from the end of one update to the end of another."""
+
+    def __init__(self, after: int, updates: int):
+        self.after, self.updates, self.profiler = after, updates, profiler()
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
+        if trainer.global_step == self.after:
+            self.profiler.start()
+            self.started = _now()
+        if trainer.global_step == self.after + self.updates:
+            wall = _now() - self.started
+            self.profiler.stop()
+            self.found = summary(self.profiler, wall) | {
+                "updates": [self.after, self.after + self.updates],
+                "tokens_per_second": self.updates * module.batch / wall,
+            }
+            raise _Done
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return perf_counter()
