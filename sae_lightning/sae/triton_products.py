@@ -9,7 +9,7 @@ that never does), so a row is cut at every multiple of PIECE, and a program work
     head      a   b . . . .                       c      the first piece of every row
     tail                      b . . . . . .   b          what begins at a cut inside a row
 
-There are rows + (nnz - 1) // PIECE pieces at most, which follows from shapes: nothing waits for the
+That makes rows + nnz // PIECE programs, a number that follows from shapes: nothing waits for the
 device. Sums are made in the same order each time: no atomics.
 """
 
@@ -67,11 +67,11 @@ def _columns(d: int) -> int:
 
 
 def _owners(offsets: Tensor, nnz: int) -> Tensor:
-    """[cuts]: the row of the entry at each cut, which are PIECE, 2 PIECE and so on below nnz."""
-    cuts = max(nnz - 1, 0) // PIECE
-    places = torch.arange(1, cuts + 1, device=offsets.device, dtype=offsets.dtype) * PIECE
-    # the number of rows that end at or before it
-    return torch.searchsorted(offsets[1:], places, right=True)
+    """[cuts]: the row that each cut is in: at PIECE, 2 PIECE and so on up to nnz."""
+    cuts = torch.arange(1, nnz // PIECE + 1, device=offsets.device, dtype=offsets.dtype) * PIECE
+    # The first row that ends at or after it: between two rows that is not the one that begins
+    # there, and so the tail is empty.
+    return torch.searchsorted(offsets[1:], cuts)
 
 
 @triton.jit
@@ -81,11 +81,8 @@ def _piece(offsets, owners, cuts, PIECE: tl.constexpr):
     program = tl.program_id(0).to(tl.int64)
     tail = program < cuts
     row = tl.where(tail, tl.load(owners + program, mask=tail, other=0), program - cuts)
-    start = tl.load(offsets + row).to(tl.int64)
-    begin = tl.where(tail, (program + 1) * PIECE, start)
+    begin = tl.where(tail, (program + 1) * PIECE, tl.load(offsets + row).to(tl.int64))
     end = tl.minimum(tl.load(offsets + row + 1).to(tl.int64), (begin // PIECE + 1) * PIECE)
-    # where a row starts at a cut, the piece is its head
-    end = tl.where(tail & (begin == start), begin, end)
     return row, begin, end, tail
 
 
@@ -119,7 +116,7 @@ def _add_tails(
     offsets, owners, tails, sums, d,
     PIECE: tl.constexpr, ENTRIES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Add its tails to each row: at its first cut, for all of its cuts."""
+    """Add to each row its tails: the program of its first cut does so for all of them."""
     cut = tl.program_id(0)
     row = tl.load(owners + cut)
     begin = tl.load(offsets + row).to(tl.int64) // PIECE

@@ -104,6 +104,7 @@ def test_a_feature_that_fires_on_every_token_is_cut_and_put_together():
     [
         [PIECE],
         [PIECE + 1],
+        [2 * PIECE],
         [2 * PIECE, 0, PIECE, 3],
         [0, PIECE - 1, 2, 0, 0, PIECE - 1, 1],
         [1, 2 * PIECE - 1, 2 * PIECE + 1],
@@ -134,6 +135,13 @@ def test_the_two_may_differ_in_precision(weights, table):
 
 def test_indices_may_have_32_bits():
     assert_both(random_pattern(3, PIECE, 0.9), 24, index_dtype=torch.int32)
+
+
+def test_rows_of_the_table_that_no_entry_names_are_not_touched():
+    offsets, indices = tensor([0, 1, 3], device=DEVICE), tensor([1, 1, 2], device=DEVICE)
+    table = tensor([[torch.nan], [1.0], [2.0]], device=DEVICE)
+    weights = tensor([3.0, 4.0, 5.0], device=DEVICE)
+    assert weighted_sums(offsets, indices, weights, table).tolist() == [[3], [14]]
 
 
 COMPILE = """
