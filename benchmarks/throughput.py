@@ -118,7 +118,7 @@ def main(arguments: list[str]) -> None:
     asked, results, roofs = read(arguments), [], {}
     shutil.rmtree(asked.out / "runs", ignore_errors=True)  # a finished run is not trained again
     for model in asked.models:
-        llm = _llm(model, asked)
+        llm = llm_overrides(model, asked)
         roofs[model] = _child(asked, f"{model}-roofline", "timing.roofline:measure", run=llm)
         for architecture, setting in asked.runs:
             results.append(_result(asked, model, llm, architecture, setting, roofs[model]))
@@ -127,7 +127,7 @@ def main(arguments: list[str]) -> None:
     console.print(f"the figures are in {asked.out / 'throughput.json'}")
 
 
-def _llm(model: str, asked: Asked) -> list[str]:
+def llm_overrides(model: str, asked: Asked) -> list[str]:
     """The overrides that choose the LLM and the rest of the command line."""
     if model in PACKAGED:
         return [f"llm={model}", *asked.overrides]
@@ -213,7 +213,7 @@ def _roofline(model: str, roof: dict[str, Any]) -> str:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (Failed, Exception) as error:
+    except Exception as error:
         line = str(error) if isinstance(error, Failed) else explain(error, [])
         if line is None:
             raise

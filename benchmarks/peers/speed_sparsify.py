@@ -1,0 +1,60 @@
+"""sparsify against the clock: its own trainer, which reads the LLM as it trains.
+
+    python -m venv --system-site-packages /tmp/sparsify
+    /tmp/sparsify/bin/pip install --no-deps eai-sparsify schedulefree natsort einops
+
+It trains TopK and TopK only, in the batches that the LLM reads (here as many sequences as make up
+one of our batches), unshuffled, without a buffer.
+
+`documented` is its README's example: the whole LLM in bf16, its own optimiser (signum). `tuned`
+cuts the LLM after the hooked block and leaves the LM head out. Its autocast and its decoder's
+Triton kernels are for CUDA; on a CPU it computes in fp32, its decoder is torch's embedding_bag.
+"""
+
+import importlib.metadata
+from time import perf_counter
+from typing import Any
+
+import torch
+from datasets import Dataset
+from sparsify import SaeConfig, TrainConfig, Trainer
+from transformers import AutoModel, AutoModelForCausalLM
+
+
+def about() -> dict[str, Any]:
+    """Who this is and what it trains."""
+    return {
+        "name": "sparsify",
+        "version": importlib.metadata.version("eai-sparsify"),
+        "variants": ["documented", "tuned"],
+        "architectures": ["topk"],
+    }
+
+
+def measure(architecture: str, variant: str, setting: float, work: dict[str, Any]) -> dict:
+    """Train one SAE; the clock runs from the first sequence to the last update."""
+    tuned = variant == "tuned"
+    number = torch.bfloat16 if work["bf16"] else torch.float32
+    kind, folder = (AutoModel, "truncated") if tuned else (AutoModelForCausalLM, "llm")
+    llm = kind.from_pretrained(work[folder], dtype=number).to(work["device"])
+    sequences = work["batch"] // work["context"]
+    tokens = torch.load(work["tokens"])[: sequences * work["steps"]]
+    data = {"input_ids": list(tokens.numpy())}
+    config = TrainConfig(
+        SaeConfig(num_latents=work["features"], k=int(setting)),
+        batch_size=sequences,
+        layers=[work["block"]],
+        init_seeds=[work["seed"]],
+        log_to_wandb=False,
+    )
+    trainer = Trainer(config, Dataset.from_dict(data).with_format("torch"), llm)
+    trainer.save = lambda: None
+    started = _now()
+    trainer.fit()
+    return {"tokens": tokens.numel(), "seconds": _now() - started, "l0": setting}
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return perf_counter()
