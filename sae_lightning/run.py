@@ -16,6 +16,7 @@ from sae_lightning import checks, folders
 from sae_lightning.config import Config
 from sae_lightning.files import write_json
 from sae_lightning.folders import METRICS_FILE
+from sae_lightning.heap import keep_freed_memory
 from sae_lightning.inputs import Inputs, is_text, metadata, open_inputs
 from sae_lightning.jobs import Job, resume_of
 from sae_lightning.llm.sites import Sites, distinct
@@ -62,6 +63,7 @@ def run(jobs: list[Job]) -> list[dict[str, float] | None]:
     assert len(set(steps_done)) == 1, "jobs must have come to the same update"
     if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()  # of this pass, not of the one before
+    keep_freed_memory()
     with folders.claimed([job.folder for job in jobs]), _quiet_lightning():
         return _run(jobs, sites, steps_done[0])
 
@@ -152,6 +154,7 @@ def _head(job: Job, sites: Sites, width: int, log: HeadLog) -> Head:
         recipe=config.callbacks,
         dead_window=config.callbacks.dead_window(config.trainer.steps * config.trainer.batch),
         seed=config.model.seed,
+        products=config.trainer.products,
     )
     head.log = log
     head.settings = config.identity()

@@ -31,7 +31,7 @@ ROWS = [
     ["sae"],
     ["losses"],
     ["files"],
-    ["terminal", "errors"],
+    ["terminal", "errors", "heap"],
 ]
 DEPTH = {unit: row for row, units in enumerate(ROWS) for unit in units}
 # The package's front door: `from sae_lightning import load_sae`.

@@ -10,9 +10,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.nn.functional import normalize
+from torch.profiler import record_function
 
 from sae_lightning.errors import UserError
+from sae_lightning.sae import sparse
+from sae_lightning.sae.sparse import Entries
+
+SAMPLE = 128  # tokens of a batch by which its density is judged
 
 
 @dataclass(slots=True, kw_only=True)
@@ -49,17 +53,22 @@ class Output(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """One forward pass in training: what objectives are made of."""
+    """One forward pass in training: what objectives are made of.
 
+    Of [batch, features] there are all entries (a tensor) or those that may differ from 0.
+    """
+
+    x: Tensor
+    """[batch, d_in]"""
     reconstruction: Tensor
     """[batch, d_out]"""
-    features: Tensor
+    features: Tensor | Entries
     """[batch, features], not negative"""
-    pre: Tensor
+    pre: Tensor | Entries
     """[batch, features], before the activation function"""
     prefixes: tuple[Tensor, ...] = ()
     """Reconstructions [batch, d_out] by the first features alone, where a class has them"""
-    gate: Tensor | None = None
+    gate: Tensor | Entries | None = None
     """[batch, features], how far gates are open, where a class has them"""
 
 
@@ -93,7 +102,9 @@ class SAE(nn.Module):
         if d_in != d_out:
             columns = torch.randn(config.features, d_in, generator=generator)
             columns *= config.decoder_norm / columns.norm(dim=1, keepdim=True)
-        self.W_enc = nn.Parameter(columns.T.contiguous())
+        # Not contiguous: in memory a feature's column lies together, as its decoder row does, so
+        # that sparse products write their gradient as it is.
+        self.W_enc = nn.Parameter(columns.clone().T)
         self.b_enc = nn.Parameter(torch.zeros(config.features))
         self.W_dec = nn.Parameter(rows.clone())
         self.b_dec = nn.Parameter(torch.zeros(d_out))
@@ -103,6 +114,13 @@ class SAE(nn.Module):
     def pre_activations(self, x: Tensor) -> Tensor:
         """[batch, features] of activations [batch, d_in]."""
         return x @ self.W_enc + self.b_enc
+
+    def pre_activations_of(self, features: Tensor, this: Pass) -> Tensor:
+        """[batch, n] of some features [n], whether they are active or not."""
+        if not isinstance(this.pre, Entries):
+            return this.pre[:, features]
+        # rows of the transpose lie together
+        return this.x @ self.W_enc.T[features].T + self.b_enc[features]
 
     def activate(self, pre: Tensor) -> Tensor:
         """Feature strengths of pre-activations, both [batch, features], token by token."""
@@ -120,9 +138,12 @@ class SAE(nn.Module):
         """What features [batch, features] say of the reconstruction [batch, d_out]."""
         return features @ self.W_dec + self.b_dec
 
-    def reconstruct(self, x: Tensor, features: Tensor) -> Tensor:
+    def reconstruct(self, x: Tensor, features: Tensor | Entries) -> Tensor:
         """Reconstruction [batch, d_out] from features and, with a skip connection, the input."""
-        decoded = self.decode(features)
+        if isinstance(features, Entries):
+            decoded = sparse.decode(features, self.W_dec) + self.b_dec
+        else:
+            decoded = self.decode(features)
         return decoded + x @ self.W_skip if self.config.skip else decoded
 
     def forward(self, x: Tensor) -> Output:
@@ -130,11 +151,46 @@ class SAE(nn.Module):
         features = self.encode(x)
         return Output(self.reconstruct(x, features), features)
 
-    def training_pass(self, x: Tensor) -> Pass:
-        """Reconstruct a batch [batch, d_in] in training."""
-        pre = self.pre_activations(x)
-        features = self.activate_batch(pre)
-        return Pass(self.reconstruct(x, features), features, pre)
+    def training_pass(self, x: Tensor, only_active: bool = False) -> Pass:
+        """Reconstruct a batch [batch, d_in] in training; `only_active`: by sparse products, which
+        give the same up to rounding."""
+        pre, features = self.fire(x, only_active)
+        with record_function("decode"):
+            return Pass(x, self.reconstruct(x, features), features, pre)
+
+    def fire(self, x: Tensor, only_active: bool) -> tuple[Tensor | Entries, Tensor | Entries]:
+        """Pre-activations and features of a batch [batch, d_in] in training."""
+        with record_function("encode"):
+            if only_active:
+                pre = self.active_entries(x)
+                return pre, Entries(self.activate_entries(pre), pre.pattern)
+            pre = self.pre_activations(x)
+            return pre, self.activate_batch(pre)
+
+    def active_entries(self, x: Tensor) -> Entries:
+        """The pre-activations of a batch [batch, d_in] that have a say in anything."""
+        found = sparse.find(x, self.W_enc, self.choose)
+        return sparse.encode(x, self.W_enc, self.b_enc, *found)
+
+    def choose(self, product: Tensor) -> Tensor:
+        """Which places of x W_enc, [rows, features] without the bias, `active_entries` takes."""
+        return sparse.above(product, self.bound() - self.b_enc)
+
+    def bound(self) -> Tensor | float:
+        """[features] what pre-activations have to exceed, or else neither they nor anything that
+        depends on them is other than 0."""
+        return 0.0
+
+    def activate_entries(self, pre: Entries) -> Tensor:
+        """Feature strengths [n entries] of the pre-activations that `active_entries` took."""
+        return pre.values
+
+    def density(self, this: Pass) -> float:
+        """The share of [batch, features] that `active_entries` would take of this batch."""
+        if isinstance(this.pre, Entries):
+            return len(this.pre.pattern) / math.prod(this.pre.pattern.shape)
+        few = this.pre[:SAMPLE]  # they are in random order
+        return (few > self.bound()).float().mean().item()
 
     @torch.no_grad()
     def restart(self, which: Tensor, columns: Tensor, rows: Tensor) -> None:
@@ -147,14 +203,15 @@ class SAE(nn.Module):
     @torch.no_grad()
     def fix_norms(self) -> None:
         """Bring every decoder row to the norm that it started with."""
-        self.W_dec.copy_(normalize(self.W_dec) * self.config.decoder_norm)
+        self.W_dec.mul_(self.config.decoder_norm / self.W_dec.norm(dim=1, keepdim=True))
 
     @torch.no_grad()
     def project_gradient(self) -> None:
         """Leave of the decoder's gradient what turns rows, and nothing that stretches them
         (Bricken et al. 2023): Adam's moments then hold no part that `fix_norms` undoes."""
-        gradient, rows = self.W_dec.grad, normalize(self.W_dec)
-        gradient -= (gradient * rows).sum(dim=1, keepdim=True) * rows
+        gradient, rows = self.W_dec.grad, self.W_dec
+        along = (gradient * rows).sum(dim=1, keepdim=True) / rows.square().sum(dim=1, keepdim=True)
+        gradient.addcmul_(along, rows, value=-1)
 
     @torch.no_grad()
     def fold(

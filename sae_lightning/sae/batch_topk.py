@@ -1,12 +1,17 @@
 """BatchTopK: k active features per token on average, by a threshold that training finds."""
 
+from functools import partial
+
 import torch
 from torch import Generator, Tensor
 
+from sae_lightning.sae import sparse
 from sae_lightning.sae.base import SAE
+from sae_lightning.sae.sparse import Entries, Pattern
 from sae_lightning.sae.topk import TopKConfig
 
 MEMORY = 0.9  # share of the running mean that an update keeps: it looks back over 10 updates
+BOUNDS = (0.8, 0.4, 0.0)  # shares of the threshold above which the largest are looked for, in turn
 
 
 class BatchTopK(SAE):
@@ -45,6 +50,27 @@ class BatchTopK(SAE):
                 self._remember(values.min())
         kept = flat.gather(0, places)
         return torch.zeros_like(flat).scatter(0, places, kept).view_as(pre)
+
+    def active_entries(self, x: Tensor) -> Entries:
+        """The batch x k largest pre-activations of a batch [batch, d_in], if they are positive."""
+        wanted = len(x) * self.config.k
+        for share in BOUNDS:
+            bound = (share * self.threshold - self.b_enc).detach()
+            pattern, product = sparse.find(x, self.W_enc, partial(sparse.above, bound=bound))
+            if len(pattern) >= wanted:
+                break
+        with torch.no_grad():
+            pre = product.float() + self.b_enc[pattern.columns]
+            values, chosen = pre.topk(min(wanted, len(pre)), sorted=False)
+            if len(values):
+                self._remember(values.min())
+            chosen = chosen.sort().values
+        pattern = Pattern(pattern.places[chosen], *pattern.shape)
+        return sparse.encode(x, self.W_enc, self.b_enc, pattern, product[chosen])
+
+    def bound(self) -> Tensor:
+        """[features] above which the largest pre-activations of a batch are looked for."""
+        return BOUNDS[0] * self.threshold
 
     def _remember(self, smallest: Tensor) -> None:
         """Move the threshold to the running mean that includes this batch's smallest strength."""

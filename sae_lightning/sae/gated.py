@@ -6,8 +6,10 @@ import torch
 from torch import Generator, Tensor, nn
 
 from sae_lightning.losses import l1, mse
+from sae_lightning.sae import sparse
 from sae_lightning.sae.base import SAE, Pass, SAEConfig
-from sae_lightning.sae.objective import Moment, PenaltyLoss
+from sae_lightning.sae.objective import Moment, PenaltyLoss, penalised
+from sae_lightning.sae.sparse import Entries
 
 
 @dataclass(slots=True, kw_only=True)
@@ -45,10 +47,15 @@ class Gated(SAE):
         strength = (pre - self.b_enc) * self.r_mag.exp() + self.b_mag
         return strength.relu() * (pre > 0)
 
-    def training_pass(self, x: Tensor) -> Pass:
+    def activate_entries(self, pre: Entries) -> Tensor:
+        """Feature strengths [n entries] where the gate is open."""
+        own = pre.values - pre.of(self.b_enc)
+        return (own * pre.of(self.r_mag.exp()) + pre.of(self.b_mag)).relu()
+
+    def training_pass(self, x: Tensor, only_active: bool = False) -> Pass:
         """Reconstruct a batch [batch, d_in]; two terms of the objective share the gate."""
-        this = super().training_pass(x)
-        return this._replace(gate=this.pre.relu())
+        this = super().training_pass(x, only_active)
+        return this._replace(gate=this.pre if only_active else this.pre.relu())
 
     def biases_without(self, share: Tensor, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """The biases of both paths if every x W_enc loses a constant `share` [features]."""
@@ -80,13 +87,18 @@ class GatedLoss(PenaltyLoss):
 
     def penalty(self, sae: Gated, this: Pass, moment: Moment) -> Tensor:
         """How far the gates are open, in units of decoder norm."""
-        return l1(this.gate, sae.W_dec.detach())
+        return penalised(l1, this.gate, sae.W_dec.detach())
 
     def terms(self, sae: Gated, this: Pass, target: Tensor, moment: Moment) -> dict[str, Tensor]:
         """The usual ones, and what teaches the gate, through which no gradient of the mse flows."""
         terms = PenaltyLoss.terms(self, sae, this, target, moment)
         # as this reconstruction, with all that is not features (b_dec, a skip connection) in it
-        difference = (this.gate - this.features.detach()) @ sae.W_dec.detach()
+        W_dec = sae.W_dec.detach()
+        if isinstance(this.gate, Entries):
+            more = this.gate.values - this.features.values.detach()
+            difference = sparse.decode(Entries(more, this.gate.pattern), W_dec)
+        else:
+            difference = (this.gate - this.features.detach()) @ W_dec
         terms["gate"] = mse(this.reconstruction.detach() + difference, target)
         return terms
 

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 
 import torch
 from torch import Generator, Tensor, nn
@@ -10,7 +11,8 @@ from torch import Generator, Tensor, nn
 from sae_lightning.errors import UserError
 from sae_lightning.losses import tanh_l0
 from sae_lightning.sae.base import SAE, Pass, SAEConfig
-from sae_lightning.sae.objective import Moment, PenaltyLoss
+from sae_lightning.sae.objective import Moment, PenaltyLoss, penalised
+from sae_lightning.sae.sparse import Entries
 
 
 @dataclass(slots=True, kw_only=True)
@@ -32,7 +34,7 @@ class JumpReLUConfig(SAEConfig):
 
 class _Jump(torch.autograd.Function):
     """z 1[z > threshold]; the threshold's gradient is -threshold / width x 1[|z - threshold| <
-    width / 2]: that of the jump, averaged over the window."""
+    width / 2]: that of the jump, averaged over the window. Both in the shape of z."""
 
     @staticmethod
     def forward(ctx, z: Tensor, threshold: Tensor, width: float) -> Tensor:
@@ -44,12 +46,13 @@ class _Jump(torch.autograd.Function):
     def backward(ctx, gradient: Tensor):
         z, threshold = ctx.saved_tensors
         window = (z - threshold).abs() < ctx.width / 2
-        to_threshold = -(gradient * window).sum(dim=0) * threshold / ctx.width
+        to_threshold = gradient * window * threshold * (-1 / ctx.width)
         return gradient * (z > threshold), to_threshold, None
 
 
 class _Step(torch.autograd.Function):
-    """1[z > threshold]; the threshold's gradient is -1 / width x 1[|z - threshold| < width / 2]."""
+    """1[z > threshold]; the threshold's gradient is -1 / width x 1[|z - threshold| < width / 2].
+    Both in the shape of z."""
 
     @staticmethod
     def forward(ctx, z: Tensor, threshold: Tensor, width: float) -> Tensor:
@@ -61,7 +64,7 @@ class _Step(torch.autograd.Function):
     def backward(ctx, gradient: Tensor):
         z, threshold = ctx.saved_tensors
         window = (z - threshold).abs() < ctx.width / 2
-        return None, -(gradient * window).sum(dim=0) / ctx.width, None
+        return None, gradient * window * (-1 / ctx.width), None
 
 
 class JumpReLU(SAE):
@@ -89,11 +92,29 @@ class JumpReLU(SAE):
 
     def activate(self, pre: Tensor) -> Tensor:
         """Pre-activations above their threshold."""
-        return _Jump.apply(pre, self.threshold, self.config.bandwidth)
+        return _Jump.apply(pre, self.threshold.expand_as(pre), self.config.bandwidth)
 
-    def active(self, pre: Tensor) -> Tensor:
+    def active_entries(self, x: Tensor) -> Entries:
+        """The pre-activations above their threshold, and those below it that move it."""
+        pre = super().active_entries(x)
+        pre.pattern.loose = True
+        return pre
+
+    def bound(self) -> Tensor:
+        """[features] where the windows around thresholds begin."""
+        return self.threshold - self.config.bandwidth / 2
+
+    def activate_entries(self, pre: Entries) -> Tensor:
+        """Pre-activations above their threshold, 0 in place of the others, as [n entries]."""
+        return _Jump.apply(pre.values, pre.of(self.threshold), self.config.bandwidth)
+
+    def active(self, pre: Tensor | Entries) -> Tensor:
         """Mean number of active features per token, whose gradient reaches the thresholds."""
-        return _Step.apply(pre, self.threshold, self.config.bandwidth).sum(dim=1).mean()
+        if isinstance(pre, Entries):
+            values, threshold, batch = pre.values, pre.of(self.threshold), pre.pattern.shape[0]
+        else:
+            values, threshold, batch = pre, self.threshold.expand_as(pre), len(pre)
+        return _Step.apply(values, threshold, self.config.bandwidth).sum() / batch
 
     @torch.no_grad()
     def restart(self, which: Tensor, columns: Tensor, rows: Tensor) -> None:
@@ -155,7 +176,8 @@ class JumpReLULoss(PenaltyLoss):
         """Active features per token, counted exactly or smoothly."""
         if self.penalty_kind is Penalty.step:
             return sae.active(this.pre)
-        return tanh_l0(this.features, sae.W_dec, self.tanh_scale or 4.0)
+        smooth = partial(tanh_l0, scale=self.tanh_scale or 4.0)
+        return penalised(smooth, this.features, sae.W_dec)
 
     def threshold(self, sae: JumpReLU) -> Tensor:
         """[features], to be exceeded by pre-activations."""

@@ -1,15 +1,19 @@
 """Matryoshka: dictionaries within a dictionary, each of which has to reconstruct by itself."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import accumulate
 
 from torch import Tensor
+from torch.profiler import record_function
 
 from sae_lightning.errors import UserError
 from sae_lightning.losses import mse
+from sae_lightning.sae import sparse
 from sae_lightning.sae.base import Pass
 from sae_lightning.sae.batch_topk import BatchTopK
 from sae_lightning.sae.objective import AuxKLoss, Moment
+from sae_lightning.sae.sparse import Entries
 from sae_lightning.sae.topk import TopKConfig
 
 
@@ -47,17 +51,24 @@ class Matryoshka(BatchTopK):
     2503.17547): early features have to do without the later ones and stay general.
     """
 
-    def training_pass(self, x: Tensor) -> Pass:
+    def training_pass(self, x: Tensor, only_active: bool = False) -> Pass:
         """Reconstruct a batch [batch, d_in] with each prefix; each adds to the one before."""
-        pre = self.pre_activations(x)
-        features = self.activate_batch(pre)
+        pre, features = self.fire(x, only_active)
         reached = self.b_dec + x @ self.W_skip if self.config.skip else self.b_dec
-        steps = []
+        with record_function("decode"):
+            *prefixes, whole = accumulate(self._groups(features), initial=reached)
+        return Pass(x, whole, features, pre, tuple(prefixes[1:]))
+
+    def _groups(self, features: Tensor | Entries) -> Iterable[Tensor]:
+        """What each group of features says of the reconstruction [batch, d_out]."""
         sizes = self.config.sizes()
-        for f, rows in zip(features.split(sizes, dim=1), self.W_dec.split(sizes), strict=True):
-            reached = reached + f @ rows
-            steps.append(reached)
-        return Pass(steps[-1], features, pre, tuple(steps[:-1]))
+        if isinstance(features, Entries):
+            lines = sparse.decode(
+                Entries(features.values, features.pattern.split(sizes)), self.W_dec
+            )
+            return lines.unflatten(0, (-1, len(sizes))).unbind(dim=1)
+        groups = zip(features.split(sizes, dim=1), self.W_dec.split(sizes), strict=True)
+        return (f @ rows for f, rows in groups)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -2,6 +2,7 @@
 them makes features sparse."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from sae_lightning.errors import UserError
 from sae_lightning.losses import auxk, mse, preact
 from sae_lightning.sae.base import SAE, Pass
+from sae_lightning.sae.sparse import Entries
 
 
 class Moment(NamedTuple):
@@ -37,6 +39,18 @@ class Loss:
     def sparsity(self) -> str | None:
         """The term that makes features sparse: `warmup` and `target_l0` act on its coefficient."""
         return None
+
+
+def penalised(
+    penalty: Callable[[Tensor, Tensor], Tensor], features: Tensor | Entries, W_dec: Tensor
+) -> Tensor:
+    """A `penalty` on features [batch, features] and decoder norms [features]: a mean over the batch
+    of a sum over features to which those that are 0 add nothing."""
+    norms = W_dec.norm(dim=1)
+    if not isinstance(features, Entries):
+        return penalty(features, norms)
+    # all entries as if they were of one token
+    return penalty(features.values[None], features.of(norms)) / features.pattern.shape[0]
 
 
 def _not_negative(name: str, value: float, example: str) -> None:
@@ -94,7 +108,10 @@ class PenaltyLoss(Loss):
         terms = Loss.terms(self, sae, this, target, moment)
         terms[self.sparsity] = self.penalty(sae, this, moment)
         if self.preact:
-            terms["preact"] = preact(this.pre, self.threshold(sae), moment.dead, sae.W_dec)
+            dead, threshold = moment.dead.nonzero().squeeze(1), self.threshold(sae)
+            threshold = threshold[dead] if isinstance(threshold, Tensor) else threshold
+            pre, norms = sae.pre_activations_of(dead, this), sae.W_dec[dead].norm(dim=1)
+            terms["preact"] = preact(pre, threshold, norms)
         return terms
 
     def coefficients(self) -> dict[str, float]:
@@ -131,7 +148,9 @@ class AuxKLoss(Loss):
         if self.auxk:
             k = self.auxk_k or max(1, target.shape[1] // 2)
             residual = target - this.reconstruction
-            terms["auxk"] = auxk(residual, this.pre, moment.dead, sae.W_dec, k)
+            dead = moment.dead.nonzero().squeeze(1)
+            pre = sae.pre_activations_of(dead, this)
+            terms["auxk"] = auxk(residual, pre, sae.W_dec[dead], k)
         return terms
 
     def coefficients(self) -> dict[str, float]:

@@ -1,13 +1,14 @@
 """The ReLU autoencoder; without a penalty on f it is the dense one."""
 
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
 from sae_lightning.errors import UserError
 from sae_lightning.losses import l1, lp
 from sae_lightning.sae.base import SAE, Pass
-from sae_lightning.sae.objective import Loss, Moment, PenaltyLoss
+from sae_lightning.sae.objective import Loss, Moment, PenaltyLoss, penalised
 
 
 class ReLU(SAE):
@@ -56,6 +57,7 @@ class ReLULoss(PenaltyLoss):
     def penalty(self, sae: SAE, this: Pass, moment: Moment) -> Tensor:
         """The sum of feature strengths in units of decoder norm, or of their p-th powers."""
         if self.p == 1:
-            return l1(this.features, sae.W_dec)
+            return penalised(l1, this.features, sae.W_dec)
         done = (float(moment.progress) - self.warmup) / max(1 - self.warmup, 1e-9)
-        return lp(this.features, sae.W_dec, 1 - (1 - self.p) * min(max(done, 0.0), 1.0))
+        p = 1 - (1 - self.p) * min(max(done, 0.0), 1.0)
+        return penalised(partial(lp, p=p), this.features, sae.W_dec)

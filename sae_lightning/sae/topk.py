@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sae_lightning.errors import UserError
-from sae_lightning.sae.base import SAE, SAEConfig
+from sae_lightning.sae.base import SAE, Pass, SAEConfig
 
 
 @dataclass(slots=True, kw_only=True)
@@ -43,6 +43,18 @@ class TopK(SAE):
         """The k largest pre-activations of each token, if they are positive."""
         values, places = pre.relu().topk(self.config.k, dim=-1, sorted=False)
         return torch.zeros_like(pre).scatter(-1, places, values)
+
+    def choose(self, product: Tensor) -> Tensor:
+        """The places of each token's k largest pre-activations, if they are positive."""
+        pre = product + self.b_enc
+        places = pre.topk(self.config.k, dim=1, sorted=False).indices.sort(dim=1).values
+        starts = torch.arange(len(pre), device=pre.device)[:, None] * self.config.features
+        places = (starts + places).view(-1)
+        return places[pre.view(-1)[places] > 0]
+
+    def density(self, this: Pass) -> float:
+        """k features of each token."""
+        return self.config.k / self.config.features
 
     def saelens(self) -> dict[str, Any]:
         """SAELens would take k = 100 where none is given."""

@@ -4,14 +4,17 @@ Shapes: batch = tokens, d_in and d_out = widths of the source and target site.
 """
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from sae_lightning.llm.sites import Site
 from sae_lightning.sae import SAE, Loss, Moment, Output
-from sae_lightning.training.settings import CallbacksConfig, OptimConfig
+from sae_lightning.sae.products import WORTH_IT
+from sae_lightning.sae.sparse import Entries
+from sae_lightning.training.settings import CallbacksConfig, OptimConfig, Products
 
 
 class Step(NamedTuple):
@@ -49,16 +52,18 @@ class Head(nn.Module):
         recipe: CallbacksConfig,
         dead_window: int,
         seed: int,
+        products: Products = Products.auto,
     ):
         super().__init__()
         self.sae, self.loss, self.optim, self.recipe = sae, loss, optim, recipe
         self.name, self.folder, self.source, self.target = name, folder, source, target
-        self.dead_window = dead_window
+        self.dead_window, self.products = dead_window, products
         self.last: Step | None = None
         self.training_metrics: dict[str, float] = {}
         self.held_out_metrics: dict[str, float] = {}
         self.density: dict[str, int] = {}
         self.failure: str | None = None  # why it does not train any more
+        self.occupied = 1.0  # share of [batch, features] that sparse products had to deal with last
 
         features, d_out = sae.W_dec.shape
         self.register_buffer("in_mean", torch.zeros(sae.W_enc.shape[0]))
@@ -83,16 +88,28 @@ class Head(nn.Module):
             return x, x
         return x, (batch[self.target].float() - self.out_mean) / self.out_scale
 
+    @property
+    def only_active(self) -> bool:
+        """Whether the next update computes with active features alone."""
+        if self.products is not Products.auto:
+            return self.products is Products.sparse
+        return self.occupied < WORTH_IT.get(self.in_mean.device.type, 0)
+
     def forward(self, batch: dict[Site, Tensor]) -> Tensor:
         """The training loss [] of a batch {site: [batch, d_site]} of raw activations."""
         x, target = self.normalised(batch)
-        this = self.sae.training_pass(x)
+        this = self.sae.training_pass(x, self.only_active)
         moment = Moment(self.dead, self.progress)
-        terms = self.loss.terms(self.sae, this, target, moment)
+        with record_function("loss"):
+            terms = self.loss.terms(self.sae, this, target, moment)
         loss = terms["mse"]
         for name, coefficient in self.coefficients().items():
             loss = loss + coefficient * terms[name]
-        l0 = self._count_firing(this.features)
+        if self.only_active and self.source != self.target:
+            # an input that is no number exceeds no threshold: sparse products would pass over it
+            loss = loss + 0 * x.sum()
+        l0 = self._count_firing(this.features, len(x))
+        self.occupied = self.sae.density(this)
         self.last = Step(
             loss.detach(),
             {name: term.detach() for name, term in terms.items()},
@@ -110,12 +127,15 @@ class Head(nn.Module):
         return now
 
     @torch.no_grad()
-    def _count_firing(self, features: Tensor) -> Tensor:
+    def _count_firing(self, features: Tensor | Entries, batch: int) -> Tensor:
         """Note which of [batch, features] fired; returns how many per token."""
-        fired = (features > 0).sum(dim=0)
-        silent = self.tokens_since_fired + len(features)
+        if isinstance(features, Entries):
+            fired = features.count()
+        else:
+            fired = (features > 0).float().sum(dim=0)  # the sum of a bool takes far longer
+        silent = self.tokens_since_fired + batch
         self.tokens_since_fired.copy_(silent.masked_fill(fired > 0, 0))
-        return fired.sum() / len(features)
+        return fired.sum() / batch
 
     @property
     def dead(self) -> Tensor:
@@ -129,13 +149,14 @@ class Head(nn.Module):
         output = self.sae((x - self.in_mean) / self.in_scale)
         return Output(output.reconstruction * self.out_scale + self.out_mean, output.features)
 
-    def get_extra_state(self) -> dict[str, float]:
-        """What `metrics.json` will say about training goes into checkpoints too."""
-        return self.training_metrics
+    def get_extra_state(self) -> dict[str, Any]:
+        """What goes into checkpoints and is no tensor: what `metrics.json` will say about training,
+        and what the choice of products depends on."""
+        return {"training_metrics": self.training_metrics, "occupied": self.occupied}
 
-    def set_extra_state(self, state: dict[str, float]) -> None:
-        """Take the training metrics of a checkpoint."""
-        self.training_metrics = state
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take those of a checkpoint."""
+        self.training_metrics, self.occupied = state["training_metrics"], state["occupied"]
 
     def folded(self) -> dict[str, Tensor]:
         """The SAE's weights for raw activations."""

@@ -5,6 +5,7 @@ import signal
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from sae_lightning.errors import UserError
 from sae_lightning.files import write_json
@@ -25,6 +26,7 @@ class SAEModule(L.LightningModule):
         self.automatic_optimization = False
         self.heads = nn.ModuleList(heads)
         self.batch, self.steps, self.resume = batch, steps, resume
+        self.last_batch: dict[Site, Tensor] = {}
         self.stopped_by: signal.Signals | None = None
         self.tokens_per_second = 0.0
         self.speed: dict[str, float] = {}
@@ -43,24 +45,22 @@ class SAEModule(L.LightningModule):
         """One update of every head on a batch {site: [batch, d_site]}."""
         optimizer = self.optimizers()
         optimizer.zero_grad()
+        self.last_batch = batch
         for head in self.training_heads:
             loss = head(batch)
-            if loss.isfinite():
-                with torch.autocast(self.device.type, enabled=False):
-                    self.manual_backward(loss)
-            else:
-                self.fail(head, *_culprit(head, batch))
+            with torch.autocast(self.device.type, enabled=False), record_function("backward"):
+                self.manual_backward(loss)
         optimizer.step()
 
-    def fail(self, head: Head, culprit: str, remedy: str = "") -> None:
-        """Freeze a head whose numbers are no longer finite, and write down why; the others go on.
+    def fail(self, head: Head) -> None:
+        """Freeze a head whose gradient is no longer finite, and write down why; the others go on.
 
         UserError: it was the last one.
         """
+        culprit, remedy = _culprit(head, self.last_batch)
         saved, checkpoint = "nothing was saved yet", checkpoint_path(head.folder)
         if checkpoint.exists():
             saved = f"the last good checkpoint is {checkpoint}"
-        remedy = remedy or f"a lower optim.lr (now {head.optim.lr:g})"
         head.failure = (
             f"stopped at step {self.global_step} ({self.tokens:,} tokens): {culprit} is not "
             f"finite; {saved}. Start again with {remedy}"
@@ -101,10 +101,13 @@ class SAEModule(L.LightningModule):
         return torch.optim.Adam(groups, fused=True)
 
 
-def _culprit(head: Head, batch: dict[Site, Tensor]) -> tuple[str, ...]:
-    """Which part of a head's loss is not finite, and a remedy if it is not the learning rate."""
+def _culprit(head: Head, batch: dict[Site, Tensor]) -> tuple[str, str]:
+    """Which part of a head's update is not finite, and a remedy."""
     for site in (head.source, head.target):
         if not batch[site].isfinite().all():
             return f"the LLM's activation at {site}", "llm.dtype=float32"
+    slower = f"a lower optim.lr (now {head.optim.lr:g})"
     broken = [name for name, term in head.last.terms.items() if not term.isfinite()]
-    return (f"the loss term {' and '.join(broken) or 'sum'}",)
+    if broken:
+        return f"the loss term {' and '.join(broken)}", slower
+    return "the gradient" if head.last.loss.isfinite() else "the loss term sum", slower

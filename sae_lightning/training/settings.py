@@ -52,6 +52,14 @@ class Precision(Enum):
     bf16 = "bf16-mixed"
 
 
+class Products(Enum):
+    """How an SAE's decoder and backward pass are computed; the results agree up to rounding."""
+
+    auto = "auto"
+    dense = "dense"
+    sparse = "sparse"
+
+
 @dataclass(slots=True, kw_only=True)
 class TrainerConfig:
     """How long and on what; the `trainer` group."""
@@ -64,6 +72,9 @@ class TrainerConfig:
     """Where the SAEs train; `llm.device` says where the LLM runs."""
     precision: Precision = Precision.auto
     """Matrix products of the SAE in fp32 or bf16; auto is bf16 where the hardware has it."""
+    products: Products = Products.auto
+    """dense (with all features), sparse (with those that are active on a token), or auto: for each
+    SAE what is faster at the density that its last update had."""
     log_every: int = 8
     """Updates between two points of a training curve."""
     checkpoint_every: int = 131_072

@@ -181,4 +181,4 @@ def test_both_paths_start_equal_and_the_biases_of_both_keep_pace():
     assert_close(head.sae.activate(pre), pre.relu())
     assert set(head.sae.biases) == {"b_enc", "b_mag"}
     assert_close(head.sae.W_dec.norm(dim=1).detach(), torch.ones(48))
-    assert_close(l1(pre.relu(), head.sae.W_dec), pre.relu().sum(dim=1).mean())
+    assert_close(l1(pre.relu(), head.sae.W_dec.norm(dim=1)), pre.relu().sum(dim=1).mean())

@@ -82,11 +82,11 @@ def test_p_falls_from_the_end_of_the_warm_up_to_the_end_of_the_run():
     # (progress, p): 1 until 0.1, then linearly to 0.2 at 1: 0.6 half way at 0.55
     for progress, p in ((0.0, 1.0), (0.1, 1.0), (0.55, 0.6), (0.775, 0.4), (1.0, 0.2)):
         sae, this, terms = terms_of(loss, progress)
-        expected = torch.autograd.grad(lp(this.features, sae.W_dec, p), this.features)
+        expected = torch.autograd.grad(lp(this.features, sae.W_dec.norm(dim=1), p), this.features)
         (got,) = torch.autograd.grad(terms["l1"], this.features, retain_graph=True)
         assert_close(got, expected[0])
         # the coefficient need not be another one while p falls
-        assert_close(terms["l1"], l1(this.features, sae.W_dec))
+        assert_close(terms["l1"], l1(this.features, sae.W_dec.norm(dim=1)))
 
 
 def test_a_run_that_is_all_warm_up_keeps_p():

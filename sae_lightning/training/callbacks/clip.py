@@ -2,6 +2,11 @@
 
 import lightning as L
 import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+from torch.profiler import record_function
+
+from sae_lightning.training.head import Head
 
 
 class ClipGradient(L.Callback):
@@ -13,10 +18,19 @@ class ClipGradient(L.Callback):
 
     def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
         """Clip, after checking that the gradient is finite."""
-        for head in module.training_heads:
-            limit = float("inf") if head.optim.clip is None else head.optim.clip
-            norm = torch.nn.utils.clip_grad_norm_(head.sae.parameters(), limit)
-            if norm.isfinite():
+        heads = module.training_heads
+        with record_function("clip"):
+            norms = [_clip(head) for head in heads]
+            # read together: each by itself would make the host wait for the GPU
+            finite = torch.stack(norms).isfinite().tolist()
+        for head, norm, is_finite in zip(heads, norms, finite, strict=True):
+            if is_finite:
                 head.grad_norm.copy_(norm)
             else:
-                module.fail(head, "the gradient")
+                module.fail(head)
+
+
+def _clip(head: Head) -> Tensor:
+    """Clip a head's gradient; its norm before."""
+    limit = float("inf") if head.optim.clip is None else head.optim.clip
+    return clip_grad_norm_(head.sae.parameters(), limit)

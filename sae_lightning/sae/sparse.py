@@ -1,0 +1,184 @@
+"""Exact training on the few features that are active.
+
+The gradient of an SAE is exactly 0 wherever a feature is off. So only the encoder is computed
+densely, part of the batch by part; of [batch, features] only the entries that can fire are kept,
+and decoder and backward pass are products with them.
+
+    x W_enc -> which entries? -> Entries -> activate -> x_hat
+    dense      (choose)          [n entries]           weighted_sums over tokens
+                                   ^                      | gradient [batch, d]
+    W_enc.grad <-- weighted_sums --+------- dots <--------+--> weighted_sums --> W_dec.grad
+                   over features                               over features
+
+Shapes: n entries = (token, feature) pairs, in the order of tokens, then of features.
+"""
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sae_lightning.sae.products import dots, weighted_sums
+
+PART = {"cpu": 1 << 23, "other": 1 << 29}
+"""Pre-activations that are computed at a time: as many as stay in a CPU's cache."""
+
+
+class Pattern:
+    """Which entries of [rows, columns] there are, in CSR order."""
+
+    def __init__(self, places: Tensor, rows: int, columns: int, loose: bool = False):
+        """`places` [n entries] int64: row x columns + column, ascending; `loose`: values of many
+        are 0, which matter to thresholds alone."""
+        self.places, self.shape, self.loose = places, (rows, columns), loose
+        self.rows = places // columns
+        self.columns = places - self.rows * columns
+        ends = torch.arange(rows + 1, device=places.device) * columns
+        self.offsets = torch.searchsorted(places, ends)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @cached_property
+    def _by_column(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Numbers [n entries] of the entries in the order of columns, where each column begins
+        [columns + 1], and their rows [n entries]."""
+        columns = self.shape[1]
+        # a sort by fewer bits takes fewer passes
+        keys = self.columns.to(torch.int16 if columns < 1 << 15 else torch.int32)
+        keys, order = torch.sort(keys, stable=True)
+        starts = torch.arange(columns + 1, device=keys.device, dtype=keys.dtype)
+        return order, torch.searchsorted(keys, starts), self.rows[order]
+
+    def weighted_columns(self, weights: Tensor, table: Tensor) -> Tensor:
+        """[columns, d]: for each column the sum of weights [n entries] x the rows of table [rows,
+        d] in which it has an entry."""
+        order, offsets, rows = self._by_column
+        return weighted_sums(offsets, rows, weights[order], table)
+
+    def narrowed(self, values: Tensor) -> tuple["Pattern", Tensor]:
+        """The entries whose values [n entries] are not 0, as far as it pays to leave others out."""
+        if not self.loose:
+            return self, values
+        chosen = values.nonzero().squeeze(1)
+        return Pattern(self.places[chosen], *self.shape), values[chosen]
+
+    def split(self, sizes: list[int]) -> "Pattern":
+        """[rows, columns] as [rows x groups, columns]: entries of row r in the g-th group of
+        columns stand in row r x groups + g. Their order stays."""
+        ends = torch.tensor(sizes, device=self.places.device).cumsum(0)
+        group = torch.searchsorted(ends, self.columns, right=True)
+        rows, columns = self.shape
+        lines = self.rows * len(sizes) + group
+        return Pattern(lines * columns + self.columns, rows * len(sizes), columns, self.loose)
+
+
+class Entries(NamedTuple):
+    """The entries of a [batch, features] tensor that are not known to be 0."""
+
+    values: Tensor
+    """[n entries], with gradient"""
+    pattern: Pattern
+
+    def of(self, vector: Tensor) -> Tensor:
+        """[n entries]: what a [features] vector has for the feature of each."""
+        return vector[self.pattern.columns]
+
+    def count(self) -> Tensor:
+        """[features]: on how many tokens each is above 0."""
+        # not bincount, for which a GPU has to be waited for
+        counts = torch.zeros(self.pattern.shape[1], device=self.values.device)
+        return counts.index_add_(0, self.pattern.columns, (self.values > 0).float())
+
+
+def working_type(x: Tensor) -> torch.dtype:
+    """What matrix products of `x` are computed in: bf16 within autocast."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+@torch.no_grad()
+def find(x: Tensor, W_enc: Tensor, choose: Callable[[Tensor], Tensor]) -> tuple[Pattern, Tensor]:
+    """The entries that `choose` picks of x W_enc, and their values [n entries].
+
+    x [batch, d_in], W_enc [d_in, features]; `choose` gives the places in a part [rows, features] of
+    the product, ascending. The product is in autocast's type and never there as a whole.
+    """
+    dtype, features = working_type(x), W_enc.shape[1]
+    rows = max(1, PART["cpu" if x.device.type == "cpu" else "other"] // features)
+    weights, places, values = W_enc.to(dtype), [], []
+    with torch.autocast(x.device.type, enabled=False):
+        for start in range(0, len(x), rows):
+            product = x[start : start + rows].to(dtype) @ weights
+            chosen = choose(product)
+            places.append(chosen + start * features)
+            values.append(product.view(-1)[chosen])
+    return Pattern(torch.cat(places), len(x), features), torch.cat(values)
+
+
+def above(product: Tensor, bound: Tensor) -> Tensor:
+    """The places in [rows, features] whose value exceeds their feature's bound [features]."""
+    # As if the product were in float32: x > t holds for a bf16 x where it exceeds the largest bf16
+    # number that is not above t.
+    near = bound.to(product.dtype)
+    too_high = near.to(bound.dtype) > bound
+    below = torch.nextafter(near, torch.full_like(near, -torch.inf))
+    return (product > torch.where(too_high, below, near)).view(-1).nonzero().squeeze(1)
+
+
+def encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, pattern: Pattern, product: Tensor) -> Entries:
+    """Pre-activations at `pattern`, of which x W_enc is known: `product` [n entries]."""
+    return Entries(_Encode.apply(x, W_enc, b_enc, pattern, product), pattern)
+
+
+def decode(entries: Entries, W_dec: Tensor) -> Tensor:
+    """[batch, d_out]: the entries times W_dec [features, d_out]."""
+    return _Decode.apply(entries.values, W_dec, entries.pattern)
+
+
+def _table(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """[n, d] to take rows from: on a GPU, where reading them is the cost, in autocast's type."""
+    return (x.to(dtype) if x.is_cuda else x.float()).contiguous()
+
+
+class _Encode(torch.autograd.Function):
+    """x W_enc + b_enc at the entries of a pattern; no gradient for x."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, W_enc: Tensor, b_enc: Tensor, pattern: Pattern, product: Tensor):
+        ctx.save_for_backward(_table(x, working_type(x)))
+        ctx.pattern = pattern
+        return product.float() + b_enc[pattern.columns]
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        pattern, gradient = ctx.pattern.narrowed(gradient)
+        to_columns = pattern.weighted_columns(gradient, *ctx.saved_tensors)
+        to_bias = gradient.new_zeros(pattern.shape[1]).index_add_(0, pattern.columns, gradient)
+        return None, to_columns.T, to_bias, None, None
+
+
+class _Decode(torch.autograd.Function):
+    """Entries times W_dec."""
+
+    @staticmethod
+    def forward(ctx, values: Tensor, W_dec: Tensor, pattern: Pattern):
+        ctx.dtype, ctx.pattern = working_type(values), pattern
+        live, weights = pattern.narrowed(values)
+        ctx.live = live
+        ctx.save_for_backward(weights, W_dec)
+        return weighted_sums(live.offsets, live.columns, weights, _table(W_dec, ctx.dtype))
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        (weights, W_dec), pattern = ctx.saved_tensors, ctx.pattern
+        gradient = _table(gradient, ctx.dtype)
+        to_values = to_rows = None
+        if ctx.needs_input_grad[0]:
+            rows = _table(W_dec, ctx.dtype)
+            to_values = dots(pattern.offsets, pattern.columns, gradient, rows)
+        if ctx.needs_input_grad[1]:
+            to_rows = ctx.live.weighted_columns(weights, gradient)
+        return to_values, to_rows, None

@@ -1,0 +1,239 @@
+"""Sparse products give what dense ones give, up to rounding."""
+
+import pytest
+import torch
+from torch import Generator, tensor
+from torch.testing import assert_close
+
+from sae_lightning.sae import ARCHITECTURES, Moment, build
+from sae_lightning.sae.jumprelu import JumpReLULoss, Penalty
+from sae_lightning.sae.products import dots, weighted_sums
+from sae_lightning.sae.relu import ReLULoss
+from sae_lightning.sae.sparse import Entries, Pattern, above, decode, find
+
+TOKENS, WIDTH, FEATURES = 64, 24, 1000
+
+
+def noise(*shape, seed=0):
+    return torch.randn(*shape, generator=Generator().manual_seed(seed))
+
+
+def whole(entries):
+    """[tokens, features] of which there are these entries."""
+    rows, columns = entries.pattern.rows, entries.pattern.columns
+    return torch.zeros(entries.pattern.shape).index_put((rows, columns), entries.values)
+
+
+def apart(one, other):
+    """The size of a difference, as a share of what it is a difference from."""
+    return ((one - other).norm() / other.norm()).item()
+
+
+def made(name, density, width_out=WIDTH, **settings):
+    """An SAE of which about a share `density` of the features are active, all its numbers drawn."""
+    config = ARCHITECTURES[name].config
+    if "k" in config.__dataclass_fields__:
+        settings["k"] = max(1, round(density * FEATURES))
+    sae = build(config(name=name, features=FEATURES, **settings), WIDTH, width_out)
+    with torch.no_grad():
+        for number, parameter in enumerate(sae.parameters()):
+            parameter += 0.1 * noise(*parameter.shape, seed=number)
+        pre = noise(TOKENS, WIDTH) @ sae.W_enc + sae.b_enc
+        # so many pre-activations are negative; where k decides, enough are positive
+        share = max(0.0, 0.9 - density) if "k" in settings else 1 - density
+        sae.b_enc -= pre.flatten().kthvalue(max(1, round(share * pre.numel()))).values
+        if name == "jumprelu":
+            sae.b_enc += sae.threshold.mean()
+        if name == "gated":  # features are strong where gates are open
+            sae.b_mag += 1
+    return sae
+
+
+def update(sae, loss, x, target, dead, only_active):
+    """Terms, loss, pass and the gradient of every parameter."""
+    sae.zero_grad()
+    this = sae.training_pass(x, only_active)
+    terms = loss.terms(sae, this, target, Moment(dead, tensor(0.5)))
+    total = terms["mse"] + sum(c * terms[name] for name, c in loss.coefficients().items())
+    total.backward()
+    return terms, this, {name: p.grad.clone() for name, p in sae.named_parameters()}
+
+
+# the share of [tokens, features] that is active
+DENSITIES = [0.001, 0.01, 0.1, 0.5, 1.0]
+
+
+@pytest.mark.parametrize("density", DENSITIES)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_both_ways_give_every_parameter_the_same_gradient(name, density):
+    x, target = noise(TOKENS, WIDTH), noise(TOKENS, 20, seed=1)
+    dead = torch.arange(FEATURES) % 7 == 0
+    sae = made(name, density, width_out=20)
+    loss = ARCHITECTURES[name].loss(**({"preact": 1e-3} if name in WITH_PREACT else {}))
+    sae.training_pass(x)  # BatchTopK looks for the largest near the threshold that it knows
+    dense_terms, dense, expected = update(sae, loss, x, target, dead, only_active=False)
+    terms, this, got = update(sae, loss, x, target, dead, only_active=True)
+    assert isinstance(this.features, Entries)
+    assert (this.features.values > 0).sum() / dense.features.numel() == pytest.approx(
+        density, rel=0.35
+    )
+    assert apart(whole(this.features), dense.features) < 1e-5
+    assert apart(this.reconstruction, dense.reconstruction) < 1e-5
+    assert_close(terms, dense_terms, rtol=1e-4, atol=1e-6)
+    assert got.keys() == expected.keys()
+    for parameter, gradient in got.items():
+        assert apart(gradient, expected[parameter]) < 1e-4, parameter
+        assert expected[parameter].any(), parameter
+
+
+WITH_PREACT = ("relu", "jumprelu", "gated")
+
+
+@pytest.mark.parametrize(
+    ("name", "loss"),
+    [("relu", ReLULoss(p=0.3)), ("jumprelu", JumpReLULoss(penalty_kind=Penalty.step))],
+)
+def test_both_ways_agree_on_the_other_penalties(name, loss):
+    x, dead = noise(TOKENS, WIDTH), torch.zeros(FEATURES).bool()
+    sae = made(name, 0.1)
+    dense_terms, _, expected = update(sae, loss, x, x, dead, only_active=False)
+    terms, _, got = update(sae, loss, x, x, dead, only_active=True)
+    assert_close(terms, dense_terms)
+    assert_close(got, expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_in_bf16_both_ways_agree_to_its_precision(name):
+    x, dead = noise(TOKENS, WIDTH), torch.arange(FEATURES) % 7 == 0
+    sae, loss = made(name, 0.05), ARCHITECTURES[name].loss()
+    sae.training_pass(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, dense, expected = update(sae, loss, x, x, dead, only_active=False)
+        _, this, got = update(sae, loss, x, x, dead, only_active=True)
+    assert this.reconstruction.dtype is torch.float32
+    assert apart(this.reconstruction, dense.reconstruction) < 0.02
+    for parameter, gradient in got.items():
+        assert gradient.dtype is torch.float32
+        assert apart(gradient, expected[parameter]) < 0.03, parameter
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_skip_connection_learns_either_way(name):
+    x, target = noise(TOKENS, WIDTH), noise(TOKENS, 20, seed=1)
+    dead = torch.zeros(FEATURES).bool()
+    sae, loss = made(name, 0.05, width_out=20, skip=True), ARCHITECTURES[name].loss()
+    sae.training_pass(x)
+    *_, expected = update(sae, loss, x, target, dead, only_active=False)
+    *_, got = update(sae, loss, x, target, dead, only_active=True)
+    assert_close(got["W_skip"], expected["W_skip"])
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_where_nothing_fires_nothing_but_the_biases_of_the_output_learns(name):
+    sae, x = made(name, 0.1), noise(TOKENS, WIDTH)
+    with torch.no_grad():
+        sae.b_enc -= 1000
+    dead = torch.zeros(FEATURES).bool()
+    *_, got = update(sae, ARCHITECTURES[name].loss(), x, x, dead, only_active=True)
+    assert got.pop("b_dec").any()
+    assert not any(gradient.any() for gradient in got.values())
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_gradients_lie_in_memory_as_their_parameters_do(name):
+    """Adam goes through both by place, not by index."""
+    x, dead = noise(TOKENS, WIDTH), torch.arange(FEATURES) % 7 == 0
+    sae, loss = made(name, 0.05), ARCHITECTURES[name].loss()
+    for only_active in (False, True):
+        update(sae, loss, x, x, dead, only_active)
+        for parameter in sae.parameters():
+            assert parameter.grad.stride() == parameter.stride()
+
+
+@pytest.mark.parametrize("name", ["batch_topk", "matryoshka"])
+@pytest.mark.parametrize("threshold", [0.0, 0.01, 1000.0])
+def test_batch_topk_finds_the_largest_whatever_threshold_it_knows(name, threshold):
+    x, sae = noise(TOKENS, WIDTH), made(name, 0.05)
+    sae.threshold.fill_(threshold)
+    sae.threshold_weight.fill_(1)
+    state = {name: buffer.clone() for name, buffer in sae.named_buffers()}
+    found = whole(sae.training_pass(x, only_active=True).features)
+    remembered = sae.threshold.clone()
+    sae.load_state_dict(sae.state_dict() | state)
+    assert_close(found, sae.training_pass(x).features)
+    assert_close(remembered, sae.threshold)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_density_is_that_of_the_entries_that_are_found(name):
+    x, sae = noise(100, WIDTH), made(name, 0.05)
+    sae.training_pass(x)
+    sparse, dense = sae.training_pass(x, only_active=True), sae.training_pass(x)
+    entries = len(sparse.pre.pattern) / (100 * FEATURES)
+    assert sae.density(sparse) == pytest.approx(entries, rel=0.01)
+    if name in ("batch_topk", "matryoshka"):  # they look at more than they keep
+        assert entries <= sae.density(dense) < 2 * entries
+    else:
+        assert sae.density(dense) == pytest.approx(entries, rel=0.01)
+
+
+def test_what_exceeds_its_bound_is_found_as_if_in_float32():
+    # next to 1 bf16 has 0.99609375 and 1.0078125
+    product = tensor([[1.0, 1.0, 1.0, 1.0, -1.0, -1.0]], dtype=torch.bfloat16)
+    bound = tensor([0.9999, 1.0, 1.0001, 0.99, -1.0001, -0.9999])
+    assert above(product, bound).tolist() == [0, 3, 4]
+
+
+@pytest.mark.parametrize("part", [1, 7, 1000])
+def test_entries_are_those_of_the_whole_batch_however_it_is_cut(part, monkeypatch):
+    monkeypatch.setattr("sae_lightning.sae.sparse.PART", {"cpu": part * FEATURES})
+    x, W_enc = noise(20, WIDTH), noise(WIDTH, FEATURES, seed=1)
+    product = x @ W_enc
+    pattern, values = find(x, W_enc, lambda z: above(z, torch.full((FEATURES,), 4.0)))
+    assert pattern.places.tolist() == (product > 4).view(-1).nonzero().squeeze(1).tolist()
+    assert_close(values, product[product > 4])
+
+
+# [3, 4], entries (0, 1), (0, 3), (2, 0), (2, 1)
+PLACES = tensor([1, 3, 8, 9])
+
+
+def test_a_pattern_by_hand():
+    pattern = Pattern(PLACES, 3, 4)
+    assert pattern.rows.tolist() == [0, 0, 2, 2]
+    assert pattern.columns.tolist() == [1, 3, 0, 1]
+    assert pattern.offsets.tolist() == [0, 2, 2, 4]
+    # columns: 0 has (2: weight 3), 1 has (0: weight 1), (2: weight 4), 3 has (0: weight 2)
+    table = tensor([[1.0, 10.0], [5.0, 5.0], [100.0, 1000.0]])
+    got = pattern.weighted_columns(tensor([1.0, 2, 3, 4]), table)
+    assert got.tolist() == [[300, 3000], [1 + 400, 10 + 4000], [0, 0], [2, 20]]
+    # columns 0, 1 | 2, 3: row 0 has one in each group, row 2 two in the first
+    split = pattern.split([2, 2])
+    assert split.shape == (6, 4)
+    assert split.rows.tolist() == [0, 1, 4, 4]
+    assert split.columns.tolist() == [1, 3, 0, 1]
+
+
+def test_entries_of_a_tensor_by_hand():
+    entries = Entries(tensor([1.0, 0.0, 3.0, 4.0]), Pattern(PLACES, 3, 4))
+    assert whole(entries).tolist() == [[0, 1, 0, 0], [0, 0, 0, 0], [3, 4, 0, 0]]
+    assert entries.count().tolist() == [1, 2, 0, 0]
+    assert entries.of(tensor([10.0, 20, 30, 40])).tolist() == [20, 40, 10, 20]
+    rows = tensor([[1.0, 0], [0, 1], [7, 7], [7, 7]])
+    assert decode(entries, rows).tolist() == [[0, 1], [0, 0], [3, 4]]
+
+
+def test_the_products_by_hand():
+    offsets, columns = tensor([0, 2, 2, 3]), tensor([1, 0, 1])
+    table = tensor([[1.0, 2], [3, 4]])
+    got = weighted_sums(offsets, columns, tensor([1.0, 10, 100]), table)
+    assert got.tolist() == [[13, 24], [0, 0], [300, 400]]
+    left = tensor([[1.0, 0], [9, 9], [1, 1]])
+    assert dots(offsets, columns, left, table).tolist() == [3, 1, 7]
+
+
+def test_the_products_of_no_entries_are_0():
+    offsets, none = torch.zeros(4, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
+    table = torch.ones(5, 2)
+    assert weighted_sums(offsets, none, torch.zeros(0), table).tolist() == [[0, 0]] * 3
+    assert dots(offsets, none, torch.ones(3, 2), table).shape == (0,)
