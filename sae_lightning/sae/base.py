@@ -169,21 +169,20 @@ class SAE(nn.Module):
 
     def active_entries(self, x: Tensor) -> Entries:
         """The pre-activations of a batch [batch, d_in] that have a say in anything."""
-        found = sparse.find(x, self.W_enc, self.choose)
-        return sparse.encode(x, self.W_enc, self.b_enc, *found)
+        pattern, pre = sparse.find(x, self.W_enc, self.b_enc, self.choose)
+        return sparse.encode(x, self.W_enc, self.b_enc, pattern, pre)
 
-    def choose(self, product: Tensor) -> Tensor:
-        """Which places of x W_enc, [rows, features] without the bias, `active_entries` takes."""
-        return sparse.above(product, self.bound() - self.b_enc)
+    def choose(self, pre: Tensor) -> Tensor:
+        """The places in pre-activations [rows, features] that `active_entries` takes."""
+        return sparse.positive(pre)
 
     def bound(self) -> Tensor | float:
-        """[features] what pre-activations have to exceed, or else neither they nor anything that
-        depends on them is other than 0."""
+        """[features] what the pre-activations that `active_entries` takes exceed."""
         return 0.0
 
     def activate_entries(self, pre: Entries) -> Tensor:
         """Feature strengths [n entries] of the pre-activations that `active_entries` took."""
-        return pre.values
+        return pre.values.relu()
 
     def density(self, this: Pass) -> float:
         """The share of [batch, features] that `active_entries` would take of this batch."""

@@ -1,7 +1,5 @@
 """BatchTopK: k active features per token on average, by a threshold that training finds."""
 
-from functools import partial
-
 import torch
 from torch import Generator, Tensor
 
@@ -55,18 +53,18 @@ class BatchTopK(SAE):
         """The batch x k largest pre-activations of a batch [batch, d_in], if they are positive."""
         wanted = len(x) * self.config.k
         for share in BOUNDS:
-            bound = (share * self.threshold - self.b_enc).detach()
-            pattern, product = sparse.find(x, self.W_enc, partial(sparse.above, bound=bound))
+            bound = share * self.threshold
+            pattern, above = sparse.find(x, self.W_enc, self.b_enc - bound, self.choose)
             if len(pattern) >= wanted:
                 break
         with torch.no_grad():
-            pre = product.float() + self.b_enc[pattern.columns]
+            pre = above + bound[pattern.columns]
             values, chosen = pre.topk(min(wanted, len(pre)), sorted=False)
             if len(values):
                 self._remember(values.min())
             chosen = chosen.sort().values
         pattern = Pattern(pattern.places[chosen], *pattern.shape)
-        return sparse.encode(x, self.W_enc, self.b_enc, pattern, product[chosen])
+        return sparse.encode(x, self.W_enc, self.b_enc, pattern, pre[chosen])
 
     def bound(self) -> Tensor:
         """[features] above which the largest pre-activations of a batch are looked for."""

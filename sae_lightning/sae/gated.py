@@ -49,13 +49,15 @@ class Gated(SAE):
 
     def activate_entries(self, pre: Entries) -> Tensor:
         """Feature strengths [n entries] where the gate is open."""
-        own = pre.values - pre.of(self.b_enc)
-        return (own * pre.of(self.r_mag.exp()) + pre.of(self.b_mag)).relu()
+        strength = (pre.values - pre.of(self.b_enc)) * pre.of(self.r_mag.exp()) + pre.of(self.b_mag)
+        return strength.relu() * (pre.values > 0)
 
     def training_pass(self, x: Tensor, only_active: bool = False) -> Pass:
         """Reconstruct a batch [batch, d_in]; two terms of the objective share the gate."""
         this = super().training_pass(x, only_active)
-        return this._replace(gate=this.pre if only_active else this.pre.relu())
+        if only_active:
+            return this._replace(gate=Entries(this.pre.values.relu(), this.pre.pattern))
+        return this._replace(gate=this.pre.relu())
 
     def biases_without(self, share: Tensor, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """The biases of both paths if every x W_enc loses a constant `share` [features]."""

@@ -100,9 +100,13 @@ class JumpReLU(SAE):
         pre.pattern.loose = True
         return pre
 
+    def choose(self, pre: Tensor) -> Tensor:
+        """The places of what is above its bound."""
+        return (pre > self.bound().to(pre.dtype)).view(-1).nonzero().squeeze(1)
+
     def bound(self) -> Tensor:
-        """[features] where the windows around thresholds begin."""
-        return self.threshold - self.config.bandwidth / 2
+        """[features] where the windows around thresholds begin, and a little less: it is rounded."""
+        return self.threshold - 0.51 * self.config.bandwidth
 
     def activate_entries(self, pre: Entries) -> Tensor:
         """Pre-activations above their threshold, 0 in place of the others, as [n entries]."""

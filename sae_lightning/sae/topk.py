@@ -44,9 +44,8 @@ class TopK(SAE):
         values, places = pre.relu().topk(self.config.k, dim=-1, sorted=False)
         return torch.zeros_like(pre).scatter(-1, places, values)
 
-    def choose(self, product: Tensor) -> Tensor:
+    def choose(self, pre: Tensor) -> Tensor:
         """The places of each token's k largest pre-activations, if they are positive."""
-        pre = product + self.b_enc
         places = pre.topk(self.config.k, dim=1, sorted=False).indices.sort(dim=1).values
         starts = torch.arange(len(pre), device=pre.device)[:, None] * self.config.features
         places = (starts + places).view(-1)
