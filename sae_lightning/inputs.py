@@ -65,7 +65,8 @@ def open_inputs(config: Config, sites: Sequence[Site], resumed: bool) -> Inputs:
         held_out = _concepts(config, config.eval.tokens)
         return Inputs(rows, held_out, data.dim, {"concepts": _told(data)})
     loaded, tokens = open_llm(config)
-    rows = open_rows(llm, data, config.seed, loaded, tokens.train, sites, resumed)
+    source = loaded, tokens.train, sites
+    rows = open_rows(llm, data, config.seed, *source, resumed, ahead=config.trainer.batch)
     held_out = _text(config, loaded, tokens, sites, config.eval.tokens, config.eval.loss_tokens)
     width = loaded.model.config.get_text_config().hidden_size
     about = {"LLM": f"{llm.name}, {llm.dtype.name} on {rows.device}"}

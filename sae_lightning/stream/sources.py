@@ -14,6 +14,7 @@ from torch import nn
 
 from sae_lightning.llm.load import LLM, LLMConfig
 from sae_lightning.llm.sites import Site
+from sae_lightning.stream.ahead import Ahead
 from sae_lightning.stream.base import RowSource
 from sae_lightning.stream.cache import CachedRows
 from sae_lightning.stream.documents import quiet_datasets
@@ -36,10 +37,13 @@ def open_rows(
     tokens: TokenSource,
     sites: Sequence[Site],
     resumed: bool = False,
+    ahead: int = 0,
 ) -> RowSource:
     """The rows at `sites` as the settings describe them: from the LLM, or from the cache.
 
-    A run that is not `resumed` ends with a UserError where there is no space for its cache.
+    On a GPU the LLM computes `ahead` rows while SAEs train, but not where it writes to a cache: the
+    disk has to wait for it. A run that is not `resumed` ends with a UserError where there is no
+    space for its cache.
     """
     rows = LLMRows(
         llm,
@@ -50,7 +54,7 @@ def open_rows(
         keep_special=data.keep_special,
     )
     if not data.cache:
-        return rows
+        return Ahead(rows, ahead) if ahead and rows.device.type == "cuda" else rows
     known = settings(config, data, seed, rows)
     key = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
     width = llm.model.config.get_text_config().hidden_size
