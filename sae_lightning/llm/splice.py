@@ -7,11 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sae_lightning.llm.logits import body, logits
 from sae_lightning.llm.sites import Site, hook
 
-# Positions whose logits are in float32 at a time. On a CPU 32 rows of 50,000 stay in its cache, six
-# times as fast as 256; a GPU wants fewer and larger pieces.
-ROWS = {"cpu": 32, "other": 512}
+HEAD = 256  # positions whose logits are there at a time
+# Of these, positions in float32 at a time. On a CPU 32 rows of 50,000 stay in its cache, six times
+# as fast as 256; a GPU wants fewer and larger pieces.
+ROWS = {"cpu": 32, "other": 256}
 
 Function = Callable[[Tensor], Tensor]
 Advance = Callable[[int], None]
@@ -152,18 +154,22 @@ def _means(
         raise ValueError("keep marks no token after the first position: nothing to score")
     clean_sum, ce, kl = 0.0, [0.0] * len(functions), [0.0] * len(functions)
     for ids, kept in zip(tokens.split(batch), keep.split(batch), strict=True):
+        sequence, position = (x.to(model.device) for x in kept[:, 1:].nonzero(as_tuple=True))
         ids, kept = ids.to(model.device, torch.long), kept.to(model.device)
-        clean = model(input_ids=ids, use_cache=False).logits
-        clean_sum += _cross_entropy(clean, ids, kept)
-        for i, function in enumerate(functions):
-            # logits are let go before the next forward pass: they are large
+        wanted = ids[sequence, position + 1]
+        output = body(model, ids)
+        hidden = [output.last_hidden_state[sequence, position]]
+        for function in functions:
             with replaced(model, source, target, _where(kept, function)):
-                logits = model(input_ids=ids, use_cache=False).logits
-            ce[i] += _cross_entropy(logits, ids, kept)
-            if with_kl:
-                kl[i] += _kl(clean, logits, kept)
-            del logits
-        del clean
+                hidden.append(body(model, ids).last_hidden_state[sequence, position])
+        for some, first, *others in zip(*(x.split(HEAD) for x in (wanted, *hidden)), strict=True):
+            clean = logits(model, output, first)
+            clean_sum += _cross_entropy(clean, some)
+            for i, other in enumerate(others):
+                spliced = logits(model, output, other)
+                ce[i] += _cross_entropy(spliced, some)
+                if with_kl:
+                    kl[i] += _kl(clean, spliced)
         if advance:
             advance(len(ids))
     return clean_sum / targets, [x / targets for x in ce], [x / targets for x in kl]
@@ -180,29 +186,24 @@ def _where(kept: Tensor, function: Function) -> Callable[[Tensor, Tensor], Tenso
     return apply
 
 
-def _predictions(kept: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Slices of (sequence, position) whose next token is kept: at most ROWS at a time."""
-    rows = ROWS["cpu" if kept.device.type == "cpu" else "other"]
-    sequence, position = kept[:, 1:].nonzero(as_tuple=True)
-    return zip(sequence.split(rows), position.split(rows), strict=True)
+def _split(x: Tensor) -> Sequence[Tensor]:
+    """Slices of at most ROWS."""
+    return x.split(ROWS["cpu" if x.device.type == "cpu" else "other"])
 
 
-def _cross_entropy(logits: Tensor, ids: Tensor, kept: Tensor) -> float:
-    """Summed -log p(next token) over the kept targets; logits: [sequences, context, vocabulary]."""
-    total = 0.0
-    for rows, columns in _predictions(kept):
-        nll = nn.functional.cross_entropy(
-            logits[rows, columns].float(), ids[rows, columns + 1], reduction="none"
-        )
-        total += nll.cpu().double().sum().item()
-    return total
+def _cross_entropy(logits: Tensor, wanted: Tensor) -> float:
+    """Summed -log p(next token), of logits [n, vocabulary] and ids [n]."""
+    parts = [
+        nn.functional.cross_entropy(x.float(), ids, reduction="none")
+        for x, ids in zip(_split(logits), _split(wanted), strict=True)
+    ]
+    return torch.cat(parts).cpu().double().sum().item()
 
 
-def _kl(clean: Tensor, other: Tensor, kept: Tensor) -> float:
-    """Summed KL(clean || other) over the kept targets; both [sequences, context, vocabulary]."""
-    total = 0.0
-    for rows, columns in _predictions(kept):
-        p = clean[rows, columns].float().log_softmax(-1)
-        q = other[rows, columns].float().log_softmax(-1)
-        total += (p.exp() * (p - q)).sum(-1).cpu().double().sum().item()
-    return total
+def _kl(clean: Tensor, other: Tensor) -> float:
+    """Summed KL(clean || other), both [n, vocabulary]."""
+    parts = []
+    for x, y in zip(_split(clean), _split(other), strict=True):
+        p, q = x.float().log_softmax(-1), y.float().log_softmax(-1)
+        parts.append((p.exp() * (p - q)).sum(-1))
+    return torch.cat(parts).cpu().double().sum().item()

@@ -7,6 +7,7 @@ import pytest
 import torch
 from blocks import mlp_of
 
+from sae_lightning.llm import splice
 from sae_lightning.llm.capture import capture
 from sae_lightning.llm.sites import Kind, Site, decoder_stack
 from sae_lightning.llm.splice import baseline, replaced, score
@@ -129,6 +130,24 @@ def test_scores_do_not_depend_on_the_batch(tiny, tokens, keep, mean):
         scored(llm, tokens, SITES[0], torch.tanh, keep, mean, batch=batch) for batch in (1, 4)
     )
     for a, b in zip(one, all_, strict=True):
+        assert math.isclose(a, b, rel_tol=1e-3)  # float32, amplified by the difference
+
+
+def test_logits_are_made_of_a_few_kept_positions_at_a_time(tiny, tokens, keep, monkeypatch):
+    llm, rows = tiny("gemma2"), []
+    whole = scored(llm, tokens, RESID, torch.tanh, keep, torch.zeros(24))
+    head = llm.model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[-2]))
+    monkeypatch.setattr(splice, "HEAD", 7)
+    monkeypatch.setattr(splice, "ROWS", {"cpu": 3})
+    try:
+        parts = scored(llm, tokens, RESID, torch.tanh, keep, torch.zeros(24))
+    finally:
+        hook.remove()
+    assert max(rows) == 7
+    # the clean model twice, zero, mean and the function: no position that is not scored
+    assert sum(rows) == 5 * int(keep[:, 1:].sum())
+    for a, b in zip(parts, whole, strict=True):
         assert math.isclose(a, b, rel_tol=1e-3)  # float32, amplified by the difference
 
 

@@ -137,18 +137,19 @@ def test_a_group_runs_the_llm_as_often_as_one_job(job, sweep, monkeypatch):
 
     def load(config):
         llm = loaded(config)
-        llm.model.forward = counted(llm.model.forward, forward)
+        body = llm.model.base_model
+        body.forward = counted(body.forward, forward)  # `capture` too
         return llm
 
     monkeypatch.setattr(inputs, "load", load)
     run.run([job("one")])
-    alone, whole = len(captured), len(forward)
+    alone, whole = len(captured), len(forward) - len(captured)
     assert alone > 20
     run.run(sweep("many", **{f"{l1}": {"loss": ReLULoss(l1=l1)} for l1 in (1e-3, 1e-2, 0.1)}))
     assert len(captured) - alone == alone
     # scored three times, on 150 held-out tokens in 10 sequences, 4 at a time: 9 forward passes
     # with each SAE
-    assert (len(forward) - whole) - whole == 2 * 9
+    assert len(forward) - 2 * alone - 2 * whole == 2 * 9
 
 
 SEEDS = {f"{seed}": {"model": SAEConfig(features=48, seed=seed)} for seed in range(3)}
