@@ -15,10 +15,12 @@ and saving are not counted. `peers/speed_*.py` say what a tool is given "as docu
     python benchmarks/speed.py trainer.tokens=16384 model.features=512 data.pool=4096 rounds=1
 
 `python` names the interpreter of the environment in which a tool is installed (several: with
-commas); a tool that is not installed is left out. `peer_tokens` gives the others fewer tokens. The
-rest is as in throughput.py; logs and speed.json go to `out` (outputs/speed).
+commas); a tool that is not installed is left out. `peer_tokens` gives the others fewer tokens. An
+option of SAELens' runner as `saelens.<option>=<JSON>` changes its tuned variant. The rest is as in
+throughput.py; logs and speed.json go to `out` (outputs/speed).
 """
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -30,6 +32,7 @@ from rich.table import Table
 from throughput import Asked, llm_overrides, read
 from timing.child import Failed, call
 from timing.models import truncated
+from timing.order import order
 from timing.ours import jobs
 from transformers import AutoTokenizer
 
@@ -63,23 +66,21 @@ class Contestant(NamedTuple):
         return "-".join(part for part in (self.tool, self.variant, self.architecture) if part)
 
 
-def order(contestants: list[Contestant], rounds: int) -> list[Contestant]:
-    """Who runs when: those of one architecture side by side, every other round backwards."""
-    group = sorted(contestants, key=lambda c: c.architecture)
-    return [c for n in range(rounds) for c in (group if n % 2 == 0 else reversed(group))]
-
-
 def main(arguments: list[str]) -> None:
     """Run every tool, every round, and show the ratios."""
     given = dict(a.split("=", 1) for a in arguments if a.partition("=")[0] in GIVEN)
     rest = [a for a in arguments if a.partition("=")[0] not in GIVEN]
+    options = [a.removeprefix("saelens.").split("=", 1) for a in rest if a.startswith("saelens.")]
+    rest = [a for a in rest if not a.startswith("saelens.")]
     asked = read([*rest, f"out={given.get('out', 'outputs/speed')}"])
     shutil.rmtree(asked.out / "runs", ignore_errors=True)
     llm = llm_overrides(asked.models[0], asked)
     work = _work(asked, llm, int(given.get("peer_tokens", 0)))
+    work["options"] = {name: json.loads(value) for name, value in options}
     contestants, tools = _contestants(asked, given)
     results: list[dict[str, Any]] = []
-    for number, contestant in enumerate(order(contestants, int(given.get("rounds", 2)))):
+    runs = order(contestants, int(given.get("rounds", 2)), key=lambda c: c.architecture)
+    for number, contestant in enumerate(runs):
         if result := _run(contestant, number, asked, llm, work):
             results.append(result)
             write_json(asked.out / "speed.json", {"tools": tools, "work": work, "runs": results})

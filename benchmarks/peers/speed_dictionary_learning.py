@@ -11,6 +11,7 @@ than the whole run.
 
 import importlib.metadata
 from collections.abc import Iterator
+from functools import reduce
 from time import perf_counter
 from typing import Any
 
@@ -21,6 +22,7 @@ from dictionary_learning.trainers.standard import StandardTrainerAprilUpdate
 from dictionary_learning.trainers.top_k import TopKTrainer
 from dictionary_learning.training import trainSAE
 from nnsight import LanguageModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 TRAINERS = {"relu": StandardTrainerAprilUpdate, "topk": TopKTrainer, "batch_topk": BatchTopKTrainer}
 L1 = 0.1
@@ -40,16 +42,16 @@ def measure(architecture: str, variant: str, setting: float, work: dict[str, Any
     """Train one SAE; the clock runs from the first fill of the buffer to the last update."""
     tuned = variant == "tuned"
     number = torch.bfloat16 if tuned and work["bf16"] else torch.float32
-    llm = LanguageModel(
-        work["truncated" if tuned else "llm"],
-        device_map=work["device"],
-        dtype=number,
-        dispatch=True,
-    )
+    folder = work["truncated" if tuned else "llm"]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    # nnsight's own way of loading knows no config of today's transformers
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=number).to(work["device"])
+    llm = LanguageModel(model, tokenizer=tokenizer)
     buffer = ActivationBuffer(
-        _texts(llm.tokenizer, work),
+        _texts(tokenizer, work),
         llm,
-        llm.get_submodule(work["module"]),
+        reduce(getattr, work["module"].split("."), llm),
         d_submodule=work["d"],
         n_ctxs=work["pool"] // work["context"],
         ctx_len=work["context"],
@@ -84,7 +86,11 @@ def measure(architecture: str, variant: str, setting: float, work: dict[str, Any
         device=work["device"],
         autocast_dtype=number if work["device"] == "cuda" else torch.float32,
     )
-    return {"tokens": steps * work["batch"], "seconds": _now() - started, "l0": None}
+    return {
+        "tokens": steps * work["batch"],
+        "seconds": _now() - started,
+        "l0": None if architecture == "relu" else setting,
+    }
 
 
 def _texts(tokenizer: Any, work: dict[str, Any]) -> Iterator[str]:

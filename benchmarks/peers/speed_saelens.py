@@ -61,32 +61,34 @@ def _config(
 ) -> LanguageModelSAERunnerConfig:
     steps, tuned = work["steps"], variant == "tuned"
     number = torch.bfloat16 if tuned and work["bf16"] else torch.float32
-    return LanguageModelSAERunnerConfig(
-        model_class_name="AutoModelForCausalLM",
-        model_name=work["truncated"] if tuned else work["llm"],
-        model_from_pretrained_kwargs={"dtype": number},
-        hook_name=work["module"],
-        sae=_sae(architecture, setting, work),
-        autocast=tuned and work["bf16"],
-        training_tokens=steps * work["batch"],
-        train_batch_size_tokens=work["batch"],
-        context_size=work["context"],
-        is_dataset_tokenized=True,
-        streaming=False,
-        n_batches_in_buffer=64,
-        store_batch_size_prompts=16,
-        lr=LR,
-        lr_warm_up_steps=steps // 20,
-        lr_decay_steps=steps // 5,
-        n_batches_for_norm_estimate=max(1, round(NORM_SHARE * steps)),
-        logger=LoggingConfig(log_to_wandb=False),
-        n_checkpoints=0,
-        checkpoint_path=None,
-        output_path=None,
-        device=work["device"],
-        seed=work["seed"],
-        verbose=False,
-    )
+    settings = {
+        "model_class_name": "AutoModelForCausalLM",
+        "model_name": work["truncated"] if tuned else work["llm"],
+        "model_from_pretrained_kwargs": {"dtype": number},
+        "hook_name": work["module"],
+        "sae": _sae(architecture, setting, work),
+        "autocast": tuned and work["bf16"],
+        "training_tokens": steps * work["batch"],
+        "train_batch_size_tokens": work["batch"],
+        "context_size": work["context"],
+        "is_dataset_tokenized": True,
+        "streaming": False,
+        "n_batches_in_buffer": 64,
+        "store_batch_size_prompts": 16,
+        "lr": LR,
+        "lr_warm_up_steps": steps // 20,
+        "lr_decay_steps": steps // 5,
+        "n_batches_for_norm_estimate": max(1, round(NORM_SHARE * steps)),
+        "logger": LoggingConfig(log_to_wandb=False),
+        "n_checkpoints": 0,
+        "checkpoint_path": None,
+        "output_path": None,
+        "device": work["device"],
+        "seed": work["seed"],
+        "verbose": False,
+    }
+    # so that anyone can try another option: speed.py saelens.prefetch_llm_batches=true
+    return LanguageModelSAERunnerConfig(**settings | (work["options"] if tuned else {}))
 
 
 def _sae(architecture: str, setting: float, work: dict[str, Any]) -> Any:
@@ -97,7 +99,7 @@ def _sae(architecture: str, setting: float, work: dict[str, Any]) -> Any:
                 **shape,
                 apply_b_dec_to_input=True,
                 normalize_activations="expected_average_only_in",
-                l1_coefficient=work.get("l1", L1),
+                l1_coefficient=L1,
                 l1_warm_up_steps=work["steps"] // 20,
             )
         case "topk":

@@ -12,13 +12,17 @@ Triton kernels are for CUDA; on a CPU it computes in fp32, its decoder is torch'
 """
 
 import importlib.metadata
+import os
 from time import perf_counter
 from typing import Any
 
 import torch
 from datasets import Dataset
-from sparsify import SaeConfig, TrainConfig, Trainer
 from transformers import AutoModel, AutoModelForCausalLM
+
+if not torch.cuda.is_available():
+    os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # it would use kernels wherever Triton is installed
+from sparsify import SaeConfig, TrainConfig, Trainer  # noqa: E402
 
 
 def about() -> dict[str, Any]:

@@ -5,6 +5,7 @@ answer = call("timing.ours:measure", {"runs": ..., "folder": ...}, log=...)
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ HERE = Path(__file__).resolve()
 
 
 class Failed(Exception):
-    """The process ended with an error; the last line of its log."""
+    """The process ended with an error: the line of its log that names it."""
 
 
 def call(work: str, settings: dict[str, Any], log: Path, python: str = sys.executable) -> Any:
@@ -29,8 +30,9 @@ def call(work: str, settings: dict[str, Any], log: Path, python: str = sys.execu
     with log.open("w") as output:
         done = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT)
     if done.returncode or not answer.exists():
-        lines = log.read_text("utf8", errors="replace").strip().splitlines()
-        raise Failed(f"{lines[-1] if lines else 'no output'} (all of it: {log})")
+        lines = log.read_text("utf8", errors="replace").strip().splitlines() or ["no output"]
+        errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|error)\b", line)]
+        raise Failed(f"{(errors or lines)[-1]} (all of it: {log})")
     return json.loads(answer.read_text("utf8"))
 
 
