@@ -105,7 +105,7 @@ class JumpReLU(SAE):
         return (pre > self.bound().to(pre.dtype)).view(-1).nonzero().squeeze(1)
 
     def bound(self) -> Tensor:
-        """[features] where the windows around thresholds begin, and a little less: it is rounded."""
+        """[features] where the windows around thresholds begin, or a little earlier (rounded)."""
         return self.threshold - 0.51 * self.config.bandwidth
 
     def activate_entries(self, pre: Entries) -> Tensor:

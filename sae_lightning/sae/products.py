@@ -11,9 +11,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-WORTH_IT = {"cpu": 1 / 12, "cuda": 1 / 50}
-"""Share of entries below which they beat dense products, by kind of device; nowhere else. Measured
-on a CPU (`benchmarks/sparse.py`); on CUDA what published kernels reach, not measured."""
+
+def worth_it(device: str, dtype: torch.dtype) -> float:
+    """The density below which these products beat dense ones in `dtype` on a kind of device.
+
+    Measured on CPUs (`benchmarks/sparse.py`). On CUDA it is a guess, and elsewhere they are not to
+    be had.
+    """
+    if device == "cpu":
+        return 0.12 if dtype is torch.float32 else 0.04
+    return 0.02 if device == "cuda" else 0.0
 
 
 def weighted_sums(offsets: Tensor, indices: Tensor, weights: Tensor, table: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ from torch.profiler import record_function
 
 from sae_lightning.llm.sites import Site
 from sae_lightning.sae import SAE, Loss, Moment, Output
-from sae_lightning.sae.products import WORTH_IT
-from sae_lightning.sae.sparse import Entries
+from sae_lightning.sae.products import worth_it
+from sae_lightning.sae.sparse import Entries, working_type
 from sae_lightning.training.settings import CallbacksConfig, OptimConfig, Products
 
 
@@ -88,24 +88,24 @@ class Head(nn.Module):
             return x, x
         return x, (batch[self.target].float() - self.out_mean) / self.out_scale
 
-    @property
-    def only_active(self) -> bool:
-        """Whether the next update computes with active features alone."""
+    def only_active(self, x: Tensor) -> bool:
+        """Whether the next update, on a batch like `x`, computes with active features alone."""
         if self.products is not Products.auto:
             return self.products is Products.sparse
-        return self.occupied < WORTH_IT.get(self.in_mean.device.type, 0)
+        return self.occupied < worth_it(x.device.type, working_type(x))
 
     def forward(self, batch: dict[Site, Tensor]) -> Tensor:
         """The training loss [] of a batch {site: [batch, d_site]} of raw activations."""
         x, target = self.normalised(batch)
-        this = self.sae.training_pass(x, self.only_active)
+        only_active = self.only_active(x)
+        this = self.sae.training_pass(x, only_active)
         moment = Moment(self.dead, self.progress)
         with record_function("loss"):
             terms = self.loss.terms(self.sae, this, target, moment)
         loss = terms["mse"]
         for name, coefficient in self.coefficients().items():
             loss = loss + coefficient * terms[name]
-        if self.only_active and self.source != self.target:
+        if only_active and self.source != self.target:
             # an input that is no number exceeds no threshold: sparse products would pass over it
             loss = loss + 0 * x.sum()
         l0 = self._count_firing(this.features, len(x))
