@@ -10,6 +10,7 @@ from torch import Generator, Tensor, nn
 
 from sae_lightning.errors import UserError
 from sae_lightning.losses import tanh_l0
+from sae_lightning.sae import sparse
 from sae_lightning.sae.base import SAE, Pass, SAEConfig
 from sae_lightning.sae.objective import Moment, PenaltyLoss, penalised
 from sae_lightning.sae.sparse import Entries
@@ -102,7 +103,7 @@ class JumpReLU(SAE):
 
     def choose(self, pre: Tensor) -> Tensor:
         """The places of what is above its bound."""
-        return (pre > self.bound().to(pre.dtype)).view(-1).nonzero().squeeze(1)
+        return sparse.above(pre, self.bound().to(pre.dtype))
 
     def bound(self) -> Tensor:
         """[features] where the windows around thresholds begin, or a little earlier (rounded)."""

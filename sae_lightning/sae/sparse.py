@@ -129,11 +129,19 @@ def positive(x: Tensor) -> Tensor:
     """The places in [rows, features] of what is above 0, ascending."""
     lanes = 8 // x.itemsize
     if x.device.type != "cpu" or x.numel() % lanes:
-        return (x > 0).view(-1).nonzero().squeeze(1)
+        return above(x, 0)
     # Few are: first find the words of 8 bytes that are not all 0. Half the time.
     words = x.relu().view(-1).view(torch.int64).nonzero().squeeze(1)
-    within = (x.view(-1, lanes)[words] > 0).view(-1).nonzero().squeeze(1)
+    within = above(x.view(-1, lanes)[words], 0)
     return words[within // lanes] * lanes + within % lanes
+
+
+def above(x: Tensor, bound: Tensor | float) -> Tensor:
+    """The places in [rows, features] of what exceeds its feature's bound, ascending.
+
+    What is no number is among them: passed over, it would never be noticed.
+    """
+    return (x <= bound).logical_not_().view(-1).nonzero().squeeze(1)
 
 
 def encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, pattern: Pattern, pre: Tensor) -> Entries:

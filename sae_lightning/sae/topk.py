@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sae_lightning.errors import UserError
+from sae_lightning.sae import sparse
 from sae_lightning.sae.base import SAE, Pass, SAEConfig
 
 
@@ -49,7 +50,7 @@ class TopK(SAE):
         places = pre.topk(self.config.k, dim=1, sorted=False).indices.sort(dim=1).values
         starts = torch.arange(len(pre), device=pre.device)[:, None] * self.config.features
         places = (starts + places).view(-1)
-        return places[pre.view(-1)[places] > 0]
+        return places[sparse.above(pre.view(-1)[places], 0)]
 
     def density(self, this: Pass) -> float:
         """k features of each token."""

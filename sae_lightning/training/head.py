@@ -97,17 +97,13 @@ class Head(nn.Module):
     def forward(self, batch: dict[Site, Tensor]) -> Tensor:
         """The training loss [] of a batch {site: [batch, d_site]} of raw activations."""
         x, target = self.normalised(batch)
-        only_active = self.only_active(x)
-        this = self.sae.training_pass(x, only_active)
+        this = self.sae.training_pass(x, self.only_active(x))
         moment = Moment(self.dead, self.progress)
         with record_function("loss"):
             terms = self.loss.terms(self.sae, this, target, moment)
         loss = terms["mse"]
         for name, coefficient in self.coefficients().items():
             loss = loss + coefficient * terms[name]
-        if only_active and self.source != self.target:
-            # an input that is no number exceeds no threshold: sparse products would pass over it
-            loss = loss + 0 * x.sum()
         l0 = self._count_firing(this.features, len(x))
         self.occupied = self.sae.density(this)
         self.last = Step(

@@ -20,6 +20,7 @@ from sae_lightning.export import WEIGHTS
 from sae_lightning.jobs import read_job
 from sae_lightning.llm.capture import capture
 from sae_lightning.llm.load import Dtype
+from sae_lightning.sae import SAE
 from sae_lightning.sae.relu import ReLULoss
 from sae_lightning.training.settings import (
     CallbacksConfig,
@@ -73,6 +74,18 @@ def interrupt(monkeypatch, at_step, action):
 
     standard = run.standard
     monkeypatch.setattr(run, "standard", lambda *args: [Interrupt(), *standard(*args)])
+
+
+def count_products(monkeypatch):
+    """A list that grows with every update: whether it computed with active features alone."""
+    ways, before = [], SAE.training_pass
+
+    def training_pass(self, x, only_active=False):
+        ways.append(only_active)
+        return before(self, x, only_active)
+
+    monkeypatch.setattr(SAE, "training_pass", training_pass)
+    return ways
 
 
 def resume(job):
@@ -164,6 +177,8 @@ def test_a_signal_before_the_first_update_stops_at_once_and_not_as_a_success(
 
 @pytest.mark.parametrize("precision", [Precision.fp32, Precision.bf16])
 def test_resuming_is_exact_in_either_precision_and_when_repeated(job, monkeypatch, precision):
+    ways = count_products(monkeypatch)
+
     def power_cut():
         raise SystemError("power cut")
 
@@ -176,6 +191,8 @@ def test_resuming_is_exact_in_either_precision_and_when_repeated(job, monkeypatc
             data=replace(made.config.data, max_norm=1.2),
         )
     run.run([one])
+    # dense at first, sparse from some update on, and between the interruptions
+    assert 0 < ways.index(True) < 33 and not ways[13] and ways[32]
     for at_step, again in ((13, False), (25, True), (33, True)):
         with monkeypatch.context() as patch:
             interrupt(patch, at_step, power_cut)
