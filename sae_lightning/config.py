@@ -129,7 +129,7 @@ class Config:
     def _check_data(self) -> None:
         """Text needs an LLM to read it; concepts need none, and have one site."""
         synthetic = isinstance(self.data, SyntheticConfig)
-        self.sweep.check(synthetic)
+        self.sweep.check(synthetic, self.eval.loss_tokens)
         if not synthetic:
             if self.llm.name == NO_LLM:
                 raise UserError(

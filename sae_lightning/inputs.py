@@ -64,13 +64,23 @@ def open_inputs(config: Config, sites: Sequence[Site], resumed: bool) -> Inputs:
         rows = ConceptRows(open_world(data), sites, seed=config.seed, device=device(llm))
         held_out = _concepts(config, config.eval.tokens)
         return Inputs(rows, held_out, data.dim, {"concepts": _told(data)})
-    loaded, tokens = open_llm(config)
+    loaded, tokens = open_llm(config, blocks(config, sites))
     source = loaded, tokens.train, sites
     rows = open_rows(llm, data, config.seed, *source, resumed, ahead=config.trainer.batch)
     held_out = _text(config, loaded, tokens, sites, config.eval.tokens, config.eval.loss_tokens)
     width = loaded.model.config.get_text_config().hidden_size
     about = {"LLM": f"{llm.name}, {llm.dtype.name} on {rows.device}"}
     return Inputs(rows, held_out, width, about)
+
+
+def blocks(config: Config, sites: Sequence[Site]) -> int | None:
+    """How many of the LLM's blocks a run at `sites` needs; None for the whole LLM.
+
+    Its loss needs all of it, and so does a cache, whose key is a hash of all of its weights.
+    """
+    if not is_text(config) or config.eval.loss_tokens or config.data.cache:
+        return None
+    return 1 + max(site.layer for site in sites)
 
 
 def open_held_out(
@@ -85,17 +95,17 @@ def open_held_out(
         return _concepts(config, tokens or config.eval.tokens)
     return _text(
         config,
-        *(opened or open_llm(config)),
+        *(opened or open_llm(config, None if tokens else blocks(config, sites))),
         sites,
         tokens or config.eval.tokens,
         tokens or config.eval.loss_tokens,
     )
 
 
-def open_llm(config: Config) -> tuple[LLM, Tokens]:
-    """The LLM, and the text that it reads."""
+def open_llm(config: Config, blocks: int | None = None) -> tuple[LLM, Tokens]:
+    """The LLM, or its first `blocks` blocks, and the text that it reads."""
     text = open_text(config.data)  # before the LLM: a wrong name is told at once
-    llm = load(config.llm)
+    llm = load(config.llm, blocks)
     return llm, open_tokens(text, llm.tokenizer, context=config.data.context, seed=config.seed)
 
 

@@ -9,9 +9,11 @@ import psutil
 import torch
 
 from sae_lightning.config import Config
+from sae_lightning.inputs import blocks
 from sae_lightning.llm.load import parameters
 from sae_lightning.llm.packaged import Shape
 from sae_lightning.llm.sites import Sites, distinct
+from sae_lightning.llm.splice import HEAD
 from sae_lightning.sae import ARCHITECTURES, size
 from sae_lightning.scorecard import ROWS
 from sae_lightning.stream.synthetic import MOST
@@ -63,10 +65,12 @@ def estimate(configs: Sequence[Config], sites: Sequence[Sites], llm: Shape) -> M
         more = (config.eval.tokens + 4 * MOST) * config.data.concepts  # their strengths
     else:
         batch = config.llm.batch * config.data.context
-        more = 2 * batch * llm.vocabulary  # logits, clean and with an SAE
+        # logits, clean and with an SAE, and some of them in float32
+        more = 8 * HEAD * llm.vocabulary if config.eval.loss_tokens else 0
     # the pool is copied for a checkpoint
     tokens = 2 * config.data.pool + batch + config.eval.tokens
-    held = parameters(config.llm) + tokens * llm.width * len(distinct(sites)) + more
+    read = distinct(sites)
+    held = parameters(config.llm, blocks(config, read)) + tokens * llm.width * len(read) + more
     # batches in training and evaluation, and the float64 in which an SAE is exported
     rows = max(config.trainer.batch, int(EVALUATION * ROWS))
     batches = [

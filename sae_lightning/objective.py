@@ -41,13 +41,15 @@ class SweepConfig:
         if self.max_heads is not None and self.max_heads < 1:
             raise UserError(f"sweep.max_heads={self.max_heads}: give 1 or more SAEs for a pass")
 
-    def check(self, synthetic: bool) -> None:
-        """Raise a UserError if the objective is not measured on such data."""
-        absent, data = (OF_THE_LLM, "data=synthetic") if synthetic else (OF_CONCEPTS, "text")
+    def check(self, synthetic: bool, loss_tokens: int) -> None:
+        """Raise a UserError if the objective is not measured on such data, or not at all."""
+        absent, where = (OF_THE_LLM, "on data=synthetic") if synthetic else (OF_CONCEPTS, "on text")
+        if not synthetic and not loss_tokens:
+            absent, where = OF_CONCEPTS | OF_THE_LLM, "with eval.loss_tokens=0"
         if self.objective.removeprefix("-") in absent:
             there = ", ".join(name for name in METRICS if name not in absent)
             raise UserError(
-                f"sweep.objective={self.objective} is not measured on {data}: choose from {there}"
+                f"sweep.objective={self.objective} is not measured {where}: choose from {there}"
             )
 
 

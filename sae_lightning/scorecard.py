@@ -24,7 +24,7 @@ class Scorecard(NamedTuple):
     quality: Quality
     """Reconstruction and sparsity."""
     scores: Scores | None = None
-    """What the LLM makes of the reconstruction; None where there is no LLM."""
+    """What the LLM makes of the reconstruction; None where there is no LLM, or it was not asked."""
     recovery: Recovery | None = None
     """How much of the truth was found; None where it is not known."""
     fidelity: Fidelity | None = None
@@ -35,7 +35,9 @@ class Scorecard(NamedTuple):
         """The numbers by name."""
         quality = self.quality._asdict()
         del quality["density"]
-        return quality | (self.scores or self.recovery)._asdict()
+        for more in (self.scores, self.recovery):
+            quality |= more._asdict() if more else {}
+        return quality
 
 
 @torch.no_grad()
@@ -126,7 +128,7 @@ def _reconstruction(reconstruct: Callable[[Tensor], Output], x: Tensor) -> Tenso
 
 def title(scalars: dict[str, float]) -> str:
     """What a scorecard's numbers are measured on."""
-    return "on held-out text" if "ce_clean" in scalars else "on held-out samples"
+    return "on held-out samples" if "recovered" in scalars else "on held-out text"
 
 
 def rows(scalars: dict[str, float]) -> dict[str, str]:
@@ -136,7 +138,8 @@ def rows(scalars: dict[str, float]) -> dict[str, str]:
         "explained variance": f"{scalars['explained_variance']:.4f}",
         "unfired": f"{scalars['unfired']:.1%} of features {title(scalars)}",
     }
-    return quality | (_llm_rows(scalars) if "ce_clean" in scalars else _concept_rows(scalars))
+    llm = _llm_rows(scalars) if "ce_clean" in scalars else {}
+    return quality | llm | (_concept_rows(scalars) if "recovered" in scalars else {})
 
 
 def _llm_rows(scalars: dict[str, float]) -> dict[str, str]:

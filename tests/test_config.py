@@ -28,7 +28,7 @@ from sae_lightning.llm.sites import Kind
 from sae_lightning.sae import ARCHITECTURES
 from sae_lightning.sae.relu import ReLULoss
 from sae_lightning.stream.text import PlaysConfig, SyntheticConfig
-from sae_lightning.training.settings import Normalization, Precision
+from sae_lightning.training.settings import EvalConfig, Normalization, Precision
 
 CONF = Path(conf_folder())
 PRESETS = sorted(
@@ -500,3 +500,9 @@ def test_an_experiment_beats_config_yaml(tmp_path):
     config = job(compose("config", overrides), Path("folder"), []).config
     assert (config.seed, config.loss.l1) == (5, 0.5)
     assert config.optim.lr == 0.125, "and the command line beats the experiment"
+
+
+def test_the_llms_loss_can_be_left_out_but_its_tokens_are_not_negative():
+    assert EvalConfig(loss_tokens=0).loss_tokens == 0
+    with pytest.raises(UserError, match=r"^eval\.loss_tokens=-1: .* or 0 to measure no loss"):
+        EvalConfig(loss_tokens=-1)

@@ -56,15 +56,30 @@ def test_every_number_of_a_run_that_the_sae_decides_can_be_the_objective():
     of_concepts = Scorecard(quality, recovery=Recovery(*range(9))).scalars()
     fixed = {*Baseline._fields, *OF_THE_WORLD}
     assert set(METRICS) == {*of_text, *of_concepts} - fixed
-    for numbers, synthetic in ((of_text, False), (of_concepts, True)):
+    without_loss = Scorecard(quality).scalars()
+    for numbers, *where in (
+        (of_text, False, 64),
+        (without_loss, False, 0),
+        (of_concepts, True, 64),
+        (of_concepts, True, 0),
+    ):
         for name in METRICS:
             sweep = SweepConfig(objective=name)
             if name in numbers:
-                sweep.check(synthetic)
+                sweep.check(*where)
                 assert objective(numbers, sweep) == numbers[name]
             else:
                 with pytest.raises(UserError, match=rf"^sweep\.objective={name} is not measured"):
-                    sweep.check(synthetic)
+                    sweep.check(*where)
+
+
+def test_an_objective_that_needs_a_loss_that_is_not_measured_is_refused_in_one_line():
+    with pytest.raises(UserError) as error:
+        SweepConfig(objective="-kl").check(synthetic=False, loss_tokens=0)
+    assert str(error.value) == (
+        "sweep.objective=-kl is not measured with eval.loss_tokens=0: choose from "
+        "explained_variance, l0, unfired"
+    )
 
 
 @pytest.mark.parametrize("name", ["ce_recoverd", "--kl", "", "density", "ce_clean"])

@@ -62,8 +62,10 @@ def _lead(scalars: dict[str, Any]) -> str:
         f"{scalars['l0']:.1f} active features of {scalars['features']:,} explain "
         f"{scalars['explained_variance']:.1%} of the activations' variance"
     )
-    if "ce_clean" not in scalars:
+    if "recovered" in scalars:
         return f"{lead} and recover {scalars['recovered']:.1%} of the concepts."
+    if "ce_clean" not in scalars:
+        return f"{lead}."
     worse = scalars["ce_spliced"] - scalars["ce_clean"]
     return (
         f"{lead}; with the SAE in place the LLM's cross-entropy is {abs(worse):.3f} nats "

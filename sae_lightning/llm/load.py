@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from sae_lightning.errors import UserError
+from sae_lightning.llm.cut import cut, cut_class, without_head
 from sae_lightning.llm.failures import explained
 from sae_lightning.llm.packaged import PACKAGED, Shape, cached, gguf_folder
 from sae_lightning.llm.quiet import quiet
@@ -139,27 +140,37 @@ def shape(config: LLMConfig) -> Shape:
     return Shape(text.num_hidden_layers, text.hidden_size, context, text.vocab_size)
 
 
-def parameters(config: LLMConfig) -> int:
-    """Number of weights of the LLM, from its config alone."""
+def parameters(config: LLMConfig, blocks: int | None = None) -> int:
+    """Number of weights that `load` would read, from the LLM's config alone."""
     if config.name == NO_LLM:
         return 0
     if config.name in PACKAGED:
-        return PACKAGED[config.name].parameters
-    from transformers import AutoModelForCausalLM
-
-    with quiet(), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            _hf_config(config), trust_remote_code=config.trust_remote_code
-        )
+        return PACKAGED[config.name].parameters_of(blocks)
+    with quiet():
+        model = _without_weights(_hf_config(config), config.trust_remote_code)
+        if blocks is not None:
+            cut(model, blocks)
+            without_head(model)
     return sum(p.numel() for p in model.parameters())
 
 
-def load(config: LLMConfig) -> LLM:
-    """The LLM in eval mode, without gradients, and its tokenizer."""
+def _without_weights(known, trust_remote_code: bool) -> nn.Module:
+    """The causal LM of a config (transformers); its weights take no memory."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(known, trust_remote_code=trust_remote_code)
+
+
+def load(config: LLMConfig, blocks: int | None = None) -> LLM:
+    """The LLM in eval mode, without gradients, and its tokenizer.
+
+    `blocks`: only its first ones, without the LM head; None for the whole LLM.
+    """
     chosen = device(config), dtype(config)
     source = str(cached(config.name)) if config.name in PACKAGED else None
     with phase(f"loading LLM {config.name}"), quiet():
-        model, tokenizer = _pretrained(config, source, *chosen)
+        model, tokenizer = _pretrained(config, source, blocks, *chosen)
     # Whole texts are encoded and cut by the caller; a limit here would only cause warnings.
     tokenizer.model_max_length = int(1e30)
     return LLM(model=model, tokenizer=tokenizer, name=config.name)
@@ -234,15 +245,21 @@ def _hf_config(config: LLMConfig):
 
 
 def _pretrained(
-    config: LLMConfig, source: str | None, device: torch.device, dtype: torch.dtype
+    config: LLMConfig,
+    source: str | None,
+    blocks: int | None,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> tuple[nn.Module, object]:
     """Model and tokenizer by transformers, every failure a UserError; `source`: packaged."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     origin = {"local_files_only": True} if source else _origin(config)
     if source is None:
-        _hf_config(config)
+        known = _hf_config(config)
         source = str(_folder(config.name) or config.name)
+    else:
+        known = AutoConfig.from_pretrained(source, **origin)
     attn = None if config.attn is Attention.auto else config.attn.value
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **origin)
@@ -255,9 +272,14 @@ def _pretrained(
             "tokenizer.save_pretrained"
         )
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        kind = AutoModelForCausalLM
+        if blocks is not None:
+            kind = cut_class(type(_without_weights(known, config.trust_remote_code)), blocks)
+        model, report = kind.from_pretrained(
             source, dtype=dtype, attn_implementation=attn, output_loading_info=True, **origin
         )
+        if blocks is not None:
+            model = without_head(model)
         model = model.to(device).eval().requires_grad_(False)
     except Exception as error:
         raise explained(config, error) from error

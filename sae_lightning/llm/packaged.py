@@ -50,7 +50,14 @@ class Packaged(NamedTuple):
     """Written here because reading it from the GGUF file takes seconds."""
 
     parameters: int
-    """Weights of the LLM."""
+    """Weights of the LLM, whose LM head is its embedding."""
+
+    def parameters_of(self, blocks: int | None) -> int:
+        """Weights of the LLM, or of its embedding and its first `blocks` blocks."""
+        if blocks is None:
+            return self.parameters
+        embedding = self.shape.vocabulary * self.shape.width
+        return embedding + (self.parameters - embedding) * blocks // self.shape.layers
 
 
 PACKAGED = {

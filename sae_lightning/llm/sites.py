@@ -133,7 +133,7 @@ class LayerConfig:
 
 def decoder_stack(model: nn.Module) -> nn.ModuleList:
     """The list of decoder blocks of any causal LM."""
-    layers = model.config.get_text_config().num_hidden_layers
+    layers = getattr(model, "kept_blocks", model.config.get_text_config().num_hidden_layers)
     # named_modules goes outside in, so a block's own lists (experts) come after the stack.
     for _, module in model.get_decoder().named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == layers:

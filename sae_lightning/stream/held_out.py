@@ -38,7 +38,7 @@ class HeldOut:
         max_norm: float | None = None,
     ):
         """At least `tokens` tokens in whole sequences, and `loss_tokens` of them, spread evenly,
-        for the LLM's loss; `batch` sequences a forward pass."""
+        for the LLM's loss, which 0 leaves out; `batch` sequences a forward pass."""
         self.llm, self.sites, self.batch, self.max_norm = llm, sites, batch, max_norm
         self.tokens = text.take(-(-tokens // text.packing.width))  # [sequences, context]
         dropped = torch.tensor([] if keep_special else special_ids(llm.tokenizer))
@@ -102,8 +102,10 @@ class HeldOut:
 
     def scores(
         self, source: Site, target: Site, functions: Sequence[Callable[[Tensor], Tensor]]
-    ) -> list[Scores]:
+    ) -> list[Scores | None]:
         """The LLM's loss with each function [n, d_in] -> [n, d_out] of `source` as `target`."""
+        if not len(self._loss_places):
+            return [None] * len(functions)
         known = self.baseline(target)
         tokens, keep = self._loss_text()
         what = "the SAE" if len(functions) == 1 else f"{len(functions)} SAEs"

@@ -104,11 +104,17 @@ class EvalConfig:
     tokens: int = 16_384
     """Held-out tokens for reconstruction and sparsity, rounded up to whole sequences."""
     loss_tokens: int = 4096
-    """Of these, at most so many for the LLM's loss, which is by far the most expensive part."""
+    """Of these, at most so many for the LLM's loss, which is by far the most expensive part; with 0
+    it is not measured, and blocks above the SAE's and the LM head are not loaded."""
 
     def __post_init__(self):
-        for name in ("every", "tokens", "loss_tokens"):
+        for name in ("every", "tokens"):
             _positive(f"eval.{name}", getattr(self, name))
+        if self.loss_tokens < 0:
+            raise UserError(
+                f"eval.loss_tokens={self.loss_tokens}: give a positive number of tokens, or 0 to "
+                "measure no loss of the LLM"
+            )
 
 
 @dataclass(slots=True, kw_only=True)

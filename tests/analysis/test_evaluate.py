@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import Generator
 
 from sae_lightning.analysis.evaluate import evaluate, section
 from sae_lightning.llm.sites import Kind, Site, Sites
+from sae_lightning.llm.splice import Scores
 from sae_lightning.sae import ARCHITECTURES, SAEConfig, build
 from sae_lightning.scorecard import score
 from sae_lightning.stream.documents import Text
@@ -74,6 +76,20 @@ def test_training_is_spared_what_only_the_evaluation_asks_for(held_out):
     (spared,) = score([sae], held_out, *SITES)
     assert spared.fidelity is None and asked.fidelity.gamma == pytest.approx(0.75)
     assert spared.scalars() == pytest.approx(asked.scalars())
+
+
+def test_without_the_llms_loss_the_page_speaks_of_the_rest(held_out, tiny):
+    tokens = SimpleNamespace(take=lambda n: held_out.tokens, packing=SimpleNamespace(width=15))
+    quick = HeldOut(tiny("llama"), tokens, [SITES.source], tokens=200, loss_tokens=0, batch=4)
+    sae = both_signs(WIDTH, scale=0.75)
+    result, whole = (evaluate(sae, each, SITES).scalars() for each in (quick, held_out))
+    assert whole.keys() - result.keys() == {*Scores._fields}
+    assert all(result[name] == whole[name] for name in result)
+    page = section(evaluate(sae, quick, SITES))
+    assert page.title == "Scorecard on held-out text"
+    assert page.lead.endswith("of the activations' variance.")
+    assert not {"CE recovered", "KL"} & {*page.rows}
+    assert len(page.figures) == 2
 
 
 def test_what_is_written_is_json_with_every_number_of_the_scorecard(held_out):

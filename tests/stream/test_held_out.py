@@ -115,6 +115,14 @@ def test_the_mlp_itself_in_place_of_what_it_writes_recovers_everything_and_zero_
     assert nothing.ce_mean == known.ce_mean
 
 
+def test_without_tokens_for_it_the_loss_is_not_measured(llm, monkeypatch):
+    monkeypatch.delattr(held_out_module, "baseline")
+    monkeypatch.delattr(held_out_module, "score")
+    held_out = make(llm, loss_tokens=0)
+    assert held_out.scores(SITES[0], SITES[0], [torch.tanh, torch.sin]) == [None, None]
+    assert torch.equal(held_out.activations(SITES[0]), make(llm).activations(SITES[0]))
+
+
 def test_the_llm_is_not_kept_alive_by_a_cycle(llm):
     held_out = make(llm)
     held_out.scores(SITES[0], SITES[0], [torch.tanh])

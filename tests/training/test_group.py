@@ -18,6 +18,7 @@ from sae_lightning import UserError, folders, inputs, memory, passes, run
 from sae_lightning.jobs import jobs as jobs_of
 from sae_lightning.jobs import read_sweep
 from sae_lightning.llm.sites import Kind, LayerConfig
+from sae_lightning.llm.splice import HEAD
 from sae_lightning.objective import SweepConfig
 from sae_lightning.sae import ARCHITECTURES, SAEConfig
 from sae_lightning.sae.gated import GatedConfig, GatedLoss
@@ -135,8 +136,8 @@ def test_a_group_runs_the_llm_as_often_as_one_job(job, sweep, monkeypatch):
         monkeypatch.setattr(module, "capture", counted(module.capture, captured))
     loaded = inputs.load
 
-    def load(config):
-        llm = loaded(config)
+    def load(config, *blocks):
+        llm = loaded(config, *blocks)
         body = llm.model.base_model
         body.forward = counted(body.forward, forward)  # `capture` too
         return llm
@@ -434,9 +435,9 @@ def test_a_failed_pass_leaves_nothing_in_memory(sweep, monkeypatch):
     jobs = sweep("seeds", **{f"{seed}": {"seed": seed} for seed in range(2)})
     loaded, load = [], inputs.load
 
-    def remember(config):
+    def remember(config, *blocks):
         assert not any(llm() for llm in loaded), "the LLM of the pass that failed"
-        llm = load(config)
+        llm = load(config, *blocks)
         loaded.append(weakref.ref(llm.model))
         return llm
 
@@ -501,3 +502,20 @@ def test_a_run_that_trains_elsewhere_is_left_alone(sweep, whole):
     assert folders.failure(again[1].folder) is None
     lock.close()
     assert None not in passes.train(again)
+
+
+def test_without_the_llms_loss_an_estimate_has_neither_later_blocks_nor_logits(job, tiny):
+    config = job("one").config
+    quick = replace(
+        config, eval=replace(config.eval, loss_tokens=0), sweep=SweepConfig(objective="l0")
+    )
+    cached = replace(quick, data=replace(quick.data, cache=True))
+    sites = [config.layer.within(3)]
+    llm = inputs.shape(config)
+    whole, less, same = (memory.estimate([c], sites, llm).shared for c in (config, quick, cached))
+    model = tiny("llama").model
+    gone = [model.model.layers[2], model.lm_head]
+    weights = 4 * sum(p.numel() for module in gone for p in module.parameters())
+    logits = 4 * 8 * HEAD * 100
+    assert whole - less == weights + logits
+    assert whole - same == logits

@@ -15,11 +15,14 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_run import BATCH, STEPS
 
-from sae_lightning import UserError, load_sae, run
+from sae_lightning import UserError, inputs, load_sae, run
 from sae_lightning.export import WEIGHTS
 from sae_lightning.jobs import read_job
 from sae_lightning.llm.capture import capture
 from sae_lightning.llm.load import Dtype
+from sae_lightning.llm.sites import decoder_stack
+from sae_lightning.llm.splice import Scores
+from sae_lightning.objective import SweepConfig
 from sae_lightning.sae import SAE
 from sae_lightning.sae.relu import ReLULoss
 from sae_lightning.training.settings import (
@@ -296,6 +299,26 @@ def test_the_saved_sae_does_to_raw_activations_what_the_trained_one_did(
     torch.testing.assert_close(loaded.reconstruction, trained.reconstruction, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(loaded.features, trained.features, rtol=1e-4, atol=1e-5)
     assert trained.features.count_nonzero() > 100
+
+
+def test_without_the_llms_loss_only_the_blocks_below_are_loaded_and_the_sae_is_the_same(
+    job, monkeypatch
+):
+    loaded, load = [], inputs.load
+    monkeypatch.setattr(inputs, "load", lambda *args: loaded.append(load(*args)) or loaded[-1])
+    whole = job("whole")
+    sweep = SweepConfig(objective="explained_variance")
+    changed = {"eval": replace(whole.config.eval, loss_tokens=0), "sweep": sweep}
+    quick = job("quick", **changed)
+    (before,), (after,) = run.run([whole]), run.run([quick])
+    assert [len(decoder_stack(llm.model)) for llm in loaded] == [3, 2]
+    assert before.keys() - after.keys() == {*Scores._fields}
+    assert all(after[name] == before[name] for name in after)
+    assert len({(each.folder / "sae" / WEIGHTS).read_bytes() for each in (whole, quick)}) == 1
+    folder = str(whole.folder.parent / "cache")
+    cached = replace(whole.config.data, cache=True, cache_folder=folder)
+    run.run([job("cached", data=cached, **changed)])
+    assert len(decoder_stack(loaded[-1].model)) == 3, "the key of a cache is of the whole LLM"
 
 
 def test_a_run_folder_is_complete_and_the_curves_are_plotted_against_tokens(job):
