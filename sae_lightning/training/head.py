@@ -128,7 +128,7 @@ class Head(nn.Module):
         if isinstance(features, Entries):
             fired = features.count()
         else:
-            fired = (features > 0).float().sum(dim=0)  # the sum of a bool takes far longer
+            fired = (features > 0).sum(dim=0)
         silent = self.tokens_since_fired + batch
         self.tokens_since_fired.copy_(silent.masked_fill(fired > 0, 0))
         return fired.sum() / batch
