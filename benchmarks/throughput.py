@@ -122,8 +122,8 @@ def main(arguments: list[str]) -> None:
         roofs[model] = _child(asked, f"{model}-roofline", "timing.roofline:measure", run=llm)
         for architecture, setting in asked.runs:
             results.append(_result(asked, model, llm, architecture, setting, roofs[model]))
-            _show(results, roofs, asked)  # of what takes long, a part is better than nothing
-    write_json(asked.out / "throughput.json", {"roofline": roofs, "runs": results})
+            write_json(asked.out / "throughput.json", {"roofline": roofs, "runs": results})
+    _show(results, roofs, asked)
     console.print(f"the figures are in {asked.out / 'throughput.json'}")
 
 
@@ -153,6 +153,7 @@ def _result(
         result["profile"] = _child(asked, f"{name}-profile", "timing.ours:look", runs=runs)
     rates = roof["llm_tokens_per_second"], roof["encode_tokens_per_second"]
     result["share_of_floor"] = result["tokens_per_second"] / floor(*rates, saes=len(runs))
+    console.print(f"{name}: {result['tokens_per_second'] * len(runs):,.0f} tokens/s")
     return result
 
 
