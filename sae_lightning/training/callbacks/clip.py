@@ -3,7 +3,7 @@
 import lightning as L
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.profiler import record_function
 
 from sae_lightning.training.head import Head
@@ -32,5 +32,10 @@ class ClipGradient(L.Callback):
 
 def _clip(head: Head) -> Tensor:
     """Clip a head's gradient; its norm before."""
-    limit = float("inf") if head.optim.clip is None else head.optim.clip
-    return clip_grad_norm_(head.sae.parameters(), limit)
+    parameters = list(head.sae.parameters())
+    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+    limit = head.optim.clip
+    # on a CPU the norm is known, and it costs nothing to leave alone what is short enough
+    if limit is not None and (norm.device.type != "cpu" or norm > limit):
+        clip_grads_with_norm_(parameters, limit, norm)
+    return norm
