@@ -181,11 +181,14 @@ class SAE(nn.Module):
         return 0.0
 
     def activate_entries(self, pre: Entries) -> Tensor:
-        """Feature strengths [n entries] of the pre-activations that `active_entries` took."""
-        return pre.values.relu()
+        """Feature strengths [n entries] of the pre-activations that `active_entries` took; an
+        architecture that does not define this is always computed densely."""
+        raise NotImplementedError
 
     def density(self, this: Pass) -> float:
         """The share of [batch, features] that `active_entries` would take of this batch."""
+        if type(self).activate_entries is SAE.activate_entries:
+            return 1.0
         if isinstance(this.pre, Entries):
             return len(this.pre.pattern) / math.prod(this.pre.pattern.shape)
         few = this.pre[:SAMPLE]  # they are in random order

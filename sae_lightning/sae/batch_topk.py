@@ -66,6 +66,10 @@ class BatchTopK(SAE):
         pattern = Pattern(pattern.places[chosen], *pattern.shape)
         return sparse.encode(x, self.W_enc, self.b_enc, pattern, pre[chosen])
 
+    def activate_entries(self, pre: Entries) -> Tensor:
+        """Feature strengths [n entries]."""
+        return pre.values.relu()
+
     def bound(self) -> Tensor:
         """[features] above which the largest pre-activations of a batch are looked for."""
         return BOUNDS[0] * self.threshold

@@ -9,6 +9,7 @@ from sae_lightning.errors import UserError
 from sae_lightning.losses import l1, lp
 from sae_lightning.sae.base import SAE, Pass
 from sae_lightning.sae.objective import Loss, Moment, PenaltyLoss, penalised
+from sae_lightning.sae.sparse import Entries
 
 
 class ReLU(SAE):
@@ -24,6 +25,10 @@ class ReLU(SAE):
     def activate(self, pre: Tensor) -> Tensor:
         """Feature strengths of pre-activations, both [batch, features]."""
         return pre.relu()
+
+    def activate_entries(self, pre: Entries) -> Tensor:
+        """Feature strengths [n entries]."""
+        return pre.values.relu()
 
 
 @dataclass(slots=True, kw_only=True)

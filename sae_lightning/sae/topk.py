@@ -9,6 +9,7 @@ from torch import Tensor
 from sae_lightning.errors import UserError
 from sae_lightning.sae import sparse
 from sae_lightning.sae.base import SAE, Pass, SAEConfig
+from sae_lightning.sae.sparse import Entries
 
 
 @dataclass(slots=True, kw_only=True)
@@ -44,6 +45,10 @@ class TopK(SAE):
         """The k largest pre-activations of each token, if they are positive."""
         values, places = pre.relu().topk(self.config.k, dim=-1, sorted=False)
         return torch.zeros_like(pre).scatter(-1, places, values)
+
+    def activate_entries(self, pre: Entries) -> Tensor:
+        """Feature strengths [n entries]."""
+        return pre.values.relu()
 
     def choose(self, pre: Tensor) -> Tensor:
         """The places of each token's k largest pre-activations, if they are positive."""
