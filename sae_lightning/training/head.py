@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from sae_lightning.errors import UserError
 from sae_lightning.llm.sites import Site
 from sae_lightning.sae import SAE, Loss, Moment, Output
 from sae_lightning.sae.products import worth_it
@@ -151,7 +152,13 @@ class Head(nn.Module):
         return {"training_metrics": self.training_metrics, "occupied": self.occupied}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take those of a checkpoint."""
+        """Take those of a checkpoint. UserError: an earlier version made it, which laid out Adam's
+        moments in memory as this one does not."""
+        if "occupied" not in state:
+            raise UserError(
+                f"resume={self.folder}: an earlier version of sae_lightning made this checkpoint; "
+                "resume it with that version, or start a new run"
+            )
         self.training_metrics, self.occupied = state["training_metrics"], state["occupied"]
 
     def folded(self) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from superposed import SITE, activations, make_head, train
 
+from sae_lightning.errors import UserError
 from sae_lightning.sae import ARCHITECTURES
 from sae_lightning.sae.products import worth_it
 from sae_lightning.training.settings import Products
@@ -78,6 +79,11 @@ def test_the_choice_goes_on_where_it_was():
     x = activations()[:2]
     assert again.only_active(x)
     assert not make_head("relu").only_active(x)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused():
+    with pytest.raises(UserError, match=r"^resume=nowhere: an earlier version"):
+        make_head("relu").set_extra_state({"train/loss": 0.5})
 
 
 def test_an_architecture_that_says_nothing_of_entries_is_computed_densely(monkeypatch):
