@@ -21,15 +21,16 @@ EXCESS = 10.0
 class SweepConfig:
     """Settings of a multirun as a whole; they change nothing about any SAE."""
 
-    objective: str = "ce_recovered"
-    """Held-out metric that a searching sweeper maximises; a minus in front minimises (`-kl`)."""
+    objective: str | None = None
+    """Held-out metric that a searching sweeper maximises; a minus in front minimises (`-kl`). null
+    is ce_recovered, or explained_variance where the LLM's loss is not measured."""
     l0: float | None = None
     """Judge the objective at this L0: more active features per token are marked down."""
     max_heads: int | None = None
     """SAEs trained together on one pass of the LLM; null for as many as memory allows."""
 
     def __post_init__(self):
-        if self.objective.removeprefix("-") not in METRICS:
+        if self.objective is not None and self.objective.removeprefix("-") not in METRICS:
             raise UserError(
                 f"sweep.objective={self.objective}: no such held-out metric; choose from "
                 f"{', '.join(METRICS)}, with a minus in front to minimise it"
@@ -46,7 +47,7 @@ class SweepConfig:
         absent, where = (OF_THE_LLM, "on data=synthetic") if synthetic else (OF_CONCEPTS, "on text")
         if not synthetic and not loss_tokens:
             absent, where = OF_CONCEPTS | OF_THE_LLM, "with eval.loss_tokens=0"
-        if self.objective.removeprefix("-") in absent:
+        if self.objective and self.objective.removeprefix("-") in absent:
             there = ", ".join(name for name in METRICS if name not in absent)
             raise UserError(
                 f"sweep.objective={self.objective} is not measured {where}: choose from {there}"
@@ -60,10 +61,12 @@ def objective(metrics: dict[str, float], sweep: SweepConfig) -> float:
     with L0, so that a search comes to rest at or just below `sweep.l0`; above it, the slope leads
     back. -inf where the metric is nan: samplers refuse nan, and such a run must not win.
     """
-    value = metrics[sweep.objective.removeprefix("-")]
+    usual = "ce_recovered" if "ce_recovered" in metrics else "explained_variance"
+    name = sweep.objective or usual
+    value = metrics[name.removeprefix("-")]
     if math.isnan(value):
         return -math.inf
-    if sweep.objective.startswith("-"):
+    if name.startswith("-"):
         value = -value
     if sweep.l0 is None:
         return value

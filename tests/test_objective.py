@@ -73,6 +73,13 @@ def test_every_number_of_a_run_that_the_sae_decides_can_be_the_objective():
                     sweep.check(*where)
 
 
+def test_unasked_the_objective_is_what_is_measured():
+    SweepConfig().check(synthetic=False, loss_tokens=0)
+    assert objective(RUN, SweepConfig()) == RUN["ce_recovered"]
+    measured = {"l0": 5.0, "explained_variance": 0.7}
+    assert objective(measured, SweepConfig()) == 0.7
+
+
 def test_an_objective_that_needs_a_loss_that_is_not_measured_is_refused_in_one_line():
     with pytest.raises(UserError) as error:
         SweepConfig(objective="-kl").check(synthetic=False, loss_tokens=0)

@@ -126,10 +126,7 @@ class Head(nn.Module):
     @torch.no_grad()
     def _count_firing(self, features: Tensor | Entries, batch: int) -> Tensor:
         """Note which of [batch, features] fired; returns how many per token."""
-        if isinstance(features, Entries):
-            fired = features.count()
-        else:
-            fired = (features > 0).sum(dim=0)
+        fired = features.count() if isinstance(features, Entries) else (features > 0).sum(dim=0)
         silent = self.tokens_since_fired + batch
         self.tokens_since_fired.copy_(silent.masked_fill(fired > 0, 0))
         return fired.sum() / batch

@@ -22,7 +22,6 @@ from sae_lightning.llm.capture import capture
 from sae_lightning.llm.load import Dtype
 from sae_lightning.llm.sites import decoder_stack
 from sae_lightning.llm.splice import Scores
-from sae_lightning.objective import SweepConfig
 from sae_lightning.sae import SAE
 from sae_lightning.sae.relu import ReLULoss
 from sae_lightning.training.settings import (
@@ -307,8 +306,7 @@ def test_without_the_llms_loss_only_the_blocks_below_are_loaded_and_the_sae_is_t
     loaded, load = [], inputs.load
     monkeypatch.setattr(inputs, "load", lambda *args: loaded.append(load(*args)) or loaded[-1])
     whole = job("whole")
-    sweep = SweepConfig(objective="explained_variance")
-    changed = {"eval": replace(whole.config.eval, loss_tokens=0), "sweep": sweep}
+    changed = {"eval": replace(whole.config.eval, loss_tokens=0)}
     quick = job("quick", **changed)
     (before,), (after,) = run.run([whole]), run.run([quick])
     assert [len(decoder_stack(llm.model)) for llm in loaded] == [3, 2]
