@@ -38,7 +38,9 @@ def main(overrides: list[str]) -> None:
             mine, folder = [*SETTINGS, *overrides, *cache], Path(t) / name
             run([job(compose("config", overrides=mine), folder, mine)])
             speed = json.loads((folder / "metrics.json").read_text("utf8"))["speed"]
-            shares = [f"{speed[f'{part}_share']:.1%}" for part in ("llm", "data", "sae")]
+            # not known on a GPU
+            parts = [speed.get(f"{part}_share") for part in ("llm", "data", "sae")]
+            shares = ["" if part is None else f"{part:.1%}" for part in parts]
             table.add_row(name, f"{speed['tokens_per_second']:,.0f}", *shares)
             weights.add((folder / "sae" / WEIGHTS).read_bytes())
         files = [path for path in Path(t, "activations").rglob("*") if path.is_file()]

@@ -201,6 +201,8 @@ def _log(job: Job, jobs: list[Job], resumed_at: int | None) -> HeadLog:
     for other in jobs:
         columns = shown(other.config) | columns
     headline = HEADLINE if is_text(job.config) else HEADLINE_OF_CONCEPTS
+    if not job.config.eval.loss_tokens:
+        headline = tuple(tag for tag in headline if tag != "held_out/ce_recovered")
     return HeadLog(job.folder, shown(job.config), columns, swept, resumed_at, headline)
 
 
