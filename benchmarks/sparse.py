@@ -27,7 +27,7 @@ from sae_lightning.sae import SAE, Moment, SAEConfig, build
 from sae_lightning.sae.relu import ReLULoss
 from sae_lightning.terminal import console
 
-DENSITIES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
+DENSITIES = (0.001, 0.003, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.3)
 ROUNDS = 7
 
 

@@ -9,38 +9,59 @@ from zipfile import BadZipFile
 
 import torch
 
+from sae_lightning.config import Config
 from sae_lightning.errors import UserError
 from sae_lightning.files import free_space
 from sae_lightning.inputs import check_context, is_text, shape
 from sae_lightning.jobs import CONFIG_FILE, ELSEWHERE, Job
-from sae_lightning.llm.load import Dtype, device, dtype, has_bf16
+from sae_lightning.llm.load import Attention, Dtype, device, dtype, has_bf16
 from sae_lightning.llm.packaged import Shape
 from sae_lightning.llm.sites import Sites, distinct
 from sae_lightning.sae import size
+from sae_lightning.sae.products import available
 from sae_lightning.stream.sources import cache_folder
 from sae_lightning.training.settings import (
     Accelerator,
     Precision,
+    Products,
+    TrainerConfig,
     checkpoint_path,
     stream_path,
 )
 
+SHORT = 256  # tokens of context
+
 
 def resolved(job: Job) -> Job:
-    """`job` with dtype and precision as they are on this machine: on another, `auto` could stand
-    for something else, and a resumed run would silently become another one."""
+    """`job` with dtype, attention and precision as they are on this machine: on another, `auto`
+    could stand for something else, and a resumed run would silently become another one."""
     llm, trainer = job.config.llm, job.config.trainer
+    number = dtype(llm)
+    attn = llm.attn
+    if attn is Attention.auto and _eager_is_faster(job.config, number):
+        attn = Attention.eager
     precision = trainer.precision
     if precision is Precision.auto:
-        found = torch.accelerator.current_accelerator()
-        on_cpu = trainer.accelerator is Accelerator.cpu or found is None
-        precision = Precision.bf16 if has_bf16("cpu" if on_cpu else found.type) else Precision.fp32
+        precision = Precision.bf16 if has_bf16(_trains_on(trainer)) else Precision.fp32
     config = replace(
         job.config,
-        llm=replace(llm, dtype=Dtype(str(dtype(llm)).removeprefix("torch."))),
+        llm=replace(llm, dtype=Dtype(str(number).removeprefix("torch.")), attn=attn),
         trainer=replace(trainer, precision=precision),
     )
     return replace(job, config=config)
+
+
+def _eager_is_faster(config: Config, number: torch.dtype) -> bool:
+    """Whether plain matrix products are the faster attention: by a tenth in bf16 on a CPU
+    (SmolLM2). It takes memory by the square of the context, so only for short ones."""
+    on_cpu = device(config.llm).type == "cpu"
+    return is_text(config) and on_cpu and number is torch.bfloat16 and config.data.context <= SHORT
+
+
+def _trains_on(trainer: TrainerConfig) -> str:
+    """The kind of device on which SAEs train: cpu, cuda, mps."""
+    found = torch.accelerator.current_accelerator()
+    return "cpu" if trainer.accelerator is Accelerator.cpu or found is None else found.type
 
 
 class Checked(NamedTuple):
@@ -66,6 +87,11 @@ def check(jobs: list[Job]) -> Checked:
     device(config.llm)
     if config.trainer.accelerator is Accelerator.gpu and not torch.accelerator.is_available():
         raise UserError("trainer.accelerator=gpu: no GPU found; use trainer=cpu or trainer=auto")
+    if config.trainer.products is Products.sparse and not available(_trains_on(config.trainer)):
+        raise UserError(
+            f"trainer.products=sparse: {_trains_on(config.trainer)} has dense products only here "
+            "(cuda needs Triton for sparse ones); use trainer.products=auto"
+        )
     for job in jobs:
         _check_folder(job)
     if is_text(config):

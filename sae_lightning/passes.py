@@ -23,6 +23,7 @@ import torch
 from sae_lightning import checks, folders, memory
 from sae_lightning.cli import DEBUG, explain
 from sae_lightning.errors import UserError
+from sae_lightning.heap import give_back_freed_memory
 from sae_lightning.inputs import is_text
 from sae_lightning.jobs import CONFIG_FILE, Job, read_job, resume_of
 from sae_lightning.llm.packaged import Shape
@@ -209,6 +210,7 @@ def _train(jobs: list[Job]) -> Results:
         # trainer, module and callbacks refer to one another (and an error to all of them): the
         # next pass would load its LLM while this one is still in memory
         gc.collect()
+        give_back_freed_memory()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     name = f"{jobs[0].folder.name}: " if len(jobs) == 1 else ""

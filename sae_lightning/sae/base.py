@@ -16,6 +16,7 @@ from sae_lightning.errors import UserError
 from sae_lightning.sae import sparse
 from sae_lightning.sae.sparse import Entries
 
+TINY = 1e-12  # a row of zeros stays one
 SAMPLE = 128  # tokens of a batch by which its density is judged
 
 
@@ -185,10 +186,13 @@ class SAE(nn.Module):
         architecture that does not define this is always computed densely."""
         raise NotImplementedError
 
+    @property
+    def knows_entries(self) -> bool:
+        """Whether this architecture can be computed with active features alone."""
+        return type(self).activate_entries is not SAE.activate_entries
+
     def density(self, this: Pass) -> float:
         """The share of [batch, features] that `active_entries` would take of this batch."""
-        if type(self).activate_entries is SAE.activate_entries:
-            return 1.0
         if isinstance(this.pre, Entries):
             return len(this.pre.pattern) / math.prod(this.pre.pattern.shape)
         few = this.pre[:SAMPLE]  # they are in random order
@@ -205,14 +209,16 @@ class SAE(nn.Module):
     @torch.no_grad()
     def fix_norms(self) -> None:
         """Bring every decoder row to the norm that it started with."""
-        self.W_dec.mul_(self.config.decoder_norm / self.W_dec.norm(dim=1, keepdim=True))
+        norms = self.W_dec.norm(dim=1, keepdim=True).clamp_min(TINY)
+        self.W_dec.mul_(self.config.decoder_norm / norms)
 
     @torch.no_grad()
     def project_gradient(self) -> None:
         """Leave of the decoder's gradient what turns rows, and nothing that stretches them
         (Bricken et al. 2023): Adam's moments then hold no part that `fix_norms` undoes."""
         gradient, rows = self.W_dec.grad, self.W_dec
-        along = (gradient * rows).sum(dim=1, keepdim=True) / rows.square().sum(dim=1, keepdim=True)
+        squares = rows.square().sum(dim=1, keepdim=True).clamp_min(TINY)
+        along = (gradient * rows).sum(dim=1, keepdim=True) / squares
         gradient.addcmul_(along, rows, value=-1)
 
     @torch.no_grad()

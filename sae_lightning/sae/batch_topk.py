@@ -59,10 +59,11 @@ class BatchTopK(SAE):
                 break
         with torch.no_grad():
             pre = above + bound[pattern.columns]
-            values, chosen = pre.topk(min(wanted, len(pre)), sorted=False)
+            found = sparse.above(pre, 0.0)  # a bias that was rounded up may have let in others
+            values, chosen = pre[found].topk(min(wanted, len(found)), sorted=False)
             if len(values):
                 self._remember(values.min())
-            chosen = chosen.sort().values
+            chosen = found[chosen].sort().values
         pattern = Pattern(pattern.places[chosen], *pattern.shape)
         return sparse.encode(x, self.W_enc, self.b_enc, pattern, pre[chosen])
 

@@ -97,17 +97,21 @@ class JumpReLU(SAE):
 
     def active_entries(self, x: Tensor) -> Entries:
         """The pre-activations above their threshold, and those below it that move it."""
-        pre = super().active_entries(x)
-        pre.pattern.loose = True
-        return pre
+        threshold = self.threshold.detach()
+        # as the distance from the threshold, which is rounded least where it matters most
+        pattern, above = sparse.find(x, self.W_enc, self.b_enc - threshold, self.choose)
+        pattern.loose = True
+        pre = above + threshold[pattern.columns]
+        return sparse.encode(x, self.W_enc, self.b_enc, pattern, pre)
 
-    def choose(self, pre: Tensor) -> Tensor:
-        """The places of what is above its bound."""
-        return sparse.above(pre, self.bound().to(pre.dtype))
+    def choose(self, above: Tensor) -> Tensor:
+        """The places of what lies above its threshold or in the window around it (and a little
+        below, as bounds are rounded), given distances from thresholds."""
+        return sparse.above(above, -0.51 * self.config.bandwidth)
 
     def bound(self) -> Tensor:
-        """[features] where the windows around thresholds begin, or a little earlier (rounded)."""
-        return self.threshold - 0.51 * self.config.bandwidth
+        """[features] where the windows around thresholds begin."""
+        return self.threshold - self.config.bandwidth / 2
 
     def activate_entries(self, pre: Entries) -> Tensor:
         """Pre-activations above their threshold, 0 in place of the others, as [n entries]."""

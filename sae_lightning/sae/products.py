@@ -4,23 +4,34 @@ A sparse matrix [rows, n] is its entries in the order of its rows: those of row 
 from offsets[r] to offsets[r + 1], and entry i stands in column indices[i].
 """
 
+import importlib.util
 import warnings
-from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+MANY = 0.02  # share of entries above which it pays on a CPU to pick dots from a dense product
+PART = 256  # rows of that product that are there at a time
+
 
 def worth_it(device: str, dtype: torch.dtype) -> float:
-    """The density below which these products beat dense ones in `dtype` on a kind of device.
+    """The density below which these products beat dense ones in `dtype` on a kind of device; 0
+    where they are not to be had.
 
-    Measured on CPUs (`benchmarks/sparse.py`). On CUDA it is a guess, and elsewhere they are not to
-    be had.
+    Measured on CPUs (`benchmarks/sparse.py`); on CUDA a guess.
     """
+    if not available(device):
+        return 0.0
     if device == "cpu":
-        return 0.12 if dtype is torch.float32 else 0.04
-    return 0.02 if device == "cuda" else 0.0
+        return 0.12 if dtype is torch.float32 else 0.08
+    return 0.02
+
+
+def available(device: str) -> bool:
+    """Whether a kind of device has these products; CUDA needs Triton, which comes with torch on
+    Linux."""
+    return device == "cpu" or (device == "cuda" and bool(importlib.util.find_spec("triton")))
 
 
 def weighted_sums(offsets: Tensor, indices: Tensor, weights: Tensor, table: Tensor) -> Tensor:
@@ -28,8 +39,10 @@ def weighted_sums(offsets: Tensor, indices: Tensor, weights: Tensor, table: Tens
 
     offsets [rows + 1], indices [n entries], weights [n entries], table [n, d].
     """
-    if kernels := _kernels(table):
-        return kernels.weighted_sums(offsets, indices, weights, table)
+    if table.is_cuda:
+        from sae_lightning.sae import triton_products
+
+        return triton_products.weighted_sums(offsets, indices, weights, table)
     return embedding_bag(
         indices,
         table,
@@ -42,26 +55,30 @@ def weighted_sums(offsets: Tensor, indices: Tensor, weights: Tensor, table: Tens
 
 def dots(offsets: Tensor, indices: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """[n entries]: entry i of row r is left[r] . right[indices[i]], for [rows, d] and [n, d]."""
-    if kernels := _kernels(left):
-        return kernels.dots(offsets, indices, left, right)
+    if left.is_cuda:
+        from sae_lightning.sae import triton_products
+
+        return triton_products.dots(offsets, indices, left, right)
+    if left.dtype is not torch.float32 and len(indices) > MANY * len(left) * len(right):
+        return _dots_of_all(offsets, indices, left, right)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
         where = torch.sparse_csr_tensor(
             offsets,
             indices,
-            left.new_zeros(len(indices)),
+            torch.zeros(len(indices)),
             (len(left), len(right)),
             check_invariants=False,
         )
-        return torch.sparse.sampled_addmm(where, left, right.T, beta=0.0).values()
+        return torch.sparse.sampled_addmm(where, left.float(), right.float().T, beta=0.0).values()
 
 
-def _kernels(tensor: Tensor) -> ModuleType | None:
-    """The kernels for tensors on CUDA; None where Triton is not to be had (Windows) or needed."""
-    if not tensor.is_cuda:
-        return None
-    try:
-        from sae_lightning.sae import triton_products
-    except ImportError:
-        return None
-    return triton_products
+def _dots_of_all(offsets: Tensor, indices: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """`dots`, picked from the dense product, part by part."""
+    picked, starts = [], offsets[:-1:PART].tolist()
+    ends = [*starts[1:], len(indices)]
+    rows = torch.repeat_interleave(torch.arange(len(left)), offsets.diff())
+    places = rows % PART * len(right) + indices
+    for part, start, end in zip(left.split(PART), starts, ends, strict=True):
+        picked.append((part @ right.T).view(-1).index_select(0, places[start:end]))
+    return torch.cat(picked).float()

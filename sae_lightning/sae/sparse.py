@@ -50,13 +50,20 @@ class Pattern:
         keys = self.columns.to(torch.int16 if columns < 1 << 15 else torch.int32)
         keys, order = torch.sort(keys, stable=True)
         starts = torch.arange(columns + 1, device=keys.device, dtype=keys.dtype)
-        return order, torch.searchsorted(keys, starts), self.rows[order]
+        return order, torch.searchsorted(keys, starts), self.rows.index_select(0, order)
 
     def weighted_columns(self, weights: Tensor, table: Tensor) -> Tensor:
         """[columns, d]: for each column the sum of weights [n entries] x the rows of table [rows,
         d] in which it has an entry."""
         order, offsets, rows = self._by_column
-        return weighted_sums(offsets, rows, weights[order], table)
+        return weighted_sums(offsets, rows, weights.index_select(0, order), table)
+
+    def column_sums(self, values: Tensor) -> Tensor:
+        """[columns]: for each column the sum of the values [n entries] in it, in a fixed order."""
+        if values.is_cuda:
+            ones = values.new_ones(self.shape[0], 1)
+            return self.weighted_columns(values, ones).squeeze(1)
+        return values.new_zeros(self.shape[1]).index_add_(0, self.columns, values)
 
     def narrowed(self, values: Tensor) -> tuple["Pattern", Tensor]:
         """The entries whose values [n entries] are not 0, as far as it pays to leave others out."""
@@ -84,13 +91,11 @@ class Entries(NamedTuple):
 
     def of(self, vector: Tensor) -> Tensor:
         """[n entries]: what a [features] vector has for the feature of each."""
-        return vector[self.pattern.columns]
+        return _Of.apply(vector, self.pattern)
 
     def count(self) -> Tensor:
         """[features]: on how many tokens each is above 0."""
-        # not bincount, for which a GPU has to be waited for
-        counts = torch.zeros(self.pattern.shape[1], device=self.values.device)
-        return counts.index_add_(0, self.pattern.columns, (self.values > 0).float())
+        return self.pattern.column_sums((self.values > 0).float())
 
 
 def working_type(x: Tensor) -> torch.dtype:
@@ -132,12 +137,13 @@ def positive(x: Tensor) -> Tensor:
         return above(x, 0)
     # Few are: first find the words of 8 bytes that are not all 0. Half the time.
     words = x.relu().view(-1).view(torch.int64).nonzero().squeeze(1)
-    within = above(x.view(-1, lanes)[words], 0)
-    return words[within // lanes] * lanes + within % lanes
+    within = above(x.view(-1, lanes).index_select(0, words), 0)
+    shift = lanes.bit_length() - 1  # two or four lanes
+    return (words.index_select(0, within >> shift) << shift) + (within & (lanes - 1))
 
 
 def above(x: Tensor, bound: Tensor | float) -> Tensor:
-    """The places in [rows, features] of what exceeds its feature's bound, ascending.
+    """The places in x, flattened, of what exceeds its bound, ascending.
 
     What is no number is among them: passed over, it would never be noticed.
     """
@@ -154,9 +160,18 @@ def decode(entries: Entries, W_dec: Tensor) -> Tensor:
     return _Decode.apply(entries.values, W_dec, entries.pattern)
 
 
-def _table(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """[n, d] to take rows from: on a GPU, where reading them is the cost, in autocast's type."""
-    return (x.to(dtype) if x.is_cuda else x.float()).contiguous()
+class _Of(torch.autograd.Function):
+    """What a vector has for the columns of a pattern's entries. The gradient of indexing with
+    brackets would be summed up in another order each time."""
+
+    @staticmethod
+    def forward(ctx, vector: Tensor, pattern: Pattern):
+        ctx.pattern = pattern
+        return vector.index_select(0, pattern.columns)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return ctx.pattern.column_sums(gradient), None
 
 
 class _Encode(torch.autograd.Function):
@@ -164,7 +179,7 @@ class _Encode(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, W_enc: Tensor, b_enc: Tensor, pattern: Pattern, pre: Tensor):
-        ctx.save_for_backward(_table(x, working_type(x)))
+        ctx.save_for_backward(x.to(working_type(x)))
         ctx.pattern = pattern
         return pre.clone()
 
@@ -172,8 +187,7 @@ class _Encode(torch.autograd.Function):
     def backward(ctx, gradient: Tensor):
         pattern, gradient = ctx.pattern.narrowed(gradient)
         to_columns = pattern.weighted_columns(gradient, *ctx.saved_tensors)
-        to_bias = gradient.new_zeros(pattern.shape[1]).index_add_(0, pattern.columns, gradient)
-        return None, to_columns.T, to_bias, None, None
+        return None, to_columns.T, pattern.column_sums(gradient), None, None
 
 
 class _Decode(torch.autograd.Function):
@@ -185,16 +199,15 @@ class _Decode(torch.autograd.Function):
         live, weights = pattern.narrowed(values)
         ctx.live = live
         ctx.save_for_backward(weights, W_dec)
-        return weighted_sums(live.offsets, live.columns, weights, _table(W_dec, ctx.dtype))
+        return weighted_sums(live.offsets, live.columns, weights, W_dec.to(ctx.dtype))
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
         (weights, W_dec), pattern = ctx.saved_tensors, ctx.pattern
-        gradient = _table(gradient, ctx.dtype)
+        gradient = gradient.to(ctx.dtype).contiguous()
         to_values = to_rows = None
         if ctx.needs_input_grad[0]:
-            rows = _table(W_dec, ctx.dtype)
-            to_values = dots(pattern.offsets, pattern.columns, gradient, rows)
+            to_values = dots(pattern.offsets, pattern.columns, gradient, W_dec.to(ctx.dtype))
         if ctx.needs_input_grad[1]:
             to_rows = ctx.live.weighted_columns(weights, gradient)
         return to_values, to_rows, None

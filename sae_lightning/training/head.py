@@ -91,9 +91,10 @@ class Head(nn.Module):
 
     def only_active(self, x: Tensor) -> bool:
         """Whether the next update, on a batch like `x`, computes with active features alone."""
-        if self.products is not Products.auto:
-            return self.products is Products.sparse
-        return self.occupied < worth_it(x.device.type, working_type(x))
+        if self.products is Products.dense or not self.sae.knows_entries:
+            return False
+        limit = worth_it(x.device.type, working_type(x))
+        return self.products is Products.sparse or self.occupied < limit
 
     def forward(self, batch: dict[Site, Tensor]) -> Tensor:
         """The training loss [] of a batch {site: [batch, d_site]} of raw activations."""
@@ -106,7 +107,8 @@ class Head(nn.Module):
         for name, coefficient in self.coefficients().items():
             loss = loss + coefficient * terms[name]
         l0 = self._count_firing(this.features, len(x))
-        self.occupied = self.sae.density(this)
+        if self.products is Products.auto and self.sae.knows_entries:
+            self.occupied = self.sae.density(this)
         self.last = Step(
             loss.detach(),
             {name: term.detach() for name, term in terms.items()},

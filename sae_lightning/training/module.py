@@ -47,13 +47,18 @@ class SAEModule(L.LightningModule):
         optimizer.zero_grad()
         self.last_batch = batch
         for head in self.training_heads:
-            loss = head(batch)
-            with torch.autocast(self.device.type, enabled=False), record_function("backward"):
-                self.manual_backward(loss)
+            self._learn(head, batch)
         optimizer.step()
 
+    def _learn(self, head: Head, batch: dict[Site, Tensor]) -> None:
+        """The gradient of a head's loss; nothing of its graph is left when the next one begins."""
+        loss = head(batch)
+        with torch.autocast(self.device.type, enabled=False), record_function("backward"):
+            self.manual_backward(loss)
+
     def fail(self, head: Head) -> None:
-        """Freeze a head whose gradient is no longer finite, and write down why; the others go on.
+        """Freeze a head whose loss or gradient is no longer finite, and write down why; the others
+        go on.
 
         UserError: it was the last one.
         """

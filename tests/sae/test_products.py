@@ -113,4 +113,7 @@ def test_what_is_not_finite_is_not_passed_over(name, where, value):
     else:
         head.sae.W_enc.data[5, 7] = value
     head.normalised = lambda batch: (x, target)
-    assert not head({}).isfinite()
+    loss = head({})
+    loss.backward()
+    assert not loss.isfinite()
+    assert any(not p.grad.isfinite().all() for p in head.sae.parameters() if p.grad is not None)

@@ -1,5 +1,7 @@
 """Sparse products give what dense ones give, up to rounding."""
 
+from io import BytesIO
+
 import pytest
 import torch
 from torch import Generator, tensor
@@ -142,15 +144,52 @@ def test_where_nothing_fires_nothing_but_the_biases_of_the_output_learns(name):
     assert not any(gradient.any() for gradient in got.values())
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_gradients_lie_in_memory_as_their_parameters_do(name):
-    """Adam goes through both by place, not by index."""
-    x, dead = noise(TOKENS, WIDTH), torch.arange(FEATURES) % 7 == 0
-    sae, loss = made(name, 0.05), ARCHITECTURES[name].loss()
+def test_what_adam_holds_lies_in_memory_as_its_parameter_does():
+    """It goes through both by place, not by index."""
+    x, dead = noise(TOKENS, WIDTH), torch.zeros(FEATURES).bool()
+    sae, loss = made("relu", 0.05), ReLULoss()
+    adam = torch.optim.Adam(sae.parameters(), fused=True)
+    file = BytesIO()
     for only_active in (False, True):
         update(sae, loss, x, x, dead, only_active)
-        for parameter in sae.parameters():
-            assert parameter.grad.stride() == parameter.stride()
+        adam.step()
+    torch.save(adam.state_dict(), file)
+    again = torch.optim.Adam(sae.parameters(), fused=True)
+    again.load_state_dict(torch.load(BytesIO(file.getvalue()), weights_only=True))
+    assert sae.W_enc.stride() == (1, WIDTH)
+    for parameter in sae.parameters():
+        for optimizer in (adam, again):
+            for moment in ("exp_avg", "exp_avg_sq"):
+                assert optimizer.state[parameter][moment].stride() == parameter.stride()
+
+
+@pytest.mark.parametrize("name", ["relu", "jumprelu", "gated"])
+def test_many_entries_on_two_threads_give_the_same_gradient_every_time(name):
+    """Torch adds up the gradient of indexing with brackets in another order each time."""
+    config, _, objective = ARCHITECTURES[name]
+    sae, loss = build(config(name=name, features=4000), 8, 8), objective()
+    x, dead = noise(100, 8), torch.zeros(4000).bool()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        _, this, first = update(sae, loss, x, x, dead, only_active=True)
+        assert len(this.pre.pattern) > 100_000
+        for _ in range(10):
+            *_, again = update(sae, loss, x, x, dead, only_active=True)
+            assert all(torch.equal(gradient, again[name]) for name, gradient in first.items())
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(("threshold", "bandwidth"), [(1.0, 0.024), (4.1, 0.1), (0.1, 2.0)])
+def test_in_bf16_narrow_windows_are_not_cut_off(threshold, bandwidth):
+    sae = made("jumprelu", 0.2, threshold=threshold, bandwidth=bandwidth)
+    loss, dead = JumpReLULoss(l0=0.0), torch.zeros(FEATURES).bool()
+    x = noise(4096, WIDTH)
+    *_, truth = update(sae, loss, x, x, dead, only_active=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        *_, got = update(sae, loss, x, x, dead, only_active=True)
+    assert apart(got["log_threshold"], truth["log_threshold"]) < 0.1
 
 
 @pytest.mark.parametrize("name", ["batch_topk", "matryoshka"])
@@ -177,7 +216,7 @@ def test_the_density_is_that_of_the_entries_that_are_found(name):
     if name in ("batch_topk", "matryoshka"):  # they look at more than they keep
         assert entries <= sae.density(dense) < 2 * entries
     else:
-        assert sae.density(dense) == pytest.approx(entries, rel=0.01)
+        assert sae.density(dense) == pytest.approx(entries, rel=0.03)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -221,6 +221,17 @@ def test_a_term_that_always_counts_alike_has_no_curve_of_a_coefficient():
     assert "optim/gate" not in scalars
 
 
+def test_a_row_of_zeros_stays_one():
+    sae = build(TopKConfig(name="topk", features=3, k=1), 4, 4)
+    with torch.no_grad():
+        sae.W_dec[0] = 0
+    sae.W_dec.grad = torch.ones(3, 4)
+    sae.project_gradient()
+    assert sae.W_dec.grad.isfinite().all()
+    sae.fix_norms()
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.tensor([0.0, 1, 1]))
+
+
 def test_only_rows_of_fixed_norm_are_projected_and_rescaled():
     free = make_head()
     fixed = make_head(sae=TopKConfig(name="topk", features=6, k=2), loss=AuxKLoss())
@@ -270,6 +281,7 @@ def test_heads_are_clipped_one_by_one():
         for parameter in head.sae.parameters():
             parameter.grad = torch.zeros_like(parameter)
         head.sae.W_enc.grad[0, 0], head.sae.b_dec.grad[0] = 3 * factor, 4 * factor
+        head.last = SimpleNamespace(loss=torch.tensor(0.5))
     ClipGradient().on_before_optimizer_step(None, make_module(heads, batch=1, steps=1), None)
     after = [(head.sae.W_enc.grad[0, 0].item(), head.grad_norm.item()) for head in heads]
     assert after == [

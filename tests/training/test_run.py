@@ -19,7 +19,7 @@ from sae_lightning import UserError, inputs, load_sae, run
 from sae_lightning.export import WEIGHTS
 from sae_lightning.jobs import read_job
 from sae_lightning.llm.capture import capture
-from sae_lightning.llm.load import Dtype
+from sae_lightning.llm.load import Attention, Dtype
 from sae_lightning.llm.sites import decoder_stack
 from sae_lightning.llm.splice import Scores
 from sae_lightning.sae import SAE
@@ -210,6 +210,8 @@ def test_the_run_folder_says_what_auto_stood_for(job):
     run.run([made])
     written = read_job(made.folder).config
     assert written.llm.dtype is not Dtype.auto
+    in_bf16 = written.llm.dtype is Dtype.bfloat16
+    assert written.llm.attn is (Attention.eager if in_bf16 else Attention.auto)
     assert written.trainer.precision is not Precision.auto
 
 

@@ -17,12 +17,13 @@ class ClipGradient(L.Callback):
     """
 
     def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
-        """Clip, after checking that the gradient is finite."""
+        """Clip, and freeze the heads whose loss or gradient is not finite."""
         heads = module.training_heads
         with record_function("clip"):
             norms = [_clip(head) for head in heads]
             # read together: each by itself would make the host wait for the GPU
-            finite = torch.stack(norms).isfinite().tolist()
+            sums = [norm + head.last.loss for head, norm in zip(heads, norms, strict=True)]
+            finite = torch.stack(sums).isfinite().tolist()
         for head, norm, is_finite in zip(heads, norms, finite, strict=True):
             if is_finite:
                 head.grad_norm.copy_(norm)
