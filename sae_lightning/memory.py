@@ -32,7 +32,8 @@ class Memory(NamedTuple):
     computes at a time."""
 
     heads: list[int]
-    """Of each SAE: weights, gradients and Adam's two moments in fp32, and a copy in bf16."""
+    """Of each SAE: weights, gradients and Adam's two moments in fp32, a copy in bf16, and the LLM's
+    last hidden states with the SAE in place."""
 
 
 def available(config: Config) -> float:
@@ -61,12 +62,13 @@ def estimate(configs: Sequence[Config], sites: Sequence[Sites], llm: Shape) -> M
     weights = [size(c.model, llm.width, llm.width) for c in configs]
     number = torch.finfo(getattr(torch, config.llm.dtype.name)).bits // 8
     if isinstance(config.data, SyntheticConfig):
-        batch = MOST
+        batch, hidden = MOST, 0
         more = (config.eval.tokens + 4 * MOST) * config.data.concepts  # their strengths
     else:
         batch = config.llm.batch * config.data.context
         # logits, clean and with an SAE, and some of them in float32
         more = 8 * HEAD * llm.vocabulary if config.eval.loss_tokens else 0
+        hidden = batch * llm.width * number if config.eval.loss_tokens else 0
     # the pool is copied for a checkpoint
     tokens = 2 * config.data.pool + batch + config.eval.tokens
     read = distinct(sites)
@@ -78,4 +80,4 @@ def estimate(configs: Sequence[Config], sites: Sequence[Sites], llm: Shape) -> M
         for c in configs
     ]
     computing = max(batch + 16 * n for batch, n in zip(batches, weights, strict=True))
-    return Memory(PROCESS + held * number + computing, [18 * n for n in weights])
+    return Memory(PROCESS + held * number + computing, [18 * n + hidden for n in weights])

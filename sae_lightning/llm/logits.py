@@ -18,7 +18,13 @@ from sae_lightning.errors import UserError
 def body(model: nn.Module, tokens: Tensor):
     """What a causal LM computes of tokens [sequences, context] before its head (transformers'
     output; its `last_hidden_state` is what the head reads)."""
-    return model.base_model(input_ids=tokens, use_cache=False)
+    return body_of(model)(input_ids=tokens, use_cache=False)
+
+
+def body_of(model: nn.Module) -> nn.Module:
+    """The part of a causal LM that computes the last hidden states."""
+    # transformers does not find those of Llama 4 and Mllama, and gives the whole
+    return model.base_model if model.base_model is not model else getattr(model, "model", model)
 
 
 def logits(model: nn.Module, output, hidden: Tensor) -> Tensor:
@@ -33,7 +39,8 @@ def logits(model: nn.Module, output, hidden: Tensor) -> Tensor:
         used.append(True)
         return type(output)(last_hidden_state=hidden[None])
 
-    with _forward_of({model.base_model, model.get_decoder()}, given):  # OPT calls the second
+    # OPT calls the second
+    with _forward_of({body_of(model), model.get_decoder()} - {model}, given):
         tokens = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
         found = model(input_ids=tokens, use_cache=False).logits
     if not used:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from sae_lightning.llm.logits import body_of
 from sae_lightning.llm.sites import Site
 from sae_lightning.llm.splice import replaced
 
@@ -33,17 +34,16 @@ def response(
     unit = nn.functional.normalize(directions.to(model.device))
     steps = torch.cat([torch.zeros_like(unit[:1]), share * unit]).split(BATCH)
     total = torch.zeros(())
+    body = body_of(model)
     for context in tokens.to(model.device, torch.long):
-        memory = model.base_model(input_ids=context[None, :-1], use_cache=True).past_key_values
+        memory = body(input_ids=context[None, :-1], use_cache=True).past_key_values
         memory.batch_repeat_interleave(BATCH)
         last = context[-1:].expand(BATCH, -1)
         found = []
         for step in steps:
             with replaced(model, target, target, _adding(step)):
                 # a pass writes into its cache
-                output = model.base_model(
-                    input_ids=last, past_key_values=copy.deepcopy(memory), use_cache=True
-                )
+                output = body(input_ids=last, past_key_values=copy.deepcopy(memory), use_cache=True)
             found.append(output.last_hidden_state[: len(step), -1].float())
             advance(len(step))
         found = torch.cat(found)

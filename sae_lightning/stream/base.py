@@ -37,10 +37,15 @@ class ActivationStream(Protocol):
         ...
 
     @property
+    def device(self) -> torch.device:
+        """Where the batches are made."""
+        ...
+
+    @property
     def seconds(self) -> float:
         """Seconds spent in the stream since this process began, the LLM and the first fill too.
 
-        By the CPU's clock: an accelerator is not waited for, and may still be at work.
+        By the CPU's clock: an accelerator is waited for in `peek` only, and may still be at work.
         """
         ...
 

@@ -61,7 +61,13 @@ class LiveStream:
         """Activations {site: [<= n, d]} that wait in the pool, spread over all of it."""
         with self._clock():
             self._fill()
+            if self.device.type != "cpu":  # else whoever reads them waits, by a clock of their own
+                torch.accelerator.synchronize(self.device)
             return self._pool.peek(n).activations
+
+    @property
+    def device(self) -> torch.device:
+        return self.rows.device
 
     @property
     def seconds(self) -> float:

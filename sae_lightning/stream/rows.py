@@ -7,7 +7,8 @@ tokens.next -> which -> capture -> drop norms above data.max_norm x median, at a
                  ├─ not the padding of an epoch's last sequence
                  └─ not other special tokens, unless data.keep_special
 
-Which tokens are read is known from the text: the CPU need not wait for the LLM to find out.
+Which tokens are read is known from the text: the CPU need not wait for the LLM to find out. Which
+norms are too large is known from the LLM alone: with `data.max_norm` the CPU waits for each batch.
 """
 
 import zlib

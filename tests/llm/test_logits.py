@@ -25,13 +25,15 @@ def test_they_are_those_of_the_whole_model(llm, tokens):
 
 
 def test_what_follows_the_lm_head_is_done_too(tokens):
-    """A soft cap that cuts, a scale, and a mixture of experts with its routers' outputs."""
+    """A soft cap that cuts, a scale, a mixture of experts with its routers' outputs, and a model
+    whose `base_model` is the whole of it."""
     torch.manual_seed(0)
     small = MODERN | {"num_key_value_heads": 1}
     for config, differs in (
         (transformers.Gemma2Config(**small, head_dim=12, final_logit_softcapping=0.5), True),
         (transformers.CohereConfig(**small, logit_scale=0.25), True),
         (transformers.MixtralConfig(**small, num_local_experts=2), False),
+        (transformers.Llama4TextConfig(**small, head_dim=12, num_local_experts=2), False),
     ):
         model = transformers.AutoModelForCausalLM.from_config(config).eval()
         check(model, tokens)

@@ -1,6 +1,8 @@
 """Rows that are begun ahead are the same rows: order, state and end of the run."""
 
 import pickle
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from small_text import STYLES, story
 
 from sae_lightning.llm.sites import Kind, Site
 from sae_lightning.stream.ahead import Ahead
+from sae_lightning.stream.base import Rows
 from sae_lightning.stream.documents import Text
 from sae_lightning.stream.live import LiveStream
 from sae_lightning.stream.rows import LLMRows
@@ -107,6 +110,64 @@ def test_the_epoch_is_that_of_the_rows_handed_out(llm):
         plain.next(10_000)
         assert rows.epoch == plain.epoch
     assert rows.epoch > 1
+
+
+class FakeTensor:
+    """Stands for a tensor on a GPU: only who reads it, and in which stream, is of interest."""
+
+    def __init__(self, log: list[str], name: str):
+        self.record_stream = lambda stream: log.append(f"{stream.name} reads {name}")
+
+
+class FakeStream:
+    """Stands for a CUDA stream: what is put into it is written down, in the order of the CPU."""
+
+    def __init__(self, log: list[str], name: str):
+        self.log, self.name, self.batches = log, name, 0
+
+    def wait_stream(self, other: "FakeStream") -> None:
+        self.log.append(f"{self.name} waits for {other.name}")
+
+    def record_event(self) -> str:
+        self.log.append(f"{self.name} marks {self.batches}")
+        return f"mark {self.batches}"
+
+    def wait_event(self, event: str) -> None:
+        self.log.append(f"{self.name} waits for {event}")
+
+
+def test_on_a_gpu_a_batch_is_waited_for_and_kept_before_it_is_handed_out(monkeypatch):
+    log: list[str] = []
+    current = [FakeStream(log, "default")]
+
+    @contextmanager
+    def inside(stream):
+        current.append(stream)
+        yield
+        current.pop()
+
+    def compute(wanted: int) -> Rows:
+        current[-1].batches = source.batch = source.batch + 1
+        log.append(f"{current[-1].name} computes {source.batch}")
+        return Rows({s: FakeTensor(log, f"{source.batch} {s}") for s in SITES}, torch.zeros(3))
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: FakeStream(log, "side"))
+    monkeypatch.setattr(torch.cuda, "stream", inside)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[-1])
+    source = SimpleNamespace(sites=SITES, device=torch.device("cuda"), most=3, epoch=1, batch=0)
+    source.next, source.state_dict = compute, dict
+    rows = Ahead(source, 3)
+    for _ in range(2):
+        rows.next(100)
+        log.append("handed out")
+    read = [[f"default reads {n} {site}" for site in SITES] for n in (1, 2)]
+    assert log == [
+        *("side waits for default", "side computes 1", "side marks 1"),
+        *("side computes 2", "side marks 2"),
+        *("default waits for mark 1", *read[0], "handed out"),
+        *("side computes 3", "side marks 3"),
+        *("default waits for mark 2", *read[1], "handed out"),
+    ]
 
 
 @pytest.mark.gpu

@@ -11,12 +11,14 @@ from small_text import BOS, SEPARATOR, STYLES, story
 from sae_lightning.errors import UserError
 from sae_lightning.llm.capture import capture
 from sae_lightning.llm.sites import Kind, Site
+from sae_lightning.stream import live as live_module
 from sae_lightning.stream import rows as rows_module
 from sae_lightning.stream import tokens as tokens_module
 from sae_lightning.stream.documents import Text, open_text
 from sae_lightning.stream.live import LiveStream
 from sae_lightning.stream.rows import LLMRows
-from sae_lightning.stream.text import HubConfig
+from sae_lightning.stream.synthetic import ConceptRows, open_world
+from sae_lightning.stream.text import HubConfig, SyntheticConfig
 from sae_lightning.stream.tokens import open_tokens
 
 SITES = [Site(1, Kind.resid), Site(0, Kind.mlp)]
@@ -280,3 +282,23 @@ def test_the_epoch_is_the_texts(llm):
 def test_activations_keep_the_llms_dtype(llm):
     half = llm._replace(model=copy.deepcopy(llm.model).to(torch.bfloat16))
     assert next(iter(make(half)))[SITES[0]].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("device", "seconds"), [("meta", 50.0), ("cpu", 0.0)])
+def test_what_an_accelerator_still_has_to_do_for_a_peek_is_counted(monkeypatch, device, seconds):
+    """Device "meta" stands for it: rows there are not there yet, and may not be looked at."""
+    clock, waits = [0.0], []
+
+    def wait(device):
+        waits.append(device)
+        clock[0] += 50
+
+    monkeypatch.setattr(live_module, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(torch.accelerator, "synchronize", wait)
+    world = open_world(SyntheticConfig(concepts=4, dim=3, l0=1))
+    rows = ConceptRows(world, SITES, seed=0, device=device)
+    stream = LiveStream(rows, batch=16, total_batches=4, pool=32)
+    assert stream.peek(8)[SITES[0]].shape == (8, 3)
+    assert stream.seconds == seconds
+    next(iter(stream))
+    assert waits == [rows.device] * (device == "meta"), "by `peek` only"

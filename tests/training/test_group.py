@@ -512,10 +512,13 @@ def test_without_the_llms_loss_an_estimate_has_neither_later_blocks_nor_logits(j
     cached = replace(quick, data=replace(quick.data, cache=True))
     sites = [config.layer.within(3)]
     llm = inputs.shape(config)
-    whole, less, same = (memory.estimate([c], sites, llm).shared for c in (config, quick, cached))
+    pairs = [memory.estimate([c], sites, llm) for c in (config, quick, cached)]
+    whole, less, same = (shared for shared, _ in pairs)
     model = tiny("llama").model
     gone = [model.model.layers[2], model.lm_head]
     weights = 4 * sum(p.numel() for module in gone for p in module.parameters())
     logits = 4 * 8 * HEAD * 100
     assert whole - less == weights + logits
     assert whole - same == logits
+    hidden = 4 * 4 * 16 * 24  # the last ones of 4 sequences of 16 tokens, with each SAE in place
+    assert [one[0] - pairs[1].heads[0] for _, one in pairs] == [hidden, 0, 0]

@@ -20,14 +20,14 @@ def waits(monkeypatch) -> list[int]:
 
 @pytest.fixture
 def trained(monkeypatch, waits):
-    """trained(device) -> the module of a run of 10 updates by a clock that a test can read, and its
-    curves; it is evaluated after 300, 600 and 900 tokens."""
+    """trained(SAEs' device, LLM's device) -> the module of a run of 10 updates by a clock that a
+    test can read, and its curves; it is evaluated after 300, 600 and 900 tokens."""
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(throughput_module, "perf_counter", lambda: clock.now)
     curves: list[tuple[int, dict]] = []
 
-    def train(device: str):
-        stream = SimpleNamespace(seconds=0.0, llm_seconds=0.0)
+    def train(device: str, llm: str):
+        stream = SimpleNamespace(device=torch.device(llm), seconds=0.0, llm_seconds=0.0)
         trainer = SimpleNamespace(global_step=0, datamodule=SimpleNamespace(stream=stream))
         log = SimpleNamespace(scalars=lambda values, tokens: curves.append((tokens, values)))
         module = SimpleNamespace(
@@ -56,7 +56,7 @@ def trained(monkeypatch, waits):
 
 
 def test_on_a_cpu_the_stream_and_the_saes_are_counted_and_nothing_else(trained, waits):
-    module, curves = trained("cpu")
+    module, curves = trained("cpu", "cpu")
     seconds = FILL + STEPS * (LLM + POOL + SAES)
     assert module.speed == pytest.approx(
         {
@@ -71,8 +71,12 @@ def test_on_a_cpu_the_stream_and_the_saes_are_counted_and_nothing_else(trained, 
     assert waits == []
 
 
-def test_an_accelerator_is_waited_for_where_something_is_measured_and_nowhere_else(trained, waits):
-    module, curves = trained("cuda")
+@pytest.mark.parametrize("devices", [("cuda", "cuda"), ("cuda", "cpu"), ("cpu", "cuda")])
+def test_an_accelerator_is_waited_for_where_something_is_measured_and_nowhere_else(
+    trained, waits, devices
+):
+    """Whether it has the SAEs, the LLM or both."""
+    module, curves = trained(*devices)
     assert waits == [3, 5, 6, 9, 10]
     # what follows an update runs beside it, but for evaluation (after updates 3, 6 and 9)
     seconds = FILL + STEPS * (LLM + POOL + SAES) + 6 * OTHERS

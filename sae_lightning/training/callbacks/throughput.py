@@ -24,9 +24,9 @@ class Moment(NamedTuple):
 
 
 class Throughput(L.Callback):
-    """Tokens per second between two log points and, on a CPU, the shares of the LLM, of the rest of
-    the stream (text, tokens, pool) and of the SAEs. `module.speed` has the same over the whole of
-    this process, for `metrics.json`.
+    """Tokens per second between two log points and, with LLM and SAEs on a CPU, the shares of the
+    LLM, of the rest of the stream (text, tokens, pool) and of the SAEs. `module.speed` has the same
+    over the whole of this process, for `metrics.json`.
 
     CPU           stream SAEs | others | stream SAEs | others | ...      counted: all but others
     accelerator   stream SAEs others stream SAEs | evaluation | ...      counted: all but evaluation
@@ -55,7 +55,8 @@ class Throughput(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
         """The update is made; log if it is time."""
-        step, on_cpu = trainer.global_step, module.device.type == "cpu"
+        step, devices = trainer.global_step, {module.device, trainer.datamodule.stream.device}
+        on_cpu = all(device.type == "cpu" for device in devices)
         log = step % self.log_every == 0 or step >= module.steps
         pause = on_cpu or any(due(step, module.batch, every) for every in self.pauses)
         if not on_cpu and (log or pause):
