@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from sae_lightning.errors import UserError
@@ -41,12 +42,27 @@ class Loss:
         return None
 
 
+class _Norms(torch.autograd.Function):
+    """The norms of rows [n, d]; the gradient in one pass over them."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor):
+        norms = rows.norm(dim=1)
+        ctx.save_for_backward(rows, norms)
+        return norms
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        rows, norms = ctx.saved_tensors
+        return (gradient / norms.clamp_min(torch.finfo(norms.dtype).tiny))[:, None] * rows
+
+
 def penalised(
     penalty: Callable[[Tensor, Tensor], Tensor], features: Tensor | Entries, W_dec: Tensor
 ) -> Tensor:
     """A `penalty` on features [batch, features] and decoder norms [features]: a mean over the batch
     of a sum over features to which those that are 0 add nothing."""
-    norms = W_dec.norm(dim=1)
+    norms = _Norms.apply(W_dec)
     if not isinstance(features, Entries):
         return penalty(features, norms)
     # all entries as if they were of one token

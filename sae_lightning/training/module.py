@@ -11,6 +11,7 @@ from sae_lightning.errors import UserError
 from sae_lightning.files import write_json
 from sae_lightning.llm.sites import Site
 from sae_lightning.terminal import console
+from sae_lightning.training.adam import Adam
 from sae_lightning.training.head import Head
 from sae_lightning.training.settings import checkpoint_path, failure_path
 
@@ -103,7 +104,7 @@ class SAEModule(L.LightningModule):
                         "eps": optim.eps,
                     }
                 )
-        return torch.optim.Adam(groups, fused=True)
+        return Adam(groups)
 
 
 def _culprit(head: Head, batch: dict[Site, Tensor]) -> tuple[str, str]:

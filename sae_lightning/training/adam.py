@@ -1,0 +1,20 @@
+"""Adam for parameters whose columns lie together in memory."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Adam(torch.optim.Adam):
+    """torch's fused Adam, which on a CPU copies whatever is not contiguous: it is shown the transpose
+    of what is stored so. Adam works element by element and does not notice."""
+
+    def __init__(self, groups: list[dict[str, Any]]):
+        super().__init__(groups, fused=True)
+
+    def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
+        has_complex = super()._init_group(group, *lists)
+        for tensors in lists[:4]:  # parameters, gradients and their two moments
+            tensors[:] = [x if x.is_contiguous() else x.T for x in tensors]
+        return has_complex
