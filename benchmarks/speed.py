@@ -17,7 +17,10 @@ and saving are not counted. `peers/speed_*.py` say what a tool is given "as docu
 `python` names the interpreter of the environment in which a tool is installed (several: with
 commas); a tool that is not installed is left out. `peer_tokens` gives the others fewer tokens. An
 option of SAELens' runner as `saelens.<option>=<JSON>` changes its tuned variant. The rest is as in
-throughput.py; logs and speed.json go to `out` (outputs/speed).
+throughput.py, but for one LLM, and without `sweep` and `profile`; logs and speed.json go to `out`
+(outputs/speed).
+
+ours is    our tokens/s / the other's in the same round: the median of the rounds, and their range
 """
 
 import json
@@ -32,12 +35,15 @@ from rich.table import Table
 from throughput import Asked, llm_overrides, read
 from timing.child import Failed, call
 from timing.models import truncated
+from timing.names import name_of
 from timing.order import order
 from timing.ours import jobs
+from timing.ratios import OURS, rows
 from transformers import AutoTokenizer
 
 from sae_lightning.cli import explain
 from sae_lightning.config import Config
+from sae_lightning.errors import UserError
 from sae_lightning.files import write_json
 from sae_lightning.llm.load import device, has_bf16, shape
 from sae_lightning.llm.packaged import PACKAGED, cached
@@ -46,8 +52,8 @@ from sae_lightning.stream.tokens import open_tokens
 from sae_lightning.terminal import console, phase
 
 PEERS = ("saelens", "dictionary_learning", "sparsify")
-OURS = "sae_lightning"
 GIVEN = ("rounds", "peer_tokens", "only", "python", "out")
+NOT_GIVEN = ("sweep", "profile")  # of throughput.py
 
 
 class Contestant(NamedTuple):
@@ -63,7 +69,7 @@ class Contestant(NamedTuple):
 
     @property
     def name(self) -> str:
-        return "-".join(part for part in (self.tool, self.variant, self.architecture) if part)
+        return name_of(self.tool, self.variant, self.architecture, self.setting)
 
 
 def main(arguments: list[str]) -> None:
@@ -72,17 +78,22 @@ def main(arguments: list[str]) -> None:
     rest = [a for a in arguments if a.partition("=")[0] not in GIVEN]
     options = [a.removeprefix("saelens.").split("=", 1) for a in rest if a.startswith("saelens.")]
     rest = [a for a in rest if not a.startswith("saelens.")]
+    if stray := [a for a in rest if a.partition("=")[0] in NOT_GIVEN]:
+        raise UserError(f"{stray[0]}: only throughput.py has this; leave it out")
     asked = read([*rest, f"out={given.get('out', 'outputs/speed')}"])
+    if len(asked.models) > 1:
+        raise UserError(f"models={','.join(asked.models)}: tools are compared on one LLM; give one")
     shutil.rmtree(asked.out / "runs", ignore_errors=True)
     llm = llm_overrides(asked.models[0], asked)
     work = _work(asked, llm, int(given.get("peer_tokens", 0)))
     work["options"] = {name: json.loads(value) for name, value in options}
     contestants, tools = _contestants(asked, given)
     results: list[dict[str, Any]] = []
-    runs = order(contestants, int(given.get("rounds", 2)), key=lambda c: c.architecture)
+    rounds = int(given.get("rounds", 2))
+    runs = order(contestants, rounds, key=lambda c: (c.architecture, c.setting))
     for number, contestant in enumerate(runs):
         if result := _run(contestant, number, asked, llm, work):
-            results.append(result)
+            results.append({"round": number // len(contestants), **result})
             write_json(asked.out / "speed.json", {"tools": tools, "work": work, "runs": results})
     _show(results, tools)
     console.print(f"the figures are in {asked.out / 'speed.json'}")
@@ -170,7 +181,7 @@ def _run(
         settings = {"architecture": architecture, "variant": variant, "setting": value}
         settings["work"] = work
     try:
-        with phase(f"{contestant.name} {setting}"):
+        with phase(contestant.name):
             found = call(task, settings, log, python)
     except Failed as error:
         console.print(f"{contestant.name} failed: {error}")
@@ -182,28 +193,23 @@ def _run(
 
 
 def _show(results: list[dict[str, Any]], tools: dict[str, str]) -> None:
-    """The median of each contestant, the range, and how many times as fast ours is."""
-    names = ("SAE", "tool", "tokens/s", "from", "to", "L0", "ours is")
+    """The median and the range of each contestant's speed, and how many times as fast ours is."""
+    names = ("SAE", "tool", "tokens/s", "from", "to", "L0", "ours is", "from", "to")
     table = Table(*names, box=None, padding=(0, 1, 0, 0))
-    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    for r in results:
-        groups.setdefault((r["architecture"], r["tool"], r["variant"]), []).append(r)
-    medians = {key: median(r["tokens_per_second"] for r in runs) for key, runs in groups.items()}
-    for key in sorted(groups, key=lambda key: (key[0], key[1] != OURS, key)):
-        (architecture, tool, variant), runs = key, groups[key]
-        speeds = [r["tokens_per_second"] for r in runs]
-        ours = medians.get((architecture, OURS, ""))
-        l0 = runs[0]["l0"]
+    for row in rows(results):
         table.add_row(
-            f"{architecture} {runs[0]['setting'].partition('.')[2]}",
-            f"{tools[tool]} {variant}",
-            f"{medians[key]:,.0f}",
-            f"{min(speeds):,.0f}",
-            f"{max(speeds):,.0f}",
-            "" if l0 is None else f"{l0:.0f}",
-            f"{ours / medians[key]:.2f} x" if ours and tool != OURS else "",
+            f"{row.architecture} {row.setting.partition('.')[2]}",
+            f"{tools[row.tool]} {row.variant}",
+            *_spread(row.speeds, ",.0f"),
+            "" if row.l0 is None else f"{row.l0:.0f}",
+            *_spread(row.ratios, ".2f"),
         )
     console.print(table)
+
+
+def _spread(values: list[float], form: str) -> list[str]:
+    """The median, the least and the most."""
+    return [format(of(values), form) if values else "" for of in (median, min, max)]
 
 
 if __name__ == "__main__":

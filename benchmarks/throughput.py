@@ -29,6 +29,7 @@ from rich.table import Table
 from timing.child import Failed, call
 from timing.floor import floor
 from timing.models import CONFIGS, saved
+from timing.names import name_of
 
 from sae_lightning.cli import explain
 from sae_lightning.errors import UserError
@@ -91,6 +92,8 @@ def read(arguments: list[str]) -> Asked:
         if architecture not in SETTING:
             raise UserError(f"runs={run}: no such architecture; choose from {', '.join(SETTING)}")
         runs.append((architecture, setting or SETTING[architecture]))
+    if len({*runs}) < len(runs):
+        raise UserError(f"runs={given['runs']}: the same run twice; give each once")
     models = given.get("models", "gpt2" if gpu else "smollm2").split(",")
     if unknown := [m for m in models if m not in {*PACKAGED, *CONFIGS}]:
         choices = ", ".join({**PACKAGED, **CONFIGS})
@@ -119,11 +122,15 @@ def main(arguments: list[str]) -> None:
     shutil.rmtree(asked.out / "runs", ignore_errors=True)  # a finished run is not trained again
     for model in asked.models:
         llm = llm_overrides(model, asked)
-        roofs[model] = _child(asked, f"{model}-roofline", "timing.roofline:measure", run=llm)
+        roof = _child(asked, f"{model}-roofline", "timing.roofline:measure", run=llm)
+        if not roof:
+            continue
+        roofs[model] = roof
         for architecture, setting in asked.runs:
-            results.append(_result(asked, model, llm, architecture, setting, roofs[model]))
+            if result := _result(asked, model, llm, architecture, setting, roof):
+                results.append(result)
             write_json(asked.out / "throughput.json", {"roofline": roofs, "runs": results})
-    _show(results, roofs, asked)
+    _show(results, roofs)
     console.print(f"the figures are in {asked.out / 'throughput.json'}")
 
 
@@ -140,15 +147,18 @@ def llm_overrides(model: str, asked: Asked) -> list[str]:
 
 def _result(
     asked: Asked, model: str, llm: list[str], architecture: str, setting: str, roof: dict[str, Any]
-) -> dict[str, Any]:
-    """One row of the table: a run, and a profile of it."""
+) -> dict[str, Any] | None:
+    """One row of the table: a run, and a profile of it if that succeeds; None if the run fails."""
     runs = [
         [f"model={architecture}", *llm, value, f"sweep.max_heads={asked.sweep}"]
         for value in spread(setting, asked.sweep)
     ]
-    name = f"{model}-{architecture}"
+    name = name_of(model, architecture, setting)
+    measured = _child(asked, name, "timing.ours:measure", runs=runs)
+    if not measured:
+        return None
     result = {"model": model, "architecture": architecture, "setting": setting, "saes": len(runs)}
-    result |= _child(asked, name, "timing.ours:measure", runs=runs)
+    result |= measured
     if asked.profile:
         result["profile"] = _child(asked, f"{name}-profile", "timing.ours:look", runs=runs)
     rates = roof["llm_tokens_per_second"], roof["encode_tokens_per_second"]
@@ -157,21 +167,25 @@ def _result(
     return result
 
 
-def _child(asked: Asked, name: str, work: str, **settings: Any) -> dict[str, Any]:
-    with phase(name):
-        settings |= {"folder": str(asked.out / "runs" / name)}
-        return call(work, settings, asked.out / "logs" / f"{name}.log")
+def _child(asked: Asked, name: str, work: str, **settings: Any) -> dict[str, Any] | None:
+    """What `work` answers; None, and a line that says why, if it fails: the others go on."""
+    settings |= {"folder": str(asked.out / "runs" / name)}
+    try:
+        with phase(name):
+            return call(work, settings, asked.out / "logs" / f"{name}.log")
+    except Failed as error:
+        console.print(f"{name} failed: {error}")
+        return None
 
 
-def _show(results: list[dict], roofs: dict[str, dict], asked: Asked) -> None:
+def _show(results: list[dict], roofs: dict[str, dict]) -> None:
     """The tables of everything so far; speeds are summed over the SAEs of a pass."""
     names = ("LLM", "SAE", "tokens/s", "in all", "of floor", "L0", "EV", "GB")
     table = Table(*names, box=None, padding=(0, 1, 0, 0))
     for r in results:
-        saes = f"{r['saes']} x " if r["saes"] > 1 else ""
         table.add_row(
             r["model"],
-            f"{saes}{r['architecture']} {r['setting'].partition('.')[2]}",
+            _saes(r),
             f"{r['speed']['tokens_per_second'] * r['saes']:,.0f}",
             f"{r['tokens_per_second'] * r['saes']:,.0f}",
             f"{r['share_of_floor']:.0%}",
@@ -180,10 +194,16 @@ def _show(results: list[dict], roofs: dict[str, dict], asked: Asked) -> None:
             f"{r['peak_memory_gb']:.2f}",
         )
     console.print(table)
-    if asked.profile:
-        console.print(_shares(results))
+    if profiled := [r for r in results if r.get("profile")]:
+        console.print(_shares(profiled))
     for model, roof in roofs.items():
         console.print(_roofline(model, roof))
+
+
+def _saes(result: dict) -> str:
+    """The SAEs of a row: how many, which, and how sparse."""
+    number = f"{result['saes']} x " if result["saes"] > 1 else ""
+    return f"{number}{result['architecture']} {result['setting'].partition('.')[2]}"
 
 
 def _shares(results: list[dict]) -> Table:
@@ -193,7 +213,7 @@ def _shares(results: list[dict]) -> Table:
     for r in results:
         found = r["profile"]["shares"]
         shares = [f"{found[part]:.1%}" for part in parts]
-        table.add_row(f"{r['model']} {r['architecture']}", *shares)
+        table.add_row(f"{r['model']} {_saes(r)}", *shares)
     last = results[-1]["profile"]
     largest = ", ".join(f"{name[:60]} {share:.0%}" for name, share in last["largest"].items())
     table.caption = f"largest in the last row: {largest}"

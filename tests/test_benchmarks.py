@@ -1,12 +1,19 @@
 """The arithmetic behind the benchmarks' tables; the benchmarks themselves are run by hand."""
 
+import importlib
 import random
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+from benchmarks.timing import child
 from benchmarks.timing.floor import floor, llm_floor
+from benchmarks.timing.names import name_of
 from benchmarks.timing.order import order
+from benchmarks.timing.ratios import OURS, rows
 from benchmarks.timing.shares import PARTS, REST, Kernel, Span, label_of, on_cpu, on_gpu, shares
+from sae_lightning.errors import UserError
 
 
 def test_time_belongs_to_the_innermost_label():
@@ -82,3 +89,92 @@ def test_rounds_alternate_their_direction_and_compare_like_with_like_side_by_sid
     runs = [("ours", "relu"), ("ours", "topk"), ("peer", "relu"), ("peer", "topk")]
     there = [("ours", "relu"), ("peer", "relu"), ("ours", "topk"), ("peer", "topk")]
     assert order(runs, 3, key=lambda run: run[1]) == [*there, *reversed(there), *there]
+
+
+def test_runs_that_differ_in_their_setting_alone_have_names_of_their_own():
+    assert name_of("sparsify", "", "topk", "model.k=32") == "sparsify-topk-model.k=32"
+    assert name_of("ours", "topk", "model.k=32") != name_of("ours", "topk", "model.k=256")
+    assert "/" not in name_of("ours", "loss.path=a/b")
+
+
+def _result(n: int, tool: str, speed: float, setting: str = "model.k=32") -> dict:
+    about = {"architecture": "topk", "setting": setting, "tool": tool}
+    variant = "" if tool == OURS else "tuned"
+    return {**about, "variant": variant, "round": n, "tokens_per_second": speed, "l0": 32}
+
+
+def test_ratios_compare_runs_of_one_round_and_one_setting():
+    found = rows(
+        [
+            _result(0, OURS, 600),
+            _result(0, "peer", 200),
+            _result(0, "peer", 100, setting="model.k=256"),
+            _result(0, OURS, 700, setting="model.k=256"),
+            _result(1, "peer", 100),  # the machine is slower now
+            _result(1, OURS, 400),
+        ]
+    )
+    assert [(row.setting, row.tool) for row in found] == [
+        ("model.k=256", OURS),
+        ("model.k=256", "peer"),
+        ("model.k=32", OURS),
+        ("model.k=32", "peer"),
+    ]
+    assert [row.speeds for row in found] == [[700], [100], [600, 400], [200, 100]]
+    assert [row.ratios for row in found] == [[], [7], [], [3, 4]]
+
+
+def test_a_round_in_which_one_of_both_failed_has_no_ratio():
+    results = [_result(0, OURS, 600), _result(1, OURS, 500), _result(1, "peer", 250)]
+    assert rows([*results, _result(2, "peer", 100)])[1].ratios == [2]
+    assert rows([_result(0, "peer", 250)])[0].ratios == []
+
+
+def test_an_interpreter_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(child.Failed, match="nowhere/python cannot be started: No such file"):
+        child.call("json:loads", {}, tmp_path / "x.log", "/nowhere/python")
+
+
+def test_a_process_that_takes_too_long_is_ended(tmp_path, monkeypatch):
+    sleeper = tmp_path / "python"
+    sleeper.write_text("#!/bin/sh\nexec sleep 60\n")
+    sleeper.chmod(0o755)
+    monkeypatch.setattr(child, "LIMIT", 0.05)
+    with pytest.raises(child.Failed, match="not done after"):
+        child.call("json:loads", {}, tmp_path / "x.log", str(sleeper))
+
+
+def _script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A benchmark as a module; run as a script, its own folder is what it imports from."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    return importlib.import_module(name)
+
+
+@pytest.mark.parametrize("given", ["sweep=8", "profile=false", "models=smollm2,gpt2"])
+def test_the_comparison_refuses_what_it_would_ignore(given, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=given):
+        _script("speed", monkeypatch).main([given, f"out={tmp_path}"])
+
+
+def test_the_same_run_twice_is_refused(monkeypatch):
+    with pytest.raises(UserError, match="twice"):
+        _script("throughput", monkeypatch).read(["runs=topk,topk:model.k=64"])
+
+
+def test_throughput_goes_on_after_a_run_that_failed(tmp_path, monkeypatch, capsys):
+    throughput = _script("throughput", monkeypatch)
+    roof = {"llm_tokens_per_second": 300.0, "encode_tokens_per_second": 600.0, "number": "float32"}
+    roof |= {"flops": 1e9, "llm_floor_tokens_per_second": 600, "floor_tokens_per_second": 200}
+    run = {"tokens_per_second": 100.0, "speed": {"tokens_per_second": 120.0}, "l0": 32.0}
+    run |= {"explained_variance": 0.5, "peak_memory_gb": 1.0}
+
+    def answer(work: str, settings: dict, log: Path) -> dict:
+        if "k=32" in log.name or work.endswith(":look"):
+            raise throughput.Failed("RuntimeError: out of memory")
+        return dict(roof if "roofline" in work else run)
+
+    monkeypatch.setattr(throughput, "call", answer)
+    throughput.main(["runs=topk:model.k=32,topk:model.k=256", f"out={tmp_path}"])
+    shown = capsys.readouterr().out
+    assert "smollm2-topk-model.k=32 failed: RuntimeError: out of memory" in shown
+    assert "topk k=256" in shown and "50%" in shown

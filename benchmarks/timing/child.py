@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve()
+LIMIT = 3600.0  # seconds that a process may take
 
 
 class Failed(Exception):
-    """The process ended with an error: the line of its log that names it."""
+    """The process did not start, took too long, or ended with an error: a line that says so."""
 
 
 def call(work: str, settings: dict[str, Any], log: Path, python: str = sys.executable) -> Any:
@@ -28,7 +29,12 @@ def call(work: str, settings: dict[str, Any], log: Path, python: str = sys.execu
     answer.unlink(missing_ok=True)
     command = [python, "-W", "ignore", str(HERE), work, json.dumps(settings), str(answer)]
     with log.open("w") as output:
-        done = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            done = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, timeout=LIMIT)
+        except OSError as error:
+            raise Failed(f"{python} cannot be started: {error.strerror}") from error
+        except subprocess.TimeoutExpired as error:
+            raise Failed(f"not done after {LIMIT:,.0f} s (its output: {log})") from error
     if done.returncode or not answer.exists():
         lines = log.read_text("utf8", errors="replace").strip().splitlines() or ["no output"]
         errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|error)\b", line)]

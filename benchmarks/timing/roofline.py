@@ -9,6 +9,7 @@ import torch
 from timing.floor import floor, llm_floor
 from timing.ours import jobs
 
+from sae_lightning.heap import keep_freed_memory
 from sae_lightning.llm.capture import capture
 from sae_lightning.llm.load import device, has_bf16, load
 from sae_lightning.llm.sites import decoder_stack
@@ -18,6 +19,7 @@ SECONDS = 3.0  # for which each of the two is repeated
 
 def measure(run: list[str], folder: str) -> dict[str, Any]:
     """The rates of the encode's product and of the LLM on this machine, and the floor."""
+    keep_freed_memory()  # as training does
     config = jobs([run], Path(folder))[0].config
     chosen = device(config.llm)
     number = torch.bfloat16 if has_bf16(chosen.type) else torch.float32

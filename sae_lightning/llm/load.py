@@ -54,8 +54,8 @@ class LLMConfig:
     """cpu, cuda, cuda:N or mps; auto is cuda if there is one, then mps, then cpu."""
 
     attn: Attention = Attention.auto
-    """Attention implementation; auto is the fastest: eager in a run in bfloat16 on a CPU with at most
-    256 tokens of context, else sdpa where the model supports it."""
+    """Attention implementation; auto is eager in a run in bfloat16 on a CPU with at most 256 tokens
+    of context, where it is faster, else sdpa where the model supports it."""
 
     trust_remote_code: bool = False
     """Whether Python code that comes with a hub model may run on this machine."""

@@ -7,8 +7,8 @@ from torch import Tensor
 
 
 class Adam(torch.optim.Adam):
-    """torch's fused Adam, which on a CPU copies whatever is not contiguous: it is shown the transpose
-    of what is stored so. Adam works element by element and does not notice."""
+    """torch's fused Adam, which on a CPU copies whatever is not contiguous: of that it is shown the
+    transpose. It works element by element and does not notice."""
 
     def __init__(self, groups: list[dict[str, Any]]):
         super().__init__(groups, fused=True)
