@@ -25,6 +25,7 @@ from sae_lightning.analysis.subject import Subject
 from sae_lightning.analysis.survey.catalogue import Effect
 from sae_lightning.analysis.survey.collect import Batch, collect, excerpt
 from sae_lightning.llm.direct_path import embedding, final_norm, mlp_norm
+from sae_lightning.llm.logits import body
 from sae_lightning.llm.response import response
 from sae_lightning.llm.sites import Kind
 from sae_lightning.stream.packing import TokenSource
@@ -135,7 +136,7 @@ class _Maps:
         self.below, self.above = _Ridge(), _Ridge()
 
     def add(self, batch: Batch) -> None:
-        output = self.model.base_model(input_ids=batch.tokens, use_cache=False).last_hidden_state
+        output = body(self.model, batch.tokens).last_hidden_state
         self.below.add(self.embeddings[batch.tokens[batch.keep]], batch.x[batch.keep])
         self.above.add(batch.y[batch.keep], output[batch.keep].float())
 
