@@ -56,7 +56,8 @@ GPU = [
     "llm.batch=128",
 ]
 SETTING = {  # architecture -> what says how sparse it is
-    "relu": "loss.target_l0=100",
+    # L0 100 after 100 updates; to be steered there, it would start from a far higher L0
+    "relu": "loss.l1=7e-3",
     "topk": "model.k=64",
     "batch_topk": "model.k=64",
     "jumprelu": "loss.target_l0=100",
@@ -113,7 +114,8 @@ def spread(setting: str, n: int) -> list[str]:
     name, _, value = setting.partition("=")
     if n == 1:
         return [setting]
-    return [f"{name}={round(float(value) * 2 ** (2 * i / (n - 1) - 1))}" for i in range(n)]
+    values = [float(value) * 2 ** (2 * i / (n - 1) - 1) for i in range(n)]
+    return [f"{name}={round(v) if value.isdigit() else f'{v:.3g}'}" for v in values]
 
 
 def main(arguments: list[str]) -> None:
