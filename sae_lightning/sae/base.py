@@ -250,8 +250,9 @@ class SAE(nn.Module):
         return {"b_enc": weights["b_enc"] - share}
 
     def weights(self) -> dict[str, Tensor]:
-        """What makes this SAE what it is, by the names of the saved format."""
-        return {name: value.detach() for name, value in self.state_dict().items()}
+        """What makes this SAE what it is, by the names of the saved format; as files want it, with
+        rows that lie together."""
+        return {name: value.detach().contiguous() for name, value in self.state_dict().items()}
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:
         """Take what `weights` gave. RuntimeError: names or shapes differ."""
