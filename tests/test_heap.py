@@ -29,6 +29,7 @@ print(kept - pages())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc has the settings")
 @pytest.mark.parametrize("how", ["keep", "as it is"])
 def test_freed_memory_is_kept_until_it_is_given_back(how):

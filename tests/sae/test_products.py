@@ -22,6 +22,7 @@ def ways(head, monkeypatch):
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_training_ends_the_same_with_either_products(name):
     ends = {}

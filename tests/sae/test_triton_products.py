@@ -74,6 +74,7 @@ def test_three_rows_by_hand():
     assert dots(offsets, indices, left, table).tolist() == [3, 1, 24]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 @pytest.mark.parametrize(
     ("rows", "n", "density"), [(20, 600, 0.001), (20, 600, 0.01), (10, 400, 0.1), (3, 600, 1.0)]
