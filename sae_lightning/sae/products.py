@@ -6,6 +6,7 @@ from offsets[r] to offsets[r + 1], and entry i stands in column indices[i].
 
 import importlib.util
 import warnings
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ def worth_it(device: str, dtype: torch.dtype) -> float:
     return 0.02
 
 
+@cache  # asked at every update
 def available(device: str) -> bool:
     """Whether a kind of device has these products; CUDA needs Triton, which comes with torch on
     Linux."""

@@ -195,19 +195,19 @@ class _Decode(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, values: Tensor, W_dec: Tensor, pattern: Pattern):
-        ctx.dtype, ctx.pattern = working_type(values), pattern
         live, weights = pattern.narrowed(values)
-        ctx.live = live
-        ctx.save_for_backward(weights, W_dec)
-        return weighted_sums(live.offsets, live.columns, weights, W_dec.to(ctx.dtype))
+        rows = W_dec.to(working_type(values))
+        ctx.pattern, ctx.live = pattern, live
+        ctx.save_for_backward(weights, rows)
+        return weighted_sums(live.offsets, live.columns, weights, rows)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        (weights, W_dec), pattern = ctx.saved_tensors, ctx.pattern
-        gradient = gradient.to(ctx.dtype).contiguous()
+        (weights, rows), pattern = ctx.saved_tensors, ctx.pattern
+        gradient = gradient.to(rows.dtype).contiguous()
         to_values = to_rows = None
         if ctx.needs_input_grad[0]:
-            to_values = dots(pattern.offsets, pattern.columns, gradient, W_dec.to(ctx.dtype))
+            to_values = dots(pattern.offsets, pattern.columns, gradient, rows)
         if ctx.needs_input_grad[1]:
             to_rows = ctx.live.weighted_columns(weights, gradient)
         return to_values, to_rows, None

@@ -91,10 +91,14 @@ class Head(nn.Module):
 
     def only_active(self, x: Tensor) -> bool:
         """Whether the next update, on a batch like `x`, computes with active features alone."""
-        if self.products is Products.dense or not self.sae.knows_entries:
-            return False
-        limit = worth_it(x.device.type, working_type(x))
-        return self.products is Products.sparse or self.occupied < limit
+        limit = self._limit(x)
+        if self.products is Products.sparse:
+            return limit > 0
+        return self.products is Products.auto and self.occupied < limit
+
+    def _limit(self, x: Tensor) -> float:
+        """The density below which sparse products pay for this head; 0 where they cannot be had."""
+        return worth_it(x.device.type, working_type(x)) if self.sae.knows_entries else 0.0
 
     def forward(self, batch: dict[Site, Tensor]) -> Tensor:
         """The training loss [] of a batch {site: [batch, d_site]} of raw activations."""
@@ -107,7 +111,7 @@ class Head(nn.Module):
         for name, coefficient in self.coefficients().items():
             loss = loss + coefficient * terms[name]
         l0 = self._count_firing(this.features, len(x))
-        if self.products is Products.auto and self.sae.knows_entries:
+        if self.products is Products.auto and self._limit(x):
             self.occupied = self.sae.density(this)
         self.last = Step(
             loss.detach(),
