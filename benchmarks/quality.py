@@ -16,13 +16,13 @@ SAELens comes with the tests' requirements; `peers/dictionary_learning.py` says 
 import importlib
 import io
 import json
-import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from command import command
 from hydra import compose, initialize_config_dir
 from peers.evaluator import Evaluator, Reconstruct
 from peers.plot import draw
@@ -221,10 +221,4 @@ def _show(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except Exception as error:
-        line = explain(error, [])
-        if line is None:
-            raise
-        sys.exit(f"error: {line}")
+    command(main)

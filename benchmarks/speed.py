@@ -31,6 +31,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
+from command import command
 from rich.table import Table
 from throughput import Asked, llm_overrides, read
 from timing.child import Failed, call
@@ -41,7 +42,6 @@ from timing.ours import jobs
 from timing.ratios import OURS, rows
 from transformers import AutoTokenizer
 
-from sae_lightning.cli import explain
 from sae_lightning.config import Config
 from sae_lightning.errors import UserError
 from sae_lightning.files import write_json
@@ -213,10 +213,4 @@ def _spread(values: list[float], form: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except Exception as error:
-        line = str(error) if isinstance(error, Failed) else explain(error, [])
-        if line is None:
-            raise
-        sys.exit(f"error: {line}")
+    command(main)

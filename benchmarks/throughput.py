@@ -21,17 +21,16 @@ of floor   "in all" as a share of 1 / (1/LLM + 1/encode), both measured alone
 """
 
 import shutil
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from command import command
 from rich.table import Table
 from timing.child import Failed, call
 from timing.floor import floor
 from timing.models import CONFIGS, saved
 from timing.names import name_of
 
-from sae_lightning.cli import explain
 from sae_lightning.errors import UserError
 from sae_lightning.files import write_json
 from sae_lightning.llm.packaged import PACKAGED
@@ -234,10 +233,4 @@ def _roofline(model: str, roof: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except Exception as error:
-        line = str(error) if isinstance(error, Failed) else explain(error, [])
-        if line is None:
-            raise
-        sys.exit(f"error: {line}")
+    command(main)
