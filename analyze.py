@@ -6,10 +6,11 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from sae_lightning.cli import one_line_errors, refuse_sweep
-from sae_lightning.config import typed
-from sae_lightning.jobs import register
-from sae_lightning.tasks import TASKS
+from sae_lightning.analysis.settings import TASKS as SETTINGS
+from sae_lightning.analysis.tasks import TASKS
+from sae_lightning.runs.cli import one_line_errors, refuse_sweep
+from sae_lightning.runs.config import typed
+from sae_lightning.runs.jobs import register
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="analyze")
@@ -23,7 +24,7 @@ def analyze(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    register()
+    register(SETTINGS)
     with one_line_errors():
         refuse_sweep(sys.argv[1:])  # Hydra would make folders for it
         analyze()

@@ -7,9 +7,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from sae_lightning.cli import one_line_errors
-from sae_lightning.jobs import job, register
-from sae_lightning.objective import objective
+from sae_lightning.runs.cli import one_line_errors
+from sae_lightning.runs.jobs import job, register
+from sae_lightning.runs.search import objective
 from sae_lightning.terminal import phase
 
 
@@ -27,7 +27,7 @@ def train(cfg: DictConfig) -> float | None:
         this = job(cfg, folder, list(hydra_config.overrides.task))
         # imported late: a mistyped option is answered at once
         with phase("starting"):
-            from sae_lightning import passes, run
+            from sae_lightning.runs import passes, run
 
         metrics = passes.train_alone(this) if multirun else run.run([this])[0]
         return None if metrics is None else objective(metrics, this.config.sweep)

@@ -14,9 +14,9 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from rich.table import Table
 
-from sae_lightning.config import conf_folder
-from sae_lightning.jobs import job, register
-from sae_lightning.run import run
+from sae_lightning.runs.config import conf_folder
+from sae_lightning.runs.jobs import job, register
+from sae_lightning.runs.run import run
 from sae_lightning.terminal import console
 
 

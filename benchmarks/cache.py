@@ -15,10 +15,10 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from rich.table import Table
 
-from sae_lightning.config import conf_folder
-from sae_lightning.export import WEIGHTS
-from sae_lightning.jobs import job, register
-from sae_lightning.run import run
+from sae_lightning.formats.export import WEIGHTS
+from sae_lightning.runs.config import conf_folder
+from sae_lightning.runs.jobs import job, register
+from sae_lightning.runs.run import run
 from sae_lightning.terminal import console
 
 SETTINGS = ["trainer.tokens=131072", "model.features=2048", "layer.index=9"]

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 
-from sae_lightning.cli import explain
+from sae_lightning.runs.cli import explain
 
 
 def command(main: Callable[[list[str]], None]) -> None:

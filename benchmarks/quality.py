@@ -29,15 +29,15 @@ from peers.plot import draw
 from peers.work import Work, open_work
 from rich.table import Table
 
-from sae_lightning.cli import explain
-from sae_lightning.config import Config, conf_folder, typed
 from sae_lightning.errors import UserError
-from sae_lightning.export import load_sae
 from sae_lightning.files import write_json
-from sae_lightning.jobs import Job, job, register
+from sae_lightning.formats.export import load_sae
 from sae_lightning.llm.load import dtype
 from sae_lightning.llm.packaged import cached
-from sae_lightning.passes import train
+from sae_lightning.runs.cli import explain
+from sae_lightning.runs.config import Config, conf_folder, typed
+from sae_lightning.runs.jobs import Job, job, register
+from sae_lightning.runs.passes import train
 from sae_lightning.sae import ARCHITECTURES
 from sae_lightning.terminal import console, phase
 

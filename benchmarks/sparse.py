@@ -21,8 +21,8 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from sae_lightning.heap import keep_freed_memory
 from sae_lightning.llm.load import has_bf16
+from sae_lightning.runs.heap import keep_freed_memory
 from sae_lightning.sae import SAE, Moment, SAEConfig, build
 from sae_lightning.sae.relu import ReLULoss
 from sae_lightning.terminal import console

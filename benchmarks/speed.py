@@ -42,11 +42,11 @@ from timing.ours import jobs
 from timing.ratios import OURS, rows
 from transformers import AutoTokenizer
 
-from sae_lightning.config import Config
 from sae_lightning.errors import UserError
 from sae_lightning.files import write_json
 from sae_lightning.llm.load import device, has_bf16, shape
 from sae_lightning.llm.packaged import PACKAGED, cached
+from sae_lightning.runs.config import Config
 from sae_lightning.stream.documents import open_text
 from sae_lightning.stream.tokens import open_tokens
 from sae_lightning.terminal import console, phase

@@ -11,9 +11,9 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
-from sae_lightning.cli import remove_unused
-from sae_lightning.jobs import Job, jobs
-from sae_lightning.objective import objective
+from sae_lightning.runs.cli import remove_unused
+from sae_lightning.runs.jobs import Job, jobs
+from sae_lightning.runs.search import objective
 from sae_lightning.terminal import phase
 
 
@@ -42,7 +42,7 @@ class OnePassLauncher(Launcher):
                 (config, copy(ret), job) for config, ret in composed for job in ret.return_value
             ]
             with phase("starting"):  # imported late: what is wrong with a setting comes first
-                from sae_lightning.passes import train
+                from sae_lightning.runs.passes import train
 
             for config, *_ in runs:
                 self.context.callbacks.on_job_start(config=config, task_function=self.task_function)

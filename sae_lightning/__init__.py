@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import Any
 
 from sae_lightning.errors import UserError
-from sae_lightning.export import load_sae
+from sae_lightning.formats.export import load_sae
 
 # Name -> module: found when they are asked for, because a saved SAE is opened without them.
 FOUND_IN = {
@@ -22,9 +22,9 @@ FOUND_IN = {
     "evaluate": "analysis.evaluate",
     "excerpt": "analysis.survey.collect",
     "gather": "analysis.explain.evidence",
-    "labelled": "stream.labelled",
+    "labelled": "analysis.probing.labelled",
     "lens": "analysis.lens",
-    "open_run": "trained",
+    "open_run": "analysis.trained",
     "probe": "analysis.probing.probes",
     "steer": "analysis.steering",
     "survey": "analysis.survey.survey",

@@ -5,6 +5,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 
+import datasets
 import pytest
 import torch
 
@@ -12,6 +13,7 @@ if not torch.cuda.is_available():
     # read where triton is first imported, which transformers does
     os.environ["TRITON_INTERPRET"] = "1"
 
+from small_text import BOS, SEPARATOR, byte_tokenizer
 from tiny_llm import save_tiny
 
 from sae_lightning.llm.load import Dtype, LLMConfig, load
@@ -51,3 +53,17 @@ def tiny(tiny_folder):
         return made[family]
 
     return llm
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """Nothing of these tests lands in the user's cache, and no test finds another's files."""
+    for name in ("HF_DATASETS_CACHE", "HF_MODULES_CACHE"):
+        monkeypatch.setattr(datasets.config, name, str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    made = byte_tokenizer()
+    assert (made.bos_token_id, made.eos_token_id) == (BOS, SEPARATOR)
+    return made

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -13,25 +14,15 @@ PACKAGE = "sae_lightning"
 # Top to bottom. A unit imports units of lower rows; units of one row do not know each other.
 ROWS = [
     ["train", "analyze", "hydra_plugins"],
-    ["sweep", "tasks"],
-    ["passes", "trained"],
-    ["cli", "run"],
-    ["report"],
-    ["memory"],
-    ["checks", "folders"],
-    ["inputs"],
-    ["jobs"],
-    ["config"],
-    ["training", "analysis"],
-    ["scorecard", "objective"],
+    ["analysis"],
+    ["runs"],
+    ["training"],
+    ["scoring"],
+    ["report", "formats"],
     ["stream"],
-    ["llm", "export"],
-    ["readers"],
-    ["metrics", "schedules", "synthetic", "recovery"],
-    ["sae"],
-    ["losses"],
+    ["llm", "sae"],
     ["files"],
-    ["terminal", "errors", "heap"],
+    ["terminal", "errors"],
 ]
 DEPTH = {unit: row for row, units in enumerate(ROWS) for unit in units}
 # The package's front door: `from sae_lightning import load_sae`.
@@ -39,25 +30,20 @@ DEPTH[PACKAGE] = DEPTH["analysis"]
 
 # Below is not always allowed: rooms that do not know of SAEs.
 UNKNOWN = {
-    "llm": {"readers", "sae", "losses", "metrics", "schedules", "synthetic"},
-    "stream": {"sae", "losses", "metrics", "schedules", "export", "readers"},
+    "stream": {"sae"},
     "sae": {"terminal"},
-    "losses": {"terminal"},
-    "metrics": {"terminal", "sae"},
-    "schedules": {"terminal", "sae"},
 }
 # Library -> the only units that import it.
 ROOMS = {
-    "hydra": {"train", "analyze", "hydra_plugins", "sweep", "cli", "jobs", "config"},
-    "omegaconf": {"train", "analyze", "hydra_plugins", "sweep", "cli", "jobs", "config"},
-    "lightning": {"training", "run"},
+    "hydra": {"train", "analyze", "hydra_plugins", "runs"},
+    "omegaconf": {"train", "analyze", "hydra_plugins", "runs"},
+    "lightning": {"training", f"{PACKAGE}.runs.run"},
     "transformers": {"llm"},
-    "scipy": {"recovery", "analysis"},
+    "scipy": {"scoring", "analysis"},
     "sklearn": {"analysis"},
-    "triton": {"sae"},
+    "triton": {f"{PACKAGE}.sae.triton_products"},
 }
-TORCH_ONLY = {"sae", "losses", "metrics", "schedules", "synthetic"}
-KERNELS = {f"{PACKAGE}.sae.triton_products": {"triton"}}
+TORCH_ONLY = {"sae"}
 WITHOUT_LIGHTNING = {f"{PACKAGE}.training.settings"}
 
 
@@ -119,12 +105,11 @@ def _broken_rule(module: str, mine: str, name: str) -> str | None:
         if DEPTH.get(theirs, 0) <= DEPTH[mine]:
             return "not downwards"
         return f"{mine} does not know {theirs}" if theirs in UNKNOWN.get(mine, ()) else None
-    if mine not in ROOMS.get(library, {mine}):
+    if not {mine, module} & ROOMS.get(library, {mine}):
         return f"only in {', '.join(sorted(ROOMS[library]))}"
     if library == "lightning" and module in WITHOUT_LIGHTNING:
         return "a config is read without lightning"
-    allowed = {"torch"} | KERNELS.get(module, set()) | sys.stdlib_module_names
-    if mine in TORCH_ONLY and library not in allowed:
+    if mine in TORCH_ONLY and library not in {"torch", "triton"} | sys.stdlib_module_names:
         return "torch and the standard library only"
     return None
 
@@ -132,6 +117,39 @@ def _broken_rule(module: str, mine: str, name: str) -> str | None:
 def test_every_import_of_the_project_keeps_the_rules():
     assert {"train", "analyze", "sae_lightning.sae.base"} <= set(modules(ROOT)), "looked at nothing"
     assert violations(ROOT) == []
+
+
+def cycles(root: Path) -> list[str]:
+    """Every folder whose files and folders import one another in a circle, as `folder: a, b`."""
+    known = modules(root)
+    found = []
+    for folder in sorted({".".join(name.split(".")[:-1]) for name in known} - {""}):
+        graph: dict[str, set[str]] = {}
+        for module, file in known.items():
+            if not module.startswith(f"{folder}."):
+                continue
+            child = module.removeprefix(f"{folder}.").split(".")[0]
+            names = (n for n in imports(file, known) if n.startswith(f"{folder}."))
+            children = {name.removeprefix(f"{folder}.").split(".")[0] for name in names}
+            graph[child] = graph.get(child, set()) | children - {child}
+        try:
+            list(TopologicalSorter(graph).static_order())
+        except CycleError as error:
+            found.append(f"{folder}: {', '.join(error.args[1])}")
+    return found
+
+
+def test_no_files_or_folders_import_one_another_in_a_circle():
+    assert cycles(ROOT) == []
+
+
+def test_a_circle_between_folders_is_found(tmp_path):
+    tree = {
+        "sae_lightning/analysis/survey/table.py": "from sae_lightning.analysis.lens import lens",
+        "sae_lightning/analysis/survey/counts.py": "",
+        "sae_lightning/analysis/lens.py": "from sae_lightning.analysis.survey.counts import x",
+    }
+    assert cycles(make_tree(tmp_path, tree)) == ["sae_lightning.analysis: lens, survey, lens"]
 
 
 def make_tree(root: Path, files: dict[str, str]) -> Path:
@@ -144,14 +162,15 @@ def make_tree(root: Path, files: dict[str, str]) -> Path:
 
 def test_a_tree_that_keeps_the_rules_passes(tmp_path):
     tree = {
-        "train.py": "import hydra\nfrom sae_lightning.run import run",
-        "sae_lightning/__init__.py": "from sae_lightning.export import load_sae",
-        "sae_lightning/run.py": "import lightning as L\nfrom sae_lightning import checks, errors",
-        "sae_lightning/checks.py": "import json, torch",
+        "train.py": "import hydra\nfrom sae_lightning.runs.run import run",
+        "sae_lightning/__init__.py": "from sae_lightning.formats.export import load_sae",
+        "sae_lightning/runs/run.py": "import lightning as L\nfrom sae_lightning.runs import checks",
+        "sae_lightning/runs/checks.py": "import json, torch",
         "sae_lightning/errors.py": "",
-        "sae_lightning/export.py": "from sae_lightning.sae import SAE",
+        "sae_lightning/formats/export.py": "from sae_lightning.sae import SAE",
         "sae_lightning/sae/__init__.py": "from sae_lightning.sae.base import SAE",
         "sae_lightning/sae/base.py": "import math\nfrom torch import nn",
+        "sae_lightning/sae/triton_products.py": "import triton",
         "sae_lightning/training/callbacks/__init__.py": (
             "from sae_lightning.training.callbacks.clip import Clip"
         ),
@@ -165,24 +184,22 @@ def test_a_tree_that_keeps_the_rules_passes(tmp_path):
     [
         ("stream/live.py", "from sae_lightning.training.head import Head"),  # upwards
         ("stream/live.py", "from sae_lightning.sae import SAE"),
-        ("llm/load.py", "from sae_lightning.losses import mse"),
-        ("llm/load.py", "from sae_lightning import metrics"),
-        ("training/head.py", "from sae_lightning.analysis import evaluate"),  # siblings
-        ("analysis/lens.py", "from sae_lightning.training import head"),
+        ("llm/load.py", "from sae_lightning.sae.losses import mse"),
+        ("llm/load.py", "from sae_lightning.scoring import metrics"),
+        ("training/head.py", "from sae_lightning.analysis import evaluate"),
+        ("runs/run.py", "from sae_lightning.analysis import evaluate"),
+        ("report/page.py", "from sae_lightning.formats.export import load_sae"),  # one row
         ("analysis/lens.py", "import lightning"),
         ("analysis/lens.py", "from transformers import AutoModel"),
-        ("llm/load.py", "from sae_lightning.export import load_sae"),
-        ("config.py", "from sae_lightning.checks import check"),
-        ("cli.py", "from sae_lightning.run import run"),
-        ("config.py", "import lightning as L"),
+        ("analysis/lens.py", "from omegaconf import OmegaConf"),
+        ("llm/load.py", "from sae_lightning.formats.export import load_sae"),
+        ("runs/config.py", "import lightning as L"),
         ("training/settings.py", "import lightning as L"),
         ("training/head.py", "from omegaconf import DictConfig"),
-        ("checks.py", "import hydra"),
         ("sae/relu.py", "import numpy as np"),
         ("sae/relu.py", "import triton"),
         ("sae/relu.py", "from sae_lightning.terminal import console"),
-        ("losses.py", "from sae_lightning.sae import SAE"),
-        ("losses.py", "import safetensors"),
+        ("sae/losses.py", "import safetensors"),
         ("training/callbacks/a.py", "from sae_lightning.training.callbacks.b import B"),
         ("training/callbacks/a.py", "from sae_lightning.training.callbacks import b"),
         ("utils.py", ""),  # a file that nobody gave a place
@@ -190,7 +207,8 @@ def test_a_tree_that_keeps_the_rules_passes(tmp_path):
 )
 def test_a_planted_violation_is_found(tmp_path, path, line):
     inside = "\n".join(["def later():", f"    {line}", "    pass"])
-    others = ["training/head.py", "training/callbacks/b.py", "metrics.py", "analysis/evaluate.py"]
+    others = ["training/head.py", "training/callbacks/b.py", "scoring/metrics.py"]
+    others += ["analysis/evaluate.py"]
     tree = {f"sae_lightning/{other}": "" for other in others}
     for text in (line, inside):
         found = violations(make_tree(tmp_path, tree | {f"sae_lightning/{path}": text}))
@@ -200,7 +218,7 @@ def test_a_planted_violation_is_found(tmp_path, path, line):
 
 def test_reading_a_config_or_an_sae_imports_neither_lightning_nor_transformers():
     code = (
-        "import sys, sae_lightning.config, sae_lightning.export, sae_lightning.cli\n"
+        "import sys, sae_lightning.runs.cli, sae_lightning.runs.config, sae_lightning\n"
         "print(sorted({'lightning', 'pytorch_lightning', 'transformers', 'datasets'}"
         " & set(sys.modules)))"
     )

@@ -10,17 +10,17 @@ from tiny_llm import TEXT
 from tiny_run import write_text
 
 from sae_lightning.analysis.lens import lens
+from sae_lightning.analysis.probing.labelled import labelled
 from sae_lightning.analysis.probing.probes import probe
 from sae_lightning.analysis.settings import TASKS
 from sae_lightning.analysis.steering import steer
-from sae_lightning.analysis.survey.catalogue import BEFORE
 from sae_lightning.analysis.survey.survey import survey
-from sae_lightning.analysis.survey.table import write_table
+from sae_lightning.analysis.trained import open_reader, open_trained
 from sae_lightning.llm.load import Dtype, LLMConfig
 from sae_lightning.llm.sites import LayerConfig
-from sae_lightning.stream.labelled import labelled
+from sae_lightning.report.catalogue import BEFORE
+from sae_lightning.report.parquet import write_table
 from sae_lightning.stream.text import LocalConfig
-from sae_lightning.trained import open_reader, open_trained
 
 
 @pytest.fixture(scope="module")

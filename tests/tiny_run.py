@@ -6,10 +6,10 @@ from pathlib import Path
 
 from tiny_llm import TEXT
 
-from sae_lightning.config import Config
-from sae_lightning.jobs import Job
 from sae_lightning.llm.load import Dtype, LLMConfig
 from sae_lightning.llm.sites import LayerConfig
+from sae_lightning.runs.config import Config
+from sae_lightning.runs.jobs import Job
 from sae_lightning.sae import SAEConfig
 from sae_lightning.sae.relu import ReLULoss
 from sae_lightning.stream.text import LocalConfig

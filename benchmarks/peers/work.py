@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from sae_lightning.config import Config
 from sae_lightning.llm.load import load
+from sae_lightning.runs.config import Config
 from sae_lightning.stream.documents import open_text
 from sae_lightning.stream.live import LiveStream
 from sae_lightning.stream.sources import open_rows

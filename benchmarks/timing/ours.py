@@ -11,11 +11,11 @@ import torch
 from hydra import compose, initialize_config_dir
 from timing.profile import profiler, summary
 
-import sae_lightning.run as wiring
-from sae_lightning import passes
-from sae_lightning.config import Config, conf_folder
-from sae_lightning.folders import METRICS_FILE
-from sae_lightning.jobs import Job, job, register
+import sae_lightning.runs.run as wiring
+from sae_lightning.runs import passes
+from sae_lightning.runs.config import Config, conf_folder
+from sae_lightning.runs.folders import METRICS_FILE
+from sae_lightning.runs.jobs import Job, job, register
 from sae_lightning.training.callbacks import standard
 from sae_lightning.training.callbacks.throughput import peak_memory_gb
 

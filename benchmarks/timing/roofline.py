@@ -9,10 +9,10 @@ import torch
 from timing.floor import floor, llm_floor
 from timing.ours import jobs
 
-from sae_lightning.heap import keep_freed_memory
 from sae_lightning.llm.capture import capture
 from sae_lightning.llm.load import device, has_bf16, load
 from sae_lightning.llm.sites import decoder_stack
+from sae_lightning.runs.heap import keep_freed_memory
 
 SECONDS = 3.0  # for which each of the two is repeated
 

@@ -4,12 +4,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from sae_lightning import scorecard
-from sae_lightning.analysis.report.figures import bars, histogram, layout
-from sae_lightning.analysis.report.section import Section
 from sae_lightning.llm.sites import Sites
-from sae_lightning.metrics import density_histogram
+from sae_lightning.report.figures import bars, histogram, layout
+from sae_lightning.report.section import Section
 from sae_lightning.sae import SAE
+from sae_lightning.scoring import scorecard
+from sae_lightning.scoring.metrics import density_histogram
 from sae_lightning.stream.held_out import HeldOut
 from sae_lightning.stream.synthetic import HeldOutConcepts
 

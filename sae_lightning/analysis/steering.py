@@ -13,12 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sae_lightning.analysis.report.section import Coloured, Section, Table
 from sae_lightning.analysis.settings import Mode
 from sae_lightning.analysis.subject import Subject, known
 from sae_lightning.llm.capture import capture
 from sae_lightning.llm.generate import GREEDY, Sampling, generate, prompt_ids, surprise
 from sae_lightning.llm.vocabulary import vocabulary
+from sae_lightning.report.section import Coloured, Section, Table
 from sae_lightning.terminal import phase
 
 # Of the activation's length. Behind block 9 of SmolLM2-135M texts hardly change below these shares,

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor, nn
 
-from sae_lightning.losses import l1, mse
 from sae_lightning.sae import sparse
 from sae_lightning.sae.base import SAE, Pass, SAEConfig
+from sae_lightning.sae.losses import l1, mse
 from sae_lightning.sae.objective import Moment, PenaltyLoss, penalised
 from sae_lightning.sae.sparse import Entries
 

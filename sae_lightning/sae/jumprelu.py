@@ -9,9 +9,9 @@ import torch
 from torch import Generator, Tensor, nn
 
 from sae_lightning.errors import UserError
-from sae_lightning.losses import tanh_l0
 from sae_lightning.sae import sparse
 from sae_lightning.sae.base import SAE, Pass, SAEConfig
+from sae_lightning.sae.losses import tanh_l0
 from sae_lightning.sae.objective import Moment, PenaltyLoss, penalised
 from sae_lightning.sae.sparse import Entries
 

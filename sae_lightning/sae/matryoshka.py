@@ -8,10 +8,10 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from sae_lightning.errors import UserError
-from sae_lightning.losses import mse
 from sae_lightning.sae import sparse
 from sae_lightning.sae.base import Pass
 from sae_lightning.sae.batch_topk import BatchTopK
+from sae_lightning.sae.losses import mse
 from sae_lightning.sae.objective import AuxKLoss, Moment
 from sae_lightning.sae.sparse import Entries
 from sae_lightning.sae.topk import TopKConfig

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from sae_lightning.errors import UserError
-from sae_lightning.losses import auxk, mse, preact
 from sae_lightning.sae.base import SAE, Pass
+from sae_lightning.sae.losses import auxk, mse, preact
 from sae_lightning.sae.sparse import Entries
 
 

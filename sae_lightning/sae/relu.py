@@ -6,8 +6,8 @@ from functools import partial
 from torch import Tensor
 
 from sae_lightning.errors import UserError
-from sae_lightning.losses import l1, lp
 from sae_lightning.sae.base import SAE, Pass
+from sae_lightning.sae.losses import l1, lp
 from sae_lightning.sae.objective import Loss, Moment, PenaltyLoss, penalised
 from sae_lightning.sae.sparse import Entries
 

@@ -12,8 +12,8 @@ from torch import Generator, Tensor
 
 from sae_lightning.llm.sites import Site
 from sae_lightning.stream.base import Rows
+from sae_lightning.stream.concepts import World, make_world
 from sae_lightning.stream.text import SyntheticConfig
-from sae_lightning.synthetic import World, make_world
 
 MOST = 2048  # rows sampled at a time
 

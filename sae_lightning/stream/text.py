@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from sae_lightning.errors import UserError
-from sae_lightning.synthetic import MAX_RATE, zipf_rates
+from sae_lightning.stream.concepts import MAX_RATE, zipf_rates
 
 MOST_CONCEPTS = 8192
 
@@ -157,7 +157,7 @@ class LocalConfig(TextConfig):
 
 @dataclass(slots=True, kw_only=True)
 class SyntheticConfig(DataConfig):
-    """Sparse sums of known concepts instead of an LLM's activations (see `synthetic.World`)."""
+    """Sparse sums of known concepts instead of an LLM's activations (see `concepts.World`)."""
 
     concepts: int = 1024
     """Number of concepts, each a direction."""

@@ -12,12 +12,12 @@ from sae_lightning.analysis.evaluate import evaluate, section
 from sae_lightning.llm.sites import Kind, Site, Sites
 from sae_lightning.llm.splice import Scores
 from sae_lightning.sae import ARCHITECTURES, SAEConfig, build
-from sae_lightning.scorecard import score
+from sae_lightning.scoring.scorecard import score
+from sae_lightning.stream.concepts import make_world
 from sae_lightning.stream.documents import Text
 from sae_lightning.stream.held_out import HeldOut
 from sae_lightning.stream.synthetic import HeldOutConcepts
 from sae_lightning.stream.tokens import open_tokens
-from sae_lightning.synthetic import make_world
 
 SITES = Sites(Site(1, Kind.resid), Site(1, Kind.resid))
 WIDTH = 24

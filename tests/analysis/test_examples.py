@@ -6,8 +6,8 @@ from batches import batches, sparse
 
 from sae_lightning.analysis.settings import Positive
 from sae_lightning.analysis.survey import strengths
-from sae_lightning.analysis.survey.catalogue import AFTER, BEFORE, EDGES, WINDOW
 from sae_lightning.analysis.survey.examples import Counting, Gathering
+from sae_lightning.report.catalogue import AFTER, BEFORE, EDGES, WINDOW
 
 UNITS, CONTEXT = 7, 40
 

@@ -15,7 +15,6 @@ from sae_lightning.analysis.explain.explainer import Explainer
 from sae_lightning.analysis.explain.prompts import DETECT, FUZZ
 from sae_lightning.analysis.explain.scoring import Score, detection, fuzzing, score
 from sae_lightning.analysis.survey import strengths
-from sae_lightning.analysis.survey.catalogue import Catalogue
 from sae_lightning.analysis.survey.collect import Batch
 from sae_lightning.analysis.survey.examples import Counting, Gathering
 from sae_lightning.analysis.survey.reading import reading
@@ -23,6 +22,7 @@ from sae_lightning.analysis.survey.sample import Sample, Sampling
 from sae_lightning.errors import UserError
 from sae_lightning.llm.chat import Reply
 from sae_lightning.llm.load import Dtype, LLMConfig, load
+from sae_lightning.report.catalogue import Catalogue
 
 WORDS = ["<bos>", "fox", "sea"] + [a + b for a in "bcdfgklmnprst" for b in ("ab", "eg", "ot")]
 BOS, FOX, SEA = 0, 1, 2

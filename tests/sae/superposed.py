@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 
 from sae_lightning.llm.sites import Kind, Site
 from sae_lightning.sae import ARCHITECTURES, build
-from sae_lightning.synthetic import make_world
+from sae_lightning.stream.concepts import make_world
 from sae_lightning.training.callbacks.clip import ClipGradient
 from sae_lightning.training.callbacks.decoder_norm import DecoderNorm
 from sae_lightning.training.callbacks.resample import resample

@@ -8,9 +8,9 @@ from superposed import l0, make_head, preact_revives, revived, train
 from torch import tensor
 from torch.testing import assert_close
 
-from sae_lightning.losses import l1
 from sae_lightning.sae import Moment, build
 from sae_lightning.sae.gated import GatedConfig, GatedLoss
+from sae_lightning.sae.losses import l1
 
 NOTHING_DEAD = torch.zeros(2).bool()
 

@@ -7,9 +7,9 @@ import torch
 from torch import Generator, tensor
 from torch.testing import assert_close
 
-from sae_lightning.losses import auxk, l1, lp, mse, preact, tanh_l0
 from sae_lightning.sae import ARCHITECTURES, Moment, build
 from sae_lightning.sae.base import Pass
+from sae_lightning.sae.losses import auxk, l1, lp, mse, preact, tanh_l0
 from sae_lightning.sae.objective import AuxKLoss
 from sae_lightning.sae.topk import TopKConfig
 

@@ -7,8 +7,8 @@ from torch import tensor
 from torch.testing import assert_close
 
 from sae_lightning.errors import UserError
-from sae_lightning.losses import l1, lp
 from sae_lightning.sae import Moment, SAEConfig, build
+from sae_lightning.sae.losses import l1, lp
 from sae_lightning.sae.relu import DenseLoss, ReLULoss
 
 NOTHING_DEAD = torch.zeros(3).bool()

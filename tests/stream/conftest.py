@@ -1,19 +1,10 @@
-"""A tiny LLM, and a cache folder of its own for every test."""
+"""A tiny LLM that reads bytes."""
 
-import datasets
 import pytest
 import torch
-from small_text import BOS, SEPARATOR, byte_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sae_lightning.llm.load import LLM
-
-
-@pytest.fixture(scope="session")
-def tokenizer():
-    made = byte_tokenizer()
-    assert (made.bos_token_id, made.eos_token_id) == (BOS, SEPARATOR)
-    return made
 
 
 @pytest.fixture(scope="session")
@@ -29,10 +20,3 @@ def llm(tokenizer):
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).eval().requires_grad_(False)
     return LLM(model=model, tokenizer=tokenizer, name="tiny")
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    """Nothing of these tests lands in the user's cache, and no test finds another's files."""
-    for name in ("HF_DATASETS_CACHE", "HF_MODULES_CACHE"):
-        monkeypatch.setattr(datasets.config, name, str(tmp_path / "cache"))

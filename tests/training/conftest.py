@@ -1,14 +1,7 @@
 """Whole tiny runs."""
 
-import datasets
 import pytest
 from tiny_run import tiny_job, write_text
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    """Tokens of these runs stay out of the user's cache."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ from dataclasses import replace
 import lightning as L
 import pytest
 
-from sae_lightning import checks, inputs, run
 from sae_lightning.errors import UserError
-from sae_lightning.export import WEIGHTS
-from sae_lightning.jobs import read_job
+from sae_lightning.formats.export import WEIGHTS
 from sae_lightning.llm.sites import LayerConfig
+from sae_lightning.runs import checks, inputs, run
+from sae_lightning.runs.jobs import read_job
 from sae_lightning.stream import cache, rows
 from sae_lightning.training.settings import EvalConfig
 

@@ -14,12 +14,13 @@ from omegaconf import OmegaConf
 from test_run import RESAMPLING, assert_same, checkpoint, curves, interrupt, resume, weights
 from tiny_run import BATCH, STEPS
 
-from sae_lightning import UserError, folders, inputs, memory, passes, run
-from sae_lightning.jobs import jobs as jobs_of
-from sae_lightning.jobs import read_sweep
+from sae_lightning import UserError
 from sae_lightning.llm.sites import Kind, LayerConfig
 from sae_lightning.llm.splice import HEAD
-from sae_lightning.objective import SweepConfig
+from sae_lightning.runs import folders, inputs, memory, passes, run
+from sae_lightning.runs.jobs import jobs as jobs_of
+from sae_lightning.runs.jobs import read_sweep
+from sae_lightning.runs.search import SweepConfig
 from sae_lightning.sae import ARCHITECTURES, SAEConfig
 from sae_lightning.sae.gated import GatedConfig, GatedLoss
 from sae_lightning.sae.jumprelu import JumpReLUConfig, JumpReLULoss

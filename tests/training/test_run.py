@@ -15,13 +15,14 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_run import BATCH, STEPS
 
-from sae_lightning import UserError, inputs, load_sae, run
-from sae_lightning.export import WEIGHTS
-from sae_lightning.jobs import read_job
+from sae_lightning import UserError, load_sae
+from sae_lightning.formats.export import WEIGHTS
 from sae_lightning.llm.capture import capture
 from sae_lightning.llm.load import Attention, Dtype
 from sae_lightning.llm.sites import decoder_stack
 from sae_lightning.llm.splice import Scores
+from sae_lightning.runs import inputs, run
+from sae_lightning.runs.jobs import read_job
 from sae_lightning.sae import SAE
 from sae_lightning.sae.relu import ReLULoss
 from sae_lightning.training.settings import (

@@ -14,21 +14,22 @@ import pytest
 from hydra import compose, initialize_config_dir
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from sae_lightning import UserError, load_sae, passes, run
+from sae_lightning import UserError, load_sae
 from sae_lightning.analysis.evaluate import evaluate
-from sae_lightning.analysis.report.sweep_report import write_report
-from sae_lightning.config import Config, conf_folder
-from sae_lightning.export import WEIGHTS
-from sae_lightning.folders import sweep_runs
-from sae_lightning.inputs import open_held_out
-from sae_lightning.jobs import Job, read_job, register
-from sae_lightning.jobs import job as make_job
+from sae_lightning.formats.export import WEIGHTS
 from sae_lightning.llm.load import LLMConfig
 from sae_lightning.llm.sites import LayerConfig, distinct
-from sae_lightning.objective import SweepConfig
-from sae_lightning.recovery import Recovery
+from sae_lightning.report.sweep_report import write_report
+from sae_lightning.runs import passes, run
+from sae_lightning.runs.config import Config, conf_folder
+from sae_lightning.runs.folders import sweep_runs
+from sae_lightning.runs.inputs import open_held_out
+from sae_lightning.runs.jobs import Job, read_job, register
+from sae_lightning.runs.jobs import job as make_job
+from sae_lightning.runs.search import SweepConfig
 from sae_lightning.sae import ARCHITECTURES, SAEConfig
 from sae_lightning.sae.relu import ReLULoss
+from sae_lightning.scoring.recovery import Recovery
 from sae_lightning.stream.text import SyntheticConfig
 from sae_lightning.training.settings import Accelerator, EvalConfig, Precision, TrainerConfig
 

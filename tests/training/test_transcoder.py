@@ -8,13 +8,14 @@ from dataclasses import replace
 import pytest
 from test_run import RESAMPLING, assert_same, interrupt, resume, weights
 
-from sae_lightning import load_sae, run
+from sae_lightning import load_sae
 from sae_lightning.analysis.evaluate import evaluate
-from sae_lightning.inputs import open_held_out
 from sae_lightning.llm.sites import Kind, LayerConfig, Site, Sites
-from sae_lightning.metrics import QualitySums
+from sae_lightning.runs import run
+from sae_lightning.runs.inputs import open_held_out
 from sae_lightning.sae import ARCHITECTURES
 from sae_lightning.sae.relu import ReLULoss
+from sae_lightning.scoring.metrics import QualitySums
 from sae_lightning.stream import rows
 from sae_lightning.training.settings import OptimConfig
 

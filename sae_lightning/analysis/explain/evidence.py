@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import max_pool1d, pad
 
-from sae_lightning.analysis.survey.catalogue import AFTER, BEFORE, WINDOW, Catalogue, Examples
 from sae_lightning.analysis.survey.sample import Sample
+from sae_lightning.report.catalogue import AFTER, BEFORE, WINDOW, Catalogue, Examples
 
 LEAST = 4  # texts to explain from, and to test on
 

@@ -7,10 +7,10 @@ from sae_lightning.analysis.explain.answers import Answerer, Local, Spent
 from sae_lightning.analysis.explain.endpoint import CUSTOMARY_KEY, Endpoint
 from sae_lightning.analysis.explain.explainer import Explanation
 from sae_lightning.analysis.explain.scoring import Score
-from sae_lightning.analysis.report.section import Coloured, Section, Table
-from sae_lightning.analysis.survey.catalogue import Catalogue
 from sae_lightning.errors import UserError
 from sae_lightning.llm.load import LLM, LLMConfig, load
+from sae_lightning.report.catalogue import Catalogue
+from sae_lightning.report.section import Coloured, Section, Table
 
 
 class Explained(NamedTuple):

@@ -4,13 +4,13 @@ import html
 from statistics import mean, stdev
 
 from sae_lightning.analysis.probing.probes import FEATURES, NEURONS, RANDOM, Probes, Score
-from sae_lightning.analysis.report.figures import (
+from sae_lightning.report.figures import (
     GREY,
     layout,
     line,
     rounded,
 )
-from sae_lightning.analysis.report.section import Section, Table
+from sae_lightning.report.section import Section, Table
 
 KINDS = (FEATURES, NEURONS, RANDOM)
 MEASURES = {"AUROC": "auroc", "accuracy": "accuracy"}

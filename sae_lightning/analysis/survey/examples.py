@@ -4,7 +4,9 @@ examples."""
 import torch
 from torch import Tensor
 
-from sae_lightning.analysis.survey.catalogue import (
+from sae_lightning.analysis.survey.collect import Batch
+from sae_lightning.analysis.survey.strengths import Strengths
+from sae_lightning.report.catalogue import (
     AFTER,
     BEFORE,
     EDGES,
@@ -12,8 +14,6 @@ from sae_lightning.analysis.survey.catalogue import (
     Examples,
     Statistics,
 )
-from sae_lightning.analysis.survey.collect import Batch
-from sae_lightning.analysis.survey.strengths import Strengths
 
 BINS = len(EDGES) - 1
 MOST = torch.finfo(torch.float16).max

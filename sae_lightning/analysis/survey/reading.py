@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from sae_lightning.analysis.survey.catalogue import Reading
 from sae_lightning.analysis.survey.sample import Sample
+from sae_lightning.report.catalogue import Reading
 
 LEAST = 5  # tokens of each half on which a feature has to fire for a score
 TWICE = 2  # a token on which it fired once is no pattern

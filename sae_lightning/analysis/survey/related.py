@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from sae_lightning.analysis.survey.catalogue import Related
 from sae_lightning.analysis.survey.sample import Sample
+from sae_lightning.report.catalogue import Related
 
 ROWS = 512  # features compared with all others at a time
 PAIRS = 400_000_000  # of features that fire together, at most looked at

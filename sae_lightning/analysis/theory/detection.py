@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from sae_lightning.analysis.survey.catalogue import EDGES
+from sae_lightning.report.catalogue import EDGES
 
 ENTRIES = 1 << 20  # strengths sorted into bins at a time: bounds memory
 QUANTILES = 1 << 23  # numbers that torch.quantile takes at once; it refuses twice as many

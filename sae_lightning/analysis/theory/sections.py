@@ -8,7 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from sae_lightning.analysis.report.figures import (
+from sae_lightning.analysis.theory.claims import SAMPLE, Detected, Theory, scalars
+from sae_lightning.analysis.theory.detection import Detector, chance_f1
+from sae_lightning.analysis.theory.overlap import Cosines
+from sae_lightning.report.figures import (
     COLOURS,
     GREY,
     bars,
@@ -18,10 +21,7 @@ from sae_lightning.analysis.report.figures import (
     rounded,
     upright,
 )
-from sae_lightning.analysis.report.section import Section, Table
-from sae_lightning.analysis.theory.claims import SAMPLE, Detected, Theory, scalars
-from sae_lightning.analysis.theory.detection import Detector, chance_f1
-from sae_lightning.analysis.theory.overlap import Cosines
+from sae_lightning.report.section import Section, Table
 
 COARSE = 20  # thousandths of a cosine that a point of the figure stands for
 BARS = 80

@@ -2,9 +2,9 @@
 
 import lightning as L
 
-from sae_lightning.export import save_sae
-from sae_lightning.schedules import due
+from sae_lightning.formats.export import save_sae
 from sae_lightning.training.head import Head
+from sae_lightning.training.schedules import due
 from sae_lightning.training.settings import checkpoint_path
 
 

@@ -3,9 +3,9 @@
 import lightning as L
 import torch
 
-from sae_lightning.metrics import explained_variance
-from sae_lightning.schedules import due
+from sae_lightning.scoring.metrics import explained_variance
 from sae_lightning.training.head import Head
+from sae_lightning.training.schedules import due
 
 
 @torch.no_grad()

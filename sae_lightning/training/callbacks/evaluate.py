@@ -5,12 +5,12 @@ from itertools import groupby
 
 import lightning as L
 
-from sae_lightning.metrics import density_histogram
-from sae_lightning.schedules import due
-from sae_lightning.scorecard import Scorecard, score
+from sae_lightning.scoring.metrics import density_histogram
+from sae_lightning.scoring.scorecard import Scorecard, score
 from sae_lightning.stream.held_out import HeldOut
 from sae_lightning.stream.synthetic import HeldOutConcepts
 from sae_lightning.training.head import Head
+from sae_lightning.training.schedules import due
 
 
 def evaluate(heads: Sequence[Head], held_out: HeldOut | HeldOutConcepts, tokens: int) -> None:

@@ -6,8 +6,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torch.optim import Optimizer
 
-from sae_lightning.schedules import due
 from sae_lightning.training.head import Head
+from sae_lightning.training.schedules import due
 
 
 @torch.no_grad()

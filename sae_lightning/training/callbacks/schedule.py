@@ -2,7 +2,7 @@
 
 import lightning as L
 
-from sae_lightning.schedules import decay, warmup
+from sae_lightning.training.schedules import decay, warmup
 
 
 class Schedule(L.Callback):

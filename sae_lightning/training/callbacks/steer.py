@@ -3,7 +3,7 @@
 import lightning as L
 import torch
 
-from sae_lightning.schedules import l0_error, steered
+from sae_lightning.training.schedules import l0_error, steered
 
 
 class Steer(L.Callback):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import lightning as L
 import torch
 
-from sae_lightning.schedules import due
+from sae_lightning.training.schedules import due
 
 
 class Moment(NamedTuple):

@@ -1,0 +1,1 @@
+"""SAEs on disk: the saved format, and those of other tools."""

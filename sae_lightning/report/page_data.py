@@ -1,0 +1,163 @@
+"""A catalogue in the compact form that the page's script reads (templates/browser.js).
+
+       | fields of all units: how often, how strongly, what to search by   block "feature"
+units |  fields of units   0 ... 127: examples, histogram, relations       block "feature-0"
+       | fields of units 128 ... 255                                       block "feature-1"
+
+The first is read when the page opens, the others when one of their units is opened.
+Each is a block: its fields one after another, a field's bytes by significance (first the lowest of
+all its numbers, then the next ...), because that deflates best; then deflate, then base64.
+Tokens are numbered anew by how often they occur, from 1, so that the common ones take one byte;
+0 is no token.
+"""
+
+import base64
+import zlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sae_lightning.report.catalogue import BEFORE, EDGES, WINDOW, Catalogue, Examples
+from sae_lightning.report.section import visible
+
+CHUNK = 128  # units of a block of details; about 200 kB when unpacked
+LEVELS = 255  # of a strength; the unit's maximum is the highest
+HUNDREDTHS = 100  # of a likeness
+PREVIEW = slice(BEFORE - 3, BEFORE + 8)  # of the strongest example, in the list
+
+
+class Field(NamedTuple):
+    """Some numbers of each unit."""
+
+    values: Tensor
+    """[units, ...]"""
+    dtype: str
+    """As numpy writes it: u1, i1, u2, u4, i4 or f4."""
+
+
+class PageData(NamedTuple):
+    """What the page carries of its catalogues."""
+
+    index: dict[str, Any]
+    """For the script: the words, and how the blocks of each kind are to be read."""
+    blocks: dict[str, str]
+    """Name -> base64."""
+
+
+class Numbering(NamedTuple):
+    """Tokens that occur on the page, by their place in the page's own vocabulary."""
+
+    words: list[str]
+    """As they are shown; the first is that of no token."""
+    numbers: Tensor
+    """[vocabulary + 1] token id -> place in `words`; -1, which is no token, -> 0."""
+
+    def field(self, ids: Tensor) -> Field:
+        """Token ids [units, ...] as a field."""
+        return Field(self.numbers[ids.long()], "u2" if len(self.words) <= 2**16 else "u4")
+
+
+def page_data(catalogues: Sequence[Catalogue]) -> PageData:
+    """Everything that the page's script shows of `catalogues`, which are of one LLM."""
+    numbering = _numbering(catalogues)
+    blocks, kinds = {}, []
+    for catalogue in catalogues:
+        kind, units = catalogue.kind, catalogue.units
+        listed, detailed = _listed(catalogue, numbering), _detailed(catalogue, numbering)
+        blocks[kind] = _packed(listed, 0, units)
+        for first in range(0, units, CHUNK):
+            blocks[f"{kind}-{first // CHUNK}"] = _packed(detailed, first, first + CHUNK)
+        kinds.append(
+            {
+                "kind": kind,
+                "units": units,
+                "tokens": catalogue.statistics.tokens,
+                "strongest": catalogue.top.strength.shape[1],
+                "listed": _layout(listed),
+                "detailed": _layout(detailed),
+            }
+        )
+    index = {"words": numbering.words, "kinds": kinds, "edges": EDGES.tolist(), "chunk": CHUNK}
+    index |= {"window": WINDOW, "before": BEFORE, "levels": LEVELS, "preview": PREVIEW.start}
+    return PageData(index, blocks)
+
+
+def _numbering(catalogues: Sequence[Catalogue]) -> Numbering:
+    vocabulary = catalogues[0].vocabulary
+    counts = torch.zeros(len(vocabulary) + 1, dtype=torch.int64)
+    for catalogue in catalogues:
+        shown = [catalogue.top.tokens, catalogue.spread.tokens]
+        if catalogue.reading is not None:
+            shown += [catalogue.reading.tokens]
+        if catalogue.effect is not None:
+            shown += [catalogue.effect.promoted, catalogue.effect.suppressed]
+        for ids in shown:
+            counts += torch.bincount(ids.flatten() + 1, minlength=len(counts))
+    counts = counts[1:]
+    used = counts.argsort(descending=True, stable=True)[: int((counts > 0).sum())]
+    numbers = torch.zeros(len(vocabulary) + 1, dtype=torch.int64)
+    numbers[used] = torch.arange(1, len(used) + 1)
+    return Numbering(["", *(visible(vocabulary[token]) for token in used.tolist())], numbers)
+
+
+def _listed(catalogue: Catalogue, numbering: Numbering) -> dict[str, Field]:
+    """What the list of units shows, sorts by and searches."""
+    statistics, top = catalogue.statistics, catalogue.top
+    fields = {
+        "fired": Field(statistics.fired, "u4"),
+        "mean": Field(statistics.mean, "f4"),
+        "maximum": Field(statistics.maximum, "f4"),
+        "peaks": numbering.field(top.tokens[:, :, BEFORE]),
+        "preview": numbering.field(top.tokens[:, 0, PREVIEW]),
+    }
+    if catalogue.reading is not None:
+        fields["score"] = Field(catalogue.reading.score, "f4")
+        fields["reading"] = numbering.field(catalogue.reading.tokens)
+        fields["previous"] = Field(catalogue.reading.previous, "u1")
+    if catalogue.effect is not None:
+        fields["promoted"] = numbering.field(catalogue.effect.promoted)
+        fields["suppressed"] = numbering.field(catalogue.effect.suppressed)
+        fields["sharpness"] = Field(catalogue.effect.sharpness, "f4")
+    return fields
+
+
+def _detailed(catalogue: Catalogue, numbering: Numbering) -> dict[str, Field]:
+    """What only a unit's own view shows."""
+    maximum = catalogue.statistics.maximum
+    tokens = torch.cat((catalogue.top.tokens, catalogue.spread.tokens), 1)
+    strengths = [_levels(catalogue.top, maximum), _levels(catalogue.spread, maximum)]
+    fields = {
+        "tokens": numbering.field(tokens),
+        "strengths": Field(torch.cat(strengths, 1), "u1"),
+        "histogram": Field(catalogue.statistics.histogram, "u4"),
+    }
+    likeness = {"neighbours": catalogue.neighbours, "partners": catalogue.partners}
+    for name, related in likeness.items():
+        if related is not None:
+            fields[name] = Field(related.units, "i4")
+            fields[name + "_likeness"] = Field(
+                (related.likeness.nan_to_num() * HUNDREDTHS).round(), "i1"
+            )
+    return fields
+
+
+def _levels(examples: Examples, maximum: Tensor) -> Tensor:
+    """[units, n, WINDOW] strengths in steps of a 255th of the unit's maximum; 0 stays 0 only."""
+    strengths = examples.strengths.float()
+    share = strengths / maximum.clamp_min(torch.finfo(torch.float32).tiny)[:, None, None]
+    return torch.where(strengths > 0, (share * LEVELS).round().clamp(1, LEVELS), 0)
+
+
+def _layout(fields: dict[str, Field]) -> list[tuple[str, str, int]]:
+    """(name, dtype, numbers of a unit) in the order of the block."""
+    return [(name, field.dtype, field.values[0].numel()) for name, field in fields.items()]
+
+
+def _packed(fields: dict[str, Field], first: int, stop: int) -> str:
+    packed = []
+    for values, dtype in fields.values():
+        numbers = values[first:stop].detach().cpu().flatten().numpy().astype("<" + dtype)
+        packed.append(numbers.view("u1").reshape(-1, numbers.itemsize).T.tobytes())
+    return base64.b64encode(zlib.compress(b"".join(packed), 9)).decode()

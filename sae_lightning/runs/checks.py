@@ -1,0 +1,212 @@
+"""What can be known to be wrong with runs before anything expensive starts."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import NamedTuple
+from zipfile import BadZipFile
+
+import torch
+
+from sae_lightning.errors import UserError
+from sae_lightning.files import free_space
+from sae_lightning.llm.load import Attention, Dtype, device, dtype, has_bf16
+from sae_lightning.llm.packaged import Shape
+from sae_lightning.llm.sites import Sites, distinct
+from sae_lightning.runs.config import Config
+from sae_lightning.runs.inputs import check_context, is_text, shape
+from sae_lightning.runs.jobs import CONFIG_FILE, ELSEWHERE, Job
+from sae_lightning.sae import size
+from sae_lightning.sae.products import available
+from sae_lightning.stream.sources import cache_folder
+from sae_lightning.training.settings import (
+    Accelerator,
+    Precision,
+    Products,
+    TrainerConfig,
+    checkpoint_path,
+    stream_path,
+)
+
+SHORT = 256  # tokens of context
+
+
+def resolved(job: Job) -> Job:
+    """`job` with dtype, attention and precision as they are on this machine: on another, `auto`
+    could stand for something else, and a resumed run would silently become another one."""
+    llm, trainer = job.config.llm, job.config.trainer
+    number = dtype(llm)
+    attn = llm.attn
+    if attn is Attention.auto and _eager_is_faster(job.config, number):
+        attn = Attention.eager
+    precision = trainer.precision
+    if precision is Precision.auto:
+        precision = Precision.bf16 if has_bf16(_trains_on(trainer)) else Precision.fp32
+    config = replace(
+        job.config,
+        llm=replace(llm, dtype=Dtype(str(number).removeprefix("torch.")), attn=attn),
+        trainer=replace(trainer, precision=precision),
+    )
+    return replace(job, config=config)
+
+
+def _eager_is_faster(config: Config, number: torch.dtype) -> bool:
+    """Whether plain matrix products are the faster attention: by a tenth in bf16 on a CPU
+    (SmolLM2). It takes memory by the square of the context, so only for short ones."""
+    on_cpu = device(config.llm).type == "cpu"
+    return is_text(config) and on_cpu and number is torch.bfloat16 and config.data.context <= SHORT
+
+
+def _trains_on(trainer: TrainerConfig) -> str:
+    """The kind of device on which SAEs train: cpu, cuda, mps."""
+    found = torch.accelerator.current_accelerator()
+    return "cpu" if trainer.accelerator is Accelerator.cpu or found is None else found.type
+
+
+class Checked(NamedTuple):
+    """What is known of jobs in which nothing is wrong."""
+
+    sites: list[Sites]
+    """What each reads and reconstructs."""
+
+    steps_done: list[int]
+    """Updates that each has done already."""
+
+    llm: Shape
+    """Of the LLM that they share."""
+
+    space: int
+    """Bytes that their checkpoints need."""
+
+
+def check(jobs: list[Job]) -> Checked:
+    """Raise a UserError for the first thing wrong with jobs that share the stream half."""
+    config = jobs[0].config
+    assert len({job.config.stream_key() for job in jobs}) == 1, "jobs must share the stream half"
+    device(config.llm)
+    if config.trainer.accelerator is Accelerator.gpu and not torch.accelerator.is_available():
+        raise UserError("trainer.accelerator=gpu: no GPU found; use trainer=cpu or trainer=auto")
+    if config.trainer.products is Products.sparse and not available(_trains_on(config.trainer)):
+        raise UserError(
+            f"trainer.products=sparse: {_trains_on(config.trainer)} has dense products only here "
+            "(cuda needs Triton for sparse ones); use trainer.products=auto"
+        )
+    for job in jobs:
+        _check_folder(job)
+    if is_text(config):
+        _check_cache(jobs)
+    for job in jobs:
+        _check_loss_tokens(job)
+    steps_done = [_steps_done(job) if job.resumed else 0 for job in jobs]
+    llm = shape(config)
+    if is_text(config):
+        check_context(config, llm)
+    sites = [job.config.layer.within(llm.layers) for job in jobs]
+    needed = _space(jobs, len(distinct(sites)), llm)
+    check_space(jobs[0].folder, needed)
+    return Checked(sites, steps_done, llm, needed)
+
+
+def _check_folder(job: Job) -> None:
+    job.folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(job.folder, os.W_OK):
+        raise UserError(f"{job.folder} cannot be written to: choose another with {ELSEWHERE}")
+    if not job.resumed and (job.folder / CONFIG_FILE).exists():
+        raise UserError(
+            f"{job.folder} already holds a run: continue it with resume={job.folder}, or choose "
+            f"another folder with {ELSEWHERE}"
+        )
+
+
+def _check_loss_tokens(job: Job) -> None:
+    """That nobody asks for the loss of an LLM that is not there; presets of the trainer may."""
+    asked = [o for o in job.overrides if o.lstrip("+").startswith("eval.loss_tokens=")]
+    if asked and not is_text(job.config):
+        raise UserError(
+            f"{asked[0]} has no meaning with data=synthetic, whose activations come from no LLM: "
+            "leave it out"
+        )
+
+
+def _check_cache(jobs: list[Job]) -> None:
+    """That a new run can write its cache, or find one: a colleague's may be there to be read."""
+    data = jobs[0].config.data
+    if len({(job.config.data.cache, job.config.data.cache_folder) for job in jobs}) > 1:
+        raise UserError(
+            "data.cache, data.cache_folder: jobs on one pass of the LLM share its cache; give all "
+            "of them the same"
+        )
+    if not data.cache or jobs[0].resumed:
+        return
+    folder = place = cache_folder(data.cache_folder)
+    while not os.path.exists(place):
+        place = place.parent
+    writable = os.path.isdir(place) and os.access(place, os.W_OK)
+    held = os.path.isdir(folder) and os.access(folder, os.R_OK) and os.listdir(folder)
+    if not writable and not held:
+        raise UserError(
+            f"data.cache_folder={folder} cannot be written to: choose another, or set "
+            "data.cache=false"
+        )
+
+
+def _space(jobs: list[Job], sites: int, llm: Shape) -> int:
+    """Bytes that checkpoints need: each has weights and two moments of Adam, and shares the shuffle
+    pool with the others of its pass; all are there twice while they are being replaced."""
+    needed = 2 * 4 * llm.width * jobs[0].config.data.pool * sites
+    for job in jobs:
+        weights = 4 * size(job.config.model, llm.width, llm.width)
+        needed += 2 * (3 * weights + weights)
+        kept = [checkpoint_path(job.folder), *job.folder.glob("sae/*")]
+        needed -= sum(file.stat().st_size for file in kept if file.is_file())
+    return needed
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raise a UserError if the disk of `folder` has fewer bytes free."""
+    free = free_space(folder)
+    if free < needed:
+        raise UserError(
+            f"no space left: checkpoints in {folder} need {needed / 1e9:.1f} GB, "
+            f"{free / 1e9:.1f} GB are free; free some, or choose another disk with {ELSEWHERE}"
+        )
+
+
+def _steps_done(job: Job) -> int:
+    """Updates in the checkpoint of a resumed run; 0 if it was killed before the first one."""
+    path = checkpoint_path(job.folder)
+    if not path.is_file():
+        return 0
+    try:
+        saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        steps, settings = saved["global_step"], saved["settings"]
+    except (
+        RuntimeError,
+        UnpicklingError,
+        EOFError,
+        KeyError,
+        TypeError,
+        BadZipFile,
+        OSError,
+    ) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{path} is truncated or not a checkpoint ({reason}); delete it to start the run "
+            "again from its beginning"
+        ) from error
+    mine = job.config.identity()
+    differing = sorted(k for k in mine | settings if mine.get(k) != settings.get(k))
+    if differing:
+        name = differing[0]
+        raise UserError(
+            f"{path} does not fit {CONFIG_FILE}: it was made with {name}={settings.get(name)}, not "
+            f"{mine.get(name)}" + (f" ({len(differing)} settings differ)" * (len(differing) > 1))
+        )
+    stream = stream_path(job.folder, steps)
+    if not stream.is_file():
+        raise UserError(
+            f"{stream}, which belongs to {path.name}, is gone; delete {path} to start the run "
+            "again from its beginning"
+        )
+    return steps

@@ -1,0 +1,314 @@
+"""Turns whatever a person can put right at the command line into one line that says how."""
+
+import dataclasses
+import errno
+import io
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from difflib import get_close_matches
+from pathlib import Path
+
+from hydra._internal.utils import get_args_parser
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf import OmegaConf
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    OmegaConfBaseException,
+    ValidationError,
+)
+
+from sae_lightning.errors import UserError
+from sae_lightning.runs.config import conf_folder
+from sae_lightning.sae import ARCHITECTURES
+
+DEBUG = "SAE_LIGHTNING_DEBUG"
+# What someone meant who wrote `layer=9`.
+MAIN_SETTING = {"layer": "index", "llm": "name", "data": "path", "model": "features"}
+PATHS = (
+    "resume",
+    "run",
+    "data.path",
+    "data.cache_folder",
+    "llm.name",
+    "hydra.run.dir",
+    "hydra.sweep.dir",
+)
+# What brings a sweeper or launcher that is not installed.
+PLUGINS = {
+    "optuna": 'pip install -c constraints.txt -e ".[optuna]"',
+    "submitit_slurm": 'pip install -c constraints.txt -e ".[submitit]"',
+    "submitit_local": 'pip install -c constraints.txt -e ".[submitit]"',
+    "ray": "pip install hydra-ray-launcher",
+}
+USERS_DISK = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+STARTED = time.time()
+
+
+@contextmanager
+def one_line_errors(folder: Path | None = None, multirun: bool = False) -> Iterator[None]:
+    """Print expected errors as one line and exit with code 1; bugs keep their traceback.
+
+    With SAE_LIGHTNING_DEBUG=1 every error keeps it. `folder`, which Hydra made for the run, is
+    removed if the run came to nothing. A job of a `multirun` only prints: the others go on.
+    """
+    # Hydra would otherwise print its own shortened traceback and exit before the error gets here.
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # an arrow need not end a run
+    try:
+        _check_flags(sys.argv[1:])
+        sys.argv[1:] = with_swept_groups(quoted_paths(sys.argv[1:]))
+        yield
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        sys.exit(130)
+    except Exception as error:
+        message = explain(error, sys.argv[1:])
+        if message is None or os.environ.get(DEBUG):
+            raise
+        if not multirun:
+            sys.exit(f"error: {message}")
+        name = f"{folder.name}: "
+        sys.stderr.write(f"error: {name}{message.removeprefix(name)}\n")
+    finally:
+        if folder is not None:
+            remove_unused(folder)
+
+
+def _check_flags(arguments: list[str]) -> None:
+    """Hydra's parser answers an unknown flag with a page of its own flags."""
+    _, unknown = get_args_parser().parse_known_args(arguments)
+    if unknown:
+        raise UserError(
+            f"{unknown[0]}: no such flag; settings are written without dashes (setting=value), "
+            "and --help lists them"
+        )
+
+
+def refuse_sweep(arguments: list[str]) -> None:
+    """UserError for -m where there is nothing to sweep over."""
+    if _is_sweep(arguments):
+        raise UserError(
+            "-m: analyze.py looks at one folder at a time; leave it out, and give several features "
+            "as feature=[3,7]"
+        )
+
+
+def quoted_paths(arguments: list[str]) -> list[str]:
+    """The arguments with their paths as Hydra takes them: quoted where needed, `~` expanded.
+
+    Folders of a sweep have names such as `loss.l1=0.001`, and a shell expands no `~` behind `=`.
+    """
+    sweep = _is_sweep(arguments)
+    return [_quoted_path(argument, sweep) for argument in arguments]
+
+
+def with_swept_groups(arguments: list[str]) -> list[str]:
+    """The arguments with settings of a swept group as sweeps over one value.
+
+    Hydra first composes what is not swept: `-m model=topk,batch_topk model.k=32` would be refused,
+    because without `model=` there is no `model.k`. A model brings its loss.
+    """
+    if not _is_sweep(arguments):
+        return arguments
+    parser, parsed = OverridesParser.create(), {}
+    for argument in arguments:
+        with suppress(HydraException):  # a flag, or a mistake that Hydra will tell
+            parsed[argument] = parser.parse_override(argument)
+    swept = {o.key_or_group for o in parsed.values() if o.is_sweep_override()}
+    groups = swept | ({"loss"} if "model" in swept else set())
+    return [
+        argument.replace("=", "=choice(", 1) + ")"
+        if (o := parsed.get(argument))
+        and not (o.is_sweep_override() or o.is_delete())
+        and o.key_or_group.partition(".")[0] in groups - {o.key_or_group}
+        else argument
+        for argument in arguments
+    ]
+
+
+def _is_sweep(arguments: list[str]) -> bool:
+    return bool({"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(arguments))
+
+
+def _quoted_path(argument: str, sweep: bool) -> str:
+    name, _, value = argument.partition("=")
+    setting = name.lstrip("+")
+    # what is written in Hydra's own language stays: quotes, interpolations, escapes, functions
+    hydras = re.match(r"""['"]""", value) or "${" in value or re.search(r"\\[()\[\]{}:=, ]", value)
+    if setting not in PATHS or hydras or (sweep and re.match(r"\w+\(", value)):
+        return argument
+    if "," in value and (sweep or setting not in ("resume", "run")):
+        # several values: a sweep, or the error that asks for -m
+        return f"{name}=" + ",".join(_quoted(part) if sweep else part for part in value.split(","))
+    return f"{name}={_quoted(value)}"
+
+
+def _quoted(path: str) -> str:
+    path = os.path.expanduser(path)
+    if re.fullmatch(r"[\w/\\+.$%*@?|:-]*", path, re.ASCII):
+        return path
+    return QuotedString(path, Quote.single).with_quotes()
+
+
+def remove_unused(folder: Path) -> None:
+    """Remove a run folder that this process made and left empty, and the empty day above it.
+
+    An empty folder that was there before belongs to the user.
+    """
+    with suppress(OSError):  # not empty, or never made
+        if folder.stat().st_mtime < STARTED:
+            return
+        folder.rmdir()
+        if re.fullmatch(r"\d{4}-\d\d-\d\d", folder.parent.name):  # see config.run_folder
+            folder.parent.rmdir()
+            folder.parent.parent.rmdir()
+
+
+def explain(error: BaseException, overrides: list[str]) -> str | None:
+    """One line about an error that the user can put right; None for a bug."""
+    causes = _chain(error, lambda e: e.__cause__)
+    for link in causes:
+        if isinstance(link, UserError):
+            return str(link)
+        if isinstance(link, OSError) and link.errno == errno.ENOSPC:
+            return "no space left on the disk: free some, or choose another with hydra.run.dir=..."
+        if isinstance(link, OSError) and link.errno in USERS_DISK:
+            return f"cannot write to {link.filename}: {link.strerror}; choose another folder"
+    if "group override must be a string" in str(error):
+        return _number_for_group(overrides)
+    chain = _chain(error, lambda e: e.__cause__ or e.__context__)
+    for link in chain:
+        if isinstance(link, UserError):  # within a resolver: Hydra wraps it
+            return str(link)
+        if isinstance(link, ConfigAttributeError | ConfigKeyError):
+            return _unknown_setting(link, overrides)
+        if isinstance(link, ValidationError):
+            return _bad_value(link, overrides)
+        if isinstance(link, OverrideParseException):
+            return f"cannot read {link.override!r}: write setting=value, quoted where needed"
+        missing = re.search(r"Missing mandatory value: (\S+)", str(link))
+        if missing:
+            return f"{missing[1]} is not set: give {missing[1]}=..."
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return _hydras_own(str(error))
+    if str(error) == "No trials are completed yet.":  # Optuna's
+        return "no trial of the search succeeded, see above"
+    return None
+
+
+def _chain(error: BaseException | None, follow) -> list[BaseException]:
+    """An error and what it came from, outermost first."""
+    chain: list[BaseException] = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = follow(error)
+    return chain
+
+
+def _did_you_mean(word: str, options: list[str]) -> str:
+    close = get_close_matches(word, options, n=1)
+    return f"did you mean {close[0]}? " if close else ""
+
+
+def _presets(group: str) -> list[str]:
+    return sorted(file.stem for file in Path(conf_folder(), group).glob("*.yaml"))
+
+
+def _number_for_group(overrides: list[str]) -> str:
+    for override in overrides:
+        group, _, value = override.partition("=")
+        if group and _presets(group) and not value.isidentifier():
+            hint = MAIN_SETTING.get(group) or (group == "loss" and _coefficient(overrides))
+            return f"{override}: `{group}` chooses a preset ({', '.join(_presets(group))})" + (
+                f"; for a value write {group}.{hint}={value}" if hint else ""
+            )
+    return "every argument has the form setting=value, such as loss.l1=1e-3"
+
+
+def _coefficient(overrides: list[str]) -> str | None:
+    """The sparsity coefficient of the model that is asked for, if it has one."""
+    models = ["relu", *(o.removeprefix("model=") for o in overrides if o.startswith("model="))]
+    row = ARCHITECTURES.get(models[-1])
+    return row and row.loss().sparsity
+
+
+def _unknown_setting(error: OmegaConfBaseException, overrides: list[str]) -> str:
+    name = str(error.full_key)
+    parent, _, key = name.rpartition(".")
+    schema = error.object_type
+    tasks = _schemas("task")
+    if schema in tasks.values() and "data=synthetic" in overrides:
+        return (
+            "data=synthetic has no meaning here: a run that was trained on concepts says so itself;"
+            " leave it out"
+        )
+    tables = {
+        "model": {model: row.config for model, row in ARCHITECTURES.items()},
+        "loss": {model: row.loss for model, row in ARCHITECTURES.items()},
+        "": tasks if schema in tasks.values() else {},
+    }
+    table = tables.get(parent, {})
+    owners = [name for name, schema in table.items() if key in schema.__dataclass_fields__]
+    if owners:
+        kind = "model" if parent else "task"
+        choices = ", ".join(f"{kind}={owner}" for owner in owners[:-1])
+        choices += f"{' and ' * (len(owners) > 1)}{kind}={owners[-1]}"
+        return f"{name} has no meaning for this {kind}, only for {choices}: leave it out"
+    if dataclasses.is_dataclass(schema):
+        known = [field.name for field in dataclasses.fields(schema)]
+    else:  # analyze.yaml has no schema, only its own keys
+        known = sorted(k for k in error.parent_node or {} if k != "hydra")
+    prefix = f"{parent}." if parent else ""
+    hint = _did_you_mean(key, known)
+    return f"no setting {name}: {hint}there are {', '.join(prefix + k for k in known)}"
+
+
+def _schemas(group: str) -> dict[str, type]:
+    """The registered schemas of a group, by name."""
+    nodes = ConfigStore.instance().repo.get("schema", {}).get(group, {})
+    return {name.removesuffix(".yaml"): OmegaConf.get_type(x.node) for name, x in nodes.items()}
+
+
+def _bad_value(error: ValidationError, overrides: list[str]) -> str:
+    name, reason = str(error.full_key), str(error).splitlines()[0]
+    given = next((o for o in reversed(overrides) if o.lstrip("+").startswith(f"{name}=")), name)
+    if "Integer" in reason and re.search(r"'[\d.]+' of type 'float'", reason):
+        reason = "give a whole number in digits, such as 1000000 or 1_000_000"
+    if "not Optional" in reason:
+        reason = "null is not possible here"
+    return f"{given}: {reason[0].lower()}{reason[1:].removesuffix('.')}"
+
+
+def _hydras_own(text: str) -> str:
+    """What Hydra says only in its text."""
+    if found := re.search(r"Could not find '(hydra/\w+)/([^']+)'", text):
+        group, choice = found.groups()
+        remedy = f"; {PLUGINS[choice]}" if choice in PLUGINS else ", or misspelt"
+        return f"{group}={choice}: not installed{remedy}"
+    if found := re.search(r"Could not find '(\w+)/([^']+)'", text):
+        group, choice = found.groups()
+        presets = _presets(group)
+        hint = _did_you_mean(choice, presets)
+        choices = f"{hint}choose from {', '.join(presets)}" if presets else "there is none yet"
+        return f"{group}={choice}: no such preset; {choices}"
+    if found := re.search(r"Ambiguous value for argument '(.+)'", text):
+        name, _, values = found[1].partition("=")
+        return (
+            f"{found[1]}: several values make a sweep, which needs -m; a list is written "
+            f"{name}=[{values}]; or quote the value"
+        )
+    if found := re.search(r"Could not override '([\w/]+)'", text):
+        return f"no setting {found[1]}: --help lists those that there are"
+    if found := re.search(r"Either remove \+ prefix: '(.+)'", text):
+        return f"+{found[1]}: this setting exists; leave out the +"
+    return text.strip().splitlines()[0]

@@ -1,0 +1,214 @@
+"""The config of one SAE, cut in two halves.
+
+The stream half says which activations flow; runs that agree on it can share one pass of the LLM.
+The head half says what is trained on them. Hydra composes YAML presets over these dataclasses;
+below this file nobody sees a DictConfig.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue
+
+from sae_lightning.errors import UserError
+from sae_lightning.llm.load import NO_LLM, Dtype, LLMConfig
+from sae_lightning.llm.sites import LayerConfig
+from sae_lightning.runs.search import SweepConfig
+from sae_lightning.sae import ARCHITECTURES, Loss, SAEConfig
+from sae_lightning.stream.text import (
+    DataConfig,
+    HubConfig,
+    LocalConfig,
+    PlaysConfig,
+    SyntheticConfig,
+    TextConfig,
+)
+from sae_lightning.training.settings import (
+    CallbacksConfig,
+    EvalConfig,
+    OptimConfig,
+    TrainerConfig,
+)
+
+SOURCES: dict[str, type[DataConfig]] = {
+    "plays": PlaysConfig,
+    "hub": HubConfig,
+    "local": LocalConfig,
+    "synthetic": SyntheticConfig,
+}
+STREAM_HALF = ("llm", "data", "trainer", "eval", "seed")
+# What a run can be continued with on another machine, or evaluated otherwise, without becoming
+# another run.
+FREE_ON_RESUME = (
+    "llm.device",
+    "llm.attn",
+    "trainer.accelerator",
+    "data.cache",
+    "eval",
+    "sweep",
+    "resume",
+)
+
+
+@dataclass(slots=True, kw_only=True)
+class Config:
+    """Everything about one run."""
+
+    llm: LLMConfig
+    """The language model."""
+    data: DataConfig
+    """The text, or synthetic concepts, and how activations are shuffled."""
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    """How long, and on what."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    """Evaluation on held-out text."""
+    seed: int = 0
+    """Fixes the order of the data and, through `model.seed`, everything else."""
+
+    layer: LayerConfig
+    """Where in the LLM the SAE reads."""
+    model: SAEConfig
+    """The network."""
+    loss: Loss
+    """The objective."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Adam and the learning rate's path."""
+    callbacks: CallbacksConfig = field(default_factory=CallbacksConfig)
+    """Normalisation and dead features."""
+
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+    """A multirun as a whole."""
+    resume: str | None = None
+    """Run folder to continue; nothing else may be given with it."""
+
+    def __post_init__(self):
+        name = self.model.name
+        if name not in ARCHITECTURES:
+            names = ", ".join(ARCHITECTURES)
+            raise UserError(f"model.name={name}: no such architecture; choose from {names}")
+        if type(self.loss) is not ARCHITECTURES[name].loss:
+            others = [each for each, row in ARCHITECTURES.items() if row.loss is type(self.loss)]
+            raise UserError(
+                f"loss: this is not the objective of model.name={name} but of "
+                f"{' and '.join(f'model={other}' for other in others)}; choose model=..., which "
+                "brings its own loss, and leave loss=... out"
+            )
+        if self.model.skip and self.layer.target in (None, self.layer.source):
+            raise UserError(
+                "model.skip=true: an autoencoder's skip connection would copy its input; only a "
+                "transcoder has one (layer=transcoder, or layer.target)"
+            )
+        target_l0 = getattr(self.loss, "target_l0", None)
+        if target_l0 is not None and target_l0 >= self.model.features:
+            raise UserError(
+                f"loss.target_l0={target_l0}: there are only model.features={self.model.features}; "
+                "give fewer active features, or null"
+            )
+        if self.trainer.batch > self.data.pool:
+            raise UserError(
+                f"trainer.batch={self.trainer.batch} is larger than the shuffle pool "
+                f"(data.pool={self.data.pool}): lower the batch or enlarge the pool"
+            )
+        dead_after = self.callbacks.dead_after
+        if dead_after is not None and dead_after >= self.trainer.tokens:
+            raise UserError(
+                f"callbacks.dead_after={dead_after}: no feature can be silent for so long in "
+                f"trainer.tokens={self.trainer.tokens}; give less, or null"
+            )
+        for setting, seed in (("seed", self.seed), ("model.seed", self.model.seed)):
+            if not 0 <= seed < 2**63:
+                raise UserError(f"{setting}={seed}: give 0 or a positive integer below 2**63")
+        self._check_data()
+
+    def _check_data(self) -> None:
+        """Text needs an LLM to read it; concepts need none, and have one site."""
+        synthetic = isinstance(self.data, SyntheticConfig)
+        self.sweep.check(synthetic, self.eval.loss_tokens)
+        if not synthetic:
+            if self.llm.name == NO_LLM:
+                raise UserError(
+                    "llm=none: text takes an LLM to read it; choose one, or data=synthetic"
+                )
+            return
+        dtype = Dtype.auto if self.llm.dtype is Dtype.auto else Dtype.float32
+        for group, neutral in (
+            ("llm", LLMConfig(name=NO_LLM, dtype=dtype, device=self.llm.device)),
+            ("layer", LayerConfig(index=0)),
+        ):
+            given = plain(asdict(getattr(self, group)))
+            for name, value in plain(asdict(neutral)).items():
+                if given[name] != value:
+                    raise UserError(
+                        f"{group}.{name}={given[name]} has no meaning with data=synthetic, whose "
+                        "activations come from no LLM: leave it out"
+                    )
+
+    def flat(self) -> dict[str, Any]:
+        """Every setting by its dotted name, as plain values."""
+        return _flatten(plain(asdict(self)))
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that a checkpoint has to agree with."""
+        return {k: v for k, v in self.flat().items() if not k.startswith(FREE_ON_RESUME)}
+
+    def stream_key(self) -> str:
+        """Hash of the stream half: runs with equal keys can share one pass of the LLM.
+
+        With `data.max_norm` the site decides which tokens are dropped, so it belongs to the key.
+        """
+        half = {name: plain(asdict(self)[name]) for name in STREAM_HALF}
+        # where activations are read from changes none of them
+        half["data"] = {k: v for k, v in half["data"].items() if not k.startswith("cache")}
+        if isinstance(self.data, TextConfig) and self.data.max_norm is not None:
+            half["layer"] = plain(asdict(self.layer))
+        return hashlib.sha256(json.dumps(half, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def presets(*hidden: str) -> str:
+    """A line for each group of presets in conf/ that is not `hidden`, for `--help`."""
+    folders = sorted(path for path in Path(conf_folder()).iterdir() if path.is_dir())
+    groups = [folder for folder in folders if folder.name not in hidden]
+    return "\n".join(
+        f"  {group.name:<11}{', '.join(sorted(file.stem for file in group.glob('*.yaml')))}"
+        for group in groups
+        if any(group.glob("*.yaml"))
+    )
+
+
+def typed(cfg: DictConfig) -> Any:
+    """The dataclasses behind a composed config; validation happens here."""
+    try:
+        return OmegaConf.to_object(cfg)
+    except MissingMandatoryValue as error:
+        raise UserError(f"{error.full_key} is not set: give {error.full_key}=...") from error
+    except AttributeError as error:  # `+model.featurs=3`: Hydra lets + add what no schema knows
+        raise UserError(f"{error}: leave out the +, or correct the setting's name") from error
+
+
+def plain(value: Any) -> Any:
+    """`value` with its enums as their names, for YAML and JSON."""
+    if isinstance(value, dict):
+        return {key: plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
+    return value.name if isinstance(value, Enum) else value
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def conf_folder() -> str:
+    """Where the presets are: beside `train.py`."""
+    return str(Path(__file__).resolve().parents[2] / "conf")

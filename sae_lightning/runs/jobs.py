@@ -1,0 +1,215 @@
+"""Jobs: what `run` is given, made from a composed config or read from run folders."""
+
+import glob
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime
+from pathlib import Path
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from sae_lightning.errors import UserError
+from sae_lightning.llm.packaged import PACKAGED
+from sae_lightning.runs.config import SOURCES, Config, plain, presets, typed
+from sae_lightning.sae import ARCHITECTURES
+from sae_lightning.stream.text import LocalConfig, TextConfig
+from sae_lightning.terminal import resume_command
+
+CONFIG_FILE = "config.yaml"
+ELSEWHERE = "hydra.run.dir=... (of a sweep: hydra.sweep.dir=...)"
+
+
+@dataclass(kw_only=True)
+class Job:
+    """One run to do: its config, its folder, and what the user typed to get it."""
+
+    config: Config
+    folder: Path
+    overrides: list[str] = field(default_factory=list)
+    resumed: bool = False
+    sweep: Path | None = None
+    """The folder of the multirun that it is part of, unless its launcher starts jobs singly."""
+    swept: Sequence[str] = ()
+    """The settings in which the jobs of the sweep differ."""
+
+    @property
+    def name(self) -> str:
+        """What distinguishes this job in messages: in a sweep, what is swept."""
+        return (
+            self.folder.name if self.sweep else ",".join(self.overrides) or self.config.model.name
+        )
+
+
+def resume_of(jobs: Sequence[Job]) -> str:
+    """The command that continues jobs that train together: their sweep, or each that was named."""
+    if jobs[0].sweep:
+        return resume_command([jobs[0].sweep], sweep=True)
+    return resume_command([job.folder for job in jobs], sweep=len(jobs) > 1)
+
+
+def register(tasks: Mapping[str, type] | None = None) -> None:
+    """Tell Hydra the schemas (hidden from the user's options below `schema/`) and resolvers;
+    `tasks`: those of what analyze.py does."""
+    store = ConfigStore.instance()
+    store.store(group="schema", name="root", node=Config)
+    for group, table in (
+        ("model", {name: row.config for name, row in ARCHITECTURES.items()}),
+        ("loss", {name: row.loss for name, row in ARCHITECTURES.items()}),
+        ("data", SOURCES),
+        ("task", tasks or {}),
+    ):
+        for name, schema in table.items():
+            store.store(group=f"schema/{group}", name=name, node=schema)
+    launcher = {"_target_": "hydra_plugins.one_pass_launcher.OnePassLauncher"}
+    store.store(group="hydra/launcher", name="one_pass", node=launcher)
+    OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)
+    OmegaConf.register_new_resolver("sweep_folder", sweep_folder, replace=True)
+    OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
+    OmegaConf.register_new_resolver("presets", presets, replace=True)
+
+
+def run_folder(existing: str | None) -> str:
+    """`hydra.run.dir`: outputs/<day>/<time>, or a folder that already holds a run."""
+    if not existing:
+        return datetime.now().strftime("outputs/%Y-%m-%d/%H-%M-%S")
+    if is_sweep(Path(existing)):
+        raise UserError(
+            f"{existing} holds a sweep: continue all of it with -m resume={existing} (and no other "
+            "hydra/launcher), or give one of the run folders in it"
+        )
+    if not (Path(existing) / CONFIG_FILE).is_file():
+        raise UserError(
+            f"{existing} holds no run (no {CONFIG_FILE}): give the folder of a run, such as "
+            "outputs/2026-01-31/12-00-00"
+        )
+    return existing
+
+
+def sweep_folder(existing: str | None, day: str, time: str) -> str:
+    """`hydra.sweep.dir`: multirun/<day>/<time>, or the sweep that is continued."""
+    if existing and is_sweep(Path(existing)):
+        return existing
+    return f"multirun/{day}/{time}"
+
+
+def is_sweep(folder: Path) -> bool:
+    """Whether `folder` holds the run folders of a multirun."""
+    return not (folder / CONFIG_FILE).exists() and any(folder.glob(f"*/{CONFIG_FILE}"))
+
+
+def job_folder(swept: str, number: int) -> str:
+    """`hydra.sweep.subdir`: what the job is swept to, or its number if nothing is swept."""
+    name = swept.replace("/", "_").encode()
+    if len(name) > 200:  # file systems take 255 bytes; the number keeps names apart
+        return name[:190].decode(errors="ignore") + f"_{number}"
+    return name.decode() or str(number)
+
+
+def job(cfg: DictConfig, folder: Path, overrides: list[str]) -> Job:
+    """The job of a composed config: a new run in `folder`, or the one that `resume` names."""
+    if cfg.resume is None:
+        return Job(config=_with_absolute_paths(typed(cfg)), folder=folder, overrides=overrides)
+    _nothing_else(overrides)
+    this = read_job(Path(run_folder(cfg.resume)))
+    this.resumed = True
+    return this
+
+
+def jobs(cfg: DictConfig, folder: Path, overrides: list[str], sweep: Path) -> list[Job]:
+    """The jobs that one composed config of the multirun in `sweep` stands for: one, or all those
+    of the sweep that `resume` names."""
+    if cfg.resume is None:
+        return [replace(job(cfg, folder, overrides), sweep=sweep)]
+    if is_sweep(Path(cfg.resume)):
+        _nothing_else(overrides)
+        these = [replace(this, resumed=True) for this in read_sweep(Path(cfg.resume))]
+    else:
+        these = [job(cfg, folder, overrides)]
+    given = [o.partition("=")[0].partition(".")[2] for o in overrides if o.startswith("sweep.")]
+    now = {name: getattr(typed(cfg.sweep), name) for name in given}
+    for this in these:
+        this.config.sweep = replace(this.config.sweep, **now)
+    return these
+
+
+def _nothing_else(overrides: list[str]) -> None:
+    """A resumed run is the run that it was."""
+    others = [o for o in overrides if not o.startswith(("resume=", "sweep."))]
+    if others:
+        raise UserError(
+            f"resume continues a run as it was; {' '.join(others)} cannot be given with it. "
+            "Start a new run to change a setting"
+        )
+
+
+def _with_absolute_paths(config: Config) -> Config:
+    """So that the run can be resumed and analysed from another working folder."""
+    if config.llm.name not in PACKAGED and Path(config.llm.name).expanduser().is_dir():
+        config.llm.name = _absolute(config.llm.name)
+    if isinstance(config.data, LocalConfig):
+        path = os.path.expanduser(config.data.path)
+        if os.path.exists(path) or any(glob.iglob(path, recursive=True)):
+            config.data.path = _absolute(path)
+    if isinstance(config.data, TextConfig) and config.data.cache_folder is not None:
+        config.data.cache_folder = _absolute(config.data.cache_folder)
+    return config
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def read_job(folder: Path) -> Job:
+    """The job that an existing run folder describes."""
+    try:
+        saved = OmegaConf.load(folder / CONFIG_FILE)
+        # unresolved: an override may be an interpolation of its own
+        overrides = OmegaConf.to_container(saved.pop("overrides", OmegaConf.create([])))
+        if "site" in saved.get("layer", {}):  # its name before there were transcoders
+            saved.layer.source = saved.layer.pop("site")
+        schema = OmegaConf.structured(Config)
+        for group, node in (
+            ("data", SOURCES[_source_of(saved.data)]),
+            ("model", ARCHITECTURES[saved.model.name].config),
+            ("loss", ARCHITECTURES[saved.model.name].loss),
+        ):
+            schema[group] = node
+        return Job(config=typed(OmegaConf.merge(schema, saved)), folder=folder, overrides=overrides)
+    except UserError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise UserError(f"{folder / CONFIG_FILE} cannot be read: {reason}") from error
+
+
+def read_sweep(folder: Path) -> list[Job]:
+    """The jobs whose run folders lie in the folder of a multirun, by name."""
+    return [replace(read_job(run), sweep=folder) for run in run_folders(folder)]
+
+
+def run_folders(sweep: Path) -> list[Path]:
+    """The folders of a multirun's runs, by name; UserError if there are none."""
+    if not is_sweep(sweep):
+        raise UserError(
+            f"{sweep} holds no runs of a sweep: give its folder, such as "
+            "multirun/2026-01-31/12-00-00"
+        )
+    return sorted(file.parent for file in sweep.glob(f"*/{CONFIG_FILE}"))
+
+
+def resolved_yaml(job: Job) -> str:
+    """What `config.yaml` in a run folder holds."""
+    return OmegaConf.to_yaml(
+        OmegaConf.create(plain(asdict(job.config)) | {"overrides": job.overrides})
+    )
+
+
+def _source_of(data: DictConfig) -> str:
+    """Which kind of source a saved `data` node is: the first that has its settings (an earlier
+    version may have saved fewer)."""
+    for name, schema in SOURCES.items():
+        if set(data) <= set(schema.__dataclass_fields__):
+            return name
+    raise UserError(f"data: {', '.join(data)} are not the settings of any source of text")

@@ -1,0 +1,78 @@
+"""What a run says to the person at the terminal, before and after."""
+
+from collections.abc import Sequence
+
+from sae_lightning.llm.sites import Sites
+from sae_lightning.runs.inputs import is_text
+from sae_lightning.runs.jobs import Job
+from sae_lightning.scoring import scorecard
+from sae_lightning.terminal import command, console, grid, shown
+from sae_lightning.training.head import Head
+from sae_lightning.training.module import SAEModule
+
+
+def announce(
+    jobs: Sequence[Job], heads: Sequence[Head], inputs: dict[str, str], steps_done: int
+) -> None:
+    """Say what is about to be trained on which `inputs`, and where the results go."""
+    trainer = jobs[0].config.trainer
+    parameters = sum(p.numel() for head in heads for p in head.sae.parameters())
+    sites = {}
+    for head in heads:
+        pair = Sites(head.source, head.target)
+        names = " -> ".join(pair.hook_names.values())
+        sites[pair] = f"{pair} ({names}), d = {head.sae.W_enc.shape[0]}"
+    kinds = {
+        f"{job.config.model.name}, {job.config.model.features:,} features": None for job in jobs
+    }
+    rows = {
+        **inputs,
+        **({"site": "; ".join(sites.values())} if is_text(jobs[0].config) else {}),
+        "SAE": (f"{len(jobs)} of " if len(jobs) > 1 else "")
+        + f"{'; '.join(kinds)}, {parameters / 1e6:.1f} M parameters, {trainer.precision.name}",
+        "training": f"{trainer.steps * trainer.batch:,} tokens in {trainer.steps:,} updates of "
+        f"{trainer.batch:,}",
+        "results": str(shown(jobs[0].folder if len(jobs) == 1 else jobs[0].folder.parent)),
+    }
+    if steps_done:
+        rows["resuming"] = f"after {steps_done * trainer.batch:,} tokens"
+    console.print(grid(rows))
+
+
+def conclude(job: Job, metrics: dict) -> None:
+    """The table at the end, and the commands that come next."""
+    speed, dead = metrics["speed"], metrics["training"]["train/dead"]
+    lines = scorecard.rows(metrics["held_out"]) | {
+        "dead in training": f"{dead:.1%} of features",
+        "peak memory": f"{speed['peak_memory_gb']:.1f} GB",
+    }
+    if "tokens_per_second" in speed:
+        lines["speed"] = speed_line(job, speed)
+    console.print(grid(lines, title=scorecard.title(metrics["held_out"])))
+    folder = shown(job.folder)
+    # the folder above, outputs/ or multirun/, so that earlier runs are there to compare with
+    root = folder.parts[0] if folder.parts and not folder.is_absolute() else folder
+    console.print(f"\n  tensorboard --logdir {root}\n  {command('analyze.py', run=folder)}\n")
+
+
+def speed_line(job: Job, speed: dict[str, float]) -> str:
+    """How fast a run was and, where that is known, where its time went."""
+    where = ""
+    if "llm_share" in speed:
+        sources = f"LLM {speed['llm_share']:.0%}, text" if is_text(job.config) else "samples"
+        where = (
+            f" ({sources} and pool {speed['data_share']:.0%}, SAE {speed['sae_share']:.0%} of the "
+            "time)"
+        )
+    return (
+        f"{speed['tokens_per_second']:,.0f} tokens/s{where}, "
+        f"{speed['tokens_per_second_in_all']:,.0f} with evaluation and checkpoints"
+    )
+
+
+def say_how_to_continue(module: SAEModule) -> None:
+    """After a stop that was asked for."""
+    console.print(
+        f"stopped by {module.stopped_by.name} and saved at {module.tokens:,} tokens. "
+        f"Continue with\n\n  {module.resume}\n"
+    )

@@ -1,0 +1,220 @@
+"""Trains a list of jobs that share one stream: the only place where everything is wired."""
+
+import logging
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import lightning as L
+import torch
+
+from sae_lightning.files import write_json
+from sae_lightning.llm.sites import Sites, distinct
+from sae_lightning.runs import checks, folders
+from sae_lightning.runs.config import Config
+from sae_lightning.runs.folders import METRICS_FILE
+from sae_lightning.runs.heap import keep_freed_memory
+from sae_lightning.runs.inputs import Inputs, is_text, metadata, open_inputs
+from sae_lightning.runs.jobs import Job, resume_of
+from sae_lightning.runs.report import announce, conclude, say_how_to_continue, speed_line
+from sae_lightning.sae import build
+from sae_lightning.stream.live import LiveStream
+from sae_lightning.terminal import console
+from sae_lightning.training.callbacks import standard
+from sae_lightning.training.callbacks.checkpoint import export
+from sae_lightning.training.callbacks.evaluate import evaluate
+from sae_lightning.training.callbacks.throughput import peak_memory_gb
+from sae_lightning.training.checkpoints import HeadCheckpoints
+from sae_lightning.training.datamodule import ActivationData
+from sae_lightning.training.head import Head
+from sae_lightning.training.logging import HEADLINE, HEADLINE_OF_CONCEPTS, HeadLog
+from sae_lightning.training.module import SAEModule
+from sae_lightning.training.settings import checkpoint_path
+
+# Shown in TensorBoard's HParams tab; a column for every setting would bury these.
+HPARAMS = ("model.", "loss.", "layer.", "optim.lr", "llm.name", "trainer.tokens", "trainer.batch")
+
+
+class Parts(NamedTuple):
+    """What a run is made of."""
+
+    data: ActivationData
+    module: SAEModule
+    trainer: L.Trainer
+
+
+def run(jobs: list[Job]) -> list[dict[str, float] | None]:
+    """Train the SAEs of `jobs`, which share the stream half of their configs, on one pass.
+
+    Returns the final held-out metrics of each, None for one that failed beside others; its run
+    folder holds the rest. UserError: anything wrong that can be known is told before the LLM is
+    loaded.
+    """
+    finished = [folders.finished(job) for job in jobs]
+    if all(finished):
+        console.print(f"{jobs[0].folder} is finished; start a new run to train further")
+        return [metrics["held_out"] for metrics in finished]
+    jobs = [checks.resolved(job) for job in jobs]
+    sites, steps_done, *_ = checks.check(jobs)
+    assert len(set(steps_done)) == 1, "jobs must have come to the same update"
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()  # of this pass, not of the one before
+    keep_freed_memory()
+    with folders.claimed([job.folder for job in jobs]), _quiet_lightning():
+        return _run(jobs, sites, steps_done[0])
+
+
+def _run(jobs: list[Job], sites: list[Sites], steps_done: int) -> list[dict[str, float] | None]:
+    inputs = open_inputs(jobs[0].config, distinct(sites), jobs[0].resumed)
+    parts = assemble(jobs, sites, inputs, steps_done)
+    module = parts.module
+    for job in jobs:
+        folders.begin(job)
+    announce(jobs, module.heads, inputs.about, steps_done)
+    started = time.monotonic()
+    try:
+        parts.trainer.fit(
+            module,
+            datamodule=parts.data,
+            ckpt_path=checkpoint_path(jobs[0].folder) if steps_done else None,
+            weights_only=True,
+        )
+    finally:
+        parts.data.stream.close()  # the traceback of a failure would keep its cache locked
+    if module.stopped_by and module.global_step < module.steps:
+        say_how_to_continue(module)
+        sys.exit(128 + module.stopped_by)
+    if module.speed:
+        done = (module.steps - steps_done) * module.batch
+        module.speed["tokens_per_second_in_all"] = done / (time.monotonic() - started)
+    try:
+        results = finish(jobs, parts)
+    except KeyboardInterrupt:
+        console.print(f"interrupted. Continue with\n\n  {module.resume}\n")
+        sys.exit(128 + signal.SIGINT)
+    if module.stopped_by and jobs[0].sweep:  # other passes may follow
+        say_how_to_continue(module)
+        sys.exit(128 + module.stopped_by)
+    return results
+
+
+def assemble(jobs: list[Job], sites: list[Sites], inputs: Inputs, steps_done: int) -> Parts:
+    """Build stream, heads and trainer from the jobs' configs."""
+    config = jobs[0].config
+    trainer = config.trainer
+    stream = LiveStream(
+        inputs.rows,
+        batch=trainer.batch,
+        total_batches=trainer.steps,
+        pool=config.data.pool,
+        seed=config.seed,
+    )
+    resumed_at = steps_done * trainer.batch if jobs[0].resumed else None
+    heads = [
+        _head(job, pair, inputs.width, _log(job, jobs, resumed_at))
+        for job, pair in zip(jobs, sites, strict=True)
+    ]
+    module = SAEModule(heads, batch=trainer.batch, steps=trainer.steps, resume=resume_of(jobs))
+    return Parts(
+        data=ActivationData(stream, inputs.held_out),
+        module=module,
+        trainer=L.Trainer(
+            accelerator=trainer.accelerator.value,
+            devices=1,
+            precision=trainer.precision.value,
+            max_epochs=1,
+            min_epochs=0,
+            max_steps=trainer.steps,
+            callbacks=standard(trainer, config.eval),
+            plugins=HeadCheckpoints(heads),
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            default_root_dir=jobs[0].folder,
+        ),
+    )
+
+
+def _head(job: Job, sites: Sites, width: int, log: HeadLog) -> Head:
+    config = job.config
+    head = Head(
+        build(config.model, width, width),
+        name=job.name,
+        folder=job.folder,
+        source=sites.source,
+        target=sites.target,
+        loss=config.loss,
+        optim=config.optim,
+        recipe=config.callbacks,
+        dead_window=config.callbacks.dead_window(config.trainer.steps * config.trainer.batch),
+        seed=config.model.seed,
+        products=config.trainer.products,
+    )
+    head.log = log
+    head.settings = config.identity()
+    head.metadata = metadata(config) | sites.hook_names | {"sae_lightning": config.flat()}
+    return head
+
+
+def finish(jobs: list[Job], parts: Parts) -> list[dict[str, float] | None]:
+    """Score the trained SAEs, write `metrics.json` and `sae/`, and say where everything is."""
+    module = parts.module
+    evaluate(module.training_heads, parts.data.held_out, module.tokens)
+    for job, head in zip(jobs, module.heads, strict=True):
+        head.log.close()
+        if head.failure is not None:
+            continue
+        export(head)
+        metrics = {
+            "tokens": module.tokens,
+            "held_out": head.held_out_metrics,
+            "density": head.density,
+            "training": head.training_metrics,
+            "speed": module.speed
+            | {"heads": len(module.heads), "peak_memory_gb": peak_memory_gb()},
+        }
+        write_json(job.folder / METRICS_FILE, metrics)
+    if len(jobs) == 1:
+        conclude(jobs[0], metrics)
+    elif "tokens_per_second" in module.speed:
+        console.print(speed_line(jobs[0], module.speed))
+    return [None if head.failure else head.held_out_metrics for head in module.heads]
+
+
+def _log(job: Job, jobs: list[Job], resumed_at: int | None) -> HeadLog:
+    swept = job.swept or [override.partition("=")[0].lstrip("+") for override in job.overrides]
+
+    def shown(config: Config) -> dict:
+        return {
+            name: value if isinstance(value, bool | int | float) else str(value)
+            for name, value in config.flat().items()
+            if name.startswith(HPARAMS) or name in swept
+        }
+
+    columns: dict = {}
+    for other in jobs:
+        columns = shown(other.config) | columns
+    headline = HEADLINE if is_text(job.config) else HEADLINE_OF_CONCEPTS
+    if not job.config.eval.loss_tokens:
+        headline = tuple(tag for tag in headline if tag != "held_out/ce_recovered")
+    return HeadLog(job.folder, shown(job.config), columns, swept, resumed_at, headline)
+
+
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Silence what Lightning says about itself; a user cannot act on any of it."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="lightning")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,1 @@
+"""Held-out scoring that training and analysis share."""

@@ -1,0 +1,146 @@
+"""`analyze.py` in a process of its own, as a person runs it, and what it leaves on disk."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet
+import pytest
+from planted import FEATURE, save_planted
+from tiny_run import write_text
+
+import sae_lightning
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
+
+# As the README has it.
+EXAMPLE = """
+from sae_lightning import lens, open_run, steer, survey
+
+subject, text = open_run("outputs/2026-01-31/12-00-00")
+features = survey(subject, text.train, tokens=20_000).features
+
+words, best = features.vocabulary, features.reading.score.nan_to_num(0).argmax().item()
+print(f"feature {best} fires on", [words[t] for t in features.reading.tokens[best] if t >= 0])
+for example in features.top.tokens[best, :3]:
+    print("".join(words[t] for t in example if t >= 0))
+
+effect = lens(subject, text=text.train, features=[best]).effect
+print("it promotes", [words[t] for t in effect.promoted[best]])
+for continuation in steer(subject, best, [4, 8], "There once was a cat").steered:
+    print(continuation.strength, continuation.text)
+"""
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """A working folder with text and an SAE in a folder whose name has to be quoted."""
+    folder = tmp_path_factory.mktemp("here")
+    _, sae = save_planted(folder)
+    sae.rename(folder / "my sae, l1=0.1")
+    (folder / "text").mkdir()
+    write_text(folder / "text")
+    return folder
+
+
+def arguments(*more: str) -> list[str]:
+    text = ["data=text", "data.path=text", "data.held_out=0.34"]
+    return [sys.executable, str(ROOT / "analyze.py"), "run=my sae, l1=0.1", *text, *more]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def analyzed(here: Path, *more: str) -> str:
+    """What it printed."""
+    done = subprocess.run(
+        arguments(*more), cwd=here, env=environment(), capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def test_the_overview_says_where_it_is_and_is_there(here):
+    said = analyzed(here, "tokens=1500")
+    page, numbers = (here / path for path in re.findall(r"  [a-z ]+: (my sae.*)", said)[-2:])
+    assert (page.name, numbers.name) == ("index.html", "overview.json")
+    assert {file.name for file in page.parent.iterdir()} == {
+        *("index.html", "overview.json", "features.parquet", "neurons.parquet")
+    }
+    assert re.search(r"<title>llm, resid\.1: 32 relu features</title>", page.read_text())
+    found = json.loads(numbers.read_text(), parse_constant=pytest.fail)
+    assert found["features"]["features"] == 32
+    rows = pyarrow.parquet.read_table(page.with_name("features.parquet")).to_pylist()
+    assert {" wizards", " potion"} == set(rows[FEATURE]["tokens"])
+    results = said[said.index("\nFeatures\n") : said.index("  open in a browser")]
+    assert max(map(len, results.splitlines())) <= 80
+
+
+def test_requests_to_an_endpoint_are_not_told_one_by_one(here):
+    from chat_server import ChatServer, oracle
+
+    with ChatServer(oracle) as server:
+        model = [f"endpoint={server.url}", "explainer=small"]
+        said = analyzed(here, "task=explain", "tokens=1500", f"feature={FEATURE}", *model)
+        assert len(server.requests) > 5
+    assert "HTTP" not in said
+    assert f"{FEATURE}: the word " in said
+
+
+def test_ctrl_c_ends_it_at_once_and_leaves_nothing(here):
+    before = sorted(here.rglob("*"))
+    process = subprocess.Popen(
+        arguments("data=shakespeare", "task=features")[:3]
+        + ["task=features", "tokens=100_000_000"],
+        cwd=here,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a shell without a terminal starts what is in its background deaf to Ctrl-C
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    for line in process.stdout:
+        if line.startswith("tokenising the text"):
+            process.send_signal(signal.SIGINT)
+            break
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, "interrupted\n")
+    assert sorted(here.rglob("*")) == before
+
+
+def test_the_example_finds_and_steers_the_planted_feature(here, tmp_path):
+    script = EXAMPLE.replace(
+        'open_run("outputs/2026-01-31/12-00-00")',
+        f"open_run({str(here / 'my sae, l1=0.1')!r}, data=LocalConfig(path='text', context=16))",
+    )
+    script = script.replace("import lens", "import LocalConfig, lens").replace(
+        '"There once was a cat")', '"the lazy dog", tokens=6)'
+    )
+    script = script.replace(
+        "reading.score.nan_to_num(0).argmax().item()",
+        f"reading.score[{FEATURE}:{FEATURE + 1}].argmax().item() + {FEATURE}",
+    )
+    (tmp_path / "look.py").write_text(script)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "look.py")],
+        cwd=here,
+        env=environment() | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"feature {FEATURE} fires on" in done.stdout
+    assert "it promotes [' fox'" in done.stdout
+    assert re.search(r"^8 the .*fox .*fox$", done.stdout, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", sae_lightning.__all__)
+def test_every_name_of_the_package_is_there_and_has_a_docstring(name):
+    assert getattr(sae_lightning, name).__doc__

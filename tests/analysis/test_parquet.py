@@ -1,0 +1,54 @@
+"""The table says what the catalogue says."""
+
+import math
+
+import pyarrow.parquet as parquet
+import pytest
+import torch
+
+from sae_lightning.analysis.survey.survey import survey
+from sae_lightning.report.parquet import write_table
+
+
+@pytest.fixture
+def features(subject, words):
+    subject.sae.b_enc[5] = -1e6  # never fires
+    return survey(subject, words(3000), tokens=1500, examples=4).features
+
+
+@pytest.fixture
+def rows(features, tmp_path):
+    write_table(tmp_path / "features.parquet", features)
+    return parquet.read_table(tmp_path / "features.parquet").to_pylist()
+
+
+def test_a_row_holds_the_numbers_of_its_unit(features, rows):
+    statistics = features.statistics
+    assert [row["feature"] for row in rows] == list(range(32))
+    for unit, row in enumerate(rows):
+        assert row["fired"] == statistics.fired[unit]
+        assert row["density"] == pytest.approx(statistics.density[unit].item())
+        assert (row["mean"], row["maximum"]) == (statistics.mean[unit], statistics.maximum[unit])
+        assert row["histogram"] == statistics.histogram[unit].tolist()
+        assert sum(row["histogram"]) == row["fired"]
+        score = features.reading.score[unit].item()
+        assert row["score"] == (None if math.isnan(score) else score)
+        assert row["neighbours"] == features.neighbours.units[unit].tolist()
+        assert len(row["partners"]) == len(row["partner_likeness"])
+
+
+def test_tokens_are_written_as_they_read_and_nothing_where_there_is_none(features, rows):
+    read = features.vocabulary
+    for unit, row in enumerate(rows):
+        assert row["tokens"] == [read[i] for i in features.reading.tokens[unit] if i >= 0]
+        examples = features.top
+        assert len(row["examples"]) == (examples.strength[unit] > 0).sum()
+        for i, example in enumerate(row["examples"]):
+            inside = examples.tokens[unit, i] >= 0
+            assert example["tokens"] == [read[t] for t in examples.tokens[unit, i][inside]]
+            assert example["strengths"] == examples.strengths[unit, i][inside].tolist()
+            assert example["strength"] == examples.strength[unit, i]
+    silent = rows[5]
+    assert (silent["score"], silent["tokens"], silent["partners"]) == (None, [], [])
+    assert silent["examples"] == silent["examples_of_all_strengths"] == []
+    assert not torch.tensor(silent["histogram"]).any()

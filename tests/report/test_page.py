@@ -1,0 +1,314 @@
+"""The page: what it carries can be read back, no token can break it, and it asks for nothing."""
+
+import base64
+import json
+import re
+import zlib
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+
+from sae_lightning.report.catalogue import (
+    BEFORE,
+    EDGES,
+    WINDOW,
+    Catalogue,
+    Effect,
+    Examples,
+    Reading,
+    Related,
+    Statistics,
+)
+from sae_lightning.report.figures import histogram
+from sae_lightning.report.markup import TEMPLATES
+from sae_lightning.report.page import coloured, page, sortable
+from sae_lightning.report.page_data import CHUNK, LEVELS, page_data
+from sae_lightning.report.section import Coloured, Section, Table
+
+WORDS = [" a", "\n", "</script><script>alert(1)</script>", '"', "&amp;", "<!--<script>", "ü"]
+FIGURE = {"data": [{"type": "bar", "x": ["</script>"], "y": [1]}], "layout": {}}
+NAN = float("nan")
+
+
+def examples(units: int, n: int, vocabulary: int, seed: int) -> Examples:
+    """Random ones, a tenth of whose tokens are active; common tokens have low ids (Zipf)."""
+    random = torch.Generator().manual_seed(seed)
+    shape = units, n, WINDOW
+    rare = (1 / torch.arange(1.0, vocabulary + 1)).cumsum(0)
+    lots = torch.rand(shape, generator=random) * rare[-1]
+    tokens = torch.searchsorted(rare, lots).clamp(max=vocabulary - 1).int()
+    strengths = torch.rand(shape, generator=random) * 7
+    strengths[torch.rand(shape, generator=random) > 0.1] = 0
+    strengths[:, :, BEFORE] = 7.5
+    tokens[:, :, :3], strengths[:, :, :3] = -1, 0
+    return Examples(torch.full((units, n), 7.5), tokens, strengths.half(), torch.zeros(units, n))
+
+
+def catalogue(
+    units: int, kind: str = "feature", vocabulary: list[str] = WORDS, n: int = 3
+) -> Catalogue:
+    top, spread = (
+        examples(units, n, len(vocabulary), 0),
+        examples(units, n // 2, len(vocabulary), 1),
+    )
+    ids = torch.arange(units)[:, None] % len(vocabulary) + torch.zeros(units, 2, dtype=torch.int64)
+    fired = torch.arange(units) + 1
+    histogram = torch.zeros(units, len(EDGES) - 1, dtype=torch.int64)
+    histogram[:, 20] = fired
+    bare = Catalogue(
+        kind=kind,
+        vocabulary=vocabulary,
+        statistics=Statistics(1000, fired, fired / 7, torch.full((units,), 7.5), histogram),
+        top=top,
+        spread=spread,
+    )
+    if kind == "neuron":
+        return bare
+    score = torch.linspace(0, 1, units)
+    score[0] = NAN
+    related = Related(
+        torch.tensor([[1, -1]]).expand(units, 2), torch.tensor([[-0.25, NAN]] * units)
+    )
+    return bare._replace(
+        reading=Reading(score, ids.int(), fired % 2 == 0),
+        neighbours=related,
+        partners=related,
+        effect=Effect(ids, ids.flip(0), fired.float()),
+    )
+
+
+def unpacked(block: str, layout: list, units: int) -> dict[str, np.ndarray]:
+    """Fields [units, width] of a block, as the docstring of page_data says that they are packed."""
+    content = zlib.decompress(base64.b64decode(block))
+    fields = {}
+    for name, dtype, width in layout:
+        size = np.dtype(dtype).itemsize * units * width
+        part, content = np.frombuffer(content[:size], "u1"), content[size:]
+        by_number = part.reshape(np.dtype(dtype).itemsize, -1).T.copy()
+        fields[name] = by_number.view("<" + dtype).reshape(units, width)
+    assert not content
+    return fields
+
+
+class Elements(HTMLParser):
+    """Start tags with their attributes, and the text of each script by its id."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.found, self.scripts, self.text = [], {}, ""
+        self.inside = None  # id or number of the script that is read
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+        if tag in ("script", "style"):
+            self.inside = dict(attrs).get("id", len(self.found))
+
+    def handle_endtag(self, tag):
+        self.inside = None
+
+    def handle_data(self, data):
+        if self.inside is None:
+            self.text += data
+        else:
+            self.scripts[self.inside] = self.scripts.get(self.inside, "") + data
+
+    def tags(self) -> list[str]:
+        return [tag for tag, _ in self.found]
+
+
+@pytest.fixture(scope="module")
+def full() -> Elements:
+    sections = [
+        Section("One", "A claim.", {"number": "1"}, figures={"A figure": FIGURE}, part="Theory"),
+        Section("Two", "Another.", table=Table(["what", "n"], [["</td><script>", "2"]])),
+        Section("Three", "A third.", texts=[Coloured("text", WORDS, [0.5] * 7)], part="Theory"),
+    ]
+    kinds = [catalogue(5), catalogue(3, "neuron")]
+    return Elements(page("<b>", {"LLM": "<i>"}, sections, kinds, ["python '<b>'"]))
+
+
+def test_every_number_of_a_unit_can_be_read_back():
+    units = CHUNK + 2
+    given = catalogue(units)
+    index, blocks = page_data([given])
+    assert list(blocks) == ["feature", "feature-0", "feature-1"]
+    (kind,) = index["kinds"]
+    listed = unpacked(blocks["feature"], kind["listed"], units)
+    assert listed["fired"][:, 0].tolist() == given.statistics.fired.tolist()
+    assert np.array_equal(listed["score"][:, 0], given.reading.score.numpy(), equal_nan=True)
+    assert listed["previous"][:, 0].tolist() == given.reading.previous.tolist()
+    last = unpacked(blocks["feature-1"], kind["detailed"], 2)
+    assert np.array_equal(last["histogram"], given.statistics.histogram[CHUNK:].numpy())
+    assert last["neighbours"].tolist() == [[1, -1]] * 2
+    assert last["neighbours_likeness"][:, 0].tolist() == [-25, -25]
+
+
+def test_tokens_are_numbered_by_how_common_they_are_and_read_back():
+    given = catalogue(4)
+    index, blocks = page_data([given])
+    (kind,) = index["kinds"]
+    words = index["words"]
+    # the most frequent token has the lowest number, which is what deflates best
+    assert words[:2] == ["", " a"]
+    details = unpacked(blocks["feature-0"], kind["detailed"], 4)
+    read = [words[number] for number in details["tokens"].flatten()]
+    ids = torch.cat((given.top.tokens, given.spread.tokens), 1).flatten().tolist()
+    assert read == ["" if i < 0 else WORDS[i].replace("\n", "↵") for i in ids]
+    listed = unpacked(blocks["feature"], kind["listed"], 4)
+    peaks = [WORDS[i].replace("\n", "↵") for i in given.top.tokens[:, :, BEFORE].flatten()]
+    assert [words[number] for number in listed["peaks"].flatten()] == peaks
+
+
+def test_strengths_are_within_half_a_level_and_never_vanish():
+    given = catalogue(4)
+    given.top.strengths[0, 0, 5] = 1e-4  # far below a level
+    index, blocks = page_data([given])
+    details = unpacked(blocks["feature-0"], index["kinds"][0]["detailed"], 4)
+    strengths = torch.cat((given.top.strengths, given.spread.strengths), 1).float().flatten(1)
+    levels = torch.from_numpy(details["strengths"].astype(np.float32))
+    assert ((levels > 0) == (strengths > 0)).all()
+    assert levels[0, 5] == 1
+    error = (levels * 7.5 / LEVELS - strengths).abs()
+    error[0, 5] = 0
+    assert error.max() <= 7.5 / LEVELS / 2 + 1e-6
+    assert levels.max() == LEVELS
+
+
+def test_a_unit_that_never_fires_is_packed_without_a_nan():
+    given = catalogue(2)
+    silent = torch.zeros(2)
+    given = given._replace(
+        statistics=given.statistics._replace(fired=silent.long(), maximum=silent),
+        top=given.top._replace(strengths=given.top.strengths * 0, tokens=given.top.tokens * 0 - 1),
+    )
+    index, blocks = page_data([given])
+    details = unpacked(blocks["feature-0"], index["kinds"][0]["detailed"], 2)
+    assert not details["strengths"][:, : 3 * WINDOW].any()
+    assert not details["tokens"][:, : 3 * WINDOW].any()
+
+
+def test_ten_thousand_features_fit_into_30_MB():
+    vocabulary = [f" word{i}" for i in range(49_152)]
+    few = page_data([catalogue(2 * CHUNK, vocabulary=vocabulary, n=12)])
+    page_of_none = len(page("t", {}, [Section("a", "b", figures={"c": FIGURE})], [catalogue(1)]))
+    size = sum(map(len, few.blocks.values())) / (2 * CHUNK) * 10_000
+    words = len(json.dumps(vocabulary))
+    # neurons are active on every token: all their strengths are random bytes
+    neurons = 576 * 18 * WINDOW * (2 + 1) * 4 / 3
+    assert size + words + neurons + page_of_none < 30e6
+
+
+def test_no_request_can_leave_the_page(full):
+    policy = next(a["content"] for tag, a in full.found if a.get("http-equiv"))
+    rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+    assert rules["default-src"] == rules["base-uri"] == rules["form-action"] == "'none'"
+    sources = " ".join(rules.values()).split()
+    assert set(sources) == {"'none'", "'unsafe-inline'", "data:", "blob:"}
+    before = full.tags().index("meta"), full.tags().index("style"), full.tags().index("script")
+    assert before == tuple(sorted(before)), "what comes before the policy is not held to it"
+    for tag, attributes in full.found:
+        assert tag not in ("img", "iframe", "object", "embed", "form", "base")
+        for name in ("src", "href", "srcset", "action"):
+            link = attributes.get(name, "#")
+            assert link.startswith("#") or (tag, link) == ("link", "data:,")
+    style = "".join(file.read_text("utf8") for file in TEMPLATES.glob("*.css"))
+    assert "url(" not in style
+    assert "@import" not in style
+
+
+def test_tokens_can_hold_anything(full):
+    index = json.loads(full.scripts["index"])
+    shown = {word.replace("\n", "↵") for word in WORDS}
+    assert set(index["words"]) <= shown | {""}
+    # plotly, a figure, the index, two blocks of each kind, the page's own two
+    assert full.tags().count("script") == 1 + 1 + 1 + 2 + 2 + 2
+    for text in ("</script><script>alert(1)</script>", "<!--<script>", "</td><script>", "&amp;"):
+        assert text in full.text
+    script = (TEMPLATES / "browser.js").read_text("utf8")
+    for sink in ("innerHTML", "outerHTML", "insertAdjacent", "document.write", "eval(", "fetch("):
+        assert sink not in script
+
+
+def test_parts_hold_their_sections_and_have_an_entry_each(full):
+    links = [a["href"] for tag, a in full.found if tag == "a" and "href" in a]
+    assert links == ["#features", "#part-theory", "#part-two"]
+    ids = [a["id"] for tag, a in full.found if "id" in a and tag == "section"]
+    assert ["#" + name for name in ids] == links[1:]
+    assert re.findall("One|Two|Three", full.text) == ["Two", "One", "Three", "Two"]
+
+
+def test_every_block_that_the_index_names_is_there(full):
+    index = json.loads(full.scripts["index"])
+    assert [kind["kind"] for kind in index["kinds"]] == ["feature", "neuron"]
+    for kind in index["kinds"]:
+        unpacked(full.scripts[f"block-{kind['kind']}"], kind["listed"], kind["units"])
+        unpacked(full.scripts[f"block-{kind['kind']}-0"], kind["detailed"], kind["units"])
+
+
+def test_a_page_of_one_task_is_small_and_has_no_navigation():
+    html = page("t", {}, [Section("Probes", "So it is.", table=Table(["a"], [["1"]]))])
+    assert len(html) < 20_000
+    assert "nav" not in Elements(html).tags()
+    assert Elements(html).tags().count("script") == 1
+
+
+def test_colours_can_be_compared_between_the_texts_of_a_section():
+    weak, strong = coloured(
+        [Coloured("weak", ["a", "\n"], [1.0, 0.0]), Coloured("strong", ["b"], [-4.0])]
+    )
+    assert [token.share for token in weak[1]] == [0.25, 0]
+    assert [token.text for token in weak[1]] == ["a", "↵\n"]
+    assert [tuple(token) for token in strong[1]] == [("b", -1, "-4")]
+    assert coloured([Coloured("silent", ["a"], [0.0])])[0][1][0].share == 0
+
+
+@pytest.mark.parametrize(
+    ("cell", "number"),
+    [
+        *(("1,234", 1234), ("12.5 %", 12.5), ("−0.3", -0.3), ("1e-3", 0.001), (".5", 0.5)),
+        *(("0.91 ± 0.02", 0.91), ("● 3*", 3), ("–", ""), ("nan", ""), ("", "")),
+    ],
+)
+def test_cells_are_sorted_by_their_number(cell, number):
+    assert sortable(cell, word=False) == number
+
+
+def test_the_first_column_is_sorted_as_words_unless_it_holds_only_numbers():
+    assert sortable("12", word=True) == 12
+    assert sortable("12 monkeys", word=True) == "12 monkeys"
+    assert sortable("genre", word=True) == "genre"
+
+
+def test_a_feature_that_is_alone_has_no_neighbours_to_show():
+    alone = catalogue(1)
+    nobody = Related(torch.zeros(1, 0, dtype=torch.int64), torch.zeros(1, 0))
+    data = page_data([alone._replace(neighbours=nobody, partners=nobody)])
+    layout = data.index["kinds"][0]["detailed"]
+    assert ("neighbours", "i4", 0) in layout
+    assert unpacked(data.blocks["feature-0"], layout, 1)["neighbours"].shape == (1, 0)
+
+
+def test_values_that_are_equal_are_one_bar_that_can_be_seen():
+    norms = 1 + 1e-7 * torch.arange(-5.0, 6)
+    (trace,) = histogram(norms, "norm")["data"]
+    assert max(trace["y"]) == len(norms) == sum(trace["y"])
+    where = trace["x"][trace["y"].index(len(norms))]
+    assert abs(where - 1) < 1e-6
+    assert trace["width"] > (trace["x"][-1] - trace["x"][0]) / 20
+
+
+def test_values_that_are_close_keep_bars_of_their_own():
+    (trace,) = histogram(5 + 0.002 * torch.rand(1000), "norm")["data"]
+    assert len(set(trace["x"])) == len(trace["x"]) == 60
+
+
+def test_long_words_in_a_table_may_wrap_and_numbers_may_not():
+    table = Table(["feature", "promotes", "n"], [["3", "' fox' " * 8, "1"], ["4", "", "2"]])
+    found = Elements(page("", {}, [Section("Lens", "", table=table)])).found
+    assert [cell.get("class") for tag, cell in found if tag == "td"] == [
+        *("word", "word long", None),
+        *("word", "word long", None),
+    ]

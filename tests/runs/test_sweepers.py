@@ -1,0 +1,250 @@
+"""Hydra's sweep syntax, the search with Optuna, and jobs in processes of other launchers."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import initialize_config_dir
+from hydra._internal.callbacks import Callbacks
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.types import HydraContext, RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from tiny_run import write_text
+
+from sae_lightning.runs.config import Config, conf_folder, typed
+from sae_lightning.runs.jobs import register
+from sae_lightning.runs.search import SweepConfig, objective
+from sae_lightning.sae import ARCHITECTURES
+
+ROOT = Path(__file__).parents[2]
+# Optuna 2 is written for SQLAlchemy 1, which says of itself that it is old
+pytestmark = pytest.mark.filterwarnings("ignore:Deprecated API features:DeprecationWarning")
+
+
+class Recorder:
+    """A launcher that trains nothing: what a run returns is a function of its overrides."""
+
+    def __init__(self, trained):
+        self.trained = trained
+        self.batches: list[list[dict[str, str]]] = []
+
+    def launch(self, job_overrides, initial_job_idx: int) -> list[JobReturn]:
+        """Note the batch, setting by setting."""
+        self.batches.append([dict(o.split("=") for o in overrides) for overrides in job_overrides])
+        return [
+            JobReturn(status=JobStatus.COMPLETED, _return_value=self.trained(overrides))
+            for overrides in self.batches[-1]
+        ]
+
+
+@pytest.fixture(scope="module")
+def loader():
+    """Hydra's, for conf/."""
+    register()
+    with initialize_config_dir(conf_folder(), version_base="1.3"):
+        yield GlobalHydra.instance().config_loader()
+
+
+@pytest.fixture
+def sweep(loader, tmp_path):
+    """sweep(typed, trained) -> the batches of overrides that `train.py -m typed` would train."""
+
+    def batches(arguments: list[str], trained=lambda overrides: 0.0) -> list[list[dict]]:
+        config = configured(loader, [*arguments, f"hydra.sweep.dir={tmp_path}"])
+        sweeper = Plugins.instance().instantiate_sweeper(
+            config=config,
+            hydra_context=HydraContext(config_loader=loader, callbacks=Callbacks()),
+            task_function=lambda cfg: None,
+        )
+        recorder = Recorder(trained)
+        getattr(sweeper, "sweeper", sweeper).launcher = recorder  # Optuna's is a shell
+        sweeper.sweep(OmegaConf.to_container(config.hydra.overrides.task, resolve=False))
+        return recorder.batches
+
+    return batches
+
+
+def configured(loader, arguments: list[str]) -> DictConfig:
+    """The config of the multirun that was typed."""
+    return loader.load_configuration(
+        "config", [*arguments, "hydra/launcher=basic"], RunMode.MULTIRUN
+    )
+
+
+def composed(loader, overrides: dict[str, str]) -> Config:
+    """The typed config of one job."""
+    given = [f"{name}={value}" for name, value in overrides.items()]
+    config = loader.load_sweep_config(configured(loader, []), given)
+    with read_write(config), open_dict(config):
+        del config["hydra"]
+    return typed(config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "setting", "values"),
+    [
+        (["loss.l1=1e-4,1e-3,1e-2"], "loss.l1", [1e-4, 1e-3, 1e-2]),
+        (["loss.l1=choice(1e-4,1e-2)"], "loss.l1", [1e-4, 1e-2]),
+        (["layer.index=range(3,16,6)"], "layer.index", [3, 9, 15]),
+        (["model.features=sort(choice(64,16),reverse=true)"], "model.features", [64, 16]),
+        (["model=glob(*)"], "model.name", sorted(ARCHITECTURES)),
+        (["layer=glob(*,exclude=resid)"], "layer.source", ["attn", "mlp", "mlp_in"]),
+        (["seed=0,1", "model.seed=2,3"], "model.seed", [2, 3, 2, 3]),
+        (["loss.l1=1e-3,1e-2", "optim.clip=null"], "optim.clip", [None, None]),
+    ],
+)
+def test_hydras_syntax_of_a_grid_gives_one_config_a_value(
+    sweep, loader, arguments, setting, values
+):
+    (batch,) = sweep(arguments)
+    assert [composed(loader, job).flat()[setting] for job in batch] == values
+
+
+def test_a_preset_can_hold_a_sweep(sweep, tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\nhydra: {sweeper: {params: {loss.l1: '1e-3,1e-2', seed: 0}}}"
+    )
+    (batch,) = sweep([f"hydra.searchpath=[file://{tmp_path}]", "experiment=mine", "seed=3"])
+    assert [(job["loss.l1"], job["seed"]) for job in batch] == [("0.001", "3"), ("0.01", "3")]
+
+
+SEARCH = ["hydra/sweeper=optuna", "loss.l1=tag(log,interval(1e-5,1e-1))"]
+
+
+def test_a_search_maximises_and_chooses_five_trials_at_a_time(sweep, tmp_path):
+    """The value is minus the distance of l1 from 1e-3 in powers of ten: at most 2."""
+
+    def distance(job: dict[str, str]) -> float:
+        return abs(math.log10(float(job["loss.l1"])) + 3)
+
+    batches = sweep([*SEARCH, "hydra.sweeper.n_trials=42"], lambda job: -distance(job))
+    assert [len(batch) for batch in batches] == [5] * 8 + [2]
+    tried = [distance(job) for batch in batches for job in batch]
+    found = OmegaConf.load(tmp_path / "optimization_results.yaml")
+    assert found.best_value == pytest.approx(-min(tried))
+    # drawn blindly it is 1 on average
+    assert sum(tried[-20:]) / 20 < 0.6
+
+
+def test_a_search_ends_where_l0_is_what_was_asked_for(sweep, tmp_path):
+    """L0 = 0.1 / l1 and CE recovered = 1 - 1 / L0: without a bound the best would be L0 10,000."""
+
+    def trained(job: dict[str, str]) -> float:
+        l0 = 0.1 / float(job["loss.l1"])
+        return objective({"l0": l0, "ce_recovered": 1 - 1 / l0}, SweepConfig(l0=64.0))
+
+    sweep([*SEARCH, "sweep.l0=64", "hydra.sweeper.n_trials=40"], trained)
+    best = OmegaConf.load(tmp_path / "optimization_results.yaml").best_params["loss.l1"]
+    assert 32 < 0.1 / best < 64 * 1.01
+
+
+def test_a_search_is_repeated_with_the_same_trials(sweep):
+    few = [*SEARCH, "hydra.sweeper.n_trials=3"]
+    assert sweep(few) == sweep(few)
+
+
+def test_a_search_survives_failed_runs_and_metrics_that_are_nan(sweep, tmp_path):
+    """A failed run returns None; nan itself would end the search with a traceback of Optuna's."""
+    returned = iter([None, objective({"kl": math.nan}, SweepConfig(objective="-kl")), 0.5, None])
+    few = [*SEARCH, "hydra.sweeper.n_trials=4", "hydra.sweeper.n_jobs=2"]
+    batches = sweep(few, lambda job: next(returned))
+    found = OmegaConf.load(tmp_path / "optimization_results.yaml")
+    best = float(batches[1][0]["loss.l1"])
+    assert (found.best_value, found.best_params) == (0.5, {"loss.l1": best})
+
+
+def test_a_search_over_presets_and_sizes_composes(sweep, loader):
+    swept = [
+        "model=choice(relu,dense)",
+        "model.features=choice(16,64)",
+        "layer.index=range(3,15,6)",
+    ]
+    (batch,) = sweep([*SEARCH[:1], *swept, "seed=3", "hydra.sweeper.n_trials=5"])
+    configs = [composed(loader, job) for job in batch]
+    assert {config.model.name for config in configs} == {"relu", "dense"}
+    assert {config.model.features for config in configs} == {16, 64}
+    assert {config.layer.index for config in configs} <= {3, 9, 15}
+    assert {config.seed for config in configs} == {3}
+
+
+@pytest.fixture
+def train(tmp_path, tiny_folder):
+    """train(*overrides) -> the finished `train.py -m` of a tiny LLM, begun in tmp_path."""
+    (tmp_path / "text").mkdir()
+    write_text(tmp_path / "text")
+    tiny = ["llm=hf", f"llm.name={tiny_folder('llama')}", "llm.dtype=float32", "layer.index=1"]
+    tiny += ["data=text", "data.path=text", "data.held_out=0.34", "data.context=16"]
+    tiny += ["data.pool=256", "trainer=cpu", "trainer.tokens=1280", "trainer.batch=64"]
+    tiny += ["model.features=48", "eval.tokens=150", "optim.clip=null", "hydra.sweep.dir=sweep"]
+
+    def done(*overrides: str):
+        return subprocess.run(
+            [sys.executable, str(ROOT / "train.py"), "-m", *tiny, *overrides],
+            cwd=tmp_path,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")},
+            capture_output=True,
+            text=True,
+        )
+
+    return done
+
+
+def held_out(run: Path) -> dict[str, float]:
+    """The final metrics in a run folder."""
+    return json.loads((run / "metrics.json").read_text())["held_out"]
+
+
+@pytest.mark.slow
+def test_submitit_trains_every_job_in_a_process_of_its_own(train, tmp_path):
+    done = train("hydra/launcher=submitit_local", "loss.l1=0.001,0.01")
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    for l1 in ("0.001", "0.01"):
+        run = tmp_path / "sweep" / f"loss.l1={l1}"
+        assert (run / "sae" / "sae_weights.safetensors").is_file()
+        assert held_out(run)["l0"] > 0
+    assert len(list((tmp_path / "sweep" / ".submitit").glob("*/*_log.out"))) == 2
+
+
+@pytest.mark.slow
+def test_a_job_on_a_cluster_says_at_home_why_it_failed_and_is_taken_up_again(train, tmp_path):
+    jobs = ["hydra/launcher=submitit_local", "optim.lr=1e30,1e-3"]
+    done = train(*jobs)
+    assert done.returncode == 1
+    assert done.stderr == "error: 1 of the 2 jobs failed, see above\n"
+    assert re.search(r"failed: optim\.lr=1e\+30: .*is not finite", done.stdout), done.stdout
+    assert "is not finite" in (tmp_path / "sweep" / "sweep.csv").read_text()
+    finished = tmp_path / "sweep" / "optim.lr=0.001" / "metrics.json"
+    before = finished.stat().st_mtime_ns
+    # as a cluster does with a job whose machine it took away
+    assert train(*jobs).returncode == 1
+    assert finished.stat().st_mtime_ns == before
+    (tmp_path / "sweep" / "optim.lr=0.001" / "metrics.json").unlink()
+    train(*jobs)
+    assert finished.is_file(), "from the checkpoint"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["basic", "one_pass"])
+def test_optuna_is_told_what_the_runs_achieved(train, tmp_path, launcher):
+    search = ["loss.l1=tag(log,interval(1e-4,1e-1))", "sweep.l0=8", "hydra.sweeper.n_trials=3"]
+    storage = ["hydra.sweeper.storage=sqlite:///study.db", "hydra.sweeper.study_name=tiny"]
+    done = train("hydra/sweeper=optuna", f"hydra/launcher={launcher}", *search, *storage)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    sweep = SweepConfig(l0=8.0)
+    values = {run: objective(held_out(run), sweep) for run in (tmp_path / "sweep").glob("loss*")}
+    assert len(values) == 3
+    best = max(values, key=values.get)
+    found = OmegaConf.load(tmp_path / "sweep" / "optimization_results.yaml")
+    assert found.best_value == pytest.approx(values[best])
+    assert best.name == f"loss.l1={found.best_params['loss.l1']}"
+    assert f"Best value: {found.best_value}" in done.stdout.splitlines()
+    assert (tmp_path / "study.db").is_file()
