@@ -335,8 +335,8 @@ def digest(content: Any) -> str:
             raw = value.detach().contiguous().reshape(-1).view(sys.modules["torch"].uint8)
             sha.update(raw.numpy().tobytes())
         else:
-            here = str(Path.cwd().parent)
-            sha.update(f"{name} {value!r}\n".replace(here, "<tmp>").encode())
+            plain = f"{name} {value!r}\n".replace(str(Path.cwd()), "<case>")
+            sha.update(plain.replace(str(Path.cwd().parent), "<tmp>").encode())
     return sha.hexdigest()[:16]
 
 
