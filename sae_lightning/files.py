@@ -5,8 +5,10 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from sae_lightning.errors import UserError
 
@@ -56,3 +58,23 @@ def free_space(folder: Path) -> int:
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
+
+
+@contextmanager
+def lock(path: Path) -> Iterator[None]:
+    """Keep everybody else, in this process or another, out of a block with the same `path`.
+
+    The system lifts the lock if the process dies; the file is removed when the block ends.
+    BlockingIOError: it is held by somebody else. OSError: the file cannot be made.
+    """
+    held = FileLock(path, thread_local=False)
+    try:
+        held.acquire(blocking=False)
+    except Timeout:
+        raise BlockingIOError(f"{path} is locked") from None
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # Windows keeps a file that is open
+            path.unlink()
+        held.release()
