@@ -86,7 +86,7 @@ def _overview(asked: OverviewConfig, given: Collection[str]) -> None:
     scalars = {
         "features": found.scalars(),
         "evaluate": card.scalars(),
-        "theory": claims.scalars(tested),
+        "theory": tested.numbers,
         "probe": probed and probed.scalars(),
     }
     sections = [section._replace(part=part) for part, mine in parts.items() for section in mine]
@@ -149,7 +149,7 @@ def _theory(asked: TheoryConfig, given: Collection[str]) -> None:
     parts, total = excerpt(text.train, asked.tokens, trained.config.llm.batch)
     collect(subject, parts, [reducers], total=total)
     result = claims.theory(subject, reducers)
-    _finish(trained, asked, claims.scalars(result), theory_sections.sections(result))
+    _finish(trained, asked, result.numbers, theory_sections.sections(result))
 
 
 def _probe(asked: ProbeConfig, given: Collection[str]) -> None:

@@ -14,17 +14,17 @@ from sae_lightning.analysis.subject import Subject
 from sae_lightning.analysis.survey.collect import Batch, collect, excerpt
 from sae_lightning.analysis.theory.claims import (
     SAMPLE,
-    Activity,
-    Agreement,
     Detected,
     TheoryReducers,
-    scalars,
+    compare_units,
+    measure_activity,
+    spread,
     theory,
 )
 from sae_lightning.analysis.theory.concepts import CONCEPTS, members
-from sae_lightning.analysis.theory.dense import dense_autoencoders
-from sae_lightning.analysis.theory.detection import Detector, drawn
-from sae_lightning.analysis.theory.moments import Moments, principal
+from sae_lightning.analysis.theory.dense import compare_dense
+from sae_lightning.analysis.theory.detection import Detector
+from sae_lightning.analysis.theory.moments import Moments
 from sae_lightning.analysis.theory.overlap import cosines, overlap
 from sae_lightning.analysis.theory.sections import sections
 from sae_lightning.llm.load import special_ids
@@ -77,9 +77,9 @@ DIRECTIONS = "Encoder against decoder directions"
 
 def test_an_encoder_that_is_the_decoder_transposed_has_cosines_of_1(tiny):
     result = theory_of(subject_of(tiny("llama")), noise(20, CONTEXT, WIDTH))
-    assert result.fired == FEATURES
-    assert torch.allclose(result.agreement.cosine, torch.ones(FEATURES))
-    assert result.agreement.chance == pytest.approx(24**-0.5)
+    assert result.numbers["fired"] == FEATURES
+    assert torch.allclose(result.agreement, torch.ones(FEATURES))
+    assert result.numbers["agreement"]["chance"] == pytest.approx(24**-0.5)
     assert "written nearly in the direction in which it is read" in lead(result, DIRECTIONS)
 
 
@@ -89,7 +89,7 @@ def test_an_encoder_orthogonal_to_the_decoder_is_called_unrelated(tiny):
     subject.sae.W_enc[half:] = 0
     subject.sae.W_dec[:, :half] = 0
     result = theory_of(subject, noise(20, CONTEXT, WIDTH))
-    assert result.agreement.cosine.abs().max() == 0
+    assert result.agreement.abs().max() == 0
     assert "nothing to do with one another" in lead(result, DIRECTIONS)
 
 
@@ -97,8 +97,8 @@ def test_features_that_never_fire_say_nothing(tiny):
     subject = subject_of(tiny("llama"))
     subject.sae.b_enc[:10] = -1e6
     result = theory_of(subject, noise(20, CONTEXT, WIDTH))
-    assert (result.fired, len(result.agreement.cosine)) == (FEATURES - 10, FEATURES - 10)
-    assert len(result.biases.margin) == FEATURES - 10
+    assert (result.numbers["fired"], len(result.agreement)) == (FEATURES - 10, FEATURES - 10)
+    assert len(result.margin) == FEATURES - 10
 
 
 def test_the_margin_is_taken_at_the_mean_in_deviations(tiny):
@@ -113,11 +113,11 @@ def test_the_margin_is_taken_at_the_mean_in_deviations(tiny):
     subject.sae.W_enc[:, 0] = 2 * one_hot(torch.tensor(0), WIDTH)
     subject.sae.b_enc[0] = -9
     result = theory_of(subject, x)
-    assert result.biases.margin[0].item() == pytest.approx(-0.75, abs=1e-4)
+    assert result.margin[0].item() == pytest.approx(-0.75, abs=1e-4)
     # a standard normal exceeds 0.75 with probability 0.2266, what else fires is at 0: 1/2 each
     expected = 0.2266 + (FEATURES - 1) / 2
-    assert result.biases.normal == pytest.approx(expected, abs=0.01)
-    assert result.activity.mean == pytest.approx(expected, abs=0.3)
+    assert result.numbers["biases"]["l0_if_normal"] == pytest.approx(expected, abs=0.01)
+    assert result.numbers["activity"]["mean"] == pytest.approx(expected, abs=0.3)
 
 
 @pytest.mark.parametrize("name", ["relu", "jumprelu", "batch_topk", "gated"])
@@ -129,15 +129,16 @@ def test_moving_all_activations_changes_raw_biases_and_no_margin(tiny, name):
     moved = subject_of(tiny("llama"), name)
     moved.sae.load_weights(subject.sae.fold(shift, one, shift, one))
     here, there = theory_of(subject, x), theory_of(moved, x + shift)
-    assert torch.allclose(here.biases.margin, there.biases.margin, atol=1e-3)
-    assert not torch.allclose(here.biases.raw, there.biases.raw, atol=0.1)
+    assert torch.allclose(here.margin, there.margin, atol=1e-3)
+    raw, moved_raw = (each.numbers["biases"]["raw_negative"] for each in (here, there))
+    assert raw == 0 < moved_raw < 1
 
 
 def test_a_threshold_counts_against_the_feature(tiny):
     subject = subject_of(tiny("llama"), "jumprelu", threshold=0.05)
     result = theory_of(subject, noise(50, CONTEXT, WIDTH))
     # b_enc = 0 and mean about 0; the encoder's columns have norm 0.1 and x has deviation 1
-    assert result.biases.margin.mean().item() == pytest.approx(-0.5, abs=0.05)
+    assert result.margin.mean().item() == pytest.approx(-0.5, abs=0.05)
     assert "100.0% of features are below its threshold" in lead(result, "Encoder biases")
     assert "standard deviations below it" in lead(result, "Encoder biases")
 
@@ -165,23 +166,25 @@ def test_orthogonal_directions_have_no_cosine_and_equal_ones_have_1():
 def test_random_directions_are_as_theory_has_them():
     # nearly normal with deviation 1 / sqrt(d): the median is at 0.674, 99 % below 2.576 of them
     found = overlap(noise(600, 400, seed=5), torch.eye(400))
-    for each in (found.decoder, found.random, found.like_data):
+    for each in found.values():
         assert each.size(0.5) == pytest.approx(0.674 / 20, abs=0.002)
         assert each.size(0.99) == pytest.approx(2.576 / 20, abs=0.003)
     stretched = torch.diag(torch.tensor([5.0] + [0.1] * 399))
-    assert overlap(noise(600, 400), stretched).like_data.size(0.5) > 0.5
+    assert overlap(noise(600, 400), stretched)["like_data"].size(0.5) > 0.5
 
 
 def test_features_that_fire_together_spread_more_than_independent_ones():
     # 4 features on half of 100 tokens, always together: 0 or 4, deviation 2; independent: 1
-    together = Activity(torch.tensor([50, 0, 0, 0, 50]), torch.full((4,), 0.5).double())
-    assert (together.mean, together.deviation, together.independent) == (2, 2, 1)
-    assert [together.quantile(share) for share in (0.05, 0.5, 0.51, 1)] == [0, 0, 4, 4]
+    together = measure_activity(torch.tensor([50, 0, 0, 0, 50]), torch.full((4,), 0.5).double())
+    assert (together["mean"], together["deviation"]) == (2, 2)
+    assert together["deviation_if_independent"] == 1
+    assert [together[share] for share in ("5%", "50%", "75%", "100%")] == [0, 0, 4, 4]
 
 
 def test_the_least_and_the_greatest_number_of_active_features_are_those_that_occur():
-    activity = Activity(torch.tensor([0, 0, 5, 90, 5, 0]), torch.full((5,), 0.6).double())
-    assert [activity.quantile(share) for share in (0, 0.05, 0.5, 1)] == [2, 2, 3, 4]
+    counts = torch.tensor([0, 0, 5, 90, 5, 0])
+    activity = measure_activity(counts, torch.full((5,), 0.6).double())
+    assert [activity[share] for share in ("0%", "5%", "50%", "100%")] == [2, 2, 3, 4]
 
 
 @pytest.mark.parametrize(
@@ -194,8 +197,10 @@ def test_the_least_and_the_greatest_number_of_active_features_are_those_that_occ
 )
 def test_the_spread_of_active_features_is_called_what_it_is(tiny, counts, verdict):
     result = theory_of(subject_of(tiny("llama")), noise(20, CONTEXT, WIDTH))
-    activity = Activity(torch.tensor(counts), torch.full((4,), 0.5).double())
-    assert verdict in lead(result._replace(activity=activity), "Features per token")
+    result.numbers["activity"] = measure_activity(
+        torch.tensor(counts), torch.full((4,), 0.5).double()
+    )
+    assert verdict in lead(result, "Features per token")
 
 
 @pytest.mark.parametrize("fired", [0, 1])
@@ -203,22 +208,20 @@ def test_where_no_two_features_fire_nothing_is_said_of_directions_and_biases(tin
     subject = subject_of(tiny("llama"))
     subject.sae.b_enc[fired:] = -1e6
     result = theory_of(subject, noise(20, CONTEXT, WIDTH))
-    assert result.fired == fired
+    assert result.numbers["fired"] == fired
     titles = [section.title for section in sections(result)]
     assert titles == ["Features per token", "One feature, one concept", "Dense autoencoders"]
     assert "nan" not in "".join(section.lead for section in sections(result))
-    json.dumps(scalars(result), allow_nan=False)
+    json.dumps(result.numbers, allow_nan=False)
 
 
 def test_features_that_the_sae_is_worth_are_rounded_to_as_many_as_it_takes(tiny):
     result = theory_of(subject_of(tiny("llama")), noise(20, CONTEXT, WIDTH))
-    curve = result.dense.curve
-    between = (0.9 * curve[5] + 0.1 * curve[6]).item()
-    result = result._replace(dense=result.dense._replace(explained=between))
+    result.numbers["dense"]["worth"] = 5.1
     assert "it takes 6 dense features" in lead(result, "Dense autoencoders")
-    perfect = result._replace(dense=result.dense._replace(explained=1.0))
+    result.numbers["dense"]["worth"] = float(WIDTH)
     assert "no fewer dense features than the site has dimensions" in lead(
-        perfect, "Dense autoencoders"
+        result, "Dense autoencoders"
     )
 
 
@@ -228,11 +231,11 @@ def test_active_features_are_counted_and_the_error_is_that_of_the_sae(tiny):
     kept = x[:, 1:].flatten(0, 1)
     output = subject.sae(kept)
     number = (output.features > 0).sum(dim=1)
-    assert torch.equal(result.activity.counts, torch.bincount(number, minlength=FEATURES + 1))
+    assert torch.equal(result.active, torch.bincount(number, minlength=FEATURES + 1))
     total = (kept - kept.mean(dim=0)).square().sum()
     explained = 1 - (kept - output.reconstruction).square().sum() / total
-    assert result.dense.explained == pytest.approx(explained.item(), abs=1e-5)
-    assert result.dense.l0 == pytest.approx(number.float().mean().item())
+    assert result.numbers["dense"]["explained"] == pytest.approx(explained.item(), abs=1e-5)
+    assert result.numbers["dense"]["l0"] == pytest.approx(number.float().mean().item())
 
 
 def test_a_planted_feature_is_found_as_the_one_of_its_concept(tiny):
@@ -287,7 +290,7 @@ def test_halves_are_of_sequences_and_a_concept_of_one_half_is_not_scored(tiny):
 def test_a_fair_choice_is_among_as_many_features_as_neurons_have_directions(tiny, is_drawn):
     config = ARCHITECTURES["relu"].config(features=200)
     sae = build(config, WIDTH, WIDTH).requires_grad_(False)
-    lot = drawn(200, 2 * WIDTH).tolist()
+    lot = torch.randperm(200, generator=Generator().manual_seed(0))[: 2 * WIDTH].tolist()
     planted = lot[-1] if is_drawn else min({*range(200)} - {*lot})
     sae.W_enc[:, planted] = one_hot(torch.tensor(3), WIDTH).float()
     sae.b_enc[planted] = -5
@@ -314,8 +317,8 @@ def test_a_fair_choice_is_among_as_many_features_as_neurons_have_directions(tiny
 )
 def test_directions_are_called_what_their_cosine_is(tiny, cosine, verdict):
     result = theory_of(subject_of(tiny("llama")), noise(20, CONTEXT, WIDTH))
-    agreement = Agreement(torch.full((FEATURES,), cosine), chance=0.05)
-    assert verdict in lead(result._replace(agreement=agreement), DIRECTIONS)
+    result.numbers["agreement"] = spread(torch.full((FEATURES,), cosine)) | {"chance": 0.05}
+    assert verdict in lead(result, DIRECTIONS)
 
 
 @pytest.mark.parametrize(
@@ -325,14 +328,15 @@ def test_rows_that_share_a_direction_are_not_called_orthogonal(tiny, common, ver
     result = theory_of(subject_of(tiny("llama")), noise(20, CONTEXT, WIDTH))
     rows = noise(600, WIDTH, seed=1) + common * one_hot(torch.tensor(0), WIDTH)
     found = overlap(rows, torch.eye(WIDTH))
-    assert verdict in lead(result._replace(overlap=found), "Nearly orthogonal directions")
+    result.numbers["overlap"] |= {name: each.numbers() for name, each in found.items()}
+    assert verdict in lead(result, "Nearly orthogonal directions")
 
 
 def test_special_tokens_hold_no_word_and_a_sentence_ends_before_them(tiny):
     subject = subject_of(tiny("llama"))
     words = TheoryReducers(subject).words
     for special in special_ids(subject.llm.tokenizer):
-        column = [concept.name for concept in CONCEPTS].index("ends of sentences")
+        column = list(CONCEPTS).index("ends of sentences")
         assert members([" dog", ".", words[special], " fox"])[:, column].tolist() == [0, 1, 0, 0]
 
 
@@ -340,43 +344,46 @@ def test_a_text_without_the_concepts_says_so(tiny):
     result = theory_of(subject_of(tiny("llama")), noise(20, CONTEXT, WIDTH))
     assert result.detected == []
     assert lead(result, "One feature, one concept").startswith("No concept")
-    assert scalars(result)["detection"]["concepts"] == 0
+    assert result.numbers["detection"]["concepts"] == 0
 
 
 def test_the_dense_curve_follows_from_the_covariance():
     # variances 4, 3, 2, 1 along rotated axes: 4/10, 7/10 and 9/10 with 1, 2 and 3 features
     axes, _ = torch.linalg.qr(noise(4, 4).double())
     variances = torch.tensor([4.0, 3.0, 2.0, 1.0]).double()
-    found, directions = principal(axes.T @ torch.diag(variances) @ axes)
+    # one point along each axis and direction has variance 1/4
+    signs = 2 * torch.eye(4).double()
+    moments = Moments()
+    moments.add(torch.cat([signs, -signs]) @ torch.diag(variances.sqrt()) @ axes + 100)
+    found, directions = moments.principal()
     assert torch.allclose(found, variances)
     assert torch.allclose((directions @ axes.T).abs(), torch.eye(4).double(), atol=1e-7)
-    sample = noise(200, 4).double() @ torch.diag(variances.sqrt()) @ axes + 100
-    dense = dense_autoencoders(found, sample, l0=1.5, error=2.0)
-    assert dense.curve.tolist() == pytest.approx([0, 0.4, 0.7, 0.9, 1])
-    assert dense.explained == pytest.approx(0.8)
-    assert dense.worth == pytest.approx(2.5)  # half way from 0.7 to 0.9
-    assert dense.at_l0 == pytest.approx(0.55)  # half way from 0.4 to 0.7
+    dense = compare_dense(found, noise(200, 4), l0=1.5, error=2.0)
+    assert dense["curve"] == pytest.approx([0, 0.4, 0.7, 0.9, 1])
+    assert dense["explained"] == pytest.approx(0.8)
+    assert dense["worth"] == pytest.approx(2.5)  # half way from 0.7 to 0.9
+    assert dense["at_l0"] == pytest.approx(0.55)  # half way from 0.4 to 0.7
 
 
 def test_networks_attain_the_bound_and_none_with_fewer_features_than_dimensions_is_perfect():
     x = noise(500, 10) @ noise(10, 10, seed=1) + 30
     moments = Moments()
     moments.add(x)
-    variances, _ = principal(moments.covariance)
-    dense = dense_autoencoders(variances, x, l0=3.0, error=0.0)
-    assert [check.features for check in dense.checks] == [5, 9, 10]
-    for check in dense.checks:
-        assert check.measured == pytest.approx(check.expected, abs=1e-12)
-    half, short, full = (check.measured for check in dense.checks)
+    variances, _ = moments.principal()
+    dense = compare_dense(variances, x, l0=3.0, error=0.0)
+    assert [check["features"] for check in dense["checks"]] == [5, 9, 10]
+    for check in dense["checks"]:
+        assert check["measured"] == pytest.approx(check["expected"], abs=1e-12)
+    half, short, full = (check["measured"] for check in dense["checks"])
     assert half < short < 1 - 1e-6
     assert full == pytest.approx(1, abs=1e-12)
-    assert dense.worth == pytest.approx(10)  # a perfect SAE is worth all of them
+    assert dense["worth"] == pytest.approx(10)  # a perfect SAE is worth all of them
 
 
 @pytest.mark.parametrize("error", [20.0, 0.0])
 def test_an_sae_that_explains_nothing_is_worth_no_feature_and_a_perfect_one_all(error):
-    dense = dense_autoencoders(torch.tensor([6.0, 4.0]).double(), noise(50, 2), 1.0, error)
-    assert dense.worth == (0 if error else 2)
+    dense = compare_dense(torch.tensor([6.0, 4.0]).double(), noise(50, 2), 1.0, error)
+    assert dense["worth"] == (0 if error else 2)
 
 
 def test_moments_do_not_depend_on_the_cutting_or_on_a_far_mean():
@@ -421,7 +428,7 @@ def test_every_architecture_is_tested_with_a_sentence_a_number_and_a_figure(tiny
             json.dumps(figure, allow_nan=False)
             plotly.graph_objects.Figure(figure)  # refuses what plotly does not know
     assert all(section.figures for section in found)
-    numbers = json.loads(json.dumps(scalars(result), allow_nan=False))
+    numbers = json.loads(json.dumps(result.numbers, allow_nan=False))
     assert numbers["tokens"] >= 1500
     assert numbers["detection"]["concepts"] == len(result.detected) > 0
     assert math.isclose(numbers["dense"]["curve"][-1], 1)
@@ -429,11 +436,17 @@ def test_every_architecture_is_tested_with_a_sentence_a_number_and_a_figure(tiny
 
 def test_a_transcoder_is_spared_what_has_no_meaning_for_it(tiny, words):
     result = words_of(tiny, words, source=Kind.mlp_in, target=Kind.mlp)
-    assert result.agreement is None and result.dense is None
+    assert "agreement" not in result.numbers and "dense" not in result.numbers
     titles = [section.title for section in sections(result)]
     assert DIRECTIONS not in titles and "Dense autoencoders" not in titles
     assert len(titles) == 4
-    json.dumps(scalars(result), allow_nan=False)
+    json.dumps(result.numbers, allow_nan=False)
+
+
+def detecting(result, *detected: Detected):
+    """The same theory with other concepts."""
+    result.numbers["detection"] = compare_units(list(detected))
+    return result._replace(detected=detected)
 
 
 @pytest.mark.parametrize(("auroc", "verdict"), [(0.9, "also rank"), (0.7, "do not rank")])
@@ -441,7 +454,7 @@ def test_a_measure_that_speaks_against_features_is_told_too(tiny, auroc, verdict
     result = theory_of(subject_of(tiny("llama")), noise(20, CONTEXT, WIDTH))
     neuron = Detector(1, False, 0.5, 0.5, 0.5, 0.5, 0.5, 1, 0.8)
     feature = neuron._replace(f1=0.9, auroc=auroc)
-    result = result._replace(detected=[Detected("war", 0.1, feature, neuron, feature)])
+    result = detecting(result, Detected("war", 0.1, feature, neuron, feature))
     said = lead(result, "One feature, one concept")
     assert f"{verdict} tokens better (AUROC {auroc:.2f} against 0.80)" in said
 
@@ -453,7 +466,7 @@ def test_the_comparison_says_what_the_numbers_say(tiny, f1, verdict):
     result = theory_of(subject_of(tiny("llama")), noise(20, CONTEXT, WIDTH))
     neuron = Detector(1, False, 0.5, 0.5, 0.5, 0.5, 0.5, 1, 0.5)
     feature = neuron._replace(f1=f1)
-    result = result._replace(detected=[Detected("war", 0.1, feature, neuron, feature)])
+    result = detecting(result, Detected("war", 0.1, feature, neuron, feature))
     said = lead(result, "One feature, one concept")
     assert verdict in said
     assert f"wins on {int(f1 > 0.5)} of 1 concepts" in said

@@ -8,123 +8,61 @@ Shapes: d = width of the site, d_in of the source; fired = features that fired o
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.nn.functional import embedding_bag, normalize
 
 from sae_lightning.analysis.subject import Subject
 from sae_lightning.analysis.survey.collect import Batch
 from sae_lightning.analysis.theory.concepts import CONCEPTS, members
-from sae_lightning.analysis.theory.dense import Dense, dense_autoencoders
+from sae_lightning.analysis.theory.dense import compare_dense
 from sae_lightning.analysis.theory.detection import (
     Counts,
     Detector,
     FeatureCounts,
     NeuronCounts,
     detect,
-    drawn,
 )
-from sae_lightning.analysis.theory.moments import Moments, principal
-from sae_lightning.analysis.theory.overlap import Cosines, Overlap, overlap
+from sae_lightning.analysis.theory.moments import Moments
+from sae_lightning.analysis.theory.overlap import Cosines, overlap
 from sae_lightning.llm.load import special_ids
 from sae_lightning.llm.vocabulary import vocabulary
 from sae_lightning.terminal import phase
 
 OCCURRENCES = 20  # tokens of a concept in each half, from where on a score means something
 SAMPLE = 2048  # tokens on which dense autoencoders are run
-KINDS = ("feature", "neuron", "few")
-
-
-class Agreement(NamedTuple):
-    """Encoder columns against decoder rows."""
-
-    cosine: Tensor
-    """[fired] of W_enc[:, i] and W_dec[i]"""
-    chance: float
-    """Standard deviation of random directions' cosines, 1 / sqrt(d)."""
-
-
-class Biases(NamedTuple):
-    """How far below its threshold a feature is at the mean activation.
-
-    b_enc alone says little: for raw activations it holds what the mean adds to x W_enc.
-    """
-
-    margin: Tensor
-    """[fired] (mean . W_enc[:, i] + b_enc[i] - threshold) / standard deviation over tokens"""
-    raw: Tensor
-    """[fired] b_enc as it is saved"""
-    compete: bool
-    """There is no threshold: a feature must also be among the k strongest (TopK)."""
-    normal: float
-    """Active features per token if pre-activations were normally distributed."""
-
-
-class Activity(NamedTuple):
-    """How many features are active on a token."""
-
-    counts: Tensor
-    """[features + 1] tokens with so many active features, int64"""
-    density: Tensor
-    """[features] share of tokens on which each fires"""
-
-    @property
-    def mean(self) -> float:
-        """L0."""
-        return self.density.sum().item()
-
-    @property
-    def deviation(self) -> float:
-        """Standard deviation over tokens."""
-        number = torch.arange(len(self.counts)).double()
-        share = self.counts.double() / self.counts.sum()
-        return (share @ (number - share @ number).square()).sqrt().item()
-
-    @property
-    def independent(self) -> float:
-        """The same if features fired independently of one another."""
-        return (self.density * (1 - self.density)).sum().sqrt().item()
-
-    def quantile(self, share: float) -> int:
-        """The least number that at least this share of tokens does not exceed."""
-        up_to = self.counts.double().cumsum(0) / self.counts.sum()
-        return int((up_to <= max(share - 1e-9, 0)).sum())  # of no share: the least that there is
 
 
 class Detected(NamedTuple):
     """A concept, and the single units that stand for it best."""
 
     concept: str
-    """Its name."""
     share: float
     """Share of the tokens that belong to it, in the half that is scored."""
     feature: Detector
-    """Of the features."""
     neuron: Detector
     """Of the site's dimensions, in either direction."""
     few: Detector
-    """Of as many features, by lot, as there are directions of neurons."""
+    """Of as many random features as there are directions of neurons."""
 
 
 class Theory(NamedTuple):
-    """What was found."""
+    """What `theory.json` holds, and what figures show besides."""
 
-    tokens: int
-    """Tokens that were read."""
-    features: int
-    """Features of the SAE."""
-    fired: int
-    """Those that fired on the text; what is said of directions and biases is of them."""
-    agreement: Agreement | None
-    """None where encoder and decoder are of different spaces, or fewer than two features fired."""
-    biases: Biases | None
-    """None where fewer than two features fired."""
-    overlap: Overlap | None
-    """None where fewer than two features fired."""
-    activity: Activity
+    numbers: dict[str, Any]
+    """Of each claim by name. Where fewer than two features fired there are no agreement, biases and
+    overlap; for a transcoder there are no agreement and dense."""
+    active: Tensor
+    """[features + 1] tokens with so many active features, int64"""
     detected: list[Detected]
     """Concepts that are frequent enough in both halves of the text."""
-    dense: Dense | None
-    """None for a transcoder: it does not reconstruct what it reads."""
+    agreement: Tensor | None = None
+    """[fired] cosines of W_enc[:, i] and W_dec[i]"""
+    margin: Tensor | None = None
+    """[fired] standard deviations that a feature is above its threshold at the mean activation"""
+    competes: bool = False
+    """There is no threshold: a feature must also be among the k strongest (TopK)."""
+    overlap: dict[str, Cosines] | None = None
+    """Of decoder rows, of random directions, and of random directions `like_data`."""
 
 
 class TheoryReducers:
@@ -185,136 +123,109 @@ class TheoryReducers:
 def theory(subject: Subject, reducers: TheoryReducers) -> Theory:
     """Every claim, from what a pass over text (`collect`) has left in the reducers."""
     with phase("testing the theory"):
-        features, neurons = reducers.feature.result(), reducers.neuron.result()
-        tokens = reducers.source.tokens
-        density = features.counts[:, -1, :, 1:].sum(dim=(0, 2)).double() / tokens
-        fired = density > 0
-        several = fired.sum() > 1  # else there is no pair, and perhaps no feature
-        weights = {name: value.cpu() for name, value in subject.sae.weights().items()}
-        covariance = reducers.target.covariance
-        activity = Activity(reducers.active, density)
-        variances, directions = principal(covariance)
-        return Theory(
-            tokens=tokens,
-            features=len(density),
-            fired=int(fired.sum()),
-            agreement=_agreement(weights, fired) if several and reducers.is_autoencoder else None,
-            biases=_biases(weights, reducers.source, fired, subject.sae.architecture == "topk")
-            if several
-            else None,
-            overlap=overlap(weights["W_dec"][fired], variances.sqrt()[:, None] * directions)
-            if several
-            else None,
-            activity=activity,
-            detected=_detected(features, neurons),
-            dense=dense_autoencoders(
-                variances, reducers.sample, activity.mean, reducers.residual / tokens
-            )
-            if reducers.is_autoencoder
-            else None,
-        )
+        counts, tokens = reducers.feature.result(), reducers.source.tokens
+        density = counts.counts[:, -1, :, 1:].sum(dim=(0, 2)).double() / tokens
+        detected = _detect_concepts(counts, reducers.neuron.result())
+        numbers = {
+            "tokens": tokens,
+            "features": len(density),
+            "fired": int((density > 0).sum()),
+            "activity": measure_activity(reducers.active, density),
+            "detection": compare_units(detected),
+        }
+        variances, directions = reducers.target.principal()
+        if reducers.is_autoencoder:
+            l0, error = density.sum().item(), reducers.residual / tokens
+            numbers["dense"] = compare_dense(variances, reducers.sample, l0, error)
+        result = Theory(numbers, reducers.active, detected)
+        if numbers["fired"] < 2:  # there is no pair, and perhaps no feature
+            return result
+        spread_data = variances.sqrt()[:, None] * directions
+        return _measure_weights(subject, reducers, density > 0, spread_data, result)
 
 
-def _agreement(weights: dict[str, Tensor], fired: Tensor) -> Agreement:
-    # features that never fired are as they began: encoder = decoder transposed
-    encoder, decoder = weights["W_enc"].T[fired], weights["W_dec"][fired]
-    cosine = (normalize(encoder, dim=1) * normalize(decoder, dim=1)).sum(dim=1)
-    return Agreement(cosine, chance=decoder.shape[1] ** -0.5)
+def measure_activity(active: Tensor, density: Tensor) -> dict[str, float]:
+    """How many features are active on a token, from tokens [features + 1] by their number and the
+    share of tokens [features] on which each fires."""
+    number = torch.arange(len(active)).double()
+    share = active.double() / active.sum()
+    up_to = active.double().cumsum(0) / active.sum()
+    quantiles = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)  # the least number that so many do not exceed
+    return {
+        "mean": density.sum().item(),  # L0
+        "deviation": (share @ (number - share @ number).square()).sqrt().item(),
+        "deviation_if_independent": (density * (1 - density)).sum().sqrt().item(),
+    } | {f"{q:.0%}": int((up_to <= max(q - 1e-9, 0)).sum()) for q in quantiles}
 
 
-def _biases(weights: dict[str, Tensor], source: Moments, fired: Tensor, compete: bool) -> Biases:
-    W_enc, b_enc = weights["W_enc"].double(), weights["b_enc"].double()
-    threshold = weights.get("threshold", torch.zeros(()))
-    deviation = (W_enc * (source.covariance @ W_enc)).sum(dim=0).clamp(min=0).sqrt()
-    margin = (source.mean @ W_enc + b_enc - threshold) / deviation
-    return Biases(
-        margin=margin[fired].float(),
-        raw=b_enc[fired].float(),
-        compete=compete,
-        normal=torch.special.ndtr(margin[fired]).sum().item(),
-    )
-
-
-def _detected(features: Counts, neurons: Counts) -> list[Detected]:
+def _detect_concepts(features: Counts, neurons: Counts) -> list[Detected]:
     """Every concept that is there often enough, from the most frequent."""
-    tokens = features.tokens
-    few = drawn(features.counts.shape[2], 2 * neurons.counts.shape[2])
-    found = [
+    tokens, units, d = features.tokens, features.counts.shape[2], neurons.counts.shape[2]
+    few = torch.randperm(units, generator=Generator().manual_seed(0))[: 2 * d]
+    detected = [
         Detected(
-            concept=CONCEPTS[i].name,
+            concept=name,
             share=(tokens[1, i] / tokens[1, -1]).item(),
             feature=detect(features, i),
             neuron=detect(neurons, i),
             few=detect(features, i, few),
         )
-        for i in range(len(CONCEPTS))
+        for i, name in enumerate(CONCEPTS)
         if tokens[:, i].min() >= OCCURRENCES
     ]
-    return sorted(found, key=lambda each: -each.share)
+    return sorted(detected, key=lambda each: -each.share)
 
 
-def scalars(result: Theory) -> dict[str, Any]:
-    """What `theory.json` holds: the numbers of each claim."""
-    biases, activity, dense = result.biases, result.activity, result.dense
-    found: dict[str, Any] = {
-        "tokens": result.tokens,
-        "features": result.features,
-        "fired": result.fired,
-        "activity": {
-            "mean": activity.mean,
-            "deviation": activity.deviation,
-            "deviation_if_independent": activity.independent,
-            **{f"{share:.0%}": activity.quantile(share) for share in (0, 0.05, 0.25, 0.5, 0.75)},
-            **{f"{share:.0%}": activity.quantile(share) for share in (0.95, 1)},
-        },
-        "detection": _detection_scalars(result.detected),
+def compare_units(detected: list[Detected]) -> dict[str, Any]:
+    """Mean scores of single features, of neurons, and of as few features as neurons."""
+    means = {
+        f"{kind}_{score}": sum(getattr(getattr(each, kind), score) for each in detected)
+        / max(1, len(detected))
+        for kind in ("feature", "neuron", "few")
+        for score in ("f1", "auroc")
     }
-    if biases is not None:
-        found["biases"] = spread(biases.margin) | {
-            "negative": (biases.margin < 0).float().mean().item(),
-            "raw_negative": (biases.raw < 0).float().mean().item(),
-            "l0_if_normal": biases.normal,
-        }
-    if (found_overlap := result.overlap) is not None:
-        found["overlap"] = {"rows": found_overlap.rows} | {
-            name: _sizes(getattr(found_overlap, name)) for name in Overlap._fields[1:]
-        }
-    if result.agreement is not None:
-        cosine = result.agreement.cosine
-        found["agreement"] = spread(cosine) | {"chance": result.agreement.chance}
-    if dense is not None:
-        checks = [check._asdict() for check in dense.checks]
-        numbers = {"l0": dense.l0, "explained": dense.explained, "at_l0": dense.at_l0}
-        curve = [round(value, 6) for value in dense.curve.tolist()]
-        found["dense"] = numbers | {"worth": dense.worth, "checks": checks, "curve": curve}
-    return found
+    wins = sum(each.feature.f1 > each.neuron.f1 for each in detected)
+    return {"concepts": len(detected), "feature_wins": wins, **means, "each": detected}
+
+
+def _measure_weights(
+    subject: Subject, reducers: TheoryReducers, fired: Tensor, data: Tensor, result: Theory
+) -> Theory:
+    """Biases, directions and their overlap, of the features that fired: the others are as they
+    began, with encoder = decoder transposed."""
+    weights = {name: value.cpu() for name, value in subject.sae.weights().items()}
+    encoder, decoder, b_enc = weights["W_enc"].T[fired], weights["W_dec"][fired], weights["b_enc"]
+    margin = _margins(weights, reducers.source)[fired]
+    result.numbers["biases"] = spread(margin.float()) | {
+        "negative": (margin < 0).float().mean().item(),
+        "raw_negative": (b_enc[fired] < 0).float().mean().item(),
+        # active features per token if pre-activations were normally distributed
+        "l0_if_normal": torch.special.ndtr(margin).sum().item(),
+    }
+    cosines = overlap(decoder, data)
+    result.numbers["overlap"] = {name: each.numbers() for name, each in cosines.items()}
+    result.numbers["overlap"]["rows"] = len(cosines["decoder"].nearest)
+    agreement = None
+    if reducers.is_autoencoder:
+        agreement = (normalize(encoder, dim=1) * normalize(decoder, dim=1)).sum(dim=1)
+        result.numbers["agreement"] = spread(agreement) | {"chance": decoder.shape[1] ** -0.5}
+    competes = subject.sae.architecture == "topk"
+    return result._replace(margin=margin, competes=competes, overlap=cosines, agreement=agreement)
+
+
+def _margins(weights: dict[str, Tensor], source: Moments) -> Tensor:
+    """How far each feature [features] is above its threshold at the mean activation, in standard
+    deviations of its pre-activation: (mean . W_enc[:, i] + b_enc[i] - threshold) / deviation.
+
+    b_enc alone says little: for raw activations it holds what the mean adds to x W_enc.
+    """
+    W_enc, b_enc = weights["W_enc"].double(), weights["b_enc"].double()
+    threshold = weights.get("threshold", torch.zeros(()))
+    deviation = (W_enc * (source.covariance @ W_enc)).sum(dim=0).clamp(min=0).sqrt()
+    return (source.mean @ W_enc + b_enc - threshold) / deviation
 
 
 def spread(values: Tensor) -> dict[str, float]:
     """Mean, median, and the range in which nine of ten values [n] lie."""
     low, median, high = values.quantile(torch.tensor([0.05, 0.5, 0.95])).tolist()
     return {"mean": values.mean().item(), "low": low, "median": median, "high": high}
-
-
-def _sizes(cosines: Cosines) -> dict[str, float]:
-    return {
-        "median": cosines.size(0.5),
-        "99%": cosines.size(0.99),
-        "above_0.3": cosines.above(0.3),
-        "nearest": cosines.nearest.mean().item(),
-    }
-
-
-def _detection_scalars(detected: list[Detected]) -> dict[str, Any]:
-    each = [
-        {"concept": one.concept, "share": one.share}
-        | {kind: getattr(one, kind)._asdict() for kind in KINDS}
-        for one in detected
-    ]
-    means = {
-        f"{kind}_{score}": sum(one[kind][score] for one in each) / max(1, len(each))
-        for kind in KINDS
-        for score in ("f1", "auroc")
-    }
-    wins = sum(one.feature.f1 > one.neuron.f1 for one in detected)
-    return {"concepts": len(each), "feature_wins": wins, **means, "each": each}

@@ -11,7 +11,7 @@ Shapes: n = tokens, concepts, units = features or neurons, bins.
 from typing import NamedTuple
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from sae_lightning.report.catalogue import EDGES
 
@@ -26,21 +26,17 @@ class Detector(NamedTuple):
     """A unit with a threshold that stands for a concept."""
 
     unit: int
-    """Its number."""
     below: bool
     """It says yes below the threshold (a neuron's negative direction)."""
     threshold: float
-    """In units of its strength."""
     chosen_f1: float
     """F1 on the half of the sequences that unit and threshold were chosen on."""
     f1: float
     """F1 on the other half, as all that follows."""
     precision: float
-    """Of the tokens it says yes to, the share of the concept's."""
     recall: float
-    """Of the concept's tokens, the share it says yes to."""
     ranker: int
-    """The unit that ranks best: with the best AUROC on the half for choosing."""
+    """The unit with the best AUROC on the half for choosing."""
     auroc: float
     """Its AUROC on the other half: the probability that a token of the concept ranks above one that
     is none; 0.5 is chance."""
@@ -56,13 +52,28 @@ class Counts(NamedTuple):
     signed: bool
     """Units have a negative direction too."""
 
-    def __len__(self) -> int:
-        return self.counts.shape[1] - 1
-
     @property
     def tokens(self) -> Tensor:
         """[2, concepts + 1] in each half."""
         return self.counts[:, :, 0].sum(dim=-1)
+
+    def scores(self, half: int, concept: int, units: Tensor) -> tuple[Tensor, ...]:
+        """F1, precision and recall [sides, units, bins - 1] of saying yes above each threshold,
+        and AUROC [sides, units]; the second side, of signed units, is below the threshold."""
+        of, all_ = (self.counts[half, c, units].double() for c in (concept, -1))
+        total, tokens = of.sum(dim=-1, keepdim=True), all_.sum(dim=-1, keepdim=True)
+        # a bin and all above it; a threshold below which nothing lies is none
+        right, yes = (each.flip(-1).cumsum(-1).flip(-1)[..., 1:] for each in (of, all_))
+        others = all_ - of
+        below = others.cumsum(dim=-1) - others / 2  # within a bin half of the others are below
+        auroc = (of * below).sum(dim=-1) / (total * (tokens - total))[:, 0]
+        if self.signed:
+            right, yes = torch.stack([right, total - right]), torch.stack([yes, tokens - yes])
+            auroc = torch.stack([auroc, 1 - auroc])
+        else:
+            right, yes, auroc = right[None], yes[None], auroc[None]
+        precision = torch.where(yes > 0, right / yes, 0.0)
+        return 2 * right / (yes + total), precision, right / total, auroc
 
 
 class FeatureCounts:
@@ -135,64 +146,23 @@ def _increment(counts: Tensor, places: Tensor) -> None:
     counts.view(-1).index_add_(0, places, torch.ones_like(places, dtype=torch.int32))
 
 
-def detect(counts: Counts, concept: int, among: Tensor | None = None) -> Detector:
+def detect(counts: Counts, concept: int, units: Tensor | None = None) -> Detector:
     """The unit and threshold with the best F1 on the first half, and the unit with the best AUROC,
-    scored on the second; `among` [some] are the units to choose from, or all."""
-    units = torch.arange(counts.counts.shape[2]) if among is None else among
-    first = _halves(counts, concept, 0, units)
-    f1, _, _ = _scores(*first, counts.signed)
-    side, row, level = (int(i) for i in torch.unravel_index(f1.argmax(), f1.shape))
-    unit = units[row]
-    second = _halves(counts, concept, 1, unit[None])
-    scores = [s[side, 0, level].item() for s in _scores(*second, counts.signed)]
-    aurocs = _auroc(*first, counts.signed)  # [sides, units]
-    upside, best = (int(i) for i in torch.unravel_index(aurocs.argmax(), aurocs.shape))
-    ranked = _auroc(*_halves(counts, concept, 1, units[best : best + 1]), counts.signed)
+    scored on the second; `units` [some] are those to choose from, or all."""
+    units = torch.arange(counts.counts.shape[2]) if units is None else units
+    chosen_f1, _, _, aurocs = counts.scores(0, concept, units)
+    side, row, level = (int(i) for i in torch.unravel_index(chosen_f1.argmax(), chosen_f1.shape))
+    ranking_side, ranker = (int(i) for i in torch.unravel_index(aurocs.argmax(), aurocs.shape))
+    best = units[[row, ranker]]
+    f1, precision, recall, auroc = counts.scores(1, concept, best)
     return Detector(
-        unit=int(unit),
+        unit=int(best[0]),
         below=side == 1,
-        threshold=counts.thresholds[unit, level].item(),
-        chosen_f1=f1[side, row, level].item(),
-        f1=scores[0],
-        precision=scores[1],
-        recall=scores[2],
-        ranker=int(units[best]),
-        auroc=ranked[upside, 0].item(),
+        threshold=counts.thresholds[best[0], level].item(),
+        chosen_f1=chosen_f1[side, row, level].item(),
+        f1=f1[side, 0, level].item(),
+        precision=precision[side, 0, level].item(),
+        recall=recall[side, 0, level].item(),
+        ranker=int(best[1]),
+        auroc=auroc[ranking_side, 1].item(),
     )
-
-
-def _halves(counts: Counts, concept: int, half: int, units: Tensor) -> tuple[Tensor, Tensor]:
-    """Counts [units, bins] of one half: the concept's tokens, and all."""
-    one = counts.counts[half]
-    return one[concept, units].double(), one[-1, units].double()
-
-
-def _scores(of: Tensor, everything: Tensor, signed: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """F1, precision and recall [sides, units, bins - 1] of saying yes above each threshold, or
-    where units are `signed` below it, from counts [units, bins]."""
-    total, tokens = of.sum(dim=-1, keepdim=True), everything.sum(dim=-1, keepdim=True)
-    # a bin and all above it; a threshold below which nothing lies is none
-    right, yes = (each.flip(-1).cumsum(-1).flip(-1)[..., 1:] for each in (of, everything))
-    sides = [(right, yes)] + [(total - right, tokens - yes)] * signed
-    right, yes = (torch.stack(each) for each in zip(*sides, strict=True))
-    precision = torch.where(yes > 0, right / yes, 0.0)
-    recall = right / total
-    return 2 * right / (yes + total), precision, recall
-
-
-def _auroc(of: Tensor, everything: Tensor, signed: bool) -> Tensor:
-    """AUROC [sides, units] from counts [units, bins]; within a bin half of the others are below."""
-    others = everything - of
-    below = others.cumsum(dim=-1) - others / 2
-    auroc = (of * below).sum(dim=-1) / (of.sum(dim=-1) * others.sum(dim=-1))
-    return torch.stack([auroc, 1 - auroc] if signed else [auroc])
-
-
-def chance_f1(share: float) -> float:
-    """What always saying yes scores on a concept of that share of tokens."""
-    return 2 * share / (1 + share)
-
-
-def drawn(units: int, n: int, seed: int = 0) -> Tensor:
-    """n of so many units by lot."""
-    return torch.randperm(units, generator=Generator().manual_seed(seed))[:n]

@@ -1,4 +1,4 @@
-"""What activations are like as a cloud of points: mean, covariance and principal directions.
+"""Mean, covariance and principal directions of activations.
 
 Shapes: n = tokens, d = width of a site.
 """
@@ -40,14 +40,7 @@ class Moments:
         mean = self.sum / self.tokens
         return (self.products / self.tokens - mean.outer(mean)).cpu()
 
-
-def principal(covariance: Tensor) -> tuple[Tensor, Tensor]:
-    """Variances [d] and directions [d, d] (rows), the largest first."""
-    variances, columns = torch.linalg.eigh(covariance)
-    return variances.flip(0).clamp(min=0), columns.T.flip(0)
-
-
-def explained(variances: Tensor) -> Tensor:
-    """[d + 1] explained variance of the best F-dimensional affine subspace, F = 0 ... d (Eckart and
-    Young 1936); nan where nothing varies."""
-    return torch.cat([torch.zeros(1).double(), variances.cumsum(0)]) / variances.sum()
+    def principal(self) -> tuple[Tensor, Tensor]:
+        """Variances [d] and directions [d, d] (rows), the largest first."""
+        variances, columns = torch.linalg.eigh(self.covariance)
+        return variances.flip(0).clamp(min=0), columns.T.flip(0)

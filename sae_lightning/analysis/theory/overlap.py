@@ -34,32 +34,26 @@ class Cosines(NamedTuple):
         up_to = folded.cumsum(0) / folded.sum()
         return (int((up_to < share).sum()) + 1) / half
 
-
-class Overlap(NamedTuple):
-    """Decoder rows, and what is to be expected of as many directions by chance."""
-
-    rows: int
-    """Decoder rows that were compared, by lot, with all others."""
-    decoder: Cosines
-    random: Cosines
-    """Of directions that are equally likely everywhere."""
-    like_data: Cosines
-    """Of random directions with the covariance of the activations: what is long in the data is
-    common to many."""
+    def numbers(self) -> dict[str, float]:
+        return {
+            "median": self.size(0.5),
+            "99%": self.size(0.99),
+            "above_0.3": self.above(0.3),
+            "nearest": self.nearest.mean().item(),
+        }
 
 
-def overlap(decoder: Tensor, data: Tensor) -> Overlap:
-    """Compare decoder rows [features, d]; `data` [d, d] turns white noise (rows) into noise with
-    the covariance of the activations."""
+def overlap(decoder: Tensor, data: Tensor) -> dict[str, Cosines]:
+    """Cosines of decoder rows [features, d], of as many random directions, and of random directions
+    with the covariance of the activations (what is long in the data is common to many).
+
+    `data` [d, d] turns white noise (rows) into noise with that covariance.
+    """
     generator = Generator().manual_seed(0)
     chosen = torch.randperm(len(decoder), generator=generator)[:ROWS]
     noise = torch.randn(decoder.shape, generator=generator)
-    return Overlap(
-        rows=len(chosen),
-        decoder=cosines(decoder, chosen),
-        random=cosines(noise, chosen),
-        like_data=cosines(noise @ data.float(), chosen),
-    )
+    directions = {"decoder": decoder, "random": noise, "like_data": noise @ data.float()}
+    return {name: cosines(each, chosen) for name, each in directions.items()}
 
 
 def cosines(directions: Tensor, chosen: Tensor) -> Cosines:

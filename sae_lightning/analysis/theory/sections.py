@@ -1,15 +1,14 @@
-"""What the theory predicts and what was found, in sentences, tables and figures.
+"""What the theory predicts and what was measured, in sentences, tables and figures.
 
 Every sentence is chosen by the number that it tells.
 """
 
 from math import ceil
-from typing import Any
 
 from torch import Tensor
 
-from sae_lightning.analysis.theory.claims import SAMPLE, Detected, Theory, scalars
-from sae_lightning.analysis.theory.detection import Detector, chance_f1
+from sae_lightning.analysis.theory.claims import SAMPLE, Detected, Theory
+from sae_lightning.analysis.theory.detection import Detector
 from sae_lightning.analysis.theory.overlap import Cosines
 from sae_lightning.report.figures import (
     COLOURS,
@@ -28,43 +27,43 @@ BARS = 80
 
 
 def sections(result: Theory) -> list[Section]:
-    """One for each claim."""
-    numbers = scalars(result)
-    found = [
-        _agreement(result, numbers) if result.agreement is not None else None,
-        _biases(result, numbers["biases"]) if result.biases is not None else None,
-        _overlap(result, numbers["overlap"]) if result.overlap is not None else None,
-        _activity(result),
-        _detection(result, numbers["detection"]),
-        _dense(result) if result.dense is not None else None,
-    ]
-    return [section for section in found if section is not None]
+    """One for each claim that was measured."""
+    claims = {
+        "agreement": _agreement,
+        "biases": _biases,
+        "overlap": _overlap,
+        "activity": _activity,
+        "detection": _detection,
+        "dense": _dense,
+    }
+    return [section(result) for name, section in claims.items() if name in result.numbers]
 
 
-def _agreement(result: Theory, numbers: dict[str, Any]) -> Section:
-    cosine, told = result.agreement.cosine, numbers["agreement"]
-    chance = told["chance"]
-    if told["median"] > 0.9:
+def _agreement(result: Theory) -> Section:
+    numbers, told = result.numbers, result.numbers["agreement"]
+    median, chance = told["median"], told["chance"]
+    if median > 0.9:
         verdict = "a feature is written nearly in the direction in which it is read"
-    elif told["median"] > 0.5:
+    elif median > 0.5:
         verdict = "directions are alike but not the same"
-    elif told["median"] > 4 * chance:
+    elif median > 4 * chance:
         verdict = "directions are related but mostly different"
     else:
         verdict = "directions have nothing to do with one another"
+    silent = numbers["features"] - numbers["fired"]
     return Section(
         title="Encoder against decoder directions",
-        lead=f"Encoder columns and decoder rows of the {result.fired:,} features that fired have a "
-        f"median cosine of {told['median']:.2f}, random directions 0 ± {chance:.2f}: {verdict}.",
+        lead=f"Encoder columns and decoder rows of the {numbers['fired']:,} features that fired "
+        f"have a median cosine of {median:.2f}, random directions 0 ± {chance:.2f}: {verdict}.",
         rows={
-            "cosine": f"median {told['median']:.3f}, mean {told['mean']:.3f}",
+            "cosine": f"median {median:.3f}, mean {told['mean']:.3f}",
             "nine of ten": f"between {told['low']:.3f} and {told['high']:.3f}",
             "random directions": f"0 ± {chance:.3f}",
-            "never fired": f"{result.features - result.fired:,} features, left out here",
+            "never fired": f"{silent:,} features, left out here",
         },
         figures={
             "Cosine of a feature's encoder and decoder": _marked(
-                histogram(cosine, "cosine of encoder column and decoder row"), 0, "random"
+                histogram(result.agreement, "cosine of encoder column and decoder row"), 0, "random"
             )
         },
     )
@@ -78,31 +77,33 @@ def _marked(figure: dict, x: float, name: str) -> dict:
     return figure
 
 
-def _biases(result: Theory, numbers: dict[str, float]) -> Section:
+def _biases(result: Theory) -> Section:
+    numbers = result.numbers["biases"]
     negative, median = numbers["negative"], numbers["median"]
-    where = f"{abs(median):.2f} standard deviations {'below' if median < 0 else 'above'} it"
-    verdict = (
-        "features are silent by default"
-        if negative > 0.9
-        else ("many features are on by default" if negative < 0.5 else "most are silent by default")
-    )
-    limit = "zero" if result.biases.compete else "its threshold"
-    compete = " (and has to be among the k strongest)" if result.biases.compete else ""
+    side = "below" if median < 0 else "above"
+    if negative > 0.9:
+        verdict = "features are silent by default"
+    elif negative < 0.5:
+        verdict = "many features are on by default"
+    else:
+        verdict = "most are silent by default"
+    limit = "zero" if result.competes else "its threshold"
+    compete = " (and has to be among the k strongest)" if result.competes else ""
     return Section(
         title="Encoder biases",
         lead=f"At the mean activation {negative:.1%} of features are below {limit}{compete}; the "
-        f"median feature is {where}: {verdict}.",
+        f"median feature is {abs(median):.2f} standard deviations {side} it: {verdict}.",
         rows={
             "nine of ten": f"between {numbers['low']:.2f} and {numbers['high']:.2f} standard "
             "deviations of their pre-activation",
             "b_enc as saved": f"{numbers['raw_negative']:.1%} negative; what the mean activation "
             "adds is taken off there",
             "if pre-activations were normal": f"{numbers['l0_if_normal']:.1f} features would be "
-            f"above {limit} on a token; {result.activity.mean:.1f} are active",
+            f"above {limit} on a token; {result.numbers['activity']['mean']:.1f} are active",
         },
         figures={
             "Pre-activation at the mean activation": _marked(
-                histogram(result.biases.margin, "standard deviations above the threshold"),
+                histogram(result.margin, "standard deviations above the threshold"),
                 0,
                 "threshold",
             )
@@ -110,7 +111,8 @@ def _biases(result: Theory, numbers: dict[str, float]) -> Section:
     )
 
 
-def _overlap(result: Theory, numbers: dict[str, Any]) -> Section:
+def _overlap(result: Theory) -> Section:
+    numbers = result.numbers["overlap"]
     decoder, random = numbers["decoder"], numbers["random"]
     ratio = decoder["99%"] / random["99%"]
     if ratio < 1.1:
@@ -124,23 +126,22 @@ def _overlap(result: Theory, numbers: dict[str, Any]) -> Section:
     table = [
         [
             name,
-            f"{numbers[key]['median']:.3f}",
-            f"{numbers[key]['99%']:.3f}",
-            f"{numbers[key]['above_0.3']:.3%}",
-            f"{numbers[key]['nearest']:.3f}",
+            f"{n['median']:.3f}",
+            f"{n['99%']:.3f}",
+            f"{n['above_0.3']:.3%}",
+            f"{n['nearest']:.3f}",
         ]
-        for key, name in names.items()
+        for name, n in ((name, numbers[key]) for key, name in names.items())
     ]
-    traces = [
-        _density(getattr(result.overlap, key), name, i)
-        for i, (key, name) in enumerate(names.items())
-    ]
+    traces = [_density(result.overlap[key], name, i) for i, (key, name) in enumerate(names.items())]
     return Section(
         title="Nearly orthogonal directions",
         lead=f"Of pairs of decoder rows {decoder['above_0.3']:.2%} have a cosine above 0.3 in size "
         f"(random ones {random['above_0.3']:.2%}), and 99 % stay below {decoder['99%']:.2f} "
         f"(random {random['99%']:.2f}): {verdict}.",
-        rows={"compared": f"{result.overlap.rows:,} of {result.fired:,} rows with all others"},
+        rows={
+            "compared": f"{numbers['rows']:,} of {result.numbers['fired']:,} rows with all others"
+        },
         table=Table(header, table),
         figures={
             "Cosines between directions": {
@@ -164,29 +165,25 @@ def _density(cosines: Cosines, name: str, number: int) -> dict:
 
 
 def _activity(result: Theory) -> Section:
-    activity = result.activity
-    low, median, high = (activity.quantile(share) for share in (0.05, 0.5, 0.95))
-    times = activity.deviation / activity.independent if activity.independent else 1.0
-    independent = "features that fire independently would give"
+    numbers, features = result.numbers["activity"], result.numbers["features"]
+    deviation, independent = numbers["deviation"], numbers["deviation_if_independent"]
+    times = deviation / independent if independent else 1.0
     if times > 1.1:
-        together = f"{times:.1f} times what {independent}"
-    elif times > 0.9:
-        together = f"about what {independent}"
+        compared = f"{times:.1f} times what"
     else:
-        together = f"less than {independent}"
+        compared = "about what" if times > 0.9 else "less than"
     return Section(
         title="Features per token",
-        lead=f"{activity.mean:.1f} of {result.features:,} features are active on a token, between "
-        f"{low} and {high} on nine of ten; the standard deviation of {activity.deviation:.1f} is "
-        f"{together}.",
+        lead=f"{numbers['mean']:.1f} of {features:,} features are active on a token, between "
+        f"{numbers['5%']} and {numbers['95%']} on nine of ten; the standard deviation of "
+        f"{deviation:.1f} is {compared} features that fire independently would give.",
         rows={
-            "median": f"{median}",
-            "every second token": "between "
-            f"{activity.quantile(0.25)} and {activity.quantile(0.75)}",
-            "all": f"between {activity.quantile(0)} and {activity.quantile(1)}",
-            "tokens": f"{result.tokens:,}",
+            "median": f"{numbers['50%']}",
+            "every second token": f"between {numbers['25%']} and {numbers['75%']}",
+            "all": f"between {numbers['0%']} and {numbers['100%']}",
+            "tokens": f"{result.numbers['tokens']:,}",
         },
-        figures={"Active features of a token": _active(activity.counts)},
+        figures={"Active features of a token": _active(result.active)},
     )
 
 
@@ -202,49 +199,48 @@ def _active(counts: Tensor) -> dict:
     return {"data": [trace], "layout": layout("active features", "tokens", bargap=0)}
 
 
-def _detection(result: Theory, numbers: dict[str, Any]) -> Section:
-    title, n = "One feature, one concept", numbers["concepts"]
+def _detection(result: Theory) -> Section:
+    title, numbers = "One feature, one concept", result.numbers["detection"]
+    n = numbers["concepts"]
     if not n:
         return Section(title, "No concept of the lists is frequent enough in this text.")
-    feature, neuron, wins = numbers["feature_f1"], numbers["neuron_f1"], numbers["feature_wins"]
+    feature, neuron = numbers["feature_f1"], numbers["neuron_f1"]
+    ranks, neuron_ranks = numbers["feature_auroc"], numbers["neuron_auroc"]
     comparison = "better than" if feature > neuron else "no better than"
-    chance = sum(chance_f1(one.share) for one in result.detected) / n
+    aurocs = f"(AUROC {ranks:.2f} against {neuron_ranks:.2f})"
+    if ranks > neuron_ranks:
+        ranking = f"Features also rank tokens better {aurocs}."
+    else:
+        why = "where one is silent, all are alike to it"
+        ranking = f"Features do not rank tokens better {aurocs}: {why}."
+    always_yes = sum(2 * one.share / (1 + one.share) for one in result.detected) / n
     return Section(
         title=title,
         lead=f"The best single feature detects a concept with a mean F1 of {feature:.2f}, "
-        f"{comparison} the best single neuron with {neuron:.2f}; the feature wins on {wins} of {n} "
-        f"concepts. {_ranking(numbers)}",
+        f"{comparison} the best single neuron with {neuron:.2f}; the feature wins on "
+        f"{numbers['feature_wins']} of {n} concepts. {ranking}",
         rows={
-            "mean F1": f"{feature:.3f} feature, {neuron:.3f} neuron; {chance:.3f} by always "
+            "mean F1": f"{feature:.3f} feature, {neuron:.3f} neuron; {always_yes:.3f} by always "
             "saying yes",
             "with as few features": f"{numbers['few_f1']:.3f}, the best of as many features, by "
             "lot, as there are neurons in both directions",
-            "mean AUROC": f"{numbers['feature_auroc']:.3f} feature, {numbers['neuron_auroc']:.3f} "
-            "neuron, each of the unit that ranks best",
+            "mean AUROC": f"{ranks:.3f} feature, {neuron_ranks:.3f} neuron, each of the unit that "
+            "ranks best",
             "how": "unit and threshold are chosen on one half of the sequences and scored on the "
             "other",
         },
-        table=_concepts(result),
+        table=_concepts(result.detected),
         figures={"F1 of the best single unit": _units(result)},
     )
 
 
-def _ranking(numbers: dict[str, Any]) -> str:
-    """The other measure, which need not agree."""
-    feature, neuron = numbers["feature_auroc"], numbers["neuron_auroc"]
-    scores = f"(AUROC {feature:.2f} against {neuron:.2f})"
-    if feature > neuron:
-        return f"Features also rank tokens better {scores}."
-    return f"Features do not rank tokens better {scores}: where one is silent, all are alike to it."
-
-
-def _concepts(result: Theory) -> Table:
+def _concepts(detected: list[Detected]) -> Table:
     header = ["concept", "tokens", "feature", "F1", "AUROC", "neuron", "F1", "AUROC"]
     rows = [
         [one.concept, f"{one.share:.1%}", f"{one.feature.unit}"]
         + [f"{one.feature.f1:.3f}", f"{one.feature.auroc:.3f}", _signed(one.neuron)]
         + [f"{one.neuron.f1:.3f}", f"{one.neuron.auroc:.3f}"]
-        for one in sorted(result.detected, key=lambda each: -each.feature.f1)
+        for one in sorted(detected, key=lambda each: -each.feature.f1)
     ]
     return Table(header, rows)
 
@@ -293,46 +289,46 @@ def _labels(detected: list[Detected]) -> list[str]:
 
 
 def _dense(result: Theory) -> Section:
-    dense, d = result.dense, len(result.dense.curve) - 1
+    numbers, sample = result.numbers["dense"], min(SAMPLE, result.numbers["tokens"])
+    worth, d = numbers["worth"], len(numbers["curve"]) - 1
     fewer = ", ".join(
-        f"{check.measured:.6f} with {check.features:,} (bound {check.expected:.6f})"
-        for check in dense.checks
+        f"{check['measured']:.6f} with {check['features']:,} (bound {check['expected']:.6f})"
+        for check in numbers["checks"]
     )
-    short = d // 2
-    compared = (
-        f"{ceil(dense.worth - 1e-9)} dense features"
-        if dense.worth < d
-        else f"no fewer dense features than the site has dimensions, {d:,}"
-    )
+    if worth < d:
+        compared = f"{ceil(worth - 1e-9)} dense features"
+    else:
+        compared = f"no fewer dense features than the site has dimensions, {d:,}"
     return Section(
         title="Dense autoencoders",
-        lead=f"Without sparsity {short:,} features explain at most {dense.curve[short]:.2%} of the "
-        f"variance and {d:,}, one for each dimension, all of it. To explain as much as the SAE "
-        f"does with {dense.l0:.1f} active features a token ({dense.explained:.1%}) it takes "
-        f"{compared}.",
+        lead=f"Without sparsity {d // 2:,} features explain at most {numbers['curve'][d // 2]:.2%} "
+        f"of the variance and {d:,}, one for each dimension, all of it. To explain as much as the "
+        f"SAE does with {numbers['l0']:.1f} active features a token ({numbers['explained']:.1%}) "
+        f"it takes {compared}.",
         rows={
-            "networks that were run": f"explained variance {fewer}, on "
-            f"{min(SAMPLE, result.tokens):,} of the tokens",
-            "as many dense as active": f"{dense.l0:.1f} dense features explain {dense.at_l0:.1%}",
+            "networks that were run": f"explained variance {fewer}, on {sample:,} of the tokens",
+            "as many dense as active": f"{numbers['l0']:.1f} dense features explain "
+            f"{numbers['at_l0']:.1%}",
         },
         figures={"Explained variance by number of features": _curve(result)},
     )
 
 
 def _curve(result: Theory) -> dict:
-    dense = result.dense
-    sizes = list(range(len(dense.curve)))
-    best = line(sizes, rounded(dense.curve), "dense, at best")
+    numbers = result.numbers["dense"]
+    sizes = list(range(len(numbers["curve"])))
+    best = line(sizes, rounded(numbers["curve"]), "dense, at best")
     run = {
         "type": "scatter",
         "mode": "markers",
-        "name": f"dense, run on {min(SAMPLE, result.tokens):,} of the tokens",
-        "x": [check.features for check in dense.checks],
-        "y": rounded([check.measured for check in dense.checks]),
+        "name": f"dense, run on {min(SAMPLE, result.numbers['tokens']):,} of the tokens",
+        "x": [check["features"] for check in numbers["checks"]],
+        "y": rounded([check["measured"] for check in numbers["checks"]]),
         "marker": {"size": 9, "symbol": "x", "color": COLOURS[0]},
     }
-    value = float(f"{dense.explained:.5g}")
-    sae = line([dense.l0, dense.worth], [value, value], "SAE, at its L0", 1, mode="lines+markers")
+    value = float(f"{numbers['explained']:.5g}")
+    at = [numbers["l0"], numbers["worth"]]
+    sae = line(at, [value, value], "SAE, at its L0", 1, mode="lines+markers")
     sae["line"] |= {"dash": "dot"}
     sae["marker"] = {"size": [11, 0], "symbol": "diamond"}
     return {"data": [best, run, sae], "layout": layout("features", "explained variance")}
