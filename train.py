@@ -24,12 +24,12 @@ def train(cfg: DictConfig) -> float | None:
     folder = Path(hydra_config.runtime.output_dir)
     multirun = hydra_config.mode is RunMode.MULTIRUN
     with one_line_errors(folder, multirun):
-        this = job(cfg, folder, list(hydra_config.overrides.task))
+        this = job(cfg, folder, list(hydra_config.overrides.task), multirun)
         # imported late: a mistyped option is answered at once
         with phase("starting"):
-            from sae_lightning.runs import passes, run
+            from sae_lightning.runs.passes import train as train_jobs
 
-        metrics = passes.train_alone(this) if multirun else run.run([this])[0]
+        (metrics,) = train_jobs([this])
         return None if metrics is None else objective(metrics, this.config.sweep)
     return None
 

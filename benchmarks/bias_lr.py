@@ -16,7 +16,7 @@ from rich.table import Table
 
 from sae_lightning.runs.config import conf_folder
 from sae_lightning.runs.jobs import job, register
-from sae_lightning.runs.run import run
+from sae_lightning.runs.passes import train
 from sae_lightning.terminal import console
 
 
@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> None:
             for name, rate in (("as the weights", "1"), ("sqrt(d) times", "null")):
                 mine = [*overrides, f"loss.l1={l1}", f"optim.bias_lr={rate}"]
                 folder = Path(t) / f"{l1}-{rate}"
-                (metrics,) = run([job(compose("config", overrides=mine), folder, mine)])
+                (metrics,) = train([job(compose("config", overrides=mine), folder, mine)])
                 table.add_row(
                     l1,
                     name,

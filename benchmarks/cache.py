@@ -18,7 +18,7 @@ from rich.table import Table
 from sae_lightning.formats.export import WEIGHTS
 from sae_lightning.runs.config import conf_folder
 from sae_lightning.runs.jobs import job, register
-from sae_lightning.runs.run import run
+from sae_lightning.runs.passes import train
 from sae_lightning.terminal import console
 
 SETTINGS = ["trainer.tokens=131072", "model.features=2048", "layer.index=9"]
@@ -36,7 +36,7 @@ def main(overrides: list[str]) -> None:
         cached = ["data.cache=true", f"data.cache_folder={t}/activations"]
         for name, cache in (("from the LLM", []), ("written", cached), ("read", cached)):
             mine, folder = [*SETTINGS, *overrides, *cache], Path(t) / name
-            run([job(compose("config", overrides=mine), folder, mine)])
+            train([job(compose("config", overrides=mine), folder, mine)])
             speed = json.loads((folder / "metrics.json").read_text("utf8"))["speed"]
             # not known on a GPU
             parts = [speed.get(f"{part}_share") for part in ("llm", "data", "sae")]

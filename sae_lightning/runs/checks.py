@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import replace
-from pathlib import Path
 from pickle import UnpicklingError
 from typing import NamedTuple
 from zipfile import BadZipFile
@@ -65,22 +64,19 @@ def _trains_on(trainer: TrainerConfig) -> str:
 
 
 class Checked(NamedTuple):
-    """What is known of jobs in which nothing is wrong."""
+    """A job in which nothing is wrong, and what was looked up for that."""
 
-    sites: list[Sites]
-    """What each reads and reconstructs."""
-
-    steps_done: list[int]
-    """Updates that each has done already."""
-
+    job: Job
+    sites: Sites
+    """What it reads and reconstructs."""
+    steps_done: int
+    """Updates that it has done already."""
     llm: Shape
-    """Of the LLM that they share."""
-
     space: int
-    """Bytes that their checkpoints need."""
+    """Bytes that its checkpoints need."""
 
 
-def check(jobs: list[Job]) -> Checked:
+def check(jobs: list[Job]) -> list[Checked]:
     """Raise a UserError for the first thing wrong with jobs that share the stream half."""
     config = jobs[0].config
     assert len({job.config.stream_key() for job in jobs}) == 1, "jobs must share the stream half"
@@ -103,9 +99,12 @@ def check(jobs: list[Job]) -> Checked:
     if is_text(config):
         check_context(config, llm)
     sites = [job.config.layer.within(llm.layers) for job in jobs]
-    needed = _space(jobs, len(distinct(sites)), llm)
-    check_space(jobs[0].folder, needed)
-    return Checked(sites, steps_done, llm, needed)
+    # the shuffle pool is shared, and there twice while a checkpoint is being replaced
+    pool = 2 * 4 * llm.width * config.data.pool * len(distinct(sites)) // len(jobs)
+    return [
+        Checked(job, pair, done, llm, _space(job, llm) + pool)
+        for job, pair, done in zip(jobs, sites, steps_done, strict=True)
+    ]
 
 
 def _check_folder(job: Job) -> None:
@@ -151,20 +150,18 @@ def _check_cache(jobs: list[Job]) -> None:
         )
 
 
-def _space(jobs: list[Job], sites: int, llm: Shape) -> int:
-    """Bytes that checkpoints need: each has weights and two moments of Adam, and shares the shuffle
-    pool with the others of its pass; all are there twice while they are being replaced."""
-    needed = 2 * 4 * llm.width * jobs[0].config.data.pool * sites
-    for job in jobs:
-        weights = 4 * size(job.config.model, llm.width, llm.width)
-        needed += 2 * (3 * weights + weights)
-        kept = [checkpoint_path(job.folder), *job.folder.glob("sae/*")]
-        needed -= sum(file.stat().st_size for file in kept if file.is_file())
-    return needed
+def _space(job: Job, llm: Shape) -> int:
+    """Bytes that weights and the two moments of Adam need, and the exported weights, both twice
+    while they are being replaced."""
+    weights = 4 * size(job.config.model, llm.width, llm.width)
+    kept = [checkpoint_path(job.folder), *job.folder.glob("sae/*")]
+    return 2 * (3 * weights + weights) - sum(f.stat().st_size for f in kept if f.is_file())
 
 
-def check_space(folder: Path, needed: int) -> None:
-    """Raise a UserError if the disk of `folder` has fewer bytes free."""
+def check_space(jobs: list[Checked]) -> None:
+    """Raise a UserError if the disk has fewer bytes free than the checkpoints of all jobs need."""
+    needed, folder = sum(checked.space for checked in jobs), jobs[0].job.folder
+    folder = folder if len(jobs) == 1 else folder.parent
     free = free_space(folder)
     if free < needed:
         raise UserError(

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
@@ -73,15 +74,26 @@ def one_line_errors(folder: Path | None = None, multirun: bool = False) -> Itera
         sys.exit(130)
     except Exception as error:
         message = explain(error, sys.argv[1:])
-        if message is None or os.environ.get(DEBUG):
+        if multirun:
+            say_error(message, folder.name)
+        elif message is None or os.environ.get(DEBUG):
             raise
-        if not multirun:
+        else:
             sys.exit(f"error: {message}")
-        name = f"{folder.name}: "
-        sys.stderr.write(f"error: {name}{message.removeprefix(name)}\n")
     finally:
         if folder is not None:
             remove_unused(folder)
+
+
+def say_error(message: str | None, name: str | None = None) -> None:
+    """Print the error that is being handled as one line about the job `name`, and go on; a bug
+    (no `message`) with its traceback."""
+    if message is None or os.environ.get(DEBUG):
+        traceback.print_exc()
+    error = sys.exception()
+    name = f"{name}: " if name else ""
+    message = (message or f"{type(error).__name__}: {error}").removeprefix(name)
+    sys.stderr.write(f"error: {name}{message}\n")
 
 
 def _check_flags(arguments: list[str]) -> None:

@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from sae_lightning.errors import UserError
-from sae_lightning.files import atomically, write_json
+from sae_lightning.files import atomically, lock, write_json
 from sae_lightning.report.sweep_table import SweepRun
 from sae_lightning.runs.jobs import (
     CONFIG_FILE,
@@ -19,7 +19,7 @@ from sae_lightning.runs.jobs import (
 from sae_lightning.training.settings import failure_path
 
 METRICS_FILE = "metrics.json"
-_mine: set[Path] = set()  # folders that this process has claimed
+LOCK = ".lock"
 
 
 def metrics(folder: Path) -> dict | None:
@@ -44,10 +44,26 @@ def begin(job: Job) -> None:
     failure_path(job.folder).unlink(missing_ok=True)
 
 
+def forget(job: Job) -> bool:
+    """Take away the settings of a new plain run that came to nothing; whether it did."""
+    left = {file.name for file in job.folder.iterdir()} <= {CONFIG_FILE, LOCK}
+    nothing = left and not (job.resumed or job.multirun)
+    if nothing:
+        (job.folder / CONFIG_FILE).unlink(missing_ok=True)
+    return nothing
+
+
 def note_failure(job: Job, reason: str) -> None:
     """Write down why a run failed, unless it has said so itself or has come to its end."""
     if failure(job.folder) is None and metrics(job.folder) is None:
         write_json(failure_path(job.folder), {"reason": reason, "diverged": False})
+
+
+def refuse(job: Job, reason: str) -> None:
+    """Write down, for the report, that a job could not begin, but not over another run."""
+    if not (job.folder / CONFIG_FILE).exists():
+        begin(job)
+        note_failure(job, reason)
 
 
 def sweep_runs(folder: Path) -> list[SweepRun]:
@@ -79,35 +95,14 @@ def _json(path: Path) -> dict | None:
 
 @contextmanager
 def claimed(folders: list[Path]) -> Iterator[None]:
-    """Keep other processes out of the folders; the system lifts the claim if we die.
-
-    What this process has claimed already it may claim again: a sweep claims the runs of all passes.
-    """
+    """Keep other processes out of the folders; the system lifts the claim if we die."""
     with ExitStack() as locks:
-        for folder in {folder.absolute() for folder in folders} - _mine:
-            locks.enter_context(_claimed(folder))
-            _mine.add(folder)
-            locks.callback(_mine.discard, folder)
+        for folder in folders:
+            try:
+                locks.enter_context(lock(folder / LOCK))
+            except BlockingIOError:
+                raise UserError(
+                    f"{folder}: another process is training there; wait for it, or choose another "
+                    f"folder with {ELSEWHERE}"
+                ) from None
         yield
-
-
-@contextmanager
-def _claimed(folder: Path) -> Iterator[None]:
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    path = folder / ".lock"
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{folder}: another process is training there; wait for it, or choose another "
-                f"folder with {ELSEWHERE}"
-            ) from None
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)

@@ -23,8 +23,6 @@ class Inputs(NamedTuple):
 
     rows: RowSource
     held_out: HeldOut | HeldOutConcepts
-    width: int
-    """d, the length of an activation."""
     about: dict[str, str]
     """What they come from, for a person."""
 
@@ -63,14 +61,13 @@ def open_inputs(config: Config, sites: Sequence[Site], resumed: bool) -> Inputs:
     if isinstance(data, SyntheticConfig):
         rows = ConceptRows(open_world(data), sites, seed=config.seed, device=device(llm))
         held_out = _concepts(config, config.eval.tokens)
-        return Inputs(rows, held_out, data.dim, {"concepts": _told(data)})
+        return Inputs(rows, held_out, {"concepts": _told(data)})
     loaded, tokens = open_llm(config, blocks(config, sites))
     source = loaded, tokens.train, sites
     rows = open_rows(llm, data, config.seed, *source, resumed, ahead=config.trainer.batch)
     held_out = _text(config, loaded, tokens, sites, config.eval.tokens, config.eval.loss_tokens)
-    width = loaded.model.config.get_text_config().hidden_size
     about = {"LLM": f"{llm.name}, {llm.dtype.name} on {rows.device}"}
-    return Inputs(rows, held_out, width, about)
+    return Inputs(rows, held_out, about)
 
 
 def blocks(config: Config, sites: Sequence[Site]) -> int | None:

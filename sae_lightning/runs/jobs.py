@@ -29,6 +29,8 @@ class Job:
     folder: Path
     overrides: list[str] = field(default_factory=list)
     resumed: bool = False
+    multirun: bool = False
+    """Whether other jobs may follow, whatever becomes of this one."""
     sweep: Path | None = None
     """The folder of the multirun that it is part of, unless its launcher starts jobs singly."""
     swept: Sequence[str] = ()
@@ -107,26 +109,25 @@ def job_folder(swept: str, number: int) -> str:
     return name.decode() or str(number)
 
 
-def job(cfg: DictConfig, folder: Path, overrides: list[str]) -> Job:
+def job(cfg: DictConfig, folder: Path, overrides: list[str], multirun: bool = False) -> Job:
     """The job of a composed config: a new run in `folder`, or the one that `resume` names."""
     if cfg.resume is None:
-        return Job(config=_with_absolute_paths(typed(cfg)), folder=folder, overrides=overrides)
+        config = _with_absolute_paths(typed(cfg))
+        return Job(config=config, folder=folder, overrides=overrides, multirun=multirun)
     _nothing_else(overrides)
-    this = read_job(Path(run_folder(cfg.resume)))
-    this.resumed = True
-    return this
+    return replace(read_job(Path(run_folder(cfg.resume))), resumed=True, multirun=multirun)
 
 
 def jobs(cfg: DictConfig, folder: Path, overrides: list[str], sweep: Path) -> list[Job]:
     """The jobs that one composed config of the multirun in `sweep` stands for: one, or all those
     of the sweep that `resume` names."""
     if cfg.resume is None:
-        return [replace(job(cfg, folder, overrides), sweep=sweep)]
+        return [replace(job(cfg, folder, overrides, multirun=True), sweep=sweep)]
     if is_sweep(Path(cfg.resume)):
         _nothing_else(overrides)
         these = [replace(this, resumed=True) for this in read_sweep(Path(cfg.resume))]
     else:
-        these = [job(cfg, folder, overrides)]
+        these = [job(cfg, folder, overrides, multirun=True)]
     given = [o.partition("=")[0].partition(".")[2] for o in overrides if o.startswith("sweep.")]
     now = {name: getattr(typed(cfg.sweep), name) for name in given}
     for this in these:
@@ -186,7 +187,7 @@ def read_job(folder: Path) -> Job:
 
 def read_sweep(folder: Path) -> list[Job]:
     """The jobs whose run folders lie in the folder of a multirun, by name."""
-    return [replace(read_job(run), sweep=folder) for run in run_folders(folder)]
+    return [replace(read_job(run), multirun=True, sweep=folder) for run in run_folders(folder)]
 
 
 def run_folders(sweep: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Trains a list of jobs that share one stream: the only place where everything is wired."""
+"""Trains the jobs of one pass of the LLM: the only place where everything is wired."""
 
 import logging
 import signal
@@ -13,8 +13,8 @@ import lightning as L
 import torch
 
 from sae_lightning.files import write_json
+from sae_lightning.llm.packaged import Shape
 from sae_lightning.llm.sites import Sites, distinct
-from sae_lightning.runs import checks, folders
 from sae_lightning.runs.config import Config
 from sae_lightning.runs.folders import METRICS_FILE
 from sae_lightning.runs.heap import keep_freed_memory
@@ -47,33 +47,37 @@ class Parts(NamedTuple):
     trainer: L.Trainer
 
 
-def run(jobs: list[Job]) -> list[dict[str, float] | None]:
-    """Train the SAEs of `jobs`, which share the stream half of their configs, on one pass.
+class Pass(NamedTuple):
+    """Jobs that train together on one stream, and what has been looked up for them."""
+
+    jobs: list[Job]
+    sites: list[Sites]
+    """What each reads and reconstructs."""
+    steps_done: int
+    """Updates that all of them have done already."""
+    llm: Shape
+    memory: int
+    """Estimate in bytes."""
+
+
+def run(this: Pass) -> list[dict[str, float] | None]:
+    """Train the SAEs of a pass, whose folders this process has claimed.
 
     Returns the final held-out metrics of each, None for one that failed beside others; its run
-    folder holds the rest. UserError: anything wrong that can be known is told before the LLM is
-    loaded.
+    folder holds the rest.
     """
-    finished = [folders.finished(job) for job in jobs]
-    if all(finished):
-        console.print(f"{jobs[0].folder} is finished; start a new run to train further")
-        return [metrics["held_out"] for metrics in finished]
-    jobs = [checks.resolved(job) for job in jobs]
-    sites, steps_done, *_ = checks.check(jobs)
-    assert len(set(steps_done)) == 1, "jobs must have come to the same update"
     if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()  # of this pass, not of the one before
     keep_freed_memory()
-    with folders.claimed([job.folder for job in jobs]), _quiet_lightning():
-        return _run(jobs, sites, steps_done[0])
+    with _quiet_lightning():
+        return _run(this)
 
 
-def _run(jobs: list[Job], sites: list[Sites], steps_done: int) -> list[dict[str, float] | None]:
-    inputs = open_inputs(jobs[0].config, distinct(sites), jobs[0].resumed)
-    parts = assemble(jobs, sites, inputs, steps_done)
+def _run(this: Pass) -> list[dict[str, float] | None]:
+    jobs, steps_done = this.jobs, this.steps_done
+    inputs = open_inputs(jobs[0].config, distinct(this.sites), jobs[0].resumed)
+    parts = assemble(this, inputs)
     module = parts.module
-    for job in jobs:
-        folders.begin(job)
     announce(jobs, module.heads, inputs.about, steps_done)
     started = time.monotonic()
     try:
@@ -102,9 +106,9 @@ def _run(jobs: list[Job], sites: list[Sites], steps_done: int) -> list[dict[str,
     return results
 
 
-def assemble(jobs: list[Job], sites: list[Sites], inputs: Inputs, steps_done: int) -> Parts:
+def assemble(this: Pass, inputs: Inputs) -> Parts:
     """Build stream, heads and trainer from the jobs' configs."""
-    config = jobs[0].config
+    jobs, config = this.jobs, this.jobs[0].config
     trainer = config.trainer
     stream = LiveStream(
         inputs.rows,
@@ -113,10 +117,10 @@ def assemble(jobs: list[Job], sites: list[Sites], inputs: Inputs, steps_done: in
         pool=config.data.pool,
         seed=config.seed,
     )
-    resumed_at = steps_done * trainer.batch if jobs[0].resumed else None
+    resumed_at = this.steps_done * trainer.batch if jobs[0].resumed else None
     heads = [
-        _head(job, pair, inputs.width, _log(job, jobs, resumed_at))
-        for job, pair in zip(jobs, sites, strict=True)
+        _head(job, pair, this.llm.width, _log(job, jobs, resumed_at))
+        for job, pair in zip(jobs, this.sites, strict=True)
     ]
     module = SAEModule(heads, batch=trainer.batch, steps=trainer.steps, resume=resume_of(jobs))
     return Parts(

@@ -365,8 +365,8 @@ def refused(this: Job) -> str:
 
 
 def test_a_good_job_passes_with_its_site(tmp_path, smollm2):
-    (site,), steps_done, *_ = checks.check([a_job(tmp_path / "run")])
-    assert (str(site), steps_done) == ("resid.9", [0])
+    (checked,) = checks.check([a_job(tmp_path / "run")])
+    assert (str(checked.sites), checked.steps_done) == ("resid.9", 0)
 
 
 def test_a_layer_out_of_range_names_the_range(tmp_path, smollm2):
@@ -399,12 +399,15 @@ def test_too_little_space_says_how_much_is_needed(tmp_path, smollm2, monkeypatch
     # 2 (1.39 + 151) + 0.93 = 305.7 MB
     free = {"bytes": 305_000_000}
     monkeypatch.setattr(checks, "free_space", lambda folder: free["bytes"])
-    line = refused(a_job(tmp_path))
+    (checked,) = checks.check([a_job(tmp_path)])
+    with pytest.raises(UserError) as error:
+        checks.check_space([checked])
+    line = str(error.value)
     assert re.fullmatch(
         r"no space left: checkpoints in .* need 0\.3 GB, 0\.3 GB are free; .*", line
     )
     free["bytes"] = 306_000_000
-    checks.check([a_job(tmp_path)])
+    checks.check_space([checked])
 
 
 def test_a_folder_that_holds_a_run_is_not_written_over(tmp_path, smollm2):
@@ -430,9 +433,9 @@ def save_checkpoint(this: Job, **content) -> Path:
 
 def test_a_checkpoint_that_fits_says_how_far_it_came(tmp_path, smollm2):
     this = a_job(tmp_path, resumed=True)
-    assert checks.check([this])[1] == [0], "killed before the first checkpoint"
+    assert checks.check([this])[0].steps_done == 0, "killed before the first checkpoint"
     save_checkpoint(this)
-    assert checks.check([this])[1] == [7]
+    assert checks.check([this])[0].steps_done == 7
 
 
 def test_a_checkpoint_without_its_stream_is_no_checkpoint(tmp_path, smollm2):

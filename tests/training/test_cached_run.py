@@ -11,7 +11,7 @@ import pytest
 from sae_lightning.errors import UserError
 from sae_lightning.formats.export import WEIGHTS
 from sae_lightning.llm.sites import LayerConfig
-from sae_lightning.runs import checks, inputs, run
+from sae_lightning.runs import checks, inputs, passes, run
 from sae_lightning.runs.jobs import read_job
 from sae_lightning.stream import cache, rows
 from sae_lightning.training.settings import EvalConfig
@@ -34,9 +34,9 @@ def made(job, tmp_path):
 @pytest.fixture
 def calls(monkeypatch):
     """A 1 for every pass of the LLM in training."""
-    passes, capture = [], rows.capture
-    monkeypatch.setattr(rows, "capture", lambda *args: passes.append(1) or capture(*args))
-    return passes
+    llm_passes, capture = [], rows.capture
+    monkeypatch.setattr(rows, "capture", lambda *args: llm_passes.append(1) or capture(*args))
+    return llm_passes
 
 
 def weights(job):
@@ -50,18 +50,18 @@ def metrics(job):
 @pytest.mark.slow
 def test_a_cached_run_ends_with_the_weights_of_a_live_one_and_without_the_llm(made, calls):
     live, writing, reading = made("live", cached=False), made("writing"), made("reading")
-    run.run([live])
-    passes = len(calls)
-    run.run([writing])
-    assert len(calls) == 2 * passes > 0
-    run.run([reading])
-    assert len(calls) == 2 * passes
+    passes.train([live])
+    llm_passes = len(calls)
+    passes.train([writing])
+    assert len(calls) == 2 * llm_passes > 0
+    passes.train([reading])
+    assert len(calls) == 2 * llm_passes
     assert weights(live) == weights(writing) == weights(reading)
     assert metrics(live)["held_out"] == metrics(reading)["held_out"]
     assert metrics(live)["training"] == metrics(reading)["training"]
     assert metrics(reading)["speed"]["llm_share"] == 0
     other = made("other", layer=LayerConfig(index=0))
-    run.run([other])
+    passes.train([other])
     assert len(calls) == 3 * passes, "another layer is not there yet"
 
 
@@ -79,7 +79,7 @@ def failing(monkeypatch):
             standard = run.standard
             patch.setattr(run, "standard", lambda *args: [PowerCut(), *standard(*args)])
             with pytest.raises(SystemError) as error:
-                run.run([job])
+                passes.train([job])
         return error
 
     return fail
@@ -93,11 +93,11 @@ def test_a_run_that_failed_leaves_the_cache_to_the_next_one_of_its_process(
     assert error.tb, "which holds all that the run was made of"
     assert list(tmp_path.glob("activations/*/.*.tmp")) == []
     capsys.readouterr()
-    run.run([made("next")])
+    passes.train([made("next")])
     assert "another process" not in capsys.readouterr().out
-    passes = len(calls)
-    run.run([made("last")])
-    assert len(calls) == passes
+    llm_passes = len(calls)
+    passes.train([made("last")])
+    assert len(calls) == llm_passes
 
 
 def test_a_cache_that_cannot_be_is_refused_before_the_llm_is_loaded(made, tmp_path, monkeypatch):
@@ -105,7 +105,7 @@ def test_a_cache_that_cannot_be_is_refused_before_the_llm_is_loaded(made, tmp_pa
     folder = tmp_path / "activations"
     folder.touch()
     with pytest.raises(UserError, match="data.cache_folder=.*/activations cannot be written to"):
-        run.run([made("run")])
+        passes.train([made("run")])
     resumed = made("resumed")
     resumed.resumed = True
     checks.check([resumed])
@@ -130,10 +130,10 @@ def test_a_cache_that_can_only_be_read_is_taken_if_there_is_anything_in_it(
 def test_a_run_that_a_sweep_or_a_user_takes_up_needs_no_space_for_its_cache(made, monkeypatch):
     monkeypatch.setattr(cache, "free_space", lambda folder: 0)
     with pytest.raises(UserError, match="data.cache: no space"):
-        run.run([made("new")])
+        passes.train([made("new")])
     taken_up = made("taken up")
     taken_up.resumed = True  # and has no checkpoint yet
-    run.run([taken_up])
+    passes.train([taken_up])
     assert metrics(taken_up)["tokens"] > 0
 
 
@@ -149,18 +149,18 @@ def test_jobs_of_one_pass_have_one_cache(made):
 @pytest.mark.parametrize("deleted", [False, True])
 def test_a_killed_caching_run_resumes_exactly(made, calls, failing, tmp_path, deleted):
     live, killed = made("live", cached=False), made("killed")
-    run.run([live])
+    passes.train([live])
     failing(killed)
     if deleted:
         shutil.rmtree(tmp_path / "activations")
     again = read_job(killed.folder)
     again.resumed = True
-    run.run([again])
+    passes.train([again])
     assert weights(live) == weights(killed)
-    passes = len(calls)
-    run.run([made("after", eval=EvalConfig(every=10**9, tokens=150))])
-    assert (len(calls) > passes) == deleted, "what was there at a checkpoint stays there"
-    passes = len(calls)
-    run.run([made("last")])
-    assert len(calls) == passes
+    llm_passes = len(calls)
+    passes.train([made("after", eval=EvalConfig(every=10**9, tokens=150))])
+    assert (len(calls) > llm_passes) == deleted, "what was there at a checkpoint stays there"
+    llm_passes = len(calls)
+    passes.train([made("last")])
+    assert len(calls) == llm_passes
     assert weights(live) == weights(made("last"))

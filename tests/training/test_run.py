@@ -21,7 +21,7 @@ from sae_lightning.llm.capture import capture
 from sae_lightning.llm.load import Attention, Dtype
 from sae_lightning.llm.sites import decoder_stack
 from sae_lightning.llm.splice import Scores
-from sae_lightning.runs import inputs, run
+from sae_lightning.runs import inputs, passes, run
 from sae_lightning.runs.jobs import read_job
 from sae_lightning.sae import SAE
 from sae_lightning.sae.relu import ReLULoss
@@ -94,7 +94,7 @@ def count_products(monkeypatch):
 def resume(job):
     again = read_job(job.folder)
     again.resumed = True
-    return run.run([again])
+    return passes.train([again])
 
 
 # dead after five batches and resampled twice, so that resuming has resampling to get right
@@ -118,7 +118,7 @@ def assert_same(one, other):
 def whole(job):
     """An uninterrupted run with sparsity strong enough to kill features."""
     done = job("whole", loss=ReLULoss(l1=0.3), optim=OptimConfig(lr=3e-2), callbacks=RESAMPLING)
-    run.run([done])
+    passes.train([done])
     return done
 
 
@@ -133,12 +133,12 @@ def test_a_run_stopped_by_sigterm_saves_says_how_to_continue_and_ends_the_same(
         interrupt(patch, at_step, lambda: os.kill(os.getpid(), signal.SIGTERM))
         if at_step < STEPS:
             with pytest.raises(SystemExit) as end:
-                run.run([stopped])
+                passes.train([stopped])
             assert end.value.code == 128 + signal.SIGTERM
             assert f"resume={stopped.folder}" in capsys.readouterr().out.replace("\n", "")
             assert checkpoint(stopped.folder)["global_step"] == at_step
         else:
-            run.run([stopped])
+            passes.train([stopped])
     if at_step < STEPS:
         resume(stopped)
     assert_same(whole.folder, stopped.folder)
@@ -153,7 +153,7 @@ def test_a_run_that_dies_between_checkpoints_ends_the_same(job, whole, monkeypat
     with monkeypatch.context() as patch:
         interrupt(patch, at_step, power_cut)
         with pytest.raises(SystemError):
-            run.run([died])
+            passes.train([died])
     resume(died)
     assert_same(whole.folder, died.folder)
 
@@ -170,7 +170,7 @@ def test_a_signal_before_the_first_update_stops_at_once_and_not_as_a_success(
             lambda *_: os.kill(os.getpid(), number),
         )
         with pytest.raises(SystemExit) as end:
-            run.run([stopped])
+            passes.train([stopped])
     assert end.value.code == 128 + number
     assert f"resume={stopped.folder}" in capsys.readouterr().out
     assert not (stopped.folder / "checkpoints").exists()
@@ -193,14 +193,14 @@ def test_resuming_is_exact_in_either_precision_and_when_repeated(job, monkeypatc
             trainer=replace(made.config.trainer, precision=precision),
             data=replace(made.config.data, max_norm=1.2),
         )
-    run.run([one])
+    passes.train([one])
     # dense at first, sparse from some update on, and between the interruptions
     assert 0 < ways.index(True) < 33 and not ways[13] and ways[32]
     for at_step, again in ((13, False), (25, True), (33, True)):
         with monkeypatch.context() as patch:
             interrupt(patch, at_step, power_cut)
             with pytest.raises(SystemError):
-                resume(other) if again else run.run([other])
+                resume(other) if again else passes.train([other])
     resume(other)
     assert_same(one.folder, other.folder)
 
@@ -208,7 +208,7 @@ def test_resuming_is_exact_in_either_precision_and_when_repeated(job, monkeypatc
 def test_the_run_folder_says_what_auto_stood_for(job):
     made = job("run")
     made.config = replace(made.config, llm=replace(made.config.llm, dtype=Dtype.auto))
-    run.run([made])
+    passes.train([made])
     written = read_job(made.folder).config
     assert written.llm.dtype is not Dtype.auto
     in_bf16 = written.llm.dtype is Dtype.bfloat16
@@ -222,13 +222,13 @@ def test_two_processes_do_not_train_in_one_folder(job):
     with open(made.folder / ".lock", "w") as lock:  # as another process would
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another process is training there"):
-            run.run([made])
+            passes.train([made])
     assert [file.name for file in made.folder.iterdir()] == [".lock"]
 
 
 def test_a_folder_that_holds_a_run_is_not_trained_over(job, whole):
     with pytest.raises(UserError, match=r"already holds a run: continue it with resume="):
-        run.run([replace(whole, config=job("whole").config)])
+        passes.train([replace(whole, config=job("whole").config)])
 
 
 def test_damaged_metrics_are_written_again(job, whole):
@@ -266,8 +266,8 @@ def test_evaluation_changes_nothing_about_training(job):
         job(name, eval=EvalConfig(every=every, tokens=150))
         for name, every in (("often", 3 * BATCH), ("never", 10**9))
     )
-    run.run([often])
-    run.run([never])
+    passes.train([often])
+    passes.train([never])
     assert weights(often.folder) == weights(never.folder)
     assert len(curves(often.folder)["held_out/l0"]) == 14  # 13 on the way and one at the end
     assert len(curves(never.folder)["held_out/l0"]) == 1
@@ -277,7 +277,7 @@ def test_the_seed_decides_everything(job):
     for name, seed in (("one", 3), ("same", 3), ("other", 4)):
         made = job(name, seed=seed)
         made.config.model.seed = seed
-        run.run([made])
+        passes.train([made])
     folder = made.folder.parent
     assert weights(folder / "one") == weights(folder / "same") != weights(folder / "other")
 
@@ -291,7 +291,7 @@ def test_the_saved_sae_does_to_raw_activations_what_the_trained_one_did(
     kept = {}
     finish = run.finish
     monkeypatch.setattr(run, "finish", lambda *args: kept.update(parts=args[1]) or finish(*args))
-    run.run([made])
+    passes.train([made])
     head = kept["parts"].module.heads[0]
     if mode is not Normalization.none:
         assert not torch.equal(head.in_scale, torch.ones(()))
@@ -311,20 +311,20 @@ def test_without_the_llms_loss_only_the_blocks_below_are_loaded_and_the_sae_is_t
     whole = job("whole")
     changed = {"eval": replace(whole.config.eval, loss_tokens=0)}
     quick = job("quick", **changed)
-    (before,), (after,) = run.run([whole]), run.run([quick])
+    (before,), (after,) = passes.train([whole]), passes.train([quick])
     assert [len(decoder_stack(llm.model)) for llm in loaded] == [3, 2]
     assert before.keys() - after.keys() == {*Scores._fields}
     assert all(after[name] == before[name] for name in after)
     assert len({(each.folder / "sae" / WEIGHTS).read_bytes() for each in (whole, quick)}) == 1
     folder = str(whole.folder.parent / "cache")
     cached = replace(whole.config.data, cache=True, cache_folder=folder)
-    run.run([job("cached", data=cached, **changed)])
+    passes.train([job("cached", data=cached, **changed)])
     assert len(decoder_stack(loaded[-1].model)) == 3, "the key of a cache is of the whole LLM"
 
 
 def test_a_run_folder_is_complete_and_the_curves_are_plotted_against_tokens(job):
     made = job("run")
-    (metrics,) = run.run([made])
+    (metrics,) = passes.train([made])
     folder = made.folder
     assert {file.name for file in folder.iterdir() if "tfevents" not in file.name} == {
         "config.yaml",
@@ -369,7 +369,7 @@ def test_a_run_folder_is_complete_and_the_curves_are_plotted_against_tokens(job)
 )
 def test_a_loss_that_is_no_longer_finite_stops_the_run_and_names_the_term(job, changes, message):
     with pytest.raises(UserError, match=message):
-        run.run([job("run", **changes)])
+        passes.train([job("run", **changes)])
 
 
 def test_a_late_divergence_leaves_the_last_good_checkpoint(job, monkeypatch):
@@ -383,7 +383,7 @@ def test_a_late_divergence_leaves_the_last_good_checkpoint(job, monkeypatch):
     monkeypatch.setattr(run, "_head", lambda *args: kept.setdefault("head", build_head(*args)))
     interrupt(monkeypatch, 15, poison)
     with pytest.raises(UserError, match=r"step 15 .*last\.ckpt.*lower optim\.lr"):
-        run.run([made])
+        passes.train([made])
     saved = checkpoint(made.folder)
     assert saved["global_step"] == 10
     tensors = [t for t in saved["state_dict"].values() if isinstance(t, torch.Tensor)]

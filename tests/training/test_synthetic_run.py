@@ -75,7 +75,7 @@ def curves(folder: Path) -> dict:
 
 def test_recovery_is_measured_instead_of_the_llms_loss(job, capsys):
     this = job("run")
-    (held_out,) = run.run([this])
+    (held_out,) = passes.train([this])
     said = capsys.readouterr().out
     found = metrics(this.folder)["held_out"]
     assert found == held_out
@@ -92,7 +92,7 @@ def test_recovery_is_measured_instead_of_the_llms_loss(job, capsys):
 
 def test_an_evaluation_of_the_saved_sae_says_the_same(job):
     this = job("run")
-    (trained,) = run.run([this])
+    (trained,) = passes.train([this])
     sites = this.config.layer.within(1)
     held_out = open_held_out(read_job(this.folder).config, distinct([sites]), None)
     found = evaluate(load_sae(this.folder), held_out, sites)
@@ -102,7 +102,7 @@ def test_an_evaluation_of_the_saved_sae_says_the_same(job):
 
 def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(job, monkeypatch):
     whole, stopped = job("whole"), job("stopped")
-    run.run([whole])
+    passes.train([whole])
 
     class Stop(L.Callback):
         def on_train_batch_end(self, trainer, *_):
@@ -113,8 +113,8 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(job, monkeypatch):
         standard = run.standard
         patch.setattr(run, "standard", lambda *args: [Stop(), *standard(*args)])
         with pytest.raises(SystemExit):
-            run.run([stopped])
-    run.run([replace(read_job(stopped.folder), resumed=True)])
+            passes.train([stopped])
+    passes.train([replace(read_job(stopped.folder), resumed=True)])
     ends = [(job.folder / "sae" / WEIGHTS).read_bytes() for job in (whole, stopped)]
     assert ends[0] == ends[1]
     assert metrics(whole.folder)["held_out"] == metrics(stopped.folder)["held_out"]
@@ -128,7 +128,7 @@ def test_a_sweep_shares_the_samples_and_reports_what_was_recovered(job, tmp_path
         for l1 in (1e-3, 1e-2)
     ]
     alone = job("alone", loss=ReLULoss(l1=1e-2))
-    run.run([alone])
+    passes.train([alone])
     passes.train(jobs)
     ends = [(folder / "sae" / WEIGHTS).read_bytes() for folder in (jobs[1].folder, alone.folder)]
     assert ends[0] == ends[1]
@@ -143,7 +143,7 @@ def test_a_sweep_shares_the_samples_and_reports_what_was_recovered(job, tmp_path
 
 def test_the_loss_of_no_llm_cannot_be_asked_for(job):
     with pytest.raises(UserError, match=r"^eval\.loss_tokens=8 has no meaning with data=synthetic"):
-        run.run([replace(job("run"), overrides=["eval.loss_tokens=8"])])
+        passes.train([replace(job("run"), overrides=["eval.loss_tokens=8"])])
 
 
 # 256 concepts in 64 dimensions, 4 of them active: a run of 131,072 tokens takes three seconds
@@ -167,7 +167,7 @@ def recovery_of(overrides: list[str], folder: Path) -> dict[str, float]:
     register()
     with initialize_config_dir(conf_folder(), version_base="1.3"):
         typed = compose("config", [*SMALL, *overrides])
-    (found,) = run.run([make_job(typed, folder, overrides)])
+    (found,) = passes.train([make_job(typed, folder, overrides)])
     return found
 
 

@@ -11,7 +11,7 @@ from test_run import RESAMPLING, assert_same, interrupt, resume, weights
 from sae_lightning import load_sae
 from sae_lightning.analysis.evaluate import evaluate
 from sae_lightning.llm.sites import Kind, LayerConfig, Site, Sites
-from sae_lightning.runs import run
+from sae_lightning.runs import passes
 from sae_lightning.runs.inputs import open_held_out
 from sae_lightning.sae import ARCHITECTURES
 from sae_lightning.sae.relu import ReLULoss
@@ -48,7 +48,7 @@ def architecture(name):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_architecture_learns_the_mlp_and_is_saved_as_it_is_scored(transcoder, name):
     done = transcoder("run", **architecture(name))
-    run.run([done])
+    passes.train([done])
     said = metrics(done)["held_out"]
     sae = load_sae(done.folder)
     assert sae.metadata["hook_name"] == "blocks.1.ln2.hook_normalized"
@@ -72,7 +72,7 @@ def test_the_mlp_is_learned_and_not_its_input(transcoder, job):
         transcoder("transcoder", **settings),
         job("autoencoder", layer=LayerConfig(index=1, source=Kind.mlp_in), **settings),
     ]
-    run.run(both)
+    passes.train(both)
     names = [load_sae(one.folder).metadata for one in both]
     assert "hook_name_out" in names[0]
     assert "hook_name_out" not in names[1]
@@ -93,12 +93,12 @@ def test_the_mlp_is_learned_and_not_its_input(transcoder, job):
 def test_a_killed_transcoder_ends_the_same(transcoder, monkeypatch):
     settings = {"loss": ReLULoss(l1=0.3), "optim": OptimConfig(lr=3e-2), "callbacks": RESAMPLING}
     whole = transcoder("whole", **settings)
-    run.run([whole])
+    passes.train([whole])
     killed = replace(whole, folder=whole.folder.parent / "killed")
     with monkeypatch.context() as patch:
         interrupt(patch, 23, lambda: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(SystemExit):
-            run.run([killed])
+            passes.train([killed])
     resume(killed)
     assert_same(whole.folder, killed.folder)
 
@@ -116,12 +116,12 @@ def test_a_cached_transcoder_is_the_live_one_and_shares_sites_with_autoencoders(
         return replace(one, config=replace(one.config, data=data))
 
     live, writing, reading = transcoder("live"), transcoder("writing"), transcoder("reading")
-    run.run([live])
+    passes.train([live])
     once = len(passes)
-    run.run([cached(writing)])
+    passes.train([cached(writing)])
     assert len(passes) == 2 * once > 0
-    run.run([cached(reading)])
-    run.run([cached(job("mlp", layer=LayerConfig(index=1, source=Kind.mlp)))])
+    passes.train([cached(reading)])
+    passes.train([cached(job("mlp", layer=LayerConfig(index=1, source=Kind.mlp)))])
     assert len(passes) == 2 * once, "both sites are there"
     assert weights(live.folder) == weights(writing.folder) == weights(reading.folder)
     assert metrics(live)["held_out"] == metrics(reading)["held_out"]
