@@ -62,7 +62,7 @@ def test_a_cached_run_ends_with_the_weights_of_a_live_one_and_without_the_llm(ma
     assert metrics(reading)["speed"]["llm_share"] == 0
     other = made("other", layer=LayerConfig(index=0))
     passes.train([other])
-    assert len(calls) == 3 * passes, "another layer is not there yet"
+    assert len(calls) == 3 * llm_passes, "another layer is not there yet"
 
 
 @pytest.fixture
