@@ -22,10 +22,9 @@ from torch import Tensor, nn
 
 from sae_lightning.analysis.subject import Subject
 from sae_lightning.analysis.survey.collect import Batch, collect, excerpt
-from sae_lightning.llm.direct_path import embedding, final_norm, mlp_norm
-from sae_lightning.llm.logits import body
-from sae_lightning.llm.response import response
+from sae_lightning.llm.directions import embedding, final_norm, mlp_norm, response
 from sae_lightning.llm.sites import Kind
+from sae_lightning.llm.splice import body
 from sae_lightning.report.catalogue import Effect
 from sae_lightning.report.section import Section, Table
 from sae_lightning.stream.packing import TokenSource

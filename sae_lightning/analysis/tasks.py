@@ -38,9 +38,9 @@ from sae_lightning.analysis.trained import Trained, open_reader, open_subject, o
 from sae_lightning.errors import UserError
 from sae_lightning.files import atomically, write_json
 from sae_lightning.llm.generate import Sampling
-from sae_lightning.llm.load import LLM, special_ids
+from sae_lightning.llm.load import LLM
 from sae_lightning.llm.sites import distinct
-from sae_lightning.llm.vocabulary import vocabulary
+from sae_lightning.llm.vocabulary import special_ids, vocabulary
 from sae_lightning.report.catalogue import Catalogue
 from sae_lightning.report.page import page
 from sae_lightning.report.parquet import write_table

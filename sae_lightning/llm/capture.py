@@ -1,6 +1,7 @@
-"""Reading activations: one forward pass that ends at the deepest site."""
+"""Reading activations, in a forward pass that ends at the deepest site, and replacing them."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
@@ -9,8 +10,8 @@ from torch.profiler import record_function
 from sae_lightning.llm.sites import Site, hook
 
 
-class _Done(Exception):
-    """Every site has been read: the rest of the forward pass is not needed."""
+class Done(Exception):
+    """What was to be read has been read: the rest of the forward pass is not needed."""
 
 
 @torch.no_grad()
@@ -23,33 +24,44 @@ def capture(
     only those are copied out -> [n, d_site]. Blocks after the deepest site and the LM head do not
     run; no hook is left behind.
     """
-    found: dict[Site, Tensor] = {}
+    tokens = tokens.to(model.device, torch.long)
+    places = places if places is None else places.to(model.device)
+    found: dict[Site, Tensor | None] = dict.fromkeys(sites)
 
-    def reader(site: Site):
-        def read(x: Tensor) -> None:
-            # A copy, because Falcon goes on to add into this memory; reshaped, because OPT's MLP
-            # returns [sequences * context, d].
-            if places is None:
-                found[site] = x.clone().view(*tokens.shape, -1)
-            else:
-                found[site] = x.reshape(tokens.numel(), -1).index_select(0, places)
-            if len(found) == len(wanted):
-                raise _Done
+    def read(site: Site, x: Tensor) -> None:
+        # A copy, because Falcon goes on to add into this memory; reshaped, because OPT's MLP
+        # returns [sequences * context, d].
+        if places is None:
+            found[site] = x.clone().view(*tokens.shape, -1)
+        else:
+            found[site] = x.reshape(tokens.numel(), -1).index_select(0, places)
+        if all(x is not None for x in found.values()):
+            raise Done
 
-        return read
+    with ExitStack() as hooks, suppress(Done), record_function("llm"):
+        for site in found:
+            hooks.enter_context(hook(model, site, lambda x, site=site: read(site, x)))
+        model.base_model(input_ids=tokens, use_cache=False)
+    return found
 
-    wanted = dict.fromkeys(sites)
-    hooks = []
-    try:
-        for site in wanted:
-            hooks.append(hook(model, site, reader(site)))
-        tokens = tokens.to(model.device, torch.long)
-        places = places if places is None else places.to(model.device)
-        with record_function("llm"):
-            model.base_model(input_ids=tokens, use_cache=False)
-    except _Done:
-        pass
-    finally:
-        for each in hooks:
-            each.remove()
-    return {site: found[site] for site in wanted}
+
+@contextmanager
+def replaced(
+    model: nn.Module, source: Site, target: Site, function: Callable[[Tensor, Tensor], Tensor]
+) -> Iterator[None]:
+    """Inside the block, `model` runs with function(x, y) in place of y, its activation at `target`.
+
+    x: that at `source`, which the model computes before `target` or which is the same site. Both
+    as `hook` gives them; function returns the shape of y.
+    """
+    read: list[Tensor] = []
+
+    def replace(y: Tensor) -> Tensor:
+        return function(read.pop(), y).to(y.dtype)
+
+    # A copy, because Falcon adds the attention's output into the MLP's.
+    with (
+        hook(model, source, lambda x: read.append(x.clone())),
+        hook(model, target, replace),
+    ):
+        yield

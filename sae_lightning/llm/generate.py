@@ -1,4 +1,4 @@
-"""Text that the language model writes, with an activation replaced while it does.
+"""Text that the language model writes: answers, and continuations with an activation replaced.
 
     BOS  There  once  was    a  cat  who ...
      .     *      *    *     *   *    *         * = replaced; BOS is left as it is
@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from sae_lightning.errors import UserError
-from sae_lightning.llm.load import LLM, bos_id, separator_id
+from sae_lightning.llm.capture import replaced
+from sae_lightning.llm.load import LLM
 from sae_lightning.llm.quiet import quiet
 from sae_lightning.llm.sites import Sites
-from sae_lightning.llm.splice import replaced
+from sae_lightning.llm.vocabulary import bos_id, separator_id
 
 
 class Sampling(NamedTuple):
@@ -27,7 +28,6 @@ class Sampling(NamedTuple):
     top_p: float = 1.0
     """Only the likeliest tokens that together have this probability."""
     seed: int = 0
-    """Fixes the choice."""
 
 
 GREEDY = Sampling()
@@ -39,13 +39,17 @@ def prompt_ids(llm: LLM, prompt: str, tokens: int) -> Tensor:
     ids = llm.tokenizer.encode(prompt, add_special_tokens=False)
     if not ids:
         raise UserError("prompt=: empty; give the words that the text begins with")
-    context = getattr(llm.model.config.get_text_config(), "max_position_embeddings", None)
+    context = _context(llm.model)
     if context and 1 + len(ids) + tokens > context:
         raise UserError(
             f"prompt: its {len(ids):,} tokens and tokens={tokens} new ones are more than the "
             f"{context - 1:,} that {llm.name} can read; shorten one of both"
         )
     return torch.tensor([bos_id(llm.tokenizer), *ids])
+
+
+def _context(model: nn.Module) -> int | None:
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 @torch.no_grad()
@@ -68,23 +72,28 @@ def generate(
     """
     from transformers import GenerationConfig
 
-    model, end = llm.model, separator_id(llm.tokenizer)
-    ids = prompt.to(model.device).expand(sequences, -1)
-    config = GenerationConfig(
-        max_new_tokens=tokens,
-        do_sample=False,
-        use_cache=cache,
-        eos_token_id=end,
-        pad_token_id=end,
-    )
-    with quiet(), replaced(model, *sites, _behind_bos(function, sequences)):
-        written = model.generate(
+    end = separator_id(llm.tokenizer)
+    ids = prompt.to(llm.model.device).expand(sequences, -1)
+    with quiet(), replaced(llm.model, *sites, _behind_bos(function, sequences)):
+        written = llm.model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            generation_config=config,
+            generation_config=GenerationConfig(
+                max_new_tokens=tokens,
+                do_sample=False,
+                use_cache=cache,
+                eos_token_id=end,
+                pad_token_id=end,
+            ),
             logits_processor=_processors(sampling),
         )
     return [_cut(sequence, len(prompt), end) for sequence in written.cpu()]
+
+
+def _cut(sequence: Tensor, prompt: int, end: int) -> Tensor:
+    """`sequence` up to the first separator that was written; it is no text."""
+    ends = (sequence[prompt:] == end).nonzero()
+    return sequence[: prompt + int(ends[0])] if len(ends) else sequence
 
 
 def _behind_bos(
@@ -122,14 +131,43 @@ def _processors(sampling: Sampling) -> list[Callable[[Tensor, Tensor], Tensor]]:
     return [cool, TopPLogitsWarper(sampling.top_p), draw]
 
 
-def _cut(sequence: Tensor, prompt: int, end: int) -> Tensor:
-    """`sequence` up to the first separator that was written; it is no text."""
-    ends = (sequence[prompt:] == end).nonzero()
-    return sequence[: prompt + int(ends[0])] if len(ends) else sequence
-
-
 @torch.no_grad()
 def surprise(model: nn.Module, ids: Tensor) -> Tensor:
     """-log p of each token of `ids` [n] given those before it, nats [n - 1]."""
     logits = model(input_ids=ids[None].to(model.device), use_cache=False).logits[0, :-1].float()
     return nn.functional.cross_entropy(logits, ids[1:].to(logits.device), reduction="none").cpu()
+
+
+class Reply(NamedTuple):
+    """What a model answers, and the tokens of the question (as it was given) and the answer."""
+
+    text: str
+    tokens_in: int
+    tokens_out: int
+
+
+@torch.no_grad()
+def reply(llm: LLM, question: str, tokens: int) -> Reply:
+    """The likeliest answer, of at most `tokens` tokens: the same each time."""
+    tokenizer, context = llm.tokenizer, _context(llm.model)
+    if tokenizer.chat_template is None:
+        given = tokenizer(f"{question}\n\nAnswer:", return_tensors="pt")
+    else:
+        messages = [{"role": "user", "content": question}]
+        given = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    ids = given["input_ids"].to(llm.model.device)
+    asked = ids.shape[1]
+    if context and asked + tokens > context:
+        raise UserError(
+            f"model={llm.name}: takes {context:,} tokens, and a question of {asked:,} with an "
+            f"answer of up to {tokens:,} is longer; ask less at a time, or use another model"
+        )
+    with quiet():  # it warns of the sampling settings that some models come with
+        written = llm.model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False
+        )
+    answer = written[0, asked:]
+    text = tokenizer.decode(answer, skip_special_tokens=True)
+    return Reply(text.strip(), asked, len(answer))

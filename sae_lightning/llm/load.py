@@ -10,9 +10,15 @@ import torch
 from torch import nn
 
 from sae_lightning.errors import UserError
-from sae_lightning.llm.cut import cut, cut_class, without_head
-from sae_lightning.llm.failures import explained
 from sae_lightning.llm.packaged import PACKAGED, Shape, cached, gguf_folder
+from sae_lightning.llm.pretrained import (
+    cut,
+    read_config,
+    read_model,
+    read_tokenizer,
+    remove_head,
+    without_weights,
+)
 from sae_lightning.llm.quiet import quiet
 from sae_lightning.terminal import phase
 
@@ -136,7 +142,7 @@ def shape(config: LLMConfig) -> Shape:
         gguf_folder(config.name)
         return PACKAGED[config.name].shape
     with phase(f"looking up LLM {config.name}"), quiet():
-        text = _hf_config(config).get_text_config()
+        text = read_config(config, _folder(config.name)).get_text_config()
     context = getattr(text, "max_position_embeddings", None)
     return Shape(text.num_hidden_layers, text.hidden_size, context, text.vocab_size)
 
@@ -148,19 +154,11 @@ def parameters(config: LLMConfig, blocks: int | None = None) -> int:
     if config.name in PACKAGED:
         return PACKAGED[config.name].parameters_of(blocks)
     with quiet():
-        model = _without_weights(_hf_config(config), config.trust_remote_code)
+        model = without_weights(config, read_config(config, _folder(config.name)))
         if blocks is not None:
             cut(model, blocks)
-            without_head(model)
+            remove_head(model)
     return sum(p.numel() for p in model.parameters())
-
-
-def _without_weights(known, trust_remote_code: bool) -> nn.Module:
-    """The causal LM of a config (transformers); its weights take no memory."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(known, trust_remote_code=trust_remote_code)
 
 
 def load(config: LLMConfig, blocks: int | None = None) -> LLM:
@@ -168,127 +166,16 @@ def load(config: LLMConfig, blocks: int | None = None) -> LLM:
 
     `blocks`: only its first ones, without the LM head; None for the whole LLM.
     """
-    chosen = device(config), dtype(config)
-    source = str(cached(config.name)) if config.name in PACKAGED else None
+    where, numbers = device(config), dtype(config)
+    folder = cached(config.name) if config.name in PACKAGED else _folder(config.name)
     with phase(f"loading LLM {config.name}"), quiet():
-        model, tokenizer = _pretrained(config, source, blocks, *chosen)
-    # Whole texts are encoded and cut by the caller; a limit here would only cause warnings.
-    tokenizer.model_max_length = int(1e30)
+        known = read_config(config, folder)
+        tokenizer = read_tokenizer(config, folder)
+        model = read_model(config, folder, known, blocks, numbers, where)
+    model = model.eval().requires_grad_(False)
     return LLM(model=model, tokenizer=tokenizer, name=config.name)
-
-
-def special_ids(tokenizer) -> list[int]:
-    """Ids of the tokens that stand for no text (BOS, EOS, padding, ...), ascending."""
-    return sorted(set(tokenizer.all_special_ids))
-
-
-def bos_id(tokenizer) -> int:
-    """Id of the token that opens every sequence: BOS, or EOS in a model that has no BOS."""
-    return _first_id(tokenizer.bos_token_id, tokenizer.eos_token_id)
-
-
-def separator_id(tokenizer) -> int:
-    """Id of the token between two texts: EOS, or BOS in a model that has no EOS."""
-    return _first_id(tokenizer.eos_token_id, tokenizer.bos_token_id)
-
-
-def _first_id(*ids: int | None) -> int:
-    for token in ids:
-        if token is not None:
-            return token
-    raise UserError(
-        "llm.name: this tokenizer has neither a BOS nor an EOS token; "
-        "choose a model whose tokenizer defines one"
-    )
 
 
 def _folder(name: str) -> Path | None:
     path = Path(name).expanduser()
     return path if path.is_dir() else None
-
-
-def _origin(config: LLMConfig) -> dict:
-    """Arguments of from_pretrained that say where files may come from."""
-    return {
-        "revision": config.revision or "main",
-        "trust_remote_code": config.trust_remote_code,
-        "local_files_only": _folder(config.name) is not None,
-    }
-
-
-def _hf_config(config: LLMConfig):
-    """The model's config (transformers), known to be that of a causal LM."""
-    from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    folder = _folder(config.name)
-    if folder is None and config.name.startswith((".", "/", "~")):
-        raise UserError(f"llm.name={config.name}: no such folder; check the path")
-    if folder and not (folder / "config.json").is_file():
-        raise UserError(
-            f"llm.name={config.name}: the folder has no config.json; give a folder that "
-            "save_pretrained wrote"
-        )
-    try:
-        found = AutoConfig.from_pretrained(folder or config.name, **_origin(config))
-    except Exception as error:
-        raise explained(config, error) from error
-    # AutoModelForCausalLM would turn an encoder such as BERT into a "causal" LM that sees ahead.
-    architectures = set(found.architectures or [])
-    custom = "AutoModelForCausalLM" in (getattr(found, "auto_map", None) or {})
-    known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-    if architectures and not custom and not architectures & known:
-        raise UserError(
-            f"llm.name={config.name}: {', '.join(sorted(architectures))} is not a causal language "
-            "model; choose a decoder such as gpt2"
-        )
-    return found
-
-
-def _pretrained(
-    config: LLMConfig,
-    source: str | None,
-    blocks: int | None,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> tuple[nn.Module, object]:
-    """Model and tokenizer by transformers, every failure a UserError; `source`: packaged."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    origin = {"local_files_only": True} if source else _origin(config)
-    if source is None:
-        known = _hf_config(config)
-        source = str(_folder(config.name) or config.name)
-    else:
-        known = AutoConfig.from_pretrained(source, **origin)
-    attn = None if config.attn is Attention.auto else config.attn.value
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **origin)
-    except Exception as error:
-        raise explained(config, error, "tokenizer") from error
-    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
-        # Some tokenizer classes come back empty, without an error, where there are no files.
-        raise UserError(
-            f"llm.name={config.name}: there is no tokenizer beside the model; save it there with "
-            "tokenizer.save_pretrained"
-        )
-    try:
-        kind = AutoModelForCausalLM
-        if blocks is not None:
-            kind = cut_class(type(_without_weights(known, config.trust_remote_code)), blocks)
-        model, report = kind.from_pretrained(
-            source, dtype=dtype, attn_implementation=attn, output_loading_info=True, **origin
-        )
-        if blocks is not None:
-            model = without_head(model)
-        model = model.to(device).eval().requires_grad_(False)
-    except Exception as error:
-        raise explained(config, error) from error
-    if report["missing_keys"]:
-        # transformers fills these with random numbers.
-        missing = sorted(report["missing_keys"])
-        raise UserError(
-            f"llm.name={config.name}: {len(missing)} weights are missing, {missing[0]} first; "
-            "give the folder or name of a complete causal language model"
-        )
-    return model, tokenizer

@@ -1,27 +1,28 @@
 """Silence for what libraries say while they load and the user cannot act on."""
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from tqdm import tqdm
+
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Mute transformers' and huggingface_hub's bars, log lines and warnings inside the block."""
-    from huggingface_hub.utils import logging as hub
-    from transformers.utils import logging as transformers
+    """Mute all libraries inside the block: log lines, warnings and tqdm's bars; `phase` tells the
+    user instead."""
+    level, draw = logging.root.manager.disable, tqdm.__init__
 
-    levels = transformers.get_verbosity(), hub.get_verbosity()
-    bar = transformers.is_progress_bar_enabled()
-    transformers.set_verbosity_error()
-    hub.set_verbosity_error()
-    transformers.disable_progress_bar()  # huggingface_hub's download bars as well
+    def draw_nothing(bar, *args, **settings) -> None:
+        draw(bar, *args, **settings | {"disable": True})
+
+    logging.disable(logging.ERROR)
+    tqdm.__init__ = draw_nothing
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        transformers.set_verbosity(levels[0])
-        hub.set_verbosity(levels[1])
-        if bar:
-            transformers.enable_progress_bar()
+        tqdm.__init__ = draw
+        logging.disable(level)

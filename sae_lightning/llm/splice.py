@@ -1,14 +1,21 @@
-"""Replacing activations inside the language model, and what that costs its predictions."""
+"""What replacing activations inside the language model costs its predictions.
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+    tokens -> body -> last hidden states [sequences, context, d]
+                                            some of them [n, d] -> LM head -> logits [n, vocabulary]
+
+Logits are computed a few positions at a time: those of a whole batch are the largest tensor of an
+LLM. Shapes: d = width of the residual stream.
+"""
+
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from sae_lightning.llm.logits import body, logits
-from sae_lightning.llm.sites import Site, hook
+from sae_lightning.errors import UserError
+from sae_lightning.llm.capture import replaced
+from sae_lightning.llm.sites import Site
 
 HEAD = 256  # positions whose logits are there at a time
 # Of these, positions in float32 at a time. On a CPU 32 rows of 50,000 stay in its cache, six times
@@ -24,10 +31,8 @@ class Baseline(NamedTuple):
 
     ce_clean: float
     """The model as it is."""
-
     ce_zero: float
     """The target set to zero."""
-
     ce_mean: float
     """The target set to its mean activation."""
 
@@ -37,47 +42,17 @@ class Scores(NamedTuple):
 
     ce_clean: float
     """Cross-entropy of the model as it is."""
-
     ce_spliced: float
     """Cross-entropy with the target replaced by function(source)."""
-
     ce_zero: float
     """Cross-entropy with the target set to zero."""
-
     ce_mean: float
     """Cross-entropy with the target set to its mean activation."""
-
     ce_recovered: float
     """(ce_zero - ce_spliced) / (ce_zero - ce_clean): 1 is lossless, 0 as bad as zero ablation;
     nan where zero ablation changes nothing."""
-
     kl: float
     """Mean KL(clean || spliced) of the next-token distributions."""
-
-
-@contextmanager
-def replaced(
-    model: nn.Module, source: Site, target: Site, function: Callable[[Tensor, Tensor], Tensor]
-) -> Iterator[nn.Module]:
-    """Inside the block, `model` runs with function(x, y) in place of y, its activation at `target`.
-
-    x: that at `source`, which the model computes before `target` or which is the same site. Both
-    as `hook` gives them; function returns the shape of y.
-    """
-    read: list[Tensor] = []
-
-    def replace(y: Tensor) -> Tensor:
-        return function(read.pop(), y).to(y.dtype)
-
-    hooks = []
-    try:
-        # A copy, because Falcon adds the attention's output into the MLP's.
-        hooks.append(hook(model, source, lambda x: read.append(x.clone())))
-        hooks.append(hook(model, target, replace))
-        yield model
-    finally:
-        for each in hooks:
-            each.remove()
 
 
 def baseline(
@@ -87,7 +62,7 @@ def baseline(
     keep: Tensor,
     mean: Tensor,
     batch: int,
-    advance: Advance | None = None,
+    advance: Advance = lambda n: None,
 ) -> Baseline:
     """Cross-entropies that hold for every function: compute them once, pass them to `score`.
 
@@ -109,7 +84,7 @@ def score(
     keep: Tensor,
     baseline: Baseline,
     batch: int,
-    advance: Advance | None = None,
+    advance: Advance = lambda n: None,
 ) -> list[Scores]:
     """Cross-entropy and KL of the model with each function of `source` in place of `target`.
 
@@ -145,7 +120,7 @@ def _means(
     functions: Sequence[Function],
     keep: Tensor,
     batch: int,
-    advance: Advance | None,
+    advance: Advance,
     with_kl: bool = False,
 ) -> tuple[float, list[float], list[float]]:
     """Mean cross-entropy of the clean model, that under each function, and its KL if asked for."""
@@ -170,9 +145,51 @@ def _means(
                 ce[i] += _cross_entropy(spliced, some)
                 if with_kl:
                     kl[i] += _kl(clean, spliced)
-        if advance:
-            advance(len(ids))
+        advance(len(ids))
     return clean_sum / targets, [x / targets for x in ce], [x / targets for x in kl]
+
+
+def body(model: nn.Module, tokens: Tensor, use_cache: bool = False, **settings):
+    """What a causal LM computes of tokens [sequences, context] before its head (transformers'
+    output; its `last_hidden_state` is what the head reads)."""
+    return _body(model)(input_ids=tokens, use_cache=use_cache, **settings)
+
+
+def _body(model: nn.Module) -> nn.Module:
+    # transformers does not find that of Llama 4 and Mllama, and gives the whole
+    return model.base_model if model.base_model is not model else getattr(model, "model", model)
+
+
+def logits(model: nn.Module, output, hidden: Tensor) -> Tensor:
+    """Logits [n, vocabulary] of last hidden states [n, d], with all that the family does behind its
+    LM head (a soft cap in Gemma-2, a scale in Cohere). `output`: any of `body`, for its form.
+
+    The model itself computes them, around a body that returns what it is given.
+    """
+    used: list[bool] = []
+
+    def give(*_, **__):
+        used.append(True)
+        return type(output)(last_hidden_state=hidden[None])
+
+    bodies = {_body(model), model.get_decoder()} - {model}  # OPT calls the second
+    own = [(module, vars(module).pop("forward", None)) for module in bodies]
+    try:
+        for module in bodies:
+            module.forward = give
+        tokens = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+        found = model(input_ids=tokens, use_cache=False).logits
+    finally:
+        for module, forward in own:
+            del module.forward
+            if forward is not None:
+                module.forward = forward
+    if not used:
+        raise UserError(
+            f"llm.name: cannot tell the LM head of {type(model).__name__} from what comes before "
+            "it; set eval.loss_tokens=0, or choose another LLM"
+        )
+    return found[0]
 
 
 def _where(kept: Tensor, function: Function) -> Callable[[Tensor, Tensor], Tensor]:
@@ -187,7 +204,6 @@ def _where(kept: Tensor, function: Function) -> Callable[[Tensor, Tensor], Tenso
 
 
 def _split(x: Tensor) -> Sequence[Tensor]:
-    """Slices of at most ROWS."""
     return x.split(ROWS["cpu" if x.device.type == "cpu" else "other"])
 
 

@@ -1,9 +1,34 @@
-"""Tokens as people read them."""
+"""Tokens: those that stand for no text, and how the others read."""
 
 import re
-from functools import cache
 
+from sae_lightning.errors import UserError
 from sae_lightning.llm.load import LLM
+
+
+def special_ids(tokenizer) -> list[int]:
+    """Ids of the tokens that stand for no text (BOS, EOS, padding, ...), ascending."""
+    return sorted(set(tokenizer.all_special_ids))
+
+
+def bos_id(tokenizer) -> int:
+    """Id of the token that opens every sequence: BOS, or EOS in a model that has no BOS."""
+    return _first_id(tokenizer.bos_token_id, tokenizer.eos_token_id)
+
+
+def separator_id(tokenizer) -> int:
+    """Id of the token between two texts: EOS, or BOS in a model that has no EOS."""
+    return _first_id(tokenizer.eos_token_id, tokenizer.bos_token_id)
+
+
+def _first_id(*ids: int | None) -> int:
+    for token in ids:
+        if token is not None:
+            return token
+    raise UserError(
+        "llm.name: this tokenizer has neither a BOS nor an EOS token; "
+        "choose a model whose tokenizer defines one"
+    )
 
 
 def vocabulary(llm: LLM) -> list[str]:
@@ -12,22 +37,26 @@ def vocabulary(llm: LLM) -> list[str]:
     Bytes that are no character on their own are written as <0xE2>, ids of a padded embedding that
     no token has as <unused 50000>.
     """
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
     tokenizer, size = llm.tokenizer, llm.model.get_output_embeddings().weight.shape[0]
     pieces = tokenizer.convert_ids_to_tokens(list(range(min(size, len(tokenizer)))))
-    pieces += [None] * (size - len(pieces))
     literal = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
     learned = [piece for piece in pieces if piece is not None and piece not in literal]
-    if "Ġ" in learned and all(_alphabet().keys() >= set(piece) for piece in learned):
-        read = {piece: _from_bytes(piece) for piece in learned}
+    # the character that byte-level BPE (GPT-2, Radford et al. 2019) writes for a byte -> the byte
+    alphabet = {character: byte for byte, character in bytes_to_unicode().items()}
+    if "Ġ" in learned and all(alphabet.keys() >= set(piece) for piece in learned):
+        read = {piece: _decode_bytes(bytes(alphabet[c] for c in piece)) for piece in learned}
     else:
-        read = _decoded(tokenizer, learned)
+        read = _decode(tokenizer, learned)
     read |= {piece: piece for piece in literal}
+    pieces += [None] * (size - len(pieces))
     return [f"<unused {i}>" if p is None else read[p] for i, p in enumerate(pieces)]
 
 
-def _decoded(tokenizer, pieces: list[str]) -> dict[str, str]:
+def _decode(tokenizer, pieces: list[str]) -> dict[str, str]:
     """Text of pieces whose alphabet only the tokenizer knows, such as sentencepiece's."""
-    # Alone or in front a piece would lose its space, so that it is read behind another.
+    # Decoded alone or first a piece would lose its space, so that it is put behind another.
     front = tokenizer.encode("a", add_special_tokens=False)[-1:]
     ids = [[*front, i] for i in tokenizer.convert_tokens_to_ids(pieces)]
     start, *texts = tokenizer.batch_decode([front, *ids], clean_up_tokenization_spaces=False)
@@ -38,16 +67,6 @@ def _decoded(tokenizer, pieces: list[str]) -> dict[str, str]:
     }
 
 
-def _from_bytes(piece: str) -> str:
-    """Text of a piece of byte-level BPE."""
-    text = bytes(map(_alphabet().get, piece)).decode("utf8", "surrogateescape")
-    return re.sub("[\udc80-\udcff]", lambda found: f"<0x{ord(found[0]) - 0xDC00:02X}>", text)
-
-
-@cache
-def _alphabet() -> dict[str, int]:
-    """Character -> the byte that byte-level BPE writes as it (GPT-2, Radford et al. 2019): what
-    Latin-1 can print stands for itself, the other 68 bytes follow from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
+def _decode_bytes(piece: bytes) -> str:
+    text = piece.decode("utf8", "surrogateescape")
+    return re.sub("[\udc80-\udcff]", lambda byte: f"<0x{ord(byte[0]) - 0xDC00:02X}>", text)

@@ -5,8 +5,6 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import lightning as L
@@ -69,7 +67,10 @@ def run(this: Pass) -> list[dict[str, float] | None]:
     if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()  # of this pass, not of the one before
     keep_freed_memory()
-    with _quiet_lightning():
+    # Lightning says nothing that a user can act on
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="lightning")
         return _run(this)
 
 
@@ -208,17 +209,3 @@ def _log(job: Job, jobs: list[Job], resumed_at: int | None) -> HeadLog:
     if not job.config.eval.loss_tokens:
         headline = tuple(tag for tag in headline if tag != "held_out/ce_recovered")
     return HeadLog(job.folder, shown(job.config), columns, swept, resumed_at, headline)
-
-
-@contextmanager
-def _quiet_lightning() -> Iterator[None]:
-    """Silence what Lightning says about itself; a user cannot act on any of it."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="lightning")
-            yield
-    finally:
-        logger.setLevel(level)

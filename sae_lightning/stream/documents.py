@@ -5,8 +5,6 @@ No document is in both parts; each part has one column, `text`.
 
 import glob
 import importlib.util
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -54,26 +52,8 @@ def open_text(config: TextConfig) -> Text:
     UserError: nothing there, no such column, hub out of reach, package not installed.
     """
     openers = {PlaysConfig: _open_plays, HubConfig: _open_hub, LocalConfig: _open_local}
-    with quiet_datasets():
+    with quiet():
         return openers[type(config)](config)
-
-
-@contextmanager
-def quiet_datasets() -> Iterator[None]:
-    """`quiet`, and datasets' own bars and log lines; `phase` tells the user instead."""
-    import datasets
-
-    had_bars = not datasets.are_progress_bars_disabled()
-    verbosity = datasets.logging.get_verbosity()
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    try:
-        with quiet():
-            yield
-    finally:
-        if had_bars:
-            datasets.enable_progress_bars()
-        datasets.logging.set_verbosity(verbosity)
 
 
 def _documents(texts: list[str]) -> "Dataset":

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from sae_lightning.stream.documents import quiet_datasets
+from sae_lightning.llm.quiet import quiet
 from sae_lightning.terminal import phase
 
 BATCH = 256  # documents tokenised at a time
@@ -72,7 +72,7 @@ def flat_tokens(data: Any, tokenizer: Any, separator: int, what: str = "text") -
         folder = Path(datasets.config.HF_DATASETS_CACHE) / "sae_lightning"
         folder.mkdir(parents=True, exist_ok=True)
         file = str(folder / f"tokens-{fingerprint}.arrow")
-    with quiet_datasets(), phase(f"tokenising the {what}", total=len(data)) as advance:
+    with quiet(), phase(f"tokenising the {what}", total=len(data)) as advance:
 
         def tokenise(batch: dict[str, list[str | None]]) -> dict[str, list[np.ndarray]]:
             tokens = encode(tokenizer, batch["text"], separator)

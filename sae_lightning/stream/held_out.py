@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from sae_lightning.llm.capture import capture
-from sae_lightning.llm.load import LLM, special_ids
+from sae_lightning.llm.load import LLM
 from sae_lightning.llm.sites import Site
 from sae_lightning.llm.splice import Baseline, Scores, baseline, score
+from sae_lightning.llm.vocabulary import special_ids
 from sae_lightning.stream.norms import medians, not_large
 from sae_lightning.stream.tokens import HeldOutTokens
 from sae_lightning.terminal import phase

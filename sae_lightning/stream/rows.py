@@ -21,8 +21,9 @@ from torch.profiler import record_function
 
 from sae_lightning.errors import UserError
 from sae_lightning.llm.capture import capture
-from sae_lightning.llm.load import LLM, special_ids
+from sae_lightning.llm.load import LLM
 from sae_lightning.llm.sites import Site
+from sae_lightning.llm.vocabulary import special_ids
 from sae_lightning.stream.base import Rows
 from sae_lightning.stream.devices import send
 from sae_lightning.stream.norms import medians, not_large

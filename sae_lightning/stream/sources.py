@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from sae_lightning.llm.load import LLM, LLMConfig
+from sae_lightning.llm.quiet import quiet
 from sae_lightning.llm.sites import Site
 from sae_lightning.stream.ahead import Ahead
 from sae_lightning.stream.base import RowSource
 from sae_lightning.stream.cache import CachedRows
-from sae_lightning.stream.documents import quiet_datasets
 from sae_lightning.stream.flat import tokenizer_hash
 from sae_lightning.stream.packing import TokenSource
 from sae_lightning.stream.rows import LLMRows
@@ -116,7 +116,7 @@ def _files(data: TextConfig) -> str | None:
     from datasets import load_dataset_builder
 
     try:
-        with quiet_datasets():
+        with quiet():
             splits = load_dataset_builder(data.name, data.subset).config.data_files
         known = {
             str(split): [list(files), files.origin_metadata] for split, files in splits.items()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sae_lightning.errors import UserError
-from sae_lightning.llm.load import bos_id, separator_id
+from sae_lightning.llm.vocabulary import bos_id, separator_id
 from sae_lightning.stream.documents import Text, first_line
 from sae_lightning.stream.flat import Flat, encode, flat_tokens
 from sae_lightning.stream.packing import Packing, Sequences, TokenSource

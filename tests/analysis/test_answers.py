@@ -11,7 +11,7 @@ from sae_lightning.analysis.explain.answers import Answers, Local, Question
 from sae_lightning.analysis.explain.endpoint import Endpoint
 from sae_lightning.analysis.explain.explained import open_model
 from sae_lightning.errors import UserError
-from sae_lightning.llm.chat import Reply
+from sae_lightning.llm.generate import Reply
 
 QUESTIONS = [Question(f"what is {i}?", 5) for i in range(6)]
 ECHOES = [question.text.upper() for question in QUESTIONS]

@@ -20,7 +20,7 @@ from sae_lightning.analysis.survey.examples import Counting, Gathering
 from sae_lightning.analysis.survey.reading import reading
 from sae_lightning.analysis.survey.sample import Sample, Sampling
 from sae_lightning.errors import UserError
-from sae_lightning.llm.chat import Reply
+from sae_lightning.llm.generate import Reply
 from sae_lightning.llm.load import Dtype, LLMConfig, load
 from sae_lightning.report.catalogue import Catalogue
 

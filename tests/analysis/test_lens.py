@@ -9,7 +9,7 @@ from tiny_llm import FAMILIES
 
 from sae_lightning.analysis import lens as module
 from sae_lightning.analysis.lens import lens, section
-from sae_lightning.llm.direct_path import embedding, final_norm
+from sae_lightning.llm.directions import embedding, final_norm
 from sae_lightning.llm.sites import Kind, Site, Sites
 from sae_lightning.llm.vocabulary import vocabulary
 

@@ -12,7 +12,7 @@ from sae_lightning.analysis.steering import Continuation, section, steer
 from sae_lightning.analysis.subject import Subject
 from sae_lightning.errors import UserError
 from sae_lightning.llm.capture import capture
-from sae_lightning.llm.direct_path import final_norm
+from sae_lightning.llm.directions import final_norm
 from sae_lightning.llm.generate import Sampling
 from sae_lightning.llm.sites import Kind, Site, Sites
 from sae_lightning.llm.vocabulary import vocabulary

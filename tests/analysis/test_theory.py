@@ -27,9 +27,8 @@ from sae_lightning.analysis.theory.detection import Detector
 from sae_lightning.analysis.theory.moments import Moments
 from sae_lightning.analysis.theory.overlap import cosines, overlap
 from sae_lightning.analysis.theory.sections import sections
-from sae_lightning.llm.load import special_ids
 from sae_lightning.llm.sites import Kind, Site, Sites
-from sae_lightning.llm.vocabulary import vocabulary
+from sae_lightning.llm.vocabulary import special_ids, vocabulary
 from sae_lightning.sae import ARCHITECTURES, build
 
 WIDTH, FEATURES, CONTEXT = 24, 48, 16

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sae_lightning.errors import UserError
-from sae_lightning.llm.chat import reply
+from sae_lightning.llm.generate import reply
 
 TEMPLATE = "{% for m in messages %}<bos>{{ m['content'] }}{% endfor %}"
 

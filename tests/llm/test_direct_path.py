@@ -8,7 +8,7 @@ from blocks import mlp_norm as mlp_norm_of
 
 from sae_lightning.errors import UserError
 from sae_lightning.llm.capture import capture
-from sae_lightning.llm.direct_path import embedding, final_norm, mlp_norm
+from sae_lightning.llm.directions import embedding, final_norm, mlp_norm
 from sae_lightning.llm.sites import Kind, Site, decoder_stack
 
 LAST = Site(2, Kind.resid)

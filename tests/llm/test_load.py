@@ -16,15 +16,13 @@ from sae_lightning.llm.load import (
     Dtype,
     LLMConfig,
     Shape,
-    bos_id,
     load,
     parameters,
-    separator_id,
     shape,
-    special_ids,
 )
 from sae_lightning.llm.packaged import PACKAGED
 from sae_lightning.llm.quiet import quiet
+from sae_lightning.llm.vocabulary import bos_id, separator_id, special_ids
 
 
 def failure(function, *args, **settings) -> str:

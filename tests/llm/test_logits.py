@@ -7,7 +7,7 @@ from tiny_llm import MODERN
 from torch import nn
 
 from sae_lightning.errors import UserError
-from sae_lightning.llm.logits import body, logits
+from sae_lightning.llm.splice import body, logits
 
 
 @torch.no_grad()

@@ -5,11 +5,11 @@ import torch
 from tiny_llm import MODERN
 from transformers import AutoModelForCausalLM, Llama4TextConfig
 
-from sae_lightning.llm import response as module
-from sae_lightning.llm.logits import body
-from sae_lightning.llm.response import response
+from sae_lightning.llm import directions as module
+from sae_lightning.llm.capture import replaced
+from sae_lightning.llm.directions import response
 from sae_lightning.llm.sites import Kind, Site
-from sae_lightning.llm.splice import replaced
+from sae_lightning.llm.splice import body
 
 
 @pytest.fixture(autouse=True)

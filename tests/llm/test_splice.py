@@ -8,9 +8,9 @@ import torch
 from blocks import mlp_of
 
 from sae_lightning.llm import splice
-from sae_lightning.llm.capture import capture
+from sae_lightning.llm.capture import capture, replaced
 from sae_lightning.llm.sites import Kind, Site, decoder_stack
-from sae_lightning.llm.splice import baseline, replaced, score
+from sae_lightning.llm.splice import baseline, score
 
 SITES = [Site(1, kind) for kind in Kind]
 RESID = Site(1, Kind.resid)

@@ -19,7 +19,7 @@ import platformdirs
 
 from sae_lightning.errors import UserError
 from sae_lightning.files import atomically
-from sae_lightning.llm.chat import Reply, reply
+from sae_lightning.llm.generate import Reply, reply
 from sae_lightning.llm.load import LLM
 
 

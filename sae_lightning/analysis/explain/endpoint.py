@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 
 from sae_lightning.analysis.explain.answers import Question
 from sae_lightning.errors import UserError
-from sae_lightning.llm.chat import Reply
+from sae_lightning.llm.generate import Reply
 
 CUSTOMARY_KEY = "OPENAI_API_KEY"
 

@@ -15,8 +15,8 @@ from sae_lightning.analysis.probing.labelled_documents import document_pieces
 from sae_lightning.analysis.probing.labelled_plays import play_pieces
 from sae_lightning.analysis.probing.pieces import Piece, affordable, choose
 from sae_lightning.errors import UserError
-from sae_lightning.llm.load import bos_id, separator_id
-from sae_lightning.stream.documents import quiet_datasets
+from sae_lightning.llm.quiet import quiet
+from sae_lightning.llm.vocabulary import bos_id, separator_id
 from sae_lightning.stream.flat import encode
 from sae_lightning.stream.packing import Packing, Sequences
 from sae_lightning.stream.text import DataConfig, PlaysConfig, TextConfig
@@ -61,7 +61,7 @@ def labelled(
             "data=synthetic holds no text; give data=shakespeare, data=text or data=hub"
         )
     packing = Packing(config.context, bos_id(tokenizer), separator_id(tokenizer))
-    with quiet_datasets(), phase("cutting labelled text"):
+    with quiet(), phase("cutting labelled text"):
         if isinstance(config, PlaysConfig):
             pieces, notes = play_pieces(label, tokenizer, packing, seed)
         else:

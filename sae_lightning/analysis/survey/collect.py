@@ -13,8 +13,8 @@ from torch import Tensor
 
 from sae_lightning.analysis.subject import Subject
 from sae_lightning.llm.capture import capture
-from sae_lightning.llm.load import special_ids
 from sae_lightning.llm.sites import Site, distinct
+from sae_lightning.llm.vocabulary import special_ids
 from sae_lightning.stream.norms import medians, not_large
 from sae_lightning.stream.packing import Sequences, TokenSource
 from sae_lightning.terminal import console, phase

@@ -24,8 +24,7 @@ from sae_lightning.analysis.theory.detection import (
 )
 from sae_lightning.analysis.theory.moments import Moments
 from sae_lightning.analysis.theory.overlap import Cosines, overlap
-from sae_lightning.llm.load import special_ids
-from sae_lightning.llm.vocabulary import vocabulary
+from sae_lightning.llm.vocabulary import special_ids, vocabulary
 from sae_lightning.terminal import phase
 
 OCCURRENCES = 20  # tokens of a concept in each half, from where on a score means something

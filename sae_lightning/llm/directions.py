@@ -1,4 +1,4 @@
-"""The ends of the residual stream: what tokens write into it, and what the logits read from it.
+"""Directions of the residual stream: what tokens write, what the logits read, and what is between.
 
     r = embedding + what blocks add        logits = W_U N(r)
     N(r) = gain * centred(r) / scale(r) + b
@@ -6,21 +6,27 @@
 A direction v that is added to r reaches the logits along the direct path as W_U (gain * centred(v))
 / scale(r): linear, if the norm's scale is held fixed (Elhage et al. 2021, "A mathematical framework
 for transformer circuits"; the logit lens, nostalgebraist 2020, reads whole activations this way).
-scale(r) is positive, so that it changes no ranking; RMSNorm does not centre.
+scale(r) is positive, so that it changes no ranking; RMSNorm does not centre. `response` measures
+what becomes of v through all blocks above.
 
-Shapes: d = width of the residual stream.
+Shapes: d = width of the residual stream; contexts, length = token sequences, BOS first.
 """
 
 import copy
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from sae_lightning.errors import UserError
+from sae_lightning.llm.capture import Done, replaced
 from sae_lightning.llm.sites import Kind, Site, decoder_stack, site_module
+from sae_lightning.llm.splice import body
 
-BATCH = 1024  # tokens whose embeddings are read in one pass
+TOKENS = 1024  # whose embeddings are read in one pass
+BATCH = 256  # directions that are added in one pass
 
 
 class Norm(NamedTuple):
@@ -56,34 +62,6 @@ def mlp_norm(model: nn.Module, layer: int) -> Norm:
 
 
 @torch.no_grad()
-def embedding(model: nn.Module, tokens: int) -> Tensor:
-    """What the first `tokens` ids bring to block 0 at the first position [tokens, d], float32, less
-    its mean over them: with the model's own scale or norm, and without a position embedding."""
-    found: list[Tensor] = []
-
-    def read(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        x = args[0] if args else kwargs["hidden_states"]
-        found.append(x[:, 0].float())
-        raise _Read
-
-    hook = decoder_stack(model)[0].register_forward_pre_hook(read, with_kwargs=True)
-    try:
-        for ids in torch.arange(tokens, device=model.device)[:, None].split(BATCH):
-            try:
-                model.base_model(input_ids=ids, use_cache=False)
-            except _Read:
-                continue
-    finally:
-        hook.remove()
-    x = torch.cat(found)
-    return x - x.mean(0)
-
-
-class _Read(Exception):
-    """The rest of the forward pass is not needed."""
-
-
-@torch.no_grad()
 def _norm_before(model: nn.Module, reader: nn.Module, name: str) -> Norm:
     """The norm whose output `reader` takes, found by following one token through the model."""
     made: list[tuple[Tensor, nn.Module]] = []  # holds the tensors, so that no memory is used twice
@@ -93,14 +71,13 @@ def _norm_before(model: nn.Module, reader: nn.Module, name: str) -> Norm:
         if isinstance(output, Tensor):
             made.append((output, module))
 
-    leaves = [module for module in model.modules() if not list(module.children())]
-    hooks = [module.register_forward_hook(write) for module in leaves]
-    hooks.append(reader.register_forward_pre_hook(lambda module, args: taken.append(args[0])))
-    try:
+    with ExitStack() as hooks:
+        for module in model.modules():
+            if not list(module.children()):
+                hooks.enter_context(module.register_forward_hook(write))
+        take = reader.register_forward_pre_hook(lambda module, args: taken.append(args[0]))
+        hooks.enter_context(take)
         model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
-    finally:
-        for each in hooks:
-            each.remove()
     source = next((m for x, m in made if x.data_ptr() == taken[0].data_ptr()), None)
     norm = source and _as_norm(source, taken[0].shape[-1])
     if norm is None:
@@ -132,3 +109,68 @@ def _as_norm(module: nn.Module, width: int) -> Norm | None:
     centres = bool(flat.abs().max() < 1e-3 * once.abs().max())
     x = (sign - sign.mean() if centres else sign).to(once.device)
     return Norm(gain=once * x.square().mean().sqrt() / x, centres=centres)
+
+
+@torch.no_grad()
+def embedding(model: nn.Module, tokens: int) -> Tensor:
+    """What the first `tokens` ids bring to block 0 at the first position [tokens, d], float32, less
+    its mean over them: with the model's own scale or norm, and without a position embedding."""
+    found: list[Tensor] = []
+
+    def read(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        x = args[0] if args else kwargs["hidden_states"]
+        found.append(x[:, 0].float())
+        raise Done
+
+    with decoder_stack(model)[0].register_forward_pre_hook(read, with_kwargs=True):
+        for ids in torch.arange(tokens, device=model.device)[:, None].split(TOKENS):
+            with suppress(Done):
+                model.base_model(input_ids=ids, use_cache=False)
+    x = torch.cat(found)
+    return x - x.mean(0)
+
+
+@torch.no_grad()
+def response(
+    model: nn.Module,
+    tokens: Tensor,
+    target: Site,
+    directions: Tensor,
+    share: float,
+    advance: Callable[[int], None],
+) -> Tensor:
+    """Mean change [n, d] of the unembedding's input at the last token of `tokens` [contexts,
+    length], when each of `directions` [n, d_target] is added at `target`, as long as `share` of the
+    activation there; advance is called with the directions just done, once for each context.
+
+        BOS  It  was  the  best   of     a direction is added at this last token only,
+         .    .   .    .    .     *      and what comes out there is compared with the LLM as it is
+    """
+    unit = nn.functional.normalize(directions.to(model.device))
+    steps = torch.cat([torch.zeros_like(unit[:1]), share * unit]).split(BATCH)
+    total = torch.zeros(())
+    for context in tokens.to(model.device, torch.long):
+        memory = body(model, context[None, :-1], use_cache=True).past_key_values
+        memory.batch_repeat_interleave(BATCH)
+        last = context[-1:].expand(BATCH, -1)
+        found = []
+        for step in steps:
+            cache = copy.deepcopy(memory)  # a pass writes into it
+            with replaced(model, target, target, _adding(step)):
+                output = body(model, last, use_cache=True, past_key_values=cache)
+            found.append(output.last_hidden_state[: len(step), -1].float())
+            advance(len(step))
+        found = torch.cat(found)
+        total = total + (found[1:] - found[0]) / len(tokens)
+    return total
+
+
+def _adding(step: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """y + step |y| for the first sequences of a batch of one token each."""
+
+    def apply(x: Tensor, y: Tensor) -> Tensor:
+        changed = y.view(BATCH, -1).float()  # OPT's MLP has no dimension for tokens
+        changed[: len(step)] += step * changed[: len(step)].norm(dim=1, keepdim=True)
+        return changed.view_as(y)
+
+    return apply

@@ -1,0 +1,187 @@
+"""A causal LM and its tokenizer as transformers reads them; every failure is one line.
+
+`config`: an LLMConfig; `folder`: the one on this machine that holds the LLM, None for the hub.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from sae_lightning.errors import UserError
+from sae_lightning.llm.sites import decoder_stack
+
+NO_NETWORK_NEEDED = "llm=smollm2 data=shakespeare need no network"
+
+
+def read_config(config, folder: Path | None):
+    """Its config (transformers), known to be that of a causal LM."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if folder is None and config.name.startswith((".", "/", "~")):
+        raise UserError(f"llm.name={config.name}: no such folder; check the path")
+    if folder and not (folder / "config.json").is_file():
+        raise UserError(
+            f"llm.name={config.name}: the folder has no config.json; give a folder that "
+            "save_pretrained wrote"
+        )
+    with _told_in_one_line(config):
+        found = AutoConfig.from_pretrained(**_source(config, folder))
+    # AutoModelForCausalLM would turn an encoder such as BERT into a "causal" LM that sees ahead.
+    architectures = set(found.architectures or [])
+    custom = "AutoModelForCausalLM" in (getattr(found, "auto_map", None) or {})
+    known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    if architectures and not custom and not architectures & known:
+        raise UserError(
+            f"llm.name={config.name}: {', '.join(sorted(architectures))} is not a causal language "
+            "model; choose a decoder such as gpt2"
+        )
+    return found
+
+
+def read_tokenizer(config, folder: Path | None):
+    """Its tokenizer (transformers)."""
+    from transformers import AutoTokenizer
+
+    with _told_in_one_line(config, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(**_source(config, folder))
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        # Some tokenizer classes come back empty, without an error, where there are no files.
+        raise UserError(
+            f"llm.name={config.name}: there is no tokenizer beside the model; save it there with "
+            "tokenizer.save_pretrained"
+        )
+    # Whole texts are encoded and cut by the caller; a limit here would only cause warnings.
+    tokenizer.model_max_length = int(1e30)
+    return tokenizer
+
+
+def read_model(
+    config, folder: Path | None, known, blocks: int | None, dtype: torch.dtype, device: torch.device
+) -> nn.Module:
+    """The causal LM of transformers' config `known`; `blocks`: only its first ones, without the LM
+    head."""
+    from transformers import AutoModelForCausalLM
+
+    with _told_in_one_line(config):
+        kind = AutoModelForCausalLM
+        if blocks is not None:
+            kind = _cut_class(type(without_weights(config, known)), blocks)
+        model, report = kind.from_pretrained(
+            **_source(config, folder),
+            dtype=dtype,
+            attn_implementation=None if config.attn.value == "auto" else config.attn.value,
+            output_loading_info=True,
+        )
+        if blocks is not None:
+            remove_head(model)
+        model = model.to(device)
+    if report["missing_keys"]:
+        # transformers fills these with random numbers.
+        missing = sorted(report["missing_keys"])
+        raise UserError(
+            f"llm.name={config.name}: {len(missing)} weights are missing, {missing[0]} first; "
+            "give the folder or name of a complete causal language model"
+        )
+    return model
+
+
+def without_weights(config, known) -> nn.Module:
+    """The causal LM of transformers' config `known`; its weights take no memory."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(known, trust_remote_code=config.trust_remote_code)
+
+
+def cut(model: nn.Module, blocks: int) -> None:
+    """Remove everything after the first `blocks` blocks of a causal LM.
+
+    Its config stays: a block may look at how many there are in the whole (Gemma-3n's last ones
+    share keys and values, others scale by their number), and has to do what it did there.
+    """
+    stack = decoder_stack(model)
+    del stack[blocks:]
+    model.kept_blocks = len(stack)
+
+
+def remove_head(model: nn.Module) -> None:
+    """Remove the LM head of a causal LM; one that is its embedding too stays that."""
+    model.set_output_embeddings(nn.Identity())
+
+
+def _cut_class(kind: type[nn.Module], blocks: int) -> type[nn.Module]:
+    """A class of causal LMs whose models are cut before their weights are read: the other weights
+    are left on the disk."""
+
+    class Cut(kind):
+        def __init__(self, config, *args, **kwargs):
+            super().__init__(config, *args, **kwargs)
+            cut(self, blocks)
+
+    # by these transformers finds out how weights are called in older files
+    Cut.__name__, Cut.__module__ = kind.__name__, kind.__module__
+    return Cut
+
+
+def _source(config, folder: Path | None) -> dict:
+    """Arguments of from_pretrained that say where files come from."""
+    return {
+        "pretrained_model_name_or_path": str(folder or config.name),
+        "revision": config.revision or "main",
+        "trust_remote_code": config.trust_remote_code,
+        "local_files_only": folder is not None,
+    }
+
+
+@contextmanager
+def _told_in_one_line(config, part: str = "model") -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise UserError(_reason(config, error, part)) from error
+
+
+def _reason(config, error: Exception, part: str) -> str:
+    """What transformers or huggingface_hub raised while loading, and the remedy."""
+    from huggingface_hub import errors as hub
+
+    name, text = f"llm.name={config.name}", " ".join(str(error).split())
+    first = re.split(r"(?<=[a-z`'])\. ", text or type(error).__name__)[0][:200].rstrip(".")
+    causes, cause = [], error
+    while cause is not None:
+        causes.append(cause)
+        cause = cause.__cause__ or cause.__context__
+
+    def caused_by(*kinds: type) -> bool:
+        return any(isinstance(cause, kinds) for cause in causes)
+
+    if caused_by(hub.GatedRepoError):
+        return f"{name}: gated; accept its terms on the hub, then run: hf auth login"
+    if caused_by(hub.RevisionNotFoundError):
+        return f"llm.revision={config.revision}: {config.name} has no such revision"
+    if caused_by(hub.RepositoryNotFoundError, hub.HFValidationError):
+        return f"{name}: neither a local folder nor a model on the hub; check the name"
+    if caused_by(hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled):
+        return (
+            f"{name}: not a local folder, not downloaded before, and the hub cannot be reached; "
+            f"{NO_NETWORK_NEEDED}"
+        )
+    if "trust_remote_code" in text:
+        return (
+            f"{name}: the model brings its own Python code; read it, then allow it with "
+            "llm.trust_remote_code=true"
+        )
+    if isinstance(error, ImportError) or "attention" in text.lower():
+        return (
+            f"llm.attn={config.attn.value}: not possible for {config.name} here ({first}); "
+            "use llm.attn=auto"
+        )
+    return (
+        f"{name}: the {part} cannot be loaded ({first}); "
+        "give a causal language model that transformers can read"
+    )
