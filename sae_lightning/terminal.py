@@ -6,7 +6,7 @@ One live display at a time: a phase that starts inside another adds a line to it
 import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from rich.console import Console
@@ -44,26 +44,21 @@ def phase(description: str, total: int | None = None) -> Iterator[Callable[[int]
     Without a terminal (a batch job's log) it prints one line with the seconds taken.
     """
     started = time.monotonic()
-    if _live:
-        bar = _live[-1]
+    alone = Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        *([BarColumn(), MofNCompleteColumn()] if total else []),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    with nullcontext(_live[-1]) if _live else display(alone) as bar:
         task = bar.add_task(description, total=total)
         try:
             yield lambda n=1: bar.advance(task, n)
         finally:
             bar.remove_task(task)
-    else:
-        bar = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}", markup=False),
-            *([BarColumn(), MofNCompleteColumn()] if total else []),
-            TimeElapsedColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        with display(bar):
-            task = bar.add_task(description, total=total)
-            yield lambda n=1: bar.advance(task, n)
     if not console.is_terminal:
         console.print(f"{description}: done in {time.monotonic() - started:.0f} s")
 

@@ -19,16 +19,8 @@ from torch import Tensor
 
 from sae_lightning.errors import UserError
 from sae_lightning.files import atomically, write_json
-from sae_lightning.formats.readers import CFG, OURS, WEIGHTS, Stored, read
+from sae_lightning.formats.readers import CFG, FORMATS, OURS, TRANSCODERS, WEIGHTS, Stored
 from sae_lightning.sae import ARCHITECTURES, SAE, build
-
-# kind, with a skip connection -> SAELens' name of the transcoder
-TRANSCODERS = {
-    ("standard", False): "transcoder",
-    ("standard", True): "skip_transcoder",
-    ("jumprelu", False): "jumprelu_transcoder",
-    ("jumprelu", True): "jumprelu_skip_transcoder",
-}
 
 
 def save_sae(folder: Path, sae: SAE, weights: dict[str, Tensor], metadata: dict[str, Any]) -> None:
@@ -73,48 +65,57 @@ def load_sae(path: str | os.PathLike) -> SAE:
 
     The result is on the CPU, frozen, in float32; `sae.metadata` tells what it was trained on.
     """
-    stored = read(Path(path))
-    sae = _build(stored)
-    if stored.centred:
-        _centre(stored, sae)
+    files = [folder / name for folder in (Path(path, "sae"), Path(path)) for name in FORMATS]
+    file = next(filter(Path.is_file, files), None)
+    if file is None:
+        raise UserError(
+            f"{path} holds no saved SAE: give a run folder (outputs/<day>/<time>) or a folder with "
+            f"one of {', '.join(FORMATS)}"
+        )
+    try:
+        stored = FORMATS[file.name](file)
+        sae = _build(stored)
+    except FileNotFoundError as error:
+        missing = Path(error.filename).name
+        raise UserError(f"{file.parent} holds no saved SAE: {missing} is missing") from error
+    except (UserError, OSError):
+        raise
+    except Exception as error:  # a file of another tool may be damaged in any way
+        why = f"it lacks {error}" if isinstance(error, KeyError) else str(error).split("\n")[0]
+        why = why or "a file ends early"
+        raise UserError(f"{file.parent} is damaged or not an SAE: {why}") from error
     sae.metadata = stored.metadata
     return sae.requires_grad_(False).eval()
 
 
-def _centre(stored: Stored, sae: SAE) -> None:
-    """Have the encoder read x where it was made for x - b_dec."""
-    d_in, d_out = len(sae.W_enc), len(sae.b_dec)
-    if d_in != d_out:
-        _refuse(stored, f"an input of width {d_in} cannot lose a b_dec of width {d_out}")
-    one, mean = torch.ones(()), sae.b_dec.double()
-    # a skip connection is not centred: what `fold` takes from it is given back
-    back = mean @ sae.W_skip.double() if sae.config.skip else torch.zeros(d_out)
-    sae.load_weights(sae.fold(mean, one, back, one))
-
-
 def _build(stored: Stored) -> SAE:
     """The SAE with the stored weights, which have to be all of its own and no others."""
-    given = {name: tuple(weight.shape) for name, weight in stored.weights.items()}
-    for name in ("W_enc", "W_dec"):
-        if len(given.get(name, ())) != 2:
-            _refuse(stored, f"it holds {', '.join(sorted(given)) or 'nothing'}")
-    settings = {"features": given["W_enc"][1]} | stored.settings
+    given = {name: list(weight.shape) for name, weight in stored.weights.items()}
+    if any(len(given.get(name, ())) != 2 for name in ("W_enc", "W_dec")):
+        raise ValueError(f"it holds {', '.join(sorted(given)) or 'nothing'}")
+    (d_in, features), d_out = given["W_enc"], given["W_dec"][1]
+    settings = {"features": features} | stored.settings
     try:
         config = ARCHITECTURES[settings["name"]].config(**settings)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{stored.file.parent} is damaged or not an SAE: {error}") from error
-    sae = build(config, given["W_enc"][0], given["W_dec"][1])
-    own = {name: tuple(weight.shape) for name, weight in sae.weights().items()}
+    except UserError as error:  # it says nothing of the folder
+        raise ValueError(str(error)) from error
+    sae = build(config, d_in, d_out)
+    own = {name: list(weight.shape) for name, weight in sae.weights().items()}
     for name in sorted(own.keys() | given.keys()):
         if name not in given:
-            _refuse(stored, f"{name} is missing")
+            raise ValueError(f"{name} is missing")
         if name not in own:
-            _refuse(stored, f"{name} is no part of a {config.name} SAE")
+            raise ValueError(f"{name} is no part of a {config.name} SAE")
         if given[name] != own[name]:
-            _refuse(stored, f"{name} is {list(given[name])} and should be {list(own[name])}")
+            raise ValueError(f"{name} is {given[name]} and should be {own[name]}")
     sae.load_weights(stored.weights)
+    if not stored.centred:
+        return sae
+    # have the encoder read x where it was made for x - b_dec
+    if d_in != d_out:
+        raise ValueError(f"an input of width {d_in} cannot lose a b_dec of width {d_out}")
+    one, mean = torch.ones(()), sae.b_dec.double()
+    # a skip connection is not centred: what `fold` takes from it is given back
+    back = mean @ sae.W_skip.double() if config.skip else torch.zeros(d_out)
+    sae.load_weights(sae.fold(mean, one, back, one))
     return sae
-
-
-def _refuse(stored: Stored, why: str) -> None:
-    raise UserError(f"{stored.file} is damaged or not an SAE: {why}")

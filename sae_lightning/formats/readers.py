@@ -6,15 +6,13 @@ ae.pt + config.json                  dictionary_learning
 """
 
 import json
-import pickle
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -25,6 +23,13 @@ CFG = "cfg.json"
 WEIGHTS = "sae_weights.safetensors"
 OURS = "sae_lightning"  # the key in cfg.json under which we describe the SAE ourselves
 
+# kind, with a skip connection -> SAELens' name of the transcoder
+TRANSCODERS = {
+    ("standard", False): "transcoder",
+    ("standard", True): "skip_transcoder",
+    ("jumprelu", False): "jumprelu_transcoder",
+    ("jumprelu", True): "jumprelu_skip_transcoder",
+}
 # SAELens' name of a kind -> ours. The two batch kinds are only in its checkpoints.
 SAELENS = {
     "standard": "relu",
@@ -33,11 +38,8 @@ SAELENS = {
     "gated": "gated",
     "batchtopk": "batch_topk",
     "matryoshka_batchtopk": "matryoshka",
-    "transcoder": "relu",
-    "skip_transcoder": "relu",
-    "jumprelu_transcoder": "jumprelu",
-    "jumprelu_skip_transcoder": "jumprelu",
 }
+SAELENS |= {name: SAELENS[kind] for (kind, _), name in TRANSCODERS.items()}
 # dictionary_learning's class -> ours, and whether its encoder reads x - b_dec
 DICTIONARIES = {
     "AutoEncoder": ("relu", True),
@@ -59,15 +61,11 @@ NAMES = {
     "decoder_bias": "b_dec",
 }
 TRANSPOSED = {"encoder.weight": "W_enc", "decoder.weight": "W_dec", "W_skip": "W_skip"}
-# What comes of a file that is cut off or is no such file, and of a value of another type.
-DAMAGE = (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, ValueError, TypeError)
 
 
 class Stored(NamedTuple):
     """An SAE as a folder tells it, under our names."""
 
-    file: Path
-    """Holds the weights."""
     settings: dict[str, Any]
     """Of the architecture's config, with its name."""
     weights: dict[str, Tensor]
@@ -78,54 +76,23 @@ class Stored(NamedTuple):
     """The encoder reads x - b_dec (a skip connection reads x)."""
 
 
-def read(path: Path) -> Stored:
-    """The SAE of a run folder, of its `sae/`, or of a folder that another tool wrote."""
-    for folder in (path / "sae", path):
-        for name, reader in FORMATS.items():
-            if (folder / name).is_file():
-                return _read(folder / name, reader)
-    raise UserError(
-        f"{path} holds no saved SAE: give a run folder (outputs/<day>/<time>) or a folder with "
-        f"one of {', '.join(FORMATS)}"
-    )
-
-
-def _read(file: Path, reader: Callable[[Path], Stored]) -> Stored:
-    try:
-        return reader(file)
-    except FileNotFoundError as error:
-        missing = Path(error.filename).name
-        raise UserError(f"{file.parent} holds no saved SAE: {missing} is missing") from error
-    except KeyError as error:
-        raise UserError(f"{file.parent} is damaged or not an SAE: it lacks {error}") from error
-    except UserError:
-        raise
-    except (*DAMAGE, AttributeError) as error:
-        why = str(error).split("\n")[0] or "a file ends early"
-        raise UserError(f"{file.parent} is damaged or not an SAE: {why}") from error
-
-
 def _json(file: Path) -> dict[str, Any]:
-    content = json.loads(file.read_text(encoding="utf8"))
-    if not isinstance(content, dict):
-        raise UserError(f"{file} is damaged or not an SAE: it holds no settings")
-    return content
+    return json.loads(file.read_text(encoding="utf8"))
+
+
+def _check(source: Path, key: str, value: Any, readable: Iterable[str]) -> None:
+    """UserError unless `value`, given for `key` in `source`, is one of those that can be read."""
+    if value not in readable:
+        raise UserError(
+            f"{source}: {key} {value!r} is not one that this version reads ({', '.join(readable)})"
+        )
 
 
 def _ours(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors under our names, in our orientation, in float32."""
-    straight = {
-        NAMES.get(name, name): tensor.float()
-        for name, tensor in tensors.items()
-        if name not in TRANSPOSED
-    }
-    turned = {ours: tensors[name].float().T for name, ours in TRANSPOSED.items() if name in tensors}
-    return straight | turned
-
-
-def _each(threshold: Tensor, weights: dict[str, Tensor]) -> Tensor:
-    """[features] of one threshold; -1, where training never set it, is no bound to relu(z)."""
-    return threshold.clamp(min=0).expand_as(weights["b_enc"])
+    tensors = {name: tensor.float() for name, tensor in tensors.items()}
+    turned = {ours: tensors.pop(name).T for name, ours in TRANSPOSED.items() if name in tensors}
+    return {NAMES.get(name, name): tensor for name, tensor in tensors.items()} | turned
 
 
 def _nested(settings: dict[str, Any], sizes: list[int]) -> dict[str, Any]:
@@ -138,31 +105,26 @@ def _nested(settings: dict[str, Any], sizes: list[int]) -> dict[str, Any]:
 def saelens(file: Path) -> Stored:
     """SAELens since version 3, saved for inference or in the midst of training; and ours."""
     source = file.with_name(CFG)
-    cfg, weights = _of_today(_json(source)), _ours(load_file(file))
+    cfg, weights = _json(source), _ours(load_file(file))
+    # versions 3 to 5 had other words for TopK
+    cfg = {"architecture": "standard", "activation_fn": cfg.get("activation_fn_str", "relu")} | cfg
+    if cfg["activation_fn"] == "topk":
+        cfg |= {"architecture": "topk", "activation_fn": "relu"} | cfg["activation_fn_kwargs"]
     kind = cfg["architecture"]
     settings = _own_settings(source, cfg[OURS]) if OURS in cfg else _their_settings(source, cfg)
     scale = _scale(source, cfg.get("normalize_activations") or "none")
     rescale = cfg.get("rescale_acts_by_decoder_norm", "batchtopk" in kind)
     centred = "transcoder" not in kind and cfg.get("apply_b_dec_to_input", True)
-    weights = _plain(weights, scale, rescale)
-    return Stored(file, settings, weights, cfg.get("metadata", cfg), centred)
-
-
-def _of_today(cfg: dict[str, Any]) -> dict[str, Any]:
-    """Settings as SAELens 6 writes them; versions 3 to 5 had other words for TopK."""
-    cfg = {"architecture": "standard", "activation_fn": cfg.get("activation_fn_str", "relu")} | cfg
-    if cfg["activation_fn"] == "topk":
-        cfg |= {"architecture": "topk", "activation_fn": "relu"} | cfg["activation_fn_kwargs"]
-    return cfg
+    weights = _fold(weights, scale, rescale)
+    return Stored(settings, weights, cfg.get("metadata", cfg), centred)
 
 
 def _own_settings(source: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """Settings that this project wrote; what a newer version added has a meaning unknown here."""
-    name = settings["name"]
-    known = fields(ARCHITECTURES[name].config) if name in ARCHITECTURES else ()
-    unknown = settings.keys() - {field.name for field in known}
-    if unknown:
-        key = "name" if "name" in unknown else min(unknown)
+    kind = ARCHITECTURES.get(settings["name"])
+    known = {field.name for field in fields(kind.config)} if kind else settings.keys() - {"name"}
+    if unknown := settings.keys() - known:
+        key = min(unknown)
         raise UserError(
             f"{source}: {OURS}.{key}={settings[key]} is of another version: update, or take the "
             f"key {OURS} out to read the SAE as SAELens does"
@@ -173,12 +135,8 @@ def _own_settings(source: Path, settings: dict[str, Any]) -> dict[str, Any]:
 def _their_settings(source: Path, cfg: dict[str, Any]) -> dict[str, Any]:
     """Settings of ours that say what SAELens' say."""
     kind = cfg["architecture"]
-    for key, readable in (("architecture", SAELENS), ("activation_fn", ["relu"])):
-        if cfg[key] not in readable:
-            raise UserError(
-                f"{source}: {key} {cfg[key]!r} is not one that this version reads "
-                f"({', '.join(readable)})"
-            )
+    _check(source, "architecture", kind, SAELENS)
+    _check(source, "activation_fn", cfg["activation_fn"], ["relu"])
     settings = {"name": SAELENS[kind], "skip": "skip" in kind}
     if "topk" in kind:
         # 100 is what SAELens takes where none is given; its BatchTopK may have half of a feature
@@ -189,13 +147,13 @@ def _their_settings(source: Path, cfg: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _plain(weights: dict[str, Tensor], scale: float, rescale: bool) -> dict[str, Tensor]:
-    """SAELens' weights, made for activations x scale, without what needs a word of explanation.
+def _fold(weights: dict[str, Tensor], scale: float, rescale: bool) -> dict[str, Tensor]:
+    """SAELens' weights, made for activations x scale, as they are for raw ones.
 
     With `rescale`, features are compared and told in units of their decoder's norm; the threshold
-    of a batch is in these units, and so moves with the scale.
+    of a batch is in these units, and so moves with the scale. A threshold of -1, where training
+    never set it, is no bound to relu(z).
     """
-    weights = dict(weights)
     if (weights.get("scaling_factor", torch.zeros(1)) == 1).all():
         del weights["scaling_factor"]  # of versions before 6; at 1 without effect
     weights["W_enc"] = weights["W_enc"] * scale
@@ -206,7 +164,7 @@ def _plain(weights: dict[str, Tensor], scale: float, rescale: bool) -> dict[str,
         weights["W_dec"] = weights["W_dec"] / norms[:, None]
     if "topk_threshold" in weights:
         threshold = weights.pop("topk_threshold") / (scale if rescale else 1)
-        weights["threshold"] = _each(threshold, weights)
+        weights["threshold"] = threshold.clamp(min=0).expand_as(weights["b_enc"])
     if "log_threshold" in weights:
         weights["threshold"] = weights.pop("log_threshold").exp()
     return weights
@@ -216,17 +174,17 @@ def _scale(source: Path, normalisation: str | bool) -> float:
     """The factor by which SAELens multiplies activations: 1 where it is folded in already."""
     if normalisation == "none":
         return 1.0
+    given = f"{source}: normalize_activations={normalisation}"
     if normalisation not in (True, "expected_average_only_in"):
         raise UserError(
-            f"{source}: normalize_activations={normalisation} cannot be folded into the weights; "
-            "only expected_average_only_in can"
+            f"{given} cannot be folded into the weights; only expected_average_only_in can"
         )
     beside = source.with_name("activation_scaler.json")  # in checkpoints
     factor = _json(beside)["scaling_factor"] if beside.is_file() else None
     if factor is None:
         raise UserError(
-            f"{source}: normalize_activations={normalisation}, but its factor is not saved: fold "
-            "it in with SAELens (sae.fold_activation_norm_scaling_factor) and save again"
+            f"{given}, but its factor is not saved: fold it in with SAELens "
+            "(sae.fold_activation_norm_scaling_factor) and save again"
         )
     return factor
 
@@ -240,20 +198,15 @@ def sparsify(file: Path) -> Stored:
             f"{file.with_name(CFG)}: activation {activation!r} cannot be read; only topk"
         )
     settings = {"name": "topk", "k": cfg["k"], "skip": "W_skip" in tensors}
-    return Stored(file, settings, _ours(tensors), cfg, centred=not cfg.get("transcode", False))
+    return Stored(settings, _ours(tensors), cfg, centred=not cfg.get("transcode", False))
 
 
 def dictionary_learning(file: Path) -> Stored:
     """dictionary_learning, whose scale of activations is folded in already."""
     source = file.with_name("config.json")
     trainer = _json(source)["trainer"]
-    kind = trainer["dict_class"]
-    if kind not in DICTIONARIES:
-        raise UserError(
-            f"{source}: dict_class {kind!r} is not one that this version reads "
-            f"({', '.join(DICTIONARIES)})"
-        )
-    name, centred = DICTIONARIES[kind]
+    _check(source, "dict_class", trainer["dict_class"], DICTIONARIES)
+    name, centred = DICTIONARIES[trainer["dict_class"]]
     # a pickle: only tensors are taken out of it, no code runs
     weights = _ours(torch.load(file, map_location="cpu", weights_only=True))
     settings = {"name": name}
@@ -265,8 +218,8 @@ def dictionary_learning(file: Path) -> Stored:
     if name == "topk":
         weights.pop("threshold", None)  # a by-product; each token has its k features
     elif "threshold" in weights:
-        weights["threshold"] = _each(weights["threshold"], weights)
-    return Stored(file, settings, weights, trainer, centred)
+        weights["threshold"] = weights["threshold"].clamp(min=0).expand_as(weights["b_enc"])
+    return Stored(settings, weights, trainer, centred)
 
 
 FORMATS = {

@@ -12,11 +12,9 @@ from torch import nn
 from sae_lightning.errors import UserError
 from sae_lightning.llm.packaged import PACKAGED, Shape, cached, gguf_folder
 from sae_lightning.llm.pretrained import (
-    cut,
     read_config,
     read_model,
     read_tokenizer,
-    remove_head,
     without_weights,
 )
 from sae_lightning.llm.quiet import quiet
@@ -90,10 +88,8 @@ class LLM(NamedTuple):
 
     model: nn.Module
     """The causal LM: frozen, in eval mode, on its device."""
-
     tokenizer: object
     """Its tokenizer (transformers)."""
-
     name: str
     """llm.name as configured."""
 
@@ -154,10 +150,7 @@ def parameters(config: LLMConfig, blocks: int | None = None) -> int:
     if config.name in PACKAGED:
         return PACKAGED[config.name].parameters_of(blocks)
     with quiet():
-        model = without_weights(config, read_config(config, _folder(config.name)))
-        if blocks is not None:
-            cut(model, blocks)
-            remove_head(model)
+        model = without_weights(config, read_config(config, _folder(config.name)), blocks)
     return sum(p.numel() for p in model.parameters())
 
 

@@ -2,11 +2,9 @@
 
 import importlib.metadata
 import importlib.util
-import io
 import os
 import shutil
 import tempfile
-from contextlib import redirect_stderr
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,14 +20,11 @@ class Shape(NamedTuple):
     """What an LLM's config says about it, known before any weight is read."""
 
     layers: int
-    """Number of decoder blocks; layer.index runs from 0 to layers - 1."""
-
+    """Number of decoder blocks."""
     width: int
-    """d, the length of an activation in the residual stream."""
-
+    """d of the residual stream."""
     context: int | None
-    """The longest sequence the model takes, in tokens; None where its config sets no limit."""
-
+    """The longest sequence that the model takes, in tokens; None where its config sets no limit."""
     vocabulary: int
     """Number of different tokens."""
 
@@ -39,16 +34,12 @@ class Packaged(NamedTuple):
 
     module: str
     """Import name of the package."""
-
     distribution: str
     """Name of the package in the index."""
-
     file: str
     """The GGUF file inside the package's folder."""
-
     shape: Shape
     """Written here because reading it from the GGUF file takes seconds."""
-
     parameters: int
     """Weights of the LLM, whose LM head is its embedding."""
 
@@ -86,21 +77,19 @@ def gguf_folder(name: str) -> Path:
 
 def cached(name: str) -> Path:
     """The folder of packaged LLM `name` as safetensors; made on the first call (about 20 s)."""
-    source = gguf_folder(name)
-    package = PACKAGED[name]
+    source, package = gguf_folder(name), PACKAGED[name]
     version = importlib.metadata.version(package.distribution)
     cache = platformdirs.user_cache_path("sae_lightning") / f"{package.distribution}-{version}"
     if not cache.is_dir():
-        with phase("de-quantising the packaged LLM (once)"):
-            try:
+        try:
+            with phase("de-quantising the packaged LLM (once)"), quiet():
                 _fill(cache, source, package.file)
-            except (OSError, SafetensorError) as error:
-                reason = getattr(error, "strerror", None) or error
-                raise UserError(
-                    f"llm.name={name}: the de-quantised model cannot be written to {cache} "
-                    f"({reason}); free 600 MB there, or set XDG_CACHE_HOME "
-                    "to a folder that has them"
-                ) from error
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(
+                f"llm.name={name}: the de-quantised model cannot be written to {cache} ({reason}); "
+                "free 600 MB there, or set XDG_CACHE_HOME to a folder that has them"
+            ) from error
     return cache
 
 
@@ -109,15 +98,12 @@ def _fill(cache: Path, source: Path, file: str) -> None:
     cache.parent.mkdir(parents=True, exist_ok=True)
     partial = tempfile.mkdtemp(prefix=f".{cache.name}-", dir=cache.parent)
     try:
-        # transformers draws its GGUF bar with plain tqdm, which no setting of it turns off
-        with quiet(), redirect_stderr(io.StringIO()):
-            _save_dequantised(source, file, partial)
-        try:
-            os.replace(partial, cache)
-        except OSError:
-            # Another process was quicker and wrote the same files; any other reason is an error.
-            if not cache.is_dir():
-                raise
+        _save_dequantised(source, file, partial)
+        os.replace(partial, cache)
+    except OSError:
+        # Another process may have been quicker and have written the same files.
+        if not cache.is_dir():
+            raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

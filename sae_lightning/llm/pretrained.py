@@ -14,8 +14,6 @@ from torch import nn
 from sae_lightning.errors import UserError
 from sae_lightning.llm.sites import decoder_stack
 
-NO_NETWORK_NEEDED = "llm=smollm2 data=shakespeare need no network"
-
 
 def read_config(config, folder: Path | None):
     """Its config (transformers), known to be that of a causal LM."""
@@ -78,7 +76,7 @@ def read_model(
             output_loading_info=True,
         )
         if blocks is not None:
-            remove_head(model)
+            _remove_head(model)
         model = model.to(device)
     if report["missing_keys"]:
         # transformers fills these with random numbers.
@@ -90,18 +88,22 @@ def read_model(
     return model
 
 
-def without_weights(config, known) -> nn.Module:
-    """The causal LM of transformers' config `known`; its weights take no memory."""
+def without_weights(config, known, blocks: int | None = None) -> nn.Module:
+    """The model of `read_model`, whose weights take no memory."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(known, trust_remote_code=config.trust_remote_code)
+        model = AutoModelForCausalLM.from_config(known, trust_remote_code=config.trust_remote_code)
+    if blocks is not None:
+        _cut(model, blocks)
+        _remove_head(model)
+    return model
 
 
-def cut(model: nn.Module, blocks: int) -> None:
-    """Remove everything after the first `blocks` blocks of a causal LM.
+def _cut(model: nn.Module, blocks: int) -> None:
+    """Remove all but the first `blocks` blocks.
 
-    Its config stays: a block may look at how many there are in the whole (Gemma-3n's last ones
+    The config stays: a block may look at how many there are in the whole (Gemma-3n's last ones
     share keys and values, others scale by their number), and has to do what it did there.
     """
     stack = decoder_stack(model)
@@ -109,19 +111,17 @@ def cut(model: nn.Module, blocks: int) -> None:
     model.kept_blocks = len(stack)
 
 
-def remove_head(model: nn.Module) -> None:
-    """Remove the LM head of a causal LM; one that is its embedding too stays that."""
-    model.set_output_embeddings(nn.Identity())
+def _remove_head(model: nn.Module) -> None:
+    model.set_output_embeddings(nn.Identity())  # one that is its embedding too stays that
 
 
 def _cut_class(kind: type[nn.Module], blocks: int) -> type[nn.Module]:
-    """A class of causal LMs whose models are cut before their weights are read: the other weights
-    are left on the disk."""
+    """Causal LMs that are cut before their weights are read: the others are left on the disk."""
 
     class Cut(kind):
         def __init__(self, config, *args, **kwargs):
             super().__init__(config, *args, **kwargs)
-            cut(self, blocks)
+            _cut(self, blocks)
 
     # by these transformers finds out how weights are called in older files
     Cut.__name__, Cut.__module__ = kind.__name__, kind.__module__
@@ -152,31 +152,26 @@ def _reason(config, error: Exception, part: str) -> str:
 
     name, text = f"llm.name={config.name}", " ".join(str(error).split())
     first = re.split(r"(?<=[a-z`'])\. ", text or type(error).__name__)[0][:200].rstrip(".")
-    causes, cause = [], error
-    while cause is not None:
-        causes.append(cause)
-        cause = cause.__cause__ or cause.__context__
-
-    def caused_by(*kinds: type) -> bool:
-        return any(isinstance(cause, kinds) for cause in causes)
-
-    if caused_by(hub.GatedRepoError):
+    kinds = {*type(error).__mro__}
+    while error := error.__cause__ or error.__context__:
+        kinds.update(type(error).__mro__)
+    if hub.GatedRepoError in kinds:
         return f"{name}: gated; accept its terms on the hub, then run: hf auth login"
-    if caused_by(hub.RevisionNotFoundError):
+    if hub.RevisionNotFoundError in kinds:
         return f"llm.revision={config.revision}: {config.name} has no such revision"
-    if caused_by(hub.RepositoryNotFoundError, hub.HFValidationError):
+    if kinds & {hub.RepositoryNotFoundError, hub.HFValidationError}:
         return f"{name}: neither a local folder nor a model on the hub; check the name"
-    if caused_by(hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled):
+    if kinds & {hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled}:
         return (
             f"{name}: not a local folder, not downloaded before, and the hub cannot be reached; "
-            f"{NO_NETWORK_NEEDED}"
+            "llm=smollm2 data=shakespeare need no network"
         )
     if "trust_remote_code" in text:
         return (
             f"{name}: the model brings its own Python code; read it, then allow it with "
             "llm.trust_remote_code=true"
         )
-    if isinstance(error, ImportError) or "attention" in text.lower():
+    if "attention" in text.lower():
         return (
             f"llm.attn={config.attn.value}: not possible for {config.name} here ({first}); "
             "use llm.attn=auto"

@@ -20,8 +20,8 @@ from torch.utils.hooks import RemovableHandle
 
 from sae_lightning.errors import UserError
 
-# Normalisations of a branch's output, as in Gemma-2 and OLMo-2. A block has them for both
-# branches or for none; without one for the MLP, post_attention_layernorm is the MLP's input norm.
+# Norms of a branch's output, as in Gemma-2 and OLMo-2. A block has them for both branches or for
+# none; without one for the MLP, post_attention_layernorm is the MLP's input norm.
 ATTN_NORMS = ("post_self_attn_layernorm", "post_attention_layernorm")
 MLP_NORMS = ("post_feedforward_layernorm", "post_mlp_layernorm")
 BRANCH = {"attn": r"attn|attention", "mlp": r"mlp|feed_?forward|ffn|moe|fc2"}
@@ -61,9 +61,7 @@ class Site:
 
     layer: int
     """Index of the block, from 0."""
-
     kind: Kind
-    """What is read there."""
 
     def __str__(self) -> str:
         return f"{self.kind.value}.{self.layer}"
@@ -134,8 +132,8 @@ class LayerConfig:
 def decoder_stack(model: nn.Module) -> nn.ModuleList:
     """The list of decoder blocks of any causal LM."""
     layers = getattr(model, "kept_blocks", model.config.get_text_config().num_hidden_layers)
-    # named_modules goes outside in, so a block's own lists (experts) come after the stack.
-    for _, module in model.get_decoder().named_modules():
+    # modules() goes outside in, so a block's own lists (experts) come after the stack.
+    for module in model.get_decoder().modules():
         if isinstance(module, nn.ModuleList) and len(module) == layers:
             return module
     raise UserError(
@@ -149,13 +147,13 @@ def site_module(model: nn.Module, site: Site) -> nn.Module:
     stack = decoder_stack(model)
     LayerConfig(index=site.layer, source=site.kind).within(len(stack))
     block = stack[site.layer]
-    match site.kind:
-        case Kind.resid:
-            return block
-        case Kind.mlp_in:
-            return _branch(block, site.kind)
-        case _:
-            return _output_norm(block, site.kind) or _branch(block, site.kind)
+    if site.kind is Kind.resid:
+        return block
+    if site.kind is not Kind.mlp_in and any(hasattr(block, name) for name in MLP_NORMS):
+        for name in ATTN_NORMS if site.kind is Kind.attn else MLP_NORMS:
+            if hasattr(block, name):
+                return getattr(block, name)
+    return _branch(block, site.kind)
 
 
 def hook(
@@ -179,14 +177,6 @@ def hook(
     return module.register_forward_hook(lambda module, args, output: within(output))
 
 
-def _output_norm(block: nn.Module, kind: Kind) -> nn.Module | None:
-    """The norm between a branch and the residual stream, in families that have one."""
-    if not any(hasattr(block, name) for name in MLP_NORMS):
-        return None
-    names = ATTN_NORMS if kind is Kind.attn else MLP_NORMS
-    return next((getattr(block, name) for name in names if hasattr(block, name)), None)
-
-
 def _branch(block: nn.Module, kind: Kind) -> nn.Module:
     """The attention or the MLP of a block, by the name of the child or of its class."""
     children = {
@@ -194,11 +184,10 @@ def _branch(block: nn.Module, kind: Kind) -> nn.Module:
         for name, child in block.named_children()
         if not re.search(r"norm|ln_|dropout|cross", name + type(child).__name__.lower())
     }
-    pattern = BRANCH[kind.value]
-    found = [child for name, child in children.items() if re.search(pattern, name)] or [
+    found = [child for name, child in children.items() if re.search(BRANCH[kind.value], name)] or [
         child
         for child in children.values()
-        if re.search(pattern, type(child).__name__, re.IGNORECASE)
+        if re.search(BRANCH[kind.value], type(child).__name__.lower())
     ]
     # BLOOM's branches add the residual stream themselves: their output is not the branch's.
     if len(found) == 1 and "residual" not in inspect.signature(found[0].forward).parameters:
