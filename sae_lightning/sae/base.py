@@ -14,10 +14,10 @@ from torch.profiler import record_function
 
 from sae_lightning.errors import UserError
 from sae_lightning.sae import sparse
-from sae_lightning.sae.sparse import Entries
+from sae_lightning.sae.matrix import DenseMatrix, Matrix, SparseMatrix
+from sae_lightning.sae.sparse import Pattern
 
-TINY = 1e-12  # a row of zeros stays one
-SAMPLE = 128  # tokens of a batch by which its density is judged
+TINY = 1e-12  # keeps rows of zeros from becoming NaN
 
 
 @dataclass(slots=True, kw_only=True)
@@ -53,44 +53,40 @@ class Output(NamedTuple):
     """[batch, features], not negative"""
 
 
-class Pass(NamedTuple):
-    """One forward pass in training: what objectives are made of.
-
-    Of [batch, features] there are all entries (a tensor) or those that may differ from 0.
-    """
+class Forward(NamedTuple):
+    """One forward pass in training, of which objectives are made."""
 
     x: Tensor
     """[batch, d_in]"""
     reconstruction: Tensor
     """[batch, d_out]"""
-    features: Tensor | Entries
+    features: Matrix
     """[batch, features], not negative"""
-    pre: Tensor | Entries
+    pre: Matrix
     """[batch, features], before the activation function"""
     prefixes: tuple[Tensor, ...] = ()
-    """Reconstructions [batch, d_out] by the first features alone, where a class has them"""
-    gate: Tensor | Entries | None = None
-    """[batch, features], how far gates are open, where a class has them"""
+    """Matryoshka: reconstructions [batch, d_out] by the first features alone"""
+    gate: Matrix | None = None
+    """Gated: [batch, features], how far gates are open"""
 
 
 class SAE(nn.Module):
     """f = activate(x W_enc + b_enc);  x_hat = f W_dec + b_dec (+ x W_skip).
 
-    An architecture is a subclass that defines `activate`. Nothing here knows of coefficients or
-    steps; b_dec is not subtracted from the input, because the input is already centred and
-    b_enc can express the same.
+    An architecture is a subclass that defines `strengths` and, if features compete, `activate`.
+    b_dec is not subtracted from the input: the input is already centred, and b_enc can express it.
     """
 
     architecture: str
-    """The name that SAELens gives to this kind in `cfg.json`."""
+    """SAELens' name for it, in `cfg.json`."""
     bytes_per_activation: int
-    """Memory of an update for each token and feature, at its peak: what forward saves and backward
-    makes, in mixed precision, with half of the features dead and the costliest objective."""
+    """Peak memory of an update for each token and feature, in mixed precision, dense, with half of
+    the features dead and the costliest objective."""
     per_feature = {"W_enc": 1, "b_enc": 0, "W_dec": 0}
     """The parameters that have an entry for each feature, and along which dimension."""
     biases = ("b_enc",)
-    """Parameters that stand beside a sum of d_in weights and have to keep pace with it: they learn
-    `optim.bias_lr` times as fast."""
+    """Parameters that are added to a sum over d_in weights, and so learn `optim.bias_lr` times as
+    fast."""
 
     def __init__(self, config: SAEConfig, d_in: int, d_out: int, generator: Generator):
         """Anthropic's start: random decoder directions, encoder = decoder transposed, biases 0."""
@@ -103,8 +99,8 @@ class SAE(nn.Module):
         if d_in != d_out:
             columns = torch.randn(config.features, d_in, generator=generator)
             columns *= config.decoder_norm / columns.norm(dim=1, keepdim=True)
-        # Not contiguous: in memory a feature's column lies together, as its decoder row does, so
-        # that sparse products write their gradient as it is.
+        # Column-major: a feature's column is contiguous, as its decoder row is, and sparse products
+        # write the gradient in this layout.
         self.W_enc = nn.Parameter(columns.clone().T)
         self.b_enc = nn.Parameter(torch.zeros(config.features))
         self.W_dec = nn.Parameter(rows.clone())
@@ -116,106 +112,99 @@ class SAE(nn.Module):
         """[batch, features] of activations [batch, d_in]."""
         return x @ self.W_enc + self.b_enc
 
-    def pre_activations_of(self, features: Tensor, this: Pass) -> Tensor:
+    def pre_activations_of(self, features: Tensor, this: Forward) -> Tensor:
         """[batch, n] of some features [n], whether they are active or not."""
-        if not isinstance(this.pre, Entries):
-            return this.pre[:, features]
-        # rows of the transpose lie together
+        known = this.pre.columns(features)
+        if known is not None:
+            return known
+        # rows of the transpose are contiguous
         return this.x @ self.W_enc.T[features].T + self.b_enc[features]
+
+    def strengths(self, pre: Matrix) -> Tensor:
+        """Feature strengths of pre-activations, value by value, in the shape of `pre.values`."""
+        return pre.values.relu()
 
     def activate(self, pre: Tensor) -> Tensor:
         """Feature strengths of pre-activations, both [batch, features], token by token."""
-        raise NotImplementedError
+        return self.strengths(DenseMatrix(pre))
 
     def activate_batch(self, pre: Tensor) -> Tensor:
-        """`activate` in training, where tokens of a batch may share what is allowed to fire."""
+        """`activate` in training, where the tokens of a batch may compete."""
         return self.activate(pre)
 
     def encode(self, x: Tensor) -> Tensor:
         """Feature strengths [batch, features] of activations [batch, d_in]."""
         return self.activate(self.pre_activations(x))
 
-    def decode(self, features: Tensor) -> Tensor:
-        """What features [batch, features] say of the reconstruction [batch, d_out]."""
+    def decode(self, features: Tensor | Matrix) -> Tensor:
+        """The reconstruction [batch, d_out] by features [batch, features], without a skip
+        connection."""
         return features @ self.W_dec + self.b_dec
 
-    def reconstruct(self, x: Tensor, features: Tensor | Entries) -> Tensor:
+    def reconstruct(self, x: Tensor, features: Tensor | Matrix) -> Tensor:
         """Reconstruction [batch, d_out] from features and, with a skip connection, the input."""
-        if isinstance(features, Entries):
-            decoded = sparse.decode(features, self.W_dec) + self.b_dec
-        else:
-            decoded = self.decode(features)
+        decoded = self.decode(features)
         return decoded + x @ self.W_skip if self.config.skip else decoded
 
     def forward(self, x: Tensor) -> Output:
-        """Reconstruct activations [batch, d_in]; no token depends on its neighbours."""
+        """Reconstruct activations [batch, d_in]; tokens do not depend on one another."""
         features = self.encode(x)
         return Output(self.reconstruct(x, features), features)
 
-    def training_pass(self, x: Tensor, only_active: bool = False) -> Pass:
+    def training_pass(self, x: Tensor, only_active: bool = False) -> Forward:
         """Reconstruct a batch [batch, d_in] in training; `only_active`: by sparse products, which
         give the same up to rounding."""
         pre, features = self.fire(x, only_active)
         with record_function("decode"):
-            return Pass(x, self.reconstruct(x, features), features, pre)
+            return Forward(x, self.reconstruct(x, features), features, pre)
 
-    def fire(self, x: Tensor, only_active: bool) -> tuple[Tensor | Entries, Tensor | Entries]:
+    def fire(self, x: Tensor, only_active: bool) -> tuple[Matrix, Matrix]:
         """Pre-activations and features of a batch [batch, d_in] in training."""
         with record_function("encode"):
-            if only_active:
-                pre = self.active_entries(x)
-                return pre, Entries(self.activate_entries(pre), pre.pattern)
-            pre = self.pre_activations(x)
-            return pre, self.activate_batch(pre)
+            if not only_active:
+                pre = DenseMatrix(self.pre_activations(x))
+                return pre, DenseMatrix(self.activate_batch(pre.values))
+            with torch.no_grad():
+                pattern, values = self.find(x)
+            values = sparse.encode(x, self.W_enc, self.b_enc, pattern, values)
+            pre = SparseMatrix(values, pattern)
+            return pre, pre.replace(self.strengths(pre))
 
-    def active_entries(self, x: Tensor) -> Entries:
-        """The pre-activations of a batch [batch, d_in] that have a say in anything."""
-        pattern, pre = sparse.find(x, self.W_enc, self.b_enc, self.choose)
-        return sparse.encode(x, self.W_enc, self.b_enc, pattern, pre)
+    def find(self, x: Tensor) -> tuple[Pattern, Tensor]:
+        """Which pre-activations of a batch [batch, d_in] matter to features or gradients, and their
+        values [n entries]."""
+        return sparse.find(x, self.W_enc, self.b_enc, self.choose)
 
     def choose(self, pre: Tensor) -> Tensor:
-        """The places in pre-activations [rows, features] that `active_entries` takes."""
+        """The places of those among pre-activations [rows, features], ascending."""
         return sparse.positive(pre)
 
     def bound(self) -> Tensor | float:
-        """[features] what the pre-activations that `active_entries` takes exceed."""
+        """What the pre-activations that `find` takes exceed, for all or each of the [features]."""
         return 0.0
 
-    def activate_entries(self, pre: Entries) -> Tensor:
-        """Feature strengths [n entries] of the pre-activations that `active_entries` took; an
-        architecture that does not define this is always computed densely."""
-        raise NotImplementedError
-
-    @property
-    def knows_entries(self) -> bool:
-        """Whether this architecture can be computed with active features alone."""
-        return type(self).activate_entries is not SAE.activate_entries
-
-    def density(self, this: Pass) -> float:
-        """The share of [batch, features] that `active_entries` would take of this batch."""
-        if isinstance(this.pre, Entries):
-            return len(this.pre.pattern) / math.prod(this.pre.pattern.shape)
-        few = this.pre[:SAMPLE]  # they are in random order
-        return (few > self.bound()).float().mean().item()
+    def density(self, this: Forward) -> float:
+        """The share of [batch, features] that `find` would take of this batch."""
+        return this.pre.density(self.bound())
 
     @torch.no_grad()
     def restart(self, which: Tensor, columns: Tensor, rows: Tensor) -> None:
-        """Give features `which` [n] new encoder columns [n, d_in] and decoder rows [n, d_out]; what
-        else they have is as at the start."""
+        """Give features `which` [n] new encoder columns [n, d_in] and decoder rows [n, d_out], and
+        reset their other parameters."""
         self.W_enc[:, which] = columns.T
         self.b_enc[which] = 0
         self.W_dec[which] = rows
 
     @torch.no_grad()
     def fix_norms(self) -> None:
-        """Bring every decoder row to the norm that it started with."""
+        """Rescale every decoder row to `decoder_norm`."""
         norms = self.W_dec.norm(dim=1, keepdim=True).clamp_min(TINY)
         self.W_dec.mul_(self.config.decoder_norm / norms)
 
     @torch.no_grad()
     def project_gradient(self) -> None:
-        """Leave of the decoder's gradient what turns rows, and nothing that stretches them
-        (Bricken et al. 2023): Adam's moments then hold no part that `fix_norms` undoes."""
+        """Project the decoder's gradient onto the tangent space of fixed-norm rows (Bricken et al.
+        2023), so that Adam's moments hold no part that `fix_norms` undoes."""
         gradient, rows = self.W_dec.grad, self.W_dec
         squares = rows.square().sum(dim=1, keepdim=True).clamp_min(TINY)
         along = (gradient * rows).sum(dim=1, keepdim=True) / squares
@@ -225,11 +214,10 @@ class SAE(nn.Module):
     def fold(
         self, in_mean: Tensor, in_scale: Tensor, out_mean: Tensor, out_scale: Tensor
     ) -> dict[str, Tensor]:
-        """The weights that do for raw activations what these do for normalised ones.
+        """Weights for raw activations that give the features which these give for normalised ones.
 
-        With z = (x - in_mean) / in_scale for the input and x_hat = z_hat out_scale + out_mean for
-        the output, both affine maps merge with the encoder and the decoder. Features stay what they
-        were, and thresholds with them. Computed in float64, returned in float32, on the CPU.
+        z = (x - in_mean) / in_scale merges with the encoder, x_hat = z_hat out_scale + out_mean
+        with the decoder. Computed in float64, returned in float32, on the CPU.
         """
         in_mean, in_scale, out_mean, out_scale = (
             value.cpu().double() for value in (in_mean, in_scale, out_mean, out_scale)
@@ -246,16 +234,15 @@ class SAE(nn.Module):
         return {name: weight.float().contiguous() for name, weight in folded.items()}
 
     def biases_without(self, share: Tensor, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The encoder's biases if every x W_enc loses a constant `share` [features]."""
+        """The encoder's biases once `share` [features] is subtracted from every x W_enc."""
         return {"b_enc": weights["b_enc"] - share}
 
     def weights(self) -> dict[str, Tensor]:
-        """What makes this SAE what it is, by the names of the saved format; as files want it, with
-        rows that lie together."""
+        """Contiguous tensors by the names of the saved format."""
         return {name: value.detach().contiguous() for name, value in self.state_dict().items()}
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:
-        """Take what `weights` gave. RuntimeError: names or shapes differ."""
+        """Load what `weights` returned. RuntimeError: names or shapes differ."""
         self.load_state_dict(weights)
 
     def saelens(self) -> dict[str, Any]:

@@ -5,11 +5,11 @@ from torch import Generator, Tensor
 
 from sae_lightning.sae import sparse
 from sae_lightning.sae.base import SAE
-from sae_lightning.sae.sparse import Entries, Pattern
+from sae_lightning.sae.sparse import Pattern
 from sae_lightning.sae.topk import TopKConfig
 
-MEMORY = 0.9  # share of the running mean that an update keeps: it looks back over 10 updates
-BOUNDS = (0.8, 0.4, 0.0)  # shares of the threshold above which the largest are looked for, in turn
+MEMORY = 0.9  # decay of the threshold's running mean per update, about 10 updates long
+BOUNDS = (0.8, 0.4, 0.0)  # multiples of the threshold above which to look for the largest, in turn
 
 
 class BatchTopK(SAE):
@@ -28,7 +28,7 @@ class BatchTopK(SAE):
         super().__init__(config, d_in, d_out, generator)
         # one value, in the saved format's shape
         self.register_buffer("threshold", torch.zeros(config.features))
-        # without it the zeros of the start would weigh in; goes to 1
+        # corrects the bias towards the initial 0, as in Adam; goes to 1
         self.register_buffer("threshold_weight", torch.zeros(()))
 
     def activate(self, pre: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ class BatchTopK(SAE):
         kept = flat.gather(0, places)
         return torch.zeros_like(flat).scatter(0, places, kept).view_as(pre)
 
-    def active_entries(self, x: Tensor) -> Entries:
+    def find(self, x: Tensor) -> tuple[Pattern, Tensor]:
         """The batch x k largest pre-activations of a batch [batch, d_in], if they are positive."""
         wanted = len(x) * self.config.k
         for share in BOUNDS:
@@ -57,22 +57,15 @@ class BatchTopK(SAE):
             pattern, above = sparse.find(x, self.W_enc, self.b_enc - bound, self.choose)
             if len(pattern) >= wanted:
                 break
-        with torch.no_grad():
-            pre = above + bound[pattern.columns]
-            found = sparse.above(pre, 0.0)  # a bias that was rounded up may have let in others
-            values, chosen = pre[found].topk(min(wanted, len(found)), sorted=False)
-            if len(values):
-                self._remember(values.min())
-            chosen = found[chosen].sort().values
-        pattern = Pattern(pattern.places[chosen], *pattern.shape)
-        return sparse.encode(x, self.W_enc, self.b_enc, pattern, pre[chosen])
-
-    def activate_entries(self, pre: Entries) -> Tensor:
-        """Feature strengths [n entries]."""
-        return pre.values.relu()
+        pre = above + bound[pattern.columns]
+        found = sparse.above(pre, 0.0)  # the bias, rounded up, may have let in others
+        values, chosen = pre[found].topk(min(wanted, len(found)), sorted=False)
+        if len(values):
+            self._remember(values.min())
+        chosen = found[chosen].sort().values
+        return Pattern(pattern.places[chosen], *pattern.shape), pre[chosen]
 
     def bound(self) -> Tensor:
-        """[features] above which the largest pre-activations of a batch are looked for."""
         return BOUNDS[0] * self.threshold
 
     def _remember(self, smallest: Tensor) -> None:
@@ -82,11 +75,9 @@ class BatchTopK(SAE):
         self.threshold.lerp_(smallest.float().expand_as(self.threshold), share)
 
     def weights(self) -> dict[str, Tensor]:
-        """What makes this SAE what it is; how the threshold was found is not saved."""
         weights = super().weights()
         del weights["threshold_weight"]
         return weights
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:
-        """Take what `weights` gave."""
         super().load_weights(weights | {"threshold_weight": self.threshold_weight})

@@ -5,11 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor, nn
 
-from sae_lightning.sae import sparse
-from sae_lightning.sae.base import SAE, Pass, SAEConfig
+from sae_lightning.sae.base import SAE, Forward, SAEConfig
 from sae_lightning.sae.losses import l1, mse
-from sae_lightning.sae.objective import Moment, PenaltyLoss, penalised
-from sae_lightning.sae.sparse import Entries
+from sae_lightning.sae.matrix import Matrix
+from sae_lightning.sae.objective import Moment, PenaltyLoss, decoder_norms
 
 
 @dataclass(slots=True, kw_only=True)
@@ -42,31 +41,22 @@ class Gated(SAE):
         self.r_mag = nn.Parameter(torch.zeros(config.features))
         self.b_mag = nn.Parameter(torch.zeros(config.features))
 
-    def activate(self, pre: Tensor) -> Tensor:
-        """Feature strengths of the gate's pre-activations, both [batch, features]."""
-        strength = (pre - self.b_enc) * self.r_mag.exp() + self.b_mag
-        return strength.relu() * (pre > 0)
-
-    def activate_entries(self, pre: Entries) -> Tensor:
-        """Feature strengths [n entries] where the gate is open."""
+    def strengths(self, pre: Matrix) -> Tensor:
+        """Feature strengths of the gate's pre-activations."""
         strength = (pre.values - pre.of(self.b_enc)) * pre.of(self.r_mag.exp()) + pre.of(self.b_mag)
         return strength.relu() * (pre.values > 0)
 
-    def training_pass(self, x: Tensor, only_active: bool = False) -> Pass:
+    def training_pass(self, x: Tensor, only_active: bool = False) -> Forward:
         """Reconstruct a batch [batch, d_in]; two terms of the objective share the gate."""
         this = super().training_pass(x, only_active)
-        if only_active:
-            return this._replace(gate=Entries(this.pre.values.relu(), this.pre.pattern))
-        return this._replace(gate=this.pre.relu())
+        return this._replace(gate=this.pre.replace(this.pre.values.relu()))
 
     def biases_without(self, share: Tensor, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The biases of both paths if every x W_enc loses a constant `share` [features]."""
         b_mag = weights["b_mag"] - share * weights["r_mag"].exp()
         return super().biases_without(share, weights) | {"b_mag": b_mag}
 
     @torch.no_grad()
     def restart(self, which: Tensor, columns: Tensor, rows: Tensor) -> None:
-        """Give features new directions; both paths begin equal."""
         super().restart(which, columns, rows)
         self.r_mag[which] = 0
         self.b_mag[which] = 0
@@ -79,31 +69,24 @@ class GatedLoss(PenaltyLoss):
     The decoder of the last term is detached: it teaches the gate, and the gate alone.
     """
 
+    sparsity = "l1"
+
     l1: float = 1e-3
     """Sparsity coefficient."""
 
-    @property
-    def sparsity(self) -> str:
-        """The term that makes features sparse."""
-        return "l1"
-
-    def penalty(self, sae: Gated, this: Pass, moment: Moment) -> Tensor:
+    def penalty(self, sae: Gated, this: Forward, moment: Moment) -> Tensor:
         """How far the gates are open, in units of decoder norm."""
-        return penalised(l1, this.gate, sae.W_dec.detach())
+        return this.gate.penalty(l1, decoder_norms(sae.W_dec.detach()))
 
-    def terms(self, sae: Gated, this: Pass, target: Tensor, moment: Moment) -> dict[str, Tensor]:
+    def terms(self, sae: Gated, this: Forward, target: Tensor, moment: Moment) -> dict[str, Tensor]:
         """The usual ones, and what teaches the gate, through which no gradient of the mse flows."""
         terms = PenaltyLoss.terms(self, sae, this, target, moment)
-        # as this reconstruction, with all that is not features (b_dec, a skip connection) in it
-        W_dec = sae.W_dec.detach()
-        if isinstance(this.gate, Entries):
-            more = this.gate.values - this.features.values.detach()
-            difference = sparse.decode(Entries(more, this.gate.pattern), W_dec)
-        else:
-            difference = (this.gate - this.features.detach()) @ W_dec
+        # the difference alone, since b_dec and a skip connection are in the reconstruction already
+        more = this.gate.replace(this.gate.values - this.features.values.detach())
+        difference = more @ sae.W_dec.detach()
         terms["gate"] = mse(this.reconstruction.detach() + difference, target)
         return terms
 
     def coefficients(self) -> dict[str, float]:
-        """The penalty's; the gate's error counts as much as the reconstruction's."""
+        # the gate's error counts as much as the reconstruction's
         return PenaltyLoss.coefficients(self) | {"gate": 1.0}

@@ -10,10 +10,11 @@ from torch import Generator, Tensor, nn
 
 from sae_lightning.errors import UserError
 from sae_lightning.sae import sparse
-from sae_lightning.sae.base import SAE, Pass, SAEConfig
+from sae_lightning.sae.base import SAE, Forward, SAEConfig
 from sae_lightning.sae.losses import tanh_l0
-from sae_lightning.sae.objective import Moment, PenaltyLoss, penalised
-from sae_lightning.sae.sparse import Entries
+from sae_lightning.sae.matrix import Matrix
+from sae_lightning.sae.objective import Moment, PenaltyLoss, decoder_norms
+from sae_lightning.sae.sparse import Pattern
 
 
 @dataclass(slots=True, kw_only=True)
@@ -35,7 +36,7 @@ class JumpReLUConfig(SAEConfig):
 
 class _Jump(torch.autograd.Function):
     """z 1[z > threshold]; the threshold's gradient is -threshold / width x 1[|z - threshold| <
-    width / 2]: that of the jump, averaged over the window. Both in the shape of z."""
+    width / 2]: that of the jump, averaged over the window. Thresholds broadcast with z."""
 
     @staticmethod
     def forward(ctx, z: Tensor, threshold: Tensor, width: float) -> Tensor:
@@ -48,12 +49,12 @@ class _Jump(torch.autograd.Function):
         z, threshold = ctx.saved_tensors
         window = (z - threshold).abs() < ctx.width / 2
         to_threshold = gradient * window * threshold * (-1 / ctx.width)
-        return gradient * (z > threshold), to_threshold, None
+        return gradient * (z > threshold), to_threshold.sum_to_size(threshold.shape), None
 
 
 class _Step(torch.autograd.Function):
     """1[z > threshold]; the threshold's gradient is -1 / width x 1[|z - threshold| < width / 2].
-    Both in the shape of z."""
+    Thresholds broadcast with z."""
 
     @staticmethod
     def forward(ctx, z: Tensor, threshold: Tensor, width: float) -> Tensor:
@@ -65,7 +66,8 @@ class _Step(torch.autograd.Function):
     def backward(ctx, gradient: Tensor):
         z, threshold = ctx.saved_tensors
         window = (z - threshold).abs() < ctx.width / 2
-        return None, gradient * window * (-1 / ctx.width), None
+        to_threshold = gradient * window * (-1 / ctx.width)
+        return None, to_threshold.sum_to_size(threshold.shape), None
 
 
 class JumpReLU(SAE):
@@ -91,53 +93,41 @@ class JumpReLU(SAE):
         """[features]"""
         return self.log_threshold.exp()
 
-    def activate(self, pre: Tensor) -> Tensor:
-        """Pre-activations above their threshold."""
-        return _Jump.apply(pre, self.threshold.expand_as(pre), self.config.bandwidth)
+    def strengths(self, pre: Matrix) -> Tensor:
+        """Pre-activations above their threshold, 0 in place of the others."""
+        return _Jump.apply(pre.values, pre.of(self.threshold), self.config.bandwidth)
 
-    def active_entries(self, x: Tensor) -> Entries:
-        """The pre-activations above their threshold, and those below it that move it."""
+    def find(self, x: Tensor) -> tuple[Pattern, Tensor]:
+        """The pre-activations above their threshold or in the window around it."""
         threshold = self.threshold.detach()
-        # as the distance from the threshold, which is rounded least where it matters most
+        # as distances from the threshold, which are rounded least where it matters most
         pattern, above = sparse.find(x, self.W_enc, self.b_enc - threshold, self.choose)
         pattern.loose = True
-        pre = above + threshold[pattern.columns]
-        return sparse.encode(x, self.W_enc, self.b_enc, pattern, pre)
+        return pattern, above + threshold[pattern.columns]
 
     def choose(self, above: Tensor) -> Tensor:
-        """The places of what lies above its threshold or in the window around it (and a little
-        below, as bounds are rounded), given distances from thresholds."""
+        """Those places, given distances from thresholds [rows, features]; a little more than the
+        window, since distances are rounded."""
         return sparse.above(above, -0.51 * self.config.bandwidth)
 
     def bound(self) -> Tensor:
-        """[features] where the windows around thresholds begin."""
         return self.threshold - self.config.bandwidth / 2
 
-    def activate_entries(self, pre: Entries) -> Tensor:
-        """Pre-activations above their threshold, 0 in place of the others, as [n entries]."""
-        return _Jump.apply(pre.values, pre.of(self.threshold), self.config.bandwidth)
-
-    def active(self, pre: Tensor | Entries) -> Tensor:
-        """Mean number of active features per token, whose gradient reaches the thresholds."""
-        if isinstance(pre, Entries):
-            values, threshold, batch = pre.values, pre.of(self.threshold), pre.pattern.shape[0]
-        else:
-            values, threshold, batch = pre, self.threshold.expand_as(pre), len(pre)
-        return _Step.apply(values, threshold, self.config.bandwidth).sum() / batch
+    def active(self, pre: Matrix) -> Tensor:
+        """Mean number of active features per token, with a gradient for thresholds."""
+        steps = _Step.apply(pre.values, pre.of(self.threshold), self.config.bandwidth)
+        return steps.sum() / pre.tokens
 
     @torch.no_grad()
     def restart(self, which: Tensor, columns: Tensor, rows: Tensor) -> None:
-        """Give features new directions and the thresholds of the start."""
         super().restart(which, columns, rows)
         self.log_threshold[which] = math.log(self.config.threshold)
 
     def weights(self) -> dict[str, Tensor]:
-        """What makes this SAE what it is."""
         weights = super().weights()
         return weights | {"threshold": weights.pop("log_threshold").exp()}
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:
-        """Take what `weights` gave."""
         threshold = weights["threshold"].clamp(min=torch.finfo(torch.float32).tiny)
         others = {name: weight for name, weight in weights.items() if name != "threshold"}
         super().load_weights(others | {"log_threshold": threshold.log()})
@@ -153,6 +143,8 @@ class Penalty(Enum):
 @dataclass(slots=True, kw_only=True)
 class JumpReLULoss(PenaltyLoss):
     """loss = mse + l0 x (active features) + preact x (what keeps dead features silent)."""
+
+    sparsity = "l0"
 
     l0: float = 1e-3
     """Sparsity coefficient."""
@@ -176,18 +168,12 @@ class JumpReLULoss(PenaltyLoss):
                 f"loss.tanh_scale={self.tanh_scale}: give a positive number, or null for 4"
             )
 
-    @property
-    def sparsity(self) -> str:
-        """The term that makes features sparse."""
-        return "l0"
-
-    def penalty(self, sae: JumpReLU, this: Pass, moment: Moment) -> Tensor:
+    def penalty(self, sae: JumpReLU, this: Forward, moment: Moment) -> Tensor:
         """Active features per token, counted exactly or smoothly."""
         if self.penalty_kind is Penalty.step:
             return sae.active(this.pre)
         smooth = partial(tanh_l0, scale=self.tanh_scale or 4.0)
-        return penalised(smooth, this.features, sae.W_dec)
+        return this.features.penalty(smooth, decoder_norms(sae.W_dec))
 
     def threshold(self, sae: JumpReLU) -> Tensor:
-        """[features], to be exceeded by pre-activations."""
         return sae.threshold.detach()

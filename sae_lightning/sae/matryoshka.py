@@ -1,6 +1,5 @@
 """Matryoshka: dictionaries within a dictionary, each of which has to reconstruct by itself."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -8,12 +7,10 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from sae_lightning.errors import UserError
-from sae_lightning.sae import sparse
-from sae_lightning.sae.base import Pass
+from sae_lightning.sae.base import SAE, Forward
 from sae_lightning.sae.batch_topk import BatchTopK
 from sae_lightning.sae.losses import mse
 from sae_lightning.sae.objective import AuxKLoss, Moment
-from sae_lightning.sae.sparse import Entries
 from sae_lightning.sae.topk import TopKConfig
 
 
@@ -51,36 +48,25 @@ class Matryoshka(BatchTopK):
     2503.17547): early features have to do without the later ones and stay general.
     """
 
-    def training_pass(self, x: Tensor, only_active: bool = False) -> Pass:
+    def training_pass(self, x: Tensor, only_active: bool = False) -> Forward:
         """Reconstruct a batch [batch, d_in] with each prefix; each adds to the one before."""
         pre, features = self.fire(x, only_active)
         reached = self.b_dec + x @ self.W_skip if self.config.skip else self.b_dec
         with record_function("decode"):
-            *prefixes, whole = accumulate(self._groups(features), initial=reached)
-        return Pass(x, whole, features, pre, tuple(prefixes[1:]))
-
-    def _groups(self, features: Tensor | Entries) -> Iterable[Tensor]:
-        """What each group of features says of the reconstruction [batch, d_out]."""
-        sizes = self.config.sizes()
-        if isinstance(features, Entries):
-            lines = sparse.decode(
-                Entries(features.values, features.pattern.split(sizes)), self.W_dec
-            )
-            return lines.unflatten(0, (-1, len(sizes))).unbind(dim=1)
-        groups = zip(features.split(sizes, dim=1), self.W_dec.split(sizes), strict=True)
-        return (f @ rows for f, rows in groups)
+            groups = features.matmul_by_group(self.config.sizes(), self.W_dec)
+            *prefixes, whole = accumulate(groups, initial=reached)
+        return Forward(x, whole, features, pre, tuple(prefixes[1:]))
 
 
 @dataclass(slots=True, kw_only=True)
 class MatryoshkaLoss(AuxKLoss):
     """loss = sum over prefixes m of mse(x_hat_m) + auxk x (residual that dead features leave)."""
 
-    def terms(self, sae: Matryoshka, this: Pass, target: Tensor, moment: Moment):
+    def terms(self, sae: SAE, this: Forward, target: Tensor, moment: Moment) -> dict[str, Tensor]:
         """The mse of the whole dictionary, that of all shorter ones together, and AuxK."""
         terms = AuxKLoss.terms(self, sae, this, target, moment)
         terms["prefixes"] = sum(mse(prefix, target) for prefix in this.prefixes)
         return terms
 
     def coefficients(self) -> dict[str, float]:
-        """Prefixes have equal weights."""
         return AuxKLoss.coefficients(self) | {"prefixes": 1.0}

@@ -1,8 +1,7 @@
-"""What training objectives have in common: terms, the coefficients that weigh them, and which of
-them makes features sparse."""
+"""What training objectives have in common: terms, their coefficients, and which of them makes
+features sparse."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,9 +9,8 @@ import torch
 from torch import Tensor
 
 from sae_lightning.errors import UserError
-from sae_lightning.sae.base import SAE, Pass
+from sae_lightning.sae.base import SAE, Forward
 from sae_lightning.sae.losses import auxk, mse, preact
-from sae_lightning.sae.sparse import Entries
 
 
 class Moment(NamedTuple):
@@ -28,7 +26,10 @@ class Moment(NamedTuple):
 class Loss:
     """loss = mse + sum of coefficient x term."""
 
-    def terms(self, sae: SAE, this: Pass, target: Tensor, moment: Moment) -> dict[str, Tensor]:
+    sparsity = None
+    """The term that makes features sparse: `warmup` and `target_l0` act on its coefficient."""
+
+    def terms(self, sae: SAE, this: Forward, target: Tensor, moment: Moment) -> dict[str, Tensor]:
         """The unweighted terms by name; "mse" is always there."""
         return {"mse": mse(this.reconstruction, target)}
 
@@ -36,14 +37,9 @@ class Loss:
         """Coefficient of each term but the mse, after warm-up."""
         return {}
 
-    @property
-    def sparsity(self) -> str | None:
-        """The term that makes features sparse: `warmup` and `target_l0` act on its coefficient."""
-        return None
-
 
 class _Norms(torch.autograd.Function):
-    """The norms of rows [n, d]; the gradient in one pass over them."""
+    """`rows.norm(dim=1)` whose gradient takes one pass over the rows."""
 
     @staticmethod
     def forward(ctx, rows: Tensor):
@@ -57,16 +53,9 @@ class _Norms(torch.autograd.Function):
         return (gradient / norms.clamp_min(torch.finfo(norms.dtype).tiny))[:, None] * rows
 
 
-def penalised(
-    penalty: Callable[[Tensor, Tensor], Tensor], features: Tensor | Entries, W_dec: Tensor
-) -> Tensor:
-    """A `penalty` on features [batch, features] and decoder norms [features]: a mean over the batch
-    of a sum over features to which those that are 0 add nothing."""
-    norms = _Norms.apply(W_dec)
-    if not isinstance(features, Entries):
-        return penalty(features, norms)
-    # all entries as if they were of one token
-    return penalty(features.values[None], features.of(norms)) / features.pattern.shape[0]
+def decoder_norms(W_dec: Tensor) -> Tensor:
+    """[features]: the norms of decoder rows [features, d_out]."""
+    return _Norms.apply(W_dec)
 
 
 def _not_negative(name: str, value: float, example: str) -> None:
@@ -77,13 +66,13 @@ def _not_negative(name: str, value: float, example: str) -> None:
 @dataclass(slots=True, kw_only=True)
 class PenaltyLoss(Loss):
     """loss = mse + coefficient x penalty + preact x (what keeps dead features silent): for
-    architectures whose features have thresholds of their own."""
+    architectures whose features do not compete."""
 
     warmup: float = 0.05
     """Share of the run over which the coefficient rises linearly from 0."""
     target_l0: float | None = None
-    """Steer the coefficient so that so many features are active per token; it starts from the
-    coefficient that is given. null leaves it fixed."""
+    """Steer the coefficient, from the value given, until so many features are active per token;
+    null leaves it fixed."""
     preact: float = 0.0
     """Coefficient of the pre-activation loss, which pulls dead features back to their threshold; 0
     is off. 3e-6 is Anthropic's value, beside a squared error that is summed over the site's width.
@@ -111,7 +100,7 @@ class PenaltyLoss(Loss):
                 "must start above 0; leave it out"
             )
 
-    def penalty(self, sae: SAE, this: Pass, moment: Moment) -> Tensor:
+    def penalty(self, sae: SAE, this: Forward, moment: Moment) -> Tensor:
         """What makes features sparse."""
         raise NotImplementedError
 
@@ -119,7 +108,7 @@ class PenaltyLoss(Loss):
         """What pre-activations [.., features] have to exceed."""
         return 0.0
 
-    def terms(self, sae: SAE, this: Pass, target: Tensor, moment: Moment) -> dict[str, Tensor]:
+    def terms(self, sae: SAE, this: Forward, target: Tensor, moment: Moment) -> dict[str, Tensor]:
         """The mse, the penalty and, where it is on, the pre-activation loss."""
         terms = Loss.terms(self, sae, this, target, moment)
         terms[self.sparsity] = self.penalty(sae, this, moment)
@@ -131,9 +120,8 @@ class PenaltyLoss(Loss):
         return terms
 
     def coefficients(self) -> dict[str, float]:
-        """The penalty's, after warm-up, and that of the pre-activation loss."""
-        mine = {self.sparsity: getattr(self, self.sparsity)}
-        return mine | {"preact": self.preact} if self.preact else mine
+        coefficients = {self.sparsity: getattr(self, self.sparsity)}
+        return coefficients | {"preact": self.preact} if self.preact else coefficients
 
 
 @dataclass(slots=True, kw_only=True)
@@ -158,7 +146,7 @@ class AuxKLoss(Loss):
                 "loss.auxk"
             )
 
-    def terms(self, sae: SAE, this: Pass, target: Tensor, moment: Moment) -> dict[str, Tensor]:
+    def terms(self, sae: SAE, this: Forward, target: Tensor, moment: Moment) -> dict[str, Tensor]:
         """The mse and, where it is on, AuxK."""
         terms = Loss.terms(self, sae, this, target, moment)
         if self.auxk:
@@ -170,5 +158,4 @@ class AuxKLoss(Loss):
         return terms
 
     def coefficients(self) -> dict[str, float]:
-        """That of AuxK."""
         return {"auxk": self.auxk} if self.auxk else {}

@@ -6,10 +6,9 @@ from functools import partial
 from torch import Tensor
 
 from sae_lightning.errors import UserError
-from sae_lightning.sae.base import SAE, Pass
+from sae_lightning.sae.base import SAE, Forward
 from sae_lightning.sae.losses import l1, lp
-from sae_lightning.sae.objective import Loss, Moment, PenaltyLoss, penalised
-from sae_lightning.sae.sparse import Entries
+from sae_lightning.sae.objective import Loss, Moment, PenaltyLoss, decoder_norms
 
 
 class ReLU(SAE):
@@ -22,14 +21,6 @@ class ReLU(SAE):
     architecture = "standard"
     bytes_per_activation = 26
 
-    def activate(self, pre: Tensor) -> Tensor:
-        """Feature strengths of pre-activations, both [batch, features]."""
-        return pre.relu()
-
-    def activate_entries(self, pre: Entries) -> Tensor:
-        """Feature strengths [n entries]."""
-        return pre.values.relu()
-
 
 @dataclass(slots=True, kw_only=True)
 class DenseLoss(Loss):
@@ -39,6 +30,8 @@ class DenseLoss(Loss):
 @dataclass(slots=True, kw_only=True)
 class ReLULoss(PenaltyLoss):
     """loss = mse + l1 x mean over the batch of sum_i (f_i |W_dec_i|)^p."""
+
+    sparsity = "l1"
 
     l1: float = 1e-3
     """Sparsity coefficient; 1e-4 is dense, 1e-2 very sparse. Anthropic's lambda is l1 x d."""
@@ -54,15 +47,11 @@ class ReLULoss(PenaltyLoss):
         if self.p < 1 and self.l1 == 0:
             raise UserError(f"loss.p={self.p} has no effect with loss.l1=0: leave one of them out")
 
-    @property
-    def sparsity(self) -> str:
-        """The term that makes features sparse."""
-        return "l1"
-
-    def penalty(self, sae: SAE, this: Pass, moment: Moment) -> Tensor:
+    def penalty(self, sae: SAE, this: Forward, moment: Moment) -> Tensor:
         """The sum of feature strengths in units of decoder norm, or of their p-th powers."""
+        norms = decoder_norms(sae.W_dec)
         if self.p == 1:
-            return penalised(l1, this.features, sae.W_dec)
+            return this.features.penalty(l1, norms)
         done = (float(moment.progress) - self.warmup) / max(1 - self.warmup, 1e-9)
         p = 1 - (1 - self.p) * min(max(done, 0.0), 1.0)
-        return penalised(partial(lp, p=p), this.features, sae.W_dec)
+        return this.features.penalty(partial(lp, p=p), norms)

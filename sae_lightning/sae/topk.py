@@ -8,8 +8,7 @@ from torch import Tensor
 
 from sae_lightning.errors import UserError
 from sae_lightning.sae import sparse
-from sae_lightning.sae.base import SAE, Pass, SAEConfig
-from sae_lightning.sae.sparse import Entries
+from sae_lightning.sae.base import SAE, Forward, SAEConfig
 
 
 @dataclass(slots=True, kw_only=True)
@@ -46,10 +45,6 @@ class TopK(SAE):
         values, places = pre.relu().topk(self.config.k, dim=-1, sorted=False)
         return torch.zeros_like(pre).scatter(-1, places, values)
 
-    def activate_entries(self, pre: Entries) -> Tensor:
-        """Feature strengths [n entries]."""
-        return pre.values.relu()
-
     def choose(self, pre: Tensor) -> Tensor:
         """The places of each token's k largest pre-activations, if they are positive."""
         places = pre.topk(self.config.k, dim=1, sorted=False).indices.sort(dim=1).values
@@ -57,8 +52,7 @@ class TopK(SAE):
         places = (starts + places).view(-1)
         return places[sparse.above(pre.view(-1)[places], 0)]
 
-    def density(self, this: Pass) -> float:
-        """k features of each token."""
+    def density(self, this: Forward) -> float:
         return self.config.k / self.config.features
 
     def saelens(self) -> dict[str, Any]:

@@ -13,8 +13,9 @@ from torch.profiler import record_function
 from sae_lightning.errors import UserError
 from sae_lightning.llm.sites import Site
 from sae_lightning.sae import SAE, Loss, Moment, Output
+from sae_lightning.sae.matrix import Matrix
 from sae_lightning.sae.products import worth_it
-from sae_lightning.sae.sparse import Entries, working_type
+from sae_lightning.sae.sparse import working_type
 from sae_lightning.training.settings import CallbacksConfig, OptimConfig, Products
 
 
@@ -91,14 +92,10 @@ class Head(nn.Module):
 
     def only_active(self, x: Tensor) -> bool:
         """Whether the next update, on a batch like `x`, computes with active features alone."""
-        limit = self._limit(x)
+        limit = worth_it(x.device.type, working_type(x))
         if self.products is Products.sparse:
             return limit > 0
         return self.products is Products.auto and self.occupied < limit
-
-    def _limit(self, x: Tensor) -> float:
-        """The density below which sparse products pay for this head; 0 where they cannot be had."""
-        return worth_it(x.device.type, working_type(x)) if self.sae.knows_entries else 0.0
 
     def forward(self, batch: dict[Site, Tensor]) -> Tensor:
         """The training loss [] of a batch {site: [batch, d_site]} of raw activations."""
@@ -110,8 +107,8 @@ class Head(nn.Module):
         loss = terms["mse"]
         for name, coefficient in self.coefficients().items():
             loss = loss + coefficient * terms[name]
-        l0 = self._count_firing(this.features, len(x))
-        if self.products is Products.auto and self._limit(x):
+        l0 = self._count_firing(this.features)
+        if self.products is Products.auto and worth_it(x.device.type, working_type(x)):
             self.occupied = self.sae.density(this)
         self.last = Step(
             loss.detach(),
@@ -130,12 +127,12 @@ class Head(nn.Module):
         return now
 
     @torch.no_grad()
-    def _count_firing(self, features: Tensor | Entries, batch: int) -> Tensor:
-        """Note which of [batch, features] fired; returns how many per token."""
-        fired = features.count() if isinstance(features, Entries) else (features > 0).sum(dim=0)
-        silent = self.tokens_since_fired + batch
+    def _count_firing(self, features: Matrix) -> Tensor:
+        """Note which features fired; returns how many per token."""
+        fired = features.count()
+        silent = self.tokens_since_fired + features.tokens
         self.tokens_since_fired.copy_(silent.masked_fill(fired > 0, 0))
-        return fired.sum() / batch
+        return fired.sum() / features.tokens
 
     @property
     def dead(self) -> Tensor:

@@ -41,7 +41,7 @@ def peak_of_update(name: str, settings: dict) -> float:
     def forward():
         this = sae.training_pass(X)
         terms = loss.terms(sae, this, X, moment)
-        (this.features > 0).sum(dim=0)
+        (this.features.values > 0).sum(dim=0)
         weighted = (c * terms[each] for each, c in loss.coefficients().items())
         return sum(weighted, terms["mse"])
 

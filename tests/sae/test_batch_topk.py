@@ -30,9 +30,9 @@ def test_training_keeps_the_largest_of_the_whole_batch_by_hand():
     # 3 tokens x 1: the three largest of 5, 4, 1, 3, 0.5, 2 are 5, 4 and 3; one token gets none
     sae = hand_made()
     this = sae.training_pass(X)
-    assert_close(this.features, tensor([[5.0, 4.0, 0.0], [0.0, 3.0, 0.0], [0.0, 0.0, 0.0]]))
+    assert_close(this.features.values, tensor([[5.0, 4.0, 0.0], [0.0, 3.0, 0.0], [0.0, 0.0, 0.0]]))
     assert_close(this.reconstruction, tensor([[45.25], [30.25], [0.25]]))
-    assert torch.equal(this.pre, sae.pre_activations(X))
+    assert torch.equal(this.pre.values, sae.pre_activations(X))
     assert sae.threshold.tolist() == [3.0] * 3, "the smallest that was kept"
 
 
@@ -62,7 +62,7 @@ def test_inference_does_not_depend_on_the_batch():
 def test_training_keeps_exactly_batch_times_k(k):
     sae = build(TopKConfig(name="batch_topk", features=40, k=k), 8, 8)
     x = torch.randn(50, 8, generator=Generator().manual_seed(0))
-    per_token = (sae.training_pass(x).features > 0).sum(dim=1)
+    per_token = (sae.training_pass(x).features.values > 0).sum(dim=1)
     assert per_token.sum() == 50 * k
     assert per_token.min() < k < per_token.max(), "as the tokens need"
 
@@ -71,7 +71,7 @@ def test_training_keeps_exactly_batch_times_k(k):
 def test_equal_strengths_are_counted_one_by_one():
     """bf16 has few different numbers: all that equal the smallest would be many more."""
     sae = hand_made(W_enc=((1.0, 1.0, 1.0), (0.0, 0.0, 0.0)))
-    features = sae.training_pass(tensor([[2.0, 0.0], [2.0, 0.0]])).features
+    features = sae.training_pass(tensor([[2.0, 0.0], [2.0, 0.0]])).features.values
     assert (features > 0).sum() == 2
     assert features.sum() == 4
 
@@ -81,7 +81,7 @@ def test_where_fewer_are_positive_those_fire():
     sae = hand_made(k=2)
     # of 5 pre-activations that are not negative in 2 tokens (1, 0, -1), (-1, 2, 1) three are > 0
     this = sae.training_pass(tensor([[1.0, 0.0], [-1.0, 2.0]]))
-    assert_close(this.features, tensor([[1.0, 0.0, 0.0], [0.0, 2.0, 1.0]]))
+    assert_close(this.features.values, tensor([[1.0, 0.0, 0.0], [0.0, 2.0, 1.0]]))
     assert sae.threshold.tolist() == [1.0] * 3
 
 
@@ -91,7 +91,7 @@ def test_where_nothing_is_positive_nothing_fires_and_the_threshold_stays():
         sae.training_pass(X)
         sae.b_enc.fill_(-100)
     this = sae.training_pass(X)
-    assert not this.features.any()
+    assert not this.features.values.any()
     assert sae.threshold.tolist() == [3.0] * 3
     this.reconstruction.sum().backward()
     assert not sae.W_enc.grad.any()

@@ -46,8 +46,8 @@ def test_gate_and_strength_by_hand():
     # 12 - 20 + 0.25, -8 + 0.25, 18 + 0.25
     assert_close(sae(X).reconstruction, tensor([[-7.75], [-7.75], [18.25]]))
     this = sae.training_pass(X)
-    assert_close(this.pre, GATE)
-    assert torch.equal(this.features, sae.encode(X))
+    assert_close(this.pre.values, GATE)
+    assert torch.equal(this.features.values, sae.encode(X))
     assert torch.equal(this.reconstruction, sae(X).reconstruction)
 
 

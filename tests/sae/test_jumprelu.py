@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from sae_lightning.errors import UserError
 from sae_lightning.sae import Moment, build
 from sae_lightning.sae.jumprelu import JumpReLUConfig, JumpReLULoss, Penalty
+from sae_lightning.sae.matrix import DenseMatrix
 
 
 def hand_made(bandwidth=1.0):
@@ -41,7 +42,7 @@ def test_what_exceeds_its_threshold_fires_with_its_whole_strength_by_hand():
     assert_close(sae.encode(X), features)
     assert_close(sae(X).reconstruction, tensor([[1.45], [24.25], [24.25], [0.25]]))
     this = sae.training_pass(X)
-    assert torch.equal(this.features, sae.encode(X))
+    assert torch.equal(this.features.values, sae.encode(X))
     assert torch.equal(this.reconstruction, sae(X).reconstruction)
 
 
@@ -84,7 +85,7 @@ def test_the_gradient_of_the_step_by_hand():
 def test_a_wider_window_sees_more_and_weighs_it_less():
     # width 4: -1 ... 3 and 0 ... 4 (open): two and four of the pre-activations
     sae = hand_made(bandwidth=4.0)
-    sae.active(sae.pre_activations(X)).backward()
+    sae.active(DenseMatrix(sae.pre_activations(X))).backward()
     assert_close(sae.log_threshold.grad, tensor([-2 / 4 / 4 * 1, -4 / 4 / 4 * 2]))
 
 
@@ -92,7 +93,7 @@ def test_the_gradient_of_the_step_is_that_of_the_smoothed_count():
     """A window that slides over uniform pre-activations: d/d threshold of the share above it."""
     sae = hand_made(bandwidth=0.5)
     z = torch.linspace(0, 4, 40_001)[:, None].expand(-1, 2)
-    sae.active(z).backward()
+    sae.active(DenseMatrix(z)).backward()
     # both count: d/d threshold (4 - threshold) / 4 = -1/4, times the threshold
     assert_close(sae.log_threshold.grad, tensor([-0.25, -0.5]), rtol=1e-3, atol=0)
 

@@ -8,8 +8,9 @@ from torch import Generator, tensor
 from torch.testing import assert_close
 
 from sae_lightning.sae import ARCHITECTURES, Moment, build
-from sae_lightning.sae.base import Pass
+from sae_lightning.sae.base import Forward
 from sae_lightning.sae.losses import auxk, l1, lp, mse, preact, tanh_l0
+from sae_lightning.sae.matrix import DenseMatrix
 from sae_lightning.sae.objective import AuxKLoss
 from sae_lightning.sae.topk import TopKConfig
 
@@ -142,7 +143,8 @@ def test_auxk_does_not_count_b_dec_twice():
     with torch.no_grad():
         sae.W_dec.copy_(ROWS)
         sae.b_dec.copy_(tensor([100.0, -100.0]))
-    this = Pass(torch.zeros(2, 2), torch.zeros(2, 2) + sae.b_dec, torch.zeros(2, 4), PRE)
+    features, pre = DenseMatrix(torch.zeros(2, 4)), DenseMatrix(PRE)
+    this = Forward(torch.zeros(2, 2), torch.zeros(2, 2) + sae.b_dec, features, pre)
     target = DECODED + sae.b_dec.detach()  # b_dec and what the dead say
     terms = AuxKLoss(auxk_k=2).terms(sae, this, target, Moment(DEAD, 0.5))
     assert terms["auxk"] == 0

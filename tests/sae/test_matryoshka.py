@@ -61,7 +61,7 @@ X = tensor([[1.0], [-2.0]])
 
 def test_prefixes_add_up_by_hand():
     this = hand_made().training_pass(X)
-    assert_close(this.features.detach(), tensor([[1.0, 2, 0, 3], [0, 0, 2, 0]]))
+    assert_close(this.features.values.detach(), tensor([[1.0, 2, 0, 3], [0, 0, 2, 0]]))
     first, second = this.prefixes
     assert first.tolist() == [[1.5], [0.5]]
     assert second.tolist() == [[21.5], [0.5]]
@@ -95,8 +95,8 @@ def test_the_whole_is_a_batch_topk():
     plain = build(TopKConfig(name="batch_topk", features=47, k=5), 16, 16)
     assert torch.equal(matryoshka.W_dec, plain.W_dec)
     one, other = matryoshka.training_pass(x), plain.training_pass(x)
-    assert torch.equal(one.features, other.features)
-    assert torch.equal(one.pre, other.pre)
+    assert torch.equal(one.features.values, other.features.values)
+    assert torch.equal(one.pre.values, other.pre.values)
     assert_close(one.reconstruction, other.reconstruction)
     assert torch.equal(matryoshka.threshold, plain.threshold)
     assert torch.equal(matryoshka(x).features, plain(x).features)
@@ -116,7 +116,7 @@ def test_each_prefix_is_the_reconstruction_by_its_features_alone(features):
     assert len(wholes) == 5
     for size, reached in zip(sae.config.sizes(), wholes, strict=True):
         end += size
-        expected = this.features[:, :end] @ sae.W_dec[:end] + sae.b_dec
+        expected = this.features.values[:, :end] @ sae.W_dec[:end] + sae.b_dec
         assert_close(reached, expected)
     assert_close(this.reconstruction, sae.decode(this.features))
 

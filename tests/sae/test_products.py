@@ -87,16 +87,6 @@ def test_a_checkpoint_of_an_earlier_version_is_refused():
         make_head("relu").set_extra_state({"train/loss": 0.5})
 
 
-def test_an_architecture_that_says_nothing_of_entries_is_computed_densely(monkeypatch):
-    head = make_head("relu")
-    monkeypatch.delattr(type(head.sae), "activate_entries")
-    with torch.no_grad():
-        head.sae.b_enc -= 100  # nothing fires
-    seen = ways(head, monkeypatch)
-    train(head, 3)
-    assert seen == [False] * 3
-
-
 def test_sparse_products_pay_sooner_in_float32_and_nowhere_that_they_are_not_known():
     assert worth_it("cpu", torch.float32) > worth_it("cpu", torch.bfloat16) > 0
     assert worth_it("mps", torch.float32) == 0

@@ -46,9 +46,9 @@ def test_relu_by_hand():
 def test_training_and_inference_are_the_same():
     sae = hand_made()
     this = sae.training_pass(X)
-    assert torch.equal(this.features, sae.encode(X))
+    assert torch.equal(this.features.values, sae.encode(X))
     assert torch.equal(this.reconstruction, sae(X).reconstruction)
-    assert_close(this.pre, tensor([[1.5, 3.0, 1.0], [-0.5, -5.0, -1.0]]))
+    assert_close(this.pre.values, tensor([[1.5, 3.0, 1.0], [-0.5, -5.0, -1.0]]))
     assert this.prefixes == ()
 
 
@@ -82,16 +82,17 @@ def test_p_falls_from_the_end_of_the_warm_up_to_the_end_of_the_run():
     # (progress, p): 1 until 0.1, then linearly to 0.2 at 1: 0.6 half way at 0.55
     for progress, p in ((0.0, 1.0), (0.1, 1.0), (0.55, 0.6), (0.775, 0.4), (1.0, 0.2)):
         sae, this, terms = terms_of(loss, progress)
-        expected = torch.autograd.grad(lp(this.features, sae.W_dec.norm(dim=1), p), this.features)
-        (got,) = torch.autograd.grad(terms["l1"], this.features, retain_graph=True)
+        features = this.features.values
+        expected = torch.autograd.grad(lp(features, sae.W_dec.norm(dim=1), p), features)
+        (got,) = torch.autograd.grad(terms["l1"], features, retain_graph=True)
         assert_close(got, expected[0])
         # the coefficient need not be another one while p falls
-        assert_close(terms["l1"], l1(this.features, sae.W_dec.norm(dim=1)))
+        assert_close(terms["l1"], l1(features, sae.W_dec.norm(dim=1)))
 
 
 def test_a_run_that_is_all_warm_up_keeps_p():
     _, this, terms = terms_of(ReLULoss(p=0.2, warmup=1.0), progress=0.99)
-    (got,) = torch.autograd.grad(terms["l1"], this.features)
+    (got,) = torch.autograd.grad(terms["l1"], this.features.values)
     assert_close(got, tensor([[0.5, 5.0, 50.0], [0.5, 5.0, 50.0]]))  # of l1: norm / batch
 
 

@@ -159,7 +159,7 @@ def test_a_skip_connection_is_added_to_what_features_say(name):
     settings = settings_of(name) | ({"groups": [0.25]} if name == "matryoshka" else {})
     sae, x = noisy(name, 16, 5, skip=True, **settings)
     this = sae.training_pass(x)
-    decoded = this.features @ sae.W_dec + sae.b_dec
+    decoded = this.features.values @ sae.W_dec + sae.b_dec
     assert_close(this.reconstruction, decoded + x @ sae.W_skip, rtol=1e-5, atol=1e-4)
     output = sae(x)
     decoded = output.features @ sae.W_dec + sae.b_dec

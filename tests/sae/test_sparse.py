@@ -9,9 +9,11 @@ from torch.testing import assert_close
 
 from sae_lightning.sae import ARCHITECTURES, Moment, build
 from sae_lightning.sae.jumprelu import JumpReLULoss, Penalty
+from sae_lightning.sae.losses import l1
+from sae_lightning.sae.matrix import DenseMatrix, SparseMatrix
 from sae_lightning.sae.products import dots, weighted_sums
 from sae_lightning.sae.relu import ReLULoss
-from sae_lightning.sae.sparse import Entries, Pattern, decode, find, positive
+from sae_lightning.sae.sparse import Pattern, find, positive
 
 TOKENS, WIDTH, FEATURES = 64, 24, 1000
 
@@ -20,10 +22,10 @@ def noise(*shape, seed=0):
     return torch.randn(*shape, generator=Generator().manual_seed(seed))
 
 
-def whole(entries):
-    """[tokens, features] of which there are these entries."""
-    rows, columns = entries.pattern.rows, entries.pattern.columns
-    return torch.zeros(entries.pattern.shape).index_put((rows, columns), entries.values)
+def whole(matrix):
+    """[tokens, features], zeros included."""
+    rows, columns = matrix.pattern.rows, matrix.pattern.columns
+    return torch.zeros(matrix.pattern.shape).index_put((rows, columns), matrix.values)
 
 
 def apart(one, other):
@@ -75,11 +77,11 @@ def test_both_ways_give_every_parameter_the_same_gradient(name, density):
     sae.training_pass(x)  # BatchTopK looks for the largest near the threshold that it knows
     dense_terms, dense, expected = update(sae, loss, x, target, dead, only_active=False)
     terms, this, got = update(sae, loss, x, target, dead, only_active=True)
-    assert isinstance(this.features, Entries)
-    assert (this.features.values > 0).sum() / dense.features.numel() == pytest.approx(
+    assert isinstance(this.features, SparseMatrix)
+    assert (this.features.values > 0).sum() / dense.features.values.numel() == pytest.approx(
         density, rel=0.35
     )
-    assert apart(whole(this.features), dense.features) < 1e-5
+    assert apart(whole(this.features), dense.features.values) < 1e-5
     assert apart(this.reconstruction, dense.reconstruction) < 1e-5
     assert_close(terms, dense_terms, rtol=1e-4, atol=1e-6)
     assert got.keys() == expected.keys()
@@ -202,7 +204,7 @@ def test_batch_topk_finds_the_largest_whatever_threshold_it_knows(name, threshol
     found = whole(sae.training_pass(x, only_active=True).features)
     remembered = sae.threshold.clone()
     sae.load_state_dict(sae.state_dict() | state)
-    assert_close(found, sae.training_pass(x).features)
+    assert_close(found, sae.training_pass(x).features.values)
     assert_close(remembered, sae.threshold)
 
 
@@ -259,7 +261,7 @@ def test_a_pattern_by_hand():
     assert pattern.offsets.tolist() == [0, 2, 2, 4]
     # columns: 0 has (2: weight 3), 1 has (0: weight 1), (2: weight 4), 3 has (0: weight 2)
     table = tensor([[1.0, 10.0], [5.0, 5.0], [100.0, 1000.0]])
-    got = pattern.weighted_columns(tensor([1.0, 2, 3, 4]), table)
+    got = pattern.transposed_product(tensor([1.0, 2, 3, 4]), table)
     assert got.tolist() == [[300, 3000], [1 + 400, 10 + 4000], [0, 0], [2, 20]]
     # columns 0, 1 | 2, 3: row 0 has one in each group, row 2 two in the first
     split = pattern.split([2, 2])
@@ -268,13 +270,31 @@ def test_a_pattern_by_hand():
     assert split.columns.tolist() == [1, 3, 0, 1]
 
 
-def test_entries_of_a_tensor_by_hand():
-    entries = Entries(tensor([1.0, 0.0, 3.0, 4.0]), Pattern(PLACES, 3, 4))
-    assert whole(entries).tolist() == [[0, 1, 0, 0], [0, 0, 0, 0], [3, 4, 0, 0]]
-    assert entries.count().tolist() == [1, 2, 0, 0]
-    assert entries.of(tensor([10.0, 20, 30, 40])).tolist() == [20, 40, 10, 20]
-    rows = tensor([[1.0, 0], [0, 1], [7, 7], [7, 7]])
-    assert decode(entries, rows).tolist() == [[0, 1], [0, 0], [3, 4]]
+def test_a_matrix_by_hand_both_ways():
+    sparse = SparseMatrix(tensor([1.0, 0.0, 3.0, 4.0]), Pattern(PLACES, 3, 4))
+    dense = DenseMatrix(tensor([[0.0, 1, 0, 0], [0, 0, 0, 0], [3, 4, 0, 0]]))
+    assert torch.equal(whole(sparse), dense.values)
+    table, norms = tensor([[1.0, 0], [0, 1], [7, 7], [7, 7]]), tensor([10.0, 20, 30, 40])
+    for matrix in (sparse, dense):
+        assert matrix.tokens == 3
+        assert matrix.count().tolist() == [1, 2, 0, 0]
+        assert (matrix @ table).tolist() == [[0, 1], [0, 0], [3, 4]]
+        groups = matrix.matmul_by_group([1, 3], table)
+        assert [group.tolist() for group in groups] == [
+            [[0, 0], [0, 0], [3, 0]],
+            [[0, 1], [0, 0], [0, 4]],
+        ]
+        # (1 x 20 + 3 x 10 + 4 x 20) / 3
+        assert matrix.penalty(l1, norms).item() == pytest.approx(130 / 3)
+        doubled = matrix.replace(2 * matrix.values)
+        assert (doubled @ table).tolist() == [[0, 2], [0, 0], [6, 8]]
+    # of 12 values 4 are entries, and 2 exceed 2
+    assert sparse.density(2) == 4 / 12
+    assert dense.density(2) == pytest.approx(2 / 12)
+    assert sparse.of(norms).tolist() == [20, 40, 10, 20]
+    assert torch.equal(dense.of(norms) + 0 * dense.values, norms.expand(3, 4))
+    assert sparse.columns(tensor([1])) is None
+    assert dense.columns(tensor([1])).tolist() == [[1], [0], [4]]
 
 
 def test_the_products_by_hand():

@@ -58,9 +58,9 @@ def test_the_k_largest_fire_by_hand():
 def test_training_and_inference_are_the_same():
     sae = hand_made()
     this = sae.training_pass(X)
-    assert torch.equal(this.features, sae.encode(X))
+    assert torch.equal(this.features.values, sae.encode(X))
     assert torch.equal(this.reconstruction, sae(X).reconstruction)
-    assert torch.equal(this.pre, sae.pre_activations(X))
+    assert torch.equal(this.pre.values, sae.pre_activations(X))
 
 
 @torch.no_grad()
@@ -76,7 +76,7 @@ def test_where_a_feature_is_off_its_weights_have_no_gradient():
     # 6 of feature 2, and 2 of feature 1: 0 and 3 are off on both tokens
     this = sae.training_pass(X[:2])
     this.reconstruction.sum().backward()
-    assert_close(this.features.detach(), tensor([[0.0, 0, 6, 0], [0, 2, 0, 0]]))
+    assert_close(this.features.values.detach(), tensor([[0.0, 0, 6, 0], [0, 2, 0, 0]]))
     # d x_hat / d b_enc = W_dec on the token where the feature is on
     assert_close(sae.b_enc.grad, tensor([0.0, 10, 100, 0]))
     # ... and times x for W_enc
