@@ -1,4 +1,4 @@
-"""Adam for parameters whose columns lie together in memory."""
+"""Adam for column-major parameters."""
 
 from typing import Any
 
@@ -7,8 +7,8 @@ from torch import Tensor
 
 
 class Adam(torch.optim.Adam):
-    """torch's fused Adam, which on a CPU copies whatever is not contiguous: of that it is shown the
-    transpose. It works element by element and does not notice."""
+    """torch's fused Adam, which on a CPU copies tensors that are not contiguous: it is given their
+    transposes, which makes no difference to an elementwise update."""
 
     def __init__(self, groups: list[dict[str, Any]]):
         super().__init__(groups, fused=True)

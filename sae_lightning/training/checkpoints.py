@@ -1,10 +1,10 @@
-"""Checkpoints: one a head, complete, whoever it shares a pass of the LLM with.
+"""Checkpoints: a complete one for each head, whatever heads it shares a pass of the LLM with.
 
-    run folder/checkpoints/last.ckpt          weights, Adam, progress: of this head alone
-                           stream-<step>.pt   text position and shuffle pool, which heads share:
-                                              one file on the disk with a name (hard link) for each
+    run folder/checkpoints/last.ckpt          weights, Adam, progress of this head
+                           stream-<step>.pt   text position and shuffle pool: one file for all
+                                              heads, with a hard link in each folder
 
-Any head can go on alone, and heads at the same step can go on together.
+Any head can be resumed alone, and heads at the same step together.
 """
 
 import os
@@ -24,10 +24,10 @@ from sae_lightning.training.settings import checkpoint_path, stream_path
 
 
 class HeadCheckpoints(CheckpointIO):
-    """Takes the checkpoint that Lightning makes of a run apart by head, and puts it together again.
+    """Splits the checkpoint that Lightning makes of a run by head, and joins them again.
 
-    All files are complete on disk before the first takes its name: a run killed at any moment
-    finds for each head the old checkpoint or the new one, with the stream that belongs to it.
+    All files are complete on disk before the first is renamed: a run killed at any moment finds for
+    each head the old checkpoint or the new one, with its stream.
     """
 
     def __init__(self, heads: Iterable[Head]):
@@ -46,7 +46,7 @@ class HeadCheckpoints(CheckpointIO):
                 with open(file, "wb") as opened:
                     torch.save(part, opened)
                     opened.flush()
-                    os.fsync(opened.fileno())  # now, so that the new names follow at once
+                    os.fsync(opened.fileno())
         for head in training.values():
             current = stream_path(head.folder, step)
             for old in current.parent.glob("stream-*.pt"):
@@ -56,7 +56,7 @@ class HeadCheckpoints(CheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """The checkpoint of a run with all heads, as Lightning wants it; `path` is not used."""
+        """The checkpoint of a run with all heads; `path` is not used."""
         how = {"map_location": map_location or "cpu", "weights_only": weights_only}
         parts = [torch.load(checkpoint_path(head.folder), **how) for head in self.heads]
         whole = _joined(parts)
@@ -99,11 +99,11 @@ def _write_stream(stream: dict[str, Any], paths: list[Path]) -> None:
 
 def _part(checkpoint: dict[str, Any], number: int) -> dict[str, Any]:
     """The checkpoint of head `number`, as if it were the only one."""
-    mine = f"heads.{number}."
+    prefix = f"heads.{number}."
     weights = {
-        f"heads.0.{name.removeprefix(mine)}": value
+        f"heads.0.{name.removeprefix(prefix)}": value
         for name, value in checkpoint["state_dict"].items()
-        if name.startswith(mine)
+        if name.startswith(prefix)
     }
     (adam,) = checkpoint["optimizer_states"]
     groups = [group for group in adam["param_groups"] if group["head"] == number]
@@ -119,9 +119,9 @@ def _joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
     for number, part in enumerate(parts):
         for name, value in part["state_dict"].items():
             weights[re.sub(r"^heads\.0\.", f"heads.{number}.", name)] = value
-        (mine,) = part["optimizer_states"]
-        old = [place for group in mine["param_groups"] for place in group["params"]]
-        moved = _moved(mine, {place: count + i for i, place in enumerate(old)}, number)
+        (own,) = part["optimizer_states"]
+        old = [place for group in own["param_groups"] for place in group["params"]]
+        moved = _moved(own, {place: count + i for i, place in enumerate(old)}, number)
         count += len(old)
         adam["state"] |= moved["state"]
         adam["param_groups"] += moved["param_groups"]

@@ -1,4 +1,4 @@
-"""A head: one SAE in training, with everything about it that evolves.
+"""A head: one SAE in training, with all of its state.
 
 Shapes: batch = tokens, d_in and d_out = widths of the source and target site.
 """
@@ -20,14 +20,14 @@ from sae_lightning.training.settings import CallbacksConfig, OptimConfig, Produc
 
 
 class Step(NamedTuple):
-    """What one training step computed, detached, for callbacks to read."""
+    """What one training step computed, detached, for callbacks."""
 
     loss: Tensor
-    """The weighted sum of the terms."""
+    """Weighted sum of the terms"""
     terms: dict[str, Tensor]
-    """Unweighted terms by name."""
+    """Unweighted, by name"""
     l0: Tensor
-    """Mean number of active features per token."""
+    """Mean number of active features per token"""
     target: Tensor
     """[batch, d_out], normalised"""
     reconstruction: Tensor
@@ -35,11 +35,8 @@ class Step(NamedTuple):
 
 
 class Head(nn.Module):
-    """An SAE, its objective, the sites it reads and writes, and its buffers.
-
-    Every tensor that evolves is a registered buffer: resuming, moving to a device and exporting
-    then need no code of their own.
-    """
+    """An SAE, its objective, the sites it reads and writes, and its state: every tensor that
+    evolves is a buffer, so that resuming and moving to a device need no code."""
 
     def __init__(
         self,
@@ -64,8 +61,8 @@ class Head(nn.Module):
         self.training_metrics: dict[str, float] = {}
         self.held_out_metrics: dict[str, float] = {}
         self.density: dict[str, int] = {}
-        self.failure: str | None = None  # why it does not train any more
-        self.occupied = 1.0  # share of [batch, features] that sparse products had to deal with last
+        self.failure: str | None = None  # why it is frozen
+        self.occupied = 1.0  # density of the last update, as sparse products see it
 
         features, d_out = sae.W_dec.shape
         self.register_buffer("in_mean", torch.zeros(sae.W_enc.shape[0]))
@@ -73,13 +70,14 @@ class Head(nn.Module):
         self.register_buffer("out_mean", torch.zeros(d_out))
         self.register_buffer("out_scale", torch.ones(()))
         self.register_buffer("progress", torch.zeros(()))  # share of the run that is done
-        self.register_buffer("penalty_factor", torch.ones(()))  # warm-up of the sparsity penalty
-        self.register_buffer("steering", torch.ones(()))  # its coefficient's multiple: `target_l0`
-        # at the last update steered; errors are bounded by 1, so 2 says that there was none yet
+        # factors of the sparsity coefficient: warm-up, `target_l0`
+        self.register_buffer("penalty_factor", torch.ones(()))
+        self.register_buffer("steering", torch.ones(()))
+        # at the last update; errors are bounded by 1, so 2 stands for none yet
         self.register_buffer("l0_error", torch.tensor(2.0))
         self.register_buffer("tokens_since_fired", torch.zeros(features, dtype=torch.int64))
         self.register_buffer("grad_norm", torch.zeros(()))
-        # One generator per head: heads that train together draw the same as when alone.
+        # one generator a head, so that grouping changes no random number
         generator_state = torch.Generator().manual_seed(seed).get_state()
         self.register_buffer("generator_state", generator_state)
 
@@ -91,7 +89,7 @@ class Head(nn.Module):
         return x, (batch[self.target].float() - self.out_mean) / self.out_scale
 
     def only_active(self, x: Tensor) -> bool:
-        """Whether the next update, on a batch like `x`, computes with active features alone."""
+        """Whether to compute the update on `x` by sparse products."""
         limit = worth_it(x.device.type, working_type(x))
         if self.products is Products.sparse:
             return limit > 0
@@ -120,11 +118,11 @@ class Head(nn.Module):
         return loss
 
     def coefficients(self) -> dict[str, float | Tensor]:
-        """The coefficients of the terms at this moment."""
-        now = self.loss.coefficients()
+        """The coefficients of the terms, with warm-up and steering."""
+        values = self.loss.coefficients()
         if self.loss.sparsity:
-            now[self.loss.sparsity] *= self.penalty_factor * self.steering
-        return now
+            values[self.loss.sparsity] *= self.penalty_factor * self.steering
+        return values
 
     @torch.no_grad()
     def _count_firing(self, features: Matrix) -> Tensor:
@@ -147,13 +145,12 @@ class Head(nn.Module):
         return Output(output.reconstruction * self.out_scale + self.out_mean, output.features)
 
     def get_extra_state(self) -> dict[str, Any]:
-        """What goes into checkpoints and is no tensor: what `metrics.json` will say about training,
-        and what the choice of products depends on."""
+        """What goes into checkpoints and is no tensor."""
         return {"training_metrics": self.training_metrics, "occupied": self.occupied}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take those of a checkpoint. UserError: an earlier version made it, which laid out Adam's
-        moments in memory as this one does not."""
+        """Load those of a checkpoint. UserError: an earlier version made it, with another memory
+        layout of Adam's moments."""
         if "occupied" not in state:
             raise UserError(
                 f"resume={self.folder}: an earlier version of sae_lightning made this checkpoint; "

@@ -23,8 +23,7 @@ class SAEModule(L.LightningModule):
         """`batch` tokens per update, `steps` updates in the whole run; the command `resume`
         continues it."""
         super().__init__()
-        # the heads' graphs live one after another: memory holds one head's activations, not all
-        self.automatic_optimization = False
+        self.automatic_optimization = False  # memory then holds the activations of one head at once
         self.heads = nn.ModuleList(heads)
         self.batch, self.steps, self.resume = batch, steps, resume
         self.last_batch: dict[Site, Tensor] = {}
@@ -48,21 +47,15 @@ class SAEModule(L.LightningModule):
         optimizer.zero_grad()
         self.last_batch = batch
         for head in self.training_heads:
-            self._learn(head, batch)
+            loss = head(batch)
+            with torch.autocast(self.device.type, enabled=False), record_function("backward"):
+                self.manual_backward(loss)
+            del loss  # and with it the graph, before that of the next head is made
         optimizer.step()
 
-    def _learn(self, head: Head, batch: dict[Site, Tensor]) -> None:
-        """The gradient of a head's loss; nothing of its graph is left when the next one begins."""
-        loss = head(batch)
-        with torch.autocast(self.device.type, enabled=False), record_function("backward"):
-            self.manual_backward(loss)
-
     def fail(self, head: Head) -> None:
-        """Freeze a head whose loss or gradient is no longer finite, and write down why; the others
-        go on.
-
-        UserError: it was the last one.
-        """
+        """Freeze a head whose loss or gradient is not finite and write down why; the others go on.
+        UserError: it was the last one."""
         culprit, remedy = _culprit(head, self.last_batch)
         saved, checkpoint = "nothing was saved yet", checkpoint_path(head.folder)
         if checkpoint.exists():
@@ -71,7 +64,7 @@ class SAEModule(L.LightningModule):
             f"stopped at step {self.global_step} ({self.tokens:,} tokens): {culprit} is not "
             f"finite; {saved}. Start again with {remedy}"
         )
-        head.sae.zero_grad()  # Adam passes over what has no gradient
+        head.sae.zero_grad()  # Adam skips parameters without a gradient
         write_json(failure_path(head.folder), {"reason": head.failure, "diverged": True})
         if len(self.heads) == 1:
             raise UserError(head.failure)
@@ -80,10 +73,8 @@ class SAEModule(L.LightningModule):
             raise UserError(f"none of the {len(self.heads)} SAEs of this pass is left, see above")
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """One Adam for all heads: it works element by element, so they do not notice each other.
-
-        Each head has a group of weights and one of biases and thresholds, which learn faster.
-        """
+        """One Adam for all heads, which is elementwise; each has a group of weights and one of
+        biases and thresholds, which learn faster."""
         groups = []
         for number, head in enumerate(self.heads):
             optim, parameters = head.optim, dict(head.sae.named_parameters())
@@ -108,7 +99,7 @@ class SAEModule(L.LightningModule):
 
 
 def _culprit(head: Head, batch: dict[Site, Tensor]) -> tuple[str, str]:
-    """Which part of a head's update is not finite, and a remedy."""
+    """What is not finite in a head's update, and a remedy."""
     for site in (head.source, head.target):
         if not batch[site].isfinite().all():
             return f"the LLM's activation at {site}", "llm.dtype=float32"

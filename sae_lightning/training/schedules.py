@@ -32,8 +32,8 @@ def steered(now: float, before: float, step: int, total: int) -> float:
 
     exp(30 step^2 / total^3 x now + (now - before)): a proportional-integral controller in
     logarithms, since L0 falls about as a power of the coefficient. In the middle of the run a
-    factor e that remains is made up for in an eighth of it, slowly enough for L0 to follow; earlier
-    more slowly, because L0 then falls by itself. The second term answers a change at once and keeps
-    the first from overshooting.
+    constant error of a factor e is corrected within an eighth of it, slowly enough for L0 to
+    follow; earlier more slowly, because L0 then falls by itself. The second term responds at once
+    and keeps the first from overshooting.
     """
     return math.exp(30 * step**2 / total**3 * now + (now - before))

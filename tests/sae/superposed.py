@@ -10,11 +10,8 @@ from torch import Generator, Tensor
 from sae_lightning.llm.sites import Kind, Site
 from sae_lightning.sae import ARCHITECTURES, build
 from sae_lightning.stream.concepts import make_world
-from sae_lightning.training.callbacks.clip import ClipGradient
-from sae_lightning.training.callbacks.decoder_norm import DecoderNorm
 from sae_lightning.training.callbacks.resample import resample
-from sae_lightning.training.callbacks.schedule import Schedule
-from sae_lightning.training.callbacks.steer import Steer
+from sae_lightning.training.callbacks.update import ClipGradient, DecoderNorm, Schedule, Steer
 from sae_lightning.training.head import Head
 from sae_lightning.training.module import SAEModule
 from sae_lightning.training.settings import CallbacksConfig, OptimConfig

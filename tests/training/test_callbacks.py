@@ -16,13 +16,10 @@ from sae_lightning.sae.jumprelu import JumpReLUConfig, JumpReLULoss
 from sae_lightning.sae.objective import AuxKLoss
 from sae_lightning.sae.relu import DenseLoss, ReLULoss
 from sae_lightning.sae.topk import TopKConfig
-from sae_lightning.training.callbacks.clip import ClipGradient
 from sae_lightning.training.callbacks.curves import training_scalars
-from sae_lightning.training.callbacks.decoder_norm import DecoderNorm
 from sae_lightning.training.callbacks.normalize import Normalize, estimate, outliers
 from sae_lightning.training.callbacks.resample import resample
-from sae_lightning.training.callbacks.schedule import Schedule
-from sae_lightning.training.callbacks.steer import Steer
+from sae_lightning.training.callbacks.update import ClipGradient, DecoderNorm, Schedule, Steer
 from sae_lightning.training.head import Head
 from sae_lightning.training.module import SAEModule
 from sae_lightning.training.settings import (

@@ -1,28 +1,43 @@
-"""The recipe around the loss, as Lightning callbacks. Their order is decided here."""
+"""The recipe around the loss, as Lightning callbacks.
+
+Hooks follow one another from left to right, callbacks within a hook from top to bottom:
+
+                fit_start  train_start   batch_start   before_optimizer_step  batch_end   train_end
+                           |             |<----------- every update ------------------->|
+    StopOnSignal           listen        may save now                                     ignore
+    Normalize              mean, scale
+    Schedule                             lr, penalty
+    DecoderNorm                                        project gradient       renormalise
+    ClipGradient                                       clip, freeze heads
+    Steer                                                                     coefficient
+    Throughput  start                    end of pause                         speed
+    Curves                                                                    log
+    Resample                                                                  restart dead
+    Evaluate                                                                  score
+    ProgressBar            show                                               move        close
+    Checkpoint                                                                save, stop
+
+Between batch_start and before_optimizer_step lie `training_step`'s losses and gradients, before
+batch_end Adam's step (`training/module.py`). on_exception does what train_end does.
+"""
 
 import lightning as L
 
 from sae_lightning.training.callbacks.checkpoint import Checkpoint
-from sae_lightning.training.callbacks.clip import ClipGradient
 from sae_lightning.training.callbacks.curves import Curves
-from sae_lightning.training.callbacks.decoder_norm import DecoderNorm
 from sae_lightning.training.callbacks.evaluate import Evaluate
 from sae_lightning.training.callbacks.normalize import Normalize
 from sae_lightning.training.callbacks.progress import ProgressBar
 from sae_lightning.training.callbacks.resample import Resample
-from sae_lightning.training.callbacks.schedule import Schedule
-from sae_lightning.training.callbacks.steer import Steer
 from sae_lightning.training.callbacks.stop import StopOnSignal
 from sae_lightning.training.callbacks.throughput import Throughput
+from sae_lightning.training.callbacks.update import ClipGradient, DecoderNorm, Schedule, Steer
 from sae_lightning.training.settings import EvalConfig, TrainerConfig
 
 
 def standard(trainer: TrainerConfig, eval: EvalConfig) -> list[L.Callback]:
-    """The callbacks of every run, in the order in which they act.
-
-    Throughput stops its clock before the slower ones start; curves are drawn before resampling
-    changes what they show; the checkpoint is last and saves what all others did.
-    """
+    """The callbacks of every run. Throughput stops its clock before the slower ones start; curves
+    are drawn before resampling changes what they show; the checkpoint saves what all others did."""
     return [
         StopOnSignal(),
         Normalize(),

@@ -1,4 +1,4 @@
-"""Writes everything that a killed run needs, and the SAE itself, while training goes on."""
+"""Writes checkpoints and SAEs while training goes on."""
 
 import lightning as L
 
@@ -14,10 +14,7 @@ def export(head: Head) -> None:
 
 
 class Checkpoint(L.Callback):
-    """Saves checkpoints and every `sae/` at regular tokens, at the end, and when asked to stop.
-
-    This callback comes last in the list, so that what it saves includes the others' work.
-    """
+    """Saves checkpoints and SAEs every `every` tokens, at the end, and when asked to stop."""
 
     def __init__(self, every: int):
         self.every = every
@@ -28,14 +25,9 @@ class Checkpoint(L.Callback):
         if module.stopped_by:
             trainer.should_stop = True
         if module.stopped_by or step == module.steps or due(step, module.batch, self.every):
-            self.save(trainer, module)
-
-    def save(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Write curves, checkpoints and SAEs; a resumed run redraws only what comes after the
-        checkpoint, so the curves go first."""
-        heads = module.training_heads
-        for head in heads:
-            head.log.flush()
-        trainer.save_checkpoint(checkpoint_path(heads[0].folder))  # see training/checkpoints.py
-        for head in heads:
-            export(head)
+            heads = module.training_heads
+            for head in heads:  # first, since a resumed run draws only what follows the checkpoint
+                head.log.flush()
+            trainer.save_checkpoint(checkpoint_path(heads[0].folder))  # of all: HeadCheckpoints
+            for head in heads:
+                export(head)

@@ -10,7 +10,7 @@ from sae_lightning.training.schedules import due
 
 @torch.no_grad()
 def training_scalars(head: Head) -> dict[str, float]:
-    """What the last step says about a head, by curve name."""
+    """The curves' values after a head's last step, by name."""
     step = head.last
     norms = head.sae.W_dec.norm(dim=1)
     scalars = {
@@ -24,7 +24,7 @@ def training_scalars(head: Head) -> dict[str, float]:
         "decoder/norm_max": norms.max(),
     }
     for name, coefficient in head.coefficients().items():
-        if hasattr(head.loss, name):  # a setting; others are always 1
+        if hasattr(head.loss, name):  # a setting, not a constant
             scalars[f"optim/{name}"] = coefficient
     if hasattr(head.sae, "threshold"):
         scalars["sae/threshold_mean"] = head.sae.threshold.mean()
@@ -45,12 +45,9 @@ class Curves(L.Callback):
         rates: dict[int, dict[str, float]] = {}
         for group in trainer.optimizers[0].param_groups:
             rates.setdefault(group["head"], {})[f"optim/{group['rate']}"] = group["lr"]
+        data = {"distinct_sequences": stream.distinct_sequences, "epoch": stream.epoch}
         for number, head in enumerate(module.heads):
-            if head.failure is not None:
-                continue
-            head.training_metrics = training_scalars(head) | {
-                **rates[number],
-                "data/distinct_sequences": stream.distinct_sequences,
-                "data/epoch": stream.epoch,
-            }
-            head.log.scalars(head.training_metrics, module.tokens)
+            if head.failure is None:
+                head.training_metrics = training_scalars(head) | rates[number]
+                head.training_metrics |= {f"data/{name}": value for name, value in data.items()}
+                head.log.scalars(head.training_metrics, module.tokens)

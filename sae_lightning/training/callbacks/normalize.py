@@ -34,7 +34,7 @@ def estimate(x: Tensor, mode: Normalization) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def outliers(site: Site, x: Tensor) -> str | None:
-    """A warning if a few activations [n, d] that are far longer than usual decide the variance."""
+    """A warning if a few activations [n, d] of very large norm dominate the variance."""
     large = ~not_large({site: x}, medians({site: x}), LARGE)
     spread = (x.float() - x.float().mean(dim=0)).square().sum(dim=1)  # [n]
     share = (spread[large].sum() / spread.sum()).item()
@@ -48,15 +48,12 @@ def outliers(site: Site, x: Tensor) -> str | None:
 
 
 class Normalize(L.Callback):
-    """Sets each head's mean and scale before the first step of a new run.
-
-    The activations are looked at in the shuffle pool, not taken out of it: training still sees
-    every one of them.
-    """
+    """Sets each head's mean and scale before the first step of a new run, from activations that
+    stay in the shuffle pool for training."""
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Fill the buffers, unless they came from a checkpoint."""
-        if trainer.global_step > 0:
+        """Fill the buffers."""
+        if trainer.global_step > 0:  # they came from a checkpoint
             return
         known: dict[tuple, tuple[Tensor, Tensor]] = {}  # heads of a sweep mostly agree
         for head in module.heads:

@@ -12,11 +12,11 @@ from sae_lightning.training.schedules import due
 
 @torch.no_grad()
 def resample(head: Head, optimizer: Optimizer, x: Tensor, target: Tensor) -> int:
-    """Restart the dead features of `head` and return how many there were.
+    """Restart the dead features of `head`; returns how many there were.
 
     Each takes the direction of an input, drawn from the normalised x [n, d_in] (and its target
-    [n, d_out]) with a probability proportional to its squared loss. Its encoder gets 0.2 times
-    the mean norm of those that live, its bias 0, and Adam forgets about it.
+    [n, d_out]) with a probability proportional to its squared loss. Its encoder gets 0.2 times the
+    mean norm of the live ones; its bias and Adam's moments become 0.
     """
     dead = head.dead.nonzero().squeeze(1)
     alive = ~head.dead
@@ -43,10 +43,10 @@ def resample(head: Head, optimizer: Optimizer, x: Tensor, target: Tensor) -> int
 
 
 class Resample(L.Callback):
-    """Resamples dead features every `callbacks.resample.every` tokens; off where that is null."""
+    """Resamples dead features every `callbacks.resample.every` tokens."""
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
-        """Resample the heads whose time has come."""
+        """Resample the heads that are due."""
         step = trainer.global_step
         for head in module.training_heads:
             settings = head.recipe.resample

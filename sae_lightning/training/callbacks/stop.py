@@ -44,6 +44,4 @@ class StopOnSignal(L.Callback):
             signal.signal(number, handler)
         self.handlers.clear()
 
-    def on_exception(self, *_) -> None:
-        """Stop listening."""
-        self.on_train_end()
+    on_exception = on_train_end

@@ -11,30 +11,30 @@ import torch
 from sae_lightning.training.schedules import due
 
 
-class Moment(NamedTuple):
-    """Where training is, and what it has taken."""
+class Elapsed(NamedTuple):
+    """Updates and seconds so far."""
 
-    step: int
+    steps: int
     seconds: float
-    """Seconds of training, from whenever."""
+    """Of training; only differences have a meaning."""
     stream: float
-    """Seconds of these spent in the stream, the LLM with it, by the CPU's clock."""
+    """Of these in the stream, LLM included, by the CPU's clock"""
     llm: float
-    """Seconds of these spent in the LLM, by the CPU's clock."""
+    """Of these in the LLM, by the CPU's clock"""
 
 
 class Throughput(L.Callback):
     """Tokens per second between two log points and, with LLM and SAEs on a CPU, the shares of the
     LLM, of the rest of the stream (text, tokens, pool) and of the SAEs. `module.speed` has the same
-    over the whole of this process, for `metrics.json`.
+    since this process began, for `metrics.json`.
 
     CPU           stream SAEs | others | stream SAEs | others | ...      counted: all but others
     accelerator   stream SAEs others stream SAEs | evaluation | ...      counted: all but evaluation
 
     Others are the callbacks that follow, evaluation and checkpoints among them; the first fill of
-    the pool is counted. An accelerator works while the CPU goes on: waiting for it at every update
-    would slow both down, so that this happens at log points and before evaluations and checkpoints
-    only, and how its time is shared out is a question for a profiler.
+    the pool is counted. An accelerator runs asynchronously; to wait for it at every update would
+    slow training down, so it is waited for only at log points and before evaluations and
+    checkpoints, and shares are left to a profiler.
     """
 
     def __init__(self, log_every: int, pauses: Collection[int]):
@@ -47,14 +47,14 @@ class Throughput(L.Callback):
         self.first = self.last = self.paused = self._now(trainer)
 
     def on_train_batch_start(self, trainer: L.Trainer, *_) -> None:
-        """A pause ended when the stream began to make this batch."""
+        """End a pause: at the moment when the stream began to make this batch."""
         if self.paused:
             now = self._now(trainer)
             self.idle += now.seconds - self.paused.seconds - (now.stream - self.paused.stream)
             self.paused = None
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
-        """The update is made; log if it is time."""
+        """Stop the clock, and log if it is time."""
         step, devices = trainer.global_step, {module.device, trainer.datamodule.stream.device}
         on_cpu = all(device.type == "cpu" for device in devices)
         log = step % self.log_every == 0 or step >= module.steps
@@ -73,13 +73,12 @@ class Throughput(L.Callback):
             scalars = {f"speed/{name}": value for name, value in recent.items()}
             head.log.scalars(scalars, module.tokens)
 
-    def _now(self, trainer: L.Trainer) -> Moment:
+    def _now(self, trainer: L.Trainer) -> Elapsed:
         stream, seconds = trainer.datamodule.stream, perf_counter() - self.idle
-        return Moment(trainer.global_step, seconds, stream.seconds, stream.llm_seconds)
+        return Elapsed(trainer.global_step, seconds, stream.seconds, stream.llm_seconds)
 
 
-def _speed(before: Moment, after: Moment, batch: int, shares: bool) -> dict[str, float]:
-    """Speed between two moments, and where the time went."""
+def _speed(before: Elapsed, after: Elapsed, batch: int, shares: bool) -> dict[str, float]:
     steps, seconds, stream, llm = (b - a for a, b in zip(before, after, strict=True))
     speed = {"tokens_per_second": steps * batch / seconds}
     if shares:

@@ -1,0 +1,99 @@
+"""What acts on every update of a head: schedules, fixed decoder norms, clipping, steering."""
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.profiler import record_function
+
+from sae_lightning.training.head import Head
+from sae_lightning.training.schedules import decay, l0_error, steered, warmup
+
+
+class Schedule(L.Callback):
+    """Warm-up and decay of the learning rate, warm-up of the sparsity penalty, head by head."""
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
+        """Set the values for the coming update."""
+        step, steps = trainer.global_step, module.steps
+        for group in trainer.optimizers[0].param_groups:
+            optim = module.heads[group["head"]].optim
+            rise, fall = warmup(step, steps, optim.warmup), decay(step, steps, optim.decay)
+            group["lr"] = group["peak_lr"] * rise * fall
+        for head in module.heads:
+            head.progress.fill_(step / steps)
+            if head.loss.sparsity:
+                head.penalty_factor.fill_(warmup(step, steps, head.loss.warmup))
+
+
+class DecoderNorm(L.Callback):
+    """Where `model.fixed_norm` asks for it: projects the decoder gradient onto the tangent space of
+    fixed-norm rows, before it is clipped, and renormalises the rows after the step."""
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
+        """Project."""
+        for head in module.training_heads:
+            if head.sae.config.fixed_norm and head.sae.W_dec.grad is not None:
+                head.sae.project_gradient()
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
+        """Renormalise."""
+        for head in module.training_heads:
+            if head.sae.config.fixed_norm:
+                head.sae.fix_norms()
+
+
+class ClipGradient(L.Callback):
+    """Clips each head's gradient to `optim.clip`; its norm before clipping is a buffer.
+
+    Lightning's own clipping takes one norm over all heads, so that a head would depend on the
+    others.
+    """
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
+        """Clip, and freeze the heads whose loss or gradient is not finite."""
+        heads = module.training_heads
+        with record_function("clip"):
+            norms = [_clip(head) for head in heads]
+            # read together: each by itself would make the host wait for the GPU
+            sums = [norm + head.last.loss for head, norm in zip(heads, norms, strict=True)]
+            finite = torch.stack(sums).isfinite().tolist()
+        for head, norm, is_finite in zip(heads, norms, finite, strict=True):
+            if is_finite:
+                head.grad_norm.copy_(norm)
+            else:
+                module.fail(head)
+
+
+def _clip(head: Head) -> Tensor:
+    """Clip a head's gradient; returns its norm before."""
+    parameters = list(head.sae.parameters())
+    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+    limit = head.optim.clip
+    # on a CPU the norm can be compared without waiting, which saves multiplying by 1
+    if limit is not None and (norm.device.type != "cpu" or norm > limit):
+        clip_grads_with_norm_(parameters, limit, norm)
+    return norm
+
+
+class Steer(L.Callback):
+    """Multiplies the sparsity coefficient (`head.steering`) so that L0 approaches `loss.target_l0`.
+
+    It waits for the end of the penalty's warm-up, in which L0 is large whatever the coefficient.
+    """
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
+        """Adjust the coefficients of the heads that have a target."""
+        for head in module.training_heads:
+            target = getattr(head.loss, "target_l0", None)
+            if target is None:
+                continue
+            # read together: each by itself would make the host wait for the GPU
+            buffers = (head.last.l0, head.l0_error, head.penalty_factor)
+            l0, before, warmed_up = torch.stack(buffers).tolist()
+            if warmed_up < 1:
+                continue
+            now = l0_error(l0, target)
+            before = now if before > 1 else before
+            head.steering.mul_(steered(now, before, trainer.global_step, module.steps))
+            head.l0_error.fill_(now)
