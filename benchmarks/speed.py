@@ -26,6 +26,7 @@ ours is    our tokens/s / the other's in the same round: the median of the round
 import json
 import shutil
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -34,12 +35,9 @@ import torch
 from command import command
 from rich.table import Table
 from throughput import Asked, llm_overrides, read
-from timing.child import Failed, call
+from timing.child import Failed, call, name_of
 from timing.models import truncated
-from timing.names import name_of
-from timing.order import order
 from timing.ours import jobs
-from timing.ratios import OURS, rows
 from transformers import AutoTokenizer
 
 from sae_lightning.errors import UserError
@@ -51,6 +49,7 @@ from sae_lightning.stream.documents import open_text
 from sae_lightning.stream.tokens import open_tokens
 from sae_lightning.terminal import console, phase
 
+OURS = "sae_lightning"
 PEERS = ("saelens", "dictionary_learning", "sparsify")
 GIVEN = ("rounds", "peer_tokens", "only", "python", "out")
 NOT_GIVEN = ("sweep", "profile")  # of throughput.py
@@ -89,14 +88,18 @@ def main(arguments: list[str]) -> None:
     work["options"] = {name: json.loads(value) for name, value in options}
     contestants, tools = _contestants(asked, given)
     results: list[dict[str, Any]] = []
-    rounds = int(given.get("rounds", 2))
-    runs = order(contestants, rounds, key=lambda c: (c.architecture, c.setting))
-    for number, contestant in enumerate(runs):
+    for number, contestant in enumerate(order(contestants, int(given.get("rounds", 2)))):
         if result := _run(contestant, number, asked, llm, work):
             results.append({"round": number // len(contestants), **result})
             write_json(asked.out / "speed.json", {"tools": tools, "work": work, "runs": results})
     _show(results, tools)
     console.print(f"the figures are in {asked.out / 'speed.json'}")
+
+
+def order(contestants: Sequence[Contestant], rounds: int) -> list[Contestant]:
+    """Those of one task side by side, every other round backwards."""
+    group = sorted(contestants, key=lambda c: (c.architecture, c.setting))
+    return [run for n in range(rounds) for run in (group if n % 2 == 0 else group[::-1])]
 
 
 def _contestants(asked: Asked, given: dict[str, str]) -> tuple[list[Contestant], dict[str, str]]:
@@ -190,6 +193,36 @@ def _run(
     console.print(f"{contestant.name}: {speed:,.0f} tokens/s")
     about = {"tool": tool, "variant": variant, "architecture": architecture, "setting": setting}
     return about | found | {"tokens_per_second": speed}
+
+
+class Row(NamedTuple):
+    """A tool's variant at one task, in all rounds."""
+
+    architecture: str
+    setting: str
+    tool: str
+    variant: str
+    speeds: list[float]
+    """Tokens per second, of each round in which it succeeded."""
+    ratios: list[float]
+    """Of each round in which ours succeeded too; none for ours."""
+    l0: float | None
+
+
+def rows(results: Iterable[dict[str, Any]]) -> list[Row]:
+    """The runs of each task (architecture and setting) together, ours first."""
+    groups: dict[tuple[str, str, str, str], dict[int, dict[str, Any]]] = {}
+    for r in results:
+        key = r["architecture"], r["setting"], r["tool"], r["variant"]
+        groups.setdefault(key, {})[r["round"]] = r
+    found = []
+    for key in sorted(groups, key=lambda k: (k[:2], k[2] != OURS, k)):
+        runs = groups[key]
+        speeds = {n: r["tokens_per_second"] for n, r in runs.items()}
+        ours = groups.get((*key[:2], OURS, ""), {}) if key[2] != OURS else {}
+        ratios = [ours[n]["tokens_per_second"] / s for n, s in speeds.items() if n in ours]
+        found.append(Row(*key, list(speeds.values()), ratios, next(iter(runs.values()))["l0"]))
+    return found
 
 
 def _show(results: list[dict[str, Any]], tools: dict[str, str]) -> None:

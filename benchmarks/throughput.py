@@ -26,10 +26,8 @@ from typing import Any, NamedTuple
 
 from command import command
 from rich.table import Table
-from timing.child import Failed, call
-from timing.floor import floor
+from timing.child import Failed, call, name_of
 from timing.models import CONFIGS, saved
-from timing.names import name_of
 
 from sae_lightning.errors import UserError
 from sae_lightning.files import write_json
@@ -108,6 +106,18 @@ def read(arguments: list[str]) -> Asked:
     )
 
 
+def floor(llm: float, encode: float, saes: int = 1) -> float:
+    """The speed at which each token goes through the LLM and then through the encode of each SAE,
+    one after the other: 1 / (1/llm + saes/encode)."""
+    return 1 / (1 / llm + saes / encode)
+
+
+def llm_floor(flops: float, parameters: int) -> float:
+    """The speed of blocks with so many parameters at the rate `flops` [FLOP/s]: 2 FLOP a
+    parameter and token; attention's scores, which have no parameters, are left out."""
+    return flops / (2 * parameters)
+
+
 def spread(setting: str, n: int) -> list[str]:
     """n values of a setting, from half of its value to twice it, as overrides."""
     name, _, value = setting.partition("=")
@@ -123,9 +133,13 @@ def main(arguments: list[str]) -> None:
     shutil.rmtree(asked.out / "runs", ignore_errors=True)  # a finished run is not trained again
     for model in asked.models:
         llm = llm_overrides(model, asked)
-        roof = _child(asked, f"{model}-roofline", "timing.roofline:measure", run=llm)
+        roof = _child(asked, f"{model}-roofline", "timing.ours:roofline", run=llm)
         if not roof:
             continue
+        rates = roof["llm_tokens_per_second"], roof["encode_tokens_per_second"]
+        roof["floor_tokens_per_second"] = floor(*rates)
+        blocks = roof["llm_block_parameters"]
+        roof["llm_floor_tokens_per_second"] = llm_floor(roof["flops"], blocks)
         roofs[model] = roof
         for architecture, setting in asked.runs:
             if result := _result(asked, model, llm, architecture, setting, roof):

@@ -8,12 +8,24 @@ from types import ModuleType
 import pytest
 
 from benchmarks.timing import child
-from benchmarks.timing.floor import floor, llm_floor
-from benchmarks.timing.names import name_of
-from benchmarks.timing.order import order
-from benchmarks.timing.ratios import OURS, rows
-from benchmarks.timing.shares import PARTS, REST, Kernel, Span, label_of, on_cpu, on_gpu, shares
+from benchmarks.timing.profile import PARTS, REST, Kernel, Span, label_of, on_cpu, on_gpu, shares
 from sae_lightning.errors import UserError
+
+
+@pytest.fixture
+def speed(monkeypatch) -> ModuleType:
+    return _script("speed", monkeypatch)
+
+
+@pytest.fixture
+def throughput(monkeypatch) -> ModuleType:
+    return _script("throughput", monkeypatch)
+
+
+def _script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A benchmark as a module; run as a script, its own folder is what it imports from."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    return importlib.import_module(name)
 
 
 def test_time_belongs_to_the_innermost_label():
@@ -78,56 +90,61 @@ def test_torchs_name_of_an_optimisers_step_is_understood_and_operations_are_not_
     assert label_of("aten::mm") is None
 
 
-def test_the_floor_is_the_time_of_both_one_after_the_other():
+def test_the_floor_is_the_time_of_both_one_after_the_other(throughput):
     # 1,000 tokens: 0.2 s in the LLM, 0.05 s in the encode of each SAE
-    assert floor(5_000, 20_000) == pytest.approx(1_000 / 0.25)
-    assert floor(5_000, 20_000, saes=8) == pytest.approx(1_000 / 0.6)
-    assert llm_floor(2e12, 100_000_000) == 10_000
+    assert throughput.floor(5_000, 20_000) == pytest.approx(1_000 / 0.25)
+    assert throughput.floor(5_000, 20_000, saes=8) == pytest.approx(1_000 / 0.6)
+    assert throughput.llm_floor(2e12, 100_000_000) == 10_000
 
 
-def test_rounds_alternate_their_direction_and_compare_like_with_like_side_by_side():
-    runs = [("ours", "relu"), ("ours", "topk"), ("peer", "relu"), ("peer", "topk")]
-    there = [("ours", "relu"), ("peer", "relu"), ("ours", "topk"), ("peer", "topk")]
-    assert order(runs, 3, key=lambda run: run[1]) == [*there, *reversed(there), *there]
+def test_rounds_alternate_their_direction_and_compare_like_with_like_side_by_side(speed):
+    runs = [
+        speed.Contestant(tool, "", architecture, "k=4")
+        for tool in ("ours", "peer")
+        for architecture in ("relu", "topk")
+    ]
+    there = [runs[0], runs[2], runs[1], runs[3]]
+    assert speed.order(runs, 3) == [*there, *reversed(there), *there]
 
 
 def test_runs_that_differ_in_their_setting_alone_have_names_of_their_own():
-    assert name_of("sparsify", "", "topk", "model.k=32") == "sparsify-topk-model.k=32"
-    assert name_of("ours", "topk", "model.k=32") != name_of("ours", "topk", "model.k=256")
-    assert "/" not in name_of("ours", "loss.path=a/b")
+    assert child.name_of("sparsify", "", "topk", "model.k=32") == "sparsify-topk-model.k=32"
+    names = {child.name_of("ours", "topk", f"model.k={k}") for k in (32, 256)}
+    assert len(names) == 2
+    assert "/" not in child.name_of("ours", "loss.path=a/b")
 
 
-def _result(n: int, tool: str, speed: float, setting: str = "model.k=32") -> dict:
+def _result(n: int, tool: str, rate: float, setting: str = "model.k=32") -> dict:
     about = {"architecture": "topk", "setting": setting, "tool": tool}
-    variant = "" if tool == OURS else "tuned"
-    return {**about, "variant": variant, "round": n, "tokens_per_second": speed, "l0": 32}
+    variant = "" if tool == "sae_lightning" else "tuned"
+    return {**about, "variant": variant, "round": n, "tokens_per_second": rate, "l0": 32}
 
 
-def test_ratios_compare_runs_of_one_round_and_one_setting():
-    found = rows(
+def test_ratios_compare_runs_of_one_round_and_one_setting(speed):
+    found = speed.rows(
         [
-            _result(0, OURS, 600),
+            _result(0, speed.OURS, 600),
             _result(0, "peer", 200),
             _result(0, "peer", 100, setting="model.k=256"),
-            _result(0, OURS, 700, setting="model.k=256"),
+            _result(0, speed.OURS, 700, setting="model.k=256"),
             _result(1, "peer", 100),  # the machine is slower now
-            _result(1, OURS, 400),
+            _result(1, speed.OURS, 400),
         ]
     )
     assert [(row.setting, row.tool) for row in found] == [
-        ("model.k=256", OURS),
+        ("model.k=256", speed.OURS),
         ("model.k=256", "peer"),
-        ("model.k=32", OURS),
+        ("model.k=32", speed.OURS),
         ("model.k=32", "peer"),
     ]
     assert [row.speeds for row in found] == [[700], [100], [600, 400], [200, 100]]
     assert [row.ratios for row in found] == [[], [7], [], [3, 4]]
 
 
-def test_a_round_in_which_one_of_both_failed_has_no_ratio():
-    results = [_result(0, OURS, 600), _result(1, OURS, 500), _result(1, "peer", 250)]
-    assert rows([*results, _result(2, "peer", 100)])[1].ratios == [2]
-    assert rows([_result(0, "peer", 250)])[0].ratios == []
+def test_a_round_in_which_one_of_both_failed_has_no_ratio(speed):
+    results = [_result(0, speed.OURS, 600), _result(1, speed.OURS, 500), _result(1, "peer", 250)]
+    assert speed.rows([*results, _result(2, "peer", 100)])[1].ratios == [2]
+    assert speed.rows([_result(0, "peer", 250)])[0].ratios == []
 
 
 def test_an_interpreter_that_is_not_there_is_named(tmp_path):
@@ -144,34 +161,27 @@ def test_a_process_that_takes_too_long_is_ended(tmp_path, monkeypatch):
         child.call("json:loads", {}, tmp_path / "x.log", str(sleeper))
 
 
-def _script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """A benchmark as a module; run as a script, its own folder is what it imports from."""
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
-    return importlib.import_module(name)
-
-
 @pytest.mark.parametrize("given", ["sweep=8", "profile=false", "models=smollm2,gpt2"])
-def test_the_comparison_refuses_what_it_would_ignore(given, tmp_path, monkeypatch):
+def test_the_comparison_refuses_what_it_would_ignore(given, tmp_path, speed):
     with pytest.raises(UserError, match=given):
-        _script("speed", monkeypatch).main([given, f"out={tmp_path}"])
+        speed.main([given, f"out={tmp_path}"])
 
 
-def test_the_same_run_twice_is_refused(monkeypatch):
+def test_the_same_run_twice_is_refused(throughput):
     with pytest.raises(UserError, match="twice"):
-        _script("throughput", monkeypatch).read(["runs=topk,topk:model.k=64"])
+        throughput.read(["runs=topk,topk:model.k=64"])
 
 
-def test_throughput_goes_on_after_a_run_that_failed(tmp_path, monkeypatch, capsys):
-    throughput = _script("throughput", monkeypatch)
+def test_throughput_goes_on_after_a_run_that_failed(throughput, tmp_path, monkeypatch, capsys):
     roof = {"llm_tokens_per_second": 300.0, "encode_tokens_per_second": 600.0, "number": "float32"}
-    roof |= {"flops": 1e9, "llm_floor_tokens_per_second": 600, "floor_tokens_per_second": 200}
+    roof |= {"flops": 1e9, "llm_block_parameters": 1_000_000}
     run = {"tokens_per_second": 100.0, "speed": {"tokens_per_second": 120.0}, "l0": 32.0}
     run |= {"explained_variance": 0.5, "peak_memory_gb": 1.0}
 
     def answer(work: str, settings: dict, log: Path) -> dict:
         if "k=32" in log.name or work.endswith(":look"):
             raise throughput.Failed("RuntimeError: out of memory")
-        return dict(roof if "roofline" in work else run)
+        return dict(roof if work.endswith(":roofline") else run)
 
     monkeypatch.setattr(throughput, "call", answer)
     throughput.main(["runs=topk:model.k=32,topk:model.k=256", f"out={tmp_path}"])

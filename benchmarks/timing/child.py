@@ -15,6 +15,11 @@ HERE = Path(__file__).resolve()
 LIMIT = 3600.0  # seconds that a process may take
 
 
+def name_of(*parts: str) -> str:
+    """The parts that are not empty, as one file name: all that tells two runs apart belongs in."""
+    return "-".join(re.sub(r"[^\w.=+-]", "_", part) for part in parts if part)
+
+
 class Failed(Exception):
     """The process did not start, took too long, or ended with an error: a line that says so."""
 

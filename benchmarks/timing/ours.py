@@ -1,6 +1,8 @@
-"""One run of ours, measured: `train.py`'s own way from the config to the trained SAEs."""
+"""One run of ours, measured: `train.py`'s own way from the config to the trained SAEs; and how fast
+it could be."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -12,14 +14,19 @@ from hydra import compose, initialize_config_dir
 from timing.profile import profiler, summary
 
 import sae_lightning.runs.run as wiring
+from sae_lightning.llm.capture import capture
+from sae_lightning.llm.load import device, has_bf16, load
+from sae_lightning.llm.sites import decoder_stack
 from sae_lightning.runs import passes
 from sae_lightning.runs.config import Config, conf_folder
 from sae_lightning.runs.folders import METRICS_FILE
+from sae_lightning.runs.heap import keep_freed_memory
 from sae_lightning.runs.jobs import Job, job, register
 from sae_lightning.training.callbacks import standard
 from sae_lightning.training.callbacks.throughput import peak_memory_gb
 
 UPDATES = 16  # that a profile looks at
+SECONDS = 3.0  # for which each product of the roofline is repeated
 
 
 class _Done(Exception):
@@ -76,6 +83,44 @@ def window(config: Config) -> tuple[int, int]:
     if working < 4:  # a trial: the pool holds it all
         working = steps
     return max(1, working // 2), max(1, min(UPDATES, working // 2 - 1))
+
+
+def roofline(run: list[str], folder: str) -> dict[str, Any]:
+    """The rates of one dense encode and of the LLM up to the hooked block on this machine."""
+    keep_freed_memory()  # as training does
+    config = jobs([run], Path(folder))[0].config
+    chosen = device(config.llm)
+    number = torch.bfloat16 if has_bf16(chosen.type) else torch.float32
+    llm = load(config.llm).model
+    stack = decoder_stack(llm)
+    site = config.layer.within(len(stack)).source
+    width, features = llm.config.get_text_config().hidden_size, config.model.features
+    batch, sequences, context = config.trainer.batch, config.llm.batch, config.data.context
+    x = torch.randn(batch, width, device=chosen, dtype=number)
+    weights = torch.randn(width, features, device=chosen, dtype=number)
+    ids = torch.randint(1000, 30_000, (sequences, context))
+    encode_seconds = _seconds(lambda: x @ weights)
+    llm_seconds = _seconds(lambda: capture(llm, ids, [site]))
+    flops = 2 * batch * width * features / encode_seconds
+    blocks = sum(p.numel() for block in stack[: site.layer + 1] for p in block.parameters())
+    return {
+        "number": str(number).removeprefix("torch."),
+        "flops": flops,
+        "encode_tokens_per_second": batch / encode_seconds,
+        "llm_tokens_per_second": sequences * (context - 1) / llm_seconds,
+        "llm_block_parameters": blocks,
+    }
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    """The time of the fastest call: a floor is a bound."""
+    times, enough = [], 0.0
+    while enough < SECONDS or len(times) < 8:
+        started = _now()
+        work()
+        times.append(_now() - started)
+        enough += times[-1]
+    return min(times)
 
 
 class _Clock(L.Callback):
