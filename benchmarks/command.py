@@ -1,13 +1,18 @@
-"""A benchmark as a command: what the user can put right is told in one line."""
+"""What benchmarks share: errors in one line, and jobs as `train.py` makes them."""
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
 
 from sae_lightning.runs.cli import explain
+from sae_lightning.runs.config import conf_folder
+from sae_lightning.runs.jobs import Job, job, register
 
 
 def command(main: Callable[[list[str]], None]) -> None:
-    """Call `main` with what was typed."""
+    """Call `main` with what was typed; what the user can put right is told in one line."""
     try:
         main(sys.argv[1:])
     except Exception as error:
@@ -15,3 +20,13 @@ def command(main: Callable[[list[str]], None]) -> None:
         if line is None:
             raise
         sys.exit(f"error: {line}")
+
+
+def make_jobs(runs: list[list[str]], folder: Path) -> list[Job]:
+    """A job for each list of overrides, in a folder of its own."""
+    register()
+    with initialize_config_dir(conf_folder(), version_base="1.3"):
+        return [
+            job(compose("config", overrides=overrides), folder / str(number), overrides)
+            for number, overrides in enumerate(runs)
+        ]

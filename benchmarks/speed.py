@@ -32,12 +32,11 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
-from command import command
+from command import command, make_jobs
 from rich.table import Table
 from throughput import Asked, llm_overrides, read
 from timing.child import Failed, call, name_of
 from timing.models import truncated
-from timing.ours import jobs
 from transformers import AutoTokenizer
 
 from sae_lightning.errors import UserError
@@ -129,7 +128,7 @@ def _contestants(asked: Asked, given: dict[str, str]) -> tuple[list[Contestant],
 
 def _work(asked: Asked, llm: list[str], peer_tokens: int) -> dict[str, Any]:
     """What the peers are given: files and plain numbers."""
-    config = jobs([llm], asked.out / "runs")[0].config
+    config = make_jobs([llm], asked.out / "runs")[0].config
     kind = device(config.llm).type
     number = torch.bfloat16 if has_bf16(kind) else torch.float32
     source = cached(config.llm.name) if config.llm.name in PACKAGED else Path(config.llm.name)

@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import lightning as L
 import torch
-from hydra import compose, initialize_config_dir
+from command import make_jobs
 from timing.profile import profiler, summary
 
 import sae_lightning.runs.run as wiring
@@ -18,10 +18,9 @@ from sae_lightning.llm.capture import capture
 from sae_lightning.llm.load import device, has_bf16, load
 from sae_lightning.llm.sites import decoder_stack
 from sae_lightning.runs import passes
-from sae_lightning.runs.config import Config, conf_folder
+from sae_lightning.runs.config import Config
 from sae_lightning.runs.folders import METRICS_FILE
 from sae_lightning.runs.heap import keep_freed_memory
-from sae_lightning.runs.jobs import Job, job, register
 from sae_lightning.training.callbacks import standard
 from sae_lightning.training.callbacks.throughput import peak_memory_gb
 
@@ -33,23 +32,12 @@ class _Done(Exception):
     """The profile is complete: the rest of the run is not needed."""
 
 
-def jobs(runs: list[list[str]], folder: Path) -> list[Job]:
-    """A job for each list of overrides."""
-    register()
-    found = []
-    with initialize_config_dir(conf_folder(), version_base="1.3"):
-        for number, overrides in enumerate(runs):
-            this = job(compose("config", overrides=overrides), folder / str(number), overrides)
-            found.append(this)
-    return found
-
-
 def measure(runs: list[list[str]], folder: str) -> dict[str, Any]:
     """Train the SAEs of `runs` on one pass: tokens/s, memory, and where they ended."""
-    these, clock = jobs(runs, Path(folder)), _Clock()
+    jobs, clock = make_jobs(runs, Path(folder)), _Clock()
     with patch.object(wiring, "standard", lambda *a: [clock, *standard(*a)]):
-        passes.train(these)
-    metrics = [json.loads((this.folder / METRICS_FILE).read_text("utf8")) for this in these]
+        passes.train(jobs)
+    metrics = [json.loads((job.folder / METRICS_FILE).read_text("utf8")) for job in jobs]
     speed, tokens = metrics[0]["speed"], metrics[0]["tokens"]
     assert speed["heads"] == len(runs), "the SAEs did not train on one pass"
     return {
@@ -65,11 +53,11 @@ def measure(runs: list[list[str]], folder: str) -> dict[str, Any]:
 
 def look(runs: list[list[str]], folder: str) -> dict[str, Any]:
     """The same run up to its middle, for a profile of updates there."""
-    these = jobs(runs, Path(folder))
-    look = _Look(*window(these[0].config))
+    jobs = make_jobs(runs, Path(folder))
+    look = _Look(*window(jobs[0].config))
     with patch.object(wiring, "standard", lambda *a: [*standard(*a), look]):
         try:
-            passes.train(these)
+            passes.train(jobs)
         except _Done:
             return look.found
     raise AssertionError("the run ended before its middle")
@@ -88,7 +76,7 @@ def window(config: Config) -> tuple[int, int]:
 def roofline(run: list[str], folder: str) -> dict[str, Any]:
     """The rates of one dense encode and of the LLM up to the hooked block on this machine."""
     keep_freed_memory()  # as training does
-    config = jobs([run], Path(folder))[0].config
+    config = make_jobs([run], Path(folder))[0].config
     chosen = device(config.llm)
     number = torch.bfloat16 if has_bf16(chosen.type) else torch.float32
     llm = load(config.llm).model
