@@ -6,7 +6,6 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from sae_lightning.analysis.settings import TASKS as SETTINGS
 from sae_lightning.analysis.tasks import TASKS
 from sae_lightning.runs.cli import one_line_errors, refuse_sweep
 from sae_lightning.runs.config import typed
@@ -20,11 +19,11 @@ def analyze(cfg: DictConfig) -> None:
         given = [o.lstrip("+~").partition("=")[0] for o in HydraConfig.get().overrides.task]
         if OmegaConf.is_missing(cfg.layer, "index"):
             cfg.layer.index = 0  # llm=hf leaves it open; the folder knows
-        TASKS[cfg.task](typed(cfg), given)
+        typed(cfg).answer(given)
 
 
 if __name__ == "__main__":
-    register(SETTINGS)
+    register(TASKS)
     with one_line_errors():
         refuse_sweep(sys.argv[1:])  # Hydra would make folders for it
         analyze()

@@ -12,8 +12,7 @@ from tiny_run import write_text
 from sae_lightning.analysis.lens import lens
 from sae_lightning.analysis.probing.labelled import labelled
 from sae_lightning.analysis.probing.probes import probe
-from sae_lightning.analysis.settings import TASKS
-from sae_lightning.analysis.steering import steer
+from sae_lightning.analysis.steer import steer
 from sae_lightning.analysis.survey.survey import survey
 from sae_lightning.analysis.trained import open_reader, open_trained
 from sae_lightning.llm.load import Dtype, LLMConfig
@@ -29,14 +28,13 @@ def opened(tmp_path_factory):
     folder = tmp_path_factory.mktemp("planted")
     llm, sae = save_planted(folder)
     (folder / "text").mkdir()
-    asked = TASKS["features"](
-        run=str(sae),
-        task="features",
-        llm=LLMConfig(name=str(llm), dtype=Dtype.float32, device="cpu"),
-        data=LocalConfig(path=str(write_text(folder / "text")), context=16, held_out=0.34),
-        layer=LayerConfig(index=0),
-    )
-    return *open_reader(open_trained(asked, ["llm", "data"])), folder
+    asked = {
+        "llm": LLMConfig(name=str(llm), dtype=Dtype.float32, device="cpu"),
+        "data": LocalConfig(path=str(write_text(folder / "text")), context=16, held_out=0.34),
+        "layer": LayerConfig(index=0),
+        "seed": 0,
+    }
+    return *open_reader(open_trained(str(sae), asked, ["llm", "data"])), folder
 
 
 @pytest.fixture(scope="module")

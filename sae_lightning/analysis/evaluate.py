@@ -1,17 +1,40 @@
 """The held-out scorecard of a saved SAE: every number, and where it comes from."""
 
+from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from sae_lightning.llm.sites import Sites
+from sae_lightning.analysis.task import Task, at_least
+from sae_lightning.analysis.trained import Trained
+from sae_lightning.llm.load import LLM
+from sae_lightning.llm.sites import Sites, distinct
 from sae_lightning.report.figures import bars, histogram, layout
 from sae_lightning.report.section import Section
+from sae_lightning.runs.inputs import open_held_out
 from sae_lightning.sae import SAE
 from sae_lightning.scoring import scorecard
 from sae_lightning.scoring.metrics import density_histogram
 from sae_lightning.stream.held_out import HeldOut
 from sae_lightning.stream.synthetic import HeldOutConcepts
+from sae_lightning.stream.tokens import Tokens
+
+
+@dataclass(slots=True, kw_only=True)
+class EvaluateTask(Task):
+    """The held-out scorecard."""
+
+    tokens: int | None = None
+    """Held-out tokens; null for as many as the run's own evaluation."""
+
+    def __post_init__(self):
+        at_least("tokens", self.tokens, 1)
+
+    def answer(self, given: Collection[str]) -> None:
+        trained = self.open(given)
+        result = scored(trained, self.tokens)
+        self.finish(trained, result.scalars(), [section(result)])
 
 
 class Evaluation(NamedTuple):
@@ -44,6 +67,14 @@ def evaluate(sae: SAE, held_out: HeldOut | HeldOutConcepts, sites: Sites) -> Eva
     sae = sae.to(x.device)
     (card,) = scorecard.score([sae], held_out, *sites, [sae.weights], fidelity=True)
     return Evaluation(card, len(x), sae.W_dec.detach().norm(dim=1).cpu())
+
+
+def scored(
+    trained: Trained, tokens: int | None, opened: tuple[LLM, Tokens] | None = None
+) -> Evaluation:
+    """The scorecard on `tokens` held-out tokens, or on as many as the run's own evaluation."""
+    held_out = open_held_out(trained.config, distinct([trained.sites]), tokens, opened)
+    return evaluate(trained.sae, held_out, trained.sites)
 
 
 def section(result: Evaluation) -> Section:

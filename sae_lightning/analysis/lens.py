@@ -14,17 +14,21 @@ Shapes: features = features of the SAE; k = tokens listed; vocabulary = tokens; 
 residual stream.
 """
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from sae_lightning.analysis.subject import Subject
-from sae_lightning.analysis.survey.collect import Batch, collect, excerpt
+from sae_lightning.analysis.collect import Batch, collect, excerpt
+from sae_lightning.analysis.subject import Subject, known
+from sae_lightning.analysis.task import Task, at_least, integers
+from sae_lightning.analysis.trained import open_reader, open_subject
 from sae_lightning.llm.directions import embedding, final_norm, mlp_norm, response
 from sae_lightning.llm.sites import Kind
 from sae_lightning.llm.splice import body
+from sae_lightning.llm.vocabulary import vocabulary
 from sae_lightning.report.catalogue import Effect
 from sae_lightning.report.section import Section, Table
 from sae_lightning.stream.packing import TokenSource
@@ -39,6 +43,38 @@ REFERENCE = 200  # random features; what they do on average is what any change d
 LENGTH = 16  # tokens of the contexts at whose end features are added
 # How long what is added is, against the activation; less drowns in what any change does.
 SHARE = 0.4
+
+
+@dataclass(slots=True, kw_only=True)
+class LensTask(Task):
+    """What features say to the output, and what they read at the input."""
+
+    feature: Any = None
+    """A feature or a list of them to print; null prints the ones with the sharpest effect."""
+    top: int = 10
+    """Tokens for each feature."""
+    contexts: int = 16
+    """Pieces of text in which the features of `feature` are added, to see what they do."""
+    direct: bool = False
+    """Skip the blocks between the SAE and both ends of the LLM (the logit lens); reads no text."""
+
+    def __post_init__(self):
+        self.feature = integers("feature", self.feature)
+        at_least("top", self.top, 1)
+        at_least("contexts", self.contexts, 1)
+
+    def answer(self, given: Collection[str]) -> None:
+        trained = self.open(given)
+        chosen = self.feature and known(trained.sae, self.feature)
+        if self.direct:
+            subject = open_subject(trained)
+            result = lens(subject, self.top)
+        else:
+            subject, text = open_reader(trained)
+            result = lens(subject, self.top, text.train, chosen or (), self.contexts)
+        table = section(result, vocabulary(subject.llm), chosen)
+        scalars = table.table._asdict() if table.table else {}
+        self.finish(trained, scalars, [table], feature=chosen[0] if chosen else None)
 
 
 class Lens(NamedTuple):

@@ -8,7 +8,6 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sae_lightning.analysis.settings import AnalyzeConfig
 from sae_lightning.analysis.subject import Subject
 from sae_lightning.errors import UserError
 from sae_lightning.formats.export import load_sae
@@ -72,27 +71,27 @@ class Trained(NamedTuple):
         }
 
 
-def open_trained(asked: AnalyzeConfig, given: Collection[str] = ()) -> Trained:
-    """The SAE of the folder `asked.run`; `given` names the settings (llm, llm.device, layer.index,
-    ...) that count more than what the folder says.
+def open_trained(run: str, asked: dict[str, Any], given: Collection[str] = ()) -> Trained:
+    """The SAE of the folder `run`. `asked` holds llm, data, layer and seed; `given` names those of
+    their settings (llm, llm.device, layer.index, ...) that count more than what the folder says.
 
     UserError: no SAE there, or not for such an LLM. No weight of the LLM is read.
     """
-    folder = Path(asked.run)
-    if not asked.run:
+    folder = Path(run)
+    if not run:
         raise UserError("run is empty: give a run folder, as run=outputs/<day>/<time>")
     if is_sweep(folder):
         raise UserError(
-            f"{asked.run} holds a sweep: give one of the run folders in it, or task=sweep for the "
+            f"{run} holds a sweep: give one of the run folders in it, or task=sweep for the "
             "report of all"
         )
-    run = folder.parent if folder.name == "sae" else folder
-    if (run / CONFIG_FILE).is_file():
-        folder, config = run, _of_run(run, asked, given)
+    above = folder.parent if folder.name == "sae" else folder
+    if (above / CONFIG_FILE).is_file():
+        folder, config = above, _of_run(above, asked, given)
         sae = load_sae(folder)
     else:
         sae = load_sae(folder)
-        config = _of_sae(sae, asked, given)
+        config = _of_sae(sae, run, asked, given)
     device(config.llm)  # one that is not there is told before any text is read
     known = shape(config)
     sites = config.layer.within(known.layers)
@@ -124,10 +123,10 @@ def open_run(
         "llm": LLMConfig(name="smollm2"),
         "data": PlaysConfig(),
         "layer": LayerConfig(index=0),
+        "seed": 0,
     }
     known = {name: value for name, value in given.items() if value is not None}
-    asked = AnalyzeConfig(run=str(folder), task="", **(neutral | known))
-    return open_reader(open_trained(asked, known))
+    return open_reader(open_trained(str(folder), neutral | known, known))
 
 
 def open_subject(trained: Trained) -> Subject:
@@ -156,7 +155,7 @@ def _subject(trained: Trained, llm: LLM) -> Subject:
     return Subject(llm, sae, trained.sites, data.keep_special, data.max_norm)
 
 
-def _of_run(run: Path, asked: AnalyzeConfig, given: Collection[str]) -> Config:
+def _of_run(run: Path, asked: dict[str, Any], given: Collection[str]) -> Config:
     """A run's settings with what was given instead."""
     config = read_job(run).config
     if not is_text(config) and (others := sorted({"llm", "data", "layer"} & {*given})):
@@ -166,12 +165,12 @@ def _of_run(run: Path, asked: AnalyzeConfig, given: Collection[str]) -> Config:
         )
     groups = {name: _group(config, name, asked, given) for name in ("llm", "data", "layer")}
     config = replace(config, **groups)
-    return replace(config, seed=asked.seed) if "seed" in given else config
+    return replace(config, seed=asked["seed"]) if "seed" in given else config
 
 
-def _group(config: Config, group: str, asked: AnalyzeConfig, given: Collection[str]) -> Any:
+def _group(config: Config, group: str, asked: dict[str, Any], given: Collection[str]) -> Any:
     """One group of settings: the given one, or the run's with those that were given singly."""
-    mine, theirs = getattr(config, group), getattr(asked, group)
+    mine, theirs = getattr(config, group), asked[group]
     if group in given:
         return theirs
     names = [name.partition(".")[2] for name in given if name.startswith(f"{group}.")]
@@ -184,17 +183,18 @@ def _group(config: Config, group: str, asked: AnalyzeConfig, given: Collection[s
     return replace(mine, **{name: getattr(theirs, name) for name in names})
 
 
-def _of_sae(sae: SAE, asked: AnalyzeConfig, given: Collection[str]) -> Config:
+def _of_sae(sae: SAE, run: str, asked: dict[str, Any], given: Collection[str]) -> Config:
     """Settings for an SAE that lies in no run: its metadata, with what was given instead."""
-    said, llm, data, layer = sae.metadata, asked.llm, asked.data, asked.layer
+    said = sae.metadata
+    llm, data, layer, seed = (asked[name] for name in ("llm", "data", "layer", "seed"))
     if not {"llm", "llm.name"} & {*given}:
-        llm = replace(llm, name=_llm(said, asked.run))
+        llm = replace(llm, name=_llm(said, run))
     if not any(name.split(".")[0] == "layer" for name in given):
-        layer = _layer(said, asked.run)
+        layer = _layer(said, run)
     if "data.context" not in given and "context_size" in said and hasattr(data, "context"):
         data = replace(data, context=said["context_size"])
     loss = ARCHITECTURES[sae.config.name].loss()
-    return Config(llm=llm, data=data, layer=layer, model=sae.config, loss=loss, seed=asked.seed)
+    return Config(llm=llm, data=data, layer=layer, model=sae.config, loss=loss, seed=seed)
 
 
 def _llm(said: dict[str, Any], run: str) -> str:

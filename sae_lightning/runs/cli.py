@@ -233,6 +233,8 @@ def _did_you_mean(word: str, options: list[str]) -> str:
 
 
 def _presets(group: str) -> list[str]:
+    if group == "task":
+        return sorted(_tasks())
     return sorted(file.stem for file in Path(conf_folder(), group).glob("*.yaml"))
 
 
@@ -258,7 +260,7 @@ def _unknown_setting(error: OmegaConfBaseException, overrides: list[str]) -> str
     name = str(error.full_key)
     parent, _, key = name.rpartition(".")
     schema = error.object_type
-    tasks = _schemas("task")
+    tasks = _tasks()
     if schema in tasks.values() and "data=synthetic" in overrides:
         return (
             "data=synthetic has no meaning here: a run that was trained on concepts says so itself;"
@@ -285,9 +287,9 @@ def _unknown_setting(error: OmegaConfBaseException, overrides: list[str]) -> str
     return f"no setting {name}: {hint}there are {', '.join(prefix + k for k in known)}"
 
 
-def _schemas(group: str) -> dict[str, type]:
-    """The registered schemas of a group, by name."""
-    nodes = ConfigStore.instance().repo.get("schema", {}).get(group, {})
+def _tasks() -> dict[str, type]:
+    """What analyze.py can be asked, by name."""
+    nodes = ConfigStore.instance().repo.get("task", {})
     return {name.removesuffix(".yaml"): OmegaConf.get_type(x.node) for name, x in nodes.items()}
 
 

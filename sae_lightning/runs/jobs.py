@@ -60,10 +60,12 @@ def register(tasks: Mapping[str, type] | None = None) -> None:
         ("model", {name: row.config for name, row in ARCHITECTURES.items()}),
         ("loss", {name: row.loss for name, row in ARCHITECTURES.items()}),
         ("data", SOURCES),
-        ("task", tasks or {}),
     ):
         for name, schema in table.items():
             store.store(group=f"schema/{group}", name=name, node=schema)
+    for name, schema in (tasks or {}).items():
+        node = OmegaConf.merge(schema, {"task": name})
+        store.store(group="task", name=name, node=node, package="_global_")
     launcher = {"_target_": "hydra_plugins.one_pass_launcher.OnePassLauncher"}
     store.store(group="hydra/launcher", name="one_pass", node=launcher)
     OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)

@@ -2,7 +2,7 @@
 
 import torch
 
-from sae_lightning.analysis.survey.collect import Batch
+from sae_lightning.analysis.collect import Batch
 
 
 def batches(features: torch.Tensor, tokens: torch.Tensor | None = None, size: int = 3):

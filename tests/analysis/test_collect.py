@@ -4,8 +4,8 @@ import pytest
 import torch
 from subjects import make_subject
 
-from sae_lightning.analysis.survey import collect as room
-from sae_lightning.analysis.survey.collect import Batch, collect, excerpt
+from sae_lightning.analysis import collect as room
+from sae_lightning.analysis.collect import Batch, collect, excerpt
 from sae_lightning.llm.capture import capture
 from sae_lightning.llm.sites import Kind
 from sae_lightning.stream.packing import Sequences

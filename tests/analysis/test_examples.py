@@ -4,9 +4,9 @@ import pytest
 import torch
 from batches import batches, sparse
 
-from sae_lightning.analysis.settings import Positive
 from sae_lightning.analysis.survey import strengths
 from sae_lightning.analysis.survey.examples import Counting, Gathering
+from sae_lightning.analysis.survey.strengths import Positive
 from sae_lightning.report.catalogue import AFTER, BEFORE, EDGES, WINDOW
 
 UNITS, CONTEXT = 7, 40
@@ -134,7 +134,12 @@ def test_neurons_are_made_positive_and_silent_where_no_sae_looks():
     batch = batch._replace(x=x)
     absolute = strengths.Neurons(Positive.abs)(batch)[0].tolist()
     assert absolute == [[0, 0], [2, 1], [3, 1], [0, 0.5]]
-    assert strengths.Neurons(Positive.relu)(batch)[0].tolist() == [[0, 0], [0, 1], [3, 0], [0, 0.5]]
+    assert strengths.Neurons(Positive.relu)(batch)[0].tolist() == [
+        [0, 0],
+        [0, 1],
+        [3, 0],
+        [0, 0.5],
+    ]
     shift = strengths.Neurons(Positive.shift)  # less -2 and -1, the least values
     assert shift(batch)[0].tolist() == [[0, 0], [0, 2], [5, 0], [2, 1.5]]
     lower = batch._replace(x=x - 10)  # later values below the least are 0

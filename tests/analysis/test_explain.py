@@ -6,6 +6,7 @@ import pytest
 import torch
 from chat_server import ChatServer, oracle
 
+from sae_lightning.analysis.collect import Batch
 from sae_lightning.analysis.explain import prompts
 from sae_lightning.analysis.explain.answers import Answers, Question
 from sae_lightning.analysis.explain.endpoint import Endpoint
@@ -15,7 +16,6 @@ from sae_lightning.analysis.explain.explainer import Explainer
 from sae_lightning.analysis.explain.prompts import DETECT, FUZZ
 from sae_lightning.analysis.explain.scoring import Score, detection, fuzzing, score
 from sae_lightning.analysis.survey import strengths
-from sae_lightning.analysis.survey.collect import Batch
 from sae_lightning.analysis.survey.examples import Counting, Gathering
 from sae_lightning.analysis.survey.reading import reading
 from sae_lightning.analysis.survey.sample import Sample, Sampling

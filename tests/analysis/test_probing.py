@@ -7,6 +7,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
+from sae_lightning.analysis.collect import collect
 from sae_lightning.analysis.probing.labelled import Labelled
 from sae_lightning.analysis.probing.linear import (
     ALL_C,
@@ -18,7 +19,6 @@ from sae_lightning.analysis.probing.linear import (
 )
 from sae_lightning.analysis.probing.probes import Pooled, Score, compare, probe
 from sae_lightning.analysis.probing.sections import sections, verdict
-from sae_lightning.analysis.survey.collect import collect
 from sae_lightning.llm.capture import capture
 
 CLASSES, PIECES, CONTEXT = 3, 120, 12

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sae_lightning.analysis.survey.collect import collect, excerpt
+from sae_lightning.analysis.collect import collect, excerpt
 from sae_lightning.analysis.survey.survey import best_read, section, survey
 
 

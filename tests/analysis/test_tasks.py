@@ -1,4 +1,4 @@
-"""Every task of `analyze.py` has a preset, settings and a function."""
+"""Every task of `analyze.py` is a preset of Hydra's group `task`."""
 
 import json
 import math
@@ -10,9 +10,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from planted import save_planted
 
-from sae_lightning.analysis.settings import TASKS as SETTINGS
-from sae_lightning.analysis.tasks import TASKS, following, jsonable
-from sae_lightning.analysis.trained import open_trained
+from sae_lightning.analysis.task import following, jsonable
+from sae_lightning.analysis.tasks import TASKS
 from sae_lightning.errors import UserError
 from sae_lightning.runs.cli import explain
 from sae_lightning.runs.config import conf_folder, typed
@@ -23,7 +22,7 @@ NEEDED = {"steer": ["feature=3"]}  # what a task cannot do without
 
 @pytest.fixture(autouse=True)
 def hydra():
-    register(SETTINGS)
+    register(TASKS)
     with initialize_config_dir(conf_folder(), version_base="1.3"):
         yield
 
@@ -32,15 +31,10 @@ def asked(task: str, *overrides: str):
     return typed(compose("analyze", ["run=x", f"task={task}", *NEEDED.get(task, []), *overrides]))
 
 
-def test_tasks_are_the_same_everywhere():
-    presets = {file.stem for file in Path(conf_folder(), "task").glob("*.yaml")}
-    assert presets == set(SETTINGS) == set(TASKS)
-
-
-@pytest.mark.parametrize("task", SETTINGS)
+@pytest.mark.parametrize("task", TASKS)
 def test_a_task_composes_with_its_settings(task):
     config = asked(task)
-    assert type(config) is SETTINGS[task]
+    assert type(config) is TASKS[task]
     assert (config.task, config.llm.name) == (task, "smollm2")
 
 
@@ -86,20 +80,15 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_read(tmp_
     (sae / "analysis").write_text("")  # as good as a folder of someone else
     config = asked("features", f"run={sae}")
     with pytest.raises(UserError, match=r"analysis cannot be written to: copy .*sae .* as run="):
-        TASKS["features"](config, ["run", "task"])
+        config.answer(["run", "task"])
 
 
 def test_what_to_ask_next_is_about_the_feature_that_was_asked_for(tmp_path):
     _, sae = save_planted(tmp_path)
-    steer, lens = asked("steer", f"run={sae}"), asked("lens", f"run={sae}", "feature=[5,7]")
-    trained = open_trained(steer, ["run", "task", "feature"])
-    commands = following(trained, steer, [])
-    assert [line.split(" ", 3)[3] for line in commands] == [
-        *("task=lens feature=3", "task=steer feature=3", "task=explain feature=3")
-    ]
-    assert following(trained, lens, [])[0].endswith("task=lens feature=5")
-    everything = following(trained, asked("theory", f"run={sae}"), [])
-    assert everything == [f"python analyze.py run={sae}"]
+    asked("lens", f"run={sae}", "feature=[5,7]", "direct=true").answer(["run", "task", "feature"])
+    page = (sae / "analysis" / "lens.html").read_text()
+    assert all(f"run={sae} task={task} feature=5" in page for task in ("lens", "steer", "explain"))
+    assert following(sae, None) == [f"python analyze.py run={sae}"]
 
 
 def test_the_readme_has_the_example_that_is_tested():

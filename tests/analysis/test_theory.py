@@ -10,8 +10,8 @@ from subjects import make_subject
 from torch import Generator, Tensor
 from torch.nn.functional import one_hot
 
+from sae_lightning.analysis.collect import Batch, collect, excerpt
 from sae_lightning.analysis.subject import Subject
-from sae_lightning.analysis.survey.collect import Batch, collect, excerpt
 from sae_lightning.analysis.theory.claims import (
     SAMPLE,
     Detected,

@@ -7,7 +7,6 @@ import pytest
 from planted import save_planted
 from tiny_run import tiny_job, write_text
 
-from sae_lightning.analysis.settings import TASKS
 from sae_lightning.analysis.subject import known
 from sae_lightning.analysis.trained import open_reader, open_subject, open_trained
 from sae_lightning.errors import UserError
@@ -54,7 +53,7 @@ def asked(folder, **settings):
         "data": PlaysConfig(),
         "layer": LayerConfig(index=9),
     }
-    return TASKS["evaluate"](run=str(folder), task="evaluate", **(defaults | settings))
+    return str(folder), {"seed": 0} | defaults | settings
 
 
 def rewrite(folder, **metadata):
@@ -76,7 +75,7 @@ def synthetic(run, folder):
 
 @pytest.mark.parametrize("inside", ["", "sae"])
 def test_a_run_says_what_its_sae_reads(run, planted, inside):
-    trained = open_trained(asked(run / inside))
+    trained = open_trained(*asked(run / inside))
     assert trained.folder == run
     assert trained.config.llm.name == str(planted[0])
     assert isinstance(trained.config.data, LocalConfig)
@@ -107,16 +106,16 @@ def test_what_is_given_counts_more_than_what_the_run_says(run, planted):
 
 
 def test_an_sae_alone_says_where_it_was_trained(sae, planted):
-    trained = open_trained(asked(sae, data=PlaysConfig(keep_special=True)))
+    trained = open_trained(*asked(sae, data=PlaysConfig(keep_special=True)))
     assert trained.folder == sae
     assert trained.config.llm.name == str(planted[0])
     assert trained.sites == (Site(1, Kind.resid), Site(1, Kind.resid))
     # the text is the one that is asked for, cut as in training
     assert (trained.config.data.context, trained.config.data.keep_special) == (16, True)
-    subject, tokens = open_reader(open_trained(asked(sae, data=small_text(sae.parent))))
+    subject, tokens = open_reader(open_trained(*asked(sae, data=small_text(sae.parent))))
     assert subject.sites == trained.sites
     assert tokens.train.packing.context == 16
-    given = open_trained(asked(sae, data=PlaysConfig(context=9)), ["data.context"])
+    given = open_trained(*asked(sae, data=PlaysConfig(context=9)), ["data.context"])
     assert given.config.data.context == 9
 
 
@@ -135,15 +134,15 @@ def test_an_sae_alone_says_where_it_was_trained(sae, planted):
 )
 def test_places_are_known_by_the_names_of_other_tools(sae, hook, site):
     rewrite(sae, hook_name=hook)
-    assert open_trained(asked(sae)).sites.source == site
+    assert open_trained(*asked(sae)).sites.source == site
 
 
 def test_a_transcoder_alone_has_two_sites(sae):
     rewrite(sae, hook_name="blocks.1.ln2.hook_normalized", hook_name_out="blocks.1.hook_mlp_out")
-    assert open_trained(asked(sae)).sites == (Site(1, Kind.mlp_in), Site(1, Kind.mlp))
+    assert open_trained(*asked(sae)).sites == (Site(1, Kind.mlp_in), Site(1, Kind.mlp))
     rewrite(sae, hook_name_out="blocks.2.hook_mlp_out")
     with pytest.raises(UserError, match="reads block 1 and writes block 2"):
-        open_trained(asked(sae))
+        open_trained(*asked(sae))
 
 
 @pytest.mark.parametrize(
@@ -153,7 +152,7 @@ def test_a_transcoder_alone_has_two_sites(sae):
 def test_llms_are_known_by_transformerlens_names(sae, said, name):
     rewrite(sae, model_name=said)
     with pytest.raises(UserError, match=f"llm.name={name}: not a local folder"):
-        open_trained(asked(sae))
+        open_trained(*asked(sae))
 
 
 @pytest.mark.parametrize(
@@ -169,30 +168,30 @@ def test_llms_are_known_by_transformerlens_names(sae, said, name):
 def test_what_a_folder_does_not_say_is_asked_for(sae, metadata, message):
     rewrite(sae, **metadata)
     with pytest.raises(UserError, match=message):
-        open_trained(asked(sae))
+        open_trained(*asked(sae))
 
 
 def test_what_is_missing_can_be_given(sae, planted):
     rewrite(sae, model_name=None, hook_name=None)
     settings = {"llm": LLMConfig(name=str(planted[0])), "layer": LayerConfig(index=2)}
-    trained = open_trained(asked(sae, **settings), ["llm.name", "layer.index"])
+    trained = open_trained(*asked(sae, **settings), ["llm.name", "layer.index"])
     assert trained.sites.source == Site(2, Kind.resid)
 
 
 def test_an_llm_of_another_width_is_refused_before_it_is_loaded(sae):
     with pytest.raises(UserError, match=r"llm.name=smollm2: .* 576 dimensions, .* reads 24"):
-        open_trained(asked(sae), ["llm"])
+        open_trained(*asked(sae), ["llm"])
 
 
 def test_a_device_that_is_not_there_is_refused_at_once(run, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     settings = {"llm": LLMConfig(name="smollm2", device="cuda:3")}
     with pytest.raises(UserError, match="llm.device=cuda:3: this machine has no CUDA device"):
-        open_trained(asked(run, **settings), ["llm.device"])
+        open_trained(*asked(run, **settings), ["llm.device"])
 
 
 def test_a_feature_that_is_not_there_is_refused(sae):
-    trained = open_trained(asked(sae))
+    trained = open_trained(*asked(sae))
     assert known(trained.sae, [0, 31]) == [0, 31]
     with pytest.raises(UserError, match=r"feature=32: this SAE has 32 features; give 0 to 31"):
         known(trained.sae, [3, 32])
@@ -201,26 +200,26 @@ def test_a_feature_that_is_not_there_is_refused(sae):
 def test_concepts_have_no_text(run, tmp_path):
     synthetic(run, tmp_path)
     with pytest.raises(UserError, match="synthetic concepts, .* only task=evaluate"):
-        open_subject(open_trained(asked(run)))
+        open_subject(open_trained(*asked(run)))
 
 
 def test_sequences_that_the_llm_cannot_read_are_refused(run):
     with pytest.raises(UserError, match=r"data\.context=33: .* takes at most 32 tokens"):
-        open_trained(asked(run, data=PlaysConfig(context=33)), ["data.context"])
+        open_trained(*asked(run, data=PlaysConfig(context=33)), ["data.context"])
 
 
 def test_no_folder_at_all_is_told(run):
     with pytest.raises(UserError, match="run is empty: give a run folder"):
-        open_trained(asked(""))
+        open_trained(*asked(""))
 
 
 def test_concepts_are_not_replaced_by_text(run, tmp_path):
     synthetic(run, tmp_path)
     with pytest.raises(UserError, match=r"data=\.\.\. has no meaning for .*run, which was trained"):
-        open_trained(asked(run), ["data"])
+        open_trained(*asked(run), ["data"])
 
 
 def test_a_heading_says_what_is_looked_at(run, tmp_path):
-    assert open_trained(asked(run)).name == "llm, resid.1: 32 relu features"
+    assert open_trained(*asked(run)).name == "llm, resid.1: 32 relu features"
     synthetic(run, tmp_path)
-    assert open_trained(asked(run)).name == "synthetic concepts: 32 relu features"
+    assert open_trained(*asked(run)).name == "synthetic concepts: 32 relu features"

@@ -31,11 +31,7 @@ from sae_lightning.stream.text import PlaysConfig, SyntheticConfig
 from sae_lightning.training.settings import EvalConfig, Normalization, Precision
 
 CONF = Path(conf_folder())
-PRESETS = sorted(
-    str(p.relative_to(CONF).with_suffix(""))
-    for p in CONF.glob("*/*.yaml")
-    if p.parent.name != "task"  # of analyze.py: see test_tasks.py
-)
+PRESETS = sorted(str(p.relative_to(CONF).with_suffix("")) for p in CONF.glob("*/*.yaml"))
 # What a preset leaves to the user, and an example of it.
 LEFT_OPEN = {
     "llm/hf": ["llm.name=gpt2", "layer.index=2"],

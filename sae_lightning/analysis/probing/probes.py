@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sae_lightning.analysis.collect import Batch, collect
 from sae_lightning.analysis.probing.labelled import Labelled
 from sae_lightning.analysis.probing.linear import Fold, Outcome, Single, standardised
 from sae_lightning.analysis.subject import Subject
-from sae_lightning.analysis.survey.collect import Batch, collect
 from sae_lightning.terminal import phase
 
 FEATURES, NEURONS, RANDOM = "features", "neurons", "random directions"

@@ -4,7 +4,7 @@ examples."""
 import torch
 from torch import Tensor
 
-from sae_lightning.analysis.survey.collect import Batch
+from sae_lightning.analysis.collect import Batch
 from sae_lightning.analysis.survey.strengths import Strengths
 from sae_lightning.report.catalogue import (
     AFTER,

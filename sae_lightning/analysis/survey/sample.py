@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae_lightning.analysis.survey.collect import Batch
+from sae_lightning.analysis.collect import Batch
 
 TOKENS = 131_072
 ENTRIES = 1 << 24  # strengths that are kept

@@ -1,15 +1,26 @@
 """What counts as a unit: a feature of the SAE, or a neuron of the site that it reads."""
 
 from collections.abc import Callable
+from enum import Enum
 
 import torch
 from torch import Tensor
 
-from sae_lightning.analysis.settings import Positive
-from sae_lightning.analysis.survey.collect import Batch
+from sae_lightning.analysis.collect import Batch
 
 Strengths = Callable[[Batch], Tensor]
 """[sequences, context, units] of a batch, not negative, 0 where not `keep`."""
+
+
+class Positive(Enum):
+    """How a neuron's value, which has a sign, becomes a strength."""
+
+    abs = "abs"
+    """Its absolute value."""
+    relu = "relu"
+    """Its value where it is positive, else 0."""
+    shift = "shift"
+    """Its value minus the least that it takes on the first tokens, not below 0."""
 
 
 def features(batch: Batch) -> Tensor:

@@ -5,14 +5,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sae_lightning.analysis.settings import Positive
+from sae_lightning.analysis.collect import Batch, Reducer, collect, excerpt
 from sae_lightning.analysis.subject import Subject
 from sae_lightning.analysis.survey import strengths
-from sae_lightning.analysis.survey.collect import Batch, Reducer, collect, excerpt
 from sae_lightning.analysis.survey.examples import Counting, Gathering
 from sae_lightning.analysis.survey.reading import reading
 from sae_lightning.analysis.survey.related import neighbours, partners
 from sae_lightning.analysis.survey.sample import Sample, Sampling
+from sae_lightning.analysis.survey.strengths import Positive
 from sae_lightning.llm.vocabulary import vocabulary
 from sae_lightning.report.catalogue import Catalogue
 from sae_lightning.report.section import Section

@@ -11,8 +11,8 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.functional import embedding_bag, normalize
 
+from sae_lightning.analysis.collect import Batch
 from sae_lightning.analysis.subject import Subject
-from sae_lightning.analysis.survey.collect import Batch
 from sae_lightning.analysis.theory.concepts import CONCEPTS, members
 from sae_lightning.analysis.theory.dense import compare_dense
 from sae_lightning.analysis.theory.detection import (

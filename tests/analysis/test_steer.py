@@ -7,13 +7,13 @@ import torch
 from tiny_llm import FAMILIES
 from torch import nn
 
-from sae_lightning.analysis.settings import LLMConfig, Mode, SteerConfig
-from sae_lightning.analysis.steering import Continuation, section, steer
+from sae_lightning.analysis.steer import Continuation, Mode, SteerTask, section, steer
 from sae_lightning.analysis.subject import Subject
 from sae_lightning.errors import UserError
 from sae_lightning.llm.capture import capture
 from sae_lightning.llm.directions import final_norm
 from sae_lightning.llm.generate import Sampling
+from sae_lightning.llm.load import LLMConfig
 from sae_lightning.llm.sites import Kind, Site, Sites
 from sae_lightning.llm.vocabulary import vocabulary
 from sae_lightning.sae import SAEConfig, build
@@ -174,7 +174,7 @@ def test_a_text_that_ends_at_once_has_no_mean():
 )
 def test_a_bad_setting_is_refused(settings, message):
     with pytest.raises(UserError, match=f"^{message}"):
-        SteerConfig(**{"feature": 3, **COMMON, **settings})
+        SteerTask(**{"feature": 3, **COMMON, **settings})
 
 
 def test_a_feature_that_is_not_there_is_refused(planted):

@@ -7,14 +7,18 @@ activation on x. (Templeton et al. 2024, "Scaling monosemanticity", clamp; Turne
 "Steering language models with activation engineering", add.)
 """
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sae_lightning.analysis.settings import Mode
 from sae_lightning.analysis.subject import Subject, known
+from sae_lightning.analysis.task import Task, at_least, integers, numbers, plain
+from sae_lightning.analysis.trained import open_subject
+from sae_lightning.errors import UserError
 from sae_lightning.llm.capture import capture
 from sae_lightning.llm.generate import GREEDY, Sampling, generate, prompt_ids, surprise
 from sae_lightning.llm.vocabulary import vocabulary
@@ -24,6 +28,61 @@ from sae_lightning.terminal import phase
 # Of the activation's length. Behind block 9 of SmolLM2-135M texts hardly change below these shares,
 # and from a half on they fall apart (4 nats of surprise a token instead of 2).
 SHARES = (0.2, 0.3, 0.4)
+
+
+class Mode(Enum):
+    """What a strength does to the feature."""
+
+    add = "add"
+    """It comes on top of the feature's own activation."""
+    clamp = "clamp"
+    """It takes the place of it: 0 removes the feature."""
+
+
+@dataclass(slots=True, kw_only=True)
+class SteerTask(Task):
+    """Text that the LLM writes with a feature turned up."""
+
+    feature: Any
+    """A feature."""
+    strength: Any = None
+    """A strength or a list of them, in units of the feature's activation; below 0 suppresses. Null
+    for three at which text usually changes and stays fluent."""
+    prompt: str = "Once upon a time"
+    """What the text begins with."""
+    tokens: int = 60
+    """Tokens to write."""
+    mode: Mode = Mode.add
+    """add or clamp: whether a strength is added to the feature's own or takes its place."""
+    temperature: float = 0.7
+    """How freely the next token is drawn; 0 always takes the likeliest."""
+    top_p: float = 0.95
+    """Draw from the likeliest tokens that together have this probability."""
+
+    def __post_init__(self):
+        feature = integers("feature", self.feature)
+        if feature is None or len(feature) > 1:
+            raise UserError(f"feature={plain(self.feature)}: give one feature, as feature=87")
+        (self.feature,) = feature
+        self.strength = numbers("strength", self.strength)
+        at_least("tokens", self.tokens, 1)
+        at_least("temperature", self.temperature, 0)
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p={self.top_p}: a probability; give one above 0, up to 1")
+
+    def answer(self, given: Collection[str]) -> None:
+        trained = self.open(given)
+        known(trained.sae, [self.feature])
+        result = steer(
+            open_subject(trained),
+            self.feature,
+            self.strength,
+            self.prompt,
+            tokens=self.tokens,
+            mode=self.mode,
+            sampling=Sampling(self.temperature, self.top_p, self.seed),
+        )
+        self.finish(trained, result._asdict(), [section(result)], feature=self.feature)
 
 
 class Continuation(NamedTuple):

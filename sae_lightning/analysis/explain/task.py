@@ -1,0 +1,110 @@
+"""`task=explain`: features in words."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+from sae_lightning.analysis.explain.answers import Answers
+from sae_lightning.analysis.explain.evidence import choose, gather
+from sae_lightning.analysis.explain.explained import Explained, open_model, section, without_model
+from sae_lightning.analysis.explain.explainer import Explainer
+from sae_lightning.analysis.subject import known
+from sae_lightning.analysis.survey.survey import survey
+from sae_lightning.analysis.task import Task, at_least, integers
+from sae_lightning.analysis.trained import open_reader
+from sae_lightning.errors import UserError
+from sae_lightning.llm.vocabulary import special_ids
+from sae_lightning.terminal import console
+
+
+@dataclass(slots=True, kw_only=True)
+class ExplainTask(Task):
+    """Explanations of features in words, and how well they predict firing."""
+
+    feature: Any = None
+    """A feature or a list of them; null for `count` random ones."""
+    count: int = 10
+    """Features to explain where none is named."""
+    endpoint: str | None = None
+    """Address of a server that speaks OpenAI's API, such as http://localhost:8000/v1; null for a
+    model on this machine."""
+    explainer: str | None = None
+    """The model that explains: its name at the endpoint or, without one, smollm2 (packaged), a
+    local folder or a hub name. Null explains nothing and ranks features by their token sets."""
+    key_env: str | None = "OPENAI_API_KEY"
+    """Environment variable that holds the endpoint's key; null sends none."""
+    concurrency: int = 8
+    """Requests to the endpoint at a time."""
+    price_in: float | None = None
+    """Price of a million tokens of questions, for the estimate of what it will cost."""
+    price_out: float | None = None
+    """Price of a million tokens of answers."""
+    budget: float | None = None
+    """Most that it may cost, in the currency of the prices; null sets no limit."""
+    tokens: int = 131_072
+    """Tokens of text to read."""
+    examples: int = 24
+    """Strongest examples of a feature; half as many are kept from all over its range. The explainer
+    sees every other one."""
+    scored: int = 20
+    """Texts in which a feature fires, and as many in which it is silent, to test an explanation."""
+    together: int = 5
+    """Texts that are judged in one request: the more the cheaper, the fewer the easier; 1 for
+    small models."""
+    thinking: int = 0
+    """Tokens that a reasoning model may spend on each answer before it gives it."""
+
+    def __post_init__(self):
+        self.feature = integers("feature", self.feature)
+        for name in ("count", "concurrency", "tokens", "together"):
+            at_least(name, getattr(self, name), 1)
+        for name in ("examples", "scored"):
+            at_least(name, getattr(self, name), 8)
+        for name in ("price_in", "price_out", "budget", "thinking"):
+            at_least(name, getattr(self, name), 0)
+        if self.endpoint is not None and self.explainer is None:
+            raise UserError(
+                f"endpoint={self.endpoint}: give the name of its model too, as explainer=..."
+            )
+        prices = [self.price_in, self.price_out]
+        if prices != [None, None] and (None in prices or self.endpoint is None):
+            raise UserError("price_in, price_out: give both, and the endpoint that they are of")
+        if self.budget is not None and None in prices:
+            raise UserError(
+                f"budget={self.budget:g}: needs the endpoint's prices; give price_in and price_out"
+            )
+
+    def answer(self, given: Collection[str]) -> None:
+        trained = self.open(given)
+        chosen = self.feature and known(trained.sae, self.feature)
+        named = chosen[0] if chosen else None
+        model = open_model(self.endpoint, self.explainer, self.key_env, self.concurrency)
+        answers = model and Answers(model)
+        if answers:
+            answers.check()  # before any text is read
+        subject, text = open_reader(trained)
+        seed = trained.config.seed
+        found = survey(
+            subject,
+            text.train,
+            tokens=self.tokens,
+            examples=self.examples,
+            batch=trained.config.llm.batch,
+            seed=seed,
+        )
+        features = chosen or choose(found.features, self.count, seed)
+        if answers is None:
+            unexplained = without_model(found.features, features)
+            scalars = unexplained.table._asdict() if unexplained.table else {}
+            self.finish(trained, scalars, [unexplained], feature=named)
+            return
+        special = special_ids(subject.llm.tokenizer)
+        evidence = gather(
+            found.features, found.sample, features, scored=self.scored, special=special, seed=seed
+        )
+        explainer = Explainer(answers, together=self.together, thinking=self.thinking, seed=seed)
+        plan = explainer.estimate(evidence, self.price_in, self.price_out)
+        console.print(str(plan))
+        plan.within(self.budget)
+        result = Explained(explainer.explain(evidence), answers.spent, self.explainer)
+        self.finish(trained, result.scalars(), [section(result)], feature=named)

@@ -1,0 +1,63 @@
+"""Everything that is cheap, on one page."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from sae_lightning.analysis import evaluate
+from sae_lightning.analysis.probing import sections as probe_sections
+from sae_lightning.analysis.probing.task import probed
+from sae_lightning.analysis.survey.survey import best_read
+from sae_lightning.analysis.survey.survey import section as survey_section
+from sae_lightning.analysis.survey.task import SHOWN, FeaturesTask
+from sae_lightning.analysis.theory import claims
+from sae_lightning.analysis.theory import sections as theory_sections
+from sae_lightning.analysis.trained import open_reader
+from sae_lightning.report.printer import say, say_lead, say_units
+from sae_lightning.runs.inputs import is_text
+from sae_lightning.stream.text import PlaysConfig
+
+PROBED = 65_536  # tokens of labelled text
+
+
+@dataclass(slots=True, kw_only=True)
+class OverviewTask(FeaturesTask):
+    """Everything that is cheap, and one page to open."""
+
+    def answer(self, given: Collection[str]) -> None:
+        trained = self.open(given)
+        if not is_text(trained.config):  # of concepts there is only a scorecard
+            card = evaluate.scored(trained, None)
+            self.finish(trained, {"evaluate": card.scalars()}, [evaluate.section(card)])
+            return
+        subject, text = open_reader(trained)
+        reducers = claims.TheoryReducers(subject)
+        found = self.surveyed(trained, subject, text, reducers)
+        card = evaluate.scored(trained, None, (subject.llm, text))
+        tested = claims.theory(subject, reducers)
+        summary, scorecard = survey_section(found), evaluate.section(card)
+        say(summary)
+        say_units(found.features, best_read(found.features, SHOWN))
+        probes = None
+        if isinstance(trained.config.data, PlaysConfig):  # whose labels are known
+            probes = probed(trained, subject, "speaker", PROBED)
+        parts = {
+            "Scorecard": [summary, scorecard],
+            "Theory": theory_sections.sections(tested),
+            "Probes": probe_sections.sections(probes) if probes else [],
+        }
+        for section in [scorecard, *parts["Theory"], *parts["Probes"]]:
+            say_lead(section)
+        scalars = {
+            "features": found.scalars(),
+            "evaluate": card.scalars(),
+            "theory": tested.numbers,
+            "probe": probes and probes.scalars(),
+        }
+        sections = [section._replace(part=part) for part, mine in parts.items() for section in mine]
+        self.publish(
+            trained,
+            scalars,
+            sections,
+            [found.features, found.neurons],
+            feature=next(iter(best_read(found.features, 1)), None),
+        )

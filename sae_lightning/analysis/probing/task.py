@@ -1,0 +1,40 @@
+"""`task=probe`: do features match abstract ideas better than neurons do?"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from sae_lightning.analysis.probing.labelled import labelled
+from sae_lightning.analysis.probing.probes import Probes, probe
+from sae_lightning.analysis.probing.sections import sections
+from sae_lightning.analysis.subject import Subject
+from sae_lightning.analysis.task import Task, at_least
+from sae_lightning.analysis.trained import Trained, open_subject
+from sae_lightning.errors import UserError
+
+
+@dataclass(slots=True, kw_only=True)
+class ProbeTask(Task):
+    """Do features match abstract ideas better than neurons do?"""
+
+    label: str = "genre"
+    """What to tell: genre, play or speaker of the packaged plays, or the name of the column of
+    `data` that holds the classes."""
+    tokens: int = 131_072
+    """Tokens of labelled text to read."""
+
+    def __post_init__(self):
+        at_least("tokens", self.tokens, 1024)
+        if not self.label:
+            raise UserError("label is empty: give genre, play, speaker or the name of a column")
+
+    def answer(self, given: Collection[str]) -> None:
+        trained = self.open(given)
+        result = probed(trained, open_subject(trained), self.label, self.tokens)
+        self.finish(trained, result.scalars(), sections(result))
+
+
+def probed(trained: Trained, subject: Subject, label: str, tokens: int) -> Probes:
+    """Probes on `tokens` tokens of the text that the SAE was trained on, for its `label`."""
+    config = trained.config
+    text = labelled(config.data, label, subject.llm.tokenizer, tokens=tokens, seed=config.seed)
+    return probe(subject, text, batch=config.llm.batch)

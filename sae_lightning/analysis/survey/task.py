@@ -1,0 +1,69 @@
+"""`task=features`: what each feature fires on."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from sae_lightning.analysis.collect import Reducer
+from sae_lightning.analysis.lens import lens
+from sae_lightning.analysis.subject import Subject
+from sae_lightning.analysis.survey.strengths import Positive
+from sae_lightning.analysis.survey.survey import Survey, best_read, section, survey
+from sae_lightning.analysis.task import Task, at_least, results
+from sae_lightning.analysis.trained import Trained, open_reader
+from sae_lightning.report.parquet import write_table
+from sae_lightning.report.printer import say, say_units
+from sae_lightning.stream.tokens import Tokens
+
+SHOWN = 5  # features at the terminal
+
+
+@dataclass(slots=True, kw_only=True)
+class FeaturesTask(Task):
+    """Examples and statistics of every feature, and of every neuron of the site."""
+
+    tokens: int = 131_072
+    """Tokens of text to read."""
+    examples: int = 12
+    """Strongest examples of a feature; half as many are kept from all over its range."""
+    neurons: Positive = Positive.abs
+    """How neurons are made positive, to be compared with features."""
+
+    def __post_init__(self):
+        at_least("tokens", self.tokens, 1)
+        at_least("examples", self.examples, 1)
+
+    def answer(self, given: Collection[str]) -> None:
+        trained = self.open(given)
+        found = self.surveyed(trained, *open_reader(trained))
+        summary = section(found)
+        say(summary)
+        say_units(found.features, best_read(found.features, SHOWN))
+        self.publish(
+            trained,
+            found.scalars(),
+            [summary],
+            [found.features, found.neurons],
+            feature=next(iter(best_read(found.features, 1)), None),
+        )
+
+    def surveyed(
+        self, trained: Trained, subject: Subject, text: Tokens, *reducers: Reducer
+    ) -> Survey:
+        """The survey with the features' effects, written as parquet files too."""
+        config = trained.config
+        found = survey(
+            subject,
+            text.train,
+            tokens=self.tokens,
+            examples=self.examples,
+            neurons=self.neurons,
+            batch=config.llm.batch,
+            seed=config.seed,
+            reducers=reducers,
+        )
+        found = found._replace(
+            features=found.features._replace(effect=lens(subject, text=text.train).effect)
+        )
+        for name, catalogue in (("features", found.features), ("neurons", found.neurons)):
+            write_table(results(trained) / f"{name}.parquet", catalogue)
+        return found

@@ -1,0 +1,32 @@
+"""The report of a multirun again."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from sae_lightning.analysis.task import Task
+from sae_lightning.errors import UserError
+from sae_lightning.report.sweep_report import write_report
+from sae_lightning.runs.folders import sweep_runs
+from sae_lightning.runs.jobs import CONFIG_FILE
+from sae_lightning.terminal import shown
+
+
+@dataclass(slots=True, kw_only=True)
+class SweepTask(Task):
+    """The report of a multirun again."""
+
+    def answer(self, given: Collection[str]) -> None:
+        folder = Path(self.run)
+        if others := sorted({*given} - {"run", "task"}):
+            raise UserError(
+                f"{others[0]} has no meaning for task=sweep, which reads what each run has "
+                "measured: leave it out"
+            )
+        if (folder / CONFIG_FILE).is_file():
+            above = shown(folder.absolute().parent)
+            raise UserError(
+                f"{self.run} holds one run, no sweep: leave out task=sweep to look at it, or give "
+                f"the folder above it for the report of all runs there (run={above})"
+            )
+        write_report(folder, sweep_runs(folder))

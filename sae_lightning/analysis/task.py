@@ -1,0 +1,154 @@
+"""What every task of `analyze.py` shares: which SAE on which text, and where its results go.
+
+A task is a dataclass of settings with the method `answer`, and a preset of the group `task`, so
+that a setting that another task has is refused.
+"""
+
+import math
+import os
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from sae_lightning.analysis.trained import Trained, open_trained
+from sae_lightning.errors import UserError
+from sae_lightning.files import atomically, write_json
+from sae_lightning.llm.load import LLMConfig
+from sae_lightning.llm.sites import LayerConfig
+from sae_lightning.report.catalogue import Catalogue
+from sae_lightning.report.page import page
+from sae_lightning.report.printer import say
+from sae_lightning.report.section import Section
+from sae_lightning.stream.text import DataConfig
+from sae_lightning.terminal import command, console, shown
+
+NEXT = ("lens", "steer", "explain")  # tasks for a feature that looks interesting
+
+
+@dataclass(slots=True, kw_only=True)
+class Task:
+    """Which SAE, on which LLM and text."""
+
+    run: str
+    """Run folder, a folder with a saved SAE, or for `task=sweep` the folder of a multirun."""
+    task: str
+    """What to do with it."""
+    llm: LLMConfig
+    """The LLM, where the folder does not say it or another is wanted."""
+    data: DataConfig
+    """The text, likewise."""
+    layer: LayerConfig
+    """The site, likewise."""
+    seed: int = 0
+    """Fixes the order of the text; a run's own, unless given."""
+
+    def answer(self, given: Collection[str]) -> None:
+        """Do it, print a short account, and write numbers and a page; `given` names the settings
+        that were typed."""
+        raise NotImplementedError
+
+    def open(self, given: Collection[str]) -> Trained:
+        """The SAE, once it is known that results can be written beside it."""
+        groups = {"llm": self.llm, "data": self.data, "layer": self.layer, "seed": self.seed}
+        trained = open_trained(self.run, groups, given)
+        place = results(trained) if results(trained).exists() else trained.folder
+        if not (place.is_dir() and os.access(place, os.W_OK)):
+            raise UserError(
+                f"{place} cannot be written to: copy {trained.folder} (its config.yaml and sae/ "
+                "will do) to where you can write, and give that folder as run=..."
+            )
+        return trained
+
+    def finish(
+        self,
+        trained: Trained,
+        scalars: dict[str, Any],
+        sections: Sequence[Section],
+        feature: int | None = None,
+    ) -> None:
+        """Print and publish sections."""
+        for section in sections:
+            say(section)
+        self.publish(trained, scalars, sections, feature=feature)
+
+    def publish(
+        self,
+        trained: Trained,
+        scalars: dict[str, Any],
+        sections: Sequence[Section],
+        catalogues: Sequence[Catalogue] = (),
+        feature: int | None = None,
+    ) -> None:
+        """Write numbers and a page, and say where they are; the page ends with commands for
+        `feature`."""
+        name = f"{self.task}.html" if self.task != "overview" else "index.html"
+        target = results(trained) / name
+        numbers = target.with_name(f"{self.task}.json")
+        write_json(numbers, jsonable(scalars))
+        commands = following(trained.folder, feature)
+        text = page(trained.name, trained.facts(), sections, catalogues, commands)
+        with atomically(target) as temporary:
+            temporary.write_text(text, encoding="utf8")
+        console.print(
+            f"\n  open in a browser: {shown(target)}\n  the same numbers: {shown(numbers)}\n"
+        )
+
+
+def results(trained: Trained) -> Path:
+    """The folder of pages and numbers."""
+    return trained.folder / "analysis"
+
+
+def following(folder: Path, feature: int | None) -> list[str]:
+    """What to ask next of the SAE in `folder`, of one of its features if there is one."""
+    run = shown(folder)
+    if feature is None:
+        return [command("analyze.py", run=run)]
+    return [command("analyze.py", run=run, task=task, feature=feature) for task in NEXT]
+
+
+def jsonable(value: Any) -> Any:
+    """`value` with tuples as lists, named ones as objects, and NaN as null."""
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
+    if isinstance(value, dict):
+        return {str(key): jsonable(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(inner) for inner in value]
+    if isinstance(value, Enum):
+        return value.name
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def at_least(name: str, value: float | None, least: float) -> None:
+    """UserError unless `value` is None or at least `least`."""
+    if value is not None and value < least:
+        raise UserError(f"{name}={value}: give {least} or more")
+
+
+def integers(name: str, value: Any) -> list[int] | None:
+    """A whole number or a list of them as a list; UserError for anything else."""
+    values = numbers(name, value)
+    if values is not None and any(x != int(x) or x < 0 for x in values):
+        raise UserError(f"{name}={plain(value)}: give whole numbers from 0, such as {name}=[3,7]")
+    return values and [int(x) for x in values]
+
+
+def numbers(name: str, value: Any) -> list[float] | None:
+    """A number or a list of them as a list; UserError for anything else."""
+    if value is None:
+        return None
+    values = value if isinstance(value, list | tuple) else [value]
+    good = all(
+        isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) for x in values
+    )
+    if not good or not values:
+        raise UserError(f"{name}={plain(value)}: give a number, or several as {name}=[1,2]")
+    return list(values)
+
+
+def plain(value: Any) -> str:
+    """A value as it is typed."""
+    return str(value).replace(" ", "")
