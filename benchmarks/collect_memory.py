@@ -10,6 +10,7 @@ import json
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 
@@ -20,20 +21,24 @@ def measure(tokens: int, features: int, block: int) -> None:
     """Print the peak memory of one survey in bytes."""
     from sae_lightning.analysis.subject import Subject
     from sae_lightning.analysis.survey.survey import survey
-    from sae_lightning.llm.load import LLMConfig, load
-    from sae_lightning.llm.sites import Kind, Site, Sites
+    from sae_lightning.llm.load import LLMConfig, shape
+    from sae_lightning.llm.sites import LayerConfig
+    from sae_lightning.runs.config import Config
     from sae_lightning.sae import ARCHITECTURES, build
-    from sae_lightning.stream.documents import open_text
     from sae_lightning.stream.text import PlaysConfig
-    from sae_lightning.stream.tokens import open_tokens
 
-    llm = load(LLMConfig(name="smollm2"))
-    width = llm.model.config.hidden_size
-    sae = build(ARCHITECTURES["topk"].config(name="topk", features=features, k=64), width, width)
-    site = Site(block, Kind.resid)
-    subject = Subject(llm, sae.requires_grad_(False), Sites(site, site))
-    text = open_tokens(open_text(PlaysConfig()), llm.tokenizer, context=128, seed=0)
-    found = survey(subject, text.train, tokens=tokens)
+    topk = ARCHITECTURES["topk"]
+    config = Config(
+        llm=LLMConfig(name="smollm2", device="cpu"),
+        data=PlaysConfig(),
+        layer=LayerConfig(index=block),
+        model=topk.config(name="topk", features=features, k=64),
+        loss=topk.loss(),
+    )
+    llm = shape(config.llm)
+    sae = build(config.model, llm.width, llm.width).requires_grad_(False)
+    subject = Subject(Path(), sae, config.layer.within(llm.layers), config)
+    found = survey(subject, subject.text.train, tokens=tokens)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     sys.stdout.write(json.dumps({"tokens": found.features.statistics.tokens, "peak": peak}) + "\n")
 

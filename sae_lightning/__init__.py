@@ -24,7 +24,7 @@ FOUND_IN = {
     "gather": "analysis.explain.evidence",
     "labelled": "analysis.probing.labelled",
     "lens": "analysis.lens",
-    "open_run": "analysis.trained",
+    "open_run": "analysis.subject",
     "probe": "analysis.probing.probes",
     "steer": "analysis.steer",
     "survey": "analysis.survey.survey",

@@ -13,8 +13,8 @@ from sae_lightning.analysis.lens import lens
 from sae_lightning.analysis.probing.labelled import labelled
 from sae_lightning.analysis.probing.probes import probe
 from sae_lightning.analysis.steer import steer
+from sae_lightning.analysis.subject import open_subject
 from sae_lightning.analysis.survey.survey import survey
-from sae_lightning.analysis.trained import open_reader, open_trained
 from sae_lightning.llm.load import Dtype, LLMConfig
 from sae_lightning.llm.sites import LayerConfig
 from sae_lightning.report.catalogue import BEFORE
@@ -23,8 +23,8 @@ from sae_lightning.stream.text import LocalConfig
 
 
 @pytest.fixture(scope="module")
-def opened(tmp_path_factory):
-    """The planted SAE at its place, its text, and the folder of all that."""
+def subject(tmp_path_factory):
+    """The planted SAE at its place."""
     folder = tmp_path_factory.mktemp("planted")
     llm, sae = save_planted(folder)
     (folder / "text").mkdir()
@@ -34,13 +34,12 @@ def opened(tmp_path_factory):
         "layer": LayerConfig(index=0),
         "seed": 0,
     }
-    return *open_reader(open_trained(str(sae), asked, ["llm", "data"])), folder
+    return open_subject(str(sae), asked, ["llm", "data"])
 
 
 @pytest.fixture(scope="module")
-def found(opened):
-    subject, text, _ = opened
-    return survey(subject, text.train, tokens=1500)
+def found(subject):
+    return survey(subject, subject.text.train, tokens=1500)
 
 
 def test_its_examples_are_all_of_the_words_that_it_reads(found):
@@ -56,16 +55,14 @@ def test_its_token_set_is_these_words_and_predicts_perfectly(found):
     assert not reading.previous[FEATURE]
 
 
-def test_the_lens_sees_what_it_reads_and_what_it_writes(opened):
-    subject, _, _ = opened
+def test_the_lens_sees_what_it_reads_and_what_it_writes(subject):
     found = lens(subject, top=2)
     assert {*found.read[FEATURE].tolist()} == {token(word) for word in READS}
     assert found.effect.promoted[FEATURE, 0] == token(WRITES)
     assert found.effect.sharpness.argmax() == FEATURE
 
 
-def test_steering_with_it_writes_the_word(opened):
-    subject, _, _ = opened
+def test_steering_with_it_writes_the_word(subject):
     found = steer(subject, FEATURE, [-20, 20], "the lazy dog", tokens=8)
     weaker, stronger = found.steered
     assert found.plain.tokens.count(WRITES) <= 1
@@ -73,8 +70,7 @@ def test_steering_with_it_writes_the_word(opened):
     assert stronger.tokens[-8:] == [WRITES] * 8
 
 
-def test_a_probe_on_one_unit_chooses_it(opened, tmp_path):
-    subject, _, _ = opened
+def test_a_probe_on_one_unit_chooses_it(subject, tmp_path):
     rng = random.Random(0)
     plain = [word for word in TEXT.split() if f" {word}" not in READS]
     documents = []

@@ -69,16 +69,16 @@ def collect(
     what: str = "reading text",
 ) -> None:
     """Feed `text` (`total` sequences) through LLM and SAE to every reducer, with a progress bar."""
-    reducers, usual, read = list(reducers), None, 0
-    dropped = torch.tensor([] if subject.keep_special else special_ids(subject.llm.tokenizer))
+    data, reducers, usual, read = subject.config.data, list(reducers), None, 0
+    dropped = torch.tensor([] if data.keep_special else special_ids(subject.llm.tokenizer))
     with phase(what, total=total) as advance:
         for sequences in text:
             captured = capture(subject.llm.model, sequences.tokens, distinct([subject.sites]))
             keep = (sequences.text & ~torch.isin(sequences.tokens, dropped)).to(subject.device)
-            if subject.max_norm is not None:
+            if data.max_norm is not None:
                 rows = {site: values[keep] for site, values in captured.items()}
                 usual = usual or medians(rows)  # those of the first batch, as in training
-                keep = keep.masked_scatter(keep, not_large(rows, usual, subject.max_norm))
+                keep = keep.masked_scatter(keep, not_large(rows, usual, data.max_norm))
             ids = torch.arange(read, read + len(keep))
             for batch in _batches(
                 subject, sequences.tokens.to(subject.device), keep, captured, ids

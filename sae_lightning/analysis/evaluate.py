@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from sae_lightning.analysis.subject import Subject
 from sae_lightning.analysis.task import Task, at_least
-from sae_lightning.analysis.trained import Trained
 from sae_lightning.llm.load import LLM
 from sae_lightning.llm.sites import Sites, distinct
 from sae_lightning.report.figures import bars, histogram, layout
@@ -32,9 +32,9 @@ class EvaluateTask(Task):
         at_least("tokens", self.tokens, 1)
 
     def answer(self, given: Collection[str]) -> None:
-        trained = self.open(given)
-        result = scored(trained, self.tokens)
-        self.finish(trained, result.scalars(), [section(result)])
+        subject = self.open(given)
+        result = scored(subject, self.tokens)
+        self.finish(subject, result.scalars(), [section(result)])
 
 
 class Evaluation(NamedTuple):
@@ -70,11 +70,12 @@ def evaluate(sae: SAE, held_out: HeldOut | HeldOutConcepts, sites: Sites) -> Eva
 
 
 def scored(
-    trained: Trained, tokens: int | None, opened: tuple[LLM, Tokens] | None = None
+    subject: Subject, tokens: int | None = None, opened: tuple[LLM, Tokens] | None = None
 ) -> Evaluation:
-    """The scorecard on `tokens` held-out tokens, or on as many as the run's own evaluation."""
-    held_out = open_held_out(trained.config, distinct([trained.sites]), tokens, opened)
-    return evaluate(trained.sae, held_out, trained.sites)
+    """The scorecard on `tokens` held-out tokens, or on as many as the run's own evaluation;
+    `opened`: LLM and text, where they are loaded already (it may need a part of the LLM only)."""
+    held_out = open_held_out(subject.config, distinct([subject.sites]), tokens, opened)
+    return evaluate(subject.sae, held_out, subject.sites)
 
 
 def section(result: Evaluation) -> Section:

@@ -22,9 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from sae_lightning.analysis.collect import Batch, collect, excerpt
-from sae_lightning.analysis.subject import Subject, known
+from sae_lightning.analysis.subject import Subject
 from sae_lightning.analysis.task import Task, at_least, integers
-from sae_lightning.analysis.trained import open_reader, open_subject
 from sae_lightning.llm.directions import embedding, final_norm, mlp_norm, response
 from sae_lightning.llm.sites import Kind
 from sae_lightning.llm.splice import body
@@ -64,17 +63,13 @@ class LensTask(Task):
         at_least("contexts", self.contexts, 1)
 
     def answer(self, given: Collection[str]) -> None:
-        trained = self.open(given)
-        chosen = self.feature and known(trained.sae, self.feature)
-        if self.direct:
-            subject = open_subject(trained)
-            result = lens(subject, self.top)
-        else:
-            subject, text = open_reader(trained)
-            result = lens(subject, self.top, text.train, chosen or (), self.contexts)
+        subject = self.open(given)
+        chosen = self.feature and subject.known(self.feature)
+        text = None if self.direct else subject.text.train
+        result = lens(subject, self.top, text, chosen or (), self.contexts)
         table = section(result, vocabulary(subject.llm), chosen)
         scalars = table.table._asdict() if table.table else {}
-        self.finish(trained, scalars, [table], feature=chosen[0] if chosen else None)
+        self.finish(subject, scalars, [table], feature=chosen[0] if chosen else None)
 
 
 class Lens(NamedTuple):

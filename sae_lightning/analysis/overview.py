@@ -11,7 +11,6 @@ from sae_lightning.analysis.survey.survey import section as survey_section
 from sae_lightning.analysis.survey.task import SHOWN, FeaturesTask
 from sae_lightning.analysis.theory import claims
 from sae_lightning.analysis.theory import sections as theory_sections
-from sae_lightning.analysis.trained import open_reader
 from sae_lightning.report.printer import say, say_lead, say_units
 from sae_lightning.runs.inputs import is_text
 from sae_lightning.stream.text import PlaysConfig
@@ -24,22 +23,22 @@ class OverviewTask(FeaturesTask):
     """Everything that is cheap, and one page to open."""
 
     def answer(self, given: Collection[str]) -> None:
-        trained = self.open(given)
-        if not is_text(trained.config):  # of concepts there is only a scorecard
-            card = evaluate.scored(trained, None)
-            self.finish(trained, {"evaluate": card.scalars()}, [evaluate.section(card)])
+        subject = self.open(given)
+        if not is_text(subject.config):  # of concepts there is only a scorecard
+            card = evaluate.scored(subject)
+            self.finish(subject, {"evaluate": card.scalars()}, [evaluate.section(card)])
             return
-        subject, text = open_reader(trained)
+        text = subject.text
         reducers = claims.TheoryReducers(subject)
-        found = self.surveyed(trained, subject, text, reducers)
-        card = evaluate.scored(trained, None, (subject.llm, text))
+        found = self.surveyed(subject, reducers)
+        card = evaluate.scored(subject, opened=(subject.llm, text))
         tested = claims.theory(subject, reducers)
         summary, scorecard = survey_section(found), evaluate.section(card)
         say(summary)
         say_units(found.features, best_read(found.features, SHOWN))
         probes = None
-        if isinstance(trained.config.data, PlaysConfig):  # whose labels are known
-            probes = probed(trained, subject, "speaker", PROBED)
+        if isinstance(subject.config.data, PlaysConfig):  # whose labels are known
+            probes = probed(subject, "speaker", PROBED)
         parts = {
             "Scorecard": [summary, scorecard],
             "Theory": theory_sections.sections(tested),
@@ -55,7 +54,7 @@ class OverviewTask(FeaturesTask):
         }
         sections = [section._replace(part=part) for part, mine in parts.items() for section in mine]
         self.publish(
-            trained,
+            subject,
             scalars,
             sections,
             [found.features, found.neurons],

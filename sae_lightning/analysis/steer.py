@@ -15,9 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sae_lightning.analysis.subject import Subject, known
+from sae_lightning.analysis.subject import Subject
 from sae_lightning.analysis.task import Task, at_least, integers, numbers, plain
-from sae_lightning.analysis.trained import open_subject
 from sae_lightning.errors import UserError
 from sae_lightning.llm.capture import capture
 from sae_lightning.llm.generate import GREEDY, Sampling, generate, prompt_ids, surprise
@@ -71,10 +70,10 @@ class SteerTask(Task):
             raise UserError(f"top_p={self.top_p}: a probability; give one above 0, up to 1")
 
     def answer(self, given: Collection[str]) -> None:
-        trained = self.open(given)
-        known(trained.sae, [self.feature])
+        subject = self.open(given)
+        subject.known([self.feature])  # before the LLM is loaded
         result = steer(
-            open_subject(trained),
+            subject,
             self.feature,
             self.strength,
             self.prompt,
@@ -82,7 +81,7 @@ class SteerTask(Task):
             mode=self.mode,
             sampling=Sampling(self.temperature, self.top_p, self.seed),
         )
-        self.finish(trained, result._asdict(), [section(result)], feature=self.feature)
+        self.finish(subject, result._asdict(), [section(result)], feature=self.feature)
 
 
 class Continuation(NamedTuple):
@@ -142,7 +141,7 @@ def steer(
     fifth to two fifths of the activation's length. All continuations are written together and share
     their random numbers (see `generate`).
     """
-    known(subject.sae, [feature])
+    subject.known([feature])
     llm, ids = subject.llm, prompt_ids(subject.llm, prompt, tokens)
     y = capture(llm.model, ids[None], [subject.sites.target])[subject.sites.target][0, 1:]
     whole = (y.float().norm(dim=1).median() / subject.sae.W_dec[feature].norm()).item()

@@ -1,28 +1,58 @@
-"""What is looked at: an SAE, with the LLM that it reads."""
+"""The SAE that is looked at, with what it reads: as a run's settings, the SAE's own file or the
+command line say."""
 
-from typing import NamedTuple
+import os
+from collections.abc import Collection
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import torch
 
+from sae_lightning.analysis.metadata import config_of
 from sae_lightning.errors import UserError
-from sae_lightning.llm.load import LLM
-from sae_lightning.llm.sites import Sites
+from sae_lightning.formats.export import load_sae
+from sae_lightning.llm.load import LLM, LLMConfig, device, load
+from sae_lightning.llm.sites import LayerConfig, Sites
+from sae_lightning.report.sweep_page import source
+from sae_lightning.runs.config import Config
+from sae_lightning.runs.inputs import check_context, is_text, shape
+from sae_lightning.runs.jobs import CONFIG_FILE, is_sweep, read_job
 from sae_lightning.sae import SAE
+from sae_lightning.stream.documents import open_text
+from sae_lightning.stream.text import DataConfig, PlaysConfig
+from sae_lightning.stream.tokens import Tokens, open_tokens
+from sae_lightning.terminal import shown
 
 
-class Subject(NamedTuple):
-    """An SAE at its place in an LLM."""
+@dataclass(eq=False)
+class Subject:
+    """An SAE at its place in an LLM; LLM and text are loaded when they are first asked for."""
 
-    llm: LLM
-    """Frozen, on its device."""
+    folder: Path
+    """What is found is written below it."""
     sae: SAE
     """For raw activations, in float32, on the LLM's device."""
     sites: Sites
     """Where it reads and what it reconstructs."""
-    keep_special: bool = False
-    """Whether it was trained on special tokens too (but BOS)."""
-    max_norm: float | None = None
-    """It was trained on activations below this multiple of the median norm; None for all."""
+    config: Config
+    """LLM and text; of a folder that is no run, the rest has no meaning."""
+
+    @cached_property
+    def llm(self) -> LLM:
+        """The whole LLM, frozen, on its device. UserError where there is none."""
+        self._needs_text()
+        return load(self.config.llm)
+
+    @cached_property
+    def text(self) -> Tokens:
+        """The text of the run: `train` and `held_out`. UserError where there is none."""
+        self._needs_text()
+        data = self.config.data
+        documents = open_text(data)  # before the LLM: a wrong name is told at once
+        tokenizer = self.llm.tokenizer
+        return open_tokens(documents, tokenizer, context=data.context, seed=self.config.seed)
 
     @property
     def features(self) -> int:
@@ -34,13 +64,118 @@ class Subject(NamedTuple):
         """Where LLM and SAE are."""
         return self.sae.W_enc.device
 
+    @property
+    def name(self) -> str:
+        """What it is, for a heading."""
+        llm = Path(self.config.llm.name).name
+        where = f"{llm}, {self.sites}" if is_text(self.config) else "synthetic concepts"
+        plural = "s" * (self.features > 1)
+        return f"{where}: {self.features:,} {self.sae.config.name} feature{plural}"
 
-def known(sae: SAE, features: list[int]) -> list[int]:
-    """`features`; UserError if the SAE has no such feature."""
-    for feature in features:
-        if not 0 <= feature < sae.config.features:
+    def facts(self) -> dict[str, str]:
+        """What it is, for a page."""
+        return source(self.config.flat()) | {
+            "SAE": self.sae.config.name,
+            "features": f"{self.features:,}",
+            "folder": str(shown(self.folder)),
+        }
+
+    def known(self, features: list[int]) -> list[int]:
+        """`features`; UserError if the SAE has no such feature."""
+        for feature in features:
+            if not 0 <= feature < self.features:
+                raise UserError(
+                    f"feature={feature}: this SAE has {self.features:,} features; "
+                    f"give 0 to {self.features - 1}"
+                )
+        return features
+
+    def _needs_text(self) -> None:
+        if not is_text(self.config):
             raise UserError(
-                f"feature={feature}: this SAE has {sae.config.features:,} features; "
-                f"give 0 to {sae.config.features - 1}"
+                f"{self.folder} was trained on synthetic concepts, which no LLM reads: only "
+                "task=evaluate can be asked of it"
             )
-    return features
+
+
+def open_subject(run: str, asked: dict[str, Any], given: Collection[str] = ()) -> Subject:
+    """The SAE of the folder `run`. `asked` holds llm, data, layer and seed; `given` names those of
+    their settings (llm, llm.device, layer.index, ...) that count more than what the folder says.
+
+    UserError: no SAE there, or not for such an LLM. No weight of the LLM is read.
+    """
+    folder = Path(run)
+    if not run:
+        raise UserError("run is empty: give a run folder, as run=outputs/<day>/<time>")
+    if is_sweep(folder):
+        raise UserError(
+            f"{run} holds a sweep: give one of the run folders in it, or task=sweep for the "
+            "report of all"
+        )
+    parent = folder.parent if folder.name == "sae" else folder
+    if (parent / CONFIG_FILE).is_file():
+        folder, config = parent, _config_of_run(parent, asked, given)
+        sae = load_sae(folder)
+    else:
+        sae = load_sae(folder)
+        config = config_of(sae, run, asked, given)
+    place = device(config.llm)  # one that is not there is told before any text is read
+    llm = shape(config)
+    sites = config.layer.within(llm.layers)
+    if is_text(config):
+        check_context(config, llm)
+    for weight, width in (("reads", len(sae.W_enc)), ("writes", len(sae.b_dec))):
+        if width != llm.width:
+            raise UserError(
+                f"llm.name={config.llm.name}: its activations have {llm.width} dimensions, but "
+                f"the SAE in {folder} {weight} {width}; give the LLM that it was trained on"
+            )
+    return Subject(folder, sae.to(place), sites, config)
+
+
+def open_run(
+    folder: str | os.PathLike,
+    *,
+    llm: LLMConfig | None = None,
+    data: DataConfig | None = None,
+    layer: LayerConfig | None = None,
+) -> tuple[Subject, Tokens]:
+    """The SAE of a run folder, or of a folder that another tool saved, at its place in the LLM; and
+    the text. What is given counts more than what the folder says.
+
+    UserError: no SAE there, or not for such an LLM.
+    """
+    asked = {
+        "llm": llm or LLMConfig(name="smollm2"),
+        "data": data or PlaysConfig(),
+        "layer": layer or LayerConfig(index=0),
+        "seed": 0,
+    }
+    given = {"llm": llm, "data": data, "layer": layer}
+    subject = open_subject(str(folder), asked, [name for name in given if given[name] is not None])
+    return subject, subject.text
+
+
+def _config_of_run(run: Path, asked: dict[str, Any], given: Collection[str]) -> Config:
+    """A run's settings with those of `asked` that are `given` instead: whole groups or single."""
+    config = read_job(run).config
+    if not is_text(config) and (others := sorted({"llm", "data", "layer"} & {*given})):
+        raise UserError(
+            f"{others[0]}=... has no meaning for {run}, which was trained on synthetic concepts: "
+            "leave it out"
+        )
+    groups = {}
+    for group, other in asked.items():
+        names = [name.partition(".")[2] for name in given if name.startswith(f"{group}.")]
+        for name in names:
+            if name not in {field.name for field in fields(getattr(config, group))}:
+                raise UserError(
+                    f"{group}.{name} is no setting of what this run was trained on; choose other "
+                    f"{group} for it with {group}=..."
+                )
+        if group in given:
+            groups[group] = other
+        elif names:
+            single = {name: getattr(other, name) for name in names}
+            groups[group] = replace(getattr(config, group), **single)
+    return replace(config, **groups)

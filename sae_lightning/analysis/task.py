@@ -12,7 +12,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from sae_lightning.analysis.trained import Trained, open_trained
+from sae_lightning.analysis.subject import Subject, open_subject
 from sae_lightning.errors import UserError
 from sae_lightning.files import atomically, write_json
 from sae_lightning.llm.load import LLMConfig
@@ -49,21 +49,21 @@ class Task:
         that were typed."""
         raise NotImplementedError
 
-    def open(self, given: Collection[str]) -> Trained:
+    def open(self, given: Collection[str]) -> Subject:
         """The SAE, once it is known that results can be written beside it."""
-        groups = {"llm": self.llm, "data": self.data, "layer": self.layer, "seed": self.seed}
-        trained = open_trained(self.run, groups, given)
-        place = results(trained) if results(trained).exists() else trained.folder
+        asked = {"llm": self.llm, "data": self.data, "layer": self.layer, "seed": self.seed}
+        subject = open_subject(self.run, asked, given)
+        place = results(subject) if results(subject).exists() else subject.folder
         if not (place.is_dir() and os.access(place, os.W_OK)):
             raise UserError(
-                f"{place} cannot be written to: copy {trained.folder} (its config.yaml and sae/ "
+                f"{place} cannot be written to: copy {subject.folder} (its config.yaml and sae/ "
                 "will do) to where you can write, and give that folder as run=..."
             )
-        return trained
+        return subject
 
     def finish(
         self,
-        trained: Trained,
+        subject: Subject,
         scalars: dict[str, Any],
         sections: Sequence[Section],
         feature: int | None = None,
@@ -71,11 +71,11 @@ class Task:
         """Print and publish sections."""
         for section in sections:
             say(section)
-        self.publish(trained, scalars, sections, feature=feature)
+        self.publish(subject, scalars, sections, feature=feature)
 
     def publish(
         self,
-        trained: Trained,
+        subject: Subject,
         scalars: dict[str, Any],
         sections: Sequence[Section],
         catalogues: Sequence[Catalogue] = (),
@@ -84,11 +84,11 @@ class Task:
         """Write numbers and a page, and say where they are; the page ends with commands for
         `feature`."""
         name = f"{self.task}.html" if self.task != "overview" else "index.html"
-        target = results(trained) / name
+        target = results(subject) / name
         numbers = target.with_name(f"{self.task}.json")
         write_json(numbers, jsonable(scalars))
-        commands = following(trained.folder, feature)
-        text = page(trained.name, trained.facts(), sections, catalogues, commands)
+        commands = following(subject.folder, feature)
+        text = page(subject.name, subject.facts(), sections, catalogues, commands)
         with atomically(target) as temporary:
             temporary.write_text(text, encoding="utf8")
         console.print(
@@ -96,9 +96,9 @@ class Task:
         )
 
 
-def results(trained: Trained) -> Path:
+def results(subject: Subject) -> Path:
     """The folder of pages and numbers."""
-    return trained.folder / "analysis"
+    return subject.folder / "analysis"
 
 
 def following(folder: Path, feature: int | None) -> list[str]:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from subjects import make_subject
+from subjects import make_subject, place
 
 from sae_lightning.analysis import collect as room
 from sae_lightning.analysis.collect import Batch, collect, excerpt
@@ -61,7 +61,7 @@ def test_bos_padding_and_special_tokens_have_no_features(subject):
     kept = torch.tensor([[0, 1, 0, 1, 1, 0], [0, 1, 1, 1, 0, 0]]).bool()
     assert torch.equal(everything.keep, kept)
     assert (everything.features[~kept] == 0).all()
-    special = subject._replace(keep_special=True)  # but BOS and padding
+    special = place(subject.llm, subject.sae, subject.sites, keep_special=True)
     everything = Everything()
     collect(special, [batch], [everything], total=2)
     assert torch.equal(everything.keep, text)
@@ -71,7 +71,8 @@ def test_norms_above_the_limit_are_dropped_as_in_training(subject, words):
     found = collected(subject, words(600), 99)
     norms = found.x.norm(dim=2)[found.keep]
     limit = 1.1
-    strict = collected(subject._replace(max_norm=limit), words(600), 99, batch=9)
+    subject = place(subject.llm, subject.sae, subject.sites, max_norm=limit)
+    strict = collected(subject, words(600), 99, batch=9)
     expected = norms <= limit * norms.median()
     assert 0 < expected.sum() < len(expected)
     assert torch.equal(strict.keep[found.keep], expected)
@@ -83,7 +84,8 @@ def test_what_is_usual_is_told_by_the_first_sequences_as_in_training(subject, wo
     norms = found.x.norm(dim=2)
     usual = norms[:2][found.keep[:2]].median()
     assert usual != norms[found.keep].median()
-    strict = collected(subject._replace(max_norm=1.1), words(600), 99, batch=2)
+    subject = place(subject.llm, subject.sae, subject.sites, max_norm=1.1)
+    strict = collected(subject, words(600), 99, batch=2)
     assert torch.equal(strict.keep, found.keep & (norms <= 1.1 * usual))
 
 

@@ -90,7 +90,8 @@ def test_a_measured_effect_behind_the_last_block_is_what_norm_and_head_make_of_t
 ):
     """If it drowns what was there, the norm's scale is that of the row itself."""
     monkeypatch.setattr(module, "SHARE", 1e4)
-    subject = make_subject(llm)._replace(sites=Sites(LAST, LAST))
+    subject = make_subject(llm)
+    subject.sites = Sites(LAST, LAST)
     norm, rows = final_norm(llm.model), subject.sae.W_dec
     centred = rows - rows.mean(1, keepdim=True) if norm.centres else rows
     behind = norm.passes(rows) / centred.norm(dim=1, keepdim=True)
@@ -105,7 +106,8 @@ def test_a_measured_effect_behind_the_last_block_is_what_norm_and_head_make_of_t
 @pytest.mark.parametrize("measured", [[], [PLANTED]], ids=["mapped", "measured"])
 def test_a_planted_effect_is_found_through_the_blocks(llm, words, measured):
     """A row that the logit of a token reads, and no other logit more."""
-    subject = make_subject(llm)._replace(sites=Sites(LAST, LAST))
+    subject = make_subject(llm)
+    subject.sites = Sites(LAST, LAST)
     rows = final_norm(llm.model).reads(llm.model.get_output_embeddings().weight)
     token = next(i for i in range(40, 90) if logits_of(llm, rows)[i].argmax() == i)
     subject.sae.W_dec[PLANTED] = rows[token]

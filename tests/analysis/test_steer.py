@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
+from subjects import place
 from tiny_llm import FAMILIES
 from torch import nn
 
 from sae_lightning.analysis.steer import Continuation, Mode, SteerTask, section, steer
-from sae_lightning.analysis.subject import Subject
 from sae_lightning.errors import UserError
 from sae_lightning.llm.capture import capture
 from sae_lightning.llm.directions import final_norm
@@ -41,7 +41,7 @@ def with_feature(llm, sites, bias=-1e4):
     sae = build(SAEConfig(features=8), 24, 24).requires_grad_(False)
     sae.W_dec[PLANTED] = nn.functional.normalize(rows(llm)[token(llm)], dim=0)
     sae.b_enc[PLANTED] = bias
-    return Subject(llm, sae, sites)
+    return place(llm, sae, sites)
 
 
 def rows(llm):

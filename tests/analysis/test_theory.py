@@ -6,7 +6,7 @@ import math
 import plotly.graph_objects
 import pytest
 import torch
-from subjects import make_subject
+from subjects import make_subject, place
 from torch import Generator, Tensor
 from torch.nn.functional import one_hot
 
@@ -43,7 +43,7 @@ def subject_of(llm, name: str = "relu", **settings) -> Subject:
     sparse = {"k": 4} if "k" in kind.__dataclass_fields__ else {}
     sae = build(kind(name=name, features=FEATURES, **sparse, **settings), WIDTH, WIDTH)
     site = Site(1, Kind.resid)
-    return Subject(llm, sae.requires_grad_(False), Sites(site, site))
+    return place(llm, sae, Sites(site, site))
 
 
 def batch_of(subject: Subject, x: Tensor, tokens: Tensor | None = None, first: int = 0) -> Batch:
@@ -293,7 +293,8 @@ def test_a_fair_choice_is_among_as_many_features_as_neurons_have_directions(tiny
     planted = lot[-1] if is_drawn else min({*range(200)} - {*lot})
     sae.W_enc[:, planted] = one_hot(torch.tensor(3), WIDTH).float()
     sae.b_enc[planted] = -5
-    subject = subject_of(tiny("llama"))._replace(sae=sae)
+    subject = subject_of(tiny("llama"))
+    subject.sae = sae
     tokens, is_animal = animals_in(subject.llm, torch.full((60,), 0.4))
     x = noise(60, CONTEXT, WIDTH)
     x[..., 3] = 10.0 * is_animal

@@ -8,10 +8,8 @@ from sae_lightning.analysis.explain.answers import Answers
 from sae_lightning.analysis.explain.evidence import choose, gather
 from sae_lightning.analysis.explain.explained import Explained, open_model, section, without_model
 from sae_lightning.analysis.explain.explainer import Explainer
-from sae_lightning.analysis.subject import known
 from sae_lightning.analysis.survey.survey import survey
 from sae_lightning.analysis.task import Task, at_least, integers
-from sae_lightning.analysis.trained import open_reader
 from sae_lightning.errors import UserError
 from sae_lightning.llm.vocabulary import special_ids
 from sae_lightning.terminal import console
@@ -75,28 +73,27 @@ class ExplainTask(Task):
             )
 
     def answer(self, given: Collection[str]) -> None:
-        trained = self.open(given)
-        chosen = self.feature and known(trained.sae, self.feature)
+        subject = self.open(given)
+        chosen = self.feature and subject.known(self.feature)
         named = chosen[0] if chosen else None
         model = open_model(self.endpoint, self.explainer, self.key_env, self.concurrency)
         answers = model and Answers(model)
         if answers:
             answers.check()  # before any text is read
-        subject, text = open_reader(trained)
-        seed = trained.config.seed
+        seed = subject.config.seed
         found = survey(
             subject,
-            text.train,
+            subject.text.train,
             tokens=self.tokens,
             examples=self.examples,
-            batch=trained.config.llm.batch,
+            batch=subject.config.llm.batch,
             seed=seed,
         )
         features = chosen or choose(found.features, self.count, seed)
         if answers is None:
             unexplained = without_model(found.features, features)
             scalars = unexplained.table._asdict() if unexplained.table else {}
-            self.finish(trained, scalars, [unexplained], feature=named)
+            self.finish(subject, scalars, [unexplained], feature=named)
             return
         special = special_ids(subject.llm.tokenizer)
         evidence = gather(
@@ -107,4 +104,4 @@ class ExplainTask(Task):
         console.print(str(plan))
         plan.within(self.budget)
         result = Explained(explainer.explain(evidence), answers.spent, self.explainer)
-        self.finish(trained, result.scalars(), [section(result)], feature=named)
+        self.finish(subject, result.scalars(), [section(result)], feature=named)

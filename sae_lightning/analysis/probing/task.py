@@ -8,7 +8,6 @@ from sae_lightning.analysis.probing.probes import Probes, probe
 from sae_lightning.analysis.probing.sections import sections
 from sae_lightning.analysis.subject import Subject
 from sae_lightning.analysis.task import Task, at_least
-from sae_lightning.analysis.trained import Trained, open_subject
 from sae_lightning.errors import UserError
 
 
@@ -28,13 +27,13 @@ class ProbeTask(Task):
             raise UserError("label is empty: give genre, play, speaker or the name of a column")
 
     def answer(self, given: Collection[str]) -> None:
-        trained = self.open(given)
-        result = probed(trained, open_subject(trained), self.label, self.tokens)
-        self.finish(trained, result.scalars(), sections(result))
+        subject = self.open(given)
+        result = probed(subject, self.label, self.tokens)
+        self.finish(subject, result.scalars(), sections(result))
 
 
-def probed(trained: Trained, subject: Subject, label: str, tokens: int) -> Probes:
+def probed(subject: Subject, label: str, tokens: int) -> Probes:
     """Probes on `tokens` tokens of the text that the SAE was trained on, for its `label`."""
-    config = trained.config
+    config = subject.config
     text = labelled(config.data, label, subject.llm.tokenizer, tokens=tokens, seed=config.seed)
     return probe(subject, text, batch=config.llm.batch)

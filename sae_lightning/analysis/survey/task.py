@@ -9,10 +9,8 @@ from sae_lightning.analysis.subject import Subject
 from sae_lightning.analysis.survey.strengths import Positive
 from sae_lightning.analysis.survey.survey import Survey, best_read, section, survey
 from sae_lightning.analysis.task import Task, at_least, results
-from sae_lightning.analysis.trained import Trained, open_reader
 from sae_lightning.report.parquet import write_table
 from sae_lightning.report.printer import say, say_units
-from sae_lightning.stream.tokens import Tokens
 
 SHOWN = 5  # features at the terminal
 
@@ -33,24 +31,22 @@ class FeaturesTask(Task):
         at_least("examples", self.examples, 1)
 
     def answer(self, given: Collection[str]) -> None:
-        trained = self.open(given)
-        found = self.surveyed(trained, *open_reader(trained))
+        subject = self.open(given)
+        found = self.surveyed(subject)
         summary = section(found)
         say(summary)
         say_units(found.features, best_read(found.features, SHOWN))
         self.publish(
-            trained,
+            subject,
             found.scalars(),
             [summary],
             [found.features, found.neurons],
             feature=next(iter(best_read(found.features, 1)), None),
         )
 
-    def surveyed(
-        self, trained: Trained, subject: Subject, text: Tokens, *reducers: Reducer
-    ) -> Survey:
+    def surveyed(self, subject: Subject, *reducers: Reducer) -> Survey:
         """The survey with the features' effects, written as parquet files too."""
-        config = trained.config
+        config, text = subject.config, subject.text
         found = survey(
             subject,
             text.train,
@@ -65,5 +61,5 @@ class FeaturesTask(Task):
             features=found.features._replace(effect=lens(subject, text=text.train).effect)
         )
         for name, catalogue in (("features", found.features), ("neurons", found.neurons)):
-            write_table(results(trained) / f"{name}.parquet", catalogue)
+            write_table(results(subject) / f"{name}.parquet", catalogue)
         return found

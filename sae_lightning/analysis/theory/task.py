@@ -7,7 +7,6 @@ from sae_lightning.analysis.collect import collect, excerpt
 from sae_lightning.analysis.task import Task, at_least
 from sae_lightning.analysis.theory.claims import TheoryReducers, theory
 from sae_lightning.analysis.theory.sections import sections
-from sae_lightning.analysis.trained import open_reader
 
 
 @dataclass(slots=True, kw_only=True)
@@ -21,10 +20,9 @@ class TheoryTask(Task):
         at_least("tokens", self.tokens, 1024)
 
     def answer(self, given: Collection[str]) -> None:
-        trained = self.open(given)
-        subject, text = open_reader(trained)
+        subject = self.open(given)
+        parts, total = excerpt(subject.text.train, self.tokens, subject.config.llm.batch)
         reducers = TheoryReducers(subject)
-        parts, total = excerpt(text.train, self.tokens, trained.config.llm.batch)
         collect(subject, parts, [reducers], total=total)
         result = theory(subject, reducers)
-        self.finish(trained, result.numbers, sections(result))
+        self.finish(subject, result.numbers, sections(result))

@@ -7,8 +7,7 @@ import pytest
 from planted import save_planted
 from tiny_run import tiny_job, write_text
 
-from sae_lightning.analysis.subject import known
-from sae_lightning.analysis.trained import open_reader, open_subject, open_trained
+from sae_lightning.analysis.subject import open_subject
 from sae_lightning.errors import UserError
 from sae_lightning.llm.load import LLMConfig
 from sae_lightning.llm.sites import Kind, LayerConfig, Site
@@ -75,11 +74,11 @@ def synthetic(run, folder):
 
 @pytest.mark.parametrize("inside", ["", "sae"])
 def test_a_run_says_what_its_sae_reads(run, planted, inside):
-    trained = open_trained(*asked(run / inside))
-    assert trained.folder == run
-    assert trained.config.llm.name == str(planted[0])
-    assert isinstance(trained.config.data, LocalConfig)
-    assert trained.sites.source == Site(1, Kind.resid)
+    subject = open_subject(*asked(run / inside))
+    assert subject.folder == run
+    assert subject.config.llm.name == str(planted[0])
+    assert isinstance(subject.config.data, LocalConfig)
+    assert subject.sites.source == Site(1, Kind.resid)
 
 
 def test_what_is_given_counts_more_than_what_the_run_says(run, planted):
@@ -90,32 +89,31 @@ def test_what_is_given_counts_more_than_what_the_run_says(run, planted):
         layer=LayerConfig(index=2),
         seed=5,
     )
-    one = open_trained(other, ["llm.batch"]).config
+    one = open_subject(*other, ["llm.batch"]).config
     assert (one.llm.batch, one.seed, one.layer.index) == (3, 0, 1)
     assert isinstance(one.data, LocalConfig)
-    assert open_trained(other, ["data.context"]).config.data.context == 7
-    every = open_trained(other, ["llm", "data", "layer.index", "seed"]).config
+    assert open_subject(*other, ["data.context"]).config.data.context == 7
+    every = open_subject(*other, ["llm", "data", "layer.index", "seed"]).config
     assert (every.llm, every.data, every.layer, every.seed) == (
-        other.llm,
-        other.data,
+        other[1]["llm"],
+        other[1]["data"],
         LayerConfig(index=2),
         5,
     )
     with pytest.raises(UserError, match=r"data\.held_out_split is no setting of .* data=\.\.\."):
-        open_trained(other, ["data.held_out_split"])
+        open_subject(*other, ["data.held_out_split"])
 
 
 def test_an_sae_alone_says_where_it_was_trained(sae, planted):
-    trained = open_trained(*asked(sae, data=PlaysConfig(keep_special=True)))
-    assert trained.folder == sae
-    assert trained.config.llm.name == str(planted[0])
-    assert trained.sites == (Site(1, Kind.resid), Site(1, Kind.resid))
+    subject = open_subject(*asked(sae, data=PlaysConfig(keep_special=True)))
+    assert subject.folder == sae
+    assert subject.config.llm.name == str(planted[0])
+    assert subject.sites == (Site(1, Kind.resid), Site(1, Kind.resid))
     # the text is the one that is asked for, cut as in training
-    assert (trained.config.data.context, trained.config.data.keep_special) == (16, True)
-    subject, tokens = open_reader(open_trained(*asked(sae, data=small_text(sae.parent))))
-    assert subject.sites == trained.sites
-    assert tokens.train.packing.context == 16
-    given = open_trained(*asked(sae, data=PlaysConfig(context=9)), ["data.context"])
+    assert (subject.config.data.context, subject.config.data.keep_special) == (16, True)
+    text = open_subject(*asked(sae, data=small_text(sae.parent))).text
+    assert text.train.packing.context == 16
+    given = open_subject(*asked(sae, data=PlaysConfig(context=9)), ["data.context"])
     assert given.config.data.context == 9
 
 
@@ -134,15 +132,15 @@ def test_an_sae_alone_says_where_it_was_trained(sae, planted):
 )
 def test_places_are_known_by_the_names_of_other_tools(sae, hook, site):
     rewrite(sae, hook_name=hook)
-    assert open_trained(*asked(sae)).sites.source == site
+    assert open_subject(*asked(sae)).sites.source == site
 
 
 def test_a_transcoder_alone_has_two_sites(sae):
     rewrite(sae, hook_name="blocks.1.ln2.hook_normalized", hook_name_out="blocks.1.hook_mlp_out")
-    assert open_trained(*asked(sae)).sites == (Site(1, Kind.mlp_in), Site(1, Kind.mlp))
+    assert open_subject(*asked(sae)).sites == (Site(1, Kind.mlp_in), Site(1, Kind.mlp))
     rewrite(sae, hook_name_out="blocks.2.hook_mlp_out")
     with pytest.raises(UserError, match="reads block 1 and writes block 2"):
-        open_trained(*asked(sae))
+        open_subject(*asked(sae))
 
 
 @pytest.mark.parametrize(
@@ -152,7 +150,7 @@ def test_a_transcoder_alone_has_two_sites(sae):
 def test_llms_are_known_by_transformerlens_names(sae, said, name):
     rewrite(sae, model_name=said)
     with pytest.raises(UserError, match=f"llm.name={name}: not a local folder"):
-        open_trained(*asked(sae))
+        open_subject(*asked(sae))
 
 
 @pytest.mark.parametrize(
@@ -168,58 +166,58 @@ def test_llms_are_known_by_transformerlens_names(sae, said, name):
 def test_what_a_folder_does_not_say_is_asked_for(sae, metadata, message):
     rewrite(sae, **metadata)
     with pytest.raises(UserError, match=message):
-        open_trained(*asked(sae))
+        open_subject(*asked(sae))
 
 
 def test_what_is_missing_can_be_given(sae, planted):
     rewrite(sae, model_name=None, hook_name=None)
     settings = {"llm": LLMConfig(name=str(planted[0])), "layer": LayerConfig(index=2)}
-    trained = open_trained(*asked(sae, **settings), ["llm.name", "layer.index"])
-    assert trained.sites.source == Site(2, Kind.resid)
+    subject = open_subject(*asked(sae, **settings), ["llm.name", "layer.index"])
+    assert subject.sites.source == Site(2, Kind.resid)
 
 
 def test_an_llm_of_another_width_is_refused_before_it_is_loaded(sae):
     with pytest.raises(UserError, match=r"llm.name=smollm2: .* 576 dimensions, .* reads 24"):
-        open_trained(*asked(sae), ["llm"])
+        open_subject(*asked(sae), ["llm"])
 
 
 def test_a_device_that_is_not_there_is_refused_at_once(run, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     settings = {"llm": LLMConfig(name="smollm2", device="cuda:3")}
     with pytest.raises(UserError, match="llm.device=cuda:3: this machine has no CUDA device"):
-        open_trained(*asked(run, **settings), ["llm.device"])
+        open_subject(*asked(run, **settings), ["llm.device"])
 
 
 def test_a_feature_that_is_not_there_is_refused(sae):
-    trained = open_trained(*asked(sae))
-    assert known(trained.sae, [0, 31]) == [0, 31]
+    subject = open_subject(*asked(sae))
+    assert subject.known([0, 31]) == [0, 31]
     with pytest.raises(UserError, match=r"feature=32: this SAE has 32 features; give 0 to 31"):
-        known(trained.sae, [3, 32])
+        subject.known([3, 32])
 
 
 def test_concepts_have_no_text(run, tmp_path):
     synthetic(run, tmp_path)
     with pytest.raises(UserError, match="synthetic concepts, .* only task=evaluate"):
-        open_subject(open_trained(*asked(run)))
+        _ = open_subject(*asked(run)).llm
 
 
 def test_sequences_that_the_llm_cannot_read_are_refused(run):
     with pytest.raises(UserError, match=r"data\.context=33: .* takes at most 32 tokens"):
-        open_trained(*asked(run, data=PlaysConfig(context=33)), ["data.context"])
+        open_subject(*asked(run, data=PlaysConfig(context=33)), ["data.context"])
 
 
 def test_no_folder_at_all_is_told(run):
     with pytest.raises(UserError, match="run is empty: give a run folder"):
-        open_trained(*asked(""))
+        open_subject(*asked(""))
 
 
 def test_concepts_are_not_replaced_by_text(run, tmp_path):
     synthetic(run, tmp_path)
     with pytest.raises(UserError, match=r"data=\.\.\. has no meaning for .*run, which was trained"):
-        open_trained(*asked(run), ["data"])
+        open_subject(*asked(run), ["data"])
 
 
 def test_a_heading_says_what_is_looked_at(run, tmp_path):
-    assert open_trained(*asked(run)).name == "llm, resid.1: 32 relu features"
+    assert open_subject(*asked(run)).name == "llm, resid.1: 32 relu features"
     synthetic(run, tmp_path)
-    assert open_trained(*asked(run)).name == "synthetic concepts: 32 relu features"
+    assert open_subject(*asked(run)).name == "synthetic concepts: 32 relu features"
