@@ -9,33 +9,32 @@ in it, and the batches that training sees are the same bit for bit with and with
 """
 
 import errno
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
+from safetensors import SafetensorError
 
 from sae_lightning.errors import UserError
-from sae_lightning.files import free_space
+from sae_lightning.files import free_space, lock, write_json
 from sae_lightning.stream.base import Rows
 from sae_lightning.stream.devices import send
-from sae_lightning.stream.draft import Draft
 from sae_lightning.stream.rows import LLMRows
-from sae_lightning.stream.shards import IDS, STATE, Shard, Shards
+from sae_lightning.stream.shards import DAMAGE, SUFFIX, Shard, write_shard
 from sae_lightning.terminal import console
 
-SHARD_BYTES = 1 << 28  # of one site; no more of it is lost when a run is killed
+MANIFEST = "manifest.json"
+SHARD_BYTES = 1 << 27  # gathered in memory; no more is lost when a run is killed
 RESERVE = 4 << 30  # bytes of the disk that are left for checkpoints
 
 
 class CachedRows:
     """A `RowSource` that gives the rows of `live` without running the LLM where it need not.
 
-    It goes from stretch to stretch. A shard that holds all sites is read. For one that lacks some
-    the LLM is run, for all sites, and those missing are added. Where there is no shard, one is
-    written. Checksums are looked at when a run comes to a shard: only what the run needs is read,
-    and the disk reads it only once.
+    It goes from stretch to stretch: a shard is read; where there is none, one is written. Checksums
+    are looked at when a run comes to a shard: only what the run needs is read.
     """
 
     def __init__(
@@ -44,16 +43,18 @@ class CachedRows:
         """`folder` of the shards of one key; `settings` that the key was made from; `width` of an
         activation, for the estimate of the disk space; `resumed`: never refuse to go on."""
         self.live, self.sites, self.device, self.most = live, live.sites, live.device, live.most
-        self.store, self.settings, self.resumed = Shards(folder), settings, resumed
-        self.row_bytes = width * next(live.llm.model.parameters()).dtype.itemsize
-        self._place = 0  # LLM batches served
-        self._stop: int | None = 0  # where this stretch ends, None: wherever
-        self._shard: Shard | None = None  # that the place is in
-        self._reads = False  # all rows from it
-        self._draft: Draft | None = None  # being written
-        self._known = live.state_dict()  # a state of `live` at or before the place
+        self.folder, self.settings, self.resumed = folder, settings, resumed
+        itemsize = next(live.llm.model.parameters()).dtype.itemsize
+        self.row_bytes = len(self.sites) * width * itemsize + 8  # with the id
+        self.shards: list[Shard] = []  # in order
         self.epoch = live.epoch
-        self._looked = self._asked = False  # at what is there; to be the one that writes
+        self._place = 0  # LLM batches served
+        self._stop: int | None = 0  # where this stretch ends; None: where a shard is full
+        self._shard: Shard | None = None  # being read
+        self._draft: list[tuple[Rows, int, int]] | None = None  # being written: epochs, texts too
+        self._known = live.state_dict()  # a state of `live` at or before the place
+        self._looked = False  # at what is there
+        self._lock, self._writes = ExitStack(), None  # None: not asked yet
 
     @property
     def llm_seconds(self) -> float:
@@ -68,9 +69,9 @@ class CachedRows:
             self._look(wanted)
         if self._place == self._stop:
             self._enter()
-        rows = self._read(self._shard) if self._reads else self._run()
+        rows = self._run() if self._shard is None else self._read(self._shard)
         if len(rows.ids) >= wanted:
-            self._cut()
+            self._leave()
             self.close()
         return rows
 
@@ -80,184 +81,184 @@ class CachedRows:
             console.print(f"the text ran out; going round again in a new order (epoch {epoch})")
         self.epoch = epoch
         self._place += 1
-        there = {site: send(x, self.device) for site, x in rows.activations.items()}
-        return Rows(there, rows.ids)
+        return Rows({site: send(x, self.device) for site, x in rows.activations.items()}, rows.ids)
 
     def _run(self) -> Rows:
         rows = self.live.next(0)
-        self._compare()
         self.epoch = self.live.epoch
-        if self._draft is not None:
-            self._write(rows, self._draft)
         self._place += 1
-        if self._draft is not None and self._draft.old is None:
-            full = self._draft.largest >= SHARD_BYTES
-            self._stop = self._place if full else self._stop
+        if self._draft is not None:
+            kept = Rows({site: x.cpu() for site, x in rows.activations.items()}, rows.ids)
+            self._draft.append((kept, self.epoch, self.live.text))
+            gathered = sum(len(each.ids) for each, _, _ in self._draft)
+            if gathered * self.row_bytes >= SHARD_BYTES:
+                self._stop = self._place
         return rows
-
-    def _write(self, rows: Rows, draft: Draft) -> None:
-        if draft.old and not torch.equal(draft.old.ids(self._place), rows.ids):
-            raise self._changed("LLM")  # norms, by which rows are dropped, are others
-        with self._unless_full():
-            draft.add(rows, self.epoch, self.live.text)
-
-    def _seek(self) -> None:
-        """Have `live` read over the text that comes before this place."""
-        self.live.load_state_dict(self._known | {"llm_batches": self._known["read"]})
-        while self.live.llm_batches < self._place:
-            self.live.skip()
-            self._compare()
-
-    def _compare(self) -> None:
-        """UserError if the text that `live` read last is not the one that its shard is of."""
-        place = self.live.llm_batches - 1
-        shard = self.store.at(place)
-        if shard is not None and shard.texts[place - shard.first] != self.live.text:
-            raise self._changed("text")
-
-    def _changed(self, what: str) -> UserError:
-        return UserError(
-            f"data.cache: the {what} is no longer the one that {self.store.folder} was made from; "
-            "delete that folder, or choose another data.cache_folder"
-        )
 
     def _enter(self) -> None:
         """Begin the stretch at this place."""
         self._leave()
-        self._shard = shard = self._find()
-        self._stop = self.store.following(self._place) if shard is None else shard.stop
-        if shard is not None:
-            self._known = shard.state()
-        lacks = self.sites if shard is None else shard.lacks(self.sites)
-        self._reads = not lacks
-        if self._reads:
+        shard = self._at(self._place)
+        if shard is not None and shard.open():
+            self._shard, self._stop, self._known = shard, shard.stop, shard.state
             return
+        if shard is not None:
+            console.print(f"{shard.path} is damaged: the LLM makes it again")
+            self._may_write()  # which lists the shards anew
+            self.shards = [other for other in self.shards if other.path != shard.path]
+        self._stop = next((s.first for s in self.shards if s.first > self._place), None)
         if self.live.llm_batches != self._place:
             self._seek()
-        if (shard is None or shard.first == self._place) and self._may_write():
+        self._known = self.live.state_dict()
+        if self._may_write():
             with self._unless_full():
-                if free_space(self.store.folder) < RESERVE:
+                if free_space(self.folder) < RESERVE:
                     raise OSError(errno.ENOSPC, f"less than {_size(RESERVE)} are free")
-                self._draft = Draft(self.store, self.live.state_dict(), lacks, shard)
+                self._draft = []
+
+    def _at(self, llm_batch: int) -> Shard | None:
+        return next((s for s in self.shards if s.first <= llm_batch < s.stop), None)
+
+    def _seek(self) -> None:
+        """Have `live` read over the text that comes before this place.
+
+        UserError if that is not the text that the shards before this place are of.
+        """
+        self.live.load_state_dict(self._known | {"llm_batches": self._known["read"]})
+        while self.live.llm_batches < self._place:
+            shard = self._at(self.live.llm_batches)
+            self.live.skip()
+            if shard and shard.texts[self.live.llm_batches - 1 - shard.first] != self.live.text:
+                raise UserError(
+                    f"data.cache: the text is no longer the one that {self.folder} was made "
+                    "from; delete that folder, or choose another data.cache_folder"
+                )
 
     def _leave(self) -> None:
-        """End the stretch that ends at this place."""
-        if self._draft is not None:
+        """End the stretch at this place; what was gathered is written."""
+        if self._draft:
             with self._unless_full():
-                self._draft.commit(self.live.state_dict()["medians"])
-            self._draft = None
-        if self._shard is not None:
-            self._shard.close()
-            self._shard = None
-
-    def _find(self) -> Shard | None:
-        """The shard at this place, with what is damaged taken out of it."""
-        shard = self.store.at(self._place)
-        if shard is None:
-            return None
-        damaged = shard.check([IDS, STATE, *(str(s) for s in self.sites if not shard.lacks([s]))])
-        if damaged and not self.store.writable and self._may_write():
-            return self._find()  # the claim looked at the disk anew
-        for name in damaged:
-            console.print(f"{shard.folder / name} is damaged: the LLM makes it again")
-            shard.files.pop(name)
-        if {IDS, STATE} & {*damaged}:
-            self.store.remove(shard)
-            return None
-        return shard
-
-    def _cut(self) -> None:
-        """End a shard that is being written early, so that what is in it is not lost."""
-        if self._draft is not None and (self._draft.old is None or self._place == self._stop):
-            self._leave()
-            self._stop = self._place
-
-    def close(self) -> None:
-        """No more is wanted: let another process write. What is half written is dropped."""
-        if self._draft is not None:
-            self._draft.discard()
+                # Medians of the first LLM batch of all: whoever goes on inside the first shard
+                # needs them, and cannot compute them there again.
+                state = self._known | {"medians": self.live.state_dict()["medians"]}
+                shard = write_shard(self.folder, state, *map(list, zip(*self._draft, strict=True)))
+                self.shards = sorted([*self.shards, shard], key=lambda shard: shard.first)
         if self._shard is not None:
             self._shard.close()
         self._draft = self._shard = None
         self._stop = self._place
-        self.store.release()
+
+    def close(self) -> None:
+        """No more is wanted: let another process write. What was gathered is dropped."""
+        self._draft = None
+        self._leave()
+        self._release()
 
     def _look(self, wanted: int) -> None:
         """Say what the cache has and what it will take; UserError if it has not that much room."""
         self._looked = True
-        self.store.read()
-        needed, found = self.store.estimate(self._place, wanted, self.live, self.row_bytes)
-        if needed and self._may_write():
-            needed, found = self.store.estimate(self._place, wanted, self.live, self.row_bytes)
-            free = free_space(self.store.folder)
+        self._list()
+        if self._count(wanted) < wanted and self._may_write():
+            needed = (wanted - self._count(wanted)) * self.row_bytes
+            free = free_space(self.folder)
             console.print(
-                f"the activation cache takes about {_size(needed)} in {self.store.folder}, "
+                f"the activation cache takes about {_size(needed)} in {self.folder}, "
                 f"{_size(free)} are free"
             )
             if free < needed + RESERVE:
                 self._refuse(
-                    f"no space for {_size(needed)} in {self.store.folder} and {_size(RESERVE)} to "
+                    f"no space for {_size(needed)} in {self.folder} and {_size(RESERVE)} to "
                     "spare for checkpoints"
                 )
-            else:
+            elif not (self.folder / MANIFEST).is_file():
                 with self._unless_full():
-                    self.store.describe(self.settings)
-        if found:
+                    write_json(self.folder / MANIFEST, self.settings)
+        if found := self._count(wanted):
             console.print(
                 f"{found:,} of {wanted:,} tokens are read from the activation cache in "
-                f"{self.store.folder}"
+                f"{self.folder}"
             )
 
+    def _list(self) -> None:
+        """Look at what is there; checksums are looked at when a shard is opened."""
+        self.shards = []
+        for path in sorted(self.folder.glob("[0-9]" * 8 + SUFFIX)):
+            try:
+                self.shards.append(Shard(path))
+            except DAMAGE:
+                if self._writes:  # replaces it
+                    console.print(f"{path} is damaged: the LLM makes it again")
+
+    def _count(self, wanted: int) -> int:
+        """How many of the next `wanted` rows are on disk, if LLM batches that are not there have
+        as many rows as they can."""
+        place, found, left = self._place, 0, wanted
+        for shard in self.shards:
+            if shard.stop > place:
+                left -= min(left, max(0, shard.first - place) * self.most)
+                here = min(left, sum(shard.rows[max(0, place - shard.first) :]))
+                place, found, left = shard.stop, found + here, left - here
+        return found
+
     def _may_write(self) -> bool:
-        """Whether this process writes, which is asked for once."""
-        if self._asked:
-            return self.store.writable
-        self._asked = True
+        """Whether this process writes; asked for once. Removes what a killed writer left."""
+        if self._writes is not None:
+            return self._writes
+        self._writes = False
         try:
-            self.store.claim()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock.enter_context(lock(self.folder / ".lock"))
+            for path in self.folder.glob(".*.tmp"):
+                path.unlink()
         except BlockingIOError:
             console.print(
-                f"another process writes the activation cache in {self.store.folder}: this run "
+                f"another process writes the activation cache in {self.folder}: this run "
                 "reads what is complete there and runs the LLM for the rest"
             )
         except OSError as error:
             # a colleague's cache may be there to be read only
-            reason = f"{self.store.folder} cannot be written to ({error.strerror})"
-            self._refuse(reason, fatal=not self.store.shards)
-        return self.store.writable
+            reason = f"{self.folder} cannot be written to ({error.strerror})"
+            self._refuse(reason, fatal=not self.shards)
+        else:
+            self._writes = True
+            self._list()
+        return self._writes
 
     def _refuse(self, reason: str, fatal: bool = True) -> None:
         """UserError in a new run; a resumed one, whose settings are fixed, only reads."""
-        self.store.release()
+        self._release()
         if fatal and not self.resumed:
             raise UserError(
                 f"data.cache: {reason}; choose another data.cache_folder, or set data.cache=false"
             )
         console.print(f"data.cache: {reason}; this run adds nothing to it")
 
+    def _release(self) -> None:
+        self._lock.close()
+        self._writes = False
+
     @contextmanager
     def _unless_full(self) -> Iterator[None]:
         """Give up writing, not the run, when the disk refuses."""
         try:
             yield
-        except (OSError, UserError) as error:
-            reason = (error if isinstance(error, OSError) else error.__cause__).strerror
+        except (OSError, SafetensorError, UserError) as error:
+            full = isinstance(error, UserError)
+            reason = os.strerror(errno.ENOSPC) if full else getattr(error, "strerror", error)
             console.print(
-                f"the activation cache in {self.store.folder} is not written any further "
+                f"the activation cache in {self.folder} is not written any further "
                 f"({reason}); training goes on"
             )
-            if self._draft is not None:
-                self._draft.discard()
             self._draft = None
-            self.store.release()
+            self._release()
 
     def state_dict(self) -> dict[str, Any]:
         """As that of `LLMRows`, with which it is interchangeable.
 
-        The rows of a shard that was begun are put in place, so that a resumed run leaves no hole.
-        Of a site that is being added to a whole shard they are not: it is added as a whole later.
+        What was gathered is written, so that a resumed run leaves no hole.
         """
-        self._cut()
+        if self._draft:
+            self._leave()
         if self.live.llm_batches == self._place:
             return self.live.state_dict()
         return self._known | {"llm_batches": self._place}
@@ -267,7 +268,7 @@ class CachedRows:
         self._known, self.epoch = state, state["tokens"]["epoch"]
         self._place = state["llm_batches"]
         self.close()
-        self._looked = self._asked = False
+        self._looked, self._writes = False, None
 
 
 def _size(count: int) -> str:

@@ -23,7 +23,7 @@ from sae_lightning.stream.packing import TokenSource
 from sae_lightning.stream.rows import LLMRows
 from sae_lightning.stream.text import HubConfig, TextConfig
 
-FORMAT = 1  # of the cache; another number is another key
+FORMAT = 2  # of the cache; another number is another key
 PLACES = 1 << 14  # numbers of a tensor that are looked at in their places
 PIECE = 1 << 24  # numbers summed at a time, or their 64-bit copy may not fit in memory
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -71,8 +71,8 @@ def cache_folder(chosen: str | None) -> Path:
 def settings(config: LLMConfig, data: TextConfig, seed: int, rows: LLMRows) -> dict[str, Any]:
     """All that decides what the rows are: settings, and what LLM and text are behind them.
 
-    The LLM as it is loaded, device and libraries too, because others round otherwise. With
-    `data.max_norm` all sites together decide which rows are dropped.
+    The LLM as it is loaded, device and libraries too, because others round otherwise. A shard holds
+    all sites, and with `data.max_norm` they decide together which rows are dropped.
     """
     model, tokenizer = rows.llm.model, rows.llm.tokenizer
     text = {
@@ -96,7 +96,7 @@ def settings(config: LLMConfig, data: TextConfig, seed: int, rows: LLMRows) -> d
         },
         "data": text | {"text": rows.tokens.fingerprint(), "files": _files(data)},
         "seed": seed,
-        "sites": None if data.max_norm is None else [str(site) for site in rows.sites],
+        "sites": [str(site) for site in rows.sites],
     }
 
 
