@@ -15,8 +15,8 @@ from sae_lightning.analysis.subject import Subject
 from sae_lightning.llm.capture import capture
 from sae_lightning.llm.sites import Site, distinct
 from sae_lightning.llm.vocabulary import special_ids
-from sae_lightning.stream.norms import medians, not_large
 from sae_lightning.stream.packing import Sequences, TokenSource
+from sae_lightning.stream.rows import medians, not_large
 from sae_lightning.terminal import console, phase
 
 STRENGTHS = 1 << 25  # of features that are in memory at a time (128 MB)

@@ -19,8 +19,7 @@ from safetensors import SafetensorError
 
 from sae_lightning.errors import UserError
 from sae_lightning.files import free_space, lock, write_json
-from sae_lightning.stream.base import Rows
-from sae_lightning.stream.devices import send
+from sae_lightning.stream.base import Rows, send
 from sae_lightning.stream.rows import LLMRows
 from sae_lightning.stream.shards import DAMAGE, SUFFIX, Shard, write_shard
 from sae_lightning.terminal import console

@@ -6,38 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from sae_lightning.llm.quiet import quiet
 from sae_lightning.terminal import phase
 
 BATCH = 256  # documents tokenised at a time
-
-
-class Flat:
-    """Arrays read as if they lay end to end; a slice copies only what it covers.
-
-    pieces   |0 . . . .|5 . .|8 . . . .|      starts = 0, 5, 8, 13
-    [4:9]            └────────┘
-    """
-
-    def __init__(self, pieces: list[np.ndarray]) -> None:
-        self.pieces = [piece for piece in pieces if len(piece)]
-        self.starts = np.cumsum([0, *map(len, self.pieces)])
-
-    def __len__(self) -> int:
-        return int(self.starts[-1])
-
-    def __getitem__(self, window: slice) -> np.ndarray:
-        start, stop = window.start, min(window.stop, len(self))
-        parts = []
-        piece = int(np.searchsorted(self.starts, start, side="right")) - 1
-        while start < stop:
-            offset = start - self.starts[piece]
-            part = self.pieces[piece][offset : offset + stop - start]
-            parts.append(part)
-            start += len(part)
-            piece += 1
-        return np.concatenate(parts) if parts else np.empty(0, dtype=np.int32)
 
 
 def encode(tokenizer: Any, texts: list[str | None], separator: int) -> list[np.ndarray]:
@@ -55,8 +29,8 @@ def encode(tokenizer: Any, texts: list[str | None], separator: int) -> list[np.n
     return [np.asarray([*document, separator] if document else [], np.int32) for document in ids]
 
 
-def flat_tokens(data: Any, tokenizer: Any, separator: int, what: str = "text") -> Flat:
-    """Tokenise an indexed data set once; the result lies on disk if the data set does.
+def flat_tokens(data: Any, tokenizer: Any, separator: int, what: str = "text") -> pa.ChunkedArray:
+    """Tokenise an indexed data set once -> [tokens] int32; on disk if the data set is.
 
     The file is found again by the data, the tokenizer's behaviour and the separator, so the next
     run with the same three opens it in no time. Slices read it through the memory map.
@@ -90,10 +64,8 @@ def flat_tokens(data: Any, tokenizer: Any, separator: int, what: str = "text") -
             # different from process to process
             new_fingerprint=fingerprint,
         )
-    if not len(tokenised):
-        return Flat([])
-    chunks = tokenised.data.column("tokens").chunks
-    return Flat([chunk.flatten().to_numpy(zero_copy_only=True) for chunk in chunks])
+    documents = tokenised.data.column("tokens").chunks if len(tokenised) else []
+    return pa.chunked_array([chunk.flatten() for chunk in documents], pa.int32())
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

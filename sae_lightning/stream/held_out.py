@@ -13,7 +13,7 @@ from sae_lightning.llm.load import LLM
 from sae_lightning.llm.sites import Site
 from sae_lightning.llm.splice import Baseline, Scores, baseline, score
 from sae_lightning.llm.vocabulary import special_ids
-from sae_lightning.stream.norms import medians, not_large
+from sae_lightning.stream.rows import medians, not_large
 from sae_lightning.stream.tokens import HeldOutTokens
 from sae_lightning.terminal import phase
 
@@ -83,10 +83,6 @@ class HeldOut:
                 advance(len(tokens))
         return {site: torch.cat(parts) for site, parts in rows.items()}
 
-    def mean(self, site: Site) -> Tensor:
-        """Mean activation [d] at `site` over the held-out text."""
-        return self.activations(site).cpu().double().mean(dim=0).float()
-
     def _loss_text(self) -> tuple[Tensor, Tensor]:
         """Tokens and keep [sequences, context] of the part that the LLM's loss is measured on."""
         return self.tokens[self._loss_places], self.keep[self._loss_places]
@@ -94,7 +90,8 @@ class HeldOut:
     def baseline(self, target: Site) -> Baseline:
         """The LLM's loss as it is, and with `target` zero- and mean-ablated."""
         if target not in self._baselines:
-            (tokens, keep), mean = self._loss_text(), self.mean(target)
+            tokens, keep = self._loss_text()
+            mean = self.activations(target).cpu().double().mean(dim=0).float()  # [d]
             with phase("LLM loss on held-out text", total=len(tokens)) as advance:
                 self._baselines[target] = baseline(
                     self.llm.model, tokens, target, keep, mean, self.batch, advance

@@ -38,10 +38,11 @@ class LiveStream:
         """`batch` and `pool` in tokens; the pool is on the device that `rows` names."""
         assert batch <= pool, f"batches of {batch} rows from a pool of {pool}"
         self.rows, self.batch, self.total_batches, self.pool_rows = rows, batch, total_batches, pool
+        self.device = rows.device
+        self.seconds = 0.0
         self._pool = Pool(rows.sites, pool + rows.most, seed=seed, device=rows.device)
         self._served = 0  # batches
         self._started = False
-        self._seconds = 0.0
         self._ids = torch.empty(0, dtype=torch.int64)  # of the last batch's rows
 
     def __len__(self) -> int:
@@ -64,14 +65,6 @@ class LiveStream:
             if self.device.type != "cpu":  # else whoever reads them waits, by a clock of their own
                 torch.accelerator.synchronize(self.device)
             return self._pool.peek(n).activations
-
-    @property
-    def device(self) -> torch.device:
-        return self.rows.device
-
-    @property
-    def seconds(self) -> float:
-        return self._seconds
 
     @property
     def llm_seconds(self) -> float:
@@ -109,10 +102,9 @@ class LiveStream:
 
     @contextmanager
     def _clock(self) -> Iterator[None]:
-        """Count the block's time."""
         started = perf_counter()
         yield
-        self._seconds += perf_counter() - started
+        self.seconds += perf_counter() - started
 
     def state_dict(self) -> dict[str, Any]:
         """Place in the run, in the rows, and the pool: plain numbers, CPU tensors."""

@@ -9,6 +9,7 @@ tokens.next -> which -> capture -> drop norms above data.max_norm x median, at a
 
 Which tokens are read is known from the text: the CPU need not wait for the LLM to find out. Which
 norms are too large is known from the LLM alone: with `data.max_norm` the CPU waits for each batch.
+Evaluation drops by the same two functions, `medians` and `not_large`.
 """
 
 import zlib
@@ -17,6 +18,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.profiler import record_function
 
 from sae_lightning.errors import UserError
@@ -24,9 +26,7 @@ from sae_lightning.llm.capture import capture
 from sae_lightning.llm.load import LLM
 from sae_lightning.llm.sites import Site
 from sae_lightning.llm.vocabulary import special_ids
-from sae_lightning.stream.base import Rows
-from sae_lightning.stream.devices import send
-from sae_lightning.stream.norms import medians, not_large
+from sae_lightning.stream.base import Rows, send
 from sae_lightning.stream.packing import Sequences, TokenSource
 
 EMPTY_BATCHES = 20  # LLM batches in a row without a usable row before we give up
@@ -128,3 +128,21 @@ class LLMRows:
             self.skip()
         known = state["medians"]
         self._medians = known and {site: known[str(site)] for site in self.sites}
+
+
+def medians(rows: dict[Site, Tensor]) -> dict[Site, float]:
+    """The median norm of the rows {site: [n, d]} at each site."""
+    return {site: _norms(x).median().item() for site, x in rows.items()}
+
+
+def not_large(rows: dict[Site, Tensor], medians: dict[Site, float], max_norm: float) -> Tensor:
+    """Whether a row of {site: [n, d]} is at most max_norm x median at every site -> [n] bool.
+
+    A row that is too large at one site is dropped at all of them, so that rows stay aligned.
+    """
+    usual = [_norms(x) <= max_norm * medians[site] for site, x in rows.items()]
+    return torch.stack(usual).all(dim=0)
+
+
+def _norms(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)

@@ -1,7 +1,7 @@
-"""The shuffle pool: activations wait here until chance puts them into a batch."""
+"""The shuffle pool that batches are drawn from."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,17 +9,7 @@ from torch import Tensor
 
 from sae_lightning.errors import UserError
 from sae_lightning.llm.sites import Site
-from sae_lightning.stream.devices import send
-
-
-class Batch(NamedTuple):
-    """Rows drawn from the pool."""
-
-    activations: dict[Site, Tensor]
-    """{site: [batch, d]}; row i is the same token at every site."""
-
-    ids: Tensor
-    """[batch] int64 on the CPU; the sequence that each row came from."""
+from sae_lightning.stream.base import Rows, send
 
 
 class Pool:
@@ -73,7 +63,7 @@ class Pool:
         self._ids[start:stop] = ids
         self._filled = stop
 
-    def take(self, batch: int) -> Batch:
+    def take(self, batch: int) -> Rows:
         """Remove and return `batch` random rows {site: [batch, d]} and their sequence ids."""
         assert batch <= self._filled, f"{batch} rows from a pool that holds {self._filled}"
         chosen = self._random.choice(self._filled, batch, replace=False, shuffle=False)
@@ -89,22 +79,22 @@ class Pool:
             rows.index_copy_(0, holes, rows.index_select(0, movers))
         return taken
 
-    def peek(self, n: int) -> Batch:
-        """Copy n rows (all, if there are fewer) without removing them or touching the chance.
+    def peek(self, n: int) -> Rows:
+        """Copy n rows (all, if there are fewer) without removing them or advancing the RNG.
 
         They are spread over the pool, so that early and late sequences are both among them.
         """
         n = min(n, self._filled)
         return self._copy(torch.from_numpy(np.linspace(0, self._filled - 1, n).astype(np.int64)))
 
-    def _copy(self, places: Tensor) -> Batch:
+    def _copy(self, places: Tensor) -> Rows:
         there = send(places, self.device)
         # a tenth of the time of indexing with brackets, on a CPU
         rows = {site: self._rows[site].index_select(0, there) for site in self.sites}
-        return Batch(rows, self._ids[places])
+        return Rows(rows, self._ids[places])
 
     def state_dict(self) -> dict[str, Any]:
-        """The filled rows, on the CPU, and the generator: plain lists, numbers and tensors."""
+        """The filled rows, on the CPU, and the RNG: plain lists, numbers and tensors."""
         return {
             "rows": {
                 str(site): rows[: self._filled].to("cpu", copy=True)

@@ -12,13 +12,14 @@ import zlib
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
 from sae_lightning.errors import UserError
 from sae_lightning.llm.vocabulary import bos_id, separator_id
 from sae_lightning.stream.documents import Text, first_line
-from sae_lightning.stream.flat import Flat, encode, flat_tokens
+from sae_lightning.stream.flat import encode, flat_tokens
 from sae_lightning.stream.packing import Packing, Sequences, TokenSource
 from sae_lightning.terminal import console
 
@@ -36,7 +37,7 @@ class ShuffledTokens:
                           ^ cursor         state = (epoch, cursor)
     """
 
-    def __init__(self, flat: Flat, packing: Packing, seed: int) -> None:
+    def __init__(self, flat: pa.ChunkedArray, packing: Packing, seed: int) -> None:
         if not len(flat):
             raise UserError(_NO_TOKENS)
         self.flat, self.packing, self.seed = flat, packing, seed
@@ -56,7 +57,7 @@ class ShuffledTokens:
                 _say_again(len(self.flat), self.epoch + 1)
                 self._begin(self.epoch + 1)
             start = self._order[self.cursor] * self.packing.width
-            windows.append(self.flat[start : start + self.packing.width])
+            windows.append(self.flat.slice(start, self.packing.width).to_numpy())
             ids.append((self.epoch - 1) * self.windows + self.cursor)
             self.cursor += 1
         return self.packing.sequences(windows, torch.tensor(ids, dtype=torch.int64))
@@ -67,7 +68,7 @@ class ShuffledTokens:
         samples = min(256, -(-len(self.flat) // SAMPLE))
         checksum = 0
         for start in np.linspace(0, len(self.flat), samples, endpoint=False).astype(np.int64):
-            checksum = zlib.crc32(self.flat[start : start + SAMPLE].tobytes(), checksum)
+            checksum = zlib.crc32(self.flat.slice(start, SAMPLE).to_numpy(), checksum)
         return f"{len(self.flat)} tokens, crc32 {checksum:08x}"
 
     def state_dict(self) -> dict[str, Any]:
@@ -197,7 +198,10 @@ class HeldOutTokens:
         left out, or, if it is the only one, returned shorter. UserError if nothing is held out.
         """
         if hasattr(self.data, "__len__"):
-            windows = self._spread(sequences)
+            flat = flat_tokens(self.data, self.tokenizer, self.packing.separator, "held-out text")
+            width, count = self.packing.width, max(1, len(flat) // self.packing.width)
+            places = np.linspace(0, count - 1, min(sequences, count)).round().astype(np.int64)
+            windows = [flat.slice(place * width, width).to_numpy() for place in places if len(flat)]
         else:
             stream = StreamedTokens(self.data, self.tokenizer, self.packing, None, self.where)
             windows = [w for _ in range(sequences) if (w := stream.window()) is not None]
@@ -208,13 +212,6 @@ class HeldOutTokens:
             )
         full = [window for window in windows if len(window) == self.packing.width]
         return self.packing.pack(full or windows)[:, : 1 + len((full or windows)[0])]
-
-    def _spread(self, sequences: int) -> list[np.ndarray]:
-        flat = flat_tokens(self.data, self.tokenizer, self.packing.separator, "held-out text")
-        width, count = self.packing.width, max(1, len(flat) // self.packing.width)
-        places = np.linspace(0, count - 1, min(sequences, count)).round().astype(np.int64)
-        windows = [flat[place * width : (place + 1) * width] for place in places]
-        return [window for window in windows if len(window)]
 
 
 class Tokens(NamedTuple):

@@ -1,10 +1,10 @@
 """An SAE at its place in a tiny LLM, and text for both."""
 
+import pyarrow as pa
 import pytest
 import torch
 from subjects import make_subject
 
-from sae_lightning.stream.flat import Flat
 from sae_lightning.stream.packing import Packing
 from sae_lightning.stream.tokens import ShuffledTokens
 
@@ -24,6 +24,6 @@ def words():
     def source(n: int, seed: int = 0) -> ShuffledTokens:
         random = torch.Generator().manual_seed(seed)
         tokens = torch.randint(2, 100, (n,), generator=random, dtype=torch.int32)
-        return ShuffledTokens(Flat([tokens.numpy()]), Packing(CONTEXT, 0, 1), seed=0)
+        return ShuffledTokens(pa.chunked_array([tokens.numpy()]), Packing(CONTEXT, 0, 1), seed=0)
 
     return source

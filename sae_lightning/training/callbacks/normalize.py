@@ -6,7 +6,7 @@ from torch import Tensor
 
 from sae_lightning.errors import UserError
 from sae_lightning.llm.sites import Site
-from sae_lightning.stream.norms import medians, not_large
+from sae_lightning.stream.rows import medians, not_large
 from sae_lightning.terminal import console
 from sae_lightning.training.settings import Normalization
 
