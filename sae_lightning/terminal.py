@@ -5,7 +5,7 @@ One live display at a time: a phase that starts inside another adds a line to it
 
 import shlex
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -80,9 +80,3 @@ def shown(folder: Path) -> Path:
 def command(program: str, **settings: object) -> str:
     """A command line to paste: python `program` setting=value ..."""
     return shlex.join(["python", program, *(f"{k}={v}" for k, v in settings.items())])
-
-
-def resume_command(folders: Sequence[Path], sweep: bool = False) -> str:
-    """The command that continues the run in the one folder, or a sweep or several runs."""
-    resume = command("train.py", resume=",".join(str(shown(folder)) for folder in folders))
-    return resume.replace("train.py", "train.py -m", 1) if sweep else resume

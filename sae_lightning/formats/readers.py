@@ -1,9 +1,4 @@
-"""Folders that hold an SAE, whoever wrote them; the file of the weights tells the format.
-
-sae_weights.safetensors + cfg.json   this project (see export.py) and SAELens, its checkpoints too
-sae.safetensors + cfg.json           sparsify
-ae.pt + config.json                  dictionary_learning
-"""
+"""Folders that hold an SAE, whoever wrote them: which file holds the weights tells the format."""
 
 import json
 from collections.abc import Iterable
@@ -103,7 +98,8 @@ def _nested(settings: dict[str, Any], sizes: list[int]) -> dict[str, Any]:
 
 
 def saelens(file: Path) -> Stored:
-    """SAELens since version 3, saved for inference or in the midst of training; and ours."""
+    """SAELens since version 3, saved for inference or in the midst of training; and this project
+    (see export.py)."""
     source = file.with_name(CFG)
     cfg, weights = _json(source), _ours(load_file(file))
     # versions 3 to 5 had other words for TopK
@@ -223,7 +219,7 @@ def dictionary_learning(file: Path) -> Stored:
 
 
 FORMATS = {
-    WEIGHTS: saelens,
-    "sae.safetensors": sparsify,
-    "ae.pt": dictionary_learning,
+    WEIGHTS: saelens,  # and cfg.json
+    "sae.safetensors": sparsify,  # and cfg.json
+    "ae.pt": dictionary_learning,  # and config.json
 }

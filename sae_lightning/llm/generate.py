@@ -115,20 +115,18 @@ def _behind_bos(
 
 def _processors(sampling: Sampling) -> list[Callable[[Tensor, Tensor], Tensor]]:
     """What makes the largest score the chosen token."""
-    from transformers import TopPLogitsWarper
+    from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
     if sampling.temperature == 0:
         return []
     generator = torch.Generator().manual_seed(sampling.seed)
 
-    def cool(ids: Tensor, logits: Tensor) -> Tensor:
-        return logits / sampling.temperature
-
     def draw(ids: Tensor, logits: Tensor) -> Tensor:
         noise = torch.rand(logits.shape[-1], generator=generator, dtype=torch.float64)
         return logits - (-noise.log()).log().to(logits)
 
-    return [cool, TopPLogitsWarper(sampling.top_p), draw]
+    warpers = TemperatureLogitsWarper(sampling.temperature), TopPLogitsWarper(sampling.top_p)
+    return [*warpers, draw]
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from sae_lightning.llm.packaged import PACKAGED
 from sae_lightning.runs.config import SOURCES, Config, plain, presets, typed
 from sae_lightning.sae import ARCHITECTURES
 from sae_lightning.stream.text import LocalConfig, TextConfig
-from sae_lightning.terminal import resume_command
+from sae_lightning.terminal import command, shown
 
 CONFIG_FILE = "config.yaml"
 ELSEWHERE = "hydra.run.dir=... (of a sweep: hydra.sweep.dir=...)"
@@ -46,9 +46,10 @@ class Job:
 
 def resume_of(jobs: Sequence[Job]) -> str:
     """The command that continues jobs that train together: their sweep, or each that was named."""
-    if jobs[0].sweep:
-        return resume_command([jobs[0].sweep], sweep=True)
-    return resume_command([job.folder for job in jobs], sweep=len(jobs) > 1)
+    sweep = jobs[0].sweep
+    folders = [sweep] if sweep else [job.folder for job in jobs]
+    resume = command("train.py", resume=",".join(str(shown(folder)) for folder in folders))
+    return resume.replace("train.py", "train.py -m", 1) if sweep or len(jobs) > 1 else resume
 
 
 def register(tasks: Mapping[str, type] | None = None) -> None:
