@@ -10,8 +10,8 @@ from tqdm import tqdm
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Mute all libraries inside the block: log lines, warnings and tqdm's bars; `phase` tells the
-    user instead."""
+    """Mute all libraries inside the block, in every thread: log lines, warnings and tqdm's bars;
+    `phase` tells the user instead."""
     level, draw = logging.root.manager.disable, tqdm.__init__
 
     def draw_nothing(bar, *args, **settings) -> None:
