@@ -41,15 +41,13 @@ class Evaluation(NamedTuple):
     """What held-out data says about an SAE."""
 
     card: scorecard.Scorecard
-    """All that is measured."""
     tokens: int
     """Tokens that it was measured on; the LLM's loss may be on a part of them."""
     norms: Tensor
     """[features] of decoder rows"""
 
     def scalars(self) -> dict[str, Any]:
-        """What `evaluate.json` holds: every number by name, and how many features fire on which
-        share of tokens."""
+        """What `evaluate.json` holds."""
         return {
             **self.card.scalars(),
             **self.card.fidelity._asdict(),
@@ -62,7 +60,7 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(sae: SAE, held_out: HeldOut | HeldOutConcepts, sites: Sites) -> Evaluation:
-    """Score an SAE as it was saved; numbers are nan where there is nothing to divide by."""
+    """Score an SAE as it was saved; numbers are NaN where there is nothing to divide by."""
     x = held_out.activations(sites.source)
     sae = sae.to(x.device)
     (card,) = scorecard.score([sae], held_out, *sites, [sae.weights], fidelity=True)
@@ -79,12 +77,11 @@ def scored(
 
 
 def section(result: Evaluation) -> Section:
-    """The scorecard for people."""
     scalars = result.scalars()
     return Section(
         title=f"Scorecard {scorecard.title(scalars)}",
         lead=_lead(scalars),
-        rows=scorecard.rows(scalars) | _fidelity_rows(scalars) | _size_rows(scalars),
+        rows=scorecard.rows(scalars) | _rows(scalars),
         figures=_figures(result),
     )
 
@@ -106,7 +103,7 @@ def _lead(scalars: dict[str, Any]) -> str:
     )
 
 
-def _fidelity_rows(scalars: dict[str, Any]) -> dict[str, str]:
+def _rows(scalars: dict[str, Any]) -> dict[str, str]:
     return {
         "squared error": f"{scalars['mse']:.4g} per element, {scalars['relative_mse']:.2%} of the "
         "activations' own square",
@@ -115,11 +112,6 @@ def _fidelity_rows(scalars: dict[str, Any]) -> dict[str, str]:
         f"{scalars['gamma_centred']:.4f})",
         "cosine": f"{scalars['cosine']:.4f} of activation and reconstruction, "
         f"{scalars['cosine_centred']:.4f} about the mean",
-    }
-
-
-def _size_rows(scalars: dict[str, Any]) -> dict[str, str]:
-    return {
         "decoder norms": f"{scalars['decoder_norm_mean']:.3g} on average, at most "
         f"{scalars['decoder_norm_max']:.3g}",
         "measured on": f"{scalars['tokens']:,} tokens",

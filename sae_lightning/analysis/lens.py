@@ -14,7 +14,7 @@ Shapes: features = features of the SAE; k = tokens listed; vocabulary = tokens; 
 residual stream.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -73,7 +73,7 @@ class LensTask(Task):
 
 
 class Lens(NamedTuple):
-    """The vocabulary as features see it."""
+    """Tokens that features promote, suppress and read."""
 
     effect: Effect | None
     """Tokens promoted and suppressed; None where there is no direct path (from mlp_in)."""
@@ -91,11 +91,11 @@ def lens(
     contexts: int = 16,
 ) -> Lens:
     """The `top` tokens that each feature promotes, suppresses and reads, by linear maps that are
-    fitted on some tokens of `text`, or by the direct path without one.
+    fitted on `text`, or by the direct path without one.
 
-    features: those whose effect is measured instead, in some contexts of the text. All are
-    rankings: effects are up to a positive factor, and what is read says which token a feature looks
-    for, not that it fires on it, for which a bias and the text around it count too.
+    features: those whose effect is measured instead, in `contexts` pieces of the text. All are
+    rankings: effects are up to a positive factor, and what is read is what a feature looks for, not
+    that it fires there, for which its bias and the text around count too.
     """
     model, words = subject.llm.model, len(subject.llm.tokenizer)
     tokens = embedding(model, model.get_input_embeddings().num_embeddings)
@@ -105,13 +105,15 @@ def lens(
         rows, columns = _mapped(subject, text, tokens)
         if features:
             rows[list(features)] = _measured(subject, text, list(features), contexts)
-    effect = read = None
+    top, effect, read = min(top, words), None, None
     # Rows beyond the tokenizer pad both matrices: no token has them.
     if rows is not None:
         unembedding = model.get_output_embeddings().weight[:words]
-        effect = Effect(*_along("unembedding", rows, unembedding, _effect, top))
+        parts = [_effect(x, top) for x in _products("unembedding", rows, unembedding)]
+        effect = Effect(*(torch.cat(part).cpu() for part in zip(*parts, strict=True)))
     if columns is not None:
-        (read,) = _along("embedding", columns, tokens[:words], _liked, top)
+        parts = [x.topk(top).indices for x in _products("embedding", columns, tokens[:words])]
+        read = torch.cat(parts).cpu()
     return Lens(effect, read)
 
 
@@ -190,34 +192,22 @@ class _Ridge:
         return torch.linalg.solve(aa + ridge, ab)
 
 
-def _along(
-    what: str,
-    directions: Tensor,
-    vocabulary: Tensor,
-    function: Callable[[Tensor, int], list[Tensor]],
-    top: int,
-) -> list[Tensor]:
-    """function(products, top) of directions [features, d] with tokens [vocabulary, d], on the CPU;
-    products: [some features, vocabulary]."""
-    tokens, found = vocabulary.float().T, []
-    top = min(top, len(vocabulary))
+def _products(what: str, directions: Tensor, tokens: Tensor) -> Iterator[Tensor]:
+    """Products [some features, vocabulary] of directions [features, d] with tokens [vocabulary, d],
+    as many at a time as fit into memory."""
+    tokens = tokens.float().T
     with phase(f"features at the {what}", total=len(directions)) as advance:
-        for part in directions.split(max(1, NUMBERS // len(vocabulary))):
-            found.append([x.cpu() for x in function(part @ tokens, top)])
+        for part in directions.split(max(1, NUMBERS // tokens.shape[1])):
+            yield part @ tokens
             advance(len(part))
-    return [torch.cat(parts) for parts in zip(*found, strict=True)]
 
 
-def _effect(logits: Tensor, top: int) -> list[Tensor]:
+def _effect(logits: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
     """Promoted and suppressed ids and the sharpness of effects [features, vocabulary]."""
     best, worst = logits.topk(top).indices, (-logits).topk(top).indices
     square = (logits - logits.mean(-1, keepdim=True)).square_()
     variance = square.mean(-1).clamp(min=torch.finfo(square.dtype).tiny ** 0.5)
-    return [best, worst, square.square_().mean(-1) / variance.square() - 3]
-
-
-def _liked(products: Tensor, top: int) -> list[Tensor]:
-    return [products.topk(top).indices]
+    return best, worst, square.square_().mean(-1) / variance.square() - 3
 
 
 def section(lens: Lens, words: list[str], features: list[int] | None = None) -> Section:
@@ -243,8 +233,7 @@ def section(lens: Lens, words: list[str], features: list[int] | None = None) -> 
 def _sharpest(lens: Lens) -> list[int]:
     if lens.effect is None:
         return [] if lens.read is None else list(range(min(SHARPEST, len(lens.read))))
-    sharpness = lens.effect.sharpness
-    return sharpness.topk(min(SHARPEST, len(sharpness))).indices.tolist()
+    return lens.effect.sharpness.argsort(descending=True)[:SHARPEST].tolist()
 
 
 def _lead(lens: Lens) -> str:

@@ -53,10 +53,4 @@ class OverviewTask(FeaturesTask):
             "probe": probes and probes.scalars(),
         }
         sections = [section._replace(part=part) for part, mine in parts.items() for section in mine]
-        self.publish(
-            subject,
-            scalars,
-            sections,
-            [found.features, found.neurons],
-            feature=next(iter(best_read(found.features, 1)), None),
-        )
+        self.publish(subject, scalars, sections, [found.features, found.neurons], found.best)

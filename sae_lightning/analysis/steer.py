@@ -92,7 +92,7 @@ class Continuation(NamedTuple):
     text: str
     """Prompt and continuation."""
     tokens: list[str]
-    """The same token by token, each as it reads."""
+    """The same token by token."""
     activations: list[float]
     """The feature's own activation on each token, when the LLM reads the text unsteered."""
     written: int
@@ -112,9 +112,7 @@ class Steered(NamedTuple):
     """Continuations of a prompt under several strengths of a feature."""
 
     feature: int
-    """Which."""
     mode: Mode
-    """What was done with the strengths."""
     whole: float
     """The strength at which what is added is as long as the activation on the prompt's median
     token."""
@@ -201,7 +199,6 @@ def _read(
 
 
 def section(result: Steered) -> Section:
-    """The texts, coloured by the feature's own activation, and what became of them."""
     rows, texts = [], []
     for continuation in (result.plain, *result.steered):
         name, share = "unsteered", ""

@@ -1,11 +1,12 @@
 """What all features, and all neurons, respond to: the catalogues that one pass over text makes."""
 
 from collections.abc import Iterable
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 
-from sae_lightning.analysis.collect import Batch, Reducer, collect, excerpt
+from sae_lightning.analysis.collect import Reducer, collect, excerpt
 from sae_lightning.analysis.subject import Subject
 from sae_lightning.analysis.survey import strengths
 from sae_lightning.analysis.survey.examples import Counting, Gathering
@@ -27,11 +28,15 @@ class Survey(NamedTuple):
     """What one pass over text says about an SAE and about the site that it reads."""
 
     features: Catalogue
-    """Of the SAE."""
     neurons: Catalogue
     """The site's own dimensions, made positive."""
     sample: Sample
     """A part of the text, with all that fires in it."""
+
+    @property
+    def best(self) -> int | None:
+        """The feature that a set of several words predicts best."""
+        return next(iter(best_read(self.features, 1)), None)
 
     def scalars(self) -> dict[str, Any]:
         """The numbers of all features together."""
@@ -65,52 +70,32 @@ def survey(
     `examples`: how many of the strongest are kept of each unit, and half as many random ones;
     `reducers` read along.
     """
-    reader = _Reader(subject, examples, neurons, seed)
-    text, total = excerpt(source, tokens, batch)
-    collect(subject, text, [reader, *reducers], total=total)
-    return reader.result()
-
-
-class _Reader:
-    """The reducers of a survey."""
-
-    def __init__(self, subject: Subject, examples: int, positive: Positive, seed: int):
-        self.subject = subject
-        few = max(1, examples // 2)
-        neurons = strengths.Neurons(positive)
-        width = len(subject.sae.W_enc)
-        self.kinds = {
-            kind: (
-                Counting(units, values),
-                Gathering(units, examples, values),
-                Gathering(units, few, values, seed),
-            )
-            for kind, units, values in (
-                ("feature", subject.features, strengths.features),
-                ("neuron", width, neurons),
-            )
-        }
-        self.sampling = Sampling(subject.features, seed)
-
-    def add(self, batch: Batch) -> None:
-        for reducers in self.kinds.values():
-            for reducer in reducers:
-                reducer.add(batch)
-        self.sampling.add(batch)
-
-    def result(self) -> Survey:
-        words, sample = vocabulary(self.subject.llm), self.sampling.result()
-        features, neurons = (
-            Catalogue(kind, words, *(reducer.result() for reducer in reducers))
-            for kind, reducers in self.kinds.items()
+    kinds = {
+        kind: [
+            Counting(units, values),
+            Gathering(units, examples, values),
+            Gathering(units, max(1, examples // 2), values, seed),
+        ]
+        for kind, units, values in (
+            ("feature", subject.features, strengths.features),
+            ("neuron", len(subject.sae.W_enc), strengths.Neurons(neurons)),
         )
-        with phase("comparing features"):
-            features = features._replace(
-                reading=reading(sample, len(words)),
-                neighbours=neighbours(self.subject.sae.W_dec),
-                partners=partners(sample),
-            )
-        return Survey(features, neurons, sample)
+    }
+    sampling = Sampling(subject.features, seed)
+    text, total = excerpt(source, tokens, batch)
+    collect(subject, text, [*chain(*kinds.values()), sampling, *reducers], total=total)
+    words, sample = vocabulary(subject.llm), sampling.result()
+    features, of_site = (
+        Catalogue(kind, words, *(reducer.result() for reducer in mine))
+        for kind, mine in kinds.items()
+    )
+    with phase("comparing features"):
+        features = features._replace(
+            reading=reading(sample, len(words)),
+            neighbours=neighbours(subject.sae.W_dec),
+            partners=partners(sample),
+        )
+    return Survey(features, of_site, sample)
 
 
 def section(survey: Survey) -> Section:

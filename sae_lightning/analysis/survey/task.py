@@ -36,13 +36,8 @@ class FeaturesTask(Task):
         summary = section(found)
         say(summary)
         say_units(found.features, best_read(found.features, SHOWN))
-        self.publish(
-            subject,
-            found.scalars(),
-            [summary],
-            [found.features, found.neurons],
-            feature=next(iter(best_read(found.features, 1)), None),
-        )
+        units = [found.features, found.neurons]
+        self.publish(subject, found.scalars(), [summary], units, found.best)
 
     def surveyed(self, subject: Subject, *reducers: Reducer) -> Survey:
         """The survey with the features' effects, written as parquet files too."""
