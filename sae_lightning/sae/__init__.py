@@ -28,14 +28,12 @@ __all__ = [
 
 
 class Architecture(NamedTuple):
-    """A row of the table."""
+    """A row of the table: the schema of the `model` group, the class that it configures, and the
+    schema of the `loss` group, which is the objective."""
 
     config: type[SAEConfig]
-    """Schema of the `model` group."""
     network: type[SAE]
-    """The class it configures."""
     loss: type[Loss]
-    """Schema of the `loss` group: the objective."""
 
 
 ARCHITECTURES = {
@@ -59,7 +57,7 @@ def build(config: SAEConfig, d_in: int, d_out: int, generator: Generator | None 
 
 
 def size(config: SAEConfig, d_in: int, d_out: int) -> int:
-    """Numbers that the SAE which `config` describes learns."""
-    vectors = len(ARCHITECTURES[config.name].network.per_feature) - 2  # but W_enc and W_dec
+    """Number of trainable parameters."""
+    vectors = len(ARCHITECTURES[config.name].network.per_feature) - 2  # without W_enc and W_dec
     learned = config.features * (d_in + d_out + vectors) + d_out
     return learned + d_in * d_out if config.skip else learned

@@ -29,7 +29,7 @@ class SAEConfig:
     features: int = 10_000
     """Dictionary size (number of features); may be smaller than the site's width."""
     decoder_norm: float = 0.1
-    """Norm of a decoder row at the start (Anthropic, April 2024 update: 0.05 to 1, here 0.1)."""
+    """Norm of a decoder row at the start (Anthropic, April 2024 update: 0.05 to 1)."""
     fixed_norm: bool = False
     """Keep every decoder row at that norm; false lets it grow and shrink."""
     skip: bool = False
@@ -166,21 +166,21 @@ class SAE(nn.Module):
                 return pre, DenseMatrix(self.activate_batch(pre.values))
             with torch.no_grad():
                 pattern, values = self.find(x)
-            values = sparse.encode(x, self.W_enc, self.b_enc, pattern, values)
+            values = sparse.Encode.apply(x, self.W_enc, self.b_enc, pattern, values)
             pre = SparseMatrix(values, pattern)
             return pre, pre.replace(self.strengths(pre))
 
     def find(self, x: Tensor) -> tuple[Pattern, Tensor]:
         """Which pre-activations of a batch [batch, d_in] matter to features or gradients, and their
         values [n entries]."""
-        return sparse.find(x, self.W_enc, self.b_enc, self.choose)
-
-    def choose(self, pre: Tensor) -> Tensor:
-        """The places of those among pre-activations [rows, features], ascending."""
-        return sparse.positive(pre)
+        return sparse.find(x, self.W_enc, self.b_enc, sparse.positive)
 
     def bound(self) -> Tensor | float:
         """What the pre-activations that `find` takes exceed, for all or each of the [features]."""
+        return 0.0
+
+    def threshold_of(self, features: Tensor) -> Tensor | float:
+        """What the pre-activations of features [n] have to exceed."""
         return 0.0
 
     def density(self, this: Forward) -> float:

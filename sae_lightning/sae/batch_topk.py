@@ -54,7 +54,7 @@ class BatchTopK(SAE):
         wanted = len(x) * self.config.k
         for share in BOUNDS:
             bound = share * self.threshold
-            pattern, above = sparse.find(x, self.W_enc, self.b_enc - bound, self.choose)
+            pattern, above = sparse.find(x, self.W_enc, self.b_enc - bound, sparse.positive)
             if len(pattern) >= wanted:
                 break
         pre = above + bound[pattern.columns]
@@ -69,7 +69,7 @@ class BatchTopK(SAE):
         return BOUNDS[0] * self.threshold
 
     def _remember(self, smallest: Tensor) -> None:
-        """Move the threshold to the running mean that includes this batch's smallest strength."""
+        """Update the threshold's running mean with this batch's smallest strength."""
         self.threshold_weight.mul_(MEMORY).add_(1 - MEMORY)
         share = (1 - MEMORY) / self.threshold_weight
         self.threshold.lerp_(smallest.float().expand_as(self.threshold), share)

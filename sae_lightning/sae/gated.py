@@ -8,7 +8,7 @@ from torch import Generator, Tensor, nn
 from sae_lightning.sae.base import SAE, Forward, SAEConfig
 from sae_lightning.sae.losses import l1, mse
 from sae_lightning.sae.matrix import Matrix
-from sae_lightning.sae.objective import Moment, PenaltyLoss, decoder_norms
+from sae_lightning.sae.objective import Moment, PenaltyLoss, RowNorms
 
 
 @dataclass(slots=True, kw_only=True)
@@ -76,7 +76,7 @@ class GatedLoss(PenaltyLoss):
 
     def penalty(self, sae: Gated, this: Forward, moment: Moment) -> Tensor:
         """How far the gates are open, in units of decoder norm."""
-        return this.gate.penalty(l1, decoder_norms(sae.W_dec.detach()))
+        return this.gate.penalty(l1, RowNorms.apply(sae.W_dec.detach()))
 
     def terms(self, sae: Gated, this: Forward, target: Tensor, moment: Moment) -> dict[str, Tensor]:
         """The usual ones, and what teaches the gate, through which no gradient of the mse flows."""

@@ -13,7 +13,7 @@ from sae_lightning.sae import sparse
 from sae_lightning.sae.base import SAE, Forward, SAEConfig
 from sae_lightning.sae.losses import tanh_l0
 from sae_lightning.sae.matrix import Matrix
-from sae_lightning.sae.objective import Moment, PenaltyLoss, decoder_norms
+from sae_lightning.sae.objective import Moment, PenaltyLoss, RowNorms
 from sae_lightning.sae.sparse import Pattern
 
 
@@ -53,8 +53,7 @@ class _Jump(torch.autograd.Function):
 
 
 class _Step(torch.autograd.Function):
-    """1[z > threshold]; the threshold's gradient is -1 / width x 1[|z - threshold| < width / 2].
-    Thresholds broadcast with z."""
+    """1[z > threshold]; the threshold's gradient is -1 / width x 1[|z - threshold| < width / 2]."""
 
     @staticmethod
     def forward(ctx, z: Tensor, threshold: Tensor, width: float) -> Tensor:
@@ -100,18 +99,18 @@ class JumpReLU(SAE):
     def find(self, x: Tensor) -> tuple[Pattern, Tensor]:
         """The pre-activations above their threshold or in the window around it."""
         threshold = self.threshold.detach()
-        # as distances from the threshold, which are rounded least where it matters most
-        pattern, above = sparse.find(x, self.W_enc, self.b_enc - threshold, self.choose)
+        # As distances from the threshold, which are rounded least where it matters most; half a
+        # window is 0.5, and the rest for that rounding.
+        choose = partial(sparse.above, bound=-0.51 * self.config.bandwidth)
+        pattern, above = sparse.find(x, self.W_enc, self.b_enc - threshold, choose)
         pattern.loose = True
         return pattern, above + threshold[pattern.columns]
 
-    def choose(self, above: Tensor) -> Tensor:
-        """Those places, given distances from thresholds [rows, features]; a little more than the
-        window, since distances are rounded."""
-        return sparse.above(above, -0.51 * self.config.bandwidth)
-
     def bound(self) -> Tensor:
         return self.threshold - self.config.bandwidth / 2
+
+    def threshold_of(self, features: Tensor) -> Tensor:
+        return self.threshold.detach()[features]
 
     def active(self, pre: Matrix) -> Tensor:
         """Mean number of active features per token, with a gradient for thresholds."""
@@ -173,7 +172,4 @@ class JumpReLULoss(PenaltyLoss):
         if self.penalty_kind is Penalty.step:
             return sae.active(this.pre)
         smooth = partial(tanh_l0, scale=self.tanh_scale or 4.0)
-        return this.features.penalty(smooth, decoder_norms(sae.W_dec))
-
-    def threshold(self, sae: JumpReLU) -> Tensor:
-        return sae.threshold.detach()
+        return this.features.penalty(smooth, RowNorms.apply(sae.W_dec))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sae_lightning.sae.sparse import Pattern, broadcast, decode
+from sae_lightning.sae.sparse import Broadcast, Decode, Pattern
 
 SAMPLE = 128  # tokens by which the density of a batch is estimated
 
@@ -77,16 +77,16 @@ class SparseMatrix:
         return SparseMatrix(values, self.pattern)
 
     def of(self, vector: Tensor) -> Tensor:
-        return broadcast(vector, self.pattern)
+        return Broadcast.apply(vector, self.pattern)
 
     def columns(self, features: Tensor) -> None:
         return None
 
     def __matmul__(self, W_dec: Tensor) -> Tensor:
-        return decode(self.values, W_dec, self.pattern)
+        return Decode.apply(self.values, W_dec, self.pattern)
 
     def matmul_by_group(self, sizes: list[int], W_dec: Tensor) -> Iterable[Tensor]:
-        lines = decode(self.values, W_dec, self.pattern.split(sizes))
+        lines = Decode.apply(self.values, W_dec, self.pattern.split(sizes))
         return lines.unflatten(0, (-1, len(sizes))).unbind(dim=1)
 
     def penalty(self, function: Callable[[Tensor, Tensor], Tensor], norms: Tensor) -> Tensor:

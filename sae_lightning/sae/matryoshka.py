@@ -19,8 +19,8 @@ class MatryoshkaConfig(TopKConfig):
     """A BatchTopK whose first features are dictionaries of their own."""
 
     groups: list[float] = field(default_factory=lambda: [1 / 32, 1 / 16, 1 / 8, 1 / 4])
-    """Shares of the features by which the nested dictionaries grow; what they leave of 1 is the
-    last step, which ends in the whole dictionary."""
+    """Shares of the features by which the nested dictionaries grow; the rest of 1 is the last step,
+    to the whole dictionary."""
 
     def __post_init__(self):
         TopKConfig.__post_init__(self)

@@ -19,7 +19,7 @@ class Moment(NamedTuple):
     dead: Tensor
     """[features] bool: silent for `callbacks.dead_after` tokens"""
     progress: Tensor
-    """Share of the run that is done, from 0 to 1."""
+    """Share of the run that is done"""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -38,8 +38,8 @@ class Loss:
         return {}
 
 
-class _Norms(torch.autograd.Function):
-    """`rows.norm(dim=1)` whose gradient takes one pass over the rows."""
+class RowNorms(torch.autograd.Function):
+    """[n]: norms of rows [n, d], with a gradient that takes one pass over them."""
 
     @staticmethod
     def forward(ctx, rows: Tensor):
@@ -51,11 +51,6 @@ class _Norms(torch.autograd.Function):
     def backward(ctx, gradient: Tensor):
         rows, norms = ctx.saved_tensors
         return (gradient / norms.clamp_min(torch.finfo(norms.dtype).tiny))[:, None] * rows
-
-
-def decoder_norms(W_dec: Tensor) -> Tensor:
-    """[features]: the norms of decoder rows [features, d_out]."""
-    return _Norms.apply(W_dec)
 
 
 def _not_negative(name: str, value: float, example: str) -> None:
@@ -101,22 +96,17 @@ class PenaltyLoss(Loss):
             )
 
     def penalty(self, sae: SAE, this: Forward, moment: Moment) -> Tensor:
-        """What makes features sparse."""
+        """The term named by `sparsity`."""
         raise NotImplementedError
-
-    def threshold(self, sae: SAE) -> Tensor | float:
-        """What pre-activations [.., features] have to exceed."""
-        return 0.0
 
     def terms(self, sae: SAE, this: Forward, target: Tensor, moment: Moment) -> dict[str, Tensor]:
         """The mse, the penalty and, where it is on, the pre-activation loss."""
         terms = Loss.terms(self, sae, this, target, moment)
         terms[self.sparsity] = self.penalty(sae, this, moment)
         if self.preact:
-            dead, threshold = moment.dead.nonzero().squeeze(1), self.threshold(sae)
-            threshold = threshold[dead] if isinstance(threshold, Tensor) else threshold
+            dead = moment.dead.nonzero().squeeze(1)
             pre, norms = sae.pre_activations_of(dead, this), sae.W_dec[dead].norm(dim=1)
-            terms["preact"] = preact(pre, threshold, norms)
+            terms["preact"] = preact(pre, sae.threshold_of(dead), norms)
         return terms
 
     def coefficients(self) -> dict[str, float]:
@@ -127,8 +117,7 @@ class PenaltyLoss(Loss):
 @dataclass(slots=True, kw_only=True)
 class AuxKLoss(Loss):
     """loss = mse + auxk x (residual that dead features leave): for architectures whose features
-    compete for k places, so that a dead one has pre-activations that were merely not large enough.
-    """
+    compete for k places, so that dead ones have positive pre-activations."""
 
     auxk: float = 1 / 32
     """Coefficient of AuxK, in which dead features learn to reconstruct what the others leave; 0 is

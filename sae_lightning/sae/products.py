@@ -1,7 +1,7 @@
-"""The two products with a sparse matrix that training an SAE is made of, and where they pay.
+"""The two products with a sparse matrix of which sparse training is made, and where they pay.
 
-A sparse matrix [rows, n] is its entries in the order of its rows: those of row r are the entries
-from offsets[r] to offsets[r + 1], and entry i stands in column indices[i].
+A sparse matrix [rows, n] is in CSR format: row r has the entries offsets[r] to offsets[r + 1], and
+entry i is in column indices[i]. Shapes: offsets [rows + 1], indices and weights [n entries].
 """
 
 import importlib.util
@@ -12,16 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-MANY = 0.02  # share of entries above which it pays on a CPU to pick dots from a dense product
-PART = 256  # rows of that product that are there at a time
+MANY = 0.02  # density above which a CPU is faster with dots picked from a dense product
+PART = 256  # rows of that product that are in memory at a time
 
 
 def worth_it(device: str, dtype: torch.dtype) -> float:
     """The density below which these products beat dense ones in `dtype` on a kind of device; 0
-    where they are not to be had.
-
-    Measured on CPUs (`benchmarks/sparse.py`); on CUDA a guess.
-    """
+    where there are none. Measured on CPUs (`benchmarks/sparse.py`); on CUDA a guess."""
     if not available(device):
         return 0.0
     if device == "cpu":
@@ -31,16 +28,13 @@ def worth_it(device: str, dtype: torch.dtype) -> float:
 
 @cache  # asked at every update
 def available(device: str) -> bool:
-    """Whether a kind of device has these products; CUDA needs Triton, which comes with torch on
-    Linux."""
+    """Whether a kind of device has these products; CUDA needs Triton, which torch has on Linux."""
     return device == "cpu" or (device == "cuda" and bool(importlib.util.find_spec("triton")))
 
 
 def weighted_sums(offsets: Tensor, indices: Tensor, weights: Tensor, table: Tensor) -> Tensor:
-    """[rows, d]: row r is the sum over its entries i of weights[i] table[indices[i]].
-
-    offsets [rows + 1], indices [n entries], weights [n entries], table [n, d].
-    """
+    """[rows, d]: row r is the sum over its entries i of weights[i] table[indices[i]], for a table
+    [n, d]."""
     if table.is_cuda:
         from sae_lightning.sae import triton_products
 
@@ -76,7 +70,7 @@ def dots(offsets: Tensor, indices: Tensor, left: Tensor, right: Tensor) -> Tenso
 
 
 def _dots_of_all(offsets: Tensor, indices: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """`dots`, picked from the dense product, part by part."""
+    """`dots`, picked from the dense product."""
     picked, starts = [], offsets[:-1:PART].tolist()
     ends = [*starts[1:], len(indices)]
     rows = torch.repeat_interleave(torch.arange(len(left)), offsets.diff())

@@ -8,7 +8,7 @@ from torch import Tensor
 from sae_lightning.errors import UserError
 from sae_lightning.sae.base import SAE, Forward
 from sae_lightning.sae.losses import l1, lp
-from sae_lightning.sae.objective import Loss, Moment, PenaltyLoss, decoder_norms
+from sae_lightning.sae.objective import Loss, Moment, PenaltyLoss, RowNorms
 
 
 class ReLU(SAE):
@@ -49,7 +49,7 @@ class ReLULoss(PenaltyLoss):
 
     def penalty(self, sae: SAE, this: Forward, moment: Moment) -> Tensor:
         """The sum of feature strengths in units of decoder norm, or of their p-th powers."""
-        norms = decoder_norms(sae.W_dec)
+        norms = RowNorms.apply(sae.W_dec)
         if self.p == 1:
             return this.features.penalty(l1, norms)
         done = (float(moment.progress) - self.warmup) / max(1 - self.warmup, 1e-9)

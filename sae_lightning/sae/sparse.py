@@ -132,24 +132,9 @@ def above(x: Tensor, bound: Tensor | float) -> Tensor:
     return (x <= bound).logical_not_().view(-1).nonzero().squeeze(1)
 
 
-def broadcast(vector: Tensor, pattern: Pattern) -> Tensor:
-    """[n entries]: for each entry the value of its feature in a vector [features]."""
-    return _Broadcast.apply(vector, pattern)
-
-
-def encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, pattern: Pattern, pre: Tensor) -> Tensor:
-    """[n entries]: x W_enc + b_enc at `pattern`, known to be `pre` [n entries], with gradients for
-    W_enc and b_enc."""
-    return _Encode.apply(x, W_enc, b_enc, pattern, pre)
-
-
-def decode(values: Tensor, W_dec: Tensor, pattern: Pattern) -> Tensor:
-    """[batch, d_out]: values [n entries] at `pattern` times W_dec [features, d_out]."""
-    return _Decode.apply(values, W_dec, pattern)
-
-
-class _Broadcast(torch.autograd.Function):
-    """Unlike indexing with brackets it sums up gradients in the same order each time."""
+class Broadcast(torch.autograd.Function):
+    """[n entries]: for each entry the value of its feature in a vector [features]. Unlike indexing
+    with brackets it sums up gradients in the same order each time."""
 
     @staticmethod
     def forward(ctx, vector: Tensor, pattern: Pattern):
@@ -161,7 +146,9 @@ class _Broadcast(torch.autograd.Function):
         return ctx.pattern.column_sums(gradient), None
 
 
-class _Encode(torch.autograd.Function):
+class Encode(torch.autograd.Function):
+    """[n entries]: x W_enc + b_enc at a pattern, known to be `pre`; no gradient for x."""
+
     @staticmethod
     def forward(ctx, x: Tensor, W_enc: Tensor, b_enc: Tensor, pattern: Pattern, pre: Tensor):
         ctx.save_for_backward(x.to(working_type(x)))
@@ -175,7 +162,9 @@ class _Encode(torch.autograd.Function):
         return None, to_columns.T, pattern.column_sums(gradient), None, None
 
 
-class _Decode(torch.autograd.Function):
+class Decode(torch.autograd.Function):
+    """[batch, d_out]: values [n entries] at a pattern times W_dec [features, d_out]."""
+
     @staticmethod
     def forward(ctx, values: Tensor, W_dec: Tensor, pattern: Pattern):
         live, weights = pattern.without_zeros(values)

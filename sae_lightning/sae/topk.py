@@ -9,6 +9,7 @@ from torch import Tensor
 from sae_lightning.errors import UserError
 from sae_lightning.sae import sparse
 from sae_lightning.sae.base import SAE, Forward, SAEConfig
+from sae_lightning.sae.sparse import Pattern
 
 
 @dataclass(slots=True, kw_only=True)
@@ -45,8 +46,11 @@ class TopK(SAE):
         values, places = pre.relu().topk(self.config.k, dim=-1, sorted=False)
         return torch.zeros_like(pre).scatter(-1, places, values)
 
-    def choose(self, pre: Tensor) -> Tensor:
-        """The places of each token's k largest pre-activations, if they are positive."""
+    def find(self, x: Tensor) -> tuple[Pattern, Tensor]:
+        """Each token's k largest pre-activations, if they are positive."""
+        return sparse.find(x, self.W_enc, self.b_enc, self._largest)
+
+    def _largest(self, pre: Tensor) -> Tensor:
         places = pre.topk(self.config.k, dim=1, sorted=False).indices.sort(dim=1).values
         starts = torch.arange(len(pre), device=pre.device)[:, None] * self.config.features
         places = (starts + places).view(-1)

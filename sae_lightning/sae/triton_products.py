@@ -1,16 +1,15 @@
-"""The two sparse products of training on CUDA, as Triton kernels that add up in float32.
+"""The two products of `products.py` on CUDA: Triton kernels that accumulate in float32.
 
-Shapes: row r owns the entries offsets[r] to offsets[r + 1] of `indices` [nnz]; d = width of a row
-of a table. Lengths of rows differ by orders of magnitude (a feature that fires on every token, one
-that never does), so a row is cut at every multiple of PIECE, and a program works on one piece:
+Lengths of rows differ by orders of magnitude (a feature that fires on every token, one that never
+does), so entries are cut at every multiple of PIECE, and a program works on one piece of a row:
 
     entry     0   1   2   3 | 4   5   6   7 | 8   9      cuts at 4 and 8, if PIECE were 4
     row       a   b   b   b   b   b   b   b   b   c
     head      a   b . . . .                       c      the first piece of every row
     tail                      b . . . . . .   b          what begins at a cut inside a row
 
-That makes rows + nnz // PIECE programs, a number that follows from shapes: nothing waits for the
-device. Sums are made in the same order each time: no atomics.
+That makes rows + nnz // PIECE programs, known from shapes without waiting for the device. There are
+no atomics, so that sums are the same each time. Shapes: nnz entries, d columns of a table.
 """
 
 import torch
@@ -18,18 +17,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# A piece of 256 entries keeps one program busy for some ten microseconds, and what its sum costs to
-# store and to add again is about 3 % of what it reads.
+# A program takes some ten microseconds for 256 entries; storing a tail and adding it to its row
+# costs about 3 % of what the program reads.
 PIECE = 256
-# A tile of 16 x 256 values is 32 a thread with 4 warps: 16 rows are on their way from memory at
-# once, and there are registers for enough programs on each multiprocessor. 256 divides 768 and 2304
-# and wastes a quarter of 576; of bf16 it is 512 bytes, four whole lines of the cache.
+# With 4 warps a tile of 16 x 256 values is 32 a thread: 16 rows are loaded at once, and registers
+# suffice for enough programs on each multiprocessor. 256 divides 768 and 2304 and wastes a quarter
+# of 576; of bf16 it is 512 bytes, four cache lines.
 ENTRIES = 16
 COLUMNS = 256
 
 
 def weighted_sums(offsets: Tensor, indices: Tensor, weights: Tensor, table: Tensor) -> Tensor:
-    """[rows, d]: the sum of weights [nnz] times rows `indices` of the table [n, d], row by row."""
+    """[rows, d]: row r is the sum over its entries i of weights[i] table[indices[i]]."""
     assert all(part.is_contiguous() for part in (offsets, indices, weights, table))
     rows, d = len(offsets) - 1, table.shape[1]
     owners = _owners(offsets, len(indices))
@@ -37,8 +36,8 @@ def weighted_sums(offsets: Tensor, indices: Tensor, weights: Tensor, table: Tens
     sums = table.new_empty(rows, d, dtype=torch.float32)
     tails = table.new_empty(cuts, d, dtype=torch.float32)
     columns = _columns(d)
-    # Programs are started along the first axis: all of them read one stripe of the table at a time,
-    # and a stripe of 256 columns of bf16 fits the L2 cache up to some 90,000 rows.
+    # Programs start along the first axis, so that all read the same stripe of the table at a time:
+    # 256 columns of bf16 fit the L2 cache up to some 90,000 rows.
     stripes = triton.cdiv(d, columns)
     tile = {"PIECE": PIECE, "ENTRIES": ENTRIES, "COLUMNS": columns}
     _sum_pieces[rows + cuts, stripes](
@@ -50,7 +49,7 @@ def weighted_sums(offsets: Tensor, indices: Tensor, weights: Tensor, table: Tens
 
 
 def dots(offsets: Tensor, indices: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """[nnz]: for each entry of row r, left [rows, d] at r times right [n, d] at its index."""
+    """[nnz]: entry i of row r is left[r] . right[indices[i]], for [rows, d] and [n, d]."""
     assert all(part.is_contiguous() for part in (offsets, indices, left, right))
     rows, d = left.shape
     owners = _owners(offsets, len(indices))
@@ -62,22 +61,21 @@ def dots(offsets: Tensor, indices: Tensor, left: Tensor, right: Tensor) -> Tenso
 
 
 def _columns(d: int) -> int:
-    """Columns of a tile: a power of two."""
+    """Columns of a tile."""
     return min(COLUMNS, triton.next_power_of_2(d))
 
 
 def _owners(offsets: Tensor, nnz: int) -> Tensor:
-    """[cuts]: the row that each cut is in: at PIECE, 2 PIECE and so on up to nnz."""
+    """[cuts]: the row of each cut, at PIECE, 2 PIECE and so on up to nnz."""
     cuts = torch.arange(1, nnz // PIECE + 1, device=offsets.device, dtype=offsets.dtype) * PIECE
-    # The first row that ends at or after it: between two rows that is not the one that begins
-    # there, and so the tail is empty.
+    # the first row that ends at or after the cut; of a cut between two rows the tail is empty
     return torch.searchsorted(offsets[1:], cuts)
 
 
 @triton.jit
 def _piece(offsets, owners, cuts, PIECE: tl.constexpr):
-    """This program's piece: its row, its first entry and the one after its last, and if it is a
-    tail. Tails are first, since the longest work should not be the last to start."""
+    """This program's piece: its row, its first entry, the one after its last, and whether it is a
+    tail. Tails come first, since they are the longest pieces."""
     program = tl.program_id(0).to(tl.int64)
     tail = program < cuts
     row = tl.where(tail, tl.load(owners + program, mask=tail, other=0), program - cuts)
@@ -86,13 +84,13 @@ def _piece(offsets, owners, cuts, PIECE: tl.constexpr):
     return row, begin, end, tail
 
 
-# `cuts` is another number in each step: no kernel of its own for multiples of 16.
+# `cuts` differs from step to step: multiples of 16 should not get a kernel of their own
 @triton.jit(do_not_specialize=["cuts"])
 def _sum_pieces(
     offsets, owners, indices, weights, table, sums, tails, d, cuts,
     PIECE: tl.constexpr, ENTRIES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Heads to `sums` [rows, d], tails to `tails` [cuts, d]."""
+    """Sums of heads to `sums` [rows, d], of tails to `tails` [cuts, d]."""
     row, begin, end, tail = _piece(offsets, owners, cuts, PIECE)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     within = column < d
@@ -116,7 +114,7 @@ def _add_tails(
     offsets, owners, tails, sums, d,
     PIECE: tl.constexpr, ENTRIES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Add to each row its tails: the program of its first cut does so for all of them."""
+    """Add its tails to each row, in the program of its first cut."""
     cut = tl.program_id(0)
     row = tl.load(owners + cut)
     begin = tl.load(offsets + row).to(tl.int64) // PIECE
@@ -139,7 +137,7 @@ def _dot_pieces(
     offsets, owners, indices, left, right, products, d, cuts,
     PIECE: tl.constexpr, ENTRIES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The products of one piece; its row of `left` is read from memory once."""
+    """The products of one piece."""
     row, begin, end, _ = _piece(offsets, owners, cuts, PIECE)
     for first in range(begin, end, ENTRIES):
         entry = first + tl.arange(0, ENTRIES)

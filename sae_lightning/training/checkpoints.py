@@ -107,8 +107,8 @@ def _part(checkpoint: dict[str, Any], number: int) -> dict[str, Any]:
     }
     (adam,) = checkpoint["optimizer_states"]
     groups = [group for group in adam["param_groups"] if group["head"] == number]
-    places = {old: new for new, old in enumerate(i for g in groups for i in g["params"])}
-    return checkpoint | {"state_dict": weights, "optimizer_states": [_moved(adam, places, 0)]}
+    adam = _renumbered(adam | {"param_groups": groups}, -groups[0]["params"][0], head=0)
+    return checkpoint | {"state_dict": weights, "optimizer_states": [adam]}
 
 
 def _joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
@@ -119,22 +119,20 @@ def _joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
     for number, part in enumerate(parts):
         for name, value in part["state_dict"].items():
             weights[re.sub(r"^heads\.0\.", f"heads.{number}.", name)] = value
-        (own,) = part["optimizer_states"]
-        old = [place for group in own["param_groups"] for place in group["params"]]
-        moved = _moved(own, {place: count + i for i, place in enumerate(old)}, number)
-        count += len(old)
-        adam["state"] |= moved["state"]
-        adam["param_groups"] += moved["param_groups"]
+        own = _renumbered(*part["optimizer_states"], count, number)
+        count += sum(len(group["params"]) for group in own["param_groups"])
+        adam["state"] |= own["state"]
+        adam["param_groups"] += own["param_groups"]
     return parts[0] | {"state_dict": weights, "optimizer_states": [adam]}
 
 
-def _moved(adam: dict[str, Any], places: dict[int, int], head: int) -> dict[str, Any]:
-    """Adam's state for the parameters in `places` {old: new}, in groups of head `head`."""
+def _renumbered(adam: dict[str, Any], shift: int, head: int) -> dict[str, Any]:
+    """Adam's state for the parameters of its groups, whose numbers are shifted, as head `head`."""
+    numbers = [n for group in adam["param_groups"] for n in group["params"]]
     return {
-        "state": {new: adam["state"][old] for old, new in places.items() if old in adam["state"]},
+        "state": {n + shift: adam["state"][n] for n in numbers if n in adam["state"]},
         "param_groups": [
-            group | {"head": head, "params": [places[old] for old in group["params"]]}
+            group | {"head": head, "params": [n + shift for n in group["params"]]}
             for group in adam["param_groups"]
-            if set(group["params"]) <= set(places)
         ],
     }
