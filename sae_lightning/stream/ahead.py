@@ -75,7 +75,6 @@ class Ahead:
         return self._waiting[0].before if self._waiting else self.source.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue after the rows that were handed out when the state was saved."""
         self._waiting.clear()
         self.source.load_state_dict(state)
         self.epoch = self.source.epoch

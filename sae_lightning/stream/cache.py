@@ -99,7 +99,7 @@ class CachedRows:
         self._leave()
         shard = self._at(self._place)
         if shard is not None and shard.open():
-            self._shard, self._stop, self._known = shard, shard.stop, shard.state
+            self._shard, self._stop, self._known = shard, shard.stop, shard.state()
             return
         if shard is not None:
             console.print(f"{shard.path} is damaged: the LLM makes it again")

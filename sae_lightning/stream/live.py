@@ -79,7 +79,6 @@ class LiveStream:
         return self.rows.epoch
 
     def close(self) -> None:
-        """No more batches are wanted, whether or not all were served."""
         self.rows.close()
 
     def _missing(self) -> int:

@@ -23,8 +23,6 @@ from torch import Tensor
 
 
 class Sequences(NamedTuple):
-    """What one call of `next` serves."""
-
     tokens: Tensor
     """[n, context] int64; column 0 is BOS."""
 
@@ -67,7 +65,6 @@ class Packing(NamedTuple):
         return (places > 0) & (places < stops[:, None])
 
     def sequences(self, windows: list[np.ndarray], ids: Tensor) -> Sequences:
-        """Windows, and ids [n] for them, as they are served."""
         return Sequences(self.pack(windows), self.text(windows), ids)
 
 
@@ -78,7 +75,6 @@ class TokenSource(Protocol):
     """Times the text has been begun, from 1."""
 
     packing: Packing
-    """How its sequences are made."""
 
     def next(self, n: int) -> Sequences: ...
     def fingerprint(self) -> str:

@@ -99,7 +99,7 @@ class LLMRows:
         return sequences
 
     def close(self) -> None:
-        """Nothing is held."""
+        pass
 
     def _check_not_empty(self, rows: int) -> None:
         self._empty = 0 if rows else self._empty + 1

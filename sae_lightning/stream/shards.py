@@ -52,7 +52,7 @@ class Shard:
         self.rows: list[int] = about["rows"]  # of each LLM batch
         self.epochs: list[int] = about["epochs"]  # after each LLM batch
         self.texts: list[int] = about["texts"]  # crc32 of the tokens of each LLM batch
-        self.state: dict[str, Any] = about["state"]  # of the source before the first LLM batch
+        self._state: dict[str, Any] = about["state"]
         self.stop = self.first + len(self.rows)
         self._starts = np.cumsum([0, *self.rows])
         self._tensors: dict[str, Tensor] = {}
@@ -65,14 +65,18 @@ class Shard:
             return False
         if _checksum(self._about, tensors) != self._crc32:
             return False
-        tokens = self.state["tokens"]
-        tokens |= {name: tensors[name].clone() for name in tokens.keys() & tensors.keys()}
         self._tensors = tensors
         return True
 
     def close(self) -> None:
         """Unmap the file."""
         self._tensors = {}
+
+    def state(self) -> dict[str, Any]:
+        """The source's state before the first LLM batch of an opened shard."""
+        tokens, there = self._state["tokens"], self._tensors
+        tensors = {name: there[name].clone() for name in tokens.keys() & there.keys()}
+        return self._state | {"tokens": tokens | tensors}
 
     def batch(self, llm_batch: int, sites: Iterable[Site]) -> Rows:
         """The rows of an LLM batch of an opened shard, read when used."""

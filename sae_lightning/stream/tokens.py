@@ -215,13 +215,10 @@ class HeldOutTokens:
 
 
 class Tokens(NamedTuple):
-    """The two parts of a text, tokenised."""
+    """The two parts of a text, tokenised; the held-out one when it is first asked for."""
 
     train: TokenSource
-    """Endless packed sequences for training."""
-
     held_out: HeldOutTokens
-    """Sequences for evaluation; tokenised when first asked for."""
 
 
 def open_tokens(text: Text, tokenizer: Any, *, context: int, seed: int) -> Tokens:
