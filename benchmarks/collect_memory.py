@@ -25,7 +25,7 @@ def measure(tokens: int, features: int, block: int) -> None:
     from sae_lightning.llm.sites import LayerConfig
     from sae_lightning.runs.config import Config
     from sae_lightning.sae import ARCHITECTURES, build
-    from sae_lightning.stream.text import PlaysConfig
+    from sae_lightning.stream.plays import PlaysConfig
 
     topk = ARCHITECTURES["topk"]
     config = Config(

@@ -44,7 +44,7 @@ from sae_lightning.files import write_json
 from sae_lightning.llm.load import device, has_bf16, shape
 from sae_lightning.llm.packaged import PACKAGED, cached
 from sae_lightning.runs.config import Config
-from sae_lightning.stream.documents import open_text
+from sae_lightning.stream import open_text
 from sae_lightning.stream.tokens import open_tokens
 from sae_lightning.terminal import console, phase
 

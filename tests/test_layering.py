@@ -39,7 +39,7 @@ ROOMS = {
     "omegaconf": {"train", "analyze", "hydra_plugins", "runs"},
     "lightning": {"training", f"{PACKAGE}.runs.run"},
     "transformers": {"llm"},
-    "scipy": {"scoring", "analysis"},
+    "scipy": {f"{PACKAGE}.stream.recovery", "analysis"},
     "sklearn": {"analysis"},
     "triton": {f"{PACKAGE}.sae.triton_products"},
 }

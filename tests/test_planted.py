@@ -19,7 +19,7 @@ from sae_lightning.llm.load import Dtype, LLMConfig
 from sae_lightning.llm.sites import LayerConfig
 from sae_lightning.report.catalogue import BEFORE
 from sae_lightning.report.parquet import write_table
-from sae_lightning.stream.text import LocalConfig
+from sae_lightning.stream.local import LocalConfig
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from sae_lightning.runs.config import Config
 from sae_lightning.runs.jobs import Job
 from sae_lightning.sae import SAEConfig
 from sae_lightning.sae.relu import ReLULoss
-from sae_lightning.stream.text import LocalConfig
+from sae_lightning.stream.local import LocalConfig
 from sae_lightning.training.settings import Accelerator, EvalConfig, TrainerConfig
 
 STEPS, BATCH = 40, 64

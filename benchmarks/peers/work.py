@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sae_lightning.llm.load import load
 from sae_lightning.runs.config import Config
-from sae_lightning.stream.documents import open_text
+from sae_lightning.stream import open_text
 from sae_lightning.stream.live import LiveStream
 from sae_lightning.stream.sources import open_rows
 from sae_lightning.stream.tokens import open_tokens

@@ -12,7 +12,6 @@ from sae_lightning.llm.load import LLM
 from sae_lightning.llm.sites import Sites, distinct
 from sae_lightning.report.figures import bars, histogram, layout
 from sae_lightning.report.section import Section
-from sae_lightning.runs.inputs import open_held_out
 from sae_lightning.sae import SAE
 from sae_lightning.scoring import scorecard
 from sae_lightning.scoring.metrics import density_histogram
@@ -72,7 +71,9 @@ def scored(
 ) -> Evaluation:
     """The scorecard on `tokens` held-out tokens, or on as many as the run's own evaluation;
     `opened`: LLM and text, where they are loaded already (it may need a part of the LLM only)."""
-    held_out = open_held_out(subject.config, distinct([subject.sites]), tokens, opened)
+    config, sites = subject.config, distinct([subject.sites])
+    wanted = tokens or config.eval.tokens, tokens or config.eval.loss_tokens
+    held_out = config.source.open_held_out(sites, *wanted, opened)
     return evaluate(subject.sae, held_out, subject.sites)
 
 
@@ -119,7 +120,7 @@ def _rows(scalars: dict[str, Any]) -> dict[str, str]:
 
 
 def _figures(result: Evaluation) -> dict[str, dict]:
-    quality, scores = result.card.quality, result.card.scores
+    quality, scalars = result.card.quality, result.card.scalars()
     fired = quality.density[quality.density > 0]
     silent = len(quality.density) - len(fired)
     caption = "How often features fire" + (f" ({silent:,} never do)" if silent else "")
@@ -127,12 +128,12 @@ def _figures(result: Evaluation) -> dict[str, dict]:
         caption: histogram(fired.log10(), "log10 of the share of tokens"),
         "How long decoder rows are": histogram(result.norms, "norm of the decoder row"),
     }
-    if scores is not None:
+    if "ce_clean" in scalars:
         values = {
-            "as it is": scores.ce_clean,
-            "with the SAE": scores.ce_spliced,
-            "mean-ablated": scores.ce_mean,
-            "zero-ablated": scores.ce_zero,
+            "as it is": scalars["ce_clean"],
+            "with the SAE": scalars["ce_spliced"],
+            "mean-ablated": scalars["ce_mean"],
+            "zero-ablated": scalars["ce_zero"],
         }
         trace = bars([*values], [round(value, 4) for value in values.values()])
         texts = {"text": [f"{value:.3f}" for value in values.values()], "textposition": "auto"}

@@ -12,8 +12,6 @@ from sae_lightning.analysis.survey.task import SHOWN, FeaturesTask
 from sae_lightning.analysis.theory import claims
 from sae_lightning.analysis.theory import sections as theory_sections
 from sae_lightning.report.printer import say, say_lead, say_units
-from sae_lightning.runs.inputs import is_text
-from sae_lightning.stream.text import PlaysConfig
 
 PROBED = 65_536  # tokens of labelled text
 
@@ -24,7 +22,7 @@ class OverviewTask(FeaturesTask):
 
     def answer(self, given: Collection[str]) -> None:
         subject = self.open(given)
-        if not is_text(subject.config):  # of concepts there is only a scorecard
+        if not subject.config.source.has_llm:  # of concepts there is only a scorecard
             card = evaluate.scored(subject)
             self.finish(subject, {"evaluate": card.scalars()}, [evaluate.section(card)])
             return
@@ -37,7 +35,7 @@ class OverviewTask(FeaturesTask):
         say(summary)
         say_units(found.features, best_read(found.features, SHOWN))
         probes = None
-        if isinstance(subject.config.data, PlaysConfig):  # whose labels are known
+        if "speaker" in subject.config.source.labels:
             probes = probed(subject, "speaker", PROBED)
         parts = {
             "Scorecard": [summary, scorecard],

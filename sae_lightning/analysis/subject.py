@@ -17,11 +17,11 @@ from sae_lightning.llm.load import LLM, LLMConfig, device, load
 from sae_lightning.llm.sites import LayerConfig, Sites
 from sae_lightning.report.sweep_page import source
 from sae_lightning.runs.config import Config
-from sae_lightning.runs.inputs import check_context, is_text, shape
 from sae_lightning.runs.jobs import CONFIG_FILE, is_sweep, read_job
 from sae_lightning.sae import SAE
-from sae_lightning.stream.documents import open_text
-from sae_lightning.stream.text import DataConfig, PlaysConfig
+from sae_lightning.stream import open_text
+from sae_lightning.stream.base import DataConfig
+from sae_lightning.stream.plays import PlaysConfig
 from sae_lightning.stream.tokens import Tokens, open_tokens
 from sae_lightning.terminal import shown
 
@@ -68,7 +68,7 @@ class Subject:
     def name(self) -> str:
         """What it is, for a heading."""
         llm = Path(self.config.llm.name).name
-        where = f"{llm}, {self.sites}" if is_text(self.config) else "synthetic concepts"
+        where = f"{llm}, {self.sites}" if self.config.source.has_llm else "synthetic concepts"
         plural = "s" * (self.features > 1)
         return f"{where}: {self.features:,} {self.sae.config.name} feature{plural}"
 
@@ -91,7 +91,7 @@ class Subject:
         return features
 
     def _needs_text(self) -> None:
-        if not is_text(self.config):
+        if not self.config.source.has_llm:
             raise UserError(
                 f"{self.folder} was trained on synthetic concepts, which no LLM reads: only "
                 "task=evaluate can be asked of it"
@@ -119,18 +119,16 @@ def open_subject(run: str, asked: dict[str, Any], given: Collection[str] = ()) -
     else:
         sae = load_sae(folder)
         config = config_of(sae, run, asked, given)
-    place = device(config.llm)  # one that is not there is told before any text is read
-    llm = shape(config)
+    llm = config.source.shape()
     sites = config.layer.within(llm.layers)
-    if is_text(config):
-        check_context(config, llm)
+    config.source.check(llm, resumed=True)
     for weight, width in (("reads", len(sae.W_enc)), ("writes", len(sae.b_dec))):
         if width != llm.width:
             raise UserError(
                 f"llm.name={config.llm.name}: its activations have {llm.width} dimensions, but "
                 f"the SAE in {folder} {weight} {width}; give the LLM that it was trained on"
             )
-    return Subject(folder, sae.to(place), sites, config)
+    return Subject(folder, sae.to(device(config.llm)), sites, config)
 
 
 def open_run(
@@ -159,7 +157,7 @@ def open_run(
 def _config_of_run(run: Path, asked: dict[str, Any], given: Collection[str]) -> Config:
     """A run's settings with those of `asked` that are `given` instead: whole groups or single."""
     config = read_job(run).config
-    if not is_text(config) and (others := sorted({"llm", "data", "layer"} & {*given})):
+    if not config.source.has_llm and (others := sorted({"llm", "data", "layer"} & {*given})):
         raise UserError(
             f"{others[0]}=... has no meaning for {run}, which was trained on synthetic concepts: "
             "leave it out"

@@ -10,15 +10,12 @@ import torch
 
 from sae_lightning.errors import UserError
 from sae_lightning.files import free_space
-from sae_lightning.llm.load import Attention, Dtype, device, dtype, has_bf16
+from sae_lightning.llm.load import has_bf16
 from sae_lightning.llm.packaged import Shape
 from sae_lightning.llm.sites import Sites, distinct
-from sae_lightning.runs.config import Config
-from sae_lightning.runs.inputs import check_context, is_text, shape
 from sae_lightning.runs.jobs import CONFIG_FILE, ELSEWHERE, Job
 from sae_lightning.sae import size
 from sae_lightning.sae.products import available
-from sae_lightning.stream.sources import cache_folder
 from sae_lightning.training.settings import (
     Accelerator,
     Precision,
@@ -28,33 +25,20 @@ from sae_lightning.training.settings import (
     stream_path,
 )
 
-SHORT = 256  # tokens of context
-
 
 def resolved(job: Job) -> Job:
     """`job` with dtype, attention and precision as they are on this machine: on another, `auto`
     could stand for something else, and a resumed run would silently become another one."""
-    llm, trainer = job.config.llm, job.config.trainer
-    number = dtype(llm)
-    attn = llm.attn
-    if attn is Attention.auto and _eager_is_faster(job.config, number):
-        attn = Attention.eager
+    trainer = job.config.trainer
     precision = trainer.precision
     if precision is Precision.auto:
         precision = Precision.bf16 if has_bf16(_trains_on(trainer)) else Precision.fp32
     config = replace(
         job.config,
-        llm=replace(llm, dtype=Dtype(str(number).removeprefix("torch.")), attn=attn),
+        llm=job.config.source.settled(),
         trainer=replace(trainer, precision=precision),
     )
     return replace(job, config=config)
-
-
-def _eager_is_faster(config: Config, number: torch.dtype) -> bool:
-    """Whether plain matrix products are the faster attention: by a tenth in bf16 on a CPU
-    (SmolLM2). It takes memory by the square of the context, so only for short ones."""
-    on_cpu = device(config.llm).type == "cpu"
-    return is_text(config) and on_cpu and number is torch.bfloat16 and config.data.context <= SHORT
 
 
 def _trains_on(trainer: TrainerConfig) -> str:
@@ -80,7 +64,6 @@ def check(jobs: list[Job]) -> list[Checked]:
     """Raise a UserError for the first thing wrong with jobs that share the stream half."""
     config = jobs[0].config
     assert len({job.config.stream_key() for job in jobs}) == 1, "jobs must share the stream half"
-    device(config.llm)
     if config.trainer.accelerator is Accelerator.gpu and not torch.accelerator.is_available():
         raise UserError("trainer.accelerator=gpu: no GPU found; use trainer=cpu or trainer=auto")
     if config.trainer.products is Products.sparse and not available(_trains_on(config.trainer)):
@@ -90,14 +73,15 @@ def check(jobs: list[Job]) -> list[Checked]:
         )
     for job in jobs:
         _check_folder(job)
-    if is_text(config):
-        _check_cache(jobs)
-    for job in jobs:
         _check_loss_tokens(job)
+    if any(job.config.data != config.data for job in jobs):
+        raise UserError(
+            "data.cache, data.cache_folder: jobs on one pass of the LLM share its cache; give all "
+            "of them the same"
+        )
     steps_done = [_steps_done(job) if job.resumed else 0 for job in jobs]
-    llm = shape(config)
-    if is_text(config):
-        check_context(config, llm)
+    llm = config.source.shape()
+    config.source.check(llm, jobs[0].resumed)
     sites = [job.config.layer.within(llm.layers) for job in jobs]
     # the shuffle pool is shared, and there twice while a checkpoint is being replaced
     pool = 2 * 4 * llm.width * config.data.pool * len(distinct(sites)) // len(jobs)
@@ -121,32 +105,10 @@ def _check_folder(job: Job) -> None:
 def _check_loss_tokens(job: Job) -> None:
     """That nobody asks for the loss of an LLM that is not there; presets of the trainer may."""
     asked = [o for o in job.overrides if o.lstrip("+").startswith("eval.loss_tokens=")]
-    if asked and not is_text(job.config):
+    if asked and not job.config.source.has_llm:
         raise UserError(
             f"{asked[0]} has no meaning with data=synthetic, whose activations come from no LLM: "
             "leave it out"
-        )
-
-
-def _check_cache(jobs: list[Job]) -> None:
-    """That a new run can write its cache, or find one: a colleague's may be there to be read."""
-    data = jobs[0].config.data
-    if len({(job.config.data.cache, job.config.data.cache_folder) for job in jobs}) > 1:
-        raise UserError(
-            "data.cache, data.cache_folder: jobs on one pass of the LLM share its cache; give all "
-            "of them the same"
-        )
-    if not data.cache or jobs[0].resumed:
-        return
-    folder = place = cache_folder(data.cache_folder)
-    while not os.path.exists(place):
-        place = place.parent
-    writable = os.path.isdir(place) and os.access(place, os.W_OK)
-    held = os.path.isdir(folder) and os.access(folder, os.R_OK) and os.listdir(folder)
-    if not writable and not held:
-        raise UserError(
-            f"data.cache_folder={folder} cannot be written to: choose another, or set "
-            "data.cache=false"
         )
 
 

@@ -16,18 +16,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from sae_lightning.errors import UserError
-from sae_lightning.llm.load import NO_LLM, Dtype, LLMConfig
+from sae_lightning.llm.load import LLMConfig
 from sae_lightning.llm.sites import LayerConfig
 from sae_lightning.runs.search import SweepConfig
 from sae_lightning.sae import ARCHITECTURES, Loss, SAEConfig
-from sae_lightning.stream.text import (
-    DataConfig,
-    HubConfig,
-    LocalConfig,
-    PlaysConfig,
-    SyntheticConfig,
-    TextConfig,
-)
+from sae_lightning.stream import SOURCES, make_source
+from sae_lightning.stream.base import DataConfig, Source
 from sae_lightning.training.settings import (
     CallbacksConfig,
     EvalConfig,
@@ -35,12 +29,6 @@ from sae_lightning.training.settings import (
     TrainerConfig,
 )
 
-SOURCES: dict[str, type[DataConfig]] = {
-    "plays": PlaysConfig,
-    "hub": HubConfig,
-    "local": LocalConfig,
-    "synthetic": SyntheticConfig,
-}
 STREAM_HALF = ("llm", "data", "trainer", "eval", "seed")
 # What a run can be continued with on another machine, or evaluated otherwise, without becoming
 # another run.
@@ -49,6 +37,7 @@ FREE_ON_RESUME = (
     "llm.attn",
     "trainer.accelerator",
     "data.cache",
+    "data.kind",  # follows from the other settings; not in checkpoints of 0.1.0
     "eval",
     "sweep",
     "resume",
@@ -123,30 +112,19 @@ class Config:
         for setting, seed in (("seed", self.seed), ("model.seed", self.model.seed)):
             if not 0 <= seed < 2**63:
                 raise UserError(f"{setting}={seed}: give 0 or a positive integer below 2**63")
-        self._check_data()
+        row = SOURCES.get(self.data.kind)
+        if row is None or type(self.data) is not row.settings:
+            raise UserError(
+                f"data.kind={self.data.kind}: these are not its settings; choose data=..., which "
+                "brings them"
+            )
+        self.sweep.check(*self.source.measured(self.eval.loss_tokens))
+        self.source.check_settings(self.layer)
 
-    def _check_data(self) -> None:
-        """Text needs an LLM to read it; concepts need none, and have one site."""
-        synthetic = isinstance(self.data, SyntheticConfig)
-        self.sweep.check(synthetic, self.eval.loss_tokens)
-        if not synthetic:
-            if self.llm.name == NO_LLM:
-                raise UserError(
-                    "llm=none: text takes an LLM to read it; choose one, or data=synthetic"
-                )
-            return
-        dtype = Dtype.auto if self.llm.dtype is Dtype.auto else Dtype.float32
-        for group, neutral in (
-            ("llm", LLMConfig(name=NO_LLM, dtype=dtype, device=self.llm.device)),
-            ("layer", LayerConfig(index=0)),
-        ):
-            given = plain(asdict(getattr(self, group)))
-            for name, value in plain(asdict(neutral)).items():
-                if given[name] != value:
-                    raise UserError(
-                        f"{group}.{name}={given[name]} has no meaning with data=synthetic, whose "
-                        "activations come from no LLM: leave it out"
-                    )
+    @property
+    def source(self) -> Source:
+        """What the stream half says that SAEs read."""
+        return make_source(self.llm, self.data, self.seed)
 
     def flat(self) -> dict[str, Any]:
         """Every setting by its dotted name, as plain values."""
@@ -162,9 +140,10 @@ class Config:
         With `data.max_norm` the site decides which tokens are dropped, so it belongs to the key.
         """
         half = {name: plain(asdict(self)[name]) for name in STREAM_HALF}
-        # where activations are read from changes none of them
-        half["data"] = {k: v for k, v in half["data"].items() if not k.startswith("cache")}
-        if isinstance(self.data, TextConfig) and self.data.max_norm is not None:
+        # where activations are read from changes none of them, and the kind follows from the rest
+        for name in ("cache", "cache_folder", "kind"):
+            half["data"].pop(name, None)
+        if self.data.per_site:
             half["layer"] = plain(asdict(self.layer))
         return hashlib.sha256(json.dumps(half, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -1,7 +1,5 @@
 """Jobs: what `run` is given, made from a composed config or read from run folders."""
 
-import glob
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
@@ -12,9 +10,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from sae_lightning.errors import UserError
 from sae_lightning.llm.packaged import PACKAGED
-from sae_lightning.runs.config import SOURCES, Config, plain, presets, typed
+from sae_lightning.runs.config import Config, plain, presets, typed
 from sae_lightning.sae import ARCHITECTURES
-from sae_lightning.stream.text import LocalConfig, TextConfig
+from sae_lightning.stream import SOURCES
+from sae_lightning.stream.base import absolute
 from sae_lightning.terminal import command, shown
 
 CONFIG_FILE = "config.yaml"
@@ -60,7 +59,7 @@ def register(tasks: Mapping[str, type] | None = None) -> None:
     for group, table in (
         ("model", {name: row.config for name, row in ARCHITECTURES.items()}),
         ("loss", {name: row.loss for name, row in ARCHITECTURES.items()}),
-        ("data", SOURCES),
+        ("data", {name: row.settings for name, row in SOURCES.items()}),
     ):
         for name, schema in table.items():
             store.store(group=f"schema/{group}", name=name, node=schema)
@@ -151,18 +150,9 @@ def _nothing_else(overrides: list[str]) -> None:
 def _with_absolute_paths(config: Config) -> Config:
     """So that the run can be resumed and analysed from another working folder."""
     if config.llm.name not in PACKAGED and Path(config.llm.name).expanduser().is_dir():
-        config.llm.name = _absolute(config.llm.name)
-    if isinstance(config.data, LocalConfig):
-        path = os.path.expanduser(config.data.path)
-        if os.path.exists(path) or any(glob.iglob(path, recursive=True)):
-            config.data.path = _absolute(path)
-    if isinstance(config.data, TextConfig) and config.data.cache_folder is not None:
-        config.data.cache_folder = _absolute(config.data.cache_folder)
+        config.llm.name = absolute(config.llm.name)
+    config.data = config.data.with_absolute_paths()
     return config
-
-
-def _absolute(path: str) -> str:
-    return os.path.abspath(os.path.expanduser(path))
 
 
 def read_job(folder: Path) -> Job:
@@ -171,11 +161,9 @@ def read_job(folder: Path) -> Job:
         saved = OmegaConf.load(folder / CONFIG_FILE)
         # unresolved: an override may be an interpolation of its own
         overrides = OmegaConf.to_container(saved.pop("overrides", OmegaConf.create([])))
-        if "site" in saved.get("layer", {}):  # its name before there were transcoders
-            saved.layer.source = saved.layer.pop("site")
         schema = OmegaConf.structured(Config)
         for group, node in (
-            ("data", SOURCES[_source_of(saved.data)]),
+            ("data", SOURCES[saved.data.get("kind") or _kind_of(saved.data)].settings),
             ("model", ARCHITECTURES[saved.model.name].config),
             ("loss", ARCHITECTURES[saved.model.name].loss),
         ):
@@ -210,10 +198,9 @@ def resolved_yaml(job: Job) -> str:
     )
 
 
-def _source_of(data: DictConfig) -> str:
-    """Which kind of source a saved `data` node is: the first that has its settings (an earlier
-    version may have saved fewer)."""
-    for name, schema in SOURCES.items():
-        if set(data) <= set(schema.__dataclass_fields__):
-            return name
-    raise UserError(f"data: {', '.join(data)} are not the settings of any source of text")
+def _kind_of(data: DictConfig) -> str:
+    """The kind of data, which 0.1.0 did not write down, by a setting that only it has."""
+    for kind, setting in {"synthetic": "concepts", "local": "path", "hub": "name"}.items():
+        if setting in data:
+            return kind
+    return "plays"

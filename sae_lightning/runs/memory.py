@@ -8,16 +8,11 @@ from typing import NamedTuple
 import psutil
 import torch
 
-from sae_lightning.llm.load import parameters
 from sae_lightning.llm.packaged import Shape
 from sae_lightning.llm.sites import Sites, distinct
-from sae_lightning.llm.splice import HEAD
 from sae_lightning.runs.config import Config
-from sae_lightning.runs.inputs import blocks
 from sae_lightning.sae import ARCHITECTURES, size
 from sae_lightning.scoring.scorecard import ROWS
-from sae_lightning.stream.synthetic import MOST
-from sae_lightning.stream.text import SyntheticConfig
 from sae_lightning.training.settings import Accelerator
 
 PROCESS = 800_000_000  # Python with torch, transformers and lightning
@@ -61,23 +56,17 @@ def estimate(configs: Sequence[Config], sites: Sequence[Sites], llm: Shape) -> M
     config = configs[0]
     weights = [size(c.model, llm.width, llm.width) for c in configs]
     number = torch.finfo(getattr(torch, config.llm.dtype.name)).bits // 8
-    if isinstance(config.data, SyntheticConfig):
-        batch, hidden = MOST, 0
-        more = (config.eval.tokens + 4 * MOST) * config.data.concepts  # their strengths
-    else:
-        batch = config.llm.batch * config.data.context
-        # logits, clean and with an SAE, and some of them in float32
-        more = 8 * HEAD * llm.vocabulary if config.eval.loss_tokens else 0
-        hidden = batch * llm.width * number if config.eval.loss_tokens else 0
-    # the pool is copied for a checkpoint
-    tokens = 2 * config.data.pool + batch + config.eval.tokens
     read = distinct(sites)
-    held = parameters(config.llm, blocks(config, read)) + tokens * llm.width * len(read) + more
+    known = config.source.memory(read, llm, config.eval.tokens, config.eval.loss_tokens)
+    # the pool is copied for a checkpoint
+    rows = 2 * config.data.pool + known.rows + config.eval.tokens
+    held = known.shared + rows * llm.width * len(read)
     # batches in training and evaluation, and the float64 in which an SAE is exported
-    rows = max(config.trainer.batch, int(EVALUATION * ROWS))
+    batch = max(config.trainer.batch, int(EVALUATION * ROWS))
     batches = [
-        rows * c.model.features * ARCHITECTURES[c.model.name].network.bytes_per_activation
+        batch * c.model.features * ARCHITECTURES[c.model.name].network.bytes_per_activation
         for c in configs
     ]
-    computing = max(batch + 16 * n for batch, n in zip(batches, weights, strict=True))
+    computing = max(size + 16 * n for size, n in zip(batches, weights, strict=True))
+    hidden = known.per_sae * number
     return Memory(PROCESS + held * number + computing, [18 * n + hidden for n in weights])

@@ -22,7 +22,6 @@ from sae_lightning.runs import checks, folders, memory
 from sae_lightning.runs.checks import Checked
 from sae_lightning.runs.cli import explain, say_error
 from sae_lightning.runs.heap import give_back_freed_memory
-from sae_lightning.runs.inputs import is_text
 from sae_lightning.runs.jobs import CONFIG_FILE, Job, read_job, resume_of
 from sae_lightning.runs.run import Pass, run
 from sae_lightning.terminal import console
@@ -153,7 +152,7 @@ def _split(group: list[Checked]) -> list[Pass]:
 def _announce(jobs: list[Job], passes: list[Pass]) -> None:
     free = memory.available(jobs[0].config)
     runs, times = _count(len(jobs), "job"), _count(len(passes), "pass")
-    of = " of the LLM" if is_text(jobs[0].config) else ""
+    of = " of the LLM" * jobs[0].config.source.has_llm
     console.print(f"{runs} on {times}{of} ({free / 1e9:.1f} GB of memory are free)")
     for number, this in enumerate(passes, 1):
         names = ", ".join(sorted({str(site) for site in this.sites}))

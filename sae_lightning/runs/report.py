@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 from sae_lightning.llm.sites import Sites
-from sae_lightning.runs.inputs import is_text
 from sae_lightning.runs.jobs import Job
 from sae_lightning.scoring import scorecard
 from sae_lightning.terminal import command, console, grid, shown
@@ -17,17 +16,14 @@ def announce(
     """Say what is about to be trained on which `inputs`, and where the results go."""
     trainer = jobs[0].config.trainer
     parameters = sum(p.numel() for head in heads for p in head.sae.parameters())
-    sites = {}
-    for head in heads:
-        pair = Sites(head.source, head.target)
-        names = " -> ".join(pair.hook_names.values())
-        sites[pair] = f"{pair} ({names}), d = {head.sae.W_enc.shape[0]}"
+    sites = [Sites(head.source, head.target) for head in heads]
+    width = len(heads[0].sae.W_enc)
     kinds = {
         f"{job.config.model.name}, {job.config.model.features:,} features": None for job in jobs
     }
     rows = {
         **inputs,
-        **({"site": "; ".join(sites.values())} if is_text(jobs[0].config) else {}),
+        **jobs[0].config.source.describe_sites(sites, width),
         "SAE": (f"{len(jobs)} of " if len(jobs) > 1 else "")
         + f"{'; '.join(kinds)}, {parameters / 1e6:.1f} M parameters, {trainer.precision.name}",
         "training": f"{trainer.steps * trainer.batch:,} tokens in {trainer.steps:,} updates of "
@@ -59,11 +55,9 @@ def speed_line(job: Job, speed: dict[str, float]) -> str:
     """How fast a run was and, where that is known, where its time went."""
     where = ""
     if "llm_share" in speed:
-        sources = f"LLM {speed['llm_share']:.0%}, text" if is_text(job.config) else "samples"
-        where = (
-            f" ({sources} and pool {speed['data_share']:.0%}, SAE {speed['sae_share']:.0%} of the "
-            "time)"
-        )
+        llm = f"LLM {speed['llm_share']:.0%}, " if speed["llm_share"] else ""
+        pool = f"{job.config.source.noun} and pool {speed['data_share']:.0%}"
+        where = f" ({llm}{pool}, SAE {speed['sae_share']:.0%} of the time)"
     return (
         f"{speed['tokens_per_second']:,.0f} tokens/s{where}, "
         f"{speed['tokens_per_second_in_all']:,.0f} with evaluation and checkpoints"

@@ -16,10 +16,10 @@ from sae_lightning.llm.sites import Sites, distinct
 from sae_lightning.runs.config import Config
 from sae_lightning.runs.folders import METRICS_FILE
 from sae_lightning.runs.heap import keep_freed_memory
-from sae_lightning.runs.inputs import Inputs, is_text, metadata, open_inputs
 from sae_lightning.runs.jobs import Job, resume_of
 from sae_lightning.runs.report import announce, conclude, say_how_to_continue, speed_line
 from sae_lightning.sae import build
+from sae_lightning.stream.base import Opened
 from sae_lightning.stream.live import LiveStream
 from sae_lightning.terminal import console
 from sae_lightning.training.callbacks import standard
@@ -29,7 +29,7 @@ from sae_lightning.training.callbacks.throughput import peak_memory_gb
 from sae_lightning.training.checkpoints import HeadCheckpoints
 from sae_lightning.training.datamodule import ActivationData
 from sae_lightning.training.head import Head
-from sae_lightning.training.logging import HEADLINE, HEADLINE_OF_CONCEPTS, HeadLog
+from sae_lightning.training.logging import HEADLINE, HeadLog
 from sae_lightning.training.module import SAEModule
 from sae_lightning.training.settings import checkpoint_path
 
@@ -76,10 +76,17 @@ def run(this: Pass) -> list[dict[str, float] | None]:
 
 def _run(this: Pass) -> list[dict[str, float] | None]:
     jobs, steps_done = this.jobs, this.steps_done
-    inputs = open_inputs(jobs[0].config, distinct(this.sites), jobs[0].resumed)
-    parts = assemble(this, inputs)
+    config = jobs[0].config
+    opened = config.source.open(
+        distinct(this.sites),
+        tokens=config.eval.tokens,
+        loss_tokens=config.eval.loss_tokens,
+        ahead=config.trainer.batch,
+        resumed=jobs[0].resumed,
+    )
+    parts = assemble(this, opened)
     module = parts.module
-    announce(jobs, module.heads, inputs.about, steps_done)
+    announce(jobs, module.heads, opened.about, steps_done)
     started = time.monotonic()
     try:
         parts.trainer.fit(
@@ -107,12 +114,12 @@ def _run(this: Pass) -> list[dict[str, float] | None]:
     return results
 
 
-def assemble(this: Pass, inputs: Inputs) -> Parts:
+def assemble(this: Pass, opened: Opened) -> Parts:
     """Build stream, heads and trainer from the jobs' configs."""
     jobs, config = this.jobs, this.jobs[0].config
     trainer = config.trainer
     stream = LiveStream(
-        inputs.rows,
+        opened.rows,
         batch=trainer.batch,
         total_batches=trainer.steps,
         pool=config.data.pool,
@@ -125,7 +132,7 @@ def assemble(this: Pass, inputs: Inputs) -> Parts:
     ]
     module = SAEModule(heads, batch=trainer.batch, steps=trainer.steps, resume=resume_of(jobs))
     return Parts(
-        data=ActivationData(stream, inputs.held_out),
+        data=ActivationData(stream, opened.held_out),
         module=module,
         trainer=L.Trainer(
             accelerator=trainer.accelerator.value,
@@ -163,7 +170,7 @@ def _head(job: Job, sites: Sites, width: int, log: HeadLog) -> Head:
     )
     head.log = log
     head.settings = config.identity()
-    head.metadata = metadata(config) | sites.hook_names | {"sae_lightning": config.flat()}
+    head.metadata = config.source.metadata() | sites.hook_names | {"sae_lightning": config.flat()}
     return head
 
 
@@ -205,7 +212,7 @@ def _log(job: Job, jobs: list[Job], resumed_at: int | None) -> HeadLog:
     columns: dict = {}
     for other in jobs:
         columns = shown(other.config) | columns
-    headline = HEADLINE if is_text(job.config) else HEADLINE_OF_CONCEPTS
-    if not job.config.eval.loss_tokens:
-        headline = tuple(tag for tag in headline if tag != "held_out/ce_recovered")
+    source = job.config.source
+    measured, _ = source.measured(job.config.eval.loss_tokens)
+    headline = [*HEADLINE, *(f"held_out/{name}" for name in {source.headline} & measured)]
     return HeadLog(job.folder, shown(job.config), columns, swept, resumed_at, headline)

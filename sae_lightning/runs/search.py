@@ -1,17 +1,15 @@
 """What a sweeper that searches is told about a finished run, and how large its passes may be."""
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from sae_lightning.errors import UserError
-from sae_lightning.llm.splice import Baseline, Scores
 from sae_lightning.scoring.metrics import Quality
-from sae_lightning.scoring.recovery import OF_THE_WORLD, Recovery
+from sae_lightning.stream import SOURCES
 
-# Held-out numbers that depend on the SAE: the LLM's own cross-entropies rank no runs.
-OF_THE_LLM = {*Scores._fields} - {*Baseline._fields}
-OF_CONCEPTS = {*Recovery._fields} - OF_THE_WORLD
-METRICS = sorted({*Quality._fields, *OF_THE_LLM, *OF_CONCEPTS} - {"density"})
+OF_QUALITY = {*Quality._fields} - {"density"}
+METRICS = sorted(OF_QUALITY.union(*(row.measures for row in SOURCES.values())))
 # Per factor e of active features too many (1 % too many cost 0.1). It has to outweigh what a metric
 # gains by them: kl, the steepest, falls by 0.2 nats from L0 20 to 50 (SmolLM2, block 9).
 EXCESS = 10.0
@@ -42,15 +40,13 @@ class SweepConfig:
         if self.max_heads is not None and self.max_heads < 1:
             raise UserError(f"sweep.max_heads={self.max_heads}: give 1 or more SAEs for a pass")
 
-    def check(self, synthetic: bool, loss_tokens: int) -> None:
-        """Raise a UserError if the objective is not measured on such data, or not at all."""
-        absent, where = (OF_THE_LLM, "on data=synthetic") if synthetic else (OF_CONCEPTS, "on text")
-        if not synthetic and not loss_tokens:
-            absent, where = OF_CONCEPTS | OF_THE_LLM, "with eval.loss_tokens=0"
-        if self.objective and self.objective.removeprefix("-") in absent:
-            there = ", ".join(name for name in METRICS if name not in absent)
+    def check(self, measures: Collection[str], where: str) -> None:
+        """UserError if the objective is neither of `Quality` nor among what is measured `where`."""
+        there = sorted(OF_QUALITY.union(measures))
+        if self.objective and self.objective.removeprefix("-") not in there:
             raise UserError(
-                f"sweep.objective={self.objective} is not measured {where}: choose from {there}"
+                f"sweep.objective={self.objective} is not measured {where}: choose from "
+                f"{', '.join(there)}"
             )
 
 

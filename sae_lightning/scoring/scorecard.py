@@ -1,7 +1,6 @@
 """What held-out data says about an SAE: the one scoring that training and analysis share."""
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,8 +10,8 @@ from sae_lightning.llm.sites import Site
 from sae_lightning.llm.splice import Scores
 from sae_lightning.sae import Output
 from sae_lightning.scoring.metrics import Fidelity, FidelitySums, Quality, QualitySums
-from sae_lightning.scoring.recovery import FOUND, Recovery, recovery
 from sae_lightning.stream.held_out import HeldOut
+from sae_lightning.stream.recovery import FOUND, Recovery
 from sae_lightning.stream.synthetic import HeldOutConcepts
 
 ROWS = 4096  # tokens reconstructed at a time: bounds the memory that features take
@@ -23,10 +22,9 @@ class Scorecard(NamedTuple):
 
     quality: Quality
     """Reconstruction and sparsity."""
-    scores: Scores | None = None
-    """What the LLM makes of the reconstruction; None where there is no LLM, or it was not asked."""
-    recovery: Recovery | None = None
-    """How much of the truth was found; None where it is not known."""
+    scores: Scores | Recovery | None = None
+    """What the LLM makes of the reconstruction (None where it was not asked) or, where they are
+    known, how many of the concepts were found."""
     fidelity: Fidelity | None = None
     """What kind of error is made, where it was asked for. Not among `scalars`, by which runs are
     compared: those hold its size, explained variance, in units that are the same for all."""
@@ -35,14 +33,12 @@ class Scorecard(NamedTuple):
         """The numbers by name."""
         quality = self.quality._asdict()
         del quality["density"]
-        for more in (self.scores, self.recovery):
-            quality |= more._asdict() if more else {}
-        return quality
+        return quality | (self.scores._asdict() if self.scores else {})
 
 
 @torch.no_grad()
 def score(
-    reconstructs: Sequence[Callable[[Tensor], Output]],
+    saes: Sequence[Callable[[Tensor], Output]],
     held_out: HeldOut | HeldOutConcepts,
     source: Site,
     target: Site,
@@ -58,72 +54,25 @@ def score(
     """
     x, y = held_out.activations(source), held_out.activations(target)
     with torch.autocast(x.device.type, enabled=False):
-        if isinstance(held_out, HeldOutConcepts):
-            pairs = zip(reconstructs, weights, strict=True)
-            return [
-                _on_concepts(reconstruct, mine(), x, held_out, fidelity)
-                for reconstruct, mine in pairs
-            ]
-        errors = [_errors(reconstruct, x, y, fidelity) for reconstruct in reconstructs]
-        functions = [partial(_reconstruction, reconstruct) for reconstruct in reconstructs]
-        scores = held_out.scores(source, target, functions)
+        errors = [_errors(sae, x, y, fidelity) for sae in saes]
+        scores = held_out.scores(source, target, saes, weights, ROWS)
     return [
-        Scorecard(quality, mine, fidelity=kind)
-        for (quality, kind), mine in zip(errors, scores, strict=True)
+        Scorecard(quality, mine, kind) for (quality, kind), mine in zip(errors, scores, strict=True)
     ]
 
 
-class _Errors:
-    """Sums about reconstructions of targets [n, d_out]."""
-
-    def __init__(self, y: Tensor, fidelity: bool):
-        self.quality = QualitySums()
-        self.fidelity = FidelitySums(y.cpu().double().mean(dim=0)) if fidelity else None
-
-    def add(self, target: Tensor, output: Output) -> None:
-        """Add some of the targets, and what an SAE makes of their inputs."""
-        self.quality.add(target, output.reconstruction, output.features)
-        if self.fidelity is not None:
-            self.fidelity.add(target, output.reconstruction)
-
-    def result(self) -> tuple[Quality, Fidelity | None]:
-        """Of all that was added."""
-        return self.quality.result(), self.fidelity and self.fidelity.result()
-
-
 def _errors(
-    reconstruct: Callable[[Tensor], Output], x: Tensor, y: Tensor, fidelity: bool
+    sae: Callable[[Tensor], Output], x: Tensor, y: Tensor, fidelity: bool
 ) -> tuple[Quality, Fidelity | None]:
     """On inputs [n, d_in] and targets [n, d_out]."""
-    sums = _Errors(y, fidelity)
-    for part, wanted in zip(x.split(ROWS), y.split(ROWS), strict=True):
-        sums.add(wanted, reconstruct(part.float()))
-    return sums.result()
-
-
-def _on_concepts(
-    reconstruct: Callable[[Tensor], Output],
-    weights: dict[str, Tensor],
-    x: Tensor,
-    held_out: HeldOutConcepts,
-    fidelity: bool,
-) -> Scorecard:
-    """Quality and recovery on samples [n, d_in], which the SAE sees once."""
-    sums = _Errors(x, fidelity)
-
-    def samples() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for part, strengths in zip(x.split(ROWS), held_out.strengths.split(ROWS), strict=True):
-            output = reconstruct(part)
-            sums.add(part, output)
-            yield part.cpu(), strengths, output.features.cpu()
-
-    found = recovery(held_out.world.directions, weights, samples())
-    quality, kind = sums.result()
-    return Scorecard(quality, recovery=found, fidelity=kind)
-
-
-def _reconstruction(reconstruct: Callable[[Tensor], Output], x: Tensor) -> Tensor:
-    return torch.cat([reconstruct(part).reconstruction.to(x.device) for part in x.split(ROWS)])
+    quality = QualitySums()
+    kind = FidelitySums(y.cpu().double().mean(dim=0)) if fidelity else None
+    for part, target in zip(x.split(ROWS), y.split(ROWS), strict=True):
+        output = sae(part.float())
+        quality.add(target, output.reconstruction, output.features)
+        if kind is not None:
+            kind.add(target, output.reconstruction)
+    return quality.result(), kind and kind.result()
 
 
 def title(scalars: dict[str, float]) -> str:

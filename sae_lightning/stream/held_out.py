@@ -4,6 +4,8 @@ Shapes: sequences = held-out sequences, context = tokens each, n = kept tokens, 
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,11 +101,22 @@ class HeldOut:
         return self._baselines[target]
 
     def scores(
-        self, source: Site, target: Site, functions: Sequence[Callable[[Tensor], Tensor]]
+        self,
+        source: Site,
+        target: Site,
+        saes: Sequence[Callable[[Tensor], Any]],
+        weights: Sequence[Callable[[], dict[str, Tensor]]],
+        rows: int,
     ) -> list[Scores | None]:
-        """The LLM's loss with each function [n, d_in] -> [n, d_out] of `source` as `target`."""
+        """The LLM's loss with the reconstruction of each SAE in place, which maps [n, d_in] of
+        `source` to [n, d_out] of `target`, `rows` tokens at a time; `weights` are not looked at."""
         if not len(self._loss_places):
-            return [None] * len(functions)
+            return [None] * len(saes)
+
+        def reconstruct(sae: Callable[[Tensor], Any], x: Tensor) -> Tensor:
+            return torch.cat([sae(part).reconstruction.to(x.device) for part in x.split(rows)])
+
+        functions = [partial(reconstruct, sae) for sae in saes]
         known = self.baseline(target)
         tokens, keep = self._loss_text()
         what = "the SAE" if len(functions) == 1 else f"{len(functions)} SAEs"

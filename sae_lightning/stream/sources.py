@@ -13,15 +13,13 @@ import torch
 from torch import nn
 
 from sae_lightning.llm.load import LLM, LLMConfig
-from sae_lightning.llm.quiet import quiet
 from sae_lightning.llm.sites import Site
 from sae_lightning.stream.ahead import Ahead
-from sae_lightning.stream.base import RowSource
+from sae_lightning.stream.base import RowSource, TextConfig
 from sae_lightning.stream.cache import CachedRows
 from sae_lightning.stream.flat import tokenizer_hash
 from sae_lightning.stream.packing import TokenSource
 from sae_lightning.stream.rows import LLMRows
-from sae_lightning.stream.text import HubConfig, TextConfig
 
 FORMAT = 2  # of the cache; another number is another key
 PLACES = 1 << 14  # numbers of a tensor that are looked at in their places
@@ -78,7 +76,7 @@ def settings(config: LLMConfig, data: TextConfig, seed: int, rows: LLMRows) -> d
     text = {
         name: value
         for name, value in asdict(data).items()
-        if name != "pool" and not name.startswith("cache")
+        if name != "pool" and not name.startswith(("cache", "kind"))
     }
     return {
         "format": FORMAT,
@@ -94,7 +92,7 @@ def settings(config: LLMConfig, data: TextConfig, seed: int, rows: LLMRows) -> d
             "weights": llm_fingerprint(model),
             "tokenizer": tokenizer_hash(tokenizer)[:16],
         },
-        "data": text | {"text": rows.tokens.fingerprint(), "files": _files(data)},
+        "data": text | {"text": rows.tokens.fingerprint(), "files": data.files_hash()},
         "seed": seed,
         "sites": [str(site) for site in rows.sites],
     }
@@ -106,24 +104,6 @@ def _processor(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     capability = f" {torch.backends.cpu.get_cpu_capability()}" if device.type == "cpu" else ""
     return device.type + capability
-
-
-def _files(data: TextConfig) -> str | None:
-    """A hash of the files of a streamed text: their names, and the commit they are of or, on this
-    machine, their times. None where it cannot be known."""
-    if not isinstance(data, HubConfig) or not data.streaming:
-        return None
-    from datasets import load_dataset_builder
-
-    try:
-        with quiet():
-            splits = load_dataset_builder(data.name, data.subset).config.data_files
-        known = {
-            str(split): [list(files), files.origin_metadata] for split, files in splits.items()
-        }
-    except Exception:  # a look that failed is no reason to end a run: its text has been opened
-        return None
-    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def llm_fingerprint(model: nn.Module) -> str:

@@ -1,21 +1,100 @@
-"""Rows and held-out samples of a world whose concepts are known: no text and no LLM.
+"""A world whose concepts are known: no text and no LLM.
 
 Shapes: n = samples, concepts, dim = length of an activation.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
-from sae_lightning.llm.sites import Site
-from sae_lightning.stream.base import Rows
-from sae_lightning.stream.concepts import World, make_world
-from sae_lightning.stream.text import SyntheticConfig
+from sae_lightning.errors import UserError
+from sae_lightning.llm.load import LLM, NO_LLM, Dtype, LLMConfig, device
+from sae_lightning.llm.packaged import Shape
+from sae_lightning.llm.sites import LayerConfig, Site
+from sae_lightning.stream.base import DataConfig, Memory, Opened, Rows, Source
+from sae_lightning.stream.concepts import MAX_RATE, World, make_world, zipf_rates
+from sae_lightning.stream.recovery import OF_THE_WORLD, Recovery, recovery
+from sae_lightning.stream.tokens import Tokens
 
 MOST = 2048  # rows sampled at a time
+MOST_CONCEPTS = 8192
+
+
+@dataclass(slots=True, kw_only=True)
+class SyntheticConfig(DataConfig):
+    """Sparse sums of known concepts instead of an LLM's activations (see `concepts.World`)."""
+
+    kind: str = "synthetic"
+
+    concepts: int = 1024
+    """Number of concepts, each a direction."""
+
+    dim: int = 256
+    """Length of an activation."""
+
+    l0: float = 10.0
+    """Mean number of concepts that are active in an activation."""
+
+    zipf: float = 1.0
+    """Exponent s of Zipf's law: the n-th most frequent concept fires about n^-s as often as the
+    first (at most in every second activation); 0 for equally often."""
+
+    correlation: float = 0.0
+    """How much groups of 8 concepts tend to fire together, from 0 to <1 (of latent normals)."""
+
+    hierarchy: float = 0.0
+    """Share of the concepts that fire only where their parent, a more frequent one, fires."""
+
+    seed: int = 0
+    """Seed of the directions; the preset sets it to the run's `seed`."""
+
+    def __post_init__(self) -> None:
+        DataConfig.__post_init__(self)
+        for name in ("concepts", "dim"):
+            if getattr(self, name) < 1:
+                raise UserError(f"data.{name}={getattr(self, name)}: give 1 or more")
+        if not 0 < self.l0 <= MAX_RATE * self.concepts:
+            raise UserError(
+                f"data.l0={self.l0}: each of the {self.concepts} concepts is active in at most "
+                f"{MAX_RATE:.0%} of activations; give more than 0 and at most "
+                f"{MAX_RATE * self.concepts:g}"
+            )
+        if not 0 <= self.zipf <= 4:
+            raise UserError(f"data.zipf={self.zipf}: give an exponent from 0 to 4 (1 is usual)")
+        for name in ("correlation", "hierarchy"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"data.{name}={getattr(self, name)}: give 0 to less than 1")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"data.seed={self.seed}: give 0 or a positive integer below 2**63")
+        if self.concepts > MOST_CONCEPTS:
+            raise UserError(
+                f"data.concepts={self.concepts}: give at most {MOST_CONCEPTS}; matching them one "
+                "to one with features takes time that grows with their cube"
+            )
+        if self.hierarchy > 0:
+            self._check_children()
+
+    def _check_children(self) -> None:
+        """Children whose parents hardly fire without them cannot be told from them."""
+        children = int(self.hierarchy * self.concepts)
+        if not children:
+            raise UserError(
+                f"data.hierarchy={self.hierarchy}: no child among data.concepts={self.concepts}; "
+                f"give at least {1 / self.concepts:g}, or 0"
+            )
+        rates = zipf_rates(self.concepts, self.l0, self.zipf)
+        parents = self.concepts - children
+        of_parent = rates[torch.arange(children) % parents]
+        if (rates[parents:] / of_parent).max() > 0.9:
+            raise UserError(
+                f"data.hierarchy={self.hierarchy}: with data.zipf={self.zipf} and "
+                f"data.l0={self.l0} some children fire nearly whenever their parent does, and "
+                "cannot be told from it; give a larger data.zipf, or a smaller data.l0"
+            )
 
 
 def open_world(data: SyntheticConfig) -> World:
@@ -90,3 +169,85 @@ class HeldOutConcepts:
     def activations(self, site: Site) -> Tensor:
         """Activations [n, dim]."""
         return self._x
+
+    def scores(
+        self,
+        source: Site,
+        target: Site,
+        saes: Sequence[Callable[[Tensor], Any]],
+        weights: Sequence[Callable[[], dict[str, Tensor]]],
+        rows: int,
+    ) -> list[Recovery]:
+        """How many of the concepts each SAE has found, `rows` samples at a time; `weights` are
+        those for raw activations."""
+        pairs = zip(saes, weights, strict=True)
+        return [recovery(self.world.directions, w(), self._samples(sae, rows)) for sae, w in pairs]
+
+    def _samples(self, sae: Callable[[Tensor], Any], rows: int) -> Iterator[tuple[Tensor, ...]]:
+        for x, strengths in zip(self._x.split(rows), self.strengths.split(rows), strict=True):
+            yield x.cpu(), strengths, sae(x).features.cpu()
+
+
+class Concepts(Source):
+    """Sparse sums of known concepts."""
+
+    data: SyntheticConfig
+    settings = SyntheticConfig
+    noun, where, has_llm = "samples", "data=synthetic", False
+    measures = frozenset(Recovery._fields) - OF_THE_WORLD
+    headline = "recovered"
+
+    def check_settings(self, layer: LayerConfig) -> None:
+        number = Dtype.auto if self.llm.dtype is Dtype.auto else Dtype.float32
+        neutral = LLMConfig(name=NO_LLM, dtype=number, device=self.llm.device)
+        for group, mine, other in (
+            ("llm", self.llm, neutral),
+            ("layer", layer, LayerConfig(index=0)),
+        ):
+            given = asdict(mine)
+            for name, value in asdict(other).items():
+                if given[name] != value:
+                    shown = getattr(given[name], "name", given[name])
+                    raise UserError(
+                        f"{group}.{name}={shown} has no meaning with data=synthetic, whose "
+                        "activations come from no LLM: leave it out"
+                    )
+
+    def shape(self) -> Shape:
+        """Concepts are like the output of an LLM's only block."""
+        return Shape(layers=1, width=self.data.dim, context=None, vocabulary=0)
+
+    def memory(self, sites: Sequence[Site], shape: Shape, tokens: int, loss_tokens: int) -> Memory:
+        return Memory(MOST, (tokens + 4 * MOST) * self.data.concepts, 0)
+
+    def open(
+        self,
+        sites: Sequence[Site],
+        *,
+        tokens: int,
+        loss_tokens: int,
+        ahead: int = 0,
+        resumed: bool = False,
+    ) -> Opened:
+        rows = ConceptRows(open_world(self.data), sites, seed=self.seed, device=device(self.llm))
+        return Opened(rows, self.open_held_out(sites, tokens, loss_tokens), self._describe())
+
+    def open_held_out(
+        self,
+        sites: Sequence[Site],
+        tokens: int,
+        loss_tokens: int,
+        opened: tuple[LLM, Tokens] | None = None,
+    ) -> HeldOutConcepts:
+        world = open_world(self.data)
+        return HeldOutConcepts(world, seed=self.data.seed, tokens=tokens, device=device(self.llm))
+
+    def _describe(self) -> dict[str, str]:
+        data = self.data
+        told = (
+            f"{data.concepts:,} in {data.dim:,} dimensions, {data.l0:g} of them active, "
+            f"Zipf exponent {data.zipf:g}"
+        )
+        bound = {"correlation": data.correlation, "hierarchy": data.hierarchy}
+        more = (f", {name} {value:g}" for name, value in bound.items() if value)
+        return {"concepts": told + "".join(more)}

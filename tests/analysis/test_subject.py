@@ -14,7 +14,9 @@ from sae_lightning.llm.sites import Kind, LayerConfig, Site
 from sae_lightning.runs import folders
 from sae_lightning.runs.search import SweepConfig
 from sae_lightning.sae import SAEConfig
-from sae_lightning.stream.text import LocalConfig, PlaysConfig, SyntheticConfig
+from sae_lightning.stream.local import LocalConfig
+from sae_lightning.stream.plays import PlaysConfig
+from sae_lightning.stream.synthetic import SyntheticConfig
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from sae_lightning.runs.config import Config, conf_folder
 from sae_lightning.runs.jobs import CONFIG_FILE, Job, job, register, resolved_yaml
 from sae_lightning.sae import SAEConfig
 from sae_lightning.sae.relu import ReLULoss
-from sae_lightning.stream.text import PlaysConfig
+from sae_lightning.stream.plays import PlaysConfig
 from sae_lightning.training.settings import Accelerator, TrainerConfig
 
 ROOT = Path(__file__).parents[2]

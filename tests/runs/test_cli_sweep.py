@@ -16,7 +16,7 @@ from sae_lightning.runs.config import Config
 from sae_lightning.runs.jobs import CONFIG_FILE, Job, resolved_yaml
 from sae_lightning.sae import SAEConfig
 from sae_lightning.sae.relu import ReLULoss
-from sae_lightning.stream.text import PlaysConfig
+from sae_lightning.stream.plays import PlaysConfig
 
 ROOT = Path(__file__).parents[2]
 SWEEP = Path("multirun", "2026-01-31", "12-00-00")

@@ -14,7 +14,7 @@ from hydra.errors import ConfigCompositionException
 from sae_lightning.errors import UserError
 from sae_lightning.llm.load import Dtype
 from sae_lightning.llm.sites import Kind
-from sae_lightning.runs.config import SOURCES, Config, conf_folder
+from sae_lightning.runs.config import Config, conf_folder
 from sae_lightning.runs.jobs import (
     CONFIG_FILE,
     Job,
@@ -27,7 +27,9 @@ from sae_lightning.runs.jobs import (
 )
 from sae_lightning.sae import ARCHITECTURES
 from sae_lightning.sae.relu import ReLULoss
-from sae_lightning.stream.text import PlaysConfig, SyntheticConfig
+from sae_lightning.stream import SOURCES
+from sae_lightning.stream.plays import PlaysConfig
+from sae_lightning.stream.synthetic import SyntheticConfig
 from sae_lightning.training.settings import EvalConfig, Normalization, Precision
 
 CONF = Path(conf_folder())
@@ -350,7 +352,7 @@ def test_a_run_folder_gives_back_its_config(tmp_path, overrides):
 
 def test_every_source_and_every_architecture_went_round():
     configs = [make(*overrides) for overrides in ROUND_TRIPS.values()]
-    assert {type(config.data) for config in configs} == set(SOURCES.values())
+    assert {config.data.kind for config in configs} == set(SOURCES)
     assert {config.model.name for config in configs} == set(ARCHITECTURES)
 
 
@@ -443,7 +445,7 @@ def test_the_smoke_run_does_everything_once():
         ("", "cannot be read"),
         ("model: [", "cannot be read"),
         ("{}", "cannot be read"),
-        ("data: {paths: x}\nmodel: {name: relu}\n", "not the settings of any source of text"),
+        ("data: {kind: stone}\nmodel: {name: relu}\n", "stone"),
     ],
 )
 def test_a_damaged_config_says_so_in_one_line(tmp_path, text, message):
@@ -460,9 +462,21 @@ def test_a_config_of_another_version_names_what_it_does_not_know(tmp_path):
         read_job(tmp_path)
 
 
-def test_sources_are_told_apart_by_their_settings():
-    kinds = [set(schema.__dataclass_fields__) for schema in SOURCES.values()]
-    assert not any(b <= a for i, a in enumerate(kinds) for b in kinds[i + 1 :])
+@pytest.mark.parametrize("overrides", ROUND_TRIPS.values())
+def test_a_run_that_does_not_say_its_kind_of_data_is_read(tmp_path, overrides):
+    saved = resolved_yaml(make_job(*overrides)).splitlines()
+    without = [line for line in saved if not line.startswith("  kind: ")]
+    assert len(without) == len(saved) - 1
+    (tmp_path / CONFIG_FILE).write_text("\n".join(without))
+    config = read_job(tmp_path).config
+    assert config == make(*overrides)
+    assert "data.kind" not in config.identity(), "its checkpoint does not say it either"
+
+
+@pytest.mark.parametrize("kind", ["hub", "paper"])
+def test_a_kind_with_the_settings_of_another_is_refused(kind):
+    with pytest.raises(UserError, match=rf"^data\.kind={kind}: .* choose data=\.\.\."):
+        make(f"data.kind={kind}")
 
 
 def test_a_run_of_a_version_with_fewer_settings_is_read(tmp_path):
@@ -471,14 +485,6 @@ def test_a_run_of_a_version_with_fewer_settings_is_read(tmp_path):
     assert len(fewer) == len(saved.splitlines()) - 2
     (tmp_path / CONFIG_FILE).write_text("\n".join(fewer))
     assert read_job(tmp_path).config == make("data=text", "data.path=x")
-
-
-def test_a_run_of_a_version_without_transcoders_is_read(tmp_path):
-    saved = resolved_yaml(make_job("layer=mlp"))
-    old = saved.replace("  source: mlp\n", "  site: mlp\n").replace("  target: null\n", "")
-    assert len(old) < len(saved)
-    (tmp_path / CONFIG_FILE).write_text(old)
-    assert read_job(tmp_path).config == make("layer=mlp")
 
 
 def test_an_experiment_beats_config_yaml(tmp_path):

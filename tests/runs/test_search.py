@@ -7,11 +7,15 @@ import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from sae_lightning.errors import UserError
+from sae_lightning.llm.load import LLMConfig
 from sae_lightning.llm.splice import Baseline, Scores
 from sae_lightning.runs.search import METRICS, SweepConfig, objective
 from sae_lightning.scoring.metrics import Quality
-from sae_lightning.scoring.recovery import OF_THE_WORLD, Recovery
 from sae_lightning.scoring.scorecard import Scorecard
+from sae_lightning.stream import make_source
+from sae_lightning.stream.plays import PlaysConfig
+from sae_lightning.stream.recovery import OF_THE_WORLD, Recovery
+from sae_lightning.stream.synthetic import SyntheticConfig
 
 RUN = {"ce_recovered": 0.9, "kl": 0.25, "l0": 80.0}
 
@@ -53,15 +57,17 @@ def test_a_metric_that_is_nan_is_the_worst_of_all(name):
 def test_every_number_of_a_run_that_the_sae_decides_can_be_the_objective():
     quality = Quality(1.0, 0.5, 0.1, torch.zeros(2))
     of_text = Scorecard(quality, scores=Scores(1, 2, 3, 3, 0.5, 0.1)).scalars()
-    of_concepts = Scorecard(quality, recovery=Recovery(*range(9))).scalars()
+    of_concepts = Scorecard(quality, Recovery(*range(9))).scalars()
     fixed = {*Baseline._fields, *OF_THE_WORLD}
     assert set(METRICS) == {*of_text, *of_concepts} - fixed
     without_loss = Scorecard(quality).scalars()
-    for numbers, *where in (
-        (of_text, False, 64),
-        (without_loss, False, 0),
-        (of_concepts, True, 64),
-        (of_concepts, True, 0),
+    llm = LLMConfig(name="none")
+    text, concepts = (make_source(llm, data, 0) for data in (PlaysConfig(), SyntheticConfig()))
+    for numbers, where in (
+        (of_text, text.measured(64)),
+        (without_loss, text.measured(0)),
+        (of_concepts, concepts.measured(64)),
+        (of_concepts, concepts.measured(0)),
     ):
         for name in METRICS:
             sweep = SweepConfig(objective=name)
@@ -74,7 +80,7 @@ def test_every_number_of_a_run_that_the_sae_decides_can_be_the_objective():
 
 
 def test_unasked_the_objective_is_what_is_measured():
-    SweepConfig().check(synthetic=False, loss_tokens=0)
+    SweepConfig().check(frozenset(), "with eval.loss_tokens=0")
     assert objective(RUN, SweepConfig()) == RUN["ce_recovered"]
     measured = {"l0": 5.0, "explained_variance": 0.7}
     assert objective(measured, SweepConfig()) == 0.7
@@ -82,7 +88,7 @@ def test_unasked_the_objective_is_what_is_measured():
 
 def test_an_objective_that_needs_a_loss_that_is_not_measured_is_refused_in_one_line():
     with pytest.raises(UserError) as error:
-        SweepConfig(objective="-kl").check(synthetic=False, loss_tokens=0)
+        SweepConfig(objective="-kl").check(frozenset(), "with eval.loss_tokens=0")
     assert str(error.value) == (
         "sweep.objective=-kl is not measured with eval.loss_tokens=0: choose from "
         "explained_variance, l0, unfired"

@@ -22,16 +22,18 @@ from sae_lightning.llm.capture import capture
 from sae_lightning.llm.load import LLMConfig
 from sae_lightning.llm.sites import Kind, Site
 from sae_lightning.stream import cache as cache_module
+from sae_lightning.stream import open_text
 from sae_lightning.stream import rows as rows_module
 from sae_lightning.stream import shards as shards_module
 from sae_lightning.stream import sources as sources_module
 from sae_lightning.stream.cache import CachedRows
-from sae_lightning.stream.documents import Text, open_text
+from sae_lightning.stream.documents import Text
+from sae_lightning.stream.hub import HubConfig
 from sae_lightning.stream.live import LiveStream
+from sae_lightning.stream.local import LocalConfig
 from sae_lightning.stream.rows import LLMRows
 from sae_lightning.stream.shards import Shard
 from sae_lightning.stream.sources import cache_folder, llm_fingerprint, open_rows
-from sae_lightning.stream.text import HubConfig, LocalConfig
 from sae_lightning.stream.tokens import open_tokens
 
 A, B = SITES = [Site(0, Kind.mlp), Site(1, Kind.resid)]
@@ -603,7 +605,7 @@ def test_a_streamed_text_is_known_by_its_files_too(llm, tmp_path):
 
 
 def test_files_that_cannot_be_asked_about_end_no_run(tmp_path):
-    assert sources_module._files(HubConfig(name=str(tmp_path / "gone"))) is None
+    assert HubConfig(name=str(tmp_path / "gone")).files_hash() is None
 
 
 def test_a_streamed_text_is_known_by_its_beginning(llm):

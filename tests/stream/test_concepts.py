@@ -4,8 +4,13 @@ import torch
 
 from sae_lightning.llm.sites import Kind, Site
 from sae_lightning.stream.live import LiveStream
-from sae_lightning.stream.synthetic import MOST, ConceptRows, HeldOutConcepts, open_world
-from sae_lightning.stream.text import SyntheticConfig
+from sae_lightning.stream.synthetic import (
+    MOST,
+    ConceptRows,
+    HeldOutConcepts,
+    SyntheticConfig,
+    open_world,
+)
 
 SITE = Site(0, Kind.resid)
 DATA = SyntheticConfig(concepts=12, dim=5, l0=2.0)

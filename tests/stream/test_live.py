@@ -12,13 +12,14 @@ from sae_lightning.errors import UserError
 from sae_lightning.llm.capture import capture
 from sae_lightning.llm.sites import Kind, Site
 from sae_lightning.stream import live as live_module
+from sae_lightning.stream import open_text
 from sae_lightning.stream import rows as rows_module
 from sae_lightning.stream import tokens as tokens_module
-from sae_lightning.stream.documents import Text, open_text
+from sae_lightning.stream.documents import Text
+from sae_lightning.stream.hub import HubConfig
 from sae_lightning.stream.live import LiveStream
 from sae_lightning.stream.rows import LLMRows
-from sae_lightning.stream.synthetic import ConceptRows, open_world
-from sae_lightning.stream.text import HubConfig, SyntheticConfig
+from sae_lightning.stream.synthetic import ConceptRows, SyntheticConfig, open_world
 from sae_lightning.stream.tokens import open_tokens
 
 SITES = [Site(1, Kind.resid), Site(0, Kind.mlp)]

@@ -16,11 +16,13 @@ from datasets import Dataset, IterableDataset
 from small_text import BOS, SEPARATOR, STYLES, byte_tokenizer, story
 
 from sae_lightning.errors import UserError
+from sae_lightning.stream import open_text
 from sae_lightning.stream import tokens as tokens_module
-from sae_lightning.stream.documents import Text, open_text
+from sae_lightning.stream.documents import Text
 from sae_lightning.stream.flat import encode, flat_tokens, tokenizer_hash
+from sae_lightning.stream.hub import HubConfig
+from sae_lightning.stream.local import LocalConfig
 from sae_lightning.stream.packing import Packing
-from sae_lightning.stream.text import HubConfig, LocalConfig
 from sae_lightning.stream.tokens import ShuffledTokens, open_tokens
 from sae_lightning.terminal import console
 

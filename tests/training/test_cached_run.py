@@ -11,9 +11,9 @@ import pytest
 from sae_lightning.errors import UserError
 from sae_lightning.formats.export import WEIGHTS
 from sae_lightning.llm.sites import LayerConfig
-from sae_lightning.runs import checks, inputs, passes, run
+from sae_lightning.runs import checks, passes, run
 from sae_lightning.runs.jobs import read_job
-from sae_lightning.stream import cache, rows
+from sae_lightning.stream import cache, rows, text
 from sae_lightning.training.settings import EvalConfig
 
 
@@ -101,7 +101,7 @@ def test_a_run_that_failed_leaves_the_cache_to_the_next_one_of_its_process(
 
 
 def test_a_cache_that_cannot_be_is_refused_before_the_llm_is_loaded(made, tmp_path, monkeypatch):
-    monkeypatch.delattr(inputs, "load")
+    monkeypatch.delattr(text, "load")
     folder = tmp_path / "activations"
     folder.touch()
     with pytest.raises(UserError, match="data.cache_folder=.*/activations cannot be written to"):

@@ -17,7 +17,7 @@ from tiny_run import BATCH, STEPS
 from sae_lightning import UserError
 from sae_lightning.llm.sites import Kind, LayerConfig
 from sae_lightning.llm.splice import HEAD
-from sae_lightning.runs import folders, inputs, memory, passes, run
+from sae_lightning.runs import folders, memory, passes, run
 from sae_lightning.runs.jobs import jobs as jobs_of
 from sae_lightning.runs.jobs import read_sweep
 from sae_lightning.runs.search import SweepConfig
@@ -28,7 +28,7 @@ from sae_lightning.sae.matryoshka import MatryoshkaConfig, MatryoshkaLoss
 from sae_lightning.sae.objective import AuxKLoss
 from sae_lightning.sae.relu import DenseLoss, ReLULoss
 from sae_lightning.sae.topk import TopKConfig
-from sae_lightning.stream import held_out, rows
+from sae_lightning.stream import held_out, rows, text
 from sae_lightning.training import checkpoints
 from sae_lightning.training.settings import CallbacksConfig, OptimConfig, Precision
 
@@ -135,7 +135,7 @@ def test_a_group_runs_the_llm_as_often_as_one_job(job, sweep, monkeypatch):
     captured, forward = [], []
     for module in (rows, held_out):
         monkeypatch.setattr(module, "capture", counted(module.capture, captured))
-    loaded = inputs.load
+    loaded = text.load
 
     def load(config, *blocks):
         llm = loaded(config, *blocks)
@@ -143,7 +143,7 @@ def test_a_group_runs_the_llm_as_often_as_one_job(job, sweep, monkeypatch):
         body.forward = counted(body.forward, forward)  # `capture` too
         return llm
 
-    monkeypatch.setattr(inputs, "load", load)
+    monkeypatch.setattr(text, "load", load)
     passes.train([job("one")])
     alone, whole = len(captured), len(forward) - len(captured)
     assert alone > 20
@@ -434,7 +434,7 @@ def test_jobs_that_would_share_a_folder_are_refused(sweep):
 
 def test_a_failed_pass_leaves_nothing_in_memory(sweep, monkeypatch):
     jobs = sweep("seeds", **{f"{seed}": {"seed": seed} for seed in range(2)})
-    loaded, load = [], inputs.load
+    loaded, load = [], text.load
 
     def remember(config, *blocks):
         assert not any(llm() for llm in loaded), "the LLM of the pass that failed"
@@ -442,7 +442,7 @@ def test_a_failed_pass_leaves_nothing_in_memory(sweep, monkeypatch):
         loaded.append(weakref.ref(llm.model))
         return llm
 
-    monkeypatch.setattr(inputs, "load", remember)
+    monkeypatch.setattr(text, "load", remember)
     with monkeypatch.context() as patch:
         interrupt(patch, 5, lambda: 1 / 0)
         assert passes.train(jobs) == [None, None]
@@ -512,7 +512,7 @@ def test_without_the_llms_loss_an_estimate_has_neither_later_blocks_nor_logits(j
     )
     cached = replace(quick, data=replace(quick.data, cache=True))
     sites = [config.layer.within(3)]
-    llm = inputs.shape(config)
+    llm = config.source.shape()
     pairs = [memory.estimate([c], sites, llm) for c in (config, quick, cached)]
     whole, less, same = (shared for shared, _ in pairs)
     model = tiny("llama").model

@@ -21,10 +21,11 @@ from sae_lightning.llm.capture import capture
 from sae_lightning.llm.load import Attention, Dtype
 from sae_lightning.llm.sites import decoder_stack
 from sae_lightning.llm.splice import Scores
-from sae_lightning.runs import inputs, passes, run
+from sae_lightning.runs import passes, run
 from sae_lightning.runs.jobs import read_job
 from sae_lightning.sae import SAE
 from sae_lightning.sae.relu import ReLULoss
+from sae_lightning.stream import text
 from sae_lightning.training.settings import (
     CallbacksConfig,
     EvalConfig,
@@ -306,8 +307,8 @@ def test_the_saved_sae_does_to_raw_activations_what_the_trained_one_did(
 def test_without_the_llms_loss_only_the_blocks_below_are_loaded_and_the_sae_is_the_same(
     job, monkeypatch
 ):
-    loaded, load = [], inputs.load
-    monkeypatch.setattr(inputs, "load", lambda *args: loaded.append(load(*args)) or loaded[-1])
+    loaded, load = [], text.load
+    monkeypatch.setattr(text, "load", lambda *args: loaded.append(load(*args)) or loaded[-1])
     whole = job("whole")
     changed = {"eval": replace(whole.config.eval, loss_tokens=0)}
     quick = job("quick", **changed)

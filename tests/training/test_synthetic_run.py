@@ -23,14 +23,13 @@ from sae_lightning.report.sweep_report import write_report
 from sae_lightning.runs import passes, run
 from sae_lightning.runs.config import Config, conf_folder
 from sae_lightning.runs.folders import sweep_runs
-from sae_lightning.runs.inputs import open_held_out
 from sae_lightning.runs.jobs import Job, read_job, register
 from sae_lightning.runs.jobs import job as make_job
 from sae_lightning.runs.search import SweepConfig
 from sae_lightning.sae import ARCHITECTURES, SAEConfig
 from sae_lightning.sae.relu import ReLULoss
-from sae_lightning.scoring.recovery import Recovery
-from sae_lightning.stream.text import SyntheticConfig
+from sae_lightning.stream.recovery import Recovery
+from sae_lightning.stream.synthetic import SyntheticConfig
 from sae_lightning.training.settings import Accelerator, EvalConfig, Precision, TrainerConfig
 
 ROOT = Path(__file__).parents[2]
@@ -94,7 +93,7 @@ def test_an_evaluation_of_the_saved_sae_says_the_same(job):
     this = job("run")
     (trained,) = passes.train([this])
     sites = this.config.layer.within(1)
-    held_out = open_held_out(read_job(this.folder).config, distinct([sites]), None)
+    held_out = read_job(this.folder).config.source.open_held_out(distinct([sites]), 2000, 0)
     found = evaluate(load_sae(this.folder), held_out, sites)
     assert found.card.scalars() == pytest.approx(trained, rel=1e-3)
     assert found.tokens == 2000

@@ -12,7 +12,6 @@ from sae_lightning import load_sae
 from sae_lightning.analysis.evaluate import evaluate
 from sae_lightning.llm.sites import Kind, LayerConfig, Site, Sites
 from sae_lightning.runs import passes
-from sae_lightning.runs.inputs import open_held_out
 from sae_lightning.sae import ARCHITECTURES
 from sae_lightning.sae.relu import ReLULoss
 from sae_lightning.scoring.metrics import QualitySums
@@ -54,7 +53,7 @@ def test_every_architecture_learns_the_mlp_and_is_saved_as_it_is_scored(transcod
     assert sae.metadata["hook_name"] == "blocks.1.ln2.hook_normalized"
     assert sae.metadata["hook_name_out"] == "blocks.1.hook_mlp_out"
 
-    held_out = open_held_out(done.config, SITES, None)
+    held_out = done.config.source.open_held_out(SITES, 150, 150)
     x, y = (held_out.activations(site) for site in SITES)
     quality = QualitySums()
     quality.add(y, *sae(x))
@@ -77,7 +76,7 @@ def test_the_mlp_is_learned_and_not_its_input(transcoder, job):
     assert "hook_name_out" in names[0]
     assert "hook_name_out" not in names[1]
     assert names[0]["hook_name"] == names[1]["hook_name"]
-    held_out = open_held_out(both[0].config, SITES, None)
+    held_out = both[0].config.source.open_held_out(SITES, 150, 150)
     x, y = (held_out.activations(site) for site in SITES)
     errors = {}
     for one in both:

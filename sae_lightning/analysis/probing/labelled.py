@@ -17,9 +17,10 @@ from sae_lightning.analysis.probing.pieces import Piece, affordable, choose
 from sae_lightning.errors import UserError
 from sae_lightning.llm.quiet import quiet
 from sae_lightning.llm.vocabulary import bos_id, separator_id
+from sae_lightning.stream.base import DataConfig, TextConfig
 from sae_lightning.stream.flat import encode
 from sae_lightning.stream.packing import Packing, Sequences
-from sae_lightning.stream.text import DataConfig, PlaysConfig, TextConfig
+from sae_lightning.stream.plays import PlaysConfig
 from sae_lightning.terminal import phase
 
 

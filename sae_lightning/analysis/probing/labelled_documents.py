@@ -11,14 +11,9 @@ import numpy as np
 from sae_lightning.analysis.probing.labelled_plays import SPLITS
 from sae_lightning.analysis.probing.pieces import Piece, deal
 from sae_lightning.errors import UserError
-from sae_lightning.stream.documents import (
-    OFFLINE_PRESETS,
-    find_files,
-    first_line,
-    load_files,
-    load_saved,
-)
-from sae_lightning.stream.text import HubConfig, LocalConfig
+from sae_lightning.stream.documents import OFFLINE_PRESETS, first_line
+from sae_lightning.stream.hub import HubConfig
+from sae_lightning.stream.local import LocalConfig, find_files, load_files, load_saved
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset

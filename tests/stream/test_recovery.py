@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from sae_lightning.scoring import recovery as recovery_module
-from sae_lightning.scoring.recovery import Recovery, cosines, match, overlap, recovery
+from sae_lightning.stream import recovery as recovery_module
+from sae_lightning.stream.recovery import Recovery, cosines, match, overlap, recovery
 
 EYE = torch.eye(4)
 #               a    b    c    d      d never fires

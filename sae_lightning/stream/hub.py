@@ -1,0 +1,134 @@
+"""A data set on the Hugging Face hub, streamed or downloaded: one document is one row."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sae_lightning.errors import UserError
+from sae_lightning.llm.quiet import quiet
+from sae_lightning.stream.base import TextConfig
+from sae_lightning.stream.documents import OFFLINE_PRESETS, Text, first_line, only_text
+from sae_lightning.stream.text import TextSource
+from sae_lightning.terminal import phase
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+HELD_OUT_DOCUMENTS = 500  # where nothing is said
+
+
+@dataclass(slots=True, kw_only=True)
+class HubConfig(TextConfig):
+    """A data set on the Hugging Face hub (or a local folder that `load_dataset` reads)."""
+
+    kind: str = "hub"
+
+    name: str
+    """Name on the hub (`owner/name`), or a local folder of data files."""
+
+    subset: str | None = None
+    """Configuration of the data set, where it has several."""
+
+    split: str = "train"
+    """Split to train on."""
+
+    column: str = "text"
+    """Column that holds the text."""
+
+    streaming: bool = True
+    """Read over the network as training goes; false downloads the whole split first."""
+
+    held_out_split: str | None = None
+    """Split to evaluate on; null holds out the first documents of `split` instead."""
+
+    held_out_documents: int | None = None
+    """Documents at the start of `split` kept for evaluation; null is 500, or none where
+    `held_out_split` is given."""
+
+    def __post_init__(self) -> None:
+        TextConfig.__post_init__(self)
+        if not self.name:
+            raise UserError("data.name is empty: give a hub data set (owner/name) or a folder")
+        if self.held_out_documents is not None and self.held_out_split is not None:
+            raise UserError(
+                f"data.held_out_documents={self.held_out_documents} has no meaning beside "
+                f"data.held_out_split={self.held_out_split}: leave one of the two out (null)"
+            )
+        if self.held_out_documents is not None and self.held_out_documents < 1:
+            raise UserError(
+                f"data.held_out_documents={self.held_out_documents}: evaluation needs text that "
+                "training never sees; give 1 or more documents"
+            )
+        if self.held_out_split == self.split:
+            raise UserError(
+                f"data.held_out_split={self.held_out_split} is the split trained on; "
+                "give another split, or null to hold out the first data.held_out_documents"
+            )
+
+    def files_hash(self) -> str | None:
+        """Of their names, and the commit they are of or, on this machine, their times."""
+        if not self.streaming:
+            return None
+        from datasets import load_dataset_builder
+
+        try:
+            with quiet():
+                splits = load_dataset_builder(self.name, self.subset).config.data_files
+            known = {
+                str(split): [list(files), files.origin_metadata] for split, files in splits.items()
+            }
+        except Exception:  # a look that failed is no reason to end a run: its text has been opened
+            return None
+        return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class Hub(TextSource):
+    """A split, and another one or its first documents held out."""
+
+    data: HubConfig
+    settings = HubConfig
+
+    def open_documents(self) -> Text:
+        config = self.data
+        where = f"data.name={config.name}"
+        if config.held_out_split is not None:
+            parts = (_load_hub(config, split) for split in (config.split, config.held_out_split))
+            return Text(*parts, where)
+        n = config.held_out_documents or HELD_OUT_DOCUMENTS
+        data = _load_hub(config, config.split)
+        if config.streaming:
+            # take() and skip() before any shuffling: they fix the order of the files too, so the
+            # first n documents are the same ones in every epoch.
+            return Text(data.skip(n), data.take(n), where)
+        if n >= len(data):
+            raise UserError(
+                f"data.held_out_documents={n} leaves nothing to train on: "
+                f"split {config.split} has {len(data)} documents"
+            )
+        return Text(data.select(range(n, len(data))), data.select(range(n)), where)
+
+
+def _load_hub(config: HubConfig, split: str) -> "Dataset | IterableDataset":
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError
+
+    try:
+        with phase(f"opening {config.name}"):
+            data = load_dataset(config.name, config.subset, split=split, streaming=config.streaming)
+            row = next(iter(data), None)
+    except DatasetNotFoundError as error:
+        raise UserError(
+            f"data.name={config.name}: no such data set ({first_line(error)})"
+        ) from error
+    except ValueError as error:  # unknown split or subset: the library lists those there are
+        raise UserError(
+            f"data.name={config.name}, data.subset={config.subset}, split {split}: "
+            f"{first_line(error)}"
+        ) from error
+    except Exception as error:
+        raise UserError(
+            f"data.name={config.name}: cannot be read ({first_line(error)}); "
+            f"without a network use {OFFLINE_PRESETS}"
+        ) from error
+    return only_text(data, row, config.column, f"data.name={config.name}")

