@@ -8,7 +8,7 @@ below this file nobody sees a DictConfig.
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
-from enum import Enum
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -126,9 +126,14 @@ class Config:
         """What the stream half says that SAEs read."""
         return make_source(self.llm, self.data, self.seed)
 
+    def plain(self) -> dict[str, Any]:
+        """Every setting, for YAML and JSON: groups as dicts, enums as their names."""
+        # by way of JSON: OmegaConf's own conversion takes a thousand times as long
+        return json.loads(json.dumps(asdict(self), default=attrgetter("name")))
+
     def flat(self) -> dict[str, Any]:
-        """Every setting by its dotted name, as plain values."""
-        return _flatten(plain(asdict(self)))
+        """The same by dotted name."""
+        return _flatten(self.plain())
 
     def identity(self) -> dict[str, Any]:
         """The settings that a checkpoint has to agree with."""
@@ -139,24 +144,22 @@ class Config:
 
         With `data.max_norm` the site decides which tokens are dropped, so it belongs to the key.
         """
-        half = {name: plain(asdict(self)[name]) for name in STREAM_HALF}
+        settings = self.plain()
+        half = {name: settings[name] for name in STREAM_HALF}
         # where activations are read from changes none of them, and the kind follows from the rest
         for name in ("cache", "cache_folder", "kind"):
             half["data"].pop(name, None)
         if self.data.per_site:
-            half["layer"] = plain(asdict(self.layer))
+            half["layer"] = settings["layer"]
         return hashlib.sha256(json.dumps(half, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def presets(*hidden: str) -> str:
-    """A line for each group of presets in conf/ that is not `hidden`, for `--help`."""
-    folders = sorted(path for path in Path(conf_folder()).iterdir() if path.is_dir())
-    groups = [folder for folder in folders if folder.name not in hidden]
-    return "\n".join(
-        f"  {group.name:<11}{', '.join(sorted(file.stem for file in group.glob('*.yaml')))}"
-        for group in groups
-        if any(group.glob("*.yaml"))
-    )
+def presets() -> str:
+    """A line for each group of presets in conf/, for `--help`."""
+    groups: dict[str, list[str]] = {}
+    for path in sorted(Path(conf_folder()).glob("*/*.yaml")):
+        groups.setdefault(path.parent.name, []).append(path.stem)
+    return "\n".join(f"  {group:<11}{', '.join(names)}" for group, names in groups.items())
 
 
 def typed(cfg: DictConfig) -> Any:
@@ -167,15 +170,6 @@ def typed(cfg: DictConfig) -> Any:
         raise UserError(f"{error.full_key} is not set: give {error.full_key}=...") from error
     except AttributeError as error:  # `+model.featurs=3`: Hydra lets + add what no schema knows
         raise UserError(f"{error}: leave out the +, or correct the setting's name") from error
-
-
-def plain(value: Any) -> Any:
-    """`value` with its enums as their names, for YAML and JSON."""
-    if isinstance(value, dict):
-        return {key: plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(inner) for inner in value]
-    return value.name if isinstance(value, Enum) else value
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

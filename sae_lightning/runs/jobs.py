@@ -1,7 +1,7 @@
 """Jobs: what `run` is given, made from a composed config or read from run folders."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sae_lightning.errors import UserError
 from sae_lightning.llm.packaged import PACKAGED
-from sae_lightning.runs.config import Config, plain, presets, typed
+from sae_lightning.runs.config import Config, presets, typed
 from sae_lightning.sae import ARCHITECTURES
 from sae_lightning.stream import SOURCES
 from sae_lightning.stream.base import absolute
@@ -193,9 +193,7 @@ def run_folders(sweep: Path) -> list[Path]:
 
 def resolved_yaml(job: Job) -> str:
     """What `config.yaml` in a run folder holds."""
-    return OmegaConf.to_yaml(
-        OmegaConf.create(plain(asdict(job.config)) | {"overrides": job.overrides})
-    )
+    return OmegaConf.to_yaml(OmegaConf.create(job.config.plain() | {"overrides": job.overrides}))
 
 
 def _kind_of(data: DictConfig) -> str:
