@@ -25,7 +25,6 @@ from typing import NamedTuple
 from command import command
 from hydra import compose, initialize_config_dir
 from peers.evaluator import Evaluator, Reconstruct
-from peers.plot import draw
 from peers.work import Work, open_work
 from rich.table import Table
 
@@ -112,7 +111,8 @@ def _jobs(settings: list[str], wanted: list[str], out: Path) -> list[Job]:
             mine = [f"model={architecture}", *settings, value]
             folder = out / "ours" / f"{architecture}-{value.partition('.')[2]}"
             cfg = compose("config", overrides=mine)
-            jobs.append(replace(job(cfg, folder, mine), sweep=out / "ours"))
+            one = job(cfg, folder, mine, multirun=True)
+            jobs.append(replace(one, sweep=out / "ours"))
     return jobs
 
 
@@ -217,7 +217,12 @@ def _show(out: Path) -> None:
             f"{r['unfired']:.1%}",
         )
     console.print(table)
-    console.print(f"the plot is {draw(results, out / 'quality.png')}")
+    try:
+        from peers.plot import draw
+    except ImportError:
+        console.print("no plot: pip install -c constraints.txt matplotlib")
+    else:
+        console.print(f"the plot is {draw(results, out / 'quality.png')}")
 
 
 if __name__ == "__main__":
