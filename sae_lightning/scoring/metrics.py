@@ -1,8 +1,10 @@
-"""Metrics: what is known about an SAE after it has seen some activations.
+"""Metrics of an SAE on a set of activations.
 
-Everything is summed in float64 over the whole set and divided once at the end. Averages of
-per-batch or per-token ratios are not the same number: they gave published explained variances
-that were too high (SAELens issue 659).
+Everything is summed in float64 over the whole set and divided once at the end: averages of ratios
+per batch or token are not the same number (published explained variances were too high, SAELens
+issue 659).
+
+Shapes: n = tokens, d = width of the site.
 """
 
 from typing import NamedTuple
@@ -24,10 +26,9 @@ class Quality(NamedTuple):
     l0: float
     """Mean number of active features per token."""
     explained_variance: float
-    """1 - residual sum of squares / total sum of squares about the set's mean; nan where the
-    activations are constant."""
+    """1 - sum |x - x_hat|^2 / sum |x - mean|^2; NaN where activations are constant."""
     unfired: float
-    """Share of features that fire on none of the tokens."""
+    """Share of features that never fire."""
     density: Tensor
     """[features] share of tokens on which each feature fires"""
 
@@ -43,11 +44,10 @@ class QualitySums:
     @torch.no_grad()
     def add(self, target: Tensor, reconstruction: Tensor, features: Tensor) -> None:
         """Add tokens: [n, d], [n, d] and [n, features]."""
-        # in float64 on the CPU: not every accelerator has it
+        # on the CPU: not every accelerator has float64
         target, reconstruction = target.cpu().double(), reconstruction.cpu().double()
         if self.tokens == 0:
-            # Sums about a first guess of the mean: the subtraction below then loses no digits
-            # where activations sit far from the origin.
+            # about a first guess of the mean, so that the difference of squares loses no digits
             self.shift = target.mean(dim=0)
         self.tokens += len(target)
         self.residual += (target - reconstruction).square().sum().item()
@@ -56,7 +56,7 @@ class QualitySums:
         self.fired = self.fired + (features > 0).sum(dim=0).cpu()
 
     def result(self) -> Quality:
-        """The metrics of all tokens added so far."""
+        """Of all tokens added so far."""
         total = self.total - self.sum.square().sum().item() / self.tokens
         fired = self.fired.double()
         return Quality(
@@ -68,28 +68,25 @@ class QualitySums:
 
 
 class Fidelity(NamedTuple):
-    """What kind of error a reconstruction x_hat of x makes: its size, its direction, its length.
+    """Error of a reconstruction x_hat of x in size, direction and length.
 
-    Numbers about the mean are those of x - m and x_hat - m, m the mean of x: where the mean is
-    long, those about the origin are close to 1 whatever an SAE does.
+    Centred numbers are those of x - m and x_hat - m, m the mean of x: where the mean is long, the
+    others are close to 1 whatever an SAE does.
     """
 
     mse: float
-    """Mean squared error of an element, in the activations' own units."""
+    """Of an element, in the activations' own units."""
     relative_mse: float
-    """sum |x - x_hat|^2 / sum |x|^2."""
+    """sum |x - x_hat|^2 / sum |x|^2"""
     cosine: float
     """Mean over tokens of the cosine of x and x_hat."""
     cosine_centred: float
-    """The same about the mean."""
     norm_ratio: float
-    """sum |x_hat| / sum |x|, about the origin."""
+    """sum |x_hat| / sum |x|"""
     gamma: float
     """Relative reconstruction bias, sum |x_hat|^2 / sum x . x_hat: x_hat / gamma is nearest to x
-    (Rajamanoharan et al. 2024, 2404.16014). 1 where no rescaling helps, less where features are too
-    weak (shrinkage)."""
+    (Rajamanoharan et al. 2024, 2404.16014). Below 1 where features are too weak (shrinkage)."""
     gamma_centred: float
-    """The same about the mean."""
 
 
 class FidelitySums:
@@ -112,7 +109,7 @@ class FidelitySums:
         self.centred = self.centred + _sums(x - self.mean, x_hat - self.mean)
 
     def result(self) -> Fidelity:
-        """The numbers of all tokens added so far; nan where there is nothing to divide by."""
+        """Of all tokens added so far; NaN where there is nothing to divide by."""
         length, length_hat, square, square_hat, product, cosine = self.origin
         return Fidelity(
             mse=self.residual / (self.tokens * len(self.mean)),
@@ -126,7 +123,8 @@ class FidelitySums:
 
 
 def _sums(x: Tensor, x_hat: Tensor) -> Tensor:
-    """Of tokens [n, d]: |x|, |x_hat|, their squares, x . x_hat and the cosine (0 of a zero)."""
+    """Sums over tokens [n, d] of |x|, |x_hat|, their squares, x . x_hat and the cosine (0 where a
+    vector is 0)."""
     length, length_hat, product = x.norm(dim=1), x_hat.norm(dim=1), (x * x_hat).sum(dim=1)
     cosine = (product / (length * length_hat)).nan_to_num(nan=0.0)
     values = length, length_hat, length.square(), length_hat.square(), product, cosine
@@ -134,7 +132,7 @@ def _sums(x: Tensor, x_hat: Tensor) -> Tensor:
 
 
 def density_histogram(density: Tensor) -> dict[str, int]:
-    """How many features [features] fire on which share of tokens, by power of ten.
+    """Number of features [features] by the share of tokens on which they fire, in powers of ten.
 
     {"never": 12, "1e-05": 0, "1e-04": 3, ...}: 3 features fire on 1e-4 to 1e-3 of the tokens.
     """

@@ -87,17 +87,14 @@ class FeatureCounts:
 
     def add(self, strengths: Tensor, member: Tensor, half: Tensor) -> None:
         """Add tokens: [n, features], bool [n, concepts], and 0 or 1 [n]."""
-        member = _with_all(member)
-        token, concept = member.nonzero(as_tuple=True)
-        _increment(self.tokens, half[token] * member.shape[1] + concept)
-        _, columns, features, bins = self.counts.shape
+        _increment(self.tokens, _groups(member, half)[1])
+        features, bins = self.counts.shape[2:]
         fires = strengths.nonzero(as_tuple=True)
         for tokens, units in zip(*(each.split(ENTRIES) for each in fires), strict=True):
             # what is weaker than all edges is in the first bin of those that fire
             level = torch.bucketize(strengths[tokens, units], self.edges, right=True).clamp(min=1)
-            entry, concept = member[tokens].nonzero(as_tuple=True)
-            place = (half[tokens[entry]] * columns + concept) * features + units[entry]
-            _increment(self.counts, place * bins + level[entry])
+            entry, group = _groups(member[tokens], half[tokens])
+            _increment(self.counts, (group * features + units[entry]) * bins + level[entry])
 
     def result(self) -> Counts:
         """Of all tokens added so far, on the CPU."""
@@ -121,23 +118,24 @@ class NeuronCounts:
             self.edges = torch.quantile(first, RANKS.to(x), dim=0).T.contiguous()
             shape = 2, self.concepts + 1, x.shape[1], len(RANKS) + 1
             self.counts = torch.zeros(shape, dtype=torch.int32, device=x.device)
-        _, columns, d, bins = self.counts.shape
+        d, bins = self.counts.shape[2:]
         units, at_once = torch.arange(d, device=x.device), max(1, ENTRIES // d)
-        parts = zip(*(each.split(at_once) for each in (x, _with_all(member), half)), strict=True)
-        for values, belongs, halves in parts:
+        for values, *of in zip(*(each.split(at_once) for each in (x, member, half)), strict=True):
             level = torch.searchsorted(self.edges, values.T.contiguous(), right=True).T  # [n, d]
-            token, concept = belongs.nonzero(as_tuple=True)
-            place = (halves[token] * columns + concept)[:, None] * d + units
-            _increment(self.counts, place * bins + level[token])
+            token, group = _groups(*of)
+            _increment(self.counts, (group[:, None] * d + units) * bins + level[token])
 
     def result(self) -> Counts:
         """Of all tokens added so far, on the CPU."""
         return Counts(self.counts.cpu(), self.edges.cpu(), signed=True)
 
 
-def _with_all(member: Tensor) -> Tensor:
-    """[n, concepts + 1]: every token belongs to the last."""
-    return torch.cat([member, torch.ones_like(member[:, :1])], dim=1)
+def _groups(member: Tensor, half: Tensor) -> tuple[Tensor, Tensor]:
+    """Which token belongs to which concept in which half, as pairs of the token and the place in
+    counts[half, concept]; every token belongs to the last concept."""
+    member = torch.cat([member, torch.ones_like(member[:, :1])], dim=1)
+    token, concept = member.nonzero(as_tuple=True)
+    return token, half[token] * member.shape[1] + concept
 
 
 def _increment(counts: Tensor, places: Tensor) -> None:
