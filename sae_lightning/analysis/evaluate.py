@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
@@ -10,7 +10,7 @@ from sae_lightning.analysis.subject import Subject
 from sae_lightning.analysis.task import Task, at_least
 from sae_lightning.llm.load import LLM
 from sae_lightning.llm.sites import Sites, distinct
-from sae_lightning.report.figures import bars, histogram, layout
+from sae_lightning.report.figures import figure, histogram
 from sae_lightning.report.section import Section
 from sae_lightning.sae import SAE
 from sae_lightning.scoring import scorecard
@@ -18,6 +18,9 @@ from sae_lightning.scoring.metrics import density_histogram
 from sae_lightning.stream.held_out import HeldOut
 from sae_lightning.stream.synthetic import HeldOutConcepts
 from sae_lightning.stream.tokens import Tokens
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
 
 
 @dataclass(slots=True, kw_only=True)
@@ -119,7 +122,7 @@ def _rows(scalars: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _figures(result: Evaluation) -> dict[str, dict]:
+def _figures(result: Evaluation) -> dict[str, "Figure"]:
     quality, scalars = result.card.quality, result.card.scalars()
     fired = quality.density[quality.density > 0]
     silent = len(quality.density) - len(fired)
@@ -135,10 +138,9 @@ def _figures(result: Evaluation) -> dict[str, dict]:
             "mean-ablated": scalars["ce_mean"],
             "zero-ablated": scalars["ce_zero"],
         }
-        trace = bars([*values], [round(value, 4) for value in values.values()])
-        texts = {"text": [f"{value:.3f}" for value in values.values()], "textposition": "auto"}
-        figures["What the LLM loses"] = {
-            "data": [trace | texts],
-            "layout": layout("", "cross-entropy (nats per token)"),
-        }
+        figures["What the LLM loses"] = figure("", "cross-entropy (nats per token)").add_bar(
+            x=[*values],
+            y=[*values.values()],
+            texttemplate="%{y:.3f}",
+        )
     return figures

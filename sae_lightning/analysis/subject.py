@@ -15,7 +15,7 @@ from sae_lightning.errors import UserError
 from sae_lightning.formats.export import load_sae
 from sae_lightning.llm.load import LLM, LLMConfig, device, load
 from sae_lightning.llm.sites import LayerConfig, Sites
-from sae_lightning.report.sweep_page import source
+from sae_lightning.report.sweep_report import source
 from sae_lightning.runs.config import Config
 from sae_lightning.runs.jobs import CONFIG_FILE, is_sweep, read_job
 from sae_lightning.sae import SAE

@@ -1,26 +1,24 @@
-"""Plotly figures as plain dicts, all in one style: {"data": [traces], "layout": {...}}."""
+"""Plotly figures in one style."""
 
-from typing import Any
+import html
+import math
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch import Tensor
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from plotly.graph_objects import Figure
 
 # Told apart by colour-blind readers.
 COLOURS = ("#3b82c4", "#d9822b", "#2a9d74", "#b65fa6", "#c9504a", "#8a8a3c")
+SHAPES = ("circle", "square", "diamond", "triangle-up", "cross", "x")
 GREY = "#8b909a"
-ALIKE = 1e-4  # of their size; so close are values that are meant to be equal
-FEW = 11  # bins
-
-
-def layout(x: str, y: str, **more: Any) -> dict:
-    """A layout with titles of the axes; `more` are entries of its own, xaxis, yaxis and legend
-    merged."""
-    merged = {
-        "xaxis": {"title": {"text": x}, "zeroline": False, "automargin": True},
-        "yaxis": {"title": {"text": y}, "zeroline": False, "automargin": True},
-        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
-    }
-    return {
+TEMPLATE = {
+    "layout": {
         "autosize": True,
+        "colorway": COLOURS,
         "margin": {"l": 62, "r": 24, "t": 10, "b": 48},
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
@@ -28,69 +26,117 @@ def layout(x: str, y: str, **more: Any) -> dict:
         "hovermode": "closest",
         "hoverlabel": {"align": "left", "bgcolor": "#1f2328", "font": {"color": "#ffffff"}},
         "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": GREY},
-        **{name: entry | more.pop(name, {}) for name, entry in merged.items()},
-        **more,
+        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+        "xaxis": {"zeroline": False, "automargin": True},
+        "yaxis": {"zeroline": False, "automargin": True},
+        "shapedefaults": {"line": {"color": GREY, "dash": "dot"}},
+        "annotationdefaults": {"font": {"color": GREY}},
     }
+}
+ALIKE = 1e-4  # of their size; so close are values that are meant to be equal
+FEW = 11  # bins
+LABELLED = 12  # points; with more, labels cover one another and the pointer has to do
+WIDE = 8  # largest L0 over smallest, from where the axis is logarithmic
 
 
-def line(x: list[float], y: list[float], name: str, number: int = 0, **more: Any) -> dict:
-    """A trace in the colour of its number."""
-    colour = COLOURS[number % len(COLOURS)]
-    return {
-        "type": "scatter",
-        "mode": "lines",
-        "name": name,
-        "x": x,
-        "y": y,
-        "line": {"color": colour, "width": 2},
-    } | more
+def figure(x: str, y: str, **layout: Any) -> "Figure":
+    """An empty figure with titles of its axes and further entries of its layout."""
+    from plotly.graph_objects import Figure  # imported late: train.py does not need it
+
+    titles = {"xaxis_title_text": x, "yaxis_title_text": y}
+    return Figure(layout={"template": TEMPLATE}).update_layout(**titles, **layout)
 
 
-def bars(x: list, y: list[float], number: int = 0, **more: Any) -> dict:
-    """A trace of bars in the colour of its number."""
-    return {
-        "type": "bar",
-        "x": x,
-        "y": y,
-        "marker": {"color": COLOURS[number % len(COLOURS)]},
-        "showlegend": False,
-    } | more
-
-
-def histogram(values: Tensor, x: str, y: str = "features", bins: int = 60) -> dict:
+def histogram(values: Tensor, x: str, y: str = "features", bins: int = 60) -> "Figure":
     """How many of finite `values` [n] lie where; counted here, so that a page stays small."""
     values = values[values.isfinite()].double().cpu()
     low, high = (values.min().item(), values.max().item()) if len(values) else (0.0, 1.0)
     middle, size = (low + high) / 2, max(abs(low), abs(high))
     if high - low <= ALIKE * size:  # one broad bar: those of rounding errors cannot be seen
         low, high, bins = middle - (size or 1) / 2, middle + (size or 1) / 2, FEW
-    counts = values.histc(bins, low, high)
     width = (high - low) / bins
-    middles = [low + (i + 0.5) * width for i in range(bins)]
-    trace = bars(rounded(middles, 9), counts.int().tolist(), width=width)
-    return {"data": [trace], "layout": layout(x, y, bargap=0)}
+    middles = low + (np.arange(bins) + 0.5) * width
+    counts = values.histc(bins, low, high).int().numpy()
+    return figure(x, y, bargap=0).add_bar(x=middles, y=counts, width=width)
 
 
-def rounded(values: list[float] | Tensor, digits: int = 5) -> list[float]:
-    """To as many significant digits as a figure shows."""
-    values = values.tolist() if isinstance(values, Tensor) else values
-    return [float(f"{value:.{digits}g}") for value in values]
+def pareto(l0: "pd.Series", quality: "pd.Series") -> "pd.Series":
+    """Whether no point beats a point in L0 (less is better) or quality without losing in the other.
+
+    Equal points are on the front together; those with a number that is not finite are not on it.
+    """
+    finite = np.isfinite(l0) & np.isfinite(quality)
+    x, y = l0.where(finite).to_numpy(), quality.where(finite).to_numpy()
+    no_worse = (x[:, None] <= x) & (y[:, None] >= y)  # [of this point, than that one]
+    beats = no_worse & ((x[:, None] < x) | (y[:, None] > y))
+    return finite & ~beats.any(axis=0)
 
 
-def upright(x: float, name: str, left: bool = False) -> dict:
-    """What a layout takes to mark a place on the x axis: a dashed line, its name to the right or
-    left of it."""
-    return {
-        "type": "line",
-        "line": {"color": GREY, "dash": "dot"},
-        "label": {
-            "text": name,
-            "textposition": "end",
-            "textangle": 0,
-            "xanchor": "right" if left else "left",
-            "yanchor": "top",
-            "padding": 4,
-            "font": {"color": GREY},
-        },
-        **{"x0": x, "x1": x, "yref": "paper", "y0": 0, "y1": 1},
-    }
+def tradeoff(points: "pd.DataFrame", quality: str, grouping: str | None = None) -> "Figure | None":
+    """L0 against `quality`, the Pareto front as a line; None without finite points.
+
+    A point has `l0`, `quality` (the more the better), a `label` that tells it from others of its
+    `group` ("" where all are of one kind) and `details` for the pointer, one fact a line.
+    `grouping` names the setting whose values are the groups.
+    """
+    points = points[np.isfinite(points[["l0", "quality"]]).all(axis=1)]
+    if points.empty:
+        return None
+    points = points.assign(front=pareto(points.l0, points.quality))
+    front = points[points.front].sort_values(["l0", "quality"])
+    drawn = figure(
+        "L0 (active features per token)",
+        quality,
+        legend_title={"text": _escaped(_short(grouping or "")), "font": {"size": 13}},
+        xaxis=_l0_axis(points.l0.min(), points.l0.max()),
+    )
+    drawn.add_scatter(
+        x=front.l0,
+        y=front.quality,
+        mode="lines",
+        line={"color": GREY, "width": 1.5},
+        hoverinfo="skip",
+        showlegend=False,
+    )
+    for number, (name, group) in enumerate(points.groupby("group", sort=False)):
+        drawn.add_scatter(
+            name=_escaped(name),
+            showlegend=name != "",
+            x=group.l0,
+            y=group.quality,
+            mode="markers+text" if len(points) <= LABELLED else "markers",
+            text=[_escaped(_short(label)) for label in group.label],
+            textposition=np.where(group.front, "top left", "bottom right"),  # away from the line
+            cliponaxis=False,
+            hovertext=[_escaped(details).replace("\n", "<br>") for details in group.details],
+            hovertemplate="%{hovertext}<extra></extra>",
+            marker={
+                "size": 10,
+                "color": COLOURS[number % len(COLOURS)],
+                "symbol": SHAPES[number % len(SHAPES)],
+                "opacity": np.where(group.front, 1, 0.5),
+            },
+        )
+    return drawn
+
+
+def _short(label: str) -> str:
+    return label if len(label) <= 24 else label[:23] + "…"
+
+
+def _escaped(text: str) -> str:
+    """plotly takes its texts for HTML."""
+    return html.escape(text, quote=False)
+
+
+def _l0_axis(low: float, high: float) -> dict[str, Any]:
+    """Room for labels at both ends; logarithmic where the values span much."""
+    is_log = low > 0 and high / low >= WIDE
+    first, last = (math.log10(low), math.log10(high)) if is_log else (low, high)
+    pad = 0.1 * ((last - first) or abs(last) or 1.0)
+    axis = {"range": [first - pad, last + pad]}
+    if is_log:
+        axis |= {"type": "log", "tickformat": ",", "minorloglabels": "complete"}
+    if is_log and last - first >= 3:
+        axis["dtick"] = 1  # a label a decade
+    return axis

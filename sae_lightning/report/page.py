@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from sae_lightning.report.catalogue import Catalogue
-from sae_lightning.report.markup import figure, rendered
+from sae_lightning.report.markup import rendered
 from sae_lightning.report.page_data import page_data
 from sae_lightning.report.section import Coloured, Section, Table, visible
 
@@ -46,7 +46,6 @@ def page(
         units=page_data(catalogues) if catalogues else None,
         parts=_parts(sections),
         commands=commands,
-        figure=figure,
         coloured=coloured,
         wordy=wordy,
         sortable=sortable,

@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,14 +28,7 @@ LEVELS = 255  # of a strength; the unit's maximum is the highest
 HUNDREDTHS = 100  # of a likeness
 PREVIEW = slice(BEFORE - 3, BEFORE + 8)  # of the strongest example, in the list
 
-
-class Field(NamedTuple):
-    """Some numbers of each unit."""
-
-    values: Tensor
-    """[units, ...]"""
-    dtype: str
-    """As numpy writes it: u1, i1, u2, u4, i4 or f4."""
+Fields = dict[str, np.ndarray]  # [units, ...] each
 
 
 class PageData(NamedTuple):
@@ -46,26 +40,13 @@ class PageData(NamedTuple):
     """Name -> base64."""
 
 
-class Numbering(NamedTuple):
-    """Tokens that occur on the page, by their place in the page's own vocabulary."""
-
-    words: list[str]
-    """As they are shown; the first is that of no token."""
-    numbers: Tensor
-    """[vocabulary + 1] token id -> place in `words`; -1, which is no token, -> 0."""
-
-    def field(self, ids: Tensor) -> Field:
-        """Token ids [units, ...] as a field."""
-        return Field(self.numbers[ids.long()], "u2" if len(self.words) <= 2**16 else "u4")
-
-
 def page_data(catalogues: Sequence[Catalogue]) -> PageData:
     """Everything that the page's script shows of `catalogues`, which are of one LLM."""
-    numbering = _numbering(catalogues)
+    words, numbers = _numbering(catalogues)
     blocks, kinds = {}, []
     for catalogue in catalogues:
         kind, units = catalogue.kind, catalogue.units
-        listed, detailed = _listed(catalogue, numbering), _detailed(catalogue, numbering)
+        listed, detailed = _listed(catalogue, numbers), _detailed(catalogue, numbers)
         blocks[kind] = _packed(listed, 0, units)
         for first in range(0, units, CHUNK):
             blocks[f"{kind}-{first // CHUNK}"] = _packed(detailed, first, first + CHUNK)
@@ -79,12 +60,13 @@ def page_data(catalogues: Sequence[Catalogue]) -> PageData:
                 "detailed": _layout(detailed),
             }
         )
-    index = {"words": numbering.words, "kinds": kinds, "edges": EDGES.tolist(), "chunk": CHUNK}
+    index = {"words": words, "kinds": kinds, "edges": EDGES.tolist(), "chunk": CHUNK}
     index |= {"window": WINDOW, "before": BEFORE, "levels": LEVELS, "preview": PREVIEW.start}
     return PageData(index, blocks)
 
 
-def _numbering(catalogues: Sequence[Catalogue]) -> Numbering:
+def _numbering(catalogues: Sequence[Catalogue]) -> tuple[list[str], np.ndarray]:
+    """The page's own vocabulary, as shown, and [vocabulary + 1] token id (or -1) -> place in it."""
     vocabulary = catalogues[0].vocabulary
     counts = torch.zeros(len(vocabulary) + 1, dtype=torch.int64)
     for catalogue in catalogues:
@@ -96,50 +78,47 @@ def _numbering(catalogues: Sequence[Catalogue]) -> Numbering:
         for ids in shown:
             counts += torch.bincount(ids.flatten() + 1, minlength=len(counts))
     counts = counts[1:]
-    used = counts.argsort(descending=True, stable=True)[: int((counts > 0).sum())]
-    numbers = torch.zeros(len(vocabulary) + 1, dtype=torch.int64)
-    numbers[used] = torch.arange(1, len(used) + 1)
-    return Numbering(["", *(visible(vocabulary[token]) for token in used.tolist())], numbers)
+    used = counts.argsort(descending=True, stable=True)[: int((counts > 0).sum())].tolist()
+    numbers = np.zeros(len(vocabulary) + 1, "u2" if len(used) < 2**16 else "u4")
+    numbers[used] = range(1, len(used) + 1)
+    return ["", *(visible(vocabulary[token]) for token in used)], numbers
 
 
-def _listed(catalogue: Catalogue, numbering: Numbering) -> dict[str, Field]:
+def _listed(catalogue: Catalogue, numbers: np.ndarray) -> Fields:
     """What the list of units shows, sorts by and searches."""
     statistics, top = catalogue.statistics, catalogue.top
     fields = {
-        "fired": Field(statistics.fired, "u4"),
-        "mean": Field(statistics.mean, "f4"),
-        "maximum": Field(statistics.maximum, "f4"),
-        "peaks": numbering.field(top.tokens[:, :, BEFORE]),
-        "preview": numbering.field(top.tokens[:, 0, PREVIEW]),
+        "fired": _array(statistics.fired, "u4"),
+        "mean": _array(statistics.mean, "f4"),
+        "maximum": _array(statistics.maximum, "f4"),
+        "peaks": numbers.take(top.tokens[:, :, BEFORE]),
+        "preview": numbers.take(top.tokens[:, 0, PREVIEW]),
     }
     if catalogue.reading is not None:
-        fields["score"] = Field(catalogue.reading.score, "f4")
-        fields["reading"] = numbering.field(catalogue.reading.tokens)
-        fields["previous"] = Field(catalogue.reading.previous, "u1")
+        fields["score"] = _array(catalogue.reading.score, "f4")
+        fields["reading"] = numbers.take(catalogue.reading.tokens)
+        fields["previous"] = _array(catalogue.reading.previous, "u1")
     if catalogue.effect is not None:
-        fields["promoted"] = numbering.field(catalogue.effect.promoted)
-        fields["suppressed"] = numbering.field(catalogue.effect.suppressed)
-        fields["sharpness"] = Field(catalogue.effect.sharpness, "f4")
+        fields["promoted"] = numbers.take(catalogue.effect.promoted)
+        fields["suppressed"] = numbers.take(catalogue.effect.suppressed)
+        fields["sharpness"] = _array(catalogue.effect.sharpness, "f4")
     return fields
 
 
-def _detailed(catalogue: Catalogue, numbering: Numbering) -> dict[str, Field]:
+def _detailed(catalogue: Catalogue, numbers: np.ndarray) -> Fields:
     """What only a unit's own view shows."""
-    maximum = catalogue.statistics.maximum
-    tokens = torch.cat((catalogue.top.tokens, catalogue.spread.tokens), 1)
-    strengths = [_levels(catalogue.top, maximum), _levels(catalogue.spread, maximum)]
+    shown, maximum = (catalogue.top, catalogue.spread), catalogue.statistics.maximum
     fields = {
-        "tokens": numbering.field(tokens),
-        "strengths": Field(torch.cat(strengths, 1), "u1"),
-        "histogram": Field(catalogue.statistics.histogram, "u4"),
+        "tokens": numbers.take(torch.cat([examples.tokens for examples in shown], 1)),
+        "strengths": _array(torch.cat([_levels(examples, maximum) for examples in shown], 1), "u1"),
+        "histogram": _array(catalogue.statistics.histogram, "u4"),
     }
     likeness = {"neighbours": catalogue.neighbours, "partners": catalogue.partners}
     for name, related in likeness.items():
         if related is not None:
-            fields[name] = Field(related.units, "i4")
-            fields[name + "_likeness"] = Field(
-                (related.likeness.nan_to_num() * HUNDREDTHS).round(), "i1"
-            )
+            hundredths = (related.likeness.nan_to_num() * HUNDREDTHS).round()
+            fields[name] = _array(related.units, "i4")
+            fields[name + "_likeness"] = _array(hundredths, "i1")
     return fields
 
 
@@ -150,14 +129,18 @@ def _levels(examples: Examples, maximum: Tensor) -> Tensor:
     return torch.where(strengths > 0, (share * LEVELS).round().clamp(1, LEVELS), 0)
 
 
-def _layout(fields: dict[str, Field]) -> list[tuple[str, str, int]]:
+def _array(values: Tensor, dtype: str) -> np.ndarray:
+    return values.detach().cpu().numpy().astype(dtype)
+
+
+def _layout(fields: Fields) -> list[tuple[str, str, int]]:
     """(name, dtype, numbers of a unit) in the order of the block."""
-    return [(name, field.dtype, field.values[0].numel()) for name, field in fields.items()]
+    return [(name, values.dtype.str[1:], values[0].size) for name, values in fields.items()]
 
 
-def _packed(fields: dict[str, Field], first: int, stop: int) -> str:
+def _packed(fields: Fields, first: int, stop: int) -> str:
     packed = []
-    for values, dtype in fields.values():
-        numbers = values[first:stop].detach().cpu().flatten().numpy().astype("<" + dtype)
+    for values in fields.values():
+        numbers = values[first:stop].reshape(-1)
         packed.append(numbers.view("u1").reshape(-1, numbers.itemsize).T.tobytes())
     return base64.b64encode(zlib.compress(b"".join(packed), 9)).decode()

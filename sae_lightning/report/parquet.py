@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet
 import torch
 from torch import Tensor
 
@@ -14,73 +16,58 @@ def write_table(path: Path, catalogue: Catalogue) -> None:
 
     pandas.read_parquet, polars or datasets open it.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as parquet
-
     words = pa.array(catalogue.vocabulary)
     s = catalogue.statistics
     columns = {
         catalogue.kind: pa.array(range(catalogue.units)),
-        "fired": _numbers(s.fired),
-        "density": _numbers(s.density),
-        "mean": _numbers(s.mean),
-        "maximum": _numbers(s.maximum),
-        "histogram": _lists(s.histogram, s.histogram >= 0, pa),
-        "examples": _examples(catalogue.top, words, pa),
-        "examples_of_all_strengths": _examples(catalogue.spread, words, pa),
+        "fired": _array(s.fired),
+        "density": _array(s.density),
+        "mean": _array(s.mean),
+        "maximum": _array(s.maximum),
+        "histogram": _lists(s.histogram, s.histogram >= 0),
+        "examples": _examples(catalogue.top, words),
+        "examples_of_all_strengths": _examples(catalogue.spread, words),
     }
     if (r := catalogue.reading) is not None:
         columns["score"] = pa.array(r.score.numpy(), from_pandas=True)  # nan becomes null
-        columns["tokens"] = _texts(r.tokens, words, pa)
-        columns["tokens_are_previous"] = _numbers(r.previous)
+        columns["tokens"] = _texts(r.tokens, words)
+        columns["tokens_are_previous"] = _array(r.previous)
     for name, related in (("neighbour", catalogue.neighbours), ("partner", catalogue.partners)):
         if related is not None:
-            known = related.units >= 0
-            columns[f"{name}s"] = _lists(related.units, known, pa)
-            columns[f"{name}_likeness"] = _lists(related.likeness, known, pa)
+            columns[f"{name}s"] = _lists(related.units, related.units >= 0)
+            columns[f"{name}_likeness"] = _lists(related.likeness, related.units >= 0)
     if (e := catalogue.effect) is not None:
-        columns["promoted"] = _texts(e.promoted, words, pa)
-        columns["suppressed"] = _texts(e.suppressed, words, pa)
-        columns["sharpness"] = _numbers(e.sharpness)
+        columns["promoted"] = _texts(e.promoted, words)
+        columns["suppressed"] = _texts(e.suppressed, words)
+        columns["sharpness"] = _array(e.sharpness)
     with atomically(path) as temporary:
-        parquet.write_table(pa.table(columns), temporary, compression="zstd")
+        pyarrow.parquet.write_table(pa.table(columns), temporary, compression="zstd")
 
 
-def _numbers(values: Tensor):
-    return values.cpu().numpy()
+def _array(values: Tensor) -> pa.Array:
+    return pa.array(values.cpu().numpy())
 
 
-def _lists(values: Tensor, known: Tensor, pa):
-    """A list of the `known` values of each row; both [units, k]."""
+def _lists(values: Tensor | pa.Array, known: Tensor) -> pa.ListArray:
+    """A list of the `known` values of each row [units, k]; an array holds only these."""
     ends = torch.cat([torch.zeros(1, dtype=torch.int64), known.sum(dim=1).cumsum(0)])
-    return pa.ListArray.from_arrays(ends.int().numpy(), pa.array(values[known].cpu().numpy()))
+    flat = _array(values[known]) if isinstance(values, Tensor) else values
+    return pa.ListArray.from_arrays(ends.int().numpy(), flat)
 
 
-def _texts(ids: Tensor, words, pa):
+def _texts(ids: Tensor, words: pa.Array) -> pa.ListArray:
     """A list of the tokens of each row [units, k] as they read; -1 is none."""
-    known = ids >= 0
-    ends = torch.cat([torch.zeros(1, dtype=torch.int64), known.sum(dim=1).cumsum(0)])
-    return pa.ListArray.from_arrays(ends.int().numpy(), words.take(_ids(ids[known], pa)))
+    return _lists(words.take(_array(ids[ids >= 0])), ids >= 0)
 
 
-def _ids(ids: Tensor, pa):
-    return pa.array(ids.cpu().int().numpy())
-
-
-def _examples(examples: Examples, words, pa):
-    """A list of examples of each unit; an example has as many tokens as there are inside of the
-    sequence."""
+def _examples(examples: Examples, words: pa.Array) -> pa.ListArray:
+    """A list of examples of each unit; of an example the tokens inside of the sequence."""
     there = examples.strength > 0  # [units, n]
     tokens, strengths = examples.tokens[there], examples.strengths[there]  # [examples, WINDOW]
-    inside = tokens >= 0
-    struct = pa.StructArray.from_arrays(
-        [
-            pa.array(examples.strength[there].numpy()),
-            pa.array(examples.sequence[there].numpy()),
-            _texts(tokens, words, pa),
-            _lists(strengths.float(), inside, pa),
-        ],
-        names=["strength", "sequence", "tokens", "strengths"],
-    )
-    ends = torch.cat([torch.zeros(1, dtype=torch.int64), there.sum(dim=1).cumsum(0)])
-    return pa.ListArray.from_arrays(ends.int().numpy(), struct)
+    columns = {
+        "strength": _array(examples.strength[there]),
+        "sequence": _array(examples.sequence[there]),
+        "tokens": _texts(tokens, words),
+        "strengths": _lists(strengths.float(), tokens >= 0),
+    }
+    return _lists(pa.StructArray.from_arrays([*columns.values()], names=[*columns]), there)

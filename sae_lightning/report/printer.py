@@ -10,6 +10,8 @@ from itertools import accumulate
 
 from rich import box
 from rich.cells import cell_len
+from rich.console import ConsoleOptions
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -22,9 +24,7 @@ HEIGHTS = " ▁▂▃▄▅▆▇█"
 WIDTH = 100  # columns that are easily read
 STRENGTH = 8  # columns for the number before an example
 SHARE = 0.6  # of the columns left of the peak
-LONG = (24, 12, 6)  # columns; a longer cell may be folded, a shorter one only where it has to be
-SHORT = 10  # columns; nothing is folded to less
-GAP = 2  # columns from one of a table to the next
+LONG = 24  # columns; a longer cell is a list or a sentence
 BETWEEN = re.compile(r"(?<=['’]) (?=['‘])")  # tokens in quotes
 
 
@@ -38,7 +38,7 @@ def say(section: Section) -> None:
     strongest = max((s for text in section.texts for s in text.strengths), default=0)
     for text in section.texts:
         console.print(Text(text.caption, "dim"))
-        for heights, line in _lines(text, strongest, _columns()):
+        for heights, line in _lines(text, strongest or 1):
             if heights.strip():
                 console.print(Text(heights.rstrip(), "dark_orange"))
             console.print(line)
@@ -53,34 +53,34 @@ def say_lead(section: Section) -> None:
 
 def say_units(catalogue: Catalogue, units: Sequence[int], examples: int = 3) -> None:
     """Print some units of a catalogue with their strongest examples, the peaks in one column."""
+    top = catalogue.top
     for unit in units:
         console.print()
         console.print(_heading(catalogue, unit), soft_wrap=False, width=_columns())
-        maximum = float(catalogue.statistics.maximum[unit])
-        top = catalogue.top
-        for number in range(min(examples, top.strength.shape[1])):
-            strength = float(top.strength[unit, number])
+        for number, strength in enumerate(top.strength[unit, :examples].tolist()):
             if strength > 0:
-                ids, strengths = top.tokens[unit, number].tolist(), top.strengths[unit, number]
-                tokens = [catalogue.vocabulary[i] if i >= 0 else "" for i in ids]
-                above, line = _aligned(tokens, _shares(strengths.tolist(), maximum), _columns())
+                tokens = [
+                    catalogue.vocabulary[i] if i >= 0 else "" for i in top.tokens[unit, number]
+                ]
+                shares = top.strengths[unit, number] / catalogue.statistics.maximum[unit]
+                above, line = _aligned([visible(token) for token in tokens], shares.tolist())
                 console.print(Text(" " * STRENGTH + above, "dark_orange"))
                 console.print(Text(f"{strength:>{STRENGTH - 2}.3g}  ", "dim").append(line))
 
 
 def _heading(catalogue: Catalogue, unit: int) -> Text:
-    statistics = catalogue.statistics
+    statistics, reading = catalogue.statistics, catalogue.reading
     heading = Text(f"{catalogue.kind} {unit}", "bold")
     density, maximum = float(statistics.density[unit]), float(statistics.maximum[unit])
     if not density:
         return heading.append("  never fires", "not bold")
-    said = f"  fires on {100 * density:.3g} % of tokens, maximum {maximum:.3g}"
-    if catalogue.reading is not None and float(catalogue.reading.score[unit]) >= 0:
-        ids = [i for i in catalogue.reading.tokens[unit].tolist() if i >= 0][:5]
-        where = "after " if catalogue.reading.previous[unit] else ""
+    heading.append(f"  fires on {100 * density:.3g} % of tokens, maximum {maximum:.3g}", "not bold")
+    if reading is not None and float(reading.score[unit]) >= 0:
+        ids = [i for i in reading.tokens[unit].tolist() if i >= 0][:5]
+        where = "after " if reading.previous[unit] else ""
         tokens = " ".join(f"‘{visible(catalogue.vocabulary[i])}’" for i in ids)
-        said += f", score {float(catalogue.reading.score[unit]):.2f}: {where}{tokens}"
-    return heading.append(said, "not bold")
+        heading.append(f", score {float(reading.score[unit]):.2f}: {where}{tokens}", "not bold")
+    return heading
 
 
 def _columns() -> int:
@@ -88,64 +88,50 @@ def _columns() -> int:
 
 
 def _table(given: sections.Table) -> Table:
-    """The table; where it is too wide its headings are folded, then the longest cells."""
-    columns = [
-        (heading, max([0, *map(cell_len, cells)]))
-        for heading, *cells in zip(given.header, *given.rows, strict=True)
-    ]
-    wide = [max(width, cell_len(heading)) for heading, width in columns]
-    narrow = [max([width, *map(cell_len, heading.split())]) for heading, width in columns]
-    free = console.width - GAP * len(wide)
-    widths = wide if sum(wide) <= free else narrow
-    for limit in LONG:
-        long = [width for width in widths if width > limit]
-        spare = free - sum(widths) + sum(long)
-        if spare >= SHORT * len(long):
-            break
-    share = max(SHORT, spare // max(1, len(long)))
+    """The table; where it is too wide rich wraps its widest columns."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for number, width in enumerate(widths):
-        justify = "left" if number == 0 or width > LONG[0] else "right"
-        heading = folded(given.header[number], min(width, share) if width > limit else width)
-        table.add_column(Text(heading), justify=justify, no_wrap=True)
+    for number, (heading, *cells) in enumerate(zip(given.header, *given.rows, strict=True)):
+        is_text = number == 0 or max(map(cell_len, cells), default=0) > LONG
+        table.add_column(Text(heading), justify="left" if is_text else "right", overflow="fold")
     for row in given.rows:
-        shown = zip(row, widths, strict=True)
-        table.add_row(*(Text(folded(c, share) if width > limit else c) for c, width in shown))
+        tokens = (BETWEEN.split(cell) for cell in row)
+        table.add_row(*(Quoted(each) if len(each) > 1 else Text(each[0]) for each in tokens))
     return table
 
 
-def folded(text: str, columns: int) -> str:
-    """`text` in lines of so many columns, broken between words or, where it lists quoted tokens,
-    between these."""
-    lines = [""]
-    for piece in BETWEEN.split(text) if BETWEEN.search(text) else text.split(" "):
-        line = f"{lines[-1]} {piece}" if lines[-1] else piece
-        lines[-1:] = [line] if cell_len(line) <= columns or not lines[-1] else [lines[-1], piece]
-    return "\n".join(lines)
+class Quoted:
+    """Tokens in quotes, side by side; a line is broken between them only."""
 
+    def __init__(self, tokens: list[str]):
+        self.tokens = tokens
 
-def _shares(strengths: Sequence[float], strongest: float) -> list[float]:
-    return [strength / strongest if strongest > 0 else 0.0 for strength in strengths]
+    def __rich_measure__(self, *_) -> Measurement:
+        return Measurement(max(map(cell_len, self.tokens)), cell_len(" ".join(self.tokens)))
+
+    def __rich_console__(self, _, options: ConsoleOptions) -> Iterator[Text]:
+        lines = [self.tokens[0]]
+        for token in self.tokens[1:]:
+            line = f"{lines[-1]} {token}"
+            lines[-1:] = [line] if cell_len(line) <= options.max_width else [lines[-1], token]
+        yield Text("\n".join(lines))
 
 
 def _height(share: float, text: str) -> str:
     """A block for each column of `text`, none above the space that it begins with."""
-    steps = len(HEIGHTS) - 1
-    block = HEIGHTS[min(steps, max(1, round(share * steps)))] if share > 0 else " "
+    block = HEIGHTS[max(1, round(share * (len(HEIGHTS) - 1)))] if share > 0 else " "
     bare = text.lstrip(" ") or text
     return " " * (len(text) - len(bare)) + block * cell_len(bare)
 
 
-def _lines(text: Coloured, strongest: float, columns: int) -> Iterator[tuple[str, str]]:
+def _lines(text: Coloured, strongest: float) -> Iterator[tuple[str, str]]:
     """Lines of a text, each below its heights."""
     heights = line = ""
-    shares = _shares(text.strengths, strongest)
-    for token, share in zip(text.tokens, shares, strict=True):
+    for token, strength in zip(text.tokens, text.strengths, strict=True):
         shown = visible(token)
-        if line and cell_len(line + shown) > columns:
+        if line and cell_len(line + shown) > _columns():
             yield heights, line
             heights, line, shown = "", "", shown.lstrip(" ")
-        heights, line = heights + _height(share, shown), line + shown
+        heights, line = heights + _height(strength / strongest, shown), line + shown
         if "\n" in token:
             yield heights, line
             heights = line = ""
@@ -153,12 +139,12 @@ def _lines(text: Coloured, strongest: float, columns: int) -> Iterator[tuple[str
         yield heights, line
 
 
-def _aligned(tokens: list[str], shares: list[float], columns: int) -> tuple[str, Text]:
+def _aligned(shown: list[str], shares: list[float]) -> tuple[str, Text]:
     """Heights and line of an example, its peak at the same column for all."""
-    shown = [visible(token) for token in tokens]
-    before = int((columns - STRENGTH) * SHARE)
+    columns = _columns() - STRENGTH
+    before = int(columns * SHARE)
     first = BEFORE - _fitting(shown[:BEFORE][::-1], before)
-    last = BEFORE + _fitting(shown[BEFORE:], columns - STRENGTH - before)
+    last = BEFORE + _fitting(shown[BEFORE:], columns - before)
     pad = " " * (before - cell_len("".join(shown[first:BEFORE])))
     heights = "".join(map(_height, shares[first:last], shown[first:last]))
     line = Text(pad + "".join(shown[first:BEFORE]))

@@ -1,6 +1,9 @@
 """What a task found, in a form that a terminal and a page can both show."""
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
 
 # What would move the cursor or cannot be seen, as a symbol that is written instead.
 SYMBOLS = {code: chr(0x2400 + code) for code in range(32)} | {ord("\n"): "↵", ord("\t"): "⇥"}
@@ -44,7 +47,7 @@ class Section(NamedTuple):
     """More of them."""
     texts: list[Coloured] = []
     """Text that shows it."""
-    figures: dict[str, dict[str, Any]] = {}
-    """Caption -> plotly figure ({"data": [...], "layout": {...}})."""
+    figures: dict[str, "Figure"] = {}
+    """By caption."""
     part: str = ""
     """Part of a larger page that it belongs to; its title unless given."""

@@ -1,8 +1,10 @@
-"""The report of a sweep: sweep.csv, sweep.html and a table at the terminal."""
+"""The report of a sweep: sweep.csv, sweep.html and a table at the terminal, of one `SweepTable`."""
 
-import csv
+import os
 import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 from rich import box
 from rich.measure import Measurement
@@ -10,46 +12,52 @@ from rich.table import Table
 from rich.text import Text
 
 from sae_lightning.files import atomically
-from sae_lightning.report.sweep_page import page
-from sae_lightning.report.sweep_table import SweepRun, SweepTable
-from sae_lightning.terminal import console, shown
+from sae_lightning.report.figures import COLOURS, LABELLED, tradeoff
+from sae_lightning.report.markup import rendered
+from sae_lightning.report.sweep_table import SweepRun, SweepTable, natural
+from sae_lightning.terminal import command, console, shown
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 CSV, PAGE = "sweep.csv", "sweep.html"
+PLOTS = {
+    "explained_variance": "explained variance",
+    "ce_recovered": "CE recovered",
+    "recovered": "concepts recovered",
+}
+FILES = {
+    "config.yaml": "config",
+    "metrics.json": "metrics",
+    "failure.json": "failure",
+    "sae": "sae",
+}
 
 
 def write_report(folder: Path, runs: list[SweepRun]) -> None:
     """Write the report of a sweep's runs into its folder, and print the table."""
     table = SweepTable(runs)
     with atomically(folder / CSV) as temporary:
-        write_csv(temporary, table)
+        # for programs: to the last digit, and NaN told from what is missing
+        frame = table.frame.mask(table.frame.map(lambda value: value != value), "nan")
+        frame.to_csv(temporary, index=False, lineterminator="\n")
     with atomically(folder / PAGE) as temporary:
-        temporary.write_text(page(folder, table), encoding="utf8")
-    say(folder, table)
+        temporary.write_text(_page(folder, table), encoding="utf8")
+    _say(folder, table)
 
 
-def write_csv(path: Path, table: SweepTable) -> None:
-    """One row a job, for programs: every held-out metric, by its own name, to the last digit."""
-    records = table.records()
-    names = list(dict.fromkeys(name for run in table.runs for name in run.numbers))
-    last = ["tokens", "status", "reason", "folder"]
-    with open(path, "w", encoding="utf8", newline="") as file:
-        writer = csv.DictWriter(file, [*table.keys, *names, *last], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(records)
-
-
-def say(folder: Path, table: SweepTable) -> None:
+def _say(folder: Path, table: SweepTable) -> None:
     """The table for people, the reasons of failures, and where to look next."""
     drawn = _drawn(table)
     # a line too long for the terminal wraps; squeezed columns could not be read at all
     unbounded = console.options.update(max_width=10_000)
     drawn.width = Measurement.get(console, unbounded, drawn).maximum
     console.print(drawn)
-    if table.front:
+    if table.front.any():
         console.print("  * best of its column   ● on the Pareto front of L0 and EV")
-    for run in table.runs:
-        if run.failure is not None:
-            console.print(f"failed: {table.name(run)}: {run.failure}")
+    for name, reason in zip(table.names, table.frame.reason, strict=True):
+        if reason is not None:
+            console.print(f"failed: {name}: {reason}")
     unfinished = table.count("unfinished")
     if unfinished:
         console.print(f"{unfinished} of {len(table.runs)} runs did not come to their end")
@@ -61,9 +69,10 @@ def say(folder: Path, table: SweepTable) -> None:
 
 
 def _drawn(table: SweepTable) -> Table:
+    frame = table.frame
     # what is the same for all would only make lines longer
-    trained = {run.tokens for run in table.runs if run.tokens is not None}
-    same, all_finished = len(trained) == 1, table.count("finished") == len(table.runs)
+    trained = frame.tokens.dropna().unique()
+    same, all_finished = len(trained) == 1, table.is_finished.all()
     title = "sweep, on held-out data" + "".join(f" after {n:,} tokens" for n in trained if same)
     drawn = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for key in table.keys or ["run"]:
@@ -74,23 +83,128 @@ def _drawn(table: SweepTable) -> Table:
         drawn.add_column("tokens", justify="right", no_wrap=True)
     if not all_finished:
         drawn.add_column("status", no_wrap=True)
-    for run in table.runs:
+    for row, run in enumerate(frame.to_dict("records")):
         drawn.add_row(
-            *map(Text, table.swept(run) or [run.folder.name]),
-            *(_cell(table, run, name) for name in table.columns),
-            *([] if same else ["–" if run.tokens is None else f"{run.tokens:,}"]),
-            *([] if all_finished else [Text(run.status, "red" * (run.status == "failed"))]),
+            *(Text(run[key]) for key in table.keys or ["folder"]),
+            *(_cell(table, row, name) for name in table.columns),
+            *([] if same else ["–" if run["tokens"] is None else f"{run['tokens']:,}"]),
+            *([] if all_finished else [Text(run["status"], "red" * (run["status"] == "failed"))]),
         )
     return drawn
 
 
-def _cell(table: SweepTable, run: SweepRun, name: str) -> Text:
-    text = Text(table.columns[name].written(run.numbers.get(name)))
-    if name == "l0" and run.folder in table.front:
+def _cell(table: SweepTable, row: int, name: str) -> Text:
+    text = Text(table.columns[name].written(table.frame.at[row, name]))
+    if name == "l0" and table.front[row]:
         text = Text.assemble("● ", text)
     # a space where others have a star keeps the digits below one another
-    best = table.is_best(run, name)
+    best = table.best.at[row, name]
     text.append("*" if best else " ")
     if best:
         text.stylize("bold")
     return text
+
+
+def _page(folder: Path, table: SweepTable) -> str:
+    """The page for a sweep in `folder`, which is where its links start from."""
+    group = grouping(table)
+    points = _points(table, group)
+    drawn = {
+        name: tradeoff(points.assign(quality=table.finite[name]), label, group)
+        for name, label in PLOTS.items()
+    }
+    plotted = [name for name, plot in drawn.items() if plot]
+    few = table.count("finished") <= LABELLED
+    return rendered(
+        "sweep.html",
+        figures=bool(plotted),
+        table=table,
+        facts=facts(table.runs),
+        plots={PLOTS[name]: drawn[name] for name in plotted},
+        labels=[key for key in table.keys if key != group] if few else [],
+        unplotted=int(table.finite.loc[table.is_finished, plotted].isna().any(axis=1).sum()),
+        links=[_links(folder, run.folder) for run in table.runs],
+        sortable=sortable,
+        commands=[
+            f"tensorboard --logdir {shlex.quote(str(shown(folder)))}",
+            command("analyze.py", task="sweep", run=shown(folder)),
+        ],
+    )
+
+
+def facts(runs: list[SweepRun]) -> dict[str, str]:
+    """What the runs were trained on; where they differ, the values that occur."""
+    values: dict[str, list[str]] = {}
+    for settings in (run.settings for run in runs if run.settings):
+        for name, value in {
+            **source(settings),
+            "SAE": settings["model.name"],
+            "features": f"{settings['model.features']:,}",
+            "tokens": f"{settings['trainer.tokens']:,}",
+        }.items():
+            if str(value) not in values.setdefault(name, []):
+                values[name].append(str(value))
+    return {
+        name: ", ".join(different) if len(different) <= 4 else f"{len(different)} different"
+        for name, different in values.items()
+    }
+
+
+def source(settings: dict) -> dict[str, str]:
+    """Where the activations came from."""
+    get = settings.get
+    if get("data.concepts"):
+        return {"concepts": f"{get('data.concepts'):,} in {get('data.dim'):,} dimensions"}
+    # a transcoder has a second kind: what it reconstructs
+    kinds = dict.fromkeys([get("layer.source"), get("layer.target") or get("layer.source")])
+    return {
+        "LLM": get("llm.name"),
+        "site": " -> ".join(f"{kind}.{get('layer.index')}" for kind in kinds),
+        "text": get("data.name") or get("data.path") or "Shakespeare's plays",
+    }
+
+
+def _points(table: SweepTable, group: str | None) -> "pd.DataFrame":
+    """The points of `tradeoff`, without their quality, for a legend in the order of values."""
+    swept = table.frame[table.keys]
+    labelled = swept[[key for key in table.keys if key != group]]
+    details = []
+    for name, run in zip(table.names, table.frame.to_dict("records"), strict=True):
+        lines = [f"{key} = {run[key]}" for key in table.keys] or [name]
+        lines += [f"{c.label}: {c.written(run[metric])}" for metric, c in table.columns.items()]
+        details.append("\n".join(lines))
+    points = table.finite[["l0"]].assign(
+        label=[", ".join(map(brief, values)) for values in labelled.to_numpy()],
+        group=swept[group].replace("", "–") if group else "",
+        details=details,
+    )
+    return points.iloc[sorted(points.index, key=lambda row: natural(points.at[row, "group"]))]
+
+
+def brief(value: str) -> str:
+    """A swept value for a label: a sweeper that searches gives numbers of 17 digits."""
+    is_word, number, _ = natural(value)
+    return value if is_word or len(value) <= 8 else f"{number:.3g}"
+
+
+def grouping(table: SweepTable) -> str | None:
+    """The setting that colours stand for: of several, one with few values, words before numbers."""
+    if len(table.keys) < 2:
+        return None
+    values = {key: set(table.frame[key]) for key in table.keys}
+    few = [key for key in table.keys if len(values[key]) <= len(COLOURS)]
+    words = {key: any(natural(value)[0] for value in values[key]) for key in few}
+    return min(few, key=lambda key: (not words[key], len(values[key])), default=None)
+
+
+def sortable(value: str) -> float | str:
+    """What the page sorts a swept value by."""
+    is_word, number, _ = natural(value)
+    return value if is_word else number
+
+
+def _links(folder: Path, run: Path) -> dict[str, str]:
+    """What there is to open of a run; relative, so that the folder can be moved."""
+    link = f"./{quote(Path(os.path.relpath(run, folder)).as_posix())}"
+    files = {label: f"{link}/{file}" for file, label in FILES.items() if (run / file).exists()}
+    return {"open": f"{link}/", **files}

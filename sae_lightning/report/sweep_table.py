@@ -4,7 +4,9 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
-from sae_lightning.report.pareto import pareto
+import numpy as np
+
+from sae_lightning.report.figures import pareto
 
 
 class SweepRun(NamedTuple):
@@ -37,17 +39,11 @@ class SweepRun(NamedTuple):
     @property
     def numbers(self) -> dict[str, float]:
         """The final metrics by name: those of held-out data, then those of training."""
-        if self.metrics is None:
-            return {}
-        training = self.metrics.get("training", {})
-        return self.metrics.get("held_out", {}) | {
+        metrics = self.metrics or {}
+        training = metrics.get("training", {})
+        return metrics.get("held_out", {}) | {
             name: training[name] for name in ("train/dead", "train/mse") if name in training
         }
-
-    @property
-    def tokens(self) -> int | None:
-        """Training tokens; None if the job did not come to its end."""
-        return None if self.metrics is None else self.metrics.get("tokens")
 
 
 class Column(NamedTuple):
@@ -85,68 +81,52 @@ COLUMNS = {
 
 
 class SweepTable:
-    """Runs in the order of what was swept; `keys` are the settings in which they differ."""
+    """Runs in the order of what was swept, a row each in all of its frames."""
 
     def __init__(self, runs: list[SweepRun]):
+        import pandas as pd  # imported late: slow, and train.py needs it only when a sweep ends
+
         typed = list(dict.fromkeys(key for run in runs for key in run.typed))
         self.keys = [key for key in typed if len({run.typed.get(key) for run in runs}) > 1]
-        self.runs = sorted(runs, key=lambda run: [natural(value) for value in self.swept(run)])
-        self.columns = {
-            name: column
-            for name, column in COLUMNS.items()
-            if any(name in run.numbers for run in runs)
-        }
-        finished = [run for run in self.runs if run.status == "finished"]
-        points = [
-            (run.numbers.get("l0", math.nan), run.numbers.get("explained_variance", math.nan))
-            for run in finished
+        """The settings in which the runs differ."""
+        self.runs = sorted(runs, key=lambda run: [*map(natural, self._swept(run).values())])
+        numbers = dict.fromkeys(name for run in self.runs for name in run.numbers)
+        records = [
+            self._swept(run)
+            | run.numbers
+            | {"status": run.status, "reason": run.failure, "folder": run.folder.name}
+            | {"tokens": (run.metrics or {}).get("tokens")}
+            for run in self.runs
         ]
-        self.front = {finished[i].folder for i in pareto(points)}
-        self.best = {
-            name: max(
-                (
-                    column.better * run.numbers[name]
-                    for run in finished
-                    if math.isfinite(run.numbers.get(name, math.nan))
-                ),
-                default=None,
-            )
-            for name, column in self.columns.items()
-            if column.better
-        }
+        names = [*self.keys, *numbers, "tokens", "status", "reason", "folder"]
+        rows = [[record.get(name) for name in names] for record in records]
+        # as objects, for which None, a missing number, is not the same as NaN, a measured one
+        self.frame = pd.DataFrame(rows, columns=names, dtype=object)
+        """`keys`, every metric by its own name, tokens, status, reason and folder."""
+        self.columns = {name: column for name, column in COLUMNS.items() if name in numbers}
+        self.is_finished = self.frame.status == "finished"
+        values = self.frame.reindex(columns=list(COLUMNS)).astype(float)
+        self.finite = values.where(np.isfinite(values).mul(self.is_finished, axis=0))
+        """What can be compared: the finite metrics of finished runs, NaN for others."""
+        better = pd.Series({name: column.better for name, column in COLUMNS.items()})
+        signed = self.finite * better
+        self.best = (signed == signed.max()) & (better != 0)
+        """Whether no finished run is better in a metric."""
+        self.front = pareto(self.finite["l0"], self.finite["explained_variance"])
 
-    def swept(self, run: SweepRun) -> list[str]:
-        """The values of `keys`."""
-        return [run.typed.get(key, str(run.settings.get(key, ""))) for key in self.keys]
+    def _swept(self, run: SweepRun) -> dict[str, str]:
+        return {key: run.typed.get(key, str(run.settings.get(key, ""))) for key in self.keys}
 
-    def name(self, run: SweepRun) -> str:
-        """What distinguishes a run, for messages."""
-        pairs = zip(self.keys, self.swept(run), strict=True)
-        return ", ".join(f"{key}={value}" for key, value in pairs) or run.folder.name
-
-    def is_best(self, run: SweepRun, name: str) -> bool:
-        """Whether no finished run is better in the metric `name`."""
-        if run.status != "finished" or self.best.get(name) is None or name not in run.numbers:
-            return False
-        return self.columns[name].better * run.numbers[name] == self.best[name]
+    @property
+    def names(self) -> list[str]:
+        """What distinguishes each run, for messages."""
+        swept = self.frame[self.keys].to_dict("records")
+        pairs = [", ".join(f"{key}={value}" for key, value in row.items()) for row in swept]
+        return pairs if self.keys else [*self.frame.folder]
 
     def count(self, status: str) -> int:
         """How many runs finished, failed or are unfinished."""
-        return sum(run.status == status for run in self.runs)
-
-    def records(self) -> list[dict[str, object]]:
-        """A dict for each run with full names and precision; missing numbers are missing."""
-        return [
-            dict(zip(self.keys, self.swept(run), strict=True))
-            | run.numbers
-            | {
-                "tokens": run.tokens,
-                "status": run.status,
-                "reason": run.failure,
-                "folder": run.folder.name,
-            }
-            for run in self.runs
-        ]
+        return int((self.frame.status == status).sum())
 
 
 def natural(value: str) -> tuple[bool, float, str]:

@@ -108,10 +108,10 @@ def test_the_section_shows_the_numbers_and_three_figures(held_out):
     assert "0.7500" in shown.rows["shrinkage"]
     assert len(shown.figures) == 3
     for figure in shown.figures.values():
-        json.dumps(figure, allow_nan=False)
+        json.dumps(json.loads(figure.to_json()), allow_nan=False)
     density, norms = [*shown.figures.values()][:2]
-    assert sum(density["data"][0]["y"]) + (result.card.quality.density == 0).sum() == 2 * WIDTH
-    assert sum(norms["data"][0]["y"]) == 2 * WIDTH
+    assert sum(density.data[0].y) + (result.card.quality.density == 0).sum() == 2 * WIDTH
+    assert sum(norms.data[0].y) == 2 * WIDTH
 
 
 def test_silent_features_are_counted_in_the_caption(held_out):

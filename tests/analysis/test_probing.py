@@ -196,9 +196,10 @@ def test_the_sections_tell_the_numbers(labels, planted):
         ("red", "40", "7", "4"), ("green", "40", "8", "4"), ("blue", "40", "9", "4")
     }  # fmt: skip
     for figure in comparison.figures.values():
-        assert [trace["name"] for trace in figure["data"]][:2] == ["features", "neurons"]
-        assert figure["data"][0]["x"] == ["1", "2", "all"]
-    json.dumps([probes.scalars(), comparison.figures], allow_nan=False)
+        assert [trace.name for trace in figure.data][:2] == ["features", "neurons"]
+        assert figure.data[0].x == ("1", "2", "all")
+        json.dumps(json.loads(figure.to_json()), allow_nan=False)
+    json.dumps(probes.scalars(), allow_nan=False)
 
 
 def test_the_verdict_is_on_the_side_of_the_mean():

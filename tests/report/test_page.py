@@ -21,14 +21,14 @@ from sae_lightning.report.catalogue import (
     Related,
     Statistics,
 )
-from sae_lightning.report.figures import histogram
+from sae_lightning.report.figures import figure, histogram
 from sae_lightning.report.markup import TEMPLATES
 from sae_lightning.report.page import coloured, page, sortable
 from sae_lightning.report.page_data import CHUNK, LEVELS, page_data
 from sae_lightning.report.section import Coloured, Section, Table
 
 WORDS = [" a", "\n", "</script><script>alert(1)</script>", '"', "&amp;", "<!--<script>", "ü"]
-FIGURE = {"data": [{"type": "bar", "x": ["</script>"], "y": [1]}], "layout": {}}
+FIGURE = figure("x", "y").add_bar(x=["</script>"], y=[1])
 NAN = float("nan")
 
 
@@ -293,16 +293,15 @@ def test_a_feature_that_is_alone_has_no_neighbours_to_show():
 
 def test_values_that_are_equal_are_one_bar_that_can_be_seen():
     norms = 1 + 1e-7 * torch.arange(-5.0, 6)
-    (trace,) = histogram(norms, "norm")["data"]
-    assert max(trace["y"]) == len(norms) == sum(trace["y"])
-    where = trace["x"][trace["y"].index(len(norms))]
-    assert abs(where - 1) < 1e-6
-    assert trace["width"] > (trace["x"][-1] - trace["x"][0]) / 20
+    (trace,) = histogram(norms, "norm").data
+    assert max(trace.y) == len(norms) == sum(trace.y)
+    assert abs(trace.x[trace.y.argmax()] - 1) < 1e-6
+    assert trace.width > (trace.x[-1] - trace.x[0]) / 20
 
 
 def test_values_that_are_close_keep_bars_of_their_own():
-    (trace,) = histogram(5 + 0.002 * torch.rand(1000), "norm")["data"]
-    assert len(set(trace["x"])) == len(trace["x"]) == 60
+    (trace,) = histogram(5 + 0.002 * torch.rand(1000), "norm").data
+    assert len(set(trace.x)) == len(trace.x) == 60
 
 
 def test_long_words_in_a_table_may_wrap_and_numbers_may_not():

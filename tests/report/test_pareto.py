@@ -3,11 +3,20 @@
 import math
 import random
 
+import pandas as pd
 import pytest
 
-from sae_lightning.report.pareto import LABELLED, Point, pareto, tradeoff
+from sae_lightning.report.figures import LABELLED, pareto, tradeoff
 
 NAN = math.nan
+
+
+def on_front(points: list[tuple[float, float]]) -> list[int]:
+    """Numbers of the points (l0, quality) that are on the front."""
+    l0, quality = ([float(point[i]) for point in points] for i in (0, 1))
+    return [
+        i for i, on in enumerate(pareto(*(pd.Series(v, dtype=float) for v in (l0, quality)))) if on
+    ]
 
 
 @pytest.mark.parametrize(
@@ -17,8 +26,7 @@ NAN = math.nan
         ([(10, 0.5)], [0]),
         # (15, 0.4) loses to (10, 0.5) in both; (30, 0.7) to (20, 0.7) in L0
         ([(10, 0.5), (20, 0.7), (15, 0.4), (30, 0.7), (40, 0.9)], [0, 1, 4]),
-        # in order of L0, whatever the order of the runs
-        ([(40, 0.9), (10, 0.5), (20, 0.7)], [1, 2, 0]),
+        ([(40, 0.9), (10, 0.5), (20, 0.7)], [0, 1, 2]),
         # equal L0: the better quality; equal quality: the smaller L0
         ([(10, 0.5), (10, 0.6)], [1]),
         ([(10, 0.5), (9, 0.5)], [1]),
@@ -33,13 +41,13 @@ NAN = math.nan
     ],
 )
 def test_the_front_is_what_no_other_point_beats(points, front):
-    assert pareto(points) == front
+    assert on_front(points) == front
 
 
 def test_every_point_off_the_front_is_beaten_by_one_on_it():
     rng = random.Random(0)
     points = [(l0, rng.randrange(l0 + 1)) for l0 in rng.choices(range(20), k=60)]
-    front = pareto(points)
+    front = sorted(on_front(points), key=points.__getitem__)
     assert 1 < len(front) < len(points)
     l0, quality = zip(*(points[i] for i in front), strict=True)
     assert list(l0) == sorted(l0)
@@ -51,23 +59,28 @@ def test_every_point_off_the_front_is_beaten_by_one_on_it():
         )
 
 
-def point(l0: float, quality: float, label: str = "", group: str = "") -> Point:
-    return Point(l0, quality, label, group, details=f"{label}\nL0: {l0}")
+def drawn(*points: tuple, grouping: str | None = None):
+    """The figure of points (l0, quality, label, group)."""
+    padded = [[*point, *("", "")][:4] for point in points]
+    frame = pd.DataFrame(padded, columns=["l0", "quality", "label", "group"])
+    frame = frame.astype({"l0": float, "quality": float})
+    details = [f"{label}\nL0: {l0:g}" for l0, label in zip(frame.l0, frame.label, strict=True)]
+    return tradeoff(frame.assign(details=details), "EV", grouping)
 
 
-def test_the_line_joins_the_front_and_the_rest_is_pale():
-    line, *traces = tradeoff([point(30, 0.7), point(10, 0.5), point(12, 0.4)], "EV")["data"]
-    assert (line["x"], line["y"]) == ([10, 30], [0.5, 0.7])
+def test_the_line_joins_the_front_in_order_of_l0_and_the_rest_is_pale():
+    line, *traces = drawn((30, 0.7), (10, 0.5), (12, 0.4)).data
+    assert ([*line.x], [*line.y]) == ([10, 30], [0.5, 0.7])
     (trace,) = traces
-    opacity = dict(zip(trace["x"], trace["marker"]["opacity"], strict=True))
+    opacity = dict(zip(trace.x, trace.marker.opacity, strict=True))
     assert opacity[10] == opacity[30] == 1 > opacity[12]
 
 
 def test_points_without_a_number_are_not_drawn():
-    assert tradeoff([], "EV") is None
-    assert tradeoff([point(NAN, 0.5), point(3, NAN)], "EV") is None
-    _, trace = tradeoff([point(NAN, 0.5), point(3, 0.5)], "EV")["data"]
-    assert trace["x"] == [3]
+    assert drawn() is None
+    assert drawn((NAN, 0.5), (3, NAN)) is None
+    _, trace = drawn((NAN, 0.5), (3, 0.5)).data
+    assert [*trace.x] == [3]
 
 
 @pytest.mark.parametrize(
@@ -75,37 +88,33 @@ def test_points_without_a_number_are_not_drawn():
     [([10, 100], True), ([10, 30], False), ([0, 100], False), ([50], False)],
 )
 def test_the_axis_is_logarithmic_where_l0_spans_much(values, logarithmic):
-    axis = tradeoff([point(l0, 0.5) for l0 in values], "EV")["layout"]["xaxis"]
-    assert (axis.get("type") == "log") == logarithmic
-    low, high = axis["range"]
+    axis = drawn(*((l0, 0.5) for l0 in values)).layout.xaxis
+    assert (axis.type == "log") == logarithmic
+    low, high = axis.range
     ends = [math.log10(v) for v in values] if logarithmic else values
     assert low < min(ends) <= max(ends) < high
 
 
 def test_few_points_are_labelled_and_many_are_not():
     for count, mode in ((LABELLED, "markers+text"), (LABELLED + 1, "markers")):
-        _, trace = tradeoff([point(l0 + 1, 0.5, "x") for l0 in range(count)], "EV")["data"]
-        assert trace["mode"] == mode
+        _, trace = drawn(*((l0 + 1, 0.5, "x") for l0 in range(count))).data
+        assert trace.mode == mode
 
 
 def test_groups_have_their_own_colour_and_shape():
-    points = [
-        point(1, 0.1, group="relu"),
-        point(2, 0.2, group="dense"),
-        point(3, 0.3, group="relu"),
-    ]
-    figure = tradeoff(points, "EV", grouping="model")
-    _, relu, dense = figure["data"]
-    assert (relu["name"], relu["x"], dense["name"], dense["x"]) == ("relu", [1, 3], "dense", [2])
-    assert relu["marker"]["color"] != dense["marker"]["color"]
-    assert relu["marker"]["symbol"] != dense["marker"]["symbol"]
-    assert figure["layout"]["legend"]["title"]["text"] == "model"
+    points = (1, 0.1, "", "relu"), (2, 0.2, "", "dense"), (3, 0.3, "", "relu")
+    figure = drawn(*points, grouping="model")
+    _, relu, dense = figure.data
+    assert (relu.name, [*relu.x], dense.name, [*dense.x]) == ("relu", [1, 3], "dense", [2])
+    assert relu.marker.color != dense.marker.color
+    assert relu.marker.symbol != dense.marker.symbol
+    assert figure.layout.legend.title.text == "model"
 
 
 def test_names_are_text_and_not_markup():
-    figure = tradeoff([point(1, 0.1, "<b>a&b</b>", group="<i>")], "EV", grouping="<u>")
-    trace = figure["data"][1]
-    assert trace["text"] == ["&lt;b&gt;a&amp;b&lt;/b&gt;"]
-    assert trace["hovertext"] == ["&lt;b&gt;a&amp;b&lt;/b&gt;<br>L0: 1"]
-    assert trace["name"] == "&lt;i&gt;"
-    assert figure["layout"]["legend"]["title"]["text"] == "&lt;u&gt;"
+    figure = drawn((1, 0.1, "<b>a&b</b>", "<i>"), grouping="<u>")
+    trace = figure.data[1]
+    assert trace.text == ("&lt;b&gt;a&amp;b&lt;/b&gt;",)
+    assert trace.hovertext == ("&lt;b&gt;a&amp;b&lt;/b&gt;<br>L0: 1",)
+    assert trace.name == "&lt;i&gt;"
+    assert figure.layout.legend.title.text == "&lt;u&gt;"

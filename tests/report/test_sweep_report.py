@@ -9,8 +9,7 @@ from urllib.parse import unquote
 
 import pytest
 
-from sae_lightning.report.sweep_page import brief, facts, grouping
-from sae_lightning.report.sweep_report import CSV, PAGE, write_report
+from sae_lightning.report.sweep_report import CSV, PAGE, brief, facts, grouping, write_report
 from sae_lightning.report.sweep_table import SweepRun, SweepTable
 from sae_lightning.terminal import console
 
@@ -71,14 +70,14 @@ def test_the_columns_are_what_differs_in_the_order_typed(tmp_path):
 def test_rows_are_in_the_order_of_numbers_then_words(tmp_path):
     values = ("0.01", "null", "9e-4", "10", "2e-3")
     table = SweepTable([run(tmp_path, f"optim.clip={value}") for value in values])
-    ordered = [table.swept(this)[0] for this in table.runs]
-    assert ordered == ["9e-4", "2e-3", "0.01", "10", "null"]
+    assert [*table.frame["optim.clip"]] == ["9e-4", "2e-3", "0.01", "10", "null"]
+    assert [this.typed["optim.clip"] for this in table.runs] == [*table.frame["optim.clip"]]
 
 
 def test_a_sweep_of_one_run_has_a_row_and_no_columns_of_settings(tmp_path):
     table = SweepTable([run(tmp_path, "loss.l1=1", **scores(3, 0.5))])
     assert table.keys == []
-    assert table.name(table.runs[0]) == "loss.l1=1"
+    assert table.names == ["loss.l1=1"]
     write_report(tmp_path, table.runs)
     assert "loss.l1=1" in (tmp_path / PAGE).read_text()
 
@@ -183,9 +182,8 @@ def test_numbers_that_are_none_are_never_the_best_and_are_counted(tmp_path):
         run(tmp_path, "optim.lr=3", **scores(5, 0.4)),
     ]
     table = SweepTable(runs)
-    best = [name for this in table.runs for name in table.columns if table.is_best(this, name)]
-    assert best.count("explained_variance") == best.count("ce_recovered") == 1
-    assert table.front == {runs[1].folder}
+    assert table.best["explained_variance"].sum() == table.best["ce_recovered"].sum() == 1
+    assert [*table.front] == [False, True, False]
     write_report(tmp_path, runs)
     assert "2 of the finished runs lack a finite number" in Page(tmp_path / PAGE).text
 
@@ -197,9 +195,8 @@ def test_a_failed_run_with_metrics_of_an_earlier_time_is_not_compared(tmp_path):
             run(tmp_path, "optim.lr=2", **scores(5, 0.4)),
         ]
     )
-    assert table.front == {table.runs[1].folder}
-    assert not table.is_best(table.runs[0], "explained_variance")
-    assert table.is_best(table.runs[1], "explained_variance")
+    assert [*table.front] == [False, True]
+    assert [*table.best["explained_variance"]] == [False, True]
 
 
 def test_the_heading_says_what_is_common_and_what_differs(tmp_path):

@@ -107,7 +107,7 @@ def test_the_wrong_folder_is_answered_in_one_line(tmp_path, overrides, message):
 def test_reading_a_sweep_imports_no_llm_and_training_imports_no_plots():
     """The report takes a second or two; `train.py` pays for it only when a multirun ends."""
     code = "import sys, {}; print(sorted({} & set(sys.modules)))"
-    heavy = {"lightning", "transformers", "datasets", "plotly", "jinja2"}
+    heavy = {"lightning", "transformers", "datasets", "plotly", "pandas", "jinja2"}
     for modules in ("analyze", "train", "sae_lightning.report.sweep_report"):
         done = subprocess.run(
             [sys.executable, "-W", "ignore", "-c", code.format(modules, heavy)],

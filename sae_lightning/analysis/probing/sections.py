@@ -2,15 +2,14 @@
 
 import html
 from statistics import mean, stdev
+from typing import TYPE_CHECKING
 
 from sae_lightning.analysis.probing.probes import FEATURES, NEURONS, RANDOM, Probes, Score
-from sae_lightning.report.figures import (
-    GREY,
-    layout,
-    line,
-    rounded,
-)
+from sae_lightning.report.figures import GREY, figure
 from sae_lightning.report.section import Section, Table
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
 
 KINDS = (FEATURES, NEURONS, RANDOM)
 MEASURES = {"AUROC": "auroc", "accuracy": "accuracy"}
@@ -85,30 +84,26 @@ def _cell(score: Score | None, measure: str) -> str:
     return f"{mean(values):.3f} ± {_spread(values):.3f}"
 
 
-def _figure(probes: Probes, sizes: list[int | None], name: str, measure: str) -> dict:
-    traces = []
-    for number, units in enumerate(KINDS):
+def _figure(probes: Probes, sizes: list[int | None], name: str, measure: str) -> "Figure":
+    drawn = figure("units for each class", f"held-out {name}").update_xaxes(type="category")
+    for units in KINDS:
         scores = [score for k in sizes if (score := probes.score(units, k))]
         values = [[getattr(fold, measure) for fold in score.folds] for score in scores]
-        traces.append(
-            line(
-                [str(score.k or "all") for score in scores],
-                rounded([mean(each) for each in values]),
-                units,
-                number,
-                mode="lines+markers",
-                error_y={"type": "data", "array": rounded([_spread(each) for each in values])},
-            )
+        drawn.add_scatter(
+            name=units,
+            x=[str(score.k or "all") for score in scores],
+            y=[*map(mean, values)],
+            error_y={"array": [*map(_spread, values)]},
+            mode="lines+markers",
         )
     chance = 0.5 if measure == "auroc" else probes.majority
-    ends = [str(sizes[0] or "all"), str(sizes[-1] or "all")]
-    label = "chance" if measure == "auroc" else "most frequent class"
-    dotted = {"color": GREY, "width": 1.5, "dash": "dot"}
-    traces.append(line(ends, [chance, chance], label, line=dotted))
-    return {
-        "data": traces,
-        "layout": layout("units for each class", f"held-out {name}", xaxis={"type": "category"}),
-    }
+    return drawn.add_scatter(
+        name="chance" if measure == "auroc" else "most frequent class",
+        x=[str(sizes[0] or "all"), str(sizes[-1] or "all")],
+        y=[chance, chance],
+        mode="lines",
+        line={"color": GREY, "width": 1.5, "dash": "dot"},
+    )
 
 
 def _units(probes: Probes) -> Section:

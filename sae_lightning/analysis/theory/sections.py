@@ -3,24 +3,19 @@
 Every sentence is chosen by the number that it tells.
 """
 
-from math import ceil
+import math
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from sae_lightning.analysis.theory.claims import SAMPLE, Detected, Theory
 from sae_lightning.analysis.theory.detection import Detector
-from sae_lightning.analysis.theory.overlap import Cosines
-from sae_lightning.report.figures import (
-    COLOURS,
-    GREY,
-    bars,
-    histogram,
-    layout,
-    line,
-    rounded,
-    upright,
-)
+from sae_lightning.report.figures import COLOURS, GREY, figure, histogram
 from sae_lightning.report.section import Section, Table
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
 
 COARSE = 20  # thousandths of a cosine that a point of the figure stands for
 BARS = 80
@@ -69,12 +64,11 @@ def _agreement(result: Theory) -> Section:
     )
 
 
-def _marked(figure: dict, x: float, name: str) -> dict:
+def _marked(drawn: "Figure", x: float, name: str) -> "Figure":
     """The figure with a mark on its x axis."""
-    places = figure["data"][0]["x"]
-    is_right = x > (places[0] + places[-1]) / 2
-    figure["layout"]["shapes"] = [upright(x, name, left=is_right)]
-    return figure
+    places = drawn.data[0].x
+    side = "left" if x > (places[0] + places[-1]) / 2 else "right"
+    return drawn.add_vline(x, annotation_text=name, annotation_position=f"top {side}")
 
 
 def _biases(result: Theory) -> Section:
@@ -133,7 +127,14 @@ def _overlap(result: Theory) -> Section:
         ]
         for name, n in ((name, numbers[key]) for key, name in names.items())
     ]
-    traces = [_density(result.overlap[key], name, i) for i, (key, name) in enumerate(names.items())]
+    densities = figure("cosine", "share of pairs per 0.02").update_yaxes(
+        type="log", exponentformat="power"
+    )
+    for key, name in names.items():
+        counts = result.overlap[key].counts.view(-1, COARSE).sum(dim=1)
+        middles = (torch.arange(len(counts)) + 0.5) * 2 / len(counts) - 1
+        shares = torch.where(counts > 0, counts / counts.sum(), math.nan)  # a gap, not a plunge
+        densities.add_scatter(x=middles.numpy(), y=shares.numpy(), name=name, mode="lines")
     return Section(
         title="Nearly orthogonal directions",
         lead=f"Of pairs of decoder rows {decoder['above_0.3']:.2%} have a cosine above 0.3 in size "
@@ -143,25 +144,8 @@ def _overlap(result: Theory) -> Section:
             "compared": f"{numbers['rows']:,} of {result.numbers['fired']:,} rows with all others"
         },
         table=Table(header, table),
-        figures={
-            "Cosines between directions": {
-                "data": traces,
-                "layout": layout(
-                    "cosine",
-                    "share of pairs per 0.02",
-                    yaxis={"type": "log", "exponentformat": "power"},
-                ),
-            }
-        },
+        figures={"Cosines between directions": densities},
     )
-
-
-def _density(cosines: Cosines, name: str, number: int) -> dict:
-    counts = cosines.counts.view(-1, COARSE).sum(dim=1)
-    middles = [(i + 0.5) * 2 / len(counts) - 1 for i in range(len(counts))]
-    shares = (counts / counts.sum()).tolist()
-    y = [float(f"{share:.4g}") if share > 0 else None for share in shares]
-    return line(rounded(middles), y, name, number)
 
 
 def _activity(result: Theory) -> Section:
@@ -187,16 +171,16 @@ def _activity(result: Theory) -> Section:
     )
 
 
-def _active(counts: Tensor) -> dict:
+def _active(counts: Tensor) -> "Figure":
     """Tokens by their number of active features, several numbers to a bar where there are many."""
     last = int(counts.nonzero().max())
     width = -(-(last + 1) // BARS)
     padded = counts[: last + 1].new_zeros(width * -(-(last + 1) // width))
     padded[: last + 1] = counts[: last + 1]
-    heights = padded.view(-1, width).sum(dim=1).tolist()
-    middles = [i * width + (width - 1) / 2 for i in range(len(heights))]
-    trace = bars(middles, heights, width=width)
-    return {"data": [trace], "layout": layout("active features", "tokens", bargap=0)}
+    heights = padded.view(-1, width).sum(dim=1)
+    middles = torch.arange(len(heights)) * width + (width - 1) / 2
+    drawn = figure("active features", "tokens", bargap=0)
+    return drawn.add_bar(x=middles.numpy(), y=heights.numpy(), width=width)
 
 
 def _detection(result: Theory) -> Section:
@@ -249,29 +233,34 @@ def _signed(neuron: Detector) -> str:
     return f"{'-' if neuron.below else '+'}{neuron.unit}"
 
 
-def _units(result: Theory) -> dict:
-    points = {
-        "type": "scatter",
-        "mode": "markers+text",
-        "x": rounded([one.neuron.f1 for one in result.detected]),
-        "y": rounded([one.feature.f1 for one in result.detected]),
-        "text": _labels(result.detected),
-        "textposition": "middle right",
-        "textfont": {"size": 11},
-        "cliponaxis": False,
-        "hovertext": [
+def _units(result: Theory) -> "Figure":
+    drawn = figure("F1 of the best neuron", "F1 of the best feature")
+    drawn.update_xaxes(range=[0, 1.02]).update_yaxes(range=[0, 1.02])
+    drawn.add_scatter(
+        name="equally good",
+        x=[0, 1],
+        y=[0, 1],
+        mode="lines",
+        line={"color": GREY, "dash": "dot"},
+        hoverinfo="skip",
+    )
+    return drawn.add_scatter(
+        x=[one.neuron.f1 for one in result.detected],
+        y=[one.feature.f1 for one in result.detected],
+        mode="markers+text",
+        text=_labels(result.detected),
+        textposition="middle right",
+        textfont_size=11,
+        cliponaxis=False,
+        hovertext=[
             f"{one.concept}<br>feature {one.feature.unit}: F1 {one.feature.f1:.3f}<br>"
             f"neuron {_signed(one.neuron)}: F1 {one.neuron.f1:.3f}"
             for one in result.detected
         ],
-        "hovertemplate": "%{hovertext}<extra></extra>",
-        "marker": {"size": 8, "color": COLOURS[0]},
-        "showlegend": False,
-    }
-    equal = line([0, 1], [0, 1], "equally good", line={"color": GREY, "dash": "dot"})
-    axes = {name: {"range": [0, 1.02]} for name in ("xaxis", "yaxis")}
-    shape = layout("F1 of the best neuron", "F1 of the best feature", **axes)
-    return {"data": [equal | {"hoverinfo": "skip"}, points], "layout": shape}
+        hovertemplate="%{hovertext}<extra></extra>",
+        marker={"size": 8, "color": COLOURS[0]},
+        showlegend=False,
+    )
 
 
 def _labels(detected: list[Detected]) -> list[str]:
@@ -296,7 +285,7 @@ def _dense(result: Theory) -> Section:
         for check in numbers["checks"]
     )
     if worth < d:
-        compared = f"{ceil(worth - 1e-9)} dense features"
+        compared = f"{math.ceil(worth - 1e-9)} dense features"
     else:
         compared = f"no fewer dense features than the site has dimensions, {d:,}"
     return Section(
@@ -314,21 +303,22 @@ def _dense(result: Theory) -> Section:
     )
 
 
-def _curve(result: Theory) -> dict:
+def _curve(result: Theory) -> "Figure":
     numbers = result.numbers["dense"]
-    sizes = list(range(len(numbers["curve"])))
-    best = line(sizes, rounded(numbers["curve"]), "dense, at best")
-    run = {
-        "type": "scatter",
-        "mode": "markers",
-        "name": f"dense, run on {min(SAMPLE, result.numbers['tokens']):,} of the tokens",
-        "x": [check["features"] for check in numbers["checks"]],
-        "y": rounded([check["measured"] for check in numbers["checks"]]),
-        "marker": {"size": 9, "symbol": "x", "color": COLOURS[0]},
-    }
-    value = float(f"{numbers['explained']:.5g}")
-    at = [numbers["l0"], numbers["worth"]]
-    sae = line(at, [value, value], "SAE, at its L0", 1, mode="lines+markers")
-    sae["line"] |= {"dash": "dot"}
-    sae["marker"] = {"size": [11, 0], "symbol": "diamond"}
-    return {"data": [best, run, sae], "layout": layout("features", "explained variance")}
+    drawn = figure("features", "explained variance")
+    drawn.add_scatter(y=numbers["curve"], name="dense, at best", mode="lines")
+    drawn.add_scatter(
+        name=f"dense, run on {min(SAMPLE, result.numbers['tokens']):,} of the tokens",
+        x=[check["features"] for check in numbers["checks"]],
+        y=[check["measured"] for check in numbers["checks"]],
+        mode="markers",
+        marker={"size": 9, "symbol": "x", "color": COLOURS[0]},
+    )
+    return drawn.add_scatter(
+        name="SAE, at its L0",
+        x=[numbers["l0"], numbers["worth"]],
+        y=[numbers["explained"]] * 2,
+        mode="lines+markers",
+        line={"color": COLOURS[1], "dash": "dot"},
+        marker={"size": [11, 0], "symbol": "diamond"},
+    )
