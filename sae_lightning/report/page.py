@@ -1,29 +1,42 @@
-"""What analysis found as one HTML page that needs nothing from the network."""
+"""HTML pages that need nothing from the network; one of what analysis found."""
 
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from pathlib import Path
 
 from sae_lightning.report.catalogue import Catalogue
-from sae_lightning.report.markup import rendered
 from sae_lightning.report.page_data import page_data
-from sae_lightning.report.section import Coloured, Section, Table, visible
+from sae_lightning.report.section import Section, Table, visible
 
+TEMPLATES = Path(__file__).parent / "templates"
 # The first number of a cell, with what may stand before it.
 NUMBER = re.compile(r"^[^\w.]*?([-−+]?(?:\d[\d,]*)?\.?\d+(?:e[-+]?\d+)?)", re.IGNORECASE)
 
 LONG = 40  # characters
 
 
-class Token(NamedTuple):
-    """A token of a text as the template shows it."""
+def rendered(template: str, *, figures: bool, **values: object) -> str:
+    """A page from its template; with plotly.js in it if there are figures."""
+    # imported late: train.py needs none of them
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+    from plotly.io.json import to_json_plotly
+    from plotly.offline import get_plotlyjs
 
-    text: str
-    """As it reads."""
-    share: float
-    """Of the strongest of its section, from -1 to 1; 0 has no colour."""
-    strength: str
-    """For the pointer."""
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(
+        asset=lambda name: Markup((TEMPLATES / name).read_text("utf8")),
+        # for a <script type="application/json">: no text in it can end the element
+        data=lambda value: Markup(to_json_plotly(value)),
+        plotly=Markup(get_plotlyjs()) if figures else "",
+        **values,
+    )
 
 
 def page(
@@ -46,7 +59,8 @@ def page(
         units=page_data(catalogues) if catalogues else None,
         parts=_parts(sections),
         commands=commands,
-        coloured=coloured,
+        visible=visible,
+        zip=zip,
         wordy=wordy,
         sortable=sortable,
     )
@@ -60,27 +74,6 @@ def _parts(sections: Sequence[Section]) -> dict[str, tuple[str, list[Section]]]:
         anchor = "part-" + re.sub(r"\W+", "-", name.lower()).strip("-")
         parts.setdefault(anchor, (name, []))[1].append(section)
     return parts
-
-
-def coloured(texts: Sequence[Coloured]) -> list[tuple[str, list[Token]]]:
-    """Caption and tokens of each text; colours can be compared between them."""
-    strengths = [abs(strength) for text in texts for strength in text.strengths]
-    strongest = max(strengths, default=0) or 1
-    return [
-        (
-            text.caption,
-            [
-                Token(_broken(token), round(strength / strongest, 3), f"{strength:.3g}")
-                for token, strength in zip(text.tokens, text.strengths, strict=True)
-            ],
-        )
-        for text in texts
-    ]
-
-
-def _broken(token: str) -> str:
-    """Line breaks as symbols and as breaks."""
-    return visible(token).replace("↵", "↵\n")
 
 
 def wordy(table: Table) -> set[int]:

@@ -35,10 +35,9 @@ def say(section: Section) -> None:
         console.print(grid(section.rows))
     if section.table:
         console.print(_table(section.table))
-    strongest = max((s for text in section.texts for s in text.strengths), default=0)
     for text in section.texts:
         console.print(Text(text.caption, "dim"))
-        for heights, line in _lines(text, strongest or 1):
+        for heights, line in _lines(text, section.strongest):
             if heights.strip():
                 console.print(Text(heights.rstrip(), "dark_orange"))
             console.print(line)

@@ -51,3 +51,8 @@ class Section(NamedTuple):
     """By caption."""
     part: str = ""
     """Part of a larger page that it belongs to; its title unless given."""
+
+    @property
+    def strongest(self) -> float:
+        """Greatest size of a strength in `texts`, which makes these comparable; 1 without any."""
+        return max((abs(s) for text in self.texts for s in text.strengths), default=0) or 1

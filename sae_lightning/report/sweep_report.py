@@ -13,7 +13,7 @@ from rich.text import Text
 
 from sae_lightning.files import atomically
 from sae_lightning.report.figures import COLOURS, LABELLED, tradeoff
-from sae_lightning.report.markup import rendered
+from sae_lightning.report.page import rendered
 from sae_lightning.report.sweep_table import SweepRun, SweepTable, natural
 from sae_lightning.terminal import command, console, shown
 
@@ -26,12 +26,7 @@ PLOTS = {
     "ce_recovered": "CE recovered",
     "recovered": "concepts recovered",
 }
-FILES = {
-    "config.yaml": "config",
-    "metrics.json": "metrics",
-    "failure.json": "failure",
-    "sae": "sae",
-}
+FILES = ("config.yaml", "metrics.json", "failure.json", "sae")
 
 
 def write_report(folder: Path, runs: list[SweepRun]) -> None:
@@ -70,39 +65,34 @@ def _say(folder: Path, table: SweepTable) -> None:
 
 def _drawn(table: SweepTable) -> Table:
     frame = table.frame
+    words = {key: frame[key] for key in table.keys} or {"run": frame.folder}
+    columns = {heading: [*map(Text, texts)] for heading, texts in words.items()}
+    columns |= {column.heading: _cells(table, name) for name, column in table.columns.items()}
     # what is the same for all would only make lines longer
-    trained = frame.tokens.dropna().unique()
-    same, all_finished = len(trained) == 1, table.is_finished.all()
-    title = "sweep, on held-out data" + "".join(f" after {n:,} tokens" for n in trained if same)
+    title, trained = "sweep, on held-out data", frame.tokens.dropna().unique()
+    if len(trained) == 1:
+        title += f" after {trained[0]:,} tokens"
+    else:
+        columns["tokens"] = ["–" if n is None else f"{n:,}" for n in frame.tokens]
+    if not table.is_finished.all():
+        columns["status"] = [Text(s, "red" * (s == "failed")) for s in frame.status]
     drawn = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for key in table.keys or ["run"]:
-        drawn.add_column(Text(key), no_wrap=True)
-    for column in table.columns.values():
-        drawn.add_column(column.heading, justify="right", no_wrap=True)
-    if not same:
-        drawn.add_column("tokens", justify="right", no_wrap=True)
-    if not all_finished:
-        drawn.add_column("status", no_wrap=True)
-    for row, run in enumerate(frame.to_dict("records")):
-        drawn.add_row(
-            *(Text(run[key]) for key in table.keys or ["folder"]),
-            *(_cell(table, row, name) for name in table.columns),
-            *([] if same else ["–" if run["tokens"] is None else f"{run['tokens']:,}"]),
-            *([] if all_finished else [Text(run["status"], "red" * (run["status"] == "failed"))]),
-        )
+    for heading in columns:
+        justify = "left" if heading in {*words, "status"} else "right"
+        drawn.add_column(Text(heading), justify=justify, no_wrap=True)
+    for row in zip(*columns.values(), strict=True):
+        drawn.add_row(*row)
     return drawn
 
 
-def _cell(table: SweepTable, row: int, name: str) -> Text:
-    text = Text(table.columns[name].written(table.frame.at[row, name]))
-    if name == "l0" and table.front[row]:
-        text = Text.assemble("● ", text)
-    # a space where others have a star keeps the digits below one another
-    best = table.best.at[row, name]
-    text.append("*" if best else " ")
-    if best:
-        text.stylize("bold")
-    return text
+def _cells(table: SweepTable, name: str) -> list[Text]:
+    cells = []
+    for value, best, front in zip(table.frame[name], table.best[name], table.front, strict=True):
+        mark = "● " if front and name == "l0" else ""
+        # a space where others have a star keeps the digits below one another
+        written = f"{mark}{table.columns[name].written(value)}{'*' if best else ' '}"
+        cells.append(Text(written, "bold" * bool(best)))
+    return cells
 
 
 def _page(folder: Path, table: SweepTable) -> str:
@@ -124,7 +114,6 @@ def _page(folder: Path, table: SweepTable) -> str:
         labels=[key for key in table.keys if key != group] if few else [],
         unplotted=int(table.finite.loc[table.is_finished, plotted].isna().any(axis=1).sum()),
         links=[_links(folder, run.folder) for run in table.runs],
-        sortable=sortable,
         commands=[
             f"tensorboard --logdir {shlex.quote(str(shown(folder)))}",
             command("analyze.py", task="sweep", run=shown(folder)),
@@ -197,14 +186,8 @@ def grouping(table: SweepTable) -> str | None:
     return min(few, key=lambda key: (not words[key], len(values[key])), default=None)
 
 
-def sortable(value: str) -> float | str:
-    """What the page sorts a swept value by."""
-    is_word, number, _ = natural(value)
-    return value if is_word else number
-
-
 def _links(folder: Path, run: Path) -> dict[str, str]:
     """What there is to open of a run; relative, so that the folder can be moved."""
     link = f"./{quote(Path(os.path.relpath(run, folder)).as_posix())}"
-    files = {label: f"{link}/{file}" for file, label in FILES.items() if (run / file).exists()}
+    files = {Path(name).stem: f"{link}/{name}" for name in FILES if (run / name).exists()}
     return {"open": f"{link}/", **files}
