@@ -13,9 +13,7 @@ from sae_lightning.analysis.collect import Batch, collect, excerpt
 from sae_lightning.analysis.subject import Subject
 from sae_lightning.analysis.theory.claims import (
     SAMPLE,
-    Detected,
     TheoryReducers,
-    compare_units,
     measure_activity,
     spread,
     theory,
@@ -24,6 +22,7 @@ from sae_lightning.analysis.theory.concepts import CONCEPTS, members
 from sae_lightning.analysis.theory.dense import compare_dense
 from sae_lightning.analysis.theory.detection import Detector
 from sae_lightning.analysis.theory.moments import Moments
+from sae_lightning.analysis.theory.one_concept import Detected, compare_units
 from sae_lightning.analysis.theory.overlap import cosines, overlap
 from sae_lightning.analysis.theory.sections import sections
 from sae_lightning.llm.sites import Kind, Site, Sites
@@ -251,7 +250,7 @@ def test_a_planted_feature_is_found_as_the_one_of_its_concept(tiny):
     subject.sae.W_enc[:, 7] = one_hot(torch.tensor(3), WIDTH).float()
     subject.sae.b_enc[7] = -5
     result = theory_of(subject, x, tokens)
-    (found,) = [one for one in result.detected if one.concept == "animals"]
+    (found,) = [one for one in result.numbers["detection"]["each"] if one.concept == "animals"]
     assert (found.feature.unit, found.feature.f1, found.feature.auroc) == (7, 1, 1)
     assert (found.neuron.unit, found.neuron.below, found.neuron.f1) == (3, False, 1)
     assert found.share == pytest.approx(0.4, abs=0.05)
@@ -278,7 +277,7 @@ def test_halves_are_of_sequences_and_a_concept_of_one_half_is_not_scored(tiny):
     for odd_share in (0.0, 0.2):
         tokens, is_animal = animals_in(subject.llm, torch.where(even, 0.4, odd_share))
         result = theory_of(subject, noise(60, CONTEXT, WIDTH), tokens)
-        found = [one for one in result.detected if one.concept == "animals"]
+        found = [one for one in result.numbers["detection"]["each"] if one.concept == "animals"]
         assert len(found) == (odd_share > 0)
     share = is_animal[1::2, 1:].double().mean().item()  # of the half that is scored
     assert found[0].share == pytest.approx(share)
@@ -298,7 +297,7 @@ def test_a_fair_choice_is_among_as_many_features_as_neurons_have_directions(tiny
     x = noise(60, CONTEXT, WIDTH)
     x[..., 3] = 10.0 * is_animal
     result = theory_of(subject, x, tokens)
-    (found,) = [one for one in result.detected if one.concept == "animals"]
+    (found,) = [one for one in result.numbers["detection"]["each"] if one.concept == "animals"]
     assert found.feature.unit == planted
     assert found.few.unit in lot
     assert (found.few.unit == planted) == is_drawn
@@ -341,7 +340,7 @@ def test_special_tokens_hold_no_word_and_a_sentence_ends_before_them(tiny):
 
 def test_a_text_without_the_concepts_says_so(tiny):
     result = theory_of(subject_of(tiny("llama")), noise(20, CONTEXT, WIDTH))
-    assert result.detected == []
+    assert result.numbers["detection"]["each"] == []
     assert lead(result, "One feature, one concept").startswith("No concept")
     assert result.numbers["detection"]["concepts"] == 0
 
@@ -428,7 +427,7 @@ def test_every_architecture_is_tested_with_a_sentence_a_number_and_a_figure(tiny
     assert all(section.figures for section in found)
     numbers = json.loads(json.dumps(result.numbers, allow_nan=False))
     assert numbers["tokens"] >= 1500
-    assert numbers["detection"]["concepts"] == len(result.detected) > 0
+    assert numbers["detection"]["concepts"] == len(result.numbers["detection"]["each"]) > 0
     assert math.isclose(numbers["dense"]["curve"][-1], 1)
 
 
@@ -441,18 +440,13 @@ def test_a_transcoder_is_spared_what_has_no_meaning_for_it(tiny, words):
     json.dumps(result.numbers, allow_nan=False)
 
 
-def detecting(result, *detected: Detected):
-    """The same theory with other concepts."""
-    result.numbers["detection"] = compare_units(list(detected))
-    return result._replace(detected=detected)
-
-
 @pytest.mark.parametrize(("auroc", "verdict"), [(0.9, "also rank"), (0.7, "do not rank")])
 def test_a_measure_that_speaks_against_features_is_told_too(tiny, auroc, verdict):
     result = theory_of(subject_of(tiny("llama")), noise(20, CONTEXT, WIDTH))
     neuron = Detector(1, False, 0.5, 0.5, 0.5, 0.5, 0.5, 1, 0.8)
     feature = neuron._replace(f1=0.9, auroc=auroc)
-    result = detecting(result, Detected("war", 0.1, feature, neuron, feature))
+    found = Detected("war", 0.1, feature, neuron, feature)
+    result.numbers["detection"] = compare_units([found])
     said = lead(result, "One feature, one concept")
     assert f"{verdict} tokens better (AUROC {auroc:.2f} against 0.80)" in said
 
@@ -464,7 +458,8 @@ def test_the_comparison_says_what_the_numbers_say(tiny, f1, verdict):
     result = theory_of(subject_of(tiny("llama")), noise(20, CONTEXT, WIDTH))
     neuron = Detector(1, False, 0.5, 0.5, 0.5, 0.5, 0.5, 1, 0.5)
     feature = neuron._replace(f1=f1)
-    result = detecting(result, Detected("war", 0.1, feature, neuron, feature))
+    found = Detected("war", 0.1, feature, neuron, feature)
+    result.numbers["detection"] = compare_units([found])
     said = lead(result, "One feature, one concept")
     assert verdict in said
     assert f"wins on {int(f1 > 0.5)} of 1 concepts" in said

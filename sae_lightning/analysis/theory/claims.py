@@ -8,40 +8,21 @@ Shapes: d = width of the site, d_in of the source; fired = features that fired o
 from typing import Any, NamedTuple
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 from torch.nn.functional import embedding_bag, normalize
 
 from sae_lightning.analysis.collect import Batch
 from sae_lightning.analysis.subject import Subject
 from sae_lightning.analysis.theory.concepts import CONCEPTS, members
 from sae_lightning.analysis.theory.dense import compare_dense
-from sae_lightning.analysis.theory.detection import (
-    Counts,
-    Detector,
-    FeatureCounts,
-    NeuronCounts,
-    detect,
-)
+from sae_lightning.analysis.theory.detection import FeatureCounts, NeuronCounts
 from sae_lightning.analysis.theory.moments import Moments
+from sae_lightning.analysis.theory.one_concept import compare_units, detect_concepts
 from sae_lightning.analysis.theory.overlap import Cosines, overlap
 from sae_lightning.llm.vocabulary import special_ids, vocabulary
 from sae_lightning.terminal import phase
 
-OCCURRENCES = 20  # tokens of a concept in each half, from where on a score means something
 SAMPLE = 2048  # tokens on which dense autoencoders are run
-
-
-class Detected(NamedTuple):
-    """A concept, and the single units that stand for it best."""
-
-    concept: str
-    share: float
-    """Share of the tokens that belong to it, in the half that is scored."""
-    feature: Detector
-    neuron: Detector
-    """Of the site's dimensions, in either direction."""
-    few: Detector
-    """Of as many random features as there are directions of neurons."""
 
 
 class Theory(NamedTuple):
@@ -52,8 +33,6 @@ class Theory(NamedTuple):
     overlap; for a transcoder there are no agreement and dense."""
     active: Tensor
     """[features + 1] tokens with so many active features, int64"""
-    detected: list[Detected]
-    """Concepts that are frequent enough in both halves of the text."""
     agreement: Tensor | None = None
     """[fired] cosines of W_enc[:, i] and W_dec[i]"""
     margin: Tensor | None = None
@@ -124,19 +103,18 @@ def theory(subject: Subject, reducers: TheoryReducers) -> Theory:
     with phase("testing the theory"):
         counts, tokens = reducers.feature.result(), reducers.source.tokens
         density = counts.counts[:, -1, :, 1:].sum(dim=(0, 2)).double() / tokens
-        detected = _detect_concepts(counts, reducers.neuron.result())
         numbers = {
             "tokens": tokens,
             "features": len(density),
             "fired": int((density > 0).sum()),
             "activity": measure_activity(reducers.active, density),
-            "detection": compare_units(detected),
+            "detection": compare_units(detect_concepts(counts, reducers.neuron.result())),
         }
         variances, directions = reducers.target.principal()
         if reducers.is_autoencoder:
             l0, error = density.sum().item(), reducers.residual / tokens
             numbers["dense"] = compare_dense(variances, reducers.sample, l0, error)
-        result = Theory(numbers, reducers.active, detected)
+        result = Theory(numbers, reducers.active)
         if numbers["fired"] < 2:  # there is no pair, and perhaps no feature
             return result
         spread_data = variances.sqrt()[:, None] * directions
@@ -155,36 +133,6 @@ def measure_activity(active: Tensor, density: Tensor) -> dict[str, float]:
         "deviation": (share @ (number - share @ number).square()).sqrt().item(),
         "deviation_if_independent": (density * (1 - density)).sum().sqrt().item(),
     } | {f"{q:.0%}": int((up_to <= max(q - 1e-9, 0)).sum()) for q in quantiles}
-
-
-def _detect_concepts(features: Counts, neurons: Counts) -> list[Detected]:
-    """Every concept that is there often enough, from the most frequent."""
-    tokens, units, d = features.tokens, features.counts.shape[2], neurons.counts.shape[2]
-    few = torch.randperm(units, generator=Generator().manual_seed(0))[: 2 * d]
-    detected = [
-        Detected(
-            concept=name,
-            share=(tokens[1, i] / tokens[1, -1]).item(),
-            feature=detect(features, i),
-            neuron=detect(neurons, i),
-            few=detect(features, i, few),
-        )
-        for i, name in enumerate(CONCEPTS)
-        if tokens[:, i].min() >= OCCURRENCES
-    ]
-    return sorted(detected, key=lambda each: -each.share)
-
-
-def compare_units(detected: list[Detected]) -> dict[str, Any]:
-    """Mean scores of single features, of neurons, and of as few features as neurons."""
-    means = {
-        f"{kind}_{score}": sum(getattr(getattr(each, kind), score) for each in detected)
-        / max(1, len(detected))
-        for kind in ("feature", "neuron", "few")
-        for score in ("f1", "auroc")
-    }
-    wins = sum(each.feature.f1 > each.neuron.f1 for each in detected)
-    return {"concepts": len(detected), "feature_wins": wins, **means, "each": detected}
 
 
 def _measure_weights(

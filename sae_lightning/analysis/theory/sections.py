@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sae_lightning.analysis.theory.claims import SAMPLE, Detected, Theory
-from sae_lightning.analysis.theory.detection import Detector
-from sae_lightning.report.figures import COLOURS, GREY, figure, histogram
+from sae_lightning.analysis.theory import one_concept
+from sae_lightning.analysis.theory.claims import SAMPLE, Theory
+from sae_lightning.report.figures import COLOURS, figure, histogram
 from sae_lightning.report.section import Section, Table
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def sections(result: Theory) -> list[Section]:
         "biases": _biases,
         "overlap": _overlap,
         "activity": _activity,
-        "detection": _detection,
+        "detection": lambda result: one_concept.section(result.numbers["detection"]),
         "dense": _dense,
     }
     return [section(result) for name, section in claims.items() if name in result.numbers]
@@ -57,18 +57,19 @@ def _agreement(result: Theory) -> Section:
             "never fired": f"{silent:,} features, left out here",
         },
         figures={
-            "Cosine of a feature's encoder and decoder": _marked(
-                histogram(result.agreement, "cosine of encoder column and decoder row"), 0, "random"
+            "Cosine of a feature's encoder and decoder": _about_0(
+                result.agreement, "cosine of encoder column and decoder row", "random"
             )
         },
     )
 
 
-def _marked(drawn: "Figure", x: float, name: str) -> "Figure":
-    """The figure with a mark on its x axis."""
+def _about_0(values: Tensor, axis: str, name: str) -> "Figure":
+    """A histogram whose 0 has a name."""
+    drawn = histogram(values, axis)
     places = drawn.data[0].x
-    side = "left" if x > (places[0] + places[-1]) / 2 else "right"
-    return drawn.add_vline(x, annotation_text=name, annotation_position=f"top {side}")
+    side = "left" if places[0] + places[-1] < 0 else "right"
+    return drawn.add_vline(0, annotation_text=name, annotation_position=f"top {side}")
 
 
 def _biases(result: Theory) -> Section:
@@ -96,10 +97,8 @@ def _biases(result: Theory) -> Section:
             f"above {limit} on a token; {result.numbers['activity']['mean']:.1f} are active",
         },
         figures={
-            "Pre-activation at the mean activation": _marked(
-                histogram(result.margin, "standard deviations above the threshold"),
-                0,
-                "threshold",
+            "Pre-activation at the mean activation": _about_0(
+                result.margin, "standard deviations above the threshold", "threshold"
             )
         },
     )
@@ -117,15 +116,10 @@ def _overlap(result: Theory) -> Section:
         verdict = f"they are {ratio:.1f} times as alike as random ones"
     names = {"decoder": "decoder rows", "random": "random", "like_data": "random, like the data"}
     header = ["directions", "median |cosine|", "99 % below", "above 0.3", "nearest neighbour"]
+    digits = {"median": ".3f", "99%": ".3f", "above_0.3": ".3%", "nearest": ".3f"}
     table = [
-        [
-            name,
-            f"{n['median']:.3f}",
-            f"{n['99%']:.3f}",
-            f"{n['above_0.3']:.3%}",
-            f"{n['nearest']:.3f}",
-        ]
-        for name, n in ((name, numbers[key]) for key, name in names.items())
+        [name, *(format(numbers[key][column], form) for column, form in digits.items())]
+        for key, name in names.items()
     ]
     densities = figure("cosine", "share of pairs per 0.02").update_yaxes(
         type="log", exponentformat="power"
@@ -175,106 +169,10 @@ def _active(counts: Tensor) -> "Figure":
     """Tokens by their number of active features, several numbers to a bar where there are many."""
     last = int(counts.nonzero().max())
     width = -(-(last + 1) // BARS)
-    padded = counts[: last + 1].new_zeros(width * -(-(last + 1) // width))
-    padded[: last + 1] = counts[: last + 1]
-    heights = padded.view(-1, width).sum(dim=1)
+    heights = torch.stack([part.sum() for part in counts[: last + 1].split(width)])
     middles = torch.arange(len(heights)) * width + (width - 1) / 2
     drawn = figure("active features", "tokens", bargap=0)
     return drawn.add_bar(x=middles.numpy(), y=heights.numpy(), width=width)
-
-
-def _detection(result: Theory) -> Section:
-    title, numbers = "One feature, one concept", result.numbers["detection"]
-    n = numbers["concepts"]
-    if not n:
-        return Section(title, "No concept of the lists is frequent enough in this text.")
-    feature, neuron = numbers["feature_f1"], numbers["neuron_f1"]
-    ranks, neuron_ranks = numbers["feature_auroc"], numbers["neuron_auroc"]
-    comparison = "better than" if feature > neuron else "no better than"
-    aurocs = f"(AUROC {ranks:.2f} against {neuron_ranks:.2f})"
-    if ranks > neuron_ranks:
-        ranking = f"Features also rank tokens better {aurocs}."
-    else:
-        why = "where one is silent, all are alike to it"
-        ranking = f"Features do not rank tokens better {aurocs}: {why}."
-    always_yes = sum(2 * one.share / (1 + one.share) for one in result.detected) / n
-    return Section(
-        title=title,
-        lead=f"The best single feature detects a concept with a mean F1 of {feature:.2f}, "
-        f"{comparison} the best single neuron with {neuron:.2f}; the feature wins on "
-        f"{numbers['feature_wins']} of {n} concepts. {ranking}",
-        rows={
-            "mean F1": f"{feature:.3f} feature, {neuron:.3f} neuron; {always_yes:.3f} by always "
-            "saying yes",
-            "with as few features": f"{numbers['few_f1']:.3f}, the best of as many features, by "
-            "lot, as there are neurons in both directions",
-            "mean AUROC": f"{ranks:.3f} feature, {neuron_ranks:.3f} neuron, each of the unit that "
-            "ranks best",
-            "how": "unit and threshold are chosen on one half of the sequences and scored on the "
-            "other",
-        },
-        table=_concepts(result.detected),
-        figures={"F1 of the best single unit": _units(result)},
-    )
-
-
-def _concepts(detected: list[Detected]) -> Table:
-    header = ["concept", "tokens", "feature", "F1", "AUROC", "neuron", "F1", "AUROC"]
-    rows = [
-        [one.concept, f"{one.share:.1%}", f"{one.feature.unit}"]
-        + [f"{one.feature.f1:.3f}", f"{one.feature.auroc:.3f}", _signed(one.neuron)]
-        + [f"{one.neuron.f1:.3f}", f"{one.neuron.auroc:.3f}"]
-        for one in sorted(detected, key=lambda each: -each.feature.f1)
-    ]
-    return Table(header, rows)
-
-
-def _signed(neuron: Detector) -> str:
-    return f"{'-' if neuron.below else '+'}{neuron.unit}"
-
-
-def _units(result: Theory) -> "Figure":
-    drawn = figure("F1 of the best neuron", "F1 of the best feature")
-    drawn.update_xaxes(range=[0, 1.02]).update_yaxes(range=[0, 1.02])
-    drawn.add_scatter(
-        name="equally good",
-        x=[0, 1],
-        y=[0, 1],
-        mode="lines",
-        line={"color": GREY, "dash": "dot"},
-        hoverinfo="skip",
-    )
-    return drawn.add_scatter(
-        x=[one.neuron.f1 for one in result.detected],
-        y=[one.feature.f1 for one in result.detected],
-        mode="markers+text",
-        text=_labels(result.detected),
-        textposition="middle right",
-        textfont_size=11,
-        cliponaxis=False,
-        hovertext=[
-            f"{one.concept}<br>feature {one.feature.unit}: F1 {one.feature.f1:.3f}<br>"
-            f"neuron {_signed(one.neuron)}: F1 {one.neuron.f1:.3f}"
-            for one in result.detected
-        ],
-        hovertemplate="%{hovertext}<extra></extra>",
-        marker={"size": 8, "color": COLOURS[0]},
-        showlegend=False,
-    )
-
-
-def _labels(detected: list[Detected]) -> list[str]:
-    """Names of concepts; "" where one would cover that of a concept before it."""
-    placed: list[Detected] = []
-    for one in detected:
-        clear = all(
-            abs(one.feature.f1 - other.feature.f1) > 0.03
-            or abs(one.neuron.f1 - other.neuron.f1) > 0.2
-            for other in placed
-        )
-        if clear:
-            placed.append(one)
-    return [one.concept if one in placed else "" for one in detected]
 
 
 def _dense(result: Theory) -> Section:

@@ -1,0 +1,156 @@
+"""The claim that one feature stands for one concept.
+
+Counts of features and neurons -> detect_concepts() -> compare_units() -> section()
+"""
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Generator
+
+from sae_lightning.analysis.theory.concepts import CONCEPTS
+from sae_lightning.analysis.theory.detection import Counts, Detector, detect
+from sae_lightning.report.figures import COLOURS, GREY, figure
+from sae_lightning.report.section import Section, Table
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+OCCURRENCES = 20  # tokens of a concept in each half, from where on a score means something
+
+
+class Detected(NamedTuple):
+    """A concept, and the single units that stand for it best."""
+
+    concept: str
+    share: float
+    """Share of the tokens that belong to it, in the half that is scored."""
+    feature: Detector
+    neuron: Detector
+    """Of the site's dimensions, in either direction."""
+    few: Detector
+    """Of as many random features as there are directions of neurons."""
+
+
+def detect_concepts(features: Counts, neurons: Counts) -> list[Detected]:
+    """Every concept that is there often enough, from the most frequent."""
+    tokens, units, d = features.tokens, features.counts.shape[2], neurons.counts.shape[2]
+    few = torch.randperm(units, generator=Generator().manual_seed(0))[: 2 * d]
+    detected = [
+        Detected(
+            concept=name,
+            share=(tokens[1, i] / tokens[1, -1]).item(),
+            feature=detect(features, i),
+            neuron=detect(neurons, i),
+            few=detect(features, i, few),
+        )
+        for i, name in enumerate(CONCEPTS)
+        if tokens[:, i].min() >= OCCURRENCES
+    ]
+    return sorted(detected, key=lambda each: -each.share)
+
+
+def compare_units(detected: list[Detected]) -> dict[str, Any]:
+    """Mean scores of single features, of neurons, and of as few features as neurons."""
+    means = {
+        f"{kind}_{score}": sum(getattr(getattr(each, kind), score) for each in detected)
+        / max(1, len(detected))
+        for kind in ("feature", "neuron", "few")
+        for score in ("f1", "auroc")
+    }
+    wins = sum(each.feature.f1 > each.neuron.f1 for each in detected)
+    return {"concepts": len(detected), "feature_wins": wins, **means, "each": detected}
+
+
+def section(numbers: dict[str, Any]) -> Section:
+    """Whether single features stand for concepts better than single neurons do."""
+    title, detected = "One feature, one concept", numbers["each"]
+    n = numbers["concepts"]
+    if not n:
+        return Section(title, "No concept of the lists is frequent enough in this text.")
+    feature, neuron = numbers["feature_f1"], numbers["neuron_f1"]
+    ranks, neuron_ranks = numbers["feature_auroc"], numbers["neuron_auroc"]
+    comparison = "better than" if feature > neuron else "no better than"
+    aurocs = f"(AUROC {ranks:.2f} against {neuron_ranks:.2f})"
+    if ranks > neuron_ranks:
+        ranking = f"Features also rank tokens better {aurocs}."
+    else:
+        why = "where one is silent, all are alike to it"
+        ranking = f"Features do not rank tokens better {aurocs}: {why}."
+    always_yes = sum(2 * one.share / (1 + one.share) for one in detected) / n
+    return Section(
+        title=title,
+        lead=f"The best single feature detects a concept with a mean F1 of {feature:.2f}, "
+        f"{comparison} the best single neuron with {neuron:.2f}; the feature wins on "
+        f"{numbers['feature_wins']} of {n} concepts. {ranking}",
+        rows={
+            "mean F1": f"{feature:.3f} feature, {neuron:.3f} neuron; {always_yes:.3f} by always "
+            "saying yes",
+            "with as few features": f"{numbers['few_f1']:.3f}, the best of as many features, by "
+            "lot, as there are neurons in both directions",
+            "mean AUROC": f"{ranks:.3f} feature, {neuron_ranks:.3f} neuron, each of the unit that "
+            "ranks best",
+            "how": "unit and threshold are chosen on one half of the sequences and scored on the "
+            "other",
+        },
+        table=_concepts(detected),
+        figures={"F1 of the best single unit": _units(detected)},
+    )
+
+
+def _concepts(detected: list[Detected]) -> Table:
+    header = ["concept", "tokens", "feature", "F1", "AUROC", "neuron", "F1", "AUROC"]
+    rows = [
+        [one.concept, f"{one.share:.1%}", f"{one.feature.unit}"]
+        + [f"{one.feature.f1:.3f}", f"{one.feature.auroc:.3f}", _neuron(one)]
+        + [f"{one.neuron.f1:.3f}", f"{one.neuron.auroc:.3f}"]
+        for one in sorted(detected, key=lambda each: -each.feature.f1)
+    ]
+    return Table(header, rows)
+
+
+def _neuron(one: Detected) -> str:
+    return f"{'-' if one.neuron.below else '+'}{one.neuron.unit}"
+
+
+def _units(detected: list[Detected]) -> "Figure":
+    drawn = figure("F1 of the best neuron", "F1 of the best feature")
+    drawn.update_xaxes(range=[0, 1.02]).update_yaxes(range=[0, 1.02])
+    drawn.add_scatter(
+        name="equally good",
+        x=[0, 1],
+        y=[0, 1],
+        mode="lines",
+        line={"color": GREY, "dash": "dot"},
+        hoverinfo="skip",
+    )
+    return drawn.add_scatter(
+        x=[one.neuron.f1 for one in detected],
+        y=[one.feature.f1 for one in detected],
+        mode="markers+text",
+        text=_labels(detected),
+        textposition="middle right",
+        textfont_size=11,
+        cliponaxis=False,
+        hovertext=[
+            f"{one.concept}<br>feature {one.feature.unit}: F1 {one.feature.f1:.3f}<br>"
+            f"neuron {_neuron(one)}: F1 {one.neuron.f1:.3f}"
+            for one in detected
+        ],
+        hovertemplate="%{hovertext}<extra></extra>",
+        marker={"size": 8, "color": COLOURS[0]},
+        showlegend=False,
+    )
+
+
+def _labels(detected: list[Detected]) -> list[str]:
+    """Names of concepts; "" where one would cover that of a concept before it."""
+    placed: list[Detected] = []
+    for one in detected:
+        if all(
+            abs(one.feature.f1 - other.feature.f1) > 0.03
+            or abs(one.neuron.f1 - other.neuron.f1) > 0.2
+            for other in placed
+        ):
+            placed.append(one)
+    return [one.concept if one in placed else "" for one in detected]
