@@ -3,6 +3,7 @@
 import copy
 import gc
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -44,6 +45,12 @@ def planted(llm, monkeypatch) -> list[int]:
     return large
 
 
+def scores_of(held_out, source, target, functions):
+    """The LLM's loss with each function in place of an SAE."""
+    saes = [lambda x, f=f: SimpleNamespace(reconstruction=f(x)) for f in functions]
+    return held_out.scores(source, target, saes, (), rows=1000)
+
+
 def test_special_tokens_and_position_0_are_left_out(llm):
     held_out = make(llm)
     expected = held_out.tokens != SEPARATOR
@@ -65,7 +72,7 @@ def test_outliers_are_neither_scored_nor_replaced(llm, planted):
         assert torch.equal(kept, everything.activations(site)[~large[everything.keep]])
         assert kept.norm(dim=1).max() < 1.1
     seen = []
-    usual.scores(SITES[0], SITES[0], [lambda x: seen.append(len(x)) or x])
+    scores_of(usual, SITES[0], SITES[0], [lambda x: seen.append(len(x)) or x])
     tokens, keep = usual._loss_text()
     assert len(tokens) == 5 < len(usual.tokens)
     assert sum(seen) == int(keep.sum())
@@ -80,7 +87,7 @@ def test_an_outlier_at_another_site_counts_only_if_that_site_is_read(llm, plante
 
 def test_a_generous_max_norm_changes_nothing(llm):
     scores = [
-        make(llm, max_norm=m).scores(SITES[0], SITES[0], [torch.tanh]) for m in (None, 1000.0)
+        scores_of(make(llm, max_norm=m), SITES[0], SITES[0], [torch.tanh]) for m in (None, 1000.0)
     ]
     assert scores[0] == scores[1]
 
@@ -97,8 +104,8 @@ def test_what_does_not_depend_on_the_sae_is_computed_once(llm, monkeypatch):
     for _ in range(3):
         held_out.activations(SITES[1])
         for site in SITES:
-            held_out.scores(site, site, [torch.tanh])
-        held_out.scores(SITES[1], SITES[0], [torch.tanh])
+            scores_of(held_out, site, site, [torch.tanh])
+        scores_of(held_out, SITES[1], SITES[0], [torch.tanh])
     assert calls == ["capture", "baseline", "baseline"]
 
 
@@ -107,7 +114,7 @@ def test_the_mlp_itself_in_place_of_what_it_writes_recovers_everything_and_zero_
     held_out = make(llm, sites=sites, loss_tokens=1000)
     mlp = copy.deepcopy(llm.model.model.layers[1].mlp)  # its own is spliced
     torch.testing.assert_close(mlp(held_out.activations(source)), held_out.activations(target))
-    whole, nothing = held_out.scores(source, target, [mlp, torch.zeros_like])
+    whole, nothing = scores_of(held_out, source, target, [mlp, torch.zeros_like])
     assert whole.ce_recovered == pytest.approx(1, abs=0.01)  # float32, by the difference
     assert nothing.ce_recovered == 0
     known = held_out.baseline(target)
@@ -119,13 +126,13 @@ def test_without_tokens_for_it_the_loss_is_not_measured(llm, monkeypatch):
     monkeypatch.delattr(held_out_module, "baseline")
     monkeypatch.delattr(held_out_module, "score")
     held_out = make(llm, loss_tokens=0)
-    assert held_out.scores(SITES[0], SITES[0], [torch.tanh, torch.sin]) == [None, None]
+    assert scores_of(held_out, SITES[0], SITES[0], [torch.tanh, torch.sin]) == [None, None]
     assert torch.equal(held_out.activations(SITES[0]), make(llm).activations(SITES[0]))
 
 
 def test_the_llm_is_not_kept_alive_by_a_cycle(llm):
     held_out = make(llm)
-    held_out.scores(SITES[0], SITES[0], [torch.tanh])
+    scores_of(held_out, SITES[0], SITES[0], [torch.tanh])
     gone = weakref.ref(held_out)
     gc.disable()
     try:
