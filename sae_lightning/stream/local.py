@@ -71,12 +71,8 @@ class Local(TextSource):
     def open_documents(self) -> Text:
         config = self.data
         where = f"data.path={config.path}"
-        path = Path(config.path).expanduser()
         try:
-            if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
-                data = load_saved(path, where)
-            else:
-                data = load_files(find_files(path, where))
+            data = load_local(config)
             row = next(iter(data), None)
         except UserError:
             raise
@@ -87,7 +83,15 @@ class Local(TextSource):
         return _hold_out(only_text(data, row, config.column, where), config.held_out)
 
 
-def find_files(path: Path, where: str) -> list[str]:
+def load_local(config: LocalConfig) -> "Dataset":
+    """Every document with all columns: of a saved data set, a file, a folder or a glob of files."""
+    path, where = Path(config.path).expanduser(), f"data.path={config.path}"
+    if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        return _load_saved(path, where)
+    return _load_files(_find_files(path, where))
+
+
+def _find_files(path: Path, where: str) -> list[str]:
     if path.is_dir():
         found = [str(file) for file in path.rglob("*")]
     else:
@@ -110,7 +114,7 @@ def find_files(path: Path, where: str) -> list[str]:
     return files
 
 
-def load_files(files: list[str]) -> "Dataset":
+def _load_files(files: list[str]) -> "Dataset":
     from datasets import load_dataset
 
     loader = LOADERS[Path(files[0]).suffix]
@@ -119,7 +123,7 @@ def load_files(files: list[str]) -> "Dataset":
         return load_dataset(loader, data_files=files, split="train", **whole_files)
 
 
-def load_saved(path: Path, where: str) -> "Dataset":
+def _load_saved(path: Path, where: str) -> "Dataset":
     from datasets import DatasetDict, load_from_disk
 
     data = load_from_disk(str(path))

@@ -2,16 +2,16 @@
 
 import importlib.util
 import json
+import re
 from collections import Counter
 
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
 
-from sae_lightning.analysis.probing import labelled_plays
-from sae_lightning.analysis.probing.labelled import labelled
-from sae_lightning.analysis.probing.labelled_plays import read_plays, rivals, speeches
-from sae_lightning.analysis.probing.pieces import FOLDS, Piece, affordable, block, shares
+from sae_lightning.analysis.probing import pieces
+from sae_lightning.analysis.probing.labelled import affordable, labelled, shares
+from sae_lightning.analysis.probing.pieces import FOLDS, Piece, block, read_plays, rivals, speeches
 from sae_lightning.errors import UserError
 from sae_lightning.stream.hub import HubConfig
 from sae_lightning.stream.local import LocalConfig
@@ -40,11 +40,10 @@ Not so, my lord.
 """
 
 
-def folded(found, part: str) -> dict[int, set]:
-    """Fold -> the values of target or group in it."""
-    pairs = zip(found.fold.tolist(), getattr(found, part).tolist(), strict=True)
+def folded(found, values: list) -> dict[int, set]:
+    """Fold -> the values, one for each piece, that are in it."""
     folds = {fold: set() for fold in range(FOLDS)}
-    for fold, value in pairs:
+    for fold, value in zip(found.fold.tolist(), values, strict=True):
         folds[fold].add(value)
     return folds
 
@@ -67,29 +66,31 @@ def reviews(n: int = 40) -> list[dict]:
 
 @pytest.fixture
 def plays(monkeypatch):
-    """Made-up plays: five comedies, four tragedies of different lengths."""
+    """Made-up plays: five comedies, four tragedies of different lengths. Each piece of 20
+    characters or more says which play it is from."""
     names = [f"comedy-{i}" for i in range(5)] + [f"tragedy-{i}" for i in range(4)]
     made = {
         name: (name.split("-")[0], f"{name} says {i}. " * (20 + 9 * i))
         for i, name in enumerate(names)
     }
-    monkeypatch.setattr(labelled_plays, "read_plays", lambda: made)
+    monkeypatch.setattr(pieces, "read_plays", lambda: made)
+    return made
 
 
 def test_no_play_is_both_fitted_and_tested_for_its_genre(plays, tokenizer):
-    found = labelled(PlaysConfig(context=12), "genre", tokenizer, tokens=2000)
+    found = labelled(PlaysConfig(context=40), "genre", tokenizer, tokens=2000)
     assert found.classes == ["comedy", "tragedy"]
-    groups = folded(found, "group")
-    assert sum(map(len, groups.values())) == 9, "every play is in one fold"
-    assert all(classes == {0, 1} for classes in folded(found, "target").values())
-    names = list(labelled_plays.read_plays())
-    for group, target in zip(found.group, found.target, strict=True):
-        assert names[group].startswith(found.classes[target])
+    names = [re.search(r"(comedy|tragedy)-\d", text)[0] for text in words(found, tokenizer)]
+    assert sum(map(len, folded(found, names).values())) == 9, "every play is in one fold"
+    counts = torch.bincount(found.target * FOLDS + found.fold)  # [classes * folds]
+    assert counts.min() >= counts.max() - 2, "as many of each class and fold"
+    for name, target in zip(names, found.target, strict=True):
+        assert name.startswith(found.classes[target])
 
 
 def test_a_play_is_tested_on_parts_that_touch_no_other_part(plays, tokenizer):
     found = labelled(PlaysConfig(context=12), "play", tokenizer, tokens=10**6)
-    text = labelled_plays.read_plays()["tragedy-3"][1]
+    text = plays["tragedy-3"][1]
     mine = found.target == found.classes.index("tragedy-3")
     folds = [found.fold[i].item() for i in mine.nonzero()[:, 0]]
     pieces = [
@@ -165,9 +166,9 @@ def test_a_class_that_is_one_text_over_and_over_is_left_out(tmp_path, tokenizer)
 
 
 def test_a_class_needs_two_pieces_in_every_fold():
-    pieces = [Piece(name, fold, 0, None) for name in "abc" for fold in range(FOLDS)] * 2
+    pieces = [Piece(name, fold, None) for name in "abc" for fold in range(FOLDS)] * 2
     assert affordable("kind", pieces, 10_000, 10) == ["a", "b", "c"]
-    pieces.remove(Piece("b", 3, 0, None))
+    pieces.remove(Piece("b", 3, None))
     assert affordable("kind", pieces, 10_000, 10) == ["a", "c"]
 
 

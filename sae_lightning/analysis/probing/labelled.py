@@ -5,15 +5,15 @@ play, speaker    | fold 0 . . . |gap| fold 1 . . . |gap| fold 2 . . . |gap| fold
 a data set       each fold has documents of its own; of two that are alike one is dropped
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from sae_lightning.analysis.probing.labelled_documents import document_pieces
-from sae_lightning.analysis.probing.labelled_plays import play_pieces
-from sae_lightning.analysis.probing.pieces import Piece, affordable, choose
+from sae_lightning.analysis.probing.pieces import FOLDS, Piece, document_pieces, play_pieces
 from sae_lightning.errors import UserError
 from sae_lightning.llm.quiet import quiet
 from sae_lightning.llm.vocabulary import bos_id, separator_id
@@ -23,6 +23,9 @@ from sae_lightning.stream.packing import Packing, Sequences
 from sae_lightning.stream.plays import PlaysConfig
 from sae_lightning.terminal import phase
 
+LEAST = 2  # pieces of a class in a fold
+MOST = 50  # classes
+
 
 class Labelled(NamedTuple):
     """Pieces of text, each of one class."""
@@ -30,13 +33,10 @@ class Labelled(NamedTuple):
     label: str
     """What the classes are: genre, play, speaker, or a column's name."""
     classes: list[str]
-    """Their names."""
     target: Tensor
     """[pieces] int64 class of each piece."""
     fold: Tensor
     """[pieces] int64, 0 to FOLDS - 1: a fold is tested by probes that never saw it."""
-    group: Tensor
-    """[pieces] int64 number of the play, speaker or document that a piece is from."""
     tokens: Tensor
     """[pieces, context] int64: BOS, the piece, padding."""
     text: Tensor
@@ -63,30 +63,81 @@ def labelled(
         )
     packing = Packing(config.context, bos_id(tokenizer), separator_id(tokenizer))
     with quiet(), phase("cutting labelled text"):
-        if isinstance(config, PlaysConfig):
-            pieces, notes = play_pieces(label, tokenizer, packing, seed)
-        else:
-            pieces, notes = document_pieces(config, label, seed)
+        plays = isinstance(config, PlaysConfig)
+        pieces, notes = (
+            play_pieces(label, tokenizer, packing, seed)
+            if plays
+            else document_pieces(config, label, seed)
+        )
         classes = affordable(label, pieces, tokens, packing.width)
         chosen = choose(pieces, classes, tokens // packing.width)
-        if isinstance(chosen[0].content, str):
+        if not plays:
             chosen = _beginnings(chosen, tokenizer, packing)
             classes = affordable(label, chosen, tokens, packing.width)
             chosen = [piece for piece in chosen if piece.name in classes]
-        classes.sort(key=_natural)
-        windows = [piece.content for piece in chosen]
+    classes.sort(key=_natural)
     if left_out := len({piece.name for piece in pieces}) - len(classes):
         notes = [*notes, f"Left out: {left_out} values of {label} with fewer pieces of text."]
+    windows = [piece.content for piece in chosen]
     return Labelled(
         label=label,
         classes=classes,
         target=torch.tensor([classes.index(piece.name) for piece in chosen]),
         fold=torch.tensor([piece.fold for piece in chosen]),
-        group=torch.tensor([piece.group for piece in chosen]),
         tokens=packing.pack(windows),
         text=packing.text(windows),
         notes=notes,
     )
+
+
+def affordable(label: str, pieces: list[Piece], tokens: int, width: int) -> list[str]:
+    """The classes with enough pieces of `width` tokens, of these the MOST most frequent, and not
+    more than `tokens` pay for.
+
+    UserError where fewer than two are left.
+    """
+    counts = Counter(piece.name for piece in pieces)
+    folds = Counter((piece.name, piece.fold) for piece in pieces)
+    good = [
+        name
+        for name, _ in counts.most_common()
+        if all(folds[name, fold] >= LEAST for fold in range(FOLDS))
+    ]
+    if len(good) < 2:
+        common = ", ".join(f"{name} ({n})" for name, n in counts.most_common(3))
+        raise UserError(
+            f"label={label}: {len(counts)} values and their pieces of text: {common}"
+            f"{', ...' if len(counts) > 3 else ''}; a probe needs two values with "
+            f"{LEAST * FOLDS} pieces or more each"
+        )
+    price = LEAST * FOLDS * width
+    if tokens < 2 * price:
+        raise UserError(f"tokens={tokens}: too few for two classes; give {2 * price} or more")
+    return good[: min(MOST, tokens // price)]
+
+
+def choose(pieces: list[Piece], classes: list[str], total: int) -> list[Piece]:
+    """About `total` pieces, as many of each class and fold, spread evenly in the given order."""
+    found = {name: [[] for _ in range(FOLDS)] for name in classes}
+    for piece in pieces:
+        if piece.name in found:
+            found[piece.name][piece.fold].append(piece)
+    quotas = shares([sum(map(len, folds)) for folds in found.values()], total)
+    chosen = []
+    for folds, quota in zip(found.values(), quotas, strict=True):
+        for fold, share in zip(folds, shares([len(each) for each in folds], quota), strict=True):
+            places = np.linspace(0, len(fold) - 1, share).round().astype(int)
+            chosen += [fold[place] for place in places]
+    return chosen
+
+
+def shares(available: list[int], total: int) -> list[int]:
+    """`total` dealt out equally, to none more than it has; what one cannot take goes to others."""
+    given, left = [0] * len(available), total
+    for rank, i in enumerate(sorted(range(len(available)), key=available.__getitem__)):
+        given[i] = min(available[i], left // (len(available) - rank))
+        left -= given[i]
+    return given
 
 
 def _beginnings(pieces: list[Piece], tokenizer: Any, packing: Packing) -> list[Piece]:

@@ -1,18 +1,38 @@
-"""Pieces of labelled text, and which of them a probe is fitted and tested on.
+"""Pieces of labelled text: of the packaged plays, or of any data set with a column of labels."""
 
-Classes, and the folds of a class, get equally many pieces, as far as they have any.
-"""
-
+import math
+import re
 from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from sae_lightning.errors import UserError
+from sae_lightning.stream.documents import OFFLINE_PRESETS, first_line
+from sae_lightning.stream.flat import encode
+from sae_lightning.stream.hub import HubConfig
+from sae_lightning.stream.local import LocalConfig, load_local
+from sae_lightning.stream.packing import Packing
+from sae_lightning.stream.plays import play_files
 
 FOLDS = 4
-LEAST = 2  # pieces of a class in a fold
-MOST = 50  # classes
+RIVALS = 4  # plays whose two greatest speakers are told apart
+HEADING = re.compile(r"\*\*([^*\n]+)\*\*\s*")
+DIRECTION = re.compile(r"_*\\?\[[^\]]*\]_*[ \t]*\n?|_[^_]+_[ \t]*\n?")
+NAMES = "Names of characters stand in the text and may give a class away."
+SPLITS = {
+    "genre": f"A probe is tested on plays that it was not fitted on. {NAMES}",
+    "play": f"A probe is tested on a part of each play that it was not fitted on. {NAMES}",
+    "speaker": (
+        "A probe is tested on a part of each role that it was not fitted on. Two of the speakers "
+        "are of one play: to know the play alone is to be right half of the time. Headings and "
+        "stage directions are taken out; names of others stay in the speech."
+    ),
+}
+ROWS = 20_000  # documents that are looked at
+CHARACTERS = 16  # for each token of a piece: more of a document is not tokenised
 
 
 class Piece(NamedTuple):
@@ -22,10 +42,31 @@ class Piece(NamedTuple):
     """Its class."""
     fold: int
     """0 to FOLDS - 1: a fold is tested by probes that never saw it."""
-    group: int
-    """Number of the play, speaker or document that it is from."""
     content: Any
     """Its tokens, or a text that begins with them."""
+
+
+def play_pieces(
+    label: str, tokenizer: Any, packing: Packing, seed: int
+) -> tuple[list[Piece], list[str]]:
+    """All pieces of the packaged plays, and what to know about them."""
+    if label not in SPLITS:
+        raise UserError(
+            f"label={label}: the packaged plays have {', '.join(SPLITS)}; for a column of a data "
+            "set add data=text data.path=..., or data=hub data.name=..."
+        )
+    plays = read_plays()
+    texts = rivals(plays) if label == "speaker" else {play: plays[play][1] for play in plays}
+    names = [genre for genre, _ in plays.values()] if label == "genre" else list(texts)
+    folds = deal(names, seed) if label == "genre" else None
+    pieces = []
+    for text, tokens in enumerate(encode(tokenizer, list(texts.values()), packing.separator)):
+        starts = range(0, len(tokens) - packing.width, packing.width)
+        for place, start in enumerate(starts):
+            fold = folds[text] if folds else block(place, len(starts))
+            if fold is not None:
+                pieces.append(Piece(names[text], fold, tokens[start : start + packing.width]))
+    return pieces, [SPLITS[label], "The SAE may have been trained on these plays, without labels."]
 
 
 def deal(names: list[str], seed: int) -> list[int]:
@@ -47,51 +88,99 @@ def block(place: int, places: int) -> int | None:
     return None if opens else fold
 
 
-def affordable(label: str, pieces: list[Piece], tokens: int, width: int) -> list[str]:
-    """The classes with enough pieces of `width` tokens, of these the MOST most frequent, and not
-    more than `tokens` pay for.
+def read_plays() -> dict[str, tuple[str, str]]:
+    """Name -> (genre, text) of every packaged play."""
+    return {file.stem: (file.parent.name, file.read_text("utf-8")) for file in play_files()}
 
-    UserError where fewer than two are left.
-    """
-    counts = Counter(piece.name for piece in pieces)
-    folds = Counter((piece.name, piece.fold) for piece in pieces)
-    good = [
-        name
-        for name, _ in counts.most_common()
-        if all(folds[name, fold] >= LEAST for fold in range(FOLDS))
+
+def speeches(text: str) -> dict[str, str]:
+    """Speaker -> all that they say in a play, without headings and stage directions."""
+    said: dict[str, list[str]] = {}
+    for paragraph in re.split(r"\n[ \t]*\n", text):
+        if heading := HEADING.match(paragraph):
+            words = DIRECTION.sub("", paragraph[heading.end() :]).strip()
+            said.setdefault(heading[1].strip(), []).append(words)
+    return {speaker: "\n\n".join(filter(None, parts)) for speaker, parts in said.items()}
+
+
+def rivals(plays: dict[str, tuple[str, str]]) -> dict[str, str]:
+    """`SPEAKER (play)` -> speech of the two who say most, in the RIVALS plays where the second of
+    them says most."""
+    pairs = {}
+    for play, (_, text) in plays.items():
+        ranked = sorted(speeches(text).items(), key=lambda said: -len(said[1]))
+        if len(ranked) > 1:
+            pairs[play] = ranked[:2]
+    most = sorted(pairs, key=lambda play: -len(pairs[play][1][1]))[:RIVALS]
+    return {f"{name} ({play})": words for play in most for name, words in pairs[play]}
+
+
+def document_pieces(
+    config: HubConfig | LocalConfig, label: str, seed: int
+) -> tuple[list[Piece], list[str]]:
+    """The beginnings of documents, as text, and what to know about them."""
+    hub = isinstance(config, HubConfig)
+    where = f"data.name={config.name}" if hub else f"data.path={config.path}"
+    try:
+        data = _open_hub(config) if hub else load_local(config)
+        texts = dict(_rows(data, config, label, where, seed))  # each text once
+    except UserError:
+        raise
+    except Exception as error:  # the network, or a broken file: any of a dozen libraries'
+        without = f"; without a network use {OFFLINE_PRESETS}" if hub else ""
+        raise UserError(f"{where}: cannot be read ({first_line(error)}){without}") from error
+    names = list(texts.values())
+    pieces = [*map(Piece, names, deal(names, seed), texts)]
+    return pieces, [
+        "A probe is tested on documents that it was not fitted on; a piece is the first "
+        f"{config.context - 1} tokens of a document, or all of a shorter one."
     ]
-    if len(good) < 2:
-        common = ", ".join(f"{name} ({n})" for name, n in counts.most_common(3))
-        raise UserError(
-            f"label={label}: {len(counts)} values and their pieces of text: {common}"
-            f"{', ...' if len(counts) > 3 else ''}; a probe needs two values with "
-            f"{LEAST * FOLDS} pieces or more each"
-        )
-    price = LEAST * FOLDS * width
-    if tokens < 2 * price:
-        raise UserError(f"tokens={tokens}: too few for two classes; give {2 * price} or more")
-    return good[: min(MOST, tokens // price)]
 
 
-def choose(pieces: list[Piece], classes: list[str], total: int) -> list[Piece]:
-    """About `total` pieces, as many of each class and fold, spread evenly in the given order."""
-    found = {name: [[] for _ in range(FOLDS)] for name in classes}
-    for piece in pieces:
-        if piece.name in found:
-            found[piece.name][piece.fold].append(piece)
-    quotas = shares([sum(map(len, folds)) for folds in found.values()], total)
-    chosen = []
-    for folds, quota in zip(found.values(), quotas, strict=True):
-        for fold, share in zip(folds, shares([len(each) for each in folds], quota), strict=True):
-            places = np.linspace(0, len(fold) - 1, share).round().astype(int)
-            chosen += [fold[place] for place in places]
-    return chosen
+def _open_hub(config: HubConfig) -> Any:
+    from datasets import load_dataset
+
+    return load_dataset(config.name, config.subset, split=config.split, streaming=config.streaming)
 
 
-def shares(available: list[int], total: int) -> list[int]:
-    """`total` dealt out equally, to none more than it has; what one cannot take goes to others."""
-    given, left = [0] * len(available), total
-    for rank, i in enumerate(sorted(range(len(available)), key=available.__getitem__)):
-        given[i] = min(available[i], left // (len(available) - rank))
-        left -= given[i]
-    return given
+def _rows(
+    data: Any, config: HubConfig | LocalConfig, label: str, where: str, seed: int
+) -> Iterator[tuple[str, str]]:
+    """Text and class of at most ROWS documents: random ones, of a streamed data set the first."""
+    columns = list(next(iter(data), {}))
+    for setting, column in {"data.column": config.column, "label": label}.items():
+        if column not in columns:
+            plays = "; the packaged plays have it: data=shakespeare"
+            raise UserError(
+                f"{setting}={column}: {where} has no such column; it has "
+                f"{', '.join(columns) or 'no document'}"
+                f"{plays if setting == 'label' and label in SPLITS else ''}"
+            )
+    if label == config.column:
+        raise UserError(f"label={label}: that is the column of the text; give one with classes")
+    names = getattr((data.features or {}).get(label), "names", None)  # of a ClassLabel
+    if hasattr(data, "__len__"):
+        order = np.random.default_rng(seed).permutation(len(data))
+        data = data.select(np.sort(order[:ROWS]))
+    for row in islice(data, ROWS):
+        text, value = row[config.column], row[label]
+        if not isinstance(text, str | None):
+            raise UserError(
+                f"data.column={config.column}: {where} holds {type(text).__name__} there, not text"
+            )
+        name = _class(value, names, f"label={label}: {where}")
+        if name and text and text.strip():
+            yield text[: CHARACTERS * config.context], name
+
+
+def _class(value: Any, names: list[str] | None, where: str) -> str | None:
+    """The name of a label; None where there is none."""
+    if value is None or value != value:  # NaN stands for a missing value in tables
+        return None
+    if names is not None:
+        return names[value] if value >= 0 else None
+    if isinstance(value, float) and math.isfinite(value) and value == int(value):
+        value = int(value)  # a column of integers with missing values is read as floats
+    if not isinstance(value, str | bool | int):
+        raise UserError(f"{where} holds {value} there; classes are words or whole numbers")
+    return str(value).strip()

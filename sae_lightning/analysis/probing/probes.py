@@ -9,14 +9,17 @@ what is owed to the choice among so many.
 """
 
 from collections import Counter
+from statistics import fmean
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy import ndarray
 from torch import Tensor
 
 from sae_lightning.analysis.collect import Batch, collect
 from sae_lightning.analysis.probing.labelled import Labelled
-from sae_lightning.analysis.probing.linear import Fold, Outcome, Single, standardised
+from sae_lightning.analysis.probing.linear import Fold, Outcome, Single
 from sae_lightning.analysis.subject import Subject
 from sae_lightning.terminal import phase
 
@@ -31,17 +34,16 @@ class Score(NamedTuple):
     k: int | None
     """Units for each class; None for all."""
     folds: list[Outcome]
-    """What came out for each fold."""
 
     @property
     def accuracy(self) -> float:
         """Mean over folds."""
-        return sum(fold.accuracy for fold in self.folds) / len(self.folds)
+        return fmean(fold.accuracy for fold in self.folds)
 
     @property
     def auroc(self) -> float:
         """Mean over folds."""
-        return sum(fold.auroc for fold in self.folds) / len(self.folds)
+        return fmean(fold.auroc for fold in self.folds)
 
 
 class Match(NamedTuple):
@@ -50,7 +52,7 @@ class Match(NamedTuple):
     unit: int
     """The one that most folds chose."""
     folds: int
-    """How many of them did."""
+    """How many folds chose it."""
     auroc: float
     """On tested folds, of whichever unit was chosen there: mean."""
 
@@ -59,15 +61,12 @@ class Probes(NamedTuple):
     """Features against neurons on one label."""
 
     label: str
-    """What was to be told."""
     classes: list[str]
-    """Its values."""
     pieces: list[int]
     """Pieces of text of each class."""
     context: int
     """Tokens of a piece, BOS included."""
     notes: list[str]
-    """What to know about text and folds."""
     scores: list[Score]
     """Of each kind of units and each k."""
     matches: dict[str, list[Match]]
@@ -79,29 +78,21 @@ class Probes(NamedTuple):
         return max(self.pieces) / sum(self.pieces)
 
     def score(self, units: str, k: int | None) -> Score | None:
-        """One of the scores."""
         return next((s for s in self.scores if (s.units, s.k) == (units, k)), None)
 
     def scalars(self) -> dict[str, Any]:
         """Everything, for a file."""
-        scores = [
-            score._asdict()
-            | {
-                "accuracy": score.accuracy,
-                "auroc": score.auroc,
-                "folds": [fold._asdict() for fold in score.folds],
-            }
-            for score in self.scores
-        ]
-        matches = {
-            units: {name: match._asdict() for name, match in zip(self.classes, found, strict=True)}
-            for units, found in self.matches.items()
-        }
         return self._asdict() | {
             "pieces": dict(zip(self.classes, self.pieces, strict=True)),
             "majority": self.majority,
-            "scores": scores,
-            "matches": matches,
+            "scores": [
+                score._asdict() | {"accuracy": score.accuracy, "auroc": score.auroc}
+                for score in self.scores
+            ],
+            "matches": {
+                units: dict(zip(self.classes, found, strict=True))
+                for units, found in self.matches.items()
+            },
         }
 
 
@@ -137,15 +128,21 @@ def compare(
     pooled: dict[str, Tensor], labelled: Labelled, *, k: tuple[int, ...] = (1, 2, 5, 16)
 ) -> Probes:
     """Probes on `features` and `neurons`, each [pieces, units]."""
-    neurons = standardised(pooled[NEURONS], pooled[NEURONS])[0]
+    from sklearn.preprocessing import StandardScaler
+
+    representations = {units: x.numpy() for units, x in pooled.items()}
+    neurons = StandardScaler().fit_transform(representations[NEURONS])
     noise = torch.Generator().manual_seed(0)
     directions = torch.randn(neurons.shape[1], pooled[FEATURES].shape[1], generator=noise)
-    representations = pooled | {RANDOM: neurons @ directions}
+    representations[RANDOM] = neurons @ directions.numpy()
     scores, matches = [], {}
     with phase("fitting probes", total=len(representations)) as advance:
         for units, x in representations.items():
-            found, singles = _tested(x, labelled, k, everything=units != RANDOM)
-            scores += [Score(units, size, outcomes) for size, outcomes in found.items()]
+            sizes: list[int | None] = [size for size in k if size < x.shape[1]]
+            if units != RANDOM:  # all of those are all neurons again
+                sizes.append(None)
+            outcomes, singles = _tested(x, labelled, sizes)
+            scores += [Score(units, *each) for each in outcomes.items()]
             if units != RANDOM:
                 matches[units] = _matches(singles)
             advance(1)
@@ -161,23 +158,22 @@ def compare(
 
 
 def _tested(
-    x: Tensor, labelled: Labelled, k: tuple[int, ...], everything: bool
+    x: ndarray, labelled: Labelled, sizes: list[int | None]
 ) -> tuple[dict[int | None, list[Outcome]], list[Single]]:
     """k (None: all) -> the outcome of each fold; and each fold's best units."""
-    sizes: list[int | None] = [size for size in k if size < x.shape[1]]
-    found = {size: [] for size in [*sizes, *([None] if everything else [])]}
-    singles = []
-    for tested in labelled.fold.unique().tolist():
-        fold = Fold(x, labelled.target, labelled.fold, tested)
+    target, folds = labelled.target.numpy(), labelled.fold.numpy()
+    outcomes, singles = {size: [] for size in sizes}, []
+    for tested in np.unique(folds).tolist():
+        fold = Fold(x, target, folds, tested)
         singles.append(fold.single())
-        for size, outcomes in found.items():
-            outcomes.append(fold.all() if size is None else fold.sparse(size))
-    return found, singles
+        for size in sizes:
+            outcomes[size].append(fold.all() if size is None else fold.sparse(size))
+    return outcomes, singles
 
 
 def _matches(singles: list[Single]) -> list[Match]:
-    units = torch.stack([single.unit for single in singles], 1)  # [classes, folds]
-    aurocs = torch.stack([single.auroc for single in singles], 1).nanmean(1)
+    units = np.stack([single.unit for single in singles], 1)  # [classes, folds]
+    aurocs = np.nanmean([single.auroc for single in singles], 0)
     matches = []
     for row, auroc in zip(units.tolist(), aurocs.tolist(), strict=True):
         unit, folds = Counter(row).most_common(1)[0]
