@@ -9,7 +9,7 @@ from sae_lightning.formats.export import load_sae
 # Name -> module: found when they are asked for, because a saved SAE is opened without them.
 FOUND_IN = {
     "Answers": "analysis.explain.answers",
-    "Endpoint": "analysis.explain.endpoint",
+    "Endpoint": "analysis.explain.models",
     "Explainer": "analysis.explain.explainer",
     "HeldOut": "stream.held_out",
     "LLMConfig": "llm.load",

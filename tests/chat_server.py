@@ -15,6 +15,7 @@ class ChatServer:
         self.answer, self.models = answer, models
         self.failures: list[tuple[int, str]] = []  # status and message of the next replies
         self.broken: tuple[int, str] | None = None  # of all replies
+        self.refused: dict[str, str] = {}  # parameters, and what is said of them
         self.requests: list[dict] = []
         self.keys: list[str] = []
 
@@ -37,6 +38,8 @@ class ChatServer:
                 chat.requests.append(request)
                 chat.keys.append(self.headers["Authorization"])
                 trouble = chat.failures.pop(0) if chat.failures else chat.broken
+                for parameter in chat.refused.keys() & request.keys():
+                    trouble = 400, f"{parameter} {chat.refused[parameter]}"
                 if request["model"] not in chat.models:
                     trouble = 404, "unknown model"
                 if trouble:

@@ -7,9 +7,8 @@ import pytest
 import torch
 from chat_server import ChatServer
 
-from sae_lightning.analysis.explain.answers import Answers, Local, Question
-from sae_lightning.analysis.explain.endpoint import Endpoint
-from sae_lightning.analysis.explain.explained import open_model
+from sae_lightning.analysis.explain.answers import Answers
+from sae_lightning.analysis.explain.models import Endpoint, Local, Question, open_model
 from sae_lightning.errors import UserError
 from sae_lightning.llm.generate import Reply
 
@@ -77,7 +76,7 @@ def test_a_failure_that_stays_is_one_line_and_what_was_answered_is_kept(server, 
         return question.upper()
 
     server.answer = breaks
-    message = r"rate limit or quota, in 3 tries \(.*quota used up.*; 3 of 6 answers are kept"
+    message = r"endpoint=.*: .*429.*quota used up.*; lower concurrency.*; 3 of 6 answers are kept"
     with pytest.raises(UserError, match=message) as caught:
         answers(server, tmp_path, **patience).ask(QUESTIONS)
     assert "\n" not in str(caught.value)
@@ -122,7 +121,7 @@ def test_the_key_goes_to_the_server_and_nowhere_else(server, tmp_path, monkeypat
     asked.ask(QUESTIONS)
     assert set(server.keys) == {f"Bearer {KEY}"}
     server.broken = 401, f"{KEY} is no good key"
-    with pytest.raises(UserError, match=r"refused the key in MY_KEY \(.*\*\*\* is no good") as e:
+    with pytest.raises(UserError, match=r"\*\*\* is no good.*; check the key in MY_KEY$") as e:
         asked.ask([Question("more?", 5)])
     assert e.value.__suppress_context__, "the client's error holds the headers"
     written = "".join(file.read_text() + file.name for file in tmp_path.rglob("*.*"))
@@ -133,19 +132,22 @@ def test_the_key_goes_to_the_server_and_nowhere_else(server, tmp_path, monkeypat
 def test_a_missing_key_is_named(server, tmp_path, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     server.broken = 401, "who are you?"
-    with pytest.raises(UserError, match="asks for a key; .* environment variable OPENAI_API_KEY"):
+    with pytest.raises(
+        UserError, match="key_env=.*who are you.* environment variable OPENAI_API_KEY"
+    ):
         answers(server, tmp_path).check()
 
 
 def test_an_unknown_model_is_told_which_ones_there_are(server, tmp_path):
-    with pytest.raises(UserError, match=r"explainer=big: .* has no such model; it has small"):
+    message = "endpoint=http.*/v1, explainer=big: .*unknown model.*; .* its models are small"
+    with pytest.raises(UserError, match=message):
         answers(server, tmp_path, model="big").check()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_dead_address_is_told_at_once(server, tmp_path):
     server.__exit__()
-    with pytest.raises(UserError, match=r"endpoint=http.*/v1: cannot be reached in 2 tries") as e:
+    with pytest.raises(UserError, match="endpoint=http.*/v1: .*refused; check the address") as e:
         answers(server, tmp_path).check()
     assert "\n" not in str(e.value)
 
@@ -174,9 +176,18 @@ def test_a_reasoning_model_gets_the_parameters_that_it_takes(server, tmp_path):
     assert len(server.requests) == 6 + 2
 
 
+def test_questions_in_flight_learn_what_a_reasoning_model_takes(server, tmp_path):
+    """Each of them is refused once for either parameter, and none fails for it."""
+    server.refused = {
+        "max_tokens": "is not supported, use 'max_completion_tokens' instead",
+        "temperature": "does not support 0",
+    }
+    assert answers(server, tmp_path, concurrency=6).ask(QUESTIONS) == ECHOES
+
+
 def test_a_question_that_is_refused_is_not_asked_again(server, tmp_path):
     server.broken = 400, "longer than the context of 512 tokens"
-    with pytest.raises(UserError, match="does not take the question .*context of 512"):
+    with pytest.raises(UserError, match="endpoint=.*context of 512.*; .* too long, lower together"):
         answers(server, tmp_path).ask(QUESTIONS[:1])
     assert len(server.requests) == 1
 
@@ -235,11 +246,9 @@ def test_a_model_on_this_machine_answers_and_is_known_by_its_weights(tiny, tmp_p
     assert trained != Local(llm).name
 
 
-def test_the_model_is_one_at_an_endpoint_or_a_local_one_or_none(tiny, tiny_folder):
-    llm = tiny("llama")
+def test_the_model_is_one_at_an_endpoint_or_a_local_one_or_none(tiny_folder):
     assert open_model(None, None) is None
-    assert open_model(None, llm.name, llm=llm).llm is llm, "not loaded twice"
-    assert open_model(None, tiny_folder("gpt2"), llm=llm).llm is not llm
-    assert open_model("http://localhost:1/v1", llm.name).url == "http://localhost:1/v1"
+    assert open_model(None, tiny_folder("gpt2")).llm.name == tiny_folder("gpt2")
+    assert open_model("http://localhost:1/v1", "small").url == "http://localhost:1/v1"
     with pytest.raises(UserError, match="^explainer=/nowhere: no such folder"):
         open_model(None, "/nowhere")

@@ -8,13 +8,12 @@ from chat_server import ChatServer, oracle
 
 from sae_lightning.analysis.collect import Batch
 from sae_lightning.analysis.explain import prompts
-from sae_lightning.analysis.explain.answers import Answers, Question
-from sae_lightning.analysis.explain.endpoint import Endpoint
+from sae_lightning.analysis.explain.answers import Answers
 from sae_lightning.analysis.explain.evidence import MARK, Evidence, Window, choose, gather
-from sae_lightning.analysis.explain.explained import Explained, Local, section, without_model
-from sae_lightning.analysis.explain.explainer import Explainer
+from sae_lightning.analysis.explain.explained import Explained, section, without_model
+from sae_lightning.analysis.explain.explainer import Explainer, Score, detection, fuzzing, score
+from sae_lightning.analysis.explain.models import Endpoint, Local, Question
 from sae_lightning.analysis.explain.prompts import DETECT, FUZZ
-from sae_lightning.analysis.explain.scoring import Score, detection, fuzzing, score
 from sae_lightning.analysis.survey import strengths
 from sae_lightning.analysis.survey.examples import Counting, Gathering
 from sae_lightning.analysis.survey.reading import reading
@@ -229,19 +228,23 @@ def test_an_explainer_that_says_nothing_is_not_scored(evidence, tmp_path):
 
 def test_the_estimate_is_what_is_asked_and_an_upper_bound_of_the_cost(evidence, tmp_path):
     asked = explainer(tmp_path, thinking=10)
-    before = asked.estimate(evidence, price_in=1.0, price_out=10.0)
+    before = asked.estimate(evidence)
     asked.explain(evidence)
     spent = asked.answers.spent
     assert before.requests == spent.requests == 34
     assert before.tokens_in >= spent.tokens_in
     assert before.tokens_out >= spent.tokens_out
-    assert before.money == pytest.approx(before.tokens_in / 1e6 + before.tokens_out / 1e5)
-    assert asked.estimate(evidence, 1.0, 10.0)[:3] == (0, 0, 0)
-    assert asked.estimate(evidence).money is None
-    before.within(None)
-    before.within(before.money)
-    with pytest.raises(UserError, match=r"budget=0.01: this may cost .*34 requests") as caught:
-        before.within(0.01)
+    assert asked.estimate(evidence) == (0, 0, 0)
+
+
+def test_a_budget_is_of_tokens_in_and_out_together(evidence, tmp_path):
+    cost = explainer(tmp_path).estimate(evidence)
+    most = cost.tokens_in + cost.tokens_out
+    cost.within(None)
+    cost.within(most)
+    message = f"budget={most - 1}: this may take {most:,} tokens .*34 requests"
+    with pytest.raises(UserError, match=message) as caught:
+        cost.within(most - 1)
     assert "\n" not in str(caught.value)
 
 

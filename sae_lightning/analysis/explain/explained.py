@@ -1,14 +1,10 @@
-"""Features in words: which model is asked, and what people see of its explanations."""
+"""Features in words, for people and for `explain.json`."""
 
-from statistics import stdev
+from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
-from sae_lightning.analysis.explain.answers import Answerer, Local, Spent
-from sae_lightning.analysis.explain.endpoint import CUSTOMARY_KEY, Endpoint
-from sae_lightning.analysis.explain.explainer import Explanation
-from sae_lightning.analysis.explain.scoring import Score
-from sae_lightning.errors import UserError
-from sae_lightning.llm.load import LLM, LLMConfig, load
+from sae_lightning.analysis.explain.answers import Cost
+from sae_lightning.analysis.explain.explainer import Explanation, Score
 from sae_lightning.report.catalogue import Catalogue
 from sae_lightning.report.section import Coloured, Section, Table
 
@@ -17,9 +13,8 @@ class Explained(NamedTuple):
     """Explanations of some features, and what they took."""
 
     explanations: list[Explanation]
-    spent: Spent
+    spent: Cost
     model: str
-    """The one that was asked."""
 
     def scalars(self) -> dict[str, Any]:
         """What `explain.json` holds."""
@@ -29,44 +24,13 @@ class Explained(NamedTuple):
             "fuzzing": _mean(self.explanations, "fuzzing"),
             **self.spent._asdict(),
             "explanations": [
-                {
-                    "feature": each.feature,
-                    "text": each.text,
-                    "shown": each.shown,
-                    "detection": each.detection and each.detection._asdict(),
-                    "fuzzing": each.fuzzing and each.fuzzing._asdict(),
-                }
+                {key: value for key, value in each._asdict().items() if key != "examples"}
                 for each in self.explanations
             ],
         }
 
 
-def open_model(
-    endpoint: str | None,
-    model: str | None,
-    key_env: str | None = CUSTOMARY_KEY,
-    concurrency: int = 8,
-    *,
-    llm: LLM | None = None,
-) -> Answerer | None:
-    """The model at an endpoint, or a local one (`llm`, if that is the one); None if none is named.
-
-    UserError if the address makes no sense or the local model cannot be loaded.
-    """
-    if model is None:
-        return None
-    if endpoint is not None:
-        return Endpoint(endpoint, model, key_env, concurrency=concurrency)
-    if llm is not None and llm.name == model:
-        return Local(llm)
-    try:
-        return Local(load(LLMConfig(name=model)))
-    except UserError as error:
-        raise UserError(str(error).replace("llm.name=", "explainer=")) from error
-
-
 def section(result: Explained) -> Section:
-    """The explanations for people."""
     explanations, spent, model = result
     explained = [each for each in explanations if each.text]
     rows = {
@@ -84,18 +48,7 @@ def section(result: Explained) -> Section:
         "alone, does a text that the model has not seen activate the feature? Fuzzing: are the "
         "marked tokens those that do? Balanced accuracy: 1 is perfect, 0.5 is chance.",
         rows=rows,
-        table=Table(
-            ["explanation", "detection", "fuzzing", "texts"],
-            [
-                [
-                    f"{each.feature}: {each.text or _why_not(each)}",
-                    _written(each.detection),
-                    _written(each.fuzzing),
-                    _number(each),
-                ]
-                for each in explanations
-            ],
-        ),
+        table=Table(["explanation", "detection", "fuzzing", "texts"], [*map(_row, explanations)]),
         texts=[
             Coloured(f"{each.feature}: {each.text}", list(window.tokens), list(window.strengths))
             for each in explained
@@ -107,15 +60,15 @@ def section(result: Explained) -> Section:
 def without_model(catalogue: Catalogue, features: list[int]) -> Section:
     """What can be said of features where there is no model to ask: their best token sets."""
     reading = catalogue.reading
-    ranked = sorted(features, key=lambda f: reading.score[f].nan_to_num(-1), reverse=True)
     rows = []
-    for feature in ranked:
+    for feature in sorted(features, key=lambda f: -reading.score[f].nan_to_num(-1)):
+        score = reading.score[feature]
         tokens = [catalogue.vocabulary[t] for t in reading.tokens[feature].tolist() if t >= 0]
         words = ("after " if reading.previous[feature] else "") + " ".join(map(repr, tokens))
-        known = not reading.score[feature].isnan()
         rows.append(
-            [f"{feature}: {words if known else 'fires too rarely to say'}"]
-            + [f"{reading.score[feature]:.2f}" if known else "–"]
+            [f"{feature}: fires too rarely to say", "–"]
+            if score.isnan()
+            else [f"{feature}: {words}", f"{score:.2f}"]
         )
     return Section(
         title="Explanations",
@@ -127,31 +80,28 @@ def without_model(catalogue: Catalogue, features: list[int]) -> Section:
     )
 
 
-def _why_not(explanation: Explanation) -> str:
-    few = explanation.detection is None and explanation.shown == 0
-    return "(never fires)" if few else "(no explanation: fires too rarely, or nothing was said)"
-
-
-def _written(score: Score | None) -> str:
-    return "–" if score is None or score.accuracy is None else f"{score.accuracy:.2f}"
-
-
-def _number(explanation: Explanation) -> str:
-    """How many verdicts the two scores rest on."""
-    scores = explanation.detection, explanation.fuzzing
-    if scores == (None, None):
-        return "–"
-    return " + ".join("–" if s is None else str(s.yes + s.no) for s in scores)
+def _row(explanation: Explanation) -> list[str]:
+    feature, text, shown, *scores, _ = explanation
+    if not text:
+        rare = "(no explanation: fires too rarely, or nothing was said)"
+        text = rare if shown else "(never fires)"
+    # how many verdicts the scores rest on
+    verdicts = ["–" if score is None else str(score.yes + score.no) for score in scores]
+    return [
+        f"{feature}: {text}",
+        *("–" if s is None or s.accuracy is None else f"{s.accuracy:.2f}" for s in scores),
+        " + ".join(verdicts) if any(scores) else "–",
+    ]
 
 
 def _accuracies(explanations: list[Explanation], test: str) -> list[float]:
-    scores = [getattr(each, test) for each in explanations]
+    scores: list[Score | None] = [getattr(each, test) for each in explanations]
     return [s.accuracy for s in scores if s is not None and s.accuracy is not None]
 
 
 def _mean(explanations: list[Explanation], test: str) -> float | None:
     found = _accuracies(explanations, test)
-    return sum(found) / len(found) if found else None
+    return fmean(found) if found else None
 
 
 def _summary(explanations: list[Explanation], test: str) -> str:
@@ -160,5 +110,4 @@ def _summary(explanations: list[Explanation], test: str) -> str:
     if not found:
         return "no verdicts"
     error = f" ± {stdev(found) / len(found) ** 0.5:.2f}" if len(found) > 1 else ""
-    mean = f"{_mean(explanations, test):.2f}{error}"
-    return f"{mean} on average over {len(found)} features (0.5 is chance)"
+    return f"{fmean(found):.2f}{error} on average over {len(found)} features (0.5 is chance)"

@@ -3,22 +3,43 @@
     half of the examples -> explainer -> "names of cities" ─┐
     other texts, in which it fires or is silent ────────────┴-> scorer -> yes / no -> accuracy
 
-(Bills et al. 2023, Language models can explain neurons in language models; the two tests of
-scoring.py are those of Paulo et al. 2024)
+(Bills et al. 2023, Language models can explain neurons in language models)
+
+Two tests (Paulo et al. 2024, Automatically Interpreting Millions of Features in Large Language
+Models):
+
+detection   does this text activate the feature?     texts in which it fires, and silent ones
+fuzzing     are the marked tokens those that do?     texts in which it fires, each once marked
+                                                     rightly and once elsewhere
 """
 
-from collections.abc import Iterator
+import math
+import random
 from typing import NamedTuple
 
 from sae_lightning.analysis.explain import prompts
-from sae_lightning.analysis.explain.answers import Answers, Question
-from sae_lightning.analysis.explain.evidence import Evidence, Window
-from sae_lightning.analysis.explain.scoring import Score, Trial, detection, fuzzing, score
-from sae_lightning.errors import UserError
+from sae_lightning.analysis.explain.answers import Answers, Cost
+from sae_lightning.analysis.explain.evidence import MARK, Evidence, Window
+from sae_lightning.analysis.explain.models import Question
+from sae_lightning.analysis.explain.prompts import DETECT, FUZZ
 from sae_lightning.terminal import phase
 
 EXPLANATION, VERDICT, ROOM = 80, 8, 16  # tokens of an explanation, of a verdict, and on top of them
 CHARACTERS = 3  # a token, in estimates: fewer than most text has, so that they err on the high side
+
+
+class Score(NamedTuple):
+    """How well verdicts agree with the truth."""
+
+    accuracy: float | None
+    """Balanced: mean of the share of right ones where the truth is yes and where it is no; 0.5 is
+    chance; None if one of them has no verdict."""
+    yes: int
+    """Verdicts where the truth is yes."""
+    no: int
+    """Verdicts where the truth is no."""
+    malformed: int
+    """Texts without a verdict that could be understood: left out, not guessed."""
 
 
 class Explanation(NamedTuple):
@@ -30,41 +51,20 @@ class Explanation(NamedTuple):
     shown: int
     """Texts that the explainer saw."""
     detection: Score | None
-    """Does a text activate it? None without an explanation, and where it is never silent."""
+    """None without an explanation, and where the feature is never silent."""
     fuzzing: Score | None
-    """Are the marked tokens those that do? None likewise."""
+    """None likewise."""
     examples: list[Window]
     """Some of the texts that the explainer saw."""
 
 
-class Estimate(NamedTuple):
-    """What explaining will cost, at most."""
+class Trial(NamedTuple):
+    """One question about some texts, and the right answers."""
 
-    requests: int
-    """Questions that are not answered in the cache."""
-    tokens_in: int
-    """About."""
-    tokens_out: int
-    """If every answer is as long as it may be."""
-    money: float | None
-    """In the currency of the prices; None without prices."""
-
-    def __str__(self) -> str:
-        if not self.requests:
-            return "every answer is in the cache: nothing to pay"
-        money = "" if self.money is None else f": {self.money:,.2f} at the given prices"
-        return (
-            f"{self.requests:,} requests, up to {self.tokens_in:,} tokens in and "
-            f"{self.tokens_out:,} out{money}"
-        )
-
-    def within(self, budget: float | None) -> None:
-        """UserError if it may cost more."""
-        if budget is not None and self.money is not None and self.money > budget:
-            raise UserError(
-                f"budget={budget:g}: this may cost {self.money:,.2f} ({self}); explain fewer "
-                "features, lower scored, or raise the budget"
-            )
+    task: str
+    """DETECT or FUZZ."""
+    texts: list[str]
+    truths: list[bool]
 
 
 class Explainer:
@@ -78,51 +78,40 @@ class Explainer:
         self.answers, self.together, self.thinking = answers, together, thinking
         self.seed = seed
 
-    def estimate(
-        self,
-        evidence: list[Evidence],
-        price_in: float | None = None,
-        price_out: float | None = None,
-    ) -> Estimate:
-        """What is left to pay for; prices are for a million tokens."""
-        longest = "x" * prompts.LONGEST
-        todo: dict[Question, None] = {}
-        for each in filter(lambda each: each.enough, evidence):
-            known = self.answers.known(self._asks(each))
-            todo[self._asks(each)] = None
-            text = prompts.explanation(known.text) if known else longest
-            if text:
-                todo |= dict.fromkeys(self._tests(trial, text) for trial in self._trials(each))
-        open_ones = [question for question in todo if self.answers.known(question) is None]
-        tokens_in = sum(len(question.text) // CHARACTERS + ROOM for question in open_ones)
-        tokens_out = sum(question.tokens for question in open_ones)
-        prices = None not in (price_in, price_out)
-        money = (tokens_in * price_in + tokens_out * price_out) / 1e6 if prices else None
-        return Estimate(len(open_ones), tokens_in, tokens_out, money)
+    def estimate(self, evidence: list[Evidence]) -> Cost:
+        """What `explain` will cost at most: tokens in are estimated from characters, tokens out are
+        those of answers that are as long as they may be."""
+        asked = {each.feature: self._asks(each) for each in evidence if each.enough}
+        texts: dict[int, str | None] = {}
+        for feature, question in asked.items():
+            known = self.answers.known(question)
+            texts[feature] = prompts.explanation(known.text) if known else "x" * prompts.LONGEST
+        tests = [question for *_, question in self._tests(evidence, texts)]
+        missing = [
+            question
+            for question in dict.fromkeys([*asked.values(), *tests])
+            if self.answers.known(question) is None
+        ]
+        return Cost(
+            len(missing),
+            sum(len(question.text) // CHARACTERS + ROOM for question in missing),
+            sum(question.tokens for question in missing),
+        )
 
     def explain(self, evidence: list[Evidence]) -> list[Explanation]:
         """An explanation of each feature with its scores; ones without enough examples have none.
 
         UserError if the model stops answering: what it has answered is kept for the next call.
         """
-        able = [each for each in evidence if each.enough]
-        with phase("explaining features", total=len(able)) as advance:
-            answers = self.answers.ask([self._asks(each) for each in able], advance)
-        texts = {
-            each.feature: prompts.explanation(answer)
-            for each, answer in zip(able, answers, strict=True)
-        }
-        asked = [
-            (each.feature, trial, text)
-            for each in able
-            if (text := texts[each.feature])
-            for trial in self._trials(each)
-        ]
-        with phase("testing explanations", total=len(asked)) as advance:
-            questions = [self._tests(trial, text) for _, trial, text in asked]
-            answers = self.answers.ask(questions, advance)
+        asked = {each.feature: self._asks(each) for each in evidence if each.enough}
+        with phase("explaining features", total=len(asked)) as advance:
+            answers = self.answers.ask([*asked.values()], advance)
+        texts = dict(zip(asked, map(prompts.explanation, answers), strict=True))
+        tests = self._tests(evidence, texts)
+        with phase("testing explanations", total=len(tests)) as advance:
+            answers = self.answers.ask([question for *_, question in tests], advance)
         judged: dict[tuple[int, str], tuple[list, list]] = {}
-        for (feature, trial, _), answer in zip(asked, answers, strict=True):
+        for (feature, trial, _), answer in zip(tests, answers, strict=True):
             truths, verdicts = judged.setdefault((feature, trial.task), ([], []))
             truths += trial.truths
             verdicts += prompts.verdicts(answer, len(trial.texts))
@@ -132,8 +121,8 @@ class Explainer:
                 feature=each.feature,
                 text=texts.get(each.feature),
                 shown=len(each.shown),
-                detection=scores.get((each.feature, prompts.DETECT)),
-                fuzzing=scores.get((each.feature, prompts.FUZZ)),
+                detection=scores.get((each.feature, DETECT)),
+                fuzzing=scores.get((each.feature, FUZZ)),
                 examples=each.shown[:3],
             )
             for each in evidence
@@ -142,12 +131,69 @@ class Explainer:
     def _asks(self, evidence: Evidence) -> Question:
         return Question(prompts.explain(evidence.shown), EXPLANATION + self.thinking)
 
-    def _tests(self, trial: Trial, text: str) -> Question:
-        tokens = VERDICT * len(trial.texts) + ROOM + self.thinking
-        return Question(trial.question(text), tokens)
+    def _tests(
+        self, evidence: list[Evidence], texts: dict[int, str | None]
+    ) -> list[tuple[int, Trial, Question]]:
+        """What is asked to test the explanations {feature: text}."""
+        tests = []
+        for each in evidence:
+            if text := texts.get(each.feature):
+                trials = fuzzing(each, self.together, self.seed)
+                if each.silent:  # otherwise there is nothing to tell apart
+                    trials = detection(each, self.together, self.seed) + trials
+                for trial in trials:
+                    tokens = VERDICT * len(trial.texts) + ROOM + self.thinking
+                    question = Question(prompts.judge(trial.task, text, trial.texts), tokens)
+                    tests.append((each.feature, trial, question))
+        return tests
 
-    def _trials(self, evidence: Evidence) -> Iterator[Trial]:
-        # without silent texts there is nothing to tell apart
-        if evidence.silent:
-            yield from detection(evidence, self.together, self.seed)
-        yield from fuzzing(evidence, self.together, self.seed)
+
+def detection(evidence: Evidence, together: int, seed: int = 0) -> list[Trial]:
+    """Trials on at most `together` texts each, in random order."""
+    items = [(prompts.plain(window), True) for window in evidence.firing]
+    items += [(prompts.plain(window), False) for window in evidence.silent]
+    random.Random(f"{seed} detection {evidence.feature}").shuffle(items)
+    return _trials(DETECT, items, together)
+
+
+def fuzzing(evidence: Evidence, together: int, seed: int = 0) -> list[Trial]:
+    """Trials on at most `together` texts each; no trial holds both versions of a text, whose
+    difference would give the answer away."""
+    rng = random.Random(f"{seed} fuzzing {evidence.feature}")
+    pairs = []
+    for window in evidence.firing:
+        silent = [
+            i
+            for i, (token, strength) in enumerate(zip(*window, strict=True))
+            if strength == 0 and token != MARK
+        ]
+        wanted = len(prompts.fires(window))
+        if wanted <= len(silent):
+            decoy = sorted(rng.sample(silent, wanted))
+            pairs.append((prompts.marked(window), prompts.marked(window, decoy)))
+    rng.shuffle(pairs)
+    trials = []
+    for turn in (0, 1):
+        items = [(pair[(i + turn) % 2], (i + turn) % 2 == 0) for i, pair in enumerate(pairs)]
+        rng.shuffle(items)
+        trials += _trials(FUZZ, items, together)
+    return trials
+
+
+def _trials(task: str, items: list[tuple[str, bool]], together: int) -> list[Trial]:
+    parts = [items[i : i + together] for i in range(0, len(items), together)]
+    return [Trial(task, *map(list, zip(*part, strict=True))) for part in parts]
+
+
+def score(truths: list[bool], verdicts: list[bool | None]) -> Score:
+    right: dict[bool, list[bool]] = {True: [], False: []}
+    for truth, verdict in zip(truths, verdicts, strict=True):
+        if verdict is not None:
+            right[truth].append(verdict == truth)
+    rates = [sum(group) / len(group) for group in right.values() if group]
+    return Score(
+        accuracy=math.fsum(rates) / 2 if len(rates) == 2 else None,
+        yes=len(right[True]),
+        no=len(right[False]),
+        malformed=verdicts.count(None),
+    )

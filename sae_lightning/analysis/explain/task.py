@@ -6,8 +6,9 @@ from typing import Any
 
 from sae_lightning.analysis.explain.answers import Answers
 from sae_lightning.analysis.explain.evidence import choose, gather
-from sae_lightning.analysis.explain.explained import Explained, open_model, section, without_model
+from sae_lightning.analysis.explain.explained import Explained, section, without_model
 from sae_lightning.analysis.explain.explainer import Explainer
+from sae_lightning.analysis.explain.models import open_model
 from sae_lightning.analysis.survey.survey import survey
 from sae_lightning.analysis.task import Task, at_least, integers
 from sae_lightning.errors import UserError
@@ -33,12 +34,8 @@ class ExplainTask(Task):
     """Environment variable that holds the endpoint's key; null sends none."""
     concurrency: int = 8
     """Requests to the endpoint at a time."""
-    price_in: float | None = None
-    """Price of a million tokens of questions, for the estimate of what it will cost."""
-    price_out: float | None = None
-    """Price of a million tokens of answers."""
-    budget: float | None = None
-    """Most that it may cost, in the currency of the prices; null sets no limit."""
+    budget: int | None = None
+    """Most tokens that it may take, of questions and answers together; null sets no limit."""
     tokens: int = 131_072
     """Tokens of text to read."""
     examples: int = 24
@@ -58,18 +55,11 @@ class ExplainTask(Task):
             at_least(name, getattr(self, name), 1)
         for name in ("examples", "scored"):
             at_least(name, getattr(self, name), 8)
-        for name in ("price_in", "price_out", "budget", "thinking"):
+        for name in ("budget", "thinking"):
             at_least(name, getattr(self, name), 0)
         if self.endpoint is not None and self.explainer is None:
             raise UserError(
                 f"endpoint={self.endpoint}: give the name of its model too, as explainer=..."
-            )
-        prices = [self.price_in, self.price_out]
-        if prices != [None, None] and (None in prices or self.endpoint is None):
-            raise UserError("price_in, price_out: give both, and the endpoint that they are of")
-        if self.budget is not None and None in prices:
-            raise UserError(
-                f"budget={self.budget:g}: needs the endpoint's prices; give price_in and price_out"
             )
 
     def answer(self, given: Collection[str]) -> None:
@@ -100,8 +90,8 @@ class ExplainTask(Task):
             found.features, found.sample, features, scored=self.scored, special=special, seed=seed
         )
         explainer = Explainer(answers, together=self.together, thinking=self.thinking, seed=seed)
-        plan = explainer.estimate(evidence, self.price_in, self.price_out)
-        console.print(str(plan))
-        plan.within(self.budget)
+        cost = explainer.estimate(evidence)
+        console.print(str(cost))
+        cost.within(self.budget)
         result = Explained(explainer.explain(evidence), answers.spent, self.explainer)
         self.finish(subject, result.scalars(), [section(result)], feature=named)

@@ -1,0 +1,189 @@
+"""Models that answer questions: on this machine, or behind a server that speaks OpenAI's API."""
+
+import hashlib
+import ipaddress
+import os
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+from sae_lightning.errors import UserError
+from sae_lightning.llm.generate import Reply, reply
+from sae_lightning.llm.load import LLM, LLMConfig, load
+
+CUSTOMARY_KEY = "OPENAI_API_KEY"
+TIMEOUT = 120  # seconds
+
+
+class Question(NamedTuple):
+    """What a model is asked."""
+
+    text: str
+    tokens: int
+    """Longest answer, in tokens."""
+
+
+class Local:
+    """An LLM on this machine."""
+
+    concurrency = 1
+
+    def __init__(self, llm: LLM):
+        self.llm = llm
+        *_, last = llm.model.parameters()
+        weights = hashlib.sha256(last.float().cpu().numpy().tobytes()).hexdigest()[:16]
+        self.name = f"local {llm.name} {weights}"  # a folder may be trained on
+
+    def answer(self, question: Question, patient: bool = True) -> Reply:
+        return reply(self.llm, *question)
+
+
+class Endpoint:
+    """Model `model` of a server (OpenAI, vLLM, llama.cpp, ...), as http://localhost:8000/v1.
+
+    The key is what the environment variable `key_env` holds, if it is set. Rate limits, failures of
+    the server, timeouts and lost connections are tried `retries` times more.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        key_env: str | None = CUSTOMARY_KEY,
+        *,
+        concurrency: int = 8,
+        retries: int = 10,
+    ):
+        try:
+            import openai
+        except ImportError as error:
+            raise UserError(
+                f"endpoint={url}: needs the client of OpenAI's protocol; install it with: "
+                'pip install -c constraints.txt -e ".[explain]"'
+            ) from error
+        host = _host(url)
+        self.url, self.model, self.key_env, self.concurrency = url, model, key_env, concurrency
+        self.name = f"{url} {model}"
+        self._key = os.environ.get(key_env, "").strip() if key_env else ""
+        if self._key and key_env == CUSTOMARY_KEY and url.startswith("http:") and not _here(host):
+            raise UserError(
+                f"endpoint={url}: would get the key in {CUSTOMARY_KEY} unencrypted; use https, "
+                "key_env=null to send none, or key_env=NAME for this server's own"
+            )
+        self._client = openai.OpenAI(
+            api_key=self._key or "none", base_url=url, max_retries=retries, timeout=TIMEOUT
+        )
+        # reasoning models take another name for the limit, and no temperature
+        self._limit, self._settings = "max_tokens", {"temperature": 0}
+
+    def answer(self, question: Question, patient: bool = True) -> Reply:
+        """The answer at temperature 0; UserError if there is none (not `patient`: in 2 tries)."""
+        import openai
+
+        client = self._client if patient else self._client.with_options(max_retries=1)
+        while True:
+            limit, settings = self._limit, self._settings  # another thread may change them
+            try:
+                completion = client.chat.completions.create(
+                    model=self.model,
+                    messages=[{"role": "user", "content": question.text}],
+                    **{limit: question.tokens},
+                    **settings,
+                )
+            except (openai.OpenAIError, ValueError) as error:  # ValueError: not JSON
+                refused = str(error) if isinstance(error, openai.BadRequestError) else ""
+                if "max_completion_tokens" in refused and limit == "max_tokens":
+                    self._limit = "max_completion_tokens"
+                elif "temperature" in refused and settings:
+                    self._settings = {}
+                else:
+                    raise self._failure(error) from None  # the client's error holds the key
+            else:
+                break
+        if not getattr(completion, "choices", None):
+            raise self._failure(ValueError("does not answer as OpenAI's API does"))
+        usage = completion.usage
+        return Reply(
+            completion.choices[0].message.content or "",  # None where reasoning took all tokens
+            usage.prompt_tokens if usage else 0,
+            usage.completion_tokens if usage else 0,
+        )
+
+    def _failure(self, error: Exception) -> UserError:
+        """The client's message and a remedy, without the key, which some servers quote."""
+        import openai
+
+        message = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
+        message = (message.replace(self._key, "***") if self._key else message)[:200].rstrip(".")
+        setting = f"endpoint={self.url}"
+        match error:
+            case openai.AuthenticationError() | openai.PermissionDeniedError() if self._key:
+                remedy = f"check the key in {self.key_env}"
+            case openai.AuthenticationError() | openai.PermissionDeniedError():
+                setting += f", key_env={self.key_env or 'null'}"
+                name = self.key_env or CUSTOMARY_KEY
+                remedy = f"put a key into the environment variable {name}, or name another one"
+            case openai.NotFoundError():
+                setting += f", explainer={self.model}"
+                remedy = f"check both; its models are {self._models()}"
+            case openai.RateLimitError():
+                remedy = "lower concurrency, or try later"
+            case openai.APIConnectionError():  # timeouts too
+                remedy = "check the address, and that the server runs"
+            case openai.InternalServerError():
+                remedy = "try later"
+            case openai.APIStatusError():
+                remedy = "if the question is too long, lower together or examples"
+            case _:
+                remedy = "check the address, which usually ends in /v1"
+        return UserError(f"{setting}: {message}; {remedy}")
+
+    def _models(self) -> str:
+        try:
+            names = [model.id for model in self._client.models.list()]
+        except Exception:  # not every server lists its models
+            return "not listed"
+        return ", ".join(names[:8]) + ", ..." * (len(names) > 8) or "none"
+
+
+def open_model(
+    endpoint: str | None,
+    model: str | None,
+    key_env: str | None = CUSTOMARY_KEY,
+    concurrency: int = 8,
+) -> Endpoint | Local | None:
+    """The model at an endpoint, or a local one; None if none is named.
+
+    UserError if the address makes no sense or the local model cannot be loaded.
+    """
+    if model is None:
+        return None
+    if endpoint is not None:
+        return Endpoint(endpoint, model, key_env, concurrency=concurrency)
+    try:
+        return Local(load(LLMConfig(name=model)))
+    except UserError as error:
+        raise UserError(str(error).replace("llm.name=", "explainer=")) from error
+
+
+def _host(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.username or parts.password or parts.query:
+        # not quoted: it may be a secret
+        raise UserError(
+            "endpoint: the address holds a user name, a password or a query; put the key into an "
+            "environment variable and give its name as key_env"
+        )
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise UserError(
+            f"endpoint={url}: give a web address such as http://localhost:8000/v1 or "
+            "https://api.openai.com/v1"
+        )
+    return parts.hostname
+
+
+def _here(host: str) -> bool:
+    """Whether what is sent to `host` stays on this machine."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
