@@ -103,11 +103,11 @@ def test_a_killed_transcoder_ends_the_same(transcoder, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_cached_transcoder_is_the_live_one_and_shares_sites_with_autoencoders(
+def test_a_cached_transcoder_is_the_live_one_and_other_sites_have_a_cache_of_their_own(
     transcoder, job, tmp_path, monkeypatch
 ):
-    passes, capture = [], rows.capture
-    monkeypatch.setattr(rows, "capture", lambda *args: passes.append(1) or capture(*args))
+    calls, capture = [], rows.capture
+    monkeypatch.setattr(rows, "capture", lambda *args: calls.append(1) or capture(*args))
 
     def cached(one):
         folder = str(tmp_path / "activations")
@@ -116,11 +116,12 @@ def test_a_cached_transcoder_is_the_live_one_and_shares_sites_with_autoencoders(
 
     live, writing, reading = transcoder("live"), transcoder("writing"), transcoder("reading")
     passes.train([live])
-    once = len(passes)
+    once = len(calls)
     passes.train([cached(writing)])
-    assert len(passes) == 2 * once > 0
+    assert len(calls) == 2 * once > 0
     passes.train([cached(reading)])
+    assert len(calls) == 2 * once, "both sites are there"
     passes.train([cached(job("mlp", layer=LayerConfig(index=1, source=Kind.mlp)))])
-    assert len(passes) == 2 * once, "both sites are there"
+    assert len(calls) == 3 * once
     assert weights(live.folder) == weights(writing.folder) == weights(reading.folder)
     assert metrics(live)["held_out"] == metrics(reading)["held_out"]
