@@ -331,7 +331,7 @@ def test_the_tokenizer_hash_is_the_same_in_another_process(tokenizer):
         "from sae_lightning.stream.flat import tokenizer_hash\n"
         "import sys; sys.stdout.write(tokenizer_hash(byte_tokenizer()))"
     )
-    folder = Path(__file__).parent
+    folder = Path(__file__).parents[1]
     out = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, check=True
     )
