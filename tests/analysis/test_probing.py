@@ -89,7 +89,7 @@ def test_nothing_of_a_tested_piece_reaches_its_probe(labels, planted):
     x = noise(PIECES, 30).relu()
     first = labels.fold == 0
     x[first, 5] = 100.0 * labels.target[first]
-    assert 5 not in cut(x, labels, 0).single().unit
+    assert 5 not in cut(x, labels, 0).single()[0]
     changed = x.clone()
     changed[first] = 7.0
     before, after = (cut(each, labels, 0) for each in (x, changed))
@@ -127,7 +127,7 @@ def test_two_classes_need_one_probe(labels, planted):
     pair = labels._replace(target=labels.target[two], fold=labels.fold[two])
     fold = cut(torch.cat([x, noise(int(two.sum()), 3)], 1), pair, 0)
     assert fold.sparse(1) == fold.all() == (1.0, 1.0)
-    assert fold.single().auroc.tolist() == [1.0, 1.0]
+    assert fold.single()[1].tolist() == [1.0, 1.0]
 
 
 def test_auroc_counts_pairs_and_ties_for_half():
@@ -150,7 +150,7 @@ def test_a_unit_that_never_changes_tells_nothing(labels, units):
     other[labels.fold == 0, 5] = 50 * noise(int((labels.fold == 0).sum()))
     before, after = (cut(each, labels, 0) for each in (x, other))
     assert not before.x[:, 5].any()
-    assert 5 not in before.single().unit
+    assert 5 not in before.single()[0]
     assert before.sparse(2) == after.sparse(2)
     assert before.all() == pytest.approx(after.all(), abs=1e-6)
 

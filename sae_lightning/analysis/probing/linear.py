@@ -29,15 +29,6 @@ class Outcome(NamedTuple):
     """Of each class against the rest, averaged over classes."""
 
 
-class Single(NamedTuple):
-    """The unit that tells each class best on the fitted folds, [classes]."""
-
-    unit: ndarray
-    """int64"""
-    auroc: ndarray
-    """On the tested fold; below 1/2 where it points the other way there."""
-
-
 class Fold:
     """A representation [pieces, units] with its classes, cut into fitted and tested pieces."""
 
@@ -54,12 +45,13 @@ class Fold:
         self.chooses = fold[~test] == folds[tested % len(folds)]
         self.detection = auroc_of_units(self.x, self.target, self.classes)
 
-    def single(self) -> Single:
-        """The best unit of each class."""
+    def single(self) -> tuple[ndarray, ndarray]:
+        """The unit that tells each class best on the fitted folds, and its AUROC on the tested one
+        (below 1/2 where it points the other way there), both [classes]."""
         unit = np.abs(self.detection - 0.5).argmax(1)
         sign = np.sign(self.detection[range(self.classes), unit] - 0.5)
         chosen = self.test_x[:, unit] * sign  # [pieces, classes]
-        return Single(unit, auroc_of_units(chosen, self.test_target, self.classes).diagonal())
+        return unit, auroc_of_units(chosen, self.test_target, self.classes).diagonal()
 
     def sparse(self, k: int) -> Outcome:
         """Probes on k units of each class."""

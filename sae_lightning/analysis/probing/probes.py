@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sae_lightning.analysis.collect import Batch, collect
 from sae_lightning.analysis.probing.labelled import Labelled
-from sae_lightning.analysis.probing.linear import Fold, Outcome, Single
+from sae_lightning.analysis.probing.linear import Fold, Outcome
 from sae_lightning.analysis.subject import Subject
 from sae_lightning.terminal import phase
 
@@ -141,10 +141,10 @@ def compare(
             sizes: list[int | None] = [size for size in k if size < x.shape[1]]
             if units != RANDOM:  # all of those are all neurons again
                 sizes.append(None)
-            outcomes, singles = _tested(x, labelled, sizes)
+            outcomes, found = _tested(x, labelled, sizes)
             scores += [Score(units, *each) for each in outcomes.items()]
             if units != RANDOM:
-                matches[units] = _matches(singles)
+                matches[units] = found
             advance(1)
     return Probes(
         label=labelled.label,
@@ -159,8 +159,8 @@ def compare(
 
 def _tested(
     x: ndarray, labelled: Labelled, sizes: list[int | None]
-) -> tuple[dict[int | None, list[Outcome]], list[Single]]:
-    """k (None: all) -> the outcome of each fold; and each fold's best units."""
+) -> tuple[dict[int | None, list[Outcome]], list[Match]]:
+    """k (None: all) -> the outcome of each fold; and the best single unit of each class."""
     target, folds = labelled.target.numpy(), labelled.fold.numpy()
     outcomes, singles = {size: [] for size in sizes}, []
     for tested in np.unique(folds).tolist():
@@ -168,14 +168,7 @@ def _tested(
         singles.append(fold.single())
         for size in sizes:
             outcomes[size].append(fold.all() if size is None else fold.sparse(size))
-    return outcomes, singles
-
-
-def _matches(singles: list[Single]) -> list[Match]:
-    units = np.stack([single.unit for single in singles], 1)  # [classes, folds]
-    aurocs = np.nanmean([single.auroc for single in singles], 0)
-    matches = []
-    for row, auroc in zip(units.tolist(), aurocs.tolist(), strict=True):
-        unit, folds = Counter(row).most_common(1)[0]
-        matches.append(Match(unit, folds, auroc))
-    return matches
+    units, aurocs = map(np.stack, zip(*singles, strict=True))  # [folds, classes]
+    best = [Counter(chosen).most_common(1)[0] for chosen in units.T.tolist()]
+    means = np.nanmean(aurocs, 0).tolist()
+    return outcomes, [Match(*each, mean) for each, mean in zip(best, means, strict=True)]

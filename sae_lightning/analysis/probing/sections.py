@@ -4,7 +4,7 @@ import html
 from statistics import mean, stdev
 from typing import TYPE_CHECKING
 
-from sae_lightning.analysis.probing.probes import FEATURES, NEURONS, RANDOM, Probes, Score
+from sae_lightning.analysis.probing.probes import FEATURES, NEURONS, RANDOM, Match, Probes, Score
 from sae_lightning.report.figures import GREY, figure
 from sae_lightning.report.section import Section, Table
 
@@ -111,6 +111,7 @@ def _units(probes: Probes) -> Section:
     found.sort(key=lambda row: -row[2].auroc)
     name, _, best, _ = found[0]
     better = sum(feature.auroc > neuron.auroc for _, _, feature, neuron in found)
+    header = ["feature", "folds", "AUROC", "neuron", "neuron's folds", "neuron's AUROC"]
     return Section(
         title=f"The unit that tells each {probes.label}",
         lead=(
@@ -120,31 +121,14 @@ def _units(probes: Probes) -> Section:
             "the one chosen most often, for how many folds, and the mean AUROC over all folds.)"
         ),
         table=Table(
+            [probes.label, "pieces", *header],
             [
-                probes.label,
-                "pieces",
-                "feature",
-                "folds",
-                "AUROC",
-                "neuron",
-                "neuron's folds",
-                "neuron's AUROC",
-            ],
-            [
-                [
-                    name,
-                    str(pieces),
-                    *(
-                        entry
-                        for match in matches
-                        for entry in (
-                            str(match.unit),
-                            str(match.folds),
-                            f"{match.auroc:.3f}",
-                        )
-                    ),
-                ]
-                for name, pieces, *matches in found
+                [name, str(pieces), *_entries(feature), *_entries(neuron)]
+                for name, pieces, feature, neuron in found
             ],
         ),
     )
+
+
+def _entries(match: Match) -> list[str]:
+    return [str(match.unit), str(match.folds), f"{match.auroc:.3f}"]
