@@ -20,7 +20,8 @@ from sae_lightning.terminal import phase
 
 
 class LiveStream:
-    """An `ActivationStream` that takes rows from their source only as far as the run needs.
+    """Shuffled batches {site: [batch, d]} of one run, which can be saved and continued exactly;
+    takes rows from their source only as far as the run needs.
 
     Before a batch is drawn the pool is filled to `pool` rows, by whole LLM batches, so it may hold
     up to one LLM batch more. Once the rows that remain to be served are in it, no more are asked
