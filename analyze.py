@@ -7,7 +7,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from sae_lightning.analysis.tasks import TASKS
-from sae_lightning.runs.cli import one_line_errors, refuse_sweep
+from sae_lightning.runs.arguments import refuse_sweep
+from sae_lightning.runs.cli import one_line_errors
 from sae_lightning.runs.config import typed
 from sae_lightning.runs.jobs import register
 

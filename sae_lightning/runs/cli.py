@@ -13,10 +13,7 @@ from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
 
-from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import (
@@ -27,21 +24,13 @@ from omegaconf.errors import (
 )
 
 from sae_lightning.errors import UserError
+from sae_lightning.runs.arguments import check_flags, quoted_paths, with_swept_groups
 from sae_lightning.runs.config import conf_folder
 from sae_lightning.sae import ARCHITECTURES
 
 DEBUG = "SAE_LIGHTNING_DEBUG"
 # What someone meant who wrote `layer=9`.
 MAIN_SETTING = {"layer": "index", "llm": "name", "data": "path", "model": "features"}
-PATHS = (
-    "resume",
-    "run",
-    "data.path",
-    "data.cache_folder",
-    "llm.name",
-    "hydra.run.dir",
-    "hydra.sweep.dir",
-)
 # What brings a sweeper or launcher that is not installed.
 PLUGINS = {
     "optuna": 'pip install -c constraints.txt -e ".[optuna]"',
@@ -66,7 +55,7 @@ def one_line_errors(folder: Path | None = None, multirun: bool = False) -> Itera
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # an arrow need not end a run
     try:
-        _check_flags(sys.argv[1:])
+        check_flags(sys.argv[1:])
         sys.argv[1:] = with_swept_groups(quoted_paths(sys.argv[1:]))
         yield
     except KeyboardInterrupt:
@@ -94,82 +83,6 @@ def say_error(message: str | None, name: str | None = None) -> None:
     name = f"{name}: " if name else ""
     message = (message or f"{type(error).__name__}: {error}").removeprefix(name)
     sys.stderr.write(f"error: {name}{message}\n")
-
-
-def _check_flags(arguments: list[str]) -> None:
-    """Hydra's parser answers an unknown flag with a page of its own flags."""
-    _, unknown = get_args_parser().parse_known_args(arguments)
-    if unknown:
-        raise UserError(
-            f"{unknown[0]}: no such flag; settings are written without dashes (setting=value), "
-            "and --help lists them"
-        )
-
-
-def refuse_sweep(arguments: list[str]) -> None:
-    """UserError for -m where there is nothing to sweep over."""
-    if _is_sweep(arguments):
-        raise UserError(
-            "-m: analyze.py looks at one folder at a time; leave it out, and give several features "
-            "as feature=[3,7]"
-        )
-
-
-def quoted_paths(arguments: list[str]) -> list[str]:
-    """The arguments with their paths as Hydra takes them: quoted where needed, `~` expanded.
-
-    Folders of a sweep have names such as `loss.l1=0.001`, and a shell expands no `~` behind `=`.
-    """
-    sweep = _is_sweep(arguments)
-    return [_quoted_path(argument, sweep) for argument in arguments]
-
-
-def with_swept_groups(arguments: list[str]) -> list[str]:
-    """The arguments with settings of a swept group as sweeps over one value.
-
-    Hydra first composes what is not swept: `-m model=topk,batch_topk model.k=32` would be refused,
-    because without `model=` there is no `model.k`. A model brings its loss.
-    """
-    if not _is_sweep(arguments):
-        return arguments
-    parser, parsed = OverridesParser.create(), {}
-    for argument in arguments:
-        with suppress(HydraException):  # a flag, or a mistake that Hydra will tell
-            parsed[argument] = parser.parse_override(argument)
-    swept = {o.key_or_group for o in parsed.values() if o.is_sweep_override()}
-    groups = swept | ({"loss"} if "model" in swept else set())
-    return [
-        argument.replace("=", "=choice(", 1) + ")"
-        if (o := parsed.get(argument))
-        and not (o.is_sweep_override() or o.is_delete())
-        and o.key_or_group.partition(".")[0] in groups - {o.key_or_group}
-        else argument
-        for argument in arguments
-    ]
-
-
-def _is_sweep(arguments: list[str]) -> bool:
-    return bool({"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(arguments))
-
-
-def _quoted_path(argument: str, sweep: bool) -> str:
-    name, _, value = argument.partition("=")
-    setting = name.lstrip("+")
-    # what is written in Hydra's own language stays: quotes, interpolations, escapes, functions
-    hydras = re.match(r"""['"]""", value) or "${" in value or re.search(r"\\[()\[\]{}:=, ]", value)
-    if setting not in PATHS or hydras or (sweep and re.match(r"\w+\(", value)):
-        return argument
-    if "," in value and (sweep or setting not in ("resume", "run")):
-        # several values: a sweep, or the error that asks for -m
-        return f"{name}=" + ",".join(_quoted(part) if sweep else part for part in value.split(","))
-    return f"{name}={_quoted(value)}"
-
-
-def _quoted(path: str) -> str:
-    path = os.path.expanduser(path)
-    if re.fullmatch(r"[\w/\\+.$%*@?|:-]*", path, re.ASCII):
-        return path
-    return QuotedString(path, Quote.single).with_quotes()
 
 
 def remove_unused(folder: Path) -> None:

@@ -101,7 +101,7 @@ class Sweep(Callback):
 
 
 def _varies(override: Override) -> bool:
-    """Whether an override has several values (see `cli.with_swept_groups` for those with one)."""
+    """Whether an override has several values (see `with_swept_groups` for those with one)."""
     if override.is_choice_sweep():
         return len(override.value().list) > 1
     return override.is_sweep_override()

@@ -21,7 +21,8 @@ from sae_lightning.llm import packaged
 from sae_lightning.llm.load import LLMConfig
 from sae_lightning.llm.sites import LayerConfig
 from sae_lightning.runs import checks, cli, folders, sweep
-from sae_lightning.runs.cli import explain, one_line_errors, quoted_paths, with_swept_groups
+from sae_lightning.runs.arguments import quoted_paths, with_swept_groups
+from sae_lightning.runs.cli import explain, one_line_errors
 from sae_lightning.runs.config import Config, conf_folder
 from sae_lightning.runs.jobs import CONFIG_FILE, Job, job, register, resolved_yaml
 from sae_lightning.sae import SAEConfig
