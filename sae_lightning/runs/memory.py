@@ -1,13 +1,16 @@
 """How much memory a pass takes, estimated before anything is loaded. Units: bytes."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import psutil
 import torch
 
+from sae_lightning.errors import UserError
 from sae_lightning.llm.packaged import Shape
 from sae_lightning.llm.sites import Sites, distinct
 from sae_lightning.runs.config import Config
@@ -22,33 +25,67 @@ EVALUATION = 5 / 8  # a token evaluated takes at most so much of what one in tra
 class Memory(NamedTuple):
     """What SAEs that share a pass take."""
 
-    shared: int
-    """LLM, shuffle pool, held-out activations, logits, and the features of the one SAE that
-    computes at a time."""
+    parts: dict[str, int]
+    """What they share, by the setting that it grows with: the shuffle pool, the LLM's weights, and
+    the features of the one SAE that computes at a time."""
 
     heads: list[int]
-    """Of each SAE: weights, gradients and Adam's two moments in fp32, a copy in bf16, and the LLM's
-    last hidden states with the SAE in place."""
+    """Of each SAE: weights, gradients and Adam's two moments in fp32, and a copy in bf16."""
+
+    hidden: int
+    """Beside these, of each SAE: the LLM's last hidden states with the SAE in place."""
+
+    def of(self, first: int, end: int) -> int:
+        """What a pass with the SAEs from `first` up to `end` takes."""
+        return self.shared + sum(self.heads[first:end]) + (end - first) * self.hidden
+
+    @property
+    def shared(self) -> int:
+        return PROCESS + sum(self.parts.values())
 
 
 def available(config: Config) -> float:
-    """What is free where the SAEs train: on the GPU, or in this machine."""
+    """What is free where the SAEs train: on the GPU, or for this process in this machine."""
     if config.trainer.accelerator is not Accelerator.cpu and torch.cuda.is_available():
         return torch.cuda.mem_get_info()[0]
-    return min(psutil.virtual_memory().available, _left_in_cgroup())
+    return min(psutil.virtual_memory().available, _left_in_cgroups(), _left_of_ulimit())
 
 
-def _left_in_cgroup() -> float:
-    """What a container or a cluster's job may still take (cgroup v2)."""
-    try:
-        group = Path("/proc/self/cgroup").read_text().partition("::")[2].strip().lstrip("/")
-        limit, used = (
-            int((Path("/sys/fs/cgroup") / group / f"memory.{name}").read_text())
-            for name in ("max", "current")
-        )
-    except (OSError, ValueError):  # another system, or no limit
+def _left_in_cgroups(
+    own: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")
+) -> float:
+    """What a container or a cluster's job may still take: the least of its group and those above,
+    in cgroup v2 and v1."""
+    left = math.inf
+    for line in own.read_text().splitlines() if own.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        limit, used = ("limit_in_bytes", "usage_in_bytes") if controllers else ("max", "current")
+        group = mount / controllers / path.lstrip("/")
+        for folder in (group, *group.parents):
+            with suppress(OSError, ValueError):  # no such group here, or no limit ("max")
+                most = int((folder / f"memory.{limit}").read_text())
+                taken = int((folder / f"memory.{used}").read_text())
+                left = min(left, most - taken + _file_cache(folder))
+    return left
+
+
+def _file_cache(group: Path) -> int:
+    """What a cgroup has in use for files that were read, which the system takes back at need."""
+    lines = (group / "memory.stat").read_text().splitlines()
+    stat = {name: int(value) for name, value in map(str.split, lines)}
+    names = ("inactive_file", "active_file")  # in v1 those with `total_` count groups below too
+    return sum(stat.get(f"total_{name}", stat[name]) for name in names)
+
+
+def _left_of_ulimit() -> float:
+    """What `ulimit -v` leaves to this process."""
+    process = psutil.Process()
+    if not hasattr(process, "rlimit"):  # neither Linux nor FreeBSD
         return math.inf
-    return limit - used
+    most, _ = process.rlimit(psutil.RLIMIT_AS)
+    return math.inf if most == psutil.RLIM_INFINITY else most - process.memory_info().vms
 
 
 def estimate(configs: Sequence[Config], sites: Sequence[Sites], llm: Shape) -> Memory:
@@ -58,15 +95,39 @@ def estimate(configs: Sequence[Config], sites: Sequence[Sites], llm: Shape) -> M
     number = torch.finfo(getattr(torch, config.llm.dtype.name)).bits // 8
     read = distinct(sites)
     known = config.source.memory(read, llm, config.eval.tokens, config.eval.loss_tokens)
-    # the pool is copied for a checkpoint
-    rows = 2 * config.data.pool + known.rows + config.eval.tokens
-    held = known.shared + rows * llm.width * len(read)
+    row = llm.width * len(read) * number
     # batches in training and evaluation, and the float64 in which an SAE is exported
     batch = max(config.trainer.batch, int(EVALUATION * ROWS))
     batches = [
         batch * c.model.features * ARCHITECTURES[c.model.name].network.bytes_per_activation
         for c in configs
     ]
-    computing = max(size + 16 * n for size, n in zip(batches, weights, strict=True))
-    hidden = known.per_sae * number
-    return Memory(PROCESS + held * number + computing, [18 * n + hidden for n in weights])
+    computing, exported = max(zip(batches, (16 * n for n in weights), strict=True), key=sum)
+    parts = {
+        "data.pool": 2 * config.data.pool * row,  # copied for a checkpoint
+        "llm.batch": known.rows * row,
+        "eval.tokens": config.eval.tokens * row,
+        "llm.name": known.shared * number,
+        "trainer.batch": computing,
+        "model.features": exported,
+    }
+    return Memory(parts, [18 * n for n in weights], known.per_sae * number)
+
+
+def refuse_what_cannot_fit(
+    configs: Sequence[Config], sites: Sequence[Sites], llm: Shape, free: float
+) -> None:
+    """UserError if one of these SAEs takes more than is free even on a pass of its own."""
+    for config, pair in zip(configs, sites, strict=True):
+        needed = estimate([config], [pair], llm)
+        total = needed.of(0, 1)
+        if total <= free:
+            continue
+        parts = Counter(needed.parts)
+        parts.update({"model.features": needed.heads[0], "llm.batch": needed.hidden})
+        ((name, part),) = parts.most_common(1)
+        raise UserError(
+            f"{name}={config.flat()[name]}: training needs about {total / 1e9:.1f} GB of memory, "
+            f"{part / 1e9:.1f} GB of it for this; {max(free, 0) / 1e9:.1f} GB are free. Choose a "
+            "smaller one, or try it all the same with sweep.max_heads=1"
+        )

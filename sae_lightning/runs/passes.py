@@ -139,13 +139,14 @@ def _split(group: list[Checked]) -> list[Pass]:
     needed = memory.estimate(configs, sites, shapes[0])
     most = min((c.sweep.max_heads for c in configs if c.sweep.max_heads), default=None)
     if most is None:
-        room = 0.9 * memory.available(configs[0]) - needed.shared
-        most = max(1, int(room // max(needed.heads)))
+        free = memory.available(configs[0])
+        memory.refuse_what_cannot_fit(configs, sites, shapes[0], free)
+        room = 0.9 * free - needed.shared
+        most = max(1, int(room // (max(needed.heads) + needed.hidden)))
     parts = ceil(len(jobs) / most)
     ends = [len(jobs) * n // parts for n in range(parts + 1)]
     return [
-        Pass(jobs[a:b], sites[a:b], done[0], shapes[0], needed.shared + sum(needed.heads[a:b]))
-        for a, b in pairwise(ends)
+        Pass(jobs[a:b], sites[a:b], done[0], shapes[0], needed.of(a, b)) for a, b in pairwise(ends)
     ]
 
 
