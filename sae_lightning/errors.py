@@ -1,5 +1,8 @@
 """The one exception that reaches a person as a single line instead of a traceback."""
 
+import errno
+import re
+
 
 class UserError(ValueError):
     """Something the user can put right.
@@ -7,3 +10,15 @@ class UserError(ValueError):
     The message is one line: the dotted setting, the value received, and the remedy.
     Entry points print it and exit with code 1; a traceback would only hide it.
     """
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, which torch on a CPU and C++ say in the text of a RuntimeError
+    only. (torch is not imported here: a mistyped option is answered at once.)"""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or getattr(error, "errno", None) == errno.ENOMEM
+        or isinstance(error, RuntimeError)
+        and bool(re.search("out of memory|allocate memory|bad_alloc", str(error)))
+    )

@@ -23,7 +23,7 @@ from omegaconf.errors import (
     ValidationError,
 )
 
-from sae_lightning.errors import UserError
+from sae_lightning.errors import UserError, is_out_of_memory
 from sae_lightning.runs.arguments import check_flags, quoted_paths, with_swept_groups
 from sae_lightning.runs.config import conf_folder
 from sae_lightning.sae import ARCHITECTURES
@@ -105,6 +105,10 @@ def explain(error: BaseException, overrides: list[str]) -> str | None:
     for link in causes:
         if isinstance(link, UserError):
             return str(link)
+        if is_out_of_memory(link):
+            return (
+                "out of memory: lower llm.batch, or what was asked for (tokens, contexts, features)"
+            )
         if isinstance(link, OSError) and link.errno == errno.ENOSPC:
             return "no space left on the disk: free some, or choose another with hydra.run.dir=..."
         if isinstance(link, OSError) and link.errno in USERS_DISK:

@@ -25,8 +25,8 @@ EVALUATION = 5 / 8  # a token evaluated takes at most so much of what one in tra
 class Memory(NamedTuple):
     """What SAEs that share a pass take."""
 
-    parts: dict[str, int]
-    """What they share, by the setting that it grows with: the shuffle pool, the LLM's weights, and
+    parts: dict[tuple[str, ...], int]
+    """What they share, by the settings that it grows with: the shuffle pool, the LLM's weights, and
     the features of the one SAE that computes at a time."""
 
     heads: list[int]
@@ -104,12 +104,12 @@ def estimate(configs: Sequence[Config], sites: Sequence[Sites], llm: Shape) -> M
     ]
     computing, exported = max(zip(batches, (16 * n for n in weights), strict=True), key=sum)
     parts = {
-        "data.pool": 2 * config.data.pool * row,  # copied for a checkpoint
-        "llm.batch": known.rows * row,
-        "eval.tokens": config.eval.tokens * row,
-        "llm.name": known.shared * number,
-        "trainer.batch": computing,
-        "model.features": exported,
+        ("data.pool",): 2 * config.data.pool * row,  # copied for a checkpoint
+        ("llm.batch",): known.rows * row,
+        ("eval.tokens",): config.eval.tokens * row,
+        ("llm.name",): known.shared * number,
+        ("model.features", "trainer.batch"): computing,
+        ("model.features",): exported,
     }
     return Memory(parts, [18 * n for n in weights], known.per_sae * number)
 
@@ -124,10 +124,11 @@ def refuse_what_cannot_fit(
         if total <= free:
             continue
         parts = Counter(needed.parts)
-        parts.update({"model.features": needed.heads[0], "llm.batch": needed.hidden})
-        ((name, part),) = parts.most_common(1)
+        parts.update({("model.features",): needed.heads[0], ("llm.batch",): needed.hidden})
+        ((names, part),) = parts.most_common(1)
+        blamed = ", ".join(f"{name}={config.flat()[name]}" for name in names)
         raise UserError(
-            f"{name}={config.flat()[name]}: training needs about {total / 1e9:.1f} GB of memory, "
-            f"{part / 1e9:.1f} GB of it for this; {max(free, 0) / 1e9:.1f} GB are free. Choose a "
-            "smaller one, or try it all the same with sweep.max_heads=1"
+            f"{blamed}: training needs about {total / 1e9:.1f} GB of memory, "
+            f"{part / 1e9:.1f} GB of it for this. {max(free, 0) / 1e9:.1f} GB are free: lower it, "
+            "or try all the same with sweep.max_heads=1"
         )

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from sae_lightning.errors import UserError
+from sae_lightning.errors import UserError, is_out_of_memory
 from sae_lightning.runs import checks, folders, memory
 from sae_lightning.runs.checks import Checked
 from sae_lightning.runs.cli import explain, say_error
@@ -178,12 +178,14 @@ def _train(this: Pass) -> Results:
         console.print(f"interrupted. Continue with\n\n  {resume_of(jobs)}\n")
         sys.exit(130)
     except Exception as error:  # a bug, too: the other passes need not suffer from it
-        reason = _out_of_memory(jobs) if isinstance(error, torch.OutOfMemoryError) else None
-        reason = reason or explain(error, [])
+        too_large = is_out_of_memory(error)
+        reason = _out_of_memory(jobs) if too_large else explain(error, [])
         if not folders.forget(jobs[0]):
             for job in jobs:
                 folders.note_failure(job, reason or f"{type(error).__name__}: {error}")
         if not jobs[0].multirun:
+            if too_large:
+                raise UserError(reason) from error
             raise
         say_error(reason, jobs[0].folder.name if len(jobs) == 1 else None)
     finally:

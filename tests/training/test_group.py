@@ -458,6 +458,44 @@ def test_out_of_memory_says_how_to_go_on_with_fewer(sweep, monkeypatch, capsys):
     assert line.rstrip().endswith(f"train.py -m resume={jobs[0].sweep} sweep.max_heads=2")
 
 
+def test_a_plain_run_out_of_memory_says_what_to_lower(job, monkeypatch):
+    allocator = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to")
+    monkeypatch.setattr(passes, "run", lambda jobs: raise_(allocator))
+    with pytest.raises(UserError, match=r"^out of memory with 1 SAE on one pass; lower model\.fea"):
+        passes.train([job("large")])
+
+
+LARGE = {
+    "model.features": {"model": {"features": 2_000_000}},
+    "data.pool": {"data": {"pool": 200_000_000}},
+    "llm.batch": {"llm": {"batch": 4_000_000}},
+    "trainer.batch": {
+        "trainer": {"batch": 8_000_000, "tokens": 16_000_000},
+        "data": {"pool": 8_000_000},
+    },
+}
+
+
+@pytest.mark.parametrize("setting", LARGE)
+@pytest.mark.parametrize("many", [False, True])
+def test_what_cannot_fit_is_refused_before_the_llm_is_loaded(
+    job, sweep, monkeypatch, setting, many
+):
+    monkeypatch.setattr(text, "load", lambda *_: raise_(AssertionError("loaded")))
+    monkeypatch.setattr(memory, "available", lambda config: 1.5e9)
+    jobs = sweep("sweep", fits={}, large={}) if many else [job("run")]
+    config = jobs[-1].config
+    groups = {
+        name: replace(getattr(config, name), **changes) for name, changes in LARGE[setting].items()
+    }
+    jobs[-1] = replace(jobs[-1], config=replace(config, **groups))
+    with pytest.raises(UserError, match=rf"{setting}=\d+.*: training needs about .* GB are free"):
+        passes.train(jobs)
+    assert not any((one.folder / "config.yaml").exists() for one in jobs)
+    believed = replace(config, **groups, sweep=SweepConfig(max_heads=1))
+    assert len(passes.plan([replace(jobs[-1], config=believed)])) == 1
+
+
 def raise_(error):
     raise error
 
@@ -514,7 +552,7 @@ def test_without_the_llms_loss_an_estimate_has_neither_later_blocks_nor_logits(j
     sites = [config.layer.within(3)]
     llm = config.source.shape()
     pairs = [memory.estimate([c], sites, llm) for c in (config, quick, cached)]
-    whole, less, same = (shared for shared, _ in pairs)
+    whole, less, same = (one.shared for one in pairs)
     model = tiny("llama").model
     gone = [model.model.layers[2], model.lm_head]
     weights = 4 * sum(p.numel() for module in gone for p in module.parameters())
@@ -522,4 +560,4 @@ def test_without_the_llms_loss_an_estimate_has_neither_later_blocks_nor_logits(j
     assert whole - less == weights + logits
     assert whole - same == logits
     hidden = 4 * 4 * 16 * 24  # the last ones of 4 sequences of 16 tokens, with each SAE in place
-    assert [one[0] - pairs[1].heads[0] for _, one in pairs] == [hidden, 0, 0]
+    assert [one.hidden for one in pairs] == [hidden, 0, 0]
