@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from sae_lightning.errors import UserError
+from sae_lightning.errors import UserError, is_out_of_memory
 from sae_lightning.llm.sites import decoder_stack
 
 
@@ -143,6 +143,8 @@ def _told_in_one_line(config, part: str = "model") -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(_reason(config, error, part)) from error
 
 

@@ -257,3 +257,12 @@ def test_the_cached_packaged_model_is_the_packaged_model(tmp_path, monkeypatch):
     again = load(config)
     for name, weight in again.model.state_dict().items():
         assert torch.equal(weight, llm.model.state_dict()[name])
+
+
+def test_a_model_too_large_for_memory_is_not_called_unreadable(tiny_folder, monkeypatch):
+    def full(*_, **__):
+        raise RuntimeError("unable to mmap 538090408 bytes: Cannot allocate memory (12)")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", full)
+    with pytest.raises(RuntimeError, match="allocate memory"):
+        load(LLMConfig(name=tiny_folder("llama")))
