@@ -1,6 +1,7 @@
 """The one exception that reaches a person as a single line instead of a traceback."""
 
 import errno
+import math
 import re
 
 
@@ -22,3 +23,10 @@ def is_out_of_memory(error: BaseException) -> bool:
         or isinstance(error, RuntimeError)
         and bool(re.search("out of memory|allocate memory|bad_alloc", str(error)))
     )
+
+
+def check_finite(name: str, value: object) -> None:
+    """UserError if `value`, or a number in it, is NaN, which no comparison refuses, or infinite."""
+    numbers = value if isinstance(value, list | tuple) else [value]
+    if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+        raise UserError(f"{name}={value}: give a finite number")

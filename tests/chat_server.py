@@ -16,6 +16,7 @@ class ChatServer:
         self.failures: list[tuple[int, str]] = []  # status and message of the next replies
         self.broken: tuple[int, str] | None = None  # of all replies
         self.refused: dict[str, str] = {}  # parameters, and what is said of them
+        self.redirect: str | None = None  # where all requests are sent on to
         self.requests: list[dict] = []
         self.keys: list[str] = []
 
@@ -42,6 +43,8 @@ class ChatServer:
                     trouble = 400, f"{parameter} {chat.refused[parameter]}"
                 if request["model"] not in chat.models:
                     trouble = 404, "unknown model"
+                if chat.redirect:
+                    trouble = 307, "elsewhere"
                 if trouble:
                     status, message = trouble
                     self._send(status, {"error": {"message": message}})
@@ -54,6 +57,8 @@ class ChatServer:
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(body)))
                 self.send_header("Retry-After-Ms", "1")
+                if chat.redirect:
+                    self.send_header("Location", chat.redirect)
                 self.end_headers()
                 self.wfile.write(body)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_lightning.analysis.subject import Subject, open_subject
-from sae_lightning.errors import UserError
+from sae_lightning.errors import UserError, check_finite
 from sae_lightning.files import atomically, write_json
 from sae_lightning.llm.load import LLMConfig
 from sae_lightning.llm.sites import LayerConfig
@@ -123,7 +123,8 @@ def jsonable(value: Any) -> Any:
 
 
 def at_least(name: str, value: float | None, least: float) -> None:
-    """UserError unless `value` is None or at least `least`."""
+    """UserError unless `value` is None or finite and at least `least`."""
+    check_finite(name, value)
     if value is not None and value < least:
         raise UserError(f"{name}={value}: give {least} or more")
 

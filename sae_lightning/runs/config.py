@@ -15,7 +15,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
-from sae_lightning.errors import UserError
+from sae_lightning.errors import UserError, check_finite
 from sae_lightning.llm.load import LLMConfig
 from sae_lightning.llm.sites import LayerConfig
 from sae_lightning.runs.search import SweepConfig
@@ -165,6 +165,8 @@ def presets() -> str:
 def typed(cfg: DictConfig) -> Any:
     """The dataclasses behind a composed config; validation happens here."""
     try:
+        for name, value in _flatten(OmegaConf.to_container(cfg, resolve=True)).items():
+            check_finite(name, value)
         return OmegaConf.to_object(cfg)
     except MissingMandatoryValue as error:
         raise UserError(f"{error.full_key} is not set: give {error.full_key}=...") from error

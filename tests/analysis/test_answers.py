@@ -1,13 +1,18 @@
 """Questions are answered once, whatever the server does, and the key stays where it is."""
 
+import json
+import logging
 import sys
 import threading
+from urllib.parse import quote
 
+import chat_server
 import pytest
 import torch
 from chat_server import ChatServer
 
 from sae_lightning.analysis.explain.answers import Answers
+from sae_lightning.analysis.explain.key import censored
 from sae_lightning.analysis.explain.models import Endpoint, Local, Question, open_model
 from sae_lightning.errors import UserError
 from sae_lightning.llm.generate import Reply
@@ -89,7 +94,7 @@ def test_a_failure_that_stays_is_one_line_and_what_was_answered_is_kept(server, 
 
 def test_answers_in_flight_are_kept_when_another_fails(tmp_path):
     class Halting:
-        name, concurrency = "halting", 2
+        name, concurrency, key = "halting", 2, ""
         together = threading.Barrier(2, timeout=10)
 
         def answer(self, question: Question, patient: bool = True) -> Reply:
@@ -199,7 +204,15 @@ def test_a_question_that_is_refused_is_not_asked_again(server, tmp_path):
         ("ftp://host/v1", "give a web address"),
         (f"http://me:{KEY}@host/v1", "holds a user name, a password"),
         (f"http://host/v1?key={KEY}", "or a query"),
-        ("http://some.host/v1", "would get the key in OPENAI_API_KEY unencrypted; use https"),
+        (f"http://host/v1#{KEY}", "or a query"),
+        ("http://some.host/v1", "would get the key unencrypted; use https"),
+        ("HTTP://some.host/v1", "would get the key unencrypted; use https"),
+        ("hTtP://127.0.0.1.some.host/v1", "would get the key unencrypted; use https"),
+        ("http://localhost.some.host/v1", "would get the key unencrypted; use https"),
+        ("ht\ntp://some.host/v1", "would get the key unencrypted; use https"),
+        ("http://localhost:port/v1", "give a web address"),
+        ("https://host/\x1b[2J", "give a web address"),
+        ("http://[::1/v1", "give a web address"),
     ],
 )
 def test_an_address_that_cannot_be_meant_is_refused(monkeypatch, url, message):
@@ -209,14 +222,94 @@ def test_an_address_that_cannot_be_meant_is_refused(monkeypatch, url, message):
     assert KEY not in str(caught.value)
 
 
-def test_the_key_may_travel_on_this_machine_encrypted_or_if_it_was_named(monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+def test_a_key_may_travel_on_this_machine_or_encrypted_only(monkeypatch):
     monkeypatch.setenv("MY_KEY", KEY)
-    Endpoint("http://localhost:1/v1", "small")
-    Endpoint("http://127.0.0.1:1/v1", "small")
-    Endpoint("https://some.host/v1", "small")
-    Endpoint("http://some.host/v1", "small", "MY_KEY")
+    for url in ("http://localhost:1/v1", "HTTP://127.0.0.1:1/v1", "HTTPS://some.host/v1"):
+        Endpoint(url, "small", "MY_KEY")
     Endpoint("http://some.host/v1", "small", None)
+    with pytest.raises(UserError, match="would get the key unencrypted"):
+        Endpoint("http://some.host/v1", "small", "MY_KEY")
+
+
+def test_neither_a_redirect_nor_a_proxy_takes_the_key_elsewhere(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with ChatServer(str.upper) as other:
+        server.redirect = f"{other.url}/chat/completions"
+        with pytest.raises(UserError, match="307.*; it sends requests on; if you trust"):
+            answers(server, tmp_path).check()
+        server.redirect = None
+        for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):
+            monkeypatch.setenv(name, other.url)
+        assert answers(server, tmp_path).ask(QUESTIONS) == ECHOES
+        assert other.requests == other.keys == []
+
+
+@pytest.mark.parametrize(
+    ("text", "clean"),
+    [
+        (f"no {KEY}!", "no ***!"),
+        ("no very-secret-123", "no ***"),
+        ("its secret is very kept", "its secret is very kept"),
+        (f"?key={quote('a+/' + KEY, safe='')}&b", "?key=a%2B%2F***&b"),
+        ("sk%2Dvery%252Dsecret", "***"),
+        ("sk-v*********-123.", "***."),
+        ("sk-very...123", "***"),
+        ("ends in ••••••123", "ends in ***"),
+        ("sk-v… and ... so on", "*** and ... so on"),
+        ("100% of 5%3D", "100% of 5%3D"),
+    ],
+)
+def test_a_key_is_recognised_in_part_encoded_and_masked(text, clean):
+    assert censored(text, KEY) == clean
+
+
+def test_placeholders_change_no_other_word():
+    assert censored("none of the nonesuch", "none") == "*** of the nonesuch"
+    assert censored("x: 1", "x") == censored("x: 1", "") == "x: 1"
+
+
+def test_the_key_is_in_no_answer_model_list_message_cache_or_log(
+    server, tmp_path, monkeypatch, caplog
+):
+    """Of a server that quotes it wherever it can."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    caplog.set_level(logging.DEBUG)
+    server.answer = lambda question: f"your key is {KEY}"
+    asked = answers(server, tmp_path)
+    assert asked.ask(QUESTIONS[:1]) == ["your key is ***"]
+    (file,) = tmp_path.iterdir()
+    assert KEY not in file.read_text()
+    file.write_text(json.dumps({"text": KEY, "tokens_in": 1, "tokens_out": 1}))  # as it once was
+    assert answers(server, tmp_path).known(QUESTIONS[0]).text == "***"
+    assert KEY not in file.read_text()
+    server.models = ("small", f"model-{KEY}", quote(KEY))
+    said = []
+    for trouble in (404, 401, 400, 307):
+        server.broken = trouble, f"Incorrect API key: {KEY[:7]}****{KEY[-4:]} or {quote(KEY)}"
+        server.redirect = f"http://somewhere/{KEY}" if trouble == 307 else None
+        with pytest.raises(UserError) as caught:
+            asked.ask([Question("more?", 5)])
+        said.append(str(caught.value))
+    assert "its models are small, model-***, ***" in said[0]
+    assert not any(part in caplog.text + "".join(said) for part in (KEY, KEY[:7], KEY[-4:]))
+
+
+def test_a_key_that_the_client_would_quote_is_refused(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\n{KEY}")
+    with pytest.raises(UserError, match="^key_env=OPENAI_API_KEY: holds characters") as caught:
+        Endpoint("http://localhost:1/v1", "small")
+    assert KEY not in str(caught.value)
+
+
+@pytest.mark.parametrize("count", [float("nan"), float("inf"), "many", [1]])
+def test_a_count_of_tokens_that_is_none_is_told(server, tmp_path, monkeypatch, count):
+    completion = chat_server._completion
+    monkeypatch.setattr(
+        "chat_server._completion",
+        lambda text: completion(text) | {"usage": {"prompt_tokens": count, "completion_tokens": 1}},
+    )
+    with pytest.raises(UserError, match="does not answer as OpenAI's API does"):
+        answers(server, tmp_path).check()
 
 
 def test_without_the_client_the_remedy_is_named(monkeypatch):

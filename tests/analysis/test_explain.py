@@ -72,7 +72,7 @@ def evidence(planted) -> list[Evidence]:
 class Scripted:
     """A model in this process that says what a function says."""
 
-    name, concurrency = "scripted", 2
+    name, concurrency, key = "scripted", 2, ""
 
     def __init__(self, say):
         self.say, self.asked = say, []

@@ -1,13 +1,16 @@
 """Every task of `analyze.py` is a preset of Hydra's group `task`."""
 
+import copy
 import json
 import math
+from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 from hydra import compose, initialize_config_dir
+from omegaconf import BooleanNode, DictConfig, EnumNode, OmegaConf, StringNode, ValidationError
 from planted import save_planted
 
 from sae_lightning.analysis.task import following, jsonable
@@ -16,7 +19,10 @@ from sae_lightning.errors import UserError
 from sae_lightning.runs.cli import explain
 from sae_lightning.runs.config import conf_folder, typed
 from sae_lightning.runs.jobs import register
+from sae_lightning.sae import ARCHITECTURES
+from sae_lightning.stream.plays import PlaysConfig
 
+PLAYS = PlaysConfig().held_out  # a list of words
 NEEDED = {"steer": ["feature=3"]}  # what a task cannot do without
 
 
@@ -71,8 +77,39 @@ def test_json_holds_plain_values_only():
 
 @pytest.mark.parametrize("value", ["inf", "nan", "true", "[]", "much"])
 def test_what_is_no_number_is_refused(value):
-    with pytest.raises(UserError, match="feature=.*: give a number, or several"):
+    with pytest.raises(UserError, match="feature=.*: give a (finite )?number"):
         asked("lens", f"feature={value}")
+
+
+def numeric(cfg: DictConfig, prefix: str = "") -> Iterator[str]:
+    """The settings that hold numbers, or may."""
+    for name in cfg:
+        node = cfg._get_node(name)
+        if isinstance(node, DictConfig):
+            yield from numeric(node, f"{prefix}{name}.")
+        elif not isinstance(node, StringNode | EnumNode | BooleanNode) and node != PLAYS:
+            yield prefix + name
+
+
+@pytest.mark.parametrize(
+    ("name", "preset"),
+    [
+        *(("analyze", f"task={task}") for task in TASKS),
+        *(("config", f"model={model}") for model in ARCHITECTURES),
+        *(("config", f"data={kind}") for kind in ("synthetic", "text", "hub")),
+    ],
+)
+def test_no_setting_takes_nan_or_infinity(name, preset):
+    given = [preset, *{"data=hub": ["data.name=x"], "data=text": ["data.path=/x"]}.get(preset, [])]
+    given += ["run=x", *NEEDED.get(preset.removeprefix("task="), [])] if name == "analyze" else []
+    whole = compose(name, given)
+    for setting in numeric(whole):
+        for value in (math.nan, math.inf, -math.inf, [math.nan]):
+            cfg = copy.deepcopy(whole)
+            with pytest.raises((UserError, ValidationError)) as found:
+                OmegaConf.update(cfg, setting, value)
+                typed(cfg)
+            assert explain(found.value, []).startswith(setting)
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_read(tmp_path):

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import platformdirs
 
+from sae_lightning.analysis.explain.key import censored
 from sae_lightning.analysis.explain.models import Endpoint, Local, Question
 from sae_lightning.errors import UserError
 from sae_lightning.files import atomically
@@ -72,9 +73,13 @@ class Answers:
     def known(self, question: Question) -> Reply | None:
         """The answer that is in the cache."""
         try:
-            return Reply(**json.loads(self._file(question).read_text("utf8")))
+            reply = Reply(**json.loads(self._file(question).read_text("utf8")))
+            clean = self._clean(reply)
         except (OSError, ValueError, TypeError):
             return None
+        if clean != reply:  # of a version that kept answers as they came
+            self._write(question, clean)
+        return clean
 
     def ask(
         self, questions: Sequence[Question], advance: Callable[[int], None] = lambda n: None
@@ -114,15 +119,23 @@ class Answers:
         return [replies[question].text for question in questions]
 
     def _keep(self, question: Question, reply: Reply) -> Reply:
+        reply = self._clean(reply)
+        self._write(question, reply)
+        with self._lock:
+            more = (1, reply.tokens_in, reply.tokens_out)
+            self.spent = Cost(*map(sum, zip(self.spent, more, strict=True)))
+        return reply
+
+    def _clean(self, reply: Reply) -> Reply:
+        """The reply without the key, which some servers quote."""
+        return reply._replace(text=censored(reply.text, self.model.key))
+
+    def _write(self, question: Question, reply: Reply) -> None:
         try:
             with atomically(self._file(question)) as temporary:
                 temporary.write_text(json.dumps(reply._asdict()), encoding="utf8")
         except OSError as error:
             raise self._unwritable(error) from error
-        with self._lock:
-            more = (1, reply.tokens_in, reply.tokens_out)
-            self.spent = Cost(*map(sum, zip(self.spent, more, strict=True)))
-        return reply
 
     def _file(self, question: Question) -> Path:
         content = json.dumps([self.model.name, *question])

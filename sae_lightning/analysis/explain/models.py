@@ -1,16 +1,14 @@
 """Models that answer questions: on this machine, or behind a server that speaks OpenAI's API."""
 
 import hashlib
-import ipaddress
-import os
+import logging
 from typing import NamedTuple
-from urllib.parse import urlsplit
 
+from sae_lightning.analysis.explain.key import CUSTOMARY, censored, read_key, stays_here
 from sae_lightning.errors import UserError
 from sae_lightning.llm.generate import Reply, reply
 from sae_lightning.llm.load import LLM, LLMConfig, load
 
-CUSTOMARY_KEY = "OPENAI_API_KEY"
 TIMEOUT = 120  # seconds
 
 
@@ -25,7 +23,7 @@ class Question(NamedTuple):
 class Local:
     """An LLM on this machine."""
 
-    concurrency = 1
+    concurrency, key = 1, ""
 
     def __init__(self, llm: LLM):
         self.llm = llm
@@ -40,15 +38,16 @@ class Local:
 class Endpoint:
     """Model `model` of a server (OpenAI, vLLM, llama.cpp, ...), as http://localhost:8000/v1.
 
-    The key is what the environment variable `key_env` holds, if it is set. Rate limits, failures of
-    the server, timeouts and lost connections are tried `retries` times more.
+    The key is what the environment variable `key_env` holds, if it is set; it is sent to no other
+    address, and only encrypted or within this machine. Rate limits, failures of the server,
+    timeouts and lost connections are tried `retries` times more.
     """
 
     def __init__(
         self,
         url: str,
         model: str,
-        key_env: str | None = CUSTOMARY_KEY,
+        key_env: str | None = CUSTOMARY,
         *,
         concurrency: int = 8,
         retries: int = 10,
@@ -60,17 +59,18 @@ class Endpoint:
                 f"endpoint={url}: needs the client of OpenAI's protocol; install it with: "
                 'pip install -c constraints.txt -e ".[explain]"'
             ) from error
-        host = _host(url)
         self.url, self.model, self.key_env, self.concurrency = url, model, key_env, concurrency
-        self.name = f"{url} {model}"
-        self._key = os.environ.get(key_env, "").strip() if key_env else ""
-        if self._key and key_env == CUSTOMARY_KEY and url.startswith("http:") and not _here(host):
-            raise UserError(
-                f"endpoint={url}: would get the key in {CUSTOMARY_KEY} unencrypted; use https, "
-                "key_env=null to send none, or key_env=NAME for this server's own"
-            )
+        self.name, self.key = f"{url} {model}", read_key(key_env)
+        here = stays_here(url, self.key)
+        for name in ("openai", "httpx", "httpx2", "httpcore", "httpcore2"):
+            logging.getLogger(name).setLevel(logging.WARNING)  # hydra.verbose=true shows headers
         self._client = openai.OpenAI(
-            api_key=self._key or "none", base_url=url, max_retries=retries, timeout=TIMEOUT
+            api_key=self.key or "none",
+            base_url=url,
+            max_retries=retries,
+            timeout=TIMEOUT,
+            # neither a redirect nor a proxy carries the key elsewhere
+            http_client=openai.DefaultHttpxClient(follow_redirects=False, trust_env=not here),
         )
         # reasoning models take another name for the limit, and no temperature
         self._limit, self._settings = "max_tokens", {"temperature": 0}
@@ -99,28 +99,27 @@ class Endpoint:
                     raise self._failure(error) from None  # the client's error holds the key
             else:
                 break
-        if not getattr(completion, "choices", None):
-            raise self._failure(ValueError("does not answer as OpenAI's API does"))
-        usage = completion.usage
-        return Reply(
-            completion.choices[0].message.content or "",  # None where reasoning took all tokens
-            usage.prompt_tokens if usage else 0,
-            usage.completion_tokens if usage else 0,
-        )
+        try:
+            usage, text = completion.usage, completion.choices[0].message.content
+            counts = (usage.prompt_tokens, usage.completion_tokens) if usage else (0, 0)
+            # the text is None where reasoning took all tokens
+            return Reply(str(text or ""), *(int(count or 0) for count in counts))
+        except (AttributeError, IndexError, TypeError, ValueError, OverflowError):
+            raise self._failure(ValueError("does not answer as OpenAI's API does")) from None
 
     def _failure(self, error: Exception) -> UserError:
         """The client's message and a remedy, without the key, which some servers quote."""
         import openai
 
         message = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
-        message = (message.replace(self._key, "***") if self._key else message)[:200].rstrip(".")
+        message = censored(message, self.key)[:200].rstrip(".")
         setting = f"endpoint={self.url}"
         match error:
-            case openai.AuthenticationError() | openai.PermissionDeniedError() if self._key:
+            case openai.AuthenticationError() | openai.PermissionDeniedError() if self.key:
                 remedy = f"check the key in {self.key_env}"
             case openai.AuthenticationError() | openai.PermissionDeniedError():
                 setting += f", key_env={self.key_env or 'null'}"
-                name = self.key_env or CUSTOMARY_KEY
+                name = self.key_env or CUSTOMARY
                 remedy = f"put a key into the environment variable {name}, or name another one"
             case openai.NotFoundError():
                 setting += f", explainer={self.model}"
@@ -131,15 +130,17 @@ class Endpoint:
                 remedy = "check the address, and that the server runs"
             case openai.InternalServerError():
                 remedy = "try later"
+            case openai.APIStatusError() if 300 <= error.status_code < 400:
+                remedy = "it sends requests on; if you trust the address that they go to, give that"
             case openai.APIStatusError():
                 remedy = "if the question is too long, lower together or examples"
             case _:
                 remedy = "check the address, which usually ends in /v1"
-        return UserError(f"{setting}: {message}; {remedy}")
+        return UserError(censored(f"{setting}: {message}; {remedy}", self.key))
 
     def _models(self) -> str:
         try:
-            names = [model.id for model in self._client.models.list()]
+            names = [str(model.id) for model in self._client.models.list()]
         except Exception:  # not every server lists its models
             return "not listed"
         return ", ".join(names[:8]) + ", ..." * (len(names) > 8) or "none"
@@ -148,7 +149,7 @@ class Endpoint:
 def open_model(
     endpoint: str | None,
     model: str | None,
-    key_env: str | None = CUSTOMARY_KEY,
+    key_env: str | None = CUSTOMARY,
     concurrency: int = 8,
 ) -> Endpoint | Local | None:
     """The model at an endpoint, or a local one; None if none is named.
@@ -163,27 +164,3 @@ def open_model(
         return Local(load(LLMConfig(name=model)))
     except UserError as error:
         raise UserError(str(error).replace("llm.name=", "explainer=")) from error
-
-
-def _host(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.username or parts.password or parts.query:
-        # not quoted: it may be a secret
-        raise UserError(
-            "endpoint: the address holds a user name, a password or a query; put the key into an "
-            "environment variable and give its name as key_env"
-        )
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UserError(
-            f"endpoint={url}: give a web address such as http://localhost:8000/v1 or "
-            "https://api.openai.com/v1"
-        )
-    return parts.hostname
-
-
-def _here(host: str) -> bool:
-    """Whether what is sent to `host` stays on this machine."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

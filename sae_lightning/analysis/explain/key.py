@@ -1,0 +1,80 @@
+"""The key to an endpoint: where it may be sent, and that it is in nothing that comes back."""
+
+import ipaddress
+import os
+import re
+from urllib.parse import urlsplit
+
+from sae_lightning.errors import UserError
+
+CUSTOMARY = "OPENAI_API_KEY"
+PART = 8  # characters in a row of a key that are taken for it
+# One character of a text that may be URL-encoded (more than once) or a part of JSON.
+UNIT = re.compile(r"%(?:25)*[0-9a-f]{2}|\\u00[0-9a-f]{2}|.", re.DOTALL | re.IGNORECASE)
+MASK = r"(?:[*•●]{2,}|…+|[.x]{3,})"
+
+
+def read_key(name: str | None) -> str:
+    """The key in the environment variable `name`; empty if there is none."""
+    key = os.environ.get(name, "").strip() if name else ""
+    if not (key.isascii() and key.isprintable()):
+        # the client would quote it
+        raise UserError(f"key_env={name}: holds characters that no key has; set it again")
+    return key
+
+
+def stays_here(url: str, key: str) -> bool:
+    """Whether what is sent to the web address `url` stays on this machine.
+
+    UserError if it is none, holds a secret, or would get the key unencrypted.
+    """
+    try:
+        parts = urlsplit(url)
+        scheme, host, _ = parts.scheme, parts.hostname, parts.port
+    except ValueError:  # an impossible port, for example
+        scheme = host = None
+    else:
+        if parts.username or parts.password or parts.query or parts.fragment:
+            # not quoted: it may be a secret
+            raise UserError(
+                "endpoint: the address holds a user name, a password or a query; put the key into "
+                "an environment variable and give its name as key_env"
+            )
+    if scheme not in ("http", "https") or not host or not url.isprintable():
+        raise UserError(
+            f"endpoint={url}: give a web address such as http://localhost:8000/v1 or "
+            "https://api.openai.com/v1"
+        )
+    here = _is_loopback(host)
+    if key and scheme != "https" and not here:
+        raise UserError(
+            f"endpoint={url}: would get the key unencrypted; use https, a tunnel (ssh -L) to "
+            "http://localhost:..., or key_env=null to send none"
+        )
+    return here
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def censored(text: str, key: str) -> str:
+    """`text` with *** for the key and any part of it, as it is or URL-encoded, and for its ends
+    around a mask (`sk-ab****yz`)."""
+    if len(key) < PART:  # of a placeholder such as none no other word is changed
+        return re.sub(rf"(?<!\w){re.escape(key)}(?!\w)", "***", text) if len(key) > 3 else text
+    units = UNIT.findall(text)
+    plain = "".join(unit if len(unit) == 1 else chr(int(unit[-2:], 16)) for unit in units)
+    for start in range(len(plain) - PART + 1):
+        if plain[start : start + PART] in key:
+            units[start : start + PART] = "\0" * PART
+    text = re.sub("\0+", "***", "".join(units))
+    heads, tails = (
+        "|".join(re.escape(end) for end in ends)
+        for ends in zip(*((key[:n], key[-n:]) for n in range(PART - 1, 2, -1)), strict=True)
+    )
+    masked = rf"(?:{heads}){MASK}(?:{tails})?|{MASK}(?:{tails})"
+    return re.sub(masked, "***", text, flags=re.IGNORECASE)
