@@ -1,4 +1,4 @@
-"""The one exception that reaches a person as a single line instead of a traceback."""
+"""The exceptions that reach a person as a single line instead of a traceback."""
 
 import errno
 import math
@@ -11,6 +11,10 @@ class UserError(ValueError):
     The message is one line: the dotted setting, the value received, and the remedy.
     Entry points print it and exit with code 1; a traceback would only hide it.
     """
+
+
+class WriteError(UserError):
+    """The system refused to write a file; what was there before is unharmed."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

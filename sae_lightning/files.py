@@ -1,43 +1,143 @@
-"""Files that are there completely or not at all."""
+"""Files that are there completely or not at all.
+
+What is being written lies in a fresh folder beside its place, `.<name>.<random>.tmp`, that nobody
+else may enter: no link can wait there for a writer, and what a killed writer leaves is known by the
+lock in it that nobody holds.
+"""
 
 import errno
 import json
 import os
+import re
 import shutil
+import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import lock_descriptor
 
-from sae_lightning.errors import UserError
+from sae_lightning.errors import UserError, WriteError
+
+LOCK = ".lock"
+AGAIN = "put that right and give the same command again"
+# What the system says to somebody who wants to write; some names are not known everywhere.
+_NAMES = (
+    "ENOSPC EDQUOT EFBIG EIO ESTALE EBUSY ENAMETOOLONG ELOOP EISDIR EACCES EPERM EROFS ENOTDIR "
+    "EEXIST ENOTCONN"
+)
+REFUSALS = {getattr(errno, name) for name in _NAMES.split() if hasattr(errno, name)}
+# Windows has neither. A pipe in a lock's place would wait for a reader.
+NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)
 
 
 @contextmanager
 def atomically(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; put it in place, complete, when the block ends.
+    """Yield a temporary path for `path`; put it in place, complete, when the block ends.
 
-    A reader, or a run killed at any moment, sees the old file or the new one.
+    A reader, or a run killed at any moment, sees the old file or the new one. A link in its place
+    is replaced and not followed. WriteError: the system refused.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    with writing(path):
+        path.parent.mkdir(exist_ok=True)
+        with private_folder(path) as folder:
+            temporary = folder / path.name
+            yield temporary
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            # safetensors makes files that only their owner can read; a colleague may want to
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, path)
+
+
+@contextmanager
+def private_folder(path: Path) -> Iterator[Path]:
+    """A folder for what is being written to `path`, beside it; gone when the block ends."""
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        # safetensors makes files that only their owner can read; a colleague may want to
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
+        with lock(folder / LOCK):
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def clean(folder: Path) -> None:
+    """Remove from `folder` what killed writers left there and nobody holds any more."""
+    for left in folder.glob(".*.tmp"):
+        with suppress(OSError):
+            if not stat.S_ISDIR(left.lstat().st_mode):  # of version 0.1.0
+                left.unlink()
+            elif (left / LOCK).exists():
+                with lock(left / LOCK) as guarded:
+                    if guarded:
+                        shutil.rmtree(left)
+
+
+def refuse_link(folder: Path) -> None:
+    """UserError if a link is in the place of a folder that we write to."""
+    if folder.is_symlink():
+        raise UserError(
+            f"{folder} is a link, through which files elsewhere could be written over: remove it, "
+            "or put what it leads to in its place"
+        )
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn the system's refusal to write to `path`, however deep a library hides it, into a
+    WriteError, and raise a Ctrl-C that a library hides as itself."""
+    try:
+        yield
     except BaseException as error:
-        # not every writer passes the system's error on; all of them quote it
-        full = getattr(error, "errno", None) == errno.ENOSPC or "space left" in str(error)
-        temporary.unlink(missing_ok=True)
-        if full:
-            raise UserError(
-                f"no space left for {path}: what was there before is unharmed; free some space "
-                "and resume"
-            ) from error
-        raise
+        for link in _chain(error):
+            if link is not error and isinstance(link, WriteError | KeyboardInterrupt | SystemExit):
+                raise link from None
+        why = reason(error)
+        if why is None and not path.parent.is_dir():
+            why = "its folder is gone; was it deleted or renamed?"
+        if why is None or isinstance(error, UserError | KeyboardInterrupt | SystemExit):
+            raise
+        raise WriteError(
+            f"cannot write to {path}: {why}; what was there before is unharmed"
+        ) from error
+
+
+def reason(error: BaseException | None) -> str | None:
+    """The system's reason behind an error, whether passed on, quoted or hidden; None for a bug."""
+    for link in _chain(error):
+        # safetensors quotes the number; torch hides the error in the context of its own
+        quoted = re.search(r"\(os error (\d+)\)", str(link))
+        number = int(quoted[1]) if quoted else getattr(link, "errno", None)
+        if number in REFUSALS:
+            return _meaning(number)
+    return None
+
+
+def refusal(error: BaseException) -> str | None:
+    """One line about an error of the system that wanted to write, outside of `writing` too."""
+    if isinstance(error, WriteError):
+        return f"{error}; {AGAIN}"
+    if isinstance(error, OSError) and error.errno in REFUSALS:
+        where = f" to {error.filename}" if error.filename else ""
+        return f"cannot write{where}: {_meaning(error.errno)}; choose another folder, or {AGAIN}"
+    return None
+
+
+def _meaning(number: int) -> str:
+    if number == errno.ELOOP:
+        return "a link is in its place, which is not followed"
+    return os.strerror(number)
+
+
+def _chain(error: BaseException | None) -> list[BaseException]:
+    """An error and what it came from, outermost first."""
+    chain: list[BaseException] = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    return chain
 
 
 def _umask() -> int:
@@ -61,20 +161,42 @@ def free_space(folder: Path) -> int:
 
 
 @contextmanager
-def lock(path: Path) -> Iterator[None]:
-    """Keep everybody else, in this process or another, out of a block with the same `path`.
+def lock(path: Path) -> Iterator[bool]:
+    """Keep everybody else, in this process or another, out of a block with the same `path`. Yields
+    False where the file system has no locks, so that nobody is kept out.
 
     The system lifts the lock if the process dies; the file is removed when the block ends.
-    BlockingIOError: it is held by somebody else. OSError: the file cannot be made.
+    BlockingIOError: it is held by somebody else. OSError: the file cannot be made, or is a link.
     """
-    held = FileLock(path, thread_local=False)
+    file = os.open(path, os.O_RDWR | os.O_CREAT | NO_LINK, 0o666)
     try:
-        held.acquire(blocking=False)
-    except Timeout:
-        raise BlockingIOError(f"{path} is locked") from None
-    try:
-        yield
+        guarded = _lock(file)
+        if not _is(path, file):  # its holder has just removed it
+            raise BlockingIOError(f"{path} is locked")
+        try:
+            yield guarded
+        finally:
+            with suppress(OSError):  # Windows keeps a file that is open
+                if _is(path, file):  # and not that of another folder under the same name
+                    path.unlink()
     finally:
-        with suppress(OSError):  # Windows keeps a file that is open
-            path.unlink()
-        held.release()
+        os.close(file)
+
+
+def _lock(file: int) -> bool:
+    try:
+        if lock_descriptor(file, blocking=False):
+            return True
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            return False
+        raise
+    raise BlockingIOError("locked by somebody else")
+
+
+def _is(path: Path, file: int) -> bool:
+    """Whether `path` is the file that is open as `file`."""
+    try:
+        return os.path.samestat(path.lstat(), os.fstat(file))
+    except FileNotFoundError:
+        return False

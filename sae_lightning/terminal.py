@@ -3,7 +3,9 @@
 One live display at a time: a phase that starts inside another adds a line to its bar.
 """
 
+import os
 import shlex
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -21,8 +23,22 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+
+class Terminal(Console):
+    """What a person reads; whoever stops reading does not stop the run."""
+
+    def on_broken_pipe(self) -> None:
+        """Say so, where that is still read, and write to nowhere from now on (rich would exit)."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        try:
+            sys.stderr.write("nobody reads the output any more: going on without it\n")
+        except OSError:
+            os.dup2(nowhere, sys.stderr.fileno())
+
+
 # no markup: a path such as runs/[a]/b is not a style
-console = Console(highlight=False, soft_wrap=True, markup=False)
+console = Terminal(highlight=False, soft_wrap=True, markup=False)
 _live: list[Progress] = []
 
 

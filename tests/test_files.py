@@ -2,14 +2,31 @@
 
 import errno
 import os
+import re
+import resource
 import subprocess
 import sys
 from threading import Thread
 
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from sae_lightning.errors import UserError
-from sae_lightning.files import atomically, free_space, lock
+from sae_lightning import files
+from sae_lightning.errors import UserError, WriteError
+from sae_lightning.files import (
+    REFUSALS,
+    atomically,
+    clean,
+    free_space,
+    lock,
+    refusal,
+    refuse_link,
+    write_json,
+)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), KeyboardInterrupt()])
@@ -33,24 +50,204 @@ def test_a_reader_sees_the_old_file_until_the_new_one_is_complete(tmp_path):
     assert os.listdir(path.parent) == ["file"]
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
-        RuntimeError("PytorchStreamWriter failed: No space left on device"),  # torch.save's way
-    ],
-)
-def test_a_full_disk_is_told_in_one_line_and_harms_nothing(tmp_path, error):
+def hidden(error):
+    """As torch has it: an error of its own while the system's is handled."""
+    other = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+    other.__context__ = error
+    return other
+
+
+def quoted(error):
+    return RuntimeError(f"Error while serializing: I/O error: ... (os error {error.errno})")
+
+
+@pytest.mark.parametrize("passed_on", [lambda error: error, hidden, quoted])
+@pytest.mark.parametrize("number", sorted(REFUSALS))
+def test_what_the_system_refuses_is_told_in_one_line_and_harms_nothing(tmp_path, number, passed_on):
     (tmp_path / "file").write_text("old")
-    with (
-        pytest.raises(UserError, match="no space left for .*file: .* free some space") as raised,
-        atomically(tmp_path / "file") as temporary,
-    ):
+    with pytest.raises(WriteError) as raised, atomically(tmp_path / "file") as temporary:
         temporary.write_text("half")
-        raise error
-    assert "\n" not in str(raised.value)
+        raise passed_on(OSError(number, os.strerror(number)))
+    why = os.strerror(number) if number != errno.ELOOP else "a link is in its place, .*"
+    line = f"cannot write to {tmp_path}/file: {why}; what was there before is unharmed"
+    assert re.fullmatch(line, str(raised.value))
+    assert (
+        refusal(raised.value) == f"{raised.value}; put that right and give the same command again"
+    )
     assert (tmp_path / "file").read_text() == "old"
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_full_disk_a_quota_and_an_old_handle_are_among_what_is_told():
+    names = {errno.errorcode[number] for number in REFUSALS}
+    assert {"ENOSPC", "EDQUOT", "EFBIG", "EIO", "ESTALE", "EBUSY", "ENAMETOOLONG"} <= names
+    assert {"ELOOP", "EISDIR"} <= names
+
+
+def save_with_torch(path):
+    with open(path, "wb") as file:
+        torch.save({"x": torch.zeros(100_000)}, file)
+
+
+WRITERS = {
+    "torch": save_with_torch,
+    "safetensors": lambda path: save_file({"x": torch.zeros(100_000)}, path),
+    "pyarrow": lambda path: pyarrow.parquet.write_table(pa.table({"x": [*range(100_000)]}), path),
+    "pandas": lambda path: pd.DataFrame({"x": range(100_000)}).to_csv(path),
+    "text": lambda path: path.write_text("x" * 100_000),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS.values(), ids=WRITERS)
+def test_every_library_that_writes_has_its_refusal_told(tmp_path, writer):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(WriteError) as raised, atomically(tmp_path / "file") as temporary:
+            writer(temporary)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert ": File too large; " in str(raised.value)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("end", [SystemExit(130), KeyboardInterrupt()])
+def test_ctrl_c_inside_a_save_ends_it_though_torch_hides_it(tmp_path, end):
+    class Interrupted:
+        def write(self, data):
+            raise end
+
+    with pytest.raises(type(end)) as raised, atomically(tmp_path / "file"):
+        torch.save({"x": torch.zeros(100_000)}, Interrupted())
+    assert getattr(raised.value, "code", None) == getattr(end, "code", None)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_that_is_gone_is_named_and_not_made_again(tmp_path):
+    with pytest.raises(WriteError, match="its folder is gone; was it deleted or renamed"):
+        write_json(tmp_path / "run" / "checkpoints" / "last.json", {})
+    assert os.listdir(tmp_path) == []
+
+
+def test_no_write_follows_a_link(tmp_path):
+    """Neither where the file shall be nor at names that version 0.1.0 wrote through."""
+    folder, victim = tmp_path / "folder", tmp_path / "victim"
+    folder.mkdir()
+    victim.write_text("mine")
+    for name in ("page.html", ".page.html.tmp", ".page.html.tmp~"):
+        (folder / name).symlink_to(victim)
+    with atomically(folder / "page.html") as temporary:
+        assert temporary.parent.stat().st_mode & 0o777 == 0o700, "nobody can plant a link there"
+        assert re.fullmatch(r"\.page\.html\..{8}\.tmp", temporary.parent.name)
+        temporary.write_text("new")
+    assert (folder / "page.html").read_text() == "new"
+    assert not (folder / "page.html").is_symlink()
+    clean(folder)
+    assert sorted(os.listdir(folder)) == [".page.html.tmp~", "page.html"]
+    assert victim.read_text() == "mine"
+
+
+def test_a_link_in_place_of_a_folder_is_refused(tmp_path):
+    (tmp_path / "sae").symlink_to(tmp_path)
+    with pytest.raises(UserError, match="sae is a link, .*: remove it, or put what"):
+        refuse_link(tmp_path / "sae")
+    refuse_link(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "hard link"])
+def test_a_lock_empties_nothing_and_follows_no_link(tmp_path, kind):
+    path, victim = tmp_path / "lock", tmp_path / "victim"
+    victim.write_text("mine")
+    if kind == "link":
+        path.symlink_to(victim)
+        with pytest.raises(OSError) as raised, lock(path):
+            pass
+        assert raised.value.errno == errno.ELOOP
+    else:
+        path.write_text("mine") if kind == "file" else os.link(victim, path)
+        with lock(path):
+            assert path.read_text() == "mine"
+    assert victim.read_text() == "mine"
+
+
+def test_a_lock_on_a_file_that_is_no_longer_there_guards_nothing(tmp_path, monkeypatch):
+    def removed(file, blocking):
+        (tmp_path / "lock").unlink()
+        (tmp_path / "lock").write_text("another's")
+        return True
+
+    monkeypatch.setattr(files, "lock_descriptor", removed)
+    with pytest.raises(BlockingIOError), lock(tmp_path / "lock"):
+        pass
+    assert (tmp_path / "lock").read_text() == "another's"
+
+
+def test_the_lock_of_another_folder_under_the_same_name_stays(tmp_path):
+    run, moved = tmp_path / "run", tmp_path / "moved"
+    run.mkdir()
+    with lock(run / "lock"):
+        run.rename(moved)
+        run.mkdir()
+        other = lock(run / "lock")
+        other.__enter__()
+    assert (run / "lock").exists()
+    other.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_without_locks_nobody_is_kept_out_and_nothing_is_taken_for_left_over(
+    tmp_path, monkeypatch, number
+):
+    def refuse(file, blocking):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(files, "lock_descriptor", refuse)
+    with lock(tmp_path / "lock") as guarded, lock(tmp_path / "lock"):
+        assert guarded is False
+    with atomically(tmp_path / "file") as temporary:
+        temporary.write_text("new")
+        clean(tmp_path)
+    assert (tmp_path / "file").read_text() == "new"
+
+
+def test_what_a_killed_writer_left_is_removed_and_what_is_being_written_stays(tmp_path):
+    code = f"""
+from pathlib import Path
+from sae_lightning.files import atomically
+with atomically(Path({str(tmp_path / "file")!r})) as temporary:
+    temporary.write_text("half")
+    print("writing", flush=True)
+    input()
+"""
+    other = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert other.stdout.readline() == b"writing\n"
+    clean(tmp_path)
+    (left,) = tmp_path.iterdir()
+    assert (left / "file").read_text() == "half"
+    other.kill()
+    other.communicate()
+    clean(tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_reader_of_the_output_that_goes_away_is_told_and_the_run_goes_on(tmp_path):
+    code = f"""
+from pathlib import Path
+from sae_lightning.terminal import console
+for number in range(2_000):
+    console.print(number)
+Path({str(tmp_path / "end")!r}).touch()
+"""
+    run = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    run.stdout.readline()
+    run.stdout.close()
+    assert run.stderr.read() == b"nobody reads the output any more: going on without it\n"
+    run.stderr.close()
+    assert (run.wait(), os.listdir(tmp_path)) == (0, ["end"])
 
 
 def test_free_space_is_that_of_the_nearest_folder_that_exists(tmp_path):

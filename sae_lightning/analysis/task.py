@@ -14,7 +14,7 @@ from typing import Any
 
 from sae_lightning.analysis.subject import Subject, open_subject
 from sae_lightning.errors import UserError, check_finite
-from sae_lightning.files import atomically, write_json
+from sae_lightning.files import atomically, clean, refuse_link, write_json
 from sae_lightning.llm.load import LLMConfig
 from sae_lightning.llm.sites import LayerConfig
 from sae_lightning.report.catalogue import Catalogue
@@ -53,12 +53,14 @@ class Task:
         """The SAE, once it is known that results can be written beside it."""
         asked = {"llm": self.llm, "data": self.data, "layer": self.layer, "seed": self.seed}
         subject = open_subject(self.run, asked, given)
+        refuse_link(results(subject))
         place = results(subject) if results(subject).exists() else subject.folder
         if not (place.is_dir() and os.access(place, os.W_OK)):
             raise UserError(
                 f"{place} cannot be written to: copy {subject.folder} (its config.yaml and sae/ "
                 "will do) to where you can write, and give that folder as run=..."
             )
+        clean(results(subject))
         return subject
 
     def finish(

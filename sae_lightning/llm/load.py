@@ -161,10 +161,17 @@ def load(config: LLMConfig, blocks: int | None = None) -> LLM:
     """
     where, numbers = device(config), dtype(config)
     folder = cached(config.name) if config.name in PACKAGED else _folder(config.name)
-    with phase(f"loading LLM {config.name}"), quiet():
-        known = read_config(config, folder)
-        tokenizer = read_tokenizer(config, folder)
-        model = read_model(config, folder, known, blocks, numbers, where)
+    try:
+        with phase(f"loading LLM {config.name}"), quiet():
+            known = read_config(config, folder)
+            tokenizer = read_tokenizer(config, folder)
+            model = read_model(config, folder, known, blocks, numbers, where)
+    except UserError as error:
+        if config.name not in PACKAGED or not str(error).startswith("llm.name"):
+            raise
+        raise UserError(
+            f"llm.name={config.name}: {folder} is damaged; delete this folder, it is made again"
+        ) from error
     model = model.eval().requires_grad_(False)
     return LLM(model=model, tokenizer=tokenizer, name=config.name)
 

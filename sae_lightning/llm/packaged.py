@@ -3,8 +3,6 @@
 import importlib.metadata
 import importlib.util
 import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +10,7 @@ import platformdirs
 from safetensors import SafetensorError
 
 from sae_lightning.errors import UserError
+from sae_lightning.files import clean, private_folder, reason
 from sae_lightning.llm.quiet import quiet
 from sae_lightning.terminal import phase
 
@@ -80,15 +79,16 @@ def cached(name: str) -> Path:
     source, package = gguf_folder(name), PACKAGED[name]
     version = importlib.metadata.version(package.distribution)
     cache = platformdirs.user_cache_path("sae_lightning") / f"{package.distribution}-{version}"
+    clean(cache.parent)
     if not cache.is_dir():
         try:
             with phase("de-quantising the packaged LLM (once)"), quiet():
                 _fill(cache, source, package.file)
         except (OSError, SafetensorError) as error:
-            reason = getattr(error, "strerror", None) or error
             raise UserError(
-                f"llm.name={name}: the de-quantised model cannot be written to {cache} ({reason}); "
-                "free 600 MB there, or set XDG_CACHE_HOME to a folder that has them"
+                f"llm.name={name}: the de-quantised model cannot be written to {cache} "
+                f"({reason(error) or error}); free 600 MB there, or set XDG_CACHE_HOME to a folder "
+                "that has them"
             ) from error
     return cache
 
@@ -96,16 +96,16 @@ def cached(name: str) -> Path:
 def _fill(cache: Path, source: Path, file: str) -> None:
     """Write the de-quantised model of `source` to `cache`: all of it appears there, or nothing."""
     cache.parent.mkdir(parents=True, exist_ok=True)
-    partial = tempfile.mkdtemp(prefix=f".{cache.name}-", dir=cache.parent)
-    try:
-        _save_dequantised(source, file, partial)
-        os.replace(partial, cache)
-    except OSError:
-        # Another process may have been quicker and have written the same files.
-        if not cache.is_dir():
-            raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with private_folder(cache) as folder:
+        partial = folder / cache.name
+        partial.mkdir()
+        _save_dequantised(source, file, str(partial))
+        try:
+            os.replace(partial, cache)
+        except OSError:
+            # Another process may have been quicker and have written the same files.
+            if not cache.is_dir():
+                raise
 
 
 def _save_dequantised(source: Path, file: str, folder: str) -> None:

@@ -11,7 +11,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from sae_lightning.files import atomically
+from sae_lightning.files import atomically, clean
 from sae_lightning.report.figures import COLOURS, LABELLED, tradeoff
 from sae_lightning.report.page import rendered
 from sae_lightning.report.sweep_table import SweepRun, SweepTable, natural
@@ -32,6 +32,7 @@ FILES = ("config.yaml", "metrics.json", "failure.json", "sae")
 def write_report(folder: Path, runs: list[SweepRun]) -> None:
     """Write the report of a sweep's runs into its folder, and print the table."""
     table = SweepTable(runs)
+    clean(folder)
     with atomically(folder / CSV) as temporary:
         # for programs: to the last digit, and NaN told from what is missing
         frame = table.frame.mask(table.frame.map(lambda value: value != value), "nan")

@@ -1,7 +1,6 @@
 """Turns whatever a person can put right at the command line into one line that says how."""
 
 import dataclasses
-import errno
 import io
 import os
 import re
@@ -24,6 +23,7 @@ from omegaconf.errors import (
 )
 
 from sae_lightning.errors import UserError, is_out_of_memory
+from sae_lightning.files import refusal
 from sae_lightning.runs.arguments import check_flags, quoted_paths, with_swept_groups
 from sae_lightning.runs.config import conf_folder
 from sae_lightning.sae import ARCHITECTURES
@@ -38,7 +38,6 @@ PLUGINS = {
     "submitit_local": 'pip install -c constraints.txt -e ".[submitit]"',
     "ray": "pip install hydra-ray-launcher",
 }
-USERS_DISK = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 STARTED = time.time()
 
 
@@ -103,16 +102,14 @@ def explain(error: BaseException, overrides: list[str]) -> str | None:
     """One line about an error that the user can put right; None for a bug."""
     causes = _chain(error, lambda e: e.__cause__)
     for link in causes:
+        if line := refusal(link):
+            return line
         if isinstance(link, UserError):
             return str(link)
         if is_out_of_memory(link):
             return (
                 "out of memory: lower llm.batch, or what was asked for (tokens, contexts, features)"
             )
-        if isinstance(link, OSError) and link.errno == errno.ENOSPC:
-            return "no space left on the disk: free some, or choose another with hydra.run.dir=..."
-        if isinstance(link, OSError) and link.errno in USERS_DISK:
-            return f"cannot write to {link.filename}: {link.strerror}; choose another folder"
     if "group override must be a string" in str(error):
         return _number_for_group(overrides)
     chain = _chain(error, lambda e: e.__cause__ or e.__context__)

@@ -2,11 +2,19 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from sae_lightning.errors import UserError
-from sae_lightning.files import atomically, lock, write_json
+from sae_lightning.errors import UserError, WriteError
+from sae_lightning.files import (
+    LOCK,
+    atomically,
+    clean,
+    lock,
+    refuse_link,
+    write_json,
+    writing,
+)
 from sae_lightning.report.sweep_table import SweepRun
 from sae_lightning.runs.jobs import (
     CONFIG_FILE,
@@ -16,10 +24,10 @@ from sae_lightning.runs.jobs import (
     resolved_yaml,
     run_folders,
 )
-from sae_lightning.training.settings import failure_path
+from sae_lightning.terminal import console
+from sae_lightning.training.settings import checkpoint_path, failure_path
 
 METRICS_FILE = "metrics.json"
-LOCK = ".lock"
 
 
 def metrics(folder: Path) -> dict | None:
@@ -46,7 +54,7 @@ def begin(job: Job) -> None:
 
 def forget(job: Job) -> bool:
     """Take away the settings of a new plain run that came to nothing; whether it did."""
-    left = {file.name for file in job.folder.iterdir()} <= {CONFIG_FILE, LOCK}
+    left = {file.name for file in job.folder.glob("*")} <= {CONFIG_FILE, LOCK}
     nothing = left and not (job.resumed or job.multirun)
     if nothing:
         (job.folder / CONFIG_FILE).unlink(missing_ok=True)
@@ -54,9 +62,11 @@ def forget(job: Job) -> bool:
 
 
 def note_failure(job: Job, reason: str) -> None:
-    """Write down why a run failed, unless it has said so itself or has come to its end."""
-    if failure(job.folder) is None and metrics(job.folder) is None:
-        write_json(failure_path(job.folder), {"reason": reason, "diverged": False})
+    """Write down why a run failed, unless it has said so itself or has come to its end, or its
+    folder is gone or full."""
+    if job.folder.is_dir() and failure(job.folder) is None and metrics(job.folder) is None:
+        with suppress(WriteError):
+            write_json(failure_path(job.folder), {"reason": reason, "diverged": False})
 
 
 def refuse(job: Job, reason: str) -> None:
@@ -95,14 +105,28 @@ def _json(path: Path) -> dict | None:
 
 @contextmanager
 def claimed(folders: list[Path]) -> Iterator[None]:
-    """Keep other processes out of the folders; the system lifts the claim if we die."""
+    """Keep other processes out of the folders; the system lifts the claim if we die. What a killed
+    run left half written there is removed."""
+    unguarded = []
     with ExitStack() as locks:
         for folder in folders:
             try:
-                locks.enter_context(lock(folder / LOCK))
+                with writing(folder / LOCK):
+                    if not locks.enter_context(lock(folder / LOCK)):
+                        unguarded.append(folder)
             except BlockingIOError:
                 raise UserError(
                     f"{folder}: another process is training there; wait for it, or choose another "
                     f"folder with {ELSEWHERE}"
                 ) from None
+            ours = [folder / "sae", checkpoint_path(folder).parent]
+            for place in [*ours, *([folder] if folder.parent in folders else [])]:
+                refuse_link(place)
+            for place in (folder, *ours):
+                clean(place)
+        if unguarded:
+            console.print(
+                f"the file system of {unguarded[0]} has no locks: nothing keeps another process "
+                "from training in the same folder"
+            )
         yield

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from sae_lightning.errors import UserError, is_out_of_memory
+from sae_lightning.errors import UserError, WriteError, is_out_of_memory
 from sae_lightning.runs import checks, folders, memory
 from sae_lightning.runs.checks import Checked
 from sae_lightning.runs.cli import explain, say_error
@@ -181,10 +181,12 @@ def _train(this: Pass) -> Results:
         too_large = is_out_of_memory(error)
         reason = _out_of_memory(jobs) if too_large else explain(error, [])
         if not folders.forget(jobs[0]):
+            if isinstance(error, WriteError) and jobs[0].folder.is_dir():
+                reason = f"{error}; put that right and continue with: {resume_of(jobs)}"
             for job in jobs:
                 folders.note_failure(job, reason or f"{type(error).__name__}: {error}")
         if not jobs[0].multirun:
-            if too_large:
+            if reason:
                 raise UserError(reason) from error
             raise
         say_error(reason, jobs[0].folder.name if len(jobs) == 1 else None)

@@ -5,11 +5,13 @@ import signal
 import sys
 import time
 import warnings
+from contextlib import suppress
 from typing import NamedTuple
 
 import lightning as L
 import torch
 
+from sae_lightning.errors import WriteError
 from sae_lightning.files import write_json
 from sae_lightning.llm.packaged import Shape
 from sae_lightning.llm.sites import Sites, distinct
@@ -85,8 +87,17 @@ def _run(this: Pass) -> list[dict[str, float] | None]:
         resumed=jobs[0].resumed,
     )
     parts = assemble(this, opened)
-    module = parts.module
-    announce(jobs, module.heads, opened.about, steps_done)
+    announce(jobs, parts.module.heads, opened.about, steps_done)
+    try:
+        return _fit(this, parts)
+    finally:
+        for head in parts.module.heads:
+            with suppress(WriteError):  # what failed before has been told
+                head.log.close()
+
+
+def _fit(this: Pass, parts: Parts) -> list[dict[str, float] | None]:
+    jobs, steps_done, module = this.jobs, this.steps_done, parts.module
     started = time.monotonic()
     try:
         parts.trainer.fit(

@@ -16,6 +16,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
+from sae_lightning.files import atomically
 from sae_lightning.report.sweep_report import write_report
 from sae_lightning.runs.cli import DEBUG, explain
 from sae_lightning.runs.folders import sweep_runs
@@ -33,6 +34,7 @@ class Sweep(Callback):
 
     def on_multirun_start(self, config: DictConfig, **_) -> None:
         """Name the jobs' folders after what is swept, and end here if any config is wrong."""
+        _refuse_links(Path(config.hydra.sweep.dir))
         loader = GlobalHydra.instance().config_loader()
         params = [f"{k}={v}" for k, v in (config.hydra.sweeper.get("params") or {}).items()]
         given = params + OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
@@ -82,7 +84,8 @@ class Sweep(Callback):
         """Put Hydra's record of a resumed sweep back."""
         if self.record:
             path, text = self.record
-            path.write_text(text, "utf8")
+            with atomically(path) as temporary:
+                temporary.write_text(text, "utf8")
 
     def on_multirun_end(self, config: DictConfig, **_) -> None:
         """Write the report, and end with an error if a run has no result."""
@@ -98,6 +101,16 @@ class Sweep(Callback):
         failed = sum(run.metrics is None for run in runs)
         if failed:
             sys.exit(f"error: {failed} of the {len(runs)} jobs failed, see above")
+
+
+def _refuse_links(sweep: Path) -> None:
+    """End here if the folder of a sweep holds a link: Hydra and sweepers write through it."""
+    for file in sweep.iterdir() if sweep.is_dir() else ():
+        if file.is_symlink():
+            sys.exit(
+                f"error: {file} is a link, through which files elsewhere could be written over: "
+                "remove it, or choose another folder with hydra.sweep.dir=..."
+            )
 
 
 def _varies(override: Override) -> bool:

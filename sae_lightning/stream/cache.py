@@ -9,7 +9,6 @@ in it, and the batches that training sees are the same bit for bit with and with
 """
 
 import errno
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from sae_lightning.errors import UserError
-from sae_lightning.files import free_space, lock, write_json
+from sae_lightning.files import LOCK, clean, free_space, lock, reason, write_json
 from sae_lightning.stream.base import Rows, send
 from sae_lightning.stream.rows import LLMRows
 from sae_lightning.stream.shards import DAMAGE, SUFFIX, Shard, write_shard
@@ -206,9 +205,12 @@ class CachedRows:
         self._writes = False
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock.enter_context(lock(self.folder / ".lock"))
-            for path in self.folder.glob(".*.tmp"):
-                path.unlink()
+            if not self._lock.enter_context(lock(self.folder / LOCK)):
+                console.print(
+                    f"the file system of {self.folder} has no locks: nothing keeps another process "
+                    "from writing the same activation cache"
+                )
+            clean(self.folder)
         except BlockingIOError:
             console.print(
                 f"another process writes the activation cache in {self.folder}: this run "
@@ -242,11 +244,10 @@ class CachedRows:
         try:
             yield
         except (OSError, SafetensorError, UserError) as error:
-            full = isinstance(error, UserError)
-            reason = os.strerror(errno.ENOSPC) if full else getattr(error, "strerror", error)
+            why = getattr(error, "strerror", None) or reason(error) or error
             console.print(
-                f"the activation cache in {self.folder} is not written any further "
-                f"({reason}); training goes on"
+                f"the activation cache in {self.folder} is not written any further ({why}); "
+                "training goes on"
             )
             self._draft = None
             self._release()

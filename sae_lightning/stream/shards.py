@@ -5,7 +5,7 @@
     .lock                        held by the process that writes
     00000000.safetensors         the shard that begins with LLM batch 0
     00000112.safetensors         the next one
-    .00000224.safetensors.tmp    one whose writer was killed
+    .00000224.safetensors.*.tmp  folder of one that is being written, or whose writer was killed
 
 In a shard:
     ids         [rows] int64, the sequence of each row

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 
-from sae_lightning.files import atomically
+from sae_lightning.files import atomically, writing
 from sae_lightning.training.head import Head
 from sae_lightning.training.settings import checkpoint_path, stream_path
 
@@ -43,15 +43,13 @@ class HeadCheckpoints(CheckpointIO):
             for number, head in training.items():
                 file = files.enter_context(atomically(checkpoint_path(head.folder)))
                 part = _part(checkpoint, number) | {"settings": head.settings}
-                with open(file, "wb") as opened:
-                    torch.save(part, opened)
-                    opened.flush()
-                    os.fsync(opened.fileno())
+                _save(part, file)
         for head in training.values():
             current = stream_path(head.folder, step)
             for old in current.parent.glob("stream-*.pt"):
                 if old != current:
-                    old.unlink()
+                    with writing(old):
+                        old.unlink()
 
     def load_checkpoint(
         self, path: Any, map_location: Any = None, weights_only: bool | None = None
@@ -86,15 +84,21 @@ def _different(paths: list[Path]) -> list[Path]:
 def _write_stream(stream: dict[str, Any], paths: list[Path]) -> None:
     """One file under all the names; copies where the file system has no hard links."""
     with atomically(paths[0]) as file:
-        torch.save(stream, file)
+        _save(stream, file)
     for path in paths[1:]:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)
-        try:
-            os.link(paths[0], path)
-        except OSError:
-            with atomically(path) as file:
+        with atomically(path) as file:
+            try:
+                os.link(paths[0], file)
+            except OSError:
                 shutil.copyfile(paths[0], file)
+
+
+def _save(content: dict[str, Any], path: Path) -> None:
+    """`torch.save`, which tells why the system refuses only where it is given an open file."""
+    with open(path, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _part(checkpoint: dict[str, Any], number: int) -> dict[str, Any]:

@@ -1,16 +1,71 @@
 """One TensorBoard run folder per head, its curves plotted against tokens."""
 
+import os
+import time
 from collections.abc import Collection
+from itertools import accumulate, repeat, takewhile
+from operator import mul
 from pathlib import Path
 
 import torch
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
+from torch.utils.tensorboard.summary import histogram, hparams, scalar
+
+from sae_lightning.errors import WriteError
+from sae_lightning.files import writing
 
 HEADLINE = ("held_out/l0", "held_out/explained_variance", "train/dead")
 """What the HParams tab shows of each run, whatever it reads."""
+
+FORMAT = "brain.Event:2"
+FLUSH_SECONDS = 120
+# The bins of TensorBoard's own writer.
+_positive = [*takewhile(lambda edge: edge < 1e20, accumulate(repeat(1.1), mul, initial=1e-12))]
+BINS = [*(-edge for edge in reversed(_positive)), 0, *_positive]
+
+
+class EventFile:
+    """A new event file of TensorBoard in `folder`.
+
+    Unlike TensorBoard's own writer it has no thread, which would fail unseen, opens its file once
+    and through no link, and notices where its folder has gone.
+    """
+
+    def __init__(self, folder: Path, purge: int | None):
+        """Points of earlier files from step `purge` on are no longer shown."""
+        seconds, micro = divmod(time.time_ns() // 1000, 1_000_000)
+        self.folder, self.due = folder, time.monotonic() + FLUSH_SECONDS
+        self.path = folder / f"events.out.tfevents.{seconds:010}.{micro:06}"
+        with writing(self.path):
+            self.place = folder.stat()
+            self.records = RecordWriter(open(self.path, "xb"))  # noqa: SIM115  open while we train
+        self.add(Event(file_version=FORMAT))
+        if purge is not None:
+            self.add(Event(file_version=FORMAT, step=purge))
+            self.add(Event(session_log=SessionLog(status=SessionLog.START), step=purge))
+        self.flush()
+
+    def add(self, event: Event) -> None:
+        """Write an event of now."""
+        event.wall_time = time.time()
+        with writing(self.path):
+            self.records.write(event.SerializeToString())
+        if time.monotonic() > self.due:
+            self.flush()
+
+    def flush(self) -> None:
+        """Put everything on disk. WriteError: the folder is no longer where it was."""
+        with writing(self.path):
+            self.records.flush()
+        self.due = time.monotonic() + FLUSH_SECONDS
+        if not (self.folder.is_dir() and os.path.samestat(self.folder.stat(), self.place)):
+            raise WriteError(
+                f"{self.folder} was deleted or renamed while its run was writing there; if it is "
+                "elsewhere, continue with resume=... and its new name"
+            )
 
 
 class HeadLog:
@@ -28,7 +83,7 @@ class HeadLog:
         """`settings` appear in the HParams tab, whose columns are the names in `columns`, those
         `swept` first, and the metrics `headline`; points after `resumed_at` tokens are replaced."""
         purge = None if resumed_at is None else resumed_at + 1
-        self.writer = SummaryWriter(str(folder), purge_step=purge)
+        self.events = EventFile(folder, purge)
         if not resumed_at:
             # TensorBoard takes the columns from any one run: each names those of all
             experiment, *_ = hparams(columns, dict.fromkeys(headline, 0.0))
@@ -39,18 +94,19 @@ class HeadLog:
             data.content = content.SerializeToString()
             _, *session = hparams(settings, {})
             for summary in (experiment, *session):
-                self.writer.file_writer.add_summary(summary)
+                self.events.add(Event(summary=summary))
 
     def scalars(self, values: dict[str, float], tokens: int) -> None:
         """Add one point to each named curve at `tokens` training tokens."""
         for tag, value in values.items():
-            self.writer.add_scalar(tag, value, tokens)
+            self.events.add(Event(summary=scalar(tag, value), step=tokens))
 
     def histogram(self, tag: str, values: Tensor, tokens: int) -> None:
         """Add the distribution of `values` at `tokens` training tokens."""
         values = values[values.isfinite()].float().cpu()
         if values.numel():
-            self.writer.add_histogram(tag, values, tokens)
+            drawn = histogram(tag, values, BINS)
+            self.events.add(Event(summary=drawn, step=tokens))
 
     def density(self, density: Tensor, tokens: int) -> None:
         """Add the histogram of log10 firing rates; features that never fired are not in it."""
@@ -58,8 +114,9 @@ class HeadLog:
 
     def flush(self) -> None:
         """Put everything on disk."""
-        self.writer.flush()
+        self.events.flush()
 
     def close(self) -> None:
         """Finish the file."""
-        self.writer.close()
+        with writing(self.events.path):
+            self.events.records.close()

@@ -172,12 +172,12 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(OSError) as error:
         (tmp_path / "file" / "folder").mkdir()
     line = explain(error.value, [])
-    assert re.fullmatch(r"cannot write to .*file.folder: .*; choose another folder", line)
+    assert re.fullmatch(r"cannot write to .*file.folder: .*; choose another folder, or .*", line)
 
 
 def test_a_full_disk_is_told_even_where_no_file_is_named():
     line = explain(OSError(28, "No space left on device"), [])
-    assert line.startswith("no space left on the disk: free some")
+    assert line.startswith("cannot write: No space left on device; choose another folder, or put")
 
 
 @pytest.fixture

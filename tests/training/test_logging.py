@@ -12,6 +12,7 @@ DENSE = {"model.name": "dense", "optim.lr": 1e-3}
 def told(folder, settings):
     """The plugin's records in a run folder by tag."""
     swept = ["model.name", "loss.l1"]
+    folder.mkdir(exist_ok=True)
     HeadLog(folder, settings, RELU | DENSE, swept, resumed_at=None).close()
     events = EventAccumulator(str(folder)).Reload()
     return events.PluginTagToContent(metadata.PLUGIN_NAME)

@@ -19,8 +19,8 @@ import platformdirs
 
 from sae_lightning.analysis.explain.key import censored
 from sae_lightning.analysis.explain.models import Endpoint, Local, Question
-from sae_lightning.errors import UserError
-from sae_lightning.files import atomically
+from sae_lightning.errors import UserError, WriteError
+from sae_lightning.files import atomically, clean, reason
 from sae_lightning.llm.generate import Reply
 
 CHECK = Question("Answer with the word yes.", 16)
@@ -62,6 +62,7 @@ class Answers:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             TemporaryFile(dir=self.folder).close()
+            clean(self.folder)
         except OSError as error:
             raise self._unwritable(error) from error
 
@@ -134,15 +135,15 @@ class Answers:
         try:
             with atomically(self._file(question)) as temporary:
                 temporary.write_text(json.dumps(reply._asdict()), encoding="utf8")
-        except OSError as error:
+        except WriteError as error:
             raise self._unwritable(error) from error
 
     def _file(self, question: Question) -> Path:
         content = json.dumps([self.model.name, *question])
         return self.folder / f"{hashlib.sha256(content.encode()).hexdigest()}.json"
 
-    def _unwritable(self, error: OSError) -> UserError:
+    def _unwritable(self, error: Exception) -> UserError:
         return UserError(
-            f"answers cannot be kept in {self.folder} ({error.strerror}); set XDG_CACHE_HOME to a "
+            f"answers cannot be kept in {self.folder} ({reason(error)}); set XDG_CACHE_HOME to a "
             "folder that can be written"
         )

@@ -1,0 +1,142 @@
+"""A run on a disk that refuses, moves, has no locks or was prepared by somebody else."""
+
+import errno
+import os
+import resource
+import shutil
+import signal
+
+import pytest
+import torch
+from test_run import interrupt, resume
+
+from sae_lightning import UserError, files
+from sae_lightning.errors import WriteError
+from sae_lightning.runs import passes, run
+from sae_lightning.training import checkpoints
+from sae_lightning.training.logging import HeadLog
+
+
+@pytest.fixture
+def limit():
+    """limit(bytes) -> from now on no file may grow larger."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_checkpoint_that_cannot_be_written_says_how_to_continue(job, monkeypatch, limit):
+    this = job("run")
+    with monkeypatch.context() as patch:
+        interrupt(patch, 12, lambda: limit(10_000))
+        with pytest.raises(UserError) as error:
+            passes.train([this])
+    limit(resource.RLIM_INFINITY)
+    assert str(error.value) == (
+        f"cannot write to {this.folder}/checkpoints/stream-20.pt: File too large; what was there "
+        "before is unharmed; put that right and continue with: "
+        f"python train.py resume={this.folder}"
+    )
+    assert [path for path in this.folder.rglob("*.tmp")] == []
+    (metrics,) = resume(this)
+    assert metrics["l0"] > 0
+
+
+def test_curves_that_cannot_be_written_are_told(tmp_path, limit):
+    log = HeadLog(tmp_path, {}, {}, [], resumed_at=None)
+    limit(0)
+    log.scalars({"train/l0": 1.0}, 64)
+    with pytest.raises(WriteError, match=r"cannot write to .*events.*: File too large"):
+        log.flush()
+
+
+@pytest.mark.parametrize("gone", ["deleted", "renamed", "made anew"])
+def test_a_folder_that_is_deleted_or_renamed_under_its_run_is_noticed(
+    job, monkeypatch, tmp_path, gone
+):
+    this, moved = job("run"), tmp_path / "moved"
+
+    def go():
+        if gone == "deleted":
+            shutil.rmtree(this.folder)
+        else:
+            this.folder.rename(moved)
+        if gone == "made anew":
+            this.folder.mkdir()
+
+    with monkeypatch.context() as patch:
+        interrupt(patch, 12, go)
+        with pytest.raises(UserError, match="run was deleted or renamed while its run was writing"):
+            passes.train([this])
+    assert not this.folder.exists() or os.listdir(this.folder) == []
+    if moved.exists():
+        this.folder = moved
+        resume(this)
+        assert (moved / "metrics.json").is_file()
+
+
+def test_a_second_ctrl_c_inside_a_save_ends_the_run_at_once(job, monkeypatch):
+    this = job("run")
+
+    class Impatient:
+        def write(self, data):
+            os.kill(os.getpid(), signal.SIGINT)
+            return len(data)
+
+    def save(content, path):
+        torch.save(content, Impatient())
+
+    interrupt(monkeypatch, 12, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "_save", save)
+        with pytest.raises(SystemExit) as end:
+            passes.train([this])
+    assert end.value.code == 130
+    assert [path for path in this.folder.rglob("*.tmp")] == []
+
+
+def test_on_a_file_system_without_locks_a_run_says_so_once(job, monkeypatch, capsys):
+    def refuse(file, blocking):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(files, "lock_descriptor", refuse)
+    monkeypatch.setattr(passes, "run", lambda this: [{} for _ in this.jobs])
+    passes.train([job("a"), job("b")])
+    assert capsys.readouterr().out.count("a has no locks: nothing keeps another process from") == 1
+
+
+@pytest.mark.parametrize("name", ["sae", "checkpoints"])
+def test_a_link_in_place_of_a_folder_of_a_run_is_refused_before_the_llm_is_loaded(
+    job, monkeypatch, tmp_path, name
+):
+    this = job("run")
+    this.folder.mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (this.folder / name).symlink_to(tmp_path / "elsewhere")
+    monkeypatch.setattr(run, "run", None)
+    with pytest.raises(UserError, match=f"run/{name} is a link, through which files elsewhere"):
+        passes.train([this])
+    assert os.listdir(this.folder) == [name]
+    assert os.listdir(tmp_path / "elsewhere") == []
+
+
+def test_a_link_in_place_of_a_lock_is_not_followed(job, tmp_path):
+    this = job("run")
+    this.folder.mkdir()
+    (tmp_path / "victim").write_text("mine")
+    (this.folder / ".lock").symlink_to(tmp_path / "victim")
+    with pytest.raises(UserError, match=r"cannot write to .*/run/\.lock: a link is in its place"):
+        passes.train([this])
+    assert (tmp_path / "victim").read_text() == "mine"
+
+
+def test_what_a_killed_run_left_half_written_is_removed_when_it_goes_on(job, monkeypatch):
+    this = job("run")
+    left = this.folder / "checkpoints" / ".last.ckpt.abcdefgh.tmp"
+    left.mkdir(parents=True)
+    (left / ".lock").touch()
+    (left / "last.ckpt").write_bytes(b"half")
+    (left.parent / ".last.ckpt.tmp").touch()  # as version 0.1.0 left it
+    monkeypatch.setattr(passes, "run", lambda this: [{} for _ in this.jobs])
+    passes.train([this])
+    assert os.listdir(left.parent) == []
