@@ -15,7 +15,7 @@ from sae_lightning.llm.packaged import Shape
 from sae_lightning.llm.sites import Sites, distinct
 from sae_lightning.runs.jobs import CONFIG_FILE, ELSEWHERE, Job
 from sae_lightning.sae import size
-from sae_lightning.sae.products import available
+from sae_lightning.sae.products import has_sparse_products
 from sae_lightning.training.settings import (
     Accelerator,
     Precision,
@@ -66,7 +66,9 @@ def check(jobs: list[Job]) -> list[Checked]:
     assert len({job.config.stream_key() for job in jobs}) == 1, "jobs must share the stream half"
     if config.trainer.accelerator is Accelerator.gpu and not torch.accelerator.is_available():
         raise UserError("trainer.accelerator=gpu: no GPU found; use trainer=cpu or trainer=auto")
-    if config.trainer.products is Products.sparse and not available(_trains_on(config.trainer)):
+    if config.trainer.products is Products.sparse and not has_sparse_products(
+        _trains_on(config.trainer)
+    ):
         raise UserError(
             f"trainer.products=sparse: {_trains_on(config.trainer)} has dense products only here "
             "(cuda needs Triton for sparse ones); use trainer.products=auto"

@@ -22,7 +22,7 @@ PROCESS = 800_000_000  # Python with torch, transformers and lightning
 EVALUATION = 5 / 8  # a token evaluated takes at most so much of what one in training takes
 
 
-class Memory(NamedTuple):
+class PassMemory(NamedTuple):
     """What SAEs that share a pass take."""
 
     parts: dict[tuple[str, ...], int]
@@ -44,7 +44,7 @@ class Memory(NamedTuple):
         return PROCESS + sum(self.parts.values())
 
 
-def available(config: Config) -> float:
+def free_memory(config: Config) -> float:
     """What is free where the SAEs train: on the GPU, or for this process in this machine."""
     if config.trainer.accelerator is not Accelerator.cpu and torch.cuda.is_available():
         return torch.cuda.mem_get_info()[0]
@@ -88,7 +88,7 @@ def _left_of_ulimit() -> float:
     return math.inf if most == psutil.RLIM_INFINITY else most - process.memory_info().vms
 
 
-def estimate(configs: Sequence[Config], sites: Sequence[Sites], llm: Shape) -> Memory:
+def estimate_memory(configs: Sequence[Config], sites: Sequence[Sites], llm: Shape) -> PassMemory:
     """The memory of a pass that trains SAEs with these configs at these sites."""
     config = configs[0]
     weights = [size(c.model, llm.width, llm.width) for c in configs]
@@ -111,7 +111,7 @@ def estimate(configs: Sequence[Config], sites: Sequence[Sites], llm: Shape) -> M
         ("model.features", "trainer.batch"): computing,
         ("model.features",): exported,
     }
-    return Memory(parts, [18 * n for n in weights], known.per_sae * number)
+    return PassMemory(parts, [18 * n for n in weights], known.per_sae * number)
 
 
 def refuse_what_cannot_fit(
@@ -119,7 +119,7 @@ def refuse_what_cannot_fit(
 ) -> None:
     """UserError if one of these SAEs takes more than is free even on a pass of its own."""
     for config, pair in zip(configs, sites, strict=True):
-        needed = estimate([config], [pair], llm)
+        needed = estimate_memory([config], [pair], llm)
         total = needed.of(0, 1)
         if total <= free:
             continue

@@ -136,10 +136,10 @@ def _split(group: list[Checked]) -> list[Pass]:
     """Passes of about equal size, none with more SAEs than asked for or, else, than fit."""
     jobs, sites, done, shapes, _ = (list(column) for column in zip(*group, strict=True))
     configs = [job.config for job in jobs]
-    needed = memory.estimate(configs, sites, shapes[0])
+    needed = memory.estimate_memory(configs, sites, shapes[0])
     most = min((c.sweep.max_heads for c in configs if c.sweep.max_heads), default=None)
     if most is None:
-        free = memory.available(configs[0])
+        free = memory.free_memory(configs[0])
         memory.refuse_what_cannot_fit(configs, sites, shapes[0], free)
         room = 0.9 * free - needed.shared
         most = max(1, int(room // (max(needed.heads) + needed.hidden)))
@@ -151,7 +151,7 @@ def _split(group: list[Checked]) -> list[Pass]:
 
 
 def _announce(jobs: list[Job], passes: list[Pass]) -> None:
-    free = memory.available(jobs[0].config)
+    free = memory.free_memory(jobs[0].config)
     runs, times = _count(len(jobs), "job"), _count(len(passes), "pass")
     of = " of the LLM" * jobs[0].config.source.has_llm
     console.print(f"{runs} on {times}{of} ({free / 1e9:.1f} GB of memory are free)")

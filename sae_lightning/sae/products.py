@@ -19,7 +19,7 @@ PART = 256  # rows of that product that are in memory at a time
 def worth_it(device: str, dtype: torch.dtype) -> float:
     """The density below which these products beat dense ones in `dtype` on a kind of device; 0
     where there are none. Measured on CPUs (`benchmarks/sparse.py`); on CUDA a guess."""
-    if not available(device):
+    if not has_sparse_products(device):
         return 0.0
     if device == "cpu":
         return 0.12 if dtype is torch.float32 else 0.08
@@ -27,7 +27,7 @@ def worth_it(device: str, dtype: torch.dtype) -> float:
 
 
 @cache  # asked at every update
-def available(device: str) -> bool:
+def has_sparse_products(device: str) -> bool:
     """Whether a kind of device has these products; CUDA needs Triton, which torch has on Linux."""
     return device == "cpu" or (device == "cuda" and bool(importlib.util.find_spec("triton")))
 

@@ -349,11 +349,11 @@ def test_a_group_too_large_for_memory_is_split(sweep, monkeypatch, capsys):
     # d = 24, 48 features: 2 x 24 x 48 + 48 + 24 = 2376 weights, 18 bytes each
     each = 18 * 2376
     shared = together.memory - 5 * each
-    monkeypatch.setattr(memory, "available", lambda config: (shared + 2.5 * each) / 0.9)
+    monkeypatch.setattr(memory, "free_memory", lambda config: (shared + 2.5 * each) / 0.9)
     assert [len(part.jobs) for part in passes.plan(jobs)] == [1, 2, 2]
     passes.train(jobs)
     assert "5 jobs on 3 passes of the LLM" in capsys.readouterr().out
-    monkeypatch.setattr(memory, "available", lambda config: 0)
+    monkeypatch.setattr(memory, "free_memory", lambda config: 0)
     with_less_than_one = sweep("more", **SEEDS)
     assert [len(part.jobs) for part in passes.plan(with_less_than_one)] == [1, 1, 1]
 
@@ -482,7 +482,7 @@ def test_what_cannot_fit_is_refused_before_the_llm_is_loaded(
     job, sweep, monkeypatch, setting, many
 ):
     monkeypatch.setattr(text, "load", lambda *_: raise_(AssertionError("loaded")))
-    monkeypatch.setattr(memory, "available", lambda config: 1.5e9)
+    monkeypatch.setattr(memory, "free_memory", lambda config: 1.5e9)
     jobs = sweep("sweep", fits={}, large={}) if many else [job("run")]
     config = jobs[-1].config
     groups = {
@@ -551,7 +551,7 @@ def test_without_the_llms_loss_an_estimate_has_neither_later_blocks_nor_logits(j
     cached = replace(quick, data=replace(quick.data, cache=True))
     sites = [config.layer.within(3)]
     llm = config.source.shape()
-    pairs = [memory.estimate([c], sites, llm) for c in (config, quick, cached)]
+    pairs = [memory.estimate_memory([c], sites, llm) for c in (config, quick, cached)]
     whole, less, same = (one.shared for one in pairs)
     model = tiny("llama").model
     gone = [model.model.layers[2], model.lm_head]
