@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -68,6 +67,8 @@ def cosines(directions: Tensor, W_dec: Tensor) -> Tensor:
 def match(table: Tensor) -> Matching:
     """The one-to-one matching with the largest sum of cosines [concepts, features]; a feature that
     is not finite any more points away from every concept."""
+    from scipy.optimize import linear_sum_assignment  # half a second that other data need not wait
+
     table = table.nan_to_num(nan=-1.0)
     concepts, features = map(torch.from_numpy, linear_sum_assignment(table.numpy(), maximize=True))
     return Matching(concepts, features, table[concepts, features])
