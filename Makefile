@@ -8,6 +8,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # stamps: a set-up runs again when what it installed from has changed
 READY := .venv/ready
 READY_TO_TEST := .venv/ready-to-test
+# a process a core; a file's tests stay together, with what its fixtures have trained
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 .PHONY: train test quick lint
 train: $(READY)
@@ -16,10 +18,10 @@ train: $(READY)
 test: $(READY_TO_TEST)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -m "not gpu"
+	$(PYTEST) -m "not gpu"
 
 quick: $(READY_TO_TEST)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 lint: $(READY_TO_TEST)
 	$(BIN)/ruff check --fix .
