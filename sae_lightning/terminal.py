@@ -1,17 +1,19 @@
 """What a person at the terminal sees while something slow runs (rich only).
 
 One live display at a time: a phase that starts inside another adds a line to its bar.
+Texts may be a stranger's (names, metadata, tokens): no control character of theirs gets out.
 """
 
 import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -20,12 +22,48 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+# Characters that are neither controls nor spaces and still leave no mark: first and last.
+BLANK = ("\u034f\u034f", "\u115f\u1160", "\u17b4\u17b5", "\u180b\u180f", "\u2800\u2800")
+BLANK += ("\u3164\u3164", "\ufe00\ufe0f", "\uffa0\uffa0", "\U000e0100\U000e01ef")
+LEFT_TO_RIGHT = "\u200e"  # a mark without width, beside which nothing is turned round
+
+
+class _Symbols(dict):
+    """Code of a character -> what is shown: <U+202E>, or a symbol, for one that cannot be seen,
+    moves the cursor or turns the order of others round."""
+
+    def __missing__(self, code: int) -> str:
+        character = chr(code)
+        seen = character.isprintable() or unicodedata.category(character) == "Zs"
+        blank = any(first <= character <= last for first, last in BLANK)
+        self[code] = character if seen and not blank else f"<U+{code:04X}>"
+        return self[code]
+
+
+SYMBOLS = _Symbols({code: chr(0x2400 + code) for code in range(32)})
+SYMBOLS |= {ord("\n"): "↵", ord("\t"): "⇥", 0x7F: "␡"}
+PRINTED = _Symbols(SYMBOLS | {ord(each): each for each in ("\n", LEFT_TO_RIGHT)})
+
+
+def visible(text: str) -> str:
+    """The text on one line, with symbols for what cannot be seen, such as ␛ and <U+202E>."""
+    return text if text.isascii() and text.isprintable() else text.translate(SYMBOLS)
+
 
 class Terminal(Console):
-    """What a person reads; whoever stops reading does not stop the run."""
+    """What a person reads. Line breaks are all that a text does to it, and whoever stops reading
+    does not stop the run."""
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            text, style, control = segment
+            yield segment if control else Segment(text.translate(PRINTED), style)
 
     def on_broken_pipe(self) -> None:
         """Say so, where that is still read, and write to nowhere from now on (rich would exit)."""
@@ -59,7 +97,7 @@ def phase(description: str, total: int | None = None) -> Iterator[Callable[[int]
 
     Without a terminal (a batch job's log) it prints one line with the seconds taken.
     """
-    started = time.monotonic()
+    started, description = time.monotonic(), visible(description)
     alone = Progress(
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
@@ -83,16 +121,16 @@ def grid(rows: dict[str, str], title: str | None = None) -> Table:
     """A table of names and values without lines."""
     table = Table(title=title, title_justify="left", show_header=False, box=None)
     for name, value in rows.items():
-        table.add_row(name, Text(value))
+        table.add_row(visible(name), Text(visible(value)))
     return table
 
 
 def shown(folder: Path) -> Path:
-    """`folder` as a person would type it: relative, if it is below the working folder."""
-    folder = folder.absolute()
-    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+    """`folder` for people to read: relative, if it is below the working folder, and visible."""
+    folder, here = folder.absolute(), Path.cwd()
+    return Path(visible(str(folder.relative_to(here) if folder.is_relative_to(here) else folder)))
 
 
 def command(program: str, **settings: object) -> str:
     """A command line to paste: python `program` setting=value ..."""
-    return shlex.join(["python", program, *(f"{k}={v}" for k, v in settings.items())])
+    return visible(shlex.join(["python", program, *(f"{k}={v}" for k, v in settings.items())]))

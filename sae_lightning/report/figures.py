@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
+from sae_lightning.terminal import visible
+
 if TYPE_CHECKING:
     import pandas as pd
     from plotly.graph_objects import Figure
@@ -76,7 +78,7 @@ def tradeoff(points: "pd.DataFrame", quality: str, grouping: str | None = None) 
     """L0 against `quality`, the Pareto front as a line; None without finite points.
 
     A point has `l0`, `quality` (the more the better), a `label` that tells it from others of its
-    `group` ("" where all are of one kind) and `details` for the pointer, one fact a line.
+    `group` ("" where all are of one kind) and `details` for the pointer, a list of lines.
     `grouping` names the setting whose values are the groups.
     """
     points = points[np.isfinite(points[["l0", "quality"]]).all(axis=1)]
@@ -108,7 +110,7 @@ def tradeoff(points: "pd.DataFrame", quality: str, grouping: str | None = None) 
             text=[_escaped(_short(label)) for label in group.label],
             textposition=np.where(group.front, "top left", "bottom right"),  # away from the line
             cliponaxis=False,
-            hovertext=[_escaped(details).replace("\n", "<br>") for details in group.details],
+            hovertext=["<br>".join(map(_escaped, details)) for details in group.details],
             hovertemplate="%{hovertext}<extra></extra>",
             marker={
                 "size": 10,
@@ -126,7 +128,7 @@ def _short(label: str) -> str:
 
 def _escaped(text: str) -> str:
     """plotly takes its texts for HTML."""
-    return html.escape(text, quote=False)
+    return html.escape(visible(text), quote=False)
 
 
 def _l0_axis(low: float, high: float) -> dict[str, Any]:

@@ -3,10 +3,15 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sae_lightning.report.catalogue import Catalogue
 from sae_lightning.report.page_data import page_data
-from sae_lightning.report.section import Section, Table, visible
+from sae_lightning.report.section import Section, Table, pieces, visible_token
+from sae_lightning.terminal import visible
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
 
 TEMPLATES = Path(__file__).parent / "templates"
 # The first number of a cell, with what may stand before it.
@@ -29,6 +34,8 @@ def rendered(template: str, *, figures: bool, **values: object) -> str:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        # names and metadata may be a stranger's
+        finalize=lambda value: visible(value) if type(value) is str else value,
     )
     return environment.get_template(template).render(
         asset=lambda name: Markup((TEMPLATES / name).read_text("utf8")),
@@ -59,11 +66,19 @@ def page(
         units=page_data(catalogues) if catalogues else None,
         parts=_parts(sections),
         commands=commands,
-        visible=visible,
+        pieces=pieces,
+        in_lines=_in_lines,
         zip=zip,
         wordy=wordy,
         sortable=sortable,
     )
+
+
+def _in_lines(token: str) -> "Markup":
+    """The token as it is shown, broken where its line breaks are."""
+    from markupsafe import escape
+
+    return escape(visible_token(token)).replace("↵", "↵\n")
 
 
 def _parts(sections: Sequence[Section]) -> dict[str, tuple[str, list[Section]]]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from sae_lightning.report.catalogue import BEFORE, EDGES, WINDOW, Catalogue, Examples
-from sae_lightning.report.section import visible
+from sae_lightning.report.section import visible_token
 
 CHUNK = 128  # units of a block of details; about 200 kB when unpacked
 LEVELS = 255  # of a strength; the unit's maximum is the highest
@@ -81,7 +81,7 @@ def _numbering(catalogues: Sequence[Catalogue]) -> tuple[list[str], np.ndarray]:
     used = counts.argsort(descending=True, stable=True)[: int((counts > 0).sum())].tolist()
     numbers = np.zeros(len(vocabulary) + 1, "u2" if len(used) < 2**16 else "u4")
     numbers[used] = range(1, len(used) + 1)
-    return ["", *(visible(vocabulary[token]) for token in used)], numbers
+    return ["", *(visible_token(vocabulary[token]) for token in used)], numbers
 
 
 def _listed(catalogue: Catalogue, numbers: np.ndarray) -> Fields:

@@ -4,7 +4,7 @@
 a cat sat on the mat
 """
 
-import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
@@ -17,15 +17,15 @@ from rich.text import Text
 
 from sae_lightning.report import section as sections
 from sae_lightning.report.catalogue import BEFORE, Catalogue
-from sae_lightning.report.section import Coloured, Section, visible
-from sae_lightning.terminal import console, grid
+from sae_lightning.report.section import Coloured, Section, pieces, visible_token
+from sae_lightning.terminal import LEFT_TO_RIGHT, console, grid, visible
 
 HEIGHTS = " ▁▂▃▄▅▆▇█"
 WIDTH = 100  # columns that are easily read
 STRENGTH = 8  # columns for the number before an example
 SHARE = 0.6  # of the columns left of the peak
+TURNING = {"R", "AL", "AN"}  # bidirectional classes of letters and digits from right to left
 LONG = 24  # columns; a longer cell is a list or a sentence
-BETWEEN = re.compile(r"(?<=['’]) (?=['‘])")  # tokens in quotes
 
 
 def say(section: Section) -> None:
@@ -36,7 +36,7 @@ def say(section: Section) -> None:
     if section.table:
         console.print(_table(section.table))
     for text in section.texts:
-        console.print(Text(text.caption, "dim"))
+        console.print(Text(visible(text.caption), "dim"))
         for heights, line in _lines(text, section.strongest):
             if heights.strip():
                 console.print(Text(heights.rstrip(), "dark_orange"))
@@ -46,8 +46,8 @@ def say(section: Section) -> None:
 def say_lead(section: Section) -> None:
     """Print what a section says in words."""
     console.print()
-    console.print(Text(section.title, "bold"))
-    console.print(section.lead, soft_wrap=False, width=_columns())
+    console.print(Text(visible(section.title), "bold"))
+    console.print(visible(section.lead), soft_wrap=False, width=_columns())
 
 
 def say_units(catalogue: Catalogue, units: Sequence[int], examples: int = 3) -> None:
@@ -62,7 +62,7 @@ def say_units(catalogue: Catalogue, units: Sequence[int], examples: int = 3) -> 
                     catalogue.vocabulary[i] if i >= 0 else "" for i in top.tokens[unit, number]
                 ]
                 shares = top.strengths[unit, number] / catalogue.statistics.maximum[unit]
-                above, line = _aligned([visible(token) for token in tokens], shares.tolist())
+                above, line = _aligned([visible_token(token) for token in tokens], shares.tolist())
                 console.print(Text(" " * STRENGTH + above, "dark_orange"))
                 console.print(Text(f"{strength:>{STRENGTH - 2}.3g}  ", "dim").append(line))
 
@@ -77,7 +77,7 @@ def _heading(catalogue: Catalogue, unit: int) -> Text:
     if reading is not None and float(reading.score[unit]) >= 0:
         ids = [i for i in reading.tokens[unit].tolist() if i >= 0][:5]
         where = "after " if reading.previous[unit] else ""
-        tokens = " ".join(f"‘{visible(catalogue.vocabulary[i])}’" for i in ids)
+        tokens = " ".join(isolated(f"‘{visible_token(catalogue.vocabulary[i])}’") for i in ids)
         heading.append(f", score {float(reading.score[unit]):.2f}: {where}{tokens}", "not bold")
     return heading
 
@@ -91,9 +91,11 @@ def _table(given: sections.Table) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for number, (heading, *cells) in enumerate(zip(given.header, *given.rows, strict=True)):
         is_text = number == 0 or max(map(cell_len, cells), default=0) > LONG
-        table.add_column(Text(heading), justify="left" if is_text else "right", overflow="fold")
+        table.add_column(
+            Text(visible(heading)), justify="left" if is_text else "right", overflow="fold"
+        )
     for row in given.rows:
-        tokens = (BETWEEN.split(cell) for cell in row)
+        tokens = (pieces(visible(cell)) for cell in row)
         table.add_row(*(Quoted(each) if len(each) > 1 else Text(each[0]) for each in tokens))
     return table
 
@@ -102,7 +104,7 @@ class Quoted:
     """Tokens in quotes, side by side; a line is broken between them only."""
 
     def __init__(self, tokens: list[str]):
-        self.tokens = tokens
+        self.tokens = [*map(isolated, tokens)]
 
     def __rich_measure__(self, *_) -> Measurement:
         return Measurement(max(map(cell_len, self.tokens)), cell_len(" ".join(self.tokens)))
@@ -113,6 +115,12 @@ class Quoted:
             line = f"{lines[-1]} {token}"
             lines[-1:] = [line] if cell_len(line) <= options.max_width else [lines[-1], token]
         yield Text("\n".join(lines))
+
+
+def isolated(token: str) -> str:
+    """The token so that a terminal that writes from right to left turns only its own letters."""
+    turns = any(unicodedata.bidirectional(character) in TURNING for character in token)
+    return f"{LEFT_TO_RIGHT}{token}{LEFT_TO_RIGHT}" if turns else token
 
 
 def _height(share: float, text: str) -> str:
@@ -126,11 +134,11 @@ def _lines(text: Coloured, strongest: float) -> Iterator[tuple[str, str]]:
     """Lines of a text, each below its heights."""
     heights = line = ""
     for token, strength in zip(text.tokens, text.strengths, strict=True):
-        shown = visible(token)
+        shown = visible_token(token)
         if line and cell_len(line + shown) > _columns():
             yield heights, line
             heights, line, shown = "", "", shown.lstrip(" ")
-        heights, line = heights + _height(strength / strongest, shown), line + shown
+        heights, line = heights + _height(strength / strongest, shown), line + isolated(shown)
         if "\n" in token:
             yield heights, line
             heights = line = ""
@@ -146,6 +154,7 @@ def _aligned(shown: list[str], shares: list[float]) -> tuple[str, Text]:
     last = BEFORE + _fitting(shown[BEFORE:], columns - before)
     pad = " " * (before - cell_len("".join(shown[first:BEFORE])))
     heights = "".join(map(_height, shares[first:last], shown[first:last]))
+    shown = [*map(isolated, shown)]
     line = Text(pad + "".join(shown[first:BEFORE]))
     line.append(shown[BEFORE], "bold").append("".join(shown[BEFORE + 1 : last]))
     return (pad + heights).rstrip(), line

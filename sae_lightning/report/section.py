@@ -1,17 +1,27 @@
 """What a task found, in a form that a terminal and a page can both show."""
 
+import re
+import unicodedata
 from typing import TYPE_CHECKING, NamedTuple
+
+from sae_lightning.terminal import visible
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-# What would move the cursor or cannot be seen, as a symbol that is written instead.
-SYMBOLS = {code: chr(0x2400 + code) for code in range(32)} | {ord("\n"): "↵", ord("\t"): "⇥"}
+BETWEEN = re.compile(r"(?<=['’]) (?=['‘])")  # tokens in quotes
 
 
-def visible(token: str) -> str:
-    """The token on one line: line breaks, tabs and other control characters as symbols."""
-    return token.translate(SYMBOLS)
+def visible_token(token: str) -> str:
+    """The token as it is shown, apart from its neighbours: `visible`, and an accent that belongs to
+    the token before on a circle of its own."""
+    alone = unicodedata.category(token[:1] or " ").startswith("M")
+    return "◌" * alone + visible(token)
+
+
+def pieces(cell: str) -> list[str]:
+    """A table's cell in the parts that are shown apart: its tokens in quotes, or all of it."""
+    return BETWEEN.split(cell)
 
 
 class Coloured(NamedTuple):

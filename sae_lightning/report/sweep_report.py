@@ -15,7 +15,7 @@ from sae_lightning.files import atomically, clean
 from sae_lightning.report.figures import COLOURS, LABELLED, tradeoff
 from sae_lightning.report.page import rendered
 from sae_lightning.report.sweep_table import SweepRun, SweepTable, natural
-from sae_lightning.terminal import command, console, shown
+from sae_lightning.terminal import command, console, shown, visible
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,6 +26,7 @@ PLOTS = {
     "ce_recovered": "CE recovered",
     "recovered": "concepts recovered",
 }
+FORMULA = tuple("=+-@\t\r\n＝＋－＠")  # what spreadsheets take for its beginning
 FILES = ("config.yaml", "metrics.json", "failure.json", "sae")
 
 
@@ -36,10 +37,21 @@ def write_report(folder: Path, runs: list[SweepRun]) -> None:
     with atomically(folder / CSV) as temporary:
         # for programs: to the last digit, and NaN told from what is missing
         frame = table.frame.mask(table.frame.map(lambda value: value != value), "nan")
+        texts = frame.map(lambda value: isinstance(value, str))
+        frame = frame.mask(texts, frame.map(for_spreadsheet)).rename(columns=for_spreadsheet)
         frame.to_csv(temporary, index=False, lineterminator="\n")
     with atomically(folder / PAGE) as temporary:
         temporary.write_text(_page(folder, table), encoding="utf8")
     _say(folder, table)
+
+
+def for_spreadsheet(cell: object) -> object:
+    """A text on one line of which no spreadsheet makes a formula; numbers, also those that were
+    typed, stay as they are."""
+    if not isinstance(cell, str):
+        return cell
+    is_word, *_ = natural(cell)
+    return "'" * (is_word and cell.startswith(FORMULA)) + visible(cell)
 
 
 def _say(folder: Path, table: SweepTable) -> None:
@@ -53,7 +65,7 @@ def _say(folder: Path, table: SweepTable) -> None:
         console.print("  * best of its column   ● on the Pareto front of L0 and EV")
     for name, reason in zip(table.names, table.frame.reason, strict=True):
         if reason is not None:
-            console.print(f"failed: {name}: {reason}")
+            console.print(visible(f"failed: {name}: {reason}"))
     unfinished = table.count("unfinished")
     if unfinished:
         console.print(f"{unfinished} of {len(table.runs)} runs did not come to their end")
@@ -67,7 +79,7 @@ def _say(folder: Path, table: SweepTable) -> None:
 def _drawn(table: SweepTable) -> Table:
     frame = table.frame
     words = {key: frame[key] for key in table.keys} or {"run": frame.folder}
-    columns = {heading: [*map(Text, texts)] for heading, texts in words.items()}
+    columns = {heading: [*map(Text, map(visible, texts))] for heading, texts in words.items()}
     columns |= {column.heading: _cells(table, name) for name, column in table.columns.items()}
     # what is the same for all would only make lines longer
     title, trained = "sweep, on held-out data", frame.tokens.dropna().unique()
@@ -80,7 +92,7 @@ def _drawn(table: SweepTable) -> Table:
     drawn = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in columns:
         justify = "left" if heading in {*words, "status"} else "right"
-        drawn.add_column(Text(heading), justify=justify, no_wrap=True)
+        drawn.add_column(Text(visible(heading)), justify=justify, no_wrap=True)
     for row in zip(*columns.values(), strict=True):
         drawn.add_row(*row)
     return drawn
@@ -162,7 +174,7 @@ def _points(table: SweepTable, group: str | None) -> "pd.DataFrame":
     for name, run in zip(table.names, table.frame.to_dict("records"), strict=True):
         lines = [f"{key} = {run[key]}" for key in table.keys] or [name]
         lines += [f"{c.label}: {c.written(run[metric])}" for metric, c in table.columns.items()]
-        details.append("\n".join(lines))
+        details.append(lines)
     points = table.finite[["l0"]].assign(
         label=[", ".join(map(brief, values)) for values in labelled.to_numpy()],
         group=swept[group].replace("", "–") if group else "",

@@ -27,6 +27,7 @@ from sae_lightning.files import refusal
 from sae_lightning.runs.arguments import check_flags, quoted_paths, with_swept_groups
 from sae_lightning.runs.config import conf_folder
 from sae_lightning.sae import ARCHITECTURES
+from sae_lightning.terminal import visible
 
 DEBUG = "SAE_LIGHTNING_DEBUG"
 # What someone meant who wrote `layer=9`.
@@ -67,7 +68,7 @@ def one_line_errors(folder: Path | None = None, multirun: bool = False) -> Itera
         elif message is None or os.environ.get(DEBUG):
             raise
         else:
-            sys.exit(f"error: {message}")
+            sys.exit(visible(f"error: {message}"))
     finally:
         if folder is not None:
             remove_unused(folder)
@@ -81,7 +82,7 @@ def say_error(message: str | None, name: str | None = None) -> None:
     error = sys.exception()
     name = f"{name}: " if name else ""
     message = (message or f"{type(error).__name__}: {error}").removeprefix(name)
-    sys.stderr.write(f"error: {name}{message}\n")
+    sys.stderr.write(visible(f"error: {name}{message}") + "\n")
 
 
 def remove_unused(folder: Path) -> None:

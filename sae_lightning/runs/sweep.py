@@ -21,7 +21,7 @@ from sae_lightning.report.sweep_report import write_report
 from sae_lightning.runs.cli import DEBUG, explain
 from sae_lightning.runs.folders import sweep_runs
 from sae_lightning.runs.jobs import is_sweep, jobs, run_folders
-from sae_lightning.terminal import command, console, shown
+from sae_lightning.terminal import command, console, shown, visible
 
 RECORD = "multirun.yaml"  # what Hydra keeps of a sweep
 
@@ -61,7 +61,7 @@ class Sweep(Callback):
                 if message is None or os.environ.get(DEBUG):
                     traceback.print_exc()
                     sys.exit(1)
-                sys.exit(f"error: {message}")
+                sys.exit(visible(f"error: {message}"))
 
     def _look_at_record(self, folder: Path, loader: ConfigLoader) -> None:
         """Keep Hydra's record of a resumed sweep, which it is about to write over, and say which
@@ -97,7 +97,8 @@ class Sweep(Callback):
             write_report(folder, runs)
         except Exception as error:  # the runs are there, and what failed has to be told
             again = command("analyze.py", task="sweep", run=shown(folder))
-            sys.stderr.write(f"the report could not be written ({error}); again: {again}\n")
+            said = visible(f"the report could not be written ({error}); again: {again}")
+            sys.stderr.write(said + "\n")
         failed = sum(run.metrics is None for run in runs)
         if failed:
             sys.exit(f"error: {failed} of the {len(runs)} jobs failed, see above")

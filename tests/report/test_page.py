@@ -231,6 +231,32 @@ def test_tokens_can_hold_anything(full):
         assert sink not in script
 
 
+HOSTILE = "\u202e\u2066\u200b\u2028\ufeff\x07\x1b[2J\x9b1m\x7f\u3164\udc80"
+
+
+def test_no_character_of_a_name_or_token_is_invisible_or_turns_others_round():
+    """Not even where it is in a setting, a heading or a cell."""
+    text = f"a{HOSTILE}b"
+    table, texts = Table([text], [[text]]), [Coloured(text, [text], [1.0])]
+    section = Section(text, text, {text: text}, table, texts, part=text)
+    vocabulary = [text, "\u0301", "سلام", *WORDS]
+    html = page(text, {text: text}, [section], [catalogue(5, vocabulary=vocabulary)], [text])
+    assert all(each.isprintable() or each == "\n" for each in html)
+    shown = "a<U+202E><U+2066><U+200B><U+2028><U+FEFF>␇␛[2J<U+009B>1m␡<U+3164><U+DC80>b"
+    found = Elements(html)
+    assert found.text.count(shown) == 14
+    words = json.loads(found.scripts["index"])["words"]
+    assert {shown, "◌\u0301", "سلام"} <= {*words}
+
+
+def test_tokens_are_isolated_from_their_neighbours():
+    table = Table(["feature", "promotes"], [["3", "' שלום' 'سلام'"]])
+    texts = [Coloured("c", [" שלום", "سلام"], [1.0, 0.0])]
+    html = page("t", {}, [Section("Lens", "", table=table, texts=texts)])
+    assert "<bdi>&#39; שלום&#39;</bdi> <bdi>&#39;سلام&#39;</bdi></td>" in html
+    assert "> שלום</bdi><bdi>سلام</bdi></p>" in html
+
+
 def test_parts_hold_their_sections_and_have_an_entry_each(full):
     links = [a["href"] for tag, a in full.found if tag == "a" and "href" in a]
     assert links == ["#features", "#part-theory", "#part-two"]
@@ -262,9 +288,9 @@ def test_colours_can_be_compared_between_the_texts_of_a_section():
     )
     found = re.findall("<figcaption>(.*?)</figcaption>\n<p>(.*?)</p>", html, re.DOTALL)
     assert dict(found) == {
-        "weak": '<span class="t" style="--s:0.25" data-tip="1">a</span>↵\n',
-        "strong": '<span class="t minus" style="--s:1.0" data-tip="-4">b</span>',
-        "silent": "c",
+        "weak": '<bdi class="t" style="--s:0.25" data-tip="1">a</bdi><bdi>↵\n</bdi>',
+        "strong": '<bdi class="t minus" style="--s:1.0" data-tip="-4">b</bdi>',
+        "silent": "<bdi>c</bdi>",
     }
 
 

@@ -64,7 +64,7 @@ def drawn(*points: tuple, grouping: str | None = None):
     padded = [[*point, *("", "")][:4] for point in points]
     frame = pd.DataFrame(padded, columns=["l0", "quality", "label", "group"])
     frame = frame.astype({"l0": float, "quality": float})
-    details = [f"{label}\nL0: {l0:g}" for l0, label in zip(frame.l0, frame.label, strict=True)]
+    details = [[label, f"L0: {l0:g}"] for l0, label in zip(frame.l0, frame.label, strict=True)]
     return tradeoff(frame.assign(details=details), "EV", grouping)
 
 

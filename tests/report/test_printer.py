@@ -1,5 +1,7 @@
 """What the terminal shows of sections and units."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -14,7 +16,7 @@ from sae_lightning.report.catalogue import (
 )
 from sae_lightning.report.printer import say, say_units
 from sae_lightning.report.section import Coloured, Section, Table
-from sae_lightning.terminal import console
+from sae_lightning.terminal import command, console, phase, shown
 
 WORDS = [" the", " cat", "\n", " 世界", "</b>"]
 
@@ -106,6 +108,30 @@ def test_a_section_is_shown_with_its_numbers_table_and_texts(capsys):
     assert " [genre]      0.5" in lines
     at = lines.index("steered")
     assert lines[at + 1 :] == ["  ███", "A cat↵", "▄▄▄", "sat[b]"]
+
+
+def test_nothing_of_a_stranger_moves_the_cursor_or_turns_a_line_round(capsys):
+    text = "a\x1b[2J\n\u202eb\x9b\r\u200b"
+    written = "a␛[2J↵<U+202E>b<U+009B>␍<U+200B>"
+    say(Section(text, text, {text: text}, Table([text], [[text]]), [Coloured(text, [text], [1])]))
+    with phase(text):
+        pass
+    console.print(command("analyze.py", run=text), shown(Path(text)))
+    console.print(f"a name that nobody has looked at: {text}")
+    out = capsys.readouterr().out
+    assert all(each.isprintable() or each == "\n" for each in out)
+    assert out.count(written) == 11
+    assert "looked at: a␛[2J\n<U+202E>b" in out
+
+
+def test_letters_from_right_to_left_stay_within_their_token(capsys):
+    tokens = [" שלום", "سلام", " ok", "\u0301"]
+    say(Section("t", "l", texts=[Coloured("c", tokens, [1.0, 0.0, 0.0, 0.0])]))
+    say(Section("t", "l", table=Table(["feature", "reads"], [["1", "'שלום' 'سلام'"]])))
+    out = capsys.readouterr().out
+    assert "\u200e שלום\u200e\u200eسلام\u200e ok◌\u0301" in out
+    assert "\u200e'שלום'\u200e \u200e'سلام'\u200e" in out
+    assert "\n ████\n" in out, "a block above each letter"
 
 
 def test_long_texts_are_broken_between_tokens(capsys, monkeypatch):

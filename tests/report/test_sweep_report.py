@@ -1,6 +1,7 @@
 """What is written about a sweep, from run folders made by hand."""
 
 import csv
+import io
 import json
 import math
 from html.parser import HTMLParser
@@ -104,6 +105,41 @@ def test_the_csv_holds_every_number_to_the_last_digit(tmp_path):
         *("finished", "failed", "unfinished")
     ]
     assert (failed["reason"], failed["l0"], failed["folder"]) == (reason, "", "loss.l1=0.02")
+
+
+@pytest.mark.parametrize("sign", ["=", "+", "-", "@", "\t=", "\r=", "＝"])
+def test_no_spreadsheet_makes_a_formula_of_a_text_and_numbers_stay_numbers(tmp_path, sign):
+    formula = f"{sign}cmd|' /C calc'!A1"
+    values = (formula, "-1e-3", "=1", "a\r=1", "b\n=1")
+    runs = [SweepRun(tmp_path / formula, [f"x={v}"], None, formula) for v in values]
+    runs[1] = runs[1]._replace(metrics={"held_out": {f"{sign}m": -0.5}, "tokens": 3}, failure=None)
+    write_report(tmp_path, runs)
+    text = (tmp_path / CSV).read_text()
+    header, *rows = csv.reader(io.StringIO(text))
+    assert len(text.splitlines()) == len(rows) + 1 == 6
+    cells = [cell for row in [header, *rows] for cell in row if not number(cell)]
+    assert not any(cell.startswith(tuple("=+-@\t\r＝")) for cell in cells)
+    numbers = next(row for row in rows if row[0] == "-1e-3")
+    assert numbers[1:4] == ["-0.5", "3", "finished"]
+    assert {"'=1", "a␍=1", "b↵=1"} < {row[0] for row in rows}
+
+
+def number(cell: str) -> bool:
+    try:
+        return not math.isnan(float(cell))
+    except ValueError:
+        return False
+
+
+def test_no_name_or_reason_reaches_terminal_or_page_raw(tmp_path, capsys):
+    text = "a\x1b[2J\n\u202eb"
+    runs = [SweepRun(tmp_path / text, [f"{text}={value}"], None, text) for value in (text, "2")]
+    runs[1] = runs[1]._replace(metrics={"held_out": scores(3, 0.5), "tokens": 3}, failure=None)
+    write_report(tmp_path, runs)
+    shown = "a␛[2J↵<U+202E>b"
+    for written in (capsys.readouterr().out, Page(tmp_path / PAGE).text):
+        assert all(each.isprintable() or each == "\n" for each in written)
+        assert written.count(shown) >= 3
 
 
 def test_the_terminal_shows_the_best_the_front_and_why_runs_failed(tmp_path, capsys, monkeypatch):

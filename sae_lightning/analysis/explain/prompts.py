@@ -3,7 +3,7 @@
 import re
 
 from sae_lightning.analysis.explain.evidence import Window
-from sae_lightning.report.section import visible
+from sae_lightning.terminal import visible
 
 MARKED = 0.3  # of the strongest token of its text, from where a token counts as one that fires
 LONGEST = 300  # characters of an explanation

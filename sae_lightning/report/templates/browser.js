@@ -61,7 +61,8 @@ function make(tag, { tip, ...properties } = {}, ...children) {
   return element;
 }
 const bare = word => word.trim() ? word : word.replaceAll(" ", "␣");
-const chip = number => make("span", { className: "chip" }, bare(words[number]));
+const piece = number => make("bdi", {}, words[number]); // its script turns no neighbour round
+const chip = number => make("bdi", { className: "chip" }, bare(words[number]));
 const chips = (numbers, most = 99) =>
   [...new Set(numbers)].filter(Boolean).slice(0, most).map(chip);
 const link = (kind, unit) => `#${kind.kind}-${unit}`;
@@ -124,9 +125,9 @@ function row(listed, id, place) {
   const preview = [...listed.preview.of(id)];
   const peak = index.before - index.preview;
   const text = make("span", { className: "line" },
-    preview.slice(0, peak).map(n => words[n]).join(""),
-    make("b", {}, words[preview[peak]]),
-    preview.slice(peak + 1).map(n => words[n]).join(""));
+    ...preview.slice(0, peak).map(piece),
+    make("b", {}, piece(preview[peak])),
+    ...preview.slice(peak + 1).map(piece));
   const main = listed.reading?.of(id)[0] ? listed.reading : listed.peaks;
   const fired = listed.fired.values[id];
   const [fires, promotes] = matches?.(id) ?? [[], []];
@@ -208,8 +209,9 @@ function examples(listed, id, { tokens, strengths }) {
       const part = make("span", { className: from === before ? "peak" : "" });
       for (let i = at + from; i < at + to; i++) {
         const word = words[tokens[i]];
-        if (!strengths[i]) { part.append(word); continue; }
-        const token = make("span", { className: "t", tip: `${word}  ${digits(strengths[i] * unit)}` }, word);
+        if (!strengths[i]) { part.append(piece(tokens[i])); continue; }
+        const tip = `\u2066${word}\u2069  ${digits(strengths[i] * unit)}`; // isolated
+        const token = make("bdi", { className: "t", tip }, word);
         token.style.setProperty("--s", (strengths[i] / levels).toFixed(2));
         part.append(token);
       }
