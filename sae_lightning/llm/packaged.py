@@ -3,6 +3,7 @@
 import importlib.metadata
 import importlib.util
 import os
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -90,6 +91,8 @@ def cached(name: str) -> Path:
                 f"({reason(error) or error}); free 600 MB there, or set XDG_CACHE_HOME to a folder "
                 "that has them"
             ) from error
+    for left in cache.parent.glob(f".{cache.name}-*"):  # what 0.1.0 left when it was killed
+        shutil.rmtree(left, ignore_errors=True)
     return cache
 
 

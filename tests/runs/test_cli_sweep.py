@@ -104,6 +104,22 @@ def test_the_wrong_folder_is_answered_in_one_line(tmp_path, overrides, message):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_a_sweep_with_a_planted_link_is_not_taken_up(tmp_path):
+    make_sweep(tmp_path / SWEEP)
+    (tmp_path / "victim").write_text("mine")
+    (tmp_path / SWEEP / "multirun.yaml").symlink_to(tmp_path / "victim")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), "-m", f"resume={SWEEP}"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(r"error: .*/multirun\.yaml is a link, .*\n", done.stderr)
+    assert (tmp_path / "victim").read_text() == "mine"
+
+
 def test_reading_a_sweep_imports_no_llm_and_training_imports_no_plots():
     """The report takes a second or two; `train.py` pays for it only when a multirun ends."""
     code = "import sys, {}; print(sorted({} & set(sys.modules)))"

@@ -21,6 +21,7 @@ from tiny_run import write_text
 from sae_lightning.runs.config import Config, conf_folder, typed
 from sae_lightning.runs.jobs import register
 from sae_lightning.runs.search import SweepConfig, objective
+from sae_lightning.runs.sweep import Sweep
 from sae_lightning.sae import ARCHITECTURES
 
 ROOT = Path(__file__).parents[2]
@@ -248,3 +249,13 @@ def test_optuna_is_told_what_the_runs_achieved(train, tmp_path, launcher):
     assert best.name == f"loss.l1={found.best_params['loss.l1']}"
     assert f"Best value: {found.best_value}" in done.stdout.splitlines()
     assert (tmp_path / "study.db").is_file()
+
+
+@pytest.mark.parametrize("name", ["multirun.yaml", "optimization_results.yaml", "loss.l1=1"])
+def test_a_sweeps_folder_with_a_link_in_it_is_refused(tmp_path, name):
+    """Hydra and its sweepers would write through it."""
+    (tmp_path / name).symlink_to(tmp_path / "elsewhere")
+    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
+    with pytest.raises(SystemExit, match=f"{name} is a link, through which files elsewhere"):
+        Sweep().on_multirun_start(config)
+    assert not (tmp_path / "elsewhere").exists()

@@ -16,6 +16,7 @@ from datasets import Dataset, IterableDataset
 from small_text import BOS, SEPARATOR, STYLES, byte_tokenizer, story
 
 from sae_lightning.errors import UserError
+from sae_lightning.files import LOCK
 from sae_lightning.stream import open_text
 from sae_lightning.stream import tokens as tokens_module
 from sae_lightning.stream.documents import Text
@@ -295,7 +296,10 @@ def test_text_on_disk_is_tokenised_once_and_read_through_the_memory_map(tokenize
     (tmp_path / "b.txt").write_text("world " * 50)
     (tmp_path / "c.txt").write_text("third " * 50)
     config = LocalConfig(path=str(tmp_path / "*.txt"), held_out=0.3)
-    calls = []
+    folder, calls = Path(datasets.config.HF_DATASETS_CACHE) / "sae_lightning", []
+    left = folder / ".tokens.abcdefgh.tmp"  # by a process that was killed
+    left.mkdir(parents=True)
+    (left / LOCK).touch()
 
     class Counting:
         backend_tokenizer = tokenizer.backend_tokenizer
@@ -309,7 +313,6 @@ def test_text_on_disk_is_tokenised_once_and_read_through_the_memory_map(tokenize
     assert len(flats[0]) == len(flats[1]) == 602
     assert flats[1] == flats[0]
     assert not flats[0].slice(3, 90).to_numpy().flags.owndata, "a view, not a copy"
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "sae_lightning"
     assert [file.suffix for file in folder.iterdir()] == [".arrow"]
     assert len(flat_tokens(open_text(config).train, Counting(), 0)) == 602
     assert calls == [2, 2], "another separator is another text"
