@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sae_lightning.errors import UserError
+from sae_lightning.formats.pickles import load_tensors
 from sae_lightning.sae import ARCHITECTURES
 
 CFG = "cfg.json"
@@ -203,8 +204,7 @@ def dictionary_learning(file: Path) -> Stored:
     trainer = _json(source)["trainer"]
     _check(source, "dict_class", trainer["dict_class"], DICTIONARIES)
     name, centred = DICTIONARIES[trainer["dict_class"]]
-    # a pickle: only tensors are taken out of it, no code runs
-    weights = _ours(torch.load(file, map_location="cpu", weights_only=True))
+    weights = _ours(load_tensors(file))
     settings = {"name": name}
     if name in ("topk", "batch_topk", "matryoshka"):
         # among the weights is the last one, to which training may have come down from the other

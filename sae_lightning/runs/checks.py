@@ -2,9 +2,7 @@
 
 import os
 from dataclasses import replace
-from pickle import UnpicklingError
 from typing import NamedTuple
-from zipfile import BadZipFile
 
 import torch
 
@@ -14,15 +12,16 @@ from sae_lightning.llm.load import has_bf16
 from sae_lightning.llm.packaged import Shape
 from sae_lightning.llm.sites import Sites, distinct
 from sae_lightning.runs.jobs import CONFIG_FILE, ELSEWHERE, Job
+from sae_lightning.runs.run import make_head
 from sae_lightning.sae import size
 from sae_lightning.sae.products import has_sparse_products
+from sae_lightning.training.integrity import check_checkpoint, open_checkpoint
 from sae_lightning.training.settings import (
     Accelerator,
     Precision,
     Products,
     TrainerConfig,
     checkpoint_path,
-    stream_path,
 )
 
 
@@ -81,10 +80,14 @@ def check(jobs: list[Job]) -> list[Checked]:
             "data.cache, data.cache_folder: jobs on one pass of the LLM share its cache; give all "
             "of them the same"
         )
-    steps_done = [_steps_done(job) if job.resumed else 0 for job in jobs]
     llm = config.source.shape()
     config.source.check(llm, jobs[0].resumed)
     sites = [job.config.layer.within(llm.layers) for job in jobs]
+    seen: set = set()  # heads of a pass share a stream
+    steps_done = [
+        _steps_done(job, pair, llm, seen) if job.resumed else 0
+        for job, pair in zip(jobs, sites, strict=True)
+    ]
     # the shuffle pool is shared, and there twice while a checkpoint is being replaced
     pool = 2 * 4 * llm.width * config.data.pool * len(distinct(sites)) // len(jobs)
     return [
@@ -134,40 +137,26 @@ def check_space(jobs: list[Checked]) -> None:
         )
 
 
-def _steps_done(job: Job) -> int:
-    """Updates in the checkpoint of a resumed run; 0 if it was killed before the first one."""
+def _steps_done(job: Job, sites: Sites, llm: Shape, seen: set) -> int:
+    """Updates in the checkpoint of a resumed run, all parts of which are looked at; 0 if it was
+    killed before the first one."""
     path = checkpoint_path(job.folder)
     if not path.is_file():
         return 0
-    try:
-        saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        steps, settings = saved["global_step"], saved["settings"]
-    except (
-        RuntimeError,
-        UnpicklingError,
-        EOFError,
-        KeyError,
-        TypeError,
-        BadZipFile,
-        OSError,
-    ) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"{path} is truncated or not a checkpoint ({reason}); delete it to start the run "
-            "again from its beginning"
-        ) from error
-    mine = job.config.identity()
-    differing = sorted(k for k in mine | settings if mine.get(k) != settings.get(k))
+    saved = open_checkpoint(job.folder)
+    mine, settings = job.config.identity(), saved["settings"]
+    differing = [k for k in mine | settings if mine.get(k) != settings.get(k)]
     if differing:
-        name = differing[0]
+        name = min(differing, key=str)
         raise UserError(
             f"{path} does not fit {CONFIG_FILE}: it was made with {name}={settings.get(name)}, not "
             f"{mine.get(name)}" + (f" ({len(differing)} settings differ)" * (len(differing) > 1))
         )
-    stream = stream_path(job.folder, steps)
-    if not stream.is_file():
-        raise UserError(
-            f"{stream}, which belongs to {path.name}, is gone; delete {path} to start the run "
-            "again from its beginning"
-        )
-    return steps
+    check_checkpoint(
+        saved,
+        lambda: make_head(job, sites, llm.width),
+        job.config.trainer.steps,
+        lambda state, served: job.config.source.check_stream(state, sites, llm, served),
+        seen,
+    )
+    return saved["global_step"]

@@ -138,9 +138,10 @@ def assemble(this: Pass, opened: Opened) -> Parts:
     )
     resumed_at = this.steps_done * trainer.batch if jobs[0].resumed else None
     heads = [
-        _head(job, pair, this.llm.width, _log(job, jobs, resumed_at))
-        for job, pair in zip(jobs, this.sites, strict=True)
+        make_head(job, pair, this.llm.width) for job, pair in zip(jobs, this.sites, strict=True)
     ]
+    for job, head in zip(jobs, heads, strict=True):
+        head.log = _log(job, jobs, resumed_at)
     module = SAEModule(heads, batch=trainer.batch, steps=trainer.steps, resume=resume_of(jobs))
     return Parts(
         data=ActivationData(stream, opened.held_out),
@@ -164,7 +165,8 @@ def assemble(this: Pass, opened: Opened) -> Parts:
     )
 
 
-def _head(job: Job, sites: Sites, width: int, log: HeadLog) -> Head:
+def make_head(job: Job, sites: Sites, width: int) -> Head:
+    """The head of a job, without a log."""
     config = job.config
     head = Head(
         build(config.model, width, width),
@@ -179,7 +181,6 @@ def _head(job: Job, sites: Sites, width: int, log: HeadLog) -> Head:
         seed=config.model.seed,
         products=config.trainer.products,
     )
-    head.log = log
     head.settings = config.identity()
     head.metadata = config.source.metadata() | sites.hook_names | {"sae_lightning": config.flat()}
     return head

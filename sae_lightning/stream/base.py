@@ -220,6 +220,11 @@ class Source(ABC):
         """Estimate of what a run at `sites` holds, with `tokens` and `loss_tokens` held out."""
 
     @abstractmethod
+    def check_stream(self, state: Any, sites: Sequence[Site], shape: Shape, served: int) -> None:
+        """ValueError unless `state` can be that of a run's stream at `sites` after `served`
+        batches."""
+
+    @abstractmethod
     def open(
         self,
         sites: Sequence[Site],

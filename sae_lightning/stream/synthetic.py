@@ -18,6 +18,7 @@ from sae_lightning.llm.sites import LayerConfig, Site
 from sae_lightning.stream.base import DataConfig, Memory, Opened, Rows, Source
 from sae_lightning.stream.concepts import MAX_RATE, World, make_world, zipf_rates
 from sae_lightning.stream.recovery import OF_THE_WORLD, Recovery, recovery
+from sae_lightning.stream.states import COUNT, expect, expect_stream
 from sae_lightning.stream.tokens import Tokens
 
 MOST = 2048  # rows sampled at a time
@@ -219,6 +220,12 @@ class Concepts(Source):
 
     def memory(self, sites: Sequence[Site], shape: Shape, tokens: int, loss_tokens: int) -> Memory:
         return Memory(MOST, (tokens + 4 * MOST) * self.data.concepts, 0)
+
+    def check_stream(self, state: Any, sites: Sequence[Site], shape: Shape, served: int) -> None:
+        expect(state, {"rows": {"served": COUNT, "generator": Tensor}}, "stream")
+        Generator().set_state(state["rows"]["generator"])
+        rows = {str(site): torch.empty(0, shape.width) for site in sites}
+        expect_stream(state, rows, self.data.pool + MOST, served, state["rows"]["served"])
 
     def open(
         self,

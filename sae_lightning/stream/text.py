@@ -13,6 +13,7 @@ from sae_lightning.llm.load import (
     NO_LLM,
     Attention,
     device,
+    dtype,
     load,
     parameters,
 )
@@ -25,6 +26,7 @@ from sae_lightning.stream.base import Memory, Opened, Source, TextConfig
 from sae_lightning.stream.documents import Text
 from sae_lightning.stream.held_out import HeldOut
 from sae_lightning.stream.sources import cache_folder, open_rows
+from sae_lightning.stream.states import expect, expect_rows, expect_stream
 from sae_lightning.stream.tokens import Tokens, open_tokens
 
 SHORT = 256  # tokens of context
@@ -111,6 +113,16 @@ class TextSource(Source):
         if loss_tokens or self.data.cache:
             return None
         return 1 + max(site.layer for site in sites)
+
+    def check_stream(self, state: Any, sites: Sequence[Site], shape: Shape, served: int) -> None:
+        batch, context = self.llm.batch, self.data.context
+        rows = {str(site): torch.empty(0, shape.width, dtype=dtype(self.llm)) for site in sites}
+        expect(state, {"rows": dict}, "stream")
+        sequences = expect_rows(
+            state["rows"], sites, batch=batch, context=context, vocabulary=shape.vocabulary
+        )
+        most = self.data.pool + batch * (context - 1)
+        expect_stream(state, rows, most, served, sequences)
 
     def open(
         self,

@@ -4,7 +4,8 @@
                            stream-<step>.pt   text position and shuffle pool: one file for all
                                               heads, with a hard link in each folder
 
-Any head can be resumed alone, and heads at the same step together.
+Any head can be resumed alone, and heads at the same step together. Both files are archives that
+hold a CRC-32 of each of their parts; `stream` in last.ckpt is the checksum of these of the stream.
 """
 
 import os
@@ -19,6 +20,7 @@ import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 
 from sae_lightning.files import atomically, writing
+from sae_lightning.formats.pickles import checksum
 from sae_lightning.training.head import Head
 from sae_lightning.training.settings import checkpoint_path, stream_path
 
@@ -38,11 +40,12 @@ class HeadCheckpoints(CheckpointIO):
         stream = _loader(checkpoint).pop()
         step = checkpoint["global_step"]
         training = {n: head for n, head in enumerate(self.heads) if head.failure is None}
-        _write_stream(stream, [stream_path(head.folder, step) for head in training.values()])
+        paths = [stream_path(head.folder, step) for head in training.values()]
+        crc = _write_stream(stream, paths)
         with ExitStack() as files:
             for number, head in training.items():
                 file = files.enter_context(atomically(checkpoint_path(head.folder)))
-                part = _part(checkpoint, number) | {"settings": head.settings}
+                part = _part(checkpoint, number) | {"settings": head.settings, "stream": crc}
                 _save(part, file)
         for head in training.values():
             current = stream_path(head.folder, step)
@@ -81,8 +84,9 @@ def _different(paths: list[Path]) -> list[Path]:
     return list(files.values())
 
 
-def _write_stream(stream: dict[str, Any], paths: list[Path]) -> None:
-    """One file under all the names; copies where the file system has no hard links."""
+def _write_stream(stream: dict[str, Any], paths: list[Path]) -> int:
+    """One file under all the names, copies where the file system has no hard links; its
+    checksum."""
     with atomically(paths[0]) as file:
         _save(stream, file)
     for path in paths[1:]:
@@ -91,6 +95,7 @@ def _write_stream(stream: dict[str, Any], paths: list[Path]) -> None:
                 os.link(paths[0], file)
             except OSError:
                 shutil.copyfile(paths[0], file)
+    return checksum(paths[0])
 
 
 def _save(content: dict[str, Any], path: Path) -> None:

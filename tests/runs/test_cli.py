@@ -423,63 +423,6 @@ def test_a_folder_without_permission_is_refused(tmp_path, smollm2, monkeypatch):
     assert refused(a_job(tmp_path)).startswith(f"{tmp_path} cannot be written to: choose another")
 
 
-def save_checkpoint(this: Job, **content) -> Path:
-    path = checks.checkpoint_path(this.folder)
-    path.parent.mkdir()
-    saved = {"global_step": 7, "settings": this.config.identity(), "weights": torch.ones(100)}
-    torch.save(saved | content, path)
-    checks.stream_path(this.folder, 7).touch()
-    return path
-
-
-def test_a_checkpoint_that_fits_says_how_far_it_came(tmp_path, smollm2):
-    this = a_job(tmp_path, resumed=True)
-    assert checks.check([this])[0].steps_done == 0, "killed before the first checkpoint"
-    save_checkpoint(this)
-    assert checks.check([this])[0].steps_done == 7
-
-
-def test_a_checkpoint_without_its_stream_is_no_checkpoint(tmp_path, smollm2):
-    this = a_job(tmp_path, resumed=True)
-    path = save_checkpoint(this)
-    checks.stream_path(tmp_path, 7).unlink()
-    line = refused(this)
-    assert line.startswith(f"{path.parent}/stream-7.pt, which belongs to last.ckpt, is gone; ")
-
-
-@pytest.mark.parametrize(
-    "harm",
-    [
-        lambda path: path.write_bytes(path.read_bytes()[:-200]),
-        lambda path: path.write_bytes(path.read_bytes()[:100]),
-        lambda path: path.write_bytes(b""),
-        lambda path: path.write_text("not a checkpoint"),
-        lambda path: torch.save({"weights": 3}, path),
-        lambda path: torch.save([3], path),
-    ],
-)
-def test_a_damaged_checkpoint_says_what_to_do(tmp_path, smollm2, harm):
-    this = a_job(tmp_path, resumed=True)
-    path = save_checkpoint(this)
-    harm(path)
-    line = refused(this)
-    assert line.startswith(f"{path} is truncated or not a checkpoint (")
-    assert line.endswith("); delete it to start the run again from its beginning")
-
-
-def test_a_checkpoint_of_other_settings_names_the_setting(tmp_path, smollm2):
-    this = a_job(tmp_path, resumed=True)
-    save_checkpoint(this, settings=this.config.identity() | {"loss.l1": 0.5})
-    line = refused(this)
-    assert line.endswith("does not fit config.yaml: it was made with loss.l1=0.5, not 0.001")
-
-
-def test_a_checkpoint_of_many_other_settings_counts_them(tmp_path, smollm2):
-    this = a_job(tmp_path, resumed=True)
-    save_checkpoint(this, settings=this.config.identity() | {"loss.l1": 0.5, "seed": 3})
-    assert refused(this).endswith("loss.l1=0.5, not 0.001 (2 settings differ)")
-
-
 def run_script(script: str, *overrides: str, cwd: Path, **environment: str):
     return subprocess.run(
         [sys.executable, str(ROOT / script), *overrides],

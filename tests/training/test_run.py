@@ -381,8 +381,8 @@ def test_a_late_divergence_leaves_the_last_good_checkpoint(job, monkeypatch):
         kept["head"].sae.W_dec.data[3, 5] = float("nan")
 
     kept = {}
-    build_head = run._head
-    monkeypatch.setattr(run, "_head", lambda *args: kept.setdefault("head", build_head(*args)))
+    build_head = run.make_head
+    monkeypatch.setattr(run, "make_head", lambda *args: kept.setdefault("head", build_head(*args)))
     interrupt(monkeypatch, 15, poison)
     with pytest.raises(UserError, match=r"step 15 .*last\.ckpt.*lower optim\.lr"):
         passes.train([made])

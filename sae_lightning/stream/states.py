@@ -1,0 +1,97 @@
+"""What saved states have to look like: looked at before anything is made from them.
+
+They come from checkpoints and shared caches, which may be damaged, or somebody else's.
+"""
+
+from collections.abc import Iterable
+from math import inf
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sae_lightning.llm.sites import Site
+
+COUNT = range(2**62)
+
+
+def expect(value: Any, like: Any, name: str) -> None:
+    """ValueError, which says where, unless `value` is like `like`: a dict with its keys (and maybe
+    others), a tensor of its shape and dtype, a number of its range, one of its type, or equal."""
+    if isinstance(like, dict):
+        expect(value, dict, name)
+        for key, each in like.items():
+            if key not in value:
+                raise ValueError(f"{name} lacks {key}")
+            expect(value[key], each, f"{name}.{key}")
+        return
+    if isinstance(like, Tensor):
+        told = _kind(like)
+        right = isinstance(value, Tensor) and _kind(value) == told
+    elif isinstance(like, range):
+        told = f"{like.start} to {like.stop - 1}" if like else "no number"
+        right = type(value) is int and value in like
+    elif isinstance(like, type):
+        told, right = like.__name__, type(value) is like
+    else:
+        told, right = repr(like), type(value) is type(like) and value == like
+    if not right:
+        given = repr(value) if isinstance(value, int | float) else type(value).__name__
+        given = _kind(value) if isinstance(value, Tensor) else given
+        raise ValueError(f"{name} is {given} and should be {told}")
+
+
+def _kind(x: Tensor) -> str:
+    return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
+
+
+def expect_ids(ids: Any, like: Tensor, stop: int, name: str) -> None:
+    """ValueError unless `ids` [n] are like `like` and from 0 to `stop` - 1."""
+    expect(ids, like, name)
+    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < stop:
+        raise ValueError(f"{name} holds {int(ids.min())} to {int(ids.max())}, of {stop}")
+
+
+def expect_rows(
+    state: Any, sites: Iterable[Site], *, batch: int, context: int, vocabulary: int
+) -> int:
+    """ValueError unless `state` can be that of rows which an LLM gave in batches of `batch`
+    sequences; how many of these were served."""
+    expect(state, {"llm_batches": COUNT, "tokens": dict}, "rows")
+    expect(state, {"read": range(state["llm_batches"] + 1)}, "rows")
+    expect(state, {"medians": dict if state.get("medians") else type(None)}, "rows")
+    if state["medians"]:
+        expect(state["medians"], {str(site): float for site in sites}, "rows.medians")
+        if not all(0 < median < inf for median in state["medians"].values()):
+            raise ValueError("rows.medians are no norms")
+    tokens, read = state["tokens"], state["read"] * batch
+    place = {"epoch": range(1, COUNT.stop)}
+    if "cursor" in tokens:  # of an indexed text
+        expect(tokens, place | {"tokens": range(1, COUNT.stop)}, "tokens")
+        windows = -(-tokens["tokens"] // (context - 1))
+        expect(tokens, {"cursor": range(windows + 1)}, "tokens")
+        expect((tokens["epoch"] - 1) * windows + tokens["cursor"], read, "the text's place")
+    else:
+        place |= {"documents": COUNT, "read": COUNT, "served": read, "carry": Tensor}
+        expect(tokens, place, "tokens")
+        like = torch.empty(tokens["carry"].numel(), dtype=torch.int32, device="meta")
+        expect_ids(tokens["carry"], like, vocabulary, "tokens.carry")
+    return state["llm_batches"] * batch
+
+
+def expect_stream(
+    state: Any, rows: dict[str, Tensor], most: int, served: int, sequences: int
+) -> None:
+    """ValueError unless `state` can be that of a stream after `served` batches: with at most `most`
+    rows like `rows` {site: [0, d]}, each of one of so many `sequences`."""
+    pool = {"rows": dict, "ids": Tensor, "random": dict}
+    expect(state, {"served": served, "rows": dict, "pool": pool}, "stream")
+    pool = state["pool"]
+    n = len(pool["ids"]) if pool["ids"].ndim else 0
+    expect(n, range(most + 1), "rows in the pool")
+    like = torch.empty(n, dtype=torch.int64, device="meta")
+    expect_ids(pool["ids"], like, sequences, "pool.ids")
+    filled = {site: x.new_empty(n, *x.shape[1:], device="meta") for site, x in rows.items()}
+    expect(pool["rows"], filled, "pool.rows")
+    np.random.PCG64().state = pool["random"]

@@ -1,0 +1,136 @@
+"""Looks at all parts of a checkpoint before anything is touched or loaded for it."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from sae_lightning.errors import UserError
+from sae_lightning.formats.pickles import checksum, load_tensors
+from sae_lightning.stream.states import expect
+from sae_lightning.training.head import Head
+from sae_lightning.training.module import SAEModule
+from sae_lightning.training.settings import checkpoint_path, stream_path
+
+
+def open_checkpoint(folder: Path) -> dict[str, Any]:
+    """The checkpoint of a run, mapped into memory; UserError where it is damaged."""
+    path = checkpoint_path(folder)
+    with _damage(path, f"{path} is truncated or not a checkpoint"):
+        saved = load_tensors(path)
+        expect(saved, {"global_step": int, "settings": dict}, "it")
+    return saved
+
+
+def check_checkpoint(
+    saved: dict[str, Any],
+    make_head: Callable[[], Head],
+    steps: int,
+    check_stream: Callable[[Any, int], None],
+    seen: set,
+) -> None:
+    """UserError unless all that an opened checkpoint and its stream hold is what a head of a run of
+    so many `steps` needs. `check_stream` sees the stream's state and the number of batches; streams
+    of other heads are in `seen`."""
+    with FakeTensorMode():  # shapes and dtypes of a head; it takes no memory
+        head = make_head()
+        groups = SAEModule([head], batch=1, steps=steps).configure_optimizers().state_dict()
+    path, step = checkpoint_path(head.folder), saved["global_step"]
+    with _damage(path, f"{path} is truncated or not a checkpoint"):
+        _expect_progress(saved, step, steps)
+        _expect_weights(saved["state_dict"], head)
+        extra = saved["state_dict"]["heads.0._extra_state"]
+        if "occupied" in extra:
+            expect(extra, {"training_metrics": dict, "occupied": float}, "_extra_state")
+        _expect_adam(saved["optimizer_states"][0], groups["param_groups"], head, step)
+    head.set_extra_state(extra)
+    stream = stream_path(head.folder, step)
+    if not stream.is_file():
+        raise UserError(
+            f"{stream}, which belongs to {path.name}, is gone; delete {path} to start the run "
+            "again from its beginning"
+        )
+    with _damage(path, f"{stream} is damaged, or not the one that belongs to {path.name}"):
+        state = load_tensors(stream, seen)
+        if saved.get("stream", checksum(stream)) != checksum(stream):  # 0.1.0 noted none
+            raise ValueError(f"its checksum is not the one in {path.name}")
+        check_stream(state, step)
+
+
+@contextmanager
+def _damage(path: Path, what: str) -> Iterator[None]:
+    """Whatever goes wrong in looking at what came from disk, as one line."""
+    try:
+        yield
+    except OSError as error:  # a disk that does not answer is no reason to delete anything
+        raise UserError(f"{error.filename or path} cannot be read: {error.strerror}") from error
+    except MemoryError:
+        raise
+    except Exception as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error).split("\n")[0]
+        raise UserError(
+            f"{what} ({reason or type(error).__name__}); delete {path} to start the run again from "
+            "its beginning"
+        ) from error
+
+
+def _expect_progress(saved: dict[str, Any], step: int, steps: int) -> None:
+    done = {name: {"ready": step, "completed": step} for name in ("total", "current")}
+    served = {name: {"ready": step, "started": step, "processed": step} for name in done}
+    loops = {
+        "state_dict": {"combined_loader": []},
+        "epoch_loop.batch_progress": served,
+        "epoch_loop.manual_optimization.optim_step_progress": done,
+    }
+    like = {
+        "global_step": range(1, steps + 1),
+        "epoch": 0,
+        "pytorch-lightning_version": str,
+        "callbacks": {},
+        "lr_schedulers": [],
+        "state_dict": dict,
+        "optimizer_states": list,
+        "loops": {"fit_loop": loops},
+    }
+    expect(saved, like, "it")
+
+
+def _expect_weights(saved: dict[str, Any], head: Head) -> None:
+    like = {f"heads.0.{name}": x for name, x in head.state_dict().items()}
+    like["heads.0._extra_state"] = dict
+    expect(saved, like, "weights")
+    if more := sorted(saved.keys() - like.keys()):
+        raise ValueError(f"{more[0]} is no part of this SAE")
+    for name, x in saved.items():
+        _expect_finite(x, name)
+
+
+def _expect_adam(saved: dict[str, Any], groups: list[dict], head: Head, step: int) -> None:
+    """Both moments of every parameter, in the groups that the settings make."""
+    own = ("params", "peak_lr", "head", "rate", "betas", "eps")
+    expect(saved, {"state": dict, "param_groups": list}, "Adam")
+    expect(len(saved["param_groups"]), len(groups), "Adam's groups")
+    for number, (group, like) in enumerate(zip(saved["param_groups"], groups, strict=True)):
+        expect(group, {"lr": float} | {name: like[name] for name in own}, f"Adam.{number}")
+    biases = head.sae.biases
+    named = dict(head.sae.named_parameters())
+    ordered = [x for name, x in named.items() if name not in biases]
+    ordered += [named[name] for name in biases]
+    like = {"step": torch.empty(())}
+    expect(
+        saved["state"],
+        {n: like | dict.fromkeys(("exp_avg", "exp_avg_sq"), x) for n, x in enumerate(ordered)},
+        "Adam",
+    )
+    for number, state in saved["state"].items():
+        expect(state["step"].item(), float(step), f"Adam.{number}.step")
+        for name in ("exp_avg", "exp_avg_sq"):
+            _expect_finite(state[name], f"Adam.{number}.{name}")
+
+
+def _expect_finite(x: Any, name: str) -> None:
+    if isinstance(x, torch.Tensor) and x.is_floating_point() and not x.isfinite().all():
+        raise ValueError(f"{name} is not finite")

@@ -1,0 +1,268 @@
+"""A checkpoint is looked at, all of it, before a resumed run touches or loads anything."""
+
+import random
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_run import assert_same, interrupt, leaves, resume
+from tiny_run import STEPS, tiny_job, write_text
+
+from sae_lightning import UserError
+from sae_lightning.llm import load
+from sae_lightning.runs import checks, passes
+from sae_lightning.runs.jobs import read_job
+from sae_lightning.stream.synthetic import SyntheticConfig
+
+STEP = 10
+
+
+@pytest.fixture(scope="module")
+def killed(tiny_folder, tmp_path_factory):
+    """Run folders of jobs killed after update 10: a plain run, one of another seed, and one that
+    was trained on known concepts."""
+    folder = tmp_path_factory.mktemp("killed")
+    (folder / "text").mkdir()
+    job = tiny_job(tiny_folder("llama"), write_text(folder / "text"), folder / "run")
+    world = SyntheticConfig(concepts=40, dim=24, l0=3, pool=256)
+    jobs = {
+        "run": job,
+        "other": replace(job, config=replace(job.config, seed=1)),
+        "concepts": replace(
+            job,
+            config=replace(
+                job.config,
+                data=world,
+                layer=replace(job.config.layer, index=0),
+                llm=load.LLMConfig(name="none", dtype=load.Dtype.float32, device="cpu"),
+            ),
+        ),
+    }
+    for name, each in jobs.items():
+        kill(replace(each, folder=folder / name))
+    return folder
+
+
+def kill(job):
+    def power_cut():
+        raise SystemError("power cut")
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemError):
+        interrupt(patch, STEP + 2, power_cut)
+        passes.train([job])
+
+
+@pytest.fixture
+def harmed(killed, tmp_path):
+    """harmed(name) -> a copy of that run's folder, to be harmed."""
+
+    def copy(name: str = "run") -> Path:
+        return shutil.copytree(killed / name, tmp_path / name)
+
+    return copy
+
+
+def files(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """All that a folder holds, and when it was written."""
+    return {
+        str(file): (file.read_bytes(), file.stat().st_mtime_ns)
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
+
+
+def check(folder: Path) -> int:
+    """Updates that a run has done, looked at as in resuming it."""
+    job = read_job(folder)
+    job.resumed = True
+    return checks.check([checks.resolved(job)])[0].steps_done
+
+
+def refused(folder: Path) -> str:
+    """The one line with which a run is not resumed, once nothing was seen to be touched."""
+    before = files(folder)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError) as error:
+        patch.setattr("sae_lightning.stream.text.load", lambda *_: pytest.fail("loads an LLM"))
+        resume(read_job(folder))
+    assert files(folder) == before
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def rewrite(file: Path, change) -> None:
+    """Save what `change` makes of a file's content, with good checksums."""
+    content = torch.load(file, weights_only=True)
+    change(content)
+    torch.save(content, file)
+
+
+CKPT, STREAM = "checkpoints/last.ckpt", f"checkpoints/stream-{STEP}.pt"
+
+
+@pytest.mark.parametrize("name", ["run", "other", "concepts"])
+def test_a_good_checkpoint_says_how_far_the_run_came(killed, name):
+    assert check(killed / name) == STEP
+
+
+@pytest.mark.parametrize("part", [CKPT, STREAM])
+@pytest.mark.parametrize("seed", range(2))
+def test_a_flipped_bit_anywhere_is_noticed_or_changes_nothing(killed, tmp_path, part, seed):
+    folder = shutil.copytree(killed / "run", tmp_path / "run")
+    job = replace(read_job(folder), resumed=True)
+    job = checks.resolved(job)
+    llm = job.config.source.shape()
+    sites = job.config.layer.within(llm.layers)
+    good, rng = (folder / part).read_bytes(), random.Random(seed)
+    content, noticed = leaves(torch.load(folder / part)), 0
+    for _ in range(25):
+        bad = bytearray(good)
+        bad[rng.randrange(len(bad))] ^= 1 << rng.randrange(8)
+        (folder / part).unlink()
+        (folder / part).write_bytes(bad)
+        try:
+            checks._steps_done(job, sites, llm, set())
+        except UserError as error:
+            assert "\n" not in str(error)
+            noticed += 1
+        else:  # a byte between the parts
+            assert leaves(torch.load(folder / part)) == content
+    assert noticed > 15
+
+
+@pytest.mark.parametrize("part", [CKPT, STREAM])
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[:-200]),
+        lambda path: path.write_bytes(path.read_bytes()[:100]),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_text("not a checkpoint"),
+        lambda path: torch.save([3], path),
+        lambda path: torch.save({"global_step": 7, "settings": {}, "rows": 3}, path),
+        lambda path: torch.save(Path, path),
+    ],
+)
+def test_a_file_that_is_no_checkpoint_is_refused(harmed, part, harm):
+    folder = harmed()
+    harm(folder / part)
+    line = refused(folder)
+    told = "is truncated or not a checkpoint (" if part == CKPT else "is damaged, or not the one"
+    assert line.startswith(f"{folder / part} {told}") or "does not fit config.yaml" in line
+    assert "load" not in line.removeprefix(str(folder / part)), "torch's advice"
+
+
+def test_the_stream_of_another_run_is_refused(harmed):
+    folder, other = harmed(), harmed("other")
+    shutil.copy(other / STREAM, folder / STREAM)
+    assert "its checksum is not the one in last.ckpt" in refused(folder)
+
+
+def test_a_checkpoint_without_its_stream_is_no_checkpoint(harmed):
+    folder = harmed()
+    (folder / STREAM).unlink()
+    assert refused(folder).startswith(f"{folder / STREAM}, which belongs to last.ckpt, is gone; ")
+
+
+def test_a_checkpoint_of_other_settings_names_one_and_counts_them(harmed):
+    folder = harmed()
+    rewrite(folder / CKPT, lambda saved: saved["settings"].update({"loss.l1": 0.5}))
+    told = "does not fit config.yaml: it was made with loss.l1=0.5, not 0.01"
+    assert refused(folder).endswith(told)
+    rewrite(folder / CKPT, lambda saved: saved["settings"].update({"seed": 3}))
+    assert refused(folder).endswith(f"{told} (2 settings differ)")
+
+
+def at(path, value):
+    """change(content), which sets what lies at a path of keys."""
+
+    def change(content):
+        for key in path[:-1]:
+            content = content[key]
+        content[path[-1]] = value(content[path[-1]])
+
+    return change
+
+
+ADAM = ("optimizer_states", 0, "state")
+LOOP = ("loops", "fit_loop", "epoch_loop.manual_optimization.optim_step_progress", "total")
+GOOD = {
+    CKPT: {
+        "Adam lacks 0": at(ADAM, lambda _: {}),
+        "Adam.1 lacks exp_avg": at((*ADAM, 1), lambda state: {"step": state["step"]}),
+        "Adam.0.exp_avg_sq is float32 [48, 24]": at((*ADAM, 0, "exp_avg_sq"), lambda x: x.T),
+        "Adam.2.step is 3.0 and should be 10.0": at(
+            (*ADAM, 2, "step"), lambda _: torch.tensor(3.0)
+        ),
+        "Adam.0.exp_avg is not finite": at((*ADAM, 0, "exp_avg"), lambda x: x / 0),
+        "weights.heads.0.sae.W_enc is float64": at(
+            ("state_dict", "heads.0.sae.W_enc"), lambda x: x.double()
+        ),
+        "weights.heads.0.sae.b_enc is float32 [49]": at(
+            ("state_dict", "heads.0.sae.b_enc"), lambda x: torch.zeros(49)
+        ),
+        "heads.0.sae.b_dec is not finite": at(
+            ("state_dict", "heads.0.sae.b_dec"), lambda x: x.fill_(torch.nan)
+        ),
+        "weights lacks heads.0.": at(
+            ("state_dict",), lambda x: {k: v for k, v in x.items() if "in_mean" not in k}
+        ),
+        "heads.1.more is no part of this SAE": at(
+            ("state_dict",), lambda x: x | {"heads.1.more": torch.ones(1)}
+        ),
+        "it.global_step is 1000000 and should be 1 to 40": at(
+            ("global_step",), lambda _: 1_000_000
+        ),
+        "completed is 9 and should be 10": at((*LOOP, "completed"), lambda n: n - 1),
+    },
+    STREAM: {
+        "stream.served is 41 and should be 10": at(("served",), lambda _: STEPS + 1),
+        "rows.read is 16 and should be 0 to 15": at(("rows", "read"), lambda n: n + 1),
+        "rows.llm_batches is -1": at(("rows", "llm_batches"), lambda _: -1),
+        "the text's place is 61 and should be 60": at(
+            ("rows", "tokens", "cursor"), lambda n: n + 1
+        ),
+        "tokens.epoch is 0": at(("rows", "tokens", "epoch"), lambda _: 0),
+        "pool.ids is int32": at(("pool", "ids"), lambda x: x.int()),
+        "pool.ids holds -1 to": at(("pool", "ids"), lambda x: x.index_fill(0, x[:1] * 0, -1)),
+        "pool.rows.resid.1 is float16": at(("pool", "rows", "resid.1"), lambda x: x.half()),
+        "pool.rows.resid.1 is float32 [3, 24]": at(("pool", "rows", "resid.1"), lambda x: x[:3]),
+        "pool.rows lacks resid.1": at(("pool", "rows"), lambda x: {"resid.2": x["resid.1"]}),
+        "rows in the pool is": at(("pool", "ids"), lambda x: x.repeat(9)),
+        "PCG64": at(("pool", "random", "bit_generator"), lambda _: "MT19937"),
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("part", "told"), [(part, told) for part, harms in GOOD.items() for told in harms]
+)
+def test_what_does_not_fit_is_named_though_its_checksums_are_good(harmed, part, told):
+    folder = harmed()
+    # as in a checkpoint of 0.1.0: its shape is all by which a stream is known
+    rewrite(folder / CKPT, lambda saved: saved.pop("stream"))
+    rewrite(folder / part, GOOD[part][told])
+    line = refused(folder)
+    assert told in line
+    assert line.endswith(f"; delete {folder / CKPT} to start the run again from its beginning")
+
+
+@pytest.mark.parametrize("name", ["run", "concepts"])
+def test_a_checkpoint_from_before_there_were_checksums_is_resumed_the_same(harmed, tmp_path, name):
+    folder = harmed(name)
+    whole = shutil.copytree(folder, tmp_path / "whole")
+    rewrite(folder / CKPT, lambda saved: saved.pop("stream"))
+    for each in (folder, whole):
+        resume(read_job(each))
+    assert_same(folder, whole)
+
+
+def test_a_disk_that_does_not_answer_is_no_reason_to_delete_a_checkpoint(harmed, monkeypatch):
+    folder = harmed()
+
+    def stale(*_, **__):
+        raise OSError(116, "Stale file handle", str(folder / CKPT))
+
+    monkeypatch.setattr("sae_lightning.formats.pickles.ZipFile", stale)
+    assert refused(folder) == f"{folder / CKPT} cannot be read: Stale file handle"
