@@ -9,7 +9,7 @@ sae/sae_weights.safetensors   W_enc [d_in, features], b_enc [features],
 """
 
 import os
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from sae_lightning.errors import UserError
 from sae_lightning.files import atomically, write_json
 from sae_lightning.formats.readers import CFG, FORMATS, OURS, TRANSCODERS, WEIGHTS, Stored
 from sae_lightning.sae import ARCHITECTURES, SAE, build
+from sae_lightning.stream.states import expect
 
 
 def save_sae(folder: Path, sae: SAE, weights: dict[str, Tensor], metadata: dict[str, Any]) -> None:
@@ -96,10 +97,16 @@ def _build(stored: Stored) -> SAE:
         raise ValueError(f"it holds {', '.join(sorted(given)) or 'nothing'}")
     (d_in, features), d_out = given["W_enc"], given["W_dec"][1]
     settings = {"features": features} | stored.settings
+    expect(settings["features"], features, "features")  # before memory is taken for them
     try:
         config = ARCHITECTURES[settings["name"]].config(**settings)
     except UserError as error:  # it says nothing of the folder
         raise ValueError(str(error)) from error
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.type is float or isinstance(value, list):  # JSON writes 1.0 as 1
+            value = [float(each) for each in value] if isinstance(value, list) else float(value)
+        expect(value, list if isinstance(value, list) else field.type, field.name)
     sae = build(config, d_in, d_out)
     own = {name: list(weight.shape) for name, weight in sae.weights().items()}
     for name in sorted(own.keys() | given.keys()):

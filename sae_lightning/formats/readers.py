@@ -14,6 +14,7 @@ from torch import Tensor
 from sae_lightning.errors import UserError
 from sae_lightning.formats.pickles import load_tensors
 from sae_lightning.sae import ARCHITECTURES
+from sae_lightning.stream.states import expect
 
 CFG = "cfg.json"
 WEIGHTS = "sae_weights.safetensors"
@@ -84,8 +85,23 @@ def _check(source: Path, key: str, value: Any, readable: Iterable[str]) -> None:
         )
 
 
+def check_numbers(tensors: dict[str, Tensor]) -> None:
+    """ValueError unless all are tensors of real and finite numbers; it names the tensor, and how
+    many are not."""
+    for name, x in tensors.items():
+        expect(x, Tensor, name)
+        if not x.is_floating_point():
+            kind = str(x.dtype).removeprefix("torch.")
+            raise ValueError(f"{name} holds {x.numel():,} numbers of type {kind}, not real ones")
+        if x.nbytes > x.untyped_storage().nbytes():  # one number can be told to fill a memory
+            raise ValueError(f"{name} is larger than what is stored of it")
+        if wrong := int((~x.float().isfinite()).sum()):
+            raise ValueError(f"{name} holds {wrong:,} numbers that are not finite, of {x.numel():,}")
+
+
 def _ours(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors under our names, in our orientation, in float32."""
+    check_numbers(tensors)
     tensors = {name: tensor.float() for name, tensor in tensors.items()}
     turned = {ours: tensors.pop(name).T for name, ours in TRANSPOSED.items() if name in tensors}
     return {NAMES.get(name, name): tensor for name, tensor in tensors.items()} | turned
@@ -204,13 +220,14 @@ def dictionary_learning(file: Path) -> Stored:
     trainer = _json(source)["trainer"]
     _check(source, "dict_class", trainer["dict_class"], DICTIONARIES)
     name, centred = DICTIONARIES[trainer["dict_class"]]
-    weights = _ours(load_tensors(file))
+    tensors = load_tensors(file)
     settings = {"name": name}
     if name in ("topk", "batch_topk", "matryoshka"):
         # among the weights is the last one, to which training may have come down from the other
-        settings["k"] = int(weights.pop("k", trainer["k"]))
-    if "group_sizes" in weights:
-        settings = _nested(settings, weights.pop("group_sizes").int().tolist())
+        settings["k"] = int(tensors.pop("k", trainer["k"]))
+    if "group_sizes" in tensors:
+        settings = _nested(settings, tensors.pop("group_sizes").int().tolist())
+    weights = _ours(tensors)
     if name == "topk":
         weights.pop("threshold", None)  # a by-product; each token has its k features
     elif "threshold" in weights:
