@@ -8,6 +8,8 @@ from zlib import crc32
 
 import torch
 
+from sae_lightning.errors import is_out_of_memory
+
 
 def load_tensors(path: Path, seen: set | None = None) -> Any:
     """Tensors, numbers and texts of a file, mapped into memory on the CPU; no code in it runs.
@@ -24,11 +26,13 @@ def load_tensors(path: Path, seen: set | None = None) -> Any:
                     raise ValueError(f"the checksum of {damaged[:80]!r} is wrong")
             seen.add((stat.st_dev, stat.st_ino))
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (OSError, MemoryError, ValueError):
+    except (OSError, ValueError):
         raise
     except UnpicklingError:  # torch's text tells how to load it all the same
         raise ValueError("it holds more than tensors and numbers, which could run code") from None
     except Exception as error:  # whatever a damaged archive leads to
+        if is_out_of_memory(error):
+            raise
         raise ValueError((str(error).splitlines() or [type(error).__name__])[0]) from error
 
 

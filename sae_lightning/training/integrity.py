@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sae_lightning.errors import UserError
+from sae_lightning.errors import UserError, is_out_of_memory
 from sae_lightning.formats.pickles import checksum, load_tensors
 from sae_lightning.stream.states import expect
 from sae_lightning.training.head import Head
@@ -67,9 +67,9 @@ def _damage(path: Path, what: str) -> Iterator[None]:
         yield
     except OSError as error:  # a disk that does not answer is no reason to delete anything
         raise UserError(f"{error.filename or path} cannot be read: {error.strerror}") from error
-    except MemoryError:
-        raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error).split("\n")[0]
         raise UserError(
             f"{what} ({reason or type(error).__name__}); delete {path} to start the run again from "
