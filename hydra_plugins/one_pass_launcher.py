@@ -56,14 +56,9 @@ class OnePassLauncher(Launcher):
         return [ret for _, ret, _ in runs]
 
     def _remove_unused(self, configs: list[DictConfig]) -> None:
-        """Take away the folders that Hydra made and that hold no run, and its record of a sweep
-        without any."""
-        sweep = Path(self.config.hydra.sweep.dir)
+        """Take away the folders that Hydra made and that hold no run."""
         for config in configs:
             remove_unused(Path(config.hydra.runtime.output_dir))
-        if [file.name for file in sweep.glob("*")] == ["multirun.yaml"]:
-            (sweep / "multirun.yaml").unlink()
-            remove_unused(sweep)
 
     def _compose(self, number: int, overrides: list[str]) -> tuple[DictConfig, JobReturn]:
         """Hydra's own preparation of a job; returns the list of our jobs instead of running it."""

@@ -17,7 +17,7 @@ from sae_lightning.llm.load import LLM, LLMConfig, device, load
 from sae_lightning.llm.sites import LayerConfig, Sites
 from sae_lightning.report.sweep_report import source
 from sae_lightning.runs.config import Config
-from sae_lightning.runs.jobs import CONFIG_FILE, is_sweep, read_job
+from sae_lightning.runs.jobs import CONFIG_FILE, TRUST, is_sweep, read_job
 from sae_lightning.sae import SAE
 from sae_lightning.stream import open_text
 from sae_lightning.stream.base import DataConfig
@@ -156,7 +156,8 @@ def open_run(
 
 def _config_of_run(run: Path, asked: dict[str, Any], given: Collection[str]) -> Config:
     """A run's settings with those of `asked` that are `given` instead: whole groups or single."""
-    config = read_job(run).config
+    # an LLM that was typed, or the permission itself, is the user's word and not the folder's
+    config = read_job(run, trusted=bool({"llm", TRUST} & {*given})).config
     if not config.source.has_llm and (others := sorted({"llm", "data", "layer"} & {*given})):
         raise UserError(
             f"{others[0]}=... has no meaning for {run}, which was trained on synthetic concepts: "

@@ -11,12 +11,14 @@ from omegaconf import DictConfig, OmegaConf
 from sae_lightning.errors import UserError
 from sae_lightning.llm.packaged import PACKAGED
 from sae_lightning.runs.config import Config, presets, typed
+from sae_lightning.runs.saved import OVERRIDES, read_settings
 from sae_lightning.sae import ARCHITECTURES
 from sae_lightning.stream import SOURCES
 from sae_lightning.stream.base import absolute
 from sae_lightning.terminal import command, shown
 
 CONFIG_FILE = "config.yaml"
+TRUST = "llm.trust_remote_code"
 ELSEWHERE = "hydra.run.dir=... (of a sweep: hydra.sweep.dir=...)"
 
 
@@ -36,6 +38,11 @@ class Job:
     """The settings in which the jobs of the sweep differ."""
 
     @property
+    def trust(self) -> dict[str, str]:
+        """What has to be typed again in every command that loads the LLM."""
+        return {TRUST: "true"} if self.config.llm.trust_remote_code else {}
+
+    @property
     def name(self) -> str:
         """What distinguishes this job in messages: in a sweep, what is swept."""
         return (
@@ -47,7 +54,8 @@ def resume_of(jobs: Sequence[Job]) -> str:
     """The command that continues jobs that train together: their sweep, or each that was named."""
     sweep = jobs[0].sweep
     folders = [sweep] if sweep else [job.folder for job in jobs]
-    resume = command("train.py", resume=",".join(str(shown(folder)) for folder in folders))
+    names = ",".join(str(shown(folder)) for folder in folders)
+    resume = command("train.py", resume=names, **jobs[0].trust)
     return resume.replace("train.py", "train.py -m", 1) if sweep or len(jobs) > 1 else resume
 
 
@@ -117,7 +125,8 @@ def job(cfg: DictConfig, folder: Path, overrides: list[str], multirun: bool = Fa
         config = _with_absolute_paths(typed(cfg))
         return Job(config=config, folder=folder, overrides=overrides, multirun=multirun)
     _nothing_else(overrides)
-    return replace(read_job(Path(run_folder(cfg.resume))), resumed=True, multirun=multirun)
+    this = read_job(Path(run_folder(cfg.resume)), trusted=cfg.llm.trust_remote_code)
+    return replace(this, resumed=True, multirun=multirun)
 
 
 def jobs(cfg: DictConfig, folder: Path, overrides: list[str], sweep: Path) -> list[Job]:
@@ -127,7 +136,8 @@ def jobs(cfg: DictConfig, folder: Path, overrides: list[str], sweep: Path) -> li
         return [replace(job(cfg, folder, overrides, multirun=True), sweep=sweep)]
     if is_sweep(Path(cfg.resume)):
         _nothing_else(overrides)
-        these = [replace(this, resumed=True) for this in read_sweep(Path(cfg.resume))]
+        these = read_sweep(Path(cfg.resume), trusted=cfg.llm.trust_remote_code)
+        these = [replace(this, resumed=True) for this in these]
     else:
         these = [job(cfg, folder, overrides, multirun=True)]
     given = [o.partition("=")[0].partition(".")[2] for o in overrides if o.startswith("sweep.")]
@@ -139,7 +149,7 @@ def jobs(cfg: DictConfig, folder: Path, overrides: list[str], sweep: Path) -> li
 
 def _nothing_else(overrides: list[str]) -> None:
     """A resumed run is the run that it was."""
-    others = [o for o in overrides if not o.startswith(("resume=", "sweep."))]
+    others = [o for o in overrides if not o.startswith(("resume=", "sweep.", f"{TRUST}="))]
     if others:
         raise UserError(
             f"resume continues a run as it was; {' '.join(others)} cannot be given with it. "
@@ -155,12 +165,18 @@ def _with_absolute_paths(config: Config) -> Config:
     return config
 
 
-def read_job(folder: Path) -> Job:
-    """The job that an existing run folder describes."""
+def read_job(folder: Path, trusted: bool = False) -> Job:
+    """The job that an existing run folder describes.
+
+    UserError if it wants Python code to be run that comes with its LLM: the folder may be a
+    stranger's. `trusted`: the user allows it in this very command, or no LLM will be loaded.
+    """
+    file = folder / CONFIG_FILE
     try:
-        saved = OmegaConf.load(folder / CONFIG_FILE)
-        # unresolved: an override may be an interpolation of its own
-        overrides = OmegaConf.to_container(saved.pop("overrides", OmegaConf.create([])))
+        saved = read_settings(file)
+        overrides = OmegaConf.to_container(saved.pop(OVERRIDES, OmegaConf.create([])))
+        if not (isinstance(overrides, list) and all(isinstance(o, str) for o in overrides)):
+            raise ValueError(f"{OVERRIDES} is no list of what was typed")
         schema = OmegaConf.structured(Config)
         for group, node in (
             ("data", SOURCES[saved.data.get("kind") or _kind_of(saved.data)].settings),
@@ -168,17 +184,24 @@ def read_job(folder: Path) -> Job:
             ("loss", ARCHITECTURES[saved.model.name].loss),
         ):
             schema[group] = node
-        return Job(config=typed(OmegaConf.merge(schema, saved)), folder=folder, overrides=overrides)
+        config = typed(OmegaConf.merge(schema, saved))
     except UserError:
         raise
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise UserError(f"{folder / CONFIG_FILE} cannot be read: {reason}") from error
+        raise UserError(f"{file} cannot be read: {reason}") from error
+    if config.llm.trust_remote_code and not trusted:
+        raise UserError(
+            f"{file}: {TRUST}=true would run the Python code that comes with {config.llm.name}: "
+            f"read that code first, then allow it by adding {TRUST}=true to this command"
+        )
+    return Job(config=config, folder=folder, overrides=overrides)
 
 
-def read_sweep(folder: Path) -> list[Job]:
+def read_sweep(folder: Path, trusted: bool = False) -> list[Job]:
     """The jobs whose run folders lie in the folder of a multirun, by name."""
-    return [replace(read_job(run), multirun=True, sweep=folder) for run in run_folders(folder)]
+    these = [read_job(run, trusted) for run in run_folders(folder)]
+    return [replace(this, multirun=True, sweep=folder) for this in these]
 
 
 def run_folders(sweep: Path) -> list[Path]:
@@ -193,7 +216,7 @@ def run_folders(sweep: Path) -> list[Path]:
 
 def resolved_yaml(job: Job) -> str:
     """What `config.yaml` in a run folder holds."""
-    return OmegaConf.to_yaml(OmegaConf.create(job.config.plain() | {"overrides": job.overrides}))
+    return OmegaConf.to_yaml(OmegaConf.create(job.config.plain() | {OVERRIDES: job.overrides}))
 
 
 def _kind_of(data: DictConfig) -> str:

@@ -88,7 +88,7 @@ def _known(job: Job) -> Job:
     same values twice, and a sweep be started again."""
     if job.resumed or not job.multirun or not (job.folder / CONFIG_FILE).is_file():
         return job
-    there = read_job(job.folder).config
+    there = read_job(job.folder, trusted=True).config  # only compared
     same = there.identity() == job.config.identity() and there.eval == job.config.eval
     return replace(job, resumed=same)
 

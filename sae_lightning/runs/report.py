@@ -48,7 +48,8 @@ def conclude(job: Job, metrics: dict) -> None:
     folder = shown(job.folder)
     # the folder above, outputs/ or multirun/, so that earlier runs are there to compare with
     root = folder.parts[0] if folder.parts and not folder.is_absolute() else folder
-    console.print(f"\n  tensorboard --logdir {root}\n  {command('analyze.py', run=folder)}\n")
+    analyze = command("analyze.py", run=folder, **job.trust)
+    console.print(f"\n  tensorboard --logdir {root}\n  {analyze}\n")
 
 
 def speed_line(job: Job, speed: dict[str, float]) -> str:

@@ -1,8 +1,11 @@
 """What a multirun needs around its jobs; Hydra calls it (see conf/config.yaml)."""
 
+import atexit
+import math
 import os
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -14,13 +17,15 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
-from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
+from sae_lightning.errors import UserError
 from sae_lightning.files import atomically
 from sae_lightning.report.sweep_report import write_report
-from sae_lightning.runs.cli import DEBUG, explain
+from sae_lightning.runs.cli import DEBUG, explain, remove_unused
 from sae_lightning.runs.folders import sweep_runs
-from sae_lightning.runs.jobs import is_sweep, jobs, run_folders
+from sae_lightning.runs.jobs import CONFIG_FILE, is_sweep, jobs
+from sae_lightning.runs.saved import scalars
 from sae_lightning.terminal import command, console, shown, visible
 
 RECORD = "multirun.yaml"  # what Hydra keeps of a sweep
@@ -30,11 +35,12 @@ class Sweep(Callback):
     """Around the jobs of a multirun: all are checked before the first; a report ends them."""
 
     def __init__(self):
-        self.record: tuple[Path, str] | None = None
+        self.resuming = False
 
     def on_multirun_start(self, config: DictConfig, **_) -> None:
         """Name the jobs' folders after what is swept, and end here if any config is wrong."""
         _refuse_links(Path(config.hydra.sweep.dir))
+        self._keep_record(Path(config.hydra.sweep.dir))
         loader = GlobalHydra.instance().config_loader()
         params = [f"{k}={v}" for k, v in (config.hydra.sweeper.get("params") or {}).items()]
         given = params + OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
@@ -46,7 +52,8 @@ class Sweep(Callback):
                 f"hydra.job.config.override_dirname.exclude_keys=[{excluded}]"
             )
         if config.resume and is_sweep(Path(config.resume)):
-            self._look_at_record(Path(config.hydra.sweep.dir), loader)
+            self.resuming = True
+            self._look_at_record(loader)
         sweeper, launcher = config.hydra.sweeper, config.hydra.launcher._target_
         if not sweeper._target_.endswith(f".{BasicSweeper.__name__}"):
             return  # another sweeper chooses as it goes
@@ -63,29 +70,52 @@ class Sweep(Callback):
                     sys.exit(1)
                 sys.exit(visible(f"error: {message}"))
 
-    def _look_at_record(self, folder: Path, loader: ConfigLoader) -> None:
-        """Keep Hydra's record of a resumed sweep, which it is about to write over, and say which
-        jobs are not in its folder: only what has begun can be resumed."""
+    def _keep_record(self, folder: Path) -> None:
+        """Keep the record of an earlier sweep in `folder`, which Hydra is about to write over."""
+        if (folder / CONFIG_FILE).exists():
+            sys.exit(
+                f"error: hydra.sweep.dir={folder}: holds a run; a sweep needs a folder of its own"
+            )
+        self.record, self.kept = folder / RECORD, None
+        with suppress(OSError, ValueError):
+            self.kept = self.record.read_text("utf8")
+        self.runs = sorted(folder.glob(f"*/{CONFIG_FILE}"))
+        atexit.register(self._put_record_back)
+
+    def _put_record_back(self) -> None:
+        """Let the record be what it was, unless a run has been added to those in the folder."""
+        folder = self.record.parent
+        if sorted(folder.glob(f"*/{CONFIG_FILE}")) != self.runs:
+            return
+        if self.kept is None:
+            self.record.unlink(missing_ok=True)
+            remove_unused(folder)
+        else:
+            with atomically(self.record) as temporary:
+                temporary.write_text(self.kept, "utf8")
+
+    def _look_at_record(self, loader: ConfigLoader) -> None:
+        """Say which jobs are not in the folder of a resumed sweep: only what has begun can be."""
         try:
-            self.record = folder / RECORD, (folder / RECORD).read_text("utf8")
-            given = OmegaConf.create(self.record[1]).hydra.overrides.task
-            parsed = OverridesParser.create(loader).parse_overrides(list(given))
-            jobs = len(BasicSweeper.split_arguments(parsed, None)[0])
-        except (OSError, OmegaConfBaseException, HydraException):
-            return  # no record, or one of a search
-        missing = jobs - len(run_folders(folder))
-        if missing > 0:
+            words = scalars(self.record, self.kept or "")
+            given = [text for name, text in words if name == "hydra.overrides.task"]
+            parsed = OverridesParser.create(loader).parse_overrides(given)
+            jobs = math.prod(_count(override) for override in parsed)
+        except UserError as error:  # Hydra turns a callback's exceptions into warnings
+            sys.exit(visible(f"error: {error}"))
+        except (ValueError, ArithmeticError, YAMLError, HydraException):
+            return  # a record of something else, or damaged
+        missing = jobs - len(self.runs)
+        if missing > 0 and given:
             console.print(
                 f"{missing} of the {jobs} jobs of this sweep never began and are not resumed: give "
-                f"its own command again, with hydra.sweep.dir={shown(folder)}"
+                f"its own command again, with hydra.sweep.dir={shown(self.record.parent)}"
             )
 
     def on_job_start(self, config: DictConfig, **_) -> None:
-        """Put Hydra's record of a resumed sweep back."""
-        if self.record:
-            path, text = self.record
-            with atomically(path) as temporary:
-                temporary.write_text(text, "utf8")
+        """Put the record of a resumed sweep back: killed from here on, it is still there."""
+        if self.resuming:
+            self._put_record_back()
 
     def on_multirun_end(self, config: DictConfig, **_) -> None:
         """Write the report, and end with an error if a run has no result."""
@@ -112,6 +142,16 @@ def _refuse_links(sweep: Path) -> None:
                 f"error: {file} is a link, through which files elsewhere could be written over: "
                 "remove it, or choose another folder with hydra.sweep.dir=..."
             )
+
+
+def _count(override: Override) -> int:
+    """Number of values of an override. They are not made: the record may be a stranger's."""
+    if not override.is_sweep_override():
+        return 1
+    if override.is_range_sweep():
+        values = override.value()
+        return max(0, math.ceil((values.stop - values.start) / values.step))
+    return sum(1 for _ in override.sweep_iterator())
 
 
 def _varies(override: Override) -> bool:

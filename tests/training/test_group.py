@@ -381,7 +381,8 @@ def test_the_same_run_twice_is_trained_once(sweep, monkeypatch):
 
 def resumed(folder, *settings, **sweep):
     """The jobs of `-m resume=<folder> <settings>`."""
-    asked = OmegaConf.create({"resume": str(folder), "sweep": SweepConfig(**sweep)})
+    group = {"llm": {"trust_remote_code": False}, "sweep": SweepConfig(**sweep)}
+    asked = OmegaConf.create({"resume": str(folder)} | group)
     return jobs_of(asked, Path("new"), [f"resume={folder}", *settings], Path("new"))
 
 

@@ -1,0 +1,61 @@
+"""YAML in the folder of a run or sweep, which a stranger may have written.
+
+What is written there is resolved already. In what is read, an interpolation would take secrets out
+of the environment, an alias could grow without end, and a tag names a Python object.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+from sae_lightning.errors import UserError
+
+OVERRIDES = "overrides"  # what was typed to get the run: text, which nobody resolves
+
+
+def read_settings(file: Path) -> DictConfig:
+    """The content of a run's `config.yaml`, in which nothing is left to resolve but `OVERRIDES`."""
+    text = file.read_text("utf8")
+    for name, value in scalars(file, text):
+        if "${" in value and name != OVERRIDES:
+            raise _refusal(file, name, f"the interpolation {value!r:.60}")
+    return OmegaConf.create(text)
+
+
+def scalars(file: Path, text: str) -> Iterator[tuple[str, str]]:
+    """The dotted name and the text of each key and value in the YAML `text` of `file`; what is in a
+    list has the name of the list. UserError where anything but text is."""
+    keys: list[str | bool | None] = []  # a mapping's key, None before it; False for a list
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):  # the parser that OmegaConf has
+        name = ".".join(key for key in keys if key)
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+            raise _refusal(file, name, "an anchor or alias (& or *)")
+        if getattr(event, "tag", None):
+            raise _refusal(file, name, f"the tag {event.tag!r:.60}")
+        before_key = bool(keys) and keys[-1] is None
+        if isinstance(event, yaml.CollectionStartEvent):
+            if before_key:
+                raise _refusal(file, name, "a key that is no word")
+            keys.append(None if isinstance(event, yaml.MappingStartEvent) else False)
+        elif isinstance(event, yaml.ScalarEvent) and before_key:
+            keys[-1] = event.value
+            if event.value == "<<":
+                raise _refusal(file, name, "a merge key (<<)")
+            yield name, event.value
+        elif isinstance(event, yaml.ScalarEvent | yaml.CollectionEndEvent):
+            if isinstance(event, yaml.ScalarEvent):
+                yield name, event.value
+            else:
+                keys.pop()
+            if keys and keys[-1] is not False:
+                keys[-1] = None  # its value is complete
+
+
+def _refusal(file: Path, name: str, what: str) -> UserError:
+    name = name if name.isprintable() else repr(name)
+    return UserError(
+        f"{file}: {name or 'its top'} holds {what}, which no run writes: such a file is not read; "
+        "write the value itself there"
+    )
