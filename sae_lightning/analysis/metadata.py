@@ -20,20 +20,30 @@ OWNERS = {"gpt2-": "openai-community", "pythia-": "EleutherAI", "gemma-": "googl
 OWNERS |= {"Llama-": "meta-llama", "Qwen": "Qwen", "Mistral-": "mistralai"}
 # TransformerLens' and transformers' names of a place -> what is read there, and how many blocks on.
 PLACES = {
-    r"blocks\.(\d+)\.hook_resid_post": (Kind.resid, 0),
-    r"blocks\.(\d+)\.hook_resid_pre": (Kind.resid, -1),
-    r"blocks\.(\d+)\.hook_attn_out": (Kind.attn, 0),
-    r"blocks\.(\d+)\.hook_mlp_out": (Kind.mlp, 0),
-    r"blocks\.(\d+)\.(?:ln2\.hook_normalized|mlp\.hook_in)": (Kind.mlp_in, 0),
-    r"(?:.*\.)?(?:h|layers|blocks)\.(\d+)": (Kind.resid, 0),
-    r"(?:.*\.)?(?:h|layers|blocks)\.(\d+)\.mlp": (Kind.mlp, 0),
+    r"blocks\.(\d{1,6})\.hook_resid_post": (Kind.resid, 0),
+    r"blocks\.(\d{1,6})\.hook_resid_pre": (Kind.resid, -1),
+    r"blocks\.(\d{1,6})\.hook_attn_out": (Kind.attn, 0),
+    r"blocks\.(\d{1,6})\.hook_mlp_out": (Kind.mlp, 0),
+    r"blocks\.(\d{1,6})\.(?:ln2\.hook_normalized|mlp\.hook_in)": (Kind.mlp_in, 0),
+    r"(?:.*\.)?(?:h|layers|blocks)\.(\d{1,6})": (Kind.resid, 0),
+    r"(?:.*\.)?(?:h|layers|blocks)\.(\d{1,6})\.mlp": (Kind.mlp, 0),
 }
+
+
+# What is asked of the metadata, and its type.
+ASKED = {"model_name": str, "hook_name": str, "hook_name_out": str, "context_size": int}
 
 
 def config_of(sae: SAE, run: str, asked: dict[str, Any], given: Collection[str]) -> Config:
     """The settings in the metadata of an SAE in the folder `run`, with those of `asked` (llm, data,
     layer, seed) that are `given` by name instead. UserError where nothing says what it reads."""
-    metadata, llm, data, layer = sae.metadata, asked["llm"], asked["data"], asked["layer"]
+    metadata = {key: sae.metadata[key] for key in ASKED if sae.metadata.get(key) is not None}
+    for key, value in metadata.items():
+        if type(value) is not ASKED[key]:
+            raise UserError(
+                f"{run}: {key}={value!r:.80} in its metadata is no {ASKED[key].__name__}"
+            )
+    llm, data, layer = asked["llm"], asked["data"], asked["layer"]
     if not {"llm", "llm.name"} & {*given}:
         llm = replace(llm, name=_llm(metadata, run))
     if not any(name.split(".")[0] == "layer" for name in given):
@@ -71,7 +81,7 @@ def _place(hook: str | None, run: str) -> tuple[int, Kind]:
         found = hook and re.fullmatch(pattern, hook)
         if found and int(found[1]) + on >= 0:
             return int(found[1]) + on, kind
-    told = f"reads {hook}, which is not a place that is known here" if hook else "does not say"
+    told = f"reads {hook:.80}, which is not a place that is known here" if hook else "does not say"
     raise UserError(
         f"{run} {told}: say where its SAE reads with layer=... (resid, attn, mlp, transcoder) and "
         "layer.index=..."

@@ -19,8 +19,16 @@ from torch import Tensor
 
 from sae_lightning.errors import UserError
 from sae_lightning.files import atomically, write_json
-from sae_lightning.formats.readers import CFG, FORMATS, OURS, TRANSCODERS, WEIGHTS, Stored
-from sae_lightning.sae import ARCHITECTURES, SAE, build
+from sae_lightning.formats.readers import (
+    CFG,
+    FORMATS,
+    OURS,
+    TRANSCODERS,
+    WEIGHTS,
+    Stored,
+    check_numbers,
+)
+from sae_lightning.sae import ARCHITECTURES, SAE, SAEConfig, build
 from sae_lightning.stream.states import expect
 
 
@@ -77,6 +85,8 @@ def load_sae(path: str | os.PathLike) -> SAE:
     try:
         stored = FORMATS[file.name](file)
         sae = _build(stored)
+        check_numbers(sae.weights())  # what was folded in may have been too large
+        expect(stored.metadata, dict, "metadata")
     except FileNotFoundError as error:
         missing = Path(error.filename).name
         raise UserError(f"{file.parent} holds no saved SAE: {missing} is missing") from error
@@ -96,17 +106,7 @@ def _build(stored: Stored) -> SAE:
     if any(len(given.get(name, ())) != 2 for name in ("W_enc", "W_dec")):
         raise ValueError(f"it holds {', '.join(sorted(given)) or 'nothing'}")
     (d_in, features), d_out = given["W_enc"], given["W_dec"][1]
-    settings = {"features": features} | stored.settings
-    expect(settings["features"], features, "features")  # before memory is taken for them
-    try:
-        config = ARCHITECTURES[settings["name"]].config(**settings)
-    except UserError as error:  # it says nothing of the folder
-        raise ValueError(str(error)) from error
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if field.type is float or isinstance(value, list):  # JSON writes 1.0 as 1
-            value = [float(each) for each in value] if isinstance(value, list) else float(value)
-        expect(value, list if isinstance(value, list) else field.type, field.name)
+    config = _config({"features": features} | stored.settings, features)
     sae = build(config, d_in, d_out)
     own = {name: list(weight.shape) for name, weight in sae.weights().items()}
     for name in sorted(own.keys() | given.keys()):
@@ -127,3 +127,19 @@ def _build(stored: Stored) -> SAE:
     back = mean @ sae.W_skip.double() if config.skip else torch.zeros(d_out)
     sae.load_weights(sae.fold(mean, one, back, one))
     return sae
+
+
+def _config(settings: dict[str, Any], features: int) -> SAEConfig:
+    """The settings of an SAE with so many features; ValueError for what cannot be one."""
+    expect(settings["features"], features, "features")  # before memory is taken for them
+    try:
+        config = ARCHITECTURES[settings["name"]].config(**settings)
+    except UserError as error:  # it says nothing of the folder
+        raise ValueError(str(error)) from error
+    for field in fields(config):
+        value, kind = getattr(config, field.name), field.type
+        listed = kind == list[float]
+        for each in value if listed else [value]:
+            number = float(each) if type(each) is int and kind is not int else each
+            expect(number, float if listed else kind, field.name)  # JSON may write 1.0 as 1
+    return config

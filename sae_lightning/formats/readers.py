@@ -92,11 +92,11 @@ def check_numbers(tensors: dict[str, Tensor]) -> None:
         expect(x, Tensor, name)
         if not x.is_floating_point():
             kind = str(x.dtype).removeprefix("torch.")
-            raise ValueError(f"{name} holds {x.numel():,} numbers of type {kind}, not real ones")
+            raise ValueError(f"{name}: {x.numel():,} numbers are of type {kind}, not real")
         if x.nbytes > x.untyped_storage().nbytes():  # one number can be told to fill a memory
             raise ValueError(f"{name} is larger than what is stored of it")
         if wrong := int((~x.float().isfinite()).sum()):
-            raise ValueError(f"{name} holds {wrong:,} numbers that are not finite, of {x.numel():,}")
+            raise ValueError(f"{name}: {wrong:,} of {x.numel():,} numbers are not finite")
 
 
 def _ours(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

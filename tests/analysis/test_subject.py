@@ -163,6 +163,12 @@ def test_llms_are_known_by_transformerlens_names(sae, said, name):
         ({"hook_name": "blocks.1.attn.hook_z"}, ".*reads blocks.1.attn.hook_z, which is not"),
         ({"hook_name": "blocks.0.hook_resid_pre"}, ".*reads blocks.0.hook_resid_pre, which is not"),
         ({"hook_name": "blocks.7.hook_resid_post"}, r"layer\.index=7: this LLM has 3 blocks"),
+        ({"hook_name": f"blocks.{'9' * 5000}.hook_resid_post"}, ".*reads blocks.999"),
+        ({"hook_name": ["blocks.1"]}, r".*hook_name=\['blocks.1'\] in its metadata is no str"),
+        ({"hook_name_out": True}, ".*bare: hook_name_out=True in its metadata is no str"),
+        ({"model_name": {"a": 1}}, ".*bare: model_name={'a': 1} in its metadata is no str"),
+        ({"context_size": "128"}, ".*bare: context_size='128' in its metadata is no int"),
+        ({"context_size": 1e400}, ".*bare: context_size=inf in its metadata is no int"),
     ],
 )
 def test_what_a_folder_does_not_say_is_asked_for(sae, metadata, message):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor
 from torch.testing import assert_close
 
@@ -152,6 +152,67 @@ class Bomb:
 
     def __reduce__(self):
         return Path.touch, (self.file,)
+
+
+@pytest.mark.parametrize("write", [sparsify, lambda folder: dictionary(folder, "GatedAutoEncoder")])
+@pytest.mark.parametrize(
+    ("harm", "told"),
+    [
+        (lambda x: x.index_fill(0, torch.tensor([2]), torch.nan), "1 of 30 numbers are not finite"),
+        (lambda x: x / 0, "30 of 30 numbers are not finite"),
+        (lambda x: x > 0, "30 numbers are of type bool, not real"),
+        (lambda x: x.int(), "30 numbers are of type int32, not real"),
+        (lambda x: x * 1j, "30 numbers are of type complex64, not real"),
+        (lambda x: x.double() * 1e300, "30 of 30 numbers are not finite"),
+    ],
+)
+def test_numbers_that_are_not_real_and_finite_are_counted_and_refused(tmp_path, write, harm, told):
+    folder = write(tmp_path)
+    file = next(file for file in folder.iterdir() if file.suffix in (".safetensors", ".pt"))
+    safe = file.suffix == ".safetensors"
+    tensors = load_file(file) if safe else torch.load(file)
+    name = "encoder.bias" if safe else "gate_bias"
+    tensors[name] = harm(tensors[name] + 0.1)
+    (save_file if safe else torch.save)(tensors, file)
+    with pytest.raises(UserError, match=f"is damaged or not an SAE: {name}: {told}"):
+        load_sae(folder)
+
+
+def test_a_tensor_that_is_told_to_be_larger_than_its_file_takes_no_memory(tmp_path):
+    folder = dictionary(tmp_path, "AutoEncoder")
+    torch.save(LINEAR | {"bias": torch.ones(1).expand(1 << 50)}, folder / "ae.pt")
+    with pytest.raises(UserError, match="bias is larger than what is stored of it"):
+        load_sae(folder)
+
+
+def test_a_flipped_bit_in_a_pickle_of_weights_is_noticed(tmp_path):
+    file = dictionary(tmp_path, "AutoEncoder") / "ae.pt"
+    weights, content = W_ENC.numpy().tobytes(), bytearray(file.read_bytes())
+    content[content.index(weights) + 40] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="the checksum of 'ae/data/0' is wrong"):
+        load_sae(tmp_path)
+
+
+@pytest.mark.parametrize("k", [2.5, True, "3", None, [3], 10**30, -1])
+def test_settings_of_an_odd_type_are_refused_in_one_line(tmp_path, k):
+    with pytest.raises(UserError, match="is damaged or not an SAE: ") as caught:
+        folder = sparsify(tmp_path)
+        cfg = json.loads((folder / CFG).read_text()) | {"k": k}
+        (folder / CFG).write_text(json.dumps(cfg))
+        load_sae(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("whole", [torch.nn.Linear(2, 2), Bomb(Path("trace"))])
+def test_the_refusal_of_a_pickle_does_not_say_how_to_load_it_all_the_same(tmp_path, whole):
+    folder = dictionary(tmp_path, "AutoEncoder")
+    torch.save(whole, folder / "ae.pt")
+    with pytest.raises(
+        UserError, match=r"not an SAE: it holds more than tensors and numbers, "
+    ) as no:
+        load_sae(folder)
+    assert "weights_only" not in str(no.value)
 
 
 def test_no_code_in_a_pickle_runs(tmp_path):
