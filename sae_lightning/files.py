@@ -69,7 +69,9 @@ def clean(folder: Path) -> None:
         with suppress(OSError):
             if not stat.S_ISDIR(left.lstat().st_mode):  # of version 0.1.0
                 left.unlink()
-            elif (left / LOCK).exists():
+            elif not (left / LOCK).exists():  # killed before it could lock it: empty
+                left.rmdir()
+            else:
                 with lock(left / LOCK) as guarded:
                     if guarded:
                         shutil.rmtree(left)
