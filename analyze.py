@@ -1,6 +1,10 @@
 """Look at what an SAE has learnt: python analyze.py run=outputs/<day>/<time>"""
 
+import signal
 import sys
+
+if __name__ == "__main__":  # as in train.py
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import hydra
 from hydra.core.hydra_config import HydraConfig

@@ -1,5 +1,10 @@
 """Train a sparse autoencoder: python train.py model.features=10000 loss.l1=1e-3"""
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while all else is imported ends it without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 from pathlib import Path
 
 import hydra

@@ -1,13 +1,22 @@
 """The command line's arguments before Hydra reads them."""
 
+import math
 import os
 import re
 from contextlib import suppress
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.core.override_parser.types import (
+    Glob,
+    IntervalSweep,
+    Override,
+    Quote,
+    QuotedString,
+    RangeSweep,
+)
 from hydra.errors import HydraException
+from omegaconf import DictConfig
 
 from sae_lightning.errors import UserError
 
@@ -20,16 +29,28 @@ PATHS = (
     "hydra.run.dir",
     "hydra.sweep.dir",
 )
+EMPTY = ("", "''", '""')
 
 
-def check_flags(arguments: list[str]) -> None:
-    """Hydra's parser answers an unknown flag with a page of its own flags."""
-    _, unknown = get_args_parser().parse_known_args(arguments)
+def checked(arguments: list[str]) -> list[str]:
+    """The arguments, Hydra's flags first: it takes none after a setting. UserError for a flag that
+    it does not know, for a setting that is given twice, and for a folder without a name."""
+    known, unknown = get_args_parser().parse_known_intermixed_args(arguments)
     if unknown:
         raise UserError(
             f"{unknown[0]}: no such flag; settings are written without dashes (setting=value), "
             "and --help lists them"
         )
+    settings = known.overrides
+    names = [setting.partition("=")[0].lstrip("+") for setting in settings]
+    for name, setting in zip(names, settings, strict=True):
+        if names.count(name) > 1:
+            raise UserError(f"{name} is given twice: leave one of them out")
+        if name in (*PATHS, "hydra.sweep.subdir") and setting.partition("=")[2] in EMPTY:
+            raise UserError(
+                f"{setting}: empty (a shell variable that is not set?); give a path or leave it out"
+            )
+    return [argument for argument in arguments if argument not in settings] + settings
 
 
 def refuse_sweep(arguments: list[str]) -> None:
@@ -72,6 +93,41 @@ def with_swept_groups(arguments: list[str]) -> list[str]:
         else argument
         for argument in arguments
     ]
+
+
+def check_swept(overrides: list[Override], sweeper: DictConfig) -> None:
+    """UserError for what Hydra's sweepers answer with an assertion, or with no job at all."""
+    for name in ("max_batch_size", "n_trials", "n_jobs"):
+        if (number := sweeper.get(name)) is not None and number < 1:
+            raise UserError(f"hydra.sweeper.{name}={number}: give 1 or more, or leave it out")
+    search = not sweeper._target_.endswith(".BasicSweeper")
+    for override in overrides:
+        line, value = override.input_line, override.value()
+        if isinstance(value, IntervalSweep | RangeSweep):
+            ends = value.start, value.stop if isinstance(value, RangeSweep) else value.end
+            lowest = 0 if "log" in value.tags else -math.inf
+            if search and not lowest < ends[0] < ends[1] < math.inf:
+                above = " above 0" if "log" in value.tags else ""
+                raise UserError(f"{line}: give two finite numbers{above}, the smaller one first")
+            if not search and isinstance(value, IntervalSweep):
+                raise UserError(f"{line}: only a search takes an interval: hydra/sweeper=optuna")
+        if isinstance(value, Glob) and search:
+            raise UserError(f"{line}: a search takes no glob; write choice(...)")
+        if override.is_discrete_sweep() and count(override) == 0:
+            raise UserError(f"{line}: there is nothing in it, so nothing would be trained")
+
+
+def count(override: Override) -> int:
+    """Number of values of an override. They are not made: they may be without end."""
+    if not override.is_sweep_override():
+        return 1
+    value = override.value()
+    if not isinstance(value, RangeSweep):
+        return sum(1 for _ in override.sweep_iterator())
+    numbers = value.start, value.stop, value.step
+    if not (all(map(math.isfinite, numbers)) and value.step):
+        raise UserError(f"{override.input_line}: give finite numbers, and a step that is not 0")
+    return max(0, math.ceil((value.stop - value.start) / value.step))
 
 
 def is_multirun(arguments: list[str]) -> bool:

@@ -4,13 +4,16 @@ import dataclasses
 import io
 import os
 import re
+import signal
 import sys
 import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
+from traceback import walk_tb
 
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, OverrideParseException
@@ -24,7 +27,7 @@ from omegaconf.errors import (
 
 from sae_lightning.errors import UserError, is_out_of_memory
 from sae_lightning.files import refusal
-from sae_lightning.runs.arguments import check_flags, quoted_paths, with_swept_groups
+from sae_lightning.runs.arguments import checked, quoted_paths, with_swept_groups
 from sae_lightning.runs.config import conf_folder
 from sae_lightning.sae import ARCHITECTURES
 from sae_lightning.terminal import visible
@@ -39,6 +42,11 @@ PLUGINS = {
     "submitit_local": 'pip install -c constraints.txt -e ".[submitit]"',
     "ray": "pip install hydra-ray-launcher",
 }
+# What is imported late.
+PACKAGES = (
+    *("lightning", "transformers", "datasets", "safetensors", "tensorboard", "pandas", "pyarrow"),
+    *("scipy", "sklearn", "jinja2", "plotly", "gguf", "accelerate"),
+)
 STARTED = time.time()
 
 
@@ -49,14 +57,15 @@ def one_line_errors(folder: Path | None = None, multirun: bool = False) -> Itera
     With SAE_LIGHTNING_DEBUG=1 every error keeps it. `folder`, which Hydra made for the run, is
     removed if the run came to nothing. A job of a `multirun` only prints: the others go on.
     """
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # see train.py
     # Hydra would otherwise print its own shortened traceback and exit before the error gets here.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # an arrow need not end a run
     try:
-        check_flags(sys.argv[1:])
-        sys.argv[1:] = with_swept_groups(quoted_paths(sys.argv[1:]))
+        sys.argv[1:] = with_swept_groups(quoted_paths(checked(sys.argv[1:])))
+        check_packages()
         yield
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
@@ -72,6 +81,15 @@ def one_line_errors(folder: Path | None = None, multirun: bool = False) -> Itera
     finally:
         if folder is not None:
             remove_unused(folder)
+
+
+def check_packages() -> None:
+    """UserError if a package is missing that is needed later, when something is lost without it."""
+    for name in PACKAGES:
+        if find_spec(name) is None:
+            raise UserError(
+                f"the package {name} is not installed: pip install -c constraints.txt -e ."
+            )
 
 
 def say_error(message: str | None, name: str | None = None) -> None:
@@ -130,6 +148,9 @@ def explain(error: BaseException, overrides: list[str]) -> str | None:
         return _hydras_own(str(error))
     if str(error) == "No trials are completed yet.":  # Optuna's
         return "no trial of the search succeeded, see above"
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__)]
+    if any(name.startswith("optuna.") for name in modules):  # which calls nothing of ours
+        return f"hydra/sweeper=optuna: {str(error).splitlines()[0]}; see hydra.sweeper.storage=..."
     return None
 
 

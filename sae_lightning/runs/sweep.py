@@ -5,7 +5,8 @@ import math
 import os
 import sys
 import traceback
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -22,6 +23,7 @@ from yaml import YAMLError
 from sae_lightning.errors import UserError
 from sae_lightning.files import atomically
 from sae_lightning.report.sweep_report import write_report
+from sae_lightning.runs.arguments import check_swept, count
 from sae_lightning.runs.cli import DEBUG, explain, remove_unused
 from sae_lightning.runs.folders import sweep_runs
 from sae_lightning.runs.jobs import CONFIG_FILE, is_sweep, jobs
@@ -39,12 +41,17 @@ class Sweep(Callback):
 
     def on_multirun_start(self, config: DictConfig, **_) -> None:
         """Name the jobs' folders after what is swept, and end here if any config is wrong."""
+        with _ending_at_errors(config.hydra.overrides.task):
+            self._start(config)
+
+    def _start(self, config: DictConfig) -> None:
         _refuse_links(Path(config.hydra.sweep.dir))
         self._keep_record(Path(config.hydra.sweep.dir))
         loader = GlobalHydra.instance().config_loader()
         params = [f"{k}={v}" for k, v in (config.hydra.sweeper.get("params") or {}).items()]
         given = params + OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
         parsed = OverridesParser.create(loader).parse_overrides(given)
+        check_swept(parsed, config.hydra.sweeper)
         same = [o.key_or_group for o in parsed if not _varies(o)]
         excluded = ",".join(f"'{key}'" for key in same)
         with read_write(config):  # each job is composed with these
@@ -60,21 +67,14 @@ class Sweep(Callback):
         if launcher.endswith(".OnePassLauncher") and sweeper.max_batch_size is None:
             return  # it checks all jobs itself, and more of them
         for number, overrides in enumerate(BasicSweeper.split_arguments(parsed, None)[0]):
-            try:
+            with _ending_at_errors(overrides):
                 _check_job(loader.load_sweep_config(config, overrides), number, overrides)
-            except Exception as error:
-                # Hydra turns a callback's exceptions into warnings, but not SystemExit
-                message = explain(error, overrides)
-                if message is None or os.environ.get(DEBUG):
-                    traceback.print_exc()
-                    sys.exit(1)
-                sys.exit(visible(f"error: {message}"))
 
     def _keep_record(self, folder: Path) -> None:
         """Keep the record of an earlier sweep in `folder`, which Hydra is about to write over."""
         if (folder / CONFIG_FILE).exists():
-            sys.exit(
-                f"error: hydra.sweep.dir={folder}: holds a run; a sweep needs a folder of its own"
+            raise UserError(
+                f"hydra.sweep.dir={folder}: holds a run; a sweep needs a folder of its own"
             )
         self.record, self.kept = folder / RECORD, None
         with suppress(OSError, ValueError):
@@ -100,9 +100,9 @@ class Sweep(Callback):
             words = scalars(self.record, self.kept or "")
             given = [text for name, text in words if name == "hydra.overrides.task"]
             parsed = OverridesParser.create(loader).parse_overrides(given)
-            jobs = math.prod(_count(override) for override in parsed)
-        except UserError as error:  # Hydra turns a callback's exceptions into warnings
-            sys.exit(visible(f"error: {error}"))
+            jobs = math.prod(count(override) for override in parsed)
+        except UserError:
+            raise
         except (ValueError, ArithmeticError, YAMLError, HydraException):
             return  # a record of something else, or damaged
         missing = jobs - len(self.runs)
@@ -134,24 +134,27 @@ class Sweep(Callback):
             sys.exit(f"error: {failed} of the {len(runs)} jobs failed, see above")
 
 
+@contextmanager
+def _ending_at_errors(overrides: Iterable[str]) -> Iterator[None]:
+    """End the process with an error's line: Hydra turns a callback's exceptions into warnings."""
+    try:
+        yield
+    except Exception as error:
+        message = explain(error, list(overrides))
+        if message is None or os.environ.get(DEBUG):
+            traceback.print_exc()
+            sys.exit(1)
+        sys.exit(visible(f"error: {message}"))
+
+
 def _refuse_links(sweep: Path) -> None:
-    """End here if the folder of a sweep holds a link: Hydra and sweepers write through it."""
+    """UserError if the folder of a sweep holds a link: Hydra and sweepers write through it."""
     for file in sweep.iterdir() if sweep.is_dir() else ():
         if file.is_symlink():
-            sys.exit(
-                f"error: {file} is a link, through which files elsewhere could be written over: "
+            raise UserError(
+                f"{file} is a link, through which files elsewhere could be written over: "
                 "remove it, or choose another folder with hydra.sweep.dir=..."
             )
-
-
-def _count(override: Override) -> int:
-    """Number of values of an override. They are not made: the record may be a stranger's."""
-    if not override.is_sweep_override():
-        return 1
-    if override.is_range_sweep():
-        values = override.value()
-        return max(0, math.ceil((values.stop - values.start) / values.step))
-    return sum(1 for _ in override.sweep_iterator())
 
 
 def _varies(override: Override) -> bool:

@@ -1,0 +1,145 @@
+"""What is typed is answered before Hydra reads it, and what is swept before anything is made."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import initialize_config_dir
+from hydra._internal.callbacks import Callbacks
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.plugins import Plugins
+from hydra.types import HydraContext, RunMode
+from omegaconf import OmegaConf
+
+from sae_lightning.errors import UserError
+from sae_lightning.runs import cli
+from sae_lightning.runs.arguments import checked
+from sae_lightning.runs.cli import explain
+from sae_lightning.runs.config import conf_folder
+from sae_lightning.runs.jobs import register
+from sae_lightning.runs.sweep import Sweep
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("typed", "taken"),
+    [
+        ("loss.l1=1,2 -m seed=3", "-m loss.l1=1,2 seed=3"),
+        ("loss.l1=1,2 seed=3 --multirun", "--multirun loss.l1=1,2 seed=3"),
+        ("seed=3 --cfg job -cn analyze ~loss", "--cfg job -cn analyze seed=3 ~loss"),
+        ("-m seed=1", "-m seed=1"),
+    ],
+)
+def test_a_flag_may_stand_anywhere(typed, taken):
+    assert checked(typed.split()) == taken.split()
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ("seed=1 loss.l1=2 seed=1", "seed is given twice"),
+        ("+seed=1 seed=2", "seed is given twice"),
+        ("model=topk model=relu", "model is given twice"),
+        *(
+            (f"{name}={value}", f"{name}={value}: empty")
+            for name in (
+                "resume",
+                "run",
+                "hydra.run.dir",
+                "hydra.sweep.dir",
+                "hydra.sweep.subdir",
+                "data.cache_folder",
+                "data.path",
+                "llm.name",
+            )
+            for value in ("", "''")
+        ),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(typed, message):
+    with pytest.raises(UserError, match=f"^{re.escape(message)}"):
+        checked(typed.split(" "))
+
+
+def test_a_package_that_is_missing_is_told_first(monkeypatch):
+    cli.check_packages()
+    for name in ("plotly", "jinja2", "gguf", "tensorboard", "pyarrow"):
+        monkeypatch.setattr(cli, "find_spec", lambda asked, name=name: asked != name or None)
+        with pytest.raises(UserError, match=f"^the package {name} is not installed: pip install"):
+            cli.check_packages()
+
+
+SEARCH = "hydra/sweeper=optuna"
+SWEPT = {
+    # lists that are empty: nothing would be trained, with exit code 0
+    "model=glob(zz*)": r"model=glob\(zz\*\): there is nothing in it, so nothing would be trained",
+    "layer.index=glob(*)": r"layer\.index=glob\(\*\): there is nothing in it, .*",
+    "layer.index=range(3,1)": r"layer\.index=range\(3,1\): there is nothing in it, .*",
+    "layer.index=range(1,3,0)": r"layer\.index=range\(1,3,0\): give finite .* a step that is not 0",
+    "loss.l1=range(0,inf)": r"loss\.l1=range\(0,inf\): give finite numbers, and a step .*",
+    "loss.l1=interval(1,2)": r"loss\.l1=interval\(1,2\): only a search takes an interval: .*",
+    "seed=1,2 hydra.sweeper.max_batch_size=0": r"hydra\.sweeper\.max_batch_size=0: give 1 or .*",
+    "seed=1,2 hydra.sweeper.max_batch_size=-1": r"hydra\.sweeper\.max_batch_size=-1: give 1 or .*",
+    # searches
+    f"{SEARCH} loss.l1=interval(5,1)": r"loss\.l1=interval\(5,1\): give two finite numbers, the .*",
+    f"{SEARCH} loss.l1=interval(nan,1)": r"loss\.l1=interval\(nan,1\): give two finite numbers, .*",
+    f"{SEARCH} loss.l1=interval(1,inf)": r"loss\.l1=interval\(1,inf\): give two finite numbers, .*",
+    f"{SEARCH} layer.index=range(5,1)": r"layer\.index=range\(5,1\): give two finite numbers, .*",
+    f"{SEARCH} loss.l1=tag(log,interval(0,1))": r"loss\.l1=.*: give two .* above 0, .*",
+    f"{SEARCH} model=glob(*)": r"model=glob\(\*\): a search takes no glob; write choice\(\.\.\.\)",
+    f"{SEARCH} seed=1,2 hydra.sweeper.n_trials=0": r"hydra\.sweeper\.n_trials=0: give 1 .*",
+    f"{SEARCH} seed=1,2 hydra.sweeper.n_jobs=0": r"hydra\.sweeper\.n_jobs=0: give 1 or more, .*",
+}
+
+
+@pytest.fixture(scope="module")
+def loader():
+    register()
+    with initialize_config_dir(conf_folder(), version_base="1.3"):
+        yield GlobalHydra.instance().config_loader()
+
+
+@pytest.mark.parametrize("typed", SWEPT)
+def test_a_sweep_over_nothing_possible_is_refused_before_anything_is_made(loader, tmp_path, typed):
+    folder = tmp_path / "sweep"
+    given = [*typed.split(), f"hydra.sweep.dir={folder}"]
+    config = loader.load_configuration("config", given, RunMode.MULTIRUN)
+    with pytest.raises(SystemExit) as ended:
+        Sweep().on_multirun_start(config)
+    assert re.fullmatch(f"error: {SWEPT[typed]}", ended.value.code), ended.value.code
+    assert not folder.exists()
+
+
+@pytest.mark.filterwarnings("ignore:Deprecated API features:DeprecationWarning")
+@pytest.mark.parametrize("storage", ["foo", "sqlite:////no/such/x.db", "postgresql://a/b"])
+def test_a_storage_of_optuna_that_cannot_be_opened_is_named(loader, tmp_path, storage):
+    given = [SEARCH, "seed=1,2", f"hydra.sweeper.storage={storage}", f"hydra.sweep.dir={tmp_path}"]
+    config = loader.load_configuration("config", given, RunMode.MULTIRUN)
+    sweeper = Plugins.instance().instantiate_sweeper(
+        config=config,
+        hydra_context=HydraContext(config_loader=loader, callbacks=Callbacks()),
+        task_function=lambda cfg: None,
+    )
+    with pytest.raises(Exception) as error:  # noqa: B017, PT011 - of several libraries
+        sweeper.sweep(OmegaConf.to_container(config.hydra.overrides.task, resolve=False))
+    line = explain(error.value, [])
+    assert re.fullmatch(r"hydra/sweeper=optuna: .*; see hydra\.sweeper\.storage=\.\.\.", line)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no SIGINT to another process")
+@pytest.mark.parametrize("script", ["train.py", "analyze.py"])
+def test_ctrl_c_while_libraries_are_imported_shows_no_traceback(script):
+    process = subprocess.Popen(
+        [sys.executable, "-v", str(ROOT / script)], stderr=subprocess.PIPE, text=True
+    )
+    for line in process.stderr:
+        if line.startswith("import 'hydra"):
+            process.send_signal(signal.SIGINT)
+            break
+    assert "Traceback" not in process.communicate()[1]
+    assert process.returncode == -signal.SIGINT
