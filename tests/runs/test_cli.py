@@ -492,7 +492,7 @@ def test_train_refuses_before_anything_is_made(tmp_path, overrides, message):
         (["run=old", "task=lens", "feature=1,2"], r"feature=1,2: .* written feature=\[1,2\]; .*"),
         (["run=old", "trainer=cpu"], r"no setting trainer: --help lists those that there are"),
         (["run=old", "data=synthetic"], r"data=synthetic has no meaning here: .* leave it out"),
-        (["run=old", "task=lens", "feature=nan"], r"feature=nan: give a number, or several as .*"),
+        (["run=old", "task=lens", "feature=nan"], r"feature=nan: give a finite number"),
         (["run=old", "task=steer"], r"feature is not set: give feature=\.\.\."),
         (
             ["run=old", "tasks=evaluate"],
