@@ -12,7 +12,7 @@ import errno
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from safetensors import SafetensorError
 
@@ -21,6 +21,7 @@ from sae_lightning.files import LOCK, clean, free_space, lock, reason, write_jso
 from sae_lightning.stream.base import Rows, send
 from sae_lightning.stream.rows import LLMRows
 from sae_lightning.stream.shards import DAMAGE, SUFFIX, Shard, write_shard
+from sae_lightning.stream.tokens import AnotherText, check_text
 from sae_lightning.terminal import console
 
 MANIFEST = "manifest.json"
@@ -122,15 +123,23 @@ class CachedRows:
 
         UserError if that is not the text that the shards before this place are of.
         """
-        self.live.load_state_dict(self._known | {"llm_batches": self._known["read"]})
+        try:
+            self.live.load_state_dict(self._known | {"llm_batches": self._known["read"]})
+        except AnotherText:
+            if self.resumed:
+                raise
+            self._refuse_text()
         while self.live.llm_batches < self._place:
             shard = self._at(self.live.llm_batches)
             self.live.skip()
             if shard and shard.texts[self.live.llm_batches - 1 - shard.first] != self.live.text:
-                raise UserError(
-                    f"data.cache: the text is no longer the one that {self.folder} was made "
-                    "from; delete that folder, or choose another data.cache_folder"
-                )
+                self._refuse_text()
+
+    def _refuse_text(self) -> NoReturn:
+        raise UserError(
+            f"data.cache: the text is no longer the one that {self.folder} was made from; delete "
+            "that folder, or choose another data.cache_folder"
+        )
 
     def _leave(self) -> None:
         """End the stretch at this place; what was gathered is written."""
@@ -259,12 +268,16 @@ class CachedRows:
         """
         if self._draft:
             self._leave()
-        if self.live.llm_batches == self._place:
-            return self.live.state_dict()
-        return self._known | {"llm_batches": self._place}
+        at_place = self.live.llm_batches == self._place
+        state = self.live.state_dict() if at_place else self._known | {"llm_batches": self._place}
+        return state | {"text": self.live.tokens.fingerprint()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue after LLM batch `llm_batches`; the text is opened there once it is needed."""
+        """Continue after LLM batch `llm_batches`; the text is opened there once it is needed.
+
+        UserError: it is another text, of which there may be a cache, too.
+        """
+        check_text(state, self.live.tokens.fingerprint())
         self._known, self.epoch = state, state["tokens"]["epoch"]
         self._place = state["llm_batches"]
         self.close()

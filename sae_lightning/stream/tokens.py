@@ -9,6 +9,9 @@ The tokenizer is handed in; nothing here loads a model.
 """
 
 import zlib
+from collections import deque
+from collections.abc import Iterator
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,6 +45,7 @@ class ShuffledTokens:
             raise UserError(_NO_TOKENS)
         self.flat, self.packing, self.seed = flat, packing, seed
         self.windows = -(-len(flat) // packing.width)
+        self._fingerprint = ""
         self._begin(1)
 
     def _begin(self, epoch: int, cursor: int = 0) -> None:
@@ -65,14 +69,17 @@ class ShuffledTokens:
     def fingerprint(self) -> str:
         """The text's length and checksum: of all of it up to a million tokens, of evenly spread
         samples of a longer one."""
-        samples = min(256, -(-len(self.flat) // SAMPLE))
-        checksum = 0
-        for start in np.linspace(0, len(self.flat), samples, endpoint=False).astype(np.int64):
-            checksum = zlib.crc32(self.flat.slice(start, SAMPLE).to_numpy(), checksum)
-        return f"{len(self.flat)} tokens, crc32 {checksum:08x}"
+        if not self._fingerprint:
+            samples = min(256, -(-len(self.flat) // SAMPLE))
+            checksum = 0
+            for start in np.linspace(0, len(self.flat), samples, endpoint=False).astype(np.int64):
+                checksum = zlib.crc32(self.flat.slice(start, SAMPLE).to_numpy(), checksum)
+            self._fingerprint = f"{len(self.flat)} tokens, crc32 {checksum:08x}"
+        return self._fingerprint
 
     def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "cursor": self.cursor, "tokens": len(self.flat)}
+        place = {"epoch": self.epoch, "cursor": self.cursor, "tokens": len(self.flat)}
+        return place | {"text": self.fingerprint()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue after the sequence served last; UserError where the text is another one."""
@@ -81,6 +88,7 @@ class ShuffledTokens:
                 f"data: the text has {len(self.flat):,} tokens but the run to be resumed read one "
                 f"of {state['tokens']:,}; resume with the same data settings and files"
             )
+        check_text(state, self.fingerprint())
         self._begin(state["epoch"], state["cursor"])
 
 
@@ -91,9 +99,10 @@ class StreamedTokens:
                                               ^ documents
     carry     tokens not served yet     [ . . . . . . . . ]      next window = its first tokens
 
-    state = (epoch, documents, carry). Resuming shuffles with the same seed and skips `documents`,
-    which reads them again but is exact. The state_dict of datasets is quicker and is not used: it
-    drops the documents waiting in the shuffle buffer, so a resumed run would never read them.
+    state = (epoch, documents, their crc32, carry). Resuming shuffles with the same seed and reads
+    `documents` again, which is exact and shows whether they are the same. The state_dict of
+    datasets is quicker and is not used: it drops the documents waiting in the shuffle buffer, so a
+    resumed run would never read them.
     """
 
     def __init__(
@@ -101,28 +110,27 @@ class StreamedTokens:
     ) -> None:
         """`seed` None keeps the documents in their own order; `where` names the text."""
         self.data, self.tokenizer, self.packing, self.seed = data, tokenizer, packing, seed
-        self.where = where
+        self.where, self._fingerprint = where, ""
         self.served = 0
         self._begin(1)
 
-    def _begin(self, epoch: int, documents: int = 0, read: int = 0) -> None:
-        self.epoch, self.documents, self.read = epoch, documents, read
+    def _begin(self, epoch: int) -> None:
+        self.epoch, self.documents, self.read, self.text = epoch, 0, 0, 0
         self.carry = np.empty(0, dtype=np.int32)
         data = self.data
         if self.seed is not None:
             seed = int(np.random.SeedSequence([self.seed, epoch]).generate_state(1)[0])
             data = data.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
-        self._rows = iter(data.skip(documents))
+        self._rows = iter(data)
 
-    def _pull(self) -> bool:
-        """Tokenise some more documents into the carry; False at the end of the epoch."""
-        texts, characters = [], 0
+    def _texts(self) -> Iterator[str]:
+        """The documents that follow, counted."""
         try:
             for row in self._rows:
-                texts.append(row["text"])
-                characters += len(row["text"] or "")
-                if characters >= CHUNK:
-                    break
+                text = row["text"] or ""
+                self.documents += 1
+                self.text = zlib.crc32(text.encode("utf8", "surrogatepass"), self.text)
+                yield text
         except UserError:
             raise
         except Exception as error:  # the network, or a broken file: any of a dozen libraries'
@@ -130,10 +138,18 @@ class StreamedTokens:
                 f"{self.where}: reading it broke off ({first_line(error)}); what a run trained up "
                 "to its last checkpoint is kept: continue it with resume=<run folder>"
             ) from error
+
+    def _pull(self) -> bool:
+        """Tokenise some more documents into the carry; False at the end of the epoch."""
+        texts, characters = [], 0
+        for text in self._texts():
+            texts.append(text)
+            characters += len(text)
+            if characters >= CHUNK:
+                break
         if not texts:
             return False
         new = encode(self.tokenizer, texts, self.packing.separator)
-        self.documents += len(texts)
         self.carry = np.concatenate([self.carry, *new])
         self.read += sum(map(len, new))
         return True
@@ -164,23 +180,43 @@ class StreamedTokens:
 
     def fingerprint(self) -> str:
         """Checksum of the first documents; more of a streamed text is not at hand."""
-        start = StreamedTokens(self.data, self.tokenizer, self.packing, None, self.where)
-        start._pull()
-        return f"begins with {len(start.carry)} tokens, crc32 {zlib.crc32(start.carry):08x}"
+        if not self._fingerprint:
+            start = StreamedTokens(self.data, self.tokenizer, self.packing, None, self.where)
+            start._pull()
+            checksum = zlib.crc32(start.carry)
+            self._fingerprint = f"begins with {len(start.carry)} tokens, crc32 {checksum:08x}"
+        return self._fingerprint
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "epoch": self.epoch,
             "documents": self.documents,
+            "text": self.text,
             "read": self.read,
             "served": self.served,
             "carry": torch.from_numpy(self.carry.copy()),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue after the sequence served last."""
-        self._begin(state["epoch"], state["documents"], state["read"])
-        self.served, self.carry = state["served"], state["carry"].numpy().copy()
+        """Continue after the sequence served last; UserError where the text is another one."""
+        self._begin(state["epoch"])
+        deque(islice(self._texts(), state["documents"]), maxlen=0)
+        check_text(state, self.text)
+        self.read, self.served = state["read"], state["served"]
+        self.carry = state["carry"].numpy().copy()
+
+
+class AnotherText(UserError):
+    """The text is not the one that was read before."""
+
+
+def check_text(state: dict[str, Any], text: str | int) -> None:
+    """AnotherText unless the text that a `state` names, if it does, is this `text`."""
+    if state.get("text", text) != text:
+        raise AnotherText(
+            f"data: the text is no longer the one that the run to be resumed read ({text}, not "
+            f"{state['text']}); resume with the same data settings and files"
+        )
 
 
 class HeldOutTokens:

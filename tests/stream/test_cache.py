@@ -511,6 +511,19 @@ def test_a_text_that_changed_unseen_is_refused_and_not_mixed_in(llm, folder, mon
     assert shards(folder) == before
 
 
+@pytest.mark.parametrize("style", STYLES)
+def test_a_run_does_not_go_on_with_the_cache_of_a_changed_text(llm, folder, style, monkeypatch):
+    stream = make(llm, folder, style=style)
+    next(iter(stream))
+    state, swapped = stream.state_dict(), str.maketrans("ab", "ba")
+    texts = [text.translate(swapped) for text in story(5, documents=60)]
+    monkeypatch.setitem(globals(), "story", lambda _, documents: texts)
+    other = folder.with_name("of the changed text")
+    list(make(llm, other, style=style))
+    with pytest.raises(UserError, match="no longer the one that the run to be resumed read"):
+        make(llm, other, style=style, resumed=True).load_state_dict(state)
+
+
 @pytest.fixture
 def opened(llm, tmp_path):
     """opened(**changes) -> the rows that settings describe; `llm`, `text`, `seed`, `sites`..."""

@@ -224,6 +224,18 @@ def test_resuming_with_another_text_is_refused(tokenizer):
 
 
 @pytest.mark.parametrize("style", STYLES)
+def test_resuming_with_a_changed_text_of_as_many_tokens_is_refused(tokenizer, style):
+    train = source(story(3), style, tokenizer)
+    train.next(20)
+    state, swapped = train.state_dict(), str.maketrans("ab", "ba")
+    changed = source([text.translate(swapped) for text in story(3)], style, tokenizer)
+    with pytest.raises(UserError, match="no longer the one that the run to be resumed read"):
+        changed.load_state_dict(state)
+    del state["text"]  # as states were that nobody checked
+    changed.load_state_dict(state)
+
+
+@pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("documents", [["", ""], []])
 def test_text_without_a_token_is_refused(tokenizer, style, documents):
     with pytest.raises(UserError, match="the text holds no token to train on"):

@@ -266,3 +266,18 @@ def test_a_disk_that_does_not_answer_is_no_reason_to_delete_a_checkpoint(harmed,
 
     monkeypatch.setattr("sae_lightning.formats.pickles.ZipFile", stale)
     assert refused(folder) == f"{folder / CKPT} cannot be read: Stale file handle"
+
+
+def test_a_text_that_changed_to_as_many_tokens_is_not_trained_on(killed, harmed):
+    folder, text = harmed(), killed / "text" / "a.txt"
+    good = text.read_text()
+    first, second, *words = good.split(" ")
+    try:
+        text.write_text(" ".join([first, *words, second]))
+        before = {name: it for name, it in files(folder).items() if "/sae/" in name or CKPT in name}
+        with pytest.raises(UserError, match=r"^data: the text is no longer the one that the run"):
+            resume(read_job(folder))
+    finally:
+        text.write_text(good)
+    assert before.items() <= files(folder).items()
+    assert not (folder / "metrics.json").exists()
