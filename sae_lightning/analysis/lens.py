@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from sae_lightning.analysis.collect import Batch, collect, excerpt
 from sae_lightning.analysis.subject import Subject
 from sae_lightning.analysis.task import Task, at_least, integers
+from sae_lightning.errors import UserError
 from sae_lightning.llm.directions import embedding, final_norm, mlp_norm, response
 from sae_lightning.llm.sites import Kind
 from sae_lightning.llm.splice import body
@@ -38,6 +39,7 @@ SHARPEST = 10  # features shown where none is asked for
 
 TOKENS = 8192  # of text to fit linear maps on; three times as many find no more
 RIDGE = 0.5  # of the mean variance; results from 0.3 to 1 are alike
+MOST = 1000  # contexts
 REFERENCE = 200  # random features; what they do on average is what any change does
 LENGTH = 16  # tokens of the contexts at whose end features are added
 # How long what is added is, against the activation; less drowns in what any change does.
@@ -61,6 +63,9 @@ class LensTask(Task):
         self.feature = integers("feature", self.feature)
         at_least("top", self.top, 1)
         at_least("contexts", self.contexts, 1)
+        if self.contexts > MOST:
+            passes = f"each takes {REFERENCE} passes of the LLM and more"
+            raise UserError(f"contexts={self.contexts}: give at most {MOST}; {passes}")
 
     def answer(self, given: Collection[str]) -> None:
         subject = self.open(given)

@@ -19,7 +19,14 @@ from sae_lightning.analysis.subject import Subject
 from sae_lightning.analysis.task import Task, at_least, integers, numbers, plain
 from sae_lightning.errors import UserError
 from sae_lightning.llm.capture import capture
-from sae_lightning.llm.generate import GREEDY, Sampling, generate, prompt_ids, surprise
+from sae_lightning.llm.generate import (
+    GREEDY,
+    Sampling,
+    generate,
+    longest_context,
+    prompt_ids,
+    surprise,
+)
 from sae_lightning.llm.vocabulary import vocabulary
 from sae_lightning.report.section import Coloured, Section, Table
 from sae_lightning.terminal import phase
@@ -71,7 +78,9 @@ class SteerTask(Task):
 
     def answer(self, given: Collection[str]) -> None:
         subject = self.open(given)
-        subject.known([self.feature])  # before the LLM is loaded
+        # before the LLM is loaded
+        subject.known([self.feature])
+        prompt_ids(subject.tokenizer, self.prompt, self.tokens, subject.context)
         result = steer(
             subject,
             self.feature,
@@ -140,7 +149,8 @@ def steer(
     their random numbers (see `generate`).
     """
     subject.known([feature])
-    llm, ids = subject.llm, prompt_ids(subject.llm, prompt, tokens)
+    llm = subject.llm
+    ids = prompt_ids(llm.tokenizer, prompt, tokens, longest_context(llm.model))
     y = capture(llm.model, ids[None], [subject.sites.target])[subject.sites.target][0, 1:]
     whole = (y.float().norm(dim=1).median() / subject.sae.W_dec[feature].norm()).item()
     if strengths is None:

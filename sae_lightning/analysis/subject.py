@@ -13,7 +13,7 @@ import torch
 from sae_lightning.analysis.metadata import config_of
 from sae_lightning.errors import UserError
 from sae_lightning.formats.export import load_sae
-from sae_lightning.llm.load import LLM, LLMConfig, device, load
+from sae_lightning.llm.load import LLM, LLMConfig, device, load, load_tokenizer
 from sae_lightning.llm.sites import LayerConfig, Sites
 from sae_lightning.report.sweep_report import source
 from sae_lightning.runs.config import Config
@@ -28,7 +28,7 @@ from sae_lightning.terminal import shown
 
 @dataclass(eq=False)
 class Subject:
-    """An SAE at its place in an LLM; LLM and text are loaded when they are first asked for."""
+    """An SAE at its place in an LLM; LLM, tokenizer and text are loaded when first asked for."""
 
     folder: Path
     """What is found is written below it."""
@@ -46,13 +46,23 @@ class Subject:
         return load(self.config.llm)
 
     @cached_property
+    def tokenizer(self) -> Any:
+        """The LLM's; what can be refused by it is refused before the LLM is loaded."""
+        self._needs_text()
+        return load_tokenizer(self.config.llm)
+
+    @property
+    def context(self) -> int | None:
+        """The most tokens that the LLM can read; None for any number."""
+        return self.config.source.shape().context
+
+    @cached_property
     def text(self) -> Tokens:
         """The text of the run: `train` and `held_out`. UserError where there is none."""
         self._needs_text()
         data = self.config.data
-        documents = open_text(data)  # before the LLM: a wrong name is told at once
-        tokenizer = self.llm.tokenizer
-        return open_tokens(documents, tokenizer, context=data.context, seed=self.config.seed)
+        documents = open_text(data)  # before the tokenizer: a wrong name is told at once
+        return open_tokens(documents, self.tokenizer, context=data.context, seed=self.config.seed)
 
     @property
     def features(self) -> int:

@@ -7,7 +7,7 @@ Shapes: sequences = continuations of the one prompt; d = width of a site.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,22 +33,21 @@ class Sampling(NamedTuple):
 GREEDY = Sampling()
 
 
-def prompt_ids(llm: LLM, prompt: str, tokens: int) -> Tensor:
+def prompt_ids(tokenizer: Any, prompt: str, tokens: int, context: int | None) -> Tensor:
     """[n] ids of the prompt, opened by BOS as in training; UserError if it has no text, or if it is
-    too long for `tokens` more."""
-    ids = llm.tokenizer.encode(prompt, add_special_tokens=False)
+    too long for `tokens` more in `context` (None: no limit)."""
+    ids = tokenizer.encode(prompt, add_special_tokens=False)
     if not ids:
         raise UserError("prompt=: empty; give the words that the text begins with")
-    context = _context(llm.model)
     if context and 1 + len(ids) + tokens > context:
         raise UserError(
             f"prompt: its {len(ids):,} tokens and tokens={tokens} new ones are more than the "
-            f"{context - 1:,} that {llm.name} can read; shorten one of both"
+            f"{context - 1:,} that the LLM can read; shorten one of both"
         )
-    return torch.tensor([bos_id(llm.tokenizer), *ids])
+    return torch.tensor([bos_id(tokenizer), *ids])
 
 
-def _context(model: nn.Module) -> int | None:
+def longest_context(model: nn.Module) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
@@ -147,7 +146,7 @@ class Reply(NamedTuple):
 @torch.no_grad()
 def reply(llm: LLM, question: str, tokens: int) -> Reply:
     """The likeliest answer, of at most `tokens` tokens: the same each time."""
-    tokenizer, context = llm.tokenizer, _context(llm.model)
+    tokenizer, context = llm.tokenizer, longest_context(llm.model)
     if tokenizer.chat_template is None:
         given = tokenizer(f"{question}\n\nAnswer:", return_tensors="pt")
     else:

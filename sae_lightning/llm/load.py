@@ -154,6 +154,13 @@ def parameters(config: LLMConfig, blocks: int | None = None) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+def load_tokenizer(config: LLMConfig):
+    """The LLM's tokenizer (transformers) alone, before its weights are read."""
+    folder = cached(config.name) if config.name in PACKAGED else _folder(config.name)
+    with quiet():
+        return read_tokenizer(config, folder)
+
+
 def load(config: LLMConfig, blocks: int | None = None) -> LLM:
     """The LLM in eval mode, without gradients, and its tokenizer.
 

@@ -27,5 +27,5 @@ def place(llm, sae: SAE, sites: Sites, **data) -> Subject:
         loss=ARCHITECTURES[sae.config.name].loss(),
     )
     subject = Subject(Path(), sae.requires_grad_(False), sites, config)
-    subject.llm = llm
+    subject.llm, subject.tokenizer = llm, llm.tokenizer
     return subject

@@ -13,6 +13,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import BooleanNode, DictConfig, EnumNode, OmegaConf, StringNode, ValidationError
 from planted import save_planted
 
+from sae_lightning.analysis import subject
 from sae_lightning.analysis.task import following, jsonable
 from sae_lightning.analysis.tasks import TASKS
 from sae_lightning.errors import UserError
@@ -118,6 +119,37 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_read(tmp_
     config = asked("features", f"run={sae}")
     with pytest.raises(UserError, match=r"analysis cannot be written to: copy .*sae .* as run="):
         config.answer(["run", "task"])
+
+
+@pytest.mark.parametrize(
+    ("task", "setting", "message"),
+    [
+        ("steer", "prompt=''", "prompt=: empty"),
+        ("steer", "tokens=40", "prompt: its .* tokens and tokens=40 new ones are more than the 31"),
+        ("steer", "feature=99", "feature=99: this SAE has 32 features"),
+        ("lens", "feature=99", "feature=99: this SAE has 32 features"),
+        ("explain", "feature=99", "feature=99: this SAE has 32 features"),
+        ("lens", "contexts=1000000", "contexts=1000000: give at most 1000"),
+        ("probe", "label=nope", "label=nope: the packaged plays have genre, play, speaker"),
+        ("probe", "tokens=1024", "tokens=1024: too few for two classes"),
+        ("features", "data.held_out=[nope]", "data.held_out: no play named nope"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_the_llm_is_loaded(
+    kept, monkeypatch, task, setting, message
+):
+    monkeypatch.setattr(subject, "load", lambda *_: pytest.fail("the LLM was loaded"))
+    with pytest.raises(UserError, match=f"^{message}"):
+        name = setting.partition("=")[0]
+        asked(task, f"run={kept}", "data.context=128", setting).answer(
+            ["run", "data.context", name]
+        )
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """The folder of an SAE that is only read."""
+    return save_planted(tmp_path_factory.mktemp("planted"))[1]
 
 
 def test_what_to_ask_next_is_about_the_feature_that_was_asked_for(tmp_path):

@@ -146,7 +146,10 @@ def test_hooks_are_gone_after_an_exception(llm):
 
 def test_a_prompt_is_opened_by_bos(tiny):
     llm = tiny("gpt2")
-    assert prompt_ids(llm, "the fox", 4).tolist() == [0, *llm.tokenizer.encode("the fox")]
+    assert prompt_ids(llm.tokenizer, "the fox", 4, None).tolist() == [
+        0,
+        *llm.tokenizer.encode("the fox"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -159,7 +162,7 @@ def test_a_prompt_is_opened_by_bos(tiny):
 )
 def test_a_prompt_that_cannot_be_continued_is_refused(tiny, prompt, tokens, message):
     with pytest.raises(UserError, match=f"^{message}"):
-        prompt_ids(tiny("llama"), prompt, tokens)
+        prompt_ids(tiny("llama").tokenizer, prompt, tokens, 32)
 
 
 def test_surprise_is_the_models_own_loss(llm):

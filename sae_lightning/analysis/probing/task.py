@@ -35,5 +35,5 @@ class ProbeTask(Task):
 def probed(subject: Subject, label: str, tokens: int) -> Probes:
     """Probes on `tokens` tokens of the text that the SAE was trained on, for its `label`."""
     config = subject.config
-    text = labelled(config.data, label, subject.llm.tokenizer, tokens=tokens, seed=config.seed)
+    text = labelled(config.data, label, subject.tokenizer, tokens=tokens, seed=config.seed)
     return probe(subject, text, batch=config.llm.batch)
