@@ -15,7 +15,7 @@ from sae_lightning.files import atomically, clean
 from sae_lightning.report.figures import COLOURS, LABELLED, tradeoff
 from sae_lightning.report.page import rendered
 from sae_lightning.report.sweep_table import SweepRun, SweepTable, natural
-from sae_lightning.terminal import command, console, shown, visible
+from sae_lightning.terminal import command, console, phase, shown, visible
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,16 +32,17 @@ FILES = ("config.yaml", "metrics.json", "failure.json", "sae")
 
 def write_report(folder: Path, runs: list[SweepRun]) -> None:
     """Write the report of a sweep's runs into its folder, and print the table."""
-    table = SweepTable(runs)
-    clean(folder)
-    with atomically(folder / CSV) as temporary:
-        # for programs: to the last digit, and NaN told from what is missing
-        frame = table.frame.mask(table.frame.map(lambda value: value != value), "nan")
-        texts = frame.map(lambda value: isinstance(value, str))
-        frame = frame.mask(texts, frame.map(for_spreadsheet)).rename(columns=for_spreadsheet)
-        frame.to_csv(temporary, index=False, lineterminator="\n")
-    with atomically(folder / PAGE) as temporary:
-        temporary.write_text(_page(folder, table), encoding="utf8")
+    with phase("writing the report"):
+        table = SweepTable(runs)
+        clean(folder)
+        with atomically(folder / CSV) as temporary:
+            # for programs: to the last digit, and NaN told from what is missing
+            frame = table.frame.mask(table.frame.map(lambda value: value != value), "nan")
+            texts = frame.map(lambda value: isinstance(value, str))
+            frame = frame.mask(texts, frame.map(for_spreadsheet)).rename(columns=for_spreadsheet)
+            frame.to_csv(temporary, index=False, lineterminator="\n")
+        with atomically(folder / PAGE) as temporary:
+            temporary.write_text(_page(folder, table), encoding="utf8")
     _say(folder, table)
 
 

@@ -24,7 +24,7 @@ from sae_lightning.runs.jobs import (
     resolved_yaml,
     run_folders,
 )
-from sae_lightning.terminal import console
+from sae_lightning.terminal import console, phase
 from sae_lightning.training.settings import checkpoint_path, failure_path
 
 METRICS_FILE = "metrics.json"
@@ -79,7 +79,12 @@ def refuse(job: Job, reason: str) -> None:
 def sweep_runs(folder: Path) -> list[SweepRun]:
     """What a sweep's report says about each of its runs; one whose settings cannot be read has
     failed."""
-    return [_sweep_run(run) for run in run_folders(folder)]
+    folders, runs = run_folders(folder), []
+    with phase("reading runs", total=len(folders)) as advance:
+        for run in folders:
+            runs.append(_sweep_run(run))
+            advance(1)
+    return runs
 
 
 def _sweep_run(folder: Path) -> SweepRun:

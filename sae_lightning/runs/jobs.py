@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 
 from hydra.core.config_store import ConfigStore
@@ -177,13 +178,7 @@ def read_job(folder: Path, trusted: bool = False) -> Job:
         overrides = OmegaConf.to_container(saved.pop(OVERRIDES, OmegaConf.create([])))
         if not (isinstance(overrides, list) and all(isinstance(o, str) for o in overrides)):
             raise ValueError(f"{OVERRIDES} is no list of what was typed")
-        schema = OmegaConf.structured(Config)
-        for group, node in (
-            ("data", SOURCES[saved.data.get("kind") or _kind_of(saved.data)].settings),
-            ("model", ARCHITECTURES[saved.model.name].config),
-            ("loss", ARCHITECTURES[saved.model.name].loss),
-        ):
-            schema[group] = node
+        schema = _schema(saved.data.get("kind") or _kind_of(saved.data), saved.model.name)
         config = typed(OmegaConf.merge(schema, saved))
     except UserError:
         raise
@@ -196,6 +191,16 @@ def read_job(folder: Path, trusted: bool = False) -> Job:
             f"read that code first, then allow it by adding {TRUST}=true to this command"
         )
     return Job(config=config, folder=folder, overrides=overrides)
+
+
+@cache
+def _schema(data: str, model: str) -> DictConfig:
+    """What the settings of a run on a kind of data with an architecture may be; made once for the
+    many runs of a sweep."""
+    schema = OmegaConf.structured(Config)
+    schema.data = SOURCES[data].settings
+    schema.model, schema.loss = ARCHITECTURES[model].config, ARCHITECTURES[model].loss
+    return schema
 
 
 def read_sweep(folder: Path, trusted: bool = False) -> list[Job]:

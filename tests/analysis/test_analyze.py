@@ -121,6 +121,41 @@ def test_links_that_a_stranger_planted_overwrite_nothing(here, tmp_path):
     assert re.fullmatch(r"error: my sae, l1=0\.1/analysis is a link, .*\n", done.stderr)
 
 
+def test_the_key_of_an_endpoint_goes_nowhere_else_and_comes_back_nowhere(here, tmp_path):
+    """The server quotes it in every answer, and what is shown and kept is searched for it."""
+    from chat_server import ChatServer, oracle
+
+    key = "sk-very-secret-123"
+    given = ["task=explain", "tokens=1500", f"feature={FEATURE}", "explainer=small"]
+    variables = environment() | {"OPENAI_API_KEY": key, "XDG_CACHE_HOME": str(tmp_path)}
+
+    def explained(endpoint: str, **more: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            arguments(*given, f"endpoint={endpoint}", "hydra.verbose=true"),
+            cwd=here,
+            env=variables | more,
+            capture_output=True,
+            text=True,
+        )
+
+    with ChatServer(lambda question: f"{oracle(question)} ({key}, {key[:7]}***)") as server:
+        # whatever was sent to a host outside would come by this proxy
+        refused = explained("HTTP://some.host/v1", http_proxy=server.url)
+        assert (refused.returncode, server.requests) == (1, [])
+        said = "error: endpoint=HTTP://some.host/v1: would get the key unencrypted; use https"
+        assert refused.stderr.startswith(said)
+        assert refused.stderr.count("\n") == 1
+        done = explained(server.url)
+        assert done.returncode == 0
+        assert set(server.keys) == {f"Bearer {key}"}
+    assert f"{FEATURE}: the word " in done.stdout
+    kept = [file for folder in (here, tmp_path) for file in folder.rglob("*.*") if file.is_file()]
+    assert {"explain.html", "explain.json"} <= {file.name for file in kept}
+    assert sum(file.is_relative_to(tmp_path) for file in kept) > 5, "the answers"
+    everything = [done.stdout, done.stderr, *(file.read_bytes().decode("latin1") for file in kept)]
+    assert not any(part in text for part in (key, key[:7]) for text in everything)
+
+
 def test_ctrl_c_ends_it_at_once_and_leaves_nothing(here):
     before = sorted(here.rglob("*"))
     process = subprocess.Popen(

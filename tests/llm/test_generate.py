@@ -145,11 +145,9 @@ def test_hooks_are_gone_after_an_exception(llm):
 
 
 def test_a_prompt_is_opened_by_bos(tiny):
-    llm = tiny("gpt2")
-    assert prompt_ids(llm.tokenizer, "the fox", 4, None).tolist() == [
-        0,
-        *llm.tokenizer.encode("the fox"),
-    ]
+    tokenizer = tiny("gpt2").tokenizer
+    ids = prompt_ids(tokenizer, "the fox", 4, None).tolist()
+    assert ids == [0, *tokenizer.encode("the fox")]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+from contextlib import contextmanager
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
@@ -12,6 +13,7 @@ import pytest
 
 from sae_lightning.report.sweep_report import CSV, PAGE, brief, facts, grouping, write_report
 from sae_lightning.report.sweep_table import SweepRun, SweepTable
+from sae_lightning.runs import folders
 from sae_lightning.terminal import console
 
 NAN = math.nan
@@ -140,6 +142,21 @@ def test_no_name_or_reason_reaches_terminal_or_page_raw(tmp_path, capsys):
     for written in (capsys.readouterr().out, Page(tmp_path / PAGE).text):
         assert all(each.isprintable() or each == "\n" for each in written)
         assert written.count(shown) >= 3
+
+
+def test_reading_many_runs_shows_how_far_it_is(tmp_path, monkeypatch):
+    for number in range(3):
+        run(tmp_path, f"seed={number}")
+    bars = []
+
+    @contextmanager
+    def phase(description: str, total: int | None = None):
+        bars.append([description, total, 0])
+        yield lambda n: bars.append([description, total, bars.pop()[2] + n])
+
+    monkeypatch.setattr(folders, "phase", phase)
+    assert len(folders.sweep_runs(tmp_path)) == 3
+    assert bars == [["reading runs", 3, 3]]
 
 
 def test_the_terminal_shows_the_best_the_front_and_why_runs_failed(tmp_path, capsys, monkeypatch):
