@@ -16,7 +16,7 @@ from sae_lightning.runs.saved import OVERRIDES, read_settings
 from sae_lightning.sae import ARCHITECTURES
 from sae_lightning.stream import SOURCES
 from sae_lightning.stream.base import absolute
-from sae_lightning.terminal import command, shown
+from sae_lightning.terminal import command, shown, visible
 
 CONFIG_FILE = "config.yaml"
 TRUST = "llm.trust_remote_code"
@@ -46,9 +46,8 @@ class Job:
     @property
     def name(self) -> str:
         """What distinguishes this job in messages: in a sweep, what is swept."""
-        return (
-            self.folder.name if self.sweep else ",".join(self.overrides) or self.config.model.name
-        )
+        typed = ",".join(self.overrides) or self.config.model.name
+        return visible(self.folder.name if self.sweep else typed)
 
 
 def resume_of(jobs: Sequence[Job]) -> str:

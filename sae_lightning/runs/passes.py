@@ -24,7 +24,7 @@ from sae_lightning.runs.cli import explain, say_error
 from sae_lightning.runs.heap import give_back_freed_memory
 from sae_lightning.runs.jobs import CONFIG_FILE, Job, read_job, resume_of
 from sae_lightning.runs.run import Pass, run
-from sae_lightning.terminal import console
+from sae_lightning.terminal import console, visible
 
 Results = list[dict[str, float] | None]
 
@@ -98,14 +98,14 @@ def _over(job: Job) -> Results:
     if not job.resumed:
         return []
     if finished := folders.finished(job):
-        console.print(f"{job.folder} is finished")
+        console.print(f"{visible(str(job.folder))} is finished")
         return [finished["held_out"]]
     failure = folders.failure(job.folder)
     if failure and failure["diverged"]:
         said = f"{job.folder} had failed: {failure['reason']}"
         if not job.multirun:
             raise UserError(said)
-        console.print(said)
+        console.print(visible(said))
         return [None]
     return []
 

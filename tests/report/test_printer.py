@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sae_lightning.errors import UserError
 from sae_lightning.report.catalogue import (
     BEFORE,
     EDGES,
@@ -16,6 +17,7 @@ from sae_lightning.report.catalogue import (
 )
 from sae_lightning.report.printer import say, say_units
 from sae_lightning.report.section import Coloured, Section, Table
+from sae_lightning.runs.cli import one_line_errors
 from sae_lightning.terminal import command, console, phase, shown
 
 WORDS = [" the", " cat", "\n", " 世界", "</b>"]
@@ -122,6 +124,21 @@ def test_nothing_of_a_stranger_moves_the_cursor_or_turns_a_line_round(capsys):
     assert all(each.isprintable() or each == "\n" for each in out)
     assert out.count(written) == 11
     assert "looked at: a␛[2J\n<U+202E>b" in out
+
+
+@pytest.mark.parametrize("multirun", [False, True])
+def test_an_error_that_quotes_a_file_is_one_line_without_controls(capsys, monkeypatch, multirun):
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    try:
+        with one_line_errors(Path("x\x1b[2Jy"), multirun):
+            raise UserError("architecture=a\x1b[2J\n\u202eb: unknown")
+    except SystemExit as error:
+        said = error.code + "\n"
+    else:
+        said = capsys.readouterr().err
+    job = "x␛[2Jy: " * multirun
+    assert said == f"error: {job}architecture=a␛[2J↵<U+202E>b: unknown\n"
 
 
 def test_letters_from_right_to_left_stay_within_their_token(capsys):
