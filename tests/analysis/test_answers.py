@@ -209,7 +209,7 @@ def test_a_question_that_is_refused_is_not_asked_again(server, tmp_path):
         ("HTTP://some.host/v1", "would get the key unencrypted; use https"),
         ("hTtP://127.0.0.1.some.host/v1", "would get the key unencrypted; use https"),
         ("http://localhost.some.host/v1", "would get the key unencrypted; use https"),
-        ("ht\ntp://some.host/v1", "would get the key unencrypted; use https"),
+        ("ht\ntp://some.host/v1", "give a web address"),
         ("http://localhost:port/v1", "give a web address"),
         ("https://host/\x1b[2J", "give a web address"),
         ("http://[::1/v1", "give a web address"),
