@@ -7,6 +7,7 @@ lock in it that nobody holds.
 
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -14,7 +15,9 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from enum import Enum
 from pathlib import Path
+from typing import Any
 
 from filelock import lock_descriptor
 
@@ -148,10 +151,25 @@ def _umask() -> int:
     return mask
 
 
-def write_json(path: Path, content: dict) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write `content` to `path` atomically, indented for people."""
+    text = json.dumps(jsonable(content), indent=2, allow_nan=False)
     with atomically(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf8")
+        temporary.write_text(f"{text}\n", encoding="utf8")
+
+
+def jsonable(value: Any) -> Any:
+    """`value` with tuples as lists, named ones as objects; NaN and infinity, which JSON has not,
+    as null."""
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
+    if isinstance(value, dict):
+        return {str(key): jsonable(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(inner) for inner in value]
+    if isinstance(value, Enum):
+        return value.name
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def free_space(folder: Path) -> int:

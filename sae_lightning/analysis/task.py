@@ -8,7 +8,6 @@ import math
 import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +87,7 @@ class Task:
         name = f"{self.task}.html" if self.task != "overview" else "index.html"
         target = results(subject) / name
         numbers = target.with_name(f"{self.task}.json")
-        write_json(numbers, jsonable(scalars))
+        write_json(numbers, scalars)
         commands = following(subject.folder, feature)
         text = page(subject.name, subject.facts(), sections, catalogues, commands)
         with atomically(target) as temporary:
@@ -109,19 +108,6 @@ def following(folder: Path, feature: int | None) -> list[str]:
     if feature is None:
         return [command("analyze.py", run=run)]
     return [command("analyze.py", run=run, task=task, feature=feature) for task in NEXT]
-
-
-def jsonable(value: Any) -> Any:
-    """`value` with tuples as lists, named ones as objects, and NaN as null."""
-    if hasattr(value, "_asdict"):
-        value = value._asdict()
-    if isinstance(value, dict):
-        return {str(key): jsonable(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [jsonable(inner) for inner in value]
-    if isinstance(value, Enum):
-        return value.name
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def at_least(name: str, value: float | None, least: float) -> None:

@@ -64,9 +64,10 @@ def _say(folder: Path, table: SweepTable) -> None:
     console.print(drawn)
     if table.front.any():
         console.print("  * best of its column   ● on the Pareto front of L0 and EV")
-    for name, reason in zip(table.names, table.frame.reason, strict=True):
+    frame = table.frame
+    for name, status, reason in zip(table.names, frame.status, frame.reason, strict=True):
         if reason is not None:
-            console.print(visible(f"failed: {name}: {reason}"))
+            console.print(visible(f"{status}: {name}: {reason}"))
     unfinished = table.count("unfinished")
     if unfinished:
         console.print(f"{unfinished} of {len(table.runs)} runs did not come to their end")
@@ -89,7 +90,7 @@ def _drawn(table: SweepTable) -> Table:
     else:
         columns["tokens"] = ["–" if n is None else f"{n:,}" for n in frame.tokens]
     if not table.is_finished.all():
-        columns["status"] = [Text(s, "red" * (s == "failed")) for s in frame.status]
+        columns["status"] = [Text(s, "red" * (s in ("failed", "damaged"))) for s in frame.status]
     drawn = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in columns:
         justify = "left" if heading in {*words, "status"} else "right"

@@ -22,10 +22,14 @@ class SweepRun(NamedTuple):
     """Why it failed; None if it did not."""
     settings: dict[str, object] = {}
     """Every setting by its dotted name, for the page's heading."""
+    damaged: bool = False
+    """Whether a file in its folder cannot be read, as `failure` says."""
 
     @property
     def status(self) -> str:
-        """finished, failed or unfinished."""
+        """finished, failed, damaged or unfinished."""
+        if self.damaged:
+            return "damaged"
         if self.failure is not None:
             return "failed"
         return "unfinished" if self.metrics is None else "finished"
@@ -78,6 +82,7 @@ COLUMNS = {
     "train/dead": Column("dead", "{:.1%}", -1, "share of features dead at the end of training"),
     "mse": Column("mse", "{:.4f}", -1, "mean squared error"),
 }
+OWN = ("tokens", "status", "reason", "folder")  # columns of neither settings nor metrics
 
 
 class SweepTable:
@@ -87,18 +92,20 @@ class SweepTable:
         import pandas as pd  # imported late: slow, and train.py needs it only when a sweep ends
 
         typed = list(dict.fromkeys(key for run in runs for key in run.typed))
-        self.keys = [key for key in typed if len({run.typed.get(key) for run in runs}) > 1]
+        values = {key: {run.typed.get(key) for run in runs} for key in typed}
+        self.keys = [key for key in typed if len(values[key]) > 1 and key not in OWN]
         """The settings in which the runs differ."""
         self.runs = sorted(runs, key=lambda run: [*map(natural, self._swept(run).values())])
         numbers = dict.fromkeys(name for run in self.runs for name in run.numbers)
         records = [
-            self._swept(run)
-            | run.numbers
+            run.numbers
+            | self._swept(run)
             | {"status": run.status, "reason": run.failure, "folder": run.folder.name}
             | {"tokens": (run.metrics or {}).get("tokens")}
             for run in self.runs
         ]
-        names = [*self.keys, *numbers, "tokens", "status", "reason", "folder"]
+        # a damaged file may use a name twice
+        names = [*dict.fromkeys([*self.keys, *numbers, *OWN])]
         rows = [[record.get(name) for name in names] for record in records]
         # as objects, for which None, a missing number, is not the same as NaN, a measured one
         self.frame = pd.DataFrame(rows, columns=names, dtype=object)
@@ -125,7 +132,7 @@ class SweepTable:
         return pairs if self.keys else [*self.frame.folder]
 
     def count(self, status: str) -> int:
-        """How many runs finished, failed or are unfinished."""
+        """How many runs have this status."""
         return int((self.frame.status == status).sum())
 
 

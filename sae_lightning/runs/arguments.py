@@ -34,7 +34,7 @@ EMPTY = ("", "''", '""')
 
 def checked(arguments: list[str]) -> list[str]:
     """The arguments, Hydra's flags first: it takes none after a setting. UserError for a flag that
-    it does not know, for a setting that is given twice, and for a folder without a name."""
+    it does not know, and for a folder without a name."""
     known, unknown = get_args_parser().parse_known_intermixed_args(arguments)
     if unknown:
         raise UserError(
@@ -42,11 +42,9 @@ def checked(arguments: list[str]) -> list[str]:
             "and --help lists them"
         )
     settings = known.overrides
-    names = [setting.partition("=")[0].lstrip("+") for setting in settings]
-    for name, setting in zip(names, settings, strict=True):
-        if names.count(name) > 1:
-            raise UserError(f"{name} is given twice: leave one of them out")
-        if name in (*PATHS, "hydra.sweep.subdir") and setting.partition("=")[2] in EMPTY:
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if equals and name.lstrip("+") in (*PATHS, "hydra.sweep.subdir") and value in EMPTY:
             raise UserError(
                 f"{setting}: empty (a shell variable that is not set?); give a path or leave it out"
             )
@@ -100,9 +98,12 @@ def check_swept(overrides: list[Override], sweeper: DictConfig) -> None:
     for name in ("max_batch_size", "n_trials", "n_jobs"):
         if (number := sweeper.get(name)) is not None and number < 1:
             raise UserError(f"hydra.sweeper.{name}={number}: give 1 or more, or leave it out")
+    names = [override.key_or_group for override in overrides]
     search = not sweeper._target_.endswith(".BasicSweeper")
     for override in overrides:
         line, value = override.input_line, override.value()
+        if override.is_sweep_override() and names.count(override.key_or_group) > 1:
+            raise UserError(f"{line}: {override.key_or_group} is given twice; leave one out")
         if isinstance(value, IntervalSweep | RangeSweep):
             ends = value.start, value.stop if isinstance(value, RangeSweep) else value.end
             lowest = 0 if "log" in value.tags else -math.inf

@@ -1,9 +1,11 @@
 """What run folders say about their runs."""
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from sae_lightning.errors import UserError, WriteError
 from sae_lightning.files import (
@@ -32,12 +34,16 @@ METRICS_FILE = "metrics.json"
 
 def metrics(folder: Path) -> dict | None:
     """`metrics.json` of a run that came to its end."""
-    return _json(folder / METRICS_FILE)  # damaged: the last checkpoint is there to score again
+    with suppress(UserError):  # damaged: the last checkpoint is there to score again
+        return _metrics(folder)
+    return None
 
 
 def failure(folder: Path) -> dict | None:
     """Why a run failed (`reason`), and whether it would do so again (`diverged`)."""
-    return _json(failure_path(folder))
+    with suppress(UserError):
+        return _failure(folder)
+    return None
 
 
 def finished(job: Job) -> dict | None:
@@ -77,8 +83,7 @@ def refuse(job: Job, reason: str) -> None:
 
 
 def sweep_runs(folder: Path) -> list[SweepRun]:
-    """What a sweep's report says about each of its runs; one whose settings cannot be read has
-    failed."""
+    """What a sweep's report says about each of its runs."""
     folders, runs = run_folders(folder), []
     with phase("reading runs", total=len(folders)) as advance:
         for run in folders:
@@ -89,23 +94,66 @@ def sweep_runs(folder: Path) -> list[SweepRun]:
 
 def _sweep_run(folder: Path) -> SweepRun:
     try:
-        job, failed = read_job(folder, trusted=True), failure(folder)  # no LLM is loaded
+        job = read_job(folder, trusted=True)  # no LLM is loaded
     except UserError as error:
-        return SweepRun(folder, overrides=[], metrics=None, failure=str(error))
-    return SweepRun(
-        folder=folder,
-        overrides=job.overrides,
-        metrics=metrics(folder),
-        failure=failed["reason"] if failed else None,
-        settings=job.config.flat(),
-    )
+        return SweepRun(folder, overrides=[], metrics=None, failure=str(error), damaged=True)
+    known = SweepRun(folder, job.overrides, None, None, job.config.flat())
+    try:
+        failed = _failure(folder)
+        return known._replace(
+            metrics=_metrics(folder), failure=failed["reason"] if failed else None
+        )
+    except UserError as error:
+        return known._replace(failure=str(error), damaged=True)
 
 
-def _json(path: Path) -> dict | None:
+def _metrics(folder: Path) -> dict | None:
+    """UserError: the file is not as `run.finish` writes it."""
+    path = folder / METRICS_FILE
+    content = _json(path)
+    if content is None:
+        return None
+    try:
+        for name in ("held_out", "training"):
+            content[name] = {key: _number(x) for key, x in content.get(name, {}).items()}
+        known = isinstance(content.get("tokens"), int | None)
+        known = known and {"l0", "explained_variance"} <= content["held_out"].keys()
+    except (AttributeError, TypeError, ValueError, OverflowError):
+        known = False
+    if not known:
+        raise UserError(f"{path} is damaged: it does not hold the metrics of a run")
+    return content
+
+
+def _number(value: object) -> float:
+    """A metric; null, which JSON has for NaN and infinity, as NaN."""
+    if value is None:
+        return math.nan
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(value)
+    float(value)  # OverflowError: no table could show it
+    return value
+
+
+def _failure(folder: Path) -> dict | None:
+    """UserError: the file does not hold a reason."""
+    path = failure_path(folder)
+    content = _json(path)
+    if content is None:
+        return None
+    if not isinstance(content, dict) or not isinstance(content.get("reason"), str):
+        raise UserError(f"{path} is damaged: it does not say why the run failed")
+    return {"diverged": False} | content
+
+
+def _json(path: Path) -> Any:
+    """The content of a file; None without one. UserError: it is not JSON."""
     try:
         return json.loads(path.read_text("utf8"))
-    except (OSError, ValueError):
+    except FileNotFoundError:
         return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: it cannot be read as JSON") from error
 
 
 @contextmanager

@@ -48,10 +48,12 @@ class Sweep(Callback):
         _refuse_links(Path(config.hydra.sweep.dir))
         self._keep_record(Path(config.hydra.sweep.dir))
         loader = GlobalHydra.instance().config_loader()
+        parse = OverridesParser.create(loader).parse_overrides
+        typed = parse(OmegaConf.to_container(config.hydra.overrides.task, resolve=False))
+        check_swept(typed, config.hydra.sweeper)
         params = [f"{k}={v}" for k, v in (config.hydra.sweeper.get("params") or {}).items()]
-        given = params + OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
-        parsed = OverridesParser.create(loader).parse_overrides(given)
-        check_swept(parsed, config.hydra.sweeper)
+        # what is typed beats what a preset says, and the last of all that is given twice
+        parsed = list({o.key_or_group: o for o in parse(params) + typed}.values())
         same = [o.key_or_group for o in parsed if not _varies(o)]
         excluded = ",".join(f"'{key}'" for key in same)
         with read_write(config):  # each job is composed with these

@@ -14,9 +14,10 @@ from omegaconf import BooleanNode, DictConfig, EnumNode, OmegaConf, StringNode, 
 from planted import save_planted
 
 from sae_lightning.analysis import subject
-from sae_lightning.analysis.task import following, jsonable
+from sae_lightning.analysis.task import following
 from sae_lightning.analysis.tasks import TASKS
 from sae_lightning.errors import UserError
+from sae_lightning.files import jsonable
 from sae_lightning.runs.cli import explain
 from sae_lightning.runs.config import conf_folder, typed
 from sae_lightning.runs.jobs import register

@@ -42,9 +42,6 @@ def test_a_flag_may_stand_anywhere(typed, taken):
 @pytest.mark.parametrize(
     ("typed", "message"),
     [
-        ("seed=1 loss.l1=2 seed=1", "seed is given twice"),
-        ("+seed=1 seed=2", "seed is given twice"),
-        ("model=topk model=relu", "model is given twice"),
         *(
             (f"{name}={value}", f"{name}={value}: empty")
             for name in (
@@ -85,6 +82,8 @@ SWEPT = {
     "loss.l1=interval(1,2)": r"loss\.l1=interval\(1,2\): only a search takes an interval: .*",
     "seed=1,2 hydra.sweeper.max_batch_size=0": r"hydra\.sweeper\.max_batch_size=0: give 1 or .*",
     "seed=1,2 hydra.sweeper.max_batch_size=-1": r"hydra\.sweeper\.max_batch_size=-1: give 1 or .*",
+    "seed=1,2 loss.l1=1 seed=3": r"seed=1,2: seed is given twice; leave one out",
+    "seed=3 seed=1,2": r"seed=1,2: seed is given twice; leave one out",
     # searches
     f"{SEARCH} loss.l1=interval(5,1)": r"loss\.l1=interval\(5,1\): give two finite numbers, the .*",
     f"{SEARCH} loss.l1=interval(nan,1)": r"loss\.l1=interval\(nan,1\): give two finite numbers, .*",
