@@ -104,10 +104,11 @@ def cases() -> dict[str, list[str]]:
         cache = f"train {train} data.cache=true data.cache_folder=cache"
         made[f"cache {kind}"] = [
             f"{cache} hydra.run.dir=writes",
-            f"{cache} hydra.run.dir=reads model=topk model.k=6 trainer.batch=32",
+            f"{cache} hydra.run.dir=reads model=topk model.k=6".replace("batch=64", "batch=32"),
         ]
+        wide = train.replace("features=48", "features=96")
         made[f"sweep {kind}"] = [
-            f"{SWEEP} {train} model.features=96 model={','.join(MODELS)}",
+            f"{SWEEP} {wide} model={','.join(MODELS)}",
             "analyze run=sweep task=sweep",
         ]
         tasks = TASKS if kind == "fp32" else TASKS[:1]
@@ -122,7 +123,7 @@ def cases() -> dict[str, list[str]]:
     world = "data=synthetic data.concepts=40 data.dim=24 data.l0=3 data.pool=256"
     for more in ("model=relu", "model=topk model.k=3 data.correlation=0.3 data.hierarchy=0.5"):
         made[f"synthetic {more}"] = [f"{RUN} {world} {SHORT} trainer.precision=fp32 {more}"]
-    long = f"{train} trainer.tokens=12800"
+    long = train.replace("trainer.tokens=2560", "trainer.tokens=12800")
     made["killed run"] = [f"kill {RUN} {long}", "train resume=run"]
     made["killed sweep"] = [f"kill {SWEEP} {long} model=relu,gated", "train -m resume=sweep"]
     return made
