@@ -21,6 +21,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import (
     ConfigAttributeError,
     ConfigKeyError,
+    GrammarParseError,
+    InterpolationResolutionError,
     OmegaConfBaseException,
     ValidationError,
 )
@@ -30,6 +32,7 @@ from sae_lightning.files import refusal
 from sae_lightning.runs.arguments import checked, quoted_paths, with_swept_groups
 from sae_lightning.runs.config import conf_folder
 from sae_lightning.sae import ARCHITECTURES
+from sae_lightning.stream import SOURCES
 from sae_lightning.terminal import visible
 
 DEBUG = "SAE_LIGHTNING_DEBUG"
@@ -47,6 +50,8 @@ PACKAGES = (
     *("lightning", "transformers", "datasets", "safetensors", "tensorboard", "pandas", "pyarrow"),
     *("scipy", "sklearn", "jinja2", "plotly", "gguf", "accelerate"),
 )
+# The presets that bring a kind of data.
+DATA = {"shakespeare": "plays", "hub": "hub", "text": "local", "synthetic": "synthetic"}
 STARTED = time.time()
 
 
@@ -144,6 +149,9 @@ def explain(error: BaseException, overrides: list[str]) -> str | None:
         missing = re.search(r"Missing mandatory value: (\S+)", str(link))
         if missing:
             return f"{missing[1]} is not set: give {missing[1]}=..."
+    for link in chain:
+        if isinstance(link, InterpolationResolutionError | GrammarParseError) and link.full_key:
+            return f"{link.full_key}: {str(link).splitlines()[0]}"
     if isinstance(error, HydraException | OmegaConfBaseException):
         return _hydras_own(str(error))
     if str(error) == "No trials are completed yet.":  # Optuna's
@@ -205,15 +213,17 @@ def _unknown_setting(error: OmegaConfBaseException, overrides: list[str]) -> str
     tables = {
         "model": {model: row.config for model, row in ARCHITECTURES.items()},
         "loss": {model: row.loss for model, row in ARCHITECTURES.items()},
+        "data": {preset: SOURCES[kind].settings for preset, kind in DATA.items()},
         "": tasks if schema in tasks.values() else {},
     }
     table = tables.get(parent, {})
     owners = [name for name, schema in table.items() if key in schema.__dataclass_fields__]
     if owners:
-        kind = "model" if parent else "task"
+        kind = {"data": "data", "": "task"}.get(parent, "model")
+        add = f", or add data={owners[0]}" if kind == "data" and len(owners) == 1 else ""
         choices = ", ".join(f"{kind}={owner}" for owner in owners[:-1])
         choices += f"{' and ' * (len(owners) > 1)}{kind}={owners[-1]}"
-        return f"{name} has no meaning for this {kind}, only for {choices}: leave it out"
+        return f"{name} has no meaning for this {kind}, only for {choices}: leave it out{add}"
     if dataclasses.is_dataclass(schema):
         known = [field.name for field in dataclasses.fields(schema)]
     else:  # analyze.yaml has no schema, only its own keys

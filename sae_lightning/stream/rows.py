@@ -12,6 +12,7 @@ norms are too large is known from the LLM alone: with `data.max_norm` the CPU wa
 Evaluation drops by the same two functions, `medians` and `not_large`.
 """
 
+import math
 import zlib
 from collections.abc import Sequence
 from time import perf_counter
@@ -104,10 +105,15 @@ class LLMRows:
     def _check_not_empty(self, rows: int) -> None:
         self._empty = 0 if rows else self._empty + 1
         if self._empty == EMPTY_BATCHES:
+            left = f"no activation of the last {EMPTY_BATCHES} LLM batches was left after dropping"
+            if self.max_norm is None:
+                raise UserError(
+                    f"data.keep_special=false: {left} special tokens; look at the text, or keep "
+                    "them with data.keep_special=true"
+                )
             raise UserError(
-                f"data.max_norm={self.max_norm}, data.keep_special: no activation of the "
-                f"last {EMPTY_BATCHES} LLM batches was left after dropping special tokens and "
-                "large norms; raise data.max_norm, or look at the text and llm.dtype"
+                f"data.max_norm={self.max_norm}: {left} special tokens and large norms; raise it, "
+                "or look at the text"
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -131,8 +137,15 @@ class LLMRows:
 
 
 def medians(rows: dict[Site, Tensor]) -> dict[Site, float]:
-    """The median norm of the rows {site: [n, d]} at each site."""
-    return {site: _norms(x).median().item() for site, x in rows.items()}
+    """The median norm of the rows {site: [n, d]} at each site. UserError if one is not finite."""
+    norms = {site: _norms(x).median().item() for site, x in rows.items()}
+    for site, norm in norms.items():
+        if not math.isfinite(norm):
+            raise UserError(
+                f"llm.dtype: activations of the LLM at {site} are not finite; give "
+                "llm.dtype=float32, or another LLM if that is what it has"
+            )
+    return norms
 
 
 def not_large(rows: dict[Site, Tensor], medians: dict[Site, float], max_norm: float) -> Tensor:

@@ -103,8 +103,11 @@ def _culprit(head: Head, batch: dict[Site, Tensor]) -> tuple[str, str]:
     for site in (head.source, head.target):
         if not batch[site].isfinite().all():
             return f"the LLM's activation at {site}", "llm.dtype=float32"
-    slower = f"a lower optim.lr (now {head.optim.lr:g})"
-    broken = [name for name, term in head.last.terms.items() if not term.isfinite()]
+    terms, remedy = head.last.terms, f"a lower optim.lr (now {head.optim.lr:g})"
+    broken = [name for name, term in terms.items() if not term.isfinite()]
     if broken:
-        return f"the loss term {' and '.join(broken)}", slower
-    return "the gradient" if head.last.loss.isfinite() else "the loss term sum", slower
+        return f"the loss term {' and '.join(broken)}", remedy
+    for name, coefficient in head.coefficients().items():
+        if not coefficient * terms[name] < 1e6 * terms["mse"]:  # NaN: 0 times infinity
+            remedy = f"a lower loss.{name} (now {getattr(head.loss, name):g})"
+    return "the gradient" if head.last.loss.isfinite() else "the loss term sum", remedy

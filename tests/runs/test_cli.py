@@ -77,6 +77,16 @@ BAD = {
     "model=dense loss=relu": r"loss: this is not the objective of model\.name=dense but of "
     r"model=relu; choose .*",
     "model.name=topkk": r"model\.name=topkk: no such architecture; choose from relu, dense.*",
+    # the wrong data
+    "data.path=x.txt": r"data\.path has no meaning for this data, only for data=text: "
+    "leave it out, or add data=text",
+    "data.concepts=5": r"data\.concepts has no meaning .* data=synthetic: .* or add data=synthetic",
+    "data=synthetic data.context=5": r"data\.context has no meaning for this data, only for "
+    "data=shakespeare, data=hub and data=text: leave it out",
+    # interpolations
+    "seed=${nope}": r"seed: Interpolation key 'nope' not found",
+    "optim.lr=${oc.env:NO_SUCH_VARIABLE}": r"optim\.lr: .*'NO_SUCH_VARIABLE' not found\"",
+    "optim.lr=${nope:}": r"optim\.lr: Unsupported interpolation type nope",
     # values
     "loss.l1=abc": r"loss\.l1=abc: value 'abc' .* could not be converted to Float",
     "loss.l1=": r"loss\.l1=: .* could not be converted to Float",

@@ -367,6 +367,9 @@ def test_a_run_folder_is_complete_and_the_curves_are_plotted_against_tokens(job)
     [
         ({"optim": OptimConfig(lr=1e30, clip=None)}, "the loss term|the gradient"),
         ({"optim": OptimConfig(lr=1e30, clip=None, warmup=0)}, "step 1 .*nothing was saved yet"),
+        ({"optim": OptimConfig(lr=1e30, clip=None)}, "a lower optim.lr"),
+        ({"loss": ReLULoss(l1=1e300)}, r"a lower loss\.l1 \(now 1e\+300\)"),
+        ({"loss": ReLULoss(l1=1e25)}, r"a lower loss\.l1 \(now 1e\+25\)"),
     ],
 )
 def test_a_loss_that_is_no_longer_finite_stops_the_run_and_names_the_term(job, changes, message):
