@@ -50,6 +50,7 @@ PACKAGES = (
     *("lightning", "transformers", "datasets", "safetensors", "tensorboard", "pandas", "pyarrow"),
     *("scipy", "sklearn", "jinja2", "plotly", "gguf", "accelerate"),
 )
+SEVERAL = "nothing was started:\n  "
 # The presets that bring a kind of data.
 DATA = {"shakespeare": "plays", "hub": "hub", "text": "local", "synthetic": "synthetic"}
 STARTED = time.time()
@@ -82,7 +83,7 @@ def one_line_errors(folder: Path | None = None, multirun: bool = False) -> Itera
         elif message is None or os.environ.get(DEBUG):
             raise
         else:
-            sys.exit(visible(f"error: {message}"))
+            sys.exit(error_text(message))
     finally:
         if folder is not None:
             remove_unused(folder)
@@ -97,6 +98,12 @@ def check_packages() -> None:
             )
 
 
+def error_text(message: str) -> str:
+    """What is printed of an error: one line, or a line for each thing that is wrong in a sweep."""
+    lines = message.split("\n  ") if message.startswith(SEVERAL) else [message]
+    return "error: " + "\n  ".join(map(visible, lines))
+
+
 def say_error(message: str | None, name: str | None = None) -> None:
     """Print the error that is being handled as one line about the job `name`, and go on; a bug
     (no `message`) with its traceback."""
@@ -105,7 +112,7 @@ def say_error(message: str | None, name: str | None = None) -> None:
     error = sys.exception()
     name = f"{name}: " if name else ""
     message = (message or f"{type(error).__name__}: {error}").removeprefix(name)
-    sys.stderr.write(visible(f"error: {name}{message}") + "\n")
+    sys.stderr.write(error_text(f"{name}{message}") + "\n")
 
 
 def remove_unused(folder: Path) -> None:

@@ -20,7 +20,7 @@ import torch
 from sae_lightning.errors import UserError, WriteError, is_out_of_memory
 from sae_lightning.runs import checks, folders, memory
 from sae_lightning.runs.checks import Checked
-from sae_lightning.runs.cli import explain, say_error
+from sae_lightning.runs.cli import SEVERAL, explain, say_error
 from sae_lightning.runs.heap import give_back_freed_memory
 from sae_lightning.runs.jobs import CONFIG_FILE, Job, read_job, resume_of
 from sae_lightning.runs.run import Pass, run
@@ -125,8 +125,7 @@ def plan(jobs: Iterable[Job]) -> list[Pass]:
         except UserError as error:
             wrong.append(str(error))
     if wrong:
-        many = "nothing was started:\n  " * (len(wrong) > 1)
-        raise UserError(many + "\n  ".join(wrong))
+        raise UserError(SEVERAL * (len(wrong) > 1) + "\n  ".join(map(visible, wrong)))
     if together:
         checks.check_space([checked for group in together.values() for checked in group])
     return [part for group in together.values() for part in _split(group)]

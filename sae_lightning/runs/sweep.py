@@ -24,7 +24,7 @@ from sae_lightning.errors import UserError
 from sae_lightning.files import atomically
 from sae_lightning.report.sweep_report import write_report
 from sae_lightning.runs.arguments import check_swept, count
-from sae_lightning.runs.cli import DEBUG, explain, remove_unused
+from sae_lightning.runs.cli import DEBUG, error_text, explain, remove_unused
 from sae_lightning.runs.folders import sweep_runs
 from sae_lightning.runs.jobs import CONFIG_FILE, is_sweep, jobs
 from sae_lightning.runs.saved import scalars
@@ -146,7 +146,7 @@ def _ending_at_errors(overrides: Iterable[str]) -> Iterator[None]:
         if message is None or os.environ.get(DEBUG):
             traceback.print_exc()
             sys.exit(1)
-        sys.exit(visible(f"error: {message}"))
+        sys.exit(error_text(message))
 
 
 def _refuse_links(sweep: Path) -> None:

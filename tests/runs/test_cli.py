@@ -206,6 +206,11 @@ def test_a_users_error_ends_with_its_line_and_a_bug_with_its_traceback(command_l
         _ = 1 / 0
 
 
+def test_only_a_list_of_what_is_wrong_in_a_sweep_has_line_breaks():
+    assert cli.error_text("a\n  b") == "error: a\u21b5  b"
+    assert cli.error_text(f"{cli.SEVERAL}a\n  b\nc") == f"error: {cli.SEVERAL}a\n  b\u21b5c"
+
+
 def test_debugging_keeps_the_traceback(command_line):
     command_line.setenv(cli.DEBUG, "1")
     with pytest.raises(UserError), one_line_errors():
