@@ -43,6 +43,7 @@ class CachedRows:
         activation, for the estimate of the disk space; `resumed`: never refuse to go on."""
         self.live, self.sites, self.device, self.most = live, live.sites, live.device, live.most
         self.folder, self.settings, self.resumed = folder, settings, resumed
+        self.width = width
         itemsize = next(live.llm.model.parameters()).dtype.itemsize
         self.row_bytes = len(self.sites) * width * itemsize + 8  # with the id
         self.shards: list[Shard] = []  # in order
@@ -98,7 +99,7 @@ class CachedRows:
         """Begin the stretch at this place."""
         self._leave()
         shard = self._at(self._place)
-        if shard is not None and shard.open():
+        if shard is not None and self._open(shard):
             self._shard, self._stop, self._known = shard, shard.stop, shard.state()
             return
         if shard is not None:
@@ -114,6 +115,11 @@ class CachedRows:
                 if free_space(self.folder) < RESERVE:
                     raise OSError(errno.ENOSPC, f"less than {_size(RESERVE)} are free")
                 self._draft = []
+
+    def _open(self, shard: Shard) -> bool:
+        vocabulary = self.live.llm.model.config.get_text_config().vocab_size
+        packing = {"batch": self.live.batch, "context": self.live.tokens.packing.context}
+        return shard.open(self.sites, self.width, **packing, vocabulary=vocabulary)
 
     def _at(self, llm_batch: int) -> Shard | None:
         return next((s for s in self.shards if s.first <= llm_batch < s.stop), None)

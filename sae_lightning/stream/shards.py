@@ -21,7 +21,7 @@ finished, is made again alone.
 
 import json
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,16 @@ from torch import Tensor
 from sae_lightning.files import atomically
 from sae_lightning.llm.sites import Site
 from sae_lightning.stream.base import Rows
+from sae_lightning.stream.states import (
+    COUNT,
+    expect,
+    expect_activations,
+    expect_ids,
+    expect_rows,
+)
 
 SUFFIX = ".safetensors"
-DAMAGE = (OSError, SafetensorError, ValueError, KeyError, TypeError)
+DAMAGE = (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError)
 
 
 class Shard:
@@ -49,6 +56,12 @@ class Shard:
         self.path, self.first = path, int(path.stem)
         self._about, self._crc32 = metadata["about"], metadata["crc32"]
         about = json.loads(self._about)
+        state = {"tokens": dict, "llm_batches": self.first}
+        expect(about, {"rows": list, "epochs": list, "texts": list, "state": state}, "about")
+        for name, counts in (("rows", range(2**31)), ("epochs", COUNT), ("texts", range(2**32))):
+            expect(len(about[name]), len(about["rows"]), name)
+            for each in about[name]:
+                expect(each, counts, name)
         self.rows: list[int] = about["rows"]  # of each LLM batch
         self.epochs: list[int] = about["epochs"]  # after each LLM batch
         self.texts: list[int] = about["texts"]  # crc32 of the tokens of each LLM batch
@@ -57,16 +70,21 @@ class Shard:
         self._starts = np.cumsum([0, *self.rows])
         self._tensors: dict[str, Tensor] = {}
 
-    def open(self) -> bool:
-        """Map the file; False where it is not as it was written."""
+    def open(self, sites: Sequence[Site], width: int, **packing: int) -> bool:
+        """Map the file; False where it is not as it was written, or holds something else than what
+        an LLM with activations of this `width` and text in this `packing` (see `expect_rows`)
+        give."""
         try:
-            tensors = load_file(self.path)
+            self._tensors = load_file(self.path)
+            if _checksum(self._about, self._tensors) != self._crc32:
+                raise ValueError("its checksum is wrong")
+            rows = int(self._starts[-1])
+            expect_activations(self._tensors, sites, rows, width, "rows")
+            expect_ids(self._tensors["ids"], rows, self.stop * packing["batch"], "ids")
+            expect_rows(self.state(), sites, **packing)
         except DAMAGE:
-            return False
-        if _checksum(self._about, tensors) != self._crc32:
-            return False
-        self._tensors = tensors
-        return True
+            self.close()
+        return bool(self._tensors)
 
     def close(self) -> None:
         """Unmap the file."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from sae_lightning.llm.sites import Site
 
 COUNT = range(2**62)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def expect(value: Any, like: Any, name: str) -> None:
@@ -46,9 +47,9 @@ def _kind(x: Tensor) -> str:
     return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
 
 
-def expect_ids(ids: Any, like: Tensor, stop: int, name: str) -> None:
-    """ValueError unless `ids` [n] are like `like` and from 0 to `stop` - 1."""
-    expect(ids, like, name)
+def expect_ids(ids: Any, n: int, stop: int, name: str, dtype: torch.dtype = torch.int64) -> None:
+    """ValueError unless `ids` [n] are from 0 to `stop` - 1."""
+    expect(ids, torch.empty(n, dtype=dtype, device="meta"), name)
     if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < stop:
         raise ValueError(f"{name} holds {int(ids.min())} to {int(ids.max())}, of {stop}")
 
@@ -75,23 +76,31 @@ def expect_rows(
     else:
         place |= {"documents": COUNT, "read": COUNT, "served": read, "carry": Tensor}
         expect(tokens, place, "tokens")
-        like = torch.empty(tokens["carry"].numel(), dtype=torch.int32, device="meta")
-        expect_ids(tokens["carry"], like, vocabulary, "tokens.carry")
+        carry = tokens["carry"]
+        expect_ids(carry, carry.numel(), vocabulary, "tokens.carry", torch.int32)
     return state["llm_batches"] * batch
 
 
+def expect_activations(rows: Any, sites: Iterable[Site], n: int, width: int, name: str) -> None:
+    """ValueError unless `rows` holds activations [n, width] at each of the sites, in a dtype that
+    LLMs compute in."""
+    for site in sites:
+        expect(rows, {str(site): Tensor}, name)
+        dtype = rows[str(site)].dtype
+        like = torch.empty(n, width, dtype=dtype if dtype in FLOATS else None, device="meta")
+        expect(rows[str(site)], like, f"{name}.{site}")
+
+
 def expect_stream(
-    state: Any, rows: dict[str, Tensor], most: int, served: int, sequences: int
+    state: Any, sites: Iterable[Site], *, width: int, most: int, served: int, sequences: int
 ) -> None:
     """ValueError unless `state` can be that of a stream after `served` batches: with at most `most`
-    rows like `rows` {site: [0, d]}, each of one of so many `sequences`."""
+    activations of `width` numbers, each of one of so many `sequences`."""
     pool = {"rows": dict, "ids": Tensor, "random": dict}
     expect(state, {"served": served, "rows": dict, "pool": pool}, "stream")
     pool = state["pool"]
     n = len(pool["ids"]) if pool["ids"].ndim else 0
     expect(n, range(most + 1), "rows in the pool")
-    like = torch.empty(n, dtype=torch.int64, device="meta")
-    expect_ids(pool["ids"], like, sequences, "pool.ids")
-    filled = {site: x.new_empty(n, *x.shape[1:], device="meta") for site, x in rows.items()}
-    expect(pool["rows"], filled, "pool.rows")
+    expect_ids(pool["ids"], n, sequences, "pool.ids")
+    expect_activations(pool["rows"], sites, n, width, "pool.rows")
     np.random.PCG64().state = pool["random"]

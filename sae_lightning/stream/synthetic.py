@@ -224,8 +224,8 @@ class Concepts(Source):
     def check_stream(self, state: Any, sites: Sequence[Site], shape: Shape, served: int) -> None:
         expect(state, {"rows": {"served": COUNT, "generator": Tensor}}, "stream")
         Generator().set_state(state["rows"]["generator"])
-        rows = {str(site): torch.empty(0, shape.width) for site in sites}
-        expect_stream(state, rows, self.data.pool + MOST, served, state["rows"]["served"])
+        size = {"width": shape.width, "most": self.data.pool + MOST}
+        expect_stream(state, sites, **size, served=served, sequences=state["rows"]["served"])
 
     def open(
         self,

@@ -13,7 +13,6 @@ from sae_lightning.llm.load import (
     NO_LLM,
     Attention,
     device,
-    dtype,
     load,
     parameters,
 )
@@ -116,13 +115,13 @@ class TextSource(Source):
 
     def check_stream(self, state: Any, sites: Sequence[Site], shape: Shape, served: int) -> None:
         batch, context = self.llm.batch, self.data.context
-        rows = {str(site): torch.empty(0, shape.width, dtype=dtype(self.llm)) for site in sites}
         expect(state, {"rows": dict}, "stream")
         sequences = expect_rows(
             state["rows"], sites, batch=batch, context=context, vocabulary=shape.vocabulary
         )
         most = self.data.pool + batch * (context - 1)
-        expect_stream(state, rows, most, served, sequences)
+        size = {"width": shape.width, "most": most}
+        expect_stream(state, sites, **size, served=served, sequences=sequences)
 
     def open(
         self,

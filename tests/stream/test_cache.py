@@ -15,6 +15,7 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from small_text import STYLES, story
 
 from sae_lightning.errors import UserError
@@ -261,6 +262,102 @@ def test_a_damaged_shard_is_made_again_and_no_other(llm, folder, calls, capsys, 
     calls.clear()
     assert_same(list(make(llm, folder)), reference)
     assert calls == []
+
+
+def rewrite(path: Path, change) -> None:
+    """Save what `change` makes of a shard's header and tensors, with a good checksum."""
+    with safe_open(path, "pt") as file:
+        about = json.loads(file.metadata()["about"])
+    tensors = load_file(path)
+    change(about, tensors)
+    told = about.pop("all of it", None) or json.dumps(about)
+    save_file(tensors, path, {"about": told, "crc32": shards_module._checksum(told, tensors)})
+
+
+def put(place: str, value):
+    """change(about, tensors), which sets what lies at a place in the header."""
+
+    def change(about, _):
+        *path, last = place.split("/")
+        for key in path:
+            about = about[key]
+        about[last] = value(about[last]) if callable(value) else value
+
+    return change
+
+
+def tensor(name: str, value):
+    """change(about, tensors), which sets a tensor."""
+    return lambda _, tensors: tensors.update({name: value(tensors[name]).contiguous()})
+
+
+STRANGE = {
+    "no mapping": lambda about, _: about.update({"all of it": "[3]"}),
+    "no JSON": lambda about, _: about.update({"all of it": "{"}),
+    "a deep list": lambda about, _: about.update({"all of it": "[" * 100_000}),
+    "rows that are no list": put("rows", 3),
+    "rows of another type": put("rows", lambda rows: [float(n) for n in rows]),
+    "negative rows": put("rows", lambda rows: [-n for n in rows]),
+    "too many rows": put("rows", lambda rows: [n + 1 for n in rows]),
+    "more rows than there are numbers": put("rows", lambda rows: [2**62 for n in rows]),
+    "missing epochs": put("epochs", lambda epochs: epochs[1:]),
+    "a text of another type": put("texts", lambda texts: ["1" for _ in texts]),
+    "a state of another type": put("state", [1]),
+    "a state without text": put("state/tokens", {}),
+    "another place": put("state/llm_batches", 1),
+    "another place in the text": put("state/tokens/cursor", 5),
+    "an epoch before the first": put("state/tokens/epoch", 0),
+    "a text without tokens": put("state/tokens/tokens", 0),
+    "medians of another type": put("state/medians", {"resid.1": "large"}),
+    "another site": lambda _, tensors: tensors.update(more=tensors.pop(str(A))),
+    "whole numbers": tensor(str(A), lambda x: x.long()),
+    "double precision": tensor(str(B), lambda x: x.double()),
+    "complex numbers": tensor(str(B), lambda x: x * 1j),
+    "another width": tensor(str(A), lambda x: x[:, :5]),
+    "fewer rows": tensor(str(B), lambda x: x[:7]),
+    "another shape": tensor(str(A), lambda x: x[0]),
+    "ids of another type": tensor("ids", lambda x: x.int()),
+    "negative ids": tensor("ids", lambda x: x - 1000),
+    "ids of later sequences": tensor("ids", lambda x: x + 1000),
+}
+
+
+@pytest.mark.parametrize("what", STRANGE)
+def test_a_shard_of_strange_content_is_made_again_though_its_checksum_is_good(
+    llm, folder, what, capsys
+):
+    reference = list(make(llm, total_batches=8))
+    list(make(llm, folder, total_batches=8))
+    first = shards(folder)[0]
+    good = Shard(first)._crc32
+    rewrite(first, STRANGE[what])
+    assert_same(list(make(llm, folder, total_batches=8)), reference)
+    assert f"{first} is damaged: the LLM makes it again" in capsys.readouterr().out.replace(
+        "\n", " "
+    )
+    assert Shard(first)._crc32 == good
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"ids": {"dtype": "I64", "shape": [4], "data_offsets": [0, 1 << 40]}},
+        {"ids": {"dtype": "I64", "shape": [1 << 62], "data_offsets": [0, 32]}},
+        {"ids": {"dtype": "I64", "shape": [-4], "data_offsets": [32, 0]}},
+        {"ids": {"dtype": "Z9", "shape": [4], "data_offsets": [0, 32]}},
+        {"ids": [], "__metadata__": {"about": "{}"}},
+        {"__metadata__": {"about": 3}},
+        {},
+    ],
+)
+def test_a_shard_with_a_strange_header_is_made_again(llm, folder, header):
+    reference = list(make(llm, total_batches=8))
+    list(make(llm, folder, total_batches=8))
+    first = shards(folder)[0]
+    good, text = Shard(first)._crc32, json.dumps(header).encode()
+    first.write_bytes(len(text).to_bytes(8, "little") + text + bytes(32))
+    assert_same(list(make(llm, folder, total_batches=8)), reference)
+    assert Shard(first)._crc32 == good
 
 
 @pytest.mark.slow

@@ -226,7 +226,7 @@ GOOD = {
         "tokens.epoch is 0": at(("rows", "tokens", "epoch"), lambda _: 0),
         "pool.ids is int32": at(("pool", "ids"), lambda x: x.int()),
         "pool.ids holds -1 to": at(("pool", "ids"), lambda x: x.index_fill(0, x[:1] * 0, -1)),
-        "pool.rows.resid.1 is float16": at(("pool", "rows", "resid.1"), lambda x: x.half()),
+        "pool.rows.resid.1 is float64": at(("pool", "rows", "resid.1"), lambda x: x.double()),
         "pool.rows.resid.1 is float32 [3, 24]": at(("pool", "rows", "resid.1"), lambda x: x[:3]),
         "pool.rows lacks resid.1": at(("pool", "rows"), lambda x: {"resid.2": x["resid.1"]}),
         "rows in the pool is": at(("pool", "ids"), lambda x: x.repeat(9)),
