@@ -66,7 +66,9 @@ def _damage(path: Path, what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:  # a disk that does not answer is no reason to delete anything
-        raise UserError(f"{error.filename or path} cannot be read: {error.strerror}") from error
+        raise UserError(
+            f"{error.filename or path} cannot be read: {error.strerror or error}"
+        ) from error
     except Exception as error:
         if is_out_of_memory(error):
             raise
@@ -125,10 +127,14 @@ def _expect_adam(saved: dict[str, Any], groups: list[dict], head: Head, step: in
         {n: like | dict.fromkeys(("exp_avg", "exp_avg_sq"), x) for n, x in enumerate(ordered)},
         "Adam",
     )
-    for number, state in saved["state"].items():
+    for number, x in enumerate(ordered):
+        state = saved["state"][number]
         expect(state["step"].item(), float(step), f"Adam.{number}.step")
         for name in ("exp_avg", "exp_avg_sq"):
-            _expect_finite(state[name], f"Adam.{number}.{name}")
+            # Adam goes through parameters and moments by place in memory
+            told = f"Adam.{number}.{name}"
+            expect(state[name].is_contiguous(), x.is_contiguous(), f"{told}, by rows,")
+            _expect_finite(state[name], told)
 
 
 def _expect_finite(x: Any, name: str) -> None:
