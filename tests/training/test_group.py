@@ -353,9 +353,9 @@ def test_a_group_too_large_for_memory_is_split(sweep, monkeypatch, capsys):
     assert [len(part.jobs) for part in passes.plan(jobs)] == [1, 2, 2]
     passes.train(jobs)
     assert "5 jobs on 3 passes of the LLM" in capsys.readouterr().out
-    monkeypatch.setattr(memory, "free_memory", lambda config: 0)
-    with_less_than_one = sweep("more", **SEEDS)
-    assert [len(part.jobs) for part in passes.plan(with_less_than_one)] == [1, 1, 1]
+    monkeypatch.setattr(memory, "free_memory", lambda config: shared + each)  # none to spare
+    one_by_one = sweep("more", **SEEDS)
+    assert [len(part.jobs) for part in passes.plan(one_by_one)] == [1, 1, 1]
 
 
 def test_one_job_that_cannot_run_keeps_all_from_starting(sweep):
