@@ -172,6 +172,14 @@ def jsonable(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def read_text(path: Path) -> str:
+    """The text of a file that may be a stranger's. OSError: it is a pipe or a device, which might
+    never end, or it cannot be read. ValueError: it is no UTF-8."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is no plain file", str(path))
+    return path.read_text("utf8")
+
+
 def free_space(folder: Path) -> int:
     """Bytes free on the disk that holds `folder` or its nearest existing parent."""
     folder = folder.absolute()

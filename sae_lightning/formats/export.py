@@ -90,7 +90,10 @@ def load_sae(path: str | os.PathLike) -> SAE:
     except FileNotFoundError as error:
         missing = Path(error.filename).name
         raise UserError(f"{file.parent} holds no saved SAE: {missing} is missing") from error
-    except (UserError, OSError):
+    except OSError as error:
+        why = error.strerror or error
+        raise UserError(f"{error.filename or file.parent} cannot be read: {why}") from error
+    except UserError:
         raise
     except Exception as error:  # a file of another tool may be damaged in any way
         why = f"it lacks {error}" if isinstance(error, KeyError) else str(error).split("\n")[0]

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sae_lightning.errors import UserError
+from sae_lightning.files import read_text
 from sae_lightning.formats.pickles import load_tensors
 from sae_lightning.sae import ARCHITECTURES
 from sae_lightning.stream.states import expect
@@ -74,7 +75,7 @@ class Stored(NamedTuple):
 
 
 def _json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf8"))
+    return json.loads(read_text(file))
 
 
 def _check(source: Path, key: str, value: Any, readable: Iterable[str]) -> None:

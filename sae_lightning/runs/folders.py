@@ -13,6 +13,7 @@ from sae_lightning.files import (
     atomically,
     clean,
     lock,
+    read_text,
     refuse_link,
     write_json,
     writing,
@@ -149,7 +150,7 @@ def _failure(folder: Path) -> dict | None:
 def _json(path: Path) -> Any:
     """The content of a file; None without one. UserError: it is not JSON."""
     try:
-        return json.loads(path.read_text("utf8"))
+        return json.loads(read_text(path))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:

@@ -174,10 +174,11 @@ def read_job(folder: Path, trusted: bool = False) -> Job:
     file = folder / CONFIG_FILE
     try:
         saved = read_settings(file)
-        overrides = OmegaConf.to_container(saved.pop(OVERRIDES, OmegaConf.create([])))
+        overrides = saved.pop(OVERRIDES, [])
         if not (isinstance(overrides, list) and all(isinstance(o, str) for o in overrides)):
             raise ValueError(f"{OVERRIDES} is no list of what was typed")
-        schema = _schema(saved.data.get("kind") or _kind_of(saved.data), saved.model.name)
+        data = saved["data"]
+        schema = _schema(data.get("kind") or _kind_of(data), saved["model"]["name"])
         config = typed(OmegaConf.merge(schema, saved))
     except UserError:
         raise
@@ -223,7 +224,7 @@ def resolved_yaml(job: Job) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(job.config.plain() | {OVERRIDES: job.overrides}))
 
 
-def _kind_of(data: DictConfig) -> str:
+def _kind_of(data: dict) -> str:
     """The kind of data, which 0.1.0 did not write down, by a setting that only it has."""
     for kind, setting in {"synthetic": "concepts", "local": "path", "hub": "name"}.items():
         if setting in data:

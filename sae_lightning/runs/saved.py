@@ -4,24 +4,30 @@ What is written there is resolved already. In what is read, an interpolation wou
 of the environment, an alias could grow without end, and a tag names a Python object.
 """
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from sae_lightning.errors import UserError
+from sae_lightning.files import read_text
 
+DEPTH = 20  # of groups and lists within one another; ours have 3
 OVERRIDES = "overrides"  # what was typed to get the run: text, which nobody resolves
 
 
-def read_settings(file: Path) -> DictConfig:
-    """The content of a run's `config.yaml`, in which nothing is left to resolve but `OVERRIDES`."""
-    text = file.read_text("utf8")
+def read_settings(file: Path) -> Any:
+    """The content of a run's `config.yaml`, in which nothing is left to resolve but `OVERRIDES`; a
+    plain dict, which resolves nothing."""
+    text = read_text(file)
     for name, value in scalars(file, text):
-        if "${" in value and name != OVERRIDES:
-            raise _refusal(file, name, f"the interpolation {value!r:.60}")
-    return OmegaConf.create(text)
+        # of a link to a file of secrets, no more than this is quoted
+        if name != OVERRIDES and (found := re.search(r"\$\{[^}]*\}*", value)):
+            raise _refusal(file, name, f"the interpolation {found[0]!r:.60}")
+    return OmegaConf.to_container(OmegaConf.create(text))
 
 
 def scalars(file: Path, text: str) -> Iterator[tuple[str, str]]:
@@ -38,6 +44,8 @@ def scalars(file: Path, text: str) -> Iterator[tuple[str, str]]:
         if isinstance(event, yaml.CollectionStartEvent):
             if before_key:
                 raise _refusal(file, name, "a key that is no word")
+            if len(keys) == DEPTH:
+                raise _refusal(file, name, f"more than {DEPTH} groups or lists within one another")
             keys.append(None if isinstance(event, yaml.MappingStartEvent) else False)
         elif isinstance(event, yaml.ScalarEvent) and before_key:
             keys[-1] = event.value

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from yaml import YAMLError
 
 from sae_lightning.errors import UserError
-from sae_lightning.files import atomically
+from sae_lightning.files import atomically, read_text
 from sae_lightning.report.sweep_report import write_report
 from sae_lightning.runs.arguments import check_swept, count
 from sae_lightning.runs.cli import DEBUG, error_text, explain, remove_unused
@@ -45,7 +45,7 @@ class Sweep(Callback):
             self._start(config)
 
     def _start(self, config: DictConfig) -> None:
-        _refuse_links(Path(config.hydra.sweep.dir))
+        _refuse_what_is_no_file(Path(config.hydra.sweep.dir))
         self._keep_record(Path(config.hydra.sweep.dir))
         loader = GlobalHydra.instance().config_loader()
         parse = OverridesParser.create(loader).parse_overrides
@@ -79,9 +79,10 @@ class Sweep(Callback):
                 f"hydra.sweep.dir={folder}: holds a run; a sweep needs a folder of its own"
             )
         self.record, self.kept = folder / RECORD, None
-        with suppress(OSError, ValueError):
-            self.kept = self.record.read_text("utf8")
         self.runs = sorted(folder.glob(f"*/{CONFIG_FILE}"))
+        with suppress(OSError, ValueError):
+            self.kept = read_text(self.record)
+            self._put_record_back()  # as a file of its own, whatever other name it had
         atexit.register(self._put_record_back)
 
     def _put_record_back(self) -> None:
@@ -103,14 +104,15 @@ class Sweep(Callback):
             given = [text for name, text in words if name == "hydra.overrides.task"]
             parsed = OverridesParser.create(loader).parse_overrides(given)
             jobs = math.prod(count(override) for override in parsed)
+            missing = jobs - len(self.runs)
+            known = f"{missing} of the {jobs} jobs"
         except UserError:
             raise
-        except (ValueError, ArithmeticError, YAMLError, HydraException):
+        except (ValueError, ArithmeticError, RecursionError, YAMLError, HydraException):
             return  # a record of something else, or damaged
-        missing = jobs - len(self.runs)
         if missing > 0 and given:
             console.print(
-                f"{missing} of the {jobs} jobs of this sweep never began and are not resumed: give "
+                f"{known} of this sweep never began and are not resumed: give "
                 f"its own command again, with hydra.sweep.dir={shown(self.record.parent)}"
             )
 
@@ -149,13 +151,14 @@ def _ending_at_errors(overrides: Iterable[str]) -> Iterator[None]:
         sys.exit(error_text(message))
 
 
-def _refuse_links(sweep: Path) -> None:
-    """UserError if the folder of a sweep holds a link: Hydra and sweepers write through it."""
+def _refuse_what_is_no_file(sweep: Path) -> None:
+    """UserError if the folder of a sweep holds a link, a pipe or a device: Hydra and sweepers write
+    through it, or wait for ever."""
     for file in sweep.iterdir() if sweep.is_dir() else ():
-        if file.is_symlink():
+        if file.is_symlink() or not (file.is_file() or file.is_dir()):
             raise UserError(
-                f"{file} is a link, through which files elsewhere could be written over: "
-                "remove it, or choose another folder with hydra.sweep.dir=..."
+                f"{file} is a link, through which files elsewhere could be written over, or a "
+                "pipe: remove it, or choose another folder with hydra.sweep.dir=..."
             )
 
 

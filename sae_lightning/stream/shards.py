@@ -51,6 +51,8 @@ class Shard:
 
     def __init__(self, path: Path) -> None:
         """Read the metadata; one of `DAMAGE` where they cannot be read."""
+        if not path.is_file():  # a pipe would be waited for
+            raise ValueError("it is no plain file")
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
         self.path, self.first = path, int(path.stem)

@@ -1,6 +1,7 @@
 """Other tools' folders, written here tensor by tensor, against the tools' documented equations."""
 
 import json
+import os
 import pickle
 from pathlib import Path
 
@@ -202,6 +203,13 @@ def test_settings_of_an_odd_type_are_refused_in_one_line(tmp_path, k):
         (folder / CFG).write_text(json.dumps(cfg))
         load_sae(folder)
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_without_end_is_refused_and_not_waited_for(tmp_path):
+    (sparsify(tmp_path) / CFG).unlink()
+    os.mkfifo(tmp_path / CFG)
+    with pytest.raises(UserError, match=r"cfg\.json cannot be read: it is no plain file$"):
+        load_sae(tmp_path)
 
 
 @pytest.mark.parametrize("whole", [torch.nn.Linear(2, 2), Bomb(Path("trace"))])

@@ -157,6 +157,10 @@ HOSTILE = {
     "one in quotes": ('index: "\\x24{oc.env:SECRET}"', "layer.index holds the interpolation"),
     "one as part": ("index: a ${oc.env:SECRET} b", "layer.index holds the interpolation"),
     "one in a list": ("index: [1, {a: '${oc.env:SECRET}'}]", "layer.index.a holds the interp"),
+    "one beside a secret": (
+        f"index: {SECRET} ${{seed}} {SECRET}",
+        "layer.index holds the interpol",
+    ),
     "one as a key": ("'${oc.env:SECRET}': 0", "layer holds the interpolation"),
     "another setting": ("index: ${seed}", "layer.index holds the interpolation '${seed}'"),
     "an anchor": ("index: &a 0", "layer.index holds an anchor or alias"),
@@ -180,6 +184,35 @@ def test_what_is_not_plain_is_refused_with_its_key(tmp_path, monkeypatch, kind):
     line = str(error.value)
     assert line.startswith(f"{run / CONFIG_FILE}: {named}")
     assert "\n" not in line and SECRET not in line
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    ["${run_folder:${oc.env:SECRET}}", "${oc.env:SECRET}", "[['${oc.env:SECRET}']]", "${seed}"],
+)
+def test_what_stands_for_what_was_typed_is_resolved_by_nobody(
+    hydra, tmp_path, monkeypatch, overrides
+):
+    monkeypatch.setenv("SECRET", SECRET)
+    run = write_run(tmp_path / "sweep" / "run", "llm", trusting=False)
+    write_text(run, "overrides: []", f"overrides: {overrides}")
+    (told,) = sweep_runs(tmp_path / "sweep")
+    assert (
+        told.failure
+        == f"{run / CONFIG_FILE} cannot be read: overrides is no list of what was typed"
+    )
+
+
+@pytest.mark.parametrize("level", ["[", "{a: "])
+def test_a_bomb_of_levels_is_refused_at_once(tmp_path, level):
+    run = write_run(tmp_path / "run", "llm", trusting=False)
+    write_text(run, "index: 0", f"index: {level * 50_000}")
+    started = time.monotonic()
+    with pytest.raises(
+        UserError, match=r"layer\.index.* holds more than 20 groups or lists within"
+    ):
+        read_job(run)
+    assert time.monotonic() - started < 1
 
 
 def test_a_bomb_of_aliases_is_refused_at_once(tmp_path):
@@ -289,6 +322,8 @@ def begin_sweep(folder: Path, *overrides: str) -> Sweep:
         ("hydra: {overrides: {task: [&a x, *a]}}", "hydra.overrides.task holds an anchor"),
         ("hydra: !a {}", "hydra holds the tag '!a'"),
         ("hydra: {overrides: {task: ['seed=range(0,1000000001)', 'a=${oc.env:SECRET}']}}", None),
+        (f"hydra: {{overrides: {{task: ['a={'choice(' * 2000}1{')' * 2000}']}}}}", ""),
+        (f"hydra: {{overrides: {{task: {[f'a{n}=range(0,1e300)' for n in range(20)]}}}}}", ""),
     ],
 )
 def test_hydras_record_of_a_strangers_sweep_is_text(
@@ -303,6 +338,9 @@ def test_hydras_record_of_a_strangers_sweep_is_text(
         return
     begin_sweep(folder, f"resume={folder}")
     said = capsys.readouterr().out
+    if answer == "":
+        assert said == ""
+        return
     assert "1000000000 of the 1000000001 jobs of this sweep never began" in said
     assert SECRET not in said
 
@@ -320,6 +358,28 @@ def test_a_sweep_that_adds_no_run_leaves_the_record_of_another(hydra, tmp_path, 
     write_run(folder / "new", "llm", trusting=False)
     begun._put_record_back()
     assert (folder / RECORD).read_text() == "another's"
+
+
+def test_hydras_record_is_written_through_no_other_name_and_into_no_pipe(hydra, tmp_path):
+    folder = write_run(tmp_path / "sweep" / "run", "llm", trusting=False).parent
+    (tmp_path / "mine").write_text("mine")
+    (folder / RECORD).hardlink_to(tmp_path / "mine")
+    begin_sweep(folder)._put_record_back()
+    assert (tmp_path / "mine").read_text() == (folder / RECORD).read_text() == "mine"
+    (folder / RECORD).unlink()
+    os.mkfifo(folder / RECORD)
+    with pytest.raises(SystemExit, match=r"multirun\.yaml is a link, .*, or a pipe"):
+        begin_sweep(folder)
+
+
+@pytest.mark.parametrize("name", [CONFIG_FILE, "metrics.json", "failure.json"])
+@pytest.mark.parametrize("endless", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_a_file_without_end_is_damage_and_not_waited_for(tmp_path, name, endless):
+    run = write_run(tmp_path / "sweep" / "run", "llm", trusting=False)
+    (run / name).unlink(missing_ok=True)
+    endless(run / name)
+    (told,) = sweep_runs(run.parent)
+    assert (told.status, str(run / name) in told.failure) == ("damaged", True)
 
 
 def test_a_run_is_no_place_for_a_sweep(hydra, tmp_path):

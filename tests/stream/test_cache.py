@@ -264,6 +264,15 @@ def test_a_damaged_shard_is_made_again_and_no_other(llm, folder, calls, capsys, 
     assert calls == []
 
 
+def test_a_pipe_in_place_of_a_shard_is_not_waited_for(llm, folder, calls):
+    list(make(llm, folder))
+    (first, *_) = shards(folder)
+    first.unlink()
+    os.mkfifo(first)
+    calls.clear()
+    assert list(make(llm, folder)) and calls
+
+
 def rewrite(path: Path, change) -> None:
     """Save what `change` makes of a shard's header and tensors, with a good checksum."""
     with safe_open(path, "pt") as file:
