@@ -1,5 +1,6 @@
 """A frozen language model and its tokenizer: packaged, from a local folder or from the hub."""
 
+import os
 import re
 from dataclasses import dataclass
 from enum import Enum
@@ -184,5 +185,5 @@ def load(config: LLMConfig, blocks: int | None = None) -> LLM:
 
 
 def _folder(name: str) -> Path | None:
-    path = Path(name).expanduser()
-    return path if path.is_dir() else None
+    path = os.path.expanduser(name)  # pathlib raises at ~nobody and at names too long
+    return Path(path) if os.path.isdir(path) else None

@@ -1,5 +1,6 @@
 """Jobs: what `run` is given, made from a composed config or read from run folders."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -159,7 +160,7 @@ def _nothing_else(overrides: list[str]) -> None:
 
 def _with_absolute_paths(config: Config) -> Config:
     """So that the run can be resumed and analysed from another working folder."""
-    if config.llm.name not in PACKAGED and Path(config.llm.name).expanduser().is_dir():
+    if config.llm.name not in PACKAGED and os.path.isdir(absolute(config.llm.name)):
         config.llm.name = absolute(config.llm.name)
     config.data = config.data.with_absolute_paths()
     return config

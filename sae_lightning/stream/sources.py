@@ -15,7 +15,7 @@ from torch import nn
 from sae_lightning.llm.load import LLM, LLMConfig
 from sae_lightning.llm.sites import Site
 from sae_lightning.stream.ahead import Ahead
-from sae_lightning.stream.base import RowSource, TextConfig
+from sae_lightning.stream.base import RowSource, TextConfig, absolute
 from sae_lightning.stream.cache import CachedRows
 from sae_lightning.stream.flat import tokenizer_hash
 from sae_lightning.stream.packing import TokenSource
@@ -63,7 +63,7 @@ def cache_folder(chosen: str | None) -> Path:
     """Where caches lie: `data.cache_folder`, or a place of the user's."""
     if chosen is None:
         return platformdirs.user_cache_path("sae_lightning") / "activations"
-    return Path(chosen).expanduser().absolute()
+    return Path(absolute(chosen))
 
 
 def settings(config: LLMConfig, data: TextConfig, seed: int, rows: LLMRows) -> dict[str, Any]:

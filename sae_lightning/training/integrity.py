@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sae_lightning.errors import UserError, is_out_of_memory
 from sae_lightning.formats.pickles import checksum, load_tensors
-from sae_lightning.stream.states import expect
+from sae_lightning.stream.states import COUNT, expect
 from sae_lightning.training.head import Head
 from sae_lightning.training.module import SAEModule
 from sae_lightning.training.settings import checkpoint_path, stream_path
@@ -45,6 +46,8 @@ def check_checkpoint(
         extra = saved["state_dict"]["heads.0._extra_state"]
         if "occupied" in extra:
             expect(extra, {"training_metrics": dict, "occupied": float}, "_extra_state")
+            for name, value in extra["training_metrics"].items():
+                expect(value, int if type(value) is int else float, f"training_metrics.{name}")
         _expect_adam(saved["optimizer_states"][0], groups["param_groups"], head, step)
     head.set_extra_state(extra)
     stream = stream_path(head.folder, step)
@@ -80,12 +83,18 @@ def _damage(path: Path, what: str) -> Iterator[None]:
 
 
 def _expect_progress(saved: dict[str, Any], step: int, steps: int) -> None:
-    done = {name: {"ready": step, "completed": step} for name in ("total", "current")}
-    served = {name: {"ready": step, "started": step, "processed": step} for name in done}
+    """What Lightning reads of where the run is."""
+    done, served = ("ready", "completed"), ("ready", "started", "processed")
+    adam = {"step": _counts(*done), "zero_grad": _counts(*done, "started")}
     loops = {
         "state_dict": {"combined_loader": []},
-        "epoch_loop.batch_progress": served,
-        "epoch_loop.manual_optimization.optim_step_progress": done,
+        "epoch_progress": _counts(*done, *served),
+        "epoch_loop.state_dict": dict,
+        "epoch_loop.batch_progress": _counts(*served, count=step) | {"is_last_batch": bool},
+        "epoch_loop.scheduler_progress": _counts(*done),
+        "epoch_loop.automatic_optimization.optim_progress": {"optimizer": adam},
+        "epoch_loop.manual_optimization.optim_step_progress": _counts(*done, count=step),
+        "epoch_loop.val_loop.batch_progress": _counts(*done, *served) | {"is_last_batch": bool},
     }
     like = {
         "global_step": range(1, steps + 1),
@@ -98,6 +107,13 @@ def _expect_progress(saved: dict[str, Any], step: int, steps: int) -> None:
         "loops": {"fit_loop": loops},
     }
     expect(saved, like, "it")
+    # by an older one Lightning takes the checkpoint for one of another shape
+    expect(Version(saved["pytorch-lightning_version"]).major, range(2, 100), "Lightning's version")
+
+
+def _counts(*names: str, count: Any = COUNT) -> dict[str, dict[str, Any]]:
+    """Lightning's counts under these names."""
+    return {kind: dict.fromkeys(names, count) for kind in ("total", "current")}
 
 
 def _expect_weights(saved: dict[str, Any], head: Head) -> None:

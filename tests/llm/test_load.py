@@ -162,6 +162,8 @@ def test_a_hub_model_without_a_network(function):
 def test_folders_that_hold_no_model(function, tmp_path):
     missing = f"{tmp_path}/nothing"
     assert failure(function, name=missing) == f"llm.name={missing}: no such folder; check the path"
+    for name in ("~nobody/llm", "/" + "x" * 300):
+        assert failure(function, name=name) == f"llm.name={name}: no such folder; check the path"
     assert "neither a local folder nor a model on the hub" in failure(function, name="a/b/c")
     assert "the folder has no config.json" in failure(function, name=str(tmp_path))
     (tmp_path / "config.json").write_text("{")

@@ -186,7 +186,8 @@ def at(path, value):
 
 
 ADAM = ("optimizer_states", 0, "state")
-LOOP = ("loops", "fit_loop", "epoch_loop.manual_optimization.optim_step_progress", "total")
+FIT = ("loops", "fit_loop")
+LOOP = (*FIT, "epoch_loop.manual_optimization.optim_step_progress", "total")
 GOOD = {
     CKPT: {
         "Adam lacks 0": at(ADAM, lambda _: {}),
@@ -214,6 +215,19 @@ GOOD = {
         ),
         "it.global_step is 1000000 and should be 1 to 40": at(
             ("global_step",), lambda _: 1_000_000
+        ),
+        "epoch_progress is 5 and should be dict": at((*FIT, "epoch_progress"), lambda _: 5),
+        "batch_progress lacks is_last_batch": at(
+            (*FIT, "epoch_loop.batch_progress"), lambda x: x.popitem() and x
+        ),
+        "optim_progress is 5": at(
+            (*FIT, "epoch_loop.automatic_optimization.optim_progress"), lambda _: 5
+        ),
+        "Invalid version": at(("pytorch-lightning_version",), lambda _: "garbage"),
+        "Lightning's version is 1": at(("pytorch-lightning_version",), lambda _: "1.9.0"),
+        "training_metrics.train/dead is NoneType": at(
+            ("state_dict", "heads.0._extra_state", "training_metrics", "train/dead"),
+            lambda _: None,
         ),
         "completed is 9 and should be 10": at((*LOOP, "completed"), lambda n: n - 1),
     },
