@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from sae_lightning.errors import UserError, WriteError, is_out_of_memory
+from sae_lightning.files import clean
 from sae_lightning.runs import checks, folders, memory
 from sae_lightning.runs.checks import Checked
 from sae_lightning.runs.cli import SEVERAL, explain, say_error
@@ -98,6 +99,7 @@ def _over(job: Job) -> Results:
     if not job.resumed:
         return []
     if finished := folders.finished(job):
+        clean(job.folder)  # it may have been killed right after its last file
         console.print(f"{visible(str(job.folder))} is finished")
         return [finished["held_out"]]
     failure = folders.failure(job.folder)
