@@ -14,14 +14,14 @@ from sae_lightning.analysis.tasks import TASKS
 from sae_lightning.runs.arguments import refuse_sweep
 from sae_lightning.runs.cli import one_line_errors
 from sae_lightning.runs.config import typed
-from sae_lightning.runs.jobs import register
+from sae_lightning.runs.jobs import overrides_of, register
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="analyze")
 def analyze(cfg: DictConfig) -> None:
     """Run one task on one folder."""
     with one_line_errors():
-        given = [o.lstrip("+~").partition("=")[0] for o in HydraConfig.get().overrides.task]
+        given = [o.lstrip("+~").partition("=")[0] for o in overrides_of(HydraConfig.get())]
         if OmegaConf.is_missing(cfg.layer, "index"):
             cfg.layer.index = 0  # llm=hf leaves it open; the folder knows
         typed(cfg).answer(given)

@@ -13,7 +13,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from sae_lightning.runs.cli import one_line_errors
-from sae_lightning.runs.jobs import job, register
+from sae_lightning.runs.jobs import job, overrides_of, register
 from sae_lightning.runs.search import objective
 from sae_lightning.terminal import phase
 
@@ -29,7 +29,7 @@ def train(cfg: DictConfig) -> float | None:
     folder = Path(hydra_config.runtime.output_dir)
     multirun = hydra_config.mode is RunMode.MULTIRUN
     with one_line_errors(folder, multirun):
-        this = job(cfg, folder, list(hydra_config.overrides.task), multirun)
+        this = job(cfg, folder, overrides_of(hydra_config), multirun)
         # imported late: a mistyped option is answered at once
         with phase("starting"):
             from sae_lightning.runs.passes import train as train_jobs

@@ -12,7 +12,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
 from sae_lightning.runs.cli import remove_unused
-from sae_lightning.runs.jobs import Job, jobs
+from sae_lightning.runs.jobs import Job, jobs, overrides_of
 from sae_lightning.runs.search import objective
 from sae_lightning.terminal import phase
 
@@ -69,7 +69,7 @@ class OnePassLauncher(Launcher):
         def collect(cfg: DictConfig) -> list[Job]:
             hydra = HydraConfig.get()
             sweep, folder = Path(hydra.sweep.dir), Path(hydra.runtime.output_dir)
-            return jobs(cfg, folder, list(hydra.overrides.task), sweep)
+            return jobs(cfg, folder, overrides_of(hydra), sweep)
 
         done = run_job(
             task_function=collect,

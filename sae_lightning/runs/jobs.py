@@ -51,6 +51,12 @@ class Job:
         return visible(self.folder.name if self.sweep else typed)
 
 
+def overrides_of(hydra: DictConfig) -> list[str]:
+    """The settings that were typed, as text: what an interpolation in one means, its config says,
+    and not Hydra's."""
+    return OmegaConf.to_container(hydra.overrides.task, resolve=False)
+
+
 def resume_of(jobs: Sequence[Job]) -> str:
     """The command that continues jobs that train together: their sweep, or each that was named."""
     sweep = jobs[0].sweep

@@ -17,7 +17,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf import DictConfig, open_dict, read_write
 from yaml import YAMLError
 
 from sae_lightning.errors import UserError
@@ -26,7 +26,7 @@ from sae_lightning.report.sweep_report import write_report
 from sae_lightning.runs.arguments import check_swept, count
 from sae_lightning.runs.cli import DEBUG, error_text, explain, remove_unused
 from sae_lightning.runs.folders import sweep_runs
-from sae_lightning.runs.jobs import CONFIG_FILE, is_sweep, jobs
+from sae_lightning.runs.jobs import CONFIG_FILE, is_sweep, jobs, overrides_of
 from sae_lightning.runs.saved import scalars
 from sae_lightning.terminal import command, console, shown, visible
 
@@ -41,7 +41,7 @@ class Sweep(Callback):
 
     def on_multirun_start(self, config: DictConfig, **_) -> None:
         """Name the jobs' folders after what is swept, and end here if any config is wrong."""
-        with _ending_at_errors(config.hydra.overrides.task):
+        with _ending_at_errors(overrides_of(config.hydra)):
             self._start(config)
 
     def _start(self, config: DictConfig) -> None:
@@ -49,7 +49,7 @@ class Sweep(Callback):
         self._keep_record(Path(config.hydra.sweep.dir))
         loader = GlobalHydra.instance().config_loader()
         parse = OverridesParser.create(loader).parse_overrides
-        typed = parse(OmegaConf.to_container(config.hydra.overrides.task, resolve=False))
+        typed = parse(overrides_of(config.hydra))
         check_swept(typed, config.hydra.sweeper)
         params = [f"{k}={v}" for k, v in (config.hydra.sweeper.get("params") or {}).items()]
         # what is typed beats what a preset says, and the last of all that is given twice

@@ -20,6 +20,7 @@ from sae_lightning.runs.jobs import (
     Job,
     job,
     job_folder,
+    overrides_of,
     read_job,
     register,
     resolved_yaml,
@@ -361,6 +362,13 @@ def test_values_arrive_in_their_types():
     assert config.trainer.precision is Precision.bf16
     assert config.callbacks.normalize.mode is Normalization.none
     assert (type(config.optim.lr), config.optim.lr) == (float, 1.0)
+
+
+def test_a_setting_that_was_typed_may_refer_to_another():
+    typed = ["loss.l1=0.5", "optim.lr=${loss.l1}"]
+    hydra = compose("config", typed, return_hydra_config=True).hydra
+    assert overrides_of(hydra) == typed, "as text: there is no loss among Hydra's own settings"
+    assert make(*typed).optim.lr == 0.5
 
 
 def test_a_checkpoint_must_agree_on_everything_but_where_and_how_it_is_looked_at():

@@ -255,7 +255,9 @@ def test_optuna_is_told_what_the_runs_achieved(train, tmp_path, launcher):
 def test_a_sweeps_folder_with_a_link_in_it_is_refused(tmp_path, name):
     """Hydra and its sweepers would write through it."""
     (tmp_path / name).symlink_to(tmp_path / "elsewhere")
-    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
+    config = OmegaConf.create(
+        {"hydra": {"sweep": {"dir": str(tmp_path)}, "overrides": {"task": []}}}
+    )
     with pytest.raises(SystemExit, match=f"{name} is a link, through which files elsewhere"):
         Sweep().on_multirun_start(config)
     assert not (tmp_path / "elsewhere").exists()
