@@ -62,7 +62,6 @@ def save_sae(folder: Path, sae: SAE, weights: dict[str, Tensor], metadata: dict[
         tensors["b_gate"] = tensors.pop("b_enc")
     if "W_skip" in tensors:
         tensors["W_skip"] = tensors["W_skip"].T.contiguous()
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / CFG, cfg)
     with atomically(folder / WEIGHTS) as temporary:
         save_file(tensors, temporary)

@@ -71,7 +71,8 @@ def forget(job: Job) -> bool:
 def note_failure(job: Job, reason: str) -> None:
     """Write down why a run failed, unless it has said so itself or has come to its end, or its
     folder is gone or full."""
-    if job.folder.is_dir() and failure(job.folder) is None and metrics(job.folder) is None:
+    there = (job.folder / CONFIG_FILE).is_file()
+    if there and failure(job.folder) is None and metrics(job.folder) is None:
         with suppress(WriteError):
             write_json(failure_path(job.folder), {"reason": reason, "diverged": False})
 

@@ -182,7 +182,7 @@ def _train(this: Pass) -> Results:
         too_large = is_out_of_memory(error)
         reason = _out_of_memory(jobs) if too_large else explain(error, [])
         if not folders.forget(jobs[0]):
-            if isinstance(error, WriteError) and jobs[0].folder.is_dir():
+            if isinstance(error, WriteError) and (jobs[0].folder / CONFIG_FILE).is_file():
                 reason = f"{error}; put that right and continue with: {resume_of(jobs)}"
             for job in jobs:
                 folders.note_failure(job, reason or f"{type(error).__name__}: {error}")

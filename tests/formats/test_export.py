@@ -53,6 +53,7 @@ def normalisation(d_out: int = D) -> tuple[Tensor, ...]:
 
 
 def save(folder, sae: SAE, **metadata):
+    folder.parent.mkdir(exist_ok=True)
     save_sae(folder, sae, sae.fold(*normalisation(len(sae.b_dec))), metadata)
     return folder
 

@@ -14,6 +14,7 @@ from sae_lightning import UserError, files
 from sae_lightning.errors import WriteError
 from sae_lightning.runs import passes, run
 from sae_lightning.training import checkpoints
+from sae_lightning.training.callbacks import checkpoint
 from sae_lightning.training.logging import HeadLog
 
 
@@ -66,13 +67,30 @@ def test_a_folder_that_is_deleted_or_renamed_under_its_run_is_noticed(
 
     with monkeypatch.context() as patch:
         interrupt(patch, 12, go)
-        with pytest.raises(UserError, match="run was deleted or renamed while its run was writing"):
+        told = "run was deleted or renamed while its run was writing"
+        with pytest.raises(UserError, match=told) as error:
             passes.train([this])
+    assert "continue with: " not in str(error.value), "there is nothing at that place"
     assert not this.folder.exists() or os.listdir(this.folder) == []
     if moved.exists():
         this.folder = moved
         resume(this)
         assert (moved / "metrics.json").is_file()
+
+
+def test_a_folder_that_goes_between_its_checkpoint_and_its_sae_is_not_made_again(
+    job, monkeypatch, tmp_path
+):
+    this, export = job("run"), checkpoint.export
+
+    def late(head):
+        this.folder.rename(tmp_path / "moved")
+        export(head)
+
+    monkeypatch.setattr(checkpoint, "export", late)
+    with pytest.raises(UserError, match="run/sae/cfg.json: its folder is gone; was it deleted or"):
+        passes.train([this])
+    assert not this.folder.exists()
 
 
 def test_a_second_ctrl_c_inside_a_save_ends_the_run_at_once(job, monkeypatch):
