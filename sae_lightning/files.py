@@ -25,12 +25,18 @@ from sae_lightning.errors import UserError, WriteError
 
 LOCK = ".lock"
 AGAIN = "put that right and give the same command again"
-# What the system says to somebody who wants to write; some names are not known everywhere.
-_NAMES = (
-    "ENOSPC EDQUOT EFBIG EIO ESTALE EBUSY ENAMETOOLONG ELOOP EISDIR EACCES EPERM EROFS ENOTDIR "
-    "EEXIST ENOTCONN"
+
+
+def _known(names: str) -> set[int]:
+    """Numbers of the system's errors, of which some are not known everywhere."""
+    return {getattr(errno, name) for name in names.split() if hasattr(errno, name)}
+
+
+# What the system says to somebody who wants to write, and to one who may want to read.
+WRITING = _known("ENOSPC EDQUOT EFBIG EROFS EEXIST")
+REFUSALS = WRITING | _known(
+    "EIO ESTALE EBUSY ENAMETOOLONG ELOOP EISDIR EACCES EPERM ENOTDIR ENOTCONN"
 )
-REFUSALS = {getattr(errno, name) for name in _NAMES.split() if hasattr(errno, name)}
 # Windows has neither. A pipe in a lock's place would wait for a reader.
 NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)
@@ -121,12 +127,13 @@ def reason(error: BaseException | None) -> str | None:
 
 
 def refusal(error: BaseException) -> str | None:
-    """One line about an error of the system that wanted to write, outside of `writing` too."""
+    """One line about what the system refused, outside of `writing` too."""
     if isinstance(error, WriteError):
         return f"{error}; {AGAIN}"
     if isinstance(error, OSError) and error.errno in REFUSALS:
-        where = f" to {error.filename}" if error.filename else ""
-        return f"cannot write{where}: {_meaning(error.errno)}; choose another folder, or {AGAIN}"
+        what = "write" if error.errno in WRITING else "read or write"
+        where = f" {error.filename}" if error.filename else ""
+        return f"cannot {what}{where}: {_meaning(error.errno)}; choose another folder, or {AGAIN}"
     return None
 
 

@@ -29,6 +29,7 @@ PATHS = (
     "hydra.run.dir",
     "hydra.sweep.dir",
 )
+MOST_JOBS = 100_000  # of a sweep; all are composed before the first is trained
 EMPTY = ("", "''", '""')
 
 
@@ -116,6 +117,12 @@ def check_swept(overrides: list[Override], sweeper: DictConfig) -> None:
             raise UserError(f"{line}: a search takes no glob; write choice(...)")
         if override.is_discrete_sweep() and count(override) == 0:
             raise UserError(f"{line}: there is nothing in it, so nothing would be trained")
+    if not search and math.prod(map(count, overrides)) > MOST_JOBS:
+        lines = " ".join(o.input_line for o in overrides if o.is_sweep_override())
+        raise UserError(
+            f"{lines}: more than {MOST_JOBS:,} jobs; give fewer values, or let a search choose: "
+            "hydra/sweeper=optuna"
+        )
 
 
 def count(override: Override) -> int:
@@ -126,9 +133,11 @@ def count(override: Override) -> int:
     if not isinstance(value, RangeSweep):
         return sum(1 for _ in override.sweep_iterator())
     numbers = value.start, value.stop, value.step
-    if not (all(map(math.isfinite, numbers)) and value.step):
-        raise UserError(f"{override.input_line}: give finite numbers, and a step that is not 0")
-    return max(0, math.ceil((value.stop - value.start) / value.step))
+    if all(map(math.isfinite, numbers)) and value.step:
+        steps = (value.stop - value.start) / value.step
+        if math.isfinite(steps):
+            return max(0, math.ceil(steps))
+    raise UserError(f"{override.input_line}: give finite numbers, and a step that is not 0")
 
 
 def is_multirun(arguments: list[str]) -> bool:

@@ -157,15 +157,18 @@ def explain(error: BaseException, overrides: list[str]) -> str | None:
         if missing:
             return f"{missing[1]} is not set: give {missing[1]}=..."
     for link in chain:
-        if isinstance(link, InterpolationResolutionError | GrammarParseError) and link.full_key:
-            return f"{link.full_key}: {str(link).splitlines()[0]}"
+        known = isinstance(link, InterpolationResolutionError | GrammarParseError) and link.full_key
+        if known and known != "_dummy_":  # Hydra's, for a choice of a group
+            return f"{known}: {str(link).splitlines()[0]}"
     if isinstance(error, HydraException | OmegaConfBaseException):
         return _hydras_own(str(error))
     if str(error) == "No trials are completed yet.":  # Optuna's
         return "no trial of the search succeeded, see above"
-    modules = [frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__)]
-    if any(name.startswith("optuna.") for name in modules):  # which calls nothing of ours
-        return f"hydra/sweeper=optuna: {str(error).splitlines()[0]}; see hydra.sweeper.storage=..."
+    # Optuna calls nothing of ours; the sweeper, which does, may be where the error comes from
+    modules = ["", *(f.f_globals.get("__name__", "") for f, _ in walk_tb(error.__traceback__))]
+    if any(name.startswith("optuna.") for name in modules) or "optuna_sweeper" in modules[-1]:
+        what = (str(error).splitlines() or [type(error).__name__])[0]
+        return f"hydra/sweeper=optuna: {what}; see its settings, such as hydra.sweeper.storage=..."
     return None
 
 
@@ -251,6 +254,8 @@ def _bad_value(error: ValidationError, overrides: list[str]) -> str:
     given = next((o for o in reversed(overrides) if o.lstrip("+").startswith(f"{name}=")), name)
     if "Integer" in reason and re.search(r"'[\d.]+' of type 'float'", reason):
         reason = "give a whole number in digits, such as 1000000 or 1_000_000"
+    if "Set[str]" in reason:  # a field of Hydra's sweeps, which is no value
+        return "choice(...), range(...) and the like stand alone, not in a list or in one another"
     if "not Optional" in reason:
         reason = "null is not possible here"
     return f"{given}: {reason[0].lower()}{reason[1:].removesuffix('.')}"
@@ -258,7 +263,7 @@ def _bad_value(error: ValidationError, overrides: list[str]) -> str:
 
 def _hydras_own(text: str) -> str:
     """What Hydra says only in its text."""
-    if found := re.search(r"Could not find '(hydra/\w+)/([^']+)'", text):
+    if found := re.search(r"Could not find '(hydra/[\w/]+)/([^'/]+)'", text):
         group, choice = found.groups()
         remedy = f"; {PLUGINS[choice]}" if choice in PLUGINS else ", or misspelt"
         return f"{group}={choice}: not installed{remedy}"
@@ -278,4 +283,4 @@ def _hydras_own(text: str) -> str:
         return f"no setting {found[1]}: --help lists those that there are"
     if found := re.search(r"Either remove \+ prefix: '(.+)'", text):
         return f"+{found[1]}: this setting exists; leave out the +"
-    return text.strip().splitlines()[0]
+    return " ".join(text.strip().splitlines()[: 2 if "Error in call to target" in text else 1])

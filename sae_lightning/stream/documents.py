@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sae_lightning.errors import UserError
+from sae_lightning.files import NO_LOCKS, WRITING
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -48,6 +49,13 @@ def only_text(data: Any, row: dict | None, column: str, where: str) -> Any:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what went wrong underneath; datasets hides it in the cause."""
-    lines = str(error.__cause__ or error).strip().splitlines()
+    """The first line of what went wrong underneath; datasets hides it in the cause, and what it
+    cannot write is its own copy of the text."""
+    error = error.__cause__ or error
+    if getattr(error, "errno", None) in {*WRITING, *NO_LOCKS}:
+        from datasets.config import HF_DATASETS_CACHE
+
+        why = f"its copy in {HF_DATASETS_CACHE}: {error.strerror}"
+        return f"{why}; set HF_DATASETS_CACHE to another folder"
+    lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

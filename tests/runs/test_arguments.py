@@ -79,6 +79,10 @@ SWEPT = {
     "layer.index=range(3,1)": r"layer\.index=range\(3,1\): there is nothing in it, .*",
     "layer.index=range(1,3,0)": r"layer\.index=range\(1,3,0\): give finite .* a step that is not 0",
     "loss.l1=range(0,inf)": r"loss\.l1=range\(0,inf\): give finite numbers, and a step .*",
+    "loss.l1=range(0,1e300,1e-300)": r"loss\.l1=range\(0,1e300,1e-300\): give finite numbers, .*",
+    "loss.l1=range(0,1,1e-300)": r"loss\.l1=range\(0,1,1e-300\): more than 100,000 jobs; give .*",
+    "seed=range(0,1000) layer.index=range(0,1000) loss.l1=1": r"seed=range\(0,1000\) "
+    r"layer\.index=range\(0,1000\): more than 100,000 jobs; give fewer values, or let a search .*",
     "loss.l1=interval(1,2)": r"loss\.l1=interval\(1,2\): only a search takes an interval: .*",
     "seed=1,2 hydra.sweeper.max_batch_size=0": r"hydra\.sweeper\.max_batch_size=0: give 1 or .*",
     "seed=1,2 hydra.sweeper.max_batch_size=-1": r"hydra\.sweeper\.max_batch_size=-1: give 1 or .*",
@@ -115,9 +119,18 @@ def test_a_sweep_over_nothing_possible_is_refused_before_anything_is_made(loader
 
 
 @pytest.mark.filterwarnings("ignore:Deprecated API features:DeprecationWarning")
-@pytest.mark.parametrize("storage", ["foo", "sqlite:////no/such/x.db", "postgresql://a/b"])
-def test_a_storage_of_optuna_that_cannot_be_opened_is_named(loader, tmp_path, storage):
-    given = [SEARCH, "seed=1,2", f"hydra.sweeper.storage={storage}", f"hydra.sweep.dir={tmp_path}"]
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("hydra.sweeper.storage=foo", "Could not parse"),
+        ("hydra.sweeper.storage=sqlite:////no/such/x.db", "unable to open"),
+        ("hydra.sweeper.storage=postgresql://a/b", ""),
+        ("hydra.sweeper.direction=up", "Please set either"),
+        ("hydra/sweeper/sampler=grid", "GridSampler only supports discrete"),
+    ],
+)
+def test_what_optuna_refuses_is_told_in_one_line(loader, tmp_path, setting, told):
+    given = [SEARCH, "loss.l1=interval(1,2)", setting, f"hydra.sweep.dir={tmp_path}"]
     config = loader.load_configuration("config", given, RunMode.MULTIRUN)
     sweeper = Plugins.instance().instantiate_sweeper(
         config=config,
@@ -127,7 +140,7 @@ def test_a_storage_of_optuna_that_cannot_be_opened_is_named(loader, tmp_path, st
     with pytest.raises(Exception) as error:  # noqa: B017, PT011 - of several libraries
         sweeper.sweep(OmegaConf.to_container(config.hydra.overrides.task, resolve=False))
     line = explain(error.value, [])
-    assert re.fullmatch(r"hydra/sweeper=optuna: .*; see hydra\.sweeper\.storage=\.\.\.", line)
+    assert re.fullmatch(f"hydra/sweeper=optuna: .*{told}.*; see its settings, such as .*", line)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no SIGINT to another process")

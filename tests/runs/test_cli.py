@@ -1,5 +1,6 @@
 """Bad input gets one clear line that names the setting and the remedy, and exit code 1."""
 
+import errno
 import json
 import os
 import re
@@ -44,6 +45,7 @@ BAD = {
     "trainer=1000": r"trainer=1000: `trainer` chooses a preset \([^)]*cpu[^)]*\)",
     # typos
     "hydra/launcher=ray": r"hydra/launcher=ray: not installed; pip install hydra-ray-launcher",
+    "hydra/sweeper=optuna hydra/sweeper/sampler=nope": r"hydra/sweeper/sampler=nope: not .*",
     "hydra/sweeper=nope": r"hydra/sweeper=nope: not installed, or misspelt",
     "llm=gpt3": r"llm=gpt3: no such preset; did you mean gpt2\? choose from .*smollm2.*",
     "data=shakespear": r"data=shakespear: no such preset; did you mean shakespeare\? .*",
@@ -86,6 +88,7 @@ BAD = {
     # interpolations
     "seed=${nope}": r"seed: Interpolation key 'nope' not found",
     "optim.lr=${oc.env:NO_SUCH_VARIABLE}": r"optim\.lr: .*'NO_SUCH_VARIABLE' not found\"",
+    "loss=${nope}": r"Error resolving interpolation '\$\{nope\}', possible .* keys: .*trainer.*",
     "optim.lr=${nope:}": r"optim\.lr: Unsupported interpolation type nope",
     # values
     "loss.l1=abc": r"loss\.l1=abc: value 'abc' .* could not be converted to Float",
@@ -127,6 +130,7 @@ BAD = {
     "foo": r"cannot read 'foo': write setting=value, quoted where needed",
     "[1": r"cannot read '\[1': write setting=value, .*",
     "loss.l1=[1": r"cannot read 'loss\.l1=\[1': .*",
+    "model.groups=[choice(1,2)]": r"choice\(\.\.\.\), range\(\.\.\.\) and the like stand alone, .*",
     "=3": r"every argument has the form setting=value, such as loss\.l1=1e-3",
     "loss.l1=1e-3,1e-2": r"loss\.l1=1e-3,1e-2: several values make a sweep, which needs -m; .*",
     # resume
@@ -182,7 +186,12 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(OSError) as error:
         (tmp_path / "file" / "folder").mkdir()
     line = explain(error.value, [])
-    assert re.fullmatch(r"cannot write to .*file.folder: .*; choose another folder, or .*", line)
+    assert re.fullmatch(r"cannot read or write .*file.folder: .*; choose another .*", line)
+
+
+def test_a_file_that_cannot_be_read_is_not_said_to_be_written():
+    line = explain(OSError(errno.EIO, "Input/output error", "run/sae/cfg.json"), [])
+    assert line.startswith("cannot read or write run/sae/cfg.json: Input/output error; ")
 
 
 def test_a_full_disk_is_told_even_where_no_file_is_named():
@@ -476,11 +485,12 @@ def test_resuming_nothing_makes_no_folder(tmp_path):
         (["layer.index=99"], r"layer\.index=99: this LLM has 30 blocks; give 0 to 29"),
         (["data=text", "data.path=nope"], r"data\.path=nope: no file there; give .*"),
         (["llm=hf", "llm.name=./nope", "layer.index=0"], r"llm\.name=\./nope: no such folder; .*"),
-        (["hydra.run.dir=file/run"], r"cannot write to .*file/run: Not a directory; choose .*"),
+        (["hydra.run.dir=file/run"], r"cannot read or write .*file/run: Not a directory; .*"),
         (["hydra.run.dir=run", "layer.index=99"], r"layer\.index=99: .*"),
         (["hydra.run.dir=old"], r"old already holds a run: continue it with resume=old, .*"),
         (["resume=old", "loss.l1=1"], r"resume continues a run .* loss\.l1=1 cannot be given .*"),
         (["-m", "loss.l1=abc"], r"loss\.l1=abc: .*"),
+        (["loss.l1=${nope}"], r"loss\.l1: Interpolation key 'nope' not found"),
         (["--model.features=3"], r"--model\.features=3: no such flag; .*"),
     ],
 )

@@ -1,7 +1,9 @@
 """Where text comes from: every source, its hold-out, and every mistake in naming it."""
 
+import errno
 import importlib.util
 import json
+import os
 
 import pytest
 from datasets import Dataset, DatasetDict
@@ -239,3 +241,14 @@ def test_a_wrong_choice_in_a_hub_data_set_is_explained(tmp_path, setting, messag
     write(tmp_path / "data", "parquet")
     with pytest.raises(UserError, match=message):
         open_text(HubConfig(name=str(tmp_path / "data"), **setting))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.ENOLCK])
+def test_a_copy_that_cannot_be_written_is_no_fault_of_the_text(tmp_path, monkeypatch, number):
+    def refuse(*_, **__):
+        raise RuntimeError("generation failed") from OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("datasets.load_dataset", refuse)
+    told = f"its copy in .*: {os.strerror(number)}; set HF_DATASETS_CACHE to another folder"
+    with pytest.raises(UserError, match=told):
+        open_text(LocalConfig(path=write(tmp_path / "text", "text")))
