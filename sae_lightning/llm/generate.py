@@ -151,9 +151,13 @@ def reply(llm: LLM, question: str, tokens: int) -> Reply:
         given = tokenizer(f"{question}\n\nAnswer:", return_tensors="pt")
     else:
         messages = [{"role": "user", "content": question}]
-        given = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
+        how = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+        try:
+            given = tokenizer.apply_chat_template(messages, **how)
+        except Exception as error:  # a template is a program that came with the model
+            raise UserError(
+                f"model={llm.name}: its chat template fails ({error}); use another model"
+            ) from error
     ids = given["input_ids"].to(llm.model.device)
     asked = ids.shape[1]
     if context and asked + tokens > context:

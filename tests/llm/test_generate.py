@@ -192,6 +192,13 @@ def test_a_chat_model_is_asked_in_its_format(tiny, monkeypatch):
     assert reply(llm, "the dog", 2).tokens_in == len(asked)
 
 
+def test_a_chat_template_that_fails_is_one_line(tiny, monkeypatch):
+    llm = tiny("llama")
+    monkeypatch.setattr(llm.tokenizer, "chat_template", "{{ raise_exception('no') }}")
+    with pytest.raises(UserError, match=r"its chat template fails \(no\); use another model$"):
+        reply(llm, "the dog", 4)
+
+
 def test_a_question_that_does_not_fit_is_one_line(tiny):
     llm = tiny("gpt2")  # 32 positions
     with pytest.raises(UserError, match=r"takes 32 tokens, and a question of .* is longer"):
