@@ -141,7 +141,9 @@ def _steps_done(job: Job, sites: Sites, llm: Shape, seen: set) -> int:
     """Updates in the checkpoint of a resumed run, all parts of which are looked at; 0 if it was
     killed before the first one."""
     path = checkpoint_path(job.folder)
-    if not path.is_file():
+    try:
+        path.lstat()  # a link to what is gone, or a disk that does not answer, is not a new run
+    except FileNotFoundError:
         return 0
     saved = open_checkpoint(job.folder)
     mine, settings = job.config.identity(), saved["settings"]

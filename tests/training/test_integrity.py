@@ -165,6 +165,16 @@ def test_a_checkpoint_without_its_stream_is_no_checkpoint(harmed):
     assert refused(folder).startswith(f"{folder / STREAM}, which belongs to last.ckpt, is gone; ")
 
 
+@pytest.mark.parametrize(
+    "put", [Path.mkdir, lambda path: path.symlink_to("/no/such/disk/last.ckpt")]
+)
+def test_a_checkpoint_that_is_there_and_cannot_be_opened_is_not_begun_again(harmed, put):
+    folder = harmed()
+    (folder / CKPT).unlink()
+    put(folder / CKPT)
+    assert refused(folder).startswith(f"{folder / CKPT} cannot be read: ")
+
+
 def test_a_checkpoint_of_other_settings_names_one_and_counts_them(harmed):
     folder = harmed()
     rewrite(folder / CKPT, lambda saved: saved["settings"].update({"loss.l1": 0.5}))
