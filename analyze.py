@@ -3,8 +3,11 @@
 import signal
 import sys
 
+from sae_lightning.errors import check_packages
+
 if __name__ == "__main__":  # as in train.py
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    check_packages()
 
 import hydra
 from hydra.core.hydra_config import HydraConfig

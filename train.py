@@ -2,8 +2,11 @@
 
 import signal
 
-if __name__ == "__main__":  # Ctrl-C while all else is imported ends it without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+from sae_lightning.errors import check_packages
+
+if __name__ == "__main__":  # before all else is imported, which takes seconds
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
+    check_packages()
 
 from pathlib import Path
 

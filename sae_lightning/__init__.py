@@ -4,9 +4,8 @@ from importlib import import_module
 from typing import Any
 
 from sae_lightning.errors import UserError
-from sae_lightning.formats.export import load_sae
 
-# Name -> module: found when they are asked for, because a saved SAE is opened without them.
+# Name -> module: found when they are asked for; a saved SAE is opened without the others.
 FOUND_IN = {
     "Answers": "analysis.explain.answers",
     "Endpoint": "analysis.explain.models",
@@ -24,6 +23,7 @@ FOUND_IN = {
     "gather": "analysis.explain.evidence",
     "labelled": "analysis.probing.labelled",
     "lens": "analysis.lens",
+    "load_sae": "formats.export",
     "open_run": "analysis.subject",
     "probe": "analysis.probing.probes",
     "steer": "analysis.steer",
@@ -31,7 +31,7 @@ FOUND_IN = {
     "theory": "analysis.theory.claims",
 }
 
-__all__ = ["UserError", "load_sae", *FOUND_IN]
+__all__ = ["UserError", *FOUND_IN]
 
 
 def __getattr__(name: str) -> Any:

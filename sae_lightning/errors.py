@@ -3,6 +3,15 @@
 import errno
 import math
 import re
+import sys
+from importlib.util import find_spec
+
+# What is imported somewhere, some of it only when a run has come to its end.
+PACKAGES = (
+    *("hydra", "omegaconf", "torch", "lightning", "transformers", "datasets", "safetensors"),
+    *("filelock", "tensorboard", "numpy", "pandas", "pyarrow", "tqdm", "scipy", "sklearn"),
+    *("platformdirs", "rich", "psutil", "jinja2", "plotly", "gguf", "accelerate"),
+)
 
 
 class UserError(ValueError):
@@ -34,3 +43,12 @@ def check_finite(name: str, value: object) -> None:
     numbers = value if isinstance(value, list | tuple) else [value]
     if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
         raise UserError(f"{name}={value}: give a finite number")
+
+
+def check_packages() -> None:
+    """End the process with one line if a package is missing, before any is imported."""
+    for name in PACKAGES:
+        if find_spec(name) is None:
+            sys.exit(
+                f"error: the package {name} is not installed: pip install -c constraints.txt -e ."
+            )

@@ -11,7 +11,6 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
-from importlib.util import find_spec
 from pathlib import Path
 from traceback import walk_tb
 
@@ -45,11 +44,6 @@ PLUGINS = {
     "submitit_local": 'pip install -c constraints.txt -e ".[submitit]"',
     "ray": "pip install hydra-ray-launcher",
 }
-# What is imported late.
-PACKAGES = (
-    *("lightning", "transformers", "datasets", "safetensors", "tensorboard", "pandas", "pyarrow"),
-    *("scipy", "sklearn", "jinja2", "plotly", "gguf", "accelerate"),
-)
 SEVERAL = "nothing was started:\n  "
 # The presets that bring a kind of data.
 DATA = {"shakespeare": "plays", "hub": "hub", "text": "local", "synthetic": "synthetic"}
@@ -71,7 +65,6 @@ def one_line_errors(folder: Path | None = None, multirun: bool = False) -> Itera
             stream.reconfigure(errors="replace")  # an arrow need not end a run
     try:
         sys.argv[1:] = with_swept_groups(quoted_paths(checked(sys.argv[1:])))
-        check_packages()
         yield
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
@@ -87,15 +80,6 @@ def one_line_errors(folder: Path | None = None, multirun: bool = False) -> Itera
     finally:
         if folder is not None:
             remove_unused(folder)
-
-
-def check_packages() -> None:
-    """UserError if a package is missing that is needed later, when something is lost without it."""
-    for name in PACKAGES:
-        if find_spec(name) is None:
-            raise UserError(
-                f"the package {name} is not installed: pip install -c constraints.txt -e ."
-            )
 
 
 def error_text(message: str) -> str:

@@ -16,7 +16,6 @@ from hydra.types import HydraContext, RunMode
 from omegaconf import OmegaConf
 
 from sae_lightning.errors import UserError
-from sae_lightning.runs import cli
 from sae_lightning.runs.arguments import checked
 from sae_lightning.runs.cli import explain
 from sae_lightning.runs.config import conf_folder
@@ -63,12 +62,21 @@ def test_what_cannot_be_meant_is_refused(typed, message):
         checked(typed.split(" "))
 
 
-def test_a_package_that_is_missing_is_told_first(monkeypatch):
-    cli.check_packages()
-    for name in ("plotly", "jinja2", "gguf", "tensorboard", "pyarrow"):
-        monkeypatch.setattr(cli, "find_spec", lambda asked, name=name: asked != name or None)
-        with pytest.raises(UserError, match=f"^the package {name} is not installed: pip install"):
-            cli.check_packages()
+@pytest.mark.parametrize("name", ["plotly", "jinja2", "gguf", "tensorboard", "pyarrow"])
+def test_a_package_that_is_missing_is_told_before_any_is_imported(name):
+    code = f"""
+import runpy, sys
+sys.modules[{name!r}] = None
+try:
+    runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
+finally:
+    assert "torch" not in sys.modules
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    told = f"error: the package {name} is not installed: pip install -c constraints.txt -e .\n"
+    assert (done.returncode, done.stderr) == (1, told)
 
 
 SEARCH = "hydra/sweeper=optuna"
