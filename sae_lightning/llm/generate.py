@@ -156,14 +156,14 @@ def reply(llm: LLM, question: str, tokens: int) -> Reply:
             given = tokenizer.apply_chat_template(messages, **how)
         except Exception as error:  # a template is a program that came with the model
             raise UserError(
-                f"model={llm.name}: its chat template fails ({error}); use another model"
+                f"explainer={llm.name}: its chat template fails ({error}); use another"
             ) from error
     ids = given["input_ids"].to(llm.model.device)
     asked = ids.shape[1]
     if context and asked + tokens > context:
         raise UserError(
-            f"model={llm.name}: takes {context:,} tokens, and a question of {asked:,} with an "
-            f"answer of up to {tokens:,} is longer; ask less at a time, or use another model"
+            f"explainer={llm.name}: takes {context:,} tokens, and a question of {asked:,} with an "
+            f"answer of up to {tokens:,} is longer; ask less at a time, or use another"
         )
     with quiet():  # it warns of the sampling settings that some models come with
         written = llm.model.generate(

@@ -118,6 +118,11 @@ def refuse_what_cannot_fit(
     configs: Sequence[Config], sites: Sequence[Sites], llm: Shape, free: float
 ) -> None:
     """UserError if one of these SAEs takes more than is free even on a pass of its own."""
+    if free < PROCESS:
+        raise UserError(
+            f"{max(free, 0) / 1e9:.1f} GB of memory are free, and the libraries alone take "
+            f"{PROCESS / 1e9:.1f} GB: free some, or try all the same with sweep.max_heads=1"
+        )
     for config, pair in zip(configs, sites, strict=True):
         needed = estimate_memory([config], [pair], llm)
         total = needed.of(0, 1)
@@ -129,6 +134,6 @@ def refuse_what_cannot_fit(
         blamed = ", ".join(f"{name}={config.flat()[name]}" for name in names)
         raise UserError(
             f"{blamed}: training needs about {total / 1e9:.1f} GB of memory, "
-            f"{part / 1e9:.1f} GB of it for this. {max(free, 0) / 1e9:.1f} GB are free: lower it, "
+            f"{part / 1e9:.1f} GB of it for this. {free / 1e9:.1f} GB are free: lower it, "
             "or try all the same with sweep.max_heads=1"
         )

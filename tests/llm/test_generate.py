@@ -195,7 +195,7 @@ def test_a_chat_model_is_asked_in_its_format(tiny, monkeypatch):
 def test_a_chat_template_that_fails_is_one_line(tiny, monkeypatch):
     llm = tiny("llama")
     monkeypatch.setattr(llm.tokenizer, "chat_template", "{{ raise_exception('no') }}")
-    with pytest.raises(UserError, match=r"its chat template fails \(no\); use another model$"):
+    with pytest.raises(UserError, match=r"^explainer=.*: its chat template fails \(no\); use "):
         reply(llm, "the dog", 4)
 
 

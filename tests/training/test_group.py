@@ -497,6 +497,12 @@ def test_what_cannot_fit_is_refused_before_the_llm_is_loaded(
     assert len(passes.plan([replace(jobs[-1], config=believed)])) == 1
 
 
+def test_where_nothing_would_fit_no_setting_is_blamed(job, monkeypatch):
+    monkeypatch.setattr(memory, "free_memory", lambda config: -1e8)
+    with pytest.raises(UserError, match=r"^0\.0 GB of memory are free, and the libraries alone "):
+        passes.train([job("run")])
+
+
 def raise_(error):
     raise error
 
