@@ -17,8 +17,8 @@ def pages():
 
 if sys.argv[1] == "keep":
     keep_freed_memory()
-for number in range(15):
-    if number == 5:  # by then memory is laid out
+for number in range(40):
+    if number == 30:  # by then memory is laid out
         before = faults()
     x = torch.ones(10_000_000)  # 40 MB
     del x
