@@ -38,6 +38,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def chain(error: BaseException | None, *, contexts: bool = True) -> list[BaseException]:
+    """An error and what it came from, outermost first; without `contexts` only what was named with
+    `raise ... from`."""
+    links: list[BaseException] = []
+    while error is not None and error not in links:
+        links.append(error)
+        error = error.__cause__ or (error.__context__ if contexts else None)
+    return links
+
+
 def check_finite(name: str, value: object) -> None:
     """UserError if `value`, or a number in it, is NaN, which no comparison refuses, or infinite."""
     numbers = value if isinstance(value, list | tuple) else [value]

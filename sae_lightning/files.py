@@ -21,7 +21,7 @@ from typing import Any
 
 from filelock import lock_descriptor
 
-from sae_lightning.errors import UserError, WriteError
+from sae_lightning.errors import UserError, WriteError, chain
 
 LOCK = ".lock"
 AGAIN = "put that right and give the same command again"
@@ -102,7 +102,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        for link in _chain(error):
+        for link in chain(error):
             if link is not error and isinstance(link, WriteError | KeyboardInterrupt | SystemExit):
                 raise link from None
         why = reason(error)
@@ -117,7 +117,7 @@ def writing(path: Path) -> Iterator[None]:
 
 def reason(error: BaseException | None) -> str | None:
     """The system's reason behind an error, whether passed on, quoted or hidden; None for a bug."""
-    for link in _chain(error):
+    for link in chain(error):
         # safetensors quotes the number; torch hides the error in the context of its own
         quoted = re.search(r"\(os error (\d+)\)", str(link))
         number = int(quoted[1]) if quoted else getattr(link, "errno", None)
@@ -141,15 +141,6 @@ def _meaning(number: int) -> str:
     if number == errno.ELOOP:
         return "a link is in its place, which is not followed"
     return os.strerror(number)
-
-
-def _chain(error: BaseException | None) -> list[BaseException]:
-    """An error and what it came from, outermost first."""
-    chain: list[BaseException] = []
-    while error is not None and error not in chain:
-        chain.append(error)
-        error = error.__cause__ or error.__context__
-    return chain
 
 
 def _umask() -> int:

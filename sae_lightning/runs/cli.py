@@ -26,7 +26,7 @@ from omegaconf.errors import (
     ValidationError,
 )
 
-from sae_lightning.errors import UserError, is_out_of_memory
+from sae_lightning.errors import UserError, chain, is_out_of_memory
 from sae_lightning.files import refusal
 from sae_lightning.runs.arguments import checked, quoted_paths, with_swept_groups
 from sae_lightning.runs.config import conf_folder
@@ -115,8 +115,7 @@ def remove_unused(folder: Path) -> None:
 
 def explain(error: BaseException, overrides: list[str]) -> str | None:
     """One line about an error that the user can put right; None for a bug."""
-    causes = _chain(error, lambda e: e.__cause__)
-    for link in causes:
+    for link in chain(error, contexts=False):
         if line := refusal(link):
             return line
         if isinstance(link, UserError):
@@ -127,8 +126,8 @@ def explain(error: BaseException, overrides: list[str]) -> str | None:
             )
     if "group override must be a string" in str(error):
         return _number_for_group(overrides)
-    chain = _chain(error, lambda e: e.__cause__ or e.__context__)
-    for link in chain:
+    links = chain(error)
+    for link in links:
         if isinstance(link, UserError):  # within a resolver: Hydra wraps it
             return str(link)
         if isinstance(link, ConfigAttributeError | ConfigKeyError):
@@ -140,7 +139,7 @@ def explain(error: BaseException, overrides: list[str]) -> str | None:
         missing = re.search(r"Missing mandatory value: (\S+)", str(link))
         if missing:
             return f"{missing[1]} is not set: give {missing[1]}=..."
-    for link in chain:
+    for link in links:
         known = isinstance(link, InterpolationResolutionError | GrammarParseError) and link.full_key
         if known and known != "_dummy_":  # Hydra's, for a choice of a group
             return f"{known}: {str(link).splitlines()[0]}"
@@ -154,15 +153,6 @@ def explain(error: BaseException, overrides: list[str]) -> str | None:
         what = (str(error).splitlines() or [type(error).__name__])[0]
         return f"hydra/sweeper=optuna: {what}; see its settings, such as hydra.sweeper.storage=..."
     return None
-
-
-def _chain(error: BaseException | None, follow) -> list[BaseException]:
-    """An error and what it came from, outermost first."""
-    chain: list[BaseException] = []
-    while error is not None and error not in chain:
-        chain.append(error)
-        error = follow(error)
-    return chain
 
 
 def _did_you_mean(word: str, options: list[str]) -> str:

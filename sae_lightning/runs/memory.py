@@ -115,21 +115,28 @@ def estimate_memory(configs: Sequence[Config], sites: Sequence[Sites], llm: Shap
 
 
 def refuse_what_cannot_fit(
-    configs: Sequence[Config], sites: Sequence[Sites], llm: Shape, free: float
+    needed: PassMemory,
+    configs: Sequence[Config],
+    sites: Sequence[Sites],
+    llm: Shape,
+    free: float,
 ) -> None:
-    """UserError if one of these SAEs takes more than is free even on a pass of its own."""
+    """UserError if one of these SAEs, which take `needed` together, takes more than is free even on
+    a pass of its own."""
     if free < PROCESS:
         raise UserError(
             f"{max(free, 0) / 1e9:.1f} GB of memory are free, and the libraries alone take "
             f"{PROCESS / 1e9:.1f} GB: free some, or try all the same with sweep.max_heads=1"
         )
-    for config, pair in zip(configs, sites, strict=True):
-        needed = estimate_memory([config], [pair], llm)
-        total = needed.of(0, 1)
+    for number, (config, pair) in enumerate(zip(configs, sites, strict=True)):
+        if needed.of(number, number + 1) <= free:  # alone it takes no more: not estimated again
+            continue
+        alone = estimate_memory([config], [pair], llm)
+        total = alone.of(0, 1)
         if total <= free:
             continue
-        parts = Counter(needed.parts)
-        parts.update({("model.features",): needed.heads[0], ("llm.batch",): needed.hidden})
+        parts = Counter(alone.parts)
+        parts.update({("model.features",): alone.heads[0], ("llm.batch",): alone.hidden})
         ((names, part),) = parts.most_common(1)
         blamed = ", ".join(f"{name}={config.flat()[name]}" for name in names)
         raise UserError(

@@ -141,7 +141,7 @@ def _split(group: list[Checked]) -> list[Pass]:
     most = min((c.sweep.max_heads for c in configs if c.sweep.max_heads), default=None)
     if most is None:
         free = memory.free_memory(configs[0])
-        memory.refuse_what_cannot_fit(configs, sites, shapes[0], free)
+        memory.refuse_what_cannot_fit(needed, configs, sites, shapes[0], free)
         room = 0.9 * free - needed.shared
         most = max(1, int(room // (max(needed.heads) + needed.hidden)))
     parts = ceil(len(jobs) / most)
@@ -179,8 +179,7 @@ def _train(this: Pass) -> Results:
         console.print(f"interrupted. Continue with\n\n  {resume_of(jobs)}\n")
         sys.exit(130)
     except Exception as error:  # a bug, too: the other passes need not suffer from it
-        too_large = is_out_of_memory(error)
-        reason = _out_of_memory(jobs) if too_large else explain(error, [])
+        reason = _out_of_memory(jobs) if is_out_of_memory(error) else explain(error, [])
         if not folders.forget(jobs[0]):
             if isinstance(error, WriteError) and (jobs[0].folder / CONFIG_FILE).is_file():
                 reason = f"{error}; put that right and continue with: {resume_of(jobs)}"
