@@ -9,10 +9,11 @@ from tiny_llm import TEXT
 from sae_lightning.llm.load import Dtype, LLMConfig
 from sae_lightning.llm.sites import LayerConfig
 from sae_lightning.runs.config import Config
-from sae_lightning.runs.jobs import Job
+from sae_lightning.runs.jobs import CONFIG_FILE, Job, resolved_yaml
 from sae_lightning.sae import SAEConfig
 from sae_lightning.sae.relu import ReLULoss
 from sae_lightning.stream.local import LocalConfig
+from sae_lightning.stream.plays import PlaysConfig
 from sae_lightning.training.settings import Accelerator, EvalConfig, TrainerConfig
 
 STEPS, BATCH = 40, 64
@@ -45,3 +46,19 @@ def tiny_job(llm: str, text: Path, folder: Path, **changes) -> Job:
         loss=ReLULoss(l1=1e-2),
     )
     return Job(config=replace(config, **changes), folder=folder)
+
+
+def write_begun_run(sweep: Path, l1: str, *overrides: str) -> Path:
+    """The folder of a run in `sweep` that has only been begun, on the packaged LLM and text."""
+    folder = sweep / f"loss.l1={l1}"
+    folder.mkdir(parents=True)
+    config = Config(
+        llm=LLMConfig(name="smollm2"),
+        data=PlaysConfig(),
+        layer=LayerConfig(index=9),
+        model=SAEConfig(features=100),
+        loss=ReLULoss(l1=float(l1)),
+    )
+    job = Job(config=config, folder=folder, overrides=[*overrides, f"loss.l1={l1}"])
+    (folder / CONFIG_FILE).write_text(resolved_yaml(job))
+    return folder

@@ -5,6 +5,8 @@ import re
 import signal
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, RunMode
 from omegaconf import OmegaConf
 
-from sae_lightning.errors import UserError
+from sae_lightning.errors import PACKAGES, UserError
 from sae_lightning.runs.arguments import checked
 from sae_lightning.runs.cli import explain
 from sae_lightning.runs.config import conf_folder
@@ -163,3 +165,10 @@ def test_ctrl_c_while_libraries_are_imported_shows_no_traceback(script):
             break
     assert "Traceback" not in process.communicate()[1]
     assert process.returncode == -signal.SIGINT
+
+
+def test_every_package_that_is_needed_is_looked_for_at_the_start():
+    project = tomllib.loads(Path(__file__).parents[2].joinpath("pyproject.toml").read_text("utf8"))
+    needed = {re.split(r"[><=\[ ]", line)[0] for line in project["project"]["dependencies"]}
+    names = packages_distributions()
+    assert needed == {names[package][0].lower().replace("_", "-") for package in PACKAGES}

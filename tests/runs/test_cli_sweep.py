@@ -9,14 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from sae_lightning.llm.load import LLMConfig
-from sae_lightning.llm.sites import LayerConfig
-from sae_lightning.runs.config import Config
-from sae_lightning.runs.jobs import CONFIG_FILE, Job, resolved_yaml
-from sae_lightning.sae import SAEConfig
-from sae_lightning.sae.relu import ReLULoss
-from sae_lightning.stream.plays import PlaysConfig
+from tiny_run import write_begun_run
 
 ROOT = Path(__file__).parents[2]
 SWEEP = Path("multirun", "2026-01-31", "12-00-00")
@@ -35,17 +28,7 @@ def analyze(*overrides: str, cwd: Path):
 def make_sweep(folder: Path) -> None:
     """Run folders of three jobs: one finished, one failed, one killed."""
     for l1 in ("0.01", "0.001", "1"):
-        run = folder / f"loss.l1={l1}"
-        run.mkdir(parents=True)
-        config = Config(
-            llm=LLMConfig(name="smollm2"),
-            data=PlaysConfig(),
-            layer=LayerConfig(index=9),
-            model=SAEConfig(features=100),
-            loss=ReLULoss(l1=float(l1)),
-        )
-        job = Job(config=config, folder=run, overrides=["seed=0", f"loss.l1={l1}"])
-        (run / CONFIG_FILE).write_text(resolved_yaml(job))
+        write_begun_run(folder, l1, "seed=0")
     held_out = {"l0": 20.5, "explained_variance": 0.75, "ce_recovered": 0.875}
     (folder / "loss.l1=0.01" / "metrics.json").write_text(
         json.dumps({"tokens": 1024, "held_out": held_out, "training": {"train/dead": 0.0}})

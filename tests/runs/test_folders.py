@@ -5,17 +5,12 @@ import json
 import math
 
 import pytest
+from tiny_run import write_begun_run
 
 from sae_lightning.files import write_json
-from sae_lightning.llm.load import LLMConfig
-from sae_lightning.llm.sites import LayerConfig
 from sae_lightning.report.sweep_report import write_report
 from sae_lightning.runs import folders
-from sae_lightning.runs.config import Config
-from sae_lightning.runs.jobs import CONFIG_FILE, Job, resolved_yaml
-from sae_lightning.sae import SAEConfig
-from sae_lightning.sae.relu import ReLULoss
-from sae_lightning.stream.plays import PlaysConfig
+from sae_lightning.runs.jobs import CONFIG_FILE
 from sae_lightning.training.settings import failure_path
 
 SCORES = {"l0": 20.5, "explained_variance": 0.75}
@@ -26,18 +21,7 @@ GOOD = {"tokens": 1024, "held_out": SCORES, "training": {"train/dead": 0.0}}
 def sweep(tmp_path):
     """Run folders of two finished jobs, l1=1 and l1=2."""
     for l1 in ("1", "2"):
-        folder = tmp_path / f"loss.l1={l1}"
-        folder.mkdir()
-        config = Config(
-            llm=LLMConfig(name="smollm2"),
-            data=PlaysConfig(),
-            layer=LayerConfig(index=9),
-            model=SAEConfig(features=100),
-            loss=ReLULoss(l1=float(l1)),
-        )
-        job = Job(config=config, folder=folder, overrides=[f"loss.l1={l1}"])
-        (folder / CONFIG_FILE).write_text(resolved_yaml(job))
-        write_json(folder / folders.METRICS_FILE, GOOD)
+        write_json(write_begun_run(tmp_path, l1) / folders.METRICS_FILE, GOOD)
     return tmp_path
 
 
