@@ -134,3 +134,13 @@ def shown(folder: Path) -> Path:
 def command(program: str, **settings: object) -> str:
     """A command line to paste: python `program` setting=value ..."""
     return visible(shlex.join(["python", program, *(f"{k}={v}" for k, v in settings.items())]))
+
+
+def tensorboard(folder: Path) -> str:
+    """The command line that shows the curves in `folder` and below it."""
+    return shlex.join(["tensorboard", "--logdir", str(shown(folder))])
+
+
+def quote_setting(name: str, value: object) -> str:
+    """`name`=`value` to paste into a command line."""
+    return shlex.quote(f"{name}={value}")

@@ -9,7 +9,7 @@ from sae_lightning.errors import UserError
 from sae_lightning.report.sweep_report import write_report
 from sae_lightning.runs.folders import sweep_runs
 from sae_lightning.runs.jobs import CONFIG_FILE
-from sae_lightning.terminal import shown
+from sae_lightning.terminal import quote_setting, shown
 
 
 @dataclass(slots=True, kw_only=True)
@@ -24,9 +24,9 @@ class SweepTask(Task):
                 "measured: leave it out"
             )
         if (folder / CONFIG_FILE).is_file():
-            above = shown(folder.absolute().parent)
+            above = quote_setting("run", shown(folder.absolute().parent))
             raise UserError(
                 f"{self.run} holds one run, no sweep: leave out task=sweep to look at it, or give "
-                f"the folder above it for the report of all runs there (run={above})"
+                f"the folder above it for the report of all runs there ({above})"
             )
         write_report(folder, sweep_runs(folder))

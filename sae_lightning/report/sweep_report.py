@@ -1,7 +1,6 @@
 """The report of a sweep: sweep.csv, sweep.html and a table at the terminal, of one `SweepTable`."""
 
 import os
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
@@ -15,7 +14,7 @@ from sae_lightning.files import atomically, clean
 from sae_lightning.report.figures import COLOURS, LABELLED, tradeoff
 from sae_lightning.report.page import rendered
 from sae_lightning.report.sweep_table import SweepRun, SweepTable, natural
-from sae_lightning.terminal import command, console, phase, shown, visible
+from sae_lightning.terminal import command, console, phase, shown, tensorboard, visible
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -74,7 +73,7 @@ def _say(folder: Path, table: SweepTable) -> None:
     where = shown(folder)
     console.print(
         f"\n  open in a browser: {where / PAGE}\n  the same numbers: {where / CSV}\n"
-        f"  tensorboard --logdir {shlex.quote(str(where))}\n"
+        f"  {tensorboard(folder)}\n"
     )
 
 
@@ -130,7 +129,7 @@ def _page(folder: Path, table: SweepTable) -> str:
         unplotted=int(table.finite.loc[table.is_finished, plotted].isna().any(axis=1).sum()),
         links=[_links(folder, run.folder) for run in table.runs],
         commands=[
-            f"tensorboard --logdir {shlex.quote(str(shown(folder)))}",
+            tensorboard(folder),
             command("analyze.py", task="sweep", run=shown(folder)),
         ],
     )

@@ -15,6 +15,7 @@ from sae_lightning.runs.jobs import CONFIG_FILE, ELSEWHERE, Job
 from sae_lightning.runs.run import make_head
 from sae_lightning.sae import size
 from sae_lightning.sae.products import has_sparse_products
+from sae_lightning.terminal import quote_setting
 from sae_lightning.training.integrity import check_checkpoint, open_checkpoint
 from sae_lightning.training.settings import (
     Accelerator,
@@ -102,8 +103,8 @@ def _check_folder(job: Job) -> None:
         raise UserError(f"{job.folder} cannot be written to: choose another with {ELSEWHERE}")
     if not job.resumed and (job.folder / CONFIG_FILE).exists():
         raise UserError(
-            f"{job.folder} already holds a run: continue it with resume={job.folder}, or choose "
-            f"another folder with {ELSEWHERE}"
+            f"{job.folder} already holds a run: continue it with "
+            f"{quote_setting('resume', job.folder)}, or choose another folder with {ELSEWHERE}"
         )
 
 

@@ -64,6 +64,7 @@ def one_line_errors(folder: Path | None = None, multirun: bool = False) -> Itera
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # an arrow need not end a run
     try:
+        _refuse_second_task()
         sys.argv[1:] = with_swept_groups(quoted_paths(checked(sys.argv[1:])))
         yield
     except KeyboardInterrupt:
@@ -80,6 +81,17 @@ def one_line_errors(folder: Path | None = None, multirun: bool = False) -> Itera
     finally:
         if folder is not None:
             remove_unused(folder)
+
+
+def _refuse_second_task() -> None:
+    """UserError where a cluster starts the same command once more for each of its tasks."""
+    for name in ("SLURM_PROCID", "RANK"):
+        if os.environ.get(name, "0") != "0":
+            raise UserError(
+                f"{name}={os.environ[name]}: one task does all the work, on one device, so this "
+                f"one does nothing; start a single task (srun --ntasks=1), or unset {name} where "
+                "each task has settings of its own"
+            )
 
 
 def error_text(message: str) -> str:

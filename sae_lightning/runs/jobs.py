@@ -17,7 +17,7 @@ from sae_lightning.runs.saved import OVERRIDES, read_settings
 from sae_lightning.sae import ARCHITECTURES
 from sae_lightning.stream import SOURCES
 from sae_lightning.stream.base import absolute
-from sae_lightning.terminal import command, shown, visible
+from sae_lightning.terminal import command, quote_setting, shown, visible
 
 CONFIG_FILE = "config.yaml"
 TRUST = "llm.trust_remote_code"
@@ -95,8 +95,9 @@ def run_folder(existing: str | None) -> str:
         return datetime.now().strftime("outputs/%Y-%m-%d/%H-%M-%S")
     if is_sweep(Path(existing)):
         raise UserError(
-            f"{existing} holds a sweep: continue all of it with -m resume={existing} (and no other "
-            "hydra/launcher), or give one of the run folders in it"
+            f"{existing} holds a sweep: continue all of it with "
+            f"-m {quote_setting('resume', existing)} (and no other hydra/launcher), or give one of "
+            "the run folders in it"
         )
     if not (Path(existing) / CONFIG_FILE).is_file():
         raise UserError(

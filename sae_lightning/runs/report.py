@@ -1,11 +1,12 @@
 """What a run says to the person at the terminal, before and after."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from sae_lightning.llm.sites import Sites
 from sae_lightning.runs.jobs import Job
 from sae_lightning.scoring import scorecard
-from sae_lightning.terminal import command, console, grid, shown
+from sae_lightning.terminal import command, console, grid, shown, tensorboard
 from sae_lightning.training.head import Head
 from sae_lightning.training.module import SAEModule
 
@@ -47,9 +48,9 @@ def conclude(job: Job, metrics: dict) -> None:
     console.print(grid(lines, title=scorecard.title(metrics["held_out"])))
     folder = shown(job.folder)
     # the folder above, outputs/ or multirun/, so that earlier runs are there to compare with
-    root = folder.parts[0] if folder.parts and not folder.is_absolute() else folder
+    root = Path(folder.parts[0]) if folder.parts and not folder.is_absolute() else folder
     analyze = command("analyze.py", run=folder, **job.trust)
-    console.print(f"\n  tensorboard --logdir {root}\n  {analyze}\n")
+    console.print(f"\n  {tensorboard(root)}\n  {analyze}\n")
 
 
 def speed_line(job: Job, speed: dict[str, float]) -> str:

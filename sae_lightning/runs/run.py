@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import lightning as L
 import torch
+from lightning.fabric.plugins.environments import LightningEnvironment
 
 from sae_lightning.errors import WriteError
 from sae_lightning.files import write_json
@@ -154,7 +155,8 @@ def assemble(this: Pass, opened: Opened) -> Parts:
             min_epochs=0,
             max_steps=trainer.steps,
             callbacks=standard(trainer, config.eval),
-            plugins=HeadCheckpoints(heads),
+            # one process trains all: what SLURM or torchrun says about others is not asked for
+            plugins=[HeadCheckpoints(heads), LightningEnvironment()],
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,

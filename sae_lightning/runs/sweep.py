@@ -28,7 +28,7 @@ from sae_lightning.runs.cli import DEBUG, error_text, explain, remove_unused
 from sae_lightning.runs.folders import sweep_runs
 from sae_lightning.runs.jobs import CONFIG_FILE, is_sweep, jobs, overrides_of
 from sae_lightning.runs.saved import scalars
-from sae_lightning.terminal import command, console, shown, visible
+from sae_lightning.terminal import command, console, quote_setting, shown, visible
 
 RECORD = "multirun.yaml"  # what Hydra keeps of a sweep
 
@@ -111,9 +111,10 @@ class Sweep(Callback):
         except (ValueError, ArithmeticError, RecursionError, YAMLError, HydraException):
             return  # a record of something else, or damaged
         if missing > 0 and given:
+            place = quote_setting("hydra.sweep.dir", shown(self.record.parent))
             console.print(
                 f"{known} of this sweep never began and are not resumed: give "
-                f"its own command again, with hydra.sweep.dir={shown(self.record.parent)}"
+                f"its own command again, with {place}"
             )
 
     def on_job_start(self, config: DictConfig, **_) -> None:

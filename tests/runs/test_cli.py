@@ -232,6 +232,21 @@ def test_ctrl_c_is_no_error_of_ours(command_line, capsys):
     assert (ended.value.code, capsys.readouterr().err) == (130, "interrupted\n")
 
 
+@pytest.mark.parametrize("variable", ["SLURM_PROCID", "RANK"])
+def test_of_several_tasks_that_a_cluster_starts_one_trains_and_the_others_say_why_not(
+    command_line, variable
+):
+    command_line.setenv(variable, "3")
+    with (
+        pytest.raises(SystemExit, match=f"^error: {variable}=3: one task .* --ntasks=1"),
+        one_line_errors(),
+    ):
+        raise AssertionError("not reached")
+    command_line.setenv(variable, "0")
+    with one_line_errors():
+        pass
+
+
 @pytest.mark.parametrize("flag", ["--model.features=3", "-x", "--nope"])
 def test_a_flag_that_does_not_exist_is_named(command_line, flag):
     command_line.setattr(sys, "argv", ["train.py", "model.features=3", flag])

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 from dataclasses import replace
@@ -21,7 +22,7 @@ from sae_lightning.llm.capture import capture
 from sae_lightning.llm.load import Attention, Dtype
 from sae_lightning.llm.sites import decoder_stack
 from sae_lightning.llm.splice import Scores
-from sae_lightning.runs import passes, run
+from sae_lightning.runs import folders, passes, run
 from sae_lightning.runs.jobs import read_job
 from sae_lightning.sae import SAE
 from sae_lightning.sae.relu import ReLULoss
@@ -360,6 +361,21 @@ def test_a_run_folder_is_complete_and_the_curves_are_plotted_against_tokens(job)
     assert speed["tokens_per_second"] >= speed["tokens_per_second_in_all"] > 0
     assert speed["peak_memory_gb"] > 0.1
     assert metrics["explained_variance"] > 0.1
+
+
+@pytest.mark.parametrize("tasks", [{}, {"SLURM_NTASKS_PER_NODE": "4"}])
+def test_within_a_cluster_job_of_several_tasks_a_run_trains_by_itself(
+    job, monkeypatch, capsys, tasks
+):
+    zeros = {f"SLURM_{name}": "0" for name in ("PROCID", "LOCALID", "NODEID")}
+    for name, value in {"SLURM_NTASKS": "4", **zeros, **tasks}.items():
+        monkeypatch.setenv(name, value)
+    made = job("my run")
+    monkeypatch.chdir(made.folder.parent)
+    assert passes.train([made]) == [folders.metrics(made.folder)["held_out"]]
+    printed = [shlex.split(line) for line in capsys.readouterr().out.splitlines()[-3:]]
+    assert ["tensorboard", "--logdir", "my run"] in printed
+    assert ["python", "analyze.py", "run=my run"] in printed
 
 
 @pytest.mark.parametrize(
