@@ -15,7 +15,7 @@ Shapes: d = width of the residual stream; contexts, length = token sequences, BO
 import copy
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +68,8 @@ def _norm_before(model: nn.Module, reader: nn.Module, name: str) -> Norm:
     taken: list[Tensor] = []
 
     def write(module: nn.Module, args: tuple, output: Tensor) -> None:
-        if isinstance(output, Tensor):
+        # what changes the width is no norm: OPT-350m projects in front of the unembedding
+        if isinstance(output, Tensor) and args and args[0].shape == output.shape:
             made.append((output, module))
 
     with ExitStack() as hooks:
@@ -82,8 +83,8 @@ def _norm_before(model: nn.Module, reader: nn.Module, name: str) -> Norm:
     norm = source and _as_norm(source, taken[0].shape[-1])
     if norm is None:
         raise UserError(
-            f"llm.name: no norm in front of {name} of {type(model).__name__}, so that the lens "
-            "cannot follow directions to it; choose another LLM"
+            f"direct=true: no norm in front of {name} of {type(model).__name__}, so that the lens "
+            "cannot follow directions to it; leave direct=true out"
         )
     return norm
 
@@ -150,14 +151,14 @@ def response(
     steps = torch.cat([torch.zeros_like(unit[:1]), share * unit]).split(BATCH)
     total = torch.zeros(())
     for context in tokens.to(model.device, torch.long):
-        memory = body(model, context[None, :-1], use_cache=True).past_key_values
-        memory.batch_repeat_interleave(BATCH)
-        last = context[-1:].expand(BATCH, -1)
+        memory = _memory(model, context[None, :-1])
+        read = (context if memory is None else context[-1:]).expand(BATCH, -1)
         found = []
         for step in steps:
-            cache = copy.deepcopy(memory)  # a pass writes into it
+            # a pass writes into its cache
+            kept = {} if memory is None else {"past_key_values": copy.deepcopy(memory)}
             with replaced(model, target, target, _adding(step)):
-                output = body(model, last, use_cache=True, past_key_values=cache)
+                output = body(model, read, use_cache=bool(kept), **kept)
             found.append(output.last_hidden_state[: len(step), -1].float())
             advance(len(step))
         found = torch.cat(found)
@@ -165,12 +166,26 @@ def response(
     return total
 
 
+def _memory(model: nn.Module, tokens: Tensor) -> Any:
+    """What the model keeps of tokens [1, n], repeated for BATCH sequences; None where it keeps it
+    in another way than transformers' DynamicCache (Mamba, RWKV, MiniMax)."""
+    memory = None
+    with suppress(ValueError):  # of xLSTM, and of hybrids that have no layer of attention
+        memory = getattr(body(model, tokens, use_cache=True), "past_key_values", None)
+    if type(memory).__name__ != "DynamicCache":
+        return None
+    # beam search's method, because batch_repeat_interleave leaves out states of linear attention
+    memory.reorder_cache(torch.zeros(BATCH, dtype=torch.long, device=tokens.device))
+    return memory
+
+
 def _adding(step: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """y + step |y| for the first sequences of a batch of one token each."""
+    """y + step |y| at the last token of the first sequences of a batch."""
 
     def apply(x: Tensor, y: Tensor) -> Tensor:
-        changed = y.view(BATCH, -1).float()  # OPT's MLP has no dimension for tokens
-        changed[: len(step)] += step * changed[: len(step)].norm(dim=1, keepdim=True)
+        changed = y.float().view(BATCH, -1, y.shape[-1])  # OPT's MLP has no dimension for tokens
+        last = changed[: len(step), -1]
+        last += step * last.norm(dim=1, keepdim=True)
         return changed.view_as(y)
 
     return apply

@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
+import transformers
 from blocks import mlp_norm as mlp_norm_of
-from tiny_llm import MODERN
-from transformers import AutoModelForCausalLM, Llama4TextConfig
+from tiny_llm import IDS, MODERN
 
 from sae_lightning.errors import UserError
 from sae_lightning.llm import directions
@@ -95,6 +95,15 @@ def test_a_head_that_reads_no_norm_is_refused(tiny):
         final_norm(model)
 
 
+def test_so_is_one_that_reads_a_projection_to_another_width():
+    """As in OPT-350m."""
+    config = transformers.OPTConfig(
+        **MODERN, ffn_dim=40, word_embed_proj_dim=12, do_layer_norm_before=False
+    )
+    with pytest.raises(UserError, match="no norm in front of .*; leave direct=true out"):
+        final_norm(random_model(config))
+
+
 @pytest.fixture
 def small_batches(monkeypatch):
     monkeypatch.setattr(directions, "BATCH", 4)  # 6 directions and the LLM as it is: two passes
@@ -131,9 +140,44 @@ def test_the_response_is_the_change_that_hooks_without_a_cache_find(
 
 
 def test_so_it_is_in_a_model_whose_base_model_is_the_whole_of_it(tokens, small_batches):
-    config = Llama4TextConfig(**MODERN, num_key_value_heads=1, head_dim=12, num_local_experts=2)
+    config = transformers.Llama4TextConfig(**LLAMA, head_dim=12, num_local_experts=2)
+    check_response(random_model(config), tokens, Kind.resid)
+
+
+LLAMA = MODERN | {"num_key_value_heads": 1}
+MAMBA = IDS | {"hidden_size": 24, "num_hidden_layers": 3, "state_size": 4}
+LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+LINEAR |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "head_dim": 12}
+MIXED = ["full_attention", "linear_attention", "full_attention"]
+REMEMBERS_OTHERWISE = {
+    "mamba": lambda: transformers.MambaConfig(**MAMBA),
+    "rwkv": lambda: transformers.RwkvConfig(**MAMBA, attention_hidden_size=24),
+    "lfm2": lambda: transformers.Lfm2Config(
+        **LLAMA, layer_types=["conv", "full_attention", "conv"]
+    ),
+    "qwen3.5": lambda: transformers.Qwen3_5TextConfig(**LLAMA, **LINEAR, layer_types=MIXED),
+    "jamba without attention": lambda: transformers.JambaConfig(
+        **LLAMA, num_experts=2, attn_layer_offset=4
+    ),
+    "minimax": lambda: transformers.MiniMaxConfig(
+        **LLAMA, head_dim=12, num_local_experts=2, layer_types=MIXED
+    ),
+}
+
+
+def random_model(config):
     torch.manual_seed(0)
-    check_response(AutoModelForCausalLM.from_config(config).eval(), tokens, Kind.resid)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.2)
+    return model
+
+
+@pytest.mark.parametrize("family", REMEMBERS_OTHERWISE)
+def test_so_it_is_in_families_that_keep_more_or_other_things_than_keys_and_values(
+    family, tokens, small_batches
+):
+    check_response(random_model(REMEMBERS_OTHERWISE[family]()), tokens, Kind.resid)
 
 
 def test_a_direction_of_length_0_changes_nothing(tiny, tokens):
