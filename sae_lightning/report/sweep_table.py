@@ -73,6 +73,9 @@ class Column(NamedTuple):
 COLUMNS = {
     "l0": Column("L0", "{:,.1f}", 0, "active features per token"),
     "explained_variance": Column("EV", "{:.4f}", 1, "explained variance"),
+    "usual_explained_variance": Column(
+        "EV usual", "{:.4f}", 1, "explained variance without the few longest tokens"
+    ),
     "ce_recovered": Column("CE recovered", "{:.4f}", 1, "share of the LLM's loss recovered"),
     "kl": Column("KL", "{:.4f}", -1, "from the LLM's predictions, nats per token"),
     "recovered": Column("recovered", "{:.1%}", 1, "share of concepts found (cosine > 0.9)"),

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sae_lightning.scoring.dominance import Dimension, dominant_dimension
+
 
 def explained_variance(target: Tensor, reconstruction: Tensor) -> Tensor:
     """1 - sum |x - x_hat|^2 / sum |x - mean|^2 over one set [n, d]; the mean predictor scores 0."""
@@ -31,6 +33,8 @@ class Quality(NamedTuple):
     """Share of features that never fire."""
     density: Tensor
     """[features] share of tokens on which each feature fires"""
+    dimension: Dimension | None
+    """The one that dominates the variance, if one does."""
 
 
 class QualitySums:
@@ -40,6 +44,7 @@ class QualitySums:
         self.tokens = 0
         self.residual = self.total = 0.0
         self.shift = self.sum = self.fired = torch.zeros(())
+        self.residuals = self.totals = torch.zeros(())  # [d]
 
     @torch.no_grad()
     def add(self, target: Tensor, reconstruction: Tensor, features: Tensor) -> None:
@@ -50,8 +55,11 @@ class QualitySums:
             # about a first guess of the mean, so that the difference of squares loses no digits
             self.shift = target.mean(dim=0)
         self.tokens += len(target)
-        self.residual += (target - reconstruction).square().sum().item()
-        self.total += (target - self.shift).square().sum().item()
+        error, square = (target - reconstruction).square(), (target - self.shift).square()
+        self.residual += error.sum().item()
+        self.total += square.sum().item()
+        self.residuals = self.residuals + error.sum(dim=0)
+        self.totals = self.totals + square.sum(dim=0)
         self.sum = self.sum + (target - self.shift).sum(dim=0)
         self.fired = self.fired + (features > 0).sum(dim=0).cpu()
 
@@ -64,6 +72,9 @@ class QualitySums:
             explained_variance=1 - self.residual / total if total > 0 else float("nan"),
             unfired=(fired == 0).double().mean().item(),
             density=fired / self.tokens,
+            dimension=dominant_dimension(
+                self.residuals, self.totals - self.sum.square() / self.tokens
+            ),
         )
 
 

@@ -9,12 +9,25 @@ from torch import Tensor
 from sae_lightning.llm.sites import Site
 from sae_lightning.llm.splice import Scores
 from sae_lightning.sae import Output
+from sae_lightning.scoring.dominance import LongTokens, long_tokens
 from sae_lightning.scoring.metrics import Fidelity, FidelitySums, Quality, QualitySums
 from sae_lightning.stream.held_out import HeldOut
 from sae_lightning.stream.recovery import FOUND, Recovery
 from sae_lightning.stream.synthetic import HeldOutConcepts
 
 ROWS = 4096  # tokens reconstructed at a time: bounds the memory that features take
+
+
+class Usual(NamedTuple):
+    """Explained variance of all tokens but the longest, which dominate the variance."""
+
+    explained_variance: float
+    dropped: int
+    """Tokens left out."""
+    share: float
+    """Of the variance, held by these."""
+    max_norm: float
+    """The `data.max_norm` that leaves them out."""
 
 
 class Scorecard(NamedTuple):
@@ -28,12 +41,21 @@ class Scorecard(NamedTuple):
     fidelity: Fidelity | None = None
     """What kind of error is made, where it was asked for. Not among `scalars`, by which runs are
     compared: those hold its size, explained variance, in units that are the same for all."""
+    usual: Usual | None = None
+    """Explained variance without the few tokens that dominate it, if there are any."""
 
     def scalars(self) -> dict[str, float]:
         """The numbers by name."""
         quality = self.quality._asdict()
-        del quality["density"]
-        return quality | (self.scores._asdict() if self.scores else {})
+        del quality["density"], quality["dimension"]
+        parts = {"usual": self.usual, "dimension": self.quality.dimension}
+        few = {
+            f"{part}_{name}": value
+            for part, found in parts.items()
+            if found
+            for name, value in found._asdict().items()
+        }
+        return quality | few | (self.scores._asdict() if self.scores else {})
 
 
 @torch.no_grad()
@@ -53,26 +75,34 @@ def score(
     Runs in float32 whatever the training precision: it is what the saved SAE will do.
     """
     x, y = held_out.activations(source), held_out.activations(target)
+    long = long_tokens(y)
     with torch.autocast(x.device.type, enabled=False):
-        errors = [_errors(sae, x, y, fidelity) for sae in saes]
+        errors = [_errors(sae, x, y, long, fidelity) for sae in saes]
         scores = held_out.scores(source, target, saes, weights, ROWS)
     return [
-        Scorecard(quality, mine, kind) for (quality, kind), mine in zip(errors, scores, strict=True)
+        Scorecard(quality, mine, kind, usual)
+        for (quality, kind, usual), mine in zip(errors, scores, strict=True)
     ]
 
 
 def _errors(
-    sae: Callable[[Tensor], Output], x: Tensor, y: Tensor, fidelity: bool
-) -> tuple[Quality, Fidelity | None]:
+    sae: Callable[[Tensor], Output], x: Tensor, y: Tensor, long: LongTokens | None, fidelity: bool
+) -> tuple[Quality, Fidelity | None, Usual | None]:
     """On inputs [n, d_in] and targets [n, d_out]."""
-    quality = QualitySums()
+    quality, usual = QualitySums(), QualitySums()
     kind = FidelitySums(y.cpu().double().mean(dim=0)) if fidelity else None
-    for part, target in zip(x.split(ROWS), y.split(ROWS), strict=True):
+    kept = torch.zeros(len(x), dtype=torch.bool) if long is None else long.usual
+    for part, target, keep in zip(x.split(ROWS), y.split(ROWS), kept.split(ROWS), strict=True):
         output = sae(part.float())
         quality.add(target, output.reconstruction, output.features)
+        if keep.any():
+            usual.add(target[keep], output.reconstruction[keep], output.features[keep])
         if kind is not None:
             kind.add(target, output.reconstruction)
-    return quality.result(), kind and kind.result()
+    without = long and Usual(
+        usual.result().explained_variance, long.count, long.share, long.max_norm
+    )
+    return quality.result(), kind and kind.result(), without
 
 
 def title(scalars: dict[str, float]) -> str:
@@ -85,10 +115,28 @@ def rows(scalars: dict[str, float]) -> dict[str, str]:
     quality = {
         "L0": f"{scalars['l0']:.1f} active features per token",
         "explained variance": f"{scalars['explained_variance']:.4f}",
+        **_dominant_rows(scalars),
         "unfired": f"{scalars['unfired']:.1%} of features {title(scalars)}",
     }
     llm = _llm_rows(scalars) if "ce_clean" in scalars else {}
     return quality | llm | (_concept_rows(scalars) if "recovered" in scalars else {})
+
+
+def _dominant_rows(scalars: dict[str, float]) -> dict[str, str]:
+    """What explained variance is without what dominates it."""
+    lines = {}
+    if "usual_dropped" in scalars:
+        lines["  of usual tokens"] = (
+            f"{scalars['usual_explained_variance']:.4f}; the longest {scalars['usual_dropped']:,} "
+            f"hold {scalars['usual_share']:.0%} of the variance "
+            f"(data.max_norm={scalars['usual_max_norm']:g} leaves them out)"
+        )
+    if "dimension_index" in scalars:
+        lines["  of other dimensions"] = (
+            f"{scalars['dimension_explained_variance']:.4f}; dimension "
+            f"{scalars['dimension_index']} holds {scalars['dimension_share']:.0%} of the variance"
+        )
+    return lines
 
 
 def _llm_rows(scalars: dict[str, float]) -> dict[str, str]:

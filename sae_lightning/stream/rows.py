@@ -138,14 +138,14 @@ class LLMRows:
 
 def medians(rows: dict[Site, Tensor]) -> dict[Site, float]:
     """The median norm of the rows {site: [n, d]} at each site. UserError if one is not finite."""
-    norms = {site: _norms(x).median().item() for site, x in rows.items()}
-    for site, norm in norms.items():
-        if not math.isfinite(norm):
+    found = {site: norms(x).median().item() for site, x in rows.items()}
+    for site, median in found.items():
+        if not math.isfinite(median):
             raise UserError(
                 f"llm.dtype: activations of the LLM at {site} are not finite; give "
                 "llm.dtype=float32, or another LLM if that is what it has"
             )
-    return norms
+    return found
 
 
 def not_large(rows: dict[Site, Tensor], medians: dict[Site, float], max_norm: float) -> Tensor:
@@ -153,9 +153,10 @@ def not_large(rows: dict[Site, Tensor], medians: dict[Site, float], max_norm: fl
 
     A row that is too large at one site is dropped at all of them, so that rows stay aligned.
     """
-    usual = [_norms(x) <= max_norm * medians[site] for site, x in rows.items()]
+    usual = [norms(x) <= max_norm * medians[site] for site, x in rows.items()]
     return torch.stack(usual).all(dim=0)
 
 
-def _norms(x: Tensor) -> Tensor:
+def norms(x: Tensor) -> Tensor:
+    """Of the rows of x [n, d] -> [n] float32."""
     return torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)

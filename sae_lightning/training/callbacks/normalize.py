@@ -6,11 +6,9 @@ from torch import Tensor
 
 from sae_lightning.errors import UserError
 from sae_lightning.llm.sites import Site
-from sae_lightning.stream.rows import medians, not_large
+from sae_lightning.scoring.dominance import long_tokens
 from sae_lightning.terminal import console
 from sae_lightning.training.settings import Normalization
-
-LARGE = 10  # times the median norm: what dictionary_learning drops
 
 
 @torch.no_grad()
@@ -32,18 +30,15 @@ def estimate(x: Tensor, mode: Normalization) -> tuple[Tensor, Tensor]:
     return mean.float(), scale.float()
 
 
-@torch.no_grad()
 def outliers(site: Site, x: Tensor) -> str | None:
-    """A warning if a few activations [n, d] of very large norm dominate the variance."""
-    large = ~not_large({site: x}, medians({site: x}), LARGE)
-    spread = (x.float() - x.float().mean(dim=0)).square().sum(dim=1)  # [n]
-    share = (spread[large].sum() / spread.sum()).item()
-    if not share > 0.1:
+    """A warning if a few activations [n, d] of large norm dominate the variance."""
+    long = long_tokens(x)
+    if long is None:
         return None
     return (
-        f"{site}: {int(large.sum())} of {len(x):,} activations are more than {LARGE} times as long "
-        f"as usual and hold {share:.0%} of the variance, so that normalisation and explained "
-        f"variance are about them; data.max_norm={LARGE} leaves them out"
+        f"{site}: the longest {long.count:,} of {len(x):,} activations hold {long.share:.0%} of "
+        "the variance, so that normalisation and explained variance are about them; "
+        f"data.max_norm={long.max_norm:g} leaves them out"
     )
 
 

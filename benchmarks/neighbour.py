@@ -1,0 +1,90 @@
+"""How fast is a run beside other work on the same cores, against the same run alone?
+
+Starts `train.py` as a user does, alone and beside one process per core that never rests, in turn.
+A run that degrades like its share keeps half of its speed.
+
+    python benchmarks/neighbour.py                          # three rounds, about six minutes
+    python benchmarks/neighbour.py rounds=5 model.features=10000
+    python benchmarks/neighbour.py train=train.py,../other/train.py   # against another checkout
+    OMP_WAIT_POLICY=active python benchmarks/neighbour.py   # with threads that spin while they wait
+
+Speeds are those of `metrics.json`; everything but `rounds=` and `train=` is an override.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+
+from rich.table import Table
+
+from sae_lightning.terminal import console, phase
+
+TRAIN = Path(__file__).parents[1] / "train.py"
+SETTINGS = [
+    "trainer=cpu",
+    "model.features=2048",
+    "trainer.batch=1024",
+    "trainer.tokens=20480",
+    "data.pool=16384",
+    "eval.tokens=2048",
+    "eval.loss_tokens=0",
+]
+
+
+@contextmanager
+def busy_cores() -> Iterator[None]:
+    """One process per core that never rests, while it lasts."""
+    command = [sys.executable, "-c", "while True: pass"]
+    processes = [subprocess.Popen(command) for _ in os.sched_getaffinity(0)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def speed(train: Path, overrides: list[str]) -> float:
+    """Tokens per second of one run."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, train, *SETTINGS, *overrides, f"hydra.run.dir={folder}/run"]
+        subprocess.run(command, check=True, capture_output=True)
+        return json.loads(Path(folder, "run/metrics.json").read_text())["speed"][
+            "tokens_per_second"
+        ]
+
+
+def main(arguments: list[str]) -> None:
+    """Measure every `train.py` alone and beside busy cores, one run after another."""
+    given = dict(a.split("=", 1) for a in arguments if a.startswith(("rounds=", "train=")))
+    overrides = [a for a in arguments if not a.startswith(("rounds=", "train="))]
+    programs = [Path(p).absolute() for p in given.get("train", str(TRAIN)).split(",")]
+    rounds = int(given.get("rounds", 3))
+    alone: dict[Path, list[float]] = {program: [] for program in programs}
+    beside: dict[Path, list[float]] = {program: [] for program in programs}
+    with phase("measuring", total=2 * rounds * len(programs)) as advance:
+        for _ in range(rounds):
+            for program in programs:
+                alone[program].append(speed(program, overrides))
+                advance(1)
+            for program in programs:
+                with busy_cores():
+                    beside[program].append(speed(program, overrides))
+                advance(1)
+    table = Table("program", "alone", "beside", "beside / alone", "alone / first's alone")
+    for program in programs:
+        a, b = median(alone[program]), median(beside[program])
+        against = median(x / y for x, y in zip(alone[program], alone[programs[0]], strict=True))
+        shown = f"{a:,.0f} tokens/s", f"{b:,.0f} tokens/s", f"{b / a:.2f}", f"{against:.3f}"
+        table.add_row(str(program), *shown)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
