@@ -25,6 +25,7 @@ from omegaconf.errors import (
     OmegaConfBaseException,
     ValidationError,
 )
+from yaml import MarkedYAMLError
 
 from sae_lightning.errors import UserError, chain, is_out_of_memory
 from sae_lightning.files import refusal
@@ -148,6 +149,9 @@ def explain(error: BaseException, overrides: list[str]) -> str | None:
             return _bad_value(link, overrides)
         if isinstance(link, OverrideParseException):
             return f"cannot read {link.override!r}: write setting=value, quoted where needed"
+        if isinstance(link, MarkedYAMLError):  # of the user's own preset
+            mark = link.problem_mark
+            return f"{mark.name}, line {mark.line + 1}: {link.problem}; correct the YAML there"
         missing = re.search(r"Missing mandatory value: (\S+)", str(link))
         if missing:
             return f"{missing[1]} is not set: give {missing[1]}=..."

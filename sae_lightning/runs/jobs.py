@@ -8,6 +8,8 @@ from functools import cache
 from pathlib import Path
 
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from sae_lightning.errors import UserError
@@ -85,8 +87,20 @@ def register(tasks: Mapping[str, type] | None = None) -> None:
     store.store(group="hydra/launcher", name="one_pass", node=launcher)
     OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)
     OmegaConf.register_new_resolver("sweep_folder", sweep_folder, replace=True)
+    OmegaConf.register_new_resolver("loss_of", loss_of, replace=True)
     OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
     OmegaConf.register_new_resolver("presets", presets, replace=True)
+
+
+def loss_of(model: str) -> str:
+    """The preset of `loss` that goes with a preset of `model`: the one of the same name or, where
+    the user's own has none, that of its architecture."""
+    loader = GlobalHydra.instance().config_loader()
+    exists = loader.repository.config_exists
+    if exists(f"loss/{model}") or not exists(f"model/{model}"):  # Hydra tells what there is
+        return model
+    own = loader.load_configuration(f"model/{model}", [], RunMode.RUN)
+    return OmegaConf.select(own, "model.name", default="relu")
 
 
 def run_folder(existing: str | None) -> str:

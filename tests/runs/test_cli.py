@@ -13,9 +13,12 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra._internal.callbacks import Callbacks
+from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from tiny_run import write_text
+from yaml import MarkedYAMLError
 
 from sae_lightning.errors import UserError
 from sae_lightning.llm import packaged
@@ -26,7 +29,7 @@ from sae_lightning.runs.arguments import quoted_paths, with_swept_groups
 from sae_lightning.runs.cli import explain, one_line_errors
 from sae_lightning.runs.config import Config, conf_folder
 from sae_lightning.runs.jobs import CONFIG_FILE, Job, job, register, resolved_yaml
-from sae_lightning.sae import SAEConfig
+from sae_lightning.sae import ARCHITECTURES, SAEConfig
 from sae_lightning.sae.relu import ReLULoss
 from sae_lightning.stream.plays import PlaysConfig
 from sae_lightning.training.settings import Accelerator, TrainerConfig
@@ -154,6 +157,54 @@ def test_bad_input_is_answered_in_one_line(hydra, typed):
     line = explain(error.value, overrides)
     assert line is not None, error.value
     assert re.fullmatch(BAD[typed], line), line
+
+
+OWN = {
+    "on_ours": "defaults: [topk, _self_]\nk: 7",
+    "on_the_schema": "defaults: [/schema/model/topk@_here_, _self_]\nname: topk\nk: 7",
+    "with_its_own_loss": "defaults: [topk, _self_]\nk: 7",
+    "of_the_default": "features: 7",
+}
+
+
+@pytest.fixture
+def own_presets(tmp_path):
+    for name, text in OWN.items():
+        (tmp_path / "model").mkdir(exist_ok=True)
+        (tmp_path / "model" / f"{name}.yaml").write_text(text)
+    (tmp_path / "model" / "broken.yaml").write_text("k: [")
+    (tmp_path / "loss").mkdir()
+    (tmp_path / "loss" / "with_its_own_loss.yaml").write_text("defaults: [topk, _self_]\nauxk: 0.5")
+    repository = GlobalHydra.instance().config_loader().repository
+    places = ConfigSearchPathImpl()
+    for source in repository.get_sources()[:-1]:
+        places.append(source.provider, f"{source.scheme()}://{source.path}")
+    places.append("command-line", f"file://{tmp_path}")
+    places.append("schema", "structured://")
+    before = repository.sources
+    repository.initialize_sources(places)
+    yield tmp_path
+    repository.sources = before
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_model_preset_of_the_users_brings_the_loss_of_its_architecture(hydra, own_presets, name):
+    config = job(compose("config", [f"model={name}"]), Path("folder"), []).config
+    expected = ARCHITECTURES[config.model.name].loss()
+    assert config.model.name == ("relu" if name == "of_the_default" else "topk")
+    assert 7 in (config.model.features, getattr(config.model, "k", None))
+    if name == "with_its_own_loss":
+        expected.auxk = 0.5
+    if name == "of_the_default":
+        expected.l1 = 2.5e-3  # that of conf/loss/relu.yaml
+    assert config.loss == expected
+
+
+def test_yaml_of_the_users_that_cannot_be_read_is_told_with_its_line(hydra, own_presets):
+    with pytest.raises(MarkedYAMLError) as error:
+        compose("config", ["model=broken"])
+    line = explain(error.value, [])
+    assert re.fullmatch(r".*model/broken\.yaml, line 1: .*; correct the YAML there", line), line
 
 
 @pytest.mark.parametrize(
