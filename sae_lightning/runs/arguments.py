@@ -19,6 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from sae_lightning.errors import UserError
+from sae_lightning.runs.words import translate
 
 PATHS = (
     "resume",
@@ -39,7 +40,8 @@ def checked(arguments: list[str]) -> list[str]:
     known, unknown = get_args_parser().parse_known_intermixed_args(arguments)
     if unknown:
         raise UserError(
-            f"{unknown[0]}: no such flag; settings are written without dashes (setting=value), "
+            translate(unknown[0])
+            or f"{unknown[0]}: no such flag; settings are written without dashes (setting=value), "
             "and --help lists them"
         )
     settings = known.overrides

@@ -31,6 +31,7 @@ from sae_lightning.errors import UserError, chain, is_out_of_memory
 from sae_lightning.files import refusal
 from sae_lightning.runs.arguments import checked, quoted_paths, with_swept_groups
 from sae_lightning.runs.config import conf_folder
+from sae_lightning.runs.words import translate
 from sae_lightning.sae import ARCHITECTURES
 from sae_lightning.stream import SOURCES
 from sae_lightning.terminal import visible
@@ -224,6 +225,9 @@ def _unknown_setting(error: OmegaConfBaseException, overrides: list[str]) -> str
         choices = ", ".join(f"{kind}={owner}" for owner in owners[:-1])
         choices += f"{' and ' * (len(owners) > 1)}{kind}={owners[-1]}"
         return f"{name} has no meaning for this {kind}, only for {choices}: leave it out{add}"
+    given = (o for o in overrides if re.match(rf"[+~]*{re.escape(name)}[.=]", o))
+    if schema not in tasks.values() and (line := translate(next(given, name))):
+        return line
     if dataclasses.is_dataclass(schema):
         known = [field.name for field in dataclasses.fields(schema)]
     else:  # analyze.yaml has no schema, only its own keys

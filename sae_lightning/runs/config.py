@@ -19,6 +19,7 @@ from sae_lightning.errors import UserError, check_finite
 from sae_lightning.llm.load import LLMConfig
 from sae_lightning.llm.sites import LayerConfig
 from sae_lightning.runs.search import SweepConfig
+from sae_lightning.runs.words import translate
 from sae_lightning.sae import ARCHITECTURES, Loss, SAEConfig
 from sae_lightning.stream import SOURCES, make_source
 from sae_lightning.stream.base import DataConfig, Source
@@ -171,7 +172,9 @@ def typed(cfg: DictConfig) -> Any:
     except MissingMandatoryValue as error:
         raise UserError(f"{error.full_key} is not set: give {error.full_key}=...") from error
     except AttributeError as error:  # `+model.featurs=3`: Hydra lets + add what no schema knows
-        raise UserError(f"{error}: leave out the +, or correct the setting's name") from error
+        other = translate(str(error).split("'")[-2])  # ... has no attribute 'featurs'
+        hint = f"{error}: leave out the +, or correct the setting's name"
+        raise UserError(other or hint) from error
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -50,6 +50,12 @@ class Precision(Enum):
     auto = "auto"
     fp32 = "32-true"
     bf16 = "bf16-mixed"
+    vars()["32-true"] = vars()["32"] = "32-true"  # Lightning's words for the same
+    vars()["bf16-mixed"] = "bf16-mixed"
+
+    @classmethod
+    def _missing_(cls, value: object) -> "Precision | None":
+        return cls.__members__.get(str(value))  # 32 is a number
 
 
 class Products(Enum):

@@ -29,6 +29,7 @@ from sae_lightning.runs.arguments import quoted_paths, with_swept_groups
 from sae_lightning.runs.cli import explain, one_line_errors
 from sae_lightning.runs.config import Config, conf_folder
 from sae_lightning.runs.jobs import CONFIG_FILE, Job, job, register, resolved_yaml
+from sae_lightning.runs.words import OURS
 from sae_lightning.sae import ARCHITECTURES, SAEConfig
 from sae_lightning.sae.relu import ReLULoss
 from sae_lightning.stream.plays import PlaysConfig
@@ -60,6 +61,20 @@ BAD = {
     "+model.featurs=3": r".*'featurs': leave out the \+, or correct the setting's name",
     "+loss.l1=1e-3": r"\+loss\.l1=1e-3: this setting exists; leave out the \+",
     "nothing.of.this=1": r"no setting nothing: there are llm, .*",
+    # other tools' words, wherever they are put
+    "max_steps=100": r"max_steps=100: no such setting here; use trainer\.tokens=.*",
+    "trainer.max_steps=100": r"trainer\.max_steps=100: .* use trainer\.tokens=.*",
+    "+trainer.max_steps=100": r"max_steps: no such setting here; use trainer\.tokens=.*",
+    "trainer.fast_dev_run=true": r"trainer\.fast_dev_run=true: .* use trainer=smoke, .*",
+    "ckpt_path=x": r"ckpt_path=x: no such setting here; use resume=<run folder>",
+    "sae.d_sae=512": r"sae\.d_sae=512: no such setting here; use model\.features=\.\.\.",
+    "model.expansion_factor=8": r"model\.expansion_factor=8: .* the factor times the LLM's width",
+    "data.context_size=64": r"data\.context_size=64: .* use data\.context=\.\.\.",
+    "llm.load_in_4bit=true": r"llm\.load_in_4bit=true: .* use llm\.name=\.\.\. of a checkpoint .*",
+    "trainer.devices=[0,1]": r"trainer\.devices=\[0,1\]: .* CUDA_VISIBLE_DEVICES=0 .* one device .*",
+    "lr=1e-3": r"lr=1e-3: no such setting here; use optim\.lr=\.\.\.",
+    "loss.l1_coefficient=1 loss.l1=2": r"loss\.l1_coefficient=1: .* use loss\.l1=\.\.\.",
+    "k=32": r"k=32: no such setting here; use model=topk model\.k=\.\.\.",
     # the wrong model
     "model=dense loss.l1=1e-3": r"loss\.l1 has no meaning for this model, only for model=relu and "
     "model=gated: leave it out",
@@ -304,6 +319,21 @@ def test_a_flag_that_does_not_exist_is_named(command_line, flag):
     answer = f"^error: {flag}: no such flag; .*setting=value"
     with pytest.raises(SystemExit, match=answer), one_line_errors():
         raise AssertionError("not reached")
+
+
+@pytest.mark.parametrize("flag", ["--d_sae=64", "--d-sae"])
+def test_another_tools_word_is_known_with_dashes_too(command_line, flag):
+    command_line.setattr(sys, "argv", ["train.py", flag])
+    answer = f"^error: {flag}: no such setting here; use model.features=..."
+    with pytest.raises(SystemExit, match=answer), one_line_errors():
+        raise AssertionError("not reached")
+
+
+def test_no_setting_of_ours_is_taken_for_another_tools(hydra):
+    names = set(a_job(Path()).config.flat()) | {"trainer", "llm", "model", "layer"}
+    assert not names & OURS.keys()
+    given = re.findall(r"(\w+(?:\.\w+)*)=", " ".join(OURS.values()).replace("DEVICES=", ""))
+    assert {*given} - {"model.k", "data.name", "data.path", "data"} <= names
 
 
 @pytest.mark.parametrize("flags", [["-m"], ["--cfg", "job"], ["--help"], ["-cn", "analyze"], []])

@@ -415,6 +415,22 @@ def test_a_run_folder_is_a_day_and_a_time_or_the_run_that_goes_on(tmp_path):
     assert run_folder(str(tmp_path)) == str(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("typed", "taken"),
+    [
+        ("32", Precision.fp32),
+        ("fp32", Precision.fp32),
+        ("32-true", Precision.fp32),
+        ("bf16", Precision.bf16),
+        ("bf16-mixed", Precision.bf16),
+    ],
+)
+def test_a_precision_may_be_named_as_lightning_names_it(typed, taken):
+    config = make(f"trainer.precision={typed}")
+    assert config.trainer.precision is taken
+    assert config.flat()["trainer.precision"] == taken.name, "one name for one thing on disk"
+
+
 def test_a_job_of_a_sweep_is_named_after_what_is_swept():
     assert job_folder("loss.l1=0.001", 3) == "loss.l1=0.001"
     assert job_folder("data.path=/a/b", 3) == "data.path=_a_b"

@@ -1,0 +1,53 @@
+"""Names of settings that people bring from other tools."""
+
+# Their words, and what is written here.
+ROWS = {
+    "max_steps num_steps n_steps train_steps training_steps total_steps total_training_steps": (
+        "trainer.tokens=..., which is updates times trainer.batch"
+    ),
+    "epochs max_epochs num_epochs n_epochs num_train_epochs": (
+        "trainer.tokens=...; text that ends is read again"
+    ),
+    "training_tokens train_tokens total_training_tokens max_tokens num_tokens n_tokens": (
+        "trainer.tokens=..."
+    ),
+    "fast_dev_run overfit_batches limit_train_batches": (
+        "trainer=smoke, which does everything once in about a minute"
+    ),
+    "ckpt_path resume_from resume_from_checkpoint from_checkpoint": "resume=<run folder>",
+    "d_sae dict_size dictionary_size d_dict num_latents n_latents num_features n_features": (
+        "model.features=..."
+    ),
+    "expansion expansion_factor exp_factor": (
+        "model.features=..., which is the factor times the LLM's width"
+    ),
+    "seq_len seq_length max_seq_len max_length context_size context_length ctx_len n_ctx": (
+        "data.context=..."
+    ),
+    "load_in_8bit load_in_4bit": "llm.name=... of a checkpoint that is quantised already",
+    "devices num_devices gpus num_gpus n_gpus num_nodes strategy": (
+        "CUDA_VISIBLE_DEVICES=0 to choose the one device on which a run trains"
+    ),
+    "lr learning_rate": "optim.lr=...",
+    "batch_size train_batch_size train_batch_size_tokens per_device_train_batch_size": (
+        "trainer.batch=... (tokens of an update) or llm.batch=... (sequences for the LLM)"
+    ),
+    "l1 l1_coefficient l1_coeff l1_alpha l1_penalty l1_lambda sparsity_coefficient": "loss.l1=...",
+    "k top_k": "model=topk model.k=...",
+    "hook_layer layer_idx layer_index layers": "layer.index=...",
+    "hook_name hook_point hookpoint hookpoints": (
+        "layer=resid (or attn, or mlp) with layer.index=..."
+    ),
+    "model_name model_name_or_path pretrained_model_name_or_path": "llm=hf with llm.name=...",
+    "dataset dataset_name dataset_path": (
+        "data=hub with data.name=..., or data=text with data.path=..."
+    ),
+}
+OURS = {word: ours for words, ours in ROWS.items() for word in words.split()}
+
+
+def translate(argument: str) -> str | None:
+    """What to write instead of an argument whose name is another tool's; None if it is nobody's."""
+    name = argument.lstrip("-+~").partition("=")[0]
+    word = name.rpartition(".")[2].replace("-", "_").lower()
+    return f"{argument}: no such setting here; use {OURS[word]}" if word in OURS else None
