@@ -52,6 +52,20 @@ def finished(job: Job) -> dict | None:
     return metrics(job.folder) if job.resumed else None
 
 
+def make_new(path: Path) -> Path:
+    """Make a folder, or `path`-2, `path`-3 and so on where others are there already: of processes
+    that ask at the same time, each gets one of its own."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder, number = path, 1
+    while True:
+        try:
+            folder.mkdir(parents=True)  # the day, too: another process may have just removed it
+            return folder
+        except FileExistsError:
+            number += 1
+            folder = path.with_name(f"{path.name}-{number}")
+
+
 def begin(job: Job) -> None:
     """Write down the settings of a run, and forget that it failed before."""
     with atomically(job.folder / CONFIG_FILE) as temporary:

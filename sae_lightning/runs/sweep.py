@@ -1,4 +1,4 @@
-"""What a multirun needs around its jobs; Hydra calls it (see conf/config.yaml)."""
+"""What runs and multiruns need around their jobs; Hydra calls it (see conf/config.yaml)."""
 
 import atexit
 import math
@@ -17,7 +17,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, open_dict, read_write
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from yaml import YAMLError
 
 from sae_lightning.errors import UserError
@@ -25,7 +25,7 @@ from sae_lightning.files import atomically, read_text
 from sae_lightning.report.sweep_report import write_report
 from sae_lightning.runs.arguments import check_swept, count
 from sae_lightning.runs.cli import DEBUG, error_text, explain, remove_unused
-from sae_lightning.runs.folders import sweep_runs
+from sae_lightning.runs.folders import make_new, sweep_runs
 from sae_lightning.runs.jobs import CONFIG_FILE, is_sweep, jobs, overrides_of
 from sae_lightning.runs.saved import scalars
 from sae_lightning.terminal import command, console, quote_setting, shown, visible
@@ -34,10 +34,16 @@ RECORD = "multirun.yaml"  # what Hydra keeps of a sweep
 
 
 class Sweep(Callback):
-    """Around the jobs of a multirun: all are checked before the first; a report ends them."""
+    """A folder for each run or multirun; of a multirun, all jobs are checked before the first, and
+    a report ends them."""
 
     def __init__(self):
         self.resuming = False
+
+    def on_run_start(self, config: DictConfig, **_) -> None:
+        """Give a plain run its folder."""
+        with _ending_at_errors(overrides_of(config.hydra)):
+            _make_folder(config, "run")
 
     def on_multirun_start(self, config: DictConfig, **_) -> None:
         """Name the jobs' folders after what is swept, and end here if any config is wrong."""
@@ -45,6 +51,7 @@ class Sweep(Callback):
             self._start(config)
 
     def _start(self, config: DictConfig) -> None:
+        _make_folder(config, "sweep")
         _refuse_what_is_no_file(Path(config.hydra.sweep.dir))
         self._keep_record(Path(config.hydra.sweep.dir))
         loader = GlobalHydra.instance().config_loader()
@@ -150,6 +157,20 @@ def _ending_at_errors(overrides: Iterable[str]) -> Iterator[None]:
             traceback.print_exc()
             sys.exit(1)
         sys.exit(error_text(message))
+
+
+def _make_folder(config: DictConfig, kind: str) -> None:
+    """Make the folder of a new run or sweep that is named after the time, which another process may
+    have taken in the same second. A folder that the user names is as it is."""
+    place = config.hydra[kind]
+    if f"${{{kind}_folder:" not in OmegaConf.to_container(place, resolve=False)["dir"]:
+        return
+    if place.dir == config.resume:
+        return
+    folder = make_new(Path(place.dir))
+    with read_write(config):
+        place.dir = str(folder)
+        config.hydra.overrides.hydra.append(f"hydra.{kind}.dir={folder}")  # of each job
 
 
 def _refuse_what_is_no_file(sweep: Path) -> None:

@@ -71,7 +71,7 @@ BAD = {
     "model.expansion_factor=8": r"model\.expansion_factor=8: .* the factor times the LLM's width",
     "data.context_size=64": r"data\.context_size=64: .* use data\.context=\.\.\.",
     "llm.load_in_4bit=true": r"llm\.load_in_4bit=true: .* use llm\.name=\.\.\. of a checkpoint .*",
-    "trainer.devices=[0,1]": r"trainer\.devices=\[0,1\]: .* CUDA_VISIBLE_DEVICES=0 .* one device .*",
+    "trainer.devices=[0,1]": r"trainer\.devices=\[0,1\]: .* CUDA_VISIBLE_DEVICES=0 .* one .*",
     "lr=1e-3": r"lr=1e-3: no such setting here; use optim\.lr=\.\.\.",
     "loss.l1_coefficient=1 loss.l1=2": r"loss\.l1_coefficient=1: .* use loss\.l1=\.\.\.",
     "k=32": r"k=32: no such setting here; use model=topk model\.k=\.\.\.",

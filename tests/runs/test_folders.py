@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from tiny_run import write_begun_run
@@ -112,3 +113,18 @@ def test_metrics_in_which_an_earlier_version_wrote_nan_are_read(sweep):
     path = sweep / "loss.l1=2" / folders.METRICS_FILE
     path.write_text(json.dumps(GOOD | {"held_out": SCORES | {"kl": math.nan}}))
     assert math.isnan(folders.metrics(path.parent)["held_out"]["kl"])
+
+
+def test_of_many_that_start_at_the_same_time_each_gets_a_folder(tmp_path):
+    path = tmp_path / "outputs" / "2026-01-31" / "12-00-00"
+    with ThreadPoolExecutor(8) as pool:
+        made = [*pool.map(folders.make_new, [path] * 40)]
+    assert sorted(made) == sorted(path.parent.iterdir())
+    names = {path.name, *(f"{path.name}-{number}" for number in range(2, 41))}
+    assert {folder.name for folder in made} == names
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_and_no_search_without_end(tmp_path):
+    (tmp_path / "outputs").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(OSError, match="outputs"):
+        folders.make_new(tmp_path / "outputs" / "12-00-00")

@@ -6,7 +6,9 @@ import os
 import re
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from hydra import initialize_config_dir
@@ -18,6 +20,7 @@ from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from tiny_run import write_text
 
+from sae_lightning.runs import jobs
 from sae_lightning.runs.config import Config, conf_folder, typed
 from sae_lightning.runs.jobs import register
 from sae_lightning.runs.search import SweepConfig, objective
@@ -249,6 +252,34 @@ def test_optuna_is_told_what_the_runs_achieved(train, tmp_path, launcher):
     assert best.name == f"loss.l1={found.best_params['loss.l1']}"
     assert f"Best value: {found.best_value}" in done.stdout.splitlines()
     assert (tmp_path / "study.db").is_file()
+
+
+@pytest.mark.parametrize(
+    ("mode", "start", "place", "top"),
+    [
+        (RunMode.RUN, Sweep.on_run_start, "hydra.run.dir", "outputs"),
+        (RunMode.MULTIRUN, Sweep.on_multirun_start, "hydra.sweep.dir", "multirun"),
+    ],
+)
+def test_what_starts_in_the_same_second_gets_a_folder_of_its_own(
+    loader, tmp_path, monkeypatch, mode, start, place, top
+):
+    monkeypatch.chdir(tmp_path)
+    day = datetime(2026, 1, 31, 12)
+    monkeypatch.setattr(jobs, "datetime", Mock(now=lambda: day))
+    OmegaConf.register_new_resolver("now", day.strftime, use_cache=True, replace=True)
+    folders = []
+    for _ in range(3):
+        config = loader.load_configuration("config", [], mode)
+        start(Sweep(), config)
+        folders.append(OmegaConf.select(config, place))
+        a_job = loader.load_sweep_config(config, [])
+        assert OmegaConf.select(a_job, place) == folders[-1], "all jobs of a sweep share one"
+    whole = f"{top}/2026-01-31/12-00-00"
+    assert folders == [whole, f"{whole}-2", f"{whole}-3"]
+    chosen = loader.load_configuration("config", [f"{place}={whole}"], mode)
+    start(Sweep(), chosen)
+    assert OmegaConf.select(chosen, place) == whole, "a folder that was named is that folder"
 
 
 @pytest.mark.parametrize("name", ["multirun.yaml", "optimization_results.yaml", "loss.l1=1"])
