@@ -43,7 +43,7 @@ class Subject:
     def llm(self) -> LLM:
         """The whole LLM, frozen, on its device. UserError where there is none."""
         self._needs_text()
-        return load(self.config.llm)
+        return load(self.config.llm, tokenizer=self.tokenizer)
 
     @cached_property
     def tokenizer(self) -> Any:

@@ -17,7 +17,7 @@ from sae_lightning.llm.capture import replaced
 from sae_lightning.llm.load import LLM
 from sae_lightning.llm.quiet import quiet
 from sae_lightning.llm.sites import Sites
-from sae_lightning.llm.vocabulary import bos_id, separator_id
+from sae_lightning.llm.vocabulary import bos_id, check_ids, separator_id
 
 
 class Sampling(NamedTuple):
@@ -34,8 +34,9 @@ GREEDY = Sampling()
 
 
 def prompt_ids(tokenizer: Any, prompt: str, tokens: int, context: int | None) -> Tensor:
-    """[n] ids of the prompt, opened by BOS as in training; UserError if it has no text, or if it is
-    too long for `tokens` more in `context` (None: no limit)."""
+    """[n] ids of the prompt, opened by BOS as in training; UserError if it has no text, if the LLM
+    does not know one of them, or if it is too long for `tokens` more in `context` (None: no limit).
+    """
     ids = tokenizer.encode(prompt, add_special_tokens=False)
     if not ids:
         raise UserError("prompt=: empty; give the words that the text begins with")
@@ -44,6 +45,7 @@ def prompt_ids(tokenizer: Any, prompt: str, tokens: int, context: int | None) ->
             f"prompt: its {len(ids):,} tokens and tokens={tokens} new ones are more than the "
             f"{context - 1:,} that the LLM can read; shorten one of both"
         )
+    check_ids(tokenizer, ids, "prompt")
     return torch.tensor([bos_id(tokenizer), *ids])
 
 
@@ -159,6 +161,7 @@ def reply(llm: LLM, question: str, tokens: int) -> Reply:
                 f"explainer={llm.name}: its chat template fails ({error}); use another"
             ) from error
     ids = given["input_ids"].to(llm.model.device)
+    check_ids(tokenizer, ids[0].cpu().numpy(), f"explainer={llm.name}")
     asked = ids.shape[1]
     if context and asked + tokens > context:
         raise UserError(

@@ -68,6 +68,14 @@ class LLMConfig:
     batch: int = 16
     """Sequences per forward pass."""
 
+    bos: str | None = None
+    """The token that opens every sequence; null for the one that the tokenizer or, where it names
+    none, the model's config names."""
+
+    separator: str | None = None
+    """The token between two documents (EOS), likewise. As other special tokens, both are left out
+    of training wherever they are, unless data.keep_special."""
+
     def __post_init__(self):
         if self.batch < 1:
             raise UserError(f"llm.batch={self.batch}: sequences per forward pass; give 1 or more")
@@ -77,6 +85,9 @@ class LLMConfig:
             )
         if not self.name:
             raise UserError("llm.name=: empty; give smollm2, a hub name or a local folder")
+        for setting in ("bos", "separator"):
+            if getattr(self, setting) == "":
+                raise UserError(f"llm.{setting}=: empty; give a token, or leave it out")
         if self.revision and (self.name in PACKAGED or _folder(self.name)):
             raise UserError(
                 f"llm.revision={self.revision}: only a hub model has revisions and "
@@ -159,20 +170,21 @@ def load_tokenizer(config: LLMConfig):
     """The LLM's tokenizer (transformers) alone, before its weights are read."""
     folder = cached(config.name) if config.name in PACKAGED else _folder(config.name)
     with quiet():
-        return read_tokenizer(config, folder)
+        return read_tokenizer(config, folder, read_config(config, folder))
 
 
-def load(config: LLMConfig, blocks: int | None = None) -> LLM:
+def load(config: LLMConfig, blocks: int | None = None, tokenizer: object = None) -> LLM:
     """The LLM in eval mode, without gradients, and its tokenizer.
 
-    `blocks`: only its first ones, without the LM head; None for the whole LLM.
+    `blocks`: only its first ones, without the LM head; None for the whole LLM. `tokenizer`: where
+    it is loaded already.
     """
     where, numbers = device(config), dtype(config)
     folder = cached(config.name) if config.name in PACKAGED else _folder(config.name)
     try:
         with phase(f"loading LLM {config.name}"), quiet():
             known = read_config(config, folder)
-            tokenizer = read_tokenizer(config, folder)
+            tokenizer = tokenizer or read_tokenizer(config, folder, known)
             model = read_model(config, folder, known, blocks, numbers, where)
     except UserError as error:
         if config.name not in PACKAGED or not str(error).startswith("llm.name"):

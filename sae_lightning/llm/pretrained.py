@@ -5,7 +5,7 @@
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -41,8 +41,13 @@ def read_config(config, folder: Path | None):
     return found
 
 
-def read_tokenizer(config, folder: Path | None):
-    """Its tokenizer (transformers)."""
+def read_tokenizer(config, folder: Path | None, known):
+    """Its tokenizer (transformers), with the special tokens that `config` or, where it has none,
+    the model's config `known` names.
+
+    `rows`: of the LLM's embedding, where the tokenizer has more tokens, else None; `borrowed`:
+    whether its special tokens are those of the model's config.
+    """
     from transformers import AutoTokenizer
 
     with _told_in_one_line(config, "tokenizer"):
@@ -55,7 +60,43 @@ def read_tokenizer(config, folder: Path | None):
         )
     # Whole texts are encoded and cut by the caller; a limit here would only cause warnings.
     tokenizer.model_max_length = int(1e30)
+    rows = known.get_text_config().vocab_size
+    tokenizer.rows = rows if max(tokenizer.get_vocab().values()) >= rows else None
+    tokenizer.borrowed = tokenizer.bos_token_id is None and tokenizer.eos_token_id is None
+    if tokenizer.borrowed:
+        tokenizer.bos_token, tokenizer.eos_token = _special_tokens(config, folder, known, tokenizer)
+    for name, given in (("bos", config.bos), ("separator", config.separator)):
+        if given is not None:
+            role = "eos" if name == "separator" else name
+            setattr(tokenizer, f"{role}_token", _piece(tokenizer, f"llm.{name}={given}", given))
     return tokenizer
+
+
+def _special_tokens(config, folder: Path | None, known, tokenizer) -> list[str | None]:
+    """BOS and EOS as the model's config, or else its generation config, names them."""
+    from transformers import GenerationConfig
+
+    sources, where = [known.get_text_config()], _source(config, folder)
+    with suppress(OSError):  # most models have none
+        name = where.pop("pretrained_model_name_or_path")
+        sources.append(GenerationConfig.from_pretrained(name, **where))
+    tokens = []
+    for name in ("bos_token_id", "eos_token_id"):
+        found = [getattr(source, name, None) for source in sources]
+        first = next((ids for ids in found if ids is not None), None)
+        number = first[0] if isinstance(first, list) else first
+        tokens.append(number if number is None else tokenizer.convert_ids_to_tokens(number))
+    return tokens
+
+
+def _piece(tokenizer, setting: str, text: str) -> str:
+    """The one token that reads `text`, as the vocabulary writes it."""
+    if text in tokenizer.get_vocab():
+        return text
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    if len(ids) != 1:
+        raise UserError(f"{setting}: no token of this tokenizer; give one, such as '</s>'")
+    return tokenizer.convert_ids_to_tokens(ids[0])
 
 
 def read_model(

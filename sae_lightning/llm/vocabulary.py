@@ -1,34 +1,61 @@
 """Tokens: those that stand for no text, and how the others read."""
 
 import re
+from collections.abc import Sequence
+
+import numpy as np
 
 from sae_lightning.errors import UserError
 from sae_lightning.llm.load import LLM
 
 
 def special_ids(tokenizer) -> list[int]:
-    """Ids of the tokens that stand for no text (BOS, EOS, padding, ...), ascending."""
-    return sorted(set(tokenizer.all_special_ids))
+    """Ids of the tokens that stand for no text (BOS, EOS, padding, ...), ascending, as far as the
+    LLM's embedding has rows for them."""
+    rows = _rows(tokenizer)
+    return sorted(i for i in set(tokenizer.all_special_ids) if rows is None or i < rows)
 
 
 def bos_id(tokenizer) -> int:
     """Id of the token that opens every sequence: BOS, or EOS in a model that has no BOS."""
-    return _first_id(tokenizer.bos_token_id, tokenizer.eos_token_id)
+    return _first_id(tokenizer, "llm.bos", tokenizer.bos_token_id, tokenizer.eos_token_id)
 
 
 def separator_id(tokenizer) -> int:
     """Id of the token between two texts: EOS, or BOS in a model that has no EOS."""
-    return _first_id(tokenizer.eos_token_id, tokenizer.bos_token_id)
+    return _first_id(tokenizer, "llm.separator", tokenizer.eos_token_id, tokenizer.bos_token_id)
 
 
-def _first_id(*ids: int | None) -> int:
+def _first_id(tokenizer, setting: str, *ids: int | None) -> int:
     for token in ids:
         if token is not None:
+            check_ids(tokenizer, [token], setting, f"give one that has as {setting}=...")
             return token
     raise UserError(
-        "llm.name: this tokenizer has neither a BOS nor an EOS token; "
-        "choose a model whose tokenizer defines one"
+        "llm.name: this tokenizer has neither a BOS nor an EOS token, and the model's config names "
+        "none; give one as llm.bos=..., for example llm.bos='<s>'"
     )
+
+
+def check_ids(
+    tokenizer,
+    ids: Sequence[int] | np.ndarray,
+    where: str,
+    remedy: str = "leave it out, or give the LLM that was trained with this tokenizer",
+) -> None:
+    """UserError if one of `ids`, which come from `where`, has no row in the LLM's embedding."""
+    rows = _rows(tokenizer)
+    if rows is not None and len(ids) and (highest := int(np.max(ids))) >= rows:
+        token = tokenizer.convert_ids_to_tokens(highest)
+        raise UserError(
+            f"{where}: the token {token!r} (id {highest:,}) has no row in the LLM's embedding, "
+            f"which has {rows:,}; {remedy}"
+        )
+
+
+def _rows(tokenizer) -> int | None:
+    """Rows of the LLM's embedding where its tokenizer has more tokens (see `read_tokenizer`)."""
+    return getattr(tokenizer, "rows", None)
 
 
 def vocabulary(llm: LLM) -> list[str]:

@@ -78,9 +78,11 @@ def settings(config: LLMConfig, data: TextConfig, seed: int, rows: LLMRows) -> d
         for name, value in asdict(data).items()
         if name != "pool" and not name.startswith(("cache", "kind"))
     }
+    special = {name: getattr(config, name) for name in ("bos", "separator")}
     return {
         "format": FORMAT,
-        "llm": {
+        "llm": {name: token for name, token in special.items() if token is not None}
+        | {
             "name": config.name,
             "revision": config.revision,
             "batch": config.batch,

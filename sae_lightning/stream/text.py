@@ -14,6 +14,7 @@ from sae_lightning.llm.load import (
     Attention,
     device,
     load,
+    load_tokenizer,
     parameters,
 )
 from sae_lightning.llm.load import shape as llm_shape
@@ -135,6 +136,12 @@ class TextSource(Source):
         llm, text = opened = self.open_llm(self._blocks(sites, loss_tokens))
         rows = open_rows(self.llm, self.data, self.seed, llm, text.train, sites, resumed, ahead)
         about = {"LLM": f"{self.llm.name}, {self.llm.dtype.name} on {rows.device}"}
+        if llm.tokenizer.borrowed:
+            bos, separator = llm.tokenizer.convert_ids_to_tokens([*text.train.packing[1:]])
+            about["special tokens"] = (
+                f"{bos} opens sequences and {separator} ends documents, as the model's config says "
+                "(others: llm.bos, llm.separator)"
+            )
         return Opened(rows, self.open_held_out(sites, tokens, loss_tokens, opened), about)
 
     def open_held_out(
@@ -158,9 +165,10 @@ class TextSource(Source):
 
     def open_llm(self, blocks: int | None = None) -> tuple[LLM, Tokens]:
         """The LLM, or its first `blocks` blocks, and the text that it reads."""
-        text = self.open_text()  # before the LLM: a wrong name is told at once
-        llm = load(self.llm, blocks)
-        return llm, open_tokens(text, llm.tokenizer, context=self.data.context, seed=self.seed)
+        documents = self.open_text()  # before the tokenizer: a wrong name is told at once
+        tokenizer = load_tokenizer(self.llm)
+        text = open_tokens(documents, tokenizer, context=self.data.context, seed=self.seed)
+        return load(self.llm, blocks, tokenizer), text
 
     def describe_sites(self, sites: Sequence[Sites], width: int) -> dict[str, str]:
         told = (f"{pair} ({' -> '.join(pair.hook_names.values())}), d = {width}" for pair in sites)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sae_lightning.errors import UserError
-from sae_lightning.llm.vocabulary import bos_id, separator_id
+from sae_lightning.llm.vocabulary import bos_id, check_ids, separator_id
 from sae_lightning.stream.documents import Text, first_line
 from sae_lightning.stream.flat import encode, flat_tokens
 from sae_lightning.stream.packing import Packing, Sequences, TokenSource
@@ -151,6 +151,7 @@ class StreamedTokens:
             return False
         new = encode(self.tokenizer, texts, self.packing.separator)
         self.carry = np.concatenate([self.carry, *new])
+        check_ids(self.tokenizer, self.carry, self.where)
         self.read += sum(map(len, new))
         return True
 
@@ -235,6 +236,7 @@ class HeldOutTokens:
         """
         if hasattr(self.data, "__len__"):
             flat = flat_tokens(self.data, self.tokenizer, self.packing.separator, "held-out text")
+            _check(self.tokenizer, flat, self.where)
             width, count = self.packing.width, max(1, len(flat) // self.packing.width)
             places = np.linspace(0, count - 1, min(sequences, count)).round().astype(np.int64)
             windows = [flat.slice(place * width, width).to_numpy() for place in places if len(flat)]
@@ -261,14 +263,20 @@ def open_tokens(text: Text, tokenizer: Any, *, context: int, seed: int) -> Token
     """Tokenise an opened `Text` into training and held-out sequences of `context` tokens.
 
     An indexed training text is tokenised here, at once; a streamed one as it is read.
-    UserError: the text holds no token.
+    UserError: the text holds no token, or one that the LLM does not know.
     """
     packing = Packing(context, bos_id(tokenizer), separator_id(tokenizer))
     held_out = HeldOutTokens(text.held_out, tokenizer, packing, text.where)
     if hasattr(text.train, "__len__"):
         flat = flat_tokens(text.train, tokenizer, packing.separator)
+        _check(tokenizer, flat, text.where)
         return Tokens(ShuffledTokens(flat, packing, seed), held_out)
     return Tokens(StreamedTokens(text.train, tokenizer, packing, seed, text.where), held_out)
+
+
+def _check(tokenizer: Any, flat: pa.ChunkedArray, where: str) -> None:
+    for chunk in flat.chunks:
+        check_ids(tokenizer, chunk.to_numpy(), where)
 
 
 _NO_TOKENS = (

@@ -16,7 +16,7 @@ from torch import Tensor
 from sae_lightning.analysis.probing.pieces import FOLDS, Piece, document_pieces, play_pieces
 from sae_lightning.errors import UserError
 from sae_lightning.llm.quiet import quiet
-from sae_lightning.llm.vocabulary import bos_id, separator_id
+from sae_lightning.llm.vocabulary import bos_id, check_ids, separator_id
 from sae_lightning.stream.base import DataConfig, TextConfig
 from sae_lightning.stream.flat import encode
 from sae_lightning.stream.packing import Packing, Sequences
@@ -79,6 +79,8 @@ def labelled(
     if left_out := len({piece.name for piece in pieces}) - len(classes):
         notes = [*notes, f"Left out: {left_out} values of {label} with fewer pieces of text."]
     windows = [piece.content for piece in chosen]
+    for window in windows:
+        check_ids(tokenizer, window, f"label={label}")
     return Labelled(
         label=label,
         classes=classes,
