@@ -1,13 +1,16 @@
 """A file is there completely or not at all."""
 
 import errno
+import json
 import os
 import re
 import resource
 import subprocess
 import sys
 from threading import Thread
+from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet
@@ -292,3 +295,15 @@ def test_a_lock_is_lifted_in_any_thread_and_when_it_is_forgotten(tmp_path):
     with lock(tmp_path / "lock"):
         pass
     assert os.listdir(tmp_path) == []
+
+
+def test_a_json_file_holds_null_where_a_number_is_none(tmp_path):
+    class Named(NamedTuple):
+        x: float
+        y: list
+
+    nan, inf = float("nan"), float("inf")
+    content = {"a": nan, "b": {"c": [1.5, -inf, (inf, 2)]}, "d": Named(nan, [np.float64("nan")])}
+    write_json(tmp_path / "a.json", content)
+    expected = {"a": None, "b": {"c": [1.5, None, [None, 2]]}, "d": {"x": None, "y": [None]}}
+    assert json.loads((tmp_path / "a.json").read_text()) == expected

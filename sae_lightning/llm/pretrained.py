@@ -214,11 +214,16 @@ def _reason(config, error: Exception, part: str) -> str:
             f"{name}: the model brings its own Python code; read it, then allow it with "
             "llm.trust_remote_code=true"
         )
-    if "attention" in text.lower():
+    # names of weights have "attention" in them too
+    if re.search("attention implementation|flash ?attention", text, re.IGNORECASE):
         return (
             f"llm.attn={config.attn.value}: not possible for {config.name} here ({first}); "
             "use llm.attn=auto"
         )
+    if ImportError in kinds:  # of a quantised model, or of one with its own code
+        named = re.search(r"(?:pip install (?:-\S+ )*'?|module named ')([\w.-]+)", text)
+        remedy = f"run: pip install {named[1]}" if named else "install it"
+        return f"{name}: takes a package that is not here ({first}); {remedy}, or give another LLM"
     return (
         f"{name}: the {part} cannot be loaded ({first}); "
         "give a causal language model that transformers can read"

@@ -3,6 +3,7 @@
 Shapes: sequences = held-out sequences, context = tokens each, n = kept tokens, d = site width.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -17,7 +18,7 @@ from sae_lightning.llm.splice import Baseline, Scores, baseline, score
 from sae_lightning.llm.vocabulary import special_ids
 from sae_lightning.stream.rows import medians, not_large
 from sae_lightning.stream.tokens import HeldOutTokens
-from sae_lightning.terminal import phase
+from sae_lightning.terminal import console, phase
 
 
 class HeldOut:
@@ -95,9 +96,10 @@ class HeldOut:
             tokens, keep = self._loss_text()
             mean = self.activations(target).cpu().double().mean(dim=0).float()  # [d]
             with phase("LLM loss on held-out text", total=len(tokens)) as advance:
-                self._baselines[target] = baseline(
-                    self.llm.model, tokens, target, keep, mean, self.batch, advance
-                )
+                known = baseline(self.llm.model, tokens, target, keep, mean, self.batch, advance)
+            if not all(map(math.isfinite, known)):
+                _say_overflow(self.llm.model.dtype)
+            self._baselines[target] = known
         return self._baselines[target]
 
     def scores(
@@ -124,3 +126,13 @@ class HeldOut:
             return score(
                 self.llm.model, tokens, source, target, functions, keep, known, self.batch, advance
             )
+
+
+def _say_overflow(number: torch.dtype) -> None:
+    why, remedy = "the LLM computes NaN or infinity", "set eval.loss_tokens=0, or check its weights"
+    if number is torch.float16:
+        why = "float16 overflows in the LLM above the SAE"
+        remedy = "use llm.dtype=bfloat16 or float32"
+    console.print(
+        f"the LLM's loss on held-out text is not finite and scores nothing: {why}; {remedy}"
+    )

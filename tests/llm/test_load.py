@@ -214,6 +214,37 @@ def test_an_attention_that_is_not_possible_here(tiny_folder):
     assert failure(load, name=name, attn=Attention.sdpa).startswith("llm.attn=sdpa: not possible")
 
 
+@pytest.mark.parametrize(
+    ("quantised", "remedy"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "run: pip install bitsandbytes, "),
+        ({"quant_method": "gptq", "bits": 4}, "run: pip install optimum, "),
+        ({"quant_method": "awq", "bits": 4}, "run: pip install gptqmodel, "),
+        ({"quant_method": "hqq"}, "install it, "),
+    ],
+)
+def test_the_package_that_a_quantised_model_takes_is_named(
+    quantised, remedy, tiny_folder, tmp_path
+):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder("llama"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantised}))
+    told = failure(load, name=str(folder))
+    assert told.startswith(f"llm.name={folder}: takes a package that is not here (")
+    assert told.endswith(f"{remedy}or give another LLM")
+
+
+def test_weights_that_are_called_attention_are_no_matter_of_its_implementation(
+    tiny_folder, monkeypatch
+):
+    def mismatch(*_, **__):
+        raise RuntimeError("size mismatch for gpt_neox.layers.0.attention.dense.weight")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", mismatch)
+    assert "llm.attn" not in failure(load, name=tiny_folder("gpt_neox"))
+
+
 def gguf_model(name: str):
     """Model and tokenizer straight from the GGUF file."""
     package = PACKAGED[name]

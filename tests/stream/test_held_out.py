@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import math
 import weakref
 from types import SimpleNamespace
 
@@ -140,3 +141,16 @@ def test_the_llm_is_not_kept_alive_by_a_cycle(llm):
         assert gone() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize(("number", "remedy"), [("float16", "llm.dtype"), ("float32", "eval.loss")])
+def test_an_llm_that_overflows_above_the_sae_is_told_once(llm, capsys, number, remedy):
+    model = copy.deepcopy(llm.model).to(getattr(torch, number))
+    list(model.parameters())[-1].data.fill_(float("inf"))
+    held_out = make(llm._replace(model=model), sites=SITES[1:])
+    for _ in range(2):
+        assert not all(map(math.isfinite, held_out.baseline(SITES[1])))
+    said = capsys.readouterr().out
+    assert said.count("not finite") == said.count(remedy) == 1
+    make(llm, sites=SITES[1:]).baseline(SITES[1])
+    assert "not finite" not in capsys.readouterr().out
