@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from sae_lightning.llm.sites import Site, hook
+from sae_lightning.errors import UserError
+from sae_lightning.llm.sites import Kind, Site, decoder_stack, hook, site_module
 
 
 class Done(Exception):
@@ -27,14 +28,22 @@ def capture(
     tokens = tokens.to(model.device, torch.long)
     places = places if places is None else places.to(model.device)
     found: dict[Site, Tensor | None] = dict.fromkeys(sites)
+    factors = {site: factor(model, site) for site in sites}
 
     def read(site: Site, x: Tensor) -> None:
+        if x.numel() != tokens.numel() * x.shape[-1]:
+            raise UserError(
+                f"llm.name: {site} of {type(model).__name__} is of shape {list(x.shape)}, which is "
+                f"not one row for each of {list(tokens.shape)} tokens; choose another LLM"
+            )
         # A copy, because Falcon goes on to add into this memory; reshaped, because OPT's MLP
         # returns [sequences * context, d].
         if places is None:
             found[site] = x.clone().view(*tokens.shape, -1)
         else:
             found[site] = x.reshape(tokens.numel(), -1).index_select(0, places)
+        if factors[site] != 1:
+            found[site] *= factors[site]
         if all(x is not None for x in found.values()):
             raise Done
 
@@ -42,7 +51,17 @@ def capture(
         for site in found:
             hooks.enter_context(hook(model, site, lambda x, site=site: read(site, x)))
         model.base_model(input_ids=tokens, use_cache=False)
+    for site, x in found.items():
+        if x is None:
+            raise _left_out(model, site)
     return found
+
+
+def _left_out(model: nn.Module, site: Site) -> UserError:
+    return UserError(
+        f"layer.index={site.layer}: {type(model).__name__} leaves out {site.kind.value} of this "
+        "block where it reads text alone; choose another block"
+    )
 
 
 @contextmanager
@@ -55,13 +74,92 @@ def replaced(
     as `hook` gives them; function returns the shape of y.
     """
     read: list[Tensor] = []
+    reads, writes = factor(model, source), factor(model, target)
 
     def replace(y: Tensor) -> Tensor:
-        return function(read.pop(), y).to(y.dtype)
+        if writes == 1:
+            return function(read.pop(), y).to(y.dtype)
+        return (function(read.pop(), y * writes) / writes).to(y.dtype)
 
     # A copy, because Falcon adds the attention's output into the MLP's.
     with (
-        hook(model, source, lambda x: read.append(x.clone())),
+        hook(model, source, lambda x: read.append(x.clone() if reads == 1 else x * reads)),
         hook(model, target, replace),
     ):
         yield
+
+
+def factor(model: nn.Module, site: Site) -> float:
+    """What the block multiplies that which the module of `site` returns by, to add it to the
+    residual stream: 1 but in Granite and a few others. Measured once.
+
+    UserError: it does something else with it.
+    """
+    known = vars(model).setdefault("factors", {})
+    if site not in known:
+        known[site] = _measured(model, site) if site.kind in TERMS else 1.0
+    return known[site]
+
+
+TERMS = {Kind.attn: Kind.mlp, Kind.mlp: Kind.attn}  # each and the other one
+
+
+@torch.no_grad()
+def _measured(model: nn.Module, site: Site) -> float:
+    """`factor`, by what the block makes of numbers in place of its input x and its branches.
+
+    x = 0    branch = c    other = 0        the output is `factor` times c
+    x = c    branch = 0    other = 0        is c, or the block does more than to add both
+    """
+    other: Site | None = Site(site.layer, TERMS[site.kind])
+    try:
+        site_module(model, other)
+    except UserError:
+        other = None  # a block of a hybrid model has one of them, beside a mixer
+    width = model.config.get_text_config().hidden_size
+    c = torch.linspace(1, 2, width, dtype=model.dtype, device=model.device)
+    nothing = torch.zeros_like(c)
+    silent = {site: nothing} | ({other: nothing} if other else {})
+    change = _output(model, nothing, silent | {site: c}) - _output(model, nothing, silent)
+    ratio = change.double() / c.double()
+    found, rounding = ratio.mean().item(), torch.finfo(c.dtype).eps
+    if abs(found - 1) < rounding:
+        found = 1.0
+    steady = found > 0 and (ratio - found).abs().max().item() < 8 * rounding * found
+    if not steady or (other and not (_output(model, c, silent) == c).all()):
+        block = decoder_stack(model)[site.layer]
+        raise UserError(
+            f"layer.source, layer.target: {type(block).__name__} does not just add its attention "
+            "and its MLP to the residual stream (it has a third branch, or normalises or scales "
+            f"the stream), so that {site.kind.value} is no term of it; use layer=resid"
+        )
+    return found
+
+
+def _output(model: nn.Module, x: Tensor, branches: dict[Site, Tensor]) -> Tensor:
+    """What a block makes [1, 2, d] of x [d] at each of two tokens, and of its `branches` [d]."""
+    block, found = decoder_stack(model)[next(iter(branches)).layer], []
+
+    def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if args:
+            return (_like(x, args[0]), *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": _like(x, kwargs["hidden_states"])}
+
+    def leave(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
+        found.append(output if isinstance(output, Tensor) else output[0])
+        raise Done
+
+    with ExitStack() as hooks, suppress(Done):
+        hooks.enter_context(block.register_forward_pre_hook(enter, with_kwargs=True))
+        for site, value in branches.items():
+            hooks.enter_context(hook(model, site, lambda y, value=value: _like(value, y)))
+        hooks.enter_context(block.register_forward_hook(leave))
+        tokens = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+        model.base_model(input_ids=tokens, use_cache=False)
+    if not found:
+        raise _left_out(model, next(iter(branches)))
+    return found[0]
+
+
+def _like(x: Tensor, other: Tensor) -> Tensor:
+    return x.expand_as(other).clone()

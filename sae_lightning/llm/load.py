@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -19,6 +20,7 @@ from sae_lightning.llm.pretrained import (
     without_weights,
 )
 from sae_lightning.llm.quiet import quiet
+from sae_lightning.llm.sites import Site, site_module
 from sae_lightning.terminal import phase
 
 NO_LLM = "none"  # synthetic activations come from no LLM
@@ -164,6 +166,16 @@ def parameters(config: LLMConfig, blocks: int | None = None) -> int:
     with quiet():
         model = without_weights(config, read_config(config, _folder(config.name)), blocks)
     return sum(p.numel() for p in model.parameters())
+
+
+def check_sites(config: LLMConfig, sites: Collection[Site]) -> None:
+    """UserError for a site that the LLM does not have, by its structure alone."""
+    if config.name in PACKAGED:
+        return  # it has them all
+    with quiet():
+        model = without_weights(config, read_config(config, _folder(config.name)))
+    for site in sites:
+        site_module(model, site)
 
 
 def load_tokenizer(config: LLMConfig):

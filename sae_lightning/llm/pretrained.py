@@ -14,11 +14,18 @@ from torch import nn
 from sae_lightning.errors import UserError, is_out_of_memory
 from sae_lightning.llm.sites import decoder_stack
 
+# Families whose tokens see those behind them, though AutoModelForCausalLM takes them.
+BOTH_WAYS = re.compile(
+    "bert|bert-generation|big_bird|camembert|cpmant|data2vec-text|electra|ernie|git|megatron-bert|"
+    "reformer|rembert|roberta|roberta-prelayernorm|roc_bert|roformer|xlm|xlm-roberta|"
+    "xlm-roberta-xl|xlnet|xmod"
+)
+WITH_IMAGES = re.compile("blip|blip-2|idefics|instructblip|instructblipvideo|kosmos-2|kosmos-2.5")
+
 
 def read_config(config, folder: Path | None):
     """Its config (transformers), known to be that of a causal LM."""
     from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     if folder is None and config.name.startswith((".", "/", "~")):
         raise UserError(f"llm.name={config.name}: no such folder; check the path")
@@ -29,16 +36,44 @@ def read_config(config, folder: Path | None):
         )
     with _told_in_one_line(config):
         found = AutoConfig.from_pretrained(**_source(config, folder))
-    # AutoModelForCausalLM would turn an encoder such as BERT into a "causal" LM that sees ahead.
-    architectures = set(found.architectures or [])
-    custom = "AutoModelForCausalLM" in (getattr(found, "auto_map", None) or {})
-    known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-    if architectures and not custom and not architectures & known:
+        found.get_text_config().num_hidden_layers  # noqa: B018
+    if not _is_custom(found) and (why := _not_causal(found)):
+        name = ", ".join(sorted(found.architectures or [found.model_type]))
         raise UserError(
-            f"llm.name={config.name}: {', '.join(sorted(architectures))} is not a causal language "
-            "model; choose a decoder such as gpt2"
+            f"llm.name={config.name}: {name} {why}; choose a causal language model such as gpt2"
         )
     return found
+
+
+def _not_causal(known) -> str | None:
+    """What the model of transformers' config `known` is instead of a causal LM."""
+    if known.is_encoder_decoder:
+        return "is an encoder-decoder"
+    masked = any(name.endswith("MaskedLM") for name in known.architectures or [])
+    # AutoModelForCausalLM would make a "causal" LM that sees ahead of these.
+    encoder = BOTH_WAYS.fullmatch(known.model_type) and not getattr(known, "is_decoder", False)
+    if masked or encoder:
+        return "reads in both directions"
+    if WITH_IMAGES.fullmatch(known.model_type):
+        return "takes an image with every text"
+    return None if _loader(known) else "is not a causal language model"
+
+
+def _is_custom(known) -> bool:
+    return "AutoModelForCausalLM" in (getattr(known, "auto_map", None) or {})
+
+
+def _loader(known) -> type | None:
+    """transformers' class that loads the model: that of causal LMs, or of those that take images
+    too, around a text decoder."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto import modeling_auto
+
+    if _is_custom(known) or known.model_type in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return AutoModelForCausalLM
+    if known.model_type in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        return AutoModelForImageTextToText
+    return None
 
 
 def read_tokenizer(config, folder: Path | None, known):
@@ -104,14 +139,14 @@ def read_model(
 ) -> nn.Module:
     """The causal LM of transformers' config `known`; `blocks`: only its first ones, without the LM
     head."""
-    from transformers import AutoModelForCausalLM
-
     with _told_in_one_line(config):
-        kind = AutoModelForCausalLM
+        kind = _loader(known)
         if blocks is not None:
-            kind = _cut_class(type(without_weights(config, known)), blocks)
+            whole = without_weights(config, known)
+            kind, known = _cut_class(type(whole), blocks), whole.config
         model, report = kind.from_pretrained(
             **_source(config, folder),
+            config=known,
             dtype=dtype,
             attn_implementation=None if config.attn.value == "auto" else config.attn.value,
             output_loading_info=True,
@@ -131,10 +166,8 @@ def read_model(
 
 def without_weights(config, known, blocks: int | None = None) -> nn.Module:
     """The model of `read_model`, whose weights take no memory."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(known, trust_remote_code=config.trust_remote_code)
+    with _told_in_one_line(config), torch.device("meta"):
+        model = _loader(known).from_config(known, trust_remote_code=config.trust_remote_code)
     if blocks is not None:
         _cut(model, blocks)
         _remove_head(model)
@@ -184,7 +217,7 @@ def _told_in_one_line(config, part: str = "model") -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if is_out_of_memory(error):
+        if isinstance(error, UserError) or is_out_of_memory(error):
             raise
         raise UserError(_reason(config, error, part)) from error
 

@@ -27,6 +27,9 @@ MLP_NORMS = ("post_feedforward_layernorm", "post_mlp_layernorm")
 BRANCH = {"attn": r"attn|attention", "mlp": r"mlp|feed_?forward|ffn|moe|fc2"}
 BRANCH["mlp_in"] = BRANCH["mlp"].replace("fc2", "fc1")
 
+# Number of residual streams, as configs call it: of Gemma-3n, DeepSeek-V4, Qwen-4.
+STREAMS = ("altup_num_inputs", "hc_mult", "hc_count")
+
 
 @total_ordering
 class Kind(Enum):
@@ -131,11 +134,26 @@ class LayerConfig:
 
 def decoder_stack(model: nn.Module) -> nn.ModuleList:
     """The list of decoder blocks of any causal LM."""
+    return _decoder(model)[1]
+
+
+def text_decoder(model: nn.Module) -> nn.Module:
+    """The module that runs the decoder blocks."""
+    return _decoder(model)[0]
+
+
+def _decoder(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
+    """The decoder blocks, and the module that holds them."""
     layers = getattr(model, "kept_blocks", model.config.get_text_config().num_hidden_layers)
-    # modules() goes outside in, so a block's own lists (experts) come after the stack.
-    for module in model.get_decoder().modules():
-        if isinstance(module, nn.ModuleList) and len(module) == layers:
-            return module
+    # ModernBERT's LM head is called its decoder: there the whole model is looked through. Modules
+    # come outside in, so a block's own lists (experts) come after the stack.
+    for root in (model.get_decoder(), model):
+        for name, module in root.named_modules():
+            if re.search("vision|visual|image|audio", name):
+                continue
+            for child in module.children():
+                if isinstance(child, nn.ModuleList) and len(child) == layers:
+                    return module, child
     raise UserError(
         f"llm.name: no list of {layers} decoder blocks in {type(model).__name__}; "
         "choose a decoder-only transformer"
@@ -146,7 +164,14 @@ def site_module(model: nn.Module, site: Site) -> nn.Module:
     """The module whose output, or for mlp_in whose input, is the activation at `site`."""
     stack = decoder_stack(model)
     LayerConfig(index=site.layer, source=site.kind).within(len(stack))
-    block = stack[site.layer]
+    block, text = stack[site.layer], model.config.get_text_config()
+    streams = max(getattr(text, name, None) or 1 for name in STREAMS)
+    if streams > 1 and site.kind is not Kind.mlp_in:
+        raise UserError(
+            f"layer.source, layer.target: {type(block).__name__} passes on {streams} residual "
+            f"streams that it mixes, so that there is no one {site.kind.value}; use "
+            "layer.source=mlp_in, or choose another LLM"
+        )
     if site.kind is Kind.resid:
         return block
     if site.kind is not Kind.mlp_in and any(hasattr(block, name) for name in MLP_NORMS):
@@ -159,17 +184,18 @@ def site_module(model: nn.Module, site: Site) -> nn.Module:
 def hook(
     model: nn.Module, site: Site, function: Callable[[Tensor], Tensor | None]
 ) -> RemovableHandle:
-    """Have function(x) called with the activation x at `site`; what it returns replaces x.
+    """Have function(x) called with x, what the module of `site` returns (or for mlp_in is given);
+    what it returns replaces x.
 
     x: [sequences, context, d_site], or [sequences * context, d_site] at OPT's MLP, in the model's
     dtype. None leaves it as it is.
     """
 
-    def within(values: Tensor | tuple) -> Tensor | tuple | None:
+    def within(values: Tensor | tuple | list) -> Tensor | tuple | list | None:
         if isinstance(values, Tensor):
             return function(values)
         x = function(values[0])
-        return None if x is None else (x, *values[1:])
+        return None if x is None else type(values)((x, *values[1:]))
 
     module = site_module(model, site)
     if site.kind is Kind.mlp_in:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sae_lightning.errors import UserError
 from sae_lightning.llm.capture import replaced
-from sae_lightning.llm.sites import Site
+from sae_lightning.llm.sites import Site, text_decoder
 
 HEAD = 256  # positions whose logits are there at a time
 # Of these, positions in float32 at a time. On a CPU 32 rows of 50,000 stay in its cache, six times
@@ -172,7 +172,7 @@ def logits(model: nn.Module, output, hidden: Tensor) -> Tensor:
         used.append(True)
         return type(output)(last_hidden_state=hidden[None])
 
-    bodies = {_body(model), model.get_decoder()} - {model}  # OPT calls the second
+    bodies = {_body(model), text_decoder(model)} - {model}  # OPT calls the second
     own = [(module, vars(module).pop("forward", None)) for module in bodies]
     try:
         for module in bodies:

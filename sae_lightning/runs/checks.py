@@ -8,7 +8,7 @@ import torch
 
 from sae_lightning.errors import UserError
 from sae_lightning.files import free_space
-from sae_lightning.llm.load import has_bf16
+from sae_lightning.llm.load import check_sites, has_bf16
 from sae_lightning.llm.packaged import Shape
 from sae_lightning.llm.sites import Sites, distinct
 from sae_lightning.runs.jobs import CONFIG_FILE, ELSEWHERE, Job
@@ -84,6 +84,8 @@ def check(jobs: list[Job]) -> list[Checked]:
     llm = config.source.shape()
     config.source.check(llm, jobs[0].resumed)
     sites = [job.config.layer.within(llm.layers) for job in jobs]
+    if config.source.has_llm:
+        check_sites(config.llm, distinct(sites))
     seen: set = set()  # heads of a pass share a stream
     steps_done = [
         _steps_done(job, pair, llm, seen) if job.resumed else 0

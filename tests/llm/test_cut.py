@@ -72,7 +72,7 @@ def test_a_block_that_depends_on_how_many_there_are_does_what_it_did(tmp_path, t
         laurel_rank=4,
         activation_sparsity_pattern=[0.0] * 4,
     )
-    check(save(config, tmp_path / "llm"), 3, tokens, [Site(2, Kind.mlp_in), Site(1, Kind.attn)])
+    check(save(config, tmp_path / "llm"), 3, tokens, [Site(2, Kind.mlp_in), Site(1, Kind.mlp_in)])
 
 
 @pytest.mark.slow

@@ -175,8 +175,8 @@ def test_architectures_that_are_no_causal_lm(function, tmp_path):
     file = tmp_path / "config.json"
     file.write_text(json.dumps({"model_type": "bert", "architectures": ["BertForMaskedLM"]}))
     assert failure(function, name=str(tmp_path)) == (
-        f"llm.name={tmp_path}: BertForMaskedLM is not a causal language model; "
-        "choose a decoder such as gpt2"
+        f"llm.name={tmp_path}: BertForMaskedLM reads in both directions; choose a causal language "
+        "model such as gpt2"
     )
     file.write_text(json.dumps({"model_type": "zork"}))
     assert "does not recognize this architecture" in failure(function, name=str(tmp_path))

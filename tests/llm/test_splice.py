@@ -228,7 +228,7 @@ def test_a_model_whose_head_cannot_be_told_is_refused(tiny, tokens):
     class Other(nn.Module):
         def __init__(self, llm):
             super().__init__()
-            self.base_model, self.inner = llm.base_model, llm
+            self.base_model, self.inner, self.config = llm.base_model, llm, llm.config
             self.get_decoder = lambda: llm.base_model
 
         def forward(self, input_ids, use_cache):

@@ -1,0 +1,119 @@
+"""Every family of causal LMs is read rightly at each site, or refused with the reason."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_llm import MODERN, tiny_tokenizer
+from tiny_run import tiny_job
+from transformers import GraniteConfig, GraniteForCausalLM
+
+from sae_lightning.errors import UserError
+from sae_lightning.llm.capture import capture, factor, replaced
+from sae_lightning.llm.directions import final_norm
+from sae_lightning.llm.generate import generate
+from sae_lightning.llm.load import Dtype, LLMConfig, load, parameters
+from sae_lightning.llm.sites import Kind, Site, Sites, decoder_stack
+from sae_lightning.llm.splice import body, logits
+from sae_lightning.runs.checks import check
+
+EVERYWHERE = dict.fromkeys(Kind, "right")
+NO_SUM = EVERYWHERE | dict.fromkeys((Kind.attn, Kind.mlp), "no plain sum")
+STREAMS = dict.fromkeys(Kind, "several streams")
+SOME = {
+    "granite": EVERYWHERE,  # adds 0.22 times its branches
+    "minicpm3": EVERYWHERE,  # a share that depends on how many blocks there are
+    "modernbert-decoder": EVERYWHERE,  # its LM head is called decoder
+    "qwen3_5": EVERYWHERE,  # saved with what sees images, loaded without
+    "qwen2_5_vl": EVERYWHERE,  # a text decoder in a model that takes images
+    "smolvlm": EVERYWHERE,
+    "mistral3": EVERYWHERE,
+    "openai-gpt": NO_SUM,  # norms on the stream; its attention returns a list
+    "minimax": NO_SUM,
+    "gemma4_text": NO_SUM,  # scales the stream
+    "falcon_h1": NO_SUM,  # Mamba beside attention
+    "gemma3n_text": STREAMS | {Kind.mlp_in: "right"},
+    "deepseek_v4": STREAMS | {Kind.mlp_in: "no such module"},
+    "mllama": dict.fromkeys(Kind, "2 right, 1 not run on text")
+    | {Kind.attn: "2 right, 1 no such module"},
+    "jamba": EVERYWHERE | {Kind.attn: "2 right, 1 no such module"},
+    "bert": "reads in both directions",
+    "xlnet": "reads in both directions",
+    "blip": "takes an image with every text",
+    "t5gemma2": "an encoder-decoder",
+}
+
+
+@pytest.fixture(scope="module")
+def families():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+        yield importlib.import_module("families")
+
+
+@pytest.mark.parametrize("family", SOME)
+def test_a_branch_is_what_it_adds_to_the_stream_or_is_refused(families, family):
+    assert families.row(family) == SOME[family]
+
+
+@pytest.mark.slow
+def test_so_it_is_in_every_family_that_transformers_can_build_tiny(families):
+    rows = families.rows()
+    assert len(rows) > 180
+    assert not [family for family, row in rows.items() if families.WRONG in str(row)]
+
+
+@pytest.fixture
+def saved(families, tmp_path):
+    """saved(family) -> the folder of its tiny model and a tokenizer, as if from the hub."""
+
+    def save(family: str) -> str:
+        families.save_tiny(family, tmp_path / family)
+        tiny_tokenizer().save_pretrained(tmp_path / family)
+        return str(tmp_path / family)
+
+    return save
+
+
+@pytest.mark.parametrize("family", ["modernbert-decoder", "qwen3_5", "qwen2_5_vl", "mistral3"])
+def test_a_text_decoder_in_another_model_is_cut_scored_and_continued(saved, tokens, family):
+    config = LLMConfig(name=saved(family), dtype=Dtype.float32, device="cpu")
+    whole, part = load(config), load(config, 2)
+    where = [Site(1, kind) for kind in Kind]
+    before, after = (capture(llm.model, tokens, where) for llm in (whole, part))
+    assert all(torch.equal(before[site], after[site]) for site in where)
+    assert len(decoder_stack(part.model)) == 2
+    assert parameters(config, 2) == sum(p.numel() for p in part.model.parameters())
+    with torch.no_grad():
+        output, clean = body(whole.model, tokens), whole.model(input_ids=tokens).logits
+        torch.testing.assert_close(
+            logits(whole.model, output, output.last_hidden_state[0]), clean[0]
+        )
+    assert final_norm(whole.model).gain.shape == (32,)
+    site = Sites(where[0], where[0])
+    (written,) = generate(whole, tokens[0], 3, site, lambda x, y: y, sequences=1)
+    assert written[:10].equal(tokens[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_replaced_is_what_a_block_adds_not_what_its_branch_returns(tokens, dtype):
+    config = GraniteConfig(**MODERN, num_key_value_heads=1, residual_multiplier=0.22)
+    model = GraniteForCausalLM(config).eval().to(dtype)
+    site, after = Site(1, Kind.mlp), Site(1, Kind.resid)
+    assert factor(model, site) == pytest.approx(0.22, rel=1e-3)
+    found = capture(model, tokens, [site, after])
+    with replaced(model, site, site, lambda x, y: x.double() + 1):
+        changed = capture(model, tokens, [after])[after]
+    near = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(changed, found[after] + 1, rtol=near, atol=near)
+
+
+def test_a_site_that_the_llm_does_not_have_is_told_before_a_weight_is_read(saved, tmp_path):
+    folder = saved("bloom")
+    Path(folder, "model.safetensors").unlink()
+    job = tiny_job(folder, tmp_path, tmp_path / "run")
+    assert [checked.llm.layers for checked in check([job])] == [2]
+    job.config.layer.source = Kind.mlp
+    with pytest.raises(UserError, match=r"^layer\.source, .* BloomBlock is its MLP .*layer=resid$"):
+        check([job])
