@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sae_lightning.analysis.tasks import TASKS
 from sae_lightning.runs.arguments import refuse_sweep
-from sae_lightning.runs.cli import one_line_errors
+from sae_lightning.runs.cli import one_line_errors, read_arguments
 from sae_lightning.runs.config import typed
 from sae_lightning.runs.jobs import overrides_of, register
 
@@ -33,5 +33,6 @@ def analyze(cfg: DictConfig) -> None:
 if __name__ == "__main__":
     register(TASKS)
     with one_line_errors():
+        read_arguments()
         refuse_sweep(sys.argv[1:])  # Hydra would make folders for it
         analyze()

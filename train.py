@@ -15,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from sae_lightning.runs.cli import one_line_errors
+from sae_lightning.runs.cli import one_line_errors, read_arguments
 from sae_lightning.runs.jobs import job, overrides_of, register
 from sae_lightning.runs.search import objective
 from sae_lightning.terminal import phase
@@ -45,4 +45,5 @@ def train(cfg: DictConfig) -> float | None:
 if __name__ == "__main__":
     register()
     with one_line_errors():
+        read_arguments()
         train()

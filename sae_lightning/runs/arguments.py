@@ -3,9 +3,13 @@
 import math
 import os
 import re
+from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import is_dataclass
+from typing import get_type_hints
 
 from hydra._internal.utils import get_args_parser
+from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import (
     Glob,
@@ -16,10 +20,13 @@ from hydra.core.override_parser.types import (
     RangeSweep,
 )
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from sae_lightning.errors import UserError
+from sae_lightning.runs.config import Config
 from sae_lightning.runs.words import translate
+from sae_lightning.sae import ARCHITECTURES
+from sae_lightning.stream import SOURCES
 
 PATHS = (
     "resume",
@@ -30,6 +37,8 @@ PATHS = (
     "hydra.run.dir",
     "hydra.sweep.dir",
 )
+# Hydra's own language: quotes, interpolations, escapes.
+HYDRAS = re.compile(r"""^['"]|\$\{|\\[()\[\]{}:=, ]""")
 MOST_JOBS = 100_000  # of a sweep; all are composed before the first is trained
 EMPTY = ("", "''", '""')
 
@@ -63,13 +72,45 @@ def refuse_sweep(arguments: list[str]) -> None:
         )
 
 
-def quoted_paths(arguments: list[str]) -> list[str]:
-    """The arguments with their paths as Hydra takes them: quoted where needed, `~` expanded.
+def with_text(arguments: list[str]) -> list[str]:
+    """The arguments with what a person wrote as text (prompts, names, paths) as Hydra takes it.
 
-    Folders of a sweep have names such as `loss.l1=0.001`, and a shell expands no `~` behind `=`.
+    A text is all that one shell argument holds behind the first `=`: `1e3` is no number, a comma
+    none but in a sweep, and a quote is a part of it. Of Hydra's language it knows only `${...}`
+    and, where a setting may be empty, `null`. A path also takes what Hydra quotes, and `~`, which
+    a shell does not expand there. In a sweep a comma separates values; one with a comma is quoted.
     """
-    sweep = is_multirun(arguments)
-    return [_quoted_path(argument, sweep) for argument in arguments]
+    sweep, texts = is_multirun(arguments), text_settings()
+    return [_with_text(argument, sweep, texts) for argument in arguments]
+
+
+def text_settings() -> dict[str, bool]:
+    """The settings that hold text, and whether they may be empty (null): those of type `str`."""
+    schemas = [("", Config), *(("", task) for task in known_tasks().values())]
+    schemas += [("model.", row.config) for row in ARCHITECTURES.values()]
+    schemas += [("loss.", row.loss) for row in ARCHITECTURES.values()]
+    schemas += [("data.", row.settings) for row in SOURCES.values()]
+    texts = {}
+    while schemas:
+        prefix, schema = schemas.pop()
+        for name, kind in get_type_hints(schema).items():
+            if is_dataclass(kind):
+                schemas.append((f"{prefix}{name}.", kind))
+            elif kind in (str, str | None):
+                texts[prefix + name] = kind is not str
+    return texts
+
+
+def known_tasks() -> dict[str, type]:
+    """What analyze.py can be asked, by name."""
+    nodes = ConfigStore.instance().repo.get("task", {})
+    return {name.removesuffix(".yaml"): OmegaConf.get_type(x.node) for name, x in nodes.items()}
+
+
+def in_sweep(texts: Iterable[str]) -> str:
+    """Texts as the values of one setting in a sweep."""
+    texts = [*texts]
+    return ",".join(map(_in_quotes, texts) if "," in "".join(texts) else texts)
 
 
 def with_swept_groups(arguments: list[str]) -> list[str]:
@@ -146,21 +187,31 @@ def is_multirun(arguments: list[str]) -> bool:
     return bool({"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(arguments))
 
 
-def _quoted_path(argument: str, sweep: bool) -> str:
-    name, _, value = argument.partition("=")
+def _with_text(argument: str, sweep: bool, texts: dict[str, bool]) -> str:
+    name, equals, value = argument.partition("=")
     setting = name.lstrip("+")
-    # what is written in Hydra's own language stays: quotes, interpolations, escapes, functions
-    hydras = re.match(r"""['"]""", value) or "${" in value or re.search(r"\\[()\[\]{}:=, ]", value)
-    if setting not in PATHS or hydras or (sweep and re.match(r"\w+\(", value)):
+    is_path = setting in PATHS
+    if not equals or not (is_path or setting in texts):
         return argument
-    if "," in value and (sweep or setting not in ("resume", "run")):
-        # several values: a sweep, or the error that asks for -m
-        return f"{name}=" + ",".join(_quoted(part) if sweep else part for part in value.split(","))
-    return f"{name}={_quoted(value)}"
+    if value == "null" and texts.get(setting, True):
+        return argument
+    if (is_path or sweep) and HYDRAS.search(value) or (sweep and re.match(r"\w+\(", value)):
+        return argument
+    if is_path and "," in value and not sweep and setting not in ("resume", "run"):
+        return argument  # the error that asks for -m
+    values = [part.strip() for part in value.split(",")] if sweep else [value]
+    if is_path:
+        values = map(os.path.expanduser, values)
+    return f"{name}=" + ",".join(map(_quoted, values))
 
 
-def _quoted(path: str) -> str:
-    path = os.path.expanduser(path)
-    if re.fullmatch(r"[\w/\\+.$%*@?|:-]*", path, re.ASCII):
-        return path
-    return QuotedString(path, Quote.single).with_quotes()
+def _quoted(text: str) -> str:
+    """The text, in quotes if Hydra would take something else than the text for it."""
+    with suppress(HydraException):
+        if OverridesParser.create().parse_override(f"x={text}").value() == text:
+            return text
+    return _in_quotes(text)
+
+
+def _in_quotes(text: str) -> str:
+    return QuotedString(text, Quote.single).with_quotes()

@@ -14,9 +14,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from traceback import walk_tb
 
-from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, OverrideParseException
-from omegaconf import OmegaConf
 from omegaconf.errors import (
     ConfigAttributeError,
     ConfigKeyError,
@@ -29,7 +27,7 @@ from yaml import MarkedYAMLError
 
 from sae_lightning.errors import UserError, chain, is_out_of_memory
 from sae_lightning.files import refusal
-from sae_lightning.runs.arguments import checked, quoted_paths, with_swept_groups
+from sae_lightning.runs.arguments import checked, known_tasks, with_swept_groups, with_text
 from sae_lightning.runs.config import conf_folder
 from sae_lightning.runs.words import translate
 from sae_lightning.sae import ARCHITECTURES
@@ -67,7 +65,6 @@ def one_line_errors(folder: Path | None = None, multirun: bool = False) -> Itera
             stream.reconfigure(errors="replace")  # an arrow need not end a run
     try:
         _refuse_second_task()
-        sys.argv[1:] = with_swept_groups(quoted_paths(checked(sys.argv[1:])))
         yield
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
@@ -83,6 +80,11 @@ def one_line_errors(folder: Path | None = None, multirun: bool = False) -> Itera
     finally:
         if folder is not None:
             remove_unused(folder)
+
+
+def read_arguments() -> None:
+    """Let `sys.argv` be what Hydra reads; UserError for what it would misread."""
+    sys.argv[1:] = with_swept_groups(with_text(checked(sys.argv[1:])))
 
 
 def _refuse_second_task() -> None:
@@ -179,7 +181,7 @@ def _did_you_mean(word: str, options: list[str]) -> str:
 
 def _presets(group: str) -> list[str]:
     if group == "task":
-        return sorted(_tasks())
+        return sorted(known_tasks())
     return sorted(file.stem for file in Path(conf_folder(), group).glob("*.yaml"))
 
 
@@ -205,7 +207,7 @@ def _unknown_setting(error: OmegaConfBaseException, overrides: list[str]) -> str
     name = str(error.full_key)
     parent, _, key = name.rpartition(".")
     schema = error.object_type
-    tasks = _tasks()
+    tasks = known_tasks()
     if schema in tasks.values() and "data=synthetic" in overrides:
         return (
             "data=synthetic has no meaning here: a run that was trained on concepts says so itself;"
@@ -235,12 +237,6 @@ def _unknown_setting(error: OmegaConfBaseException, overrides: list[str]) -> str
     prefix = f"{parent}." if parent else ""
     hint = _did_you_mean(key, known)
     return f"no setting {name}: {hint}there are {', '.join(prefix + k for k in known)}"
-
-
-def _tasks() -> dict[str, type]:
-    """What analyze.py can be asked, by name."""
-    nodes = ConfigStore.instance().repo.get("task", {})
-    return {name.removesuffix(".yaml"): OmegaConf.get_type(x.node) for name, x in nodes.items()}
 
 
 def _bad_value(error: ValidationError, overrides: list[str]) -> str:

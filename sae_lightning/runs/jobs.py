@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sae_lightning.errors import UserError
 from sae_lightning.llm.packaged import PACKAGED
+from sae_lightning.runs.arguments import in_sweep
 from sae_lightning.runs.config import Config, presets, typed
 from sae_lightning.runs.saved import OVERRIDES, read_settings
 from sae_lightning.sae import ARCHITECTURES
@@ -63,9 +64,11 @@ def resume_of(jobs: Sequence[Job]) -> str:
     """The command that continues jobs that train together: their sweep, or each that was named."""
     sweep = jobs[0].sweep
     folders = [sweep] if sweep else [job.folder for job in jobs]
-    names = ",".join(str(shown(folder)) for folder in folders)
-    resume = command("train.py", resume=names, **jobs[0].trust)
-    return resume.replace("train.py", "train.py -m", 1) if sweep or len(jobs) > 1 else resume
+    names = [str(shown(folder)) for folder in folders]
+    if not sweep and len(jobs) == 1:
+        return command("train.py", resume=names[0], **jobs[0].trust)
+    resume = command("train.py", resume=in_sweep(names), **jobs[0].trust)
+    return resume.replace("train.py", "train.py -m", 1)
 
 
 def register(tasks: Mapping[str, type] | None = None) -> None:

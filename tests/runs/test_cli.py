@@ -14,21 +14,23 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra._internal.callbacks import Callbacks
 from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from tiny_run import write_text
 from yaml import MarkedYAMLError
 
+from sae_lightning.analysis.tasks import TASKS
 from sae_lightning.errors import UserError
 from sae_lightning.llm import packaged
 from sae_lightning.llm.load import LLMConfig
 from sae_lightning.llm.sites import LayerConfig
 from sae_lightning.runs import checks, cli, folders, sweep
-from sae_lightning.runs.arguments import quoted_paths, with_swept_groups
-from sae_lightning.runs.cli import explain, one_line_errors
+from sae_lightning.runs.arguments import in_sweep, text_settings, with_swept_groups, with_text
+from sae_lightning.runs.cli import explain, one_line_errors, read_arguments
 from sae_lightning.runs.config import Config, conf_folder
-from sae_lightning.runs.jobs import CONFIG_FILE, Job, job, register, resolved_yaml
+from sae_lightning.runs.jobs import CONFIG_FILE, Job, job, read_job, register, resolved_yaml
 from sae_lightning.runs.words import OURS
 from sae_lightning.sae import ARCHITECTURES, SAEConfig
 from sae_lightning.sae.relu import ReLULoss
@@ -318,7 +320,7 @@ def test_a_flag_that_does_not_exist_is_named(command_line, flag):
     command_line.setattr(sys, "argv", ["train.py", "model.features=3", flag])
     answer = f"^error: {flag}: no such flag; .*setting=value"
     with pytest.raises(SystemExit, match=answer), one_line_errors():
-        raise AssertionError("not reached")
+        read_arguments()
 
 
 @pytest.mark.parametrize("flag", ["--d_sae=64", "--d-sae"])
@@ -326,7 +328,7 @@ def test_another_tools_word_is_known_with_dashes_too(command_line, flag):
     command_line.setattr(sys, "argv", ["train.py", flag])
     answer = f"^error: {flag}: no such setting here; use model.features=..."
     with pytest.raises(SystemExit, match=answer), one_line_errors():
-        raise AssertionError("not reached")
+        read_arguments()
 
 
 def test_no_setting_of_ours_is_taken_for_another_tools(hydra):
@@ -340,7 +342,7 @@ def test_no_setting_of_ours_is_taken_for_another_tools(hydra):
 def test_hydras_own_flags_are_let_through(command_line, flags):
     command_line.setattr(sys, "argv", ["train.py", *flags, "seed=1", "~loss"])
     with one_line_errors():
-        pass
+        read_arguments()
 
 
 @pytest.mark.parametrize(
@@ -358,15 +360,15 @@ def test_hydras_own_flags_are_let_through(command_line, flags):
 )
 @pytest.mark.parametrize("name", ["resume", "run"])
 def test_a_path_as_it_is_pasted_is_what_hydra_reads(name, path):
-    (argument,) = quoted_paths([f"{name}={path}"])
+    (argument,) = with_text([f"{name}={path}"])
     assert OverridesParser.create().parse_override(argument).value() == path
-    assert quoted_paths([argument]) == [argument], "twice is as once"
+    assert with_text([argument]) == [argument], "twice is as once"
 
 
 def test_a_tilde_is_the_home_folder(monkeypatch):
     monkeypatch.setenv("HOME", "/users/me")
     given = ["data.path=~/a.txt", "+run=~/l1=1", "loss.l1=~/a"]
-    assert quoted_paths(given) == ["data.path=/users/me/a.txt", "+run='/users/me/l1=1'", given[2]]
+    assert with_text(given) == ["data.path=/users/me/a.txt", "+run='/users/me/l1=1'", given[2]]
 
 
 @pytest.mark.parametrize(
@@ -382,11 +384,95 @@ def test_a_tilde_is_the_home_folder(monkeypatch):
     ],
 )
 def test_hydras_own_language_is_left_alone(arguments):
-    assert quoted_paths(arguments) == arguments
+    assert with_text(arguments) == arguments
+
+
+@pytest.fixture
+def with_tasks(hydra):
+    """The settings of analyze.py are known too."""
+    groups = ConfigStore.instance().repo
+    register(TASKS)
+    yield
+    del groups["task"]
+
+
+TEXTS = (
+    *("the quick, brown fox", "it's", "why (maybe)?", "a: b", "caf\u00e9", "\u4ecb\u7ecd", '"fox"'),
+    *(
+        "'fox'",
+        "[INST] a",
+        "[a,b]",
+        "{a: b}",
+        "a = b",
+        "true",
+        "1e3",
+        "0x10",
+        "1_000",
+        "nan",
+        "007",
+    ),
+    *(
+        "a; b & c | d > e",
+        " around ",
+        "ends in a \\",
+        "\\'",
+        "a\\,b",
+        "two\nlines",
+        "\t",
+        "$HOME #1",
+    ),
+    *("choice(1,2)", "range(3)", "~/a", "%d", "@", "-m", "\U0001f98a \u202e", "a=b=c", "--", "*?"),
+)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_text_is_what_one_shell_argument_holds(with_tasks, text):
+    (argument,) = with_text([f"prompt={text}"])
+    assert OverridesParser.create().parse_override(argument).value() == text
+
+
+def test_a_text_in_a_run_folder_is_still_that_text(hydra, tmp_path):
+    given = ["data=text", "data.path=.", *with_text(["data.column=1e3"])]
+    this = job(compose("config", given), tmp_path, given)
+    assert this.config.data.column == "1e3"
+    for text in TEXTS:
+        this.config.data = replace(this.config.data, column=text)
+        (tmp_path / CONFIG_FILE).write_text(resolved_yaml(this))
+        assert read_job(tmp_path).config.data.column == text
+
+
+def test_null_leaves_a_text_empty_only_where_it_may_be(with_tasks):
+    given = ["key_env=null", "llm.revision=null", "resume=null", "prompt=null", "label=null"]
+    assert with_text(given) == [*given[:3], "prompt='null'", "label='null'"]
+
+
+def test_every_setting_that_holds_text_is_known_by_its_type(with_tasks):
+    names = "prompt label endpoint explainer key_env data.column data.name data.subset data.split "
+    names += "data.held_out_split llm.name llm.revision run resume data.path data.cache_folder"
+    assert text_settings().keys() >= {*names.split()}
+    others = {"data.held_out", "feature", "strength", "seed", "loss.l1", "trainer.precision", "llm"}
+    assert not text_settings().keys() & others
+
+
+def test_lists_and_interpolations_are_hydras(with_tasks):
+    given = ["feature=[3,7]", "model.groups=[0.1,0.2]", "data.held_out=[hamlet]", "label=${seed}"]
+    assert with_text(given) == given
+
+
+def test_in_a_sweep_a_comma_separates_texts(with_tasks):
+    swept = ["data.column=text (en),1e3, b", "data.column='a,b',c", "data.column=choice(a,b)"]
+    assert with_text(["-m", *swept]) == ["-m", "data.column='text (en)','1e3',b", *swept[1:]]
+
+
+@pytest.mark.parametrize("names", [["a", "b"], ["x/a=1,b=2", "it's", "c"]])
+def test_names_that_are_printed_for_a_sweep_are_read_back(names):
+    argument = with_text(["-m", f"resume={in_sweep(names)}"])[1]
+    swept = OverridesParser.create().parse_override(argument).value()
+    assert [getattr(value, "text", value) for value in swept.list] == names
 
 
 def test_a_sweep_over_paths_stays_a_sweep():
-    swept = quoted_paths(["-m", "resume=m/l1=1,m/l1=2"])[1]
+    swept = with_text(["-m", "resume=m/l1=1,m/l1=2"])[1]
     override = OverridesParser.create().parse_override(swept)
     assert list(override.sweep_string_iterator()) == ["'m/l1=1'", "'m/l1=2'"]
 
