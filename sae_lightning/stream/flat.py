@@ -1,35 +1,130 @@
-"""An indexed text as one long run of tokens that may be larger than memory."""
+"""Text as one long run of tokens, that of an indexed data set on disk.
+
+A document of more than PIECE bytes is cut before it is tokenised, because a tokenizer takes 150
+bytes of memory for each byte of text:
+
+    ... the quick brown| fox jumps over ...    the space goes with the word behind it
+    ... she said.\n|And then ...               no such space: a line break with the line before it
+    ... white\t\t|space ...                    none either: before any white space
+    ... 我思|故我在 ...                          none at all: anywhere between two characters
+
+Tokenizers that split text into words before all else (byte-level BPE, word pieces, Unigram behind
+a metaspace) give the same tokens as uncut at a space, GPT-2's and its successors at a line break
+too. One that does not (BPE across words) may give others beside a cut, as may any of them at one
+of the last two kinds.
+"""
 
 import hashlib
 import json
-import os
-from functools import partial
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from sae_lightning.files import clean, private_folder
+from sae_lightning.errors import UserError
+from sae_lightning.files import atomically, clean
 from sae_lightning.llm.quiet import quiet
 from sae_lightning.terminal import phase
 
-BATCH = 256  # documents tokenised at a time
+PIECE = 1 << 18  # bytes; a longer document is cut
+TOGETHER = 1 << 20  # bytes of text tokenised at a time
+BATCH = 1 << 22  # tokens written at a time
+CUTS = [
+    re.compile(place, re.DOTALL)  # each matches up to the last such place
+    for place in (rb".*\S(?= \S)", rb".*\S\n(?=\S)", rb".*\S(?=\s)", rb".*(?=[^\x80-\xbf])")
+]
 
 
-def encode(tokenizer: Any, texts: list[str | None], separator: int) -> list[np.ndarray]:
+class Cut(NamedTuple):
+    """A document, or a piece of one."""
+
+    text: str
+    share: float
+    """Of the document."""
+    first: bool
+    last: bool
+
+
+def encode(tokenizer: Any, texts: Iterable[str | None], separator: int) -> list[np.ndarray]:
     """Tokenise documents, each closed by the separator -> arrays [tokens + 1] int32.
 
-    A document without tokens gives an empty array. `verbose=False` because a document longer than
-    the LLM's window is no mistake here: it is cut into sequences.
+    A document without tokens gives an empty array.
     """
-    ids = tokenizer(
-        [text or "" for text in texts],
-        add_special_tokens=False,
-        return_attention_mask=False,
-        verbose=False,
-    )["input_ids"]
-    return [np.asarray([*document, separator] if document else [], np.int32) for document in ids]
+    given = ((text or "").encode("utf-8", "surrogatepass") for text in texts)
+    documents, pieces = [], []
+    for cut, tokens in _tokenise(tokenizer, given, separator):
+        pieces.append(tokens)
+        if cut.last:
+            documents.append(np.concatenate(pieces))
+            pieces = []
+    return documents
+
+
+def _tokenise(
+    tokenizer: Any, documents: Iterable[Any], separator: int
+) -> Iterator[tuple[Cut, np.ndarray]]:
+    """Pieces of documents, which are UTF-8, and their tokens [n] int32.
+
+    The last piece of a document with any tokens ends with the separator. `verbose=False` because a
+    text longer than the LLM's window is no mistake here: it is cut into sequences.
+    """
+    begun, bare = False, None
+    for cuts in _together(documents):
+        if bare is None and not all(cut.first for cut in cuts):
+            bare = _adds_space(tokenizer)
+        ids = tokenizer(
+            [cut.text.removeprefix(" ") if bare and not cut.first else cut.text for cut in cuts],
+            add_special_tokens=False,
+            return_attention_mask=False,
+            verbose=False,
+        )["input_ids"]
+        for cut, tokens in zip(cuts, ids, strict=True):
+            begun = bool(tokens) or begun and not cut.first
+            yield cut, np.asarray([*tokens, separator] if begun and cut.last else tokens, np.int32)
+
+
+def _together(documents: Iterable[Any]) -> Iterator[list[Cut]]:
+    """All pieces in order, in groups of at most TOGETHER + PIECE bytes."""
+    group, size = [], 0
+    for number, document in enumerate(documents, 1):
+        for cut in _pieces(memoryview(document), number):
+            group.append(cut)
+            size += len(cut.text)
+            if size >= TOGETHER:
+                yield group
+                group, size = [], 0
+    if group:
+        yield group
+
+
+def _pieces(document: memoryview, number: int) -> Iterator[Cut]:
+    start, size = 0, len(document)
+    while True:
+        piece = bytes(document[start : start + PIECE])
+        stop = size
+        if start + PIECE < size:
+            stop = start + next(m.end() for cut in CUTS if (m := cut.match(piece)))
+        try:
+            text = piece[: stop - start].decode("utf-8", "surrogatepass")
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"data: document {number} of the text is not UTF-8 (byte 0x{piece[error.start]:02x}"
+                f" after {start + error.start} bytes); convert it, or leave it out"
+            ) from error
+        yield Cut(text, (stop - start) / (size or 1), start == 0, stop == size)
+        if stop == size:
+            return
+        start = stop
+
+
+def _adds_space(tokenizer: Any) -> bool:
+    """Whether a tokenizer puts a space before each text, even before one that begins with it."""
+    texts = ["a b", "a", " b", "b"]
+    whole, a, space_b, b = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return whole != a + space_b and whole == a + b
 
 
 def flat_tokens(data: Any, tokenizer: Any, separator: int, what: str = "text") -> pa.ChunkedArray:
@@ -41,41 +136,48 @@ def flat_tokens(data: Any, tokenizer: Any, separator: int, what: str = "text") -
     import datasets
 
     key = hashlib.sha256()
-    for part in (data._fingerprint, tokenizer_hash(tokenizer), str(separator)):
+    for part in (data._fingerprint, tokenizer_hash(tokenizer), str(separator), str(PIECE)):
         key.update(part.encode())
-    fingerprint = key.hexdigest()[:32]
-    file = None
-    if data.cache_files:  # our own place: beside a saved data set may not be writable
+    with quiet(), phase(f"tokenising the {what}", total=len(data)) as advance:
+
+        def arrays() -> Iterator[np.ndarray]:
+            for cut, tokens in _tokenise(tokenizer, _documents(data), separator):
+                yield tokens
+                advance(cut.share)
+
+        if not data.cache_files:
+            return pa.chunked_array(_batches(arrays()), pa.int32())
+        # our own place: beside a saved data set may not be writable
         folder = Path(datasets.config.HF_DATASETS_CACHE) / "sae_lightning"
         folder.mkdir(parents=True, exist_ok=True)
         clean(folder)
-        file = folder / f"tokens-{fingerprint}.arrow"
-    with quiet(), phase(f"tokenising the {what}", total=len(data)) as advance:
+        file = folder / f"tokens-{key.hexdigest()[:32]}.arrow"
+        if not file.exists():
+            schema = pa.schema({"tokens": pa.int32()})
+            with atomically(file) as place, pa.ipc.new_stream(place, schema) as stream:
+                for batch in _batches(arrays()):
+                    stream.write_batch(pa.record_batch([batch], schema=schema))
+    return pa.ipc.open_stream(pa.memory_map(str(file))).read_all().column("tokens")
 
-        def tokenise(batch: dict[str, list[str | None]]) -> dict[str, list[np.ndarray]]:
-            tokens = encode(tokenizer, batch["text"], separator)
-            advance(len(tokens))
-            return {"tokens": tokens}
 
-        map_to = partial(
-            data.map,
-            tokenise,
-            batched=True,
-            batch_size=BATCH,
-            remove_columns=["text"],
-            features=datasets.Features({"tokens": datasets.List(datasets.Value("int32"))}),
-            # given, because hashing the function would hash the tokenizer object: slow, and
-            # different from process to process
-            new_fingerprint=fingerprint,
-        )
-        if file and not file.exists():
-            with private_folder(file) as place:  # for the temporary files of `map`, too
-                map_to(cache_file_name=str(place / file.name))
-                if (place / file.name).exists():  # not of a text without documents
-                    os.replace(place / file.name, file)
-        tokenised = map_to(cache_file_name=file and str(file))
-    documents = tokenised.data.column("tokens").chunks if len(tokenised) else []
-    return pa.chunked_array([chunk.flatten() for chunk in documents], pa.int32())
+def _documents(data: Any) -> Iterator[Any]:
+    """The documents of an indexed data set, as they lie on disk."""
+    for rows in data.with_format("arrow").iter(100):
+        for text in rows.column("text"):
+            yield text.as_buffer() or b""
+
+
+def _batches(arrays: Iterable[np.ndarray]) -> Iterator[pa.Array]:
+    """Arrays of tokens, joined to long ones: a slice of many short ones takes long to find."""
+    waiting, size = [], 0
+    for tokens in arrays:
+        waiting.append(tokens)
+        size += len(tokens)
+        if size >= BATCH:
+            yield pa.array(np.concatenate(waiting))
+            waiting, size = [], 0
+    if size:
+        yield pa.array(np.concatenate(waiting))
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
