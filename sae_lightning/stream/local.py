@@ -1,32 +1,19 @@
 """Your own text: one document is one file, or a row of one."""
 
-import glob
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from sae_lightning.errors import UserError
+from sae_lightning.errors import UserError, chain
 from sae_lightning.stream.base import TextConfig, absolute
-from sae_lightning.stream.documents import Text, documents, first_line, only_text
+from sae_lightning.stream.documents import Text, first_line, hold_out, only_text
+from sae_lightning.stream.local_files import check_json, check_utf8, find_files, loader, matches
 from sae_lightning.stream.text import TextSource
 from sae_lightning.terminal import phase
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-LOADERS = {
-    ".txt": "text",
-    ".md": "text",
-    ".csv": "csv",
-    ".jsonl": "json",
-    ".json": "json",
-    ".parquet": "parquet",
-}
-# Not the run's seed: runs that differ in their seed are scored on the same held-out documents.
-HOLD_OUT_SEED = 0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -37,13 +24,14 @@ class LocalConfig(TextConfig):
 
     path: str
     """File, folder or glob of .txt / .md (a document each), .csv / .jsonl / .json / .parquet (a
-    row each), or a folder written by `save_to_disk`."""
+    row each), also compressed (.gz, .bz2, .xz, .zst), or a folder written by `save_to_disk`."""
 
     column: str = "text"
     """Column that holds the text (not used for .txt and .md)."""
 
     held_out: float = 0.05
-    """Share of the documents kept for evaluation; of a single document, its last characters."""
+    """Share of the text kept for evaluation: documents as a whole, or, where one of them is too
+    large a part of the text for that, its last words."""
 
     def __post_init__(self) -> None:
         TextConfig.__post_init__(self)
@@ -51,13 +39,13 @@ class LocalConfig(TextConfig):
             raise UserError("data.path is empty: give a file, a folder or a glob of text files")
         if not 0 < self.held_out < 1:
             raise UserError(
-                f"data.held_out={self.held_out}: the share of the documents that evaluation reads "
+                f"data.held_out={self.held_out}: the share of the text that evaluation reads "
                 "and training never sees; give more than 0 and less than 1"
             )
 
     def with_absolute_paths(self) -> "LocalConfig":
         path = os.path.expanduser(self.path)
-        there = os.path.exists(path) or any(glob.iglob(path, recursive=True))
+        there = os.path.exists(path) or any(matches(Path(path)))
         made = TextConfig.with_absolute_paths(self)
         return replace(made, path=absolute(path)) if there else made
 
@@ -80,7 +68,7 @@ class Local(TextSource):
             empty = isinstance(error, StopIteration)
             reason = "there is no document in it" if empty else first_line(error)
             raise UserError(f"{where}: cannot be read ({reason})") from error
-        return _hold_out(only_text(data, row, config.column, where), config.held_out)
+        return hold_out(only_text(data, row, config.column, where), config.held_out)
 
 
 def load_local(config: LocalConfig) -> "Dataset":
@@ -88,39 +76,42 @@ def load_local(config: LocalConfig) -> "Dataset":
     path, where = Path(config.path).expanduser(), f"data.path={config.path}"
     if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
         return _load_saved(path, where)
-    return _load_files(_find_files(path, where))
+    files = find_files(path, where)
+    try:
+        return _load_files(files, config.column, where)
+    except Exception as error:
+        if any(isinstance(link, UnicodeDecodeError) for link in chain(error)):
+            check_utf8(files, where)
+        raise
 
 
-def _find_files(path: Path, where: str) -> list[str]:
-    if path.is_dir():
-        found = [str(file) for file in path.rglob("*")]
-    else:
-        found = [str(path)] if path.exists() else glob.glob(str(path), recursive=True)
-    files = sorted(f for f in found if Path(f).is_file() and not Path(f).name.startswith("."))
-    if not files:
-        raise UserError(f"{where}: no file there; give a file, a folder or a glob of text files")
-    suffixes = sorted({Path(file).suffix or "(none)" for file in files})
-    unsupported = [suffix for suffix in suffixes if suffix not in LOADERS]
-    if unsupported:
-        raise UserError(
-            f"{where}: cannot read files that end in {', '.join(unsupported)}; "
-            f"those that can be read end in {', '.join(LOADERS)}"
-        )
-    if len({LOADERS[suffix] for suffix in suffixes}) > 1:
-        raise UserError(
-            f"{where}: holds several formats ({', '.join(suffixes)}); "
-            f"choose one with a glob such as data.path='{path}/**/*{suffixes[0]}'"
-        )
-    return files
+def _load_files(files: list[str], column: str, where: str) -> "Dataset":
+    from datasets import load_dataset_builder
+    from datasets.data_files import DataFilesList
 
-
-def _load_files(files: list[str]) -> "Dataset":
-    from datasets import load_dataset
-
-    loader = LOADERS[Path(files[0]).suffix]
-    whole_files = {"sample_by": "document"} if loader == "text" else {}
+    # the list as datasets makes it from patterns; as a list of names, they would be read as such
+    listed = DataFilesList(files, [(str(os.stat(file).st_mtime),) for file in files])
+    name = loader(files[0])
     with phase("reading the text"):
-        return load_dataset(loader, data_files=files, split="train", **whole_files)
+        builder = load_dataset_builder(name, data_files=listed, **_options(name, files[0]))
+        if name == "json" and not os.path.exists(builder.cache_dir):  # not read before
+            check_json(files, column, where)
+        builder.download_and_prepare()
+        return builder.as_dataset("train")
+
+
+def _options(name: str, file: str) -> dict[str, Any]:
+    """How a kind of file is read: a text file as one document, all of a CSV as text."""
+    if name == "text":
+        return {"sample_by": "document"}
+    if name != "csv":
+        return {}
+    import pandas as pd
+    from datasets import Features, Value
+
+    columns = pd.read_csv(file, nrows=0).columns
+    # else NA, null and None are nothing, and what a column is depends on the rows read first
+    return {"na_filter": False, "features": Features(dict.fromkeys(columns, Value("string")))}
 
 
 def _load_saved(path: Path, where: str) -> "Dataset":
@@ -132,16 +123,3 @@ def _load_saved(path: Path, where: str) -> "Dataset":
     if "train" not in data:
         raise UserError(f"{where}: no split `train`; name one: {', '.join(data)} are folders there")
     return data["train"]
-
-
-def _hold_out(data: "Dataset", share: float) -> Text:
-    """At least one document held out, at fixed random places."""
-    if len(data) == 1:
-        text = data[0]["text"] or ""
-        cut = int(len(text) * (1 - share))
-        cut = text.rfind("\n", 0, cut) + 1 or text.rfind(" ", 0, cut) + 1 or cut  # whole words
-        return Text(documents([text[:cut]]), documents([text[cut:]]))
-    n = min(max(1, round(share * len(data))), len(data) - 1)
-    order = np.random.default_rng(HOLD_OUT_SEED).permutation(len(data))
-    # in the files' own order: reading stays sequential, the shuffling of sequences comes later
-    return Text(data.select(np.sort(order[n:])), data.select(np.sort(order[:n])))

@@ -248,7 +248,7 @@ def test_a_copy_that_cannot_be_written_is_no_fault_of_the_text(tmp_path, monkeyp
     def refuse(*_, **__):
         raise RuntimeError("generation failed") from OSError(number, os.strerror(number))
 
-    monkeypatch.setattr("datasets.load_dataset", refuse)
+    monkeypatch.setattr("datasets.load_dataset_builder", refuse)
     told = f"its copy in .*: {os.strerror(number)}; set HF_DATASETS_CACHE to another folder"
     with pytest.raises(UserError, match=told):
         open_text(LocalConfig(path=write(tmp_path / "text", "text")))

@@ -1,0 +1,144 @@
+"""Files of text: which there are below a path, and which of them cannot be read."""
+
+import glob
+import json
+import os
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from sae_lightning.errors import UserError
+
+LOADERS = {
+    ".txt": "text",
+    ".md": "text",
+    ".csv": "csv",
+    ".jsonl": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+}
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # datasets decompresses them as it reads
+
+
+def loader(file: str) -> str:
+    """The module of datasets that reads a file."""
+    return LOADERS[_format(file)]
+
+
+def find_files(path: Path, where: str) -> list[str]:
+    """Files of one format: `path` itself, or those below it, or those that it matches as a glob.
+
+    Each file once, whatever links lead to it. UserError: none there, or not to be read.
+    """
+    if path.is_dir():
+        found = [os.path.join(place, name) for place, names in _walk(path) for name in names]
+    else:
+        found = [str(path)] if path.exists() else list(matches(path))
+    names = sorted(f for f in found if os.path.isfile(f) and not Path(f).name.startswith("."))
+    files = list({os.path.realpath(name): os.path.abspath(name) for name in names}.values())
+    if not files:
+        raise UserError(f"{where}: no file there; give a file, a folder or a glob of text files")
+    formats = sorted({_format(file) for file in files})
+    unsupported = [name for name in formats if name not in LOADERS]
+    if unsupported:
+        raise UserError(
+            f"{where}: cannot read files that end in {', '.join(unsupported)}; "
+            f"those that can be read end in {', '.join(LOADERS)}"
+        )
+    if len({LOADERS[name] for name in formats}) > 1:
+        raise UserError(
+            f"{where}: holds several formats ({', '.join(formats)}); "
+            f"choose one with a glob such as data.path='{path}/**/*{formats[0]}'"
+        )
+    for file in files:
+        if "::" in file:
+            raise UserError(f"{where}: datasets takes the `::` in {file} apart; rename it")
+        if file.lower().endswith(".zst") and find_spec("zstandard") is None:
+            raise UserError(f"{where}: {file} takes the package zstandard: pip install zstandard")
+    return files
+
+
+def matches(pattern: Path) -> Iterator[str]:
+    """What a glob matches; the folders that it begins with and that exist are no pattern."""
+    folder = next(parent for parent in pattern.parents if parent.exists())
+    names = pattern.relative_to(folder).parts
+    if "**" not in names:
+        found = glob.iglob(os.path.join(*names), root_dir=folder)
+        yield from (str(folder / name) for name in found)
+        return
+    first = names.index("**")  # glob itself follows links in circles
+    tops = matches(folder.joinpath(*names[:first])) if first else [folder]
+    for top in tops:
+        for place, _ in _walk(top, hidden=False):
+            yield from matches(Path(place, *(names[first + 1 :] or ["*"])))
+
+
+def _walk(top: str | Path, hidden: bool = True) -> Iterator[tuple[str, list[str]]]:
+    """A folder and those below it, through links too, each once, and the names of its files."""
+    seen = set()
+    for place, folders, files in os.walk(top, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if hidden or not name.startswith("."))
+        yield place, files
+
+
+def _format(file: str) -> str:
+    """`.txt` of Notes.TXT.gz."""
+    name = Path(Path(file).name.lower())
+    inner = Path(name.stem).suffix if name.suffix in COMPRESSED else ""
+    return inner or name.suffix or "(none)"
+
+
+def check_utf8(files: list[str], where: str) -> None:
+    """UserError that names the first line of them that is not UTF-8."""
+    for file in files:
+        for _ in _lines(file, where):
+            pass
+
+
+def check_json(files: list[str], column: str, where: str) -> None:
+    """UserError that names the first row of them whose column holds something else than text.
+
+    datasets makes text of it, and JSON of the texts beside it. What is no JSON it tells itself.
+    """
+    for file in files:
+        for row, content in _rows(file, where):
+            value = content.get(column) if isinstance(content, dict) else None
+            if not isinstance(value, str | None):
+                raise UserError(
+                    f"data.column={column}: {where} holds {type(value).__name__} there, not text, "
+                    f"in row {row} of {file}; its columns are {', '.join(content)}"
+                )
+
+
+def _rows(file: str, where: str) -> Iterator[tuple[int, Any]]:
+    """Rows of a JSON file, from 1: those of its array, or its lines; none after what is no JSON."""
+    lines = _lines(file, where)
+    try:
+        for number, line in enumerate(lines, 1):
+            if number == 1 and line.lstrip().startswith("["):
+                yield from enumerate(json.loads("".join([line, *lines])), 1)
+            elif line.strip():
+                yield number, json.loads(line)
+    except json.JSONDecodeError:
+        return
+
+
+def _lines(file: str, where: str) -> Iterator[str]:
+    with fsspec.filesystem("file").open(file, "rb", compression="infer") as content:
+        for number, line in enumerate(content, 1):
+            try:
+                text = line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                byte = f"byte 0x{line[error.start]:02x}"
+                raise UserError(
+                    f"{where}: line {number} of {file} is not UTF-8 ({byte}); convert the file "
+                    "(iconv -f latin1 -t utf-8, if that is what it is), or leave it out"
+                ) from error
+            yield text
