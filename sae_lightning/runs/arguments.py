@@ -45,7 +45,7 @@ EMPTY = ("", "''", '""')
 
 def checked(arguments: list[str]) -> list[str]:
     """The arguments, Hydra's flags first: it takes none after a setting. UserError for a flag that
-    it does not know, and for a folder without a name."""
+    it does not know, a folder without a name, and a sweep where only a preset can have one."""
     known, unknown = get_args_parser().parse_known_intermixed_args(arguments)
     if unknown:
         raise UserError(
@@ -59,6 +59,12 @@ def checked(arguments: list[str]) -> list[str]:
         if equals and name.lstrip("+") in (*PATHS, "hydra.sweep.subdir") and value in EMPTY:
             raise UserError(
                 f"{setting}: empty (a shell variable that is not set?); give a path or leave it out"
+            )
+        if found := re.match(r"hydra\.sweeper\.(params|search_space)\b", name.lstrip("+")):
+            # omegaconf sets nothing below what is null
+            raise UserError(
+                f"{setting}: {found[0]} is for presets; write a sweep as train.py -m setting=1,2, "
+                "a search as train.py -m hydra/sweeper=optuna 'setting=interval(1,2)'"
             )
     return [argument for argument in arguments if argument not in settings] + settings
 

@@ -57,6 +57,9 @@ def test_a_flag_may_stand_anywhere(typed, taken):
             )
             for value in ("", "''")
         ),
+        ("hydra.sweeper.params.seed=3", "hydra.sweeper.params.seed=3: hydra.sweeper.params is for"),
+        ("+hydra.sweeper.params={seed:3}", "+hydra.sweeper.params={seed:3}: hydra.sweeper.params"),
+        ("hydra.sweeper.search_space.seed.low=1", "hydra.sweeper.search_space.seed.low=1: hydra."),
     ],
 )
 def test_what_cannot_be_meant_is_refused(typed, message):
