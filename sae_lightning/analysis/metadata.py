@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from sae_lightning.errors import UserError
+from sae_lightning.formats.readers import OURS
 from sae_lightning.llm.sites import Kind, LayerConfig
 from sae_lightning.runs.config import Config
 from sae_lightning.sae import ARCHITECTURES, SAE
@@ -26,26 +27,30 @@ PLACES = {
     r"blocks\.(\d{1,6})\.hook_mlp_out": (Kind.mlp, 0),
     r"blocks\.(\d{1,6})\.(?:ln2\.hook_normalized|mlp\.hook_in)": (Kind.mlp_in, 0),
     r"(?:.*\.)?(?:h|layers|blocks)\.(\d{1,6})": (Kind.resid, 0),
+    r"resid_post_layer_(\d{1,6})": (Kind.resid, 0),  # dictionary_learning
     r"(?:.*\.)?(?:h|layers|blocks)\.(\d{1,6})\.mlp": (Kind.mlp, 0),
 }
 
 
-# What is asked of the metadata, and its type.
+# What is asked of the metadata, and its type; of a run's settings, which count more, the LLM.
 ASKED = {"model_name": str, "hook_name": str, "hook_name_out": str, "context_size": int}
+LLM = {"llm.name": str, "llm.bos": str, "llm.separator": str}
 
 
 def config_of(sae: SAE, run: str, asked: dict[str, Any], given: Collection[str]) -> Config:
     """The settings in the metadata of an SAE in the folder `run`, with those of `asked` (llm, data,
     layer, seed) that are `given` by name instead. UserError where nothing says what it reads."""
-    metadata = {key: sae.metadata[key] for key in ASKED if sae.metadata.get(key) is not None}
+    own = sae.metadata.get(OURS)
+    said = sae.metadata | (own if isinstance(own, dict) else {})
+    metadata = {key: said[key] for key in ASKED | LLM if said.get(key) is not None}
     for key, value in metadata.items():
-        if type(value) is not ASKED[key]:
-            raise UserError(
-                f"{run}: {key}={value!r:.80} in its metadata is no {ASKED[key].__name__}"
-            )
+        kind = (ASKED | LLM)[key]
+        if type(value) is not kind:
+            raise UserError(f"{run}: {key}={value!r:.80} in its metadata is no {kind.__name__}")
     llm, data, layer = asked["llm"], asked["data"], asked["layer"]
     if not {"llm", "llm.name"} & {*given}:
-        llm = replace(llm, name=_llm(metadata, run))
+        special = {name: metadata.get(f"llm.{name}") for name in ("bos", "separator")}
+        llm = replace(llm, name=_llm(metadata, run), **special)
     if not any(name.split(".")[0] == "layer" for name in given):
         layer = _layer(metadata, run)
     if "data.context" not in given and "context_size" in metadata and hasattr(data, "context"):
@@ -55,12 +60,16 @@ def config_of(sae: SAE, run: str, asked: dict[str, Any], given: Collection[str])
 
 
 def _llm(metadata: dict[str, Any], run: str) -> str:
+    if own := metadata.get("llm.name"):
+        return own
     name = metadata.get("model_name")
     if not name:
         raise UserError(
             f"{run} does not say which LLM its SAE reads: give llm=... (of those in conf/llm) or "
             "llm=hf llm.name=..."
         )
+    if "/" in name:
+        return name
     owner = next((owner for start, owner in OWNERS.items() if name.startswith(start)), None)
     return HUB.get(name) or (f"{owner}/{name}" if owner else name)
 

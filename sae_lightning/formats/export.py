@@ -22,6 +22,7 @@ from sae_lightning.files import atomically, write_json
 from sae_lightning.formats.readers import (
     CFG,
     FORMATS,
+    NOTE,
     OURS,
     TRANSCODERS,
     WEIGHTS,
@@ -36,12 +37,11 @@ def save_sae(folder: Path, sae: SAE, weights: dict[str, Tensor], metadata: dict[
     """Write folded weights of `sae` (see `SAE.fold`) as a SAELens folder, atomically.
 
     `metadata` holds SAELens' own keys (model_name, hook_name, ...) and ours; with hook_name_out it
-    is a transcoder. SAELens knows no transcoder with TopK or gates: it opens those as the plain
-    kind if both sites are equally wide, and not at all with a skip connection; `load_sae` reads
-    all of them.
+    is a transcoder.
     """
     kind = sae.architecture
     if "hook_name_out" in metadata:
+        metadata = metadata | ({NOTE: note} if (note := caveat(sae)) else {})
         kind = TRANSCODERS.get((kind, sae.config.skip), kind)
     cfg = {
         "architecture": kind,
@@ -65,6 +65,16 @@ def save_sae(folder: Path, sae: SAE, weights: dict[str, Tensor], metadata: dict[
     write_json(folder / CFG, cfg)
     with atomically(folder / WEIGHTS) as temporary:
         save_file(tensors, temporary)
+
+
+def caveat(sae: SAE) -> str | None:
+    """What to know of a transcoder that SAELens has no class for."""
+    if (sae.architecture, sae.config.skip) in TRANSCODERS:
+        return None
+    told = f"SAELens has no {sae.architecture} transcoder and opens this one as an autoencoder"
+    if sae.config.skip:
+        told = f"SAELens has no {sae.architecture} transcoder with a skip connection"
+    return f"{told}; sae_lightning.load_sae reads it as it is"
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from sae_lightning.stream.states import expect
 
 CFG = "cfg.json"
 WEIGHTS = "sae_weights.safetensors"
+NOTE = "note"  # the key of the metadata under which we say what SAELens makes of it
 OURS = "sae_lightning"  # the key in cfg.json under which we describe the SAE ourselves
 
 # kind, with a skip connection -> SAELens' name of the transcoder
@@ -75,7 +76,12 @@ class Stored(NamedTuple):
 
 
 def _json(file: Path) -> dict[str, Any]:
-    return json.loads(read_text(file))
+    return _given(json.loads(read_text(file)))
+
+
+def _given(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings without those that are null: not given."""
+    return {key: value for key, value in settings.items() if value is not None}
 
 
 def _check(source: Path, key: str, value: Any, readable: Iterable[str]) -> None:
@@ -194,7 +200,7 @@ def _scale(source: Path, normalisation: str | bool) -> float:
             f"{given} cannot be folded into the weights; only expected_average_only_in can"
         )
     beside = source.with_name("activation_scaler.json")  # in checkpoints
-    factor = _json(beside)["scaling_factor"] if beside.is_file() else None
+    factor = _json(beside).get("scaling_factor") if beside.is_file() else None
     if factor is None:
         raise UserError(
             f"{given}, but its factor is not saved: fold it in with SAELens "
@@ -218,7 +224,8 @@ def sparsify(file: Path) -> Stored:
 def dictionary_learning(file: Path) -> Stored:
     """dictionary_learning, whose scale of activations is folded in already."""
     source = file.with_name("config.json")
-    trainer = _json(source)["trainer"]
+    cfg = _json(source)
+    trainer = _given(cfg["trainer"])
     _check(source, "dict_class", trainer["dict_class"], DICTIONARIES)
     name, centred = DICTIONARIES[trainer["dict_class"]]
     tensors = load_tensors(file)
@@ -233,7 +240,12 @@ def dictionary_learning(file: Path) -> Stored:
         weights.pop("threshold", None)  # a by-product; each token has its k features
     elif "threshold" in weights:
         weights["threshold"] = weights["threshold"].clamp(min=0).expand_as(weights["b_enc"])
-    return Stored(settings, weights, trainer, centred)
+    about = {
+        "model_name": trainer.get("lm_name"),
+        "hook_name": trainer.get("submodule_name"),
+        "context_size": cfg.get("buffer", {}).get("ctx_len"),
+    }
+    return Stored(settings, weights, about | trainer, centred)
 
 
 FORMATS = {

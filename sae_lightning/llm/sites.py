@@ -51,8 +51,8 @@ class Kind(Enum):
 
 HOOK_NAMES = {
     Kind.attn: "hook_attn_out",
-    # behind the norm's weights, which TransformerLens by default folds into the MLP
-    Kind.mlp_in: "ln2.hook_normalized",
+    # not ln2.hook_normalized, which is before the norm's gain
+    Kind.mlp_in: "mlp.hook_in",
     Kind.mlp: "hook_mlp_out",
     Kind.resid: "hook_resid_post",
 }
@@ -91,6 +91,15 @@ class Sites(NamedTuple):
         if self.target != self.source:
             names["hook_name_out"] = self.target.hook_name
         return names
+
+    def module_names(self, paths: dict[Site, str]) -> dict[str, str]:
+        """transformers' names of both, as `paths` has them, under SAELens' keys."""
+        places = {"hf_hook_name": self.source, "hf_hook_name_out": self.target}
+        return {
+            key: paths[site]
+            for key, site in places.items()
+            if site in paths and key.replace("hf_", "") in self.hook_names
+        }
 
 
 def distinct(pairs: Iterable[Sites]) -> list[Site]:
@@ -179,6 +188,12 @@ def site_module(model: nn.Module, site: Site) -> nn.Module:
             if hasattr(block, name):
                 return getattr(block, name)
     return _branch(block, site.kind)
+
+
+def module_paths(model: nn.Module, sites: Iterable[Site]) -> dict[Site, str]:
+    """Dotted paths of the modules whose output is the activation; mlp_in is the output of none."""
+    names = {module: name for name, module in model.named_modules()}
+    return {s: names[site_module(model, s)] for s in sites if s.kind is not Kind.mlp_in}
 
 
 def hook(

@@ -14,6 +14,7 @@ from lightning.fabric.plugins.environments import LightningEnvironment
 
 from sae_lightning.errors import WriteError
 from sae_lightning.files import write_json
+from sae_lightning.formats.export import caveat
 from sae_lightning.llm.packaged import Shape
 from sae_lightning.llm.sites import Sites, distinct
 from sae_lightning.runs.config import Config
@@ -143,6 +144,7 @@ def assemble(this: Pass, opened: Opened) -> Parts:
     ]
     for job, head in zip(jobs, heads, strict=True):
         head.log = _log(job, jobs, resumed_at)
+        head.metadata |= Sites(head.source, head.target).module_names(opened.modules)
     module = SAEModule(heads, batch=trainer.batch, steps=trainer.steps, resume=resume_of(jobs))
     return Parts(
         data=ActivationData(stream, opened.held_out),
@@ -206,6 +208,9 @@ def finish(jobs: list[Job], parts: Parts) -> list[dict[str, float] | None]:
             | {"heads": len(module.heads), "peak_memory_gb": peak_memory_gb()},
         }
         write_json(job.folder / METRICS_FILE, metrics)
+    transcoders = [head for head in module.training_heads if head.source != head.target]
+    for note in {caveat(head.sae) for head in transcoders} - {None}:
+        console.print(note)
     if len(jobs) == 1:
         conclude(jobs[0], metrics)
     elif "tokens_per_second" in module.speed:

@@ -157,6 +157,8 @@ class Opened(NamedTuple):
     """HeldOut or HeldOutConcepts: `activations(site)`, and `scores` of SAEs on them."""
     about: dict[str, str]
     """What they come from, for a person."""
+    modules: dict[Site, str] = {}
+    """Names of the LLM's modules at the sites."""
 
 
 class Memory(NamedTuple):

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 
 from sae_lightning.errors import UserError
+from sae_lightning.llm.capture import factor
 from sae_lightning.llm.load import (
     LLM,
     NO_LLM,
     Attention,
     device,
+    hub_name,
     load,
     load_tokenizer,
     parameters,
@@ -20,7 +22,7 @@ from sae_lightning.llm.load import (
 from sae_lightning.llm.load import shape as llm_shape
 from sae_lightning.llm.packaged import Shape
 from sae_lightning.llm.quiet import quiet
-from sae_lightning.llm.sites import LayerConfig, Site, Sites
+from sae_lightning.llm.sites import LayerConfig, Site, Sites, module_paths
 from sae_lightning.llm.splice import HEAD, Baseline, Scores
 from sae_lightning.stream.base import Memory, Opened, Source, TextConfig
 from sae_lightning.stream.documents import Text
@@ -142,7 +144,9 @@ class TextSource(Source):
                 f"{bos} opens sequences and {separator} ends documents, as the model's config says "
                 "(others: llm.bos, llm.separator)"
             )
-        return Opened(rows, self.open_held_out(sites, tokens, loss_tokens, opened), about)
+        held_out = self.open_held_out(sites, tokens, loss_tokens, opened)
+        as_returned = [site for site in sites if factor(llm.model, site) == 1]
+        return Opened(rows, held_out, about, module_paths(llm.model, as_returned))
 
     def open_held_out(
         self,
@@ -175,4 +179,5 @@ class TextSource(Source):
         return {"site": "; ".join(dict.fromkeys(told))}
 
     def metadata(self) -> dict[str, Any]:
-        return super().metadata() | {"context_size": self.data.context, "prepend_bos": True}
+        about = {"model_name": hub_name(self.llm), "context_size": self.data.context}
+        return super().metadata() | about | {"prepend_bos": True}

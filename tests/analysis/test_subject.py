@@ -130,6 +130,8 @@ def test_an_sae_alone_says_where_it_was_trained(sae, planted):
         ("model.layers.2", Site(2, Kind.resid)),
         ("transformer.h.1", Site(1, Kind.resid)),
         ("model.layers.2.mlp", Site(2, Kind.mlp)),
+        ("blocks.1.mlp.hook_in", Site(1, Kind.mlp_in)),
+        ("resid_post_layer_2", Site(2, Kind.resid)),
     ],
 )
 def test_places_are_known_by_the_names_of_other_tools(sae, hook, site):
@@ -147,11 +149,30 @@ def test_a_transcoder_alone_has_two_sites(sae):
 
 @pytest.mark.parametrize(
     ("said", "name"),
-    [("gpt2-small", "gpt2"), ("pythia-70m", "EleutherAI/pythia-70m"), ("owner/mine", "owner/mine")],
+    [
+        ("gpt2-small", "gpt2"),
+        ("pythia-70m", "EleutherAI/pythia-70m"),
+        ("owner/mine", "owner/mine"),
+        ("Qwen/Qwen9-0.6B", "Qwen/Qwen9-0.6B"),
+        ("gpt2-mine/gpt2", "gpt2-mine/gpt2"),
+    ],
 )
 def test_llms_are_known_by_transformerlens_names(sae, said, name):
     rewrite(sae, model_name=said)
     with pytest.raises(UserError, match=f"llm.name={name}: not a local folder"):
+        open_subject(*asked(sae))
+
+
+def test_a_runs_own_settings_name_its_llm_better_than_the_name_for_others(sae, planted):
+    own = {"llm.name": str(planted[0]), "llm.separator": "the", "llm.bos": None}
+    rewrite(sae, model_name="owner/mine", sae_lightning=own)
+    llm = open_subject(*asked(sae)).config.llm
+    assert (llm.name, llm.bos, llm.separator) == (str(planted[0]), None, "the")
+    rewrite(sae, sae_lightning=own | {"llm.name": 3})
+    with pytest.raises(UserError, match=r"bare: llm\.name=3 in its metadata is no str"):
+        open_subject(*asked(sae))
+    rewrite(sae, sae_lightning=["llm.name"])
+    with pytest.raises(UserError, match="owner/mine: not a local folder"):
         open_subject(*asked(sae))
 
 

@@ -318,3 +318,24 @@ def test_a_scaling_factor_other_than_1_is_refused(tmp_path):
     tensors = MATRICES | {"scaling_factor": torch.full((FEATURES,), 2.0)}
     with pytest.raises(UserError, match="scaling_factor is no part of a relu SAE"):
         load_sae(saelens(tmp_path, tensors))
+
+
+def test_what_is_null_was_not_given(tmp_path):
+    """Also in the metadata."""
+    folder = saelens(tmp_path, model_name="a/b")
+    plain, cfg = load_sae(folder), json.loads((folder / CFG).read_text())
+    nothing = ["activation_fn", "normalize_activations", "rescale_acts_by_decoder_norm"]
+    (folder / CFG).write_text(json.dumps(dict.fromkeys(nothing) | cfg | {"metadata": None}))
+    read = load_sae(folder)
+    assert torch.equal(read.W_enc, plain.W_enc)
+    assert read.metadata["model_name"] == "a/b"
+
+
+def test_dictionary_learning_says_what_it_reads(tmp_path):
+    folder = dictionary(tmp_path, "AutoEncoder")
+    cfg = json.loads((folder / "config.json").read_text())
+    cfg["trainer"]["submodule_name"], cfg["buffer"]["ctx_len"] = "resid_post_layer_3", 16
+    (folder / "config.json").write_text(json.dumps(cfg))
+    said = load_sae(folder).metadata
+    assert (said["model_name"], said["context_size"]) == ("pythia", 16)
+    assert said["hook_name"] == "resid_post_layer_3"

@@ -16,6 +16,7 @@ from sae_lightning.llm.load import (
     Dtype,
     LLMConfig,
     Shape,
+    hub_name,
     load,
     parameters,
     shape,
@@ -59,6 +60,17 @@ def test_shape_reads_the_text_part_of_a_nested_config(tmp_path):
     text |= {"vocab_size": 99}
     transformers.Gemma3Config(text_config=text).save_pretrained(tmp_path)
     assert shape(LLMConfig(name=str(tmp_path))) == Shape(5, 48, 77, vocabulary=99)
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [("owner/name", "owner/name"), ("/home/me/llm", None), ("./llm", None), ("", None)],
+)
+def test_others_find_the_llm_under_its_name_on_the_hub(tmp_path, said, expected):
+    (tmp_path / "config.json").write_text(json.dumps({"_name_or_path": said}))
+    assert hub_name(LLMConfig(name=str(tmp_path))) == (expected or str(tmp_path))
+    assert hub_name(LLMConfig(name="gpt2")) == "gpt2"
+    assert hub_name(LLMConfig(name="smollm2")) == "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def test_parameters_are_counted_without_reading_them(llm, tmp_path):

@@ -1,10 +1,13 @@
 """Sites are found by structure, are ordered by depth, and say what is wrong."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 from sae_lightning.errors import UserError
+from sae_lightning.llm.capture import capture
 from sae_lightning.llm.sites import (
     Kind,
     LayerConfig,
@@ -12,6 +15,7 @@ from sae_lightning.llm.sites import (
     Sites,
     decoder_stack,
     distinct,
+    module_paths,
     site_module,
 )
 
@@ -30,7 +34,7 @@ def test_sites_sort_in_the_order_in_which_the_model_computes_them():
     [
         (Kind.resid, "resid.9", "blocks.9.hook_resid_post"),
         (Kind.attn, "attn.9", "blocks.9.hook_attn_out"),
-        (Kind.mlp_in, "mlp_in.9", "blocks.9.ln2.hook_normalized"),
+        (Kind.mlp_in, "mlp_in.9", "blocks.9.mlp.hook_in"),
         (Kind.mlp, "mlp.9", "blocks.9.hook_mlp_out"),
     ],
 )
@@ -51,7 +55,7 @@ def test_an_autoencoder_has_one_site_and_a_transcoder_two():
     two = LayerConfig(index=2, source=Kind.mlp_in, target=Kind.mlp).within(3)
     assert str(two) == "mlp_in.2 -> mlp.2"
     assert two.hook_names == {
-        "hook_name": "blocks.2.ln2.hook_normalized",
+        "hook_name": "blocks.2.mlp.hook_in",
         "hook_name_out": "blocks.2.hook_mlp_out",
     }
     assert distinct([two, one]) == [two.source, two.target]
@@ -116,3 +120,56 @@ def test_a_branch_that_adds_the_residual_stream_itself_is_refused():
     for kind in (Kind.attn, Kind.mlp_in, Kind.mlp):
         with pytest.raises(UserError, match="use layer=resid"):
             site_module(model, Site(1, kind))
+
+
+@pytest.mark.parametrize("kind", [Kind.resid, Kind.attn, Kind.mlp])
+def test_a_site_has_transformers_name_of_the_module_that_returns_it(llm, tokens, kind):
+    """As SAELens reads a model of transformers: the module's output, or the first of several."""
+    site, found = Site(1, kind), []
+    (name,) = module_paths(llm.model, [site]).values()
+
+    def read(module, args, output):
+        found.append((output if isinstance(output, torch.Tensor) else output[0]).clone())
+
+    with llm.model.get_submodule(name).register_forward_hook(read):
+        llm.model(tokens, use_cache=False)
+    expected = capture(llm.model, tokens, [site])[site]
+    torch.testing.assert_close(found[0].view(4, 10, -1), expected)
+
+
+def test_the_mlps_input_is_the_output_of_no_module(tiny):
+    sites = Sites(Site(1, Kind.mlp_in), Site(1, Kind.mlp))
+    paths = module_paths(tiny("llama").model, sites)
+    assert sites.module_names(paths) == {"hf_hook_name_out": "model.layers.1.mlp"}
+    one = Sites(sites.target, sites.target)
+    assert one.module_names(paths) == {"hf_hook_name": "model.layers.1.mlp"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "gpt_neox_sequential"])
+def test_transformerlens_has_the_same_activation_under_the_sites_name(tiny, tokens, family):
+    bridges = pytest.importorskip("transformer_lens.model_bridge")
+    llm = tiny(family)
+    gains = [p for name, p in llm.model.named_parameters() if "norm" in name or "ln_" in name]
+    assert min(float((gain - 1).abs().max()) for gain in gains) > 0.3
+    sites = [Site(1, kind) for kind in Kind]
+    expected = capture(llm.model, tokens, sites)
+    bridge = bridges.TransformerBridge.boot_transformers(
+        llm.name,
+        hf_model=copy.deepcopy(llm.model),
+        tokenizer=llm.tokenizer,
+        device="cpu",
+        dtype=torch.float32,
+    )
+    with torch.no_grad():
+        _, found = bridge.run_with_cache(tokens)
+    for site in sites:
+        torch.testing.assert_close(
+            found[site.hook_name],
+            expected[site],
+            rtol=1e-4,
+            atol=1e-4,
+            msg=lambda m, s=site: f"{s}: {m}",
+        )
+    before_the_gain = found["blocks.1.ln2.hook_normalized"]
+    assert not torch.allclose(before_the_gain, expected[Site(1, Kind.mlp_in)], atol=0.1)

@@ -50,7 +50,7 @@ def test_every_architecture_learns_the_mlp_and_is_saved_as_it_is_scored(transcod
     passes.train([done])
     said = metrics(done)["held_out"]
     sae = load_sae(done.folder)
-    assert sae.metadata["hook_name"] == "blocks.1.ln2.hook_normalized"
+    assert sae.metadata["hook_name"] == "blocks.1.mlp.hook_in"
     assert sae.metadata["hook_name_out"] == "blocks.1.hook_mlp_out"
 
     held_out = done.config.source.open_held_out(SITES, 150, 150)
@@ -76,6 +76,7 @@ def test_the_mlp_is_learned_and_not_its_input(transcoder, job):
     assert "hook_name_out" in names[0]
     assert "hook_name_out" not in names[1]
     assert names[0]["hook_name"] == names[1]["hook_name"]
+    assert names[0]["hf_hook_name_out"].startswith("model.layers.1.")
     held_out = both[0].config.source.open_held_out(SITES, 150, 150)
     x, y = (held_out.activations(site) for site in SITES)
     errors = {}
