@@ -86,7 +86,8 @@ class ShuffledTokens:
         if state["tokens"] != len(self.flat):
             raise UserError(
                 f"data: the text has {len(self.flat):,} tokens but the run to be resumed read one "
-                f"of {state['tokens']:,}; resume with the same data settings and files"
+                f"of {state['tokens']:,}; resume with the same data settings and files, and the "
+                "version of sae_lightning that it was begun with"
             )
         check_text(state, self.fingerprint())
         self._begin(state["epoch"], state["cursor"])
@@ -127,8 +128,13 @@ class StreamedTokens:
         """The documents that follow, counted."""
         try:
             for row in self._rows:
-                text = row["text"] or ""
+                text = "" if row["text"] is None else row["text"]
                 self.documents += 1
+                if not isinstance(text, str):
+                    raise UserError(
+                        f"{self.where}: a row holds {type(text).__name__} in place of text "
+                        f"({str(text)[:40]!r}); leave it out, or give another data.column"
+                    )
                 self.text = zlib.crc32(text.encode("utf8", "surrogatepass"), self.text)
                 yield text
         except UserError:
@@ -216,7 +222,8 @@ def check_text(state: dict[str, Any], text: str | int) -> None:
     if state.get("text", text) != text:
         raise AnotherText(
             f"data: the text is no longer the one that the run to be resumed read ({text}, not "
-            f"{state['text']}); resume with the same data settings and files"
+            f"{state['text']}); resume with the same data settings and files, and the version of "
+            "sae_lightning that it was begun with"
         )
 
 

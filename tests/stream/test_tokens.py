@@ -203,6 +203,15 @@ def test_a_stream_that_breaks_off_says_how_to_go_on(tokenizer, part):
     assert isinstance(error.value.__cause__, ConnectionError)
 
 
+@pytest.mark.parametrize("value", [7, 0, ["a"], {"a": 1}])
+def test_a_streamed_row_that_holds_no_text_is_told(tokenizer, value):
+    data = IterableDataset.from_generator(lambda: iter([{"text": "ab"}, {"text": value}]))
+    tokens = open_tokens(Text(data, data, "data.name=a/b"), tokenizer, context=6, seed=0)
+    told = rf"^data.name=a/b: a row holds {type(value).__name__} in place of text \(.*data.column$"
+    with pytest.raises(UserError, match=told):
+        tokens.train.next(9)
+
+
 @pytest.mark.parametrize("raised", [KeyboardInterrupt, UserError("as it is")])
 def test_a_stream_explains_nobody_elses_errors(tokenizer, raised):
     train = source(["abc"], "streamed", tokenizer)
