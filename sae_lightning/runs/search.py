@@ -8,7 +8,7 @@ from sae_lightning.errors import UserError
 from sae_lightning.scoring.metrics import Quality
 from sae_lightning.stream import SOURCES
 
-OF_QUALITY = {*Quality._fields} - {"density"}
+OF_QUALITY = {*Quality._fields} - {"density", "dimension"}
 METRICS = sorted(OF_QUALITY.union(*(row.measures for row in SOURCES.values())))
 # Per factor e of active features too many (1 % too many cost 0.1). It has to outweigh what a metric
 # gains by them: kl, the steepest, falls by 0.2 nats from L0 20 to 50 (SmolLM2, block 9).

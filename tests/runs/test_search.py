@@ -55,7 +55,7 @@ def test_a_metric_that_is_nan_is_the_worst_of_all(name):
 
 
 def test_every_number_of_a_run_that_the_sae_decides_can_be_the_objective():
-    quality = Quality(1.0, 0.5, 0.1, torch.zeros(2))
+    quality = Quality(1.0, 0.5, 0.1, torch.zeros(2), None)
     of_text = Scorecard(quality, scores=Scores(1, 2, 3, 3, 0.5, 0.1)).scalars()
     of_concepts = Scorecard(quality, Recovery(*range(9))).scalars()
     fixed = {*Baseline._fields, *OF_THE_WORLD}
