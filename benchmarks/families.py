@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import torch
@@ -50,11 +51,14 @@ SIZES = {
 }
 # What is said beside that.
 ALTERNATING = ["sliding_attention", "full_attention"] * 2
-ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
+ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
 SETTINGS: dict[str, dict[str, Any]] = {
-    "bamba": {"mamba_n_heads": 4},
+    "bamba": {"mamba_n_heads": 4, "attn_layer_indices": [2]},
     "codegen": {"n_head": 4, "rotary_dim": 8},
-    "cohere_compass_text": {"layer_types": ALTERNATING},
+    "cohere_compass_text": {
+        "layer_types": ALTERNATING,
+        "rope_parameters": dict.fromkeys(ALTERNATING, {"rope_type": "default", "rope_theta": 1e4}),
+    },
     "deepseek_v2": {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "falcon_h1": {"attention_out_multiplier": 0.5},
@@ -64,6 +68,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "activation_sparsity_pattern": [0.0] * LAYERS,
     },
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "glm4v_moe": {"text_config": {"rope_parameters": ROPE | {"mrope_section": [1, 1, 2]}}},
     "granite": {"residual_multiplier": 0.22},
     "granite_swa": {"residual_multiplier": 0.22},
     "granitemoe": {"residual_multiplier": 0.22},
@@ -72,15 +77,24 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "granitemoeshared": {"residual_multiplier": 0.22},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
+    "hunyuan_vl": {"text_config": {"head_dim": 16, "rope_parameters": ROPE}},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 4, "head_dim": 16},
+    "mimo_v2_flash": {"num_attention_heads": 8},
     "ministral": {"head_dim": 16},
+    "mistral4": {"head_dim": 32},
+    "step3p7": {"text_config": {"sliding_window": 8}},
+    "zamba2": {
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "attention_hidden_size": 64,
+        "attention_head_dim": 32,
+    },
     "nemotron": {"num_key_value_heads": 2, "head_dim": 16},
 }
 for _family in ("glm46v", "glm4v", "glm_ocr", "glmga", "paddleocr_vl", "qwen2_5_vl", "qwen2_vl"):
-    SETTINGS[_family] = {"text_config": ROPE}
-SETTINGS["qwen2_5_omni_thinker"] = {"text_config": ROPE}
+    SETTINGS[_family] = {"text_config": {"rope_parameters": ROPE}}
+SETTINGS["qwen2_5_omni_thinker"] = {"text_config": {"rope_parameters": ROPE}}
 
 
 def families() -> list[str]:
@@ -108,8 +122,8 @@ def _small(config) -> dict[str, Any]:
             found[name] = _small(value)
         elif isinstance(value, int) and not isinstance(value, bool):
             size = next((n for rule, n in SIZES.items() if re.fullmatch(rule, name)), None)
-            if size is not None and value > size:
-                found[name] = size
+            if size is not None:
+                found[name] = min(size, value)
     return found
 
 
@@ -171,6 +185,7 @@ REASONS = {
     "not one row for each": "not a row a token",
     "no list of": "no list of blocks",
     "weights are missing": "weights are missing",
+    "num_hidden_layers": "no text decoder",
 }
 
 
@@ -269,7 +284,10 @@ def page(rows: dict[str, dict[Kind, str] | str | None]) -> str:
     right = sum(
         said[kind] == RIGHT for said in rows.values() if isinstance(said, dict) for kind in Kind
     )
-    refused = "\n".join(f"- {why}: {', '.join(names)}" for why, names in sorted(whole.items()))
+    refused = "\n".join(
+        fill(f"- {why}: {', '.join(names)}", 100, subsequent_indent="  ", break_on_hyphens=False)
+        for why, names in sorted(whole.items())
+    )
     return PAGE_TEXT.format(
         date=date.today(),
         version=transformers.__version__,
@@ -280,7 +298,7 @@ def page(rows: dict[str, dict[Kind, str] | str | None]) -> str:
         rule="---|" * len(ORDER),
         rows="\n".join(lines),
         refused=refused,
-        left=", ".join(left),
+        left=fill(", ".join(left), 100, break_on_hyphens=False),
     )
 
 
@@ -323,12 +341,14 @@ blocks and head; give them text as to any LLM. What encodes images is loaded wit
 |---|{rule}
 {rows}
 
-Refused as a whole, before anything is loaded:
+Refused as a whole, all but the last without reading a weight:
 
 {refused}
 
-Not tried, because transformers needs another package for them or a tiny one cannot be built
-generically: {left}.
+Not tried, because transformers needs another package for them, or a tiny one takes more than
+smaller numbers in its config:
+
+{left}
 """
 
 

@@ -12,6 +12,7 @@ import platformdirs
 import torch
 from torch import nn
 
+from sae_lightning.llm.capture import factor
 from sae_lightning.llm.load import LLM, LLMConfig
 from sae_lightning.llm.sites import Site
 from sae_lightning.stream.ahead import Ahead
@@ -96,8 +97,14 @@ def settings(config: LLMConfig, data: TextConfig, seed: int, rows: LLMRows) -> d
         },
         "data": text | {"text": rows.tokens.fingerprint(), "files": data.files_hash()},
         "seed": seed,
-        "sites": [str(site) for site in rows.sites],
+        "sites": [_read(model, site) for site in rows.sites],
     }
+
+
+def _read(model: nn.Module, site: Site) -> str:
+    """A site, and what its branch is multiplied by; earlier versions did not do that."""
+    times = factor(model, site)
+    return str(site) if times == 1 else f"{times} {site}"
 
 
 def _processor(device: torch.device) -> str:
