@@ -115,14 +115,15 @@ def _merged(one: dict, other: dict) -> dict:
     return one | other | parts
 
 
-def _small(config) -> dict[str, Any]:
+def _small(config, inner: bool = False) -> dict[str, Any]:
+    """What differs from a family's defaults; all of an `inner` config, whose class has others."""
     found = {}
     for name, value in vars(config).items():
         if hasattr(value, "to_dict"):
-            found[name] = _small(value)
+            found[name] = _small(value, inner=True)
         elif isinstance(value, int) and not isinstance(value, bool):
             size = next((n for rule, n in SIZES.items() if re.fullmatch(rule, name)), None)
-            if size is not None:
+            if size is not None and (inner or value > size):
                 found[name] = min(size, value)
     return found
 

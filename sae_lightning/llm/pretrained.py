@@ -52,7 +52,9 @@ def _not_causal(known) -> str | None:
     masked = any(name.endswith("MaskedLM") for name in known.architectures or [])
     # AutoModelForCausalLM would make a "causal" LM that sees ahead of these.
     encoder = BOTH_WAYS.fullmatch(known.model_type) and not getattr(known, "is_decoder", False)
-    if masked or encoder:
+    text = known.get_text_config()  # of EmbeddingGemma and PaliGemma it says so
+    ahead = getattr(text, "use_bidirectional_attention", None) in (True, "all")
+    if masked or encoder or ahead or not getattr(text, "is_causal", True):
         return "reads in both directions"
     if WITH_IMAGES.fullmatch(known.model_type):
         return "takes an image with every text"

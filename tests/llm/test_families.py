@@ -41,6 +41,7 @@ SOME = {
     "jamba": EVERYWHERE | {Kind.attn: "2 right, 1 no such module"},
     "bert": "reads in both directions",
     "xlnet": "reads in both directions",
+    "paligemma": "reads in both directions",
     "blip": "takes an image with every text",
     "t5gemma2": "an encoder-decoder",
 }

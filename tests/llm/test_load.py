@@ -190,6 +190,12 @@ def test_architectures_that_are_no_causal_lm(function, tmp_path):
         f"llm.name={tmp_path}: BertForMaskedLM reads in both directions; choose a causal language "
         "model such as gpt2"
     )
+    for sees_ahead in ({"use_bidirectional_attention": True}, {"is_causal": False}):
+        known = {"model_type": "gemma3_text", "architectures": ["Gemma3TextModel"]} | sees_ahead
+        file.write_text(json.dumps(known))
+        assert "Gemma3TextModel reads in both directions" in failure(function, name=str(tmp_path))
+    file.write_text(json.dumps({"model_type": "t5", "architectures": ["T5EncoderModel"]}))
+    assert "T5EncoderModel is an encoder-decoder" in failure(function, name=str(tmp_path))
     file.write_text(json.dumps({"model_type": "zork"}))
     assert "does not recognize this architecture" in failure(function, name=str(tmp_path))
     file.write_text(json.dumps({"model_type": "zork", "auto_map": {"AutoConfig": "z.Z"}}))
