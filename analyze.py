@@ -1,5 +1,6 @@
 """Look at what an SAE has learnt: python analyze.py run=outputs/<day>/<time>"""
 
+import os
 import signal
 import sys
 
@@ -7,6 +8,7 @@ from sae_lightning.errors import check_packages
 
 if __name__ == "__main__":  # as in train.py
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     check_packages()
 
 import hydra

@@ -1,11 +1,14 @@
 """Train a sparse autoencoder: python train.py model.features=10000 loss.l1=1e-3"""
 
+import os
 import signal
 
 from sae_lightning.errors import check_packages
 
 if __name__ == "__main__":  # before all else is imported, which takes seconds
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
+    # libraries read it when they are loaded: waiting threads leave their cores to other processes
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     check_packages()
 
 from pathlib import Path
