@@ -34,7 +34,7 @@ PLACES = {
 
 # What is asked of the metadata, and its type; of a run's settings, which count more, the LLM.
 ASKED = {"model_name": str, "hook_name": str, "hook_name_out": str, "context_size": int}
-LLM = {"llm.name": str, "llm.bos": str, "llm.separator": str}
+LLM = dict.fromkeys(("llm.name", "llm.revision", "llm.bos", "llm.separator"), str)
 
 
 def config_of(sae: SAE, run: str, asked: dict[str, Any], given: Collection[str]) -> Config:
@@ -49,8 +49,8 @@ def config_of(sae: SAE, run: str, asked: dict[str, Any], given: Collection[str])
             raise UserError(f"{run}: {key}={value!r:.80} in its metadata is no {kind.__name__}")
     llm, data, layer = asked["llm"], asked["data"], asked["layer"]
     if not {"llm", "llm.name"} & {*given}:
-        special = {name: metadata.get(f"llm.{name}") for name in ("bos", "separator")}
-        llm = replace(llm, name=_llm(metadata, run), **special)
+        own = {name.removeprefix("llm."): metadata.get(name) for name in LLM}
+        llm = replace(llm, **own | {"name": _llm(metadata, run)})
     if not any(name.split(".")[0] == "layer" for name in given):
         layer = _layer(metadata, run)
     if "data.context" not in given and "context_size" in metadata and hasattr(data, "context"):

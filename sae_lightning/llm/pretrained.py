@@ -119,10 +119,11 @@ def _special_tokens(config, folder: Path | None, known, tokenizer) -> list[str |
         sources.append(GenerationConfig.from_pretrained(name, **where))
     tokens = []
     for name in ("bos_token_id", "eos_token_id"):
-        found = [getattr(source, name, None) for source in sources]
-        first = next((ids for ids in found if ids is not None), None)
-        number = first[0] if isinstance(first, list) else first
-        tokens.append(number if number is None else tokenizer.convert_ids_to_tokens(number))
+        said = [getattr(source, name, None) for source in sources]
+        lists = [ids if isinstance(ids, list) else [ids] for ids in said]
+        # some write -1 where there is none
+        first = next((i for ids in lists for i in ids if i is not None and i >= 0), None)
+        tokens.append(first if first is None else tokenizer.convert_ids_to_tokens(first))
     return tokens
 
 

@@ -14,6 +14,9 @@ from sae_lightning.stream.rows import norms
 
 FEW = 1e-3  # share of the tokens
 MUCH = 0.1  # share of the variance, and ten times what as many would hold at random
+# Share of the tokens -> the most that they may hold. One token of each short sequence (the first
+# full stop in Llama 2) is no few of all tokens, and holds nearly everything.
+MOST = {FEW: MUCH, 0.05: 0.5}
 
 
 class LongTokens(NamedTuple):
@@ -34,8 +37,9 @@ class LongTokens(NamedTuple):
 
 @torch.no_grad()
 def long_tokens(x: Tensor) -> LongTokens | None:
-    """Those of x [n, d] without which its longest 0.1 % hold no more than a tenth of the variance;
-    None where they do not as it is.
+    """Those of x [n, d] without which its longest 0.1 % hold no more than a tenth of the variance,
+    and the longest 5 % no more than half; None where they do not as it is, or where it is not
+    finite.
 
         |x|      100  97  11  10   9  ...   1
                  └─ long ┘ └──── usual ────┘     max_norm: between 97 and 11, over the median
@@ -43,24 +47,28 @@ def long_tokens(x: Tensor) -> LongTokens | None:
     length, order = norms(x).cpu().sort(descending=True)
     mean = x.mean(dim=0, dtype=torch.float32)
     spread = torch.cat([(part.float() - mean).square().sum(dim=1) for part in x.split(4096)])
-    few = math.ceil(FEW * len(x))
-    # left[j]: n times the variance without the j longest; longest[j]: that of those that follow
+    # left[j]: n times the variance without the j longest
     left = spread.cpu().double()[order].flip(0).cumsum(0).flip(0)
-    longest = left - torch.cat([left[few:], torch.zeros(few, dtype=left.dtype)])
-    at_random = few / torch.arange(len(x), 0, -1, dtype=left.dtype)
-    good = longest <= left * (10 * at_random).clamp(min=MUCH)
+    bad = sum(_is_much(left, math.ceil(few * len(x)), much) for few, much in MOST.items()) > 0
     median = length.median().item()
-    if good[0] or not median > 0:
+    if not bad[0] or not median > 0:
         return None
     # from the first good place on, where the next one is shorter by most
-    first = int(good.nonzero()[0])
+    first = int((~bad).nonzero()[0])
     gaps = length[first - 1 : -1] / length[first:]
-    count = first + int(gaps[: few + 1].argmax())
+    count = first + int(gaps[: math.ceil(FEW * len(x)) + 1].argmax())
     least, most = length[count].item() / median, length[count - 1].item() / median
     middle = math.sqrt(least * most)
     rounded = (float(f"{middle:.{digits}g}") for digits in range(1, 9))
     max_norm = next((m for m in rounded if least <= m < most), least)
     return LongTokens(norms(x) <= max_norm * median, 1 - (left[count] / left[0]).item(), max_norm)
+
+
+def _is_much(left: Tensor, few: int, much: float) -> Tensor:
+    """Whether, of what is `left` [n] without the longest, the `few` that follow hold too much."""
+    rest = torch.cat([left[few:], torch.zeros(few, dtype=left.dtype)])
+    at_random = few / torch.arange(len(left), 0, -1, dtype=left.dtype)
+    return left - rest > left * (10 * at_random).clamp(min=much)
 
 
 class Dimension(NamedTuple):

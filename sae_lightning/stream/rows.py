@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from sae_lightning.errors import UserError
-from sae_lightning.llm.capture import capture
+from sae_lightning.llm.capture import capture, factor
 from sae_lightning.llm.load import LLM
 from sae_lightning.llm.sites import Site
 from sae_lightning.llm.vocabulary import special_ids
@@ -53,6 +53,7 @@ class LLMRows:
         """`batch` in sequences; activations stay on the LLM's device, in its dtype."""
         self.llm, self.tokens, self.sites = llm, tokens, tuple(sorted(set(sites)))
         self.batch, self.max_norm = batch, max_norm
+        self._scaled = [str(site) for site in self.sites if factor(llm.model, site) != 1]
         self.device = next(llm.model.parameters()).device
         self.most = batch * tokens.packing.width
         self.llm_batches = 0  # served so far
@@ -124,10 +125,18 @@ class LLMRows:
             "read": self.llm_batches,
             "tokens": self.tokens.state_dict(),
             "medians": known,
-        }
+        } | ({"scaled": self._scaled} if self._scaled else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue after LLM batch `llm_batches`; the text between `read` and it is read over."""
+        """Continue after LLM batch `llm_batches`; the text between `read` and it is read over.
+
+        UserError: earlier versions read what a branch returned, not what its block makes of it.
+        """
+        if self._scaled != state.get("scaled", []):
+            raise UserError(
+                f"resume: at {' and '.join(self._scaled)} an earlier version of sae_lightning read "
+                "what the block goes on to multiply; resume with that version, or start a new run"
+            )
         self.tokens.load_state_dict(state["tokens"])
         self.llm_batches = state["read"]
         while self.llm_batches < state["llm_batches"]:

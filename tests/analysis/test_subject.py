@@ -168,6 +168,9 @@ def test_a_runs_own_settings_name_its_llm_better_than_the_name_for_others(sae, p
     rewrite(sae, model_name="owner/mine", sae_lightning=own)
     llm = open_subject(*asked(sae)).config.llm
     assert (llm.name, llm.bos, llm.separator) == (str(planted[0]), None, "the")
+    rewrite(sae, sae_lightning=own | {"llm.name": "owner/mine", "llm.revision": "v1"})
+    with pytest.raises(UserError, match=r"^llm\.(name=owner/mine|revision=v1): "):
+        open_subject(*asked(sae))
     rewrite(sae, sae_lightning=own | {"llm.name": 3})
     with pytest.raises(UserError, match=r"bare: llm\.name=3 in its metadata is no str"):
         open_subject(*asked(sae))

@@ -103,6 +103,7 @@ def tokenizer_of(bos, eos):
         ({"ids": (1, 0)}, {}, (1, 0)),
         ({"generation": (0, [1, 7])}, {}, (0, 1)),
         ({"ids": (0, None), "generation": (5, 1)}, {}, (0, 1)),
+        ({"ids": (-1, []), "generation": (0, 1)}, {}, (0, 1)),
         ({"eos": "<eos>", "ids": (0, 5)}, {}, (1, 1)),  # the tokenizer's own count
         ({"bos": "<bos>", "eos": "<eos>", "ids": (5, 6)}, {}, (0, 1)),
         ({}, {"bos": "<bos>"}, (0, 0)),

@@ -303,3 +303,11 @@ def test_what_an_accelerator_still_has_to_do_for_a_peek_is_counted(monkeypatch, 
     assert stream.seconds == seconds
     next(iter(stream))
     assert waits == [rows.device] * (device == "meta"), "by `peek` only"
+
+
+def test_a_run_that_read_branches_before_they_were_multiplied_is_not_continued(llm, monkeypatch):
+    earlier = make(llm).state_dict()
+    monkeypatch.setattr(rows_module, "factor", lambda _, site: 0.5 if site.kind is Kind.mlp else 1)
+    with pytest.raises(UserError, match=r"^resume: at mlp\.0 an earlier version .* start a new"):
+        make(llm).load_state_dict(earlier)
+    make(llm).load_state_dict(make(llm).state_dict())
