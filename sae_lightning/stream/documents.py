@@ -1,18 +1,22 @@
 """Documents of a text: those to train on, and others held out; one column, `text`."""
 
+import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from sae_lightning.errors import UserError
-from sae_lightning.files import NO_LOCKS, WRITING
+from sae_lightning.files import NO_LOCKS, WRITING, clean
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
+    from pyarrow import Buffer, ChunkedArray
 
 # Not the run's seed: runs that differ in their seed are scored on the same held-out documents.
 HOLD_OUT_SEED = 0
+PIECE = 1 << 20  # bytes of a document looked at at a time
 OFFLINE_PRESETS = "data=shakespeare (the packaged plays) or data=text (your own files)"
 
 
@@ -29,11 +33,22 @@ class Text(NamedTuple):
     """The setting that names the text and its value, for messages."""
 
 
-def documents(texts: list[str], features: Any = None) -> "Dataset":
+def documents(texts: list[str]) -> "Dataset":
     """A data set of these texts."""
     from datasets import Dataset, Features, Value
 
-    return Dataset.from_dict({"text": texts}, features or Features({"text": Value("string")}))
+    return Dataset.from_dict({"text": texts}, Features({"text": Value("string")}))
+
+
+def copies() -> Path:
+    """Our own folder of copies of texts, beside those of datasets (beside a saved data set may not
+    be writable), without what killed writers left."""
+    from datasets.config import HF_DATASETS_CACHE
+
+    folder = Path(HF_DATASETS_CACHE) / "sae_lightning"
+    folder.mkdir(parents=True, exist_ok=True)
+    clean(folder)
+    return folder
 
 
 def hold_out(data: "Dataset", share: float) -> Text:
@@ -55,25 +70,74 @@ def hold_out(data: "Dataset", share: float) -> Text:
         if least * held[-1] <= held[n] <= most * held[-1]:
             # in the files' own order: reading stays sequential, shuffling comes later
             return Text(data.select(np.sort(order[n:])), data.select(np.sort(order[:n])))
-    size = sizes[order[last]]
-    begin, end = _cut(data[int(order[last])]["text"], share * (held[-1] / size) - held[last] / size)
-    parts = (order[last + 1 :], begin), (order[:last], end)
-    return Text(*(_joined(data.select(np.sort(whole)), text) for whole, text in parts))
+    row, size = int(order[last]), sizes[order[last]]
+    (text,) = views(column.slice(row, 1))
+    cut = _cut(text, share * (held[-1] / size) - held[last] / size)
+    parts = (order[last + 1 :], text[:cut]), (order[:last], text[cut:])
+    return Text(*(_joined(data, np.sort(whole), part, f"{row} {cut}") for whole, part in parts))
 
 
-def _cut(text: str, share: float) -> tuple[str, str]:
-    """A text and its last words: that share, or more where words begin; at most twice as much, and
-    at least half of the rest stays."""
-    cut = int(len(text) * (1 - share))
-    first = max(cut // 2, 2 * cut - len(text))
-    cut = text.rfind("\n", first, cut) + 1 or text.rfind(" ", first, cut) + 1 or cut
-    return text[:cut], text[cut:]
+def views(column: "ChunkedArray") -> Iterator["Buffer"]:
+    """Each text of a column where it lies, in memory or on disk (as a scalar it would be copied);
+    nothing for null."""
+    import pyarrow as pa
+
+    for array in column.chunks:
+        _, ends, texts = array.buffers()
+        kind = np.int64 if pa.types.is_large_string(array.type) else np.int32
+        places = np.frombuffer(ends or b"", kind)[array.offset :][: len(array) + 1].tolist()
+        for start, end, there in zip(places, places[1:], array.is_valid().tolist(), strict=False):
+            yield texts[start:end] if there and end > start else pa.py_buffer(b"")
 
 
-def _joined(data: "Dataset", text: str) -> "Dataset":
-    from datasets import concatenate_datasets
+def _cut(text: "Buffer", share: float) -> int:
+    """Before how many bytes are the last words of a text: that share of its characters, or more
+    where words begin; at most twice as much, and at least half of the rest stays."""
+    size = sum(np.count_nonzero(begins) for begins in _characters(text))
+    cut = int(size * (1 - share))
+    first, last = (_byte(text, n) for n in (max(cut // 2, 2 * cut - size), cut))
+    return _behind(b"\n", text, first, last) or _behind(b" ", text, first, last) or last
 
-    return concatenate_datasets([data, documents([text], data.features)])
+
+def _characters(text: "Buffer") -> Iterator[np.ndarray]:
+    """Whether a character begins at each byte of UTF-8, a piece of it at a time."""
+    for start in range(0, len(text), PIECE):
+        yield np.frombuffer(text[start : start + PIECE], np.uint8) & 0xC0 != 0x80
+
+
+def _byte(text: "Buffer", character: int) -> int:
+    """At which byte of UTF-8 a character begins; the end behind the last."""
+    start = 0
+    for begins in _characters(text):
+        places = np.flatnonzero(begins)
+        if character < len(places):
+            return start + int(places[character])
+        character, start = character - len(places), start + len(begins)
+    return start
+
+
+def _behind(what: bytes, text: "Buffer", first: int, last: int) -> int:
+    """Where the last of these bytes between two places ends; 0 if there is none."""
+    for end in range(last, first, -PIECE):
+        start = max(first, end - PIECE)
+        if found := text[start:end].to_pybytes().rfind(what) + 1:
+            return start + found
+    return 0
+
+
+def _joined(data: "Dataset", rows: np.ndarray, part: "Buffer", name: str) -> "Dataset":
+    """Rows of a data set and, as another one, a part of one of its documents; none is copied."""
+    import pyarrow as pa
+    from datasets import Dataset, concatenate_datasets
+    from datasets.table import concat_tables
+
+    kind = data.data.schema.field("text").type
+    ends = np.array([0, len(part)], np.int64 if pa.types.is_large_string(kind) else np.int32)
+    text = pa.Array.from_buffers(kind, 1, [None, pa.py_buffer(ends), part])
+    # with none of its rows the table is still known to be one on disk
+    table = concat_tables([data.data.slice(0, 0), pa.table({"text": text})])
+    known = hashlib.sha256(f"{data._fingerprint} {name} {len(part)}".encode()).hexdigest()[:16]
+    return concatenate_datasets([data.select(rows), Dataset(table, fingerprint=known)])
 
 
 def only_text(data: Any, row: dict | None, column: str, where: str) -> Any:

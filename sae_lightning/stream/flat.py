@@ -18,15 +18,15 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from sae_lightning.errors import UserError
-from sae_lightning.files import atomically, clean
+from sae_lightning.files import atomically
 from sae_lightning.llm.quiet import quiet
+from sae_lightning.stream.documents import copies, views
 from sae_lightning.terminal import phase
 
 PIECE = 1 << 18  # bytes; a longer document is cut
@@ -133,8 +133,6 @@ def flat_tokens(data: Any, tokenizer: Any, separator: int, what: str = "text") -
     The file is found again by the data, the tokenizer's behaviour and the separator, so the next
     run with the same three opens it in no time. Slices read it through the memory map.
     """
-    import datasets
-
     key = hashlib.sha256()
     for part in (data._fingerprint, tokenizer_hash(tokenizer), str(separator), str(PIECE)):
         key.update(part.encode())
@@ -147,11 +145,7 @@ def flat_tokens(data: Any, tokenizer: Any, separator: int, what: str = "text") -
 
         if not data.cache_files:
             return pa.chunked_array(_batches(arrays()), pa.int32())
-        # our own place: beside a saved data set may not be writable
-        folder = Path(datasets.config.HF_DATASETS_CACHE) / "sae_lightning"
-        folder.mkdir(parents=True, exist_ok=True)
-        clean(folder)
-        file = folder / f"tokens-{key.hexdigest()[:32]}.arrow"
+        file = copies() / f"tokens-{key.hexdigest()[:32]}.arrow"
         if not file.exists():
             schema = pa.schema({"tokens": pa.int32()})
             with atomically(file) as place, pa.ipc.new_stream(place, schema) as stream:
@@ -163,8 +157,7 @@ def flat_tokens(data: Any, tokenizer: Any, separator: int, what: str = "text") -
 def _documents(data: Any) -> Iterator[Any]:
     """The documents of an indexed data set, as they lie on disk."""
     for rows in data.with_format("arrow").iter(100):
-        for text in rows.column("text"):
-            yield text.as_buffer() or b""
+        yield from views(rows.column("text"))
 
 
 def _batches(arrays: Iterable[np.ndarray]) -> Iterator[pa.Array]:

@@ -9,6 +9,7 @@ from sae_lightning.errors import UserError, chain
 from sae_lightning.stream.base import TextConfig, absolute
 from sae_lightning.stream.documents import Text, first_line, hold_out, only_text
 from sae_lightning.stream.local_files import check_json, check_utf8, find_files, loader, matches
+from sae_lightning.stream.local_text import read_text
 from sae_lightning.stream.text import TextSource
 from sae_lightning.terminal import phase
 
@@ -61,7 +62,7 @@ class Local(TextSource):
         where = f"data.path={config.path}"
         try:
             data = load_local(config)
-            row = next(iter(data), None)
+            row = dict.fromkeys(data.column_names) if len(data) else None  # a text may be long
         except UserError:
             raise
         except Exception as error:  # StopIteration is how datasets answers an empty file
@@ -93,6 +94,8 @@ def _load_files(files: list[str], column: str, where: str) -> "Dataset":
     listed = DataFilesList(files, [(str(os.stat(file).st_mtime),) for file in files])
     name = loader(files[0])
     with phase("reading the text"):
+        if name == "text":
+            return read_text(files)
         builder = load_dataset_builder(name, data_files=listed, **_options(name, files[0]))
         if name == "json" and not os.path.exists(builder.cache_dir):  # not read before
             check_json(files, column, where)
@@ -101,9 +104,7 @@ def _load_files(files: list[str], column: str, where: str) -> "Dataset":
 
 
 def _options(name: str, file: str) -> dict[str, Any]:
-    """How a kind of file is read: a text file as one document, all of a CSV as text."""
-    if name == "text":
-        return {"sample_by": "document"}
+    """How a kind of file is read: all of a CSV as text."""
     if name != "csv":
         return {}
     import pandas as pd

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import fsspec
 
@@ -20,7 +20,7 @@ LOADERS = {
     ".json": "json",
     ".parquet": "parquet",
 }
-COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # datasets decompresses them as it reads
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # decompressed as they are read
 
 
 def loader(file: str) -> str:
@@ -59,6 +59,11 @@ def find_files(path: Path, where: str) -> list[str]:
         if file.lower().endswith(".zst") and find_spec("zstandard") is None:
             raise UserError(f"{where}: {file} takes the package zstandard: pip install zstandard")
     return files
+
+
+def open_file(file: str, mode: str, **options: Any) -> IO:
+    """The content of a file, decompressed."""
+    return fsspec.filesystem("file").open(file, mode, compression="infer", **options)
 
 
 def matches(pattern: Path) -> Iterator[str]:
@@ -131,7 +136,7 @@ def _rows(file: str, where: str) -> Iterator[tuple[int, Any]]:
 
 
 def _lines(file: str, where: str) -> Iterator[str]:
-    with fsspec.filesystem("file").open(file, "rb", compression="infer") as content:
+    with open_file(file, "rb") as content:
         for number, line in enumerate(content, 1):
             try:
                 text = line.decode("utf-8")

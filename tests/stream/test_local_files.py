@@ -143,7 +143,8 @@ def test_other_columns_may_hold_anything(tmp_path):
 
 
 @pytest.mark.parametrize("made", ["a file", "nowhere"])
-def test_a_cache_folder_that_cannot_be_is_named(tmp_path, monkeypatch, made):
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+def test_a_cache_folder_that_cannot_be_is_named(tmp_path, monkeypatch, kind, made):
     cache = tmp_path / "home" / "datasets"
     if made == "a file":
         cache.parent.touch()
@@ -153,4 +154,4 @@ def test_a_cache_folder_that_cannot_be_is_named(tmp_path, monkeypatch, made):
     # the builder's default argument was bound when datasets was imported
     monkeypatch.setattr("datasets.load_dataset_builder", lambda *_, **__: os.mkdir(cache))
     with pytest.raises(UserError, match=rf"its copy in {cache}: .*; set HF_DATASETS_CACHE to ano"):
-        both(write(tmp_path / "t", "a.txt"))
+        both(write(tmp_path / "t", f"a.{kind}"))

@@ -244,11 +244,13 @@ def test_a_wrong_choice_in_a_hub_data_set_is_explained(tmp_path, setting, messag
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.ENOLCK])
-def test_a_copy_that_cannot_be_written_is_no_fault_of_the_text(tmp_path, monkeypatch, number):
+@pytest.mark.parametrize("kind", ["txt", "csv"])
+def test_a_copy_that_cannot_be_written_is_no_fault_of_the_text(tmp_path, monkeypatch, kind, number):
     def refuse(*_, **__):
         raise RuntimeError("generation failed") from OSError(number, os.strerror(number))
 
     monkeypatch.setattr("datasets.load_dataset_builder", refuse)
+    monkeypatch.setattr("pyarrow.ipc.new_stream", refuse)
     told = f"its copy in .*: {os.strerror(number)}; set HF_DATASETS_CACHE to another folder"
     with pytest.raises(UserError, match=told):
-        open_text(LocalConfig(path=write(tmp_path / "text", "text")))
+        open_text(LocalConfig(path=write(tmp_path / "text", kind)))

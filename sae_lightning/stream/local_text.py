@@ -1,0 +1,64 @@
+"""Text files as documents on disk: a document may be longer than memory, so none is ever in it."""
+
+import hashlib
+import mmap
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+
+from sae_lightning.files import private_folder
+from sae_lightning.stream.documents import copies
+from sae_lightning.stream.local_files import open_file
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+PIECE = 1 << 20  # characters read at a time
+TOGETHER = 1 << 24  # bytes of short documents written at a time
+SCHEMA = pa.schema({"text": pa.large_string()})  # of any length; a `string` ends at 2 GB
+
+
+def read_text(files: list[str]) -> "Dataset":
+    """Each file as one document; the copy of them is made once and found again by their names,
+    sizes and times. (The text loader of datasets takes four times the memory of a document.)
+
+    OSError, UnicodeDecodeError.
+    """
+    from datasets import Dataset
+
+    known = [(file, stat.st_size, stat.st_mtime_ns) for file in files if (stat := os.stat(file))]
+    place = copies() / f"documents-{hashlib.sha256(repr(known).encode()).hexdigest()[:32]}.arrow"
+    if not place.exists():
+        with private_folder(place) as folder:
+            with open(folder / place.name, "wb") as copy:
+                with pa.ipc.new_stream(copy, SCHEMA) as stream:
+                    for documents in _documents(files, folder):
+                        stream.write_table(pa.table([documents], SCHEMA))
+                copy.flush()
+                os.fsync(copy.fileno())
+            os.replace(folder / place.name, place)
+    return Dataset.from_file(str(place))
+
+
+def _documents(files: list[str], folder: Path) -> Iterator[pa.Array]:
+    """The files in groups, each joined in a temporary file, which the array is a view of."""
+    left = iter(files)
+    while True:
+        with tempfile.TemporaryFile(dir=folder) as joined:
+            ends = [0]
+            while ends[-1] < TOGETHER and (file := next(left, None)):
+                with open_file(file, "r", encoding="utf-8") as source:
+                    while piece := source.read(PIECE):
+                        joined.write(piece.encode())
+                ends.append(joined.tell())
+            if len(ends) == 1:
+                return
+            joined.flush()
+            view = mmap.mmap(joined.fileno(), 0, access=mmap.ACCESS_READ) if ends[-1] else b""
+        offsets = pa.py_buffer(np.array(ends, np.int64))
+        yield pa.LargeStringArray.from_buffers(len(ends) - 1, offsets, pa.py_buffer(view))
