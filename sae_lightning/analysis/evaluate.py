@@ -1,5 +1,6 @@
 """The held-out scorecard of a saved SAE: every number, and where it comes from."""
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -97,9 +98,9 @@ def _lead(scalars: dict[str, Any]) -> str:
     )
     if "recovered" in scalars:
         return f"{lead} and recover {scalars['recovered']:.1%} of the concepts."
-    if "ce_clean" not in scalars:
+    worse = scalars.get("ce_spliced", math.nan) - scalars.get("ce_clean", math.nan)
+    if not math.isfinite(worse):  # not measured, or the LLM overflows
         return f"{lead}."
-    worse = scalars["ce_spliced"] - scalars["ce_clean"]
     return (
         f"{lead}; with the SAE in place the LLM's cross-entropy is {abs(worse):.3f} nats "
         f"{'higher' if worse >= 0 else 'lower'} "

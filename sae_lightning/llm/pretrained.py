@@ -83,7 +83,7 @@ def read_tokenizer(config, folder: Path | None, known):
     the model's config `known` names.
 
     `rows`: of the LLM's embedding, where the tokenizer has more tokens, else None; `borrowed`:
-    whether its special tokens are those of the model's config.
+    whether it names no special tokens itself.
     """
     from transformers import AutoTokenizer
 

@@ -141,7 +141,7 @@ class TextSource(Source):
         if llm.tokenizer.borrowed:
             bos, separator = llm.tokenizer.convert_ids_to_tokens([*text.train.packing[1:]])
             about["special tokens"] = (
-                f"{bos} opens sequences and {separator} ends documents, as the model's config says "
+                f"the tokenizer names none: {bos} opens sequences and {separator} ends documents "
                 "(others: llm.bos, llm.separator)"
             )
         held_out = self.open_held_out(sites, tokens, loss_tokens, opened)

@@ -92,6 +92,13 @@ def test_without_the_llms_loss_the_page_speaks_of_the_rest(held_out, tiny):
     assert len(page.figures) == 2
 
 
+def test_a_loss_that_is_not_finite_is_no_number_of_nats_in_the_lead(held_out):
+    result = evaluate(both_signs(WIDTH), held_out, SITES)
+    nothing = Scores(*[math.nan] * len(Scores._fields))
+    result = result._replace(card=result.card._replace(scores=nothing))
+    assert section(result).lead.endswith("of the activations' variance.")
+
+
 def test_what_is_written_is_json_with_every_number_of_the_scorecard(held_out):
     result = evaluate(both_signs(WIDTH), held_out, SITES)
     found = json.loads(json.dumps(result.scalars()))
