@@ -151,7 +151,11 @@ def explain(error: BaseException, overrides: list[str]) -> str | None:
         if isinstance(link, ValidationError):
             return _bad_value(link, overrides)
         if isinstance(link, OverrideParseException):
-            return f"cannot read {link.override!r}: write setting=value, quoted where needed"
+            word = link.override if "=" not in link.override else ""
+            return (
+                translate(word)
+                or f"cannot read {link.override!r}: write setting=value, quoted where needed"
+            )
         if isinstance(link, MarkedYAMLError):  # of the user's own preset
             mark = link.problem_mark
             return f"{mark.name}, line {mark.line + 1}: {link.problem}; correct the YAML there"
@@ -228,7 +232,7 @@ def _unknown_setting(error: OmegaConfBaseException, overrides: list[str]) -> str
         choices += f"{' and ' * (len(owners) > 1)}{kind}={owners[-1]}"
         return f"{name} has no meaning for this {kind}, only for {choices}: leave it out{add}"
     given = (o for o in overrides if re.match(rf"[+~]*{re.escape(name)}[.=]", o))
-    if schema not in tasks.values() and (line := translate(next(given, name))):
+    if line := translate(next(given, name)):
         return line
     if dataclasses.is_dataclass(schema):
         known = [field.name for field in dataclasses.fields(schema)]

@@ -77,28 +77,7 @@ class Config:
     """Run folder to continue; nothing else may be given with it."""
 
     def __post_init__(self):
-        name = self.model.name
-        if name not in ARCHITECTURES:
-            names = ", ".join(ARCHITECTURES)
-            raise UserError(f"model.name={name}: no such architecture; choose from {names}")
-        if type(self.loss) is not ARCHITECTURES[name].loss:
-            others = [each for each, row in ARCHITECTURES.items() if row.loss is type(self.loss)]
-            raise UserError(
-                f"loss: this is not the objective of model.name={name} but of "
-                f"{' and '.join(f'model={other}' for other in others)}; choose model=..., which "
-                "brings its own loss, and leave loss=... out"
-            )
-        if self.model.skip and self.layer.target in (None, self.layer.source):
-            raise UserError(
-                "model.skip=true: an autoencoder's skip connection would copy its input; only a "
-                "transcoder has one (layer=transcoder, or layer.target)"
-            )
-        target_l0 = getattr(self.loss, "target_l0", None)
-        if target_l0 is not None and target_l0 >= self.model.features:
-            raise UserError(
-                f"loss.target_l0={target_l0}: there are only model.features={self.model.features}; "
-                "give fewer active features, or null"
-            )
+        self._check_model()
         if self.trainer.batch > self.data.pool:
             raise UserError(
                 f"trainer.batch={self.trainer.batch} is larger than the shuffle pool "
@@ -121,6 +100,37 @@ class Config:
             )
         self.sweep.check(*self.source.measured(self.eval.loss_tokens))
         self.source.check_settings(self.layer)
+
+    def _check_model(self) -> None:
+        """UserError unless network, objective and site go together."""
+        name = self.model.name
+        if name not in ARCHITECTURES:
+            names = ", ".join(ARCHITECTURES)
+            raise UserError(f"model.name={name}: no such architecture; choose from {names}")
+        if type(self.loss) is not ARCHITECTURES[name].loss:
+            others = [each for each, row in ARCHITECTURES.items() if row.loss is type(self.loss)]
+            raise UserError(
+                f"loss: this is not the objective of model.name={name} but of "
+                f"{' and '.join(f'model={other}' for other in others)}; choose model=..., which "
+                "brings its own loss, and leave loss=... out"
+            )
+        if type(self.model) is not ARCHITECTURES[name].config:
+            owners = [o for o, row in ARCHITECTURES.items() if row.config is type(self.model)]
+            raise UserError(
+                f"model.name={name}: these are settings of model={' and model='.join(owners)}; "
+                f"a preset of your own says which: name: {owners[0]}"
+            )
+        if self.model.skip and self.layer.target in (None, self.layer.source):
+            raise UserError(
+                "model.skip=true: an autoencoder's skip connection would copy its input; only a "
+                "transcoder has one (layer=transcoder, or layer.target)"
+            )
+        target_l0 = getattr(self.loss, "target_l0", None)
+        if target_l0 is not None and target_l0 >= self.model.features:
+            raise UserError(
+                f"loss.target_l0={target_l0}: there are only model.features={self.model.features}; "
+                "give fewer active features, or null"
+            )
 
     @property
     def source(self) -> Source:

@@ -103,7 +103,8 @@ def loss_of(model: str) -> str:
     if exists(f"loss/{model}") or not exists(f"model/{model}"):  # Hydra tells what there is
         return model
     own = loader.load_configuration(f"model/{model}", [], RunMode.RUN)
-    return OmegaConf.select(own, "model.name", default="relu")
+    name = OmegaConf.select(own, "model.name", default="relu")
+    return name if name in ARCHITECTURES else "relu"  # the config tells which there are
 
 
 def run_folder(existing: str | None) -> str:
@@ -148,6 +149,11 @@ def job(cfg: DictConfig, folder: Path, overrides: list[str], multirun: bool = Fa
     """The job of a composed config: a new run in `folder`, or the one that `resume` names."""
     if cfg.resume is None:
         config = _with_absolute_paths(typed(cfg))
+        for name, value in config.flat().items():
+            if "${" in str(value):  # see saved.py
+                raise UserError(
+                    f"{name}={value}: {CONFIG_FILE} of a run cannot hold ${{; choose another name"
+                )
         return Job(config=config, folder=folder, overrides=overrides, multirun=multirun)
     _nothing_else(overrides)
     this = read_job(Path(run_folder(cfg.resume)), trusted=cfg.llm.trust_remote_code)

@@ -73,7 +73,8 @@ def _check_folders(jobs: list[Job]) -> None:
         if other.config.flat() != job.config.flat():
             raise UserError(
                 f"hydra.sweep.subdir: jobs that differ in {_differing([other, job])[0]} would "
-                f"share the folder {job.folder}; name all that is swept in it, or leave it as it is"
+                f"share the folder {job.folder}; number them: "
+                "hydra.sweep.subdir='${hydra:job.num}'"
             )
 
 

@@ -1,5 +1,7 @@
 """Names of settings that people bring from other tools."""
 
+from hydra.core.config_store import ConfigStore
+
 # Their words, and what is written here.
 ROWS = {
     "max_steps num_steps n_steps train_steps training_steps total_steps total_training_steps": (
@@ -47,7 +49,10 @@ OURS = {word: ours for words, ours in ROWS.items() for word in words.split()}
 
 
 def translate(argument: str) -> str | None:
-    """What to write instead of an argument whose name is another tool's; None if it is nobody's."""
+    """What to write instead of an argument whose name is another tool's; None if it is nobody's, or
+    in analyze.py, which has none of these settings."""
+    if "task" in ConfigStore.instance().repo:
+        return None
     name = argument.lstrip("-+~").partition("=")[0]
     word = name.rpartition(".")[2].replace("-", "_").lower()
     return f"{argument}: no such setting here; use {OURS[word]}" if word in OURS else None

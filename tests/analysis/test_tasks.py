@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from omegaconf import BooleanNode, DictConfig, EnumNode, OmegaConf, StringNode, ValidationError
 from planted import save_planted
 
@@ -18,6 +19,7 @@ from sae_lightning.analysis.task import following
 from sae_lightning.analysis.tasks import TASKS
 from sae_lightning.errors import UserError
 from sae_lightning.files import jsonable
+from sae_lightning.runs.arguments import checked
 from sae_lightning.runs.cli import explain
 from sae_lightning.runs.config import conf_folder, typed
 from sae_lightning.runs.jobs import register
@@ -33,6 +35,16 @@ def hydra():
     register(TASKS)
     with initialize_config_dir(conf_folder(), version_base="1.3"):
         yield
+    del ConfigStore.instance().repo["task"]
+
+
+def test_another_tools_words_are_not_answered_with_settings_of_training():
+    with pytest.raises(Exception) as found:
+        asked("overview", "num_tokens=3")
+    line = explain(found.value, ["num_tokens=3"])
+    assert line.startswith("no setting num_tokens: did you mean tokens? there are run, task, ")
+    with pytest.raises(UserError, match="^--num_tokens: no such flag; "):
+        checked(["--num_tokens", "3"])
 
 
 def asked(task: str, *overrides: str):

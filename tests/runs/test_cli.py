@@ -77,6 +77,7 @@ BAD = {
     "lr=1e-3": r"lr=1e-3: no such setting here; use optim\.lr=\.\.\.",
     "loss.l1_coefficient=1 loss.l1=2": r"loss\.l1_coefficient=1: .* use loss\.l1=\.\.\.",
     "k=32": r"k=32: no such setting here; use model=topk model\.k=\.\.\.",
+    "fast_dev_run": r"fast_dev_run: no such setting here; use trainer=smoke, .*",
     # the wrong model
     "model=dense loss.l1=1e-3": r"loss\.l1 has no meaning for this model, only for model=relu and "
     "model=gated: leave it out",
@@ -106,6 +107,7 @@ BAD = {
     "data=synthetic data.context=5": r"data\.context has no meaning for this data, only for "
     "data=shakespeare, data=hub and data=text: leave it out",
     # interpolations
+    r"data=text data.path=a data.column=\${x}": r"data\.column=\$\{x\}: config\.yaml .* hold .*",
     "seed=${nope}": r"seed: Interpolation key 'nope' not found",
     "optim.lr=${oc.env:NO_SUCH_VARIABLE}": r"optim\.lr: .*'NO_SUCH_VARIABLE' not found\"",
     "loss=${nope}": r"Error resolving interpolation '\$\{nope\}', possible .* keys: .*trainer.*",
@@ -183,11 +185,21 @@ OWN = {
     "of_the_default": "features: 7",
 }
 
+NAMELESS = {  # and the line that answers it
+    "without_a_name": (
+        "defaults: [/schema/model/topk@_here_, _self_]\nk: 7",
+        r"model\.name=relu: these are settings of model=topk and model=batch_topk; .* name: topk",
+    ),
+    "misnamed": ("name: topkk", r"model\.name=topkk: no such architecture; choose from relu, .*"),
+}
+
 
 @pytest.fixture
 def own_presets(tmp_path):
     for name, text in OWN.items():
         (tmp_path / "model").mkdir(exist_ok=True)
+        (tmp_path / "model" / f"{name}.yaml").write_text(text)
+    for name, (text, _) in NAMELESS.items():
         (tmp_path / "model" / f"{name}.yaml").write_text(text)
     (tmp_path / "model" / "broken.yaml").write_text("k: [")
     (tmp_path / "loss").mkdir()
@@ -215,6 +227,13 @@ def test_a_model_preset_of_the_users_brings_the_loss_of_its_architecture(hydra, 
     if name == "of_the_default":
         expected.l1 = 2.5e-3  # that of conf/loss/relu.yaml
     assert config.loss == expected
+
+
+@pytest.mark.parametrize("name", NAMELESS)
+def test_a_model_preset_of_the_users_says_whose_settings_it_holds(hydra, own_presets, name):
+    with pytest.raises(UserError) as error:
+        job(compose("config", [f"model={name}"]), Path("folder"), [])
+    assert re.fullmatch(NAMELESS[name][1], str(error.value)), error.value
 
 
 def test_yaml_of_the_users_that_cannot_be_read_is_told_with_its_line(hydra, own_presets):

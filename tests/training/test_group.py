@@ -428,7 +428,9 @@ def test_runs_that_read_other_sites_in_other_passes_are_resumed_together(
 
 def test_jobs_that_would_share_a_folder_are_refused(sweep):
     one, other = sweep("shared", a={}, b={"loss": ReLULoss(l1=0.5)})
-    with pytest.raises(UserError, match=r"jobs that differ in loss\.l1 would share the folder"):
+    with pytest.raises(
+        UserError, match=r"jobs that differ in loss\.l1 would share the folder .*number them: "
+    ):
         passes.train([one, replace(other, folder=one.folder)])
     assert not one.folder.exists()
 
