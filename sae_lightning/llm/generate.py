@@ -75,19 +75,26 @@ def generate(
 
     end = separator_id(llm.tokenizer)
     ids = prompt.to(llm.model.device).expand(sequences, -1)
-    with quiet(), replaced(llm.model, *sites, _behind_bos(function, sequences)):
-        written = llm.model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            generation_config=GenerationConfig(
-                max_new_tokens=tokens,
-                do_sample=False,
-                use_cache=cache,
-                eos_token_id=end,
-                pad_token_id=end,
-            ),
-            logits_processor=_processors(sampling),
-        )
+
+    def write(use_cache: bool) -> Tensor:
+        with quiet(), replaced(llm.model, *sites, _behind_bos(function, sequences)):
+            return llm.model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                generation_config=GenerationConfig(
+                    max_new_tokens=tokens,
+                    do_sample=False,
+                    use_cache=use_cache,
+                    eos_token_id=end,
+                    pad_token_id=end,
+                ),
+                logits_processor=_processors(sampling),
+            )
+
+    try:
+        written = write(cache)
+    except ValueError:  # of xLSTM, and of hybrids that have no layer of attention
+        written = write(False)
     return [_cut(sequence, len(prompt), end) for sequence in written.cpu()]
 
 

@@ -98,6 +98,15 @@ def test_a_text_decoder_in_another_model_is_cut_scored_and_continued(saved, toke
     assert written[:10].equal(tokens[0])
 
 
+@pytest.mark.parametrize("family", ["xlstm", "granitemoehybrid"])
+def test_a_model_whose_cache_transformers_cannot_use_writes_without(saved, tokens, family):
+    llm = load(LLMConfig(name=saved(family), dtype=Dtype.float32, device="cpu"))
+    sites = Sites(Site(1, Kind.resid), Site(1, Kind.resid))
+    one, other = generate(llm, tokens[0], 3, sites, lambda x, y: y, sequences=2)
+    assert one.equal(other)
+    assert len(one) > tokens.shape[1]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_replaced_is_what_a_block_adds_not_what_its_branch_returns(tokens, dtype):
     config = GraniteConfig(**MODERN, num_key_value_heads=1, residual_multiplier=0.22)
