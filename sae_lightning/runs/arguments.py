@@ -39,6 +39,8 @@ PATHS = (
 )
 # Hydra's own language: quotes, interpolations, escapes.
 HYDRAS = re.compile(r"""^['"]|\$\{|\\[()\[\]{}:=, ]""")
+# A value of a sweep: quoted, or as it is.
+VALUE = re.compile(r"""(?:^|,)\s*(?:('(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*")|([^,]*?))\s*(?=,|\Z)""")
 MOST_JOBS = 100_000  # of a sweep; all are composed before the first is trained
 EMPTY = ("", "''", '""')
 
@@ -205,10 +207,9 @@ def _with_text(argument: str, sweep: bool, texts: dict[str, bool]) -> str:
         return argument
     if is_path and "," in value and not sweep and setting not in ("resume", "run"):
         return argument  # the error that asks for -m
-    values = [part.strip() for part in value.split(",")] if sweep else [value]
-    if is_path:
-        values = map(os.path.expanduser, values)
-    return f"{name}=" + ",".join(map(_quoted, values))
+    expand = os.path.expanduser if is_path else str
+    values = VALUE.findall(value) if sweep else [("", value)]
+    return f"{name}=" + ",".join(quoted or _quoted(expand(text)) for quoted, text in values)
 
 
 def _quoted(text: str) -> str:

@@ -483,6 +483,14 @@ def test_in_a_sweep_a_comma_separates_texts(with_tasks):
     assert with_text(["-m", *swept]) == ["-m", "data.column='text (en)','1e3',b", *swept[1:]]
 
 
+@pytest.mark.parametrize("name", ["data.column", "resume"])
+def test_a_value_with_a_comma_may_be_quoted_anywhere_in_a_sweep(name):
+    argument = with_text(["-m", f"""{name}=it's, a (b) ,'c, d',"it's, e",1e3, 'f"""])[1]
+    swept = OverridesParser.create().parse_override(argument).value()
+    values = [getattr(value, "text", value) for value in swept.list]
+    assert values == ["it's", "a (b)", "c, d", "it's, e", "1e3", "'f"]
+
+
 @pytest.mark.parametrize("names", [["a", "b"], ["x/a=1,b=2", "it's", "c"]])
 def test_names_that_are_printed_for_a_sweep_are_read_back(names):
     argument = with_text(["-m", f"resume={in_sweep(names)}"])[1]
