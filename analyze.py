@@ -9,6 +9,7 @@ from sae_lightning.errors import check_packages
 if __name__ == "__main__":  # as in train.py
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     check_packages()
 
 import hydra

@@ -7,8 +7,9 @@ from sae_lightning.errors import check_packages
 
 if __name__ == "__main__":  # before all else is imported, which takes seconds
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
-    # libraries read it when they are loaded: waiting threads leave their cores to other processes
+    # OpenMP reads these when it is loaded: threads that wait leave their cores to other processes
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # GNU's, for some microseconds
     check_packages()
 
 from pathlib import Path
