@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sae_lightning.errors import UserError, chain
+from sae_lightning.errors import UserError
 from sae_lightning.stream.base import TextConfig, absolute
 from sae_lightning.stream.documents import Text, first_line, hold_out, only_text
-from sae_lightning.stream.local_files import check_json, check_utf8, find_files, loader, matches
+from sae_lightning.stream.local_files import check_files, check_json, find_files, loader, matches
 from sae_lightning.stream.local_text import read_text
 from sae_lightning.stream.text import TextSource
 from sae_lightning.terminal import phase
@@ -80,9 +80,11 @@ def load_local(config: LocalConfig) -> "Dataset":
     files = find_files(path, where)
     try:
         return _load_files(files, config.column, where)
-    except Exception as error:
-        if any(isinstance(link, UnicodeDecodeError) for link in chain(error)):
-            check_utf8(files, where)
+    except UserError:
+        raise
+    except Exception:
+        if loader(files[0]) != "parquet":  # which is no text
+            check_files(files, where)
         raise
 
 

@@ -2,7 +2,9 @@
 
 import glob
 import json
+import lzma
 import os
+import zlib
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -100,8 +102,8 @@ def _format(file: str) -> str:
     return inner or name.suffix or "(none)"
 
 
-def check_utf8(files: list[str], where: str) -> None:
-    """UserError that names the first line of them that is not UTF-8."""
+def check_files(files: list[str], where: str) -> None:
+    """UserError that names the first of them that cannot be read, or its line that is not UTF-8."""
     for file in files:
         for _ in _lines(file, where):
             pass
@@ -136,14 +138,25 @@ def _rows(file: str, where: str) -> Iterator[tuple[int, Any]]:
 
 
 def _lines(file: str, where: str) -> Iterator[str]:
-    with open_file(file, "rb") as content:
-        for number, line in enumerate(content, 1):
-            try:
-                text = line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                byte = f"byte 0x{line[error.start]:02x}"
-                raise UserError(
-                    f"{where}: line {number} of {file} is not UTF-8 ({byte}); convert the file "
-                    "(iconv -f latin1 -t utf-8, if that is what it is), or leave it out"
-                ) from error
-            yield text
+    for number, line in enumerate(_bytes(file, where), 1):
+        try:
+            text = line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            byte = f"byte 0x{line[error.start]:02x}"
+            raise UserError(
+                f"{where}: line {number} of {file} is not UTF-8 ({byte}); convert the file "
+                "(iconv -f latin1 -t utf-8, if that is what it is), or leave it out"
+            ) from error
+        yield text
+
+
+def _bytes(file: str, where: str) -> Iterator[bytes]:
+    """Its lines, decompressed."""
+    try:
+        with open_file(file, "rb") as content:
+            yield from content
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"{where}: {file} cannot be read ({reason}); repair it, or leave it out"
+        ) from error

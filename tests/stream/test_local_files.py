@@ -109,6 +109,17 @@ def test_a_file_that_is_not_utf8_is_named(tmp_path, kind):
     assert told in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("ending", ["gz", "bz2", "xz"])
+@pytest.mark.parametrize("kind", ["txt", "csv", "jsonl"])
+def test_a_compressed_file_that_is_damaged_is_named(tmp_path, kind, ending):
+    for i in range(3):
+        (tmp_path / f"{i}.{kind}").write_text(CONTENT[kind])
+    (tmp_path / f"1.{kind}").unlink()
+    (tmp_path / f"1.{kind}.{ending}").write_bytes(b"x")
+    with pytest.raises(UserError, match=rf"/1\.{kind}\.{ending} cannot be read \(.*\); repair it"):
+        both(tmp_path)
+
+
 STRINGS = [{"text": "x" * 100}] * 3
 WRONG = {"number": 7, "list": ["a"], "object": {"a": 1}, "truth": True}
 
