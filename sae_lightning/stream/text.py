@@ -20,10 +20,11 @@ from sae_lightning.llm.load import (
     parameters,
 )
 from sae_lightning.llm.load import shape as llm_shape
-from sae_lightning.llm.packaged import Shape
+from sae_lightning.llm.packaged import PACKAGED, Shape
 from sae_lightning.llm.quiet import quiet
 from sae_lightning.llm.sites import LayerConfig, Site, Sites, module_paths
 from sae_lightning.llm.splice import HEAD, Baseline, Scores
+from sae_lightning.llm.vocabulary import bos_id
 from sae_lightning.stream.base import Memory, Opened, Source, TextConfig
 from sae_lightning.stream.documents import Text
 from sae_lightning.stream.held_out import HeldOut
@@ -85,6 +86,8 @@ class TextSource(Source):
                 f"data.context={self.data.context}: {self.llm.name} takes at most {shape.context} "
                 "tokens; lower it"
             )
+        if self.llm.name not in PACKAGED:
+            bos_id(load_tokenizer(self.llm))  # before the text is read
 
     def _check_cache(self) -> None:
         """That the cache can be written, or is there: a colleague's may be there to be read."""

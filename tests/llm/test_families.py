@@ -1,10 +1,12 @@
 """Every family of causal LMs is read rightly at each site, or refused with the reason."""
 
 import importlib
+import json
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from tiny_llm import MODERN, tiny_tokenizer
 from tiny_run import tiny_job
 from transformers import GraniteConfig, GraniteForCausalLM
@@ -135,3 +137,15 @@ def test_a_site_that_the_llm_does_not_have_is_told_before_a_weight_is_read(saved
     job.config.layer.source = Kind.mlp
     with pytest.raises(UserError, match=r"^layer\.source, .* BloomBlock is its MLP .*layer=resid$"):
         check([job])
+
+
+def test_an_llm_without_special_tokens_is_told_before_text_is_read(saved, tmp_path):
+    folder = saved("bloom")
+    kept = transformers.PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer().backend_tokenizer)
+    kept.save_pretrained(folder)
+    config = Path(folder, "config.json")
+    without = json.loads(config.read_text()) | {"bos_token_id": None, "eos_token_id": None}
+    config.write_text(json.dumps(without))
+    Path(folder, "generation_config.json").unlink(missing_ok=True)
+    with pytest.raises(UserError, match=r"neither a BOS nor an EOS .* llm\.bos="):
+        check([tiny_job(folder, tmp_path / "no such text", tmp_path / "run")])
