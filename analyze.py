@@ -1,6 +1,5 @@
 """Look at what an SAE has learnt: python analyze.py run=outputs/<day>/<time>"""
 
-import os
 import signal
 import sys
 
@@ -8,9 +7,12 @@ from sae_lightning.errors import check_packages
 
 if __name__ == "__main__":  # as in train.py
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     check_packages()
+
+from sae_lightning.runs.threads import share_cores
+
+if __name__ == "__main__":
+    share_cores()
 
 import hydra
 from hydra.core.hydra_config import HydraConfig

@@ -1,16 +1,17 @@
 """Train a sparse autoencoder: python train.py model.features=10000 loss.l1=1e-3"""
 
-import os
 import signal
 
 from sae_lightning.errors import check_packages
 
 if __name__ == "__main__":  # before all else is imported, which takes seconds
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
-    # OpenMP reads these when it is loaded: threads that wait leave their cores to other processes
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # GNU's, for some microseconds
     check_packages()
+
+from sae_lightning.runs.threads import share_cores
+
+if __name__ == "__main__":
+    share_cores()
 
 from pathlib import Path
 

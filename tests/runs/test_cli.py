@@ -865,18 +865,3 @@ def test_a_report_that_cannot_be_written_hides_neither_runs_nor_failures(
     reasons = [run.failure for run in folders.sweep_runs(tmp_path)]
     assert reasons[:2] == [None, "it had to"]
     assert "config.yaml cannot be read" in reasons[2]
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="OpenMP that says how it is set")
-@pytest.mark.parametrize("program", ["train.py", "analyze.py"])
-def test_threads_that_wait_do_not_spin_unless_they_are_told_to(program):
-    """What libgomp reads when torch is loaded (`--cfg job` starts as a run does)."""
-
-    def waits(**given: str) -> str:
-        command = [sys.executable, ROOT / program, "--cfg", "job"]
-        env = os.environ | {"OMP_DISPLAY_ENV": "true"} | given
-        return subprocess.run(command, env=env, capture_output=True, text=True).stderr
-
-    assert "OMP_WAIT_POLICY = 'PASSIVE'" in waits()
-    assert "OMP_WAIT_POLICY = 'ACTIVE'" in waits(OMP_WAIT_POLICY="active")
