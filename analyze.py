@@ -8,10 +8,8 @@ from sae_lightning.errors import check_packages
 if __name__ == "__main__":  # as in train.py
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     check_packages()
+    from sae_lightning.runs.threads import share_cores
 
-from sae_lightning.runs.threads import share_cores
-
-if __name__ == "__main__":
     share_cores()
 
 import hydra

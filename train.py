@@ -7,10 +7,8 @@ from sae_lightning.errors import check_packages
 if __name__ == "__main__":  # before all else is imported, which takes seconds
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
     check_packages()
+    from sae_lightning.runs.threads import share_cores
 
-from sae_lightning.runs.threads import share_cores
-
-if __name__ == "__main__":
     share_cores()
 
 from pathlib import Path
