@@ -4,7 +4,7 @@ Shapes: units = features of the SAE or neurons of the site; n = examples; k = ho
 or units are listed.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -107,3 +107,13 @@ class Catalogue(NamedTuple):
     def units(self) -> int:
         """Number of units."""
         return len(self.statistics.fired)
+
+
+def rows(part: Any, which: slice) -> Any:
+    """Some units of a catalogue, or of a part of one: views of its tensors, which all have an entry
+    for each unit."""
+    if isinstance(part, Tensor):
+        return part[which]
+    if isinstance(part, tuple):
+        return part._replace(**{n: rows(each, which) for n, each in part._asdict().items()})
+    return part

@@ -1,4 +1,4 @@
-"""A catalogue in the compact form that the page's script reads (templates/browser.js).
+"""A catalogue in the compact form that the page's script reads (templates/blocks.js).
 
        | fields of all units: how often, how strongly, what to search by   block "feature"
 units |  fields of units   0 ... 127: examples, histogram, relations       block "feature-0"
@@ -13,17 +13,18 @@ Tokens are numbered anew by how often they occur, from 1, so that the common one
 
 import base64
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sae_lightning.report.catalogue import BEFORE, EDGES, WINDOW, Catalogue, Examples
+from sae_lightning.report.catalogue import BEFORE, EDGES, WINDOW, Catalogue, Examples, rows
 from sae_lightning.report.section import visible_token
 
 CHUNK = 128  # units of a block of details; about 200 kB when unpacked
+AT_ONCE = 8192  # units whose tokens are counted at a time
 LEVELS = 255  # of a strength; the unit's maximum is the highest
 HUNDREDTHS = 100  # of a likeness
 PREVIEW = slice(BEFORE - 3, BEFORE + 8)  # of the strongest example, in the list
@@ -36,33 +37,55 @@ class PageData(NamedTuple):
 
     index: dict[str, Any]
     """For the script: the words, and how the blocks of each kind are to be read."""
-    blocks: dict[str, str]
+    blocks: "Blocks"
     """Name -> base64."""
+
+
+class Blocks(Mapping[str, str]):
+    """Blocks by name, each packed when it is asked for: all at once are as large as the page."""
+
+    def __init__(self, catalogues: Sequence[Catalogue], numbers: np.ndarray):
+        self.numbers = numbers
+        self.parts = {catalogue.kind: (catalogue, _listed) for catalogue in catalogues}
+        self.size = 0  # bytes when unpacked
+        for catalogue in catalogues:
+            first = rows(catalogue, slice(1))
+            fields = [*_listed(first, numbers).values(), *_detailed(first, numbers).values()]
+            self.size += catalogue.units * sum(values[0].nbytes for values in fields)
+            for start in range(0, catalogue.units, CHUNK):
+                part = rows(catalogue, slice(start, start + CHUNK))  # a view
+                self.parts[f"{catalogue.kind}-{start // CHUNK}"] = part, _detailed
+
+    def __getitem__(self, name: str) -> str:
+        catalogue, fields = self.parts[name]
+        return _packed(fields(catalogue, self.numbers))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.parts)
+
+    def __len__(self) -> int:
+        return len(self.parts)
 
 
 def page_data(catalogues: Sequence[Catalogue]) -> PageData:
     """Everything that the page's script shows of `catalogues`, which are of one LLM."""
     words, numbers = _numbering(catalogues)
-    blocks, kinds = {}, []
+    kinds = []
     for catalogue in catalogues:
-        kind, units = catalogue.kind, catalogue.units
-        listed, detailed = _listed(catalogue, numbers), _detailed(catalogue, numbers)
-        blocks[kind] = _packed(listed, 0, units)
-        for first in range(0, units, CHUNK):
-            blocks[f"{kind}-{first // CHUNK}"] = _packed(detailed, first, first + CHUNK)
+        first = rows(catalogue, slice(1))
         kinds.append(
             {
-                "kind": kind,
-                "units": units,
+                "kind": catalogue.kind,
+                "units": catalogue.units,
                 "tokens": catalogue.statistics.tokens,
                 "strongest": catalogue.top.strength.shape[1],
-                "listed": _layout(listed),
-                "detailed": _layout(detailed),
+                "listed": _layout(_listed(first, numbers)),
+                "detailed": _layout(_detailed(first, numbers)),
             }
         )
     index = {"words": words, "kinds": kinds, "edges": EDGES.tolist(), "chunk": CHUNK}
     index |= {"window": WINDOW, "before": BEFORE, "levels": LEVELS, "preview": PREVIEW.start}
-    return PageData(index, blocks)
+    return PageData(index, Blocks(catalogues, numbers))
 
 
 def _numbering(catalogues: Sequence[Catalogue]) -> tuple[list[str], np.ndarray]:
@@ -75,8 +98,8 @@ def _numbering(catalogues: Sequence[Catalogue]) -> tuple[list[str], np.ndarray]:
             shown += [catalogue.reading.tokens]
         if catalogue.effect is not None:
             shown += [catalogue.effect.promoted, catalogue.effect.suppressed]
-        for ids in shown:
-            counts += torch.bincount(ids.flatten() + 1, minlength=len(counts))
+        for part in (part for ids in shown for part in ids.split(AT_ONCE)):
+            counts += torch.bincount(part.flatten() + 1, minlength=len(counts))
     counts = counts[1:]
     used = counts.argsort(descending=True, stable=True)[: int((counts > 0).sum())].tolist()
     numbers = np.zeros(len(vocabulary) + 1, "u2" if len(used) < 2**16 else "u4")
@@ -138,9 +161,9 @@ def _layout(fields: Fields) -> list[tuple[str, str, int]]:
     return [(name, values.dtype.str[1:], values[0].size) for name, values in fields.items()]
 
 
-def _packed(fields: Fields, first: int, stop: int) -> str:
+def _packed(fields: Fields) -> str:
     packed = []
     for values in fields.values():
-        numbers = values[first:stop].reshape(-1)
+        numbers = values.reshape(-1)
         packed.append(numbers.view("u1").reshape(-1, numbers.itemsize).T.tobytes())
     return base64.b64encode(zlib.compress(b"".join(packed), 9)).decode()

@@ -1,7 +1,6 @@
 // The browser of features and neurons: a list to search and sort, and a view of one unit.
-// Blocks are as page_data.py packs them; a block of details is unpacked when a unit of it is opened.
 {
-const index = JSON.parse(document.getElementById("index").textContent);
+const { index, listedOf, detailsOf } = blocks;
 const { words, edges } = index;
 const find = selector => document.querySelector(".browser " + selector);
 const finder = find(".finder"), list = find(".list"), rows = find(".rows"), view = find(".unit");
@@ -15,42 +14,8 @@ const ORDERS = { // name -> the number of a unit, none if its kind has no such n
   "sharpness of effect": listed => listed.sharpness?.values,
   id: listed => listed.fired.values.map((_, unit) => unit),
 };
-const kinds = new Map(index.kinds.map(kind => [kind.kind, { ...kind, blocks: new Map() }]));
+const kinds = new Map(index.kinds.map(kind => [kind.kind, kind]));
 let kind, unit = null, order = [], matches = null, wanted = "token score", down = true, asked = 0;
-
-// ---- data ----
-
-async function unpack(name, layout, units) {
-  const ARRAYS = { u1: Uint8Array, i1: Int8Array, u2: Uint16Array, u4: Uint32Array, i4: Int32Array, f4: Float32Array };
-  const base64 = document.getElementById("block-" + name).textContent;
-  const packed = Uint8Array.from(atob(base64), letter => letter.charCodeAt(0));
-  const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("deflate"));
-  const bytes = new Uint8Array(await new Response(stream).arrayBuffer());
-  const fields = {};
-  let at = 0;
-  for (const [field, type, width] of layout) {
-    const size = ARRAYS[type].BYTES_PER_ELEMENT, count = units * width;
-    const numbers = new Uint8Array(count * size);
-    for (let byte = 0; byte < size; byte++) {
-      for (let i = 0; i < count; i++) numbers[i * size + byte] = bytes[at++];
-    }
-    const values = new ARRAYS[type](numbers.buffer);
-    fields[field] = { values, of: row => values.subarray(row * width, (row + 1) * width) };
-  }
-  return fields;
-}
-
-const listedOf = kind => kind.listed_ ??= unpack(kind.kind, kind.listed, kind.units);
-
-async function detailsOf(kind, unit) {
-  const block = Math.floor(unit / index.chunk), first = block * index.chunk;
-  if (!kind.blocks.has(block)) {
-    const units = Math.min(index.chunk, kind.units - first);
-    kind.blocks.set(block, unpack(`${kind.kind}-${block}`, kind.detailed, units));
-  }
-  const fields = await kind.blocks.get(block);
-  return Object.fromEntries(Object.entries(fields).map(([name, field]) => [name, field.of(unit - first)]));
-}
 
 // ---- making elements; text only ever becomes text ----
 

@@ -1,0 +1,43 @@
+// The numbers of features and neurons: blocks as page_data.py packs them. A block of details is
+// unpacked when a unit of it is opened.
+const blocks = (() => {
+const index = JSON.parse(document.getElementById("index").textContent);
+const unpacked = new Map();
+
+async function unpack(name, layout, units) {
+  const ARRAYS = { u1: Uint8Array, i1: Int8Array, u2: Uint16Array, u4: Uint32Array, i4: Int32Array, f4: Float32Array };
+  const base64 = document.getElementById("block-" + name).textContent;
+  const text = atob(base64), packed = new Uint8Array(text.length);
+  for (let i = 0; i < text.length; i++) packed[i] = text.charCodeAt(i);
+  const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("deflate"));
+  const bytes = new Uint8Array(await new Response(stream).arrayBuffer());
+  const fields = {};
+  let at = 0;
+  for (const [field, type, width] of layout) {
+    const size = ARRAYS[type].BYTES_PER_ELEMENT, count = units * width;
+    const numbers = new Uint8Array(count * size);
+    for (let byte = 0; byte < size; byte++) {
+      for (let i = 0; i < count; i++) numbers[i * size + byte] = bytes[at++];
+    }
+    const values = new ARRAYS[type](numbers.buffer);
+    fields[field] = { values, of: row => values.subarray(row * width, (row + 1) * width) };
+  }
+  return fields;
+}
+
+function once(name, layout, units) {
+  if (!unpacked.has(name)) unpacked.set(name, unpack(name, layout, units));
+  return unpacked.get(name);
+}
+
+const listedOf = kind => once(kind.kind, kind.listed, kind.units);
+
+async function detailsOf(kind, unit) {
+  const block = Math.floor(unit / index.chunk), first = block * index.chunk;
+  const units = Math.min(index.chunk, kind.units - first);
+  const fields = await once(`${kind.kind}-${block}`, kind.detailed, units);
+  return Object.fromEntries(Object.entries(fields).map(([name, field]) => [name, field.of(unit - first)]));
+}
+
+return { index, listedOf, detailsOf };
+})();
