@@ -1,5 +1,6 @@
 """Catalogues as parquet files: one row a unit, for programs."""
 
+import json
 from pathlib import Path
 
 import pyarrow as pa
@@ -8,13 +9,16 @@ import torch
 from torch import Tensor
 
 from sae_lightning.files import atomically
-from sae_lightning.report.catalogue import Catalogue, Examples
+from sae_lightning.report.catalogue import BEFORE, Catalogue, Examples
+
+NOTE = b"sae_lightning"  # key of the file's own metadata
 
 
-def write_table(path: Path, catalogue: Catalogue) -> None:
-    """Write everything in `catalogue`; tokens are written as they read.
+def write_table(path: Path, catalogue: Catalogue, of: dict[str, str]) -> None:
+    """Write everything in `catalogue`, and what it is a catalogue `of`; tokens are written as they
+    read.
 
-    pandas.read_parquet, polars or datasets open it.
+    pandas.read_parquet, polars or datasets open it; `parquet_reader` makes a catalogue of it again.
     """
     words = pa.array(catalogue.vocabulary)
     s = catalogue.statistics
@@ -40,8 +44,10 @@ def write_table(path: Path, catalogue: Catalogue) -> None:
         columns["promoted"] = _texts(e.promoted, words)
         columns["suppressed"] = _texts(e.suppressed, words)
         columns["sharpness"] = _array(e.sharpness)
+    note = {NOTE: json.dumps({"tokens": s.tokens, "of": of})}
     with atomically(path) as temporary:
-        pyarrow.parquet.write_table(pa.table(columns), temporary, compression="zstd")
+        table = pa.table(columns, metadata=note)
+        pyarrow.parquet.write_table(table, temporary, compression="zstd")
 
 
 def _array(values: Tensor) -> pa.Array:
@@ -67,6 +73,7 @@ def _examples(examples: Examples, words: pa.Array) -> pa.ListArray:
     columns = {
         "strength": _array(examples.strength[there]),
         "sequence": _array(examples.sequence[there]),
+        "peak": _array((tokens[:, :BEFORE] >= 0).sum(dim=1).int()),  # its place in tokens
         "tokens": _texts(tokens, words),
         "strengths": _lists(strengths.float(), tokens >= 0),
     }

@@ -8,6 +8,7 @@ import torch
 
 from sae_lightning.analysis.survey.survey import survey
 from sae_lightning.report.parquet import write_table
+from sae_lightning.report.parquet_reader import read_note, read_table
 
 
 @pytest.fixture
@@ -18,7 +19,7 @@ def features(subject, words):
 
 @pytest.fixture
 def rows(features, tmp_path):
-    write_table(tmp_path / "features.parquet", features)
+    write_table(tmp_path / "features.parquet", features, {})
     return parquet.read_table(tmp_path / "features.parquet").to_pylist()
 
 
@@ -52,3 +53,35 @@ def test_tokens_are_written_as_they_read_and_nothing_where_there_is_none(feature
     assert (silent["score"], silent["tokens"], silent["partners"]) == (None, [], [])
     assert silent["examples"] == silent["examples_of_all_strengths"] == []
     assert not torch.tensor(silent["histogram"]).any()
+
+
+def test_a_catalogue_comes_back_from_its_file_as_it_was(features, tmp_path):
+    """But for places beyond the ends of sequences, of which nothing is written: they say 0."""
+    of = {"weights": "abc"}
+    write_table(tmp_path / "features.parquet", features, of)
+    assert read_note(tmp_path / "features.parquet") == {
+        "tokens": features.statistics.tokens,
+        "of": of,
+    }
+    back = read_table(tmp_path / "features.parquet", features.vocabulary)
+    assert (back.kind, back.vocabulary) == (features.kind, features.vocabulary)
+    for group in ("statistics", "top", "spread", "reading", "neighbours", "partners", "effect"):
+        given, found = getattr(features, group), getattr(back, group)
+        assert given is None or list(given._fields) == list(found._fields)
+        for name, value in given._asdict().items() if given else ():
+            assert_same(value, getattr(found, name), f"{group}.{name}", features)
+
+
+def assert_same(given, found, name, features):
+    if not isinstance(given, torch.Tensor):
+        assert given == found, name
+        return
+    assert given.dtype == found.dtype, name
+    if name in ("neighbours.likeness", "partners.likeness"):
+        related = getattr(features, name.split(".")[0])
+        given = given.masked_fill(related.units < 0, 0)
+    if name.split(".")[0] in ("top", "spread") and name.endswith("sequence"):
+        given = given.masked_fill(getattr(features, name.split(".")[0]).strength == 0, 0)
+    width = found.shape[1] if found.ndim > 1 else 0  # as wide as the longest list
+    given = given[:, :width] if width else given
+    assert torch.equal(given.nan_to_num(-9), found.nan_to_num(-9)), name

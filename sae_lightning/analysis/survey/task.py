@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from sae_lightning.analysis.collect import Reducer
 from sae_lightning.analysis.lens import lens
 from sae_lightning.analysis.subject import Subject
+from sae_lightning.analysis.survey.kept import identity
 from sae_lightning.analysis.survey.strengths import Positive
 from sae_lightning.analysis.survey.survey import Survey, best_read, section, survey
 from sae_lightning.analysis.task import Task, at_least, results
@@ -56,5 +57,5 @@ class FeaturesTask(Task):
             features=found.features._replace(effect=lens(subject, text=text.train).effect)
         )
         for name, catalogue in (("features", found.features), ("neurons", found.neurons)):
-            write_table(results(subject) / f"{name}.parquet", catalogue)
+            write_table(results(subject) / f"{name}.parquet", catalogue, identity(subject))
         return found

@@ -1,0 +1,45 @@
+"""The catalogue that an earlier task left in the folder of the SAE, if it is of this SAE."""
+
+import hashlib
+from pathlib import Path
+
+from sae_lightning.analysis.subject import Subject
+from sae_lightning.llm.vocabulary import vocabulary
+from sae_lightning.report.catalogue import Catalogue
+from sae_lightning.report.parquet_reader import read_note, read_table
+from sae_lightning.report.sweep_report import source
+from sae_lightning.terminal import console, shown
+
+
+def identity(subject: Subject) -> dict[str, str]:
+    """What a catalogue is of, in words: other weights, another LLM, site or text make another."""
+    weights = hashlib.sha256()
+    for name, weight in sorted(subject.sae.weights().items()):
+        weights.update(name.encode() + weight.cpu().numpy().tobytes())
+    return source(subject.config.flat()) | {"weights": weights.hexdigest()[:16]}
+
+
+def kept(subject: Subject, path: Path) -> Catalogue | None:
+    """The features in the parquet file at `path`, and a line on them; None, and why, if they are
+    not those of `subject`."""
+    if not path.is_file():
+        console.print("there is no catalogue of this SAE yet: making one")
+        return None
+    words = vocabulary(subject.llm)
+    try:
+        note = read_note(path)
+        own = identity(subject)
+        other = [name for name, value in own.items() if note["of"].get(name) != value]
+        if other:
+            console.print(f"{shown(path)} is of other {' and '.join(other)}: making a new one")
+            return None
+        catalogue = read_table(path, words)
+        if catalogue.units != subject.features:
+            raise ValueError(f"it has {catalogue.units} units")
+    except Exception as error:  # it may be damaged in any way, a stranger's, or of version 0.1.0
+        why = f"it lacks {error}" if isinstance(error, KeyError) else str(error).split("\n")[0]
+        console.print(f"{shown(path)} cannot be used ({why}): making a new one")
+        return None
+    tokens, text = catalogue.statistics.tokens, note["of"]["text"]
+    console.print(f"what features are: {shown(path)}, {tokens:,} tokens of {text}")
+    return catalogue
