@@ -24,9 +24,9 @@ from typing import NamedTuple
 
 from command import command
 from hydra import compose, initialize_config_dir
-from peers.evaluator import Evaluator, Reconstruct
+from peers.evaluator import SAE, Evaluator
 from peers.work import Work, open_work
-from rich.table import Table
+from rich.table import Column, Table
 
 from sae_lightning.errors import UserError
 from sae_lightning.files import write_json
@@ -67,7 +67,7 @@ class Entry(NamedTuple):
     """Of its weights and its result."""
     train: Callable[[Work], None] | None
     """Trains and saves it; ours train together on one pass."""
-    load: Callable[[], Reconstruct]
+    load: Callable[[], SAE]
     """Opens what was saved."""
 
 
@@ -117,9 +117,9 @@ def _jobs(settings: list[str], wanted: list[str], out: Path) -> list[Job]:
 
 
 def _ours(job: Job) -> Entry:
-    def load() -> Reconstruct:
+    def load() -> SAE:
         sae = load_sae(job.folder)
-        return lambda x: tuple(sae(x))[:2]
+        return lambda x: tuple(sae(x))[:2], sae.W_dec.detach()
 
     label = job.overrides[-1].partition(".")[2]
     return Entry("sae_lightning", "", job.config.model.name, label, job.folder, None, load)
@@ -204,8 +204,10 @@ def _show(out: Path) -> None:
         return
     order = list(OURS)
     results.sort(key=lambda r: (order.index(r["architecture"]), r["tool"], r["l0"]))
-    columns = ("model", "tool", "setting", "L0", "EV", "CE rec.", "unfired")
-    table = Table(*columns, box=None, padding=(0, 1, 0, 0))  # as narrow as a terminal may be
+    names = "model", "tool", "setting", "L0", "EV", "CE rec.", "unfired", "copies", "nearest"
+    # as narrow as a terminal may be: a long setting takes a second line
+    columns = [Column(name, no_wrap=name != "setting") for name in names]
+    table = Table(*columns, box=None, padding=(0, 1, 0, 0))
     for r in results:
         table.add_row(
             r["architecture"],
@@ -215,6 +217,10 @@ def _show(out: Path) -> None:
             f"{r['explained_variance']:.3f}",
             f"{r['ce_recovered']:.3f}",
             f"{r['unfired']:.1%}",
+            *(
+                form.format(r[name]) if name in r else "–"
+                for name, form in (("duplicates", "{:.1%}"), ("nearest_cosine", "{:.2f}"))
+            ),
         )
     console.print(table)
     try:

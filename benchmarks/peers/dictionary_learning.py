@@ -122,12 +122,14 @@ class _Batches:
             yield batch
 
 
-def load(folder: Path) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """The saved SAE, by its loader: x [n, d] -> reconstruction [n, d], features [n, F]."""
+def load(folder: Path) -> tuple[Callable[[Tensor], tuple[Tensor, Tensor]], Tensor]:
+    """The saved SAE, by its loader: x [n, d] -> reconstruction [n, d], features [n, F];
+    and its decoder rows [F, d]."""
     sae, _ = load_dictionary(str(folder / "trainer_0"), device="cpu")
 
     def reconstruct(x: Tensor) -> tuple[Tensor, Tensor]:
         features = sae.encode(x)
         return sae.decode(features), features
 
-    return reconstruct
+    rows = sae.W_dec if hasattr(sae, "W_dec") else sae.decoder.weight.T
+    return reconstruct, rows.detach()

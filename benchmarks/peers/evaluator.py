@@ -1,11 +1,14 @@
 """The referee: one scoring for every tool, in plain torch and transformers.
 
 It shares no code with the project that it judges. It reads the held-out plays itself, loads the
-LLM itself, hooks the block itself, and takes an SAE as a function of raw activations.
+LLM itself, hooks the block itself, and takes an SAE as a function of raw activations and its
+decoder rows.
 
     L0            mean number of features that are not 0
     EV            1 - sum |x - x_hat|^2 / sum |x - mean|^2, both sums over the whole set
     unfired       share of features that are 0 on the whole set
+    duplicates    share of those that fire whose decoder row has a cosine above 0.9 with another
+    nearest       median over those of the cosine with the nearest other row
     CE            mean cross-entropy of the predictions of all tokens but BOS and special ones:
                   clean, with the SAE at these tokens, with 0 at these tokens
     CE recovered  (CE zero - CE with the SAE) / (CE zero - CE clean)
@@ -22,6 +25,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 Reconstruct = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Raw activations [n, d] -> reconstruction [n, d], features [n, features]."""
+SAE = tuple[Reconstruct, Tensor]
+"""The function, and the decoder's rows [features, d]."""
 BATCH = 16  # sequences per forward pass
 ROWS = 2048  # tokens that an SAE is given at a time
 
@@ -97,8 +102,9 @@ class Evaluator:
         return total / int(self.scored[:, 1:].sum())
 
     @torch.no_grad()
-    def score(self, reconstruct: Reconstruct) -> dict[str, float]:
+    def score(self, sae: SAE) -> dict[str, float]:
         """Everything that is measured, by name."""
+        reconstruct, decoder = sae
         mean = self.activations.double().mean(dim=0)
         residual = total = active = 0.0
         fired: Tensor | bool = False
@@ -115,12 +121,28 @@ class Evaluator:
             "l0": active / len(self.activations),
             "explained_variance": 1 - residual / total,
             "unfired": 1 - fired.double().mean().item(),
+            **copies(decoder, fired),
             "ce_recovered": (self.ce_zero - ce) / (self.ce_zero - self.ce_clean),
             "ce_spliced": ce,
             "ce_clean": self.ce_clean,
             "ce_zero": self.ce_zero,
             "tokens": len(self.activations),
         }
+
+
+def copies(decoder: Tensor, fired: Tensor) -> dict[str, float]:
+    """How near the features that fired [features] are to the next row of the decoder
+    [features, d]."""
+    rows = F.normalize(decoder.float(), dim=1)
+    cosines = []
+    for feature in fired.nonzero().squeeze(1).split(ROWS):
+        near = (rows[feature] @ rows.T).scatter(1, feature[:, None], -1.0)  # but not to itself
+        cosines.append(near.max(dim=1).values)
+    nearest = torch.cat([torch.zeros(0), *cosines])
+    return {
+        "duplicates": (nearest > 0.9).double().mean().item(),
+        "nearest_cosine": nearest.median().item(),
+    }
 
 
 def _first(output: Tensor | tuple) -> Tensor:

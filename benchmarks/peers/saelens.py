@@ -121,12 +121,13 @@ def train(recipe: Recipe, work: Work, folder: Path) -> None:
     sae.save_inference_model(folder)
 
 
-def load(folder: Path) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """The saved SAE, by SAELens' loader: x [n, d] -> reconstruction [n, d], features [n, F]."""
+def load(folder: Path) -> tuple[Callable[[Tensor], tuple[Tensor, Tensor]], Tensor]:
+    """The saved SAE, by SAELens' loader: x [n, d] -> reconstruction [n, d], features [n, F];
+    and its decoder rows [F, d]."""
     sae = sae_lens.SAE.load_from_disk(folder)
 
     def reconstruct(x: Tensor) -> tuple[Tensor, Tensor]:
         features = sae.encode(x)
         return sae.decode(features), features
 
-    return reconstruct
+    return reconstruct, sae.W_dec.detach()

@@ -66,7 +66,7 @@ def evaluate(sae: SAE, held_out: HeldOut | HeldOutConcepts, sites: Sites) -> Eva
     """Score an SAE as it was saved; numbers are NaN where there is nothing to divide by."""
     x = held_out.activations(sites.source)
     sae = sae.to(x.device)
-    (card,) = scorecard.score([sae], held_out, *sites, [sae.weights], fidelity=True)
+    (card,) = scorecard.score([sae], [sae.W_dec], held_out, *sites, [sae.weights], fidelity=True)
     return Evaluation(card, len(x), sae.W_dec.detach().norm(dim=1).cpu())
 
 

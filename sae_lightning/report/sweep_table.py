@@ -82,6 +82,12 @@ COLUMNS = {
     "precision": Column("precision", "{:.4f}", 1, "of matched features as detectors"),
     "recall": Column("recall", "{:.4f}", 1, "of matched features as detectors"),
     "unfired": Column("unfired", "{:.1%}", -1, "share of features silent on held-out data"),
+    "duplicates": Column(
+        "copies", "{:.1%}", -1, "share of live features with another at a decoder cosine above 0.9"
+    ),
+    "nearest_cosine": Column(
+        "nearest", "{:.2f}", 0, "median over live features of the cosine with the nearest other"
+    ),
     "train/dead": Column("dead", "{:.1%}", -1, "share of features dead at the end of training"),
     "mse": Column("mse", "{:.4f}", -1, "mean squared error"),
 }

@@ -5,11 +5,12 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from sae_lightning.errors import UserError
+from sae_lightning.scoring.duplicates import Copies
 from sae_lightning.scoring.metrics import Quality
 from sae_lightning.stream import SOURCES
 
-OF_QUALITY = {*Quality._fields} - {"density", "dimension"}
-METRICS = sorted(OF_QUALITY.union(*(row.measures for row in SOURCES.values())))
+OF_ALL = {*Quality._fields, *Copies._fields} - {"density", "dimension"}
+METRICS = sorted(OF_ALL.union(*(row.measures for row in SOURCES.values())))
 # Per factor e of active features too many (1 % too many cost 0.1). It has to outweigh what a metric
 # gains by them: kl, the steepest, falls by 0.2 nats from L0 20 to 50 (SmolLM2, block 9).
 EXCESS = 10.0
@@ -41,8 +42,8 @@ class SweepConfig:
             raise UserError(f"sweep.max_heads={self.max_heads}: give 1 or more SAEs for a pass")
 
     def check(self, measures: Collection[str], where: str) -> None:
-        """UserError if the objective is neither of `Quality` nor among what is measured `where`."""
-        there = sorted(OF_QUALITY.union(measures))
+        """UserError if the objective is neither of all data nor among what is measured `where`."""
+        there = sorted(OF_ALL.union(measures))
         if self.objective and self.objective.removeprefix("-") not in there:
             raise UserError(
                 f"sweep.objective={self.objective} is not measured {where}: choose from "

@@ -10,6 +10,7 @@ from sae_lightning.llm.sites import Site
 from sae_lightning.llm.splice import Scores
 from sae_lightning.sae import Output
 from sae_lightning.scoring.dominance import LongTokens, long_tokens
+from sae_lightning.scoring.duplicates import COPY, Copies, copies
 from sae_lightning.scoring.metrics import Fidelity, FidelitySums, Quality, QualitySums
 from sae_lightning.stream.held_out import HeldOut
 from sae_lightning.stream.recovery import FOUND, Recovery
@@ -35,6 +36,8 @@ class Scorecard(NamedTuple):
 
     quality: Quality
     """Reconstruction and sparsity."""
+    copies: Copies
+    """How alike decoder rows are."""
     scores: Scores | Recovery | None = None
     """What the LLM makes of the reconstruction (None where it was not asked) or, where they are
     known, how many of the concepts were found."""
@@ -55,12 +58,15 @@ class Scorecard(NamedTuple):
             if found
             for name, value in found._asdict().items()
         }
-        return quality | few | (self.scores._asdict() if self.scores else {})
+        return (
+            quality | self.copies._asdict() | few | (self.scores._asdict() if self.scores else {})
+        )
 
 
 @torch.no_grad()
 def score(
     saes: Sequence[Callable[[Tensor], Output]],
+    decoders: Sequence[Tensor],
     held_out: HeldOut | HeldOutConcepts,
     source: Site,
     target: Site,
@@ -68,7 +74,8 @@ def score(
     *,
     fidelity: bool = False,
 ) -> list[Scorecard]:
-    """Score SAEs of one source and target, given as functions of raw activations [n, d_in].
+    """Score SAEs of one source and target, given as functions of raw activations [n, d_in], and
+    their decoder rows [features, d_out].
 
     Where the concepts are known, `weights` gives those of each SAE, for raw activations too.
     `fidelity` costs about a twentieth of what the SAE does: training can do without.
@@ -78,10 +85,14 @@ def score(
     long = long_tokens(y)
     with torch.autocast(x.device.type, enabled=False):
         errors = [_errors(sae, x, y, long, fidelity) for sae in saes]
+        alike = [
+            copies(rows, quality.density)
+            for rows, (quality, *_) in zip(decoders, errors, strict=True)
+        ]
         scores = held_out.scores(source, target, saes, weights, ROWS)
     return [
-        Scorecard(quality, mine, kind, usual)
-        for (quality, kind, usual), mine in zip(errors, scores, strict=True)
+        Scorecard(quality, near, mine, kind, usual)
+        for (quality, kind, usual), near, mine in zip(errors, alike, scores, strict=True)
     ]
 
 
@@ -117,6 +128,8 @@ def rows(scalars: dict[str, float]) -> dict[str, str]:
         "explained variance": f"{scalars['explained_variance']:.4f}",
         **_dominant_rows(scalars),
         "unfired": f"{scalars['unfired']:.1%} of features {title(scalars)}",
+        "copies": f"{scalars['duplicates']:.1%} of those that fire have another at a decoder "
+        f"cosine above {COPY}; median of the nearest {scalars['nearest_cosine']:.2f}",
     }
     llm = _llm_rows(scalars) if "ce_clean" in scalars else {}
     return quality | llm | (_concept_rows(scalars) if "recovered" in scalars else {})

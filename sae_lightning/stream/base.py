@@ -183,7 +183,7 @@ class Source(ABC):
     has_llm: ClassVar[bool]
     """Whether an LLM computes the activations."""
     measures: ClassVar[frozenset[str]]
-    """Held-out metrics that depend on the SAE, besides L0, explained variance and unfired."""
+    """Held-out metrics that depend on the SAE, besides those of every kind of data."""
     headline: ClassVar[str]
     """The one of them that is shown first."""
     labels: ClassVar[tuple[str, ...]] = ()

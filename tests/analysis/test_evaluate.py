@@ -72,8 +72,8 @@ def test_features_that_are_too_weak_are_found_as_shrinkage(held_out):
 
 def test_training_is_spared_what_only_the_evaluation_asks_for(held_out):
     sae = both_signs(WIDTH, scale=0.75)
-    (asked,) = score([sae], held_out, *SITES, fidelity=True)
-    (spared,) = score([sae], held_out, *SITES)
+    (asked,) = score([sae], [sae.W_dec], held_out, *SITES, fidelity=True)
+    (spared,) = score([sae], [sae.W_dec], held_out, *SITES)
     assert spared.fidelity is None and asked.fidelity.gamma == pytest.approx(0.75)
     assert spared.scalars() == pytest.approx(asked.scalars())
 

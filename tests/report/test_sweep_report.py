@@ -241,6 +241,22 @@ def test_numbers_that_are_none_are_never_the_best_and_are_counted(tmp_path):
     assert "2 of the finished runs lack a finite number" in Page(tmp_path / PAGE).text
 
 
+def test_copies_are_a_column_and_a_run_of_before_they_were_measured_has_a_dash(tmp_path, capsys):
+    near = {"duplicates": 0.0123, "nearest_cosine": 0.456}
+    runs = [
+        run(tmp_path, "loss.l1=1", **scores(4, 0.5), **near),
+        run(tmp_path, "loss.l1=2", **scores(3, 0.4)),
+        run(tmp_path, "loss.l1=3", **scores(2, 0.3), **dict.fromkeys(near, NAN)),
+    ]
+    write_report(tmp_path, runs)
+    said = capsys.readouterr().out
+    assert "copies ↓" in said and "1.2%*" in said and "0.46 " in said
+    page = Page(tmp_path / PAGE)
+    (old,) = (row for row in page.rows if row and row[0] == "2")
+    assert old.count("–") == 2
+    assert "copies: 1.2%" in (tmp_path / PAGE).read_text("utf8"), "for the pointer"
+
+
 def test_a_failed_run_with_metrics_of_an_earlier_time_is_not_compared(tmp_path):
     table = SweepTable(
         [

@@ -10,6 +10,7 @@ from sae_lightning.errors import UserError
 from sae_lightning.llm.load import LLMConfig
 from sae_lightning.llm.splice import Baseline, Scores
 from sae_lightning.runs.search import METRICS, SweepConfig, objective
+from sae_lightning.scoring.duplicates import Copies
 from sae_lightning.scoring.metrics import Quality
 from sae_lightning.scoring.scorecard import Scorecard
 from sae_lightning.stream import make_source
@@ -55,12 +56,12 @@ def test_a_metric_that_is_nan_is_the_worst_of_all(name):
 
 
 def test_every_number_of_a_run_that_the_sae_decides_can_be_the_objective():
-    quality = Quality(1.0, 0.5, 0.1, torch.zeros(2), None)
-    of_text = Scorecard(quality, scores=Scores(1, 2, 3, 3, 0.5, 0.1)).scalars()
-    of_concepts = Scorecard(quality, Recovery(*range(9))).scalars()
+    quality, near = Quality(1.0, 0.5, 0.1, torch.zeros(2), None), Copies(0.1, 0.4)
+    of_text = Scorecard(quality, near, scores=Scores(1, 2, 3, 3, 0.5, 0.1)).scalars()
+    of_concepts = Scorecard(quality, near, Recovery(*range(9))).scalars()
     fixed = {*Baseline._fields, *OF_THE_WORLD}
     assert set(METRICS) == {*of_text, *of_concepts} - fixed
-    without_loss = Scorecard(quality).scalars()
+    without_loss = Scorecard(quality, near).scalars()
     llm = LLMConfig(name="none")
     text, concepts = (make_source(llm, data, 0) for data in (PlaysConfig(), SyntheticConfig()))
     for numbers, where in (
@@ -91,7 +92,7 @@ def test_an_objective_that_needs_a_loss_that_is_not_measured_is_refused_in_one_l
         SweepConfig(objective="-kl").check(frozenset(), "with eval.loss_tokens=0")
     assert str(error.value) == (
         "sweep.objective=-kl is not measured with eval.loss_tokens=0: choose from "
-        "explained_variance, l0, unfired"
+        "duplicates, explained_variance, l0, nearest_cosine, unfired"
     )
 
 
@@ -101,8 +102,9 @@ def test_an_unknown_metric_is_refused_with_those_there_are(name):
         SweepConfig(objective=name)
     assert str(error.value) == (
         f"sweep.objective={name}: no such held-out metric; choose from ce_recovered, ce_spliced, "
-        "encoder_agreement, explained_variance, feature_readout, kl, l0, mmcs, negative_bias, "
-        "precision, recall, recovered, unfired, with a minus in front to minimise it"
+        "duplicates, encoder_agreement, explained_variance, feature_readout, kl, l0, mmcs, "
+        "nearest_cosine, negative_bias, precision, recall, recovered, unfired, with a minus in "
+        "front to minimise it"
     )
 
 

@@ -13,6 +13,7 @@ from sae_lightning.scoring.scorecard import rows, score
 from sae_lightning.stream.rows import medians, not_large
 
 SITE = Site(0, Kind.resid)
+ROWS = [torch.ones(1, 1)]  # of a decoder, which does not matter here
 
 
 def opposite(n: int) -> torch.Tensor:
@@ -102,7 +103,7 @@ def test_the_scorecard_has_ev_of_usual_tokens_only_where_long_ones_dominate():
         kept = (part.norm(dim=1, keepdim=True) > 2).float()
         return Output(features=kept, reconstruction=part * kept)
 
-    (card,) = score([sae], Fixed(x), SITE, SITE)
+    (card,) = score([sae], ROWS, Fixed(x), SITE, SITE)
     scalars = card.scalars()
     assert scalars["explained_variance"] == pytest.approx(10_800 / 22_800, rel=1e-5)
     assert scalars["usual_explained_variance"] == pytest.approx(0, abs=1e-6)
@@ -111,9 +112,11 @@ def test_the_scorecard_has_ev_of_usual_tokens_only_where_long_ones_dominate():
     assert line == (
         "0.0000; the longest 12 hold 47% of the variance (data.max_norm=5 leaves them out)"
     )
-    (card,) = score([sae], Fixed(x[known.squeeze(1) == 0]), SITE, SITE)
-    assert set(card.scalars()) == {"l0", "explained_variance", "unfired"}
-    assert list(rows(card.scalars())) == ["L0", "explained variance", "unfired"]
+    (card,) = score([sae], ROWS, Fixed(x[known.squeeze(1) == 0]), SITE, SITE)
+    assert set(card.scalars()) == {
+        *("l0", "explained_variance", "unfired", "duplicates", "nearest_cosine")
+    }
+    assert list(rows(card.scalars())) == ["L0", "explained variance", "unfired", "copies"]
 
 
 def test_the_scorecard_names_a_dominant_dimension():
@@ -124,7 +127,7 @@ def test_the_scorecard_names_a_dominant_dimension():
         others = torch.arange(200) != 3
         return Output(features=torch.ones(len(part), 1), reconstruction=part * ~others)
 
-    (card,) = score([sae], Fixed(x), SITE, SITE)
+    (card,) = score([sae], ROWS, Fixed(x), SITE, SITE)
     scalars = card.scalars()
     share = (x - x.mean(0)).square().sum(0) / (x - x.mean(0)).square().sum()
     assert scalars["dimension_index"] == 3

@@ -346,6 +346,7 @@ def test_a_run_folder_is_complete_and_the_curves_are_plotted_against_tokens(job)
         *("data/distinct_sequences", "held_out/ce_clean", "held_out/ce_spliced"),
         *("held_out/ce_zero", "held_out/ce_mean", "held_out/ce_recovered", "held_out/kl"),
         *("held_out/l0", "held_out/explained_variance", "held_out/unfired"),
+        *("held_out/duplicates", "held_out/nearest_cosine"),
     } <= set(drawn)
     loss, mse, l1, coefficient = (
         dict(drawn[tag])[STEPS * BATCH]

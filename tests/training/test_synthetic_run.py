@@ -78,7 +78,10 @@ def test_recovery_is_measured_instead_of_the_llms_loss(job, capsys):
     said = capsys.readouterr().out
     found = metrics(this.folder)["held_out"]
     assert found == held_out
-    assert set(found) == {"l0", "explained_variance", "unfired", *Recovery._fields}
+    assert set(found) == {
+        *("l0", "explained_variance", "unfired", "duplicates", "nearest_cosine"),
+        *Recovery._fields,
+    }
     assert all(math.isfinite(value) for value in found.values())
     assert 0.5 < found["mmcs"] <= 1
     drawn = curves(this.folder)

@@ -23,7 +23,8 @@ def evaluate(heads: Sequence[Head], held_out: HeldOut | HeldOutConcepts, tokens:
     for (source, target), group in groupby(sorted(heads, key=sites), key=sites):
         mine = list(group)
         functions, weights = zip(*((head.reconstruct, head.folded) for head in mine), strict=True)
-        cards = score(functions, held_out, source, target, weights)
+        decoders = [head.sae.W_dec for head in mine]
+        cards = score(functions, decoders, held_out, source, target, weights)
         for head, card in zip(mine, cards, strict=True):
             _note(head, card, tokens)
 
