@@ -6,7 +6,7 @@ from batches import batches, sparse
 
 from sae_lightning.analysis.survey import related
 from sae_lightning.analysis.survey.related import neighbours, partners
-from sae_lightning.analysis.survey.sample import Sampling
+from sae_lightning.analysis.survey.sample import Sample, Sampling
 
 
 @pytest.fixture(params=[2, 512])
@@ -55,3 +55,34 @@ def test_partners_of_a_dense_sae_are_told_from_its_first_tokens(monkeypatch):
 def test_a_single_feature_is_like_none():
     assert neighbours(torch.ones(1, 3)).units.shape == (1, 0)
     assert partners(sample(sparse(2, 6, 1))).units.shape == (1, 0)
+
+
+def test_of_many_features_copies_are_found_and_few_pairs_are_looked_at(monkeypatch):
+    """Copies at a cosine of 0.93, in an SAE whose rows all share a long direction as well."""
+    random = torch.Generator().manual_seed(0)
+    rows = torch.randn(3000, 64, generator=random)
+    rows[1::2] = rows[::2] + 0.4 * torch.randn(1500, 64, generator=random)
+    rows[:, 0] += 5
+    exact = neighbours(rows, k=1)
+    monkeypatch.setattr(related, "EXACT", 1000)
+    monkeypatch.setattr(related, "ROWS", 128)
+    looked_at = sum(len(mine) * len(others) for mine, others in related._compared(rows))
+    assert looked_at <= len(rows) * 128 * related.TABLES
+    found = neighbours(rows, k=1)
+    assert (found.units == exact.units).float().mean() > 0.995
+    same = found.units == exact.units
+    assert torch.allclose(found.likeness[same], exact.likeness[same], atol=1e-6)
+    assert all(len({*row}) == 5 for row in neighbours(rows).units.tolist())
+
+
+def test_partners_are_found_among_200_000_features_without_a_table_of_all_pairs():
+    """Two features a token, and all others silent: 4e10 pairs, of which 1,000 fire together."""
+    features, tokens = 200_000, 1000
+    places = torch.arange(tokens).repeat_interleave(2)
+    starts = torch.arange(features + 1).clamp(max=len(places))
+    text = torch.zeros(10, tokens // 10, dtype=torch.int32)
+    given = Sample(text, text == 0, torch.arange(10), starts, places, torch.ones(len(places)))
+    found = partners(given)
+    assert found.units[: len(places), 0].tolist() == (torch.arange(len(places)) ^ 1).tolist()
+    assert found.likeness.sum() == len(places)
+    assert (found.units[len(places) :] == -1).all()
