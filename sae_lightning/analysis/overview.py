@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from sae_lightning.analysis import evaluate
 from sae_lightning.analysis.probing import sections as probe_sections
 from sae_lightning.analysis.probing.task import probed
-from sae_lightning.analysis.survey.survey import best_read
+from sae_lightning.analysis.survey.survey import most_telling
 from sae_lightning.analysis.survey.survey import section as survey_section
 from sae_lightning.analysis.survey.task import SHOWN, FeaturesTask
 from sae_lightning.analysis.theory import claims
@@ -33,7 +33,7 @@ class OverviewTask(FeaturesTask):
         tested = claims.theory(subject, reducers)
         summary, scorecard = survey_section(found), evaluate.section(card)
         say(summary)
-        say_units(found.features, best_read(found.features, SHOWN))
+        say_units(found.features, most_telling(found.features, SHOWN))
         probes = None
         if "speaker" in subject.config.source.labels:
             probes = probed(subject, "speaker", PROBED)

@@ -89,7 +89,8 @@ class Task:
         numbers = target.with_name(f"{self.task}.json")
         write_json(numbers, scalars)
         commands = following(subject.folder, feature)
-        text = page(subject.name, subject.facts(), sections, catalogues, commands)
+        files = [*(f"{catalogue.kind}s.parquet" for catalogue in catalogues), numbers.name]
+        text = page(subject.name, subject.facts(), sections, catalogues, commands, files)
         with atomically(target) as temporary:
             temporary.write_text(text, encoding="utf8")
         console.print(

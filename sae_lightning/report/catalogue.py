@@ -6,6 +6,7 @@ or units are listed.
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,6 +14,13 @@ BEFORE, AFTER = 20, 11
 WINDOW = BEFORE + 1 + AFTER  # tokens of an example; its peak is at index BEFORE
 # Strengths are counted in half octaves; the first and the last bin hold what lies outside.
 EDGES = 2.0 ** torch.arange(-10, 14.5, 0.5)
+INTERVALS = 5  # of strengths, equally wide, from 0 to a unit's maximum
+
+
+def interval_of(strength: Tensor, maximum: Tensor) -> Tensor:
+    """Which of INTERVALS a strength lies in, int64; 0 is the uppermost, with the unit's maximum."""
+    share = strength / maximum.clamp_min(torch.finfo(torch.float32).tiny)
+    return INTERVALS - (share * INTERVALS).ceil().clamp(1, INTERVALS).long()
 
 
 class Statistics(NamedTuple):
@@ -37,7 +45,7 @@ class Statistics(NamedTuple):
 
 
 class Examples(NamedTuple):
-    """Places in the text where units are active, at most one in a sequence, strongest first."""
+    """Places in the text where units are active, strongest first."""
 
     strength: Tensor
     """[units, n] at the peak, the token at index BEFORE of the window; 0 where there are fewer
@@ -48,6 +56,8 @@ class Examples(NamedTuple):
     """[units, n, WINDOW] of each token, float16; 0 where tokens is -1."""
     sequence: Tensor
     """[units, n] number of the sequence in the order of reading, int64."""
+    position: Tensor
+    """[units, n] of the peak in its sequence, int32."""
 
 
 class Reading(NamedTuple):
@@ -89,13 +99,20 @@ class Catalogue(NamedTuple):
     """feature or neuron"""
     vocabulary: list[str]
     """Each token id as it reads, with its space."""
+    texts: np.ndarray
+    """[sequences, context] ids of all that was read, int32; no tensor, as it is not of units."""
     statistics: Statistics
     top: Examples
-    """The strongest."""
+    """The strongest, at most one in a sequence."""
     spread: Examples
-    """Random ones from all over the range of strengths."""
+    """Random ones of each of INTERVALS, of an interval at most one in a sequence; none of `top`."""
     reading: Reading | None = None
     """None for neurons, which are always active."""
+    telling: Tensor | None = None
+    """[units] how much each tells a reader who sees it first, nan where that is not known."""
+    copy_of: Tensor | None = None
+    """[units] the unit under which each is shown: itself, unless it is a copy of a more telling
+    one, int64."""
     neighbours: Related | None = None
     """By the cosine of decoder rows; None for neurons."""
     partners: Related | None = None

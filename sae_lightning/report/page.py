@@ -52,10 +52,11 @@ def page(
     sections: Sequence[Section],
     catalogues: Sequence[Catalogue] = (),
     commands: Sequence[str] = (),
+    files: Sequence[str] = (),
 ) -> str:
     """The page: facts below the title, a browser of the catalogues' units, then the sections.
 
-    `commands` are shown at its end, to be pasted.
+    `commands` are shown at its end, to be pasted; `files` are names of files beside it.
     """
     return rendered(
         "analysis.html",
@@ -66,6 +67,7 @@ def page(
         units=page_data(catalogues) if catalogues else None,
         parts=_parts(sections),
         commands=commands,
+        files=files,
         pieces=pieces,
         in_lines=_in_lines,
         zip=zip,

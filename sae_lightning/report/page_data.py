@@ -1,10 +1,11 @@
 """A catalogue in the compact form that the page's script reads (templates/blocks.js).
 
+sequences | their tokens                                                   block "texts"
        | fields of all units: how often, how strongly, what to search by   block "feature"
 units |  fields of units   0 ... 127: examples, histogram, relations       block "feature-0"
        | fields of units 128 ... 255                                       block "feature-1"
 
-The first is read when the page opens, the others when one of their units is opened.
+The second is read when the page opens, the others when one of their units is opened.
 Each is a block: its fields one after another, a field's bytes by significance (first the lowest of
 all its numbers, then the next ...), because that deflates best; then deflate, then base64.
 Tokens are numbered anew by how often they occur, from 1, so that the common ones take one byte;
@@ -20,7 +21,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae_lightning.report.catalogue import BEFORE, EDGES, WINDOW, Catalogue, Examples, rows
+from sae_lightning.report.catalogue import (
+    BEFORE,
+    EDGES,
+    INTERVALS,
+    WINDOW,
+    Catalogue,
+    Examples,
+    interval_of,
+    rows,
+)
 from sae_lightning.report.section import visible_token
 
 CHUNK = 128  # units of a block of details; about 200 kB when unpacked
@@ -47,7 +57,8 @@ class Blocks(Mapping[str, str]):
     def __init__(self, catalogues: Sequence[Catalogue], numbers: np.ndarray):
         self.numbers = numbers
         self.parts = {catalogue.kind: (catalogue, _listed) for catalogue in catalogues}
-        self.size = 0  # bytes when unpacked
+        self.parts["texts"] = catalogues[0], _texts
+        self.size = catalogues[0].texts.size * numbers.itemsize  # bytes when unpacked
         for catalogue in catalogues:
             first = rows(catalogue, slice(1))
             fields = [*_listed(first, numbers).values(), *_detailed(first, numbers).values()]
@@ -85,6 +96,8 @@ def page_data(catalogues: Sequence[Catalogue]) -> PageData:
         )
     index = {"words": words, "kinds": kinds, "edges": EDGES.tolist(), "chunk": CHUNK}
     index |= {"window": WINDOW, "before": BEFORE, "levels": LEVELS, "preview": PREVIEW.start}
+    index |= {"intervals": INTERVALS, "sequences": len(catalogues[0].texts)}
+    index |= {"texts": _layout(_texts(catalogues[0], numbers))}
     return PageData(index, Blocks(catalogues, numbers))
 
 
@@ -92,19 +105,24 @@ def _numbering(catalogues: Sequence[Catalogue]) -> tuple[list[str], np.ndarray]:
     """The page's own vocabulary, as shown, and [vocabulary + 1] token id (or -1) -> place in it."""
     vocabulary = catalogues[0].vocabulary
     counts = torch.zeros(len(vocabulary) + 1, dtype=torch.int64)
+    shown = [torch.from_numpy(catalogues[0].texts)]
     for catalogue in catalogues:
-        shown = [catalogue.top.tokens, catalogue.spread.tokens]
         if catalogue.reading is not None:
             shown += [catalogue.reading.tokens]
         if catalogue.effect is not None:
             shown += [catalogue.effect.promoted, catalogue.effect.suppressed]
-        for part in (part for ids in shown for part in ids.split(AT_ONCE)):
-            counts += torch.bincount(part.flatten() + 1, minlength=len(counts))
+    for part in (part for ids in shown for part in ids.split(AT_ONCE)):
+        counts += torch.bincount(part.flatten() + 1, minlength=len(counts))
     counts = counts[1:]
     used = counts.argsort(descending=True, stable=True)[: int((counts > 0).sum())].tolist()
     numbers = np.zeros(len(vocabulary) + 1, "u2" if len(used) < 2**16 else "u4")
     numbers[used] = range(1, len(used) + 1)
     return ["", *(visible_token(vocabulary[token]) for token in used)], numbers
+
+
+def _texts(catalogue: Catalogue, numbers: np.ndarray) -> Fields:
+    """The sequences that examples are from."""
+    return {"tokens": numbers.take(catalogue.texts)}
 
 
 def _listed(catalogue: Catalogue, numbers: np.ndarray) -> Fields:
@@ -121,6 +139,9 @@ def _listed(catalogue: Catalogue, numbers: np.ndarray) -> Fields:
         fields["score"] = _array(catalogue.reading.score, "f4")
         fields["reading"] = numbers.take(catalogue.reading.tokens)
         fields["previous"] = _array(catalogue.reading.previous, "u1")
+    if catalogue.telling is not None:
+        fields["telling"] = _array(catalogue.telling, "f4")
+        fields["copy_of"] = _array(catalogue.copy_of, "u4")
     if catalogue.effect is not None:
         fields["promoted"] = numbers.take(catalogue.effect.promoted)
         fields["suppressed"] = numbers.take(catalogue.effect.suppressed)
@@ -131,8 +152,11 @@ def _listed(catalogue: Catalogue, numbers: np.ndarray) -> Fields:
 def _detailed(catalogue: Catalogue, numbers: np.ndarray) -> Fields:
     """What only a unit's own view shows."""
     shown, maximum = (catalogue.top, catalogue.spread), catalogue.statistics.maximum
+    sequence, position = map(np.min_scalar_type, catalogue.texts.shape)
     fields = {
-        "tokens": numbers.take(torch.cat([examples.tokens for examples in shown], 1)),
+        "sequence": _array(torch.cat([examples.sequence for examples in shown], 1), sequence),
+        "position": _array(torch.cat([examples.position for examples in shown], 1), position),
+        "interval": _array(interval_of(catalogue.spread.strength, maximum[:, None]), "u1"),
         "strengths": _array(torch.cat([_levels(examples, maximum) for examples in shown], 1), "u1"),
         "histogram": _array(catalogue.statistics.histogram, "u4"),
     }
@@ -148,11 +172,12 @@ def _detailed(catalogue: Catalogue, numbers: np.ndarray) -> Fields:
 def _levels(examples: Examples, maximum: Tensor) -> Tensor:
     """[units, n, WINDOW] strengths in steps of a 255th of the unit's maximum; 0 stays 0 only."""
     strengths = examples.strengths.float()
+    strengths[:, :, BEFORE] = examples.strength  # as it is: half precision has a least number
     share = strengths / maximum.clamp_min(torch.finfo(torch.float32).tiny)[:, None, None]
     return torch.where(strengths > 0, (share * LEVELS).round().clamp(1, LEVELS), 0)
 
 
-def _array(values: Tensor, dtype: str) -> np.ndarray:
+def _array(values: Tensor, dtype: str | np.dtype) -> np.ndarray:
     return values.detach().cpu().numpy().astype(dtype)
 
 

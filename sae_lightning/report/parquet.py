@@ -36,6 +36,9 @@ def write_table(path: Path, catalogue: Catalogue, of: dict[str, str]) -> None:
         columns["score"] = pa.array(r.score.numpy(), from_pandas=True)  # nan becomes null
         columns["tokens"] = _texts(r.tokens, words)
         columns["tokens_are_previous"] = _array(r.previous)
+    if catalogue.telling is not None:
+        columns["telling"] = pa.array(catalogue.telling.numpy(), from_pandas=True)
+        columns["copy_of"] = _array(catalogue.copy_of)
     for name, related in (("neighbour", catalogue.neighbours), ("partner", catalogue.partners)):
         if related is not None:
             columns[f"{name}s"] = _lists(related.units, related.units >= 0)
@@ -73,6 +76,7 @@ def _examples(examples: Examples, words: pa.Array) -> pa.ListArray:
     columns = {
         "strength": _array(examples.strength[there]),
         "sequence": _array(examples.sequence[there]),
+        "position": _array(examples.position[there]),  # of the peak in its sequence
         "peak": _array((tokens[:, :BEFORE] >= 0).sum(dim=1).int()),  # its place in tokens
         "tokens": _texts(tokens, words),
         "strengths": _lists(strengths.float(), tokens >= 0),

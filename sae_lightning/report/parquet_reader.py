@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sae_lightning.report.catalogue import (
+    AFTER,
     BEFORE,
     WINDOW,
     Catalogue,
@@ -41,17 +42,16 @@ def read_table(path: Path, vocabulary: list[str]) -> Catalogue:
     kind, ids = next(iter(columns)), {word: i for i, word in enumerate(vocabulary)}
     numbers = {name: _tensor(columns[name]) for name in ("fired", "mean", "maximum")}
     histogram = _padded(columns["histogram"], _tensor(columns["histogram"].flatten()), 0)
-    catalogue = Catalogue(
-        kind,
-        vocabulary,
-        Statistics(read_note(path)["tokens"], **numbers, histogram=histogram),
-        top=_examples(columns["examples"], ids),
-        spread=_examples(columns["examples_of_all_strengths"], ids),
-    )
+    examples = [_examples(columns[n], ids) for n in ("examples", "examples_of_all_strengths")]
+    statistics = Statistics(read_note(path)["tokens"], **numbers, histogram=histogram)
+    catalogue = Catalogue(kind, vocabulary, _text(*examples), statistics, *examples)
     if "score" in columns:
         previous = _tensor(columns["tokens_are_previous"])
         known = Reading(_tensor(columns["score"]), _tokens(columns["tokens"], ids), previous)
         catalogue = catalogue._replace(reading=known)
+    if "telling" in columns:
+        each = (_tensor(columns[name]) for name in ("telling", "copy_of"))
+        catalogue = catalogue._replace(telling=next(each), copy_of=next(each))
     for name in ("neighbour", "partner"):
         if f"{name}s" in columns:
             units, likeness = columns[f"{name}s"], columns[f"{name}_likeness"]
@@ -82,7 +82,7 @@ def _counts(lists: pa.ListArray) -> Tensor:
 
 
 def _padded(lists: pa.ListArray, values: Tensor, fill: float) -> Tensor:
-    """The `values` [entries] of the lists in rows, with `fill` behind shorter ones -> [units, k]."""
+    """The `values` [entries] of the lists in rows [units, k], with `fill` behind shorter ones."""
     counts = _counts(lists)
     k = max(1, int(counts.max()))
     rows = values.new_full((len(counts), k), fill)
@@ -122,4 +122,20 @@ def _examples(lists: pa.ListArray, ids: dict[str, int]) -> Examples:
         tokens=tokens[slots].masked_fill(none[..., None], -1),
         strengths=around[slots].masked_fill(none[..., None], 0),
         sequence=_tensor(each.field("sequence"))[slots].masked_fill(none, 0),
+        position=_tensor(each.field("position"))[slots].masked_fill(none, 0),
     )
+
+
+def _text(*examples: Examples) -> np.ndarray:
+    """[sequences, context] ids of the text, -1 where none of the examples shows it."""
+    parts = [[], [], []]
+    for each in examples:
+        place = each.position[..., None] + torch.arange(-BEFORE, AFTER + 1)
+        known = each.tokens >= 0
+        sequence = each.sequence[..., None].expand_as(place)
+        for part, values in zip(parts, (sequence, place, each.tokens), strict=True):
+            part.append(values[known].numpy())
+    sequence, place, tokens = map(np.concatenate, parts)
+    text = np.full((sequence.max(initial=-1) + 1, place.max(initial=-1) + 1), -1, np.int32)
+    text[sequence, place] = tokens
+    return text

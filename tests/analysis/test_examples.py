@@ -5,15 +5,15 @@ import torch
 from batches import batches, sparse
 
 from sae_lightning.analysis.survey import strengths
-from sae_lightning.analysis.survey.examples import Counting, Gathering
+from sae_lightning.analysis.survey.examples import Counting, Gathering, Texts
 from sae_lightning.analysis.survey.strengths import Positive
 from sae_lightning.report.catalogue import AFTER, BEFORE, EDGES, WINDOW
 
 UNITS, CONTEXT = 7, 40
 
 
-def gathered(features: torch.Tensor, n: int, seed: int | None = None, size: int = 3):
-    reducer = Gathering(features.shape[2], n, strengths.features, seed)
+def gathered(features: torch.Tensor, n: int, size: int = 3):
+    reducer = Gathering(features.shape[2], n, strengths.features)
     for batch in batches(features, size=size):
         reducer.add(batch)
     return reducer.result()
@@ -75,6 +75,7 @@ def test_the_strongest_examples_are_those_of_the_whole_text_one_a_sequence(size)
                 continue
             sequence = int(strongest.indices[i])
             assert found.sequence[unit, i] == sequence
+            assert found.position[unit, i] == place[sequence, unit]
             assert found.tokens[unit, i, BEFORE] == sequence * CONTEXT + place[sequence, unit]
 
 
@@ -107,25 +108,11 @@ def test_a_strength_that_is_too_great_for_its_window_is_the_greatest_there():
     assert found.strengths[0, 0, BEFORE - 1 : BEFORE + 1].tolist() == [65504, 65504]
 
 
-def test_random_examples_are_active_and_each_as_likely_as_the_others():
-    features = torch.zeros(30, 5, 1)
-    features[:, 2, 0] = torch.arange(1.0, 31.0)  # one active token a sequence
-    chosen = torch.zeros(30)
-    for seed in range(400):
-        found = gathered(features, 3, seed=seed, size=7)
-        assert len(found.sequence[0].unique()) == 3
-        assert found.strength[0].tolist() == (found.sequence[0] + 1.0).tolist()
-        chosen[found.sequence[0]] += 1
-    # 1,200 draws over 30 places: 40 each, with a standard deviation of 6
-    assert chosen.min() > 40 - 4 * 6
-    assert chosen.max() < 40 + 4 * 6
-
-
-def test_examples_of_a_seed_are_the_same_again():
-    features = sparse(20, CONTEXT, UNITS)
-    first, second = gathered(features, 3, seed=5), gathered(features, 3, seed=5)
-    assert torch.equal(first.tokens, second.tokens)
-    assert not torch.equal(first.tokens, gathered(features, 3, seed=6).tokens)
+def test_the_text_is_kept_as_it_was_read():
+    texts, features = Texts(), sparse(5, CONTEXT, 1)
+    for batch in batches(features, size=2):
+        texts.add(batch)
+    assert texts.result().ravel().tolist() == list(range(5 * CONTEXT))
 
 
 def test_neurons_are_made_positive_and_silent_where_no_sae_looks():

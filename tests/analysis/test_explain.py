@@ -16,6 +16,7 @@ from sae_lightning.analysis.explain.models import Endpoint, Local, Question
 from sae_lightning.analysis.explain.prompts import DETECT, FUZZ
 from sae_lightning.analysis.survey import strengths
 from sae_lightning.analysis.survey.examples import Counting, Gathering
+from sae_lightning.analysis.survey.intervals import draw
 from sae_lightning.analysis.survey.reading import reading
 from sae_lightning.analysis.survey.sample import Sample, Sampling
 from sae_lightning.errors import UserError
@@ -39,16 +40,13 @@ def world(tokens: torch.Tensor, vocabulary: list[str]) -> tuple[Catalogue, Sampl
     features *= keep[..., None] * (1 + 4 * torch.rand(features.shape, generator=random))
     x = torch.zeros(*tokens.shape, 1)
     batch = Batch(tokens, keep, x, x, features, torch.arange(len(tokens)))
-    reducers = [
-        Counting(4, strengths.features),
-        Gathering(4, 24, strengths.features),
-        Gathering(4, 12, strengths.features, seed=0),
-    ]
+    reducers = Counting(4, strengths.features), Gathering(4, 24, strengths.features)
     sampling = Sampling(4, seed=0)
     for reducer in [*reducers, sampling]:
         reducer.add(batch)
-    catalogue = Catalogue("feature", vocabulary, *(reducer.result() for reducer in reducers))
-    return catalogue, sampling.result()
+    (statistics, top), sample = (reducer.result() for reducer in reducers), sampling.result()
+    spread = draw(sample, statistics.maximum, top, each=4, seed=0)
+    return Catalogue("feature", vocabulary, tokens.numpy(), statistics, top, spread), sample
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +107,7 @@ def test_who_reads_the_texts_explains_planted_features_and_scores_1(evidence, tm
         for each in found:
             assert each.detection == (1.0, 20, 20, 0)
             assert each.fuzzing == (1.0, 20, 20, 0)
-            assert 15 < each.shown <= 18  # half of 24 + 12, but for those of one sequence
+            assert 17 < each.shown <= 22  # half of 24 + 20, but for those of one sequence
         # an explanation, 40 texts to detect and 40 to see through, 5 at a time
         assert len(server.requests) == answers.spent.requests == 2 * (1 + 8 + 8)
 

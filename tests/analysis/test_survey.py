@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from sae_lightning.analysis.collect import collect, excerpt
-from sae_lightning.analysis.survey.survey import best_read, section, survey
+from sae_lightning.analysis.survey.survey import most_telling, ranking, section, survey
+from sae_lightning.report.catalogue import BEFORE, INTERVALS
 
 
 @pytest.fixture
@@ -26,19 +27,23 @@ def test_its_numbers_are_those_of_its_catalogue(found):
     assert rows["text"] == f"{statistics.tokens:,} tokens"
 
 
-def test_half_as_many_random_examples_as_strongest_ones_are_kept(found):
+def test_of_every_interval_a_sixth_as_many_examples_as_strongest_ones_are_kept(subject, words):
+    found = survey(subject, words(3000), tokens=1500, examples=12)
+    for catalogue in (found.features, found.neurons):
+        assert catalogue.top.strength.shape == (catalogue.units, 12)
+        assert catalogue.spread.strength.shape == (catalogue.units, 2 * INTERVALS)
+        several = catalogue.statistics.fired > 200
+        assert several.any()
+        assert (catalogue.spread.strength[several] > 0).float().mean() > 0.8
+        examples = catalogue.spread
+        there = examples.strength > 0
+        read = catalogue.texts[examples.sequence[there], examples.position[there]]
+        assert read.tolist() == examples.tokens[..., BEFORE][there].tolist()
+
+
+def test_at_least_one_example_of_an_interval_is_kept(found):
     assert found.features.top.strength.shape == (32, 4)
-    assert found.features.spread.strength.shape == (32, 2)
-    assert found.neurons.top.strength.shape == (24, 4)
-
-
-def test_at_least_one_random_example_is_kept_and_it_is_not_the_strongest(subject, words):
-    found = survey(subject, words(3000), tokens=1500, examples=1).features
-    assert found.spread.strength.shape == (32, 1)
-    several = found.statistics.fired > 20
-    assert several.any()
-    weaker = found.spread.strength < found.top.strength
-    assert weaker[several].float().mean() > 0.5
+    assert found.features.spread.strength.shape == (32, INTERVALS)
 
 
 def test_a_text_of_which_nothing_can_be_scored_is_told_without_scores(subject, words):
@@ -46,7 +51,7 @@ def test_a_text_of_which_nothing_can_be_scored_is_told_without_scores(subject, w
     assert found.features.reading.score.isnan().all()
     assert found.scalars()["score_median"] is None
     assert "token score" not in section(found).rows
-    assert best_read(found.features, 5) == []
+    assert most_telling(found.features, 5) == []
 
 
 def test_reducers_that_read_along_see_the_same_pass(subject, words):
@@ -64,23 +69,20 @@ def test_reducers_that_read_along_see_the_same_pass(subject, words):
     assert beside.seen == alone.seen
 
 
-def test_the_features_shown_first_are_the_best_predicted_ones_of_several_words(found):
-    words = ["king", "queen", "duke", "king's", "King", "see", "saw", "seen", ",", "a"]
-    sets = {
-        0: [0, 1, 4],
-        1: [0, 1, 2],
-        2: [2, 1, 0, 5],
-        3: [8, 9, 5, 6],
-        4: [5, 6, 7],
-        5: [6, 7, 3],
-    }
-    tokens = torch.full((32, 4), -1)
-    for unit, ids in sets.items():
-        tokens[unit, : len(ids)] = torch.tensor(ids)
-    reading = found.features.reading._replace(
-        score=torch.linspace(0.9, -0.1, 32), tokens=tokens.int()
-    )
-    catalogue = found.features._replace(reading=reading, vocabulary=words)
-    # 0 has two words in three spellings, 2 those of 1, 3 but two of more than a letter
-    assert best_read(catalogue, 5) == [1, 4]
-    assert best_read(catalogue, 1) == [1]
+def test_the_features_shown_first_are_the_most_telling_ones_that_are_no_copies(found):
+    nan, telling = float("nan"), torch.linspace(0.9, 0.1, 32)
+    telling[:4] = torch.tensor([nan, 0.2, 0.95, 0])
+    copy_of = torch.arange(32)
+    copy_of[[4, 6]] = 2
+    catalogue = found.features._replace(telling=telling, copy_of=copy_of)
+    assert most_telling(catalogue, 3) == [2, 5, 7]
+    assert found._replace(features=catalogue).best == 2
+    assert len(most_telling(catalogue, 99)) == 32 - 2 - 2  # without a score, or of 0
+
+
+def test_copies_stand_under_the_most_telling_of_them(subject, words):
+    subject.sae.W_dec[[3, 5, 9]] = subject.sae.W_dec[7] * torch.tensor([[1.0], [2.0], [0.5]])
+    features = survey(subject, words(3000), tokens=1500, examples=1).features
+    best = next(unit for unit in ranking(features).tolist() if unit in (3, 5, 7, 9))
+    assert features.copy_of[[3, 5, 7, 9]].tolist() == [best] * 4
+    assert (features.copy_of != torch.arange(32)).sum() == 3

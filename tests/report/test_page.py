@@ -13,6 +13,7 @@ import torch
 from sae_lightning.report.catalogue import (
     BEFORE,
     EDGES,
+    INTERVALS,
     WINDOW,
     Catalogue,
     Effect,
@@ -27,31 +28,40 @@ from sae_lightning.report.page_data import CHUNK, LEVELS, page_data
 from sae_lightning.report.section import Coloured, Section, Table
 
 WORDS = [" a", "\n", "</script><script>alert(1)</script>", '"', "&amp;", "<!--<script>", "ü"]
+BESIDE = "a", "features.parquet"
 FIGURE = figure("x", "y").add_bar(x=["</script>"], y=[1])
 NAN = float("nan")
 
 
-def examples(units: int, n: int, vocabulary: int, seed: int) -> Examples:
-    """Random ones, a tenth of whose tokens are active; common tokens have low ids (Zipf)."""
+def text(sequences: int, vocabulary: int) -> torch.Tensor:
+    """[sequences, 128] random ids; the common tokens have low ones (Zipf)."""
+    random = torch.Generator().manual_seed(0)
+    rare = (1 / torch.arange(1.0, vocabulary + 1)).cumsum(0)
+    lots = torch.rand(sequences, 128, generator=random) * rare[-1]
+    return torch.searchsorted(rare, lots).clamp(max=vocabulary - 1).int()
+
+
+def examples(units: int, n: int, texts: torch.Tensor, seed: int) -> Examples:
+    """Random ones, a tenth of whose tokens are active; their windows begin behind token 3."""
     random = torch.Generator().manual_seed(seed)
     shape = units, n, WINDOW
-    rare = (1 / torch.arange(1.0, vocabulary + 1)).cumsum(0)
-    lots = torch.rand(shape, generator=random) * rare[-1]
-    tokens = torch.searchsorted(rare, lots).clamp(max=vocabulary - 1).int()
+    sequence = torch.randint(len(texts), shape[:2], generator=random)
+    position = torch.randint(BEFORE, 128 - WINDOW, shape[:2], generator=random)
+    window = position[..., None] + torch.arange(WINDOW) - BEFORE
+    tokens = texts[sequence[..., None], window]
     strengths = torch.rand(shape, generator=random) * 7
     strengths[torch.rand(shape, generator=random) > 0.1] = 0
     strengths[:, :, BEFORE] = 7.5
     tokens[:, :, :3], strengths[:, :, :3] = -1, 0
-    return Examples(torch.full((units, n), 7.5), tokens, strengths.half(), torch.zeros(units, n))
+    peak = torch.full((units, n), 7.5)
+    return Examples(peak, tokens, strengths.half(), sequence, position.int())
 
 
 def catalogue(
     units: int, kind: str = "feature", vocabulary: list[str] = WORDS, n: int = 3
 ) -> Catalogue:
-    top, spread = (
-        examples(units, n, len(vocabulary), 0),
-        examples(units, n // 2, len(vocabulary), 1),
-    )
+    texts = text(1000, len(vocabulary))
+    top, spread = examples(units, n, texts, 0), examples(units, INTERVALS * (n // 3), texts, 1)
     ids = torch.arange(units)[:, None] % len(vocabulary) + torch.zeros(units, 2, dtype=torch.int64)
     fired = torch.arange(units) + 1
     histogram = torch.zeros(units, len(EDGES) - 1, dtype=torch.int64)
@@ -59,6 +69,7 @@ def catalogue(
     bare = Catalogue(
         kind=kind,
         vocabulary=vocabulary,
+        texts=texts.numpy(),
         statistics=Statistics(1000, fired, fired / 7, torch.full((units,), 7.5), histogram),
         top=top,
         spread=spread,
@@ -126,14 +137,14 @@ def full() -> Elements:
         Section("Three", "A third.", texts=[Coloured("text", WORDS, [0.5] * 7)], part="Theory"),
     ]
     kinds = [catalogue(5), catalogue(3, "neuron")]
-    return Elements(page("<b>", {"LLM": "<i>"}, sections, kinds, ["python '<b>'"]))
+    return Elements(page("<b>", {"LLM": "<i>"}, sections, kinds, ["python '<b>'"], [BESIDE[1]]))
 
 
 def test_every_number_of_a_unit_can_be_read_back():
     units = CHUNK + 2
     given = catalogue(units)
     index, blocks = page_data([given])
-    assert list(blocks) == ["feature", "feature-0", "feature-1"]
+    assert {*blocks} == {"texts", "feature", "feature-0", "feature-1"}
     (kind,) = index["kinds"]
     listed = unpacked(blocks["feature"], kind["listed"], units)
     assert listed["fired"][:, 0].tolist() == given.statistics.fired.tolist()
@@ -153,9 +164,11 @@ def test_tokens_are_numbered_by_how_common_they_are_and_read_back():
     # the most frequent token has the lowest number, which is what deflates best
     assert words[:2] == ["", " a"]
     details = unpacked(blocks["feature-0"], kind["detailed"], 4)
-    read = [words[number] for number in details["tokens"].flatten()]
-    ids = torch.cat((given.top.tokens, given.spread.tokens), 1).flatten().tolist()
-    assert read == ["" if i < 0 else WORDS[i].replace("\n", "↵") for i in ids]
+    texts = unpacked(blocks["texts"], index["texts"], index["sequences"])["tokens"]
+    position = details["position"].astype(int)[..., None] + range(3 - BEFORE, WINDOW - BEFORE)
+    read = [words[number] for number in texts[details["sequence"][..., None], position].flatten()]
+    ids = torch.cat((given.top.tokens, given.spread.tokens), 1)[..., 3:].flatten().tolist()
+    assert read == [WORDS[i].replace("\n", "↵") for i in ids]
     listed = unpacked(blocks["feature"], kind["listed"], 4)
     peaks = [WORDS[i].replace("\n", "↵") for i in given.top.tokens[:, :, BEFORE].flatten()]
     assert [words[number] for number in listed["peaks"].flatten()] == peaks
@@ -181,22 +194,22 @@ def test_a_unit_that_never_fires_is_packed_without_a_nan():
     silent = torch.zeros(2)
     given = given._replace(
         statistics=given.statistics._replace(fired=silent.long(), maximum=silent),
-        top=given.top._replace(strengths=given.top.strengths * 0, tokens=given.top.tokens * 0 - 1),
+        top=given.top._replace(strength=torch.zeros(2, 3), strengths=given.top.strengths * 0),
     )
     index, blocks = page_data([given])
     details = unpacked(blocks["feature-0"], index["kinds"][0]["detailed"], 2)
     assert not details["strengths"][:, : 3 * WINDOW].any()
-    assert not details["tokens"][:, : 3 * WINDOW].any()
 
 
 def test_ten_thousand_features_fit_into_30_MB():
     vocabulary = [f" word{i}" for i in range(49_152)]
     few = page_data([catalogue(2 * CHUNK, vocabulary=vocabulary, n=12)])
     page_of_none = len(page("t", {}, [Section("a", "b", figures={"c": FIGURE})], [catalogue(1)]))
-    size = sum(map(len, few.blocks.values())) / (2 * CHUNK) * 10_000
+    texts = len(few.blocks["texts"])
+    size = texts + (sum(map(len, few.blocks.values())) - texts) / (2 * CHUNK) * 10_000
     words = len(json.dumps(vocabulary))
     # neurons are active on every token: all their strengths are random bytes
-    neurons = 576 * 18 * WINDOW * (2 + 1) * 4 / 3
+    neurons = 576 * 22 * WINDOW * 4 / 3
     assert size + words + neurons + page_of_none < 30e6
 
 
@@ -212,7 +225,7 @@ def test_no_request_can_leave_the_page(full):
         assert tag not in ("img", "iframe", "object", "embed", "form", "base")
         for name in ("src", "href", "srcset", "action"):
             link = attributes.get(name, "#")
-            assert link.startswith("#") or (tag, link) == ("link", "data:,")
+            assert link.startswith("#") or (tag, link) in (("link", "data:,"), BESIDE)
     style = "".join(file.read_text("utf8") for file in TEMPLATES.glob("*.css"))
     assert "url(" not in style
     assert "@import" not in style
@@ -222,11 +235,11 @@ def test_tokens_can_hold_anything(full):
     index = json.loads(full.scripts["index"])
     shown = {word.replace("\n", "↵") for word in WORDS}
     assert set(index["words"]) <= shown | {""}
-    # plotly, a figure, the index, two blocks of each kind, the page's own two
-    assert full.tags().count("script") == 1 + 1 + 1 + 2 + 2 + 2
+    # plotly, a figure, the index, the texts, two blocks of each kind, the page's own two
+    assert full.tags().count("script") == 1 + 1 + 1 + 1 + 2 + 2 + 2
     for text in ("</script><script>alert(1)</script>", "<!--<script>", "</td><script>", "&amp;"):
         assert text in full.text
-    script = (TEMPLATES / "browser.js").read_text("utf8")
+    script = "".join(file.read_text("utf8") for file in TEMPLATES.glob("*.js"))
     for sink in ("innerHTML", "outerHTML", "insertAdjacent", "document.write", "eval(", "fetch("):
         assert sink not in script
 
@@ -259,9 +272,9 @@ def test_tokens_are_isolated_from_their_neighbours():
 
 def test_parts_hold_their_sections_and_have_an_entry_each(full):
     links = [a["href"] for tag, a in full.found if tag == "a" and "href" in a]
-    assert links == ["#features", "#part-theory", "#part-two"]
+    assert links == ["features.parquet", "#features", "#part-theory", "#part-two"]
     ids = [a["id"] for tag, a in full.found if "id" in a and tag == "section"]
-    assert ["#" + name for name in ids] == links[1:]
+    assert ["#" + name for name in ids] == links[2:]
     assert re.findall("One|Two|Three", full.text) == ["Two", "One", "Three", "Two"]
 
 

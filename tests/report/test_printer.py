@@ -37,7 +37,8 @@ def catalogue(peaks: list[int]) -> Catalogue:
     strengths = torch.zeros(2, n, WINDOW)
     strengths[0, :, BEFORE] = 8 - torch.arange(n)
     strengths[0, :, BEFORE + 1] = 4
-    top = Examples(strengths[:, :, BEFORE], tokens, strengths.half(), torch.zeros(2, n))
+    sequence = torch.zeros(2, n)
+    top = Examples(strengths[:, :, BEFORE], tokens, strengths.half(), sequence, sequence)
     statistics = Statistics(
         tokens=1000,
         fired=torch.tensor([5, 0]),
@@ -47,7 +48,7 @@ def catalogue(peaks: list[int]) -> Catalogue:
     )
     ids = torch.tensor([[1, 2, -1], [-1, -1, -1]])
     reading = Reading(torch.tensor([0.75, float("nan")]), ids, torch.tensor([True, False]))
-    return Catalogue("feature", WORDS, statistics, top, top, reading)
+    return Catalogue("feature", WORDS, tokens[0].numpy(), statistics, top, top, reading)
 
 
 def said(capsys, *arguments, **more) -> list[str]:

@@ -39,8 +39,8 @@ class ExplainTask(Task):
     tokens: int = 131_072
     """Tokens of text to read."""
     examples: int = 24
-    """Strongest examples of a feature; half as many are kept from all over its range. The explainer
-    sees every other one."""
+    """Strongest examples of a feature; a sixth as many are drawn from each fifth of its range. The
+    explainer sees every other one."""
     scored: int = 20
     """Texts in which a feature fires, and as many in which it is silent, to test an explanation."""
     together: int = 5

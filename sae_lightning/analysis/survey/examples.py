@@ -1,6 +1,7 @@
-"""Reducers that find out how often units fire, and where: counts, and the strongest or random
-examples."""
+"""Reducers that find out how often units fire, and where: counts, the strongest examples, and the
+text that they are from."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,28 +51,27 @@ class Counting:
 
 
 class Gathering:
-    """The strongest examples of each unit or, given a seed, random ones of those where it fires.
+    """The strongest examples of each unit.
 
     kept [units, n]   9 7 4 2        the best n of both stay; what is new goes where
     new  [units, s]   1 8 3          something had to give way
                       └ one a sequence
     """
 
-    def __init__(self, units: int, n: int, strengths: Strengths, seed: int | None = None):
+    def __init__(self, units: int, n: int, strengths: Strengths):
         self.strengths = strengths
-        self.random = None if seed is None else torch.Generator().manual_seed(seed)
-        self.rank = torch.zeros(units, n)  # what examples compete by; 0 where there is none yet
-        self.strength = torch.zeros(units, n)
+        self.strength = torch.zeros(units, n)  # 0 where there is none yet
         self.tokens = torch.full((units, n, WINDOW), -1, dtype=torch.int32)
         self.around = torch.zeros(units, n, WINDOW, dtype=torch.float16)
         self.sequence = torch.zeros(units, n, dtype=torch.int64)
+        self.position = torch.zeros(units, n, dtype=torch.int32)
 
     def add(self, batch: Batch) -> None:
         values = self.strengths(batch)  # [sequences, context, units]
-        best, place = (x.cpu() for x in self._ranked(values).max(dim=1))  # [sequences, units]
+        best, place = (x.cpu() for x in values.max(dim=1))  # [sequences, units]
         best = torch.where(best > 0, best, -1).T  # below the 0 of a slot that is still empty
-        n = self.rank.shape[1]
-        winners = torch.cat([self.rank, best], dim=1).topk(n, dim=1).indices
+        n = self.strength.shape[1]
+        winners = torch.cat([self.strength, best], dim=1).topk(n, dim=1).indices
         stays = torch.zeros(len(best), n + best.shape[1], dtype=torch.bool)
         stays.scatter_(1, winners, True)
         # as many slots of a unit become free as it has new examples, and both are in unit order
@@ -79,15 +79,6 @@ class Gathering:
         _, sequence = stays[:, n:].nonzero(as_tuple=True)
         if len(unit):
             self._store(batch, values, unit, slot, sequence, place[sequence, unit])
-            self.rank[unit, slot] = best[unit, sequence]
-
-    def _ranked(self, values: Tensor) -> Tensor:
-        """What the places of a batch compete by: [sequences, context, units]."""
-        if self.random is None:
-            return values
-        # one number for all units of a token: for each unit its order is as random
-        lot = torch.rand(*values.shape[:2], 1, generator=self.random).to(values.device)
-        return torch.where(values > 0, lot + 1e-6, 0)
 
     def _store(
         self,
@@ -108,6 +99,7 @@ class Gathering:
         self.tokens[unit, slot] = torch.where(inside, tokens, -1).int()
         self.around[unit, slot] = torch.where(inside, around, 0).clamp(0, MOST).half() + 0
         self.sequence[unit, slot] = batch.ids[sequence]
+        self.position[unit, slot] = place.int()
 
     def result(self) -> Examples:
         order = self.strength.argsort(dim=1, descending=True, stable=True)
@@ -117,4 +109,19 @@ class Gathering:
             self.tokens.gather(1, wide),
             self.around.gather(1, wide),
             self.sequence.gather(1, order),
+            self.position.gather(1, order),
         )
+
+
+class Texts:
+    """The tokens that are read: four bytes each, the one thing here that grows with the text."""
+
+    def __init__(self):
+        self.read: list[Tensor] = []
+
+    def add(self, batch: Batch) -> None:
+        self.read.append(batch.tokens.cpu().int())
+
+    def result(self) -> np.ndarray:
+        """[sequences, context] int32"""
+        return torch.cat(self.read).numpy()

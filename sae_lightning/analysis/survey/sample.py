@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from sae_lightning.analysis.collect import Batch
+from sae_lightning.analysis.survey import strengths
+from sae_lightning.analysis.survey.strengths import Strengths
 
 TOKENS = 131_072
 ENTRIES = 1 << 24  # strengths that are kept
@@ -49,7 +51,15 @@ class Sample(NamedTuple):
 class Sampling:
     """Keeps whole sequences by lot; once there is no more room, those with the lowest give way."""
 
-    def __init__(self, features: int, seed: int, tokens: int = TOKENS, entries: int = ENTRIES):
+    def __init__(
+        self,
+        features: int,
+        seed: int,
+        tokens: int = TOKENS,
+        entries: int = ENTRIES,
+        strengths: Strengths = strengths.features,
+    ):
+        self.strengths = strengths
         self.features, self.room = features, {"tokens": tokens, "entries": entries}
         self.random = np.random.default_rng(seed)
         self.kept: list[tuple] = []  # a heap of (lot, id, tokens, keep, positions, units, values)
@@ -58,11 +68,12 @@ class Sampling:
 
     def add(self, batch: Batch) -> None:
         tokens, keep = batch.tokens.cpu().int().numpy(), batch.keep.cpu().numpy()
+        values = self.strengths(batch)
         for i, lot in enumerate(self.random.random(len(tokens))):
             if lot < self.lowest:
                 continue
-            position, unit = batch.features[i].nonzero(as_tuple=True)
-            value = batch.features[i][position, unit].cpu().numpy()
+            position, unit = values[i].nonzero(as_tuple=True)
+            value = values[i][position, unit].cpu().numpy()
             # copies, or a slice would keep the whole batch in memory
             fires = position.cpu().numpy().astype(np.int32), unit.cpu().numpy().astype(np.int32)
             entry = (lot, int(batch.ids[i]), tokens[i].copy(), keep[i].copy(), *fires, value)

@@ -4,16 +4,19 @@ from collections.abc import Iterable
 from itertools import chain
 from typing import Any, NamedTuple
 
-import torch
+from torch import Tensor
 
 from sae_lightning.analysis.collect import Reducer, collect, excerpt
 from sae_lightning.analysis.subject import Subject
 from sae_lightning.analysis.survey import strengths
-from sae_lightning.analysis.survey.examples import Counting, Gathering
+from sae_lightning.analysis.survey.copies import copy_of
+from sae_lightning.analysis.survey.examples import Counting, Gathering, Texts
+from sae_lightning.analysis.survey.intervals import draw
 from sae_lightning.analysis.survey.reading import reading
 from sae_lightning.analysis.survey.related import neighbours, partners
 from sae_lightning.analysis.survey.sample import Sample, Sampling
 from sae_lightning.analysis.survey.strengths import Positive
+from sae_lightning.analysis.survey.telling import telling
 from sae_lightning.llm.vocabulary import vocabulary
 from sae_lightning.report.catalogue import Catalogue
 from sae_lightning.report.section import Section
@@ -21,7 +24,8 @@ from sae_lightning.scoring.metrics import density_histogram
 from sae_lightning.stream.packing import TokenSource
 from sae_lightning.terminal import phase
 
-WORDS = 3  # different ones that make a unit worth showing
+DENSE_ENTRIES = 1 << 23  # of neurons, which are active everywhere, in their sample
+DRAWN = 6  # an interval has this part of the number of the strongest examples
 
 
 class Survey(NamedTuple):
@@ -35,8 +39,8 @@ class Survey(NamedTuple):
 
     @property
     def best(self) -> int | None:
-        """The feature that a set of several words predicts best."""
-        return next(iter(best_read(self.features, 1)), None)
+        """The most telling feature."""
+        return next(iter(most_telling(self.features, 1)), None)
 
     def scalars(self) -> dict[str, Any]:
         """The numbers of all features together."""
@@ -67,34 +71,42 @@ def survey(
 ) -> Survey:
     """Read `tokens` tokens, `batch` sequences at a time, and catalogue what fires where.
 
-    `examples`: how many of the strongest are kept of each unit, and half as many random ones;
-    `reducers` read along.
+    `examples`: how many of the strongest are kept of each unit, and a sixth as many of each
+    interval; `reducers` read along.
     """
+    d_in, positive = len(subject.sae.W_enc), strengths.Neurons(neurons)
     kinds = {
-        kind: [
-            Counting(units, values),
-            Gathering(units, examples, values),
-            Gathering(units, max(1, examples // 2), values, seed),
-        ]
-        for kind, units, values in (
-            ("feature", subject.features, strengths.features),
-            ("neuron", len(subject.sae.W_enc), strengths.Neurons(neurons)),
-        )
+        "feature": [
+            Counting(subject.features, strengths.features),
+            Gathering(subject.features, examples, strengths.features),
+            Sampling(subject.features, seed),
+        ],
+        "neuron": [
+            Counting(d_in, positive),
+            Gathering(d_in, examples, positive),
+            Sampling(d_in, seed, entries=DENSE_ENTRIES, strengths=positive),
+        ],
     }
-    sampling = Sampling(subject.features, seed)
+    texts = Texts()
     text, total = excerpt(source, tokens, batch)
-    collect(subject, text, [*chain(*kinds.values()), sampling, *reducers], total=total)
-    words, sample = vocabulary(subject.llm), sampling.result()
-    features, of_site = (
-        Catalogue(kind, words, *(reducer.result() for reducer in mine))
-        for kind, mine in kinds.items()
-    )
+    collect(subject, text, [*chain(*kinds.values()), texts, *reducers], total=total)
+    words, each, catalogues, samples = vocabulary(subject.llm), max(1, examples // DRAWN), [], []
+    for kind, mine in kinds.items():
+        statistics, top, sample = (reducer.result() for reducer in mine)
+        spread = draw(sample, statistics.maximum, top, each, seed)
+        catalogues.append(Catalogue(kind, words, texts.result(), statistics, top, spread))
+        samples.append(sample)
+    (features, of_site), (sample, _) = catalogues, samples
     with phase("comparing features"):
+        read = reading(sample, len(words))
         features = features._replace(
-            reading=reading(sample, len(words)),
+            reading=read,
+            telling=telling(sample, read, words),
             neighbours=neighbours(subject.sae.W_dec),
             partners=partners(sample),
         )
+        originals = copy_of(subject.sae.W_dec, features.neighbours, ranking(features))
+        features = features._replace(copy_of=originals)
     return Survey(features, of_site, sample)
 
 
@@ -121,17 +133,13 @@ def section(survey: Survey) -> Section:
     )
 
 
-def best_read(catalogue: Catalogue, n: int) -> list[int]:
-    """The `n` units that token sets of several words predict best, each set only once."""
-    score, sets = catalogue.reading.score.nan_to_num(-1), catalogue.reading.tokens.tolist()
-    found, seen = [], set()
-    for unit in torch.argsort(score, descending=True).tolist():
-        if len(found) == n or score[unit] <= 0:
-            break
-        pieces = (catalogue.vocabulary[i].strip().lower() for i in sets[unit] if i >= 0)
-        words = {piece for piece in pieces if piece.isalpha() and len(piece) > 1}
-        # a unit of one word, or of line breaks, shows nothing of what features are
-        if len(words) >= WORDS and not words & seen:
-            seen |= words
-            found.append(unit)
-    return found
+def ranking(catalogue: Catalogue) -> Tensor:
+    """All units, the most telling first."""
+    return catalogue.telling.nan_to_num(-1).argsort(descending=True, stable=True)
+
+
+def most_telling(catalogue: Catalogue, n: int) -> list[int]:
+    """The first `n` units of the page's list: no copies, and none without a score."""
+    order = ranking(catalogue)
+    order = order[(catalogue.copy_of[order] == order) & (catalogue.telling[order] > 0)]
+    return order[:n].tolist()

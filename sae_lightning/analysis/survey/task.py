@@ -8,7 +8,7 @@ from sae_lightning.analysis.lens import lens
 from sae_lightning.analysis.subject import Subject
 from sae_lightning.analysis.survey.kept import identity
 from sae_lightning.analysis.survey.strengths import Positive
-from sae_lightning.analysis.survey.survey import Survey, best_read, section, survey
+from sae_lightning.analysis.survey.survey import Survey, most_telling, section, survey
 from sae_lightning.analysis.task import Task, at_least, results
 from sae_lightning.report.parquet import write_table
 from sae_lightning.report.printer import say, say_units
@@ -23,7 +23,7 @@ class FeaturesTask(Task):
     tokens: int = 131_072
     """Tokens of text to read."""
     examples: int = 12
-    """Strongest examples of a feature; half as many are kept from all over its range."""
+    """Strongest examples of a feature; a sixth as many are drawn from each fifth of its range."""
     neurons: Positive = Positive.abs
     """How neurons are made positive, to be compared with features."""
 
@@ -36,7 +36,7 @@ class FeaturesTask(Task):
         found = self.surveyed(subject)
         summary = section(found)
         say(summary)
-        say_units(found.features, best_read(found.features, SHOWN))
+        say_units(found.features, most_telling(found.features, SHOWN))
         units = [found.features, found.neurons]
         self.publish(subject, found.scalars(), [summary], units, found.best)
 

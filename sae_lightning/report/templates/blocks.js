@@ -39,5 +39,7 @@ async function detailsOf(kind, unit) {
   return Object.fromEntries(Object.entries(fields).map(([name, field]) => [name, field.of(unit - first)]));
 }
 
-return { index, listedOf, detailsOf };
+const texts = () => once("texts", index.texts, index.sequences);
+
+return { index, listedOf, detailsOf, texts };
 })();

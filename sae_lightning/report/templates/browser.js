@@ -1,39 +1,23 @@
 // The browser of features and neurons: a list to search and sort, and a view of one unit.
 {
-const { index, listedOf, detailsOf } = blocks;
-const { words, edges } = index;
+const { index, listedOf } = blocks, { words } = index;
+const { make, piece, chips, link, digits, percent, capital, copiesOf, COPIES } = units;
 const find = selector => document.querySelector(".browser " + selector);
 const finder = find(".finder"), list = find(".list"), rows = find(".rows"), view = find(".unit");
 const [search, key, live] = [find("[type=search]"), find("select"), find(".live input")];
 const ROW = 54; // pixels of a row, as in browser.css
-const ORDERS = { // name -> the number of a unit, none if its kind has no such number
-  "token score": listed => listed.score?.values,
-  density: listed => listed.fired.values,
-  "maximum strength": listed => listed.maximum.values,
-  "mean strength": listed => listed.mean.values,
-  "sharpness of effect": listed => listed.sharpness?.values,
-  id: listed => listed.fired.values.map((_, unit) => unit),
+const ORDERS = { // name -> what it means, and the number of a unit, none if its kind has no such number
+  "most telling": ["well predicted by words that are rare in the text; the best feature of each word first", listed => listed.telling?.values],
+  "token score": ["how well the best set of tokens predicts where it fires", listed => listed.score?.values],
+  density: ["share of tokens on which it fires", listed => listed.fired.values],
+  "maximum strength": ["its strongest example", listed => listed.maximum.values],
+  "mean strength": ["where it fires", listed => listed.mean.values],
+  "sharpness of effect": ["excess kurtosis of what it adds to the logits: high where it promotes few tokens", listed => listed.sharpness?.values],
+  id: ["number in the SAE", listed => listed.fired.values.map((_, unit) => unit)],
 };
 const kinds = new Map(index.kinds.map(kind => [kind.kind, kind]));
-let kind, unit = null, order = [], matches = null, wanted = "token score", down = true, asked = 0;
-
-// ---- making elements; text only ever becomes text ----
-
-function make(tag, { tip, ...properties } = {}, ...children) {
-  const element = Object.assign(document.createElement(tag), properties);
-  if (tip) element.dataset.tip = tip;
-  element.append(...children);
-  return element;
-}
-const bare = word => word.trim() ? word : word.replaceAll(" ", "␣");
-const piece = number => make("bdi", {}, words[number]); // its script turns no neighbour round
-const chip = number => make("bdi", { className: "chip" }, bare(words[number]));
-const chips = (numbers, most = 99) =>
-  [...new Set(numbers)].filter(Boolean).slice(0, most).map(chip);
-const link = (kind, unit) => `#${kind.kind}-${unit}`;
-const digits = value => Number(value.toPrecision(3)).toLocaleString("en", { maximumSignificantDigits: 3 });
-const percent = share => share < 1e-5 && share > 0 ? "<0.001 %" : `${digits(Number((100 * share).toPrecision(2)))} %`;
-const capital = word => word[0].toUpperCase() + word.slice(1);
+let kind, unit = null, order = [], folded = new Map(), matches = null, wanted = "most telling", down = true, asked = 0;
+const spread = new Set(); // units whose copies are listed too
 
 // ---- the list ----
 
@@ -53,27 +37,36 @@ function matcher(listed) {
 async function refill() {
   const mine = ++asked, listed = await listedOf(kind);
   if (mine !== asked) return;
-  const values = ORDERS[key.value](listed);
+  const [meaning, value] = ORDERS[key.value], values = value(listed);
   matches = matcher(listed);
   const fired = listed.fired.values, sign = down ? -1 : 1;
   const id = Number(/^#?(\d+)$/.exec(search.value.trim())?.[1] ?? NaN);
-  order = [];
-  const place = new Uint8Array(kind.units); // the id that is asked for, units that fire on it, the rest
+  const place = new Uint8Array(kind.units); // 1: the id that is asked for, 2: fires on it, 3: promotes it, 0: is not listed
   for (let unit = 0; unit < kind.units; unit++) {
-    if (unit === id) order.push(unit);
-    if (unit === id || live.checked && !fired[unit]) continue;
     const [fires, promotes] = matches?.(unit) ?? [[0], []];
-    place[unit] = fires.length ? 1 : 2;
-    if (fires.length || promotes.length) order.push(unit);
+    if (unit === id) place[unit] = 1;
+    else if (live.checked && !fired[unit]) continue;
+    else if (fires.length) place[unit] = 2;
+    else if (promotes.length) place[unit] = 3;
   }
   // units without a number stay last in both directions
-  order.sort((a, b) => place[a] - place[b] || Number.isNaN(values[a]) - Number.isNaN(values[b])
-    || sign * (values[a] - values[b]) || a - b);
-  const some = order.length === kind.units ? "all" : order.length.toLocaleString("en") + " of";
+  const ranked = units => units.sort((a, b) => place[a] - place[b]
+    || Number.isNaN(values[a]) - Number.isNaN(values[b]) || sign * (values[a] - values[b]) || a - b);
+  const copies = unit => (copiesOf(listed).get(unit) ?? []).filter(copy => place[copy]);
+  const all = [...place.keys()].filter(unit => place[unit]);
+  // a copy is under its original, unless that is not listed
+  const original = unit => listed.copy_of?.values[unit] ?? unit;
+  const entries = ranked(all.filter(unit => unit === id || original(unit) === unit || !place[original(unit)]));
+  folded = new Map(entries.map(unit => [unit, copies(unit).filter(copy => copy !== id)]));
+  order = entries.flatMap(unit => spread.has(unit) ? [unit, ...ranked(folded.get(unit))] : unit);
+  const some = all.length === kind.units ? "all" : all.length.toLocaleString("en") + " of";
+  const count = `${some} ${kind.units.toLocaleString("en")} ${kind.kind}s`;
+  const fewer = all.length > entries.length ? ` in ${entries.length.toLocaleString("en")} entries` : "";
   find(".count").replaceChildren(
-    make("span", {}, `${some} ${kind.units.toLocaleString("en")} ${kind.kind}s`),
+    make("span", { title: fewer && COPIES }, count + fewer),
     make("span", {}, `${listed.score ? "score, " : ""}density · max`));
   find(".direction").textContent = down ? "↓" : "↑";
+  find(".meaning").textContent = meaning;
   rows.style.height = `${order.length * ROW}px`;
   list.scrollTop = 0;
   draw(listed);
@@ -103,8 +96,12 @@ function row(listed, id, place) {
     first.classList.add("hit");
     tokens.unshift("promotes ", first);
   }
-  const element = make("a", { className: "row", href: link(kind, id), tabIndex: -1 },
-    make("span", { className: "id" }, String(id)),
+  const alike = folded.get(id)?.length;
+  const more = alike && make("button", { className: "alike", title: `and ${alike} like it: ${COPIES}`,
+    ariaExpanded: String(spread.has(id)), onclick: event => unfold(event, id) }, `+${alike}`);
+  const className = folded.has(id) ? "row" : "row copy";
+  const element = make("a", { className, href: link(kind, id), tabIndex: -1 },
+    make("span", { className: "id" }, String(id), more || ""),
     make("span", { className: "line" }, ...tokens),
     make("span", { className: "number" }, score === undefined ? "" : Number.isNaN(score) ? "–" : score.toFixed(2)),
     text,
@@ -128,125 +125,25 @@ async function reveal() {
   await redraw();
 }
 
-// ---- one unit ----
-
-async function open(id) {
-  const [mine, own] = [unit = id, kind];
-  const [listed, details] = await Promise.all([listedOf(kind), detailsOf(kind, id)]);
-  if (mine !== unit || own !== kind) return;
-  const side = make("aside", {}, histogram(details.histogram), ...effect(listed, id),
-    ...related("Nearest directions", details.neighbours, details.neighbours_likeness, listed,
-      "cosine of decoder rows"),
-    ...related("Fire together", details.partners, details.partners_likeness, listed,
-      "tokens on which both fire / on which either does"));
-  view.replaceChildren(heading(listed, id), make("div", { className: "columns" },
-    make("div", { className: "examples" }, ...examples(listed, id, details)), side));
-  view.scrollTop = 0;
-  document.title = `${capital(kind.kind)} ${id}`;
-}
-
-function heading(listed, id) {
-  const fired = listed.fired.values[id], score = listed.score?.values[id];
-  const facts = { "fires on": `${percent(fired / kind.tokens)} of ${kind.tokens.toLocaleString("en")} tokens` };
-  if (fired) facts.mean = digits(listed.mean.values[id]);
-  if (fired) facts.maximum = digits(listed.maximum.values[id]);
-  const said = make("dl", { className: "facts" });
-  const add = (name, ...value) => said.append(make("div", {}, make("dt", {}, name), make("dd", {}, ...value)));
-  Object.entries(facts).forEach(([name, value]) => add(name, value));
-  const tokens = listed.reading ? chips(listed.reading.of(id)) : [];
-  if (tokens.length) {
-    const where = listed.previous.values[id] ? "best predicted by the token before" : "best predicted by the token";
-    add(where, ...tokens, Number.isNaN(score) ? "" : ` score ${score.toFixed(2)}`);
-  }
-  const walks = [["‹", -1, "previous (k)"], ["›", 1, "next (j)"]].map(([sign, step, title]) =>
-    make("button", { title, onclick: () => walk(step) }, sign));
-  return make("header", {},
-    make("a", { className: "back", href: `#${kind.kind}s` }, "‹ all"),
-    make("h2", {}, `${capital(kind.kind)} ${id}`), make("span", { className: "walk" }, ...walks), said);
-}
-
-function examples(listed, id, { tokens, strengths }) {
-  const { window: width, before, levels } = index, unit = listed.maximum.values[id] / levels;
-  const texts = [[], []];
-  for (let at = 0, n = 0; at < tokens.length; at += width, n++) {
-    if (!tokens[at + before]) continue;
-    const parts = [[0, before], [before, before + 1], [before + 1, width]].map(([from, to]) => {
-      const part = make("span", { className: from === before ? "peak" : "" });
-      for (let i = at + from; i < at + to; i++) {
-        const word = words[tokens[i]];
-        if (!strengths[i]) { part.append(piece(tokens[i])); continue; }
-        const tip = `\u2066${word}\u2069  ${digits(strengths[i] * unit)}`; // isolated
-        const token = make("bdi", { className: "t", tip }, word);
-        token.style.setProperty("--s", (strengths[i] / levels).toFixed(2));
-        part.append(token);
-      }
-      return part;
-    });
-    const strength = make("span", { className: "strength" }, digits(strengths[at + before] * unit));
-    texts[Number(n >= kind.strongest)].push(
-      make("li", {}, strength, make("span", { className: "words" }, ...parts)));
-  }
-  if (!texts[0].length) return [make("p", { className: "note" }, "It fires on none of the tokens that were read.")];
-  return [["Strongest", texts[0]], ["From all over its range", texts[1]]]
-    .filter(([, items]) => items.length)
-    .map(([title, items]) => make("section", {}, make("h3", {}, title), make("ol", {}, ...items)));
-}
-
-function histogram(counts) {
-  const first = counts.findIndex(Boolean), last = counts.length - [...counts].reverse().findIndex(Boolean);
-  if (first < 0) return "";
-  const [width, height, most] = [300, 90, Math.max(...counts)];
-  const picture = svg("svg", { viewBox: `0 0 ${width} ${height + 16}`, role: "img", "aria-label": "histogram of strengths" });
-  // a few bins are not stretched over the whole width
-  const bins = Math.max(last - first, 10), step = width / bins;
-  for (let i = first; i < last; i++) {
-    const bar = Math.max(counts[i] ? 1 : 0, counts[i] / most * height), x = (i - first) * step;
-    picture.append(svg("rect", { x: x + .5, y: height - bar, width: step - 1, height: bar, class: "bar" }));
-    const whole = svg("rect", { x, y: 0, width: step, height, class: "reach" });
-    whole.dataset.tip = `${digits(edges[i])} to ${digits(edges[i + 1])}: ${counts[i].toLocaleString("en")} tokens`;
-    picture.append(whole);
-  }
-  picture.append(svg("line", { x1: 0, x2: width, y1: height, y2: height }));
-  const every = Math.ceil(bins / 12) * 2; // edges are half octaves: label whole ones
-  let end = -Infinity; // of the label before
-  for (let i = first + first % 2; i <= first + bins && i < edges.length; i += every) {
-    const x = (i - first) * step, anchor = x < 10 ? "start" : x > width - 12 ? "end" : "middle";
-    const text = digits(edges[i]), long = 6 * text.length;
-    const from = x - long * { start: 0, middle: .5, end: 1 }[anchor];
-    if (from < end + 4) continue;
-    end = from + long;
-    const label = svg("text", { x, y: height + 13, "text-anchor": anchor });
-    label.textContent = text;
-    picture.append(label);
-  }
-  return make("section", {}, make("h3", {}, "Strengths"), picture);
-}
-
-function svg(tag, attributes) {
-  const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
-  Object.entries(attributes).forEach(([name, value]) => element.setAttribute(name, value));
-  return element;
-}
-
-function effect(listed, id) {
-  return [["Makes likelier (estimated)", listed.promoted], ["Makes less likely (estimated)", listed.suppressed]]
-    .filter(([, field]) => field)
-    .map(([title, field]) => make("section", {}, make("h3", {}, title), make("p", {}, ...chips(field.of(id)))));
-}
-
-function related(title, units, likeness, listed, meaning) {
-  const some = [...units ?? []].map((other, i) => [other, likeness[i] / 100]).filter(([other]) => other >= 0);
-  if (!some.length) return [];
-  const lines = some.map(([other, like]) => {
-    const main = listed.reading?.of(other)[0] ? listed.reading : listed.peaks;
-    return make("a", { href: link(kind, other) }, make("span", { className: "id" }, String(other)),
-      make("span", { className: "number" }, like.toFixed(2)),
-      make("span", { className: "line" }, ...chips(main.of(other), 4)));
-  });
-  return [make("section", { className: "related" }, make("h3", { title: meaning }, title), ...lines)];
+// List a unit's copies below it, or no longer.
+async function unfold(event, id) {
+  event.preventDefault(); // the row is a link
+  spread.delete(id) || spread.add(id);
+  const top = list.scrollTop;
+  await refill();
+  list.scrollTop = top;
 }
 
 // ---- going about ----
+
+async function open(id) {
+  const [mine, own] = [unit = id, kind];
+  const elements = await units.view(kind, id, walk);
+  if (mine !== unit || own !== kind) return;
+  view.replaceChildren(...elements);
+  view.scrollTop = 0;
+  document.title = `${capital(kind.kind)} ${id}`;
+}
 
 const isWide = () => matchMedia("(min-width: 901px)").matches;
 
@@ -262,7 +159,7 @@ function walk(step) {
 async function choose(name) {
   kind = kinds.get(name);
   const listed = await listedOf(kind);
-  const names = Object.keys(ORDERS).filter(name => ORDERS[name](listed));
+  const names = Object.keys(ORDERS).filter(name => ORDERS[name][1](listed));
   key.replaceChildren(...names.map(name => make("option", {}, name)));
   key.value = names.includes(wanted) ? wanted : names[0];
   find(".kinds").replaceChildren(...kinds.size < 2 ? [] : [...kinds.values()].map(other => {
@@ -287,7 +184,11 @@ async function go() {
   if (kind?.kind !== wanted) { unit = null; await choose(wanted); }
   const known = id !== undefined && Number(id) < kind.units;
   finder.parentElement.classList.toggle("opened", known);
-  if (known) open(Number(id));
+  if (known) {
+    open(Number(id));
+    const original = (await listedOf(kind)).copy_of?.values[id];
+    if (!order.includes(Number(id)) && order.includes(original)) { spread.add(original); await refill(); }
+  }
   else if (order.length) open(unit ?? order[0]);
   if (known || isWide()) reveal(); else redraw();
 }
