@@ -75,6 +75,8 @@ def test_the_overview_says_where_it_is_and_is_there(here):
         *("index.html", "overview.json", "features.parquet", "neurons.parquet")
     }
     assert re.search(r"<title>llm, resid\.1: 32 relu features</title>", page.read_text())
+    beside = re.findall('<a href="([^#"]+)">', page.read_text())
+    assert beside == ["features.parquet", "neurons.parquet", "overview.json"]
     found = json.loads(numbers.read_text(), parse_constant=pytest.fail)
     assert found["features"]["features"] == 32
     rows = pyarrow.parquet.read_table(page.with_name("features.parquet")).to_pylist()
