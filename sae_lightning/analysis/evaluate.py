@@ -101,10 +101,12 @@ def _lead(scalars: dict[str, Any]) -> str:
     worse = scalars.get("ce_spliced", math.nan) - scalars.get("ce_clean", math.nan)
     if not math.isfinite(worse):  # not measured, or the LLM overflows
         return f"{lead}."
+    share = f"{scalars['ce_recovered']:.1%} of what zero ablation costs is recovered"
+    if scalars["ce_zero"] <= scalars["ce_clean"]:
+        share = "zero ablation costs nothing"
     return (
         f"{lead}; with the SAE in place the LLM's cross-entropy is {abs(worse):.3f} nats "
-        f"{'higher' if worse >= 0 else 'lower'} "
-        f"({scalars['ce_recovered']:.1%} of what zero ablation costs is recovered)."
+        f"{'higher' if worse >= 0 else 'lower'} ({share})."
     )
 
 

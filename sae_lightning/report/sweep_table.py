@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -76,7 +76,13 @@ COLUMNS = {
     "usual_explained_variance": Column(
         "EV usual", "{:.4f}", 1, "explained variance without the few longest tokens"
     ),
-    "ce_recovered": Column("CE recovered", "{:.4f}", 1, "share of the LLM's loss recovered"),
+    "ce_recovered": Column(
+        "CE recovered",
+        "{:.4f}",
+        1,
+        "share of what zero ablation costs the LLM that is recovered; 1 is lossless and more is no "
+        "better, and where zero ablation costs nothing there is nothing to compare",
+    ),
     "kl": Column("KL", "{:.4f}", -1, "from the LLM's predictions, nats per token"),
     "recovered": Column("recovered", "{:.1%}", 1, "share of concepts found (cosine > 0.9)"),
     "precision": Column("precision", "{:.4f}", 1, "of matched features as detectors"),
@@ -121,7 +127,9 @@ class SweepTable:
         """`keys`, every metric by its own name, tokens, status, reason and folder."""
         self.columns = {name: column for name, column in COLUMNS.items() if name in numbers}
         self.is_finished = self.frame.status == "finished"
-        values = self.frame.reindex(columns=list(COLUMNS)).astype(float)
+        values = self.frame.reindex(columns=[*COLUMNS, "ce_zero", "ce_clean"]).astype(float)
+        values["ce_recovered"] = recovered(values.ce_recovered, values.ce_zero, values.ce_clean)
+        values = values[list(COLUMNS)]
         self.finite = values.where(np.isfinite(values).mul(self.is_finished, axis=0))
         """What can be compared: the finite metrics of finished runs, NaN for others."""
         better = pd.Series({name: column.better for name, column in COLUMNS.items()})
@@ -143,6 +151,13 @@ class SweepTable:
     def count(self, status: str) -> int:
         """How many runs have this status."""
         return int((self.frame.status == status).sum())
+
+
+def recovered(share: Any, ce_zero: Any, ce_clean: Any) -> Any:
+    """CE recovered as runs are compared by it: more than 1 says that the LLM likes reconstructions
+    better than activations, not that they are nearer; NaN where zero ablation costs nothing, so
+    that a share of it has no meaning."""
+    return np.where(ce_zero <= ce_clean, np.nan, np.minimum(share, 1))
 
 
 def natural(value: str) -> tuple[bool, float, str]:

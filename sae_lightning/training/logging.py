@@ -20,6 +20,9 @@ from sae_lightning.files import writing
 HEADLINE = ("held_out/l0", "held_out/explained_variance", "train/dead")
 """What the HParams tab shows of each run, whatever it reads."""
 
+GLANCE = "At a glance"
+"""The group of curves that TensorBoard shows first, since it sorts them as text, capitals before
+small letters: the headline's held-out metrics, in its order, once more."""
 FORMAT = "brain.Event:2"
 FLUSH_SECONDS = 120
 # The bins of TensorBoard's own writer.
@@ -82,6 +85,11 @@ class HeadLog:
     ):
         """`settings` appear in the HParams tab, whose columns are the names in `columns`, those
         `swept` first, and the metrics `headline`; points after `resumed_at` tokens are replaced."""
+        held_out = [tag for tag in headline if tag.startswith("held_out/")]
+        self.glance = {
+            tag: f"{GLANCE}/{number} {tag.partition('/')[2]}"
+            for number, tag in enumerate(held_out, 1)
+        }
         purge = None if resumed_at is None else resumed_at + 1
         self.events = EventFile(folder, purge)
         if not resumed_at:
@@ -98,7 +106,8 @@ class HeadLog:
 
     def scalars(self, values: dict[str, float], tokens: int) -> None:
         """Add one point to each named curve at `tokens` training tokens."""
-        for tag, value in values.items():
+        first = {self.glance[tag]: value for tag, value in values.items() if tag in self.glance}
+        for tag, value in (first | values).items():
             self.events.add(Event(summary=scalar(tag, value), step=tokens))
 
     def histogram(self, tag: str, values: Tensor, tokens: int) -> None:

@@ -99,6 +99,17 @@ def test_a_loss_that_is_not_finite_is_no_number_of_nats_in_the_lead(held_out):
     assert section(result).lead.endswith("of the activations' variance.")
 
 
+def test_the_lead_speaks_of_a_share_only_where_zero_ablation_costs_something(held_out):
+    result = evaluate(both_signs(WIDTH, scale=0.75), held_out, SITES)
+    for zero, end in (
+        (9.0, "(90.0% of what zero ablation costs is recovered)."),
+        (2.9, "(zero ablation costs nothing)."),
+    ):
+        scores = Scores(3.0, 3.6, zero, 7.0, 0.9, 0.1)
+        shown = section(result._replace(card=result.card._replace(scores=scores)))
+        assert shown.lead.endswith(f"0.600 nats higher {end}")
+
+
 def test_what_is_written_is_json_with_every_number_of_the_scorecard(held_out):
     result = evaluate(both_signs(WIDTH), held_out, SITES)
     found = json.loads(json.dumps(result.scalars()))

@@ -238,7 +238,30 @@ def test_numbers_that_are_none_are_never_the_best_and_are_counted(tmp_path):
     assert table.best["explained_variance"].sum() == table.best["ce_recovered"].sum() == 1
     assert [*table.front] == [False, True, False]
     write_report(tmp_path, runs)
-    assert "2 of the finished runs lack a finite number" in Page(tmp_path / PAGE).text
+    assert "2 of the finished runs lack a number that can be" in Page(tmp_path / PAGE).text
+
+
+@pytest.mark.parametrize(
+    ("shares", "zero", "best"),
+    [
+        ((0.9, 0.8, 1.0), (9, 9, 9), (False, False, True)),
+        ((1.02, 1.0, 0.99), (9, 9, 9), (True, True, False)),  # above lossless is no better
+        ((6.0, 0.8, 0.9), (2.9, 9, 9), (False, False, True)),  # zero ablation helps the LLM
+        ((6.0, -3.0, NAN), (2.9, 2.9, 3), (False, False, False)),
+    ],
+)
+def test_ce_recovered_wins_up_to_lossless_and_where_zero_ablation_costs_something(
+    tmp_path, shares, zero, best
+):
+    runs = [
+        run(tmp_path, f"layer.index={i}", **scores(9 - i, 0.5, share), ce_zero=ce, ce_clean=3.0)
+        for i, (share, ce) in enumerate(zip(shares, zero, strict=True))
+    ]
+    table = SweepTable(runs)
+    assert tuple(table.best["ce_recovered"]) == best
+    assert [*table.frame.ce_recovered] == pytest.approx(shares, nan_ok=True), "as it was measured"
+    compared = table.finite.ce_recovered.dropna()
+    assert (compared <= 1).all() and len(compared) == sum(ce > 3 for ce in zero)
 
 
 def test_copies_are_a_column_and_a_run_of_before_they_were_measured_has_a_dash(tmp_path, capsys):

@@ -18,7 +18,7 @@ from sae_lightning.stream.plays import PlaysConfig
 from sae_lightning.stream.recovery import OF_THE_WORLD, Recovery
 from sae_lightning.stream.synthetic import SyntheticConfig
 
-RUN = {"ce_recovered": 0.9, "kl": 0.25, "l0": 80.0}
+RUN = {"ce_recovered": 0.9, "ce_clean": 3.0, "ce_zero": 9.0, "kl": 0.25, "l0": 80.0}
 
 
 def test_the_objective_is_the_metric_and_a_minus_minimises():
@@ -48,6 +48,11 @@ def test_a_search_is_led_back_to_the_l0_asked_for():
     rising, falling = [8.0, 20.0, 50.0, 64.0], [64.0, 65.0, 100.0, 500.0]
     assert sorted(rising, key=found) == rising
     assert sorted(falling, key=found, reverse=True) == falling
+
+
+def test_a_search_gains_nothing_by_more_than_lossless_or_where_zero_ablation_costs_nothing():
+    assert objective(RUN | {"ce_recovered": 1.3}, SweepConfig()) == 1
+    assert objective(RUN | {"ce_recovered": 6.0, "ce_zero": 2.9}, SweepConfig()) == -math.inf
 
 
 @pytest.mark.parametrize("name", ["kl", "-kl"])

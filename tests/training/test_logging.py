@@ -1,12 +1,55 @@
-"""What TensorBoard's HParams tab is told about the runs of a sweep."""
+"""What TensorBoard shows of runs, by its own HTTP answers."""
 
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata
+from werkzeug.test import Client
 
 from sae_lightning.training.logging import HEADLINE, HeadLog
 
 RELU = {"model.name": "relu", "loss.l1": 0.01, "optim.lr": 1e-3}
 DENSE = {"model.name": "dense", "optim.lr": 1e-3}
+
+
+# of what TensorBoard brings with it
+pytestmark = pytest.mark.filterwarnings("ignore:html5lib's sanitizer is deprecated")
+
+
+def opened(folder) -> Client:
+    """TensorBoard on a folder of runs, without a server."""
+    from tensorboard import default, program
+    from tensorboard.backend.application import TensorBoardWSGIApp
+
+    board = program.TensorBoard(plugins=default.get_plugins())
+    flags = "--load_fast=false", "--reload_interval=0", "--reload_task=blocking"
+    board.configure(argv=["tensorboard", "--logdir", str(folder), *flags])
+    data = board._make_data_ingester()
+    data.start()
+    app = TensorBoardWSGIApp(
+        board.flags,
+        board.plugin_loaders,
+        data.data_provider,
+        board.assets_zip_provider,
+        data.deprecated_multiplexer,
+        None,
+    )
+    return Client(app)
+
+
+@pytest.mark.parametrize("headline", ["ce_recovered", "recovered"])
+@pytest.mark.parametrize("tab", ["timeseries", "scalars"])
+def test_the_first_curves_are_l0_ev_and_the_headline_of_the_data(tmp_path, headline, tab):
+    """TensorBoard sorts tags as text; what scripts read is there under its own name too."""
+    last = f"held_out/{headline}"
+    log = HeadLog(tmp_path, DENSE, DENSE, [], None, headline=[*HEADLINE, last])
+    names = "data/epoch", "train/dead", "held_out/a", *HEADLINE[:2], last, "At/z"
+    log.scalars(dict.fromkeys(names, 0.5), 10)
+    log.close()
+    answer = opened(tmp_path).get(f"/data/plugin/{tab}/tags").json
+    answer = answer["scalars"]["runTagInfo"] if tab == "timeseries" else answer
+    (tags,) = map(sorted, answer.values())
+    first = ["At a glance/1 l0", "At a glance/2 explained_variance", f"At a glance/3 {headline}"]
+    assert tags == [*first, *sorted(names)]
 
 
 def told(folder, settings):
