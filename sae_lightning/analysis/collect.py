@@ -35,7 +35,8 @@ class Batch(NamedTuple):
     y: Tensor
     """[sequences, context, d_out] activations at the target, float32; x itself in an autoencoder"""
     features: Tensor
-    """[sequences, context, features] strengths; 0 where not `keep`"""
+    """[sequences, context, features] strengths; 0 where not `keep`; no features where nobody asked
+    for them"""
     ids: Tensor
     """[sequences] numbers of the sequences in the order of reading"""
 
@@ -67,8 +68,10 @@ def collect(
     *,
     total: int,
     what: str = "reading text",
+    encode: bool = True,
 ) -> None:
-    """Feed `text` (`total` sequences) through LLM and SAE to every reducer, with a progress bar."""
+    """Feed `text` (`total` sequences) through LLM and SAE to every reducer, with a progress bar;
+    `encode`: reducers look at features."""
     data, reducers, usual, read = subject.config.data, list(reducers), None, 0
     dropped = torch.tensor([] if data.keep_special else special_ids(subject.llm.tokenizer))
     with phase(what, total=total) as advance:
@@ -80,9 +83,8 @@ def collect(
                 usual = usual or medians(rows)  # those of the first batch, as in training
                 keep = keep.masked_scatter(keep, not_large(rows, usual, data.max_norm))
             ids = torch.arange(read, read + len(keep))
-            for batch in _batches(
-                subject, sequences.tokens.to(subject.device), keep, captured, ids
-            ):
+            tokens = sequences.tokens.to(subject.device)
+            for batch in _batches(subject, tokens, keep, captured, ids, encode):
                 for reducer in reducers:
                     reducer.add(batch)
             read += len(keep)
@@ -90,7 +92,12 @@ def collect(
 
 
 def _batches(
-    subject: Subject, tokens: Tensor, keep: Tensor, captured: dict[Site, Tensor], ids: Tensor
+    subject: Subject,
+    tokens: Tensor,
+    keep: Tensor,
+    captured: dict[Site, Tensor],
+    ids: Tensor,
+    encode: bool,
 ) -> Iterator[Batch]:
     """Some sequences at a time, so that their features fit into memory."""
     n = max(1, STRENGTHS // (keep.shape[1] * subject.features))
@@ -98,6 +105,8 @@ def _batches(
     for part_tokens, part_keep, source, target, part_ids in zip(*parts, strict=True):
         x = source.float()
         y = x if subject.sites.source == subject.sites.target else target.float()
-        features = subject.sae.encode(x.flatten(0, 1)).view(*part_keep.shape, -1)
-        features = features.masked_fill(~part_keep[..., None], 0)
+        features = x.new_empty(*part_keep.shape, 0)
+        if encode:
+            features = subject.sae.encode(x.flatten(0, 1)).view(*part_keep.shape, -1)
+            features[~part_keep] = 0
         yield Batch(part_tokens, part_keep, x, y, features, part_ids)

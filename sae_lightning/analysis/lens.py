@@ -102,24 +102,38 @@ def lens(
     rankings: effects are up to a positive factor, and what is read is what a feature looks for, not
     that it fires there, for which its bias and the text around count too.
     """
-    model, words = subject.llm.model, len(subject.llm.tokenizer)
-    tokens = embedding(model, model.get_input_embeddings().num_embeddings)
+    tokens = embedding(subject.llm.model, subject.llm.model.get_input_embeddings().num_embeddings)
     if text is None:
         rows, columns = _direct_rows(subject), _direct_columns(subject)
     else:
-        rows, columns = _mapped(subject, text, tokens)
+        maps = _maps(subject, text, tokens)
+        rows, columns = _written(subject, maps), subject.sae.W_enc.T @ maps.below.result().T
         if features:
             rows[list(features)] = _measured(subject, text, list(features), contexts)
-    top, effect, read = min(top, words), None, None
-    # Rows beyond the tokenizer pad both matrices: no token has them.
-    if rows is not None:
-        unembedding = model.get_output_embeddings().weight[:words]
-        parts = [_effect(x, top) for x in _products("unembedding", rows, unembedding)]
-        effect = Effect(*(torch.cat(part).cpu() for part in zip(*parts, strict=True)))
+    read = None
     if columns is not None:
-        parts = [x.topk(top).indices for x in _products("embedding", columns, tokens[:words])]
-        read = torch.cat(parts).cpu()
-    return Lens(effect, read)
+        # rows beyond the tokenizer pad the embedding: no token has them
+        words = len(subject.llm.tokenizer)
+        parts = _products("embedding", columns, tokens[:words])
+        read = torch.cat([x.topk(min(top, words)).indices for x in parts]).cpu()
+    return Lens(None if rows is None else _effects(subject, rows, top), read)
+
+
+@torch.no_grad()
+def effects(subject: Subject, text: TokenSource, top: int = 10) -> Effect:
+    """The `top` tokens that each feature promotes and suppresses, by a linear map fitted on
+    `text`."""
+    model = subject.llm.model
+    tokens = embedding(model, model.get_input_embeddings().num_embeddings)
+    return _effects(subject, _written(subject, _maps(subject, text, tokens)), top)
+
+
+def _effects(subject: Subject, rows: Tensor, top: int) -> Effect:
+    """What the unembedding makes of `rows` [features, d]."""
+    words = len(subject.llm.tokenizer)
+    unembedding = subject.llm.model.get_output_embeddings().weight[:words]
+    parts = [_effect(x, min(top, words)) for x in _products("unembedding", rows, unembedding)]
+    return Effect(*(torch.cat(part).cpu() for part in zip(*parts, strict=True)))
 
 
 def _direct_rows(subject: Subject) -> Tensor | None:
@@ -143,14 +157,19 @@ def _direct_columns(subject: Subject) -> Tensor | None:
     return columns
 
 
-def _mapped(subject: Subject, text: TokenSource, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """What the unembedding gets of W_dec and what W_enc takes from an embedding, both [features,
-    d], if blocks were linear maps."""
+def _maps(subject: Subject, text: TokenSource, tokens: Tensor) -> "_Maps":
+    """Linear maps that stand for the blocks on both sides of the SAE, fitted on `text`."""
     maps = _Maps(subject.llm.model, tokens)
     parts, total = excerpt(text, TOKENS, 16)
-    collect(subject, parts, [maps], total=total, what="following tokens through the LLM")
+    what = "following tokens through the LLM"
+    collect(subject, parts, [maps], total=total, what=what, encode=False)
+    return maps
+
+
+def _written(subject: Subject, maps: "_Maps") -> Tensor:
+    """What the unembedding gets of W_dec [features, d] if the blocks above were a linear map."""
     rows = subject.sae.W_dec @ maps.above.result()
-    return rows - rows.mean(0), subject.sae.W_enc.T @ maps.below.result().T
+    return rows.sub_(rows.mean(0))
 
 
 def _measured(subject: Subject, text: TokenSource, features: list[int], contexts: int) -> Tensor:

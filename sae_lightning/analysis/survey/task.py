@@ -4,7 +4,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from sae_lightning.analysis.collect import Reducer
-from sae_lightning.analysis.lens import lens
+from sae_lightning.analysis.lens import effects
 from sae_lightning.analysis.subject import Subject
 from sae_lightning.analysis.survey.kept import identity
 from sae_lightning.analysis.survey.strengths import Positive
@@ -54,7 +54,7 @@ class FeaturesTask(Task):
             reducers=reducers,
         )
         found = found._replace(
-            features=found.features._replace(effect=lens(subject, text=text.train).effect)
+            features=found.features._replace(effect=effects(subject, text.train))
         )
         for name, catalogue in (("features", found.features), ("neurons", found.neurons)):
             write_table(results(subject) / f"{name}.parquet", catalogue, identity(subject))
