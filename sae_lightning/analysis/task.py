@@ -13,11 +13,11 @@ from typing import Any
 
 from sae_lightning.analysis.subject import Subject, open_subject
 from sae_lightning.errors import UserError, check_finite
-from sae_lightning.files import atomically, clean, refuse_link, write_json
+from sae_lightning.files import clean, refuse_link, write_json
 from sae_lightning.llm.load import LLMConfig
 from sae_lightning.llm.sites import LayerConfig
 from sae_lightning.report.catalogue import Catalogue
-from sae_lightning.report.page import page
+from sae_lightning.report.page import write_page
 from sae_lightning.report.printer import say
 from sae_lightning.report.section import Section
 from sae_lightning.stream.base import DataConfig
@@ -90,9 +90,8 @@ class Task:
         write_json(numbers, scalars)
         commands = following(subject.folder, feature)
         files = [*(f"{catalogue.kind}s.parquet" for catalogue in catalogues), numbers.name]
-        text = page(subject.name, subject.facts(), sections, catalogues, commands, files)
-        with atomically(target) as temporary:
-            temporary.write_text(text, encoding="utf8")
+        about = subject.name, subject.facts()
+        write_page(target, *about, sections, catalogues, commands, files)
         console.print(
             f"\n  open in a browser: {shown(target)}\n  the same numbers: {shown(numbers)}\n"
         )

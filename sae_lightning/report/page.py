@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sae_lightning.files import atomically
+from sae_lightning.report.beside import remove_beside, write_beside
 from sae_lightning.report.catalogue import Catalogue
-from sae_lightning.report.page_data import page_data
+from sae_lightning.report.page_data import PageData, page_data
 from sae_lightning.report.section import Section, Table, pieces, visible_token
 from sae_lightning.terminal import visible
 
@@ -18,6 +20,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 NUMBER = re.compile(r"^[^\w.]*?([-−+]?(?:\d[\d,]*)?\.?\d+(?:e[-+]?\d+)?)", re.IGNORECASE)
 
 LONG = 40  # characters
+LARGE = 1 << 27  # bytes of blocks when unpacked; deflated and in base64 about half as many
 
 
 def rendered(template: str, *, figures: bool, **values: object) -> str:
@@ -46,6 +49,26 @@ def rendered(template: str, *, figures: bool, **values: object) -> str:
     )
 
 
+def write_page(
+    path: Path,
+    title: str,
+    facts: dict[str, str],
+    sections: Sequence[Section],
+    catalogues: Sequence[Catalogue] = (),
+    commands: Sequence[str] = (),
+    files: Sequence[str] = (),
+) -> None:
+    """Write a `page`, with its blocks in a folder beside it where they are LARGE."""
+    units = page_data(catalogues) if catalogues else None
+    if units and units.blocks.size > LARGE:
+        units.index["beside"] = write_beside(path, units.blocks)
+        units = units._replace(blocks={})
+    text = page(title, facts, sections, catalogues, commands, files, units=units)
+    with atomically(path) as temporary:
+        temporary.write_text(text, encoding="utf8")
+    remove_beside(path, kept=units and units.index.get("beside"))
+
+
 def page(
     title: str,
     facts: dict[str, str],
@@ -53,10 +76,13 @@ def page(
     catalogues: Sequence[Catalogue] = (),
     commands: Sequence[str] = (),
     files: Sequence[str] = (),
+    *,
+    units: PageData | None = None,
 ) -> str:
     """The page: facts below the title, a browser of the catalogues' units, then the sections.
 
-    `commands` are shown at its end, to be pasted; `files` are names of files beside it.
+    `commands` are shown at its end, to be pasted; `files` are names of files beside it; `units` are
+    the catalogues' page_data, if some of it is to be left out.
     """
     return rendered(
         "analysis.html",
@@ -64,7 +90,7 @@ def page(
         title=title,
         facts=facts,
         kinds=[catalogue.kind for catalogue in catalogues],
-        units=page_data(catalogues) if catalogues else None,
+        units=units or (page_data(catalogues) if catalogues else None),
         parts=_parts(sections),
         commands=commands,
         files=files,

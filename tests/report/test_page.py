@@ -3,6 +3,8 @@
 import base64
 import json
 import re
+import shutil
+import subprocess
 import zlib
 from html.parser import HTMLParser
 
@@ -23,7 +25,7 @@ from sae_lightning.report.catalogue import (
     Statistics,
 )
 from sae_lightning.report.figures import figure, histogram
-from sae_lightning.report.page import TEMPLATES, page, sortable
+from sae_lightning.report.page import TEMPLATES, page, sortable, write_page
 from sae_lightning.report.page_data import CHUNK, LEVELS, page_data
 from sae_lightning.report.section import Coloured, Section, Table
 
@@ -353,3 +355,51 @@ def test_long_words_in_a_table_may_wrap_and_numbers_may_not():
         *("word", "word long", None),
         *("word", "word long", None),
     ]
+
+
+@pytest.fixture
+def large(tmp_path, monkeypatch):
+    """Writes a page of so many units as one that is too large for one file; gives its path."""
+    monkeypatch.setattr("sae_lightning.report.page.LARGE", 1000)
+
+    def write(units: int):
+        path = tmp_path / "index.html"
+        write_page(path, "t", {}, [], [catalogue(units), catalogue(3, "neuron")])
+        return path
+
+    return write
+
+
+def test_blocks_of_a_large_page_are_files_beside_it(large):
+    path = large(CHUNK + 2)
+    html = Elements(path.read_text("utf8"))
+    index = json.loads(html.scripts["index"])
+    assert not any(str(name).startswith("block-") for name in html.scripts)
+    (policy,) = (a["content"] for _, a in html.found if a.get("http-equiv"))
+    assert "script-src 'unsafe-inline' 'self';" in policy, "scripts of its own folder, no others"
+    files = {file.name: file.read_text() for file in (path.parent / index["beside"]).iterdir()}
+    inside = page_data([catalogue(CHUNK + 2), catalogue(3, "neuron")]).blocks
+    assert files == {f"{n}.js": f'blocks.add("{n}", "{inside[n]}");\n' for n in inside}
+
+
+def test_a_page_that_is_written_again_leaves_no_old_blocks(large, monkeypatch):
+    folder = large(2 * CHUNK + 1).parent
+    (folder / "index-notes").mkdir()
+    large(CHUNK)
+    (beside,) = folder.glob("index-????????????")
+    assert len(list(beside.iterdir())) == 4  # two of each kind
+    large(CHUNK)  # the same again
+    assert {file.name for file in folder.iterdir()} == {"index.html", "index-notes", beside.name}
+    monkeypatch.setattr("sae_lightning.report.page.LARGE", 10**9)
+    large(CHUNK)
+    assert {file.name for file in folder.iterdir()} == {"index.html", "index-notes"}
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs a browser")
+def test_a_late_unit_of_a_large_page_is_shown_from_disk(large):
+    path = large(3 * CHUNK)
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    command += ["--virtual-time-budget=8000", f"file://{path}#feature-{3 * CHUNK - 2}"]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+    assert f"<h2>Feature {3 * CHUNK - 2}</h2>" in shown
+    assert "<rect" in shown, "its histogram is of a block of details"

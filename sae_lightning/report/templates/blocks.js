@@ -2,12 +2,34 @@
 // unpacked when a unit of it is opened.
 const blocks = (() => {
 const index = JSON.parse(document.getElementById("index").textContent);
-const unpacked = new Map();
+const unpacked = new Map(), waiting = new Map();
+
+// Blocks of a large page are scripts in a folder beside it, which call `add`.
+function textOf(name) {
+  if (!index.beside) return document.getElementById("block-" + name).textContent;
+  return new Promise((resolve, reject) => {
+    waiting.set(name, resolve);
+    const script = document.createElement("script");
+    script.src = `${index.beside}/${name}.js`;
+    script.onload = () => script.remove();
+    script.onerror = () => {
+      unpacked.delete(name);
+      const why = `This page needs the folder ${index.beside} beside it; after the same command was given again, load it anew.`;
+      document.querySelector(".browser .unit").textContent = why;
+      reject(new Error(why));
+    };
+    document.head.append(script);
+  });
+}
+
+function add(name, text) {
+  waiting.get(name)(text);
+  waiting.delete(name);
+}
 
 async function unpack(name, layout, units) {
   const ARRAYS = { u1: Uint8Array, i1: Int8Array, u2: Uint16Array, u4: Uint32Array, i4: Int32Array, f4: Float32Array };
-  const base64 = document.getElementById("block-" + name).textContent;
-  const text = atob(base64), packed = new Uint8Array(text.length);
+  const text = atob(await textOf(name)), packed = new Uint8Array(text.length);
   for (let i = 0; i < text.length; i++) packed[i] = text.charCodeAt(i);
   const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("deflate"));
   const bytes = new Uint8Array(await new Response(stream).arrayBuffer());
@@ -41,5 +63,5 @@ async function detailsOf(kind, unit) {
 
 const texts = () => once("texts", index.texts, index.sequences);
 
-return { index, listedOf, detailsOf, texts };
+return { index, add, listedOf, detailsOf, texts };
 })();

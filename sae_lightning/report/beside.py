@@ -1,0 +1,47 @@
+"""Blocks of a page that is too large for one file: scripts in a folder beside it, which the browser
+reads when it needs them. A page that is opened from disk can load nothing else.
+
+index.html            names the folder
+index-3f2a.../        named by its content: an old page never meets new blocks
+    feature.js        blocks.add("feature", "...base64...")
+    feature-0.js
+"""
+
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from sae_lightning.files import private_folder, writing
+
+DIGITS = 12  # of a folder's name
+
+
+def write_beside(page: Path, blocks: Mapping[str, str]) -> str:
+    """Write blocks for `page`, and return the name of their folder."""
+    with writing(page), private_folder(page) as temporary:
+        folder = temporary / "blocks"
+        folder.mkdir()
+
+        def write(name: str) -> bytes:
+            content = f'blocks.add("{name}", "{blocks[name]}");\n'.encode()
+            (folder / f"{name}.js").write_bytes(content)
+            return hashlib.sha256(content).digest()
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # deflating leaves the interpreter free
+            digest = hashlib.sha256(b"".join(pool.map(write, blocks)))
+        place = page.with_name(f"{page.stem}-{digest.hexdigest()[:DIGITS]}")
+        if not place.exists():
+            os.replace(folder, place)
+    return place.name
+
+
+def remove_beside(page: Path, kept: str | None) -> None:
+    """Remove the folders of blocks that `page` had before, all but the one named `kept`."""
+    pattern = rf"{re.escape(page.stem)}-[0-9a-f]{{{DIGITS}}}"
+    for folder in page.parent.iterdir():
+        if re.fullmatch(pattern, folder.name) and folder.name != kept and not folder.is_symlink():
+            shutil.rmtree(folder, ignore_errors=True)
