@@ -387,7 +387,7 @@ def test_a_page_that_is_written_again_leaves_no_old_blocks(large, monkeypatch):
     (folder / "index-notes").mkdir()
     large(CHUNK)
     (beside,) = folder.glob("index-????????????")
-    assert len(list(beside.iterdir())) == 4  # two of each kind
+    assert len(list(beside.iterdir())) == 5  # two of each kind, and their texts
     large(CHUNK)  # the same again
     assert {file.name for file in folder.iterdir()} == {"index.html", "index-notes", beside.name}
     monkeypatch.setattr("sae_lightning.report.page.LARGE", 10**9)
