@@ -6,7 +6,9 @@ Shapes: sequences = sequences of a batch, context = tokens of each.
 """
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,7 +24,8 @@ from sae_lightning.terminal import console, phase
 STRENGTHS = 1 << 25  # of features that are in memory at a time (128 MB)
 
 
-class Batch(NamedTuple):
+@dataclass(eq=False)
+class Batch:
     """What the LLM and the SAE make of some sequences; on the LLM's device."""
 
     tokens: Tensor
@@ -39,6 +42,14 @@ class Batch(NamedTuple):
     for them"""
     ids: Tensor
     """[sequences] numbers of the sequences in the order of reading"""
+
+    @cached_property
+    def active(self) -> tuple[Tensor, Tensor]:
+        """Features that are active somewhere here: strengths [sequences, context, some], and their
+        numbers [some], ascending, on the CPU. Of very many features they are few."""
+        fires = self.features.flatten(0, 1).amax(dim=0) > 0
+        units = fires.nonzero().squeeze(1)
+        return self.features.index_select(-1, units), units.cpu()
 
 
 class Reducer(Protocol):

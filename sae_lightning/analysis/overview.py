@@ -31,6 +31,7 @@ class OverviewTask(FeaturesTask):
         found = self.surveyed(subject, reducers)
         card = evaluate.scored(subject, opened=(subject.llm, text))
         tested = claims.theory(subject, reducers)
+        del reducers  # their counts take much memory where there are many features
         summary, scorecard = survey_section(found), evaluate.section(card)
         say(summary)
         say_units(found.features, most_telling(found.features, SHOWN))

@@ -1,6 +1,7 @@
 """Catalogues as parquet files: one row a unit, for programs."""
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 
 import pyarrow as pa
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor
 
 from sae_lightning.files import atomically
-from sae_lightning.report.catalogue import BEFORE, Catalogue, Examples
+from sae_lightning.report.catalogue import BEFORE, Catalogue, Examples, rows
 
+GROUP = 8192  # units written at a time: bounds memory
 NOTE = b"sae_lightning"  # key of the file's own metadata
 
 
@@ -21,9 +23,23 @@ def write_table(path: Path, catalogue: Catalogue, of: dict[str, str]) -> None:
     pandas.read_parquet, polars or datasets open it; `parquet_reader` makes a catalogue of it again.
     """
     words = pa.array(catalogue.vocabulary)
+    note = {NOTE: json.dumps({"tokens": catalogue.statistics.tokens, "of": of})}
+    with atomically(path) as temporary, ExitStack() as files:
+        writer = None
+        for first in range(0, catalogue.units, GROUP):
+            table = pa.table(_columns(catalogue, first, words), metadata=note)
+            writer = writer or files.enter_context(
+                pyarrow.parquet.ParquetWriter(temporary, table.schema, compression="zstd")
+            )
+            writer.write_table(table)
+
+
+def _columns(catalogue: Catalogue, first: int, words: pa.Array) -> dict[str, pa.Array]:
+    """The columns of a group of units, from the `first` on."""
+    catalogue = rows(catalogue, slice(first, first + GROUP))
     s = catalogue.statistics
     columns = {
-        catalogue.kind: pa.array(range(catalogue.units)),
+        catalogue.kind: pa.array(range(first, first + catalogue.units)),
         "fired": _array(s.fired),
         "density": _array(s.density),
         "mean": _array(s.mean),
@@ -47,10 +63,7 @@ def write_table(path: Path, catalogue: Catalogue, of: dict[str, str]) -> None:
         columns["promoted"] = _texts(e.promoted, words)
         columns["suppressed"] = _texts(e.suppressed, words)
         columns["sharpness"] = _array(e.sharpness)
-    note = {NOTE: json.dumps({"tokens": s.tokens, "of": of})}
-    with atomically(path) as temporary:
-        table = pa.table(columns, metadata=note)
-        pyarrow.parquet.write_table(table, temporary, compression="zstd")
+    return columns
 
 
 def _array(values: Tensor) -> pa.Array:

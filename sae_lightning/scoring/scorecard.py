@@ -16,7 +16,8 @@ from sae_lightning.stream.held_out import HeldOut
 from sae_lightning.stream.recovery import FOUND, Recovery
 from sae_lightning.stream.synthetic import HeldOutConcepts
 
-ROWS = 4096  # tokens reconstructed at a time: bounds the memory that features take
+ROWS = 4096  # tokens reconstructed at a time, and fewer where
+ENTRIES = 1 << 26  # strengths would be more than these: bounds the memory that features take
 
 
 class Usual(NamedTuple):
@@ -84,12 +85,13 @@ def score(
     x, y = held_out.activations(source), held_out.activations(target)
     long = long_tokens(y)
     with torch.autocast(x.device.type, enabled=False):
-        errors = [_errors(sae, x, y, long, fidelity) for sae in saes]
+        rows = max(1, min(ROWS, *(ENTRIES // len(decoder) for decoder in decoders)))
+        errors = [_errors(sae, x, y, long, fidelity, rows) for sae in saes]
         alike = [
-            copies(rows, quality.density)
-            for rows, (quality, *_) in zip(decoders, errors, strict=True)
+            copies(decoder, quality.density)
+            for decoder, (quality, *_) in zip(decoders, errors, strict=True)
         ]
-        scores = held_out.scores(source, target, saes, weights, ROWS)
+        scores = held_out.scores(source, target, saes, weights, rows)
     return [
         Scorecard(quality, near, mine, kind, usual)
         for (quality, kind, usual), near, mine in zip(errors, alike, scores, strict=True)
@@ -97,13 +99,18 @@ def score(
 
 
 def _errors(
-    sae: Callable[[Tensor], Output], x: Tensor, y: Tensor, long: LongTokens | None, fidelity: bool
+    sae: Callable[[Tensor], Output],
+    x: Tensor,
+    y: Tensor,
+    long: LongTokens | None,
+    fidelity: bool,
+    rows: int,
 ) -> tuple[Quality, Fidelity | None, Usual | None]:
-    """On inputs [n, d_in] and targets [n, d_out]."""
+    """On inputs [n, d_in] and targets [n, d_out], `rows` at a time."""
     quality, usual = QualitySums(), QualitySums()
     kind = FidelitySums(y.cpu().double().mean(dim=0)) if fidelity else None
     kept = torch.zeros(len(x), dtype=torch.bool) if long is None else long.usual
-    for part, target, keep in zip(x.split(ROWS), y.split(ROWS), kept.split(ROWS), strict=True):
+    for part, target, keep in zip(x.split(rows), y.split(rows), kept.split(rows), strict=True):
         output = sae(part.float())
         quality.add(target, output.reconstruction, output.features)
         if keep.any():

@@ -1,5 +1,7 @@
 """One pass hands every reducer what the LLM and the SAE make of each token, once."""
 
+from dataclasses import fields
+
 import pytest
 import torch
 from subjects import make_subject, place
@@ -94,7 +96,7 @@ def test_slices_of_a_batch_add_up_to_it(subject, words, monkeypatch):
     monkeypatch.setattr(room, "STRENGTHS", 32 * 12)  # a sequence at a time
     sliced = collected(subject, words(600), 99)
     assert len(sliced.batches) == 9 > len(whole.batches)
-    for name in Batch._fields:
+    for name in (field.name for field in fields(Batch)):
         torch.testing.assert_close(getattr(sliced, name), getattr(whole, name))
 
 

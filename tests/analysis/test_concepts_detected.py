@@ -68,9 +68,9 @@ NOISE = torch.rand(N, 6, generator=GENERATOR)
 
 
 def by_feature(strengths: Tensor, member: Tensor = MEMBER):
-    counts = FeatureCounts(member.shape[1], strengths.shape[1])
+    counts, features = FeatureCounts(member.shape[1], strengths.shape[1]), strengths.shape[1]
     for part in zip(strengths.split(999), member.split(999), HALF.split(999), strict=True):
-        counts.add(*part)
+        counts.add(*part, torch.arange(features))
     return counts.result()
 
 
@@ -163,9 +163,9 @@ def test_counts_are_of_all_tokens_and_do_not_depend_on_the_cutting():
         for half in (0, 1):
             assert (tokens[half, 0] == MEMBER[half::2].sum()).all()
     whole = FeatureCounts(1, 6)
-    whole.add(strengths[:500], MEMBER[:500], HALF[:500])
+    whole.add(strengths[:500], MEMBER[:500], HALF[:500], torch.arange(6))
     whole.result()  # looking at it changes nothing
-    whole.add(strengths[500:], MEMBER[500:], HALF[500:])
+    whole.add(strengths[500:], MEMBER[500:], HALF[500:], torch.arange(6))
     assert torch.equal(whole.result().counts, by_feature(strengths).counts)
 
 

@@ -1,5 +1,7 @@
 """What is counted and kept of a text is what a look at all of it at once would find."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from batches import batches, sparse
@@ -118,16 +120,16 @@ def test_the_text_is_kept_as_it_was_read():
 def test_neurons_are_made_positive_and_silent_where_no_sae_looks():
     (batch,) = batches(sparse(1, 4, 1), size=1)
     x = torch.tensor([[[9.0, 9.0], [-2.0, 1.0], [3.0, -1.0], [0.0, 0.5]]])
-    batch = batch._replace(x=x)
-    absolute = strengths.Neurons(Positive.abs)(batch)[0].tolist()
+    batch = replace(batch, x=x)
+    absolute = strengths.Neurons(Positive.abs)(batch)[0][0].tolist()
     assert absolute == [[0, 0], [2, 1], [3, 1], [0, 0.5]]
-    assert strengths.Neurons(Positive.relu)(batch)[0].tolist() == [
+    assert strengths.Neurons(Positive.relu)(batch)[0][0].tolist() == [
         [0, 0],
         [0, 1],
         [3, 0],
         [0, 0.5],
     ]
     shift = strengths.Neurons(Positive.shift)  # less -2 and -1, the least values
-    assert shift(batch)[0].tolist() == [[0, 0], [0, 2], [5, 0], [2, 1.5]]
-    lower = batch._replace(x=x - 10)  # later values below the least are 0
-    assert shift(lower)[0].tolist() == [[0, 0], [0, 0], [0, 0], [0, 0]]
+    assert shift(batch)[0][0].tolist() == [[0, 0], [0, 2], [5, 0], [2, 1.5]]
+    lower = replace(batch, x=x - 10)  # later values below the least are 0
+    assert shift(lower)[0][0].tolist() == [[0, 0], [0, 0], [0, 0], [0, 0]]

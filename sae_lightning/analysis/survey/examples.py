@@ -32,16 +32,19 @@ class Counting:
         self.histogram = torch.zeros(units * BINS, dtype=torch.int64)
 
     def add(self, batch: Batch) -> None:
-        values = self.strengths(batch).flatten(0, 1)  # [tokens, units]
+        values, units = self.strengths(batch)
+        values = values.flatten(0, 1)  # [tokens, some units]
         self.tokens += int(batch.keep.sum())
-        self.fired += (values > 0).sum(dim=0).cpu()
-        self.sum += values.sum(dim=0).cpu().double()
-        self.maximum = self.maximum.maximum(values.amax(dim=0).cpu())
+        if not len(units):
+            return
+        self.fired[units] += (values > 0).sum(dim=0).cpu()
+        self.sum[units] += values.sum(dim=0).cpu().double()
+        self.maximum[units] = self.maximum[units].maximum(values.amax(dim=0).cpu())
         token, unit = values.nonzero(as_tuple=True)
         lowest = EDGES[0].log2().item()
         half_octave = ((values[token, unit].log2() - lowest) * 2).floor().long()
-        places = unit * BINS + half_octave.clamp(0, BINS - 1)
-        self.histogram += torch.bincount(places, minlength=len(self.histogram)).cpu()
+        places = units[unit.cpu()] * BINS + half_octave.clamp(0, BINS - 1).cpu()
+        self.histogram.index_add_(0, places, torch.ones_like(places))
 
     def result(self) -> Statistics:
         mean = (self.sum / self.fired.clamp(min=1)).float()
@@ -67,39 +70,40 @@ class Gathering:
         self.position = torch.zeros(units, n, dtype=torch.int32)
 
     def add(self, batch: Batch) -> None:
-        values = self.strengths(batch)  # [sequences, context, units]
+        values, units = self.strengths(batch)  # [sequences, context, some units]
         best, place = (x.cpu() for x in values.max(dim=1))  # [sequences, units]
         best = torch.where(best > 0, best, -1).T  # below the 0 of a slot that is still empty
         n = self.strength.shape[1]
-        winners = torch.cat([self.strength, best], dim=1).topk(n, dim=1).indices
+        winners = torch.cat([self.strength[units], best], dim=1).topk(n, dim=1).indices
         stays = torch.zeros(len(best), n + best.shape[1], dtype=torch.bool)
         stays.scatter_(1, winners, True)
         # as many slots of a unit become free as it has new examples, and both are in unit order
         unit, slot = (~stays[:, :n]).nonzero(as_tuple=True)
         _, sequence = stays[:, n:].nonzero(as_tuple=True)
         if len(unit):
-            self._store(batch, values, unit, slot, sequence, place[sequence, unit])
+            examples = self._windows(batch, values, unit, sequence, place[sequence, unit])
+            for kept, new in zip(self._kept(), examples, strict=True):
+                kept[units[unit], slot] = new
 
-    def _store(
-        self,
-        batch: Batch,
-        values: Tensor,
-        unit: Tensor,
-        slot: Tensor,
-        sequence: Tensor,
-        place: Tensor,
-    ) -> None:
-        """Write down the windows around `place` in `sequence`; all [m]."""
+    def _kept(self) -> Examples:
+        return Examples(self.strength, self.tokens, self.around, self.sequence, self.position)
+
+    def _windows(
+        self, batch: Batch, values: Tensor, unit: Tensor, sequence: Tensor, place: Tensor
+    ) -> Examples:
+        """The windows around `place` in `sequence` of the units at `unit` in values; all [m]."""
         window = place[:, None] + torch.arange(-BEFORE, AFTER + 1)  # [m, WINDOW]
         inside = (window >= 0) & (window < values.shape[1])
         window = window.clamp(0, values.shape[1] - 1)
         tokens = batch.tokens.cpu()[sequence[:, None], window]
         around = values[sequence[:, None], window, unit[:, None]].cpu()
-        self.strength[unit, slot] = around[:, BEFORE]
-        self.tokens[unit, slot] = torch.where(inside, tokens, -1).int()
-        self.around[unit, slot] = torch.where(inside, around, 0).clamp(0, MOST).half() + 0
-        self.sequence[unit, slot] = batch.ids[sequence]
-        self.position[unit, slot] = place.int()
+        return Examples(
+            strength=around[:, BEFORE],
+            tokens=torch.where(inside, tokens, -1).int(),
+            strengths=torch.where(inside, around, 0).clamp(0, MOST).half() + 0,
+            sequence=batch.ids[sequence],
+            position=place.int(),
+        )
 
     def result(self) -> Examples:
         order = self.strength.argsort(dim=1, descending=True, stable=True)

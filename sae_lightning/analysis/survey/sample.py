@@ -68,14 +68,14 @@ class Sampling:
 
     def add(self, batch: Batch) -> None:
         tokens, keep = batch.tokens.cpu().int().numpy(), batch.keep.cpu().numpy()
-        values = self.strengths(batch)
+        values, units = self.strengths(batch)
         for i, lot in enumerate(self.random.random(len(tokens))):
             if lot < self.lowest:
                 continue
             position, unit = values[i].nonzero(as_tuple=True)
             value = values[i][position, unit].cpu().numpy()
             # copies, or a slice would keep the whole batch in memory
-            fires = position.cpu().numpy().astype(np.int32), unit.cpu().numpy().astype(np.int32)
+            fires = position.cpu().int().numpy(), units[unit.cpu()].int().numpy()
             entry = (lot, int(batch.ids[i]), tokens[i].copy(), keep[i].copy(), *fires, value)
             heapq.heappush(self.kept, entry)
             self._count(entry, 1)

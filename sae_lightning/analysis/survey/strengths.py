@@ -8,8 +8,9 @@ from torch import Tensor
 
 from sae_lightning.analysis.collect import Batch
 
-Strengths = Callable[[Batch], Tensor]
-"""[sequences, context, units] of a batch, not negative, 0 where not `keep`."""
+Strengths = Callable[[Batch], tuple[Tensor, Tensor]]
+"""Of a batch: strengths [sequences, context, some], not negative, 0 where not `keep`, and the
+numbers [some] of these units, on the CPU; all others are silent."""
 
 
 class Positive(Enum):
@@ -23,9 +24,9 @@ class Positive(Enum):
     """Its value minus the least that it takes on the first tokens, not below 0."""
 
 
-def features(batch: Batch) -> Tensor:
+def features(batch: Batch) -> tuple[Tensor, Tensor]:
     """Strengths of the SAE's features."""
-    return batch.features
+    return batch.active
 
 
 class Neurons:
@@ -35,7 +36,7 @@ class Neurons:
         self.positive = positive
         self._least: Tensor | None = None  # [d_in], on the first batch
 
-    def __call__(self, batch: Batch) -> Tensor:
+    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
         if self.positive is Positive.abs:
             values = batch.x.abs()
         elif self.positive is Positive.relu:
@@ -44,4 +45,5 @@ class Neurons:
             if self._least is None:
                 self._least = batch.x[batch.keep].amin(dim=0)
             values = (batch.x - self._least).relu()
-        return torch.where(batch.keep[..., None], values, 0)
+        units = torch.arange(values.shape[-1])
+        return torch.where(batch.keep[..., None], values, 0), units

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag, normalize
+from torch.nn.functional import normalize
 
 from sae_lightning.analysis.collect import Batch
 from sae_lightning.analysis.subject import Subject
@@ -20,9 +20,12 @@ from sae_lightning.analysis.theory.moments import Moments
 from sae_lightning.analysis.theory.one_concept import compare_units, detect_concepts
 from sae_lightning.analysis.theory.overlap import Cosines, overlap
 from sae_lightning.llm.vocabulary import special_ids, vocabulary
+from sae_lightning.sae.matrix import SparseMatrix
+from sae_lightning.sae.sparse import Pattern
 from sae_lightning.terminal import phase
 
 SAMPLE = 2048  # tokens on which dense autoencoders are run
+PART = 16_384  # features whose weights are copied at a time: bounds memory
 
 
 class Theory(NamedTuple):
@@ -67,35 +70,32 @@ class TheoryReducers:
         keep = batch.keep
         if not keep.any():
             return
-        x, y, features = batch.x[keep], batch.y[keep], batch.features[keep]
+        values, units = batch.active
+        x, y, features = batch.x[keep], batch.y[keep], values[keep]
         self.source.add(x)
         if not self.is_autoencoder:
             self.target.add(y)
         if len(self.sample) < SAMPLE:
             self.sample = torch.cat([self.sample, y[: SAMPLE - len(self.sample)].cpu()])
-        self._reconstruct(x, y, features)
+        self._reconstruct(x, y, features, units)
         ids = batch.tokens.tolist()
         member = torch.stack([members([self.words[i] for i in row]) for row in ids])
         member = member.to(keep.device)[keep]
         half = (batch.ids.to(keep.device) % 2)[:, None].expand_as(keep)[keep]
-        self.feature.add(features, member, half)
+        self.feature.add(features, member, half, units)
         self.neuron.add(x, member, half)
 
-    def _reconstruct(self, x: Tensor, y: Tensor, features: Tensor) -> None:
-        """Count active features, and add up the squared error."""
+    def _reconstruct(self, x: Tensor, y: Tensor, features: Tensor, units: Tensor) -> None:
+        """Count active features, and add up the squared error; features [n, some], whose numbers
+        are `units` [some]."""
         token, unit = features.nonzero(as_tuple=True)
         number = torch.bincount(token, minlength=len(features))
         self.active += torch.bincount(number.cpu(), minlength=len(self.active))
         # most features are silent: a sum of few rows takes a tenth of a product with all
-        decoded = embedding_bag(
-            unit,
-            self.sae.W_dec,
-            number.cumsum(0) - number,
-            mode="sum",
-            per_sample_weights=features[token, unit],
-        )
-        silent = self.sae.reconstruct(x, features.new_zeros(1, features.shape[1]))
-        self.residual += (y - decoded - silent).square().sum(dim=1).cpu().double().sum().item()
+        places = token * self.sae.config.features + units.to(token.device)[unit]
+        pattern = Pattern(places, len(x), self.sae.config.features)
+        decoded = self.sae.reconstruct(x, SparseMatrix(features[token, unit], pattern))
+        self.residual += (y - decoded).square().sum(dim=1).cpu().double().sum().item()
 
 
 def theory(subject: Subject, reducers: TheoryReducers) -> Theory:
@@ -154,7 +154,10 @@ def _measure_weights(
     result.numbers["overlap"]["rows"] = len(cosines["decoder"].nearest)
     agreement = None
     if reducers.is_autoencoder:
-        agreement = (normalize(encoder, dim=1) * normalize(decoder, dim=1)).sum(dim=1)
+        parts = zip(encoder.split(PART), decoder.split(PART), strict=True)
+        agreement = torch.cat(
+            [(normalize(a, dim=1) * normalize(b, dim=1)).sum(dim=1) for a, b in parts]
+        )
         result.numbers["agreement"] = spread(agreement) | {"chance": decoder.shape[1] ** -0.5}
     competes = subject.sae.architecture == "topk"
     return result._replace(margin=margin, competes=competes, overlap=cosines, agreement=agreement)
@@ -166,10 +169,13 @@ def _margins(weights: dict[str, Tensor], source: Moments) -> Tensor:
 
     b_enc alone says little: for raw activations it holds what the mean adds to x W_enc.
     """
-    W_enc, b_enc = weights["W_enc"].double(), weights["b_enc"].double()
+    W_enc, b_enc = weights["W_enc"], weights["b_enc"].double()
     threshold = weights.get("threshold", torch.zeros(()))
-    deviation = (W_enc * (source.covariance @ W_enc)).sum(dim=0).clamp(min=0).sqrt()
-    return (source.mean @ W_enc + b_enc - threshold) / deviation
+    parts, covariance = W_enc.split(PART, dim=1), source.covariance
+    squares = [(part * (covariance @ part)).sum(dim=0) for part in map(Tensor.double, parts)]
+    deviation = torch.cat(squares).clamp(min=0).sqrt()
+    means = torch.cat([source.mean @ part.double() for part in parts])
+    return (means + b_enc - threshold) / deviation
 
 
 def spread(values: Tensor) -> dict[str, float]:

@@ -85,16 +85,20 @@ class FeatureCounts:
         shape = 2, concepts + 1, features, len(EDGES) + 1
         self.counts = torch.zeros(shape, dtype=torch.int32, device=device)
 
-    def add(self, strengths: Tensor, member: Tensor, half: Tensor) -> None:
-        """Add tokens: [n, features], bool [n, concepts], and 0 or 1 [n]."""
+    def add(self, strengths: Tensor, member: Tensor, half: Tensor, numbers: Tensor) -> None:
+        """Add tokens: [n, some] of the features with these `numbers` [some], bool [n, concepts],
+        and 0 or 1 [n]."""
         _increment(self.tokens, _groups(member, half)[1])
+        numbers = numbers.to(strengths.device)
         features, bins = self.counts.shape[2:]
         fires = strengths.nonzero(as_tuple=True)
         for tokens, units in zip(*(each.split(ENTRIES) for each in fires), strict=True):
             # what is weaker than all edges is in the first bin of those that fire
             level = torch.bucketize(strengths[tokens, units], self.edges, right=True).clamp(min=1)
             entry, group = _groups(member[tokens], half[tokens])
-            _increment(self.counts, (group * features + units[entry]) * bins + level[entry])
+            _increment(
+                self.counts, (group * features + numbers[units[entry]]) * bins + level[entry]
+            )
 
     def result(self) -> Counts:
         """Of all tokens added so far, on the CPU."""

@@ -52,8 +52,11 @@ def overlap(decoder: Tensor, data: Tensor) -> dict[str, Cosines]:
     generator = Generator().manual_seed(0)
     chosen = torch.randperm(len(decoder), generator=generator)[:ROWS]
     noise = torch.randn(decoder.shape, generator=generator)
-    directions = {"decoder": decoder, "random": noise, "like_data": noise @ data.float()}
-    return {name: cosines(each, chosen) for name, each in directions.items()}
+    return {
+        "decoder": cosines(decoder, chosen),
+        "random": cosines(noise, chosen),
+        "like_data": cosines(noise @ data.float(), chosen),
+    }
 
 
 def cosines(directions: Tensor, chosen: Tensor) -> Cosines:
