@@ -61,7 +61,7 @@ async function refill() {
   order = entries.flatMap(unit => spread.has(unit) ? [unit, ...ranked(folded.get(unit))] : unit);
   const some = all.length === kind.units ? "all" : all.length.toLocaleString("en") + " of";
   const count = `${some} ${kind.units.toLocaleString("en")} ${kind.kind}s`;
-  const fewer = all.length > entries.length ? ` in ${entries.length.toLocaleString("en")} entries` : "";
+  const fewer = all.length > entries.length ? `, ${entries.length.toLocaleString("en")} entries` : "";
   find(".count").replaceChildren(
     make("span", { title: fewer && COPIES }, count + fewer),
     make("span", {}, `${listed.score ? "score, " : ""}density · max`));
