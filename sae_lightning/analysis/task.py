@@ -16,6 +16,7 @@ from sae_lightning.errors import UserError, check_finite
 from sae_lightning.files import clean, refuse_link, write_json
 from sae_lightning.llm.load import LLMConfig
 from sae_lightning.llm.sites import LayerConfig
+from sae_lightning.report.annotated import Annotated
 from sae_lightning.report.catalogue import Catalogue
 from sae_lightning.report.page import write_page
 from sae_lightning.report.printer import say
@@ -81,6 +82,7 @@ class Task:
         sections: Sequence[Section],
         catalogues: Sequence[Catalogue] = (),
         feature: int | None = None,
+        own: Annotated | None = None,
     ) -> None:
         """Write numbers and a page, and say where they are; the page ends with commands for
         `feature`."""
@@ -91,7 +93,7 @@ class Task:
         commands = following(subject.folder, feature)
         files = [*(f"{catalogue.kind}s.parquet" for catalogue in catalogues), numbers.name]
         about = subject.name, subject.facts()
-        write_page(target, *about, sections, catalogues, commands, files)
+        write_page(target, *about, sections, catalogues, commands, files, own)
         console.print(
             f"\n  open in a browser: {shown(target)}\n  the same numbers: {shown(numbers)}\n"
         )

@@ -9,6 +9,7 @@ from sae_lightning.analysis.steer import SteerTask
 from sae_lightning.analysis.survey.task import FeaturesTask
 from sae_lightning.analysis.sweep import SweepTask
 from sae_lightning.analysis.task import Task
+from sae_lightning.analysis.text import TextTask
 from sae_lightning.analysis.theory.task import TheoryTask
 
 TASKS: dict[str, type[Task]] = {
@@ -19,6 +20,7 @@ TASKS: dict[str, type[Task]] = {
     "probe": ProbeTask,
     "lens": LensTask,
     "steer": SteerTask,
+    "text": TextTask,
     "explain": ExplainTask,
     "sweep": SweepTask,
 }

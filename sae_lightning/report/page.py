@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sae_lightning.files import atomically
+from sae_lightning.report.annotated import Annotated
 from sae_lightning.report.beside import remove_beside, write_beside
 from sae_lightning.report.catalogue import Catalogue
 from sae_lightning.report.page_data import PageData, page_data
@@ -57,13 +58,14 @@ def write_page(
     catalogues: Sequence[Catalogue] = (),
     commands: Sequence[str] = (),
     files: Sequence[str] = (),
+    own: Annotated | None = None,
 ) -> None:
     """Write a `page`, with its blocks in a folder beside it where they are LARGE."""
     units = page_data(catalogues) if catalogues else None
     if units and units.blocks.size > LARGE:
         units.index["beside"] = write_beside(path, units.blocks)
         units = units._replace(blocks={})
-    text = page(title, facts, sections, catalogues, commands, files, units=units)
+    text = page(title, facts, sections, catalogues, commands, files, own, units=units)
     with atomically(path) as temporary:
         temporary.write_text(text, encoding="utf8")
     remove_beside(path, kept=units and units.index.get("beside"))
@@ -76,13 +78,15 @@ def page(
     catalogues: Sequence[Catalogue] = (),
     commands: Sequence[str] = (),
     files: Sequence[str] = (),
+    own: Annotated | None = None,
     *,
     units: PageData | None = None,
 ) -> str:
     """The page: facts below the title, a browser of the catalogues' units, then the sections.
 
-    `commands` are shown at its end, to be pasted; `files` are names of files beside it; `units` are
-    the catalogues' page_data, if some of it is to be left out.
+    `commands` are shown at its end, to be pasted; `files` are names of files beside it; `own` is a
+    text to be shown above the browser, with features of its first catalogue; `units` are the
+    catalogues' page_data, if some of it is to be left out.
     """
     return rendered(
         "analysis.html",
@@ -94,6 +98,7 @@ def page(
         parts=_parts(sections),
         commands=commands,
         files=files,
+        own=own,
         pieces=pieces,
         in_lines=_in_lines,
         zip=zip,

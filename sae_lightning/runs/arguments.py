@@ -31,6 +31,7 @@ from sae_lightning.stream import SOURCES
 PATHS = (
     "resume",
     "run",
+    "file",
     "data.path",
     "data.cache_folder",
     "llm.name",
@@ -203,9 +204,11 @@ def _with_text(argument: str, sweep: bool, texts: dict[str, bool]) -> str:
         return argument
     if value == "null" and texts.get(setting, True):
         return argument
+    if not is_path and any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise UserError(f"{setting}: what was given is not UTF-8; give it in a terminal that is")
     if (is_path or sweep) and HYDRAS.search(value) or (sweep and re.match(r"\w+\(", value)):
         return argument
-    if is_path and "," in value and not sweep and setting not in ("resume", "run"):
+    if is_path and "," in value and not sweep and setting not in ("resume", "run", "file"):
         return argument  # the error that asks for -m
     expand = os.path.expanduser if is_path else str
     values = VALUE.findall(value) if sweep else [("", value)]

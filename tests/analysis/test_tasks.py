@@ -27,7 +27,7 @@ from sae_lightning.sae import ARCHITECTURES
 from sae_lightning.stream.plays import PlaysConfig
 
 PLAYS = PlaysConfig().held_out  # a list of words
-NEEDED = {"steer": ["feature=3"]}  # what a task cannot do without
+NEEDED = {"steer": ["feature=3"], "text": ["text=hello"]}  # what a task cannot do without
 
 
 @pytest.fixture(autouse=True)
@@ -144,6 +144,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_read(tmp_
         ("explain", "feature=99", "feature=99: this SAE has 32 features"),
         ("lens", "contexts=1000000", "contexts=1000000: give at most 1000"),
         ("probe", "label=nope", "label=nope: the packaged plays have genre, play, speaker"),
+        ("text", "text=' '", "text: there is no word in it"),
         ("features", "data.held_out=[nope]", "data.held_out: no play named nope"),
     ],
 )

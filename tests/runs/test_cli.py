@@ -377,7 +377,7 @@ def test_hydras_own_flags_are_let_through(command_line, flags):
         "back~up",
     ],
 )
-@pytest.mark.parametrize("name", ["resume", "run"])
+@pytest.mark.parametrize("name", ["resume", "run", "file"])
 def test_a_path_as_it_is_pasted_is_what_hydra_reads(name, path):
     (argument,) = with_text([f"{name}={path}"])
     assert OverridesParser.create().parse_override(argument).value() == path
@@ -460,14 +460,22 @@ def test_a_text_in_a_run_folder_is_still_that_text(hydra, tmp_path):
         assert read_job(tmp_path).config.data.column == text
 
 
+@pytest.mark.parametrize("setting", ["prompt", "text", "label"])
+def test_a_text_that_is_not_utf_8_is_refused(with_tasks, setting):
+    """Such bytes come from the shell as lone surrogates, which no tokenizer takes."""
+    with pytest.raises(UserError, match=f"^{setting}: what was given is not UTF-8"):
+        with_text([f"{setting}=caf\udce9"])
+    assert with_text(["run=caf\udce9"]) == ["run='caf\udce9'"], "a path may be anything"
+
+
 def test_null_leaves_a_text_empty_only_where_it_may_be(with_tasks):
     given = ["key_env=null", "llm.revision=null", "resume=null", "prompt=null", "label=null"]
     assert with_text(given) == [*given[:3], "prompt='null'", "label='null'"]
 
 
 def test_every_setting_that_holds_text_is_known_by_its_type(with_tasks):
-    names = "prompt label endpoint explainer key_env data.column data.name data.subset data.split "
-    names += "data.held_out_split llm.name llm.revision run resume data.path data.cache_folder"
+    names = "text file prompt label endpoint explainer key_env data.column data.name data.subset "
+    names += "data.split data.held_out_split llm.name llm.revision run resume data.path data.cache_folder"
     assert text_settings().keys() >= {*names.split()}
     others = {"data.held_out", "feature", "strength", "seed", "loss.l1", "trainer.precision", "llm"}
     assert not text_settings().keys() & others

@@ -143,6 +143,7 @@ async function open(id) {
   view.replaceChildren(...elements);
   view.scrollTop = 0;
   document.title = `${capital(kind.kind)} ${id}`;
+  dispatchEvent(new CustomEvent("unit", { detail: { kind: kind.kind, unit: id } }));
 }
 
 const isWide = () => matchMedia("(min-width: 901px)").matches;

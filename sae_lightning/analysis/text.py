@@ -1,0 +1,210 @@
+"""Which features fire on a text of one's own, token by token.
+
+BOS  The  king  is  dead        the text as training reads text: in sequences of data.context
+ .    *     *    *    *         tokens, each opened by BOS, which the SAE does not read
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sae_lightning.analysis.collect import Batch, collect
+from sae_lightning.analysis.subject import Subject
+from sae_lightning.analysis.survey.kept import kept
+from sae_lightning.analysis.survey.task import FeaturesTask
+from sae_lightning.analysis.task import at_least, results
+from sae_lightning.errors import UserError
+from sae_lightning.files import read_text
+from sae_lightning.llm.vocabulary import bos_id, check_ids, separator_id, vocabulary
+from sae_lightning.report.annotated import LISTED, Annotated, Fired, Token
+from sae_lightning.report.printer import say
+from sae_lightning.report.section import Section, Table, visible_token
+from sae_lightning.stream.flat import encode
+from sae_lightning.stream.packing import Packing, Sequences
+
+MOST = 4096  # tokens
+LARGE = 1 << 20  # bytes of a file that cannot be a text of so few
+LINES = 60  # of the table at the terminal
+SHOWN = 10  # features of the whole text at the terminal
+HEADER = ["feature", "strength", "of maximum", "strongest on"]
+ANEW = {"tokens", "examples", "neurons"}  # settings of the catalogue
+
+
+@dataclass(slots=True, kw_only=True)
+class TextTask(FeaturesTask):
+    """Which features fire on a text of your own, token by token."""
+
+    text: str | None = None
+    """The text."""
+    file: str | None = None
+    """Or the file that holds it, in UTF-8."""
+    top: int = 3
+    """Features of each token, the strongest."""
+    tokens: int = 131_072
+    """Tokens to read for the catalogue of features, if no earlier task has left one. Where this,
+    examples or neurons is given, it is made anew."""
+
+    def __post_init__(self):
+        FeaturesTask.__post_init__(self)
+        at_least("top", self.top, 1)
+        if (self.text is None) == (self.file is None):
+            which = "neither of them is" if self.text is None else "both of them are"
+            raise UserError(f"text, file: {which} given; give one, as text='There once was a cat'")
+
+    def answer(self, given: Collection[str]) -> None:
+        text = self.text if self.file is None else read_file(self.file)
+        where = "text" if self.file is None else f"file={self.file}"
+        subject = self.open(given)
+        in_sequences(subject, text, where)  # what is wrong with it is told before the LLM is loaded
+        catalogue = None
+        if not ANEW & {*given}:
+            catalogue = kept(subject, results(subject) / "features.parquet")
+        if catalogue is None:
+            catalogue = self.surveyed(subject).features
+        found = Annotated(annotate(subject, text, where), catalogue)
+        listed, summary = token_by_token(found, self.top), section(found)
+        say(listed)
+        say(summary)
+        strongest = found.strongest()
+        scalars = {
+            "tokens": [
+                {"token": token.text, "read": token.read, "active": len(token.features)}
+                | {"features": [written(fired, found) for fired in found.on(place)[: self.top]]}
+                for place, token in enumerate(found.tokens)
+            ],
+            "strongest": [written(fired, found) for fired in strongest[:LISTED]],
+        }
+        first = strongest[0].feature if strongest else None
+        self.publish(subject, scalars, [summary], [catalogue], first, found)
+
+
+def read_file(name: str) -> str:
+    """The text in a file; UserError where there is none."""
+    path = Path(name)
+    try:
+        if path.stat().st_size > LARGE:
+            raise UserError(
+                f"file={name}: more than {MOST:,} tokens; give a part of it, or look at all of it "
+                "with task=features data=text data.path=..."
+            )
+        return read_text(path)
+    except UnicodeDecodeError as error:
+        byte = f"byte 0x{error.object[error.start]:02x} at {error.start:,}"
+        raise UserError(f"file={name}: is not UTF-8 ({byte}); give a text file") from error
+    except OSError as error:
+        raise UserError(
+            f"file={name}: cannot be read: {error.strerror}; give a text file"
+        ) from error
+
+
+def in_sequences(subject: Subject, text: str, where: str = "text") -> Sequences:
+    """The text as training reads it; UserError, which names `where` it comes from, if the LLM
+    cannot."""
+    tokenizer, context = subject.tokenizer, subject.config.data.context
+    separator = separator_id(tokenizer)
+    ids = encode(tokenizer, [text], separator)[0][:-1]
+    if not text.strip() or not len(ids):
+        raise UserError(f"{where}: there is no word in it; give some")
+    if len(ids) > MOST:
+        raise UserError(
+            f"{where}: {len(ids):,} tokens; give at most {MOST:,} (more text is for task=features "
+            "data=text data.path=...)"
+        )
+    check_ids(tokenizer, ids, where)
+    packing = Packing(min(context, 1 + len(ids)), bos_id(tokenizer), separator)
+    windows = [ids[start : start + packing.width] for start in range(0, len(ids), packing.width)]
+    return packing.sequences(windows, torch.arange(len(windows)))
+
+
+@torch.no_grad()
+def annotate(subject: Subject, text: str, where: str = "text") -> list[Token]:
+    """The tokens of a text, with BOS before each sequence, and the features that fire on each.
+
+    UserError: the text is empty or too long, or the LLM does not know one of its tokens.
+    """
+    sequences, batch = in_sequences(subject, text, where), subject.config.llm.batch
+    parts = [Sequences(*part) for part in zip(*(x.split(batch) for x in sequences), strict=True)]
+    # what norm is usual, the first batch of the run's own text says
+    usual = [] if subject.config.data.max_norm is None else [subject.text.train.next(batch)]
+    firing = Firing(subject.sae.W_dec.norm(dim=1), sum(len(part.ids) for part in usual))
+    total = firing.skip + len(sequences.ids)
+    collect(subject, chain(usual, parts), [firing], total=total, what="reading your text")
+    words, ids = vocabulary(subject.llm), sequences.tokens
+    shown = sequences.text.clone()
+    shown[:, 0] = True
+    return [
+        Token(words[ids[place]], *firing.found[place])
+        for place in map(tuple, shown.nonzero().tolist())
+    ]
+
+
+class Firing:
+    """A reducer: what fires on each token of all sequences but the first `skip`."""
+
+    def __init__(self, lengths: Tensor, skip: int):
+        """lengths [features]: of decoder rows; a feature is the stronger the more it writes."""
+        self.lengths, self.skip = lengths, skip
+        self.found: dict[tuple[int, int], tuple[bool, Tensor, Tensor]] = {}
+
+    def add(self, batch: Batch) -> None:
+        for row, number in enumerate((batch.ids - self.skip).tolist()):
+            for place, values in enumerate(batch.features[row] if number >= 0 else ()):
+                fires = values.nonzero().squeeze(1)
+                fires = fires[(values * self.lengths)[fires].argsort(descending=True)]
+                keep = bool(batch.keep[row, place])
+                self.found[number, place] = keep, fires.cpu(), values[fires].cpu()
+
+
+def written(fired: Fired, found: Annotated) -> dict[str, Any]:
+    """For JSON."""
+    return fired._asdict() | {"words": found.words(fired.feature)}
+
+
+def token_by_token(found: Annotated, top: int) -> Section:
+    """The `top` features of each token, for the terminal: those of the first tokens."""
+    rows: list[list[str]] = []
+    read = [place for place, token in enumerate(found.tokens) if token.read]
+    shown = read[: max(1, LINES // top)]
+    for place in shown:
+        name = f"‘{visible_token(found.tokens[place].text)}’"
+        for number, fired in enumerate(found.on(place)[:top]):
+            rows.append([name if number == 0 else "", *cells(fired, found)])
+        if not len(found.tokens[place].features):
+            rows.append([name, "none", "", "", ""])
+    left = len(read) - len(shown)
+    more = f" {left:,} more tokens are in text.html and text.json." if left else ""
+    return Section(
+        "Token by token",
+        "The strongest features on each token: how strong, in the feature's own units and of the "
+        f"maximum in the catalogue's text, and some tokens on which it is strongest there.{more}",
+        table=Table(["token", *HEADER], rows),
+    )
+
+
+def section(found: Annotated) -> Section:
+    """The strongest features of the whole text."""
+    read = sum(token.read for token in found.tokens)
+    active = sum(len(token.features) for token in found.tokens) / max(1, read)
+    strongest = found.strongest()
+    rows = [
+        [*cells(fired, found), f"‘{visible_token(found.tokens[fired.place].text)}’"]
+        for fired in strongest[:SHOWN]
+    ]
+    return Section(
+        "Strongest in the whole text",
+        f"{read:,} tokens that the SAE reads, with {active:.1f} active features each, "
+        f"{len(strongest):,} different ones. Those that come closest to their maximum:",
+        table=Table([*HEADER, "on"], rows),
+    )
+
+
+def cells(fired: Fired, found: Annotated) -> list[str]:
+    share = "–" if fired.share is None else f"{fired.share:.0%}"
+    words = " ".join(f"‘{word}’" for word in found.words(fired.feature))
+    more = f" +{fired.copies}" if fired.copies else ""
+    return [str(fired.feature), f"{fired.strength:.3g}", share, words + more]

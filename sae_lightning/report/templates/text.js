@@ -1,0 +1,107 @@
+// The reader's own text: a token lists what fires on it, an open feature colours all of it.
+{
+const { index, listedOf } = blocks, [kind] = index.kinds, { make, chip, digits, link, COPIES } = units;
+const own = JSON.parse(document.getElementById("own").textContent);
+const said = document.querySelector(".own .said"), tokens = [...said.children];
+const heading = document.querySelector(".strongest h2"), found = document.querySelector(".found");
+const note = document.querySelector(".own .note");
+const MOST = 100; // features of a token
+let chosen = null, open = null; // a token; the feature whose card is open
+
+// [feature, strength] of a token, the strongest first
+const on = token => own.features[token].map((feature, i) => [feature, own.strengths[token][i]]);
+const bare = number => index.words[number].trim().toLowerCase();
+const same = (a, b) => bare(a) === bare(b);
+const isolated = word => `\u2066${word}\u2069`; // its script turns no neighbour round
+const wordsOf = (listed, feature) => { // on which it is strongest, each once
+  const peaks = [...listed.peaks.of(feature)].filter(Boolean);
+  return peaks.filter((word, i) => i === peaks.findIndex(other => same(other, word))).slice(0, 4);
+};
+const shareOf = (listed, feature, strength) => {
+  const maximum = listed.maximum.values[feature];
+  return maximum ? `${Math.round(100 * strength / maximum)} %` : "–";
+};
+
+// Of copies the strongest alone -> [feature, strength, how many others fire]
+function folded(listed, some) {
+  const found = new Map();
+  for (const [feature, strength] of some) {
+    const original = listed.copy_of?.values[feature] ?? feature;
+    if (found.has(original)) found.get(original)[2]++;
+    else found.set(original, [feature, strength, 0]);
+  }
+  return [...found.values()];
+}
+
+async function list() {
+  const listed = await listedOf(kind), some = chosen === null ? own.strongest : on(chosen);
+  const what = chosen === null ? "Strongest in the text"
+    : make("span", {}, `${some.length} features on `, make("bdi", { className: "chip" }, own.shown[chosen]));
+  const all = make("button", { onclick: () => choose(null) }, "whole text");
+  heading.replaceChildren(what, chosen === null ? make("small", { className: "number" }, "strength · of maximum") : all);
+  found.replaceChildren(...folded(listed, some).slice(0, MOST).map(([feature, strength, copies]) => {
+    const words = wordsOf(listed, feature).map(chip);
+    if (copies) words.push(make("span", { tip: COPIES }, `+${copies} like it`));
+    const line = make("a", { href: link(kind, feature) },
+      make("span", { className: "id" }, String(feature)),
+      make("span", { className: "line" }, ...words),
+      make("span", { className: "number" }, digits(strength)),
+      make("span", { className: "number" }, shareOf(listed, feature, strength)));
+    line.toggleAttribute("aria-current", feature === open);
+    return line;
+  }));
+  found.scrollTop = 0;
+}
+
+function choose(token) {
+  chosen = token === chosen || !own.features[token]?.length ? null : token;
+  tokens.forEach((element, i) => element.classList.toggle("chosen", i === chosen));
+  list();
+}
+
+async function colour(feature) {
+  const listed = await listedOf(kind), maximum = listed.maximum.values[feature];
+  let most = 0;
+  open = feature;
+  tokens.forEach((element, i) => {
+    const strength = own.strengths[i][own.features[i].indexOf(feature)] ?? 0;
+    most = Math.max(most, strength);
+    element.classList.toggle("t", strength > 0);
+    // faint is not nothing
+    element.style.setProperty("--s", Math.min(1, Math.max(.12, strength / maximum)).toFixed(2));
+  });
+  note.textContent = `Coloured: feature ${feature}, `
+    + (most ? `up to ${digits(most)} (${shareOf(listed, feature, most)} of its maximum in the catalogue). ` : "which fires nowhere here. ")
+    + "A click on a token lists what fires on it; the arrow keys go on from there.";
+  for (const line of found.children) line.toggleAttribute("aria-current", line.hash === link(kind, feature));
+}
+
+async function tell(token) {
+  const listed = await listedOf(kind);
+  const line = ([feature, strength]) => `${feature}: ${digits(strength)}, ${shareOf(listed, feature, strength)}  `
+    + wordsOf(listed, feature).map(word => isolated(index.words[word].trim() || "␣")).join(" ");
+  const mine = folded(listed, on(token)), here = mine.find(([feature]) => feature === open);
+  const lines = [...new Set([...here ? [here] : [], ...mine.slice(0, 5)])].map(line);
+  tokens[token].dataset.tip = lines.length ? lines.join("\n") : "not read by the SAE";
+}
+
+said.addEventListener("click", event => {
+  const token = tokens.indexOf(event.target.closest("bdi"));
+  if (token >= 0) choose(token);
+});
+said.addEventListener("pointerover", event => {
+  const token = tokens.indexOf(event.target.closest("bdi"));
+  if (token >= 0) tell(token);
+});
+said.addEventListener("keydown", event => {
+  const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+  if (!step) return;
+  let next = chosen ?? (step > 0 ? -1 : tokens.length);
+  do next += step; while (tokens[next] && !own.features[next].length);
+  if (tokens[next]) choose(next);
+  event.preventDefault();
+});
+addEventListener("unit", ({ detail }) => colour(detail.unit));
+if (!location.hash && own.strongest.length) history.replaceState(null, "", link(kind, own.strongest[0][0]));
+list();
+}
