@@ -13,7 +13,8 @@ from sae_lightning.analysis.theory import claims
 from sae_lightning.analysis.theory import sections as theory_sections
 from sae_lightning.report.printer import say, say_lead, say_units
 
-PROBED = 65_536  # tokens of labelled text
+PROBED = 65_536  # tokens of labelled text, and fewer for a very large SAE: that many times
+PROBED_FEATURES = 65_536  # so many features at most
 
 
 @dataclass(slots=True, kw_only=True)
@@ -31,13 +32,13 @@ class OverviewTask(FeaturesTask):
         found = self.surveyed(subject, reducers)
         card = evaluate.scored(subject, opened=(subject.llm, text))
         tested = claims.theory(subject, reducers)
-        del reducers  # their counts take much memory where there are many features
         summary, scorecard = survey_section(found), evaluate.section(card)
         say(summary)
         say_units(found.features, most_telling(found.features, SHOWN))
         probes = None
+        tokens = PROBED * PROBED_FEATURES // max(PROBED_FEATURES, subject.features)
         if "speaker" in subject.config.source.labels:
-            probes = probed(subject, "speaker", PROBED)
+            probes = probed(subject, "speaker", tokens)
         parts = {
             "Scorecard": [summary, scorecard],
             "Theory": theory_sections.sections(tested),

@@ -191,4 +191,4 @@ def _packed(fields: Fields) -> str:
     for values in fields.values():
         numbers = values.reshape(-1)
         packed.append(numbers.view("u1").reshape(-1, numbers.itemsize).T.tobytes())
-    return base64.b64encode(zlib.compress(b"".join(packed), 9)).decode()
+    return base64.b64encode(zlib.compress(b"".join(packed), 6)).decode()

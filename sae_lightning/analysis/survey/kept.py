@@ -15,7 +15,8 @@ def identity(subject: Subject) -> dict[str, str]:
     """What a catalogue is of, in words: other weights, another LLM, site or text make another."""
     weights = hashlib.sha256()
     for name, weight in sorted(subject.sae.weights().items()):
-        weights.update(name.encode() + weight.cpu().numpy().tobytes())
+        weights.update(name.encode())
+        weights.update(weight.cpu().numpy())
     return source(subject.config.flat()) | {"weights": weights.hexdigest()[:16]}
 
 

@@ -13,7 +13,7 @@ from sae_lightning.analysis.survey.copies import copy_of
 from sae_lightning.analysis.survey.examples import Counting, Gathering, Texts
 from sae_lightning.analysis.survey.intervals import draw
 from sae_lightning.analysis.survey.reading import reading
-from sae_lightning.analysis.survey.related import neighbours, partners
+from sae_lightning.analysis.survey.related import EXACT, neighbours, partners
 from sae_lightning.analysis.survey.sample import Sample, Sampling
 from sae_lightning.analysis.survey.strengths import Positive
 from sae_lightning.analysis.survey.telling import telling
@@ -119,6 +119,11 @@ def section(survey: Survey) -> Section:
         "features": f"{said['features']:,}, {said['unfired']:.1%} of them silent",
         "L0": f"{said['l0']:.1f} active features per token",
     }
+    if said["features"] > EXACT:
+        rows["nearest directions"] = (
+            "of so many features those with a cosine above 0.9 are found nearly always, less alike "
+            "ones not"
+        )
     if said["scored"]:
         rows["token score"] = (
             f"median {said['score_median']:.2f}, above 0.5 for {said['score_above_half']:.0%} of "

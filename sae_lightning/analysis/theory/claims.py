@@ -110,6 +110,7 @@ def theory(subject: Subject, reducers: TheoryReducers) -> Theory:
             "activity": measure_activity(reducers.active, density),
             "detection": compare_units(detect_concepts(counts, reducers.neuron.result())),
         }
+        del counts, reducers.feature  # gigabytes, where there are very many features
         variances, directions = reducers.target.principal()
         if reducers.is_autoencoder:
             l0, error = density.sum().item(), reducers.residual / tokens
