@@ -19,7 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from sae_lightning.runs.cli import one_line_errors, read_arguments
-from sae_lightning.runs.jobs import job, overrides_of, register
+from sae_lightning.runs.jobs import job, overrides_of, register, swept_of
 from sae_lightning.runs.search import objective
 from sae_lightning.terminal import phase
 
@@ -36,6 +36,7 @@ def train(cfg: DictConfig) -> float | None:
     multirun = hydra_config.mode is RunMode.MULTIRUN
     with one_line_errors(folder, multirun):
         this = job(cfg, folder, overrides_of(hydra_config), multirun)
+        this.swept = swept_of(hydra_config)
         # imported late: a mistyped option is answered at once
         with phase("starting"):
             from sae_lightning.runs.passes import train as train_jobs

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from copy import copy
+from dataclasses import replace
 from pathlib import Path
 
 from hydra._internal.callbacks import Callbacks
@@ -12,7 +13,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
 from sae_lightning.runs.cli import remove_unused
-from sae_lightning.runs.jobs import Job, jobs, overrides_of
+from sae_lightning.runs.jobs import Job, jobs, overrides_of, swept_of
 from sae_lightning.runs.search import objective
 from sae_lightning.terminal import phase
 
@@ -69,7 +70,8 @@ class OnePassLauncher(Launcher):
         def collect(cfg: DictConfig) -> list[Job]:
             hydra = HydraConfig.get()
             sweep, folder = Path(hydra.sweep.dir), Path(hydra.runtime.output_dir)
-            return jobs(cfg, folder, overrides_of(hydra), sweep)
+            these = jobs(cfg, folder, overrides_of(hydra), sweep)
+            return [replace(this, swept=swept_of(hydra)) for this in these]
 
         done = run_job(
             task_function=collect,

@@ -1,6 +1,7 @@
 """The jobs of a sweep as a table: what varied, and what came of it."""
 
 import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,8 +38,7 @@ class SweepRun(NamedTuple):
     @property
     def typed(self) -> dict[str, str]:
         """The overrides by setting."""
-        pairs = (override.lstrip("+").partition("=") for override in self.overrides)
-        return {key: value for key, _, value in pairs}
+        return by_setting(self.overrides)
 
     @property
     def numbers(self) -> dict[str, float]:
@@ -106,9 +106,7 @@ class SweepTable:
     def __init__(self, runs: list[SweepRun]):
         import pandas as pd  # imported late: slow, and train.py needs it only when a sweep ends
 
-        typed = list(dict.fromkeys(key for run in runs for key in run.typed))
-        values = {key: {run.typed.get(key) for run in runs} for key in typed}
-        self.keys = [key for key in typed if len(values[key]) > 1 and key not in OWN]
+        self.keys = [key for key in differing([run.typed for run in runs]) if key not in OWN]
         """The settings in which the runs differ."""
         self.runs = sorted(runs, key=lambda run: [*map(natural, self._swept(run).values())])
         numbers = dict.fromkeys(name for run in self.runs for name in run.numbers)
@@ -151,6 +149,18 @@ class SweepTable:
     def count(self, status: str) -> int:
         """How many runs have this status."""
         return int((self.frame.status == status).sum())
+
+
+def by_setting(overrides: Iterable[str]) -> dict[str, str]:
+    """What was typed, such as `loss.l1=0.001`, by setting."""
+    pairs = (override.lstrip("+").partition("=") for override in overrides)
+    return {key: value for key, _, value in pairs}
+
+
+def differing(typed: Sequence[dict[str, str]]) -> list[str]:
+    """The settings that were typed with several values, in the order typed."""
+    keys = dict.fromkeys(key for each in typed for key in each)
+    return [key for key in keys if len({each.get(key) for each in typed}) > 1]
 
 
 def recovered(share: Any, ce_zero: Any, ce_clean: Any) -> Any:

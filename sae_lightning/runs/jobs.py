@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -14,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sae_lightning.errors import UserError
 from sae_lightning.llm.packaged import PACKAGED
+from sae_lightning.report.sweep_table import by_setting
 from sae_lightning.runs.arguments import in_sweep
 from sae_lightning.runs.config import Config, presets, typed
 from sae_lightning.runs.saved import OVERRIDES, read_settings
@@ -21,6 +23,9 @@ from sae_lightning.sae import ARCHITECTURES
 from sae_lightning.stream import SOURCES
 from sae_lightning.stream.base import absolute
 from sae_lightning.terminal import command, quote_setting, shown, visible
+
+if TYPE_CHECKING:
+    from sae_lightning.training.logging import HParams
 
 CONFIG_FILE = "config.yaml"
 TRUST = "llm.trust_remote_code"
@@ -40,7 +45,9 @@ class Job:
     sweep: Path | None = None
     """The folder of the multirun that it is part of, unless its launcher starts jobs singly."""
     swept: Sequence[str] = ()
-    """The settings in which the jobs of the sweep differ."""
+    """The settings that were typed with several values; of a plain run, all that were typed."""
+    hparams: "HParams | None" = None
+    """What TensorBoard is told of it beside the other jobs of its command, once these are known."""
 
     @property
     def trust(self) -> dict[str, str]:
@@ -58,6 +65,13 @@ def overrides_of(hydra: DictConfig) -> list[str]:
     """The settings that were typed, as text: what an interpolation in one means, its config says,
     and not Hydra's."""
     return OmegaConf.to_container(hydra.overrides.task, resolve=False)
+
+
+def swept_of(hydra: DictConfig) -> list[str]:
+    """The settings that were typed, less those with which a multirun's folders are not named:
+    these are the same for all."""
+    same = hydra.job.config.override_dirname.exclude_keys
+    return [name for name in by_setting(overrides_of(hydra)) if name not in same]
 
 
 def resume_of(jobs: Sequence[Job]) -> str:

@@ -23,6 +23,7 @@ from sae_lightning.runs import checks, folders, memory
 from sae_lightning.runs.checks import Checked
 from sae_lightning.runs.cli import SEVERAL, explain, say_error
 from sae_lightning.runs.heap import give_back_freed_memory
+from sae_lightning.runs.hparams import hparams
 from sae_lightning.runs.jobs import CONFIG_FILE, Job, read_job, resume_of
 from sae_lightning.runs.run import Pass, run
 from sae_lightning.terminal import console, visible
@@ -38,8 +39,7 @@ def train(jobs: Sequence[Job]) -> Results:
     itself is raised. UserError: something is wrong with one of the jobs; then none was started.
     """
     jobs = [_known(checks.resolved(job)) for job in jobs]
-    swept = _differing(jobs)
-    jobs = [replace(job, swept=swept) for job in jobs]
+    jobs = [replace(job, hparams=told) for job, told in zip(jobs, hparams(jobs), strict=True)]
     _check_folders(jobs)
     results = {job.folder: _over(job) for job in jobs}
     todo = list({job.folder: job for job in jobs if not results[job.folder]}.values())

@@ -17,7 +17,6 @@ from sae_lightning.files import write_json
 from sae_lightning.formats.export import caveat
 from sae_lightning.llm.packaged import Shape
 from sae_lightning.llm.sites import Sites, distinct
-from sae_lightning.runs.config import Config
 from sae_lightning.runs.folders import METRICS_FILE
 from sae_lightning.runs.heap import keep_freed_memory
 from sae_lightning.runs.jobs import Job, resume_of
@@ -33,12 +32,9 @@ from sae_lightning.training.callbacks.throughput import peak_memory_gb
 from sae_lightning.training.checkpoints import HeadCheckpoints
 from sae_lightning.training.datamodule import ActivationData
 from sae_lightning.training.head import Head
-from sae_lightning.training.logging import HEADLINE, HeadLog
+from sae_lightning.training.logging import HeadLog
 from sae_lightning.training.module import SAEModule
 from sae_lightning.training.settings import checkpoint_path
-
-# Shown in TensorBoard's HParams tab; a column for every setting would bury these.
-HPARAMS = ("model.", "loss.", "layer.", "optim.lr", "llm.name", "trainer.tokens", "trainer.batch")
 
 
 class Parts(NamedTuple):
@@ -143,7 +139,7 @@ def assemble(this: Pass, opened: Opened) -> Parts:
         make_head(job, pair, this.llm.width) for job, pair in zip(jobs, this.sites, strict=True)
     ]
     for job, head in zip(jobs, heads, strict=True):
-        head.log = _log(job, jobs, resumed_at)
+        head.log = HeadLog(job.folder, job.hparams, resumed_at)
         head.metadata |= Sites(head.source, head.target).module_names(opened.modules)
     module = SAEModule(heads, batch=trainer.batch, steps=trainer.steps, resume=resume_of(jobs))
     return Parts(
@@ -216,22 +212,3 @@ def finish(jobs: list[Job], parts: Parts) -> list[dict[str, float] | None]:
     elif "tokens_per_second" in module.speed:
         console.print(speed_line(jobs[0], module.speed))
     return [None if head.failure else head.held_out_metrics for head in module.heads]
-
-
-def _log(job: Job, jobs: list[Job], resumed_at: int | None) -> HeadLog:
-    swept = job.swept or [override.partition("=")[0].lstrip("+") for override in job.overrides]
-
-    def shown(config: Config) -> dict:
-        return {
-            name: value if isinstance(value, bool | int | float) else str(value)
-            for name, value in config.flat().items()
-            if name.startswith(HPARAMS) or name in swept
-        }
-
-    columns: dict = {}
-    for other in jobs:
-        columns = shown(other.config) | columns
-    source = job.config.source
-    measured, _ = source.measured(job.config.eval.loss_tokens)
-    headline = [*HEADLINE, *(f"held_out/{name}" for name in {source.headline} & measured)]
-    return HeadLog(job.folder, shown(job.config), columns, swept, resumed_at, headline)

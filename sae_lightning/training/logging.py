@@ -2,13 +2,15 @@
 
 import os
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from itertools import accumulate, repeat, takewhile
 from operator import mul
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
@@ -71,37 +73,32 @@ class EventFile:
             )
 
 
+class HParams(NamedTuple):
+    """What the HParams tab is told of a run."""
+
+    settings: dict
+    """The run's own, by name."""
+    columns: dict
+    """Those of all runs that it is compared with."""
+    swept: Collection[str] = ()
+    """The settings that are shown first."""
+    headline: Sequence[str] = HEADLINE
+    """The metrics that are shown."""
+
+
 class HeadLog:
     """Writes a head's curves into its run folder."""
 
-    def __init__(
-        self,
-        folder: Path,
-        settings: dict,
-        columns: dict,
-        swept: Collection[str],
-        resumed_at: int | None,
-        headline: Collection[str] = HEADLINE,
-    ):
-        """`settings` appear in the HParams tab, whose columns are the names in `columns`, those
-        `swept` first, and the metrics `headline`; points after `resumed_at` tokens are replaced."""
-        held_out = [tag for tag in headline if tag.startswith("held_out/")]
+    def __init__(self, folder: Path, told: HParams, resumed_at: int | None):
+        """Points after `resumed_at` tokens are replaced."""
+        held_out = [tag for tag in told.headline if tag.startswith("held_out/")]
         self.glance = {
             tag: f"{GLANCE}/{number} {tag.partition('/')[2]}"
             for number, tag in enumerate(held_out, 1)
         }
-        purge = None if resumed_at is None else resumed_at + 1
-        self.events = EventFile(folder, purge)
+        self.events = EventFile(folder, None if resumed_at is None else resumed_at + 1)
         if not resumed_at:
-            # TensorBoard takes the columns from any one run: each names those of all
-            experiment, *_ = hparams(columns, dict.fromkeys(headline, 0.0))
-            data = experiment.value[0].metadata.plugin_data
-            content = HParamsPluginData.FromString(data.content)
-            for info in content.experiment.hparam_infos:
-                info.differs = info.name in swept  # the tab opens with five settings, these first
-            data.content = content.SerializeToString()
-            _, *session = hparams(settings, {})
-            for summary in (experiment, *session):
+            for summary in _summaries(told):
                 self.events.add(Event(summary=summary))
 
     def scalars(self, values: dict[str, float], tokens: int) -> None:
@@ -129,3 +126,15 @@ class HeadLog:
         """Finish the file."""
         with writing(self.events.path):
             self.events.records.close()
+
+
+def _summaries(told: HParams) -> list[Summary]:
+    """For TensorBoard, which takes the columns from any one run: each names those of all."""
+    experiment, *_ = hparams(told.columns, dict.fromkeys(told.headline, 0.0))
+    data = experiment.value[0].metadata.plugin_data
+    content = HParamsPluginData.FromString(data.content)
+    for info in content.experiment.hparam_infos:
+        info.differs = info.name in told.swept  # the tab opens with five settings, these first
+    data.content = content.SerializeToString()
+    _, *session = hparams(told.settings, {})
+    return [experiment, *session]

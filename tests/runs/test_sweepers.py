@@ -11,6 +11,7 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+from board import columns, opened
 from hydra import initialize_config_dir
 from hydra._internal.callbacks import Callbacks
 from hydra.core.global_hydra import GlobalHydra
@@ -29,7 +30,10 @@ from sae_lightning.sae import ARCHITECTURES
 
 ROOT = Path(__file__).parents[2]
 # Optuna 2 is written for SQLAlchemy 1, which says of itself that it is old
-pytestmark = pytest.mark.filterwarnings("ignore:Deprecated API features:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Deprecated API features:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:html5lib's sanitizer is deprecated"),
+]
 
 
 class Recorder:
@@ -252,6 +256,8 @@ def test_optuna_is_told_what_the_runs_achieved(train, tmp_path, launcher):
     assert best.name == f"loss.l1={found.best_params['loss.l1']}"
     assert f"Best value: {found.best_value}" in done.stdout.splitlines()
     assert (tmp_path / "study.db").is_file()
+    shown = columns(opened(tmp_path / "sweep"))
+    assert [name for name in shown if name.endswith("*")] == ["loss.l1*"], "in TensorBoard"
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from sae_lightning.errors import WriteError
 from sae_lightning.runs import passes, run
 from sae_lightning.training import checkpoints
 from sae_lightning.training.callbacks import checkpoint
-from sae_lightning.training.logging import HeadLog
+from sae_lightning.training.logging import HeadLog, HParams
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_a_checkpoint_that_cannot_be_written_says_how_to_continue(job, monkeypat
 
 
 def test_curves_that_cannot_be_written_are_told(tmp_path, limit):
-    log = HeadLog(tmp_path, {}, {}, [], resumed_at=None)
+    log = HeadLog(tmp_path, HParams({}, {}), resumed_at=None)
     limit(0)
     log.scalars({"train/l0": 1.0}, 64)
     with pytest.raises(WriteError, match=r"cannot write to .*events.*: File too large"):

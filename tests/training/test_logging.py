@@ -1,11 +1,11 @@
 """What TensorBoard shows of runs, by its own HTTP answers."""
 
 import pytest
+from board import opened
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata
-from werkzeug.test import Client
 
-from sae_lightning.training.logging import HEADLINE, HeadLog
+from sae_lightning.training.logging import HEADLINE, HeadLog, HParams
 
 RELU = {"model.name": "relu", "loss.l1": 0.01, "optim.lr": 1e-3}
 DENSE = {"model.name": "dense", "optim.lr": 1e-3}
@@ -15,33 +15,12 @@ DENSE = {"model.name": "dense", "optim.lr": 1e-3}
 pytestmark = pytest.mark.filterwarnings("ignore:html5lib's sanitizer is deprecated")
 
 
-def opened(folder) -> Client:
-    """TensorBoard on a folder of runs, without a server."""
-    from tensorboard import default, program
-    from tensorboard.backend.application import TensorBoardWSGIApp
-
-    board = program.TensorBoard(plugins=default.get_plugins())
-    flags = "--load_fast=false", "--reload_interval=0", "--reload_task=blocking"
-    board.configure(argv=["tensorboard", "--logdir", str(folder), *flags])
-    data = board._make_data_ingester()
-    data.start()
-    app = TensorBoardWSGIApp(
-        board.flags,
-        board.plugin_loaders,
-        data.data_provider,
-        board.assets_zip_provider,
-        data.deprecated_multiplexer,
-        None,
-    )
-    return Client(app)
-
-
 @pytest.mark.parametrize("headline", ["ce_recovered", "recovered"])
 @pytest.mark.parametrize("tab", ["timeseries", "scalars"])
 def test_the_first_curves_are_l0_ev_and_the_headline_of_the_data(tmp_path, headline, tab):
     """TensorBoard sorts tags as text; what scripts read is there under its own name too."""
     last = f"held_out/{headline}"
-    log = HeadLog(tmp_path, DENSE, DENSE, [], None, headline=[*HEADLINE, last])
+    log = HeadLog(tmp_path, HParams(DENSE, DENSE, headline=[*HEADLINE, last]), None)
     names = "data/epoch", "train/dead", "held_out/a", *HEADLINE[:2], last, "At/z"
     log.scalars(dict.fromkeys(names, 0.5), 10)
     log.close()
@@ -56,7 +35,7 @@ def told(folder, settings):
     """The plugin's records in a run folder by tag."""
     swept = ["model.name", "loss.l1"]
     folder.mkdir(exist_ok=True)
-    HeadLog(folder, settings, RELU | DENSE, swept, resumed_at=None).close()
+    HeadLog(folder, HParams(settings, RELU | DENSE, swept), resumed_at=None).close()
     events = EventAccumulator(str(folder)).Reload()
     return events.PluginTagToContent(metadata.PLUGIN_NAME)
 
