@@ -70,6 +70,16 @@ def test_features_that_are_too_weak_are_found_as_shrinkage(held_out):
     assert found["cosine"] == pytest.approx(1)
 
 
+def test_of_many_features_fewer_tokens_are_looked_at_at_a_time(held_out, monkeypatch):
+    sae, most = both_signs(WIDTH, scale=0.75), []
+    whole = evaluate(sae, held_out, SITES).card.scalars()
+    monkeypatch.setattr("sae_lightning.scoring.scorecard.ENTRIES", 7 * 2 * WIDTH)
+    sae.register_forward_hook(lambda _, __, output: most.append(len(output.features)))
+    found = evaluate(sae, held_out, SITES).card.scalars()
+    assert found == pytest.approx(whole, rel=1e-4, abs=1e-6)
+    assert max(most) == 7
+
+
 def test_training_is_spared_what_only_the_evaluation_asks_for(held_out):
     sae = both_signs(WIDTH, scale=0.75)
     (asked,) = score([sae], [sae.W_dec], held_out, *SITES, fidelity=True)

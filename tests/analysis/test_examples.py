@@ -117,6 +117,18 @@ def test_the_text_is_kept_as_it_was_read():
     assert texts.result().ravel().tolist() == list(range(5 * CONTEXT))
 
 
+def test_of_many_features_only_those_that_are_active_are_looked_at():
+    """Ids that are far apart are counted and gathered as if there were no others between them."""
+    few = sparse(6, CONTEXT, UNITS)
+    many = torch.zeros(6, CONTEXT, 1000)
+    many[..., 3::150] = few
+    (batch,) = batches(many, size=6)
+    assert batch.active[1].tolist() == [3 + 150 * i for i in range(UNITS)]
+    for found, expected in zip(gathered(many, 4), gathered(few, 4), strict=True):
+        assert torch.equal(found[3::150], expected)
+    assert gathered(many, 4).strength.count_nonzero() == gathered(few, 4).strength.count_nonzero()
+
+
 def test_neurons_are_made_positive_and_silent_where_no_sae_looks():
     (batch,) = batches(sparse(1, 4, 1), size=1)
     x = torch.tensor([[[9.0, 9.0], [-2.0, 1.0], [3.0, -1.0], [0.0, 0.5]]])

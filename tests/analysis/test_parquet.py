@@ -55,8 +55,10 @@ def test_tokens_are_written_as_they_read_and_nothing_where_there_is_none(feature
     assert not torch.tensor(silent["histogram"]).any()
 
 
-def test_a_catalogue_comes_back_from_its_file_as_it_was(features, tmp_path):
+@pytest.mark.parametrize("group", [8192, 5])
+def test_a_catalogue_comes_back_from_its_file_as_it_was(features, tmp_path, group, monkeypatch):
     """But for places beyond the ends of sequences, of which nothing is written: they say 0."""
+    monkeypatch.setattr("sae_lightning.report.parquet.GROUP", group)
     of = {"weights": "abc"}
     write_table(tmp_path / "features.parquet", features, of)
     assert read_note(tmp_path / "features.parquet") == {

@@ -9,6 +9,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
 from sae_lightning.analysis.collect import collect
+from sae_lightning.analysis.probing import linear
 from sae_lightning.analysis.probing.labelled import Labelled
 from sae_lightning.analysis.probing.linear import (
     ALL_C,
@@ -130,13 +131,15 @@ def test_two_classes_need_one_probe(labels, planted):
     assert fold.single()[1].tolist() == [1.0, 1.0]
 
 
-def test_auroc_counts_pairs_and_ties_for_half():
+def test_auroc_counts_pairs_and_ties_for_half(monkeypatch):
     x = np.array([[3.0], [1.0], [1.0], [0.0]])
     target = np.array([0, 0, 1, 1])
     # pairs 3>1, 3>0, 1=1, 1>0: 3.5 of 4
     assert auroc_of_units(x, target, 2)[:, 0].tolist() == [0.875, 0.125]
     many, classes = noise(50, 4).round(decimals=1).numpy(), np.arange(50) % 3
     expected = [[roc_auc_score(classes == c, unit) for unit in many.T] for c in range(3)]
+    assert np.allclose(auroc_of_units(many, classes, 3), expected)
+    monkeypatch.setattr(linear, "UNITS", 3)  # a part of the units at a time
     assert np.allclose(auroc_of_units(many, classes, 3), expected)
 
 
