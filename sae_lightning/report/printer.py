@@ -79,6 +79,9 @@ def _heading(catalogue: Catalogue, unit: int) -> Text:
         where = "after " if reading.previous[unit] else ""
         tokens = " ".join(isolated(f"‘{visible_token(catalogue.vocabulary[i])}’") for i in ids)
         heading.append(f", score {float(reading.score[unit]):.2f}: {where}{tokens}", "not bold")
+    if catalogue.copy_of is not None:
+        alike = int((catalogue.copy_of == unit).sum()) - 1
+        heading.append(f", and {alike} like it" if alike > 0 else "", "not bold")
     return heading
 
 
