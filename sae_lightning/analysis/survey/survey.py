@@ -101,7 +101,7 @@ def survey(
         read = reading(sample, len(words))
         features = features._replace(
             reading=read,
-            telling=telling(sample, read, words),
+            telling=telling(features.texts, sample, read, words),
             neighbours=neighbours(subject.sae.W_dec),
             partners=partners(sample),
         )
