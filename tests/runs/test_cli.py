@@ -475,7 +475,8 @@ def test_null_leaves_a_text_empty_only_where_it_may_be(with_tasks):
 
 def test_every_setting_that_holds_text_is_known_by_its_type(with_tasks):
     names = "text file prompt label endpoint explainer key_env data.column data.name data.subset "
-    names += "data.split data.held_out_split llm.name llm.revision run resume data.path data.cache_folder"
+    names += "data.split data.held_out_split llm.name llm.revision run resume data.path "
+    names += "data.cache_folder"
     assert text_settings().keys() >= {*names.split()}
     others = {"data.held_out", "feature", "strength", "seed", "loss.l1", "trainer.precision", "llm"}
     assert not text_settings().keys() & others
