@@ -60,14 +60,15 @@ class TextTask(FeaturesTask):
         text = self.text if self.file is None else read_file(self.file)
         where = "text" if self.file is None else f"file={self.file}"
         subject = self.open(given)
-        in_sequences(subject, text, where)  # what is wrong with it is told before the LLM is loaded
+        # what is wrong with it is told before the LLM is loaded
+        contexts = len(in_sequences(subject, text, where).ids)
         catalogue = None
         if not ANEW & {*given}:
             catalogue = kept(subject, results(subject) / "features.parquet")
         if catalogue is None:
             catalogue = self.surveyed(subject).features
         found = Annotated(annotate(subject, text, where), catalogue)
-        listed, summary = token_by_token(found, self.top), section(found)
+        listed, summary = token_by_token(found, self.top), section(found, contexts)
         say(listed)
         say(summary)
         strongest = found.strongest()
@@ -186,18 +187,19 @@ def token_by_token(found: Annotated, top: int) -> Section:
     )
 
 
-def section(found: Annotated) -> Section:
-    """The strongest features of the whole text."""
+def section(found: Annotated, contexts: int) -> Section:
+    """The strongest features of the whole text, which was read in so many `contexts`."""
     read = sum(token.read for token in found.tokens)
     active = sum(len(token.features) for token in found.tokens) / max(1, read)
     strongest = found.strongest()
+    cut = f", in {contexts} contexts (data.context) as in training" if contexts > 1 else ""
     rows = [
         [*cells(fired, found), f"‘{visible_token(found.tokens[fired.place].text)}’"]
         for fired in strongest[:SHOWN]
     ]
     return Section(
         "Strongest in the whole text",
-        f"{read:,} tokens that the SAE reads, with {active:.1f} active features each, "
+        f"{read:,} tokens that the SAE reads{cut}, with {active:.1f} active features each, "
         f"{len(strongest):,} different ones. Those that come closest to their maximum:",
         table=Table([*HEADER, "on"], rows),
     )

@@ -1,0 +1,46 @@
+"""What is told of a text's features: which come first, and which are one."""
+
+import numpy as np
+import pytest
+import torch
+
+from sae_lightning.report.annotated import FEW, Annotated, Token
+from sae_lightning.report.catalogue import BEFORE, WINDOW, Catalogue, Examples, Statistics
+
+WORDS = [" King", "king", " law", "\n"]
+
+
+@pytest.fixture
+def found():
+    """Four features on two tokens; 3 is a copy of 1, and the maximum of 2 is one of few."""
+    fired = torch.tensor([900, 50, FEW - 1, 50, 0])
+    maximum = torch.tensor([10.0, 4.0, 1.0, 4.0, 0.0])
+    statistics = Statistics(1000, fired, maximum / 2, maximum, torch.zeros(5, 48))
+    tokens = torch.full((5, 4, WINDOW), -1)
+    tokens[0, :, BEFORE] = torch.tensor([0, 1, 2, 3])
+    n = torch.zeros(5, 4)
+    top = Examples(n, tokens, tokens.half(), n.long(), n.int())
+    catalogue = Catalogue("feature", WORDS, np.zeros((1, 1)), statistics, top, top)
+    catalogue = catalogue._replace(copy_of=torch.tensor([0, 1, 2, 1, 4]))
+    the = Token(" the", True, torch.tensor([0, 1, 3]), torch.tensor([5.0, 1.0, 0.5]))
+    king = Token(" king", True, torch.tensor([3, 2, 4, 1]), torch.tensor([3.0, 2.0, 1.0, 0.5]))
+    return Annotated([the, king], catalogue)
+
+
+def test_of_copies_the_strongest_is_told_with_how_many_fire_beside_it(found):
+    assert [(f.feature, f.copies) for f in found.on(0)] == [(0, 0), (1, 1)]
+    assert [(f.feature, f.copies) for f in found.on(1)] == [(3, 1), (2, 0), (4, 0)]
+
+
+def test_a_share_is_of_the_catalogues_maximum_and_none_where_it_never_fired_there(found):
+    assert [f.share for f in found.on(1)] == [0.75, 2, None]
+
+
+def test_first_in_a_text_is_what_comes_closest_to_a_maximum_that_is_one_of_many(found):
+    told = [(f.feature, f.strength, f.place) for f in found.strongest()]
+    assert told == [(3, 3, 1), (0, 5, 0), (2, 2, 1), (4, 1, 1)]
+
+
+def test_words_are_those_of_the_strongest_examples_each_once(found):
+    assert found.words(0) == [" King", " law", "↵"]
+    assert found.words(4) == []
