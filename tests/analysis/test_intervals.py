@@ -4,7 +4,7 @@ import pytest
 import torch
 from batches import batches, sparse
 
-from sae_lightning.analysis.survey import strengths
+from sae_lightning.analysis.survey import intervals, strengths
 from sae_lightning.analysis.survey.examples import Counting, Gathering
 from sae_lightning.analysis.survey.intervals import draw
 from sae_lightning.analysis.survey.sample import Sampling
@@ -69,6 +69,15 @@ def test_each_lies_in_its_interval_one_a_sequence_and_is_none_of_the_strongest()
                 strict=True,
             )
             assert not strongest & {*places}
+
+
+def test_how_many_entries_are_looked_at_at_a_time_changes_nothing(monkeypatch):
+    features = sparse(30, CONTEXT, UNITS)
+    features[..., 2] = 0
+    whole = drawn(features)[0]
+    for n in (1, 100, 700):
+        monkeypatch.setattr(intervals, "AT_ONCE", n)
+        assert all(map(torch.equal, whole, drawn(features)[0]))
 
 
 def test_an_interval_without_tokens_has_no_examples():

@@ -4,13 +4,24 @@
 |---- 4 ---|-- 3 --|-- 2 --|-- 1 --|-- 0 --|           the uppermost is 0
 """
 
+from itertools import pairwise
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from sae_lightning.analysis.survey.sample import Sample
-from sae_lightning.report.catalogue import AFTER, BEFORE, INTERVALS, WINDOW, Examples, interval_of
+from sae_lightning.report.catalogue import (
+    AFTER,
+    BEFORE,
+    INTERVALS,
+    WINDOW,
+    Examples,
+    interval_of,
+    rows,
+)
 
+AT_ONCE = 1 << 21  # entries of the sample among which is drawn at a time: bounds memory
 PART = 1 << 16  # examples whose windows are looked up at a time
 
 
@@ -19,6 +30,23 @@ def draw(sample: Sample, maximum: Tensor, top: Examples, each: int, seed: int) -
 
     maximum: [units].
     """
+    starts = sample.starts
+    some = torch.tensor(range(AT_ONCE, len(sample.places), AT_ONCE), dtype=torch.int64)
+    inner = torch.searchsorted(starts, some)
+    parts = []
+    for first, end in pairwise(sorted({0, *inner.tolist(), sample.features})):
+        entries = slice(starts[first], starts[end])
+        part = sample._replace(
+            starts=starts[first : end + 1] - starts[first],
+            places=sample.places[entries],
+            strengths=sample.strengths[entries],
+        )
+        units = slice(first, end)
+        parts.append(_draw(part, maximum[units], rows(top, units), each, seed))
+    return Examples(*map(torch.cat, zip(*parts, strict=True)))
+
+
+def _draw(sample: Sample, maximum: Tensor, top: Examples, each: int, seed: int) -> Examples:
     entries = _others(sample, top)
     unit, strength = sample.owners()[entries], sample.strengths[entries]
     interval = interval_of(strength, maximum[unit]).numpy()

@@ -90,18 +90,20 @@ def survey(
     texts = Texts()
     text, total = excerpt(source, tokens, batch)
     collect(subject, text, [*chain(*kinds.values()), texts, *reducers], total=total)
-    words, each, catalogues, samples = vocabulary(subject.llm), max(1, examples // DRAWN), [], []
-    for kind, mine in kinds.items():
-        statistics, top, sample = (reducer.result() for reducer in mine)
-        spread = draw(sample, statistics.maximum, top, each, seed)
-        catalogues.append(Catalogue(kind, words, texts.result(), statistics, top, spread))
-        samples.append(sample)
-    (features, of_site), (sample, _) = catalogues, samples
+    words, read, found = vocabulary(subject.llm), texts.result(), []
+    with phase("drawing examples"):
+        for kind in [*kinds]:
+            # what the reducers hold is as large as what they make of it
+            statistics, top, sample = (reducer.result() for reducer in kinds.pop(kind))
+            spread = draw(sample, statistics.maximum, top, max(1, examples // DRAWN), seed)
+            found.append((Catalogue(kind, words, read, statistics, top, spread), sample))
+    (features, sample), (of_site, dense) = found
+    del found, dense
     with phase("comparing features"):
-        read = reading(sample, len(words))
+        scored = reading(sample, len(words))
         features = features._replace(
-            reading=read,
-            telling=telling(features.texts, sample, read, words),
+            reading=scored,
+            telling=telling(read, sample, scored, words),
             neighbours=neighbours(subject.sae.W_dec),
             partners=partners(sample),
         )

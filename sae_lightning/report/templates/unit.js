@@ -166,8 +166,8 @@ function histogram(kind, counts, maximum) {
   const every = Math.ceil(bins / 12) * 2; // edges are half octaves: label whole ones
   let end = -Infinity; // of the label before
   for (let i = first + first % 2; i <= first + bins && i < edges.length; i += every) {
-    const x = (i - first) * step, anchor = x < 10 ? "start" : x > width - 12 ? "end" : "middle";
-    const text = digits(edges[i]), long = 6 * text.length;
+    const text = digits(edges[i]), long = 6 * text.length, x = (i - first) * step;
+    const anchor = x < long / 2 ? "start" : x > width - long / 2 ? "end" : "middle";
     const from = x - long * { start: 0, middle: .5, end: 1 }[anchor];
     if (from < end + 4) continue;
     end = from + long;
