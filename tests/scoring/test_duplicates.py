@@ -81,6 +81,13 @@ def test_of_more_live_features_than_can_be_compared_some_stand_for_all(monkeypat
     assert torch.equal(*compared)
 
 
+@pytest.mark.gpu
+def test_a_gpu_counts_the_same():
+    W_dec = torch.randn(3_000, 6, generator=Generator().manual_seed(0))
+    density = fires(*range(0, 3_000, 2), of=3_000)
+    assert copies(W_dec.cuda(), density) == pytest.approx(copies(W_dec, density), abs=2e-3)
+
+
 def test_the_referee_of_the_benchmark_counts_the_same(monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
     from peers import evaluator
