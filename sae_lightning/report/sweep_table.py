@@ -126,7 +126,7 @@ class SweepTable:
         self.columns = {name: column for name, column in COLUMNS.items() if name in numbers}
         self.is_finished = self.frame.status == "finished"
         values = self.frame.reindex(columns=[*COLUMNS, "ce_zero", "ce_clean"]).astype(float)
-        values["ce_recovered"] = recovered(values.ce_recovered, values.ce_zero, values.ce_clean)
+        values["ce_recovered"] = cap_recovered(values.ce_recovered, values.ce_zero, values.ce_clean)
         values = values[list(COLUMNS)]
         self.finite = values.where(np.isfinite(values).mul(self.is_finished, axis=0))
         """What can be compared: the finite metrics of finished runs, NaN for others."""
@@ -163,7 +163,7 @@ def differing(typed: Sequence[dict[str, str]]) -> list[str]:
     return [key for key in keys if len({each.get(key) for each in typed}) > 1]
 
 
-def recovered(share: Any, ce_zero: Any, ce_clean: Any) -> Any:
+def cap_recovered(share: Any, ce_zero: Any, ce_clean: Any) -> Any:
     """CE recovered as runs are compared by it: more than 1 says that the LLM likes reconstructions
     better than activations, not that they are nearer; NaN where zero ablation costs nothing, so
     that a share of it has no meaning."""

@@ -5,7 +5,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from sae_lightning.errors import UserError
-from sae_lightning.report.sweep_table import recovered
+from sae_lightning.report.sweep_table import cap_recovered
 from sae_lightning.scoring.duplicates import Copies
 from sae_lightning.scoring.metrics import Quality
 from sae_lightning.stream import SOURCES
@@ -63,7 +63,7 @@ def objective(metrics: dict[str, float], sweep: SweepConfig) -> float:
     name = sweep.objective or usual
     value = metrics[name.removeprefix("-")]
     if name.endswith("ce_recovered"):
-        value = float(recovered(value, metrics["ce_zero"], metrics["ce_clean"]))
+        value = float(cap_recovered(value, metrics["ce_zero"], metrics["ce_clean"]))
     if math.isnan(value):
         return -math.inf
     if name.startswith("-"):
