@@ -17,6 +17,7 @@ from sae_lightning.analysis.subject import Subject
 from sae_lightning.llm.capture import capture
 from sae_lightning.llm.sites import Site, distinct
 from sae_lightning.llm.vocabulary import special_ids
+from sae_lightning.runs.heap import give_back_freed_memory, keep_freed_memory
 from sae_lightning.stream.packing import Sequences, TokenSource
 from sae_lightning.stream.rows import medians, not_large
 from sae_lightning.terminal import console, phase
@@ -84,6 +85,7 @@ def collect(
     """Feed `text` (`total` sequences) through LLM and SAE to every reducer, with a progress bar;
     `encode`: reducers look at features."""
     data, reducers, usual, read = subject.config.data, list(reducers), None, 0
+    keep_freed_memory()  # or every batch waits for its pages: half of the time of a large SAE
     dropped = torch.tensor([] if data.keep_special else special_ids(subject.llm.tokenizer))
     with phase(what, total=total) as advance:
         for sequences in text:
@@ -100,6 +102,7 @@ def collect(
                     reducer.add(batch)
             read += len(keep)
             advance(len(keep))
+    give_back_freed_memory()
 
 
 def _batches(
