@@ -200,7 +200,8 @@ def section(found: Annotated, contexts: int) -> Section:
     return Section(
         "Strongest in the whole text",
         f"{read:,} tokens that the SAE reads{cut}, with {active:.1f} active features each, "
-        f"{len(strongest):,} different ones. Those that come closest to their maximum:",
+        f"{len(strongest):,} different ones. First those that are strongest against their "
+        "maximum in the catalogue's text; above 100 % is stronger than anywhere there.",
         table=Table([*HEADER, "on"], rows),
     )
 

@@ -64,7 +64,7 @@ class Annotated(NamedTuple):
         return features if self.catalogue.copy_of is None else self.catalogue.copy_of[features]
 
     def strongest(self) -> list[Fired]:
-        """Each feature where it is strongest, those first that come closest to their maximum; last
+        """Each feature where it is strongest, the largest shares of a maximum first; last
         those whose maximum is one of few."""
         best: dict[int, Fired] = {}
         originals = self.original(torch.arange(self.catalogue.units)).tolist()

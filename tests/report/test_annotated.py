@@ -1,11 +1,14 @@
 """What is told of a text's features: which come first, and which are one."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
 
 from sae_lightning.report.annotated import FEW, Annotated, Token
 from sae_lightning.report.catalogue import BEFORE, WINDOW, Catalogue, Examples, Statistics
+from sae_lightning.report.page import TEMPLATES
 
 WORDS = [" King", "king", " law", "\n"]
 
@@ -44,3 +47,18 @@ def test_first_in_a_text_is_what_comes_closest_to_a_maximum_that_is_one_of_many(
 def test_words_are_those_of_the_strongest_examples_each_once(found):
     assert found.words(0) == [" King", " law", "↵"]
     assert found.words(4) == []
+
+
+@pytest.mark.parametrize("script", ["unit.js", "text.js", "browser.js"])
+def test_a_script_of_the_page_takes_only_what_those_before_it_give(script):
+    code = {name: (TEMPLATES / f"{name}.js").read_text() for name in ("blocks", "unit")}
+    given = {
+        "blocks": re.findall(r"^return \{(.*)\};", code["blocks"], re.MULTILINE),
+        "units": re.findall(r"^return \{(.*)\};", code["unit"], re.MULTILINE),
+    }
+    taken = re.findall(r"\{([^{}]*)\} = (blocks|units)\b", (TEMPLATES / script).read_text())
+    assert taken
+    for names, source in taken:
+        assert {*names.replace(" ", "").split(",")} <= {
+            *given[source][0].replace(" ", "").split(",")
+        }

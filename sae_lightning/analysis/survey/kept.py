@@ -37,10 +37,10 @@ def kept(subject: Subject, path: Path) -> Catalogue | None:
         catalogue = read_table(path, words)
         if catalogue.units != subject.features:
             raise ValueError(f"it has {catalogue.units} units")
+        tokens, text = catalogue.statistics.tokens, note["of"]["text"]
+        console.print(f"what features are: {shown(path)}, {tokens:,} tokens of {text}")
+        return catalogue
     except Exception as error:  # it may be damaged in any way, a stranger's, or of version 0.1.0
         why = f"it lacks {error}" if isinstance(error, KeyError) else str(error).split("\n")[0]
         console.print(f"{shown(path)} cannot be used ({why}): making a new one")
         return None
-    tokens, text = catalogue.statistics.tokens, note["of"]["text"]
-    console.print(f"what features are: {shown(path)}, {tokens:,} tokens of {text}")
-    return catalogue

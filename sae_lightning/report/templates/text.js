@@ -1,6 +1,6 @@
 // The reader's own text: a token lists what fires on it, an open feature colours all of it.
 {
-const { index, listedOf } = blocks, [kind] = index.kinds, { make, chip, digits, link, COPIES } = units;
+const { index, listedOf } = blocks, [kind] = index.kinds, { make, chips, digits, link, COPIES } = units;
 const own = JSON.parse(document.getElementById("own").textContent);
 const said = document.querySelector(".own .said"), tokens = [...said.children];
 const heading = document.querySelector(".strongest h2"), found = document.querySelector(".found");
@@ -40,7 +40,7 @@ async function list() {
   const all = make("button", { onclick: () => choose(null) }, "whole text");
   heading.replaceChildren(what, chosen === null ? make("small", { className: "number" }, "strength · of maximum") : all);
   found.replaceChildren(...folded(listed, some).slice(0, MOST).map(([feature, strength, copies]) => {
-    const words = wordsOf(listed, feature).map(chip);
+    const words = chips(wordsOf(listed, feature));
     if (copies) words.push(make("span", { tip: COPIES }, `+${copies} like it`));
     const line = make("a", { href: link(kind, feature) },
       make("span", { className: "id" }, String(feature)),
