@@ -30,6 +30,8 @@ class SAEConfig:
     """Dictionary size (number of features); may be smaller than the site's width."""
     decoder_norm: float = 0.1
     """Norm of a decoder row at the start (Anthropic, April 2024 update: 0.05 to 1)."""
+    start_bias: float = 0.0
+    """Encoder biases at the start, in standard deviations of a pre-activation."""
     fixed_norm: bool = False
     """Keep every decoder row at that norm; false lets it grow and shrink."""
     skip: bool = False
@@ -89,7 +91,8 @@ class SAE(nn.Module):
     fast."""
 
     def __init__(self, config: SAEConfig, d_in: int, d_out: int, generator: Generator):
-        """Anthropic's start: random decoder directions, encoder = decoder transposed, biases 0."""
+        """Random decoder directions, encoder = decoder transposed (Anthropic, April 2024 update):
+        pre-activations of normalised input have a standard deviation of about `decoder_norm`."""
         super().__init__()
         self.config = config
         rows = torch.randn(config.features, d_out, generator=generator)
@@ -102,7 +105,8 @@ class SAE(nn.Module):
         # Column-major: a feature's column is contiguous, as its decoder row is, and sparse products
         # write the gradient in this layout.
         self.W_enc = nn.Parameter(columns.clone().T)
-        self.b_enc = nn.Parameter(torch.zeros(config.features))
+        bias = float(config.start_bias * config.decoder_norm)
+        self.b_enc = nn.Parameter(torch.full((config.features,), bias))
         self.W_dec = nn.Parameter(rows.clone())
         self.b_dec = nn.Parameter(torch.zeros(d_out))
         if config.skip:

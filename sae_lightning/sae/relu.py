@@ -6,9 +6,22 @@ from functools import partial
 from torch import Tensor
 
 from sae_lightning.errors import UserError
-from sae_lightning.sae.base import SAE, Forward
+from sae_lightning.sae.base import SAE, Forward, SAEConfig
 from sae_lightning.sae.losses import l1, lp
 from sae_lightning.sae.objective import Loss, Moment, PenaltyLoss, RowNorms
+
+
+@dataclass(slots=True, kw_only=True)
+class ReLUConfig(SAEConfig):
+    """A network whose features neither compete nor, at the start, learn from the same tokens."""
+
+    decoder_norm: float = 1.0
+    """Norm of a decoder row at the start. Rows that are short beside an update, 0.1, turn to the
+    same few directions in the first updates, and many features become copies of one another."""
+    start_bias: float = -2.0
+    """Encoder biases at the start, in standard deviations of a pre-activation: with -2 one feature
+    in 44 fires on a token at first. With 0 every second does, and reconstructions are much too long
+    at first."""
 
 
 class ReLU(SAE):

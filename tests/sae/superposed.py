@@ -17,6 +17,8 @@ from sae_lightning.training.module import SAEModule
 from sae_lightning.training.settings import CallbacksConfig, OptimConfig
 
 SITE = Site(0, Kind.resid)
+# so that a small coefficient has features to leave within few updates
+DENSE_START = {"start_bias": 0.0, "decoder_norm": 0.1}
 CALLBACKS = (Schedule(), DecoderNorm(), ClipGradient(), Steer())
 
 

@@ -51,7 +51,7 @@ def test_products_can_be_chosen(monkeypatch, products, expected):
 
 def test_each_head_follows_its_own_density(monkeypatch):
     """Of 256 x 48 entries 30 are less than the 12 % that pay in float32."""
-    head, other = make_head("relu"), make_head("relu")
+    head, other = (make_head("relu", start_bias=0.0) for _ in range(2))
     seen = ways(head, monkeypatch)
     batch = {SITE: activations()[:256]}
     assert head.occupied == other.occupied == 1

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from superposed import SITE, activations, l0, make_head, preact_revives, revived, train
+from superposed import DENSE_START, SITE, activations, l0, make_head, preact_revives, revived, train
 from torch import tensor
 from torch.testing import assert_close
 
@@ -99,7 +99,7 @@ def test_a_run_that_is_all_warm_up_keeps_p():
 def test_p_annealing_gives_fewer_features_that_explain_as_much():
     ends = []
     for p in (1.0, 0.3):
-        head = make_head("relu", loss={"l1": 5e-2, "p": p})
+        head = make_head("relu", loss={"l1": 5e-2, "p": p}, **DENSE_START)
         train(head, 200)
         ends.append((l0(head), head.last.terms["mse"].item()))
     (with_l1, error), (annealed, other) = ends
@@ -110,7 +110,7 @@ def test_p_annealing_gives_fewer_features_that_explain_as_much():
 def test_l0_falls_when_l1_rises_over_three_decades():
     reached = []
     for coefficient in (1e-3, 1e-2, 1e-1, 1.0):
-        head = make_head("relu", loss={"l1": coefficient})
+        head = make_head("relu", loss={"l1": coefficient}, **DENSE_START)
         train(head, 100)
         reached.append(l0(head))
     assert all(b < 0.9 * a for a, b in zip(reached, reached[1:], strict=False)), reached
@@ -158,8 +158,8 @@ def test_decoder_norms_are_free_unless_they_are_fixed():
     free, fixed = make_head("relu"), make_head("relu", fixed_norm=True)
     for head in (free, fixed):
         train(head, 20)
-    assert (free.sae.W_dec.detach().norm(dim=1) - 0.1).abs().max() > 0.01
-    assert_close(fixed.sae.W_dec.detach().norm(dim=1), torch.full((48,), 0.1))
+    assert (free.sae.W_dec.detach().norm(dim=1) - 1).abs().max() > 0.01
+    assert_close(fixed.sae.W_dec.detach().norm(dim=1), torch.ones(48))
 
 
 def test_a_head_weighs_its_terms_by_their_coefficients():

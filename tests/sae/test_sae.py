@@ -18,6 +18,15 @@ def test_it_starts_as_anthropic_advises():
     assert not sae.b_dec.any()
 
 
+@pytest.mark.parametrize(("bias", "share"), [(0, 0.5), (-1, 0.1587), (-2, 0.02275)])
+def test_the_bias_at_the_start_says_what_share_of_the_features_fires(bias, share):
+    # normalised input in many dimensions: pre-activations are normal, with a standard deviation of
+    # decoder_norm; P(z > 1) = 0.1587, P(z > 2) = 0.02275
+    sae = build(SAEConfig(features=4000, decoder_norm=0.3, start_bias=bias), 256, 256)
+    x = torch.randn(1000, 256, generator=Generator().manual_seed(0))
+    assert (sae.encode(x) > 0).float().mean() == pytest.approx(share, rel=0.05)
+
+
 def test_decoder_norm_sets_the_length_of_every_row():
     sae = build(SAEConfig(features=50, decoder_norm=0.7), 8, 8)
     assert_close(sae.W_dec.norm(dim=1), torch.full((50,), 0.7))
@@ -167,7 +176,7 @@ def test_a_skip_connection_is_added_to_what_features_say(name):
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_restarted_features_are_as_at_the_start_and_others_as_they_were(name):
+def test_restarted_features_have_no_bias_and_others_are_as_they_were(name):
     settings = settings_of(name) | ({"groups": [0.25]} if name == "matryoshka" else {})
     sae, x = noisy(name, 16, 5, **settings)
     fresh = build(sae.config, 16, 5)
@@ -181,7 +190,8 @@ def test_restarted_features_are_as_at_the_start_and_others_as_they_were(name):
         now, was = getattr(sae, each).movedim(dim, 0), before[each].movedim(dim, 0)
         assert torch.equal(now[others], was[others])
         if each not in ("W_enc", "W_dec"):
-            assert torch.equal(now[which], getattr(fresh, each)[which])
+            expected = 0 * was if each == "b_enc" else getattr(fresh, each)
+            assert torch.equal(now[which], expected[which])
     assert torch.equal(sae.b_dec, before["b_dec"])
 
 

@@ -169,7 +169,7 @@ def test_what_adam_holds_lies_in_memory_as_its_parameter_does():
 def test_many_entries_on_two_threads_give_the_same_gradient_every_time(name):
     """Torch adds up the gradient of indexing with brackets in another order each time."""
     config, _, objective = ARCHITECTURES[name]
-    sae, loss = build(config(name=name, features=4000), 8, 8), objective()
+    sae, loss = build(config(name=name, features=4000, start_bias=0.0), 8, 8), objective()
     x, dead = noise(100, 8), torch.zeros(4000).bool()
     threads = torch.get_num_threads()
     torch.set_num_threads(2)

@@ -113,6 +113,19 @@ def test_each_site_of_a_head_gets_its_own_mean_and_scale_and_only_in_a_new_run()
     assert torch.equal(head.in_mean, before)
 
 
+@pytest.mark.parametrize("size", [1e-3, 1.0, 100.0])
+@pytest.mark.parametrize("mode", Normalization)
+def test_as_many_features_fire_at_the_start_however_large_activations_are(mode, size):
+    head = make_head(sae=SAEConfig(features=500, start_bias=-2), d=64)
+    head.recipe.normalize.mode = mode
+    x = activations(2000, 64) * size
+    stream = SimpleNamespace(peek=lambda n: {SITE: x[:n]})
+    trainer = SimpleNamespace(global_step=0, datamodule=SimpleNamespace(stream=stream))
+    Normalize().on_train_start(trainer, make_module([head]))
+    fired = head.reconstruct(x).features > 0
+    assert fired.float().mean() == pytest.approx(0.02275, rel=0.15)  # P(z > 2)
+
+
 def test_the_schedule_sets_each_heads_learning_rate_and_penalty():
     # 100 updates; the first head warms up over 10 and decays over 20, its penalty over 50
     one = make_head(lr=1.0, bias_lr=3, warmup=0.1, decay=0.2, loss=ReLULoss(l1=2.0, warmup=0.5))

@@ -65,3 +65,8 @@ class Normalize(L.Callback):
                         console.print(warning)
                 mean.copy_(known[key][0])
                 scale.copy_(known[key][1])
+            if settings.mode is Normalization.none:
+                # `model.start_bias` is meant for a mean square of 1: fewer features, or none, would
+                # fire on smaller activations
+                sample = trainer.datamodule.stream.peek(settings.tokens)[head.source]
+                head.sae.b_enc.data *= sample.float().square().mean().sqrt()
