@@ -12,10 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from sae_lightning.report.catalogue import (
     AFTER,
     BEFORE,
+    EDGES,
     WINDOW,
     Catalogue,
     Effect,
@@ -25,6 +27,11 @@ from sae_lightning.report.catalogue import (
     Statistics,
 )
 from sae_lightning.report.parquet import NOTE
+
+# A stranger's file takes no more memory than this: the longest list makes all of its column as long
+LONGEST = 1024
+LARGEST = 1 << 27  # tokens of the text
+COUNT = 2**32 - 1  # what the page has room for
 
 
 def read_note(path: Path) -> dict[str, Any]:
@@ -36,33 +43,41 @@ def read_note(path: Path) -> dict[str, Any]:
 def read_table(path: Path, vocabulary: list[str]) -> Catalogue:
     """The catalogue; a token gets an id in `vocabulary` that reads as it does, -1 if there is none.
 
-    Lists [units, k] are as long as the longest of them.
+    Lists [units, k] are as long as the longest of them. Any Exception: the file is damaged.
     """
     columns = dict(_columns(pyarrow.parquet.read_table(path)))
     kind, ids = next(iter(columns)), {word: i for i, word in enumerate(vocabulary)}
-    numbers = {name: _tensor(columns[name]) for name in ("fired", "mean", "maximum")}
-    histogram = _padded(columns["histogram"], _tensor(columns["histogram"].flatten()), 0)
+    last, tokens = len(columns[kind]) - 1, read_note(path)["tokens"]
+    numbers = {"fired": _whole(columns["fired"], COUNT)}
+    numbers |= {name: _real(columns[name]) for name in ("mean", "maximum")}
+    histogram = _padded(columns["histogram"], _whole(columns["histogram"].flatten(), COUNT), 0)
+    if not 1 <= tokens <= 2**53 or histogram.shape[1] != len(EDGES) - 1:
+        raise ValueError(f"{tokens} tokens in {histogram.shape[1]} bins")
     examples = [_examples(columns[n], ids) for n in ("examples", "examples_of_all_strengths")]
-    statistics = Statistics(read_note(path)["tokens"], **numbers, histogram=histogram)
+    statistics = Statistics(tokens, **numbers, histogram=histogram)
     catalogue = Catalogue(kind, vocabulary, _text(*examples), statistics, *examples)
     if "score" in columns:
-        previous = _tensor(columns["tokens_are_previous"])
-        known = Reading(_tensor(columns["score"]), _tokens(columns["tokens"], ids), previous)
+        previous = _tensor(columns["tokens_are_previous"]).bool()
+        known = Reading(
+            _tensor(columns["score"]).float(), _tokens(columns["tokens"], ids), previous
+        )
         catalogue = catalogue._replace(reading=known)
     if "telling" in columns:
-        each = (_tensor(columns[name]) for name in ("telling", "copy_of"))
-        catalogue = catalogue._replace(telling=next(each), copy_of=next(each))
+        telling, original = _tensor(columns["telling"]).float(), _whole(columns["copy_of"], last)
+        catalogue = catalogue._replace(telling=telling, copy_of=original)
     for name in ("neighbour", "partner"):
         if f"{name}s" in columns:
             units, likeness = columns[f"{name}s"], columns[f"{name}_likeness"]
             related = Related(
-                _padded(units, _tensor(units.flatten()), -1),
-                _padded(likeness, _tensor(likeness.flatten()), 0),
+                _padded(units, _whole(units.flatten(), last), -1),
+                _padded(likeness, _real(likeness.flatten()), 0),
             )
+            if related.units.shape != related.likeness.shape:
+                raise ValueError(f"{name}s and their likeness differ in number")
             catalogue = catalogue._replace(**{f"{name}s": related})
     if "promoted" in columns:
         tokens = (_tokens(columns[name], ids).long() for name in ("promoted", "suppressed"))
-        effect = Effect(*tokens, _tensor(columns["sharpness"]))
+        effect = Effect(*tokens, _tensor(columns["sharpness"]).float())
         catalogue = catalogue._replace(effect=effect)
     return catalogue
 
@@ -77,6 +92,22 @@ def _tensor(values: pa.Array) -> Tensor:
     return torch.from_numpy(values.to_numpy(zero_copy_only=False).copy())  # null becomes nan
 
 
+def _whole(values: pa.Array, most: int) -> Tensor:
+    """int64. ValueError unless all are from 0 to `most`."""
+    numbers = _tensor(values)
+    if not ((numbers >= 0) & (numbers <= most)).all():
+        raise ValueError(f"a number is not from 0 to {most:,}")
+    return numbers.long()
+
+
+def _real(values: pa.Array) -> Tensor:
+    """float32. ValueError unless all are finite."""
+    numbers = _tensor(values).float()
+    if not numbers.isfinite().all():
+        raise ValueError("a number is not finite")
+    return numbers
+
+
 def _counts(lists: pa.ListArray) -> Tensor:
     return _tensor(lists.value_lengths()).long()
 
@@ -85,6 +116,8 @@ def _padded(lists: pa.ListArray, values: Tensor, fill: float) -> Tensor:
     """The `values` [entries] of the lists in rows [units, k], with `fill` behind shorter ones."""
     counts = _counts(lists)
     k = max(1, int(counts.max()))
+    if k > LONGEST:
+        raise ValueError(f"a list of {k:,}")
     rows = values.new_full((len(counts), k), fill)
     rows[torch.arange(k) < counts[:, None]] = values
     return rows
@@ -106,23 +139,22 @@ def _examples(lists: pa.ListArray, ids: dict[str, int]) -> Examples:
     each = lists.flatten()  # [examples] of all units
     words, strengths, peaks = each.field("tokens"), each.field("strengths"), each.field("peak")
     lengths = _counts(words)
-    first = (BEFORE - _tensor(peaks).long()).repeat_interleave(lengths)
+    first = (BEFORE - _whole(peaks, BEFORE)).repeat_interleave(lengths)
     start = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
     place = first + torch.arange(len(first)) - start  # in the window
     owner = torch.arange(len(each)).repeat_interleave(lengths)
-    tokens = torch.full((len(each), WINDOW), -1, dtype=torch.int32)
+    # one more, in which nothing is, for units with fewer
+    tokens = torch.full((len(each) + 1, WINDOW), -1, dtype=torch.int32)
     tokens[owner, place] = _ids(words.flatten(), ids)
-    around = torch.zeros(len(each), WINDOW, dtype=torch.float16)
-    around[owner, place] = _tensor(strengths.flatten()).half()
-    row = torch.arange(len(each))
-    slots = _padded(lists, row, -1)  # [units, n] the example, or none
-    none = slots < 0
+    around = torch.zeros(len(each) + 1, WINDOW, dtype=torch.float16)
+    around[owner, place] = _real(strengths.flatten()).half()
+    slots = _padded(lists, torch.arange(len(each)), -1)  # [units, n] the example
     return Examples(
-        strength=_tensor(each.field("strength"))[slots].masked_fill(none, 0),
-        tokens=tokens[slots].masked_fill(none[..., None], -1),
-        strengths=around[slots].masked_fill(none[..., None], 0),
-        sequence=_tensor(each.field("sequence"))[slots].masked_fill(none, 0),
-        position=_tensor(each.field("position"))[slots].masked_fill(none, 0),
+        strength=pad(_real(each.field("strength")), (0, 1))[slots],
+        tokens=tokens[slots],
+        strengths=around[slots],
+        sequence=pad(_whole(each.field("sequence"), LARGEST), (0, 1))[slots],
+        position=pad(_whole(each.field("position"), LARGEST), (0, 1)).int()[slots],
     )
 
 
@@ -136,6 +168,9 @@ def _text(*examples: Examples) -> np.ndarray:
         for part, values in zip(parts, (sequence, place, each.tokens), strict=True):
             part.append(values[known].numpy())
     sequence, place, tokens = map(np.concatenate, parts)
-    text = np.full((sequence.max(initial=-1) + 1, place.max(initial=-1) + 1), -1, np.int32)
+    shape = sequence.max(initial=0) + 1, place.max(initial=0) + 1
+    if shape[0] * shape[1] > LARGEST:
+        raise ValueError(f"{shape[0]:,} sequences of {shape[1]:,} tokens")
+    text = np.full(shape, -1, np.int32)
     text[sequence, place] = tokens
     return text

@@ -18,6 +18,8 @@ from sae_lightning.errors import UserError
 from sae_lightning.llm.capture import capture
 from sae_lightning.llm.load import LLMConfig
 from sae_lightning.llm.sites import LayerConfig
+from sae_lightning.report.annotated import Annotated
+from sae_lightning.report.page import page
 from sae_lightning.report.parquet import write_table
 from sae_lightning.stream.local import LocalConfig
 
@@ -161,6 +163,54 @@ def test_a_catalogue_of_anything_else_is_not_used_in_silence(subject, file, caps
     assert "features.parquet cannot be used (" in said_of(subject, file, capsys)
     file.unlink()
     assert said_of(subject, file, capsys).startswith("there is no catalogue of this SAE yet")
+
+
+OUTSIDE = "a number is not from 0 to "
+DAMAGE = [  # column, or number of an example; what the first unit has there; why it is not used
+    ("copy_of", 32, f"{OUTSIDE}31"),
+    ("neighbours", [0, 1, -1], f"{OUTSIDE}31"),
+    ("partners", [0] * 2000, "a list of 2,000"),
+    ("partner_likeness", [0.0] * 9, "partners and their likeness differ in number"),
+    ("maximum", float("nan"), "a number is not finite"),
+    ("histogram", [0] * 60, "tokens in 60 bins"),
+    ("sequence", 2**40, f"{OUTSIDE}134,217,728"),
+    ("sequence", 2**26, "67,108,865 sequences of "),
+    ("position", 2**31 - 99, f"{OUTSIDE}134,217,728"),
+    ("position", -30, f"{OUTSIDE}134,217,728"),
+    ("peak", 99, f"{OUTSIDE}20"),
+]
+
+
+def test_a_strangers_catalogue_reaches_neither_other_files_nor_the_memory(subject, file, capsys):
+    whole = pyarrow.parquet.read_table(file)
+    tables = [
+        (whole.rename_columns(["../../x", *whole.column_names[1:]]), "32 units of the kind"),
+        (whole.drop_columns(["copy_of"]), "it lacks 'copy_of'"),
+    ]
+    for name, first, why in DAMAGE:
+        column = name if name in whole.column_names else "examples"
+        values = whole[column].to_pylist()
+        values[0] = first if name == column else [values[0][0] | {name: first}]
+        place = whole.column_names.index(column)
+        tables.append((whole.set_column(place, column, pyarrow.array(values)), why))
+    for table, why in tables:
+        table = table.replace_schema_metadata(whole.schema.metadata)
+        pyarrow.parquet.write_table(table, file)
+        said = said_of(subject, file, capsys)
+        assert "features.parquet cannot be used (" in said
+        assert why in said
+        assert said.endswith("): making a new one")
+
+
+def test_a_catalogue_in_which_nothing_fires_is_read_and_shown(subject, words, tmp_path):
+    subject.sae.b_enc[:] = -1e6
+    features = survey(subject, words(600), tokens=300, examples=1).features
+    write_table(tmp_path / "features.parquet", features, identity(subject))
+    back = kept(subject, tmp_path / "features.parquet")
+    assert not back.statistics.fired.any()
+    own = Annotated(annotate(subject, TEXT), back)
+    assert own.strongest() == []
+    assert "jumps" in page("t", {}, [], [back], own=own)
 
 
 def test_long_texts_are_cut_at_the_terminal_and_nowhere_else(here, capsys):

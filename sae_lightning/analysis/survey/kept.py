@@ -35,8 +35,9 @@ def kept(subject: Subject, path: Path) -> Catalogue | None:
             console.print(f"{shown(path)} is of other {' and '.join(other)}: making a new one")
             return None
         catalogue = read_table(path, words)
-        if catalogue.units != subject.features:
-            raise ValueError(f"it has {catalogue.units} units")
+        # the page's blocks, which may be files, are named after the kind
+        if (catalogue.kind, catalogue.units) != ("feature", subject.features):
+            raise ValueError(f"it is of {catalogue.units} units of the kind {catalogue.kind!r}")
         tokens, text = catalogue.statistics.tokens, note["of"]["text"]
         console.print(f"what features are: {shown(path)}, {tokens:,} tokens of {text}")
         return catalogue
