@@ -14,7 +14,7 @@ from sae_lightning.analysis.theory import sections as theory_sections
 from sae_lightning.report.printer import say, say_lead, say_units
 
 PROBED = 65_536  # tokens of labelled text, and fewer for a very large SAE: that many times
-PROBED_FEATURES = 65_536  # so many features at most
+PROBED_FEATURES = 32_768  # so many features at most
 
 
 @dataclass(slots=True, kw_only=True)
