@@ -11,8 +11,8 @@ from sae_lightning.stream.plays import PlaysConfig
 
 
 def make_subject(llm, source: Kind = Kind.resid, target: Kind | None = None, **settings) -> Subject:
-    """A random ReLU SAE of 32 features at block 1 of a model of width 24."""
-    config = ARCHITECTURES["relu"].config(features=32, decoder_norm=1.0, **settings)
+    """A random ReLU SAE of 32 features, half of them active, at block 1 of a model of width 24."""
+    config = ARCHITECTURES["relu"].config(features=32, start_bias=0.0, **settings)
     sites = Sites(Site(1, source), Site(1, target or source))
     return place(llm, build(config, 24, 24), sites)
 

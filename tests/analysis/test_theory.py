@@ -39,7 +39,8 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 def subject_of(llm, name: str = "relu", **settings) -> Subject:
     kind = ARCHITECTURES[name].config
     sparse = {"k": 4} if "k" in kind.__dataclass_fields__ else {}
-    sae = build(kind(name=name, features=FEATURES, **sparse, **settings), WIDTH, WIDTH)
+    settings = {"start_bias": 0.0, **sparse, **settings}
+    sae = build(kind(name=name, features=FEATURES, **settings), WIDTH, WIDTH)
     site = Site(1, Kind.resid)
     return place(llm, sae, Sites(site, site))
 
