@@ -46,7 +46,7 @@ def save_planted(folder: Path) -> tuple[Path, Path]:
     with quiet():
         model.save_pretrained(folder / "llm")
         tiny_tokenizer().save_pretrained(folder / "llm")
-    config = ARCHITECTURES["relu"].config(features=FEATURES, decoder_norm=1.0)
+    config = ARCHITECTURES["relu"].config(features=FEATURES, start_bias=0.0)
     sae = build(config, WIDTH, WIDTH)
     with torch.no_grad():
         sae.W_enc[:2], sae.W_dec[:, :2] = 0, 0

@@ -286,7 +286,7 @@ def test_halves_are_of_sequences_and_a_concept_of_one_half_is_not_scored(tiny):
 
 @pytest.mark.parametrize("is_drawn", [True, False])
 def test_a_fair_choice_is_among_as_many_features_as_neurons_have_directions(tiny, is_drawn):
-    config = ARCHITECTURES["relu"].config(features=200)
+    config = ARCHITECTURES["relu"].config(features=200, start_bias=0.0)
     sae = build(config, WIDTH, WIDTH).requires_grad_(False)
     lot = torch.randperm(200, generator=Generator().manual_seed(0))[: 2 * WIDTH].tolist()
     planted = lot[-1] if is_drawn else min({*range(200)} - {*lot})
