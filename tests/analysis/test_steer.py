@@ -39,7 +39,8 @@ def planted(request, tiny):
 
 def with_feature(llm, sites, bias=-1e4):
     """Feature 3 writes what the logit of a token reads; `bias` far below 0 keeps it from firing."""
-    sae = build(ReLUConfig(features=8, start_bias=0.0, decoder_norm=0.1), 24, 24).requires_grad_(False)
+    config = ReLUConfig(features=8, start_bias=0.0, decoder_norm=0.1)
+    sae = build(config, 24, 24).requires_grad_(False)
     sae.W_dec[PLANTED] = nn.functional.normalize(rows(llm)[token(llm)], dim=0)
     sae.b_enc[PLANTED] = bias
     return place(llm, sae, sites)
