@@ -148,7 +148,8 @@ def test_a_search_ends_where_l0_is_what_was_asked_for(sweep, tmp_path):
 
     def trained(job: dict[str, str]) -> float:
         l0 = 0.1 / float(job["loss.l1"])
-        return objective({"l0": l0, "ce_recovered": 1 - 1 / l0}, SweepConfig(l0=64.0))
+        metrics = {"l0": l0, "ce_recovered": 1 - 1 / l0, "ce_zero": 2.0, "ce_clean": 1.0}
+        return objective(metrics, SweepConfig(l0=64.0))
 
     sweep([*SEARCH, "sweep.l0=64", "hydra.sweeper.n_trials=40"], trained)
     best = OmegaConf.load(tmp_path / "optimization_results.yaml").best_params["loss.l1"]
