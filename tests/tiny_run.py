@@ -10,7 +10,8 @@ from sae_lightning.llm.load import Dtype, LLMConfig
 from sae_lightning.llm.sites import LayerConfig
 from sae_lightning.runs.config import Config
 from sae_lightning.runs.jobs import CONFIG_FILE, Job, resolved_yaml
-from sae_lightning.sae.relu import ReLUConfig, ReLULoss
+from sae_lightning.sae import SAEConfig
+from sae_lightning.sae.relu import ReLULoss
 from sae_lightning.stream.local import LocalConfig
 from sae_lightning.stream.plays import PlaysConfig
 from sae_lightning.training.settings import Accelerator, EvalConfig, TrainerConfig
@@ -41,7 +42,7 @@ def tiny_job(llm: str, text: Path, folder: Path, **changes) -> Job:
         ),
         eval=EvalConfig(every=15 * BATCH, tokens=150),
         layer=LayerConfig(index=1),
-        model=ReLUConfig(features=48),
+        model=SAEConfig(features=48),
         loss=ReLULoss(l1=1e-2),
     )
     return Job(config=replace(config, **changes), folder=folder)
@@ -55,7 +56,7 @@ def write_begun_run(sweep: Path, l1: str, *overrides: str) -> Path:
         llm=LLMConfig(name="smollm2"),
         data=PlaysConfig(),
         layer=LayerConfig(index=9),
-        model=ReLUConfig(features=100),
+        model=SAEConfig(features=100),
         loss=ReLULoss(l1=float(l1)),
     )
     job = Job(config=config, folder=folder, overrides=[*overrides, f"loss.l1={l1}"])

@@ -21,7 +21,6 @@ from sae_lightning.llm.sites import LayerConfig
 from sae_lightning.runs.search import SweepConfig
 from sae_lightning.runs.words import translate
 from sae_lightning.sae import ARCHITECTURES, Loss, SAEConfig
-from sae_lightning.sae.relu import ReLUConfig
 from sae_lightning.stream import SOURCES, make_source
 from sae_lightning.stream.base import DataConfig, Source
 from sae_lightning.training.settings import (
@@ -63,7 +62,7 @@ class Config:
 
     layer: LayerConfig
     """Where in the LLM the SAE reads."""
-    model: SAEConfig = field(default_factory=ReLUConfig)
+    model: SAEConfig
     """The network."""
     loss: Loss
     """The objective."""

@@ -11,7 +11,7 @@ from sae_lightning.sae.gated import Gated, GatedConfig, GatedLoss
 from sae_lightning.sae.jumprelu import JumpReLU, JumpReLUConfig, JumpReLULoss
 from sae_lightning.sae.matryoshka import Matryoshka, MatryoshkaConfig, MatryoshkaLoss
 from sae_lightning.sae.objective import AuxKLoss, Loss, Moment
-from sae_lightning.sae.relu import DenseLoss, ReLU, ReLUConfig, ReLULoss
+from sae_lightning.sae.relu import DenseConfig, DenseLoss, ReLU, ReLULoss
 from sae_lightning.sae.topk import TopK, TopKConfig
 
 __all__ = [
@@ -37,8 +37,8 @@ class Architecture(NamedTuple):
 
 
 ARCHITECTURES = {
-    "relu": Architecture(ReLUConfig, ReLU, ReLULoss),
-    "dense": Architecture(SAEConfig, ReLU, DenseLoss),
+    "relu": Architecture(SAEConfig, ReLU, ReLULoss),
+    "dense": Architecture(DenseConfig, ReLU, DenseLoss),
     "topk": Architecture(TopKConfig, TopK, AuxKLoss),
     "batch_topk": Architecture(TopKConfig, BatchTopK, AuxKLoss),
     "jumprelu": Architecture(JumpReLUConfig, JumpReLU, JumpReLULoss),

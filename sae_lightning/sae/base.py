@@ -28,10 +28,13 @@ class SAEConfig:
     """Architecture: a key of `sae_lightning.sae.ARCHITECTURES`."""
     features: int = 10_000
     """Dictionary size (number of features); may be smaller than the site's width."""
-    decoder_norm: float = 0.1
-    """Norm of a decoder row at the start (Anthropic, April 2024 update: 0.05 to 1)."""
-    start_bias: float = 0.0
-    """Encoder biases at the start, in standard deviations of a pre-activation."""
+    decoder_norm: float = 1.0
+    """Norm of a decoder row at the start. Rows that are short beside an update, 0.1, turn to the
+    same few directions in the first updates, and many features become copies of one another."""
+    start_bias: float = -1.0
+    """Encoder biases at the start, in standard deviations of a pre-activation: with -1 one feature
+    in 6 fires on a token at first. With 0 every second does, and SAEs learn slower; with -2 one in
+    44, and more of them never fire."""
     fixed_norm: bool = False
     """Keep every decoder row at that norm; false lets it grow and shrink."""
     skip: bool = False

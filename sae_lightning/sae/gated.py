@@ -15,8 +15,8 @@ from sae_lightning.sae.objective import Moment, PenaltyLoss, RowNorms
 class GatedConfig(SAEConfig):
     """A network with two encoders that share their directions."""
 
-    decoder_norm: float = 1.0
-    """Norm of a decoder row at the start."""
+    start_bias: float = 0.0
+    """Encoder biases at the start."""
     fixed_norm: bool = True
     """Keep every decoder row at that norm. With false the penalty, which only sees the gate, can be
     evaded: rows shrink while r_mag grows."""

@@ -21,6 +21,10 @@ from sae_lightning.sae.sparse import Pattern
 class JumpReLUConfig(SAEConfig):
     """A network whose features have thresholds."""
 
+    decoder_norm: float = 0.1
+    """Norm of a decoder row at the start (Anthropic, April 2024 update)."""
+    start_bias: float = 0.0
+    """Encoder biases at the start."""
     threshold: float = 0.1
     """Threshold of every feature at the start (Anthropic, January 2025 update: 0.1)."""
     bandwidth: float = 2.0

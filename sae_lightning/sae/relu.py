@@ -11,19 +11,6 @@ from sae_lightning.sae.losses import l1, lp
 from sae_lightning.sae.objective import Loss, Moment, PenaltyLoss, RowNorms
 
 
-@dataclass(slots=True, kw_only=True)
-class ReLUConfig(SAEConfig):
-    """A network whose features neither compete nor, at the start, learn from the same tokens."""
-
-    decoder_norm: float = 1.0
-    """Norm of a decoder row at the start. Rows that are short beside an update, 0.1, turn to the
-    same few directions in the first updates, and many features become copies of one another."""
-    start_bias: float = -1.0
-    """Encoder biases at the start, in standard deviations of a pre-activation: with -1 one feature
-    in 6 fires on a token at first. With 0 every second does, and SAEs learn slower; with -2 one in
-    44, and more of them never fire."""
-
-
 class ReLU(SAE):
     """f = relu(x W_enc + b_enc);  x_hat = f W_dec + b_dec.
 
@@ -33,6 +20,16 @@ class ReLU(SAE):
 
     architecture = "standard"
     bytes_per_activation = 26
+
+
+@dataclass(slots=True, kw_only=True)
+class DenseConfig(SAEConfig):
+    """A network in which all features may fire on all tokens."""
+
+    decoder_norm: float = 0.1
+    """Norm of a decoder row at the start (Anthropic, April 2024 update)."""
+    start_bias: float = 0.0
+    """Encoder biases at the start."""
 
 
 @dataclass(slots=True, kw_only=True)

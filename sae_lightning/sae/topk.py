@@ -18,8 +18,8 @@ class TopKConfig(SAEConfig):
 
     k: int = 64
     """Active features per token (BatchTopK, Matryoshka: on average)."""
-    decoder_norm: float = 1.0
-    """Norm of a decoder row at the start."""
+    start_bias: float = 0.0
+    """Encoder biases at the start."""
     fixed_norm: bool = True
     """Keep every decoder row at that norm; false lets it grow and shrink."""
 

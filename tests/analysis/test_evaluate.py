@@ -11,8 +11,7 @@ from torch import Generator
 from sae_lightning.analysis.evaluate import evaluate, section
 from sae_lightning.llm.sites import Kind, Site, Sites
 from sae_lightning.llm.splice import Scores
-from sae_lightning.sae import ARCHITECTURES, build
-from sae_lightning.sae.relu import ReLUConfig
+from sae_lightning.sae import ARCHITECTURES, SAEConfig, build
 from sae_lightning.scoring.scorecard import score
 from sae_lightning.stream.concepts import make_world
 from sae_lightning.stream.documents import Text
@@ -26,7 +25,7 @@ WIDTH = 24
 
 def both_signs(width: int, scale: float = 1.0):
     """x_hat = scale x: one feature for each sign of each dimension, decoder norms 2 and 2."""
-    sae = build(ReLUConfig(features=2 * width, start_bias=0.0), width, width)
+    sae = build(SAEConfig(features=2 * width, start_bias=0.0), width, width)
     eye = torch.eye(width)
     directions = torch.cat([eye, -eye])
     weights = {

@@ -13,7 +13,7 @@ from sae_lightning.llm.load import LLMConfig
 from sae_lightning.llm.sites import Kind, LayerConfig, Site
 from sae_lightning.runs import folders
 from sae_lightning.runs.search import SweepConfig
-from sae_lightning.sae.relu import ReLUConfig
+from sae_lightning.sae import SAEConfig
 from sae_lightning.stream.local import LocalConfig
 from sae_lightning.stream.plays import PlaysConfig
 from sae_lightning.stream.synthetic import SyntheticConfig
@@ -35,7 +35,7 @@ def sae(planted, tmp_path):
 def run(planted, tmp_path):
     """A run folder with the SAE in it."""
     write_text(tmp_path)
-    job = tiny_job(str(planted[0]), tmp_path, tmp_path / "run", model=ReLUConfig(features=32))
+    job = tiny_job(str(planted[0]), tmp_path, tmp_path / "run", model=SAEConfig(features=32))
     folders.begin(job)
     shutil.copytree(planted[1], job.folder / "sae")
     return job.folder
@@ -67,7 +67,7 @@ def rewrite(folder, **metadata):
 
 def synthetic(run, folder):
     """Make of a run one that was trained on concepts."""
-    job = tiny_job("not read", folder, run, model=ReLUConfig(features=32))
+    job = tiny_job("not read", folder, run, model=SAEConfig(features=32))
     data = SyntheticConfig(concepts=64, dim=24)
     job.config.llm, job.config.data = LLMConfig(name="none"), data
     job.config.layer, job.config.sweep = LayerConfig(index=0), SweepConfig(objective="recovered")

@@ -32,8 +32,8 @@ from sae_lightning.runs.cli import explain, one_line_errors, read_arguments
 from sae_lightning.runs.config import Config, conf_folder
 from sae_lightning.runs.jobs import CONFIG_FILE, Job, job, read_job, register, resolved_yaml
 from sae_lightning.runs.words import OURS
-from sae_lightning.sae import ARCHITECTURES
-from sae_lightning.sae.relu import ReLUConfig, ReLULoss
+from sae_lightning.sae import ARCHITECTURES, SAEConfig
+from sae_lightning.sae.relu import ReLULoss
 from sae_lightning.stream.plays import PlaysConfig
 from sae_lightning.training.settings import Accelerator, TrainerConfig
 
@@ -592,7 +592,7 @@ def a_job(folder: Path, index: int = 9, resumed: bool = False, **changes) -> Job
         llm=LLMConfig(name="smollm2", device="cpu"),
         data=PlaysConfig(),
         layer=LayerConfig(index=index),
-        model=ReLUConfig(features=100),
+        model=SAEConfig(features=100),
         loss=ReLULoss(),
     )
     for name, value in changes.items():

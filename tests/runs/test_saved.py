@@ -31,7 +31,8 @@ from sae_lightning.runs.jobs import (
     resume_of,
 )
 from sae_lightning.runs.sweep import RECORD, Sweep
-from sae_lightning.sae.relu import ReLUConfig, ReLULoss
+from sae_lightning.sae import SAEConfig
+from sae_lightning.sae.relu import ReLULoss
 from sae_lightning.stream.plays import PlaysConfig
 
 ROOT = Path(__file__).parents[2]
@@ -65,7 +66,7 @@ def write_run(folder: Path, llm: Path | str, trusting: bool = True) -> Path:
         llm=LLMConfig(name=str(llm), trust_remote_code=trusting, device="cpu"),
         data=PlaysConfig(),
         layer=LayerConfig(index=0),
-        model=ReLUConfig(features=8),
+        model=SAEConfig(features=8),
         loss=ReLULoss(),
     )
     folder.mkdir(parents=True)
@@ -399,7 +400,7 @@ def test_a_config_of_version_0_1_0_is_read(tmp_path):
         llm=LLMConfig(name="llm", device="cpu"),
         data=PlaysConfig(),
         layer=LayerConfig(index=0),
-        model=ReLUConfig(features=8),
+        model=SAEConfig(features=8),
         loss=ReLULoss(),
     )
 
@@ -408,6 +409,6 @@ def test_what_an_saes_own_file_says_never_allows_code():
     hostile = {"trust_remote_code": True, "sae_lightning": {"llm.trust_remote_code": True}}
     hostile |= {"model_name": "someone/evil", "hook_name": "blocks.0.hook_resid_post"}
     hostile |= {"llm": {"trust_remote_code": True}, "auto_map": {"AutoConfig": "evil.Evil"}}
-    sae = SimpleNamespace(metadata=hostile, config=ReLUConfig(features=8))
+    sae = SimpleNamespace(metadata=hostile, config=SAEConfig(features=8))
     config = config_of(sae, "folder", ASKED | {"seed": 0}, [])
     assert (config.llm.name, config.llm.trust_remote_code) == ("someone/evil", False)

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from sae_lightning.errors import UserError
 from sae_lightning.sae import Moment, SAEConfig, build
 from sae_lightning.sae.losses import l1, lp
-from sae_lightning.sae.relu import DenseLoss, ReLULoss
+from sae_lightning.sae.relu import DenseConfig, DenseLoss, ReLULoss
 
 NOTHING_DEAD = torch.zeros(3).bool()
 
@@ -204,7 +204,7 @@ def test_the_ends_of_the_ranges_are_allowed():
 
 def trained_loss(x: torch.Tensor, features: int) -> float:
     """Final loss of a dense autoencoder trained on all of x with Adam."""
-    sae = build(SAEConfig(name="dense", features=features), x.shape[1], x.shape[1])
+    sae = build(DenseConfig(name="dense", features=features), x.shape[1], x.shape[1])
     steps, moment = 1000, Moment(torch.zeros(features).bool(), 0.0)
     adam = torch.optim.Adam(sae.parameters(), lr=2e-2)
     decay = torch.optim.lr_scheduler.LinearLR(adam, 1, 0.02, steps)

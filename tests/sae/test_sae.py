@@ -10,7 +10,7 @@ from sae_lightning.sae import ARCHITECTURES, SAEConfig, build, size
 
 
 def test_it_starts_as_anthropic_advises():
-    sae = build(SAEConfig(features=50, decoder_norm=0.1), 8, 8)
+    sae = build(SAEConfig(features=50, decoder_norm=0.1, start_bias=0), 8, 8)
     assert_close(sae.W_dec.norm(dim=1), torch.full((50,), 0.1))
     assert torch.equal(sae.W_enc, sae.W_dec.T)
     assert sae.W_enc.data_ptr() != sae.W_dec.data_ptr(), "equal at the start, not tied"
@@ -45,7 +45,7 @@ def test_a_feature_is_a_column_of_the_encoder_and_a_row_of_the_decoder():
     shapes = {name: tuple(weight.shape) for name, weight in sae.named_parameters()}
     assert shapes == {"W_enc": (3, 5), "b_enc": (5,), "W_dec": (5, 7), "b_dec": (7,)}
     # A transcoder's encoder has directions of its own, of the same length.
-    assert_close(sae.W_enc.norm(dim=0), torch.full((5,), 0.1))
+    assert_close(sae.W_enc.norm(dim=0), torch.ones(5))
     output = sae(torch.randn(2, 3))
     assert output.features.shape == (2, 5)
     assert output.reconstruction.shape == (2, 7)

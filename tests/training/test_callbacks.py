@@ -34,7 +34,7 @@ SITE = Site(0, Kind.resid)
 
 def make_head(features=6, d=4, loss=None, target=SITE, dead_window=100, seed=0, sae=None, **optim):
     return Head(
-        build(sae or SAEConfig(features=features), d, d),
+        build(sae or SAEConfig(features=features, start_bias=0, decoder_norm=0.1), d, d),
         name="test",
         folder=Path("nowhere"),
         source=SITE,

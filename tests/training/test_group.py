@@ -26,13 +26,13 @@ from sae_lightning.sae.gated import GatedConfig, GatedLoss
 from sae_lightning.sae.jumprelu import JumpReLUConfig, JumpReLULoss
 from sae_lightning.sae.matryoshka import MatryoshkaConfig, MatryoshkaLoss
 from sae_lightning.sae.objective import AuxKLoss
-from sae_lightning.sae.relu import DenseLoss, ReLUConfig, ReLULoss
+from sae_lightning.sae.relu import DenseConfig, DenseLoss, ReLULoss
 from sae_lightning.sae.topk import TopKConfig
 from sae_lightning.stream import held_out, rows, text
 from sae_lightning.training import checkpoints
 from sae_lightning.training.settings import CallbacksConfig, OptimConfig, Precision
 
-DENSE = {"model": SAEConfig(name="dense", features=20), "loss": DenseLoss()}
+DENSE = {"model": DenseConfig(name="dense", features=20), "loss": DenseLoss()}
 # every architecture, some steered, resampled or with a term for dead features; other sizes, sites,
 # rates and seeds
 MIX = {
@@ -154,7 +154,7 @@ def test_a_group_runs_the_llm_as_often_as_one_job(job, sweep, monkeypatch):
     assert len(forward) - 2 * alone - 2 * whole == 2 * 9
 
 
-SEEDS = {f"{seed}": {"model": ReLUConfig(features=48, seed=seed)} for seed in range(3)}
+SEEDS = {f"{seed}": {"model": SAEConfig(features=48, seed=seed)} for seed in range(3)}
 
 
 @pytest.fixture
@@ -246,7 +246,7 @@ def test_without_hard_links_each_has_a_copy(sweep, whole, monkeypatch):
 def test_a_head_that_diverges_is_frozen_and_the_others_do_not_notice(
     sweep, whole, capsys, monkeypatch
 ):
-    bad = {"optim": OptimConfig(lr=1e30, clip=None), "model": ReLUConfig(features=48, seed=1)}
+    bad = {"optim": OptimConfig(lr=1e30, clip=None), "model": SAEConfig(features=48, seed=1)}
     jobs = sweep("diverged", **(SEEDS | {"1": bad}))
     results = passes.train(jobs)
     assert [metrics is None for metrics in results] == [False, True, False]

@@ -24,8 +24,8 @@ from sae_lightning.llm.sites import decoder_stack
 from sae_lightning.llm.splice import Scores
 from sae_lightning.runs import folders, passes, run
 from sae_lightning.runs.jobs import read_job
-from sae_lightning.sae import SAE
-from sae_lightning.sae.relu import ReLUConfig, ReLULoss
+from sae_lightning.sae import SAE, SAEConfig
+from sae_lightning.sae.relu import ReLULoss
 from sae_lightning.stream import text
 from sae_lightning.training.settings import (
     CallbacksConfig,
@@ -188,7 +188,7 @@ def test_resuming_is_exact_in_either_precision_and_when_repeated(job, monkeypatc
     def power_cut():
         raise SystemError("power cut")
 
-    model = ReLUConfig(features=48, start_bias=0.0, decoder_norm=0.1)
+    model = SAEConfig(features=48, start_bias=0.0, decoder_norm=0.1)
     changes = {"model": model, "loss": ReLULoss(l1=0.3), "callbacks": RESAMPLING}
     one, other = (job(name, **changes) for name in ("one", "other"))
     for made in (one, other):

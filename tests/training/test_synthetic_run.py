@@ -26,8 +26,8 @@ from sae_lightning.runs.folders import sweep_runs
 from sae_lightning.runs.jobs import Job, read_job, register
 from sae_lightning.runs.jobs import job as make_job
 from sae_lightning.runs.search import SweepConfig
-from sae_lightning.sae import ARCHITECTURES
-from sae_lightning.sae.relu import ReLUConfig, ReLULoss
+from sae_lightning.sae import ARCHITECTURES, SAEConfig
+from sae_lightning.sae.relu import ReLULoss
 from sae_lightning.stream.recovery import Recovery
 from sae_lightning.stream.synthetic import SyntheticConfig
 from sae_lightning.training.settings import Accelerator, EvalConfig, Precision, TrainerConfig
@@ -53,7 +53,7 @@ def job(tmp_path):
             ),
             eval=EvalConfig(every=20 * BATCH, tokens=2000),
             layer=LayerConfig(index=0),
-            model=ReLUConfig(features=48),
+            model=SAEConfig(features=48),
             loss=ReLULoss(l1=1e-2),
             sweep=SweepConfig(objective="recovered"),
         )

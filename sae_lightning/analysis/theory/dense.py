@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from sae_lightning.analysis.theory.moments import Moments
-from sae_lightning.sae import SAEConfig, build
+from sae_lightning.sae import build
+from sae_lightning.sae.relu import DenseConfig
 
 
 def compare_dense(variances: Tensor, sample: Tensor, l0: float, error: float) -> dict[str, Any]:
@@ -58,7 +59,7 @@ def _run(x: Tensor, features: int) -> dict[str, float]:
     variances, directions = moments.principal()
     x, mean, directions = x.double(), moments.mean, directions[:features]
     lift = 1 - ((x - mean) @ directions.T).amin(dim=0)  # every feature is at least 1 on every token
-    sae = build(SAEConfig(name="dense", features=features), len(mean), len(mean)).double()
+    sae = build(DenseConfig(name="dense", features=features), len(mean), len(mean)).double()
     sae.load_weights(
         {
             "W_enc": directions.T,
