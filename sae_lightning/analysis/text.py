@@ -4,7 +4,7 @@ BOS  The  king  is  dead        the text as training reads text: in sequences of
  .    *     *    *    *         tokens, each opened by BOS, which the SAE does not read
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -68,10 +68,10 @@ class TextTask(FeaturesTask):
         if catalogue is None:
             catalogue = self.surveyed(subject).features
         found = Annotated(annotate(subject, text, where), catalogue)
-        listed, summary = token_by_token(found, self.top), section(found, contexts)
+        strongest = found.strongest()
+        listed, summary = token_by_token(found, self.top), section(found, strongest, contexts)
         say(listed)
         say(summary)
-        strongest = found.strongest()
         scalars = {
             "tokens": [
                 {"token": token.text, "read": token.read, "active": len(token.features)}
@@ -187,11 +187,10 @@ def token_by_token(found: Annotated, top: int) -> Section:
     )
 
 
-def section(found: Annotated, contexts: int) -> Section:
-    """The strongest features of the whole text, which was read in so many `contexts`."""
+def section(found: Annotated, strongest: Sequence[Fired], contexts: int) -> Section:
+    """The `strongest` features of the whole text, which was read in so many `contexts`."""
     read = sum(token.read for token in found.tokens)
     active = sum(len(token.features) for token in found.tokens) / max(1, read)
-    strongest = found.strongest()
     cut = f", in {contexts} contexts (data.context) as in training" if contexts > 1 else ""
     rows = [
         [*cells(fired, found), f"‘{visible_token(found.tokens[fired.place].text)}’"]
