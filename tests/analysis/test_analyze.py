@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 # As the README has it.
 EXAMPLE = """
-from sae_lightning import lens, open_run, steer, survey
+from sae_lightning import annotate, lens, open_run, steer, survey
 
 subject, text = open_run("outputs/2026-01-31/12-00-00")
 features = survey(subject, text.train, tokens=20_000).features
@@ -33,6 +33,8 @@ for example in features.top.tokens[best, :3]:
 
 effect = lens(subject, text=text.train, features=[best]).effect
 print("it promotes", [words[t] for t in effect.promoted[best]])
+for token in annotate(subject, "My lord, the king is dead"):
+    print(token.text, token.features[:3], token.strengths[:3])
 for continuation in steer(subject, best, [4, 8], "There once was a cat").steered:
     print(continuation.strength, continuation.text)
 """
@@ -185,7 +187,7 @@ def test_the_example_finds_and_steers_the_planted_feature(here, tmp_path):
         'open_run("outputs/2026-01-31/12-00-00")',
         f"open_run({str(here / 'my sae, l1=0.1')!r}, data=LocalConfig(path='text', context=16))",
     )
-    script = script.replace("import lens", "import LocalConfig, lens").replace(
+    script = script.replace("import annotate", "import LocalConfig, annotate").replace(
         '"There once was a cat")', '"the lazy dog", tokens=6)'
     )
     script = script.replace(
