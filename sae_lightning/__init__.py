@@ -17,7 +17,7 @@ FOUND_IN = {
     "PlaysConfig": "stream.plays",
     "Sampling": "llm.generate",
     "TheoryReducers": "analysis.theory.claims",
-    "annotate": "analysis.text",
+    "annotate": "analysis.annotate",
     "collect": "analysis.collect",
     "evaluate": "analysis.evaluate",
     "excerpt": "analysis.collect",

@@ -20,8 +20,8 @@ from sae_lightning.runs.config import Config
 from sae_lightning.runs.jobs import CONFIG_FILE, TRUST, is_sweep, read_job
 from sae_lightning.sae import SAE
 from sae_lightning.stream import open_text
-from sae_lightning.stream.base import DataConfig
 from sae_lightning.stream.plays import PlaysConfig
+from sae_lightning.stream.source import DataConfig
 from sae_lightning.stream.tokens import Tokens, open_tokens
 from sae_lightning.terminal import shown
 

@@ -21,7 +21,7 @@ from sae_lightning.report.catalogue import Catalogue
 from sae_lightning.report.page import write_page
 from sae_lightning.report.printer import say
 from sae_lightning.report.section import Section
-from sae_lightning.stream.base import DataConfig
+from sae_lightning.stream.source import DataConfig
 from sae_lightning.terminal import command, console, shown
 
 NEXT = ("lens", "steer", "explain")  # tasks for a feature that looks interesting

@@ -22,7 +22,7 @@ from sae_lightning.runs.search import SweepConfig
 from sae_lightning.runs.words import translate
 from sae_lightning.sae import ARCHITECTURES, Loss, SAEConfig
 from sae_lightning.stream import SOURCES, make_source
-from sae_lightning.stream.base import DataConfig, Source
+from sae_lightning.stream.source import DataConfig, Source
 from sae_lightning.training.settings import (
     CallbacksConfig,
     EvalConfig,

@@ -21,7 +21,7 @@ from sae_lightning.runs.config import Config, presets, typed
 from sae_lightning.runs.saved import OVERRIDES, read_settings
 from sae_lightning.sae import ARCHITECTURES
 from sae_lightning.stream import SOURCES
-from sae_lightning.stream.base import absolute
+from sae_lightning.stream.source import absolute
 from sae_lightning.terminal import command, quote_setting, shown, visible
 
 if TYPE_CHECKING:

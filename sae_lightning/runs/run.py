@@ -22,12 +22,12 @@ from sae_lightning.runs.heap import keep_freed_memory
 from sae_lightning.runs.jobs import Job, resume_of
 from sae_lightning.runs.report import announce, conclude, say_how_to_continue, speed_line
 from sae_lightning.sae import build
-from sae_lightning.stream.base import Opened
 from sae_lightning.stream.live import LiveStream
+from sae_lightning.stream.source import Opened
 from sae_lightning.terminal import console
 from sae_lightning.training.callbacks import standard
 from sae_lightning.training.callbacks.checkpoint import export
-from sae_lightning.training.callbacks.evaluate import evaluate
+from sae_lightning.training.callbacks.evaluation import evaluate
 from sae_lightning.training.callbacks.throughput import peak_memory_gb
 from sae_lightning.training.checkpoints import HeadCheckpoints
 from sae_lightning.training.datamodule import ActivationData

@@ -4,11 +4,11 @@ A kind of data is a file with its settings and a subclass of `Source`, and a row
 """
 
 from sae_lightning.llm.load import LLMConfig
-from sae_lightning.stream.base import DataConfig, Source, TextConfig
 from sae_lightning.stream.documents import Text
 from sae_lightning.stream.hub import Hub
 from sae_lightning.stream.local import Local
 from sae_lightning.stream.plays import Plays
+from sae_lightning.stream.source import DataConfig, Source, TextConfig
 from sae_lightning.stream.synthetic import Concepts
 
 SOURCES: dict[str, type[Source]] = {

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sae_lightning.stream.base import Rows, RowSource
+from sae_lightning.stream.source import Rows, RowSource
 
 
 class _Waiting(NamedTuple):

@@ -18,9 +18,9 @@ from safetensors import SafetensorError
 
 from sae_lightning.errors import UserError
 from sae_lightning.files import LOCK, clean, free_space, lock, reason, write_json
-from sae_lightning.stream.base import Rows, send
 from sae_lightning.stream.rows import LLMRows
 from sae_lightning.stream.shards import DAMAGE, SUFFIX, Shard, write_shard
+from sae_lightning.stream.source import Rows, send
 from sae_lightning.stream.tokens import AnotherText, check_text
 from sae_lightning.terminal import console
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from sae_lightning.errors import UserError
 from sae_lightning.llm.quiet import quiet
-from sae_lightning.stream.base import TextConfig
 from sae_lightning.stream.documents import OFFLINE_PRESETS, Text, first_line, only_text
-from sae_lightning.stream.text import TextSource
+from sae_lightning.stream.source import TextConfig
+from sae_lightning.stream.text_source import TextSource
 from sae_lightning.terminal import phase
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from sae_lightning.llm.sites import Site
-from sae_lightning.stream.base import RowSource
 from sae_lightning.stream.shuffle import Pool
+from sae_lightning.stream.source import RowSource
 from sae_lightning.terminal import phase
 
 

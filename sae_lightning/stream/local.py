@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sae_lightning.errors import UserError
-from sae_lightning.stream.base import TextConfig, absolute
 from sae_lightning.stream.documents import Text, first_line, hold_out, only_text
 from sae_lightning.stream.local_files import check_files, check_json, find_files, loader, matches
 from sae_lightning.stream.local_text import read_text
-from sae_lightning.stream.text import TextSource
+from sae_lightning.stream.source import TextConfig, absolute
+from sae_lightning.stream.text_source import TextSource
 from sae_lightning.terminal import phase
 
 if TYPE_CHECKING:

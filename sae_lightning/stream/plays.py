@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sae_lightning.errors import UserError
-from sae_lightning.stream.base import TextConfig
 from sae_lightning.stream.documents import Text, documents
-from sae_lightning.stream.text import TextSource
+from sae_lightning.stream.source import TextConfig
+from sae_lightning.stream.text_source import TextSource
 
 
 @dataclass(slots=True, kw_only=True)

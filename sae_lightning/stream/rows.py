@@ -27,8 +27,8 @@ from sae_lightning.llm.capture import capture, factor
 from sae_lightning.llm.load import LLM
 from sae_lightning.llm.sites import Site
 from sae_lightning.llm.vocabulary import special_ids
-from sae_lightning.stream.base import Rows, send
 from sae_lightning.stream.packing import Sequences, TokenSource
+from sae_lightning.stream.source import Rows, send
 
 EMPTY_BATCHES = 20  # LLM batches in a row without a usable row before we give up
 

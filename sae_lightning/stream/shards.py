@@ -33,7 +33,7 @@ from torch import Tensor
 
 from sae_lightning.files import atomically
 from sae_lightning.llm.sites import Site
-from sae_lightning.stream.base import Rows
+from sae_lightning.stream.source import Rows
 from sae_lightning.stream.states import (
     COUNT,
     expect,

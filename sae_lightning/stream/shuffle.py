@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sae_lightning.errors import UserError
 from sae_lightning.llm.sites import Site
-from sae_lightning.stream.base import Rows, send
+from sae_lightning.stream.source import Rows, send
 
 
 class Pool:

@@ -16,11 +16,11 @@ from sae_lightning.llm.capture import factor
 from sae_lightning.llm.load import LLM, LLMConfig
 from sae_lightning.llm.sites import Site
 from sae_lightning.stream.ahead import Ahead
-from sae_lightning.stream.base import RowSource, TextConfig, absolute
 from sae_lightning.stream.cache import CachedRows
 from sae_lightning.stream.flat import tokenizer_hash
 from sae_lightning.stream.packing import TokenSource
 from sae_lightning.stream.rows import LLMRows
+from sae_lightning.stream.source import RowSource, TextConfig, absolute
 
 FORMAT = 2  # of the cache; another number is another key
 PLACES = 1 << 14  # numbers of a tensor that are looked at in their places

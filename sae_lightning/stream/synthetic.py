@@ -15,9 +15,9 @@ from sae_lightning.errors import UserError
 from sae_lightning.llm.load import LLM, NO_LLM, Dtype, LLMConfig, device
 from sae_lightning.llm.packaged import Shape
 from sae_lightning.llm.sites import LayerConfig, Site
-from sae_lightning.stream.base import DataConfig, Memory, Opened, Rows, Source
 from sae_lightning.stream.concepts import MAX_RATE, World, make_world, zipf_rates
 from sae_lightning.stream.recovery import OF_THE_WORLD, Recovery, recovery
+from sae_lightning.stream.source import DataConfig, Memory, Opened, Rows, Source
 from sae_lightning.stream.states import COUNT, expect, expect_stream
 from sae_lightning.stream.tokens import Tokens
 

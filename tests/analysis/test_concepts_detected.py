@@ -6,8 +6,8 @@ from sklearn.metrics import f1_score, precision_score, recall_score, roc_auc_sco
 from torch import Generator, Tensor
 
 from sae_lightning.analysis.theory import detection
-from sae_lightning.analysis.theory.concepts import CONCEPTS, members
 from sae_lightning.analysis.theory.detection import FeatureCounts, NeuronCounts, detect
+from sae_lightning.analysis.theory.token_concepts import CONCEPTS, members
 
 
 def words(text: str, concept: str) -> list[str]:

@@ -11,9 +11,9 @@ from planted import FEATURE, save_planted
 from tiny_run import write_text
 
 from sae_lightning.analysis import subject as subjects
+from sae_lightning.analysis.annotate import MOST, TextTask, annotate, in_sequences
 from sae_lightning.analysis.survey.kept import identity, kept
 from sae_lightning.analysis.survey.survey import survey
-from sae_lightning.analysis.text import MOST, TextTask, annotate, in_sequences
 from sae_lightning.errors import UserError
 from sae_lightning.llm.capture import capture
 from sae_lightning.llm.load import LLMConfig

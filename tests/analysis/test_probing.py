@@ -18,8 +18,8 @@ from sae_lightning.analysis.probing.linear import (
     auroc_of_units,
     outcome,
 )
+from sae_lightning.analysis.probing.probe_sections import sections, verdict
 from sae_lightning.analysis.probing.probes import Pooled, Score, compare, probe
-from sae_lightning.analysis.probing.sections import sections, verdict
 from sae_lightning.llm.capture import capture
 
 CLASSES, PIECES, CONTEXT = 3, 120, 12

@@ -18,13 +18,13 @@ from sae_lightning.analysis.theory.claims import (
     spread,
     theory,
 )
-from sae_lightning.analysis.theory.concepts import CONCEPTS, members
 from sae_lightning.analysis.theory.dense import compare_dense
 from sae_lightning.analysis.theory.detection import Detector
 from sae_lightning.analysis.theory.moments import Moments
 from sae_lightning.analysis.theory.one_concept import Detected, compare_units
 from sae_lightning.analysis.theory.overlap import cosines, overlap
-from sae_lightning.analysis.theory.sections import sections
+from sae_lightning.analysis.theory.theory_sections import sections
+from sae_lightning.analysis.theory.token_concepts import CONCEPTS, members
 from sae_lightning.llm.sites import Kind, Site, Sites
 from sae_lightning.llm.vocabulary import special_ids, vocabulary
 from sae_lightning.sae import ARCHITECTURES, build

@@ -183,7 +183,7 @@ def test_a_special_token_without_a_row_names_its_setting(larger):
 
 
 def test_what_the_tokenizer_lacks_is_told_before_weights_are_read(larger, monkeypatch, tmp_path):
-    monkeypatch.setattr("sae_lightning.stream.text.load", None)
+    monkeypatch.setattr("sae_lightning.stream.text_source.load", None)
     (tmp_path / "text").mkdir()
     for name, words in (("train", "the x15y fox"), ("other", "the quick fox")):
         (tmp_path / "text" / f"{name}.txt").write_text(words * 30)

@@ -11,10 +11,10 @@ from small_text import STYLES, story
 
 from sae_lightning.llm.sites import Kind, Site
 from sae_lightning.stream.ahead import Ahead
-from sae_lightning.stream.base import Rows
 from sae_lightning.stream.documents import Text
 from sae_lightning.stream.live import LiveStream
 from sae_lightning.stream.rows import LLMRows
+from sae_lightning.stream.source import Rows
 from sae_lightning.stream.tokens import open_tokens
 
 SITES = [Site(0, Kind.mlp), Site(1, Kind.resid)]

@@ -10,10 +10,10 @@ from datasets import Dataset, DatasetDict
 
 from sae_lightning.errors import UserError
 from sae_lightning.stream import open_text
-from sae_lightning.stream.base import TextConfig
 from sae_lightning.stream.hub import HubConfig
 from sae_lightning.stream.local import LocalConfig
 from sae_lightning.stream.plays import PlaysConfig
+from sae_lightning.stream.source import TextConfig
 
 DOCUMENTS = [f"document {i}" for i in range(40)]
 needs_plays = pytest.mark.skipif(

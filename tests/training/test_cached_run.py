@@ -13,7 +13,8 @@ from sae_lightning.formats.export import WEIGHTS
 from sae_lightning.llm.sites import LayerConfig
 from sae_lightning.runs import checks, passes, run
 from sae_lightning.runs.jobs import read_job
-from sae_lightning.stream import cache, rows, text
+from sae_lightning.stream import cache, rows
+from sae_lightning.stream import text_source as text
 from sae_lightning.training.settings import EvalConfig
 
 

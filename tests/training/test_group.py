@@ -28,7 +28,8 @@ from sae_lightning.sae.matryoshka import MatryoshkaConfig, MatryoshkaLoss
 from sae_lightning.sae.objective import AuxKLoss
 from sae_lightning.sae.relu import DenseConfig, DenseLoss, ReLULoss
 from sae_lightning.sae.topk import TopKConfig
-from sae_lightning.stream import held_out, rows, text
+from sae_lightning.stream import held_out, rows
+from sae_lightning.stream import text_source as text
 from sae_lightning.training import checkpoints
 from sae_lightning.training.settings import CallbacksConfig, OptimConfig, Precision
 

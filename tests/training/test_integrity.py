@@ -84,7 +84,9 @@ def refused(folder: Path) -> str:
     """The one line with which a run is not resumed, once nothing was seen to be touched."""
     before = files(folder)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError) as error:
-        patch.setattr("sae_lightning.stream.text.load", lambda *_: pytest.fail("loads an LLM"))
+        patch.setattr(
+            "sae_lightning.stream.text_source.load", lambda *_: pytest.fail("loads an LLM")
+        )
         resume(read_job(folder))
     assert files(folder) == before
     assert "\n" not in str(error.value)

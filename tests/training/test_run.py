@@ -26,7 +26,7 @@ from sae_lightning.runs import folders, passes, run
 from sae_lightning.runs.jobs import read_job
 from sae_lightning.sae import SAE, SAEConfig
 from sae_lightning.sae.relu import ReLULoss
-from sae_lightning.stream import text
+from sae_lightning.stream import text_source as text
 from sae_lightning.training.settings import (
     CallbacksConfig,
     EvalConfig,

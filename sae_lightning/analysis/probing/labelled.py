@@ -17,10 +17,10 @@ from sae_lightning.analysis.probing.pieces import FOLDS, Piece, document_pieces,
 from sae_lightning.errors import UserError
 from sae_lightning.llm.quiet import quiet
 from sae_lightning.llm.vocabulary import bos_id, check_ids, separator_id
-from sae_lightning.stream.base import DataConfig, TextConfig
 from sae_lightning.stream.flat import encode
 from sae_lightning.stream.packing import Packing, Sequences
 from sae_lightning.stream.plays import PlaysConfig
+from sae_lightning.stream.source import DataConfig, TextConfig
 from sae_lightning.terminal import phase
 
 LEAST = 2  # pieces of a class in a fold

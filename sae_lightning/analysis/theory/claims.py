@@ -13,12 +13,12 @@ from torch.nn.functional import normalize
 
 from sae_lightning.analysis.collect import Batch
 from sae_lightning.analysis.subject import Subject
-from sae_lightning.analysis.theory.concepts import CONCEPTS, members
 from sae_lightning.analysis.theory.dense import compare_dense
 from sae_lightning.analysis.theory.detection import FeatureCounts, NeuronCounts
 from sae_lightning.analysis.theory.moments import Moments
 from sae_lightning.analysis.theory.one_concept import compare_units, detect_concepts
 from sae_lightning.analysis.theory.overlap import Cosines, overlap
+from sae_lightning.analysis.theory.token_concepts import CONCEPTS, members
 from sae_lightning.llm.vocabulary import special_ids, vocabulary
 from sae_lightning.sae.matrix import SparseMatrix
 from sae_lightning.sae.sparse import Pattern

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Generator
 
-from sae_lightning.analysis.theory.concepts import CONCEPTS
 from sae_lightning.analysis.theory.detection import Counts, Detector, detect
+from sae_lightning.analysis.theory.token_concepts import CONCEPTS
 from sae_lightning.report.figures import COLOURS, GREY, figure
 from sae_lightning.report.section import Section, Table
 

@@ -25,7 +25,7 @@ import lightning as L
 
 from sae_lightning.training.callbacks.checkpoint import Checkpoint
 from sae_lightning.training.callbacks.curves import Curves
-from sae_lightning.training.callbacks.evaluate import Evaluate
+from sae_lightning.training.callbacks.evaluation import Evaluate
 from sae_lightning.training.callbacks.normalize import Normalize
 from sae_lightning.training.callbacks.progress import ProgressBar
 from sae_lightning.training.callbacks.resample import Resample

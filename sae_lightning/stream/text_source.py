@@ -25,9 +25,9 @@ from sae_lightning.llm.quiet import quiet
 from sae_lightning.llm.sites import LayerConfig, Site, Sites, module_paths
 from sae_lightning.llm.splice import HEAD, Baseline, Scores
 from sae_lightning.llm.vocabulary import bos_id
-from sae_lightning.stream.base import Memory, Opened, Source, TextConfig
 from sae_lightning.stream.documents import Text
 from sae_lightning.stream.held_out import HeldOut
+from sae_lightning.stream.source import Memory, Opened, Source, TextConfig
 from sae_lightning.stream.sources import cache_folder, open_rows
 from sae_lightning.stream.states import expect, expect_rows, expect_stream
 from sae_lightning.stream.tokens import Tokens, open_tokens

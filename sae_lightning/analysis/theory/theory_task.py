@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from sae_lightning.analysis.collect import collect, excerpt
 from sae_lightning.analysis.task import Task, at_least
 from sae_lightning.analysis.theory.claims import TheoryReducers, theory
-from sae_lightning.analysis.theory.sections import sections
+from sae_lightning.analysis.theory.theory_sections import sections
 
 
 @dataclass(slots=True, kw_only=True)

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from sae_lightning.analysis.collect import Batch, collect
 from sae_lightning.analysis.subject import Subject
+from sae_lightning.analysis.survey.features_task import FeaturesTask
 from sae_lightning.analysis.survey.kept import kept
-from sae_lightning.analysis.survey.task import FeaturesTask
 from sae_lightning.analysis.task import at_least, results
 from sae_lightning.errors import UserError
 from sae_lightning.files import read_text

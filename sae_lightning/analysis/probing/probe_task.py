@@ -4,8 +4,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from sae_lightning.analysis.probing.labelled import labelled
+from sae_lightning.analysis.probing.probe_sections import sections
 from sae_lightning.analysis.probing.probes import Probes, probe
-from sae_lightning.analysis.probing.sections import sections
 from sae_lightning.analysis.subject import Subject
 from sae_lightning.analysis.task import Task, at_least
 from sae_lightning.errors import UserError
