@@ -4,13 +4,12 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from sae_lightning.analysis import evaluate
-from sae_lightning.analysis.probing import sections as probe_sections
+from sae_lightning.analysis.probing import probe_sections
 from sae_lightning.analysis.probing.probe_task import probed
 from sae_lightning.analysis.survey.features_task import SHOWN, FeaturesTask
 from sae_lightning.analysis.survey.survey import most_telling
 from sae_lightning.analysis.survey.survey import section as survey_section
-from sae_lightning.analysis.theory import claims
-from sae_lightning.analysis.theory import sections as theory_sections
+from sae_lightning.analysis.theory import claims, theory_sections
 from sae_lightning.report.printer import say, say_lead, say_units
 
 PROBED = 65_536  # tokens of labelled text, and fewer for a very large SAE: that many times
