@@ -38,7 +38,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def chain(error: BaseException | None, *, contexts: bool = True) -> list[BaseException]:
+def list_causes(error: BaseException | None, *, contexts: bool = True) -> list[BaseException]:
     """An error and what it came from, outermost first; without `contexts` only what was named with
     `raise ... from`."""
     links: list[BaseException] = []

@@ -21,67 +21,67 @@ from typing import Any
 
 from filelock import lock_descriptor
 
-from sae_lightning.errors import UserError, WriteError, chain
+from sae_lightning.errors import UserError, WriteError, list_causes
 
-LOCK = ".lock"
-AGAIN = "put that right and give the same command again"
+LOCK_FILE = ".lock"
+RETRY = "put that right and give the same command again"
 
 
-def _known(names: str) -> set[int]:
+def _error_numbers(names: str) -> set[int]:
     """Numbers of the system's errors, of which some are not known everywhere."""
     return {getattr(errno, name) for name in names.split() if hasattr(errno, name)}
 
 
 # What the system says to somebody who wants to write, and to one who may want to read.
-WRITING = _known("ENOSPC EDQUOT EFBIG EROFS EEXIST")
-REFUSALS = WRITING | _known(
+WRITE_ERRORS = _error_numbers("ENOSPC EDQUOT EFBIG EROFS EEXIST")
+SYSTEM_ERRORS = WRITE_ERRORS | _error_numbers(
     "EIO ESTALE EBUSY ENAMETOOLONG ELOOP EISDIR EACCES EPERM ENOTDIR ENOTCONN"
 )
 # Windows has neither. A pipe in a lock's place would wait for a reader.
-NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)
+NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+LOCKS_UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)
 
 
 @contextmanager
-def atomically(path: Path) -> Iterator[Path]:
+def write_atomically(path: Path) -> Iterator[Path]:
     """Yield a temporary path for `path`; put it in place, complete, when the block ends.
 
     A reader, or a run killed at any moment, sees the old file or the new one. A link in its place
     is replaced and not followed. WriteError: the system refused.
     """
-    with writing(path):
+    with convert_write_errors(path):
         path.parent.mkdir(exist_ok=True)
-        with private_folder(path) as folder:
+        with make_private_folder(path) as folder:
             temporary = folder / path.name
             yield temporary
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
             # safetensors makes files that only their owner can read; a colleague may want to
-            os.chmod(temporary, 0o666 & ~_umask())
+            os.chmod(temporary, 0o666 & ~_read_umask())
             os.replace(temporary, path)
 
 
 @contextmanager
-def private_folder(path: Path) -> Iterator[Path]:
+def make_private_folder(path: Path) -> Iterator[Path]:
     """A folder for what is being written to `path`, beside it; gone when the block ends."""
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     try:
-        with lock(folder / LOCK):
+        with hold_lock(folder / LOCK_FILE):
             yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def clean(folder: Path) -> None:
+def remove_leftovers(folder: Path) -> None:
     """Remove from `folder` what killed writers left there and nobody holds any more."""
     for left in folder.glob(".*.tmp"):
         with suppress(OSError):
             if not stat.S_ISDIR(left.lstat().st_mode):  # of version 0.1.0
                 left.unlink()
-            elif not (left / LOCK).exists():  # killed before it could lock it: empty
+            elif not (left / LOCK_FILE).exists():  # killed before it could lock it: empty
                 left.rmdir()
             else:
-                with lock(left / LOCK) as guarded:
+                with hold_lock(left / LOCK_FILE) as guarded:
                     if guarded:
                         shutil.rmtree(left)
 
@@ -96,16 +96,16 @@ def refuse_link(folder: Path) -> None:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def convert_write_errors(path: Path) -> Iterator[None]:
     """Turn the system's refusal to write to `path`, however deep a library hides it, into a
     WriteError, and raise a Ctrl-C that a library hides as itself."""
     try:
         yield
     except BaseException as error:
-        for link in chain(error):
+        for link in list_causes(error):
             if link is not error and isinstance(link, WriteError | KeyboardInterrupt | SystemExit):
                 raise link from None
-        why = reason(error)
+        why = find_system_error(error)
         if why is None and not path.parent.is_dir():
             why = "its folder is gone; was it deleted or renamed?"
         if why is None or isinstance(error, UserError | KeyboardInterrupt | SystemExit):
@@ -115,35 +115,36 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def reason(error: BaseException | None) -> str | None:
+def find_system_error(error: BaseException | None) -> str | None:
     """The system's reason behind an error, whether passed on, quoted or hidden; None for a bug."""
-    for link in chain(error):
+    for link in list_causes(error):
         # safetensors quotes the number; torch hides the error in the context of its own
         quoted = re.search(r"\(os error (\d+)\)", str(link))
         number = int(quoted[1]) if quoted else getattr(link, "errno", None)
-        if number in REFUSALS:
-            return _meaning(number)
+        if number in SYSTEM_ERRORS:
+            return _describe_errno(number)
     return None
 
 
-def refusal(error: BaseException) -> str | None:
-    """One line about what the system refused, outside of `writing` too."""
+def describe_system_error(error: BaseException) -> str | None:
+    """One line about what the system refused, outside of `convert_write_errors` too."""
     if isinstance(error, WriteError):
-        return f"{error}; {AGAIN}"
-    if isinstance(error, OSError) and error.errno in REFUSALS:
-        what = "write" if error.errno in WRITING else "read or write"
+        return f"{error}; {RETRY}"
+    if isinstance(error, OSError) and error.errno in SYSTEM_ERRORS:
+        what = "write" if error.errno in WRITE_ERRORS else "read or write"
         where = f" {error.filename}" if error.filename else ""
-        return f"cannot {what}{where}: {_meaning(error.errno)}; choose another folder, or {AGAIN}"
+        why = _describe_errno(error.errno)
+        return f"cannot {what}{where}: {why}; choose another folder, or {RETRY}"
     return None
 
 
-def _meaning(number: int) -> str:
+def _describe_errno(number: int) -> str:
     if number == errno.ELOOP:
         return "a link is in its place, which is not followed"
     return os.strerror(number)
 
 
-def _umask() -> int:
+def _read_umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
@@ -151,26 +152,26 @@ def _umask() -> int:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write `content` to `path` atomically, indented for people."""
-    text = json.dumps(jsonable(content), indent=2, allow_nan=False)
-    with atomically(path) as temporary:
+    text = json.dumps(make_jsonable(content), indent=2, allow_nan=False)
+    with write_atomically(path) as temporary:
         temporary.write_text(f"{text}\n", encoding="utf8")
 
 
-def jsonable(value: Any) -> Any:
+def make_jsonable(value: Any) -> Any:
     """`value` with tuples as lists, named ones as objects; NaN and infinity, which JSON has not,
     as null."""
     if hasattr(value, "_asdict"):
         value = value._asdict()
     if isinstance(value, dict):
-        return {str(key): jsonable(inner) for key, inner in value.items()}
+        return {str(key): make_jsonable(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [jsonable(inner) for inner in value]
+        return [make_jsonable(inner) for inner in value]
     if isinstance(value, Enum):
         return value.name
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def read_text(path: Path) -> str:
+def read_regular_file(path: Path) -> str:
     """The text of a file that may be a stranger's. OSError: it is a pipe or a device, which might
     never end, or it cannot be read. ValueError: it is no UTF-8."""
     if path.exists() and not path.is_file():
@@ -178,7 +179,7 @@ def read_text(path: Path) -> str:
     return path.read_text("utf8")
 
 
-def free_space(folder: Path) -> int:
+def read_free_space(folder: Path) -> int:
     """Bytes free on the disk that holds `folder` or its nearest existing parent."""
     folder = folder.absolute()
     while not folder.exists():
@@ -187,40 +188,40 @@ def free_space(folder: Path) -> int:
 
 
 @contextmanager
-def lock(path: Path) -> Iterator[bool]:
+def hold_lock(path: Path) -> Iterator[bool]:
     """Keep everybody else, in this process or another, out of a block with the same `path`. Yields
     False where the file system has no locks, so that nobody is kept out.
 
     The system lifts the lock if the process dies; the file is removed when the block ends.
     BlockingIOError: it is held by somebody else. OSError: the file cannot be made, or is a link.
     """
-    file = os.open(path, os.O_RDWR | os.O_CREAT | NO_LINK, 0o666)
+    file = os.open(path, os.O_RDWR | os.O_CREAT | NO_FOLLOW, 0o666)
     try:
-        guarded = _lock(file)
-        if not _is(path, file):  # its holder has just removed it
+        guarded = _try_lock(file)
+        if not _is_same_file(path, file):  # its holder has just removed it
             raise BlockingIOError(f"{path} is locked")
         try:
             yield guarded
         finally:
             with suppress(OSError):  # Windows keeps a file that is open
-                if _is(path, file):  # and not that of another folder under the same name
+                if _is_same_file(path, file):  # and not that of another folder under the same name
                     path.unlink()
     finally:
         os.close(file)
 
 
-def _lock(file: int) -> bool:
+def _try_lock(file: int) -> bool:
     try:
         if lock_descriptor(file, blocking=False):
             return True
     except OSError as error:
-        if error.errno in NO_LOCKS:
+        if error.errno in LOCKS_UNSUPPORTED:
             return False
         raise
     raise BlockingIOError("locked by somebody else")
 
 
-def _is(path: Path, file: int) -> bool:
+def _is_same_file(path: Path, file: int) -> bool:
     """Whether `path` is the file that is open as `file`."""
     try:
         return os.path.samestat(path.lstat(), os.fstat(file))

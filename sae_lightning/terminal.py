@@ -27,31 +27,33 @@ from rich.table import Table
 from rich.text import Text
 
 # Characters that are neither controls nor spaces and still leave no mark: first and last.
-BLANK = ("\u034f\u034f", "\u115f\u1160", "\u17b4\u17b5", "\u180b\u180f", "\u2800\u2800")
-BLANK += ("\u3164\u3164", "\ufe00\ufe0f", "\uffa0\uffa0", "\U000e0100\U000e01ef")
+INVISIBLE_RANGES = ("\u034f\u034f", "\u115f\u1160", "\u17b4\u17b5", "\u180b\u180f", "\u2800\u2800")
+INVISIBLE_RANGES += ("\u3164\u3164", "\ufe00\ufe0f", "\uffa0\uffa0", "\U000e0100\U000e01ef")
 LEFT_TO_RIGHT = "\u200e"  # a mark without width, beside which nothing is turned round
 
 
-class _Symbols(dict):
+class _VisibleSymbols(dict):
     """Code of a character -> what is shown: <U+202E>, or a symbol, for one that cannot be seen,
     moves the cursor or turns the order of others round."""
 
     def __missing__(self, code: int) -> str:
         character = chr(code)
         seen = character.isprintable() or unicodedata.category(character) == "Zs"
-        blank = any(first <= character <= last for first, last in BLANK)
+        blank = any(first <= character <= last for first, last in INVISIBLE_RANGES)
         self[code] = character if seen and not blank else f"<U+{code:04X}>"
         return self[code]
 
 
-SYMBOLS = _Symbols({code: chr(0x2400 + code) for code in range(32)})
-SYMBOLS |= {ord("\n"): "↵", ord("\t"): "⇥", 0x7F: "␡"}
-PRINTED = _Symbols(SYMBOLS | {ord(each): each for each in ("\n", LEFT_TO_RIGHT)})
+SYMBOLS_ONE_LINE = _VisibleSymbols({code: chr(0x2400 + code) for code in range(32)})
+SYMBOLS_ONE_LINE |= {ord("\n"): "↵", ord("\t"): "⇥", 0x7F: "␡"}
+SYMBOLS_MULTILINE = _VisibleSymbols(
+    SYMBOLS_ONE_LINE | {ord(each): each for each in ("\n", LEFT_TO_RIGHT)}
+)
 
 
-def visible(text: str) -> str:
+def make_visible(text: str) -> str:
     """The text on one line, with symbols for what cannot be seen, such as ␛ and <U+202E>."""
-    return text if text.isascii() and text.isprintable() else text.translate(SYMBOLS)
+    return text if text.isascii() and text.isprintable() else text.translate(SYMBOLS_ONE_LINE)
 
 
 class Terminal(Console):
@@ -63,7 +65,7 @@ class Terminal(Console):
     ) -> Iterable[Segment]:
         for segment in super().render(renderable, options):
             text, style, control = segment
-            yield segment if control else Segment(text.translate(PRINTED), style)
+            yield segment if control else Segment(text.translate(SYMBOLS_MULTILINE), style)
 
     def on_broken_pipe(self) -> None:
         """Say so, where that is still read, and write to nowhere from now on (rich would exit)."""
@@ -81,7 +83,7 @@ _live: list[Progress] = []
 
 
 @contextmanager
-def display(bar: Progress) -> Iterator[Progress]:
+def show_live(bar: Progress) -> Iterator[Progress]:
     """Make `bar` the live display; phases inside it become lines of it."""
     with bar:
         _live.append(bar)
@@ -97,7 +99,7 @@ def phase(description: str, total: int | None = None) -> Iterator[Callable[[int]
 
     Without a terminal (a batch job's log) it prints one line with the seconds taken.
     """
-    started, description = time.monotonic(), visible(description)
+    started, description = time.monotonic(), make_visible(description)
     alone = Progress(
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
@@ -107,7 +109,7 @@ def phase(description: str, total: int | None = None) -> Iterator[Callable[[int]
         transient=True,
         disable=not console.is_terminal,
     )
-    with nullcontext(_live[-1]) if _live else display(alone) as bar:
+    with nullcontext(_live[-1]) if _live else show_live(alone) as bar:
         task = bar.add_task(description, total=total)
         try:
             yield lambda n=1: bar.advance(task, n)
@@ -117,28 +119,29 @@ def phase(description: str, total: int | None = None) -> Iterator[Callable[[int]
         console.print(f"{description}: done in {time.monotonic() - started:.0f} s")
 
 
-def grid(rows: dict[str, str], title: str | None = None) -> Table:
+def make_grid(rows: dict[str, str], title: str | None = None) -> Table:
     """A table of names and values without lines."""
     table = Table(title=title, title_justify="left", show_header=False, box=None)
     for name, value in rows.items():
-        table.add_row(visible(name), Text(visible(value)))
+        table.add_row(make_visible(name), Text(make_visible(value)))
     return table
 
 
-def shown(folder: Path) -> Path:
+def shorten_path(folder: Path) -> Path:
     """`folder` for people to read: relative, if it is below the working folder, and visible."""
     folder, here = folder.absolute(), Path.cwd()
-    return Path(visible(str(folder.relative_to(here) if folder.is_relative_to(here) else folder)))
+    path = folder.relative_to(here) if folder.is_relative_to(here) else folder
+    return Path(make_visible(str(path)))
 
 
-def command(program: str, **settings: object) -> str:
+def format_command(program: str, **settings: object) -> str:
     """A command line to paste: python `program` setting=value ..."""
-    return visible(shlex.join(["python", program, *(f"{k}={v}" for k, v in settings.items())]))
+    return make_visible(shlex.join(["python", program, *(f"{k}={v}" for k, v in settings.items())]))
 
 
-def tensorboard(folder: Path) -> str:
+def format_tensorboard_command(folder: Path) -> str:
     """The command line that shows the curves in `folder` and below it."""
-    return shlex.join(["tensorboard", "--logdir", str(shown(folder))])
+    return shlex.join(["tensorboard", "--logdir", str(shorten_path(folder))])
 
 
 def quote_setting(name: str, value: object) -> str:

@@ -21,13 +21,13 @@ from safetensors.torch import save_file
 from sae_lightning import files
 from sae_lightning.errors import UserError, WriteError
 from sae_lightning.files import (
-    REFUSALS,
-    atomically,
-    clean,
-    free_space,
-    lock,
-    refusal,
+    SYSTEM_ERRORS,
+    describe_system_error,
+    hold_lock,
+    read_free_space,
     refuse_link,
+    remove_leftovers,
+    write_atomically,
     write_json,
 )
 
@@ -35,7 +35,7 @@ from sae_lightning.files import (
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), KeyboardInterrupt()])
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, error):
     (tmp_path / "file").write_text("old")
-    with pytest.raises(type(error)), atomically(tmp_path / "file") as temporary:
+    with pytest.raises(type(error)), write_atomically(tmp_path / "file") as temporary:
         temporary.write_text("half of the n")
         raise error
     assert (tmp_path / "file").read_text() == "old"
@@ -46,7 +46,7 @@ def test_a_reader_sees_the_old_file_until_the_new_one_is_complete(tmp_path):
     path = tmp_path / "folder" / "file"  # made on the way
     for text in ("old", "new"):
         before = path.read_text() if path.exists() else None
-        with atomically(path) as temporary:
+        with write_atomically(path) as temporary:
             temporary.write_text(text)
             assert (path.read_text() if path.exists() else None) == before
         assert path.read_text() == text
@@ -65,24 +65,25 @@ def quoted(error):
 
 
 @pytest.mark.parametrize("passed_on", [lambda error: error, hidden, quoted])
-@pytest.mark.parametrize("number", sorted(REFUSALS))
+@pytest.mark.parametrize("number", sorted(SYSTEM_ERRORS))
 def test_what_the_system_refuses_is_told_in_one_line_and_harms_nothing(tmp_path, number, passed_on):
     (tmp_path / "file").write_text("old")
-    with pytest.raises(WriteError) as raised, atomically(tmp_path / "file") as temporary:
+    with pytest.raises(WriteError) as raised, write_atomically(tmp_path / "file") as temporary:
         temporary.write_text("half")
         raise passed_on(OSError(number, os.strerror(number)))
     why = os.strerror(number) if number != errno.ELOOP else "a link is in its place, .*"
     line = f"cannot write to {tmp_path}/file: {why}; what was there before is unharmed"
     assert re.fullmatch(line, str(raised.value))
     assert (
-        refusal(raised.value) == f"{raised.value}; put that right and give the same command again"
+        describe_system_error(raised.value)
+        == f"{raised.value}; put that right and give the same command again"
     )
     assert (tmp_path / "file").read_text() == "old"
     assert os.listdir(tmp_path) == ["file"]
 
 
 def test_a_full_disk_a_quota_and_an_old_handle_are_among_what_is_told():
-    names = {errno.errorcode[number] for number in REFUSALS}
+    names = {errno.errorcode[number] for number in SYSTEM_ERRORS}
     assert {"ENOSPC", "EDQUOT", "EFBIG", "EIO", "ESTALE", "EBUSY", "ENAMETOOLONG"} <= names
     assert {"ELOOP", "EISDIR"} <= names
 
@@ -106,7 +107,7 @@ def test_every_library_that_writes_has_its_refusal_told(tmp_path, writer):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
     try:
-        with pytest.raises(WriteError) as raised, atomically(tmp_path / "file") as temporary:
+        with pytest.raises(WriteError) as raised, write_atomically(tmp_path / "file") as temporary:
             writer(temporary)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -120,7 +121,7 @@ def test_ctrl_c_inside_a_save_ends_it_though_torch_hides_it(tmp_path, end):
         def write(self, data):
             raise end
 
-    with pytest.raises(type(end)) as raised, atomically(tmp_path / "file"):
+    with pytest.raises(type(end)) as raised, write_atomically(tmp_path / "file"):
         torch.save({"x": torch.zeros(100_000)}, Interrupted())
     assert getattr(raised.value, "code", None) == getattr(end, "code", None)
     assert os.listdir(tmp_path) == []
@@ -139,13 +140,13 @@ def test_no_write_follows_a_link(tmp_path):
     victim.write_text("mine")
     for name in ("page.html", ".page.html.tmp", ".page.html.tmp~"):
         (folder / name).symlink_to(victim)
-    with atomically(folder / "page.html") as temporary:
+    with write_atomically(folder / "page.html") as temporary:
         assert temporary.parent.stat().st_mode & 0o777 == 0o700, "nobody can plant a link there"
         assert re.fullmatch(r"\.page\.html\..{8}\.tmp", temporary.parent.name)
         temporary.write_text("new")
     assert (folder / "page.html").read_text() == "new"
     assert not (folder / "page.html").is_symlink()
-    clean(folder)
+    remove_leftovers(folder)
     assert sorted(os.listdir(folder)) == [".page.html.tmp~", "page.html"]
     assert victim.read_text() == "mine"
 
@@ -163,12 +164,12 @@ def test_a_lock_empties_nothing_and_follows_no_link(tmp_path, kind):
     victim.write_text("mine")
     if kind == "link":
         path.symlink_to(victim)
-        with pytest.raises(OSError) as raised, lock(path):
+        with pytest.raises(OSError) as raised, hold_lock(path):
             pass
         assert raised.value.errno == errno.ELOOP
     else:
         path.write_text("mine") if kind == "file" else os.link(victim, path)
-        with lock(path):
+        with hold_lock(path):
             assert path.read_text() == "mine"
     assert victim.read_text() == "mine"
 
@@ -180,7 +181,7 @@ def test_a_lock_on_a_file_that_is_no_longer_there_guards_nothing(tmp_path, monke
         return True
 
     monkeypatch.setattr(files, "lock_descriptor", removed)
-    with pytest.raises(BlockingIOError), lock(tmp_path / "lock"):
+    with pytest.raises(BlockingIOError), hold_lock(tmp_path / "lock"):
         pass
     assert (tmp_path / "lock").read_text() == "another's"
 
@@ -188,10 +189,10 @@ def test_a_lock_on_a_file_that_is_no_longer_there_guards_nothing(tmp_path, monke
 def test_the_lock_of_another_folder_under_the_same_name_stays(tmp_path):
     run, moved = tmp_path / "run", tmp_path / "moved"
     run.mkdir()
-    with lock(run / "lock"):
+    with hold_lock(run / "lock"):
         run.rename(moved)
         run.mkdir()
-        other = lock(run / "lock")
+        other = hold_lock(run / "lock")
         other.__enter__()
     assert (run / "lock").exists()
     other.__exit__(None, None, None)
@@ -205,19 +206,19 @@ def test_without_locks_nobody_is_kept_out_and_nothing_is_taken_for_left_over(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(files, "lock_descriptor", refuse)
-    with lock(tmp_path / "lock") as guarded, lock(tmp_path / "lock"):
+    with hold_lock(tmp_path / "lock") as guarded, hold_lock(tmp_path / "lock"):
         assert guarded is False
-    with atomically(tmp_path / "file") as temporary:
+    with write_atomically(tmp_path / "file") as temporary:
         temporary.write_text("new")
-        clean(tmp_path)
+        remove_leftovers(tmp_path)
     assert (tmp_path / "file").read_text() == "new"
 
 
 def test_what_a_killed_writer_left_is_removed_and_what_is_being_written_stays(tmp_path):
     code = f"""
 from pathlib import Path
-from sae_lightning.files import atomically
-with atomically(Path({str(tmp_path / "file")!r})) as temporary:
+from sae_lightning.files import write_atomically
+with write_atomically(Path({str(tmp_path / "file")!r})) as temporary:
     temporary.write_text("half")
     print("writing", flush=True)
     input()
@@ -226,12 +227,12 @@ with atomically(Path({str(tmp_path / "file")!r})) as temporary:
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     assert other.stdout.readline() == b"writing\n"
-    clean(tmp_path)
+    remove_leftovers(tmp_path)
     (left,) = tmp_path.iterdir()
     assert (left / "file").read_text() == "half"
     other.kill()
     other.communicate()
-    clean(tmp_path)
+    remove_leftovers(tmp_path)
     assert os.listdir(tmp_path) == []
 
 
@@ -254,7 +255,7 @@ Path({str(tmp_path / "end")!r}).touch()
 
 
 def test_free_space_is_that_of_the_nearest_folder_that_exists(tmp_path):
-    assert free_space(tmp_path / "not" / "yet") > 0
+    assert read_free_space(tmp_path / "not" / "yet") > 0
 
 
 def test_a_lock_is_held_by_one_and_lifted_with_its_owner(tmp_path):
@@ -271,28 +272,28 @@ input()
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     assert other.stdout.readline() == b"locked\n"
-    with pytest.raises(BlockingIOError), lock(path):
+    with pytest.raises(BlockingIOError), hold_lock(path):
         pass
     other.kill()
     other.communicate()
     assert path.exists()
-    with lock(path), pytest.raises(BlockingIOError), lock(path):
+    with hold_lock(path), pytest.raises(BlockingIOError), hold_lock(path):
         pass
     assert os.listdir(tmp_path) == []
 
 
 def test_a_lock_is_lifted_in_any_thread_and_when_it_is_forgotten(tmp_path):
-    held = lock(tmp_path / "lock")
+    held = hold_lock(tmp_path / "lock")
     held.__enter__()
-    with pytest.raises(BlockingIOError), lock(tmp_path / "lock"):
+    with pytest.raises(BlockingIOError), hold_lock(tmp_path / "lock"):
         pass
     thread = Thread(target=held.__exit__, args=(None, None, None))
     thread.start()
     thread.join()
-    forgotten = lock(tmp_path / "lock")
+    forgotten = hold_lock(tmp_path / "lock")
     forgotten.__enter__()
     del forgotten
-    with lock(tmp_path / "lock"):
+    with hold_lock(tmp_path / "lock"):
         pass
     assert os.listdir(tmp_path) == []
 

@@ -19,7 +19,7 @@ from sae_lightning.analysis.survey.features_task import FeaturesTask
 from sae_lightning.analysis.survey.kept import kept
 from sae_lightning.analysis.task import at_least, results
 from sae_lightning.errors import UserError
-from sae_lightning.files import read_text
+from sae_lightning.files import read_regular_file
 from sae_lightning.llm.vocabulary import bos_id, check_ids, separator_id, vocabulary
 from sae_lightning.report.annotated import LISTED, Annotated, Fired, Token
 from sae_lightning.report.printer import say
@@ -93,7 +93,7 @@ def read_file(name: str) -> str:
                 f"file={name}: more than {MOST:,} tokens; give a part of it, or look at all of it "
                 "with task=features data=text data.path=..."
             )
-        return read_text(path)
+        return read_regular_file(path)
     except UnicodeDecodeError as error:
         byte = f"byte 0x{error.object[error.start]:02x} at {error.start:,}"
         raise UserError(f"file={name}: is not UTF-8 ({byte}); give a text file") from error

@@ -23,7 +23,7 @@ from sae_lightning.stream import open_text
 from sae_lightning.stream.plays import PlaysConfig
 from sae_lightning.stream.source import DataConfig
 from sae_lightning.stream.tokens import Tokens, open_tokens
-from sae_lightning.terminal import shown
+from sae_lightning.terminal import shorten_path
 
 
 @dataclass(eq=False)
@@ -87,7 +87,7 @@ class Subject:
         return source(self.config.flat()) | {
             "SAE": self.sae.config.name,
             "features": f"{self.features:,}",
-            "folder": str(shown(self.folder)),
+            "folder": str(shorten_path(self.folder)),
         }
 
     def known(self, features: list[int]) -> list[int]:

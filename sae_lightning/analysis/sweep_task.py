@@ -9,7 +9,7 @@ from sae_lightning.errors import UserError
 from sae_lightning.report.sweep_report import write_report
 from sae_lightning.runs.folders import sweep_runs
 from sae_lightning.runs.jobs import CONFIG_FILE
-from sae_lightning.terminal import quote_setting, shown
+from sae_lightning.terminal import quote_setting, shorten_path
 
 
 @dataclass(slots=True, kw_only=True)
@@ -24,7 +24,7 @@ class SweepTask(Task):
                 "measured: leave it out"
             )
         if (folder / CONFIG_FILE).is_file():
-            above = quote_setting("run", shown(folder.absolute().parent))
+            above = quote_setting("run", shorten_path(folder.absolute().parent))
             raise UserError(
                 f"{self.run} holds one run, no sweep: leave out task=sweep to look at it, or give "
                 f"the folder above it for the report of all runs there ({above})"

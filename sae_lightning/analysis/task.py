@@ -13,7 +13,7 @@ from typing import Any
 
 from sae_lightning.analysis.subject import Subject, open_subject
 from sae_lightning.errors import UserError, check_finite
-from sae_lightning.files import clean, refuse_link, write_json
+from sae_lightning.files import refuse_link, remove_leftovers, write_json
 from sae_lightning.llm.load import LLMConfig
 from sae_lightning.llm.sites import LayerConfig
 from sae_lightning.report.annotated import Annotated
@@ -22,7 +22,7 @@ from sae_lightning.report.page import write_page
 from sae_lightning.report.printer import say
 from sae_lightning.report.section import Section
 from sae_lightning.stream.source import DataConfig
-from sae_lightning.terminal import command, console, shown
+from sae_lightning.terminal import console, format_command, shorten_path
 
 NEXT = ("lens", "steer", "explain")  # tasks for a feature that looks interesting
 
@@ -60,7 +60,7 @@ class Task:
                 f"{place} cannot be written to: copy {subject.folder} (its config.yaml and sae/ "
                 "will do) to where you can write, and give that folder as run=..."
             )
-        clean(results(subject))
+        remove_leftovers(results(subject))
         return subject
 
     def finish(
@@ -95,7 +95,8 @@ class Task:
         about = subject.name, subject.facts()
         write_page(target, *about, sections, catalogues, commands, files, own)
         console.print(
-            f"\n  open in a browser: {shown(target)}\n  the same numbers: {shown(numbers)}\n"
+            f"\n  open in a browser: {shorten_path(target)}\n"
+            f"  the same numbers: {shorten_path(numbers)}\n"
         )
 
 
@@ -106,11 +107,14 @@ def results(subject: Subject) -> Path:
 
 def following(folder: Path, feature: int | None) -> list[str]:
     """What to ask next of the SAE in `folder`, of one of its features if there is one."""
-    run = shown(folder)
+    run = shorten_path(folder)
     if feature is None:
-        return [command("analyze.py", run=run)]
-    own = command("analyze.py", run=run, task="text", text="There once was a cat")
-    return [*(command("analyze.py", run=run, task=task, feature=feature) for task in NEXT), own]
+        return [format_command("analyze.py", run=run)]
+    own = format_command("analyze.py", run=run, task="text", text="There once was a cat")
+    return [
+        *(format_command("analyze.py", run=run, task=task, feature=feature) for task in NEXT),
+        own,
+    ]
 
 
 def at_least(name: str, value: float | None, least: float) -> None:

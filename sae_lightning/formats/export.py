@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sae_lightning.errors import UserError
-from sae_lightning.files import atomically, write_json
+from sae_lightning.files import write_atomically, write_json
 from sae_lightning.formats.readers import (
     CFG,
     FORMATS,
@@ -63,7 +63,7 @@ def save_sae(folder: Path, sae: SAE, weights: dict[str, Tensor], metadata: dict[
     if "W_skip" in tensors:
         tensors["W_skip"] = tensors["W_skip"].T.contiguous()
     write_json(folder / CFG, cfg)
-    with atomically(folder / WEIGHTS) as temporary:
+    with write_atomically(folder / WEIGHTS) as temporary:
         save_file(tensors, temporary)
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sae_lightning.errors import UserError
-from sae_lightning.files import read_text
+from sae_lightning.files import read_regular_file
 from sae_lightning.formats.pickles import load_tensors
 from sae_lightning.sae import ARCHITECTURES
 from sae_lightning.stream.states import expect
@@ -76,7 +76,7 @@ class Stored(NamedTuple):
 
 
 def _json(file: Path) -> dict[str, Any]:
-    return _given(json.loads(read_text(file)))
+    return _given(json.loads(read_regular_file(file)))
 
 
 def _given(settings: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from sae_lightning.errors import UserError
-from sae_lightning.files import read_text
+from sae_lightning.files import read_regular_file
 from sae_lightning.llm.packaged import PACKAGED, Shape, cached, gguf_folder
 from sae_lightning.llm.pretrained import (
     read_config,
@@ -186,7 +186,7 @@ def hub_name(config: LLMConfig) -> str:
         return PACKAGED[config.name].hub
     folder = _folder(config.name)
     # written by transformers up to version 4
-    own = folder and json.loads(read_text(folder / "config.json")).get("_name_or_path")
+    own = folder and json.loads(read_regular_file(folder / "config.json")).get("_name_or_path")
     return own if own and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", own) else config.name
 
 

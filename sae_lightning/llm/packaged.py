@@ -11,7 +11,7 @@ import platformdirs
 from safetensors import SafetensorError
 
 from sae_lightning.errors import UserError
-from sae_lightning.files import clean, private_folder, reason
+from sae_lightning.files import find_system_error, make_private_folder, remove_leftovers
 from sae_lightning.llm.quiet import quiet
 from sae_lightning.terminal import phase
 
@@ -83,7 +83,7 @@ def cached(name: str) -> Path:
     source, package = gguf_folder(name), PACKAGED[name]
     version = importlib.metadata.version(package.distribution)
     cache = platformdirs.user_cache_path("sae_lightning") / f"{package.distribution}-{version}"
-    clean(cache.parent)
+    remove_leftovers(cache.parent)
     if not cache.is_dir():
         try:
             with phase("de-quantising the packaged LLM (once)"), quiet():
@@ -91,8 +91,8 @@ def cached(name: str) -> Path:
         except (OSError, SafetensorError) as error:
             raise UserError(
                 f"llm.name={name}: the de-quantised model cannot be written to {cache} "
-                f"({reason(error) or error}); free 600 MB there, or set XDG_CACHE_HOME to a folder "
-                "that has them"
+                f"({find_system_error(error) or error}); free 600 MB there, or set XDG_CACHE_HOME "
+                "to a folder that has them"
             ) from error
     for left in cache.parent.glob(f".{cache.name}-*"):  # what 0.1.0 left when it was killed
         shutil.rmtree(left, ignore_errors=True)
@@ -102,7 +102,7 @@ def cached(name: str) -> Path:
 def _fill(cache: Path, source: Path, file: str) -> None:
     """Write the de-quantised model of `source` to `cache`: all of it appears there, or nothing."""
     cache.parent.mkdir(parents=True, exist_ok=True)
-    with private_folder(cache) as folder:
+    with make_private_folder(cache) as folder:
         partial = folder / cache.name
         partial.mkdir()
         _save_dequantised(source, file, str(partial))

@@ -15,14 +15,14 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from sae_lightning.files import private_folder, writing
+from sae_lightning.files import convert_write_errors, make_private_folder
 
 DIGITS = 12  # of a folder's name
 
 
 def write_beside(page: Path, blocks: Mapping[str, str]) -> str:
     """Write blocks for `page`, and return the name of their folder."""
-    with writing(page), private_folder(page) as temporary:
+    with convert_write_errors(page), make_private_folder(page) as temporary:
         folder = temporary / "blocks"
         folder.mkdir()
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from sae_lightning.terminal import visible
+from sae_lightning.terminal import make_visible
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -128,7 +128,7 @@ def _short(label: str) -> str:
 
 def _escaped(text: str) -> str:
     """plotly takes its texts for HTML."""
-    return html.escape(visible(text), quote=False)
+    return html.escape(make_visible(text), quote=False)
 
 
 def _l0_axis(low: float, high: float) -> dict[str, Any]:

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sae_lightning.files import atomically
+from sae_lightning.files import write_atomically
 from sae_lightning.report.annotated import Annotated
 from sae_lightning.report.beside import remove_beside, write_beside
 from sae_lightning.report.catalogue import Catalogue
 from sae_lightning.report.page_data import PageData, page_data
 from sae_lightning.report.section import Section, Table, pieces, visible_token
-from sae_lightning.terminal import visible
+from sae_lightning.terminal import make_visible
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -39,7 +39,7 @@ def rendered(template: str, *, figures: bool, **values: object) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
         # names and metadata may be a stranger's
-        finalize=lambda value: visible(value) if type(value) is str else value,
+        finalize=lambda value: make_visible(value) if type(value) is str else value,
     )
     return environment.get_template(template).render(
         asset=lambda name: Markup((TEMPLATES / name).read_text("utf8")),
@@ -66,7 +66,7 @@ def write_page(
         units.index["beside"] = write_beside(path, units.blocks)
         units = units._replace(blocks={})
     text = page(title, facts, sections, catalogues, commands, files, own, units=units)
-    with atomically(path) as temporary:
+    with write_atomically(path) as temporary:
         temporary.write_text(text, encoding="utf8")
     remove_beside(path, kept=units and units.index.get("beside"))
 

@@ -9,7 +9,7 @@ import pyarrow.parquet
 import torch
 from torch import Tensor
 
-from sae_lightning.files import atomically
+from sae_lightning.files import write_atomically
 from sae_lightning.report.catalogue import BEFORE, Catalogue, Examples, rows
 
 GROUP = 8192  # units written at a time: bounds memory
@@ -24,7 +24,7 @@ def write_table(path: Path, catalogue: Catalogue, of: dict[str, str]) -> None:
     """
     words = pa.array(catalogue.vocabulary)
     note = {NOTE: json.dumps({"tokens": catalogue.statistics.tokens, "of": of})}
-    with atomically(path) as temporary, ExitStack() as files:
+    with write_atomically(path) as temporary, ExitStack() as files:
         writer = None
         for first in range(0, catalogue.units, GROUP):
             table = pa.table(_columns(catalogue, first, words), metadata=note)

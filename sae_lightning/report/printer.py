@@ -18,7 +18,7 @@ from rich.text import Text
 from sae_lightning.report import section as sections
 from sae_lightning.report.catalogue import BEFORE, Catalogue
 from sae_lightning.report.section import Coloured, Section, pieces, visible_token
-from sae_lightning.terminal import LEFT_TO_RIGHT, console, grid, visible
+from sae_lightning.terminal import LEFT_TO_RIGHT, console, make_grid, make_visible
 
 HEIGHTS = " ▁▂▃▄▅▆▇█"
 WIDTH = 100  # columns that are easily read
@@ -32,11 +32,11 @@ def say(section: Section) -> None:
     """Print a section; its figures are for the page only."""
     say_lead(section)
     if section.rows:
-        console.print(grid(section.rows))
+        console.print(make_grid(section.rows))
     if section.table:
         console.print(_table(section.table))
     for text in section.texts:
-        console.print(Text(visible(text.caption), "dim"))
+        console.print(Text(make_visible(text.caption), "dim"))
         for heights, line in _lines(text, section.strongest):
             if heights.strip():
                 console.print(Text(heights.rstrip(), "dark_orange"))
@@ -46,8 +46,8 @@ def say(section: Section) -> None:
 def say_lead(section: Section) -> None:
     """Print what a section says in words."""
     console.print()
-    console.print(Text(visible(section.title), "bold"))
-    console.print(visible(section.lead), soft_wrap=False, width=_columns())
+    console.print(Text(make_visible(section.title), "bold"))
+    console.print(make_visible(section.lead), soft_wrap=False, width=_columns())
 
 
 def say_units(catalogue: Catalogue, units: Sequence[int], examples: int = 3) -> None:
@@ -95,10 +95,10 @@ def _table(given: sections.Table) -> Table:
     for number, (heading, *cells) in enumerate(zip(given.header, *given.rows, strict=True)):
         is_text = number == 0 or max(map(cell_len, cells), default=0) > LONG
         table.add_column(
-            Text(visible(heading)), justify="left" if is_text else "right", overflow="fold"
+            Text(make_visible(heading)), justify="left" if is_text else "right", overflow="fold"
         )
     for row in given.rows:
-        tokens = (pieces(visible(cell)) for cell in row)
+        tokens = (pieces(make_visible(cell)) for cell in row)
         table.add_row(*(Quoted(each) if len(each) > 1 else Text(each[0]) for each in tokens))
     return table
 

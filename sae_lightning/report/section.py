@@ -4,7 +4,7 @@ import re
 import unicodedata
 from typing import TYPE_CHECKING, NamedTuple
 
-from sae_lightning.terminal import visible
+from sae_lightning.terminal import make_visible
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -13,10 +13,10 @@ BETWEEN = re.compile(r"(?<=['’]) (?=['‘])")  # tokens in quotes
 
 
 def visible_token(token: str) -> str:
-    """The token as it is shown, apart from its neighbours: `visible`, and an accent that belongs to
-    the token before on a circle of its own."""
+    """The token as it is shown, apart from its neighbours: `make_visible`, and an accent that
+    belongs to the token before on a circle of its own."""
     alone = unicodedata.category(token[:1] or " ").startswith("M")
-    return "◌" * alone + visible(token)
+    return "◌" * alone + make_visible(token)
 
 
 def pieces(cell: str) -> list[str]:

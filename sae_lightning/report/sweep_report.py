@@ -10,11 +10,18 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from sae_lightning.files import atomically, clean
+from sae_lightning.files import remove_leftovers, write_atomically
 from sae_lightning.report.figures import COLOURS, LABELLED, tradeoff
 from sae_lightning.report.page import rendered
 from sae_lightning.report.sweep_table import SweepRun, SweepTable, natural
-from sae_lightning.terminal import command, console, phase, shown, tensorboard, visible
+from sae_lightning.terminal import (
+    console,
+    format_command,
+    format_tensorboard_command,
+    make_visible,
+    phase,
+    shorten_path,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,14 +40,14 @@ def write_report(folder: Path, runs: list[SweepRun]) -> None:
     """Write the report of a sweep's runs into its folder, and print the table."""
     with phase("writing the report"):
         table = SweepTable(runs)
-        clean(folder)
-        with atomically(folder / CSV) as temporary:
+        remove_leftovers(folder)
+        with write_atomically(folder / CSV) as temporary:
             # for programs: to the last digit, and NaN told from what is missing
             frame = table.frame.mask(table.frame.map(lambda value: value != value), "nan")
             texts = frame.map(lambda value: isinstance(value, str))
             frame = frame.mask(texts, frame.map(for_spreadsheet)).rename(columns=for_spreadsheet)
             frame.to_csv(temporary, index=False, lineterminator="\n")
-        with atomically(folder / PAGE) as temporary:
+        with write_atomically(folder / PAGE) as temporary:
             temporary.write_text(_page(folder, table), encoding="utf8")
     _say(folder, table)
 
@@ -51,7 +58,7 @@ def for_spreadsheet(cell: object) -> object:
     if not isinstance(cell, str):
         return cell
     is_word, *_ = natural(cell)
-    return "'" * (is_word and cell.startswith(FORMULA)) + visible(cell)
+    return "'" * (is_word and cell.startswith(FORMULA)) + make_visible(cell)
 
 
 def _say(folder: Path, table: SweepTable) -> None:
@@ -66,21 +73,21 @@ def _say(folder: Path, table: SweepTable) -> None:
     frame = table.frame
     for name, status, reason in zip(table.names, frame.status, frame.reason, strict=True):
         if reason is not None:
-            console.print(visible(f"{status}: {name}: {reason}"))
+            console.print(make_visible(f"{status}: {name}: {reason}"))
     unfinished = table.count("unfinished")
     if unfinished:
         console.print(f"{unfinished} of {len(table.runs)} runs did not come to their end")
-    where = shown(folder)
+    where = shorten_path(folder)
     console.print(
         f"\n  open in a browser: {where / PAGE}\n  the same numbers: {where / CSV}\n"
-        f"  {tensorboard(folder)}\n"
+        f"  {format_tensorboard_command(folder)}\n"
     )
 
 
 def _drawn(table: SweepTable) -> Table:
     frame = table.frame
     words = {key: frame[key] for key in table.keys} or {"run": frame.folder}
-    columns = {heading: [*map(Text, map(visible, texts))] for heading, texts in words.items()}
+    columns = {heading: [*map(Text, map(make_visible, texts))] for heading, texts in words.items()}
     columns |= {column.heading: _cells(table, name) for name, column in table.columns.items()}
     # what is the same for all would only make lines longer
     title, trained = "sweep, on held-out data", frame.tokens.dropna().unique()
@@ -93,7 +100,7 @@ def _drawn(table: SweepTable) -> Table:
     drawn = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in columns:
         justify = "left" if heading in {*words, "status"} else "right"
-        drawn.add_column(Text(visible(heading)), justify=justify, no_wrap=True)
+        drawn.add_column(Text(make_visible(heading)), justify=justify, no_wrap=True)
     for row in zip(*columns.values(), strict=True):
         drawn.add_row(*row)
     return drawn
@@ -129,8 +136,8 @@ def _page(folder: Path, table: SweepTable) -> str:
         unplotted=int(table.finite.loc[table.is_finished, plotted].isna().any(axis=1).sum()),
         links=[_links(folder, run.folder) for run in table.runs],
         commands=[
-            tensorboard(folder),
-            command("analyze.py", task="sweep", run=shown(folder)),
+            format_tensorboard_command(folder),
+            format_command("analyze.py", task="sweep", run=shorten_path(folder)),
         ],
     )
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from sae_lightning.errors import UserError
-from sae_lightning.files import free_space
+from sae_lightning.files import read_free_space
 from sae_lightning.llm.load import check_sites, has_bf16
 from sae_lightning.llm.packaged import Shape
 from sae_lightning.llm.sites import Sites, distinct
@@ -132,7 +132,7 @@ def check_space(jobs: list[Checked]) -> None:
     """Raise a UserError if the disk has fewer bytes free than the checkpoints of all jobs need."""
     needed, folder = sum(checked.space for checked in jobs), jobs[0].job.folder
     folder = folder if len(jobs) == 1 else folder.parent
-    free = free_space(folder)
+    free = read_free_space(folder)
     if free < needed:
         raise UserError(
             f"no space left: checkpoints in {folder} need {needed / 1e9:.1f} GB, "

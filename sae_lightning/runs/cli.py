@@ -25,14 +25,14 @@ from omegaconf.errors import (
 )
 from yaml import MarkedYAMLError
 
-from sae_lightning.errors import UserError, chain, is_out_of_memory
-from sae_lightning.files import refusal
+from sae_lightning.errors import UserError, is_out_of_memory, list_causes
+from sae_lightning.files import describe_system_error
 from sae_lightning.runs.arguments import checked, known_tasks, with_swept_groups, with_text
 from sae_lightning.runs.config import conf_folder
 from sae_lightning.runs.words import translate
 from sae_lightning.sae import ARCHITECTURES
 from sae_lightning.stream import SOURCES
-from sae_lightning.terminal import visible
+from sae_lightning.terminal import make_visible
 
 DEBUG = "SAE_LIGHTNING_DEBUG"
 # What someone meant who wrote `layer=9`.
@@ -101,7 +101,7 @@ def _refuse_second_task() -> None:
 def error_text(message: str) -> str:
     """What is printed of an error: one line, or a line for each thing that is wrong in a sweep."""
     lines = message.split("\n  ") if message.startswith(SEVERAL) else [message]
-    return "error: " + "\n  ".join(map(visible, lines))
+    return "error: " + "\n  ".join(map(make_visible, lines))
 
 
 def say_error(message: str | None, name: str | None = None) -> None:
@@ -131,8 +131,8 @@ def remove_unused(folder: Path) -> None:
 
 def explain(error: BaseException, overrides: list[str]) -> str | None:
     """One line about an error that the user can put right; None for a bug."""
-    for link in chain(error, contexts=False):
-        if line := refusal(link):
+    for link in list_causes(error, contexts=False):
+        if line := describe_system_error(link):
             return line
         if isinstance(link, UserError):
             return str(link)
@@ -142,7 +142,7 @@ def explain(error: BaseException, overrides: list[str]) -> str | None:
             )
     if "group override must be a string" in str(error):
         return _number_for_group(overrides)
-    links = chain(error)
+    links = list_causes(error)
     for link in links:
         if isinstance(link, UserError):  # within a resolver: Hydra wraps it
             return str(link)

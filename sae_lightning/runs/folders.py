@@ -9,14 +9,14 @@ from typing import Any
 
 from sae_lightning.errors import UserError, WriteError
 from sae_lightning.files import (
-    LOCK,
-    atomically,
-    clean,
-    lock,
-    read_text,
+    LOCK_FILE,
+    convert_write_errors,
+    hold_lock,
+    read_regular_file,
     refuse_link,
+    remove_leftovers,
+    write_atomically,
     write_json,
-    writing,
 )
 from sae_lightning.report.sweep_table import SweepRun
 from sae_lightning.runs.jobs import (
@@ -68,14 +68,14 @@ def make_new(path: Path) -> Path:
 
 def begin(job: Job) -> None:
     """Write down the settings of a run, and forget that it failed before."""
-    with atomically(job.folder / CONFIG_FILE) as temporary:
+    with write_atomically(job.folder / CONFIG_FILE) as temporary:
         temporary.write_text(resolved_yaml(job), encoding="utf8")
     failure_path(job.folder).unlink(missing_ok=True)
 
 
 def forget(job: Job) -> bool:
     """Take away the settings of a new plain run that came to nothing; whether it did."""
-    left = {file.name for file in job.folder.glob("*")} <= {CONFIG_FILE, LOCK}
+    left = {file.name for file in job.folder.glob("*")} <= {CONFIG_FILE, LOCK_FILE}
     nothing = left and not (job.resumed or job.multirun)
     if nothing:
         (job.folder / CONFIG_FILE).unlink(missing_ok=True)
@@ -165,7 +165,7 @@ def _failure(folder: Path) -> dict | None:
 def _json(path: Path) -> Any:
     """The content of a file; None without one. UserError: it is not JSON."""
     try:
-        return json.loads(read_text(path))
+        return json.loads(read_regular_file(path))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
@@ -180,8 +180,8 @@ def claimed(folders: list[Path]) -> Iterator[None]:
     with ExitStack() as locks:
         for folder in folders:
             try:
-                with writing(folder / LOCK):
-                    if not locks.enter_context(lock(folder / LOCK)):
+                with convert_write_errors(folder / LOCK_FILE):
+                    if not locks.enter_context(hold_lock(folder / LOCK_FILE)):
                         unguarded.append(folder)
             except BlockingIOError:
                 raise UserError(
@@ -192,7 +192,7 @@ def claimed(folders: list[Path]) -> Iterator[None]:
             for place in [*ours, *([folder] if folder.parent in folders else [])]:
                 refuse_link(place)
             for place in (folder, *ours):
-                clean(place)
+                remove_leftovers(place)
         if unguarded:
             console.print(
                 f"the file system of {unguarded[0]} has no locks: nothing keeps another process "

@@ -22,7 +22,7 @@ from sae_lightning.runs.saved import OVERRIDES, read_settings
 from sae_lightning.sae import ARCHITECTURES
 from sae_lightning.stream import SOURCES
 from sae_lightning.stream.source import absolute
-from sae_lightning.terminal import command, quote_setting, shown, visible
+from sae_lightning.terminal import format_command, make_visible, quote_setting, shorten_path
 
 if TYPE_CHECKING:
     from sae_lightning.training.logging import HParams
@@ -58,7 +58,7 @@ class Job:
     def name(self) -> str:
         """What distinguishes this job in messages: in a sweep, what is swept."""
         typed = ",".join(self.overrides) or self.config.model.name
-        return visible(self.folder.name if self.sweep else typed)
+        return make_visible(self.folder.name if self.sweep else typed)
 
 
 def overrides_of(hydra: DictConfig) -> list[str]:
@@ -78,10 +78,10 @@ def resume_of(jobs: Sequence[Job]) -> str:
     """The command that continues jobs that train together: their sweep, or each that was named."""
     sweep = jobs[0].sweep
     folders = [sweep] if sweep else [job.folder for job in jobs]
-    names = [str(shown(folder)) for folder in folders]
+    names = [str(shorten_path(folder)) for folder in folders]
     if not sweep and len(jobs) == 1:
-        return command("train.py", resume=names[0], **jobs[0].trust)
-    resume = command("train.py", resume=in_sweep(names), **jobs[0].trust)
+        return format_command("train.py", resume=names[0], **jobs[0].trust)
+    resume = format_command("train.py", resume=in_sweep(names), **jobs[0].trust)
     return resume.replace("train.py", "train.py -m", 1)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from sae_lightning.errors import UserError, WriteError, is_out_of_memory
-from sae_lightning.files import clean
+from sae_lightning.files import remove_leftovers
 from sae_lightning.runs import checks, folders, memory
 from sae_lightning.runs.checks import Checked
 from sae_lightning.runs.cli import SEVERAL, explain, say_error
@@ -26,7 +26,7 @@ from sae_lightning.runs.heap import give_back_freed_memory
 from sae_lightning.runs.hparams import hparams
 from sae_lightning.runs.jobs import CONFIG_FILE, Job, read_job, resume_of
 from sae_lightning.runs.run import Pass, run
-from sae_lightning.terminal import console, visible
+from sae_lightning.terminal import console, make_visible
 
 Results = list[dict[str, float] | None]
 
@@ -100,15 +100,15 @@ def _over(job: Job) -> Results:
     if not job.resumed:
         return []
     if finished := folders.finished(job):
-        clean(job.folder)  # it may have been killed right after its last file
-        console.print(f"{visible(str(job.folder))} is finished")
+        remove_leftovers(job.folder)  # it may have been killed right after its last file
+        console.print(f"{make_visible(str(job.folder))} is finished")
         return [finished["held_out"]]
     failure = folders.failure(job.folder)
     if failure and failure["diverged"]:
         said = f"{job.folder} had failed: {failure['reason']}"
         if not job.multirun:
             raise UserError(said)
-        console.print(visible(said))
+        console.print(make_visible(said))
         return [None]
     return []
 
@@ -128,7 +128,7 @@ def plan(jobs: Iterable[Job]) -> list[Pass]:
         except UserError as error:
             wrong.append(str(error))
     if wrong:
-        raise UserError(SEVERAL * (len(wrong) > 1) + "\n  ".join(map(visible, wrong)))
+        raise UserError(SEVERAL * (len(wrong) > 1) + "\n  ".join(map(make_visible, wrong)))
     if together:
         checks.check_space([checked for group in together.values() for checked in group])
     return [part for group in together.values() for part in _split(group)]

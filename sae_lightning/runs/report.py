@@ -6,7 +6,13 @@ from pathlib import Path
 from sae_lightning.llm.sites import Sites
 from sae_lightning.runs.jobs import Job
 from sae_lightning.scoring import scorecard
-from sae_lightning.terminal import command, console, grid, shown, tensorboard
+from sae_lightning.terminal import (
+    console,
+    format_command,
+    format_tensorboard_command,
+    make_grid,
+    shorten_path,
+)
 from sae_lightning.training.head import Head
 from sae_lightning.training.module import SAEModule
 
@@ -29,11 +35,11 @@ def announce(
         + f"{'; '.join(kinds)}, {parameters / 1e6:.1f} M parameters, {trainer.precision.name}",
         "training": f"{trainer.steps * trainer.batch:,} tokens in {trainer.steps:,} updates of "
         f"{trainer.batch:,}",
-        "results": str(shown(jobs[0].folder if len(jobs) == 1 else jobs[0].folder.parent)),
+        "results": str(shorten_path(jobs[0].folder if len(jobs) == 1 else jobs[0].folder.parent)),
     }
     if steps_done:
         rows["resuming"] = f"after {steps_done * trainer.batch:,} tokens"
-    console.print(grid(rows))
+    console.print(make_grid(rows))
 
 
 def conclude(job: Job, metrics: dict) -> None:
@@ -45,12 +51,12 @@ def conclude(job: Job, metrics: dict) -> None:
     }
     if "tokens_per_second" in speed:
         lines["speed"] = speed_line(job, speed)
-    console.print(grid(lines, title=scorecard.title(metrics["held_out"])))
-    folder = shown(job.folder)
+    console.print(make_grid(lines, title=scorecard.title(metrics["held_out"])))
+    folder = shorten_path(job.folder)
     # the folder above, outputs/ or multirun/, so that earlier runs are there to compare with
     root = Path(folder.parts[0]) if folder.parts and not folder.is_absolute() else folder
-    analyze = command("analyze.py", run=folder, **job.trust)
-    console.print(f"\n  {tensorboard(root)}\n  {analyze}\n")
+    analyze = format_command("analyze.py", run=folder, **job.trust)
+    console.print(f"\n  {format_tensorboard_command(root)}\n  {analyze}\n")
 
 
 def speed_line(job: Job, speed: dict[str, float]) -> str:

@@ -13,7 +13,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from sae_lightning.errors import UserError
-from sae_lightning.files import read_text
+from sae_lightning.files import read_regular_file
 
 DEPTH = 20  # of groups and lists within one another; ours have 3
 OVERRIDES = "overrides"  # what was typed to get the run: text, which nobody resolves
@@ -22,7 +22,7 @@ OVERRIDES = "overrides"  # what was typed to get the run: text, which nobody res
 def read_settings(file: Path) -> Any:
     """The content of a run's `config.yaml`, in which nothing is left to resolve but `OVERRIDES`; a
     plain dict, which resolves nothing."""
-    text = read_text(file)
+    text = read_regular_file(file)
     for name, value in scalars(file, text):
         # of a link to a file of secrets, no more than this is quoted
         if name != OVERRIDES and (found := re.search(r"\$\{[^}]*\}*", value)):

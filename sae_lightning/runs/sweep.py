@@ -21,14 +21,20 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from yaml import YAMLError
 
 from sae_lightning.errors import UserError
-from sae_lightning.files import atomically, read_text
+from sae_lightning.files import read_regular_file, write_atomically
 from sae_lightning.report.sweep_report import write_report
 from sae_lightning.runs.arguments import check_swept, count
 from sae_lightning.runs.cli import DEBUG, error_text, explain, remove_unused
 from sae_lightning.runs.folders import make_new, sweep_runs
 from sae_lightning.runs.jobs import CONFIG_FILE, is_sweep, jobs, overrides_of
 from sae_lightning.runs.saved import scalars
-from sae_lightning.terminal import command, console, quote_setting, shown, visible
+from sae_lightning.terminal import (
+    console,
+    format_command,
+    make_visible,
+    quote_setting,
+    shorten_path,
+)
 
 RECORD = "multirun.yaml"  # what Hydra keeps of a sweep
 
@@ -88,7 +94,7 @@ class Sweep(Callback):
         self.record, self.kept = folder / RECORD, None
         self.runs = sorted(folder.glob(f"*/{CONFIG_FILE}"))
         with suppress(OSError, ValueError):
-            self.kept = read_text(self.record)
+            self.kept = read_regular_file(self.record)
             self._put_record_back()  # as a file of its own, whatever other name it had
         atexit.register(self._put_record_back)
 
@@ -101,7 +107,7 @@ class Sweep(Callback):
             self.record.unlink(missing_ok=True)
             remove_unused(folder)
         else:
-            with atomically(self.record) as temporary:
+            with write_atomically(self.record) as temporary:
                 temporary.write_text(self.kept, "utf8")
 
     def _look_at_record(self, loader: ConfigLoader) -> None:
@@ -118,7 +124,7 @@ class Sweep(Callback):
         except (ValueError, ArithmeticError, RecursionError, YAMLError, HydraException):
             return  # a record of something else, or damaged
         if missing > 0 and given:
-            place = quote_setting("hydra.sweep.dir", shown(self.record.parent))
+            place = quote_setting("hydra.sweep.dir", shorten_path(self.record.parent))
             console.print(
                 f"{known} of this sweep never began and are not resumed: give "
                 f"its own command again, with {place}"
@@ -138,8 +144,8 @@ class Sweep(Callback):
         try:
             write_report(folder, runs)
         except Exception as error:  # the runs are there, and what failed has to be told
-            again = command("analyze.py", task="sweep", run=shown(folder))
-            said = visible(f"the report could not be written ({error}); again: {again}")
+            again = format_command("analyze.py", task="sweep", run=shorten_path(folder))
+            said = make_visible(f"the report could not be written ({error}); again: {again}")
             sys.stderr.write(said + "\n")
         failed = sum(run.metrics is None for run in runs)
         if failed:

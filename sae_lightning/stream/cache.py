@@ -17,7 +17,14 @@ from typing import Any, NoReturn
 from safetensors import SafetensorError
 
 from sae_lightning.errors import UserError
-from sae_lightning.files import LOCK, clean, free_space, lock, reason, write_json
+from sae_lightning.files import (
+    LOCK_FILE,
+    find_system_error,
+    hold_lock,
+    read_free_space,
+    remove_leftovers,
+    write_json,
+)
 from sae_lightning.stream.rows import LLMRows
 from sae_lightning.stream.shards import DAMAGE, SUFFIX, Shard, write_shard
 from sae_lightning.stream.source import Rows, send
@@ -112,7 +119,7 @@ class CachedRows:
         self._known = self.live.state_dict()
         if self._may_write():
             with self._unless_full():
-                if free_space(self.folder) < RESERVE:
+                if read_free_space(self.folder) < RESERVE:
                     raise OSError(errno.ENOSPC, f"less than {_size(RESERVE)} are free")
                 self._draft = []
 
@@ -173,7 +180,7 @@ class CachedRows:
         self._list()
         if self._count(wanted) < wanted and self._may_write():
             needed = (wanted - self._count(wanted)) * self.row_bytes
-            free = free_space(self.folder)
+            free = read_free_space(self.folder)
             console.print(
                 f"the activation cache takes about {_size(needed)} in {self.folder}, "
                 f"{_size(free)} are free"
@@ -220,12 +227,12 @@ class CachedRows:
         self._writes = False
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if not self._lock.enter_context(lock(self.folder / LOCK)):
+            if not self._lock.enter_context(hold_lock(self.folder / LOCK_FILE)):
                 console.print(
                     f"the file system of {self.folder} has no locks: nothing keeps another process "
                     "from writing the same activation cache"
                 )
-            clean(self.folder)
+            remove_leftovers(self.folder)
         except BlockingIOError:
             console.print(
                 f"another process writes the activation cache in {self.folder}: this run "
@@ -259,7 +266,7 @@ class CachedRows:
         try:
             yield
         except (OSError, SafetensorError, UserError) as error:
-            why = getattr(error, "strerror", None) or reason(error) or error
+            why = getattr(error, "strerror", None) or find_system_error(error) or error
             console.print(
                 f"the activation cache in {self.folder} is not written any further ({why}); "
                 "training goes on"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from sae_lightning.errors import UserError
-from sae_lightning.files import NO_LOCKS, WRITING, clean
+from sae_lightning.files import LOCKS_UNSUPPORTED, WRITE_ERRORS, remove_leftovers
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -47,7 +47,7 @@ def copies() -> Path:
 
     folder = Path(HF_DATASETS_CACHE) / "sae_lightning"
     folder.mkdir(parents=True, exist_ok=True)
-    clean(folder)
+    remove_leftovers(folder)
     return folder
 
 
@@ -184,4 +184,4 @@ def _of_the_copy(error: OSError) -> bool:
 
     cache, named = Path(HF_DATASETS_CACHE), Path(str(error.filename))
     there = cache.is_relative_to(named) or named.is_relative_to(cache)
-    return error.errno in {*WRITING, *NO_LOCKS} or there
+    return error.errno in {*WRITE_ERRORS, *LOCKS_UNSUPPORTED} or there

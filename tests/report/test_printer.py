@@ -18,7 +18,7 @@ from sae_lightning.report.catalogue import (
 from sae_lightning.report.printer import say, say_units
 from sae_lightning.report.section import Coloured, Section, Table
 from sae_lightning.runs.cli import one_line_errors
-from sae_lightning.terminal import command, console, phase, shown
+from sae_lightning.terminal import console, format_command, phase, shorten_path
 
 WORDS = [" the", " cat", "\n", " 世界", "</b>"]
 
@@ -127,7 +127,7 @@ def test_nothing_of_a_stranger_moves_the_cursor_or_turns_a_line_round(capsys):
     say(Section(text, text, {text: text}, Table([text], [[text]]), [Coloured(text, [text], [1])]))
     with phase(text):
         pass
-    console.print(command("analyze.py", run=text), shown(Path(text)))
+    console.print(format_command("analyze.py", run=text), shorten_path(Path(text)))
     console.print(f"a name that nobody has looked at: {text}")
     out = capsys.readouterr().out
     assert all(each.isprintable() or each == "\n" for each in out)

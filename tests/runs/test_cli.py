@@ -641,7 +641,7 @@ def test_too_little_space_says_how_much_is_needed(tmp_path, smollm2, monkeypatch
     # checkpoint with the pool's 4 x 576 x 65 536 B = 151 MB; both twice, and the SAE twice:
     # 2 (1.39 + 151) + 0.93 = 305.7 MB
     free = {"bytes": 305_000_000}
-    monkeypatch.setattr(checks, "free_space", lambda folder: free["bytes"])
+    monkeypatch.setattr(checks, "read_free_space", lambda folder: free["bytes"])
     (checked,) = checks.check([a_job(tmp_path)])
     with pytest.raises(UserError) as error:
         checks.check_space([checked])

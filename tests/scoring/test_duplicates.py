@@ -9,7 +9,7 @@ import torch
 from torch import Generator, tensor
 from torch.nn.functional import normalize
 
-from sae_lightning.files import jsonable
+from sae_lightning.files import make_jsonable
 from sae_lightning.scoring import duplicates
 from sae_lightning.scoring.duplicates import copies, nearest_cosines
 
@@ -49,7 +49,7 @@ def test_copies_by_hand(rows, live, expected):
 
 def test_a_row_that_is_not_finite_is_told_and_no_feature_at_all_is_null_in_json():
     assert math.isnan(copies(torch.full((3, 2), math.nan), torch.ones(3)).nearest_cosine)
-    none = json.loads(json.dumps(jsonable(copies(EYE, torch.zeros(8)))))
+    none = json.loads(json.dumps(make_jsonable(copies(EYE, torch.zeros(8)))))
     assert none == {"duplicates": None, "nearest_cosine": None}
 
 

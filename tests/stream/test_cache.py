@@ -482,7 +482,7 @@ def test_the_space_is_estimated_told_and_refused_before_anything_is_written(
     assert f"the activation cache takes about {needed / 1e6:.1f} MB in {folder}, " in told
     empty = folder.with_name("empty")
     enough = needed + cache_module.RESERVE
-    monkeypatch.setattr(cache_module, "free_space", lambda folder: enough - 1)
+    monkeypatch.setattr(cache_module, "read_free_space", lambda folder: enough - 1)
     with pytest.raises(
         UserError, match="data.cache: no space for 0.1 MB in .* and 4.3 GB to spare .*cache=false"
     ):
@@ -502,7 +502,7 @@ def test_a_resumed_run_goes_on_where_a_new_one_would_be_refused(
     llm, folder, monkeypatch, capsys, served
 ):
     reference, stream = list(make(llm)), make(llm)
-    monkeypatch.setattr(cache_module, "free_space", lambda folder: 0)
+    monkeypatch.setattr(cache_module, "read_free_space", lambda folder: 0)
     resumed = make(llm, folder, resumed=True)
     if served:  # else it was killed before its first checkpoint
         next(iter(stream))
@@ -515,7 +515,7 @@ def test_a_resumed_run_goes_on_where_a_new_one_would_be_refused(
 def test_the_space_that_checkpoints_need_is_left_to_them(llm, folder, monkeypatch, capsys):
     reference = list(make(llm))
     free = [10**12] * 4 + [cache_module.RESERVE - 1] * 100
-    monkeypatch.setattr(cache_module, "free_space", lambda folder: free.pop(0))
+    monkeypatch.setattr(cache_module, "read_free_space", lambda folder: free.pop(0))
     assert_same(list(make(llm, folder)), reference)
     assert "any further (less than 4.3 GB are free); training" in capsys.readouterr().out
     assert len(shards(folder)) == 3, "of the four looks, the first was at the whole run"
@@ -561,7 +561,7 @@ def test_a_folder_that_cannot_be_written_to_is_read_or_refused(llm, folder, monk
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         yield
 
-    monkeypatch.setattr(cache_module, "lock", forbidden)
+    monkeypatch.setattr(cache_module, "hold_lock", forbidden)
     assert_same(list(make(llm, folder, total_batches=60)), reference)
     assert "cannot be written to (Permission denied); this run adds" in capsys.readouterr().out
     assert shards(folder) == before

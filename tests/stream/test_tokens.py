@@ -16,7 +16,7 @@ from datasets import Dataset, IterableDataset
 from small_text import BOS, SEPARATOR, STYLES, byte_tokenizer, story
 
 from sae_lightning.errors import UserError
-from sae_lightning.files import LOCK
+from sae_lightning.files import LOCK_FILE
 from sae_lightning.stream import open_text
 from sae_lightning.stream import tokens as tokens_module
 from sae_lightning.stream.documents import Text
@@ -320,7 +320,7 @@ def test_text_on_disk_is_tokenised_once_and_read_through_the_memory_map(tokenize
     folder, calls = Path(datasets.config.HF_DATASETS_CACHE) / "sae_lightning", []
     left = folder / ".tokens.abcdefgh.tmp"  # by a process that was killed
     left.mkdir(parents=True)
-    (left / LOCK).touch()
+    (left / LOCK_FILE).touch()
 
     class Counting:
         backend_tokenizer = tokenizer.backend_tokenizer

@@ -129,7 +129,7 @@ def test_a_cache_that_can_only_be_read_is_taken_if_there_is_anything_in_it(
 
 @pytest.mark.slow
 def test_a_run_that_a_sweep_or_a_user_takes_up_needs_no_space_for_its_cache(made, monkeypatch):
-    monkeypatch.setattr(cache, "free_space", lambda folder: 0)
+    monkeypatch.setattr(cache, "read_free_space", lambda folder: 0)
     with pytest.raises(UserError, match="data.cache: no space"):
         passes.train([made("new")])
     taken_up = made("taken up")

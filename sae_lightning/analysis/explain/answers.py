@@ -20,7 +20,7 @@ import platformdirs
 from sae_lightning.analysis.explain.key import censored
 from sae_lightning.analysis.explain.models import Endpoint, Local, Question
 from sae_lightning.errors import UserError, WriteError
-from sae_lightning.files import atomically, clean, reason
+from sae_lightning.files import find_system_error, remove_leftovers, write_atomically
 from sae_lightning.llm.generate import Reply
 
 CHECK = Question("Answer with the word yes.", 16)
@@ -62,7 +62,7 @@ class Answers:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             TemporaryFile(dir=self.folder).close()
-            clean(self.folder)
+            remove_leftovers(self.folder)
         except OSError as error:
             raise self._unwritable(error) from error
 
@@ -133,7 +133,7 @@ class Answers:
 
     def _write(self, question: Question, reply: Reply) -> None:
         try:
-            with atomically(self._file(question)) as temporary:
+            with write_atomically(self._file(question)) as temporary:
                 temporary.write_text(json.dumps(reply._asdict()), encoding="utf8")
         except WriteError as error:
             raise self._unwritable(error) from error
@@ -144,6 +144,6 @@ class Answers:
 
     def _unwritable(self, error: Exception) -> UserError:
         return UserError(
-            f"answers cannot be kept in {self.folder} ({reason(error)}); set XDG_CACHE_HOME to a "
-            "folder that can be written"
+            f"answers cannot be kept in {self.folder} ({find_system_error(error)}); "
+            "set XDG_CACHE_HOME to a folder that can be written"
         )

@@ -3,7 +3,7 @@
 import re
 
 from sae_lightning.analysis.explain.evidence import Window
-from sae_lightning.terminal import visible
+from sae_lightning.terminal import make_visible
 
 MARKED = 0.3  # of the strongest token of its text, from where a token counts as one that fires
 LONGEST = 300  # characters of an explanation
@@ -92,7 +92,7 @@ def plain(window: Window) -> str:
 
 def _plain(token: str) -> str:
     """A token without line breaks, or what could be taken for a mark."""
-    return visible(token).replace("<<", "‹‹").replace(">>", "››")
+    return make_visible(token).replace("<<", "‹‹").replace(">>", "››")
 
 
 def explanation(answer: str) -> str | None:

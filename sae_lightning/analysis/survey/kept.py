@@ -8,7 +8,7 @@ from sae_lightning.llm.vocabulary import vocabulary
 from sae_lightning.report.catalogue import Catalogue
 from sae_lightning.report.parquet_reader import read_note, read_table
 from sae_lightning.report.sweep_report import source
-from sae_lightning.terminal import console, shown
+from sae_lightning.terminal import console, shorten_path
 
 
 def identity(subject: Subject) -> dict[str, str]:
@@ -32,16 +32,18 @@ def kept(subject: Subject, path: Path) -> Catalogue | None:
         own = identity(subject)
         other = [name for name, value in own.items() if note["of"].get(name) != value]
         if other:
-            console.print(f"{shown(path)} is of other {' and '.join(other)}: making a new one")
+            console.print(
+                f"{shorten_path(path)} is of other {' and '.join(other)}: making a new one"
+            )
             return None
         catalogue = read_table(path, words)
         # the page's blocks, which may be files, are named after the kind
         if (catalogue.kind, catalogue.units) != ("feature", subject.features):
             raise ValueError(f"it is of {catalogue.units} units of the kind {catalogue.kind!r}")
         tokens, text = catalogue.statistics.tokens, note["of"]["text"]
-        console.print(f"what features are: {shown(path)}, {tokens:,} tokens of {text}")
+        console.print(f"what features are: {shorten_path(path)}, {tokens:,} tokens of {text}")
         return catalogue
     except Exception as error:  # it may be damaged in any way, a stranger's, or of version 0.1.0
         why = f"it lacks {error}" if isinstance(error, KeyError) else str(error).split("\n")[0]
-        console.print(f"{shown(path)} cannot be used ({why}): making a new one")
+        console.print(f"{shorten_path(path)} cannot be used ({why}): making a new one")
         return None

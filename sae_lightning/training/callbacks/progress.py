@@ -3,7 +3,7 @@
 import lightning as L
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from sae_lightning.terminal import console, display
+from sae_lightning.terminal import console, show_live
 
 
 class ProgressBar(L.Callback):
@@ -24,7 +24,7 @@ class ProgressBar(L.Callback):
             console=console,
             disable=not console.is_terminal,
         )
-        self.shown = display(self.bar)
+        self.shown = show_live(self.bar)
         self.shown.__enter__()
         self.task = self.bar.add_task(
             "training", total=module.steps, completed=trainer.global_step, text=""
