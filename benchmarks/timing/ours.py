@@ -21,7 +21,7 @@ from sae_lightning.runs import passes
 from sae_lightning.runs.config import Config
 from sae_lightning.runs.folders import METRICS_FILE
 from sae_lightning.runs.heap import keep_freed_memory
-from sae_lightning.training.callbacks import standard
+from sae_lightning.training.callbacks import make_callbacks
 from sae_lightning.training.callbacks.throughput import peak_memory_gb
 
 UPDATES = 16  # that a profile looks at
@@ -35,7 +35,7 @@ class _Done(Exception):
 def measure(runs: list[list[str]], folder: str) -> dict[str, Any]:
     """Train the SAEs of `runs` on one pass: tokens/s, memory, and where they ended."""
     jobs, clock = make_jobs(runs, Path(folder)), _Clock()
-    with patch.object(wiring, "standard", lambda *a: [clock, *standard(*a)]):
+    with patch.object(wiring, "make_callbacks", lambda *a: [clock, *make_callbacks(*a)]):
         passes.train(jobs)
     metrics = [json.loads((job.folder / METRICS_FILE).read_text("utf8")) for job in jobs]
     speed, tokens = metrics[0]["speed"], metrics[0]["tokens"]
@@ -55,7 +55,7 @@ def look(runs: list[list[str]], folder: str) -> dict[str, Any]:
     """The same run up to its middle, for a profile of updates there."""
     jobs = make_jobs(runs, Path(folder))
     look = _Look(*window(jobs[0].config))
-    with patch.object(wiring, "standard", lambda *a: [*standard(*a), look]):
+    with patch.object(wiring, "make_callbacks", lambda *a: [*make_callbacks(*a), look]):
         try:
             passes.train(jobs)
         except _Done:

@@ -66,7 +66,9 @@ def evaluate(sae: SAE, held_out: HeldOut | HeldOutConcepts, sites: Sites) -> Eva
     """Score an SAE as it was saved; numbers are NaN where there is nothing to divide by."""
     x = held_out.activations(sites.source)
     sae = sae.to(x.device)
-    (card,) = scorecard.score([sae], [sae.W_dec], held_out, *sites, [sae.weights], fidelity=True)
+    (card,) = scorecard.score_saes(
+        [sae], [sae.W_dec], held_out, *sites, [sae.weights], fidelity=True
+    )
     return Evaluation(card, len(x), sae.W_dec.detach().norm(dim=1).cpu())
 
 
@@ -84,9 +86,9 @@ def scored(
 def section(result: Evaluation) -> Section:
     scalars = result.scalars()
     return Section(
-        title=f"Scorecard {scorecard.title(scalars)}",
+        title=f"Scorecard {scorecard.describe_data(scalars)}",
         lead=_lead(scalars),
-        rows=scorecard.rows(scalars) | _rows(scalars),
+        rows=scorecard.format_lines(scalars) | _rows(scalars),
         figures=_figures(result),
     )
 

@@ -15,7 +15,7 @@ from sae_lightning.llm.packaged import Shape
 from sae_lightning.llm.sites import Sites, distinct
 from sae_lightning.runs.config import Config
 from sae_lightning.sae import ARCHITECTURES, size
-from sae_lightning.scoring.scorecard import ROWS
+from sae_lightning.scoring.scorecard import MAX_TOKENS_AT_ONCE
 from sae_lightning.training.settings import Accelerator
 
 PROCESS = 800_000_000  # Python with torch, transformers and lightning
@@ -97,7 +97,7 @@ def estimate_memory(configs: Sequence[Config], sites: Sequence[Sites], llm: Shap
     known = config.source.memory(read, llm, config.eval.tokens, config.eval.loss_tokens)
     row = llm.width * len(read) * number
     # batches in training and evaluation, and the float64 in which an SAE is exported
-    batch = max(config.trainer.batch, int(EVALUATION * ROWS))
+    batch = max(config.trainer.batch, int(EVALUATION * MAX_TOKENS_AT_ONCE))
     batches = [
         batch * c.model.features * ARCHITECTURES[c.model.name].network.bytes_per_activation
         for c in configs

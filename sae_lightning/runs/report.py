@@ -45,13 +45,13 @@ def announce(
 def conclude(job: Job, metrics: dict) -> None:
     """The table at the end, and the commands that come next."""
     speed, dead = metrics["speed"], metrics["training"]["train/dead"]
-    lines = scorecard.rows(metrics["held_out"]) | {
+    lines = scorecard.format_lines(metrics["held_out"]) | {
         "dead in training": f"{dead:.1%} of features",
         "peak memory": f"{speed['peak_memory_gb']:.1f} GB",
     }
     if "tokens_per_second" in speed:
         lines["speed"] = speed_line(job, speed)
-    console.print(make_grid(lines, title=scorecard.title(metrics["held_out"])))
+    console.print(make_grid(lines, title=scorecard.describe_data(metrics["held_out"])))
     folder = shorten_path(job.folder)
     # the folder above, outputs/ or multirun/, so that earlier runs are there to compare with
     root = Path(folder.parts[0]) if folder.parts and not folder.is_absolute() else folder
@@ -75,6 +75,6 @@ def speed_line(job: Job, speed: dict[str, float]) -> str:
 def say_how_to_continue(module: SAEModule) -> None:
     """After a stop that was asked for."""
     console.print(
-        f"stopped by {module.stopped_by.name} and saved at {module.tokens:,} tokens. "
+        f"stopped by {module.stopped_by.name} and saved at {module.tokens_seen:,} tokens. "
         f"Continue with\n\n  {module.resume}\n"
     )

@@ -25,9 +25,9 @@ from sae_lightning.sae import build
 from sae_lightning.stream.live import LiveStream
 from sae_lightning.stream.source import Opened
 from sae_lightning.terminal import console
-from sae_lightning.training.callbacks import standard
-from sae_lightning.training.callbacks.checkpoint import export
-from sae_lightning.training.callbacks.evaluation import evaluate
+from sae_lightning.training.callbacks import make_callbacks
+from sae_lightning.training.callbacks.checkpoint import export_head
+from sae_lightning.training.callbacks.evaluation import evaluate_heads
 from sae_lightning.training.callbacks.throughput import peak_memory_gb
 from sae_lightning.training.checkpoints import HeadCheckpoints
 from sae_lightning.training.datamodule import ActivationData
@@ -152,7 +152,7 @@ def assemble(this: Pass, opened: Opened) -> Parts:
             max_epochs=1,
             min_epochs=0,
             max_steps=trainer.steps,
-            callbacks=standard(trainer, config.eval),
+            callbacks=make_callbacks(trainer, config.eval),
             # one process trains all: what SLURM or torchrun says about others is not asked for
             plugins=[HeadCheckpoints(heads), LightningEnvironment()],
             logger=False,
@@ -176,7 +176,7 @@ def make_head(job: Job, sites: Sites, width: int) -> Head:
         target=sites.target,
         loss=config.loss,
         optim=config.optim,
-        recipe=config.callbacks,
+        callbacks=config.callbacks,
         dead_window=config.callbacks.dead_window(config.trainer.steps * config.trainer.batch),
         seed=config.model.seed,
         products=config.trainer.products,
@@ -189,16 +189,16 @@ def make_head(job: Job, sites: Sites, width: int) -> Head:
 def finish(jobs: list[Job], parts: Parts) -> list[dict[str, float] | None]:
     """Score the trained SAEs, write `metrics.json` and `sae/`, and say where everything is."""
     module = parts.module
-    evaluate(module.training_heads, parts.data.held_out, module.tokens)
+    evaluate_heads(module.training_heads, parts.data.held_out, module.tokens_seen)
     for job, head in zip(jobs, module.heads, strict=True):
         head.log.close()
         if head.failure is not None:
             continue
-        export(head)
+        export_head(head)
         metrics = {
-            "tokens": module.tokens,
+            "tokens": module.tokens_seen,
             "held_out": head.held_out_metrics,
-            "density": head.density,
+            "density": head.density_counts,
             "training": head.training_metrics,
             "speed": module.speed
             | {"heads": len(module.heads), "peak_memory_gb": peak_memory_gb()},

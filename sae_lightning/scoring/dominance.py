@@ -12,11 +12,11 @@ from torch import Tensor
 
 from sae_lightning.stream.rows import norms
 
-FEW = 1e-3  # share of the tokens
-MUCH = 0.1  # share of the variance, and ten times what as many would hold at random
-# Share of the tokens -> the most that they may hold. One token of each short sequence (the first
-# full stop in Llama 2) is no few of all tokens, and holds nearly everything.
-MOST = {FEW: MUCH, 0.05: 0.5}
+LONG_SHARE = 1e-3  # share of the tokens
+DOMINANT_SHARE = 0.1  # share of the variance, and ten times what as many would hold at random
+# Share of the tokens -> share of the variance that they may hold. The second row is for models such
+# as Llama 2, where one token of each short sequence (the first full stop) holds nearly everything.
+VARIANCE_LIMITS = {LONG_SHARE: DOMINANT_SHARE, 0.05: 0.5}
 
 
 class LongTokens(NamedTuple):
@@ -30,13 +30,13 @@ class LongTokens(NamedTuple):
     """What leaves just these out: norms are compared with this multiple of their median."""
 
     @property
-    def count(self) -> int:
-        """How many are long."""
+    def number(self) -> int:
+        """Number of the long tokens."""
         return int((~self.usual).sum())
 
 
 @torch.no_grad()
-def long_tokens(x: Tensor) -> LongTokens | None:
+def find_long_tokens(x: Tensor) -> LongTokens | None:
     """Those of x [n, d] without which its longest 0.1 % hold no more than a tenth of the variance,
     and the longest 5 % no more than half; None where they do not as it is, or where it is not
     finite.
@@ -49,14 +49,15 @@ def long_tokens(x: Tensor) -> LongTokens | None:
     spread = torch.cat([(part.float() - mean).square().sum(dim=1) for part in x.split(4096)])
     # left[j]: n times the variance without the j longest
     left = spread.cpu().double()[order].flip(0).cumsum(0).flip(0)
-    bad = sum(_is_much(left, math.ceil(few * len(x)), much) for few, much in MOST.items()) > 0
+    limits = [(math.ceil(share * len(x)), limit) for share, limit in VARIANCE_LIMITS.items()]
+    bad = sum(_is_much(left, few, limit) for few, limit in limits) > 0
     median = length.median().item()
     if not bad[0] or not median > 0:
         return None
     # from the first good place on, where the next one is shorter by most
     first = int((~bad).nonzero()[0])
     gaps = length[first - 1 : -1] / length[first:]
-    count = first + int(gaps[: math.ceil(FEW * len(x)) + 1].argmax())
+    count = first + int(gaps[: math.ceil(LONG_SHARE * len(x)) + 1].argmax())
     least, most = length[count].item() / median, length[count - 1].item() / median
     middle = math.sqrt(least * most)
     rounded = (float(f"{middle:.{digits}g}") for digits in range(1, 9))
@@ -71,7 +72,7 @@ def _is_much(left: Tensor, few: int, much: float) -> Tensor:
     return left - rest > left * (10 * at_random).clamp(min=much)
 
 
-class Dimension(NamedTuple):
+class DominantDimension(NamedTuple):
     """A dimension that dominates the variance."""
 
     index: int
@@ -81,11 +82,11 @@ class Dimension(NamedTuple):
     """Over all other dimensions."""
 
 
-def dominant_dimension(residual: Tensor, total: Tensor) -> Dimension | None:
+def find_dominant_dimension(residual: Tensor, total: Tensor) -> DominantDimension | None:
     """Of what remains and of the variance in each dimension [d]; None where none dominates."""
     share, index = (total / total.sum()).max(dim=0)
-    if not share > max(MUCH, 10 / len(total)):
+    if not share > max(DOMINANT_SHARE, 10 / len(total)):
         return None
     others = torch.arange(len(total)) != index
     left = residual[others].sum() / total[others].sum()
-    return Dimension(index.item(), share.item(), 1 - left.item())
+    return DominantDimension(index.item(), share.item(), 1 - left.item())

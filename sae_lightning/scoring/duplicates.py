@@ -9,9 +9,9 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.functional import normalize
 
-COPY = 0.9  # cosine above which two decoder rows write the same
-MOST = 16_384  # live features compared with all others, so that time grows linearly with these
-BLOCK = 1024  # rows compared with as many others at a time: bounds memory
+COPY_COSINE = 0.9  # cosine above which two decoder rows write the same
+MAX_LIVE_FEATURES = 16_384  # compared with all others: bounds time, which grows with both
+BLOCK_ROWS = 1024  # rows compared with as many others at a time: bounds memory
 
 
 class Copies(NamedTuple):
@@ -26,12 +26,13 @@ class Copies(NamedTuple):
 
 
 @torch.no_grad()
-def copies(W_dec: Tensor, density: Tensor) -> Copies:
+def measure_copies(W_dec: Tensor, density: Tensor) -> Copies:
     """Of decoder rows [features, d_out] and the share of tokens on which each fires [features]."""
-    which = density.nonzero().squeeze(1)
-    which = which[torch.randperm(len(which), generator=Generator().manual_seed(0))[:MOST]]
-    nearest = nearest_cosines(W_dec, which.to(W_dec.device))
-    return Copies((nearest > COPY).float().mean().item(), nearest.median().item())
+    live = density.nonzero().squeeze(1)
+    order = torch.randperm(len(live), generator=Generator().manual_seed(0))
+    sample = live[order[:MAX_LIVE_FEATURES]]
+    nearest = nearest_cosines(W_dec, sample.to(W_dec.device))
+    return Copies((nearest > COPY_COSINE).float().mean().item(), nearest.median().item())
 
 
 def nearest_cosines(W_dec: Tensor, which: Tensor) -> Tensor:
@@ -45,13 +46,13 @@ def nearest_cosines(W_dec: Tensor, which: Tensor) -> Tensor:
     others[which] = False
     order = torch.cat([which, others.nonzero().squeeze(1)])
     found = W_dec.new_full((len(which),), -1.0)
-    for i in range(0, len(which), BLOCK):
-        rows = normalize(W_dec[order[i : min(i + BLOCK, len(which))]])
-        for j in range(i, len(order), BLOCK):
-            cosines = rows @ normalize(W_dec[order[j : j + BLOCK]]).T
+    for i in range(0, len(which), BLOCK_ROWS):
+        rows = normalize(W_dec[order[i : min(i + BLOCK_ROWS, len(which))]])
+        for j in range(i, len(order), BLOCK_ROWS):
+            cosines = rows @ normalize(W_dec[order[j : j + BLOCK_ROWS]]).T
             if i == j:
                 cosines.fill_diagonal_(-1)  # not its own neighbour
             for first, dim in ((i, 1), (j, 0)):
-                known = found[first : first + BLOCK]
+                known = found[first : first + BLOCK_ROWS]
                 torch.maximum(known, cosines.amax(dim)[: len(known)], out=known)
     return found

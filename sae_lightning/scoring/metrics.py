@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sae_lightning.scoring.dominance import Dimension, dominant_dimension
+from sae_lightning.scoring.dominance import DominantDimension, find_dominant_dimension
 
 
 def explained_variance(target: Tensor, reconstruction: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ class Quality(NamedTuple):
     """Share of features that never fire."""
     density: Tensor
     """[features] share of tokens on which each feature fires"""
-    dimension: Dimension | None
+    dimension: DominantDimension | None
     """The one that dominates the variance, if one does."""
 
 
@@ -72,7 +72,7 @@ class QualitySums:
             explained_variance=1 - self.residual / total if total > 0 else float("nan"),
             unfired=(fired == 0).double().mean().item(),
             density=fired / self.tokens,
-            dimension=dominant_dimension(
+            dimension=find_dominant_dimension(
                 self.residuals, self.totals - self.sum.square() / self.tokens
             ),
         )

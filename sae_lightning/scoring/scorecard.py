@@ -9,18 +9,19 @@ from torch import Tensor
 from sae_lightning.llm.sites import Site
 from sae_lightning.llm.splice import Scores
 from sae_lightning.sae import Output
-from sae_lightning.scoring.dominance import LongTokens, long_tokens
-from sae_lightning.scoring.duplicates import COPY, Copies, copies
+from sae_lightning.scoring.dominance import LongTokens, find_long_tokens
+from sae_lightning.scoring.duplicates import COPY_COSINE, Copies, measure_copies
 from sae_lightning.scoring.metrics import Fidelity, FidelitySums, Quality, QualitySums
 from sae_lightning.stream.held_out import HeldOut
 from sae_lightning.stream.recovery import FOUND, Recovery
 from sae_lightning.stream.synthetic import HeldOutConcepts
 
-ROWS = 4096  # tokens reconstructed at a time, and fewer where
-ENTRIES = 1 << 26  # strengths would be more than these: bounds the memory that features take
+# Tokens reconstructed at a time, and feature activations that they may have: bounds memory.
+MAX_TOKENS_AT_ONCE = 4096
+MAX_ACTIVATIONS_AT_ONCE = 1 << 26
 
 
-class Usual(NamedTuple):
+class UsualTokens(NamedTuple):
     """Explained variance of all tokens but the longest, which dominate the variance."""
 
     explained_variance: float
@@ -45,7 +46,7 @@ class Scorecard(NamedTuple):
     fidelity: Fidelity | None = None
     """What kind of error is made, where it was asked for. Not among `scalars`, by which runs are
     compared: those hold its size, explained variance, in units that are the same for all."""
-    usual: Usual | None = None
+    usual: UsualTokens | None = None
     """Explained variance without the few tokens that dominate it, if there are any."""
 
     def scalars(self) -> dict[str, float]:
@@ -65,7 +66,7 @@ class Scorecard(NamedTuple):
 
 
 @torch.no_grad()
-def score(
+def score_saes(
     saes: Sequence[Callable[[Tensor], Output]],
     decoders: Sequence[Tensor],
     held_out: HeldOut | HeldOutConcepts,
@@ -83,12 +84,13 @@ def score(
     Runs in float32 whatever the training precision: it is what the saved SAE will do.
     """
     x, y = held_out.activations(source), held_out.activations(target)
-    long = long_tokens(y)
+    long = find_long_tokens(y)
     with torch.autocast(x.device.type, enabled=False):
-        rows = max(1, min(ROWS, *(ENTRIES // len(decoder) for decoder in decoders)))
+        features = max(len(decoder) for decoder in decoders)
+        rows = max(1, min(MAX_TOKENS_AT_ONCE, MAX_ACTIVATIONS_AT_ONCE // features))
         errors = [_errors(sae, x, y, long, fidelity, rows) for sae in saes]
         alike = [
-            copies(decoder, quality.density)
+            measure_copies(decoder, quality.density)
             for decoder, (quality, *_) in zip(decoders, errors, strict=True)
         ]
         scores = held_out.scores(source, target, saes, weights, rows)
@@ -105,7 +107,7 @@ def _errors(
     long: LongTokens | None,
     fidelity: bool,
     rows: int,
-) -> tuple[Quality, Fidelity | None, Usual | None]:
+) -> tuple[Quality, Fidelity | None, UsualTokens | None]:
     """On inputs [n, d_in] and targets [n, d_out], `rows` at a time."""
     quality, usual = QualitySums(), QualitySums()
     kind = FidelitySums(y.cpu().double().mean(dim=0)) if fidelity else None
@@ -117,26 +119,26 @@ def _errors(
             usual.add(target[keep], output.reconstruction[keep], output.features[keep])
         if kind is not None:
             kind.add(target, output.reconstruction)
-    without = long and Usual(
-        usual.result().explained_variance, long.count, long.share, long.max_norm
+    without = long and UsualTokens(
+        usual.result().explained_variance, long.number, long.share, long.max_norm
     )
     return quality.result(), kind and kind.result(), without
 
 
-def title(scalars: dict[str, float]) -> str:
+def describe_data(scalars: dict[str, float]) -> str:
     """What a scorecard's numbers are measured on."""
     return "on held-out samples" if "recovered" in scalars else "on held-out text"
 
 
-def rows(scalars: dict[str, float]) -> dict[str, str]:
+def format_lines(scalars: dict[str, float]) -> dict[str, str]:
     """A scorecard's numbers as lines for a person."""
     quality = {
         "L0": f"{scalars['l0']:.1f} active features per token",
         "explained variance": f"{scalars['explained_variance']:.4f}",
         **_dominant_rows(scalars),
-        "unfired": f"{scalars['unfired']:.1%} of features {title(scalars)}",
+        "unfired": f"{scalars['unfired']:.1%} of features {describe_data(scalars)}",
         "copies": f"{scalars['duplicates']:.1%} of those that fire have another at a decoder "
-        f"cosine above {COPY}; median of the nearest {scalars['nearest_cosine']:.2f}",
+        f"cosine above {COPY_COSINE}; median of the nearest {scalars['nearest_cosine']:.2f}",
     }
     llm = _llm_rows(scalars) if "ce_clean" in scalars else {}
     return quality | llm | (_concept_rows(scalars) if "recovered" in scalars else {})

@@ -19,7 +19,7 @@ from sae_lightning.sae.sparse import working_type
 from sae_lightning.training.settings import CallbacksConfig, OptimConfig, Products
 
 
-class Step(NamedTuple):
+class StepResult(NamedTuple):
     """What one training step computed, detached, for callbacks."""
 
     loss: Tensor
@@ -48,21 +48,21 @@ class Head(nn.Module):
         target: Site,
         loss: Loss,
         optim: OptimConfig,
-        recipe: CallbacksConfig,
+        callbacks: CallbacksConfig,
         dead_window: int,
         seed: int,
         products: Products = Products.auto,
     ):
         super().__init__()
-        self.sae, self.loss, self.optim, self.recipe = sae, loss, optim, recipe
+        self.sae, self.loss, self.optim, self.callbacks = sae, loss, optim, callbacks
         self.name, self.folder, self.source, self.target = name, folder, source, target
         self.dead_window, self.products = dead_window, products
-        self.last: Step | None = None
+        self.last_step: StepResult | None = None
         self.training_metrics: dict[str, float] = {}
         self.held_out_metrics: dict[str, float] = {}
-        self.density: dict[str, int] = {}
+        self.density_counts: dict[str, int] = {}
         self.failure: str | None = None  # why it is frozen
-        self.occupied = 1.0  # density of the last update, as sparse products see it
+        self.active_density = 1.0  # density of the last update, as sparse products see it
 
         features, d_out = sae.W_dec.shape
         self.register_buffer("in_mean", torch.zeros(sae.W_enc.shape[0]))
@@ -81,34 +81,34 @@ class Head(nn.Module):
         generator_state = torch.Generator().manual_seed(seed).get_state()
         self.register_buffer("generator_state", generator_state)
 
-    def normalised(self, batch: dict[Site, Tensor]) -> tuple[Tensor, Tensor]:
+    def normalise(self, batch: dict[Site, Tensor]) -> tuple[Tensor, Tensor]:
         """Input [batch, d_in] and target [batch, d_out] with a mean square of 1 per element."""
         x = (batch[self.source].float() - self.in_mean) / self.in_scale
         if self.target == self.source:
             return x, x
         return x, (batch[self.target].float() - self.out_mean) / self.out_scale
 
-    def only_active(self, x: Tensor) -> bool:
+    def use_sparse_products(self, x: Tensor) -> bool:
         """Whether to compute the update on `x` by sparse products."""
         limit = worth_it(x.device.type, working_type(x))
         if self.products is Products.sparse:
             return limit > 0
-        return self.products is Products.auto and self.occupied < limit
+        return self.products is Products.auto and self.active_density < limit
 
     def forward(self, batch: dict[Site, Tensor]) -> Tensor:
         """The training loss [] of a batch {site: [batch, d_site]} of raw activations."""
-        x, target = self.normalised(batch)
-        this = self.sae.training_pass(x, self.only_active(x))
+        x, target = self.normalise(batch)
+        this = self.sae.training_pass(x, self.use_sparse_products(x))
         moment = Moment(self.dead, self.progress)
         with record_function("loss"):
             terms = self.loss.terms(self.sae, this, target, moment)
         loss = terms["mse"]
-        for name, coefficient in self.coefficients().items():
+        for name, coefficient in self.effective_coefficients.items():
             loss = loss + coefficient * terms[name]
         l0 = self._count_firing(this.features)
         if self.products is Products.auto and worth_it(x.device.type, working_type(x)):
-            self.occupied = self.sae.density(this)
-        self.last = Step(
+            self.active_density = self.sae.density(this)
+        self.last_step = StepResult(
             loss.detach(),
             {name: term.detach() for name, term in terms.items()},
             l0,
@@ -117,7 +117,8 @@ class Head(nn.Module):
         )
         return loss
 
-    def coefficients(self) -> dict[str, float | Tensor]:
+    @property
+    def effective_coefficients(self) -> dict[str, float | Tensor]:
         """The coefficients of the terms, with warm-up and steering."""
         values = self.loss.coefficients()
         if self.loss.sparsity:
@@ -138,7 +139,7 @@ class Head(nn.Module):
         return self.tokens_since_fired >= self.dead_window
 
     @torch.no_grad()
-    def reconstruct(self, x: Tensor) -> Output:
+    def reconstruct_raw(self, x: Tensor) -> Output:
         """Reconstruct raw activations [batch, d_in] as [batch, d_out], both in the LLM's units."""
         x = x.to(self.in_mean.device, torch.float32)
         output = self.sae((x - self.in_mean) / self.in_scale)
@@ -146,7 +147,7 @@ class Head(nn.Module):
 
     def get_extra_state(self) -> dict[str, Any]:
         """What goes into checkpoints and is no tensor."""
-        return {"training_metrics": self.training_metrics, "occupied": self.occupied}
+        return {"training_metrics": self.training_metrics, "occupied": self.active_density}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Load those of a checkpoint. UserError: an earlier version made it, with another memory
@@ -156,8 +157,8 @@ class Head(nn.Module):
                 f"resume={self.folder}: an earlier version of sae_lightning made this checkpoint; "
                 "resume it with that version, or start a new run"
             )
-        self.training_metrics, self.occupied = state["training_metrics"], state["occupied"]
+        self.training_metrics, self.active_density = state["training_metrics"], state["occupied"]
 
-    def folded(self) -> dict[str, Tensor]:
+    def fold_weights(self) -> dict[str, Tensor]:
         """The SAE's weights for raw activations."""
         return self.sae.fold(self.in_mean, self.in_scale, self.out_mean, self.out_scale)

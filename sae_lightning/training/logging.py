@@ -25,11 +25,11 @@ HEADLINE = ("held_out/l0", "held_out/explained_variance", "train/dead")
 GLANCE = "At a glance"
 """The group of curves that TensorBoard shows first, since it sorts them as text, capitals before
 small letters: the headline's held-out metrics, in its order, once more."""
-FORMAT = "brain.Event:2"
+EVENT_FORMAT = "brain.Event:2"
 FLUSH_SECONDS = 120
 # The bins of TensorBoard's own writer.
 _positive = [*takewhile(lambda edge: edge < 1e20, accumulate(repeat(1.1), mul, initial=1e-12))]
-BINS = [*(-edge for edge in reversed(_positive)), 0, *_positive]
+BIN_EDGES = [*(-edge for edge in reversed(_positive)), 0, *_positive]
 
 
 class EventFile:
@@ -47,13 +47,13 @@ class EventFile:
         with convert_write_errors(self.path):
             self.place = folder.stat()
             self.records = RecordWriter(open(self.path, "xb"))  # noqa: SIM115  open while we train
-        self.add(Event(file_version=FORMAT))
+        self.write(Event(file_version=EVENT_FORMAT))
         if purge is not None:
-            self.add(Event(file_version=FORMAT, step=purge))
-            self.add(Event(session_log=SessionLog(status=SessionLog.START), step=purge))
+            self.write(Event(file_version=EVENT_FORMAT, step=purge))
+            self.write(Event(session_log=SessionLog(status=SessionLog.START), step=purge))
         self.flush()
 
-    def add(self, event: Event) -> None:
+    def write(self, event: Event) -> None:
         """Write an event of now."""
         event.wall_time = time.time()
         with convert_write_errors(self.path):
@@ -99,24 +99,24 @@ class HeadLog:
         self.events = EventFile(folder, None if resumed_at is None else resumed_at + 1)
         if not resumed_at:
             for summary in _summaries(told):
-                self.events.add(Event(summary=summary))
+                self.events.write(Event(summary=summary))
 
-    def scalars(self, values: dict[str, float], tokens: int) -> None:
+    def add_scalars(self, values: dict[str, float], tokens: int) -> None:
         """Add one point to each named curve at `tokens` training tokens."""
         first = {self.glance[tag]: value for tag, value in values.items() if tag in self.glance}
         for tag, value in (first | values).items():
-            self.events.add(Event(summary=scalar(tag, value), step=tokens))
+            self.events.write(Event(summary=scalar(tag, value), step=tokens))
 
-    def histogram(self, tag: str, values: Tensor, tokens: int) -> None:
+    def add_histogram(self, tag: str, values: Tensor, tokens: int) -> None:
         """Add the distribution of `values` at `tokens` training tokens."""
         values = values[values.isfinite()].float().cpu()
         if values.numel():
-            drawn = histogram(tag, values, BINS)
-            self.events.add(Event(summary=drawn, step=tokens))
+            drawn = histogram(tag, values, BIN_EDGES)
+            self.events.write(Event(summary=drawn, step=tokens))
 
-    def density(self, density: Tensor, tokens: int) -> None:
+    def add_density(self, density: Tensor, tokens: int) -> None:
         """Add the histogram of log10 firing rates; features that never fired are not in it."""
-        self.histogram("held_out/log10_density", torch.log10(density), tokens)
+        self.add_histogram("held_out/log10_density", torch.log10(density), tokens)
 
     def flush(self) -> None:
         """Put everything on disk."""

@@ -32,7 +32,7 @@ class SAEModule(L.LightningModule):
         self.speed: dict[str, float] = {}
 
     @property
-    def tokens(self) -> int:
+    def tokens_seen(self) -> int:
         """Training tokens seen so far."""
         return self.global_step * self.batch
 
@@ -61,7 +61,7 @@ class SAEModule(L.LightningModule):
         if checkpoint.exists():
             saved = f"the last good checkpoint is {checkpoint}"
         head.failure = (
-            f"stopped at step {self.global_step} ({self.tokens:,} tokens): {culprit} is not "
+            f"stopped at step {self.global_step} ({self.tokens_seen:,} tokens): {culprit} is not "
             f"finite; {saved}. Start again with {remedy}"
         )
         head.sae.zero_grad()  # Adam skips parameters without a gradient
@@ -103,11 +103,11 @@ def _culprit(head: Head, batch: dict[Site, Tensor]) -> tuple[str, str]:
     for site in (head.source, head.target):
         if not batch[site].isfinite().all():
             return f"the LLM's activation at {site}", "llm.dtype=float32"
-    terms, remedy = head.last.terms, f"a lower optim.lr (now {head.optim.lr:g})"
+    terms, remedy = head.last_step.terms, f"a lower optim.lr (now {head.optim.lr:g})"
     broken = [name for name, term in terms.items() if not term.isfinite()]
     if broken:
         return f"the loss term {' and '.join(broken)}", remedy
-    for name, coefficient in head.coefficients().items():
+    for name, coefficient in head.effective_coefficients.items():
         if not coefficient * terms[name] < 1e6 * terms["mse"]:  # NaN: 0 times infinity
             remedy = f"a lower loss.{name} (now {getattr(head.loss, name):g})"
-    return "the gradient" if head.last.loss.isfinite() else "the loss term sum", remedy
+    return "the gradient" if head.last_step.loss.isfinite() else "the loss term sum", remedy

@@ -3,30 +3,30 @@
 import math
 
 
-def warmup(step: int, total: int, share: float) -> float:
+def warmup_factor(step: int, total: int, share: float) -> float:
     """Factor that rises linearly to 1 over the first `share` of the run, then stays."""
     length = share * total
     return 1.0 if step + 1 >= length else (step + 1) / length
 
 
-def decay(step: int, total: int, share: float) -> float:
+def decay_factor(step: int, total: int, share: float) -> float:
     """Factor that stays 1, then falls linearly towards 0 over the last `share` of the run."""
     length = share * total
     left = total - step
     return 1.0 if left >= length else left / length
 
 
-def due(step: int, batch: int, every: int) -> bool:
+def is_due(step: int, batch: int, every: int) -> bool:
     """Whether update number `step` (from 1) of `batch` tokens reaches a multiple of `every`."""
     return step * batch // every > (step - 1) * batch // every
 
 
-def l0_error(l0: float, target: float) -> float:
+def measure_l0_error(l0: float, target: float) -> float:
     """How far L0 is from its target, as a logarithm bounded by -1 and 1."""
     return min(max(math.log(max(l0, 1e-9) / target), -1.0), 1.0)
 
 
-def steered(now: float, before: float, step: int, total: int) -> float:
+def steering_factor(now: float, before: float, step: int, total: int) -> float:
     """Factor by which a sparsity coefficient grows after update `step`, from the `l0_error` at
     it and at the update before, in a run of `total` updates.
 

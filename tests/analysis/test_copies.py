@@ -5,7 +5,7 @@ from torch.nn.functional import normalize
 
 from sae_lightning.analysis.survey.copies import copy_of
 from sae_lightning.analysis.survey.related import neighbours
-from sae_lightning.scoring.duplicates import COPY
+from sae_lightning.scoring.duplicates import COPY_COSINE
 
 
 def on_a_circle(*degrees: float) -> torch.Tensor:
@@ -54,10 +54,10 @@ def test_every_copy_is_like_its_original_and_no_two_originals_that_are_neighbour
     ranking = torch.randperm(500, generator=random)
     original = torch.tensor(grouped(rows, ranking.tolist()))
     unit = normalize(rows)
-    assert ((unit * unit[original]).sum(dim=1) > COPY).all()
+    assert ((unit * unit[original]).sum(dim=1) > COPY_COSINE).all()
     assert torch.equal(original[original], original)
     place = ranking.argsort()
     assert (place[original] <= place).all()
     near = neighbours(rows)
     both = (original == torch.arange(500))[:, None] & (original[near.units] == near.units)
-    assert not (both & (near.likeness > COPY)).any()
+    assert not (both & (near.likeness > COPY_COSINE)).any()

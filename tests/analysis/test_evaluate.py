@@ -12,7 +12,7 @@ from sae_lightning.analysis.evaluate import evaluate, section
 from sae_lightning.llm.sites import Kind, Site, Sites
 from sae_lightning.llm.splice import Scores
 from sae_lightning.sae import ARCHITECTURES, SAEConfig, build
-from sae_lightning.scoring.scorecard import score
+from sae_lightning.scoring.scorecard import score_saes
 from sae_lightning.stream.concepts import make_world
 from sae_lightning.stream.documents import Text
 from sae_lightning.stream.held_out import HeldOut
@@ -73,7 +73,7 @@ def test_features_that_are_too_weak_are_found_as_shrinkage(held_out):
 def test_of_many_features_fewer_tokens_are_looked_at_at_a_time(held_out, monkeypatch):
     sae, most = both_signs(WIDTH, scale=0.75), []
     whole = evaluate(sae, held_out, SITES).card.scalars()
-    monkeypatch.setattr("sae_lightning.scoring.scorecard.ENTRIES", 7 * 2 * WIDTH)
+    monkeypatch.setattr("sae_lightning.scoring.scorecard.MAX_ACTIVATIONS_AT_ONCE", 7 * 2 * WIDTH)
     sae.register_forward_hook(lambda _, __, output: most.append(len(output.features)))
     found = evaluate(sae, held_out, SITES).card.scalars()
     assert found == pytest.approx(whole, rel=1e-4, abs=1e-6)
@@ -82,8 +82,8 @@ def test_of_many_features_fewer_tokens_are_looked_at_at_a_time(held_out, monkeyp
 
 def test_training_is_spared_what_only_the_evaluation_asks_for(held_out):
     sae = both_signs(WIDTH, scale=0.75)
-    (asked,) = score([sae], [sae.W_dec], held_out, *SITES, fidelity=True)
-    (spared,) = score([sae], [sae.W_dec], held_out, *SITES)
+    (asked,) = score_saes([sae], [sae.W_dec], held_out, *SITES, fidelity=True)
+    (spared,) = score_saes([sae], [sae.W_dec], held_out, *SITES)
     assert spared.fidelity is None and asked.fidelity.gamma == pytest.approx(0.75)
     assert spared.scalars() == pytest.approx(asked.scalars())
 

@@ -11,7 +11,7 @@ from sae_lightning.llm.sites import Kind, Site
 from sae_lightning.sae import ARCHITECTURES, build
 from sae_lightning.stream.concepts import make_world
 from sae_lightning.training.callbacks.resample import resample
-from sae_lightning.training.callbacks.update import ClipGradient, DecoderNorm, Schedule, Steer
+from sae_lightning.training.callbacks.update import ClipGradient, DecoderNorm, Schedule, TargetL0
 from sae_lightning.training.head import Head
 from sae_lightning.training.module import SAEModule
 from sae_lightning.training.settings import CallbacksConfig, OptimConfig
@@ -19,7 +19,7 @@ from sae_lightning.training.settings import CallbacksConfig, OptimConfig
 SITE = Site(0, Kind.resid)
 # so that a small coefficient has features to leave within few updates
 DENSE_START = {"start_bias": 0.0, "decoder_norm": 0.1}
-CALLBACKS = (Schedule(), DecoderNorm(), ClipGradient(), Steer())
+CALLBACKS = (Schedule(), DecoderNorm(), ClipGradient(), TargetL0())
 
 
 @cache
@@ -43,7 +43,7 @@ def make_head(name: str, *, loss: dict | None = None, dead_window: int = 1024, *
         target=SITE,
         loss=objective(**loss or {}),
         optim=OptimConfig(lr=3e-3, beta2=0.99),
-        recipe=CallbacksConfig(),
+        callbacks=CallbacksConfig(),
         dead_window=dead_window,
         seed=0,
     )

@@ -143,7 +143,7 @@ def test_a_trained_one_fires_k_times_a_token_in_inference():
     head = make_head("batch_topk", k=4)
     train(head, 120)
     assert l0(head) == pytest.approx(4, rel=0.1)
-    assert head.last.l0 == 4
+    assert head.last_step.l0 == 4
 
 
 def test_resampling_brings_dead_features_back():

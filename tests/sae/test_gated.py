@@ -152,7 +152,7 @@ def test_strengths_are_not_shrunk_by_the_penalty():
     for name in ("relu", "gated"):
         head = make_head(name, loss={"l1": 0.1, "target_l0": 5})
         train(head, 250)
-        errors[name] = head.last.terms["mse"].item()
+        errors[name] = head.last_step.terms["mse"].item()
     assert errors["gated"] < 0.7 * errors["relu"]
 
 

@@ -119,7 +119,7 @@ def test_l0_falls_when_its_coefficient_rises_over_three_decades(kind):
         head = make_head("jumprelu", loss={"l0": coefficient, "penalty_kind": kind})
         train(head, 200)
         reached.append(l0(head))
-        errors.append(head.last.terms["mse"].item())
+        errors.append(head.last_step.terms["mse"].item())
     assert all(b < 0.8 * a for a, b in zip(reached, reached[1:], strict=False)), reached
     assert reached[0] > 5 * reached[-1]
     assert errors == sorted(errors), "fewer features explain less"

@@ -37,7 +37,7 @@ def test_training_ends_the_same_with_either_products(name):
         assert (value - other).norm() < 1e-3 * value.norm(), parameter
         assert not torch.equal(value, other) or parameter == "b_dec", "they were computed alike"
     assert torch.equal(dense.tokens_since_fired, sparse.tokens_since_fired)
-    torch.testing.assert_close(dense.last.l0, sparse.last.l0)
+    torch.testing.assert_close(dense.last_step.l0, sparse.last_step.l0)
 
 
 @pytest.mark.parametrize(("products", "expected"), [("dense", False), ("sparse", True)])
@@ -54,32 +54,32 @@ def test_each_head_follows_its_own_density(monkeypatch):
     head, other = (make_head("relu", start_bias=0.0) for _ in range(2))
     seen = ways(head, monkeypatch)
     batch = {SITE: activations()[:256]}
-    assert head.occupied == other.occupied == 1
+    assert head.active_density == other.active_density == 1
     head(batch)
-    assert 0.3 < head.occupied < 0.7, "at the start about half of the features fire"
+    assert 0.3 < head.active_density < 0.7, "at the start about half of the features fire"
     with torch.no_grad():
         level = head.sae.pre_activations(activations()[:256]).flatten().topk(30).values[-1]
         head.sae.b_enc -= 0.999 * level
     head(batch)  # looks as it was last time, and sees
-    assert head.occupied == pytest.approx(30 / (256 * 48), rel=0.7)
+    assert head.active_density == pytest.approx(30 / (256 * 48), rel=0.7)
     head(batch)
-    assert head.occupied == 30 / (256 * 48)
+    assert head.active_density == 30 / (256 * 48)
     with torch.no_grad():
         head.sae.b_enc += 100
     head(batch)
-    assert head.occupied == 1
+    assert head.active_density == 1
     head(batch)
     assert seen == [False, False, True, True, False]
-    assert other.occupied == 1
+    assert other.active_density == 1
 
 
 def test_the_choice_goes_on_where_it_was():
     head, again = make_head("relu"), make_head("relu")
-    head.occupied = 0.01
+    head.active_density = 0.01
     again.load_state_dict(head.state_dict())
     x = activations()[:2]
-    assert again.only_active(x)
-    assert not make_head("relu").only_active(x)
+    assert again.use_sparse_products(x)
+    assert not make_head("relu").use_sparse_products(x)
 
 
 def test_a_checkpoint_of_an_earlier_version_is_refused():
@@ -103,7 +103,7 @@ def test_what_is_not_finite_is_not_passed_over(name, where, value):
         x[3, 5] = value
     else:
         head.sae.W_enc.data[5, 7] = value
-    head.normalised = lambda batch: (x, target)
+    head.normalise = lambda batch: (x, target)
     loss = head({})
     loss.backward()
     assert not loss.isfinite()

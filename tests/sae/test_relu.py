@@ -101,7 +101,7 @@ def test_p_annealing_gives_fewer_features_that_explain_as_much():
     for p in (1.0, 0.3):
         head = make_head("relu", loss={"l1": 5e-2, "p": p}, **DENSE_START)
         train(head, 200)
-        ends.append((l0(head), head.last.terms["mse"].item()))
+        ends.append((l0(head), head.last_step.terms["mse"].item()))
     (with_l1, error), (annealed, other) = ends
     assert annealed < 0.9 * with_l1
     assert other < 1.1 * error
@@ -120,7 +120,7 @@ def test_the_coefficient_is_steered_to_a_target():
     head = make_head("relu", loss={"l1": 2e-2, "target_l0": 5})
     train(head, 400)
     assert l0(head) == pytest.approx(5, rel=0.1)
-    now = head.coefficients()["l1"]
+    now = head.effective_coefficients["l1"]
     assert now == 2e-2 * head.steering
     assert now != 2e-2
 
@@ -168,7 +168,7 @@ def test_a_head_weighs_its_terms_by_their_coefficients():
     head.penalty_factor.fill_(0.25)
     head.steering.fill_(3.0)
     x = activations()[:64]
-    loss, terms = head({SITE: x}), head.last.terms
+    loss, terms = head({SITE: x}), head.last_step.terms
     expected = terms["mse"] + 0.5 * 0.25 * 3 * terms["l1"] + 0.1 * terms["preact"]
     assert_close(loss.detach(), expected)
     assert terms["preact"] > 0

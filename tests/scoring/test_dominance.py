@@ -8,8 +8,8 @@ from torch import Generator, tensor
 
 from sae_lightning.llm.sites import Kind, Site
 from sae_lightning.sae import Output
-from sae_lightning.scoring.dominance import dominant_dimension, long_tokens
-from sae_lightning.scoring.scorecard import rows, score
+from sae_lightning.scoring.dominance import find_dominant_dimension, find_long_tokens
+from sae_lightning.scoring.scorecard import format_lines, score_saes
 from sae_lightning.stream.rows import medians, not_large
 
 SITE = Site(0, Kind.resid)
@@ -23,12 +23,12 @@ def opposite(n: int) -> torch.Tensor:
 
 def test_the_longest_are_named_by_their_share_however_long_they_are():
     """12 of length r among 12,000 of length 1 hold 12 r^2 of the variance of 12,000 + 12 r^2."""
-    assert long_tokens(torch.cat([opposite(12_000), 10 * opposite(12)])) is None  # 9 %
+    assert find_long_tokens(torch.cat([opposite(12_000), 10 * opposite(12)])) is None  # 9 %
     for length, max_norm in ((11, 3), (30, 5)):  # between 1 and it: its root, in one digit
-        found = long_tokens(torch.cat([opposite(12_000), length * opposite(12)]))
+        found = find_long_tokens(torch.cat([opposite(12_000), length * opposite(12)]))
         share = 12 * length**2 / (12_000 + 12 * length**2)
         assert found[1:] == (pytest.approx(share, rel=1e-5), max_norm)
-        assert found.count == 12
+        assert found.number == 12
 
 
 def test_tokens_nine_times_as_long_dominate_where_all_share_a_long_mean():
@@ -36,8 +36,8 @@ def test_tokens_nine_times_as_long_dominate_where_all_share_a_long_mean():
     x = 0.1 * torch.randn(8_128, 640, generator=Generator().manual_seed(0)) / math.sqrt(640)
     x[:, 7] += 1
     x[:5, 7] = -9.7
-    found = long_tokens(x)
-    assert found.count == 5
+    found = find_long_tokens(x)
+    assert found.number == 5
     # 5 (10.7)^2 = 572 of 572 + 8,128 / 100 = 654
     assert found.share == pytest.approx(572 / 654, abs=0.01)
     kept = not_large({SITE: x}, medians({SITE: x}), found.max_norm)
@@ -48,36 +48,36 @@ def test_tokens_nine_times_as_long_dominate_where_all_share_a_long_mean():
 @pytest.mark.parametrize("copies", [13, 100])
 def test_all_of_equal_length_are_named_together(copies):
     x = torch.cat([opposite(12_000), torch.full((copies, 2), 50.0)])
-    assert long_tokens(x).count == copies
+    assert find_long_tokens(x).number == copies
 
 
 def test_one_long_token_in_each_short_sequence_is_told_too():
     """600 of length 50 hold 1.5 million of the variance, but 13 of them only 2 % of it."""
-    found = long_tokens(torch.cat([opposite(12_000), 50 * opposite(600)]))
-    assert found.count == 600
+    found = find_long_tokens(torch.cat([opposite(12_000), 50 * opposite(600)]))
+    assert found.number == 600
     assert found.share == pytest.approx(1.5e6 / (1.5e6 + 12_000), rel=1e-5)
 
 
 def test_usual_activations_are_passed_over():
     g = Generator().manual_seed(0)
     for x in (torch.randn(200, 3, generator=g), torch.randn(5_000, 64, generator=g)):
-        assert long_tokens(x) is None
-    assert long_tokens(torch.zeros(10, 4)) is None
+        assert find_long_tokens(x) is None
+    assert find_long_tokens(torch.zeros(10, 4)) is None
     mostly_zero = torch.cat([torch.zeros(900, 2), torch.ones(2, 2)])
-    assert long_tokens(mostly_zero) is None  # no multiple of a median of 0
+    assert find_long_tokens(mostly_zero) is None  # no multiple of a median of 0
     for broken in (math.nan, math.inf):
-        assert long_tokens(torch.full((10, 4), broken)) is None
-        assert long_tokens(torch.cat([opposite(100), torch.full((1, 2), broken)])) is None
+        assert find_long_tokens(torch.full((10, 4), broken)) is None
+        assert find_long_tokens(torch.cat([opposite(100), torch.full((1, 2), broken)])) is None
 
 
 def test_a_dimension_that_dominates_is_named_with_what_is_explained_of_the_others():
     # 66 of 100 in dimension 1; of the other 34, 17 are left unexplained
     total = torch.cat([tensor([1.0, 66.0]), torch.full((99,), 1 / 3)]).double()
     residual = torch.cat([tensor([0.5, 0.0]), torch.full((99,), 1 / 6)]).double()
-    assert dominant_dimension(residual, total) == (1, pytest.approx(0.66), pytest.approx(0.5))
-    assert dominant_dimension(residual, torch.ones(101)) is None
+    assert find_dominant_dimension(residual, total) == (1, pytest.approx(0.66), pytest.approx(0.5))
+    assert find_dominant_dimension(residual, torch.ones(101)) is None
     few = tensor([1.0, 0.0, 0.0])  # of three dimensions one may well hold it all
-    assert dominant_dimension(few, few) is None
+    assert find_dominant_dimension(few, few) is None
 
 
 class Fixed:
@@ -103,20 +103,20 @@ def test_the_scorecard_has_ev_of_usual_tokens_only_where_long_ones_dominate():
         kept = (part.norm(dim=1, keepdim=True) > 2).float()
         return Output(features=kept, reconstruction=part * kept)
 
-    (card,) = score([sae], ROWS, Fixed(x), SITE, SITE)
+    (card,) = score_saes([sae], ROWS, Fixed(x), SITE, SITE)
     scalars = card.scalars()
     assert scalars["explained_variance"] == pytest.approx(10_800 / 22_800, rel=1e-5)
     assert scalars["usual_explained_variance"] == pytest.approx(0, abs=1e-6)
     assert (scalars["usual_dropped"], scalars["usual_max_norm"]) == (12, 5)
-    line = rows(scalars)["  of usual tokens"]
+    line = format_lines(scalars)["  of usual tokens"]
     assert line == (
         "0.0000; the longest 12 hold 47% of the variance (data.max_norm=5 leaves them out)"
     )
-    (card,) = score([sae], ROWS, Fixed(x[known.squeeze(1) == 0]), SITE, SITE)
+    (card,) = score_saes([sae], ROWS, Fixed(x[known.squeeze(1) == 0]), SITE, SITE)
     assert set(card.scalars()) == {
         *("l0", "explained_variance", "unfired", "duplicates", "nearest_cosine")
     }
-    assert list(rows(card.scalars())) == ["L0", "explained variance", "unfired", "copies"]
+    assert list(format_lines(card.scalars())) == ["L0", "explained variance", "unfired", "copies"]
 
 
 def test_the_scorecard_names_a_dominant_dimension():
@@ -127,10 +127,10 @@ def test_the_scorecard_names_a_dominant_dimension():
         others = torch.arange(200) != 3
         return Output(features=torch.ones(len(part), 1), reconstruction=part * ~others)
 
-    (card,) = score([sae], ROWS, Fixed(x), SITE, SITE)
+    (card,) = score_saes([sae], ROWS, Fixed(x), SITE, SITE)
     scalars = card.scalars()
     share = (x - x.mean(0)).square().sum(0) / (x - x.mean(0)).square().sum()
     assert scalars["dimension_index"] == 3
     assert scalars["dimension_share"] == pytest.approx(share[3].item(), rel=1e-5)
     assert scalars["dimension_explained_variance"] == pytest.approx(0, abs=0.01)
-    assert "; dimension 3 holds 6" in rows(scalars)["  of other dimensions"]
+    assert "; dimension 3 holds 6" in format_lines(scalars)["  of other dimensions"]

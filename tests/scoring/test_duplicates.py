@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 
 from sae_lightning.files import make_jsonable
 from sae_lightning.scoring import duplicates
-from sae_lightning.scoring.duplicates import copies, nearest_cosines
+from sae_lightning.scoring.duplicates import measure_copies, nearest_cosines
 
 EYE = torch.eye(8)
 NONE = pytest.approx((math.nan, math.nan), nan_ok=True)
@@ -44,18 +44,18 @@ def fires(*live: int, of: int) -> torch.Tensor:
     ],
 )
 def test_copies_by_hand(rows, live, expected):
-    assert copies(rows, fires(*live, of=len(rows))) == pytest.approx(expected, nan_ok=True)
+    assert measure_copies(rows, fires(*live, of=len(rows))) == pytest.approx(expected, nan_ok=True)
 
 
 def test_a_row_that_is_not_finite_is_told_and_no_feature_at_all_is_null_in_json():
-    assert math.isnan(copies(torch.full((3, 2), math.nan), torch.ones(3)).nearest_cosine)
-    none = json.loads(json.dumps(make_jsonable(copies(EYE, torch.zeros(8)))))
+    assert math.isnan(measure_copies(torch.full((3, 2), math.nan), torch.ones(3)).nearest_cosine)
+    none = json.loads(json.dumps(make_jsonable(measure_copies(EYE, torch.zeros(8)))))
     assert none == {"duplicates": None, "nearest_cosine": None}
 
 
 @pytest.mark.parametrize("live", [1, 40, 99, 100])
 def test_blocks_change_nothing(live, monkeypatch):
-    monkeypatch.setattr(duplicates, "BLOCK", 16)
+    monkeypatch.setattr(duplicates, "BLOCK_ROWS", 16)
     generator = Generator().manual_seed(0)
     W_dec = torch.randn(100, 5, generator=generator)
     which = torch.randperm(100, generator=generator)[:live]
@@ -66,7 +66,7 @@ def test_blocks_change_nothing(live, monkeypatch):
 
 def test_of_more_live_features_than_can_be_compared_some_stand_for_all(monkeypatch):
     """Every fourth of 4,000 has a copy that is dead: a quarter of the 1,000 that are compared."""
-    monkeypatch.setattr(duplicates, "MOST", 1_000)
+    monkeypatch.setattr(duplicates, "MAX_LIVE_FEATURES", 1_000)
     compared = []
 
     def nearest(W_dec, which):
@@ -75,8 +75,10 @@ def test_of_more_live_features_than_can_be_compared_some_stand_for_all(monkeypat
 
     monkeypatch.setattr(duplicates, "nearest_cosines", nearest)
     density = fires(*range(4_000), of=5_000)
-    assert copies(torch.zeros(5_000, 1), density).duplicates == pytest.approx(0.25, abs=0.03)
-    copies(torch.zeros(5_000, 1), density)
+    assert measure_copies(torch.zeros(5_000, 1), density).duplicates == pytest.approx(
+        0.25, abs=0.03
+    )
+    measure_copies(torch.zeros(5_000, 1), density)
     assert len(compared[0].unique()) == 1_000
     assert torch.equal(*compared)
 
@@ -85,7 +87,9 @@ def test_of_more_live_features_than_can_be_compared_some_stand_for_all(monkeypat
 def test_a_gpu_counts_the_same():
     W_dec = torch.randn(3_000, 6, generator=Generator().manual_seed(0))
     density = fires(*range(0, 3_000, 2), of=3_000)
-    assert copies(W_dec.cuda(), density) == pytest.approx(copies(W_dec, density), abs=2e-3)
+    assert measure_copies(W_dec.cuda(), density) == pytest.approx(
+        measure_copies(W_dec, density), abs=2e-3
+    )
 
 
 def test_the_referee_of_the_benchmark_counts_the_same(monkeypatch):
@@ -94,5 +98,7 @@ def test_the_referee_of_the_benchmark_counts_the_same(monkeypatch):
 
     W_dec = torch.randn(300, 4, generator=Generator().manual_seed(0))
     density = fires(*range(0, 300, 3), of=300)
-    assert 0 < copies(W_dec, density).duplicates < 1
-    assert evaluator.copies(W_dec, density > 0) == pytest.approx(copies(W_dec, density)._asdict())
+    assert 0 < measure_copies(W_dec, density).duplicates < 1
+    assert evaluator.copies(W_dec, density > 0) == pytest.approx(
+        measure_copies(W_dec, density)._asdict()
+    )

@@ -77,8 +77,8 @@ def failing(monkeypatch):
 
     def fail(job):
         with monkeypatch.context() as patch:
-            standard = run.standard
-            patch.setattr(run, "standard", lambda *args: [PowerCut(), *standard(*args)])
+            make_callbacks = run.make_callbacks
+            patch.setattr(run, "make_callbacks", lambda *args: [PowerCut(), *make_callbacks(*args)])
             with pytest.raises(SystemError) as error:
                 passes.train([job])
         return error

@@ -17,9 +17,13 @@ from sae_lightning.sae.objective import AuxKLoss
 from sae_lightning.sae.relu import DenseLoss, ReLULoss
 from sae_lightning.sae.topk import TopKConfig
 from sae_lightning.training.callbacks.curves import training_scalars
-from sae_lightning.training.callbacks.normalize import Normalize, estimate, outliers
+from sae_lightning.training.callbacks.normalize import (
+    Normalize,
+    describe_outliers,
+    estimate_normalization,
+)
 from sae_lightning.training.callbacks.resample import resample
-from sae_lightning.training.callbacks.update import ClipGradient, DecoderNorm, Schedule, Steer
+from sae_lightning.training.callbacks.update import ClipGradient, DecoderNorm, Schedule, TargetL0
 from sae_lightning.training.head import Head
 from sae_lightning.training.module import SAEModule
 from sae_lightning.training.settings import (
@@ -41,7 +45,7 @@ def make_head(features=6, d=4, loss=None, target=SITE, dead_window=100, seed=0, 
         target=target,
         loss=loss or ReLULoss(l1=0.1),
         optim=OptimConfig(**optim),
-        recipe=CallbacksConfig(normalize=NormalizeConfig(tokens=64)),
+        callbacks=CallbacksConfig(normalize=NormalizeConfig(tokens=64)),
         dead_window=dead_window,
         seed=seed,
     )
@@ -57,43 +61,47 @@ def activations(n=64, d=4, seed=0):
 
 def test_standardize_gives_mean_0_and_mean_square_1():
     # two tokens (1, 2) and (3, 6): mean (2, 4), deviations -+(1, 2), mean square (1 + 4) / 2
-    mean, scale = estimate(torch.tensor([[1.0, 2.0], [3.0, 6.0]]), Normalization.standardize)
+    mean, scale = estimate_normalization(
+        torch.tensor([[1.0, 2.0], [3.0, 6.0]]), Normalization.standardize
+    )
     assert mean.tolist() == [2.0, 4.0]
     assert scale.item() == pytest.approx(2.5**0.5)
 
 
 def test_scale_leaves_the_mean_alone():
     # mean square of 1, 2, 3, 6 = 50 / 4
-    mean, scale = estimate(torch.tensor([[1.0, 2.0], [3.0, 6.0]]), Normalization.scale)
+    mean, scale = estimate_normalization(
+        torch.tensor([[1.0, 2.0], [3.0, 6.0]]), Normalization.scale
+    )
     assert mean.tolist() == [0.0, 0.0]
     assert scale.item() == pytest.approx(12.5**0.5)
 
 
 def test_no_normalisation_changes_nothing():
-    mean, scale = estimate(activations(), Normalization.none)
+    mean, scale = estimate_normalization(activations(), Normalization.none)
     assert mean.tolist() == [0.0] * 4
     assert scale.item() == 1
 
 
 def test_a_large_mean_does_not_spoil_the_scale():
     x = activations(10_000) + 1e4
-    _, scale = estimate(x, Normalization.standardize)
+    _, scale = estimate_normalization(x, Normalization.standardize)
     assert scale.item() == pytest.approx(1, abs=0.02)
 
 
 def test_constant_activations_are_refused():
     with pytest.raises(UserError, match="cannot be normalised: their spread .* is 0"):
-        estimate(torch.ones(8, 4), Normalization.standardize)
+        estimate_normalization(torch.ones(8, 4), Normalization.standardize)
 
 
 def test_a_few_long_activations_that_decide_the_variance_are_told():
     """100 of length 1 in opposite directions: a variance of 1 each. One of 20 adds 400 or so."""
     x = torch.tensor([1.0, -1.0]).repeat(50)[:, None] * torch.tensor([[1.0, 0.0]])
-    assert outliers(SITE, x) is None
+    assert describe_outliers(SITE, x) is None
     long = torch.cat([x, torch.tensor([[0.0, 20.0]])])
     # about the mean (0, 20/101): 400 (100/101)^2 = 392.1 of 392.1 + 100 + 100 (20/101)^2 = 496.0
     said = r"the longest 1 of 101 activations hold 79% of the variance.*; data\.max_norm=4 leaves"
-    assert re.search(said, outliers(SITE, long))
+    assert re.search(said, describe_outliers(SITE, long))
 
 
 def test_each_site_of_a_head_gets_its_own_mean_and_scale_and_only_in_a_new_run():
@@ -103,7 +111,7 @@ def test_each_site_of_a_head_gets_its_own_mean_and_scale_and_only_in_a_new_run()
     stream = SimpleNamespace(peek=lambda n: {site: x[:n] for site, x in sample.items()})
     trainer = SimpleNamespace(global_step=0, datamodule=SimpleNamespace(stream=stream))
     Normalize().on_train_start(trainer, make_module([head], batch=64, steps=1))
-    x, target = head.normalised(sample)
+    x, target = head.normalise(sample)
     for z in (x, target):
         torch.testing.assert_close(z.mean(dim=0), torch.zeros(4), atol=1e-6, rtol=0)
         torch.testing.assert_close(z.square().mean(), torch.ones(()))
@@ -117,12 +125,12 @@ def test_each_site_of_a_head_gets_its_own_mean_and_scale_and_only_in_a_new_run()
 @pytest.mark.parametrize("mode", Normalization)
 def test_as_many_features_fire_at_the_start_however_large_activations_are(mode, size):
     head = make_head(sae=SAEConfig(features=500, start_bias=-2), d=64)
-    head.recipe.normalize.mode = mode
+    head.callbacks.normalize.mode = mode
     x = activations(2000, 64) * size
     stream = SimpleNamespace(peek=lambda n: {SITE: x[:n]})
     trainer = SimpleNamespace(global_step=0, datamodule=SimpleNamespace(stream=stream))
     Normalize().on_train_start(trainer, make_module([head]))
-    fired = head.reconstruct(x).features > 0
+    fired = head.reconstruct_raw(x).features > 0
     assert fired.float().mean() == pytest.approx(0.02275, rel=0.15)  # P(z > 2)
 
 
@@ -161,8 +169,8 @@ def steer(head, *l0s, steps=1000):
     """The coefficient's multiple after updates with so many active features, amid the run."""
     path, trainer = [], SimpleNamespace(global_step=steps // 2)
     for l0 in l0s:
-        head.last = SimpleNamespace(l0=torch.tensor(float(l0)))
-        Steer().on_train_batch_end(trainer, make_module([head], steps=steps))
+        head.last_step = SimpleNamespace(l0=torch.tensor(float(l0)))
+        TargetL0().on_train_batch_end(trainer, make_module([head], steps=steps))
         path.append(head.steering.item())
     return path
 
@@ -174,7 +182,7 @@ def test_steering_by_hand():
     path = [2**0.75, 3**0.75 * 0.75, 3**0.75 * 0.5]
     assert steer(head, 20, 15, 10, steps=10) == pytest.approx(path)
     assert head.l0_error == 0
-    assert head.coefficients()["l1"] == 0.5 * head.steering
+    assert head.effective_coefficients["l1"] == 0.5 * head.steering
 
 
 def test_too_many_raise_the_coefficient_and_too_few_lower_it():
@@ -290,7 +298,7 @@ def test_heads_are_clipped_one_by_one():
         for parameter in head.sae.parameters():
             parameter.grad = torch.zeros_like(parameter)
         head.sae.W_enc.grad[0, 0], head.sae.b_dec.grad[0] = 3 * factor, 4 * factor
-        head.last = SimpleNamespace(loss=torch.tensor(0.5))
+        head.last_step = SimpleNamespace(loss=torch.tensor(0.5))
     ClipGradient().on_before_optimizer_step(None, make_module(heads, batch=1, steps=1), None)
     after = [(head.sae.W_enc.grad[0, 0].item(), head.grad_norm.item()) for head in heads]
     assert after == [

@@ -46,7 +46,7 @@ def test_a_checkpoint_that_cannot_be_written_says_how_to_continue(job, monkeypat
 def test_curves_that_cannot_be_written_are_told(tmp_path, limit):
     log = HeadLog(tmp_path, HParams({}, {}), resumed_at=None)
     limit(0)
-    log.scalars({"train/l0": 1.0}, 64)
+    log.add_scalars({"train/l0": 1.0}, 64)
     with pytest.raises(WriteError, match=r"cannot write to .*events.*: File too large"):
         log.flush()
 
@@ -81,11 +81,11 @@ def test_a_folder_that_is_deleted_or_renamed_under_its_run_is_noticed(
 def test_a_folder_that_goes_between_its_checkpoint_and_its_sae_is_not_made_again(
     job, monkeypatch, tmp_path
 ):
-    this, export = job("run"), checkpoint.export
+    this, export_head = job("run"), checkpoint.export_head
 
     def late(head):
         this.folder.rename(tmp_path / "moved")
-        export(head)
+        export_head(head)
 
     monkeypatch.setattr(checkpoint, "export", late)
     with pytest.raises(UserError, match="run/sae/cfg.json: its folder is gone; was it deleted or"):

@@ -287,8 +287,8 @@ def test_a_head_that_diverges_late_keeps_its_last_checkpoint(sweep, whole, monke
                 else:
                     W_enc.register_hook(lambda gradient: gradient * float("inf"))
 
-    standard = run.standard
-    monkeypatch.setattr(run, "standard", lambda *args: [Spoil(), *standard(*args)])
+    make_callbacks = run.make_callbacks
+    monkeypatch.setattr(run, "make_callbacks", lambda *args: [Spoil(), *make_callbacks(*args)])
     assert passes.train(jobs)[1] is None
     for number in (0, 2):
         assert_same(jobs[number].folder, whole[number].folder)

@@ -22,7 +22,7 @@ def test_the_first_curves_are_l0_ev_and_the_headline_of_the_data(tmp_path, headl
     last = f"held_out/{headline}"
     log = HeadLog(tmp_path, HParams(DENSE, DENSE, headline=[*HEADLINE, last]), None)
     names = "data/epoch", "train/dead", "held_out/a", *HEADLINE[:2], last, "At/z"
-    log.scalars(dict.fromkeys(names, 0.5), 10)
+    log.add_scalars(dict.fromkeys(names, 0.5), 10)
     log.close()
     answer = opened(tmp_path).get(f"/data/plugin/{tab}/tags").json
     answer = answer["scalars"]["runTagInfo"] if tab == "timeseries" else answer

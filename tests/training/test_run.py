@@ -78,8 +78,8 @@ def interrupt(monkeypatch, at_step, action):
             if trainer.global_step == at_step:
                 action()
 
-    standard = run.standard
-    monkeypatch.setattr(run, "standard", lambda *args: [Interrupt(), *standard(*args)])
+    make_callbacks = run.make_callbacks
+    monkeypatch.setattr(run, "make_callbacks", lambda *args: [Interrupt(), *make_callbacks(*args)])
 
 
 def count_products(monkeypatch):
@@ -301,7 +301,7 @@ def test_the_saved_sae_does_to_raw_activations_what_the_trained_one_did(
         assert not torch.equal(head.in_scale, torch.ones(()))
     ids = torch.randint(2, 60, (8, 16))
     x = capture(tiny("llama").model, ids, [head.source])[head.source].flatten(0, 1)
-    loaded, trained = load_sae(made.folder)(x), head.reconstruct(x)
+    loaded, trained = load_sae(made.folder)(x), head.reconstruct_raw(x)
     torch.testing.assert_close(loaded.reconstruction, trained.reconstruction, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(loaded.features, trained.features, rtol=1e-4, atol=1e-5)
     assert trained.features.count_nonzero() > 100

@@ -112,8 +112,8 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(job, monkeypatch):
                 os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        standard = run.standard
-        patch.setattr(run, "standard", lambda *args: [Stop(), *standard(*args)])
+        make_callbacks = run.make_callbacks
+        patch.setattr(run, "make_callbacks", lambda *args: [Stop(), *make_callbacks(*args)])
         with pytest.raises(SystemExit):
             passes.train([stopped])
     passes.train([replace(read_job(stopped.folder), resumed=True)])

@@ -29,9 +29,13 @@ def trained(monkeypatch, waits):
     def train(device: str, llm: str):
         stream = SimpleNamespace(device=torch.device(llm), seconds=0.0, llm_seconds=0.0)
         trainer = SimpleNamespace(global_step=0, datamodule=SimpleNamespace(stream=stream))
-        log = SimpleNamespace(scalars=lambda values, tokens: curves.append((tokens, values)))
+        log = SimpleNamespace(add_scalars=lambda values, tokens: curves.append((tokens, values)))
         module = SimpleNamespace(
-            device=torch.device(device), batch=BATCH, steps=STEPS, tokens_per_second=0.0, tokens=0
+            device=torch.device(device),
+            batch=BATCH,
+            steps=STEPS,
+            tokens_per_second=0.0,
+            tokens_seen=0,
         )
         module.training_heads = [SimpleNamespace(log=log)]
         wait = lambda: waits.append(trainer.global_step)  # noqa: E731
@@ -47,9 +51,9 @@ def trained(monkeypatch, waits):
             callback.on_train_batch_start(trainer, module, None, step)
             clock.now += SAES
             trainer.global_step += 1
-            module.tokens += BATCH
+            module.tokens_seen += BATCH
             callback.on_train_batch_end(trainer, module, None, None, step)
-            clock.now += OTHERS + EVALUATION * (module.tokens % 300 == 0)
+            clock.now += OTHERS + EVALUATION * (module.tokens_seen % 300 == 0)
         return module, curves
 
     return train

@@ -6,17 +6,18 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from sae_lightning.report.catalogue import Related
-from sae_lightning.scoring.duplicates import COPY
+from sae_lightning.scoring.duplicates import COPY_COSINE
 
 
 def copy_of(W_dec: Tensor, neighbours: Related, ranking: Tensor) -> Tensor:
     """[features] the feature under which each is shown: itself, unless it is a copy of another.
 
     Taken in the order of `ranking` [features], each that is no copy yet gathers those that nearest
-    neighbours lead to, over any number of steps, as long as they are like *itself* (cosine > COPY),
-    not only like the one before: copies are alike, no chain of unlike features.
+    neighbours lead to, over any number of steps, as long as they are like *itself*
+    (cosine > COPY_COSINE), not only like the one before: copies are alike, no chain of unlike
+    features.
     """
-    near = (neighbours.likeness > COPY) & (neighbours.units >= 0)
+    near = (neighbours.likeness > COPY_COSINE) & (neighbours.units >= 0)
     one, column = near.numpy().nonzero()
     other = neighbours.units.numpy()[one, column]
     # who is near is so both ways, though not always among the nearest of the other
@@ -34,6 +35,6 @@ def copy_of(W_dec: Tensor, neighbours: Related, ranking: Tensor) -> Tensor:
             linked = np.unique(np.concatenate([other[starts[u] : ends[u]] for u in reached]))
             linked = linked[free[linked]]
             rows = normalize(W_dec[np.append(linked, unit)]).cpu()
-            reached = linked[(rows[:-1] @ rows[-1] > COPY).numpy()]
+            reached = linked[(rows[:-1] @ rows[-1] > COPY_COSINE).numpy()]
             free[reached], original[reached] = False, unit
     return torch.from_numpy(original)

@@ -9,7 +9,7 @@ Hooks follow one another from left to right, callbacks within a hook from top to
     Schedule                             lr, penalty
     DecoderNorm                                        project gradient       renormalise
     ClipGradient                                       clip, freeze heads
-    Steer                                                                     coefficient
+    TargetL0                                                                  coefficient
     Throughput  start                    end of pause                         speed
     Curves                                                                    log
     Resample                                                                  restart dead
@@ -31,11 +31,11 @@ from sae_lightning.training.callbacks.progress import ProgressBar
 from sae_lightning.training.callbacks.resample import Resample
 from sae_lightning.training.callbacks.stop import StopOnSignal
 from sae_lightning.training.callbacks.throughput import Throughput
-from sae_lightning.training.callbacks.update import ClipGradient, DecoderNorm, Schedule, Steer
+from sae_lightning.training.callbacks.update import ClipGradient, DecoderNorm, Schedule, TargetL0
 from sae_lightning.training.settings import EvalConfig, TrainerConfig
 
 
-def standard(trainer: TrainerConfig, eval: EvalConfig) -> list[L.Callback]:
+def make_callbacks(trainer: TrainerConfig, eval: EvalConfig) -> list[L.Callback]:
     """The callbacks of every run. Throughput stops its clock before the slower ones start; curves
     are drawn before resampling changes what they show; the checkpoint saves what all others did."""
     return [
@@ -44,7 +44,7 @@ def standard(trainer: TrainerConfig, eval: EvalConfig) -> list[L.Callback]:
         Schedule(),
         DecoderNorm(),
         ClipGradient(),
-        Steer(),
+        TargetL0(),
         Throughput(trainer.log_every, pauses=(eval.every, trainer.checkpoint_every)),
         Curves(trainer.log_every),
         Resample(),

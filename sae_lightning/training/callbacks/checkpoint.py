@@ -4,13 +4,13 @@ import lightning as L
 
 from sae_lightning.formats.export import save_sae
 from sae_lightning.training.head import Head
-from sae_lightning.training.schedules import due
+from sae_lightning.training.schedules import is_due
 from sae_lightning.training.settings import checkpoint_path
 
 
-def export(head: Head) -> None:
+def export_head(head: Head) -> None:
     """Write the head's SAE, for raw activations, into its run folder."""
-    save_sae(head.folder / "sae", head.sae, head.folded(), head.metadata)
+    save_sae(head.folder / "sae", head.sae, head.fold_weights(), head.metadata)
 
 
 class Checkpoint(L.Callback):
@@ -24,10 +24,10 @@ class Checkpoint(L.Callback):
         step = trainer.global_step
         if module.stopped_by:
             trainer.should_stop = True
-        if module.stopped_by or step == module.steps or due(step, module.batch, self.every):
+        if module.stopped_by or step == module.steps or is_due(step, module.batch, self.every):
             heads = module.training_heads
             for head in heads:  # first, since a resumed run draws only what follows the checkpoint
                 head.log.flush()
             trainer.save_checkpoint(checkpoint_path(heads[0].folder))  # of all: HeadCheckpoints
             for head in heads:
-                export(head)
+                export_head(head)

@@ -5,13 +5,13 @@ import torch
 
 from sae_lightning.scoring.metrics import explained_variance
 from sae_lightning.training.head import Head
-from sae_lightning.training.schedules import due
+from sae_lightning.training.schedules import is_due
 
 
 @torch.no_grad()
 def training_scalars(head: Head) -> dict[str, float]:
     """The curves' values after a head's last step, by name."""
-    step = head.last
+    step = head.last_step
     norms = head.sae.W_dec.norm(dim=1)
     scalars = {
         "train/loss": step.loss,
@@ -23,7 +23,7 @@ def training_scalars(head: Head) -> dict[str, float]:
         "decoder/norm_mean": norms.mean(),
         "decoder/norm_max": norms.max(),
     }
-    for name, coefficient in head.coefficients().items():
+    for name, coefficient in head.effective_coefficients.items():
         if hasattr(head.loss, name):  # a setting, not a constant
             scalars[f"optim/{name}"] = coefficient
     if hasattr(head.sae, "threshold"):
@@ -40,7 +40,7 @@ class Curves(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
         """Log if it is time."""
         step, stream = trainer.global_step, trainer.datamodule.stream
-        if not (due(step, 1, self.log_every) or step == module.steps):
+        if not (is_due(step, 1, self.log_every) or step == module.steps):
             return
         rates: dict[int, dict[str, float]] = {}
         for group in trainer.optimizers[0].param_groups:
@@ -50,4 +50,4 @@ class Curves(L.Callback):
             if head.failure is None:
                 head.training_metrics = training_scalars(head) | rates[number]
                 head.training_metrics |= {f"data/{name}": value for name, value in data.items()}
-                head.log.scalars(head.training_metrics, module.tokens)
+                head.log.add_scalars(head.training_metrics, module.tokens_seen)

@@ -6,14 +6,14 @@ from itertools import groupby
 import lightning as L
 
 from sae_lightning.scoring.metrics import density_histogram
-from sae_lightning.scoring.scorecard import Scorecard, score
+from sae_lightning.scoring.scorecard import Scorecard, score_saes
 from sae_lightning.stream.held_out import HeldOut
 from sae_lightning.stream.synthetic import HeldOutConcepts
 from sae_lightning.training.head import Head
-from sae_lightning.training.schedules import due
+from sae_lightning.training.schedules import is_due
 
 
-def evaluate(heads: Sequence[Head], held_out: HeldOut | HeldOutConcepts, tokens: int) -> None:
+def evaluate_heads(heads: Sequence[Head], held_out: HeldOut | HeldOutConcepts, tokens: int) -> None:
     """Score heads after `tokens` training tokens, those of the same sites together; the results go
     to their logs and metrics."""
 
@@ -22,19 +22,21 @@ def evaluate(heads: Sequence[Head], held_out: HeldOut | HeldOutConcepts, tokens:
 
     for (source, target), group in groupby(sorted(heads, key=sites), key=sites):
         mine = list(group)
-        functions, weights = zip(*((head.reconstruct, head.folded) for head in mine), strict=True)
+        functions, weights = zip(
+            *((head.reconstruct_raw, head.fold_weights) for head in mine), strict=True
+        )
         decoders = [head.sae.W_dec for head in mine]
-        cards = score(functions, decoders, held_out, source, target, weights)
+        cards = score_saes(functions, decoders, held_out, source, target, weights)
         for head, card in zip(mine, cards, strict=True):
             _note(head, card, tokens)
 
 
 def _note(head: Head, card: Scorecard, tokens: int) -> None:
     head.held_out_metrics = card.scalars()
-    head.log.scalars({f"held_out/{k}": v for k, v in head.held_out_metrics.items()}, tokens)
-    head.density = density_histogram(card.quality.density)
-    head.log.density(card.quality.density, tokens)
-    head.log.histogram("decoder/norm", head.sae.W_dec.detach().norm(dim=1), tokens)
+    head.log.add_scalars({f"held_out/{k}": v for k, v in head.held_out_metrics.items()}, tokens)
+    head.density_counts = density_histogram(card.quality.density)
+    head.log.add_density(card.quality.density, tokens)
+    head.log.add_histogram("decoder/norm", head.sae.W_dec.detach().norm(dim=1), tokens)
     head.log.flush()
 
 
@@ -47,5 +49,5 @@ class Evaluate(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
         """Evaluate if it is time."""
         step = trainer.global_step
-        if step < module.steps and due(step, module.batch, self.every):
-            evaluate(module.training_heads, trainer.datamodule.held_out, module.tokens)
+        if step < module.steps and is_due(step, module.batch, self.every):
+            evaluate_heads(module.training_heads, trainer.datamodule.held_out, module.tokens_seen)

@@ -6,13 +6,13 @@ from torch import Tensor
 
 from sae_lightning.errors import UserError
 from sae_lightning.llm.sites import Site
-from sae_lightning.scoring.dominance import long_tokens
+from sae_lightning.scoring.dominance import find_long_tokens
 from sae_lightning.terminal import console
 from sae_lightning.training.settings import Normalization
 
 
 @torch.no_grad()
-def estimate(x: Tensor, mode: Normalization) -> tuple[Tensor, Tensor]:
+def estimate_normalization(x: Tensor, mode: Normalization) -> tuple[Tensor, Tensor]:
     """Mean [d] and scale [] so that (x - mean) / scale has a mean square of 1, for x [n, d]."""
     x = x.cpu()  # not every accelerator has float64
     mean = torch.zeros(x.shape[1], dtype=torch.float64)
@@ -30,13 +30,13 @@ def estimate(x: Tensor, mode: Normalization) -> tuple[Tensor, Tensor]:
     return mean.float(), scale.float()
 
 
-def outliers(site: Site, x: Tensor) -> str | None:
+def describe_outliers(site: Site, x: Tensor) -> str | None:
     """A warning if a few activations [n, d] of large norm dominate the variance."""
-    long = long_tokens(x)
+    long = find_long_tokens(x)
     if long is None:
         return None
     return (
-        f"{site}: the longest {long.count:,} of {len(x):,} activations hold {long.share:.0%} of "
+        f"{site}: the longest {long.number:,} of {len(x):,} activations hold {long.share:.0%} of "
         "the variance, so that normalisation and explained variance are about them; "
         f"data.max_norm={long.max_norm:g} leaves them out"
     )
@@ -52,7 +52,7 @@ class Normalize(L.Callback):
             return
         known: dict[tuple, tuple[Tensor, Tensor]] = {}  # heads of a sweep mostly agree
         for head in module.heads:
-            settings = head.recipe.normalize
+            settings = head.callbacks.normalize
             for site, mean, scale in (
                 (head.source, head.in_mean, head.in_scale),
                 (head.target, head.out_mean, head.out_scale),
@@ -60,8 +60,8 @@ class Normalize(L.Callback):
                 key = (site, settings.mode, settings.tokens)
                 if key not in known:
                     sample = trainer.datamodule.stream.peek(settings.tokens)
-                    known[key] = estimate(sample[site], settings.mode)
-                    if warning := outliers(site, sample[site]):
+                    known[key] = estimate_normalization(sample[site], settings.mode)
+                    if warning := describe_outliers(site, sample[site]):
                         console.print(warning)
                 mean.copy_(known[key][0])
                 scale.copy_(known[key][1])

@@ -48,7 +48,7 @@ class ProgressBar(L.Callback):
 
 def _text(module: L.LightningModule) -> str:
     parts = [
-        f"{module.tokens:,}/{module.steps * module.batch:,} tokens",
+        f"{module.tokens_seen:,}/{module.steps * module.batch:,} tokens",
         f"{module.tokens_per_second:,.0f}/s",
     ]
     heads = module.training_heads

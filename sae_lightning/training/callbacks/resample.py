@@ -7,7 +7,7 @@ from torch.nn.functional import normalize
 from torch.optim import Optimizer
 
 from sae_lightning.training.head import Head
-from sae_lightning.training.schedules import due
+from sae_lightning.training.schedules import is_due
 
 
 @torch.no_grad()
@@ -49,13 +49,13 @@ class Resample(L.Callback):
         """Resample the heads that are due."""
         step = trainer.global_step
         for head in module.training_heads:
-            settings = head.recipe.resample
+            settings = head.callbacks.resample
             last = min(settings.until * module.steps, module.steps - 1)  # then the pool is empty
             if settings.every is None or step > last:
                 continue
-            if not due(step, module.batch, settings.every):
+            if not is_due(step, module.batch, settings.every):
                 continue
             sample = trainer.datamodule.stream.peek(settings.tokens)
             sample = {site: rows.to(module.device) for site, rows in sample.items()}
-            count = resample(head, trainer.optimizers[0], *head.normalised(sample))
-            head.log.scalars({"train/resampled": count}, module.tokens)
+            count = resample(head, trainer.optimizers[0], *head.normalise(sample))
+            head.log.add_scalars({"train/resampled": count}, module.tokens_seen)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import lightning as L
 import torch
 
-from sae_lightning.training.schedules import due
+from sae_lightning.training.schedules import is_due
 
 
 class Elapsed(NamedTuple):
@@ -58,7 +58,7 @@ class Throughput(L.Callback):
         step, devices = trainer.global_step, {module.device, trainer.datamodule.stream.device}
         on_cpu = all(device.type == "cpu" for device in devices)
         log = step % self.log_every == 0 or step >= module.steps
-        pause = on_cpu or any(due(step, module.batch, every) for every in self.pauses)
+        pause = on_cpu or any(is_due(step, module.batch, every) for every in self.pauses)
         if not on_cpu and (log or pause):
             torch.accelerator.synchronize()
         now = self._now(trainer)
@@ -71,7 +71,7 @@ class Throughput(L.Callback):
         module.speed = _speed(self.first, now, module.batch, shares=on_cpu)
         for head in module.training_heads:
             scalars = {f"speed/{name}": value for name, value in recent.items()}
-            head.log.scalars(scalars, module.tokens)
+            head.log.add_scalars(scalars, module.tokens_seen)
 
     def _now(self, trainer: L.Trainer) -> Elapsed:
         stream, seconds = trainer.datamodule.stream, perf_counter() - self.idle

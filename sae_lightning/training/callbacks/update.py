@@ -7,7 +7,12 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.profiler import record_function
 
 from sae_lightning.training.head import Head
-from sae_lightning.training.schedules import decay, l0_error, steered, warmup
+from sae_lightning.training.schedules import (
+    decay_factor,
+    measure_l0_error,
+    steering_factor,
+    warmup_factor,
+)
 
 
 class Schedule(L.Callback):
@@ -18,12 +23,12 @@ class Schedule(L.Callback):
         step, steps = trainer.global_step, module.steps
         for group in trainer.optimizers[0].param_groups:
             optim = module.heads[group["head"]].optim
-            rise, fall = warmup(step, steps, optim.warmup), decay(step, steps, optim.decay)
-            group["lr"] = group["peak_lr"] * rise * fall
+            factor = warmup_factor(step, steps, optim.warmup)
+            group["lr"] = group["peak_lr"] * factor * decay_factor(step, steps, optim.decay)
         for head in module.heads:
             head.progress.fill_(step / steps)
             if head.loss.sparsity:
-                head.penalty_factor.fill_(warmup(step, steps, head.loss.warmup))
+                head.penalty_factor.fill_(warmup_factor(step, steps, head.loss.warmup))
 
 
 class DecoderNorm(L.Callback):
@@ -56,7 +61,7 @@ class ClipGradient(L.Callback):
         with record_function("clip"):
             norms = [_clip(head) for head in heads]
             # read together: each by itself would make the host wait for the GPU
-            sums = [norm + head.last.loss for head, norm in zip(heads, norms, strict=True)]
+            sums = [norm + head.last_step.loss for head, norm in zip(heads, norms, strict=True)]
             finite = torch.stack(sums).isfinite().tolist()
         for head, norm, is_finite in zip(heads, norms, finite, strict=True):
             if is_finite:
@@ -76,7 +81,7 @@ def _clip(head: Head) -> Tensor:
     return norm
 
 
-class Steer(L.Callback):
+class TargetL0(L.Callback):
     """Multiplies the sparsity coefficient (`head.steering`) so that L0 approaches `loss.target_l0`.
 
     It waits for the end of the penalty's warm-up, in which L0 is large whatever the coefficient.
@@ -89,11 +94,11 @@ class Steer(L.Callback):
             if target is None:
                 continue
             # read together: each by itself would make the host wait for the GPU
-            buffers = (head.last.l0, head.l0_error, head.penalty_factor)
+            buffers = (head.last_step.l0, head.l0_error, head.penalty_factor)
             l0, before, warmed_up = torch.stack(buffers).tolist()
             if warmed_up < 1:
                 continue
-            now = l0_error(l0, target)
+            now = measure_l0_error(l0, target)
             before = now if before > 1 else before
-            head.steering.mul_(steered(now, before, trainer.global_step, module.steps))
+            head.steering.mul_(steering_factor(now, before, trainer.global_step, module.steps))
             head.l0_error.fill_(now)
