@@ -182,8 +182,8 @@ def test_a_tree_that_keeps_the_rules_passes(tmp_path):
 @pytest.mark.parametrize(
     ("path", "line"),
     [
-        ("stream/live.py", "from sae_lightning.training.head import Head"),  # upwards
-        ("stream/live.py", "from sae_lightning.sae import SAE"),
+        ("stream/batches.py", "from sae_lightning.training.head import Head"),  # upwards
+        ("stream/batches.py", "from sae_lightning.sae import SAE"),
         ("llm/load.py", "from sae_lightning.sae.losses import mse"),
         ("llm/load.py", "from sae_lightning.scoring import metrics"),
         ("training/head.py", "from sae_lightning.analysis import evaluate"),

@@ -9,8 +9,8 @@ from torch import Tensor
 from sae_lightning.llm.load import load
 from sae_lightning.runs.config import Config
 from sae_lightning.stream import open_text
-from sae_lightning.stream.live import LiveStream
-from sae_lightning.stream.sources import open_rows
+from sae_lightning.stream.batches import BatchStream
+from sae_lightning.stream.open_rows import open_rows
 from sae_lightning.stream.tokens import open_tokens
 
 NORM_BATCHES = 64  # from which a tool estimates the scale: as many tokens as our own runs
@@ -55,7 +55,7 @@ def open_work(config: Config) -> Work:
     def batches() -> Iterator[Tensor]:
         tokens.train.load_state_dict(beginning)
         rows = open_rows(config.llm, data, config.seed, llm, tokens.train, [site])
-        stream = LiveStream(
+        stream = BatchStream(
             rows,
             batch=trainer.batch,
             total_batches=trainer.steps,

@@ -18,8 +18,8 @@ from sae_lightning.llm.capture import capture
 from sae_lightning.llm.sites import Site, distinct
 from sae_lightning.llm.vocabulary import special_ids
 from sae_lightning.runs.heap import give_back_freed_memory, keep_freed_memory
-from sae_lightning.stream.packing import Sequences, TokenSource
-from sae_lightning.stream.rows import medians, not_large
+from sae_lightning.stream.packing import Sequences, TokenStream
+from sae_lightning.stream.rows import find_usual_rows, medians
 from sae_lightning.terminal import console, phase
 
 STRENGTHS = 1 << 25  # of features that are in memory at a time (128 MB)
@@ -61,7 +61,7 @@ class Reducer(Protocol):
         ...
 
 
-def excerpt(source: TokenSource, tokens: int, batch: int) -> tuple[Iterator[Sequences], int]:
+def excerpt(source: TokenStream, tokens: int, batch: int) -> tuple[Iterator[Sequences], int]:
     """At least `tokens` tokens of a text, or all of a shorter one, `batch` sequences at a time; and
     how many sequences those are."""
     wanted = -(-tokens // source.packing.width)
@@ -94,7 +94,7 @@ def collect(
             if data.max_norm is not None:
                 rows = {site: values[keep] for site, values in captured.items()}
                 usual = usual or medians(rows)  # those of the first batch, as in training
-                keep = keep.masked_scatter(keep, not_large(rows, usual, data.max_norm))
+                keep = keep.masked_scatter(keep, find_usual_rows(rows, usual, data.max_norm))
             ids = torch.arange(read, read + len(keep))
             tokens = sequences.tokens.to(subject.device)
             for batch in _batches(subject, tokens, keep, captured, ids, encode):

@@ -18,7 +18,7 @@ from sae_lightning.scoring import scorecard
 from sae_lightning.scoring.metrics import density_histogram
 from sae_lightning.stream.held_out import HeldOut
 from sae_lightning.stream.synthetic import HeldOutConcepts
-from sae_lightning.stream.tokens import Tokens
+from sae_lightning.stream.tokens import SplitTokens
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -73,7 +73,7 @@ def evaluate(sae: SAE, held_out: HeldOut | HeldOutConcepts, sites: Sites) -> Eva
 
 
 def scored(
-    subject: Subject, tokens: int | None = None, opened: tuple[LLM, Tokens] | None = None
+    subject: Subject, tokens: int | None = None, opened: tuple[LLM, SplitTokens] | None = None
 ) -> Evaluation:
     """The scorecard on `tokens` held-out tokens, or on as many as the run's own evaluation;
     `opened`: LLM and text, where they are loaded already (it may need a part of the LLM only)."""

@@ -31,7 +31,7 @@ from sae_lightning.llm.splice import body
 from sae_lightning.llm.vocabulary import vocabulary
 from sae_lightning.report.catalogue import Effect
 from sae_lightning.report.section import Section, Table
-from sae_lightning.stream.packing import TokenSource
+from sae_lightning.stream.packing import TokenStream
 from sae_lightning.terminal import phase
 
 NUMBERS = 2**24  # of products of features and tokens that are in memory at a time
@@ -91,7 +91,7 @@ class Lens(NamedTuple):
 def lens(
     subject: Subject,
     top: int = 10,
-    text: TokenSource | None = None,
+    text: TokenStream | None = None,
     features: Sequence[int] = (),
     contexts: int = 16,
 ) -> Lens:
@@ -120,7 +120,7 @@ def lens(
 
 
 @torch.no_grad()
-def effects(subject: Subject, text: TokenSource, top: int = 10) -> Effect:
+def effects(subject: Subject, text: TokenStream, top: int = 10) -> Effect:
     """The `top` tokens that each feature promotes and suppresses, by a linear map fitted on
     `text`."""
     model = subject.llm.model
@@ -157,7 +157,7 @@ def _direct_columns(subject: Subject) -> Tensor | None:
     return columns
 
 
-def _maps(subject: Subject, text: TokenSource, tokens: Tensor) -> "_Maps":
+def _maps(subject: Subject, text: TokenStream, tokens: Tensor) -> "_Maps":
     """Linear maps that stand for the blocks on both sides of the SAE, fitted on `text`."""
     maps = _Maps(subject.llm.model, tokens)
     parts, total = excerpt(text, TOKENS, 16)
@@ -172,7 +172,7 @@ def _written(subject: Subject, maps: "_Maps") -> Tensor:
     return rows.sub_(rows.mean(0))
 
 
-def _measured(subject: Subject, text: TokenSource, features: list[int], contexts: int) -> Tensor:
+def _measured(subject: Subject, text: TokenStream, features: list[int], contexts: int) -> Tensor:
     """What the unembedding gets of some features [n, d]: the mean change of its input when a row of
     W_dec is added at the target, at the last token of some contexts, less what others change."""
     random = torch.Generator().manual_seed(0)

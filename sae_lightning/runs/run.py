@@ -22,8 +22,8 @@ from sae_lightning.runs.heap import keep_freed_memory
 from sae_lightning.runs.jobs import Job, resume_of
 from sae_lightning.runs.report import announce, conclude, say_how_to_continue, speed_line
 from sae_lightning.sae import build
-from sae_lightning.stream.live import LiveStream
-from sae_lightning.stream.source import Opened
+from sae_lightning.stream.batches import BatchStream
+from sae_lightning.stream.source import OpenedData
 from sae_lightning.terminal import console
 from sae_lightning.training.callbacks import make_callbacks
 from sae_lightning.training.callbacks.checkpoint import export_head
@@ -123,11 +123,11 @@ def _fit(this: Pass, parts: Parts) -> list[dict[str, float] | None]:
     return results
 
 
-def assemble(this: Pass, opened: Opened) -> Parts:
+def assemble(this: Pass, opened: OpenedData) -> Parts:
     """Build stream, heads and trainer from the jobs' configs."""
     jobs, config = this.jobs, this.jobs[0].config
     trainer = config.trainer
-    stream = LiveStream(
+    stream = BatchStream(
         opened.rows,
         batch=trainer.batch,
         total_batches=trainer.steps,

@@ -4,18 +4,18 @@ A kind of data is a file with its settings and a subclass of `Source`, and a row
 """
 
 from sae_lightning.llm.load import LLMConfig
-from sae_lightning.stream.documents import Text
-from sae_lightning.stream.hub import Hub
-from sae_lightning.stream.local import Local
-from sae_lightning.stream.plays import Plays
+from sae_lightning.stream.documents import SplitText
+from sae_lightning.stream.hub import HubSource
+from sae_lightning.stream.local import LocalSource
+from sae_lightning.stream.plays import PlaysSource
 from sae_lightning.stream.source import DataConfig, Source, TextConfig
-from sae_lightning.stream.synthetic import Concepts
+from sae_lightning.stream.synthetic import SyntheticSource
 
 SOURCES: dict[str, type[Source]] = {
-    "plays": Plays,
-    "hub": Hub,
-    "local": Local,
-    "synthetic": Concepts,
+    "plays": PlaysSource,
+    "hub": HubSource,
+    "local": LocalSource,
+    "synthetic": SyntheticSource,
 }
 
 
@@ -24,6 +24,6 @@ def make_source(llm: LLMConfig, data: DataConfig, seed: int) -> Source:
     return SOURCES[data.kind](llm, data, seed)
 
 
-def open_text(data: TextConfig) -> Text:
+def open_text(data: TextConfig) -> SplitText:
     """The documents of a text, without an LLM to read them."""
     return make_source(LLMConfig(name="none"), data, seed=0).open_text()

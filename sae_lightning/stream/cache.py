@@ -28,7 +28,7 @@ from sae_lightning.files import (
 from sae_lightning.stream.rows import LLMRows
 from sae_lightning.stream.shards import DAMAGE, SUFFIX, Shard, write_shard
 from sae_lightning.stream.source import Rows, send
-from sae_lightning.stream.tokens import AnotherText, check_text
+from sae_lightning.stream.tokens import TextChanged, check_text
 from sae_lightning.terminal import console
 
 MANIFEST = "manifest.json"
@@ -37,7 +37,7 @@ RESERVE = 4 << 30  # bytes of the disk that are left for checkpoints
 
 
 class CachedRows:
-    """A `RowSource` that gives the rows of `live` without running the LLM where it need not.
+    """A `RowStream` that gives the rows of `live` without running the LLM where it need not.
 
     It goes from stretch to stretch: a shard is read; where there is none, one is written. Checksums
     are looked at when a run comes to a shard: only what the run needs is read.
@@ -138,7 +138,7 @@ class CachedRows:
         """
         try:
             self.live.load_state_dict(self._known | {"llm_batches": self._known["read"]})
-        except AnotherText:
+        except TextChanged:
             if self.resumed:
                 raise
             self._refuse_text()

@@ -20,7 +20,7 @@ PIECE = 1 << 20  # bytes of a document looked at at a time
 OFFLINE_PRESETS = "data=shakespeare (the packaged plays) or data=text (your own files)"
 
 
-class Text(NamedTuple):
+class SplitText(NamedTuple):
     """Documents in two parts that share none."""
 
     train: "Dataset | IterableDataset"
@@ -51,7 +51,7 @@ def copies() -> Path:
     return folder
 
 
-def hold_out(data: "Dataset", share: float) -> Text:
+def hold_out(data: "Dataset", share: float) -> SplitText:
     """About that share of the text, by its bytes, held out: documents at fixed random places.
 
     So many documents, or, where they are far from that share of the text, as many as come nearest
@@ -69,12 +69,14 @@ def hold_out(data: "Dataset", share: float) -> Text:
     for n in (count, last + 1, last):
         if least * held[-1] <= held[n] <= most * held[-1]:
             # in the files' own order: reading stays sequential, shuffling comes later
-            return Text(data.select(np.sort(order[n:])), data.select(np.sort(order[:n])))
+            return SplitText(data.select(np.sort(order[n:])), data.select(np.sort(order[:n])))
     row, size = int(order[last]), sizes[order[last]]
     (text,) = views(column.slice(row, 1))
     cut = _cut(text, share * (held[-1] / size) - held[last] / size)
     parts = (order[last + 1 :], text[:cut]), (order[:last], text[cut:])
-    return Text(*(_joined(data, np.sort(whole), part, f"{row} {cut}") for whole, part in parts))
+    return SplitText(
+        *(_joined(data, np.sort(whole), part, f"{row} {cut}") for whole, part in parts)
+    )
 
 
 def views(column: "ChunkedArray") -> Iterator["Buffer"]:

@@ -134,7 +134,7 @@ def flat_tokens(data: Any, tokenizer: Any, separator: int, what: str = "text") -
     run with the same three opens it in no time. Slices read it through the memory map.
     """
     key = hashlib.sha256()
-    for part in (data._fingerprint, tokenizer_hash(tokenizer), str(separator), str(PIECE)):
+    for part in (data._fingerprint, hash_tokenizer(tokenizer), str(separator), str(PIECE)):
         key.update(part.encode())
     with quiet(), phase(f"tokenising the {what}", total=len(data)) as advance:
 
@@ -173,7 +173,7 @@ def _batches(arrays: Iterable[np.ndarray]) -> Iterator[pa.Array]:
         yield pa.array(np.concatenate(waiting))
 
 
-def tokenizer_hash(tokenizer: Any) -> str:
+def hash_tokenizer(tokenizer: Any) -> str:
     """A hash of what a tokenizer does to text, the same in every process."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:  # a tokenizer in Python: its class and its vocabulary

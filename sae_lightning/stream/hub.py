@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from sae_lightning.errors import UserError
 from sae_lightning.llm.quiet import quiet
-from sae_lightning.stream.documents import OFFLINE_PRESETS, Text, first_line, only_text
+from sae_lightning.stream.documents import OFFLINE_PRESETS, SplitText, first_line, only_text
 from sae_lightning.stream.source import TextConfig
 from sae_lightning.stream.text_source import TextSource
 from sae_lightning.terminal import phase
@@ -83,30 +83,30 @@ class HubConfig(TextConfig):
         return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
 
 
-class Hub(TextSource):
+class HubSource(TextSource):
     """A split, and another one or its first documents held out."""
 
     data: HubConfig
     settings = HubConfig
 
-    def open_documents(self) -> Text:
+    def open_documents(self) -> SplitText:
         config = self.data
         where = f"data.name={config.name}"
         if config.held_out_split is not None:
             parts = (_load_hub(config, split) for split in (config.split, config.held_out_split))
-            return Text(*parts, where)
+            return SplitText(*parts, where)
         n = config.held_out_documents or HELD_OUT_DOCUMENTS
         data = _load_hub(config, config.split)
         if config.streaming:
             # take() and skip() before any shuffling: they fix the order of the files too, so the
             # first n documents are the same ones in every epoch.
-            return Text(data.skip(n), data.take(n), where)
+            return SplitText(data.skip(n), data.take(n), where)
         if n >= len(data):
             raise UserError(
                 f"data.held_out_documents={n} leaves nothing to train on: "
                 f"split {config.split} has {len(data)} documents"
             )
-        return Text(data.select(range(n, len(data))), data.select(range(n)), where)
+        return SplitText(data.select(range(n, len(data))), data.select(range(n)), where)
 
 
 def _load_hub(config: HubConfig, split: str) -> "Dataset | IterableDataset":

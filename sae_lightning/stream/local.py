@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sae_lightning.errors import UserError
-from sae_lightning.stream.documents import Text, first_line, hold_out, only_text
+from sae_lightning.stream.documents import SplitText, first_line, hold_out, only_text
 from sae_lightning.stream.local_files import check_files, check_json, find_files, loader, matches
 from sae_lightning.stream.local_text import read_text
 from sae_lightning.stream.source import TextConfig, absolute
@@ -51,17 +51,17 @@ class LocalConfig(TextConfig):
         return replace(made, path=absolute(path)) if there else made
 
 
-class Local(TextSource):
+class LocalSource(TextSource):
     """Documents at fixed random places are held out."""
 
     data: LocalConfig
     settings = LocalConfig
 
-    def open_documents(self) -> Text:
+    def open_documents(self) -> SplitText:
         config = self.data
         where = f"data.path={config.path}"
         try:
-            data = load_local(config)
+            data = load_documents(config)
             row = dict.fromkeys(data.column_names) if len(data) else None  # a text may be long
         except UserError:
             raise
@@ -72,7 +72,7 @@ class Local(TextSource):
         return hold_out(only_text(data, row, config.column, where), config.held_out)
 
 
-def load_local(config: LocalConfig) -> "Dataset":
+def load_documents(config: LocalConfig) -> "Dataset":
     """Every document with all columns: of a saved data set, a file, a folder or a glob of files."""
     path, where = Path(config.path).expanduser(), f"data.path={config.path}"
     if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):

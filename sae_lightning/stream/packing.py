@@ -68,7 +68,7 @@ class Packing(NamedTuple):
         return Sequences(self.pack(windows), self.text(windows), ids)
 
 
-class TokenSource(Protocol):
+class TokenStream(Protocol):
     """An endless supply of packed sequences that knows where it is."""
 
     epoch: int

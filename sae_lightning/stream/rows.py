@@ -9,7 +9,7 @@ tokens.next -> which -> capture -> drop norms above data.max_norm x median, at a
 
 Which tokens are read is known from the text: the CPU need not wait for the LLM to find out. Which
 norms are too large is known from the LLM alone: with `data.max_norm` the CPU waits for each batch.
-Evaluation drops by the same two functions, `medians` and `not_large`.
+Evaluation drops by the same two functions, `medians` and `find_usual_rows`.
 """
 
 import math
@@ -27,14 +27,14 @@ from sae_lightning.llm.capture import capture, factor
 from sae_lightning.llm.load import LLM
 from sae_lightning.llm.sites import Site
 from sae_lightning.llm.vocabulary import special_ids
-from sae_lightning.stream.packing import Sequences, TokenSource
+from sae_lightning.stream.packing import Sequences, TokenStream
 from sae_lightning.stream.source import Rows, send
 
-EMPTY_BATCHES = 20  # LLM batches in a row without a usable row before we give up
+MAX_EMPTY_BATCHES = 20  # LLM batches in a row without a usable row before we give up
 
 
 class LLMRows:
-    """A `RowSource` that runs the LLM on the next `batch` sequences, always as many.
+    """A `RowStream` that runs the LLM on the next `batch` sequences, always as many.
 
     A smaller last batch would save a little of the LLM's time, but the same sequence can come out
     of a smaller batch with other rounding errors: rows would depend on where a run ends.
@@ -43,7 +43,7 @@ class LLMRows:
     def __init__(
         self,
         llm: LLM,
-        tokens: TokenSource,
+        tokens: TokenStream,
         sites: Sequence[Site],
         *,
         batch: int,
@@ -88,7 +88,9 @@ class LLMRows:
     def _without_large(self, rows: Rows, max_norm: float) -> Rows:
         # The medians are those of the first LLM batch, for the whole run.
         self._medians = self._medians or medians(rows.activations)
-        usual = not_large(rows.activations, self._medians, max_norm).cpu().nonzero().squeeze(1)
+        usual = (
+            find_usual_rows(rows.activations, self._medians, max_norm).cpu().nonzero().squeeze(1)
+        )
         there = send(usual, self.device)
         kept = {site: x.index_select(0, there) for site, x in rows.activations.items()}
         return Rows(kept, rows.ids[usual])
@@ -105,8 +107,10 @@ class LLMRows:
 
     def _check_not_empty(self, rows: int) -> None:
         self._empty = 0 if rows else self._empty + 1
-        if self._empty == EMPTY_BATCHES:
-            left = f"no activation of the last {EMPTY_BATCHES} LLM batches was left after dropping"
+        if self._empty == MAX_EMPTY_BATCHES:
+            left = (
+                f"no activation of the last {MAX_EMPTY_BATCHES} LLM batches was left after dropping"
+            )
             if self.max_norm is None:
                 raise UserError(
                     f"data.keep_special=false: {left} special tokens; look at the text, or keep "
@@ -157,7 +161,9 @@ def medians(rows: dict[Site, Tensor]) -> dict[Site, float]:
     return found
 
 
-def not_large(rows: dict[Site, Tensor], medians: dict[Site, float], max_norm: float) -> Tensor:
+def find_usual_rows(
+    rows: dict[Site, Tensor], medians: dict[Site, float], max_norm: float
+) -> Tensor:
     """Whether a row of {site: [n, d]} is at most max_norm x median at every site -> [n] bool.
 
     A row that is too large at one site is dropped at all of them, so that rows stay aligned.

@@ -15,7 +15,7 @@ from sae_lightning.llm.packaged import Shape
 from sae_lightning.llm.sites import LayerConfig, Site, Sites
 
 if TYPE_CHECKING:
-    from sae_lightning.stream.tokens import Tokens
+    from sae_lightning.stream.tokens import SplitTokens
 
 
 class Rows(NamedTuple):
@@ -28,7 +28,7 @@ class Rows(NamedTuple):
     """[n] int64 on the CPU; the sequence that each row came from."""
 
 
-class RowSource(Protocol):
+class RowStream(Protocol):
     """An endless row of LLM batches that depends on no run's length, batch or pool.
 
     Its state can be given to any other source of the same rows: a run goes on exactly whether the
@@ -149,10 +149,10 @@ def absolute(path: str) -> str:
     return os.path.abspath(os.path.expanduser(path))
 
 
-class Opened(NamedTuple):
+class OpenedData(NamedTuple):
     """Rows to train on and others to evaluate on."""
 
-    rows: RowSource
+    rows: RowStream
     held_out: Any
     """HeldOut or HeldOutConcepts: `activations(site)`, and `scores` of SAEs on them."""
     about: dict[str, str]
@@ -161,7 +161,7 @@ class Opened(NamedTuple):
     """Names of the LLM's modules at the sites."""
 
 
-class Memory(NamedTuple):
+class DataMemory(NamedTuple):
     """What a kind of data holds in memory, in numbers unless it says rows."""
 
     rows: int
@@ -218,7 +218,9 @@ class Source(ABC):
         device(self.llm)
 
     @abstractmethod
-    def memory(self, sites: Sequence[Site], shape: Shape, tokens: int, loss_tokens: int) -> Memory:
+    def memory(
+        self, sites: Sequence[Site], shape: Shape, tokens: int, loss_tokens: int
+    ) -> DataMemory:
         """Estimate of what a run at `sites` holds, with `tokens` and `loss_tokens` held out."""
 
     @abstractmethod
@@ -235,7 +237,7 @@ class Source(ABC):
         loss_tokens: int,
         ahead: int = 0,
         resumed: bool = False,
-    ) -> Opened:
+    ) -> OpenedData:
         """Rows at `sites`, `ahead` of them computed while SAEs train, and `tokens` held-out ones,
         with the LLM's loss on `loss_tokens` of them. UserError in a new run, not in a `resumed`
         one, where there is no space for a cache of the rows."""
@@ -246,7 +248,7 @@ class Source(ABC):
         sites: Sequence[Site],
         tokens: int,
         loss_tokens: int,
-        opened: "tuple[LLM, Tokens] | None" = None,
+        opened: "tuple[LLM, SplitTokens] | None" = None,
     ) -> Any:
         """What a run is evaluated on; `opened`: LLM and text, where they are open already."""
 

@@ -16,13 +16,13 @@ from sae_lightning.llm.load import LLM, NO_LLM, Dtype, LLMConfig, device
 from sae_lightning.llm.packaged import Shape
 from sae_lightning.llm.sites import LayerConfig, Site
 from sae_lightning.stream.concepts import MAX_RATE, World, make_world, zipf_rates
-from sae_lightning.stream.recovery import OF_THE_WORLD, Recovery, recovery
-from sae_lightning.stream.source import DataConfig, Memory, Opened, Rows, Source
+from sae_lightning.stream.recovery import WORLD_METRICS, Recovery, recovery
+from sae_lightning.stream.source import DataConfig, DataMemory, OpenedData, Rows, Source
 from sae_lightning.stream.states import COUNT, expect, expect_stream
-from sae_lightning.stream.tokens import Tokens
+from sae_lightning.stream.tokens import SplitTokens
 
 MOST = 2048  # rows sampled at a time
-MOST_CONCEPTS = 8192
+MAX_CONCEPTS = 8192
 
 
 @dataclass(slots=True, kw_only=True)
@@ -71,9 +71,9 @@ class SyntheticConfig(DataConfig):
                 raise UserError(f"data.{name}={getattr(self, name)}: give 0 to less than 1")
         if not 0 <= self.seed < 2**63:
             raise UserError(f"data.seed={self.seed}: give 0 or a positive integer below 2**63")
-        if self.concepts > MOST_CONCEPTS:
+        if self.concepts > MAX_CONCEPTS:
             raise UserError(
-                f"data.concepts={self.concepts}: give at most {MOST_CONCEPTS}; matching them one "
+                f"data.concepts={self.concepts}: give at most {MAX_CONCEPTS}; matching them one "
                 "to one with features takes time that grows with their cube"
             )
         if self.hierarchy > 0:
@@ -118,7 +118,7 @@ def generator(purpose: str, seed: int) -> Generator:
 
 
 class ConceptRows:
-    """A `RowSource` of fresh samples: no activation is ever seen twice.
+    """A `RowStream` of fresh samples: no activation is ever seen twice.
 
     Sampled on the CPU, so that rows are the same on every device.
     """
@@ -189,13 +189,13 @@ class HeldOutConcepts:
             yield x.cpu(), strengths, sae(x).features.cpu()
 
 
-class Concepts(Source):
+class SyntheticSource(Source):
     """Sparse sums of known concepts."""
 
     data: SyntheticConfig
     settings = SyntheticConfig
     noun, where, has_llm = "samples", "data=synthetic", False
-    measures = frozenset(Recovery._fields) - OF_THE_WORLD
+    measures = frozenset(Recovery._fields) - WORLD_METRICS
     headline = "recovered"
 
     def check_settings(self, layer: LayerConfig) -> None:
@@ -218,8 +218,10 @@ class Concepts(Source):
         """Concepts are like the output of an LLM's only block."""
         return Shape(layers=1, width=self.data.dim, context=None, vocabulary=0)
 
-    def memory(self, sites: Sequence[Site], shape: Shape, tokens: int, loss_tokens: int) -> Memory:
-        return Memory(MOST, (tokens + 4 * MOST) * self.data.concepts, 0)
+    def memory(
+        self, sites: Sequence[Site], shape: Shape, tokens: int, loss_tokens: int
+    ) -> DataMemory:
+        return DataMemory(MOST, (tokens + 4 * MOST) * self.data.concepts, 0)
 
     def check_stream(self, state: Any, sites: Sequence[Site], shape: Shape, served: int) -> None:
         expect(state, {"rows": {"served": COUNT, "generator": Tensor}}, "stream")
@@ -235,16 +237,16 @@ class Concepts(Source):
         loss_tokens: int,
         ahead: int = 0,
         resumed: bool = False,
-    ) -> Opened:
+    ) -> OpenedData:
         rows = ConceptRows(open_world(self.data), sites, seed=self.seed, device=device(self.llm))
-        return Opened(rows, self.open_held_out(sites, tokens, loss_tokens), self._describe())
+        return OpenedData(rows, self.open_held_out(sites, tokens, loss_tokens), self._describe())
 
     def open_held_out(
         self,
         sites: Sequence[Site],
         tokens: int,
         loss_tokens: int,
-        opened: tuple[LLM, Tokens] | None = None,
+        opened: tuple[LLM, SplitTokens] | None = None,
     ) -> HeldOutConcepts:
         world = open_world(self.data)
         return HeldOutConcepts(world, seed=self.data.seed, tokens=tokens, device=device(self.llm))

@@ -25,12 +25,12 @@ from sae_lightning.llm.quiet import quiet
 from sae_lightning.llm.sites import LayerConfig, Site, Sites, module_paths
 from sae_lightning.llm.splice import HEAD, Baseline, Scores
 from sae_lightning.llm.vocabulary import bos_id
-from sae_lightning.stream.documents import Text
+from sae_lightning.stream.documents import SplitText
 from sae_lightning.stream.held_out import HeldOut
-from sae_lightning.stream.source import Memory, Opened, Source, TextConfig
-from sae_lightning.stream.sources import cache_folder, open_rows
+from sae_lightning.stream.open_rows import cache_folder, open_rows
+from sae_lightning.stream.source import DataMemory, OpenedData, Source, TextConfig
 from sae_lightning.stream.states import expect, expect_rows, expect_stream
-from sae_lightning.stream.tokens import Tokens, open_tokens
+from sae_lightning.stream.tokens import SplitTokens, open_tokens
 
 SHORT = 256  # tokens of context
 
@@ -45,13 +45,13 @@ class TextSource(Source):
     headline = "ce_recovered"
 
     @abstractmethod
-    def open_documents(self) -> Text:
+    def open_documents(self) -> SplitText:
         """Documents to train on, and others held out. Reads no more than it must to find them.
 
         UserError: nothing there, no such column, hub out of reach, package not installed.
         """
 
-    def open_text(self) -> Text:
+    def open_text(self) -> SplitText:
         """`open_documents`, while the library that reads them says nothing."""
         with quiet():
             return self.open_documents()
@@ -102,13 +102,15 @@ class TextSource(Source):
                 "data.cache=false"
             )
 
-    def memory(self, sites: Sequence[Site], shape: Shape, tokens: int, loss_tokens: int) -> Memory:
+    def memory(
+        self, sites: Sequence[Site], shape: Shape, tokens: int, loss_tokens: int
+    ) -> DataMemory:
         weights = parameters(self.llm, self._blocks(sites, loss_tokens))
         rows = self.llm.batch * self.data.context
         if not loss_tokens:
-            return Memory(rows, weights, 0)
+            return DataMemory(rows, weights, 0)
         # logits, clean and with an SAE, and some of them in float32; hidden states with the SAE
-        return Memory(rows, weights + 8 * HEAD * shape.vocabulary, rows * shape.width)
+        return DataMemory(rows, weights + 8 * HEAD * shape.vocabulary, rows * shape.width)
 
     def _blocks(self, sites: Sequence[Site], loss_tokens: int) -> int | None:
         """How many of the LLM's blocks a run at `sites` needs; None for the whole LLM.
@@ -137,7 +139,7 @@ class TextSource(Source):
         loss_tokens: int,
         ahead: int = 0,
         resumed: bool = False,
-    ) -> Opened:
+    ) -> OpenedData:
         llm, text = opened = self.open_llm(self._blocks(sites, loss_tokens))
         rows = open_rows(self.llm, self.data, self.seed, llm, text.train, sites, resumed, ahead)
         about = {"LLM": f"{self.llm.name}, {self.llm.dtype.name} on {rows.device}"}
@@ -149,14 +151,14 @@ class TextSource(Source):
             )
         held_out = self.open_held_out(sites, tokens, loss_tokens, opened)
         as_returned = [site for site in sites if factor(llm.model, site) == 1]
-        return Opened(rows, held_out, about, module_paths(llm.model, as_returned))
+        return OpenedData(rows, held_out, about, module_paths(llm.model, as_returned))
 
     def open_held_out(
         self,
         sites: Sequence[Site],
         tokens: int,
         loss_tokens: int,
-        opened: tuple[LLM, Tokens] | None = None,
+        opened: tuple[LLM, SplitTokens] | None = None,
     ) -> HeldOut:
         llm, text = opened or self.open_llm(self._blocks(sites, loss_tokens))
         return HeldOut(
@@ -170,7 +172,7 @@ class TextSource(Source):
             keep_special=self.data.keep_special,
         )
 
-    def open_llm(self, blocks: int | None = None) -> tuple[LLM, Tokens]:
+    def open_llm(self, blocks: int | None = None) -> tuple[LLM, SplitTokens]:
         """The LLM, or its first `blocks` blocks, and the text that it reads."""
         documents = self.open_text()  # before the tokenizer: a wrong name is told at once
         tokenizer = load_tokenizer(self.llm)

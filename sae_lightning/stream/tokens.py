@@ -21,9 +21,9 @@ from torch import Tensor
 
 from sae_lightning.errors import UserError
 from sae_lightning.llm.vocabulary import bos_id, check_ids, separator_id
-from sae_lightning.stream.documents import Text, first_line
+from sae_lightning.stream.documents import SplitText, first_line
 from sae_lightning.stream.flat import encode, flat_tokens
-from sae_lightning.stream.packing import Packing, Sequences, TokenSource
+from sae_lightning.stream.packing import Packing, Sequences, TokenStream
 from sae_lightning.terminal import console
 
 SHUFFLE_BUFFER = 1000  # documents
@@ -213,14 +213,14 @@ class StreamedTokens:
         self.carry = state["carry"].numpy().copy()
 
 
-class AnotherText(UserError):
+class TextChanged(UserError):
     """The text is not the one that was read before."""
 
 
 def check_text(state: dict[str, Any], text: str | int) -> None:
-    """AnotherText unless the text that a `state` names, if it does, is this `text`."""
+    """TextChanged unless the text that a `state` names, if it does, is this `text`."""
     if state.get("text", text) != text:
-        raise AnotherText(
+        raise TextChanged(
             f"data: the text is no longer the one that the run to be resumed read ({text}, not "
             f"{state['text']}); resume with the same data settings and files, and the version of "
             "sae_lightning that it was begun with"
@@ -259,15 +259,15 @@ class HeldOutTokens:
         return self.packing.pack(full or windows)[:, : 1 + len((full or windows)[0])]
 
 
-class Tokens(NamedTuple):
+class SplitTokens(NamedTuple):
     """The two parts of a text, tokenised; the held-out one when it is first asked for."""
 
-    train: TokenSource
+    train: TokenStream
     held_out: HeldOutTokens
 
 
-def open_tokens(text: Text, tokenizer: Any, *, context: int, seed: int) -> Tokens:
-    """Tokenise an opened `Text` into training and held-out sequences of `context` tokens.
+def open_tokens(text: SplitText, tokenizer: Any, *, context: int, seed: int) -> SplitTokens:
+    """Tokenise an opened `SplitText` into training and held-out sequences of `context` tokens.
 
     An indexed training text is tokenised here, at once; a streamed one as it is read.
     UserError: the text holds no token, or one that the LLM does not know.
@@ -277,8 +277,8 @@ def open_tokens(text: Text, tokenizer: Any, *, context: int, seed: int) -> Token
     if hasattr(text.train, "__len__"):
         flat = flat_tokens(text.train, tokenizer, packing.separator)
         _check(tokenizer, flat, text.where)
-        return Tokens(ShuffledTokens(flat, packing, seed), held_out)
-    return Tokens(StreamedTokens(text.train, tokenizer, packing, seed, text.where), held_out)
+        return SplitTokens(ShuffledTokens(flat, packing, seed), held_out)
+    return SplitTokens(StreamedTokens(text.train, tokenizer, packing, seed, text.where), held_out)
 
 
 def _check(tokenizer: Any, flat: pa.ChunkedArray, where: str) -> None:

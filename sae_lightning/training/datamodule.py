@@ -2,8 +2,8 @@
 
 import lightning as L
 
+from sae_lightning.stream.batches import BatchStream
 from sae_lightning.stream.held_out import HeldOut
-from sae_lightning.stream.live import LiveStream
 
 
 class ActivationData(L.LightningDataModule):
@@ -14,11 +14,11 @@ class ActivationData(L.LightningDataModule):
     its loop and no second copy of the shuffle pool is written.
     """
 
-    def __init__(self, stream: LiveStream, held_out: HeldOut):
+    def __init__(self, stream: BatchStream, held_out: HeldOut):
         super().__init__()
         self.stream = stream
         self.held_out = held_out
 
-    def train_dataloader(self) -> LiveStream:
+    def train_dataloader(self) -> BatchStream:
         """The stream."""
         return self.stream

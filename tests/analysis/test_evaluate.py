@@ -14,7 +14,7 @@ from sae_lightning.llm.splice import Scores
 from sae_lightning.sae import ARCHITECTURES, SAEConfig, build
 from sae_lightning.scoring.scorecard import score_saes
 from sae_lightning.stream.concepts import make_world
-from sae_lightning.stream.documents import Text
+from sae_lightning.stream.documents import SplitText
 from sae_lightning.stream.held_out import HeldOut
 from sae_lightning.stream.synthetic import HeldOutConcepts
 from sae_lightning.stream.tokens import open_tokens
@@ -44,7 +44,7 @@ def held_out(tiny):
 
     text = Dataset.from_dict({"text": ["seven wizards mix a potion over the lazy dog " * 20]})
     llm = tiny("llama")
-    tokens = open_tokens(Text(text, text), llm.tokenizer, context=16, seed=0)
+    tokens = open_tokens(SplitText(text, text), llm.tokenizer, context=16, seed=0)
     return HeldOut(llm, tokens.held_out, [SITES.source], tokens=200, loss_tokens=100, batch=4)
 
 

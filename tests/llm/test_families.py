@@ -19,7 +19,7 @@ from sae_lightning.llm.load import Dtype, LLMConfig, load, parameters
 from sae_lightning.llm.sites import Kind, Site, Sites, decoder_stack
 from sae_lightning.llm.splice import body, logits
 from sae_lightning.runs.checks import check
-from sae_lightning.stream import sources
+from sae_lightning.stream import open_rows
 
 EVERYWHERE = dict.fromkeys(Kind, "right")
 NO_SUM = EVERYWHERE | dict.fromkeys((Kind.attn, Kind.mlp), "no plain sum")
@@ -125,7 +125,7 @@ def test_what_is_replaced_is_what_a_block_adds_not_what_its_branch_returns(token
 def test_a_cache_of_what_a_branch_returned_is_not_one_of_what_the_block_adds():
     config = GraniteConfig(**MODERN, num_key_value_heads=1, residual_multiplier=0.5)
     model = GraniteForCausalLM(config).eval()
-    keys = [sources._read(model, Site(1, kind)) for kind in (Kind.mlp, Kind.resid)]
+    keys = [open_rows._read(model, Site(1, kind)) for kind in (Kind.mlp, Kind.resid)]
     assert keys == ["0.5 mlp.1", "resid.1"]
 
 

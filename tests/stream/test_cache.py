@@ -23,18 +23,18 @@ from sae_lightning.llm.capture import capture
 from sae_lightning.llm.load import LLMConfig
 from sae_lightning.llm.sites import Kind, Site
 from sae_lightning.stream import cache as cache_module
+from sae_lightning.stream import open_rows as open_rows_module
 from sae_lightning.stream import open_text
 from sae_lightning.stream import rows as rows_module
 from sae_lightning.stream import shards as shards_module
-from sae_lightning.stream import sources as sources_module
+from sae_lightning.stream.batches import BatchStream
 from sae_lightning.stream.cache import CachedRows
-from sae_lightning.stream.documents import Text
+from sae_lightning.stream.documents import SplitText
 from sae_lightning.stream.hub import HubConfig
-from sae_lightning.stream.live import LiveStream
 from sae_lightning.stream.local import LocalConfig
+from sae_lightning.stream.open_rows import cache_folder, hash_llm, open_rows
 from sae_lightning.stream.rows import LLMRows
 from sae_lightning.stream.shards import Shard
-from sae_lightning.stream.sources import cache_folder, llm_fingerprint, open_rows
 from sae_lightning.stream.tokens import open_tokens
 
 A, B = SITES = [Site(0, Kind.mlp), Site(1, Kind.resid)]
@@ -68,15 +68,15 @@ def calls(monkeypatch) -> list[tuple]:
 
 def make(
     llm, folder=None, *, style="indexed", sites=SITES, max_norm=None, resumed=False, **pool
-) -> LiveStream:
+) -> BatchStream:
     """A stream of 40 batches, live where no `folder` is given."""
     data = Dataset.from_dict({"text": story(5, documents=60)})
     data = data if style == "indexed" else data.to_iterable_dataset()
-    tokens = open_tokens(Text(data, data), llm.tokenizer, context=CONTEXT, seed=3).train
+    tokens = open_tokens(SplitText(data, data), llm.tokenizer, context=CONTEXT, seed=3).train
     rows = LLMRows(llm, tokens, sites, batch=LLM_BATCH, max_norm=max_norm)
     if folder is not None:
         rows = CachedRows(rows, folder, {"made": "for a test"}, WIDTH, resumed)
-    return LiveStream(rows, **({"batch": 16, "total_batches": 40, "pool": 64, "seed": 7} | pool))
+    return BatchStream(rows, **({"batch": 16, "total_batches": 40, "pool": 64, "seed": 7} | pool))
 
 
 def assert_same(some: list[dict], others: list[dict]) -> None:
@@ -676,19 +676,19 @@ def test_whatever_changes_the_rows_has_a_cache_of_its_own(opened, llm):
 
 
 def test_every_bit_of_an_llm_is_looked_at(llm, monkeypatch):
-    monkeypatch.setattr(sources_module, "PLACES", 16)
-    monkeypatch.setattr(sources_module, "PIECE", 100)
+    monkeypatch.setattr(open_rows_module, "PLACES", 16)
+    monkeypatch.setattr(open_rows_module, "PIECE", 100)
     for dtype in (torch.float32, torch.bfloat16, torch.float8_e4m3fn):
         model = copy.deepcopy(llm.model).to(dtype)
         tensors = [t for t in model.state_dict().values() if t.numel() > 100]
-        known = {llm_fingerprint(model)}
+        known = {hash_llm(model)}
         for tensor in tensors:
             tensor.view(torch.uint8).flatten()[-1] ^= 1  # the first of the last number's bits
-            known.add(llm_fingerprint(model))
+            known.add(hash_llm(model))
         assert len(known) == 1 + len(tensors) > 5
         bits = tensors[0].view(torch.uint8)
         bits.copy_(bits.flip(0))  # which no sum can see
-        assert llm_fingerprint(model) not in known
+        assert hash_llm(model) not in known
 
 
 @pytest.mark.parametrize("what", ["processor", "torch", "transformers"])
@@ -700,7 +700,9 @@ def test_what_computes_the_rows_is_in_the_key(opened, monkeypatch, what):
         case "torch":
             monkeypatch.setattr(torch, "__version__", "other")
         case "transformers":
-            monkeypatch.setattr(sources_module.importlib.metadata, "version", lambda name: "other")
+            monkeypatch.setattr(
+                open_rows_module.importlib.metadata, "version", lambda name: "other"
+            )
     assert opened().folder != here
 
 
@@ -712,7 +714,7 @@ def test_a_streamed_text_is_known_by_its_files_too(llm, tmp_path):
     def known():
         tokens = open_tokens(open_text(config), llm.tokenizer, context=CONTEXT, seed=0).train
         rows = LLMRows(llm, tokens, SITES, batch=4)
-        return sources_module.settings(LLMConfig(name="tiny"), config, 0, rows)["data"]
+        return open_rows_module.settings(LLMConfig(name="tiny"), config, 0, rows)["data"]
 
     lines = [f'{{"text": "{"abc" * 100}"}}\n'] * 300
     (folder / "a.jsonl").write_text("".join(lines))
@@ -731,7 +733,9 @@ def test_files_that_cannot_be_asked_about_end_no_run(tmp_path):
 def test_a_streamed_text_is_known_by_its_beginning(llm):
     def fingerprint(texts):
         data = Dataset.from_dict({"text": texts}).to_iterable_dataset()
-        return open_tokens(Text(data, data), llm.tokenizer, context=8, seed=0).train.fingerprint()
+        return open_tokens(
+            SplitText(data, data), llm.tokenizer, context=8, seed=0
+        ).train.fingerprint()
 
     assert fingerprint(["abc", "def"]) == fingerprint(["abc", "def"])
     assert len({fingerprint(t) for t in (["abc", "def"], ["abd", "def"], ["abc", "deg"])}) == 3

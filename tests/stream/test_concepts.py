@@ -3,7 +3,7 @@
 import torch
 
 from sae_lightning.llm.sites import Kind, Site
-from sae_lightning.stream.live import LiveStream
+from sae_lightning.stream.batches import BatchStream
 from sae_lightning.stream.synthetic import (
     MOST,
     ConceptRows,
@@ -20,8 +20,8 @@ def rows(seed: int = 0, data: SyntheticConfig = DATA) -> ConceptRows:
     return ConceptRows(open_world(data), [SITE], seed=seed, device="cpu")
 
 
-def stream(seed: int = 0) -> LiveStream:
-    return LiveStream(rows(seed), batch=1000, total_batches=12, pool=3000, seed=seed)
+def stream(seed: int = 0) -> BatchStream:
+    return BatchStream(rows(seed), batch=1000, total_batches=12, pool=3000, seed=seed)
 
 
 def held_out(data: SyntheticConfig = DATA, tokens: int = 100) -> HeldOutConcepts:

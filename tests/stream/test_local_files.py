@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from sae_lightning.errors import UserError
 from sae_lightning.stream import open_text
-from sae_lightning.stream.local import LocalConfig, load_local
+from sae_lightning.stream.local import LocalConfig, load_documents
 
 
 def both(path, **settings) -> list[str]:
@@ -45,8 +45,8 @@ def test_a_file_that_exists_is_no_pattern(tmp_path, folder):
     assert both(there / "**" / "*.*") == expected, "nor is the folder that a glob begins with"
     for name in NAMES[:5]:
         file = LocalConfig(path=str(there / name))
-        assert load_local(file)["text"] == [f"this is {name}"]
-        assert load_local(file.with_absolute_paths())["text"] == [f"this is {name}"]
+        assert load_documents(file)["text"] == [f"this is {name}"]
+        assert load_documents(file.with_absolute_paths())["text"] == [f"this is {name}"]
 
 
 def test_linked_folders_are_read_once_and_not_in_circles(tmp_path):
@@ -75,7 +75,7 @@ def test_compressed_files_are_read(tmp_path, kind, ending):
     packed = {".gz": gzip, ".bz2": bz2, ".xz": lzma}[ending.lower()]
     file = tmp_path / f"part.{kind}{ending}"
     file.write_bytes(packed.compress(CONTENT[kind].encode()))
-    data = load_local(LocalConfig(path=str(file)))
+    data = load_documents(LocalConfig(path=str(file)))
     assert list(data) == ([{"text": CONTENT["txt"]}] if kind == "txt" else ROWS)
 
 
@@ -91,7 +91,7 @@ def test_words_that_stand_for_nothing_elsewhere_are_text_in_a_csv(tmp_path):
     quoted = ['"' + text.replace('"', '""') + '"' for text in texts]
     lines = [f"{text},{i if i else ''}" for i, text in enumerate(quoted)]
     (tmp_path / "a.csv").write_text("\n".join(["text,number", *lines]))
-    data = load_local(LocalConfig(path=str(tmp_path)))
+    data = load_documents(LocalConfig(path=str(tmp_path)))
     assert list(data["text"]) == texts
     assert list(data["number"]) == ["", *map(str, range(1, 10))], "whatever the first rows hold"
 

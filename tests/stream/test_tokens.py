@@ -19,8 +19,8 @@ from sae_lightning.errors import UserError
 from sae_lightning.files import LOCK_FILE
 from sae_lightning.stream import open_text
 from sae_lightning.stream import tokens as tokens_module
-from sae_lightning.stream.documents import Text
-from sae_lightning.stream.flat import encode, flat_tokens, tokenizer_hash
+from sae_lightning.stream.documents import SplitText
+from sae_lightning.stream.flat import encode, flat_tokens, hash_tokenizer
 from sae_lightning.stream.hub import HubConfig
 from sae_lightning.stream.local import LocalConfig
 from sae_lightning.stream.packing import Packing
@@ -28,8 +28,8 @@ from sae_lightning.stream.tokens import ShuffledTokens, open_tokens
 from sae_lightning.terminal import console
 
 
-def text(documents: list[str], style: str, held_out: tuple[str, ...] = ()) -> Text:
-    return Text(*(part_of(list(part), style) for part in (documents, held_out)))
+def text(documents: list[str], style: str, held_out: tuple[str, ...] = ()) -> SplitText:
+    return SplitText(*(part_of(list(part), style) for part in (documents, held_out)))
 
 
 def part_of(documents: list[str], style: str):
@@ -195,7 +195,7 @@ def unreliable():
 @pytest.mark.parametrize("part", ["train", "held_out"])
 def test_a_stream_that_breaks_off_says_how_to_go_on(tokenizer, part):
     data = IterableDataset.from_generator(unreliable)
-    tokens = open_tokens(Text(data, data, "data.name=a/b"), tokenizer, context=6, seed=0)
+    tokens = open_tokens(SplitText(data, data, "data.name=a/b"), tokenizer, context=6, seed=0)
     read = {"train": lambda: tokens.train.next(1), "held_out": lambda: tokens.held_out.take(9)}
     expected = r"^data.name=a/b: reading it broke off \(the hub went away\); .*resume=<run folder>$"
     with pytest.raises(UserError, match=expected) as error:
@@ -206,7 +206,7 @@ def test_a_stream_that_breaks_off_says_how_to_go_on(tokenizer, part):
 @pytest.mark.parametrize("value", [7, 0, ["a"], {"a": 1}])
 def test_a_streamed_row_that_holds_no_text_is_told(tokenizer, value):
     data = IterableDataset.from_generator(lambda: iter([{"text": "ab"}, {"text": value}]))
-    tokens = open_tokens(Text(data, data, "data.name=a/b"), tokenizer, context=6, seed=0)
+    tokens = open_tokens(SplitText(data, data, "data.name=a/b"), tokenizer, context=6, seed=0)
     told = rf"^data.name=a/b: a row holds {type(value).__name__} in place of text \(.*data.column$"
     with pytest.raises(UserError, match=told):
         tokens.train.next(9)
@@ -340,23 +340,23 @@ def test_text_on_disk_is_tokenised_once_and_read_through_the_memory_map(tokenize
 
 
 def test_the_tokenizer_hash_follows_its_behaviour_and_nothing_else(tokenizer):
-    before = tokenizer_hash(tokenizer)
+    before = hash_tokenizer(tokenizer)
     tokenizer(["a", "bc"], truncation=True, max_length=1)  # stays set in its backend
-    assert tokenizer_hash(tokenizer) == before
+    assert hash_tokenizer(tokenizer) == before
     changed = byte_tokenizer()
     changed.add_tokens(["hello"])
-    assert tokenizer_hash(changed) != before
+    assert hash_tokenizer(changed) != before
 
 
 @pytest.mark.slow
 def test_the_tokenizer_hash_is_the_same_in_another_process(tokenizer):
     code = (
         "from small_text import byte_tokenizer\n"
-        "from sae_lightning.stream.flat import tokenizer_hash\n"
-        "import sys; sys.stdout.write(tokenizer_hash(byte_tokenizer()))"
+        "from sae_lightning.stream.flat import hash_tokenizer\n"
+        "import sys; sys.stdout.write(hash_tokenizer(byte_tokenizer()))"
     )
     folder = Path(__file__).parents[1]
     out = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, check=True
     )
-    assert out.stdout == tokenizer_hash(tokenizer)
+    assert out.stdout == hash_tokenizer(tokenizer)

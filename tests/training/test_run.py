@@ -169,7 +169,7 @@ def test_a_signal_before_the_first_update_stops_at_once_and_not_as_a_success(
     stopped = replace(whole, folder=whole.folder.parent / "stopped")
     with monkeypatch.context() as patch:
         patch.setattr(
-            "sae_lightning.stream.live.LiveStream.peek",
+            "sae_lightning.stream.batches.BatchStream.peek",
             lambda *_: os.kill(os.getpid(), number),
         )
         with pytest.raises(SystemExit) as end:

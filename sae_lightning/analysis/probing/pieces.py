@@ -13,9 +13,9 @@ from sae_lightning.errors import UserError
 from sae_lightning.stream.documents import OFFLINE_PRESETS, first_line
 from sae_lightning.stream.flat import encode
 from sae_lightning.stream.hub import HubConfig
-from sae_lightning.stream.local import LocalConfig, load_local
+from sae_lightning.stream.local import LocalConfig, load_documents
 from sae_lightning.stream.packing import Packing
-from sae_lightning.stream.plays import play_files
+from sae_lightning.stream.plays import find_plays
 
 FOLDS = 4
 RIVALS = 4  # plays whose two greatest speakers are told apart
@@ -90,7 +90,7 @@ def block(place: int, places: int) -> int | None:
 
 def read_plays() -> dict[str, tuple[str, str]]:
     """Name -> (genre, text) of every packaged play."""
-    return {file.stem: (file.parent.name, file.read_text("utf-8")) for file in play_files()}
+    return {file.stem: (file.parent.name, file.read_text("utf-8")) for file in find_plays()}
 
 
 def speeches(text: str) -> dict[str, str]:
@@ -122,7 +122,7 @@ def document_pieces(
     hub = isinstance(config, HubConfig)
     where = f"data.name={config.name}" if hub else f"data.path={config.path}"
     try:
-        data = _open_hub(config) if hub else load_local(config)
+        data = _open_hub(config) if hub else load_documents(config)
         texts = dict(_rows(data, config, label, where, seed))  # each text once
     except UserError:
         raise

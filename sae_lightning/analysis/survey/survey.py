@@ -21,7 +21,7 @@ from sae_lightning.llm.vocabulary import vocabulary
 from sae_lightning.report.catalogue import Catalogue
 from sae_lightning.report.section import Section
 from sae_lightning.scoring.metrics import density_histogram
-from sae_lightning.stream.packing import TokenSource
+from sae_lightning.stream.packing import TokenStream
 from sae_lightning.terminal import phase
 
 DENSE_ENTRIES = 1 << 23  # of neurons, which are active everywhere, in their sample
@@ -60,7 +60,7 @@ class Survey(NamedTuple):
 
 def survey(
     subject: Subject,
-    source: TokenSource,
+    source: TokenStream,
     *,
     tokens: int = 131_072,
     examples: int = 12,

@@ -1,4 +1,4 @@
-"""The live stream: what reaches a batch, how far the LLM runs, and exact resume."""
+"""The batch stream: what reaches a batch, how far the LLM runs, and exact resume."""
 
 import copy
 import pickle
@@ -11,13 +11,13 @@ from small_text import BOS, SEPARATOR, STYLES, story
 from sae_lightning.errors import UserError
 from sae_lightning.llm.capture import capture
 from sae_lightning.llm.sites import Kind, Site
-from sae_lightning.stream import live as live_module
+from sae_lightning.stream import batches as batches_module
 from sae_lightning.stream import open_text
 from sae_lightning.stream import rows as rows_module
 from sae_lightning.stream import tokens as tokens_module
-from sae_lightning.stream.documents import Text
+from sae_lightning.stream.batches import BatchStream
+from sae_lightning.stream.documents import SplitText
 from sae_lightning.stream.hub import HubConfig
-from sae_lightning.stream.live import LiveStream
 from sae_lightning.stream.rows import LLMRows
 from sae_lightning.stream.synthetic import ConceptRows, SyntheticConfig, open_world
 from sae_lightning.stream.tokens import open_tokens
@@ -26,17 +26,17 @@ SITES = [Site(1, Kind.resid), Site(0, Kind.mlp)]
 CONTEXT = 8
 
 
-def make(llm, style: str = "indexed", **settings) -> LiveStream:
+def make(llm, style: str = "indexed", **settings) -> BatchStream:
     data = Dataset.from_dict({"text": story(5, documents=60)})
     data = data if style == "indexed" else data.to_iterable_dataset()
-    tokens = open_tokens(Text(data, data), llm.tokenizer, context=CONTEXT, seed=3).train
+    tokens = open_tokens(SplitText(data, data), llm.tokenizer, context=CONTEXT, seed=3).train
     return stream_of(llm, tokens, **settings)
 
 
 def stream_of(llm, tokens, sites=SITES, *, llm_batch=4, max_norm=None, keep_special=False, **pool):
     kept = {"max_norm": max_norm, "keep_special": keep_special}
     rows = LLMRows(llm, tokens, sites, batch=llm_batch, **kept)
-    return LiveStream(rows, **({"batch": 16, "total_batches": 40, "pool": 64, "seed": 7} | pool))
+    return BatchStream(rows, **({"batch": 16, "total_batches": 40, "pool": 64, "seed": 7} | pool))
 
 
 def same(a: dict, b: dict) -> bool:
@@ -99,7 +99,7 @@ def test_the_padding_of_an_epochs_last_sequence_is_never_trained_on(
     # One text of "abc" and its separator, in sequences of 7 tokens: 3 of padding in each epoch.
     data = Dataset.from_dict({"text": ["abc"]})
     data = data if style == "indexed" else data.to_iterable_dataset()
-    tokens = open_tokens(Text(data, data), llm.tokenizer, context=CONTEXT, seed=3).train
+    tokens = open_tokens(SplitText(data, data), llm.tokenizer, context=CONTEXT, seed=3).train
     monkeypatch.setattr(
         rows_module,
         "capture",
@@ -294,11 +294,11 @@ def test_what_an_accelerator_still_has_to_do_for_a_peek_is_counted(monkeypatch, 
         waits.append(device)
         clock[0] += 50
 
-    monkeypatch.setattr(live_module, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(batches_module, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(torch.accelerator, "synchronize", wait)
     world = open_world(SyntheticConfig(concepts=4, dim=3, l0=1))
     rows = ConceptRows(world, SITES, seed=0, device=device)
-    stream = LiveStream(rows, batch=16, total_batches=4, pool=32)
+    stream = BatchStream(rows, batch=16, total_batches=4, pool=32)
     assert stream.peek(8)[SITES[0]].shape == (8, 3)
     assert stream.seconds == seconds
     next(iter(stream))

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sae_lightning.stream.source import Rows, RowSource
+from sae_lightning.stream.source import Rows, RowStream
 
 
 class _Waiting(NamedTuple):
@@ -23,15 +23,15 @@ class _Waiting(NamedTuple):
     done: torch.cuda.Event | None
 
 
-class Ahead:
-    """A `RowSource` whose rows are those of `source`, begun before they are asked for.
+class PrefetchedRows:
+    """A `RowStream` whose rows are those of `source`, begun before they are asked for.
 
     On a GPU they are computed on a CUDA stream of their own. On a CPU this changes nothing but the
     time at which they are computed. The state is that of the rows handed out: a resumed run
     computes again what was waiting. No more is read than the run wants.
     """
 
-    def __init__(self, source: RowSource, rows: int) -> None:
+    def __init__(self, source: RowStream, rows: int) -> None:
         """`rows`: as many as an update needs are begun ahead."""
         self.source, self.rows = source, rows
         self.sites, self.device, self.most = source.sites, source.device, source.most

@@ -15,11 +15,11 @@ from torch.profiler import record_function
 
 from sae_lightning.llm.sites import Site
 from sae_lightning.stream.shuffle import Pool
-from sae_lightning.stream.source import RowSource
+from sae_lightning.stream.source import RowStream
 from sae_lightning.terminal import phase
 
 
-class LiveStream:
+class BatchStream:
     """Shuffled batches {site: [batch, d]} of one run, which can be saved and continued exactly;
     takes rows from their source only as far as the run needs.
 
@@ -34,7 +34,7 @@ class LiveStream:
     """
 
     def __init__(
-        self, rows: RowSource, *, batch: int, total_batches: int, pool: int, seed: int = 0
+        self, rows: RowStream, *, batch: int, total_batches: int, pool: int, seed: int = 0
     ) -> None:
         """`batch` and `pool` in tokens; the pool is on the device that `rows` names."""
         assert batch <= pool, f"batches of {batch} rows from a pool of {pool}"

@@ -15,12 +15,12 @@ from torch import nn
 from sae_lightning.llm.capture import factor
 from sae_lightning.llm.load import LLM, LLMConfig
 from sae_lightning.llm.sites import Site
-from sae_lightning.stream.ahead import Ahead
 from sae_lightning.stream.cache import CachedRows
-from sae_lightning.stream.flat import tokenizer_hash
-from sae_lightning.stream.packing import TokenSource
+from sae_lightning.stream.flat import hash_tokenizer
+from sae_lightning.stream.packing import TokenStream
+from sae_lightning.stream.prefetch import PrefetchedRows
 from sae_lightning.stream.rows import LLMRows
-from sae_lightning.stream.source import RowSource, TextConfig, absolute
+from sae_lightning.stream.source import RowStream, TextConfig, absolute
 
 FORMAT = 2  # of the cache; another number is another key
 PLACES = 1 << 14  # numbers of a tensor that are looked at in their places
@@ -33,11 +33,11 @@ def open_rows(
     data: TextConfig,
     seed: int,
     llm: LLM,
-    tokens: TokenSource,
+    tokens: TokenStream,
     sites: Sequence[Site],
     resumed: bool = False,
     ahead: int = 0,
-) -> RowSource:
+) -> RowStream:
     """The rows at `sites` as the settings describe them: from the LLM, or from the cache.
 
     On a GPU the LLM computes `ahead` rows while SAEs train, but not where it writes to a cache: the
@@ -53,7 +53,7 @@ def open_rows(
         keep_special=data.keep_special,
     )
     if not data.cache:
-        return Ahead(rows, ahead) if ahead and rows.device.type == "cuda" else rows
+        return PrefetchedRows(rows, ahead) if ahead and rows.device.type == "cuda" else rows
     known = settings(config, data, seed, rows)
     key = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
     width = llm.model.config.get_text_config().hidden_size
@@ -92,8 +92,8 @@ def settings(config: LLMConfig, data: TextConfig, seed: int, rows: LLMRows) -> d
             "device": _processor(rows.device),
             "torch": str(torch.__version__),
             "transformers": importlib.metadata.version("transformers"),
-            "weights": llm_fingerprint(model),
-            "tokenizer": tokenizer_hash(tokenizer)[:16],
+            "weights": hash_llm(model),
+            "tokenizer": hash_tokenizer(tokenizer)[:16],
         },
         "data": text | {"text": rows.tokens.fingerprint(), "files": data.files_hash()},
         "seed": seed,
@@ -115,7 +115,7 @@ def _processor(device: torch.device) -> str:
     return device.type + capability
 
 
-def llm_fingerprint(model: nn.Module) -> str:
+def hash_llm(model: nn.Module) -> str:
     """A hash of an LLM's architecture and, of each of its tensors, of the sum of all its bits and
     of evenly spread numbers."""
     about = model.config.to_dict()
