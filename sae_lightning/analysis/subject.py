@@ -22,7 +22,7 @@ from sae_lightning.sae import SAE
 from sae_lightning.stream import open_text
 from sae_lightning.stream.plays import PlaysConfig
 from sae_lightning.stream.source import DataConfig
-from sae_lightning.stream.tokens import Tokens, open_tokens
+from sae_lightning.stream.tokens import SplitTokens, open_tokens
 from sae_lightning.terminal import shorten_path
 
 
@@ -57,7 +57,7 @@ class Subject:
         return self.config.source.shape().context
 
     @cached_property
-    def text(self) -> Tokens:
+    def text(self) -> SplitTokens:
         """The text of the run: `train` and `held_out`. UserError where there is none."""
         self._needs_text()
         data = self.config.data
@@ -147,7 +147,7 @@ def open_run(
     llm: LLMConfig | None = None,
     data: DataConfig | None = None,
     layer: LayerConfig | None = None,
-) -> tuple[Subject, Tokens]:
+) -> tuple[Subject, SplitTokens]:
     """The SAE of a run folder, or of a folder that another tool saved, at its place in the LLM; and
     the text. What is given counts more than what the folder says.
 
