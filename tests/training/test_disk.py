@@ -87,7 +87,7 @@ def test_a_folder_that_goes_between_its_checkpoint_and_its_sae_is_not_made_again
         this.folder.rename(tmp_path / "moved")
         export_head(head)
 
-    monkeypatch.setattr(checkpoint, "export", late)
+    monkeypatch.setattr(checkpoint, "export_head", late)
     with pytest.raises(UserError, match="run/sae/cfg.json: its folder is gone; was it deleted or"):
         passes.train([this])
     assert not this.folder.exists()
