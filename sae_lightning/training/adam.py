@@ -1,4 +1,4 @@
-"""Adam for column-major parameters."""
+"""Fused Adam that also takes column-major (transposed) parameters."""
 
 from typing import Any
 
@@ -7,8 +7,8 @@ from torch import Tensor
 
 
 class Adam(torch.optim.Adam):
-    """torch's fused Adam, which on a CPU copies tensors that are not contiguous: it is given their
-    transposes, which makes no difference to an elementwise update."""
+    """torch's fused Adam. On a CPU it would copy tensors that are not contiguous, so it is given
+    their transposes instead: the update is elementwise, so the result is the same."""
 
     def __init__(self, groups: list[dict[str, Any]]):
         super().__init__(groups, fused=True)

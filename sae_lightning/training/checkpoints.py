@@ -1,11 +1,11 @@
-"""Checkpoints: a complete one for each head, whatever heads it shares a pass of the LLM with.
+"""Checkpoints: each head has a complete one, whichever heads it shares a pass of the LLM with.
 
-    run folder/checkpoints/last.ckpt          weights, Adam, progress of this head
+    run folder/checkpoints/last.ckpt          weights, Adam's state, progress of this head
                            stream-<step>.pt   text position and shuffle pool: one file for all
                                               heads, with a hard link in each folder
 
-Any head can be resumed alone, and heads at the same step together. Both files are archives that
-hold a CRC-32 of each of their parts; `stream` in last.ckpt is the checksum of these of the stream.
+Any head can be resumed alone, and heads at the same step together. Both files are zip archives
+with a CRC-32 of each entry; the key `stream` of last.ckpt is a checksum of the stream file's CRCs.
 """
 
 import os
@@ -26,18 +26,18 @@ from sae_lightning.training.settings import checkpoint_path, stream_path
 
 
 class HeadCheckpoints(CheckpointIO):
-    """Splits the checkpoint that Lightning makes of a run by head, and joins them again.
+    """Splits Lightning's checkpoint into one for each head, and joins them again.
 
-    All files are complete on disk before the first is renamed: a run killed at any moment finds for
-    each head the old checkpoint or the new one, with its stream.
+    All files are complete on disk before the first is renamed into place: wherever a run is killed,
+    each head has its old checkpoint or its new one, and the stream file that belongs to it.
     """
 
     def __init__(self, heads: Iterable[Head]):
         self.heads = list(heads)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options=None) -> None:
-        """Write the checkpoints of the heads that have not failed; `path` is not used."""
-        stream = _loader(checkpoint).pop()
+        """Write a checkpoint for each head that has not failed; `path` is not used."""
+        stream = _loader_states(checkpoint).pop()
         step = checkpoint["global_step"]
         training = {n: head for n, head in enumerate(self.heads) if head.failure is None}
         paths = [stream_path(head.folder, step) for head in training.values()]
@@ -45,7 +45,10 @@ class HeadCheckpoints(CheckpointIO):
         with ExitStack() as files:
             for number, head in training.items():
                 file = files.enter_context(write_atomically(checkpoint_path(head.folder)))
-                part = _part(checkpoint, number) | {"settings": head.settings, "stream": crc}
+                part = _extract_head(checkpoint, number) | {
+                    "settings": head.settings,
+                    "stream": crc,
+                }
                 _save(part, file)
         for head in training.values():
             current = stream_path(head.folder, step)
@@ -57,36 +60,36 @@ class HeadCheckpoints(CheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """The checkpoint of a run with all heads; `path` is not used."""
-        how = {"map_location": map_location or "cpu", "weights_only": weights_only}
-        parts = [torch.load(checkpoint_path(head.folder), **how) for head in self.heads]
-        whole = _joined(parts)
+        """Load the checkpoint of a run with all heads; `path` is not used."""
+        options = {"map_location": map_location or "cpu", "weights_only": weights_only}
+        parts = [torch.load(checkpoint_path(head.folder), **options) for head in self.heads]
+        whole = _join_heads(parts)
         paths = [stream_path(head.folder, whole["global_step"]) for head in self.heads]
-        stream, *others = [torch.load(path, **how) for path in _different(paths)]
-        for other in others:  # of passes at the same update that read other sites
+        stream, *others = [torch.load(path, **options) for path in _distinct_files(paths)]
+        for other in others:  # from passes that read other sites, stopped at the same update
             stream["pool"]["rows"] |= other["pool"]["rows"]
-        _loader(whole).append(stream)
+        _loader_states(whole).append(stream)
         return whole
 
     def remove_checkpoint(self, path: Any) -> None:
-        """Never asked for: a checkpoint is replaced by the next."""
+        """Never called: the next checkpoint replaces this one."""
         raise NotImplementedError
 
 
-def _loader(checkpoint: dict[str, Any]) -> list:
-    """Where Lightning keeps the state of the loaders: one, the stream."""
+def _loader_states(checkpoint: dict[str, Any]) -> list:
+    """Lightning's list of data loader states: one, the stream's."""
     return checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"]
 
 
-def _different(paths: list[Path]) -> list[Path]:
-    """One path for each file that has several names."""
+def _distinct_files(paths: list[Path]) -> list[Path]:
+    """One path per file, of paths that may be hard links to the same file."""
     files = {(stat.st_dev, stat.st_ino): path for path in paths for stat in [path.stat()]}
     return list(files.values())
 
 
 def _write_stream(stream: dict[str, Any], paths: list[Path]) -> int:
-    """One file under all the names, copies where the file system has no hard links; its
-    checksum."""
+    """Write one file with hard links at all `paths` (copies where the file system has no hard
+    links); returns its checksum."""
     with write_atomically(paths[0]) as file:
         _save(stream, file)
     for path in paths[1:]:
@@ -99,15 +102,15 @@ def _write_stream(stream: dict[str, Any], paths: list[Path]) -> int:
 
 
 def _save(content: dict[str, Any], path: Path) -> None:
-    """`torch.save`, which tells why the system refuses only where it is given an open file."""
+    """`torch.save` into an open file: given a path, it would hide the operating system's error."""
     with open(path, "wb") as file:
         torch.save(content, file)
         file.flush()
         os.fsync(file.fileno())
 
 
-def _part(checkpoint: dict[str, Any], number: int) -> dict[str, Any]:
-    """The checkpoint of head `number`, as if it were the only one."""
+def _extract_head(checkpoint: dict[str, Any], number: int) -> dict[str, Any]:
+    """The checkpoint of head `number`, as if it had trained alone."""
     prefix = f"heads.{number}."
     weights = {
         f"heads.0.{name.removeprefix(prefix)}": value
@@ -116,11 +119,11 @@ def _part(checkpoint: dict[str, Any], number: int) -> dict[str, Any]:
     }
     (adam,) = checkpoint["optimizer_states"]
     groups = [group for group in adam["param_groups"] if group["head"] == number]
-    adam = _renumbered(adam | {"param_groups": groups}, -groups[0]["params"][0], head=0)
+    adam = _renumber(adam | {"param_groups": groups}, -groups[0]["params"][0], head=0)
     return checkpoint | {"state_dict": weights, "optimizer_states": [adam]}
 
 
-def _joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
+def _join_heads(parts: list[dict[str, Any]]) -> dict[str, Any]:
     """The checkpoint of a run with the heads of `parts`, in their order."""
     weights: dict[str, Any] = {}
     adam: dict[str, Any] = {"state": {}, "param_groups": []}
@@ -128,15 +131,15 @@ def _joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
     for number, part in enumerate(parts):
         for name, value in part["state_dict"].items():
             weights[re.sub(r"^heads\.0\.", f"heads.{number}.", name)] = value
-        own = _renumbered(*part["optimizer_states"], count, number)
+        own = _renumber(*part["optimizer_states"], count, number)
         count += sum(len(group["params"]) for group in own["param_groups"])
         adam["state"] |= own["state"]
         adam["param_groups"] += own["param_groups"]
     return parts[0] | {"state_dict": weights, "optimizer_states": [adam]}
 
 
-def _renumbered(adam: dict[str, Any], shift: int, head: int) -> dict[str, Any]:
-    """Adam's state for the parameters of its groups, whose numbers are shifted, as head `head`."""
+def _renumber(adam: dict[str, Any], shift: int, head: int) -> dict[str, Any]:
+    """Adam's state with the numbers of its parameters shifted, and its groups those of `head`."""
     numbers = [n for group in adam["param_groups"] for n in group["params"]]
     return {
         "state": {n + shift: adam["state"][n] for n in numbers if n in adam["state"]},

@@ -1,4 +1,4 @@
-"""The LightningDataModule: a stream goes in, a loader comes out."""
+"""The LightningDataModule: gives Lightning the stream of activations as its data loader."""
 
 import lightning as L
 
@@ -7,11 +7,11 @@ from sae_lightning.stream.held_out import HeldOut
 
 
 class ActivationData(L.LightningDataModule):
-    """Batches {site: [batch, d_site]} of LLM activations for training, and held-out ones beside.
+    """Batches {site: [batch, d_site]} of LLM activations for training, and held-out activations.
 
-    The stream is its own loader. It has a length, so Lightning does not fetch a batch ahead and
-    the saved cursor is the one of training; it has `state_dict`, so Lightning saves it within
-    its loop and no second copy of the shuffle pool is written.
+    The stream is its own loader. It has a length, so Lightning does not prefetch a batch and the
+    saved cursor is where training is; it has `state_dict`, so Lightning saves it with its own loop
+    and the shuffle pool is written only once.
     """
 
     def __init__(self, stream: BatchStream, held_out: HeldOut):
@@ -20,5 +20,4 @@ class ActivationData(L.LightningDataModule):
         self.held_out = held_out
 
     def train_dataloader(self) -> BatchStream:
-        """The stream."""
         return self.stream

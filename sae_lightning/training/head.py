@@ -20,7 +20,7 @@ from sae_lightning.training.settings import CallbacksConfig, OptimConfig, Produc
 
 
 class StepResult(NamedTuple):
-    """What one training step computed, detached, for callbacks."""
+    """Results of one training step, detached, for callbacks."""
 
     loss: Tensor
     """Weighted sum of the terms"""
@@ -35,8 +35,8 @@ class StepResult(NamedTuple):
 
 
 class Head(nn.Module):
-    """An SAE, its objective, the sites it reads and writes, and its state: every tensor that
-    evolves is a buffer, so that resuming and moving to a device need no code."""
+    """An SAE in training: its objective, the sites it reads and writes, and its state. Every tensor
+    that evolves is a buffer, so that resuming and moving to a device need no extra code."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class Head(nn.Module):
         self.held_out_metrics: dict[str, float] = {}
         self.density_counts: dict[str, int] = {}
         self.failure: str | None = None  # why it is frozen
-        self.active_density = 1.0  # density of the last update, as sparse products see it
+        self.active_density = 1.0  # density of sparse products at the last update
 
         features, d_out = sae.W_dec.shape
         self.register_buffer("in_mean", torch.zeros(sae.W_enc.shape[0]))
@@ -73,23 +73,23 @@ class Head(nn.Module):
         # factors of the sparsity coefficient: warm-up, `target_l0`
         self.register_buffer("penalty_factor", torch.ones(()))
         self.register_buffer("steering", torch.ones(()))
-        # at the last update; errors are bounded by 1, so 2 stands for none yet
+        # at the last update; errors lie between -1 and 1, so 2 means that there is none yet
         self.register_buffer("l0_error", torch.tensor(2.0))
         self.register_buffer("tokens_since_fired", torch.zeros(features, dtype=torch.int64))
         self.register_buffer("grad_norm", torch.zeros(()))
-        # one generator a head, so that grouping changes no random number
+        # each head has its own RNG, so that training heads together changes no random number
         generator_state = torch.Generator().manual_seed(seed).get_state()
         self.register_buffer("generator_state", generator_state)
 
     def normalise(self, batch: dict[Site, Tensor]) -> tuple[Tensor, Tensor]:
-        """Input [batch, d_in] and target [batch, d_out] with a mean square of 1 per element."""
+        """Normalise input [batch, d_in] and target [batch, d_out] to a mean square of 1."""
         x = (batch[self.source].float() - self.in_mean) / self.in_scale
         if self.target == self.source:
             return x, x
         return x, (batch[self.target].float() - self.out_mean) / self.out_scale
 
     def use_sparse_products(self, x: Tensor) -> bool:
-        """Whether to compute the update on `x` by sparse products."""
+        """Whether to compute the update on `x` [batch, d_in] by sparse products."""
         limit = worth_it(x.device.type, working_type(x))
         if self.products is Products.sparse:
             return limit > 0
@@ -98,28 +98,28 @@ class Head(nn.Module):
     def forward(self, batch: dict[Site, Tensor]) -> Tensor:
         """The training loss [] of a batch {site: [batch, d_site]} of raw activations."""
         x, target = self.normalise(batch)
-        this = self.sae.training_pass(x, self.use_sparse_products(x))
+        output = self.sae.training_pass(x, self.use_sparse_products(x))
         moment = Moment(self.dead, self.progress)
         with record_function("loss"):
-            terms = self.loss.terms(self.sae, this, target, moment)
+            terms = self.loss.terms(self.sae, output, target, moment)
         loss = terms["mse"]
         for name, coefficient in self.effective_coefficients.items():
             loss = loss + coefficient * terms[name]
-        l0 = self._count_firing(this.features)
+        l0 = self._count_firing(output.features)
         if self.products is Products.auto and worth_it(x.device.type, working_type(x)):
-            self.active_density = self.sae.density(this)
+            self.active_density = self.sae.density(output)
         self.last_step = StepResult(
             loss.detach(),
             {name: term.detach() for name, term in terms.items()},
             l0,
             target,
-            this.reconstruction.detach(),
+            output.reconstruction.detach(),
         )
         return loss
 
     @property
     def effective_coefficients(self) -> dict[str, float | Tensor]:
-        """The coefficients of the terms, with warm-up and steering."""
+        """Coefficient of each term but the mse, with warm-up and steering."""
         values = self.loss.coefficients()
         if self.loss.sparsity:
             values[self.loss.sparsity] *= self.penalty_factor * self.steering
@@ -127,7 +127,7 @@ class Head(nn.Module):
 
     @torch.no_grad()
     def _count_firing(self, features: Matrix) -> Tensor:
-        """Note which features fired; returns how many per token."""
+        """Update `tokens_since_fired`; returns the mean number of active features per token."""
         fired = features.count()
         silent = self.tokens_since_fired + features.tokens
         self.tokens_since_fired.copy_(silent.masked_fill(fired > 0, 0))
@@ -135,7 +135,7 @@ class Head(nn.Module):
 
     @property
     def dead(self) -> Tensor:
-        """[features] which have not fired for `dead_window` tokens."""
+        """[features] bool: silent for at least `dead_window` tokens."""
         return self.tokens_since_fired >= self.dead_window
 
     @torch.no_grad()
@@ -146,12 +146,12 @@ class Head(nn.Module):
         return Output(output.reconstruction * self.out_scale + self.out_mean, output.features)
 
     def get_extra_state(self) -> dict[str, Any]:
-        """What goes into checkpoints and is no tensor."""
+        """State for checkpoints that is not a tensor."""
         return {"training_metrics": self.training_metrics, "occupied": self.active_density}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Load those of a checkpoint. UserError: an earlier version made it, with another memory
-        layout of Adam's moments."""
+        """Restore the state of a checkpoint. UserError: an earlier version made it, with another
+        memory layout of Adam's moments."""
         if "occupied" not in state:
             raise UserError(
                 f"resume={self.folder}: an earlier version of sae_lightning made this checkpoint; "
@@ -160,5 +160,5 @@ class Head(nn.Module):
         self.training_metrics, self.active_density = state["training_metrics"], state["occupied"]
 
     def fold_weights(self) -> dict[str, Tensor]:
-        """The SAE's weights for raw activations."""
+        """The SAE's weights with the normalisation folded in: for raw activations."""
         return self.sae.fold(self.in_mean, self.in_scale, self.out_mean, self.out_scale)

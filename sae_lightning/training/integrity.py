@@ -1,4 +1,4 @@
-"""Looks at all parts of a checkpoint before anything is touched or loaded for it."""
+"""Checks of a whole checkpoint, made before a resumed run changes a file or loads an LLM."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,9 +18,9 @@ from sae_lightning.training.settings import checkpoint_path, stream_path
 
 
 def open_checkpoint(folder: Path) -> dict[str, Any]:
-    """The checkpoint of a run, mapped into memory; UserError where it is damaged."""
+    """Open a run's checkpoint, mmapped. UserError: it is damaged."""
     path = checkpoint_path(folder)
-    with _damage(path, f"{path} is truncated or not a checkpoint"):
+    with _report_damage(path, f"{path} is truncated or not a checkpoint"):
         saved = load_tensors(path)
         expect(saved, {"global_step": int, "settings": dict}, "it")
     return saved
@@ -33,14 +33,14 @@ def check_checkpoint(
     check_stream: Callable[[Any, int], None],
     seen: set,
 ) -> None:
-    """UserError unless all that an opened checkpoint and its stream hold is what a head of a run of
-    so many `steps` needs. `check_stream` sees the stream's state and the number of batches; streams
-    of other heads are in `seen`."""
+    """UserError unless an open checkpoint and its stream hold exactly what a head in a run of
+    `steps` updates needs. `check_stream` is given the stream's state and the number of batches;
+    `seen` holds the stream files whose CRCs were checked for other heads."""
     with FakeTensorMode():  # shapes and dtypes of a head; it takes no memory
         head = make_head()
         groups = SAEModule([head], batch=1, steps=steps).configure_optimizers().state_dict()
     path, step = checkpoint_path(head.folder), saved["global_step"]
-    with _damage(path, f"{path} is truncated or not a checkpoint"):
+    with _report_damage(path, f"{path} is truncated or not a checkpoint"):
         _expect_progress(saved, step, steps)
         _expect_weights(saved["state_dict"], head)
         extra = saved["state_dict"]["heads.0._extra_state"]
@@ -56,19 +56,19 @@ def check_checkpoint(
             f"{stream}, which belongs to {path.name}, is gone; delete {path} to start the run "
             "again from its beginning"
         )
-    with _damage(path, f"{stream} is damaged, or not the one that belongs to {path.name}"):
+    with _report_damage(path, f"{stream} is damaged, or not the one that belongs to {path.name}"):
         state = load_tensors(stream, seen)
-        if saved.get("stream", checksum(stream)) != checksum(stream):  # 0.1.0 noted none
+        if saved.get("stream", checksum(stream)) != checksum(stream):  # 0.1.0 saved none
             raise ValueError(f"its checksum is not the one in {path.name}")
         check_stream(state, step)
 
 
 @contextmanager
-def _damage(path: Path, what: str) -> Iterator[None]:
-    """Whatever goes wrong in looking at what came from disk, as one line."""
+def _report_damage(path: Path, problem: str) -> Iterator[None]:
+    """Turn any error in reading the checkpoint at `path` into a UserError of one line."""
     try:
         yield
-    except OSError as error:  # a disk that does not answer is no reason to delete anything
+    except OSError as error:  # of the disk: no reason to delete the checkpoint
         raise UserError(
             f"{error.filename or path} cannot be read: {error.strerror or error}"
         ) from error
@@ -77,13 +77,13 @@ def _damage(path: Path, what: str) -> Iterator[None]:
             raise
         reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error).split("\n")[0]
         raise UserError(
-            f"{what} ({reason or type(error).__name__}); delete {path} to start the run again from "
-            "its beginning"
+            f"{problem} ({reason or type(error).__name__}); delete {path} to start the run again "
+            "from its beginning"
         ) from error
 
 
 def _expect_progress(saved: dict[str, Any], step: int, steps: int) -> None:
-    """What Lightning reads of where the run is."""
+    """Check the progress that Lightning reads: the updates done, and its loops' counters."""
     done, served = ("ready", "completed"), ("ready", "started", "processed")
     adam = {"step": _counts(*done), "zero_grad": _counts(*done, "started")}
     loops = {
@@ -107,12 +107,12 @@ def _expect_progress(saved: dict[str, Any], step: int, steps: int) -> None:
         "loops": {"fit_loop": loops},
     }
     expect(saved, like, "it")
-    # by an older one Lightning takes the checkpoint for one of another shape
+    # Lightning would migrate what it takes for the checkpoint of an older version
     expect(Version(saved["pytorch-lightning_version"]).major, range(2, 100), "Lightning's version")
 
 
 def _counts(*names: str, count: Any = COUNT) -> dict[str, dict[str, Any]]:
-    """Lightning's counts under these names."""
+    """Lightning's progress counters of these names."""
     return {kind: dict.fromkeys(names, count) for kind in ("total", "current")}
 
 
@@ -120,19 +120,19 @@ def _expect_weights(saved: dict[str, Any], head: Head) -> None:
     like = {f"heads.0.{name}": x for name, x in head.state_dict().items()}
     like["heads.0._extra_state"] = dict
     expect(saved, like, "weights")
-    if more := sorted(saved.keys() - like.keys()):
-        raise ValueError(f"{more[0]} is no part of this SAE")
+    if extra := sorted(saved.keys() - like.keys()):
+        raise ValueError(f"{extra[0]} is no part of this SAE")
     for name, x in saved.items():
         _expect_finite(x, name)
 
 
 def _expect_adam(saved: dict[str, Any], groups: list[dict], head: Head, step: int) -> None:
-    """Both moments of every parameter, in the groups that the settings make."""
-    own = ("params", "peak_lr", "head", "rate", "betas", "eps")
+    """Check both moments of every parameter, and the groups, against those of the settings."""
+    fixed = ("params", "peak_lr", "head", "rate", "betas", "eps")
     expect(saved, {"state": dict, "param_groups": list}, "Adam")
     expect(len(saved["param_groups"]), len(groups), "Adam's groups")
     for number, (group, like) in enumerate(zip(saved["param_groups"], groups, strict=True)):
-        expect(group, {"lr": float} | {name: like[name] for name in own}, f"Adam.{number}")
+        expect(group, {"lr": float} | {name: like[name] for name in fixed}, f"Adam.{number}")
     biases = head.sae.biases
     named = dict(head.sae.named_parameters())
     ordered = [x for name, x in named.items() if name not in biases]
@@ -147,10 +147,10 @@ def _expect_adam(saved: dict[str, Any], groups: list[dict], head: Head, step: in
         state = saved["state"][number]
         expect(state["step"].item(), float(step), f"Adam.{number}.step")
         for name in ("exp_avg", "exp_avg_sq"):
-            # Adam goes through parameters and moments by place in memory
-            told = f"Adam.{number}.{name}"
-            expect(state[name].is_contiguous(), x.is_contiguous(), f"{told}, by rows,")
-            _expect_finite(state[name], told)
+            # Adam pairs the elements of a parameter and its moments by their place in memory
+            label = f"Adam.{number}.{name}"
+            expect(state[name].is_contiguous(), x.is_contiguous(), f"{label}.is_contiguous()")
+            _expect_finite(state[name], label)
 
 
 def _expect_finite(x: Any, name: str) -> None:

@@ -20,10 +20,11 @@ class SAEModule(L.LightningModule):
     """Heads with independent losses: each gradient is that of the head trained alone."""
 
     def __init__(self, heads: list[Head], *, batch: int, steps: int, resume: str = ""):
-        """`batch` tokens per update, `steps` updates in the whole run; the command `resume`
-        continues it."""
+        """`batch`: tokens per update; `steps`: updates in the whole run; `resume`: the command that
+        continues the run."""
         super().__init__()
-        self.automatic_optimization = False  # memory then holds the activations of one head at once
+        # by hand, so that memory holds the activations of one head at a time
+        self.automatic_optimization = False
         self.heads = nn.ModuleList(heads)
         self.batch, self.steps, self.resume = batch, steps, resume
         self.last_batch: dict[Site, Tensor] = {}
@@ -50,13 +51,13 @@ class SAEModule(L.LightningModule):
             loss = head(batch)
             with torch.autocast(self.device.type, enabled=False), record_function("backward"):
                 self.manual_backward(loss)
-            del loss  # and with it the graph, before that of the next head is made
+            del loss  # frees the graph before the next head builds its own
         optimizer.step()
 
     def fail(self, head: Head) -> None:
-        """Freeze a head whose loss or gradient is not finite and write down why; the others go on.
-        UserError: it was the last one."""
-        culprit, remedy = _culprit(head, self.last_batch)
+        """Freeze a head whose loss or gradient is not finite and write the reason to its folder;
+        the others train on. UserError: no head is left."""
+        culprit, remedy = _find_culprit(head, self.last_batch)
         saved, checkpoint = "nothing was saved yet", checkpoint_path(head.folder)
         if checkpoint.exists():
             saved = f"the last good checkpoint is {checkpoint}"
@@ -70,11 +71,11 @@ class SAEModule(L.LightningModule):
             raise UserError(head.failure)
         console.print(f"{head.name}: {head.failure}")
         if not self.training_heads:
-            raise UserError(f"none of the {len(self.heads)} SAEs of this pass is left, see above")
+            raise UserError(f"none of the {len(self.heads)} SAEs of this pass is left; see above")
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """One Adam for all heads, which is elementwise; each has a group of weights and one of
-        biases and thresholds, which learn faster."""
+        """One Adam for all heads, since it is elementwise; each head has a group of weights and one
+        of biases and thresholds, which learn faster."""
         groups = []
         for number, head in enumerate(self.heads):
             optim, parameters = head.optim, dict(head.sae.named_parameters())
@@ -98,8 +99,8 @@ class SAEModule(L.LightningModule):
         return Adam(groups)
 
 
-def _culprit(head: Head, batch: dict[Site, Tensor]) -> tuple[str, str]:
-    """What is not finite in a head's update, and a remedy."""
+def _find_culprit(head: Head, batch: dict[Site, Tensor]) -> tuple[str, str]:
+    """Find what is not finite in a head's update, and a remedy."""
     for site in (head.source, head.target):
         if not batch[site].isfinite().all():
             return f"the LLM's activation at {site}", "llm.dtype=float32"

@@ -1,4 +1,4 @@
-"""Schedules: pure functions of the step. Step 0 is the first update, `total` the run's length."""
+"""Schedules: pure functions of the step. Step 0 is the first of the run's `total` updates."""
 
 import math
 
@@ -12,12 +12,13 @@ def warmup_factor(step: int, total: int, share: float) -> float:
 def decay_factor(step: int, total: int, share: float) -> float:
     """Factor that stays 1, then falls linearly towards 0 over the last `share` of the run."""
     length = share * total
-    left = total - step
-    return 1.0 if left >= length else left / length
+    remaining = total - step
+    return 1.0 if remaining >= length else remaining / length
 
 
 def is_due(step: int, batch: int, every: int) -> bool:
-    """Whether update number `step` (from 1) of `batch` tokens reaches a multiple of `every`."""
+    """Whether update `step` (counted from 1, of `batch` tokens) reaches a multiple of `every`
+    tokens."""
     return step * batch // every > (step - 1) * batch // every
 
 
@@ -27,12 +28,12 @@ def measure_l0_error(l0: float, target: float) -> float:
 
 
 def steering_factor(now: float, before: float, step: int, total: int) -> float:
-    """Factor by which a sparsity coefficient grows after update `step`, from the `l0_error` at
-    it and at the update before, in a run of `total` updates.
+    """Factor by which a sparsity coefficient is multiplied after update `step` of `total`, given
+    the L0 error `now` and at the update `before`.
 
     exp(30 step^2 / total^3 x now + (now - before)): a proportional-integral controller in
-    logarithms, since L0 falls about as a power of the coefficient. In the middle of the run a
-    constant error of a factor e is corrected within an eighth of it, slowly enough for L0 to
+    logarithms, since L0 falls roughly as a power of the coefficient. In the middle of the run a
+    constant error of a factor e is corrected within an eighth of the run, slowly enough for L0 to
     follow; earlier more slowly, because L0 then falls by itself. The second term responds at once
     and keeps the first from overshooting.
     """

@@ -22,22 +22,22 @@ def _positive(name: str, value: float, remedy: str = "give a positive number") -
 
 
 def checkpoint_path(folder: Path) -> Path:
-    """Where a run keeps what it needs to continue."""
+    """Path of the checkpoint of the run in `folder`."""
     return folder / "checkpoints" / "last.ckpt"
 
 
 def stream_path(folder: Path, step: int) -> Path:
-    """Where a run keeps the state of the stream at update `step`."""
+    """Path of the stream's state at update `step`."""
     return folder / "checkpoints" / f"stream-{step}.pt"
 
 
 def failure_path(folder: Path) -> Path:
-    """Where a run writes down why it failed."""
+    """Path of the file that says why a run failed."""
     return folder / "failure.json"
 
 
 class Accelerator(Enum):
-    """Where the SAEs train."""
+    """Device on which the SAEs train."""
 
     auto = "auto"
     cpu = "cpu"
@@ -50,12 +50,12 @@ class Precision(Enum):
     auto = "auto"
     fp32 = "32-true"
     bf16 = "bf16-mixed"
-    vars()["32-true"] = vars()["32"] = "32-true"  # Lightning's words for the same
+    vars()["32-true"] = vars()["32"] = "32-true"  # Lightning's names for the same
     vars()["bf16-mixed"] = "bf16-mixed"
 
     @classmethod
     def _missing_(cls, value: object) -> "Precision | None":
-        return cls.__members__.get(str(value))  # 32 is a number
+        return cls.__members__.get(str(value))  # YAML reads 32 as a number
 
 
 class Products(Enum):
@@ -68,7 +68,7 @@ class Products(Enum):
 
 @dataclass(slots=True, kw_only=True)
 class TrainerConfig:
-    """How long and on what; the `trainer` group."""
+    """Length, device and precision of training; the `trainer` group."""
 
     tokens: int = 524_288
     """Training tokens in the whole run."""
@@ -79,12 +79,12 @@ class TrainerConfig:
     precision: Precision = Precision.auto
     """Matrix products of the SAE in fp32 or bf16; auto is bf16 where the hardware has it."""
     products: Products = Products.auto
-    """dense (with all features), sparse (with those that are active on a token), or auto: for each
-    SAE what is faster at the density that its last update had."""
+    """dense (all features), sparse (those that are active on a token), or auto: for each SAE what
+    is faster at the density of its last update."""
     log_every: int = 8
     """Updates between two points of a training curve."""
     checkpoint_every: int = 131_072
-    """Tokens between two checkpoints; a killed run loses at most these."""
+    """Tokens between two checkpoints; a killed run loses at most that many."""
 
     def __post_init__(self):
         for name in ("tokens", "batch", "log_every", "checkpoint_every"):
@@ -110,8 +110,8 @@ class EvalConfig:
     tokens: int = 16_384
     """Held-out tokens for reconstruction and sparsity, rounded up to whole sequences."""
     loss_tokens: int = 4096
-    """Of these, at most so many for the LLM's loss, which is by far the most expensive part; with 0
-    it is not measured, and blocks above the SAE's and the LM head are not loaded."""
+    """At most this many of them for the LLM's loss, by far the most expensive part; with 0 it is
+    not measured, and the LM head and the blocks above the SAE's are not loaded."""
 
     def __post_init__(self):
         for name in ("every", "tokens"):
@@ -125,20 +125,21 @@ class EvalConfig:
 
 @dataclass(slots=True, kw_only=True)
 class OptimConfig:
-    """Adam, its learning rate's path and the clipping of its gradient; the `optim` group."""
+    """Adam, its learning rate schedule and gradient clipping; the `optim` group."""
 
     lr: float = 1e-3
     """Peak learning rate."""
     bias_lr: float | None = None
     """Biases and thresholds of features learn this many times as fast as the weights; null for
-    sqrt(d_in). Adam moves every parameter by about lr, and a pre-activation adds up d_in weights
-    but one bias: at equal rates it cannot keep pace and features hardly learn to be silent."""
+    sqrt(d_in). Adam moves every parameter by about lr, and a pre-activation is the sum of d_in
+    products but one bias: at equal rates the bias is too slow, and features hardly learn to be
+    silent."""
     beta1: float = 0.9
     """Decay of Adam's first moment."""
     beta2: float = 0.999
     """Decay of Adam's second moment."""
     eps: float = 1e-8
-    """Added to the root of Adam's second moment."""
+    """Added to the square root of Adam's second moment."""
     warmup: float = 0.05
     """Share of the run over which the learning rate rises linearly from 0."""
     decay: float = 0.2
@@ -183,7 +184,7 @@ class NormalizeConfig:
 
 @dataclass(slots=True, kw_only=True)
 class ResampleConfig:
-    """Dead features start again at inputs that are reconstructed badly (Anthropic 2023)."""
+    """Dead features are restarted at inputs that are reconstructed badly (Anthropic 2023)."""
 
     every: int | None = None
     """Tokens between two resamplings; null, the default, for none."""
@@ -201,15 +202,15 @@ class ResampleConfig:
 
 @dataclass(slots=True, kw_only=True)
 class CallbacksConfig:
-    """The rest of the recipe."""
+    """Normalisation, resampling and dead features; the `callbacks` group."""
 
     normalize: NormalizeConfig = field(default_factory=NormalizeConfig)
     """Normalisation of the activations."""
     resample: ResampleConfig = field(default_factory=ResampleConfig)
     """Resampling of dead features."""
     dead_after: int | None = None
-    """Tokens without firing after which a feature counts as dead; null for a 25th of the run or
-    10 M tokens, whichever is less (a window longer than the run would never see one)."""
+    """Tokens without firing after which a feature counts as dead; null for a 25th of the run, at
+    most 10 M tokens (with a window longer than the run, no feature would ever be dead)."""
 
     def __post_init__(self):
         if self.dead_after is not None:

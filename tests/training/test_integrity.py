@@ -208,7 +208,9 @@ GOOD = {
         "Adam.2.step is 3.0 and should be 10.0": at(
             (*ADAM, 2, "step"), lambda _: torch.tensor(3.0)
         ),
-        "Adam.0.exp_avg, by rows, is True": at((*ADAM, 0, "exp_avg"), lambda x: x.contiguous()),
+        "Adam.0.exp_avg.is_contiguous() is True": at(
+            (*ADAM, 0, "exp_avg"), lambda x: x.contiguous()
+        ),
         "Adam.0.exp_avg is not finite": at((*ADAM, 0, "exp_avg"), lambda x: x / 0),
         "weights.heads.0.sae.W_enc is float64": at(
             ("state_dict", "heads.0.sae.W_enc"), lambda x: x.double()
