@@ -18,7 +18,7 @@ from sae_lightning.analysis.survey.survey import survey
 from sae_lightning.llm.load import Dtype, LLMConfig
 from sae_lightning.llm.sites import LayerConfig
 from sae_lightning.report.catalogue import BEFORE
-from sae_lightning.report.parquet import write_table
+from sae_lightning.report.parquet import write_catalogue
 from sae_lightning.stream.local import LocalConfig
 
 
@@ -91,7 +91,7 @@ def test_a_probe_on_one_unit_chooses_it(subject, tmp_path):
 
 def test_the_parquet_file_says_what_the_catalogue_says(found, tmp_path):
     for catalogue in (found.features, found.neurons):
-        write_table(tmp_path / "units.parquet", catalogue, {})
+        write_catalogue(tmp_path / "units.parquet", catalogue, {})
         rows = pyarrow.parquet.read_table(tmp_path / "units.parquet").to_pylist()
         assert len(rows) == catalogue.units
         assert [row[catalogue.kind] for row in rows] == list(range(len(rows)))
@@ -109,7 +109,7 @@ def test_the_parquet_file_says_what_the_catalogue_says(found, tmp_path):
 
 
 def test_a_row_of_the_planted_feature(found, tmp_path):
-    write_table(tmp_path / "features.parquet", found.features, {})
+    write_catalogue(tmp_path / "features.parquet", found.features, {})
     row = pyarrow.parquet.read_table(tmp_path / "features.parquet").to_pylist()[FEATURE]
     assert sorted(row["tokens"]) == sorted(READS)
     assert row["score"] == pytest.approx(1)

@@ -21,9 +21,9 @@ from sae_lightning.analysis.task import at_least, results
 from sae_lightning.errors import UserError
 from sae_lightning.files import read_regular_file
 from sae_lightning.llm.vocabulary import bos_id, check_ids, separator_id, vocabulary
-from sae_lightning.report.annotated import LISTED, Annotated, Fired, Token
-from sae_lightning.report.printer import say
-from sae_lightning.report.section import Section, Table, visible_token
+from sae_lightning.report.annotated import MAX_LISTED, AnnotatedText, AnnotatedToken, FiredFeature
+from sae_lightning.report.printer import print_section
+from sae_lightning.report.section import ResultTable, Section, show_token
 from sae_lightning.stream.flat import encode
 from sae_lightning.stream.packing import Packing, Sequences
 
@@ -67,18 +67,18 @@ class TextTask(FeaturesTask):
             catalogue = kept(subject, results(subject) / "features.parquet")
         if catalogue is None:
             catalogue = self.surveyed(subject).features
-        found = Annotated(annotate(subject, text, where), catalogue)
+        found = AnnotatedText(annotate(subject, text, where), catalogue)
         strongest = found.strongest()
         listed, summary = token_by_token(found, self.top), section(found, strongest, contexts)
-        say(listed)
-        say(summary)
+        print_section(listed)
+        print_section(summary)
         scalars = {
             "tokens": [
                 {"token": token.text, "read": token.read, "active": len(token.features)}
                 | {"features": [written(fired, found) for fired in found.on(place)[: self.top]]}
                 for place, token in enumerate(found.tokens)
             ],
-            "strongest": [written(fired, found) for fired in strongest[:LISTED]],
+            "strongest": [written(fired, found) for fired in strongest[:MAX_LISTED]],
         }
         first = strongest[0].feature if strongest else None
         self.publish(subject, scalars, [summary], [catalogue], first, found)
@@ -123,7 +123,7 @@ def in_sequences(subject: Subject, text: str, where: str = "text") -> Sequences:
 
 
 @torch.no_grad()
-def annotate(subject: Subject, text: str, where: str = "text") -> list[Token]:
+def annotate(subject: Subject, text: str, where: str = "text") -> list[AnnotatedToken]:
     """The tokens of a text, with BOS before each sequence, and the features that fire on each.
 
     UserError: the text is empty or too long, or the LLM does not know one of its tokens.
@@ -139,7 +139,7 @@ def annotate(subject: Subject, text: str, where: str = "text") -> list[Token]:
     shown = sequences.text.clone()
     shown[:, 0] = True
     return [
-        Token(words[ids[place]], *firing.found[place])
+        AnnotatedToken(words[ids[place]], *firing.found[place])
         for place in map(tuple, shown.nonzero().tolist())
     ]
 
@@ -161,18 +161,18 @@ class Firing:
                 self.found[number, place] = keep, fires.cpu(), values[fires].cpu()
 
 
-def written(fired: Fired, found: Annotated) -> dict[str, Any]:
+def written(fired: FiredFeature, found: AnnotatedText) -> dict[str, Any]:
     """For JSON."""
     return fired._asdict() | {"words": found.words(fired.feature)}
 
 
-def token_by_token(found: Annotated, top: int) -> Section:
+def token_by_token(found: AnnotatedText, top: int) -> Section:
     """The `top` features of each token, for the terminal: those of the first tokens."""
     rows: list[list[str]] = []
     read = [place for place, token in enumerate(found.tokens) if token.read]
     shown = read[: max(1, LINES // top)]
     for place in shown:
-        name = f"‘{visible_token(found.tokens[place].text)}’"
+        name = f"‘{show_token(found.tokens[place].text)}’"
         for number, fired in enumerate(found.on(place)[:top]):
             rows.append([name if number == 0 else "", *cells(fired, found)])
         if not len(found.tokens[place].features):
@@ -183,17 +183,17 @@ def token_by_token(found: Annotated, top: int) -> Section:
         "Token by token",
         "The strongest features on each token: how strong, in the feature's own units and of the "
         f"maximum in the catalogue's text, and some tokens on which it is strongest there.{more}",
-        table=Table(["token", *HEADER], rows),
+        table=ResultTable(["token", *HEADER], rows),
     )
 
 
-def section(found: Annotated, strongest: Sequence[Fired], contexts: int) -> Section:
+def section(found: AnnotatedText, strongest: Sequence[FiredFeature], contexts: int) -> Section:
     """The `strongest` features of the whole text, which was read in so many `contexts`."""
     read = sum(token.read for token in found.tokens)
     active = sum(len(token.features) for token in found.tokens) / max(1, read)
     cut = f", in {contexts} contexts (data.context) as in training" if contexts > 1 else ""
     rows = [
-        [*cells(fired, found), f"‘{visible_token(found.tokens[fired.place].text)}’"]
+        [*cells(fired, found), f"‘{show_token(found.tokens[fired.place].text)}’"]
         for fired in strongest[:SHOWN]
     ]
     return Section(
@@ -201,11 +201,11 @@ def section(found: Annotated, strongest: Sequence[Fired], contexts: int) -> Sect
         f"{read:,} tokens that the SAE reads{cut}, with {active:.1f} active features each, "
         f"{len(strongest):,} different ones. First those that are strongest against their "
         "maximum in the catalogue's text; above 100 % is stronger than anywhere there.",
-        table=Table([*HEADER, "on"], rows),
+        table=ResultTable([*HEADER, "on"], rows),
     )
 
 
-def cells(fired: Fired, found: Annotated) -> list[str]:
+def cells(fired: FiredFeature, found: AnnotatedText) -> list[str]:
     share = "–" if fired.share is None else f"{fired.share:.0%}"
     words = " ".join(f"‘{word}’" for word in found.words(fired.feature))
     more = f" +{fired.copies}" if fired.copies else ""

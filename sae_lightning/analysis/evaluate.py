@@ -11,7 +11,7 @@ from sae_lightning.analysis.subject import Subject
 from sae_lightning.analysis.task import Task, at_least
 from sae_lightning.llm.load import LLM
 from sae_lightning.llm.sites import Sites, distinct
-from sae_lightning.report.figures import figure, histogram
+from sae_lightning.report.figures import make_figure, plot_histogram
 from sae_lightning.report.section import Section
 from sae_lightning.sae import SAE
 from sae_lightning.scoring import scorecard
@@ -133,8 +133,8 @@ def _figures(result: Evaluation) -> dict[str, "Figure"]:
     silent = len(quality.density) - len(fired)
     caption = "How often features fire" + (f" ({silent:,} never do)" if silent else "")
     figures = {
-        caption: histogram(fired.log10(), "log10 of the share of tokens"),
-        "How long decoder rows are": histogram(result.norms, "norm of the decoder row"),
+        caption: plot_histogram(fired.log10(), "log10 of the share of tokens"),
+        "How long decoder rows are": plot_histogram(result.norms, "norm of the decoder row"),
     }
     if "ce_clean" in scalars:
         values = {
@@ -143,7 +143,7 @@ def _figures(result: Evaluation) -> dict[str, "Figure"]:
             "mean-ablated": scalars["ce_mean"],
             "zero-ablated": scalars["ce_zero"],
         }
-        figures["What the LLM loses"] = figure("", "cross-entropy (nats per token)").add_bar(
+        figures["What the LLM loses"] = make_figure("", "cross-entropy (nats per token)").add_bar(
             x=[*values],
             y=[*values.values()],
             texttemplate="%{y:.3f}",

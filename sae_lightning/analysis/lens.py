@@ -29,8 +29,8 @@ from sae_lightning.llm.directions import embedding, final_norm, mlp_norm, respon
 from sae_lightning.llm.sites import Kind
 from sae_lightning.llm.splice import body
 from sae_lightning.llm.vocabulary import vocabulary
-from sae_lightning.report.catalogue import Effect
-from sae_lightning.report.section import Section, Table
+from sae_lightning.report.catalogue import LogitEffect
+from sae_lightning.report.section import ResultTable, Section
 from sae_lightning.stream.packing import TokenStream
 from sae_lightning.terminal import phase
 
@@ -80,7 +80,7 @@ class LensTask(Task):
 class Lens(NamedTuple):
     """Tokens that features promote, suppress and read."""
 
-    effect: Effect | None
+    effect: LogitEffect | None
     """Tokens promoted and suppressed; None where there is no direct path (from mlp_in)."""
     read: Tensor | None
     """[features, k] ids that the encoder likes best, int64; None where there is no direct path (to
@@ -120,7 +120,7 @@ def lens(
 
 
 @torch.no_grad()
-def effects(subject: Subject, text: TokenStream, top: int = 10) -> Effect:
+def effects(subject: Subject, text: TokenStream, top: int = 10) -> LogitEffect:
     """The `top` tokens that each feature promotes and suppresses, by a linear map fitted on
     `text`."""
     model = subject.llm.model
@@ -128,12 +128,12 @@ def effects(subject: Subject, text: TokenStream, top: int = 10) -> Effect:
     return _effects(subject, _written(subject, _maps(subject, text, tokens)), top)
 
 
-def _effects(subject: Subject, rows: Tensor, top: int) -> Effect:
+def _effects(subject: Subject, rows: Tensor, top: int) -> LogitEffect:
     """What the unembedding makes of `rows` [features, d]."""
     words = len(subject.llm.tokenizer)
     unembedding = subject.llm.model.get_output_embeddings().weight[:words]
     parts = [_effect(x, min(top, words)) for x in _products("unembedding", rows, unembedding)]
-    return Effect(*(torch.cat(part).cpu() for part in zip(*parts, strict=True)))
+    return LogitEffect(*(torch.cat(part).cpu() for part in zip(*parts, strict=True)))
 
 
 def _direct_rows(subject: Subject) -> Tensor | None:
@@ -251,7 +251,7 @@ def section(lens: Lens, words: list[str], features: list[int] | None = None) -> 
         header.append("sharpness")
         for row, i in zip(rows, chosen, strict=True):
             row.append(f"{lens.effect.sharpness[i]:.1f}")
-    return Section("Lens", _lead(lens), table=Table(header, rows) if columns else None)
+    return Section("Lens", _lead(lens), table=ResultTable(header, rows) if columns else None)
 
 
 def _sharpest(lens: Lens) -> list[int]:

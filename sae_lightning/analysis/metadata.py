@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from sae_lightning.errors import UserError
-from sae_lightning.formats.readers import OURS
+from sae_lightning.formats.readers import OWN_KEY
 from sae_lightning.llm.sites import Kind, LayerConfig
 from sae_lightning.runs.config import Config
 from sae_lightning.sae import ARCHITECTURES, SAE
@@ -40,7 +40,7 @@ LLM = dict.fromkeys(("llm.name", "llm.revision", "llm.bos", "llm.separator"), st
 def config_of(sae: SAE, run: str, asked: dict[str, Any], given: Collection[str]) -> Config:
     """The settings in the metadata of an SAE in the folder `run`, with those of `asked` (llm, data,
     layer, seed) that are `given` by name instead. UserError where nothing says what it reads."""
-    own = sae.metadata.get(OURS)
+    own = sae.metadata.get(OWN_KEY)
     said = sae.metadata | (own if isinstance(own, dict) else {})
     metadata = {key: said[key] for key in ASKED | LLM if said.get(key) is not None}
     for key, value in metadata.items():

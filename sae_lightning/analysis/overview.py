@@ -10,7 +10,7 @@ from sae_lightning.analysis.survey.features_task import SHOWN, FeaturesTask
 from sae_lightning.analysis.survey.survey import most_telling
 from sae_lightning.analysis.survey.survey import section as survey_section
 from sae_lightning.analysis.theory import claims, theory_sections
-from sae_lightning.report.printer import say, say_lead, say_units
+from sae_lightning.report.printer import print_lead, print_section, print_units
 
 PROBED = 65_536  # tokens of labelled text, and fewer for a very large SAE: that many times
 PROBED_FEATURES = 32_768  # so many features at most
@@ -32,8 +32,8 @@ class OverviewTask(FeaturesTask):
         card = evaluate.scored(subject, opened=(subject.llm, text))
         tested = claims.theory(subject, reducers)
         summary, scorecard = survey_section(found), evaluate.section(card)
-        say(summary)
-        say_units(found.features, most_telling(found.features, SHOWN))
+        print_section(summary)
+        print_units(found.features, most_telling(found.features, SHOWN))
         probes = None
         tokens = PROBED * PROBED_FEATURES // max(PROBED_FEATURES, subject.features)
         if "speaker" in subject.config.source.labels:
@@ -44,7 +44,7 @@ class OverviewTask(FeaturesTask):
             "Probes": probe_sections.sections(probes) if probes else [],
         }
         for section in [scorecard, *parts["Theory"], *parts["Probes"]]:
-            say_lead(section)
+            print_lead(section)
         scalars = {
             "features": found.scalars(),
             "evaluate": card.scalars(),

@@ -28,7 +28,7 @@ from sae_lightning.llm.generate import (
     surprise,
 )
 from sae_lightning.llm.vocabulary import vocabulary
-from sae_lightning.report.section import Coloured, Section, Table
+from sae_lightning.report.section import ColouredText, ResultTable, Section
 from sae_lightning.terminal import phase
 
 # Of the activation's length. Behind block 9 of SmolLM2-135M texts hardly change below these shares,
@@ -218,11 +218,11 @@ def section(result: Steered) -> Section:
         found = f"{continuation.activation:.2f}"
         rows.append([name, share, found, f"{continuation.surprise:.2f}", str(continuation.written)])
         caption = f"{name}: activation {found} on what was written"
-        texts.append(Coloured(caption, continuation.tokens, continuation.activations))
+        texts.append(ColouredText(caption, continuation.tokens, continuation.activations))
     return Section(
         title=f"Steering with feature {result.feature}",
         lead=_lead(result),
-        table=Table(["text", "length", "activation", "surprise", "tokens written"], rows),
+        table=ResultTable(["text", "length", "activation", "surprise", "tokens written"], rows),
         texts=texts,
     )
 

@@ -15,7 +15,7 @@ from sae_lightning.errors import UserError
 from sae_lightning.formats.export import load_sae
 from sae_lightning.llm.load import LLM, LLMConfig, device, load, load_tokenizer
 from sae_lightning.llm.sites import LayerConfig, Sites
-from sae_lightning.report.sweep_report import source
+from sae_lightning.report.sweep_report import describe_source
 from sae_lightning.runs.config import Config
 from sae_lightning.runs.jobs import CONFIG_FILE, TRUST, is_sweep, read_job
 from sae_lightning.sae import SAE
@@ -84,7 +84,7 @@ class Subject:
 
     def facts(self) -> dict[str, str]:
         """What it is, for a page."""
-        return source(self.config.flat()) | {
+        return describe_source(self.config.flat()) | {
             "SAE": self.sae.config.name,
             "features": f"{self.features:,}",
             "folder": str(shorten_path(self.folder)),

@@ -16,10 +16,10 @@ from sae_lightning.errors import UserError, check_finite
 from sae_lightning.files import refuse_link, remove_leftovers, write_json
 from sae_lightning.llm.load import LLMConfig
 from sae_lightning.llm.sites import LayerConfig
-from sae_lightning.report.annotated import Annotated
+from sae_lightning.report.annotated import AnnotatedText
 from sae_lightning.report.catalogue import Catalogue
 from sae_lightning.report.page import write_page
-from sae_lightning.report.printer import say
+from sae_lightning.report.printer import print_section
 from sae_lightning.report.section import Section
 from sae_lightning.stream.source import DataConfig
 from sae_lightning.terminal import console, format_command, shorten_path
@@ -72,7 +72,7 @@ class Task:
     ) -> None:
         """Print and publish sections."""
         for section in sections:
-            say(section)
+            print_section(section)
         self.publish(subject, scalars, sections, feature=feature)
 
     def publish(
@@ -82,7 +82,7 @@ class Task:
         sections: Sequence[Section],
         catalogues: Sequence[Catalogue] = (),
         feature: int | None = None,
-        own: Annotated | None = None,
+        own: AnnotatedText | None = None,
     ) -> None:
         """Write numbers and a page, and say where they are; the page ends with commands for
         `feature`."""

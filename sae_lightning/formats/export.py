@@ -22,11 +22,11 @@ from sae_lightning.files import write_atomically, write_json
 from sae_lightning.formats.readers import (
     CFG,
     FORMATS,
-    NOTE,
-    OURS,
+    NOTE_KEY,
+    OWN_KEY,
     TRANSCODERS,
     WEIGHTS,
-    Stored,
+    StoredSAE,
     check_numbers,
 )
 from sae_lightning.sae import ARCHITECTURES, SAE, SAEConfig, build
@@ -41,7 +41,7 @@ def save_sae(folder: Path, sae: SAE, weights: dict[str, Tensor], metadata: dict[
     """
     kind = sae.architecture
     if "hook_name_out" in metadata:
-        metadata = metadata | ({NOTE: note} if (note := caveat(sae)) else {})
+        metadata = metadata | ({NOTE_KEY: note} if (note := describe_limits(sae)) else {})
         kind = TRANSCODERS.get((kind, sae.config.skip), kind)
     cfg = {
         "architecture": kind,
@@ -54,7 +54,7 @@ def save_sae(folder: Path, sae: SAE, weights: dict[str, Tensor], metadata: dict[
         "apply_b_dec_to_input": False,
         "normalize_activations": "none",
         **sae.saelens(),
-        OURS: asdict(sae.config),
+        OWN_KEY: asdict(sae.config),
         "metadata": {"sae_lens_version": "6.0.0", "sae_lens_training_version": None, **metadata},
     }
     tensors = dict(weights)
@@ -67,7 +67,7 @@ def save_sae(folder: Path, sae: SAE, weights: dict[str, Tensor], metadata: dict[
         save_file(tensors, temporary)
 
 
-def caveat(sae: SAE) -> str | None:
+def describe_limits(sae: SAE) -> str | None:
     """What to know of a transcoder that SAELens has no class for."""
     if (sae.architecture, sae.config.skip) in TRANSCODERS:
         return None
@@ -112,13 +112,13 @@ def load_sae(path: str | os.PathLike) -> SAE:
     return sae.requires_grad_(False).eval()
 
 
-def _build(stored: Stored) -> SAE:
+def _build(stored: StoredSAE) -> SAE:
     """The SAE with the stored weights, which have to be all of its own and no others."""
     given = {name: list(weight.shape) for name, weight in stored.weights.items()}
     if any(len(given.get(name, ())) != 2 for name in ("W_enc", "W_dec")):
         raise ValueError(f"it holds {', '.join(sorted(given)) or 'nothing'}")
     (d_in, features), d_out = given["W_enc"], given["W_dec"][1]
-    config = _config({"features": features} | stored.settings, features)
+    config = _make_config({"features": features} | stored.settings, features)
     sae = build(config, d_in, d_out)
     own = {name: list(weight.shape) for name, weight in sae.weights().items()}
     for name in sorted(own.keys() | given.keys()):
@@ -141,7 +141,7 @@ def _build(stored: Stored) -> SAE:
     return sae
 
 
-def _config(settings: dict[str, Any], features: int) -> SAEConfig:
+def _make_config(settings: dict[str, Any], features: int) -> SAEConfig:
     """The settings of an SAE with so many features; ValueError for what cannot be one."""
     expect(settings["features"], features, "features")  # before memory is taken for them
     try:

@@ -36,7 +36,7 @@ def load_tensors(path: Path, seen: set | None = None) -> Any:
         raise ValueError((str(error).splitlines() or [type(error).__name__])[0]) from error
 
 
-def checksum(path: Path) -> int:
+def read_checksum(path: Path) -> int:
     """Checksum of a file that torch.save wrote, by those that it holds of its parts: no part is
     read, so it takes `load_tensors` to know that they are right."""
     with ZipFile(path) as file:

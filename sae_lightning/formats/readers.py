@@ -19,8 +19,8 @@ from sae_lightning.stream.states import expect
 
 CFG = "cfg.json"
 WEIGHTS = "sae_weights.safetensors"
-NOTE = "note"  # the key of the metadata under which we say what SAELens makes of it
-OURS = "sae_lightning"  # the key in cfg.json under which we describe the SAE ourselves
+NOTE_KEY = "note"  # the key of the metadata under which we say what SAELens makes of it
+OWN_KEY = "sae_lightning"  # the key in cfg.json under which we describe the SAE ourselves
 
 # kind, with a skip connection -> SAELens' name of the transcoder
 TRANSCODERS = {
@@ -30,7 +30,7 @@ TRANSCODERS = {
     ("jumprelu", True): "jumprelu_skip_transcoder",
 }
 # SAELens' name of a kind -> ours. The two batch kinds are only in its checkpoints.
-SAELENS = {
+SAELENS_KINDS = {
     "standard": "relu",
     "topk": "topk",
     "jumprelu": "jumprelu",
@@ -38,7 +38,7 @@ SAELENS = {
     "batchtopk": "batch_topk",
     "matryoshka_batchtopk": "matryoshka",
 }
-SAELENS |= {name: SAELENS[kind] for (kind, _), name in TRANSCODERS.items()}
+SAELENS_KINDS |= {name: SAELENS_KINDS[kind] for (kind, _), name in TRANSCODERS.items()}
 # dictionary_learning's class -> ours, and whether its encoder reads x - b_dec
 DICTIONARIES = {
     "AutoEncoder": ("relu", True),
@@ -50,7 +50,7 @@ DICTIONARIES = {
     "GatedAutoEncoder": ("gated", True),
 }
 # All of their names of tensors that are not ours; the second group is stored transposed.
-NAMES = {
+TENSOR_NAMES = {
     "b_gate": "b_enc",
     "encoder.bias": "b_enc",
     "gate_bias": "b_enc",
@@ -59,10 +59,10 @@ NAMES = {
     "decoder.bias": "b_dec",
     "decoder_bias": "b_dec",
 }
-TRANSPOSED = {"encoder.weight": "W_enc", "decoder.weight": "W_dec", "W_skip": "W_skip"}
+TRANSPOSED_TENSORS = {"encoder.weight": "W_enc", "decoder.weight": "W_dec", "W_skip": "W_skip"}
 
 
-class Stored(NamedTuple):
+class StoredSAE(NamedTuple):
     """An SAE as a folder tells it, under our names."""
 
     settings: dict[str, Any]
@@ -75,16 +75,16 @@ class Stored(NamedTuple):
     """The encoder reads x - b_dec (a skip connection reads x)."""
 
 
-def _json(file: Path) -> dict[str, Any]:
-    return _given(json.loads(read_regular_file(file)))
+def _read_json(file: Path) -> dict[str, Any]:
+    return _drop_nulls(json.loads(read_regular_file(file)))
 
 
-def _given(settings: dict[str, Any]) -> dict[str, Any]:
+def _drop_nulls(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings without those that are null: not given."""
     return {key: value for key, value in settings.items() if value is not None}
 
 
-def _check(source: Path, key: str, value: Any, readable: Iterable[str]) -> None:
+def _check_readable(source: Path, key: str, value: Any, readable: Iterable[str]) -> None:
     """UserError unless `value`, given for `key` in `source`, is one of those that can be read."""
     if value not in readable:
         raise UserError(
@@ -106,64 +106,70 @@ def check_numbers(tensors: dict[str, Tensor]) -> None:
             raise ValueError(f"{name}: {wrong:,} of {x.numel():,} numbers are not finite")
 
 
-def _ours(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _rename_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors under our names, in our orientation, in float32."""
     check_numbers(tensors)
     tensors = {name: tensor.float() for name, tensor in tensors.items()}
-    turned = {ours: tensors.pop(name).T for name, ours in TRANSPOSED.items() if name in tensors}
-    return {NAMES.get(name, name): tensor for name, tensor in tensors.items()} | turned
+    turned = {
+        ours: tensors.pop(name).T for name, ours in TRANSPOSED_TENSORS.items() if name in tensors
+    }
+    return {TENSOR_NAMES.get(name, name): tensor for name, tensor in tensors.items()} | turned
 
 
-def _nested(settings: dict[str, Any], sizes: list[int]) -> dict[str, Any]:
+def _add_groups(settings: dict[str, Any], sizes: list[int]) -> dict[str, Any]:
     """Settings of a Matryoshka with groups of these sizes; one group alone is a BatchTopK."""
     if len(sizes) == 1:
         return settings | {"name": "batch_topk"}
     return settings | {"groups": [size / sum(sizes) for size in sizes[:-1]]}
 
 
-def saelens(file: Path) -> Stored:
+def read_saelens(file: Path) -> StoredSAE:
     """SAELens since version 3, saved for inference or in the midst of training; and this project
     (see export.py)."""
     source = file.with_name(CFG)
-    cfg, weights = _json(source), _ours(load_file(file))
+    cfg, weights = _read_json(source), _rename_tensors(load_file(file))
     # versions 3 to 5 had other words for TopK
     cfg = {"architecture": "standard", "activation_fn": cfg.get("activation_fn_str", "relu")} | cfg
     if cfg["activation_fn"] == "topk":
         cfg |= {"architecture": "topk", "activation_fn": "relu"} | cfg["activation_fn_kwargs"]
     kind = cfg["architecture"]
-    settings = _own_settings(source, cfg[OURS]) if OURS in cfg else _their_settings(source, cfg)
-    scale = _scale(source, cfg.get("normalize_activations") or "none")
+    settings = (
+        _read_own_settings(source, cfg[OWN_KEY])
+        if OWN_KEY in cfg
+        else _translate_settings(source, cfg)
+    )
+    scale = _read_scale(source, cfg.get("normalize_activations") or "none")
     rescale = cfg.get("rescale_acts_by_decoder_norm", "batchtopk" in kind)
     centred = "transcoder" not in kind and cfg.get("apply_b_dec_to_input", True)
     weights = _fold(weights, scale, rescale)
-    return Stored(settings, weights, cfg.get("metadata", cfg), centred)
+    return StoredSAE(settings, weights, cfg.get("metadata", cfg), centred)
 
 
-def _own_settings(source: Path, settings: dict[str, Any]) -> dict[str, Any]:
+def _read_own_settings(source: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """Settings that this project wrote; what a newer version added has a meaning unknown here."""
     kind = ARCHITECTURES.get(settings["name"])
     known = {field.name for field in fields(kind.config)} if kind else settings.keys() - {"name"}
     if unknown := settings.keys() - known:
         key = min(unknown)
         raise UserError(
-            f"{source}: {OURS}.{key}={settings[key]} is of another version: update, or take the "
-            f"key {OURS} out to read the SAE as SAELens does"
+            f"{source}: {OWN_KEY}.{key}={settings[key]} is of another version: update, or take the "
+            f"key {OWN_KEY} out to read the SAE as SAELens does"
         )
     return settings
 
 
-def _their_settings(source: Path, cfg: dict[str, Any]) -> dict[str, Any]:
+def _translate_settings(source: Path, cfg: dict[str, Any]) -> dict[str, Any]:
     """Settings of ours that say what SAELens' say."""
     kind = cfg["architecture"]
-    _check(source, "architecture", kind, SAELENS)
-    _check(source, "activation_fn", cfg["activation_fn"], ["relu"])
-    settings = {"name": SAELENS[kind], "skip": "skip" in kind}
+    _check_readable(source, "architecture", kind, SAELENS_KINDS)
+    _check_readable(source, "activation_fn", cfg["activation_fn"], ["relu"])
+    settings = {"name": SAELENS_KINDS[kind], "skip": "skip" in kind}
     if "topk" in kind:
         # 100 is what SAELens takes where none is given; its BatchTopK may have half of a feature
         settings["k"] = max(1, round(cfg.get("k", 100)))
     if kind == "matryoshka_batchtopk":
         ends = [0, *cfg["matryoshka_widths"]]
-        settings = _nested(settings, [end - start for start, end in pairwise(ends)])
+        settings = _add_groups(settings, [end - start for start, end in pairwise(ends)])
     return settings
 
 
@@ -190,7 +196,7 @@ def _fold(weights: dict[str, Tensor], scale: float, rescale: bool) -> dict[str, 
     return weights
 
 
-def _scale(source: Path, normalisation: str | bool) -> float:
+def _read_scale(source: Path, normalisation: str | bool) -> float:
     """The factor by which SAELens multiplies activations: 1 where it is folded in already."""
     if normalisation == "none":
         return 1.0
@@ -200,7 +206,7 @@ def _scale(source: Path, normalisation: str | bool) -> float:
             f"{given} cannot be folded into the weights; only expected_average_only_in can"
         )
     beside = source.with_name("activation_scaler.json")  # in checkpoints
-    factor = _json(beside).get("scaling_factor") if beside.is_file() else None
+    factor = _read_json(beside).get("scaling_factor") if beside.is_file() else None
     if factor is None:
         raise UserError(
             f"{given}, but its factor is not saved: fold it in with SAELens "
@@ -209,24 +215,26 @@ def _scale(source: Path, normalisation: str | bool) -> float:
     return factor
 
 
-def sparsify(file: Path) -> Stored:
+def read_sparsify(file: Path) -> StoredSAE:
     """sparsify, SAEs and transcoders; all are TopK."""
-    cfg, tensors = _json(file.with_name(CFG)), load_file(file)
+    cfg, tensors = _read_json(file.with_name(CFG)), load_file(file)
     activation = "signed topk" if cfg.get("signed") else cfg.get("activation", "topk")
     if activation != "topk":
         raise UserError(
             f"{file.with_name(CFG)}: activation {activation!r} cannot be read; only topk"
         )
     settings = {"name": "topk", "k": cfg["k"], "skip": "W_skip" in tensors}
-    return Stored(settings, _ours(tensors), cfg, centred=not cfg.get("transcode", False))
+    return StoredSAE(
+        settings, _rename_tensors(tensors), cfg, centred=not cfg.get("transcode", False)
+    )
 
 
-def dictionary_learning(file: Path) -> Stored:
+def read_dictionary_learning(file: Path) -> StoredSAE:
     """dictionary_learning, whose scale of activations is folded in already."""
     source = file.with_name("config.json")
-    cfg = _json(source)
-    trainer = _given(cfg["trainer"])
-    _check(source, "dict_class", trainer["dict_class"], DICTIONARIES)
+    cfg = _read_json(source)
+    trainer = _drop_nulls(cfg["trainer"])
+    _check_readable(source, "dict_class", trainer["dict_class"], DICTIONARIES)
     name, centred = DICTIONARIES[trainer["dict_class"]]
     tensors = load_tensors(file)
     settings = {"name": name}
@@ -234,8 +242,8 @@ def dictionary_learning(file: Path) -> Stored:
         # among the weights is the last one, to which training may have come down from the other
         settings["k"] = int(tensors.pop("k", trainer["k"]))
     if "group_sizes" in tensors:
-        settings = _nested(settings, tensors.pop("group_sizes").int().tolist())
-    weights = _ours(tensors)
+        settings = _add_groups(settings, tensors.pop("group_sizes").int().tolist())
+    weights = _rename_tensors(tensors)
     if name == "topk":
         weights.pop("threshold", None)  # a by-product; each token has its k features
     elif "threshold" in weights:
@@ -245,11 +253,11 @@ def dictionary_learning(file: Path) -> Stored:
         "hook_name": trainer.get("submodule_name"),
         "context_size": cfg.get("buffer", {}).get("ctx_len"),
     }
-    return Stored(settings, weights, about | trainer, centred)
+    return StoredSAE(settings, weights, about | trainer, centred)
 
 
 FORMATS = {
-    WEIGHTS: saelens,  # and cfg.json
-    "sae.safetensors": sparsify,  # and cfg.json
-    "ae.pt": dictionary_learning,  # and config.json
+    WEIGHTS: read_saelens,  # and cfg.json
+    "sae.safetensors": read_sparsify,  # and cfg.json
+    "ae.pt": read_dictionary_learning,  # and config.json
 }

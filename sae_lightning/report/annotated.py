@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from sae_lightning.report.catalogue import BEFORE, Catalogue
-from sae_lightning.report.section import visible_token
+from sae_lightning.report.section import show_token
 
-WORDS = 4  # that tell a feature
-FEW = 20  # tokens of the catalogue's text on which a feature fires
-LISTED = 100  # features of the whole text on the page
+MAX_WORDS = 4  # that tell a feature
+FEW_TOKENS = 20  # tokens of the catalogue's text on which a feature fires
+MAX_LISTED = 100  # features of the whole text on the page
 
 
-class Token(NamedTuple):
+class AnnotatedToken(NamedTuple):
     """A token, and what fires on it."""
 
     text: str
@@ -27,7 +27,7 @@ class Token(NamedTuple):
     """[k] of each, in its own units"""
 
 
-class Fired(NamedTuple):
+class FiredFeature(NamedTuple):
     """A feature on a token."""
 
     feature: int
@@ -41,13 +41,13 @@ class Fired(NamedTuple):
     """Copies of it that fire there too, more weakly."""
 
 
-class Annotated(NamedTuple):
+class AnnotatedText(NamedTuple):
     """A text token by token, and the catalogue of the features that fire on it."""
 
-    tokens: Sequence[Token]
+    tokens: Sequence[AnnotatedToken]
     catalogue: Catalogue
 
-    def on(self, place: int) -> list[Fired]:
+    def on(self, place: int) -> list[FiredFeature]:
         """What fires on a token, the strongest first, and of copies only that one."""
         token, found = self.tokens[place], {}
         maximum = self.catalogue.statistics.maximum[token.features]
@@ -56,39 +56,45 @@ class Annotated(NamedTuple):
             if same in found:
                 found[same] = found[same]._replace(copies=found[same].copies + 1)
             else:
-                found[same] = Fired(feature, strength, strength / most if most else None, place)
+                found[same] = FiredFeature(
+                    feature, strength, strength / most if most else None, place
+                )
         return [*found.values()]
 
     def original(self, features: Tensor) -> Tensor:
         """The features of which `features` are copies, or they themselves."""
         return features if self.catalogue.copy_of is None else self.catalogue.copy_of[features]
 
-    def strongest(self) -> list[Fired]:
+    def strongest(self) -> list[FiredFeature]:
         """Each feature where it is strongest, the largest shares of a maximum first; last
         those whose maximum is one of few."""
-        best: dict[int, Fired] = {}
+        best: dict[int, FiredFeature] = {}
         originals = self.original(torch.arange(self.catalogue.units)).tolist()
         for place in range(len(self.tokens)):
             for fired in self.on(place):
                 known = best.get(originals[fired.feature])
                 if known is None or fired.strength > known.strength:
                     best[originals[fired.feature]] = fired
-        few = (self.catalogue.statistics.fired < FEW).tolist()
+        few = (self.catalogue.statistics.fired < FEW_TOKENS).tolist()
         return sorted(best.values(), key=lambda fired: (few[fired.feature], -(fired.share or 0)))
 
     def words(self, feature: int) -> list[str]:
         """Some tokens on which the catalogue has it strongest, each word once."""
         ids = self.catalogue.top.tokens[feature, :, BEFORE].tolist()
-        texts = [visible_token(self.catalogue.vocabulary[i]) for i in ids if i >= 0]
-        return list({text.strip().lower(): text for text in reversed(texts)}.values())[::-1][:WORDS]
+        texts = [show_token(self.catalogue.vocabulary[i]) for i in ids if i >= 0]
+        return list({text.strip().lower(): text for text in reversed(texts)}.values())[::-1][
+            :MAX_WORDS
+        ]
 
     def data(self) -> dict[str, Any]:
         """For the page's script (templates/text.js)."""
         return {
-            "shown": [visible_token(token.text) for token in self.tokens],
+            "shown": [show_token(token.text) for token in self.tokens],
             "features": [token.features.tolist() for token in self.tokens],
             "strengths": [
                 [float(f"{s:.3g}") for s in token.strengths.tolist()] for token in self.tokens
             ],
-            "strongest": [(fired.feature, fired.strength) for fired in self.strongest()[:LISTED]],
+            "strongest": [
+                (fired.feature, fired.strength) for fired in self.strongest()[:MAX_LISTED]
+            ],
         }

@@ -20,7 +20,7 @@ from sae_lightning.files import convert_write_errors, make_private_folder
 DIGITS = 12  # of a folder's name
 
 
-def write_beside(page: Path, blocks: Mapping[str, str]) -> str:
+def write_blocks(page: Path, blocks: Mapping[str, str]) -> str:
     """Write blocks for `page`, and return the name of their folder."""
     with convert_write_errors(page), make_private_folder(page) as temporary:
         folder = temporary / "blocks"
@@ -39,7 +39,7 @@ def write_beside(page: Path, blocks: Mapping[str, str]) -> str:
     return place.name
 
 
-def remove_beside(page: Path, kept: str | None) -> None:
+def remove_old_blocks(page: Path, kept: str | None) -> None:
     """Remove the folders of blocks that `page` had before, all but the one named `kept`."""
     pattern = rf"{re.escape(page.stem)}-[0-9a-f]{{{DIGITS}}}"
     for folder in page.parent.iterdir():

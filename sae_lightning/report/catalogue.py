@@ -17,7 +17,7 @@ EDGES = 2.0 ** torch.arange(-10, 14.5, 0.5)
 INTERVALS = 5  # of strengths, equally wide, from 0 to a unit's maximum
 
 
-def interval_of(strength: Tensor, maximum: Tensor) -> Tensor:
+def find_interval(strength: Tensor, maximum: Tensor) -> Tensor:
     """Which of INTERVALS a strength lies in, int64; 0 is the uppermost, with the unit's maximum."""
     share = strength / maximum.clamp_min(torch.finfo(torch.float32).tiny)
     return INTERVALS - (share * INTERVALS).ceil().clamp(1, INTERVALS).long()
@@ -60,7 +60,7 @@ class Examples(NamedTuple):
     """[units, n] of the peak in its sequence, int32."""
 
 
-class Reading(NamedTuple):
+class TokenSetScores(NamedTuple):
     """How well the best set of tokens predicts where units are active."""
 
     score: Tensor
@@ -72,7 +72,7 @@ class Reading(NamedTuple):
     """[units] bool: it is the token before that predicts, not the active one itself."""
 
 
-class Related(NamedTuple):
+class RelatedUnits(NamedTuple):
     """Units that are like each unit, the closest first."""
 
     units: Tensor
@@ -81,7 +81,7 @@ class Related(NamedTuple):
     """[units, k]"""
 
 
-class Effect(NamedTuple):
+class LogitEffect(NamedTuple):
     """Tokens that a unit makes likelier and unlikelier through the unembedding."""
 
     promoted: Tensor
@@ -106,18 +106,18 @@ class Catalogue(NamedTuple):
     """The strongest, at most one in a sequence."""
     spread: Examples
     """Random ones of each of INTERVALS, of an interval at most one in a sequence; none of `top`."""
-    reading: Reading | None = None
+    reading: TokenSetScores | None = None
     """None for neurons, which are always active."""
     telling: Tensor | None = None
     """[units] how much each tells a reader who sees it first, nan where that is not known."""
     copy_of: Tensor | None = None
     """[units] the unit under which each is shown: itself, unless it is a copy of a more telling
     one, int64."""
-    neighbours: Related | None = None
+    neighbours: RelatedUnits | None = None
     """By the cosine of decoder rows; None for neurons."""
-    partners: Related | None = None
+    partners: RelatedUnits | None = None
     """By how often they fire together (Jaccard: both / either); None for neurons."""
-    effect: Effect | None = None
+    effect: LogitEffect | None = None
     """None where the site does not write into the residual stream."""
 
     @property
@@ -126,11 +126,11 @@ class Catalogue(NamedTuple):
         return len(self.statistics.fired)
 
 
-def rows(part: Any, which: slice) -> Any:
+def slice_units(part: Any, which: slice) -> Any:
     """Some units of a catalogue, or of a part of one: views of its tensors, which all have an entry
     for each unit."""
     if isinstance(part, Tensor):
         return part[which]
     if isinstance(part, tuple):
-        return part._replace(**{n: rows(each, which) for n, each in part._asdict().items()})
+        return part._replace(**{n: slice_units(each, which) for n, each in part._asdict().items()})
     return part

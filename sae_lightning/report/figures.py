@@ -35,13 +35,13 @@ TEMPLATE = {
         "annotationdefaults": {"font": {"color": GREY}},
     }
 }
-ALIKE = 1e-4  # of their size; so close are values that are meant to be equal
-FEW = 11  # bins
-LABELLED = 12  # points; with more, labels cover one another and the pointer has to do
-WIDE = 8  # largest L0 over smallest, from where the axis is logarithmic
+SAME_VALUE = 1e-4  # of their size; so close are values that are meant to be equal
+SINGLE_VALUE_BINS = 11  # bins
+MAX_LABELLED = 12  # points; with more, labels cover one another and the pointer has to do
+LOG_AXIS_RATIO = 8  # largest L0 over smallest, from where the axis is logarithmic
 
 
-def figure(x: str, y: str, **layout: Any) -> "Figure":
+def make_figure(x: str, y: str, **layout: Any) -> "Figure":
     """An empty figure with titles of its axes and further entries of its layout."""
     from plotly.graph_objects import Figure  # imported late: train.py does not need it
 
@@ -49,20 +49,20 @@ def figure(x: str, y: str, **layout: Any) -> "Figure":
     return Figure(layout={"template": TEMPLATE}).update_layout(**titles, **layout)
 
 
-def histogram(values: Tensor, x: str, y: str = "features", bins: int = 60) -> "Figure":
+def plot_histogram(values: Tensor, x: str, y: str = "features", bins: int = 60) -> "Figure":
     """How many of finite `values` [n] lie where; counted here, so that a page stays small."""
     values = values[values.isfinite()].double().cpu()
     low, high = (values.min().item(), values.max().item()) if len(values) else (0.0, 1.0)
     middle, size = (low + high) / 2, max(abs(low), abs(high))
-    if high - low <= ALIKE * size:  # one broad bar: those of rounding errors cannot be seen
-        low, high, bins = middle - (size or 1) / 2, middle + (size or 1) / 2, FEW
+    if high - low <= SAME_VALUE * size:  # one broad bar: those of rounding errors cannot be seen
+        low, high, bins = middle - (size or 1) / 2, middle + (size or 1) / 2, SINGLE_VALUE_BINS
     width = (high - low) / bins
     middles = low + (np.arange(bins) + 0.5) * width
     counts = values.histc(bins, low, high).int().numpy()
-    return figure(x, y, bargap=0).add_bar(x=middles, y=counts, width=width)
+    return make_figure(x, y, bargap=0).add_bar(x=middles, y=counts, width=width)
 
 
-def pareto(l0: "pd.Series", quality: "pd.Series") -> "pd.Series":
+def find_pareto_front(l0: "pd.Series", quality: "pd.Series") -> "pd.Series":
     """Whether no point beats a point in L0 (less is better) or quality without losing in the other.
 
     Equal points are on the front together; those with a number that is not finite are not on it.
@@ -74,7 +74,9 @@ def pareto(l0: "pd.Series", quality: "pd.Series") -> "pd.Series":
     return finite & ~beats.any(axis=0)
 
 
-def tradeoff(points: "pd.DataFrame", quality: str, grouping: str | None = None) -> "Figure | None":
+def plot_tradeoff(
+    points: "pd.DataFrame", quality: str, grouping: str | None = None
+) -> "Figure | None":
     """L0 against `quality`, the Pareto front as a line; None without finite points.
 
     A point has `l0`, `quality` (the more the better), a `label` that tells it from others of its
@@ -84,13 +86,13 @@ def tradeoff(points: "pd.DataFrame", quality: str, grouping: str | None = None) 
     points = points[np.isfinite(points[["l0", "quality"]]).all(axis=1)]
     if points.empty:
         return None
-    points = points.assign(front=pareto(points.l0, points.quality))
+    points = points.assign(front=find_pareto_front(points.l0, points.quality))
     front = points[points.front].sort_values(["l0", "quality"])
-    drawn = figure(
+    drawn = make_figure(
         "L0 (active features per token)",
         quality,
-        legend_title={"text": _escaped(_short(grouping or "")), "font": {"size": 13}},
-        xaxis=_l0_axis(points.l0.min(), points.l0.max()),
+        legend_title={"text": _escape(_shorten(grouping or "")), "font": {"size": 13}},
+        xaxis=_make_l0_axis(points.l0.min(), points.l0.max()),
     )
     drawn.add_scatter(
         x=front.l0,
@@ -102,15 +104,15 @@ def tradeoff(points: "pd.DataFrame", quality: str, grouping: str | None = None) 
     )
     for number, (name, group) in enumerate(points.groupby("group", sort=False)):
         drawn.add_scatter(
-            name=_escaped(name),
+            name=_escape(name),
             showlegend=name != "",
             x=group.l0,
             y=group.quality,
-            mode="markers+text" if len(points) <= LABELLED else "markers",
-            text=[_escaped(_short(label)) for label in group.label],
+            mode="markers+text" if len(points) <= MAX_LABELLED else "markers",
+            text=[_escape(_shorten(label)) for label in group.label],
             textposition=np.where(group.front, "top left", "bottom right"),  # away from the line
             cliponaxis=False,
-            hovertext=["<br>".join(map(_escaped, details)) for details in group.details],
+            hovertext=["<br>".join(map(_escape, details)) for details in group.details],
             hovertemplate="%{hovertext}<extra></extra>",
             marker={
                 "size": 10,
@@ -122,18 +124,18 @@ def tradeoff(points: "pd.DataFrame", quality: str, grouping: str | None = None) 
     return drawn
 
 
-def _short(label: str) -> str:
+def _shorten(label: str) -> str:
     return label if len(label) <= 24 else label[:23] + "…"
 
 
-def _escaped(text: str) -> str:
+def _escape(text: str) -> str:
     """plotly takes its texts for HTML."""
     return html.escape(make_visible(text), quote=False)
 
 
-def _l0_axis(low: float, high: float) -> dict[str, Any]:
+def _make_l0_axis(low: float, high: float) -> dict[str, Any]:
     """Room for labels at both ends; logarithmic where the values span much."""
-    is_log = low > 0 and high / low >= WIDE
+    is_log = low > 0 and high / low >= LOG_AXIS_RATIO
     first, last = (math.log10(low), math.log10(high)) if is_log else (low, high)
     pad = 0.1 * ((last - first) or abs(last) or 1.0)
     axis = {"range": [first - pad, last + pad]}

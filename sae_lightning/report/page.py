@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sae_lightning.files import write_atomically
-from sae_lightning.report.annotated import Annotated
-from sae_lightning.report.beside import remove_beside, write_beside
+from sae_lightning.report.annotated import AnnotatedText
+from sae_lightning.report.beside import remove_old_blocks, write_blocks
 from sae_lightning.report.catalogue import Catalogue
-from sae_lightning.report.page_data import PageData, page_data
-from sae_lightning.report.section import Section, Table, pieces, visible_token
+from sae_lightning.report.page_data import PageData, pack_catalogues
+from sae_lightning.report.section import ResultTable, Section, show_token, split_quoted
 from sae_lightning.terminal import make_visible
 
 if TYPE_CHECKING:
@@ -20,11 +20,12 @@ TEMPLATES = Path(__file__).parent / "templates"
 # The first number of a cell, with what may stand before it.
 NUMBER = re.compile(r"^[^\w.]*?([-−+]?(?:\d[\d,]*)?\.?\d+(?:e[-+]?\d+)?)", re.IGNORECASE)
 
-LONG = 40  # characters
-LARGE = 1 << 27  # bytes of blocks when unpacked; deflated and in base64 about half as many
+MAX_ONE_LINE = 40  # characters of a table's cell
+# Unpacked size up to which blocks stay in the page; compressed, as base64, they take half of it.
+MAX_EMBEDDED_BYTES = 1 << 27
 
 
-def rendered(template: str, *, figures: bool, **values: object) -> str:
+def render(template: str, *, figures: bool, **values: object) -> str:
     """A page from its template; with plotly.js in it if there are figures."""
     # imported late: train.py needs none of them
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -58,17 +59,17 @@ def write_page(
     catalogues: Sequence[Catalogue] = (),
     commands: Sequence[str] = (),
     files: Sequence[str] = (),
-    own: Annotated | None = None,
+    own: AnnotatedText | None = None,
 ) -> None:
     """Write a `page`, with its blocks in a folder beside it where they are LARGE."""
-    units = page_data(catalogues) if catalogues else None
-    if units and units.blocks.size > LARGE:
-        units.index["beside"] = write_beside(path, units.blocks)
+    units = pack_catalogues(catalogues) if catalogues else None
+    if units and units.blocks.size > MAX_EMBEDDED_BYTES:
+        units.index["beside"] = write_blocks(path, units.blocks)
         units = units._replace(blocks={})
     text = page(title, facts, sections, catalogues, commands, files, own, units=units)
     with write_atomically(path) as temporary:
         temporary.write_text(text, encoding="utf8")
-    remove_beside(path, kept=units and units.index.get("beside"))
+    remove_old_blocks(path, kept=units and units.index.get("beside"))
 
 
 def page(
@@ -78,7 +79,7 @@ def page(
     catalogues: Sequence[Catalogue] = (),
     commands: Sequence[str] = (),
     files: Sequence[str] = (),
-    own: Annotated | None = None,
+    own: AnnotatedText | None = None,
     *,
     units: PageData | None = None,
 ) -> str:
@@ -88,33 +89,33 @@ def page(
     text to be shown above the browser, with features of its first catalogue; `units` are the
     catalogues' page_data, if some of it is to be left out.
     """
-    return rendered(
+    return render(
         "analysis.html",
         figures=any(section.figures for section in sections),
         title=title,
         facts=facts,
         kinds=[catalogue.kind for catalogue in catalogues],
-        units=units or (page_data(catalogues) if catalogues else None),
-        parts=_parts(sections),
+        units=units or (pack_catalogues(catalogues) if catalogues else None),
+        parts=_group_by_part(sections),
         commands=commands,
         files=files,
         own=own,
-        pieces=pieces,
-        in_lines=_in_lines,
+        split_quoted=split_quoted,
+        break_lines=_break_lines,
         zip=zip,
-        wordy=wordy,
-        sortable=sortable,
+        find_wordy_columns=find_wordy_columns,
+        make_sort_value=make_sort_value,
     )
 
 
-def _in_lines(token: str) -> "Markup":
+def _break_lines(token: str) -> "Markup":
     """The token as it is shown, broken where its line breaks are."""
     from markupsafe import escape
 
-    return escape(visible_token(token)).replace("↵", "↵\n")
+    return escape(show_token(token)).replace("↵", "↵\n")
 
 
-def _parts(sections: Sequence[Section]) -> dict[str, tuple[str, list[Section]]]:
+def _group_by_part(sections: Sequence[Section]) -> dict[str, tuple[str, list[Section]]]:
     """Anchor -> name of the part and its sections, in the order in which parts begin."""
     parts: dict[str, tuple[str, list[Section]]] = {}
     for section in sections:
@@ -124,12 +125,14 @@ def _parts(sections: Sequence[Section]) -> dict[str, tuple[str, list[Section]]]:
     return parts
 
 
-def wordy(table: Table) -> set[int]:
+def find_wordy_columns(table: ResultTable) -> set[int]:
     """Numbers of the columns with cells too long to stand on one line."""
-    return {number for row in table.rows for number, cell in enumerate(row) if len(cell) > LONG}
+    return {
+        number for row in table.rows for number, cell in enumerate(row) if len(cell) > MAX_ONE_LINE
+    }
 
 
-def sortable(cell: str, *, word: bool) -> float | str:
+def make_sort_value(cell: str, *, word: bool) -> float | str:
     """What a table's cell is sorted by: its number; the cell itself where it holds a word."""
     found = NUMBER.match(cell)
     if found is None or (word and found.group() != cell):

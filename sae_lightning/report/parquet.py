@@ -10,88 +10,88 @@ import torch
 from torch import Tensor
 
 from sae_lightning.files import write_atomically
-from sae_lightning.report.catalogue import BEFORE, Catalogue, Examples, rows
+from sae_lightning.report.catalogue import BEFORE, Catalogue, Examples, slice_units
 
-GROUP = 8192  # units written at a time: bounds memory
-NOTE = b"sae_lightning"  # key of the file's own metadata
+UNITS_PER_GROUP = 8192  # units written at a time: bounds memory
+METADATA_KEY = b"sae_lightning"  # key of the file's own metadata
 
 
-def write_table(path: Path, catalogue: Catalogue, of: dict[str, str]) -> None:
+def write_catalogue(path: Path, catalogue: Catalogue, of: dict[str, str]) -> None:
     """Write everything in `catalogue`, and what it is a catalogue `of`; tokens are written as they
     read.
 
     pandas.read_parquet, polars or datasets open it; `parquet_reader` makes a catalogue of it again.
     """
     words = pa.array(catalogue.vocabulary)
-    note = {NOTE: json.dumps({"tokens": catalogue.statistics.tokens, "of": of})}
+    note = {METADATA_KEY: json.dumps({"tokens": catalogue.statistics.tokens, "of": of})}
     with write_atomically(path) as temporary, ExitStack() as files:
         writer = None
-        for first in range(0, catalogue.units, GROUP):
-            table = pa.table(_columns(catalogue, first, words), metadata=note)
+        for first in range(0, catalogue.units, UNITS_PER_GROUP):
+            table = pa.table(_make_columns(catalogue, first, words), metadata=note)
             writer = writer or files.enter_context(
                 pyarrow.parquet.ParquetWriter(temporary, table.schema, compression="zstd")
             )
             writer.write_table(table)
 
 
-def _columns(catalogue: Catalogue, first: int, words: pa.Array) -> dict[str, pa.Array]:
+def _make_columns(catalogue: Catalogue, first: int, words: pa.Array) -> dict[str, pa.Array]:
     """The columns of a group of units, from the `first` on."""
-    catalogue = rows(catalogue, slice(first, first + GROUP))
+    catalogue = slice_units(catalogue, slice(first, first + UNITS_PER_GROUP))
     s = catalogue.statistics
     columns = {
         catalogue.kind: pa.array(range(first, first + catalogue.units)),
-        "fired": _array(s.fired),
-        "density": _array(s.density),
-        "mean": _array(s.mean),
-        "maximum": _array(s.maximum),
-        "histogram": _lists(s.histogram, s.histogram >= 0),
-        "examples": _examples(catalogue.top, words),
-        "examples_of_all_strengths": _examples(catalogue.spread, words),
+        "fired": _to_array(s.fired),
+        "density": _to_array(s.density),
+        "mean": _to_array(s.mean),
+        "maximum": _to_array(s.maximum),
+        "histogram": _make_lists(s.histogram, s.histogram >= 0),
+        "examples": _make_example_lists(catalogue.top, words),
+        "examples_of_all_strengths": _make_example_lists(catalogue.spread, words),
     }
     if (r := catalogue.reading) is not None:
         columns["score"] = pa.array(r.score.numpy(), from_pandas=True)  # nan becomes null
-        columns["tokens"] = _texts(r.tokens, words)
-        columns["tokens_are_previous"] = _array(r.previous)
+        columns["tokens"] = _make_text_lists(r.tokens, words)
+        columns["tokens_are_previous"] = _to_array(r.previous)
     if catalogue.telling is not None:
         columns["telling"] = pa.array(catalogue.telling.numpy(), from_pandas=True)
-        columns["copy_of"] = _array(catalogue.copy_of)
+        columns["copy_of"] = _to_array(catalogue.copy_of)
     for name, related in (("neighbour", catalogue.neighbours), ("partner", catalogue.partners)):
         if related is not None:
-            columns[f"{name}s"] = _lists(related.units, related.units >= 0)
-            columns[f"{name}_likeness"] = _lists(related.likeness, related.units >= 0)
+            columns[f"{name}s"] = _make_lists(related.units, related.units >= 0)
+            columns[f"{name}_likeness"] = _make_lists(related.likeness, related.units >= 0)
     if (e := catalogue.effect) is not None:
-        columns["promoted"] = _texts(e.promoted, words)
-        columns["suppressed"] = _texts(e.suppressed, words)
-        columns["sharpness"] = _array(e.sharpness)
+        columns["promoted"] = _make_text_lists(e.promoted, words)
+        columns["suppressed"] = _make_text_lists(e.suppressed, words)
+        columns["sharpness"] = _to_array(e.sharpness)
     return columns
 
 
-def _array(values: Tensor) -> pa.Array:
+def _to_array(values: Tensor) -> pa.Array:
     return pa.array(values.cpu().numpy())
 
 
-def _lists(values: Tensor | pa.Array, known: Tensor) -> pa.ListArray:
+def _make_lists(values: Tensor | pa.Array, known: Tensor) -> pa.ListArray:
     """A list of the `known` values of each row [units, k]; an array holds only these."""
     ends = torch.cat([torch.zeros(1, dtype=torch.int64), known.sum(dim=1).cumsum(0)])
-    flat = _array(values[known]) if isinstance(values, Tensor) else values
+    flat = _to_array(values[known]) if isinstance(values, Tensor) else values
     return pa.ListArray.from_arrays(ends.int().numpy(), flat)
 
 
-def _texts(ids: Tensor, words: pa.Array) -> pa.ListArray:
+def _make_text_lists(ids: Tensor, words: pa.Array) -> pa.ListArray:
     """A list of the tokens of each row [units, k] as they read; -1 is none."""
-    return _lists(words.take(_array(ids[ids >= 0])), ids >= 0)
+    return _make_lists(words.take(_to_array(ids[ids >= 0])), ids >= 0)
 
 
-def _examples(examples: Examples, words: pa.Array) -> pa.ListArray:
+def _make_example_lists(examples: Examples, words: pa.Array) -> pa.ListArray:
     """A list of examples of each unit; of an example the tokens inside of the sequence."""
     there = examples.strength > 0  # [units, n]
     tokens, strengths = examples.tokens[there], examples.strengths[there]  # [examples, WINDOW]
     columns = {
-        "strength": _array(examples.strength[there]),
-        "sequence": _array(examples.sequence[there]),
-        "position": _array(examples.position[there]),  # of the peak in its sequence
-        "peak": _array((tokens[:, :BEFORE] >= 0).sum(dim=1).int()),  # its place in tokens
-        "tokens": _texts(tokens, words),
-        "strengths": _lists(strengths.float(), tokens >= 0),
+        "strength": _to_array(examples.strength[there]),
+        "sequence": _to_array(examples.sequence[there]),
+        "position": _to_array(examples.position[there]),  # of the peak in its sequence
+        "peak": _to_array((tokens[:, :BEFORE] >= 0).sum(dim=1).int()),  # its place in tokens
+        "tokens": _make_text_lists(tokens, words),
+        "strengths": _make_lists(strengths.float(), tokens >= 0),
     }
-    return _lists(pa.StructArray.from_arrays([*columns.values()], names=[*columns]), there)
+    return _make_lists(pa.StructArray.from_arrays([*columns.values()], names=[*columns]), there)

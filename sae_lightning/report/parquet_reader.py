@@ -1,4 +1,4 @@
-"""The catalogue that a parquet file holds; `parquet.write_table` writes it.
+"""The catalogue that a parquet file holds; `parquet.write_catalogue` writes it.
 
 Shapes: units, n, k as in catalogue.py; entries = values of all lists, one after another.
 """
@@ -20,145 +20,150 @@ from sae_lightning.report.catalogue import (
     EDGES,
     WINDOW,
     Catalogue,
-    Effect,
     Examples,
-    Reading,
-    Related,
+    LogitEffect,
+    RelatedUnits,
     Statistics,
+    TokenSetScores,
 )
-from sae_lightning.report.parquet import NOTE
+from sae_lightning.report.parquet import METADATA_KEY
 
 # A stranger's file takes no more memory than this: the longest list makes all of its column as long
-LONGEST = 1024
-LARGEST = 1 << 27  # tokens of the text
-COUNT = 2**32 - 1  # what the page has room for
+MAX_LIST_LENGTH = 1024
+MAX_TEXT_TOKENS = 1 << 27  # tokens of the text
+MAX_COUNT = 2**32 - 1  # what the page has room for
 
 
-def read_note(path: Path) -> dict[str, Any]:
+def read_metadata(path: Path) -> dict[str, Any]:
     """What the file says of itself: `of`, what it is a catalogue of, and `tokens`, how many were
     read. KeyError: it is of a version that noted nothing."""
-    return json.loads(pyarrow.parquet.read_schema(path).metadata[NOTE])
+    return json.loads(pyarrow.parquet.read_schema(path).metadata[METADATA_KEY])
 
 
-def read_table(path: Path, vocabulary: list[str]) -> Catalogue:
+def read_catalogue(path: Path, vocabulary: list[str]) -> Catalogue:
     """The catalogue; a token gets an id in `vocabulary` that reads as it does, -1 if there is none.
 
     Lists [units, k] are as long as the longest of them. Any Exception: the file is damaged.
     """
-    columns = dict(_columns(pyarrow.parquet.read_table(path)))
+    columns = dict(_combine_columns(pyarrow.parquet.read_table(path)))
     kind, ids = next(iter(columns)), {word: i for i, word in enumerate(vocabulary)}
-    last, tokens = len(columns[kind]) - 1, read_note(path)["tokens"]
-    numbers = {"fired": _whole(columns["fired"], COUNT)}
-    numbers |= {name: _real(columns[name]) for name in ("mean", "maximum")}
-    histogram = _padded(columns["histogram"], _whole(columns["histogram"].flatten(), COUNT), 0)
+    last, tokens = len(columns[kind]) - 1, read_metadata(path)["tokens"]
+    numbers = {"fired": _read_integers(columns["fired"], MAX_COUNT)}
+    numbers |= {name: _read_reals(columns[name]) for name in ("mean", "maximum")}
+    histogram = _pad_lists(
+        columns["histogram"], _read_integers(columns["histogram"].flatten(), MAX_COUNT), 0
+    )
     if not 1 <= tokens <= 2**53 or histogram.shape[1] != len(EDGES) - 1:
         raise ValueError(f"{tokens} tokens in {histogram.shape[1]} bins")
-    examples = [_examples(columns[n], ids) for n in ("examples", "examples_of_all_strengths")]
+    examples = [_read_examples(columns[n], ids) for n in ("examples", "examples_of_all_strengths")]
     statistics = Statistics(tokens, **numbers, histogram=histogram)
-    catalogue = Catalogue(kind, vocabulary, _text(*examples), statistics, *examples)
+    catalogue = Catalogue(kind, vocabulary, _rebuild_text(*examples), statistics, *examples)
     if "score" in columns:
-        previous = _tensor(columns["tokens_are_previous"]).bool()
-        known = Reading(
-            _tensor(columns["score"]).float(), _tokens(columns["tokens"], ids), previous
+        previous = _to_tensor(columns["tokens_are_previous"]).bool()
+        known = TokenSetScores(
+            _to_tensor(columns["score"]).float(), _read_tokens(columns["tokens"], ids), previous
         )
         catalogue = catalogue._replace(reading=known)
     if "telling" in columns:
-        telling, original = _tensor(columns["telling"]).float(), _whole(columns["copy_of"], last)
+        telling, original = (
+            _to_tensor(columns["telling"]).float(),
+            _read_integers(columns["copy_of"], last),
+        )
         catalogue = catalogue._replace(telling=telling, copy_of=original)
     for name in ("neighbour", "partner"):
         if f"{name}s" in columns:
             units, likeness = columns[f"{name}s"], columns[f"{name}_likeness"]
-            related = Related(
-                _padded(units, _whole(units.flatten(), last), -1),
-                _padded(likeness, _real(likeness.flatten()), 0),
+            related = RelatedUnits(
+                _pad_lists(units, _read_integers(units.flatten(), last), -1),
+                _pad_lists(likeness, _read_reals(likeness.flatten()), 0),
             )
             if related.units.shape != related.likeness.shape:
                 raise ValueError(f"{name}s and their likeness differ in number")
             catalogue = catalogue._replace(**{f"{name}s": related})
     if "promoted" in columns:
-        tokens = (_tokens(columns[name], ids).long() for name in ("promoted", "suppressed"))
-        effect = Effect(*tokens, _tensor(columns["sharpness"]).float())
+        tokens = (_read_tokens(columns[name], ids).long() for name in ("promoted", "suppressed"))
+        effect = LogitEffect(*tokens, _to_tensor(columns["sharpness"]).float())
         catalogue = catalogue._replace(effect=effect)
     return catalogue
 
 
-def _columns(table: pa.Table):
+def _combine_columns(table: pa.Table):
     for name in table.column_names:
         column = table[name].combine_chunks()
         yield name, column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
 
 
-def _tensor(values: pa.Array) -> Tensor:
+def _to_tensor(values: pa.Array) -> Tensor:
     return torch.from_numpy(values.to_numpy(zero_copy_only=False).copy())  # null becomes nan
 
 
-def _whole(values: pa.Array, most: int) -> Tensor:
+def _read_integers(values: pa.Array, most: int) -> Tensor:
     """int64. ValueError unless all are from 0 to `most`."""
-    numbers = _tensor(values)
+    numbers = _to_tensor(values)
     if not ((numbers >= 0) & (numbers <= most)).all():
         raise ValueError(f"a number is not from 0 to {most:,}")
     return numbers.long()
 
 
-def _real(values: pa.Array) -> Tensor:
+def _read_reals(values: pa.Array) -> Tensor:
     """float32. ValueError unless all are finite."""
-    numbers = _tensor(values).float()
+    numbers = _to_tensor(values).float()
     if not numbers.isfinite().all():
         raise ValueError("a number is not finite")
     return numbers
 
 
-def _counts(lists: pa.ListArray) -> Tensor:
-    return _tensor(lists.value_lengths()).long()
+def _count_entries(lists: pa.ListArray) -> Tensor:
+    return _to_tensor(lists.value_lengths()).long()
 
 
-def _padded(lists: pa.ListArray, values: Tensor, fill: float) -> Tensor:
+def _pad_lists(lists: pa.ListArray, values: Tensor, fill: float) -> Tensor:
     """The `values` [entries] of the lists in rows [units, k], with `fill` behind shorter ones."""
-    counts = _counts(lists)
+    counts = _count_entries(lists)
     k = max(1, int(counts.max()))
-    if k > LONGEST:
+    if k > MAX_LIST_LENGTH:
         raise ValueError(f"a list of {k:,}")
     rows = values.new_full((len(counts), k), fill)
     rows[torch.arange(k) < counts[:, None]] = values
     return rows
 
 
-def _ids(words: pa.Array, ids: dict[str, int]) -> Tensor:
+def _look_up_ids(words: pa.Array, ids: dict[str, int]) -> Tensor:
     """[entries] int32"""
     coded = words.dictionary_encode()
     known = np.array([ids.get(word, -1) for word in coded.dictionary.to_pylist()], np.int32)
     return torch.from_numpy(known[coded.indices.to_numpy()])
 
 
-def _tokens(lists: pa.ListArray, ids: dict[str, int]) -> Tensor:
+def _read_tokens(lists: pa.ListArray, ids: dict[str, int]) -> Tensor:
     """[units, k] int32, -1 where there are fewer"""
-    return _padded(lists, _ids(lists.flatten(), ids), -1)
+    return _pad_lists(lists, _look_up_ids(lists.flatten(), ids), -1)
 
 
-def _examples(lists: pa.ListArray, ids: dict[str, int]) -> Examples:
+def _read_examples(lists: pa.ListArray, ids: dict[str, int]) -> Examples:
     each = lists.flatten()  # [examples] of all units
     words, strengths, peaks = each.field("tokens"), each.field("strengths"), each.field("peak")
-    lengths = _counts(words)
-    first = (BEFORE - _whole(peaks, BEFORE)).repeat_interleave(lengths)
+    lengths = _count_entries(words)
+    first = (BEFORE - _read_integers(peaks, BEFORE)).repeat_interleave(lengths)
     start = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
     place = first + torch.arange(len(first)) - start  # in the window
     owner = torch.arange(len(each)).repeat_interleave(lengths)
     # one more, in which nothing is, for units with fewer
     tokens = torch.full((len(each) + 1, WINDOW), -1, dtype=torch.int32)
-    tokens[owner, place] = _ids(words.flatten(), ids)
+    tokens[owner, place] = _look_up_ids(words.flatten(), ids)
     around = torch.zeros(len(each) + 1, WINDOW, dtype=torch.float16)
-    around[owner, place] = _real(strengths.flatten()).half()
-    slots = _padded(lists, torch.arange(len(each)), -1)  # [units, n] the example
+    around[owner, place] = _read_reals(strengths.flatten()).half()
+    slots = _pad_lists(lists, torch.arange(len(each)), -1)  # [units, n] the example
     return Examples(
-        strength=pad(_real(each.field("strength")), (0, 1))[slots],
+        strength=pad(_read_reals(each.field("strength")), (0, 1))[slots],
         tokens=tokens[slots],
         strengths=around[slots],
-        sequence=pad(_whole(each.field("sequence"), LARGEST), (0, 1))[slots],
-        position=pad(_whole(each.field("position"), LARGEST), (0, 1)).int()[slots],
+        sequence=pad(_read_integers(each.field("sequence"), MAX_TEXT_TOKENS), (0, 1))[slots],
+        position=pad(_read_integers(each.field("position"), MAX_TEXT_TOKENS), (0, 1)).int()[slots],
     )
 
 
-def _text(*examples: Examples) -> np.ndarray:
+def _rebuild_text(*examples: Examples) -> np.ndarray:
     """[sequences, context] ids of the text, -1 where none of the examples shows it."""
     parts = [[], [], []]
     for each in examples:
@@ -169,7 +174,7 @@ def _text(*examples: Examples) -> np.ndarray:
             part.append(values[known].numpy())
     sequence, place, tokens = map(np.concatenate, parts)
     shape = sequence.max(initial=0) + 1, place.max(initial=0) + 1
-    if shape[0] * shape[1] > LARGEST:
+    if shape[0] * shape[1] > MAX_TEXT_TOKENS:
         raise ValueError(f"{shape[0]:,} sequences of {shape[1]:,} tokens")
     text = np.full(shape, -1, np.int32)
     text[sequence, place] = tokens

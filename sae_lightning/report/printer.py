@@ -15,59 +15,66 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from sae_lightning.report import section as sections
 from sae_lightning.report.catalogue import BEFORE, Catalogue
-from sae_lightning.report.section import Coloured, Section, pieces, visible_token
+from sae_lightning.report.section import (
+    ColouredText,
+    ResultTable,
+    Section,
+    show_token,
+    split_quoted,
+)
 from sae_lightning.terminal import LEFT_TO_RIGHT, console, make_grid, make_visible
 
 HEIGHTS = " ▁▂▃▄▅▆▇█"
-WIDTH = 100  # columns that are easily read
-STRENGTH = 8  # columns for the number before an example
-SHARE = 0.6  # of the columns left of the peak
-TURNING = {"R", "AL", "AN"}  # bidirectional classes of letters and digits from right to left
-LONG = 24  # columns; a longer cell is a list or a sentence
+MAX_WIDTH = 100  # columns that are easily read
+STRENGTH_WIDTH = 8  # columns for the number before an example
+LEFT_OF_PEAK = 0.6  # of the columns left of the peak
+RIGHT_TO_LEFT = {"R", "AL", "AN"}  # bidirectional classes of letters and digits from right to left
+MAX_NUMBER_WIDTH = 24  # columns; a longer cell is a list or a sentence
 
 
-def say(section: Section) -> None:
+def print_section(section: Section) -> None:
     """Print a section; its figures are for the page only."""
-    say_lead(section)
+    print_lead(section)
     if section.rows:
         console.print(make_grid(section.rows))
     if section.table:
-        console.print(_table(section.table))
+        console.print(_make_table(section.table))
     for text in section.texts:
         console.print(Text(make_visible(text.caption), "dim"))
-        for heights, line in _lines(text, section.strongest):
+        for heights, line in _split_lines(text, section.strongest):
             if heights.strip():
                 console.print(Text(heights.rstrip(), "dark_orange"))
             console.print(line)
 
 
-def say_lead(section: Section) -> None:
+def print_lead(section: Section) -> None:
     """Print what a section says in words."""
     console.print()
     console.print(Text(make_visible(section.title), "bold"))
-    console.print(make_visible(section.lead), soft_wrap=False, width=_columns())
+    console.print(make_visible(section.lead), soft_wrap=False, width=_count_columns())
 
 
-def say_units(catalogue: Catalogue, units: Sequence[int], examples: int = 3) -> None:
+def print_units(catalogue: Catalogue, units: Sequence[int], examples: int = 3) -> None:
     """Print some units of a catalogue with their strongest examples, the peaks in one column."""
     top = catalogue.top
     for unit in units:
         console.print()
-        console.print(_heading(catalogue, unit), soft_wrap=False, width=_columns())
+        console.print(_make_heading(catalogue, unit), soft_wrap=False, width=_count_columns())
         for number, strength in enumerate(top.strength[unit, :examples].tolist()):
             if strength > 0:
                 tokens = [
                     catalogue.vocabulary[i] if i >= 0 else "" for i in top.tokens[unit, number]
                 ]
                 shares = top.strengths[unit, number] / catalogue.statistics.maximum[unit]
-                above, line = _aligned([visible_token(token) for token in tokens], shares.tolist())
-                console.print(Text(" " * STRENGTH + above, "dark_orange"))
-                console.print(Text(f"{strength:>{STRENGTH - 2}.3g}  ", "dim").append(line))
+                above, line = _align_example(
+                    [show_token(token) for token in tokens], shares.tolist()
+                )
+                console.print(Text(" " * STRENGTH_WIDTH + above, "dark_orange"))
+                console.print(Text(f"{strength:>{STRENGTH_WIDTH - 2}.3g}  ", "dim").append(line))
 
 
-def _heading(catalogue: Catalogue, unit: int) -> Text:
+def _make_heading(catalogue: Catalogue, unit: int) -> Text:
     statistics, reading = catalogue.statistics, catalogue.reading
     heading = Text(f"{catalogue.kind} {unit}", "bold")
     density, maximum = float(statistics.density[unit]), float(statistics.maximum[unit])
@@ -77,7 +84,7 @@ def _heading(catalogue: Catalogue, unit: int) -> Text:
     if reading is not None and float(reading.score[unit]) >= 0:
         ids = [i for i in reading.tokens[unit].tolist() if i >= 0][:5]
         where = "after " if reading.previous[unit] else ""
-        tokens = " ".join(isolated(f"‘{visible_token(catalogue.vocabulary[i])}’") for i in ids)
+        tokens = " ".join(isolate(f"‘{show_token(catalogue.vocabulary[i])}’") for i in ids)
         heading.append(f", score {float(reading.score[unit]):.2f}: {where}{tokens}", "not bold")
     if catalogue.copy_of is not None:
         alike = int((catalogue.copy_of == unit).sum()) - 1
@@ -85,29 +92,29 @@ def _heading(catalogue: Catalogue, unit: int) -> Text:
     return heading
 
 
-def _columns() -> int:
-    return min(console.width, WIDTH)
+def _count_columns() -> int:
+    return min(console.width, MAX_WIDTH)
 
 
-def _table(given: sections.Table) -> Table:
+def _make_table(given: ResultTable) -> Table:
     """The table; where it is too wide rich wraps its widest columns."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for number, (heading, *cells) in enumerate(zip(given.header, *given.rows, strict=True)):
-        is_text = number == 0 or max(map(cell_len, cells), default=0) > LONG
+        is_text = number == 0 or max(map(cell_len, cells), default=0) > MAX_NUMBER_WIDTH
         table.add_column(
             Text(make_visible(heading)), justify="left" if is_text else "right", overflow="fold"
         )
     for row in given.rows:
-        tokens = (pieces(make_visible(cell)) for cell in row)
-        table.add_row(*(Quoted(each) if len(each) > 1 else Text(each[0]) for each in tokens))
+        tokens = (split_quoted(make_visible(cell)) for cell in row)
+        table.add_row(*(QuotedTokens(each) if len(each) > 1 else Text(each[0]) for each in tokens))
     return table
 
 
-class Quoted:
+class QuotedTokens:
     """Tokens in quotes, side by side; a line is broken between them only."""
 
     def __init__(self, tokens: list[str]):
-        self.tokens = [*map(isolated, tokens)]
+        self.tokens = [*map(isolate, tokens)]
 
     def __rich_measure__(self, *_) -> Measurement:
         return Measurement(max(map(cell_len, self.tokens)), cell_len(" ".join(self.tokens)))
@@ -120,28 +127,28 @@ class Quoted:
         yield Text("\n".join(lines))
 
 
-def isolated(token: str) -> str:
+def isolate(token: str) -> str:
     """The token so that a terminal that writes from right to left turns only its own letters."""
-    turns = any(unicodedata.bidirectional(character) in TURNING for character in token)
+    turns = any(unicodedata.bidirectional(character) in RIGHT_TO_LEFT for character in token)
     return f"{LEFT_TO_RIGHT}{token}{LEFT_TO_RIGHT}" if turns else token
 
 
-def _height(share: float, text: str) -> str:
+def _draw_height(share: float, text: str) -> str:
     """A block for each column of `text`, none above the space that it begins with."""
     block = HEIGHTS[max(1, round(share * (len(HEIGHTS) - 1)))] if share > 0 else " "
     bare = text.lstrip(" ") or text
     return " " * (len(text) - len(bare)) + block * cell_len(bare)
 
 
-def _lines(text: Coloured, strongest: float) -> Iterator[tuple[str, str]]:
+def _split_lines(text: ColouredText, strongest: float) -> Iterator[tuple[str, str]]:
     """Lines of a text, each below its heights."""
     heights = line = ""
     for token, strength in zip(text.tokens, text.strengths, strict=True):
-        shown = visible_token(token)
-        if line and cell_len(line + shown) > _columns():
+        shown = show_token(token)
+        if line and cell_len(line + shown) > _count_columns():
             yield heights, line
             heights, line, shown = "", "", shown.lstrip(" ")
-        heights, line = heights + _height(strength / strongest, shown), line + isolated(shown)
+        heights, line = heights + _draw_height(strength / strongest, shown), line + isolate(shown)
         if "\n" in token:
             yield heights, line
             heights = line = ""
@@ -149,20 +156,20 @@ def _lines(text: Coloured, strongest: float) -> Iterator[tuple[str, str]]:
         yield heights, line
 
 
-def _aligned(shown: list[str], shares: list[float]) -> tuple[str, Text]:
+def _align_example(shown: list[str], shares: list[float]) -> tuple[str, Text]:
     """Heights and line of an example, its peak at the same column for all."""
-    columns = _columns() - STRENGTH
-    before = int(columns * SHARE)
-    first = BEFORE - _fitting(shown[:BEFORE][::-1], before)
-    last = BEFORE + _fitting(shown[BEFORE:], columns - before)
+    columns = _count_columns() - STRENGTH_WIDTH
+    before = int(columns * LEFT_OF_PEAK)
+    first = BEFORE - _count_fitting(shown[:BEFORE][::-1], before)
+    last = BEFORE + _count_fitting(shown[BEFORE:], columns - before)
     pad = " " * (before - cell_len("".join(shown[first:BEFORE])))
-    heights = "".join(map(_height, shares[first:last], shown[first:last]))
-    shown = [*map(isolated, shown)]
+    heights = "".join(map(_draw_height, shares[first:last], shown[first:last]))
+    shown = [*map(isolate, shown)]
     line = Text(pad + "".join(shown[first:BEFORE]))
     line.append(shown[BEFORE], "bold").append("".join(shown[BEFORE + 1 : last]))
     return (pad + heights).rstrip(), line
 
 
-def _fitting(shown: list[str], columns: int) -> int:
+def _count_fitting(shown: list[str], columns: int) -> int:
     """How many of the first texts fit into so many columns."""
     return sum(width <= columns for width in accumulate(map(cell_len, shown)))

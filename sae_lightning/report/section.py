@@ -9,22 +9,22 @@ from sae_lightning.terminal import make_visible
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-BETWEEN = re.compile(r"(?<=['’]) (?=['‘])")  # tokens in quotes
+BETWEEN_QUOTED = re.compile(r"(?<=['’]) (?=['‘])")  # tokens in quotes
 
 
-def visible_token(token: str) -> str:
+def show_token(token: str) -> str:
     """The token as it is shown, apart from its neighbours: `make_visible`, and an accent that
     belongs to the token before on a circle of its own."""
     alone = unicodedata.category(token[:1] or " ").startswith("M")
     return "◌" * alone + make_visible(token)
 
 
-def pieces(cell: str) -> list[str]:
+def split_quoted(cell: str) -> list[str]:
     """A table's cell in the parts that are shown apart: its tokens in quotes, or all of it."""
-    return BETWEEN.split(cell)
+    return BETWEEN_QUOTED.split(cell)
 
 
-class Coloured(NamedTuple):
+class ColouredText(NamedTuple):
     """Text whose tokens carry strengths."""
 
     caption: str
@@ -35,7 +35,7 @@ class Coloured(NamedTuple):
     """One for each token; 0 where there is none."""
 
 
-class Table(NamedTuple):
+class ResultTable(NamedTuple):
     """Numbers in rows."""
 
     header: list[str]
@@ -53,9 +53,9 @@ class Section(NamedTuple):
     """What was found, in a sentence or two."""
     rows: dict[str, str] = {}
     """Numbers by name, ready to read."""
-    table: Table | None = None
+    table: ResultTable | None = None
     """More of them."""
-    texts: list[Coloured] = []
+    texts: list[ColouredText] = []
     """Text that shows it."""
     figures: dict[str, "Figure"] = {}
     """By caption."""

@@ -11,9 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from sae_lightning.files import remove_leftovers, write_atomically
-from sae_lightning.report.figures import COLOURS, LABELLED, tradeoff
-from sae_lightning.report.page import rendered
-from sae_lightning.report.sweep_table import SweepRun, SweepTable, natural
+from sae_lightning.report.figures import COLOURS, MAX_LABELLED, plot_tradeoff
+from sae_lightning.report.page import render
+from sae_lightning.report.sweep_table import SweepRun, SweepTable, make_natural_key
 from sae_lightning.terminal import (
     console,
     format_command,
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
     import pandas as pd
 
 CSV, PAGE = "sweep.csv", "sweep.html"
-PLOTS = {
+PLOTTED_METRICS = {
     "explained_variance": "explained variance",
     "ce_recovered": "CE recovered",
     "recovered": "concepts recovered",
 }
-FORMULA = tuple("=+-@\t\r\n＝＋－＠")  # what spreadsheets take for its beginning
-FILES = ("config.yaml", "metrics.json", "failure.json", "sae")
+FORMULA_STARTS = tuple("=+-@\t\r\n＝＋－＠")  # what spreadsheets take for its beginning
+LINKED_FILES = ("config.yaml", "metrics.json", "failure.json", "sae")
 
 
 def write_report(folder: Path, runs: list[SweepRun]) -> None:
@@ -45,25 +45,25 @@ def write_report(folder: Path, runs: list[SweepRun]) -> None:
             # for programs: to the last digit, and NaN told from what is missing
             frame = table.frame.mask(table.frame.map(lambda value: value != value), "nan")
             texts = frame.map(lambda value: isinstance(value, str))
-            frame = frame.mask(texts, frame.map(for_spreadsheet)).rename(columns=for_spreadsheet)
+            frame = frame.mask(texts, frame.map(disarm_formula)).rename(columns=disarm_formula)
             frame.to_csv(temporary, index=False, lineterminator="\n")
         with write_atomically(folder / PAGE) as temporary:
-            temporary.write_text(_page(folder, table), encoding="utf8")
-    _say(folder, table)
+            temporary.write_text(_render_page(folder, table), encoding="utf8")
+    _print_table(folder, table)
 
 
-def for_spreadsheet(cell: object) -> object:
+def disarm_formula(cell: object) -> object:
     """A text on one line of which no spreadsheet makes a formula; numbers, also those that were
     typed, stay as they are."""
     if not isinstance(cell, str):
         return cell
-    is_word, *_ = natural(cell)
-    return "'" * (is_word and cell.startswith(FORMULA)) + make_visible(cell)
+    is_word, *_ = make_natural_key(cell)
+    return "'" * (is_word and cell.startswith(FORMULA_STARTS)) + make_visible(cell)
 
 
-def _say(folder: Path, table: SweepTable) -> None:
+def _print_table(folder: Path, table: SweepTable) -> None:
     """The table for people, the reasons of failures, and where to look next."""
-    drawn = _drawn(table)
+    drawn = _make_table(table)
     # a line too long for the terminal wraps; squeezed columns could not be read at all
     unbounded = console.options.update(max_width=10_000)
     drawn.width = Measurement.get(console, unbounded, drawn).maximum
@@ -84,11 +84,11 @@ def _say(folder: Path, table: SweepTable) -> None:
     )
 
 
-def _drawn(table: SweepTable) -> Table:
+def _make_table(table: SweepTable) -> Table:
     frame = table.frame
     words = {key: frame[key] for key in table.keys} or {"run": frame.folder}
     columns = {heading: [*map(Text, map(make_visible, texts))] for heading, texts in words.items()}
-    columns |= {column.heading: _cells(table, name) for name, column in table.columns.items()}
+    columns |= {column.heading: _make_cells(table, name) for name, column in table.columns.items()}
     # what is the same for all would only make lines longer
     title, trained = "sweep, on held-out data", frame.tokens.dropna().unique()
     if len(trained) == 1:
@@ -106,7 +106,7 @@ def _drawn(table: SweepTable) -> Table:
     return drawn
 
 
-def _cells(table: SweepTable, name: str) -> list[Text]:
+def _make_cells(table: SweepTable, name: str) -> list[Text]:
     cells = []
     for value, best, front in zip(table.frame[name], table.best[name], table.front, strict=True):
         mark = "● " if front and name == "l0" else ""
@@ -116,25 +116,25 @@ def _cells(table: SweepTable, name: str) -> list[Text]:
     return cells
 
 
-def _page(folder: Path, table: SweepTable) -> str:
+def _render_page(folder: Path, table: SweepTable) -> str:
     """The page for a sweep in `folder`, which is where its links start from."""
-    group = grouping(table)
-    points = _points(table, group)
+    group = pick_grouping(table)
+    points = _collect_points(table, group)
     drawn = {
-        name: tradeoff(points.assign(quality=table.finite[name]), label, group)
-        for name, label in PLOTS.items()
+        name: plot_tradeoff(points.assign(quality=table.finite[name]), label, group)
+        for name, label in PLOTTED_METRICS.items()
     }
     plotted = [name for name, plot in drawn.items() if plot]
-    few = table.count("finished") <= LABELLED
-    return rendered(
+    few = table.count("finished") <= MAX_LABELLED
+    return render(
         "sweep.html",
         figures=bool(plotted),
         table=table,
-        facts=facts(table.runs),
-        plots={PLOTS[name]: drawn[name] for name in plotted},
+        describe_runs=describe_runs(table.runs),
+        plots={PLOTTED_METRICS[name]: drawn[name] for name in plotted},
         labels=[key for key in table.keys if key != group] if few else [],
         unplotted=int(table.finite.loc[table.is_finished, plotted].isna().any(axis=1).sum()),
-        links=[_links(folder, run.folder) for run in table.runs],
+        links=[_make_links(folder, run.folder) for run in table.runs],
         commands=[
             format_tensorboard_command(folder),
             format_command("analyze.py", task="sweep", run=shorten_path(folder)),
@@ -142,12 +142,12 @@ def _page(folder: Path, table: SweepTable) -> str:
     )
 
 
-def facts(runs: list[SweepRun]) -> dict[str, str]:
+def describe_runs(runs: list[SweepRun]) -> dict[str, str]:
     """What the runs were trained on; where they differ, the values that occur."""
     values: dict[str, list[str]] = {}
     for settings in (run.settings for run in runs if run.settings):
         for name, value in {
-            **source(settings),
+            **describe_source(settings),
             "SAE": settings["model.name"],
             "features": f"{settings['model.features']:,}",
             "tokens": f"{settings['trainer.tokens']:,}",
@@ -160,7 +160,7 @@ def facts(runs: list[SweepRun]) -> dict[str, str]:
     }
 
 
-def source(settings: dict) -> dict[str, str]:
+def describe_source(settings: dict) -> dict[str, str]:
     """Where the activations came from."""
     get = settings.get
     if get("data.concepts"):
@@ -174,7 +174,7 @@ def source(settings: dict) -> dict[str, str]:
     }
 
 
-def _points(table: SweepTable, group: str | None) -> "pd.DataFrame":
+def _collect_points(table: SweepTable, group: str | None) -> "pd.DataFrame":
     """The points of `tradeoff`, without their quality, for a legend in the order of values."""
     swept = table.frame[table.keys]
     labelled = swept[[key for key in table.keys if key != group]]
@@ -184,31 +184,33 @@ def _points(table: SweepTable, group: str | None) -> "pd.DataFrame":
         lines += [f"{c.label}: {c.written(run[metric])}" for metric, c in table.columns.items()]
         details.append(lines)
     points = table.finite[["l0"]].assign(
-        label=[", ".join(map(brief, values)) for values in labelled.to_numpy()],
+        label=[", ".join(map(shorten_value, values)) for values in labelled.to_numpy()],
         group=swept[group].replace("", "–") if group else "",
         details=details,
     )
-    return points.iloc[sorted(points.index, key=lambda row: natural(points.at[row, "group"]))]
+    return points.iloc[
+        sorted(points.index, key=lambda row: make_natural_key(points.at[row, "group"]))
+    ]
 
 
-def brief(value: str) -> str:
+def shorten_value(value: str) -> str:
     """A swept value for a label: a sweeper that searches gives numbers of 17 digits."""
-    is_word, number, _ = natural(value)
+    is_word, number, _ = make_natural_key(value)
     return value if is_word or len(value) <= 8 else f"{number:.3g}"
 
 
-def grouping(table: SweepTable) -> str | None:
+def pick_grouping(table: SweepTable) -> str | None:
     """The setting that colours stand for: of several, one with few values, words before numbers."""
     if len(table.keys) < 2:
         return None
     values = {key: set(table.frame[key]) for key in table.keys}
     few = [key for key in table.keys if len(values[key]) <= len(COLOURS)]
-    words = {key: any(natural(value)[0] for value in values[key]) for key in few}
+    words = {key: any(make_natural_key(value)[0] for value in values[key]) for key in few}
     return min(few, key=lambda key: (not words[key], len(values[key])), default=None)
 
 
-def _links(folder: Path, run: Path) -> dict[str, str]:
+def _make_links(folder: Path, run: Path) -> dict[str, str]:
     """What there is to open of a run; relative, so that the folder can be moved."""
     link = f"./{quote(Path(os.path.relpath(run, folder)).as_posix())}"
-    files = {Path(name).stem: f"{link}/{name}" for name in FILES if (run / name).exists()}
+    files = {Path(name).stem: f"{link}/{name}" for name in LINKED_FILES if (run / name).exists()}
     return {"open": f"{link}/", **files}

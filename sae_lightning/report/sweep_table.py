@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sae_lightning.report.figures import pareto
+from sae_lightning.report.figures import find_pareto_front
 
 
 class SweepRun(NamedTuple):
@@ -38,7 +38,7 @@ class SweepRun(NamedTuple):
     @property
     def typed(self) -> dict[str, str]:
         """The overrides by setting."""
-        return by_setting(self.overrides)
+        return split_overrides(self.overrides)
 
     @property
     def numbers(self) -> dict[str, float]:
@@ -50,7 +50,7 @@ class SweepRun(NamedTuple):
         }
 
 
-class Column(NamedTuple):
+class MetricColumn(NamedTuple):
     """A metric for people."""
 
     label: str
@@ -70,34 +70,36 @@ class Column(NamedTuple):
         return "–" if value is None else self.form.format(value)
 
 
-COLUMNS = {
-    "l0": Column("L0", "{:,.1f}", 0, "active features per token"),
-    "explained_variance": Column("EV", "{:.4f}", 1, "explained variance"),
-    "usual_explained_variance": Column(
+METRIC_COLUMNS = {
+    "l0": MetricColumn("L0", "{:,.1f}", 0, "active features per token"),
+    "explained_variance": MetricColumn("EV", "{:.4f}", 1, "explained variance"),
+    "usual_explained_variance": MetricColumn(
         "EV usual", "{:.4f}", 1, "explained variance without the few longest tokens"
     ),
-    "ce_recovered": Column(
+    "ce_recovered": MetricColumn(
         "CE recovered",
         "{:.4f}",
         1,
         "share of what zero ablation costs the LLM that is recovered; 1 is lossless and more is no "
         "better, and where zero ablation costs nothing there is nothing to compare",
     ),
-    "kl": Column("KL", "{:.4f}", -1, "from the LLM's predictions, nats per token"),
-    "recovered": Column("recovered", "{:.1%}", 1, "share of concepts found (cosine > 0.9)"),
-    "precision": Column("precision", "{:.4f}", 1, "of matched features as detectors"),
-    "recall": Column("recall", "{:.4f}", 1, "of matched features as detectors"),
-    "unfired": Column("unfired", "{:.1%}", -1, "share of features silent on held-out data"),
-    "duplicates": Column(
+    "kl": MetricColumn("KL", "{:.4f}", -1, "from the LLM's predictions, nats per token"),
+    "recovered": MetricColumn("recovered", "{:.1%}", 1, "share of concepts found (cosine > 0.9)"),
+    "precision": MetricColumn("precision", "{:.4f}", 1, "of matched features as detectors"),
+    "recall": MetricColumn("recall", "{:.4f}", 1, "of matched features as detectors"),
+    "unfired": MetricColumn("unfired", "{:.1%}", -1, "share of features silent on held-out data"),
+    "duplicates": MetricColumn(
         "copies", "{:.1%}", -1, "share of live features with another at a decoder cosine above 0.9"
     ),
-    "nearest_cosine": Column(
+    "nearest_cosine": MetricColumn(
         "nearest", "{:.2f}", 0, "median over live features of the cosine with the nearest other"
     ),
-    "train/dead": Column("dead", "{:.1%}", -1, "share of features dead at the end of training"),
-    "mse": Column("mse", "{:.4f}", -1, "mean squared error"),
+    "train/dead": MetricColumn(
+        "dead", "{:.1%}", -1, "share of features dead at the end of training"
+    ),
+    "mse": MetricColumn("mse", "{:.4f}", -1, "mean squared error"),
 }
-OWN = ("tokens", "status", "reason", "folder")  # columns of neither settings nor metrics
+RUN_COLUMNS = ("tokens", "status", "reason", "folder")  # columns of neither settings nor metrics
 
 
 class SweepTable:
@@ -106,9 +108,13 @@ class SweepTable:
     def __init__(self, runs: list[SweepRun]):
         import pandas as pd  # imported late: slow, and train.py needs it only when a sweep ends
 
-        self.keys = [key for key in differing([run.typed for run in runs]) if key not in OWN]
+        self.keys = [
+            key for key in find_swept([run.typed for run in runs]) if key not in RUN_COLUMNS
+        ]
         """The settings in which the runs differ."""
-        self.runs = sorted(runs, key=lambda run: [*map(natural, self._swept(run).values())])
+        self.runs = sorted(
+            runs, key=lambda run: [*map(make_natural_key, self._swept(run).values())]
+        )
         numbers = dict.fromkeys(name for run in self.runs for name in run.numbers)
         records = [
             run.numbers
@@ -118,23 +124,23 @@ class SweepTable:
             for run in self.runs
         ]
         # a damaged file may use a name twice
-        names = [*dict.fromkeys([*self.keys, *numbers, *OWN])]
+        names = [*dict.fromkeys([*self.keys, *numbers, *RUN_COLUMNS])]
         rows = [[record.get(name) for name in names] for record in records]
         # as objects, for which None, a missing number, is not the same as NaN, a measured one
         self.frame = pd.DataFrame(rows, columns=names, dtype=object)
         """`keys`, every metric by its own name, tokens, status, reason and folder."""
-        self.columns = {name: column for name, column in COLUMNS.items() if name in numbers}
+        self.columns = {name: column for name, column in METRIC_COLUMNS.items() if name in numbers}
         self.is_finished = self.frame.status == "finished"
-        values = self.frame.reindex(columns=[*COLUMNS, "ce_zero", "ce_clean"]).astype(float)
+        values = self.frame.reindex(columns=[*METRIC_COLUMNS, "ce_zero", "ce_clean"]).astype(float)
         values["ce_recovered"] = cap_recovered(values.ce_recovered, values.ce_zero, values.ce_clean)
-        values = values[list(COLUMNS)]
+        values = values[list(METRIC_COLUMNS)]
         self.finite = values.where(np.isfinite(values).mul(self.is_finished, axis=0))
         """What can be compared: the finite metrics of finished runs, NaN for others."""
-        better = pd.Series({name: column.better for name, column in COLUMNS.items()})
+        better = pd.Series({name: column.better for name, column in METRIC_COLUMNS.items()})
         signed = self.finite * better
         self.best = (signed == signed.max()) & (better != 0)
         """Whether no finished run is better in a metric."""
-        self.front = pareto(self.finite["l0"], self.finite["explained_variance"])
+        self.front = find_pareto_front(self.finite["l0"], self.finite["explained_variance"])
 
     def _swept(self, run: SweepRun) -> dict[str, str]:
         return {key: run.typed.get(key, str(run.settings.get(key, ""))) for key in self.keys}
@@ -151,13 +157,13 @@ class SweepTable:
         return int((self.frame.status == status).sum())
 
 
-def by_setting(overrides: Iterable[str]) -> dict[str, str]:
+def split_overrides(overrides: Iterable[str]) -> dict[str, str]:
     """What was typed, such as `loss.l1=0.001`, by setting."""
     pairs = (override.lstrip("+").partition("=") for override in overrides)
     return {key: value for key, _, value in pairs}
 
 
-def differing(typed: Sequence[dict[str, str]]) -> list[str]:
+def find_swept(typed: Sequence[dict[str, str]]) -> list[str]:
     """The settings that were typed with several values, in the order typed."""
     keys = dict.fromkeys(key for each in typed for key in each)
     return [key for key in keys if len({each.get(key) for each in typed}) > 1]
@@ -170,7 +176,7 @@ def cap_recovered(share: Any, ce_zero: Any, ce_clean: Any) -> Any:
     return np.where(ce_zero <= ce_clean, np.nan, np.minimum(share, 1))
 
 
-def natural(value: str) -> tuple[bool, float, str]:
+def make_natural_key(value: str) -> tuple[bool, float, str]:
     """A key to sort by: numbers by value, before words."""
     try:
         number = float(value)

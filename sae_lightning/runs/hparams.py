@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Sequence
 
-from sae_lightning.report.sweep_table import by_setting, differing
+from sae_lightning.report.sweep_table import find_swept, split_overrides
 from sae_lightning.runs.jobs import Job
 from sae_lightning.training.logging import HEADLINE, HParams
 
@@ -12,9 +12,9 @@ SHOWN = ("model.", "loss.", "layer.", "optim.lr", "llm.name", "trainer.tokens", 
 
 def hparams(jobs: Sequence[Job]) -> list[HParams]:
     """Of each job: first what was swept, or what was typed for a run alone."""
-    typed = [by_setting(job.overrides) for job in jobs]
+    typed = [split_overrides(job.overrides) for job in jobs]
     # a resumed job is as it was typed once: what its sweep varied shows in what differs
-    varied = differing(typed)
+    varied = find_swept(typed)
     swept = [
         [name for name in job.swept if name in mine] or varied or [*mine]
         for job, mine in zip(jobs, typed, strict=True)

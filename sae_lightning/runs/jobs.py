@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sae_lightning.errors import UserError
 from sae_lightning.llm.packaged import PACKAGED
-from sae_lightning.report.sweep_table import by_setting
+from sae_lightning.report.sweep_table import split_overrides
 from sae_lightning.runs.arguments import in_sweep
 from sae_lightning.runs.config import Config, presets, typed
 from sae_lightning.runs.saved import OVERRIDES, read_settings
@@ -71,7 +71,7 @@ def swept_of(hydra: DictConfig) -> list[str]:
     """The settings that were typed, less those with which a multirun's folders are not named:
     these are the same for all."""
     same = hydra.job.config.override_dirname.exclude_keys
-    return [name for name in by_setting(overrides_of(hydra)) if name not in same]
+    return [name for name in split_overrides(overrides_of(hydra)) if name not in same]
 
 
 def resume_of(jobs: Sequence[Job]) -> str:

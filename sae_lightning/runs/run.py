@@ -14,7 +14,7 @@ from lightning.fabric.plugins.environments import LightningEnvironment
 
 from sae_lightning.errors import WriteError
 from sae_lightning.files import write_json
-from sae_lightning.formats.export import caveat
+from sae_lightning.formats.export import describe_limits
 from sae_lightning.llm.packaged import Shape
 from sae_lightning.llm.sites import Sites, distinct
 from sae_lightning.runs.folders import METRICS_FILE
@@ -205,7 +205,7 @@ def finish(jobs: list[Job], parts: Parts) -> list[dict[str, float] | None]:
         }
         write_json(job.folder / METRICS_FILE, metrics)
     transcoders = [head for head in module.training_heads if head.source != head.target]
-    for note in {caveat(head.sae) for head in transcoders} - {None}:
+    for note in {describe_limits(head.sae) for head in transcoders} - {None}:
         console.print(note)
     if len(jobs) == 1:
         conclude(jobs[0], metrics)

@@ -20,7 +20,7 @@ import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 
 from sae_lightning.files import convert_write_errors, write_atomically
-from sae_lightning.formats.pickles import checksum
+from sae_lightning.formats.pickles import read_checksum
 from sae_lightning.training.head import Head
 from sae_lightning.training.settings import checkpoint_path, stream_path
 
@@ -98,7 +98,7 @@ def _write_stream(stream: dict[str, Any], paths: list[Path]) -> int:
                 os.link(paths[0], file)
             except OSError:
                 shutil.copyfile(paths[0], file)
-    return checksum(paths[0])
+    return read_checksum(paths[0])
 
 
 def _save(content: dict[str, Any], path: Path) -> None:

@@ -10,7 +10,7 @@ from packaging.version import Version
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sae_lightning.errors import UserError, is_out_of_memory
-from sae_lightning.formats.pickles import checksum, load_tensors
+from sae_lightning.formats.pickles import load_tensors, read_checksum
 from sae_lightning.stream.states import COUNT, expect
 from sae_lightning.training.head import Head
 from sae_lightning.training.module import SAEModule
@@ -58,7 +58,7 @@ def check_checkpoint(
         )
     with _report_damage(path, f"{stream} is damaged, or not the one that belongs to {path.name}"):
         state = load_tensors(stream, seen)
-        if saved.get("stream", checksum(stream)) != checksum(stream):  # 0.1.0 saved none
+        if saved.get("stream", read_checksum(stream)) != read_checksum(stream):  # 0.1.0 saved none
             raise ValueError(f"its checksum is not the one in {path.name}")
         check_stream(state, step)
 

@@ -18,9 +18,9 @@ from sae_lightning.errors import UserError
 from sae_lightning.llm.capture import capture
 from sae_lightning.llm.load import LLMConfig
 from sae_lightning.llm.sites import LayerConfig
-from sae_lightning.report.annotated import Annotated
+from sae_lightning.report.annotated import AnnotatedText
 from sae_lightning.report.page import page
-from sae_lightning.report.parquet import write_table
+from sae_lightning.report.parquet import write_catalogue
 from sae_lightning.stream.local import LocalConfig
 
 TEXT = "the quick fox jumps over the lazy dog"
@@ -135,7 +135,7 @@ def test_the_planted_feature_is_told_in_the_terminal_the_numbers_and_the_page(he
 def file(subject, words, tmp_path):
     """A catalogue of `subject` as a task leaves it."""
     features = survey(subject, words(600), tokens=300, examples=2).features
-    write_table(tmp_path / "features.parquet", features, identity(subject))
+    write_catalogue(tmp_path / "features.parquet", features, identity(subject))
     return tmp_path / "features.parquet"
 
 
@@ -205,10 +205,10 @@ def test_a_strangers_catalogue_reaches_neither_other_files_nor_the_memory(subjec
 def test_a_catalogue_in_which_nothing_fires_is_read_and_shown(subject, words, tmp_path):
     subject.sae.b_enc[:] = -1e6
     features = survey(subject, words(600), tokens=300, examples=1).features
-    write_table(tmp_path / "features.parquet", features, identity(subject))
+    write_catalogue(tmp_path / "features.parquet", features, identity(subject))
     back = kept(subject, tmp_path / "features.parquet")
     assert not back.statistics.fired.any()
-    own = Annotated(annotate(subject, TEXT), back)
+    own = AnnotatedText(annotate(subject, TEXT), back)
     assert own.strongest() == []
     assert "jumps" in page("t", {}, [], [back], own=own)
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from sae_lightning.analysis.survey.survey import survey
-from sae_lightning.report.parquet import write_table
-from sae_lightning.report.parquet_reader import read_note, read_table
+from sae_lightning.report.parquet import write_catalogue
+from sae_lightning.report.parquet_reader import read_catalogue, read_metadata
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def features(subject, words):
 
 @pytest.fixture
 def rows(features, tmp_path):
-    write_table(tmp_path / "features.parquet", features, {})
+    write_catalogue(tmp_path / "features.parquet", features, {})
     return parquet.read_table(tmp_path / "features.parquet").to_pylist()
 
 
@@ -58,14 +58,14 @@ def test_tokens_are_written_as_they_read_and_nothing_where_there_is_none(feature
 @pytest.mark.parametrize("group", [8192, 5])
 def test_a_catalogue_comes_back_from_its_file_as_it_was(features, tmp_path, group, monkeypatch):
     """But for places beyond the ends of sequences, of which nothing is written: they say 0."""
-    monkeypatch.setattr("sae_lightning.report.parquet.GROUP", group)
+    monkeypatch.setattr("sae_lightning.report.parquet.UNITS_PER_GROUP", group)
     of = {"weights": "abc"}
-    write_table(tmp_path / "features.parquet", features, of)
-    assert read_note(tmp_path / "features.parquet") == {
+    write_catalogue(tmp_path / "features.parquet", features, of)
+    assert read_metadata(tmp_path / "features.parquet") == {
         "tokens": features.statistics.tokens,
         "of": of,
     }
-    back = read_table(tmp_path / "features.parquet", features.vocabulary)
+    back = read_catalogue(tmp_path / "features.parquet", features.vocabulary)
     assert (back.kind, back.vocabulary) == (features.kind, features.vocabulary)
     for group in ("statistics", "top", "spread", "reading", "neighbours", "partners", "effect"):
         given, found = getattr(features, group), getattr(back, group)

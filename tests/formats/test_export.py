@@ -17,8 +17,8 @@ from torch.testing import assert_close
 import sae_lightning
 from sae_lightning.errors import UserError
 from sae_lightning.files import write_json
-from sae_lightning.formats.export import caveat, load_sae, save_sae
-from sae_lightning.formats.readers import CFG, NOTE, WEIGHTS
+from sae_lightning.formats.export import describe_limits, load_sae, save_sae
+from sae_lightning.formats.readers import CFG, NOTE_KEY, WEIGHTS
 from sae_lightning.sae import ARCHITECTURES, SAE, Output, build
 
 D, FEATURES = 16, 40
@@ -417,11 +417,11 @@ def test_a_folder_that_saelens_wrote_is_read_and_agrees(saelens, name):
 def test_the_file_says_where_saelens_has_no_such_transcoder(tmp_path, name, skip):
     sae = trained(name, 7, skip=skip)
     save(tmp_path, sae, hook_name="blocks.3.mlp.hook_in", hook_name_out="blocks.3.hook_mlp_out")
-    said = load_sae(tmp_path).metadata.get(NOTE, "")
+    said = load_sae(tmp_path).metadata.get(NOTE_KEY, "")
     assert ("SAELens has no" in said) == (sae.architecture in ("topk", "gated"))
     assert ("as an autoencoder" in said) == (bool(said) and not skip)
-    assert said == (caveat(sae) or "")
+    assert said == (describe_limits(sae) or "")
 
 
 def test_an_autoencoder_needs_no_such_word(tmp_path):
-    assert NOTE not in load_sae(save(tmp_path / "sae", trained("topk"))).metadata
+    assert NOTE_KEY not in load_sae(save(tmp_path / "sae", trained("topk"))).metadata

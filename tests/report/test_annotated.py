@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sae_lightning.report.annotated import FEW, Annotated, Token
+from sae_lightning.report.annotated import FEW_TOKENS, AnnotatedText, AnnotatedToken
 from sae_lightning.report.catalogue import BEFORE, WINDOW, Catalogue, Examples, Statistics
 from sae_lightning.report.page import TEMPLATES
 
@@ -16,7 +16,7 @@ WORDS = [" King", "king", " law", "\n"]
 @pytest.fixture
 def found():
     """Four features on two tokens; 3 is a copy of 1, and the maximum of 2 is one of few."""
-    fired = torch.tensor([900, 50, FEW - 1, 50, 0])
+    fired = torch.tensor([900, 50, FEW_TOKENS - 1, 50, 0])
     maximum = torch.tensor([10.0, 4.0, 1.0, 4.0, 0.0])
     statistics = Statistics(1000, fired, maximum / 2, maximum, torch.zeros(5, 48))
     tokens = torch.full((5, 4, WINDOW), -1)
@@ -25,9 +25,11 @@ def found():
     top = Examples(n, tokens, tokens.half(), n.long(), n.int())
     catalogue = Catalogue("feature", WORDS, np.zeros((1, 1)), statistics, top, top)
     catalogue = catalogue._replace(copy_of=torch.tensor([0, 1, 2, 1, 4]))
-    the = Token(" the", True, torch.tensor([0, 1, 3]), torch.tensor([5.0, 1.0, 0.5]))
-    king = Token(" king", True, torch.tensor([3, 2, 4, 1]), torch.tensor([3.0, 2.0, 1.0, 0.5]))
-    return Annotated([the, king], catalogue)
+    the = AnnotatedToken(" the", True, torch.tensor([0, 1, 3]), torch.tensor([5.0, 1.0, 0.5]))
+    king = AnnotatedToken(
+        " king", True, torch.tensor([3, 2, 4, 1]), torch.tensor([3.0, 2.0, 1.0, 0.5])
+    )
+    return AnnotatedText([the, king], catalogue)
 
 
 def test_of_copies_the_strongest_is_told_with_how_many_fire_beside_it(found):

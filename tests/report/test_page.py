@@ -18,20 +18,20 @@ from sae_lightning.report.catalogue import (
     INTERVALS,
     WINDOW,
     Catalogue,
-    Effect,
     Examples,
-    Reading,
-    Related,
+    LogitEffect,
+    RelatedUnits,
     Statistics,
+    TokenSetScores,
 )
-from sae_lightning.report.figures import figure, histogram
-from sae_lightning.report.page import TEMPLATES, page, sortable, write_page
-from sae_lightning.report.page_data import CHUNK, LEVELS, page_data
-from sae_lightning.report.section import Coloured, Section, Table
+from sae_lightning.report.figures import make_figure, plot_histogram
+from sae_lightning.report.page import TEMPLATES, make_sort_value, page, write_page
+from sae_lightning.report.page_data import LEVELS, UNITS_PER_BLOCK, pack_catalogues
+from sae_lightning.report.section import ColouredText, ResultTable, Section
 
 WORDS = [" a", "\n", "</script><script>alert(1)</script>", '"', "&amp;", "<!--<script>", "ü"]
 BESIDE = "a", "features.parquet"
-FIGURE = figure("x", "y").add_bar(x=["</script>"], y=[1])
+FIGURE = make_figure("x", "y").add_bar(x=["</script>"], y=[1])
 NAN = float("nan")
 
 
@@ -80,14 +80,14 @@ def catalogue(
         return bare
     score = torch.linspace(0, 1, units)
     score[0] = NAN
-    related = Related(
+    related = RelatedUnits(
         torch.tensor([[1, -1]]).expand(units, 2), torch.tensor([[-0.25, NAN]] * units)
     )
     return bare._replace(
-        reading=Reading(score, ids.int(), fired % 2 == 0),
+        reading=TokenSetScores(score, ids.int(), fired % 2 == 0),
         neighbours=related,
         partners=related,
-        effect=Effect(ids, ids.flip(0), fired.float()),
+        effect=LogitEffect(ids, ids.flip(0), fired.float()),
     )
 
 
@@ -135,17 +135,17 @@ class Elements(HTMLParser):
 def full() -> Elements:
     sections = [
         Section("One", "A claim.", {"number": "1"}, figures={"A figure": FIGURE}, part="Theory"),
-        Section("Two", "Another.", table=Table(["what", "n"], [["</td><script>", "2"]])),
-        Section("Three", "A third.", texts=[Coloured("text", WORDS, [0.5] * 7)], part="Theory"),
+        Section("Two", "Another.", table=ResultTable(["what", "n"], [["</td><script>", "2"]])),
+        Section("Three", "A third.", texts=[ColouredText("text", WORDS, [0.5] * 7)], part="Theory"),
     ]
     kinds = [catalogue(5), catalogue(3, "neuron")]
     return Elements(page("<b>", {"LLM": "<i>"}, sections, kinds, ["python '<b>'"], [BESIDE[1]]))
 
 
 def test_every_number_of_a_unit_can_be_read_back():
-    units = CHUNK + 2
+    units = UNITS_PER_BLOCK + 2
     given = catalogue(units)
-    index, blocks = page_data([given])
+    index, blocks = pack_catalogues([given])
     assert {*blocks} == {"texts", "feature", "feature-0", "feature-1"}
     (kind,) = index["kinds"]
     listed = unpacked(blocks["feature"], kind["listed"], units)
@@ -153,14 +153,14 @@ def test_every_number_of_a_unit_can_be_read_back():
     assert np.array_equal(listed["score"][:, 0], given.reading.score.numpy(), equal_nan=True)
     assert listed["previous"][:, 0].tolist() == given.reading.previous.tolist()
     last = unpacked(blocks["feature-1"], kind["detailed"], 2)
-    assert np.array_equal(last["histogram"], given.statistics.histogram[CHUNK:].numpy())
+    assert np.array_equal(last["histogram"], given.statistics.histogram[UNITS_PER_BLOCK:].numpy())
     assert last["neighbours"].tolist() == [[1, -1]] * 2
     assert last["neighbours_likeness"][:, 0].tolist() == [-25, -25]
 
 
 def test_tokens_are_numbered_by_how_common_they_are_and_read_back():
     given = catalogue(4)
-    index, blocks = page_data([given])
+    index, blocks = pack_catalogues([given])
     (kind,) = index["kinds"]
     words = index["words"]
     # the most frequent token has the lowest number, which is what deflates best
@@ -179,7 +179,7 @@ def test_tokens_are_numbered_by_how_common_they_are_and_read_back():
 def test_strengths_are_within_half_a_level_and_never_vanish():
     given = catalogue(4)
     given.top.strengths[0, 0, 5] = 1e-4  # far below a level
-    index, blocks = page_data([given])
+    index, blocks = pack_catalogues([given])
     details = unpacked(blocks["feature-0"], index["kinds"][0]["detailed"], 4)
     strengths = torch.cat((given.top.strengths, given.spread.strengths), 1).float().flatten(1)
     levels = torch.from_numpy(details["strengths"].astype(np.float32))
@@ -198,17 +198,17 @@ def test_a_unit_that_never_fires_is_packed_without_a_nan():
         statistics=given.statistics._replace(fired=silent.long(), maximum=silent),
         top=given.top._replace(strength=torch.zeros(2, 3), strengths=given.top.strengths * 0),
     )
-    index, blocks = page_data([given])
+    index, blocks = pack_catalogues([given])
     details = unpacked(blocks["feature-0"], index["kinds"][0]["detailed"], 2)
     assert not details["strengths"][:, : 3 * WINDOW].any()
 
 
 def test_ten_thousand_features_fit_into_30_MB():
     vocabulary = [f" word{i}" for i in range(49_152)]
-    few = page_data([catalogue(2 * CHUNK, vocabulary=vocabulary, n=12)])
+    few = pack_catalogues([catalogue(2 * UNITS_PER_BLOCK, vocabulary=vocabulary, n=12)])
     page_of_none = len(page("t", {}, [Section("a", "b", figures={"c": FIGURE})], [catalogue(1)]))
     texts = len(few.blocks["texts"])
-    size = texts + (sum(map(len, few.blocks.values())) - texts) / (2 * CHUNK) * 10_000
+    size = texts + (sum(map(len, few.blocks.values())) - texts) / (2 * UNITS_PER_BLOCK) * 10_000
     words = len(json.dumps(vocabulary))
     # neurons are active on every token: all their strengths are random bytes
     neurons = 576 * 22 * WINDOW * 4 / 3
@@ -252,7 +252,7 @@ HOSTILE = "\u202e\u2066\u200b\u2028\ufeff\x07\x1b[2J\x9b1m\x7f\u3164\udc80"
 def test_no_character_of_a_name_or_token_is_invisible_or_turns_others_round():
     """Not even where it is in a setting, a heading or a cell."""
     text = f"a{HOSTILE}b"
-    table, texts = Table([text], [[text]]), [Coloured(text, [text], [1.0])]
+    table, texts = ResultTable([text], [[text]]), [ColouredText(text, [text], [1.0])]
     section = Section(text, text, {text: text}, table, texts, part=text)
     vocabulary = [text, "\u0301", "سلام", *WORDS]
     html = page(text, {text: text}, [section], [catalogue(5, vocabulary=vocabulary)], [text])
@@ -265,8 +265,8 @@ def test_no_character_of_a_name_or_token_is_invisible_or_turns_others_round():
 
 
 def test_tokens_are_isolated_from_their_neighbours():
-    table = Table(["feature", "promotes"], [["3", "' שלום' 'سلام'"]])
-    texts = [Coloured("c", [" שלום", "سلام"], [1.0, 0.0])]
+    table = ResultTable(["feature", "promotes"], [["3", "' שלום' 'سلام'"]])
+    texts = [ColouredText("c", [" שלום", "سلام"], [1.0, 0.0])]
     html = page("t", {}, [Section("Lens", "", table=table, texts=texts)])
     assert "<bdi>&#39; שלום&#39;</bdi> <bdi>&#39;سلام&#39;</bdi></td>" in html
     assert "> שלום</bdi><bdi>سلام</bdi></p>" in html
@@ -289,15 +289,15 @@ def test_every_block_that_the_index_names_is_there(full):
 
 
 def test_a_page_of_one_task_is_small_and_has_no_navigation():
-    html = page("t", {}, [Section("Probes", "So it is.", table=Table(["a"], [["1"]]))])
+    html = page("t", {}, [Section("Probes", "So it is.", table=ResultTable(["a"], [["1"]]))])
     assert len(html) < 20_000
     assert "nav" not in Elements(html).tags()
     assert Elements(html).tags().count("script") == 1
 
 
 def test_colours_can_be_compared_between_the_texts_of_a_section():
-    weak = Coloured("weak", ["a", "\n"], [1.0, 0.0])
-    strong, silent = Coloured("strong", ["b"], [-4.0]), Coloured("silent", ["c"], [0.0])
+    weak = ColouredText("weak", ["a", "\n"], [1.0, 0.0])
+    strong, silent = ColouredText("strong", ["b"], [-4.0]), ColouredText("silent", ["c"], [0.0])
     html = page(
         "t", {}, [Section("s", "l", texts=[weak, strong]), Section("s", "l", texts=[silent])]
     )
@@ -317,19 +317,19 @@ def test_colours_can_be_compared_between_the_texts_of_a_section():
     ],
 )
 def test_cells_are_sorted_by_their_number(cell, number):
-    assert sortable(cell, word=False) == number
+    assert make_sort_value(cell, word=False) == number
 
 
 def test_the_first_column_is_sorted_as_words_unless_it_holds_only_numbers():
-    assert sortable("12", word=True) == 12
-    assert sortable("12 monkeys", word=True) == "12 monkeys"
-    assert sortable("genre", word=True) == "genre"
+    assert make_sort_value("12", word=True) == 12
+    assert make_sort_value("12 monkeys", word=True) == "12 monkeys"
+    assert make_sort_value("genre", word=True) == "genre"
 
 
 def test_a_feature_that_is_alone_has_no_neighbours_to_show():
     alone = catalogue(1)
-    nobody = Related(torch.zeros(1, 0, dtype=torch.int64), torch.zeros(1, 0))
-    data = page_data([alone._replace(neighbours=nobody, partners=nobody)])
+    nobody = RelatedUnits(torch.zeros(1, 0, dtype=torch.int64), torch.zeros(1, 0))
+    data = pack_catalogues([alone._replace(neighbours=nobody, partners=nobody)])
     layout = data.index["kinds"][0]["detailed"]
     assert ("neighbours", "i4", 0) in layout
     assert unpacked(data.blocks["feature-0"], layout, 1)["neighbours"].shape == (1, 0)
@@ -337,19 +337,19 @@ def test_a_feature_that_is_alone_has_no_neighbours_to_show():
 
 def test_values_that_are_equal_are_one_bar_that_can_be_seen():
     norms = 1 + 1e-7 * torch.arange(-5.0, 6)
-    (trace,) = histogram(norms, "norm").data
+    (trace,) = plot_histogram(norms, "norm").data
     assert max(trace.y) == len(norms) == sum(trace.y)
     assert abs(trace.x[trace.y.argmax()] - 1) < 1e-6
     assert trace.width > (trace.x[-1] - trace.x[0]) / 20
 
 
 def test_values_that_are_close_keep_bars_of_their_own():
-    (trace,) = histogram(5 + 0.002 * torch.rand(1000), "norm").data
+    (trace,) = plot_histogram(5 + 0.002 * torch.rand(1000), "norm").data
     assert len(set(trace.x)) == len(trace.x) == 60
 
 
 def test_long_words_in_a_table_may_wrap_and_numbers_may_not():
-    table = Table(["feature", "promotes", "n"], [["3", "' fox' " * 8, "1"], ["4", "", "2"]])
+    table = ResultTable(["feature", "promotes", "n"], [["3", "' fox' " * 8, "1"], ["4", "", "2"]])
     found = Elements(page("", {}, [Section("Lens", "", table=table)])).found
     assert [cell.get("class") for tag, cell in found if tag == "td"] == [
         *("word", "word long", None),
@@ -360,7 +360,7 @@ def test_long_words_in_a_table_may_wrap_and_numbers_may_not():
 @pytest.fixture
 def large(tmp_path, monkeypatch):
     """Writes a page of so many units as one that is too large for one file; gives its path."""
-    monkeypatch.setattr("sae_lightning.report.page.LARGE", 1000)
+    monkeypatch.setattr("sae_lightning.report.page.MAX_EMBEDDED_BYTES", 1000)
 
     def write(units: int):
         path = tmp_path / "index.html"
@@ -371,35 +371,35 @@ def large(tmp_path, monkeypatch):
 
 
 def test_blocks_of_a_large_page_are_files_beside_it(large):
-    path = large(CHUNK + 2)
+    path = large(UNITS_PER_BLOCK + 2)
     html = Elements(path.read_text("utf8"))
     index = json.loads(html.scripts["index"])
     assert not any(str(name).startswith("block-") for name in html.scripts)
     (policy,) = (a["content"] for _, a in html.found if a.get("http-equiv"))
     assert "script-src 'unsafe-inline' 'self';" in policy, "scripts of its own folder, no others"
     files = {file.name: file.read_text() for file in (path.parent / index["beside"]).iterdir()}
-    inside = page_data([catalogue(CHUNK + 2), catalogue(3, "neuron")]).blocks
+    inside = pack_catalogues([catalogue(UNITS_PER_BLOCK + 2), catalogue(3, "neuron")]).blocks
     assert files == {f"{n}.js": f'blocks.add("{n}", "{inside[n]}");\n' for n in inside}
 
 
 def test_a_page_that_is_written_again_leaves_no_old_blocks(large, monkeypatch):
-    folder = large(2 * CHUNK + 1).parent
+    folder = large(2 * UNITS_PER_BLOCK + 1).parent
     (folder / "index-notes").mkdir()
-    large(CHUNK)
+    large(UNITS_PER_BLOCK)
     (beside,) = folder.glob("index-????????????")
     assert len(list(beside.iterdir())) == 5  # two of each kind, and their texts
-    large(CHUNK)  # the same again
+    large(UNITS_PER_BLOCK)  # the same again
     assert {file.name for file in folder.iterdir()} == {"index.html", "index-notes", beside.name}
-    monkeypatch.setattr("sae_lightning.report.page.LARGE", 10**9)
-    large(CHUNK)
+    monkeypatch.setattr("sae_lightning.report.page.MAX_EMBEDDED_BYTES", 10**9)
+    large(UNITS_PER_BLOCK)
     assert {file.name for file in folder.iterdir()} == {"index.html", "index-notes"}
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs a browser")
 def test_a_late_unit_of_a_large_page_is_shown_from_disk(large):
-    path = large(3 * CHUNK)
+    path = large(3 * UNITS_PER_BLOCK)
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
-    command += ["--virtual-time-budget=8000", f"file://{path}#feature-{3 * CHUNK - 2}"]
+    command += ["--virtual-time-budget=8000", f"file://{path}#feature-{3 * UNITS_PER_BLOCK - 2}"]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
-    assert f"<h2>Feature {3 * CHUNK - 2}</h2>" in shown
+    assert f"<h2>Feature {3 * UNITS_PER_BLOCK - 2}</h2>" in shown
     assert "<rect" in shown, "its histogram is of a block of details"

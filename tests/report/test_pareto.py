@@ -6,7 +6,7 @@ import random
 import pandas as pd
 import pytest
 
-from sae_lightning.report.figures import LABELLED, pareto, tradeoff
+from sae_lightning.report.figures import MAX_LABELLED, find_pareto_front, plot_tradeoff
 
 NAN = math.nan
 
@@ -15,7 +15,11 @@ def on_front(points: list[tuple[float, float]]) -> list[int]:
     """Numbers of the points (l0, quality) that are on the front."""
     l0, quality = ([float(point[i]) for point in points] for i in (0, 1))
     return [
-        i for i, on in enumerate(pareto(*(pd.Series(v, dtype=float) for v in (l0, quality)))) if on
+        i
+        for i, on in enumerate(
+            find_pareto_front(*(pd.Series(v, dtype=float) for v in (l0, quality)))
+        )
+        if on
     ]
 
 
@@ -65,7 +69,7 @@ def drawn(*points: tuple, grouping: str | None = None):
     frame = pd.DataFrame(padded, columns=["l0", "quality", "label", "group"])
     frame = frame.astype({"l0": float, "quality": float})
     details = [[label, f"L0: {l0:g}"] for l0, label in zip(frame.l0, frame.label, strict=True)]
-    return tradeoff(frame.assign(details=details), "EV", grouping)
+    return plot_tradeoff(frame.assign(details=details), "EV", grouping)
 
 
 def test_the_line_joins_the_front_in_order_of_l0_and_the_rest_is_pale():
@@ -96,7 +100,7 @@ def test_the_axis_is_logarithmic_where_l0_spans_much(values, logarithmic):
 
 
 def test_few_points_are_labelled_and_many_are_not():
-    for count, mode in ((LABELLED, "markers+text"), (LABELLED + 1, "markers")):
+    for count, mode in ((MAX_LABELLED, "markers+text"), (MAX_LABELLED + 1, "markers")):
         _, trace = drawn(*((l0 + 1, 0.5, "x") for l0 in range(count))).data
         assert trace.mode == mode
 

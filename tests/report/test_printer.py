@@ -12,11 +12,11 @@ from sae_lightning.report.catalogue import (
     WINDOW,
     Catalogue,
     Examples,
-    Reading,
     Statistics,
+    TokenSetScores,
 )
-from sae_lightning.report.printer import say, say_units
-from sae_lightning.report.section import Coloured, Section, Table
+from sae_lightning.report.printer import print_section, print_units
+from sae_lightning.report.section import ColouredText, ResultTable, Section
 from sae_lightning.runs.cli import one_line_errors
 from sae_lightning.terminal import console, format_command, phase, shorten_path
 
@@ -47,12 +47,12 @@ def catalogue(peaks: list[int]) -> Catalogue:
         histogram=torch.zeros(2, len(EDGES) - 1),
     )
     ids = torch.tensor([[1, 2, -1], [-1, -1, -1]])
-    reading = Reading(torch.tensor([0.75, float("nan")]), ids, torch.tensor([True, False]))
+    reading = TokenSetScores(torch.tensor([0.75, float("nan")]), ids, torch.tensor([True, False]))
     return Catalogue("feature", WORDS, tokens[0].numpy(), statistics, top, top, reading)
 
 
 def said(capsys, *arguments, **more) -> list[str]:
-    say_units(*arguments, **more)
+    print_units(*arguments, **more)
     return capsys.readouterr().out.splitlines()
 
 
@@ -102,13 +102,13 @@ def test_wide_letters_keep_blocks_in_place(capsys):
 
 
 def test_a_section_is_shown_with_its_numbers_table_and_texts(capsys):
-    text = Coloured("steered", ["A", " cat", "\n", "sat", "[b]"], [0, 4.0, 0, 2.0, -1.0])
-    say(
+    text = ColouredText("steered", ["A", " cat", "\n", "sat", "[b]"], [0, 4.0, 0, 2.0, -1.0])
+    print_section(
         Section(
             "A title",
             "What was found.",
             {"L0": "64"},
-            Table(["[concept]", "score"], [["[genre]", "0.5"]]),
+            ResultTable(["[concept]", "score"], [["[genre]", "0.5"]]),
             [text],
             {"a figure": {}},
         )
@@ -124,7 +124,15 @@ def test_a_section_is_shown_with_its_numbers_table_and_texts(capsys):
 def test_nothing_of_a_stranger_moves_the_cursor_or_turns_a_line_round(capsys):
     text = "a\x1b[2J\n\u202eb\x9b\r\u200b"
     written = "a␛[2J↵<U+202E>b<U+009B>␍<U+200B>"
-    say(Section(text, text, {text: text}, Table([text], [[text]]), [Coloured(text, [text], [1])]))
+    print_section(
+        Section(
+            text,
+            text,
+            {text: text},
+            ResultTable([text], [[text]]),
+            [ColouredText(text, [text], [1])],
+        )
+    )
     with phase(text):
         pass
     console.print(format_command("analyze.py", run=text), shorten_path(Path(text)))
@@ -152,8 +160,10 @@ def test_an_error_that_quotes_a_file_is_one_line_without_controls(capsys, monkey
 
 def test_letters_from_right_to_left_stay_within_their_token(capsys):
     tokens = [" שלום", "سلام", " ok", "\u0301"]
-    say(Section("t", "l", texts=[Coloured("c", tokens, [1.0, 0.0, 0.0, 0.0])]))
-    say(Section("t", "l", table=Table(["feature", "reads"], [["1", "'שלום' 'سلام'"]])))
+    print_section(Section("t", "l", texts=[ColouredText("c", tokens, [1.0, 0.0, 0.0, 0.0])]))
+    print_section(
+        Section("t", "l", table=ResultTable(["feature", "reads"], [["1", "'שלום' 'سلام'"]]))
+    )
     out = capsys.readouterr().out
     assert "\u200e שלום\u200e\u200eسلام\u200e ok◌\u0301" in out
     assert "\u200e'שלום'\u200e \u200e'سلام'\u200e" in out
@@ -162,7 +172,9 @@ def test_letters_from_right_to_left_stay_within_their_token(capsys):
 
 def test_long_texts_are_broken_between_tokens(capsys, monkeypatch):
     monkeypatch.setattr(console, "width", 20)
-    say(Section("t", "l", texts=[Coloured("c", [" twelve", " chars"] * 3, [0.0, 1.0] * 3)]))
+    print_section(
+        Section("t", "l", texts=[ColouredText("c", [" twelve", " chars"] * 3, [0.0, 1.0] * 3)])
+    )
     lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
     assert lines[lines.index("c") + 1 :] == [
         *("        █████", " twelve chars twelve"[:20]),
@@ -176,8 +188,8 @@ def test_a_table_that_is_too_wide_is_folded_between_tokens_and_loses_nothing(
 ):
     monkeypatch.setattr(console, "width", columns)
     tokens = [f"' token {n}'" for n in range(10)]
-    table = Table(["feature", "promotes", "suppresses"], [["3", " ".join(tokens), tokens[0]]])
-    say(Section("Lens", "What it says.", table=table))
+    table = ResultTable(["feature", "promotes", "suppresses"], [["3", " ".join(tokens), tokens[0]]])
+    print_section(Section("Lens", "What it says.", table=table))
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= columns
     assert all(token in out for token in tokens)
@@ -185,7 +197,11 @@ def test_a_table_that_is_too_wide_is_folded_between_tokens_and_loses_nothing(
 
 
 def test_a_table_that_fits_keeps_its_headings_on_one_line(capsys):
-    say(Section("Probes", "How well.", table=Table(["", "of all units"], [["neurons", "0.5"]])))
+    print_section(
+        Section(
+            "Probes", "How well.", table=ResultTable(["", "of all units"], [["neurons", "0.5"]])
+        )
+    )
     assert any(
         line.split() == ["of", "all", "units"] for line in capsys.readouterr().out.split("\n")
     )

@@ -11,7 +11,14 @@ from urllib.parse import unquote
 
 import pytest
 
-from sae_lightning.report.sweep_report import CSV, PAGE, brief, facts, grouping, write_report
+from sae_lightning.report.sweep_report import (
+    CSV,
+    PAGE,
+    describe_runs,
+    pick_grouping,
+    shorten_value,
+    write_report,
+)
 from sae_lightning.report.sweep_table import SweepRun, SweepTable
 from sae_lightning.runs import folders
 from sae_lightning.terminal import console
@@ -303,7 +310,7 @@ def test_the_heading_says_what_is_common_and_what_differs(tmp_path):
         run(tmp_path, f"layer.index={i}")._replace(settings=common | {"layer.index": i})
         for i in (3, 9)
     ]
-    assert facts(runs) == {
+    assert describe_runs(runs) == {
         "LLM": "smollm2",
         "site": "resid.3, resid.9",
         "SAE": "relu",
@@ -311,7 +318,7 @@ def test_the_heading_says_what_is_common_and_what_differs(tmp_path):
         "text": "Shakespeare's plays",
         "tokens": "524,288",
     }
-    assert facts([run(tmp_path, "layer.index=4")]) == {}
+    assert describe_runs([run(tmp_path, "layer.index=4")]) == {}
 
 
 @pytest.mark.parametrize(
@@ -330,11 +337,11 @@ def test_colours_stand_for_the_setting_with_few_values_best_for_one_of_words(
     grid = [[f"{keys[0]}={value}"] for value in swept[keys[0]].split()]
     for key in keys[1:]:
         grid = [[*row, f"{key}={value}"] for row in grid for value in swept[key].split()]
-    assert grouping(SweepTable([run(tmp_path, *row) for row in grid])) == coloured
+    assert pick_grouping(SweepTable([run(tmp_path, *row) for row in grid])) == coloured
 
 
 def test_long_numbers_are_rounded_in_labels_and_words_are_not():
     values = ["0.0012345678901234", "1234567.25", "1e-4", "standardize", "a_long_name"]
-    assert [brief(v) for v in values] == [
+    assert [shorten_value(v) for v in values] == [
         *("0.00123", "1.23e+06", "1e-4", "standardize", "a_long_name")
     ]

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from sae_lightning.analysis.explain.answers import Cost
 from sae_lightning.analysis.explain.explainer import Explanation, Score
 from sae_lightning.report.catalogue import Catalogue
-from sae_lightning.report.section import Coloured, Section, Table
+from sae_lightning.report.section import ColouredText, ResultTable, Section
 
 
 class Explained(NamedTuple):
@@ -48,9 +48,13 @@ def section(result: Explained) -> Section:
         "alone, does a text that the model has not seen activate the feature? Fuzzing: are the "
         "marked tokens those that do? Balanced accuracy: 1 is perfect, 0.5 is chance.",
         rows=rows,
-        table=Table(["explanation", "detection", "fuzzing", "texts"], [*map(_row, explanations)]),
+        table=ResultTable(
+            ["explanation", "detection", "fuzzing", "texts"], [*map(_row, explanations)]
+        ),
         texts=[
-            Coloured(f"{each.feature}: {each.text}", list(window.tokens), list(window.strengths))
+            ColouredText(
+                f"{each.feature}: {each.text}", list(window.tokens), list(window.strengths)
+            )
             for each in explained
             for window in each.examples[:1]
         ],
@@ -76,7 +80,7 @@ def without_model(catalogue: Catalogue, features: list[int]) -> Section:
         "the best set of tokens predicts where each fires (1 is perfect, 0 is chance). For "
         "explanations give explainer=smollm2 (packaged, but weak), another folder or hub name, or "
         "endpoint=http://localhost:8000/v1 explainer=NAME for any server that speaks OpenAI's API.",
-        table=Table(["tokens", "score"], rows),
+        table=ResultTable(["tokens", "score"], rows),
     )
 
 

@@ -5,8 +5,8 @@ from statistics import mean, stdev
 from typing import TYPE_CHECKING
 
 from sae_lightning.analysis.probing.probes import FEATURES, NEURONS, RANDOM, Match, Probes, Score
-from sae_lightning.report.figures import GREY, figure
-from sae_lightning.report.section import Section, Table
+from sae_lightning.report.figures import GREY, make_figure
+from sae_lightning.report.section import ResultTable, Section
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -41,7 +41,7 @@ def _comparison(probes: Probes) -> Section:
             "folds": f"{len(most.folds)}",
             "note": " ".join(probes.notes),
         },
-        table=Table(
+        table=ResultTable(
             ["", *(f"k = {k}" if k else "all" for k in sizes)],
             [
                 [f"{units}: {name}", *(_cell(probes.score(units, k), measure) for k in sizes)]
@@ -85,7 +85,7 @@ def _cell(score: Score | None, measure: str) -> str:
 
 
 def _figure(probes: Probes, sizes: list[int | None], name: str, measure: str) -> "Figure":
-    drawn = figure("units for each class", f"held-out {name}").update_xaxes(type="category")
+    drawn = make_figure("units for each class", f"held-out {name}").update_xaxes(type="category")
     for units in KINDS:
         scores = [score for k in sizes if (score := probes.score(units, k))]
         values = [[getattr(fold, measure) for fold in score.folds] for score in scores]
@@ -120,7 +120,7 @@ def _units(probes: Probes) -> Section:
             "than the best neuron. (Units are chosen anew for each tested fold: shown is "
             "the one chosen most often, for how many folds, and the mean AUROC over all folds.)"
         ),
-        table=Table(
+        table=ResultTable(
             [probes.label, "pieces", *header],
             [
                 [name, str(pieces), *_entries(feature), *_entries(neuron)]

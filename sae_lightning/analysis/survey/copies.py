@@ -5,11 +5,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from sae_lightning.report.catalogue import Related
+from sae_lightning.report.catalogue import RelatedUnits
 from sae_lightning.scoring.duplicates import COPY_COSINE
 
 
-def copy_of(W_dec: Tensor, neighbours: Related, ranking: Tensor) -> Tensor:
+def copy_of(W_dec: Tensor, neighbours: RelatedUnits, ranking: Tensor) -> Tensor:
     """[features] the feature under which each is shown: itself, unless it is a copy of another.
 
     Taken in the order of `ranking` [features], each that is no copy yet gathers those that nearest

@@ -10,8 +10,8 @@ from sae_lightning.analysis.survey.kept import identity
 from sae_lightning.analysis.survey.strengths import Positive
 from sae_lightning.analysis.survey.survey import Survey, most_telling, section, survey
 from sae_lightning.analysis.task import Task, at_least, results
-from sae_lightning.report.parquet import write_table
-from sae_lightning.report.printer import say, say_units
+from sae_lightning.report.parquet import write_catalogue
+from sae_lightning.report.printer import print_section, print_units
 
 SHOWN = 5  # features at the terminal
 
@@ -35,8 +35,8 @@ class FeaturesTask(Task):
         subject = self.open(given)
         found = self.surveyed(subject)
         summary = section(found)
-        say(summary)
-        say_units(found.features, most_telling(found.features, SHOWN))
+        print_section(summary)
+        print_units(found.features, most_telling(found.features, SHOWN))
         units = [found.features, found.neurons]
         self.publish(subject, found.scalars(), [summary], units, found.best)
 
@@ -57,5 +57,5 @@ class FeaturesTask(Task):
             features=found.features._replace(effect=effects(subject, text.train))
         )
         for name, catalogue in (("features", found.features), ("neurons", found.neurons)):
-            write_table(results(subject) / f"{name}.parquet", catalogue, identity(subject))
+            write_catalogue(results(subject) / f"{name}.parquet", catalogue, identity(subject))
         return found

@@ -17,8 +17,8 @@ from sae_lightning.report.catalogue import (
     INTERVALS,
     WINDOW,
     Examples,
-    interval_of,
-    rows,
+    find_interval,
+    slice_units,
 )
 
 AT_ONCE = 1 << 21  # entries of the sample among which is drawn at a time: bounds memory
@@ -42,14 +42,14 @@ def draw(sample: Sample, maximum: Tensor, top: Examples, each: int, seed: int) -
             strengths=sample.strengths[entries],
         )
         units = slice(first, end)
-        parts.append(_draw(part, maximum[units], rows(top, units), each, seed))
+        parts.append(_draw(part, maximum[units], slice_units(top, units), each, seed))
     return Examples(*map(torch.cat, zip(*parts, strict=True)))
 
 
 def _draw(sample: Sample, maximum: Tensor, top: Examples, each: int, seed: int) -> Examples:
     entries = _others(sample, top)
     unit, strength = sample.owners()[entries], sample.strengths[entries]
-    interval = interval_of(strength, maximum[unit]).numpy()
+    interval = find_interval(strength, maximum[unit]).numpy()
     unit, place = unit.numpy(), sample.places.numpy()[entries]
     drawn = _lots(sample, unit * INTERVALS + interval, interval, place, each, seed)
     drawn = drawn[np.lexsort((-strength.numpy()[drawn], unit[drawn]))]

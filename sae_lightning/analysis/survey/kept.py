@@ -6,8 +6,8 @@ from pathlib import Path
 from sae_lightning.analysis.subject import Subject
 from sae_lightning.llm.vocabulary import vocabulary
 from sae_lightning.report.catalogue import Catalogue
-from sae_lightning.report.parquet_reader import read_note, read_table
-from sae_lightning.report.sweep_report import source
+from sae_lightning.report.parquet_reader import read_catalogue, read_metadata
+from sae_lightning.report.sweep_report import describe_source
 from sae_lightning.terminal import console, shorten_path
 
 
@@ -17,7 +17,7 @@ def identity(subject: Subject) -> dict[str, str]:
     for name, weight in sorted(subject.sae.weights().items()):
         weights.update(name.encode())
         weights.update(weight.cpu().numpy())
-    return source(subject.config.flat()) | {"weights": weights.hexdigest()[:16]}
+    return describe_source(subject.config.flat()) | {"weights": weights.hexdigest()[:16]}
 
 
 def kept(subject: Subject, path: Path) -> Catalogue | None:
@@ -28,7 +28,7 @@ def kept(subject: Subject, path: Path) -> Catalogue | None:
         return None
     words = vocabulary(subject.llm)
     try:
-        note = read_note(path)
+        note = read_metadata(path)
         own = identity(subject)
         other = [name for name, value in own.items() if note["of"].get(name) != value]
         if other:
@@ -36,7 +36,7 @@ def kept(subject: Subject, path: Path) -> Catalogue | None:
                 f"{shorten_path(path)} is of other {' and '.join(other)}: making a new one"
             )
             return None
-        catalogue = read_table(path, words)
+        catalogue = read_catalogue(path, words)
         # the page's blocks, which may be files, are named after the kind
         if (catalogue.kind, catalogue.units) != ("feature", subject.features):
             raise ValueError(f"it is of {catalogue.units} units of the kind {catalogue.kind!r}")

@@ -12,7 +12,7 @@ import torch
 from scipy.sparse import csr_array
 
 from sae_lightning.analysis.survey.sample import Sample
-from sae_lightning.report.catalogue import Reading
+from sae_lightning.report.catalogue import TokenSetScores
 
 LEAST = 5  # tokens of each half on which a feature has to fire for a score
 TWICE = 2  # a token on which it fired once is no pattern
@@ -47,7 +47,7 @@ class _Sets(NamedTuple):
     """[features] correlation on the text that it was chosen on; 0 for an empty set"""
 
 
-def reading(sample: Sample, vocabulary: int) -> Reading:
+def reading(sample: Sample, vocabulary: int) -> TokenSetScores:
     """The best token set of every feature, and how well it predicts where the feature fires."""
     scores, chosen = [], []
     for shift in (0, 1):
@@ -61,7 +61,7 @@ def reading(sample: Sample, vocabulary: int) -> Reading:
     often = np.minimum(a.features, b.features) >= LEAST
     shown = [_shown(sets) for sets in chosen]
     tokens = np.where(previous[:, None], shown[1], shown[0])
-    return Reading(
+    return TokenSetScores(
         score=torch.from_numpy(np.where(often, score, np.nan)).float(),
         tokens=torch.from_numpy(np.where(often[:, None], tokens, -1)).int(),
         previous=torch.from_numpy(previous),

@@ -8,7 +8,7 @@ from torch import Generator, Tensor
 from torch.nn.functional import normalize
 
 from sae_lightning.analysis.survey.sample import Sample
-from sae_lightning.report.catalogue import Related
+from sae_lightning.report.catalogue import RelatedUnits
 
 ROWS = 512  # features compared with others at a time
 EXACT = 16_384  # features of which each is compared with all others
@@ -18,7 +18,7 @@ PAIRS = 400_000_000  # of features that fire together, at most looked at
 
 
 @torch.no_grad()
-def neighbours(W_dec: Tensor, k: int = 5) -> Related:
+def neighbours(W_dec: Tensor, k: int = 5) -> RelatedUnits:
     """The features with the largest cosine of decoder rows [features, d_out].
 
     Of more than 16,384 features each is compared with 8,000 others only, so that time grows with
@@ -39,7 +39,7 @@ def neighbours(W_dec: Tensor, k: int = 5) -> Related:
         best = likeness.topk(k, dim=1)
         cosines[mine] = best.values
         units[mine] = torch.cat([units[mine], found], dim=1).gather(1, best.indices)
-    return Related(units.cpu(), cosines.cpu())
+    return RelatedUnits(units.cpu(), cosines.cpu())
 
 
 def _compared(rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -64,7 +64,7 @@ def _compared(rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
             yield block, block
 
 
-def partners(sample: Sample, k: int = 5) -> Related:
+def partners(sample: Sample, k: int = 5) -> RelatedUnits:
     """The features that fire on the same tokens: tokens on which both do / on which either does."""
     from scipy.sparse import csr_array
 
@@ -92,4 +92,4 @@ def partners(sample: Sample, k: int = 5) -> Related:
             there = found.values > 0
             units[first + unit, : len(there)] = torch.where(there, others[its][found.indices], -1)
             likeness[first + unit, : len(there)] = found.values
-    return Related(units, likeness)
+    return RelatedUnits(units, likeness)

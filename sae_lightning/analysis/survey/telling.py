@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from sae_lightning.analysis.survey.sample import Sample
-from sae_lightning.report.catalogue import Reading
+from sae_lightning.report.catalogue import TokenSetScores
 
 PIECE = 0.25  # what a piece of a word counts, against a whole word
 
 
 def telling(
-    texts: np.ndarray, sample: Sample, reading: Reading, vocabulary: Sequence[str]
+    texts: np.ndarray, sample: Sample, reading: TokenSetScores, vocabulary: Sequence[str]
 ) -> Tensor:
     """[features] how much each tells, nan where there is no score.
 

@@ -10,8 +10,8 @@ from torch import Generator
 
 from sae_lightning.analysis.theory.detection import Counts, Detector, detect
 from sae_lightning.analysis.theory.token_concepts import CONCEPTS
-from sae_lightning.report.figures import COLOURS, GREY, figure
-from sae_lightning.report.section import Section, Table
+from sae_lightning.report.figures import COLOURS, GREY, make_figure
+from sae_lightning.report.section import ResultTable, Section
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -98,7 +98,7 @@ def section(numbers: dict[str, Any]) -> Section:
     )
 
 
-def _concepts(detected: list[Detected]) -> Table:
+def _concepts(detected: list[Detected]) -> ResultTable:
     header = ["concept", "tokens", "feature", "F1", "AUROC", "neuron", "F1", "AUROC"]
     rows = [
         [one.concept, f"{one.share:.1%}", f"{one.feature.unit}"]
@@ -106,7 +106,7 @@ def _concepts(detected: list[Detected]) -> Table:
         + [f"{one.neuron.f1:.3f}", f"{one.neuron.auroc:.3f}"]
         for one in sorted(detected, key=lambda each: -each.feature.f1)
     ]
-    return Table(header, rows)
+    return ResultTable(header, rows)
 
 
 def _neuron(one: Detected) -> str:
@@ -114,7 +114,7 @@ def _neuron(one: Detected) -> str:
 
 
 def _units(detected: list[Detected]) -> "Figure":
-    drawn = figure("F1 of the best neuron", "F1 of the best feature")
+    drawn = make_figure("F1 of the best neuron", "F1 of the best feature")
     drawn.update_xaxes(range=[0, 1.02]).update_yaxes(range=[0, 1.02])
     drawn.add_scatter(
         name="equally good",

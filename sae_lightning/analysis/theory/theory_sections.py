@@ -11,8 +11,8 @@ from torch import Tensor
 
 from sae_lightning.analysis.theory import one_concept
 from sae_lightning.analysis.theory.claims import SAMPLE, Theory
-from sae_lightning.report.figures import COLOURS, figure, histogram
-from sae_lightning.report.section import Section, Table
+from sae_lightning.report.figures import COLOURS, make_figure, plot_histogram
+from sae_lightning.report.section import ResultTable, Section
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -66,7 +66,7 @@ def _agreement(result: Theory) -> Section:
 
 def _about_0(values: Tensor, axis: str, name: str) -> "Figure":
     """A histogram whose 0 has a name."""
-    drawn = histogram(values, axis)
+    drawn = plot_histogram(values, axis)
     places = drawn.data[0].x
     side = "left" if places[0] + places[-1] < 0 else "right"
     return drawn.add_vline(0, annotation_text=name, annotation_position=f"top {side}")
@@ -121,7 +121,7 @@ def _overlap(result: Theory) -> Section:
         [name, *(format(numbers[key][column], form) for column, form in digits.items())]
         for key, name in names.items()
     ]
-    densities = figure("cosine", "share of pairs per 0.02").update_yaxes(
+    densities = make_figure("cosine", "share of pairs per 0.02").update_yaxes(
         type="log", exponentformat="power"
     )
     for key, name in names.items():
@@ -137,7 +137,7 @@ def _overlap(result: Theory) -> Section:
         rows={
             "compared": f"{numbers['rows']:,} of {result.numbers['fired']:,} rows with all others"
         },
-        table=Table(header, table),
+        table=ResultTable(header, table),
         figures={"Cosines between directions": densities},
     )
 
@@ -171,7 +171,7 @@ def _active(counts: Tensor) -> "Figure":
     width = -(-(last + 1) // BARS)
     heights = torch.stack([part.sum() for part in counts[: last + 1].split(width)])
     middles = torch.arange(len(heights)) * width + (width - 1) / 2
-    drawn = figure("active features", "tokens", bargap=0)
+    drawn = make_figure("active features", "tokens", bargap=0)
     return drawn.add_bar(x=middles.numpy(), y=heights.numpy(), width=width)
 
 
@@ -203,7 +203,7 @@ def _dense(result: Theory) -> Section:
 
 def _curve(result: Theory) -> "Figure":
     numbers = result.numbers["dense"]
-    drawn = figure("features", "explained variance")
+    drawn = make_figure("features", "explained variance")
     drawn.add_scatter(y=numbers["curve"], name="dense, at best", mode="lines")
     drawn.add_scatter(
         name=f"dense, run on {min(SAMPLE, result.numbers['tokens']):,} of the tokens",
