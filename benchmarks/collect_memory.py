@@ -36,7 +36,7 @@ WIDTH, ACTIVE = 768, 64
 # where the LLM and the SAE run over text: file -> functions
 READING = {
     "collect.py": {"collect"},
-    "scorecard.py": {"_errors"},
+    "scorecard.py": {"_measure_errors"},
     "held_out.py": {"_captured", "baseline", "score"},
     "load.py": {"load", "load_tokenizer"},
     "tokens.py": {"open_tokens"},

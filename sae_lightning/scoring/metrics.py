@@ -1,7 +1,7 @@
 """Metrics of an SAE on a set of activations.
 
-Everything is summed in float64 over the whole set and divided once at the end: averages of ratios
-per batch or token are not the same number (published explained variances were too high, SAELens
+Everything is summed in float64 over the whole set and divided once at the end: an average of
+ratios per batch or token is another number (it made published explained variances too high, SAELens
 issue 659).
 
 Shapes: n = tokens, d = width of the site.
@@ -34,11 +34,11 @@ class Quality(NamedTuple):
     density: Tensor
     """[features] share of tokens on which each feature fires"""
     dimension: DominantDimension | None
-    """The one that dominates the variance, if one does."""
+    """The dimension that dominates the variance, if one does."""
 
 
 class QualitySums:
-    """Sums over batches from which `Quality` follows."""
+    """Sums over batches, from which `Quality` is computed."""
 
     def __init__(self):
         self.tokens = 0
@@ -52,7 +52,7 @@ class QualitySums:
         # on the CPU: not every accelerator has float64
         target, reconstruction = target.cpu().double(), reconstruction.cpu().double()
         if self.tokens == 0:
-            # about a first guess of the mean, so that the difference of squares loses no digits
+            # sums about a first guess of the mean, so that no digits cancel in the variance
             self.shift = target.mean(dim=0)
         self.tokens += len(target)
         error, square = (target - reconstruction).square(), (target - self.shift).square()
@@ -64,7 +64,7 @@ class QualitySums:
         self.fired = self.fired + (features > 0).sum(dim=0).cpu()
 
     def result(self) -> Quality:
-        """Of all tokens added so far."""
+        """Quality of all tokens added so far."""
         total = self.total - self.sum.square().sum().item() / self.tokens
         fired = self.fired.double()
         return Quality(
@@ -79,14 +79,14 @@ class QualitySums:
 
 
 class Fidelity(NamedTuple):
-    """Error of a reconstruction x_hat of x in size, direction and length.
+    """Size of the error of a reconstruction x_hat of x, and its fidelity in direction and length.
 
-    Centred numbers are those of x - m and x_hat - m, m the mean of x: where the mean is long, the
-    others are close to 1 whatever an SAE does.
+    Centred numbers are those of x - m and x_hat - m, with m the mean of x: where the mean is long,
+    the others are close to 1 for any SAE.
     """
 
     mse: float
-    """Of an element, in the activations' own units."""
+    """Mean squared error per element, in the activations' own units."""
     relative_mse: float
     """sum |x - x_hat|^2 / sum |x|^2"""
     cosine: float
@@ -101,10 +101,10 @@ class Fidelity(NamedTuple):
 
 
 class FidelitySums:
-    """Sums over batches from which `Fidelity` follows."""
+    """Sums over batches, from which `Fidelity` is computed."""
 
     def __init__(self, mean: Tensor):
-        """`mean` [d]: that of the whole set."""
+        """`mean` [d]: the mean of the whole set."""
         self.mean = mean.cpu().double()
         self.tokens = 0
         self.residual = 0.0
@@ -120,7 +120,7 @@ class FidelitySums:
         self.centred = self.centred + _sums(x - self.mean, x_hat - self.mean)
 
     def result(self) -> Fidelity:
-        """Of all tokens added so far; NaN where there is nothing to divide by."""
+        """Fidelity of all tokens added so far; NaN where a denominator is 0."""
         length, length_hat, square, square_hat, product, cosine = self.origin
         return Fidelity(
             mse=self.residual / (self.tokens * len(self.mean)),
@@ -143,7 +143,8 @@ def _sums(x: Tensor, x_hat: Tensor) -> Tensor:
 
 
 def density_histogram(density: Tensor) -> dict[str, int]:
-    """Number of features [features] by the share of tokens on which they fire, in powers of ten.
+    """Count features by density, the share of tokens on which they fire [features], in powers of
+    ten.
 
     {"never": 12, "1e-05": 0, "1e-04": 3, ...}: 3 features fire on 1e-4 to 1e-3 of the tokens.
     """

@@ -1,4 +1,4 @@
-"""What held-out data says about an SAE: the one scoring that training and analysis share."""
+"""The scorecard: all that is measured of an SAE on held-out data, in training and analysis."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -22,47 +22,46 @@ MAX_ACTIVATIONS_AT_ONCE = 1 << 26
 
 
 class UsualTokens(NamedTuple):
-    """Explained variance of all tokens but the longest, which dominate the variance."""
+    """Explained variance of all tokens but the long ones, which dominate the variance."""
 
     explained_variance: float
     dropped: int
-    """Tokens left out."""
+    """Number of long tokens left out."""
     share: float
-    """Of the variance, held by these."""
+    """Share of the variance that these hold."""
     max_norm: float
     """The `data.max_norm` that leaves them out."""
 
 
 class Scorecard(NamedTuple):
-    """Everything that is measured on held-out text or, where they are known, on concepts."""
+    """Everything that is measured on held-out text, or on synthetic concepts."""
 
     quality: Quality
     """Reconstruction and sparsity."""
     copies: Copies
-    """How alike decoder rows are."""
+    """Features with nearly the same decoder row."""
     scores: Scores | Recovery | None = None
-    """What the LLM makes of the reconstruction (None where it was not asked) or, where they are
-    known, how many of the concepts were found."""
+    """The LLM's loss with the reconstruction in place (None if not measured) or, on synthetic
+    concepts, how many of them were recovered."""
     fidelity: Fidelity | None = None
-    """What kind of error is made, where it was asked for. Not among `scalars`, by which runs are
-    compared: those hold its size, explained variance, in units that are the same for all."""
+    """Kind of the error, if requested. Not among `scalars`, by which runs are compared: these have
+    its size as explained variance, whose unit is the same for all runs."""
     usual: UsualTokens | None = None
     """Explained variance without the few tokens that dominate it, if there are any."""
 
     def scalars(self) -> dict[str, float]:
-        """The numbers by name."""
+        """All numbers by name, for `metrics.json`, curves and tables."""
         quality = self.quality._asdict()
         del quality["density"], quality["dimension"]
         parts = {"usual": self.usual, "dimension": self.quality.dimension}
-        few = {
-            f"{part}_{name}": value
-            for part, found in parts.items()
-            if found
-            for name, value in found._asdict().items()
+        dominant = {
+            f"{prefix}_{name}": value
+            for prefix, part in parts.items()
+            if part
+            for name, value in part._asdict().items()
         }
-        return (
-            quality | self.copies._asdict() | few | (self.scores._asdict() if self.scores else {})
-        )
+        scores = self.scores._asdict() if self.scores else {}
+        return quality | self.copies._asdict() | dominant | scores
 
 
 @torch.no_grad()
@@ -76,31 +75,33 @@ def score_saes(
     *,
     fidelity: bool = False,
 ) -> list[Scorecard]:
-    """Score SAEs of one source and target, given as functions of raw activations [n, d_in], and
-    their decoder rows [features, d_out].
+    """Score SAEs of one source and target site, given as functions of raw activations [n, d_in],
+    with their decoder rows [features, d_out].
 
-    Where the concepts are known, `weights` gives those of each SAE, for raw activations too.
-    `fidelity` costs about a twentieth of what the SAE does: training can do without.
-    Runs in float32 whatever the training precision: it is what the saved SAE will do.
+    `weights`, needed on synthetic concepts only: functions that return each SAE's weights for raw
+    activations. `fidelity` adds about a twentieth to the cost, so training does without it.
+    Everything runs in float32, as the saved SAE will, whatever the precision of training.
     """
     x, y = held_out.activations(source), held_out.activations(target)
     long = find_long_tokens(y)
     with torch.autocast(x.device.type, enabled=False):
         features = max(len(decoder) for decoder in decoders)
         rows = max(1, min(MAX_TOKENS_AT_ONCE, MAX_ACTIVATIONS_AT_ONCE // features))
-        errors = [_errors(sae, x, y, long, fidelity, rows) for sae in saes]
-        alike = [
+        errors = [_measure_errors(sae, x, y, long, fidelity, rows) for sae in saes]
+        all_copies = [
             measure_copies(decoder, quality.density)
             for decoder, (quality, *_) in zip(decoders, errors, strict=True)
         ]
-        scores = held_out.scores(source, target, saes, weights, rows)
+        all_scores = held_out.scores(source, target, saes, weights, rows)
     return [
-        Scorecard(quality, near, mine, kind, usual)
-        for (quality, kind, usual), near, mine in zip(errors, alike, scores, strict=True)
+        Scorecard(quality, copies, scores, kind, usual)
+        for (quality, kind, usual), copies, scores in zip(
+            errors, all_copies, all_scores, strict=True
+        )
     ]
 
 
-def _errors(
+def _measure_errors(
     sae: Callable[[Tensor], Output],
     x: Tensor,
     y: Tensor,
@@ -108,30 +109,30 @@ def _errors(
     fidelity: bool,
     rows: int,
 ) -> tuple[Quality, Fidelity | None, UsualTokens | None]:
-    """On inputs [n, d_in] and targets [n, d_out], `rows` at a time."""
-    quality, usual = QualitySums(), QualitySums()
-    kind = FidelitySums(y.cpu().double().mean(dim=0)) if fidelity else None
-    kept = torch.zeros(len(x), dtype=torch.bool) if long is None else long.usual
-    for part, target, keep in zip(x.split(rows), y.split(rows), kept.split(rows), strict=True):
+    """Measure an SAE on inputs [n, d_in] and targets [n, d_out], `rows` at a time."""
+    quality_sums, usual_sums = QualitySums(), QualitySums()
+    fidelity_sums = FidelitySums(y.cpu().double().mean(dim=0)) if fidelity else None
+    usual = torch.zeros(len(x), dtype=torch.bool) if long is None else long.usual
+    for part, target, keep in zip(x.split(rows), y.split(rows), usual.split(rows), strict=True):
         output = sae(part.float())
-        quality.add(target, output.reconstruction, output.features)
+        quality_sums.add(target, output.reconstruction, output.features)
         if keep.any():
-            usual.add(target[keep], output.reconstruction[keep], output.features[keep])
-        if kind is not None:
-            kind.add(target, output.reconstruction)
-    without = long and UsualTokens(
-        usual.result().explained_variance, long.number, long.share, long.max_norm
+            usual_sums.add(target[keep], output.reconstruction[keep], output.features[keep])
+        if fidelity_sums is not None:
+            fidelity_sums.add(target, output.reconstruction)
+    without_long = long and UsualTokens(
+        usual_sums.result().explained_variance, long.number, long.share, long.max_norm
     )
-    return quality.result(), kind and kind.result(), without
+    return quality_sums.result(), fidelity_sums and fidelity_sums.result(), without_long
 
 
 def describe_data(scalars: dict[str, float]) -> str:
-    """What a scorecard's numbers are measured on."""
+    """Say on what data the numbers of a scorecard were measured."""
     return "on held-out samples" if "recovered" in scalars else "on held-out text"
 
 
 def format_lines(scalars: dict[str, float]) -> dict[str, str]:
-    """A scorecard's numbers as lines for a person."""
+    """Format the numbers of a scorecard as lines of text, by label."""
     quality = {
         "L0": f"{scalars['l0']:.1f} active features per token",
         "explained variance": f"{scalars['explained_variance']:.4f}",
@@ -145,7 +146,7 @@ def format_lines(scalars: dict[str, float]) -> dict[str, str]:
 
 
 def _dominant_rows(scalars: dict[str, float]) -> dict[str, str]:
-    """What explained variance is without what dominates it."""
+    """Lines on explained variance without the tokens or the dimension that dominate it."""
     lines = {}
     if "usual_dropped" in scalars:
         lines["  of usual tokens"] = (

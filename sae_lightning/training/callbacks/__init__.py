@@ -17,8 +17,8 @@ Hooks follow one another from left to right, callbacks within a hook from top to
     ProgressBar            show                                               move        close
     Checkpoint                                                                save, stop
 
-Between batch_start and before_optimizer_step lie `training_step`'s losses and gradients, before
-batch_end Adam's step (`training/module.py`). on_exception does what train_end does.
+`SAEModule.training_step` computes losses and gradients between batch_start and
+before_optimizer_step; Adam's step comes before batch_end. on_exception does what train_end does.
 """
 
 import lightning as L
@@ -36,8 +36,8 @@ from sae_lightning.training.settings import EvalConfig, TrainerConfig
 
 
 def make_callbacks(trainer: TrainerConfig, eval: EvalConfig) -> list[L.Callback]:
-    """The callbacks of every run. Throughput stops its clock before the slower ones start; curves
-    are drawn before resampling changes what they show; the checkpoint saves what all others did."""
+    """Make the callbacks of a run, in order: Throughput stops its clock before the slower ones,
+    curves are logged before resampling changes what they show, the checkpoint is saved last."""
     return [
         StopOnSignal(),
         Normalize(),

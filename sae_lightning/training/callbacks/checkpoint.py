@@ -1,4 +1,4 @@
-"""Writes checkpoints and SAEs while training goes on."""
+"""Saves checkpoints and SAEs during training."""
 
 import lightning as L
 
@@ -9,7 +9,7 @@ from sae_lightning.training.settings import checkpoint_path
 
 
 def export_head(head: Head) -> None:
-    """Write the head's SAE, for raw activations, into its run folder."""
+    """Save the head's SAE, with weights for raw activations, in its run folder."""
     save_sae(head.folder / "sae", head.sae, head.fold_weights(), head.metadata)
 
 
@@ -26,8 +26,8 @@ class Checkpoint(L.Callback):
             trainer.should_stop = True
         if module.stopped_by or step == module.steps or is_due(step, module.batch, self.every):
             heads = module.training_heads
-            for head in heads:  # first, since a resumed run draws only what follows the checkpoint
+            for head in heads:  # first: a resumed run logs only what follows the checkpoint
                 head.log.flush()
-            trainer.save_checkpoint(checkpoint_path(heads[0].folder))  # of all: HeadCheckpoints
+            trainer.save_checkpoint(checkpoint_path(heads[0].folder))  # HeadCheckpoints: of all
             for head in heads:
                 export_head(head)

@@ -1,4 +1,4 @@
-"""Draws the training curves."""
+"""Training curves, logged for TensorBoard."""
 
 import lightning as L
 import torch
@@ -10,7 +10,7 @@ from sae_lightning.training.schedules import is_due
 
 @torch.no_grad()
 def training_scalars(head: Head) -> dict[str, float]:
-    """The curves' values after a head's last step, by name."""
+    """Values of the training curves after a head's last step, by tag."""
     step = head.last_step
     norms = head.sae.W_dec.norm(dim=1)
     scalars = {

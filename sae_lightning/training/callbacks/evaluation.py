@@ -1,4 +1,4 @@
-"""Scores each head on held-out text while it trains."""
+"""Evaluation of each head on held-out data during training."""
 
 from collections.abc import Sequence
 from itertools import groupby
@@ -15,23 +15,23 @@ from sae_lightning.training.schedules import is_due
 
 def evaluate_heads(heads: Sequence[Head], held_out: HeldOut | HeldOutConcepts, tokens: int) -> None:
     """Score heads after `tokens` training tokens, those of the same sites together; the results go
-    to their logs and metrics."""
+    to each head's log and `held_out_metrics`."""
 
     def sites(head: Head) -> tuple:
         return head.source, head.target
 
-    for (source, target), group in groupby(sorted(heads, key=sites), key=sites):
-        mine = list(group)
+    for (source, target), same_sites in groupby(sorted(heads, key=sites), key=sites):
+        group = list(same_sites)
         functions, weights = zip(
-            *((head.reconstruct_raw, head.fold_weights) for head in mine), strict=True
+            *((head.reconstruct_raw, head.fold_weights) for head in group), strict=True
         )
-        decoders = [head.sae.W_dec for head in mine]
+        decoders = [head.sae.W_dec for head in group]
         cards = score_saes(functions, decoders, held_out, source, target, weights)
-        for head, card in zip(mine, cards, strict=True):
-            _note(head, card, tokens)
+        for head, card in zip(group, cards, strict=True):
+            _record(head, card, tokens)
 
 
-def _note(head: Head, card: Scorecard, tokens: int) -> None:
+def _record(head: Head, card: Scorecard, tokens: int) -> None:
     head.held_out_metrics = card.scalars()
     head.log.add_scalars({f"held_out/{k}": v for k, v in head.held_out_metrics.items()}, tokens)
     head.density_counts = density_histogram(card.quality.density)

@@ -1,4 +1,4 @@
-"""Estimates the normalisation from the first activations."""
+"""Estimation of the normalisation from the first activations of a run."""
 
 import lightning as L
 import torch
@@ -13,7 +13,7 @@ from sae_lightning.training.settings import Normalization
 
 @torch.no_grad()
 def estimate_normalization(x: Tensor, mode: Normalization) -> tuple[Tensor, Tensor]:
-    """Mean [d] and scale [] so that (x - mean) / scale has a mean square of 1, for x [n, d]."""
+    """Estimate mean [d] and scale [] of x [n, d] so that (x - mean) / scale has mean square 1."""
     x = x.cpu()  # not every accelerator has float64
     mean = torch.zeros(x.shape[1], dtype=torch.float64)
     if mode is Normalization.none:
@@ -37,7 +37,7 @@ def describe_outliers(site: Site, x: Tensor) -> str | None:
         return None
     return (
         f"{site}: the longest {long.number:,} of {len(x):,} activations hold {long.share:.0%} of "
-        "the variance, so that normalisation and explained variance are about them; "
+        "the variance, so normalisation and explained variance mostly describe these; "
         f"data.max_norm={long.max_norm:g} leaves them out"
     )
 
@@ -47,10 +47,10 @@ class Normalize(L.Callback):
     stay in the shuffle pool for training."""
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Fill the buffers."""
-        if trainer.global_step > 0:  # they came from a checkpoint
+        """Estimate mean and scale of each site that a head reads or writes."""
+        if trainer.global_step > 0:  # they come from the checkpoint
             return
-        known: dict[tuple, tuple[Tensor, Tensor]] = {}  # heads of a sweep mostly agree
+        estimates: dict[tuple, tuple[Tensor, Tensor]] = {}  # most heads of a sweep share them
         for head in module.heads:
             settings = head.callbacks.normalize
             for site, mean, scale in (
@@ -58,15 +58,15 @@ class Normalize(L.Callback):
                 (head.target, head.out_mean, head.out_scale),
             ):
                 key = (site, settings.mode, settings.tokens)
-                if key not in known:
+                if key not in estimates:
                     sample = trainer.datamodule.stream.peek(settings.tokens)
-                    known[key] = estimate_normalization(sample[site], settings.mode)
+                    estimates[key] = estimate_normalization(sample[site], settings.mode)
                     if warning := describe_outliers(site, sample[site]):
                         console.print(warning)
-                mean.copy_(known[key][0])
-                scale.copy_(known[key][1])
+                mean.copy_(estimates[key][0])
+                scale.copy_(estimates[key][1])
             if settings.mode is Normalization.none:
-                # `model.start_bias` is meant for a mean square of 1: fewer features, or none, would
-                # fire on smaller activations
+                # `model.start_bias` is meant for a mean square of 1: with smaller activations few
+                # features would fire, or none
                 sample = trainer.datamodule.stream.peek(settings.tokens)[head.source]
                 head.sae.b_enc.data *= sample.float().square().mean().sqrt()

@@ -1,4 +1,4 @@
-"""The progress bar."""
+"""The progress bar of training."""
 
 import lightning as L
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -13,7 +13,7 @@ class ProgressBar(L.Callback):
     """
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Show the bar, at the step from which this process trains."""
+        """Show the bar, at the step where this process starts."""
         self.bar = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
@@ -24,24 +24,24 @@ class ProgressBar(L.Callback):
             console=console,
             disable=not console.is_terminal,
         )
-        self.shown = show_live(self.bar)
-        self.shown.__enter__()
+        self.live = show_live(self.bar)
+        self.live.__enter__()
         self.task = self.bar.add_task(
             "training", total=module.steps, completed=trainer.global_step, text=""
         )
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
-        """Move the bar."""
+        """Advance the bar to this update."""
         step, text = trainer.global_step, _text(module)
         self.bar.update(self.task, completed=step, text=text)
         if not console.is_terminal and step * 10 // module.steps > (step - 1) * 10 // module.steps:
             console.print(f"training {100 * step // module.steps:3d}%  {text}")
 
     def on_train_end(self, *_) -> None:
-        """Give the terminal back; of an error before it is printed."""
-        if hasattr(self, "shown"):
-            self.shown.__exit__(None, None, None)
-            del self.shown
+        """Remove the bar; after an error, before the error is printed."""
+        if hasattr(self, "live"):
+            self.live.__exit__(None, None, None)
+            del self.live
 
     on_exception = on_train_end
 

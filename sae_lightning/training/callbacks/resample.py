@@ -1,4 +1,4 @@
-"""Gives dead features a new start (Bricken et al. 2023, "Neuron resampling")."""
+"""Resampling of dead features (Bricken et al. 2023, "Neuron resampling")."""
 
 import lightning as L
 import torch
@@ -14,9 +14,9 @@ from sae_lightning.training.schedules import is_due
 def resample(head: Head, optimizer: Optimizer, x: Tensor, target: Tensor) -> int:
     """Restart the dead features of `head`; returns how many there were.
 
-    Each takes the direction of an input, drawn from the normalised x [n, d_in] (and its target
-    [n, d_out]) with a probability proportional to its squared loss. Its encoder gets 0.2 times the
-    mean norm of the live ones; its bias and Adam's moments become 0.
+    Each takes the direction of an input that is drawn from the normalised x [n, d_in], with
+    targets [n, d_out], with a probability proportional to its squared loss. Its encoder column gets
+    0.2 times the mean norm of live ones; its bias and its moments in Adam become 0.
     """
     dead = head.dead.nonzero().squeeze(1)
     alive = ~head.dead
@@ -26,8 +26,8 @@ def resample(head: Head, optimizer: Optimizer, x: Tensor, target: Tensor) -> int
     loss = (sae(x).reconstruction.float() - target).square().sum(dim=1)
     generator = torch.Generator()
     generator.set_state(head.generator_state.cpu())
-    chances = loss.cpu().double().square()
-    drawn = torch.multinomial(chances, len(dead), len(dead) > len(x), generator=generator)
+    weights = loss.cpu().double().square()
+    drawn = torch.multinomial(weights, len(dead), len(dead) > len(x), generator=generator)
     head.generator_state.copy_(generator.get_state())
 
     drawn = drawn.to(x.device)
@@ -46,7 +46,7 @@ class Resample(L.Callback):
     """Resamples dead features every `callbacks.resample.every` tokens."""
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
-        """Resample the heads that are due."""
+        """Resample the heads that are due for it."""
         step = trainer.global_step
         for head in module.training_heads:
             settings = head.callbacks.resample

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM."""
+"""Ctrl-C and SIGTERM: training stops after it has saved."""
 
 import signal
 import threading
@@ -12,8 +12,8 @@ class StopOnSignal(L.Callback):
     """Asks training to stop after the current update; `Checkpoint` then saves.
 
     Before the first update there is nothing to save: the run stops at once, as it does at a second
-    Ctrl-C. The first callback in the list, because the next one fills the shuffle pool. Lightning's
-    own handler would end a run that gets SIGTERM as if it had succeeded.
+    Ctrl-C. It is the first callback in the list, because the next one fills the shuffle pool.
+    Lightning's own handler would end a run that gets SIGTERM as if it had succeeded.
     """
 
     def __init__(self):
@@ -21,7 +21,7 @@ class StopOnSignal(L.Callback):
         self.handlers: dict = {}
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Listen."""
+        """Install the signal handlers, in the main thread."""
 
         def stop(number: int, _) -> None:
             if not self.updating or module.stopped_by and number == signal.SIGINT:
@@ -35,11 +35,11 @@ class StopOnSignal(L.Callback):
                 self.handlers[number] = signal.signal(number, stop)
 
     def on_train_batch_start(self, *_) -> None:
-        """From now on there is something to save."""
+        """From now on a stop waits for the update and saves."""
         self.updating = True
 
     def on_train_end(self, *_) -> None:
-        """Stop listening."""
+        """Put back the previous signal handlers."""
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         self.handlers.clear()

@@ -1,4 +1,4 @@
-"""Measures how fast training runs and where the time goes."""
+"""Training speed, where the time goes, and peak memory."""
 
 import sys
 from collections.abc import Collection
@@ -16,25 +16,25 @@ class Elapsed(NamedTuple):
 
     steps: int
     seconds: float
-    """Of training; only differences have a meaning."""
+    """Training time; only differences are meaningful."""
     stream: float
-    """Of these in the stream, LLM included, by the CPU's clock"""
+    """Part of it in the stream (LLM included), by the CPU's clock."""
     llm: float
-    """Of these in the LLM, by the CPU's clock"""
+    """Part of it in the LLM, by the CPU's clock."""
 
 
 class Throughput(L.Callback):
     """Tokens per second between two log points and, with LLM and SAEs on a CPU, the shares of the
     LLM, of the rest of the stream (text, tokens, pool) and of the SAEs. `module.speed` has the same
-    since this process began, for `metrics.json`.
+    since this process started, for `metrics.json`.
 
     CPU           stream SAEs | others | stream SAEs | others | ...      counted: all but others
     accelerator   stream SAEs others stream SAEs | evaluation | ...      counted: all but evaluation
 
-    Others are the callbacks that follow, evaluation and checkpoints among them; the first fill of
-    the pool is counted. An accelerator runs asynchronously; to wait for it at every update would
-    slow training down, so it is waited for only at log points and before evaluations and
-    checkpoints, and shares are left to a profiler.
+    "others" are the callbacks that follow, such as evaluation and checkpoints; the first fill of
+    the pool is counted. An accelerator runs asynchronously, and synchronising at every update would
+    slow training down: it is done only at log points and before evaluations and checkpoints, and
+    the shares are not measured (use a profiler).
     """
 
     def __init__(self, log_every: int, pauses: Collection[int]):
@@ -43,13 +43,13 @@ class Throughput(L.Callback):
         self.idle = 0.0
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Begin at the update from which this process trains."""
-        self.first = self.last = self.paused = self._now(trainer)
+        """Start the clock, at the update where this process starts."""
+        self.first = self.last = self.paused = self._elapsed(trainer)
 
     def on_train_batch_start(self, trainer: L.Trainer, *_) -> None:
-        """End a pause: at the moment when the stream began to make this batch."""
+        """End a pause, at the moment when the stream started on this batch."""
         if self.paused:
-            now = self._now(trainer)
+            now = self._elapsed(trainer)
             self.idle += now.seconds - self.paused.seconds - (now.stream - self.paused.stream)
             self.paused = None
 
@@ -61,7 +61,7 @@ class Throughput(L.Callback):
         pause = on_cpu or any(is_due(step, module.batch, every) for every in self.pauses)
         if not on_cpu and (log or pause):
             torch.accelerator.synchronize()
-        now = self._now(trainer)
+        now = self._elapsed(trainer)
         self.paused = now if pause else None
         if not log:
             return
@@ -73,7 +73,7 @@ class Throughput(L.Callback):
             scalars = {f"speed/{name}": value for name, value in recent.items()}
             head.log.add_scalars(scalars, module.tokens_seen)
 
-    def _now(self, trainer: L.Trainer) -> Elapsed:
+    def _elapsed(self, trainer: L.Trainer) -> Elapsed:
         stream, seconds = trainer.datamodule.stream, perf_counter() - self.idle
         return Elapsed(trainer.global_step, seconds, stream.seconds, stream.llm_seconds)
 
@@ -89,7 +89,7 @@ def _speed(before: Elapsed, after: Elapsed, batch: int, shares: bool) -> dict[st
 
 
 def peak_memory_gb() -> float:
-    """The most memory this process has held, in GB: on its GPUs if it used any, else RAM."""
+    """Peak memory of this process in GB: of its GPUs if it used any, else RAM."""
     gpus = range(torch.cuda.device_count())
     on_gpus = sum(torch.cuda.max_memory_allocated(gpu) for gpu in gpus)
     if on_gpus:

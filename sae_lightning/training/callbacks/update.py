@@ -1,4 +1,4 @@
-"""What acts on every update of a head: schedules, fixed decoder norms, clipping, steering."""
+"""Callbacks that act on every update: schedules, fixed decoder norms, clipping, L0 target."""
 
 import lightning as L
 import torch
@@ -36,13 +36,13 @@ class DecoderNorm(L.Callback):
     fixed-norm rows, before it is clipped, and renormalises the rows after the step."""
 
     def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
-        """Project."""
+        """Project the gradients of fixed-norm decoders."""
         for head in module.training_heads:
             if head.sae.config.fixed_norm and head.sae.W_dec.grad is not None:
                 head.sae.project_gradient()
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
-        """Renormalise."""
+        """Renormalise the rows of fixed-norm decoders."""
         for head in module.training_heads:
             if head.sae.config.fixed_norm:
                 head.sae.fix_norms()
@@ -60,7 +60,7 @@ class ClipGradient(L.Callback):
         heads = module.training_heads
         with record_function("clip"):
             norms = [_clip(head) for head in heads]
-            # read together: each by itself would make the host wait for the GPU
+            # read together: each read makes the host wait for the GPU
             sums = [norm + head.last_step.loss for head, norm in zip(heads, norms, strict=True)]
             finite = torch.stack(sums).isfinite().tolist()
         for head, norm, is_finite in zip(heads, norms, finite, strict=True):
@@ -71,11 +71,11 @@ class ClipGradient(L.Callback):
 
 
 def _clip(head: Head) -> Tensor:
-    """Clip a head's gradient; returns its norm before."""
+    """Clip a head's gradient; returns its norm before clipping."""
     parameters = list(head.sae.parameters())
     norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
     limit = head.optim.clip
-    # on a CPU the norm can be compared without waiting, which saves multiplying by 1
+    # on a CPU the comparison costs no wait, and it saves a multiplication by 1
     if limit is not None and (norm.device.type != "cpu" or norm > limit):
         clip_grads_with_norm_(parameters, limit, norm)
     return norm
@@ -84,7 +84,7 @@ def _clip(head: Head) -> Tensor:
 class TargetL0(L.Callback):
     """Multiplies the sparsity coefficient (`head.steering`) so that L0 approaches `loss.target_l0`.
 
-    It waits for the end of the penalty's warm-up, in which L0 is large whatever the coefficient.
+    It waits for the end of the penalty's warm-up, during which L0 is large at any coefficient.
     """
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
@@ -93,7 +93,7 @@ class TargetL0(L.Callback):
             target = getattr(head.loss, "target_l0", None)
             if target is None:
                 continue
-            # read together: each by itself would make the host wait for the GPU
+            # read together: each read makes the host wait for the GPU
             buffers = (head.last_step.l0, head.l0_error, head.penalty_factor)
             l0, before, warmed_up = torch.stack(buffers).tolist()
             if warmed_up < 1:
