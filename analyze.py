@@ -19,22 +19,22 @@ from omegaconf import DictConfig, OmegaConf
 from sae_lightning.analysis.tasks import TASKS
 from sae_lightning.runs.arguments import refuse_sweep
 from sae_lightning.runs.cli import one_line_errors, read_arguments
-from sae_lightning.runs.config import typed
-from sae_lightning.runs.jobs import overrides_of, register
+from sae_lightning.runs.config import to_dataclass
+from sae_lightning.runs.jobs import read_overrides, register_schemas
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="analyze")
 def analyze(cfg: DictConfig) -> None:
     """Run one task on one folder."""
     with one_line_errors():
-        given = [o.lstrip("+~").partition("=")[0] for o in overrides_of(HydraConfig.get())]
+        given = [o.lstrip("+~").partition("=")[0] for o in read_overrides(HydraConfig.get())]
         if OmegaConf.is_missing(cfg.layer, "index"):
             cfg.layer.index = 0  # llm=hf leaves it open; the folder knows
-        typed(cfg).answer(given)
+        to_dataclass(cfg).answer(given)
 
 
 if __name__ == "__main__":
-    register(TASKS)
+    register_schemas(TASKS)
     with one_line_errors():
         read_arguments()
         refuse_sweep(sys.argv[1:])  # Hydra would make folders for it

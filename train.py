@@ -19,8 +19,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from sae_lightning.runs.cli import one_line_errors, read_arguments
-from sae_lightning.runs.jobs import job, overrides_of, register, swept_of
-from sae_lightning.runs.search import objective
+from sae_lightning.runs.jobs import make_job, read_overrides, read_swept_settings, register_schemas
+from sae_lightning.runs.search import compute_objective
 from sae_lightning.terminal import phase
 
 
@@ -35,19 +35,19 @@ def train(cfg: DictConfig) -> float | None:
     folder = Path(hydra_config.runtime.output_dir)
     multirun = hydra_config.mode is RunMode.MULTIRUN
     with one_line_errors(folder, multirun):
-        this = job(cfg, folder, overrides_of(hydra_config), multirun)
-        this.swept = swept_of(hydra_config)
+        this = make_job(cfg, folder, read_overrides(hydra_config), multirun)
+        this.swept = read_swept_settings(hydra_config)
         # imported late: a mistyped option is answered at once
         with phase("starting"):
-            from sae_lightning.runs.passes import train as train_jobs
+            from sae_lightning.runs.passes import train_jobs
 
         (metrics,) = train_jobs([this])
-        return None if metrics is None else objective(metrics, this.config.sweep)
+        return None if metrics is None else compute_objective(metrics, this.config.sweep)
     return None
 
 
 if __name__ == "__main__":
-    register()
+    register_schemas()
     with one_line_errors():
         read_arguments()
         train()

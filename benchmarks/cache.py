@@ -15,7 +15,7 @@ from command import command, make_jobs
 from rich.table import Table
 
 from sae_lightning.formats.export import WEIGHTS
-from sae_lightning.runs.passes import train
+from sae_lightning.runs.passes import train_jobs
 from sae_lightning.terminal import console
 
 SETTINGS = ["trainer.tokens=131072", "model.features=2048", "layer.index=9"]
@@ -30,7 +30,7 @@ def main(overrides: list[str]) -> None:
         cached = [*settings, "data.cache=true", f"data.cache_folder={folder}/activations"]
         jobs = make_jobs([settings, cached, cached], folder)
         for name, job in zip(("from the LLM", "written", "read"), jobs, strict=True):
-            train([job])
+            train_jobs([job])
             speed = json.loads((job.folder / "metrics.json").read_text("utf8"))["speed"]
             # not known on a GPU
             parts = [speed.get(f"{part}_share") for part in ("llm", "data", "sae")]

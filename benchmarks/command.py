@@ -6,9 +6,9 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 
-from sae_lightning.runs.cli import explain
-from sae_lightning.runs.config import conf_folder
-from sae_lightning.runs.jobs import Job, job, register
+from sae_lightning.runs.cli import describe_error
+from sae_lightning.runs.config import find_conf_folder
+from sae_lightning.runs.jobs import Job, make_job, register_schemas
 
 
 def command(main: Callable[[list[str]], None]) -> None:
@@ -16,7 +16,7 @@ def command(main: Callable[[list[str]], None]) -> None:
     try:
         main(sys.argv[1:])
     except Exception as error:
-        line = explain(error, [])
+        line = describe_error(error, [])
         if line is None:
             raise
         sys.exit(f"error: {line}")
@@ -24,9 +24,9 @@ def command(main: Callable[[list[str]], None]) -> None:
 
 def make_jobs(runs: list[list[str]], folder: Path) -> list[Job]:
     """A job for each list of overrides, in a folder of its own."""
-    register()
-    with initialize_config_dir(conf_folder(), version_base="1.3"):
+    register_schemas()
+    with initialize_config_dir(find_conf_folder(), version_base="1.3"):
         return [
-            job(compose("config", overrides=overrides), folder / str(number), overrides)
+            make_job(compose("config", overrides=overrides), folder / str(number), overrides)
             for number, overrides in enumerate(runs)
         ]

@@ -33,10 +33,10 @@ from sae_lightning.files import write_json
 from sae_lightning.formats.export import load_sae
 from sae_lightning.llm.load import dtype
 from sae_lightning.llm.packaged import cached
-from sae_lightning.runs.cli import explain
-from sae_lightning.runs.config import Config, conf_folder, typed
-from sae_lightning.runs.jobs import Job, job, register
-from sae_lightning.runs.passes import train
+from sae_lightning.runs.cli import describe_error
+from sae_lightning.runs.config import Config, find_conf_folder, to_dataclass
+from sae_lightning.runs.jobs import Job, make_job, register_schemas
+from sae_lightning.runs.passes import train_jobs
 from sae_lightning.sae import ARCHITECTURES
 from sae_lightning.terminal import console, phase
 
@@ -65,7 +65,7 @@ class Entry(NamedTuple):
     """What tells it from the tool's others of this architecture."""
     folder: Path
     """Of its weights and its result."""
-    train: Callable[[Work], None] | None
+    train_jobs: Callable[[Work], None] | None
     """Trains and saves it; ours train together on one pass."""
     load: Callable[[], SAE]
     """Opens what was saved."""
@@ -77,16 +77,16 @@ def main(arguments: list[str]) -> None:
     overrides = [a for a in arguments if not a.startswith(("out=", "only="))]
     out = Path(given.get("out", "outputs/quality"))
     wanted = given["only"].split(",") if "only" in given else []
-    register()
-    with initialize_config_dir(conf_folder(), version_base="1.3"):
+    register_schemas()
+    with initialize_config_dir(find_conf_folder(), version_base="1.3"):
         settings = [*SETTINGS, f"data.cache_folder={out.absolute()}/activations", *overrides]
-        config = typed(compose("config", overrides=settings))
+        config = to_dataclass(compose("config", overrides=settings))
         jobs = _jobs(settings, wanted, out)
     entries = [_ours(job) for job in jobs] + _peers(wanted, out)
     _same_work(out, config)
     todo = [entry for entry in entries if not (entry.folder / RESULT).exists()]
     console.print(f"{len(todo)} of {len(entries)} SAEs are to be trained and scored, in {out}")
-    train([job for job in jobs if not (job.folder / RESULT).exists()])
+    train_jobs([job for job in jobs if not (job.folder / RESULT).exists()])
     work = open_work(config) if any(entry.train for entry in todo) else None
     evaluator = None
     for entry in todo:
@@ -97,7 +97,9 @@ def main(arguments: list[str]) -> None:
                 entry.train(work)
             _score(entry, evaluator)
         except Exception as error:  # of one tool: the others are to be compared all the same
-            console.print(f"{name}: {explain(error, []) or f'{type(error).__name__}: {error}'}")
+            console.print(
+                f"{name}: {describe_error(error, []) or f'{type(error).__name__}: {error}'}"
+            )
     _show(out)
 
 
@@ -111,8 +113,8 @@ def _jobs(settings: list[str], wanted: list[str], out: Path) -> list[Job]:
             mine = [f"model={architecture}", *settings, value]
             folder = out / "ours" / f"{architecture}-{value.partition('.')[2]}"
             cfg = compose("config", overrides=mine)
-            one = job(cfg, folder, mine, multirun=True)
-            jobs.append(replace(one, sweep=out / "ours"))
+            one = make_job(cfg, folder, mine, multirun=True)
+            jobs.append(replace(one, sweep_folder=out / "ours"))
     return jobs
 
 
@@ -164,7 +166,7 @@ def _same_work(out: Path, config: Config) -> None:
     named = ("llm.name", "layer.", "data.context", "data.pool", "data.held_out", "model.features")
     named += ("trainer.tokens", "trainer.batch", "trainer.precision", "eval.tokens", "seed")
     named += ("llm.dtype", "optim.", "callbacks.")
-    work = {name: value for name, value in config.flat().items() if name.startswith(named)}
+    work = {name: value for name, value in config.to_flat_dict().items() if name.startswith(named)}
     if config.llm.name != "smollm2":
         raise UserError(f"llm.name={config.llm.name}: the referee reads the packaged LLM only")
     file = out / "work.json"

@@ -16,7 +16,7 @@ from command import command, make_jobs
 from rich.table import Table
 
 from sae_lightning.errors import UserError
-from sae_lightning.runs.passes import train
+from sae_lightning.runs.passes import train_jobs
 from sae_lightning.terminal import console
 
 VARIANTS = {
@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> None:
     rows = [(name, seed) for name in names for seed in own.get("seeds", "0").split(",")]
     runs = [[*SETTINGS, *overrides, f"model.seed={seed}", *VARIANTS[name]] for name, seed in rows]
     with tempfile.TemporaryDirectory() as folder:
-        results = train(make_jobs(runs, Path(folder)))
+        results = train_jobs(make_jobs(runs, Path(folder)))
     table = Table("variant", "seed", *COLUMNS)
     for row, metrics in zip(rows, results, strict=True):
         cells = [

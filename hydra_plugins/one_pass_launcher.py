@@ -12,9 +12,9 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
-from sae_lightning.runs.cli import remove_unused
-from sae_lightning.runs.jobs import Job, jobs, overrides_of, swept_of
-from sae_lightning.runs.search import objective
+from sae_lightning.runs.cli import remove_unused_folder
+from sae_lightning.runs.jobs import Job, make_jobs, read_overrides, read_swept_settings
+from sae_lightning.runs.search import compute_objective
 from sae_lightning.terminal import phase
 
 
@@ -43,23 +43,25 @@ class OnePassLauncher(Launcher):
                 (config, copy(ret), job) for config, ret in composed for job in ret.return_value
             ]
             with phase("starting"):  # imported late: what is wrong with a setting comes first
-                from sae_lightning.runs.passes import train
+                from sae_lightning.runs.passes import train_jobs
 
             for config, *_ in runs:
                 self.context.callbacks.on_job_start(config=config, task_function=self.task_function)
-            results = train([job for *_, job in runs])
+            results = train_jobs([job for *_, job in runs])
         finally:
             self._remove_unused([config for config, _ in composed])
         for (config, ret, job), metrics in zip(runs, results, strict=True):
             ret.overrides = job.overrides
-            ret.return_value = None if metrics is None else objective(metrics, job.config.sweep)
+            ret.return_value = (
+                None if metrics is None else compute_objective(metrics, job.config.sweep)
+            )
             self.context.callbacks.on_job_end(config=config, job_return=ret)
         return [ret for _, ret, _ in runs]
 
     def _remove_unused(self, configs: list[DictConfig]) -> None:
         """Take away the folders that Hydra made and that hold no run."""
         for config in configs:
-            remove_unused(Path(config.hydra.runtime.output_dir))
+            remove_unused_folder(Path(config.hydra.runtime.output_dir))
 
     def _compose(self, number: int, overrides: list[str]) -> tuple[DictConfig, JobReturn]:
         """Hydra's own preparation of a job; returns the list of our jobs instead of running it."""
@@ -70,8 +72,8 @@ class OnePassLauncher(Launcher):
         def collect(cfg: DictConfig) -> list[Job]:
             hydra = HydraConfig.get()
             sweep, folder = Path(hydra.sweep.dir), Path(hydra.runtime.output_dir)
-            these = jobs(cfg, folder, overrides_of(hydra), sweep)
-            return [replace(this, swept=swept_of(hydra)) for this in these]
+            these = make_jobs(cfg, folder, read_overrides(hydra), sweep)
+            return [replace(this, swept=read_swept_settings(hydra)) for this in these]
 
         done = run_job(
             task_function=collect,

@@ -9,7 +9,7 @@ from tiny_llm import TEXT
 from sae_lightning.llm.load import Dtype, LLMConfig
 from sae_lightning.llm.sites import LayerConfig
 from sae_lightning.runs.config import Config
-from sae_lightning.runs.jobs import CONFIG_FILE, Job, resolved_yaml
+from sae_lightning.runs.jobs import CONFIG_FILE, Job, format_config
 from sae_lightning.sae import SAEConfig
 from sae_lightning.sae.relu import ReLULoss
 from sae_lightning.stream.local import LocalConfig
@@ -60,5 +60,5 @@ def write_begun_run(sweep: Path, l1: str, *overrides: str) -> Path:
         loss=ReLULoss(l1=float(l1)),
     )
     job = Job(config=config, folder=folder, overrides=[*overrides, f"loss.l1={l1}"])
-    (folder / CONFIG_FILE).write_text(resolved_yaml(job))
+    (folder / CONFIG_FILE).write_text(format_config(job))
     return folder

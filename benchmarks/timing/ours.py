@@ -36,7 +36,7 @@ def measure(runs: list[list[str]], folder: str) -> dict[str, Any]:
     """Train the SAEs of `runs` on one pass: tokens/s, memory, and where they ended."""
     jobs, clock = make_jobs(runs, Path(folder)), _Clock()
     with patch.object(wiring, "make_callbacks", lambda *a: [clock, *make_callbacks(*a)]):
-        passes.train(jobs)
+        passes.train_jobs(jobs)
     metrics = [json.loads((job.folder / METRICS_FILE).read_text("utf8")) for job in jobs]
     speed, tokens = metrics[0]["speed"], metrics[0]["tokens"]
     assert speed["heads"] == len(runs), "the SAEs did not train on one pass"
@@ -57,7 +57,7 @@ def look(runs: list[list[str]], folder: str) -> dict[str, Any]:
     look = _Look(*window(jobs[0].config))
     with patch.object(wiring, "make_callbacks", lambda *a: [*make_callbacks(*a), look]):
         try:
-            passes.train(jobs)
+            passes.train_jobs(jobs)
         except _Done:
             return look.found
     raise AssertionError("the run ended before its middle")

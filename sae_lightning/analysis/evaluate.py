@@ -79,7 +79,7 @@ def scored(
     `opened`: LLM and text, where they are loaded already (it may need a part of the LLM only)."""
     config, sites = subject.config, distinct([subject.sites])
     wanted = tokens or config.eval.tokens, tokens or config.eval.loss_tokens
-    held_out = config.source.open_held_out(sites, *wanted, opened)
+    held_out = config.data_source.open_held_out(sites, *wanted, opened)
     return evaluate(subject.sae, held_out, subject.sites)
 
 

@@ -22,7 +22,7 @@ class OverviewTask(FeaturesTask):
 
     def answer(self, given: Collection[str]) -> None:
         subject = self.open(given)
-        if not subject.config.source.has_llm:  # of concepts there is only a scorecard
+        if not subject.config.data_source.has_llm:  # of concepts there is only a scorecard
             card = evaluate.scored(subject)
             self.finish(subject, {"evaluate": card.scalars()}, [evaluate.section(card)])
             return
@@ -36,7 +36,7 @@ class OverviewTask(FeaturesTask):
         print_units(found.features, most_telling(found.features, SHOWN))
         probes = None
         tokens = PROBED * PROBED_FEATURES // max(PROBED_FEATURES, subject.features)
-        if "speaker" in subject.config.source.labels:
+        if "speaker" in subject.config.data_source.labels:
             probes = probed(subject, "speaker", tokens)
         parts = {
             "Scorecard": [summary, scorecard],

@@ -17,7 +17,7 @@ from sae_lightning.llm.load import LLM, LLMConfig, device, load, load_tokenizer
 from sae_lightning.llm.sites import LayerConfig, Sites
 from sae_lightning.report.sweep_report import describe_source
 from sae_lightning.runs.config import Config
-from sae_lightning.runs.jobs import CONFIG_FILE, TRUST, is_sweep, read_job
+from sae_lightning.runs.jobs import CONFIG_FILE, TRUST_SETTING, is_sweep, read_job
 from sae_lightning.sae import SAE
 from sae_lightning.stream import open_text
 from sae_lightning.stream.plays import PlaysConfig
@@ -54,7 +54,7 @@ class Subject:
     @property
     def context(self) -> int | None:
         """The most tokens that the LLM can read; None for any number."""
-        return self.config.source.shape().context
+        return self.config.data_source.shape().context
 
     @cached_property
     def text(self) -> SplitTokens:
@@ -78,13 +78,13 @@ class Subject:
     def name(self) -> str:
         """What it is, for a heading."""
         llm = Path(self.config.llm.name).name
-        where = f"{llm}, {self.sites}" if self.config.source.has_llm else "synthetic concepts"
+        where = f"{llm}, {self.sites}" if self.config.data_source.has_llm else "synthetic concepts"
         plural = "s" * (self.features > 1)
         return f"{where}: {self.features:,} {self.sae.config.name} feature{plural}"
 
     def facts(self) -> dict[str, str]:
         """What it is, for a page."""
-        return describe_source(self.config.flat()) | {
+        return describe_source(self.config.to_flat_dict()) | {
             "SAE": self.sae.config.name,
             "features": f"{self.features:,}",
             "folder": str(shorten_path(self.folder)),
@@ -101,7 +101,7 @@ class Subject:
         return features
 
     def _needs_text(self) -> None:
-        if not self.config.source.has_llm:
+        if not self.config.data_source.has_llm:
             raise UserError(
                 f"{self.folder} was trained on synthetic concepts, which no LLM reads: only "
                 "task=evaluate can be asked of it"
@@ -129,9 +129,9 @@ def open_subject(run: str, asked: dict[str, Any], given: Collection[str] = ()) -
     else:
         sae = load_sae(folder)
         config = config_of(sae, run, asked, given)
-    llm = config.source.shape()
+    llm = config.data_source.shape()
     sites = config.layer.within(llm.layers)
-    config.source.check(llm, resumed=True)
+    config.data_source.check(llm, resumed=True)
     for weight, width in (("reads", len(sae.W_enc)), ("writes", len(sae.b_dec))):
         if width != llm.width:
             raise UserError(
@@ -167,8 +167,8 @@ def open_run(
 def _config_of_run(run: Path, asked: dict[str, Any], given: Collection[str]) -> Config:
     """A run's settings with those of `asked` that are `given` instead: whole groups or single."""
     # an LLM that was typed, or the permission itself, is the user's word and not the folder's
-    config = read_job(run, trusted=bool({"llm", TRUST} & {*given})).config
-    if not config.source.has_llm and (others := sorted({"llm", "data", "layer"} & {*given})):
+    config = read_job(run, trusted=bool({"llm", TRUST_SETTING} & {*given})).config
+    if not config.data_source.has_llm and (others := sorted({"llm", "data", "layer"} & {*given})):
         raise UserError(
             f"{others[0]}=... has no meaning for {run}, which was trained on synthetic concepts: "
             "leave it out"

@@ -7,7 +7,7 @@ from pathlib import Path
 from sae_lightning.analysis.task import Task
 from sae_lightning.errors import UserError
 from sae_lightning.report.sweep_report import write_report
-from sae_lightning.runs.folders import sweep_runs
+from sae_lightning.runs.folders import read_sweep_runs
 from sae_lightning.runs.jobs import CONFIG_FILE
 from sae_lightning.terminal import quote_setting, shorten_path
 
@@ -29,4 +29,4 @@ class SweepTask(Task):
                 f"{self.run} holds one run, no sweep: leave out task=sweep to look at it, or give "
                 f"the folder above it for the report of all runs there ({above})"
             )
-        write_report(folder, sweep_runs(folder))
+        write_report(folder, read_sweep_runs(folder))

@@ -24,11 +24,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from sae_lightning.errors import UserError
 from sae_lightning.runs.config import Config
-from sae_lightning.runs.words import translate
+from sae_lightning.runs.words import translate_setting
 from sae_lightning.sae import ARCHITECTURES
 from sae_lightning.stream import SOURCES
 
-PATHS = (
+PATH_SETTINGS = (
     "resume",
     "run",
     "file",
@@ -39,27 +39,33 @@ PATHS = (
     "hydra.sweep.dir",
 )
 # Hydra's own language: quotes, interpolations, escapes.
-HYDRAS = re.compile(r"""^['"]|\$\{|\\[()\[\]{}:=, ]""")
+HYDRA_SYNTAX = re.compile(r"""^['"]|\$\{|\\[()\[\]{}:=, ]""")
 # A value of a sweep: quoted, or as it is.
-VALUE = re.compile(r"""(?:^|,)\s*(?:('(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*")|([^,]*?))\s*(?=,|\Z)""")
-MOST_JOBS = 100_000  # of a sweep; all are composed before the first is trained
-EMPTY = ("", "''", '""')
+SWEEP_VALUE = re.compile(
+    r"""(?:^|,)\s*(?:('(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*")|([^,]*?))\s*(?=,|\Z)"""
+)
+MAX_JOBS = 100_000  # of a sweep; all are composed before the first is trained
+EMPTY_VALUES = ("", "''", '""')
 
 
-def checked(arguments: list[str]) -> list[str]:
+def check_arguments(arguments: list[str]) -> list[str]:
     """The arguments, Hydra's flags first: it takes none after a setting. UserError for a flag that
     it does not know, a folder without a name, and a sweep where only a preset can have one."""
     known, unknown = get_args_parser().parse_known_intermixed_args(arguments)
     if unknown:
         raise UserError(
-            translate(unknown[0])
+            translate_setting(unknown[0])
             or f"{unknown[0]}: no such flag; settings are written without dashes (setting=value), "
             "and --help lists them"
         )
     settings = known.overrides
     for setting in settings:
         name, equals, value = setting.partition("=")
-        if equals and name.lstrip("+") in (*PATHS, "hydra.sweep.subdir") and value in EMPTY:
+        if (
+            equals
+            and name.lstrip("+") in (*PATH_SETTINGS, "hydra.sweep.subdir")
+            and value in EMPTY_VALUES
+        ):
             raise UserError(
                 f"{setting}: empty (a shell variable that is not set?); give a path or leave it out"
             )
@@ -81,7 +87,7 @@ def refuse_sweep(arguments: list[str]) -> None:
         )
 
 
-def with_text(arguments: list[str]) -> list[str]:
+def quote_texts(arguments: list[str]) -> list[str]:
     """The arguments with what a person wrote as text (prompts, names, paths) as Hydra takes it.
 
     A text is all that one shell argument holds behind the first `=`: `1e3` is no number, a comma
@@ -89,13 +95,13 @@ def with_text(arguments: list[str]) -> list[str]:
     and, where a setting may be empty, `null`. A path also takes what Hydra quotes, and `~`, which
     a shell does not expand there. In a sweep a comma separates values; one with a comma is quoted.
     """
-    sweep, texts = is_multirun(arguments), text_settings()
-    return [_with_text(argument, sweep, texts) for argument in arguments]
+    sweep, texts = is_multirun(arguments), find_text_settings()
+    return [_quote_text(argument, sweep, texts) for argument in arguments]
 
 
-def text_settings() -> dict[str, bool]:
+def find_text_settings() -> dict[str, bool]:
     """The settings that hold text, and whether they may be empty (null): those of type `str`."""
-    schemas = [("", Config), *(("", task) for task in known_tasks().values())]
+    schemas = [("", Config), *(("", task) for task in list_tasks().values())]
     schemas += [("model.", row.config) for row in ARCHITECTURES.values()]
     schemas += [("loss.", row.loss) for row in ARCHITECTURES.values()]
     schemas += [("data.", row.settings) for row in SOURCES.values()]
@@ -110,19 +116,19 @@ def text_settings() -> dict[str, bool]:
     return texts
 
 
-def known_tasks() -> dict[str, type]:
+def list_tasks() -> dict[str, type]:
     """What analyze.py can be asked, by name."""
     nodes = ConfigStore.instance().repo.get("task", {})
     return {name.removesuffix(".yaml"): OmegaConf.get_type(x.node) for name, x in nodes.items()}
 
 
-def in_sweep(texts: Iterable[str]) -> str:
+def join_sweep_values(texts: Iterable[str]) -> str:
     """Texts as the values of one setting in a sweep."""
     texts = [*texts]
-    return ",".join(map(_in_quotes, texts) if "," in "".join(texts) else texts)
+    return ",".join(map(_quote, texts) if "," in "".join(texts) else texts)
 
 
-def with_swept_groups(arguments: list[str]) -> list[str]:
+def sweep_settings_of_swept_groups(arguments: list[str]) -> list[str]:
     """The arguments with settings of a swept group as sweeps over one value.
 
     Hydra first composes what is not swept: `-m model=topk,batch_topk model.k=32` would be refused,
@@ -146,7 +152,7 @@ def with_swept_groups(arguments: list[str]) -> list[str]:
     ]
 
 
-def check_swept(overrides: list[Override], sweeper: DictConfig) -> None:
+def check_sweep(overrides: list[Override], sweeper: DictConfig) -> None:
     """UserError for what Hydra's sweepers answer with an assertion, or with no job at all."""
     for name in ("max_batch_size", "n_trials", "n_jobs"):
         if (number := sweeper.get(name)) is not None and number < 1:
@@ -167,17 +173,17 @@ def check_swept(overrides: list[Override], sweeper: DictConfig) -> None:
                 raise UserError(f"{line}: only a search takes an interval: hydra/sweeper=optuna")
         if isinstance(value, Glob) and search:
             raise UserError(f"{line}: a search takes no glob; write choice(...)")
-        if override.is_discrete_sweep() and count(override) == 0:
+        if override.is_discrete_sweep() and count_values(override) == 0:
             raise UserError(f"{line}: there is nothing in it, so nothing would be trained")
-    if not search and math.prod(map(count, overrides)) > MOST_JOBS:
+    if not search and math.prod(map(count_values, overrides)) > MAX_JOBS:
         lines = " ".join(o.input_line for o in overrides if o.is_sweep_override())
         raise UserError(
-            f"{lines}: more than {MOST_JOBS:,} jobs; give fewer values, or let a search choose: "
+            f"{lines}: more than {MAX_JOBS:,} jobs; give fewer values, or let a search choose: "
             "hydra/sweeper=optuna"
         )
 
 
-def count(override: Override) -> int:
+def count_values(override: Override) -> int:
     """Number of values of an override. They are not made: they may be without end."""
     if not override.is_sweep_override():
         return 1
@@ -196,32 +202,34 @@ def is_multirun(arguments: list[str]) -> bool:
     return bool({"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(arguments))
 
 
-def _with_text(argument: str, sweep: bool, texts: dict[str, bool]) -> str:
+def _quote_text(argument: str, sweep: bool, texts: dict[str, bool]) -> str:
     name, equals, value = argument.partition("=")
     setting = name.lstrip("+")
-    is_path = setting in PATHS
+    is_path = setting in PATH_SETTINGS
     if not equals or not (is_path or setting in texts):
         return argument
     if value == "null" and texts.get(setting, True):
         return argument
     if not is_path and any("\ud800" <= letter <= "\udfff" for letter in value):
         raise UserError(f"{setting}: what was given is not UTF-8; give it in a terminal that is")
-    if (is_path or sweep) and HYDRAS.search(value) or (sweep and re.match(r"\w+\(", value)):
+    if (is_path or sweep) and HYDRA_SYNTAX.search(value) or (sweep and re.match(r"\w+\(", value)):
         return argument
     if is_path and "," in value and not sweep and setting not in ("resume", "run", "file"):
         return argument  # the error that asks for -m
     expand = os.path.expanduser if is_path else str
-    values = VALUE.findall(value) if sweep else [("", value)]
-    return f"{name}=" + ",".join(quoted or _quoted(expand(text)) for quoted, text in values)
+    values = SWEEP_VALUE.findall(value) if sweep else [("", value)]
+    return f"{name}=" + ",".join(
+        quoted or _quote_if_needed(expand(text)) for quoted, text in values
+    )
 
 
-def _quoted(text: str) -> str:
+def _quote_if_needed(text: str) -> str:
     """The text, in quotes if Hydra would take something else than the text for it."""
     with suppress(HydraException):
         if OverridesParser.create().parse_override(f"x={text}").value() == text:
             return text
-    return _in_quotes(text)
+    return _quote(text)
 
 
-def _in_quotes(text: str) -> str:
+def _quote(text: str) -> str:
     return QuotedString(text, Quote.single).with_quotes()

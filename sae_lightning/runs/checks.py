@@ -11,7 +11,7 @@ from sae_lightning.files import read_free_space
 from sae_lightning.llm.load import check_sites, has_bf16
 from sae_lightning.llm.packaged import Shape
 from sae_lightning.llm.sites import Sites, distinct
-from sae_lightning.runs.jobs import CONFIG_FILE, ELSEWHERE, Job
+from sae_lightning.runs.jobs import CONFIG_FILE, FOLDER_HINT, Job
 from sae_lightning.runs.run import make_head
 from sae_lightning.sae import size
 from sae_lightning.sae.products import has_sparse_products
@@ -26,28 +26,28 @@ from sae_lightning.training.settings import (
 )
 
 
-def resolved(job: Job) -> Job:
+def resolve_auto(job: Job) -> Job:
     """`job` with dtype, attention and precision as they are on this machine: on another, `auto`
     could stand for something else, and a resumed run would silently become another one."""
     trainer = job.config.trainer
     precision = trainer.precision
     if precision is Precision.auto:
-        precision = Precision.bf16 if has_bf16(_trains_on(trainer)) else Precision.fp32
+        precision = Precision.bf16 if has_bf16(_pick_device_type(trainer)) else Precision.fp32
     config = replace(
         job.config,
-        llm=job.config.source.settled(),
+        llm=job.config.data_source.settled(),
         trainer=replace(trainer, precision=precision),
     )
     return replace(job, config=config)
 
 
-def _trains_on(trainer: TrainerConfig) -> str:
+def _pick_device_type(trainer: TrainerConfig) -> str:
     """The kind of device on which SAEs train: cpu, cuda, mps."""
     found = torch.accelerator.current_accelerator()
     return "cpu" if trainer.accelerator is Accelerator.cpu or found is None else found.type
 
 
-class Checked(NamedTuple):
+class CheckedJob(NamedTuple):
     """A job in which nothing is wrong, and what was looked up for that."""
 
     job: Job
@@ -60,18 +60,17 @@ class Checked(NamedTuple):
     """Bytes that its checkpoints need."""
 
 
-def check(jobs: list[Job]) -> list[Checked]:
+def check_jobs(jobs: list[Job]) -> list[CheckedJob]:
     """Raise a UserError for the first thing wrong with jobs that share the stream half."""
     config = jobs[0].config
     assert len({job.config.stream_key() for job in jobs}) == 1, "jobs must share the stream half"
     if config.trainer.accelerator is Accelerator.gpu and not torch.accelerator.is_available():
         raise UserError("trainer.accelerator=gpu: no GPU found; use trainer=cpu or trainer=auto")
-    if config.trainer.products is Products.sparse and not has_sparse_products(
-        _trains_on(config.trainer)
-    ):
+    device = _pick_device_type(config.trainer)
+    if config.trainer.products is Products.sparse and not has_sparse_products(device):
         raise UserError(
-            f"trainer.products=sparse: {_trains_on(config.trainer)} has dense products only here "
-            "(cuda needs Triton for sparse ones); use trainer.products=auto"
+            f"trainer.products=sparse: {device} has dense products only here (cuda needs Triton "
+            "for sparse ones); use trainer.products=auto"
         )
     for job in jobs:
         _check_folder(job)
@@ -81,20 +80,20 @@ def check(jobs: list[Job]) -> list[Checked]:
             "data.cache, data.cache_folder: jobs on one pass of the LLM share its cache; give all "
             "of them the same"
         )
-    llm = config.source.shape()
-    config.source.check(llm, jobs[0].resumed)
+    llm = config.data_source.shape()
+    config.data_source.check(llm, jobs[0].resumed)
     sites = [job.config.layer.within(llm.layers) for job in jobs]
-    if config.source.has_llm:
+    if config.data_source.has_llm:
         check_sites(config.llm, distinct(sites))
     seen: set = set()  # heads of a pass share a stream
     steps_done = [
-        _steps_done(job, pair, llm, seen) if job.resumed else 0
+        _read_steps_done(job, pair, llm, seen) if job.resumed else 0
         for job, pair in zip(jobs, sites, strict=True)
     ]
     # the shuffle pool is shared, and there twice while a checkpoint is being replaced
     pool = 2 * 4 * llm.width * config.data.pool * len(distinct(sites)) // len(jobs)
     return [
-        Checked(job, pair, done, llm, _space(job, llm) + pool)
+        CheckedJob(job, pair, done, llm, _count_checkpoint_bytes(job, llm) + pool)
         for job, pair, done in zip(jobs, sites, steps_done, strict=True)
     ]
 
@@ -102,25 +101,25 @@ def check(jobs: list[Job]) -> list[Checked]:
 def _check_folder(job: Job) -> None:
     job.folder.mkdir(parents=True, exist_ok=True)
     if not os.access(job.folder, os.W_OK):
-        raise UserError(f"{job.folder} cannot be written to: choose another with {ELSEWHERE}")
+        raise UserError(f"{job.folder} cannot be written to: choose another with {FOLDER_HINT}")
     if not job.resumed and (job.folder / CONFIG_FILE).exists():
         raise UserError(
             f"{job.folder} already holds a run: continue it with "
-            f"{quote_setting('resume', job.folder)}, or choose another folder with {ELSEWHERE}"
+            f"{quote_setting('resume', job.folder)}, or choose another folder with {FOLDER_HINT}"
         )
 
 
 def _check_loss_tokens(job: Job) -> None:
     """That nobody asks for the loss of an LLM that is not there; presets of the trainer may."""
     asked = [o for o in job.overrides if o.lstrip("+").startswith("eval.loss_tokens=")]
-    if asked and not job.config.source.has_llm:
+    if asked and not job.config.data_source.has_llm:
         raise UserError(
             f"{asked[0]} has no meaning with data=synthetic, whose activations come from no LLM: "
             "leave it out"
         )
 
 
-def _space(job: Job, llm: Shape) -> int:
+def _count_checkpoint_bytes(job: Job, llm: Shape) -> int:
     """Bytes that weights and the two moments of Adam need, and the exported weights, both twice
     while they are being replaced."""
     weights = 4 * size(job.config.model, llm.width, llm.width)
@@ -128,7 +127,7 @@ def _space(job: Job, llm: Shape) -> int:
     return 2 * (3 * weights + weights) - sum(f.stat().st_size for f in kept if f.is_file())
 
 
-def check_space(jobs: list[Checked]) -> None:
+def check_disk_space(jobs: list[CheckedJob]) -> None:
     """Raise a UserError if the disk has fewer bytes free than the checkpoints of all jobs need."""
     needed, folder = sum(checked.space for checked in jobs), jobs[0].job.folder
     folder = folder if len(jobs) == 1 else folder.parent
@@ -136,11 +135,11 @@ def check_space(jobs: list[Checked]) -> None:
     if free < needed:
         raise UserError(
             f"no space left: checkpoints in {folder} need {needed / 1e9:.1f} GB, "
-            f"{free / 1e9:.1f} GB are free; free some, or choose another disk with {ELSEWHERE}"
+            f"{free / 1e9:.1f} GB are free; free some, or choose another disk with {FOLDER_HINT}"
         )
 
 
-def _steps_done(job: Job, sites: Sites, llm: Shape, seen: set) -> int:
+def _read_steps_done(job: Job, sites: Sites, llm: Shape, seen: set) -> int:
     """Updates in the checkpoint of a resumed run, all parts of which are looked at; 0 if it was
     killed before the first one."""
     path = checkpoint_path(job.folder)
@@ -149,7 +148,7 @@ def _steps_done(job: Job, sites: Sites, llm: Shape, seen: set) -> int:
     except FileNotFoundError:
         return 0
     saved = open_checkpoint(job.folder)
-    mine, settings = job.config.identity(), saved["settings"]
+    mine, settings = job.config.fixed_on_resume(), saved["settings"]
     differing = [k for k in mine | settings if mine.get(k) != settings.get(k)]
     if differing:
         name = min(differing, key=str)
@@ -161,7 +160,7 @@ def _steps_done(job: Job, sites: Sites, llm: Shape, seen: set) -> int:
         saved,
         lambda: make_head(job, sites, llm.width),
         job.config.trainer.steps,
-        lambda state, served: job.config.source.check_stream(state, sites, llm, served),
+        lambda state, served: job.config.data_source.check_stream(state, sites, llm, served),
         seen,
     )
     return saved["global_step"]

@@ -27,27 +27,32 @@ from yaml import MarkedYAMLError
 
 from sae_lightning.errors import UserError, is_out_of_memory, list_causes
 from sae_lightning.files import describe_system_error
-from sae_lightning.runs.arguments import checked, known_tasks, with_swept_groups, with_text
-from sae_lightning.runs.config import conf_folder
-from sae_lightning.runs.words import translate
+from sae_lightning.runs.arguments import (
+    check_arguments,
+    list_tasks,
+    quote_texts,
+    sweep_settings_of_swept_groups,
+)
+from sae_lightning.runs.config import find_conf_folder
+from sae_lightning.runs.words import translate_setting
 from sae_lightning.sae import ARCHITECTURES
 from sae_lightning.stream import SOURCES
 from sae_lightning.terminal import make_visible
 
 DEBUG = "SAE_LIGHTNING_DEBUG"
 # What someone meant who wrote `layer=9`.
-MAIN_SETTING = {"layer": "index", "llm": "name", "data": "path", "model": "features"}
+MAIN_SETTINGS = {"layer": "index", "llm": "name", "data": "path", "model": "features"}
 # What brings a sweeper or launcher that is not installed.
-PLUGINS = {
+PLUGIN_INSTALLS = {
     "optuna": 'pip install -c constraints.txt -e ".[optuna]"',
     "submitit_slurm": 'pip install -c constraints.txt -e ".[submitit]"',
     "submitit_local": 'pip install -c constraints.txt -e ".[submitit]"',
     "ray": "pip install hydra-ray-launcher",
 }
-SEVERAL = "nothing was started:\n  "
+SEVERAL_ERRORS = "nothing was started:\n  "
 # The presets that bring a kind of data.
-DATA = {"shakespeare": "plays", "hub": "hub", "text": "local", "synthetic": "synthetic"}
-STARTED = time.time()
+DATA_PRESETS = {"shakespeare": "plays", "hub": "hub", "text": "local", "synthetic": "synthetic"}
+PROCESS_START = time.time()
 
 
 @contextmanager
@@ -70,21 +75,21 @@ def one_line_errors(folder: Path | None = None, multirun: bool = False) -> Itera
         sys.stderr.write("interrupted\n")
         sys.exit(130)
     except Exception as error:
-        message = explain(error, sys.argv[1:])
+        message = describe_error(error, sys.argv[1:])
         if multirun:
-            say_error(message, folder.name)
+            print_error(message, folder.name)
         elif message is None or os.environ.get(DEBUG):
             raise
         else:
-            sys.exit(error_text(message))
+            sys.exit(format_error(message))
     finally:
         if folder is not None:
-            remove_unused(folder)
+            remove_unused_folder(folder)
 
 
 def read_arguments() -> None:
     """Let `sys.argv` be what Hydra reads; UserError for what it would misread."""
-    sys.argv[1:] = with_swept_groups(with_text(checked(sys.argv[1:])))
+    sys.argv[1:] = sweep_settings_of_swept_groups(quote_texts(check_arguments(sys.argv[1:])))
 
 
 def _refuse_second_task() -> None:
@@ -98,13 +103,13 @@ def _refuse_second_task() -> None:
             )
 
 
-def error_text(message: str) -> str:
+def format_error(message: str) -> str:
     """What is printed of an error: one line, or a line for each thing that is wrong in a sweep."""
-    lines = message.split("\n  ") if message.startswith(SEVERAL) else [message]
+    lines = message.split("\n  ") if message.startswith(SEVERAL_ERRORS) else [message]
     return "error: " + "\n  ".join(map(make_visible, lines))
 
 
-def say_error(message: str | None, name: str | None = None) -> None:
+def print_error(message: str | None, name: str | None = None) -> None:
     """Print the error that is being handled as one line about the job `name`, and go on; a bug
     (no `message`) with its traceback."""
     if message is None or os.environ.get(DEBUG):
@@ -112,16 +117,16 @@ def say_error(message: str | None, name: str | None = None) -> None:
     error = sys.exception()
     name = f"{name}: " if name else ""
     message = (message or f"{type(error).__name__}: {error}").removeprefix(name)
-    sys.stderr.write(error_text(f"{name}{message}") + "\n")
+    sys.stderr.write(format_error(f"{name}{message}") + "\n")
 
 
-def remove_unused(folder: Path) -> None:
+def remove_unused_folder(folder: Path) -> None:
     """Remove a run folder that this process made and left empty, and the empty day above it.
 
     An empty folder that was there before belongs to the user.
     """
     with suppress(OSError):  # not empty, or never made
-        if folder.stat().st_mtime < STARTED:
+        if folder.stat().st_mtime < PROCESS_START:
             return
         folder.rmdir()
         if re.fullmatch(r"\d{4}-\d\d-\d\d", folder.parent.name):  # see config.run_folder
@@ -129,7 +134,7 @@ def remove_unused(folder: Path) -> None:
             folder.parent.parent.rmdir()
 
 
-def explain(error: BaseException, overrides: list[str]) -> str | None:
+def describe_error(error: BaseException, overrides: list[str]) -> str | None:
     """One line about an error that the user can put right; None for a bug."""
     for link in list_causes(error, contexts=False):
         if line := describe_system_error(link):
@@ -141,19 +146,19 @@ def explain(error: BaseException, overrides: list[str]) -> str | None:
                 "out of memory: lower llm.batch, or what was asked for (tokens, contexts, features)"
             )
     if "group override must be a string" in str(error):
-        return _number_for_group(overrides)
+        return _describe_number_for_group(overrides)
     links = list_causes(error)
     for link in links:
         if isinstance(link, UserError):  # within a resolver: Hydra wraps it
             return str(link)
         if isinstance(link, ConfigAttributeError | ConfigKeyError):
-            return _unknown_setting(link, overrides)
+            return _describe_unknown_setting(link, overrides)
         if isinstance(link, ValidationError):
-            return _bad_value(link, overrides)
+            return _describe_bad_value(link, overrides)
         if isinstance(link, OverrideParseException):
             word = link.override if "=" not in link.override else ""
             return (
-                translate(word)
+                translate_setting(word)
                 or f"cannot read {link.override!r}: write setting=value, quoted where needed"
             )
         if isinstance(link, MarkedYAMLError):  # of the user's own preset
@@ -167,7 +172,7 @@ def explain(error: BaseException, overrides: list[str]) -> str | None:
         if known and known != "_dummy_":  # Hydra's, for a choice of a group
             return f"{known}: {str(link).splitlines()[0]}"
     if isinstance(error, HydraException | OmegaConfBaseException):
-        return _hydras_own(str(error))
+        return _describe_hydra_error(str(error))
     if str(error) == "No trials are completed yet.":  # Optuna's
         return "no trial of the search succeeded, see above"
     # Optuna calls nothing of ours; the sweeper, which does, may be where the error comes from
@@ -178,40 +183,43 @@ def explain(error: BaseException, overrides: list[str]) -> str | None:
     return None
 
 
-def _did_you_mean(word: str, options: list[str]) -> str:
+def _suggest(word: str, options: list[str]) -> str:
     close = get_close_matches(word, options, n=1)
     return f"did you mean {close[0]}? " if close else ""
 
 
-def _presets(group: str) -> list[str]:
+def _list_presets_of(group: str) -> list[str]:
     if group == "task":
-        return sorted(known_tasks())
-    return sorted(file.stem for file in Path(conf_folder(), group).glob("*.yaml"))
+        return sorted(list_tasks())
+    return sorted(file.stem for file in Path(find_conf_folder(), group).glob("*.yaml"))
 
 
-def _number_for_group(overrides: list[str]) -> str:
+def _describe_number_for_group(overrides: list[str]) -> str:
     for override in overrides:
         group, _, value = override.partition("=")
-        if group and _presets(group) and not value.isidentifier():
-            hint = MAIN_SETTING.get(group) or (group == "loss" and _coefficient(overrides))
-            return f"{override}: `{group}` chooses a preset ({', '.join(_presets(group))})" + (
-                f"; for a value write {group}.{hint}={value}" if hint else ""
+        if group and _list_presets_of(group) and not value.isidentifier():
+            hint = MAIN_SETTINGS.get(group) or (
+                group == "loss" and _find_sparsity_coefficient(overrides)
+            )
+            return (
+                f"{override}: `{group}` chooses a preset ({', '.join(_list_presets_of(group))})"
+                + (f"; for a value write {group}.{hint}={value}" if hint else "")
             )
     return "every argument has the form setting=value, such as loss.l1=1e-3"
 
 
-def _coefficient(overrides: list[str]) -> str | None:
+def _find_sparsity_coefficient(overrides: list[str]) -> str | None:
     """The sparsity coefficient of the model that is asked for, if it has one."""
     models = ["relu", *(o.removeprefix("model=") for o in overrides if o.startswith("model="))]
     row = ARCHITECTURES.get(models[-1])
     return row and row.loss().sparsity
 
 
-def _unknown_setting(error: OmegaConfBaseException, overrides: list[str]) -> str:
+def _describe_unknown_setting(error: OmegaConfBaseException, overrides: list[str]) -> str:
     name = str(error.full_key)
     parent, _, key = name.rpartition(".")
     schema = error.object_type
-    tasks = known_tasks()
+    tasks = list_tasks()
     if schema in tasks.values() and "data=synthetic" in overrides:
         return (
             "data=synthetic has no meaning here: a run that was trained on concepts says so itself;"
@@ -220,7 +228,7 @@ def _unknown_setting(error: OmegaConfBaseException, overrides: list[str]) -> str
     tables = {
         "model": {model: row.config for model, row in ARCHITECTURES.items()},
         "loss": {model: row.loss for model, row in ARCHITECTURES.items()},
-        "data": {preset: SOURCES[kind].settings for preset, kind in DATA.items()},
+        "data": {preset: SOURCES[kind].settings for preset, kind in DATA_PRESETS.items()},
         "": tasks if schema in tasks.values() else {},
     }
     table = tables.get(parent, {})
@@ -232,18 +240,18 @@ def _unknown_setting(error: OmegaConfBaseException, overrides: list[str]) -> str
         choices += f"{' and ' * (len(owners) > 1)}{kind}={owners[-1]}"
         return f"{name} has no meaning for this {kind}, only for {choices}: leave it out{add}"
     given = (o for o in overrides if re.match(rf"[+~]*{re.escape(name)}[.=]", o))
-    if line := translate(next(given, name)):
+    if line := translate_setting(next(given, name)):
         return line
     if dataclasses.is_dataclass(schema):
         known = [field.name for field in dataclasses.fields(schema)]
     else:  # analyze.yaml has no schema, only its own keys
         known = sorted(k for k in error.parent_node or {} if k != "hydra")
     prefix = f"{parent}." if parent else ""
-    hint = _did_you_mean(key, known)
+    hint = _suggest(key, known)
     return f"no setting {name}: {hint}there are {', '.join(prefix + k for k in known)}"
 
 
-def _bad_value(error: ValidationError, overrides: list[str]) -> str:
+def _describe_bad_value(error: ValidationError, overrides: list[str]) -> str:
     name, reason = str(error.full_key), str(error).splitlines()[0]
     given = next((o for o in reversed(overrides) if o.lstrip("+").startswith(f"{name}=")), name)
     if "Integer" in reason and re.search(r"'[\d.]+' of type 'float'", reason):
@@ -255,16 +263,16 @@ def _bad_value(error: ValidationError, overrides: list[str]) -> str:
     return f"{given}: {reason[0].lower()}{reason[1:].removesuffix('.')}"
 
 
-def _hydras_own(text: str) -> str:
+def _describe_hydra_error(text: str) -> str:
     """What Hydra says only in its text."""
     if found := re.search(r"Could not find '(hydra/[\w/]+)/([^'/]+)'", text):
         group, choice = found.groups()
-        remedy = f"; {PLUGINS[choice]}" if choice in PLUGINS else ", or misspelt"
+        remedy = f"; {PLUGIN_INSTALLS[choice]}" if choice in PLUGIN_INSTALLS else ", or misspelt"
         return f"{group}={choice}: not installed{remedy}"
     if found := re.search(r"Could not find '(\w+)/([^']+)'", text):
         group, choice = found.groups()
-        presets = _presets(group)
-        hint = _did_you_mean(choice, presets)
+        presets = _list_presets_of(group)
+        hint = _suggest(choice, presets)
         choices = f"{hint}choose from {', '.join(presets)}" if presets else "there is none yet"
         return f"{group}={choice}: no such preset; {choices}"
     if found := re.search(r"Ambiguous value for argument '(.+)'", text):

@@ -19,7 +19,7 @@ from sae_lightning.errors import UserError, check_finite
 from sae_lightning.llm.load import LLMConfig
 from sae_lightning.llm.sites import LayerConfig
 from sae_lightning.runs.search import SweepConfig
-from sae_lightning.runs.words import translate
+from sae_lightning.runs.words import translate_setting
 from sae_lightning.sae import ARCHITECTURES, Loss, SAEConfig
 from sae_lightning.stream import SOURCES, make_source
 from sae_lightning.stream.source import DataConfig, Source
@@ -98,8 +98,8 @@ class Config:
                 f"data.kind={self.data.kind}: these are not its settings; choose data=..., which "
                 "brings them"
             )
-        self.sweep.check(*self.source.measured(self.eval.loss_tokens))
-        self.source.check_settings(self.layer)
+        self.sweep.check_objective(*self.data_source.measured(self.eval.loss_tokens))
+        self.data_source.check_settings(self.layer)
 
     def _check_model(self) -> None:
         """UserError unless network, objective and site go together."""
@@ -133,29 +133,29 @@ class Config:
             )
 
     @property
-    def source(self) -> Source:
+    def data_source(self) -> Source:
         """What the stream half says that SAEs read."""
         return make_source(self.llm, self.data, self.seed)
 
-    def plain(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Every setting, for YAML and JSON: groups as dicts, enums as their names."""
         # by way of JSON: OmegaConf's own conversion takes a thousand times as long
         return json.loads(json.dumps(asdict(self), default=attrgetter("name")))
 
-    def flat(self) -> dict[str, Any]:
+    def to_flat_dict(self) -> dict[str, Any]:
         """The same by dotted name."""
-        return _flatten(self.plain())
+        return _flatten(self.to_dict())
 
-    def identity(self) -> dict[str, Any]:
+    def fixed_on_resume(self) -> dict[str, Any]:
         """The settings that a checkpoint has to agree with."""
-        return {k: v for k, v in self.flat().items() if not k.startswith(FREE_ON_RESUME)}
+        return {k: v for k, v in self.to_flat_dict().items() if not k.startswith(FREE_ON_RESUME)}
 
     def stream_key(self) -> str:
         """Hash of the stream half: runs with equal keys can share one pass of the LLM.
 
         With `data.max_norm` the site decides which tokens are dropped, so it belongs to the key.
         """
-        settings = self.plain()
+        settings = self.to_dict()
         half = {name: settings[name] for name in STREAM_HALF}
         # where activations are read from changes none of them, and the kind follows from the rest
         for name in ("cache", "cache_folder", "kind"):
@@ -165,15 +165,15 @@ class Config:
         return hashlib.sha256(json.dumps(half, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def presets() -> str:
+def list_presets() -> str:
     """A line for each group of presets in conf/, for `--help`."""
     groups: dict[str, list[str]] = {}
-    for path in sorted(Path(conf_folder()).glob("*/*.yaml")):
+    for path in sorted(Path(find_conf_folder()).glob("*/*.yaml")):
         groups.setdefault(path.parent.name, []).append(path.stem)
     return "\n".join(f"  {group:<11}{', '.join(names)}" for group, names in groups.items())
 
 
-def typed(cfg: DictConfig) -> Any:
+def to_dataclass(cfg: DictConfig) -> Any:
     """The dataclasses behind a composed config; validation happens here."""
     try:
         for name, value in _flatten(OmegaConf.to_container(cfg, resolve=True)).items():
@@ -182,7 +182,7 @@ def typed(cfg: DictConfig) -> Any:
     except MissingMandatoryValue as error:
         raise UserError(f"{error.full_key} is not set: give {error.full_key}=...") from error
     except AttributeError as error:  # `+model.featurs=3`: Hydra lets + add what no schema knows
-        other = translate(str(error).split("'")[-2])  # ... has no attribute 'featurs'
+        other = translate_setting(str(error).split("'")[-2])  # ... has no attribute 'featurs'
         hint = f"{error}: leave out the +, or correct the setting's name"
         raise UserError(other or hint) from error
 
@@ -197,6 +197,6 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def conf_folder() -> str:
+def find_conf_folder() -> str:
     """Where the presets are: beside `train.py`."""
     return str(Path(__file__).resolve().parents[2] / "conf")

@@ -21,11 +21,11 @@ from sae_lightning.files import (
 from sae_lightning.report.sweep_table import SweepRun
 from sae_lightning.runs.jobs import (
     CONFIG_FILE,
-    ELSEWHERE,
+    FOLDER_HINT,
     Job,
+    format_config,
+    list_run_folders,
     read_job,
-    resolved_yaml,
-    run_folders,
 )
 from sae_lightning.terminal import console, phase
 from sae_lightning.training.settings import checkpoint_path, failure_path
@@ -33,26 +33,26 @@ from sae_lightning.training.settings import checkpoint_path, failure_path
 METRICS_FILE = "metrics.json"
 
 
-def metrics(folder: Path) -> dict | None:
+def read_metrics(folder: Path) -> dict | None:
     """`metrics.json` of a run that came to its end."""
     with suppress(UserError):  # damaged: the last checkpoint is there to score again
-        return _metrics(folder)
+        return _read_metrics(folder)
     return None
 
 
-def failure(folder: Path) -> dict | None:
+def read_failure(folder: Path) -> dict | None:
     """Why a run failed (`reason`), and whether it would do so again (`diverged`)."""
     with suppress(UserError):
-        return _failure(folder)
+        return _read_failure(folder)
     return None
 
 
-def finished(job: Job) -> dict | None:
+def read_earlier_metrics(job: Job) -> dict | None:
     """The metrics of a resumed run that had come to its end."""
-    return metrics(job.folder) if job.resumed else None
+    return read_metrics(job.folder) if job.resumed else None
 
 
-def make_new(path: Path) -> Path:
+def make_unique_folder(path: Path) -> Path:
     """Make a folder, or `path`-2, `path`-3 and so on where others are there already: of processes
     that ask at the same time, each gets one of its own."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,14 +66,14 @@ def make_new(path: Path) -> Path:
             folder = path.with_name(f"{path.name}-{number}")
 
 
-def begin(job: Job) -> None:
+def begin_run(job: Job) -> None:
     """Write down the settings of a run, and forget that it failed before."""
     with write_atomically(job.folder / CONFIG_FILE) as temporary:
-        temporary.write_text(resolved_yaml(job), encoding="utf8")
+        temporary.write_text(format_config(job), encoding="utf8")
     failure_path(job.folder).unlink(missing_ok=True)
 
 
-def forget(job: Job) -> bool:
+def forget_empty_run(job: Job) -> bool:
     """Take away the settings of a new plain run that came to nothing; whether it did."""
     left = {file.name for file in job.folder.glob("*")} <= {CONFIG_FILE, LOCK_FILE}
     nothing = left and not (job.resumed or job.multirun)
@@ -86,52 +86,52 @@ def note_failure(job: Job, reason: str) -> None:
     """Write down why a run failed, unless it has said so itself or has come to its end, or its
     folder is gone or full."""
     there = (job.folder / CONFIG_FILE).is_file()
-    if there and failure(job.folder) is None and metrics(job.folder) is None:
+    if there and read_failure(job.folder) is None and read_metrics(job.folder) is None:
         with suppress(WriteError):
             write_json(failure_path(job.folder), {"reason": reason, "diverged": False})
 
 
-def refuse(job: Job, reason: str) -> None:
+def note_refusal(job: Job, reason: str) -> None:
     """Write down, for the report, that a job could not begin, but not over another run."""
     if not (job.folder / CONFIG_FILE).exists():
-        begin(job)
+        begin_run(job)
         note_failure(job, reason)
 
 
-def sweep_runs(folder: Path) -> list[SweepRun]:
+def read_sweep_runs(folder: Path) -> list[SweepRun]:
     """What a sweep's report says about each of its runs."""
-    folders, runs = run_folders(folder), []
+    folders, runs = list_run_folders(folder), []
     with phase("reading runs", total=len(folders)) as advance:
         for run in folders:
-            runs.append(_sweep_run(run))
+            runs.append(_read_sweep_run(run))
             advance(1)
     return runs
 
 
-def _sweep_run(folder: Path) -> SweepRun:
+def _read_sweep_run(folder: Path) -> SweepRun:
     try:
         job = read_job(folder, trusted=True)  # no LLM is loaded
     except UserError as error:
         return SweepRun(folder, overrides=[], metrics=None, failure=str(error), damaged=True)
-    known = SweepRun(folder, job.overrides, None, None, job.config.flat())
+    known = SweepRun(folder, job.overrides, None, None, job.config.to_flat_dict())
     try:
-        failed = _failure(folder)
+        failed = _read_failure(folder)
         return known._replace(
-            metrics=_metrics(folder), failure=failed["reason"] if failed else None
+            metrics=_read_metrics(folder), failure=failed["reason"] if failed else None
         )
     except UserError as error:
         return known._replace(failure=str(error), damaged=True)
 
 
-def _metrics(folder: Path) -> dict | None:
-    """UserError: the file is not as `run.finish` writes it."""
+def _read_metrics(folder: Path) -> dict | None:
+    """UserError: the file is not as `run.score_and_save` writes it."""
     path = folder / METRICS_FILE
-    content = _json(path)
+    content = _read_json(path)
     if content is None:
         return None
     try:
         for name in ("held_out", "training"):
-            content[name] = {key: _number(x) for key, x in content.get(name, {}).items()}
+            content[name] = {key: _read_number(x) for key, x in content.get(name, {}).items()}
         known = isinstance(content.get("tokens"), int | None)
         known = known and {"l0", "explained_variance"} <= content["held_out"].keys()
     except (AttributeError, TypeError, ValueError, OverflowError):
@@ -141,7 +141,7 @@ def _metrics(folder: Path) -> dict | None:
     return content
 
 
-def _number(value: object) -> float:
+def _read_number(value: object) -> float:
     """A metric; null, which JSON has for NaN and infinity, as NaN."""
     if value is None:
         return math.nan
@@ -151,10 +151,10 @@ def _number(value: object) -> float:
     return value
 
 
-def _failure(folder: Path) -> dict | None:
+def _read_failure(folder: Path) -> dict | None:
     """UserError: the file does not hold a reason."""
     path = failure_path(folder)
-    content = _json(path)
+    content = _read_json(path)
     if content is None:
         return None
     if not isinstance(content, dict) or not isinstance(content.get("reason"), str):
@@ -162,7 +162,7 @@ def _failure(folder: Path) -> dict | None:
     return {"diverged": False} | content
 
 
-def _json(path: Path) -> Any:
+def _read_json(path: Path) -> Any:
     """The content of a file; None without one. UserError: it is not JSON."""
     try:
         return json.loads(read_regular_file(path))
@@ -173,7 +173,7 @@ def _json(path: Path) -> Any:
 
 
 @contextmanager
-def claimed(folders: list[Path]) -> Iterator[None]:
+def claim_folders(folders: list[Path]) -> Iterator[None]:
     """Keep other processes out of the folders; the system lifts the claim if we die. What a killed
     run left half written there is removed."""
     unguarded = []
@@ -186,7 +186,7 @@ def claimed(folders: list[Path]) -> Iterator[None]:
             except BlockingIOError:
                 raise UserError(
                     f"{folder}: another process is training there; wait for it, or choose another "
-                    f"folder with {ELSEWHERE}"
+                    f"folder with {FOLDER_HINT}"
                 ) from None
             ours = [folder / "sae", checkpoint_path(folder).parent]
             for place in [*ours, *([folder] if folder.parent in folders else [])]:

@@ -14,7 +14,7 @@ def keep_freed_memory() -> None:
     tensor gets it: an eighth of the LLM's time and a third of an SAE's. Other C libraries, which
     have no `mallopt`, are left as they are.
     """
-    mallopt = _of_glibc("mallopt")
+    mallopt = _find_in_glibc("mallopt")
     # 32 MiB are the most that versions before 2.35 take
     if mallopt and (mallopt(M_MMAP_THRESHOLD, 1 << 30) or mallopt(M_MMAP_THRESHOLD, 1 << 25)):
         mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
@@ -22,11 +22,11 @@ def keep_freed_memory() -> None:
 
 def give_back_freed_memory() -> None:
     """Let the system have what is kept now: others, and estimates of what is free, wait for it."""
-    if trim := _of_glibc("malloc_trim"):
+    if trim := _find_in_glibc("malloc_trim"):
         trim(0)
 
 
-def _of_glibc(name: str) -> Callable[..., int] | None:
+def _find_in_glibc(name: str) -> Callable[..., int] | None:
     if not sys.platform.startswith("linux"):
         return None
     return getattr(ctypes.CDLL(None), name, None)

@@ -16,9 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 from sae_lightning.errors import UserError
 from sae_lightning.llm.packaged import PACKAGED
 from sae_lightning.report.sweep_table import split_overrides
-from sae_lightning.runs.arguments import in_sweep
-from sae_lightning.runs.config import Config, presets, typed
-from sae_lightning.runs.saved import OVERRIDES, read_settings
+from sae_lightning.runs.arguments import join_sweep_values
+from sae_lightning.runs.config import Config, list_presets, to_dataclass
+from sae_lightning.runs.saved import OVERRIDES_KEY, read_settings
 from sae_lightning.sae import ARCHITECTURES
 from sae_lightning.stream import SOURCES
 from sae_lightning.stream.source import absolute
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from sae_lightning.training.logging import HParams
 
 CONFIG_FILE = "config.yaml"
-TRUST = "llm.trust_remote_code"
-ELSEWHERE = "hydra.run.dir=... (of a sweep: hydra.sweep.dir=...)"
+TRUST_SETTING = "llm.trust_remote_code"
+FOLDER_HINT = "hydra.run.dir=... (of a sweep: hydra.sweep.dir=...)"
 
 
 @dataclass(kw_only=True)
@@ -42,7 +42,7 @@ class Job:
     resumed: bool = False
     multirun: bool = False
     """Whether other jobs may follow, whatever becomes of this one."""
-    sweep: Path | None = None
+    sweep_folder: Path | None = None
     """The folder of the multirun that it is part of, unless its launcher starts jobs singly."""
     swept: Sequence[str] = ()
     """The settings that were typed with several values; of a plain run, all that were typed."""
@@ -50,42 +50,42 @@ class Job:
     """What TensorBoard is told of it beside the other jobs of its command, once these are known."""
 
     @property
-    def trust(self) -> dict[str, str]:
+    def trust_override(self) -> dict[str, str]:
         """What has to be typed again in every command that loads the LLM."""
-        return {TRUST: "true"} if self.config.llm.trust_remote_code else {}
+        return {TRUST_SETTING: "true"} if self.config.llm.trust_remote_code else {}
 
     @property
-    def name(self) -> str:
+    def label(self) -> str:
         """What distinguishes this job in messages: in a sweep, what is swept."""
         typed = ",".join(self.overrides) or self.config.model.name
-        return make_visible(self.folder.name if self.sweep else typed)
+        return make_visible(self.folder.name if self.sweep_folder else typed)
 
 
-def overrides_of(hydra: DictConfig) -> list[str]:
+def read_overrides(hydra: DictConfig) -> list[str]:
     """The settings that were typed, as text: what an interpolation in one means, its config says,
     and not Hydra's."""
     return OmegaConf.to_container(hydra.overrides.task, resolve=False)
 
 
-def swept_of(hydra: DictConfig) -> list[str]:
+def read_swept_settings(hydra: DictConfig) -> list[str]:
     """The settings that were typed, less those with which a multirun's folders are not named:
     these are the same for all."""
     same = hydra.job.config.override_dirname.exclude_keys
-    return [name for name in split_overrides(overrides_of(hydra)) if name not in same]
+    return [name for name in split_overrides(read_overrides(hydra)) if name not in same]
 
 
-def resume_of(jobs: Sequence[Job]) -> str:
+def format_resume_command(jobs: Sequence[Job]) -> str:
     """The command that continues jobs that train together: their sweep, or each that was named."""
-    sweep = jobs[0].sweep
+    sweep = jobs[0].sweep_folder
     folders = [sweep] if sweep else [job.folder for job in jobs]
     names = [str(shorten_path(folder)) for folder in folders]
     if not sweep and len(jobs) == 1:
-        return format_command("train.py", resume=names[0], **jobs[0].trust)
-    resume = format_command("train.py", resume=in_sweep(names), **jobs[0].trust)
+        return format_command("train.py", resume=names[0], **jobs[0].trust_override)
+    resume = format_command("train.py", resume=join_sweep_values(names), **jobs[0].trust_override)
     return resume.replace("train.py", "train.py -m", 1)
 
 
-def register(tasks: Mapping[str, type] | None = None) -> None:
+def register_schemas(tasks: Mapping[str, type] | None = None) -> None:
     """Tell Hydra the schemas (hidden from the user's options below `schema/`) and resolvers;
     `tasks`: those of what analyze.py does."""
     store = ConfigStore.instance()
@@ -102,14 +102,14 @@ def register(tasks: Mapping[str, type] | None = None) -> None:
         store.store(group="task", name=name, node=node, package="_global_")
     launcher = {"_target_": "hydra_plugins.one_pass_launcher.OnePassLauncher"}
     store.store(group="hydra/launcher", name="one_pass", node=launcher)
-    OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)
-    OmegaConf.register_new_resolver("sweep_folder", sweep_folder, replace=True)
-    OmegaConf.register_new_resolver("loss_of", loss_of, replace=True)
-    OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
-    OmegaConf.register_new_resolver("presets", presets, replace=True)
+    OmegaConf.register_new_resolver("run_folder", pick_run_folder, replace=True)
+    OmegaConf.register_new_resolver("sweep_folder", pick_sweep_folder, replace=True)
+    OmegaConf.register_new_resolver("loss_of", pick_loss_preset, replace=True)
+    OmegaConf.register_new_resolver("job_folder", name_job_folder, replace=True)
+    OmegaConf.register_new_resolver("presets", list_presets, replace=True)
 
 
-def loss_of(model: str) -> str:
+def pick_loss_preset(model: str) -> str:
     """The preset of `loss` that goes with a preset of `model`: the one of the same name or, where
     the user's own has none, that of its architecture."""
     loader = GlobalHydra.instance().config_loader()
@@ -121,7 +121,7 @@ def loss_of(model: str) -> str:
     return name if name in ARCHITECTURES else "relu"  # the config tells which there are
 
 
-def run_folder(existing: str | None) -> str:
+def pick_run_folder(existing: str | None) -> str:
     """`hydra.run.dir`: outputs/<day>/<time>, or a folder that already holds a run."""
     if not existing:
         return datetime.now().strftime("outputs/%Y-%m-%d/%H-%M-%S")
@@ -139,7 +139,7 @@ def run_folder(existing: str | None) -> str:
     return existing
 
 
-def sweep_folder(existing: str | None, day: str, time: str) -> str:
+def pick_sweep_folder(existing: str | None, day: str, time: str) -> str:
     """`hydra.sweep.dir`: multirun/<day>/<time>, or the sweep that is continued."""
     if existing and is_sweep(Path(existing)):
         return existing
@@ -151,7 +151,7 @@ def is_sweep(folder: Path) -> bool:
     return not (folder / CONFIG_FILE).exists() and any(folder.glob(f"*/{CONFIG_FILE}"))
 
 
-def job_folder(swept: str, number: int) -> str:
+def name_job_folder(swept: str, number: int) -> str:
     """`hydra.sweep.subdir`: what the job is swept to, or its number if nothing is swept."""
     name = swept.replace("/", "_").encode()
     if len(name) > 200:  # file systems take 255 bytes; the number keeps names apart
@@ -159,42 +159,42 @@ def job_folder(swept: str, number: int) -> str:
     return name.decode() or str(number)
 
 
-def job(cfg: DictConfig, folder: Path, overrides: list[str], multirun: bool = False) -> Job:
+def make_job(cfg: DictConfig, folder: Path, overrides: list[str], multirun: bool = False) -> Job:
     """The job of a composed config: a new run in `folder`, or the one that `resume` names."""
     if cfg.resume is None:
-        config = _with_absolute_paths(typed(cfg))
-        for name, value in config.flat().items():
+        config = _make_paths_absolute(to_dataclass(cfg))
+        for name, value in config.to_flat_dict().items():
             if "${" in str(value):  # see saved.py
                 raise UserError(
                     f"{name}={value}: {CONFIG_FILE} of a run cannot hold ${{; choose another name"
                 )
         return Job(config=config, folder=folder, overrides=overrides, multirun=multirun)
-    _nothing_else(overrides)
-    this = read_job(Path(run_folder(cfg.resume)), trusted=cfg.llm.trust_remote_code)
+    _refuse_other_overrides(overrides)
+    this = read_job(Path(pick_run_folder(cfg.resume)), trusted=cfg.llm.trust_remote_code)
     return replace(this, resumed=True, multirun=multirun)
 
 
-def jobs(cfg: DictConfig, folder: Path, overrides: list[str], sweep: Path) -> list[Job]:
+def make_jobs(cfg: DictConfig, folder: Path, overrides: list[str], sweep: Path) -> list[Job]:
     """The jobs that one composed config of the multirun in `sweep` stands for: one, or all those
     of the sweep that `resume` names."""
     if cfg.resume is None:
-        return [replace(job(cfg, folder, overrides, multirun=True), sweep=sweep)]
+        return [replace(make_job(cfg, folder, overrides, multirun=True), sweep_folder=sweep)]
     if is_sweep(Path(cfg.resume)):
-        _nothing_else(overrides)
+        _refuse_other_overrides(overrides)
         these = read_sweep(Path(cfg.resume), trusted=cfg.llm.trust_remote_code)
         these = [replace(this, resumed=True) for this in these]
     else:
-        these = [job(cfg, folder, overrides, multirun=True)]
+        these = [make_job(cfg, folder, overrides, multirun=True)]
     given = [o.partition("=")[0].partition(".")[2] for o in overrides if o.startswith("sweep.")]
-    now = {name: getattr(typed(cfg.sweep), name) for name in given}
+    now = {name: getattr(to_dataclass(cfg.sweep), name) for name in given}
     for this in these:
         this.config.sweep = replace(this.config.sweep, **now)
     return these
 
 
-def _nothing_else(overrides: list[str]) -> None:
+def _refuse_other_overrides(overrides: list[str]) -> None:
     """A resumed run is the run that it was."""
-    others = [o for o in overrides if not o.startswith(("resume=", "sweep.", f"{TRUST}="))]
+    others = [o for o in overrides if not o.startswith(("resume=", "sweep.", f"{TRUST_SETTING}="))]
     if others:
         raise UserError(
             f"resume continues a run as it was; {' '.join(others)} cannot be given with it. "
@@ -202,7 +202,7 @@ def _nothing_else(overrides: list[str]) -> None:
         )
 
 
-def _with_absolute_paths(config: Config) -> Config:
+def _make_paths_absolute(config: Config) -> Config:
     """So that the run can be resumed and analysed from another working folder."""
     if config.llm.name not in PACKAGED and os.path.isdir(absolute(config.llm.name)):
         config.llm.name = absolute(config.llm.name)
@@ -219,12 +219,12 @@ def read_job(folder: Path, trusted: bool = False) -> Job:
     file = folder / CONFIG_FILE
     try:
         saved = read_settings(file)
-        overrides = saved.pop(OVERRIDES, [])
+        overrides = saved.pop(OVERRIDES_KEY, [])
         if not (isinstance(overrides, list) and all(isinstance(o, str) for o in overrides)):
-            raise ValueError(f"{OVERRIDES} is no list of what was typed")
+            raise ValueError(f"{OVERRIDES_KEY} is no list of what was typed")
         data = saved["data"]
-        schema = _schema(data.get("kind") or _kind_of(data), saved["model"]["name"])
-        config = typed(OmegaConf.merge(schema, saved))
+        schema = _make_schema(data.get("kind") or _infer_data_kind(data), saved["model"]["name"])
+        config = to_dataclass(OmegaConf.merge(schema, saved))
     except UserError:
         raise
     except Exception as error:
@@ -232,14 +232,15 @@ def read_job(folder: Path, trusted: bool = False) -> Job:
         raise UserError(f"{file} cannot be read: {reason}") from error
     if config.llm.trust_remote_code and not trusted:
         raise UserError(
-            f"{file}: {TRUST}=true would run the Python code that comes with {config.llm.name}: "
-            f"read that code first, then allow it by adding {TRUST}=true to this command"
+            f"{file}: {TRUST_SETTING}=true would run the Python code that comes with "
+            f"{config.llm.name}: read that code first, then allow it by adding "
+            f"{TRUST_SETTING}=true to this command"
         )
     return Job(config=config, folder=folder, overrides=overrides)
 
 
 @cache
-def _schema(data: str, model: str) -> DictConfig:
+def _make_schema(data: str, model: str) -> DictConfig:
     """What the settings of a run on a kind of data with an architecture may be; made once for the
     many runs of a sweep."""
     schema = OmegaConf.structured(Config)
@@ -250,11 +251,11 @@ def _schema(data: str, model: str) -> DictConfig:
 
 def read_sweep(folder: Path, trusted: bool = False) -> list[Job]:
     """The jobs whose run folders lie in the folder of a multirun, by name."""
-    these = [read_job(run, trusted) for run in run_folders(folder)]
-    return [replace(this, multirun=True, sweep=folder) for this in these]
+    these = [read_job(run, trusted) for run in list_run_folders(folder)]
+    return [replace(this, multirun=True, sweep_folder=folder) for this in these]
 
 
-def run_folders(sweep: Path) -> list[Path]:
+def list_run_folders(sweep: Path) -> list[Path]:
     """The folders of a multirun's runs, by name; UserError if there are none."""
     if not is_sweep(sweep):
         raise UserError(
@@ -264,12 +265,14 @@ def run_folders(sweep: Path) -> list[Path]:
     return sorted(file.parent for file in sweep.glob(f"*/{CONFIG_FILE}"))
 
 
-def resolved_yaml(job: Job) -> str:
+def format_config(job: Job) -> str:
     """What `config.yaml` in a run folder holds."""
-    return OmegaConf.to_yaml(OmegaConf.create(job.config.plain() | {OVERRIDES: job.overrides}))
+    return OmegaConf.to_yaml(
+        OmegaConf.create(job.config.to_dict() | {OVERRIDES_KEY: job.overrides})
+    )
 
 
-def _kind_of(data: dict) -> str:
+def _infer_data_kind(data: dict) -> str:
     """The kind of data, which 0.1.0 did not write down, by a setting that only it has."""
     for kind, setting in {"synthetic": "concepts", "local": "path", "hub": "name"}.items():
         if setting in data:

@@ -18,8 +18,8 @@ from sae_lightning.sae import ARCHITECTURES, size
 from sae_lightning.scoring.scorecard import MAX_TOKENS_AT_ONCE
 from sae_lightning.training.settings import Accelerator
 
-PROCESS = 800_000_000  # Python with torch, transformers and lightning
-EVALUATION = 5 / 8  # a token evaluated takes at most so much of what one in training takes
+PROCESS_BYTES = 800_000_000  # Python with torch, transformers and lightning
+EVALUATION_SHARE = 5 / 8  # a token evaluated takes at most so much of what one in training takes
 
 
 class PassMemory(NamedTuple):
@@ -35,23 +35,23 @@ class PassMemory(NamedTuple):
     hidden: int
     """Beside these, of each SAE: the LLM's last hidden states with the SAE in place."""
 
-    def of(self, first: int, end: int) -> int:
+    def bytes_for(self, first: int, end: int) -> int:
         """What a pass with the SAEs from `first` up to `end` takes."""
         return self.shared + sum(self.heads[first:end]) + (end - first) * self.hidden
 
     @property
     def shared(self) -> int:
-        return PROCESS + sum(self.parts.values())
+        return PROCESS_BYTES + sum(self.parts.values())
 
 
-def free_memory(config: Config) -> float:
+def read_free_memory(config: Config) -> float:
     """What is free where the SAEs train: on the GPU, or for this process in this machine."""
     if config.trainer.accelerator is not Accelerator.cpu and torch.cuda.is_available():
         return torch.cuda.mem_get_info()[0]
-    return min(psutil.virtual_memory().available, _left_in_cgroups(), _left_of_ulimit())
+    return min(psutil.virtual_memory().available, _read_free_in_cgroups(), _read_free_of_ulimit())
 
 
-def _left_in_cgroups(
+def _read_free_in_cgroups(
     own: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")
 ) -> float:
     """What a container or a cluster's job may still take: the least of its group and those above,
@@ -67,11 +67,11 @@ def _left_in_cgroups(
             with suppress(OSError, ValueError):  # no such group here, or no limit ("max")
                 most = int((folder / f"memory.{limit}").read_text())
                 taken = int((folder / f"memory.{used}").read_text())
-                left = min(left, most - taken + _file_cache(folder))
+                left = min(left, most - taken + _read_file_cache(folder))
     return left
 
 
-def _file_cache(group: Path) -> int:
+def _read_file_cache(group: Path) -> int:
     """What a cgroup has in use for files that were read, which the system takes back at need."""
     lines = (group / "memory.stat").read_text().splitlines()
     stat = {name: int(value) for name, value in map(str.split, lines)}
@@ -79,7 +79,7 @@ def _file_cache(group: Path) -> int:
     return sum(stat.get(f"total_{name}", stat[name]) for name in names)
 
 
-def _left_of_ulimit() -> float:
+def _read_free_of_ulimit() -> float:
     """What `ulimit -v` leaves to this process."""
     process = psutil.Process()
     if not hasattr(process, "rlimit"):  # neither Linux nor FreeBSD
@@ -94,10 +94,10 @@ def estimate_memory(configs: Sequence[Config], sites: Sequence[Sites], llm: Shap
     weights = [size(c.model, llm.width, llm.width) for c in configs]
     number = torch.finfo(getattr(torch, config.llm.dtype.name)).bits // 8
     read = distinct(sites)
-    known = config.source.memory(read, llm, config.eval.tokens, config.eval.loss_tokens)
+    known = config.data_source.memory(read, llm, config.eval.tokens, config.eval.loss_tokens)
     row = llm.width * len(read) * number
     # batches in training and evaluation, and the float64 in which an SAE is exported
-    batch = max(config.trainer.batch, int(EVALUATION * MAX_TOKENS_AT_ONCE))
+    batch = max(config.trainer.batch, int(EVALUATION_SHARE * MAX_TOKENS_AT_ONCE))
     batches = [
         batch * c.model.features * ARCHITECTURES[c.model.name].network.bytes_per_activation
         for c in configs
@@ -114,7 +114,7 @@ def estimate_memory(configs: Sequence[Config], sites: Sequence[Sites], llm: Shap
     return PassMemory(parts, [18 * n for n in weights], known.per_sae * number)
 
 
-def refuse_what_cannot_fit(
+def check_memory(
     needed: PassMemory,
     configs: Sequence[Config],
     sites: Sequence[Sites],
@@ -123,22 +123,24 @@ def refuse_what_cannot_fit(
 ) -> None:
     """UserError if one of these SAEs, which take `needed` together, takes more than is free even on
     a pass of its own."""
-    if free < PROCESS:
+    if free < PROCESS_BYTES:
         raise UserError(
             f"{max(free, 0) / 1e9:.1f} GB of memory are free, and the libraries alone take "
-            f"{PROCESS / 1e9:.1f} GB: free some, or try all the same with sweep.max_heads=1"
+            f"{PROCESS_BYTES / 1e9:.1f} GB: free some, or try all the same with sweep.max_heads=1"
         )
     for number, (config, pair) in enumerate(zip(configs, sites, strict=True)):
-        if needed.of(number, number + 1) <= free:  # alone it takes no more: not estimated again
+        if (
+            needed.bytes_for(number, number + 1) <= free
+        ):  # alone it takes no more: not estimated again
             continue
         alone = estimate_memory([config], [pair], llm)
-        total = alone.of(0, 1)
+        total = alone.bytes_for(0, 1)
         if total <= free:
             continue
         parts = Counter(alone.parts)
         parts.update({("model.features",): alone.heads[0], ("llm.batch",): alone.hidden})
         ((names, part),) = parts.most_common(1)
-        blamed = ", ".join(f"{name}={config.flat()[name]}" for name in names)
+        blamed = ", ".join(f"{name}={config.to_flat_dict()[name]}" for name in names)
         raise UserError(
             f"{blamed}: training needs about {total / 1e9:.1f} GB of memory, "
             f"{part / 1e9:.1f} GB of it for this. {free / 1e9:.1f} GB are free: lower it, "

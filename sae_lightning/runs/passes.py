@@ -20,47 +20,47 @@ import torch
 from sae_lightning.errors import UserError, WriteError, is_out_of_memory
 from sae_lightning.files import remove_leftovers
 from sae_lightning.runs import checks, folders, memory
-from sae_lightning.runs.checks import Checked
-from sae_lightning.runs.cli import SEVERAL, explain, say_error
+from sae_lightning.runs.checks import CheckedJob
+from sae_lightning.runs.cli import SEVERAL_ERRORS, describe_error, print_error
 from sae_lightning.runs.heap import give_back_freed_memory
-from sae_lightning.runs.hparams import hparams
-from sae_lightning.runs.jobs import CONFIG_FILE, Job, read_job, resume_of
-from sae_lightning.runs.run import Pass, run
+from sae_lightning.runs.hparams import make_hparams
+from sae_lightning.runs.jobs import CONFIG_FILE, Job, format_resume_command, read_job
+from sae_lightning.runs.run import PlannedPass, run_pass
 from sae_lightning.terminal import console, make_visible
 
-Results = list[dict[str, float] | None]
+HeldOutResults = list[dict[str, float] | None]
 
 
-def train(jobs: Sequence[Job]) -> Results:
+def train_jobs(jobs: Sequence[Job]) -> HeldOutResults:
     """Train the job of a plain run, or all jobs of a multirun; the final held-out metrics of each,
     None where it failed.
 
     In a multirun a pass that fails says why, and the next one begins; of a plain run the error
     itself is raised. UserError: something is wrong with one of the jobs; then none was started.
     """
-    jobs = [_known(checks.resolved(job)) for job in jobs]
-    jobs = [replace(job, hparams=told) for job, told in zip(jobs, hparams(jobs), strict=True)]
+    jobs = [_resume_if_begun(checks.resolve_auto(job)) for job in jobs]
+    jobs = [replace(job, hparams=told) for job, told in zip(jobs, make_hparams(jobs), strict=True)]
     _check_folders(jobs)
-    results = {job.folder: _over(job) for job in jobs}
+    results = {job.folder: _read_outcome(job) for job in jobs}
     todo = list({job.folder: job for job in jobs if not results[job.folder]}.values())
     try:
-        passes = plan(todo)
+        passes = plan_passes(todo)
     except UserError as error:
-        if jobs[0].multirun and not jobs[0].sweep:  # jobs are started singly: others go on
-            folders.refuse(todo[0], str(error))
+        if jobs[0].multirun and not jobs[0].sweep_folder:  # jobs are started singly: others go on
+            folders.note_refusal(todo[0], str(error))
         raise
     if todo and todo[0].multirun:
-        _announce(todo, passes)
-    sweeps = {job.sweep for job in todo if job.sweep}
-    with folders.claimed([*sweeps, *(job.folder for job in todo)]):
+        _announce_passes(todo, passes)
+    sweeps = {job.sweep_folder for job in todo if job.sweep_folder}
+    with folders.claim_folders([*sweeps, *(job.folder for job in todo)]):
         for job in todo:  # from here on, it can be resumed
-            folders.begin(job)
+            folders.begin_run(job)
         for number, this in enumerate(passes, 1):
             if len(passes) > 1:
                 console.print(f"\npass {number} of {len(passes)}")
             if this.jobs[0].multirun:  # whatever happens, it goes on
                 this = this._replace(jobs=[replace(job, resumed=True) for job in this.jobs])
-            for job, metrics in zip(this.jobs, _train(this), strict=True):
+            for job, metrics in zip(this.jobs, _train_pass(this), strict=True):
                 results[job.folder] = [metrics]
     return [metrics for job in jobs for metrics in results[job.folder]]
 
@@ -70,40 +70,40 @@ def _check_folders(jobs: list[Job]) -> None:
     first: dict[Path, Job] = {}
     for job in jobs:
         other = first.setdefault(job.folder, job)
-        if other.config.flat() != job.config.flat():
+        if other.config.to_flat_dict() != job.config.to_flat_dict():
+            setting = _list_differing_settings([other, job])[0]
             raise UserError(
-                f"hydra.sweep.subdir: jobs that differ in {_differing([other, job])[0]} would "
-                f"share the folder {job.folder}; number them: "
-                "hydra.sweep.subdir='${hydra:job.num}'"
+                f"hydra.sweep.subdir: jobs that differ in {setting} would share the folder "
+                f"{job.folder}; number them: hydra.sweep.subdir='${{hydra:job.num}}'"
             )
 
 
-def _differing(jobs: list[Job]) -> list[str]:
+def _list_differing_settings(jobs: list[Job]) -> list[str]:
     """The settings in which jobs differ."""
-    settings = [job.config.flat() for job in jobs]
+    settings = [job.config.to_flat_dict() for job in jobs]
     names = dict.fromkeys(name for each in settings for name in each)
     return [name for name in names if len({repr(each.get(name)) for each in settings}) > 1]
 
 
-def _known(job: Job) -> Job:
+def _resume_if_begun(job: Job) -> Job:
     """`job`, as a resumed one if a multirun has begun this very run already: a search may try the
     same values twice, and a sweep be started again."""
     if job.resumed or not job.multirun or not (job.folder / CONFIG_FILE).is_file():
         return job
     there = read_job(job.folder, trusted=True).config  # only compared
-    same = there.identity() == job.config.identity() and there.eval == job.config.eval
+    same = there.fixed_on_resume() == job.config.fixed_on_resume() and there.eval == job.config.eval
     return replace(job, resumed=same)
 
 
-def _over(job: Job) -> Results:
+def _read_outcome(job: Job) -> HeldOutResults:
     """[metrics] of a job that need not be trained any more, [None] of one that cannot be."""
     if not job.resumed:
         return []
-    if finished := folders.finished(job):
+    if finished := folders.read_earlier_metrics(job):
         remove_leftovers(job.folder)  # it may have been killed right after its last file
         console.print(f"{make_visible(str(job.folder))} is finished")
         return [finished["held_out"]]
-    failure = folders.failure(job.folder)
+    failure = folders.read_failure(job.folder)
     if failure and failure["diverged"]:
         said = f"{job.folder} had failed: {failure['reason']}"
         if not job.multirun:
@@ -113,84 +113,87 @@ def _over(job: Job) -> Results:
     return []
 
 
-def plan(jobs: Iterable[Job]) -> list[Pass]:
+def plan_passes(jobs: Iterable[Job]) -> list[PlannedPass]:
     """The passes that train `jobs`; UserError if any of them cannot be trained as it is."""
     streams: dict[str, list[Job]] = {}
     for job in jobs:
         streams.setdefault(job.config.stream_key(), []).append(job)
-    together: dict[tuple[str, int], list[Checked]] = {}
+    together: dict[tuple[str, int], list[CheckedJob]] = {}
     wrong = []
     for key, sharing in streams.items():
         try:
-            for checked in checks.check(sharing):
+            for checked in checks.check_jobs(sharing):
                 # runs of a killed sweep may have come to different points
                 together.setdefault((key, checked.steps_done), []).append(checked)
         except UserError as error:
             wrong.append(str(error))
     if wrong:
-        raise UserError(SEVERAL * (len(wrong) > 1) + "\n  ".join(map(make_visible, wrong)))
+        raise UserError(SEVERAL_ERRORS * (len(wrong) > 1) + "\n  ".join(map(make_visible, wrong)))
     if together:
-        checks.check_space([checked for group in together.values() for checked in group])
-    return [part for group in together.values() for part in _split(group)]
+        checks.check_disk_space([checked for group in together.values() for checked in group])
+    return [part for group in together.values() for part in _split_group(group)]
 
 
-def _split(group: list[Checked]) -> list[Pass]:
+def _split_group(group: list[CheckedJob]) -> list[PlannedPass]:
     """Passes of about equal size, none with more SAEs than asked for or, else, than fit."""
     jobs, sites, done, shapes, _ = (list(column) for column in zip(*group, strict=True))
     configs = [job.config for job in jobs]
     needed = memory.estimate_memory(configs, sites, shapes[0])
     most = min((c.sweep.max_heads for c in configs if c.sweep.max_heads), default=None)
     if most is None:
-        free = memory.free_memory(configs[0])
-        memory.refuse_what_cannot_fit(needed, configs, sites, shapes[0], free)
+        free = memory.read_free_memory(configs[0])
+        memory.check_memory(needed, configs, sites, shapes[0], free)
         room = 0.9 * free - needed.shared
         most = max(1, int(room // (max(needed.heads) + needed.hidden)))
     parts = ceil(len(jobs) / most)
     ends = [len(jobs) * n // parts for n in range(parts + 1)]
     return [
-        Pass(jobs[a:b], sites[a:b], done[0], shapes[0], needed.of(a, b)) for a, b in pairwise(ends)
+        PlannedPass(jobs[a:b], sites[a:b], done[0], shapes[0], needed.bytes_for(a, b))
+        for a, b in pairwise(ends)
     ]
 
 
-def _announce(jobs: list[Job], passes: list[Pass]) -> None:
-    free = memory.free_memory(jobs[0].config)
-    runs, times = _count(len(jobs), "job"), _count(len(passes), "pass")
-    of = " of the LLM" * jobs[0].config.source.has_llm
+def _announce_passes(jobs: list[Job], passes: list[PlannedPass]) -> None:
+    free = memory.read_free_memory(jobs[0].config)
+    runs, times = _format_count(len(jobs), "job"), _format_count(len(passes), "pass")
+    of = " of the LLM" * jobs[0].config.data_source.has_llm
     console.print(f"{runs} on {times}{of} ({free / 1e9:.1f} GB of memory are free)")
     for number, this in enumerate(passes, 1):
         names = ", ".join(sorted({str(site) for site in this.sites}))
-        saes, size = _count(len(this.jobs), "SAE"), f"{this.memory / 1e9:.1f} GB"
+        saes, size = _format_count(len(this.jobs), "SAE"), f"{this.memory / 1e9:.1f} GB"
         more = ", more than is free" if this.memory > free else ""
         console.print(f"  pass {number}: {saes} on {names}, about {size}{more}")
 
 
-def _count(n: int, noun: str) -> str:
+def _format_count(n: int, noun: str) -> str:
     plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
     return f"{n} {noun if n == 1 else plural}"
 
 
-def _train(this: Pass) -> Results:
+def _train_pass(this: PlannedPass) -> HeldOutResults:
     """Train the jobs of a pass; if it fails, write down why and, in a multirun, say so."""
     jobs = this.jobs
     try:
-        return run(this)
+        return run_pass(this)
     except KeyboardInterrupt:
-        if folders.forget(jobs[0]):
+        if folders.forget_empty_run(jobs[0]):
             raise
-        console.print(f"interrupted. Continue with\n\n  {resume_of(jobs)}\n")
+        console.print(f"interrupted. Continue with\n\n  {format_resume_command(jobs)}\n")
         sys.exit(130)
     except Exception as error:  # a bug, too: the other passes need not suffer from it
-        reason = _out_of_memory(jobs) if is_out_of_memory(error) else explain(error, [])
-        if not folders.forget(jobs[0]):
+        reason = (
+            _describe_out_of_memory(jobs) if is_out_of_memory(error) else describe_error(error, [])
+        )
+        if not folders.forget_empty_run(jobs[0]):
             if isinstance(error, WriteError) and (jobs[0].folder / CONFIG_FILE).is_file():
-                reason = f"{error}; put that right and continue with: {resume_of(jobs)}"
+                reason = f"{error}; put that right and continue with: {format_resume_command(jobs)}"
             for job in jobs:
                 folders.note_failure(job, reason or f"{type(error).__name__}: {error}")
         if not jobs[0].multirun:
             if reason:
                 raise UserError(reason) from error
             raise
-        say_error(reason, jobs[0].folder.name if len(jobs) == 1 else None)
+        print_error(reason, jobs[0].folder.name if len(jobs) == 1 else None)
     finally:
         # trainer, module and callbacks refer to one another (and an error to all of them): the
         # next pass would load its LLM while this one is still in memory
@@ -198,11 +201,14 @@ def _train(this: Pass) -> Results:
         give_back_freed_memory()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    return [finished and finished["held_out"] for finished in map(folders.finished, jobs)]
+    return [
+        finished and finished["held_out"] for finished in map(folders.read_earlier_metrics, jobs)
+    ]
 
 
-def _out_of_memory(jobs: list[Job]) -> str:
-    reason = f"out of memory with {_count(len(jobs), 'SAE')} on one pass"
+def _describe_out_of_memory(jobs: list[Job]) -> str:
+    reason = f"out of memory with {_format_count(len(jobs), 'SAE')} on one pass"
     if len(jobs) == 1:
         return f"{reason}; lower model.features, trainer.batch, data.pool or llm.batch"
-    return f"{reason}; continue with fewer: {resume_of(jobs)} sweep.max_heads={ceil(len(jobs) / 2)}"
+    fewer = f"sweep.max_heads={ceil(len(jobs) / 2)}"
+    return f"{reason}; continue with fewer: {format_resume_command(jobs)} {fewer}"

@@ -17,7 +17,7 @@ from sae_lightning.training.head import Head
 from sae_lightning.training.module import SAEModule
 
 
-def announce(
+def print_plan(
     jobs: Sequence[Job], heads: Sequence[Head], inputs: dict[str, str], steps_done: int
 ) -> None:
     """Say what is about to be trained on which `inputs`, and where the results go."""
@@ -30,7 +30,7 @@ def announce(
     }
     rows = {
         **inputs,
-        **jobs[0].config.source.describe_sites(sites, width),
+        **jobs[0].config.data_source.describe_sites(sites, width),
         "SAE": (f"{len(jobs)} of " if len(jobs) > 1 else "")
         + f"{'; '.join(kinds)}, {parameters / 1e6:.1f} M parameters, {trainer.precision.name}",
         "training": f"{trainer.steps * trainer.batch:,} tokens in {trainer.steps:,} updates of "
@@ -42,7 +42,7 @@ def announce(
     console.print(make_grid(rows))
 
 
-def conclude(job: Job, metrics: dict) -> None:
+def print_results(job: Job, metrics: dict) -> None:
     """The table at the end, and the commands that come next."""
     speed, dead = metrics["speed"], metrics["training"]["train/dead"]
     lines = scorecard.format_lines(metrics["held_out"]) | {
@@ -50,21 +50,21 @@ def conclude(job: Job, metrics: dict) -> None:
         "peak memory": f"{speed['peak_memory_gb']:.1f} GB",
     }
     if "tokens_per_second" in speed:
-        lines["speed"] = speed_line(job, speed)
+        lines["speed"] = format_speed(job, speed)
     console.print(make_grid(lines, title=scorecard.describe_data(metrics["held_out"])))
     folder = shorten_path(job.folder)
     # the folder above, outputs/ or multirun/, so that earlier runs are there to compare with
     root = Path(folder.parts[0]) if folder.parts and not folder.is_absolute() else folder
-    analyze = format_command("analyze.py", run=folder, **job.trust)
+    analyze = format_command("analyze.py", run=folder, **job.trust_override)
     console.print(f"\n  {format_tensorboard_command(root)}\n  {analyze}\n")
 
 
-def speed_line(job: Job, speed: dict[str, float]) -> str:
+def format_speed(job: Job, speed: dict[str, float]) -> str:
     """How fast a run was and, where that is known, where its time went."""
     where = ""
     if "llm_share" in speed:
         llm = f"LLM {speed['llm_share']:.0%}, " if speed["llm_share"] else ""
-        pool = f"{job.config.source.noun} and pool {speed['data_share']:.0%}"
+        pool = f"{job.config.data_source.noun} and pool {speed['data_share']:.0%}"
         where = f" ({llm}{pool}, SAE {speed['sae_share']:.0%} of the time)"
     return (
         f"{speed['tokens_per_second']:,.0f} tokens/s{where}, "
@@ -72,7 +72,7 @@ def speed_line(job: Job, speed: dict[str, float]) -> str:
     )
 
 
-def say_how_to_continue(module: SAEModule) -> None:
+def print_how_to_continue(module: SAEModule) -> None:
     """After a stop that was asked for."""
     console.print(
         f"stopped by {module.stopped_by.name} and saved at {module.tokens_seen:,} tokens. "

@@ -19,8 +19,8 @@ from sae_lightning.llm.packaged import Shape
 from sae_lightning.llm.sites import Sites, distinct
 from sae_lightning.runs.folders import METRICS_FILE
 from sae_lightning.runs.heap import keep_freed_memory
-from sae_lightning.runs.jobs import Job, resume_of
-from sae_lightning.runs.report import announce, conclude, say_how_to_continue, speed_line
+from sae_lightning.runs.jobs import Job, format_resume_command
+from sae_lightning.runs.report import format_speed, print_how_to_continue, print_plan, print_results
 from sae_lightning.sae import build
 from sae_lightning.stream.batches import BatchStream
 from sae_lightning.stream.source import OpenedData
@@ -37,7 +37,7 @@ from sae_lightning.training.module import SAEModule
 from sae_lightning.training.settings import checkpoint_path
 
 
-class Parts(NamedTuple):
+class RunParts(NamedTuple):
     """What a run is made of."""
 
     data: ActivationData
@@ -45,7 +45,7 @@ class Parts(NamedTuple):
     trainer: L.Trainer
 
 
-class Pass(NamedTuple):
+class PlannedPass(NamedTuple):
     """Jobs that train together on one stream, and what has been looked up for them."""
 
     jobs: list[Job]
@@ -58,7 +58,7 @@ class Pass(NamedTuple):
     """Estimate in bytes."""
 
 
-def run(this: Pass) -> list[dict[str, float] | None]:
+def run_pass(this: PlannedPass) -> list[dict[str, float] | None]:
     """Train the SAEs of a pass, whose folders this process has claimed.
 
     Returns the final held-out metrics of each, None for one that failed beside others; its run
@@ -71,13 +71,13 @@ def run(this: Pass) -> list[dict[str, float] | None]:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
-        return _run(this)
+        return _run_pass(this)
 
 
-def _run(this: Pass) -> list[dict[str, float] | None]:
+def _run_pass(this: PlannedPass) -> list[dict[str, float] | None]:
     jobs, steps_done = this.jobs, this.steps_done
     config = jobs[0].config
-    opened = config.source.open(
+    opened = config.data_source.open(
         distinct(this.sites),
         tokens=config.eval.tokens,
         loss_tokens=config.eval.loss_tokens,
@@ -85,7 +85,7 @@ def _run(this: Pass) -> list[dict[str, float] | None]:
         resumed=jobs[0].resumed,
     )
     parts = assemble(this, opened)
-    announce(jobs, parts.module.heads, opened.about, steps_done)
+    print_plan(jobs, parts.module.heads, opened.about, steps_done)
     try:
         return _fit(this, parts)
     finally:
@@ -94,7 +94,7 @@ def _run(this: Pass) -> list[dict[str, float] | None]:
                 head.log.close()
 
 
-def _fit(this: Pass, parts: Parts) -> list[dict[str, float] | None]:
+def _fit(this: PlannedPass, parts: RunParts) -> list[dict[str, float] | None]:
     jobs, steps_done, module = this.jobs, this.steps_done, parts.module
     started = time.monotonic()
     try:
@@ -107,23 +107,23 @@ def _fit(this: Pass, parts: Parts) -> list[dict[str, float] | None]:
     finally:
         parts.data.stream.close()  # the traceback of a failure would keep its cache locked
     if module.stopped_by and module.global_step < module.steps:
-        say_how_to_continue(module)
+        print_how_to_continue(module)
         sys.exit(128 + module.stopped_by)
     if module.speed:
         done = (module.steps - steps_done) * module.batch
         module.speed["tokens_per_second_in_all"] = done / (time.monotonic() - started)
     try:
-        results = finish(jobs, parts)
+        results = score_and_save(jobs, parts)
     except KeyboardInterrupt:
         console.print(f"interrupted. Continue with\n\n  {module.resume}\n")
         sys.exit(128 + signal.SIGINT)
-    if module.stopped_by and jobs[0].sweep:  # other passes may follow
-        say_how_to_continue(module)
+    if module.stopped_by and jobs[0].sweep_folder:  # other passes may follow
+        print_how_to_continue(module)
         sys.exit(128 + module.stopped_by)
     return results
 
 
-def assemble(this: Pass, opened: OpenedData) -> Parts:
+def assemble(this: PlannedPass, opened: OpenedData) -> RunParts:
     """Build stream, heads and trainer from the jobs' configs."""
     jobs, config = this.jobs, this.jobs[0].config
     trainer = config.trainer
@@ -141,8 +141,10 @@ def assemble(this: Pass, opened: OpenedData) -> Parts:
     for job, head in zip(jobs, heads, strict=True):
         head.log = HeadLog(job.folder, job.hparams, resumed_at)
         head.metadata |= Sites(head.source, head.target).module_names(opened.modules)
-    module = SAEModule(heads, batch=trainer.batch, steps=trainer.steps, resume=resume_of(jobs))
-    return Parts(
+    module = SAEModule(
+        heads, batch=trainer.batch, steps=trainer.steps, resume=format_resume_command(jobs)
+    )
+    return RunParts(
         data=ActivationData(stream, opened.held_out),
         module=module,
         trainer=L.Trainer(
@@ -170,7 +172,7 @@ def make_head(job: Job, sites: Sites, width: int) -> Head:
     config = job.config
     head = Head(
         build(config.model, width, width),
-        name=job.name,
+        name=job.label,
         folder=job.folder,
         source=sites.source,
         target=sites.target,
@@ -181,12 +183,14 @@ def make_head(job: Job, sites: Sites, width: int) -> Head:
         seed=config.model.seed,
         products=config.trainer.products,
     )
-    head.settings = config.identity()
-    head.metadata = config.source.metadata() | sites.hook_names | {"sae_lightning": config.flat()}
+    head.settings = config.fixed_on_resume()
+    head.metadata = (
+        config.data_source.metadata() | sites.hook_names | {"sae_lightning": config.to_flat_dict()}
+    )
     return head
 
 
-def finish(jobs: list[Job], parts: Parts) -> list[dict[str, float] | None]:
+def score_and_save(jobs: list[Job], parts: RunParts) -> list[dict[str, float] | None]:
     """Score the trained SAEs, write `metrics.json` and `sae/`, and say where everything is."""
     module = parts.module
     evaluate_heads(module.training_heads, parts.data.held_out, module.tokens_seen)
@@ -208,7 +212,7 @@ def finish(jobs: list[Job], parts: Parts) -> list[dict[str, float] | None]:
     for note in {describe_limits(head.sae) for head in transcoders} - {None}:
         console.print(note)
     if len(jobs) == 1:
-        conclude(jobs[0], metrics)
+        print_results(jobs[0], metrics)
     elif "tokens_per_second" in module.speed:
-        console.print(speed_line(jobs[0], module.speed))
+        console.print(format_speed(jobs[0], module.speed))
     return [None if head.failure else head.held_out_metrics for head in module.heads]

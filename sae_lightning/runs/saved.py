@@ -15,42 +15,44 @@ from omegaconf import OmegaConf
 from sae_lightning.errors import UserError
 from sae_lightning.files import read_regular_file
 
-DEPTH = 20  # of groups and lists within one another; ours have 3
-OVERRIDES = "overrides"  # what was typed to get the run: text, which nobody resolves
+MAX_YAML_DEPTH = 20  # of groups and lists within one another; ours have 3
+OVERRIDES_KEY = "overrides"  # what was typed to get the run: text, which nobody resolves
 
 
 def read_settings(file: Path) -> Any:
-    """The content of a run's `config.yaml`, in which nothing is left to resolve but `OVERRIDES`; a
-    plain dict, which resolves nothing."""
+    """Reads a run's `config.yaml` as a plain dict; UserError if anything but its overrides holds an
+    interpolation."""
     text = read_regular_file(file)
-    for name, value in scalars(file, text):
+    for name, value in parse_scalars(file, text):
         # of a link to a file of secrets, no more than this is quoted
-        if name != OVERRIDES and (found := re.search(r"\$\{[^}]*\}*", value)):
-            raise _refusal(file, name, f"the interpolation {found[0]!r:.60}")
+        if name != OVERRIDES_KEY and (found := re.search(r"\$\{[^}]*\}*", value)):
+            raise _make_refusal(file, name, f"the interpolation {found[0]!r:.60}")
     return OmegaConf.to_container(OmegaConf.create(text))
 
 
-def scalars(file: Path, text: str) -> Iterator[tuple[str, str]]:
+def parse_scalars(file: Path, text: str) -> Iterator[tuple[str, str]]:
     """The dotted name and the text of each key and value in the YAML `text` of `file`; what is in a
     list has the name of the list. UserError where anything but text is."""
     keys: list[str | bool | None] = []  # a mapping's key, None before it; False for a list
     for event in yaml.parse(text, Loader=yaml.SafeLoader):  # the parser that OmegaConf has
         name = ".".join(key for key in keys if key)
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-            raise _refusal(file, name, "an anchor or alias (& or *)")
+            raise _make_refusal(file, name, "an anchor or alias (& or *)")
         if getattr(event, "tag", None):
-            raise _refusal(file, name, f"the tag {event.tag!r:.60}")
+            raise _make_refusal(file, name, f"the tag {event.tag!r:.60}")
         before_key = bool(keys) and keys[-1] is None
         if isinstance(event, yaml.CollectionStartEvent):
             if before_key:
-                raise _refusal(file, name, "a key that is no word")
-            if len(keys) == DEPTH:
-                raise _refusal(file, name, f"more than {DEPTH} groups or lists within one another")
+                raise _make_refusal(file, name, "a key that is no word")
+            if len(keys) == MAX_YAML_DEPTH:
+                raise _make_refusal(
+                    file, name, f"more than {MAX_YAML_DEPTH} groups or lists within one another"
+                )
             keys.append(None if isinstance(event, yaml.MappingStartEvent) else False)
         elif isinstance(event, yaml.ScalarEvent) and before_key:
             keys[-1] = event.value
             if event.value == "<<":
-                raise _refusal(file, name, "a merge key (<<)")
+                raise _make_refusal(file, name, "a merge key (<<)")
             yield name, event.value
         elif isinstance(event, yaml.ScalarEvent | yaml.CollectionEndEvent):
             if isinstance(event, yaml.ScalarEvent):
@@ -61,7 +63,7 @@ def scalars(file: Path, text: str) -> Iterator[tuple[str, str]]:
                 keys[-1] = None  # its value is complete
 
 
-def _refusal(file: Path, name: str, what: str) -> UserError:
+def _make_refusal(file: Path, name: str, what: str) -> UserError:
     name = name if name.isprintable() else repr(name)
     return UserError(
         f"{file}: {name or 'its top'} holds {what}, which no run writes: such a file is not read; "

@@ -10,18 +10,18 @@ from sae_lightning.scoring.duplicates import Copies
 from sae_lightning.scoring.metrics import Quality
 from sae_lightning.stream import SOURCES
 
-OF_ALL = {*Quality._fields, *Copies._fields} - {"density", "dimension"}
-METRICS = sorted(OF_ALL.union(*(row.measures for row in SOURCES.values())))
+COMMON_METRICS = {*Quality._fields, *Copies._fields} - {"density", "dimension"}
+OBJECTIVES = sorted(COMMON_METRICS.union(*(row.measures for row in SOURCES.values())))
 # Per factor e of active features too many (1 % too many cost 0.1). It has to outweigh what a metric
 # gains by them: kl, the steepest, falls by 0.2 nats from L0 20 to 50 (SmolLM2, block 9).
-EXCESS = 10.0
+EXCESS_L0_PENALTY = 10.0
 
 
 @dataclass(slots=True, kw_only=True)
 class SweepConfig:
     """Settings of a multirun as a whole; they change nothing about any SAE."""
 
-    objective: str | None = None
+    compute_objective: str | None = None
     """Held-out metric that a searching sweeper maximises; a minus in front minimises (`-kl`). null
     is ce_recovered, or explained_variance where the LLM's loss is not measured."""
     l0: float | None = None
@@ -30,10 +30,10 @@ class SweepConfig:
     """SAEs trained together on one pass of the LLM; null for as many as memory allows."""
 
     def __post_init__(self):
-        if self.objective is not None and self.objective.removeprefix("-") not in METRICS:
+        if self.objective is not None and self.objective.removeprefix("-") not in OBJECTIVES:
             raise UserError(
                 f"sweep.objective={self.objective}: no such held-out metric; choose from "
-                f"{', '.join(METRICS)}, with a minus in front to minimise it"
+                f"{', '.join(OBJECTIVES)}, with a minus in front to minimise it"
             )
         if self.l0 is not None and not 0 < self.l0 < math.inf:
             raise UserError(
@@ -42,9 +42,9 @@ class SweepConfig:
         if self.max_heads is not None and self.max_heads < 1:
             raise UserError(f"sweep.max_heads={self.max_heads}: give 1 or more SAEs for a pass")
 
-    def check(self, measures: Collection[str], where: str) -> None:
+    def check_objective(self, measures: Collection[str], where: str) -> None:
         """UserError if the objective is neither of all data nor among what is measured `where`."""
-        there = sorted(OF_ALL.union(measures))
+        there = sorted(COMMON_METRICS.union(measures))
         if self.objective and self.objective.removeprefix("-") not in there:
             raise UserError(
                 f"sweep.objective={self.objective} is not measured {where}: choose from "
@@ -52,7 +52,7 @@ class SweepConfig:
             )
 
 
-def objective(metrics: dict[str, float], sweep: SweepConfig) -> float:
+def compute_objective(metrics: dict[str, float], sweep: SweepConfig) -> float:
     """The number to maximise: m - EXCESS * max(0, log(L0 / sweep.l0)).
 
     m is the metric, negated by a minus, and nothing is subtracted without `sweep.l0`. Metrics rise
@@ -70,4 +70,4 @@ def objective(metrics: dict[str, float], sweep: SweepConfig) -> float:
         value = -value
     if sweep.l0 is None:
         return value
-    return value - EXCESS * math.log(max(1.0, metrics["l0"] / sweep.l0))
+    return value - EXCESS_L0_PENALTY * math.log(max(1.0, metrics["l0"] / sweep.l0))

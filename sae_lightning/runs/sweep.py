@@ -23,11 +23,11 @@ from yaml import YAMLError
 from sae_lightning.errors import UserError
 from sae_lightning.files import read_regular_file, write_atomically
 from sae_lightning.report.sweep_report import write_report
-from sae_lightning.runs.arguments import check_swept, count
-from sae_lightning.runs.cli import DEBUG, error_text, explain, remove_unused
-from sae_lightning.runs.folders import make_new, sweep_runs
-from sae_lightning.runs.jobs import CONFIG_FILE, is_sweep, jobs, overrides_of
-from sae_lightning.runs.saved import scalars
+from sae_lightning.runs.arguments import check_sweep, count_values
+from sae_lightning.runs.cli import DEBUG, describe_error, format_error, remove_unused_folder
+from sae_lightning.runs.folders import make_unique_folder, read_sweep_runs
+from sae_lightning.runs.jobs import CONFIG_FILE, is_sweep, make_jobs, read_overrides
+from sae_lightning.runs.saved import parse_scalars
 from sae_lightning.terminal import (
     console,
     format_command,
@@ -36,7 +36,7 @@ from sae_lightning.terminal import (
     shorten_path,
 )
 
-RECORD = "multirun.yaml"  # what Hydra keeps of a sweep
+HYDRA_RECORD = "multirun.yaml"  # what Hydra keeps of a sweep
 
 
 class Sweep(Callback):
@@ -48,26 +48,26 @@ class Sweep(Callback):
 
     def on_run_start(self, config: DictConfig, **_) -> None:
         """Give a plain run its folder."""
-        with _ending_at_errors(overrides_of(config.hydra)):
-            _make_folder(config, "run")
+        with _exit_on_errors(read_overrides(config.hydra)):
+            _make_new_folder(config, "run")
 
     def on_multirun_start(self, config: DictConfig, **_) -> None:
         """Name the jobs' folders after what is swept, and end here if any config is wrong."""
-        with _ending_at_errors(overrides_of(config.hydra)):
+        with _exit_on_errors(read_overrides(config.hydra)):
             self._start(config)
 
     def _start(self, config: DictConfig) -> None:
-        _make_folder(config, "sweep")
-        _refuse_what_is_no_file(Path(config.hydra.sweep.dir))
+        _make_new_folder(config, "sweep")
+        _refuse_special_files(Path(config.hydra.sweep.dir))
         self._keep_record(Path(config.hydra.sweep.dir))
         loader = GlobalHydra.instance().config_loader()
         parse = OverridesParser.create(loader).parse_overrides
-        typed = parse(overrides_of(config.hydra))
-        check_swept(typed, config.hydra.sweeper)
+        typed = parse(read_overrides(config.hydra))
+        check_sweep(typed, config.hydra.sweeper)
         params = [f"{k}={v}" for k, v in (config.hydra.sweeper.get("params") or {}).items()]
         # what is typed beats what a preset says, and the last of all that is given twice
         parsed = list({o.key_or_group: o for o in parse(params) + typed}.values())
-        same = [o.key_or_group for o in parsed if not _varies(o)]
+        same = [o.key_or_group for o in parsed if not _has_several_values(o)]
         excluded = ",".join(f"'{key}'" for key in same)
         with read_write(config):  # each job is composed with these
             config.hydra.overrides.hydra.append(
@@ -82,7 +82,7 @@ class Sweep(Callback):
         if launcher.endswith(".OnePassLauncher") and sweeper.max_batch_size is None:
             return  # it checks all jobs itself, and more of them
         for number, overrides in enumerate(BasicSweeper.split_arguments(parsed, None)[0]):
-            with _ending_at_errors(overrides):
+            with _exit_on_errors(overrides):
                 _check_job(loader.load_sweep_config(config, overrides), number, overrides)
 
     def _keep_record(self, folder: Path) -> None:
@@ -91,7 +91,7 @@ class Sweep(Callback):
             raise UserError(
                 f"hydra.sweep.dir={folder}: holds a run; a sweep needs a folder of its own"
             )
-        self.record, self.kept = folder / RECORD, None
+        self.record, self.kept = folder / HYDRA_RECORD, None
         self.runs = sorted(folder.glob(f"*/{CONFIG_FILE}"))
         with suppress(OSError, ValueError):
             self.kept = read_regular_file(self.record)
@@ -105,7 +105,7 @@ class Sweep(Callback):
             return
         if self.kept is None:
             self.record.unlink(missing_ok=True)
-            remove_unused(folder)
+            remove_unused_folder(folder)
         else:
             with write_atomically(self.record) as temporary:
                 temporary.write_text(self.kept, "utf8")
@@ -113,10 +113,10 @@ class Sweep(Callback):
     def _look_at_record(self, loader: ConfigLoader) -> None:
         """Say which jobs are not in the folder of a resumed sweep: only what has begun can be."""
         try:
-            words = scalars(self.record, self.kept or "")
+            words = parse_scalars(self.record, self.kept or "")
             given = [text for name, text in words if name == "hydra.overrides.task"]
             parsed = OverridesParser.create(loader).parse_overrides(given)
-            jobs = math.prod(count(override) for override in parsed)
+            jobs = math.prod(count_values(override) for override in parsed)
             missing = jobs - len(self.runs)
             known = f"{missing} of the {jobs} jobs"
         except UserError:
@@ -140,7 +140,7 @@ class Sweep(Callback):
         folder = Path(config.hydra.sweep.dir)
         if not is_sweep(folder):
             return
-        runs = sweep_runs(folder)
+        runs = read_sweep_runs(folder)
         try:
             write_report(folder, runs)
         except Exception as error:  # the runs are there, and what failed has to be told
@@ -153,19 +153,19 @@ class Sweep(Callback):
 
 
 @contextmanager
-def _ending_at_errors(overrides: Iterable[str]) -> Iterator[None]:
+def _exit_on_errors(overrides: Iterable[str]) -> Iterator[None]:
     """End the process with an error's line: Hydra turns a callback's exceptions into warnings."""
     try:
         yield
     except Exception as error:
-        message = explain(error, list(overrides))
+        message = describe_error(error, list(overrides))
         if message is None or os.environ.get(DEBUG):
             traceback.print_exc()
             sys.exit(1)
-        sys.exit(error_text(message))
+        sys.exit(format_error(message))
 
 
-def _make_folder(config: DictConfig, kind: str) -> None:
+def _make_new_folder(config: DictConfig, kind: str) -> None:
     """Make the folder of a new run or sweep that is named after the time, which another process may
     have taken in the same second. A folder that the user names is as it is."""
     place = config.hydra[kind]
@@ -173,13 +173,13 @@ def _make_folder(config: DictConfig, kind: str) -> None:
         return
     if place.dir == config.resume:
         return
-    folder = make_new(Path(place.dir))
+    folder = make_unique_folder(Path(place.dir))
     with read_write(config):
         place.dir = str(folder)
         config.hydra.overrides.hydra.append(f"hydra.{kind}.dir={folder}")  # of each job
 
 
-def _refuse_what_is_no_file(sweep: Path) -> None:
+def _refuse_special_files(sweep: Path) -> None:
     """UserError if the folder of a sweep holds a link, a pipe or a device: Hydra and sweepers write
     through it, or wait for ever."""
     for file in sweep.iterdir() if sweep.is_dir() else ():
@@ -190,8 +190,8 @@ def _refuse_what_is_no_file(sweep: Path) -> None:
             )
 
 
-def _varies(override: Override) -> bool:
-    """Whether an override has several values (see `with_swept_groups` for those with one)."""
+def _has_several_values(override: Override) -> bool:
+    """Whether an override has several values: not so `choice(x)`, which arguments.py may write."""
     if override.is_choice_sweep():
         return len(override.value().list) > 1
     return override.is_sweep_override()
@@ -202,4 +202,4 @@ def _check_job(cfg: DictConfig, number: int, overrides: list[str]) -> None:
         cfg.hydra.job.num = number
         HydraConfig.instance().set_config(cfg)  # for ${hydra:job.num}
         del cfg["hydra"]
-    jobs(cfg, Path(), overrides, Path())
+    make_jobs(cfg, Path(), overrides, Path())

@@ -3,7 +3,7 @@
 from hydra.core.config_store import ConfigStore
 
 # Their words, and what is written here.
-ROWS = {
+SETTINGS_ELSEWHERE = {
     "max_steps num_steps n_steps train_steps training_steps total_steps total_training_steps": (
         "trainer.tokens=..., which is updates times trainer.batch"
     ),
@@ -45,14 +45,18 @@ ROWS = {
         "data=hub with data.name=..., or data=text with data.path=..."
     ),
 }
-OURS = {word: ours for words, ours in ROWS.items() for word in words.split()}
+TRANSLATIONS = {word: ours for words, ours in SETTINGS_ELSEWHERE.items() for word in words.split()}
 
 
-def translate(argument: str) -> str | None:
+def translate_setting(argument: str) -> str | None:
     """What to write instead of an argument whose name is another tool's; None if it is nobody's, or
     in analyze.py, which has none of these settings."""
     if "task" in ConfigStore.instance().repo:
         return None
     name = argument.lstrip("-+~").partition("=")[0]
     word = name.rpartition(".")[2].replace("-", "_").lower()
-    return f"{argument}: no such setting here; use {OURS[word]}" if word in OURS else None
+    return (
+        f"{argument}: no such setting here; use {TRANSLATIONS[word]}"
+        if word in TRANSLATIONS
+        else None
+    )

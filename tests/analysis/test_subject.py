@@ -36,7 +36,7 @@ def run(planted, tmp_path):
     """A run folder with the SAE in it."""
     write_text(tmp_path)
     job = tiny_job(str(planted[0]), tmp_path, tmp_path / "run", model=SAEConfig(features=32))
-    folders.begin(job)
+    folders.begin_run(job)
     shutil.copytree(planted[1], job.folder / "sae")
     return job.folder
 
@@ -71,7 +71,7 @@ def synthetic(run, folder):
     data = SyntheticConfig(concepts=64, dim=24)
     job.config.llm, job.config.data = LLMConfig(name="none"), data
     job.config.layer, job.config.sweep = LayerConfig(index=0), SweepConfig(objective="recovered")
-    folders.begin(job)
+    folders.begin_run(job)
 
 
 @pytest.mark.parametrize("inside", ["", "sae"])

@@ -19,10 +19,10 @@ from sae_lightning.analysis.task import following
 from sae_lightning.analysis.tasks import TASKS
 from sae_lightning.errors import UserError
 from sae_lightning.files import make_jsonable
-from sae_lightning.runs.arguments import checked
-from sae_lightning.runs.cli import explain
-from sae_lightning.runs.config import conf_folder, typed
-from sae_lightning.runs.jobs import register
+from sae_lightning.runs.arguments import check_arguments
+from sae_lightning.runs.cli import describe_error
+from sae_lightning.runs.config import find_conf_folder, to_dataclass
+from sae_lightning.runs.jobs import register_schemas
 from sae_lightning.sae import ARCHITECTURES
 from sae_lightning.stream.plays import PlaysConfig
 
@@ -32,8 +32,8 @@ NEEDED = {"steer": ["feature=3"], "text": ["text=hello"]}  # what a task cannot 
 
 @pytest.fixture(autouse=True)
 def hydra():
-    register(TASKS)
-    with initialize_config_dir(conf_folder(), version_base="1.3"):
+    register_schemas(TASKS)
+    with initialize_config_dir(find_conf_folder(), version_base="1.3"):
         yield
     del ConfigStore.instance().repo["task"]
 
@@ -41,14 +41,16 @@ def hydra():
 def test_another_tools_words_are_not_answered_with_settings_of_training():
     with pytest.raises(Exception) as found:
         asked("overview", "num_tokens=3")
-    line = explain(found.value, ["num_tokens=3"])
+    line = describe_error(found.value, ["num_tokens=3"])
     assert line.startswith("no setting num_tokens: did you mean tokens? there are run, task, ")
     with pytest.raises(UserError, match="^--num_tokens: no such flag; "):
-        checked(["--num_tokens", "3"])
+        check_arguments(["--num_tokens", "3"])
 
 
 def asked(task: str, *overrides: str):
-    return typed(compose("analyze", ["run=x", f"task={task}", *NEEDED.get(task, []), *overrides]))
+    return to_dataclass(
+        compose("analyze", ["run=x", f"task={task}", *NEEDED.get(task, []), *overrides])
+    )
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -59,7 +61,7 @@ def test_a_task_composes_with_its_settings(task):
 
 
 def test_the_default_is_the_overview():
-    assert typed(compose("analyze", ["run=x"])).task == "overview"
+    assert to_dataclass(compose("analyze", ["run=x"])).task == "overview"
 
 
 def test_steering_is_typed_as_the_readme_does():
@@ -71,7 +73,7 @@ def test_steering_is_typed_as_the_readme_does():
 def test_a_setting_of_another_task_is_refused_by_name():
     with pytest.raises(Exception) as found:
         asked("features", "strength=8")
-    assert explain(found.value, []) == (
+    assert describe_error(found.value, []) == (
         "strength has no meaning for this task, only for task=steer: leave it out"
     )
 
@@ -122,8 +124,8 @@ def test_no_setting_takes_nan_or_infinity(name, preset):
             cfg = copy.deepcopy(whole)
             with pytest.raises((UserError, ValidationError)) as found:
                 OmegaConf.update(cfg, setting, value)
-                typed(cfg)
-            assert explain(found.value, []).startswith(setting)
+                to_dataclass(cfg)
+            assert describe_error(found.value, []).startswith(setting)
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_read(tmp_path):

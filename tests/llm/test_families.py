@@ -18,7 +18,7 @@ from sae_lightning.llm.generate import generate
 from sae_lightning.llm.load import Dtype, LLMConfig, load, parameters
 from sae_lightning.llm.sites import Kind, Site, Sites, decoder_stack
 from sae_lightning.llm.splice import body, logits
-from sae_lightning.runs.checks import check
+from sae_lightning.runs.checks import check_jobs
 from sae_lightning.stream import open_rows
 
 EVERYWHERE = dict.fromkeys(Kind, "right")
@@ -133,10 +133,10 @@ def test_a_site_that_the_llm_does_not_have_is_told_before_a_weight_is_read(saved
     folder = saved("bloom")
     Path(folder, "model.safetensors").unlink()
     job = tiny_job(folder, tmp_path, tmp_path / "run")
-    assert [checked.llm.layers for checked in check([job])] == [2]
+    assert [checked.llm.layers for checked in check_jobs([job])] == [2]
     job.config.layer.source = Kind.mlp
     with pytest.raises(UserError, match=r"^layer\.source, .* BloomBlock is its MLP .*layer=resid$"):
-        check([job])
+        check_jobs([job])
 
 
 def test_an_llm_without_special_tokens_is_told_before_text_is_read(saved, tmp_path):
@@ -148,4 +148,4 @@ def test_an_llm_without_special_tokens_is_told_before_text_is_read(saved, tmp_pa
     config.write_text(json.dumps(without))
     Path(folder, "generation_config.json").unlink(missing_ok=True)
     with pytest.raises(UserError, match=r"neither a BOS nor an EOS .* llm\.bos="):
-        check([tiny_job(folder, tmp_path / "no such text", tmp_path / "run")])
+        check_jobs([tiny_job(folder, tmp_path / "no such text", tmp_path / "run")])

@@ -162,7 +162,7 @@ def test_reading_many_runs_shows_how_far_it_is(tmp_path, monkeypatch):
         yield lambda n: bars.append([description, total, bars.pop()[2] + n])
 
     monkeypatch.setattr(folders, "phase", phase)
-    assert len(folders.sweep_runs(tmp_path)) == 3
+    assert len(folders.read_sweep_runs(tmp_path)) == 3
     assert bars == [["reading runs", 3, 3]]
 
 

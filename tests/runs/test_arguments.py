@@ -18,10 +18,10 @@ from hydra.types import HydraContext, RunMode
 from omegaconf import OmegaConf
 
 from sae_lightning.errors import PACKAGES, UserError
-from sae_lightning.runs.arguments import checked
-from sae_lightning.runs.cli import explain
-from sae_lightning.runs.config import conf_folder
-from sae_lightning.runs.jobs import register
+from sae_lightning.runs.arguments import check_arguments
+from sae_lightning.runs.cli import describe_error
+from sae_lightning.runs.config import find_conf_folder
+from sae_lightning.runs.jobs import register_schemas
 from sae_lightning.runs.sweep import Sweep
 
 ROOT = Path(__file__).parents[2]
@@ -37,7 +37,7 @@ ROOT = Path(__file__).parents[2]
     ],
 )
 def test_a_flag_may_stand_anywhere(typed, taken):
-    assert checked(typed.split()) == taken.split()
+    assert check_arguments(typed.split()) == taken.split()
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_a_flag_may_stand_anywhere(typed, taken):
 )
 def test_what_cannot_be_meant_is_refused(typed, message):
     with pytest.raises(UserError, match=f"^{re.escape(message)}"):
-        checked(typed.split(" "))
+        check_arguments(typed.split(" "))
 
 
 @pytest.mark.parametrize("name", ["plotly", "jinja2", "gguf", "tensorboard", "pyarrow"])
@@ -115,8 +115,8 @@ SWEPT = {
 
 @pytest.fixture(scope="module")
 def loader():
-    register()
-    with initialize_config_dir(conf_folder(), version_base="1.3"):
+    register_schemas()
+    with initialize_config_dir(find_conf_folder(), version_base="1.3"):
         yield GlobalHydra.instance().config_loader()
 
 
@@ -152,7 +152,7 @@ def test_what_optuna_refuses_is_told_in_one_line(loader, tmp_path, setting, told
     )
     with pytest.raises(Exception) as error:  # noqa: B017, PT011 - of several libraries
         sweeper.sweep(OmegaConf.to_container(config.hydra.overrides.task, resolve=False))
-    line = explain(error.value, [])
+    line = describe_error(error.value, [])
     assert re.fullmatch(f"hydra/sweeper=optuna: .*{told}.*; see its settings, such as .*", line)
 
 

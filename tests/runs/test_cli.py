@@ -27,11 +27,23 @@ from sae_lightning.llm import packaged
 from sae_lightning.llm.load import LLMConfig
 from sae_lightning.llm.sites import LayerConfig
 from sae_lightning.runs import checks, cli, folders, sweep
-from sae_lightning.runs.arguments import in_sweep, text_settings, with_swept_groups, with_text
-from sae_lightning.runs.cli import explain, one_line_errors, read_arguments
-from sae_lightning.runs.config import Config, conf_folder
-from sae_lightning.runs.jobs import CONFIG_FILE, Job, job, read_job, register, resolved_yaml
-from sae_lightning.runs.words import OURS
+from sae_lightning.runs.arguments import (
+    find_text_settings,
+    join_sweep_values,
+    quote_texts,
+    sweep_settings_of_swept_groups,
+)
+from sae_lightning.runs.cli import describe_error, one_line_errors, read_arguments
+from sae_lightning.runs.config import Config, find_conf_folder
+from sae_lightning.runs.jobs import (
+    CONFIG_FILE,
+    Job,
+    format_config,
+    make_job,
+    read_job,
+    register_schemas,
+)
+from sae_lightning.runs.words import TRANSLATIONS
 from sae_lightning.sae import ARCHITECTURES, SAEConfig
 from sae_lightning.sae.relu import ReLULoss
 from sae_lightning.stream.plays import PlaysConfig
@@ -163,8 +175,8 @@ BAD = {
 
 @pytest.fixture(scope="module")
 def hydra():
-    register()
-    with initialize_config_dir(conf_folder(), version_base="1.3"):
+    register_schemas()
+    with initialize_config_dir(find_conf_folder(), version_base="1.3"):
         yield
 
 
@@ -172,8 +184,8 @@ def hydra():
 def test_bad_input_is_answered_in_one_line(hydra, typed):
     overrides = typed.split(" ")
     with pytest.raises(Exception) as error:  # noqa: B017, PT011 - Hydra's many kinds
-        job(compose("config", overrides), Path("folder"), overrides)
-    line = explain(error.value, overrides)
+        make_job(compose("config", overrides), Path("folder"), overrides)
+    line = describe_error(error.value, overrides)
     assert line is not None, error.value
     assert re.fullmatch(BAD[typed], line), line
 
@@ -218,7 +230,7 @@ def own_presets(tmp_path):
 
 @pytest.mark.parametrize("name", OWN)
 def test_a_model_preset_of_the_users_brings_the_loss_of_its_architecture(hydra, own_presets, name):
-    config = job(compose("config", [f"model={name}"]), Path("folder"), []).config
+    config = make_job(compose("config", [f"model={name}"]), Path("folder"), []).config
     expected = ARCHITECTURES[config.model.name].loss()
     assert config.model.name == ("relu" if name == "of_the_default" else "topk")
     assert 7 in (config.model.features, getattr(config.model, "k", None))
@@ -232,14 +244,14 @@ def test_a_model_preset_of_the_users_brings_the_loss_of_its_architecture(hydra, 
 @pytest.mark.parametrize("name", NAMELESS)
 def test_a_model_preset_of_the_users_says_whose_settings_it_holds(hydra, own_presets, name):
     with pytest.raises(UserError) as error:
-        job(compose("config", [f"model={name}"]), Path("folder"), [])
+        make_job(compose("config", [f"model={name}"]), Path("folder"), [])
     assert re.fullmatch(NAMELESS[name][1], str(error.value)), error.value
 
 
 def test_yaml_of_the_users_that_cannot_be_read_is_told_with_its_line(hydra, own_presets):
     with pytest.raises(MarkedYAMLError) as error:
         compose("config", ["model=broken"])
-    line = explain(error.value, [])
+    line = describe_error(error.value, [])
     assert re.fullmatch(r".*model/broken\.yaml, line 1: .*; correct the YAML there", line), line
 
 
@@ -248,14 +260,14 @@ def test_yaml_of_the_users_that_cannot_be_read_is_told_with_its_line(hydra, own_
     [ValueError("x"), KeyError("x"), RuntimeError("CUDA error"), AttributeError("x"), OSError()],
 )
 def test_a_bug_is_not_explained_away(bug):
-    assert explain(bug, []) is None
+    assert describe_error(bug, []) is None
     try:
         try:
             raise bug
         except Exception as inner:
             raise RuntimeError("outer") from inner
     except RuntimeError as outer:
-        assert explain(outer, []) is None
+        assert describe_error(outer, []) is None
 
 
 def test_a_bug_while_a_users_mistake_is_handled_is_told_as_the_mistake():
@@ -265,24 +277,24 @@ def test_a_bug_while_a_users_mistake_is_handled_is_told_as_the_mistake():
             raise UserError("seed=-1: give more")
         except UserError:
             raise KeyError("wrapped")  # noqa: B904
-    assert explain(error.value, []) == "seed=-1: give more"
+    assert describe_error(error.value, []) == "seed=-1: give more"
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError) as error:
         (tmp_path / "file" / "folder").mkdir()
-    line = explain(error.value, [])
+    line = describe_error(error.value, [])
     assert re.fullmatch(r"cannot read or write .*file.folder: .*; choose another .*", line)
 
 
 def test_a_file_that_cannot_be_read_is_not_said_to_be_written():
-    line = explain(OSError(errno.EIO, "Input/output error", "run/sae/cfg.json"), [])
+    line = describe_error(OSError(errno.EIO, "Input/output error", "run/sae/cfg.json"), [])
     assert line.startswith("cannot read or write run/sae/cfg.json: Input/output error; ")
 
 
 def test_a_full_disk_is_told_even_where_no_file_is_named():
-    line = explain(OSError(28, "No space left on device"), [])
+    line = describe_error(OSError(28, "No space left on device"), [])
     assert line.startswith("cannot write: No space left on device; choose another folder, or put")
 
 
@@ -303,8 +315,11 @@ def test_a_users_error_ends_with_its_line_and_a_bug_with_its_traceback(command_l
 
 
 def test_only_a_list_of_what_is_wrong_in_a_sweep_has_line_breaks():
-    assert cli.error_text("a\n  b") == "error: a\u21b5  b"
-    assert cli.error_text(f"{cli.SEVERAL}a\n  b\nc") == f"error: {cli.SEVERAL}a\n  b\u21b5c"
+    assert cli.format_error("a\n  b") == "error: a\u21b5  b"
+    assert (
+        cli.format_error(f"{cli.SEVERAL_ERRORS}a\n  b\nc")
+        == f"error: {cli.SEVERAL_ERRORS}a\n  b\u21b5c"
+    )
 
 
 def test_debugging_keeps_the_traceback(command_line):
@@ -351,9 +366,9 @@ def test_another_tools_word_is_known_with_dashes_too(command_line, flag):
 
 
 def test_no_setting_of_ours_is_taken_for_another_tools(hydra):
-    names = set(a_job(Path()).config.flat()) | {"trainer", "llm", "model", "layer"}
-    assert not names & OURS.keys()
-    given = re.findall(r"(\w+(?:\.\w+)*)=", " ".join(OURS.values()).replace("DEVICES=", ""))
+    names = set(a_job(Path()).config.to_flat_dict()) | {"trainer", "llm", "model", "layer"}
+    assert not names & TRANSLATIONS.keys()
+    given = re.findall(r"(\w+(?:\.\w+)*)=", " ".join(TRANSLATIONS.values()).replace("DEVICES=", ""))
     assert {*given} - {"model.k", "data.name", "data.path", "data"} <= names
 
 
@@ -379,15 +394,15 @@ def test_hydras_own_flags_are_let_through(command_line, flags):
 )
 @pytest.mark.parametrize("name", ["resume", "run", "file"])
 def test_a_path_as_it_is_pasted_is_what_hydra_reads(name, path):
-    (argument,) = with_text([f"{name}={path}"])
+    (argument,) = quote_texts([f"{name}={path}"])
     assert OverridesParser.create().parse_override(argument).value() == path
-    assert with_text([argument]) == [argument], "twice is as once"
+    assert quote_texts([argument]) == [argument], "twice is as once"
 
 
 def test_a_tilde_is_the_home_folder(monkeypatch):
     monkeypatch.setenv("HOME", "/users/me")
     given = ["data.path=~/a.txt", "+run=~/l1=1", "loss.l1=~/a"]
-    assert with_text(given) == ["data.path=/users/me/a.txt", "+run='/users/me/l1=1'", given[2]]
+    assert quote_texts(given) == ["data.path=/users/me/a.txt", "+run='/users/me/l1=1'", given[2]]
 
 
 @pytest.mark.parametrize(
@@ -403,14 +418,14 @@ def test_a_tilde_is_the_home_folder(monkeypatch):
     ],
 )
 def test_hydras_own_language_is_left_alone(arguments):
-    assert with_text(arguments) == arguments
+    assert quote_texts(arguments) == arguments
 
 
 @pytest.fixture
 def with_tasks(hydra):
     """The settings of analyze.py are known too."""
     groups = ConfigStore.instance().repo
-    register(TASKS)
+    register_schemas(TASKS)
     yield
     del groups["task"]
 
@@ -446,17 +461,17 @@ TEXTS = (
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_a_text_is_what_one_shell_argument_holds(with_tasks, text):
-    (argument,) = with_text([f"prompt={text}"])
+    (argument,) = quote_texts([f"prompt={text}"])
     assert OverridesParser.create().parse_override(argument).value() == text
 
 
 def test_a_text_in_a_run_folder_is_still_that_text(hydra, tmp_path):
-    given = ["data=text", "data.path=.", *with_text(["data.column=1e3"])]
-    this = job(compose("config", given), tmp_path, given)
+    given = ["data=text", "data.path=.", *quote_texts(["data.column=1e3"])]
+    this = make_job(compose("config", given), tmp_path, given)
     assert this.config.data.column == "1e3"
     for text in TEXTS:
         this.config.data = replace(this.config.data, column=text)
-        (tmp_path / CONFIG_FILE).write_text(resolved_yaml(this))
+        (tmp_path / CONFIG_FILE).write_text(format_config(this))
         assert read_job(tmp_path).config.data.column == text
 
 
@@ -464,37 +479,37 @@ def test_a_text_in_a_run_folder_is_still_that_text(hydra, tmp_path):
 def test_a_text_that_is_not_utf_8_is_refused(with_tasks, setting):
     """Such bytes come from the shell as lone surrogates, which no tokenizer takes."""
     with pytest.raises(UserError, match=f"^{setting}: what was given is not UTF-8"):
-        with_text([f"{setting}=caf\udce9"])
-    assert with_text(["run=caf\udce9"]) == ["run='caf\udce9'"], "a path may be anything"
+        quote_texts([f"{setting}=caf\udce9"])
+    assert quote_texts(["run=caf\udce9"]) == ["run='caf\udce9'"], "a path may be anything"
 
 
 def test_null_leaves_a_text_empty_only_where_it_may_be(with_tasks):
     given = ["key_env=null", "llm.revision=null", "resume=null", "prompt=null", "label=null"]
-    assert with_text(given) == [*given[:3], "prompt='null'", "label='null'"]
+    assert quote_texts(given) == [*given[:3], "prompt='null'", "label='null'"]
 
 
 def test_every_setting_that_holds_text_is_known_by_its_type(with_tasks):
     names = "text file prompt label endpoint explainer key_env data.column data.name data.subset "
     names += "data.split data.held_out_split llm.name llm.revision run resume data.path "
     names += "data.cache_folder"
-    assert text_settings().keys() >= {*names.split()}
+    assert find_text_settings().keys() >= {*names.split()}
     others = {"data.held_out", "feature", "strength", "seed", "loss.l1", "trainer.precision", "llm"}
-    assert not text_settings().keys() & others
+    assert not find_text_settings().keys() & others
 
 
 def test_lists_and_interpolations_are_hydras(with_tasks):
     given = ["feature=[3,7]", "model.groups=[0.1,0.2]", "data.held_out=[hamlet]", "label=${seed}"]
-    assert with_text(given) == given
+    assert quote_texts(given) == given
 
 
 def test_in_a_sweep_a_comma_separates_texts(with_tasks):
     swept = ["data.column=text (en),1e3, b", "data.column='a,b',c", "data.column=choice(a,b)"]
-    assert with_text(["-m", *swept]) == ["-m", "data.column='text (en)','1e3',b", *swept[1:]]
+    assert quote_texts(["-m", *swept]) == ["-m", "data.column='text (en)','1e3',b", *swept[1:]]
 
 
 @pytest.mark.parametrize("name", ["data.column", "resume"])
 def test_a_value_with_a_comma_may_be_quoted_anywhere_in_a_sweep(name):
-    argument = with_text(["-m", f"""{name}=it's, a (b) ,'c, d',"it's, e",1e3, 'f"""])[1]
+    argument = quote_texts(["-m", f"""{name}=it's, a (b) ,'c, d',"it's, e",1e3, 'f"""])[1]
     swept = OverridesParser.create().parse_override(argument).value()
     values = [getattr(value, "text", value) for value in swept.list]
     assert values == ["it's", "a (b)", "c, d", "it's, e", "1e3", "'f"]
@@ -502,13 +517,13 @@ def test_a_value_with_a_comma_may_be_quoted_anywhere_in_a_sweep(name):
 
 @pytest.mark.parametrize("names", [["a", "b"], ["x/a=1,b=2", "it's", "c"]])
 def test_names_that_are_printed_for_a_sweep_are_read_back(names):
-    argument = with_text(["-m", f"resume={in_sweep(names)}"])[1]
+    argument = quote_texts(["-m", f"resume={join_sweep_values(names)}"])[1]
     swept = OverridesParser.create().parse_override(argument).value()
     assert [getattr(value, "text", value) for value in swept.list] == names
 
 
 def test_a_sweep_over_paths_stays_a_sweep():
-    swept = with_text(["-m", "resume=m/l1=1,m/l1=2"])[1]
+    swept = quote_texts(["-m", "resume=m/l1=1,m/l1=2"])[1]
     override = OverridesParser.create().parse_override(swept)
     assert list(override.sweep_string_iterator()) == ["'m/l1=1'", "'m/l1=2'"]
 
@@ -534,7 +549,7 @@ def test_a_sweep_over_paths_stays_a_sweep():
     ],
 )
 def test_settings_of_a_swept_group_wait_for_it(arguments, taken):
-    assert with_swept_groups(arguments.split()) == taken.split()
+    assert sweep_settings_of_swept_groups(arguments.split()) == taken.split()
 
 
 def fail(folder):
@@ -568,7 +583,7 @@ def test_a_folder_with_anything_in_it_stays(tmp_path, command_line):
 def test_a_folder_that_the_user_made_stays(tmp_path, command_line):
     folder = tmp_path / "mine"
     folder.mkdir()
-    os.utime(folder, (0, cli.STARTED - 60))  # a minute before the command
+    os.utime(folder, (0, cli.PROCESS_START - 60))  # a minute before the command
     fail(folder)
     assert folder.is_dir()
     os.utime(folder)
@@ -602,13 +617,13 @@ def a_job(folder: Path, index: int = 9, resumed: bool = False, **changes) -> Job
 
 def refused(this: Job) -> str:
     with pytest.raises(UserError) as error:
-        checks.check([this])
+        checks.check_jobs([this])
     assert "\n" not in str(error.value)
     return str(error.value)
 
 
 def test_a_good_job_passes_with_its_site(tmp_path, smollm2):
-    (checked,) = checks.check([a_job(tmp_path / "run")])
+    (checked,) = checks.check_jobs([a_job(tmp_path / "run")])
     assert (str(checked.sites), checked.steps_done) == ("resid.9", 0)
 
 
@@ -642,22 +657,22 @@ def test_too_little_space_says_how_much_is_needed(tmp_path, smollm2, monkeypatch
     # 2 (1.39 + 151) + 0.93 = 305.7 MB
     free = {"bytes": 305_000_000}
     monkeypatch.setattr(checks, "read_free_space", lambda folder: free["bytes"])
-    (checked,) = checks.check([a_job(tmp_path)])
+    (checked,) = checks.check_jobs([a_job(tmp_path)])
     with pytest.raises(UserError) as error:
-        checks.check_space([checked])
+        checks.check_disk_space([checked])
     line = str(error.value)
     assert re.fullmatch(
         r"no space left: checkpoints in .* need 0\.3 GB, 0\.3 GB are free; .*", line
     )
     free["bytes"] = 306_000_000
-    checks.check_space([checked])
+    checks.check_disk_space([checked])
 
 
 def test_a_folder_that_holds_a_run_is_not_written_over(tmp_path, smollm2):
     (tmp_path / CONFIG_FILE).write_text("")
     line = refused(a_job(tmp_path))
     assert line.startswith(f"{tmp_path} already holds a run: continue it with resume={tmp_path}, ")
-    checks.check([a_job(tmp_path, resumed=True)])
+    checks.check_jobs([a_job(tmp_path, resumed=True)])
 
 
 def test_a_folder_without_permission_is_refused(tmp_path, smollm2, monkeypatch):
@@ -745,7 +760,7 @@ def test_train_refuses_before_anything_is_made(tmp_path, overrides, message):
 )
 def test_analyze_refuses_in_one_line(tmp_path, overrides, message):
     (tmp_path / "old").mkdir()
-    (tmp_path / "old" / CONFIG_FILE).write_text(resolved_yaml(a_job(tmp_path)))
+    (tmp_path / "old" / CONFIG_FILE).write_text(format_config(a_job(tmp_path)))
     before = sorted(tmp_path.rglob("*"))
     line = one_line(run_script("analyze.py", *overrides, cwd=tmp_path))
     assert re.fullmatch(message, line), line
@@ -836,7 +851,7 @@ def test_a_sweeps_run_is_resumed_and_analysed_as_it_is_pasted(tmp_path, tiny_fol
 @pytest.mark.slow
 def test_an_unfinished_run_is_not_analysed(tmp_path):
     (tmp_path / "old").mkdir()
-    (tmp_path / "old" / CONFIG_FILE).write_text(resolved_yaml(a_job(tmp_path)))
+    (tmp_path / "old" / CONFIG_FILE).write_text(format_config(a_job(tmp_path)))
     line = one_line(run_script("analyze.py", "run=old", cwd=tmp_path))
     assert line.startswith("old holds no saved SAE")
 
@@ -854,7 +869,7 @@ def test_a_report_that_cannot_be_written_hides_neither_runs_nor_failures(
 ):
     """Hydra turns what a callback raises into a warning."""
     for name in ("a", "b"):
-        folders.begin(replace(a_job(tmp_path / name), folder=tmp_path / name))
+        folders.begin_run(replace(a_job(tmp_path / name), folder=tmp_path / name))
     folders.note_failure(a_job(tmp_path / "b"), "it had to")
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / CONFIG_FILE).write_text("")  # damaged
@@ -871,6 +886,6 @@ def test_a_report_that_cannot_be_written_hides_neither_runs_nor_failures(
     assert end.value.code == "error: 3 of the 3 jobs failed, see above"
     said = capsys.readouterr().err
     assert f"(the disk is full); again: python analyze.py task=sweep run={tmp_path}" in said
-    reasons = [run.failure for run in folders.sweep_runs(tmp_path)]
+    reasons = [run.failure for run in folders.read_sweep_runs(tmp_path)]
     assert reasons[:2] == [None, "it had to"]
     assert "config.yaml cannot be read" in reasons[2]

@@ -14,17 +14,17 @@ from hydra.errors import ConfigCompositionException
 from sae_lightning.errors import UserError
 from sae_lightning.llm.load import Dtype
 from sae_lightning.llm.sites import Kind
-from sae_lightning.runs.config import Config, conf_folder
+from sae_lightning.runs.config import Config, find_conf_folder
 from sae_lightning.runs.jobs import (
     CONFIG_FILE,
     Job,
-    job,
-    job_folder,
-    overrides_of,
+    format_config,
+    make_job,
+    name_job_folder,
+    pick_run_folder,
     read_job,
-    register,
-    resolved_yaml,
-    run_folder,
+    read_overrides,
+    register_schemas,
 )
 from sae_lightning.sae import ARCHITECTURES
 from sae_lightning.sae.relu import ReLULoss
@@ -33,7 +33,7 @@ from sae_lightning.stream.plays import PlaysConfig
 from sae_lightning.stream.synthetic import SyntheticConfig
 from sae_lightning.training.settings import EvalConfig, Normalization, Precision
 
-CONF = Path(conf_folder())
+CONF = Path(find_conf_folder())
 PRESETS = sorted(str(p.relative_to(CONF).with_suffix("")) for p in CONF.glob("*/*.yaml"))
 # What a preset leaves to the user, and an example of it.
 LEFT_OPEN = {
@@ -45,19 +45,19 @@ LEFT_OPEN = {
 
 @pytest.fixture(scope="module", autouse=True)
 def hydra():
-    register()
-    with initialize_config_dir(conf_folder(), version_base="1.3"):
+    register_schemas()
+    with initialize_config_dir(find_conf_folder(), version_base="1.3"):
         yield
 
 
 def make(*overrides: str) -> Config:
     """The config of a command line."""
-    return make_job(*overrides).config
+    return compose_job(*overrides).config
 
 
 @cache
-def make_job(*overrides: str) -> Job:
-    return job(compose("config", list(overrides)), Path("folder"), list(overrides))
+def compose_job(*overrides: str) -> Job:
+    return make_job(compose("config", list(overrides)), Path("folder"), list(overrides))
 
 
 def preset(name: str) -> list[str]:
@@ -338,8 +338,8 @@ ROUND_TRIPS = {
 
 @pytest.mark.parametrize("overrides", ROUND_TRIPS.values(), ids=ROUND_TRIPS)
 def test_a_run_folder_gives_back_its_config(tmp_path, overrides):
-    this = make_job(*overrides)
-    (tmp_path / CONFIG_FILE).write_text(resolved_yaml(this))
+    this = compose_job(*overrides)
+    (tmp_path / CONFIG_FILE).write_text(format_config(this))
     again = read_job(tmp_path)
     assert again.config == this.config
     assert (type(again.config.data), type(again.config.loss)) == (
@@ -348,7 +348,7 @@ def test_a_run_folder_gives_back_its_config(tmp_path, overrides):
     )
     assert (again.overrides, again.folder) == (overrides, tmp_path)
     assert again.config.stream_key() == this.config.stream_key()
-    assert again.config.identity() == this.config.identity()
+    assert again.config.fixed_on_resume() == this.config.fixed_on_resume()
 
 
 def test_every_source_and_every_architecture_went_round():
@@ -367,22 +367,22 @@ def test_values_arrive_in_their_types():
 def test_a_setting_that_was_typed_may_refer_to_another():
     typed = ["loss.l1=0.5", "optim.lr=${loss.l1}"]
     hydra = compose("config", typed, return_hydra_config=True).hydra
-    assert overrides_of(hydra) == typed, "as text: there is no loss among Hydra's own settings"
+    assert read_overrides(hydra) == typed, "as text: there is no loss among Hydra's own settings"
     assert make(*typed).optim.lr == 0.5
 
 
 def test_a_checkpoint_must_agree_on_everything_but_where_and_how_it_is_looked_at():
     config = make()
     free = make("llm.device=cpu", "llm.attn=eager", "trainer.accelerator=cpu", "eval.every=5000")
-    assert config.identity() == free.identity()
-    assert config.identity() == replace(config, resume="somewhere").identity()
+    assert config.fixed_on_resume() == free.fixed_on_resume()
+    assert config.fixed_on_resume() == replace(config, resume="somewhere").fixed_on_resume()
     for setting, value in (HEAD_HALF | STREAM_HALF).items():
-        same = changed(config, setting, value).identity() == config.identity()
+        same = changed(config, setting, value).fixed_on_resume() == config.fixed_on_resume()
         assert same == setting.startswith("eval.")
 
 
 def test_flat_names_are_those_of_the_command_line():
-    flat = make("data.max_norm=10").flat()
+    flat = make("data.max_norm=10").to_flat_dict()
     assert flat["data.max_norm"] == 10
     assert flat["layer.source"] == "resid"
     assert flat["callbacks.normalize.mode"] == "standardize"
@@ -392,27 +392,27 @@ def test_flat_names_are_those_of_the_command_line():
 
 
 def test_a_run_is_named_by_what_was_asked_for():
-    assert make_job("model.features=5", "loss.l1=1e-2").name == "model.features=5,loss.l1=1e-2"
-    assert make_job().name == "relu"
+    assert compose_job("model.features=5", "loss.l1=1e-2").label == "model.features=5,loss.l1=1e-2"
+    assert compose_job().label == "relu"
 
 
 def test_resume_reads_the_run_and_takes_nothing_else(tmp_path):
-    (tmp_path / CONFIG_FILE).write_text(resolved_yaml(make_job("model.features=5")))
-    resumed = make_job(f"resume={tmp_path}")
+    (tmp_path / CONFIG_FILE).write_text(format_config(compose_job("model.features=5")))
+    resumed = compose_job(f"resume={tmp_path}")
     assert resumed.resumed
     assert (resumed.folder, resumed.config.model.features) == (tmp_path, 5)
     assert resumed.overrides == ["model.features=5"]
     with pytest.raises(UserError, match=r"loss\.l1=1 cannot be given with it"):
-        make_job(f"resume={tmp_path}", "loss.l1=1")
+        compose_job(f"resume={tmp_path}", "loss.l1=1")
 
 
 def test_a_run_folder_is_a_day_and_a_time_or_the_run_that_goes_on(tmp_path):
-    assert Path(run_folder(None)).parts[0] == "outputs"
-    assert len(Path(run_folder(None)).parts) == 3
+    assert Path(pick_run_folder(None)).parts[0] == "outputs"
+    assert len(Path(pick_run_folder(None)).parts) == 3
     with pytest.raises(UserError, match="holds no run"):
-        run_folder(str(tmp_path))
+        pick_run_folder(str(tmp_path))
     (tmp_path / CONFIG_FILE).write_text("")
-    assert run_folder(str(tmp_path)) == str(tmp_path)
+    assert pick_run_folder(str(tmp_path)) == str(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -428,14 +428,16 @@ def test_a_run_folder_is_a_day_and_a_time_or_the_run_that_goes_on(tmp_path):
 def test_a_precision_may_be_named_as_lightning_names_it(typed, taken):
     config = make(f"trainer.precision={typed}")
     assert config.trainer.precision is taken
-    assert config.flat()["trainer.precision"] == taken.name, "one name for one thing on disk"
+    assert config.to_flat_dict()["trainer.precision"] == taken.name, (
+        "one name for one thing on disk"
+    )
 
 
 def test_a_job_of_a_sweep_is_named_after_what_is_swept():
-    assert job_folder("loss.l1=0.001", 3) == "loss.l1=0.001"
-    assert job_folder("data.path=/a/b", 3) == "data.path=_a_b"
-    assert job_folder("", 3) == "3"
-    long = job_folder("\u00e9" * 300, 3)
+    assert name_job_folder("loss.l1=0.001", 3) == "loss.l1=0.001"
+    assert name_job_folder("data.path=/a/b", 3) == "data.path=_a_b"
+    assert name_job_folder("", 3) == "3"
+    long = name_job_folder("\u00e9" * 300, 3)
     assert len(long.encode()) <= 200 and long.endswith("_3")
 
 
@@ -450,10 +452,10 @@ def test_local_paths_are_saved_absolute(tmp_path, monkeypatch):
         "missing.txt": "missing.txt",
     }.items():
         overrides = ["llm=hf", "llm.name=llm", "layer.index=0", "data=text", f"data.path={given}"]
-        config = make_job(*overrides).config
+        config = compose_job(*overrides).config
         assert (config.llm.name, config.data.path) == (str(tmp_path / "llm"), str(kept))
-    assert make_job("llm=gpt2").config.llm.name == "openai-community/gpt2"
-    assert make_job("llm=smollm2", "seed=9").config.llm.name == "smollm2", "the packaged one"
+    assert compose_job("llm=gpt2").config.llm.name == "openai-community/gpt2"
+    assert compose_job("llm=smollm2", "seed=9").config.llm.name == "smollm2", "the packaged one"
 
 
 def test_the_smoke_run_does_everything_once():
@@ -480,7 +482,7 @@ def test_a_damaged_config_says_so_in_one_line(tmp_path, text, message):
 
 
 def test_a_config_of_another_version_names_what_it_does_not_know(tmp_path):
-    text = resolved_yaml(make_job()).replace("  features:", "  old_name:")
+    text = format_config(compose_job()).replace("  features:", "  old_name:")
     (tmp_path / CONFIG_FILE).write_text(text)
     with pytest.raises(UserError, match=r"config\.yaml cannot be read: .*old_name"):
         read_job(tmp_path)
@@ -488,13 +490,13 @@ def test_a_config_of_another_version_names_what_it_does_not_know(tmp_path):
 
 @pytest.mark.parametrize("overrides", ROUND_TRIPS.values())
 def test_a_run_that_does_not_say_its_kind_of_data_is_read(tmp_path, overrides):
-    saved = resolved_yaml(make_job(*overrides)).splitlines()
+    saved = format_config(compose_job(*overrides)).splitlines()
     without = [line for line in saved if not line.startswith("  kind: ")]
     assert len(without) == len(saved) - 1
     (tmp_path / CONFIG_FILE).write_text("\n".join(without))
     config = read_job(tmp_path).config
     assert config == make(*overrides)
-    assert "data.kind" not in config.identity(), "its checkpoint does not say it either"
+    assert "data.kind" not in config.fixed_on_resume(), "its checkpoint does not say it either"
 
 
 @pytest.mark.parametrize("kind", ["hub", "paper"])
@@ -504,7 +506,7 @@ def test_a_kind_with_the_settings_of_another_is_refused(kind):
 
 
 def test_a_run_of_a_version_with_fewer_settings_is_read(tmp_path):
-    saved = resolved_yaml(make_job("data=text", "data.path=x"))
+    saved = format_config(compose_job("data=text", "data.path=x"))
     fewer = [line for line in saved.splitlines() if "cache" not in line]
     assert len(fewer) == len(saved.splitlines()) - 2
     (tmp_path / CONFIG_FILE).write_text("\n".join(fewer))
@@ -523,7 +525,7 @@ def test_an_experiment_beats_config_yaml(tmp_path):
     overrides = [f"hydra.searchpath=[file://{tmp_path}]", "experiment=tried", "optim.lr=0.125"]
     composed = compose("config", overrides, return_hydra_config=True)
     assert composed.hydra.job.name == "tried", "config.yaml says train"
-    config = job(compose("config", overrides), Path("folder"), []).config
+    config = make_job(compose("config", overrides), Path("folder"), []).config
     assert (config.seed, config.loss.l1) == (5, 0.5)
     assert config.optim.lr == 0.125, "and the command line beats the experiment"
 

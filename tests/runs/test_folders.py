@@ -46,7 +46,7 @@ METRICS = {
 
 def report(sweep) -> list[dict[str, str]]:
     """The rows of the written report."""
-    write_report(sweep, folders.sweep_runs(sweep))
+    write_report(sweep, folders.read_sweep_runs(sweep))
     with open(sweep / "sweep.csv", newline="") as file:
         return list(csv.DictReader(file))
 
@@ -62,7 +62,7 @@ def test_metrics_of_another_shape_are_damage_of_one_run(sweep, content, capsys):
     assert rows[1]["reason"].startswith(f"{path} is damaged: it ")
     assert f"damaged: loss.l1=2: {path} is damaged" in capsys.readouterr().out
     assert ">1 damaged<" in (sweep / "sweep.html").read_text()
-    assert folders.metrics(path.parent) is None, "resumed, it is scored again"
+    assert folders.read_metrics(path.parent) is None, "resumed, it is scored again"
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"reason": 3}', '"it failed"'])
@@ -70,12 +70,12 @@ def test_a_failure_of_another_shape_is_damage_of_one_run(sweep, content):
     path = failure_path(sweep / "loss.l1=2")
     path.write_text(content)
     assert [row["status"] for row in report(sweep)] == ["finished", "damaged"]
-    assert folders.failure(path.parent) is None
+    assert folders.read_failure(path.parent) is None
 
 
 def test_a_failure_of_version_0_1_0_is_read(sweep):
     failure_path(sweep / "loss.l1=2").write_text('{"reason": "its loss became nan"}')
-    assert folders.failure(sweep / "loss.l1=2")["diverged"] is False
+    assert folders.read_failure(sweep / "loss.l1=2")["diverged"] is False
     assert [row["reason"] for row in report(sweep)] == ["", "its loss became nan"]
 
 
@@ -104,7 +104,7 @@ def test_json_never_holds_nan_and_gives_it_back(sweep):
 
     content = json.loads(path.read_text(), parse_constant=refuse)
     assert [content["held_out"][name] for name in ("kl", "mse", "l0")] == [None] * 3
-    read = folders.metrics(path.parent)["held_out"]
+    read = folders.read_metrics(path.parent)["held_out"]
     assert all(math.isnan(read[name]) for name in ("kl", "mse", "l0"))
     assert [row["kl"] for row in report(sweep)] == ["", "nan"], "measured, and missing"
 
@@ -112,13 +112,13 @@ def test_json_never_holds_nan_and_gives_it_back(sweep):
 def test_metrics_in_which_an_earlier_version_wrote_nan_are_read(sweep):
     path = sweep / "loss.l1=2" / folders.METRICS_FILE
     path.write_text(json.dumps(GOOD | {"held_out": SCORES | {"kl": math.nan}}))
-    assert math.isnan(folders.metrics(path.parent)["held_out"]["kl"])
+    assert math.isnan(folders.read_metrics(path.parent)["held_out"]["kl"])
 
 
 def test_of_many_that_start_at_the_same_time_each_gets_a_folder(tmp_path):
     path = tmp_path / "outputs" / "2026-01-31" / "12-00-00"
     with ThreadPoolExecutor(8) as pool:
-        made = [*pool.map(folders.make_new, [path] * 40)]
+        made = [*pool.map(folders.make_unique_folder, [path] * 40)]
     assert sorted(made) == sorted(path.parent.iterdir())
     names = {path.name, *(f"{path.name}-{number}" for number in range(2, 41))}
     assert {folder.name for folder in made} == names
@@ -127,4 +127,4 @@ def test_of_many_that_start_at_the_same_time_each_gets_a_folder(tmp_path):
 def test_a_folder_that_cannot_be_made_is_an_error_and_no_search_without_end(tmp_path):
     (tmp_path / "outputs").symlink_to(tmp_path / "nowhere")
     with pytest.raises(OSError, match="outputs"):
-        folders.make_new(tmp_path / "outputs" / "12-00-00")
+        folders.make_unique_folder(tmp_path / "outputs" / "12-00-00")

@@ -8,9 +8,9 @@ import pytest
 from board import columns, opened, runs
 from hydra import compose, initialize_config_dir
 
-from sae_lightning.runs.config import conf_folder
-from sae_lightning.runs.hparams import hparams
-from sae_lightning.runs.jobs import Job, job, register, swept_of
+from sae_lightning.runs.config import find_conf_folder
+from sae_lightning.runs.hparams import make_hparams
+from sae_lightning.runs.jobs import Job, make_job, read_swept_settings, register_schemas
 from sae_lightning.training.logging import HeadLog
 
 pytestmark = pytest.mark.filterwarnings("ignore:html5lib's sanitizer is deprecated")
@@ -18,8 +18,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:html5lib's sanitizer is deprecat
 
 @pytest.fixture(scope="module", autouse=True)
 def hydra():
-    register()
-    with initialize_config_dir(conf_folder(), version_base="1.3"):
+    register_schemas()
+    with initialize_config_dir(find_conf_folder(), version_base="1.3"):
         yield
 
 
@@ -29,12 +29,12 @@ def grid(line: str, folder: Path) -> list[Job]:
         [f"{o.partition('=')[0]}={v}" for v in o.partition("=")[2].split(",")] for o in line.split()
     ]
     made = [[*each] for each in product(*choices)]
-    return [job(compose("config", each), folder / ",".join(each), each) for each in made]
+    return [make_job(compose("config", each), folder / ",".join(each), each) for each in made]
 
 
 def logged(jobs: list[Job]):
     """TensorBoard on the runs of these jobs."""
-    for each, told in zip(jobs, hparams(jobs), strict=True):
+    for each, told in zip(jobs, make_hparams(jobs), strict=True):
         each.folder.mkdir(parents=True)
         HeadLog(each.folder, told, None).close()
     return opened(jobs[0].folder.parent)
@@ -71,6 +71,6 @@ def test_one_trial_of_a_search_knows_what_is_searched(tmp_path):
     same = "hydra.job.config.override_dirname.exclude_keys=['model.features','seed']"
     (one,) = grid(" ".join(typed), tmp_path)
     hydra = compose("config", [*typed, same], return_hydra_config=True).hydra
-    assert swept_of(hydra) == ["loss.l1"]
-    shown = columns(logged([replace(one, swept=swept_of(hydra))]))
+    assert read_swept_settings(hydra) == ["loss.l1"]
+    shown = columns(logged([replace(one, swept=read_swept_settings(hydra))]))
     assert [name for name in shown if name.endswith("*")] == ["loss.l1*"]

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from sae_lightning.errors import is_out_of_memory
 from sae_lightning.runs import memory
-from sae_lightning.runs.memory import EVALUATION
+from sae_lightning.runs.memory import EVALUATION_SHARE
 from sae_lightning.sae import ARCHITECTURES, Moment, build
 from sae_lightning.sae.jumprelu import Penalty
 
@@ -75,7 +75,7 @@ def test_evaluation_takes_no_more_than_the_estimate_charges(name):
     config, network, _ = ARCHITECTURES[name]
     sae = build(config(name=name, features=FEATURES), D, D)
     measured = peak(lambda: sae(X))
-    assert measured < EVALUATION * network.bytes_per_activation + 0.1
+    assert measured < EVALUATION_SHARE * network.bytes_per_activation + 0.1
 
 
 def group(folder, limit: object, used: int, cached: int, names=("max", "current"), total=""):
@@ -101,13 +101,13 @@ def test_the_least_that_any_cgroup_leaves_counts_and_cached_files_do_not(tmp_pat
         files = {"names": ("limit_in_bytes", "usage_in_bytes"), "total": "total_"}
         group(mount / "memory" / "job", 1000, 700, 200, **files)
         group(mount / "memory" / "job" / "step", 1 << 63, 650, 200, **files)
-    assert memory._left_in_cgroups(own, mount) == 1000 - (700 - 200)
+    assert memory._read_free_in_cgroups(own, mount) == 1000 - (700 - 200)
 
 
 def test_no_cgroup_is_no_limit(tmp_path):
-    assert memory._left_in_cgroups(tmp_path / "none", tmp_path) == float("inf")
+    assert memory._read_free_in_cgroups(tmp_path / "none", tmp_path) == float("inf")
     (tmp_path / "cgroup").write_text("0::/elsewhere\n")  # that of another mount
-    assert memory._left_in_cgroups(tmp_path / "cgroup", tmp_path) == float("inf")
+    assert memory._read_free_in_cgroups(tmp_path / "cgroup", tmp_path) == float("inf")
 
 
 def test_ulimit_counts():
@@ -115,11 +115,11 @@ def test_ulimit_counts():
     used = psutil.Process().memory_info().vms
     try:
         resource.setrlimit(resource.RLIMIT_AS, (used + 10**9, before[1]))
-        assert 0.9e9 < memory._left_of_ulimit() <= 1.01e9
+        assert 0.9e9 < memory._read_free_of_ulimit() <= 1.01e9
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
     if most == resource.RLIM_INFINITY:
-        assert memory._left_of_ulimit() == float("inf")
+        assert memory._read_free_of_ulimit() == float("inf")
 
 
 TOO_MUCH = 1 << 50

@@ -18,19 +18,19 @@ from sae_lightning.analysis.subject import open_subject
 from sae_lightning.errors import UserError
 from sae_lightning.llm.load import LLMConfig
 from sae_lightning.llm.sites import LayerConfig
-from sae_lightning.runs.config import Config, conf_folder
-from sae_lightning.runs.folders import sweep_runs
+from sae_lightning.runs.config import Config, find_conf_folder
+from sae_lightning.runs.folders import read_sweep_runs
 from sae_lightning.runs.jobs import (
     CONFIG_FILE,
     Job,
-    job,
-    jobs,
+    format_config,
+    format_resume_command,
+    make_job,
+    make_jobs,
     read_job,
-    register,
-    resolved_yaml,
-    resume_of,
+    register_schemas,
 )
-from sae_lightning.runs.sweep import RECORD, Sweep
+from sae_lightning.runs.sweep import HYDRA_RECORD, Sweep
 from sae_lightning.sae import SAEConfig
 from sae_lightning.sae.relu import ReLULoss
 from sae_lightning.stream.plays import PlaysConfig
@@ -70,7 +70,7 @@ def write_run(folder: Path, llm: Path | str, trusting: bool = True) -> Path:
         loss=ReLULoss(),
     )
     folder.mkdir(parents=True)
-    (folder / CONFIG_FILE).write_text(resolved_yaml(Job(config=config, folder=folder)))
+    (folder / CONFIG_FILE).write_text(format_config(Job(config=config, folder=folder)))
     return folder
 
 
@@ -84,19 +84,19 @@ def write_text(folder: Path, old: str, new: str) -> str:
 
 @pytest.fixture(scope="module")
 def hydra():
-    register()
-    with initialize_config_dir(conf_folder(), version_base="1.3"):
+    register_schemas()
+    with initialize_config_dir(find_conf_folder(), version_base="1.3"):
         yield
 
 
 def resumed(*overrides: str) -> list[Job]:
     """The jobs of `train.py -m` with these."""
-    return jobs(compose("config", [*overrides]), Path("new"), [*overrides], Path("sweep"))
+    return make_jobs(compose("config", [*overrides]), Path("new"), [*overrides], Path("sweep"))
 
 
 ASKED = {"llm": LLMConfig(name="smollm2"), "data": PlaysConfig(), "layer": LayerConfig(index=0)}
 OPENERS = {
-    "resume": lambda run, *typed: job(
+    "resume": lambda run, *typed: make_job(
         compose("config", [f"resume={run}", *typed]), Path("new"), [f"resume={run}", *typed]
     ),
     "-m resume": lambda run, *typed: resumed(f"resume={run}", *typed),
@@ -128,7 +128,7 @@ def test_typed_in_the_command_it_is_allowed(hydra, tmp_path, opener):
     opened = OPENERS[opener](write_run(tmp_path / "sweep" / "run", "llm"), TRUST)
     (this,) = opened if isinstance(opened, list) else [opened]
     assert this.config.llm.trust_remote_code
-    assert TRUST in resume_of([this]), "the command that continues it is complete"
+    assert TRUST in format_resume_command([this]), "the command that continues it is complete"
 
 
 def test_permission_that_a_run_does_not_need_changes_nothing_about_it(hydra, tmp_path):
@@ -146,7 +146,7 @@ def test_an_analysis_goes_by_what_was_typed_and_not_by_the_folder(tmp_path, type
 
 def test_the_report_of_a_sweep_is_written_without_permission(tmp_path):
     run = write_run(tmp_path / "sweep" / "run", "llm")
-    (read,) = sweep_runs(tmp_path / "sweep")
+    (read,) = read_sweep_runs(tmp_path / "sweep")
     assert (read.folder, read.status) == (run, "unfinished")
 
 
@@ -196,7 +196,7 @@ def test_what_stands_for_what_was_typed_is_resolved_by_nobody(
     monkeypatch.setenv("SECRET", SECRET)
     run = write_run(tmp_path / "sweep" / "run", "llm", trusting=False)
     write_text(run, "overrides: []", f"overrides: {overrides}")
-    (told,) = sweep_runs(tmp_path / "sweep")
+    (told,) = read_sweep_runs(tmp_path / "sweep")
     assert (
         told.failure
         == f"{run / CONFIG_FILE} cannot be read: overrides is no list of what was typed"
@@ -250,7 +250,7 @@ def test_what_was_typed_stays_text(hydra, tmp_path, monkeypatch):
     write_text(run, "overrides: []", "overrides: ['seed=${oc.env:SECRET}']")
     this = read_job(run)
     assert this.overrides == ["seed=${oc.env:SECRET}"]
-    assert SECRET not in resolved_yaml(this)
+    assert SECRET not in format_config(this)
 
 
 def run_script(script: str, *arguments: str, cwd: Path):
@@ -312,7 +312,7 @@ def begin_sweep(folder: Path, *overrides: str) -> Sweep:
     callback = Sweep()
     callback.on_multirun_start(config)
     folder.mkdir(exist_ok=True)
-    (folder / RECORD).write_text("another's")
+    (folder / HYDRA_RECORD).write_text("another's")
     return callback
 
 
@@ -331,7 +331,7 @@ def test_hydras_record_of_a_strangers_sweep_is_text(
 ):
     monkeypatch.setenv("SECRET", SECRET)
     folder = write_run(tmp_path / "sweep" / "run", "llm", trusting=False).parent
-    (folder / RECORD).write_text(record)
+    (folder / HYDRA_RECORD).write_text(record)
     if answer:
         with pytest.raises(SystemExit, match=f"multirun.yaml: {re.escape(answer)}"):
             begin_sweep(folder, f"resume={folder}")
@@ -349,25 +349,25 @@ def test_hydras_record_of_a_strangers_sweep_is_text(
 def test_a_sweep_that_adds_no_run_leaves_the_record_of_another(hydra, tmp_path, kept):
     folder = write_run(tmp_path / "sweep" / "run", "llm", trusting=False).parent
     if kept:
-        (folder / RECORD).write_text(kept)
+        (folder / HYDRA_RECORD).write_text(kept)
     refused = begin_sweep(folder)
     refused._put_record_back()  # when the process ends
-    assert sorted(path.name for path in folder.iterdir()) == [*[RECORD] * bool(kept), "run"]
-    assert not kept or (folder / RECORD).read_text() == kept
+    assert sorted(path.name for path in folder.iterdir()) == [*[HYDRA_RECORD] * bool(kept), "run"]
+    assert not kept or (folder / HYDRA_RECORD).read_text() == kept
     begun = begin_sweep(folder)
     write_run(folder / "new", "llm", trusting=False)
     begun._put_record_back()
-    assert (folder / RECORD).read_text() == "another's"
+    assert (folder / HYDRA_RECORD).read_text() == "another's"
 
 
 def test_hydras_record_is_written_through_no_other_name_and_into_no_pipe(hydra, tmp_path):
     folder = write_run(tmp_path / "sweep" / "run", "llm", trusting=False).parent
     (tmp_path / "mine").write_text("mine")
-    (folder / RECORD).hardlink_to(tmp_path / "mine")
+    (folder / HYDRA_RECORD).hardlink_to(tmp_path / "mine")
     begin_sweep(folder)._put_record_back()
-    assert (tmp_path / "mine").read_text() == (folder / RECORD).read_text() == "mine"
-    (folder / RECORD).unlink()
-    os.mkfifo(folder / RECORD)
+    assert (tmp_path / "mine").read_text() == (folder / HYDRA_RECORD).read_text() == "mine"
+    (folder / HYDRA_RECORD).unlink()
+    os.mkfifo(folder / HYDRA_RECORD)
     with pytest.raises(SystemExit, match=r"multirun\.yaml is a link, .*, or a pipe"):
         begin_sweep(folder)
 
@@ -378,7 +378,7 @@ def test_a_file_without_end_is_damage_and_not_waited_for(tmp_path, name, endless
     run = write_run(tmp_path / "sweep" / "run", "llm", trusting=False)
     (run / name).unlink(missing_ok=True)
     endless(run / name)
-    (told,) = sweep_runs(run.parent)
+    (told,) = read_sweep_runs(run.parent)
     assert (told.status, str(run / name) in told.failure) == ("damaged", True)
 
 

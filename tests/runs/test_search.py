@@ -9,7 +9,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from sae_lightning.errors import UserError
 from sae_lightning.llm.load import LLMConfig
 from sae_lightning.llm.splice import Baseline, Scores
-from sae_lightning.runs.search import METRICS, SweepConfig, objective
+from sae_lightning.runs.search import OBJECTIVES, SweepConfig, compute_objective
 from sae_lightning.scoring.duplicates import Copies
 from sae_lightning.scoring.metrics import Quality
 from sae_lightning.scoring.scorecard import Scorecard
@@ -22,20 +22,22 @@ RUN = {"ce_recovered": 0.9, "ce_clean": 3.0, "ce_zero": 9.0, "kl": 0.25, "l0": 8
 
 
 def test_the_objective_is_the_metric_and_a_minus_minimises():
-    assert objective(RUN, SweepConfig()) == 0.9
-    assert objective(RUN, SweepConfig(objective="-kl")) == -0.25
+    assert compute_objective(RUN, SweepConfig()) == 0.9
+    assert compute_objective(RUN, SweepConfig(objective="-kl")) == -0.25
 
 
 def test_at_or_below_the_l0_asked_for_nothing_is_subtracted():
     for l0 in (80.0, 81.0, 1000.0):
-        assert objective(RUN, SweepConfig(l0=l0)) == 0.9
-    assert objective(RUN | {"l0": 0.0}, SweepConfig(l0=5.0)) == 0.9
+        assert compute_objective(RUN, SweepConfig(l0=l0)) == 0.9
+    assert compute_objective(RUN | {"l0": 0.0}, SweepConfig(l0=5.0)) == 0.9
 
 
 @pytest.mark.parametrize(("name", "value"), [("ce_recovered", 0.9), ("-kl", -0.25)])
 def test_above_it_the_excess_costs_ten_per_factor_e(name, value):
     # 80 / 40 = 2 times too many: 10 ln 2 = 6.931; minimised or maximised, it is a loss
-    assert objective(RUN, SweepConfig(objective=name, l0=40.0)) == pytest.approx(value - 6.931472)
+    assert compute_objective(RUN, SweepConfig(objective=name, l0=40.0)) == pytest.approx(
+        value - 6.931472
+    )
 
 
 def test_a_search_is_led_back_to_the_l0_asked_for():
@@ -43,7 +45,7 @@ def test_a_search_is_led_back_to_the_l0_asked_for():
 
     def found(l0: float) -> float:
         kl = 0.4 - 0.2 * math.log(l0 / 20)
-        return objective({"kl": kl, "l0": l0}, SweepConfig(objective="-kl", l0=64.0))
+        return compute_objective({"kl": kl, "l0": l0}, SweepConfig(objective="-kl", l0=64.0))
 
     rising, falling = [8.0, 20.0, 50.0, 64.0], [64.0, 65.0, 100.0, 500.0]
     assert sorted(rising, key=found) == rising
@@ -51,13 +53,17 @@ def test_a_search_is_led_back_to_the_l0_asked_for():
 
 
 def test_a_search_gains_nothing_by_more_than_lossless_or_where_zero_ablation_costs_nothing():
-    assert objective(RUN | {"ce_recovered": 1.3}, SweepConfig()) == 1
-    assert objective(RUN | {"ce_recovered": 6.0, "ce_zero": 2.9}, SweepConfig()) == -math.inf
+    assert compute_objective(RUN | {"ce_recovered": 1.3}, SweepConfig()) == 1
+    assert (
+        compute_objective(RUN | {"ce_recovered": 6.0, "ce_zero": 2.9}, SweepConfig()) == -math.inf
+    )
 
 
 @pytest.mark.parametrize("name", ["kl", "-kl"])
 def test_a_metric_that_is_nan_is_the_worst_of_all(name):
-    assert objective(RUN | {"kl": math.nan}, SweepConfig(objective=name, l0=5.0)) == -math.inf
+    assert (
+        compute_objective(RUN | {"kl": math.nan}, SweepConfig(objective=name, l0=5.0)) == -math.inf
+    )
 
 
 def test_every_number_of_a_run_that_the_sae_decides_can_be_the_objective():
@@ -65,7 +71,7 @@ def test_every_number_of_a_run_that_the_sae_decides_can_be_the_objective():
     of_text = Scorecard(quality, near, scores=Scores(1, 2, 3, 3, 0.5, 0.1)).scalars()
     of_concepts = Scorecard(quality, near, Recovery(*range(9))).scalars()
     fixed = {*Baseline._fields, *WORLD_METRICS}
-    assert set(METRICS) == {*of_text, *of_concepts} - fixed
+    assert set(OBJECTIVES) == {*of_text, *of_concepts} - fixed
     without_loss = Scorecard(quality, near).scalars()
     llm = LLMConfig(name="none")
     text, concepts = (make_source(llm, data, 0) for data in (PlaysConfig(), SyntheticConfig()))
@@ -75,26 +81,26 @@ def test_every_number_of_a_run_that_the_sae_decides_can_be_the_objective():
         (of_concepts, concepts.measured(64)),
         (of_concepts, concepts.measured(0)),
     ):
-        for name in METRICS:
+        for name in OBJECTIVES:
             sweep = SweepConfig(objective=name)
             if name in numbers:
-                sweep.check(*where)
-                assert objective(numbers, sweep) == numbers[name]
+                sweep.check_objective(*where)
+                assert compute_objective(numbers, sweep) == numbers[name]
             else:
                 with pytest.raises(UserError, match=rf"^sweep\.objective={name} is not measured"):
-                    sweep.check(*where)
+                    sweep.check_objective(*where)
 
 
 def test_unasked_the_objective_is_what_is_measured():
-    SweepConfig().check(frozenset(), "with eval.loss_tokens=0")
-    assert objective(RUN, SweepConfig()) == RUN["ce_recovered"]
+    SweepConfig().check_objective(frozenset(), "with eval.loss_tokens=0")
+    assert compute_objective(RUN, SweepConfig()) == RUN["ce_recovered"]
     measured = {"l0": 5.0, "explained_variance": 0.7}
-    assert objective(measured, SweepConfig()) == 0.7
+    assert compute_objective(measured, SweepConfig()) == 0.7
 
 
 def test_an_objective_that_needs_a_loss_that_is_not_measured_is_refused_in_one_line():
     with pytest.raises(UserError) as error:
-        SweepConfig(objective="-kl").check(frozenset(), "with eval.loss_tokens=0")
+        SweepConfig(objective="-kl").check_objective(frozenset(), "with eval.loss_tokens=0")
     assert str(error.value) == (
         "sweep.objective=-kl is not measured with eval.loss_tokens=0: choose from "
         "duplicates, explained_variance, l0, nearest_cosine, unfired"

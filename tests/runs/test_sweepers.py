@@ -22,9 +22,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from tiny_run import write_text
 
 from sae_lightning.runs import jobs
-from sae_lightning.runs.config import Config, conf_folder, typed
-from sae_lightning.runs.jobs import register
-from sae_lightning.runs.search import SweepConfig, objective
+from sae_lightning.runs.config import Config, find_conf_folder, to_dataclass
+from sae_lightning.runs.jobs import register_schemas
+from sae_lightning.runs.search import SweepConfig, compute_objective
 from sae_lightning.runs.sweep import Sweep
 from sae_lightning.sae import ARCHITECTURES
 
@@ -55,8 +55,8 @@ class Recorder:
 @pytest.fixture(scope="module")
 def loader():
     """Hydra's, for conf/."""
-    register()
-    with initialize_config_dir(conf_folder(), version_base="1.3"):
+    register_schemas()
+    with initialize_config_dir(find_conf_folder(), version_base="1.3"):
         yield GlobalHydra.instance().config_loader()
 
 
@@ -92,7 +92,7 @@ def composed(loader, overrides: dict[str, str]) -> Config:
     config = loader.load_sweep_config(configured(loader, []), given)
     with read_write(config), open_dict(config):
         del config["hydra"]
-    return typed(config)
+    return to_dataclass(config)
 
 
 @pytest.mark.slow
@@ -113,7 +113,7 @@ def test_hydras_syntax_of_a_grid_gives_one_config_a_value(
     sweep, loader, arguments, setting, values
 ):
     (batch,) = sweep(arguments)
-    assert [composed(loader, job).flat()[setting] for job in batch] == values
+    assert [composed(loader, job).to_flat_dict()[setting] for job in batch] == values
 
 
 def test_a_preset_can_hold_a_sweep(sweep, tmp_path):
@@ -149,7 +149,7 @@ def test_a_search_ends_where_l0_is_what_was_asked_for(sweep, tmp_path):
     def trained(job: dict[str, str]) -> float:
         l0 = 0.1 / float(job["loss.l1"])
         metrics = {"l0": l0, "ce_recovered": 1 - 1 / l0, "ce_zero": 2.0, "ce_clean": 1.0}
-        return objective(metrics, SweepConfig(l0=64.0))
+        return compute_objective(metrics, SweepConfig(l0=64.0))
 
     sweep([*SEARCH, "sweep.l0=64", "hydra.sweeper.n_trials=40"], trained)
     best = OmegaConf.load(tmp_path / "optimization_results.yaml").best_params["loss.l1"]
@@ -163,7 +163,9 @@ def test_a_search_is_repeated_with_the_same_trials(sweep):
 
 def test_a_search_survives_failed_runs_and_metrics_that_are_nan(sweep, tmp_path):
     """A failed run returns None; nan itself would end the search with a traceback of Optuna's."""
-    returned = iter([None, objective({"kl": math.nan}, SweepConfig(objective="-kl")), 0.5, None])
+    returned = iter(
+        [None, compute_objective({"kl": math.nan}, SweepConfig(objective="-kl")), 0.5, None]
+    )
     few = [*SEARCH, "hydra.sweeper.n_trials=4", "hydra.sweeper.n_jobs=2"]
     batches = sweep(few, lambda job: next(returned))
     found = OmegaConf.load(tmp_path / "optimization_results.yaml")
@@ -249,7 +251,9 @@ def test_optuna_is_told_what_the_runs_achieved(train, tmp_path, launcher):
     done = train("hydra/sweeper=optuna", f"hydra/launcher={launcher}", *search, *storage)
     assert (done.returncode, done.stderr) == (0, ""), done.stdout
     sweep = SweepConfig(l0=8.0)
-    values = {run: objective(held_out(run), sweep) for run in (tmp_path / "sweep").glob("loss*")}
+    values = {
+        run: compute_objective(held_out(run), sweep) for run in (tmp_path / "sweep").glob("loss*")
+    }
     assert len(values) == 3
     best = max(values, key=values.get)
     found = OmegaConf.load(tmp_path / "sweep" / "optimization_results.yaml")

@@ -51,18 +51,18 @@ def metrics(job):
 @pytest.mark.slow
 def test_a_cached_run_ends_with_the_weights_of_a_live_one_and_without_the_llm(made, calls):
     live, writing, reading = made("live", cached=False), made("writing"), made("reading")
-    passes.train([live])
+    passes.train_jobs([live])
     llm_passes = len(calls)
-    passes.train([writing])
+    passes.train_jobs([writing])
     assert len(calls) == 2 * llm_passes > 0
-    passes.train([reading])
+    passes.train_jobs([reading])
     assert len(calls) == 2 * llm_passes
     assert weights(live) == weights(writing) == weights(reading)
     assert metrics(live)["held_out"] == metrics(reading)["held_out"]
     assert metrics(live)["training"] == metrics(reading)["training"]
     assert metrics(reading)["speed"]["llm_share"] == 0
     other = made("other", layer=LayerConfig(index=0))
-    passes.train([other])
+    passes.train_jobs([other])
     assert len(calls) == 3 * llm_passes, "another layer is not there yet"
 
 
@@ -80,7 +80,7 @@ def failing(monkeypatch):
             make_callbacks = run.make_callbacks
             patch.setattr(run, "make_callbacks", lambda *args: [PowerCut(), *make_callbacks(*args)])
             with pytest.raises(SystemError) as error:
-                passes.train([job])
+                passes.train_jobs([job])
         return error
 
     return fail
@@ -94,10 +94,10 @@ def test_a_run_that_failed_leaves_the_cache_to_the_next_one_of_its_process(
     assert error.tb, "which holds all that the run was made of"
     assert list(tmp_path.glob("activations/*/.*.tmp")) == []
     capsys.readouterr()
-    passes.train([made("next")])
+    passes.train_jobs([made("next")])
     assert "another process" not in capsys.readouterr().out
     llm_passes = len(calls)
-    passes.train([made("last")])
+    passes.train_jobs([made("last")])
     assert len(calls) == llm_passes
 
 
@@ -106,12 +106,12 @@ def test_a_cache_that_cannot_be_is_refused_before_the_llm_is_loaded(made, tmp_pa
     folder = tmp_path / "activations"
     folder.touch()
     with pytest.raises(UserError, match="data.cache_folder=.*/activations cannot be written to"):
-        passes.train([made("run")])
+        passes.train_jobs([made("run")])
     resumed = made("resumed")
     resumed.resumed = True
-    checks.check([resumed])
+    checks.check_jobs([resumed])
     folder.unlink()
-    checks.check([made("new")])
+    checks.check_jobs([made("new")])
     assert not folder.exists()
 
 
@@ -122,19 +122,19 @@ def test_a_cache_that_can_only_be_read_is_taken_if_there_is_anything_in_it(
     folder.mkdir()
     monkeypatch.setattr(os, "access", lambda path, mode: path != folder or mode == os.R_OK)
     with pytest.raises(UserError, match="cannot be written to"):
-        checks.check([job])
+        checks.check_jobs([job])
     (folder / "key").mkdir()
-    checks.check([job])
+    checks.check_jobs([job])
 
 
 @pytest.mark.slow
 def test_a_run_that_a_sweep_or_a_user_takes_up_needs_no_space_for_its_cache(made, monkeypatch):
     monkeypatch.setattr(cache, "read_free_space", lambda folder: 0)
     with pytest.raises(UserError, match="data.cache: no space"):
-        passes.train([made("new")])
+        passes.train_jobs([made("new")])
     taken_up = made("taken up")
     taken_up.resumed = True  # and has no checkpoint yet
-    passes.train([taken_up])
+    passes.train_jobs([taken_up])
     assert metrics(taken_up)["tokens"] > 0
 
 
@@ -143,25 +143,25 @@ def test_jobs_of_one_pass_have_one_cache(made):
         if other.config.data.cache:
             other.config.data.cache_folder += "2"
         with pytest.raises(UserError, match="share its cache; give all of them the same"):
-            checks.check([made("cached"), other])
+            checks.check_jobs([made("cached"), other])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("deleted", [False, True])
 def test_a_killed_caching_run_resumes_exactly(made, calls, failing, tmp_path, deleted):
     live, killed = made("live", cached=False), made("killed")
-    passes.train([live])
+    passes.train_jobs([live])
     failing(killed)
     if deleted:
         shutil.rmtree(tmp_path / "activations")
     again = read_job(killed.folder)
     again.resumed = True
-    passes.train([again])
+    passes.train_jobs([again])
     assert weights(live) == weights(killed)
     llm_passes = len(calls)
-    passes.train([made("after", eval=EvalConfig(every=10**9, tokens=150))])
+    passes.train_jobs([made("after", eval=EvalConfig(every=10**9, tokens=150))])
     assert (len(calls) > llm_passes) == deleted, "what was there at a checkpoint stays there"
     llm_passes = len(calls)
-    passes.train([made("last")])
+    passes.train_jobs([made("last")])
     assert len(calls) == llm_passes
     assert weights(live) == weights(made("last"))

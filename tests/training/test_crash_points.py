@@ -48,7 +48,7 @@ def train(job, count, die_at=None):
 
     for module, name in OPERATIONS:
         setattr(module, name, counted(getattr(module, name)))
-    passes.train([replace(job, resumed=(job.folder / "config.yaml").exists())])
+    passes.train_jobs([replace(job, resumed=(job.folder / "config.yaml").exists())])
     count.write_text(str(done))
 
 
@@ -62,7 +62,7 @@ def check_crash_points(job, tmp_path, number, rng):
         assert fork(train, died, count, point) == DIED
         assert fork(train, died, count) == 0, point
         assert_same(whole.folder, died.folder)
-        assert folders.failure(died.folder) is None
+        assert folders.read_failure(died.folder) is None
         assert names(died.folder) == names(whole.folder), point
 
 

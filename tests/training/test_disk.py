@@ -31,7 +31,7 @@ def test_a_checkpoint_that_cannot_be_written_says_how_to_continue(job, monkeypat
     with monkeypatch.context() as patch:
         interrupt(patch, 12, lambda: limit(10_000))
         with pytest.raises(UserError) as error:
-            passes.train([this])
+            passes.train_jobs([this])
     limit(resource.RLIM_INFINITY)
     assert str(error.value) == (
         f"cannot write to {this.folder}/checkpoints/stream-20.pt: File too large; what was there "
@@ -69,7 +69,7 @@ def test_a_folder_that_is_deleted_or_renamed_under_its_run_is_noticed(
         interrupt(patch, 12, go)
         told = "run was deleted or renamed while its run was writing"
         with pytest.raises(UserError, match=told) as error:
-            passes.train([this])
+            passes.train_jobs([this])
     assert "continue with: " not in str(error.value), "there is nothing at that place"
     assert not this.folder.exists() or os.listdir(this.folder) == []
     if moved.exists():
@@ -89,7 +89,7 @@ def test_a_folder_that_goes_between_its_checkpoint_and_its_sae_is_not_made_again
 
     monkeypatch.setattr(checkpoint, "export_head", late)
     with pytest.raises(UserError, match="run/sae/cfg.json: its folder is gone; was it deleted or"):
-        passes.train([this])
+        passes.train_jobs([this])
     assert not this.folder.exists()
 
 
@@ -108,7 +108,7 @@ def test_a_second_ctrl_c_inside_a_save_ends_the_run_at_once(job, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(checkpoints, "_save", save)
         with pytest.raises(SystemExit) as end:
-            passes.train([this])
+            passes.train_jobs([this])
     assert end.value.code == 130
     assert [path for path in this.folder.rglob("*.tmp")] == []
 
@@ -118,8 +118,8 @@ def test_on_a_file_system_without_locks_a_run_says_so_once(job, monkeypatch, cap
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(files, "lock_descriptor", refuse)
-    monkeypatch.setattr(passes, "run", lambda this: [{} for _ in this.jobs])
-    passes.train([job("a"), job("b")])
+    monkeypatch.setattr(passes, "run_pass", lambda this: [{} for _ in this.jobs])
+    passes.train_jobs([job("a"), job("b")])
     assert capsys.readouterr().out.count("a has no locks: nothing keeps another process from") == 1
 
 
@@ -131,9 +131,9 @@ def test_a_link_in_place_of_a_folder_of_a_run_is_refused_before_the_llm_is_loade
     this.folder.mkdir()
     (tmp_path / "elsewhere").mkdir()
     (this.folder / name).symlink_to(tmp_path / "elsewhere")
-    monkeypatch.setattr(run, "run", None)
+    monkeypatch.setattr(run, "run_pass", None)
     with pytest.raises(UserError, match=f"run/{name} is a link, through which files elsewhere"):
-        passes.train([this])
+        passes.train_jobs([this])
     assert os.listdir(this.folder) == [name]
     assert os.listdir(tmp_path / "elsewhere") == []
 
@@ -144,7 +144,7 @@ def test_a_link_in_place_of_a_lock_is_not_followed(job, tmp_path):
     (tmp_path / "victim").write_text("mine")
     (this.folder / ".lock").symlink_to(tmp_path / "victim")
     with pytest.raises(UserError, match=r"cannot write to .*/run/\.lock: a link is in its place"):
-        passes.train([this])
+        passes.train_jobs([this])
     assert (tmp_path / "victim").read_text() == "mine"
 
 
@@ -155,6 +155,6 @@ def test_what_a_killed_run_left_half_written_is_removed_when_it_goes_on(job, mon
     (left / ".lock").touch()
     (left / "last.ckpt").write_bytes(b"half")
     (left.parent / ".last.ckpt.tmp").touch()  # as version 0.1.0 left it
-    monkeypatch.setattr(passes, "run", lambda this: [{} for _ in this.jobs])
-    passes.train([this])
+    monkeypatch.setattr(passes, "run_pass", lambda this: [{} for _ in this.jobs])
+    passes.train_jobs([this])
     assert os.listdir(left.parent) == []

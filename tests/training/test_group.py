@@ -18,7 +18,7 @@ from sae_lightning import UserError
 from sae_lightning.llm.sites import Kind, LayerConfig
 from sae_lightning.llm.splice import HEAD
 from sae_lightning.runs import folders, memory, passes, run
-from sae_lightning.runs.jobs import jobs as jobs_of
+from sae_lightning.runs.jobs import make_jobs as jobs_of
 from sae_lightning.runs.jobs import read_sweep
 from sae_lightning.runs.search import SweepConfig
 from sae_lightning.sae import ARCHITECTURES, SAEConfig
@@ -82,7 +82,9 @@ def sweep(job, tmp_path):
 
     def make(name: str, **jobs):
         made = [job(f"{name}/{each}", **changes) for each, changes in jobs.items()]
-        return [replace(one, multirun=True, sweep=tmp_path / name, overrides=[]) for one in made]
+        return [
+            replace(one, multirun=True, sweep_folder=tmp_path / name, overrides=[]) for one in made
+        ]
 
     return make
 
@@ -95,9 +97,9 @@ def test_heads_of_a_group_end_as_when_trained_alone(job, sweep, precision):
     assert names == set(ARCHITECTURES)
     trainer = replace(job("x").config.trainer, precision=precision)
     mix = {name: changes | {"trainer": trainer} for name, changes in MIX.items()}
-    together = passes.train(sweep("together", **mix))
+    together = passes.train_jobs(sweep("together", **mix))
     for number, alone in enumerate(sweep("alone", **mix)):
-        assert passes.train([alone]) == [together[number]]
+        assert passes.train_jobs([alone]) == [together[number]]
         assert_same(alone.folder.parent.parent / "together" / alone.folder.name, alone.folder)
     assert len({weights(one.folder) for one in sweep("together", **mix)}) == len(mix)
 
@@ -107,16 +109,16 @@ def test_heads_of_a_group_end_as_when_trained_alone(job, sweep, precision):
 def test_every_architecture_killed_ends_as_if_it_had_not_been(sweep, monkeypatch, step):
     assert set(MIX) == set(ARCHITECTURES)
     whole, jobs = sweep("whole", **MIX), sweep("killed", **MIX)
-    results = passes.train(whole)
+    results = passes.train_jobs(whole)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         interrupt(patch, step, die)
-        passes.train(jobs)
-    assert passes.train([replace(one, resumed=True) for one in jobs]) == results
+        passes.train_jobs(jobs)
+    assert passes.train_jobs([replace(one, resumed=True) for one in jobs]) == results
     for one, other in zip(whole, jobs, strict=True):
         assert_same(one.folder, other.folder)
     # what a resumed run has to get right did happen
     for name in ("relu", "jumprelu"):
-        path = curves(whole[0].sweep / name)[f"optim/{MIX[name]['loss'].sparsity}"]
+        path = curves(whole[0].sweep_folder / name)[f"optim/{MIX[name]['loss'].sparsity}"]
         assert len({coefficient for _, coefficient in path}) > 5
     resampled = [curves(one.folder).get("train/resampled", [(0, 0)]) for one in whole]
     assert any(count for points in resampled for _, count in points)
@@ -145,10 +147,12 @@ def test_a_group_runs_the_llm_as_often_as_one_job(job, sweep, monkeypatch):
         return llm
 
     monkeypatch.setattr(text, "load", load)
-    passes.train([job("one")])
+    passes.train_jobs([job("one")])
     alone, whole = len(captured), len(forward) - len(captured)
     assert alone > 20
-    passes.train(sweep("many", **{f"{l1}": {"loss": ReLULoss(l1=l1)} for l1 in (1e-3, 1e-2, 0.1)}))
+    passes.train_jobs(
+        sweep("many", **{f"{l1}": {"loss": ReLULoss(l1=l1)} for l1 in (1e-3, 1e-2, 0.1)})
+    )
     assert len(captured) - alone == alone
     # scored three times, on 150 held-out tokens in 10 sequences, 4 at a time: 9 forward passes
     # with each SAE
@@ -162,7 +166,7 @@ SEEDS = {f"{seed}": {"model": SAEConfig(features=48, seed=seed)} for seed in ran
 def whole(sweep):
     """A sweep of three that nothing interrupts."""
     jobs = sweep("whole", **SEEDS)
-    passes.train(jobs)
+    passes.train_jobs(jobs)
     return jobs
 
 
@@ -187,11 +191,13 @@ def test_a_sweep_killed_twice_ends_as_if_it_had_not_been(sweep, whole, monkeypat
     for step in steps:
         with monkeypatch.context() as patch, pytest.raises(Killed):
             interrupt(patch, step, die)
-            passes.train(jobs)
-        jobs = read_sweep(jobs[0].sweep)
+            passes.train_jobs(jobs)
+        jobs = read_sweep(jobs[0].sweep_folder)
         for one in jobs:
-            one.resumed, one.sweep = True, one.folder.parent
-    assert passes.train(jobs) == [folders.metrics(one.folder)["held_out"] for one in whole]
+            one.resumed, one.sweep_folder = True, one.folder.parent
+    assert passes.train_jobs(jobs) == [
+        folders.read_metrics(one.folder)["held_out"] for one in whole
+    ]
     for one, other in zip(whole, jobs, strict=True):
         assert_same(one.folder, other.folder)
 
@@ -203,7 +209,7 @@ def test_each_head_can_go_on_alone_and_heads_at_different_steps_form_passes(
     jobs = sweep("killed", **SEEDS)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         interrupt(patch, 15, die)
-        passes.train(jobs)
+        passes.train_jobs(jobs)
     assert checkpoint(jobs[0].folder)["global_step"] == 10
     one, two, three = jobs
     resume(one)
@@ -213,9 +219,9 @@ def test_each_head_can_go_on_alone_and_heads_at_different_steps_form_passes(
         interrupt(patch, 25, die)
         resume(two)
     rest = [replace(one, resumed=True) for one in read_sweep(jobs[0].folder.parent)]
-    assert [len(each.jobs) for each in passes.plan(rest[1:])] == [1, 1]
+    assert [len(each.jobs) for each in passes.plan_passes(rest[1:])] == [1, 1]
     capsys.readouterr()
-    passes.train(rest)
+    passes.train_jobs(rest)
     said = capsys.readouterr().out
     assert "0 is finished" in said
     assert "2 jobs on 2 passes" in said
@@ -239,7 +245,7 @@ def test_without_hard_links_each_has_a_copy(sweep, whole, monkeypatch):
     jobs = sweep("copies", **SEEDS)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         interrupt(patch, 15, die)
-        passes.train(jobs)
+        passes.train_jobs(jobs)
     resume(jobs[2])
     assert_same(jobs[2].folder, whole[2].folder)
 
@@ -249,11 +255,11 @@ def test_a_head_that_diverges_is_frozen_and_the_others_do_not_notice(
 ):
     bad = {"optim": OptimConfig(lr=1e30, clip=None), "model": SAEConfig(features=48, seed=1)}
     jobs = sweep("diverged", **(SEEDS | {"1": bad}))
-    results = passes.train(jobs)
+    results = passes.train_jobs(jobs)
     assert [metrics is None for metrics in results] == [False, True, False]
     for number in (0, 2):
         assert_same(jobs[number].folder, whole[number].folder)
-    failure = folders.failure(jobs[1].folder)
+    failure = folders.read_failure(jobs[1].folder)
     assert failure["diverged"]
     assert failure["reason"].startswith("stopped at step 1 (64 tokens): the loss term mse")
     said = capsys.readouterr().out
@@ -261,8 +267,8 @@ def test_a_head_that_diverges_is_frozen_and_the_others_do_not_notice(
     assert not (jobs[1].folder / "metrics.json").exists()
     # a resumed sweep does not try it again
     again = [replace(one, resumed=True) for one in jobs]
-    monkeypatch.setattr(passes, "run", lambda jobs: pytest.fail("nothing is left to train"))
-    assert passes.train(again) == results
+    monkeypatch.setattr(passes, "run_pass", lambda jobs: pytest.fail("nothing is left to train"))
+    assert passes.train_jobs(again) == results
     assert "1 had failed: stopped at step 1" in capsys.readouterr().out
 
 
@@ -289,48 +295,48 @@ def test_a_head_that_diverges_late_keeps_its_last_checkpoint(sweep, whole, monke
 
     make_callbacks = run.make_callbacks
     monkeypatch.setattr(run, "make_callbacks", lambda *args: [Spoil(), *make_callbacks(*args)])
-    assert passes.train(jobs)[1] is None
+    assert passes.train_jobs(jobs)[1] is None
     for number in (0, 2):
         assert_same(jobs[number].folder, whole[number].folder)
     assert checkpoint(jobs[1].folder)["global_step"] == 10
     assert torch.equal(frozen["now"], frozen["then"]), "frozen: no update after the failure"
-    assert "the last good checkpoint is" in folders.failure(jobs[1].folder)["reason"]
+    assert "the last good checkpoint is" in folders.read_failure(jobs[1].folder)["reason"]
     assert curves(jobs[1].folder)["train/loss"][-1][0] == 16 * BATCH
 
 
 def test_where_all_diverge_the_pass_ends(sweep, capsys):
     jobs = sweep("diverged", **{f"{lr}": {"optim": OptimConfig(lr=lr)} for lr in (1e30, 1e31)})
-    assert passes.train(jobs) == [None, None]
+    assert passes.train_jobs(jobs) == [None, None]
     assert "none of the 2 SAEs of this pass is left" in capsys.readouterr().err
-    assert passes.train([replace(one, resumed=True) for one in jobs]) == [None, None]
+    assert passes.train_jobs([replace(one, resumed=True) for one in jobs]) == [None, None]
 
 
 def test_a_pass_that_fails_does_not_end_the_sweep(job, sweep, monkeypatch, capsys):
     seeds = {f"{seed}": {"seed": seed} for seed in range(3)}
     jobs = sweep("seeds", **seeds)
-    train = passes.run
+    train = passes.run_pass
 
     def broken(this):
         if this.jobs[0].config.seed == 1:
             raise ZeroDivisionError("a bug")
         return train(this)
 
-    monkeypatch.setattr(passes, "run", broken)
-    first, second, third = passes.train(jobs)
+    monkeypatch.setattr(passes, "run_pass", broken)
+    first, second, third = passes.train_jobs(jobs)
     assert second is None
     assert first != third
-    assert folders.failure(jobs[1].folder)["reason"] == "ZeroDivisionError: a bug"
+    assert folders.read_failure(jobs[1].folder)["reason"] == "ZeroDivisionError: a bug"
     assert "error: 1: ZeroDivisionError: a bug" in capsys.readouterr().err
     # put right, a resumed sweep trains what is missing
-    monkeypatch.setattr(passes, "run", train)
-    again = passes.train([replace(one, resumed=True) for one in jobs])
+    monkeypatch.setattr(passes, "run_pass", train)
+    again = passes.train_jobs([replace(one, resumed=True) for one in jobs])
     assert (again[0], again[2]) == (first, third)
     assert again[1] is not None
-    assert folders.failure(jobs[1].folder) is None
+    assert folders.read_failure(jobs[1].folder) is None
 
 
 def planned(jobs):
-    return [[one.folder.name for one in each.jobs] for each in passes.plan(jobs)]
+    return [[one.folder.name for one in each.jobs] for each in passes.plan_passes(jobs)]
 
 
 def test_jobs_are_grouped_by_stream_and_split_evenly(sweep, tmp_path):
@@ -346,38 +352,38 @@ def test_jobs_are_grouped_by_stream_and_split_evenly(sweep, tmp_path):
 @pytest.mark.slow
 def test_a_group_too_large_for_memory_is_split(sweep, monkeypatch, capsys):
     jobs = sweep("many", **{f"{seed}": SEEDS[f"{seed % 3}"] for seed in range(5)})
-    (together,) = passes.plan(jobs)
+    (together,) = passes.plan_passes(jobs)
     # d = 24, 48 features: 2 x 24 x 48 + 48 + 24 = 2376 weights, 18 bytes each
     each = 18 * 2376
     shared = together.memory - 5 * each
-    monkeypatch.setattr(memory, "free_memory", lambda config: (shared + 2.5 * each) / 0.9)
-    assert [len(part.jobs) for part in passes.plan(jobs)] == [1, 2, 2]
-    passes.train(jobs)
+    monkeypatch.setattr(memory, "read_free_memory", lambda config: (shared + 2.5 * each) / 0.9)
+    assert [len(part.jobs) for part in passes.plan_passes(jobs)] == [1, 2, 2]
+    passes.train_jobs(jobs)
     assert "5 jobs on 3 passes of the LLM" in capsys.readouterr().out
-    monkeypatch.setattr(memory, "free_memory", lambda config: shared + each)  # none to spare
+    monkeypatch.setattr(memory, "read_free_memory", lambda config: shared + each)  # none to spare
     one_by_one = sweep("more", **SEEDS)
-    assert [len(part.jobs) for part in passes.plan(one_by_one)] == [1, 1, 1]
+    assert [len(part.jobs) for part in passes.plan_passes(one_by_one)] == [1, 1, 1]
 
 
 def test_one_job_that_cannot_run_keeps_all_from_starting(sweep):
     jobs = sweep("bad", good={}, bad={"layer": LayerConfig(index=3)})
     with pytest.raises(UserError, match=r"^layer\.index=3: this LLM has 3 blocks; give 0 to 2$"):
-        passes.train(jobs)
+        passes.train_jobs(jobs)
     assert not any((one.folder / "config.yaml").exists() for one in jobs)
 
 
 def test_the_same_run_twice_is_trained_once(sweep, monkeypatch):
     (one,) = sweep("twice", a={})
     trained = []
-    monkeypatch.setattr(passes, "run", counted(run.run, trained))
-    first, second = passes.train([one, one])
+    monkeypatch.setattr(passes, "run_pass", counted(run.run_pass, trained))
+    first, second = passes.train_jobs([one, one])
     assert first == second
-    (third,) = passes.train([one])
+    (third,) = passes.train_jobs([one])
     assert third == first
     assert len(trained) == 1
     other = replace(one, config=replace(one.config, seed=3))
     with pytest.raises(UserError, match="already holds a run"):
-        passes.train([other])
+        passes.train_jobs([other])
 
 
 def resumed(folder, *settings, **sweep):
@@ -393,18 +399,18 @@ def test_a_resumed_sweep_keeps_its_settings_and_may_be_split_otherwise(sweep, wh
     jobs = sweep("killed", **{name: seed | asked for name, seed in SEEDS.items()})
     with monkeypatch.context() as patch, pytest.raises(Killed):
         interrupt(patch, 15, die)
-        passes.train(jobs)
-    (same, *_) = resumed(jobs[0].sweep)
+        passes.train_jobs(jobs)
+    (same, *_) = resumed(jobs[0].sweep_folder)
     assert same.config.sweep == asked["sweep"]
-    again = resumed(jobs[0].sweep, "sweep.max_heads=2", max_heads=2)
+    again = resumed(jobs[0].sweep_folder, "sweep.max_heads=2", max_heads=2)
     assert {one.config.sweep.max_heads for one in again} == {2}
     assert {one.config.sweep.l0 for one in again} == {5}
-    assert [len(part.jobs) for part in passes.plan(again)] == [1, 2]
-    passes.train(again)
+    assert [len(part.jobs) for part in passes.plan_passes(again)] == [1, 2]
+    passes.train_jobs(again)
     for one, other in zip(whole, jobs, strict=True):
         assert_same(one.folder, other.folder)
     (single,) = resumed(jobs[0].folder, "sweep.max_heads=1", max_heads=1)
-    assert (single.resumed, single.sweep, single.config.sweep.max_heads) == (True, None, 1)
+    assert (single.resumed, single.sweep_folder, single.config.sweep.max_heads) == (True, None, 1)
 
 
 @pytest.mark.slow
@@ -416,15 +422,15 @@ def test_runs_that_read_other_sites_in_other_passes_are_resumed_together(
     jobs = sweep("sites", **{name: layer | alone for name, layer in layers.items()})
     with monkeypatch.context() as patch:
         interrupt(patch, 15, lambda: 1 / 0)
-        assert passes.train(jobs) == [None, None]
+        assert passes.train_jobs(jobs) == [None, None]
     capsys.readouterr()
-    again = resumed(jobs[0].sweep, "sweep.max_heads=2", max_heads=2)
-    assert None not in passes.train(again)
+    again = resumed(jobs[0].sweep_folder, "sweep.max_heads=2", max_heads=2)
+    assert None not in passes.train_jobs(again)
     assert "2 jobs on 1 pass of the LLM" in capsys.readouterr().out
     for name, layer in layers.items():
         whole = job(f"whole{name}", **layer)
-        passes.train([whole])
-        assert_same(jobs[0].sweep / name, whole.folder)
+        passes.train_jobs([whole])
+        assert_same(jobs[0].sweep_folder / name, whole.folder)
 
 
 def test_jobs_that_would_share_a_folder_are_refused(sweep):
@@ -432,7 +438,7 @@ def test_jobs_that_would_share_a_folder_are_refused(sweep):
     with pytest.raises(
         UserError, match=r"jobs that differ in loss\.l1 would share the folder .*number them: "
     ):
-        passes.train([one, replace(other, folder=one.folder)])
+        passes.train_jobs([one, replace(other, folder=one.folder)])
     assert not one.folder.exists()
 
 
@@ -449,24 +455,24 @@ def test_a_failed_pass_leaves_nothing_in_memory(sweep, monkeypatch):
     monkeypatch.setattr(text, "load", remember)
     with monkeypatch.context() as patch:
         interrupt(patch, 5, lambda: 1 / 0)
-        assert passes.train(jobs) == [None, None]
+        assert passes.train_jobs(jobs) == [None, None]
     assert len(loaded) == 2
 
 
 def test_out_of_memory_says_how_to_go_on_with_fewer(sweep, monkeypatch, capsys):
     jobs = sweep("many", **SEEDS)
-    monkeypatch.setattr(passes, "run", lambda jobs: raise_(torch.OutOfMemoryError()))
-    assert passes.train(jobs) == [None] * 3
+    monkeypatch.setattr(passes, "run_pass", lambda jobs: raise_(torch.OutOfMemoryError()))
+    assert passes.train_jobs(jobs) == [None] * 3
     line = capsys.readouterr().err
     assert line.startswith("error: out of memory with 3 SAEs on one pass; continue with fewer: ")
-    assert line.rstrip().endswith(f"train.py -m resume={jobs[0].sweep} sweep.max_heads=2")
+    assert line.rstrip().endswith(f"train.py -m resume={jobs[0].sweep_folder} sweep.max_heads=2")
 
 
 def test_a_plain_run_out_of_memory_says_what_to_lower(job, monkeypatch):
     allocator = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to")
-    monkeypatch.setattr(passes, "run", lambda jobs: raise_(allocator))
+    monkeypatch.setattr(passes, "run_pass", lambda jobs: raise_(allocator))
     with pytest.raises(UserError, match=r"^out of memory with 1 SAE on one pass; lower model\.fea"):
-        passes.train([job("large")])
+        passes.train_jobs([job("large")])
 
 
 LARGE = {
@@ -486,7 +492,7 @@ def test_what_cannot_fit_is_refused_before_the_llm_is_loaded(
     job, sweep, monkeypatch, setting, many
 ):
     monkeypatch.setattr(text, "load", lambda *_: raise_(AssertionError("loaded")))
-    monkeypatch.setattr(memory, "free_memory", lambda config: 1.5e9)
+    monkeypatch.setattr(memory, "read_free_memory", lambda config: 1.5e9)
     jobs = sweep("sweep", fits={}, large={}) if many else [job("run")]
     config = jobs[-1].config
     groups = {
@@ -494,16 +500,16 @@ def test_what_cannot_fit_is_refused_before_the_llm_is_loaded(
     }
     jobs[-1] = replace(jobs[-1], config=replace(config, **groups))
     with pytest.raises(UserError, match=rf"{setting}=\d+.*: training needs about .* GB are free"):
-        passes.train(jobs)
+        passes.train_jobs(jobs)
     assert not any((one.folder / "config.yaml").exists() for one in jobs)
     believed = replace(config, **groups, sweep=SweepConfig(max_heads=1))
-    assert len(passes.plan([replace(jobs[-1], config=believed)])) == 1
+    assert len(passes.plan_passes([replace(jobs[-1], config=believed)])) == 1
 
 
 def test_where_nothing_would_fit_no_setting_is_blamed(job, monkeypatch):
-    monkeypatch.setattr(memory, "free_memory", lambda config: -1e8)
+    monkeypatch.setattr(memory, "read_free_memory", lambda config: -1e8)
     with pytest.raises(UserError, match=r"^0\.0 GB of memory are free, and the libraries alone "):
-        passes.train([job("run")])
+        passes.train_jobs([job("run")])
 
 
 def raise_(error):
@@ -522,12 +528,12 @@ def test_runs_that_had_come_to_their_end_when_the_pass_failed_have_not_failed(sw
 
     with monkeypatch.context() as patch:
         patch.setattr(run, "write_json", full)
-        first, *others = passes.train(jobs)
+        first, *others = passes.train_jobs(jobs)
     assert first is not None
     assert others == [None, None]
-    assert [folders.failure(one.folder) is None for one in jobs] == [True, False, False]
-    assert None not in passes.train(resumed(jobs[0].sweep))
-    assert [folders.failure(one.folder) for one in jobs] == [None] * 3
+    assert [folders.read_failure(one.folder) is None for one in jobs] == [True, False, False]
+    assert None not in passes.train_jobs(resumed(jobs[0].sweep_folder))
+    assert [folders.read_failure(one.folder) for one in jobs] == [None] * 3
 
 
 @pytest.mark.slow
@@ -535,22 +541,22 @@ def test_ctrl_c_in_the_last_update_of_a_pass_ends_the_sweep(sweep, monkeypatch, 
     jobs = sweep("seeds", **{f"{seed}": {"seed": seed} for seed in range(2)})
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
         interrupt(patch, STEPS, lambda: os.kill(os.getpid(), signal.SIGINT))
-        passes.train(jobs)
+        passes.train_jobs(jobs)
     assert end.value.code == 128 + signal.SIGINT
-    assert f"train.py -m resume={jobs[0].sweep}" in capsys.readouterr().out.replace("\n", "")
-    assert [folders.metrics(one.folder) is None for one in jobs] == [False, True]
+    assert f"train.py -m resume={jobs[0].sweep_folder}" in capsys.readouterr().out.replace("\n", "")
+    assert [folders.read_metrics(one.folder) is None for one in jobs] == [False, True]
 
 
 def test_a_run_that_trains_elsewhere_is_left_alone(sweep, whole):
-    again = resumed(whole[0].sweep)
+    again = resumed(whole[0].sweep_folder)
     (again[1].folder / "metrics.json").unlink()
     lock = open(again[1].folder / ".lock", "w")  # noqa: SIM115
     fcntl.flock(lock, fcntl.LOCK_EX)
     with pytest.raises(UserError, match="another process is training there"):
-        passes.train(again)
-    assert folders.failure(again[1].folder) is None
+        passes.train_jobs(again)
+    assert folders.read_failure(again[1].folder) is None
     lock.close()
-    assert None not in passes.train(again)
+    assert None not in passes.train_jobs(again)
 
 
 def test_without_the_llms_loss_an_estimate_has_neither_later_blocks_nor_logits(job, tiny):
@@ -560,7 +566,7 @@ def test_without_the_llms_loss_an_estimate_has_neither_later_blocks_nor_logits(j
     )
     cached = replace(quick, data=replace(quick.data, cache=True))
     sites = [config.layer.within(3)]
-    llm = config.source.shape()
+    llm = config.data_source.shape()
     pairs = [memory.estimate_memory([c], sites, llm) for c in (config, quick, cached)]
     whole, less, same = (one.shared for one in pairs)
     model = tiny("llama").model

@@ -51,7 +51,7 @@ def kill(job):
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemError):
         interrupt(patch, STEP + 2, power_cut)
-        passes.train([job])
+        passes.train_jobs([job])
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def check(folder: Path) -> int:
     """Updates that a run has done, looked at as in resuming it."""
     job = read_job(folder)
     job.resumed = True
-    return checks.check([checks.resolved(job)])[0].steps_done
+    return checks.check_jobs([checks.resolve_auto(job)])[0].steps_done
 
 
 def refused(folder: Path) -> str:
@@ -113,8 +113,8 @@ def test_a_good_checkpoint_says_how_far_the_run_came(killed, name):
 def test_a_flipped_bit_anywhere_is_noticed_or_changes_nothing(killed, tmp_path, part, seed):
     folder = shutil.copytree(killed / "run", tmp_path / "run")
     job = replace(read_job(folder), resumed=True)
-    job = checks.resolved(job)
-    llm = job.config.source.shape()
+    job = checks.resolve_auto(job)
+    llm = job.config.data_source.shape()
     sites = job.config.layer.within(llm.layers)
     good, rng = (folder / part).read_bytes(), random.Random(seed)
     content, noticed = leaves(torch.load(folder / part)), 0
@@ -124,7 +124,7 @@ def test_a_flipped_bit_anywhere_is_noticed_or_changes_nothing(killed, tmp_path, 
         (folder / part).unlink()
         (folder / part).write_bytes(bad)
         try:
-            checks._steps_done(job, sites, llm, set())
+            checks._read_steps_done(job, sites, llm, set())
         except UserError as error:
             assert "\n" not in str(error)
             noticed += 1

@@ -97,7 +97,7 @@ def count_products(monkeypatch):
 def resume(job):
     again = read_job(job.folder)
     again.resumed = True
-    return passes.train([again])
+    return passes.train_jobs([again])
 
 
 # dead after five batches and resampled twice, so that resuming has resampling to get right
@@ -121,7 +121,7 @@ def assert_same(one, other):
 def whole(job):
     """An uninterrupted run with sparsity strong enough to kill features."""
     done = job("whole", loss=ReLULoss(l1=0.3), optim=OptimConfig(lr=3e-2), callbacks=RESAMPLING)
-    passes.train([done])
+    passes.train_jobs([done])
     return done
 
 
@@ -136,12 +136,12 @@ def test_a_run_stopped_by_sigterm_saves_says_how_to_continue_and_ends_the_same(
         interrupt(patch, at_step, lambda: os.kill(os.getpid(), signal.SIGTERM))
         if at_step < STEPS:
             with pytest.raises(SystemExit) as end:
-                passes.train([stopped])
+                passes.train_jobs([stopped])
             assert end.value.code == 128 + signal.SIGTERM
             assert f"resume={stopped.folder}" in capsys.readouterr().out.replace("\n", "")
             assert checkpoint(stopped.folder)["global_step"] == at_step
         else:
-            passes.train([stopped])
+            passes.train_jobs([stopped])
     if at_step < STEPS:
         resume(stopped)
     assert_same(whole.folder, stopped.folder)
@@ -156,7 +156,7 @@ def test_a_run_that_dies_between_checkpoints_ends_the_same(job, whole, monkeypat
     with monkeypatch.context() as patch:
         interrupt(patch, at_step, power_cut)
         with pytest.raises(SystemError):
-            passes.train([died])
+            passes.train_jobs([died])
     resume(died)
     assert_same(whole.folder, died.folder)
 
@@ -173,7 +173,7 @@ def test_a_signal_before_the_first_update_stops_at_once_and_not_as_a_success(
             lambda *_: os.kill(os.getpid(), number),
         )
         with pytest.raises(SystemExit) as end:
-            passes.train([stopped])
+            passes.train_jobs([stopped])
     assert end.value.code == 128 + number
     assert f"resume={stopped.folder}" in capsys.readouterr().out
     assert not (stopped.folder / "checkpoints").exists()
@@ -197,14 +197,14 @@ def test_resuming_is_exact_in_either_precision_and_when_repeated(job, monkeypatc
             trainer=replace(made.config.trainer, precision=precision),
             data=replace(made.config.data, max_norm=1.2),
         )
-    passes.train([one])
+    passes.train_jobs([one])
     # dense at first, sparse from some update on, and between the interruptions
     assert 0 < ways.index(True) < 33 and not ways[13] and ways[32]
     for at_step, again in ((13, False), (25, True), (33, True)):
         with monkeypatch.context() as patch:
             interrupt(patch, at_step, power_cut)
             with pytest.raises(SystemError):
-                resume(other) if again else passes.train([other])
+                resume(other) if again else passes.train_jobs([other])
     resume(other)
     assert_same(one.folder, other.folder)
 
@@ -212,7 +212,7 @@ def test_resuming_is_exact_in_either_precision_and_when_repeated(job, monkeypatc
 def test_the_run_folder_says_what_auto_stood_for(job):
     made = job("run")
     made.config = replace(made.config, llm=replace(made.config.llm, dtype=Dtype.auto))
-    passes.train([made])
+    passes.train_jobs([made])
     written = read_job(made.folder).config
     assert written.llm.dtype is not Dtype.auto
     in_bf16 = written.llm.dtype is Dtype.bfloat16
@@ -226,13 +226,13 @@ def test_two_processes_do_not_train_in_one_folder(job):
     with open(made.folder / ".lock", "w") as lock:  # as another process would
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another process is training there"):
-            passes.train([made])
+            passes.train_jobs([made])
     assert [file.name for file in made.folder.iterdir()] == [".lock"]
 
 
 def test_a_folder_that_holds_a_run_is_not_trained_over(job, whole):
     with pytest.raises(UserError, match=r"already holds a run: continue it with resume="):
-        passes.train([replace(whole, config=job("whole").config)])
+        passes.train_jobs([replace(whole, config=job("whole").config)])
 
 
 def test_damaged_metrics_are_written_again(job, whole):
@@ -270,8 +270,8 @@ def test_evaluation_changes_nothing_about_training(job):
         job(name, eval=EvalConfig(every=every, tokens=150))
         for name, every in (("often", 3 * BATCH), ("never", 10**9))
     )
-    passes.train([often])
-    passes.train([never])
+    passes.train_jobs([often])
+    passes.train_jobs([never])
     assert weights(often.folder) == weights(never.folder)
     assert len(curves(often.folder)["held_out/l0"]) == 14  # 13 on the way and one at the end
     assert len(curves(never.folder)["held_out/l0"]) == 1
@@ -281,7 +281,7 @@ def test_the_seed_decides_everything(job):
     for name, seed in (("one", 3), ("same", 3), ("other", 4)):
         made = job(name, seed=seed)
         made.config.model.seed = seed
-        passes.train([made])
+        passes.train_jobs([made])
     folder = made.folder.parent
     assert weights(folder / "one") == weights(folder / "same") != weights(folder / "other")
 
@@ -293,9 +293,11 @@ def test_the_saved_sae_does_to_raw_activations_what_the_trained_one_did(
     """Claim 5: normalisation folded in, on real activations of the LLM."""
     made = job("run", callbacks=CallbacksConfig(normalize=NormalizeConfig(mode=mode)))
     kept = {}
-    finish = run.finish
-    monkeypatch.setattr(run, "finish", lambda *args: kept.update(parts=args[1]) or finish(*args))
-    passes.train([made])
+    finish = run.score_and_save
+    monkeypatch.setattr(
+        run, "score_and_save", lambda *args: kept.update(parts=args[1]) or finish(*args)
+    )
+    passes.train_jobs([made])
     head = kept["parts"].module.heads[0]
     if mode is not Normalization.none:
         assert not torch.equal(head.in_scale, torch.ones(()))
@@ -315,20 +317,20 @@ def test_without_the_llms_loss_only_the_blocks_below_are_loaded_and_the_sae_is_t
     whole = job("whole")
     changed = {"eval": replace(whole.config.eval, loss_tokens=0)}
     quick = job("quick", **changed)
-    (before,), (after,) = passes.train([whole]), passes.train([quick])
+    (before,), (after,) = passes.train_jobs([whole]), passes.train_jobs([quick])
     assert [len(decoder_stack(llm.model)) for llm in loaded] == [3, 2]
     assert before.keys() - after.keys() == {*Scores._fields}
     assert all(after[name] == before[name] for name in after)
     assert len({(each.folder / "sae" / WEIGHTS).read_bytes() for each in (whole, quick)}) == 1
     folder = str(whole.folder.parent / "cache")
     cached = replace(whole.config.data, cache=True, cache_folder=folder)
-    passes.train([job("cached", data=cached, **changed)])
+    passes.train_jobs([job("cached", data=cached, **changed)])
     assert len(decoder_stack(loaded[-1].model)) == 3, "the key of a cache is of the whole LLM"
 
 
 def test_a_run_folder_is_complete_and_the_curves_are_plotted_against_tokens(job):
     made = job("run")
-    (metrics,) = passes.train([made])
+    (metrics,) = passes.train_jobs([made])
     folder = made.folder
     assert {file.name for file in folder.iterdir() if "tfevents" not in file.name} == {
         "config.yaml",
@@ -374,7 +376,7 @@ def test_within_a_cluster_job_of_several_tasks_a_run_trains_by_itself(
         monkeypatch.setenv(name, value)
     made = job("my run")
     monkeypatch.chdir(made.folder.parent)
-    assert passes.train([made]) == [folders.metrics(made.folder)["held_out"]]
+    assert passes.train_jobs([made]) == [folders.read_metrics(made.folder)["held_out"]]
     printed = [shlex.split(line) for line in capsys.readouterr().out.splitlines()[-3:]]
     assert ["tensorboard", "--logdir", "my run"] in printed
     assert ["python", "analyze.py", "run=my run"] in printed
@@ -392,7 +394,7 @@ def test_within_a_cluster_job_of_several_tasks_a_run_trains_by_itself(
 )
 def test_a_loss_that_is_no_longer_finite_stops_the_run_and_names_the_term(job, changes, message):
     with pytest.raises(UserError, match=message):
-        passes.train([job("run", **changes)])
+        passes.train_jobs([job("run", **changes)])
 
 
 def test_a_late_divergence_leaves_the_last_good_checkpoint(job, monkeypatch):
@@ -406,7 +408,7 @@ def test_a_late_divergence_leaves_the_last_good_checkpoint(job, monkeypatch):
     monkeypatch.setattr(run, "make_head", lambda *args: kept.setdefault("head", build_head(*args)))
     interrupt(monkeypatch, 15, poison)
     with pytest.raises(UserError, match=r"step 15 .*last\.ckpt.*lower optim\.lr"):
-        passes.train([made])
+        passes.train_jobs([made])
     saved = checkpoint(made.folder)
     assert saved["global_step"] == 10
     tensors = [t for t in saved["state_dict"].values() if isinstance(t, torch.Tensor)]

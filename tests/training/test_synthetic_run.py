@@ -21,10 +21,9 @@ from sae_lightning.llm.load import LLMConfig
 from sae_lightning.llm.sites import LayerConfig, distinct
 from sae_lightning.report.sweep_report import write_report
 from sae_lightning.runs import passes, run
-from sae_lightning.runs.config import Config, conf_folder
-from sae_lightning.runs.folders import sweep_runs
-from sae_lightning.runs.jobs import Job, read_job, register
-from sae_lightning.runs.jobs import job as make_job
+from sae_lightning.runs.config import Config, find_conf_folder
+from sae_lightning.runs.folders import read_sweep_runs
+from sae_lightning.runs.jobs import Job, make_job, read_job, register_schemas
 from sae_lightning.runs.search import SweepConfig
 from sae_lightning.sae import ARCHITECTURES, SAEConfig
 from sae_lightning.sae.relu import ReLULoss
@@ -74,7 +73,7 @@ def curves(folder: Path) -> dict:
 
 def test_recovery_is_measured_instead_of_the_llms_loss(job, capsys):
     this = job("run")
-    (held_out,) = passes.train([this])
+    (held_out,) = passes.train_jobs([this])
     said = capsys.readouterr().out
     found = metrics(this.folder)["held_out"]
     assert found == held_out
@@ -94,9 +93,9 @@ def test_recovery_is_measured_instead_of_the_llms_loss(job, capsys):
 
 def test_an_evaluation_of_the_saved_sae_says_the_same(job):
     this = job("run")
-    (trained,) = passes.train([this])
+    (trained,) = passes.train_jobs([this])
     sites = this.config.layer.within(1)
-    held_out = read_job(this.folder).config.source.open_held_out(distinct([sites]), 2000, 0)
+    held_out = read_job(this.folder).config.data_source.open_held_out(distinct([sites]), 2000, 0)
     found = evaluate(load_sae(this.folder), held_out, sites)
     assert found.card.scalars() == pytest.approx(trained, rel=1e-3)
     assert found.tokens == 2000
@@ -104,7 +103,7 @@ def test_an_evaluation_of_the_saved_sae_says_the_same(job):
 
 def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(job, monkeypatch):
     whole, stopped = job("whole"), job("stopped")
-    passes.train([whole])
+    passes.train_jobs([whole])
 
     class Stop(L.Callback):
         def on_train_batch_end(self, trainer, *_):
@@ -115,8 +114,8 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(job, monkeypatch):
         make_callbacks = run.make_callbacks
         patch.setattr(run, "make_callbacks", lambda *args: [Stop(), *make_callbacks(*args)])
         with pytest.raises(SystemExit):
-            passes.train([stopped])
-    passes.train([replace(read_job(stopped.folder), resumed=True)])
+            passes.train_jobs([stopped])
+    passes.train_jobs([replace(read_job(stopped.folder), resumed=True)])
     ends = [(job.folder / "sae" / WEIGHTS).read_bytes() for job in (whole, stopped)]
     assert ends[0] == ends[1]
     assert metrics(whole.folder)["held_out"] == metrics(stopped.folder)["held_out"]
@@ -126,16 +125,20 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(job, monkeypatch):
 def test_a_sweep_shares_the_samples_and_reports_what_was_recovered(job, tmp_path, capsys):
     sweep = tmp_path / "sweep"
     jobs = [
-        replace(job(f"sweep/{l1}", loss=ReLULoss(l1=l1)), sweep=sweep, overrides=[f"loss.l1={l1}"])
+        replace(
+            job(f"sweep/{l1}", loss=ReLULoss(l1=l1)),
+            sweep_folder=sweep,
+            overrides=[f"loss.l1={l1}"],
+        )
         for l1 in (1e-3, 1e-2)
     ]
     alone = job("alone", loss=ReLULoss(l1=1e-2))
-    passes.train([alone])
-    passes.train(jobs)
+    passes.train_jobs([alone])
+    passes.train_jobs(jobs)
     ends = [(folder / "sae" / WEIGHTS).read_bytes() for folder in (jobs[1].folder, alone.folder)]
     assert ends[0] == ends[1]
     capsys.readouterr()
-    write_report(sweep, sweep_runs(sweep))
+    write_report(sweep, read_sweep_runs(sweep))
     said = capsys.readouterr().out
     assert "recovered" in said and "CE" not in said
     page = (sweep / "sweep.html").read_text("utf8")
@@ -145,7 +148,7 @@ def test_a_sweep_shares_the_samples_and_reports_what_was_recovered(job, tmp_path
 
 def test_the_loss_of_no_llm_cannot_be_asked_for(job):
     with pytest.raises(UserError, match=r"^eval\.loss_tokens=8 has no meaning with data=synthetic"):
-        passes.train([replace(job("run"), overrides=["eval.loss_tokens=8"])])
+        passes.train_jobs([replace(job("run"), overrides=["eval.loss_tokens=8"])])
 
 
 # 256 concepts in 64 dimensions, 4 of them active: a run of 131,072 tokens takes three seconds
@@ -166,10 +169,10 @@ SPARSITY = {
 
 def recovery_of(overrides: list[str], folder: Path) -> dict[str, float]:
     """The final metrics of a run as it is typed."""
-    register()
-    with initialize_config_dir(conf_folder(), version_base="1.3"):
+    register_schemas()
+    with initialize_config_dir(find_conf_folder(), version_base="1.3"):
         typed = compose("config", [*SMALL, *overrides])
-    (found,) = passes.train([make_job(typed, folder, overrides)])
+    (found,) = passes.train_jobs([make_job(typed, folder, overrides)])
     return found
 
 

@@ -47,13 +47,13 @@ def architecture(name):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_architecture_learns_the_mlp_and_is_saved_as_it_is_scored(transcoder, name):
     done = transcoder("run", **architecture(name))
-    passes.train([done])
+    passes.train_jobs([done])
     said = metrics(done)["held_out"]
     sae = load_sae(done.folder)
     assert sae.metadata["hook_name"] == "blocks.1.mlp.hook_in"
     assert sae.metadata["hook_name_out"] == "blocks.1.hook_mlp_out"
 
-    held_out = done.config.source.open_held_out(SITES, 150, 150)
+    held_out = done.config.data_source.open_held_out(SITES, 150, 150)
     x, y = (held_out.activations(site) for site in SITES)
     quality = QualitySums()
     quality.add(y, *sae(x))
@@ -71,13 +71,13 @@ def test_the_mlp_is_learned_and_not_its_input(transcoder, job):
         transcoder("transcoder", **settings),
         job("autoencoder", layer=LayerConfig(index=1, source=Kind.mlp_in), **settings),
     ]
-    passes.train(both)
+    passes.train_jobs(both)
     names = [load_sae(one.folder).metadata for one in both]
     assert "hook_name_out" in names[0]
     assert "hook_name_out" not in names[1]
     assert names[0]["hook_name"] == names[1]["hook_name"]
     assert names[0]["hf_hook_name_out"].startswith("model.layers.1.")
-    held_out = both[0].config.source.open_held_out(SITES, 150, 150)
+    held_out = both[0].config.data_source.open_held_out(SITES, 150, 150)
     x, y = (held_out.activations(site) for site in SITES)
     errors = {}
     for one in both:
@@ -93,12 +93,12 @@ def test_the_mlp_is_learned_and_not_its_input(transcoder, job):
 def test_a_killed_transcoder_ends_the_same(transcoder, monkeypatch):
     settings = {"loss": ReLULoss(l1=0.3), "optim": OptimConfig(lr=3e-2), "callbacks": RESAMPLING}
     whole = transcoder("whole", **settings)
-    passes.train([whole])
+    passes.train_jobs([whole])
     killed = replace(whole, folder=whole.folder.parent / "killed")
     with monkeypatch.context() as patch:
         interrupt(patch, 23, lambda: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(SystemExit):
-            passes.train([killed])
+            passes.train_jobs([killed])
     resume(killed)
     assert_same(whole.folder, killed.folder)
 
@@ -116,13 +116,13 @@ def test_a_cached_transcoder_is_the_live_one_and_other_sites_have_a_cache_of_the
         return replace(one, config=replace(one.config, data=data))
 
     live, writing, reading = transcoder("live"), transcoder("writing"), transcoder("reading")
-    passes.train([live])
+    passes.train_jobs([live])
     once = len(calls)
-    passes.train([cached(writing)])
+    passes.train_jobs([cached(writing)])
     assert len(calls) == 2 * once > 0
-    passes.train([cached(reading)])
+    passes.train_jobs([cached(reading)])
     assert len(calls) == 2 * once, "both sites are there"
-    passes.train([cached(job("mlp", layer=LayerConfig(index=1, source=Kind.mlp)))])
+    passes.train_jobs([cached(job("mlp", layer=LayerConfig(index=1, source=Kind.mlp)))])
     assert len(calls) == 3 * once
     assert weights(live.folder) == weights(writing.folder) == weights(reading.folder)
     assert metrics(live)["held_out"] == metrics(reading)["held_out"]

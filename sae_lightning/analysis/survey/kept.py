@@ -17,7 +17,7 @@ def identity(subject: Subject) -> dict[str, str]:
     for name, weight in sorted(subject.sae.weights().items()):
         weights.update(name.encode())
         weights.update(weight.cpu().numpy())
-    return describe_source(subject.config.flat()) | {"weights": weights.hexdigest()[:16]}
+    return describe_source(subject.config.to_flat_dict()) | {"weights": weights.hexdigest()[:16]}
 
 
 def kept(subject: Subject, path: Path) -> Catalogue | None:
