@@ -22,7 +22,7 @@ from sae_lightning.runs.config import Config
 from sae_lightning.runs.folders import METRICS_FILE
 from sae_lightning.runs.heap import keep_freed_memory
 from sae_lightning.training.callbacks import make_callbacks
-from sae_lightning.training.callbacks.throughput import peak_memory_gb
+from sae_lightning.training.callbacks.throughput import measure_peak_memory_gb
 
 UPDATES = 16  # that a profile looks at
 SECONDS = 3.0  # for which each product of the roofline is repeated
@@ -120,7 +120,7 @@ class _Clock(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
         if trainer.global_step == module.steps:
             self.seconds = _now() - self.started
-            self.peak_memory_gb = peak_memory_gb()  # of training: evaluation comes later
+            self.peak_memory_gb = measure_peak_memory_gb()  # of training: evaluation comes later
 
 
 class _Look(L.Callback):

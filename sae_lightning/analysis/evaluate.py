@@ -15,7 +15,7 @@ from sae_lightning.report.figures import make_figure, plot_histogram
 from sae_lightning.report.section import Section
 from sae_lightning.sae import SAE
 from sae_lightning.scoring import scorecard
-from sae_lightning.scoring.metrics import density_histogram
+from sae_lightning.scoring.metrics import count_by_density
 from sae_lightning.stream.held_out import HeldOut
 from sae_lightning.stream.synthetic import HeldOutConcepts
 from sae_lightning.stream.tokens import SplitTokens
@@ -58,7 +58,7 @@ class Evaluation(NamedTuple):
             "features": len(self.norms),
             "decoder_norm_mean": self.norms.mean().item(),
             "decoder_norm_max": self.norms.max().item(),
-            "density": density_histogram(self.card.quality.density),
+            "density": count_by_density(self.card.quality.density),
         }
 
 

@@ -28,7 +28,7 @@ from sae_lightning.terminal import console
 from sae_lightning.training.callbacks import make_callbacks
 from sae_lightning.training.callbacks.checkpoint import export_head
 from sae_lightning.training.callbacks.evaluation import evaluate_heads
-from sae_lightning.training.callbacks.throughput import peak_memory_gb
+from sae_lightning.training.callbacks.throughput import measure_peak_memory_gb
 from sae_lightning.training.checkpoints import HeadCheckpoints
 from sae_lightning.training.datamodule import ActivationData
 from sae_lightning.training.head import Head
@@ -205,7 +205,7 @@ def score_and_save(jobs: list[Job], parts: RunParts) -> list[dict[str, float] | 
             "density": head.density_counts,
             "training": head.training_metrics,
             "speed": module.speed
-            | {"heads": len(module.heads), "peak_memory_gb": peak_memory_gb()},
+            | {"heads": len(module.heads), "peak_memory_gb": measure_peak_memory_gb()},
         }
         write_json(job.folder / METRICS_FILE, metrics)
     transcoders = [head for head in module.training_heads if head.source != head.target]

@@ -54,7 +54,7 @@ def find_long_tokens(x: Tensor) -> LongTokens | None:
     median = length.median().item()
     if not dominated[0] or not median > 0:
         return None
-    # cut at the largest gap in length from there on
+    # the first j that suffices, or one soon after it, where the length drops by most
     first = int((~dominated).nonzero()[0])
     gaps = length[first - 1 : -1] / length[first:]
     count = first + int(gaps[: math.ceil(LONG_SHARE * len(x)) + 1].argmax())

@@ -32,11 +32,11 @@ def measure_copies(W_dec: Tensor, density: Tensor) -> Copies:
     live = density.nonzero().squeeze(1)
     order = torch.randperm(len(live), generator=Generator().manual_seed(0))
     sample = live[order[:MAX_LIVE_FEATURES]]
-    nearest = nearest_cosines(W_dec, sample.to(W_dec.device))
+    nearest = find_nearest_cosines(W_dec, sample.to(W_dec.device))
     return Copies((nearest > COPY_COSINE).float().mean().item(), nearest.median().item())
 
 
-def nearest_cosines(W_dec: Tensor, indices: Tensor) -> Tensor:
+def find_nearest_cosines(W_dec: Tensor, indices: Tensor) -> Tensor:
     """The largest cosine of each row in `indices` [n] with any other row of W_dec
     [features, d_out]: [n], -1 where there is no other row.
 

@@ -142,7 +142,7 @@ def _sums(x: Tensor, x_hat: Tensor) -> Tensor:
     return torch.stack([value.sum() for value in values])
 
 
-def density_histogram(density: Tensor) -> dict[str, int]:
+def count_by_density(density: Tensor) -> dict[str, int]:
     """Count features by density, the share of tokens on which they fire [features], in powers of
     ten.
 

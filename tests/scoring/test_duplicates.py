@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 
 from sae_lightning.files import make_jsonable
 from sae_lightning.scoring import duplicates
-from sae_lightning.scoring.duplicates import measure_copies, nearest_cosines
+from sae_lightning.scoring.duplicates import find_nearest_cosines, measure_copies
 
 EYE = torch.eye(8)
 NONE = pytest.approx((math.nan, math.nan), nan_ok=True)
@@ -61,7 +61,7 @@ def test_blocks_change_nothing(live, monkeypatch):
     which = torch.randperm(100, generator=generator)[:live]
     table = (normalize(W_dec) @ normalize(W_dec).T).fill_diagonal_(-1)
     expected = table.amax(dim=1)[which]
-    assert torch.allclose(nearest_cosines(W_dec, which), expected, rtol=0, atol=1e-6)
+    assert torch.allclose(find_nearest_cosines(W_dec, which), expected, rtol=0, atol=1e-6)
 
 
 def test_of_more_live_features_than_can_be_compared_some_stand_for_all(monkeypatch):
@@ -73,7 +73,7 @@ def test_of_more_live_features_than_can_be_compared_some_stand_for_all(monkeypat
         compared.append(which)
         return (which % 4 == 0).float()
 
-    monkeypatch.setattr(duplicates, "nearest_cosines", nearest)
+    monkeypatch.setattr(duplicates, "find_nearest_cosines", nearest)
     density = fires(*range(4_000), of=5_000)
     assert measure_copies(torch.zeros(5_000, 1), density).duplicates == pytest.approx(
         0.25, abs=0.03

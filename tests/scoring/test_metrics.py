@@ -9,7 +9,7 @@ from torch import Generator, tensor
 from sae_lightning.scoring.metrics import (
     FidelitySums,
     QualitySums,
-    density_histogram,
+    count_by_density,
     explained_variance,
 )
 
@@ -195,7 +195,7 @@ def test_a_token_that_is_zero_has_no_direction_and_counts_nothing():
 
 def test_densities_are_counted_by_power_of_ten():
     density = torch.tensor([0, 0, 1e-3, 0.00999, 0.01, 0.5, 1.0, 2e-8])
-    assert density_histogram(density) == {
+    assert count_by_density(density) == {
         "never": 2,
         "1e-06": 1,
         "1e-05": 0,

@@ -16,7 +16,7 @@ from sae_lightning.sae.jumprelu import JumpReLUConfig, JumpReLULoss
 from sae_lightning.sae.objective import AuxKLoss
 from sae_lightning.sae.relu import DenseLoss, ReLULoss
 from sae_lightning.sae.topk import TopKConfig
-from sae_lightning.training.callbacks.curves import training_scalars
+from sae_lightning.training.callbacks.curves import measure_training_scalars
 from sae_lightning.training.callbacks.normalize import (
     Normalize,
     describe_outliers,
@@ -222,18 +222,18 @@ def test_the_path_of_every_coefficient_is_a_curve():
         head({SITE: activations()})
         head.steering.fill_(4.0)
         head.penalty_factor.fill_(0.5)
-        assert training_scalars(head)[f"optim/{name}"] == 0.5 * 4 * 0.5
-        assert training_scalars(head)[f"train/{name}"] > 0
-    assert training_scalars(heads["l0"])["sae/threshold_mean"] == pytest.approx(0.1)
+        assert measure_training_scalars(head)[f"optim/{name}"] == 0.5 * 4 * 0.5
+        assert measure_training_scalars(head)[f"train/{name}"] > 0
+    assert measure_training_scalars(heads["l0"])["sae/threshold_mean"] == pytest.approx(0.1)
     topk = make_head(loss=AuxKLoss(), sae=TopKConfig(name="topk", features=6, k=2))
     topk({SITE: activations()})
-    assert training_scalars(topk)["optim/auxk"] == 1 / 32
+    assert measure_training_scalars(topk)["optim/auxk"] == 1 / 32
 
 
 def test_a_term_that_always_counts_alike_has_no_curve_of_a_coefficient():
     head = make_head(loss=GatedLoss(l1=0.5), sae=GatedConfig(name="gated", features=6))
     head({SITE: activations()})
-    scalars = training_scalars(head)
+    scalars = measure_training_scalars(head)
     assert {"train/gate", "optim/l1"} <= set(scalars)
     assert "optim/gate" not in scalars
 
@@ -327,7 +327,7 @@ def test_dead_features_are_counted_in_tokens():
     assert head.dead.tolist() == [False] * 3
     head({SITE: activations(40)})
     assert head.tokens_since_fired.tolist() == [0, 100, 0]
-    assert training_scalars(head)["train/dead"] == pytest.approx(1 / 3)
+    assert measure_training_scalars(head)["train/dead"] == pytest.approx(1 / 3)
     with torch.no_grad():
         head.sae.b_enc.fill_(100)
     head({SITE: activations(10)})

@@ -20,7 +20,7 @@ from sae_lightning.analysis.survey.telling import telling
 from sae_lightning.llm.vocabulary import vocabulary
 from sae_lightning.report.catalogue import Catalogue
 from sae_lightning.report.section import Section
-from sae_lightning.scoring.metrics import density_histogram
+from sae_lightning.scoring.metrics import count_by_density
 from sae_lightning.stream.packing import TokenStream
 from sae_lightning.terminal import phase
 
@@ -51,7 +51,7 @@ class Survey(NamedTuple):
             "features": len(features.fired),
             "unfired": (features.fired == 0).float().mean().item(),
             "l0": features.fired.sum().item() / features.tokens,
-            "density": density_histogram(features.density),
+            "density": count_by_density(features.density),
             "scored": len(known),
             "score_median": known.median().item() if len(known) else None,
             "score_above_half": (known > 0.5).float().mean().item() if len(known) else None,

@@ -9,7 +9,7 @@ from sae_lightning.training.schedules import is_due
 
 
 @torch.no_grad()
-def training_scalars(head: Head) -> dict[str, float]:
+def measure_training_scalars(head: Head) -> dict[str, float]:
     """Values of the training curves after a head's last step, by tag."""
     step = head.last_step
     norms = head.sae.W_dec.norm(dim=1)
@@ -48,6 +48,6 @@ class Curves(L.Callback):
         data = {"distinct_sequences": stream.distinct_sequences, "epoch": stream.epoch}
         for number, head in enumerate(module.heads):
             if head.failure is None:
-                head.training_metrics = training_scalars(head) | rates[number]
+                head.training_metrics = measure_training_scalars(head) | rates[number]
                 head.training_metrics |= {f"data/{name}": value for name, value in data.items()}
                 head.log.add_scalars(head.training_metrics, module.tokens_seen)

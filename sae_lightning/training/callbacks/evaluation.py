@@ -5,7 +5,7 @@ from itertools import groupby
 
 import lightning as L
 
-from sae_lightning.scoring.metrics import density_histogram
+from sae_lightning.scoring.metrics import count_by_density
 from sae_lightning.scoring.scorecard import Scorecard, score_saes
 from sae_lightning.stream.held_out import HeldOut
 from sae_lightning.stream.synthetic import HeldOutConcepts
@@ -34,7 +34,7 @@ def evaluate_heads(heads: Sequence[Head], held_out: HeldOut | HeldOutConcepts, t
 def _record(head: Head, card: Scorecard, tokens: int) -> None:
     head.held_out_metrics = card.scalars()
     head.log.add_scalars({f"held_out/{k}": v for k, v in head.held_out_metrics.items()}, tokens)
-    head.density_counts = density_histogram(card.quality.density)
+    head.density_counts = count_by_density(card.quality.density)
     head.log.add_density(card.quality.density, tokens)
     head.log.add_histogram("decoder/norm", head.sae.W_dec.detach().norm(dim=1), tokens)
     head.log.flush()

@@ -88,7 +88,7 @@ def _speed(before: Elapsed, after: Elapsed, batch: int, shares: bool) -> dict[st
     return speed
 
 
-def peak_memory_gb() -> float:
+def measure_peak_memory_gb() -> float:
     """Peak memory of this process in GB: of its GPUs if it used any, else RAM."""
     gpus = range(torch.cuda.device_count())
     on_gpus = sum(torch.cuda.max_memory_allocated(gpu) for gpu in gpus)
