@@ -1,4 +1,4 @@
-"""A few long tokens, or one dimension, that hold much of the variance are told by their share."""
+"""Detection of a few long tokens, or one dimension, that hold much of the variance."""
 
 import math
 
@@ -25,10 +25,10 @@ def test_the_longest_are_named_by_their_share_however_long_they_are():
     """12 of length r among 12,000 of length 1 hold 12 r^2 of the variance of 12,000 + 12 r^2."""
     assert find_long_tokens(torch.cat([opposite(12_000), 10 * opposite(12)])) is None  # 9 %
     for length, max_norm in ((11, 3), (30, 5)):  # between 1 and it: its root, in one digit
-        found = find_long_tokens(torch.cat([opposite(12_000), length * opposite(12)]))
+        long = find_long_tokens(torch.cat([opposite(12_000), length * opposite(12)]))
         share = 12 * length**2 / (12_000 + 12 * length**2)
-        assert found[1:] == (pytest.approx(share, rel=1e-5), max_norm)
-        assert found.number == 12
+        assert long[1:] == (pytest.approx(share, rel=1e-5), max_norm)
+        assert long.number == 12
 
 
 def test_tokens_nine_times_as_long_dominate_where_all_share_a_long_mean():
@@ -36,12 +36,12 @@ def test_tokens_nine_times_as_long_dominate_where_all_share_a_long_mean():
     x = 0.1 * torch.randn(8_128, 640, generator=Generator().manual_seed(0)) / math.sqrt(640)
     x[:, 7] += 1
     x[:5, 7] = -9.7
-    found = find_long_tokens(x)
-    assert found.number == 5
+    long = find_long_tokens(x)
+    assert long.number == 5
     # 5 (10.7)^2 = 572 of 572 + 8,128 / 100 = 654
-    assert found.share == pytest.approx(572 / 654, abs=0.01)
-    kept = find_usual_rows({SITE: x}, medians({SITE: x}), found.max_norm)
-    assert torch.equal(kept, found.usual)
+    assert long.share == pytest.approx(572 / 654, abs=0.01)
+    kept = find_usual_rows({SITE: x}, medians({SITE: x}), long.max_norm)
+    assert torch.equal(kept, long.usual)
     assert (~kept).nonzero().squeeze(1).tolist() == [0, 1, 2, 3, 4]
 
 
@@ -53,9 +53,9 @@ def test_all_of_equal_length_are_named_together(copies):
 
 def test_one_long_token_in_each_short_sequence_is_told_too():
     """600 of length 50 hold 1.5 million of the variance, but 13 of them only 2 % of it."""
-    found = find_long_tokens(torch.cat([opposite(12_000), 50 * opposite(600)]))
-    assert found.number == 600
-    assert found.share == pytest.approx(1.5e6 / (1.5e6 + 12_000), rel=1e-5)
+    long = find_long_tokens(torch.cat([opposite(12_000), 50 * opposite(600)]))
+    assert long.number == 600
+    assert long.share == pytest.approx(1.5e6 / (1.5e6 + 12_000), rel=1e-5)
 
 
 def test_usual_activations_are_passed_over():

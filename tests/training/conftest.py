@@ -1,4 +1,4 @@
-"""Whole tiny runs."""
+"""Fixtures for whole tiny runs."""
 
 import pytest
 from tiny_run import tiny_job, write_text

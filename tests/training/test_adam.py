@@ -1,4 +1,4 @@
-"""Adam in any layout of memory."""
+"""Adam with parameters in any memory layout."""
 
 import torch
 from torch import Generator

@@ -1,4 +1,4 @@
-"""Whole runs with the activation cache: the SAE is the one that the LLM alone would have given."""
+"""Whole runs with the activation cache end with the same SAE as runs without it."""
 
 import json
 import os

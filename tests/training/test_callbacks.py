@@ -1,4 +1,4 @@
-"""Each part of the recipe, by itself."""
+"""Each callback by itself, and the head that it acts on."""
 
 import math
 import re
@@ -100,8 +100,10 @@ def test_a_few_long_activations_that_decide_the_variance_are_told():
     assert describe_outliers(SITE, x) is None
     long = torch.cat([x, torch.tensor([[0.0, 20.0]])])
     # about the mean (0, 20/101): 400 (100/101)^2 = 392.1 of 392.1 + 100 + 100 (20/101)^2 = 496.0
-    said = r"the longest 1 of 101 activations hold 79% of the variance.*; data\.max_norm=4 leaves"
-    assert re.search(said, describe_outliers(SITE, long))
+    message = (
+        r"the longest 1 of 101 activations hold 79% of the variance.*; data\.max_norm=4 leaves"
+    )
+    assert re.search(message, describe_outliers(SITE, long))
 
 
 def test_each_site_of_a_head_gets_its_own_mean_and_scale_and_only_in_a_new_run():
@@ -273,9 +275,9 @@ def test_biases_and_thresholds_of_every_architecture_learn_faster():
         head = make_head(sae=sae, loss=row.loss(), lr=0.1)  # sqrt(4) = 2 times
         groups = make_module([head]).configure_optimizers().param_groups
         rates = {id(p): group["lr"] for group in groups for p in group["params"]}
-        for each, parameter in head.sae.named_parameters():
-            fast = each in ("b_enc", "b_mag", "log_threshold")
-            assert rates[id(parameter)] == (0.2 if fast else 0.1), (name, each)
+        for key, parameter in head.sae.named_parameters():
+            fast = key in ("b_enc", "b_mag", "log_threshold")
+            assert rates[id(parameter)] == (0.2 if fast else 0.1), (name, key)
 
 
 def test_only_the_encoder_bias_learns_faster():

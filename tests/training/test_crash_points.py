@@ -1,4 +1,4 @@
-"""A run that dies at any of its operations on files ends, resumed, as if it had not died."""
+"""A run that is killed at any file operation and resumed ends as if it had not been killed."""
 
 import builtins
 import io

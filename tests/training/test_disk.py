@@ -1,4 +1,4 @@
-"""A run on a disk that refuses, moves, has no locks or was prepared by somebody else."""
+"""Runs on failing disks: full, folders that move, no file locks, planted symlinks."""
 
 import errno
 import os
@@ -27,19 +27,19 @@ def limit():
 
 
 def test_a_checkpoint_that_cannot_be_written_says_how_to_continue(job, monkeypatch, limit):
-    this = job("run")
+    tiny = job("run")
     with monkeypatch.context() as patch:
         interrupt(patch, 12, lambda: limit(10_000))
         with pytest.raises(UserError) as error:
-            passes.train_jobs([this])
+            passes.train_jobs([tiny])
     limit(resource.RLIM_INFINITY)
     assert str(error.value) == (
-        f"cannot write to {this.folder}/checkpoints/stream-20.pt: File too large; what was there "
+        f"cannot write to {tiny.folder}/checkpoints/stream-20.pt: File too large; what was there "
         "before is unharmed; put that right and continue with: "
-        f"python train.py resume={this.folder}"
+        f"python train.py resume={tiny.folder}"
     )
-    assert [path for path in this.folder.rglob("*.tmp")] == []
-    (metrics,) = resume(this)
+    assert [path for path in tiny.folder.rglob("*.tmp")] == []
+    (metrics,) = resume(tiny)
     assert metrics["l0"] > 0
 
 
@@ -55,46 +55,46 @@ def test_curves_that_cannot_be_written_are_told(tmp_path, limit):
 def test_a_folder_that_is_deleted_or_renamed_under_its_run_is_noticed(
     job, monkeypatch, tmp_path, gone
 ):
-    this, moved = job("run"), tmp_path / "moved"
+    tiny, moved = job("run"), tmp_path / "moved"
 
     def go():
         if gone == "deleted":
-            shutil.rmtree(this.folder)
+            shutil.rmtree(tiny.folder)
         else:
-            this.folder.rename(moved)
+            tiny.folder.rename(moved)
         if gone == "made anew":
-            this.folder.mkdir()
+            tiny.folder.mkdir()
 
     with monkeypatch.context() as patch:
         interrupt(patch, 12, go)
-        told = "run was deleted or renamed while its run was writing"
-        with pytest.raises(UserError, match=told) as error:
-            passes.train_jobs([this])
+        message = "run was deleted or renamed while its run was writing"
+        with pytest.raises(UserError, match=message) as error:
+            passes.train_jobs([tiny])
     assert "continue with: " not in str(error.value), "there is nothing at that place"
-    assert not this.folder.exists() or os.listdir(this.folder) == []
+    assert not tiny.folder.exists() or os.listdir(tiny.folder) == []
     if moved.exists():
-        this.folder = moved
-        resume(this)
+        tiny.folder = moved
+        resume(tiny)
         assert (moved / "metrics.json").is_file()
 
 
 def test_a_folder_that_goes_between_its_checkpoint_and_its_sae_is_not_made_again(
     job, monkeypatch, tmp_path
 ):
-    this, export_head = job("run"), checkpoint.export_head
+    tiny, export_head = job("run"), checkpoint.export_head
 
     def late(head):
-        this.folder.rename(tmp_path / "moved")
+        tiny.folder.rename(tmp_path / "moved")
         export_head(head)
 
     monkeypatch.setattr(checkpoint, "export_head", late)
     with pytest.raises(UserError, match="run/sae/cfg.json: its folder is gone; was it deleted or"):
-        passes.train_jobs([this])
-    assert not this.folder.exists()
+        passes.train_jobs([tiny])
+    assert not tiny.folder.exists()
 
 
 def test_a_second_ctrl_c_inside_a_save_ends_the_run_at_once(job, monkeypatch):
-    this = job("run")
+    tiny = job("run")
 
     class Impatient:
         def write(self, data):
@@ -108,9 +108,9 @@ def test_a_second_ctrl_c_inside_a_save_ends_the_run_at_once(job, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(checkpoints, "_save", save)
         with pytest.raises(SystemExit) as end:
-            passes.train_jobs([this])
+            passes.train_jobs([tiny])
     assert end.value.code == 130
-    assert [path for path in this.folder.rglob("*.tmp")] == []
+    assert [path for path in tiny.folder.rglob("*.tmp")] == []
 
 
 def test_on_a_file_system_without_locks_a_run_says_so_once(job, monkeypatch, capsys):
@@ -118,7 +118,7 @@ def test_on_a_file_system_without_locks_a_run_says_so_once(job, monkeypatch, cap
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(files, "lock_descriptor", refuse)
-    monkeypatch.setattr(passes, "run_pass", lambda this: [{} for _ in this.jobs])
+    monkeypatch.setattr(passes, "run_pass", lambda run_plan: [{} for _ in run_plan.jobs])
     passes.train_jobs([job("a"), job("b")])
     assert capsys.readouterr().out.count("a has no locks: nothing keeps another process from") == 1
 
@@ -127,34 +127,34 @@ def test_on_a_file_system_without_locks_a_run_says_so_once(job, monkeypatch, cap
 def test_a_link_in_place_of_a_folder_of_a_run_is_refused_before_the_llm_is_loaded(
     job, monkeypatch, tmp_path, name
 ):
-    this = job("run")
-    this.folder.mkdir()
+    tiny = job("run")
+    tiny.folder.mkdir()
     (tmp_path / "elsewhere").mkdir()
-    (this.folder / name).symlink_to(tmp_path / "elsewhere")
+    (tiny.folder / name).symlink_to(tmp_path / "elsewhere")
     monkeypatch.setattr(run, "run_pass", None)
     with pytest.raises(UserError, match=f"run/{name} is a link, through which files elsewhere"):
-        passes.train_jobs([this])
-    assert os.listdir(this.folder) == [name]
+        passes.train_jobs([tiny])
+    assert os.listdir(tiny.folder) == [name]
     assert os.listdir(tmp_path / "elsewhere") == []
 
 
 def test_a_link_in_place_of_a_lock_is_not_followed(job, tmp_path):
-    this = job("run")
-    this.folder.mkdir()
+    tiny = job("run")
+    tiny.folder.mkdir()
     (tmp_path / "victim").write_text("mine")
-    (this.folder / ".lock").symlink_to(tmp_path / "victim")
+    (tiny.folder / ".lock").symlink_to(tmp_path / "victim")
     with pytest.raises(UserError, match=r"cannot write to .*/run/\.lock: a link is in its place"):
-        passes.train_jobs([this])
+        passes.train_jobs([tiny])
     assert (tmp_path / "victim").read_text() == "mine"
 
 
 def test_what_a_killed_run_left_half_written_is_removed_when_it_goes_on(job, monkeypatch):
-    this = job("run")
-    left = this.folder / "checkpoints" / ".last.ckpt.abcdefgh.tmp"
+    tiny = job("run")
+    left = tiny.folder / "checkpoints" / ".last.ckpt.abcdefgh.tmp"
     left.mkdir(parents=True)
     (left / ".lock").touch()
     (left / "last.ckpt").write_bytes(b"half")
     (left.parent / ".last.ckpt.tmp").touch()  # as version 0.1.0 left it
-    monkeypatch.setattr(passes, "run_pass", lambda this: [{} for _ in this.jobs])
-    passes.train_jobs([this])
+    monkeypatch.setattr(passes, "run_pass", lambda run_plan: [{} for _ in run_plan.jobs])
+    passes.train_jobs([tiny])
     assert os.listdir(left.parent) == []

@@ -222,9 +222,9 @@ def test_each_head_can_go_on_alone_and_heads_at_different_steps_form_passes(
     assert [len(each.jobs) for each in passes.plan_passes(rest[1:])] == [1, 1]
     capsys.readouterr()
     passes.train_jobs(rest)
-    said = capsys.readouterr().out
-    assert "0 is finished" in said
-    assert "2 jobs on 2 passes" in said
+    output = capsys.readouterr().out
+    assert "0 is finished" in output
+    assert "2 jobs on 2 passes" in output
     for mine, other in zip(jobs, whole, strict=True):
         assert_same(mine.folder, other.folder)
 
@@ -262,8 +262,8 @@ def test_a_head_that_diverges_is_frozen_and_the_others_do_not_notice(
     failure = folders.read_failure(jobs[1].folder)
     assert failure["diverged"]
     assert failure["reason"].startswith("stopped at step 1 (64 tokens): the loss term mse")
-    said = capsys.readouterr().out
-    assert f"1: {failure['reason']}" in said.replace("\n", "")
+    output = capsys.readouterr().out
+    assert f"1: {failure['reason']}" in output.replace("\n", "")
     assert not (jobs[1].folder / "metrics.json").exists()
     # a resumed sweep does not try it again
     again = [replace(one, resumed=True) for one in jobs]

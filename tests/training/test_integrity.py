@@ -1,4 +1,4 @@
-"""A checkpoint is looked at, all of it, before a resumed run touches or loads anything."""
+"""A whole checkpoint is checked before a resumed run changes a file or loads an LLM."""
 
 import random
 import shutil
@@ -40,8 +40,8 @@ def killed(tiny_folder, tmp_path_factory):
             ),
         ),
     }
-    for name, each in jobs.items():
-        kill(replace(each, folder=folder / name))
+    for name, tiny in jobs.items():
+        kill(replace(tiny, folder=folder / name))
     return folder
 
 
@@ -56,7 +56,7 @@ def kill(job):
 
 @pytest.fixture
 def harmed(killed, tmp_path):
-    """harmed(name) -> a copy of that run's folder, to be harmed."""
+    """harmed(name) -> a copy of that run's folder, to be damaged."""
 
     def copy(name: str = "run") -> Path:
         return shutil.copytree(killed / name, tmp_path / name)
@@ -74,14 +74,14 @@ def files(folder: Path) -> dict[str, tuple[bytes, int]]:
 
 
 def check(folder: Path) -> int:
-    """Updates that a run has done, looked at as in resuming it."""
+    """Updates that a run has done, according to the checks of a resume."""
     job = read_job(folder)
     job.resumed = True
     return checks.check_jobs([checks.resolve_auto(job)])[0].steps_done
 
 
 def refused(folder: Path) -> str:
-    """The one line with which a run is not resumed, once nothing was seen to be touched."""
+    """The line that refuses to resume a run, once it is sure that no file was changed."""
     before = files(folder)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError) as error:
         patch.setattr(
@@ -150,8 +150,8 @@ def test_a_file_that_is_no_checkpoint_is_refused(harmed, part, harm):
     folder = harmed()
     harm(folder / part)
     line = refused(folder)
-    told = "is truncated or not a checkpoint (" if part == CKPT else "is damaged, or not the one"
-    assert line.startswith(f"{folder / part} {told}") or "does not fit config.yaml" in line
+    message = "is truncated or not a checkpoint (" if part == CKPT else "is damaged, or not the one"
+    assert line.startswith(f"{folder / part} {message}") or "does not fit config.yaml" in line
     assert "load" not in line.removeprefix(str(folder / part)), "torch's advice"
 
 
@@ -180,10 +180,10 @@ def test_a_checkpoint_that_is_there_and_cannot_be_opened_is_not_begun_again(harm
 def test_a_checkpoint_of_other_settings_names_one_and_counts_them(harmed):
     folder = harmed()
     rewrite(folder / CKPT, lambda saved: saved["settings"].update({"loss.l1": 0.5}))
-    told = "does not fit config.yaml: it was made with loss.l1=0.5, not 0.01"
-    assert refused(folder).endswith(told)
+    message = "does not fit config.yaml: it was made with loss.l1=0.5, not 0.01"
+    assert refused(folder).endswith(message)
     rewrite(folder / CKPT, lambda saved: saved["settings"].update({"seed": 3}))
-    assert refused(folder).endswith(f"{told} (2 settings differ)")
+    assert refused(folder).endswith(f"{message} (2 settings differ)")
 
 
 def at(path, value):
@@ -265,15 +265,15 @@ GOOD = {
 
 
 @pytest.mark.parametrize(
-    ("part", "told"), [(part, told) for part, harms in GOOD.items() for told in harms]
+    ("part", "message"), [(part, message) for part, harms in GOOD.items() for message in harms]
 )
-def test_what_does_not_fit_is_named_though_its_checksums_are_good(harmed, part, told):
+def test_what_does_not_fit_is_named_though_its_checksums_are_good(harmed, part, message):
     folder = harmed()
     # as in a checkpoint of 0.1.0: its shape is all by which a stream is known
     rewrite(folder / CKPT, lambda saved: saved.pop("stream"))
-    rewrite(folder / part, GOOD[part][told])
+    rewrite(folder / part, GOOD[part][message])
     line = refused(folder)
-    assert told in line
+    assert message in line
     assert line.endswith(f"; delete {folder / CKPT} to start the run again from its beginning")
 
 
@@ -282,8 +282,8 @@ def test_a_checkpoint_from_before_there_were_checksums_is_resumed_the_same(harme
     folder = harmed(name)
     whole = shutil.copytree(folder, tmp_path / "whole")
     rewrite(folder / CKPT, lambda saved: saved.pop("stream"))
-    for each in (folder, whole):
-        resume(read_job(each))
+    for run in (folder, whole):
+        resume(read_job(run))
     assert_same(folder, whole)
 
 

@@ -1,4 +1,4 @@
-"""What TensorBoard shows of runs, by its own HTTP answers."""
+"""What TensorBoard shows of runs, read from its own HTTP server."""
 
 import pytest
 from board import opened

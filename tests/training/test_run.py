@@ -1,4 +1,4 @@
-"""What a run leaves behind, and that nothing of it depends on being interrupted or watched."""
+"""Whole runs: the files they leave, and that interruptions and evaluations change nothing."""
 
 import fcntl
 import json

@@ -1,4 +1,4 @@
-"""What is counted as training, and how often an accelerator is waited for."""
+"""Which time counts as training, and how often an accelerator is synchronised."""
 
 from types import SimpleNamespace
 
@@ -14,7 +14,7 @@ FILL, LLM, POOL, SAES, OTHERS, EVALUATION = 50.0, 2.0, 1.0, 4.0, 0.5, 1000.0  # 
 
 @pytest.fixture
 def waits(monkeypatch) -> list[int]:
-    """The updates after which the accelerator is waited for."""
+    """The updates after which the accelerator is synchronised."""
     return []
 
 
