@@ -1,11 +1,36 @@
 """Train sparse autoencoders on a language model's activations, and read what they found."""
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sae_lightning.errors import UserError
 
-# Name -> module: found when they are asked for; a saved SAE is opened without the others.
+# Editors and type checkers read these imports. Python imports a name when it is first used
+# (FOUND_IN): opening a saved SAE then loads neither the tasks nor the LLM.
+if TYPE_CHECKING:
+    from sae_lightning.analysis.annotate import annotate
+    from sae_lightning.analysis.collect import collect, excerpt
+    from sae_lightning.analysis.evaluate import evaluate
+    from sae_lightning.analysis.explain.answers import Answers
+    from sae_lightning.analysis.explain.evidence import gather
+    from sae_lightning.analysis.explain.explainer import Explainer
+    from sae_lightning.analysis.explain.models import Endpoint
+    from sae_lightning.analysis.lens import lens
+    from sae_lightning.analysis.probing.labelled import labelled
+    from sae_lightning.analysis.probing.probes import probe
+    from sae_lightning.analysis.steer import steer
+    from sae_lightning.analysis.subject import open_run
+    from sae_lightning.analysis.survey.survey import survey
+    from sae_lightning.analysis.theory.claims import TheoryReducers, theory
+    from sae_lightning.formats.export import load_sae
+    from sae_lightning.llm.generate import Sampling
+    from sae_lightning.llm.load import LLMConfig
+    from sae_lightning.llm.sites import LayerConfig
+    from sae_lightning.stream.held_out import HeldOut
+    from sae_lightning.stream.local import LocalConfig
+    from sae_lightning.stream.plays import PlaysConfig
+
+# Name -> module, or module:name where it has another name there.
 FOUND_IN = {
     "Answers": "analysis.explain.answers",
     "Endpoint": "analysis.explain.models",
@@ -32,10 +57,41 @@ FOUND_IN = {
     "theory": "analysis.theory.claims",
 }
 
-__all__ = ["UserError", *FOUND_IN]
+# A literal: type checkers do not evaluate expressions.
+__all__ = [
+    "Answers",
+    "Endpoint",
+    "Explainer",
+    "HeldOut",
+    "LLMConfig",
+    "LayerConfig",
+    "LocalConfig",
+    "PlaysConfig",
+    "Sampling",
+    "TheoryReducers",
+    "UserError",
+    "annotate",
+    "collect",
+    "evaluate",
+    "excerpt",
+    "gather",
+    "labelled",
+    "lens",
+    "load_sae",
+    "open_run",
+    "probe",
+    "steer",
+    "survey",
+    "theory",
+]
 
+if not TYPE_CHECKING:  # to a type checker, any other name is an error
 
-def __getattr__(name: str) -> Any:
-    if name not in FOUND_IN:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{FOUND_IN[name]}"), name)
+    def __getattr__(name: str) -> Any:
+        if name not in FOUND_IN:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        module, _, attribute = FOUND_IN[name].partition(":")
+        return getattr(import_module(f"{__name__}.{module}"), attribute or name)
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

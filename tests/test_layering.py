@@ -25,8 +25,8 @@ ROWS = [
     ["terminal", "errors"],
 ]
 DEPTH = {unit: row for row, units in enumerate(ROWS) for unit in units}
-# The package's front door: `from sae_lightning import load_sae`.
-DEPTH[PACKAGE] = DEPTH["analysis"]
+# The front door, `from sae_lightning import lens`: below the entry points, above all rooms.
+DEPTH[PACKAGE] = DEPTH["analysis"] - 0.5
 
 # Below is not always allowed: rooms that do not know of SAEs.
 UNKNOWN = {
