@@ -49,7 +49,7 @@ def test_its_examples_are_all_of_the_words_that_it_reads(found):
 
 
 def test_its_token_set_is_these_words_and_predicts_perfectly(found):
-    reading = found.features.reading
+    reading = found.features.token_sets
     assert reading.score[FEATURE] == pytest.approx(1)
     assert {t for t in reading.tokens[FEATURE].tolist() if t >= 0} == {token(w) for w in READS}
     assert not reading.previous[FEATURE]
@@ -93,7 +93,7 @@ def test_the_parquet_file_says_what_the_catalogue_says(found, tmp_path):
     for catalogue in (found.features, found.neurons):
         write_catalogue(tmp_path / "units.parquet", catalogue, {})
         rows = pyarrow.parquet.read_table(tmp_path / "units.parquet").to_pylist()
-        assert len(rows) == catalogue.units
+        assert len(rows) == catalogue.unit_count
         assert [row[catalogue.kind] for row in rows] == list(range(len(rows)))
         assert [row["fired"] for row in rows] == catalogue.statistics.fired.tolist()
         for unit in (0, FEATURE):

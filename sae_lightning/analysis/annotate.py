@@ -68,14 +68,18 @@ class TextTask(FeaturesTask):
         if catalogue is None:
             catalogue = self.surveyed(subject).features
         found = AnnotatedText(annotate(subject, text, where), catalogue)
-        strongest = found.strongest()
+        strongest = found.rank_fired()
         listed, summary = token_by_token(found, self.top), section(found, strongest, contexts)
         print_section(listed)
         print_section(summary)
         scalars = {
             "tokens": [
                 {"token": token.text, "read": token.read, "active": len(token.features)}
-                | {"features": [written(fired, found) for fired in found.on(place)[: self.top]]}
+                | {
+                    "features": [
+                        written(fired, found) for fired in found.list_fired(place)[: self.top]
+                    ]
+                }
                 for place, token in enumerate(found.tokens)
             ],
             "strongest": [written(fired, found) for fired in strongest[:MAX_LISTED]],
@@ -163,7 +167,7 @@ class Firing:
 
 def written(fired: FiredFeature, found: AnnotatedText) -> dict[str, Any]:
     """For JSON."""
-    return fired._asdict() | {"words": found.words(fired.feature)}
+    return fired._asdict() | {"words": found.list_words(fired.feature)}
 
 
 def token_by_token(found: AnnotatedText, top: int) -> Section:
@@ -173,7 +177,7 @@ def token_by_token(found: AnnotatedText, top: int) -> Section:
     shown = read[: max(1, LINES // top)]
     for place in shown:
         name = f"‘{show_token(found.tokens[place].text)}’"
-        for number, fired in enumerate(found.on(place)[:top]):
+        for number, fired in enumerate(found.list_fired(place)[:top]):
             rows.append([name if number == 0 else "", *cells(fired, found)])
         if not len(found.tokens[place].features):
             rows.append([name, "none", "", "", ""])
@@ -207,6 +211,6 @@ def section(found: AnnotatedText, strongest: Sequence[FiredFeature], contexts: i
 
 def cells(fired: FiredFeature, found: AnnotatedText) -> list[str]:
     share = "–" if fired.share is None else f"{fired.share:.0%}"
-    words = " ".join(f"‘{word}’" for word in found.words(fired.feature))
+    words = " ".join(f"‘{word}’" for word in found.list_words(fired.feature))
     more = f" +{fired.copies}" if fired.copies else ""
     return [str(fired.feature), f"{fired.strength:.3g}", share, words + more]

@@ -18,7 +18,7 @@ from sae_lightning.llm.load import LLMConfig
 from sae_lightning.llm.sites import LayerConfig
 from sae_lightning.report.annotated import AnnotatedText
 from sae_lightning.report.catalogue import Catalogue
-from sae_lightning.report.page import write_page
+from sae_lightning.report.page import AnalysisPage, write_page
 from sae_lightning.report.printer import print_section
 from sae_lightning.report.section import Section
 from sae_lightning.stream.source import DataConfig
@@ -93,7 +93,7 @@ class Task:
         commands = following(subject.folder, feature)
         files = [*(f"{catalogue.kind}s.parquet" for catalogue in catalogues), numbers.name]
         about = subject.name, subject.facts()
-        write_page(target, *about, sections, catalogues, commands, files, own)
+        write_page(target, AnalysisPage(*about, sections, catalogues, commands, files, own))
         console.print(
             f"\n  open in a browser: {shorten_path(target)}\n"
             f"  the same numbers: {shorten_path(numbers)}\n"

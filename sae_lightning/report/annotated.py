@@ -47,11 +47,11 @@ class AnnotatedText(NamedTuple):
     tokens: Sequence[AnnotatedToken]
     catalogue: Catalogue
 
-    def on(self, place: int) -> list[FiredFeature]:
+    def list_fired(self, place: int) -> list[FiredFeature]:
         """What fires on a token, the strongest first, and of copies only that one."""
         token, found = self.tokens[place], {}
         maximum = self.catalogue.statistics.maximum[token.features]
-        values = (token.features, token.strengths, maximum, self.original(token.features))
+        values = (token.features, token.strengths, maximum, self.find_originals(token.features))
         for feature, strength, most, same in zip(*(x.tolist() for x in values), strict=True):
             if same in found:
                 found[same] = found[same]._replace(copies=found[same].copies + 1)
@@ -61,24 +61,24 @@ class AnnotatedText(NamedTuple):
                 )
         return [*found.values()]
 
-    def original(self, features: Tensor) -> Tensor:
+    def find_originals(self, features: Tensor) -> Tensor:
         """The features of which `features` are copies, or they themselves."""
         return features if self.catalogue.copy_of is None else self.catalogue.copy_of[features]
 
-    def strongest(self) -> list[FiredFeature]:
+    def rank_fired(self) -> list[FiredFeature]:
         """Each feature where it is strongest, the largest shares of a maximum first; last
         those whose maximum is one of few."""
         best: dict[int, FiredFeature] = {}
-        originals = self.original(torch.arange(self.catalogue.units)).tolist()
+        originals = self.find_originals(torch.arange(self.catalogue.unit_count)).tolist()
         for place in range(len(self.tokens)):
-            for fired in self.on(place):
+            for fired in self.list_fired(place):
                 known = best.get(originals[fired.feature])
                 if known is None or fired.strength > known.strength:
                     best[originals[fired.feature]] = fired
         few = (self.catalogue.statistics.fired < FEW_TOKENS).tolist()
         return sorted(best.values(), key=lambda fired: (few[fired.feature], -(fired.share or 0)))
 
-    def words(self, feature: int) -> list[str]:
+    def list_words(self, feature: int) -> list[str]:
         """Some tokens on which the catalogue has it strongest, each word once."""
         ids = self.catalogue.top.tokens[feature, :, BEFORE].tolist()
         texts = [show_token(self.catalogue.vocabulary[i]) for i in ids if i >= 0]
@@ -86,7 +86,7 @@ class AnnotatedText(NamedTuple):
             :MAX_WORDS
         ]
 
-    def data(self) -> dict[str, Any]:
+    def to_page_data(self) -> dict[str, Any]:
         """For the page's script (templates/text.js)."""
         return {
             "shown": [show_token(token.text) for token in self.tokens],
@@ -95,6 +95,6 @@ class AnnotatedText(NamedTuple):
                 [float(f"{s:.3g}") for s in token.strengths.tolist()] for token in self.tokens
             ],
             "strongest": [
-                (fired.feature, fired.strength) for fired in self.strongest()[:MAX_LISTED]
+                (fired.feature, fired.strength) for fired in self.rank_fired()[:MAX_LISTED]
             ],
         }

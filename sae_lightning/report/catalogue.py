@@ -39,7 +39,7 @@ class Statistics(NamedTuple):
     int64."""
 
     @property
-    def density(self) -> Tensor:
+    def densities(self) -> Tensor:
         """Share of tokens on which each unit is active."""
         return self.fired / self.tokens
 
@@ -106,7 +106,7 @@ class Catalogue(NamedTuple):
     """The strongest, at most one in a sequence."""
     spread: Examples
     """Random ones of each of INTERVALS, of an interval at most one in a sequence; none of `top`."""
-    reading: TokenSetScores | None = None
+    token_sets: TokenSetScores | None = None
     """None for neurons, which are always active."""
     telling: Tensor | None = None
     """[units] how much each tells a reader who sees it first, nan where that is not known."""
@@ -121,7 +121,7 @@ class Catalogue(NamedTuple):
     """None where the site does not write into the residual stream."""
 
     @property
-    def units(self) -> int:
+    def unit_count(self) -> int:
         """Number of units."""
         return len(self.statistics.fired)
 

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from sae_lightning.files import write_atomically
 from sae_lightning.report.annotated import AnnotatedText
@@ -25,7 +25,7 @@ MAX_ONE_LINE = 40  # characters of a table's cell
 MAX_EMBEDDED_BYTES = 1 << 27
 
 
-def render(template: str, *, figures: bool, **values: object) -> str:
+def render_template(template: str, *, figures: bool, **values: object) -> str:
     """A page from its template; with plotly.js in it if there are figures."""
     # imported late: train.py needs none of them
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -51,55 +51,52 @@ def render(template: str, *, figures: bool, **values: object) -> str:
     )
 
 
-def write_page(
-    path: Path,
-    title: str,
-    facts: dict[str, str],
-    sections: Sequence[Section],
-    catalogues: Sequence[Catalogue] = (),
-    commands: Sequence[str] = (),
-    files: Sequence[str] = (),
-    own: AnnotatedText | None = None,
-) -> None:
-    """Write a `page`, with its blocks in a folder beside it where they are LARGE."""
-    units = pack_catalogues(catalogues) if catalogues else None
+class AnalysisPage(NamedTuple):
+    """The content of an analysis page, from top to bottom."""
+
+    title: str
+    facts: dict[str, str]
+    """Shown below the title."""
+    sections: Sequence[Section]
+    """Shown below the browser of the catalogues' units."""
+    catalogues: Sequence[Catalogue] = ()
+    commands: Sequence[str] = ()
+    """Command lines to paste, shown at the end."""
+    files: Sequence[str] = ()
+    """Names of files in the page's folder."""
+    own: AnnotatedText | None = None
+    """The reader's text, shown above the browser with features of the first catalogue."""
+
+
+def write_page(path: Path, page: AnalysisPage) -> None:
+    """Write `page`; blocks of more than MAX_EMBEDDED_BYTES go into a folder beside it."""
+    units = pack_catalogues(page.catalogues) if page.catalogues else None
     if units and units.blocks.size > MAX_EMBEDDED_BYTES:
         units.index["beside"] = write_blocks(path, units.blocks)
         units = units._replace(blocks={})
-    text = page(title, facts, sections, catalogues, commands, files, own, units=units)
+    text = _render_page(page, units)
     with write_atomically(path) as temporary:
         temporary.write_text(text, encoding="utf8")
     remove_old_blocks(path, kept=units and units.index.get("beside"))
 
 
-def page(
-    title: str,
-    facts: dict[str, str],
-    sections: Sequence[Section],
-    catalogues: Sequence[Catalogue] = (),
-    commands: Sequence[str] = (),
-    files: Sequence[str] = (),
-    own: AnnotatedText | None = None,
-    *,
-    units: PageData | None = None,
-) -> str:
-    """The page: facts below the title, a browser of the catalogues' units, then the sections.
+def render_page(page: AnalysisPage) -> str:
+    """The HTML of `page` with all of its data in it."""
+    return _render_page(page, pack_catalogues(page.catalogues) if page.catalogues else None)
 
-    `commands` are shown at its end, to be pasted; `files` are names of files beside it; `own` is a
-    text to be shown above the browser, with features of its first catalogue; `units` are the
-    catalogues' page_data, if some of it is to be left out.
-    """
-    return render(
+
+def _render_page(page: AnalysisPage, units: PageData | None) -> str:
+    return render_template(
         "analysis.html",
-        figures=any(section.figures for section in sections),
-        title=title,
-        facts=facts,
-        kinds=[catalogue.kind for catalogue in catalogues],
-        units=units or (pack_catalogues(catalogues) if catalogues else None),
-        parts=_group_by_part(sections),
-        commands=commands,
-        files=files,
-        own=own,
+        figures=any(section.figures for section in page.sections),
+        title=page.title,
+        facts=page.facts,
+        kinds=[catalogue.kind for catalogue in page.catalogues],
+        units=units,
+        parts=_group_by_part(page.sections),
+        commands=page.commands,
+        files=page.files,
+        own=page.own,
         split_quoted=split_quoted,
         break_lines=_break_lines,
         zip=zip,

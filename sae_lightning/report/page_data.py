@@ -65,8 +65,8 @@ class Blocks(Mapping[str, str]):
                 *_make_list_fields(first, numbers).values(),
                 *_make_detail_fields(first, numbers).values(),
             ]
-            self.size += catalogue.units * sum(values[0].nbytes for values in fields)
-            for start in range(0, catalogue.units, UNITS_PER_BLOCK):
+            self.size += catalogue.unit_count * sum(values[0].nbytes for values in fields)
+            for start in range(0, catalogue.unit_count, UNITS_PER_BLOCK):
                 part = slice_units(catalogue, slice(start, start + UNITS_PER_BLOCK))  # a view
                 name = f"{catalogue.kind}-{start // UNITS_PER_BLOCK}"
                 self.parts[name] = part, _make_detail_fields
@@ -91,7 +91,7 @@ def pack_catalogues(catalogues: Sequence[Catalogue]) -> PageData:
         kinds.append(
             {
                 "kind": catalogue.kind,
-                "units": catalogue.units,
+                "units": catalogue.unit_count,
                 "tokens": catalogue.statistics.tokens,
                 "strongest": catalogue.top.strength.shape[1],
                 "listed": _describe_layout(_make_list_fields(first, numbers)),
@@ -111,8 +111,8 @@ def _number_tokens(catalogues: Sequence[Catalogue]) -> tuple[list[str], np.ndarr
     counts = torch.zeros(len(vocabulary) + 1, dtype=torch.int64)
     shown = [torch.from_numpy(catalogues[0].texts)]
     for catalogue in catalogues:
-        if catalogue.reading is not None:
-            shown += [catalogue.reading.tokens]
+        if catalogue.token_sets is not None:
+            shown += [catalogue.token_sets.tokens]
         if catalogue.effect is not None:
             shown += [catalogue.effect.promoted, catalogue.effect.suppressed]
     for part in (part for ids in shown for part in ids.split(COUNTED_AT_ONCE)):
@@ -139,10 +139,10 @@ def _make_list_fields(catalogue: Catalogue, numbers: np.ndarray) -> Fields:
         "peaks": numbers.take(top.tokens[:, :, BEFORE]),
         "preview": numbers.take(top.tokens[:, 0, PREVIEW]),
     }
-    if catalogue.reading is not None:
-        fields["score"] = _to_array(catalogue.reading.score, "f4")
-        fields["reading"] = numbers.take(catalogue.reading.tokens)
-        fields["previous"] = _to_array(catalogue.reading.previous, "u1")
+    if catalogue.token_sets is not None:
+        fields["score"] = _to_array(catalogue.token_sets.score, "f4")
+        fields["token_set"] = numbers.take(catalogue.token_sets.tokens)
+        fields["previous"] = _to_array(catalogue.token_sets.previous, "u1")
     if catalogue.telling is not None:
         fields["telling"] = _to_array(catalogue.telling, "f4")
         fields["copy_of"] = _to_array(catalogue.copy_of, "u4")

@@ -26,7 +26,7 @@ def write_catalogue(path: Path, catalogue: Catalogue, of: dict[str, str]) -> Non
     note = {METADATA_KEY: json.dumps({"tokens": catalogue.statistics.tokens, "of": of})}
     with write_atomically(path) as temporary, ExitStack() as files:
         writer = None
-        for first in range(0, catalogue.units, UNITS_PER_GROUP):
+        for first in range(0, catalogue.unit_count, UNITS_PER_GROUP):
             table = pa.table(_make_columns(catalogue, first, words), metadata=note)
             writer = writer or files.enter_context(
                 pyarrow.parquet.ParquetWriter(temporary, table.schema, compression="zstd")
@@ -39,16 +39,16 @@ def _make_columns(catalogue: Catalogue, first: int, words: pa.Array) -> dict[str
     catalogue = slice_units(catalogue, slice(first, first + UNITS_PER_GROUP))
     s = catalogue.statistics
     columns = {
-        catalogue.kind: pa.array(range(first, first + catalogue.units)),
+        catalogue.kind: pa.array(range(first, first + catalogue.unit_count)),
         "fired": _to_array(s.fired),
-        "density": _to_array(s.density),
+        "density": _to_array(s.densities),
         "mean": _to_array(s.mean),
         "maximum": _to_array(s.maximum),
         "histogram": _make_lists(s.histogram, s.histogram >= 0),
         "examples": _make_example_lists(catalogue.top, words),
         "examples_of_all_strengths": _make_example_lists(catalogue.spread, words),
     }
-    if (r := catalogue.reading) is not None:
+    if (r := catalogue.token_sets) is not None:
         columns["score"] = pa.array(r.score.numpy(), from_pandas=True)  # nan becomes null
         columns["tokens"] = _make_text_lists(r.tokens, words)
         columns["tokens_are_previous"] = _to_array(r.previous)

@@ -63,7 +63,7 @@ def read_catalogue(path: Path, vocabulary: list[str]) -> Catalogue:
         known = TokenSetScores(
             _to_tensor(columns["score"]).float(), _read_tokens(columns["tokens"], ids), previous
         )
-        catalogue = catalogue._replace(reading=known)
+        catalogue = catalogue._replace(token_sets=known)
     if "telling" in columns:
         telling, original = (
             _to_tensor(columns["telling"]).float(),

@@ -42,7 +42,7 @@ def print_section(section: Section) -> None:
         console.print(_make_table(section.table))
     for text in section.texts:
         console.print(Text(make_visible(text.caption), "dim"))
-        for heights, line in _split_lines(text, section.strongest):
+        for heights, line in _split_lines(text, section.max_strength):
             if heights.strip():
                 console.print(Text(heights.rstrip(), "dark_orange"))
             console.print(line)
@@ -75,9 +75,9 @@ def print_units(catalogue: Catalogue, units: Sequence[int], examples: int = 3) -
 
 
 def _make_heading(catalogue: Catalogue, unit: int) -> Text:
-    statistics, reading = catalogue.statistics, catalogue.reading
+    statistics, reading = catalogue.statistics, catalogue.token_sets
     heading = Text(f"{catalogue.kind} {unit}", "bold")
-    density, maximum = float(statistics.density[unit]), float(statistics.maximum[unit])
+    density, maximum = float(statistics.densities[unit]), float(statistics.maximum[unit])
     if not density:
         return heading.append("  never fires", "not bold")
     heading.append(f"  fires on {100 * density:.3g} % of tokens, maximum {maximum:.3g}", "not bold")

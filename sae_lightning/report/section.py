@@ -63,6 +63,6 @@ class Section(NamedTuple):
     """Part of a larger page that it belongs to; its title unless given."""
 
     @property
-    def strongest(self) -> float:
+    def max_strength(self) -> float:
         """Greatest size of a strength in `texts`, which makes these comparable; 1 without any."""
         return max((abs(s) for text in self.texts for s in text.strengths), default=0) or 1

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from sae_lightning.files import remove_leftovers, write_atomically
 from sae_lightning.report.figures import COLOURS, MAX_LABELLED, plot_tradeoff
-from sae_lightning.report.page import render
+from sae_lightning.report.page import render_template
 from sae_lightning.report.sweep_table import SweepRun, SweepTable, make_natural_key
 from sae_lightning.terminal import (
     console,
@@ -74,7 +74,7 @@ def _print_table(folder: Path, table: SweepTable) -> None:
     for name, status, reason in zip(table.names, frame.status, frame.reason, strict=True):
         if reason is not None:
             console.print(make_visible(f"{status}: {name}: {reason}"))
-    unfinished = table.count("unfinished")
+    unfinished = table.count_runs("unfinished")
     if unfinished:
         console.print(f"{unfinished} of {len(table.runs)} runs did not come to their end")
     where = shorten_path(folder)
@@ -111,7 +111,7 @@ def _make_cells(table: SweepTable, name: str) -> list[Text]:
     for value, best, front in zip(table.frame[name], table.best[name], table.front, strict=True):
         mark = "● " if front and name == "l0" else ""
         # a space where others have a star keeps the digits below one another
-        written = f"{mark}{table.columns[name].written(value)}{'*' if best else ' '}"
+        written = f"{mark}{table.columns[name].format_value(value)}{'*' if best else ' '}"
         cells.append(Text(written, "bold" * bool(best)))
     return cells
 
@@ -125,12 +125,12 @@ def _render_page(folder: Path, table: SweepTable) -> str:
         for name, label in PLOTTED_METRICS.items()
     }
     plotted = [name for name, plot in drawn.items() if plot]
-    few = table.count("finished") <= MAX_LABELLED
-    return render(
+    few = table.count_runs("finished") <= MAX_LABELLED
+    return render_template(
         "sweep.html",
         figures=bool(plotted),
         table=table,
-        describe_runs=describe_runs(table.runs),
+        facts=describe_runs(table.runs),
         plots={PLOTTED_METRICS[name]: drawn[name] for name in plotted},
         labels=[key for key in table.keys if key != group] if few else [],
         unplotted=int(table.finite.loc[table.is_finished, plotted].isna().any(axis=1).sum()),
@@ -181,7 +181,9 @@ def _collect_points(table: SweepTable, group: str | None) -> "pd.DataFrame":
     details = []
     for name, run in zip(table.names, table.frame.to_dict("records"), strict=True):
         lines = [f"{key} = {run[key]}" for key in table.keys] or [name]
-        lines += [f"{c.label}: {c.written(run[metric])}" for metric, c in table.columns.items()]
+        lines += [
+            f"{c.label}: {c.format_value(run[metric])}" for metric, c in table.columns.items()
+        ]
         details.append(lines)
     points = table.finite[["l0"]].assign(
         label=[", ".join(map(shorten_value, values)) for values in labelled.to_numpy()],

@@ -36,12 +36,12 @@ class SweepRun(NamedTuple):
         return "unfinished" if self.metrics is None else "finished"
 
     @property
-    def typed(self) -> dict[str, str]:
+    def override_values(self) -> dict[str, str]:
         """The overrides by setting."""
         return split_overrides(self.overrides)
 
     @property
-    def numbers(self) -> dict[str, float]:
+    def final_metrics(self) -> dict[str, float]:
         """The final metrics by name: those of held-out data, then those of training."""
         metrics = self.metrics or {}
         training = metrics.get("training", {})
@@ -54,7 +54,7 @@ class MetricColumn(NamedTuple):
     """A metric for people."""
 
     label: str
-    form: str
+    template: str
     """How a number is written."""
     better: int
     """1 where more is better, -1 where less is, 0 where it depends."""
@@ -65,9 +65,9 @@ class MetricColumn(NamedTuple):
         """The label, and which way is better."""
         return self.label + {1: " ↑", -1: " ↓", 0: ""}[self.better]
 
-    def written(self, value: float | None) -> str:
+    def format_value(self, value: float | None) -> str:
         """A cell; a dash where there is no number."""
-        return "–" if value is None else self.form.format(value)
+        return "–" if value is None else self.template.format(value)
 
 
 METRIC_COLUMNS = {
@@ -109,16 +109,18 @@ class SweepTable:
         import pandas as pd  # imported late: slow, and train.py needs it only when a sweep ends
 
         self.keys = [
-            key for key in find_swept([run.typed for run in runs]) if key not in RUN_COLUMNS
+            key
+            for key in find_swept([run.override_values for run in runs])
+            if key not in RUN_COLUMNS
         ]
         """The settings in which the runs differ."""
         self.runs = sorted(
-            runs, key=lambda run: [*map(make_natural_key, self._swept(run).values())]
+            runs, key=lambda run: [*map(make_natural_key, self._read_swept(run).values())]
         )
-        numbers = dict.fromkeys(name for run in self.runs for name in run.numbers)
+        numbers = dict.fromkeys(name for run in self.runs for name in run.final_metrics)
         records = [
-            run.numbers
-            | self._swept(run)
+            run.final_metrics
+            | self._read_swept(run)
             | {"status": run.status, "reason": run.failure, "folder": run.folder.name}
             | {"tokens": (run.metrics or {}).get("tokens")}
             for run in self.runs
@@ -142,8 +144,10 @@ class SweepTable:
         """Whether no finished run is better in a metric."""
         self.front = find_pareto_front(self.finite["l0"], self.finite["explained_variance"])
 
-    def _swept(self, run: SweepRun) -> dict[str, str]:
-        return {key: run.typed.get(key, str(run.settings.get(key, ""))) for key in self.keys}
+    def _read_swept(self, run: SweepRun) -> dict[str, str]:
+        return {
+            key: run.override_values.get(key, str(run.settings.get(key, ""))) for key in self.keys
+        }
 
     @property
     def names(self) -> list[str]:
@@ -152,7 +156,7 @@ class SweepTable:
         pairs = [", ".join(f"{key}={value}" for key, value in row.items()) for row in swept]
         return pairs if self.keys else [*self.frame.folder]
 
-    def count(self, status: str) -> int:
+    def count_runs(self, status: str) -> int:
         """How many runs have this status."""
         return int((self.frame.status == status).sum())
 

@@ -29,7 +29,7 @@ def test_counts_are_those_of_the_whole_text():
     found, read = reducer.result(), features[:, 1:].flatten(0, 1)
     assert found.tokens == 11 * (CONTEXT - 1)
     assert found.fired.tolist() == (read > 0).sum(dim=0).tolist()
-    torch.testing.assert_close(found.density, (read > 0).float().mean(dim=0))
+    torch.testing.assert_close(found.densities, (read > 0).float().mean(dim=0))
     torch.testing.assert_close(found.mean, read.sum(dim=0) / (read > 0).sum(dim=0))
     torch.testing.assert_close(found.maximum, read.amax(dim=0))
     for unit in range(UNITS):

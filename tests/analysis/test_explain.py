@@ -378,7 +378,7 @@ def test_the_section_says_what_was_found_and_on_how_many_texts(planted, tmp_path
 
 def test_without_a_model_features_are_ranked_by_their_tokens(planted):
     catalogue, sample = planted
-    catalogue = catalogue._replace(reading=reading(sample, len(WORDS)))
+    catalogue = catalogue._replace(token_sets=reading(sample, len(WORDS)))
     shown = without_model(catalogue, [SILENT, EVERYWHERE, 0])
     assert shown.table.rows[0] == ["0: ' fox'", "1.00"]
     assert shown.table.rows[-1] == ["2: fires too rarely to say", "–"]

@@ -19,7 +19,7 @@ from sae_lightning.llm.capture import capture
 from sae_lightning.llm.load import LLMConfig
 from sae_lightning.llm.sites import LayerConfig
 from sae_lightning.report.annotated import AnnotatedText
-from sae_lightning.report.page import page
+from sae_lightning.report.page import AnalysisPage, render_page
 from sae_lightning.report.parquet import write_catalogue
 from sae_lightning.stream.local import LocalConfig
 
@@ -146,7 +146,7 @@ def said_of(subject, file, capsys) -> str:
 
 
 def test_a_catalogue_of_this_sae_is_used_again_and_told(subject, file, capsys):
-    assert kept(subject, file).units == 32
+    assert kept(subject, file).unit_count == 32
     said = " ".join(capsys.readouterr().out.split())
     assert re.search(r"features\.parquet, 3\d\d tokens of Shakespeare's plays$", said)
 
@@ -209,8 +209,8 @@ def test_a_catalogue_in_which_nothing_fires_is_read_and_shown(subject, words, tm
     back = kept(subject, tmp_path / "features.parquet")
     assert not back.statistics.fired.any()
     own = AnnotatedText(annotate(subject, TEXT), back)
-    assert own.strongest() == []
-    assert "jumps" in page("t", {}, [], [back], own=own)
+    assert own.rank_fired() == []
+    assert "jumps" in render_page(AnalysisPage("t", {}, [], [back], own=own))
 
 
 def test_long_texts_are_cut_at_the_terminal_and_nowhere_else(here, capsys):

@@ -28,11 +28,11 @@ def test_a_row_holds_the_numbers_of_its_unit(features, rows):
     assert [row["feature"] for row in rows] == list(range(32))
     for unit, row in enumerate(rows):
         assert row["fired"] == statistics.fired[unit]
-        assert row["density"] == pytest.approx(statistics.density[unit].item())
+        assert row["density"] == pytest.approx(statistics.densities[unit].item())
         assert (row["mean"], row["maximum"]) == (statistics.mean[unit], statistics.maximum[unit])
         assert row["histogram"] == statistics.histogram[unit].tolist()
         assert sum(row["histogram"]) == row["fired"]
-        score = features.reading.score[unit].item()
+        score = features.token_sets.score[unit].item()
         assert row["score"] == (None if math.isnan(score) else score)
         assert row["neighbours"] == features.neighbours.units[unit].tolist()
         assert len(row["partners"]) == len(row["partner_likeness"])
@@ -41,7 +41,7 @@ def test_a_row_holds_the_numbers_of_its_unit(features, rows):
 def test_tokens_are_written_as_they_read_and_nothing_where_there_is_none(features, rows):
     read = features.vocabulary
     for unit, row in enumerate(rows):
-        assert row["tokens"] == [read[i] for i in features.reading.tokens[unit] if i >= 0]
+        assert row["tokens"] == [read[i] for i in features.token_sets.tokens[unit] if i >= 0]
         examples = features.top
         assert len(row["examples"]) == (examples.strength[unit] > 0).sum()
         for i, example in enumerate(row["examples"]):

@@ -17,10 +17,10 @@ def test_its_numbers_are_those_of_its_catalogue(found):
     said, statistics = found.scalars(), found.features.statistics
     assert said["tokens"] == statistics.tokens >= 1500
     assert said["features"] == 32
-    assert said["l0"] == pytest.approx(statistics.density.sum().item())
+    assert said["l0"] == pytest.approx(statistics.densities.sum().item())
     assert said["unfired"] == (statistics.fired == 0).float().mean().item()
     assert sum(said["density"].values()) == 32
-    known = found.features.reading.score[~found.features.reading.score.isnan()]
+    known = found.features.token_sets.score[~found.features.token_sets.score.isnan()]
     assert said["scored"] == len(known) > 0
     assert said["score_median"] == known.median().item()
     rows = section(found).rows
@@ -30,8 +30,8 @@ def test_its_numbers_are_those_of_its_catalogue(found):
 def test_of_every_interval_a_sixth_as_many_examples_as_strongest_ones_are_kept(subject, words):
     found = survey(subject, words(3000), tokens=1500, examples=12)
     for catalogue in (found.features, found.neurons):
-        assert catalogue.top.strength.shape == (catalogue.units, 12)
-        assert catalogue.spread.strength.shape == (catalogue.units, 2 * INTERVALS)
+        assert catalogue.top.strength.shape == (catalogue.unit_count, 12)
+        assert catalogue.spread.strength.shape == (catalogue.unit_count, 2 * INTERVALS)
         several = catalogue.statistics.fired > 200
         assert several.any()
         assert (catalogue.spread.strength[several] > 0).float().mean() > 0.8
@@ -48,7 +48,7 @@ def test_at_least_one_example_of_an_interval_is_kept(found):
 
 def test_a_text_of_which_nothing_can_be_scored_is_told_without_scores(subject, words):
     found = survey(subject, words(3000), tokens=9)
-    assert found.features.reading.score.isnan().all()
+    assert found.features.token_sets.score.isnan().all()
     assert found.scalars()["score_median"] is None
     assert "token score" not in section(found).rows
     assert most_telling(found.features, 5) == []

@@ -25,7 +25,13 @@ from sae_lightning.report.catalogue import (
     TokenSetScores,
 )
 from sae_lightning.report.figures import make_figure, plot_histogram
-from sae_lightning.report.page import TEMPLATES, make_sort_value, page, write_page
+from sae_lightning.report.page import (
+    TEMPLATES,
+    AnalysisPage,
+    make_sort_value,
+    render_page,
+    write_page,
+)
 from sae_lightning.report.page_data import LEVELS, UNITS_PER_BLOCK, pack_catalogues
 from sae_lightning.report.section import ColouredText, ResultTable, Section
 
@@ -84,7 +90,7 @@ def catalogue(
         torch.tensor([[1, -1]]).expand(units, 2), torch.tensor([[-0.25, NAN]] * units)
     )
     return bare._replace(
-        reading=TokenSetScores(score, ids.int(), fired % 2 == 0),
+        token_sets=TokenSetScores(score, ids.int(), fired % 2 == 0),
         neighbours=related,
         partners=related,
         effect=LogitEffect(ids, ids.flip(0), fired.float()),
@@ -131,6 +137,10 @@ class Elements(HTMLParser):
         return [tag for tag, _ in self.found]
 
 
+def render(*content, **more) -> str:
+    return render_page(AnalysisPage(*content, **more))
+
+
 @pytest.fixture(scope="module")
 def full() -> Elements:
     sections = [
@@ -139,7 +149,7 @@ def full() -> Elements:
         Section("Three", "A third.", texts=[ColouredText("text", WORDS, [0.5] * 7)], part="Theory"),
     ]
     kinds = [catalogue(5), catalogue(3, "neuron")]
-    return Elements(page("<b>", {"LLM": "<i>"}, sections, kinds, ["python '<b>'"], [BESIDE[1]]))
+    return Elements(render("<b>", {"LLM": "<i>"}, sections, kinds, ["python '<b>'"], [BESIDE[1]]))
 
 
 def test_every_number_of_a_unit_can_be_read_back():
@@ -150,8 +160,8 @@ def test_every_number_of_a_unit_can_be_read_back():
     (kind,) = index["kinds"]
     listed = unpacked(blocks["feature"], kind["listed"], units)
     assert listed["fired"][:, 0].tolist() == given.statistics.fired.tolist()
-    assert np.array_equal(listed["score"][:, 0], given.reading.score.numpy(), equal_nan=True)
-    assert listed["previous"][:, 0].tolist() == given.reading.previous.tolist()
+    assert np.array_equal(listed["score"][:, 0], given.token_sets.score.numpy(), equal_nan=True)
+    assert listed["previous"][:, 0].tolist() == given.token_sets.previous.tolist()
     last = unpacked(blocks["feature-1"], kind["detailed"], 2)
     assert np.array_equal(last["histogram"], given.statistics.histogram[UNITS_PER_BLOCK:].numpy())
     assert last["neighbours"].tolist() == [[1, -1]] * 2
@@ -206,7 +216,7 @@ def test_a_unit_that_never_fires_is_packed_without_a_nan():
 def test_ten_thousand_features_fit_into_30_MB():
     vocabulary = [f" word{i}" for i in range(49_152)]
     few = pack_catalogues([catalogue(2 * UNITS_PER_BLOCK, vocabulary=vocabulary, n=12)])
-    page_of_none = len(page("t", {}, [Section("a", "b", figures={"c": FIGURE})], [catalogue(1)]))
+    page_of_none = len(render("t", {}, [Section("a", "b", figures={"c": FIGURE})], [catalogue(1)]))
     texts = len(few.blocks["texts"])
     size = texts + (sum(map(len, few.blocks.values())) - texts) / (2 * UNITS_PER_BLOCK) * 10_000
     words = len(json.dumps(vocabulary))
@@ -255,7 +265,7 @@ def test_no_character_of_a_name_or_token_is_invisible_or_turns_others_round():
     table, texts = ResultTable([text], [[text]]), [ColouredText(text, [text], [1.0])]
     section = Section(text, text, {text: text}, table, texts, part=text)
     vocabulary = [text, "\u0301", "سلام", *WORDS]
-    html = page(text, {text: text}, [section], [catalogue(5, vocabulary=vocabulary)], [text])
+    html = render(text, {text: text}, [section], [catalogue(5, vocabulary=vocabulary)], [text])
     assert all(each.isprintable() or each == "\n" for each in html)
     shown = "a<U+202E><U+2066><U+200B><U+2028><U+FEFF>␇␛[2J<U+009B>1m␡<U+3164><U+DC80>b"
     found = Elements(html)
@@ -267,7 +277,7 @@ def test_no_character_of_a_name_or_token_is_invisible_or_turns_others_round():
 def test_tokens_are_isolated_from_their_neighbours():
     table = ResultTable(["feature", "promotes"], [["3", "' שלום' 'سلام'"]])
     texts = [ColouredText("c", [" שלום", "سلام"], [1.0, 0.0])]
-    html = page("t", {}, [Section("Lens", "", table=table, texts=texts)])
+    html = render("t", {}, [Section("Lens", "", table=table, texts=texts)])
     assert "<bdi>&#39; שלום&#39;</bdi> <bdi>&#39;سلام&#39;</bdi></td>" in html
     assert "> שלום</bdi><bdi>سلام</bdi></p>" in html
 
@@ -289,7 +299,7 @@ def test_every_block_that_the_index_names_is_there(full):
 
 
 def test_a_page_of_one_task_is_small_and_has_no_navigation():
-    html = page("t", {}, [Section("Probes", "So it is.", table=ResultTable(["a"], [["1"]]))])
+    html = render("t", {}, [Section("Probes", "So it is.", table=ResultTable(["a"], [["1"]]))])
     assert len(html) < 20_000
     assert "nav" not in Elements(html).tags()
     assert Elements(html).tags().count("script") == 1
@@ -298,7 +308,7 @@ def test_a_page_of_one_task_is_small_and_has_no_navigation():
 def test_colours_can_be_compared_between_the_texts_of_a_section():
     weak = ColouredText("weak", ["a", "\n"], [1.0, 0.0])
     strong, silent = ColouredText("strong", ["b"], [-4.0]), ColouredText("silent", ["c"], [0.0])
-    html = page(
+    html = render(
         "t", {}, [Section("s", "l", texts=[weak, strong]), Section("s", "l", texts=[silent])]
     )
     found = re.findall("<figcaption>(.*?)</figcaption>\n<p>(.*?)</p>", html, re.DOTALL)
@@ -350,7 +360,7 @@ def test_values_that_are_close_keep_bars_of_their_own():
 
 def test_long_words_in_a_table_may_wrap_and_numbers_may_not():
     table = ResultTable(["feature", "promotes", "n"], [["3", "' fox' " * 8, "1"], ["4", "", "2"]])
-    found = Elements(page("", {}, [Section("Lens", "", table=table)])).found
+    found = Elements(render("", {}, [Section("Lens", "", table=table)])).found
     assert [cell.get("class") for tag, cell in found if tag == "td"] == [
         *("word", "word long", None),
         *("word", "word long", None),
@@ -364,7 +374,7 @@ def large(tmp_path, monkeypatch):
 
     def write(units: int):
         path = tmp_path / "index.html"
-        write_page(path, "t", {}, [], [catalogue(units), catalogue(3, "neuron")])
+        write_page(path, AnalysisPage("t", {}, [], [catalogue(units), catalogue(3, "neuron")]))
         return path
 
     return write

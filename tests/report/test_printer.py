@@ -73,7 +73,7 @@ def test_how_many_are_like_a_unit_is_told_with_the_one_that_stands_for_them(caps
 
 
 def test_neurons_need_no_score(capsys):
-    neuron = catalogue([1])._replace(kind="neuron", reading=None)
+    neuron = catalogue([1])._replace(kind="neuron", token_sets=None)
     assert said(capsys, neuron, [0])[1] == "neuron 0  fires on 0.5 % of tokens, maximum 8"
 
 

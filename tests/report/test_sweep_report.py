@@ -81,7 +81,9 @@ def test_rows_are_in_the_order_of_numbers_then_words(tmp_path):
     values = ("0.01", "null", "9e-4", "10", "2e-3")
     table = SweepTable([run(tmp_path, f"optim.clip={value}") for value in values])
     assert [*table.frame["optim.clip"]] == ["9e-4", "2e-3", "0.01", "10", "null"]
-    assert [this.typed["optim.clip"] for this in table.runs] == [*table.frame["optim.clip"]]
+    assert [this.override_values["optim.clip"] for this in table.runs] == [
+        *table.frame["optim.clip"]
+    ]
 
 
 def test_a_sweep_of_one_run_has_a_row_and_no_columns_of_settings(tmp_path):

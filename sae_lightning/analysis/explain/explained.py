@@ -63,7 +63,7 @@ def section(result: Explained) -> Section:
 
 def without_model(catalogue: Catalogue, features: list[int]) -> Section:
     """What can be said of features where there is no model to ask: their best token sets."""
-    reading = catalogue.reading
+    reading = catalogue.token_sets
     rows = []
     for feature in sorted(features, key=lambda f: -reading.score[f].nan_to_num(-1)):
         score = reading.score[feature]

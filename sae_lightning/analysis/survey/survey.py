@@ -44,14 +44,14 @@ class Survey(NamedTuple):
 
     def scalars(self) -> dict[str, Any]:
         """The numbers of all features together."""
-        features, score = self.features.statistics, self.features.reading.score
+        features, score = self.features.statistics, self.features.token_sets.score
         known = score[~score.isnan()]
         return {
             "tokens": features.tokens,
             "features": len(features.fired),
             "unfired": (features.fired == 0).float().mean().item(),
             "l0": features.fired.sum().item() / features.tokens,
-            "density": count_by_density(features.density),
+            "density": count_by_density(features.densities),
             "scored": len(known),
             "score_median": known.median().item() if len(known) else None,
             "score_above_half": (known > 0.5).float().mean().item() if len(known) else None,
@@ -102,7 +102,7 @@ def survey(
     with phase("comparing features"):
         scored = reading(sample, len(words))
         features = features._replace(
-            reading=scored,
+            token_sets=scored,
             telling=telling(read, sample, scored, words),
             neighbours=neighbours(subject.sae.W_dec),
             partners=partners(sample),

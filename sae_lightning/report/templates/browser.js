@@ -31,7 +31,7 @@ function matcher(listed) {
   const hit = words.map(word => whole ? word.trim().toLowerCase() === whole.trim()
                                       : word.toLowerCase().includes(typed));
   const hits = (unit, ...fields) => fields.flatMap(field => field ? [...field.of(unit)].filter(n => hit[n]) : []);
-  return unit => [hits(unit, listed.reading, listed.peaks), hits(unit, listed.promoted)];
+  return unit => [hits(unit, listed.token_set, listed.peaks), hits(unit, listed.promoted)];
 }
 
 async function refill() {
@@ -86,7 +86,7 @@ function row(listed, id, place) {
     ...preview.slice(0, peak).map(piece),
     make("b", {}, piece(preview[peak])),
     ...preview.slice(peak + 1).map(piece));
-  const main = listed.reading?.of(id)[0] ? listed.reading : listed.peaks;
+  const main = listed.token_set?.of(id)[0] ? listed.token_set : listed.peaks;
   const fired = listed.fired.values[id];
   const [fires, promotes] = matches?.(id) ?? [[], []];
   const tokens = chips([...fires, ...main.of(id)], 4);

@@ -59,7 +59,7 @@ function heading(kind, listed, id, walk) {
   const said = make("dl", { className: "facts" });
   const add = (name, ...value) => said.append(make("div", {}, make("dt", {}, name), make("dd", {}, ...value)));
   Object.entries(facts).forEach(([name, value]) => add(name, value));
-  const tokens = listed.reading ? chips(listed.reading.of(id)) : [];
+  const tokens = listed.token_set ? chips(listed.token_set.of(id)) : [];
   if (tokens.length) {
     const where = listed.previous.values[id] ? "best predicted by the token before" : "best predicted by the token";
     add(where, ...tokens, Number.isNaN(score) ? "" : ` score ${score.toFixed(2)}`);
@@ -195,7 +195,7 @@ function related(title, kind, units, likeness, listed, meaning) {
   const some = [...units ?? []].map((other, i) => [other, likeness[i] / 100]).filter(([other]) => other >= 0);
   if (!some.length) return [];
   const lines = some.map(([other, like]) => {
-    const main = listed.reading?.of(other)[0] ? listed.reading : listed.peaks;
+    const main = listed.token_set?.of(other)[0] ? listed.token_set : listed.peaks;
     return make("a", { href: link(kind, other) }, make("span", { className: "id" }, String(other)),
       make("span", { className: "number" }, like.toFixed(2)),
       make("span", { className: "line" }, ...chips(main.of(other), 4)));
