@@ -37,8 +37,8 @@ WIDTH, ACTIVE = 768, 64
 READING = {
     "collect.py": {"collect"},
     "scorecard.py": {"_measure_errors"},
-    "held_out.py": {"_captured", "baseline", "score"},
-    "load.py": {"load", "load_tokenizer"},
+    "held_out.py": {"_captured", "score_baseline", "score_splices"},
+    "load.py": {"load_llm", "load_tokenizer"},
     "tokens.py": {"open_tokens"},
 }
 
@@ -47,7 +47,7 @@ def measure(tokens: int, features: int, block: int) -> dict[str, Any]:
     """The peak memory of one survey in bytes."""
     from sae_lightning.analysis.subject import Subject
     from sae_lightning.analysis.survey.survey import survey
-    from sae_lightning.llm.load import LLMConfig, shape
+    from sae_lightning.llm.load import LLMConfig, read_llm_shape
     from sae_lightning.llm.sites import LayerConfig
     from sae_lightning.runs.config import Config
     from sae_lightning.sae import ARCHITECTURES, build
@@ -61,9 +61,9 @@ def measure(tokens: int, features: int, block: int) -> dict[str, Any]:
         model=topk.config(name="topk", features=features, k=ACTIVE),
         loss=topk.loss(),
     )
-    llm = shape(config.llm)
+    llm = read_llm_shape(config.llm)
     sae = build(config.model, llm.width, llm.width).requires_grad_(False)
-    subject = Subject(Path(), sae, config.layer.within(llm.layers), config)
+    subject = Subject(Path(), sae, config.layer.resolve_sites(llm.layers), config)
     found = survey(subject, subject.text.train, tokens=tokens)
     return {"tokens": found.features.statistics.tokens, "peak": peak()}
 

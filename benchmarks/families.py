@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
 from sae_lightning.errors import UserError
-from sae_lightning.llm.capture import capture, replaced
+from sae_lightning.llm.capture import capture, replace_activations
 from sae_lightning.llm.load import LLMConfig
 from sae_lightning.llm.pretrained import read_config, read_model
-from sae_lightning.llm.quiet import quiet
-from sae_lightning.llm.sites import Kind, Site, decoder_stack
+from sae_lightning.llm.quiet import mute_libraries
+from sae_lightning.llm.sites import Kind, Site, find_decoder_stack
 from sae_lightning.terminal import console, phase
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
@@ -34,7 +34,7 @@ def row(family: str) -> dict[Kind, str] | str:
 
     ValueError: transformers does not make a tiny model of it.
     """
-    with tempfile.TemporaryDirectory() as name, quiet():
+    with tempfile.TemporaryDirectory() as name, mute_libraries():
         config = LLMConfig(name=name, device="cpu")
         try:
             save_tiny(family, Path(name))
@@ -44,7 +44,7 @@ def row(family: str) -> dict[Kind, str] | str:
             known = read_config(config, Path(name))
             model = read_model(config, Path(name), known, None, torch.float32, torch.device("cpu"))
             model.eval().requires_grad_(False)
-            decoder_stack(model)
+            find_decoder_stack(model)
         except UserError as error:
             return _short(error)
         except Exception as error:
@@ -78,7 +78,7 @@ def _short(error: UserError) -> str:
 def _cell(model: nn.Module, kind: Kind) -> str:
     """`right`, why it is refused, or what is wrong, in the blocks behind the first."""
     said: dict[str, int] = {}
-    for layer in range(1, len(decoder_stack(model))):
+    for layer in range(1, len(find_decoder_stack(model))):
         try:
             found = RIGHT if _is_right(model, Site(layer, kind)) else WRONG
         except UserError as error:
@@ -130,7 +130,7 @@ def _logits(model: nn.Module, tokens: Tensor) -> Tensor:
 
 
 def _with(model: nn.Module, tokens: Tensor, site: Site, new: Callable, then: Callable) -> Tensor:
-    with replaced(model, site, site, lambda x, y: new(y)):
+    with replace_activations(model, site, site, lambda x, y: new(y)):
         return then(model, tokens)
 
 

@@ -31,8 +31,8 @@ from rich.table import Column, Table
 from sae_lightning.errors import UserError
 from sae_lightning.files import write_json
 from sae_lightning.formats.export import load_sae
-from sae_lightning.llm.load import dtype
-from sae_lightning.llm.packaged import cached
+from sae_lightning.llm.load import pick_dtype
+from sae_lightning.llm.packaged import dequantise
 from sae_lightning.runs.cli import describe_error
 from sae_lightning.runs.config import Config, find_conf_folder, to_dataclass
 from sae_lightning.runs.jobs import Job, make_job, register_schemas
@@ -183,12 +183,12 @@ def _same_work(out: Path, config: Config) -> None:
 def _evaluator(config: Config) -> Evaluator:
     with phase("the referee reads held-out text"), redirect_stderr(io.StringIO()):
         return Evaluator(
-            cached(config.llm.name),
+            dequantise(config.llm.name),
             config.data.held_out,
             layer=config.layer.index,
             context=config.data.context,
             tokens=config.eval.tokens,
-            dtype=dtype(config.llm),
+            dtype=pick_dtype(config.llm),
         )
 
 

@@ -41,8 +41,8 @@ from transformers import AutoTokenizer
 
 from sae_lightning.errors import UserError
 from sae_lightning.files import write_json
-from sae_lightning.llm.load import device, has_bf16, shape
-from sae_lightning.llm.packaged import PACKAGED, cached
+from sae_lightning.llm.load import has_bf16, pick_device, read_llm_shape
+from sae_lightning.llm.packaged import PACKAGED, dequantise
 from sae_lightning.runs.config import Config
 from sae_lightning.stream import open_text
 from sae_lightning.stream.tokens import open_tokens
@@ -129,9 +129,9 @@ def _contestants(asked: Asked, given: dict[str, str]) -> tuple[list[Contestant],
 def _work(asked: Asked, llm: list[str], peer_tokens: int) -> dict[str, Any]:
     """What the peers are given: files and plain numbers."""
     config = make_jobs([llm], asked.out / "runs")[0].config
-    kind = device(config.llm).type
+    kind = pick_device(config.llm).type
     number = torch.bfloat16 if has_bf16(kind) else torch.float32
-    source = cached(config.llm.name) if config.llm.name in PACKAGED else Path(config.llm.name)
+    source = dequantise(config.llm.name) if config.llm.name in PACKAGED else Path(config.llm.name)
     cut, module = truncated(source, config.layer.index, number, asked.out / "models")
     steps = min(
         config.trainer.steps, (peer_tokens or config.trainer.tokens) // config.trainer.batch
@@ -143,7 +143,7 @@ def _work(asked: Asked, llm: list[str], peer_tokens: int) -> dict[str, Any]:
         "truncated": str(cut),
         "module": module,
         "block": config.layer.index,
-        "d": shape(config.llm).width,
+        "d": read_llm_shape(config.llm).width,
         "tokens": str(tokens),
         "features": config.model.features,
         "batch": config.trainer.batch,

@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
 from small_text import BOS, SEPARATOR, byte_tokenizer
 from tiny_llm import save_tiny
 
-from sae_lightning.llm.load import Dtype, LLMConfig, load
+from sae_lightning.llm.load import Dtype, LLMConfig, load_llm
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +49,7 @@ def tiny(tiny_folder):
     def llm(family: str):
         if family not in made:
             config = LLMConfig(name=tiny_folder(family), dtype=Dtype.float32, device="cpu")
-            made[family] = load(config)
+            made[family] = load_llm(config)
         return made[family]
 
     return llm

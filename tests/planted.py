@@ -13,7 +13,7 @@ import transformers
 from tiny_llm import WIDTH, tiny_config, tiny_tokenizer
 
 from sae_lightning.formats.export import save_sae
-from sae_lightning.llm.quiet import quiet
+from sae_lightning.llm.quiet import mute_libraries
 from sae_lightning.sae import ARCHITECTURES, build
 
 FEATURE, FEATURES = 3, 32
@@ -43,7 +43,7 @@ def save_planted(folder: Path) -> tuple[Path, Path]:
         unembedding.normal_(0, 0.3)[:, :2] = 0
         embedding[[token(text) for text in READS], 0] = 3
         unembedding[token(WRITES), 1] = 3
-    with quiet():
+    with mute_libraries():
         model.save_pretrained(folder / "llm")
         tiny_tokenizer().save_pretrained(folder / "llm")
     config = ARCHITECTURES["relu"].config(features=FEATURES, start_bias=0.0)

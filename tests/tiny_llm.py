@@ -4,7 +4,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from sae_lightning.llm.quiet import quiet
+from sae_lightning.llm.quiet import mute_libraries
 
 LAYERS, WIDTH, VOCABULARY = 3, 24, 100
 TEXT = "the quick brown fox jumps over the lazy dog while seven wizards quietly mix a potion"
@@ -79,7 +79,7 @@ def tiny_tokenizer():
 def save_tiny(family: str, folder: str) -> str:
     """Write model and tokenizer to `folder`."""
     torch.manual_seed(0)
-    with quiet():
+    with mute_libraries():
         model = transformers.AutoModelForCausalLM.from_config(tiny_config(family))
         for parameter in model.parameters():
             # Wide enough that every block changes its input measurably.

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from sae_lightning.llm.load import load
+from sae_lightning.llm.load import load_llm
 from sae_lightning.runs.config import Config
 from sae_lightning.stream import open_text
 from sae_lightning.stream.batches import BatchStream
@@ -45,9 +45,9 @@ class Work(NamedTuple):
 
 def open_work(config: Config) -> Work:
     """The batches that a run of `config` trains on, without the run."""
-    llm, trainer, data = load(config.llm), config.trainer, config.data
+    llm, trainer, data = load_llm(config.llm), config.trainer, config.data
     width = llm.model.config.get_text_config().hidden_size
-    site = config.layer.within(llm.model.config.get_text_config().num_hidden_layers).source
+    site = config.layer.resolve_sites(llm.model.config.get_text_config().num_hidden_layers).source
 
     tokens = open_tokens(open_text(data), llm.tokenizer, context=data.context, seed=config.seed)
     beginning = tokens.train.state_dict()

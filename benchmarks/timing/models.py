@@ -23,9 +23,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from sae_lightning.llm.packaged import cached
-from sae_lightning.llm.quiet import quiet
-from sae_lightning.llm.sites import decoder_stack
+from sae_lightning.llm.packaged import dequantise
+from sae_lightning.llm.quiet import mute_libraries
+from sae_lightning.llm.sites import find_decoder_stack
 from sae_lightning.terminal import phase
 
 VOCABULARY = 49_152  # of the packaged tokenizer
@@ -62,8 +62,8 @@ def saved(name: str, block: int, folder: Path) -> Path:
     path = folder / f"{name}-{made.num_hidden_layers}"
     if (path / "config.json").is_file():
         return path.absolute()
-    with phase(f"making a {name} of random weights"), quiet():
-        tokenizer = AutoTokenizer.from_pretrained(cached("smollm2"))
+    with phase(f"making a {name} of random weights"), mute_libraries():
+        tokenizer = AutoTokenizer.from_pretrained(dequantise("smollm2"))
         made.bos_token_id = tokenizer.bos_token_id
         made.eos_token_id = tokenizer.eos_token_id
         torch.manual_seed(0)
@@ -75,9 +75,9 @@ def saved(name: str, block: int, folder: Path) -> Path:
 def truncated(source: Path, block: int, number: torch.dtype, folder: Path) -> tuple[Path, str]:
     """A copy of the LLM in `source` that ends after `block`, and the hooked block's name in it."""
     path = folder / f"{source.name}-{block + 1}"
-    with phase(f"cutting {source.name} after block {block}"), quiet():
+    with phase(f"cutting {source.name} after block {block}"), mute_libraries():
         model = AutoModelForCausalLM.from_pretrained(source, dtype=number)
-        stack = decoder_stack(model)
+        stack = find_decoder_stack(model)
         name = next(n for n, module in model.named_modules() if module is stack[block])
         if not (path / "config.json").is_file():
             del stack[block + 1 :]

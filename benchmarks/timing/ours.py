@@ -15,8 +15,8 @@ from timing.profile import profiler, summary
 
 import sae_lightning.runs.run as wiring
 from sae_lightning.llm.capture import capture
-from sae_lightning.llm.load import device, has_bf16, load
-from sae_lightning.llm.sites import decoder_stack
+from sae_lightning.llm.load import has_bf16, load_llm, pick_device
+from sae_lightning.llm.sites import find_decoder_stack
 from sae_lightning.runs import passes
 from sae_lightning.runs.config import Config
 from sae_lightning.runs.folders import METRICS_FILE
@@ -77,11 +77,11 @@ def roofline(run: list[str], folder: str) -> dict[str, Any]:
     """The rates of one dense encode and of the LLM up to the hooked block on this machine."""
     keep_freed_memory()  # as training does
     config = make_jobs([run], Path(folder))[0].config
-    chosen = device(config.llm)
+    chosen = pick_device(config.llm)
     number = torch.bfloat16 if has_bf16(chosen.type) else torch.float32
-    llm = load(config.llm).model
-    stack = decoder_stack(llm)
-    site = config.layer.within(len(stack)).source
+    llm = load_llm(config.llm).model
+    stack = find_decoder_stack(llm)
+    site = config.layer.resolve_sites(len(stack)).source
     width, features = llm.config.get_text_config().hidden_size, config.model.features
     batch, sequences, context = config.trainer.batch, config.llm.batch, config.data.context
     x = torch.randn(batch, width, device=chosen, dtype=number)

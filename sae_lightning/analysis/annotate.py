@@ -20,7 +20,7 @@ from sae_lightning.analysis.survey.kept import kept
 from sae_lightning.analysis.task import at_least, results
 from sae_lightning.errors import UserError
 from sae_lightning.files import read_regular_file
-from sae_lightning.llm.vocabulary import bos_id, check_ids, separator_id, vocabulary
+from sae_lightning.llm.vocabulary import check_ids, find_bos_id, find_separator_id, read_vocabulary
 from sae_lightning.report.annotated import MAX_LISTED, AnnotatedText, AnnotatedToken, FiredFeature
 from sae_lightning.report.printer import print_section
 from sae_lightning.report.section import ResultTable, Section, show_token
@@ -111,7 +111,7 @@ def in_sequences(subject: Subject, text: str, where: str = "text") -> Sequences:
     """The text as training reads it; UserError, which names `where` it comes from, if the LLM
     cannot."""
     tokenizer, context = subject.tokenizer, subject.config.data.context
-    separator = separator_id(tokenizer)
+    separator = find_separator_id(tokenizer)
     ids = encode(tokenizer, [text], separator)[0][:-1]
     if not text.strip() or not len(ids):
         raise UserError(f"{where}: there is no word in it; give some")
@@ -121,7 +121,7 @@ def in_sequences(subject: Subject, text: str, where: str = "text") -> Sequences:
             "data=text data.path=...)"
         )
     check_ids(tokenizer, ids, where)
-    packing = Packing(min(context, 1 + len(ids)), bos_id(tokenizer), separator)
+    packing = Packing(min(context, 1 + len(ids)), find_bos_id(tokenizer), separator)
     windows = [ids[start : start + packing.width] for start in range(0, len(ids), packing.width)]
     return packing.sequences(windows, torch.arange(len(windows)))
 
@@ -139,7 +139,7 @@ def annotate(subject: Subject, text: str, where: str = "text") -> list[Annotated
     firing = Firing(subject.sae.W_dec.norm(dim=1), sum(len(part.ids) for part in usual))
     total = firing.skip + len(sequences.ids)
     collect(subject, chain(usual, parts), [firing], total=total, what="reading your text")
-    words, ids = vocabulary(subject.llm), sequences.tokens
+    words, ids = read_vocabulary(subject.llm), sequences.tokens
     shown = sequences.text.clone()
     shown[:, 0] = True
     return [

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from sae_lightning.analysis.subject import Subject
 from sae_lightning.llm.capture import capture
-from sae_lightning.llm.sites import Site, distinct
-from sae_lightning.llm.vocabulary import special_ids
+from sae_lightning.llm.sites import Site, distinct_sites
+from sae_lightning.llm.vocabulary import find_special_ids
 from sae_lightning.runs.heap import give_back_freed_memory, keep_freed_memory
 from sae_lightning.stream.packing import Sequences, TokenStream
 from sae_lightning.stream.rows import find_usual_rows, medians
@@ -86,10 +86,10 @@ def collect(
     `encode`: reducers look at features."""
     data, reducers, usual, read = subject.config.data, list(reducers), None, 0
     keep_freed_memory()  # or every batch waits for its pages: half of the time of a large SAE
-    dropped = torch.tensor([] if data.keep_special else special_ids(subject.llm.tokenizer))
+    dropped = torch.tensor([] if data.keep_special else find_special_ids(subject.llm.tokenizer))
     with phase(what, total=total) as advance:
         for sequences in text:
-            captured = capture(subject.llm.model, sequences.tokens, distinct([subject.sites]))
+            captured = capture(subject.llm.model, sequences.tokens, distinct_sites([subject.sites]))
             keep = (sequences.text & ~torch.isin(sequences.tokens, dropped)).to(subject.device)
             if data.max_norm is not None:
                 rows = {site: values[keep] for site, values in captured.items()}

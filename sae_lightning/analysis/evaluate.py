@@ -10,7 +10,7 @@ from torch import Tensor
 from sae_lightning.analysis.subject import Subject
 from sae_lightning.analysis.task import Task, at_least
 from sae_lightning.llm.load import LLM
-from sae_lightning.llm.sites import Sites, distinct
+from sae_lightning.llm.sites import SitePair, distinct_sites
 from sae_lightning.report.figures import make_figure, plot_histogram
 from sae_lightning.report.section import Section
 from sae_lightning.sae import SAE
@@ -62,7 +62,7 @@ class Evaluation(NamedTuple):
         }
 
 
-def evaluate(sae: SAE, held_out: HeldOut | HeldOutConcepts, sites: Sites) -> Evaluation:
+def evaluate(sae: SAE, held_out: HeldOut | HeldOutConcepts, sites: SitePair) -> Evaluation:
     """Score an SAE as it was saved; numbers are NaN where there is nothing to divide by."""
     x = held_out.activations(sites.source)
     sae = sae.to(x.device)
@@ -77,7 +77,7 @@ def scored(
 ) -> Evaluation:
     """The scorecard on `tokens` held-out tokens, or on as many as the run's own evaluation;
     `opened`: LLM and text, where they are loaded already (it may need a part of the LLM only)."""
-    config, sites = subject.config, distinct([subject.sites])
+    config, sites = subject.config, distinct_sites([subject.sites])
     wanted = tokens or config.eval.tokens, tokens or config.eval.loss_tokens
     held_out = config.data_source.open_held_out(sites, *wanted, opened)
     return evaluate(subject.sae, held_out, subject.sites)

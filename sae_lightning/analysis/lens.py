@@ -25,10 +25,15 @@ from sae_lightning.analysis.collect import Batch, collect, excerpt
 from sae_lightning.analysis.subject import Subject
 from sae_lightning.analysis.task import Task, at_least, integers
 from sae_lightning.errors import UserError
-from sae_lightning.llm.directions import embedding, final_norm, mlp_norm, response
+from sae_lightning.llm.directions import (
+    find_final_norm,
+    find_mlp_norm,
+    measure_response,
+    read_embedding,
+)
 from sae_lightning.llm.sites import Kind
-from sae_lightning.llm.splice import body
-from sae_lightning.llm.vocabulary import vocabulary
+from sae_lightning.llm.splice import run_body
+from sae_lightning.llm.vocabulary import read_vocabulary
 from sae_lightning.report.catalogue import LogitEffect
 from sae_lightning.report.section import ResultTable, Section
 from sae_lightning.stream.packing import TokenStream
@@ -72,7 +77,7 @@ class LensTask(Task):
         chosen = self.feature and subject.known(self.feature)
         text = None if self.direct else subject.text.train
         result = lens(subject, self.top, text, chosen or (), self.contexts)
-        table = section(result, vocabulary(subject.llm), chosen)
+        table = section(result, read_vocabulary(subject.llm), chosen)
         scalars = table.table._asdict() if table.table else {}
         self.finish(subject, scalars, [table], feature=chosen[0] if chosen else None)
 
@@ -102,7 +107,9 @@ def lens(
     rankings: effects are up to a positive factor, and what is read is what a feature looks for, not
     that it fires there, for which its bias and the text around count too.
     """
-    tokens = embedding(subject.llm.model, subject.llm.model.get_input_embeddings().num_embeddings)
+    tokens = read_embedding(
+        subject.llm.model, subject.llm.model.get_input_embeddings().num_embeddings
+    )
     if text is None:
         rows, columns = _direct_rows(subject), _direct_columns(subject)
     else:
@@ -124,7 +131,7 @@ def effects(subject: Subject, text: TokenStream, top: int = 10) -> LogitEffect:
     """The `top` tokens that each feature promotes and suppresses, by a linear map fitted on
     `text`."""
     model = subject.llm.model
-    tokens = embedding(model, model.get_input_embeddings().num_embeddings)
+    tokens = read_embedding(model, model.get_input_embeddings().num_embeddings)
     return _effects(subject, _written(subject, _maps(subject, text, tokens)), top)
 
 
@@ -141,7 +148,7 @@ def _direct_rows(subject: Subject) -> Tensor | None:
     logits for a small strength up to the scale of the final norm."""
     if subject.sites.target.kind is Kind.mlp_in:
         return None
-    return final_norm(subject.llm.model).passes(subject.sae.W_dec)
+    return find_final_norm(subject.llm.model).passes(subject.sae.W_dec)
 
 
 def _direct_columns(subject: Subject) -> Tensor | None:
@@ -153,7 +160,7 @@ def _direct_columns(subject: Subject) -> Tensor | None:
         return None
     columns = subject.sae.W_enc.T
     if source.kind is Kind.mlp_in:
-        columns = mlp_norm(subject.llm.model, source.layer).reads(columns)
+        columns = find_mlp_norm(subject.llm.model, source.layer).reads(columns)
     return columns
 
 
@@ -180,7 +187,9 @@ def _measured(subject: Subject, text: TokenStream, features: list[int], contexts
     rows = subject.sae.W_dec[torch.cat([torch.tensor(features), others]).to(subject.device)]
     tokens = text.next(contexts).tokens[:, :LENGTH]
     with phase("adding features", total=contexts * (1 + len(rows))) as advance:
-        found = response(subject.llm.model, tokens, subject.sites.target, rows, SHARE, advance)
+        found = measure_response(
+            subject.llm.model, tokens, subject.sites.target, rows, SHARE, advance
+        )
     return found[: len(features)] - found[len(features) :].mean(0)
 
 
@@ -192,7 +201,7 @@ class _Maps:
         self.below, self.above = _Ridge(), _Ridge()
 
     def add(self, batch: Batch) -> None:
-        output = body(self.model, batch.tokens).last_hidden_state
+        output = run_body(self.model, batch.tokens).last_hidden_state
         self.below.add(self.embeddings[batch.tokens[batch.keep]], batch.x[batch.keep])
         self.above.add(batch.y[batch.keep], output[batch.keep].float())
 

@@ -22,12 +22,12 @@ from sae_lightning.llm.capture import capture
 from sae_lightning.llm.generate import (
     GREEDY,
     Sampling,
+    compute_surprisal,
+    encode_prompt,
     generate,
-    longest_context,
-    prompt_ids,
-    surprise,
+    read_context_length,
 )
-from sae_lightning.llm.vocabulary import vocabulary
+from sae_lightning.llm.vocabulary import read_vocabulary
 from sae_lightning.report.section import ColouredText, ResultTable, Section
 from sae_lightning.terminal import phase
 
@@ -80,7 +80,7 @@ class SteerTask(Task):
         subject = self.open(given)
         # before the LLM is loaded
         subject.known([self.feature])
-        prompt_ids(subject.tokenizer, self.prompt, self.tokens, subject.context)
+        encode_prompt(subject.tokenizer, self.prompt, self.tokens, subject.context)
         result = steer(
             subject,
             self.feature,
@@ -150,7 +150,7 @@ def steer(
     """
     subject.known([feature])
     llm = subject.llm
-    ids = prompt_ids(llm.tokenizer, prompt, tokens, longest_context(llm.model))
+    ids = encode_prompt(llm.tokenizer, prompt, tokens, read_context_length(llm.model))
     y = capture(llm.model, ids[None], [subject.sites.target])[subject.sites.target][0, 1:]
     whole = (y.float().norm(dim=1).median() / subject.sae.W_dec[feature].norm()).item()
     if strengths is None:
@@ -159,7 +159,7 @@ def steer(
     with phase(f"writing {len(every)} texts"):
         function = _with_feature(subject, feature, every, mode)
         found = generate(llm, ids, tokens, subject.sites, function, len(every), sampling)
-    words = vocabulary(llm)
+    words = read_vocabulary(llm)
     plain, *steered = (
         _read(subject, feature, strength, text, len(ids), words)
         for strength, text in zip(every, found, strict=True)
@@ -197,7 +197,7 @@ def _read(
     llm, source = subject.llm, subject.sites.source
     x = capture(llm.model, ids[None], [source])[source][0, 1:].float()
     written = len(ids) - prompt
-    nats = surprise(llm.model, ids)[len(ids) - 1 - written :]
+    nats = compute_surprisal(llm.model, ids)[len(ids) - 1 - written :]
     return Continuation(
         strength=strength,
         text=llm.tokenizer.decode(ids[1:]),

@@ -13,8 +13,8 @@ import torch
 from sae_lightning.analysis.metadata import config_of
 from sae_lightning.errors import UserError
 from sae_lightning.formats.export import load_sae
-from sae_lightning.llm.load import LLM, LLMConfig, device, load, load_tokenizer
-from sae_lightning.llm.sites import LayerConfig, Sites
+from sae_lightning.llm.load import LLM, LLMConfig, load_llm, load_tokenizer, pick_device
+from sae_lightning.llm.sites import LayerConfig, SitePair
 from sae_lightning.report.sweep_report import describe_source
 from sae_lightning.runs.config import Config
 from sae_lightning.runs.jobs import CONFIG_FILE, TRUST_SETTING, is_sweep, read_job
@@ -34,7 +34,7 @@ class Subject:
     """What is found is written below it."""
     sae: SAE
     """For raw activations, in float32, on the LLM's device."""
-    sites: Sites
+    sites: SitePair
     """Where it reads and what it reconstructs."""
     config: Config
     """LLM and text; of a folder that is no run, the rest has no meaning."""
@@ -43,7 +43,7 @@ class Subject:
     def llm(self) -> LLM:
         """The whole LLM, frozen, on its device. UserError where there is none."""
         self._needs_text()
-        return load(self.config.llm, tokenizer=self.tokenizer)
+        return load_llm(self.config.llm, tokenizer=self.tokenizer)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -130,7 +130,7 @@ def open_subject(run: str, asked: dict[str, Any], given: Collection[str] = ()) -
         sae = load_sae(folder)
         config = config_of(sae, run, asked, given)
     llm = config.data_source.shape()
-    sites = config.layer.within(llm.layers)
+    sites = config.layer.resolve_sites(llm.layers)
     config.data_source.check(llm, resumed=True)
     for weight, width in (("reads", len(sae.W_enc)), ("writes", len(sae.b_dec))):
         if width != llm.width:
@@ -138,7 +138,7 @@ def open_subject(run: str, asked: dict[str, Any], given: Collection[str] = ()) -
                 f"llm.name={config.llm.name}: its activations have {llm.width} dimensions, but "
                 f"the SAE in {folder} {weight} {width}; give the LLM that it was trained on"
             )
-    return Subject(folder, sae.to(device(config.llm)), sites, config)
+    return Subject(folder, sae.to(pick_device(config.llm)), sites, config)
 
 
 def open_run(

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from sae_lightning.errors import UserError
-from sae_lightning.llm.sites import Kind, Site, decoder_stack, hook, site_module
+from sae_lightning.llm.sites import Kind, Site, add_hook, find_decoder_stack, find_site_module
 
 
-class Done(Exception):
+class StopForward(Exception):
     """What was to be read has been read: the rest of the forward pass is not needed."""
 
 
@@ -28,7 +28,7 @@ def capture(
     tokens = tokens.to(model.device, torch.long)
     places = places if places is None else places.to(model.device)
     found: dict[Site, Tensor | None] = dict.fromkeys(sites)
-    factors = {site: factor(model, site) for site in sites}
+    factors = {site: measure_branch_scale(model, site) for site in sites}
 
     def read(site: Site, x: Tensor) -> None:
         if x.numel() != tokens.numel() * x.shape[-1]:
@@ -45,11 +45,11 @@ def capture(
         if factors[site] != 1:
             found[site] *= factors[site]
         if all(x is not None for x in found.values()):
-            raise Done
+            raise StopForward
 
-    with ExitStack() as hooks, suppress(Done), record_function("llm"):
+    with ExitStack() as hooks, suppress(StopForward), record_function("llm"):
         for site in found:
-            hooks.enter_context(hook(model, site, lambda x, site=site: read(site, x)))
+            hooks.enter_context(add_hook(model, site, lambda x, site=site: read(site, x)))
         model.base_model(input_ids=tokens, use_cache=False)
     for site, x in found.items():
         if x is None:
@@ -65,16 +65,16 @@ def _left_out(model: nn.Module, site: Site) -> UserError:
 
 
 @contextmanager
-def replaced(
+def replace_activations(
     model: nn.Module, source: Site, target: Site, function: Callable[[Tensor, Tensor], Tensor]
 ) -> Iterator[None]:
     """Inside the block, `model` runs with function(x, y) in place of y, its activation at `target`.
 
     x: that at `source`, which the model computes before `target` or which is the same site. Both
-    as `hook` gives them; function returns the shape of y.
+    as `add_hook` gives them; function returns the shape of y.
     """
     read: list[Tensor] = []
-    reads, writes = factor(model, source), factor(model, target)
+    reads, writes = measure_branch_scale(model, source), measure_branch_scale(model, target)
 
     def replace(y: Tensor) -> Tensor:
         if writes == 1:
@@ -83,13 +83,13 @@ def replaced(
 
     # A copy, because Falcon adds the attention's output into the MLP's.
     with (
-        hook(model, source, lambda x: read.append(x.clone() if reads == 1 else x * reads)),
-        hook(model, target, replace),
+        add_hook(model, source, lambda x: read.append(x.clone() if reads == 1 else x * reads)),
+        add_hook(model, target, replace),
     ):
         yield
 
 
-def factor(model: nn.Module, site: Site) -> float:
+def measure_branch_scale(model: nn.Module, site: Site) -> float:
     """What the block multiplies that which the module of `site` returns by, to add it to the
     residual stream: 1 but in Granite and a few others. Measured once.
 
@@ -97,23 +97,24 @@ def factor(model: nn.Module, site: Site) -> float:
     """
     known = vars(model).setdefault("factors", {})
     if site not in known:
-        known[site] = _measured(model, site) if site.kind in TERMS else 1.0
+        known[site] = _measured(model, site) if site.kind in OTHER_BRANCH else 1.0
     return known[site]
 
 
-TERMS = {Kind.attn: Kind.mlp, Kind.mlp: Kind.attn}  # each and the other one
+OTHER_BRANCH = {Kind.attn: Kind.mlp, Kind.mlp: Kind.attn}  # each and the other one
 
 
 @torch.no_grad()
 def _measured(model: nn.Module, site: Site) -> float:
-    """`factor`, by what the block makes of numbers in place of its input x and its branches.
+    """The scale of one branch, measured by feeding the block known vectors in place of its input x
+    and its branches.
 
-    x = 0    branch = c    other = 0        the output is `factor` times c
+    x = 0    branch = c    other = 0        the output is the scale times c
     x = c    branch = 0    other = 0        is c, or the block does more than to add both
     """
-    other: Site | None = Site(site.layer, TERMS[site.kind])
+    other: Site | None = Site(site.layer, OTHER_BRANCH[site.kind])
     try:
-        site_module(model, other)
+        find_site_module(model, other)
     except UserError:
         other = None  # a block of a hybrid model has one of them, beside a mixer
     width = model.config.get_text_config().hidden_size
@@ -127,7 +128,7 @@ def _measured(model: nn.Module, site: Site) -> float:
         found = 1.0
     steady = found > 0 and (ratio - found).abs().max().item() < 8 * rounding * found
     if not steady or (other and not (_output(model, c, silent) == c).all()):
-        block = decoder_stack(model)[site.layer]
+        block = find_decoder_stack(model)[site.layer]
         raise UserError(
             f"layer.source, layer.target: {type(block).__name__} does not just add its attention "
             "and its MLP to the residual stream (it has a third branch, or normalises or scales "
@@ -138,7 +139,7 @@ def _measured(model: nn.Module, site: Site) -> float:
 
 def _output(model: nn.Module, x: Tensor, branches: dict[Site, Tensor]) -> Tensor:
     """What a block makes [1, 2, d] of x [d] at each of two tokens, and of its `branches` [d]."""
-    block, found = decoder_stack(model)[next(iter(branches)).layer], []
+    block, found = find_decoder_stack(model)[next(iter(branches)).layer], []
 
     def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         if args:
@@ -147,12 +148,12 @@ def _output(model: nn.Module, x: Tensor, branches: dict[Site, Tensor]) -> Tensor
 
     def leave(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
         found.append(output if isinstance(output, Tensor) else output[0])
-        raise Done
+        raise StopForward
 
-    with ExitStack() as hooks, suppress(Done):
+    with ExitStack() as hooks, suppress(StopForward):
         hooks.enter_context(block.register_forward_pre_hook(enter, with_kwargs=True))
         for site, value in branches.items():
-            hooks.enter_context(hook(model, site, lambda y, value=value: _like(value, y)))
+            hooks.enter_context(add_hook(model, site, lambda y, value=value: _like(value, y)))
         hooks.enter_context(block.register_forward_hook(leave))
         tokens = torch.zeros(1, 2, dtype=torch.long, device=model.device)
         model.base_model(input_ids=tokens, use_cache=False)

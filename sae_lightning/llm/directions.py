@@ -6,8 +6,8 @@
 A direction v that is added to r reaches the logits along the direct path as W_U (gain * centred(v))
 / scale(r): linear, if the norm's scale is held fixed (Elhage et al. 2021, "A mathematical framework
 for transformer circuits"; the logit lens, nostalgebraist 2020, reads whole activations this way).
-scale(r) is positive, so that it changes no ranking; RMSNorm does not centre. `response` measures
-what becomes of v through all blocks above.
+scale(r) is positive, so that it changes no ranking; RMSNorm does not centre.
+`measure_response` measures what becomes of v through all blocks above.
 
 Shapes: d = width of the residual stream; contexts, length = token sequences, BOS first.
 """
@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from sae_lightning.errors import UserError
-from sae_lightning.llm.capture import Done, replaced
-from sae_lightning.llm.sites import Kind, Site, decoder_stack, site_module
-from sae_lightning.llm.splice import body
+from sae_lightning.llm.capture import StopForward, replace_activations
+from sae_lightning.llm.sites import Kind, Site, find_decoder_stack, find_site_module
+from sae_lightning.llm.splice import run_body
 
-TOKENS = 1024  # whose embeddings are read in one pass
-BATCH = 256  # directions that are added in one pass
+TOKENS_PER_PASS = 1024  # whose embeddings are read in one pass
+DIRECTIONS_PER_PASS = 256  # directions that are added in one pass
 
 
 class Norm(NamedTuple):
@@ -50,15 +50,15 @@ class Norm(NamedTuple):
         return x - x.mean(-1, keepdim=True) if self.centres else x
 
 
-def final_norm(model: nn.Module) -> Norm:
+def find_final_norm(model: nn.Module) -> Norm:
     """The norm between the last block and the unembedding."""
     return _norm_before(model, model.get_output_embeddings(), "the unembedding")
 
 
-def mlp_norm(model: nn.Module, layer: int) -> Norm:
+def find_mlp_norm(model: nn.Module, layer: int) -> Norm:
     """The norm between the residual stream and the MLP of a block."""
     site = Site(layer, Kind.mlp_in)
-    return _norm_before(model, site_module(model, site), f"the MLP of block {layer}")
+    return _norm_before(model, find_site_module(model, site), f"the MLP of block {layer}")
 
 
 @torch.no_grad()
@@ -113,7 +113,7 @@ def _as_norm(module: nn.Module, width: int) -> Norm | None:
 
 
 @torch.no_grad()
-def embedding(model: nn.Module, tokens: int) -> Tensor:
+def read_embedding(model: nn.Module, tokens: int) -> Tensor:
     """What the first `tokens` ids bring to block 0 at the first position [tokens, d], float32, less
     its mean over them: with the model's own scale or norm, and without a position embedding."""
     found: list[Tensor] = []
@@ -121,18 +121,18 @@ def embedding(model: nn.Module, tokens: int) -> Tensor:
     def read(module: nn.Module, args: tuple, kwargs: dict) -> None:
         x = args[0] if args else kwargs["hidden_states"]
         found.append(x[:, 0].float())
-        raise Done
+        raise StopForward
 
-    with decoder_stack(model)[0].register_forward_pre_hook(read, with_kwargs=True):
-        for ids in torch.arange(tokens, device=model.device)[:, None].split(TOKENS):
-            with suppress(Done):
+    with find_decoder_stack(model)[0].register_forward_pre_hook(read, with_kwargs=True):
+        for ids in torch.arange(tokens, device=model.device)[:, None].split(TOKENS_PER_PASS):
+            with suppress(StopForward):
                 model.base_model(input_ids=ids, use_cache=False)
     x = torch.cat(found)
     return x - x.mean(0)
 
 
 @torch.no_grad()
-def response(
+def measure_response(
     model: nn.Module,
     tokens: Tensor,
     target: Site,
@@ -148,17 +148,17 @@ def response(
          .    .   .    .    .     *      and what comes out there is compared with the LLM as it is
     """
     unit = nn.functional.normalize(directions.to(model.device))
-    steps = torch.cat([torch.zeros_like(unit[:1]), share * unit]).split(BATCH)
+    steps = torch.cat([torch.zeros_like(unit[:1]), share * unit]).split(DIRECTIONS_PER_PASS)
     total = torch.zeros(())
     for context in tokens.to(model.device, torch.long):
         memory = _memory(model, context[None, :-1])
-        read = (context if memory is None else context[-1:]).expand(BATCH, -1)
+        read = (context if memory is None else context[-1:]).expand(DIRECTIONS_PER_PASS, -1)
         found = []
         for step in steps:
             # a pass writes into its cache
             kept = {} if memory is None else {"past_key_values": copy.deepcopy(memory)}
-            with replaced(model, target, target, _adding(step)):
-                output = body(model, read, use_cache=bool(kept), **kept)
+            with replace_activations(model, target, target, _adding(step)):
+                output = run_body(model, read, use_cache=bool(kept), **kept)
             found.append(output.last_hidden_state[: len(step), -1].float())
             advance(len(step))
         found = torch.cat(found)
@@ -171,11 +171,11 @@ def _memory(model: nn.Module, tokens: Tensor) -> Any:
     in another way than transformers' DynamicCache (Mamba, RWKV, MiniMax)."""
     memory = None
     with suppress(ValueError):  # of xLSTM, and of hybrids that have no layer of attention
-        memory = getattr(body(model, tokens, use_cache=True), "past_key_values", None)
+        memory = getattr(run_body(model, tokens, use_cache=True), "past_key_values", None)
     if type(memory).__name__ != "DynamicCache":
         return None
     # beam search's method, because batch_repeat_interleave leaves out states of linear attention
-    memory.reorder_cache(torch.zeros(BATCH, dtype=torch.long, device=tokens.device))
+    memory.reorder_cache(torch.zeros(DIRECTIONS_PER_PASS, dtype=torch.long, device=tokens.device))
     return memory
 
 
@@ -183,7 +183,9 @@ def _adding(step: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     """y + step |y| at the last token of the first sequences of a batch."""
 
     def apply(x: Tensor, y: Tensor) -> Tensor:
-        changed = y.float().view(BATCH, -1, y.shape[-1])  # OPT's MLP has no dimension for tokens
+        changed = y.float().view(
+            DIRECTIONS_PER_PASS, -1, y.shape[-1]
+        )  # OPT's MLP has no dimension for tokens
         last = changed[: len(step), -1]
         last += step * last.norm(dim=1, keepdim=True)
         return changed.view_as(y)

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from sae_lightning.errors import UserError
-from sae_lightning.llm.capture import replaced
+from sae_lightning.llm.capture import replace_activations
 from sae_lightning.llm.load import LLM
-from sae_lightning.llm.quiet import quiet
-from sae_lightning.llm.sites import Sites
-from sae_lightning.llm.vocabulary import bos_id, check_ids, separator_id
+from sae_lightning.llm.quiet import mute_libraries
+from sae_lightning.llm.sites import SitePair
+from sae_lightning.llm.vocabulary import check_ids, find_bos_id, find_separator_id
 
 
 class Sampling(NamedTuple):
@@ -33,7 +33,7 @@ class Sampling(NamedTuple):
 GREEDY = Sampling()
 
 
-def prompt_ids(tokenizer: Any, prompt: str, tokens: int, context: int | None) -> Tensor:
+def encode_prompt(tokenizer: Any, prompt: str, tokens: int, context: int | None) -> Tensor:
     """[n] ids of the prompt, opened by BOS as in training; UserError if it has no text, if the LLM
     does not know one of them, or if it is too long for `tokens` more in `context` (None: no limit).
     """
@@ -46,10 +46,10 @@ def prompt_ids(tokenizer: Any, prompt: str, tokens: int, context: int | None) ->
             f"{context - 1:,} that the LLM can read; shorten one of both"
         )
     check_ids(tokenizer, ids, "prompt")
-    return torch.tensor([bos_id(tokenizer), *ids])
+    return torch.tensor([find_bos_id(tokenizer), *ids])
 
 
-def longest_context(model: nn.Module) -> int | None:
+def read_context_length(model: nn.Module) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
@@ -58,7 +58,7 @@ def generate(
     llm: LLM,
     prompt: Tensor,
     tokens: int,
-    sites: Sites,
+    sites: SitePair,
     function: Callable[[Tensor, Tensor], Tensor],
     sequences: int,
     sampling: Sampling = GREEDY,
@@ -73,11 +73,14 @@ def generate(
     """
     from transformers import GenerationConfig
 
-    end = separator_id(llm.tokenizer)
+    end = find_separator_id(llm.tokenizer)
     ids = prompt.to(llm.model.device).expand(sequences, -1)
 
     def write(use_cache: bool) -> Tensor:
-        with quiet(), replaced(llm.model, *sites, _behind_bos(function, sequences)):
+        with (
+            mute_libraries(),
+            replace_activations(llm.model, *sites, _behind_bos(function, sequences)),
+        ):
             return llm.model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
@@ -138,7 +141,7 @@ def _processors(sampling: Sampling) -> list[Callable[[Tensor, Tensor], Tensor]]:
 
 
 @torch.no_grad()
-def surprise(model: nn.Module, ids: Tensor) -> Tensor:
+def compute_surprisal(model: nn.Module, ids: Tensor) -> Tensor:
     """-log p of each token of `ids` [n] given those before it, nats [n - 1]."""
     logits = model(input_ids=ids[None].to(model.device), use_cache=False).logits[0, :-1].float()
     return nn.functional.cross_entropy(logits, ids[1:].to(logits.device), reduction="none").cpu()
@@ -155,7 +158,7 @@ class Reply(NamedTuple):
 @torch.no_grad()
 def reply(llm: LLM, question: str, tokens: int) -> Reply:
     """The likeliest answer, of at most `tokens` tokens: the same each time."""
-    tokenizer, context = llm.tokenizer, longest_context(llm.model)
+    tokenizer, context = llm.tokenizer, read_context_length(llm.model)
     if tokenizer.chat_template is None:
         given = tokenizer(f"{question}\n\nAnswer:", return_tensors="pt")
     else:
@@ -175,7 +178,7 @@ def reply(llm: LLM, question: str, tokens: int) -> Reply:
             f"explainer={llm.name}: takes {context:,} tokens, and a question of {asked:,} with an "
             f"answer of up to {tokens:,} is longer; ask less at a time, or use another"
         )
-    with quiet():  # it warns of the sampling settings that some models come with
+    with mute_libraries():  # it warns of the sampling settings that some models come with
         written = llm.model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False
         )

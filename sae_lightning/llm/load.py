@@ -14,15 +14,15 @@ from torch import nn
 
 from sae_lightning.errors import UserError
 from sae_lightning.files import read_regular_file
-from sae_lightning.llm.packaged import PACKAGED, Shape, cached, gguf_folder
+from sae_lightning.llm.packaged import PACKAGED, LLMShape, dequantise, find_gguf_folder
 from sae_lightning.llm.pretrained import (
+    build_without_weights,
     read_config,
     read_model,
     read_tokenizer,
-    without_weights,
 )
-from sae_lightning.llm.quiet import quiet
-from sae_lightning.llm.sites import Site, site_module
+from sae_lightning.llm.quiet import mute_libraries
+from sae_lightning.llm.sites import Site, find_site_module
 from sae_lightning.terminal import phase
 
 NO_LLM = "none"  # synthetic activations come from no LLM
@@ -110,7 +110,7 @@ class LLM(NamedTuple):
     """llm.name as configured."""
 
 
-def device(config: LLMConfig) -> torch.device:
+def pick_device(config: LLMConfig) -> torch.device:
     """The device that `llm.device` stands for on this machine."""
     if config.device == "auto":
         if torch.cuda.is_available():
@@ -128,13 +128,13 @@ def device(config: LLMConfig) -> torch.device:
     return chosen
 
 
-def dtype(config: LLMConfig) -> torch.dtype:
+def pick_dtype(config: LLMConfig) -> torch.dtype:
     """The number format that `llm.dtype` stands for on this machine."""
     if config.dtype is not Dtype.auto:
         return getattr(torch, config.dtype.value)
     if config.name == NO_LLM:
         return torch.float32
-    return torch.bfloat16 if has_bf16(device(config).type) else torch.float32
+    return torch.bfloat16 if has_bf16(pick_device(config).type) else torch.float32
 
 
 def has_bf16(kind: str) -> bool:
@@ -148,25 +148,25 @@ def has_bf16(kind: str) -> bool:
             return False
 
 
-def shape(config: LLMConfig) -> Shape:
+def read_llm_shape(config: LLMConfig) -> LLMShape:
     """Blocks, width and longest context of the LLM, from its config alone (no weight is read)."""
     if config.name in PACKAGED:
-        gguf_folder(config.name)
+        find_gguf_folder(config.name)
         return PACKAGED[config.name].shape
-    with phase(f"looking up LLM {config.name}"), quiet():
+    with phase(f"looking up LLM {config.name}"), mute_libraries():
         text = read_config(config, _folder(config.name)).get_text_config()
     context = getattr(text, "max_position_embeddings", None)
-    return Shape(text.num_hidden_layers, text.hidden_size, context, text.vocab_size)
+    return LLMShape(text.num_hidden_layers, text.hidden_size, context, text.vocab_size)
 
 
-def parameters(config: LLMConfig, blocks: int | None = None) -> int:
-    """Number of weights that `load` would read, from the LLM's config alone."""
+def count_llm_parameters(config: LLMConfig, blocks: int | None = None) -> int:
+    """Number of weights that `load_llm` would read, from the LLM's config alone."""
     if config.name == NO_LLM:
         return 0
     if config.name in PACKAGED:
         return PACKAGED[config.name].parameters_of(blocks)
-    with quiet():
-        model = without_weights(config, read_config(config, _folder(config.name)), blocks)
+    with mute_libraries():
+        model = build_without_weights(config, read_config(config, _folder(config.name)), blocks)
     return sum(p.numel() for p in model.parameters())
 
 
@@ -174,13 +174,13 @@ def check_sites(config: LLMConfig, sites: Collection[Site]) -> None:
     """UserError for a site that the LLM does not have, by its structure alone."""
     if config.name in PACKAGED:
         return  # it has them all
-    with quiet():
-        model = without_weights(config, read_config(config, _folder(config.name)))
+    with mute_libraries():
+        model = build_without_weights(config, read_config(config, _folder(config.name)))
     for site in sites:
-        site_module(model, site)
+        find_site_module(model, site)
 
 
-def hub_name(config: LLMConfig) -> str:
+def find_hub_name(config: LLMConfig) -> str:
     """The name by which others find the LLM: that on the hub where one is known."""
     if config.name in PACKAGED:
         return PACKAGED[config.name].hub
@@ -192,21 +192,21 @@ def hub_name(config: LLMConfig) -> str:
 
 def load_tokenizer(config: LLMConfig):
     """The LLM's tokenizer (transformers) alone, before its weights are read."""
-    folder = cached(config.name) if config.name in PACKAGED else _folder(config.name)
-    with quiet():
+    folder = dequantise(config.name) if config.name in PACKAGED else _folder(config.name)
+    with mute_libraries():
         return read_tokenizer(config, folder, read_config(config, folder))
 
 
-def load(config: LLMConfig, blocks: int | None = None, tokenizer: object = None) -> LLM:
+def load_llm(config: LLMConfig, blocks: int | None = None, tokenizer: object = None) -> LLM:
     """The LLM in eval mode, without gradients, and its tokenizer.
 
     `blocks`: only its first ones, without the LM head; None for the whole LLM. `tokenizer`: where
     it is loaded already.
     """
-    where, numbers = device(config), dtype(config)
-    folder = cached(config.name) if config.name in PACKAGED else _folder(config.name)
+    where, numbers = pick_device(config), pick_dtype(config)
+    folder = dequantise(config.name) if config.name in PACKAGED else _folder(config.name)
     try:
-        with phase(f"loading LLM {config.name}"), quiet():
+        with phase(f"loading LLM {config.name}"), mute_libraries():
             known = read_config(config, folder)
             tokenizer = tokenizer or read_tokenizer(config, folder, known)
             model = read_model(config, folder, known, blocks, numbers, where)

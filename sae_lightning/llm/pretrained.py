@@ -12,15 +12,15 @@ import torch
 from torch import nn
 
 from sae_lightning.errors import UserError, is_out_of_memory
-from sae_lightning.llm.sites import decoder_stack
+from sae_lightning.llm.sites import find_decoder_stack
 
 # Families whose tokens see those behind them, though AutoModelForCausalLM takes them.
-BOTH_WAYS = re.compile(
+BIDIRECTIONAL = re.compile(
     "bert|bert-generation|big_bird|camembert|cpmant|data2vec-text|electra|ernie|git|megatron-bert|"
     "reformer|rembert|roberta|roberta-prelayernorm|roc_bert|roformer|xlm|xlm-roberta|"
     "xlm-roberta-xl|xlnet|xmod"
 )
-WITH_IMAGES = re.compile("blip|blip-2|idefics|instructblip|instructblipvideo|kosmos-2|kosmos-2.5")
+NEEDS_IMAGES = re.compile("blip|blip-2|idefics|instructblip|instructblipvideo|kosmos-2|kosmos-2.5")
 
 
 def read_config(config, folder: Path | None):
@@ -51,12 +51,12 @@ def _not_causal(known) -> str | None:
         return "is an encoder-decoder"
     masked = any(name.endswith("MaskedLM") for name in known.architectures or [])
     # AutoModelForCausalLM would make a "causal" LM that sees ahead of these.
-    encoder = BOTH_WAYS.fullmatch(known.model_type) and not getattr(known, "is_decoder", False)
+    encoder = BIDIRECTIONAL.fullmatch(known.model_type) and not getattr(known, "is_decoder", False)
     text = known.get_text_config()  # of EmbeddingGemma and PaliGemma it says so
     ahead = getattr(text, "use_bidirectional_attention", None) in (True, "all")
     if masked or encoder or ahead or not getattr(text, "is_causal", True):
         return "reads in both directions"
-    if WITH_IMAGES.fullmatch(known.model_type):
+    if NEEDS_IMAGES.fullmatch(known.model_type):
         return "takes an image with every text"
     return None if _loader(known) else "is not a causal language model"
 
@@ -145,7 +145,7 @@ def read_model(
     with _told_in_one_line(config):
         kind = _loader(known)
         if blocks is not None:
-            whole = without_weights(config, known)
+            whole = build_without_weights(config, known)
             kind, known = _cut_class(type(whole), blocks), whole.config
         model, report = kind.from_pretrained(
             **_source(config, folder),
@@ -167,7 +167,7 @@ def read_model(
     return model
 
 
-def without_weights(config, known, blocks: int | None = None) -> nn.Module:
+def build_without_weights(config, known, blocks: int | None = None) -> nn.Module:
     """The model of `read_model`, whose weights take no memory."""
     with _told_in_one_line(config), torch.device("meta"):
         model = _loader(known).from_config(known, trust_remote_code=config.trust_remote_code)
@@ -183,7 +183,7 @@ def _cut(model: nn.Module, blocks: int) -> None:
     The config stays: a block may look at how many there are in the whole (Gemma-3n's last ones
     share keys and values, others scale by their number), and has to do what it did there.
     """
-    stack = decoder_stack(model)
+    stack = find_decoder_stack(model)
     del stack[blocks:]
     model.kept_blocks = len(stack)
 

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def mute_libraries() -> Iterator[None]:
     """Mute all libraries inside the block, in every thread: log lines, warnings and tqdm's bars;
     `phase` tells the user instead."""
     level, draw = logging.root.manager.disable, tqdm.__init__

@@ -24,11 +24,11 @@ from sae_lightning.errors import UserError
 # none; without one for the MLP, post_attention_layernorm is the MLP's input norm.
 ATTN_NORMS = ("post_self_attn_layernorm", "post_attention_layernorm")
 MLP_NORMS = ("post_feedforward_layernorm", "post_mlp_layernorm")
-BRANCH = {"attn": r"attn|attention", "mlp": r"mlp|feed_?forward|ffn|moe|fc2"}
-BRANCH["mlp_in"] = BRANCH["mlp"].replace("fc2", "fc1")
+BRANCH_PATTERNS = {"attn": r"attn|attention", "mlp": r"mlp|feed_?forward|ffn|moe|fc2"}
+BRANCH_PATTERNS["mlp_in"] = BRANCH_PATTERNS["mlp"].replace("fc2", "fc1")
 
 # Number of residual streams, as configs call it: of Gemma-3n, DeepSeek-V4, Qwen-4.
-STREAMS = ("altup_num_inputs", "hc_mult", "hc_count")
+STREAM_COUNTS = ("altup_num_inputs", "hc_mult", "hc_count")
 
 
 @total_ordering
@@ -75,7 +75,7 @@ class Site:
         return f"blocks.{self.layer}.{HOOK_NAMES[self.kind]}"
 
 
-class Sites(NamedTuple):
+class SitePair(NamedTuple):
     """Where an SAE reads and what it reconstructs; an autoencoder reconstructs what it reads."""
 
     source: Site
@@ -102,7 +102,7 @@ class Sites(NamedTuple):
         }
 
 
-def distinct(pairs: Iterable[Sites]) -> list[Site]:
+def distinct_sites(pairs: Iterable[SitePair]) -> list[Site]:
     """The sites that occur in `pairs`, by depth."""
     return sorted({site for pair in pairs for site in pair})
 
@@ -132,21 +132,21 @@ class LayerConfig:
                 f"choose from {later}"
             )
 
-    def within(self, layers: int) -> Sites:
+    def resolve_sites(self, layers: int) -> SitePair:
         """The sites, once their block is known to be one of an LLM of `layers` blocks."""
         if self.index >= layers:
             raise UserError(
                 f"layer.index={self.index}: this LLM has {layers} blocks; give 0 to {layers - 1}"
             )
-        return Sites(Site(self.index, self.source), Site(self.index, self.target or self.source))
+        return SitePair(Site(self.index, self.source), Site(self.index, self.target or self.source))
 
 
-def decoder_stack(model: nn.Module) -> nn.ModuleList:
+def find_decoder_stack(model: nn.Module) -> nn.ModuleList:
     """The list of decoder blocks of any causal LM."""
     return _decoder(model)[1]
 
 
-def text_decoder(model: nn.Module) -> nn.Module:
+def find_text_decoder(model: nn.Module) -> nn.Module:
     """The module that runs the decoder blocks."""
     return _decoder(model)[0]
 
@@ -169,12 +169,12 @@ def _decoder(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
     )
 
 
-def site_module(model: nn.Module, site: Site) -> nn.Module:
+def find_site_module(model: nn.Module, site: Site) -> nn.Module:
     """The module whose output, or for mlp_in whose input, is the activation at `site`."""
-    stack = decoder_stack(model)
-    LayerConfig(index=site.layer, source=site.kind).within(len(stack))
+    stack = find_decoder_stack(model)
+    LayerConfig(index=site.layer, source=site.kind).resolve_sites(len(stack))
     block, text = stack[site.layer], model.config.get_text_config()
-    streams = max(getattr(text, name, None) or 1 for name in STREAMS)
+    streams = max(getattr(text, name, None) or 1 for name in STREAM_COUNTS)
     if streams > 1 and site.kind is not Kind.mlp_in:
         raise UserError(
             f"layer.source, layer.target: {type(block).__name__} passes on {streams} residual "
@@ -190,13 +190,13 @@ def site_module(model: nn.Module, site: Site) -> nn.Module:
     return _branch(block, site.kind)
 
 
-def module_paths(model: nn.Module, sites: Iterable[Site]) -> dict[Site, str]:
+def find_module_paths(model: nn.Module, sites: Iterable[Site]) -> dict[Site, str]:
     """Dotted paths of the modules whose output is the activation; mlp_in is the output of none."""
     names = {module: name for name, module in model.named_modules()}
-    return {s: names[site_module(model, s)] for s in sites if s.kind is not Kind.mlp_in}
+    return {s: names[find_site_module(model, s)] for s in sites if s.kind is not Kind.mlp_in}
 
 
-def hook(
+def add_hook(
     model: nn.Module, site: Site, function: Callable[[Tensor], Tensor | None]
 ) -> RemovableHandle:
     """Have function(x) called with x, what the module of `site` returns (or for mlp_in is given);
@@ -206,16 +206,16 @@ def hook(
     dtype. None leaves it as it is.
     """
 
-    def within(values: Tensor | tuple | list) -> Tensor | tuple | list | None:
+    def replace_first(values: Tensor | tuple | list) -> Tensor | tuple | list | None:
         if isinstance(values, Tensor):
             return function(values)
         x = function(values[0])
         return None if x is None else type(values)((x, *values[1:]))
 
-    module = site_module(model, site)
+    module = find_site_module(model, site)
     if site.kind is Kind.mlp_in:
-        return module.register_forward_pre_hook(lambda module, args: within(args))
-    return module.register_forward_hook(lambda module, args, output: within(output))
+        return module.register_forward_pre_hook(lambda module, args: replace_first(args))
+    return module.register_forward_hook(lambda module, args, output: replace_first(output))
 
 
 def _branch(block: nn.Module, kind: Kind) -> nn.Module:
@@ -225,10 +225,12 @@ def _branch(block: nn.Module, kind: Kind) -> nn.Module:
         for name, child in block.named_children()
         if not re.search(r"norm|ln_|dropout|cross", name + type(child).__name__.lower())
     }
-    found = [child for name, child in children.items() if re.search(BRANCH[kind.value], name)] or [
+    found = [
+        child for name, child in children.items() if re.search(BRANCH_PATTERNS[kind.value], name)
+    ] or [
         child
         for child in children.values()
-        if re.search(BRANCH[kind.value], type(child).__name__.lower())
+        if re.search(BRANCH_PATTERNS[kind.value], type(child).__name__.lower())
     ]
     # BLOOM's branches add the residual stream themselves: their output is not the branch's.
     if len(found) == 1 and "residual" not in inspect.signature(found[0].forward).parameters:

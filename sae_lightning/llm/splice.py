@@ -14,19 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from sae_lightning.errors import UserError
-from sae_lightning.llm.capture import replaced
-from sae_lightning.llm.sites import Site, text_decoder
+from sae_lightning.llm.capture import replace_activations
+from sae_lightning.llm.sites import Site, find_text_decoder
 
-HEAD = 256  # positions whose logits are there at a time
+LOGIT_ROWS = 256  # positions whose logits are there at a time
 # Of these, positions in float32 at a time. On a CPU 32 rows of 50,000 stay in its cache, six times
 # as fast as 256; a GPU wants fewer and larger pieces.
-ROWS = {"cpu": 32, "other": 128}
+FLOAT32_ROWS = {"cpu": 32, "other": 128}
 
 Function = Callable[[Tensor], Tensor]
 Advance = Callable[[int], None]
 
 
-class Baseline(NamedTuple):
+class SpliceBaseline(NamedTuple):
     """Cross-entropies that do not depend on the function under test (nats per token)."""
 
     ce_clean: float
@@ -37,7 +37,7 @@ class Baseline(NamedTuple):
     """The target set to its mean activation."""
 
 
-class Scores(NamedTuple):
+class SpliceScores(NamedTuple):
     """What replacing the target costs the model's next-token predictions (nats per token)."""
 
     ce_clean: float
@@ -55,7 +55,7 @@ class Scores(NamedTuple):
     """Mean KL(clean || spliced) of the next-token distributions."""
 
 
-def baseline(
+def score_baseline(
     model: nn.Module,
     tokens: Tensor,
     target: Site,
@@ -63,29 +63,29 @@ def baseline(
     mean: Tensor,
     batch: int,
     advance: Advance = lambda n: None,
-) -> Baseline:
-    """Cross-entropies that hold for every function: compute them once, pass them to `score`.
+) -> SpliceBaseline:
+    """Cross-entropies that hold for every function: computed once and passed to `score_splices`.
 
-    tokens, keep, batch, advance: as in `score`; mean: [d_out], what mean ablation puts in place.
+    tokens, keep, batch, advance: as in `score_splices`; mean [d_out]: what mean ablation writes.
     """
     ablations = [torch.zeros_like, lambda y: mean.to(y).expand_as(y)]
     clean, (zero, mean_ablated), _ = _means(
         model, tokens, target, target, ablations, keep, batch, advance
     )
-    return Baseline(ce_clean=clean, ce_zero=zero, ce_mean=mean_ablated)
+    return SpliceBaseline(ce_clean=clean, ce_zero=zero, ce_mean=mean_ablated)
 
 
-def score(
+def score_splices(
     model: nn.Module,
     tokens: Tensor,
     source: Site,
     target: Site,
     functions: Sequence[Function],
     keep: Tensor,
-    baseline: Baseline,
+    baseline: SpliceBaseline,
     batch: int,
     advance: Advance = lambda n: None,
-) -> list[Scores]:
+) -> list[SpliceScores]:
     """Cross-entropy and KL of the model with each function of `source` in place of `target`.
 
     tokens, keep (bool): [sequences, context]; functions: float32 [n, d_in] -> [n, d_out];
@@ -99,7 +99,7 @@ def score(
     )
     zero = baseline.ce_zero
     return [
-        Scores(
+        SpliceScores(
             ce_clean=clean,
             ce_spliced=spliced,
             ce_zero=zero,
@@ -132,16 +132,18 @@ def _means(
         sequence, position = (x.to(model.device) for x in kept[:, 1:].nonzero(as_tuple=True))
         ids, kept = ids.to(model.device, torch.long), kept.to(model.device)
         wanted = ids[sequence, position + 1]
-        output = body(model, ids)
+        output = run_body(model, ids)
         hidden = [output.last_hidden_state[sequence, position]]
         for function in functions:
-            with replaced(model, source, target, _where(kept, function)):
-                hidden.append(body(model, ids).last_hidden_state[sequence, position])
-        for some, first, *others in zip(*(x.split(HEAD) for x in (wanted, *hidden)), strict=True):
-            clean = logits(model, output, first)
+            with replace_activations(model, source, target, _where(kept, function)):
+                hidden.append(run_body(model, ids).last_hidden_state[sequence, position])
+        for some, first, *others in zip(
+            *(x.split(LOGIT_ROWS) for x in (wanted, *hidden)), strict=True
+        ):
+            clean = compute_logits(model, output, first)
             clean_sum += _cross_entropy(clean, some)
             for i, other in enumerate(others):
-                spliced = logits(model, output, other)
+                spliced = compute_logits(model, output, other)
                 ce[i] += _cross_entropy(spliced, some)
                 if with_kl:
                     kl[i] += _kl(clean, spliced)
@@ -149,7 +151,7 @@ def _means(
     return clean_sum / targets, [x / targets for x in ce], [x / targets for x in kl]
 
 
-def body(model: nn.Module, tokens: Tensor, use_cache: bool = False, **settings):
+def run_body(model: nn.Module, tokens: Tensor, use_cache: bool = False, **settings):
     """What a causal LM computes of tokens [sequences, context] before its head (transformers'
     output; its `last_hidden_state` is what the head reads)."""
     return _body(model)(input_ids=tokens, use_cache=use_cache, **settings)
@@ -160,9 +162,9 @@ def _body(model: nn.Module) -> nn.Module:
     return model.base_model if model.base_model is not model else getattr(model, "model", model)
 
 
-def logits(model: nn.Module, output, hidden: Tensor) -> Tensor:
+def compute_logits(model: nn.Module, output, hidden: Tensor) -> Tensor:
     """Logits [n, vocabulary] of last hidden states [n, d], with all that the family does behind its
-    LM head (a soft cap in Gemma-2, a scale in Cohere). `output`: any of `body`, for its form.
+    LM head (a soft cap in Gemma-2, a scale in Cohere). `output`: any of `run_body`, for its form.
 
     The model itself computes them, around a body that returns what it is given.
     """
@@ -172,7 +174,7 @@ def logits(model: nn.Module, output, hidden: Tensor) -> Tensor:
         used.append(True)
         return type(output)(last_hidden_state=hidden[None])
 
-    bodies = {_body(model), text_decoder(model)} - {model}  # OPT calls the second
+    bodies = {_body(model), find_text_decoder(model)} - {model}  # OPT calls the second
     own = [(module, vars(module).pop("forward", None)) for module in bodies]
     try:
         for module in bodies:
@@ -204,7 +206,7 @@ def _where(kept: Tensor, function: Function) -> Callable[[Tensor, Tensor], Tenso
 
 
 def _split(x: Tensor) -> Sequence[Tensor]:
-    return x.split(ROWS["cpu" if x.device.type == "cpu" else "other"])
+    return x.split(FLOAT32_ROWS["cpu" if x.device.type == "cpu" else "other"])
 
 
 def _cross_entropy(logits: Tensor, wanted: Tensor) -> float:

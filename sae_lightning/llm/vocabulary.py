@@ -9,19 +9,19 @@ from sae_lightning.errors import UserError
 from sae_lightning.llm.load import LLM
 
 
-def special_ids(tokenizer) -> list[int]:
+def find_special_ids(tokenizer) -> list[int]:
     """Ids of the tokens that stand for no text (BOS, EOS, padding, ...), ascending, as far as the
     LLM's embedding has rows for them."""
     rows = _rows(tokenizer)
     return sorted(i for i in set(tokenizer.all_special_ids) if rows is None or i < rows)
 
 
-def bos_id(tokenizer) -> int:
+def find_bos_id(tokenizer) -> int:
     """Id of the token that opens every sequence: BOS, or EOS in a model that has no BOS."""
     return _first_id(tokenizer, "llm.bos", tokenizer.bos_token_id, tokenizer.eos_token_id)
 
 
-def separator_id(tokenizer) -> int:
+def find_separator_id(tokenizer) -> int:
     """Id of the token between two texts: EOS, or BOS in a model that has no EOS."""
     return _first_id(tokenizer, "llm.separator", tokenizer.eos_token_id, tokenizer.bos_token_id)
 
@@ -58,7 +58,7 @@ def _rows(tokenizer) -> int | None:
     return getattr(tokenizer, "rows", None)
 
 
-def vocabulary(llm: LLM) -> list[str]:
+def read_vocabulary(llm: LLM) -> list[str]:
     """Every token id that the model knows, as it reads: with its leading space.
 
     Bytes that are no character on their own are written as <0xE2>, ids of a padded embedding that

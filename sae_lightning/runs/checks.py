@@ -9,8 +9,8 @@ import torch
 from sae_lightning.errors import UserError
 from sae_lightning.files import read_free_space
 from sae_lightning.llm.load import check_sites, has_bf16
-from sae_lightning.llm.packaged import Shape
-from sae_lightning.llm.sites import Sites, distinct
+from sae_lightning.llm.packaged import LLMShape
+from sae_lightning.llm.sites import SitePair, distinct_sites
 from sae_lightning.runs.jobs import CONFIG_FILE, FOLDER_HINT, Job
 from sae_lightning.runs.run import make_head
 from sae_lightning.sae import size
@@ -51,11 +51,11 @@ class CheckedJob(NamedTuple):
     """A job in which nothing is wrong, and what was looked up for that."""
 
     job: Job
-    sites: Sites
+    sites: SitePair
     """What it reads and reconstructs."""
     steps_done: int
     """Updates that it has done already."""
-    llm: Shape
+    llm: LLMShape
     space: int
     """Bytes that its checkpoints need."""
 
@@ -82,16 +82,16 @@ def check_jobs(jobs: list[Job]) -> list[CheckedJob]:
         )
     llm = config.data_source.shape()
     config.data_source.check(llm, jobs[0].resumed)
-    sites = [job.config.layer.within(llm.layers) for job in jobs]
+    sites = [job.config.layer.resolve_sites(llm.layers) for job in jobs]
     if config.data_source.has_llm:
-        check_sites(config.llm, distinct(sites))
+        check_sites(config.llm, distinct_sites(sites))
     seen: set = set()  # heads of a pass share a stream
     steps_done = [
         _read_steps_done(job, pair, llm, seen) if job.resumed else 0
         for job, pair in zip(jobs, sites, strict=True)
     ]
     # the shuffle pool is shared, and there twice while a checkpoint is being replaced
-    pool = 2 * 4 * llm.width * config.data.pool * len(distinct(sites)) // len(jobs)
+    pool = 2 * 4 * llm.width * config.data.pool * len(distinct_sites(sites)) // len(jobs)
     return [
         CheckedJob(job, pair, done, llm, _count_checkpoint_bytes(job, llm) + pool)
         for job, pair, done in zip(jobs, sites, steps_done, strict=True)
@@ -119,7 +119,7 @@ def _check_loss_tokens(job: Job) -> None:
         )
 
 
-def _count_checkpoint_bytes(job: Job, llm: Shape) -> int:
+def _count_checkpoint_bytes(job: Job, llm: LLMShape) -> int:
     """Bytes that weights and the two moments of Adam need, and the exported weights, both twice
     while they are being replaced."""
     weights = 4 * size(job.config.model, llm.width, llm.width)
@@ -139,7 +139,7 @@ def check_disk_space(jobs: list[CheckedJob]) -> None:
         )
 
 
-def _read_steps_done(job: Job, sites: Sites, llm: Shape, seen: set) -> int:
+def _read_steps_done(job: Job, sites: SitePair, llm: LLMShape, seen: set) -> int:
     """Updates in the checkpoint of a resumed run, all parts of which are looked at; 0 if it was
     killed before the first one."""
     path = checkpoint_path(job.folder)

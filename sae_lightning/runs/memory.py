@@ -11,8 +11,8 @@ import psutil
 import torch
 
 from sae_lightning.errors import UserError
-from sae_lightning.llm.packaged import Shape
-from sae_lightning.llm.sites import Sites, distinct
+from sae_lightning.llm.packaged import LLMShape
+from sae_lightning.llm.sites import SitePair, distinct_sites
 from sae_lightning.runs.config import Config
 from sae_lightning.sae import ARCHITECTURES, size
 from sae_lightning.scoring.scorecard import MAX_TOKENS_AT_ONCE
@@ -88,12 +88,14 @@ def _read_free_of_ulimit() -> float:
     return math.inf if most == psutil.RLIM_INFINITY else most - process.memory_info().vms
 
 
-def estimate_memory(configs: Sequence[Config], sites: Sequence[Sites], llm: Shape) -> PassMemory:
+def estimate_memory(
+    configs: Sequence[Config], sites: Sequence[SitePair], llm: LLMShape
+) -> PassMemory:
     """The memory of a pass that trains SAEs with these configs at these sites."""
     config = configs[0]
     weights = [size(c.model, llm.width, llm.width) for c in configs]
     number = torch.finfo(getattr(torch, config.llm.dtype.name)).bits // 8
-    read = distinct(sites)
+    read = distinct_sites(sites)
     known = config.data_source.memory(read, llm, config.eval.tokens, config.eval.loss_tokens)
     row = llm.width * len(read) * number
     # batches in training and evaluation, and the float64 in which an SAE is exported
@@ -117,8 +119,8 @@ def estimate_memory(configs: Sequence[Config], sites: Sequence[Sites], llm: Shap
 def check_memory(
     needed: PassMemory,
     configs: Sequence[Config],
-    sites: Sequence[Sites],
-    llm: Shape,
+    sites: Sequence[SitePair],
+    llm: LLMShape,
     free: float,
 ) -> None:
     """UserError if one of these SAEs, which take `needed` together, takes more than is free even on

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from sae_lightning.llm.sites import Sites
+from sae_lightning.llm.sites import SitePair
 from sae_lightning.runs.jobs import Job
 from sae_lightning.scoring import scorecard
 from sae_lightning.terminal import (
@@ -23,7 +23,7 @@ def print_plan(
     """Say what is about to be trained on which `inputs`, and where the results go."""
     trainer = jobs[0].config.trainer
     parameters = sum(p.numel() for head in heads for p in head.sae.parameters())
-    sites = [Sites(head.source, head.target) for head in heads]
+    sites = [SitePair(head.source, head.target) for head in heads]
     width = len(heads[0].sae.W_enc)
     kinds = {
         f"{job.config.model.name}, {job.config.model.features:,} features": None for job in jobs

@@ -15,8 +15,8 @@ from lightning.fabric.plugins.environments import LightningEnvironment
 from sae_lightning.errors import WriteError
 from sae_lightning.files import write_json
 from sae_lightning.formats.export import describe_limits
-from sae_lightning.llm.packaged import Shape
-from sae_lightning.llm.sites import Sites, distinct
+from sae_lightning.llm.packaged import LLMShape
+from sae_lightning.llm.sites import SitePair, distinct_sites
 from sae_lightning.runs.folders import METRICS_FILE
 from sae_lightning.runs.heap import keep_freed_memory
 from sae_lightning.runs.jobs import Job, format_resume_command
@@ -49,11 +49,11 @@ class PlannedPass(NamedTuple):
     """Jobs that train together on one stream, and what has been looked up for them."""
 
     jobs: list[Job]
-    sites: list[Sites]
+    sites: list[SitePair]
     """What each reads and reconstructs."""
     steps_done: int
     """Updates that all of them have done already."""
-    llm: Shape
+    llm: LLMShape
     memory: int
     """Estimate in bytes."""
 
@@ -78,7 +78,7 @@ def _run_pass(this: PlannedPass) -> list[dict[str, float] | None]:
     jobs, steps_done = this.jobs, this.steps_done
     config = jobs[0].config
     opened = config.data_source.open(
-        distinct(this.sites),
+        distinct_sites(this.sites),
         tokens=config.eval.tokens,
         loss_tokens=config.eval.loss_tokens,
         ahead=config.trainer.batch,
@@ -140,7 +140,7 @@ def assemble(this: PlannedPass, opened: OpenedData) -> RunParts:
     ]
     for job, head in zip(jobs, heads, strict=True):
         head.log = HeadLog(job.folder, job.hparams, resumed_at)
-        head.metadata |= Sites(head.source, head.target).module_names(opened.modules)
+        head.metadata |= SitePair(head.source, head.target).module_names(opened.modules)
     module = SAEModule(
         heads, batch=trainer.batch, steps=trainer.steps, resume=format_resume_command(jobs)
     )
@@ -167,7 +167,7 @@ def assemble(this: PlannedPass, opened: OpenedData) -> RunParts:
     )
 
 
-def make_head(job: Job, sites: Sites, width: int) -> Head:
+def make_head(job: Job, sites: SitePair, width: int) -> Head:
     """The head of a job, without a log."""
     config = job.config
     head = Head(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sae_lightning.llm.sites import Site
-from sae_lightning.llm.splice import Scores
+from sae_lightning.llm.splice import SpliceScores
 from sae_lightning.sae import Output
 from sae_lightning.scoring.dominance import LongTokens, find_long_tokens
 from sae_lightning.scoring.duplicates import COPY_COSINE, Copies, measure_copies
@@ -40,7 +40,7 @@ class Scorecard(NamedTuple):
     """Reconstruction and sparsity."""
     copies: Copies
     """Features with nearly the same decoder row."""
-    scores: Scores | Recovery | None = None
+    scores: SpliceScores | Recovery | None = None
     """The LLM's loss with the reconstruction in place (None if not measured) or, on synthetic
     concepts, how many of them were recovered."""
     fidelity: Fidelity | None = None

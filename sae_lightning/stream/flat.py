@@ -25,7 +25,7 @@ import pyarrow as pa
 
 from sae_lightning.errors import UserError
 from sae_lightning.files import write_atomically
-from sae_lightning.llm.quiet import quiet
+from sae_lightning.llm.quiet import mute_libraries
 from sae_lightning.stream.documents import copies, views
 from sae_lightning.terminal import phase
 
@@ -136,7 +136,7 @@ def flat_tokens(data: Any, tokenizer: Any, separator: int, what: str = "text") -
     key = hashlib.sha256()
     for part in (data._fingerprint, hash_tokenizer(tokenizer), str(separator), str(PIECE)):
         key.update(part.encode())
-    with quiet(), phase(f"tokenising the {what}", total=len(data)) as advance:
+    with mute_libraries(), phase(f"tokenising the {what}", total=len(data)) as advance:
 
         def arrays() -> Iterator[np.ndarray]:
             for cut, tokens in _tokenise(tokenizer, _documents(data), separator):

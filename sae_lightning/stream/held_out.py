@@ -14,8 +14,8 @@ from torch import Tensor
 from sae_lightning.llm.capture import capture
 from sae_lightning.llm.load import LLM
 from sae_lightning.llm.sites import Site
-from sae_lightning.llm.splice import Baseline, Scores, baseline, score
-from sae_lightning.llm.vocabulary import special_ids
+from sae_lightning.llm.splice import SpliceBaseline, SpliceScores, score_baseline, score_splices
+from sae_lightning.llm.vocabulary import find_special_ids
 from sae_lightning.stream.rows import find_usual_rows, medians
 from sae_lightning.stream.tokens import HeldOutTokens
 from sae_lightning.terminal import console, phase
@@ -45,13 +45,13 @@ class HeldOut:
         for the LLM's loss, which 0 leaves out; `batch` sequences a forward pass."""
         self.llm, self.sites, self.batch, self.max_norm = llm, sites, batch, max_norm
         self.tokens = text.take(-(-tokens // text.packing.width))  # [sequences, context]
-        dropped = torch.tensor([] if keep_special else special_ids(llm.tokenizer))
+        dropped = torch.tensor([] if keep_special else find_special_ids(llm.tokenizer))
         self._keep = ~torch.isin(self.tokens, dropped)
         self._keep[:, 0] = False
         count = min(len(self.tokens), -(-loss_tokens // text.packing.width))
         self._loss_places = torch.linspace(0, len(self.tokens) - 1, count).round().long()
         self._rows: dict[Site, Tensor] = {}  # {site: [n, d]}, once they are read
-        self._baselines: dict[Site, Baseline] = {}
+        self._baselines: dict[Site, SpliceBaseline] = {}
 
     @property
     def keep(self) -> Tensor:
@@ -90,13 +90,15 @@ class HeldOut:
         """Tokens and keep [sequences, context] of the part that the LLM's loss is measured on."""
         return self.tokens[self._loss_places], self.keep[self._loss_places]
 
-    def baseline(self, target: Site) -> Baseline:
+    def baseline(self, target: Site) -> SpliceBaseline:
         """The LLM's loss as it is, and with `target` zero- and mean-ablated."""
         if target not in self._baselines:
             tokens, keep = self._loss_text()
             mean = self.activations(target).cpu().double().mean(dim=0).float()  # [d]
             with phase("LLM loss on held-out text", total=len(tokens)) as advance:
-                known = baseline(self.llm.model, tokens, target, keep, mean, self.batch, advance)
+                known = score_baseline(
+                    self.llm.model, tokens, target, keep, mean, self.batch, advance
+                )
             if not all(map(math.isfinite, known)):
                 _say_overflow(self.llm.model.dtype)
             self._baselines[target] = known
@@ -109,7 +111,7 @@ class HeldOut:
         saes: Sequence[Callable[[Tensor], Any]],
         weights: Sequence[Callable[[], dict[str, Tensor]]],
         rows: int,
-    ) -> list[Scores | None]:
+    ) -> list[SpliceScores | None]:
         """The LLM's loss with the reconstruction of each SAE in place, which maps [n, d_in] of
         `source` to [n, d_out] of `target`, `rows` tokens at a time; `weights` are not looked at."""
         if not len(self._loss_places):
@@ -123,7 +125,7 @@ class HeldOut:
         tokens, keep = self._loss_text()
         what = "the SAE" if len(functions) == 1 else f"{len(functions)} SAEs"
         with phase(f"LLM loss with {what}", total=len(tokens)) as advance:
-            return score(
+            return score_splices(
                 self.llm.model, tokens, source, target, functions, keep, known, self.batch, advance
             )
 

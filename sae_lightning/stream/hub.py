@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sae_lightning.errors import UserError
-from sae_lightning.llm.quiet import quiet
+from sae_lightning.llm.quiet import mute_libraries
 from sae_lightning.stream.documents import OFFLINE_PRESETS, SplitText, first_line, only_text
 from sae_lightning.stream.source import TextConfig
 from sae_lightning.stream.text_source import TextSource
@@ -73,7 +73,7 @@ class HubConfig(TextConfig):
         from datasets import load_dataset_builder
 
         try:
-            with quiet():
+            with mute_libraries():
                 splits = load_dataset_builder(self.name, self.subset).config.data_files
             known = {
                 str(split): [list(files), files.origin_metadata] for split, files in splits.items()

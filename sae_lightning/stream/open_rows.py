@@ -12,7 +12,7 @@ import platformdirs
 import torch
 from torch import nn
 
-from sae_lightning.llm.capture import factor
+from sae_lightning.llm.capture import measure_branch_scale
 from sae_lightning.llm.load import LLM, LLMConfig
 from sae_lightning.llm.sites import Site
 from sae_lightning.stream.cache import CachedRows
@@ -103,7 +103,7 @@ def settings(config: LLMConfig, data: TextConfig, seed: int, rows: LLMRows) -> d
 
 def _read(model: nn.Module, site: Site) -> str:
     """A site, and what its branch is multiplied by; earlier versions did not do that."""
-    times = factor(model, site)
+    times = measure_branch_scale(model, site)
     return str(site) if times == 1 else f"{times} {site}"
 
 

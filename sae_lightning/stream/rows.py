@@ -23,10 +23,10 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from sae_lightning.errors import UserError
-from sae_lightning.llm.capture import capture, factor
+from sae_lightning.llm.capture import capture, measure_branch_scale
 from sae_lightning.llm.load import LLM
 from sae_lightning.llm.sites import Site
-from sae_lightning.llm.vocabulary import special_ids
+from sae_lightning.llm.vocabulary import find_special_ids
 from sae_lightning.stream.packing import Sequences, TokenStream
 from sae_lightning.stream.source import Rows, send
 
@@ -53,13 +53,15 @@ class LLMRows:
         """`batch` in sequences; activations stay on the LLM's device, in its dtype."""
         self.llm, self.tokens, self.sites = llm, tokens, tuple(sorted(set(sites)))
         self.batch, self.max_norm = batch, max_norm
-        self._scaled = [str(site) for site in self.sites if factor(llm.model, site) != 1]
+        self._scaled = [
+            str(site) for site in self.sites if measure_branch_scale(llm.model, site) != 1
+        ]
         self.device = next(llm.model.parameters()).device
         self.most = batch * tokens.packing.width
         self.llm_batches = 0  # served so far
         self.text = 0  # crc32 of the tokens of the last one
         self.llm_seconds = 0.0
-        dropped = [] if keep_special else special_ids(llm.tokenizer)
+        dropped = [] if keep_special else find_special_ids(llm.tokenizer)
         self._dropped = torch.tensor(dropped, dtype=torch.int64)
         self._medians: dict[Site, float] | None = None  # of the norms
         self._empty = 0

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from sae_lightning.errors import UserError
-from sae_lightning.llm.load import LLM, Attention, Dtype, LLMConfig, device, dtype
-from sae_lightning.llm.packaged import Shape
-from sae_lightning.llm.sites import LayerConfig, Site, Sites
+from sae_lightning.llm.load import LLM, Attention, Dtype, LLMConfig, pick_device, pick_dtype
+from sae_lightning.llm.packaged import LLMShape
+from sae_lightning.llm.sites import LayerConfig, Site, SitePair
 
 if TYPE_CHECKING:
     from sae_lightning.stream.tokens import SplitTokens
@@ -202,7 +202,7 @@ class Source(ABC):
 
     def settled(self) -> LLMConfig:
         """The LLM's settings with dtype and attention as they are on this machine."""
-        number = dtype(self.llm)
+        number = pick_dtype(self.llm)
         name = Dtype(str(number).removeprefix("torch."))
         return replace(self.llm, dtype=name, attn=self._attention(number))
 
@@ -210,21 +210,21 @@ class Source(ABC):
         return self.llm.attn
 
     @abstractmethod
-    def shape(self) -> Shape:
+    def shape(self) -> LLMShape:
         """Blocks, width and context of what makes the activations; no weight is read."""
 
-    def check(self, shape: Shape, resumed: bool) -> None:
+    def check(self, shape: LLMShape, resumed: bool) -> None:
         """UserError for what can be known to be wrong before anything is loaded."""
-        device(self.llm)
+        pick_device(self.llm)
 
     @abstractmethod
     def memory(
-        self, sites: Sequence[Site], shape: Shape, tokens: int, loss_tokens: int
+        self, sites: Sequence[Site], shape: LLMShape, tokens: int, loss_tokens: int
     ) -> DataMemory:
         """Estimate of what a run at `sites` holds, with `tokens` and `loss_tokens` held out."""
 
     @abstractmethod
-    def check_stream(self, state: Any, sites: Sequence[Site], shape: Shape, served: int) -> None:
+    def check_stream(self, state: Any, sites: Sequence[Site], shape: LLMShape, served: int) -> None:
         """ValueError unless `state` can be that of a run's stream at `sites` after `served`
         batches."""
 
@@ -252,7 +252,7 @@ class Source(ABC):
     ) -> Any:
         """What a run is evaluated on; `opened`: LLM and text, where they are open already."""
 
-    def describe_sites(self, sites: Sequence[Sites], width: int) -> dict[str, str]:
+    def describe_sites(self, sites: Sequence[SitePair], width: int) -> dict[str, str]:
         """Where SAEs read, for a person."""
         return {}
 

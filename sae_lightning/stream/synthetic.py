@@ -12,8 +12,8 @@ import torch
 from torch import Generator, Tensor
 
 from sae_lightning.errors import UserError
-from sae_lightning.llm.load import LLM, NO_LLM, Dtype, LLMConfig, device
-from sae_lightning.llm.packaged import Shape
+from sae_lightning.llm.load import LLM, NO_LLM, Dtype, LLMConfig, pick_device
+from sae_lightning.llm.packaged import LLMShape
 from sae_lightning.llm.sites import LayerConfig, Site
 from sae_lightning.stream.concepts import MAX_RATE, World, make_world, zipf_rates
 from sae_lightning.stream.recovery import WORLD_METRICS, Recovery, recovery
@@ -214,16 +214,16 @@ class SyntheticSource(Source):
                         "activations come from no LLM: leave it out"
                     )
 
-    def shape(self) -> Shape:
+    def shape(self) -> LLMShape:
         """Concepts are like the output of an LLM's only block."""
-        return Shape(layers=1, width=self.data.dim, context=None, vocabulary=0)
+        return LLMShape(layers=1, width=self.data.dim, context=None, vocabulary=0)
 
     def memory(
-        self, sites: Sequence[Site], shape: Shape, tokens: int, loss_tokens: int
+        self, sites: Sequence[Site], shape: LLMShape, tokens: int, loss_tokens: int
     ) -> DataMemory:
         return DataMemory(MOST, (tokens + 4 * MOST) * self.data.concepts, 0)
 
-    def check_stream(self, state: Any, sites: Sequence[Site], shape: Shape, served: int) -> None:
+    def check_stream(self, state: Any, sites: Sequence[Site], shape: LLMShape, served: int) -> None:
         expect(state, {"rows": {"served": COUNT, "generator": Tensor}}, "stream")
         Generator().set_state(state["rows"]["generator"])
         size = {"width": shape.width, "most": self.data.pool + MOST}
@@ -238,7 +238,9 @@ class SyntheticSource(Source):
         ahead: int = 0,
         resumed: bool = False,
     ) -> OpenedData:
-        rows = ConceptRows(open_world(self.data), sites, seed=self.seed, device=device(self.llm))
+        rows = ConceptRows(
+            open_world(self.data), sites, seed=self.seed, device=pick_device(self.llm)
+        )
         return OpenedData(rows, self.open_held_out(sites, tokens, loss_tokens), self._describe())
 
     def open_held_out(
@@ -249,7 +251,9 @@ class SyntheticSource(Source):
         opened: tuple[LLM, SplitTokens] | None = None,
     ) -> HeldOutConcepts:
         world = open_world(self.data)
-        return HeldOutConcepts(world, seed=self.data.seed, tokens=tokens, device=device(self.llm))
+        return HeldOutConcepts(
+            world, seed=self.data.seed, tokens=tokens, device=pick_device(self.llm)
+        )
 
     def _describe(self) -> dict[str, str]:
         data = self.data

@@ -8,23 +8,23 @@ from typing import Any
 import torch
 
 from sae_lightning.errors import UserError
-from sae_lightning.llm.capture import factor
+from sae_lightning.llm.capture import measure_branch_scale
 from sae_lightning.llm.load import (
     LLM,
     NO_LLM,
     Attention,
-    device,
-    hub_name,
-    load,
+    count_llm_parameters,
+    find_hub_name,
+    load_llm,
     load_tokenizer,
-    parameters,
+    pick_device,
+    read_llm_shape,
 )
-from sae_lightning.llm.load import shape as llm_shape
-from sae_lightning.llm.packaged import PACKAGED, Shape
-from sae_lightning.llm.quiet import quiet
-from sae_lightning.llm.sites import LayerConfig, Site, Sites, module_paths
-from sae_lightning.llm.splice import HEAD, Baseline, Scores
-from sae_lightning.llm.vocabulary import bos_id
+from sae_lightning.llm.packaged import PACKAGED, LLMShape
+from sae_lightning.llm.quiet import mute_libraries
+from sae_lightning.llm.sites import LayerConfig, Site, SitePair, find_module_paths
+from sae_lightning.llm.splice import LOGIT_ROWS, SpliceBaseline, SpliceScores
+from sae_lightning.llm.vocabulary import find_bos_id
 from sae_lightning.stream.documents import SplitText
 from sae_lightning.stream.held_out import HeldOut
 from sae_lightning.stream.open_rows import cache_folder, open_rows
@@ -41,7 +41,7 @@ class TextSource(Source):
     data: TextConfig
     noun, where, has_llm = "text", "text", True
     # the LLM's own cross-entropies rank no runs
-    measures = frozenset(Scores._fields) - frozenset(Baseline._fields)
+    measures = frozenset(SpliceScores._fields) - frozenset(SpliceBaseline._fields)
     headline = "ce_recovered"
 
     @abstractmethod
@@ -53,7 +53,7 @@ class TextSource(Source):
 
     def open_text(self) -> SplitText:
         """`open_documents`, while the library that reads them says nothing."""
-        with quiet():
+        with mute_libraries():
             return self.open_documents()
 
     def check_settings(self, layer: LayerConfig) -> None:
@@ -68,16 +68,16 @@ class TextSource(Source):
         by the square of the context, so only for short ones."""
         eager = (
             self.llm.attn is Attention.auto
-            and device(self.llm).type == "cpu"
+            and pick_device(self.llm).type == "cpu"
             and number is torch.bfloat16
             and self.data.context <= SHORT
         )
         return Attention.eager if eager else self.llm.attn
 
-    def shape(self) -> Shape:
-        return llm_shape(self.llm)
+    def shape(self) -> LLMShape:
+        return read_llm_shape(self.llm)
 
-    def check(self, shape: Shape, resumed: bool) -> None:
+    def check(self, shape: LLMShape, resumed: bool) -> None:
         super().check(shape, resumed)
         if self.data.cache and not resumed:
             self._check_cache()
@@ -87,7 +87,7 @@ class TextSource(Source):
                 "tokens; lower it"
             )
         if self.llm.name not in PACKAGED:
-            bos_id(load_tokenizer(self.llm))  # before the text is read
+            find_bos_id(load_tokenizer(self.llm))  # before the text is read
 
     def _check_cache(self) -> None:
         """That the cache can be written, or is there: a colleague's may be there to be read."""
@@ -103,14 +103,14 @@ class TextSource(Source):
             )
 
     def memory(
-        self, sites: Sequence[Site], shape: Shape, tokens: int, loss_tokens: int
+        self, sites: Sequence[Site], shape: LLMShape, tokens: int, loss_tokens: int
     ) -> DataMemory:
-        weights = parameters(self.llm, self._blocks(sites, loss_tokens))
+        weights = count_llm_parameters(self.llm, self._blocks(sites, loss_tokens))
         rows = self.llm.batch * self.data.context
         if not loss_tokens:
             return DataMemory(rows, weights, 0)
         # logits, clean and with an SAE, and some of them in float32; hidden states with the SAE
-        return DataMemory(rows, weights + 8 * HEAD * shape.vocabulary, rows * shape.width)
+        return DataMemory(rows, weights + 8 * LOGIT_ROWS * shape.vocabulary, rows * shape.width)
 
     def _blocks(self, sites: Sequence[Site], loss_tokens: int) -> int | None:
         """How many of the LLM's blocks a run at `sites` needs; None for the whole LLM.
@@ -121,7 +121,7 @@ class TextSource(Source):
             return None
         return 1 + max(site.layer for site in sites)
 
-    def check_stream(self, state: Any, sites: Sequence[Site], shape: Shape, served: int) -> None:
+    def check_stream(self, state: Any, sites: Sequence[Site], shape: LLMShape, served: int) -> None:
         batch, context = self.llm.batch, self.data.context
         expect(state, {"rows": dict}, "stream")
         sequences = expect_rows(
@@ -150,8 +150,8 @@ class TextSource(Source):
                 "(others: llm.bos, llm.separator)"
             )
         held_out = self.open_held_out(sites, tokens, loss_tokens, opened)
-        as_returned = [site for site in sites if factor(llm.model, site) == 1]
-        return OpenedData(rows, held_out, about, module_paths(llm.model, as_returned))
+        as_returned = [site for site in sites if measure_branch_scale(llm.model, site) == 1]
+        return OpenedData(rows, held_out, about, find_module_paths(llm.model, as_returned))
 
     def open_held_out(
         self,
@@ -177,12 +177,12 @@ class TextSource(Source):
         documents = self.open_text()  # before the tokenizer: a wrong name is told at once
         tokenizer = load_tokenizer(self.llm)
         text = open_tokens(documents, tokenizer, context=self.data.context, seed=self.seed)
-        return load(self.llm, blocks, tokenizer), text
+        return load_llm(self.llm, blocks, tokenizer), text
 
-    def describe_sites(self, sites: Sequence[Sites], width: int) -> dict[str, str]:
+    def describe_sites(self, sites: Sequence[SitePair], width: int) -> dict[str, str]:
         told = (f"{pair} ({' -> '.join(pair.hook_names.values())}), d = {width}" for pair in sites)
         return {"site": "; ".join(dict.fromkeys(told))}
 
     def metadata(self) -> dict[str, Any]:
-        about = {"model_name": hub_name(self.llm), "context_size": self.data.context}
+        about = {"model_name": find_hub_name(self.llm), "context_size": self.data.context}
         return super().metadata() | about | {"prepend_bos": True}

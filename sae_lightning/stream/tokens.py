@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sae_lightning.errors import UserError
-from sae_lightning.llm.vocabulary import bos_id, check_ids, separator_id
+from sae_lightning.llm.vocabulary import check_ids, find_bos_id, find_separator_id
 from sae_lightning.stream.documents import SplitText, first_line
 from sae_lightning.stream.flat import encode, flat_tokens
 from sae_lightning.stream.packing import Packing, Sequences, TokenStream
@@ -272,7 +272,7 @@ def open_tokens(text: SplitText, tokenizer: Any, *, context: int, seed: int) -> 
     An indexed training text is tokenised here, at once; a streamed one as it is read.
     UserError: the text holds no token, or one that the LLM does not know.
     """
-    packing = Packing(context, bos_id(tokenizer), separator_id(tokenizer))
+    packing = Packing(context, find_bos_id(tokenizer), find_separator_id(tokenizer))
     held_out = HeldOutTokens(text.held_out, tokenizer, packing, text.where)
     if hasattr(text.train, "__len__"):
         flat = flat_tokens(text.train, tokenizer, packing.separator)

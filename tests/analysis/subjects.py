@@ -4,7 +4,7 @@ from pathlib import Path
 
 from sae_lightning.analysis.subject import Subject
 from sae_lightning.llm.load import LLMConfig
-from sae_lightning.llm.sites import Kind, LayerConfig, Site, Sites
+from sae_lightning.llm.sites import Kind, LayerConfig, Site, SitePair
 from sae_lightning.runs.config import Config
 from sae_lightning.sae import ARCHITECTURES, SAE, build
 from sae_lightning.stream.plays import PlaysConfig
@@ -13,11 +13,11 @@ from sae_lightning.stream.plays import PlaysConfig
 def make_subject(llm, source: Kind = Kind.resid, target: Kind | None = None, **settings) -> Subject:
     """A random ReLU SAE of 32 features, half of them active, at block 1 of a model of width 24."""
     config = ARCHITECTURES["relu"].config(features=32, start_bias=0.0, **settings)
-    sites = Sites(Site(1, source), Site(1, target or source))
+    sites = SitePair(Site(1, source), Site(1, target or source))
     return place(llm, build(config, 24, 24), sites)
 
 
-def place(llm, sae: SAE, sites: Sites, **data) -> Subject:
+def place(llm, sae: SAE, sites: SitePair, **data) -> Subject:
     """The SAE in an LLM that is loaded already; data: settings of the text."""
     config = Config(
         llm=LLMConfig(name="tiny"),

@@ -9,8 +9,8 @@ import torch
 from torch import Generator
 
 from sae_lightning.analysis.evaluate import evaluate, section
-from sae_lightning.llm.sites import Kind, Site, Sites
-from sae_lightning.llm.splice import Scores
+from sae_lightning.llm.sites import Kind, Site, SitePair
+from sae_lightning.llm.splice import SpliceScores
 from sae_lightning.sae import ARCHITECTURES, SAEConfig, build
 from sae_lightning.scoring.scorecard import score_saes
 from sae_lightning.stream.concepts import make_world
@@ -19,7 +19,7 @@ from sae_lightning.stream.held_out import HeldOut
 from sae_lightning.stream.synthetic import HeldOutConcepts
 from sae_lightning.stream.tokens import open_tokens
 
-SITES = Sites(Site(1, Kind.resid), Site(1, Kind.resid))
+SITES = SitePair(Site(1, Kind.resid), Site(1, Kind.resid))
 WIDTH = 24
 
 
@@ -93,7 +93,7 @@ def test_without_the_llms_loss_the_page_speaks_of_the_rest(held_out, tiny):
     quick = HeldOut(tiny("llama"), tokens, [SITES.source], tokens=200, loss_tokens=0, batch=4)
     sae = both_signs(WIDTH, scale=0.75)
     result, whole = (evaluate(sae, each, SITES).scalars() for each in (quick, held_out))
-    assert whole.keys() - result.keys() == {*Scores._fields}
+    assert whole.keys() - result.keys() == {*SpliceScores._fields}
     assert all(result[name] == whole[name] for name in result)
     page = section(evaluate(sae, quick, SITES))
     assert page.title == "Scorecard on held-out text"
@@ -104,7 +104,7 @@ def test_without_the_llms_loss_the_page_speaks_of_the_rest(held_out, tiny):
 
 def test_a_loss_that_is_not_finite_is_no_number_of_nats_in_the_lead(held_out):
     result = evaluate(both_signs(WIDTH), held_out, SITES)
-    nothing = Scores(*[math.nan] * len(Scores._fields))
+    nothing = SpliceScores(*[math.nan] * len(SpliceScores._fields))
     result = result._replace(card=result.card._replace(scores=nothing))
     assert section(result).lead.endswith("of the activations' variance.")
 
@@ -115,7 +115,7 @@ def test_the_lead_speaks_of_a_share_only_where_zero_ablation_costs_something(hel
         (9.0, "(90.0% of what zero ablation costs is recovered)."),
         (2.9, "(zero ablation costs nothing)."),
     ):
-        scores = Scores(3.0, 3.6, zero, 7.0, 0.9, 0.1)
+        scores = SpliceScores(3.0, 3.6, zero, 7.0, 0.9, 0.1)
         shown = section(result._replace(card=result.card._replace(scores=scores)))
         assert shown.lead.endswith(f"0.600 nats higher {end}")
 

@@ -21,7 +21,7 @@ from sae_lightning.analysis.survey.reading import reading
 from sae_lightning.analysis.survey.sample import Sample, Sampling
 from sae_lightning.errors import UserError
 from sae_lightning.llm.generate import Reply
-from sae_lightning.llm.load import Dtype, LLMConfig, load
+from sae_lightning.llm.load import Dtype, LLMConfig, load_llm
 from sae_lightning.report.catalogue import Catalogue
 
 WORDS = ["<bos>", "fox", "sea"] + [a + b for a in "bcdfgklmnprst" for b in ("ab", "eg", "ot")]
@@ -264,7 +264,7 @@ def test_after_a_crash_only_what_is_missing_is_asked(evidence, tmp_path):
 
 
 def test_a_local_model_explains_and_is_scored(evidence, tiny_folder, tmp_path):
-    llm = load(LLMConfig(name=tiny_folder("llama"), dtype=Dtype.float32, device="cpu"))
+    llm = load_llm(LLMConfig(name=tiny_folder("llama"), dtype=Dtype.float32, device="cpu"))
     llm.model.config.max_position_embeddings = 10_000
     few = Evidence(0, *(group[:4] for group in evidence[0][1:]))
     (each,) = Explainer(Answers(Local(llm), tmp_path), together=8).explain([few])

@@ -9,9 +9,9 @@ from tiny_llm import FAMILIES
 
 from sae_lightning.analysis import lens as module
 from sae_lightning.analysis.lens import lens, section
-from sae_lightning.llm.directions import embedding, final_norm
-from sae_lightning.llm.sites import Kind, Site, Sites
-from sae_lightning.llm.vocabulary import vocabulary
+from sae_lightning.llm.directions import find_final_norm, read_embedding
+from sae_lightning.llm.sites import Kind, Site, SitePair
+from sae_lightning.llm.vocabulary import read_vocabulary
 
 PLANTED, TOKEN = 5, 42
 LAST = Site(2, Kind.resid)
@@ -28,16 +28,16 @@ def llm(request, tiny):
 
 
 def logits_of(llm, rows):
-    return final_norm(llm.model).passes(rows) @ llm.model.get_output_embeddings().weight.T
+    return find_final_norm(llm.model).passes(rows) @ llm.model.get_output_embeddings().weight.T
 
 
 def plant(subject):
     """Feature 5 writes what raises the logit of token 42 by 1 and others as little as d dimensions
     allow, and reads where the embedding of that token is, likewise."""
     model = subject.llm.model
-    sees = final_norm(model).reads(model.get_output_embeddings().weight)
+    sees = find_final_norm(model).reads(model.get_output_embeddings().weight)
     subject.sae.W_dec[PLANTED] = one_of(sees)
-    subject.sae.W_enc[:, PLANTED] = one_of(embedding(model, len(subject.llm.tokenizer)))
+    subject.sae.W_enc[:, PLANTED] = one_of(read_embedding(model, len(subject.llm.tokenizer)))
     return subject
 
 
@@ -91,8 +91,8 @@ def test_a_measured_effect_behind_the_last_block_is_what_norm_and_head_make_of_t
     """If it drowns what was there, the norm's scale is that of the row itself."""
     monkeypatch.setattr(module, "SHARE", 1e4)
     subject = make_subject(llm)
-    subject.sites = Sites(LAST, LAST)
-    norm, rows = final_norm(llm.model), subject.sae.W_dec
+    subject.sites = SitePair(LAST, LAST)
+    norm, rows = find_final_norm(llm.model), subject.sae.W_dec
     centred = rows - rows.mean(1, keepdim=True) if norm.centres else rows
     behind = norm.passes(rows) / centred.norm(dim=1, keepdim=True)
     logits = (behind - behind.mean(0)) @ llm.model.get_output_embeddings().weight.T
@@ -107,8 +107,8 @@ def test_a_measured_effect_behind_the_last_block_is_what_norm_and_head_make_of_t
 def test_a_planted_effect_is_found_through_the_blocks(llm, words, measured):
     """A row that the logit of a token reads, and no other logit more."""
     subject = make_subject(llm)
-    subject.sites = Sites(LAST, LAST)
-    rows = final_norm(llm.model).reads(llm.model.get_output_embeddings().weight)
+    subject.sites = SitePair(LAST, LAST)
+    rows = find_final_norm(llm.model).reads(llm.model.get_output_embeddings().weight)
     token = next(i for i in range(40, 90) if logits_of(llm, rows)[i].argmax() == i)
     subject.sae.W_dec[PLANTED] = rows[token]
     assert token in lens(subject, 3, words(4000), measured).effect.promoted[PLANTED]
@@ -166,7 +166,7 @@ def test_without_a_path_there_is_nothing_to_say(tiny, words):
     assert found.read is None
     assert found.effect.promoted.shape == (32, 10)
     nothing = lens(make_subject(llm, Kind.attn))._replace(effect=None)
-    shown = section(nothing, vocabulary(llm))
+    shown = section(nothing, read_vocabulary(llm))
     assert shown.table is None
     assert "no direct path" in shown.lead
 
@@ -186,7 +186,7 @@ def test_a_transcoder_reads_at_its_source_and_writes_at_its_target(llm, words):
 
 def test_the_section_shows_tokens_with_their_spaces(tiny):
     subject = plant(make_subject(tiny("llama")))
-    words, found = vocabulary(subject.llm), lens(subject, 3)
+    words, found = read_vocabulary(subject.llm), lens(subject, 3)
     shown = section(found, words, [PLANTED, 0])
     assert shown.table.header == ["feature", "reads", "promotes", "suppresses", "sharpness"]
     assert [row[0] for row in shown.table.rows] == ["5", "0"]

@@ -251,7 +251,7 @@ def test_a_bad_setting_is_refused(here, settings, message):
 def test_what_cannot_be_read_is_told_in_a_line_before_the_llm_is_loaded(
     here, tmp_path, monkeypatch, settings, message
 ):
-    monkeypatch.setattr(subjects, "load", lambda *_: pytest.fail("the LLM was loaded"))
+    monkeypatch.setattr(subjects, "load_llm", lambda *_: pytest.fail("the LLM was loaded"))
     if isinstance(settings.get("file"), bytes):
         (tmp_path / "own.txt").write_bytes(settings["file"])
         settings = {"file": str(tmp_path / "own.txt")}

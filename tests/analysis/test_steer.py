@@ -11,11 +11,11 @@ from torch import nn
 from sae_lightning.analysis.steer import Continuation, Mode, SteerTask, section, steer
 from sae_lightning.errors import UserError
 from sae_lightning.llm.capture import capture
-from sae_lightning.llm.directions import final_norm
+from sae_lightning.llm.directions import find_final_norm
 from sae_lightning.llm.generate import Sampling
 from sae_lightning.llm.load import LLMConfig
-from sae_lightning.llm.sites import Kind, Site, Sites
-from sae_lightning.llm.vocabulary import vocabulary
+from sae_lightning.llm.sites import Kind, Site, SitePair
+from sae_lightning.llm.vocabulary import read_vocabulary
 from sae_lightning.sae import SAEConfig, build
 
 PROMPT, PLANTED = "the fox", 3
@@ -27,7 +27,7 @@ COMMON = {
     "data": None,
     "layer": None,
 }
-LAST = Sites(Site(2, Kind.resid), Site(2, Kind.resid))
+LAST = SitePair(Site(2, Kind.resid), Site(2, Kind.resid))
 
 
 @pytest.fixture(params=FAMILIES)
@@ -47,12 +47,14 @@ def with_feature(llm, sites, bias=-1e4):
 
 def rows(llm):
     """For each token the direction of the residual stream that its logit reads."""
-    return final_norm(llm.model).reads(llm.model.get_output_embeddings().weight)
+    return find_final_norm(llm.model).reads(llm.model.get_output_embeddings().weight)
 
 
 def token(llm) -> int:
     """The first token of text whose direction raises no other logit more than its own."""
-    effect = final_norm(llm.model).passes(rows(llm)) @ llm.model.get_output_embeddings().weight.T
+    effect = (
+        find_final_norm(llm.model).passes(rows(llm)) @ llm.model.get_output_embeddings().weight.T
+    )
     return next(i for i in range(60, 80) if effect[i].argmax() == i)
 
 
@@ -62,7 +64,7 @@ def written(continuation) -> list[str]:
 
 def test_the_planted_token_is_written(planted):
     result = steer(planted, PLANTED, [1e4], PROMPT, tokens=5)
-    word = vocabulary(planted.llm)[token(planted.llm)]
+    word = read_vocabulary(planted.llm)[token(planted.llm)]
     assert written(result.steered[0]) == [word] * 5
     assert word not in written(result.plain)
 
@@ -70,7 +72,7 @@ def test_the_planted_token_is_written(planted):
 def test_a_negative_strength_takes_the_token_away(planted):
     sae = planted.sae
     plain = steer(planted, PLANTED, [0.0], PROMPT, tokens=1).plain
-    sae.W_dec[PLANTED] = rows(planted.llm)[vocabulary(planted.llm).index(written(plain)[0])]
+    sae.W_dec[PLANTED] = rows(planted.llm)[read_vocabulary(planted.llm).index(written(plain)[0])]
     (without,) = steer(planted, PLANTED, [-100.0], PROMPT, tokens=5).steered
     assert written(plain)[0] not in written(without)
 
@@ -113,9 +115,9 @@ def test_a_transcoder_acts_at_its_target(tiny):
     """The MLP's output of the last block goes into the stream: the planted token comes, and held
     at a strength the activation counts that the encoder reads at the MLP's input."""
     llm = tiny("llama")
-    subject = with_feature(llm, Sites(Site(2, Kind.mlp_in), Site(2, Kind.mlp)), bias=50.0)
+    subject = with_feature(llm, SitePair(Site(2, Kind.mlp_in), Site(2, Kind.mlp)), bias=50.0)
     subject.sae.W_enc[:, PLANTED] = 0
-    word = vocabulary(llm)[token(llm)]
+    word = read_vocabulary(llm)[token(llm)]
     result = steer(subject, PLANTED, [50.0, 150.0], PROMPT, tokens=4, mode=Mode.clamp)
     assert result.steered[0].text == result.plain.text
     assert written(result.steered[1]) == [word] * 4
@@ -125,7 +127,7 @@ def test_the_activation_is_that_of_the_unsteered_llm_on_the_text(planted):
     planted.sae.b_enc[PLANTED] = 1.0
     (continuation,) = steer(planted, PLANTED, [3.0], PROMPT, tokens=4).steered
     llm = planted.llm
-    ids = [0, *map(vocabulary(llm).index, continuation.tokens)]
+    ids = [0, *map(read_vocabulary(llm).index, continuation.tokens)]
     x = capture(llm.model, torch.tensor([ids]), [LAST.source])[LAST.source][0, 1:]
     expected = planted.sae.encode(x)[:, PLANTED].tolist()
     assert continuation.activations == pytest.approx(expected, rel=1e-4)

@@ -153,7 +153,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_read(tmp_
 def test_what_cannot_be_done_is_refused_before_the_llm_is_loaded(
     kept, monkeypatch, task, setting, message
 ):
-    monkeypatch.setattr(subject, "load", lambda *_: pytest.fail("the LLM was loaded"))
+    monkeypatch.setattr(subject, "load_llm", lambda *_: pytest.fail("the LLM was loaded"))
     with pytest.raises(UserError, match=f"^{message}"):
         name = setting.partition("=")[0]
         asked(task, f"run={kept}", setting).answer(["run", name])

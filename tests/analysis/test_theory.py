@@ -25,8 +25,8 @@ from sae_lightning.analysis.theory.one_concept import Detected, compare_units
 from sae_lightning.analysis.theory.overlap import cosines, overlap
 from sae_lightning.analysis.theory.theory_sections import sections
 from sae_lightning.analysis.theory.token_concepts import CONCEPTS, members
-from sae_lightning.llm.sites import Kind, Site, Sites
-from sae_lightning.llm.vocabulary import special_ids, vocabulary
+from sae_lightning.llm.sites import Kind, Site, SitePair
+from sae_lightning.llm.vocabulary import find_special_ids, read_vocabulary
 from sae_lightning.sae import ARCHITECTURES, build
 
 WIDTH, FEATURES, CONTEXT = 24, 48, 16
@@ -42,7 +42,7 @@ def subject_of(llm, name: str = "relu", **settings) -> Subject:
     settings = {"start_bias": 0.0, **sparse, **settings}
     sae = build(kind(name=name, features=FEATURES, **settings), WIDTH, WIDTH)
     site = Site(1, Kind.resid)
-    return place(llm, sae, Sites(site, site))
+    return place(llm, sae, SitePair(site, site))
 
 
 def batch_of(subject: Subject, x: Tensor, tokens: Tensor | None = None, first: int = 0) -> Batch:
@@ -239,7 +239,7 @@ def test_active_features_are_counted_and_the_error_is_that_of_the_sae(tiny):
 def test_a_planted_feature_is_found_as_the_one_of_its_concept(tiny):
     llm = tiny("llama")
     subject = subject_of(llm)
-    names = vocabulary(llm)
+    names = read_vocabulary(llm)
     animals = torch.tensor([names.index(" dog"), names.index(" fox")])
     others = torch.tensor([names.index(" mix"), names.index(" lazy"), names.index(" wizards")])
     random = Generator().manual_seed(0)
@@ -264,7 +264,7 @@ OTHERS = (" mix", " lazy", " wizards")
 
 def animals_in(llm, share: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens [sequences, CONTEXT] of which this share [sequences] are animals; and which."""
-    names = vocabulary(llm)
+    names = read_vocabulary(llm)
     ids = torch.tensor([names.index(word) for word in (*ANIMALS, *OTHERS)])
     random = Generator().manual_seed(0)
     is_animal = torch.rand(len(share), CONTEXT, generator=random) < share[:, None]
@@ -334,7 +334,7 @@ def test_rows_that_share_a_direction_are_not_called_orthogonal(tiny, common, ver
 def test_special_tokens_hold_no_word_and_a_sentence_ends_before_them(tiny):
     subject = subject_of(tiny("llama"))
     words = TheoryReducers(subject).words
-    for special in special_ids(subject.llm.tokenizer):
+    for special in find_special_ids(subject.llm.tokenizer):
         column = list(CONCEPTS).index("ends of sentences")
         assert members([" dog", ".", words[special], " fox"])[:, column].tolist() == [0, 1, 0, 0]
 

@@ -5,7 +5,7 @@ import torch
 from blocks import mlp_norm, mlp_of, parallel
 
 from sae_lightning.llm.capture import capture
-from sae_lightning.llm.sites import Kind, Site, decoder_stack, site_module
+from sae_lightning.llm.sites import Kind, Site, find_decoder_stack, find_site_module
 
 LAYERS = range(3)
 EVERYWHERE = [Site(layer, kind) for layer in LAYERS for kind in Kind]
@@ -54,7 +54,7 @@ def test_attn_and_mlp_are_the_two_terms_that_a_block_adds(llm, tokens, hidden):
 def test_mlp_in_is_what_the_mlp_reads(llm, tokens, hidden):
     """With what lies between, from the residual stream to what the block adds to it."""
     found = capture(llm.model, tokens, EVERYWHERE)
-    for i, block in enumerate(decoder_stack(llm.model)):
+    for i, block in enumerate(find_decoder_stack(llm.model)):
         x, mlp = found[Site(i, Kind.mlp_in)], found[Site(i, Kind.mlp)]
         stream = hidden[i] if parallel(llm.model) else hidden[i] + found[Site(i, Kind.attn)]
         with torch.no_grad():
@@ -80,7 +80,7 @@ def test_only_the_wanted_places_are_copied_out(llm, tokens):
 
 def test_blocks_after_the_deepest_site_and_the_lm_head_do_not_run(llm, tokens):
     calls = []
-    watched = [*decoder_stack(llm.model), llm.model.get_output_embeddings()]
+    watched = [*find_decoder_stack(llm.model), llm.model.get_output_embeddings()]
     hooks = [
         module.register_forward_pre_hook(lambda module, args, i=i: calls.append(i))
         for i, module in enumerate(watched)
@@ -92,7 +92,7 @@ def test_blocks_after_the_deepest_site_and_the_lm_head_do_not_run(llm, tokens):
         capture(llm.model, tokens, [Site(2, Kind.resid)])
         assert calls == [0, 1, 2]
         calls.clear()
-        mlp = site_module(llm.model, Site(1, Kind.mlp))
+        mlp = find_site_module(llm.model, Site(1, Kind.mlp))
         hooks.append(mlp.register_forward_hook(lambda *_: calls.append("mlp")))
         capture(llm.model, tokens, [Site(1, Kind.mlp_in)])
         assert calls == [0, 1]
@@ -112,7 +112,7 @@ def test_no_hook_is_left_after_an_exception(llm, tokens):
         raise RuntimeError("broken in the middle")
 
     before = hook_count(llm.model)
-    hook = decoder_stack(llm.model)[1].register_forward_pre_hook(break_down)
+    hook = find_decoder_stack(llm.model)[1].register_forward_pre_hook(break_down)
     with pytest.raises(RuntimeError, match="broken in the middle"):
         capture(llm.model, tokens, EVERYWHERE)
     hook.remove()

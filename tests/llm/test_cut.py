@@ -6,10 +6,10 @@ import transformers
 from tiny_llm import FAMILIES, MODERN, tiny_tokenizer
 
 from sae_lightning.llm.capture import capture
-from sae_lightning.llm.load import Dtype, LLMConfig, load, parameters
+from sae_lightning.llm.load import Dtype, LLMConfig, count_llm_parameters, load_llm
 from sae_lightning.llm.packaged import PACKAGED
-from sae_lightning.llm.quiet import quiet
-from sae_lightning.llm.sites import Kind, Site, decoder_stack
+from sae_lightning.llm.quiet import mute_libraries
+from sae_lightning.llm.sites import Kind, Site, find_decoder_stack
 
 
 def sites(blocks: int) -> list[Site]:
@@ -23,11 +23,11 @@ def numbers(model) -> int:
 def check(folder: str, blocks: int, tokens, where) -> tuple[int, int]:
     """Same activations as in the whole LLM; weights of the cut one and the whole."""
     config = LLMConfig(name=folder, dtype=Dtype.float32, device="cpu")
-    whole, part = load(config), load(config, blocks)
-    assert len(decoder_stack(part.model)) == blocks
+    whole, part = load_llm(config), load_llm(config, blocks)
+    assert len(find_decoder_stack(part.model)) == blocks
     before, after = (capture(llm.model, tokens, where) for llm in (whole, part))
     assert all(torch.equal(before[site], after[site]) for site in where)
-    assert numbers(part.model) == parameters(config, blocks)
+    assert numbers(part.model) == count_llm_parameters(config, blocks)
     assert not any(p.requires_grad for p in part.model.parameters())
     assert not part.model.training
     return numbers(part.model), numbers(whole.model)
@@ -44,7 +44,7 @@ def test_activations_are_those_of_the_whole_llm(tiny_folder, tokens, family, blo
 
 def save(config, folder) -> str:
     torch.manual_seed(0)
-    with quiet():
+    with mute_libraries():
         transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
         tiny_tokenizer().save_pretrained(folder)
     return str(folder)
@@ -80,9 +80,9 @@ def test_the_packaged_llm_is_cut_too():
     config = LLMConfig(name="smollm2", dtype=Dtype.bfloat16, device="cpu")
     tokens = torch.randint(10, 40_000, (2, 16), generator=torch.Generator().manual_seed(0))
     where = [Site(9, Kind.resid)]
-    whole, part = load(config), load(config, 10)
+    whole, part = load_llm(config), load_llm(config, 10)
     before, after = (capture(llm.model, tokens, where)[where[0]] for llm in (whole, part))
     assert torch.equal(before, after)
     # the final norm is not worth a setting of its own
-    assert numbers(part.model) == pytest.approx(parameters(config, 10), abs=600)
+    assert numbers(part.model) == pytest.approx(count_llm_parameters(config, 10), abs=600)
     assert numbers(part.model) < PACKAGED["smollm2"].parameters // 2

@@ -10,10 +10,15 @@ from tiny_llm import IDS, MODERN
 
 from sae_lightning.errors import UserError
 from sae_lightning.llm import directions
-from sae_lightning.llm.capture import capture, replaced
-from sae_lightning.llm.directions import embedding, final_norm, mlp_norm, response
-from sae_lightning.llm.sites import Kind, Site, decoder_stack
-from sae_lightning.llm.splice import body
+from sae_lightning.llm.capture import capture, replace_activations
+from sae_lightning.llm.directions import (
+    find_final_norm,
+    find_mlp_norm,
+    measure_response,
+    read_embedding,
+)
+from sae_lightning.llm.sites import Kind, Site, find_decoder_stack
+from sae_lightning.llm.splice import run_body
 
 LAST = Site(2, Kind.resid)
 
@@ -38,7 +43,7 @@ def test_a_direction_changes_the_logits_as_finite_differences_do_at_a_fixed_scal
     """r and r + v (rescaled to the same scale) through the model's own norm and head: since a norm
     forgets the length of its input, N(r + v) scale(r + v) - N(r) scale(r) is what v adds."""
     model = llm.model
-    norm, head = final_norm(model), model.get_output_embeddings().weight.double()
+    norm, head = find_final_norm(model), model.get_output_embeddings().weight.double()
     own = module_behind(model)
     r = capture(model, tokens, [LAST])[LAST][0, 1:].float()
     v = torch.randn(9, 24, generator=torch.Generator().manual_seed(0))
@@ -53,19 +58,21 @@ def test_a_direction_changes_the_logits_as_finite_differences_do_at_a_fixed_scal
 
 
 def test_norms_are_told_apart(tiny):
-    centring = {f: final_norm(tiny(f).model).centres for f in ("gpt2", "opt", "llama", "gemma2")}
+    centring = {
+        f: find_final_norm(tiny(f).model).centres for f in ("gpt2", "opt", "llama", "gemma2")
+    }
     assert centring == {"gpt2": True, "opt": True, "llama": False, "gemma2": False}
     # Gemma's gain is 1 + weight
     gemma = tiny("gemma2").model
     torch.testing.assert_close(
-        final_norm(gemma).gain, 1 + gemma.model.norm.weight, rtol=1e-3, atol=1e-3
+        find_final_norm(gemma).gain, 1 + gemma.model.norm.weight, rtol=1e-3, atol=1e-3
     )
 
 
 @pytest.mark.parametrize("layer", [0, 2])
 def test_what_an_encoder_reads_behind_the_norm_of_an_mlp_is_a_direction_of_the_stream(llm, layer):
     """w N(r) scale(r) = reads(w) r, up to the norm's constant."""
-    norm, own = mlp_norm(llm.model, layer), mlp_norm_of(decoder_stack(llm.model)[layer])
+    norm, own = find_mlp_norm(llm.model, layer), mlp_norm_of(find_decoder_stack(llm.model)[layer])
     r, w = torch.randn(2, 7, 24, generator=torch.Generator().manual_seed(0))
     expected = ((own(r) - own(torch.zeros(24))) * scale(norm, r) * w).sum(-1)
     torch.testing.assert_close((norm.reads(w) * r).sum(-1), expected, rtol=1e-3, atol=1e-3)
@@ -74,7 +81,7 @@ def test_what_an_encoder_reads_behind_the_norm_of_an_mlp_is_a_direction_of_the_s
 
 
 def test_embeddings_are_what_reaches_block_0_without_the_position(llm):
-    found = embedding(llm.model, 90)
+    found = read_embedding(llm.model, 90)
     weight = llm.model.get_input_embeddings().weight[:90]
     factor = 24**0.5 if "gemma" in llm.name else 1
     expected = (weight - weight.mean(0)) * factor
@@ -84,7 +91,7 @@ def test_embeddings_are_what_reaches_block_0_without_the_position(llm):
 
 def test_no_hook_is_left_behind(llm):
     before = hook_count(llm.model)
-    final_norm(llm.model), mlp_norm(llm.model, 1), embedding(llm.model, 3)
+    find_final_norm(llm.model), find_mlp_norm(llm.model, 1), read_embedding(llm.model, 3)
     assert hook_count(llm.model) == before
 
 
@@ -92,7 +99,7 @@ def test_a_head_that_reads_no_norm_is_refused(tiny):
     model = copy.deepcopy(tiny("gpt2").model)
     model.transformer.ln_f = torch.nn.Linear(24, 24)
     with pytest.raises(UserError, match="no norm in front of the unembedding of GPT2LMHeadModel"):
-        final_norm(model)
+        find_final_norm(model)
 
 
 def test_so_is_one_that_reads_a_projection_to_another_width():
@@ -101,18 +108,20 @@ def test_so_is_one_that_reads_a_projection_to_another_width():
         **MODERN, ffn_dim=40, word_embed_proj_dim=12, do_layer_norm_before=False
     )
     with pytest.raises(UserError, match="no norm in front of .*; leave direct=true out"):
-        final_norm(random_model(config))
+        find_final_norm(random_model(config))
 
 
 @pytest.fixture
 def small_batches(monkeypatch):
-    monkeypatch.setattr(directions, "BATCH", 4)  # 6 directions and the LLM as it is: two passes
+    monkeypatch.setattr(
+        directions, "DIRECTIONS_PER_PASS", 4
+    )  # 6 directions and the LLM as it is: two passes
 
 
 def check_response(model, tokens, kind):
     site, vectors = Site(1, kind), torch.randn(6, 24, generator=torch.Generator().manual_seed(0))
     done = []
-    found = response(model, tokens[:2], site, vectors, 0.5, done.append)
+    found = measure_response(model, tokens[:2], site, vectors, 0.5, done.append)
 
     def change(direction):
         def add(x, y):
@@ -121,11 +130,11 @@ def check_response(model, tokens, kind):
             y[:, -1] = last + 0.5 * direction / direction.norm() * last.norm(dim=1, keepdim=True)
             return y.view_as(x)
 
-        with replaced(model, site, site, add):
-            return body(model, tokens[:2]).last_hidden_state[:, -1]
+        with replace_activations(model, site, site, add):
+            return run_body(model, tokens[:2]).last_hidden_state[:, -1]
 
     with torch.no_grad():
-        plain = body(model, tokens[:2]).last_hidden_state[:, -1]
+        plain = run_body(model, tokens[:2]).last_hidden_state[:, -1]
         expected = torch.stack([(change(d) - plain).mean(0) for d in vectors])
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
     assert expected.abs().mean() > 1e-3
@@ -181,5 +190,7 @@ def test_so_it_is_in_families_that_keep_more_or_other_things_than_keys_and_value
 
 
 def test_a_direction_of_length_0_changes_nothing(tiny, tokens):
-    found = response(tiny("llama").model, tokens, Site(1, Kind.resid), torch.zeros(3, 24), 0.5, id)
+    found = measure_response(
+        tiny("llama").model, tokens, Site(1, Kind.resid), torch.zeros(3, 24), 0.5, id
+    )
     assert torch.equal(found, torch.zeros(3, 24))

@@ -12,12 +12,12 @@ from tiny_run import tiny_job
 from transformers import GraniteConfig, GraniteForCausalLM
 
 from sae_lightning.errors import UserError
-from sae_lightning.llm.capture import capture, factor, replaced
-from sae_lightning.llm.directions import final_norm
+from sae_lightning.llm.capture import capture, measure_branch_scale, replace_activations
+from sae_lightning.llm.directions import find_final_norm
 from sae_lightning.llm.generate import generate
-from sae_lightning.llm.load import Dtype, LLMConfig, load, parameters
-from sae_lightning.llm.sites import Kind, Site, Sites, decoder_stack
-from sae_lightning.llm.splice import body, logits
+from sae_lightning.llm.load import Dtype, LLMConfig, count_llm_parameters, load_llm
+from sae_lightning.llm.sites import Kind, Site, SitePair, find_decoder_stack
+from sae_lightning.llm.splice import compute_logits, run_body
 from sae_lightning.runs.checks import check_jobs
 from sae_lightning.stream import open_rows
 
@@ -83,27 +83,27 @@ def saved(families, tmp_path):
 @pytest.mark.parametrize("family", ["modernbert-decoder", "qwen3_5", "qwen2_5_vl", "mistral3"])
 def test_a_text_decoder_in_another_model_is_cut_scored_and_continued(saved, tokens, family):
     config = LLMConfig(name=saved(family), dtype=Dtype.float32, device="cpu")
-    whole, part = load(config), load(config, 2)
+    whole, part = load_llm(config), load_llm(config, 2)
     where = [Site(1, kind) for kind in Kind]
     before, after = (capture(llm.model, tokens, where) for llm in (whole, part))
     assert all(torch.equal(before[site], after[site]) for site in where)
-    assert len(decoder_stack(part.model)) == 2
-    assert parameters(config, 2) == sum(p.numel() for p in part.model.parameters())
+    assert len(find_decoder_stack(part.model)) == 2
+    assert count_llm_parameters(config, 2) == sum(p.numel() for p in part.model.parameters())
     with torch.no_grad():
-        output, clean = body(whole.model, tokens), whole.model(input_ids=tokens).logits
+        output, clean = run_body(whole.model, tokens), whole.model(input_ids=tokens).logits
         torch.testing.assert_close(
-            logits(whole.model, output, output.last_hidden_state[0]), clean[0]
+            compute_logits(whole.model, output, output.last_hidden_state[0]), clean[0]
         )
-    assert final_norm(whole.model).gain.shape == (32,)
-    site = Sites(where[0], where[0])
+    assert find_final_norm(whole.model).gain.shape == (32,)
+    site = SitePair(where[0], where[0])
     (written,) = generate(whole, tokens[0], 3, site, lambda x, y: y, sequences=1)
     assert written[:10].equal(tokens[0])
 
 
 @pytest.mark.parametrize("family", ["xlstm", "granitemoehybrid"])
 def test_a_model_whose_cache_transformers_cannot_use_writes_without(saved, tokens, family):
-    llm = load(LLMConfig(name=saved(family), dtype=Dtype.float32, device="cpu"))
-    sites = Sites(Site(1, Kind.resid), Site(1, Kind.resid))
+    llm = load_llm(LLMConfig(name=saved(family), dtype=Dtype.float32, device="cpu"))
+    sites = SitePair(Site(1, Kind.resid), Site(1, Kind.resid))
     one, other = generate(llm, tokens[0], 3, sites, lambda x, y: y, sequences=2)
     assert one.equal(other)
     assert len(one) > tokens.shape[1]
@@ -114,9 +114,9 @@ def test_what_is_replaced_is_what_a_block_adds_not_what_its_branch_returns(token
     config = GraniteConfig(**MODERN, num_key_value_heads=1, residual_multiplier=0.22)
     model = GraniteForCausalLM(config).eval().to(dtype)
     site, after = Site(1, Kind.mlp), Site(1, Kind.resid)
-    assert factor(model, site) == pytest.approx(0.22, rel=1e-3)
+    assert measure_branch_scale(model, site) == pytest.approx(0.22, rel=1e-3)
     found = capture(model, tokens, [site, after])
-    with replaced(model, site, site, lambda x, y: x.double() + 1):
+    with replace_activations(model, site, site, lambda x, y: x.double() + 1):
         changed = capture(model, tokens, [after])[after]
     near = 4 * torch.finfo(dtype).eps
     torch.testing.assert_close(changed, found[after] + 1, rtol=near, atol=near)

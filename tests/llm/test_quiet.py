@@ -9,7 +9,7 @@ import pytest
 import tqdm
 import transformers
 
-from sae_lightning.llm.quiet import quiet
+from sae_lightning.llm.quiet import mute_libraries
 
 
 def speak() -> None:
@@ -21,7 +21,7 @@ def speak() -> None:
 
 
 def test_log_lines_warnings_and_bars_are_muted_inside_the_block_alone(capfd, caplog):
-    with quiet(), quiet():
+    with mute_libraries(), mute_libraries():
         speak()
         warnings.warn("said", stacklevel=1)
     output = capfd.readouterr()
@@ -34,7 +34,7 @@ def test_log_lines_warnings_and_bars_are_muted_inside_the_block_alone(capfd, cap
 
 
 def test_an_error_ends_the_silence(capfd):
-    with pytest.raises(RuntimeError), quiet():
+    with pytest.raises(RuntimeError), mute_libraries():
         raise RuntimeError("planted")
     list(tqdm.tqdm([1], desc="said"))
     assert "said" in capfd.readouterr().err

@@ -12,11 +12,11 @@ from sae_lightning.llm.sites import (
     Kind,
     LayerConfig,
     Site,
-    Sites,
-    decoder_stack,
-    distinct,
-    module_paths,
-    site_module,
+    SitePair,
+    distinct_sites,
+    find_decoder_stack,
+    find_module_paths,
+    find_site_module,
 )
 
 
@@ -48,17 +48,17 @@ def test_a_negative_index_is_an_error():
 
 
 def test_an_autoencoder_has_one_site_and_a_transcoder_two():
-    one = LayerConfig(index=2, source=Kind.mlp).within(3)
+    one = LayerConfig(index=2, source=Kind.mlp).resolve_sites(3)
     assert one == (Site(2, Kind.mlp), Site(2, Kind.mlp))
     assert (str(one), one.hook_names) == ("mlp.2", {"hook_name": "blocks.2.hook_mlp_out"})
-    assert LayerConfig(index=2, source=Kind.mlp, target=Kind.mlp).within(3) == one
-    two = LayerConfig(index=2, source=Kind.mlp_in, target=Kind.mlp).within(3)
+    assert LayerConfig(index=2, source=Kind.mlp, target=Kind.mlp).resolve_sites(3) == one
+    two = LayerConfig(index=2, source=Kind.mlp_in, target=Kind.mlp).resolve_sites(3)
     assert str(two) == "mlp_in.2 -> mlp.2"
     assert two.hook_names == {
         "hook_name": "blocks.2.mlp.hook_in",
         "hook_name_out": "blocks.2.hook_mlp_out",
     }
-    assert distinct([two, one]) == [two.source, two.target]
+    assert distinct_sites([two, one]) == [two.source, two.target]
 
 
 @pytest.mark.parametrize("source", Kind)
@@ -66,8 +66,8 @@ def test_a_target_that_the_block_computes_before_the_source_is_refused(source):
     later = ", ".join(kind.value for kind in list(Kind)[list(Kind).index(source) :])
     for target in Kind:
         if target >= source:
-            sites = LayerConfig(index=0, source=source, target=target).within(1)
-            assert sites == Sites(Site(0, source), Site(0, target))
+            sites = LayerConfig(index=0, source=source, target=target).resolve_sites(1)
+            assert sites == SitePair(Site(0, source), Site(0, target))
         else:
             error = rf"^layer\.target={target.value}: .* before its {source.value} .* {later}$"
             with pytest.raises(UserError, match=error):
@@ -76,13 +76,13 @@ def test_a_target_that_the_block_computes_before_the_source_is_refused(source):
 
 def test_an_index_past_the_last_block_names_the_range(tiny):
     with pytest.raises(UserError, match=r"^layer\.index=3: this LLM has 3 blocks; give 0 to 2"):
-        LayerConfig(index=3).within(3)
+        LayerConfig(index=3).resolve_sites(3)
     with pytest.raises(UserError, match=r"^layer\.index=7: .* 0 to 2"):
-        site_module(tiny("llama").model, Site(7, Kind.resid))
+        find_site_module(tiny("llama").model, Site(7, Kind.resid))
 
 
 def test_the_stack_holds_the_blocks_of_every_family(llm):
-    stack = decoder_stack(llm.model)
+    stack = find_decoder_stack(llm.model)
     assert len(stack) == 3
     assert len({type(block) for block in stack}) == 1
 
@@ -93,7 +93,7 @@ def test_a_model_without_a_stack_is_an_error(tiny_folder):
     model = AutoModelForCausalLM.from_pretrained(tiny_folder("gpt2"))
     model.transformer.h = nn.Sequential(*model.transformer.h)
     with pytest.raises(UserError, match="no list of 3 decoder blocks in GPT2LMHeadModel"):
-        decoder_stack(model)
+        find_decoder_stack(model)
 
 
 def test_a_block_without_the_branch_lists_what_it_holds(tiny_folder):
@@ -106,7 +106,7 @@ def test_a_block_without_the_branch_lists_what_it_holds(tiny_folder):
     error = r"^layer\.source, .* its MLP \(.*attn \(ModuleList\).*\); use layer=resid$"
     for kind in (Kind.mlp_in, Kind.mlp):
         with pytest.raises(UserError, match=error):
-            site_module(model, Site(1, kind))
+            find_site_module(model, Site(1, kind))
 
 
 def test_a_branch_that_adds_the_residual_stream_itself_is_refused():
@@ -116,17 +116,17 @@ def test_a_branch_that_adds_the_residual_stream_itself_is_refused():
         hidden_size=16, n_layer=2, n_head=2, vocab_size=50, bos_token_id=0, eos_token_id=1
     )
     model = BloomForCausalLM(config)
-    assert site_module(model, Site(1, Kind.resid)) is model.transformer.h[1]
+    assert find_site_module(model, Site(1, Kind.resid)) is model.transformer.h[1]
     for kind in (Kind.attn, Kind.mlp_in, Kind.mlp):
         with pytest.raises(UserError, match="use layer=resid"):
-            site_module(model, Site(1, kind))
+            find_site_module(model, Site(1, kind))
 
 
 @pytest.mark.parametrize("kind", [Kind.resid, Kind.attn, Kind.mlp])
 def test_a_site_has_transformers_name_of_the_module_that_returns_it(llm, tokens, kind):
     """As SAELens reads a model of transformers: the module's output, or the first of several."""
     site, found = Site(1, kind), []
-    (name,) = module_paths(llm.model, [site]).values()
+    (name,) = find_module_paths(llm.model, [site]).values()
 
     def read(module, args, output):
         found.append((output if isinstance(output, torch.Tensor) else output[0]).clone())
@@ -138,10 +138,10 @@ def test_a_site_has_transformers_name_of_the_module_that_returns_it(llm, tokens,
 
 
 def test_the_mlps_input_is_the_output_of_no_module(tiny):
-    sites = Sites(Site(1, Kind.mlp_in), Site(1, Kind.mlp))
-    paths = module_paths(tiny("llama").model, sites)
+    sites = SitePair(Site(1, Kind.mlp_in), Site(1, Kind.mlp))
+    paths = find_module_paths(tiny("llama").model, sites)
     assert sites.module_names(paths) == {"hf_hook_name_out": "model.layers.1.mlp"}
-    one = Sites(sites.target, sites.target)
+    one = SitePair(sites.target, sites.target)
     assert one.module_names(paths) == {"hf_hook_name": "model.layers.1.mlp"}
 
 

@@ -12,9 +12,9 @@ from torch import nn
 
 from sae_lightning.errors import UserError
 from sae_lightning.llm import splice
-from sae_lightning.llm.capture import capture, replaced
-from sae_lightning.llm.sites import Kind, Site, decoder_stack
-from sae_lightning.llm.splice import baseline, body, logits, score
+from sae_lightning.llm.capture import capture, replace_activations
+from sae_lightning.llm.sites import Kind, Site, find_decoder_stack
+from sae_lightning.llm.splice import compute_logits, run_body, score_baseline, score_splices
 
 SITES = [Site(1, kind) for kind in Kind]
 RESID = Site(1, Kind.resid)
@@ -32,8 +32,10 @@ def mean():
 
 
 def scored(llm, tokens, site, function, keep, mean, batch=3, source=None):
-    known = baseline(llm.model, tokens, site, keep, mean, batch)
-    (scores,) = score(llm.model, tokens, source or site, site, [function], keep, known, batch)
+    known = score_baseline(llm.model, tokens, site, keep, mean, batch)
+    (scores,) = score_splices(
+        llm.model, tokens, source or site, site, [function], keep, known, batch
+    )
     return scores
 
 
@@ -54,7 +56,7 @@ def test_the_mlp_itself_as_a_transcoder_recovers_everything_and_zero_nothing(
     llm, tokens, keep, mean
 ):
     sites = {"source": Site(1, Kind.mlp_in), "site": Site(1, Kind.mlp)}
-    mlp = mlp_of(copy.deepcopy(decoder_stack(llm.model)[1]))  # its own is spliced
+    mlp = mlp_of(copy.deepcopy(find_decoder_stack(llm.model)[1]))  # its own is spliced
     whole = scored(llm, tokens, function=mlp, keep=keep, mean=mean, **sites)
     assert math.isclose(whole.ce_spliced, whole.ce_clean, rel_tol=1e-6)
     assert math.isclose(whole.ce_recovered, 1, rel_tol=1e-3)  # float32, by the difference
@@ -142,8 +144,8 @@ def test_logits_are_made_of_a_few_kept_positions_at_a_time(tiny, tokens, keep, m
     whole = scored(llm, tokens, RESID, torch.tanh, keep, torch.zeros(24))
     head = llm.model.get_output_embeddings()
     hook = head.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[-2]))
-    monkeypatch.setattr(splice, "HEAD", 7)
-    monkeypatch.setattr(splice, "ROWS", {"cpu": 3})
+    monkeypatch.setattr(splice, "LOGIT_ROWS", 7)
+    monkeypatch.setattr(splice, "FLOAT32_ROWS", {"cpu": 3})
     try:
         parts = scored(llm, tokens, RESID, torch.tanh, keep, torch.zeros(24))
     finally:
@@ -157,14 +159,14 @@ def test_logits_are_made_of_a_few_kept_positions_at_a_time(tiny, tokens, keep, m
 
 def test_a_baseline_serves_every_function(tiny, tokens, keep, mean):
     llm, done = tiny("gemma2"), []
-    once = baseline(llm.model, tokens, SITES[1], keep, mean, 3, done.append)
+    once = score_baseline(llm.model, tokens, SITES[1], keep, mean, 3, done.append)
     functions = [torch.tanh, torch.sin]
     both = SITES[1], SITES[1]
-    together = score(llm.model, tokens, *both, functions, keep, once, 3, done.append)
+    together = score_splices(llm.model, tokens, *both, functions, keep, once, 3, done.append)
     assert done == [3, 1, 3, 1]
     for function, scores in zip(functions, together, strict=True):
         assert once == (scores.ce_clean, scores.ce_zero, scores.ce_mean)
-        assert [scores] == score(llm.model, tokens, *both, [function], keep, once, 3)
+        assert [scores] == score_splices(llm.model, tokens, *both, [function], keep, once, 3)
     assert together[0] != together[1]
 
 
@@ -181,9 +183,9 @@ def test_replaced_restores_the_model_also_after_an_exception(llm, tokens, site):
 
     with torch.no_grad():
         before = llm.model(input_ids=tokens).logits
-        with replaced(llm.model, site, site, zero):
+        with replace_activations(llm.model, site, site, zero):
             during = llm.model(input_ids=tokens).logits
-        with pytest.raises(RuntimeError), replaced(llm.model, site, site, zero):
+        with pytest.raises(RuntimeError), replace_activations(llm.model, site, site, zero):
             raise RuntimeError
         after = llm.model(input_ids=tokens).logits
     assert not torch.allclose(before, during)
@@ -194,8 +196,8 @@ def test_replaced_restores_the_model_also_after_an_exception(llm, tokens, site):
 def check_logits(model, tokens):
     whole = model(input_ids=tokens, use_cache=False).logits
     places = torch.tensor([3, 0, 11, 39])
-    output = body(model, tokens)
-    some = logits(model, output, output.last_hidden_state.flatten(0, 1)[places])
+    output = run_body(model, tokens)
+    some = compute_logits(model, output, output.last_hidden_state.flatten(0, 1)[places])
     torch.testing.assert_close(some, whole.flatten(0, 1)[places])
     assert torch.equal(model(input_ids=tokens, use_cache=False).logits, whole), "as it was"
 
@@ -218,7 +220,7 @@ def test_what_follows_the_lm_head_is_done_too(tokens):
         model = transformers.AutoModelForCausalLM.from_config(config).eval()
         check_logits(model, tokens)
         with torch.no_grad():
-            hidden = body(model, tokens).last_hidden_state
+            hidden = run_body(model, tokens).last_hidden_state
             plain = model.get_output_embeddings()(hidden)
             whole = model(input_ids=tokens, use_cache=False).logits
         assert torch.equal(plain, whole) is not differs
@@ -235,7 +237,7 @@ def test_a_model_whose_head_cannot_be_told_is_refused(tiny, tokens):
             return transformers.modeling_outputs.CausalLMOutput(logits=input_ids[..., None])
 
     model = Other(tiny("llama").model)
-    output = body(model, tokens)
+    output = run_body(model, tokens)
     with pytest.raises(UserError, match="cannot tell the LM head of Other"):
-        logits(model, output, output.last_hidden_state[0])
+        compute_logits(model, output, output.last_hidden_state[0])
     assert "forward" not in vars(model.base_model)

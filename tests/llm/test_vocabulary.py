@@ -13,9 +13,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
 
 from sae_lightning.errors import UserError
-from sae_lightning.llm.generate import prompt_ids
-from sae_lightning.llm.load import LLM, Dtype, LLMConfig, load, load_tokenizer
-from sae_lightning.llm.vocabulary import bos_id, separator_id, special_ids, vocabulary
+from sae_lightning.llm.generate import encode_prompt
+from sae_lightning.llm.load import LLM, Dtype, LLMConfig, load_llm, load_tokenizer
+from sae_lightning.llm.vocabulary import (
+    find_bos_id,
+    find_separator_id,
+    find_special_ids,
+    read_vocabulary,
+)
 from sae_lightning.stream import make_source
 from sae_lightning.stream.documents import SplitText, documents
 from sae_lightning.stream.local import LocalConfig
@@ -29,12 +34,12 @@ def words_of(core: Tokenizer, size: int) -> list[str]:
     )
     head = torch.nn.Linear(1, size, bias=False)
     model = SimpleNamespace(get_output_embeddings=lambda: head)
-    return vocabulary(LLM(model=model, tokenizer=tokenizer, name="words"))
+    return read_vocabulary(LLM(model=model, tokenizer=tokenizer, name="words"))
 
 
 def test_the_words_of_a_text_put_together_are_the_text(llm):
     text = "the quick brown fox jumps"
-    words = vocabulary(llm)
+    words = read_vocabulary(llm)
     assert len(words) == llm.model.get_output_embeddings().weight.shape[0] == 100
     assert "".join(words[i] for i in llm.tokenizer.encode(text)) == text
     assert words[:2] == ["<bos>", "<eos>"]
@@ -115,8 +120,8 @@ def test_the_special_tokens_are_those_of_the_settings_the_tokenizer_or_the_model
     folder, named, settings, expected
 ):
     tokenizer = load_tokenizer(LLMConfig(name=folder(**named), **settings))
-    assert (bos_id(tokenizer), separator_id(tokenizer)) == expected
-    assert special_ids(tokenizer) == sorted({*expected})
+    assert (find_bos_id(tokenizer), find_separator_id(tokenizer)) == expected
+    assert find_special_ids(tokenizer) == sorted({*expected})
 
 
 def test_a_token_is_given_as_it_reads_or_as_the_vocabulary_writes_it(folder):
@@ -125,7 +130,7 @@ def test_a_token_is_given_as_it_reads_or_as_the_vocabulary_writes_it(folder):
     assert len(fox) == 1
     for text in (" fox", "Ġfox"):
         tokenizer = load_tokenizer(LLMConfig(name=name, separator=text))
-        assert separator_id(tokenizer) == fox[0]
+        assert find_separator_id(tokenizer) == fox[0]
         assert tokenizer.encode("the fox<eos>") == plain.encode("the fox<eos>")
     with pytest.raises(UserError, match=r"^llm\.bos=<start>: no token of this tokenizer; give one"):
         load_tokenizer(LLMConfig(name=name, bos="<start>"))
@@ -136,7 +141,7 @@ def test_a_token_is_given_as_it_reads_or_as_the_vocabulary_writes_it(folder):
 def test_special_tokens_that_nobody_names_are_asked_for(folder):
     tokenizer = load_tokenizer(LLMConfig(name=folder()))
     with pytest.raises(UserError, match=r"neither a BOS nor an EOS .* give one as llm\.bos="):
-        bos_id(tokenizer)
+        find_bos_id(tokenizer)
 
 
 @pytest.fixture
@@ -166,24 +171,24 @@ def test_a_text_that_needs_a_token_without_a_row_is_refused(larger, part, stream
         found.train.next(100)
         found.held_out.take(100)
     with pytest.raises(UserError, match=f"^prompt: {MISSING}"):
-        prompt_ids(tokenizer, "the x15y", 1, None)
+        encode_prompt(tokenizer, "the x15y", 1, None)
 
 
 def test_a_token_without_a_row_that_no_text_needs_is_no_matter(larger):
     tokenizer, text = load_tokenizer(larger), documents(["the quick fox " * 40] * 9)
     open_tokens(SplitText(text, text), tokenizer, context=8, seed=0).train.next(100)
-    assert special_ids(tokenizer) == [0, 1]
-    assert len(vocabulary(load(larger))) == 100
+    assert find_special_ids(tokenizer) == [0, 1]
+    assert len(read_vocabulary(load_llm(larger))) == 100
 
 
 def test_a_special_token_without_a_row_names_its_setting(larger):
     tokenizer = load_tokenizer(replace(larger, separator="<image>"))
     with pytest.raises(UserError, match=r"^llm\.separator: the token '<image>' \(id 109\) .* as l"):
-        separator_id(tokenizer)
+        find_separator_id(tokenizer)
 
 
 def test_what_the_tokenizer_lacks_is_told_before_weights_are_read(larger, monkeypatch, tmp_path):
-    monkeypatch.setattr("sae_lightning.stream.text_source.load", None)
+    monkeypatch.setattr("sae_lightning.stream.text_source.load_llm", None)
     (tmp_path / "text").mkdir()
     for name, words in (("train", "the x15y fox"), ("other", "the quick fox")):
         (tmp_path / "text" / f"{name}.txt").write_text(words * 30)

@@ -599,7 +599,7 @@ def test_a_folder_that_was_never_made_is_no_trouble(tmp_path, command_line):
 @pytest.fixture
 def smollm2(monkeypatch):
     """The packaged LLM counts as installed; nothing here reads it."""
-    monkeypatch.setattr("sae_lightning.llm.load.gguf_folder", lambda name: None)
+    monkeypatch.setattr("sae_lightning.llm.load.find_gguf_folder", lambda name: None)
 
 
 def a_job(folder: Path, index: int = 9, resumed: bool = False, **changes) -> Job:

@@ -8,7 +8,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from sae_lightning.errors import UserError
 from sae_lightning.llm.load import LLMConfig
-from sae_lightning.llm.splice import Baseline, Scores
+from sae_lightning.llm.splice import SpliceBaseline, SpliceScores
 from sae_lightning.runs.search import OBJECTIVES, SweepConfig, compute_objective
 from sae_lightning.scoring.duplicates import Copies
 from sae_lightning.scoring.metrics import Quality
@@ -68,9 +68,9 @@ def test_a_metric_that_is_nan_is_the_worst_of_all(name):
 
 def test_every_number_of_a_run_that_the_sae_decides_can_be_the_objective():
     quality, near = Quality(1.0, 0.5, 0.1, torch.zeros(2), None), Copies(0.1, 0.4)
-    of_text = Scorecard(quality, near, scores=Scores(1, 2, 3, 3, 0.5, 0.1)).scalars()
+    of_text = Scorecard(quality, near, scores=SpliceScores(1, 2, 3, 3, 0.5, 0.1)).scalars()
     of_concepts = Scorecard(quality, near, Recovery(*range(9))).scalars()
-    fixed = {*Baseline._fields, *WORLD_METRICS}
+    fixed = {*SpliceBaseline._fields, *WORLD_METRICS}
     assert set(OBJECTIVES) == {*of_text, *of_concepts} - fixed
     without_loss = Scorecard(quality, near).scalars()
     llm = LLMConfig(name="none")

@@ -307,7 +307,9 @@ def test_what_an_accelerator_still_has_to_do_for_a_peek_is_counted(monkeypatch, 
 
 def test_a_run_that_read_branches_before_they_were_multiplied_is_not_continued(llm, monkeypatch):
     earlier = make(llm).state_dict()
-    monkeypatch.setattr(rows_module, "factor", lambda _, site: 0.5 if site.kind is Kind.mlp else 1)
+    monkeypatch.setattr(
+        rows_module, "measure_branch_scale", lambda _, site: 0.5 if site.kind is Kind.mlp else 1
+    )
     with pytest.raises(UserError, match=r"^resume: at mlp\.0 an earlier version .* start a new"):
         make(llm).load_state_dict(earlier)
     make(llm).load_state_dict(make(llm).state_dict())

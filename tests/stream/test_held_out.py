@@ -99,7 +99,7 @@ def test_what_does_not_depend_on_the_sae_is_computed_once(llm, monkeypatch):
     def counted(function):
         return lambda *args: calls.append(function.__name__) or function(*args)
 
-    for function in (capture, held_out_module.baseline):
+    for function in (capture, held_out_module.score_baseline):
         monkeypatch.setattr(held_out_module, function.__name__, counted(function))
     held_out = make(llm, batch=100)
     for _ in range(3):
@@ -107,7 +107,7 @@ def test_what_does_not_depend_on_the_sae_is_computed_once(llm, monkeypatch):
         for site in SITES:
             scores_of(held_out, site, site, [torch.tanh])
         scores_of(held_out, SITES[1], SITES[0], [torch.tanh])
-    assert calls == ["capture", "baseline", "baseline"]
+    assert calls == ["capture", "score_baseline", "score_baseline"]
 
 
 def test_the_mlp_itself_in_place_of_what_it_writes_recovers_everything_and_zero_nothing(llm):
@@ -124,8 +124,8 @@ def test_the_mlp_itself_in_place_of_what_it_writes_recovers_everything_and_zero_
 
 
 def test_without_tokens_for_it_the_loss_is_not_measured(llm, monkeypatch):
-    monkeypatch.delattr(held_out_module, "baseline")
-    monkeypatch.delattr(held_out_module, "score")
+    monkeypatch.delattr(held_out_module, "score_baseline")
+    monkeypatch.delattr(held_out_module, "score_splices")
     held_out = make(llm, loss_tokens=0)
     assert scores_of(held_out, SITES[0], SITES[0], [torch.tanh, torch.sin]) == [None, None]
     assert torch.equal(held_out.activations(SITES[0]), make(llm).activations(SITES[0]))

@@ -102,7 +102,7 @@ def test_a_run_that_failed_leaves_the_cache_to_the_next_one_of_its_process(
 
 
 def test_a_cache_that_cannot_be_is_refused_before_the_llm_is_loaded(made, tmp_path, monkeypatch):
-    monkeypatch.delattr(text, "load")
+    monkeypatch.delattr(text, "load_llm")
     folder = tmp_path / "activations"
     folder.touch()
     with pytest.raises(UserError, match="data.cache_folder=.*/activations cannot be written to"):

@@ -16,7 +16,7 @@ from tiny_run import BATCH, STEPS
 
 from sae_lightning import UserError
 from sae_lightning.llm.sites import Kind, LayerConfig
-from sae_lightning.llm.splice import HEAD
+from sae_lightning.llm.splice import LOGIT_ROWS
 from sae_lightning.runs import folders, memory, passes, run
 from sae_lightning.runs.jobs import make_jobs as jobs_of
 from sae_lightning.runs.jobs import read_sweep
@@ -138,7 +138,7 @@ def test_a_group_runs_the_llm_as_often_as_one_job(job, sweep, monkeypatch):
     captured, forward = [], []
     for module in (rows, held_out):
         monkeypatch.setattr(module, "capture", counted(module.capture, captured))
-    loaded = text.load
+    loaded = text.load_llm
 
     def load(config, *blocks):
         llm = loaded(config, *blocks)
@@ -146,7 +146,7 @@ def test_a_group_runs_the_llm_as_often_as_one_job(job, sweep, monkeypatch):
         body.forward = counted(body.forward, forward)  # `capture` too
         return llm
 
-    monkeypatch.setattr(text, "load", load)
+    monkeypatch.setattr(text, "load_llm", load)
     passes.train_jobs([job("one")])
     alone, whole = len(captured), len(forward) - len(captured)
     assert alone > 20
@@ -444,7 +444,7 @@ def test_jobs_that_would_share_a_folder_are_refused(sweep):
 
 def test_a_failed_pass_leaves_nothing_in_memory(sweep, monkeypatch):
     jobs = sweep("seeds", **{f"{seed}": {"seed": seed} for seed in range(2)})
-    loaded, load = [], text.load
+    loaded, load = [], text.load_llm
 
     def remember(config, *blocks):
         assert not any(llm() for llm in loaded), "the LLM of the pass that failed"
@@ -452,7 +452,7 @@ def test_a_failed_pass_leaves_nothing_in_memory(sweep, monkeypatch):
         loaded.append(weakref.ref(llm.model))
         return llm
 
-    monkeypatch.setattr(text, "load", remember)
+    monkeypatch.setattr(text, "load_llm", remember)
     with monkeypatch.context() as patch:
         interrupt(patch, 5, lambda: 1 / 0)
         assert passes.train_jobs(jobs) == [None, None]
@@ -491,7 +491,7 @@ LARGE = {
 def test_what_cannot_fit_is_refused_before_the_llm_is_loaded(
     job, sweep, monkeypatch, setting, many
 ):
-    monkeypatch.setattr(text, "load", lambda *_: raise_(AssertionError("loaded")))
+    monkeypatch.setattr(text, "load_llm", lambda *_: raise_(AssertionError("loaded")))
     monkeypatch.setattr(memory, "read_free_memory", lambda config: 1.5e9)
     jobs = sweep("sweep", fits={}, large={}) if many else [job("run")]
     config = jobs[-1].config
@@ -565,14 +565,14 @@ def test_without_the_llms_loss_an_estimate_has_neither_later_blocks_nor_logits(j
         config, eval=replace(config.eval, loss_tokens=0), sweep=SweepConfig(objective="l0")
     )
     cached = replace(quick, data=replace(quick.data, cache=True))
-    sites = [config.layer.within(3)]
+    sites = [config.layer.resolve_sites(3)]
     llm = config.data_source.shape()
     pairs = [memory.estimate_memory([c], sites, llm) for c in (config, quick, cached)]
     whole, less, same = (one.shared for one in pairs)
     model = tiny("llama").model
     gone = [model.model.layers[2], model.lm_head]
     weights = 4 * sum(p.numel() for module in gone for p in module.parameters())
-    logits = 4 * 8 * HEAD * 100
+    logits = 4 * 8 * LOGIT_ROWS * 100
     assert whole - less == weights + logits
     assert whole - same == logits
     hidden = 4 * 4 * 16 * 24  # the last ones of 4 sequences of 16 tokens, with each SAE in place

@@ -85,7 +85,7 @@ def refused(folder: Path) -> str:
     before = files(folder)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError) as error:
         patch.setattr(
-            "sae_lightning.stream.text_source.load", lambda *_: pytest.fail("loads an LLM")
+            "sae_lightning.stream.text_source.load_llm", lambda *_: pytest.fail("loads an LLM")
         )
         resume(read_job(folder))
     assert files(folder) == before
@@ -115,7 +115,7 @@ def test_a_flipped_bit_anywhere_is_noticed_or_changes_nothing(killed, tmp_path, 
     job = replace(read_job(folder), resumed=True)
     job = checks.resolve_auto(job)
     llm = job.config.data_source.shape()
-    sites = job.config.layer.within(llm.layers)
+    sites = job.config.layer.resolve_sites(llm.layers)
     good, rng = (folder / part).read_bytes(), random.Random(seed)
     content, noticed = leaves(torch.load(folder / part)), 0
     for _ in range(25):

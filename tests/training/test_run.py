@@ -20,8 +20,8 @@ from sae_lightning import UserError, load_sae
 from sae_lightning.formats.export import WEIGHTS
 from sae_lightning.llm.capture import capture
 from sae_lightning.llm.load import Attention, Dtype
-from sae_lightning.llm.sites import decoder_stack
-from sae_lightning.llm.splice import Scores
+from sae_lightning.llm.sites import find_decoder_stack
+from sae_lightning.llm.splice import SpliceScores
 from sae_lightning.runs import folders, passes, run
 from sae_lightning.runs.jobs import read_job
 from sae_lightning.sae import SAE, SAEConfig
@@ -312,20 +312,20 @@ def test_the_saved_sae_does_to_raw_activations_what_the_trained_one_did(
 def test_without_the_llms_loss_only_the_blocks_below_are_loaded_and_the_sae_is_the_same(
     job, monkeypatch
 ):
-    loaded, load = [], text.load
-    monkeypatch.setattr(text, "load", lambda *args: loaded.append(load(*args)) or loaded[-1])
+    loaded, load = [], text.load_llm
+    monkeypatch.setattr(text, "load_llm", lambda *args: loaded.append(load(*args)) or loaded[-1])
     whole = job("whole")
     changed = {"eval": replace(whole.config.eval, loss_tokens=0)}
     quick = job("quick", **changed)
     (before,), (after,) = passes.train_jobs([whole]), passes.train_jobs([quick])
-    assert [len(decoder_stack(llm.model)) for llm in loaded] == [3, 2]
-    assert before.keys() - after.keys() == {*Scores._fields}
+    assert [len(find_decoder_stack(llm.model)) for llm in loaded] == [3, 2]
+    assert before.keys() - after.keys() == {*SpliceScores._fields}
     assert all(after[name] == before[name] for name in after)
     assert len({(each.folder / "sae" / WEIGHTS).read_bytes() for each in (whole, quick)}) == 1
     folder = str(whole.folder.parent / "cache")
     cached = replace(whole.config.data, cache=True, cache_folder=folder)
     passes.train_jobs([job("cached", data=cached, **changed)])
-    assert len(decoder_stack(loaded[-1].model)) == 3, "the key of a cache is of the whole LLM"
+    assert len(find_decoder_stack(loaded[-1].model)) == 3, "the key of a cache is of the whole LLM"
 
 
 def test_a_run_folder_is_complete_and_the_curves_are_plotted_against_tokens(job):

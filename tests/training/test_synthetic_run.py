@@ -18,7 +18,7 @@ from sae_lightning import UserError, load_sae
 from sae_lightning.analysis.evaluate import evaluate
 from sae_lightning.formats.export import WEIGHTS
 from sae_lightning.llm.load import LLMConfig
-from sae_lightning.llm.sites import LayerConfig, distinct
+from sae_lightning.llm.sites import LayerConfig, distinct_sites
 from sae_lightning.report.sweep_report import write_report
 from sae_lightning.runs import passes, run
 from sae_lightning.runs.config import Config, find_conf_folder
@@ -94,8 +94,10 @@ def test_recovery_is_measured_instead_of_the_llms_loss(job, capsys):
 def test_an_evaluation_of_the_saved_sae_says_the_same(job):
     this = job("run")
     (trained,) = passes.train_jobs([this])
-    sites = this.config.layer.within(1)
-    held_out = read_job(this.folder).config.data_source.open_held_out(distinct([sites]), 2000, 0)
+    sites = this.config.layer.resolve_sites(1)
+    held_out = read_job(this.folder).config.data_source.open_held_out(
+        distinct_sites([sites]), 2000, 0
+    )
     found = evaluate(load_sae(this.folder), held_out, sites)
     assert found.card.scalars() == pytest.approx(trained, rel=1e-3)
     assert found.tokens == 2000

@@ -10,7 +10,7 @@ from test_run import RESAMPLING, assert_same, interrupt, resume, weights
 
 from sae_lightning import load_sae
 from sae_lightning.analysis.evaluate import evaluate
-from sae_lightning.llm.sites import Kind, LayerConfig, Site, Sites
+from sae_lightning.llm.sites import Kind, LayerConfig, Site, SitePair
 from sae_lightning.runs import passes
 from sae_lightning.sae import ARCHITECTURES
 from sae_lightning.sae.relu import ReLULoss
@@ -19,7 +19,7 @@ from sae_lightning.stream import rows
 from sae_lightning.training.settings import OptimConfig
 
 LAYER = LayerConfig(index=1, source=Kind.mlp_in, target=Kind.mlp)
-SITES = Sites(Site(1, Kind.mlp_in), Site(1, Kind.mlp))
+SITES = SitePair(Site(1, Kind.mlp_in), Site(1, Kind.mlp))
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from sae_lightning.analysis.explain.models import open_model
 from sae_lightning.analysis.survey.survey import survey
 from sae_lightning.analysis.task import Task, at_least, integers
 from sae_lightning.errors import UserError
-from sae_lightning.llm.vocabulary import special_ids
+from sae_lightning.llm.vocabulary import find_special_ids
 from sae_lightning.terminal import console
 
 
@@ -85,7 +85,7 @@ class ExplainTask(Task):
             scalars = unexplained.table._asdict() if unexplained.table else {}
             self.finish(subject, scalars, [unexplained], feature=named)
             return
-        special = special_ids(subject.llm.tokenizer)
+        special = find_special_ids(subject.llm.tokenizer)
         evidence = gather(
             found.features, found.sample, features, scored=self.scored, special=special, seed=seed
         )

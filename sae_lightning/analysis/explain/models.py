@@ -7,7 +7,7 @@ from typing import NamedTuple
 from sae_lightning.analysis.explain.key import CUSTOMARY, censored, read_key, stays_here
 from sae_lightning.errors import UserError
 from sae_lightning.llm.generate import Reply, reply
-from sae_lightning.llm.load import LLM, LLMConfig, load
+from sae_lightning.llm.load import LLM, LLMConfig, load_llm
 
 TIMEOUT = 120  # seconds
 
@@ -161,6 +161,6 @@ def open_model(
     if endpoint is not None:
         return Endpoint(endpoint, model, key_env, concurrency=concurrency)
     try:
-        return Local(load(LLMConfig(name=model)))
+        return Local(load_llm(LLMConfig(name=model)))
     except UserError as error:
         raise UserError(str(error).replace("llm.name=", "explainer=")) from error

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from sae_lightning.analysis.probing.pieces import FOLDS, Piece, document_pieces, play_pieces
 from sae_lightning.errors import UserError
-from sae_lightning.llm.quiet import quiet
-from sae_lightning.llm.vocabulary import bos_id, check_ids, separator_id
+from sae_lightning.llm.quiet import mute_libraries
+from sae_lightning.llm.vocabulary import check_ids, find_bos_id, find_separator_id
 from sae_lightning.stream.flat import encode
 from sae_lightning.stream.packing import Packing, Sequences
 from sae_lightning.stream.plays import PlaysConfig
@@ -61,8 +61,8 @@ def labelled(
         raise UserError(
             "data=synthetic holds no text; give data=shakespeare, data=text or data=hub"
         )
-    packing = Packing(config.context, bos_id(tokenizer), separator_id(tokenizer))
-    with quiet(), phase("cutting labelled text"):
+    packing = Packing(config.context, find_bos_id(tokenizer), find_separator_id(tokenizer))
+    with mute_libraries(), phase("cutting labelled text"):
         plays = isinstance(config, PlaysConfig)
         pieces, notes = (
             play_pieces(label, tokenizer, packing, seed)

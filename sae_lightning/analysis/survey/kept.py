@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 
 from sae_lightning.analysis.subject import Subject
-from sae_lightning.llm.vocabulary import vocabulary
+from sae_lightning.llm.vocabulary import read_vocabulary
 from sae_lightning.report.catalogue import Catalogue
 from sae_lightning.report.parquet_reader import read_catalogue, read_metadata
 from sae_lightning.report.sweep_report import describe_source
@@ -26,7 +26,7 @@ def kept(subject: Subject, path: Path) -> Catalogue | None:
     if not path.is_file():
         console.print("there is no catalogue of this SAE yet: making one")
         return None
-    words = vocabulary(subject.llm)
+    words = read_vocabulary(subject.llm)
     try:
         note = read_metadata(path)
         own = identity(subject)

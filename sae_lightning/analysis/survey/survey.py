@@ -17,7 +17,7 @@ from sae_lightning.analysis.survey.related import EXACT, neighbours, partners
 from sae_lightning.analysis.survey.sample import Sample, Sampling
 from sae_lightning.analysis.survey.strengths import Positive
 from sae_lightning.analysis.survey.telling import telling
-from sae_lightning.llm.vocabulary import vocabulary
+from sae_lightning.llm.vocabulary import read_vocabulary
 from sae_lightning.report.catalogue import Catalogue
 from sae_lightning.report.section import Section
 from sae_lightning.scoring.metrics import count_by_density
@@ -90,7 +90,7 @@ def survey(
     texts = Texts()
     text, total = excerpt(source, tokens, batch)
     collect(subject, text, [*chain(*kinds.values()), texts, *reducers], total=total)
-    words, read, found = vocabulary(subject.llm), texts.result(), []
+    words, read, found = read_vocabulary(subject.llm), texts.result(), []
     with phase("drawing examples"):
         for kind in [*kinds]:
             # what the reducers hold is as large as what they make of it

@@ -19,7 +19,7 @@ from sae_lightning.analysis.theory.moments import Moments
 from sae_lightning.analysis.theory.one_concept import compare_units, detect_concepts
 from sae_lightning.analysis.theory.overlap import Cosines, overlap
 from sae_lightning.analysis.theory.token_concepts import CONCEPTS, members
-from sae_lightning.llm.vocabulary import special_ids, vocabulary
+from sae_lightning.llm.vocabulary import find_special_ids, read_vocabulary
 from sae_lightning.sae.matrix import SparseMatrix
 from sae_lightning.sae.sparse import Pattern
 from sae_lightning.terminal import phase
@@ -53,8 +53,8 @@ class TheoryReducers:
         sae, sites = subject.sae, subject.sites
         self.sae = sae
         self.is_autoencoder = sites.source == sites.target
-        self.words = vocabulary(subject.llm)
-        for special in special_ids(subject.llm.tokenizer):
+        self.words = read_vocabulary(subject.llm)
+        for special in find_special_ids(subject.llm.tokenizer):
             self.words[special] = " "  # BOS opens a window, not a line
         self.source = Moments()
         self.target = self.source if self.is_autoencoder else Moments()
