@@ -30,7 +30,7 @@ def analyze(cfg: DictConfig) -> None:
         given = [o.lstrip("+~").partition("=")[0] for o in read_overrides(HydraConfig.get())]
         if OmegaConf.is_missing(cfg.layer, "index"):
             cfg.layer.index = 0  # llm=hf leaves it open; the folder knows
-        to_dataclass(cfg).answer(given)
+        to_dataclass(cfg).execute(given)
 
 
 if __name__ == "__main__":

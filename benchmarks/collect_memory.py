@@ -64,7 +64,7 @@ def measure(tokens: int, features: int, block: int) -> dict[str, Any]:
     llm = read_llm_shape(config.llm)
     sae = build(config.model, llm.width, llm.width).requires_grad_(False)
     subject = Subject(Path(), sae, config.layer.resolve_sites(llm.layers), config)
-    found = survey(subject, subject.text.train, tokens=tokens)
+    found = survey(subject, subject.corpus.train, tokens=tokens)
     return {"tokens": found.features.statistics.tokens, "peak": peak()}
 
 

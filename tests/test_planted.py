@@ -39,7 +39,7 @@ def subject(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def found(subject):
-    return survey(subject, subject.text.train, tokens=1500)
+    return survey(subject, subject.corpus.train, tokens=1500)
 
 
 def test_its_examples_are_all_of_the_words_that_it_reads(found):

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae_lightning.analysis.collect import Batch, collect
+from sae_lightning.analysis.collect import EncodedBatch, collect
 from sae_lightning.analysis.subject import Subject
 from sae_lightning.analysis.survey.features_task import FeaturesTask
-from sae_lightning.analysis.survey.kept import kept
-from sae_lightning.analysis.task import at_least, results
+from sae_lightning.analysis.survey.kept import read_kept_catalogue
+from sae_lightning.analysis.task import check_at_least
 from sae_lightning.errors import UserError
 from sae_lightning.files import read_regular_file
 from sae_lightning.llm.vocabulary import check_ids, find_bos_id, find_separator_id, read_vocabulary
@@ -27,12 +27,12 @@ from sae_lightning.report.section import ResultTable, Section, show_token
 from sae_lightning.stream.flat import encode
 from sae_lightning.stream.packing import Packing, Sequences
 
-MOST = 4096  # tokens
-LARGE = 1 << 20  # bytes of a file that cannot be a text of so few
-LINES = 60  # of the table at the terminal
-SHOWN = 10  # features of the whole text at the terminal
-HEADER = ["feature", "strength", "of maximum", "strongest on"]
-ANEW = {"tokens", "examples", "neurons"}  # settings of the catalogue
+MAX_TEXT_TASK_TOKENS = 4096  # tokens
+MAX_FILE_BYTES = 1 << 20  # bytes of a file that cannot be a text of so few
+TOKEN_TABLE_LINES = 60  # of the table at the terminal
+SUMMARY_FEATURES = 10  # features of the whole text at the terminal
+FEATURE_COLUMNS = ["feature", "strength", "of maximum", "strongest on"]
+CATALOGUE_SETTINGS = {"tokens", "examples", "neurons"}  # settings of the catalogue
 
 
 @dataclass(slots=True, kw_only=True)
@@ -51,25 +51,28 @@ class TextTask(FeaturesTask):
 
     def __post_init__(self):
         FeaturesTask.__post_init__(self)
-        at_least("top", self.top, 1)
+        check_at_least("top", self.top, 1)
         if (self.text is None) == (self.file is None):
             which = "neither of them is" if self.text is None else "both of them are"
             raise UserError(f"text, file: {which} given; give one, as text='There once was a cat'")
 
-    def answer(self, given: Collection[str]) -> None:
-        text = self.text if self.file is None else read_file(self.file)
+    def execute(self, given: Collection[str]) -> None:
+        text = self.text if self.file is None else read_text_file(self.file)
         where = "text" if self.file is None else f"file={self.file}"
-        subject = self.open(given)
-        # what is wrong with it is told before the LLM is loaded
-        contexts = len(in_sequences(subject, text, where).ids)
+        subject = self.load_subject(given)
+        # before the LLM is loaded: the text may be refused
+        contexts = len(make_sequences(subject, text, where).ids)
         catalogue = None
-        if not ANEW & {*given}:
-            catalogue = kept(subject, results(subject) / "features.parquet")
+        if not CATALOGUE_SETTINGS & {*given}:
+            catalogue = read_kept_catalogue(subject, subject.results_folder / "features.parquet")
         if catalogue is None:
-            catalogue = self.surveyed(subject).features
+            catalogue = self.make_catalogues(subject).features
         found = AnnotatedText(annotate(subject, text, where), catalogue)
         strongest = found.rank_fired()
-        listed, summary = token_by_token(found, self.top), section(found, strongest, contexts)
+        listed, summary = (
+            make_token_section(found, self.top),
+            make_text_section(found, strongest, contexts),
+        )
         print_section(listed)
         print_section(summary)
         scalars = {
@@ -77,25 +80,25 @@ class TextTask(FeaturesTask):
                 {"token": token.text, "read": token.read, "active": len(token.features)}
                 | {
                     "features": [
-                        written(fired, found) for fired in found.list_fired(place)[: self.top]
+                        fired_as_json(fired, found) for fired in found.list_fired(place)[: self.top]
                     ]
                 }
                 for place, token in enumerate(found.tokens)
             ],
-            "strongest": [written(fired, found) for fired in strongest[:MAX_LISTED]],
+            "strongest": [fired_as_json(fired, found) for fired in strongest[:MAX_LISTED]],
         }
         first = strongest[0].feature if strongest else None
         self.publish(subject, scalars, [summary], [catalogue], first, found)
 
 
-def read_file(name: str) -> str:
+def read_text_file(name: str) -> str:
     """The text in a file; UserError where there is none."""
     path = Path(name)
     try:
-        if path.stat().st_size > LARGE:
+        if path.stat().st_size > MAX_FILE_BYTES:
             raise UserError(
-                f"file={name}: more than {MOST:,} tokens; give a part of it, or look at all of it "
-                "with task=features data=text data.path=..."
+                f"file={name}: more than {MAX_TEXT_TASK_TOKENS:,} tokens; give a part of it, or "
+                "look at all of it with task=features data=text data.path=..."
             )
         return read_regular_file(path)
     except UnicodeDecodeError as error:
@@ -107,7 +110,7 @@ def read_file(name: str) -> str:
         ) from error
 
 
-def in_sequences(subject: Subject, text: str, where: str = "text") -> Sequences:
+def make_sequences(subject: Subject, text: str, where: str = "text") -> Sequences:
     """The text as training reads it; UserError, which names `where` it comes from, if the LLM
     cannot."""
     tokenizer, context = subject.tokenizer, subject.config.data.context
@@ -115,10 +118,10 @@ def in_sequences(subject: Subject, text: str, where: str = "text") -> Sequences:
     ids = encode(tokenizer, [text], separator)[0][:-1]
     if not text.strip() or not len(ids):
         raise UserError(f"{where}: there is no word in it; give some")
-    if len(ids) > MOST:
+    if len(ids) > MAX_TEXT_TASK_TOKENS:
         raise UserError(
-            f"{where}: {len(ids):,} tokens; give at most {MOST:,} (more text is for task=features "
-            "data=text data.path=...)"
+            f"{where}: {len(ids):,} tokens; give at most {MAX_TEXT_TASK_TOKENS:,} (more text is "
+            "for task=features data=text data.path=...)"
         )
     check_ids(tokenizer, ids, where)
     packing = Packing(min(context, 1 + len(ids)), find_bos_id(tokenizer), separator)
@@ -132,11 +135,11 @@ def annotate(subject: Subject, text: str, where: str = "text") -> list[Annotated
 
     UserError: the text is empty or too long, or the LLM does not know one of its tokens.
     """
-    sequences, batch = in_sequences(subject, text, where), subject.config.llm.batch
+    sequences, batch = make_sequences(subject, text, where), subject.config.llm.batch
     parts = [Sequences(*part) for part in zip(*(x.split(batch) for x in sequences), strict=True)]
     # what norm is usual, the first batch of the run's own text says
-    usual = [] if subject.config.data.max_norm is None else [subject.text.train.next(batch)]
-    firing = Firing(subject.sae.W_dec.norm(dim=1), sum(len(part.ids) for part in usual))
+    usual = [] if subject.config.data.max_norm is None else [subject.corpus.train.next(batch)]
+    firing = FeaturesByToken(subject.sae.W_dec.norm(dim=1), sum(len(part.ids) for part in usual))
     total = firing.skip + len(sequences.ids)
     collect(subject, chain(usual, parts), [firing], total=total, what="reading your text")
     words, ids = read_vocabulary(subject.llm), sequences.tokens
@@ -148,7 +151,7 @@ def annotate(subject: Subject, text: str, where: str = "text") -> list[Annotated
     ]
 
 
-class Firing:
+class FeaturesByToken:
     """A reducer: what fires on each token of all sequences but the first `skip`."""
 
     def __init__(self, lengths: Tensor, skip: int):
@@ -156,7 +159,7 @@ class Firing:
         self.lengths, self.skip = lengths, skip
         self.found: dict[tuple[int, int], tuple[bool, Tensor, Tensor]] = {}
 
-    def add(self, batch: Batch) -> None:
+    def add(self, batch: EncodedBatch) -> None:
         for row, number in enumerate((batch.ids - self.skip).tolist()):
             for place, values in enumerate(batch.features[row] if number >= 0 else ()):
                 fires = values.nonzero().squeeze(1)
@@ -165,20 +168,20 @@ class Firing:
                 self.found[number, place] = keep, fires.cpu(), values[fires].cpu()
 
 
-def written(fired: FiredFeature, found: AnnotatedText) -> dict[str, Any]:
+def fired_as_json(fired: FiredFeature, found: AnnotatedText) -> dict[str, Any]:
     """For JSON."""
     return fired._asdict() | {"words": found.list_words(fired.feature)}
 
 
-def token_by_token(found: AnnotatedText, top: int) -> Section:
+def make_token_section(found: AnnotatedText, top: int) -> Section:
     """The `top` features of each token, for the terminal: those of the first tokens."""
     rows: list[list[str]] = []
     read = [place for place, token in enumerate(found.tokens) if token.read]
-    shown = read[: max(1, LINES // top)]
+    shown = read[: max(1, TOKEN_TABLE_LINES // top)]
     for place in shown:
         name = f"‘{show_token(found.tokens[place].text)}’"
         for number, fired in enumerate(found.list_fired(place)[:top]):
-            rows.append([name if number == 0 else "", *cells(fired, found)])
+            rows.append([name if number == 0 else "", *make_cells(fired, found)])
         if not len(found.tokens[place].features):
             rows.append([name, "none", "", "", ""])
     left = len(read) - len(shown)
@@ -187,29 +190,31 @@ def token_by_token(found: AnnotatedText, top: int) -> Section:
         "Token by token",
         "The strongest features on each token: how strong, in the feature's own units and of the "
         f"maximum in the catalogue's text, and some tokens on which it is strongest there.{more}",
-        table=ResultTable(["token", *HEADER], rows),
+        table=ResultTable(["token", *FEATURE_COLUMNS], rows),
     )
 
 
-def section(found: AnnotatedText, strongest: Sequence[FiredFeature], contexts: int) -> Section:
+def make_text_section(
+    found: AnnotatedText, strongest: Sequence[FiredFeature], contexts: int
+) -> Section:
     """The `strongest` features of the whole text, which was read in so many `contexts`."""
     read = sum(token.read for token in found.tokens)
     active = sum(len(token.features) for token in found.tokens) / max(1, read)
     cut = f", in {contexts} contexts (data.context) as in training" if contexts > 1 else ""
     rows = [
-        [*cells(fired, found), f"‘{show_token(found.tokens[fired.place].text)}’"]
-        for fired in strongest[:SHOWN]
+        [*make_cells(fired, found), f"‘{show_token(found.tokens[fired.place].text)}’"]
+        for fired in strongest[:SUMMARY_FEATURES]
     ]
     return Section(
         "Strongest in the whole text",
         f"{read:,} tokens that the SAE reads{cut}, with {active:.1f} active features each, "
         f"{len(strongest):,} different ones. First those that are strongest against their "
         "maximum in the catalogue's text; above 100 % is stronger than anywhere there.",
-        table=ResultTable([*HEADER, "on"], rows),
+        table=ResultTable([*FEATURE_COLUMNS, "on"], rows),
     )
 
 
-def cells(fired: FiredFeature, found: AnnotatedText) -> list[str]:
+def make_cells(fired: FiredFeature, found: AnnotatedText) -> list[str]:
     share = "–" if fired.share is None else f"{fired.share:.0%}"
     words = " ".join(f"‘{word}’" for word in found.list_words(fired.feature))
     more = f" +{fired.copies}" if fired.copies else ""

@@ -1,6 +1,6 @@
 """One pass over text that feeds every reducer; memory does not grow with the text.
 
-sequences -> capture -> encode -> Batch -> reducer.add(batch), for each reducer
+sequences -> capture -> encode -> EncodedBatch -> reducer.add(batch), for each reducer
 
 Shapes: sequences = sequences of a batch, context = tokens of each.
 """
@@ -22,11 +22,11 @@ from sae_lightning.stream.packing import Sequences, TokenStream
 from sae_lightning.stream.rows import find_usual_rows, medians
 from sae_lightning.terminal import console, phase
 
-STRENGTHS = 1 << 25  # of features that are in memory at a time (128 MB)
+MAX_STRENGTHS = 1 << 25  # of features that are in memory at a time (128 MB)
 
 
 @dataclass(eq=False)
-class Batch:
+class EncodedBatch:
     """What the LLM and the SAE make of some sequences; on the LLM's device."""
 
     tokens: Tensor
@@ -45,7 +45,7 @@ class Batch:
     """[sequences] numbers of the sequences in the order of reading"""
 
     @cached_property
-    def active(self) -> tuple[Tensor, Tensor]:
+    def active_features(self) -> tuple[Tensor, Tensor]:
         """Features that are active somewhere here: strengths [sequences, context, some], and their
         numbers [some], ascending, on the CPU. Of very many features they are few."""
         fires = self.features.flatten(0, 1).amax(dim=0) > 0
@@ -56,7 +56,7 @@ class Batch:
 class Reducer(Protocol):
     """Something that a pass over the text adds up to."""
 
-    def add(self, batch: Batch) -> None:
+    def add(self, batch: EncodedBatch) -> None:
         """Take in some more sequences; keep nothing that grows with their number."""
         ...
 
@@ -97,7 +97,7 @@ def collect(
                 keep = keep.masked_scatter(keep, find_usual_rows(rows, usual, data.max_norm))
             ids = torch.arange(read, read + len(keep))
             tokens = sequences.tokens.to(subject.device)
-            for batch in _batches(subject, tokens, keep, captured, ids, encode):
+            for batch in _encode_slices(subject, tokens, keep, captured, ids, encode):
                 for reducer in reducers:
                     reducer.add(batch)
             read += len(keep)
@@ -105,16 +105,16 @@ def collect(
     give_back_freed_memory()
 
 
-def _batches(
+def _encode_slices(
     subject: Subject,
     tokens: Tensor,
     keep: Tensor,
     captured: dict[Site, Tensor],
     ids: Tensor,
     encode: bool,
-) -> Iterator[Batch]:
+) -> Iterator[EncodedBatch]:
     """Some sequences at a time, so that their features fit into memory."""
-    n = max(1, STRENGTHS // (keep.shape[1] * subject.features))
+    n = max(1, MAX_STRENGTHS // (keep.shape[1] * subject.features))
     parts = [each.split(n) for each in (tokens, keep, *(captured[s] for s in subject.sites), ids)]
     for part_tokens, part_keep, source, target, part_ids in zip(*parts, strict=True):
         x = source.float()
@@ -123,4 +123,4 @@ def _batches(
         if encode:
             features = subject.sae.encode(x.flatten(0, 1)).view(*part_keep.shape, -1)
             features[~part_keep] = 0
-        yield Batch(part_tokens, part_keep, x, y, features, part_ids)
+        yield EncodedBatch(part_tokens, part_keep, x, y, features, part_ids)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor
 
 from sae_lightning.analysis.subject import Subject
-from sae_lightning.analysis.task import Task, at_least
+from sae_lightning.analysis.task import Task, check_at_least
 from sae_lightning.llm.load import LLM
 from sae_lightning.llm.sites import SitePair, distinct_sites
 from sae_lightning.report.figures import make_figure, plot_histogram
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, kw_only=True)
 class EvaluateTask(Task):
-    """The held-out scorecard."""
+    """The scorecard of an SAE on held-out data."""
 
     tokens: int | None = None
     """Held-out tokens; null for as many as the run's own evaluation."""
 
     def __post_init__(self):
-        at_least("tokens", self.tokens, 1)
+        check_at_least("tokens", self.tokens, 1)
 
-    def answer(self, given: Collection[str]) -> None:
-        subject = self.open(given)
-        result = scored(subject, self.tokens)
-        self.finish(subject, result.scalars(), [section(result)])
+    def execute(self, given: Collection[str]) -> None:
+        subject = self.load_subject(given)
+        result = score_subject(subject, self.tokens)
+        self.print_and_publish(subject, result.scalars(), [make_scorecard_section(result)])
 
 
 class Evaluation(NamedTuple):
@@ -50,7 +50,7 @@ class Evaluation(NamedTuple):
     """[features] of decoder rows"""
 
     def scalars(self) -> dict[str, Any]:
-        """What `evaluate.json` holds."""
+        """The numbers in `evaluate.json`, by name."""
         return {
             **self.card.scalars(),
             **self.card.fidelity._asdict(),
@@ -72,7 +72,7 @@ def evaluate(sae: SAE, held_out: HeldOut | HeldOutConcepts, sites: SitePair) -> 
     return Evaluation(card, len(x), sae.W_dec.detach().norm(dim=1).cpu())
 
 
-def scored(
+def score_subject(
     subject: Subject, tokens: int | None = None, opened: tuple[LLM, SplitTokens] | None = None
 ) -> Evaluation:
     """The scorecard on `tokens` held-out tokens, or on as many as the run's own evaluation;
@@ -83,7 +83,7 @@ def scored(
     return evaluate(subject.sae, held_out, subject.sites)
 
 
-def section(result: Evaluation) -> Section:
+def make_scorecard_section(result: Evaluation) -> Section:
     scalars = result.scalars()
     return Section(
         title=f"Scorecard {scorecard.describe_data(scalars)}",

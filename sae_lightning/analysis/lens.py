@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sae_lightning.analysis.collect import Batch, collect, excerpt
+from sae_lightning.analysis.collect import EncodedBatch, collect, excerpt
 from sae_lightning.analysis.subject import Subject
-from sae_lightning.analysis.task import Task, at_least, integers
+from sae_lightning.analysis.task import Task, check_at_least, parse_integers
 from sae_lightning.errors import UserError
 from sae_lightning.llm.directions import (
     find_final_norm,
@@ -39,16 +39,16 @@ from sae_lightning.report.section import ResultTable, Section
 from sae_lightning.stream.packing import TokenStream
 from sae_lightning.terminal import phase
 
-NUMBERS = 2**24  # of products of features and tokens that are in memory at a time
-SHARPEST = 10  # features shown where none is asked for
+MAX_PRODUCTS = 2**24  # of products of features and tokens that are in memory at a time
+SHARPEST_SHOWN = 10  # features shown where none is asked for
 
-TOKENS = 8192  # of text to fit linear maps on; three times as many find no more
-RIDGE = 0.5  # of the mean variance; results from 0.3 to 1 are alike
-MOST = 1000  # contexts
-REFERENCE = 200  # random features; what they do on average is what any change does
-LENGTH = 16  # tokens of the contexts at whose end features are added
+FIT_TOKENS = 8192  # of text to fit linear maps on; three times as many find no more
+RIDGE_PENALTY = 0.5  # of the mean variance; results from 0.3 to 1 are alike
+MAX_CONTEXTS = 1000  # contexts
+REFERENCE_FEATURES = 200  # random features; what they do on average is what any change does
+CONTEXT_TOKENS = 16  # tokens of the contexts at whose end features are added
 # How long what is added is, against the activation; less drowns in what any change does.
-SHARE = 0.4
+ADDED_LENGTH = 0.4
 
 
 @dataclass(slots=True, kw_only=True)
@@ -65,21 +65,21 @@ class LensTask(Task):
     """Skip the blocks between the SAE and both ends of the LLM (the logit lens); reads no text."""
 
     def __post_init__(self):
-        self.feature = integers("feature", self.feature)
-        at_least("top", self.top, 1)
-        at_least("contexts", self.contexts, 1)
-        if self.contexts > MOST:
-            passes = f"each takes {REFERENCE} passes of the LLM and more"
-            raise UserError(f"contexts={self.contexts}: give at most {MOST}; {passes}")
+        self.feature = parse_integers("feature", self.feature)
+        check_at_least("top", self.top, 1)
+        check_at_least("contexts", self.contexts, 1)
+        if self.contexts > MAX_CONTEXTS:
+            passes = f"each takes {REFERENCE_FEATURES} passes of the LLM and more"
+            raise UserError(f"contexts={self.contexts}: give at most {MAX_CONTEXTS}; {passes}")
 
-    def answer(self, given: Collection[str]) -> None:
-        subject = self.open(given)
-        chosen = self.feature and subject.known(self.feature)
-        text = None if self.direct else subject.text.train
+    def execute(self, given: Collection[str]) -> None:
+        subject = self.load_subject(given)
+        chosen = self.feature and subject.check_features(self.feature)
+        text = None if self.direct else subject.corpus.train
         result = lens(subject, self.top, text, chosen or (), self.contexts)
-        table = section(result, read_vocabulary(subject.llm), chosen)
+        table = make_lens_section(result, read_vocabulary(subject.llm), chosen)
         scalars = table.table._asdict() if table.table else {}
-        self.finish(subject, scalars, [table], feature=chosen[0] if chosen else None)
+        self.print_and_publish(subject, scalars, [table], feature=chosen[0] if chosen else None)
 
 
 class Lens(NamedTuple):
@@ -111,39 +111,41 @@ def lens(
         subject.llm.model, subject.llm.model.get_input_embeddings().num_embeddings
     )
     if text is None:
-        rows, columns = _direct_rows(subject), _direct_columns(subject)
+        rows, columns = _unmapped_rows(subject), _unmapped_columns(subject)
     else:
-        maps = _maps(subject, text, tokens)
-        rows, columns = _written(subject, maps), subject.sae.W_enc.T @ maps.below.result().T
+        maps = _fit_maps(subject, text, tokens)
+        rows, columns = _mapped_rows(subject, maps), subject.sae.W_enc.T @ maps.below.result().T
         if features:
-            rows[list(features)] = _measured(subject, text, list(features), contexts)
+            rows[list(features)] = _measure_rows(subject, text, list(features), contexts)
     read = None
     if columns is not None:
         # rows beyond the tokenizer pad the embedding: no token has them
         words = len(subject.llm.tokenizer)
-        parts = _products("embedding", columns, tokens[:words])
+        parts = _multiply_slices("embedding", columns, tokens[:words])
         read = torch.cat([x.topk(min(top, words)).indices for x in parts]).cpu()
-    return Lens(None if rows is None else _effects(subject, rows, top), read)
+    return Lens(None if rows is None else _unembed_rows(subject, rows, top), read)
 
 
 @torch.no_grad()
-def effects(subject: Subject, text: TokenStream, top: int = 10) -> LogitEffect:
+def measure_effects(subject: Subject, text: TokenStream, top: int = 10) -> LogitEffect:
     """The `top` tokens that each feature promotes and suppresses, by a linear map fitted on
     `text`."""
     model = subject.llm.model
     tokens = read_embedding(model, model.get_input_embeddings().num_embeddings)
-    return _effects(subject, _written(subject, _maps(subject, text, tokens)), top)
+    return _unembed_rows(subject, _mapped_rows(subject, _fit_maps(subject, text, tokens)), top)
 
 
-def _effects(subject: Subject, rows: Tensor, top: int) -> LogitEffect:
+def _unembed_rows(subject: Subject, rows: Tensor, top: int) -> LogitEffect:
     """What the unembedding makes of `rows` [features, d]."""
     words = len(subject.llm.tokenizer)
     unembedding = subject.llm.model.get_output_embeddings().weight[:words]
-    parts = [_effect(x, min(top, words)) for x in _products("unembedding", rows, unembedding)]
+    parts = [
+        _rank_tokens(x, min(top, words)) for x in _multiply_slices("unembedding", rows, unembedding)
+    ]
     return LogitEffect(*(torch.cat(part).cpu() for part in zip(*parts, strict=True)))
 
 
-def _direct_rows(subject: Subject) -> Tensor | None:
+def _unmapped_rows(subject: Subject) -> Tensor | None:
     """What the unembedding gets of W_dec [features, d]: gain * centred(row), the change of the
     logits for a small strength up to the scale of the final norm."""
     if subject.sites.target.kind is Kind.mlp_in:
@@ -151,7 +153,7 @@ def _direct_rows(subject: Subject) -> Tensor | None:
     return find_final_norm(subject.llm.model).passes(subject.sae.W_dec)
 
 
-def _direct_columns(subject: Subject) -> Tensor | None:
+def _unmapped_columns(subject: Subject) -> Tensor | None:
     """What W_enc takes from an embedding [features, d]: its columns, for mlp_in taken back through
     the MLP's norm. Embeddings come centred, because what all tokens share tells none apart; a
     position embedding is such a thing."""
@@ -164,31 +166,33 @@ def _direct_columns(subject: Subject) -> Tensor | None:
     return columns
 
 
-def _maps(subject: Subject, text: TokenStream, tokens: Tensor) -> "_Maps":
+def _fit_maps(subject: Subject, text: TokenStream, tokens: Tensor) -> "_Maps":
     """Linear maps that stand for the blocks on both sides of the SAE, fitted on `text`."""
     maps = _Maps(subject.llm.model, tokens)
-    parts, total = excerpt(text, TOKENS, 16)
+    parts, total = excerpt(text, FIT_TOKENS, 16)
     what = "following tokens through the LLM"
     collect(subject, parts, [maps], total=total, what=what, encode=False)
     return maps
 
 
-def _written(subject: Subject, maps: "_Maps") -> Tensor:
+def _mapped_rows(subject: Subject, maps: "_Maps") -> Tensor:
     """What the unembedding gets of W_dec [features, d] if the blocks above were a linear map."""
     rows = subject.sae.W_dec @ maps.above.result()
     return rows.sub_(rows.mean(0))
 
 
-def _measured(subject: Subject, text: TokenStream, features: list[int], contexts: int) -> Tensor:
+def _measure_rows(
+    subject: Subject, text: TokenStream, features: list[int], contexts: int
+) -> Tensor:
     """What the unembedding gets of some features [n, d]: the mean change of its input when a row of
     W_dec is added at the target, at the last token of some contexts, less what others change."""
     random = torch.Generator().manual_seed(0)
-    others = torch.randperm(subject.features, generator=random)[:REFERENCE]
+    others = torch.randperm(subject.features, generator=random)[:REFERENCE_FEATURES]
     rows = subject.sae.W_dec[torch.cat([torch.tensor(features), others]).to(subject.device)]
-    tokens = text.next(contexts).tokens[:, :LENGTH]
+    tokens = text.next(contexts).tokens[:, :CONTEXT_TOKENS]
     with phase("adding features", total=contexts * (1 + len(rows))) as advance:
         found = measure_response(
-            subject.llm.model, tokens, subject.sites.target, rows, SHARE, advance
+            subject.llm.model, tokens, subject.sites.target, rows, ADDED_LENGTH, advance
         )
     return found[: len(features)] - found[len(features) :].mean(0)
 
@@ -200,7 +204,7 @@ class _Maps:
         self.model, self.embeddings = model, embeddings
         self.below, self.above = _Ridge(), _Ridge()
 
-    def add(self, batch: Batch) -> None:
+    def add(self, batch: EncodedBatch) -> None:
         output = run_body(self.model, batch.tokens).last_hidden_state
         self.below.add(self.embeddings[batch.tokens[batch.keep]], batch.x[batch.keep])
         self.above.add(batch.y[batch.keep], output[batch.keep].float())
@@ -221,21 +225,21 @@ class _Ridge:
     def result(self) -> Tensor:
         a, b, aa, ab = self.sums
         aa, ab = aa - torch.outer(a, a) / self.n, ab - torch.outer(a, b) / self.n
-        ridge = RIDGE * aa.diagonal().mean() * torch.eye(len(aa), device=aa.device)
+        ridge = RIDGE_PENALTY * aa.diagonal().mean() * torch.eye(len(aa), device=aa.device)
         return torch.linalg.solve(aa + ridge, ab)
 
 
-def _products(what: str, directions: Tensor, tokens: Tensor) -> Iterator[Tensor]:
+def _multiply_slices(what: str, directions: Tensor, tokens: Tensor) -> Iterator[Tensor]:
     """Products [some features, vocabulary] of directions [features, d] with tokens [vocabulary, d],
     as many at a time as fit into memory."""
     tokens = tokens.float().T
     with phase(f"features at the {what}", total=len(directions)) as advance:
-        for part in directions.split(max(1, NUMBERS // tokens.shape[1])):
+        for part in directions.split(max(1, MAX_PRODUCTS // tokens.shape[1])):
             yield part @ tokens
             advance(len(part))
 
 
-def _effect(logits: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
+def _rank_tokens(logits: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
     """Promoted and suppressed ids and the sharpness of effects [features, vocabulary]."""
     best, worst = logits.topk(top).indices, (-logits).topk(top).indices
     square = (logits - logits.mean(-1, keepdim=True)).square_()
@@ -243,10 +247,10 @@ def _effect(logits: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
     return best, worst, square.square_().mean(-1) / variance.square() - 3
 
 
-def section(lens: Lens, words: list[str], features: list[int] | None = None) -> Section:
+def make_lens_section(lens: Lens, words: list[str], features: list[int] | None = None) -> Section:
     """The tokens of some features, by default those with the sharpest effect; words: each id as it
     reads."""
-    chosen = _sharpest(lens) if features is None else features
+    chosen = _pick_sharpest(lens) if features is None else features
     columns = {"reads": lens.read}
     if lens.effect:
         columns |= {"promotes": lens.effect.promoted, "suppresses": lens.effect.suppressed}
@@ -260,16 +264,16 @@ def section(lens: Lens, words: list[str], features: list[int] | None = None) -> 
         header.append("sharpness")
         for row, i in zip(rows, chosen, strict=True):
             row.append(f"{lens.effect.sharpness[i]:.1f}")
-    return Section("Lens", _lead(lens), table=ResultTable(header, rows) if columns else None)
+    return Section("Lens", _write_lead(lens), table=ResultTable(header, rows) if columns else None)
 
 
-def _sharpest(lens: Lens) -> list[int]:
+def _pick_sharpest(lens: Lens) -> list[int]:
     if lens.effect is None:
-        return [] if lens.read is None else list(range(min(SHARPEST, len(lens.read))))
-    return lens.effect.sharpness.argsort(descending=True)[:SHARPEST].tolist()
+        return [] if lens.read is None else list(range(min(SHARPEST_SHOWN, len(lens.read))))
+    return lens.effect.sharpness.argsort(descending=True)[:SHARPEST_SHOWN].tolist()
 
 
-def _lead(lens: Lens) -> str:
+def _write_lead(lens: Lens) -> str:
     if lens.effect is None and lens.read is None:
         return "There is no direct path from tokens to this source, nor from this target to logits."
     said = []

@@ -12,15 +12,15 @@ from sae_lightning.runs.config import Config
 from sae_lightning.sae import ARCHITECTURES, SAE
 
 # TransformerLens' names, by which SAELens knows models, that are not the hub's.
-HUB = {
+HUB_NAMES = {
     "gpt2-small": "gpt2",
     "tiny-stories-33M": "roneneldan/TinyStories-33M",
     "tiny-stories-1L-21M": "roneneldan/TinyStories-1Layer-21M",
 }
-OWNERS = {"gpt2-": "openai-community", "pythia-": "EleutherAI", "gemma-": "google"}
-OWNERS |= {"Llama-": "meta-llama", "Qwen": "Qwen", "Mistral-": "mistralai"}
+HUB_OWNERS = {"gpt2-": "openai-community", "pythia-": "EleutherAI", "gemma-": "google"}
+HUB_OWNERS |= {"Llama-": "meta-llama", "Qwen": "Qwen", "Mistral-": "mistralai"}
 # TransformerLens' and transformers' names of a place -> what is read there, and how many blocks on.
-PLACES = {
+HOOK_PATTERNS = {
     r"blocks\.(\d{1,6})\.hook_resid_post": (Kind.resid, 0),
     r"blocks\.(\d{1,6})\.hook_resid_pre": (Kind.resid, -1),
     r"blocks\.(\d{1,6})\.hook_attn_out": (Kind.attn, 0),
@@ -33,33 +33,37 @@ PLACES = {
 
 
 # What is asked of the metadata, and its type; of a run's settings, which count more, the LLM.
-ASKED = {"model_name": str, "hook_name": str, "hook_name_out": str, "context_size": int}
-LLM = dict.fromkeys(("llm.name", "llm.revision", "llm.bos", "llm.separator"), str)
+METADATA_TYPES = {"model_name": str, "hook_name": str, "hook_name_out": str, "context_size": int}
+OWN_METADATA_TYPES = dict.fromkeys(("llm.name", "llm.revision", "llm.bos", "llm.separator"), str)
 
 
-def config_of(sae: SAE, run: str, asked: dict[str, Any], given: Collection[str]) -> Config:
+def config_from_metadata(
+    sae: SAE, run: str, asked: dict[str, Any], given: Collection[str]
+) -> Config:
     """The settings in the metadata of an SAE in the folder `run`, with those of `asked` (llm, data,
     layer, seed) that are `given` by name instead. UserError where nothing says what it reads."""
     own = sae.metadata.get(OWN_KEY)
     said = sae.metadata | (own if isinstance(own, dict) else {})
-    metadata = {key: said[key] for key in ASKED | LLM if said.get(key) is not None}
+    metadata = {
+        key: said[key] for key in METADATA_TYPES | OWN_METADATA_TYPES if said.get(key) is not None
+    }
     for key, value in metadata.items():
-        kind = (ASKED | LLM)[key]
+        kind = (METADATA_TYPES | OWN_METADATA_TYPES)[key]
         if type(value) is not kind:
             raise UserError(f"{run}: {key}={value!r:.80} in its metadata is no {kind.__name__}")
     llm, data, layer = asked["llm"], asked["data"], asked["layer"]
     if not {"llm", "llm.name"} & {*given}:
-        own = {name.removeprefix("llm."): metadata.get(name) for name in LLM}
-        llm = replace(llm, **own | {"name": _llm(metadata, run)})
+        own = {name.removeprefix("llm."): metadata.get(name) for name in OWN_METADATA_TYPES}
+        llm = replace(llm, **own | {"name": _find_llm_name(metadata, run)})
     if not any(name.split(".")[0] == "layer" for name in given):
-        layer = _layer(metadata, run)
+        layer = _read_layer(metadata, run)
     if "data.context" not in given and "context_size" in metadata and hasattr(data, "context"):
         data = replace(data, context=metadata["context_size"])
     loss = ARCHITECTURES[sae.config.name].loss()
     return Config(llm=llm, data=data, layer=layer, model=sae.config, loss=loss, seed=asked["seed"])
 
 
-def _llm(metadata: dict[str, Any], run: str) -> str:
+def _find_llm_name(metadata: dict[str, Any], run: str) -> str:
     if own := metadata.get("llm.name"):
         return own
     name = metadata.get("model_name")
@@ -70,13 +74,13 @@ def _llm(metadata: dict[str, Any], run: str) -> str:
         )
     if "/" in name:
         return name
-    owner = next((owner for start, owner in OWNERS.items() if name.startswith(start)), None)
-    return HUB.get(name) or (f"{owner}/{name}" if owner else name)
+    owner = next((owner for start, owner in HUB_OWNERS.items() if name.startswith(start)), None)
+    return HUB_NAMES.get(name) or (f"{owner}/{name}" if owner else name)
 
 
-def _layer(metadata: dict[str, Any], run: str) -> LayerConfig:
-    source = _place(metadata.get("hook_name"), run)
-    target = _place(metadata["hook_name_out"], run) if metadata.get("hook_name_out") else source
+def _read_layer(metadata: dict[str, Any], run: str) -> LayerConfig:
+    source = _read_hook(metadata.get("hook_name"), run)
+    target = _read_hook(metadata["hook_name_out"], run) if metadata.get("hook_name_out") else source
     if source[0] != target[0]:
         raise UserError(
             f"{run} reads block {source[0]} and writes block {target[0]}: only an SAE within one "
@@ -85,8 +89,8 @@ def _layer(metadata: dict[str, Any], run: str) -> LayerConfig:
     return LayerConfig(index=source[0], source=source[1], target=target[1])
 
 
-def _place(hook: str | None, run: str) -> tuple[int, Kind]:
-    for pattern, (kind, on) in PLACES.items():
+def _read_hook(hook: str | None, run: str) -> tuple[int, Kind]:
+    for pattern, (kind, on) in HOOK_PATTERNS.items():
         found = hook and re.fullmatch(pattern, hook)
         if found and int(found[1]) + on >= 0:
             return int(found[1]) + on, kind

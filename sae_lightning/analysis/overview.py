@@ -6,36 +6,37 @@ from dataclasses import dataclass
 from sae_lightning.analysis import evaluate
 from sae_lightning.analysis.probing import probe_sections
 from sae_lightning.analysis.probing.probe_task import probed
-from sae_lightning.analysis.survey.features_task import SHOWN, FeaturesTask
-from sae_lightning.analysis.survey.survey import most_telling
-from sae_lightning.analysis.survey.survey import section as survey_section
+from sae_lightning.analysis.survey.features_task import PRINTED_FEATURES, FeaturesTask
+from sae_lightning.analysis.survey.survey import make_features_section, pick_most_telling
 from sae_lightning.analysis.theory import claims, theory_sections
 from sae_lightning.report.printer import print_lead, print_section, print_units
 
-PROBED = 65_536  # tokens of labelled text, and fewer for a very large SAE: that many times
-PROBED_FEATURES = 32_768  # so many features at most
+PROBE_TOKENS = 65_536  # tokens of labelled text, and fewer for a very large SAE: that many times
+PROBE_FEATURES = 32_768  # so many features at most
 
 
 @dataclass(slots=True, kw_only=True)
 class OverviewTask(FeaturesTask):
     """Everything that is cheap, and one page to open."""
 
-    def answer(self, given: Collection[str]) -> None:
-        subject = self.open(given)
+    def execute(self, given: Collection[str]) -> None:
+        subject = self.load_subject(given)
         if not subject.config.data_source.has_llm:  # of concepts there is only a scorecard
-            card = evaluate.scored(subject)
-            self.finish(subject, {"evaluate": card.scalars()}, [evaluate.section(card)])
+            card = evaluate.score_subject(subject)
+            self.print_and_publish(
+                subject, {"evaluate": card.scalars()}, [evaluate.make_scorecard_section(card)]
+            )
             return
-        text = subject.text
+        text = subject.corpus
         reducers = claims.TheoryReducers(subject)
-        found = self.surveyed(subject, reducers)
-        card = evaluate.scored(subject, opened=(subject.llm, text))
+        found = self.make_catalogues(subject, reducers)
+        card = evaluate.score_subject(subject, opened=(subject.llm, text))
         tested = claims.theory(subject, reducers)
-        summary, scorecard = survey_section(found), evaluate.section(card)
+        summary, scorecard = make_features_section(found), evaluate.make_scorecard_section(card)
         print_section(summary)
-        print_units(found.features, most_telling(found.features, SHOWN))
+        print_units(found.features, pick_most_telling(found.features, PRINTED_FEATURES))
         probes = None
-        tokens = PROBED * PROBED_FEATURES // max(PROBED_FEATURES, subject.features)
+        tokens = PROBE_TOKENS * PROBE_FEATURES // max(PROBE_FEATURES, subject.features)
         if "speaker" in subject.config.data_source.labels:
             probes = probed(subject, "speaker", tokens)
         parts = {

@@ -16,7 +16,13 @@ import torch
 from torch import Tensor
 
 from sae_lightning.analysis.subject import Subject
-from sae_lightning.analysis.task import Task, at_least, integers, numbers, plain
+from sae_lightning.analysis.task import (
+    Task,
+    as_typed,
+    check_at_least,
+    parse_integers,
+    parse_numbers,
+)
 from sae_lightning.errors import UserError
 from sae_lightning.llm.capture import capture
 from sae_lightning.llm.generate import (
@@ -33,7 +39,7 @@ from sae_lightning.terminal import phase
 
 # Of the activation's length. Behind block 9 of SmolLM2-135M texts hardly change below these shares,
 # and from a half on they fall apart (4 nats of surprise a token instead of 2).
-SHARES = (0.2, 0.3, 0.4)
+DEFAULT_LENGTHS = (0.2, 0.3, 0.4)
 
 
 class Mode(Enum):
@@ -66,20 +72,20 @@ class SteerTask(Task):
     """Draw from the likeliest tokens that together have this probability."""
 
     def __post_init__(self):
-        feature = integers("feature", self.feature)
+        feature = parse_integers("feature", self.feature)
         if feature is None or len(feature) > 1:
-            raise UserError(f"feature={plain(self.feature)}: give one feature, as feature=87")
+            raise UserError(f"feature={as_typed(self.feature)}: give one feature, as feature=87")
         (self.feature,) = feature
-        self.strength = numbers("strength", self.strength)
-        at_least("tokens", self.tokens, 1)
-        at_least("temperature", self.temperature, 0)
+        self.strength = parse_numbers("strength", self.strength)
+        check_at_least("tokens", self.tokens, 1)
+        check_at_least("temperature", self.temperature, 0)
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p={self.top_p}: a probability; give one above 0, up to 1")
 
-    def answer(self, given: Collection[str]) -> None:
-        subject = self.open(given)
+    def execute(self, given: Collection[str]) -> None:
+        subject = self.load_subject(given)
         # before the LLM is loaded
-        subject.known([self.feature])
+        subject.check_features([self.feature])
         encode_prompt(subject.tokenizer, self.prompt, self.tokens, subject.context)
         result = steer(
             subject,
@@ -90,7 +96,9 @@ class SteerTask(Task):
             mode=self.mode,
             sampling=Sampling(self.temperature, self.top_p, self.seed),
         )
-        self.finish(subject, result._asdict(), [section(result)], feature=self.feature)
+        self.print_and_publish(
+            subject, result._asdict(), [make_steering_section(result)], feature=self.feature
+        )
 
 
 class Continuation(NamedTuple):
@@ -148,26 +156,26 @@ def steer(
     fifth to two fifths of the activation's length. All continuations are written together and share
     their random numbers (see `generate`).
     """
-    subject.known([feature])
+    subject.check_features([feature])
     llm = subject.llm
     ids = encode_prompt(llm.tokenizer, prompt, tokens, read_context_length(llm.model))
     y = capture(llm.model, ids[None], [subject.sites.target])[subject.sites.target][0, 1:]
     whole = (y.float().norm(dim=1).median() / subject.sae.W_dec[feature].norm()).item()
     if strengths is None:
-        strengths = [float(f"{share * whole:.2g}") for share in SHARES]
+        strengths = [float(f"{share * whole:.2g}") for share in DEFAULT_LENGTHS]
     every = [None, *strengths]
     with phase(f"writing {len(every)} texts"):
-        function = _with_feature(subject, feature, every, mode)
+        function = _make_intervention(subject, feature, every, mode)
         found = generate(llm, ids, tokens, subject.sites, function, len(every), sampling)
     words = read_vocabulary(llm)
     plain, *steered = (
-        _read(subject, feature, strength, text, len(ids), words)
+        _read_continuation(subject, feature, strength, text, len(ids), words)
         for strength, text in zip(every, found, strict=True)
     )
     return Steered(feature, mode, whole, plain, steered)
 
 
-def _with_feature(
+def _make_intervention(
     subject: Subject, feature: int, strengths: list[float | None], mode: Mode
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """(x, y) -> y with the feature at each sequence's strength; None leaves it as it is."""
@@ -185,7 +193,7 @@ def _with_feature(
     return apply
 
 
-def _read(
+def _read_continuation(
     subject: Subject,
     feature: int,
     strength: float | None,
@@ -208,7 +216,7 @@ def _read(
     )
 
 
-def section(result: Steered) -> Section:
+def make_steering_section(result: Steered) -> Section:
     rows, texts = [], []
     for continuation in (result.plain, *result.steered):
         name, share = "unsteered", ""
@@ -221,13 +229,13 @@ def section(result: Steered) -> Section:
         texts.append(ColouredText(caption, continuation.tokens, continuation.activations))
     return Section(
         title=f"Steering with feature {result.feature}",
-        lead=_lead(result),
+        lead=_write_lead(result),
         table=ResultTable(["text", "length", "activation", "surprise", "tokens written"], rows),
         texts=texts,
     )
 
 
-def _lead(result: Steered) -> str:
+def _write_lead(result: Steered) -> str:
     how = "added while" if result.mode is Mode.add else "held at a strength while"
     return (
         f"Feature {result.feature} was {how} the LLM wrote. Length: what a strength adds, against "

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from sae_lightning.analysis.metadata import config_of
+from sae_lightning.analysis.metadata import config_from_metadata
 from sae_lightning.errors import UserError
 from sae_lightning.formats.export import load_sae
 from sae_lightning.llm.load import LLM, LLMConfig, load_llm, load_tokenizer, pick_device
@@ -39,6 +39,11 @@ class Subject:
     config: Config
     """LLM and text; of a folder that is no run, the rest has no meaning."""
 
+    @property
+    def results_folder(self) -> Path:
+        """Where pages and numbers are written."""
+        return self.folder / "analysis"
+
     @cached_property
     def llm(self) -> LLM:
         """The whole LLM, frozen, on its device. UserError where there is none."""
@@ -57,7 +62,7 @@ class Subject:
         return self.config.data_source.shape().context
 
     @cached_property
-    def text(self) -> SplitTokens:
+    def corpus(self) -> SplitTokens:
         """The text of the run: `train` and `held_out`. UserError where there is none."""
         self._needs_text()
         data = self.config.data
@@ -66,7 +71,7 @@ class Subject:
 
     @property
     def features(self) -> int:
-        """Number of features."""
+        """Number of features of the SAE."""
         return self.sae.config.features
 
     @property
@@ -75,14 +80,14 @@ class Subject:
         return self.sae.W_enc.device
 
     @property
-    def name(self) -> str:
+    def heading(self) -> str:
         """What it is, for a heading."""
         llm = Path(self.config.llm.name).name
         where = f"{llm}, {self.sites}" if self.config.data_source.has_llm else "synthetic concepts"
         plural = "s" * (self.features > 1)
         return f"{where}: {self.features:,} {self.sae.config.name} feature{plural}"
 
-    def facts(self) -> dict[str, str]:
+    def describe(self) -> dict[str, str]:
         """What it is, for a page."""
         return describe_source(self.config.to_flat_dict()) | {
             "SAE": self.sae.config.name,
@@ -90,7 +95,7 @@ class Subject:
             "folder": str(shorten_path(self.folder)),
         }
 
-    def known(self, features: list[int]) -> list[int]:
+    def check_features(self, features: list[int]) -> list[int]:
         """`features`; UserError if the SAE has no such feature."""
         for feature in features:
             if not 0 <= feature < self.features:
@@ -124,11 +129,11 @@ def open_subject(run: str, asked: dict[str, Any], given: Collection[str] = ()) -
         )
     parent = folder.parent if folder.name == "sae" else folder
     if (parent / CONFIG_FILE).is_file():
-        folder, config = parent, _config_of_run(parent, asked, given)
+        folder, config = parent, _read_run_config(parent, asked, given)
         sae = load_sae(folder)
     else:
         sae = load_sae(folder)
-        config = config_of(sae, run, asked, given)
+        config = config_from_metadata(sae, run, asked, given)
     llm = config.data_source.shape()
     sites = config.layer.resolve_sites(llm.layers)
     config.data_source.check(llm, resumed=True)
@@ -161,10 +166,10 @@ def open_run(
     }
     given = {"llm": llm, "data": data, "layer": layer}
     subject = open_subject(str(folder), asked, [name for name in given if given[name] is not None])
-    return subject, subject.text
+    return subject, subject.corpus
 
 
-def _config_of_run(run: Path, asked: dict[str, Any], given: Collection[str]) -> Config:
+def _read_run_config(run: Path, asked: dict[str, Any], given: Collection[str]) -> Config:
     """A run's settings with those of `asked` that are `given` instead: whole groups or single."""
     # an LLM that was typed, or the permission itself, is the user's word and not the folder's
     config = read_job(run, trusted=bool({"llm", TRUST_SETTING} & {*given})).config

@@ -16,7 +16,7 @@ from sae_lightning.terminal import quote_setting, shorten_path
 class SweepTask(Task):
     """The report of a multirun again."""
 
-    def answer(self, given: Collection[str]) -> None:
+    def execute(self, given: Collection[str]) -> None:
         folder = Path(self.run)
         if others := sorted({*given} - {"run", "task"}):
             raise UserError(

@@ -1,6 +1,6 @@
 """What every task of `analyze.py` shares: which SAE on which text, and where its results go.
 
-A task is a dataclass of settings with the method `answer`, and a preset of the group `task`, so
+A task is a dataclass of settings with the method `execute`, and a preset of the group `task`, so
 that a setting that another task has is refused.
 """
 
@@ -24,7 +24,7 @@ from sae_lightning.report.section import Section
 from sae_lightning.stream.source import DataConfig
 from sae_lightning.terminal import console, format_command, shorten_path
 
-NEXT = ("lens", "steer", "explain")  # tasks for a feature that looks interesting
+NEXT_TASKS = ("lens", "steer", "explain")  # tasks for a feature that looks interesting
 
 
 @dataclass(slots=True, kw_only=True)
@@ -44,33 +44,33 @@ class Task:
     seed: int = 0
     """Fixes the order of the text; a run's own, unless given."""
 
-    def answer(self, given: Collection[str]) -> None:
+    def execute(self, given: Collection[str]) -> None:
         """Do it, print a short account, and write numbers and a page; `given` names the settings
         that were typed."""
         raise NotImplementedError
 
-    def open(self, given: Collection[str]) -> Subject:
+    def load_subject(self, given: Collection[str]) -> Subject:
         """The SAE, once it is known that results can be written beside it."""
         asked = {"llm": self.llm, "data": self.data, "layer": self.layer, "seed": self.seed}
         subject = open_subject(self.run, asked, given)
-        refuse_link(results(subject))
-        place = results(subject) if results(subject).exists() else subject.folder
+        refuse_link(subject.results_folder)
+        place = subject.results_folder if subject.results_folder.exists() else subject.folder
         if not (place.is_dir() and os.access(place, os.W_OK)):
             raise UserError(
                 f"{place} cannot be written to: copy {subject.folder} (its config.yaml and sae/ "
                 "will do) to where you can write, and give that folder as run=..."
             )
-        remove_leftovers(results(subject))
+        remove_leftovers(subject.results_folder)
         return subject
 
-    def finish(
+    def print_and_publish(
         self,
         subject: Subject,
         scalars: dict[str, Any],
         sections: Sequence[Section],
         feature: int | None = None,
     ) -> None:
-        """Print and publish sections."""
+        """Print sections, then publish them."""
         for section in sections:
             print_section(section)
         self.publish(subject, scalars, sections, feature=feature)
@@ -87,12 +87,12 @@ class Task:
         """Write numbers and a page, and say where they are; the page ends with commands for
         `feature`."""
         name = f"{self.task}.html" if self.task != "overview" else "index.html"
-        target = results(subject) / name
+        target = subject.results_folder / name
         numbers = target.with_name(f"{self.task}.json")
         write_json(numbers, scalars)
-        commands = following(subject.folder, feature)
+        commands = suggest_commands(subject.folder, feature)
         files = [*(f"{catalogue.kind}s.parquet" for catalogue in catalogues), numbers.name]
-        about = subject.name, subject.facts()
+        about = subject.heading, subject.describe()
         write_page(target, AnalysisPage(*about, sections, catalogues, commands, files, own))
         console.print(
             f"\n  open in a browser: {shorten_path(target)}\n"
@@ -100,39 +100,36 @@ class Task:
         )
 
 
-def results(subject: Subject) -> Path:
-    """The folder of pages and numbers."""
-    return subject.folder / "analysis"
-
-
-def following(folder: Path, feature: int | None) -> list[str]:
+def suggest_commands(folder: Path, feature: int | None) -> list[str]:
     """What to ask next of the SAE in `folder`, of one of its features if there is one."""
     run = shorten_path(folder)
     if feature is None:
         return [format_command("analyze.py", run=run)]
     own = format_command("analyze.py", run=run, task="text", text="There once was a cat")
     return [
-        *(format_command("analyze.py", run=run, task=task, feature=feature) for task in NEXT),
+        *(format_command("analyze.py", run=run, task=task, feature=feature) for task in NEXT_TASKS),
         own,
     ]
 
 
-def at_least(name: str, value: float | None, least: float) -> None:
+def check_at_least(name: str, value: float | None, least: float) -> None:
     """UserError unless `value` is None or finite and at least `least`."""
     check_finite(name, value)
     if value is not None and value < least:
         raise UserError(f"{name}={value}: give {least} or more")
 
 
-def integers(name: str, value: Any) -> list[int] | None:
+def parse_integers(name: str, value: Any) -> list[int] | None:
     """A whole number or a list of them as a list; UserError for anything else."""
-    values = numbers(name, value)
+    values = parse_numbers(name, value)
     if values is not None and any(x != int(x) or x < 0 for x in values):
-        raise UserError(f"{name}={plain(value)}: give whole numbers from 0, such as {name}=[3,7]")
+        raise UserError(
+            f"{name}={as_typed(value)}: give whole numbers from 0, such as {name}=[3,7]"
+        )
     return values and [int(x) for x in values]
 
 
-def numbers(name: str, value: Any) -> list[float] | None:
+def parse_numbers(name: str, value: Any) -> list[float] | None:
     """A number or a list of them as a list; UserError for anything else."""
     if value is None:
         return None
@@ -141,10 +138,10 @@ def numbers(name: str, value: Any) -> list[float] | None:
         isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) for x in values
     )
     if not good or not values:
-        raise UserError(f"{name}={plain(value)}: give a number, or several as {name}=[1,2]")
+        raise UserError(f"{name}={as_typed(value)}: give a number, or several as {name}=[1,2]")
     return list(values)
 
 
-def plain(value: Any) -> str:
+def as_typed(value: Any) -> str:
     """A value as it is typed."""
     return str(value).replace(" ", "")

@@ -2,7 +2,7 @@
 
 import torch
 
-from sae_lightning.analysis.collect import Batch
+from sae_lightning.analysis.collect import EncodedBatch
 
 
 def batches(features: torch.Tensor, tokens: torch.Tensor | None = None, size: int = 3):
@@ -17,7 +17,7 @@ def batches(features: torch.Tensor, tokens: torch.Tensor | None = None, size: in
     ids = torch.arange(sequences)
     parts = [each.split(size) for each in (tokens, keep, x, features, ids)]
     for tokens, keep, x, features, ids in zip(*parts, strict=True):
-        yield Batch(tokens, keep, x, x, features, ids)
+        yield EncodedBatch(tokens, keep, x, x, features, ids)
 
 
 def sparse(*shape: int, share: float = 0.3, seed: int = 0) -> torch.Tensor:

@@ -7,7 +7,7 @@ import torch
 from subjects import make_subject, place
 
 from sae_lightning.analysis import collect as room
-from sae_lightning.analysis.collect import Batch, collect, excerpt
+from sae_lightning.analysis.collect import EncodedBatch, collect, excerpt
 from sae_lightning.llm.capture import capture
 from sae_lightning.llm.sites import Kind
 from sae_lightning.stream.packing import Sequences
@@ -17,9 +17,9 @@ class Everything:
     """Keeps all batches; only a test may."""
 
     def __init__(self):
-        self.batches: list[Batch] = []
+        self.batches: list[EncodedBatch] = []
 
-    def add(self, batch: Batch) -> None:
+    def add(self, batch: EncodedBatch) -> None:
         self.batches.append(batch)
 
     def __getattr__(self, name: str) -> torch.Tensor:
@@ -93,10 +93,10 @@ def test_what_is_usual_is_told_by_the_first_sequences_as_in_training(subject, wo
 
 def test_slices_of_a_batch_add_up_to_it(subject, words, monkeypatch):
     whole = collected(subject, words(600), 99)
-    monkeypatch.setattr(room, "STRENGTHS", 32 * 12)  # a sequence at a time
+    monkeypatch.setattr(room, "MAX_STRENGTHS", 32 * 12)  # a sequence at a time
     sliced = collected(subject, words(600), 99)
     assert len(sliced.batches) == 9 > len(whole.batches)
-    for name in (field.name for field in fields(Batch)):
+    for name in (field.name for field in fields(EncodedBatch)):
         torch.testing.assert_close(getattr(sliced, name), getattr(whole, name))
 
 

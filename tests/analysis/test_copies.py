@@ -3,8 +3,8 @@
 import torch
 from torch.nn.functional import normalize
 
-from sae_lightning.analysis.survey.copies import copy_of
-from sae_lightning.analysis.survey.related import neighbours
+from sae_lightning.analysis.survey.copies import find_originals
+from sae_lightning.analysis.survey.related import find_neighbours
 from sae_lightning.scoring.duplicates import COPY_COSINE
 
 
@@ -15,7 +15,7 @@ def on_a_circle(*degrees: float) -> torch.Tensor:
 
 
 def grouped(rows: torch.Tensor, ranking: list[int], k: int = 5) -> list[int]:
-    return copy_of(rows, neighbours(rows, k), torch.tensor(ranking)).tolist()
+    return find_originals(rows, find_neighbours(rows, k), torch.tensor(ranking)).tolist()
 
 
 def test_a_copy_stands_under_the_best_ranked_of_its_kind():
@@ -58,6 +58,6 @@ def test_every_copy_is_like_its_original_and_no_two_originals_that_are_neighbour
     assert torch.equal(original[original], original)
     place = ranking.argsort()
     assert (place[original] <= place).all()
-    near = neighbours(rows)
+    near = find_neighbours(rows)
     both = (original == torch.arange(500))[:, None] & (original[near.units] == near.units)
     assert not (both & (near.likeness > COPY_COSINE)).any()

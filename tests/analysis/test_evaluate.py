@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Generator
 
-from sae_lightning.analysis.evaluate import evaluate, section
+from sae_lightning.analysis.evaluate import evaluate, make_scorecard_section
 from sae_lightning.llm.sites import Kind, Site, SitePair
 from sae_lightning.llm.splice import SpliceScores
 from sae_lightning.sae import ARCHITECTURES, SAEConfig, build
@@ -95,7 +95,7 @@ def test_without_the_llms_loss_the_page_speaks_of_the_rest(held_out, tiny):
     result, whole = (evaluate(sae, each, SITES).scalars() for each in (quick, held_out))
     assert whole.keys() - result.keys() == {*SpliceScores._fields}
     assert all(result[name] == whole[name] for name in result)
-    page = section(evaluate(sae, quick, SITES))
+    page = make_scorecard_section(evaluate(sae, quick, SITES))
     assert page.title == "Scorecard on held-out text"
     assert page.lead.endswith("of the activations' variance.")
     assert not {"CE recovered", "KL"} & {*page.rows}
@@ -106,7 +106,7 @@ def test_a_loss_that_is_not_finite_is_no_number_of_nats_in_the_lead(held_out):
     result = evaluate(both_signs(WIDTH), held_out, SITES)
     nothing = SpliceScores(*[math.nan] * len(SpliceScores._fields))
     result = result._replace(card=result.card._replace(scores=nothing))
-    assert section(result).lead.endswith("of the activations' variance.")
+    assert make_scorecard_section(result).lead.endswith("of the activations' variance.")
 
 
 def test_the_lead_speaks_of_a_share_only_where_zero_ablation_costs_something(held_out):
@@ -116,7 +116,7 @@ def test_the_lead_speaks_of_a_share_only_where_zero_ablation_costs_something(hel
         (2.9, "(zero ablation costs nothing)."),
     ):
         scores = SpliceScores(3.0, 3.6, zero, 7.0, 0.9, 0.1)
-        shown = section(result._replace(card=result.card._replace(scores=scores)))
+        shown = make_scorecard_section(result._replace(card=result.card._replace(scores=scores)))
         assert shown.lead.endswith(f"0.600 nats higher {end}")
 
 
@@ -130,7 +130,7 @@ def test_what_is_written_is_json_with_every_number_of_the_scorecard(held_out):
 
 def test_the_section_shows_the_numbers_and_three_figures(held_out):
     result = evaluate(both_signs(WIDTH, scale=0.75), held_out, SITES)
-    shown = section(result)
+    shown = make_scorecard_section(result)
     assert shown.title == "Scorecard on held-out text"
     assert "24.0 active features of 48" in shown.lead
     assert "0.7500" in shown.rows["shrinkage"]
@@ -145,7 +145,7 @@ def test_the_section_shows_the_numbers_and_three_figures(held_out):
 def test_silent_features_are_counted_in_the_caption(held_out):
     sae = both_signs(WIDTH)
     sae.b_enc[:5] = -1e6
-    captions = [*section(evaluate(sae, held_out, SITES)).figures]
+    captions = [*make_scorecard_section(evaluate(sae, held_out, SITES)).figures]
     silent = 5 + int(
         (evaluate(both_signs(WIDTH), held_out, SITES).card.quality.density == 0)[5:].sum()
     )
@@ -161,8 +161,8 @@ def test_synthetic_concepts_are_scored_without_an_llm():
     assert found["gamma"] == pytest.approx(1)
     assert "ce_clean" not in found
     assert math.isfinite(found["recovered"])
-    assert section(result).title == "Scorecard on held-out samples"
-    assert len(section(result).figures) == 2
+    assert make_scorecard_section(result).title == "Scorecard on held-out samples"
+    assert len(make_scorecard_section(result).figures) == 2
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -170,5 +170,5 @@ def test_every_architecture_has_a_scorecard(name, held_out):
     kind = ARCHITECTURES[name].config
     sparse = {"k": 4} if "k" in kind.__dataclass_fields__ else {}
     sae = build(kind(name=name, features=40, **sparse), WIDTH, WIDTH, Generator().manual_seed(0))
-    shown = section(evaluate(sae.requires_grad_(False), held_out, SITES))
+    shown = make_scorecard_section(evaluate(sae.requires_grad_(False), held_out, SITES))
     assert shown.rows["L0"]

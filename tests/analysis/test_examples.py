@@ -7,7 +7,11 @@ import torch
 from batches import batches, sparse
 
 from sae_lightning.analysis.survey import strengths
-from sae_lightning.analysis.survey.examples import Counting, Gathering, Texts
+from sae_lightning.analysis.survey.examples import (
+    FiringStatistics,
+    StrongestExamples,
+    TokenRecorder,
+)
 from sae_lightning.analysis.survey.strengths import Positive
 from sae_lightning.report.catalogue import AFTER, BEFORE, EDGES, WINDOW
 
@@ -15,7 +19,7 @@ UNITS, CONTEXT = 7, 40
 
 
 def gathered(features: torch.Tensor, n: int, size: int = 3):
-    reducer = Gathering(features.shape[2], n, strengths.features)
+    reducer = StrongestExamples(features.shape[2], n, strengths.feature_strengths)
     for batch in batches(features, size=size):
         reducer.add(batch)
     return reducer.result()
@@ -23,7 +27,7 @@ def gathered(features: torch.Tensor, n: int, size: int = 3):
 
 def test_counts_are_those_of_the_whole_text():
     features = sparse(11, CONTEXT, UNITS)
-    reducer = Counting(UNITS, strengths.features)
+    reducer = FiringStatistics(UNITS, strengths.feature_strengths)
     for batch in batches(features):
         reducer.add(batch)
     found, read = reducer.result(), features[:, 1:].flatten(0, 1)
@@ -43,7 +47,7 @@ def test_counts_are_those_of_the_whole_text():
 def test_strengths_beyond_the_histogram_are_in_its_last_bins():
     features = torch.zeros(1, 3, 1)
     features[0, 1:, 0] = torch.tensor([1e-9, 1e9])
-    reducer = Counting(1, strengths.features)
+    reducer = FiringStatistics(1, strengths.feature_strengths)
     for batch in batches(features):
         reducer.add(batch)
     histogram = reducer.result().histogram[0]
@@ -53,7 +57,7 @@ def test_strengths_beyond_the_histogram_are_in_its_last_bins():
 def test_a_unit_that_never_fires_has_a_mean_of_0_and_no_examples():
     features = sparse(4, CONTEXT, 2)
     features[..., 1] = 0
-    reducer = Counting(2, strengths.features)
+    reducer = FiringStatistics(2, strengths.feature_strengths)
     for batch in batches(features):
         reducer.add(batch)
     assert reducer.result().mean[1] == 0
@@ -111,7 +115,7 @@ def test_a_strength_that_is_too_great_for_its_window_is_the_greatest_there():
 
 
 def test_the_text_is_kept_as_it_was_read():
-    texts, features = Texts(), sparse(5, CONTEXT, 1)
+    texts, features = TokenRecorder(), sparse(5, CONTEXT, 1)
     for batch in batches(features, size=2):
         texts.add(batch)
     assert texts.result().ravel().tolist() == list(range(5 * CONTEXT))
@@ -123,7 +127,7 @@ def test_of_many_features_only_those_that_are_active_are_looked_at():
     many = torch.zeros(6, CONTEXT, 1000)
     many[..., 3::150] = few
     (batch,) = batches(many, size=6)
-    assert batch.active[1].tolist() == [3 + 150 * i for i in range(UNITS)]
+    assert batch.active_features[1].tolist() == [3 + 150 * i for i in range(UNITS)]
     for found, expected in zip(gathered(many, 4), gathered(few, 4), strict=True):
         assert torch.equal(found[3::150], expected)
     assert gathered(many, 4).strength.count_nonzero() == gathered(few, 4).strength.count_nonzero()
@@ -133,15 +137,15 @@ def test_neurons_are_made_positive_and_silent_where_no_sae_looks():
     (batch,) = batches(sparse(1, 4, 1), size=1)
     x = torch.tensor([[[9.0, 9.0], [-2.0, 1.0], [3.0, -1.0], [0.0, 0.5]]])
     batch = replace(batch, x=x)
-    absolute = strengths.Neurons(Positive.abs)(batch)[0][0].tolist()
+    absolute = strengths.NeuronStrengths(Positive.abs)(batch)[0][0].tolist()
     assert absolute == [[0, 0], [2, 1], [3, 1], [0, 0.5]]
-    assert strengths.Neurons(Positive.relu)(batch)[0][0].tolist() == [
+    assert strengths.NeuronStrengths(Positive.relu)(batch)[0][0].tolist() == [
         [0, 0],
         [0, 1],
         [3, 0],
         [0, 0.5],
     ]
-    shift = strengths.Neurons(Positive.shift)  # less -2 and -1, the least values
+    shift = strengths.NeuronStrengths(Positive.shift)  # less -2 and -1, the least values
     assert shift(batch)[0][0].tolist() == [[0, 0], [0, 2], [5, 0], [2, 1.5]]
     lower = replace(batch, x=x - 10)  # later values below the least are 0
     assert shift(lower)[0][0].tolist() == [[0, 0], [0, 0], [0, 0], [0, 0]]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from chat_server import ChatServer, oracle
 
-from sae_lightning.analysis.collect import Batch
+from sae_lightning.analysis.collect import EncodedBatch
 from sae_lightning.analysis.explain import prompts
 from sae_lightning.analysis.explain.answers import Answers
 from sae_lightning.analysis.explain.evidence import MARK, Evidence, Window, choose, gather
@@ -15,10 +15,10 @@ from sae_lightning.analysis.explain.explainer import Explainer, Score, detection
 from sae_lightning.analysis.explain.models import Endpoint, Local, Question
 from sae_lightning.analysis.explain.prompts import DETECT, FUZZ
 from sae_lightning.analysis.survey import strengths
-from sae_lightning.analysis.survey.examples import Counting, Gathering
-from sae_lightning.analysis.survey.intervals import draw
-from sae_lightning.analysis.survey.reading import reading
-from sae_lightning.analysis.survey.sample import Sample, Sampling
+from sae_lightning.analysis.survey.examples import FiringStatistics, StrongestExamples
+from sae_lightning.analysis.survey.intervals import draw_examples
+from sae_lightning.analysis.survey.reading import score_token_sets
+from sae_lightning.analysis.survey.sample import Sample, SequenceSampler
 from sae_lightning.errors import UserError
 from sae_lightning.llm.generate import Reply
 from sae_lightning.llm.load import Dtype, LLMConfig, load_llm
@@ -39,13 +39,16 @@ def world(tokens: torch.Tensor, vocabulary: list[str]) -> tuple[Catalogue, Sampl
     features[..., EVERYWHERE] = 1
     features *= keep[..., None] * (1 + 4 * torch.rand(features.shape, generator=random))
     x = torch.zeros(*tokens.shape, 1)
-    batch = Batch(tokens, keep, x, x, features, torch.arange(len(tokens)))
-    reducers = Counting(4, strengths.features), Gathering(4, 24, strengths.features)
-    sampling = Sampling(4, seed=0)
+    batch = EncodedBatch(tokens, keep, x, x, features, torch.arange(len(tokens)))
+    reducers = (
+        FiringStatistics(4, strengths.feature_strengths),
+        StrongestExamples(4, 24, strengths.feature_strengths),
+    )
+    sampling = SequenceSampler(4, seed=0)
     for reducer in [*reducers, sampling]:
         reducer.add(batch)
     (statistics, top), sample = (reducer.result() for reducer in reducers), sampling.result()
-    spread = draw(sample, statistics.maximum, top, each=4, seed=0)
+    spread = draw_examples(sample, statistics.maximum, top, each=4, seed=0)
     return Catalogue("feature", vocabulary, tokens.numpy(), statistics, top, spread), sample
 
 
@@ -378,7 +381,7 @@ def test_the_section_says_what_was_found_and_on_how_many_texts(planted, tmp_path
 
 def test_without_a_model_features_are_ranked_by_their_tokens(planted):
     catalogue, sample = planted
-    catalogue = catalogue._replace(token_sets=reading(sample, len(WORDS)))
+    catalogue = catalogue._replace(token_sets=score_token_sets(sample, len(WORDS)))
     shown = without_model(catalogue, [SILENT, EVERYWHERE, 0])
     assert shown.table.rows[0] == ["0: ' fox'", "1.00"]
     assert shown.table.rows[-1] == ["2: fires too rarely to say", "–"]

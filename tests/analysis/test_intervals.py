@@ -5,9 +5,9 @@ import torch
 from batches import batches, sparse
 
 from sae_lightning.analysis.survey import intervals, strengths
-from sae_lightning.analysis.survey.examples import Counting, Gathering
-from sae_lightning.analysis.survey.intervals import draw
-from sae_lightning.analysis.survey.sample import Sampling
+from sae_lightning.analysis.survey.examples import FiringStatistics, StrongestExamples
+from sae_lightning.analysis.survey.intervals import draw_examples
+from sae_lightning.analysis.survey.sample import SequenceSampler
 from sae_lightning.report.catalogue import INTERVALS
 
 UNITS, CONTEXT = 6, 40
@@ -16,14 +16,17 @@ UNITS, CONTEXT = 6, 40
 def drawn(features, each=2, n=3, seed=0, **room):
     """Examples of the intervals, the strongest ones, and the sample that they are of."""
     units = features.shape[2]
-    sampling = Sampling(units, 0, **room)
-    reducers = Counting(units, strengths.features), Gathering(units, n, strengths.features)
+    sampling = SequenceSampler(units, 0, **room)
+    reducers = (
+        FiringStatistics(units, strengths.feature_strengths),
+        StrongestExamples(units, n, strengths.feature_strengths),
+    )
     for batch in batches(features):
         for reducer in (*reducers, sampling):
             reducer.add(batch)
     statistics, top = (reducer.result() for reducer in reducers)
     sample = sampling.result()
-    return draw(sample, statistics.maximum, top, each, seed), top, sample
+    return draw_examples(sample, statistics.maximum, top, each, seed), top, sample
 
 
 @pytest.mark.parametrize("room", [{}, {"tokens": 15 * CONTEXT}])
@@ -76,7 +79,7 @@ def test_how_many_entries_are_looked_at_at_a_time_changes_nothing(monkeypatch):
     features[..., 2] = 0
     whole = drawn(features)[0]
     for n in (1, 100, 700):
-        monkeypatch.setattr(intervals, "AT_ONCE", n)
+        monkeypatch.setattr(intervals, "ENTRIES_AT_ONCE", n)
         assert all(map(torch.equal, whole, drawn(features)[0]))
 
 

@@ -8,7 +8,7 @@ from subjects import make_subject
 from tiny_llm import FAMILIES
 
 from sae_lightning.analysis import lens as module
-from sae_lightning.analysis.lens import lens, section
+from sae_lightning.analysis.lens import lens, make_lens_section
 from sae_lightning.llm.directions import find_final_norm, read_embedding
 from sae_lightning.llm.sites import Kind, Site, SitePair
 from sae_lightning.llm.vocabulary import read_vocabulary
@@ -19,7 +19,7 @@ LAST = Site(2, Kind.resid)
 
 @pytest.fixture(autouse=True)
 def little_text(monkeypatch):
-    monkeypatch.setattr(module, "TOKENS", 3000)
+    monkeypatch.setattr(module, "FIT_TOKENS", 3000)
 
 
 @pytest.fixture(params=FAMILIES)
@@ -68,18 +68,18 @@ def test_sharpness_is_the_excess_kurtosis(tiny):
     """By hand: one token of n at 1 and the others at 0 is a coin with p = 1 / n, whose excess
     kurtosis is (1 - 6 p (1 - p)) / (p (1 - p))."""
     p = 1 / 20
-    (_, _, sharpness) = module._effect(torch.eye(20)[:1], 1)
+    (_, _, sharpness) = module._rank_tokens(torch.eye(20)[:1], 1)
     assert math.isclose(sharpness.item(), (1 - 6 * p * (1 - p)) / (p * (1 - p)), rel_tol=1e-4)
     normal = torch.randn(1, 100_000, generator=torch.Generator().manual_seed(0))
-    assert abs(module._effect(normal, 1)[2].item()) < 0.1
-    assert module._effect(torch.zeros(1, 20), 1)[2].isfinite().all()
+    assert abs(module._rank_tokens(normal, 1)[2].item()) < 0.1
+    assert module._rank_tokens(torch.zeros(1, 20), 1)[2].isfinite().all()
 
 
 @pytest.mark.parametrize("text", [False, True], ids=["direct", "blocks"])
 def test_slices_of_features_change_nothing(tiny, words, monkeypatch, text):
     subject = make_subject(tiny("llama"))
     whole = lens(subject, 4, words(4000) if text else None)
-    monkeypatch.setattr(module, "NUMBERS", 250)  # two features at a time
+    monkeypatch.setattr(module, "MAX_PRODUCTS", 250)  # two features at a time
     sliced = lens(subject, 4, words(4000) if text else None)
     for a, b in zip((*whole.effect, whole.read), (*sliced.effect, sliced.read), strict=True):
         torch.testing.assert_close(a, b)
@@ -89,7 +89,7 @@ def test_a_measured_effect_behind_the_last_block_is_what_norm_and_head_make_of_t
     llm, words, monkeypatch
 ):
     """If it drowns what was there, the norm's scale is that of the row itself."""
-    monkeypatch.setattr(module, "SHARE", 1e4)
+    monkeypatch.setattr(module, "ADDED_LENGTH", 1e4)
     subject = make_subject(llm)
     subject.sites = SitePair(LAST, LAST)
     norm, rows = find_final_norm(llm.model), subject.sae.W_dec
@@ -166,7 +166,7 @@ def test_without_a_path_there_is_nothing_to_say(tiny, words):
     assert found.read is None
     assert found.effect.promoted.shape == (32, 10)
     nothing = lens(make_subject(llm, Kind.attn))._replace(effect=None)
-    shown = section(nothing, read_vocabulary(llm))
+    shown = make_lens_section(nothing, read_vocabulary(llm))
     assert shown.table is None
     assert "no direct path" in shown.lead
 
@@ -187,10 +187,10 @@ def test_a_transcoder_reads_at_its_source_and_writes_at_its_target(llm, words):
 def test_the_section_shows_tokens_with_their_spaces(tiny):
     subject = plant(make_subject(tiny("llama")))
     words, found = read_vocabulary(subject.llm), lens(subject, 3)
-    shown = section(found, words, [PLANTED, 0])
+    shown = make_lens_section(found, words, [PLANTED, 0])
     assert shown.table.header == ["feature", "reads", "promotes", "suppresses", "sharpness"]
     assert [row[0] for row in shown.table.rows] == ["5", "0"]
     assert shown.table.rows[0][2].startswith(repr(words[TOKEN]))
-    sharpest = section(found, words).table.rows
+    sharpest = make_lens_section(found, words).table.rows
     assert len(sharpest) == 10
     assert float(sharpest[0][-1]) == round(found.effect.sharpness.max().item(), 1)

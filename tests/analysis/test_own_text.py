@@ -11,8 +11,8 @@ from planted import FEATURE, save_planted
 from tiny_run import write_text
 
 from sae_lightning.analysis import subject as subjects
-from sae_lightning.analysis.annotate import MOST, TextTask, annotate, in_sequences
-from sae_lightning.analysis.survey.kept import identity, kept
+from sae_lightning.analysis.annotate import MAX_TEXT_TASK_TOKENS, TextTask, annotate, make_sequences
+from sae_lightning.analysis.survey.kept import describe_origin, read_kept_catalogue
 from sae_lightning.analysis.survey.survey import survey
 from sae_lightning.errors import UserError
 from sae_lightning.llm.capture import capture
@@ -73,7 +73,7 @@ def test_special_tokens_in_the_text_are_shown_and_not_read(subject):
 def test_a_norm_that_is_too_large_for_training_is_not_read(subject, words):
     """What is usual, the first batch of the run's own text says: there, no norm is near a tenth of
     the median."""
-    subject.text = type("Text", (), {"train": words(3000)})
+    subject.corpus = type("Text", (), {"train": words(3000)})
     subject.config.data.max_norm = 0.1
     assert not any(token.read for token in annotate(subject, TEXT))
     subject.config.data.max_norm = 100
@@ -82,7 +82,7 @@ def test_a_norm_that_is_too_large_for_training_is_not_read(subject, words):
 
 def test_a_text_is_read_in_tokens_as_training_does_whatever_is_in_it(short):
     for text in ("the\n\nfox\tjumps", "füchse 🦊 the", "‮the fox"):
-        sequences = in_sequences(short, text)
+        sequences = make_sequences(short, text)
         ids = short.llm.tokenizer.encode(text, add_special_tokens=False)
         assert sequences.tokens[sequences.text].tolist() == ids
         assert annotate(short, text)
@@ -105,7 +105,7 @@ def task(here: Path, **settings) -> TextTask:
 
 def answered(task: TextTask) -> dict:
     """Its numbers, on the catalogue that the first of these tests has made."""
-    task.answer(["run", "task", "data"])
+    task.execute(["run", "task", "data"])
     return json.loads((Path(task.run) / "analysis" / "text.json").read_text())
 
 
@@ -135,18 +135,18 @@ def test_the_planted_feature_is_told_in_the_terminal_the_numbers_and_the_page(he
 def file(subject, words, tmp_path):
     """A catalogue of `subject` as a task leaves it."""
     features = survey(subject, words(600), tokens=300, examples=2).features
-    write_catalogue(tmp_path / "features.parquet", features, identity(subject))
+    write_catalogue(tmp_path / "features.parquet", features, describe_origin(subject))
     return tmp_path / "features.parquet"
 
 
 def said_of(subject, file, capsys) -> str:
     """What `kept` says where it does not use the file."""
-    assert kept(subject, file) is None
+    assert read_kept_catalogue(subject, file) is None
     return " ".join(capsys.readouterr().out.split())
 
 
 def test_a_catalogue_of_this_sae_is_used_again_and_told(subject, file, capsys):
-    assert kept(subject, file).unit_count == 32
+    assert read_kept_catalogue(subject, file).unit_count == 32
     said = " ".join(capsys.readouterr().out.split())
     assert re.search(r"features\.parquet, 3\d\d tokens of Shakespeare's plays$", said)
 
@@ -205,8 +205,8 @@ def test_a_strangers_catalogue_reaches_neither_other_files_nor_the_memory(subjec
 def test_a_catalogue_in_which_nothing_fires_is_read_and_shown(subject, words, tmp_path):
     subject.sae.b_enc[:] = -1e6
     features = survey(subject, words(600), tokens=300, examples=1).features
-    write_catalogue(tmp_path / "features.parquet", features, identity(subject))
-    back = kept(subject, tmp_path / "features.parquet")
+    write_catalogue(tmp_path / "features.parquet", features, describe_origin(subject))
+    back = read_kept_catalogue(subject, tmp_path / "features.parquet")
     assert not back.statistics.fired.any()
     own = AnnotatedText(annotate(subject, TEXT), back)
     assert own.rank_fired() == []
@@ -239,7 +239,10 @@ def test_a_bad_setting_is_refused(here, settings, message):
     ("settings", "message"),
     [
         ({"text": " \n"}, "text: there is no word in it"),
-        ({"text": "the " * (MOST + 1)}, r"text: 4,\d\d\d tokens; give at most 4,096"),
+        (
+            {"text": "the " * (MAX_TEXT_TASK_TOKENS + 1)},
+            r"text: 4,\d\d\d tokens; give at most 4,096",
+        ),
         ({"file": b""}, r"file=.*own\.txt: there is no word in it"),
         ({"file": b"\xff\x00"}, r"file=.*own\.txt: is not UTF-8 \(byte 0xff at 0\)"),
         ({"file": b"a" * (2**20 + 1)}, r"file=.*own\.txt: more than 4,096 tokens"),

@@ -5,8 +5,8 @@ import pytest
 import torch
 from batches import batches
 
-from sae_lightning.analysis.survey.reading import _correlation, reading
-from sae_lightning.analysis.survey.sample import Sampling
+from sae_lightning.analysis.survey.reading import _correlate, score_token_sets
+from sae_lightning.analysis.survey.sample import SequenceSampler
 
 WORDS, SEQUENCES, CONTEXT = 50, 60, 41
 
@@ -18,10 +18,10 @@ def text(seed: int = 0) -> torch.Tensor:
 
 
 def read(tokens: torch.Tensor, *fires: torch.Tensor):
-    reducer = Sampling(len(fires), 0)
+    reducer = SequenceSampler(len(fires), 0)
     for batch in batches(torch.stack(fires, dim=2).float(), tokens):
         reducer.add(batch)
-    return reading(reducer.result(), WORDS)
+    return score_token_sets(reducer.result(), WORDS)
 
 
 def listed(tokens: torch.Tensor) -> list[int]:
@@ -135,9 +135,9 @@ def test_every_number_is_that_of_a_plain_search():
 
 def test_the_correlation_of_a_worked_table():
     """8 tokens; the set holds 4, the feature fires on 4, both on 3: (3*8 - 4*4) / (4*4) = 0.5."""
-    assert _correlation(np.array([3]), np.array([4]), np.array([4]), np.array(8)) == [0.5]
+    assert _correlate(np.array([3]), np.array([4]), np.array([4]), np.array(8)) == [0.5]
     # a set of nothing or of everything says nothing
-    assert _correlation(
+    assert _correlate(
         np.array([0, 4]), np.array([0, 8]), np.array([4, 4]), np.array(8)
     ).tolist() == [
         0,

@@ -5,18 +5,18 @@ import torch
 from batches import batches, sparse
 
 from sae_lightning.analysis.survey import related
-from sae_lightning.analysis.survey.related import neighbours, partners
-from sae_lightning.analysis.survey.sample import Sample, Sampling
+from sae_lightning.analysis.survey.related import find_neighbours, find_partners
+from sae_lightning.analysis.survey.sample import Sample, SequenceSampler
 
 
 @pytest.fixture(params=[2, 512])
 def slices(request, monkeypatch):
-    monkeypatch.setattr(related, "ROWS", request.param)
+    monkeypatch.setattr(related, "BLOCK_FEATURES", request.param)
 
 
 def test_neighbours_are_the_rows_of_the_largest_cosine(slices):
     rows = torch.tensor([[1.0, 0.0], [3.0, 3.0], [0.0, 2.0], [-1.0, 0.0]])
-    found = neighbours(rows, k=2)
+    found = find_neighbours(rows, k=2)
     half = 0.5**0.5
     assert found.units.tolist()[0][0] == 1
     assert found.likeness[0].tolist() == pytest.approx([half, 0])
@@ -26,7 +26,7 @@ def test_neighbours_are_the_rows_of_the_largest_cosine(slices):
 
 
 def sample(features: torch.Tensor):
-    reducer = Sampling(features.shape[2], 0)
+    reducer = SequenceSampler(features.shape[2], 0)
     for batch in batches(features):
         reducer.add(batch)
     return reducer.result()
@@ -37,7 +37,7 @@ def test_partners_fire_on_the_same_tokens(slices):
     features = torch.zeros(1, 7, 4)
     for feature, places in enumerate(([1, 2, 3, 4], [3, 4, 5], [6], [])):
         features[0, places, feature] = 1
-    found = partners(sample(features), k=2)
+    found = find_partners(sample(features), k=2)
     assert found.units.tolist() == [[1, -1], [0, -1], [-1, -1], [-1, -1]]
     assert found.likeness[0].tolist() == pytest.approx([2 / 5, 0])  # 2 of 5 tokens are shared
 
@@ -47,14 +47,14 @@ def test_partners_of_a_dense_sae_are_told_from_its_first_tokens(monkeypatch):
     features = torch.zeros(1, 6, 2)
     for feature, places in enumerate(([1, 2, 3], [1, 2, 4, 5])):
         features[0, places, feature] = 1
-    assert partners(sample(features)).likeness[0].item() == pytest.approx(2 / 5)
-    monkeypatch.setattr(related, "PAIRS", 4 + 4 + 1)  # of tokens 1, 2 and 3
-    assert partners(sample(features)).likeness[0].item() == pytest.approx(2 / 3)
+    assert find_partners(sample(features)).likeness[0].item() == pytest.approx(2 / 5)
+    monkeypatch.setattr(related, "MAX_PAIRS", 4 + 4 + 1)  # of tokens 1, 2 and 3
+    assert find_partners(sample(features)).likeness[0].item() == pytest.approx(2 / 3)
 
 
 def test_a_single_feature_is_like_none():
-    assert neighbours(torch.ones(1, 3)).units.shape == (1, 0)
-    assert partners(sample(sparse(2, 6, 1))).units.shape == (1, 0)
+    assert find_neighbours(torch.ones(1, 3)).units.shape == (1, 0)
+    assert find_partners(sample(sparse(2, 6, 1))).units.shape == (1, 0)
 
 
 def test_of_many_features_copies_are_found_and_few_pairs_are_looked_at(monkeypatch):
@@ -63,16 +63,16 @@ def test_of_many_features_copies_are_found_and_few_pairs_are_looked_at(monkeypat
     rows = torch.randn(3000, 64, generator=random)
     rows[1::2] = rows[::2] + 0.4 * torch.randn(1500, 64, generator=random)
     rows[:, 0] += 5
-    exact = neighbours(rows, k=1)
-    monkeypatch.setattr(related, "EXACT", 1000)
-    monkeypatch.setattr(related, "ROWS", 128)
-    looked_at = sum(len(mine) * len(others) for mine, others in related._compared(rows))
-    assert looked_at <= len(rows) * 128 * related.TABLES
-    found = neighbours(rows, k=1)
+    exact = find_neighbours(rows, k=1)
+    monkeypatch.setattr(related, "MAX_EXACT_FEATURES", 1000)
+    monkeypatch.setattr(related, "BLOCK_FEATURES", 128)
+    looked_at = sum(len(mine) * len(others) for mine, others in related._pick_comparisons(rows))
+    assert looked_at <= len(rows) * 128 * related.HASH_TABLES
+    found = find_neighbours(rows, k=1)
     assert (found.units == exact.units).float().mean() > 0.995
     same = found.units == exact.units
     assert torch.allclose(found.likeness[same], exact.likeness[same], atol=1e-6)
-    assert all(len({*row}) == 5 for row in neighbours(rows).units.tolist())
+    assert all(len({*row}) == 5 for row in find_neighbours(rows).units.tolist())
 
 
 def test_partners_are_found_among_200_000_features_without_a_table_of_all_pairs():
@@ -82,7 +82,7 @@ def test_partners_are_found_among_200_000_features_without_a_table_of_all_pairs(
     starts = torch.arange(features + 1).clamp(max=len(places))
     text = torch.zeros(10, tokens // 10, dtype=torch.int32)
     given = Sample(text, text == 0, torch.arange(10), starts, places, torch.ones(len(places)))
-    found = partners(given)
+    found = find_partners(given)
     assert found.units[: len(places), 0].tolist() == (torch.arange(len(places)) ^ 1).tolist()
     assert found.likeness.sum() == len(places)
     assert (found.units[len(places) :] == -1).all()

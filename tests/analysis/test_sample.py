@@ -5,13 +5,13 @@ import pytest
 import torch
 from batches import batches, sparse
 
-from sae_lightning.analysis.survey.sample import Sampling
+from sae_lightning.analysis.survey.sample import SequenceSampler
 
 UNITS, CONTEXT = 5, 8
 
 
 def sampled(features: torch.Tensor, seed: int = 0, **room: int):
-    reducer = Sampling(features.shape[2], seed, **room)
+    reducer = SequenceSampler(features.shape[2], seed, **room)
     for batch in batches(features):
         reducer.add(batch)
     return reducer.result()
@@ -53,7 +53,7 @@ def test_what_is_kept_has_drawn_the_highest_lots():
 
 def test_a_text_in_which_nothing_fires_is_a_sample_too():
     sample = sampled(torch.zeros(3, CONTEXT, UNITS))
-    assert (sample.features, len(sample.places)) == (UNITS, 0)
+    assert (sample.unit_count, len(sample.places)) == (UNITS, 0)
     assert not sample.fired(2).any()
 
 

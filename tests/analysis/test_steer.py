@@ -8,7 +8,7 @@ from subjects import place
 from tiny_llm import FAMILIES
 from torch import nn
 
-from sae_lightning.analysis.steer import Continuation, Mode, SteerTask, section, steer
+from sae_lightning.analysis.steer import Continuation, Mode, SteerTask, make_steering_section, steer
 from sae_lightning.errors import UserError
 from sae_lightning.llm.capture import capture
 from sae_lightning.llm.directions import find_final_norm
@@ -136,7 +136,7 @@ def test_the_activation_is_that_of_the_unsteered_llm_on_the_text(planted):
 
 def test_the_section_shows_every_text(planted):
     result = steer(planted, PLANTED, [4.0, 100.0], PROMPT, tokens=5)
-    shown = section(result)
+    shown = make_steering_section(result)
     assert [row[0] for row in shown.table.rows] == ["unsteered", "add 4", "add 100"]
     assert shown.table.rows[2][1] == f"{100 / result.whole:.0%}"
     assert [len(text.tokens) for text in shown.texts] == [

@@ -113,7 +113,7 @@ def test_an_sae_alone_says_where_it_was_trained(sae, planted):
     assert subject.sites == (Site(1, Kind.resid), Site(1, Kind.resid))
     # the text is the one that is asked for, cut as in training
     assert (subject.config.data.context, subject.config.data.keep_special) == (16, True)
-    text = open_subject(*asked(sae, data=small_text(sae.parent))).text
+    text = open_subject(*asked(sae, data=small_text(sae.parent))).corpus
     assert text.train.packing.context == 16
     given = open_subject(*asked(sae, data=PlaysConfig(context=9)), ["data.context"])
     assert given.config.data.context == 9
@@ -222,9 +222,9 @@ def test_a_device_that_is_not_there_is_refused_at_once(run, monkeypatch):
 
 def test_a_feature_that_is_not_there_is_refused(sae):
     subject = open_subject(*asked(sae))
-    assert subject.known([0, 31]) == [0, 31]
+    assert subject.check_features([0, 31]) == [0, 31]
     with pytest.raises(UserError, match=r"feature=32: this SAE has 32 features; give 0 to 31"):
-        subject.known([3, 32])
+        subject.check_features([3, 32])
 
 
 def test_concepts_have_no_text(run, tmp_path):
@@ -250,6 +250,6 @@ def test_concepts_are_not_replaced_by_text(run, tmp_path):
 
 
 def test_a_heading_says_what_is_looked_at(run, tmp_path):
-    assert open_subject(*asked(run)).name == "llm, resid.1: 32 relu features"
+    assert open_subject(*asked(run)).heading == "llm, resid.1: 32 relu features"
     synthetic(run, tmp_path)
-    assert open_subject(*asked(run)).name == "synthetic concepts: 32 relu features"
+    assert open_subject(*asked(run)).heading == "synthetic concepts: 32 relu features"

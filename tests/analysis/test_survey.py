@@ -4,7 +4,12 @@ import pytest
 import torch
 
 from sae_lightning.analysis.collect import collect, excerpt
-from sae_lightning.analysis.survey.survey import most_telling, ranking, section, survey
+from sae_lightning.analysis.survey.survey import (
+    make_features_section,
+    pick_most_telling,
+    rank_units,
+    survey,
+)
 from sae_lightning.report.catalogue import BEFORE, INTERVALS
 
 
@@ -23,7 +28,7 @@ def test_its_numbers_are_those_of_its_catalogue(found):
     known = found.features.token_sets.score[~found.features.token_sets.score.isnan()]
     assert said["scored"] == len(known) > 0
     assert said["score_median"] == known.median().item()
-    rows = section(found).rows
+    rows = make_features_section(found).rows
     assert rows["text"] == f"{statistics.tokens:,} tokens"
 
 
@@ -50,8 +55,8 @@ def test_a_text_of_which_nothing_can_be_scored_is_told_without_scores(subject, w
     found = survey(subject, words(3000), tokens=9)
     assert found.features.token_sets.score.isnan().all()
     assert found.scalars()["score_median"] is None
-    assert "token score" not in section(found).rows
-    assert most_telling(found.features, 5) == []
+    assert "token score" not in make_features_section(found).rows
+    assert pick_most_telling(found.features, 5) == []
 
 
 def test_reducers_that_read_along_see_the_same_pass(subject, words):
@@ -75,14 +80,14 @@ def test_the_features_shown_first_are_the_most_telling_ones_that_are_no_copies(f
     copy_of = torch.arange(32)
     copy_of[[4, 6]] = 2
     catalogue = found.features._replace(telling=telling, copy_of=copy_of)
-    assert most_telling(catalogue, 3) == [2, 5, 7]
+    assert pick_most_telling(catalogue, 3) == [2, 5, 7]
     assert found._replace(features=catalogue).best == 2
-    assert len(most_telling(catalogue, 99)) == 32 - 2 - 2  # without a score, or of 0
+    assert len(pick_most_telling(catalogue, 99)) == 32 - 2 - 2  # without a score, or of 0
 
 
 def test_copies_stand_under_the_most_telling_of_them(subject, words):
     subject.sae.W_dec[[3, 5, 9]] = subject.sae.W_dec[7] * torch.tensor([[1.0], [2.0], [0.5]])
     features = survey(subject, words(3000), tokens=1500, examples=1).features
-    best = next(unit for unit in ranking(features).tolist() if unit in (3, 5, 7, 9))
+    best = next(unit for unit in rank_units(features).tolist() if unit in (3, 5, 7, 9))
     assert features.copy_of[[3, 5, 7, 9]].tolist() == [best] * 4
     assert (features.copy_of != torch.arange(32)).sum() == 3

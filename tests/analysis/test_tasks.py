@@ -15,7 +15,7 @@ from omegaconf import BooleanNode, DictConfig, EnumNode, OmegaConf, StringNode, 
 from planted import save_planted
 
 from sae_lightning.analysis import subject
-from sae_lightning.analysis.task import following
+from sae_lightning.analysis.task import suggest_commands
 from sae_lightning.analysis.tasks import TASKS
 from sae_lightning.errors import UserError
 from sae_lightning.files import make_jsonable
@@ -133,7 +133,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_read(tmp_
     (sae / "analysis").write_text("")  # as good as a folder of someone else
     config = asked("features", f"run={sae}")
     with pytest.raises(UserError, match=r"analysis cannot be written to: copy .*sae .* as run="):
-        config.answer(["run", "task"])
+        config.execute(["run", "task"])
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_what_cannot_be_done_is_refused_before_the_llm_is_loaded(
     monkeypatch.setattr(subject, "load_llm", lambda *_: pytest.fail("the LLM was loaded"))
     with pytest.raises(UserError, match=f"^{message}"):
         name = setting.partition("=")[0]
-        asked(task, f"run={kept}", setting).answer(["run", name])
+        asked(task, f"run={kept}", setting).execute(["run", name])
 
 
 @pytest.fixture(scope="module")
@@ -167,10 +167,10 @@ def kept(tmp_path_factory):
 
 def test_what_to_ask_next_is_about_the_feature_that_was_asked_for(tmp_path):
     _, sae = save_planted(tmp_path)
-    asked("lens", f"run={sae}", "feature=[5,7]", "direct=true").answer(["run", "task", "feature"])
+    asked("lens", f"run={sae}", "feature=[5,7]", "direct=true").execute(["run", "task", "feature"])
     page = (sae / "analysis" / "lens.html").read_text()
     assert all(f"run={sae} task={task} feature=5" in page for task in ("lens", "steer", "explain"))
-    assert following(sae, None) == [f"python analyze.py run={sae}"]
+    assert suggest_commands(sae, None) == [f"python analyze.py run={sae}"]
 
 
 def test_the_readme_has_the_example_that_is_tested():

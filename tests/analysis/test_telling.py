@@ -6,9 +6,9 @@ import pytest
 import torch
 from batches import batches
 
-from sae_lightning.analysis.survey.reading import reading
-from sae_lightning.analysis.survey.sample import Sampling
-from sae_lightning.analysis.survey.telling import telling
+from sae_lightning.analysis.survey.reading import score_token_sets
+from sae_lightning.analysis.survey.sample import SequenceSampler
+from sae_lightning.analysis.survey.telling import rate_telling
 
 #        often                 rare
 WORDS = [" the", ",", "\n\n", " fox", " sea", " город", " _getName", "<0xE2>", ";;", " fo", "xes"]
@@ -23,12 +23,12 @@ def told(*features) -> list[float]:
     tokens = torch.multinomial(weights, 200 * 32, True, generator=random).view(200, 32)
     tokens[:, 1:][tokens[:, :-1] == FO] = FO + 1  # " fo" is the beginning of a word
     fires = [f(tokens) if callable(f) else torch.isin(tokens, torch.tensor(f)) for f in features]
-    sampling = Sampling(len(features), 0)
+    sampling = SequenceSampler(len(features), 0)
     for batch in batches(torch.stack(fires, dim=2).float(), tokens):
         sampling.add(batch)
     sample = sampling.result()
-    read = reading(sample, len(WORDS))
-    return telling(tokens.numpy(), sample, read, WORDS).tolist()
+    read = score_token_sets(sample, len(WORDS))
+    return rate_telling(tokens.numpy(), sample, read, WORDS).tolist()
 
 
 def test_words_that_are_rarer_than_the_mean_tell_something_and_nothing_else_does():

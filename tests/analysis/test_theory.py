@@ -9,7 +9,7 @@ from subjects import make_subject, place
 from torch import Generator, Tensor
 from torch.nn.functional import one_hot
 
-from sae_lightning.analysis.collect import Batch, collect, excerpt
+from sae_lightning.analysis.collect import EncodedBatch, collect, excerpt
 from sae_lightning.analysis.subject import Subject
 from sae_lightning.analysis.theory.claims import (
     SAMPLE,
@@ -45,14 +45,16 @@ def subject_of(llm, name: str = "relu", **settings) -> Subject:
     return place(llm, sae, SitePair(site, site))
 
 
-def batch_of(subject: Subject, x: Tensor, tokens: Tensor | None = None, first: int = 0) -> Batch:
+def batch_of(
+    subject: Subject, x: Tensor, tokens: Tensor | None = None, first: int = 0
+) -> EncodedBatch:
     """A batch of activations [sequences, context, WIDTH]; position 0 is BOS."""
     tokens = torch.full(x.shape[:2], 5) if tokens is None else tokens
     keep = torch.ones(x.shape[:2], dtype=torch.bool)
     keep[:, 0] = False
     features = subject.sae.encode(x.flatten(0, 1)).view(*x.shape[:2], -1)
     features = features.masked_fill(~keep[..., None], 0)
-    return Batch(tokens, keep, x, x, features, torch.arange(first, first + len(x)))
+    return EncodedBatch(tokens, keep, x, x, features, torch.arange(first, first + len(x)))
 
 
 def theory_of(subject: Subject, x: Tensor, tokens: Tensor | None = None):

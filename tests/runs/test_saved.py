@@ -13,7 +13,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from sae_lightning.analysis.metadata import config_of
+from sae_lightning.analysis.metadata import config_from_metadata
 from sae_lightning.analysis.subject import open_subject
 from sae_lightning.errors import UserError
 from sae_lightning.llm.load import LLMConfig
@@ -410,5 +410,5 @@ def test_what_an_saes_own_file_says_never_allows_code():
     hostile |= {"model_name": "someone/evil", "hook_name": "blocks.0.hook_resid_post"}
     hostile |= {"llm": {"trust_remote_code": True}, "auto_map": {"AutoConfig": "evil.Evil"}}
     sae = SimpleNamespace(metadata=hostile, config=SAEConfig(features=8))
-    config = config_of(sae, "folder", ASKED | {"seed": 0}, [])
+    config = config_from_metadata(sae, "folder", ASKED | {"seed": 0}, [])
     assert (config.llm.name, config.llm.trust_remote_code) == ("someone/evil", False)

@@ -10,7 +10,7 @@ from sae_lightning.analysis.explain.explained import Explained, section, without
 from sae_lightning.analysis.explain.explainer import Explainer
 from sae_lightning.analysis.explain.models import open_model
 from sae_lightning.analysis.survey.survey import survey
-from sae_lightning.analysis.task import Task, at_least, integers
+from sae_lightning.analysis.task import Task, check_at_least, parse_integers
 from sae_lightning.errors import UserError
 from sae_lightning.llm.vocabulary import find_special_ids
 from sae_lightning.terminal import console
@@ -50,21 +50,21 @@ class ExplainTask(Task):
     """Tokens that a reasoning model may spend on each answer before it gives it."""
 
     def __post_init__(self):
-        self.feature = integers("feature", self.feature)
+        self.feature = parse_integers("feature", self.feature)
         for name in ("count", "concurrency", "tokens", "together"):
-            at_least(name, getattr(self, name), 1)
+            check_at_least(name, getattr(self, name), 1)
         for name in ("examples", "scored"):
-            at_least(name, getattr(self, name), 8)
+            check_at_least(name, getattr(self, name), 8)
         for name in ("budget", "thinking"):
-            at_least(name, getattr(self, name), 0)
+            check_at_least(name, getattr(self, name), 0)
         if self.endpoint is not None and self.explainer is None:
             raise UserError(
                 f"endpoint={self.endpoint}: give the name of its model too, as explainer=..."
             )
 
-    def answer(self, given: Collection[str]) -> None:
-        subject = self.open(given)
-        chosen = self.feature and subject.known(self.feature)
+    def execute(self, given: Collection[str]) -> None:
+        subject = self.load_subject(given)
+        chosen = self.feature and subject.check_features(self.feature)
         named = chosen[0] if chosen else None
         model = open_model(self.endpoint, self.explainer, self.key_env, self.concurrency)
         answers = model and Answers(model)
@@ -73,7 +73,7 @@ class ExplainTask(Task):
         seed = subject.config.seed
         found = survey(
             subject,
-            subject.text.train,
+            subject.corpus.train,
             tokens=self.tokens,
             examples=self.examples,
             batch=subject.config.llm.batch,
@@ -83,7 +83,7 @@ class ExplainTask(Task):
         if answers is None:
             unexplained = without_model(found.features, features)
             scalars = unexplained.table._asdict() if unexplained.table else {}
-            self.finish(subject, scalars, [unexplained], feature=named)
+            self.print_and_publish(subject, scalars, [unexplained], feature=named)
             return
         special = find_special_ids(subject.llm.tokenizer)
         evidence = gather(
@@ -94,4 +94,4 @@ class ExplainTask(Task):
         console.print(str(cost))
         cost.within(self.budget)
         result = Explained(explainer.explain(evidence), answers.spent, self.explainer)
-        self.finish(subject, result.scalars(), [section(result)], feature=named)
+        self.print_and_publish(subject, result.scalars(), [section(result)], feature=named)

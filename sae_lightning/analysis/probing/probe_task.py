@@ -7,7 +7,7 @@ from sae_lightning.analysis.probing.labelled import labelled
 from sae_lightning.analysis.probing.probe_sections import sections
 from sae_lightning.analysis.probing.probes import Probes, probe
 from sae_lightning.analysis.subject import Subject
-from sae_lightning.analysis.task import Task, at_least
+from sae_lightning.analysis.task import Task, check_at_least
 from sae_lightning.errors import UserError
 
 
@@ -22,14 +22,14 @@ class ProbeTask(Task):
     """Tokens of labelled text to read."""
 
     def __post_init__(self):
-        at_least("tokens", self.tokens, 1024)
+        check_at_least("tokens", self.tokens, 1024)
         if not self.label:
             raise UserError("label is empty: give genre, play, speaker or the name of a column")
 
-    def answer(self, given: Collection[str]) -> None:
-        subject = self.open(given)
+    def execute(self, given: Collection[str]) -> None:
+        subject = self.load_subject(given)
         result = probed(subject, self.label, self.tokens)
-        self.finish(subject, result.scalars(), sections(result))
+        self.print_and_publish(subject, result.scalars(), sections(result))
 
 
 def probed(subject: Subject, label: str, tokens: int) -> Probes:

@@ -17,7 +17,7 @@ import torch
 from numpy import ndarray
 from torch import Tensor
 
-from sae_lightning.analysis.collect import Batch, collect
+from sae_lightning.analysis.collect import EncodedBatch, collect
 from sae_lightning.analysis.probing.labelled import Labelled
 from sae_lightning.analysis.probing.linear import Fold, Outcome
 from sae_lightning.analysis.subject import Subject
@@ -102,7 +102,7 @@ class Pooled:
     def __init__(self) -> None:
         self._rows: dict[str, list[Tensor]] = {FEATURES: [], NEURONS: []}
 
-    def add(self, batch: Batch) -> None:
+    def add(self, batch: EncodedBatch) -> None:
         keep = batch.keep[..., None]
         count = keep.sum(1).clamp(min=1)
         means = {FEATURES: batch.features.sum(1) / count, NEURONS: (batch.x * keep).sum(1) / count}

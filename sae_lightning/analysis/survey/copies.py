@@ -9,7 +9,7 @@ from sae_lightning.report.catalogue import RelatedUnits
 from sae_lightning.scoring.duplicates import COPY_COSINE
 
 
-def copy_of(W_dec: Tensor, neighbours: RelatedUnits, ranking: Tensor) -> Tensor:
+def find_originals(W_dec: Tensor, neighbours: RelatedUnits, ranking: Tensor) -> Tensor:
     """[features] the feature under which each is shown: itself, unless it is a copy of another.
 
     Taken in the order of `ranking` [features], each that is no copy yet gathers those that nearest

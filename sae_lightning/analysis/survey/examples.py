@@ -5,7 +5,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae_lightning.analysis.collect import Batch
+from sae_lightning.analysis.collect import EncodedBatch
 from sae_lightning.analysis.survey.strengths import Strengths
 from sae_lightning.report.catalogue import (
     AFTER,
@@ -16,11 +16,11 @@ from sae_lightning.report.catalogue import (
     Statistics,
 )
 
-BINS = len(EDGES) - 1
-MOST = torch.finfo(torch.float16).max
+STRENGTH_BINS = len(EDGES) - 1
+FLOAT16_MAX = torch.finfo(torch.float16).max
 
 
-class Counting:
+class FiringStatistics:
     """How often and how strongly units fire."""
 
     def __init__(self, units: int, strengths: Strengths):
@@ -29,9 +29,9 @@ class Counting:
         self.fired = torch.zeros(units, dtype=torch.int64)
         self.sum = torch.zeros(units, dtype=torch.float64)
         self.maximum = torch.zeros(units)
-        self.histogram = torch.zeros(units * BINS, dtype=torch.int64)
+        self.histogram = torch.zeros(units * STRENGTH_BINS, dtype=torch.int64)
 
-    def add(self, batch: Batch) -> None:
+    def add(self, batch: EncodedBatch) -> None:
         values, units = self.strengths(batch)
         values = values.flatten(0, 1)  # [tokens, some units]
         self.tokens += int(batch.keep.sum())
@@ -43,17 +43,17 @@ class Counting:
         token, unit = values.nonzero(as_tuple=True)
         lowest = EDGES[0].log2().item()
         half_octave = ((values[token, unit].log2() - lowest) * 2).floor().long()
-        places = units[unit.cpu()] * BINS + half_octave.clamp(0, BINS - 1).cpu()
+        places = units[unit.cpu()] * STRENGTH_BINS + half_octave.clamp(0, STRENGTH_BINS - 1).cpu()
         self.histogram.index_add_(0, places, torch.ones_like(places))
 
     def result(self) -> Statistics:
         mean = (self.sum / self.fired.clamp(min=1)).float()
         return Statistics(
-            self.tokens, self.fired, mean, self.maximum, self.histogram.view(-1, BINS)
+            self.tokens, self.fired, mean, self.maximum, self.histogram.view(-1, STRENGTH_BINS)
         )
 
 
-class Gathering:
+class StrongestExamples:
     """The strongest examples of each unit.
 
     kept [units, n]   9 7 4 2        the best n of both stay; what is new goes where
@@ -69,7 +69,7 @@ class Gathering:
         self.sequence = torch.zeros(units, n, dtype=torch.int64)
         self.position = torch.zeros(units, n, dtype=torch.int32)
 
-    def add(self, batch: Batch) -> None:
+    def add(self, batch: EncodedBatch) -> None:
         values, units = self.strengths(batch)  # [sequences, context, some units]
         best, place = (x.cpu() for x in values.max(dim=1))  # [sequences, units]
         best = torch.where(best > 0, best, -1).T  # below the 0 of a slot that is still empty
@@ -89,7 +89,7 @@ class Gathering:
         return Examples(self.strength, self.tokens, self.around, self.sequence, self.position)
 
     def _windows(
-        self, batch: Batch, values: Tensor, unit: Tensor, sequence: Tensor, place: Tensor
+        self, batch: EncodedBatch, values: Tensor, unit: Tensor, sequence: Tensor, place: Tensor
     ) -> Examples:
         """The windows around `place` in `sequence` of the units at `unit` in values; all [m]."""
         window = place[:, None] + torch.arange(-BEFORE, AFTER + 1)  # [m, WINDOW]
@@ -100,7 +100,7 @@ class Gathering:
         return Examples(
             strength=around[:, BEFORE],
             tokens=torch.where(inside, tokens, -1).int(),
-            strengths=torch.where(inside, around, 0).clamp(0, MOST).half() + 0,
+            strengths=torch.where(inside, around, 0).clamp(0, FLOAT16_MAX).half() + 0,
             sequence=batch.ids[sequence],
             position=place.int(),
         )
@@ -117,15 +117,15 @@ class Gathering:
         )
 
 
-class Texts:
+class TokenRecorder:
     """The tokens that are read: four bytes each, the one thing here that grows with the text."""
 
     def __init__(self):
         self.read: list[Tensor] = []
 
-    def add(self, batch: Batch) -> None:
+    def add(self, batch: EncodedBatch) -> None:
         self.read.append(batch.tokens.cpu().int())
 
     def result(self) -> np.ndarray:
-        """[sequences, context] int32"""
+        """Ids [sequences, context] of all tokens, int32."""
         return torch.cat(self.read).numpy()

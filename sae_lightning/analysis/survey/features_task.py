@@ -4,16 +4,21 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from sae_lightning.analysis.collect import Reducer
-from sae_lightning.analysis.lens import effects
+from sae_lightning.analysis.lens import measure_effects
 from sae_lightning.analysis.subject import Subject
-from sae_lightning.analysis.survey.kept import identity
+from sae_lightning.analysis.survey.kept import describe_origin
 from sae_lightning.analysis.survey.strengths import Positive
-from sae_lightning.analysis.survey.survey import Survey, most_telling, section, survey
-from sae_lightning.analysis.task import Task, at_least, results
+from sae_lightning.analysis.survey.survey import (
+    Survey,
+    make_features_section,
+    pick_most_telling,
+    survey,
+)
+from sae_lightning.analysis.task import Task, check_at_least
 from sae_lightning.report.parquet import write_catalogue
 from sae_lightning.report.printer import print_section, print_units
 
-SHOWN = 5  # features at the terminal
+PRINTED_FEATURES = 5  # features at the terminal
 
 
 @dataclass(slots=True, kw_only=True)
@@ -28,21 +33,21 @@ class FeaturesTask(Task):
     """How neurons are made positive, to be compared with features."""
 
     def __post_init__(self):
-        at_least("tokens", self.tokens, 1)
-        at_least("examples", self.examples, 1)
+        check_at_least("tokens", self.tokens, 1)
+        check_at_least("examples", self.examples, 1)
 
-    def answer(self, given: Collection[str]) -> None:
-        subject = self.open(given)
-        found = self.surveyed(subject)
-        summary = section(found)
+    def execute(self, given: Collection[str]) -> None:
+        subject = self.load_subject(given)
+        found = self.make_catalogues(subject)
+        summary = make_features_section(found)
         print_section(summary)
-        print_units(found.features, most_telling(found.features, SHOWN))
+        print_units(found.features, pick_most_telling(found.features, PRINTED_FEATURES))
         units = [found.features, found.neurons]
         self.publish(subject, found.scalars(), [summary], units, found.best)
 
-    def surveyed(self, subject: Subject, *reducers: Reducer) -> Survey:
+    def make_catalogues(self, subject: Subject, *reducers: Reducer) -> Survey:
         """The survey with the features' effects, written as parquet files too."""
-        config, text = subject.config, subject.text
+        config, text = subject.config, subject.corpus
         found = survey(
             subject,
             text.train,
@@ -54,8 +59,10 @@ class FeaturesTask(Task):
             reducers=reducers,
         )
         found = found._replace(
-            features=found.features._replace(effect=effects(subject, text.train))
+            features=found.features._replace(effect=measure_effects(subject, text.train))
         )
         for name, catalogue in (("features", found.features), ("neurons", found.neurons)):
-            write_catalogue(results(subject) / f"{name}.parquet", catalogue, identity(subject))
+            write_catalogue(
+                subject.results_folder / f"{name}.parquet", catalogue, describe_origin(subject)
+            )
         return found

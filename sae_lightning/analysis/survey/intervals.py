@@ -21,20 +21,22 @@ from sae_lightning.report.catalogue import (
     slice_units,
 )
 
-AT_ONCE = 1 << 21  # entries of the sample among which is drawn at a time: bounds memory
-PART = 1 << 16  # examples whose windows are looked up at a time
+ENTRIES_AT_ONCE = 1 << 21  # entries of the sample among which is drawn at a time: bounds memory
+WINDOWS_AT_ONCE = 1 << 16  # examples whose windows are looked up at a time
 
 
-def draw(sample: Sample, maximum: Tensor, top: Examples, each: int, seed: int) -> Examples:
+def draw_examples(sample: Sample, maximum: Tensor, top: Examples, each: int, seed: int) -> Examples:
     """`each` examples of every interval of each unit, at most one a sequence, and none of `top`.
 
     maximum: [units].
     """
     starts = sample.starts
-    some = torch.tensor(range(AT_ONCE, len(sample.places), AT_ONCE), dtype=torch.int64)
+    some = torch.tensor(
+        range(ENTRIES_AT_ONCE, len(sample.places), ENTRIES_AT_ONCE), dtype=torch.int64
+    )
     inner = torch.searchsorted(starts, some)
     parts = []
-    for first, end in pairwise(sorted({0, *inner.tolist(), sample.features})):
+    for first, end in pairwise(sorted({0, *inner.tolist(), sample.unit_count})):
         entries = slice(starts[first], starts[end])
         part = sample._replace(
             starts=starts[first : end + 1] - starts[first],
@@ -42,21 +44,21 @@ def draw(sample: Sample, maximum: Tensor, top: Examples, each: int, seed: int) -
             strengths=sample.strengths[entries],
         )
         units = slice(first, end)
-        parts.append(_draw(part, maximum[units], slice_units(top, units), each, seed))
+        parts.append(_draw_part(part, maximum[units], slice_units(top, units), each, seed))
     return Examples(*map(torch.cat, zip(*parts, strict=True)))
 
 
-def _draw(sample: Sample, maximum: Tensor, top: Examples, each: int, seed: int) -> Examples:
-    entries = _others(sample, top)
+def _draw_part(sample: Sample, maximum: Tensor, top: Examples, each: int, seed: int) -> Examples:
+    entries = _find_candidates(sample, top)
     unit, strength = sample.owners()[entries], sample.strengths[entries]
     interval = find_interval(strength, maximum[unit]).numpy()
     unit, place = unit.numpy(), sample.places.numpy()[entries]
-    drawn = _lots(sample, unit * INTERVALS + interval, interval, place, each, seed)
+    drawn = _draw_entries(sample, unit * INTERVALS + interval, interval, place, each, seed)
     drawn = drawn[np.lexsort((-strength.numpy()[drawn], unit[drawn]))]
-    return _examples(sample, entries[drawn], _rank(unit[drawn]), INTERVALS * each)
+    return _make_examples(sample, entries[drawn], _rank_in_group(unit[drawn]), INTERVALS * each)
 
 
-def _others(sample: Sample, top: Examples) -> np.ndarray:
+def _find_candidates(sample: Sample, top: Examples) -> np.ndarray:
     """Numbers of the sample's entries that are not the peak of an example of `top`."""
     size, context = sample.tokens.numel(), sample.tokens.shape[1]
     keys = sample.owners().numpy() * size + sample.places.numpy()  # ascending
@@ -70,7 +72,7 @@ def _others(sample: Sample, top: Examples) -> np.ndarray:
     return others.nonzero()[0]
 
 
-def _lots(
+def _draw_entries(
     sample: Sample,
     group: np.ndarray,
     interval: np.ndarray,
@@ -87,18 +89,18 @@ def _lots(
     line = group * sequences + of_sequence[interval, place // context]
     order = (line * context + of_place[place]).argsort()
     order = order[np.diff(line[order], prepend=-1) > 0]  # the first of each sequence
-    return order[_rank(group[order]) < each]
+    return order[_rank_in_group(group[order]) < each]
 
 
-def _rank(group: np.ndarray) -> np.ndarray:
+def _rank_in_group(group: np.ndarray) -> np.ndarray:
     """The place [n] of each member in its group, whose members lie side by side."""
     first = np.flatnonzero(np.diff(group, prepend=-1))
     return np.arange(len(group)) - np.repeat(first, np.diff(first, append=len(group)))
 
 
-def _examples(sample: Sample, entries: np.ndarray, slot: np.ndarray, n: int) -> Examples:
+def _make_examples(sample: Sample, entries: np.ndarray, slot: np.ndarray, n: int) -> Examples:
     """The sample's `entries` as examples, each in its slot of the n of its unit."""
-    context, units = sample.tokens.shape[1], sample.features
+    context, units = sample.tokens.shape[1], sample.unit_count
     found = Examples(
         strength=torch.zeros(units, n),
         tokens=torch.full((units, n, WINDOW), -1, dtype=torch.int32),
@@ -108,7 +110,9 @@ def _examples(sample: Sample, entries: np.ndarray, slot: np.ndarray, n: int) -> 
     )
     owners, offsets = sample.owners(), torch.arange(-BEFORE, AFTER + 1)
     parts = zip(
-        torch.from_numpy(entries).split(PART), torch.from_numpy(slot).split(PART), strict=True
+        torch.from_numpy(entries).split(WINDOWS_AT_ONCE),
+        torch.from_numpy(slot).split(WINDOWS_AT_ONCE),
+        strict=True,
     )
     for entry, mine in parts:
         unit, place = owners[entry], sample.places[entry]
@@ -120,11 +124,11 @@ def _examples(sample: Sample, entries: np.ndarray, slot: np.ndarray, n: int) -> 
         window = (place[:, None] + offsets).clamp(0, sample.tokens.numel() - 1)
         tokens = sample.tokens.flatten()[window]
         found.tokens[unit, mine] = torch.where(inside, tokens, -1)
-        found.strengths[unit, mine] = _around(sample, owners, entry).half()
+        found.strengths[unit, mine] = _read_windows(sample, owners, entry).half()
     return found
 
 
-def _around(sample: Sample, owners: Tensor, entry: Tensor) -> Tensor:
+def _read_windows(sample: Sample, owners: Tensor, entry: Tensor) -> Tensor:
     """Strengths [m, WINDOW] of its unit around each entry [m]."""
     context, place = sample.tokens.shape[1], sample.places[entry, None]
     # a place is one entry of a unit, so that these are among as many neighbours

@@ -11,7 +11,7 @@ from sae_lightning.report.sweep_report import describe_source
 from sae_lightning.terminal import console, shorten_path
 
 
-def identity(subject: Subject) -> dict[str, str]:
+def describe_origin(subject: Subject) -> dict[str, str]:
     """What a catalogue is of, in words: other weights, another LLM, site or text make another."""
     weights = hashlib.sha256()
     for name, weight in sorted(subject.sae.weights().items()):
@@ -20,7 +20,7 @@ def identity(subject: Subject) -> dict[str, str]:
     return describe_source(subject.config.to_flat_dict()) | {"weights": weights.hexdigest()[:16]}
 
 
-def kept(subject: Subject, path: Path) -> Catalogue | None:
+def read_kept_catalogue(subject: Subject, path: Path) -> Catalogue | None:
     """The features in the parquet file at `path`, and a line on them; None, and why, if they are
     not those of `subject`."""
     if not path.is_file():
@@ -29,7 +29,7 @@ def kept(subject: Subject, path: Path) -> Catalogue | None:
     words = read_vocabulary(subject.llm)
     try:
         note = read_metadata(path)
-        own = identity(subject)
+        own = describe_origin(subject)
         other = [name for name, value in own.items() if note["of"].get(name) != value]
         if other:
             console.print(

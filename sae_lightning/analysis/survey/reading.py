@@ -14,10 +14,10 @@ from scipy.sparse import csr_array
 from sae_lightning.analysis.survey.sample import Sample
 from sae_lightning.report.catalogue import TokenSetScores
 
-LEAST = 5  # tokens of each half on which a feature has to fire for a score
-TWICE = 2  # a token on which it fired once is no pattern
-SHOWN = 8
-WORTH_SHOWING = 0.02  # share of the tokens on which set and feature agree
+MIN_FIRINGS = 5  # tokens of each half on which a feature has to fire for a score
+MIN_FIRINGS_PER_TOKEN = 2  # a token on which it fired once is no pattern
+LISTED_TOKENS = 8
+MIN_LISTED_SHARE = 0.02  # share of the tokens on which set and feature agree
 
 
 class _Counts(NamedTuple):
@@ -29,7 +29,7 @@ class _Counts(NamedTuple):
     """[vocabulary] occurrences of each token"""
 
     @property
-    def features(self) -> np.ndarray:
+    def firing_tokens(self) -> np.ndarray:
         """[features] tokens on which each fires"""
         return self.fired.sum(axis=1)
 
@@ -47,19 +47,20 @@ class _Sets(NamedTuple):
     """[features] correlation on the text that it was chosen on; 0 for an empty set"""
 
 
-def reading(sample: Sample, vocabulary: int) -> TokenSetScores:
+def score_token_sets(sample: Sample, vocabulary: int) -> TokenSetScores:
     """The best token set of every feature, and how well it predicts where the feature fires."""
     scores, chosen = [], []
     for shift in (0, 1):
-        a, b = _halves(sample, vocabulary, shift)
-        crossed = _confusion(_best(a), b), _confusion(_best(b), a)  # on the half it has not seen
-        scores.append(_correlation(*map(sum, zip(*crossed, strict=True))))
-        chosen.append(_best(_Counts(a.fired + b.fired, a.tokens + b.tokens)))
+        a, b = _count_halves(sample, vocabulary, shift)
+        # each set is tested on the half that it was not chosen on
+        crossed = _count_hits(_choose_sets(a), b), _count_hits(_choose_sets(b), a)
+        scores.append(_correlate(*map(sum, zip(*crossed, strict=True))))
+        chosen.append(_choose_sets(_Counts(a.fired + b.fired, a.tokens + b.tokens)))
     # which of the two is told from all of the text; both scores are of sets that are held out
     previous = chosen[1].score > chosen[0].score
     score = np.where(previous, scores[1], scores[0])
-    often = np.minimum(a.features, b.features) >= LEAST
-    shown = [_shown(sets) for sets in chosen]
+    often = np.minimum(a.firing_tokens, b.firing_tokens) >= MIN_FIRINGS
+    shown = [_list_tokens(sets) for sets in chosen]
     tokens = np.where(previous[:, None], shown[1], shown[0])
     return TokenSetScores(
         score=torch.from_numpy(np.where(often, score, np.nan)).float(),
@@ -68,7 +69,7 @@ def reading(sample: Sample, vocabulary: int) -> TokenSetScores:
     )
 
 
-def _halves(sample: Sample, vocabulary: int, shift: int) -> list[_Counts]:
+def _count_halves(sample: Sample, vocabulary: int, shift: int) -> list[_Counts]:
     """Counts of the even and the odd sequences; the tokens are those `shift` places before."""
     context = sample.tokens.shape[1]
     tokens = sample.tokens.flatten().long().numpy()
@@ -82,28 +83,30 @@ def _halves(sample: Sample, vocabulary: int, shift: int) -> list[_Counts]:
         read = tokens[kept[(kept // context) % 2 == half] - shift]
         halves.append(
             _Counts(
-                csr_array((ones, pairs), shape=(sample.features, vocabulary)),  # adds what repeats
+                csr_array(
+                    (ones, pairs), shape=(sample.unit_count, vocabulary)
+                ),  # adds what repeats
                 np.bincount(read, minlength=vocabulary),
             )
         )
     return halves
 
 
-def _best(counts: _Counts) -> _Sets:
+def _choose_sets(counts: _Counts) -> _Sets:
     """The set of each feature whose membership correlates best with its firing."""
     feature, token = counts.fired.nonzero()
-    often = counts.fired.data >= TWICE
+    often = counts.fired.data >= MIN_FIRINGS_PER_TOKEN
     feature, token, fired = feature[often], token[often], counts.fired.data[often]
     occurs = counts.tokens[token]
     order = np.lexsort((-fired / (occurs + 1), feature))
     feature, token, fired, occurs = (x[order] for x in (feature, token, fired, occurs))
-    first, rank = _runs(feature)
+    first, rank = _find_runs(feature)
     start = np.arange(len(feature)) - rank
     hits, size = fired.cumsum(), occurs.cumsum()
     # cumulative sums start again with each feature
     hits, size = hits - (hits - fired)[start], size - (size - occurs)[start]
-    fires = counts.features
-    correlation = _correlation(hits, size, fires[feature], counts.tokens.sum())
+    fires = counts.firing_tokens
+    correlation = _correlate(hits, size, fires[feature], counts.tokens.sum())
     score = np.zeros(len(fires))
     if not len(feature):
         return _Sets(feature, token, fired, score)
@@ -117,22 +120,22 @@ def _best(counts: _Counts) -> _Sets:
     return _Sets(feature[inside], token[inside], fired[inside], score)
 
 
-def _runs(feature: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _find_runs(feature: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Where each run of equal values begins, and the place [n] of each value in its run."""
     first = np.flatnonzero(np.diff(feature, prepend=-1))
     lengths = np.diff(np.append(first, len(feature)))
     return first, np.arange(len(feature)) - np.repeat(first, lengths)
 
 
-def _confusion(sets: _Sets, counts: _Counts) -> tuple[np.ndarray, ...]:
+def _count_hits(sets: _Sets, counts: _Counts) -> tuple[np.ndarray, ...]:
     """Of each feature: hits, tokens in its set, tokens on which it fires; and all tokens."""
     ones = np.ones(len(sets.token), np.int64)
     members = csr_array((ones, (sets.feature, sets.token)), shape=counts.fired.shape)
     hits = members.multiply(counts.fired).sum(axis=1)
-    return hits, members @ counts.tokens, counts.features, counts.tokens.sum()
+    return hits, members @ counts.tokens, counts.firing_tokens, counts.tokens.sum()
 
 
-def _correlation(
+def _correlate(
     hits: np.ndarray, size: np.ndarray, fired: np.ndarray, tokens: np.ndarray
 ) -> np.ndarray:
     """Matthews' coefficient of two yes/no variables; 0 where one of them never changes."""
@@ -143,16 +146,16 @@ def _correlation(
     )
 
 
-def _shown(sets: _Sets) -> np.ndarray:
+def _list_tokens(sets: _Sets) -> np.ndarray:
     """The SHOWN most frequent members of each set [features, SHOWN], without those that explain
     next to nothing of its firing; -1 where there are fewer."""
     features = len(sets.score)
     order = np.lexsort((-sets.fired, sets.feature))
     hits = np.bincount(sets.feature, sets.fired, minlength=features)
-    order = order[(sets.fired >= WORTH_SHOWING * hits[sets.feature])[order]]
+    order = order[(sets.fired >= MIN_LISTED_SHARE * hits[sets.feature])[order]]
     feature, token = sets.feature[order], sets.token[order]
-    _, rank = _runs(feature)
-    shown = np.full((features, SHOWN), -1)
-    near = rank < SHOWN
+    _, rank = _find_runs(feature)
+    shown = np.full((features, LISTED_TOKENS), -1)
+    near = rank < LISTED_TOKENS
     shown[feature[near], rank[near]] = token[near]
     return shown

@@ -7,12 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae_lightning.analysis.collect import Batch
+from sae_lightning.analysis.collect import EncodedBatch
 from sae_lightning.analysis.survey import strengths
 from sae_lightning.analysis.survey.strengths import Strengths
 
-TOKENS = 131_072
-ENTRIES = 1 << 24  # strengths that are kept
+SAMPLE_TOKENS = 131_072
+SAMPLE_ENTRIES = 1 << 24  # strengths that are kept
 
 
 class Sample(NamedTuple):
@@ -32,8 +32,8 @@ class Sample(NamedTuple):
     """[entries] how strongly"""
 
     @property
-    def features(self) -> int:
-        """Number of features."""
+    def unit_count(self) -> int:
+        """Number of features, of silent ones too."""
         return len(self.starts) - 1
 
     def fired(self, feature: int) -> Tensor:
@@ -45,19 +45,19 @@ class Sample(NamedTuple):
 
     def owners(self) -> Tensor:
         """[entries] the feature that each entry is of, int64."""
-        return torch.repeat_interleave(torch.arange(self.features), self.starts.diff())
+        return torch.repeat_interleave(torch.arange(self.unit_count), self.starts.diff())
 
 
-class Sampling:
+class SequenceSampler:
     """Keeps whole sequences by lot; once there is no more room, those with the lowest give way."""
 
     def __init__(
         self,
         features: int,
         seed: int,
-        tokens: int = TOKENS,
-        entries: int = ENTRIES,
-        strengths: Strengths = strengths.features,
+        tokens: int = SAMPLE_TOKENS,
+        entries: int = SAMPLE_ENTRIES,
+        strengths: Strengths = strengths.feature_strengths,
     ):
         self.strengths = strengths
         self.features, self.room = features, {"tokens": tokens, "entries": entries}
@@ -66,7 +66,7 @@ class Sampling:
         self.size = {"tokens": 0, "entries": 0}
         self.lowest = 0.0  # lots below it have no chance any more
 
-    def add(self, batch: Batch) -> None:
+    def add(self, batch: EncodedBatch) -> None:
         tokens, keep = batch.tokens.cpu().int().numpy(), batch.keep.cpu().numpy()
         values, units = self.strengths(batch)
         for i, lot in enumerate(self.random.random(len(tokens))):

@@ -6,9 +6,9 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from sae_lightning.analysis.collect import Batch
+from sae_lightning.analysis.collect import EncodedBatch
 
-Strengths = Callable[[Batch], tuple[Tensor, Tensor]]
+Strengths = Callable[[EncodedBatch], tuple[Tensor, Tensor]]
 """Of a batch: strengths [sequences, context, some], not negative, 0 where not `keep`, and the
 numbers [some] of these units, on the CPU; all others are silent."""
 
@@ -24,19 +24,19 @@ class Positive(Enum):
     """Its value minus the least that it takes on the first tokens, not below 0."""
 
 
-def features(batch: Batch) -> tuple[Tensor, Tensor]:
+def feature_strengths(batch: EncodedBatch) -> tuple[Tensor, Tensor]:
     """Strengths of the SAE's features."""
-    return batch.active
+    return batch.active_features
 
 
-class Neurons:
+class NeuronStrengths:
     """Strengths of the site's own dimensions, which have a sign, made positive."""
 
     def __init__(self, positive: Positive):
         self.positive = positive
         self._least: Tensor | None = None  # [d_in], on the first batch
 
-    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def __call__(self, batch: EncodedBatch) -> tuple[Tensor, Tensor]:
         if self.positive is Positive.abs:
             values = batch.x.abs()
         elif self.positive is Positive.relu:

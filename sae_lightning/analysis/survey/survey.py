@@ -9,14 +9,18 @@ from torch import Tensor
 from sae_lightning.analysis.collect import Reducer, collect, excerpt
 from sae_lightning.analysis.subject import Subject
 from sae_lightning.analysis.survey import strengths
-from sae_lightning.analysis.survey.copies import copy_of
-from sae_lightning.analysis.survey.examples import Counting, Gathering, Texts
-from sae_lightning.analysis.survey.intervals import draw
-from sae_lightning.analysis.survey.reading import reading
-from sae_lightning.analysis.survey.related import EXACT, neighbours, partners
-from sae_lightning.analysis.survey.sample import Sample, Sampling
+from sae_lightning.analysis.survey.copies import find_originals
+from sae_lightning.analysis.survey.examples import (
+    FiringStatistics,
+    StrongestExamples,
+    TokenRecorder,
+)
+from sae_lightning.analysis.survey.intervals import draw_examples
+from sae_lightning.analysis.survey.reading import score_token_sets
+from sae_lightning.analysis.survey.related import MAX_EXACT_FEATURES, find_neighbours, find_partners
+from sae_lightning.analysis.survey.sample import Sample, SequenceSampler
 from sae_lightning.analysis.survey.strengths import Positive
-from sae_lightning.analysis.survey.telling import telling
+from sae_lightning.analysis.survey.telling import rate_telling
 from sae_lightning.llm.vocabulary import read_vocabulary
 from sae_lightning.report.catalogue import Catalogue
 from sae_lightning.report.section import Section
@@ -24,8 +28,8 @@ from sae_lightning.scoring.metrics import count_by_density
 from sae_lightning.stream.packing import TokenStream
 from sae_lightning.terminal import phase
 
-DENSE_ENTRIES = 1 << 23  # of neurons, which are active everywhere, in their sample
-DRAWN = 6  # an interval has this part of the number of the strongest examples
+NEURON_ENTRIES = 1 << 23  # of neurons, which are active everywhere, in their sample
+EXAMPLES_PER_DRAWN = 6  # an interval has this part of the number of the strongest examples
 
 
 class Survey(NamedTuple):
@@ -39,8 +43,8 @@ class Survey(NamedTuple):
 
     @property
     def best(self) -> int | None:
-        """The most telling feature."""
-        return next(iter(most_telling(self.features, 1)), None)
+        """The most telling feature; None if none has a score."""
+        return next(iter(pick_most_telling(self.features, 1)), None)
 
     def scalars(self) -> dict[str, Any]:
         """The numbers of all features together."""
@@ -74,20 +78,20 @@ def survey(
     `examples`: how many of the strongest are kept of each unit, and a sixth as many of each
     interval; `reducers` read along.
     """
-    d_in, positive = len(subject.sae.W_enc), strengths.Neurons(neurons)
+    d_in, positive = len(subject.sae.W_enc), strengths.NeuronStrengths(neurons)
     kinds = {
         "feature": [
-            Counting(subject.features, strengths.features),
-            Gathering(subject.features, examples, strengths.features),
-            Sampling(subject.features, seed),
+            FiringStatistics(subject.features, strengths.feature_strengths),
+            StrongestExamples(subject.features, examples, strengths.feature_strengths),
+            SequenceSampler(subject.features, seed),
         ],
         "neuron": [
-            Counting(d_in, positive),
-            Gathering(d_in, examples, positive),
-            Sampling(d_in, seed, entries=DENSE_ENTRIES, strengths=positive),
+            FiringStatistics(d_in, positive),
+            StrongestExamples(d_in, examples, positive),
+            SequenceSampler(d_in, seed, entries=NEURON_ENTRIES, strengths=positive),
         ],
     }
-    texts = Texts()
+    texts = TokenRecorder()
     text, total = excerpt(source, tokens, batch)
     collect(subject, text, [*chain(*kinds.values()), texts, *reducers], total=total)
     words, read, found = read_vocabulary(subject.llm), texts.result(), []
@@ -95,24 +99,26 @@ def survey(
         for kind in [*kinds]:
             # what the reducers hold is as large as what they make of it
             statistics, top, sample = (reducer.result() for reducer in kinds.pop(kind))
-            spread = draw(sample, statistics.maximum, top, max(1, examples // DRAWN), seed)
+            spread = draw_examples(
+                sample, statistics.maximum, top, max(1, examples // EXAMPLES_PER_DRAWN), seed
+            )
             found.append((Catalogue(kind, words, read, statistics, top, spread), sample))
     (features, sample), (of_site, dense) = found
     del found, dense
     with phase("comparing features"):
-        scored = reading(sample, len(words))
+        scored = score_token_sets(sample, len(words))
         features = features._replace(
             token_sets=scored,
-            telling=telling(read, sample, scored, words),
-            neighbours=neighbours(subject.sae.W_dec),
-            partners=partners(sample),
+            telling=rate_telling(read, sample, scored, words),
+            neighbours=find_neighbours(subject.sae.W_dec),
+            partners=find_partners(sample),
         )
-        originals = copy_of(subject.sae.W_dec, features.neighbours, ranking(features))
+        originals = find_originals(subject.sae.W_dec, features.neighbours, rank_units(features))
         features = features._replace(copy_of=originals)
     return Survey(features, of_site, sample)
 
 
-def section(survey: Survey) -> Section:
+def make_features_section(survey: Survey) -> Section:
     """How much text was read, and how many features have a pattern in it."""
     said = survey.scalars()
     unscored = said["features"] - said["scored"]
@@ -121,7 +127,7 @@ def section(survey: Survey) -> Section:
         "features": f"{said['features']:,}, {said['unfired']:.1%} of them silent",
         "L0": f"{said['l0']:.1f} active features per token",
     }
-    if said["features"] > EXACT:
+    if said["features"] > MAX_EXACT_FEATURES:
         rows["nearest directions"] = (
             "of so many features those with a cosine above 0.9 are found nearly always, less alike "
             "ones not"
@@ -140,13 +146,13 @@ def section(survey: Survey) -> Section:
     )
 
 
-def ranking(catalogue: Catalogue) -> Tensor:
+def rank_units(catalogue: Catalogue) -> Tensor:
     """All units, the most telling first."""
     return catalogue.telling.nan_to_num(-1).argsort(descending=True, stable=True)
 
 
-def most_telling(catalogue: Catalogue, n: int) -> list[int]:
+def pick_most_telling(catalogue: Catalogue, n: int) -> list[int]:
     """The first `n` units of the page's list: no copies, and none without a score."""
-    order = ranking(catalogue)
+    order = rank_units(catalogue)
     order = order[(catalogue.copy_of[order] == order) & (catalogue.telling[order] > 0)]
     return order[:n].tolist()

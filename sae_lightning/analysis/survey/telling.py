@@ -14,10 +14,10 @@ from torch import Tensor
 from sae_lightning.analysis.survey.sample import Sample
 from sae_lightning.report.catalogue import TokenSetScores
 
-PIECE = 0.25  # what a piece of a word counts, against a whole word
+PIECE_WEIGHT = 0.25  # what a piece of a word counts, against a whole word
 
 
-def telling(
+def rate_telling(
     texts: np.ndarray, sample: Sample, reading: TokenSetScores, vocabulary: Sequence[str]
 ) -> Tensor:
     """[features] how much each tells, nan where there is no score.
@@ -27,20 +27,20 @@ def telling(
     owners = sample.owners().numpy()
     # the token before, where that is what predicts; no feature fires on the first of a text
     places = sample.places.numpy() - reading.previous.numpy()[owners]
-    strengths, content = sample.strengths.numpy(), _content(texts, sample, vocabulary)[places]
+    strengths, content = sample.strengths.numpy(), _weigh_tokens(texts, sample, vocabulary)[places]
     told, total = (
-        np.bincount(owners, each, minlength=sample.features)
+        np.bincount(owners, each, minlength=sample.unit_count)
         for each in (strengths * content, strengths)
     )
-    words = [_words(tokens, vocabulary) for tokens in reading.tokens.tolist()]
+    words = [_find_words(tokens, vocabulary) for tokens in reading.tokens.tolist()]
     several = np.array([len(each) for each in words])
     value = reading.score.clamp(min=0).numpy() * (told / np.maximum(total, np.finfo(float).tiny))
     value *= several / (several + 1)
-    value /= 1 + _earlier(value, [next(iter(each), "") for each in words])
+    value /= 1 + _count_better(value, [next(iter(each), "") for each in words])
     return torch.from_numpy(value).float()
 
 
-def _content(texts: np.ndarray, sample: Sample, vocabulary: Sequence[str]) -> np.ndarray:
+def _weigh_tokens(texts: np.ndarray, sample: Sample, vocabulary: Sequence[str]) -> np.ndarray:
     """[places] of the sample: how much rarer the token is than the mean, from 0 to 1 (surprisals
     -log2 p above their mean, the entropy, as a share of the most); 0 where it is no word."""
     share = np.bincount(texts.ravel(), minlength=len(vocabulary)) / texts.size
@@ -54,7 +54,7 @@ def _content(texts: np.ndarray, sample: Sample, vocabulary: Sequence[str]) -> np
     tokens = sample.tokens.numpy()
     joined = np.pad(closes[tokens[:, :-1]] & opens[tokens[:, 1:]], ((0, 0), (1, 1)))
     is_piece = joined[:, :-1] | joined[:, 1:]  # joined to the token before, or to the next one
-    return (rare[tokens] * np.where(is_piece, PIECE, 1)).ravel()
+    return (rare[tokens] * np.where(is_piece, PIECE_WEIGHT, 1)).ravel()
 
 
 def _has_case(letter: str) -> bool:
@@ -67,13 +67,13 @@ def _is_word(token: str) -> bool:
     return 2 * sum(map(str.isalpha, shown)) > len(shown)
 
 
-def _words(tokens: Sequence[int], vocabulary: Sequence[str]) -> list[str]:
+def _find_words(tokens: Sequence[int], vocabulary: Sequence[str]) -> list[str]:
     """Different words among some ids, of which -1 is none; in lower case, the first one first."""
     words = (vocabulary[token] for token in tokens if token >= 0)
     return [*dict.fromkeys(word.strip().casefold() for word in words if _is_word(word))]
 
 
-def _earlier(value: np.ndarray, word: Sequence[str]) -> np.ndarray:
+def _count_better(value: np.ndarray, word: Sequence[str]) -> np.ndarray:
     """[features] how many of the same word have a greater value."""
     _, number = np.unique(word, return_inverse=True)
     order = np.lexsort((-value, number))

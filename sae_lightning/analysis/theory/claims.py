@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from sae_lightning.analysis.collect import Batch
+from sae_lightning.analysis.collect import EncodedBatch
 from sae_lightning.analysis.subject import Subject
 from sae_lightning.analysis.theory.dense import compare_dense
 from sae_lightning.analysis.theory.detection import FeatureCounts, NeuronCounts
@@ -65,12 +65,12 @@ class TheoryReducers:
         self.sample = torch.empty(0)  # [at most SAMPLE, d]
 
     @torch.no_grad()
-    def add(self, batch: Batch) -> None:
+    def add(self, batch: EncodedBatch) -> None:
         """Take in some more sequences."""
         keep = batch.keep
         if not keep.any():
             return
-        values, units = batch.active
+        values, units = batch.active_features
         x, y, features = batch.x[keep], batch.y[keep], values[keep]
         self.source.add(x)
         if not self.is_autoencoder:

@@ -4,7 +4,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from sae_lightning.analysis.collect import collect, excerpt
-from sae_lightning.analysis.task import Task, at_least
+from sae_lightning.analysis.task import Task, check_at_least
 from sae_lightning.analysis.theory.claims import TheoryReducers, theory
 from sae_lightning.analysis.theory.theory_sections import sections
 
@@ -17,12 +17,12 @@ class TheoryTask(Task):
     """Tokens of text to read."""
 
     def __post_init__(self):
-        at_least("tokens", self.tokens, 1024)
+        check_at_least("tokens", self.tokens, 1024)
 
-    def answer(self, given: Collection[str]) -> None:
-        subject = self.open(given)
-        parts, total = excerpt(subject.text.train, self.tokens, subject.config.llm.batch)
+    def execute(self, given: Collection[str]) -> None:
+        subject = self.load_subject(given)
+        parts, total = excerpt(subject.corpus.train, self.tokens, subject.config.llm.batch)
         reducers = TheoryReducers(subject)
         collect(subject, parts, [reducers], total=total)
         result = theory(subject, reducers)
-        self.finish(subject, result.numbers, sections(result))
+        self.print_and_publish(subject, result.numbers, sections(result))
