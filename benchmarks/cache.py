@@ -1,7 +1,7 @@
 """What does the activation cache save, and what does writing it cost?
 
-Trains the same SAE three times on the packaged LLM and text (from the LLM, writing the cache,
-reading it), prints the speeds side by side, and stops if the weights are not the same.
+Trains the same SAE three times on the packaged LLM and text (without a cache, writing it, reading
+it), prints the speeds side by side, and fails if the weights differ.
 
     python benchmarks/cache.py                      # 131,072 tokens, 2,048 features, layer 9
     python benchmarks/cache.py trainer.tokens=524288 model.features=10000
@@ -11,7 +11,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from command import command, make_jobs
+from command import make_jobs, run_command
 from rich.table import Table
 
 from sae_lightning.formats.export import WEIGHTS
@@ -22,7 +22,7 @@ SETTINGS = ["trainer.tokens=131072", "model.features=2048", "layer.index=9"]
 
 
 def main(overrides: list[str]) -> None:
-    """Run the three and compare them."""
+    """Train the three SAEs and compare them."""
     table = Table("activations", "tokens/s", "LLM", "text, pool, disk", "SAE")
     weights = set()
     with tempfile.TemporaryDirectory() as temporary:
@@ -32,7 +32,7 @@ def main(overrides: list[str]) -> None:
         for name, job in zip(("from the LLM", "written", "read"), jobs, strict=True):
             train_jobs([job])
             speed = json.loads((job.folder / "metrics.json").read_text("utf8"))["speed"]
-            # not known on a GPU
+            # shares are not measured on a GPU
             parts = [speed.get(f"{part}_share") for part in ("llm", "data", "sae")]
             shares = ["" if part is None else f"{part:.1%}" for part in parts]
             table.add_row(name, f"{speed['tokens_per_second']:,.0f}", *shares)
@@ -44,4 +44,4 @@ def main(overrides: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    command(main)
+    run_command(main)

@@ -1,18 +1,18 @@
 """Does memory grow with the amount of text? python benchmarks/collect_memory.py
 
-A survey of 100,000 and one of 1,000,000 tokens, each in a process of its own, with an SAE of random
-weights on the packaged LLM, of which a few percent of the features are active. Peak memory of both,
-and the ratio; the aim is at most 1.1. Measured on two cores: 2.170 GB and 2.264 GB, ratio 1.043.
+Runs a survey of 100,000 tokens and one of 1,000,000, each in its own process, with an SAE of random
+weights on the packaged LLM, a few percent of whose features are active. Prints the peak memory of
+both and the ratio, which should be at most 1.1. On two cores: 2.170 GB and 2.264 GB, ratio 1.043.
 
 How the overview grows with the features:
 
     python benchmarks/collect_memory.py --tokens 131072 --grow 16384 32768 65536 131072
 
-For each number the whole of `analyze.py run=...` in a process of its own, on a random LLM of
-GPT-2's width (two blocks, so that reading is cheap) with SmolLM2's tokens. The SAE is a JumpReLU of
-random directions with 64 active features a token, every hundredth a copy of another. Seconds in all
-and after reading, peak memory, size of the page with what is beside it, seconds until Chromium
-shows it.
+For each number of features it runs the whole of `analyze.py run=...` in its own process, on a
+random LLM of GPT-2's width (two blocks, so that it is fast) with SmolLM2's tokenizer. The SAE is a
+JumpReLU of random directions with 64 active features per token; every hundredth is a copy of
+another. Prints seconds in all and without reading text, peak memory, size of the page with its
+files, and seconds until Chromium shows it.
 """
 
 import argparse
@@ -33,7 +33,7 @@ import torch
 from sae_lightning.terminal import console
 
 WIDTH, ACTIVE = 768, 64
-# where the LLM and the SAE run over text: file -> functions
+# functions that run the LLM and the SAE over text, by file: their time is that of reading
 READING = {
     "collect.py": {"collect"},
     "scorecard.py": {"_measure_errors"},
@@ -43,8 +43,8 @@ READING = {
 }
 
 
-def measure(tokens: int, features: int, block: int) -> dict[str, Any]:
-    """The peak memory of one survey in bytes."""
+def measure_survey(tokens: int, features: int, block: int) -> dict[str, Any]:
+    """Run one survey; returns its tokens and the peak memory in bytes."""
     from sae_lightning.analysis.subject import Subject
     from sae_lightning.analysis.survey.survey import survey
     from sae_lightning.llm.load import LLMConfig, read_llm_shape
@@ -64,17 +64,17 @@ def measure(tokens: int, features: int, block: int) -> dict[str, Any]:
     llm = read_llm_shape(config.llm)
     sae = build(config.model, llm.width, llm.width).requires_grad_(False)
     subject = Subject(Path(), sae, config.layer.resolve_sites(llm.layers), config)
-    found = survey(subject, subject.corpus.train, tokens=tokens)
-    return {"tokens": found.features.statistics.tokens, "peak": peak()}
+    result = survey(subject, subject.corpus.train, tokens=tokens)
+    return {"tokens": result.features.statistics.tokens, "peak": read_peak_memory()}
 
 
-def peak() -> int:
-    """Of this process, in bytes."""
+def read_peak_memory() -> int:
+    """Peak memory of this process in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def make_llm(folder: Path) -> torch.Tensor:
-    """Save an LLM, and give its activations [n, d] behind its first block."""
+    """Save a random LLM; returns activations [n, d] after its first block."""
     import transformers
 
     from sae_lightning.llm.load import LLMConfig, load_tokenizer
@@ -93,7 +93,7 @@ def make_llm(folder: Path) -> torch.Tensor:
 
 
 def make_sae(folder: Path, llm: Path, features: int, x: torch.Tensor) -> None:
-    """Save an SAE for activations like x [n, d]."""
+    """Save a random SAE whose thresholds fit activations like x [n, d]."""
     from sae_lightning.formats.export import save_sae
     from sae_lightning.sae import ARCHITECTURES, build
 
@@ -102,17 +102,17 @@ def make_sae(folder: Path, llm: Path, features: int, x: torch.Tensor) -> None:
     rows = torch.nn.functional.normalize(sae.W_dec)
     rows[1::100] = rows[::100][: len(rows[1::100])] + 0.01 * torch.randn(WIDTH)
     centred = x - x.mean(0)
-    some = centred @ rows[:4096].T
-    threshold = some.flatten().topk(int(some.numel() * ACTIVE / features)).values[-1]
+    sample = centred @ rows[:4096].T
+    threshold = sample.flatten().topk(int(sample.numel() * ACTIVE / features)).values[-1]
     weights = {"W_enc": rows.T.contiguous(), "W_dec": rows, "b_dec": x.mean(0)}
     weights["b_enc"], weights["threshold"] = -(rows @ x.mean(0)), threshold.expand(features).clone()
-    where = {"model_name": str(llm), "hook_name": "blocks.0.hook_resid_post"}
+    metadata = {"model_name": str(llm), "hook_name": "blocks.0.hook_resid_post"}
     (folder / "sae").mkdir(parents=True)
-    save_sae(folder / "sae", sae, weights, where)
+    save_sae(folder / "sae", sae, weights, metadata)
 
 
-def grow(tokens: int, features: int) -> dict[str, Any]:
-    """Make an SAE and its overview, and measure that."""
+def measure_overview(tokens: int, features: int) -> dict[str, Any]:
+    """Make an SAE of so many features and its overview; returns what the overview costs."""
     from sae_lightning.analysis.overview import OverviewTask
     from sae_lightning.llm.load import LLMConfig
     from sae_lightning.llm.sites import LayerConfig
@@ -141,33 +141,32 @@ def grow(tokens: int, features: int) -> dict[str, Any]:
             "features": features,
             "seconds": seconds,
             "after reading": seconds - reading,
-            "peak": peak(),
+            "peak": read_peak_memory(),
             "page": sum(file.stat().st_size for file in files),
-            "open": opened(index) - opened(None),
+            "open": time_browser(index) - time_browser(None),
         }
 
 
-def opened(page: Path | None) -> float:
-    """Seconds until a browser has shown a page and is gone; None for an empty one. The least of
-    three."""
+def time_browser(page: Path | None) -> float:
+    """Seconds for a browser to show a page (None: an empty one) and exit; the fastest of three."""
     browser = shutil.which("chromium")
     if browser is None:
         return float("nan")
     address = "about:blank" if page is None else page.as_uri()
     command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
-    taken = []
+    seconds = []
     for _ in range(3):
         begin = time.perf_counter()
         shown = subprocess.run(
             [*command, "--virtual-time-budget=8000", address], capture_output=True, check=True
         )
-        taken.append(time.perf_counter() - begin)
+        seconds.append(time.perf_counter() - begin)
         assert page is None or b'class="row"' in shown.stdout
-    return min(taken)
+    return min(seconds)
 
 
-def alone(*arguments: object) -> dict[str, Any]:
-    """What this script finds with the arguments in a process of its own."""
+def run_alone(*arguments: object) -> dict[str, Any]:
+    """Run this script with the arguments in its own process; returns its result."""
     command = [sys.executable, __file__, "--one", *map(str, arguments)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -180,29 +179,31 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=1, help="a low one is quick")
     parser.add_argument("--grow", type=int, nargs="+", help="features of overviews to compare")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    if asked.one:
-        tokens = asked.tokens[0]
-        if asked.grow:
-            found = grow(tokens, asked.grow[0])
+    options = parser.parse_args()
+    if options.one:
+        tokens = options.tokens[0]
+        if options.grow:
+            result = measure_overview(tokens, options.grow[0])
         else:
-            found = measure(tokens, asked.features, asked.block)
-        sys.stdout.write(json.dumps(found) + "\n")
+            result = measure_survey(tokens, options.features, options.block)
+        sys.stdout.write(json.dumps(result) + "\n")
         return
-    if asked.grow:
-        for features in asked.grow:
-            found = alone("--grow", features, "--tokens", asked.tokens[0])
+    if options.grow:
+        for features in options.grow:
+            result = run_alone("--grow", features, "--tokens", options.tokens[0])
             console.print(
-                f"{features:>9,} features  {found['seconds']:6.0f} s, "
-                f"{found['after reading']:5.0f} s after reading  {found['peak'] / 1e9:5.2f} GB  "
-                f"page {found['page'] / 1e6:5.0f} MB, open in {found['open']:.1f} s"
+                f"{features:>9,} features  {result['seconds']:6.0f} s, "
+                f"{result['after reading']:5.0f} s after reading  {result['peak'] / 1e9:5.2f} GB  "
+                f"page {result['page'] / 1e6:5.0f} MB, open in {result['open']:.1f} s"
             )
         return
     peaks = []
-    for tokens in asked.tokens:
-        found = alone("--tokens", tokens, "--features", asked.features, "--block", asked.block)
-        peaks.append(found["peak"])
-        console.print(f"{found['tokens']:>10,} tokens  {found['peak'] / 1e9:.3f} GB")
+    for tokens in options.tokens:
+        result = run_alone(
+            "--tokens", tokens, "--features", options.features, "--block", options.block
+        )
+        peaks.append(result["peak"])
+        console.print(f"{result['tokens']:>10,} tokens  {result['peak'] / 1e9:.3f} GB")
     console.print(f"ratio of the last to the first: {peaks[-1] / peaks[0]:.3f}")
 
 

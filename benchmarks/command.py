@@ -1,4 +1,4 @@
-"""What benchmarks share: errors in one line, and jobs as `train.py` makes them."""
+"""Shared by the benchmarks: errors in one line, and jobs as `train.py` makes them."""
 
 import sys
 from collections.abc import Callable
@@ -11,8 +11,8 @@ from sae_lightning.runs.config import find_conf_folder
 from sae_lightning.runs.jobs import Job, make_job, register_schemas
 
 
-def command(main: Callable[[list[str]], None]) -> None:
-    """Call `main` with what was typed; what the user can put right is told in one line."""
+def run_command(main: Callable[[list[str]], None]) -> None:
+    """Call `main` with the command line; errors that the user can fix take one line."""
     try:
         main(sys.argv[1:])
     except Exception as error:
@@ -23,7 +23,7 @@ def command(main: Callable[[list[str]], None]) -> None:
 
 
 def make_jobs(runs: list[list[str]], folder: Path) -> list[Job]:
-    """A job for each list of overrides, in a folder of its own."""
+    """Make a job for each list of overrides, each in its own folder."""
     register_schemas()
     with initialize_config_dir(find_conf_folder(), version_base="1.3"):
         return [

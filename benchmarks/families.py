@@ -1,4 +1,4 @@
-"""Try every site in every family of causal LMs, and write the table of docs/models.md.
+"""Which sites of which families of causal LMs can be read? Writes the table of docs/models.md.
 
 python benchmarks/families.py                all families, and docs/models.md anew
 python benchmarks/families.py gpt2 llama     these alone, printed
@@ -12,8 +12,8 @@ from textwrap import fill
 
 import torch
 import transformers
-from command import command
-from tiny_families import WIDTH, families, save_tiny
+from command import run_command
+from tiny_families import WIDTH, list_families, save_tiny
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
@@ -29,10 +29,10 @@ PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 RIGHT, WRONG = "right", "WRONG"
 
 
-def row(family: str) -> dict[Kind, str] | str:
-    """What is said at each site of a family; one word for all if it is refused as a whole.
+def check_family(family: str) -> dict[Kind, str] | str:
+    """Check each site of a family; returns one verdict per site, or one if the family is refused.
 
-    ValueError: transformers does not make a tiny model of it.
+    ValueError: transformers cannot build a tiny model of it.
     """
     with tempfile.TemporaryDirectory() as name, mute_libraries():
         config = LLMConfig(name=name, device="cpu")
@@ -46,14 +46,14 @@ def row(family: str) -> dict[Kind, str] | str:
             model.eval().requires_grad_(False)
             find_decoder_stack(model)
         except UserError as error:
-            return _short(error)
+            return _shorten(error)
         except Exception as error:
             return f"{WRONG}: {type(error).__name__} {' '.join(str(error).split())[:90]}"
         try:
             _logits(model, torch.full((2, 8), 2))
         except Exception as error:
             raise ValueError(f"the tiny model does not run: {error}") from error
-        return {kind: _cell(model, kind) for kind in Kind}
+        return {kind: _check_kind(model, kind) for kind in Kind}
 
 
 REASONS = {
@@ -71,57 +71,59 @@ REASONS = {
 }
 
 
-def _short(error: UserError) -> str:
+def _shorten(error: UserError) -> str:
     return next((short for long, short in REASONS.items() if long in str(error)), str(error))
 
 
-def _cell(model: nn.Module, kind: Kind) -> str:
-    """`right`, why it is refused, or what is wrong, in the blocks behind the first."""
-    said: dict[str, int] = {}
+def _check_kind(model: nn.Module, kind: Kind) -> str:
+    """Check all blocks but the first: `right`, why the site is refused, or what is wrong."""
+    counts: dict[str, int] = {}
     for layer in range(1, len(find_decoder_stack(model))):
         try:
-            found = RIGHT if _is_right(model, Site(layer, kind)) else WRONG
+            verdict = RIGHT if _is_right(model, Site(layer, kind)) else WRONG
         except UserError as error:
-            found = _short(error)
+            verdict = _shorten(error)
         except Exception as error:
-            found = f"{WRONG}: {type(error).__name__} {' '.join(str(error).split())[:90]}"
-        said[found] = said.get(found, 0) + 1
-    if len(said) == 1:
-        return next(iter(said))
-    return ", ".join(f"{n} {text}" for text, n in said.items())
+            verdict = f"{WRONG}: {type(error).__name__} {' '.join(str(error).split())[:90]}"
+        counts[verdict] = counts.get(verdict, 0) + 1
+    if len(counts) == 1:
+        return next(iter(counts))
+    return ", ".join(f"{n} {verdict}" for verdict, n in counts.items())
 
 
 @torch.no_grad()
 def _is_right(model: nn.Module, site: Site) -> bool:
-    """Whether what is read at `site` is what it is said to be, and what is put there counts."""
+    """Whether the activation at `site` is what docs/models.md says, and replacing it has effect."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(2, 60, (2, 8), generator=generator)
     before, after = Site(site.layer - 1, Kind.resid), Site(site.layer, Kind.resid)
-    value = _at(model, tokens, site)
+    value = _capture_site(model, tokens, site)
     other = tokens.clone()
     other[:, -1] += 1
-    if not _close(_at(model, other, site)[:, :-1], value[:, :-1]):
-        return False  # it sees ahead
+    if not _is_close(_capture_site(model, other, site)[:, :-1], value[:, :-1]):
+        return False  # it depends on a later token
     through = _logits(model, tokens)
     counts = value.shape == (2, 8, WIDTH) and all(
-        _close(_with(model, tokens, site, new, _logits), through) is same
+        _is_close(_run_replaced(model, tokens, site, new, _logits), through) is same
         for new, same in ((lambda y: y, True), (torch.zeros_like, False))
     )
     if site.kind in (Kind.resid, Kind.mlp_in):
         return counts
-    end = _at(model, tokens, after)
-    without = _with(model, tokens, site, torch.zeros_like, lambda m, t: _at(m, t, after))
+    end = _capture_site(model, tokens, after)
+    without = _run_replaced(
+        model, tokens, site, torch.zeros_like, lambda m, t: _capture_site(m, t, after)
+    )
     try:
-        rest = _at(model, tokens, Site(site.layer, _OTHER[site.kind]))
+        rest = _capture_site(model, tokens, Site(site.layer, _OTHER[site.kind]))
     except UserError:
-        return counts and _close(end - value, without)
-    return counts and _close(_at(model, tokens, before) + value + rest, end)
+        return counts and _is_close(end - value, without)
+    return counts and _is_close(_capture_site(model, tokens, before) + value + rest, end)
 
 
 _OTHER = {Kind.attn: Kind.mlp, Kind.mlp: Kind.attn}
 
 
-def _at(model: nn.Module, tokens: Tensor, site: Site) -> Tensor:
+def _capture_site(model: nn.Module, tokens: Tensor, site: Site) -> Tensor:
     return capture(model, tokens, [site])[site]
 
 
@@ -129,46 +131,48 @@ def _logits(model: nn.Module, tokens: Tensor) -> Tensor:
     return model(input_ids=tokens, use_cache=False).logits
 
 
-def _with(model: nn.Module, tokens: Tensor, site: Site, new: Callable, then: Callable) -> Tensor:
+def _run_replaced(
+    model: nn.Module, tokens: Tensor, site: Site, new: Callable, then: Callable
+) -> Tensor:
     with replace_activations(model, site, site, lambda x, y: new(y)):
         return then(model, tokens)
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
+def _is_close(a: Tensor, b: Tensor) -> bool:
     return bool((a - b).norm() <= 1e-3 * b.norm())
 
 
-def rows(asked: list[str] | None = None) -> dict[str, dict[Kind, str] | str | None]:
-    """`row` of each family; None of those that are not made."""
-    found = {}
-    with phase("families", total=len(asked or families())) as advance:
-        for family in asked or families():
+def check_families(names: list[str] | None = None) -> dict[str, dict[Kind, str] | str | None]:
+    """Check several families; None for those of which no tiny model can be built."""
+    verdicts = {}
+    with phase("families", total=len(names or list_families())) as advance:
+        for family in names or list_families():
             try:
-                found[family] = row(family)
+                verdicts[family] = check_family(family)
             except ValueError:
-                found[family] = None
+                verdicts[family] = None
             advance(1)
-    return found
+    return verdicts
 
 
-def page(rows: dict[str, dict[Kind, str] | str | None]) -> str:
-    """docs/models.md."""
+def format_page(rows: dict[str, dict[Kind, str] | str | None]) -> str:
+    """Format docs/models.md from the verdicts of all families."""
     images = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    lines, whole, left = [], {}, []
-    for family, said in rows.items():
+    lines, refusals, not_built = [], {}, []
+    for family, verdict in rows.items():
         name = f"{family} (text of images)" if family in images else family
-        if said is None:
-            left.append(family)
-        elif isinstance(said, str):
-            whole.setdefault(said, []).append(family)
+        if verdict is None:
+            not_built.append(family)
+        elif isinstance(verdict, str):
+            refusals.setdefault(verdict, []).append(family)
         else:
-            lines.append(f"| {name} | {' | '.join(said[kind] for kind in ORDER)} |")
+            lines.append(f"| {name} | {' | '.join(verdict[kind] for kind in ORDER)} |")
     right = sum(
-        said[kind] == RIGHT for said in rows.values() if isinstance(said, dict) for kind in Kind
+        cells[kind] == RIGHT for cells in rows.values() if isinstance(cells, dict) for kind in Kind
     )
     refused = "\n".join(
         fill(f"- {why}: {', '.join(names)}", 100, subsequent_indent="  ", break_on_hyphens=False)
-        for why, names in sorted(whole.items())
+        for why, names in sorted(refusals.items())
     )
     return PAGE_TEXT.format(
         date=date.today(),
@@ -180,7 +184,7 @@ def page(rows: dict[str, dict[Kind, str] | str | None]) -> str:
         rule="---|" * len(ORDER),
         rows="\n".join(lines),
         refused=refused,
-        left=fill(", ".join(left), 100, break_on_hyphens=False),
+        not_built=fill(", ".join(not_built), 100, break_on_hyphens=False),
     )
 
 
@@ -230,19 +234,19 @@ Refused as a whole, all but the last without reading a weight:
 Not tried, because transformers needs another package for them, or a tiny one takes more than
 smaller numbers in its config:
 
-{left}
+{not_built}
 """
 
 
-def main(asked: list[str]) -> None:
-    found = rows(asked)
-    if asked:
-        for family, said in found.items():
-            console.print(family, "not built" if said is None else said)
+def main(names: list[str]) -> None:
+    verdicts = check_families(names)
+    if names:
+        for family, verdict in verdicts.items():
+            console.print(family, "not built" if verdict is None else verdict)
     else:
-        PAGE.write_text(page(found))
+        PAGE.write_text(format_page(verdicts))
         console.print(f"wrote {PAGE}")
 
 
 if __name__ == "__main__":
-    command(main)
+    run_command(main)

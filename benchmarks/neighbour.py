@@ -1,7 +1,7 @@
-"""How fast is a run beside other work on the same cores, against the same run alone?
+"""How much speed does a run keep beside other work on the same cores?
 
-Starts `train.py` as a user does, alone and beside one process per core that never rests, in turn.
-A run that degrades like its share keeps half of its speed.
+Starts `train.py` as a user does, in turn alone and beside one busy process per core. A run that
+gets its fair share of the cores keeps half of its speed.
 
     python benchmarks/neighbour.py                          # three rounds, about six minutes
     python benchmarks/neighbour.py rounds=5 model.features=10000
@@ -39,7 +39,7 @@ SETTINGS = [
 
 @contextmanager
 def busy_cores() -> Iterator[None]:
-    """One process per core that never rests, while it lasts."""
+    """Keep every core busy with a process of its own inside the `with` block."""
     command = [sys.executable, "-c", "while True: pass"]
     processes = [subprocess.Popen(command) for _ in os.sched_getaffinity(0)]
     try:
@@ -50,8 +50,8 @@ def busy_cores() -> Iterator[None]:
             process.wait()
 
 
-def speed(train: Path, overrides: list[str]) -> float:
-    """Tokens per second of one run."""
+def measure_speed(train: Path, overrides: list[str]) -> float:
+    """Run `train.py` once; returns tokens per second."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, train, *SETTINGS, *overrides, f"hydra.run.dir={folder}/run"]
         subprocess.run(command, check=True, capture_output=True)
@@ -62,27 +62,27 @@ def speed(train: Path, overrides: list[str]) -> float:
 
 def main(arguments: list[str]) -> None:
     """Measure every `train.py` alone and beside busy cores, one run after another."""
-    given = dict(a.split("=", 1) for a in arguments if a.startswith(("rounds=", "train=")))
+    options = dict(a.split("=", 1) for a in arguments if a.startswith(("rounds=", "train=")))
     overrides = [a for a in arguments if not a.startswith(("rounds=", "train="))]
-    programs = [Path(p).absolute() for p in given.get("train", str(TRAIN)).split(",")]
-    rounds = int(given.get("rounds", 3))
+    programs = [Path(p).absolute() for p in options.get("train", str(TRAIN)).split(",")]
+    rounds = int(options.get("rounds", 3))
     alone: dict[Path, list[float]] = {program: [] for program in programs}
     beside: dict[Path, list[float]] = {program: [] for program in programs}
     with phase("measuring", total=2 * rounds * len(programs)) as advance:
         for _ in range(rounds):
             for program in programs:
-                alone[program].append(speed(program, overrides))
+                alone[program].append(measure_speed(program, overrides))
                 advance(1)
             for program in programs:
                 with busy_cores():
-                    beside[program].append(speed(program, overrides))
+                    beside[program].append(measure_speed(program, overrides))
                 advance(1)
     table = Table("program", "alone", "beside", "beside / alone", "alone / first's alone")
     for program in programs:
         a, b = median(alone[program]), median(beside[program])
         against = median(x / y for x, y in zip(alone[program], alone[programs[0]], strict=True))
-        shown = f"{a:,.0f} tokens/s", f"{b:,.0f} tokens/s", f"{b / a:.2f}", f"{against:.3f}"
-        table.add_row(str(program), *shown)
+        cells = f"{a:,.0f} tokens/s", f"{b:,.0f} tokens/s", f"{b / a:.2f}", f"{against:.3f}"
+        table.add_row(str(program), *cells)
     console.print(table)
 
 

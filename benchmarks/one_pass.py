@@ -1,8 +1,8 @@
 """What does a sweep on one pass of the LLM cost, against its runs one by one?
 
-Starts the commands that a user types, `train.py -m ...` with `hydra/launcher=one_pass` and with
-`basic` (which trains one job after another, in one process, and so saves the imports), and compares
-their wall time, side by side. The saved SAEs of both are compared too.
+Runs `train.py -m ...` as a user does, with `hydra/launcher=one_pass` and with `basic` (which trains
+one job after another in one process, so imports happen once), and compares their wall time. The
+saved SAEs of both are compared too.
 
     python benchmarks/one_pass.py                      # block 20, 2,048 features, 8 values of l1
     python benchmarks/one_pass.py wide                 # block 9, 10,000 features, 3 values
@@ -32,8 +32,8 @@ SWEEPS = {
 }
 
 
-def sweep(launcher: str, overrides: list[str], folder: Path) -> tuple[float, dict[str, str]]:
-    """Seconds that a sweep takes, and a hash of the SAE of each of its jobs."""
+def run_sweep(launcher: str, overrides: list[str], folder: Path) -> tuple[float, dict[str, str]]:
+    """Run a sweep; returns its seconds, and a hash of the SAE of each job."""
     command = [sys.executable, TRAIN, "-m", f"hydra/launcher={launcher}", *overrides]
     started = time.monotonic()
     subprocess.run([*command, f"hydra.sweep.dir={folder}"], check=True)
@@ -52,8 +52,8 @@ def main(arguments: list[str]) -> None:
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
             chosen = [*SWEEPS[name], TOKENS, *overrides]
-            together, saes = sweep("one_pass", chosen, Path(folder, "one_pass"))
-            alone, same = sweep("basic", chosen, Path(folder, "basic"))
+            together, saes = run_sweep("one_pass", chosen, Path(folder, "one_pass"))
+            alone, same = run_sweep("basic", chosen, Path(folder, "basic"))
         table.add_row(
             name,
             str(len(saes)),

@@ -9,8 +9,8 @@ project (`peers/evaluator.py`). Prints a table and draws L0 against EV and CE re
     python benchmarks/quality.py only=ours:batch_topk,saelens # a tool, or one architecture of it
     python benchmarks/quality.py trainer.tokens=16384 model.features=512 out=outputs/quick
 
-What is in `out` (outputs/quality) already is not trained again: delete its folder there for that.
-SAELens comes with the tests' requirements; `peers/dictionary_learning.py` says how to get that one.
+An SAE that is already in `out` (outputs/quality) is not trained again unless its folder is deleted.
+SAELens comes with the tests' requirements; `peers/dictionary_learning.py` says how to install it.
 """
 
 import importlib
@@ -22,7 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from command import command
+from command import run_command
 from hydra import compose, initialize_config_dir
 from peers.evaluator import SAE, Evaluator
 from peers.work import Work, open_work
@@ -40,7 +40,7 @@ from sae_lightning.runs.passes import train_jobs
 from sae_lightning.sae import ARCHITECTURES
 from sae_lightning.terminal import console, phase
 
-OURS = {  # architecture -> what each of its SAEs is given
+OURS = {  # architecture -> overrides, one SAE for each
     "relu": ["loss.target_l0=64"],
     "topk": ["model.k=64"],
     "batch_topk": ["model.k=64"],
@@ -58,67 +58,67 @@ class Entry(NamedTuple):
     """One SAE of the benchmark."""
 
     tool: str
-    """Who trains it."""
+    """The tool that trains it."""
     version: str
     architecture: str
     label: str
-    """What tells it from the tool's others of this architecture."""
+    """Setting in which it differs from the tool's others of this architecture."""
     folder: Path
-    """Of its weights and its result."""
+    """Folder of its weights and its result."""
     train_jobs: Callable[[Work], None] | None
-    """Trains and saves it; ours train together on one pass."""
+    """Trains and saves it; None for ours, which train together on one pass."""
     load: Callable[[], SAE]
-    """Opens what was saved."""
+    """Loads the saved SAE."""
 
 
 def main(arguments: list[str]) -> None:
-    """Train what is missing, score it, show everything."""
-    given = dict(a.split("=", 1) for a in arguments if a.startswith(("out=", "only=")))
+    """Train and score the SAEs that are missing in `out`, and show all."""
+    options = dict(a.split("=", 1) for a in arguments if a.startswith(("out=", "only=")))
     overrides = [a for a in arguments if not a.startswith(("out=", "only="))]
-    out = Path(given.get("out", "outputs/quality"))
-    wanted = given["only"].split(",") if "only" in given else []
+    out = Path(options.get("out", "outputs/quality"))
+    selection = options["only"].split(",") if "only" in options else []
     register_schemas()
     with initialize_config_dir(find_conf_folder(), version_base="1.3"):
         settings = [*SETTINGS, f"data.cache_folder={out.absolute()}/activations", *overrides]
         config = to_dataclass(compose("config", overrides=settings))
-        jobs = _jobs(settings, wanted, out)
-    entries = [_ours(job) for job in jobs] + _peers(wanted, out)
-    _same_work(out, config)
+        jobs = _make_jobs(settings, selection, out)
+    entries = [_make_entry(job) for job in jobs] + _make_peer_entries(selection, out)
+    _check_same_work(out, config)
     todo = [entry for entry in entries if not (entry.folder / RESULT).exists()]
     console.print(f"{len(todo)} of {len(entries)} SAEs are to be trained and scored, in {out}")
     train_jobs([job for job in jobs if not (job.folder / RESULT).exists()])
     work = open_work(config) if any(entry.train for entry in todo) else None
     evaluator = None
     for entry in todo:
-        evaluator = evaluator or _evaluator(config)
+        evaluator = evaluator or _make_evaluator(config)
         name = f"{entry.tool} {entry.architecture} {entry.label}"
         try:
             if entry.train:
                 entry.train(work)
             _score(entry, evaluator)
-        except Exception as error:  # of one tool: the others are to be compared all the same
+        except Exception as error:  # one tool's failure must not stop the others
             console.print(
                 f"{name}: {describe_error(error, []) or f'{type(error).__name__}: {error}'}"
             )
     _show(out)
 
 
-def _jobs(settings: list[str], wanted: list[str], out: Path) -> list[Job]:
-    """Our own SAEs as jobs of one sweep; architectures of later versions are left out."""
+def _make_jobs(settings: list[str], selection: list[str], out: Path) -> list[Job]:
+    """Make the jobs of our own SAEs, one sweep; skips architectures that this version lacks."""
     jobs = []
     for architecture, values in OURS.items():
-        if not _chosen("ours", architecture, wanted) or architecture not in ARCHITECTURES:
+        if not _is_selected("ours", architecture, selection) or architecture not in ARCHITECTURES:
             continue
         for value in values:
-            mine = [f"model={architecture}", *settings, value]
+            job_overrides = [f"model={architecture}", *settings, value]
             folder = out / "ours" / f"{architecture}-{value.partition('.')[2]}"
-            cfg = compose("config", overrides=mine)
-            one = make_job(cfg, folder, mine, multirun=True)
-            jobs.append(replace(one, sweep_folder=out / "ours"))
+            cfg = compose("config", overrides=job_overrides)
+            own_job = make_job(cfg, folder, job_overrides, multirun=True)
+            jobs.append(replace(own_job, sweep_folder=out / "ours"))
     return jobs
 
 
-def _ours(job: Job) -> Entry:
+def _make_entry(job: Job) -> Entry:
     def load() -> SAE:
         sae = load_sae(job.folder)
         return lambda x: tuple(sae(x))[:2], sae.W_dec.detach()
@@ -127,11 +127,11 @@ def _ours(job: Job) -> Entry:
     return Entry("sae_lightning", "", job.config.model.name, label, job.folder, None, load)
 
 
-def _peers(wanted: list[str], out: Path) -> list[Entry]:
-    """The SAEs of other tools, as far as they are installed."""
+def _make_peer_entries(selection: list[str], out: Path) -> list[Entry]:
+    """Make the entries of other tools, as far as they are installed."""
     entries = []
     for name in PEERS:
-        if wanted and not any(w.partition(":")[0] == name for w in wanted):
+        if selection and not any(w.partition(":")[0] == name for w in selection):
             continue
         try:
             with phase(f"importing {name}"):
@@ -140,7 +140,7 @@ def _peers(wanted: list[str], out: Path) -> list[Entry]:
             console.print(f"{name}: not installed ({error})")
             continue
         for recipe in peer.RECIPES:
-            if _chosen(name, recipe.architecture, wanted):
+            if _is_selected(name, recipe.architecture, selection):
                 file = f"{recipe.architecture}-{recipe.label}".replace(", ", "-").replace(" ", "-")
                 folder = out / name / file
                 entries.append(
@@ -157,30 +157,31 @@ def _peers(wanted: list[str], out: Path) -> list[Entry]:
     return entries
 
 
-def _chosen(tool: str, architecture: str, wanted: list[str]) -> bool:
-    return not wanted or tool in wanted or f"{tool}:{architecture}" in wanted
+def _is_selected(tool: str, architecture: str, selection: list[str]) -> bool:
+    return not selection or tool in selection or f"{tool}:{architecture}" in selection
 
 
-def _same_work(out: Path, config: Config) -> None:
-    """UserError if `out` holds results of other work."""
-    named = ("llm.name", "layer.", "data.context", "data.pool", "data.held_out", "model.features")
-    named += ("trainer.tokens", "trainer.batch", "trainer.precision", "eval.tokens", "seed")
-    named += ("llm.dtype", "optim.", "callbacks.")
-    work = {name: value for name, value in config.to_flat_dict().items() if name.startswith(named)}
+def _check_same_work(out: Path, config: Config) -> None:
+    """UserError if `out` holds results for other settings."""
+    prefixes = ("llm.name", "llm.dtype", "layer.", "data.context", "data.pool", "data.held_out")
+    prefixes += ("model.features", "trainer.tokens", "trainer.batch", "trainer.precision")
+    prefixes += ("eval.tokens", "seed", "optim.", "callbacks.")
+    settings = config.to_flat_dict()
+    work = {name: value for name, value in settings.items() if name.startswith(prefixes)}
     if config.llm.name != "smollm2":
         raise UserError(f"llm.name={config.llm.name}: the referee reads the packaged LLM only")
     file = out / "work.json"
-    if file.exists() and (there := json.loads(file.read_text("utf8"))) != work:
-        other = next(name for name in work if there.get(name) != work[name])
+    if file.exists() and (earlier := json.loads(file.read_text("utf8"))) != work:
+        other = next(name for name in work if earlier.get(name) != work[name])
         raise UserError(
-            f"{out} holds results for {other}={there.get(other)}, not {work[other]}: "
+            f"{out} holds results for {other}={earlier.get(other)}, not {work[other]}: "
             "choose another folder with out="
         )
     out.mkdir(parents=True, exist_ok=True)
     write_json(file, work)
 
 
-def _evaluator(config: Config) -> Evaluator:
+def _make_evaluator(config: Config) -> Evaluator:
     with phase("the referee reads held-out text"), redirect_stderr(io.StringIO()):
         return Evaluator(
             dequantise(config.llm.name),
@@ -200,14 +201,14 @@ def _score(entry: Entry, evaluator: Evaluator) -> None:
 
 
 def _show(out: Path) -> None:
-    """The table and the plot of all results in `out`."""
+    """Print the table and draw the plot of all results in `out`."""
     results = [json.loads(file.read_text("utf8")) for file in sorted(out.glob(f"*/*/{RESULT}"))]
     if not results:
         return
     order = list(OURS)
     results.sort(key=lambda r: (order.index(r["architecture"]), r["tool"], r["l0"]))
     names = "model", "tool", "setting", "L0", "EV", "CE rec.", "unfired", "copies", "nearest"
-    # as narrow as a terminal may be: a long setting takes a second line
+    # fits a narrow terminal: a long setting wraps
     columns = [Column(name, no_wrap=name != "setting") for name in names]
     table = Table(*columns, box=None, padding=(0, 1, 0, 0))
     for r in results:
@@ -234,4 +235,4 @@ def _show(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    command(main)
+    run_command(main)

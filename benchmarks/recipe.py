@@ -1,18 +1,18 @@
-"""What is each part of the recipe good for, and does it make features copies of one another?
+"""What does each part of the recipe contribute, and does it make features copies of one another?
 
 Trains an SAE for each variant of the recipe, on one pass of the packaged LLM, and prints their
-held-out figures side by side: an hour on two cores. docs/recipe.md holds the results.
+held-out metrics side by side: an hour on two cores. docs/recipe.md holds the results.
 
     python benchmarks/recipe.py                                  # ReLU
     python benchmarks/recipe.py model=gated only=as_is,dense_start
-    python benchmarks/recipe.py only=as_is seeds=0,1,2           # of the weights
+    python benchmarks/recipe.py only=as_is seeds=0,1,2           # model.seed
     python benchmarks/recipe.py trainer.tokens=131072 model.features=4096 eval.loss_tokens=0
 """
 
 import tempfile
 from pathlib import Path
 
-from command import command, make_jobs
+from command import make_jobs, run_command
 from rich.table import Table
 
 from sae_lightning.errors import UserError
@@ -42,14 +42,14 @@ SETTINGS = ["loss.target_l0=64", "eval.every=${trainer.tokens}"]
 
 
 def main(arguments: list[str]) -> None:
-    """Train every variant with every seed, and show what came of it."""
-    own = dict(a.split("=", 1) for a in arguments if a.startswith(("only=", "seeds=")))
+    """Train every variant with every seed, and print their metrics."""
+    options = dict(a.split("=", 1) for a in arguments if a.startswith(("only=", "seeds=")))
     overrides = [a for a in arguments if not a.startswith(("only=", "seeds="))]
-    names = own["only"].split(",") if "only" in own else list(VARIANTS)
+    names = options["only"].split(",") if "only" in options else list(VARIANTS)
     for name in names:
         if name not in VARIANTS:
             raise UserError(f"only={name}: no such variant; choose from {', '.join(VARIANTS)}")
-    rows = [(name, seed) for name in names for seed in own.get("seeds", "0").split(",")]
+    rows = [(name, seed) for name in names for seed in options.get("seeds", "0").split(",")]
     runs = [[*SETTINGS, *overrides, f"model.seed={seed}", *VARIANTS[name]] for name, seed in rows]
     with tempfile.TemporaryDirectory() as folder:
         results = train_jobs(make_jobs(runs, Path(folder)))
@@ -63,4 +63,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    command(main)
+    run_command(main)

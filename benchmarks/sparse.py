@@ -1,14 +1,13 @@
-"""From which density on do sparse products pay, and what would one encoder product for many SAEs
-gain?
+"""Up to which density are sparse products faster, and would one encoder product for many SAEs be?
 
-An update of one SAE (forward, backward, no optimiser) is timed both ways, interleaved, at densities
-from 0.1 % to 30 %: biases are shifted until that share of features is active on random input. Where
-the ratio passes 1, `sae_lightning.sae.products.worth_it` draws the line. Then the encoders of eight
+An update of one SAE (forward, backward, no optimiser) is timed both ways in turn, at densities from
+0.1 % to 30 %: biases are shifted until that share of features is active on random input. Where the
+ratio passes 1, `sae_lightning.sae.products.worth_it` draws the line. Then the encoders of eight
 SAEs are computed one by one and as one product.
 
     python benchmarks/sparse.py                                  # 2 minutes on two cores
     python benchmarks/sparse.py features=24576 d=768 batch=8192 device=cuda
-    python benchmarks/sparse.py precision=fp32                   # as where there is no bf16
+    python benchmarks/sparse.py precision=fp32                   # the default without bf16
 """
 
 import sys
@@ -31,22 +30,22 @@ DENSITIES = (0.001, 0.003, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.3)
 ROUNDS = 7
 
 
-def interleaved(device: str, *ways: Callable[[], object]) -> list[float]:
-    """The median seconds of each of several ways, which take turns."""
+def time_alternately(device: str, *ways: Callable[[], object]) -> list[float]:
+    """Time several functions, which take turns; returns the median seconds of each."""
     seconds: list[list[float]] = [[] for _ in ways]
     for number in range(ROUNDS + 2):
-        for way, mine in zip(ways, seconds, strict=True):
+        for way, times in zip(ways, seconds, strict=True):
             started = time.perf_counter()
             way()
             if device != "cpu":
                 torch.accelerator.synchronize()
             if number > 1:  # the first are a warm-up
-                mine.append(time.perf_counter() - started)
-    return [median(mine) for mine in seconds]
+                times.append(time.perf_counter() - started)
+    return [median(times) for times in seconds]
 
 
-def update(sae: SAE, x: Tensor, dtype: torch.dtype, only_active: bool) -> None:
-    """Loss and gradients of a ReLU SAE."""
+def run_update(sae: SAE, x: Tensor, dtype: torch.dtype, only_active: bool) -> None:
+    """Compute loss and gradients of a ReLU SAE."""
     sae.zero_grad()
     moment = Moment(torch.zeros(len(sae.W_dec), device=x.device).bool(), torch.tensor(0.5))
     with torch.autocast(x.device.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
@@ -55,23 +54,23 @@ def update(sae: SAE, x: Tensor, dtype: torch.dtype, only_active: bool) -> None:
 
 
 def compare_products(x: Tensor, features: int, dtype: torch.dtype) -> Table:
-    """Dense and sparse updates at several densities."""
+    """Time dense and sparse updates at several densities."""
     sae = build(SAEConfig(features=features), x.shape[1], x.shape[1]).to(x.device)
     title = f"one update, {features:,} features, input {[*x.shape]}, {dtype}"
     table = Table("active", "dense", "sparse", "dense / sparse", title=title)
     for density in DENSITIES:
         with torch.no_grad():
-            some = sae.pre_activations(x[:64]).flatten()
-            sae.b_enc -= some.kthvalue(round((1 - density) * len(some))).values
-        ways = [partial(update, sae, x, dtype, only_active) for only_active in (False, True)]
-        dense, sparse = interleaved(x.device.type, *ways)
+            sample = sae.pre_activations(x[:64]).flatten()
+            sae.b_enc -= sample.kthvalue(round((1 - density) * len(sample))).values
+        ways = [partial(run_update, sae, x, dtype, only_active) for only_active in (False, True)]
+        dense, sparse = time_alternately(x.device.type, *ways)
         row = f"{density:.1%}", f"{dense * 1e3:.0f} ms", f"{sparse * 1e3:.0f} ms"
         table.add_row(*row, f"{dense / sparse:.2f}")
     return table
 
 
 def compare_encoders(x: Tensor, sizes: Sequence[int], dtype: torch.dtype) -> Table:
-    """The encoders of eight SAEs, one by one and as one product."""
+    """Time the encoders of eight SAEs, one by one and as one product."""
     table = Table("features", "one by one", "one product", "ratio", title="encoders of eight SAEs")
     x = x.to(dtype)
     for size in sizes:
@@ -82,7 +81,7 @@ def compare_encoders(x: Tensor, sizes: Sequence[int], dtype: torch.dtype) -> Tab
                 x @ part.T
 
         ways = [partial(encode, weights.split(size)), partial(encode, [weights])]
-        alone, together = interleaved(x.device.type, *ways)
+        alone, together = time_alternately(x.device.type, *ways)
         row = f"{size:,}", f"{alone * 1e3:.1f} ms", f"{together * 1e3:.1f} ms"
         table.add_row(*row, f"{alone / together:.2f}")
     return table
@@ -90,11 +89,11 @@ def compare_encoders(x: Tensor, sizes: Sequence[int], dtype: torch.dtype) -> Tab
 
 def main(arguments: list[str]) -> None:
     """Print both tables."""
-    given = {"features": "10000", "d": "576", "batch": "2048", "device": "cpu", "precision": ""}
-    given |= dict(argument.split("=", 1) for argument in arguments)
-    features, d, batch = (int(given[name]) for name in ("features", "d", "batch"))
-    x = torch.randn(batch, d, generator=torch.Generator().manual_seed(0)).to(given["device"])
-    precision = given["precision"] or ("bf16" if has_bf16(x.device.type) else "fp32")
+    options = {"features": "10000", "d": "576", "batch": "2048", "device": "cpu", "precision": ""}
+    options |= dict(argument.split("=", 1) for argument in arguments)
+    features, d, batch = (int(options[name]) for name in ("features", "d", "batch"))
+    x = torch.randn(batch, d, generator=torch.Generator().manual_seed(0)).to(options["device"])
+    precision = options["precision"] or ("bf16" if has_bf16(x.device.type) else "fp32")
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
     keep_freed_memory()
     console.print(compare_products(x, features, dtype))

@@ -1,7 +1,7 @@
 """How fast is training from end to end, where does the time go, and how far is it from the floor?
 
-Each run is `train.py`'s own way from the config to the trained SAE, in a process of its own. The
-shares come from a second run, profiled in its middle, so that the first is not disturbed.
+Each run is what `train.py` does, from the config to the trained SAE, in its own process. The shares
+come from a second run that is profiled in its middle, so that profiling slows down no timed run.
 
     python benchmarks/throughput.py                        # ReLU at L0 = 100, BatchTopK at k = 64
     python benchmarks/throughput.py gpu                    # GPT-2 small's shape, for a large GPU
@@ -11,12 +11,12 @@ shares come from a second run, profiled in its middle, so that the first is not 
     python benchmarks/throughput.py trainer.tokens=16384 model.features=512 data.pool=4096
 
 `models`: smollm2 is the packaged LLM; the others have real shapes and random weights
-(`timing/models.py` says which). `profile=false` leaves the second run out; `out=` is where logs and
-throughput.json go (outputs/throughput). Everything else is an override, as of `train.py`.
+(`timing/models.py` lists them). `profile=false` skips the second run; `out=` is the folder for logs
+and throughput.json (outputs/throughput). Everything else is an override for `train.py`.
 
-tokens/s   the stream's and the SAEs' own time, as `metrics.json` has it
-in all     from before the first fill of the shuffle pool to the last update, with Lightning's loop;
-           loading, evaluation and checkpoints come before and after
+tokens/s   over the time in the stream and the SAEs alone, as in `metrics.json`
+in all     over all time from before the first fill of the shuffle pool to the last update, with
+           Lightning's loop; loading, evaluation and checkpoints come before and after
 of floor   "in all" as a share of 1 / (1/LLM + 1/encode), both measured alone
 """
 
@@ -24,10 +24,10 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from command import command
+from command import run_command
 from rich.table import Table
-from timing.child import Failed, call, name_of
-from timing.models import CONFIGS, saved
+from timing.child import Failed, call, make_name
+from timing.models import CONFIGS, make_random_llm
 
 from sae_lightning.errors import UserError
 from sae_lightning.files import write_json
@@ -52,8 +52,8 @@ GPU = [
     "data.pool=524288",
     "llm.batch=128",
 ]
-SETTING = {  # architecture -> what says how sparse it is
-    # L0 100 after 100 updates; to be steered there, it would start from a far higher L0
+SETTING = {  # architecture -> its sparsity
+    # L0 100 after 100 updates; loss.target_l0 would start from a far higher L0
     "relu": "loss.l1=7e-3",
     "topk": "model.k=64",
     "batch_topk": "model.k=64",
@@ -61,65 +61,65 @@ SETTING = {  # architecture -> what says how sparse it is
     "gated": "loss.target_l0=100",
     "matryoshka": "model.k=64",
 }
-OURS = ("out", "models", "runs", "sweep", "profile")
+OPTIONS = ("out", "models", "runs", "sweep", "profile")
 GPU_RUNS = "relu:loss.target_l0=60,topk:model.k=32"
 
 
-class Asked(NamedTuple):
-    """What the command line says."""
+class Arguments(NamedTuple):
+    """The parsed command line."""
 
     models: list[str]
     runs: list[tuple[str, str]]
-    """Architecture, and the setting that says how sparse it is."""
+    """Architecture, and the override for its sparsity."""
     overrides: list[str]
     sweep: int
     profile: bool
     out: Path
 
 
-def read(arguments: list[str]) -> Asked:
-    """The command line, with the defaults of a laptop or of a GPU."""
-    gpu = "gpu" in arguments
-    given = dict(a.split("=", 1) for a in arguments if a.partition("=")[0] in OURS)
-    overrides = [a for a in arguments if a != "gpu" and a.partition("=")[0] not in OURS]
+def read_arguments(command_line: list[str]) -> Arguments:
+    """Parse the command line, with defaults for a laptop or for a GPU."""
+    gpu = "gpu" in command_line
+    options = dict(a.split("=", 1) for a in command_line if a.partition("=")[0] in OPTIONS)
+    overrides = [a for a in command_line if a != "gpu" and a.partition("=")[0] not in OPTIONS]
     if stray := [a for a in overrides if "=" not in a]:
-        raise UserError(f"{stray[0]}: unknown; give gpu, {'=, '.join(OURS)}=, or an override")
+        raise UserError(f"{stray[0]}: unknown; give gpu, {'=, '.join(OPTIONS)}=, or an override")
     runs = []
-    for run in given.get("runs", GPU_RUNS if gpu else "relu,batch_topk").split(","):
+    for run in options.get("runs", GPU_RUNS if gpu else "relu,batch_topk").split(","):
         architecture, _, setting = run.partition(":")
         if architecture not in SETTING:
             raise UserError(f"runs={run}: no such architecture; choose from {', '.join(SETTING)}")
         runs.append((architecture, setting or SETTING[architecture]))
     if len({*runs}) < len(runs):
-        raise UserError(f"runs={given['runs']}: the same run twice; give each once")
-    models = given.get("models", "gpt2" if gpu else "smollm2").split(",")
+        raise UserError(f"runs={options['runs']}: the same run twice; give each once")
+    models = options.get("models", "gpt2" if gpu else "smollm2").split(",")
     if unknown := [m for m in models if m not in {*PACKAGED, *CONFIGS}]:
         choices = ", ".join({**PACKAGED, **CONFIGS})
         raise UserError(f"models={unknown[0]}: no such model; choose from {choices}")
-    return Asked(
+    return Arguments(
         models=models,
         runs=runs,
         overrides=[*SETTINGS, *(GPU if gpu else []), *overrides],
-        sweep=int(given.get("sweep", 1)),
-        profile=given.get("profile", "true") == "true",
-        out=Path(given.get("out", "outputs/throughput")).absolute(),
+        sweep=int(options.get("sweep", 1)),
+        profile=options.get("profile", "true") == "true",
+        out=Path(options.get("out", "outputs/throughput")).absolute(),
     )
 
 
-def floor(llm: float, encode: float, saes: int = 1) -> float:
-    """The speed at which each token goes through the LLM and then through the encode of each SAE,
-    one after the other: 1 / (1/llm + saes/encode)."""
+def compute_floor(llm: float, encode: float, saes: int = 1) -> float:
+    """Tokens/s if each token goes through the LLM and then the encode of each SAE, one after the
+    other: 1 / (1/llm + saes/encode)."""
     return 1 / (1 / llm + saes / encode)
 
 
-def llm_floor(flops: float, parameters: int) -> float:
-    """The speed of blocks with so many parameters at the rate `flops` [FLOP/s]: 2 FLOP a
-    parameter and token; attention's scores, which have no parameters, are left out."""
+def compute_llm_floor(flops: float, parameters: int) -> float:
+    """Tokens/s of blocks with so many parameters at the rate `flops` [FLOP/s]: 2 FLOP per parameter
+    and token; attention scores, which have no parameters, are left out."""
     return flops / (2 * parameters)
 
 
-def spread(setting: str, n: int) -> list[str]:
-    """n values of a setting, from half of its value to twice it, as overrides."""
+def spread_values(setting: str, n: int) -> list[str]:
+    """Make overrides with n values of a setting, from half of its value to twice it."""
     name, _, value = setting.partition("=")
     if n == 1:
         return [setting]
@@ -127,80 +127,90 @@ def spread(setting: str, n: int) -> list[str]:
     return [f"{name}={round(v) if value.isdigit() else f'{v:.3g}'}" for v in values]
 
 
-def main(arguments: list[str]) -> None:
+def main(command_line: list[str]) -> None:
     """Measure everything, one process after another."""
-    asked, results, roofs = read(arguments), [], {}
-    shutil.rmtree(asked.out / "runs", ignore_errors=True)  # a finished run is not trained again
-    for model in asked.models:
-        llm = llm_overrides(model, asked)
-        roof = _child(asked, f"{model}-roofline", "timing.ours:roofline", run=llm)
+    arguments, results, roofs = read_arguments(command_line), [], {}
+    shutil.rmtree(arguments.out / "runs", ignore_errors=True)  # a finished run is not trained again
+    for model in arguments.models:
+        llm = make_llm_overrides(model, arguments)
+        roof = _call_child(arguments, f"{model}-roofline", "timing.ours:measure_roofline", run=llm)
         if not roof:
             continue
         rates = roof["llm_tokens_per_second"], roof["encode_tokens_per_second"]
-        roof["floor_tokens_per_second"] = floor(*rates)
+        roof["floor_tokens_per_second"] = compute_floor(*rates)
         blocks = roof["llm_block_parameters"]
-        roof["llm_floor_tokens_per_second"] = llm_floor(roof["flops"], blocks)
+        roof["llm_floor_tokens_per_second"] = compute_llm_floor(roof["flops"], blocks)
         roofs[model] = roof
-        for architecture, setting in asked.runs:
-            if result := _result(asked, model, llm, architecture, setting, roof):
+        for architecture, setting in arguments.runs:
+            if result := _measure_row(arguments, model, llm, architecture, setting, roof):
                 results.append(result)
-            write_json(asked.out / "throughput.json", {"roofline": roofs, "runs": results})
+            write_json(arguments.out / "throughput.json", {"roofline": roofs, "runs": results})
     _show(results, roofs)
-    console.print(f"the figures are in {asked.out / 'throughput.json'}")
+    console.print(f"the figures are in {arguments.out / 'throughput.json'}")
 
 
-def llm_overrides(model: str, asked: Asked) -> list[str]:
-    """The overrides that choose the LLM and the rest of the command line."""
+def make_llm_overrides(model: str, arguments: Arguments) -> list[str]:
+    """Make the overrides that choose the LLM, followed by those of the command line."""
     if model in PACKAGED:
-        return [f"llm={model}", *asked.overrides]
+        return [f"llm={model}", *arguments.overrides]
     index = {"gpt2": 8, "pythia_160m": 8, "gemma_2_2b": 12}[model]  # conf/llm
-    for override in asked.overrides:
+    for override in arguments.overrides:
         index = int(override.split("=")[1]) if override.startswith("layer.index=") else index
-    folder = saved(model, index, asked.out / "models")
-    return [f"llm={model}", f"llm.name={folder}", *asked.overrides]
+    folder = make_random_llm(model, index, arguments.out / "models")
+    return [f"llm={model}", f"llm.name={folder}", *arguments.overrides]
 
 
-def _result(
-    asked: Asked, model: str, llm: list[str], architecture: str, setting: str, roof: dict[str, Any]
+def _measure_row(
+    arguments: Arguments,
+    model: str,
+    llm: list[str],
+    architecture: str,
+    setting: str,
+    roof: dict[str, Any],
 ) -> dict[str, Any] | None:
-    """One row of the table: a run, and a profile of it if that succeeds; None if the run fails."""
+    """Measure one row of the table: a run and, if that succeeds, its profile; None if the run
+    fails."""
     runs = [
-        [f"model={architecture}", *llm, value, f"sweep.max_heads={asked.sweep}"]
-        for value in spread(setting, asked.sweep)
+        [f"model={architecture}", *llm, value, f"sweep.max_heads={arguments.sweep}"]
+        for value in spread_values(setting, arguments.sweep)
     ]
-    name = name_of(model, architecture, setting)
-    measured = _child(asked, name, "timing.ours:measure", runs=runs)
+    name = make_name(model, architecture, setting)
+    measured = _call_child(arguments, name, "timing.ours:measure", runs=runs)
     if not measured:
         return None
     result = {"model": model, "architecture": architecture, "setting": setting, "saes": len(runs)}
     result |= measured
-    if asked.profile:
-        result["profile"] = _child(asked, f"{name}-profile", "timing.ours:look", runs=runs)
+    if arguments.profile:
+        result["profile"] = _call_child(
+            arguments, f"{name}-profile", "timing.ours:profile_run", runs=runs
+        )
     rates = roof["llm_tokens_per_second"], roof["encode_tokens_per_second"]
-    result["share_of_floor"] = result["tokens_per_second"] / floor(*rates, saes=len(runs))
+    result["share_of_floor"] = result["tokens_per_second"] / compute_floor(*rates, saes=len(runs))
     console.print(f"{name}: {result['tokens_per_second'] * len(runs):,.0f} tokens/s")
     return result
 
 
-def _child(asked: Asked, name: str, work: str, **settings: Any) -> dict[str, Any] | None:
-    """What `work` answers; None, and a line that says why, if it fails: the others go on."""
-    settings |= {"folder": str(asked.out / "runs" / name)}
+def _call_child(
+    arguments: Arguments, name: str, work: str, **settings: Any
+) -> dict[str, Any] | None:
+    """Call `work` in a process; if it fails, prints why and returns None: the others go on."""
+    settings |= {"folder": str(arguments.out / "runs" / name)}
     try:
         with phase(name):
-            return call(work, settings, asked.out / "logs" / f"{name}.log")
+            return call(work, settings, arguments.out / "logs" / f"{name}.log")
     except Failed as error:
         console.print(f"{name} failed: {error}")
         return None
 
 
 def _show(results: list[dict], roofs: dict[str, dict]) -> None:
-    """The tables of everything so far; speeds are summed over the SAEs of a pass."""
+    """Print all tables; speeds are summed over the SAEs of a pass."""
     names = ("LLM", "SAE", "tokens/s", "in all", "of floor", "L0", "EV", "GB")
     table = Table(*names, box=None, padding=(0, 1, 0, 0))
     for r in results:
         table.add_row(
             r["model"],
-            _saes(r),
+            _describe_saes(r),
             f"{r['speed']['tokens_per_second'] * r['saes']:,.0f}",
             f"{r['tokens_per_second'] * r['saes']:,.0f}",
             f"{r['share_of_floor']:.0%}",
@@ -210,25 +220,25 @@ def _show(results: list[dict], roofs: dict[str, dict]) -> None:
         )
     console.print(table)
     if profiled := [r for r in results if r.get("profile")]:
-        console.print(_shares(profiled))
+        console.print(_make_share_table(profiled))
     for model, roof in roofs.items():
-        console.print(_roofline(model, roof))
+        console.print(_describe_roofline(model, roof))
 
 
-def _saes(result: dict) -> str:
-    """The SAEs of a row: how many, which, and how sparse."""
+def _describe_saes(result: dict) -> str:
+    """Describe the SAEs of a row: how many, which architecture, how sparse."""
     number = f"{result['saes']} x " if result["saes"] > 1 else ""
     return f"{number}{result['architecture']} {result['setting'].partition('.')[2]}"
 
 
-def _shares(results: list[dict]) -> Table:
-    """Shares of time in the profiled updates, a column for each part."""
+def _make_share_table(results: list[dict]) -> Table:
+    """Table of the shares of time in the profiled updates, a column for each part."""
     parts = list(results[0]["profile"]["shares"])
     table = Table("share of time", *parts, box=None, padding=(0, 1, 0, 0))
     for r in results:
-        found = r["profile"]["shares"]
-        shares = [f"{found[part]:.1%}" for part in parts]
-        table.add_row(f"{r['model']} {_saes(r)}", *shares)
+        shares = r["profile"]["shares"]
+        cells = [f"{shares[part]:.1%}" for part in parts]
+        table.add_row(f"{r['model']} {_describe_saes(r)}", *cells)
     last = results[-1]["profile"]
     largest = ", ".join(f"{name[:60]} {share:.0%}" for name, share in last["largest"].items())
     table.caption = f"largest in the last row: {largest}"
@@ -236,7 +246,7 @@ def _shares(results: list[dict]) -> Table:
     return table
 
 
-def _roofline(model: str, roof: dict[str, Any]) -> str:
+def _describe_roofline(model: str, roof: dict[str, Any]) -> str:
     llm, encode = roof["llm_tokens_per_second"], roof["encode_tokens_per_second"]
     near = llm / roof["llm_floor_tokens_per_second"]
     return (
@@ -247,4 +257,4 @@ def _roofline(model: str, roof: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    command(main)
+    run_command(main)

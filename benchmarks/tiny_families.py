@@ -8,9 +8,10 @@ import torch
 import transformers
 from transformers.models.auto import modeling_auto
 
-WIDTH, LAYERS, MOST = 32, 4, 30_000_000
+WIDTH, LAYERS, MAX_PARAMETERS = 32, 4, 30_000_000
 
-# What a tiny model's settings are at most, by their names; the first that fits counts.
+# Upper bounds of a tiny model's settings, by regular expressions of their names; the first match
+# counts.
 SIZES = {
     r"(unpadded_)?vocab_size.*": 128,
     r"hidden_size_per_layer_input": 8,
@@ -29,7 +30,7 @@ SIZES = {
     r"(max_position_embeddings|n_positions|n_ctx|max_seq_len)": 64,
     r"(bos|eos|pad|image|video)_token_(id|index)": 1,
 }
-# What is said beside that.
+# Settings that some families need besides.
 ALTERNATING = ["sliding_attention", "full_attention"] * 2
 ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -77,46 +78,47 @@ for _family in ("glm46v", "glm4v", "glm_ocr", "glmga", "paddleocr_vl", "qwen2_5_
 SETTINGS["qwen2_5_omni_thinker"] = {"text_config": {"rope_parameters": ROPE}}
 
 
-def families() -> list[str]:
-    """Types of models that are causal LMs, or text decoders in models that take images too."""
+def list_families() -> list[str]:
+    """List the types of causal LMs, and of models that take images and have a text decoder."""
     causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     images = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     return sorted({*causal, *images})
 
 
-def tiny_config(family: str):
-    """A config of a tiny model."""
+def make_tiny_config(family: str):
+    """Make the config of a tiny model."""
     whole = transformers.AutoConfig.for_model(family)
-    return type(whole)(**_merged(_small(whole), SETTINGS.get(family, {})))
+    return type(whole)(**_merge(_shrink(whole), SETTINGS.get(family, {})))
 
 
-def _merged(one: dict, other: dict) -> dict:
-    parts = {k: _merged(one[k], v) for k, v in other.items() if isinstance(one.get(k), dict)}
+def _merge(one: dict, other: dict) -> dict:
+    parts = {k: _merge(one[k], v) for k, v in other.items() if isinstance(one.get(k), dict)}
     return one | other | parts
 
 
-def _small(config, inner: bool = False) -> dict[str, Any]:
-    """What differs from a family's defaults; all of an `inner` config, whose class has others."""
-    found = {}
+def _shrink(config, inner: bool = False) -> dict[str, Any]:
+    """Settings to change in a family's defaults; in an `inner` config all that have a bound."""
+    changes = {}
     for name, value in vars(config).items():
         if hasattr(value, "to_dict"):
-            found[name] = _small(value, inner=True)
+            changes[name] = _shrink(value, inner=True)
         elif isinstance(value, int) and not isinstance(value, bool):
             size = next((n for rule, n in SIZES.items() if re.fullmatch(rule, name)), None)
             if size is not None and (inner or value > size):
-                found[name] = min(size, value)
-    return found
+                changes[name] = min(size, value)
+    return changes
 
 
 def save_tiny(family: str, folder: Path) -> None:
-    """Write a tiny model with random weights, as transformers does. It raises what it raises."""
-    config, images = tiny_config(family), modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    """Save a tiny model with random weights. Errors of transformers pass through."""
+    config = make_tiny_config(family)
     maker = transformers.AutoModelForCausalLM
-    if family in images:  # as it comes from the hub, where both classes know it
+    # as on the hub: there both classes know it
+    if family in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         maker = transformers.AutoModelForImageTextToText
     with torch.device("meta"):
         size = sum(p.numel() for p in maker.from_config(config).parameters())
-    if size > MOST:
+    if size > MAX_PARAMETERS:
         raise ValueError(f"{size} parameters in the smallest")
     torch.manual_seed(0)
     model = maker.from_config(config)

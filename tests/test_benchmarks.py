@@ -8,7 +8,16 @@ from types import ModuleType
 import pytest
 
 from benchmarks.timing import child
-from benchmarks.timing.profile import PARTS, REST, Kernel, Span, label_of, on_cpu, on_gpu, shares
+from benchmarks.timing.profile import (
+    PARTS,
+    REST,
+    Kernel,
+    Span,
+    compute_shares,
+    read_label,
+    sum_cpu_time,
+    sum_gpu_time,
+)
 from sae_lightning.errors import UserError
 
 
@@ -30,19 +39,19 @@ def _script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def test_time_belongs_to_the_innermost_label():
     spans = [Span("pool", 1, 0, 10), Span("llm", 1, 2, 8), Span("encode", 1, 10, 13)]
-    found = on_cpu(spans)
+    found = sum_cpu_time(spans)
     assert (found["pool"], found["llm"], found["encode"]) == (4, 6, 3)
 
 
 def test_all_that_happens_in_the_backward_pass_is_the_backward_pass():
     inside = [Span("encode", 1, 2, 5), Span("decode", 1, 3, 4), Span("loss", 1, 6, 7)]
-    found = on_cpu([*inside, Span("backward", 1, 1, 9), Span("encode", 1, 9, 10)])
+    found = sum_cpu_time([*inside, Span("backward", 1, 1, 9), Span("encode", 1, 9, 10)])
     assert (found["backward"], found["encode"]) == (8, 1)
     assert sum(found.values()) == 9
 
 
 def test_threads_do_not_nest_in_one_another():
-    found = on_cpu([Span("backward", 1, 0, 10), Span("llm", 2, 1, 9)])
+    found = sum_cpu_time([Span("backward", 1, 0, 10), Span("llm", 2, 1, 9)])
     assert (found["backward"], found["llm"]) == (10, 8)
 
 
@@ -57,14 +66,14 @@ def test_seconds_of_nested_labels_add_up_to_those_of_the_outermost():
     for _ in range(20):
         spans = nest(0, 100, depth=4)
         rng.shuffle(spans)
-        seconds = on_cpu(spans)
+        seconds = sum_cpu_time(spans)
         assert sum(seconds.values()) == pytest.approx(100)
         assert min(seconds.values()) >= 0
 
 
 def test_a_kernel_counts_where_it_was_launched_and_not_where_it_ran():
     spans = [Span("encode", 1, 0, 1), Span("clip", 1, 1.5, 2)]
-    found = on_gpu([Kernel(1, 0.5, 7.0), Kernel(1, 1.2, 3.0), Kernel(1, 1.8, 1.0)], spans)
+    found = sum_gpu_time([Kernel(1, 0.5, 7.0), Kernel(1, 1.2, 3.0), Kernel(1, 1.8, 1.0)], spans)
     assert (found["encode"], found["clip"]) == (7, 1)
     assert sum(found.values()) == 8  # the one between the labels is nobody's
 
@@ -72,29 +81,29 @@ def test_a_kernel_counts_where_it_was_launched_and_not_where_it_ran():
 def test_kernels_of_autograds_own_thread_are_the_backward_pass():
     spans = [Span("backward", 1, 0, 10), Span("encode", 1, 11, 12), Span("llm", 3, 0, 20)]
     kernels = [Kernel(2, 5, 4.0), Kernel(3, 5, 2.0), Kernel(1, 11.5, 1.0)]
-    found = on_gpu(kernels, spans)
+    found = sum_gpu_time(kernels, spans)
     assert (found["backward"], found["llm"], found["encode"]) == (4, 2, 1)
 
 
 @pytest.mark.parametrize(("wall", "rest"), [(20.0, 0.5), (10.0, 0.0), (8.0, 0.0)])
 def test_shares_add_up_to_one_even_when_parts_overlap(wall, rest):
-    found = shares({"llm": 6.0, "encode": 4.0}, wall)
+    found = compute_shares({"llm": 6.0, "encode": 4.0}, wall)
     assert found[REST] == pytest.approx(rest)
     assert sum(found.values()) == pytest.approx(1)
     assert found["LLM"] == pytest.approx(1.5 * found["encode"])
 
 
 def test_torchs_name_of_an_optimisers_step_is_understood_and_operations_are_not_labels():
-    assert label_of("Optimizer.step#Adam.step") == "optimiser"
-    assert label_of("backward") == "backward"
-    assert label_of("aten::mm") is None
+    assert read_label("Optimizer.step#Adam.step") == "optimiser"
+    assert read_label("backward") == "backward"
+    assert read_label("aten::mm") is None
 
 
 def test_the_floor_is_the_time_of_both_one_after_the_other(throughput):
     # 1,000 tokens: 0.2 s in the LLM, 0.05 s in the encode of each SAE
-    assert throughput.floor(5_000, 20_000) == pytest.approx(1_000 / 0.25)
-    assert throughput.floor(5_000, 20_000, saes=8) == pytest.approx(1_000 / 0.6)
-    assert throughput.llm_floor(2e12, 100_000_000) == 10_000
+    assert throughput.compute_floor(5_000, 20_000) == pytest.approx(1_000 / 0.25)
+    assert throughput.compute_floor(5_000, 20_000, saes=8) == pytest.approx(1_000 / 0.6)
+    assert throughput.compute_llm_floor(2e12, 100_000_000) == 10_000
 
 
 def test_rounds_alternate_their_direction_and_compare_like_with_like_side_by_side(speed):
@@ -104,14 +113,14 @@ def test_rounds_alternate_their_direction_and_compare_like_with_like_side_by_sid
         for architecture in ("relu", "topk")
     ]
     there = [runs[0], runs[2], runs[1], runs[3]]
-    assert speed.order(runs, 3) == [*there, *reversed(there), *there]
+    assert speed.order_runs(runs, 3) == [*there, *reversed(there), *there]
 
 
 def test_runs_that_differ_in_their_setting_alone_have_names_of_their_own():
-    assert child.name_of("sparsify", "", "topk", "model.k=32") == "sparsify-topk-model.k=32"
-    names = {child.name_of("ours", "topk", f"model.k={k}") for k in (32, 256)}
+    assert child.make_name("sparsify", "", "topk", "model.k=32") == "sparsify-topk-model.k=32"
+    names = {child.make_name("ours", "topk", f"model.k={k}") for k in (32, 256)}
     assert len(names) == 2
-    assert "/" not in child.name_of("ours", "loss.path=a/b")
+    assert "/" not in child.make_name("ours", "loss.path=a/b")
 
 
 def _result(n: int, tool: str, rate: float, setting: str = "model.k=32") -> dict:
@@ -121,7 +130,7 @@ def _result(n: int, tool: str, rate: float, setting: str = "model.k=32") -> dict
 
 
 def test_ratios_compare_runs_of_one_round_and_one_setting(speed):
-    found = speed.rows(
+    found = speed.make_rows(
         [
             _result(0, speed.OURS, 600),
             _result(0, "peer", 200),
@@ -143,8 +152,8 @@ def test_ratios_compare_runs_of_one_round_and_one_setting(speed):
 
 def test_a_round_in_which_one_of_both_failed_has_no_ratio(speed):
     results = [_result(0, speed.OURS, 600), _result(1, speed.OURS, 500), _result(1, "peer", 250)]
-    assert speed.rows([*results, _result(2, "peer", 100)])[1].ratios == [2]
-    assert speed.rows([_result(0, "peer", 250)])[0].ratios == []
+    assert speed.make_rows([*results, _result(2, "peer", 100)])[1].ratios == [2]
+    assert speed.make_rows([_result(0, "peer", 250)])[0].ratios == []
 
 
 def test_an_interpreter_that_is_not_there_is_named(tmp_path):
@@ -169,7 +178,7 @@ def test_the_comparison_refuses_what_it_would_ignore(given, tmp_path, speed):
 
 def test_the_same_run_twice_is_refused(throughput):
     with pytest.raises(UserError, match="twice"):
-        throughput.read(["runs=topk,topk:model.k=64"])
+        throughput.read_arguments(["runs=topk,topk:model.k=64"])
 
 
 def test_throughput_goes_on_after_a_run_that_failed(throughput, tmp_path, monkeypatch, capsys):
@@ -179,9 +188,9 @@ def test_throughput_goes_on_after_a_run_that_failed(throughput, tmp_path, monkey
     run |= {"explained_variance": 0.5, "peak_memory_gb": 1.0}
 
     def answer(work: str, settings: dict, log: Path) -> dict:
-        if "k=32" in log.name or work.endswith(":look"):
+        if "k=32" in log.name or work.endswith(":profile_run"):
             raise throughput.Failed("RuntimeError: out of memory")
-        return dict(roof if work.endswith(":roofline") else run)
+        return dict(roof if work.endswith(":measure_roofline") else run)
 
     monkeypatch.setattr(throughput, "call", answer)
     throughput.main(["runs=topk:model.k=32,topk:model.k=256", f"out={tmp_path}"])

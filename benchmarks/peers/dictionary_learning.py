@@ -5,9 +5,9 @@ Optional, because it needs many packages (nnsight below 0.4 among them):
     pip install -c constraints.txt dictionary-learning==0.1.0
 
 Its defaults are for hundreds of thousands of updates: 1,000 of warm-up, a threshold from update
-1,000 on, 10 million silent tokens until a feature is dead. A run of 512 does not even start with
-them. These counts become shares of the run, and the rate is a faster one (not tuned); all else is
-its own.
+1,000 on, 10 million silent tokens until a feature is dead. A run of 512 updates would end before
+these matter, so they become shares of the run, and the learning rate is higher (not tuned); all
+else is as in the tool.
 """
 
 import importlib.metadata
@@ -32,12 +32,12 @@ NAME, VERSION = "dictionary_learning", importlib.metadata.version("dictionary-le
 
 
 class Recipe(NamedTuple):
-    """One SAE."""
+    """Settings of one SAE."""
 
     architecture: str
-    """As this project calls it."""
+    """Name of the architecture in this project."""
     label: str
-    """What tells it from the others of its architecture."""
+    """Setting in which it differs from others of its architecture."""
     trainer: dict[str, Any]
     """Settings of its trainer."""
     lr: float = 1e-3
@@ -45,7 +45,7 @@ class Recipe(NamedTuple):
 
 
 def _with_dead_window(trainer: type) -> type:
-    """`trainer`, which counts a feature as dead after `dead_window` tokens: it has no setting."""
+    """A subclass of `trainer` with `dead_window` as a setting: tokens until a feature is dead."""
 
     class Trainer(trainer):
         def __init__(self, dead_window: int, **settings: Any) -> None:
@@ -95,7 +95,7 @@ def train(recipe: Recipe, work: Work, folder: Path) -> None:
     }
     with phase(f"{NAME} {recipe.architecture} {recipe.label}", total=work.steps) as advance:
         data = _Batches(work, advance)
-        with redirect_stderr(io.StringIO()):  # its bars; ours is there
+        with redirect_stderr(io.StringIO()):  # hides its progress bars
             trainSAE(
                 data,
                 [settings | recipe.trainer],
@@ -107,10 +107,10 @@ def train(recipe: Recipe, work: Work, folder: Path) -> None:
 
 
 class _Batches:
-    """What trainSAE iterates twice: once for the scale, then to train."""
+    """Batches that trainSAE iterates twice: once to estimate the scale, then to train."""
 
     def __init__(self, work: Work, advance: Callable[[int], None]) -> None:
-        self.passes = [work.first(), self._counted(work, advance)]
+        self.passes = [work.first_batches(), self._counted(work, advance)]
 
     def __iter__(self) -> Iterator[Tensor]:
         return self.passes.pop(0)
@@ -123,8 +123,8 @@ class _Batches:
 
 
 def load(folder: Path) -> tuple[Callable[[Tensor], tuple[Tensor, Tensor]], Tensor]:
-    """The saved SAE, by its loader: x [n, d] -> reconstruction [n, d], features [n, F];
-    and its decoder rows [F, d]."""
+    """Load the saved SAE with the tool's loader: a function x [n, d] -> reconstruction [n, d],
+    features [n, F]; and its decoder rows [F, d]."""
     sae, _ = load_dictionary(str(folder / "trainer_0"), device="cpu")
 
     def reconstruct(x: Tensor) -> tuple[Tensor, Tensor]:

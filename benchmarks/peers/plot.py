@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.lines import Line2D  # noqa: E402
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter  # noqa: E402
 
-COLOURS = {  # Okabe and Ito's, told apart by colour-blind readers
+COLOURS = {  # Okabe and Ito's palette, safe for colour-blind readers
     "relu": "#0072b2",
     "topk": "#e69f00",
     "batch_topk": "#009e73",
@@ -18,7 +18,7 @@ COLOURS = {  # Okabe and Ito's, told apart by colour-blind readers
     "gated": "#56b4e9",
     "matryoshka": "#d55e00",
 }
-MARKERS = ("o", "s", "^")  # sae_lightning, then the others
+MARKERS = ("o", "s", "^")  # sae_lightning, then other tools
 MEASURES = {
     "explained_variance": "explained variance",
     "ce_recovered": "cross-entropy recovered",
@@ -26,7 +26,7 @@ MEASURES = {
 
 
 def draw(results: list[dict[str, Any]], file: Path) -> Path:
-    """Draw all results into a PNG; those by a documentation's letter are hollow."""
+    """Draw all results into a PNG; SAEs trained as documented have hollow markers."""
     tools = sorted({r["tool"] for r in results}, key=lambda t: (t != "sae_lightning", t))
     versions = {r["tool"]: r["version"] for r in results}
     names = [name for name in COLOURS if any(r["architecture"] == name for r in results)]
@@ -34,8 +34,8 @@ def draw(results: list[dict[str, Any]], file: Path) -> Path:
     for axis, (measure, title) in zip(axes, MEASURES.items(), strict=True):
         for name in names:
             for tool, marker in zip(tools, MARKERS, strict=False):
-                mine = [r for r in results if (r["architecture"], r["tool"]) == (name, tool)]
-                _points(axis, mine, measure, COLOURS[name], marker)
+                selected = [r for r in results if (r["architecture"], r["tool"]) == (name, tool)]
+                _points(axis, selected, measure, COLOURS[name], marker)
         axis.set(xscale="log", xlabel="L0 (active features per token)", ylabel=title)
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
         axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
@@ -58,7 +58,7 @@ def draw(results: list[dict[str, Any]], file: Path) -> Path:
 
 
 def _points(axis, results: list[dict[str, Any]], measure: str, colour: str, marker: str) -> None:
-    """One architecture of one tool: its points, joined in the order of L0."""
+    """Draw the points of one architecture and tool, joined in the order of L0."""
     joined = sorted((r["l0"], r[measure]) for r in results if not _documented(r))
     alone = [(r["l0"], r[measure]) for r in results if _documented(r)]
     style = {"color": colour, "marker": marker, "markersize": 8, "linewidth": 1.3}

@@ -1,9 +1,9 @@
 """SAELens on the same work: its own trainer, its own folder format, its own loader.
 
-`documented` is its documentation's example of BatchTopK, which it recommends, with its defaults
-for the rest. They are meant for 30,000 updates. The other recipes keep its losses and change what
-a run of 512 needs: a faster rate with a warm-up, activations of known scale for every architecture,
-and a dead feature window that fits into the run (a sixteenth of it).
+`documented` is the example in its documentation, BatchTopK as recommended there, with its defaults
+for the rest, which are meant for 30,000 updates. The other recipes keep its losses and change what
+a run of 512 updates needs: a higher learning rate with a warm-up, normalised activations for every
+architecture, and a dead feature window that fits into the run (a sixteenth of it).
 """
 
 import io
@@ -25,14 +25,14 @@ NAME, VERSION = "SAELens", sae_lens.__version__
 
 
 class Recipe(NamedTuple):
-    """One SAE; a share is of the run's updates."""
+    """Settings of one SAE; shares are of the run's updates."""
 
     architecture: str
-    """As this project calls it."""
+    """Name of the architecture in this project."""
     label: str
-    """What tells it from the others of its architecture."""
+    """Setting in which it differs from others of its architecture."""
     sae: dict[str, Any]
-    """Settings of SAELens' training SAE; `Share` in place of a number of updates."""
+    """Settings of SAELens' training SAE; a `Share` stands for a number of updates."""
     lr: float
     """Peak learning rate."""
     warm_up: float
@@ -111,7 +111,7 @@ def train(recipe: Recipe, work: Work, folder: Path) -> None:
 
         def batches() -> Iterator[Tensor]:
             # the scale is estimated on batches that training sees again: none is lost
-            yield from work.first() if scaled else ()
+            yield from work.first_batches() if scaled else ()
             for batch in work.batches():
                 advance(1)
                 yield batch
@@ -122,8 +122,8 @@ def train(recipe: Recipe, work: Work, folder: Path) -> None:
 
 
 def load(folder: Path) -> tuple[Callable[[Tensor], tuple[Tensor, Tensor]], Tensor]:
-    """The saved SAE, by SAELens' loader: x [n, d] -> reconstruction [n, d], features [n, F];
-    and its decoder rows [F, d]."""
+    """Load the saved SAE with SAELens' loader: a function x [n, d] -> reconstruction [n, d],
+    features [n, F]; and its decoder rows [F, d]."""
     sae = sae_lens.SAE.load_from_disk(folder)
 
     def reconstruct(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,12 +1,11 @@
-"""dictionary_learning against the clock: its own buffer, which reads the LLM through nnsight.
+"""dictionary_learning, timed with its own buffer, which reads the LLM through nnsight.
 
 `peers/dictionary_learning.py` says how to install it.
 
-`documented` is its README's example: the whole LLM in fp32 (tracing stops at the hooked block by
-itself), a buffer that is refilled when it is half empty. `tuned` takes the LLM cut after the hooked
-block, in bf16 where the hardware has it, and trains in autocast, which it has for CUDA only. In
-both the buffer has the size of our pool, since its default (30,000 contexts) is more than the whole
-run.
+`documented` is its README's example: the whole LLM in fp32 (tracing stops at the hooked block), a
+buffer that is refilled when it is half empty. `tuned` takes the LLM cut after the hooked block, in
+bf16 where the hardware has it, and trains in autocast, which it has for CUDA only. In both the
+buffer has the size of our pool, since its default (30,000 contexts) is more than the whole run.
 """
 
 import importlib.metadata
@@ -28,8 +27,8 @@ TRAINERS = {"relu": StandardTrainerAprilUpdate, "topk": TopKTrainer, "batch_topk
 L1 = 0.1
 
 
-def about() -> dict[str, Any]:
-    """Who this is and what it trains."""
+def describe_tool() -> dict[str, Any]:
+    """Name, version, variants and architectures of the tool."""
     return {
         "name": "dictionary_learning",
         "version": importlib.metadata.version("dictionary-learning"),
@@ -41,12 +40,12 @@ def about() -> dict[str, Any]:
 def measure(architecture: str, variant: str, setting: float, work: dict[str, Any]) -> dict:
     """Train one SAE; the clock runs from the first fill of the buffer to the last update."""
     tuned = variant == "tuned"
-    number = torch.bfloat16 if tuned and work["bf16"] else torch.float32
+    dtype = torch.bfloat16 if tuned and work["bf16"] else torch.float32
     folder = work["truncated" if tuned else "llm"]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    # nnsight's own way of loading knows no config of today's transformers
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=number).to(work["device"])
+    # nnsight's own loading does not know the configs of current transformers
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(work["device"])
     llm = LanguageModel(model, tokenizer=tokenizer)
     buffer = ActivationBuffer(
         _texts(tokenizer, work),
@@ -76,7 +75,7 @@ def measure(architecture: str, variant: str, setting: float, work: dict[str, Any
         "seed": work["seed"],
         "device": work["device"],
     }
-    started = _now()
+    started = _read_clock()
     trainSAE(
         buffer,
         [settings],
@@ -84,11 +83,11 @@ def measure(architecture: str, variant: str, setting: float, work: dict[str, Any
         save_dir=None,
         normalize_activations=False,
         device=work["device"],
-        autocast_dtype=number if work["device"] == "cuda" else torch.float32,
+        autocast_dtype=dtype if work["device"] == "cuda" else torch.float32,
     )
     return {
         "tokens": steps * work["batch"],
-        "seconds": _now() - started,
+        "seconds": _read_clock() - started,
         "l0": None if architecture == "relu" else setting,
     }
 
@@ -98,7 +97,7 @@ def _texts(tokenizer: Any, work: dict[str, Any]) -> Iterator[str]:
         yield tokenizer.decode(row, skip_special_tokens=True)
 
 
-def _now() -> float:
+def _read_clock() -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return perf_counter()

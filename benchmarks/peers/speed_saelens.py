@@ -1,20 +1,20 @@
-"""SAELens against the clock: its own runner, its own activation store, the LLM included.
+"""SAELens, timed with its own runner and activation store, the LLM included.
 
 `documented` is the example of its documentation (`LanguageModelSAETrainingRunner`, ReLU with L1;
-BatchTopK as the page changes it): everything in fp32, no autocast, 16 prompts at a time, a buffer
-of 64 contexts, schedules as shares of the run. What is not from the example: the LLM is a local
-folder, so that it is loaded by `model_class_name="AutoModelForCausalLM"`, which stops at the hooked
-block; the learning rate is higher and the L1 coefficient another, because a run of 100 updates
-would not become sparse at all with those for 30,000.
+BatchTopK with the changes given there): everything in fp32, no autocast, 16 prompts at a time, a
+buffer of 64 contexts, schedules as shares of the run. Two things differ from the example: the LLM
+is a local folder, so it is loaded with `model_class_name="AutoModelForCausalLM"`, which stops at
+the hooked block; and the learning rate is higher and the L1 coefficient another, because with those
+for 30,000 updates a run of 100 would not become sparse at all.
 
 `tuned` is the same with what makes it faster: the LLM cut after the hooked block and in bf16, the
 SAE in autocast, both where the hardware has bf16 (fp32 master weights, as ours); as many prompts at
-a time as ours (`llm.batch`). Without effect on a CPU, within the noise: 32 prompts at a time, a
-buffer of 16 contexts. `torch.compile` is off.
+a time as ours (`llm.batch`). On a CPU, 32 prompts at a time or a buffer of 16 contexts made no
+measurable difference. `torch.compile` is off.
 
-Both have advantages that the other tools have too (text tokenised before the clock starts), and
-some of their own: a buffer of 8,192 tokens where ours holds 65,536, no statistics or logging
-(W&B is off), all tokens of a sequence are used (ours leaves BOS out).
+Like the other tools, both gain from text that is tokenised before the clock starts. They also have
+a buffer of 8,192 tokens where ours holds 65,536, no statistics or logging (W&B is off), and use all
+tokens of a sequence (ours leaves BOS out).
 """
 
 import importlib.metadata
@@ -32,8 +32,8 @@ LR = 3e-3
 NORM_SHARE = 1 / 30  # of the updates: 1,000 of the example's 30,000
 
 
-def about() -> dict[str, Any]:
-    """Who this is and what it trains."""
+def describe_tool() -> dict[str, Any]:
+    """Name, version, variants and architectures of the tool."""
     return {
         "name": "SAELens",
         "version": importlib.metadata.version("sae-lens"),
@@ -51,9 +51,9 @@ def measure(architecture: str, variant: str, setting: float, work: dict[str, Any
         _config(architecture, variant, setting, work),
         override_dataset=Dataset.from_dict({"input_ids": list(tokens.numpy())}),
     )
-    started = _now()
+    started = _read_clock()
     sae = runner.run()
-    seconds = _now() - started
+    seconds = _read_clock() - started
     return {"tokens": work["steps"] * work["batch"], "seconds": seconds, "l0": _l0(sae, runner)}
 
 
@@ -61,11 +61,11 @@ def _config(
     architecture: str, variant: str, setting: float, work: dict[str, Any]
 ) -> LanguageModelSAERunnerConfig:
     steps, tuned = work["steps"], variant == "tuned"
-    number = torch.bfloat16 if tuned and work["bf16"] else torch.float32
+    dtype = torch.bfloat16 if tuned and work["bf16"] else torch.float32
     settings = {
         "model_class_name": "AutoModelForCausalLM",
         "model_name": work["truncated"] if tuned else work["llm"],
-        "model_from_pretrained_kwargs": {"dtype": number},
+        "model_from_pretrained_kwargs": {"dtype": dtype},
         "hook_name": work["module"],
         "sae": _sae(architecture, setting, work),
         "autocast": tuned and work["bf16"],
@@ -88,14 +88,14 @@ def _config(
         "seed": work["seed"],
         "verbose": False,
     }
-    # so that anyone can try another option: speed.py saelens.prefetch_llm_batches=true
+    # to try other options: speed.py saelens.prefetch_llm_batches=true
     return LanguageModelSAERunnerConfig(**settings | (work["options"] if tuned else {}))
 
 
 def _sae(architecture: str, setting: float, work: dict[str, Any]) -> Any:
     shape = {"d_in": work["d"], "d_sae": work["features"], "device": work["device"]}
     match architecture:
-        case "relu":  # whatever our own L0 is set to: the coefficient decides here
+        case "relu":  # our L0 setting is not used: the coefficient decides
             return sae_lens.StandardTrainingSAEConfig(
                 **shape,
                 apply_b_dec_to_input=True,
@@ -111,14 +111,14 @@ def _sae(architecture: str, setting: float, work: dict[str, Any]) -> Any:
 
 @torch.no_grad()
 def _l0(sae: Any, runner: LanguageModelSAETrainingRunner) -> float:
-    """Active features of a token, in another batch of the text."""
+    """Mean number of active features per token, in another batch of the text."""
     batch = next(runner.activations_store).to(sae.device)
     features = sae.encode(batch)
     features = features.to_dense() if features.is_sparse else features
     return (features != 0).sum().item() / len(batch)
 
 
-def _now() -> float:
+def _read_clock() -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return perf_counter()

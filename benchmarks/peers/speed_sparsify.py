@@ -1,14 +1,14 @@
-"""sparsify against the clock: its own trainer, which reads the LLM as it trains.
+"""sparsify, timed with its own trainer, which runs the LLM as it trains.
 
     python -m venv --system-site-packages /tmp/sparsify
     /tmp/sparsify/bin/pip install --no-deps eai-sparsify schedulefree natsort einops
 
-It trains TopK and TopK only, in the batches that the LLM reads (here as many sequences as make up
-one of our batches), unshuffled, without a buffer.
+It trains TopK only, on each LLM batch as it comes (here as many sequences as make up one of our
+batches), without shuffling or a buffer.
 
 `documented` is its README's example: the whole LLM in bf16, its own optimiser (signum). `tuned`
 cuts the LLM after the hooked block and leaves the LM head out. Its autocast and its decoder's
-Triton kernels are for CUDA; on a CPU it computes in fp32, its decoder is torch's embedding_bag.
+Triton kernels are for CUDA; on a CPU it computes in fp32 with torch's embedding_bag as decoder.
 """
 
 import importlib.metadata
@@ -25,8 +25,8 @@ if not torch.cuda.is_available():
 from sparsify import SaeConfig, TrainConfig, Trainer  # noqa: E402
 
 
-def about() -> dict[str, Any]:
-    """Who this is and what it trains."""
+def describe_tool() -> dict[str, Any]:
+    """Name, version, variants and architectures of the tool."""
     return {
         "name": "sparsify",
         "version": importlib.metadata.version("eai-sparsify"),
@@ -38,9 +38,9 @@ def about() -> dict[str, Any]:
 def measure(architecture: str, variant: str, setting: float, work: dict[str, Any]) -> dict:
     """Train one SAE; the clock runs from the first sequence to the last update."""
     tuned = variant == "tuned"
-    number = torch.bfloat16 if work["bf16"] else torch.float32
+    dtype = torch.bfloat16 if work["bf16"] else torch.float32
     kind, folder = (AutoModel, "truncated") if tuned else (AutoModelForCausalLM, "llm")
-    llm = kind.from_pretrained(work[folder], dtype=number).to(work["device"])
+    llm = kind.from_pretrained(work[folder], dtype=dtype).to(work["device"])
     sequences = work["batch"] // work["context"]
     tokens = torch.load(work["tokens"])[: sequences * work["steps"]]
     data = {"input_ids": list(tokens.numpy())}
@@ -53,12 +53,12 @@ def measure(architecture: str, variant: str, setting: float, work: dict[str, Any
     )
     trainer = Trainer(config, Dataset.from_dict(data).with_format("torch"), llm)
     trainer.save = lambda: None
-    started = _now()
+    started = _read_clock()
     trainer.fit()
-    return {"tokens": tokens.numel(), "seconds": _now() - started, "l0": setting}
+    return {"tokens": tokens.numel(), "seconds": _read_clock() - started, "l0": setting}
 
 
-def _now() -> float:
+def _read_clock() -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return perf_counter()

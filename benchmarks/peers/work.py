@@ -1,4 +1,4 @@
-"""The work that every tool is given: the same activations, in the same order."""
+"""The work that every tool is given: the same activations in the same order."""
 
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -13,11 +13,11 @@ from sae_lightning.stream.batches import BatchStream
 from sae_lightning.stream.open_rows import open_rows
 from sae_lightning.stream.tokens import open_tokens
 
-NORM_BATCHES = 64  # from which a tool estimates the scale: as many tokens as our own runs
+NORM_BATCHES = 64  # for a tool's estimate of the scale: as many tokens as our own runs use
 
 
 class Work(NamedTuple):
-    """What one SAE is trained on and how large it is."""
+    """Training data and size of one SAE."""
 
     d_in: int
     """Width of an activation."""
@@ -28,23 +28,23 @@ class Work(NamedTuple):
     steps: int
     """Updates in the whole run."""
     seed: int
-    """Of the SAE's initialisation."""
+    """Seed of the SAE's initialisation."""
     layer: int
-    """Block of the LLM whose output it is, from 0."""
+    """Block of the LLM whose output is read, from 0."""
     model_name: str
-    """The LLM."""
+    """Name of the LLM."""
     hook_name: str
     """TransformerLens' name of the site."""
     batches: Callable[[], Iterator[Tensor]]
-    """Begins the run's batches [batch, d_in] anew: raw activations, float32."""
+    """Starts the run's batches [batch, d_in] from the first: raw activations, float32."""
 
-    def first(self) -> Iterator[Tensor]:
-        """The first batches, for the estimate of a scale; training sees them again."""
+    def first_batches(self) -> Iterator[Tensor]:
+        """First batches, to estimate a scale; training sees them again."""
         return islice(self.batches(), NORM_BATCHES)
 
 
 def open_work(config: Config) -> Work:
-    """The batches that a run of `config` trains on, without the run."""
+    """Open the batches that a run of `config` would train on."""
     llm, trainer, data = load_llm(config.llm), config.trainer, config.data
     width = llm.model.config.get_text_config().hidden_size
     site = config.layer.resolve_sites(llm.model.config.get_text_config().num_hidden_layers).source

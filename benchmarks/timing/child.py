@@ -1,4 +1,4 @@
-"""Work in a process of its own: the memory it needs is its own, and so is what it leaves behind.
+"""Calls of a function in its own process, so that its memory is measured and freed separately.
 
 answer = call("timing.ours:measure", {"runs": ..., "folder": ...}, log=...)
 """
@@ -15,19 +15,19 @@ HERE = Path(__file__).resolve()
 LIMIT = 3600.0  # seconds that a process may take
 
 
-def name_of(*parts: str) -> str:
-    """The parts that are not empty, as one file name: all that tells two runs apart belongs in."""
+def make_name(*parts: str) -> str:
+    """Join the parts that are not empty to a file name; runs need different names."""
     return "-".join(re.sub(r"[^\w.=+-]", "_", part) for part in parts if part)
 
 
 class Failed(Exception):
-    """The process did not start, took too long, or ended with an error: a line that says so."""
+    """The process did not start, took too long, or ended with an error; the message is one line."""
 
 
 def call(work: str, settings: dict[str, Any], log: Path, python: str = sys.executable) -> Any:
-    """What the function `work` (module:function) answers to `settings`; its output goes to `log`.
+    """Call `work` (module:function) with `settings` in a process; returns what it returns.
 
-    `python`: the interpreter of another environment, in which a peer is installed.
+    Its output goes to `log`. `python`: the interpreter of another environment, with a peer in it.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     answer = log.with_suffix(".json")
@@ -50,5 +50,5 @@ def call(work: str, settings: dict[str, Any], log: Path, python: str = sys.execu
 if __name__ == "__main__":
     sys.path[0] = str(HERE.parents[1])  # benchmarks/
     module, _, function = sys.argv[1].partition(":")
-    found = getattr(importlib.import_module(module), function)(**json.loads(sys.argv[2]))
-    Path(sys.argv[3]).write_text(json.dumps(found), "utf8")
+    result = getattr(importlib.import_module(module), function)(**json.loads(sys.argv[2]))
+    Path(sys.argv[3]).write_text(json.dumps(result), "utf8")

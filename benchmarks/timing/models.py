@@ -1,4 +1,4 @@
-"""LLMs of real shapes with random weights: as fast as the real ones, and they need no network.
+"""LLMs of real shapes with random weights: as fast as the real ones, and without a download.
 
 Their tokenizer is the packaged LLM's, whose ids fit each of the vocabularies.
 
@@ -56,27 +56,27 @@ CONFIGS: dict[str, Callable[[int], PretrainedConfig]] = {
 }
 
 
-def saved(name: str, block: int, folder: Path) -> Path:
-    """The folder of a random-weight LLM that has at least the block; made on the first call."""
-    made = CONFIGS[name](block + 1)
-    path = folder / f"{name}-{made.num_hidden_layers}"
+def make_random_llm(name: str, block: int, folder: Path) -> Path:
+    """Make a random-weight LLM that has at least `block`, unless it exists; returns its path."""
+    config = CONFIGS[name](block + 1)
+    path = folder / f"{name}-{config.num_hidden_layers}"
     if (path / "config.json").is_file():
         return path.absolute()
     with phase(f"making a {name} of random weights"), mute_libraries():
         tokenizer = AutoTokenizer.from_pretrained(dequantise("smollm2"))
-        made.bos_token_id = tokenizer.bos_token_id
-        made.eos_token_id = tokenizer.eos_token_id
+        config.bos_token_id = tokenizer.bos_token_id
+        config.eos_token_id = tokenizer.eos_token_id
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(made, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         _save(model, tokenizer, path)
     return path.absolute()
 
 
-def truncated(source: Path, block: int, number: torch.dtype, folder: Path) -> tuple[Path, str]:
-    """A copy of the LLM in `source` that ends after `block`, and the hooked block's name in it."""
+def truncate_llm(source: Path, block: int, dtype: torch.dtype, folder: Path) -> tuple[Path, str]:
+    """Copy the LLM in `source` up to `block`; returns the path, and the block's module name."""
     path = folder / f"{source.name}-{block + 1}"
     with phase(f"cutting {source.name} after block {block}"), mute_libraries():
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=number)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
         stack = find_decoder_stack(model)
         name = next(n for n, module in model.named_modules() if module is stack[block])
         if not (path / "config.json").is_file():
@@ -90,7 +90,7 @@ def truncated(source: Path, block: int, number: torch.dtype, folder: Path) -> tu
 
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
-    """Write both; the folder is there when it is complete."""
+    """Save both; the folder appears only once it is complete."""
     partial = path.with_name(f"{path.name}.partial")
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)

@@ -1,5 +1,4 @@
-"""One run of ours, measured: `train.py`'s own way from the config to the trained SAEs; and how fast
-it could be."""
+"""Measurements of our own runs, from config to trained SAEs, and of how fast they could be."""
 
 import json
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from unittest.mock import patch
 import lightning as L
 import torch
 from command import make_jobs
-from timing.profile import profiler, summary
+from timing.profile import make_profiler, summarize
 
 import sae_lightning.runs.run as wiring
 from sae_lightning.llm.capture import capture
@@ -24,8 +23,8 @@ from sae_lightning.runs.heap import keep_freed_memory
 from sae_lightning.training.callbacks import make_callbacks
 from sae_lightning.training.callbacks.throughput import measure_peak_memory_gb
 
-UPDATES = 16  # that a profile looks at
-SECONDS = 3.0  # for which each product of the roofline is repeated
+UPDATES = 16  # profiled
+SECONDS = 3.0  # for which each measurement of the roofline is repeated
 
 
 class _Done(Exception):
@@ -33,7 +32,7 @@ class _Done(Exception):
 
 
 def measure(runs: list[list[str]], folder: str) -> dict[str, Any]:
-    """Train the SAEs of `runs` on one pass: tokens/s, memory, and where they ended."""
+    """Train the SAEs of `runs` on one pass; returns tokens/s, memory, L0 and EV."""
     jobs, clock = make_jobs(runs, Path(folder)), _Clock()
     with patch.object(wiring, "make_callbacks", lambda *a: [clock, *make_callbacks(*a)]):
         passes.train_jobs(jobs)
@@ -51,48 +50,48 @@ def measure(runs: list[list[str]], folder: str) -> dict[str, Any]:
     }
 
 
-def look(runs: list[list[str]], folder: str) -> dict[str, Any]:
-    """The same run up to its middle, for a profile of updates there."""
+def profile_run(runs: list[list[str]], folder: str) -> dict[str, Any]:
+    """Run the same up to its middle; returns a profile of updates there."""
     jobs = make_jobs(runs, Path(folder))
-    look = _Look(*window(jobs[0].config))
-    with patch.object(wiring, "make_callbacks", lambda *a: [*make_callbacks(*a), look]):
+    profiling = _ProfileUpdates(*choose_window(jobs[0].config))
+    with patch.object(wiring, "make_callbacks", lambda *a: [*make_callbacks(*a), profiling]):
         try:
             passes.train_jobs(jobs)
         except _Done:
-            return look.found
+            return profiling.summary
     raise AssertionError("the run ended before its middle")
 
 
-def window(config: Config) -> tuple[int, int]:
-    """The updates (after which, how many) in the middle of those that keep the LLM at work: at the
-    end of a run the pool drains."""
+def choose_window(config: Config) -> tuple[int, int]:
+    """Choose updates to profile (after which, how many) in the middle of those in which the LLM
+    runs: at the end of a run the pool drains."""
     steps = config.trainer.steps
     working = steps - config.data.pool // config.trainer.batch
-    if working < 4:  # a trial: the pool holds it all
+    if working < 4:  # a tiny run: the pool holds all of it
         working = steps
     return max(1, working // 2), max(1, min(UPDATES, working // 2 - 1))
 
 
-def roofline(run: list[str], folder: str) -> dict[str, Any]:
-    """The rates of one dense encode and of the LLM up to the hooked block on this machine."""
+def measure_roofline(run: list[str], folder: str) -> dict[str, Any]:
+    """Measure the speed of one dense encode, and of the LLM up to the hooked block."""
     keep_freed_memory()  # as training does
     config = make_jobs([run], Path(folder))[0].config
     chosen = pick_device(config.llm)
-    number = torch.bfloat16 if has_bf16(chosen.type) else torch.float32
+    dtype = torch.bfloat16 if has_bf16(chosen.type) else torch.float32
     llm = load_llm(config.llm).model
     stack = find_decoder_stack(llm)
     site = config.layer.resolve_sites(len(stack)).source
     width, features = llm.config.get_text_config().hidden_size, config.model.features
     batch, sequences, context = config.trainer.batch, config.llm.batch, config.data.context
-    x = torch.randn(batch, width, device=chosen, dtype=number)
-    weights = torch.randn(width, features, device=chosen, dtype=number)
+    x = torch.randn(batch, width, device=chosen, dtype=dtype)
+    weights = torch.randn(width, features, device=chosen, dtype=dtype)
     ids = torch.randint(1000, 30_000, (sequences, context))
-    encode_seconds = _seconds(lambda: x @ weights)
-    llm_seconds = _seconds(lambda: capture(llm, ids, [site]))
+    encode_seconds = _measure_seconds(lambda: x @ weights)
+    llm_seconds = _measure_seconds(lambda: capture(llm, ids, [site]))
     flops = 2 * batch * width * features / encode_seconds
     blocks = sum(p.numel() for block in stack[: site.layer + 1] for p in block.parameters())
     return {
-        "number": str(number).removeprefix("torch."),
+        "number": str(dtype).removeprefix("torch."),
         "flops": flops,
         "encode_tokens_per_second": batch / encode_seconds,
         "llm_tokens_per_second": sequences * (context - 1) / llm_seconds,
@@ -100,14 +99,14 @@ def roofline(run: list[str], folder: str) -> dict[str, Any]:
     }
 
 
-def _seconds(work: Callable[[], Any]) -> float:
-    """The time of the fastest call: a floor is a bound."""
-    times, enough = [], 0.0
-    while enough < SECONDS or len(times) < 8:
-        started = _now()
+def _measure_seconds(work: Callable[[], Any]) -> float:
+    """Time repeated calls; returns the fastest, since the floor is a bound."""
+    times, total = [], 0.0
+    while total < SECONDS or len(times) < 8:
+        started = _read_clock()
         work()
-        times.append(_now() - started)
-        enough += times[-1]
+        times.append(_read_clock() - started)
+        total += times[-1]
     return min(times)
 
 
@@ -115,35 +114,35 @@ class _Clock(L.Callback):
     """Seconds from before the first fill of the pool to the last update."""
 
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
-        self.started = _now()
+        self.started = _read_clock()
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
         if trainer.global_step == module.steps:
-            self.seconds = _now() - self.started
+            self.seconds = _read_clock() - self.started
             self.peak_memory_gb = measure_peak_memory_gb()  # of training: evaluation comes later
 
 
-class _Look(L.Callback):
-    """Profiles whole cycles: from the end of one update to the end of another."""
+class _ProfileUpdates(L.Callback):
+    """Profiles whole updates: from the end of one to the end of another."""
 
     def __init__(self, after: int, updates: int):
-        self.after, self.updates, self.profiler = after, updates, profiler()
+        self.after, self.updates, self.profiler = after, updates, make_profiler()
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
         if trainer.global_step == self.after:
             self.profiler.start()
-            self.started = _now()
+            self.started = _read_clock()
         if trainer.global_step == self.after + self.updates:
-            wall = _now() - self.started
+            wall = _read_clock() - self.started
             self.profiler.stop()
-            self.found = summary(self.profiler, wall) | {
+            self.summary = summarize(self.profiler, wall) | {
                 "updates": [self.after, self.after + self.updates],
                 "tokens_per_second": self.updates * module.batch / wall,
             }
             raise _Done
 
 
-def _now() -> float:
+def _read_clock() -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return perf_counter()

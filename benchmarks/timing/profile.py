@@ -1,13 +1,13 @@
 """Which part of an update takes which share of the time, as torch.profiler sees it.
 
-Labels nest, and a moment belongs to one part only: the innermost label, but all that happens within
-`backward` is the backward pass (gradients of the encode too).
+Labels nest, and time counts for one part only: the innermost label, except that everything within
+`backward` counts as the backward pass (also the gradients of the encode).
 
     label     pool ─────────────────╮     backward ───────────────╮
               llm      ────────╮    │              encode ────╮   │
     part      pool   │ LLM     │pool│ rest │ backward              │ rest
 
-On a GPU the time is that of the kernels, and a kernel belongs to the label within which it was
+On a GPU the time is that of the kernels; a kernel counts for the label within which it was
 launched. Units: seconds.
 """
 
@@ -20,7 +20,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 LARGEST = 5
-PARTS = {  # label -> what the table calls it
+PARTS = {  # label -> name in the table
     "llm": "LLM",
     "pool": "pool",
     "encode": "encode",
@@ -35,7 +35,7 @@ REST = "rest"  # Lightning's loop, callbacks, statistics
 
 
 class Span(NamedTuple):
-    """A label that was open from `start` to `end`."""
+    """Time from `start` to `end` within a label."""
 
     label: str
     thread: int
@@ -44,41 +44,41 @@ class Span(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """Something that a GPU did."""
+    """A kernel that ran on a GPU."""
 
     thread: int
-    """That launched it."""
+    """CPU thread that launched it."""
     launched: float
     seconds: float
 
 
-def label_of(name: str) -> str | None:
-    """The label that an event's name stands for; None for any other event."""
+def read_label(name: str) -> str | None:
+    """Label of an event by its name; None for events that are no labels."""
     name = "optimiser" if name.startswith(OPTIMISER) else name
     return name if name in PARTS else None
 
 
-def on_cpu(spans: Iterable[Span]) -> dict[str, float]:
-    """Seconds of each label without those of the labels inside it."""
+def sum_cpu_time(spans: Iterable[Span]) -> dict[str, float]:
+    """Sum the seconds of each label, without those of labels inside it."""
     seconds = dict.fromkeys(PARTS, 0.0)
     stack: list[tuple[Span, str]] = []  # open spans, and whose time they count as
     for span in sorted(spans, key=lambda s: (s.thread, s.start, -s.end)):
         while stack and (stack[-1][0].thread != span.thread or stack[-1][0].end <= span.start):
             stack.pop()
         outer = stack[-1][1] if stack else None
-        mine = "backward" if outer == "backward" else span.label
-        seconds[mine] += span.end - span.start
+        owner = "backward" if outer == "backward" else span.label
+        seconds[owner] += span.end - span.start
         if outer:
             seconds[outer] -= span.end - span.start
-        stack.append((span, mine))
+        stack.append((span, owner))
     return seconds
 
 
-def on_gpu(kernels: Iterable[Kernel], spans: Iterable[Span]) -> dict[str, float]:
-    """Seconds of the kernels launched within each label.
+def sum_gpu_time(kernels: Iterable[Kernel], spans: Iterable[Span]) -> dict[str, float]:
+    """Sum the seconds of the kernels launched within each label.
 
-    Autograd launches from a thread of its own, which opens no label: then the label counts that
-    any thread had open.
+    Autograd launches kernels from its own thread, which has no labels: these count for the label
+    that is open in another thread.
     """
     seconds, spans = dict.fromkeys(PARTS, 0.0), list(spans)
     for kernel in kernels:
@@ -90,19 +90,18 @@ def on_gpu(kernels: Iterable[Kernel], spans: Iterable[Span]) -> dict[str, float]
     return seconds
 
 
-def shares(seconds: dict[str, float], wall: float) -> dict[str, float]:
-    """The share of each part, and of the rest; they add up to 1.
+def compute_shares(seconds: dict[str, float], wall: float) -> dict[str, float]:
+    """Compute the share of each part and of the rest; they add up to 1.
 
-    Parts that run at the same time can take longer than the wall's time: then they are compared
-    with their sum.
+    Parts that overlap can add up to more than the wall time: then shares are of their sum.
     """
     busy = sum(seconds.values())
     whole = max(wall, busy)
     return {PARTS[label]: s / whole for label, s in seconds.items()} | {REST: 1 - busy / whole}
 
 
-def profiler() -> profile:
-    """A profiler of the CPU and of the GPU if there is one, of all threads."""
+def make_profiler() -> profile:
+    """Make a profiler of all threads on the CPU, and of the GPU if there is one."""
     activities = [ProfilerActivity.CPU]
     threads = None
     if torch.cuda.is_available():
@@ -111,26 +110,26 @@ def profiler() -> profile:
     return profile(activities=activities, experimental_config=threads, acc_events=True)
 
 
-def summary(recorded: profile, wall: float) -> dict[str, Any]:
-    """Shares of the parts in `wall` seconds, and the operations that took longest."""
+def summarize(recorded: profile, wall: float) -> dict[str, Any]:
+    """Summarise a profile of `wall` seconds: shares of the parts, and the longest operations."""
     events = recorded.profiler.kineto_results.events()
     host = [e for e in events if e.device_type() == DeviceType.CPU]
     spans = [
         Span(label, e.start_thread_id(), e.start_ns() / 1e9, (e.start_ns() + e.duration_ns()) / 1e9)
         for e in host
-        if (label := label_of(e.name()))
+        if (label := read_label(e.name()))
     ]
-    kernels = _kernels(events, host)
-    seconds = on_gpu(kernels, spans) if kernels else on_cpu(spans)
+    kernels = _find_kernels(events, host)
+    seconds = sum_gpu_time(kernels, spans) if kernels else sum_cpu_time(spans)
     return {
-        "shares": shares(seconds, wall),
+        "shares": compute_shares(seconds, wall),
         "device": "gpu" if kernels else "cpu",
-        "largest": _largest(recorded, bool(kernels), wall),
+        "largest": _find_largest(recorded, bool(kernels), wall),
     }
 
 
-def _kernels(events: list, host: list) -> list[Kernel]:
-    """What ran on the GPU, each with the operation, or else the CUDA call, that launched it."""
+def _find_kernels(events: list, host: list) -> list[Kernel]:
+    """Find the GPU kernels, each with the operation (or else the CUDA call) that launched it."""
     calls = {e.correlation_id(): e for e in host if e.name().startswith(("cuda", "cu"))}
     operations = {e.correlation_id(): e for e in host if not e.name().startswith(("cuda", "cu"))}
     kernels = []
@@ -143,12 +142,12 @@ def _kernels(events: list, host: list) -> list[Kernel]:
     return kernels
 
 
-def _largest(recorded: profile, gpu: bool, wall: float) -> dict[str, float]:
-    """The operations (on a GPU: kernels) that took longest by themselves, as shares of the time."""
+def _find_largest(recorded: profile, gpu: bool, wall: float) -> dict[str, float]:
+    """Find the operations (on a GPU: kernels) that took longest, as shares of the time."""
     field = "self_device_time_total" if gpu else "self_cpu_time_total"
     rows = [
         (getattr(e, field) / 1e6 / wall, e.key)
         for e in recorded.key_averages()
-        if not label_of(e.key) and (not gpu or e.device_type == DeviceType.CUDA)
+        if not read_label(e.key) and (not gpu or e.device_type == DeviceType.CUDA)
     ]
     return {name: share for share, name in sorted(rows, reverse=True)[:LARGEST]}

@@ -58,12 +58,12 @@ def families():
 
 @pytest.mark.parametrize("family", SOME)
 def test_a_branch_is_what_it_adds_to_the_stream_or_is_refused(families, family):
-    assert families.row(family) == SOME[family]
+    assert families.check_family(family) == SOME[family]
 
 
 @pytest.mark.slow
 def test_so_it_is_in_every_family_that_transformers_can_build_tiny(families):
-    rows = families.rows()
+    rows = families.check_families()
     assert len(rows) > 180
     assert not [family for family, row in rows.items() if families.WRONG in str(row)]
 

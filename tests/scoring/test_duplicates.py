@@ -99,6 +99,6 @@ def test_the_referee_of_the_benchmark_counts_the_same(monkeypatch):
     W_dec = torch.randn(300, 4, generator=Generator().manual_seed(0))
     density = fires(*range(0, 300, 3), of=300)
     assert 0 < measure_copies(W_dec, density).duplicates < 1
-    assert evaluator.copies(W_dec, density > 0) == pytest.approx(
+    assert evaluator.measure_copies(W_dec, density > 0) == pytest.approx(
         measure_copies(W_dec, density)._asdict()
     )
