@@ -84,8 +84,8 @@ def test_a_probe_on_one_unit_chooses_it(subject, tmp_path):
     config = LocalConfig(path=str(file), context=16)
     text = labelled(config, "magic", subject.llm.tokenizer, tokens=160 * 15)
     found = probe(subject, text, k=(1, 2))
-    assert found.score("features", 1).auroc == 1
-    assert found.score("features", 1).accuracy == 1
+    assert found.find_score("features", 1).auroc == 1
+    assert found.find_score("features", 1).accuracy == 1
     assert [match.unit for match in found.matches["features"]] == [FEATURE, FEATURE]
 
 

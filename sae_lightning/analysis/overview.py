@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from sae_lightning.analysis import evaluate
 from sae_lightning.analysis.probing import probe_sections
-from sae_lightning.analysis.probing.probe_task import probed
+from sae_lightning.analysis.probing.probe_task import run_probes
 from sae_lightning.analysis.survey.features_task import PRINTED_FEATURES, FeaturesTask
 from sae_lightning.analysis.survey.survey import make_features_section, pick_most_telling
 from sae_lightning.analysis.theory import claims, theory_sections
@@ -38,11 +38,11 @@ class OverviewTask(FeaturesTask):
         probes = None
         tokens = PROBE_TOKENS * PROBE_FEATURES // max(PROBE_FEATURES, subject.features)
         if "speaker" in subject.config.data_source.labels:
-            probes = probed(subject, "speaker", tokens)
+            probes = run_probes(subject, "speaker", tokens)
         parts = {
             "Scorecard": [summary, scorecard],
-            "Theory": theory_sections.sections(tested),
-            "Probes": probe_sections.sections(probes) if probes else [],
+            "Theory": theory_sections.make_theory_sections(tested),
+            "Probes": probe_sections.make_probe_sections(probes) if probes else [],
         }
         for section in [scorecard, *parts["Theory"], *parts["Probes"]]:
             print_lead(section)

@@ -12,8 +12,8 @@ import torch
 from chat_server import ChatServer
 
 from sae_lightning.analysis.explain.answers import Answers
-from sae_lightning.analysis.explain.key import censored
-from sae_lightning.analysis.explain.models import Endpoint, Local, Question, open_model
+from sae_lightning.analysis.explain.key import censor
+from sae_lightning.analysis.explain.models import Endpoint, LocalModel, Question, open_model
 from sae_lightning.errors import UserError
 from sae_lightning.llm.generate import Reply
 
@@ -97,7 +97,7 @@ def test_answers_in_flight_are_kept_when_another_fails(tmp_path):
         name, concurrency, key = "halting", 2, ""
         together = threading.Barrier(2, timeout=10)
 
-        def answer(self, question: Question, patient: bool = True) -> Reply:
+        def complete(self, question: Question, patient: bool = True) -> Reply:
             self.together.wait()
             if question is QUESTIONS[0]:
                 raise KeyboardInterrupt
@@ -106,7 +106,7 @@ def test_answers_in_flight_are_kept_when_another_fails(tmp_path):
     asked = Answers(Halting(), tmp_path)
     with pytest.raises(KeyboardInterrupt):
         asked.ask(QUESTIONS[:2])
-    assert asked.known(QUESTIONS[1]).text == QUESTIONS[1].text
+    assert asked.read_cached(QUESTIONS[1]).text == QUESTIONS[1].text
 
 
 def test_as_many_questions_as_allowed_are_asked_at_a_time(server, tmp_path):
@@ -140,32 +140,32 @@ def test_a_missing_key_is_named(server, tmp_path, monkeypatch):
     with pytest.raises(
         UserError, match="key_env=.*who are you.* environment variable OPENAI_API_KEY"
     ):
-        answers(server, tmp_path).check()
+        answers(server, tmp_path).check_model()
 
 
 def test_an_unknown_model_is_told_which_ones_there_are(server, tmp_path):
     message = "endpoint=http.*/v1, explainer=big: .*unknown model.*; .* its models are small"
     with pytest.raises(UserError, match=message):
-        answers(server, tmp_path, model="big").check()
+        answers(server, tmp_path, model="big").check_model()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_dead_address_is_told_at_once(server, tmp_path):
     server.__exit__()
     with pytest.raises(UserError, match="endpoint=http.*/v1: .*refused; check the address") as e:
-        answers(server, tmp_path).check()
+        answers(server, tmp_path).check_model()
     assert "\n" not in str(e.value)
 
 
 def test_a_page_that_is_no_api_is_told(server, tmp_path, monkeypatch):
     monkeypatch.setattr("chat_server._completion", lambda text: {"hello": "there"})
     with pytest.raises(UserError, match="does not answer as OpenAI's API does"):
-        answers(server, tmp_path).check()
+        answers(server, tmp_path).check_model()
 
 
 def test_a_server_that_answers_is_checked_once(server, tmp_path):
     for _ in range(2):
-        answers(server, tmp_path).check()
+        answers(server, tmp_path).check_model()
     assert len(server.requests) == 1
 
 
@@ -236,7 +236,7 @@ def test_neither_a_redirect_nor_a_proxy_takes_the_key_elsewhere(server, tmp_path
     with ChatServer(str.upper) as other:
         server.redirect = f"{other.url}/chat/completions"
         with pytest.raises(UserError, match="307.*; it sends requests on; if you trust"):
-            answers(server, tmp_path).check()
+            answers(server, tmp_path).check_model()
         server.redirect = None
         for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):
             monkeypatch.setenv(name, other.url)
@@ -260,12 +260,12 @@ def test_neither_a_redirect_nor_a_proxy_takes_the_key_elsewhere(server, tmp_path
     ],
 )
 def test_a_key_is_recognised_in_part_encoded_and_masked(text, clean):
-    assert censored(text, KEY) == clean
+    assert censor(text, KEY) == clean
 
 
 def test_placeholders_change_no_other_word():
-    assert censored("none of the nonesuch", "none") == "*** of the nonesuch"
-    assert censored("x: 1", "x") == censored("x: 1", "") == "x: 1"
+    assert censor("none of the nonesuch", "none") == "*** of the nonesuch"
+    assert censor("x: 1", "x") == censor("x: 1", "") == "x: 1"
 
 
 def test_the_key_is_in_no_answer_model_list_message_cache_or_log(
@@ -280,7 +280,7 @@ def test_the_key_is_in_no_answer_model_list_message_cache_or_log(
     (file,) = tmp_path.iterdir()
     assert KEY not in file.read_text()
     file.write_text(json.dumps({"text": KEY, "tokens_in": 1, "tokens_out": 1}))  # as it once was
-    assert answers(server, tmp_path).known(QUESTIONS[0]).text == "***"
+    assert answers(server, tmp_path).read_cached(QUESTIONS[0]).text == "***"
     assert KEY not in file.read_text()
     server.models = ("small", f"model-{KEY}", quote(KEY))
     said = []
@@ -309,7 +309,7 @@ def test_a_count_of_tokens_that_is_none_is_told(server, tmp_path, monkeypatch, c
         lambda text: completion(text) | {"usage": {"prompt_tokens": count, "completion_tokens": 1}},
     )
     with pytest.raises(UserError, match="does not answer as OpenAI's API does"):
-        answers(server, tmp_path).check()
+        answers(server, tmp_path).check_model()
 
 
 def test_without_the_client_the_remedy_is_named(monkeypatch):
@@ -326,17 +326,17 @@ def test_a_cache_that_cannot_be_written_is_one_line(server, tmp_path):
 
 def test_a_model_on_this_machine_answers_and_is_known_by_its_weights(tiny, tmp_path):
     llm = tiny("llama")
-    asked = Answers(Local(llm), tmp_path)
+    asked = Answers(LocalModel(llm), tmp_path)
     (text,) = asked.ask([Question("the dog", 4)])
     assert asked.spent.tokens_out <= 4
-    assert Answers(Local(llm), tmp_path).known(Question("the dog", 4)).text == text
+    assert Answers(LocalModel(llm), tmp_path).read_cached(Question("the dog", 4)).text == text
     *_, last = llm.model.parameters()
     before = last.clone()
     with torch.no_grad():
         last += 1
-        trained = Local(llm).name
+        trained = LocalModel(llm).name
         last.copy_(before)  # other tests have the same model
-    assert trained != Local(llm).name
+    assert trained != LocalModel(llm).name
 
 
 def test_the_model_is_one_at_an_endpoint_or_a_local_one_or_none(tiny_folder):

@@ -6,8 +6,8 @@ from sklearn.metrics import f1_score, precision_score, recall_score, roc_auc_sco
 from torch import Generator, Tensor
 
 from sae_lightning.analysis.theory import detection
-from sae_lightning.analysis.theory.detection import FeatureCounts, NeuronCounts, detect
-from sae_lightning.analysis.theory.token_concepts import CONCEPTS, members
+from sae_lightning.analysis.theory.detection import FeatureCounts, NeuronCounts, find_detector
+from sae_lightning.analysis.theory.token_concepts import CONCEPTS, tag_tokens
 
 
 def words(text: str, concept: str) -> list[str]:
@@ -16,7 +16,7 @@ def words(text: str, concept: str) -> list[str]:
 
     pieces = re.findall(r"\s*\S+|\s+", text)
     column = list(CONCEPTS).index(concept)
-    chosen = members(pieces)[:, column].tolist()
+    chosen = tag_tokens(pieces)[:, column].tolist()
     return [piece.strip() for piece, is_member in zip(pieces, chosen, strict=True) if is_member]
 
 
@@ -48,7 +48,7 @@ def test_a_concept_holds_these_words(concept, text, expected):
 def test_every_piece_of_a_word_belongs_and_no_neighbour():
     pieces = ["The", " grand", "mo", "ther", " mo", "thed", ",", " fa", "ther"]
     column = list(CONCEPTS).index("kinship")
-    assert members(pieces)[:, column].tolist() == [
+    assert tag_tokens(pieces)[:, column].tolist() == [
         False,
         True,
         True,
@@ -89,7 +89,7 @@ def planted_feature() -> Tensor:
 
 
 def test_a_planted_feature_is_found_with_its_threshold():
-    found = detect(by_feature(planted_feature()), 0)
+    found = find_detector(by_feature(planted_feature()), 0)
     assert (found.unit, found.f1, found.precision, found.recall) == (3, 1, 1, 1)
     assert (found.ranker, found.auroc) == (3, 1)
     assert 1 <= found.threshold <= 2
@@ -100,14 +100,14 @@ def test_a_planted_feature_is_found_with_its_threshold():
 def test_a_planted_neuron_is_found_in_either_direction(sign):
     x = NOISE - 0.5
     x[:, 4] = sign * (NOISE[:, 4] + 3 * MEMBER[:, 0])
-    found = detect(by_neuron(x), 0)
+    found = find_detector(by_neuron(x), 0)
     assert (found.unit, found.below) == (4, sign < 0)
     assert found.f1 > 0.99  # a rank among the first tokens is near the gap
     assert found.auroc > 0.99
 
 
 def test_random_features_are_at_chance():
-    found = detect(by_feature(NOISE), 0)
+    found = find_detector(by_feature(NOISE), 0)
     share = MEMBER[HALF == 1].float().mean().item()
     assert found.f1 == pytest.approx(2 * share / (1 + share), abs=0.02)
     assert found.auroc == pytest.approx(0.5, abs=0.03)
@@ -117,7 +117,7 @@ def test_what_predicts_by_accident_on_the_first_half_does_not_score():
     strengths = torch.zeros(N, 2)
     strengths[:, 0] = (MEMBER[:, 0] & (HALF == 0)).float()  # perfect, but there only
     strengths[:, 1] = MEMBER[:, 0] * (torch.arange(N) % 10 > 1)  # of the concept, 80 %
-    found = detect(by_feature(strengths), 0)
+    found = find_detector(by_feature(strengths), 0)
     assert (found.unit, found.chosen_f1) == (0, 1)
     assert (found.f1, found.recall) == (0, 0)
     assert (found.ranker, found.auroc) == (0, 0.5)
@@ -136,7 +136,7 @@ def test_scores_by_hand():
     member[first[:1000]] = True
     strengths[first[:1000]] = 4.0
     strengths[first[1000:]] = 1.0
-    found = detect(by_feature(strengths, member), 0)
+    found = find_detector(by_feature(strengths, member), 0)
     assert 1 < found.threshold <= 4
     assert (found.precision, found.recall) == pytest.approx((1, 2 / 3))
     assert found.f1 == pytest.approx(0.8)
@@ -150,7 +150,7 @@ def test_what_ranks_best_need_not_be_what_says_yes_best():
     turn = torch.arange(N) // 2 % 10
     is_one = MEMBER[:, 0]
     strengths = torch.stack([is_one & (turn < 5), is_one | (turn < 4)], dim=1).float()
-    found = detect(by_feature(strengths), 0)
+    found = find_detector(by_feature(strengths), 0)
     assert (found.unit, found.ranker) == (0, 1)
     assert (found.f1, found.auroc) == pytest.approx((2 / 3, 0.8), abs=0.03)
 
@@ -170,17 +170,17 @@ def test_counts_are_of_all_tokens_and_do_not_depend_on_the_cutting():
 
 
 def test_ranks_are_taken_from_no_more_numbers_than_quantile_takes(monkeypatch):
-    monkeypatch.setattr(detection, "QUANTILES", 6 * 50 + 5)
+    monkeypatch.setattr(detection, "MAX_QUANTILE_VALUES", 6 * 50 + 5)
     counts = NeuronCounts(1)
     counts.add(NOISE, MEMBER, HALF)
-    assert torch.equal(counts.edges, torch.quantile(NOISE[:50], detection.RANKS, dim=0).T)
+    assert torch.equal(counts.edges, torch.quantile(NOISE[:50], detection.QUANTILE_LEVELS, dim=0).T)
     assert counts.result().tokens.sum(dim=0)[-1] == N  # all are counted
 
 
 def test_units_can_be_chosen_among_a_few_only():
     counts = by_feature(planted_feature())
-    assert detect(counts, 0, torch.tensor([0, 5])).unit in (0, 5)
-    found = detect(counts, 0, torch.tensor([5, 3]))
+    assert find_detector(counts, 0, torch.tensor([0, 5])).unit in (0, 5)
+    found = find_detector(counts, 0, torch.tensor([5, 3]))
     assert (found.unit, found.ranker) == (3, 3)
 
 
@@ -189,7 +189,7 @@ def test_scores_are_those_of_the_strengths_themselves_where_these_are_few(kind, 
     """0, 1, 2, 4 or 8, the greater the likelier on the concept: in bins of their own."""
     raised = NOISE + 0.1 * torch.arange(6) * MEMBER
     values = sign * torch.tensor([0.0, 1, 2, 4, 8])[(raised * 5).long().clamp(max=4)]
-    found, second = detect(kind(values), 0), HALF == 1
+    found, second = find_detector(kind(values), 0), HALF == 1
     truth, unit = MEMBER[second, 0], values[second, found.unit]
     said = unit < found.threshold if found.below else unit >= found.threshold
     if kind is by_feature:

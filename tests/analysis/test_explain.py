@@ -9,10 +9,26 @@ from chat_server import ChatServer, oracle
 from sae_lightning.analysis.collect import EncodedBatch
 from sae_lightning.analysis.explain import prompts
 from sae_lightning.analysis.explain.answers import Answers
-from sae_lightning.analysis.explain.evidence import MARK, Evidence, Window, choose, gather
-from sae_lightning.analysis.explain.explained import Explained, section, without_model
-from sae_lightning.analysis.explain.explainer import Explainer, Score, detection, fuzzing, score
-from sae_lightning.analysis.explain.models import Endpoint, Local, Question
+from sae_lightning.analysis.explain.evidence import (
+    DOCUMENT_MARK,
+    Evidence,
+    Window,
+    gather,
+    pick_features,
+)
+from sae_lightning.analysis.explain.explained import (
+    Explanations,
+    make_explanation_section,
+    make_token_set_section,
+)
+from sae_lightning.analysis.explain.explainer import (
+    Explainer,
+    VerdictScore,
+    make_detection_trials,
+    make_fuzzing_trials,
+    score_verdicts,
+)
+from sae_lightning.analysis.explain.models import Endpoint, LocalModel, Question
 from sae_lightning.analysis.explain.prompts import DETECT, FUZZ
 from sae_lightning.analysis.survey import strengths
 from sae_lightning.analysis.survey.examples import FiringStatistics, StrongestExamples
@@ -78,7 +94,7 @@ class Scripted:
     def __init__(self, say):
         self.say, self.asked = say, []
 
-    def answer(self, question: Question, patient: bool = True) -> Reply:
+    def complete(self, question: Question, patient: bool = True) -> Reply:
         self.asked.append(question)
         return Reply(self.say(question.text), len(question.text) // 4, question.tokens // 2)
 
@@ -102,7 +118,7 @@ def judging(verdict):
 def test_who_reads_the_texts_explains_planted_features_and_scores_1(evidence, tmp_path):
     with ChatServer(oracle) as server:
         answers = Answers(Endpoint(server.url, "small"), tmp_path)
-        found = Explainer(answers).explain(evidence)
+        found = Explainer(answers).explain_features(evidence)
         assert [(each.feature, each.text) for each in found] == [
             (0, "the word fox"),
             (1, "the word sea"),
@@ -117,7 +133,7 @@ def test_who_reads_the_texts_explains_planted_features_and_scores_1(evidence, tm
 
 @pytest.mark.parametrize("verdict", ["yes", "no"])
 def test_who_always_says_the_same_scores_a_half(evidence, tmp_path, verdict):
-    for each in explainer(tmp_path, judging(lambda n: verdict)).explain(evidence):
+    for each in explainer(tmp_path, judging(lambda n: verdict)).explain_features(evidence):
         assert (each.detection.accuracy, each.fuzzing.accuracy) == (0.5, 0.5)
 
 
@@ -128,7 +144,7 @@ def test_who_guesses_scores_about_a_half(planted, tmp_path):
     def guess(n: int) -> str:
         return "yes" if torch.rand((), generator=random) < 0.5 else "no"
 
-    (each,) = explainer(tmp_path, judging(guess)).explain([evidence])
+    (each,) = explainer(tmp_path, judging(guess)).explain_features([evidence])
     for found in (each.detection, each.fuzzing):
         assert found.yes == found.no == 60
         # balanced accuracy of 60 + 60 guesses has a deviation of sqrt(2 / 4 / 60) / 2 = 0.046
@@ -138,7 +154,7 @@ def test_who_guesses_scores_about_a_half(planted, tmp_path):
 def test_a_wrong_explanation_detects_nothing(evidence, tmp_path):
     fox, sea = evidence
     swapped = fox._replace(firing=sea.firing, silent=sea.silent)
-    (each,) = explainer(tmp_path).explain([swapped])
+    (each,) = explainer(tmp_path).explain_features([swapped])
     assert each.text == "the word fox"
     assert each.detection.accuracy < 0.75, "foxes turn up beside the sea by chance only"
     assert each.fuzzing.accuracy < 0.6
@@ -151,7 +167,10 @@ def test_no_text_that_the_explainer_saw_is_scored(text):
     catalogue, sample = world(torch.where(text == BOS, BOS, text + number), vocabulary)
     for each in gather(catalogue, sample, [0, 1, EVERYWHERE], scored=40, special=[BOS]):
         groups = [
-            [{token.split(".")[1] for token in window.tokens if token != MARK} for window in group]
+            [
+                {token.split(".")[1] for token in window.tokens if token != DOCUMENT_MARK}
+                for window in group
+            ]
             for group in (each.shown, each.firing, each.silent)
         ]
         assert all(len(sequences) == 1 for group in groups for sequences in group)
@@ -188,20 +207,20 @@ def test_evidence_does_not_depend_on_what_else_is_asked(planted):
 
 def test_features_are_chosen_among_those_that_fire(planted):
     catalogue, _ = planted
-    assert choose(catalogue, 10) == [0, 1, EVERYWHERE]
-    assert len(choose(catalogue, 2)) == 2
+    assert pick_features(catalogue, 10) == [0, 1, EVERYWHERE]
+    assert len(pick_features(catalogue, 2)) == 2
 
 
 def test_a_feature_that_never_fires_costs_nothing(planted, tmp_path):
     asked = explainer(tmp_path)
-    (each,) = asked.explain(gather(*planted, [SILENT]))
+    (each,) = asked.explain_features(gather(*planted, [SILENT]))
     assert (each.text, each.detection, each.fuzzing) == (None, None, None)
     assert asked.answers.spent.requests == 0
-    assert asked.estimate(gather(*planted, [SILENT])).requests == 0
+    assert asked.estimate_cost(gather(*planted, [SILENT])).requests == 0
 
 
 def test_a_feature_that_fires_everywhere_cannot_be_tested(planted, tmp_path):
-    (each,) = explainer(tmp_path).explain(gather(*planted, [EVERYWHERE], special=[BOS]))
+    (each,) = explainer(tmp_path).explain_features(gather(*planted, [EVERYWHERE], special=[BOS]))
     assert each.text is not None
     assert each.detection is None
     # where it is strong the tokens are marked; next to none is silent
@@ -209,60 +228,60 @@ def test_a_feature_that_fires_everywhere_cannot_be_tested(planted, tmp_path):
 
 
 def test_malformed_verdicts_are_counted_and_not_guessed(evidence, tmp_path):
-    (each, _) = explainer(tmp_path / "1", judging(lambda n: "perhaps")).explain(evidence)
+    (each, _) = explainer(tmp_path / "1", judging(lambda n: "perhaps")).explain_features(evidence)
     assert each.detection == each.fuzzing == (None, 0, 0, 40)
 
     def short(question: str) -> str:
         return oracle(question).rpartition("\n")[0] or oracle(question)  # leaves out the last text
 
-    (each, _) = explainer(tmp_path / "2", short).explain(evidence)
+    (each, _) = explainer(tmp_path / "2", short).explain_features(evidence)
     for found in (each.detection, each.fuzzing):
         assert (found.accuracy, found.malformed, found.yes + found.no) == (1.0, 8, 32)
 
 
 def test_an_explainer_that_says_nothing_is_not_scored(evidence, tmp_path):
     asked = explainer(tmp_path, lambda question: " ")
-    (each, _) = asked.explain(evidence)
+    (each, _) = asked.explain_features(evidence)
     assert (each.text, each.detection) == (None, None)
     assert asked.answers.spent.requests == 2
 
 
 def test_the_estimate_is_what_is_asked_and_an_upper_bound_of_the_cost(evidence, tmp_path):
     asked = explainer(tmp_path, thinking=10)
-    before = asked.estimate(evidence)
-    asked.explain(evidence)
+    before = asked.estimate_cost(evidence)
+    asked.explain_features(evidence)
     spent = asked.answers.spent
     assert before.requests == spent.requests == 34
     assert before.tokens_in >= spent.tokens_in
     assert before.tokens_out >= spent.tokens_out
-    assert asked.estimate(evidence) == (0, 0, 0)
+    assert asked.estimate_cost(evidence) == (0, 0, 0)
 
 
 def test_a_budget_is_of_tokens_in_and_out_together(evidence, tmp_path):
-    cost = explainer(tmp_path).estimate(evidence)
+    cost = explainer(tmp_path).estimate_cost(evidence)
     most = cost.tokens_in + cost.tokens_out
-    cost.within(None)
-    cost.within(most)
+    cost.check_budget(None)
+    cost.check_budget(most)
     message = f"budget={most - 1}: this may take {most:,} tokens .*34 requests"
     with pytest.raises(UserError, match=message) as caught:
-        cost.within(most - 1)
+        cost.check_budget(most - 1)
     assert "\n" not in str(caught.value)
 
 
 def test_after_a_crash_only_what_is_missing_is_asked(evidence, tmp_path):
     class Crashing(Scripted):
-        def answer(self, question: Question, patient: bool = True) -> Reply:
+        def complete(self, question: Question, patient: bool = True) -> Reply:
             if len(self.asked) == 10:
                 raise KeyboardInterrupt
-            return super().answer(question)
+            return super().complete(question)
 
     first = Crashing(oracle)
     first.concurrency = 1
     with pytest.raises(KeyboardInterrupt):
-        Explainer(Answers(first, tmp_path)).explain(evidence)
+        Explainer(Answers(first, tmp_path)).explain_features(evidence)
     again = explainer(tmp_path)
-    assert again.estimate(evidence).requests == 24
-    assert again.explain(evidence)[1].fuzzing.accuracy == 1
+    assert again.estimate_cost(evidence).requests == 24
+    assert again.explain_features(evidence)[1].fuzzing.accuracy == 1
     assert again.answers.spent.requests == 24
 
 
@@ -270,14 +289,14 @@ def test_a_local_model_explains_and_is_scored(evidence, tiny_folder, tmp_path):
     llm = load_llm(LLMConfig(name=tiny_folder("llama"), dtype=Dtype.float32, device="cpu"))
     llm.model.config.max_position_embeddings = 10_000
     few = Evidence(0, *(group[:4] for group in evidence[0][1:]))
-    (each,) = Explainer(Answers(Local(llm), tmp_path), together=8).explain([few])
+    (each,) = Explainer(Answers(LocalModel(llm), tmp_path), together=8).explain_features([few])
     assert each.text, "gibberish, but some"
     assert each.detection.yes + each.detection.no + each.detection.malformed == 8
 
 
 def test_no_request_holds_a_text_both_rightly_and_wrongly_marked(evidence):
     for together in (1, 7, 20):
-        trials = fuzzing(evidence[0], together)
+        trials = make_fuzzing_trials(evidence[0], together)
         texts = [re.sub("<<|>>", "", t) for trial in trials for t in trial.texts]
         assert len(texts) == 2 * len(set(texts)) == 40
         for trial in trials:
@@ -289,11 +308,11 @@ def test_no_request_holds_a_text_both_rightly_and_wrongly_marked(evidence):
 
 
 def test_the_order_of_texts_does_not_tell_the_truth(evidence):
-    truths = [truth for trial in detection(evidence[0], 5) for truth in trial.truths]
+    truths = [truth for trial in make_detection_trials(evidence[0], 5) for truth in trial.truths]
     assert truths != sorted(truths) != sorted(truths, reverse=True)
     assert sum(truths) == 20
-    assert all(trial.task == DETECT for trial in detection(evidence[0], 5))
-    assert all(trial.task == FUZZ for trial in fuzzing(evidence[0], 5))
+    assert all(trial.task == DETECT for trial in make_detection_trials(evidence[0], 5))
+    assert all(trial.task == FUZZ for trial in make_fuzzing_trials(evidence[0], 5))
 
 
 def window(**tokens: float) -> Window:
@@ -303,12 +322,12 @@ def window(**tokens: float) -> Window:
 def test_tokens_that_fire_at_least_a_third_as_strongly_are_marked():
     strong = window(an=0, old=3, red=10, fox=9, ran=0)
     twice = strong._replace(strengths=(0, 2, 10, 0, 9))
-    assert prompts.marked(strong) == "an <<old red fox>> ran"
-    assert prompts.marked(twice) == "an old <<red>> fox <<ran>>"
-    assert prompts.marked(strong, [0, 4]) == "<<an>> old red fox <<ran>>"
-    assert prompts.plain(strong) == "an old red fox ran"
+    assert prompts.mark_tokens(strong) == "an <<old red fox>> ran"
+    assert prompts.mark_tokens(twice) == "an old <<red>> fox <<ran>>"
+    assert prompts.mark_tokens(strong, [0, 4]) == "<<an>> old red fox <<ran>>"
+    assert prompts.join_tokens(strong) == "an old red fox ran"
     lines = Window(("ROMEO", ":\n", " <<", "ay"), (0, 1, 0, 0))
-    assert prompts.marked(lines) == "ROMEO<<:↵>> ‹‹ay"
+    assert prompts.mark_tokens(lines) == "ROMEO<<:↵>> ‹‹ay"
 
 
 @pytest.mark.parametrize(
@@ -324,7 +343,7 @@ def test_tokens_that_fire_at_least_a_third_as_strongly_are_marked():
     ],
 )
 def test_an_explanation_is_taken_out_of_what_surrounds_it(answer, text):
-    assert prompts.explanation(answer) == text
+    assert prompts.parse_explanation(answer) == text
 
 
 @pytest.mark.parametrize(
@@ -342,36 +361,38 @@ def test_an_explanation_is_taken_out_of_what_surrounds_it(answer, text):
     ],
 )
 def test_verdicts_are_read_line_by_line(answer, verdicts):
-    assert prompts.verdicts(answer, 3) == verdicts
+    assert prompts.parse_verdicts(answer, 3) == verdicts
 
 
 def test_a_single_text_needs_no_number():
-    assert prompts.verdicts("Yes.", 1) == [True]
-    assert prompts.verdicts("1: no", 1) == [False]
-    assert prompts.verdicts("No, as", 1) == [False]
-    assert prompts.verdicts("Nothing of", 1) == [None]
-    assert "number" not in prompts.judge(DETECT, "cities", ["in Rome"]).splitlines()[-1]
+    assert prompts.parse_verdicts("Yes.", 1) == [True]
+    assert prompts.parse_verdicts("1: no", 1) == [False]
+    assert prompts.parse_verdicts("No, as", 1) == [False]
+    assert prompts.parse_verdicts("Nothing of", 1) == [None]
+    assert (
+        "number" not in prompts.write_judge_prompt(DETECT, "cities", ["in Rome"]).splitlines()[-1]
+    )
 
 
 def test_both_kinds_of_texts_count_the_same():
     # 3 of 4 right where the truth is yes, 1 of 1 where it is no: (3/4 + 1) / 2
     truths = [True, True, True, True, False, False]
-    assert score(truths, [True, True, True, False, False, None]) == (0.875, 4, 1, 1)
-    assert score([True, True], [True, False]) == (None, 2, 0, 0)
+    assert score_verdicts(truths, [True, True, True, False, False, None]) == (0.875, 4, 1, 1)
+    assert score_verdicts([True, True], [True, False]) == (None, 2, 0, 0)
 
 
 def test_the_section_says_what_was_found_and_on_how_many_texts(planted, tmp_path):
     asked = explainer(tmp_path)
     evidence = gather(*planted, [0, SILENT], special=[BOS])
-    result = Explained(asked.explain(evidence), asked.answers.spent, "scripted")
-    shown = section(result)
+    result = Explanations(asked.explain_features(evidence), asked.answers.spent, "scripted")
+    shown = make_explanation_section(result)
     assert shown.table.rows[0] == ["0: the word fox", "1.00", "1.00", "40 + 40"]
     assert shown.table.rows[1][1:] == ["–", "–", "–"]
     assert shown.rows["detection"] == "1.00 on average over 1 features (0.5 is chance)"
     assert "not understood" not in shown.rows
-    pair = [result[0][0]._replace(detection=Score(a, 20, 20, 0)) for a in (0.5, 1.0)]
+    pair = [result[0][0]._replace(detection=VerdictScore(a, 20, 20, 0)) for a in (0.5, 1.0)]
     # their deviation is 0.25 * sqrt(2), that of their mean 0.25
-    rows = section(result._replace(explanations=pair)).rows
+    rows = make_explanation_section(result._replace(explanations=pair)).rows
     assert rows["detection"] == "0.75 ± 0.25 on average over 2 features (0.5 is chance)"
     assert shown.texts[0].caption == "0: the word fox"
     scalars = result.scalars()
@@ -382,7 +403,7 @@ def test_the_section_says_what_was_found_and_on_how_many_texts(planted, tmp_path
 def test_without_a_model_features_are_ranked_by_their_tokens(planted):
     catalogue, sample = planted
     catalogue = catalogue._replace(token_sets=score_token_sets(sample, len(WORDS)))
-    shown = without_model(catalogue, [SILENT, EVERYWHERE, 0])
+    shown = make_token_set_section(catalogue, [SILENT, EVERYWHERE, 0])
     assert shown.table.rows[0] == ["0: ' fox'", "1.00"]
     assert shown.table.rows[-1] == ["2: fires too rarely to say", "–"]
     assert "endpoint=" in shown.lead

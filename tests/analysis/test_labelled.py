@@ -10,8 +10,15 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Value
 
 from sae_lightning.analysis.probing import pieces
-from sae_lightning.analysis.probing.labelled import affordable, labelled, shares
-from sae_lightning.analysis.probing.pieces import FOLDS, Piece, block, read_plays, rivals, speeches
+from sae_lightning.analysis.probing.labelled import labelled, pick_classes, share_out
+from sae_lightning.analysis.probing.pieces import (
+    FOLDS,
+    Piece,
+    extract_speeches,
+    find_rivals,
+    pick_fold,
+    read_plays,
+)
 from sae_lightning.errors import UserError
 from sae_lightning.stream.hub import HubConfig
 from sae_lightning.stream.local import LocalConfig
@@ -107,13 +114,13 @@ def test_a_play_is_tested_on_parts_that_touch_no_other_part(plays, tokenizer):
 
 
 def test_blocks_are_contiguous_with_a_gap_of_one_window_between_them():
-    assert [block(place, 12) for place in range(12)] == [
+    assert [pick_fold(place, 12) for place in range(12)] == [
         0, 0, 0, None, 1, 1, None, 2, 2, None, 3, 3
     ]  # fmt: skip
 
 
 def test_a_speech_holds_no_heading_and_no_stage_direction():
-    assert speeches(SCENE) == {
+    assert extract_speeches(SCENE) == {
         "HAMLET": "A little more than kin,  \nand less than kind.\n\nNot so, my lord.",
         "KING": "How is it?",
     }
@@ -121,7 +128,7 @@ def test_a_speech_holds_no_heading_and_no_stage_direction():
 
 @needs_plays
 def test_no_heading_of_the_plays_reaches_a_speaker():
-    said = rivals(read_plays())
+    said = find_rivals(read_plays())
     assert len(said) == 8
     assert "IAGO (othello)" in said
     by_play = Counter(name.split("(")[1] for name in said)
@@ -167,9 +174,9 @@ def test_a_class_that_is_one_text_over_and_over_is_left_out(tmp_path, tokenizer)
 
 def test_a_class_needs_two_pieces_in_every_fold():
     pieces = [Piece(name, fold, None) for name in "abc" for fold in range(FOLDS)] * 2
-    assert affordable("kind", pieces, 10_000, 10) == ["a", "b", "c"]
+    assert pick_classes("kind", pieces, 10_000, 10) == ["a", "b", "c"]
     pieces.remove(Piece("b", 3, None))
-    assert affordable("kind", pieces, 10_000, 10) == ["a", "c"]
+    assert pick_classes("kind", pieces, 10_000, 10) == ["a", "c"]
 
 
 def test_only_the_beginning_of_a_long_document_is_taken(tmp_path, tokenizer):
@@ -207,9 +214,9 @@ def test_rare_values_are_left_out_and_said_to_be(tmp_path, tokenizer):
 
 
 def test_the_budget_is_shared_out_evenly():
-    assert shares([3, 100, 100], 33) == [3, 15, 15]
-    assert shares([5, 5], 100) == [5, 5]
-    assert shares([2, 0, 9], 4) == [2, 0, 2]
+    assert share_out([3, 100, 100], 33) == [3, 15, 15]
+    assert share_out([5, 5], 100) == [5, 5]
+    assert share_out([2, 0, 9], 4) == [2, 0, 2]
 
 
 def test_a_small_budget_takes_equal_parts_of_classes_and_folds(tmp_path, tokenizer):

@@ -14,12 +14,12 @@ from sae_lightning.analysis.probing.labelled import Labelled
 from sae_lightning.analysis.probing.linear import (
     ALL_C,
     Fold,
-    Outcome,
-    auroc_of_units,
-    outcome,
+    FoldScore,
+    measure_aurocs,
+    score_predictions,
 )
-from sae_lightning.analysis.probing.probe_sections import sections, verdict
-from sae_lightning.analysis.probing.probes import Pooled, Score, compare, probe
+from sae_lightning.analysis.probing.probe_sections import make_probe_sections, name_winner
+from sae_lightning.analysis.probing.probes import PieceMeans, ProbeScore, fit_probes, probe
 from sae_lightning.llm.capture import capture
 
 CLASSES, PIECES, CONTEXT = 3, 120, 12
@@ -64,13 +64,15 @@ def planted(labels) -> dict[str, torch.Tensor]:
 
 
 def test_a_unit_that_carries_the_label_is_found_and_suffices(labels, planted):
-    probes = compare(planted, labels)
-    assert probes.score("features", 1).accuracy == probes.score("features", 1).auroc == 1.0
+    probes = fit_probes(planted, labels)
+    assert (
+        probes.find_score("features", 1).accuracy == probes.find_score("features", 1).auroc == 1.0
+    )
     assert [(match.unit, match.folds) for match in probes.matches["features"]] == [
         (7, 4), (8, 4), (9, 4)
     ]  # fmt: skip
     assert all(match.auroc == 1.0 for match in probes.matches["features"])
-    assert probes.score("neurons", 1).accuracy < 0.55
+    assert probes.find_score("neurons", 1).accuracy < 0.55
 
 
 def test_shuffled_labels_are_told_no_better_than_by_chance(labels, planted):
@@ -78,7 +80,7 @@ def test_shuffled_labels_are_told_no_better_than_by_chance(labels, planted):
     for seed in range(6):
         order = torch.randperm(PIECES, generator=torch.Generator().manual_seed(seed))
         shuffled = labels._replace(target=labels.target[order])
-        found.append(compare(planted, shuffled, k=(1,)).scores)
+        found.append(fit_probes(planted, shuffled, k=(1,)).scores)
     for scores in zip(*found, strict=True):  # one kind of units each
         accuracy = sum(score.accuracy for score in scores) / len(scores)
         auroc = sum(score.auroc for score in scores) / len(scores)
@@ -90,7 +92,7 @@ def test_nothing_of_a_tested_piece_reaches_its_probe(labels, planted):
     x = noise(PIECES, 30).relu()
     first = labels.fold == 0
     x[first, 5] = 100.0 * labels.target[first]
-    assert 5 not in cut(x, labels, 0).single()[0]
+    assert 5 not in cut(x, labels, 0).score_best_units()[0]
     changed = x.clone()
     changed[first] = 7.0
     before, after = (cut(each, labels, 0) for each in (x, changed))
@@ -104,21 +106,21 @@ def test_all_units_tell_what_no_single_one_does(labels):
     for number in range(CLASSES):
         x[labels.target == number, 20 * number : 20 * (number + 1)] += 0.7
     fold = cut(x, labels, 0)
-    assert fold.all().auroc > 0.95 > 0.85 > fold.sparse(1).auroc
+    assert fold.fit_all().auroc > 0.95 > 0.85 > fold.fit_sparse(1).auroc
 
 
 def test_more_units_than_pieces_give_the_same_probe_as_in_the_space_of_the_pieces(labels):
     wide = noise(PIECES, 500, seed=5)
     wide[:, :9] += torch.eye(CLASSES).repeat(1, 3)[labels.target]
     fold = cut(wide, labels, 1)
-    found = fold.all()
+    found = fold.fit_all()
     scale = 500**-0.5
     direct = []
     for c in ALL_C:
         model = LogisticRegression(C=c, max_iter=5000, tol=1e-8)
         model.fit(fold.x * scale, fold.target)
         scores = model.decision_function(fold.test_x * scale)
-        direct.append(outcome(scores, fold.test_target).auroc)
+        direct.append(score_predictions(scores, fold.test_target).auroc)
     assert min(abs(found.auroc - auroc) for auroc in direct) < 0.01
 
 
@@ -127,20 +129,20 @@ def test_two_classes_need_one_probe(labels, planted):
     x = planted["features"][two][:, 7:8]  # the unit of class 0 tells class 1 by its absence
     pair = labels._replace(target=labels.target[two], fold=labels.fold[two])
     fold = cut(torch.cat([x, noise(int(two.sum()), 3)], 1), pair, 0)
-    assert fold.sparse(1) == fold.all() == (1.0, 1.0)
-    assert fold.single()[1].tolist() == [1.0, 1.0]
+    assert fold.fit_sparse(1) == fold.fit_all() == (1.0, 1.0)
+    assert fold.score_best_units()[1].tolist() == [1.0, 1.0]
 
 
 def test_auroc_counts_pairs_and_ties_for_half(monkeypatch):
     x = np.array([[3.0], [1.0], [1.0], [0.0]])
     target = np.array([0, 0, 1, 1])
     # pairs 3>1, 3>0, 1=1, 1>0: 3.5 of 4
-    assert auroc_of_units(x, target, 2)[:, 0].tolist() == [0.875, 0.125]
+    assert measure_aurocs(x, target, 2)[:, 0].tolist() == [0.875, 0.125]
     many, classes = noise(50, 4).round(decimals=1).numpy(), np.arange(50) % 3
     expected = [[roc_auc_score(classes == c, unit) for unit in many.T] for c in range(3)]
-    assert np.allclose(auroc_of_units(many, classes, 3), expected)
-    monkeypatch.setattr(linear, "UNITS", 3)  # a part of the units at a time
-    assert np.allclose(auroc_of_units(many, classes, 3), expected)
+    assert np.allclose(measure_aurocs(many, classes, 3), expected)
+    monkeypatch.setattr(linear, "UNITS_AT_ONCE", 3)  # a part of the units at a time
+    assert np.allclose(measure_aurocs(many, classes, 3), expected)
 
 
 @pytest.mark.parametrize("units", [10, 200])
@@ -153,9 +155,9 @@ def test_a_unit_that_never_changes_tells_nothing(labels, units):
     other[labels.fold == 0, 5] = 50 * noise(int((labels.fold == 0).sum()))
     before, after = (cut(each, labels, 0) for each in (x, other))
     assert not before.x[:, 5].any()
-    assert 5 not in before.single()[0]
-    assert before.sparse(2) == after.sparse(2)
-    assert before.all() == pytest.approx(after.all(), abs=1e-6)
+    assert 5 not in before.score_best_units()[0]
+    assert before.fit_sparse(2) == after.fit_sparse(2)
+    assert before.fit_all() == pytest.approx(after.fit_all(), abs=1e-6)
 
 
 def test_a_planted_feature_is_found_through_the_llm(labels, subject):
@@ -171,8 +173,10 @@ def test_a_planted_feature_is_found_through_the_llm(labels, subject):
     subject.sae.b_enc.data[-CLASSES:] = -mean @ columns - 0.4
     probes = probe(subject, labels, k=(1, 2), batch=7)
     assert [match.unit for match in probes.matches["features"]] == [29, 30, 31]
-    assert probes.score("features", 1).accuracy > 0.95
-    assert probes.score("features", 1).accuracy > probes.score("neurons", 1).accuracy + 0.1
+    assert probes.find_score("features", 1).accuracy > 0.95
+    assert (
+        probes.find_score("features", 1).accuracy > probes.find_score("neurons", 1).accuracy + 0.1
+    )
     assert probes.context == CONTEXT
 
 
@@ -185,7 +189,7 @@ def test_pieces_are_pooled_over_their_own_tokens_only(labels, subject):
     pooled = []
     for tokens, mask in ((short, text), (short[:, :7], text[:, :7])):
         part = labels._replace(tokens=tokens, text=mask)
-        reducer = Pooled()
+        reducer = PieceMeans()
         collect(subject, part.batches(1), [reducer], total=2)
         pooled.append(reducer.result())
     for units in ("features", "neurons"):
@@ -193,8 +197,8 @@ def test_pieces_are_pooled_over_their_own_tokens_only(labels, subject):
 
 
 def test_the_sections_tell_the_numbers(labels, planted):
-    probes = compare(planted, labels, k=(1, 2))
-    comparison, units = sections(probes)
+    probes = fit_probes(planted, labels, k=(1, 2))
+    comparison, units = make_probe_sections(probes)
     assert "AUROC of 1.00 with features" in comparison.lead
     assert "features are ahead by" in comparison.lead and "in 4 of 4 folds" in comparison.lead
     assert comparison.table.header == ["", "k = 1", "k = 2", "all"]
@@ -215,31 +219,31 @@ def test_the_sections_tell_the_numbers(labels, planted):
 
 
 def test_the_verdict_is_on_the_side_of_the_mean():
-    features = Score("features", 1, [Outcome(0, 0.8), Outcome(0, 0.5)])
-    neurons = Score("neurons", 1, [Outcome(0, 0.6), Outcome(0, 0.6)])
-    assert verdict(features, neurons) == "features are ahead by 0.05, in 1 of 2 folds"
-    assert verdict(neurons, features) == "neurons are ahead by 0.05, in 1 of 2 folds"
+    features = ProbeScore("features", 1, [FoldScore(0, 0.8), FoldScore(0, 0.5)])
+    neurons = ProbeScore("neurons", 1, [FoldScore(0, 0.6), FoldScore(0, 0.6)])
+    assert name_winner(features, neurons) == "features are ahead by 0.05, in 1 of 2 folds"
+    assert name_winner(neurons, features) == "neurons are ahead by 0.05, in 1 of 2 folds"
 
 
 def test_a_tie_is_on_no_side():
-    features = Score("features", 1, [Outcome(0, 0.8), Outcome(0, 0.6)])
-    neurons = Score("neurons", 1, [Outcome(0, 0.6), Outcome(0, 0.6)])
-    assert verdict(features, neurons) == "features are ahead by 0.10, in 1 of 2 folds"
-    assert verdict(neurons, neurons) == "neither is ahead"
+    features = ProbeScore("features", 1, [FoldScore(0, 0.8), FoldScore(0, 0.6)])
+    neurons = ProbeScore("neurons", 1, [FoldScore(0, 0.6), FoldScore(0, 0.6)])
+    assert name_winner(features, neurons) == "features are ahead by 0.10, in 1 of 2 folds"
+    assert name_winner(neurons, neurons) == "neither is ahead"
 
 
 def test_a_score_is_the_mean_over_folds_with_its_standard_error(labels, planted):
-    probes = compare(planted, labels, k=(1,))
-    outcomes = [Outcome(0.8, 0.5), Outcome(0.5, 0.9)]
+    probes = fit_probes(planted, labels, k=(1,))
+    outcomes = [FoldScore(0.8, 0.5), FoldScore(0.5, 0.9)]
     scores = [score._replace(folds=outcomes) for score in probes.scores]
-    table = sections(probes._replace(scores=scores))[0].table
+    table = make_probe_sections(probes._replace(scores=scores))[0].table
     rows = {row[0]: row[1] for row in table.rows}
     assert rows["features: accuracy"] == "0.650 ± 0.150"  # 0.3 / sqrt(2) / sqrt(2)
     assert rows["features: AUROC"] == "0.700 ± 0.200"
 
 
 def test_random_directions_are_as_many_as_features_and_k_is_less_than_all(labels, planted):
-    probes = compare(planted, labels, k=(20, 25, 30))  # of 30 features and 20 neurons
+    probes = fit_probes(planted, labels, k=(20, 25, 30))  # of 30 features and 20 neurons
     tested = {(score.units, score.k) for score in probes.scores}
     assert tested == {
         ("features", 20), ("features", 25), ("features", None), ("neurons", None),
@@ -253,9 +257,9 @@ def test_how_strongly_to_regularise_is_told_by_a_fitted_fold(labels, tested):
     x = noise(PIECES, 40, seed=6)
     x[:, :3] += 0.6 * torch.eye(CLASSES)[labels.target]
     fold = cut(x, labels, tested)
-    assert 0 < fold.chooses.sum() < len(fold.chooses)
+    assert 0 < fold.validation.sum() < len(fold.validation)
     fitted_folds = labels.fold[labels.fold != tested]
-    assert len(fitted_folds[torch.from_numpy(fold.chooses)].unique()) == 1
+    assert len(fitted_folds[torch.from_numpy(fold.validation)].unique()) == 1
 
     def fitted(c, which):
         model = LogisticRegression(C=c, max_iter=5000)
@@ -265,9 +269,9 @@ def test_how_strongly_to_regularise_is_told_by_a_fitted_fold(labels, tested):
         scores = model.decision_function(x * 40**-0.5)
         return sum(roc_auc_score(target == c, scores[:, c]) for c in range(CLASSES)) / CLASSES
 
-    checked = fold.x[fold.chooses], fold.target[fold.chooses]
-    tried = {c: auroc(fitted(c, ~fold.chooses), *checked) for c in ALL_C}
+    checked = fold.x[fold.validation], fold.target[fold.validation]
+    tried = {c: auroc(fitted(c, ~fold.validation), *checked) for c in ALL_C}
     assert max(tried.values()) > min(tried.values())
     best = max(ALL_C, key=tried.get)
     expected = auroc(fitted(best, slice(None)), fold.test_x, fold.test_target)
-    assert fold.all().auroc == pytest.approx(expected, abs=2e-3)
+    assert fold.fit_all().auroc == pytest.approx(expected, abs=2e-3)

@@ -12,19 +12,19 @@ from torch.nn.functional import one_hot
 from sae_lightning.analysis.collect import EncodedBatch, collect, excerpt
 from sae_lightning.analysis.subject import Subject
 from sae_lightning.analysis.theory.claims import (
-    SAMPLE,
+    DENSE_TOKENS,
     TheoryReducers,
     measure_activity,
-    spread,
+    summarise_distribution,
     theory,
 )
 from sae_lightning.analysis.theory.dense import compare_dense
 from sae_lightning.analysis.theory.detection import Detector
 from sae_lightning.analysis.theory.moments import Moments
-from sae_lightning.analysis.theory.one_concept import Detected, compare_units
-from sae_lightning.analysis.theory.overlap import cosines, overlap
-from sae_lightning.analysis.theory.theory_sections import sections
-from sae_lightning.analysis.theory.token_concepts import CONCEPTS, members
+from sae_lightning.analysis.theory.one_concept import ConceptDetectors, compare_units
+from sae_lightning.analysis.theory.overlap import count_cosines, measure_overlap
+from sae_lightning.analysis.theory.theory_sections import make_theory_sections
+from sae_lightning.analysis.theory.token_concepts import CONCEPTS, tag_tokens
 from sae_lightning.llm.sites import Kind, Site, SitePair
 from sae_lightning.llm.vocabulary import find_special_ids, read_vocabulary
 from sae_lightning.sae import ARCHITECTURES, build
@@ -68,7 +68,7 @@ def theory_of(subject: Subject, x: Tensor, tokens: Tensor | None = None):
 
 
 def lead(result, title: str) -> str:
-    (found,) = [section.lead for section in sections(result) if section.title == title]
+    (found,) = [section.lead for section in make_theory_sections(result) if section.title == title]
     return found
 
 
@@ -151,26 +151,26 @@ def test_features_that_are_on_by_default_are_called_so(tiny):
 
 def test_orthogonal_directions_have_no_cosine_and_equal_ones_have_1():
     eye = torch.eye(WIDTH)
-    alone = cosines(eye, torch.arange(WIDTH))
-    assert (alone.above(0.001), alone.size(0.99)) == (0, 0.001)
+    alone = count_cosines(eye, torch.arange(WIDTH))
+    assert (alone.share_above(0.001), alone.find_quantile(0.99)) == (0, 0.001)
     assert alone.nearest.max() == 0
     assert alone.counts.sum() == WIDTH * (WIDTH - 1)  # none with itself
-    twice = cosines(torch.cat([eye, 3 * eye]), torch.arange(WIDTH))
+    twice = count_cosines(torch.cat([eye, 3 * eye]), torch.arange(WIDTH))
     assert (twice.nearest == 1).all()
-    assert twice.above(0.3) == pytest.approx(1 / (2 * WIDTH - 1))
-    opposite = cosines(torch.cat([eye, -eye]), torch.arange(WIDTH))
-    assert opposite.above(0.999) == pytest.approx(1 / (2 * WIDTH - 1))
+    assert twice.share_above(0.3) == pytest.approx(1 / (2 * WIDTH - 1))
+    opposite = count_cosines(torch.cat([eye, -eye]), torch.arange(WIDTH))
+    assert opposite.share_above(0.999) == pytest.approx(1 / (2 * WIDTH - 1))
     assert opposite.nearest.max() == 0
 
 
 def test_random_directions_are_as_theory_has_them():
     # nearly normal with deviation 1 / sqrt(d): the median is at 0.674, 99 % below 2.576 of them
-    found = overlap(noise(600, 400, seed=5), torch.eye(400))
+    found = measure_overlap(noise(600, 400, seed=5), torch.eye(400))
     for each in found.values():
-        assert each.size(0.5) == pytest.approx(0.674 / 20, abs=0.002)
-        assert each.size(0.99) == pytest.approx(2.576 / 20, abs=0.003)
+        assert each.find_quantile(0.5) == pytest.approx(0.674 / 20, abs=0.002)
+        assert each.find_quantile(0.99) == pytest.approx(2.576 / 20, abs=0.003)
     stretched = torch.diag(torch.tensor([5.0] + [0.1] * 399))
-    assert overlap(noise(600, 400), stretched)["like_data"].size(0.5) > 0.5
+    assert measure_overlap(noise(600, 400), stretched)["like_data"].find_quantile(0.5) > 0.5
 
 
 def test_features_that_fire_together_spread_more_than_independent_ones():
@@ -209,9 +209,9 @@ def test_where_no_two_features_fire_nothing_is_said_of_directions_and_biases(tin
     subject.sae.b_enc[fired:] = -1e6
     result = theory_of(subject, noise(20, CONTEXT, WIDTH))
     assert result.numbers["fired"] == fired
-    titles = [section.title for section in sections(result)]
+    titles = [section.title for section in make_theory_sections(result)]
     assert titles == ["Features per token", "One feature, one concept", "Dense autoencoders"]
-    assert "nan" not in "".join(section.lead for section in sections(result))
+    assert "nan" not in "".join(section.lead for section in make_theory_sections(result))
     json.dumps(result.numbers, allow_nan=False)
 
 
@@ -318,7 +318,9 @@ def test_a_fair_choice_is_among_as_many_features_as_neurons_have_directions(tiny
 )
 def test_directions_are_called_what_their_cosine_is(tiny, cosine, verdict):
     result = theory_of(subject_of(tiny("llama")), noise(20, CONTEXT, WIDTH))
-    result.numbers["agreement"] = spread(torch.full((FEATURES,), cosine)) | {"chance": 0.05}
+    result.numbers["agreement"] = summarise_distribution(torch.full((FEATURES,), cosine)) | {
+        "chance": 0.05
+    }
     assert verdict in lead(result, DIRECTIONS)
 
 
@@ -328,8 +330,8 @@ def test_directions_are_called_what_their_cosine_is(tiny, cosine, verdict):
 def test_rows_that_share_a_direction_are_not_called_orthogonal(tiny, common, verdict):
     result = theory_of(subject_of(tiny("llama")), noise(20, CONTEXT, WIDTH))
     rows = noise(600, WIDTH, seed=1) + common * one_hot(torch.tensor(0), WIDTH)
-    found = overlap(rows, torch.eye(WIDTH))
-    result.numbers["overlap"] |= {name: each.numbers() for name, each in found.items()}
+    found = measure_overlap(rows, torch.eye(WIDTH))
+    result.numbers["overlap"] |= {name: each.scalars() for name, each in found.items()}
     assert verdict in lead(result, "Nearly orthogonal directions")
 
 
@@ -338,7 +340,7 @@ def test_special_tokens_hold_no_word_and_a_sentence_ends_before_them(tiny):
     words = TheoryReducers(subject).words
     for special in find_special_ids(subject.llm.tokenizer):
         column = list(CONCEPTS).index("ends of sentences")
-        assert members([" dog", ".", words[special], " fox"])[:, column].tolist() == [0, 1, 0, 0]
+        assert tag_tokens([" dog", ".", words[special], " fox"])[:, column].tolist() == [0, 1, 0, 0]
 
 
 def test_a_text_without_the_concepts_says_so(tiny):
@@ -356,7 +358,7 @@ def test_the_dense_curve_follows_from_the_covariance():
     signs = 2 * torch.eye(4).double()
     moments = Moments()
     moments.add(torch.cat([signs, -signs]) @ torch.diag(variances.sqrt()) @ axes + 100)
-    found, directions = moments.principal()
+    found, directions = moments.find_principal_directions()
     assert torch.allclose(found, variances)
     assert torch.allclose((directions @ axes.T).abs(), torch.eye(4).double(), atol=1e-7)
     dense = compare_dense(found, noise(200, 4), l0=1.5, error=2.0)
@@ -370,7 +372,7 @@ def test_networks_attain_the_bound_and_none_with_fewer_features_than_dimensions_
     x = noise(500, 10) @ noise(10, 10, seed=1) + 30
     moments = Moments()
     moments.add(x)
-    variances, _ = moments.principal()
+    variances, _ = moments.find_principal_directions()
     dense = compare_dense(variances, x, l0=3.0, error=0.0)
     assert [check["features"] for check in dense["checks"]] == [5, 9, 10]
     for check in dense["checks"]:
@@ -406,7 +408,7 @@ def test_nothing_in_the_reducers_grows_with_the_text(tiny):
         sizes.append(sum(tensor.numel() for tensor in tensors))
     assert sizes[0] < sizes[8]  # the sample fills up
     assert len(set(sizes[8:])) == 1
-    assert len(reducers.sample) == SAMPLE
+    assert len(reducers.sample) == DENSE_TOKENS
 
 
 def words_of(tiny, words, name: str = "relu", **sites):
@@ -420,7 +422,7 @@ def words_of(tiny, words, name: str = "relu", **sites):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_architecture_is_tested_with_a_sentence_a_number_and_a_figure(tiny, words, name):
     result = words_of(tiny, words, name)
-    found = sections(result)
+    found = make_theory_sections(result)
     assert len(found) == 6
     for section in found:
         assert section.lead.endswith(".") and "nan" not in section.lead
@@ -437,7 +439,7 @@ def test_every_architecture_is_tested_with_a_sentence_a_number_and_a_figure(tiny
 def test_a_transcoder_is_spared_what_has_no_meaning_for_it(tiny, words):
     result = words_of(tiny, words, source=Kind.mlp_in, target=Kind.mlp)
     assert "agreement" not in result.numbers and "dense" not in result.numbers
-    titles = [section.title for section in sections(result)]
+    titles = [section.title for section in make_theory_sections(result)]
     assert DIRECTIONS not in titles and "Dense autoencoders" not in titles
     assert len(titles) == 4
     json.dumps(result.numbers, allow_nan=False)
@@ -448,7 +450,7 @@ def test_a_measure_that_speaks_against_features_is_told_too(tiny, auroc, verdict
     result = theory_of(subject_of(tiny("llama")), noise(20, CONTEXT, WIDTH))
     neuron = Detector(1, False, 0.5, 0.5, 0.5, 0.5, 0.5, 1, 0.8)
     feature = neuron._replace(f1=0.9, auroc=auroc)
-    found = Detected("war", 0.1, feature, neuron, feature)
+    found = ConceptDetectors("war", 0.1, feature, neuron, feature)
     result.numbers["detection"] = compare_units([found])
     said = lead(result, "One feature, one concept")
     assert f"{verdict} tokens better (AUROC {auroc:.2f} against 0.80)" in said
@@ -461,7 +463,7 @@ def test_the_comparison_says_what_the_numbers_say(tiny, f1, verdict):
     result = theory_of(subject_of(tiny("llama")), noise(20, CONTEXT, WIDTH))
     neuron = Detector(1, False, 0.5, 0.5, 0.5, 0.5, 0.5, 1, 0.5)
     feature = neuron._replace(f1=f1)
-    found = Detected("war", 0.1, feature, neuron, feature)
+    found = ConceptDetectors("war", 0.1, feature, neuron, feature)
     result.numbers["detection"] = compare_units([found])
     said = lead(result, "One feature, one concept")
     assert verdict in said

@@ -17,13 +17,13 @@ from typing import NamedTuple
 
 import platformdirs
 
-from sae_lightning.analysis.explain.key import censored
-from sae_lightning.analysis.explain.models import Endpoint, Local, Question
+from sae_lightning.analysis.explain.key import censor
+from sae_lightning.analysis.explain.models import ChatModel, Question
 from sae_lightning.errors import UserError, WriteError
 from sae_lightning.files import find_system_error, remove_leftovers, write_atomically
 from sae_lightning.llm.generate import Reply
 
-CHECK = Question("Answer with the word yes.", 16)
+TEST_QUESTION = Question("Answer with the word yes.", 16)
 
 
 class Cost(NamedTuple):
@@ -33,7 +33,7 @@ class Cost(NamedTuple):
     tokens_in: int = 0
     tokens_out: int = 0
 
-    def within(self, budget: int | None) -> None:
+    def check_budget(self, budget: int | None) -> None:
         """UserError if this is more than `budget` tokens."""
         tokens = self.tokens_in + self.tokens_out
         if budget is not None and tokens > budget:
@@ -54,7 +54,7 @@ class Cost(NamedTuple):
 class Answers:
     """Answers of one model, kept in `folder` (in the user's cache, unless given)."""
 
-    def __init__(self, model: Endpoint | Local, folder: Path | None = None):
+    def __init__(self, model: ChatModel, folder: Path | None = None):
         self.model = model
         self.folder = folder or platformdirs.user_cache_path("sae_lightning") / "answers"
         self.spent = Cost()
@@ -66,12 +66,12 @@ class Answers:
         except OSError as error:
             raise self._unwritable(error) from error
 
-    def check(self) -> None:
+    def check_model(self) -> None:
         """UserError if the model does not answer; costs a few tokens, the first time."""
-        if self.known(CHECK) is None:
-            self._keep(CHECK, self.model.answer(CHECK, patient=False))
+        if self.read_cached(TEST_QUESTION) is None:
+            self._keep(TEST_QUESTION, self.model.complete(TEST_QUESTION, patient=False))
 
-    def known(self, question: Question) -> Reply | None:
+    def read_cached(self, question: Question) -> Reply | None:
         """The answer that is in the cache."""
         try:
             reply = Reply(**json.loads(self._file(question).read_text("utf8")))
@@ -86,7 +86,7 @@ class Answers:
         self, questions: Sequence[Question], advance: Callable[[int], None] = lambda n: None
     ) -> list[str]:
         """An answer to each question; `advance` is called with the number just answered."""
-        replies = {question: self.known(question) for question in questions}
+        replies = {question: self.read_cached(question) for question in questions}
         missing = [question for question, known in replies.items() if known is None]
         advance(len(questions) - len(missing))
         before, halted = self.spent.requests, Event()
@@ -95,7 +95,7 @@ class Answers:
             if halted.is_set():
                 return None
             try:
-                return self._keep(question, self.model.answer(question))
+                return self._keep(question, self.model.complete(question))
             except BaseException:
                 halted.set()  # here, so that this thread does not take up the next one
                 raise
@@ -129,7 +129,7 @@ class Answers:
 
     def _clean(self, reply: Reply) -> Reply:
         """The reply without the key, which some servers quote."""
-        return reply._replace(text=censored(reply.text, self.model.key))
+        return reply._replace(text=censor(reply.text, self.model.key))
 
     def _write(self, question: Question, reply: Reply) -> None:
         try:

@@ -19,8 +19,8 @@ from torch.nn.functional import max_pool1d, pad
 from sae_lightning.analysis.survey.sample import Sample
 from sae_lightning.report.catalogue import AFTER, BEFORE, WINDOW, Catalogue, Examples
 
-LEAST = 4  # texts to explain from, and to test on
-MARK = "¶"  # of the beginning and the end of documents
+MIN_TEXTS = 4  # texts to explain from, and to test on
+DOCUMENT_MARK = "¶"  # of the beginning and the end of documents
 
 Found = tuple[int, Tensor, Tensor]
 """Number of a sequence; ids [WINDOW] in it, -1 beyond its ends; strengths [WINDOW] of a feature."""
@@ -30,7 +30,7 @@ class Window(NamedTuple):
     """A piece of text, and how strongly a feature fires on its tokens."""
 
     tokens: tuple[str, ...]
-    """As they read; `special` ones as MARK."""
+    """As they read; `special` ones as DOCUMENT_MARK."""
     strengths: tuple[float, ...]
     """One for each token; 0 where it is silent."""
 
@@ -49,13 +49,13 @@ class Evidence(NamedTuple):
     @property
     def enough(self) -> bool:
         """Whether it fires in enough places to be explained."""
-        return len(self.shown) >= LEAST and len(self.firing) >= LEAST
+        return len(self.shown) >= MIN_TEXTS and len(self.firing) >= MIN_TEXTS
 
 
-def choose(catalogue: Catalogue, count: int, seed: int = 0) -> list[int]:
+def pick_features(catalogue: Catalogue, count: int, seed: int = 0) -> list[int]:
     """`count` random ones of the features that have examples to be shown and to be kept back."""
     found = (catalogue.top.strength > 0).sum(dim=1) + (catalogue.spread.strength > 0).sum(dim=1)
-    able = (found >= 2 * LEAST).nonzero().squeeze(1)
+    able = (found >= 2 * MIN_TEXTS).nonzero().squeeze(1)
     drawn = torch.randperm(len(able), generator=torch.Generator().manual_seed(seed))[:count]
     return able[drawn].sort().values.tolist()
 
@@ -75,7 +75,7 @@ def gather(
     sequences have the same numbers; special: ids of tokens that stand for no text.
     """
     special = {*special}
-    words = [MARK if i in special else word for i, word in enumerate(catalogue.vocabulary)]
+    words = [DOCUMENT_MARK if i in special else word for i, word in enumerate(catalogue.vocabulary)]
     return [_gather(catalogue, sample, feature, scored, words, seed) for feature in features]
 
 

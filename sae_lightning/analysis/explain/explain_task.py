@@ -5,8 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from sae_lightning.analysis.explain.answers import Answers
-from sae_lightning.analysis.explain.evidence import choose, gather
-from sae_lightning.analysis.explain.explained import Explained, section, without_model
+from sae_lightning.analysis.explain.evidence import gather, pick_features
+from sae_lightning.analysis.explain.explained import (
+    Explanations,
+    make_explanation_section,
+    make_token_set_section,
+)
 from sae_lightning.analysis.explain.explainer import Explainer
 from sae_lightning.analysis.explain.models import open_model
 from sae_lightning.analysis.survey.survey import survey
@@ -69,7 +73,7 @@ class ExplainTask(Task):
         model = open_model(self.endpoint, self.explainer, self.key_env, self.concurrency)
         answers = model and Answers(model)
         if answers:
-            answers.check()  # before any text is read
+            answers.check_model()  # before any text is read
         seed = subject.config.seed
         found = survey(
             subject,
@@ -79,9 +83,9 @@ class ExplainTask(Task):
             batch=subject.config.llm.batch,
             seed=seed,
         )
-        features = chosen or choose(found.features, self.count, seed)
+        features = chosen or pick_features(found.features, self.count, seed)
         if answers is None:
-            unexplained = without_model(found.features, features)
+            unexplained = make_token_set_section(found.features, features)
             scalars = unexplained.table._asdict() if unexplained.table else {}
             self.print_and_publish(subject, scalars, [unexplained], feature=named)
             return
@@ -90,8 +94,10 @@ class ExplainTask(Task):
             found.features, found.sample, features, scored=self.scored, special=special, seed=seed
         )
         explainer = Explainer(answers, together=self.together, thinking=self.thinking, seed=seed)
-        cost = explainer.estimate(evidence)
+        cost = explainer.estimate_cost(evidence)
         console.print(str(cost))
-        cost.within(self.budget)
-        result = Explained(explainer.explain(evidence), answers.spent, self.explainer)
-        self.print_and_publish(subject, result.scalars(), [section(result)], feature=named)
+        cost.check_budget(self.budget)
+        result = Explanations(explainer.explain_features(evidence), answers.spent, self.explainer)
+        self.print_and_publish(
+            subject, result.scalars(), [make_explanation_section(result)], feature=named
+        )

@@ -4,12 +4,12 @@ from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 from sae_lightning.analysis.explain.answers import Cost
-from sae_lightning.analysis.explain.explainer import Explanation, Score
+from sae_lightning.analysis.explain.explainer import Explanation, VerdictScore
 from sae_lightning.report.catalogue import Catalogue
 from sae_lightning.report.section import ColouredText, ResultTable, Section
 
 
-class Explained(NamedTuple):
+class Explanations(NamedTuple):
     """Explanations of some features, and what they took."""
 
     explanations: list[Explanation]
@@ -20,8 +20,8 @@ class Explained(NamedTuple):
         """What `explain.json` holds."""
         return {
             "model": self.model,
-            "detection": _mean(self.explanations, "detection"),
-            "fuzzing": _mean(self.explanations, "fuzzing"),
+            "detection": _average(self.explanations, "detection"),
+            "fuzzing": _average(self.explanations, "fuzzing"),
             **self.spent._asdict(),
             "explanations": [
                 {key: value for key, value in each._asdict().items() if key != "examples"}
@@ -30,12 +30,12 @@ class Explained(NamedTuple):
         }
 
 
-def section(result: Explained) -> Section:
+def make_explanation_section(result: Explanations) -> Section:
     explanations, spent, model = result
     explained = [each for each in explanations if each.text]
     rows = {
-        "detection": _summary(explained, "detection"),
-        "fuzzing": _summary(explained, "fuzzing"),
+        "detection": _summarise(explained, "detection"),
+        "fuzzing": _summarise(explained, "fuzzing"),
         "asked": f"{spent.requests:,} requests to {model}, {spent.tokens_in:,} tokens in and "
         f"{spent.tokens_out:,} out; the rest was answered in the cache",
     }
@@ -49,7 +49,7 @@ def section(result: Explained) -> Section:
         "marked tokens those that do? Balanced accuracy: 1 is perfect, 0.5 is chance.",
         rows=rows,
         table=ResultTable(
-            ["explanation", "detection", "fuzzing", "texts"], [*map(_row, explanations)]
+            ["explanation", "detection", "fuzzing", "texts"], [*map(_make_row, explanations)]
         ),
         texts=[
             ColouredText(
@@ -61,7 +61,7 @@ def section(result: Explained) -> Section:
     )
 
 
-def without_model(catalogue: Catalogue, features: list[int]) -> Section:
+def make_token_set_section(catalogue: Catalogue, features: list[int]) -> Section:
     """What can be said of features where there is no model to ask: their best token sets."""
     reading = catalogue.token_sets
     rows = []
@@ -84,7 +84,7 @@ def without_model(catalogue: Catalogue, features: list[int]) -> Section:
     )
 
 
-def _row(explanation: Explanation) -> list[str]:
+def _make_row(explanation: Explanation) -> list[str]:
     feature, text, shown, *scores, _ = explanation
     if not text:
         rare = "(no explanation: fires too rarely, or nothing was said)"
@@ -98,19 +98,19 @@ def _row(explanation: Explanation) -> list[str]:
     ]
 
 
-def _accuracies(explanations: list[Explanation], test: str) -> list[float]:
-    scores: list[Score | None] = [getattr(each, test) for each in explanations]
+def _list_accuracies(explanations: list[Explanation], test: str) -> list[float]:
+    scores: list[VerdictScore | None] = [getattr(each, test) for each in explanations]
     return [s.accuracy for s in scores if s is not None and s.accuracy is not None]
 
 
-def _mean(explanations: list[Explanation], test: str) -> float | None:
-    found = _accuracies(explanations, test)
+def _average(explanations: list[Explanation], test: str) -> float | None:
+    found = _list_accuracies(explanations, test)
     return fmean(found) if found else None
 
 
-def _summary(explanations: list[Explanation], test: str) -> str:
+def _summarise(explanations: list[Explanation], test: str) -> str:
     """The mean over features with its standard error."""
-    found = _accuracies(explanations, test)
+    found = _list_accuracies(explanations, test)
     if not found:
         return "no verdicts"
     error = f" ± {stdev(found) / len(found) ** 0.5:.2f}" if len(found) > 1 else ""

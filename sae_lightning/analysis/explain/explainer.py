@@ -19,16 +19,18 @@ from typing import NamedTuple
 
 from sae_lightning.analysis.explain import prompts
 from sae_lightning.analysis.explain.answers import Answers, Cost
-from sae_lightning.analysis.explain.evidence import MARK, Evidence, Window
+from sae_lightning.analysis.explain.evidence import DOCUMENT_MARK, Evidence, Window
 from sae_lightning.analysis.explain.models import Question
 from sae_lightning.analysis.explain.prompts import DETECT, FUZZ
 from sae_lightning.terminal import phase
 
-EXPLANATION, VERDICT, ROOM = 80, 8, 16  # tokens of an explanation, of a verdict, and on top of them
-CHARACTERS = 3  # a token, in estimates: fewer than most text has, so that they err on the high side
+EXPLANATION_TOKENS = 80  # longest explanation
+VERDICT_TOKENS = 8  # longest verdict on one text
+SPARE_TOKENS = 16  # added to each request: chat template, and room in the answer
+CHARACTERS_PER_TOKEN = 3  # low for most text, so that cost estimates err on the high side
 
 
-class Score(NamedTuple):
+class VerdictScore(NamedTuple):
     """How well verdicts agree with the truth."""
 
     accuracy: float | None
@@ -50,9 +52,9 @@ class Explanation(NamedTuple):
     """None where it fires too rarely, or the explainer said nothing."""
     shown: int
     """Texts that the explainer saw."""
-    detection: Score | None
+    detection: VerdictScore | None
     """None without an explanation, and where the feature is never silent."""
-    fuzzing: Score | None
+    fuzzing: VerdictScore | None
     """None likewise."""
     examples: list[Window]
     """Some of the texts that the explainer saw."""
@@ -78,35 +80,39 @@ class Explainer:
         self.answers, self.together, self.thinking = answers, together, thinking
         self.seed = seed
 
-    def estimate(self, evidence: list[Evidence]) -> Cost:
+    def estimate_cost(self, evidence: list[Evidence]) -> Cost:
         """What `explain` will cost at most: tokens in are estimated from characters, tokens out are
         those of answers that are as long as they may be."""
-        asked = {each.feature: self._asks(each) for each in evidence if each.enough}
+        asked = {each.feature: self._ask_explanation(each) for each in evidence if each.enough}
         texts: dict[int, str | None] = {}
         for feature, question in asked.items():
-            known = self.answers.known(question)
-            texts[feature] = prompts.explanation(known.text) if known else "x" * prompts.LONGEST
+            known = self.answers.read_cached(question)
+            texts[feature] = (
+                prompts.parse_explanation(known.text)
+                if known
+                else "x" * prompts.MAX_EXPLANATION_CHARACTERS
+            )
         tests = [question for *_, question in self._tests(evidence, texts)]
         missing = [
             question
             for question in dict.fromkeys([*asked.values(), *tests])
-            if self.answers.known(question) is None
+            if self.answers.read_cached(question) is None
         ]
         return Cost(
             len(missing),
-            sum(len(question.text) // CHARACTERS + ROOM for question in missing),
+            sum(len(question.text) // CHARACTERS_PER_TOKEN + SPARE_TOKENS for question in missing),
             sum(question.tokens for question in missing),
         )
 
-    def explain(self, evidence: list[Evidence]) -> list[Explanation]:
+    def explain_features(self, evidence: list[Evidence]) -> list[Explanation]:
         """An explanation of each feature with its scores; ones without enough examples have none.
 
         UserError if the model stops answering: what it has answered is kept for the next call.
         """
-        asked = {each.feature: self._asks(each) for each in evidence if each.enough}
+        asked = {each.feature: self._ask_explanation(each) for each in evidence if each.enough}
         with phase("explaining features", total=len(asked)) as advance:
             answers = self.answers.ask([*asked.values()], advance)
-        texts = dict(zip(asked, map(prompts.explanation, answers), strict=True))
+        texts = dict(zip(asked, map(prompts.parse_explanation, answers), strict=True))
         tests = self._tests(evidence, texts)
         with phase("testing explanations", total=len(tests)) as advance:
             answers = self.answers.ask([question for *_, question in tests], advance)
@@ -114,8 +120,8 @@ class Explainer:
         for (feature, trial, _), answer in zip(tests, answers, strict=True):
             truths, verdicts = judged.setdefault((feature, trial.task), ([], []))
             truths += trial.truths
-            verdicts += prompts.verdicts(answer, len(trial.texts))
-        scores = {key: score(*each) for key, each in judged.items()}
+            verdicts += prompts.parse_verdicts(answer, len(trial.texts))
+        scores = {key: score_verdicts(*each) for key, each in judged.items()}
         return [
             Explanation(
                 feature=each.feature,
@@ -128,8 +134,10 @@ class Explainer:
             for each in evidence
         ]
 
-    def _asks(self, evidence: Evidence) -> Question:
-        return Question(prompts.explain(evidence.shown), EXPLANATION + self.thinking)
+    def _ask_explanation(self, evidence: Evidence) -> Question:
+        return Question(
+            prompts.write_explain_prompt(evidence.shown), EXPLANATION_TOKENS + self.thinking
+        )
 
     def _tests(
         self, evidence: list[Evidence], texts: dict[int, str | None]
@@ -138,25 +146,27 @@ class Explainer:
         tests = []
         for each in evidence:
             if text := texts.get(each.feature):
-                trials = fuzzing(each, self.together, self.seed)
+                trials = make_fuzzing_trials(each, self.together, self.seed)
                 if each.silent:  # otherwise there is nothing to tell apart
-                    trials = detection(each, self.together, self.seed) + trials
+                    trials = make_detection_trials(each, self.together, self.seed) + trials
                 for trial in trials:
-                    tokens = VERDICT * len(trial.texts) + ROOM + self.thinking
-                    question = Question(prompts.judge(trial.task, text, trial.texts), tokens)
+                    tokens = VERDICT_TOKENS * len(trial.texts) + SPARE_TOKENS + self.thinking
+                    question = Question(
+                        prompts.write_judge_prompt(trial.task, text, trial.texts), tokens
+                    )
                     tests.append((each.feature, trial, question))
         return tests
 
 
-def detection(evidence: Evidence, together: int, seed: int = 0) -> list[Trial]:
+def make_detection_trials(evidence: Evidence, together: int, seed: int = 0) -> list[Trial]:
     """Trials on at most `together` texts each, in random order."""
-    items = [(prompts.plain(window), True) for window in evidence.firing]
-    items += [(prompts.plain(window), False) for window in evidence.silent]
+    items = [(prompts.join_tokens(window), True) for window in evidence.firing]
+    items += [(prompts.join_tokens(window), False) for window in evidence.silent]
     random.Random(f"{seed} detection {evidence.feature}").shuffle(items)
-    return _trials(DETECT, items, together)
+    return _make_trials(DETECT, items, together)
 
 
-def fuzzing(evidence: Evidence, together: int, seed: int = 0) -> list[Trial]:
+def make_fuzzing_trials(evidence: Evidence, together: int, seed: int = 0) -> list[Trial]:
     """Trials on at most `together` texts each; no trial holds both versions of a text, whose
     difference would give the answer away."""
     rng = random.Random(f"{seed} fuzzing {evidence.feature}")
@@ -165,33 +175,33 @@ def fuzzing(evidence: Evidence, together: int, seed: int = 0) -> list[Trial]:
         silent = [
             i
             for i, (token, strength) in enumerate(zip(*window, strict=True))
-            if strength == 0 and token != MARK
+            if strength == 0 and token != DOCUMENT_MARK
         ]
-        wanted = len(prompts.fires(window))
+        wanted = len(prompts.find_firing(window))
         if wanted <= len(silent):
             decoy = sorted(rng.sample(silent, wanted))
-            pairs.append((prompts.marked(window), prompts.marked(window, decoy)))
+            pairs.append((prompts.mark_tokens(window), prompts.mark_tokens(window, decoy)))
     rng.shuffle(pairs)
     trials = []
     for turn in (0, 1):
         items = [(pair[(i + turn) % 2], (i + turn) % 2 == 0) for i, pair in enumerate(pairs)]
         rng.shuffle(items)
-        trials += _trials(FUZZ, items, together)
+        trials += _make_trials(FUZZ, items, together)
     return trials
 
 
-def _trials(task: str, items: list[tuple[str, bool]], together: int) -> list[Trial]:
+def _make_trials(task: str, items: list[tuple[str, bool]], together: int) -> list[Trial]:
     parts = [items[i : i + together] for i in range(0, len(items), together)]
     return [Trial(task, *map(list, zip(*part, strict=True))) for part in parts]
 
 
-def score(truths: list[bool], verdicts: list[bool | None]) -> Score:
+def score_verdicts(truths: list[bool], verdicts: list[bool | None]) -> VerdictScore:
     right: dict[bool, list[bool]] = {True: [], False: []}
     for truth, verdict in zip(truths, verdicts, strict=True):
         if verdict is not None:
             right[truth].append(verdict == truth)
     rates = [sum(group) / len(group) for group in right.values() if group]
-    return Score(
+    return VerdictScore(
         accuracy=math.fsum(rates) / 2 if len(rates) == 2 else None,
         yes=len(right[True]),
         no=len(right[False]),

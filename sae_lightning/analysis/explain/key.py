@@ -7,11 +7,11 @@ from urllib.parse import urlsplit
 
 from sae_lightning.errors import UserError
 
-CUSTOMARY = "OPENAI_API_KEY"
-PART = 8  # characters in a row of a key that are taken for it
+DEFAULT_KEY_ENV = "OPENAI_API_KEY"
+MIN_KEY_PART = 8  # characters in a row of a key that are taken for it
 # One character of a text that may be URL-encoded (more than once) or a part of JSON.
-UNIT = re.compile(r"%(?:25)*[0-9a-f]{2}|\\u00[0-9a-f]{2}|.", re.DOTALL | re.IGNORECASE)
-MASK = r"(?:[*•●]{2,}|…+|[.x]{3,})"
+ENCODED_CHARACTER = re.compile(r"%(?:25)*[0-9a-f]{2}|\\u00[0-9a-f]{2}|.", re.DOTALL | re.IGNORECASE)
+MASKED_PART = r"(?:[*•●]{2,}|…+|[.x]{3,})"
 
 
 def read_key(name: str | None) -> str:
@@ -23,7 +23,7 @@ def read_key(name: str | None) -> str:
     return key
 
 
-def stays_here(url: str, key: str) -> bool:
+def check_url(url: str, key: str) -> bool:
     """Whether what is sent to the web address `url` stays on this machine.
 
     UserError if it is none, holds a secret, or would get the key unencrypted.
@@ -61,20 +61,20 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def censored(text: str, key: str) -> str:
+def censor(text: str, key: str) -> str:
     """`text` with *** for the key and any part of it, as it is or URL-encoded, and for its ends
     around a mask (`sk-ab****yz`)."""
-    if len(key) < PART:  # of a placeholder such as none no other word is changed
+    if len(key) < MIN_KEY_PART:  # of a placeholder such as none no other word is changed
         return re.sub(rf"(?<!\w){re.escape(key)}(?!\w)", "***", text) if len(key) > 3 else text
-    units = UNIT.findall(text)
+    units = ENCODED_CHARACTER.findall(text)
     plain = "".join(unit if len(unit) == 1 else chr(int(unit[-2:], 16)) for unit in units)
-    for start in range(len(plain) - PART + 1):
-        if plain[start : start + PART] in key:
-            units[start : start + PART] = "\0" * PART
+    for start in range(len(plain) - MIN_KEY_PART + 1):
+        if plain[start : start + MIN_KEY_PART] in key:
+            units[start : start + MIN_KEY_PART] = "\0" * MIN_KEY_PART
     text = re.sub("\0+", "***", "".join(units))
     heads, tails = (
         "|".join(re.escape(end) for end in ends)
-        for ends in zip(*((key[:n], key[-n:]) for n in range(PART - 1, 2, -1)), strict=True)
+        for ends in zip(*((key[:n], key[-n:]) for n in range(MIN_KEY_PART - 1, 2, -1)), strict=True)
     )
-    masked = rf"(?:{heads}){MASK}(?:{tails})?|{MASK}(?:{tails})"
+    masked = rf"(?:{heads}){MASKED_PART}(?:{tails})?|{MASKED_PART}(?:{tails})"
     return re.sub(masked, "***", text, flags=re.IGNORECASE)

@@ -4,7 +4,7 @@ import hashlib
 import logging
 from typing import NamedTuple
 
-from sae_lightning.analysis.explain.key import CUSTOMARY, censored, read_key, stays_here
+from sae_lightning.analysis.explain.key import DEFAULT_KEY_ENV, censor, check_url, read_key
 from sae_lightning.errors import UserError
 from sae_lightning.llm.generate import Reply, reply
 from sae_lightning.llm.load import LLM, LLMConfig, load_llm
@@ -20,8 +20,24 @@ class Question(NamedTuple):
     """Longest answer, in tokens."""
 
 
-class Local:
-    """An LLM on this machine."""
+class ChatModel:
+    """A model that answers questions."""
+
+    name: str
+    """Part of the key under which answers are cached."""
+    key: str
+    """Secret that no answer or message may quote; empty if there is none."""
+    concurrency: int
+    """Questions that may be in flight at a time."""
+
+    def complete(self, question: Question, patient: bool = True) -> Reply:
+        """The answer at temperature 0; UserError if there is none. Not `patient`: give up after 2
+        tries."""
+        raise NotImplementedError
+
+
+class LocalModel(ChatModel):
+    """An LLM on this machine, identified by its name and a hash of its last weights."""
 
     concurrency, key = 1, ""
 
@@ -31,11 +47,11 @@ class Local:
         weights = hashlib.sha256(last.float().cpu().numpy().tobytes()).hexdigest()[:16]
         self.name = f"local {llm.name} {weights}"  # a folder may be trained on
 
-    def answer(self, question: Question, patient: bool = True) -> Reply:
+    def complete(self, question: Question, patient: bool = True) -> Reply:
         return reply(self.llm, *question)
 
 
-class Endpoint:
+class Endpoint(ChatModel):
     """Model `model` of a server (OpenAI, vLLM, llama.cpp, ...), as http://localhost:8000/v1.
 
     The key is what the environment variable `key_env` holds, if it is set; it is sent to no other
@@ -47,7 +63,7 @@ class Endpoint:
         self,
         url: str,
         model: str,
-        key_env: str | None = CUSTOMARY,
+        key_env: str | None = DEFAULT_KEY_ENV,
         *,
         concurrency: int = 8,
         retries: int = 10,
@@ -61,7 +77,7 @@ class Endpoint:
             ) from error
         self.url, self.model, self.key_env, self.concurrency = url, model, key_env, concurrency
         self.name, self.key = f"{url} {model}", read_key(key_env)
-        here = stays_here(url, self.key)
+        here = check_url(url, self.key)
         for name in ("openai", "httpx", "httpx2", "httpcore", "httpcore2"):
             logging.getLogger(name).setLevel(logging.WARNING)  # hydra.verbose=true shows headers
         self._client = openai.OpenAI(
@@ -75,8 +91,7 @@ class Endpoint:
         # reasoning models take another name for the limit, and no temperature
         self._limit, self._settings = "max_tokens", {"temperature": 0}
 
-    def answer(self, question: Question, patient: bool = True) -> Reply:
-        """The answer at temperature 0; UserError if there is none (not `patient`: in 2 tries)."""
+    def complete(self, question: Question, patient: bool = True) -> Reply:
         import openai
 
         client = self._client if patient else self._client.with_options(max_retries=1)
@@ -112,14 +127,14 @@ class Endpoint:
         import openai
 
         message = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
-        message = censored(message, self.key)[:200].rstrip(".")
+        message = censor(message, self.key)[:200].rstrip(".")
         setting = f"endpoint={self.url}"
         match error:
             case openai.AuthenticationError() | openai.PermissionDeniedError() if self.key:
                 remedy = f"check the key in {self.key_env}"
             case openai.AuthenticationError() | openai.PermissionDeniedError():
                 setting += f", key_env={self.key_env or 'null'}"
-                name = self.key_env or CUSTOMARY
+                name = self.key_env or DEFAULT_KEY_ENV
                 remedy = f"put a key into the environment variable {name}, or name another one"
             case openai.NotFoundError():
                 setting += f", explainer={self.model}"
@@ -136,7 +151,7 @@ class Endpoint:
                 remedy = "if the question is too long, lower together or examples"
             case _:
                 remedy = "check the address, which usually ends in /v1"
-        return UserError(censored(f"{setting}: {message}; {remedy}", self.key))
+        return UserError(censor(f"{setting}: {message}; {remedy}", self.key))
 
     def _models(self) -> str:
         try:
@@ -149,9 +164,9 @@ class Endpoint:
 def open_model(
     endpoint: str | None,
     model: str | None,
-    key_env: str | None = CUSTOMARY,
+    key_env: str | None = DEFAULT_KEY_ENV,
     concurrency: int = 8,
-) -> Endpoint | Local | None:
+) -> ChatModel | None:
     """The model at an endpoint, or a local one; None if none is named.
 
     UserError if the address makes no sense or the local model cannot be loaded.
@@ -161,6 +176,6 @@ def open_model(
     if endpoint is not None:
         return Endpoint(endpoint, model, key_env, concurrency=concurrency)
     try:
-        return Local(load_llm(LLMConfig(name=model)))
+        return LocalModel(load_llm(LLMConfig(name=model)))
     except UserError as error:
         raise UserError(str(error).replace("llm.name=", "explainer=")) from error

@@ -1,12 +1,13 @@
-"""What the models that explain features and test explanations are asked, and what they answer."""
+"""Prompts that ask a model to explain a feature or to judge an explanation, and parsers of its
+answers."""
 
 import re
 
 from sae_lightning.analysis.explain.evidence import Window
 from sae_lightning.terminal import make_visible
 
-MARKED = 0.3  # of the strongest token of its text, from where a token counts as one that fires
-LONGEST = 300  # characters of an explanation
+MARK_THRESHOLD = 0.3  # share of a text's greatest strength from which a token is marked
+MAX_EXPLANATION_CHARACTERS = 300
 LEGEND = "↵ stands for a line break, ¶ for the beginning or the end of a document."
 
 EXPLAIN = """\
@@ -47,17 +48,17 @@ on which it is active? It may be in all of them, in some or in none. {legend}
 """
 
 
-def explain(shown: list[Window]) -> str:
+def write_explain_prompt(shown: list[Window]) -> str:
     """The question what the texts have in common."""
     strongest = max(max(window.strengths) for window in shown)
     texts = [
-        f"({max(1, round(10 * max(window.strengths) / strongest))}/10) {marked(window)}"
+        f"({max(1, round(10 * max(window.strengths) / strongest))}/10) {mark_tokens(window)}"
         for window in shown
     ]
     return EXPLAIN.format(texts="\n".join(texts), legend=LEGEND)
 
 
-def judge(task: str, explanation: str, texts: list[str]) -> str:
+def write_judge_prompt(task: str, explanation: str, texts: list[str]) -> str:
     """The question which of the texts fit the explanation; task: DETECT or FUZZ."""
     numbered = "\n".join(f"{i}. {text}" for i, text in enumerate(texts, 1))
     form = (
@@ -69,43 +70,43 @@ def judge(task: str, explanation: str, texts: list[str]) -> str:
     return task.format(explanation=explanation, texts=numbered, form=form, legend=LEGEND)
 
 
-def fires(window: Window) -> list[int]:
+def find_firing(window: Window) -> list[int]:
     """Indices of the tokens on which a feature fires strongly enough to be marked."""
-    least = MARKED * max(window.strengths)
+    least = MARK_THRESHOLD * max(window.strengths)
     return [i for i, strength in enumerate(window.strengths) if strength > 0 and strength >= least]
 
 
-def marked(window: Window, chosen: list[int] | None = None) -> str:
+def mark_tokens(window: Window, chosen: list[int] | None = None) -> str:
     """The text on one line with the chosen tokens (those on which it fires) in << >>."""
-    chosen = fires(window) if chosen is None else chosen
+    chosen = find_firing(window) if chosen is None else chosen
     pieces = []
     for i, token in enumerate(window.tokens):
-        pieces.append(f"<<{_plain(token)}>>" if i in chosen else _plain(token))
+        pieces.append(f"<<{_escape(token)}>>" if i in chosen else _escape(token))
     # one pair around neighbours, and spaces outside
     return re.sub(r"<<( +)", r"\1<<", "".join(pieces).replace(">><<", "")).strip()
 
 
-def plain(window: Window) -> str:
+def join_tokens(window: Window) -> str:
     """The text on one line."""
-    return "".join(map(_plain, window.tokens)).strip()
+    return "".join(map(_escape, window.tokens)).strip()
 
 
-def _plain(token: str) -> str:
+def _escape(token: str) -> str:
     """A token without line breaks, or what could be taken for a mark."""
     return make_visible(token).replace("<<", "‹‹").replace(">>", "››")
 
 
-def explanation(answer: str) -> str | None:
+def parse_explanation(answer: str) -> str | None:
     """The explanation in a model's answer; None if it says nothing."""
-    answer = _conclusion(answer)
+    answer = _drop_thoughts(answer)
     labelled = re.findall(r"explanation\W*?:[\s*]*(.+)", answer, re.IGNORECASE)
     line = labelled[-1] if labelled else answer.partition("\n")[0]
-    return line.strip(" *")[:LONGEST] or None
+    return line.strip(" *")[:MAX_EXPLANATION_CHARACTERS] or None
 
 
-def verdicts(answer: str, texts: int) -> list[bool | None]:
+def parse_verdicts(answer: str, texts: int) -> list[bool | None]:
     """What a model says of each of the texts: yes, no, or nothing that could be understood."""
-    answer = _conclusion(answer)
+    answer = _drop_thoughts(answer)
     if texts == 1 and (word := re.match(r"\W*(?:1\W+)?(yes|no)\b", answer, re.IGNORECASE)):
         return [word[1].lower() == "yes"]
     said: dict[int, set[bool]] = {}
@@ -116,7 +117,7 @@ def verdicts(answer: str, texts: int) -> list[bool | None]:
     return [next(iter(said[i])) if len(said.get(i, ())) == 1 else None for i in range(1, texts + 1)]
 
 
-def _conclusion(answer: str) -> str:
+def _drop_thoughts(answer: str) -> str:
     """What follows a reasoning model's thoughts; nothing if it never came to their end."""
     _, end, rest = answer.rpartition("</think>")
     return "" if not end and "<think>" in rest else rest.strip()

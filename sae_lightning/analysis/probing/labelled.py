@@ -23,8 +23,8 @@ from sae_lightning.stream.plays import PlaysConfig
 from sae_lightning.stream.source import DataConfig, TextConfig
 from sae_lightning.terminal import phase
 
-LEAST = 2  # pieces of a class in a fold
-MOST = 50  # classes
+MIN_PIECES_PER_FOLD = 2  # of each class
+MAX_CLASSES = 50
 
 
 class Labelled(NamedTuple):
@@ -69,13 +69,13 @@ def labelled(
             if plays
             else document_pieces(config, label, seed)
         )
-        classes = affordable(label, pieces, tokens, packing.width)
-        chosen = choose(pieces, classes, tokens // packing.width)
+        classes = pick_classes(label, pieces, tokens, packing.width)
+        chosen = pick_pieces(pieces, classes, tokens // packing.width)
         if not plays:
-            chosen = _beginnings(chosen, tokenizer, packing)
-            classes = affordable(label, chosen, tokens, packing.width)
+            chosen = _cut_beginnings(chosen, tokenizer, packing)
+            classes = pick_classes(label, chosen, tokens, packing.width)
             chosen = [piece for piece in chosen if piece.name in classes]
-    classes.sort(key=_natural)
+    classes.sort(key=_natural_key)
     if left_out := len({piece.name for piece in pieces}) - len(classes):
         notes = [*notes, f"Left out: {left_out} values of {label} with fewer pieces of text."]
     windows = [piece.content for piece in chosen]
@@ -92,48 +92,48 @@ def labelled(
     )
 
 
-def affordable(label: str, pieces: list[Piece], tokens: int, width: int) -> list[str]:
-    """The classes with enough pieces of `width` tokens, of these the MOST most frequent, and not
-    more than `tokens` pay for.
+def pick_classes(label: str, pieces: list[Piece], tokens: int, width: int) -> list[str]:
+    """The most frequent classes with enough pieces of `width` tokens in every fold: at most
+    MAX_CLASSES, and no more than fit into `tokens`.
 
-    UserError where fewer than two are left.
+    UserError if fewer than two are left.
     """
     counts = Counter(piece.name for piece in pieces)
     folds = Counter((piece.name, piece.fold) for piece in pieces)
     good = [
         name
         for name, _ in counts.most_common()
-        if all(folds[name, fold] >= LEAST for fold in range(FOLDS))
+        if all(folds[name, fold] >= MIN_PIECES_PER_FOLD for fold in range(FOLDS))
     ]
     if len(good) < 2:
         common = ", ".join(f"{name} ({n})" for name, n in counts.most_common(3))
         raise UserError(
             f"label={label}: {len(counts)} values and their pieces of text: {common}"
             f"{', ...' if len(counts) > 3 else ''}; a probe needs two values with "
-            f"{LEAST * FOLDS} pieces or more each"
+            f"{MIN_PIECES_PER_FOLD * FOLDS} pieces or more each"
         )
-    price = LEAST * FOLDS * width
+    price = MIN_PIECES_PER_FOLD * FOLDS * width
     if tokens < 2 * price:
         raise UserError(f"tokens={tokens}: too few for two classes; give {2 * price} or more")
-    return good[: min(MOST, tokens // price)]
+    return good[: min(MAX_CLASSES, tokens // price)]
 
 
-def choose(pieces: list[Piece], classes: list[str], total: int) -> list[Piece]:
+def pick_pieces(pieces: list[Piece], classes: list[str], total: int) -> list[Piece]:
     """About `total` pieces, as many of each class and fold, spread evenly in the given order."""
     found = {name: [[] for _ in range(FOLDS)] for name in classes}
     for piece in pieces:
         if piece.name in found:
             found[piece.name][piece.fold].append(piece)
-    quotas = shares([sum(map(len, folds)) for folds in found.values()], total)
+    quotas = share_out([sum(map(len, folds)) for folds in found.values()], total)
     chosen = []
     for folds, quota in zip(found.values(), quotas, strict=True):
-        for fold, share in zip(folds, shares([len(each) for each in folds], quota), strict=True):
+        for fold, share in zip(folds, share_out([len(each) for each in folds], quota), strict=True):
             places = np.linspace(0, len(fold) - 1, share).round().astype(int)
             chosen += [fold[place] for place in places]
     return chosen
 
 
-def shares(available: list[int], total: int) -> list[int]:
+def share_out(available: list[int], total: int) -> list[int]:
     """`total` dealt out equally, to none more than it has; what one cannot take goes to others."""
     given, left = [0] * len(available), total
     for rank, i in enumerate(sorted(range(len(available)), key=available.__getitem__)):
@@ -142,7 +142,7 @@ def shares(available: list[int], total: int) -> list[int]:
     return given
 
 
-def _beginnings(pieces: list[Piece], tokenizer: Any, packing: Packing) -> list[Piece]:
+def _cut_beginnings(pieces: list[Piece], tokenizer: Any, packing: Packing) -> list[Piece]:
     """Pieces with the first tokens of their texts; of those that are alike there, one."""
     texts = encode(tokenizer, [piece.content for piece in pieces], packing.separator)
     windows = [text[:-1][: packing.width] for text in texts]
@@ -151,7 +151,7 @@ def _beginnings(pieces: list[Piece], tokenizer: Any, packing: Packing) -> list[P
     return [pieces[n]._replace(content=windows[n]) for n in distinct]
 
 
-def _natural(name: str) -> tuple[bool, float, str]:
+def _natural_key(name: str) -> tuple[bool, float, str]:
     """2 comes before 10."""
     number = name.lstrip("-").isdecimal()
     return not number, float(name) if number else 0.0, name

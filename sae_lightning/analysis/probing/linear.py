@@ -15,13 +15,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy import ndarray
 
-UNITS = 4096  # ranked at a time
+UNITS_AT_ONCE = 4096  # ranked at a time
 SPARSE_C = 0.1  # of k standardised units; 0.01 and 1 change the AUROC at k = 16 by < 0.02
 # of all units, so scaled that their squares add up to about 1; chosen on the fitted folds
 ALL_C = (1.0, 10.0, 100.0, 1000.0)
 
 
-class Outcome(NamedTuple):
+class FoldScore(NamedTuple):
     """How probes did on a fold that they were not fitted on."""
 
     accuracy: float
@@ -43,18 +43,18 @@ class Fold:
         self.x, self.test_x = scaler.fit_transform(x[~test]), scaler.transform(x[test])
         # one of the fitted folds chooses how strongly to regularise
         folds = sorted({*fold.tolist()} - {tested})
-        self.chooses = fold[~test] == folds[tested % len(folds)]
-        self.detection = auroc_of_units(self.x, self.target, self.classes)
+        self.validation = fold[~test] == folds[tested % len(folds)]
+        self.detection = measure_aurocs(self.x, self.target, self.classes)
 
-    def single(self) -> tuple[ndarray, ndarray]:
+    def score_best_units(self) -> tuple[ndarray, ndarray]:
         """The unit that tells each class best on the fitted folds, and its AUROC on the tested one
         (below 1/2 where it points the other way there), both [classes]."""
         unit = np.abs(self.detection - 0.5).argmax(1)
         sign = np.sign(self.detection[range(self.classes), unit] - 0.5)
         chosen = self.test_x[:, unit] * sign  # [pieces, classes]
-        return unit, auroc_of_units(chosen, self.test_target, self.classes).diagonal()
+        return unit, measure_aurocs(chosen, self.test_target, self.classes).diagonal()
 
-    def sparse(self, k: int) -> Outcome:
+    def fit_sparse(self, k: int) -> FoldScore:
         """Probes on k units of each class."""
         from sklearn.linear_model import LogisticRegression
 
@@ -63,13 +63,13 @@ class Fold:
         scores = []
         for number in numbers:
             units = np.argsort(-np.abs(self.detection[number] - 0.5), kind="stable")[:k]
-            with early_stopping():
+            with allow_early_stopping():
                 probe = LogisticRegression(C=SPARSE_C, max_iter=300)
                 probe.fit(self.x[:, units], self.target == number)
             scores.append(probe.decision_function(self.test_x[:, units]))
-        return outcome(np.stack(scores, 1), self.test_target)
+        return score_predictions(np.stack(scores, 1), self.test_target)
 
-    def all(self) -> Outcome:
+    def fit_all(self) -> FoldScore:
         """A probe on all units."""
         from sklearn.linear_model import LogisticRegression
         from sklearn.model_selection import GridSearchCV
@@ -84,15 +84,17 @@ class Fold:
         search = GridSearchCV(
             LogisticRegression(max_iter=300),
             {"C": ALL_C},
-            cv=[(np.flatnonzero(~self.chooses), np.flatnonzero(self.chooses))],
-            scoring=lambda probe, x, target: outcome(probe.decision_function(x), target).auroc,
+            cv=[(np.flatnonzero(~self.validation), np.flatnonzero(self.validation))],
+            scoring=lambda probe, x, target: (
+                score_predictions(probe.decision_function(x), target).auroc
+            ),
         )
-        with early_stopping():
+        with allow_early_stopping():
             search.fit(x * scale, self.target)
-        return outcome(search.decision_function(test_x * scale), self.test_target)
+        return score_predictions(search.decision_function(test_x * scale), self.test_target)
 
 
-def auroc_of_units(x: ndarray, target: ndarray, classes: int) -> ndarray:
+def measure_aurocs(x: ndarray, target: ndarray, classes: int) -> ndarray:
     """Probability that a piece of a class has more of a unit than one of another class has, ties
     counted half: [classes, units] from x [pieces, units]; NaN for a class without pieces."""
     from scipy.stats import rankdata
@@ -100,24 +102,24 @@ def auroc_of_units(x: ndarray, target: ndarray, classes: int) -> ndarray:
     members = np.eye(classes)[target].T  # [classes, pieces]
     inside = members.sum(1, keepdims=True)
     # ranks take many times the memory of what they are of
-    parts = [x[:, first : first + UNITS] for first in range(0, x.shape[1], UNITS)]
+    parts = [x[:, first : first + UNITS_AT_ONCE] for first in range(0, x.shape[1], UNITS_AT_ONCE)]
     ranks = np.concatenate([members @ rankdata(part, axis=0) for part in parts], axis=1)
     wins = ranks - inside * (inside + 1) / 2
     with np.errstate(invalid="ignore"):
         return wins / (inside * (len(target) - inside))
 
 
-def outcome(scores: ndarray, target: ndarray) -> Outcome:
+def score_predictions(scores: ndarray, target: ndarray) -> FoldScore:
     """Accuracy and AUROC of scores [pieces, classes]; those of class 1 will do where there are two
     classes."""
     if scores.ndim == 1 or scores.shape[1] == 1:
         scores = scores.reshape(-1, 1) * [-1, 1]
-    auroc = auroc_of_units(scores, target, scores.shape[1]).diagonal()
-    return Outcome(float((scores.argmax(1) == target).mean()), float(np.nanmean(auroc)))
+    auroc = measure_aurocs(scores, target, scores.shape[1]).diagonal()
+    return FoldScore(float((scores.argmax(1) == target).mean()), float(np.nanmean(auroc)))
 
 
 @contextmanager
-def early_stopping() -> Iterator[None]:
+def allow_early_stopping() -> Iterator[None]:
     """To stop a fit before it converges is one more way to regularise."""
     from sklearn.exceptions import ConvergenceWarning
 

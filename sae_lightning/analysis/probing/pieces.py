@@ -18,21 +18,21 @@ from sae_lightning.stream.packing import Packing
 from sae_lightning.stream.plays import find_plays
 
 FOLDS = 4
-RIVALS = 4  # plays whose two greatest speakers are told apart
+RIVAL_PLAYS = 4  # plays whose two greatest speakers are told apart
 HEADING = re.compile(r"\*\*([^*\n]+)\*\*\s*")
-DIRECTION = re.compile(r"_*\\?\[[^\]]*\]_*[ \t]*\n?|_[^_]+_[ \t]*\n?")
-NAMES = "Names of characters stand in the text and may give a class away."
-SPLITS = {
-    "genre": f"A probe is tested on plays that it was not fitted on. {NAMES}",
-    "play": f"A probe is tested on a part of each play that it was not fitted on. {NAMES}",
+STAGE_DIRECTION = re.compile(r"_*\\?\[[^\]]*\]_*[ \t]*\n?|_[^_]+_[ \t]*\n?")
+NAMES_NOTE = "Names of characters stand in the text and may give a class away."
+SPLIT_NOTES = {
+    "genre": f"A probe is tested on plays that it was not fitted on. {NAMES_NOTE}",
+    "play": f"A probe is tested on a part of each play that it was not fitted on. {NAMES_NOTE}",
     "speaker": (
         "A probe is tested on a part of each role that it was not fitted on. Two of the speakers "
         "are of one play: to know the play alone is to be right half of the time. Headings and "
         "stage directions are taken out; names of others stay in the speech."
     ),
 }
-ROWS = 20_000  # documents that are looked at
-CHARACTERS = 16  # for each token of a piece: more of a document is not tokenised
+MAX_DOCUMENTS = 20_000  # documents that are looked at
+MAX_CHARACTERS_PER_TOKEN = 16  # for each token of a piece: more of a document is not tokenised
 
 
 class Piece(NamedTuple):
@@ -50,26 +50,29 @@ def play_pieces(
     label: str, tokenizer: Any, packing: Packing, seed: int
 ) -> tuple[list[Piece], list[str]]:
     """All pieces of the packaged plays, and what to know about them."""
-    if label not in SPLITS:
+    if label not in SPLIT_NOTES:
         raise UserError(
-            f"label={label}: the packaged plays have {', '.join(SPLITS)}; for a column of a data "
-            "set add data=text data.path=..., or data=hub data.name=..."
+            f"label={label}: the packaged plays have {', '.join(SPLIT_NOTES)}; for a column of a "
+            "data set add data=text data.path=..., or data=hub data.name=..."
         )
     plays = read_plays()
-    texts = rivals(plays) if label == "speaker" else {play: plays[play][1] for play in plays}
+    texts = find_rivals(plays) if label == "speaker" else {play: plays[play][1] for play in plays}
     names = [genre for genre, _ in plays.values()] if label == "genre" else list(texts)
-    folds = deal(names, seed) if label == "genre" else None
+    folds = deal_folds(names, seed) if label == "genre" else None
     pieces = []
     for text, tokens in enumerate(encode(tokenizer, list(texts.values()), packing.separator)):
         starts = range(0, len(tokens) - packing.width, packing.width)
         for place, start in enumerate(starts):
-            fold = folds[text] if folds else block(place, len(starts))
+            fold = folds[text] if folds else pick_fold(place, len(starts))
             if fold is not None:
                 pieces.append(Piece(names[text], fold, tokens[start : start + packing.width]))
-    return pieces, [SPLITS[label], "The SAE may have been trained on these plays, without labels."]
+    return pieces, [
+        SPLIT_NOTES[label],
+        "The SAE may have been trained on these plays, without labels.",
+    ]
 
 
-def deal(names: list[str], seed: int) -> list[int]:
+def deal_folds(names: list[str], seed: int) -> list[int]:
     """A fold for each text: those of a class go to the folds in turn, in a random order."""
     folds, dealt = [0] * len(names), Counter()
     for i in np.random.default_rng(seed).permutation(len(names)):
@@ -78,7 +81,7 @@ def deal(names: list[str], seed: int) -> list[int]:
     return folds
 
 
-def block(place: int, places: int) -> int | None:
+def pick_fold(place: int, places: int) -> int | None:
     """The fold of one of a text's windows; None for the first of a block: the gap before it.
 
     | 0 . . . |gap| 1 . . . |gap| 2 . . . |gap| 3 . . . |
@@ -93,25 +96,25 @@ def read_plays() -> dict[str, tuple[str, str]]:
     return {file.stem: (file.parent.name, file.read_text("utf-8")) for file in find_plays()}
 
 
-def speeches(text: str) -> dict[str, str]:
+def extract_speeches(text: str) -> dict[str, str]:
     """Speaker -> all that they say in a play, without headings and stage directions."""
     said: dict[str, list[str]] = {}
     for paragraph in re.split(r"\n[ \t]*\n", text):
         if heading := HEADING.match(paragraph):
-            words = DIRECTION.sub("", paragraph[heading.end() :]).strip()
+            words = STAGE_DIRECTION.sub("", paragraph[heading.end() :]).strip()
             said.setdefault(heading[1].strip(), []).append(words)
     return {speaker: "\n\n".join(filter(None, parts)) for speaker, parts in said.items()}
 
 
-def rivals(plays: dict[str, tuple[str, str]]) -> dict[str, str]:
-    """`SPEAKER (play)` -> speech of the two who say most, in the RIVALS plays where the second of
-    them says most."""
+def find_rivals(plays: dict[str, tuple[str, str]]) -> dict[str, str]:
+    """`SPEAKER (play)` -> speech of a play's two greatest speakers, in the RIVAL_PLAYS plays whose
+    second speaker says most."""
     pairs = {}
     for play, (_, text) in plays.items():
-        ranked = sorted(speeches(text).items(), key=lambda said: -len(said[1]))
+        ranked = sorted(extract_speeches(text).items(), key=lambda said: -len(said[1]))
         if len(ranked) > 1:
             pairs[play] = ranked[:2]
-    most = sorted(pairs, key=lambda play: -len(pairs[play][1][1]))[:RIVALS]
+    most = sorted(pairs, key=lambda play: -len(pairs[play][1][1]))[:RIVAL_PLAYS]
     return {f"{name} ({play})": words for play in most for name, words in pairs[play]}
 
 
@@ -123,14 +126,14 @@ def document_pieces(
     where = f"data.name={config.name}" if hub else f"data.path={config.path}"
     try:
         data = _open_hub(config) if hub else load_documents(config)
-        texts = dict(_rows(data, config, label, where, seed))  # each text once
+        texts = dict(_read_rows(data, config, label, where, seed))  # each text once
     except UserError:
         raise
     except Exception as error:  # the network, or a broken file: any of a dozen libraries'
         without = f"; without a network use {OFFLINE_PRESETS}" if hub else ""
         raise UserError(f"{where}: cannot be read ({first_line(error)}){without}") from error
     names = list(texts.values())
-    pieces = [*map(Piece, names, deal(names, seed), texts)]
+    pieces = [*map(Piece, names, deal_folds(names, seed), texts)]
     return pieces, [
         "A probe is tested on documents that it was not fitted on; a piece is the first "
         f"{config.context - 1} tokens of a document, or all of a shorter one."
@@ -143,10 +146,11 @@ def _open_hub(config: HubConfig) -> Any:
     return load_dataset(config.name, config.subset, split=config.split, streaming=config.streaming)
 
 
-def _rows(
+def _read_rows(
     data: Any, config: HubConfig | LocalConfig, label: str, where: str, seed: int
 ) -> Iterator[tuple[str, str]]:
-    """Text and class of at most ROWS documents: random ones, of a streamed data set the first."""
+    """Text and class of at most MAX_DOCUMENTS documents: random ones, or the first of a streamed
+    data set."""
     columns = list(next(iter(data), {}))
     for setting, column in {"data.column": config.column, "label": label}.items():
         if column not in columns:
@@ -154,26 +158,26 @@ def _rows(
             raise UserError(
                 f"{setting}={column}: {where} has no such column; it has "
                 f"{', '.join(columns) or 'no document'}"
-                f"{plays if setting == 'label' and label in SPLITS else ''}"
+                f"{plays if setting == 'label' and label in SPLIT_NOTES else ''}"
             )
     if label == config.column:
         raise UserError(f"label={label}: that is the column of the text; give one with classes")
     names = getattr((data.features or {}).get(label), "names", None)  # of a ClassLabel
     if hasattr(data, "__len__"):
         order = np.random.default_rng(seed).permutation(len(data))
-        data = data.select(np.sort(order[:ROWS]))
-    for row in islice(data, ROWS):
+        data = data.select(np.sort(order[:MAX_DOCUMENTS]))
+    for row in islice(data, MAX_DOCUMENTS):
         text, value = row[config.column], row[label]
         if not isinstance(text, str | None):
             raise UserError(
                 f"data.column={config.column}: {where} holds {type(text).__name__} there, not text"
             )
-        name = _class(value, names, f"label={label}: {where}")
+        name = _read_class(value, names, f"label={label}: {where}")
         if name and text and text.strip():
-            yield text[: CHARACTERS * config.context], name
+            yield text[: MAX_CHARACTERS_PER_TOKEN * config.context], name
 
 
-def _class(value: Any, names: list[str] | None, where: str) -> str | None:
+def _read_class(value: Any, names: list[str] | None, where: str) -> str | None:
     """The name of a label; None where there is none."""
     if value is None or value != value:  # NaN stands for a missing value in tables
         return None

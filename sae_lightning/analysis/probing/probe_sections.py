@@ -4,35 +4,42 @@ import html
 from statistics import mean, stdev
 from typing import TYPE_CHECKING
 
-from sae_lightning.analysis.probing.probes import FEATURES, NEURONS, RANDOM, Match, Probes, Score
+from sae_lightning.analysis.probing.probes import (
+    FEATURES,
+    NEURONS,
+    RANDOM,
+    BestUnit,
+    Probes,
+    ProbeScore,
+)
 from sae_lightning.report.figures import GREY, make_figure
 from sae_lightning.report.section import ResultTable, Section
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-KINDS = (FEATURES, NEURONS, RANDOM)
+UNIT_KINDS = (FEATURES, NEURONS, RANDOM)
 MEASURES = {"AUROC": "auroc", "accuracy": "accuracy"}
 
 
-def sections(probes: Probes) -> list[Section]:
+def make_probe_sections(probes: Probes) -> list[Section]:
     """How well k units tell the classes, and which unit tells which class."""
-    return [_comparison(probes), _units(probes)]
+    return [_make_comparison_section(probes), _make_units_section(probes)]
 
 
-def _comparison(probes: Probes) -> Section:
+def _make_comparison_section(probes: Probes) -> Section:
     sizes = list(dict.fromkeys(score.k for score in probes.scores))
-    few, most = sizes[0], probes.score(NEURONS, None)
-    features, neurons = probes.score(FEATURES, few), probes.score(NEURONS, few)
+    few, most = sizes[0], probes.find_score(NEURONS, None)
+    features, neurons = probes.find_score(FEATURES, few), probes.find_score(NEURONS, few)
     return Section(
         title=f"Probes for {probes.label}",
         lead=(
-            f"Told from {_units_of(few)} of each class, {probes.label} has a held-out AUROC of "
+            f"Told from {_name_units(few)} of each class, {probes.label} has a held-out AUROC of "
             f"{features.auroc:.2f} with features and {neurons.auroc:.2f} with neurons: "
-            f"{verdict(features, neurons)}. (Random directions, as many as there are features: "
-            f"{probes.score(RANDOM, few).auroc:.2f}; chance: 0.50.) All features together reach "
-            f"{probes.score(FEATURES, None).auroc:.2f}, the dense activation (all neurons) "
-            f"{most.auroc:.2f}."
+            f"{name_winner(features, neurons)}. (As many random directions as features: "
+            f"{probes.find_score(RANDOM, few).auroc:.2f}; chance: 0.50.) All features together "
+            f"reach {probes.find_score(FEATURES, None).auroc:.2f}, the dense activation (all "
+            f"neurons) {most.auroc:.2f}."
         ),
         rows={
             "pieces of text": f"{sum(probes.pieces):,} of up to {probes.context} tokens",
@@ -44,13 +51,16 @@ def _comparison(probes: Probes) -> Section:
         table=ResultTable(
             ["", *(f"k = {k}" if k else "all" for k in sizes)],
             [
-                [f"{units}: {name}", *(_cell(probes.score(units, k), measure) for k in sizes)]
+                [
+                    f"{units}: {name}",
+                    *(_format_cell(probes.find_score(units, k), measure) for k in sizes),
+                ]
                 for name, measure in MEASURES.items()
-                for units in KINDS
+                for units in UNIT_KINDS
             ],
         ),
         figures={
-            f"Held-out {name} of probes for {html.escape(probes.label)}": _figure(
+            f"Held-out {name} of probes for {html.escape(probes.label)}": _draw_scores(
                 probes, sizes, name, measure
             )
             for name, measure in MEASURES.items()
@@ -58,7 +68,7 @@ def _comparison(probes: Probes) -> Section:
     )
 
 
-def verdict(features: Score, neurons: Score) -> str:
+def name_winner(features: ProbeScore, neurons: ProbeScore) -> str:
     """Which is better, and whether the folds agree on it."""
     gaps = [a.auroc - b.auroc for a, b in zip(features.folds, neurons.folds, strict=True)]
     if abs(mean(gaps)) < 0.005:
@@ -68,32 +78,32 @@ def verdict(features: Score, neurons: Score) -> str:
     return f"{ahead} are ahead by {abs(mean(gaps)):.2f}, in {agree} of {len(gaps)} folds"
 
 
-def _units_of(k: int | None) -> str:
+def _name_units(k: int | None) -> str:
     return {None: "all units", 1: "the single best unit"}.get(k, f"the {k} best units")
 
 
-def _spread(values: list[float]) -> float:
+def _standard_error(values: list[float]) -> float:
     """Standard error of their mean."""
     return stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
 
 
-def _cell(score: Score | None, measure: str) -> str:
+def _format_cell(score: ProbeScore | None, measure: str) -> str:
     if score is None:
         return ""
     values = [getattr(fold, measure) for fold in score.folds]
-    return f"{mean(values):.3f} ± {_spread(values):.3f}"
+    return f"{mean(values):.3f} ± {_standard_error(values):.3f}"
 
 
-def _figure(probes: Probes, sizes: list[int | None], name: str, measure: str) -> "Figure":
+def _draw_scores(probes: Probes, sizes: list[int | None], name: str, measure: str) -> "Figure":
     drawn = make_figure("units for each class", f"held-out {name}").update_xaxes(type="category")
-    for units in KINDS:
-        scores = [score for k in sizes if (score := probes.score(units, k))]
+    for units in UNIT_KINDS:
+        scores = [score for k in sizes if (score := probes.find_score(units, k))]
         values = [[getattr(fold, measure) for fold in score.folds] for score in scores]
         drawn.add_scatter(
             name=units,
             x=[str(score.k or "all") for score in scores],
             y=[*map(mean, values)],
-            error_y={"array": [*map(_spread, values)]},
+            error_y={"array": [*map(_standard_error, values)]},
             mode="lines+markers",
         )
     chance = 0.5 if measure == "auroc" else probes.majority
@@ -106,7 +116,7 @@ def _figure(probes: Probes, sizes: list[int | None], name: str, measure: str) ->
     )
 
 
-def _units(probes: Probes) -> Section:
+def _make_units_section(probes: Probes) -> Section:
     found = list(zip(probes.classes, probes.pieces, *probes.matches.values(), strict=True))
     found.sort(key=lambda row: -row[2].auroc)
     name, _, best, _ = found[0]
@@ -123,12 +133,12 @@ def _units(probes: Probes) -> Section:
         table=ResultTable(
             [probes.label, "pieces", *header],
             [
-                [name, str(pieces), *_entries(feature), *_entries(neuron)]
+                [name, str(pieces), *_format_unit(feature), *_format_unit(neuron)]
                 for name, pieces, feature, neuron in found
             ],
         ),
     )
 
 
-def _entries(match: Match) -> list[str]:
+def _format_unit(match: BestUnit) -> list[str]:
     return [str(match.unit), str(match.folds), f"{match.auroc:.3f}"]

@@ -4,7 +4,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from sae_lightning.analysis.probing.labelled import labelled
-from sae_lightning.analysis.probing.probe_sections import sections
+from sae_lightning.analysis.probing.probe_sections import make_probe_sections
 from sae_lightning.analysis.probing.probes import Probes, probe
 from sae_lightning.analysis.subject import Subject
 from sae_lightning.analysis.task import Task, check_at_least
@@ -28,11 +28,11 @@ class ProbeTask(Task):
 
     def execute(self, given: Collection[str]) -> None:
         subject = self.load_subject(given)
-        result = probed(subject, self.label, self.tokens)
-        self.print_and_publish(subject, result.scalars(), sections(result))
+        result = run_probes(subject, self.label, self.tokens)
+        self.print_and_publish(subject, result.scalars(), make_probe_sections(result))
 
 
-def probed(subject: Subject, label: str, tokens: int) -> Probes:
+def run_probes(subject: Subject, label: str, tokens: int) -> Probes:
     """Probes on `tokens` tokens of the text that the SAE was trained on, for its `label`."""
     config = subject.config
     text = labelled(config.data, label, subject.tokenizer, tokens=tokens, seed=config.seed)

@@ -19,21 +19,21 @@ from torch import Tensor
 
 from sae_lightning.analysis.collect import EncodedBatch, collect
 from sae_lightning.analysis.probing.labelled import Labelled
-from sae_lightning.analysis.probing.linear import Fold, Outcome
+from sae_lightning.analysis.probing.linear import Fold, FoldScore
 from sae_lightning.analysis.subject import Subject
 from sae_lightning.terminal import phase
 
 FEATURES, NEURONS, RANDOM = "features", "neurons", "random directions"
 
 
-class Score(NamedTuple):
+class ProbeScore(NamedTuple):
     """Probes on k units of one kind, each fold tested by probes that were not fitted on it."""
 
     units: str
     """features, neurons or random directions"""
     k: int | None
     """Units for each class; None for all."""
-    folds: list[Outcome]
+    folds: list[FoldScore]
 
     @property
     def accuracy(self) -> float:
@@ -46,7 +46,7 @@ class Score(NamedTuple):
         return fmean(fold.auroc for fold in self.folds)
 
 
-class Match(NamedTuple):
+class BestUnit(NamedTuple):
     """The single unit that tells a class from all others."""
 
     unit: int
@@ -67,9 +67,9 @@ class Probes(NamedTuple):
     context: int
     """Tokens of a piece, BOS included."""
     notes: list[str]
-    scores: list[Score]
+    scores: list[ProbeScore]
     """Of each kind of units and each k."""
-    matches: dict[str, list[Match]]
+    matches: dict[str, list[BestUnit]]
     """Of features and of neurons: one for each class."""
 
     @property
@@ -77,7 +77,7 @@ class Probes(NamedTuple):
         """Accuracy of always saying the most frequent class."""
         return max(self.pieces) / sum(self.pieces)
 
-    def score(self, units: str, k: int | None) -> Score | None:
+    def find_score(self, units: str, k: int | None) -> ProbeScore | None:
         return next((s for s in self.scores if (s.units, s.k) == (units, k)), None)
 
     def scalars(self) -> dict[str, Any]:
@@ -96,7 +96,7 @@ class Probes(NamedTuple):
         }
 
 
-class Pooled:
+class PieceMeans:
     """Means over the tokens of each piece of text; grows by one row a piece."""
 
     def __init__(self) -> None:
@@ -118,13 +118,13 @@ def probe(
     subject: Subject, labelled: Labelled, *, k: tuple[int, ...] = (1, 2, 5, 16), batch: int = 16
 ) -> Probes:
     """Read the labelled text, `batch` pieces at a time, and fit probes on k units and on all."""
-    pooled, total = Pooled(), len(labelled.tokens)
+    pooled, total = PieceMeans(), len(labelled.tokens)
     text = labelled.batches(batch)
     collect(subject, text, [pooled], total=total, what="reading labelled text")
-    return compare(pooled.result(), labelled, k=k)
+    return fit_probes(pooled.result(), labelled, k=k)
 
 
-def compare(
+def fit_probes(
     pooled: dict[str, Tensor], labelled: Labelled, *, k: tuple[int, ...] = (1, 2, 5, 16)
 ) -> Probes:
     """Probes on `features` and `neurons`, each [pieces, units]."""
@@ -141,8 +141,8 @@ def compare(
             sizes: list[int | None] = [size for size in k if size < x.shape[1]]
             if units != RANDOM:  # all of those are all neurons again
                 sizes.append(None)
-            outcomes, found = _tested(x, labelled, sizes)
-            scores += [Score(units, *each) for each in outcomes.items()]
+            outcomes, found = _fit_folds(x, labelled, sizes)
+            scores += [ProbeScore(units, *each) for each in outcomes.items()]
             if units != RANDOM:
                 matches[units] = found
             advance(1)
@@ -157,18 +157,18 @@ def compare(
     )
 
 
-def _tested(
+def _fit_folds(
     x: ndarray, labelled: Labelled, sizes: list[int | None]
-) -> tuple[dict[int | None, list[Outcome]], list[Match]]:
+) -> tuple[dict[int | None, list[FoldScore]], list[BestUnit]]:
     """k (None: all) -> the outcome of each fold; and the best single unit of each class."""
     target, folds = labelled.target.numpy(), labelled.fold.numpy()
     outcomes, singles = {size: [] for size in sizes}, []
     for tested in np.unique(folds).tolist():
         fold = Fold(x, target, folds, tested)
-        singles.append(fold.single())
+        singles.append(fold.score_best_units())
         for size in sizes:
-            outcomes[size].append(fold.all() if size is None else fold.sparse(size))
+            outcomes[size].append(fold.fit_all() if size is None else fold.fit_sparse(size))
     units, aurocs = map(np.stack, zip(*singles, strict=True))  # [folds, classes]
     best = [Counter(chosen).most_common(1)[0] for chosen in units.T.tolist()]
     means = np.nanmean(aurocs, 0).tolist()
-    return outcomes, [Match(*each, mean) for each, mean in zip(best, means, strict=True)]
+    return outcomes, [BestUnit(*each, mean) for each, mean in zip(best, means, strict=True)]

@@ -1,6 +1,6 @@
 """The claims of the theory behind SAEs, each measured on an SAE and the text that it reads.
 
-    one pass over text -> TheoryReducers -> theory() -> Theory -> sections.sections()
+    one pass over text -> TheoryReducers -> theory() -> Theory -> make_theory_sections()
 
 Shapes: d = width of the site, d_in of the source; fired = features that fired on the text.
 """
@@ -17,15 +17,15 @@ from sae_lightning.analysis.theory.dense import compare_dense
 from sae_lightning.analysis.theory.detection import FeatureCounts, NeuronCounts
 from sae_lightning.analysis.theory.moments import Moments
 from sae_lightning.analysis.theory.one_concept import compare_units, detect_concepts
-from sae_lightning.analysis.theory.overlap import Cosines, overlap
-from sae_lightning.analysis.theory.token_concepts import CONCEPTS, members
+from sae_lightning.analysis.theory.overlap import Cosines, measure_overlap
+from sae_lightning.analysis.theory.token_concepts import CONCEPTS, tag_tokens
 from sae_lightning.llm.vocabulary import find_special_ids, read_vocabulary
 from sae_lightning.sae.matrix import SparseMatrix
 from sae_lightning.sae.sparse import Pattern
 from sae_lightning.terminal import phase
 
-SAMPLE = 2048  # tokens on which dense autoencoders are run
-PART = 16_384  # features whose weights are copied at a time: bounds memory
+DENSE_TOKENS = 2048  # tokens on which dense autoencoders are run
+FEATURES_AT_ONCE = 16_384  # features whose weights are copied at a time: bounds memory
 
 
 class Theory(NamedTuple):
@@ -62,7 +62,7 @@ class TheoryReducers:
         self.neuron = NeuronCounts(len(CONCEPTS))
         self.active = torch.zeros(subject.features + 1, dtype=torch.int64)
         self.residual = 0.0
-        self.sample = torch.empty(0)  # [at most SAMPLE, d]
+        self.sample = torch.empty(0)  # [at most DENSE_TOKENS, d]
 
     @torch.no_grad()
     def add(self, batch: EncodedBatch) -> None:
@@ -75,11 +75,11 @@ class TheoryReducers:
         self.source.add(x)
         if not self.is_autoencoder:
             self.target.add(y)
-        if len(self.sample) < SAMPLE:
-            self.sample = torch.cat([self.sample, y[: SAMPLE - len(self.sample)].cpu()])
+        if len(self.sample) < DENSE_TOKENS:
+            self.sample = torch.cat([self.sample, y[: DENSE_TOKENS - len(self.sample)].cpu()])
         self._reconstruct(x, y, features, units)
         ids = batch.tokens.tolist()
-        member = torch.stack([members([self.words[i] for i in row]) for row in ids])
+        member = torch.stack([tag_tokens([self.words[i] for i in row]) for row in ids])
         member = member.to(keep.device)[keep]
         half = (batch.ids.to(keep.device) % 2)[:, None].expand_as(keep)[keep]
         self.feature.add(features, member, half, units)
@@ -111,7 +111,7 @@ def theory(subject: Subject, reducers: TheoryReducers) -> Theory:
             "detection": compare_units(detect_concepts(counts, reducers.neuron.result())),
         }
         del counts, reducers.feature  # gigabytes, where there are very many features
-        variances, directions = reducers.target.principal()
+        variances, directions = reducers.target.find_principal_directions()
         if reducers.is_autoencoder:
             l0, error = density.sum().item(), reducers.residual / tokens
             numbers["dense"] = compare_dense(variances, reducers.sample, l0, error)
@@ -143,28 +143,30 @@ def _measure_weights(
     began, with encoder = decoder transposed."""
     weights = {name: value.cpu() for name, value in subject.sae.weights().items()}
     encoder, decoder, b_enc = weights["W_enc"].T[fired], weights["W_dec"][fired], weights["b_enc"]
-    margin = _margins(weights, reducers.source)[fired]
-    result.numbers["biases"] = spread(margin.float()) | {
+    margin = _measure_margins(weights, reducers.source)[fired]
+    result.numbers["biases"] = summarise_distribution(margin.float()) | {
         "negative": (margin < 0).float().mean().item(),
         "raw_negative": (b_enc[fired] < 0).float().mean().item(),
         # active features per token if pre-activations were normally distributed
         "l0_if_normal": torch.special.ndtr(margin).sum().item(),
     }
-    cosines = overlap(decoder, data)
-    result.numbers["overlap"] = {name: each.numbers() for name, each in cosines.items()}
+    cosines = measure_overlap(decoder, data)
+    result.numbers["overlap"] = {name: each.scalars() for name, each in cosines.items()}
     result.numbers["overlap"]["rows"] = len(cosines["decoder"].nearest)
     agreement = None
     if reducers.is_autoencoder:
-        parts = zip(encoder.split(PART), decoder.split(PART), strict=True)
+        parts = zip(encoder.split(FEATURES_AT_ONCE), decoder.split(FEATURES_AT_ONCE), strict=True)
         agreement = torch.cat(
             [(normalize(a, dim=1) * normalize(b, dim=1)).sum(dim=1) for a, b in parts]
         )
-        result.numbers["agreement"] = spread(agreement) | {"chance": decoder.shape[1] ** -0.5}
+        result.numbers["agreement"] = summarise_distribution(agreement) | {
+            "chance": decoder.shape[1] ** -0.5
+        }
     competes = subject.sae.architecture == "topk"
     return result._replace(margin=margin, competes=competes, overlap=cosines, agreement=agreement)
 
 
-def _margins(weights: dict[str, Tensor], source: Moments) -> Tensor:
+def _measure_margins(weights: dict[str, Tensor], source: Moments) -> Tensor:
     """How far each feature [features] is above its threshold at the mean activation, in standard
     deviations of its pre-activation: (mean . W_enc[:, i] + b_enc[i] - threshold) / deviation.
 
@@ -172,14 +174,14 @@ def _margins(weights: dict[str, Tensor], source: Moments) -> Tensor:
     """
     W_enc, b_enc = weights["W_enc"], weights["b_enc"].double()
     threshold = weights.get("threshold", torch.zeros(()))
-    parts, covariance = W_enc.split(PART, dim=1), source.covariance
+    parts, covariance = W_enc.split(FEATURES_AT_ONCE, dim=1), source.covariance
     squares = [(part * (covariance @ part)).sum(dim=0) for part in map(Tensor.double, parts)]
     deviation = torch.cat(squares).clamp(min=0).sqrt()
     means = torch.cat([source.mean @ part.double() for part in parts])
     return (means + b_enc - threshold) / deviation
 
 
-def spread(values: Tensor) -> dict[str, float]:
+def summarise_distribution(values: Tensor) -> dict[str, float]:
     """Mean, median, and the range in which nine of ten values [n] lie."""
     low, median, high = values.quantile(torch.tensor([0.05, 0.5, 0.95])).tolist()
     return {"mean": values.mean().item(), "low": low, "median": median, "high": high}

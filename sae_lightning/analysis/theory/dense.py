@@ -24,7 +24,7 @@ def compare_dense(variances: Tensor, sample: Tensor, l0: float, error: float) ->
 
     `variances` [d] are those along principal directions; networks are run on `sample` [n, d].
     """
-    d, curve = len(variances), _explained(variances)
+    d, curve = len(variances), _compute_curve(variances)
     explained = 1 - error / variances.sum().item()
     whole = min(int(l0), d - 1)
     low, high = curve[whole : whole + 2].tolist()
@@ -39,24 +39,25 @@ def compare_dense(variances: Tensor, sample: Tensor, l0: float, error: float) ->
         "at_l0": at_l0,  # explained variance with as many dense features as the SAE's L0
         "worth": float(min(worth, d)),  # dense features that explain as much as the SAE
         "checks": [
-            _run(sample, size) for size in dict.fromkeys(max(1, n) for n in (d // 2, d - 1, d))
+            _run_dense(sample, size)
+            for size in dict.fromkeys(max(1, n) for n in (d // 2, d - 1, d))
         ],
         "curve": [round(value, 6) for value in curve.tolist()],  # with 0 ... d features
     }
 
 
-def _explained(variances: Tensor) -> Tensor:
+def _compute_curve(variances: Tensor) -> Tensor:
     """[d + 1] explained variance of the best F-dimensional affine subspace, F = 0 ... d; NaN where
     nothing varies."""
     return torch.cat([torch.zeros(1).double(), variances.cumsum(0)]) / variances.sum()
 
 
-def _run(x: Tensor, features: int) -> dict[str, float]:
+def _run_dense(x: Tensor, features: int) -> dict[str, float]:
     """The bound, and what the best ReLU autoencoder explains on the tokens [n, d] it is made for:
     it projects them on the first principal directions through their mean."""
     moments = Moments()
     moments.add(x)
-    variances, directions = moments.principal()
+    variances, directions = moments.find_principal_directions()
     x, mean, directions = x.double(), moments.mean, directions[:features]
     lift = 1 - ((x - mean) @ directions.T).amin(dim=0)  # every feature is at least 1 on every token
     sae = build(DenseConfig(name="dense", features=features), len(mean), len(mean)).double()
@@ -71,6 +72,6 @@ def _run(x: Tensor, features: int) -> dict[str, float]:
     residual = x - sae.requires_grad_(False)(x).reconstruction
     return {
         "features": features,
-        "expected": _explained(variances)[features].item(),
+        "expected": _compute_curve(variances)[features].item(),
         "measured": 1 - (residual.square().sum() / (variances.sum() * len(x))).item(),
     }

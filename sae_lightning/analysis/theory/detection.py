@@ -15,11 +15,11 @@ from torch import Tensor
 
 from sae_lightning.report.catalogue import EDGES
 
-ENTRIES = 1 << 20  # strengths sorted into bins at a time: bounds memory
-QUANTILES = 1 << 23  # numbers that torch.quantile takes at once; it refuses twice as many
+STRENGTHS_AT_ONCE = 1 << 20  # strengths sorted into bins at a time: bounds memory
+MAX_QUANTILE_VALUES = 1 << 23  # numbers that torch.quantile takes at once; it refuses twice as many
 # Ranks at which neurons' values are cut: ever finer towards both ends, where rare concepts are.
 _TAIL = 0.5 * 2.0 ** -torch.arange(0, 10.25, 0.25)
-RANKS = torch.cat([_TAIL.flip(0), 1 - _TAIL[1:]])
+QUANTILE_LEVELS = torch.cat([_TAIL.flip(0), 1 - _TAIL[1:]])
 
 
 class Detector(NamedTuple):
@@ -42,7 +42,7 @@ class Detector(NamedTuple):
     is none; 0.5 is chance."""
 
 
-class Counts(NamedTuple):
+class StrengthCounts(NamedTuple):
     """How strong each unit is on the tokens of each concept, in two halves of the text."""
 
     counts: Tensor
@@ -57,7 +57,7 @@ class Counts(NamedTuple):
         """[2, concepts + 1] in each half."""
         return self.counts[:, :, 0].sum(dim=-1)
 
-    def scores(self, half: int, concept: int, units: Tensor) -> tuple[Tensor, ...]:
+    def score_thresholds(self, half: int, concept: int, units: Tensor) -> tuple[Tensor, ...]:
         """F1, precision and recall [sides, units, bins - 1] of saying yes above each threshold,
         and AUROC [sides, units]; the second side, of signed units, is below the threshold."""
         of, all_ = (self.counts[half, c, units].double() for c in (concept, -1))
@@ -88,24 +88,24 @@ class FeatureCounts:
     def add(self, strengths: Tensor, member: Tensor, half: Tensor, numbers: Tensor) -> None:
         """Add tokens: [n, some] of the features with these `numbers` [some], bool [n, concepts],
         and 0 or 1 [n]."""
-        _increment(self.tokens, _groups(member, half)[1])
+        _increment(self.tokens, _pair_with_concepts(member, half)[1])
         numbers = numbers.to(strengths.device)
         features, bins = self.counts.shape[2:]
         fires = strengths.nonzero(as_tuple=True)
-        for tokens, units in zip(*(each.split(ENTRIES) for each in fires), strict=True):
+        for tokens, units in zip(*(each.split(STRENGTHS_AT_ONCE) for each in fires), strict=True):
             # what is weaker than all edges is in the first bin of those that fire
             level = torch.bucketize(strengths[tokens, units], self.edges, right=True).clamp(min=1)
-            entry, group = _groups(member[tokens], half[tokens])
+            entry, group = _pair_with_concepts(member[tokens], half[tokens])
             _increment(
                 self.counts, (group * features + numbers[units[entry]]) * bins + level[entry]
             )
 
-    def result(self) -> Counts:
+    def result(self) -> StrengthCounts:
         """Of all tokens added so far, on the CPU."""
         counts = self.counts.cpu()
         counts[..., 0] = self.tokens.cpu()[..., None] - counts[..., 1:].sum(dim=-1)
         thresholds = torch.cat([torch.zeros(1), EDGES[1:]]).expand(counts.shape[2], -1)
-        return Counts(counts, thresholds, signed=False)
+        return StrengthCounts(counts, thresholds, signed=False)
 
 
 class NeuronCounts:
@@ -118,23 +118,23 @@ class NeuronCounts:
     def add(self, x: Tensor, member: Tensor, half: Tensor) -> None:
         """Add tokens: [n, d], bool [n, concepts], and 0 or 1 [n]."""
         if self.edges is None:
-            first = x[: max(1, QUANTILES // x.shape[1])]
-            self.edges = torch.quantile(first, RANKS.to(x), dim=0).T.contiguous()
-            shape = 2, self.concepts + 1, x.shape[1], len(RANKS) + 1
+            first = x[: max(1, MAX_QUANTILE_VALUES // x.shape[1])]
+            self.edges = torch.quantile(first, QUANTILE_LEVELS.to(x), dim=0).T.contiguous()
+            shape = 2, self.concepts + 1, x.shape[1], len(QUANTILE_LEVELS) + 1
             self.counts = torch.zeros(shape, dtype=torch.int32, device=x.device)
         d, bins = self.counts.shape[2:]
-        units, at_once = torch.arange(d, device=x.device), max(1, ENTRIES // d)
+        units, at_once = torch.arange(d, device=x.device), max(1, STRENGTHS_AT_ONCE // d)
         for values, *of in zip(*(each.split(at_once) for each in (x, member, half)), strict=True):
             level = torch.searchsorted(self.edges, values.T.contiguous(), right=True).T  # [n, d]
-            token, group = _groups(*of)
+            token, group = _pair_with_concepts(*of)
             _increment(self.counts, (group[:, None] * d + units) * bins + level[token])
 
-    def result(self) -> Counts:
+    def result(self) -> StrengthCounts:
         """Of all tokens added so far, on the CPU."""
-        return Counts(self.counts.cpu(), self.edges.cpu(), signed=True)
+        return StrengthCounts(self.counts.cpu(), self.edges.cpu(), signed=True)
 
 
-def _groups(member: Tensor, half: Tensor) -> tuple[Tensor, Tensor]:
+def _pair_with_concepts(member: Tensor, half: Tensor) -> tuple[Tensor, Tensor]:
     """Which token belongs to which concept in which half, as pairs of the token and the place in
     counts[half, concept]; every token belongs to the last concept."""
     member = torch.cat([member, torch.ones_like(member[:, :1])], dim=1)
@@ -148,15 +148,15 @@ def _increment(counts: Tensor, places: Tensor) -> None:
     counts.view(-1).index_add_(0, places, torch.ones_like(places, dtype=torch.int32))
 
 
-def detect(counts: Counts, concept: int, units: Tensor | None = None) -> Detector:
+def find_detector(counts: StrengthCounts, concept: int, units: Tensor | None = None) -> Detector:
     """The unit and threshold with the best F1 on the first half, and the unit with the best AUROC,
     scored on the second; `units` [some] are those to choose from, or all."""
     units = torch.arange(counts.counts.shape[2]) if units is None else units
-    chosen_f1, _, _, aurocs = counts.scores(0, concept, units)
+    chosen_f1, _, _, aurocs = counts.score_thresholds(0, concept, units)
     side, row, level = (int(i) for i in torch.unravel_index(chosen_f1.argmax(), chosen_f1.shape))
     ranking_side, ranker = (int(i) for i in torch.unravel_index(aurocs.argmax(), aurocs.shape))
     best = units[[row, ranker]]
-    f1, precision, recall, auroc = counts.scores(1, concept, best)
+    f1, precision, recall, auroc = counts.score_thresholds(1, concept, best)
     return Detector(
         unit=int(best[0]),
         below=side == 1,

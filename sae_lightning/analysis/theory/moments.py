@@ -40,7 +40,7 @@ class Moments:
         mean = self.sum / self.tokens
         return (self.products / self.tokens - mean.outer(mean)).cpu()
 
-    def principal(self) -> tuple[Tensor, Tensor]:
+    def find_principal_directions(self) -> tuple[Tensor, Tensor]:
         """Variances [d] and directions [d, d] (rows), the largest first."""
         variances, columns = torch.linalg.eigh(self.covariance)
         return variances.flip(0).clamp(min=0), columns.T.flip(0)

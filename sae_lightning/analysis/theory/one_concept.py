@@ -1,6 +1,6 @@
 """The claim that one feature stands for one concept.
 
-Counts of features and neurons -> detect_concepts() -> compare_units() -> section()
+StrengthCounts -> detect_concepts() -> compare_units() -> make_concept_section()
 """
 
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Generator
 
-from sae_lightning.analysis.theory.detection import Counts, Detector, detect
+from sae_lightning.analysis.theory.detection import Detector, StrengthCounts, find_detector
 from sae_lightning.analysis.theory.token_concepts import CONCEPTS
 from sae_lightning.report.figures import COLOURS, GREY, make_figure
 from sae_lightning.report.section import ResultTable, Section
@@ -16,10 +16,10 @@ from sae_lightning.report.section import ResultTable, Section
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-OCCURRENCES = 20  # tokens of a concept in each half, from where on a score means something
+MIN_OCCURRENCES = 20  # tokens of a concept in each half, from where on a score means something
 
 
-class Detected(NamedTuple):
+class ConceptDetectors(NamedTuple):
     """A concept, and the single units that stand for it best."""
 
     concept: str
@@ -32,25 +32,25 @@ class Detected(NamedTuple):
     """Of as many random features as there are directions of neurons."""
 
 
-def detect_concepts(features: Counts, neurons: Counts) -> list[Detected]:
+def detect_concepts(features: StrengthCounts, neurons: StrengthCounts) -> list[ConceptDetectors]:
     """Every concept that is there often enough, from the most frequent."""
     tokens, units, d = features.tokens, features.counts.shape[2], neurons.counts.shape[2]
     few = torch.randperm(units, generator=Generator().manual_seed(0))[: 2 * d]
     detected = [
-        Detected(
+        ConceptDetectors(
             concept=name,
             share=(tokens[1, i] / tokens[1, -1]).item(),
-            feature=detect(features, i),
-            neuron=detect(neurons, i),
-            few=detect(features, i, few),
+            feature=find_detector(features, i),
+            neuron=find_detector(neurons, i),
+            few=find_detector(features, i, few),
         )
         for i, name in enumerate(CONCEPTS)
-        if tokens[:, i].min() >= OCCURRENCES
+        if tokens[:, i].min() >= MIN_OCCURRENCES
     ]
     return sorted(detected, key=lambda each: -each.share)
 
 
-def compare_units(detected: list[Detected]) -> dict[str, Any]:
+def compare_units(detected: list[ConceptDetectors]) -> dict[str, Any]:
     """Mean scores of single features, of neurons, and of as few features as neurons."""
     means = {
         f"{kind}_{score}": sum(getattr(getattr(each, kind), score) for each in detected)
@@ -62,7 +62,7 @@ def compare_units(detected: list[Detected]) -> dict[str, Any]:
     return {"concepts": len(detected), "feature_wins": wins, **means, "each": detected}
 
 
-def section(numbers: dict[str, Any]) -> Section:
+def make_concept_section(numbers: dict[str, Any]) -> Section:
     """Whether single features stand for concepts better than single neurons do."""
     title, detected = "One feature, one concept", numbers["each"]
     n = numbers["concepts"]
@@ -93,27 +93,27 @@ def section(numbers: dict[str, Any]) -> Section:
             "how": "unit and threshold are chosen on one half of the sequences and scored on the "
             "other",
         },
-        table=_concepts(detected),
-        figures={"F1 of the best single unit": _units(detected)},
+        table=_make_concepts_table(detected),
+        figures={"F1 of the best single unit": _draw_units(detected)},
     )
 
 
-def _concepts(detected: list[Detected]) -> ResultTable:
+def _make_concepts_table(detected: list[ConceptDetectors]) -> ResultTable:
     header = ["concept", "tokens", "feature", "F1", "AUROC", "neuron", "F1", "AUROC"]
     rows = [
         [one.concept, f"{one.share:.1%}", f"{one.feature.unit}"]
-        + [f"{one.feature.f1:.3f}", f"{one.feature.auroc:.3f}", _neuron(one)]
+        + [f"{one.feature.f1:.3f}", f"{one.feature.auroc:.3f}", _name_neuron(one)]
         + [f"{one.neuron.f1:.3f}", f"{one.neuron.auroc:.3f}"]
         for one in sorted(detected, key=lambda each: -each.feature.f1)
     ]
     return ResultTable(header, rows)
 
 
-def _neuron(one: Detected) -> str:
+def _name_neuron(one: ConceptDetectors) -> str:
     return f"{'-' if one.neuron.below else '+'}{one.neuron.unit}"
 
 
-def _units(detected: list[Detected]) -> "Figure":
+def _draw_units(detected: list[ConceptDetectors]) -> "Figure":
     drawn = make_figure("F1 of the best neuron", "F1 of the best feature")
     drawn.update_xaxes(range=[0, 1.02]).update_yaxes(range=[0, 1.02])
     drawn.add_scatter(
@@ -128,13 +128,13 @@ def _units(detected: list[Detected]) -> "Figure":
         x=[one.neuron.f1 for one in detected],
         y=[one.feature.f1 for one in detected],
         mode="markers+text",
-        text=_labels(detected),
+        text=_pick_labels(detected),
         textposition="middle right",
         textfont_size=11,
         cliponaxis=False,
         hovertext=[
             f"{one.concept}<br>feature {one.feature.unit}: F1 {one.feature.f1:.3f}<br>"
-            f"neuron {_neuron(one)}: F1 {one.neuron.f1:.3f}"
+            f"neuron {_name_neuron(one)}: F1 {one.neuron.f1:.3f}"
             for one in detected
         ],
         hovertemplate="%{hovertext}<extra></extra>",
@@ -143,9 +143,9 @@ def _units(detected: list[Detected]) -> "Figure":
     )
 
 
-def _labels(detected: list[Detected]) -> list[str]:
+def _pick_labels(detected: list[ConceptDetectors]) -> list[str]:
     """Names of concepts; "" where one would cover that of a concept before it."""
-    placed: list[Detected] = []
+    placed: list[ConceptDetectors] = []
     for one in detected:
         if all(
             abs(one.feature.f1 - other.feature.f1) > 0.03

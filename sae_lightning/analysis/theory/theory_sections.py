@@ -9,26 +9,26 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sae_lightning.analysis.theory import one_concept
-from sae_lightning.analysis.theory.claims import SAMPLE, Theory
+from sae_lightning.analysis.theory.claims import DENSE_TOKENS, Theory
+from sae_lightning.analysis.theory.one_concept import make_concept_section
 from sae_lightning.report.figures import COLOURS, make_figure, plot_histogram
 from sae_lightning.report.section import ResultTable, Section
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-COARSE = 20  # thousandths of a cosine that a point of the figure stands for
-BARS = 80
+COSINE_BINS_PER_POINT = 20  # thousandths of a cosine that a point of the figure stands for
+MAX_BARS = 80
 
 
-def sections(result: Theory) -> list[Section]:
+def make_theory_sections(result: Theory) -> list[Section]:
     """One for each claim that was measured."""
     claims = {
         "agreement": _agreement,
         "biases": _biases,
         "overlap": _overlap,
         "activity": _activity,
-        "detection": lambda result: one_concept.section(result.numbers["detection"]),
+        "detection": lambda result: make_concept_section(result.numbers["detection"]),
         "dense": _dense,
     }
     return [section(result) for name, section in claims.items() if name in result.numbers]
@@ -57,14 +57,14 @@ def _agreement(result: Theory) -> Section:
             "never fired": f"{silent:,} features, left out here",
         },
         figures={
-            "Cosine of a feature's encoder and decoder": _about_0(
+            "Cosine of a feature's encoder and decoder": _draw_around_zero(
                 result.agreement, "cosine of encoder column and decoder row", "random"
             )
         },
     )
 
 
-def _about_0(values: Tensor, axis: str, name: str) -> "Figure":
+def _draw_around_zero(values: Tensor, axis: str, name: str) -> "Figure":
     """A histogram whose 0 has a name."""
     drawn = plot_histogram(values, axis)
     places = drawn.data[0].x
@@ -97,7 +97,7 @@ def _biases(result: Theory) -> Section:
             f"above {limit} on a token; {result.numbers['activity']['mean']:.1f} are active",
         },
         figures={
-            "Pre-activation at the mean activation": _about_0(
+            "Pre-activation at the mean activation": _draw_around_zero(
                 result.margin, "standard deviations above the threshold", "threshold"
             )
         },
@@ -125,7 +125,7 @@ def _overlap(result: Theory) -> Section:
         type="log", exponentformat="power"
     )
     for key, name in names.items():
-        counts = result.overlap[key].counts.view(-1, COARSE).sum(dim=1)
+        counts = result.overlap[key].counts.view(-1, COSINE_BINS_PER_POINT).sum(dim=1)
         middles = (torch.arange(len(counts)) + 0.5) * 2 / len(counts) - 1
         shares = torch.where(counts > 0, counts / counts.sum(), math.nan)  # a gap, not a plunge
         densities.add_scatter(x=middles.numpy(), y=shares.numpy(), name=name, mode="lines")
@@ -161,14 +161,14 @@ def _activity(result: Theory) -> Section:
             "all": f"between {numbers['0%']} and {numbers['100%']}",
             "tokens": f"{result.numbers['tokens']:,}",
         },
-        figures={"Active features of a token": _active(result.active)},
+        figures={"Active features of a token": _draw_active(result.active)},
     )
 
 
-def _active(counts: Tensor) -> "Figure":
+def _draw_active(counts: Tensor) -> "Figure":
     """Tokens by their number of active features, several numbers to a bar where there are many."""
     last = int(counts.nonzero().max())
-    width = -(-(last + 1) // BARS)
+    width = -(-(last + 1) // MAX_BARS)
     heights = torch.stack([part.sum() for part in counts[: last + 1].split(width)])
     middles = torch.arange(len(heights)) * width + (width - 1) / 2
     drawn = make_figure("active features", "tokens", bargap=0)
@@ -176,7 +176,7 @@ def _active(counts: Tensor) -> "Figure":
 
 
 def _dense(result: Theory) -> Section:
-    numbers, sample = result.numbers["dense"], min(SAMPLE, result.numbers["tokens"])
+    numbers, sample = result.numbers["dense"], min(DENSE_TOKENS, result.numbers["tokens"])
     worth, d = numbers["worth"], len(numbers["curve"]) - 1
     fewer = ", ".join(
         f"{check['measured']:.6f} with {check['features']:,} (bound {check['expected']:.6f})"
@@ -197,16 +197,16 @@ def _dense(result: Theory) -> Section:
             "as many dense as active": f"{numbers['l0']:.1f} dense features explain "
             f"{numbers['at_l0']:.1%}",
         },
-        figures={"Explained variance by number of features": _curve(result)},
+        figures={"Explained variance by number of features": _draw_curve(result)},
     )
 
 
-def _curve(result: Theory) -> "Figure":
+def _draw_curve(result: Theory) -> "Figure":
     numbers = result.numbers["dense"]
     drawn = make_figure("features", "explained variance")
     drawn.add_scatter(y=numbers["curve"], name="dense, at best", mode="lines")
     drawn.add_scatter(
-        name=f"dense, run on {min(SAMPLE, result.numbers['tokens']):,} of the tokens",
+        name=f"dense, run on {min(DENSE_TOKENS, result.numbers['tokens']):,} of the tokens",
         x=[check["features"] for check in numbers["checks"]],
         y=[check["measured"] for check in numbers["checks"]],
         mode="markers",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from sae_lightning.analysis.collect import collect, excerpt
 from sae_lightning.analysis.task import Task, check_at_least
 from sae_lightning.analysis.theory.claims import TheoryReducers, theory
-from sae_lightning.analysis.theory.theory_sections import sections
+from sae_lightning.analysis.theory.theory_sections import make_theory_sections
 
 
 @dataclass(slots=True, kw_only=True)
@@ -25,4 +25,4 @@ class TheoryTask(Task):
         reducers = TheoryReducers(subject)
         collect(subject, parts, [reducers], total=total)
         result = theory(subject, reducers)
-        self.print_and_publish(subject, result.numbers, sections(result))
+        self.print_and_publish(subject, result.numbers, make_theory_sections(result))

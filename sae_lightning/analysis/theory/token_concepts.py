@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 # whole words, in upper or lower case
-WORDS = {
+WORD_LISTS = {
     "articles": "a an the",
     "prepositions": """of in on at by with from upon under over through against between among
         beneath beyond within without into unto above below behind before after toward towards
@@ -85,11 +85,11 @@ PATTERNS = {
 }
 CONCEPTS = {
     name: re.compile(rf"\b(?:{'|'.join(words.split())})\b", re.IGNORECASE)
-    for name, words in WORDS.items()
+    for name, words in WORD_LISTS.items()
 } | {name: re.compile(pattern) for name, pattern in PATTERNS.items()}
 
 
-def members(pieces: list[str]) -> Tensor:
+def tag_tokens(pieces: list[str]) -> Tensor:
     """Which tokens, given as they read, belong to which concept: bool [tokens, concepts]."""
     text, ends = "".join(pieces), list(accumulate(map(len, pieces)))
     found = torch.zeros(len(pieces), len(CONCEPTS), dtype=torch.bool)
