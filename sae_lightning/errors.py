@@ -6,7 +6,7 @@ import re
 import sys
 from importlib.util import find_spec
 
-# What is imported somewhere, some of it only when a run has come to its end.
+# All packages that are imported, some of them only at the end of a run.
 PACKAGES = (
     *("hydra", "omegaconf", "torch", "lightning", "transformers", "datasets", "safetensors"),
     *("filelock", "tensorboard", "numpy", "pandas", "pyarrow", "tqdm", "scipy", "sklearn"),
@@ -15,20 +15,20 @@ PACKAGES = (
 
 
 class UserError(ValueError):
-    """Something the user can put right.
+    """An error that the user can correct.
 
     The message is one line: the dotted setting, the value received, and the remedy.
-    Entry points print it and exit with code 1; a traceback would only hide it.
+    Entry points print it without a traceback and exit with code 1.
     """
 
 
 class WriteError(UserError):
-    """The system refused to write a file; what was there before is unharmed."""
+    """The operating system refused to write a file; the old file is intact."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, which torch on a CPU and C++ say in the text of a RuntimeError
-    only. (torch is not imported here: a mistyped option is answered at once.)"""
+    """Whether memory ran out. On a CPU, torch raises a plain RuntimeError, so its text is searched.
+    (torch is not imported here: a mistyped option is answered at once.)"""
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
@@ -39,8 +39,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def list_causes(error: BaseException | None, *, contexts: bool = True) -> list[BaseException]:
-    """An error and what it came from, outermost first; without `contexts` only what was named with
-    `raise ... from`."""
+    """The error and the errors that led to it, outermost first; with `contexts=False` only those
+    chained by `raise ... from`."""
     links: list[BaseException] = []
     while error is not None and error not in links:
         links.append(error)
@@ -49,14 +49,14 @@ def list_causes(error: BaseException | None, *, contexts: bool = True) -> list[B
 
 
 def check_finite(name: str, value: object) -> None:
-    """UserError if `value`, or a number in it, is NaN, which no comparison refuses, or infinite."""
+    """UserError if `value`, or a number in it, is infinite or NaN, which passes range checks."""
     numbers = value if isinstance(value, list | tuple) else [value]
     if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
         raise UserError(f"{name}={value}: give a finite number")
 
 
 def check_packages() -> None:
-    """End the process with one line if a package is missing, before any is imported."""
+    """Exit with one line if a package is missing, before any is imported."""
     for name in PACKAGES:
         if find_spec(name) is None:
             sys.exit(

@@ -1,8 +1,8 @@
-"""Files that are there completely or not at all.
+"""Atomic file writing, locks, and one-line messages for the operating system's errors.
 
-What is being written lies in a fresh folder beside its place, `.<name>.<random>.tmp`, that nobody
-else may enter: no link can wait there for a writer, and what a killed writer leaves is known by the
-lock in it that nobody holds.
+A file is written in a private folder beside its target, `.<name>.<random>.tmp`, which only its
+owner may enter, so that nobody can plant a symbolic link there. A lock in the folder tells whether
+its writer is still alive.
 """
 
 import errno
@@ -24,30 +24,30 @@ from filelock import lock_descriptor
 from sae_lightning.errors import UserError, WriteError, list_causes
 
 LOCK_FILE = ".lock"
-RETRY = "put that right and give the same command again"
+RETRY = "correct this and run the same command again"
 
 
 def _error_numbers(names: str) -> set[int]:
-    """Numbers of the system's errors, of which some are not known everywhere."""
+    """The errno values with these names, as far as this platform has them."""
     return {getattr(errno, name) for name in names.split() if hasattr(errno, name)}
 
 
-# What the system says to somebody who wants to write, and to one who may want to read.
+# Errors of writing, and of reading or writing.
 WRITE_ERRORS = _error_numbers("ENOSPC EDQUOT EFBIG EROFS EEXIST")
 SYSTEM_ERRORS = WRITE_ERRORS | _error_numbers(
     "EIO ESTALE EBUSY ENAMETOOLONG ELOOP EISDIR EACCES EPERM ENOTDIR ENOTCONN"
 )
-# Windows has neither. A pipe in a lock's place would wait for a reader.
+# Windows has neither flag. Without O_NONBLOCK, opening a pipe in the lock's place would hang.
 NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 LOCKS_UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)
 
 
 @contextmanager
 def write_atomically(path: Path) -> Iterator[Path]:
-    """Yield a temporary path for `path`; put it in place, complete, when the block ends.
+    """Yield a temporary path, which replaces `path` when the block ends.
 
-    A reader, or a run killed at any moment, sees the old file or the new one. A link in its place
-    is replaced and not followed. WriteError: the system refused.
+    A reader sees the old file or the new one, never a part, even if the writer is killed. A
+    symbolic link at `path` is replaced, not followed. WriteError: the system refused.
     """
     with convert_write_errors(path):
         path.parent.mkdir(exist_ok=True)
@@ -56,14 +56,14 @@ def write_atomically(path: Path) -> Iterator[Path]:
             yield temporary
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
-            # safetensors makes files that only their owner can read; a colleague may want to
+            # safetensors makes files that only their owner can read: give the usual permissions
             os.chmod(temporary, 0o666 & ~_read_umask())
             os.replace(temporary, path)
 
 
 @contextmanager
 def make_private_folder(path: Path) -> Iterator[Path]:
-    """A folder for what is being written to `path`, beside it; gone when the block ends."""
+    """Yield a temporary folder beside `path`, locked, and removed when the block ends."""
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     try:
         with hold_lock(folder / LOCK_FILE):
@@ -73,61 +73,63 @@ def make_private_folder(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove from `folder` what killed writers left there and nobody holds any more."""
-    for left in folder.glob(".*.tmp"):
+    """Remove the temporary folders that killed writers left in `folder`."""
+    for leftover in folder.glob(".*.tmp"):
         with suppress(OSError):
-            if not stat.S_ISDIR(left.lstat().st_mode):  # of version 0.1.0
-                left.unlink()
-            elif not (left / LOCK_FILE).exists():  # killed before it could lock it: empty
-                left.rmdir()
+            if not stat.S_ISDIR(leftover.lstat().st_mode):  # of version 0.1.0
+                leftover.unlink()
+            elif not (leftover / LOCK_FILE).exists():  # killed before it was locked: empty
+                leftover.rmdir()
             else:
-                with hold_lock(left / LOCK_FILE) as guarded:
-                    if guarded:
-                        shutil.rmtree(left)
+                with hold_lock(leftover / LOCK_FILE) as locked:
+                    if locked:
+                        shutil.rmtree(leftover)
 
 
 def refuse_link(folder: Path) -> None:
-    """UserError if a link is in the place of a folder that we write to."""
+    """UserError if a folder to write to is a symbolic link."""
     if folder.is_symlink():
         raise UserError(
-            f"{folder} is a link, through which files elsewhere could be written over: remove it, "
-            "or put what it leads to in its place"
+            f"{folder} is a symbolic link, through which files elsewhere could be overwritten: "
+            "remove it, or put its target in its place"
         )
 
 
 @contextmanager
 def convert_write_errors(path: Path) -> Iterator[None]:
-    """Turn the system's refusal to write to `path`, however deep a library hides it, into a
-    WriteError, and raise a Ctrl-C that a library hides as itself."""
+    """Raise a WriteError if the system refuses to write to `path`, even where a library has wrapped
+    its error; raise a wrapped KeyboardInterrupt as such."""
     try:
         yield
     except BaseException as error:
-        for link in list_causes(error):
-            if link is not error and isinstance(link, WriteError | KeyboardInterrupt | SystemExit):
-                raise link from None
+        for cause in list_causes(error):
+            if cause is not error and isinstance(
+                cause, WriteError | KeyboardInterrupt | SystemExit
+            ):
+                raise cause from None
         why = find_system_error(error)
         if why is None and not path.parent.is_dir():
             why = "its folder is gone; was it deleted or renamed?"
         if why is None or isinstance(error, UserError | KeyboardInterrupt | SystemExit):
             raise
         raise WriteError(
-            f"cannot write to {path}: {why}; what was there before is unharmed"
+            f"cannot write to {path}: {why}; the old file, if any, is intact"
         ) from error
 
 
 def find_system_error(error: BaseException | None) -> str | None:
-    """The system's reason behind an error, whether passed on, quoted or hidden; None for a bug."""
-    for link in list_causes(error):
-        # safetensors quotes the number; torch hides the error in the context of its own
-        quoted = re.search(r"\(os error (\d+)\)", str(link))
-        number = int(quoted[1]) if quoted else getattr(link, "errno", None)
+    """The system's message if a system error caused this one, directly or not; None otherwise."""
+    for cause in list_causes(error):
+        # safetensors quotes the errno in its message; torch keeps the error as a context
+        quoted = re.search(r"\(os error (\d+)\)", str(cause))
+        number = int(quoted[1]) if quoted else getattr(cause, "errno", None)
         if number in SYSTEM_ERRORS:
             return _describe_errno(number)
     return None
 
 
 def describe_system_error(error: BaseException) -> str | None:
-    """One line about what the system refused, outside of `convert_write_errors` too."""
+    """One line about an error of the file system; None for any other error."""
     if isinstance(error, WriteError):
         return f"{error}; {RETRY}"
     if isinstance(error, OSError) and error.errno in SYSTEM_ERRORS:
@@ -140,7 +142,7 @@ def describe_system_error(error: BaseException) -> str | None:
 
 def _describe_errno(number: int) -> str:
     if number == errno.ELOOP:
-        return "a link is in its place, which is not followed"
+        return "it is a symbolic link, which is not followed"
     return os.strerror(number)
 
 
@@ -151,15 +153,15 @@ def _read_umask() -> int:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write `content` to `path` atomically, indented for people."""
+    """Write `content` to `path` atomically, indented."""
     text = json.dumps(make_jsonable(content), indent=2, allow_nan=False)
     with write_atomically(path) as temporary:
         temporary.write_text(f"{text}\n", encoding="utf8")
 
 
 def make_jsonable(value: Any) -> Any:
-    """`value` with tuples as lists, named ones as objects; NaN and infinity, which JSON has not,
-    as null."""
+    """`value` as JSON can hold it: tuples as lists, named tuples as objects, enums as their names,
+    NaN and infinity as null."""
     if hasattr(value, "_asdict"):
         value = value._asdict()
     if isinstance(value, dict):
@@ -172,10 +174,10 @@ def make_jsonable(value: Any) -> Any:
 
 
 def read_regular_file(path: Path) -> str:
-    """The text of a file that may be a stranger's. OSError: it is a pipe or a device, which might
-    never end, or it cannot be read. ValueError: it is no UTF-8."""
+    """The text of an untrusted file. OSError: it cannot be read, or is a pipe or a device, which
+    may never end. ValueError: it is not UTF-8."""
     if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, "it is no plain file", str(path))
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
     return path.read_text("utf8")
 
 
@@ -189,22 +191,22 @@ def read_free_space(folder: Path) -> int:
 
 @contextmanager
 def hold_lock(path: Path) -> Iterator[bool]:
-    """Keep everybody else, in this process or another, out of a block with the same `path`. Yields
-    False where the file system has no locks, so that nobody is kept out.
+    """Hold an exclusive lock on the file `path`, against other processes and within this one.
+    Yields False where the file system does not support locks.
 
-    The system lifts the lock if the process dies; the file is removed when the block ends.
-    BlockingIOError: it is held by somebody else. OSError: the file cannot be made, or is a link.
+    The system releases the lock if the process dies; the file is removed when the block ends.
+    BlockingIOError: it is locked. OSError: the file cannot be made, or is a symbolic link.
     """
     file = os.open(path, os.O_RDWR | os.O_CREAT | NO_FOLLOW, 0o666)
     try:
-        guarded = _try_lock(file)
-        if not _is_same_file(path, file):  # its holder has just removed it
+        locked = _try_lock(file)
+        if not _is_same_file(path, file):  # the last holder has just removed it
             raise BlockingIOError(f"{path} is locked")
         try:
-            yield guarded
+            yield locked
         finally:
-            with suppress(OSError):  # Windows keeps a file that is open
-                if _is_same_file(path, file):  # and not that of another folder under the same name
+            with suppress(OSError):  # Windows does not delete an open file
+                if _is_same_file(path, file):  # the folder may have been replaced
                     path.unlink()
     finally:
         os.close(file)
@@ -218,7 +220,7 @@ def _try_lock(file: int) -> bool:
         if error.errno in LOCKS_UNSUPPORTED:
             return False
         raise
-    raise BlockingIOError("locked by somebody else")
+    raise BlockingIOError("the file is locked")
 
 
 def _is_same_file(path: Path, file: int) -> bool:

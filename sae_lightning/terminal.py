@@ -1,7 +1,7 @@
-"""What a person at the terminal sees while something slow runs (rich only).
+"""Terminal output: the console, progress bars, tables and command lines (rich only).
 
-One live display at a time: a phase that starts inside another adds a line to its bar.
-Texts may be a stranger's (names, metadata, tokens): no control character of theirs gets out.
+There is one live display at a time: a phase inside another adds a line to its bar. Names, metadata
+and tokens may come from untrusted files, so control characters are never printed as they are.
 """
 
 import os
@@ -26,21 +26,21 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-# Characters that are neither controls nor spaces and still leave no mark: first and last.
+# Ranges (first, last) of characters that are invisible, but neither controls nor spaces.
 INVISIBLE_RANGES = ("\u034f\u034f", "\u115f\u1160", "\u17b4\u17b5", "\u180b\u180f", "\u2800\u2800")
 INVISIBLE_RANGES += ("\u3164\u3164", "\ufe00\ufe0f", "\uffa0\uffa0", "\U000e0100\U000e01ef")
-LEFT_TO_RIGHT = "\u200e"  # a mark without width, beside which nothing is turned round
+LEFT_TO_RIGHT = "\u200e"  # a mark of zero width that keeps the text beside it in order
 
 
 class _VisibleSymbols(dict):
-    """Code of a character -> what is shown: <U+202E>, or a symbol, for one that cannot be seen,
-    moves the cursor or turns the order of others round."""
+    """Code point -> text to print: the character itself, or <U+202E> for one that is invisible,
+    moves the cursor or reverses the order of the text."""
 
     def __missing__(self, code: int) -> str:
         character = chr(code)
-        seen = character.isprintable() or unicodedata.category(character) == "Zs"
-        blank = any(first <= character <= last for first, last in INVISIBLE_RANGES)
-        self[code] = character if seen and not blank else f"<U+{code:04X}>"
+        printable = character.isprintable() or unicodedata.category(character) == "Zs"
+        invisible = any(first <= character <= last for first, last in INVISIBLE_RANGES)
+        self[code] = character if printable and not invisible else f"<U+{code:04X}>"
         return self[code]
 
 
@@ -52,13 +52,13 @@ SYMBOLS_MULTILINE = _VisibleSymbols(
 
 
 def make_visible(text: str) -> str:
-    """The text on one line, with symbols for what cannot be seen, such as ␛ and <U+202E>."""
+    """The text on one line, with invisible characters as symbols, such as ␛ and <U+202E>."""
     return text if text.isascii() and text.isprintable() else text.translate(SYMBOLS_ONE_LINE)
 
 
 class Terminal(Console):
-    """What a person reads. Line breaks are all that a text does to it, and whoever stops reading
-    does not stop the run."""
+    """A console that prints control characters, except line breaks, as symbols, and that survives
+    a closed pipe (`train.py | head`)."""
 
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None
@@ -68,11 +68,11 @@ class Terminal(Console):
             yield segment if control else Segment(text.translate(SYMBOLS_MULTILINE), style)
 
     def on_broken_pipe(self) -> None:
-        """Say so, where that is still read, and write to nowhere from now on (rich would exit)."""
+        """Report it on stderr and discard all further output (rich would exit)."""
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
         try:
-            sys.stderr.write("nobody reads the output any more: going on without it\n")
+            sys.stderr.write("the output pipe was closed: going on without output\n")
         except OSError:
             os.dup2(nowhere, sys.stderr.fileno())
 
@@ -120,7 +120,7 @@ def phase(description: str, total: int | None = None) -> Iterator[Callable[[int]
 
 
 def make_grid(rows: dict[str, str], title: str | None = None) -> Table:
-    """A table of names and values without lines."""
+    """A table of names and values without borders."""
     table = Table(title=title, title_justify="left", show_header=False, box=None)
     for name, value in rows.items():
         table.add_row(make_visible(name), Text(make_visible(value)))
@@ -128,19 +128,20 @@ def make_grid(rows: dict[str, str], title: str | None = None) -> Table:
 
 
 def shorten_path(folder: Path) -> Path:
-    """`folder` for people to read: relative, if it is below the working folder, and visible."""
+    """`folder` for printing: relative to the working folder if it is below it, without invisible
+    characters."""
     folder, here = folder.absolute(), Path.cwd()
     path = folder.relative_to(here) if folder.is_relative_to(here) else folder
     return Path(make_visible(str(path)))
 
 
 def format_command(program: str, **settings: object) -> str:
-    """A command line to paste: python `program` setting=value ..."""
+    """A command line to paste: python program setting=value ..."""
     return make_visible(shlex.join(["python", program, *(f"{k}={v}" for k, v in settings.items())]))
 
 
 def format_tensorboard_command(folder: Path) -> str:
-    """The command line that shows the curves in `folder` and below it."""
+    """The command line that opens TensorBoard on `folder` and the folders below it."""
     return shlex.join(["tensorboard", "--logdir", str(shorten_path(folder))])
 
 

@@ -1,4 +1,4 @@
-"""A file is there completely or not at all."""
+"""Files are written completely or not at all; locks; errors of the file system."""
 
 import errno
 import json
@@ -54,7 +54,7 @@ def test_a_reader_sees_the_old_file_until_the_new_one_is_complete(tmp_path):
 
 
 def hidden(error):
-    """As torch has it: an error of its own while the system's is handled."""
+    """As torch raises it: its own error, with the system's as the context."""
     other = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
     other.__context__ = error
     return other
@@ -71,18 +71,18 @@ def test_what_the_system_refuses_is_told_in_one_line_and_harms_nothing(tmp_path,
     with pytest.raises(WriteError) as raised, write_atomically(tmp_path / "file") as temporary:
         temporary.write_text("half")
         raise passed_on(OSError(number, os.strerror(number)))
-    why = os.strerror(number) if number != errno.ELOOP else "a link is in its place, .*"
-    line = f"cannot write to {tmp_path}/file: {why}; what was there before is unharmed"
+    why = os.strerror(number) if number != errno.ELOOP else "it is a symbolic link, .*"
+    line = f"cannot write to {tmp_path}/file: {why}; the old file, if any, is intact"
     assert re.fullmatch(line, str(raised.value))
     assert (
         describe_system_error(raised.value)
-        == f"{raised.value}; put that right and give the same command again"
+        == f"{raised.value}; correct this and run the same command again"
     )
     assert (tmp_path / "file").read_text() == "old"
     assert os.listdir(tmp_path) == ["file"]
 
 
-def test_a_full_disk_a_quota_and_an_old_handle_are_among_what_is_told():
+def test_a_full_disk_a_quota_and_a_stale_handle_are_among_the_system_errors():
     names = {errno.errorcode[number] for number in SYSTEM_ERRORS}
     assert {"ENOSPC", "EDQUOT", "EFBIG", "EIO", "ESTALE", "EBUSY", "ENAMETOOLONG"} <= names
     assert {"ELOOP", "EISDIR"} <= names
@@ -103,7 +103,7 @@ WRITERS = {
 
 
 @pytest.mark.parametrize("writer", WRITERS.values(), ids=WRITERS)
-def test_every_library_that_writes_has_its_refusal_told(tmp_path, writer):
+def test_a_full_disk_is_a_write_error_whichever_library_writes(tmp_path, writer):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
     try:
@@ -116,7 +116,7 @@ def test_every_library_that_writes_has_its_refusal_told(tmp_path, writer):
 
 
 @pytest.mark.parametrize("end", [SystemExit(130), KeyboardInterrupt()])
-def test_ctrl_c_inside_a_save_ends_it_though_torch_hides_it(tmp_path, end):
+def test_ctrl_c_inside_torch_save_is_raised_as_such(tmp_path, end):
     class Interrupted:
         def write(self, data):
             raise end
@@ -134,7 +134,7 @@ def test_a_folder_that_is_gone_is_named_and_not_made_again(tmp_path):
 
 
 def test_no_write_follows_a_link(tmp_path):
-    """Neither where the file shall be nor at names that version 0.1.0 wrote through."""
+    """Neither at the target nor at the temporary names of version 0.1.0."""
     folder, victim = tmp_path / "folder", tmp_path / "victim"
     folder.mkdir()
     victim.write_text("mine")
@@ -153,7 +153,7 @@ def test_no_write_follows_a_link(tmp_path):
 
 def test_a_link_in_place_of_a_folder_is_refused(tmp_path):
     (tmp_path / "sae").symlink_to(tmp_path)
-    with pytest.raises(UserError, match="sae is a link, .*: remove it, or put what"):
+    with pytest.raises(UserError, match="sae is a symbolic link, .*: remove it, or put its target"):
         refuse_link(tmp_path / "sae")
     refuse_link(tmp_path)
 
@@ -174,7 +174,7 @@ def test_a_lock_empties_nothing_and_follows_no_link(tmp_path, kind):
     assert victim.read_text() == "mine"
 
 
-def test_a_lock_on_a_file_that_is_no_longer_there_guards_nothing(tmp_path, monkeypatch):
+def test_a_lock_on_a_file_that_has_been_replaced_is_not_held(tmp_path, monkeypatch):
     def removed(file, blocking):
         (tmp_path / "lock").unlink()
         (tmp_path / "lock").write_text("another's")
@@ -199,22 +199,22 @@ def test_the_lock_of_another_folder_under_the_same_name_stays(tmp_path):
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
-def test_without_locks_nobody_is_kept_out_and_nothing_is_taken_for_left_over(
+def test_without_file_locks_nobody_is_kept_out_and_no_leftover_is_removed(
     tmp_path, monkeypatch, number
 ):
     def refuse(file, blocking):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(files, "lock_descriptor", refuse)
-    with hold_lock(tmp_path / "lock") as guarded, hold_lock(tmp_path / "lock"):
-        assert guarded is False
+    with hold_lock(tmp_path / "lock") as locked, hold_lock(tmp_path / "lock"):
+        assert locked is False
     with write_atomically(tmp_path / "file") as temporary:
         temporary.write_text("new")
         remove_leftovers(tmp_path)
     assert (tmp_path / "file").read_text() == "new"
 
 
-def test_what_a_killed_writer_left_is_removed_and_what_is_being_written_stays(tmp_path):
+def test_leftovers_of_a_killed_writer_are_removed_and_those_of_a_live_one_are_not(tmp_path):
     code = f"""
 from pathlib import Path
 from sae_lightning.files import write_atomically
@@ -228,15 +228,15 @@ with write_atomically(Path({str(tmp_path / "file")!r})) as temporary:
     )
     assert other.stdout.readline() == b"writing\n"
     remove_leftovers(tmp_path)
-    (left,) = tmp_path.iterdir()
-    assert (left / "file").read_text() == "half"
+    (leftover,) = tmp_path.iterdir()
+    assert (leftover / "file").read_text() == "half"
     other.kill()
     other.communicate()
     remove_leftovers(tmp_path)
     assert os.listdir(tmp_path) == []
 
 
-def test_a_reader_of_the_output_that_goes_away_is_told_and_the_run_goes_on(tmp_path):
+def test_a_closed_output_pipe_is_reported_and_the_run_goes_on(tmp_path):
     code = f"""
 from pathlib import Path
 from sae_lightning.terminal import console
@@ -249,7 +249,7 @@ Path({str(tmp_path / "end")!r}).touch()
     )
     run.stdout.readline()
     run.stdout.close()
-    assert run.stderr.read() == b"nobody reads the output any more: going on without it\n"
+    assert run.stderr.read() == b"the output pipe was closed: going on without output\n"
     run.stderr.close()
     assert (run.wait(), os.listdir(tmp_path)) == (0, ["end"])
 
@@ -262,8 +262,8 @@ def test_a_lock_is_held_by_one_and_lifted_with_its_owner(tmp_path):
     path = tmp_path / "lock"
     code = f"""
 from pathlib import Path
-from sae_lightning.files import lock
-held = lock(Path({str(path)!r}))
+from sae_lightning.files import hold_lock
+held = hold_lock(Path({str(path)!r}))
 held.__enter__()
 print("locked", flush=True)
 input()

@@ -186,7 +186,7 @@ def _train_pass(this: PlannedPass) -> HeldOutResults:
         )
         if not folders.forget_empty_run(jobs[0]):
             if isinstance(error, WriteError) and (jobs[0].folder / CONFIG_FILE).is_file():
-                reason = f"{error}; put that right and continue with: {format_resume_command(jobs)}"
+                reason = f"{error}; correct this and continue with: {format_resume_command(jobs)}"
             for job in jobs:
                 folders.note_failure(job, reason or f"{type(error).__name__}: {error}")
         if not jobs[0].multirun:

@@ -21,7 +21,7 @@ EXCESS_L0_PENALTY = 10.0
 class SweepConfig:
     """Settings of a multirun as a whole; they change nothing about any SAE."""
 
-    compute_objective: str | None = None
+    objective: str | None = None
     """Held-out metric that a searching sweeper maximises; a minus in front minimises (`-kl`). null
     is ce_recovered, or explained_variance where the LLM's loss is not measured."""
     l0: float | None = None

@@ -185,8 +185,8 @@ def _refuse_special_files(sweep: Path) -> None:
     for file in sweep.iterdir() if sweep.is_dir() else ():
         if file.is_symlink() or not (file.is_file() or file.is_dir()):
             raise UserError(
-                f"{file} is a link, through which files elsewhere could be written over, or a "
-                "pipe: remove it, or choose another folder with hydra.sweep.dir=..."
+                f"{file} is a symbolic link, through which files elsewhere could be overwritten, "
+                "or a pipe: remove it, or choose another folder with hydra.sweep.dir=..."
             )
 
 

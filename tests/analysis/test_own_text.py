@@ -247,8 +247,8 @@ def test_a_bad_setting_is_refused(here, settings, message):
         ({"file": b"\xff\x00"}, r"file=.*own\.txt: is not UTF-8 \(byte 0xff at 0\)"),
         ({"file": b"a" * (2**20 + 1)}, r"file=.*own\.txt: more than 4,096 tokens"),
         ({"file": "missing.txt"}, r"file=missing\.txt: .*No such file"),
-        ({"file": "/"}, r"file=/: .*it is no plain file"),
-        ({"file": "/dev/zero"}, r"file=/dev/zero: .*it is no plain file"),
+        ({"file": "/"}, r"file=/: .*it is not a regular file"),
+        ({"file": "/dev/zero"}, r"file=/dev/zero: .*it is not a regular file"),
     ],
 )
 def test_what_cannot_be_read_is_told_in_a_line_before_the_llm_is_loaded(

@@ -208,7 +208,7 @@ def test_settings_of_an_odd_type_are_refused_in_one_line(tmp_path, k):
 def test_a_file_without_end_is_refused_and_not_waited_for(tmp_path):
     (sparsify(tmp_path) / CFG).unlink()
     os.mkfifo(tmp_path / CFG)
-    with pytest.raises(UserError, match=r"cfg\.json cannot be read: it is no plain file$"):
+    with pytest.raises(UserError, match=r"cfg\.json cannot be read: it is not a regular file$"):
         load_sae(tmp_path)
 
 

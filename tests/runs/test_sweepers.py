@@ -300,6 +300,8 @@ def test_a_sweeps_folder_with_a_link_in_it_is_refused(tmp_path, name):
     config = OmegaConf.create(
         {"hydra": {"sweep": {"dir": str(tmp_path)}, "overrides": {"task": []}}}
     )
-    with pytest.raises(SystemExit, match=f"{name} is a link, through which files elsewhere"):
+    with pytest.raises(
+        SystemExit, match=f"{name} is a symbolic link, through which files elsewhere"
+    ):
         Sweep().on_multirun_start(config)
     assert not (tmp_path / "elsewhere").exists()

@@ -34,8 +34,8 @@ def test_a_checkpoint_that_cannot_be_written_says_how_to_continue(job, monkeypat
             passes.train_jobs([tiny])
     limit(resource.RLIM_INFINITY)
     assert str(error.value) == (
-        f"cannot write to {tiny.folder}/checkpoints/stream-20.pt: File too large; what was there "
-        "before is unharmed; put that right and continue with: "
+        f"cannot write to {tiny.folder}/checkpoints/stream-20.pt: File too large; the old file, "
+        "if any, is intact; correct this and continue with: "
         f"python train.py resume={tiny.folder}"
     )
     assert [path for path in tiny.folder.rglob("*.tmp")] == []
@@ -132,7 +132,9 @@ def test_a_link_in_place_of_a_folder_of_a_run_is_refused_before_the_llm_is_loade
     (tmp_path / "elsewhere").mkdir()
     (tiny.folder / name).symlink_to(tmp_path / "elsewhere")
     monkeypatch.setattr(run, "run_pass", None)
-    with pytest.raises(UserError, match=f"run/{name} is a link, through which files elsewhere"):
+    with pytest.raises(
+        UserError, match=f"run/{name} is a symbolic link, through which files elsewhere"
+    ):
         passes.train_jobs([tiny])
     assert os.listdir(tiny.folder) == [name]
     assert os.listdir(tmp_path / "elsewhere") == []
@@ -143,7 +145,7 @@ def test_a_link_in_place_of_a_lock_is_not_followed(job, tmp_path):
     tiny.folder.mkdir()
     (tmp_path / "victim").write_text("mine")
     (tiny.folder / ".lock").symlink_to(tmp_path / "victim")
-    with pytest.raises(UserError, match=r"cannot write to .*/run/\.lock: a link is in its place"):
+    with pytest.raises(UserError, match=r"cannot write to .*/run/\.lock: it is a symbolic link"):
         passes.train_jobs([tiny])
     assert (tmp_path / "victim").read_text() == "mine"
 
