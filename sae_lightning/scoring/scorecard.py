@@ -136,16 +136,16 @@ def format_lines(scalars: dict[str, float]) -> dict[str, str]:
     quality = {
         "L0": f"{scalars['l0']:.1f} active features per token",
         "explained variance": f"{scalars['explained_variance']:.4f}",
-        **_dominant_rows(scalars),
+        **_format_dominance(scalars),
         "unfired": f"{scalars['unfired']:.1%} of features {describe_data(scalars)}",
-        "copies": f"{scalars['duplicates']:.1%} of those that fire have another at a decoder "
-        f"cosine above {COPY_COSINE}; median of the nearest {scalars['nearest_cosine']:.2f}",
+        "copies": f"{scalars['duplicates']:.1%} of features that fire have another decoder row at "
+        f"a cosine above {COPY_COSINE}; median nearest cosine {scalars['nearest_cosine']:.2f}",
     }
-    llm = _llm_rows(scalars) if "ce_clean" in scalars else {}
-    return quality | llm | (_concept_rows(scalars) if "recovered" in scalars else {})
+    llm = _format_llm_scores(scalars) if "ce_clean" in scalars else {}
+    return quality | llm | (_format_recovery(scalars) if "recovered" in scalars else {})
 
 
-def _dominant_rows(scalars: dict[str, float]) -> dict[str, str]:
+def _format_dominance(scalars: dict[str, float]) -> dict[str, str]:
     """Lines on explained variance without the tokens or the dimension that dominate it."""
     lines = {}
     if "usual_dropped" in scalars:
@@ -162,7 +162,7 @@ def _dominant_rows(scalars: dict[str, float]) -> dict[str, str]:
     return lines
 
 
-def _llm_rows(scalars: dict[str, float]) -> dict[str, str]:
+def _format_llm_scores(scalars: dict[str, float]) -> dict[str, str]:
     return {
         "CE recovered": f"{scalars['ce_recovered']:.4f}",
         "CE of the LLM": f"{scalars['ce_clean']:.3f} nats per token",
@@ -173,7 +173,7 @@ def _llm_rows(scalars: dict[str, float]) -> dict[str, str]:
     }
 
 
-def _concept_rows(scalars: dict[str, float]) -> dict[str, str]:
+def _format_recovery(scalars: dict[str, float]) -> dict[str, str]:
     return {
         "recovered": f"{scalars['recovered']:.1%} of concepts, at a cosine above {FOUND}",
         "mean max cosine": f"{scalars['mmcs']:.4f}; between concepts "

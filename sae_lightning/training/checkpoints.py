@@ -131,10 +131,10 @@ def _join_heads(parts: list[dict[str, Any]]) -> dict[str, Any]:
     for number, part in enumerate(parts):
         for name, value in part["state_dict"].items():
             weights[re.sub(r"^heads\.0\.", f"heads.{number}.", name)] = value
-        own = _renumber(*part["optimizer_states"], count, number)
-        count += sum(len(group["params"]) for group in own["param_groups"])
-        adam["state"] |= own["state"]
-        adam["param_groups"] += own["param_groups"]
+        renumbered = _renumber(*part["optimizer_states"], count, number)
+        count += sum(len(group["params"]) for group in renumbered["param_groups"])
+        adam["state"] |= renumbered["state"]
+        adam["param_groups"] += renumbered["param_groups"]
     return parts[0] | {"state_dict": weights, "optimizer_states": [adam]}
 
 

@@ -96,7 +96,7 @@ class Head(nn.Module):
         return self.products is Products.auto and self.active_density < limit
 
     def forward(self, batch: dict[Site, Tensor]) -> Tensor:
-        """The training loss [] of a batch {site: [batch, d_site]} of raw activations."""
+        """Training loss [] of a batch {site: [batch, d_site]} of raw activations."""
         x, target = self.normalise(batch)
         output = self.sae.training_pass(x, self.use_sparse_products(x))
         moment = Moment(self.dead, self.progress)
@@ -160,5 +160,5 @@ class Head(nn.Module):
         self.training_metrics, self.active_density = state["training_metrics"], state["occupied"]
 
     def fold_weights(self) -> dict[str, Tensor]:
-        """The SAE's weights with the normalisation folded in: for raw activations."""
+        """Fold the normalisation into the SAE's weights, so that they take raw activations."""
         return self.sae.fold(self.in_mean, self.in_scale, self.out_mean, self.out_scale)

@@ -154,7 +154,7 @@ class OptimConfig:
             _positive("optim.bias_lr", self.bias_lr, "give a factor such as 1, or null")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"optim.{name}={getattr(self, name)}: give a number from 0 to <1")
+                raise UserError(f"optim.{name}={getattr(self, name)}: give a number >= 0 and < 1")
         _share("optim.warmup", self.warmup)
         _share("optim.decay", self.decay)
         if self.clip is not None:

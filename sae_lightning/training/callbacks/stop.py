@@ -28,7 +28,7 @@ class StopOnSignal(L.Callback):
                 console.print(f"interrupted. Continue with\n\n  {module.resume}\n")
                 raise SystemExit(128 + number)
             module.stopped_by = signal.Signals(number)
-            console.print("stopping: this update is finished and saved first (Ctrl-C again: now)")
+            console.print("stopping after this update, then saving (Ctrl-C again: stop at once)")
 
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):

@@ -32,8 +32,8 @@ class Schedule(L.Callback):
 
 
 class DecoderNorm(L.Callback):
-    """Where `model.fixed_norm` asks for it: projects the decoder gradient onto the tangent space of
-    fixed-norm rows, before it is clipped, and renormalises the rows after the step."""
+    """With `model.fixed_norm`: projects the decoder gradient onto the tangent space of fixed-norm
+    rows, before it is clipped, and renormalises the rows after the step."""
 
     def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
         """Project the gradients of fixed-norm decoders."""
