@@ -65,7 +65,7 @@ class Entry(NamedTuple):
     """Setting in which it differs from the tool's others of this architecture."""
     folder: Path
     """Folder of its weights and its result."""
-    train_jobs: Callable[[Work], None] | None
+    train: Callable[[Work], None] | None
     """Trains and saves it; None for ours, which train together on one pass."""
     load: Callable[[], SAE]
     """Loads the saved SAE."""
