@@ -1,8 +1,8 @@
-"""The on-disk format: a folder that SAELens opens and that takes raw LLM activations.
+"""The saved format: a folder that SAELens opens, with weights for raw LLM activations.
 
-sae/cfg.json                  what it is, for SAELens and for us, and what it was trained on
+sae/cfg.json                  settings in SAELens' keys and in ours, and metadata of training
 sae/sae_weights.safetensors   W_enc [d_in, features], b_enc [features],
-                              W_dec [features, d_out], b_dec [d_out] and, by kind,
+                              W_dec [features, d_out], b_dec [d_out] and, by architecture,
                               threshold [features] (JumpReLU, BatchTopK, Matryoshka),
                               r_mag, b_mag [features] (gated, where b_enc is called b_gate),
                               W_skip [d_out, d_in] (skip transcoders)
@@ -34,10 +34,10 @@ from sae_lightning.stream.states import expect
 
 
 def save_sae(folder: Path, sae: SAE, weights: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-    """Write folded weights of `sae` (see `SAE.fold`) as a SAELens folder, atomically.
+    """Write folded weights of `sae` (see `SAE.fold`) as a SAELens folder, each file atomically.
 
-    `metadata` holds SAELens' own keys (model_name, hook_name, ...) and ours; with hook_name_out it
-    is a transcoder.
+    `metadata` holds SAELens' keys (model_name, hook_name, ...) and ours; hook_name_out marks a
+    transcoder.
     """
     kind = sae.architecture
     if "hook_name_out" in metadata:
@@ -50,7 +50,7 @@ def save_sae(folder: Path, sae: SAE, weights: dict[str, Tensor], metadata: dict[
         "d_sae": weights["W_enc"].shape[1],
         "dtype": "float32",
         "device": "cpu",
-        # b_dec is not subtracted from the input: SAELens would do so by default
+        # by default SAELens would subtract b_dec from the input
         "apply_b_dec_to_input": False,
         "normalize_activations": "none",
         **sae.saelens(),
@@ -68,21 +68,21 @@ def save_sae(folder: Path, sae: SAE, weights: dict[str, Tensor], metadata: dict[
 
 
 def describe_limits(sae: SAE) -> str | None:
-    """What to know of a transcoder that SAELens has no class for."""
+    """How SAELens misreads a transcoder that it has no class for; None if it has one."""
     if (sae.architecture, sae.config.skip) in TRANSCODERS:
         return None
-    told = f"SAELens has no {sae.architecture} transcoder and opens this one as an autoencoder"
+    limits = f"SAELens has no {sae.architecture} transcoder and opens this one as an autoencoder"
     if sae.config.skip:
-        told = f"SAELens has no {sae.architecture} transcoder with a skip connection"
-    return f"{told}; sae_lightning.load_sae reads it as it is"
+        limits = f"SAELens has no {sae.architecture} transcoder with a skip connection"
+    return f"{limits}; sae_lightning.load_sae reads it correctly"
 
 
 @torch.no_grad()
 def load_sae(path: str | os.PathLike) -> SAE:
-    """Read an SAE for raw LLM activations from a run folder, its `sae/`, or a folder that SAELens,
-    sparsify or dictionary_learning wrote.
+    """Load an SAE for raw LLM activations from a run folder, its `sae/`, or a folder written by
+    SAELens, sparsify or dictionary_learning.
 
-    The result is on the CPU, frozen, in float32; `sae.metadata` tells what it was trained on.
+    The SAE is on the CPU, frozen, in float32; `sae.metadata` says what it was trained on.
     """
     files = [folder / name for folder in (Path(path, "sae"), Path(path)) for name in FORMATS]
     file = next(filter(Path.is_file, files), None)
@@ -94,7 +94,7 @@ def load_sae(path: str | os.PathLike) -> SAE:
     try:
         stored = FORMATS[file.name](file)
         sae = _build(stored)
-        check_numbers(sae.weights())  # what was folded in may have been too large
+        check_numbers(sae.weights())  # folding in a scale may have overflowed
         expect(stored.metadata, dict, "metadata")
     except FileNotFoundError as error:
         missing = Path(error.filename).name
@@ -104,7 +104,7 @@ def load_sae(path: str | os.PathLike) -> SAE:
         raise UserError(f"{error.filename or file.parent} cannot be read: {why}") from error
     except UserError:
         raise
-    except Exception as error:  # a file of another tool may be damaged in any way
+    except Exception as error:  # a damaged file may raise anything
         why = f"it lacks {error}" if isinstance(error, KeyError) else str(error).split("\n")[0]
         why = why or "a file ends early"
         raise UserError(f"{file.parent} is damaged or not an SAE: {why}") from error
@@ -113,45 +113,47 @@ def load_sae(path: str | os.PathLike) -> SAE:
 
 
 def _build(stored: StoredSAE) -> SAE:
-    """The SAE with the stored weights, which have to be all of its own and no others."""
-    given = {name: list(weight.shape) for name, weight in stored.weights.items()}
-    if any(len(given.get(name, ())) != 2 for name in ("W_enc", "W_dec")):
-        raise ValueError(f"it holds {', '.join(sorted(given)) or 'nothing'}")
-    (d_in, features), d_out = given["W_enc"], given["W_dec"][1]
+    """Build an SAE from stored weights; ValueError unless they are exactly those it has."""
+    shapes = {name: list(weight.shape) for name, weight in stored.weights.items()}
+    if any(len(shapes.get(name, ())) != 2 for name in ("W_enc", "W_dec")):
+        raise ValueError(f"it holds {', '.join(sorted(shapes)) or 'nothing'}")
+    (d_in, features), d_out = shapes["W_enc"], shapes["W_dec"][1]
     config = _make_config({"features": features} | stored.settings, features)
     sae = build(config, d_in, d_out)
-    own = {name: list(weight.shape) for name, weight in sae.weights().items()}
-    for name in sorted(own.keys() | given.keys()):
-        if name not in given:
+    expected = {name: list(weight.shape) for name, weight in sae.weights().items()}
+    for name in sorted(expected.keys() | shapes.keys()):
+        if name not in shapes:
             raise ValueError(f"{name} is missing")
-        if name not in own:
-            raise ValueError(f"{name} is no part of a {config.name} SAE")
-        if given[name] != own[name]:
-            raise ValueError(f"{name} is {given[name]} and should be {own[name]}")
+        if name not in expected:
+            raise ValueError(f"{name} does not belong to a {config.name} SAE")
+        if shapes[name] != expected[name]:
+            raise ValueError(f"{name} is {shapes[name]} and should be {expected[name]}")
     sae.load_weights(stored.weights)
     if not stored.centred:
         return sae
-    # have the encoder read x where it was made for x - b_dec
+    # fold b_dec into the encoder, which was trained on x - b_dec
     if d_in != d_out:
-        raise ValueError(f"an input of width {d_in} cannot lose a b_dec of width {d_out}")
+        raise ValueError(
+            f"b_dec has width {d_out} and cannot be subtracted from inputs of width {d_in}"
+        )
     one, mean = torch.ones(()), sae.b_dec.double()
-    # a skip connection is not centred: what `fold` takes from it is given back
+    # the skip connection reads x, not x - b_dec: add back what `fold` subtracts for it
     back = mean @ sae.W_skip.double() if config.skip else torch.zeros(d_out)
     sae.load_weights(sae.fold(mean, one, back, one))
     return sae
 
 
 def _make_config(settings: dict[str, Any], features: int) -> SAEConfig:
-    """The settings of an SAE with so many features; ValueError for what cannot be one."""
-    expect(settings["features"], features, "features")  # before memory is taken for them
+    """Make the config of an SAE with `features` features; ValueError if a setting is invalid."""
+    expect(settings["features"], features, "features")  # before memory is allocated for them
     try:
         config = ARCHITECTURES[settings["name"]].config(**settings)
-    except UserError as error:  # it says nothing of the folder
+    except UserError as error:  # its message does not name the folder
         raise ValueError(str(error)) from error
     for field in fields(config):
         value, kind = getattr(config, field.name), field.type
-        listed = kind == list[float]
-        for each in value if listed else [value]:
-            number = float(each) if type(each) is int and kind is not int else each
-            expect(number, float if listed else kind, field.name)  # JSON may write 1.0 as 1
+        is_list = kind == list[float]
+        for item in value if is_list else [value]:
+            number = float(item) if type(item) is int and kind is not int else item
+            expect(number, float if is_list else kind, field.name)  # JSON may write 1.0 as 1
     return config

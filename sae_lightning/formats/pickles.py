@@ -1,4 +1,4 @@
-"""Files that torch.save wrote, whoever may have written them."""
+"""Reads files of torch.save that may be damaged or malicious."""
 
 from pathlib import Path
 from pickle import UnpicklingError
@@ -12,11 +12,10 @@ from sae_lightning.errors import is_out_of_memory
 
 
 def load_tensors(path: Path, seen: set | None = None) -> Any:
-    """Tensors, numbers and texts of a file, mapped into memory on the CPU; no code in it runs.
+    """Load tensors, numbers and texts from a file, memory-mapped on the CPU, without running code.
 
-    ValueError: a part of it (a tensor, the pickle around them) has another checksum than it was
-    written with, or it holds something else. OSError: the disk does not give it. Checksums of a
-    file in `seen`, under whatever name, are not looked at again.
+    ValueError: a checksum in the file is wrong, or it holds other objects. OSError: it cannot be
+    read. `seen` collects files (by inode) whose checksums have been verified and are not again.
     """
     try:
         stat, seen = path.stat(), set() if seen is None else seen
@@ -28,16 +27,16 @@ def load_tensors(path: Path, seen: set | None = None) -> Any:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (OSError, ValueError):
         raise
-    except UnpicklingError:  # torch's text tells how to load it all the same
+    except UnpicklingError:  # torch's message explains how to load it regardless
         raise ValueError("it holds more than tensors and numbers, which could run code") from None
-    except Exception as error:  # whatever a damaged archive leads to
+    except Exception as error:  # a damaged archive may raise anything
         if is_out_of_memory(error):
             raise
         raise ValueError((str(error).splitlines() or [type(error).__name__])[0]) from error
 
 
 def read_checksum(path: Path) -> int:
-    """Checksum of a file that torch.save wrote, by those that it holds of its parts: no part is
-    read, so it takes `load_tensors` to know that they are right."""
+    """Combine the checksums that a file of torch.save holds of its parts into one. The parts are
+    not read; `load_tensors` verifies them."""
     with ZipFile(path) as file:
         return crc32(repr([(part.filename, part.CRC) for part in file.infolist()]).encode())

@@ -1,4 +1,4 @@
-"""Text whose every token carries the features that fire on it."""
+"""A text, token by token, with the features that fire on each token."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -9,85 +9,85 @@ from torch import Tensor
 from sae_lightning.report.catalogue import BEFORE, Catalogue
 from sae_lightning.report.section import show_token
 
-MAX_WORDS = 4  # that tell a feature
-FEW_TOKENS = 20  # tokens of the catalogue's text on which a feature fires
-MAX_LISTED = 100  # features of the whole text on the page
+MAX_WORDS = 4  # shown to identify a feature
+FEW_TOKENS = 20  # a feature that fired on fewer in the catalogue's text is ranked last
+MAX_LISTED = 100  # features in the page's list for the whole text
 
 
 class AnnotatedToken(NamedTuple):
-    """A token, and what fires on it."""
+    """A token and the features that fire on it."""
 
     text: str
-    """As it reads, with its space."""
+    """Decoded, with its leading space."""
     read: bool
-    """False where the SAE reads nothing: BOS, other special tokens, norms that are too large."""
+    """False where the SAE is not applied: BOS, other special tokens, norms that are too large."""
     features: Tensor
-    """[k] those that fire, the strongest first, int64"""
+    """[k] features that fire here, strongest first, int64"""
     strengths: Tensor
-    """[k] of each, in its own units"""
+    """[k] their activations"""
 
 
 class FiredFeature(NamedTuple):
-    """A feature on a token."""
+    """A feature that fires on a token."""
 
     feature: int
     strength: float
-    """In the feature's own units."""
+    """Its activation."""
     share: float | None
-    """Of the maximum in the catalogue's text; None where it never fired there."""
+    """strength / its maximum in the catalogue's text; None if it never fired there."""
     place: int
-    """Number of the token."""
+    """Index of the token in the text."""
     copies: int = 0
-    """Copies of it that fire there too, more weakly."""
+    """Number of its copies that fire there too, more weakly."""
 
 
 class AnnotatedText(NamedTuple):
-    """A text token by token, and the catalogue of the features that fire on it."""
+    """The tokens of a text, and the catalogue that describes the features firing on them."""
 
     tokens: Sequence[AnnotatedToken]
     catalogue: Catalogue
 
     def list_fired(self, place: int) -> list[FiredFeature]:
-        """What fires on a token, the strongest first, and of copies only that one."""
-        token, found = self.tokens[place], {}
-        maximum = self.catalogue.statistics.maximum[token.features]
-        values = (token.features, token.strengths, maximum, self.find_originals(token.features))
-        for feature, strength, most, same in zip(*(x.tolist() for x in values), strict=True):
-            if same in found:
-                found[same] = found[same]._replace(copies=found[same].copies + 1)
+        """Features that fire on a token, strongest first; of copies only the strongest."""
+        token = self.tokens[place]
+        by_original: dict[int, FiredFeature] = {}
+        maxima = self.catalogue.statistics.maximum[token.features]
+        values = (token.features, token.strengths, maxima, self.find_originals(token.features))
+        for feature, strength, maximum, original in zip(*(x.tolist() for x in values), strict=True):
+            if stronger := by_original.get(original):
+                by_original[original] = stronger._replace(copies=stronger.copies + 1)
             else:
-                found[same] = FiredFeature(
-                    feature, strength, strength / most if most else None, place
-                )
-        return [*found.values()]
+                share = strength / maximum if maximum else None
+                by_original[original] = FiredFeature(feature, strength, share, place)
+        return [*by_original.values()]
 
     def find_originals(self, features: Tensor) -> Tensor:
-        """The features of which `features` are copies, or they themselves."""
+        """The original of each feature that is a copy, else the feature itself; same shape as
+        `features`."""
         return features if self.catalogue.copy_of is None else self.catalogue.copy_of[features]
 
     def rank_fired(self) -> list[FiredFeature]:
-        """Each feature where it is strongest, the largest shares of a maximum first; last
-        those whose maximum is one of few."""
+        """Each feature at its strongest token, sorted by share of its maximum; features with fewer
+        than FEW_TOKENS catalogued tokens come last, because their maximum means little."""
         best: dict[int, FiredFeature] = {}
         originals = self.find_originals(torch.arange(self.catalogue.unit_count)).tolist()
         for place in range(len(self.tokens)):
             for fired in self.list_fired(place):
-                known = best.get(originals[fired.feature])
-                if known is None or fired.strength > known.strength:
+                previous = best.get(originals[fired.feature])
+                if previous is None or fired.strength > previous.strength:
                     best[originals[fired.feature]] = fired
         few = (self.catalogue.statistics.fired < FEW_TOKENS).tolist()
         return sorted(best.values(), key=lambda fired: (few[fired.feature], -(fired.share or 0)))
 
     def list_words(self, feature: int) -> list[str]:
-        """Some tokens on which the catalogue has it strongest, each word once."""
+        """Up to MAX_WORDS distinct tokens at the peaks of its strongest catalogued examples."""
         ids = self.catalogue.top.tokens[feature, :, BEFORE].tolist()
         texts = [show_token(self.catalogue.vocabulary[i]) for i in ids if i >= 0]
-        return list({text.strip().lower(): text for text in reversed(texts)}.values())[::-1][
-            :MAX_WORDS
-        ]
+        distinct = {text.strip().lower(): text for text in reversed(texts)}
+        return [*distinct.values()][::-1][:MAX_WORDS]
 
     def to_page_data(self) -> dict[str, Any]:
-        """For the page's script (templates/text.js)."""
+        """The JSON that the page's script (templates/text.js) reads."""
         return {
             "shown": [show_token(token.text) for token in self.tokens],
             "features": [token.features.tolist() for token in self.tokens],

@@ -1,8 +1,9 @@
-"""Blocks of a page that is too large for one file: scripts in a folder beside it, which the browser
-reads when it needs them. A page that is opened from disk can load nothing else.
+"""Data blocks of a page that is too large for one file, as scripts in a folder beside it.
+
+The browser loads them on demand; scripts are all that a page opened from disk may load.
 
 index.html            names the folder
-index-3f2a.../        named by its content: an old page never meets new blocks
+index-3f2a.../        named by a hash of its content, so that an old page never loads new blocks
     feature.js        blocks.add("feature", "...base64...")
     feature-0.js
 """
@@ -17,11 +18,11 @@ from pathlib import Path
 
 from sae_lightning.files import convert_write_errors, make_private_folder
 
-DIGITS = 12  # of a folder's name
+DIGITS = 12  # hex digits of the hash in a folder's name
 
 
 def write_blocks(page: Path, blocks: Mapping[str, str]) -> str:
-    """Write blocks for `page`, and return the name of their folder."""
+    """Write the blocks of `page` into a folder beside it; return the folder's name."""
     with convert_write_errors(page), make_private_folder(page) as temporary:
         folder = temporary / "blocks"
         folder.mkdir()
@@ -31,7 +32,7 @@ def write_blocks(page: Path, blocks: Mapping[str, str]) -> str:
             (folder / f"{name}.js").write_bytes(content)
             return hashlib.sha256(content).digest()
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # deflating leaves the interpreter free
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # zlib releases the GIL
             digest = hashlib.sha256(b"".join(pool.map(write, blocks)))
         place = page.with_name(f"{page.stem}-{digest.hexdigest()[:DIGITS]}")
         if not place.exists():
@@ -40,7 +41,7 @@ def write_blocks(page: Path, blocks: Mapping[str, str]) -> str:
 
 
 def remove_old_blocks(page: Path, kept: str | None) -> None:
-    """Remove the folders of blocks that `page` had before, all but the one named `kept`."""
+    """Remove all block folders of `page` except the one named `kept`."""
     pattern = rf"{re.escape(page.stem)}-[0-9a-f]{{{DIGITS}}}"
     for folder in page.parent.iterdir():
         if re.fullmatch(pattern, folder.name) and folder.name != kept and not folder.is_symlink():

@@ -1,7 +1,7 @@
-"""Everything that is known about each feature, or each neuron: what the page and the files show.
+"""The catalogue: statistics, examples and relations of every feature, or of every neuron.
 
-Shapes: units = features of the SAE or neurons of the site; n = examples; k = how many tokens
-or units are listed.
+Pages and parquet files show it. Shapes: units = features of the SAE or neurons of the site;
+n = examples; k = length of a list of tokens or units.
 """
 
 from typing import Any, NamedTuple
@@ -11,126 +11,130 @@ import torch
 from torch import Tensor
 
 BEFORE, AFTER = 20, 11
-WINDOW = BEFORE + 1 + AFTER  # tokens of an example; its peak is at index BEFORE
-# Strengths are counted in half octaves; the first and the last bin hold what lies outside.
+# An example is a window of tokens around its peak, which is at index BEFORE.
+WINDOW = BEFORE + 1 + AFTER
+# Edges of the histogram of strengths, half an octave apart; outliers go into the outermost bins.
 EDGES = 2.0 ** torch.arange(-10, 14.5, 0.5)
-INTERVALS = 5  # of strengths, equally wide, from 0 to a unit's maximum
+INTERVALS = 5  # equally wide intervals of strength from 0 to a unit's maximum
 
 
 def find_interval(strength: Tensor, maximum: Tensor) -> Tensor:
-    """Which of INTERVALS a strength lies in, int64; 0 is the uppermost, with the unit's maximum."""
+    """Index of the interval that a strength lies in, int64; 0 is the top one, which holds the
+    maximum."""
     share = strength / maximum.clamp_min(torch.finfo(torch.float32).tiny)
     return INTERVALS - (share * INTERVALS).ceil().clamp(1, INTERVALS).long()
 
 
 class Statistics(NamedTuple):
-    """How often and how strongly units fire, [units] unless said otherwise."""
+    """How often and how strongly units fire; each tensor is [units] unless stated otherwise."""
 
     tokens: int
-    """Tokens that were read."""
+    """Number of tokens that the statistics are over."""
     fired: Tensor
-    """Tokens on which each unit is active, int64."""
+    """Number of tokens on which each unit is active, int64."""
     mean: Tensor
-    """Mean strength where it is active; 0 where it never is."""
+    """Mean strength over the tokens where the unit is active; 0 if it never is."""
     maximum: Tensor
     """Greatest strength."""
     histogram: Tensor
-    """[units, len(EDGES) - 1] tokens on which its strength is between EDGES[i] and EDGES[i + 1],
+    """[units, len(EDGES) - 1] number of tokens with a strength from EDGES[i] to EDGES[i + 1],
     int64."""
 
     @property
     def densities(self) -> Tensor:
-        """Share of tokens on which each unit is active."""
+        """[units] share of tokens on which each unit is active."""
         return self.fired / self.tokens
 
 
 class Examples(NamedTuple):
-    """Places in the text where units are active, strongest first."""
+    """Windows of text around tokens where units are active, strongest first."""
 
     strength: Tensor
-    """[units, n] at the peak, the token at index BEFORE of the window; 0 where there are fewer
-    examples than n."""
+    """[units, n] strength at the peak, which is token BEFORE of the window; 0 where a unit has
+    fewer than n examples."""
     tokens: Tensor
-    """[units, n, WINDOW] ids, int32; -1 beyond the ends of the sequence."""
+    """[units, n, WINDOW] token ids, int32; -1 outside the sequence."""
     strengths: Tensor
-    """[units, n, WINDOW] of each token, float16; 0 where tokens is -1."""
+    """[units, n, WINDOW] strength on each token, float16; 0 where tokens is -1."""
     sequence: Tensor
-    """[units, n] number of the sequence in the order of reading, int64."""
+    """[units, n] index of the sequence in the text, int64."""
     position: Tensor
-    """[units, n] of the peak in its sequence, int32."""
+    """[units, n] index of the peak in its sequence, int32."""
 
 
 class TokenSetScores(NamedTuple):
-    """How well the best set of tokens predicts where units are active."""
+    """How well a set of tokens, the best for each unit, predicts where the unit is active."""
 
     score: Tensor
-    """[units] correlation of being in the set with firing (Matthews' coefficient: 1 is perfect, 0
-    is chance) on text that the set was not chosen on; nan where a unit fires too rarely to say."""
+    """[units] Matthews correlation between the token being in the set and the unit firing (1 is
+    perfect, 0 is chance), on held-out text; NaN where a unit fires too rarely."""
     tokens: Tensor
-    """[units, k] ids of the set's most frequent tokens, int32; -1 where there are fewer."""
+    """[units, k] ids of the set's most frequent tokens, int32; padded with -1."""
     previous: Tensor
-    """[units] bool: it is the token before that predicts, not the active one itself."""
+    """[units] bool: the token before the active one is looked up in the set, not the active one."""
 
 
 class RelatedUnits(NamedTuple):
-    """Units that are like each unit, the closest first."""
+    """The units most similar to each unit, closest first."""
 
     units: Tensor
-    """[units, k] int64; -1 where there are fewer."""
+    """[units, k] int64; padded with -1."""
     likeness: Tensor
-    """[units, k]"""
+    """[units, k] their similarity: a cosine or a Jaccard index."""
 
 
 class LogitEffect(NamedTuple):
-    """Tokens that a unit makes likelier and unlikelier through the unembedding."""
+    """Tokens whose logits a unit raises and lowers most, through the unembedding alone."""
 
     promoted: Tensor
-    """[units, k] ids, the most promoted first, int64"""
+    """[units, k] token ids, the most raised first, int64"""
     suppressed: Tensor
-    """[units, k] ids, the most suppressed first, int64"""
+    """[units, k] token ids, the most lowered first, int64"""
     sharpness: Tensor
-    """[units] excess kurtosis of the effect over the vocabulary: large where it is on few tokens"""
+    """[units] excess kurtosis of the effect over the vocabulary: large if few tokens get it all"""
 
 
 class Catalogue(NamedTuple):
-    """All units of one kind."""
+    """Everything that is known about all features, or all neurons."""
 
     kind: str
-    """feature or neuron"""
+    """'feature' or 'neuron'."""
     vocabulary: list[str]
-    """Each token id as it reads, with its space."""
+    """Text of each token id, with its leading space."""
     texts: np.ndarray
-    """[sequences, context] ids of all that was read, int32; no tensor, as it is not of units."""
+    """[sequences, context] token ids of the text, int32. An array, because `slice_units` slices
+    every tensor."""
     statistics: Statistics
     top: Examples
-    """The strongest, at most one in a sequence."""
+    """The strongest examples, at most one per sequence."""
     spread: Examples
-    """Random ones of each of INTERVALS, of an interval at most one in a sequence; none of `top`."""
+    """Random examples from each of INTERVALS, at most one per sequence and interval; none is in
+    `top`."""
     token_sets: TokenSetScores | None = None
-    """None for neurons, which are always active."""
+    """None for neurons, which are active on every token."""
     telling: Tensor | None = None
-    """[units] how much each tells a reader who sees it first, nan where that is not known."""
+    """[units] how informative each feature is at first sight (see analysis/survey/telling.py); NaN
+    where unknown."""
     copy_of: Tensor | None = None
-    """[units] the unit under which each is shown: itself, unless it is a copy of a more telling
-    one, int64."""
+    """[units] the unit under which each is listed, int64: itself, unless it is a copy of a more
+    telling one."""
     neighbours: RelatedUnits | None = None
-    """By the cosine of decoder rows; None for neurons."""
+    """By cosine similarity of decoder rows; None for neurons."""
     partners: RelatedUnits | None = None
-    """By how often they fire together (Jaccard: both / either); None for neurons."""
+    """By Jaccard index of firing: tokens with both / tokens with either; None for neurons."""
     effect: LogitEffect | None = None
-    """None where the site does not write into the residual stream."""
+    """None if the site does not write to the residual stream."""
 
     @property
     def unit_count(self) -> int:
-        """Number of units."""
+        """Number of features or neurons."""
         return len(self.statistics.fired)
 
 
-def slice_units(part: Any, which: slice) -> Any:
-    """Some units of a catalogue, or of a part of one: views of its tensors, which all have an entry
-    for each unit."""
+def slice_units(part: Any, units: slice) -> Any:
+    """A range of units of a catalogue, or of one of its fields; the tensors are views."""
     if isinstance(part, Tensor):
-        return part[which]
+        return part[units]
     if isinstance(part, tuple):
-        return part._replace(**{n: slice_units(each, which) for n, each in part._asdict().items()})
+        return part._replace(**{n: slice_units(x, units) for n, x in part._asdict().items()})
     return part

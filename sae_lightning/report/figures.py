@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from plotly.graph_objects import Figure
 
-# Told apart by colour-blind readers.
+# Distinguishable with colour blindness.
 COLOURS = ("#3b82c4", "#d9822b", "#2a9d74", "#b65fa6", "#c9504a", "#8a8a3c")
 SHAPES = ("circle", "square", "diamond", "triangle-up", "cross", "x")
 GREY = "#8b909a"
@@ -35,14 +35,14 @@ TEMPLATE = {
         "annotationdefaults": {"font": {"color": GREY}},
     }
 }
-SAME_VALUE = 1e-4  # of their size; so close are values that are meant to be equal
-SINGLE_VALUE_BINS = 11  # bins
-MAX_LABELLED = 12  # points; with more, labels cover one another and the pointer has to do
-LOG_AXIS_RATIO = 8  # largest L0 over smallest, from where the axis is logarithmic
+SAME_VALUE = 1e-4  # a relative spread below this is rounding error: the values are equal
+SINGLE_VALUE_BINS = 11  # bins of a histogram of equal values
+MAX_LABELLED = 12  # points with labels; more would overlap, so that hovering has to do
+LOG_AXIS_RATIO = 8  # largest / smallest L0 from which the axis is logarithmic
 
 
 def make_figure(x: str, y: str, **layout: Any) -> "Figure":
-    """An empty figure with titles of its axes and further entries of its layout."""
+    """Create an empty figure with axis titles `x` and `y` and further layout entries."""
     from plotly.graph_objects import Figure  # imported late: train.py does not need it
 
     titles = {"xaxis_title_text": x, "yaxis_title_text": y}
@@ -50,11 +50,11 @@ def make_figure(x: str, y: str, **layout: Any) -> "Figure":
 
 
 def plot_histogram(values: Tensor, x: str, y: str = "features", bins: int = 60) -> "Figure":
-    """How many of finite `values` [n] lie where; counted here, so that a page stays small."""
+    """Draw a histogram of the finite `values` [n]; the page holds the counts, not the values."""
     values = values[values.isfinite()].double().cpu()
     low, high = (values.min().item(), values.max().item()) if len(values) else (0.0, 1.0)
     middle, size = (low + high) / 2, max(abs(low), abs(high))
-    if high - low <= SAME_VALUE * size:  # one broad bar: those of rounding errors cannot be seen
+    if high - low <= SAME_VALUE * size:  # one wide bar: narrow ones are invisible
         low, high, bins = middle - (size or 1) / 2, middle + (size or 1) / 2, SINGLE_VALUE_BINS
     width = (high - low) / bins
     middles = low + (np.arange(bins) + 0.5) * width
@@ -63,13 +63,14 @@ def plot_histogram(values: Tensor, x: str, y: str = "features", bins: int = 60) 
 
 
 def find_pareto_front(l0: "pd.Series", quality: "pd.Series") -> "pd.Series":
-    """Whether no point beats a point in L0 (less is better) or quality without losing in the other.
+    """Mark the points [n] on the Pareto front: no other is better in L0 (lower) or quality (higher)
+    without being worse in the other.
 
-    Equal points are on the front together; those with a number that is not finite are not on it.
+    Of equal points all are on the front; points with a number that is not finite are not.
     """
     finite = np.isfinite(l0) & np.isfinite(quality)
     x, y = l0.where(finite).to_numpy(), quality.where(finite).to_numpy()
-    no_worse = (x[:, None] <= x) & (y[:, None] >= y)  # [of this point, than that one]
+    no_worse = (x[:, None] <= x) & (y[:, None] >= y)  # [i, j]: point i is no worse than j
     beats = no_worse & ((x[:, None] < x) | (y[:, None] > y))
     return finite & ~beats.any(axis=0)
 
@@ -77,10 +78,10 @@ def find_pareto_front(l0: "pd.Series", quality: "pd.Series") -> "pd.Series":
 def plot_tradeoff(
     points: "pd.DataFrame", quality: str, grouping: str | None = None
 ) -> "Figure | None":
-    """L0 against `quality`, the Pareto front as a line; None without finite points.
+    """Plot `quality` against L0 with the Pareto front as a line; None without finite points.
 
-    A point has `l0`, `quality` (the more the better), a `label` that tells it from others of its
-    `group` ("" where all are of one kind) and `details` for the pointer, a list of lines.
+    Columns of `points`: `l0`, `quality` (higher is better), `group` ("" if there are no groups),
+    `label` (tells points of a group apart) and `details` (lines of text shown on hover).
     `grouping` names the setting whose values are the groups.
     """
     points = points[np.isfinite(points[["l0", "quality"]]).all(axis=1)]
@@ -129,12 +130,12 @@ def _shorten(label: str) -> str:
 
 
 def _escape(text: str) -> str:
-    """plotly takes its texts for HTML."""
+    """Escape a text for plotly, which renders texts as HTML."""
     return html.escape(make_visible(text), quote=False)
 
 
 def _make_l0_axis(low: float, high: float) -> dict[str, Any]:
-    """Room for labels at both ends; logarithmic where the values span much."""
+    """Layout of the L0 axis: room for labels, logarithmic if values span LOG_AXIS_RATIO."""
     is_log = low > 0 and high / low >= LOG_AXIS_RATIO
     first, last = (math.log10(low), math.log10(high)) if is_log else (low, high)
     pad = 0.1 * ((last - first) or abs(last) or 1.0)
@@ -142,5 +143,5 @@ def _make_l0_axis(low: float, high: float) -> dict[str, Any]:
     if is_log:
         axis |= {"type": "log", "tickformat": ",", "minorloglabels": "complete"}
     if is_log and last - first >= 3:
-        axis["dtick"] = 1  # a label a decade
+        axis["dtick"] = 1  # one label per decade
     return axis

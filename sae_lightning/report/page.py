@@ -1,4 +1,4 @@
-"""HTML pages that need nothing from the network; one of what analysis found."""
+"""HTML pages that load nothing from the network, and the analysis page."""
 
 import re
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
 TEMPLATES = Path(__file__).parent / "templates"
-# The first number of a cell, with what may stand before it.
+# The first number of a cell, after any punctuation.
 NUMBER = re.compile(r"^[^\w.]*?([-−+]?(?:\d[\d,]*)?\.?\d+(?:e[-+]?\d+)?)", re.IGNORECASE)
 
 MAX_ONE_LINE = 40  # characters of a table's cell
@@ -26,7 +26,7 @@ MAX_EMBEDDED_BYTES = 1 << 27
 
 
 def render_template(template: str, *, figures: bool, **values: object) -> str:
-    """A page from its template; with plotly.js in it if there are figures."""
+    """Render a template; plotly.js is embedded if there are `figures`."""
     # imported late: train.py needs none of them
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
@@ -39,7 +39,7 @@ def render_template(template: str, *, figures: bool, **values: object) -> str:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        # names and metadata may be a stranger's
+        # names and metadata may come from files of others
         finalize=lambda value: make_visible(value) if type(value) is str else value,
     )
     return environment.get_template(template).render(
@@ -106,14 +106,14 @@ def _render_page(page: AnalysisPage, units: PageData | None) -> str:
 
 
 def _break_lines(token: str) -> "Markup":
-    """The token as it is shown, broken where its line breaks are."""
+    """The token as shown, with a line break after each of its line break signs."""
     from markupsafe import escape
 
     return escape(show_token(token)).replace("↵", "↵\n")
 
 
 def _group_by_part(sections: Sequence[Section]) -> dict[str, tuple[str, list[Section]]]:
-    """Anchor -> name of the part and its sections, in the order in which parts begin."""
+    """Group sections by part: anchor -> (name of the part, its sections), by first appearance."""
     parts: dict[str, tuple[str, list[Section]]] = {}
     for section in sections:
         name = section.part or section.title
@@ -123,15 +123,16 @@ def _group_by_part(sections: Sequence[Section]) -> dict[str, tuple[str, list[Sec
 
 
 def find_wordy_columns(table: ResultTable) -> set[int]:
-    """Numbers of the columns with cells too long to stand on one line."""
+    """Indices of the columns with a cell longer than MAX_ONE_LINE, which may wrap."""
     return {
         number for row in table.rows for number, cell in enumerate(row) if len(cell) > MAX_ONE_LINE
     }
 
 
 def make_sort_value(cell: str, *, word: bool) -> float | str:
-    """What a table's cell is sorted by: its number; the cell itself where it holds a word."""
-    found = NUMBER.match(cell)
-    if found is None or (word and found.group() != cell):
+    """The value that sorts a table's cell: its first number. In a column of words (`word`), the
+    cell itself unless all of it is a number."""
+    match = NUMBER.match(cell)
+    if match is None or (word and match.group() != cell):
         return cell if word else ""
-    return float(found.group(1).replace(",", "").replace("−", "-"))
+    return float(match.group(1).replace(",", "").replace("−", "-"))

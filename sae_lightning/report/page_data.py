@@ -1,15 +1,14 @@
-"""A catalogue in the compact form that the page's script reads (templates/blocks.js).
+"""Packs catalogues for the page's script (templates/blocks.js), compactly.
 
-sequences | their tokens                                                   block "texts"
-       | fields of all units: how often, how strongly, what to search by   block "feature"
-units |  fields of units   0 ... 127: examples, histogram, relations       block "feature-0"
-       | fields of units 128 ... 255                                       block "feature-1"
+block "texts"      the tokens of all sequences
+block "feature"    what the list needs of all units: frequency, strength, searchable tokens
+block "feature-0"  details of units   0 ... 127: examples, histogram, relations
+block "feature-1"  details of units 128 ... 255
 
-The second is read when the page opens, the others when one of their units is opened.
-Each is a block: its fields one after another, a field's bytes by significance (first the lowest of
-all its numbers, then the next ...), because that deflates best; then deflate, then base64.
-Tokens are numbered anew by how often they occur, from 1, so that the common ones take one byte;
-0 is no token.
+"feature" is loaded when the page opens, a block of details when one of its units is opened.
+A block is its fields one after another, deflated, as base64. The bytes of a field are grouped by
+significance (the lowest byte of every number, then the next ...), which compresses best.
+Tokens are renumbered from 1 by frequency, so that common ones take one byte; 0 is no token.
 """
 
 import base64
@@ -33,32 +32,32 @@ from sae_lightning.report.catalogue import (
 )
 from sae_lightning.report.section import show_token
 
-UNITS_PER_BLOCK = 128  # units of a block of details; about 200 kB when unpacked
-COUNTED_AT_ONCE = 8192  # units whose tokens are counted at a time
-LEVELS = 255  # of a strength; the unit's maximum is the highest
-HUNDREDTHS = 100  # of a likeness
-PREVIEW = slice(BEFORE - 3, BEFORE + 8)  # of the strongest example, in the list
+UNITS_PER_BLOCK = 128  # in a block of details; about 200 kB unpacked
+COUNTED_AT_ONCE = 8192  # units whose tokens are counted at a time: bounds memory
+LEVELS = 255  # a strength is stored in 255ths of its unit's maximum
+HUNDREDTHS = 100  # a similarity is stored in hundredths
+PREVIEW = slice(BEFORE - 3, BEFORE + 8)  # tokens of the strongest example that the list shows
 
-Fields = dict[str, np.ndarray]  # [units, ...] each
+Fields = dict[str, np.ndarray]  # name -> [units, ...]
 
 
 class PageData(NamedTuple):
-    """What the page carries of its catalogues."""
+    """Catalogues as the page holds them."""
 
     index: dict[str, Any]
-    """For the script: the words, and how the blocks of each kind are to be read."""
+    """For the script: the vocabulary and the layout of the blocks."""
     blocks: "Blocks"
-    """Name -> base64."""
+    """Name -> base64 text."""
 
 
 class Blocks(Mapping[str, str]):
-    """Blocks by name, each packed when it is asked for: all at once are as large as the page."""
+    """Blocks by name, packed on access: all of them together are as large as the page."""
 
     def __init__(self, catalogues: Sequence[Catalogue], numbers: np.ndarray):
         self.numbers = numbers
         self.parts = {catalogue.kind: (catalogue, _make_list_fields) for catalogue in catalogues}
         self.parts["texts"] = catalogues[0], _make_text_fields
-        self.size = catalogues[0].texts.size * numbers.itemsize  # bytes when unpacked
+        self.size = catalogues[0].texts.size * numbers.itemsize  # bytes, unpacked
         for catalogue in catalogues:
             first = slice_units(catalogue, slice(1))
             fields = [
@@ -83,7 +82,7 @@ class Blocks(Mapping[str, str]):
 
 
 def pack_catalogues(catalogues: Sequence[Catalogue]) -> PageData:
-    """Everything that the page's script shows of `catalogues`, which are of one LLM."""
+    """Pack `catalogues`, which share an LLM and a text, for the page's script."""
     words, numbers = _number_tokens(catalogues)
     kinds = []
     for catalogue in catalogues:
@@ -106,7 +105,7 @@ def pack_catalogues(catalogues: Sequence[Catalogue]) -> PageData:
 
 
 def _number_tokens(catalogues: Sequence[Catalogue]) -> tuple[list[str], np.ndarray]:
-    """The page's own vocabulary, as shown, and [vocabulary + 1] token id (or -1) -> place in it."""
+    """The page's vocabulary, as shown, and the map [vocabulary + 1] from token id (or -1) to it."""
     vocabulary = catalogues[0].vocabulary
     counts = torch.zeros(len(vocabulary) + 1, dtype=torch.int64)
     shown = [torch.from_numpy(catalogues[0].texts)]
@@ -125,12 +124,12 @@ def _number_tokens(catalogues: Sequence[Catalogue]) -> tuple[list[str], np.ndarr
 
 
 def _make_text_fields(catalogue: Catalogue, numbers: np.ndarray) -> Fields:
-    """The sequences that examples are from."""
+    """Fields of the text that examples are from."""
     return {"tokens": numbers.take(catalogue.texts)}
 
 
 def _make_list_fields(catalogue: Catalogue, numbers: np.ndarray) -> Fields:
-    """What the list of units shows, sorts by and searches."""
+    """Fields that the list of units shows, sorts by and searches."""
     statistics, top = catalogue.statistics, catalogue.top
     fields = {
         "fired": _to_array(statistics.fired, "u4"),
@@ -154,7 +153,7 @@ def _make_list_fields(catalogue: Catalogue, numbers: np.ndarray) -> Fields:
 
 
 def _make_detail_fields(catalogue: Catalogue, numbers: np.ndarray) -> Fields:
-    """What only a unit's own view shows."""
+    """Fields that only the view of a single unit shows."""
     shown, maximum = (catalogue.top, catalogue.spread), catalogue.statistics.maximum
     sequence, position = map(np.min_scalar_type, catalogue.texts.shape)
     fields = {
@@ -176,9 +175,9 @@ def _make_detail_fields(catalogue: Catalogue, numbers: np.ndarray) -> Fields:
 
 
 def _quantise(examples: Examples, maximum: Tensor) -> Tensor:
-    """[units, n, WINDOW] strengths in steps of a 255th of the unit's maximum; 0 stays 0 only."""
+    """[units, n, WINDOW] strengths in 255ths of the unit's maximum; only 0 becomes 0."""
     strengths = examples.strengths.float()
-    strengths[:, :, BEFORE] = examples.strength  # as it is: half precision has a least number
+    strengths[:, :, BEFORE] = examples.strength  # exact: float16 would turn tiny ones into 0
     share = strengths / maximum.clamp_min(torch.finfo(torch.float32).tiny)[:, None, None]
     return torch.where(strengths > 0, (share * LEVELS).round().clamp(1, LEVELS), 0)
 
@@ -188,7 +187,7 @@ def _to_array(values: Tensor, dtype: str | np.dtype) -> np.ndarray:
 
 
 def _describe_layout(fields: Fields) -> list[tuple[str, str, int]]:
-    """(name, dtype, numbers of a unit) in the order of the block."""
+    """(name, dtype, numbers per unit) of each field, in the order of the block."""
     return [(name, values.dtype.str[1:], values[0].size) for name, values in fields.items()]
 
 

@@ -1,4 +1,4 @@
-"""Catalogues as parquet files: one row a unit, for programs."""
+"""Writes catalogues as parquet files, one row per unit."""
 
 import json
 from contextlib import ExitStack
@@ -17,10 +17,10 @@ METADATA_KEY = b"sae_lightning"  # key of the file's own metadata
 
 
 def write_catalogue(path: Path, catalogue: Catalogue, of: dict[str, str]) -> None:
-    """Write everything in `catalogue`, and what it is a catalogue `of`; tokens are written as they
-    read.
+    """Write `catalogue` with its origin `of` (SAE, LLM, text ...) in the file's metadata.
 
-    pandas.read_parquet, polars or datasets open it; `parquet_reader` makes a catalogue of it again.
+    Tokens are written as text. pandas, polars and datasets open the file; `parquet_reader` turns
+    it back into a catalogue.
     """
     words = pa.array(catalogue.vocabulary)
     note = {METADATA_KEY: json.dumps({"tokens": catalogue.statistics.tokens, "of": of})}
@@ -35,7 +35,7 @@ def write_catalogue(path: Path, catalogue: Catalogue, of: dict[str, str]) -> Non
 
 
 def _make_columns(catalogue: Catalogue, first: int, words: pa.Array) -> dict[str, pa.Array]:
-    """The columns of a group of units, from the `first` on."""
+    """The columns of UNITS_PER_GROUP units from unit `first` on."""
     catalogue = slice_units(catalogue, slice(first, first + UNITS_PER_GROUP))
     s = catalogue.statistics
     columns = {
@@ -70,28 +70,30 @@ def _to_array(values: Tensor) -> pa.Array:
     return pa.array(values.cpu().numpy())
 
 
-def _make_lists(values: Tensor | pa.Array, known: Tensor) -> pa.ListArray:
-    """A list of the `known` values of each row [units, k]; an array holds only these."""
-    ends = torch.cat([torch.zeros(1, dtype=torch.int64), known.sum(dim=1).cumsum(0)])
-    flat = _to_array(values[known]) if isinstance(values, Tensor) else values
+def _make_lists(values: Tensor | pa.Array, mask: Tensor) -> pa.ListArray:
+    """For each row [units, k] the list of its values where `mask`; an array holds only these."""
+    ends = torch.cat([torch.zeros(1, dtype=torch.int64), mask.sum(dim=1).cumsum(0)])
+    flat = _to_array(values[mask]) if isinstance(values, Tensor) else values
     return pa.ListArray.from_arrays(ends.int().numpy(), flat)
 
 
 def _make_text_lists(ids: Tensor, words: pa.Array) -> pa.ListArray:
-    """A list of the tokens of each row [units, k] as they read; -1 is none."""
+    """For each row of ids [units, k] the list of their texts, without -1."""
     return _make_lists(words.take(_to_array(ids[ids >= 0])), ids >= 0)
 
 
 def _make_example_lists(examples: Examples, words: pa.Array) -> pa.ListArray:
-    """A list of examples of each unit; of an example the tokens inside of the sequence."""
-    there = examples.strength > 0  # [units, n]
-    tokens, strengths = examples.tokens[there], examples.strengths[there]  # [examples, WINDOW]
+    """For each unit the list of its examples; tokens outside the sequence are left out."""
+    exists = examples.strength > 0  # [units, n]
+    tokens, strengths = examples.tokens[exists], examples.strengths[exists]  # [examples, WINDOW]
     columns = {
-        "strength": _to_array(examples.strength[there]),
-        "sequence": _to_array(examples.sequence[there]),
-        "position": _to_array(examples.position[there]),  # of the peak in its sequence
-        "peak": _to_array((tokens[:, :BEFORE] >= 0).sum(dim=1).int()),  # its place in tokens
+        "strength": _to_array(examples.strength[exists]),
+        "sequence": _to_array(examples.sequence[exists]),
+        "position": _to_array(examples.position[exists]),  # index of the peak in its sequence
+        "peak": _to_array(
+            (tokens[:, :BEFORE] >= 0).sum(dim=1).int()
+        ),  # index of the peak in tokens
         "tokens": _make_text_lists(tokens, words),
         "strengths": _make_lists(strengths.float(), tokens >= 0),
     }
-    return _make_lists(pa.StructArray.from_arrays([*columns.values()], names=[*columns]), there)
+    return _make_lists(pa.StructArray.from_arrays([*columns.values()], names=[*columns]), exists)

@@ -1,6 +1,6 @@
-"""The catalogue that a parquet file holds; `parquet.write_catalogue` writes it.
+"""Reads the catalogues that `parquet.write_catalogue` writes.
 
-Shapes: units, n, k as in catalogue.py; entries = values of all lists, one after another.
+Shapes: units, n, k as in catalogue.py; entries = values of all lists, concatenated.
 """
 
 import json
@@ -28,22 +28,23 @@ from sae_lightning.report.catalogue import (
 )
 from sae_lightning.report.parquet import METADATA_KEY
 
-# A stranger's file takes no more memory than this: the longest list makes all of its column as long
+# Bounds on the memory that a file of others can take: all lists of a column are padded to the
+# longest.
 MAX_LIST_LENGTH = 1024
-MAX_TEXT_TOKENS = 1 << 27  # tokens of the text
-MAX_COUNT = 2**32 - 1  # what the page has room for
+MAX_TEXT_TOKENS = 1 << 27  # sequences x context
+MAX_COUNT = 2**32 - 1  # the page stores uint32
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """What the file says of itself: `of`, what it is a catalogue of, and `tokens`, how many were
-    read. KeyError: it is of a version that noted nothing."""
+    """The file's own metadata: `of`, its origin, and `tokens`, the number of tokens read.
+    KeyError: an older version wrote it, without metadata."""
     return json.loads(pyarrow.parquet.read_schema(path).metadata[METADATA_KEY])
 
 
 def read_catalogue(path: Path, vocabulary: list[str]) -> Catalogue:
-    """The catalogue; a token gets an id in `vocabulary` that reads as it does, -1 if there is none.
+    """Read a catalogue; a token gets an id in `vocabulary` with the same text, -1 if there is none.
 
-    Lists [units, k] are as long as the longest of them. Any Exception: the file is damaged.
+    Lists are padded to the longest, [units, k]. Any exception means that the file is damaged.
     """
     columns = dict(_combine_columns(pyarrow.parquet.read_table(path)))
     kind, ids = next(iter(columns)), {word: i for i, word in enumerate(vocabulary)}
@@ -60,10 +61,10 @@ def read_catalogue(path: Path, vocabulary: list[str]) -> Catalogue:
     catalogue = Catalogue(kind, vocabulary, _rebuild_text(*examples), statistics, *examples)
     if "score" in columns:
         previous = _to_tensor(columns["tokens_are_previous"]).bool()
-        known = TokenSetScores(
+        token_sets = TokenSetScores(
             _to_tensor(columns["score"]).float(), _read_tokens(columns["tokens"], ids), previous
         )
-        catalogue = catalogue._replace(token_sets=known)
+        catalogue = catalogue._replace(token_sets=token_sets)
     if "telling" in columns:
         telling, original = (
             _to_tensor(columns["telling"]).float(),
@@ -97,16 +98,16 @@ def _to_tensor(values: pa.Array) -> Tensor:
     return torch.from_numpy(values.to_numpy(zero_copy_only=False).copy())  # null becomes nan
 
 
-def _read_integers(values: pa.Array, most: int) -> Tensor:
-    """int64. ValueError unless all are from 0 to `most`."""
+def _read_integers(values: pa.Array, maximum: int) -> Tensor:
+    """Values as int64; ValueError unless all are from 0 to `maximum`."""
     numbers = _to_tensor(values)
-    if not ((numbers >= 0) & (numbers <= most)).all():
-        raise ValueError(f"a number is not from 0 to {most:,}")
+    if not ((numbers >= 0) & (numbers <= maximum)).all():
+        raise ValueError(f"a number is not from 0 to {maximum:,}")
     return numbers.long()
 
 
 def _read_reals(values: pa.Array) -> Tensor:
-    """float32. ValueError unless all are finite."""
+    """Values as float32; ValueError unless all are finite."""
     numbers = _to_tensor(values).float()
     if not numbers.isfinite().all():
         raise ValueError("a number is not finite")
@@ -118,60 +119,60 @@ def _count_entries(lists: pa.ListArray) -> Tensor:
 
 
 def _pad_lists(lists: pa.ListArray, values: Tensor, fill: float) -> Tensor:
-    """The `values` [entries] of the lists in rows [units, k], with `fill` behind shorter ones."""
+    """Arrange the `values` [entries] of `lists` in rows [units, k], padded with `fill`."""
     counts = _count_entries(lists)
     k = max(1, int(counts.max()))
     if k > MAX_LIST_LENGTH:
-        raise ValueError(f"a list of {k:,}")
+        raise ValueError(f"a list of {k:,} values")
     rows = values.new_full((len(counts), k), fill)
     rows[torch.arange(k) < counts[:, None]] = values
     return rows
 
 
 def _look_up_ids(words: pa.Array, ids: dict[str, int]) -> Tensor:
-    """[entries] int32"""
-    coded = words.dictionary_encode()
-    known = np.array([ids.get(word, -1) for word in coded.dictionary.to_pylist()], np.int32)
-    return torch.from_numpy(known[coded.indices.to_numpy()])
+    """Token ids [entries] of texts, int32; -1 for a text without an id."""
+    encoded = words.dictionary_encode()
+    codes = np.array([ids.get(word, -1) for word in encoded.dictionary.to_pylist()], np.int32)
+    return torch.from_numpy(codes[encoded.indices.to_numpy()])
 
 
 def _read_tokens(lists: pa.ListArray, ids: dict[str, int]) -> Tensor:
-    """[units, k] int32, -1 where there are fewer"""
+    """Token ids [units, k] of lists of texts, int32, padded with -1."""
     return _pad_lists(lists, _look_up_ids(lists.flatten(), ids), -1)
 
 
 def _read_examples(lists: pa.ListArray, ids: dict[str, int]) -> Examples:
-    each = lists.flatten()  # [examples] of all units
-    words, strengths, peaks = each.field("tokens"), each.field("strengths"), each.field("peak")
+    flat = lists.flatten()  # [examples of all units]
+    words, strengths, peaks = flat.field("tokens"), flat.field("strengths"), flat.field("peak")
     lengths = _count_entries(words)
     first = (BEFORE - _read_integers(peaks, BEFORE)).repeat_interleave(lengths)
     start = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
-    place = first + torch.arange(len(first)) - start  # in the window
-    owner = torch.arange(len(each)).repeat_interleave(lengths)
-    # one more, in which nothing is, for units with fewer
-    tokens = torch.full((len(each) + 1, WINDOW), -1, dtype=torch.int32)
+    place = first + torch.arange(len(first)) - start  # index in the window
+    owner = torch.arange(len(flat)).repeat_interleave(lengths)
+    # an empty extra example, at index -1, pads units with fewer than n
+    tokens = torch.full((len(flat) + 1, WINDOW), -1, dtype=torch.int32)
     tokens[owner, place] = _look_up_ids(words.flatten(), ids)
-    around = torch.zeros(len(each) + 1, WINDOW, dtype=torch.float16)
-    around[owner, place] = _read_reals(strengths.flatten()).half()
-    slots = _pad_lists(lists, torch.arange(len(each)), -1)  # [units, n] the example
+    window = torch.zeros(len(flat) + 1, WINDOW, dtype=torch.float16)
+    window[owner, place] = _read_reals(strengths.flatten()).half()
+    slots = _pad_lists(lists, torch.arange(len(flat)), -1)  # [units, n] index of the example
     return Examples(
-        strength=pad(_read_reals(each.field("strength")), (0, 1))[slots],
+        strength=pad(_read_reals(flat.field("strength")), (0, 1))[slots],
         tokens=tokens[slots],
-        strengths=around[slots],
-        sequence=pad(_read_integers(each.field("sequence"), MAX_TEXT_TOKENS), (0, 1))[slots],
-        position=pad(_read_integers(each.field("position"), MAX_TEXT_TOKENS), (0, 1)).int()[slots],
+        strengths=window[slots],
+        sequence=pad(_read_integers(flat.field("sequence"), MAX_TEXT_TOKENS), (0, 1))[slots],
+        position=pad(_read_integers(flat.field("position"), MAX_TEXT_TOKENS), (0, 1)).int()[slots],
     )
 
 
-def _rebuild_text(*examples: Examples) -> np.ndarray:
-    """[sequences, context] ids of the text, -1 where none of the examples shows it."""
+def _rebuild_text(*lists: Examples) -> np.ndarray:
+    """Token ids [sequences, context] of the text, -1 where no example shows it."""
     parts = [[], [], []]
-    for each in examples:
-        place = each.position[..., None] + torch.arange(-BEFORE, AFTER + 1)
-        known = each.tokens >= 0
-        sequence = each.sequence[..., None].expand_as(place)
-        for part, values in zip(parts, (sequence, place, each.tokens), strict=True):
-            part.append(values[known].numpy())
+    for examples in lists:
+        place = examples.position[..., None] + torch.arange(-BEFORE, AFTER + 1)
+        inside = examples.tokens >= 0
+        sequence = examples.sequence[..., None].expand_as(place)
+        for part, values in zip(parts, (sequence, place, examples.tokens), strict=True):
+            part.append(values[inside].numpy())
     sequence, place, tokens = map(np.concatenate, parts)
     shape = sequence.max(initial=0) + 1, place.max(initial=0) + 1
     if shape[0] * shape[1] > MAX_TEXT_TOKENS:

@@ -1,4 +1,4 @@
-"""What analysis found, at the terminal.
+"""Prints results of an analysis at the terminal.
 
         ▁   █▃         the height above a token is its strength
 a cat sat on the mat
@@ -26,15 +26,15 @@ from sae_lightning.report.section import (
 from sae_lightning.terminal import LEFT_TO_RIGHT, console, make_grid, make_visible
 
 HEIGHTS = " ▁▂▃▄▅▆▇█"
-MAX_WIDTH = 100  # columns that are easily read
-STRENGTH_WIDTH = 8  # columns for the number before an example
-LEFT_OF_PEAK = 0.6  # of the columns left of the peak
+MAX_WIDTH = 100  # columns; longer lines are hard to read
+STRENGTH_WIDTH = 8  # columns of the strength before an example
+LEFT_OF_PEAK = 0.6  # share of an example's columns before its peak
 RIGHT_TO_LEFT = {"R", "AL", "AN"}  # bidirectional classes of letters and digits from right to left
-MAX_NUMBER_WIDTH = 24  # columns; a longer cell is a list or a sentence
+MAX_NUMBER_WIDTH = 24  # columns; a wider cell is text, which is left-aligned
 
 
 def print_section(section: Section) -> None:
-    """Print a section; its figures are for the page only."""
+    """Print a section without its figures."""
     print_lead(section)
     if section.rows:
         console.print(make_grid(section.rows))
@@ -49,14 +49,14 @@ def print_section(section: Section) -> None:
 
 
 def print_lead(section: Section) -> None:
-    """Print what a section says in words."""
+    """Print a section's title and lead."""
     console.print()
     console.print(Text(make_visible(section.title), "bold"))
     console.print(make_visible(section.lead), soft_wrap=False, width=_count_columns())
 
 
 def print_units(catalogue: Catalogue, units: Sequence[int], examples: int = 3) -> None:
-    """Print some units of a catalogue with their strongest examples, the peaks in one column."""
+    """Print units with their strongest examples, the peaks aligned in one column."""
     top = catalogue.top
     for unit in units:
         console.print()
@@ -75,17 +75,17 @@ def print_units(catalogue: Catalogue, units: Sequence[int], examples: int = 3) -
 
 
 def _make_heading(catalogue: Catalogue, unit: int) -> Text:
-    statistics, reading = catalogue.statistics, catalogue.token_sets
+    statistics, token_sets = catalogue.statistics, catalogue.token_sets
     heading = Text(f"{catalogue.kind} {unit}", "bold")
     density, maximum = float(statistics.densities[unit]), float(statistics.maximum[unit])
     if not density:
         return heading.append("  never fires", "not bold")
     heading.append(f"  fires on {100 * density:.3g} % of tokens, maximum {maximum:.3g}", "not bold")
-    if reading is not None and float(reading.score[unit]) >= 0:
-        ids = [i for i in reading.tokens[unit].tolist() if i >= 0][:5]
-        where = "after " if reading.previous[unit] else ""
+    if token_sets is not None and float(token_sets.score[unit]) >= 0:
+        ids = [i for i in token_sets.tokens[unit].tolist() if i >= 0][:5]
+        where = "after " if token_sets.previous[unit] else ""
         tokens = " ".join(isolate(f"‘{show_token(catalogue.vocabulary[i])}’") for i in ids)
-        heading.append(f", score {float(reading.score[unit]):.2f}: {where}{tokens}", "not bold")
+        heading.append(f", score {float(token_sets.score[unit]):.2f}: {where}{tokens}", "not bold")
     if catalogue.copy_of is not None:
         alike = int((catalogue.copy_of == unit).sum()) - 1
         heading.append(f", and {alike} like it" if alike > 0 else "", "not bold")
@@ -96,22 +96,22 @@ def _count_columns() -> int:
     return min(console.width, MAX_WIDTH)
 
 
-def _make_table(given: ResultTable) -> Table:
-    """The table; where it is too wide rich wraps its widest columns."""
+def _make_table(results: ResultTable) -> Table:
+    """Lay out a table; if it is too wide, rich wraps its widest columns."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for number, (heading, *cells) in enumerate(zip(given.header, *given.rows, strict=True)):
+    for number, (heading, *cells) in enumerate(zip(results.header, *results.rows, strict=True)):
         is_text = number == 0 or max(map(cell_len, cells), default=0) > MAX_NUMBER_WIDTH
         table.add_column(
             Text(make_visible(heading)), justify="left" if is_text else "right", overflow="fold"
         )
-    for row in given.rows:
+    for row in results.rows:
         tokens = (split_quoted(make_visible(cell)) for cell in row)
         table.add_row(*(QuotedTokens(each) if len(each) > 1 else Text(each[0]) for each in tokens))
     return table
 
 
 class QuotedTokens:
-    """Tokens in quotes, side by side; a line is broken between them only."""
+    """A cell of quoted tokens, which wraps only between tokens."""
 
     def __init__(self, tokens: list[str]):
         self.tokens = [*map(isolate, tokens)]
@@ -128,20 +128,20 @@ class QuotedTokens:
 
 
 def isolate(token: str) -> str:
-    """The token so that a terminal that writes from right to left turns only its own letters."""
-    turns = any(unicodedata.bidirectional(character) in RIGHT_TO_LEFT for character in token)
-    return f"{LEFT_TO_RIGHT}{token}{LEFT_TO_RIGHT}" if turns else token
+    """Isolate a right-to-left token by marks, so that a terminal reorders only its own letters."""
+    is_rtl = any(unicodedata.bidirectional(character) in RIGHT_TO_LEFT for character in token)
+    return f"{LEFT_TO_RIGHT}{token}{LEFT_TO_RIGHT}" if is_rtl else token
 
 
 def _draw_height(share: float, text: str) -> str:
-    """A block for each column of `text`, none above the space that it begins with."""
+    """A bar of height `share` over each column of `text` but its leading spaces."""
     block = HEIGHTS[max(1, round(share * (len(HEIGHTS) - 1)))] if share > 0 else " "
     bare = text.lstrip(" ") or text
     return " " * (len(text) - len(bare)) + block * cell_len(bare)
 
 
 def _split_lines(text: ColouredText, strongest: float) -> Iterator[tuple[str, str]]:
-    """Lines of a text, each below its heights."""
+    """Wrap a text into (heights, line) pairs."""
     heights = line = ""
     for token, strength in zip(text.tokens, text.strengths, strict=True):
         shown = show_token(token)
@@ -157,7 +157,7 @@ def _split_lines(text: ColouredText, strongest: float) -> Iterator[tuple[str, st
 
 
 def _align_example(shown: list[str], shares: list[float]) -> tuple[str, Text]:
-    """Heights and line of an example, its peak at the same column for all."""
+    """Heights and line of an example, cut and padded so that the peak is in a fixed column."""
     columns = _count_columns() - STRENGTH_WIDTH
     before = int(columns * LEFT_OF_PEAK)
     first = BEFORE - _count_fitting(shown[:BEFORE][::-1], before)
@@ -171,5 +171,5 @@ def _align_example(shown: list[str], shares: list[float]) -> tuple[str, Text]:
 
 
 def _count_fitting(shown: list[str], columns: int) -> int:
-    """How many of the first texts fit into so many columns."""
+    """Number of leading texts that fit into `columns` together."""
     return sum(width <= columns for width in accumulate(map(cell_len, shown)))

@@ -1,4 +1,4 @@
-"""What a task found, in a form that a terminal and a page can both show."""
+"""A task's results in a form that both the terminal and the page can show."""
 
 import re
 import unicodedata
@@ -9,60 +9,60 @@ from sae_lightning.terminal import make_visible
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-BETWEEN_QUOTED = re.compile(r"(?<=['’]) (?=['‘])")  # tokens in quotes
+BETWEEN_QUOTED = re.compile(r"(?<=['’]) (?=['‘])")  # the space between two quoted tokens
 
 
 def show_token(token: str) -> str:
-    """The token as it is shown, apart from its neighbours: `make_visible`, and an accent that
-    belongs to the token before on a circle of its own."""
-    alone = unicodedata.category(token[:1] or " ").startswith("M")
-    return "◌" * alone + make_visible(token)
+    """Make a token readable on its own: control characters become visible, and a leading combining
+    accent gets a dotted circle to stand on."""
+    is_accent = unicodedata.category(token[:1] or " ").startswith("M")
+    return "◌" * is_accent + make_visible(token)
 
 
 def split_quoted(cell: str) -> list[str]:
-    """A table's cell in the parts that are shown apart: its tokens in quotes, or all of it."""
+    """Split a table's cell into its quoted tokens; a cell of anything else stays whole."""
     return BETWEEN_QUOTED.split(cell)
 
 
 class ColouredText(NamedTuple):
-    """Text whose tokens carry strengths."""
+    """A text whose tokens are coloured by strength."""
 
     caption: str
-    """What it is an example of."""
+    """Says what the text is an example of."""
     tokens: list[str]
-    """As they read, with their spaces."""
+    """Decoded tokens with their leading spaces."""
     strengths: list[float]
-    """One for each token; 0 where there is none."""
+    """Strength of each token; 0 is not coloured."""
 
 
 class ResultTable(NamedTuple):
-    """Numbers in rows."""
+    """A table of formatted numbers."""
 
     header: list[str]
-    """Names of the columns; the first holds words, the others numbers."""
+    """Names of the columns; the first column holds words, the others numbers."""
     rows: list[list[str]]
-    """Ready to read."""
+    """Formatted cells."""
 
 
 class Section(NamedTuple):
-    """One result: a claim in words, with the numbers and pictures that bear it out."""
+    """One result: a claim in words, and the numbers, texts and figures that support it."""
 
     title: str
     """A few words."""
     lead: str
-    """What was found, in a sentence or two."""
+    """The claim, in a sentence or two."""
     rows: dict[str, str] = {}
-    """Numbers by name, ready to read."""
+    """Name -> formatted number."""
     table: ResultTable | None = None
-    """More of them."""
+    """Further numbers."""
     texts: list[ColouredText] = []
-    """Text that shows it."""
+    """Example texts."""
     figures: dict[str, "Figure"] = {}
-    """By caption."""
+    """Caption -> figure; shown on the page only."""
     part: str = ""
-    """Part of a larger page that it belongs to; its title unless given."""
+    """The part of a longer page that it is in; '' means its own."""
 
     @property
     def max_strength(self) -> float:
-        """Greatest size of a strength in `texts`, which makes these comparable; 1 without any."""
+        """Largest absolute strength in `texts`, the scale of their colours; 1 if all are 0."""
         return max((abs(s) for text in self.texts for s in text.strengths), default=0) or 1

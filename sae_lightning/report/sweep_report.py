@@ -1,4 +1,4 @@
-"""The report of a sweep: sweep.csv, sweep.html and a table at the terminal, of one `SweepTable`."""
+"""The report of a sweep: sweep.csv, sweep.html and a table at the terminal."""
 
 import os
 from pathlib import Path
@@ -32,7 +32,9 @@ PLOTTED_METRICS = {
     "ce_recovered": "CE recovered",
     "recovered": "concepts recovered",
 }
-FORMULA_STARTS = tuple("=+-@\t\r\n＝＋－＠")  # what spreadsheets take for its beginning
+FORMULA_STARTS = tuple(
+    "=+-@\t\r\n＝＋－＠"
+)  # first characters that make a spreadsheet compute a cell
 LINKED_FILES = ("config.yaml", "metrics.json", "failure.json", "sae")
 
 
@@ -42,7 +44,7 @@ def write_report(folder: Path, runs: list[SweepRun]) -> None:
         table = SweepTable(runs)
         remove_leftovers(folder)
         with write_atomically(folder / CSV) as temporary:
-            # for programs: to the last digit, and NaN told from what is missing
+            # full precision, and NaN written as "nan" to tell it from a missing number
             frame = table.frame.mask(table.frame.map(lambda value: value != value), "nan")
             texts = frame.map(lambda value: isinstance(value, str))
             frame = frame.mask(texts, frame.map(disarm_formula)).rename(columns=disarm_formula)
@@ -53,8 +55,8 @@ def write_report(folder: Path, runs: list[SweepRun]) -> None:
 
 
 def disarm_formula(cell: object) -> object:
-    """A text on one line of which no spreadsheet makes a formula; numbers, also those that were
-    typed, stay as they are."""
+    """Quote a text that a spreadsheet would run as a formula, and escape control characters.
+    Numbers stay as they are, also those given as text."""
     if not isinstance(cell, str):
         return cell
     is_word, *_ = make_natural_key(cell)
@@ -62,9 +64,9 @@ def disarm_formula(cell: object) -> object:
 
 
 def _print_table(folder: Path, table: SweepTable) -> None:
-    """The table for people, the reasons of failures, and where to look next."""
+    """Print the table, why runs failed, and where the files are."""
     drawn = _make_table(table)
-    # a line too long for the terminal wraps; squeezed columns could not be read at all
+    # full width: the terminal wraps long lines, while squeezed columns would be unreadable
     unbounded = console.options.update(max_width=10_000)
     drawn.width = Measurement.get(console, unbounded, drawn).maximum
     console.print(drawn)
@@ -76,7 +78,7 @@ def _print_table(folder: Path, table: SweepTable) -> None:
             console.print(make_visible(f"{status}: {name}: {reason}"))
     unfinished = table.count_runs("unfinished")
     if unfinished:
-        console.print(f"{unfinished} of {len(table.runs)} runs did not come to their end")
+        console.print(f"{unfinished} of {len(table.runs)} runs did not finish")
     where = shorten_path(folder)
     console.print(
         f"\n  open in a browser: {where / PAGE}\n  the same numbers: {where / CSV}\n"
@@ -89,7 +91,7 @@ def _make_table(table: SweepTable) -> Table:
     words = {key: frame[key] for key in table.keys} or {"run": frame.folder}
     columns = {heading: [*map(Text, map(make_visible, texts))] for heading, texts in words.items()}
     columns |= {column.heading: _make_cells(table, name) for name, column in table.columns.items()}
-    # what is the same for all would only make lines longer
+    # a value that all runs share goes into the title
     title, trained = "sweep, on held-out data", frame.tokens.dropna().unique()
     if len(trained) == 1:
         title += f" after {trained[0]:,} tokens"
@@ -110,14 +112,14 @@ def _make_cells(table: SweepTable, name: str) -> list[Text]:
     cells = []
     for value, best, front in zip(table.frame[name], table.best[name], table.front, strict=True):
         mark = "● " if front and name == "l0" else ""
-        # a space where others have a star keeps the digits below one another
+        # a space instead of a star keeps digits aligned
         written = f"{mark}{table.columns[name].format_value(value)}{'*' if best else ' '}"
         cells.append(Text(written, "bold" * bool(best)))
     return cells
 
 
 def _render_page(folder: Path, table: SweepTable) -> str:
-    """The page for a sweep in `folder`, which is where its links start from."""
+    """Render the page of a sweep; its links are relative to `folder`."""
     group = pick_grouping(table)
     points = _collect_points(table, group)
     drawn = {
@@ -143,7 +145,7 @@ def _render_page(folder: Path, table: SweepTable) -> str:
 
 
 def describe_runs(runs: list[SweepRun]) -> dict[str, str]:
-    """What the runs were trained on; where they differ, the values that occur."""
+    """Describe the data and SAEs of the runs; a row with several values lists them."""
     values: dict[str, list[str]] = {}
     for settings in (run.settings for run in runs if run.settings):
         for name, value in {
@@ -161,11 +163,11 @@ def describe_runs(runs: list[SweepRun]) -> dict[str, str]:
 
 
 def describe_source(settings: dict) -> dict[str, str]:
-    """Where the activations came from."""
+    """Describe where a run's activations come from: LLM, site and text, or concepts."""
     get = settings.get
     if get("data.concepts"):
         return {"concepts": f"{get('data.concepts'):,} in {get('data.dim'):,} dimensions"}
-    # a transcoder has a second kind: what it reconstructs
+    # a transcoder reconstructs another kind of site
     kinds = dict.fromkeys([get("layer.source"), get("layer.target") or get("layer.source")])
     return {
         "LLM": get("llm.name"),
@@ -175,7 +177,7 @@ def describe_source(settings: dict) -> dict[str, str]:
 
 
 def _collect_points(table: SweepTable, group: str | None) -> "pd.DataFrame":
-    """The points of `tradeoff`, without their quality, for a legend in the order of values."""
+    """The points that `plot_tradeoff` takes, without `quality`, sorted by group for the legend."""
     swept = table.frame[table.keys]
     labelled = swept[[key for key in table.keys if key != group]]
     details = []
@@ -196,13 +198,14 @@ def _collect_points(table: SweepTable, group: str | None) -> "pd.DataFrame":
 
 
 def shorten_value(value: str) -> str:
-    """A swept value for a label: a sweeper that searches gives numbers of 17 digits."""
+    """Shorten a swept value for a label: search sweepers give numbers of 17 digits."""
     is_word, number, _ = make_natural_key(value)
     return value if is_word or len(value) <= 8 else f"{number:.3g}"
 
 
 def pick_grouping(table: SweepTable) -> str | None:
-    """The setting that colours stand for: of several, one with few values, words before numbers."""
+    """Pick the swept setting that colours stand for: one with few values, words before numbers;
+    None if only one setting is swept."""
     if len(table.keys) < 2:
         return None
     values = {key: set(table.frame[key]) for key in table.keys}
@@ -212,7 +215,7 @@ def pick_grouping(table: SweepTable) -> str | None:
 
 
 def _make_links(folder: Path, run: Path) -> dict[str, str]:
-    """What there is to open of a run; relative, so that the folder can be moved."""
+    """Links to the files of a run by label; relative, so that the sweep's folder can be moved."""
     link = f"./{quote(Path(os.path.relpath(run, folder)).as_posix())}"
     files = {Path(name).stem: f"{link}/{name}" for name in LINKED_FILES if (run / name).exists()}
     return {"open": f"{link}/", **files}

@@ -1,4 +1,4 @@
-"""The jobs of a sweep as a table: what varied, and what came of it."""
+"""The runs of a sweep as a table: swept settings, metrics, and which runs are best."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -11,24 +11,24 @@ from sae_lightning.report.figures import find_pareto_front
 
 
 class SweepRun(NamedTuple):
-    """One job of a sweep, as its folder tells."""
+    """One run of a sweep, read from its folder."""
 
     folder: Path
-    """Run folder."""
+    """The run folder."""
     overrides: list[str]
-    """What the user typed, such as `loss.l1=0.001`."""
+    """The user's overrides, such as `loss.l1=0.001`."""
     metrics: dict | None
-    """Content of metrics.json; None if the job did not come to its end."""
+    """Content of metrics.json; None if the run did not finish."""
     failure: str | None
     """Why it failed; None if it did not."""
     settings: dict[str, object] = {}
-    """Every setting by its dotted name, for the page's heading."""
+    """Dotted name -> value of every setting, for the page's heading."""
     damaged: bool = False
-    """Whether a file in its folder cannot be read, as `failure` says."""
+    """Whether a file in the folder cannot be read; `failure` says which."""
 
     @property
     def status(self) -> str:
-        """finished, failed, damaged or unfinished."""
+        """One of finished, failed, damaged and unfinished."""
         if self.damaged:
             return "damaged"
         if self.failure is not None:
@@ -37,12 +37,12 @@ class SweepRun(NamedTuple):
 
     @property
     def override_values(self) -> dict[str, str]:
-        """The overrides by setting."""
+        """Setting -> overriding value, as typed."""
         return split_overrides(self.overrides)
 
     @property
     def final_metrics(self) -> dict[str, float]:
-        """The final metrics by name: those of held-out data, then those of training."""
+        """Final metrics by name: on held-out data, then the two shown of training."""
         metrics = self.metrics or {}
         training = metrics.get("training", {})
         return metrics.get("held_out", {}) | {
@@ -51,22 +51,22 @@ class SweepRun(NamedTuple):
 
 
 class MetricColumn(NamedTuple):
-    """A metric for people."""
+    """How the table shows a metric."""
 
     label: str
     template: str
-    """How a number is written."""
+    """A format string."""
     better: int
-    """1 where more is better, -1 where less is, 0 where it depends."""
+    """1: higher is better, -1: lower is better, 0: neither."""
     meaning: str
 
     @property
     def heading(self) -> str:
-        """The label, and which way is better."""
+        """The label with an arrow in the better direction."""
         return self.label + {1: " ↑", -1: " ↓", 0: ""}[self.better]
 
     def format_value(self, value: float | None) -> str:
-        """A cell; a dash where there is no number."""
+        """Format a cell; a dash if there is no number."""
         return "–" if value is None else self.template.format(value)
 
 
@@ -74,36 +74,57 @@ METRIC_COLUMNS = {
     "l0": MetricColumn("L0", "{:,.1f}", 0, "active features per token"),
     "explained_variance": MetricColumn("EV", "{:.4f}", 1, "explained variance"),
     "usual_explained_variance": MetricColumn(
-        "EV usual", "{:.4f}", 1, "explained variance without the few longest tokens"
+        "EV usual", "{:.4f}", 1, "explained variance without the few tokens of largest norm"
     ),
     "ce_recovered": MetricColumn(
         "CE recovered",
         "{:.4f}",
         1,
-        "share of what zero ablation costs the LLM that is recovered; 1 is lossless and more is no "
-        "better, and where zero ablation costs nothing there is nothing to compare",
+        "share of the cross-entropy lost by zero ablation that reconstructions recover; 1 is "
+        "lossless, more is no better, and it is undefined where zero ablation loses nothing",
     ),
-    "kl": MetricColumn("KL", "{:.4f}", -1, "from the LLM's predictions, nats per token"),
-    "recovered": MetricColumn("recovered", "{:.1%}", 1, "share of concepts found (cosine > 0.9)"),
-    "precision": MetricColumn("precision", "{:.4f}", 1, "of matched features as detectors"),
-    "recall": MetricColumn("recall", "{:.4f}", 1, "of matched features as detectors"),
-    "unfired": MetricColumn("unfired", "{:.1%}", -1, "share of features silent on held-out data"),
+    "kl": MetricColumn(
+        "KL", "{:.4f}", -1, "KL divergence from the LLM's predictions, in nats per token"
+    ),
+    "recovered": MetricColumn(
+        "recovered", "{:.1%}", 1, "share of concepts with a feature at cosine > 0.9"
+    ),
+    "precision": MetricColumn(
+        "precision", "{:.4f}", 1, "of matched features as detectors of their concepts"
+    ),
+    "recall": MetricColumn(
+        "recall", "{:.4f}", 1, "of matched features as detectors of their concepts"
+    ),
+    "unfired": MetricColumn(
+        "unfired", "{:.1%}", -1, "share of features that never fire on held-out data"
+    ),
     "duplicates": MetricColumn(
-        "copies", "{:.1%}", -1, "share of live features with another at a decoder cosine above 0.9"
+        "copies",
+        "{:.1%}",
+        -1,
+        "share of live features with a copy: another at a decoder cosine above 0.9",
     ),
     "nearest_cosine": MetricColumn(
-        "nearest", "{:.2f}", 0, "median over live features of the cosine with the nearest other"
+        "nearest",
+        "{:.2f}",
+        0,
+        "median over live features of the largest decoder cosine with another",
     ),
     "train/dead": MetricColumn(
         "dead", "{:.1%}", -1, "share of features dead at the end of training"
     ),
     "mse": MetricColumn("mse", "{:.4f}", -1, "mean squared error"),
 }
-RUN_COLUMNS = ("tokens", "status", "reason", "folder")  # columns of neither settings nor metrics
+RUN_COLUMNS = (
+    "tokens",
+    "status",
+    "reason",
+    "folder",
+)  # columns that are neither settings nor metrics
 
 
 class SweepTable:
-    """Runs in the order of what was swept, a row each in all of its frames."""
+    """Runs sorted by their swept values; every frame and series has one row per run."""
 
     def __init__(self, runs: list[SweepRun]):
         import pandas as pd  # imported late: slow, and train.py needs it only when a sweep ends
@@ -125,23 +146,23 @@ class SweepTable:
             | {"tokens": (run.metrics or {}).get("tokens")}
             for run in self.runs
         ]
-        # a damaged file may use a name twice
+        # a damaged file may repeat a name
         names = [*dict.fromkeys([*self.keys, *numbers, *RUN_COLUMNS])]
         rows = [[record.get(name) for name in names] for record in records]
-        # as objects, for which None, a missing number, is not the same as NaN, a measured one
+        # dtype object keeps None (missing) apart from NaN (measured)
         self.frame = pd.DataFrame(rows, columns=names, dtype=object)
-        """`keys`, every metric by its own name, tokens, status, reason and folder."""
+        """Columns: `keys`, all metrics by name, then RUN_COLUMNS."""
         self.columns = {name: column for name, column in METRIC_COLUMNS.items() if name in numbers}
         self.is_finished = self.frame.status == "finished"
         values = self.frame.reindex(columns=[*METRIC_COLUMNS, "ce_zero", "ce_clean"]).astype(float)
         values["ce_recovered"] = cap_recovered(values.ce_recovered, values.ce_zero, values.ce_clean)
         values = values[list(METRIC_COLUMNS)]
         self.finite = values.where(np.isfinite(values).mul(self.is_finished, axis=0))
-        """What can be compared: the finite metrics of finished runs, NaN for others."""
+        """Comparable metrics: finite ones of finished runs, NaN elsewhere."""
         better = pd.Series({name: column.better for name, column in METRIC_COLUMNS.items()})
         signed = self.finite * better
         self.best = (signed == signed.max()) & (better != 0)
-        """Whether no finished run is better in a metric."""
+        """True where no finished run has a better value of the metric."""
         self.front = find_pareto_front(self.finite["l0"], self.finite["explained_variance"])
 
     def _read_swept(self, run: SweepRun) -> dict[str, str]:
@@ -151,37 +172,37 @@ class SweepTable:
 
     @property
     def names(self) -> list[str]:
-        """What distinguishes each run, for messages."""
+        """Each run's swept settings, such as `loss.l1=0.001`, or else its folder, for messages."""
         swept = self.frame[self.keys].to_dict("records")
         pairs = [", ".join(f"{key}={value}" for key, value in row.items()) for row in swept]
         return pairs if self.keys else [*self.frame.folder]
 
     def count_runs(self, status: str) -> int:
-        """How many runs have this status."""
+        """Number of runs with a status."""
         return int((self.frame.status == status).sum())
 
 
 def split_overrides(overrides: Iterable[str]) -> dict[str, str]:
-    """What was typed, such as `loss.l1=0.001`, by setting."""
+    """Split overrides such as `loss.l1=0.001` into setting -> value."""
     pairs = (override.lstrip("+").partition("=") for override in overrides)
     return {key: value for key, _, value in pairs}
 
 
-def find_swept(typed: Sequence[dict[str, str]]) -> list[str]:
-    """The settings that were typed with several values, in the order typed."""
-    keys = dict.fromkeys(key for each in typed for key in each)
-    return [key for key in keys if len({each.get(key) for each in typed}) > 1]
+def find_swept(overrides: Sequence[dict[str, str]]) -> list[str]:
+    """Settings with several values among `overrides`, in the order typed."""
+    keys = dict.fromkeys(key for values in overrides for key in values)
+    return [key for key in keys if len({values.get(key) for values in overrides}) > 1]
 
 
 def cap_recovered(share: Any, ce_zero: Any, ce_clean: Any) -> Any:
-    """CE recovered as runs are compared by it: more than 1 says that the LLM likes reconstructions
-    better than activations, not that they are nearer; NaN where zero ablation costs nothing, so
-    that a share of it has no meaning."""
+    """Cap CE recovered at 1 for comparing runs: above 1 the LLM predicts better from
+    reconstructions than from activations, which does not make them more faithful. NaN where zero
+    ablation does not increase the CE, because there is nothing to recover."""
     return np.where(ce_zero <= ce_clean, np.nan, np.minimum(share, 1))
 
 
 def make_natural_key(value: str) -> tuple[bool, float, str]:
-    """A key to sort by: numbers by value, before words."""
+    """A sort key that puts numbers, by value, before words: (is a word, number, word)."""
     try:
         number = float(value)
     except ValueError:

@@ -222,15 +222,15 @@ def rewrite_weights(folder, **changes):
         (lambda f: save_file({"w": torch.ones(2)}, f / WEIGHTS), "not an SAE: it lacks 'W_enc'"),
         (lambda f: rewrite_weights(f, W_enc=torch.ones(3)), "it holds W_dec, W_enc, b_dec, b_enc"),
         (lambda f: rewrite_weights(f, b_enc=None), "not an SAE: b_enc is missing"),
-        (lambda f: rewrite_weights(f, r_mag=torch.ones(40)), "r_mag is no part of a relu SAE"),
+        (lambda f: rewrite_weights(f, r_mag=torch.ones(40)), "r_mag does not belong to a relu SAE"),
         (lambda f: rewrite_weights(f, b_enc=torch.ones(41)), r"b_enc is \[41\] and should be \[40"),
         (
             lambda f: rewrite_cfg(f, sae_lightning={"name": "relu", "features": 40, "tilt": 2}),
-            "sae_lightning.tilt=2 is of another version: update, or take the key sae_lightning out",
+            "sae_lightning.tilt=2 was written by another version: update, or remove the key",
         ),
         (
             lambda f: rewrite_cfg(f, sae_lightning={"name": "oracle", "depth": 2}),
-            "sae_lightning.name=oracle is of another version: update, or take the key",
+            "sae_lightning.name=oracle was written by another version: update, or remove the key",
         ),
         (lambda f: rewrite_cfg(f, sae_lightning=["relu"]), "is damaged or not an SAE"),
         (
@@ -253,7 +253,9 @@ def test_a_folder_that_cannot_be_read_says_why(tmp_path, harm, message):
 
 def test_a_transcoder_cannot_subtract_a_b_dec_of_another_width(tmp_path):
     rewrite_cfg(save(tmp_path, trained(d_out=7)), apply_b_dec_to_input=True)
-    with pytest.raises(UserError, match="an input of width 16 cannot lose a b_dec of width 7"):
+    with pytest.raises(
+        UserError, match="b_dec has width 7 and cannot be subtracted from inputs of width 16"
+    ):
         load_sae(tmp_path)
 
 

@@ -182,7 +182,7 @@ def test_numbers_that_are_not_real_and_finite_are_counted_and_refused(tmp_path, 
 def test_a_tensor_that_is_told_to_be_larger_than_its_file_takes_no_memory(tmp_path):
     folder = dictionary(tmp_path, "AutoEncoder")
     torch.save(LINEAR | {"bias": torch.ones(1).expand(1 << 50)}, folder / "ae.pt")
-    with pytest.raises(UserError, match="bias is larger than what is stored of it"):
+    with pytest.raises(UserError, match="bias is larger than its storage"):
         load_sae(folder)
 
 
@@ -242,7 +242,10 @@ def test_no_code_in_a_pickle_runs(tmp_path):
         (lambda f: (f / "ae.pt").write_bytes(b""), "is damaged or not an SAE"),
         (lambda f: torch.save(torch.ones(3), f / "ae.pt"), "is damaged or not an SAE"),
         (lambda f: torch.save(LINEAR, f / "ae.pt"), "b_dec is missing"),
-        (lambda f: dictionary(f, "AutoEncoder", r_mag=R_MAG), "r_mag is no part of a relu SAE"),
+        (
+            lambda f: dictionary(f, "AutoEncoder", r_mag=R_MAG),
+            "r_mag does not belong to a relu SAE",
+        ),
     ],
 )
 def test_a_damaged_dictionary_says_why(tmp_path, harm, message):
@@ -287,11 +290,11 @@ def test_saelens_counts_in_decoder_norms_where_it_says_so(tmp_path):
 def test_a_scale_that_saelens_keeps_beside_a_checkpoint_is_folded_in(tmp_path):
     cfg = {"normalize_activations": "expected_average_only_in", "metadata": {}}
     folder = saelens(tmp_path, architecture="standard", **cfg)
-    with pytest.raises(UserError, match="its factor is not saved: fold it in with SAELens"):
+    with pytest.raises(UserError, match="the factor is not saved: fold it in with SAELens"):
         load_sae(folder)
     scaler = folder / "activation_scaler.json"
     scaler.write_text(json.dumps({"scaling_factor": None, "has_whitening": True}))
-    with pytest.raises(UserError, match="its factor is not saved"):
+    with pytest.raises(UserError, match="the factor is not saved"):
         load_sae(folder)
     scaler.write_text(json.dumps({"scaling_factor": 0.25}))
     features = ((0.25 * X - B_DEC) @ W_ENC + B_ENC).relu()
@@ -305,7 +308,7 @@ def test_a_scale_that_saelens_keeps_beside_a_checkpoint_is_folded_in(tmp_path):
         ({"activation_fn": "tanh-relu"}, r"activation_fn 'tanh-relu' is not one .*\(relu\)"),
         ({"normalize_activations": "layer_norm"}, "normalize_activations=layer_norm cannot be"),
         ({"normalize_activations": "covariance_whitening"}, "=covariance_whitening cannot be"),
-        ({"normalize_activations": True}, "=True, but its factor is not saved"),
+        ({"normalize_activations": True}, "=True, but the factor is not saved"),
     ],
 )
 def test_what_saelens_knows_and_we_cannot_do_is_refused(tmp_path, cfg, message):
@@ -316,7 +319,7 @@ def test_what_saelens_knows_and_we_cannot_do_is_refused(tmp_path, cfg, message):
 
 def test_a_scaling_factor_other_than_1_is_refused(tmp_path):
     tensors = MATRICES | {"scaling_factor": torch.full((FEATURES,), 2.0)}
-    with pytest.raises(UserError, match="scaling_factor is no part of a relu SAE"):
+    with pytest.raises(UserError, match="scaling_factor does not belong to a relu SAE"):
         load_sae(saelens(tmp_path, tensors))
 
 

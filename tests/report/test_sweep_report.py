@@ -187,7 +187,7 @@ def test_the_terminal_shows_the_best_the_front_and_why_runs_failed(tmp_path, cap
         ["0.01", "●", "20.0", "0.7000", "0.7000", "12.5%*", "finished"],
     ]
     assert "failed: loss.l1=7: its loss became nan" in out
-    assert "1 of 5 runs did not come to their end" in out
+    assert "1 of 5 runs did not finish" in out
     assert "tensorboard --logdir 'my sweep'" in out
     assert f"my sweep/{PAGE}" in out
 

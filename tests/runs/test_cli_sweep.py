@@ -46,7 +46,7 @@ def test_the_report_of_a_sweep_is_written_again_as_it_is_pasted(tmp_path):
     done = analyze("task=sweep", f"run=../{SWEEP}", cwd=elsewhere)
     assert (done.returncode, done.stderr) == (0, "")
     assert "failed: loss.l1=1: its loss became nan" in done.stdout
-    assert "1 of 3 runs did not come to their end" in done.stdout
+    assert "1 of 3 runs did not finish" in done.stdout
     with open(tmp_path / SWEEP / "sweep.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["loss.l1"], row["status"]) for row in rows] == [

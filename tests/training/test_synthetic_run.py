@@ -145,7 +145,7 @@ def test_a_sweep_shares_the_samples_and_reports_what_was_recovered(job, tmp_path
     assert "recovered" in said and "CE" not in said
     page = (sweep / "sweep.html").read_text("utf8")
     assert "Sparsity and concepts recovered" in page and "CE recovered" not in page
-    assert "32 in 16 dimensions" in page and "not in every plot" not in page
+    assert "32 in 16 dimensions" in page and "missing from some plots" not in page
 
 
 def test_the_loss_of_no_llm_cannot_be_asked_for(job):
