@@ -24,7 +24,7 @@ from sae_lightning.llm.vocabulary import check_ids, find_bos_id, find_separator_
 from sae_lightning.report.annotated import MAX_LISTED, AnnotatedText, AnnotatedToken, FiredFeature
 from sae_lightning.report.printer import print_section
 from sae_lightning.report.section import ResultTable, Section, show_token
-from sae_lightning.stream.flat import encode
+from sae_lightning.stream.flat import tokenise_documents
 from sae_lightning.stream.packing import Packing, Sequences
 
 MAX_TEXT_TASK_TOKENS = 4096  # tokens
@@ -115,7 +115,7 @@ def make_sequences(subject: Subject, text: str, where: str = "text") -> Sequence
     cannot."""
     tokenizer, context = subject.tokenizer, subject.config.data.context
     separator = find_separator_id(tokenizer)
-    ids = encode(tokenizer, [text], separator)[0][:-1]
+    ids = tokenise_documents(tokenizer, [text], separator)[0][:-1]
     if not text.strip() or not len(ids):
         raise UserError(f"{where}: there is no word in it; give some")
     if len(ids) > MAX_TEXT_TASK_TOKENS:

@@ -19,7 +19,7 @@ from sae_lightning.llm.sites import Site, distinct_sites
 from sae_lightning.llm.vocabulary import find_special_ids
 from sae_lightning.runs.heap import give_back_freed_memory, keep_freed_memory
 from sae_lightning.stream.packing import Sequences, TokenStream
-from sae_lightning.stream.rows import find_usual_rows, medians
+from sae_lightning.stream.rows import compute_medians, find_usual_rows
 from sae_lightning.terminal import console, phase
 
 MAX_STRENGTHS = 1 << 25  # of features that are in memory at a time (128 MB)
@@ -93,7 +93,7 @@ def collect(
             keep = (sequences.text & ~torch.isin(sequences.tokens, dropped)).to(subject.device)
             if data.max_norm is not None:
                 rows = {site: values[keep] for site, values in captured.items()}
-                usual = usual or medians(rows)  # those of the first batch, as in training
+                usual = usual or compute_medians(rows)  # those of the first batch, as in training
                 keep = keep.masked_scatter(keep, find_usual_rows(rows, usual, data.max_norm))
             ids = torch.arange(read, read + len(keep))
             tokens = sequences.tokens.to(subject.device)

@@ -21,7 +21,7 @@ from sae_lightning.runs.config import Config, list_presets, to_dataclass
 from sae_lightning.runs.saved import OVERRIDES_KEY, read_settings
 from sae_lightning.sae import ARCHITECTURES
 from sae_lightning.stream import SOURCES
-from sae_lightning.stream.source import absolute
+from sae_lightning.stream.source import make_absolute
 from sae_lightning.terminal import format_command, make_visible, quote_setting, shorten_path
 
 if TYPE_CHECKING:
@@ -204,8 +204,8 @@ def _refuse_other_overrides(overrides: list[str]) -> None:
 
 def _make_paths_absolute(config: Config) -> Config:
     """So that the run can be resumed and analysed from another working folder."""
-    if config.llm.name not in PACKAGED and os.path.isdir(absolute(config.llm.name)):
-        config.llm.name = absolute(config.llm.name)
+    if config.llm.name not in PACKAGED and os.path.isdir(make_absolute(config.llm.name)):
+        config.llm.name = make_absolute(config.llm.name)
     config.data = config.data.with_absolute_paths()
     return config
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sae_lightning.stream.rows import norms
+from sae_lightning.stream.rows import compute_norms
 
 LONG_SHARE = 1e-3  # share of the tokens that count as few
 DOMINANT_SHARE = 0.1  # of the variance, and ten times what as many random tokens would hold
@@ -44,7 +44,7 @@ def find_long_tokens(x: Tensor) -> LongTokens | None:
         |x|      100  97  11  10   9  ...   1
                  └─ long ┘ └──── usual ────┘     max_norm: between 97 and 11, over the median
     """
-    length, order = norms(x).cpu().sort(descending=True)
+    length, order = compute_norms(x).cpu().sort(descending=True)
     mean = x.mean(dim=0, dtype=torch.float32)
     spread = torch.cat([(part.float() - mean).square().sum(dim=1) for part in x.split(4096)])
     # remaining[j]: n times the variance without the j longest
@@ -63,7 +63,7 @@ def find_long_tokens(x: Tensor) -> LongTokens | None:
     rounded = (float(f"{middle:.{digits}g}") for digits in range(1, 9))
     max_norm = next((m for m in rounded if least <= m < most), least)
     return LongTokens(
-        norms(x) <= max_norm * median, 1 - (remaining[count] / remaining[0]).item(), max_norm
+        compute_norms(x) <= max_norm * median, 1 - (remaining[count] / remaining[0]).item(), max_norm
     )
 
 

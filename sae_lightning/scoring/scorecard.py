@@ -13,7 +13,7 @@ from sae_lightning.scoring.dominance import LongTokens, find_long_tokens
 from sae_lightning.scoring.duplicates import COPY_COSINE, Copies, measure_copies
 from sae_lightning.scoring.metrics import Fidelity, FidelitySums, Quality, QualitySums
 from sae_lightning.stream.held_out import HeldOut
-from sae_lightning.stream.recovery import FOUND, Recovery
+from sae_lightning.stream.recovery import RECOVERED_COSINE, Recovery
 from sae_lightning.stream.synthetic import HeldOutConcepts
 
 # Tokens reconstructed at a time, and feature activations that they may have: bounds memory.
@@ -175,7 +175,8 @@ def _format_llm_scores(scalars: dict[str, float]) -> dict[str, str]:
 
 def _format_recovery(scalars: dict[str, float]) -> dict[str, str]:
     return {
-        "recovered": f"{scalars['recovered']:.1%} of concepts, at a cosine above {FOUND}",
+        "recovered": f"{scalars['recovered']:.1%} of concepts, at a cosine above "
+        f"{RECOVERED_COSINE}",
         "mean max cosine": f"{scalars['mmcs']:.4f}; between concepts "
         f"{scalars['concept_overlap']:.4f}",
         "precision, recall": f"{scalars['precision']:.4f}, {scalars['recall']:.4f} of matched "

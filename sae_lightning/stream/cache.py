@@ -26,14 +26,14 @@ from sae_lightning.files import (
     write_json,
 )
 from sae_lightning.stream.rows import LLMRows
-from sae_lightning.stream.shards import DAMAGE, SUFFIX, Shard, write_shard
-from sae_lightning.stream.source import Rows, send
+from sae_lightning.stream.shards import DAMAGE_ERRORS, SHARD_SUFFIX, Shard, write_shard
+from sae_lightning.stream.source import Rows, move_to_device
 from sae_lightning.stream.tokens import TextChanged, check_text
 from sae_lightning.terminal import console
 
 MANIFEST = "manifest.json"
 SHARD_BYTES = 1 << 27  # gathered in memory; no more is lost when a run is killed
-RESERVE = 4 << 30  # bytes of the disk that are left for checkpoints
+RESERVED_BYTES = 4 << 30  # bytes of the disk that are left for checkpoints
 
 
 class CachedRows:
@@ -88,7 +88,9 @@ class CachedRows:
             console.print(f"the text ran out; going round again in a new order (epoch {epoch})")
         self.epoch = epoch
         self._place += 1
-        return Rows({site: send(x, self.device) for site, x in rows.activations.items()}, rows.ids)
+        return Rows(
+            {site: move_to_device(x, self.device) for site, x in rows.activations.items()}, rows.ids
+        )
 
     def _run(self) -> Rows:
         rows = self.live.next(0)
@@ -119,8 +121,8 @@ class CachedRows:
         self._known = self.live.state_dict()
         if self._may_write():
             with self._unless_full():
-                if read_free_space(self.folder) < RESERVE:
-                    raise OSError(errno.ENOSPC, f"less than {_size(RESERVE)} are free")
+                if read_free_space(self.folder) < RESERVED_BYTES:
+                    raise OSError(errno.ENOSPC, f"less than {_size(RESERVED_BYTES)} are free")
                 self._draft = []
 
     def _open(self, shard: Shard) -> bool:
@@ -185,9 +187,9 @@ class CachedRows:
                 f"the activation cache takes about {_size(needed)} in {self.folder}, "
                 f"{_size(free)} are free"
             )
-            if free < needed + RESERVE:
+            if free < needed + RESERVED_BYTES:
                 self._refuse(
-                    f"no space for {_size(needed)} in {self.folder} and {_size(RESERVE)} to "
+                    f"no space for {_size(needed)} in {self.folder} and {_size(RESERVED_BYTES)} to "
                     "spare for checkpoints"
                 )
             elif not (self.folder / MANIFEST).is_file():
@@ -202,10 +204,10 @@ class CachedRows:
     def _list(self) -> None:
         """Look at what is there; checksums are looked at when a shard is opened."""
         self.shards = []
-        for path in sorted(self.folder.glob("[0-9]" * 8 + SUFFIX)):
+        for path in sorted(self.folder.glob("[0-9]" * 8 + SHARD_SUFFIX)):
             try:
                 self.shards.append(Shard(path))
-            except DAMAGE:
+            except DAMAGE_ERRORS:
                 if self._writes:  # replaces it
                     console.print(f"{path} is damaged: the LLM makes it again")
 

@@ -10,8 +10,10 @@ import torch
 from torch import Generator, Tensor
 
 MAX_RATE = 0.5  # firing probability; what is active more often is better described by its absence
-GROUP = 8  # concepts that tend to fire together
-SPREAD = 0.5  # standard deviation of log strength: the upper sixth is 1.65 times the median
+GROUP_CONCEPTS = 8  # concepts that tend to fire together
+LOG_STRENGTH_STD = (
+    0.5  # standard deviation of log strength: the upper sixth is 1.65 times the median
+)
 
 
 class World(NamedTuple):
@@ -40,7 +42,7 @@ class World(NamedTuple):
         active = self._active(n, generator)
         strengths = torch.zeros(active.shape)
         normal = torch.randn(int(active.sum()), generator=generator)
-        strengths[active] = torch.exp(SPREAD * normal)
+        strengths[active] = torch.exp(LOG_STRENGTH_STD * normal)
         return strengths @ self.directions, strengths
 
     def _active(self, n: int, generator: Generator) -> Tensor:
@@ -79,15 +81,15 @@ def make_world(
     parents = concepts - int(hierarchy * concepts)
     return World(
         directions=directions / directions.norm(dim=1, keepdim=True),
-        rates=zipf_rates(concepts, l0, zipf),
+        rates=make_zipf_rates(concepts, l0, zipf),
         parent=torch.where(number < parents, number, (number - parents) % parents),
         # each group has frequent and rare concepts
-        group=number % math.ceil(parents / GROUP),
+        group=number % math.ceil(parents / GROUP_CONCEPTS),
         correlation=correlation,
     )
 
 
-def zipf_rates(concepts: int, l0: float, exponent: float) -> Tensor:
+def make_zipf_rates(concepts: int, l0: float, exponent: float) -> Tensor:
     """Firing probabilities min(MAX_RATE, c / rank^exponent) [concepts], with c such that they add
     up to `l0`."""
     law = torch.arange(1, concepts + 1, dtype=torch.float64) ** -exponent

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # Not the run's seed: runs that differ in their seed are scored on the same held-out documents.
 HOLD_OUT_SEED = 0
-PIECE = 1 << 20  # bytes of a document looked at at a time
+SCANNED_BYTES = 1 << 20  # bytes of a document looked at at a time
 OFFLINE_PRESETS = "data=shakespeare (the packaged plays) or data=text (your own files)"
 
 
@@ -33,14 +33,14 @@ class SplitText(NamedTuple):
     """The setting that names the text and its value, for messages."""
 
 
-def documents(texts: list[str]) -> "Dataset":
+def make_documents(texts: list[str]) -> "Dataset":
     """A data set of these texts."""
     from datasets import Dataset, Features, Value
 
     return Dataset.from_dict({"text": texts}, Features({"text": Value("string")}))
 
 
-def copies() -> Path:
+def prepare_text_cache() -> Path:
     """Our own folder of copies of texts, beside those of datasets (beside a saved data set may not
     be writable), without what killed writers left."""
     from datasets.config import HF_DATASETS_CACHE
@@ -71,7 +71,7 @@ def hold_out(data: "Dataset", share: float) -> SplitText:
             # in the files' own order: reading stays sequential, shuffling comes later
             return SplitText(data.select(np.sort(order[n:])), data.select(np.sort(order[:n])))
     row, size = int(order[last]), sizes[order[last]]
-    (text,) = views(column.slice(row, 1))
+    (text,) = view_texts(column.slice(row, 1))
     cut = _cut(text, share * (held[-1] / size) - held[last] / size)
     parts = (order[last + 1 :], text[:cut]), (order[:last], text[cut:])
     return SplitText(
@@ -79,7 +79,7 @@ def hold_out(data: "Dataset", share: float) -> SplitText:
     )
 
 
-def views(column: "ChunkedArray") -> Iterator["Buffer"]:
+def view_texts(column: "ChunkedArray") -> Iterator["Buffer"]:
     """Each text of a column where it lies, in memory or on disk (as a scalar it would be copied);
     nothing for null."""
     import pyarrow as pa
@@ -103,8 +103,8 @@ def _cut(text: "Buffer", share: float) -> int:
 
 def _characters(text: "Buffer") -> Iterator[np.ndarray]:
     """Whether a character begins at each byte of UTF-8, a piece of it at a time."""
-    for start in range(0, len(text), PIECE):
-        yield np.frombuffer(text[start : start + PIECE], np.uint8) & 0xC0 != 0x80
+    for start in range(0, len(text), SCANNED_BYTES):
+        yield np.frombuffer(text[start : start + SCANNED_BYTES], np.uint8) & 0xC0 != 0x80
 
 
 def _byte(text: "Buffer", character: int) -> int:
@@ -120,8 +120,8 @@ def _byte(text: "Buffer", character: int) -> int:
 
 def _behind(what: bytes, text: "Buffer", first: int, last: int) -> int:
     """Where the last of these bytes between two places ends; 0 if there is none."""
-    for end in range(last, first, -PIECE):
-        start = max(first, end - PIECE)
+    for end in range(last, first, -SCANNED_BYTES):
+        start = max(first, end - SCANNED_BYTES)
         if found := text[start:end].to_pybytes().rfind(what) + 1:
             return start + found
     return 0
@@ -142,7 +142,7 @@ def _joined(data: "Dataset", rows: np.ndarray, part: "Buffer", name: str) -> "Da
     return concatenate_datasets([data.select(rows), Dataset(table, fingerprint=known)])
 
 
-def only_text(data: Any, row: dict | None, column: str, where: str) -> Any:
+def keep_text_column(data: Any, row: dict | None, column: str, where: str) -> Any:
     """`data` with its one column `text`, after a look at its first row."""
     if row is None:
         raise UserError(f"{where}: there is no document in it; give data that holds text")
@@ -167,7 +167,7 @@ def only_text(data: Any, row: dict | None, column: str, where: str) -> Any:
     return data if column == "text" else data.rename_column(column, "text")
 
 
-def first_line(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     """The first line of what went wrong underneath; datasets hides it in the cause, and what it
     cannot write is its own copy of the text."""
     error = error.__cause__ or error

@@ -1,6 +1,6 @@
 """Text as one long run of tokens, that of an indexed data set on disk.
 
-A document of more than PIECE bytes is cut before it is tokenised, because a tokenizer takes 150
+A document longer than PIECE_BYTES is cut before it is tokenised, because a tokenizer takes 150
 bytes of memory for each byte of text:
 
     ... the quick brown| fox jumps over ...    the space goes with the word behind it
@@ -26,13 +26,13 @@ import pyarrow as pa
 from sae_lightning.errors import UserError
 from sae_lightning.files import write_atomically
 from sae_lightning.llm.quiet import mute_libraries
-from sae_lightning.stream.documents import copies, views
+from sae_lightning.stream.documents import prepare_text_cache, view_texts
 from sae_lightning.terminal import phase
 
-PIECE = 1 << 18  # bytes; a longer document is cut
-TOGETHER = 1 << 20  # bytes of text tokenised at a time
-BATCH = 1 << 22  # tokens written at a time
-CUTS = [
+PIECE_BYTES = 1 << 18  # bytes; a longer document is cut
+TOKENISED_BYTES = 1 << 20  # bytes of text tokenised at a time
+WRITTEN_TOKENS = 1 << 22  # tokens written at a time
+CUT_PATTERNS = [
     re.compile(place, re.DOTALL)  # each matches up to the last such place
     for place in (rb".*\S(?= \S)", rb".*\S\n(?=\S)", rb".*\S(?=\s)", rb".*(?=[^\x80-\xbf])")
 ]
@@ -48,7 +48,9 @@ class Cut(NamedTuple):
     last: bool
 
 
-def encode(tokenizer: Any, texts: Iterable[str | None], separator: int) -> list[np.ndarray]:
+def tokenise_documents(
+    tokenizer: Any, texts: Iterable[str | None], separator: int
+) -> list[np.ndarray]:
     """Tokenise documents, each closed by the separator -> arrays [tokens + 1] int32.
 
     A document without tokens gives an empty array.
@@ -87,13 +89,13 @@ def _tokenise(
 
 
 def _together(documents: Iterable[Any]) -> Iterator[list[Cut]]:
-    """All pieces in order, in groups of at most TOGETHER + PIECE bytes."""
+    """All pieces in order, in groups of at most TOKENISED_BYTES + PIECE_BYTES."""
     group, size = [], 0
     for number, document in enumerate(documents, 1):
         for cut in _pieces(memoryview(document), number):
             group.append(cut)
             size += len(cut.text)
-            if size >= TOGETHER:
+            if size >= TOKENISED_BYTES:
                 yield group
                 group, size = [], 0
     if group:
@@ -103,10 +105,10 @@ def _together(documents: Iterable[Any]) -> Iterator[list[Cut]]:
 def _pieces(document: memoryview, number: int) -> Iterator[Cut]:
     start, size = 0, len(document)
     while True:
-        piece = bytes(document[start : start + PIECE])
+        piece = bytes(document[start : start + PIECE_BYTES])
         stop = size
-        if start + PIECE < size:
-            stop = start + next(m.end() for cut in CUTS if (m := cut.match(piece)))
+        if start + PIECE_BYTES < size:
+            stop = start + next(m.end() for cut in CUT_PATTERNS if (m := cut.match(piece)))
         try:
             text = piece[: stop - start].decode("utf-8", "surrogatepass")
         except UnicodeDecodeError as error:
@@ -134,7 +136,7 @@ def flat_tokens(data: Any, tokenizer: Any, separator: int, what: str = "text") -
     run with the same three opens it in no time. Slices read it through the memory map.
     """
     key = hashlib.sha256()
-    for part in (data._fingerprint, hash_tokenizer(tokenizer), str(separator), str(PIECE)):
+    for part in (data._fingerprint, hash_tokenizer(tokenizer), str(separator), str(PIECE_BYTES)):
         key.update(part.encode())
     with mute_libraries(), phase(f"tokenising the {what}", total=len(data)) as advance:
 
@@ -145,7 +147,7 @@ def flat_tokens(data: Any, tokenizer: Any, separator: int, what: str = "text") -
 
         if not data.cache_files:
             return pa.chunked_array(_batches(arrays()), pa.int32())
-        file = copies() / f"tokens-{key.hexdigest()[:32]}.arrow"
+        file = prepare_text_cache() / f"tokens-{key.hexdigest()[:32]}.arrow"
         if not file.exists():
             schema = pa.schema({"tokens": pa.int32()})
             with write_atomically(file) as place, pa.ipc.new_stream(place, schema) as stream:
@@ -157,7 +159,7 @@ def flat_tokens(data: Any, tokenizer: Any, separator: int, what: str = "text") -
 def _documents(data: Any) -> Iterator[Any]:
     """The documents of an indexed data set, as they lie on disk."""
     for rows in data.with_format("arrow").iter(100):
-        yield from views(rows.column("text"))
+        yield from view_texts(rows.column("text"))
 
 
 def _batches(arrays: Iterable[np.ndarray]) -> Iterator[pa.Array]:
@@ -166,7 +168,7 @@ def _batches(arrays: Iterable[np.ndarray]) -> Iterator[pa.Array]:
     for tokens in arrays:
         waiting.append(tokens)
         size += len(tokens)
-        if size >= BATCH:
+        if size >= WRITTEN_TOKENS:
             yield pa.array(np.concatenate(waiting))
             waiting, size = [], 0
     if size:

@@ -16,7 +16,7 @@ from sae_lightning.llm.load import LLM
 from sae_lightning.llm.sites import Site
 from sae_lightning.llm.splice import SpliceBaseline, SpliceScores, score_baseline, score_splices
 from sae_lightning.llm.vocabulary import find_special_ids
-from sae_lightning.stream.rows import find_usual_rows, medians
+from sae_lightning.stream.rows import find_usual_rows, compute_medians
 from sae_lightning.stream.tokens import HeldOutTokens
 from sae_lightning.terminal import console, phase
 
@@ -70,7 +70,7 @@ class HeldOut:
             return
         rows = self._captured()
         if self.max_norm is not None:
-            usual = find_usual_rows(rows, medians(rows), self.max_norm)  # [n]
+            usual = find_usual_rows(rows, compute_medians(rows), self.max_norm)  # [n]
             self._keep = self._keep.masked_scatter(self._keep, usual.cpu())
             rows = {site: x[usual] for site, x in rows.items()}
         self._rows = rows

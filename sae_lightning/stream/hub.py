@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from sae_lightning.errors import UserError
 from sae_lightning.llm.quiet import mute_libraries
-from sae_lightning.stream.documents import OFFLINE_PRESETS, SplitText, first_line, only_text
+from sae_lightning.stream.documents import OFFLINE_PRESETS, SplitText, describe_error, keep_text_column
 from sae_lightning.stream.source import TextConfig
 from sae_lightning.stream.text_source import TextSource
 from sae_lightning.terminal import phase
@@ -119,16 +119,16 @@ def _load_hub(config: HubConfig, split: str) -> "Dataset | IterableDataset":
             row = next(iter(data), None)
     except DatasetNotFoundError as error:
         raise UserError(
-            f"data.name={config.name}: no such data set ({first_line(error)})"
+            f"data.name={config.name}: no such data set ({describe_error(error)})"
         ) from error
     except ValueError as error:  # unknown split or subset: the library lists those there are
         raise UserError(
             f"data.name={config.name}, data.subset={config.subset}, split {split}: "
-            f"{first_line(error)}"
+            f"{describe_error(error)}"
         ) from error
     except Exception as error:
         raise UserError(
-            f"data.name={config.name}: cannot be read ({first_line(error)}); "
+            f"data.name={config.name}: cannot be read ({describe_error(error)}); "
             f"without a network use {OFFLINE_PRESETS}"
         ) from error
-    return only_text(data, row, config.column, f"data.name={config.name}")
+    return keep_text_column(data, row, config.column, f"data.name={config.name}")

@@ -6,10 +6,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sae_lightning.errors import UserError
-from sae_lightning.stream.documents import SplitText, first_line, hold_out, only_text
-from sae_lightning.stream.local_files import check_files, check_json, find_files, loader, matches
-from sae_lightning.stream.local_text import read_text
-from sae_lightning.stream.source import TextConfig, absolute
+from sae_lightning.stream.documents import SplitText, describe_error, hold_out, keep_text_column
+from sae_lightning.stream.local_files import (
+    check_files,
+    check_json,
+    find_files,
+    match_glob,
+    pick_loader,
+)
+from sae_lightning.stream.local_text import copy_text_files
+from sae_lightning.stream.source import TextConfig, make_absolute
 from sae_lightning.stream.text_source import TextSource
 from sae_lightning.terminal import phase
 
@@ -46,9 +52,9 @@ class LocalConfig(TextConfig):
 
     def with_absolute_paths(self) -> "LocalConfig":
         path = os.path.expanduser(self.path)
-        there = os.path.exists(path) or any(matches(Path(path)))
+        there = os.path.exists(path) or any(match_glob(Path(path)))
         made = TextConfig.with_absolute_paths(self)
-        return replace(made, path=absolute(path)) if there else made
+        return replace(made, path=make_absolute(path)) if there else made
 
 
 class LocalSource(TextSource):
@@ -67,9 +73,9 @@ class LocalSource(TextSource):
             raise
         except Exception as error:  # StopIteration is how datasets answers an empty file
             empty = isinstance(error, StopIteration)
-            reason = "there is no document in it" if empty else first_line(error)
+            reason = "there is no document in it" if empty else describe_error(error)
             raise UserError(f"{where}: cannot be read ({reason})") from error
-        return hold_out(only_text(data, row, config.column, where), config.held_out)
+        return hold_out(keep_text_column(data, row, config.column, where), config.held_out)
 
 
 def load_documents(config: LocalConfig) -> "Dataset":
@@ -83,7 +89,7 @@ def load_documents(config: LocalConfig) -> "Dataset":
     except UserError:
         raise
     except Exception:
-        if loader(files[0]) != "parquet":  # which is no text
+        if pick_loader(files[0]) != "parquet":  # which is no text
             check_files(files, where)
         raise
 
@@ -94,10 +100,10 @@ def _load_files(files: list[str], column: str, where: str) -> "Dataset":
 
     # the list as datasets makes it from patterns; as a list of names, they would be read as such
     listed = DataFilesList(files, [(str(os.stat(file).st_mtime),) for file in files])
-    name = loader(files[0])
+    name = pick_loader(files[0])
     with phase("reading the text"):
         if name == "text":
-            return read_text(files)
+            return copy_text_files(files)
         builder = load_dataset_builder(name, data_files=listed, **_options(name, files[0]))
         if name == "json" and not os.path.exists(builder.cache_dir):  # not read before
             check_json(files, column, where)

@@ -25,7 +25,7 @@ LOADERS = {
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # decompressed as they are read
 
 
-def loader(file: str) -> str:
+def pick_loader(file: str) -> str:
     """The module of datasets that reads a file."""
     return LOADERS[_format(file)]
 
@@ -38,7 +38,7 @@ def find_files(path: Path, where: str) -> list[str]:
     if path.is_dir():
         found = [os.path.join(place, name) for place, names in _walk(path) for name in names]
     else:
-        found = [str(path)] if path.exists() else list(matches(path))
+        found = [str(path)] if path.exists() else list(match_glob(path))
     names = sorted(f for f in found if os.path.isfile(f) and not Path(f).name.startswith("."))
     files = list({os.path.realpath(name): os.path.abspath(name) for name in names}.values())
     if not files:
@@ -68,7 +68,7 @@ def open_file(file: str, mode: str, **options: Any) -> IO:
     return fsspec.filesystem("file").open(file, mode, compression="infer", **options)
 
 
-def matches(pattern: Path) -> Iterator[str]:
+def match_glob(pattern: Path) -> Iterator[str]:
     """What a glob matches; the folders that it begins with and that exist are no pattern."""
     folder = next(parent for parent in pattern.parents if parent.exists())
     names = pattern.relative_to(folder).parts
@@ -77,10 +77,10 @@ def matches(pattern: Path) -> Iterator[str]:
         yield from (str(folder / name) for name in found)
         return
     first = names.index("**")  # glob itself follows links in circles
-    tops = matches(folder.joinpath(*names[:first])) if first else [folder]
+    tops = match_glob(folder.joinpath(*names[:first])) if first else [folder]
     for top in tops:
         for place, _ in _walk(top, hidden=False):
-            yield from matches(Path(place, *(names[first + 1 :] or ["*"])))
+            yield from match_glob(Path(place, *(names[first + 1 :] or ["*"])))
 
 
 def _walk(top: str | Path, hidden: bool = True) -> Iterator[tuple[str, list[str]]]:

@@ -12,18 +12,18 @@ import numpy as np
 import pyarrow as pa
 
 from sae_lightning.files import make_private_folder
-from sae_lightning.stream.documents import copies
+from sae_lightning.stream.documents import prepare_text_cache
 from sae_lightning.stream.local_files import open_file
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-PIECE = 1 << 20  # characters read at a time
-TOGETHER = 1 << 24  # bytes of short documents written at a time
+READ_CHARACTERS = 1 << 20  # characters read at a time
+WRITTEN_BYTES = 1 << 24  # bytes of short documents written at a time
 SCHEMA = pa.schema({"text": pa.large_string()})  # of any length; a `string` ends at 2 GB
 
 
-def read_text(files: list[str]) -> "Dataset":
+def copy_text_files(files: list[str]) -> "Dataset":
     """Each file as one document; the copy of them is made once and found again by their names,
     sizes and times. (The text loader of datasets takes four times the memory of a document.)
 
@@ -32,7 +32,10 @@ def read_text(files: list[str]) -> "Dataset":
     from datasets import Dataset
 
     known = [(file, stat.st_size, stat.st_mtime_ns) for file in files if (stat := os.stat(file))]
-    place = copies() / f"documents-{hashlib.sha256(repr(known).encode()).hexdigest()[:32]}.arrow"
+    place = (
+        prepare_text_cache()
+        / f"documents-{hashlib.sha256(repr(known).encode()).hexdigest()[:32]}.arrow"
+    )
     if not place.exists():
         with make_private_folder(place) as folder:
             with open(folder / place.name, "wb") as copy:
@@ -51,9 +54,9 @@ def _documents(files: list[str], folder: Path) -> Iterator[pa.Array]:
     while True:
         with tempfile.TemporaryFile(dir=folder) as joined:
             ends = [0]
-            while ends[-1] < TOGETHER and (file := next(left, None)):
+            while ends[-1] < WRITTEN_BYTES and (file := next(left, None)):
                 with open_file(file, "r", encoding="utf-8") as source:
-                    while piece := source.read(PIECE):
+                    while piece := source.read(READ_CHARACTERS):
                         joined.write(piece.encode())
                 ends.append(joined.tell())
             if len(ends) == 1:

@@ -20,12 +20,12 @@ from sae_lightning.stream.flat import hash_tokenizer
 from sae_lightning.stream.packing import TokenStream
 from sae_lightning.stream.prefetch import PrefetchedRows
 from sae_lightning.stream.rows import LLMRows
-from sae_lightning.stream.source import RowStream, TextConfig, absolute
+from sae_lightning.stream.source import RowStream, TextConfig, make_absolute
 
-FORMAT = 2  # of the cache; another number is another key
-PLACES = 1 << 14  # numbers of a tensor that are looked at in their places
-PIECE = 1 << 24  # numbers summed at a time, or their 64-bit copy may not fit in memory
-BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+CACHE_FORMAT = 2  # of the cache; another number is another key
+HASHED_NUMBERS = 1 << 14  # numbers of a tensor that are looked at in their places
+SUMMED_NUMBERS = 1 << 24  # numbers summed at a time, or their 64-bit copy may not fit in memory
+INTEGERS_BY_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def open_rows(
@@ -54,20 +54,20 @@ def open_rows(
     )
     if not data.cache:
         return PrefetchedRows(rows, ahead) if ahead and rows.device.type == "cuda" else rows
-    known = settings(config, data, seed, rows)
+    known = identify_rows(config, data, seed, rows)
     key = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
     width = llm.model.config.get_text_config().hidden_size
-    return CachedRows(rows, cache_folder(data.cache_folder) / key, known, width, resumed)
+    return CachedRows(rows, pick_cache_folder(data.cache_folder) / key, known, width, resumed)
 
 
-def cache_folder(chosen: str | None) -> Path:
+def pick_cache_folder(chosen: str | None) -> Path:
     """Where caches lie: `data.cache_folder`, or a place of the user's."""
     if chosen is None:
         return platformdirs.user_cache_path("sae_lightning") / "activations"
-    return Path(absolute(chosen))
+    return Path(make_absolute(chosen))
 
 
-def settings(config: LLMConfig, data: TextConfig, seed: int, rows: LLMRows) -> dict[str, Any]:
+def identify_rows(config: LLMConfig, data: TextConfig, seed: int, rows: LLMRows) -> dict[str, Any]:
     """All that decides what the rows are: settings, and what LLM and text are behind them.
 
     The LLM as it is loaded, device and libraries too, because others round otherwise. A shard holds
@@ -81,7 +81,7 @@ def settings(config: LLMConfig, data: TextConfig, seed: int, rows: LLMRows) -> d
     }
     special = {name: getattr(config, name) for name in ("bos", "separator")}
     return {
-        "format": FORMAT,
+        "format": CACHE_FORMAT,
         "llm": {name: token for name, token in special.items() if token is not None}
         | {
             "name": config.name,
@@ -124,8 +124,8 @@ def hash_llm(model: nn.Module) -> str:
     known = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
     for name, tensor in model.state_dict().items():
         known.update(f"{name} {tuple(tensor.shape)}".encode())
-        bits = tensor.flatten().view(BITS[tensor.itemsize])
-        known.update(bits[:: 1 + len(bits) // PLACES].cpu().contiguous().numpy())
-        total = sum(piece.sum(dtype=torch.int64) for piece in bits.split(PIECE))
+        bits = tensor.flatten().view(INTEGERS_BY_SIZE[tensor.itemsize])
+        known.update(bits[:: 1 + len(bits) // HASHED_NUMBERS].cpu().contiguous().numpy())
+        total = sum(piece.sum(dtype=torch.int64) for piece in bits.split(SUMMED_NUMBERS))
         known.update(f"{int(total)}".encode())
     return known.hexdigest()[:16]

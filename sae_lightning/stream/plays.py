@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sae_lightning.errors import UserError
-from sae_lightning.stream.documents import SplitText, documents
+from sae_lightning.stream.documents import SplitText, make_documents
 from sae_lightning.stream.source import TextConfig
 from sae_lightning.stream.text_source import TextSource
 
@@ -42,11 +42,13 @@ class PlaysSource(TextSource):
             raise UserError(
                 f"data.held_out: no play named {', '.join(unknown)}; there are {', '.join(plays)}"
             )
-        train = documents([f.read_text("utf-8") for name, f in plays.items() if name not in wanted])
+        train = make_documents(
+            [f.read_text("utf-8") for name, f in plays.items() if name not in wanted]
+        )
         if not len(train):
             raise UserError("data.held_out names every play; leave some to train on")
         held_out = [f.read_text("utf-8") for name, f in plays.items() if name in wanted]
-        return SplitText(train, documents(held_out))
+        return SplitText(train, make_documents(held_out))
 
 
 def find_plays() -> list[Path]:

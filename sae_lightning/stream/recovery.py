@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-ROWS = 1024  # concepts compared with all others at a time
-FOUND = 0.9  # cosine from which on a feature counts as its concept (26 degrees)
+COMPARED_CONCEPTS = 1024  # concepts compared with all others at a time
+RECOVERED_COSINE = 0.9  # cosine from which on a feature counts as its concept (26 degrees)
 
 
 class Recovery(NamedTuple):
@@ -59,12 +59,12 @@ class Matching(NamedTuple):
     """[matched], of decoder row and concept"""
 
 
-def cosines(directions: Tensor, W_dec: Tensor) -> Tensor:
+def compute_cosines(directions: Tensor, W_dec: Tensor) -> Tensor:
     """[concepts, features], of [concepts, dim] and [features, dim]; 0 where a row is 0."""
     return normalize(directions, dim=1) @ normalize(W_dec, dim=1).T
 
 
-def match(table: Tensor) -> Matching:
+def match_features(table: Tensor) -> Matching:
     """The one-to-one matching with the largest sum of cosines [concepts, features]; a feature that
     is not finite any more points away from every concept."""
     from scipy.optimize import linear_sum_assignment  # half a second that other data need not wait
@@ -74,11 +74,15 @@ def match(table: Tensor) -> Matching:
     return Matching(concepts, features, table[concepts, features])
 
 
-def overlap(directions: Tensor) -> float:
+def measure_overlap(directions: Tensor) -> float:
     """Mean over concepts [concepts, dim] of the largest |cosine| with another."""
     largest = []
-    for start, part in zip(range(0, len(directions), ROWS), directions.split(ROWS), strict=True):
-        among = cosines(part, directions).abs()
+    for start, part in zip(
+        range(0, len(directions), COMPARED_CONCEPTS),
+        directions.split(COMPARED_CONCEPTS),
+        strict=True,
+    ):
+        among = compute_cosines(part, directions).abs()
         own = torch.arange(len(part))
         among[own, start + own] = 0
         largest.append(among.amax(dim=1))
@@ -130,7 +134,7 @@ def _ratio(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(b > 1e-12, a / b, 0.0)
 
 
-def recovery(
+def measure_recovery(
     directions: Tensor,
     weights: dict[str, Tensor],
     samples: Iterable[tuple[Tensor, Tensor, Tensor]],
@@ -139,18 +143,18 @@ def recovery(
     [concepts, dim]; `samples` yields (activations, strengths, features), [n, ...] each, on the
     CPU."""
     W_dec = weights["W_dec"]
-    table = cosines(directions, W_dec)
-    matching = match(table)
+    table = compute_cosines(directions, W_dec)
+    matching = match_features(table)
     detection = Detection(matching, directions)
     for batch in samples:
         detection.add(*batch)
-    found = matching.features[matching.cosine > FOUND]
+    found = matching.features[matching.cosine > RECOVERED_COSINE]
     agreement = torch.cosine_similarity(weights["W_enc"].T[found], W_dec[found], dim=1)
     bias = weights["b_enc"] - weights.get("threshold", torch.zeros(()))
     return Recovery(
         mmcs=table.amax(dim=1).mean().item(),
         recovered=len(found) / len(directions),
-        concept_overlap=overlap(directions),
+        concept_overlap=measure_overlap(directions),
         encoder_agreement=agreement.mean().item(),
         negative_bias=(bias[found] < 0).float().mean().item(),
         **detection.result(),

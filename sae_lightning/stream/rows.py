@@ -9,7 +9,7 @@ tokens.next -> which -> capture -> drop norms above data.max_norm x median, at a
 
 Which tokens are read is known from the text: the CPU need not wait for the LLM to find out. Which
 norms are too large is known from the LLM alone: with `data.max_norm` the CPU waits for each batch.
-Evaluation drops by the same two functions, `medians` and `find_usual_rows`.
+Evaluation drops by the same two functions, `compute_medians` and `find_usual_rows`.
 """
 
 import math
@@ -28,7 +28,7 @@ from sae_lightning.llm.load import LLM
 from sae_lightning.llm.sites import Site
 from sae_lightning.llm.vocabulary import find_special_ids
 from sae_lightning.stream.packing import Sequences, TokenStream
-from sae_lightning.stream.source import Rows, send
+from sae_lightning.stream.source import Rows, move_to_device
 
 MAX_EMPTY_BATCHES = 20  # LLM batches in a row without a usable row before we give up
 
@@ -77,7 +77,10 @@ class LLMRows:
             keep = sequences.text & ~torch.isin(sequences.tokens, self._dropped)  # [n, context]
             places = keep.flatten().nonzero().squeeze(1)  # [rows]
             ids = sequences.ids.repeat_interleave(keep.sum(1))  # [rows]
-            tokens, there = send(sequences.tokens, self.device), send(places, self.device)
+            tokens, there = (
+                move_to_device(sequences.tokens, self.device),
+                move_to_device(places, self.device),
+            )
         started = perf_counter()
         rows = Rows(capture(self.llm.model, tokens, self.sites, there), ids)
         self.llm_seconds += perf_counter() - started
@@ -89,11 +92,11 @@ class LLMRows:
 
     def _without_large(self, rows: Rows, max_norm: float) -> Rows:
         # The medians are those of the first LLM batch, for the whole run.
-        self._medians = self._medians or medians(rows.activations)
+        self._medians = self._medians or compute_medians(rows.activations)
         usual = (
             find_usual_rows(rows.activations, self._medians, max_norm).cpu().nonzero().squeeze(1)
         )
-        there = send(usual, self.device)
+        there = move_to_device(usual, self.device)
         kept = {site: x.index_select(0, there) for site, x in rows.activations.items()}
         return Rows(kept, rows.ids[usual])
 
@@ -151,9 +154,9 @@ class LLMRows:
         self._medians = known and {site: known[str(site)] for site in self.sites}
 
 
-def medians(rows: dict[Site, Tensor]) -> dict[Site, float]:
+def compute_medians(rows: dict[Site, Tensor]) -> dict[Site, float]:
     """The median norm of the rows {site: [n, d]} at each site. UserError if one is not finite."""
-    found = {site: norms(x).median().item() for site, x in rows.items()}
+    found = {site: compute_norms(x).median().item() for site, x in rows.items()}
     for site, median in found.items():
         if not math.isfinite(median):
             raise UserError(
@@ -170,10 +173,10 @@ def find_usual_rows(
 
     A row that is too large at one site is dropped at all of them, so that rows stay aligned.
     """
-    usual = [norms(x) <= max_norm * medians[site] for site, x in rows.items()]
+    usual = [compute_norms(x) <= max_norm * medians[site] for site, x in rows.items()]
     return torch.stack(usual).all(dim=0)
 
 
-def norms(x: Tensor) -> Tensor:
+def compute_norms(x: Tensor) -> Tensor:
     """Of the rows of x [n, d] -> [n] float32."""
     return torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)

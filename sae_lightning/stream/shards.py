@@ -35,22 +35,22 @@ from sae_lightning.files import write_atomically
 from sae_lightning.llm.sites import Site
 from sae_lightning.stream.source import Rows
 from sae_lightning.stream.states import (
-    COUNT,
+    ANY_COUNT,
     expect,
     expect_activations,
     expect_ids,
     expect_rows,
 )
 
-SUFFIX = ".safetensors"
-DAMAGE = (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError)
+SHARD_SUFFIX = ".safetensors"
+DAMAGE_ERRORS = (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError)
 
 
 class Shard:
     """Consecutive LLM batches `first` to `stop` - 1."""
 
     def __init__(self, path: Path) -> None:
-        """Read the metadata; one of `DAMAGE` where they cannot be read."""
+        """Read the metadata; one of `DAMAGE_ERRORS` where they cannot be read."""
         if not path.is_file():  # a pipe would be waited for
             raise ValueError("it is no plain file")
         with safe_open(path, "pt") as file:
@@ -60,7 +60,11 @@ class Shard:
         about = json.loads(self._about)
         state = {"tokens": dict, "llm_batches": self.first}
         expect(about, {"rows": list, "epochs": list, "texts": list, "state": state}, "about")
-        for name, counts in (("rows", range(2**31)), ("epochs", COUNT), ("texts", range(2**32))):
+        for name, counts in (
+            ("rows", range(2**31)),
+            ("epochs", ANY_COUNT),
+            ("texts", range(2**32)),
+        ):
             expect(len(about[name]), len(about["rows"]), name)
             for each in about[name]:
                 expect(each, counts, name)
@@ -84,7 +88,7 @@ class Shard:
             expect_activations(self._tensors, sites, rows, width, "rows")
             expect_ids(self._tensors["ids"], rows, self.stop * packing["batch"], "ids")
             expect_rows(self.state(), sites, **packing)
-        except DAMAGE:
+        except DAMAGE_ERRORS:
             self.close()
         return bool(self._tensors)
 
@@ -117,7 +121,7 @@ def write_shard(
     tensors |= {name: x for name, x in state["tokens"].items() if isinstance(x, Tensor)}
     about = {"rows": [len(each.ids) for each in rows], "epochs": epochs, "texts": texts}
     told = json.dumps(about | {"state": state}, default=lambda tensor: None)
-    path = folder / f"{state['llm_batches']:08d}{SUFFIX}"
+    path = folder / f"{state['llm_batches']:08d}{SHARD_SUFFIX}"
     with write_atomically(path) as temporary:
         save_file(tensors, temporary, {"about": told, "crc32": _checksum(told, tensors)})
     return Shard(path)

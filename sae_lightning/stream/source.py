@@ -62,7 +62,7 @@ class RowStream(Protocol):
         ...
 
 
-def send(x: Tensor, device: torch.device) -> Tensor:
+def move_to_device(x: Tensor, device: torch.device) -> Tensor:
     """`x` on `device`. A GPU fetches it while the CPU goes on: from pinned memory, which is not
     used for anything else before the copy is done."""
     if device.type == "cuda" and x.device.type == "cpu":
@@ -141,10 +141,10 @@ class TextConfig(DataConfig):
         return None
 
     def with_absolute_paths(self) -> "TextConfig":
-        return replace(self, cache_folder=self.cache_folder and absolute(self.cache_folder))
+        return replace(self, cache_folder=self.cache_folder and make_absolute(self.cache_folder))
 
 
-def absolute(path: str) -> str:
+def make_absolute(path: str) -> str:
     """`path` for every working folder."""
     return os.path.abspath(os.path.expanduser(path))
 

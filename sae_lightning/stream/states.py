@@ -13,8 +13,8 @@ from torch import Tensor
 
 from sae_lightning.llm.sites import Site
 
-COUNT = range(2**62)
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+ANY_COUNT = range(2**62)
+LLM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def expect(value: Any, like: Any, name: str) -> None:
@@ -59,7 +59,7 @@ def expect_rows(
 ) -> int:
     """ValueError unless `state` can be that of rows which an LLM gave in batches of `batch`
     sequences; how many of these were served."""
-    expect(state, {"llm_batches": COUNT, "tokens": dict}, "rows")
+    expect(state, {"llm_batches": ANY_COUNT, "tokens": dict}, "rows")
     expect(state, {"read": range(state["llm_batches"] + 1)}, "rows")
     expect(state, {"medians": dict if state.get("medians") else type(None)}, "rows")
     if state["medians"]:
@@ -67,14 +67,14 @@ def expect_rows(
         if not all(0 < median < inf for median in state["medians"].values()):
             raise ValueError("rows.medians are no norms")
     tokens, read = state["tokens"], state["read"] * batch
-    place = {"epoch": range(1, COUNT.stop)}
+    place = {"epoch": range(1, ANY_COUNT.stop)}
     if "cursor" in tokens:  # of an indexed text
-        expect(tokens, place | {"tokens": range(1, COUNT.stop)}, "tokens")
+        expect(tokens, place | {"tokens": range(1, ANY_COUNT.stop)}, "tokens")
         windows = -(-tokens["tokens"] // (context - 1))
         expect(tokens, {"cursor": range(windows + 1)}, "tokens")
         expect((tokens["epoch"] - 1) * windows + tokens["cursor"], read, "the text's place")
     else:
-        place |= {"documents": COUNT, "read": COUNT, "served": read, "carry": Tensor}
+        place |= {"documents": ANY_COUNT, "read": ANY_COUNT, "served": read, "carry": Tensor}
         expect(tokens, place, "tokens")
         carry = tokens["carry"]
         expect_ids(carry, carry.numel(), vocabulary, "tokens.carry", torch.int32)
@@ -87,7 +87,7 @@ def expect_activations(rows: Any, sites: Iterable[Site], n: int, width: int, nam
     for site in sites:
         expect(rows, {str(site): Tensor}, name)
         dtype = rows[str(site)].dtype
-        like = torch.empty(n, width, dtype=dtype if dtype in FLOATS else None, device="meta")
+        like = torch.empty(n, width, dtype=dtype if dtype in LLM_DTYPES else None, device="meta")
         expect(rows[str(site)], like, f"{name}.{site}")
 
 

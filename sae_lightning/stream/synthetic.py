@@ -15,13 +15,13 @@ from sae_lightning.errors import UserError
 from sae_lightning.llm.load import LLM, NO_LLM, Dtype, LLMConfig, pick_device
 from sae_lightning.llm.packaged import LLMShape
 from sae_lightning.llm.sites import LayerConfig, Site
-from sae_lightning.stream.concepts import MAX_RATE, World, make_world, zipf_rates
-from sae_lightning.stream.recovery import WORLD_METRICS, Recovery, recovery
+from sae_lightning.stream.concepts import MAX_RATE, World, make_world, make_zipf_rates
+from sae_lightning.stream.recovery import WORLD_METRICS, Recovery, measure_recovery
 from sae_lightning.stream.source import DataConfig, DataMemory, OpenedData, Rows, Source
-from sae_lightning.stream.states import COUNT, expect, expect_stream
+from sae_lightning.stream.states import ANY_COUNT, expect, expect_stream
 from sae_lightning.stream.tokens import SplitTokens
 
-MOST = 2048  # rows sampled at a time
+SAMPLED_ROWS = 2048  # rows sampled at a time
 MAX_CONCEPTS = 8192
 
 
@@ -87,7 +87,7 @@ class SyntheticConfig(DataConfig):
                 f"data.hierarchy={self.hierarchy}: no child among data.concepts={self.concepts}; "
                 f"give at least {1 / self.concepts:g}, or 0"
             )
-        rates = zipf_rates(self.concepts, self.l0, self.zipf)
+        rates = make_zipf_rates(self.concepts, self.l0, self.zipf)
         parents = self.concepts - children
         of_parent = rates[torch.arange(children) % parents]
         if (rates[parents:] / of_parent).max() > 0.9:
@@ -111,7 +111,7 @@ def open_world(data: SyntheticConfig) -> World:
     )
 
 
-def generator(purpose: str, seed: int) -> Generator:
+def make_generator(purpose: str, seed: int) -> Generator:
     """Random numbers for one purpose: those of another purpose differ, whatever the seeds."""
     digest = hashlib.sha256(f"{purpose} {seed}".encode()).digest()
     return Generator().manual_seed(int.from_bytes(digest[:4]))  # all the bits that the CPU's takes
@@ -127,10 +127,10 @@ class ConceptRows:
         self, world: World, sites: Sequence[Site], *, seed: int, device: torch.device | str
     ) -> None:
         self.world, self.sites, self.device = world, tuple(sites), torch.device(device)
-        self.most = MOST
+        self.most = SAMPLED_ROWS
         self.llm_seconds = 0.0
         self.epoch = 1
-        self._generator = generator("training", seed)
+        self._generator = make_generator("training", seed)
         self._served = 0  # rows
 
     def next(self, wanted: int) -> Rows:
@@ -160,8 +160,8 @@ class HeldOutConcepts:
     def __init__(self, world: World, *, seed: int, tokens: int, device: torch.device | str) -> None:
         """`tokens` samples; with the world's `seed` all runs in it are judged by the same."""
         self.world = world
-        samples = generator("held out", seed)
-        counts = [min(MOST, tokens - done) for done in range(0, tokens, MOST)]
+        samples = make_generator("held out", seed)
+        counts = [min(SAMPLED_ROWS, tokens - done) for done in range(0, tokens, SAMPLED_ROWS)]
         x, strengths = zip(*(world.sample(n, samples) for n in counts), strict=True)
         self._x = torch.cat(x).to(device)
         self.strengths = torch.cat(strengths)
@@ -182,7 +182,10 @@ class HeldOutConcepts:
         """How many of the concepts each SAE has found, `rows` samples at a time; `weights` are
         those for raw activations."""
         pairs = zip(saes, weights, strict=True)
-        return [recovery(self.world.directions, w(), self._samples(sae, rows)) for sae, w in pairs]
+        return [
+            measure_recovery(self.world.directions, w(), self._samples(sae, rows))
+            for sae, w in pairs
+        ]
 
     def _samples(self, sae: Callable[[Tensor], Any], rows: int) -> Iterator[tuple[Tensor, ...]]:
         for x, strengths in zip(self._x.split(rows), self.strengths.split(rows), strict=True):
@@ -221,12 +224,12 @@ class SyntheticSource(Source):
     def memory(
         self, sites: Sequence[Site], shape: LLMShape, tokens: int, loss_tokens: int
     ) -> DataMemory:
-        return DataMemory(MOST, (tokens + 4 * MOST) * self.data.concepts, 0)
+        return DataMemory(SAMPLED_ROWS, (tokens + 4 * SAMPLED_ROWS) * self.data.concepts, 0)
 
     def check_stream(self, state: Any, sites: Sequence[Site], shape: LLMShape, served: int) -> None:
-        expect(state, {"rows": {"served": COUNT, "generator": Tensor}}, "stream")
+        expect(state, {"rows": {"served": ANY_COUNT, "generator": Tensor}}, "stream")
         Generator().set_state(state["rows"]["generator"])
-        size = {"width": shape.width, "most": self.data.pool + MOST}
+        size = {"width": shape.width, "most": self.data.pool + SAMPLED_ROWS}
         expect_stream(state, sites, **size, served=served, sequences=state["rows"]["served"])
 
     def open(

@@ -27,12 +27,12 @@ from sae_lightning.llm.splice import LOGIT_ROWS, SpliceBaseline, SpliceScores
 from sae_lightning.llm.vocabulary import find_bos_id
 from sae_lightning.stream.documents import SplitText
 from sae_lightning.stream.held_out import HeldOut
-from sae_lightning.stream.open_rows import cache_folder, open_rows
+from sae_lightning.stream.open_rows import open_rows, pick_cache_folder
 from sae_lightning.stream.source import DataMemory, OpenedData, Source, TextConfig
 from sae_lightning.stream.states import expect, expect_rows, expect_stream
 from sae_lightning.stream.tokens import SplitTokens, open_tokens
 
-SHORT = 256  # tokens of context
+EAGER_CONTEXT = 256  # tokens of context
 
 
 class TextSource(Source):
@@ -70,7 +70,7 @@ class TextSource(Source):
             self.llm.attn is Attention.auto
             and pick_device(self.llm).type == "cpu"
             and number is torch.bfloat16
-            and self.data.context <= SHORT
+            and self.data.context <= EAGER_CONTEXT
         )
         return Attention.eager if eager else self.llm.attn
 
@@ -91,7 +91,7 @@ class TextSource(Source):
 
     def _check_cache(self) -> None:
         """That the cache can be written, or is there: a colleague's may be there to be read."""
-        folder = place = cache_folder(self.data.cache_folder)
+        folder = place = pick_cache_folder(self.data.cache_folder)
         while not os.path.exists(place):
             place = place.parent
         writable = os.path.isdir(place) and os.access(place, os.W_OK)

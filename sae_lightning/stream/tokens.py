@@ -21,14 +21,14 @@ from torch import Tensor
 
 from sae_lightning.errors import UserError
 from sae_lightning.llm.vocabulary import check_ids, find_bos_id, find_separator_id
-from sae_lightning.stream.documents import SplitText, first_line
-from sae_lightning.stream.flat import encode, flat_tokens
+from sae_lightning.stream.documents import SplitText, describe_error
+from sae_lightning.stream.flat import tokenise_documents, flat_tokens
 from sae_lightning.stream.packing import Packing, Sequences, TokenStream
 from sae_lightning.terminal import console
 
 SHUFFLE_BUFFER = 1000  # documents
-CHUNK = 1 << 16  # characters tokenised at a time when streaming
-SAMPLE = 1 << 12  # tokens; so long are the samples by which a long text is known
+STREAMED_CHARACTERS = 1 << 16  # characters tokenised at a time when streaming
+FINGERPRINT_TOKENS = 1 << 12  # tokens; so long are the samples by which a long text is known
 
 
 class ShuffledTokens:
@@ -70,10 +70,12 @@ class ShuffledTokens:
         """The text's length and checksum: of all of it up to a million tokens, of evenly spread
         samples of a longer one."""
         if not self._fingerprint:
-            samples = min(256, -(-len(self.flat) // SAMPLE))
+            samples = min(256, -(-len(self.flat) // FINGERPRINT_TOKENS))
             checksum = 0
             for start in np.linspace(0, len(self.flat), samples, endpoint=False).astype(np.int64):
-                checksum = zlib.crc32(self.flat.slice(start, SAMPLE).to_numpy(), checksum)
+                checksum = zlib.crc32(
+                    self.flat.slice(start, FINGERPRINT_TOKENS).to_numpy(), checksum
+                )
             self._fingerprint = f"{len(self.flat)} tokens, crc32 {checksum:08x}"
         return self._fingerprint
 
@@ -141,8 +143,8 @@ class StreamedTokens:
             raise
         except Exception as error:  # the network, or a broken file: any of a dozen libraries'
             raise UserError(
-                f"{self.where}: reading it broke off ({first_line(error)}); what a run trained up "
-                "to its last checkpoint is kept: continue it with resume=<run folder>"
+                f"{self.where}: reading it broke off ({describe_error(error)}); what a run trained "
+                "up to its last checkpoint is kept: continue it with resume=<run folder>"
             ) from error
 
     def _pull(self) -> bool:
@@ -151,11 +153,11 @@ class StreamedTokens:
         for text in self._texts():
             texts.append(text)
             characters += len(text)
-            if characters >= CHUNK:
+            if characters >= STREAMED_CHARACTERS:
                 break
         if not texts:
             return False
-        new = encode(self.tokenizer, texts, self.packing.separator)
+        new = tokenise_documents(self.tokenizer, texts, self.packing.separator)
         self.carry = np.concatenate([self.carry, *new])
         check_ids(self.tokenizer, self.carry, self.where)
         self.read += sum(map(len, new))

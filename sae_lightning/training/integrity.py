@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sae_lightning.errors import UserError, is_out_of_memory
 from sae_lightning.formats.pickles import load_tensors, read_checksum
-from sae_lightning.stream.states import COUNT, expect
+from sae_lightning.stream.states import ANY_COUNT, expect
 from sae_lightning.training.head import Head
 from sae_lightning.training.module import SAEModule
 from sae_lightning.training.settings import checkpoint_path, stream_path
@@ -111,7 +111,7 @@ def _expect_progress(saved: dict[str, Any], step: int, steps: int) -> None:
     expect(Version(saved["pytorch-lightning_version"]).major, range(2, 100), "Lightning's version")
 
 
-def _counts(*names: str, count: Any = COUNT) -> dict[str, dict[str, Any]]:
+def _counts(*names: str, count: Any = ANY_COUNT) -> dict[str, dict[str, Any]]:
     """Lightning's progress counters of these names."""
     return {kind: dict.fromkeys(names, count) for kind in ("total", "current")}
 

@@ -155,7 +155,7 @@ def test_resuming_is_exact_at_every_batch(llm, style):
 def test_a_run_on_a_streamed_hub_data_set_resumes_exactly_twice_in_a_row(
     llm, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(tokens_module, "CHUNK", 40)
+    monkeypatch.setattr(tokens_module, "STREAMED_CHARACTERS", 40)
     monkeypatch.setattr(tokens_module, "SHUFFLE_BUFFER", 5)
     # Two files, several epochs, a shuffle buffer smaller than the text; all opened anew each time.
     (tmp_path / "data").mkdir()

@@ -32,7 +32,7 @@ from sae_lightning.stream.cache import CachedRows
 from sae_lightning.stream.documents import SplitText
 from sae_lightning.stream.hub import HubConfig
 from sae_lightning.stream.local import LocalConfig
-from sae_lightning.stream.open_rows import cache_folder, hash_llm, open_rows
+from sae_lightning.stream.open_rows import hash_llm, open_rows, pick_cache_folder
 from sae_lightning.stream.rows import LLMRows
 from sae_lightning.stream.shards import Shard
 from sae_lightning.stream.tokens import open_tokens
@@ -481,7 +481,7 @@ def test_the_space_is_estimated_told_and_refused_before_anything_is_written(
     told = capsys.readouterr().out
     assert f"the activation cache takes about {needed / 1e6:.1f} MB in {folder}, " in told
     empty = folder.with_name("empty")
-    enough = needed + cache_module.RESERVE
+    enough = needed + cache_module.RESERVED_BYTES
     monkeypatch.setattr(cache_module, "read_free_space", lambda folder: enough - 1)
     with pytest.raises(
         UserError, match="data.cache: no space for 0.1 MB in .* and 4.3 GB to spare .*cache=false"
@@ -514,7 +514,7 @@ def test_a_resumed_run_goes_on_where_a_new_one_would_be_refused(
 
 def test_the_space_that_checkpoints_need_is_left_to_them(llm, folder, monkeypatch, capsys):
     reference = list(make(llm))
-    free = [10**12] * 4 + [cache_module.RESERVE - 1] * 100
+    free = [10**12] * 4 + [cache_module.RESERVED_BYTES - 1] * 100
     monkeypatch.setattr(cache_module, "read_free_space", lambda folder: free.pop(0))
     assert_same(list(make(llm, folder)), reference)
     assert "any further (less than 4.3 GB are free); training" in capsys.readouterr().out
@@ -676,8 +676,8 @@ def test_whatever_changes_the_rows_has_a_cache_of_its_own(opened, llm):
 
 
 def test_every_bit_of_an_llm_is_looked_at(llm, monkeypatch):
-    monkeypatch.setattr(open_rows_module, "PLACES", 16)
-    monkeypatch.setattr(open_rows_module, "PIECE", 100)
+    monkeypatch.setattr(open_rows_module, "HASHED_NUMBERS", 16)
+    monkeypatch.setattr(open_rows_module, "SUMMED_NUMBERS", 100)
     for dtype in (torch.float32, torch.bfloat16, torch.float8_e4m3fn):
         model = copy.deepcopy(llm.model).to(dtype)
         tensors = [t for t in model.state_dict().values() if t.numel() > 100]
@@ -714,7 +714,7 @@ def test_a_streamed_text_is_known_by_its_files_too(llm, tmp_path):
     def known():
         tokens = open_tokens(open_text(config), llm.tokenizer, context=CONTEXT, seed=0).train
         rows = LLMRows(llm, tokens, SITES, batch=4)
-        return open_rows_module.settings(LLMConfig(name="tiny"), config, 0, rows)["data"]
+        return open_rows_module.identify_rows(LLMConfig(name="tiny"), config, 0, rows)["data"]
 
     lines = [f'{{"text": "{"abc" * 100}"}}\n'] * 300
     (folder / "a.jsonl").write_text("".join(lines))
@@ -752,5 +752,5 @@ def test_without_the_setting_nothing_is_cached(opened, llm):
 def test_the_folder_may_be_below_home(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert cache_folder("~/big") == tmp_path / "big"
-    assert cache_folder(None) == tmp_path / "xdg" / "sae_lightning" / "activations"
+    assert pick_cache_folder("~/big") == tmp_path / "big"
+    assert pick_cache_folder(None) == tmp_path / "xdg" / "sae_lightning" / "activations"

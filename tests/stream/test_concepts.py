@@ -5,7 +5,7 @@ import torch
 from sae_lightning.llm.sites import Kind, Site
 from sae_lightning.stream.batches import BatchStream
 from sae_lightning.stream.synthetic import (
-    MOST,
+    SAMPLED_ROWS,
     ConceptRows,
     HeldOutConcepts,
     SyntheticConfig,
@@ -41,9 +41,9 @@ def test_batches_are_as_many_as_asked_for_and_no_row_comes_twice():
 def test_rows_come_in_blocks_and_are_numbered():
     source = rows()
     first, second = source.next(1), source.next(10**9)
-    assert first.activations[SITE].shape == second.activations[SITE].shape == (MOST, 5)
-    assert torch.cat([first.ids, second.ids]).tolist() == list(range(2 * MOST))
-    assert (source.most, source.epoch, source.llm_seconds) == (MOST, 1, 0.0)
+    assert first.activations[SITE].shape == second.activations[SITE].shape == (SAMPLED_ROWS, 5)
+    assert torch.cat([first.ids, second.ids]).tolist() == list(range(2 * SAMPLED_ROWS))
+    assert (source.most, source.epoch, source.llm_seconds) == (SAMPLED_ROWS, 1, 0.0)
 
 
 def test_a_stream_that_is_restored_goes_on_exactly():
@@ -75,9 +75,9 @@ def test_what_is_held_out_is_never_trained_on_whatever_the_seeds():
 
 
 def test_held_out_samples_are_made_of_the_strengths_that_come_with_them():
-    kept = held_out(tokens=MOST + 10)
-    assert kept.activations(SITE).shape == (MOST + 10, 5)
-    assert kept.strengths.shape == (MOST + 10, 12)
+    kept = held_out(tokens=SAMPLED_ROWS + 10)
+    assert kept.activations(SITE).shape == (SAMPLED_ROWS + 10, 5)
+    assert kept.strengths.shape == (SAMPLED_ROWS + 10, 12)
     assert torch.allclose(kept.strengths @ kept.world.directions, kept.activations(SITE), atol=1e-5)
 
 

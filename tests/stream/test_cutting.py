@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from sae_lightning.errors import UserError
 from sae_lightning.stream import flat
 from sae_lightning.stream.documents import SplitText
-from sae_lightning.stream.flat import encode, flat_tokens
+from sae_lightning.stream.flat import flat_tokens, tokenise_documents
 from sae_lightning.stream.tokens import open_tokens
 
 WORDS = "the quick  brown fox (jumps), over-the\tlazy\n\ndog.\nWhile 7 wizards mix 1,234 of—them "
@@ -59,12 +59,12 @@ KINDS += ["unigram", "word pieces", "llama2"]
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_document_in_pieces_has_the_tokens_of_the_whole(kind, monkeypatch):
     tokenizer, texts = trained(kind), [LONG, "short", "", LONG[7:]]
-    whole = encode(tokenizer, texts, 299)
+    whole = tokenise_documents(tokenizer, texts, 299)
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
     assert [x.tolist() for x in whole] == [[*x, 299] if x else [] for x in ids], "as it ever was"
-    monkeypatch.setattr(flat, "PIECE", PIECE)
-    monkeypatch.setattr(flat, "TOGETHER", 3 * PIECE)
-    for one, other in zip(whole, encode(tokenizer, texts, 299), strict=True):
+    monkeypatch.setattr(flat, "PIECE_BYTES", PIECE)
+    monkeypatch.setattr(flat, "TOKENISED_BYTES", 3 * PIECE)
+    for one, other in zip(whole, tokenise_documents(tokenizer, texts, 299), strict=True):
         assert np.array_equal(one, other)
 
 
@@ -72,14 +72,14 @@ def test_a_document_in_pieces_has_the_tokens_of_the_whole(kind, monkeypatch):
     "text", ["x" * 999, "я" * 999, "私" * 999, "🦊" * 999, "a🦊\n" * 300, " " * 999]
 )
 def test_text_that_offers_no_space_is_cut_between_characters(text, monkeypatch):
-    monkeypatch.setattr(flat, "PIECE", PIECE)
+    monkeypatch.setattr(flat, "PIECE_BYTES", PIECE)
     calls, tokenizer = [], byte_tokenizer()
 
     def counting(texts, **options):
         calls.extend(texts)
         return tokenizer(texts, **options)
 
-    (tokens,) = encode(counting, [text], SEPARATOR)
+    (tokens,) = tokenise_documents(counting, [text], SEPARATOR)
     assert "".join(calls[4:]) == text, "after a look at how the tokenizer treats spaces"
     assert max(len(piece.encode()) for piece in calls) <= PIECE
     assert len(tokens) == len(text.encode()) + 1 and tokens[-1] == SEPARATOR
@@ -88,8 +88,8 @@ def test_text_that_offers_no_space_is_cut_between_characters(text, monkeypatch):
 @pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("part", ["train", "held_out"])
 def test_what_is_tokenised_at_a_time_is_bounded(streamed, part, monkeypatch):
-    monkeypatch.setattr(flat, "PIECE", PIECE)
-    monkeypatch.setattr(flat, "TOGETHER", 2 * PIECE)
+    monkeypatch.setattr(flat, "PIECE_BYTES", PIECE)
+    monkeypatch.setattr(flat, "TOKENISED_BYTES", 2 * PIECE)
     sizes, tokenizer = [], byte_tokenizer()
 
     class Counting(PreTrainedTokenizerFast):
@@ -114,8 +114,8 @@ def test_what_is_tokenised_at_a_time_is_bounded(streamed, part, monkeypatch):
 def test_the_bar_moves_within_a_document(tokenizer, monkeypatch):
     from contextlib import contextmanager
 
-    monkeypatch.setattr(flat, "PIECE", PIECE)
-    monkeypatch.setattr(flat, "TOGETHER", PIECE)
+    monkeypatch.setattr(flat, "PIECE_BYTES", PIECE)
+    monkeypatch.setattr(flat, "TOKENISED_BYTES", PIECE)
     moves = []
 
     @contextmanager

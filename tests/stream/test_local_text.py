@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from sae_lightning.stream import documents, flat, local_text, open_text
 from sae_lightning.stream.local import LocalConfig
-from sae_lightning.stream.local_text import read_text
+from sae_lightning.stream.local_text import copy_text_files
 from sae_lightning.stream.tokens import open_tokens
 
 SIZE = 4 << 20
@@ -27,10 +27,11 @@ def test_a_long_document_is_never_in_memory_as_a_whole(kind, tokenizer, tmp_path
         Dataset.from_dict({"text": [text]}).save_to_disk(file)
     else:
         file.write_bytes(gzip.compress(text.encode(), 1) if "gz" in kind else text.encode())
-    for module in (documents, flat, local_text):
-        monkeypatch.setattr(module, "PIECE", 1 << 16)
-    monkeypatch.setattr(flat, "TOGETHER", 1 << 16)
-    monkeypatch.setattr(flat, "BATCH", 1 << 16)
+    monkeypatch.setattr(documents, "SCANNED_BYTES", 1 << 16)
+    monkeypatch.setattr(flat, "PIECE_BYTES", 1 << 16)
+    monkeypatch.setattr(local_text, "READ_CHARACTERS", 1 << 16)
+    monkeypatch.setattr(flat, "TOKENISED_BYTES", 1 << 16)
+    monkeypatch.setattr(flat, "WRITTEN_TOKENS", 1 << 16)
     calls = []
 
     class Coarse:  # a token for 100 characters: quick
@@ -68,17 +69,17 @@ def test_a_long_document_is_never_in_memory_as_a_whole(kind, tokenizer, tmp_path
 
 
 def test_files_are_documents_as_python_reads_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(local_text, "PIECE", 3)
-    monkeypatch.setattr(local_text, "TOGETHER", 20)
+    monkeypatch.setattr(local_text, "READ_CHARACTERS", 3)
+    monkeypatch.setattr(local_text, "WRITTEN_BYTES", 20)
     texts = ["", "a\r\nb\rc\n\r\n" * 5, "я🦊私\r\n" * 9, "", "\ufeffmark", *["x", "", "yz"] * 9]
     files = []
     for i, text in enumerate(texts):
         (tmp_path / f"{i:02}.txt").write_bytes(text.encode())
         files.append(str(tmp_path / f"{i:02}.txt"))
     for _ in range(2):
-        assert list(read_text(files)["text"]) == [Path(f).read_text("utf-8") for f in files]
+        assert list(copy_text_files(files)["text"]) == [Path(f).read_text("utf-8") for f in files]
     (tmp_path / "03.txt").write_text("no longer empty")
-    assert read_text(files)["text"][3] == "no longer empty"
+    assert copy_text_files(files)["text"][3] == "no longer empty"
 
 
 def test_a_file_that_cannot_be_read_is_no_fault_of_the_copy(tmp_path, monkeypatch):
@@ -97,7 +98,7 @@ def test_documents_are_looked_at_where_they_lie(kind):
     column = pa.chunked_array([texts, [], [None], texts * 3], kind)
     for start in range(12):
         part = column.slice(start, 11)
-        views = list(documents.views(part))
+        views = list(documents.view_texts(part))
         assert [view.to_pybytes().decode() for view in views] == [x or "" for x in part.to_pylist()]
         assert all(lies_in(view, part) for view in views)
 
@@ -106,7 +107,7 @@ def test_a_split_document_is_not_copied():
     texts = ["a note", "the quick brown fox " * 900, None]
     data = Dataset.from_dict({"text": texts})
     for part in documents.hold_out(data, 0.3)[:2]:
-        (text,) = documents.views(part.data.column("text").slice(len(part.data) - 1))
+        (text,) = documents.view_texts(part.data.column("text").slice(len(part.data) - 1))
         assert len(text) > 1000 and lies_in(text, data.data.column("text"))
 
 

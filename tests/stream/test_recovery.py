@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from sae_lightning.stream import recovery as recovery_module
-from sae_lightning.stream.recovery import Recovery, cosines, match, overlap, recovery
+from sae_lightning.stream.recovery import (
+    Recovery,
+    compute_cosines,
+    match_features,
+    measure_overlap,
+    measure_recovery,
+)
 
 EYE = torch.eye(4)
 #               a    b    c    d      d never fires
@@ -32,7 +38,7 @@ def weights(W_dec, W_enc=None, bias=None, **others) -> dict[str, torch.Tensor]:
 
 def scored(W_dec, features, directions=EYE, **others) -> Recovery:
     samples = [(STRENGTHS @ directions, STRENGTHS, features)]
-    return recovery(directions, weights(W_dec, **others), samples)
+    return measure_recovery(directions, weights(W_dec, **others), samples)
 
 
 def test_a_perfect_dictionary_scores_one_everywhere():
@@ -59,13 +65,13 @@ def test_the_order_of_features_does_not_matter():
 
 def test_samples_may_come_in_parts():
     parts = [(STRENGTHS[a:b], STRENGTHS[a:b], STRENGTHS[a:b]) for a, b in ((0, 1), (1, 4))]
-    assert recovery(EYE, weights(EYE), parts) == pytest.approx(scored(EYE, STRENGTHS))
+    assert measure_recovery(EYE, weights(EYE), parts) == pytest.approx(scored(EYE, STRENGTHS))
 
 
 def test_the_matching_is_the_best_of_all_not_the_best_of_each():
     # greedy would take 0.9 and be left with 0.1: 1.0 < 0.8 + 0.7
     table = torch.tensor([[0.9, 0.8], [0.7, 0.1]])
-    matching = match(table)
+    matching = match_features(table)
     assert matching.concepts.tolist() == [0, 1]
     assert matching.features.tolist() == [1, 0]
     assert matching.cosine.tolist() == pytest.approx([0.8, 0.7])
@@ -131,7 +137,7 @@ def test_a_concept_is_recovered_above_a_cosine_of_nine_tenths(cosine, recovered)
 
 
 def test_an_opposite_direction_is_not_its_concept():
-    table = cosines(EYE, -EYE)
+    table = compute_cosines(EYE, -EYE)
     assert table.diagonal().tolist() == [-1.0] * 4
     assert scored(-EYE, STRENGTHS).recovered == 0
 
@@ -140,7 +146,7 @@ def test_overlap_is_the_nearest_other_concept():
     # 60 degrees between a and b; c at a right angle to both
     directions = torch.tensor([[1.0, 0, 0], [0.5, math.sqrt(0.75), 0], [0, 0, 1]])
     samples = [(STRENGTHS[:, :3] @ directions, STRENGTHS[:, :3], STRENGTHS[:, :3])]
-    found = recovery(directions, weights(directions), samples)
+    found = measure_recovery(directions, weights(directions), samples)
     assert found.concept_overlap == pytest.approx((0.5 + 0.5 + 0) / 3)
     assert found.feature_readout == pytest.approx(1)
     assert found.projection_readout < 0.95, "the projection also sees what is not orthogonal"
@@ -174,7 +180,7 @@ def test_nothing_recovered_has_no_encoder_to_compare():
 def test_a_feature_that_is_not_finite_is_no_concepts_and_harms_no_other():
     W_dec = torch.eye(4)
     W_dec[3] = float("nan")
-    matching = match(cosines(torch.eye(4), W_dec))
+    matching = match_features(compute_cosines(torch.eye(4), W_dec))
     assert sorted(matching.features.tolist()) == [0, 1, 2, 3]
     assert (matching.cosine > 0.9).sum() == 3
 
@@ -183,5 +189,5 @@ def test_the_overlap_of_concepts_is_with_others_and_in_any_number_of_parts(monke
     # cosines: 0.6 between the first two, 0.8 and 0 with the third
     directions = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, -1.0]])
     for rows in (1, 2, 1024):
-        monkeypatch.setattr(recovery_module, "ROWS", rows)
-        assert overlap(directions) == pytest.approx((0.6 + 0.8 + 0.8) / 3)
+        monkeypatch.setattr(recovery_module, "COMPARED_CONCEPTS", rows)
+        assert measure_overlap(directions) == pytest.approx((0.6 + 0.8 + 0.8) / 3)

@@ -20,7 +20,7 @@ from sae_lightning.files import LOCK_FILE
 from sae_lightning.stream import open_text
 from sae_lightning.stream import tokens as tokens_module
 from sae_lightning.stream.documents import SplitText
-from sae_lightning.stream.flat import encode, flat_tokens, hash_tokenizer
+from sae_lightning.stream.flat import flat_tokens, hash_tokenizer, tokenise_documents
 from sae_lightning.stream.hub import HubConfig
 from sae_lightning.stream.local import LocalConfig
 from sae_lightning.stream.packing import Packing
@@ -102,7 +102,7 @@ def test_an_indexed_epoch_holds_every_token_exactly_once(tokenizer, seed, contex
     assert (sequences[:, 0] == BOS).all()
     # back into the order of the text: window numbers are the order that was served
     ordered = sequences[torch.from_numpy(np.argsort(train._order))][:, 1:].flatten().tolist()
-    expected = np.concatenate(encode(tokenizer, documents, SEPARATOR)).tolist()
+    expected = np.concatenate(tokenise_documents(tokenizer, documents, SEPARATOR)).tolist()
     assert ordered[: len(expected)] == expected
     assert set(ordered[len(expected) :]) <= {SEPARATOR}
     assert len(ordered) - len(expected) < context - 1
@@ -111,7 +111,7 @@ def test_an_indexed_epoch_holds_every_token_exactly_once(tokenizer, seed, contex
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("context", [2, 7, 64])
 def test_a_streamed_epoch_holds_every_document_exactly_once(tokenizer, seed, context, monkeypatch):
-    monkeypatch.setattr(tokens_module, "CHUNK", 40)
+    monkeypatch.setattr(tokens_module, "STREAMED_CHARACTERS", 40)
     documents = story(seed)
     sequences = epoch_of(source(documents, "streamed", tokenizer, context, seed))
     assert (sequences[:, 0] == BOS).all()
@@ -170,7 +170,7 @@ def test_serving_one_at_a_time_equals_serving_many(tokenizer, style):
 
 @pytest.mark.parametrize("style", STYLES)
 def test_resuming_is_exact_at_every_sequence(tokenizer, style, monkeypatch):
-    monkeypatch.setattr(tokens_module, "CHUNK", 40)
+    monkeypatch.setattr(tokens_module, "STREAMED_CHARACTERS", 40)
     monkeypatch.setattr(tokens_module, "SHUFFLE_BUFFER", 5)
     documents = story(4)
     train = source(documents, style, tokenizer)

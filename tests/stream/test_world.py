@@ -5,7 +5,13 @@ import math
 import pytest
 import torch
 
-from sae_lightning.stream.concepts import GROUP, MAX_RATE, SPREAD, make_world, zipf_rates
+from sae_lightning.stream.concepts import (
+    GROUP_CONCEPTS,
+    LOG_STRENGTH_STD,
+    MAX_RATE,
+    make_world,
+    make_zipf_rates,
+)
 
 SMALL = {"concepts": 64, "dim": 16, "l0": 4.0}
 N = 40_000
@@ -17,18 +23,18 @@ def generator(seed: int = 1) -> torch.Generator:
 
 def test_zipf_rates_by_hand():
     # c (1 + 1/2 + 1/3 + 1/4) = 25/12 c = 1
-    assert torch.allclose(zipf_rates(4, 1.0, 1.0), 0.48 / torch.tensor([1.0, 2, 3, 4]))
+    assert torch.allclose(make_zipf_rates(4, 1.0, 1.0), 0.48 / torch.tensor([1.0, 2, 3, 4]))
     # 1.5: c = 0.72 and 0.36 and ...: the first is held at 1/2, 13/12 c = 1 for the others
     expected = torch.tensor([0.5, 12 / 13 / 2, 12 / 13 / 3, 12 / 13 / 4])
-    assert torch.allclose(zipf_rates(4, 1.5, 1.0), expected)
-    assert torch.allclose(zipf_rates(4, 1.0, 0.0), torch.full((4,), 0.25))
+    assert torch.allclose(make_zipf_rates(4, 1.5, 1.0), expected)
+    assert torch.allclose(make_zipf_rates(4, 1.0, 0.0), torch.full((4,), 0.25))
 
 
 @pytest.mark.parametrize("concepts", [1, 7, 1024])
 @pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0, 2.0])
 @pytest.mark.parametrize("share", [0.01, 0.3, 0.49, 0.5])
 def test_rates_add_up_to_l0_and_none_is_above_a_half(concepts, exponent, share):
-    rates = zipf_rates(concepts, share * concepts, exponent)
+    rates = make_zipf_rates(concepts, share * concepts, exponent)
     assert rates.sum().item() == pytest.approx(share * concepts, rel=1e-5)
     assert rates.min() > 0 and rates.max() <= MAX_RATE
     assert (rates.diff() <= 1e-7).all()
@@ -60,12 +66,12 @@ def test_strengths_are_positive_and_vary_as_stated():
     logs = strengths[strengths > 0].log()
     assert strengths.min() == 0
     assert logs.mean().item() == pytest.approx(0, abs=0.01)
-    assert logs.std().item() == pytest.approx(SPREAD, abs=0.01)
+    assert logs.std().item() == pytest.approx(LOG_STRENGTH_STD, abs=0.01)
 
 
 def test_concepts_of_a_group_fire_together_and_others_do_not():
     world = make_world(**SMALL, correlation=0.6)
-    assert world.group.bincount().tolist() == [GROUP] * 8
+    assert world.group.bincount().tolist() == [GROUP_CONCEPTS] * 8
     active = (world.sample(N, generator())[1] > 0).float()
     measured = torch.corrcoef(active.T).fill_diagonal_(0)
     same = (world.group[:, None] == world.group) & ~torch.eye(64, dtype=torch.bool)

@@ -17,7 +17,7 @@ from sae_lightning.analysis.probing.pieces import FOLDS, Piece, document_pieces,
 from sae_lightning.errors import UserError
 from sae_lightning.llm.quiet import mute_libraries
 from sae_lightning.llm.vocabulary import check_ids, find_bos_id, find_separator_id
-from sae_lightning.stream.flat import encode
+from sae_lightning.stream.flat import tokenise_documents
 from sae_lightning.stream.packing import Packing, Sequences
 from sae_lightning.stream.plays import PlaysConfig
 from sae_lightning.stream.source import DataConfig, TextConfig
@@ -144,7 +144,7 @@ def share_out(available: list[int], total: int) -> list[int]:
 
 def _cut_beginnings(pieces: list[Piece], tokenizer: Any, packing: Packing) -> list[Piece]:
     """Pieces with the first tokens of their texts; of those that are alike there, one."""
-    texts = encode(tokenizer, [piece.content for piece in pieces], packing.separator)
+    texts = tokenise_documents(tokenizer, [piece.content for piece in pieces], packing.separator)
     windows = [text[:-1][: packing.width] for text in texts]
     # documents that go on differently may begin alike, and lie in two folds
     distinct = {window.tobytes(): n for n, window in enumerate(windows)}.values()

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sae_lightning.errors import UserError
-from sae_lightning.stream.documents import OFFLINE_PRESETS, first_line
-from sae_lightning.stream.flat import encode
+from sae_lightning.stream.documents import OFFLINE_PRESETS, describe_error
+from sae_lightning.stream.flat import tokenise_documents
 from sae_lightning.stream.hub import HubConfig
 from sae_lightning.stream.local import LocalConfig, load_documents
 from sae_lightning.stream.packing import Packing
@@ -60,7 +60,9 @@ def play_pieces(
     names = [genre for genre, _ in plays.values()] if label == "genre" else list(texts)
     folds = deal_folds(names, seed) if label == "genre" else None
     pieces = []
-    for text, tokens in enumerate(encode(tokenizer, list(texts.values()), packing.separator)):
+    for text, tokens in enumerate(
+        tokenise_documents(tokenizer, list(texts.values()), packing.separator)
+    ):
         starts = range(0, len(tokens) - packing.width, packing.width)
         for place, start in enumerate(starts):
             fold = folds[text] if folds else pick_fold(place, len(starts))
@@ -131,7 +133,7 @@ def document_pieces(
         raise
     except Exception as error:  # the network, or a broken file: any of a dozen libraries'
         without = f"; without a network use {OFFLINE_PRESETS}" if hub else ""
-        raise UserError(f"{where}: cannot be read ({first_line(error)}){without}") from error
+        raise UserError(f"{where}: cannot be read ({describe_error(error)}){without}") from error
     names = list(texts.values())
     pieces = [*map(Piece, names, deal_folds(names, seed), texts)]
     return pieces, [
