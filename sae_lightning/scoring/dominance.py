@@ -63,7 +63,9 @@ def find_long_tokens(x: Tensor) -> LongTokens | None:
     rounded = (float(f"{middle:.{digits}g}") for digits in range(1, 9))
     max_norm = next((m for m in rounded if least <= m < most), least)
     return LongTokens(
-        compute_norms(x) <= max_norm * median, 1 - (remaining[count] / remaining[0]).item(), max_norm
+        compute_norms(x) <= max_norm * median,
+        1 - (remaining[count] / remaining[0]).item(),
+        max_norm,
     )
 
 
