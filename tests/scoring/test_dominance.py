@@ -10,7 +10,7 @@ from sae_lightning.llm.sites import Kind, Site
 from sae_lightning.sae import Output
 from sae_lightning.scoring.dominance import find_dominant_dimension, find_long_tokens
 from sae_lightning.scoring.scorecard import format_lines, score_saes
-from sae_lightning.stream.rows import find_usual_rows, compute_medians
+from sae_lightning.stream.rows import compute_medians, find_usual_rows
 
 SITE = Site(0, Kind.resid)
 ROWS = [torch.ones(1, 1)]  # of a decoder, which does not matter here
