@@ -16,7 +16,7 @@ from sae_lightning.llm.load import LLM
 from sae_lightning.llm.sites import Site
 from sae_lightning.llm.splice import SpliceBaseline, SpliceScores, score_baseline, score_splices
 from sae_lightning.llm.vocabulary import find_special_ids
-from sae_lightning.stream.rows import find_usual_rows, compute_medians
+from sae_lightning.stream.rows import compute_medians, find_usual_rows
 from sae_lightning.stream.tokens import HeldOutTokens
 from sae_lightning.terminal import console, phase
 

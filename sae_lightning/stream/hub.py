@@ -7,7 +7,12 @@ from typing import TYPE_CHECKING
 
 from sae_lightning.errors import UserError
 from sae_lightning.llm.quiet import mute_libraries
-from sae_lightning.stream.documents import OFFLINE_PRESETS, SplitText, describe_error, keep_text_column
+from sae_lightning.stream.documents import (
+    OFFLINE_PRESETS,
+    SplitText,
+    describe_error,
+    keep_text_column,
+)
 from sae_lightning.stream.source import TextConfig
 from sae_lightning.stream.text_source import TextSource
 from sae_lightning.terminal import phase

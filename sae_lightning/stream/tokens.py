@@ -22,7 +22,7 @@ from torch import Tensor
 from sae_lightning.errors import UserError
 from sae_lightning.llm.vocabulary import check_ids, find_bos_id, find_separator_id
 from sae_lightning.stream.documents import SplitText, describe_error
-from sae_lightning.stream.flat import tokenise_documents, flat_tokens
+from sae_lightning.stream.flat import flat_tokens, tokenise_documents
 from sae_lightning.stream.packing import Packing, Sequences, TokenStream
 from sae_lightning.terminal import console
 
