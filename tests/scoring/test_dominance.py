@@ -81,7 +81,7 @@ def test_a_dimension_that_dominates_is_named_with_what_is_explained_of_the_other
 
 
 class Fixed:
-    """Held-out activations."""
+    """A stub of HeldOut with given activations."""
 
     def __init__(self, x):
         self.x = x

@@ -34,7 +34,7 @@ def made(job, tmp_path):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """A 1 for every pass of the LLM in training."""
+    """A list that grows with every pass of the LLM in training."""
     llm_passes, capture = [], rows.capture
     monkeypatch.setattr(rows, "capture", lambda *args: llm_passes.append(1) or capture(*args))
     return llm_passes
@@ -68,7 +68,7 @@ def test_a_cached_run_ends_with_the_weights_of_a_live_one_and_without_the_llm(ma
 
 @pytest.fixture
 def failing(monkeypatch):
-    """failing(job) -> the error, traceback and all, of its run that ends at update 27."""
+    """failing(job) -> the error, with its traceback, of its run that fails at update 27."""
 
     class PowerCut(L.Callback):
         def on_train_batch_end(self, trainer, *_):

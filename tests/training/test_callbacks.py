@@ -168,7 +168,7 @@ def test_a_head_knows_how_much_of_the_run_is_done():
 
 
 def steer(head, *l0s, steps=1000):
-    """The coefficient's multiple after updates with so many active features, amid the run."""
+    """Factors on the coefficient after updates with these L0s, from the middle of the run on."""
     path, trainer = [], SimpleNamespace(global_step=steps // 2)
     for l0 in l0s:
         head.last_step = SimpleNamespace(l0=torch.tensor(float(l0)))

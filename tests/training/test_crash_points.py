@@ -19,7 +19,7 @@ DIED, FAILED = 9, 1
 
 
 def fork(work, *args) -> int:
-    """Call `work` in a process of its own, which ends without clean-up; returns its exit code."""
+    """Call `work` in a child process, which exits without clean-up; returns its exit code."""
     child = os.fork()
     if child == 0:
         code = FAILED
@@ -67,8 +67,8 @@ def check_crash_points(job, tmp_path, number, rng):
 
 
 def names(folder):
-    """What lies in a run folder, but for TensorBoard's files, which carry the time, and the lock of
-    a killed process, which nobody holds."""
+    """Files of a run folder, except TensorBoard's (their names hold the time) and the lock file
+    that a killed process leaves."""
     files = (str(file.relative_to(folder)) for file in folder.rglob("*"))
     return {name for name in files if not name.startswith("events.")} - {".lock"}
 

@@ -1,4 +1,4 @@
-"""Claim 1: SAEs that share a pass are those that were trained alone; claim 7: one pass for all."""
+"""Claim 1: SAEs on a shared pass equal those trained alone; claim 7: a sweep takes one pass."""
 
 import fcntl
 import os
@@ -164,14 +164,14 @@ SEEDS = {f"{seed}": {"model": SAEConfig(features=48, seed=seed)} for seed in ran
 
 @pytest.fixture
 def whole(sweep):
-    """A sweep of three that nothing interrupts."""
+    """An uninterrupted sweep of three."""
     jobs = sweep("whole", **SEEDS)
     passes.train_jobs(jobs)
     return jobs
 
 
 class Killed(BaseException):
-    """Nothing catches it."""
+    """Stands for a killed process: nothing catches it."""
 
 
 def die():

@@ -65,7 +65,7 @@ def harmed(killed, tmp_path):
 
 
 def files(folder: Path) -> dict[str, tuple[bytes, int]]:
-    """All that a folder holds, and when it was written."""
+    """Content and modification time of all files in a folder."""
     return {
         str(file): (file.read_bytes(), file.stat().st_mtime_ns)
         for file in folder.rglob("*")
@@ -94,7 +94,7 @@ def refused(folder: Path) -> str:
 
 
 def rewrite(file: Path, change) -> None:
-    """Save what `change` makes of a file's content, with good checksums."""
+    """Apply `change` to a file's content and save it, with good checksums."""
     content = torch.load(file, weights_only=True)
     change(content)
     torch.save(content, file)
@@ -187,7 +187,7 @@ def test_a_checkpoint_of_other_settings_names_one_and_counts_them(harmed):
 
 
 def at(path, value):
-    """change(content), which sets what lies at a path of keys."""
+    """Make change(content), which sets the value at a path of keys."""
 
     def change(content):
         for key in path[:-1]:

@@ -31,8 +31,8 @@ def test_the_first_curves_are_l0_ev_and_the_headline_of_the_data(tmp_path, headl
     assert tags == [*first, *sorted(names)]
 
 
-def told(folder, settings):
-    """The plugin's records in a run folder by tag."""
+def read_hparams(folder, settings):
+    """Read the HParams plugin's records of a run folder, by tag."""
     swept = ["model.name", "loss.l1"]
     folder.mkdir(exist_ok=True)
     HeadLog(folder, HParams(settings, RELU | DENSE, swept), resumed_at=None).close()
@@ -43,7 +43,7 @@ def told(folder, settings):
 def test_every_run_names_the_columns_of_all_and_those_that_differ(tmp_path):
     """TensorBoard takes the columns from any one run, and shows those that differ first."""
     for name, settings in (("relu", RELU), ("dense", DENSE)):
-        content = told(tmp_path / name, settings)[metadata.EXPERIMENT_TAG]
+        content = read_hparams(tmp_path / name, settings)[metadata.EXPERIMENT_TAG]
         experiment = metadata.parse_experiment_plugin_data(content)
         infos = {info.name: info.differs for info in experiment.hparam_infos}
         assert infos == {"model.name": True, "loss.l1": True, "optim.lr": False}
@@ -51,7 +51,7 @@ def test_every_run_names_the_columns_of_all_and_those_that_differ(tmp_path):
 
 
 def test_a_run_has_its_own_settings_only(tmp_path):
-    content = told(tmp_path, DENSE)[metadata.SESSION_START_INFO_TAG]
+    content = read_hparams(tmp_path, DENSE)[metadata.SESSION_START_INFO_TAG]
     start = metadata.parse_session_start_info_plugin_data(content)
     assert set(start.hparams) == set(DENSE)
     assert start.hparams["model.name"].string_value == "dense"

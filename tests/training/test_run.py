@@ -71,7 +71,7 @@ def curves(folder):
 
 
 def interrupt(monkeypatch, at_step, action):
-    """Let the next run do `action()` when update `at_step` is done."""
+    """Make the next run call `action()` after update `at_step`."""
 
     class Interrupt(L.Callback):
         def on_train_batch_end(self, trainer, *_):
@@ -83,7 +83,7 @@ def interrupt(monkeypatch, at_step, action):
 
 
 def count_products(monkeypatch):
-    """A list that grows with every update: whether it computed with active features alone."""
+    """A list with one entry per update: whether it used sparse products."""
     ways, before = [], SAE.training_pass
 
     def training_pass(self, x, only_active=False):

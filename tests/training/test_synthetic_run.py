@@ -169,8 +169,8 @@ SPARSITY = {
 }
 
 
-def recovery_of(overrides: list[str], folder: Path) -> dict[str, float]:
-    """The final metrics of a run as it is typed."""
+def train_to_metrics(overrides: list[str], folder: Path) -> dict[str, float]:
+    """Train with these overrides; returns the held-out metrics."""
     register_schemas()
     with initialize_config_dir(find_conf_folder(), version_base="1.3"):
         typed = compose("config", [*SMALL, *overrides])
@@ -186,7 +186,7 @@ def test_every_architecture_that_is_sparse_has_to_recover_the_truth():
 @pytest.mark.parametrize("model", SPARSITY)
 def test_every_architecture_recovers_known_concepts(model, tmp_path):
     """Claim 10. Measured: 98 to 100 % recovered; precision 0.31 (gated) to 0.82 (TopK)."""
-    found = recovery_of([f"model={model}", *SPARSITY[model]], tmp_path / "run")
+    found = train_to_metrics([f"model={model}", *SPARSITY[model]], tmp_path / "run")
     assert found["recovered"] >= 0.9
     assert found["precision"] > 0.2 and found["recall"] > 0.6
     assert found["encoder_agreement"] > 0.8
@@ -196,7 +196,7 @@ def test_every_architecture_recovers_known_concepts(model, tmp_path):
 
 @pytest.mark.slow
 def test_without_sparsity_features_point_at_concepts_but_do_not_detect_them(tmp_path):
-    found = recovery_of(["model=dense"], tmp_path / "run")
+    found = train_to_metrics(["model=dense"], tmp_path / "run")
     assert found["l0"] > 256
     assert found["precision"] < 0.05
     assert found["negative_bias"] < 0.2
