@@ -1,6 +1,6 @@
 """LLMs of real shapes with random weights: as fast as the real ones, and without a download.
 
-Their tokenizer is the packaged LLM's, whose ids fit each of the vocabularies.
+Their tokenizer has one token a byte, so that nothing else has to be installed.
 
     gpt2          GPT-2 small: 12 blocks, d = 768
     pythia_160m   Pythia-160M: 12 blocks, d = 768
@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -21,14 +22,14 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 
-from sae_lightning.llm.packaged import dequantise
 from sae_lightning.llm.quiet import mute_libraries
 from sae_lightning.llm.sites import find_decoder_stack
 from sae_lightning.terminal import phase
 
-VOCABULARY = 49_152  # of the packaged tokenizer
+VOCABULARY = 49_152
 
 
 def _gemma(blocks: int) -> PretrainedConfig:
@@ -63,13 +64,22 @@ def make_random_llm(name: str, block: int, folder: Path) -> Path:
     if (path / "config.json").is_file():
         return path.absolute()
     with phase(f"making a {name} of random weights"), mute_libraries():
-        tokenizer = AutoTokenizer.from_pretrained(dequantise("smollm2"))
+        tokenizer = make_byte_tokenizer()
         config.bos_token_id = tokenizer.bos_token_id
         config.eos_token_id = tokenizer.eos_token_id
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         _save(model, tokenizer, path)
     return path.absolute()
+
+
+def make_byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, then BOS and EOS."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
 
 
 def truncate_llm(source: Path, block: int, dtype: torch.dtype, folder: Path) -> tuple[Path, str]:
