@@ -21,7 +21,7 @@ import sys
 import time
 from pathlib import Path
 
-from command import command
+from command import run_command
 
 from sae_lightning.errors import UserError
 from sae_lightning.terminal import console
@@ -81,4 +81,4 @@ def write_text(file: Path) -> Path:
 
 
 if __name__ == "__main__":
-    command(main)
+    run_command(main)

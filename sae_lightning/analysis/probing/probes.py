@@ -97,29 +97,36 @@ class Probes(NamedTuple):
 
 
 class PieceMeans:
-    """Means over the tokens of each piece of text; grows by one row a piece."""
+    """Means over the tokens of each piece of text, a row a piece."""
 
-    def __init__(self) -> None:
-        self._rows: dict[str, list[Tensor]] = {FEATURES: [], NEURONS: []}
+    def __init__(self, pieces: int) -> None:
+        self._pieces, self._filled = pieces, 0
+        self._means: dict[str, Tensor] = {}
 
     def add(self, batch: EncodedBatch) -> None:
         keep = batch.keep[..., None]
         count = keep.sum(1).clamp(min=1)
         means = {FEATURES: batch.features.sum(1) / count, NEURONS: (batch.x * keep).sum(1) / count}
+        end = self._filled + len(count)
         for units, rows in means.items():
-            self._rows[units].append(rows.float().cpu())
+            # all of it at once: rows kept one by one would lie between the large tensors of the
+            # batches, whose memory could then not be used again
+            if units not in self._means:
+                self._means[units] = torch.empty(self._pieces, rows.shape[1])
+            self._means[units][self._filled : end] = rows
+        self._filled = end
 
     def result(self) -> dict[str, Tensor]:
         """Features [pieces, features] and neurons [pieces, d], float32."""
-        return {units: torch.cat(rows) for units, rows in self._rows.items()}
+        return self._means
 
 
 def probe(
     subject: Subject, labelled: Labelled, *, k: tuple[int, ...] = (1, 2, 5, 16), batch: int = 16
 ) -> Probes:
     """Read the labelled text, `batch` pieces at a time, and fit probes on k units and on all."""
-    pooled, total = PieceMeans(), len(labelled.tokens)
-    text = labelled.batches(batch)
+    total, text = len(labelled.tokens), labelled.batches(batch)
+    pooled = PieceMeans(total)
     collect(subject, text, [pooled], total=total, what="reading labelled text")
     return fit_probes(pooled.result(), labelled, k=k)
 
