@@ -174,7 +174,7 @@ def test_ranks_are_taken_from_no_more_numbers_than_quantile_takes(monkeypatch):
     counts = NeuronCounts(1)
     counts.add(NOISE, MEMBER, HALF)
     assert torch.equal(counts.edges, torch.quantile(NOISE[:50], detection.QUANTILE_LEVELS, dim=0).T)
-    assert counts.result().tokens.sum(dim=0)[-1] == N  # all are counted
+    assert counts.result().token_counts.sum(dim=0)[-1] == N  # all are counted
 
 
 def test_units_can_be_chosen_among_a_few_only():

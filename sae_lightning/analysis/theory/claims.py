@@ -29,25 +29,25 @@ FEATURES_AT_ONCE = 16_384  # features whose weights are copied at a time: bounds
 
 
 class Theory(NamedTuple):
-    """What `theory.json` holds, and what figures show besides."""
+    """The numbers of `theory.json`, and the tensors that its figures draw."""
 
     numbers: dict[str, Any]
-    """Of each claim by name. Where fewer than two features fired there are no agreement, biases and
-    overlap; for a transcoder there are no agreement and dense."""
+    """Claim -> its numbers. No agreement, biases and overlap if fewer than two features fired; no
+    agreement and dense for a transcoder."""
     active: Tensor
-    """[features + 1] tokens with so many active features, int64"""
+    """[features + 1] int64: tokens by their number of active features"""
     agreement: Tensor | None = None
     """[fired] cosines of W_enc[:, i] and W_dec[i]"""
     margin: Tensor | None = None
-    """[fired] standard deviations that a feature is above its threshold at the mean activation"""
+    """[fired] pre-activation minus threshold at the mean activation, in standard deviations"""
     competes: bool = False
-    """There is no threshold: a feature must also be among the k strongest (TopK)."""
+    """TopK: no threshold but 0, and a feature must be among the k strongest."""
     overlap: dict[str, Cosines] | None = None
-    """Of decoder rows, of random directions, and of random directions `like_data`."""
+    """Cosines of decoder rows, of random directions, and of random directions `like_data`."""
 
 
 class TheoryReducers:
-    """All that `theory` needs of the text, in one reducer."""
+    """Reducer that collects all that `theory` needs to know about the text."""
 
     def __init__(self, subject: Subject):
         sae, sites = subject.sae, subject.sites
@@ -86,12 +86,12 @@ class TheoryReducers:
         self.neuron.add(x, member, half)
 
     def _reconstruct(self, x: Tensor, y: Tensor, features: Tensor, units: Tensor) -> None:
-        """Count active features, and add up the squared error; features [n, some], whose numbers
-        are `units` [some]."""
+        """Count active features and sum the squared error; features [n, some] are the strengths of
+        the features `units` [some]."""
         token, unit = features.nonzero(as_tuple=True)
         number = torch.bincount(token, minlength=len(features))
         self.active += torch.bincount(number.cpu(), minlength=len(self.active))
-        # most features are silent: a sum of few rows takes a tenth of a product with all
+        # most features are silent: summing a few rows takes a tenth of a dense product's time
         places = token * self.sae.config.features + units.to(token.device)[unit]
         pattern = Pattern(places, len(x), self.sae.config.features)
         decoded = self.sae.reconstruct(x, SparseMatrix(features[token, unit], pattern))
@@ -99,7 +99,7 @@ class TheoryReducers:
 
 
 def theory(subject: Subject, reducers: TheoryReducers) -> Theory:
-    """Every claim, from what a pass over text (`collect`) has left in the reducers."""
+    """Test every claim on what a pass over text (`collect`) has summed up in the reducers."""
     with phase("testing the theory"):
         counts, tokens = reducers.feature.result(), reducers.source.tokens
         density = counts.counts[:, -1, :, 1:].sum(dim=(0, 2)).double() / tokens
@@ -116,19 +116,30 @@ def theory(subject: Subject, reducers: TheoryReducers) -> Theory:
             l0, error = density.sum().item(), reducers.residual / tokens
             numbers["dense"] = compare_dense(variances, reducers.sample, l0, error)
         result = Theory(numbers, reducers.active)
-        if numbers["fired"] < 2:  # there is no pair, and perhaps no feature
+        if numbers["fired"] < 2:  # no pair to compare
             return result
         spread_data = variances.sqrt()[:, None] * directions
         return _measure_weights(subject, reducers, density > 0, spread_data, result)
 
 
 def measure_activity(active: Tensor, density: Tensor) -> dict[str, float]:
-    """How many features are active on a token, from tokens [features + 1] by their number and the
-    share of tokens [features] on which each fires."""
+    """Distribution of the number of active features on a token.
+
+    active: [features + 1] tokens by that number; density: [features] share of tokens on which each
+    feature fires.
+    """
     number = torch.arange(len(active)).double()
     share = active.double() / active.sum()
     up_to = active.double().cumsum(0) / active.sum()
-    quantiles = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)  # the least number that so many do not exceed
+    quantiles = (
+        0,
+        0.05,
+        0.25,
+        0.5,
+        0.75,
+        0.95,
+        1,
+    )  # smallest number that this share of tokens does not exceed
     return {
         "mean": density.sum().item(),  # L0
         "deviation": (share @ (number - share @ number).square()).sqrt().item(),
@@ -139,8 +150,8 @@ def measure_activity(active: Tensor, density: Tensor) -> dict[str, float]:
 def _measure_weights(
     subject: Subject, reducers: TheoryReducers, fired: Tensor, data: Tensor, result: Theory
 ) -> Theory:
-    """Biases, directions and their overlap, of the features that fired: the others are as they
-    began, with encoder = decoder transposed."""
+    """Add biases, agreement and overlap of the features that fired; the others still are as they
+    were initialised, with encoder = decoder transposed."""
     weights = {name: value.cpu() for name, value in subject.sae.weights().items()}
     encoder, decoder, b_enc = weights["W_enc"].T[fired], weights["W_dec"][fired], weights["b_enc"]
     margin = _measure_margins(weights, reducers.source)[fired]
@@ -151,7 +162,7 @@ def _measure_weights(
         "l0_if_normal": torch.special.ndtr(margin).sum().item(),
     }
     cosines = measure_overlap(decoder, data)
-    result.numbers["overlap"] = {name: each.scalars() for name, each in cosines.items()}
+    result.numbers["overlap"] = {name: counted.scalars() for name, counted in cosines.items()}
     result.numbers["overlap"]["rows"] = len(cosines["decoder"].nearest)
     agreement = None
     if reducers.is_autoencoder:
@@ -170,7 +181,7 @@ def _measure_margins(weights: dict[str, Tensor], source: Moments) -> Tensor:
     """How far each feature [features] is above its threshold at the mean activation, in standard
     deviations of its pre-activation: (mean . W_enc[:, i] + b_enc[i] - threshold) / deviation.
 
-    b_enc alone says little: for raw activations it holds what the mean adds to x W_enc.
+    b_enc alone says little: with raw activations it also cancels what the mean adds to x W_enc.
     """
     W_enc, b_enc = weights["W_enc"], weights["b_enc"].double()
     threshold = weights.get("threshold", torch.zeros(()))

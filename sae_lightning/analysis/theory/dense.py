@@ -1,9 +1,9 @@
-"""What dense autoencoders can do, with fewer features than dimensions and with as many.
+"""The best dense autoencoders, with fewer features than dimensions and with as many.
 
 x_hat = f W_dec + b_dec lies in an affine subspace of F dimensions, so that no autoencoder with F
 features, whatever its encoder, beats the F first principal directions (Eckart and Young 1936). ReLU
 attains that bound: biases so large that every feature is always positive make it linear. With
-F = d the error is 0. The curve therefore follows from the covariance; a network is run to show it.
+F = d the error is 0. The curve therefore follows from the covariance; networks are run to check it.
 
 Shapes: d = width of the site, F = features of a dense autoencoder, n = tokens.
 """
@@ -19,23 +19,23 @@ from sae_lightning.sae.relu import DenseConfig
 
 
 def compare_dense(variances: Tensor, sample: Tensor, l0: float, error: float) -> dict[str, Any]:
-    """Numbers of the best dense autoencoders beside an SAE of that L0 and mean squared error
-    |x - x_hat|^2 of a token.
+    """Compare the best dense autoencoders with an SAE of this L0 and mean squared error per token,
+    |x - x_hat|^2.
 
-    `variances` [d] are those along principal directions; networks are run on `sample` [n, d].
+    variances: [d] along principal directions; sample: [n, d] activations to run networks on.
     """
     d, curve = len(variances), _compute_curve(variances)
-    explained = 1 - error / variances.sum().item()
+    explained_variance = 1 - error / variances.sum().item()
     whole = min(int(l0), d - 1)
     low, high = curve[whole : whole + 2].tolist()
     at_l0 = low + min(l0 - whole, 1.0) * (high - low)
-    worth = above = int((curve < explained).sum())  # the first size that explains as much
+    worth = above = int((curve < explained_variance).sum())  # first size that explains as much
     if 0 < above <= d:
         low, high = curve[above - 1 : above + 1].tolist()
-        worth = above - 1 + (explained - low) / (high - low)
+        worth = above - 1 + (explained_variance - low) / (high - low)
     return {
         "l0": l0,
-        "explained": explained,
+        "explained": explained_variance,
         "at_l0": at_l0,  # explained variance with as many dense features as the SAE's L0
         "worth": float(min(worth, d)),  # dense features that explain as much as the SAE
         "checks": [
@@ -53,8 +53,8 @@ def _compute_curve(variances: Tensor) -> Tensor:
 
 
 def _run_dense(x: Tensor, features: int) -> dict[str, float]:
-    """The bound, and what the best ReLU autoencoder explains on the tokens [n, d] it is made for:
-    it projects them on the first principal directions through their mean."""
+    """Explained variance of the best ReLU autoencoder on the tokens x [n, d] that it is made for,
+    expected and measured: it projects on the first principal directions around the mean."""
     moments = Moments()
     moments.add(x)
     variances, directions = moments.find_principal_directions()

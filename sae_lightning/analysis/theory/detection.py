@@ -3,7 +3,7 @@
     counts[half, concept, unit, bin]     tokens of the concept on which the unit is that strong
                                          (the last concept: all tokens)
     first half of the sequences          -> the unit and the threshold with the best F1
-    second half                          -> what they are worth
+    second half                          -> their scores
 
 Shapes: n = tokens, concepts, units = features or neurons, bins.
 """
@@ -16,64 +16,68 @@ from torch import Tensor
 from sae_lightning.report.catalogue import EDGES
 
 STRENGTHS_AT_ONCE = 1 << 20  # strengths sorted into bins at a time: bounds memory
-MAX_QUANTILE_VALUES = 1 << 23  # numbers that torch.quantile takes at once; it refuses twice as many
-# Ranks at which neurons' values are cut: ever finer towards both ends, where rare concepts are.
+MAX_QUANTILE_VALUES = 1 << 23  # torch.quantile refuses twice as many
+# Quantiles that separate the bins of neurons: finer at both ends, where rare concepts are.
 _TAIL = 0.5 * 2.0 ** -torch.arange(0, 10.25, 0.25)
 QUANTILE_LEVELS = torch.cat([_TAIL.flip(0), 1 - _TAIL[1:]])
 
 
 class Detector(NamedTuple):
-    """A unit with a threshold that stands for a concept."""
+    """A unit and a threshold that detect a concept."""
 
     unit: int
     below: bool
-    """It says yes below the threshold (a neuron's negative direction)."""
+    """It detects below the threshold, not above (a neuron's negative direction)."""
     threshold: float
     chosen_f1: float
     """F1 on the half of the sequences that unit and threshold were chosen on."""
     f1: float
-    """F1 on the other half, as all that follows."""
+    """F1 on the other half; all scores that follow are of the other half too."""
     precision: float
     recall: float
     ranker: int
-    """The unit with the best AUROC on the half for choosing."""
+    """The unit with the best AUROC on the half that was chosen on."""
     auroc: float
-    """Its AUROC on the other half: the probability that a token of the concept ranks above one that
-    is none; 0.5 is chance."""
+    """AUROC of the ranker: the probability that a token of the concept ranks above another token;
+    0.5 is chance."""
 
 
 class StrengthCounts(NamedTuple):
-    """How strong each unit is on the tokens of each concept, in two halves of the text."""
+    """Histogram of each unit's strengths on each concept's tokens, in two halves of the text."""
 
     counts: Tensor
     """[2, concepts + 1, units, bins] int32; the last concept is that of all tokens"""
     thresholds: Tensor
-    """[units, bins - 1] from where on a strength is in the next bin"""
+    """[units, bins - 1] lower edge of each bin but the first"""
     signed: bool
     """Units have a negative direction too."""
 
     @property
-    def tokens(self) -> Tensor:
-        """[2, concepts + 1] in each half."""
+    def token_counts(self) -> Tensor:
+        """[2, concepts + 1] tokens of each concept in each half."""
         return self.counts[:, :, 0].sum(dim=-1)
 
     def score_thresholds(self, half: int, concept: int, units: Tensor) -> tuple[Tensor, ...]:
-        """F1, precision and recall [sides, units, bins - 1] of saying yes above each threshold,
-        and AUROC [sides, units]; the second side, of signed units, is below the threshold."""
-        of, all_ = (self.counts[half, c, units].double() for c in (concept, -1))
-        total, tokens = of.sum(dim=-1, keepdim=True), all_.sum(dim=-1, keepdim=True)
-        # a bin and all above it; a threshold below which nothing lies is none
-        right, yes = (each.flip(-1).cumsum(-1).flip(-1)[..., 1:] for each in (of, all_))
-        others = all_ - of
+        """F1, precision and recall [sides, units, bins - 1] of predicting the concept above each
+        threshold, and AUROC [sides, units]; signed units have a second side, below the threshold.
+        """
+        inside, everything = (self.counts[half, c, units].double() for c in (concept, -1))
+        members, tokens = (counts.sum(dim=-1, keepdim=True) for counts in (inside, everything))
+        # at and above the lower edge of every bin but the first
+        hits, predicted = (
+            counts.flip(-1).cumsum(-1).flip(-1)[..., 1:] for counts in (inside, everything)
+        )
+        others = everything - inside
         below = others.cumsum(dim=-1) - others / 2  # within a bin half of the others are below
-        auroc = (of * below).sum(dim=-1) / (total * (tokens - total))[:, 0]
+        auroc = (inside * below).sum(dim=-1) / (members * (tokens - members))[:, 0]
         if self.signed:
-            right, yes = torch.stack([right, total - right]), torch.stack([yes, tokens - yes])
+            hits = torch.stack([hits, members - hits])
+            predicted = torch.stack([predicted, tokens - predicted])
             auroc = torch.stack([auroc, 1 - auroc])
         else:
-            right, yes, auroc = right[None], yes[None], auroc[None]
-        precision = torch.where(yes > 0, right / yes, 0.0)
-        return 2 * right / (yes + total), precision, right / total, auroc
+            hits, predicted, auroc = hits[None], predicted[None], auroc[None]
+        precision = torch.where(predicted > 0, hits / predicted, 0.0)
+        return 2 * hits / (predicted + members), precision, hits / members, auroc
 
 
 class FeatureCounts:
@@ -86,14 +90,14 @@ class FeatureCounts:
         self.counts = torch.zeros(shape, dtype=torch.int32, device=device)
 
     def add(self, strengths: Tensor, member: Tensor, half: Tensor, numbers: Tensor) -> None:
-        """Add tokens: [n, some] of the features with these `numbers` [some], bool [n, concepts],
-        and 0 or 1 [n]."""
+        """Add tokens: strengths [n, some] of the features `numbers` [some], the concepts that each
+        token is a member of (bool [n, concepts]), and its half (0 or 1, [n])."""
         _increment(self.tokens, _pair_with_concepts(member, half)[1])
         numbers = numbers.to(strengths.device)
         features, bins = self.counts.shape[2:]
         fires = strengths.nonzero(as_tuple=True)
-        for tokens, units in zip(*(each.split(STRENGTHS_AT_ONCE) for each in fires), strict=True):
-            # what is weaker than all edges is in the first bin of those that fire
+        for tokens, units in zip(*(index.split(STRENGTHS_AT_ONCE) for index in fires), strict=True):
+            # strengths below all edges go to bin 1: bin 0 is silence
             level = torch.bucketize(strengths[tokens, units], self.edges, right=True).clamp(min=1)
             entry, group = _pair_with_concepts(member[tokens], half[tokens])
             _increment(
@@ -109,14 +113,14 @@ class FeatureCounts:
 
 
 class NeuronCounts:
-    """Counts of a site's dimensions by ranks of their values among the first tokens that come."""
+    """Counts of neurons (dimensions of a site) by quantiles of their first values."""
 
     def __init__(self, concepts: int):
         self.concepts = concepts
         self.edges = self.counts = None
 
     def add(self, x: Tensor, member: Tensor, half: Tensor) -> None:
-        """Add tokens: [n, d], bool [n, concepts], and 0 or 1 [n]."""
+        """Add tokens: activations [n, d], concepts (bool [n, concepts]), halves (0 or 1, [n])."""
         if self.edges is None:
             first = x[: max(1, MAX_QUANTILE_VALUES // x.shape[1])]
             self.edges = torch.quantile(first, QUANTILE_LEVELS.to(x), dim=0).T.contiguous()
@@ -124,9 +128,10 @@ class NeuronCounts:
             self.counts = torch.zeros(shape, dtype=torch.int32, device=x.device)
         d, bins = self.counts.shape[2:]
         units, at_once = torch.arange(d, device=x.device), max(1, STRENGTHS_AT_ONCE // d)
-        for values, *of in zip(*(each.split(at_once) for each in (x, member, half)), strict=True):
+        parts = (tensor.split(at_once) for tensor in (x, member, half))
+        for values, *groups in zip(*parts, strict=True):
             level = torch.searchsorted(self.edges, values.T.contiguous(), right=True).T  # [n, d]
-            token, group = _pair_with_concepts(*of)
+            token, group = _pair_with_concepts(*groups)
             _increment(self.counts, (group[:, None] * d + units) * bins + level[token])
 
     def result(self) -> StrengthCounts:
@@ -135,22 +140,22 @@ class NeuronCounts:
 
 
 def _pair_with_concepts(member: Tensor, half: Tensor) -> tuple[Tensor, Tensor]:
-    """Which token belongs to which concept in which half, as pairs of the token and the place in
-    counts[half, concept]; every token belongs to the last concept."""
+    """Pairs (token, index of half and concept in counts[half, concept]), one for each concept of a
+    token; every token belongs to the last concept."""
     member = torch.cat([member, torch.ones_like(member[:, :1])], dim=1)
     token, concept = member.nonzero(as_tuple=True)
     return token, half[token] * member.shape[1] + concept
 
 
-def _increment(counts: Tensor, places: Tensor) -> None:
-    """Add 1 at each of the places in the flattened counts; one may come up several times."""
-    places = places.flatten()
-    counts.view(-1).index_add_(0, places, torch.ones_like(places, dtype=torch.int32))
+def _increment(counts: Tensor, indices: Tensor) -> None:
+    """Add 1 at each index into the flattened counts; indices may repeat."""
+    indices = indices.flatten()
+    counts.view(-1).index_add_(0, indices, torch.ones_like(indices, dtype=torch.int32))
 
 
 def find_detector(counts: StrengthCounts, concept: int, units: Tensor | None = None) -> Detector:
-    """The unit and threshold with the best F1 on the first half, and the unit with the best AUROC,
-    scored on the second; `units` [some] are those to choose from, or all."""
+    """Choose unit and threshold by F1, and the ranker by AUROC, on the first half; score on the
+    second. units [some]: candidates, all by default."""
     units = torch.arange(counts.counts.shape[2]) if units is None else units
     chosen_f1, _, _, aurocs = counts.score_thresholds(0, concept, units)
     side, row, level = (int(i) for i in torch.unravel_index(chosen_f1.argmax(), chosen_f1.shape))

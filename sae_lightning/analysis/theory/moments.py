@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Moments:
-    """Sums in float64 from which mean and covariance follow."""
+    """Running sums (float64) that give mean and covariance."""
 
     def __init__(self):
         self.tokens = 0
@@ -16,11 +16,11 @@ class Moments:
 
     @torch.no_grad()
     def add(self, x: Tensor) -> None:
-        """Add tokens [n, d]."""
+        """Add the activations x [n, d] of n tokens."""
         # not every accelerator has float64
         x = x.cpu().double() if x.device.type == "mps" else x.double()
         if self.shift is None:
-            # about a first guess of the mean, so that the difference of squares loses no digits
+            # subtract a first estimate of the mean: so the difference of squares loses no digits
             self.shift = x.mean(dim=0)
             self.sum = torch.zeros_like(self.shift)
             self.products = torch.zeros_like(self.shift.outer(self.shift))

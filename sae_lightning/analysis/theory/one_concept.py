@@ -16,25 +16,25 @@ from sae_lightning.report.section import ResultTable, Section
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-MIN_OCCURRENCES = 20  # tokens of a concept in each half, from where on a score means something
+MIN_OCCURRENCES = 20  # tokens of a concept in each half; with fewer a score means little
 
 
 class ConceptDetectors(NamedTuple):
-    """A concept, and the single units that stand for it best."""
+    """A concept, and the single units that detect it best."""
 
     concept: str
     share: float
-    """Share of the tokens that belong to it, in the half that is scored."""
+    """Share of tokens that belong to it, in the half that is scored."""
     feature: Detector
     neuron: Detector
-    """Of the site's dimensions, in either direction."""
+    """The best of the site's dimensions, in either direction."""
     few: Detector
-    """Of as many random features as there are directions of neurons."""
+    """The best of as many random features as neurons have directions (2 d)."""
 
 
 def detect_concepts(features: StrengthCounts, neurons: StrengthCounts) -> list[ConceptDetectors]:
-    """Every concept that is there often enough, from the most frequent."""
-    tokens, units, d = features.tokens, features.counts.shape[2], neurons.counts.shape[2]
+    """The best units for each concept with MIN_OCCURRENCES, the most frequent first."""
+    tokens, units, d = features.token_counts, features.counts.shape[2], neurons.counts.shape[2]
     few = torch.randperm(units, generator=Generator().manual_seed(0))[: 2 * d]
     detected = [
         ConceptDetectors(
@@ -47,18 +47,18 @@ def detect_concepts(features: StrengthCounts, neurons: StrengthCounts) -> list[C
         for i, name in enumerate(CONCEPTS)
         if tokens[:, i].min() >= MIN_OCCURRENCES
     ]
-    return sorted(detected, key=lambda each: -each.share)
+    return sorted(detected, key=lambda best: -best.share)
 
 
 def compare_units(detected: list[ConceptDetectors]) -> dict[str, Any]:
-    """Mean scores of single features, of neurons, and of as few features as neurons."""
+    """Mean scores over concepts of the best feature, neuron, and feature of as few as neurons."""
     means = {
-        f"{kind}_{score}": sum(getattr(getattr(each, kind), score) for each in detected)
+        f"{kind}_{score}": sum(getattr(getattr(best, kind), score) for best in detected)
         / max(1, len(detected))
         for kind in ("feature", "neuron", "few")
         for score in ("f1", "auroc")
     }
-    wins = sum(each.feature.f1 > each.neuron.f1 for each in detected)
+    wins = sum(best.feature.f1 > best.neuron.f1 for best in detected)
     return {"concepts": len(detected), "feature_wins": wins, **means, "each": detected}
 
 
@@ -75,9 +75,9 @@ def make_concept_section(numbers: dict[str, Any]) -> Section:
     if ranks > neuron_ranks:
         ranking = f"Features also rank tokens better {aurocs}."
     else:
-        why = "where one is silent, all are alike to it"
+        why = "a feature does not rank the tokens on which it is silent"
         ranking = f"Features do not rank tokens better {aurocs}: {why}."
-    always_yes = sum(2 * one.share / (1 + one.share) for one in detected) / n
+    always_yes = sum(2 * best.share / (1 + best.share) for best in detected) / n
     return Section(
         title=title,
         lead=f"The best single feature detects a concept with a mean F1 of {feature:.2f}, "
@@ -86,8 +86,8 @@ def make_concept_section(numbers: dict[str, Any]) -> Section:
         rows={
             "mean F1": f"{feature:.3f} feature, {neuron:.3f} neuron; {always_yes:.3f} by always "
             "saying yes",
-            "with as few features": f"{numbers['few_f1']:.3f}, the best of as many features, by "
-            "lot, as there are neurons in both directions",
+            "with as few features": f"{numbers['few_f1']:.3f}, the best of a random choice of "
+            "features, as many as neurons have directions",
             "mean AUROC": f"{ranks:.3f} feature, {neuron_ranks:.3f} neuron, each of the unit that "
             "ranks best",
             "how": "unit and threshold are chosen on one half of the sequences and scored on the "
@@ -101,16 +101,16 @@ def make_concept_section(numbers: dict[str, Any]) -> Section:
 def _make_concepts_table(detected: list[ConceptDetectors]) -> ResultTable:
     header = ["concept", "tokens", "feature", "F1", "AUROC", "neuron", "F1", "AUROC"]
     rows = [
-        [one.concept, f"{one.share:.1%}", f"{one.feature.unit}"]
-        + [f"{one.feature.f1:.3f}", f"{one.feature.auroc:.3f}", _name_neuron(one)]
-        + [f"{one.neuron.f1:.3f}", f"{one.neuron.auroc:.3f}"]
-        for one in sorted(detected, key=lambda each: -each.feature.f1)
+        [best.concept, f"{best.share:.1%}", f"{best.feature.unit}"]
+        + [f"{best.feature.f1:.3f}", f"{best.feature.auroc:.3f}", _name_neuron(best)]
+        + [f"{best.neuron.f1:.3f}", f"{best.neuron.auroc:.3f}"]
+        for best in sorted(detected, key=lambda best: -best.feature.f1)
     ]
     return ResultTable(header, rows)
 
 
-def _name_neuron(one: ConceptDetectors) -> str:
-    return f"{'-' if one.neuron.below else '+'}{one.neuron.unit}"
+def _name_neuron(best: ConceptDetectors) -> str:
+    return f"{'-' if best.neuron.below else '+'}{best.neuron.unit}"
 
 
 def _draw_units(detected: list[ConceptDetectors]) -> "Figure":
@@ -125,17 +125,17 @@ def _draw_units(detected: list[ConceptDetectors]) -> "Figure":
         hoverinfo="skip",
     )
     return drawn.add_scatter(
-        x=[one.neuron.f1 for one in detected],
-        y=[one.feature.f1 for one in detected],
+        x=[best.neuron.f1 for best in detected],
+        y=[best.feature.f1 for best in detected],
         mode="markers+text",
         text=_pick_labels(detected),
         textposition="middle right",
         textfont_size=11,
         cliponaxis=False,
         hovertext=[
-            f"{one.concept}<br>feature {one.feature.unit}: F1 {one.feature.f1:.3f}<br>"
-            f"neuron {_name_neuron(one)}: F1 {one.neuron.f1:.3f}"
-            for one in detected
+            f"{best.concept}<br>feature {best.feature.unit}: F1 {best.feature.f1:.3f}<br>"
+            f"neuron {_name_neuron(best)}: F1 {best.neuron.f1:.3f}"
+            for best in detected
         ],
         hovertemplate="%{hovertext}<extra></extra>",
         marker={"size": 8, "color": COLOURS[0]},
@@ -144,13 +144,13 @@ def _draw_units(detected: list[ConceptDetectors]) -> "Figure":
 
 
 def _pick_labels(detected: list[ConceptDetectors]) -> list[str]:
-    """Names of concepts; "" where one would cover that of a concept before it."""
+    """Label of each point; "" where it would cover an earlier label."""
     placed: list[ConceptDetectors] = []
-    for one in detected:
+    for best in detected:
         if all(
-            abs(one.feature.f1 - other.feature.f1) > 0.03
-            or abs(one.neuron.f1 - other.neuron.f1) > 0.2
+            abs(best.feature.f1 - other.feature.f1) > 0.03
+            or abs(best.neuron.f1 - other.neuron.f1) > 0.2
             for other in placed
         ):
-            placed.append(one)
-    return [one.concept if one in placed else "" for one in detected]
+            placed.append(best)
+    return [best.concept if best in placed else "" for best in detected]

@@ -10,25 +10,25 @@ from torch import Generator, Tensor
 from torch.nn.functional import normalize
 
 COMPARED_ROWS = 1024  # directions that are compared with all others
-ROWS_AT_ONCE = 256  # of them at a time
-COSINE_BINS = 2000  # of a thousandth, from -1 to 1
+ROWS_AT_ONCE = 256  # bounds memory
+COSINE_BINS = 2000  # from -1 to 1, 0.001 wide
 
 
 class Cosines(NamedTuple):
-    """Cosines of some directions with all the others."""
+    """Cosines of some directions with all others."""
 
     counts: Tensor
-    """[COSINE_BINS] pairs by cosine, int64"""
+    """[COSINE_BINS] int64: number of pairs by cosine"""
     nearest: Tensor
     """[rows] the largest cosine of each"""
 
     def share_above(self, cosine: float) -> float:
-        """Share of pairs whose |cosine| is above, to a thousandth."""
+        """Share of pairs whose |cosine| is above `cosine`, which is rounded to 0.001."""
         middles = (torch.arange(COSINE_BINS) + 0.5) * (2 / COSINE_BINS) - 1
         return (self.counts[middles.abs() > cosine].sum() / self.counts.sum()).item()
 
     def find_quantile(self, share: float) -> float:
-        """The |cosine| that this share of pairs does not exceed, to a thousandth."""
+        """The |cosine| that this share of pairs does not exceed, rounded up to 0.001."""
         half = COSINE_BINS // 2
         folded = self.counts[half:] + self.counts[:half].flip(0)
         up_to = folded.cumsum(0) / folded.sum()
@@ -45,9 +45,9 @@ class Cosines(NamedTuple):
 
 def measure_overlap(decoder: Tensor, data: Tensor) -> dict[str, Cosines]:
     """Cosines of decoder rows [features, d], of as many random directions, and of random directions
-    with the covariance of the activations (what is long in the data is common to many).
+    with the covariance of the activations (which share the directions of greatest variance).
 
-    `data` [d, d] turns white noise (rows) into noise with that covariance.
+    data: [d, d] matrix that turns white noise (rows) into noise with that covariance.
     """
     generator = Generator().manual_seed(0)
     chosen = torch.randperm(len(decoder), generator=generator)[:COMPARED_ROWS]
@@ -60,7 +60,7 @@ def measure_overlap(decoder: Tensor, data: Tensor) -> dict[str, Cosines]:
 
 
 def count_cosines(directions: Tensor, chosen: Tensor) -> Cosines:
-    """Of the `chosen` [rows] among directions [n, d], each with all others."""
+    """Cosines of the directions with indices `chosen` [rows] with all others in [n, d]."""
     directions = normalize(directions.float(), dim=1)
     counts, nearest = torch.zeros(COSINE_BINS, dtype=torch.int64), []
     for part in chosen.split(ROWS_AT_ONCE):

@@ -1,6 +1,6 @@
-"""What the theory predicts and what was measured, in sentences, tables and figures.
+"""Sections on the claims of the theory: prediction against measurement.
 
-Every sentence is chosen by the number that it tells.
+Which sentence is printed depends on the number that it reports.
 """
 
 import math
@@ -17,26 +17,26 @@ from sae_lightning.report.section import ResultTable, Section
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-COSINE_BINS_PER_POINT = 20  # thousandths of a cosine that a point of the figure stands for
+COSINE_BINS_PER_POINT = 20  # of a curve in the figure
 MAX_BARS = 80
 
 
 def make_theory_sections(result: Theory) -> list[Section]:
-    """One for each claim that was measured."""
-    claims = {
-        "agreement": _agreement,
-        "biases": _biases,
-        "overlap": _overlap,
-        "activity": _activity,
+    """One section for each claim that was measured."""
+    makers = {
+        "agreement": _make_agreement_section,
+        "biases": _make_biases_section,
+        "overlap": _make_overlap_section,
+        "activity": _make_activity_section,
         "detection": lambda result: make_concept_section(result.numbers["detection"]),
-        "dense": _dense,
+        "dense": _make_dense_section,
     }
-    return [section(result) for name, section in claims.items() if name in result.numbers]
+    return [make(result) for name, make in makers.items() if name in result.numbers]
 
 
-def _agreement(result: Theory) -> Section:
-    numbers, told = result.numbers, result.numbers["agreement"]
-    median, chance = told["median"], told["chance"]
+def _make_agreement_section(result: Theory) -> Section:
+    numbers, cosine = result.numbers, result.numbers["agreement"]
+    median, chance = cosine["median"], cosine["chance"]
     if median > 0.9:
         verdict = "a feature is written nearly in the direction in which it is read"
     elif median > 0.5:
@@ -51,8 +51,8 @@ def _agreement(result: Theory) -> Section:
         lead=f"Encoder columns and decoder rows of the {numbers['fired']:,} features that fired "
         f"have a median cosine of {median:.2f}, random directions 0 ± {chance:.2f}: {verdict}.",
         rows={
-            "cosine": f"median {median:.3f}, mean {told['mean']:.3f}",
-            "nine of ten": f"between {told['low']:.3f} and {told['high']:.3f}",
+            "cosine": f"median {median:.3f}, mean {cosine['mean']:.3f}",
+            "nine of ten": f"between {cosine['low']:.3f} and {cosine['high']:.3f}",
             "random directions": f"0 ± {chance:.3f}",
             "never fired": f"{silent:,} features, left out here",
         },
@@ -65,14 +65,14 @@ def _agreement(result: Theory) -> Section:
 
 
 def _draw_around_zero(values: Tensor, axis: str, name: str) -> "Figure":
-    """A histogram whose 0 has a name."""
+    """Histogram of the values with a line at 0 and its name."""
     drawn = plot_histogram(values, axis)
     places = drawn.data[0].x
     side = "left" if places[0] + places[-1] < 0 else "right"
     return drawn.add_vline(0, annotation_text=name, annotation_position=f"top {side}")
 
 
-def _biases(result: Theory) -> Section:
+def _make_biases_section(result: Theory) -> Section:
     numbers = result.numbers["biases"]
     negative, median = numbers["negative"], numbers["median"]
     side = "below" if median < 0 else "above"
@@ -91,8 +91,8 @@ def _biases(result: Theory) -> Section:
         rows={
             "nine of ten": f"between {numbers['low']:.2f} and {numbers['high']:.2f} standard "
             "deviations of their pre-activation",
-            "b_enc as saved": f"{numbers['raw_negative']:.1%} negative; what the mean activation "
-            "adds is taken off there",
+            "b_enc as saved": f"{numbers['raw_negative']:.1%} negative; it also cancels what the "
+            "mean activation adds",
             "if pre-activations were normal": f"{numbers['l0_if_normal']:.1f} features would be "
             f"above {limit} on a token; {result.numbers['activity']['mean']:.1f} are active",
         },
@@ -104,14 +104,14 @@ def _biases(result: Theory) -> Section:
     )
 
 
-def _overlap(result: Theory) -> Section:
+def _make_overlap_section(result: Theory) -> Section:
     numbers = result.numbers["overlap"]
     decoder, random = numbers["decoder"], numbers["random"]
     ratio = decoder["99%"] / random["99%"]
     if ratio < 1.1:
         verdict = "they are as nearly orthogonal as random directions"
     elif decoder["above_0.3"] < 0.01:
-        verdict = f"nearly orthogonal, if {ratio:.2f} times as alike as random ones"
+        verdict = f"nearly orthogonal, though {ratio:.2f} times as alike as random ones"
     else:
         verdict = f"they are {ratio:.1f} times as alike as random ones"
     names = {"decoder": "decoder rows", "random": "random", "like_data": "random, like the data"}
@@ -131,9 +131,9 @@ def _overlap(result: Theory) -> Section:
         densities.add_scatter(x=middles.numpy(), y=shares.numpy(), name=name, mode="lines")
     return Section(
         title="Nearly orthogonal directions",
-        lead=f"Of pairs of decoder rows {decoder['above_0.3']:.2%} have a cosine above 0.3 in size "
-        f"(random ones {random['above_0.3']:.2%}), and 99 % stay below {decoder['99%']:.2f} "
-        f"(random {random['99%']:.2f}): {verdict}.",
+        lead=f"{decoder['above_0.3']:.2%} of the pairs of decoder rows have a |cosine| above 0.3 "
+        f"(random directions: {random['above_0.3']:.2%}), and 99 % are below {decoder['99%']:.2f} "
+        f"(random directions: {random['99%']:.2f}): {verdict}.",
         rows={
             "compared": f"{numbers['rows']:,} of {result.numbers['fired']:,} rows with all others"
         },
@@ -142,7 +142,7 @@ def _overlap(result: Theory) -> Section:
     )
 
 
-def _activity(result: Theory) -> Section:
+def _make_activity_section(result: Theory) -> Section:
     numbers, features = result.numbers["activity"], result.numbers["features"]
     deviation, independent = numbers["deviation"], numbers["deviation_if_independent"]
     times = deviation / independent if independent else 1.0
@@ -166,7 +166,7 @@ def _activity(result: Theory) -> Section:
 
 
 def _draw_active(counts: Tensor) -> "Figure":
-    """Tokens by their number of active features, several numbers to a bar where there are many."""
+    """Histogram of active features per token, with at most MAX_BARS bars."""
     last = int(counts.nonzero().max())
     width = -(-(last + 1) // MAX_BARS)
     heights = torch.stack([part.sum() for part in counts[: last + 1].split(width)])
@@ -175,7 +175,7 @@ def _draw_active(counts: Tensor) -> "Figure":
     return drawn.add_bar(x=middles.numpy(), y=heights.numpy(), width=width)
 
 
-def _dense(result: Theory) -> Section:
+def _make_dense_section(result: Theory) -> Section:
     numbers, sample = result.numbers["dense"], min(DENSE_TOKENS, result.numbers["tokens"])
     worth, d = numbers["worth"], len(numbers["curve"]) - 1
     fewer = ", ".join(

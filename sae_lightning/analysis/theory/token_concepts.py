@@ -90,11 +90,11 @@ CONCEPTS = {
 
 
 def tag_tokens(pieces: list[str]) -> Tensor:
-    """Which tokens, given as they read, belong to which concept: bool [tokens, concepts]."""
+    """Mark which tokens (as strings) belong to which concept: bool [tokens, concepts]."""
     text, ends = "".join(pieces), list(accumulate(map(len, pieces)))
-    found = torch.zeros(len(pieces), len(CONCEPTS), dtype=torch.bool)
+    is_member = torch.zeros(len(pieces), len(CONCEPTS), dtype=torch.bool)
     for column, pattern in enumerate(CONCEPTS.values()):
         for match in pattern.finditer(text):
             first, last = bisect_right(ends, match.start()), bisect_right(ends, match.end() - 1)
-            found[first : last + 1, column] = True
-    return found
+            is_member[first : last + 1, column] = True
+    return is_member
