@@ -93,7 +93,7 @@ def test_the_parquet_file_says_what_the_catalogue_says(found, tmp_path):
     for catalogue in (found.features, found.neurons):
         write_catalogue(tmp_path / "units.parquet", catalogue, {})
         rows = pyarrow.parquet.read_table(tmp_path / "units.parquet").to_pylist()
-        assert len(rows) == catalogue.unit_count
+        assert len(rows) == catalogue.num_units
         assert [row[catalogue.kind] for row in rows] == list(range(len(rows)))
         assert [row["fired"] for row in rows] == catalogue.statistics.fired.tolist()
         for unit in (0, FEATURE):

@@ -52,7 +52,7 @@ class AnnotatedText(NamedTuple):
         token = self.tokens[place]
         by_original: dict[int, FiredFeature] = {}
         maxima = self.catalogue.statistics.maximum[token.features]
-        values = (token.features, token.strengths, maxima, self.find_originals(token.features))
+        values = (token.features, token.strengths, maxima, self.resolve_copies(token.features))
         for feature, strength, maximum, original in zip(*(x.tolist() for x in values), strict=True):
             if stronger := by_original.get(original):
                 by_original[original] = stronger._replace(copies=stronger.copies + 1)
@@ -61,7 +61,7 @@ class AnnotatedText(NamedTuple):
                 by_original[original] = FiredFeature(feature, strength, share, place)
         return [*by_original.values()]
 
-    def find_originals(self, features: Tensor) -> Tensor:
+    def resolve_copies(self, features: Tensor) -> Tensor:
         """The original of each feature that is a copy, else the feature itself; same shape as
         `features`."""
         return features if self.catalogue.copy_of is None else self.catalogue.copy_of[features]
@@ -70,7 +70,7 @@ class AnnotatedText(NamedTuple):
         """Each feature at its strongest token, sorted by share of its maximum; features with fewer
         than FEW_TOKENS catalogued tokens come last, because their maximum means little."""
         best: dict[int, FiredFeature] = {}
-        originals = self.find_originals(torch.arange(self.catalogue.unit_count)).tolist()
+        originals = self.resolve_copies(torch.arange(self.catalogue.num_units)).tolist()
         for place in range(len(self.tokens)):
             for fired in self.list_fired(place):
                 previous = best.get(originals[fired.feature])

@@ -126,7 +126,7 @@ class Catalogue(NamedTuple):
     """None if the site does not write to the residual stream."""
 
     @property
-    def unit_count(self) -> int:
+    def num_units(self) -> int:
         """Number of features or neurons."""
         return len(self.statistics.fired)
 

@@ -64,8 +64,8 @@ class Blocks(Mapping[str, str]):
                 *_make_list_fields(first, numbers).values(),
                 *_make_detail_fields(first, numbers).values(),
             ]
-            self.size += catalogue.unit_count * sum(values[0].nbytes for values in fields)
-            for start in range(0, catalogue.unit_count, UNITS_PER_BLOCK):
+            self.size += catalogue.num_units * sum(values[0].nbytes for values in fields)
+            for start in range(0, catalogue.num_units, UNITS_PER_BLOCK):
                 part = slice_units(catalogue, slice(start, start + UNITS_PER_BLOCK))  # a view
                 name = f"{catalogue.kind}-{start // UNITS_PER_BLOCK}"
                 self.parts[name] = part, _make_detail_fields
@@ -90,7 +90,7 @@ def pack_catalogues(catalogues: Sequence[Catalogue]) -> PageData:
         kinds.append(
             {
                 "kind": catalogue.kind,
-                "units": catalogue.unit_count,
+                "units": catalogue.num_units,
                 "tokens": catalogue.statistics.tokens,
                 "strongest": catalogue.top.strength.shape[1],
                 "listed": _describe_layout(_make_list_fields(first, numbers)),

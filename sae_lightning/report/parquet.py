@@ -26,7 +26,7 @@ def write_catalogue(path: Path, catalogue: Catalogue, of: dict[str, str]) -> Non
     note = {METADATA_KEY: json.dumps({"tokens": catalogue.statistics.tokens, "of": of})}
     with write_atomically(path) as temporary, ExitStack() as files:
         writer = None
-        for first in range(0, catalogue.unit_count, UNITS_PER_GROUP):
+        for first in range(0, catalogue.num_units, UNITS_PER_GROUP):
             table = pa.table(_make_columns(catalogue, first, words), metadata=note)
             writer = writer or files.enter_context(
                 pyarrow.parquet.ParquetWriter(temporary, table.schema, compression="zstd")
@@ -39,7 +39,7 @@ def _make_columns(catalogue: Catalogue, first: int, words: pa.Array) -> dict[str
     catalogue = slice_units(catalogue, slice(first, first + UNITS_PER_GROUP))
     s = catalogue.statistics
     columns = {
-        catalogue.kind: pa.array(range(first, first + catalogue.unit_count)),
+        catalogue.kind: pa.array(range(first, first + catalogue.num_units)),
         "fired": _to_array(s.fired),
         "density": _to_array(s.densities),
         "mean": _to_array(s.mean),

@@ -87,8 +87,9 @@ def _make_heading(catalogue: Catalogue, unit: int) -> Text:
         tokens = " ".join(isolate(f"‘{show_token(catalogue.vocabulary[i])}’") for i in ids)
         heading.append(f", score {float(token_sets.score[unit]):.2f}: {where}{tokens}", "not bold")
     if catalogue.copy_of is not None:
-        alike = int((catalogue.copy_of == unit).sum()) - 1
-        heading.append(f", and {alike} like it" if alike > 0 else "", "not bold")
+        copies = int((catalogue.copy_of == unit).sum()) - 1
+        text = f", and {copies} {'copy' if copies == 1 else 'copies'}" if copies > 0 else ""
+        heading.append(text, "not bold")
     return heading
 
 

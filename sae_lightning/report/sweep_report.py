@@ -90,7 +90,7 @@ def _make_table(table: SweepTable) -> Table:
     frame = table.frame
     words = {key: frame[key] for key in table.keys} or {"run": frame.folder}
     columns = {heading: [*map(Text, map(make_visible, texts))] for heading, texts in words.items()}
-    columns |= {column.heading: _make_cells(table, name) for name, column in table.columns.items()}
+    columns |= {column.header: _make_cells(table, name) for name, column in table.columns.items()}
     # a value that all runs share goes into the title
     title, trained = "sweep, on held-out data", frame.tokens.dropna().unique()
     if len(trained) == 1:

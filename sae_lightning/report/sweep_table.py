@@ -61,7 +61,7 @@ class MetricColumn(NamedTuple):
     meaning: str
 
     @property
-    def heading(self) -> str:
+    def header(self) -> str:
         """The label with an arrow in the better direction."""
         return self.label + {1: " ↑", -1: " ↓", 0: ""}[self.better]
 

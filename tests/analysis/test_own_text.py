@@ -146,7 +146,7 @@ def said_of(subject, file, capsys) -> str:
 
 
 def test_a_catalogue_of_this_sae_is_used_again_and_told(subject, file, capsys):
-    assert read_kept_catalogue(subject, file).unit_count == 32
+    assert read_kept_catalogue(subject, file).num_units == 32
     said = " ".join(capsys.readouterr().out.split())
     assert re.search(r"features\.parquet, 3\d\d tokens of Shakespeare's plays$", said)
 

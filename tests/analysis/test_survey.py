@@ -35,8 +35,8 @@ def test_its_numbers_are_those_of_its_catalogue(found):
 def test_of_every_interval_a_sixth_as_many_examples_as_strongest_ones_are_kept(subject, words):
     found = survey(subject, words(3000), tokens=1500, examples=12)
     for catalogue in (found.features, found.neurons):
-        assert catalogue.top.strength.shape == (catalogue.unit_count, 12)
-        assert catalogue.spread.strength.shape == (catalogue.unit_count, 2 * INTERVALS)
+        assert catalogue.top.strength.shape == (catalogue.num_units, 12)
+        assert catalogue.spread.strength.shape == (catalogue.num_units, 2 * INTERVALS)
         several = catalogue.statistics.fired > 200
         assert several.any()
         assert (catalogue.spread.strength[several] > 0).float().mean() > 0.8

@@ -79,7 +79,7 @@ def seen(tmp_path_factory) -> dict:
 
 def test_a_copy_is_found_by_its_link_and_its_id_and_says_what_it_is_like(seen):
     assert "Feature 6" in seen["heading"]
-    assert "and 3 like it457" in seen["heading"]
+    assert "3 copies457" in seen["heading"]
     assert seen["copies"] == ["5", "6", "7"]
     assert seen["byId"][0] == "7"
     assert seen["none"] == []
@@ -91,7 +91,7 @@ def test_copies_are_one_entry_which_can_be_opened(seen):
 
 
 def test_examples_are_shown_by_interval_and_a_click_widens_one_and_narrows_it(seen):
-    assert seen["sections"] == ["Strongest", "80 to 100 % of the maximum6 to 7.5"]
+    assert seen["sections"] == ["Strongest examples", "80 to 100 % of the maximum6 to 7.5"]
     narrow, wide, again = seen["text"]
     assert narrow == again
     assert narrow.removesuffix("…") in wide
@@ -99,6 +99,6 @@ def test_examples_are_shown_by_interval_and_a_click_widens_one_and_narrows_it(se
 
 
 def test_the_axes_of_the_histogram_are_named(seen):
-    assert "tokens, at most 7 a bar" in seen["picture"]
+    assert "number of tokens; highest bar: 7" in seen["picture"]
     assert "strength (activation of the feature), log scale" in seen["picture"]
     assert seen["neurons"] == 3

@@ -66,10 +66,10 @@ def test_a_unit_is_told_with_its_density_maximum_score_and_tokens(capsys):
 
 def test_how_many_are_like_a_unit_is_told_with_the_one_that_stands_for_them(capsys):
     several = catalogue([1])._replace(copy_of=torch.tensor([0, 0]))
-    assert said(capsys, several, [0])[1].endswith(" ‘↵’, and 1 like it")
+    assert said(capsys, several, [0])[1].endswith(" ‘↵’, and 1 copy")
     assert said(capsys, several, [1])[1] == "feature 1  never fires"
     alone = several._replace(copy_of=torch.tensor([0, 1]))
-    assert "like it" not in said(capsys, alone, [0])[1]
+    assert "cop" not in said(capsys, alone, [0])[1]
 
 
 def test_neurons_need_no_score(capsys):

@@ -38,10 +38,8 @@ def read_kept_catalogue(subject: Subject, path: Path) -> Catalogue | None:
             return None
         catalogue = read_catalogue(path, words)
         # the page's blocks, which may be files, are named after the kind
-        if (catalogue.kind, catalogue.unit_count) != ("feature", subject.features):
-            raise ValueError(
-                f"it is of {catalogue.unit_count} units of the kind {catalogue.kind!r}"
-            )
+        if (catalogue.kind, catalogue.num_units) != ("feature", subject.features):
+            raise ValueError(f"it is of {catalogue.num_units} units of the kind {catalogue.kind!r}")
         tokens, text = catalogue.statistics.tokens, note["of"]["text"]
         console.print(f"what features are: {shorten_path(path)}, {tokens:,} tokens of {text}")
         return catalogue

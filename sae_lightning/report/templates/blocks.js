@@ -1,10 +1,9 @@
-// The numbers of features and neurons: blocks as page_data.py packs them. A block of details is
-// unpacked when a unit of it is opened.
+// Unpacks the data blocks that page_data.py packs; details only when one of their units is opened.
 const blocks = (() => {
 const index = JSON.parse(document.getElementById("index").textContent);
 const unpacked = new Map(), waiting = new Map();
 
-// Blocks of a large page are scripts in a folder beside it, which call `add`.
+// Blocks of a large page are scripts in a folder beside the page; they call `add`.
 function textOf(name) {
   if (!index.beside) return document.getElementById("block-" + name).textContent;
   return new Promise((resolve, reject) => {
@@ -14,7 +13,7 @@ function textOf(name) {
     script.onload = () => script.remove();
     script.onerror = () => {
       unpacked.delete(name);
-      const why = `This page needs the folder ${index.beside} beside it; after the same command was given again, load it anew.`;
+      const why = `The folder ${index.beside} is missing beside this page. If the command was run again since, reload the page.`;
       document.querySelector(".browser .unit").textContent = why;
       reject(new Error(why));
     };

@@ -1,4 +1,4 @@
-// The browser of features and neurons: a list to search and sort, and a view of one unit.
+// The browser of features and neurons: a list to search and sort, and the view of one unit.
 {
 const { index, listedOf } = blocks, { words } = index;
 const { make, piece, chips, link, digits, percent, capital, copiesOf, COPIES } = units;
@@ -6,23 +6,23 @@ const find = selector => document.querySelector(".browser " + selector);
 const finder = find(".finder"), list = find(".list"), rows = find(".rows"), view = find(".unit");
 const [search, key, live] = [find("[type=search]"), find("select"), find(".live input")];
 const ROW = 54; // pixels of a row, as in browser.css
-const ORDERS = { // name -> what it means, and the number of a unit, none if its kind has no such number
-  "most telling": ["well predicted by words that are rare in the text; the best feature of each word first", listed => listed.telling?.values],
-  "token score": ["how well the best set of tokens predicts where it fires", listed => listed.score?.values],
+const ORDERS = { // name -> its meaning, and the values of all units; undefined if this kind of unit has none
+  "most telling": ["well predicted by words that are rare in the text; the best feature of each such word comes first", listed => listed.telling?.values],
+  "token score": ["how well a set of tokens predicts where it fires: 1 is perfectly, 0 is not at all", listed => listed.score?.values],
   density: ["share of tokens on which it fires", listed => listed.fired.values],
-  "maximum strength": ["its strongest example", listed => listed.maximum.values],
-  "mean strength": ["where it fires", listed => listed.mean.values],
-  "sharpness of effect": ["excess kurtosis of what it adds to the logits: high where it promotes few tokens", listed => listed.sharpness?.values],
-  id: ["number in the SAE", listed => listed.fired.values.map((_, unit) => unit)],
+  "maximum strength": ["strength of its strongest example", listed => listed.maximum.values],
+  "mean strength": ["mean over the tokens on which it fires", listed => listed.mean.values],
+  "sharpness of effect": ["excess kurtosis of what it adds to the logits: high if it promotes only a few tokens", listed => listed.sharpness?.values],
+  id: ["index in the SAE", listed => listed.fired.values.map((_, unit) => unit)],
 };
 const kinds = new Map(index.kinds.map(kind => [kind.kind, kind]));
-let kind, unit = null, order = [], folded = new Map(), matches = null, wanted = "most telling", down = true, asked = 0;
-const spread = new Set(); // units whose copies are listed too
+let kind, unit = null, order = [], folded = new Map(), matches = null, sortKey = "most telling", down = true, requests = 0;
+const unfolded = new Set(); // units whose copies are listed too
 
 // ---- the list ----
 
-// For a unit the tokens that hold what is typed, or are it if it is in quotes: those that it fires
-// on and those that it promotes. Null while nothing is typed.
+// Maps a unit to the tokens that match the search: those that it fires on, and those that it
+// promotes. A text in quotes has to be the whole token. Null while nothing is typed.
 function matcher(listed) {
   const typed = search.value.trimEnd().toLowerCase();
   if (!typed) return null;
@@ -35,13 +35,13 @@ function matcher(listed) {
 }
 
 async function refill() {
-  const mine = ++asked, listed = await listedOf(kind);
-  if (mine !== asked) return;
+  const request = ++requests, listed = await listedOf(kind);
+  if (request !== requests) return; // a newer one has started
   const [meaning, value] = ORDERS[key.value], values = value(listed);
   matches = matcher(listed);
   const fired = listed.fired.values, sign = down ? -1 : 1;
   const id = Number(/^#?(\d+)$/.exec(search.value.trim())?.[1] ?? NaN);
-  const place = new Uint8Array(kind.units); // 1: the id that is asked for, 2: fires on it, 3: promotes it, 0: is not listed
+  const place = new Uint8Array(kind.units); // 0: not listed, 1: has the id searched for, 2: fires on a match, 3: promotes a match
   for (let unit = 0; unit < kind.units; unit++) {
     const [fires, promotes] = matches?.(unit) ?? [[0], []];
     if (unit === id) place[unit] = 1;
@@ -49,19 +49,19 @@ async function refill() {
     else if (fires.length) place[unit] = 2;
     else if (promotes.length) place[unit] = 3;
   }
-  // units without a number stay last in both directions
+  // units without a value come last in both directions
   const ranked = units => units.sort((a, b) => place[a] - place[b]
     || Number.isNaN(values[a]) - Number.isNaN(values[b]) || sign * (values[a] - values[b]) || a - b);
   const copies = unit => (copiesOf(listed).get(unit) ?? []).filter(copy => place[copy]);
   const all = [...place.keys()].filter(unit => place[unit]);
-  // a copy is under its original, unless that is not listed
+  // a copy is listed under its original, unless the original is not listed
   const original = unit => listed.copy_of?.values[unit] ?? unit;
   const entries = ranked(all.filter(unit => unit === id || original(unit) === unit || !place[original(unit)]));
   folded = new Map(entries.map(unit => [unit, copies(unit).filter(copy => copy !== id)]));
-  order = entries.flatMap(unit => spread.has(unit) ? [unit, ...ranked(folded.get(unit))] : unit);
+  order = entries.flatMap(unit => unfolded.has(unit) ? [unit, ...ranked(folded.get(unit))] : unit);
   const some = all.length === kind.units ? "" : all.length.toLocaleString("en") + " of ";
   const count = `${some}${kind.units.toLocaleString("en")} ${kind.kind}s`;
-  const fewer = all.length > entries.length ? `, ${entries.length.toLocaleString("en")} entries` : "";
+  const fewer = all.length > entries.length ? `, ${entries.length.toLocaleString("en")} without copies` : "";
   find(".count").replaceChildren(
     make("span", { title: fewer && COPIES }, count + fewer),
     make("span", {}, `${listed.score ? "score, " : ""}density · max`));
@@ -97,8 +97,8 @@ function row(listed, id, place) {
     tokens.unshift("promotes ", first);
   }
   const alike = folded.get(id)?.length;
-  const more = alike && make("button", { className: "alike", title: `and ${alike} like it: ${COPIES}`,
-    ariaExpanded: String(spread.has(id)), onclick: event => unfold(event, id) }, `+${alike}`);
+  const more = alike && make("button", { className: "alike", title: `${alike} ${alike === 1 ? "copy" : "copies"}; ${COPIES}`,
+    ariaExpanded: String(unfolded.has(id)), onclick: event => unfold(event, id) }, `+${alike}`);
   const className = folded.has(id) ? "row" : "row copy";
   const element = make("a", { className, href: link(kind, id), tabIndex: -1 },
     make("span", { className: "id" }, String(id), more || ""),
@@ -115,7 +115,7 @@ async function redraw() {
   draw(await listedOf(kind));
 }
 
-// Bring the open unit's row into the list's window.
+// Scroll the list to the row of the open unit.
 async function reveal() {
   const place = order.indexOf(unit);
   if (place >= 0) {
@@ -125,21 +125,21 @@ async function reveal() {
   await redraw();
 }
 
-// List a unit's copies below it, or no longer.
+// Show or hide a unit's copies in the list.
 async function unfold(event, id) {
   event.preventDefault(); // the row is a link
-  spread.delete(id) || spread.add(id);
+  unfolded.delete(id) || unfolded.add(id);
   const top = list.scrollTop;
   await refill();
   list.scrollTop = top;
 }
 
-// ---- going about ----
+// ---- navigation ----
 
 async function open(id) {
-  const [mine, own] = [unit = id, kind];
+  const [openUnit, openKind] = [unit = id, kind];
   const elements = await units.view(kind, id, walk);
-  if (mine !== unit || own !== kind) return;
+  if (openUnit !== unit || openKind !== kind) return;
   view.replaceChildren(...elements);
   view.scrollTop = 0;
   document.title = `${capital(kind.kind)} ${id}`;
@@ -162,7 +162,7 @@ async function choose(name) {
   const listed = await listedOf(kind);
   const names = Object.keys(ORDERS).filter(name => ORDERS[name][1](listed));
   key.replaceChildren(...names.map(name => make("option", {}, name)));
-  key.value = names.includes(wanted) ? wanted : names[0];
+  key.value = names.includes(sortKey) ? sortKey : names[0];
   find(".kinds").replaceChildren(...kinds.size < 2 ? [] : [...kinds.values()].map(other => {
     const label = `${capital(other.kind)}s ${other.units.toLocaleString("en")}`;
     const button = make("a", { className: "kind", href: `#${other.kind}s` }, label);
@@ -172,7 +172,7 @@ async function choose(name) {
   await refill();
 }
 
-// What the address says: #feature-87, #neurons, or a part of the report.
+// Show what the address names: #feature-87, #neurons, or a part of the report.
 async function go() {
   const [, name, id] = /^#(\w+?)(?:s|-(\d+))$/.exec(location.hash) ?? [];
   const part = document.getElementById(location.hash.slice(1));
@@ -181,17 +181,17 @@ async function go() {
   document.querySelectorAll("nav.parts a").forEach((anchor, i) =>
     anchor.toggleAttribute("aria-current", browsing ? i === 0 : anchor.hash === location.hash));
   if (!browsing) { part.scrollIntoView(); return; }
-  const wanted = kinds.has(name) ? name : index.kinds[0].kind;
-  if (kind?.kind !== wanted) { unit = null; await choose(wanted); }
-  const known = id !== undefined && Number(id) < kind.units;
-  finder.parentElement.classList.toggle("opened", known);
-  if (known) {
+  const target = kinds.has(name) ? name : index.kinds[0].kind;
+  if (kind?.kind !== target) { unit = null; await choose(target); }
+  const hasUnit = id !== undefined && Number(id) < kind.units;
+  finder.parentElement.classList.toggle("opened", hasUnit);
+  if (hasUnit) {
     open(Number(id));
     const original = (await listedOf(kind)).copy_of?.values[id];
-    if (!order.includes(Number(id)) && order.includes(original)) { spread.add(original); await refill(); }
+    if (!order.includes(Number(id)) && order.includes(original)) { unfolded.add(original); await refill(); }
   }
   else if (order.length) open(unit ?? order[0]);
-  if (known || isWide()) reveal(); else redraw();
+  if (hasUnit || isWide()) reveal(); else redraw();
 }
 
 async function changed() {
@@ -201,7 +201,7 @@ async function changed() {
 
 search.addEventListener("input", changed);
 live.addEventListener("change", changed);
-key.addEventListener("change", () => { wanted = key.value; down = wanted !== "id"; changed(); });
+key.addEventListener("change", () => { sortKey = key.value; down = sortKey !== "id"; changed(); });
 find(".direction").addEventListener("click", () => { down = !down; changed(); });
 list.addEventListener("scroll", redraw, { passive: true });
 addEventListener("resize", redraw);

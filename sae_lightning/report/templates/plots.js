@@ -1,8 +1,8 @@
-// Draws each figure when it comes into view: the text of its element is its JSON.
+// Draws each figure when it scrolls into view, from the JSON in its element.
 const config = {
   displaylogo: false,
   responsive: true,
-  modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]], // no others: one of them uploads
+  modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]], // only these: another one uploads the figure
 };
 const seen = new IntersectionObserver(entries => {
   for (const { isIntersecting, target } of entries) {

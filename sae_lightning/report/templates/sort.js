@@ -1,4 +1,4 @@
-// Sorts a table's rows by a column: numbers by value, then words; cells without a number stay last.
+// Sorts a table's rows by the clicked column: numbers by value, then words; empty cells stay last.
 for (const table of document.querySelectorAll("table")) {
   const body = table.tBodies[0];
   const headings = [...table.querySelectorAll("th")];

@@ -1,19 +1,19 @@
-// The reader's own text: a token lists what fires on it, an open feature colours all of it.
+// The reader's own text: a click on a token lists its features; the open feature colours the text.
 {
 const { index, listedOf } = blocks, [kind] = index.kinds, { make, chips, digits, link, COPIES } = units;
 const own = JSON.parse(document.getElementById("own").textContent);
-const said = document.querySelector(".own .said"), tokens = [...said.children];
+const text = document.querySelector(".own .tokens"), tokens = [...text.children];
 const heading = document.querySelector(".strongest h2"), found = document.querySelector(".found");
 const note = document.querySelector(".own .note");
-const MOST = 100; // features of a token
-let chosen = null, open = null; // a token; the feature whose card is open
+const MAX_FEATURES = 100; // features of a token
+let chosen = null, open = null; // index of the chosen token; the feature that is open
 
-// [feature, strength] of a token, the strongest first
+// [feature, strength] of each feature on a token, strongest first
 const on = token => own.features[token].map((feature, i) => [feature, own.strengths[token][i]]);
 const bare = number => index.words[number].trim().toLowerCase();
 const same = (a, b) => bare(a) === bare(b);
-const isolated = word => `\u2066${word}\u2069`; // its script turns no neighbour round
-const wordsOf = (listed, feature) => { // on which it is strongest, each once
+const isolated = word => `\u2066${word}\u2069`; // a right-to-left token reorders no neighbour
+const wordsOf = (listed, feature) => { // distinct tokens of its strongest examples
   const peaks = [...listed.peaks.of(feature)].filter(Boolean);
   return peaks.filter((word, i) => i === peaks.findIndex(other => same(other, word))).slice(0, 4);
 };
@@ -22,7 +22,7 @@ const shareOf = (listed, feature, strength) => {
   return maximum ? `${Math.round(100 * strength / maximum)} %` : "–";
 };
 
-// Of copies the strongest alone -> [feature, strength, how many others fire]
+// Merge copies into the strongest of them -> [feature, strength, number of copies that fire too]
 function folded(listed, some) {
   const found = new Map();
   for (const [feature, strength] of some) {
@@ -38,10 +38,10 @@ async function list() {
   const what = chosen === null ? "Strongest in the text"
     : make("span", {}, `${some.length} features on `, make("bdi", { className: "chip" }, own.shown[chosen]));
   const all = make("button", { onclick: () => choose(null) }, "whole text");
-  heading.replaceChildren(what, chosen === null ? make("small", { className: "number" }, "strength · of maximum") : all);
-  found.replaceChildren(...folded(listed, some).slice(0, MOST).map(([feature, strength, copies]) => {
+  heading.replaceChildren(what, chosen === null ? make("small", { className: "number" }, "strength · share of maximum") : all);
+  found.replaceChildren(...folded(listed, some).slice(0, MAX_FEATURES).map(([feature, strength, copies]) => {
     const words = chips(wordsOf(listed, feature));
-    if (copies) words.push(make("span", { tip: COPIES }, `+${copies} like it`));
+    if (copies) words.push(make("span", { tip: COPIES }, `+${copies} ${copies === 1 ? "copy" : "copies"}`));
     const line = make("a", { href: link(kind, feature) },
       make("span", { className: "id" }, String(feature)),
       make("span", { className: "line" }, ...words),
@@ -67,12 +67,12 @@ async function colour(feature) {
     const strength = own.strengths[i][own.features[i].indexOf(feature)] ?? 0;
     most = Math.max(most, strength);
     element.classList.toggle("t", strength > 0);
-    // faint is not nothing
+    // weak strengths stay visible
     element.style.setProperty("--s", Math.min(1, Math.max(.12, strength / maximum)).toFixed(2));
   });
-  note.textContent = `Coloured: feature ${feature}, `
-    + (most ? `up to ${digits(most)} (${shareOf(listed, feature, most)} of its maximum in the catalogue). ` : "which fires nowhere here. ")
-    + "A click on a token lists what fires on it; the arrow keys go on from there.";
+  note.textContent = `Coloured by feature ${feature}, `
+    + (most ? `up to ${digits(most)} (${shareOf(listed, feature, most)} of its maximum in the catalogue). ` : "which does not fire here. ")
+    + "Click a token to list the features that fire on it; the arrow keys move to the next one.";
   for (const line of found.children) line.toggleAttribute("aria-current", line.hash === link(kind, feature));
 }
 
@@ -80,20 +80,20 @@ async function tell(token) {
   const listed = await listedOf(kind);
   const line = ([feature, strength]) => `${feature}: ${digits(strength)}, ${shareOf(listed, feature, strength)}  `
     + wordsOf(listed, feature).map(word => isolated(index.words[word].trim() || "␣")).join(" ");
-  const mine = folded(listed, on(token)), here = mine.find(([feature]) => feature === open);
-  const lines = [...new Set([...here ? [here] : [], ...mine.slice(0, 5)])].map(line);
+  const fired = folded(listed, on(token)), here = fired.find(([feature]) => feature === open);
+  const lines = [...new Set([...here ? [here] : [], ...fired.slice(0, 5)])].map(line);
   tokens[token].dataset.tip = lines.length ? lines.join("\n") : "not read by the SAE";
 }
 
-said.addEventListener("click", event => {
+text.addEventListener("click", event => {
   const token = tokens.indexOf(event.target.closest("bdi"));
   if (token >= 0) choose(token);
 });
-said.addEventListener("pointerover", event => {
+text.addEventListener("pointerover", event => {
   const token = tokens.indexOf(event.target.closest("bdi"));
   if (token >= 0) tell(token);
 });
-said.addEventListener("keydown", event => {
+text.addEventListener("keydown", event => {
   const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
   if (!step) return;
   let next = chosen ?? (step > 0 ? -1 : tokens.length);

@@ -1,14 +1,14 @@
-// What an element says when it is pointed at or touched: its data-tip, at once.
+// Tooltips: shows the data-tip of an element at once when it is hovered or touched.
 const tip = document.createElement("div");
 tip.className = "tip";
 tip.hidden = true;
 document.body.append(tip);
 document.addEventListener("pointerover", event => {
-  const said = event.target.closest("[data-tip]");
-  tip.hidden = !said;
-  if (!said) return;
-  tip.textContent = said.dataset.tip;
-  const box = said.getClientRects()[0];
+  const element = event.target.closest("[data-tip]");
+  tip.hidden = !element;
+  if (!element) return;
+  tip.textContent = element.dataset.tip;
+  const box = element.getClientRects()[0];
   const left = Math.min(box.left, document.documentElement.clientWidth - tip.offsetWidth - 4);
   const above = box.top - tip.offsetHeight - 4;
   tip.style.left = `${Math.max(4, left)}px`;

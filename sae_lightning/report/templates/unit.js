@@ -1,11 +1,11 @@
-// What is shown of one unit, a feature or a neuron: its numbers, examples, histogram and relations.
+// The view of one unit (a feature or a neuron): its numbers, examples, histogram and relations.
 const units = (() => {
 const { index, listedOf, detailsOf, texts } = blocks;
 const { words, edges } = index;
-const COPIES = "decoder rows with a cosine above 0.9 write the same, so that one entry holds them";
-const WIDE = 128; // tokens on each side of an example that is widened
+const COPIES = "copies: features whose decoder rows have a cosine above 0.9, listed as one entry";
+const WIDE = 128; // tokens on each side of the peak in a widened example
 
-// ---- making elements; text only ever becomes text ----
+// ---- making elements; text is never parsed as HTML ----
 
 function make(tag, { tip, ...properties } = {}, ...children) {
   const element = Object.assign(document.createElement(tag), properties);
@@ -14,7 +14,7 @@ function make(tag, { tip, ...properties } = {}, ...children) {
   return element;
 }
 const bare = word => word.trim() ? word : word.replaceAll(" ", "␣");
-const piece = number => make("bdi", {}, words[number]); // its script turns no neighbour round
+const piece = number => make("bdi", {}, words[number]); // a right-to-left token reorders no neighbour
 const chip = number => make("bdi", { className: "chip" }, bare(words[number]));
 const chips = (numbers, most = 99) =>
   [...new Set(numbers)].filter(Boolean).slice(0, most).map(chip);
@@ -25,20 +25,20 @@ const capital = word => word[0].toUpperCase() + word.slice(1);
 
 // ---- one unit ----
 
-// Its elements; `walk` goes to the next one or the one before.
+// The elements of a unit; `walk(step)` goes to the next or the previous one.
 async function view(kind, id, walk) {
   const [listed, details, read] = await Promise.all([listedOf(kind), detailsOf(kind, id), texts()]);
   const maximum = listed.maximum.values[id];
   const side = make("aside", {}, histogram(kind, details.histogram, maximum), ...effect(listed, id),
-    ...related("Nearest directions", kind, details.neighbours, details.neighbours_likeness, listed,
-      "cosine of decoder rows"),
-    ...related("Fire together", kind, details.partners, details.partners_likeness, listed,
-      "tokens on which both fire / on which either does"));
+    ...related("Most similar directions", kind, details.neighbours, details.neighbours_likeness, listed,
+      "cosine similarity of decoder rows"),
+    ...related("Often fires together with", kind, details.partners, details.partners_likeness, listed,
+      "Jaccard index: tokens on which both fire / tokens on which either fires"));
   return [heading(kind, listed, id, walk), make("div", { className: "columns" },
     make("div", { className: "examples" }, ...examples(kind, maximum, details, read.tokens)), side)];
 }
 
-// original -> the units that are shown under it
+// original -> the copies that are listed under it
 function copiesOf(listed) {
   if (!listed.copies) {
     listed.copies = new Map();
@@ -54,32 +54,32 @@ function copiesOf(listed) {
 function heading(kind, listed, id, walk) {
   const fired = listed.fired.values[id], score = listed.score?.values[id];
   const facts = { "fires on": `${percent(fired / kind.tokens)} of ${kind.tokens.toLocaleString("en")} tokens` };
-  if (fired) facts.mean = digits(listed.mean.values[id]);
+  if (fired) facts["mean when active"] = digits(listed.mean.values[id]);
   if (fired) facts.maximum = digits(listed.maximum.values[id]);
-  const said = make("dl", { className: "facts" });
-  const add = (name, ...value) => said.append(make("div", {}, make("dt", {}, name), make("dd", {}, ...value)));
+  const list = make("dl", { className: "facts" });
+  const add = (name, ...value) => list.append(make("div", {}, make("dt", {}, name), make("dd", {}, ...value)));
   Object.entries(facts).forEach(([name, value]) => add(name, value));
   const tokens = listed.token_set ? chips(listed.token_set.of(id)) : [];
   if (tokens.length) {
-    const where = listed.previous.values[id] ? "best predicted by the token before" : "best predicted by the token";
+    const where = listed.previous.values[id] ? "best predicted by the previous token being one of" : "best predicted by the token being one of";
     add(where, ...tokens, Number.isNaN(score) ? "" : ` score ${score.toFixed(2)}`);
   }
   const original = listed.copy_of?.values[id] ?? id, alike = copiesOf(listed).get(original) ?? [];
   const others = [original, ...alike].filter(other => other !== id);
   if (others.length) {
-    add(`and ${others.length} like it`, ...others.map(other =>
+    add(others.length === 1 ? "1 copy" : `${others.length} copies`, ...others.map(other =>
       make("a", { className: "chip", href: link(kind, other), title: COPIES }, String(other))));
   }
   const walks = [["‹", -1, "previous (k)"], ["›", 1, "next (j)"]].map(([sign, step, title]) =>
     make("button", { title, onclick: () => walk(step) }, sign));
   return make("header", {},
     make("a", { className: "back", href: `#${kind.kind}s` }, "‹ all"),
-    make("h2", {}, `${capital(kind.kind)} ${id}`), make("span", { className: "walk" }, ...walks), said);
+    make("h2", {}, `${capital(kind.kind)} ${id}`), make("span", { className: "walk" }, ...walks), list);
 }
 
 function examples(kind, maximum, { sequence, position, interval, strengths }, read) {
   const { window: width, before, intervals } = index;
-  const sections = [["Strongest", ""]], items = [[]];
+  const sections = [["Strongest examples", ""]], items = [[]];
   for (let i = 0; i < intervals; i++) { sections.push(bounds(i, maximum)); items.push([]); }
   for (let n = 0; n < sequence.length; n++) {
     const around = strengths.subarray(n * width, (n + 1) * width);
@@ -87,19 +87,19 @@ function examples(kind, maximum, { sequence, position, interval, strengths }, re
     const section = n < kind.strongest ? 0 : 1 + interval[n - kind.strongest];
     items[section].push(example(read.of(sequence[n]), position[n], around, maximum));
   }
-  if (!items[0].length) return [make("p", { className: "note" }, "It fires on none of the tokens that were read.")];
+  if (!items[0].length) return [make("p", { className: "note" }, "It never fires in the text.")];
   return sections.flatMap(([title, more], i) => items[i].length ? [make("section", {},
     make("h3", {}, title, make("span", { className: "more" }, more)), make("ol", {}, ...items[i]))] : []);
 }
 
-// The name of an interval of strengths, 0 being the uppermost, and its bounds.
+// The name and bounds of an interval of strengths; 0 is the top one.
 function bounds(i, maximum) {
   const [low, high] = [1 + i, i].map(n => 1 - n / index.intervals);
   const percents = [low, high].map(share => Math.round(100 * share)).join(" to ");
   return [`${percents} % of the maximum`, `${digits(low * maximum)} to ${digits(high * maximum)}`];
 }
 
-// The text around an example's peak; a click widens it and narrows it again.
+// The text around an example's peak; a click widens or narrows it.
 function example(tokens, peak, around, maximum) {
   const { window: width, before, levels } = index, first = peak - before;
   const text = make("span", { className: "words" });
@@ -119,7 +119,7 @@ function example(tokens, peak, around, maximum) {
       token.style.setProperty("--s", (level / levels).toFixed(2));
       pieces.push(token);
     }
-    const title = wide ? "less of the text" : "more of the text; strengths are known near the peak";
+    const title = wide ? "show less text" : "show more text; strengths are stored near the peak only";
     const more = make("button", { className: "wider", title, ariaExpanded: String(wide) }, wide ? "less" : "…");
     text.replaceChildren(...pieces, more);
   };
@@ -135,16 +135,16 @@ function histogram(kind, counts, maximum) {
   if (first < 0) return "";
   const [width, top, base, most] = [300, 14, 104, Math.max(...counts)];
   const picture = svg("svg", { viewBox: `0 0 ${width} ${base + 46}`, role: "img",
-    "aria-label": "tokens by strength, in half octaves" });
+    "aria-label": "histogram of tokens by strength, in half octaves" });
   const write = (text, x, y, anchor) => {
     const label = svg("text", { x, y, "text-anchor": anchor });
     label.textContent = text;
     picture.append(label);
   };
-  // a few bins are not stretched over the whole width
+  // at least ten bins wide: a few are not stretched
   const bins = Math.max(last - first, 10), step = width / bins;
   const place = strength => Math.min(Math.max(2 * Math.log2(strength / edges[first]), 0), bins) * step;
-  write(`tokens, at most ${most.toLocaleString("en")} a bar`, 0, 9, "start");
+  write(`number of tokens; highest bar: ${most.toLocaleString("en")}`, 0, 9, "start");
   for (let i = first; i < last; i++) {
     const bar = Math.max(counts[i] ? 1 : 0, counts[i] / most * (base - top)), x = (i - first) * step;
     picture.append(svg("rect", { x: x + .5, y: base - bar, width: step - 1, height: bar, class: "bar" }));
@@ -152,7 +152,7 @@ function histogram(kind, counts, maximum) {
     whole.dataset.tip = `${digits(edges[i])} to ${digits(edges[i + 1])}: ${counts[i].toLocaleString("en")} tokens`;
     picture.append(whole);
   }
-  // the strongest example, and the intervals that the others are drawn from
+  // mark the strongest example and the intervals that the others are drawn from
   const peak = svg("path", { d: `M${place(maximum)} ${base - 1}l-4 -8h8z`, class: "strongest" });
   peak.dataset.tip = `strongest example: ${digits(maximum)}`;
   picture.append(peak);
@@ -164,7 +164,7 @@ function histogram(kind, counts, maximum) {
   }
   picture.append(svg("line", { x1: 0, x2: width, y1: base, y2: base }));
   const every = Math.ceil(bins / 12) * 2; // edges are half octaves: label whole ones
-  let end = -Infinity; // of the label before
+  let end = -Infinity; // of the previous label
   for (let i = first + first % 2; i <= first + bins && i < edges.length; i += every) {
     const text = digits(edges[i]), long = 6 * text.length, x = (i - first) * step;
     const anchor = x < long / 2 ? "start" : x > width - long / 2 ? "end" : "middle";
@@ -174,9 +174,9 @@ function histogram(kind, counts, maximum) {
     write(text, x, base + 19, anchor);
   }
   write(`strength (activation of the ${kind.kind}), log scale`, width / 2, base + 34, "middle");
-  const key = make("p", { className: "note" }, "▼ the strongest example; below the axis: the ",
-    `intervals that the others are from`);
-  return make("section", {}, make("h3", {}, "Strengths"), picture, key);
+  const key = make("p", { className: "note" }, "▼ strongest example; grey bands: the intervals of ",
+    "strength that the other examples are from");
+  return make("section", {}, make("h3", {}, "Distribution of strengths"), picture, key);
 }
 
 function svg(tag, attributes) {
@@ -186,7 +186,7 @@ function svg(tag, attributes) {
 }
 
 function effect(listed, id) {
-  return [["Makes likelier (estimated)", listed.promoted], ["Makes less likely (estimated)", listed.suppressed]]
+  return [["Promotes (estimated)", listed.promoted], ["Suppresses (estimated)", listed.suppressed]]
     .filter(([, field]) => field)
     .map(([title, field]) => make("section", {}, make("h3", {}, title), make("p", {}, ...chips(field.of(id)))));
 }
