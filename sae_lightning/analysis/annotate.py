@@ -1,7 +1,7 @@
-"""Which features fire on a text of one's own, token by token.
+"""`task=text`: which features fire on each token of the user's own text.
 
-BOS  The  king  is  dead        the text as training reads text: in sequences of data.context
- .    *     *    *    *         tokens, each opened by BOS, which the SAE does not read
+BOS  The  king  is  dead        The text is read as in training: in sequences of data.context
+ .    *     *    *    *         tokens that begin with BOS, on which the SAE does not run.
 """
 
 from collections.abc import Collection, Sequence
@@ -27,12 +27,12 @@ from sae_lightning.report.section import ResultTable, Section, show_token
 from sae_lightning.stream.flat import tokenise_documents
 from sae_lightning.stream.packing import Packing, Sequences
 
-MAX_TEXT_TASK_TOKENS = 4096  # tokens
-MAX_FILE_BYTES = 1 << 20  # bytes of a file that cannot be a text of so few
+MAX_TEXT_TASK_TOKENS = 4096
+MAX_FILE_BYTES = 1 << 20  # a longer file is refused unread: it has more tokens than that
 TOKEN_TABLE_LINES = 60  # of the table at the terminal
 SUMMARY_FEATURES = 10  # features of the whole text at the terminal
 FEATURE_COLUMNS = ["feature", "strength", "of maximum", "strongest on"]
-CATALOGUE_SETTINGS = {"tokens", "examples", "neurons"}  # settings of the catalogue
+CATALOGUE_SETTINGS = {"tokens", "examples", "neurons"}  # if one is typed, a kept one is not used
 
 
 @dataclass(slots=True, kw_only=True)
@@ -40,14 +40,14 @@ class TextTask(FeaturesTask):
     """Which features fire on a text of your own, token by token."""
 
     text: str | None = None
-    """The text."""
+    """The text itself."""
     file: str | None = None
-    """Or the file that holds it, in UTF-8."""
+    """Or a UTF-8 file that holds it."""
     top: int = 3
-    """Features of each token, the strongest."""
+    """How many of the strongest features of each token to list."""
     tokens: int = 131_072
-    """Tokens to read for the catalogue of features, if no earlier task has left one. Where this,
-    examples or neurons is given, it is made anew."""
+    """Tokens to read for the catalogue of features, unless an earlier task has left one. If this,
+    examples or neurons is given, a new one is made."""
 
     def __post_init__(self):
         FeaturesTask.__post_init__(self)
@@ -60,39 +60,39 @@ class TextTask(FeaturesTask):
         text = self.text if self.file is None else read_text_file(self.file)
         where = "text" if self.file is None else f"file={self.file}"
         subject = self.load_subject(given)
-        # before the LLM is loaded: the text may be refused
+        # before the LLM is loaded, as the text may be refused
         contexts = len(make_sequences(subject, text, where).ids)
         catalogue = None
         if not CATALOGUE_SETTINGS & {*given}:
             catalogue = read_kept_catalogue(subject, subject.results_folder / "features.parquet")
         if catalogue is None:
             catalogue = self.make_catalogues(subject).features
-        found = AnnotatedText(annotate(subject, text, where), catalogue)
-        strongest = found.rank_fired()
-        listed, summary = (
-            make_token_section(found, self.top),
-            make_text_section(found, strongest, contexts),
-        )
-        print_section(listed)
+        annotated = AnnotatedText(annotate(subject, text, where), catalogue)
+        strongest = annotated.rank_fired()
+        summary = make_text_section(annotated, strongest, contexts)
+        print_section(make_token_section(annotated, self.top))
         print_section(summary)
         scalars = {
             "tokens": [
-                {"token": token.text, "read": token.read, "active": len(token.features)}
-                | {
+                {
+                    "token": token.text,
+                    "read": token.read,
+                    "active": len(token.features),
                     "features": [
-                        fired_as_json(fired, found) for fired in found.list_fired(place)[: self.top]
-                    ]
+                        as_json(fired, annotated)
+                        for fired in annotated.list_fired(place)[: self.top]
+                    ],
                 }
-                for place, token in enumerate(found.tokens)
+                for place, token in enumerate(annotated.tokens)
             ],
-            "strongest": [fired_as_json(fired, found) for fired in strongest[:MAX_LISTED]],
+            "strongest": [as_json(fired, annotated) for fired in strongest[:MAX_LISTED]],
         }
         first = strongest[0].feature if strongest else None
-        self.publish(subject, scalars, [summary], [catalogue], first, found)
+        self.publish(subject, scalars, [summary], [catalogue], first, annotated)
 
 
 def read_text_file(name: str) -> str:
-    """The text in a file; UserError where there is none."""
+    """The text in a UTF-8 file; UserError if it cannot be read or is too long."""
     path = Path(name)
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
@@ -111,17 +111,17 @@ def read_text_file(name: str) -> str:
 
 
 def make_sequences(subject: Subject, text: str, where: str = "text") -> Sequences:
-    """The text as training reads it; UserError, which names `where` it comes from, if the LLM
-    cannot."""
+    """Tokenize and cut the text as training does; UserError, which names `where` the text is from,
+    if it is empty or too long or has a token that the LLM does not know."""
     tokenizer, context = subject.tokenizer, subject.config.data.context
     separator = find_separator_id(tokenizer)
     ids = tokenise_documents(tokenizer, [text], separator)[0][:-1]
     if not text.strip() or not len(ids):
-        raise UserError(f"{where}: there is no word in it; give some")
+        raise UserError(f"{where}: there is no word in it; give a text")
     if len(ids) > MAX_TEXT_TASK_TOKENS:
         raise UserError(
-            f"{where}: {len(ids):,} tokens; give at most {MAX_TEXT_TASK_TOKENS:,} (more text is "
-            "for task=features data=text data.path=...)"
+            f"{where}: {len(ids):,} tokens; give at most {MAX_TEXT_TASK_TOKENS:,} (for more, use "
+            "task=features data=text data.path=...)"
         )
     check_ids(tokenizer, ids, where)
     packing = Packing(min(context, 1 + len(ids)), find_bos_id(tokenizer), separator)
@@ -133,89 +133,93 @@ def make_sequences(subject: Subject, text: str, where: str = "text") -> Sequence
 def annotate(subject: Subject, text: str, where: str = "text") -> list[AnnotatedToken]:
     """The tokens of a text, with BOS before each sequence, and the features that fire on each.
 
-    UserError: the text is empty or too long, or the LLM does not know one of its tokens.
+    UserError: the text is empty or too long, or has a token that the LLM does not know.
     """
     sequences, batch = make_sequences(subject, text, where), subject.config.llm.batch
     parts = [Sequences(*part) for part in zip(*(x.split(batch) for x in sequences), strict=True)]
-    # what norm is usual, the first batch of the run's own text says
-    usual = [] if subject.config.data.max_norm is None else [subject.corpus.train.next(batch)]
-    firing = FeaturesByToken(subject.sae.W_dec.norm(dim=1), sum(len(part.ids) for part in usual))
+    # the median norm, to which max_norm refers, is that of the first batch of the run's own text
+    first = [] if subject.config.data.max_norm is None else [subject.corpus.train.next(batch)]
+    firing = FeaturesByToken(subject.sae.W_dec.norm(dim=1), sum(len(part.ids) for part in first))
     total = firing.skip + len(sequences.ids)
-    collect(subject, chain(usual, parts), [firing], total=total, what="reading your text")
+    collect(subject, chain(first, parts), [firing], total=total, what="reading your text")
     words, ids = read_vocabulary(subject.llm), sequences.tokens
     shown = sequences.text.clone()
     shown[:, 0] = True
     return [
-        AnnotatedToken(words[ids[place]], *firing.found[place])
+        AnnotatedToken(words[ids[place]], *firing.by_token[place])
         for place in map(tuple, shown.nonzero().tolist())
     ]
 
 
 class FeaturesByToken:
-    """A reducer: what fires on each token of all sequences but the first `skip`."""
+    """A reducer: the features that fire on each token, in all but the first `skip` sequences."""
 
-    def __init__(self, lengths: Tensor, skip: int):
-        """lengths [features]: of decoder rows; a feature is the stronger the more it writes."""
-        self.lengths, self.skip = lengths, skip
-        self.found: dict[tuple[int, int], tuple[bool, Tensor, Tensor]] = {}
+    def __init__(self, decoder_norms: Tensor, skip: int):
+        """decoder_norms [features]: features are sorted by strength times norm, the length of what
+        they write."""
+        self.decoder_norms, self.skip = decoder_norms, skip
+        self.by_token: dict[tuple[int, int], tuple[bool, Tensor, Tensor]] = {}
+        """(sequence, position) -> whether the SAE reads the token, features, their strengths."""
 
     def add(self, batch: EncodedBatch) -> None:
         for row, number in enumerate((batch.ids - self.skip).tolist()):
             for place, values in enumerate(batch.features[row] if number >= 0 else ()):
                 fires = values.nonzero().squeeze(1)
-                fires = fires[(values * self.lengths)[fires].argsort(descending=True)]
+                fires = fires[(values * self.decoder_norms)[fires].argsort(descending=True)]
                 keep = bool(batch.keep[row, place])
-                self.found[number, place] = keep, fires.cpu(), values[fires].cpu()
+                self.by_token[number, place] = keep, fires.cpu(), values[fires].cpu()
 
 
-def fired_as_json(fired: FiredFeature, found: AnnotatedText) -> dict[str, Any]:
-    """For JSON."""
-    return fired._asdict() | {"words": found.list_words(fired.feature)}
+def as_json(fired: FiredFeature, annotated: AnnotatedText) -> dict[str, Any]:
+    """An entry of `text.json`: a feature on a token, with words on which it is strongest."""
+    return fired._asdict() | {"words": annotated.list_words(fired.feature)}
 
 
-def make_token_section(found: AnnotatedText, top: int) -> Section:
-    """The `top` features of each token, for the terminal: those of the first tokens."""
+def make_token_section(annotated: AnnotatedText, top: int) -> Section:
+    """The `top` features of each token, of as many tokens as fit into the terminal's table."""
     rows: list[list[str]] = []
-    read = [place for place, token in enumerate(found.tokens) if token.read]
+    read = [place for place, token in enumerate(annotated.tokens) if token.read]
     shown = read[: max(1, TOKEN_TABLE_LINES // top)]
     for place in shown:
-        name = f"‘{show_token(found.tokens[place].text)}’"
-        for number, fired in enumerate(found.list_fired(place)[:top]):
-            rows.append([name if number == 0 else "", *make_cells(fired, found)])
-        if not len(found.tokens[place].features):
+        name = f"‘{show_token(annotated.tokens[place].text)}’"
+        for number, fired in enumerate(annotated.list_fired(place)[:top]):
+            rows.append([name if number == 0 else "", *make_cells(fired, annotated)])
+        if not len(annotated.tokens[place].features):
             rows.append([name, "none", "", "", ""])
     left = len(read) - len(shown)
     more = f" {left:,} more tokens are in text.html and text.json." if left else ""
     return Section(
         "Token by token",
-        "The strongest features on each token: how strong, in the feature's own units and of the "
-        f"maximum in the catalogue's text, and some tokens on which it is strongest there.{more}",
+        "The strongest features on each token. Strengths are in the feature's own units, and as a "
+        "share of its maximum in the catalogue's text; the last column shows tokens on which it is "
+        f"strongest in that text.{more}",
         table=ResultTable(["token", *FEATURE_COLUMNS], rows),
     )
 
 
 def make_text_section(
-    found: AnnotatedText, strongest: Sequence[FiredFeature], contexts: int
+    annotated: AnnotatedText, strongest: Sequence[FiredFeature], contexts: int
 ) -> Section:
-    """The `strongest` features of the whole text, which was read in so many `contexts`."""
-    read = sum(token.read for token in found.tokens)
-    active = sum(len(token.features) for token in found.tokens) / max(1, read)
-    cut = f", in {contexts} contexts (data.context) as in training" if contexts > 1 else ""
+    """The `strongest` features of the whole text, which was read as `contexts` sequences."""
+    read = sum(token.read for token in annotated.tokens)
+    active = sum(len(token.features) for token in annotated.tokens) / max(1, read)
+    cut = f" in {contexts} sequences (of data.context, as in training)" if contexts > 1 else ""
     rows = [
-        [*make_cells(fired, found), f"‘{show_token(found.tokens[fired.place].text)}’"]
+        [*make_cells(fired, annotated), f"‘{show_token(annotated.tokens[fired.place].text)}’"]
         for fired in strongest[:SUMMARY_FEATURES]
     ]
     return Section(
         "Strongest in the whole text",
-        f"{read:,} tokens that the SAE reads{cut}, with {active:.1f} active features each, "
-        f"{len(strongest):,} different ones. First those that are strongest against their "
-        "maximum in the catalogue's text; above 100 % is stronger than anywhere there.",
+        f"The SAE reads {read:,} tokens{cut}, with {active:.1f} active features each and "
+        f"{len(strongest):,} different ones in all. They are sorted by strength as a share of "
+        "their maximum in the catalogue's text; above 100 % is stronger than anywhere there.",
         table=ResultTable([*FEATURE_COLUMNS, "on"], rows),
     )
 
 
-def make_cells(fired: FiredFeature, found: AnnotatedText) -> list[str]:
+def make_cells(fired: FiredFeature, annotated: AnnotatedText) -> list[str]:
+    """One row of a table, in the order of FEATURE_COLUMNS."""
     share = "–" if fired.share is None else f"{fired.share:.0%}"
-    words = " ".join(f"‘{word}’" for word in found.list_words(fired.feature))
+    words = " ".join(f"‘{word}’" for word in annotated.list_words(fired.feature))
     more = f" +{fired.copies}" if fired.copies else ""
     return [str(fired.feature), f"{fired.strength:.3g}", share, words + more]

@@ -2,7 +2,7 @@
 
 sequences -> capture -> encode -> EncodedBatch -> reducer.add(batch), for each reducer
 
-Shapes: sequences = sequences of a batch, context = tokens of each.
+Shapes: sequences = number of sequences in a batch, context = tokens of each.
 """
 
 from collections.abc import Iterable, Iterator
@@ -22,52 +22,52 @@ from sae_lightning.stream.packing import Sequences, TokenStream
 from sae_lightning.stream.rows import compute_medians, find_usual_rows
 from sae_lightning.terminal import console, phase
 
-MAX_STRENGTHS = 1 << 25  # of features that are in memory at a time (128 MB)
+MAX_STRENGTHS = 1 << 25  # feature activations in memory at a time (128 MB)
 
 
 @dataclass(eq=False)
 class EncodedBatch:
-    """What the LLM and the SAE make of some sequences; on the LLM's device."""
+    """Some sequences with their activations and features, on the LLM's device."""
 
     tokens: Tensor
     """[sequences, context] int64"""
     keep: Tensor
-    """[sequences, context] bool: false for what the SAE never saw in training: BOS, padding, other
-    special tokens, norms that are too large"""
+    """[sequences, context] bool: false for tokens that training leaves out: BOS, padding, other
+    special tokens, norms above data.max_norm"""
     x: Tensor
     """[sequences, context, d_in] activations at the source, float32"""
     y: Tensor
     """[sequences, context, d_out] activations at the target, float32; x itself in an autoencoder"""
     features: Tensor
-    """[sequences, context, features] strengths; 0 where not `keep`; no features where nobody asked
-    for them"""
+    """[sequences, context, features] strengths; 0 where not `keep`; [sequences, context, 0] if the
+    SAE was not run"""
     ids: Tensor
-    """[sequences] numbers of the sequences in the order of reading"""
+    """[sequences] index of each sequence in the order of reading"""
 
     @cached_property
     def active_features(self) -> tuple[Tensor, Tensor]:
-        """Features that are active somewhere here: strengths [sequences, context, some], and their
-        numbers [some], ascending, on the CPU. Of very many features they are few."""
+        """The features that are active anywhere in the batch, few if the SAE is large: strengths
+        [sequences, context, some], and their indices [some], ascending, on the CPU."""
         fires = self.features.flatten(0, 1).amax(dim=0) > 0
         units = fires.nonzero().squeeze(1)
         return self.features.index_select(-1, units), units.cpu()
 
 
 class Reducer(Protocol):
-    """Something that a pass over the text adds up to."""
+    """Something that is accumulated over a pass through the text."""
 
     def add(self, batch: EncodedBatch) -> None:
-        """Take in some more sequences; keep nothing that grows with their number."""
+        """Accumulate a batch; the state must not grow with the number of sequences."""
         ...
 
 
 def excerpt(source: TokenStream, tokens: int, batch: int) -> tuple[Iterator[Sequences], int]:
-    """At least `tokens` tokens of a text, or all of a shorter one, `batch` sequences at a time; and
-    how many sequences those are."""
-    wanted = -(-tokens // source.packing.width)
-    # what is read twice would be its own second example; a streamed text knows no length
-    total = min(wanted, getattr(source, "windows", wanted))
-    if total < wanted:
+    """The next `tokens` tokens of a text (rounded up to whole sequences), or all of a shorter one,
+    as batches of `batch` sequences; and the number of these sequences."""
+    needed = -(-tokens // source.packing.width)
+    # never twice: a repeated sequence would be a second example; a streamed text has no length
+    total = min(needed, getattr(source, "windows", needed))
+    if total < needed:
         console.print(f"the text has fewer than {tokens:,} tokens: all of it is read, once")
     return (source.next(min(batch, total - n)) for n in range(0, total, batch)), total
 
@@ -82,10 +82,10 @@ def collect(
     what: str = "reading text",
     encode: bool = True,
 ) -> None:
-    """Feed `text` (`total` sequences) through LLM and SAE to every reducer, with a progress bar;
-    `encode`: reducers look at features."""
+    """Run `text` (`total` sequences) through LLM and SAE and feed every reducer, with a progress
+    bar; the SAE is skipped unless `encode`."""
     data, reducers, usual, read = subject.config.data, list(reducers), None, 0
-    keep_freed_memory()  # or every batch waits for its pages: half of the time of a large SAE
+    keep_freed_memory()  # page faults would take half of the time of a large SAE
     dropped = torch.tensor([] if data.keep_special else find_special_ids(subject.llm.tokenizer))
     with phase(what, total=total) as advance:
         for sequences in text:
@@ -93,7 +93,7 @@ def collect(
             keep = (sequences.text & ~torch.isin(sequences.tokens, dropped)).to(subject.device)
             if data.max_norm is not None:
                 rows = {site: values[keep] for site, values in captured.items()}
-                usual = usual or compute_medians(rows)  # those of the first batch, as in training
+                usual = usual or compute_medians(rows)  # of the first batch, as in training
                 keep = keep.masked_scatter(keep, find_usual_rows(rows, usual, data.max_norm))
             ids = torch.arange(read, read + len(keep))
             tokens = sequences.tokens.to(subject.device)
@@ -113,9 +113,10 @@ def _encode_slices(
     ids: Tensor,
     encode: bool,
 ) -> Iterator[EncodedBatch]:
-    """Some sequences at a time, so that their features fit into memory."""
+    """Encode a few sequences at a time, so that their features fit into memory."""
     n = max(1, MAX_STRENGTHS // (keep.shape[1] * subject.features))
-    parts = [each.split(n) for each in (tokens, keep, *(captured[s] for s in subject.sites), ids)]
+    whole = (tokens, keep, *(captured[site] for site in subject.sites), ids)
+    parts = [values.split(n) for values in whole]
     for part_tokens, part_keep, source, target, part_ids in zip(*parts, strict=True):
         x = source.float()
         y = x if subject.sites.source == subject.sites.target else target.float()

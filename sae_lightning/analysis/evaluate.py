@@ -1,4 +1,4 @@
-"""The held-out scorecard of a saved SAE: every number, and where it comes from."""
+"""`task=evaluate`: the held-out scorecard of a saved SAE, with all metrics and figures."""
 
 import math
 from collections.abc import Collection
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, kw_only=True)
 class EvaluateTask(Task):
-    """The scorecard of an SAE on held-out data."""
+    """Score the SAE on held-out data."""
 
     tokens: int | None = None
-    """Held-out tokens; null for as many as the run's own evaluation."""
+    """Held-out tokens to read; null for as many as the run's own evaluation."""
 
     def __post_init__(self):
         check_at_least("tokens", self.tokens, 1)
@@ -41,13 +41,13 @@ class EvaluateTask(Task):
 
 
 class Evaluation(NamedTuple):
-    """What held-out data says about an SAE."""
+    """The scorecard of an SAE, with what is needed to show it."""
 
     card: scorecard.Scorecard
     tokens: int
-    """Tokens that it was measured on; the LLM's loss may be on a part of them."""
+    """Tokens that were read; the LLM's loss may be measured on fewer of them."""
     norms: Tensor
-    """[features] of decoder rows"""
+    """[features] norms of decoder rows"""
 
     def scalars(self) -> dict[str, Any]:
         """The numbers in `evaluate.json`, by name."""
@@ -63,7 +63,7 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(sae: SAE, held_out: HeldOut | HeldOutConcepts, sites: SitePair) -> Evaluation:
-    """Score an SAE as it was saved; numbers are NaN where there is nothing to divide by."""
+    """Score an SAE as it was saved; metrics are NaN where they would divide by zero."""
     x = held_out.activations(sites.source)
     sae = sae.to(x.device)
     (card,) = scorecard.score_saes(
@@ -75,11 +75,12 @@ def evaluate(sae: SAE, held_out: HeldOut | HeldOutConcepts, sites: SitePair) -> 
 def score_subject(
     subject: Subject, tokens: int | None = None, opened: tuple[LLM, SplitTokens] | None = None
 ) -> Evaluation:
-    """The scorecard on `tokens` held-out tokens, or on as many as the run's own evaluation;
-    `opened`: LLM and text, where they are loaded already (it may need a part of the LLM only)."""
+    """Score `subject` on `tokens` held-out tokens, or on as many as the run's own evaluation;
+    `opened`: LLM and text if they are loaded already (otherwise only the needed part of the LLM
+    is loaded)."""
     config, sites = subject.config, distinct_sites([subject.sites])
-    wanted = tokens or config.eval.tokens, tokens or config.eval.loss_tokens
-    held_out = config.data_source.open_held_out(sites, *wanted, opened)
+    counts = tokens or config.eval.tokens, tokens or config.eval.loss_tokens
+    held_out = config.data_source.open_held_out(sites, *counts, opened)
     return evaluate(subject.sae, held_out, subject.sites)
 
 
@@ -100,22 +101,22 @@ def _lead(scalars: dict[str, Any]) -> str:
     )
     if "recovered" in scalars:
         return f"{lead} and recover {scalars['recovered']:.1%} of the concepts."
-    worse = scalars.get("ce_spliced", math.nan) - scalars.get("ce_clean", math.nan)
-    if not math.isfinite(worse):  # not measured, or the LLM overflows
+    increase = scalars.get("ce_spliced", math.nan) - scalars.get("ce_clean", math.nan)
+    if not math.isfinite(increase):  # not measured, or the LLM overflows
         return f"{lead}."
     share = f"{scalars['ce_recovered']:.1%} of what zero ablation costs is recovered"
     if scalars["ce_zero"] <= scalars["ce_clean"]:
         share = "zero ablation costs nothing"
     return (
-        f"{lead}; with the SAE in place the LLM's cross-entropy is {abs(worse):.3f} nats "
-        f"{'higher' if worse >= 0 else 'lower'} ({share})."
+        f"{lead}; with the SAE in place the LLM's cross-entropy is {abs(increase):.3f} nats "
+        f"{'higher' if increase >= 0 else 'lower'} ({share})."
     )
 
 
 def _rows(scalars: dict[str, Any]) -> dict[str, str]:
     return {
         "squared error": f"{scalars['mse']:.4g} per element, {scalars['relative_mse']:.2%} of the "
-        "activations' own square",
+        "activations' mean square",
         "shrinkage": f"reconstructions are {scalars['norm_ratio']:.4f} as long as activations; "
         f"best rescaled by 1 / {scalars['gamma']:.4f} (about the mean 1 / "
         f"{scalars['gamma_centred']:.4f})",

@@ -1,17 +1,17 @@
-"""Tokens that features promote and suppress in the output, and that they read in the input.
+"""`task=lens`: tokens that features promote and suppress at the output, and read at the input.
 
     token -> embedding -> blocks -> [ W_enc  feature  W_dec ] -> blocks -> norm -> W_U -> logits
                  read                                             promoted, suppressed
 
-The blocks in between stand as the linear maps that fit best on a little text (Din et al. 2023,
-"Jump to conclusions"), or, for features that are asked for, are run with the feature added. Without
-text they are skipped, as if embedding, site and unembedding were one space (the logit lens,
-nostalgebraist 2020; the direct path, Elhage et al. 2021). That holds where little is skipped, and
-behind block 9 of SmolLM2-135M's 30 it says nothing: of 765 features that fire on one token above
-all, that token is among the ten that are read for 2, with the linear map for 718.
+The blocks in between are approximated by linear maps, fitted on a little text (Din et al. 2023,
+"Jump to conclusions"); for features that the user names, they are run with the feature added.
+Without text they are skipped, as if embedding, site and unembedding shared one space (the logit
+lens, nostalgebraist 2020; the direct path, Elhage et al. 2021). That works only if few blocks are
+skipped. After block 9 of SmolLM2-135M's 30 it fails: of 765 features that fire mostly on one token,
+that token is among the ten that they read for 2 features; with the linear map, for 718.
 
-Shapes: features = features of the SAE; k = tokens listed; vocabulary = tokens; d = width of the
-residual stream.
+Shapes: features = features of the SAE; k = tokens listed; vocabulary = tokens of the LLM; d = width
+of the residual stream.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -39,28 +39,28 @@ from sae_lightning.report.section import ResultTable, Section
 from sae_lightning.stream.packing import TokenStream
 from sae_lightning.terminal import phase
 
-MAX_PRODUCTS = 2**24  # of products of features and tokens that are in memory at a time
-SHARPEST_SHOWN = 10  # features shown where none is asked for
+MAX_PRODUCTS = 2**24  # products of features and tokens in memory at a time
+SHARPEST_SHOWN = 10  # features shown if the user names none
 
-FIT_TOKENS = 8192  # of text to fit linear maps on; three times as many find no more
-RIDGE_PENALTY = 0.5  # of the mean variance; results from 0.3 to 1 are alike
-MAX_CONTEXTS = 1000  # contexts
-REFERENCE_FEATURES = 200  # random features; what they do on average is what any change does
-CONTEXT_TOKENS = 16  # tokens of the contexts at whose end features are added
-# How long what is added is, against the activation; less drowns in what any change does.
+FIT_TOKENS = 8192  # to fit the linear maps on; three times as many give no better maps
+RIDGE_PENALTY = 0.5  # of the mean variance; results are similar from 0.3 to 1
+MAX_CONTEXTS = 1000
+REFERENCE_FEATURES = 200  # random features, whose mean effect is that of any perturbation
+CONTEXT_TOKENS = 16  # length of the contexts; features are added at the last token
+# Norm of what is added, over that of the activation; the effect of less is lost in noise.
 ADDED_LENGTH = 0.4
 
 
 @dataclass(slots=True, kw_only=True)
 class LensTask(Task):
-    """What features say to the output, and what they read at the input."""
+    """Tokens that features promote and suppress at the output, and read at the input."""
 
     feature: Any = None
-    """A feature or a list of them to print; null prints the ones with the sharpest effect."""
+    """A feature or a list of them to print; null prints those with the sharpest effect."""
     top: int = 10
-    """Tokens for each feature."""
+    """Tokens to list for each feature."""
     contexts: int = 16
-    """Pieces of text in which the features of `feature` are added, to see what they do."""
+    """Pieces of text in which the features of `feature` are added to measure their effect."""
     direct: bool = False
     """Skip the blocks between the SAE and both ends of the LLM (the logit lens); reads no text."""
 
@@ -86,10 +86,10 @@ class Lens(NamedTuple):
     """Tokens that features promote, suppress and read."""
 
     effect: LogitEffect | None
-    """Tokens promoted and suppressed; None where there is no direct path (from mlp_in)."""
+    """Tokens promoted and suppressed; None without a direct path from the target (mlp_in)."""
     read: Tensor | None
-    """[features, k] ids that the encoder likes best, int64; None where there is no direct path (to
-    what a branch adds: attn, mlp)."""
+    """[features, k] ids with the largest product with the encoder, int64; None without a direct
+    path to the source (attn, mlp)."""
 
 
 @torch.no_grad()
@@ -101,11 +101,11 @@ def lens(
     contexts: int = 16,
 ) -> Lens:
     """The `top` tokens that each feature promotes, suppresses and reads, by linear maps that are
-    fitted on `text`, or by the direct path without one.
+    fitted on `text`, or by the direct path without `text`.
 
-    features: those whose effect is measured instead, in `contexts` pieces of the text. All are
-    rankings: effects are up to a positive factor, and what is read is what a feature looks for, not
-    that it fires there, for which its bias and the text around count too.
+    features: those whose effect is measured instead, in `contexts` pieces of the text. The lists
+    are rankings: effects have an unknown positive scale, and a feature need not fire on the tokens
+    that it reads, because its bias and the context matter too.
     """
     tokens = read_embedding(
         subject.llm.model, subject.llm.model.get_input_embeddings().num_embeddings
@@ -136,7 +136,7 @@ def measure_effects(subject: Subject, text: TokenStream, top: int = 10) -> Logit
 
 
 def _unembed_rows(subject: Subject, rows: Tensor, top: int) -> LogitEffect:
-    """What the unembedding makes of `rows` [features, d]."""
+    """The effect on the logits of adding `rows` [features, d] to the unembedding's input."""
     words = len(subject.llm.tokenizer)
     unembedding = subject.llm.model.get_output_embeddings().weight[:words]
     parts = [
@@ -146,17 +146,17 @@ def _unembed_rows(subject: Subject, rows: Tensor, top: int) -> LogitEffect:
 
 
 def _unmapped_rows(subject: Subject) -> Tensor | None:
-    """What the unembedding gets of W_dec [features, d]: gain * centred(row), the change of the
-    logits for a small strength up to the scale of the final norm."""
+    """W_dec at the unembedding's input [features, d], without the blocks: gain * centred(row), the
+    effect of a small strength up to the scale of the final norm."""
     if subject.sites.target.kind is Kind.mlp_in:
         return None
     return find_final_norm(subject.llm.model).passes(subject.sae.W_dec)
 
 
 def _unmapped_columns(subject: Subject) -> Tensor | None:
-    """What W_enc takes from an embedding [features, d]: its columns, for mlp_in taken back through
-    the MLP's norm. Embeddings come centred, because what all tokens share tells none apart; a
-    position embedding is such a thing."""
+    """W_enc's columns at the embedding [features, d], without the blocks; for mlp_in taken back
+    through the MLP's norm. Embeddings are centred: what all tokens share, such as a position
+    embedding, does not distinguish them."""
     source = subject.sites.source
     if source.kind in (Kind.attn, Kind.mlp):
         return None
@@ -167,7 +167,7 @@ def _unmapped_columns(subject: Subject) -> Tensor | None:
 
 
 def _fit_maps(subject: Subject, text: TokenStream, tokens: Tensor) -> "_Maps":
-    """Linear maps that stand for the blocks on both sides of the SAE, fitted on `text`."""
+    """Fit the linear maps for the blocks on both sides of the SAE on `text`."""
     maps = _Maps(subject.llm.model, tokens)
     parts, total = excerpt(text, FIT_TOKENS, 16)
     what = "following tokens through the LLM"
@@ -176,7 +176,8 @@ def _fit_maps(subject: Subject, text: TokenStream, tokens: Tensor) -> "_Maps":
 
 
 def _mapped_rows(subject: Subject, maps: "_Maps") -> Tensor:
-    """What the unembedding gets of W_dec [features, d] if the blocks above were a linear map."""
+    """W_dec at the unembedding's input [features, d], by the linear map for the blocks above, less
+    the mean."""
     rows = subject.sae.W_dec @ maps.above.result()
     return rows.sub_(rows.mean(0))
 
@@ -184,21 +185,21 @@ def _mapped_rows(subject: Subject, maps: "_Maps") -> Tensor:
 def _measure_rows(
     subject: Subject, text: TokenStream, features: list[int], contexts: int
 ) -> Tensor:
-    """What the unembedding gets of some features [n, d]: the mean change of its input when a row of
-    W_dec is added at the target, at the last token of some contexts, less what others change."""
+    """Some features at the unembedding's input [n, d]: its mean change when a row of W_dec is added
+    at the target, at the last token of some contexts; less the mean change by random features."""
     random = torch.Generator().manual_seed(0)
     others = torch.randperm(subject.features, generator=random)[:REFERENCE_FEATURES]
     rows = subject.sae.W_dec[torch.cat([torch.tensor(features), others]).to(subject.device)]
     tokens = text.next(contexts).tokens[:, :CONTEXT_TOKENS]
     with phase("adding features", total=contexts * (1 + len(rows))) as advance:
-        found = measure_response(
+        changes = measure_response(
             subject.llm.model, tokens, subject.sites.target, rows, ADDED_LENGTH, advance
         )
-    return found[: len(features)] - found[len(features) :].mean(0)
+    return changes[: len(features)] - changes[len(features) :].mean(0)
 
 
 class _Maps:
-    """The blocks below the source and those above the target, as linear maps."""
+    """A reducer: linear maps for the blocks below the source and for those above the target."""
 
     def __init__(self, model: nn.Module, embeddings: Tensor):
         self.model, self.embeddings = model, embeddings
@@ -211,7 +212,7 @@ class _Maps:
 
 
 class _Ridge:
-    """B that minimises |b - a B|^2 + ridge |B|^2, a and b about their means."""
+    """Ridge regression: the B that minimises |b - a B|^2 + ridge |B|^2, with a and b centred."""
 
     def __init__(self):
         self.n = 0
@@ -230,8 +231,8 @@ class _Ridge:
 
 
 def _multiply_slices(what: str, directions: Tensor, tokens: Tensor) -> Iterator[Tensor]:
-    """Products [some features, vocabulary] of directions [features, d] with tokens [vocabulary, d],
-    as many at a time as fit into memory."""
+    """Yield the products [some features, vocabulary] of directions [features, d] and tokens
+    [vocabulary, d], as many features at a time as fit into memory."""
     tokens = tokens.float().T
     with phase(f"features at the {what}", total=len(directions)) as advance:
         for part in directions.split(max(1, MAX_PRODUCTS // tokens.shape[1])):
@@ -240,7 +241,7 @@ def _multiply_slices(what: str, directions: Tensor, tokens: Tensor) -> Iterator[
 
 
 def _rank_tokens(logits: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Promoted and suppressed ids and the sharpness of effects [features, vocabulary]."""
+    """Promoted ids, suppressed ids and the sharpness of effects [features, vocabulary]."""
     best, worst = logits.topk(top).indices, (-logits).topk(top).indices
     square = (logits - logits.mean(-1, keepdim=True)).square_()
     variance = square.mean(-1).clamp(min=torch.finfo(square.dtype).tiny ** 0.5)
@@ -248,8 +249,8 @@ def _rank_tokens(logits: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def make_lens_section(lens: Lens, words: list[str], features: list[int] | None = None) -> Section:
-    """The tokens of some features, by default those with the sharpest effect; words: each id as it
-    reads."""
+    """The tokens of some features, by default those with the sharpest effect; words: the text of
+    each token id."""
     chosen = _pick_sharpest(lens) if features is None else features
     columns = {"reads": lens.read}
     if lens.effect:
@@ -276,12 +277,12 @@ def _pick_sharpest(lens: Lens) -> list[int]:
 def _write_lead(lens: Lens) -> str:
     if lens.effect is None and lens.read is None:
         return "There is no direct path from tokens to this source, nor from this target to logits."
-    said = []
+    sentences = []
     if lens.read is not None:
-        said.append("The tokens that the encoder of each feature looks for.")
+        sentences.append("The tokens that the encoder of each feature looks for.")
     if lens.effect:
-        said.append(
-            "The next tokens that each makes likelier and unlikelier; sharpness is the excess "
-            "kurtosis of that over the vocabulary, large where the effect is on few tokens."
+        sentences.append(
+            "The next tokens that each feature makes more and less likely; sharpness is the excess "
+            "kurtosis of this effect over the vocabulary, large if the effect is on few tokens."
         )
-    return " ".join(said)
+    return " ".join(sentences)

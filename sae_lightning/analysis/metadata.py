@@ -1,4 +1,4 @@
-"""What an SAE that lies in no run folder says that it reads, in the words of another tool."""
+"""Reads LLM and site from the metadata of an SAE that another tool saved."""
 
 import re
 from collections.abc import Collection
@@ -11,7 +11,7 @@ from sae_lightning.llm.sites import Kind, LayerConfig
 from sae_lightning.runs.config import Config
 from sae_lightning.sae import ARCHITECTURES, SAE
 
-# TransformerLens' names, by which SAELens knows models, that are not the hub's.
+# TransformerLens' model names, which SAELens uses -> the hub's, where they differ.
 HUB_NAMES = {
     "gpt2-small": "gpt2",
     "tiny-stories-33M": "roneneldan/TinyStories-33M",
@@ -19,7 +19,8 @@ HUB_NAMES = {
 }
 HUB_OWNERS = {"gpt2-": "openai-community", "pythia-": "EleutherAI", "gemma-": "google"}
 HUB_OWNERS |= {"Llama-": "meta-llama", "Qwen": "Qwen", "Mistral-": "mistralai"}
-# TransformerLens' and transformers' names of a place -> what is read there, and how many blocks on.
+# Hook and module names of TransformerLens and transformers, with the block's index -> kind of site,
+# and what to add to the index (resid_pre of a block is resid of the block before).
 HOOK_PATTERNS = {
     r"blocks\.(\d{1,6})\.hook_resid_post": (Kind.resid, 0),
     r"blocks\.(\d{1,6})\.hook_resid_pre": (Kind.resid, -1),
@@ -32,26 +33,25 @@ HOOK_PATTERNS = {
 }
 
 
-# What is asked of the metadata, and its type; of a run's settings, which count more, the LLM.
+# Keys of the metadata that are used, and their types; our own keys take precedence.
 METADATA_TYPES = {"model_name": str, "hook_name": str, "hook_name_out": str, "context_size": int}
 OWN_METADATA_TYPES = dict.fromkeys(("llm.name", "llm.revision", "llm.bos", "llm.separator"), str)
 
 
 def config_from_metadata(
-    sae: SAE, run: str, asked: dict[str, Any], given: Collection[str]
+    sae: SAE, run: str, settings: dict[str, Any], given: Collection[str]
 ) -> Config:
-    """The settings in the metadata of an SAE in the folder `run`, with those of `asked` (llm, data,
-    layer, seed) that are `given` by name instead. UserError where nothing says what it reads."""
+    """The config of an SAE in the folder `run`, from its metadata; of `settings` (llm, data, layer,
+    seed), those named in `given` take precedence. UserError if neither says what the SAE reads."""
     own = sae.metadata.get(OWN_KEY)
-    said = sae.metadata | (own if isinstance(own, dict) else {})
-    metadata = {
-        key: said[key] for key in METADATA_TYPES | OWN_METADATA_TYPES if said.get(key) is not None
-    }
+    merged = sae.metadata | (own if isinstance(own, dict) else {})
+    types = METADATA_TYPES | OWN_METADATA_TYPES
+    metadata = {key: merged[key] for key in types if merged.get(key) is not None}
     for key, value in metadata.items():
-        kind = (METADATA_TYPES | OWN_METADATA_TYPES)[key]
-        if type(value) is not kind:
-            raise UserError(f"{run}: {key}={value!r:.80} in its metadata is no {kind.__name__}")
-    llm, data, layer = asked["llm"], asked["data"], asked["layer"]
+        if type(value) is not types[key]:
+            kind = types[key].__name__
+            raise UserError(f"{run}: {key}={value!r:.80} in its metadata is no {kind}")
+    llm, data, layer = settings["llm"], settings["data"], settings["layer"]
     if not {"llm", "llm.name"} & {*given}:
         own = {name.removeprefix("llm."): metadata.get(name) for name in OWN_METADATA_TYPES}
         llm = replace(llm, **own | {"name": _find_llm_name(metadata, run)})
@@ -60,7 +60,8 @@ def config_from_metadata(
     if "data.context" not in given and "context_size" in metadata and hasattr(data, "context"):
         data = replace(data, context=metadata["context_size"])
     loss = ARCHITECTURES[sae.config.name].loss()
-    return Config(llm=llm, data=data, layer=layer, model=sae.config, loss=loss, seed=asked["seed"])
+    seed = settings["seed"]
+    return Config(llm=llm, data=data, layer=layer, model=sae.config, loss=loss, seed=seed)
 
 
 def _find_llm_name(metadata: dict[str, Any], run: str) -> str:
@@ -69,7 +70,7 @@ def _find_llm_name(metadata: dict[str, Any], run: str) -> str:
     name = metadata.get("model_name")
     if not name:
         raise UserError(
-            f"{run} does not say which LLM its SAE reads: give llm=... (of those in conf/llm) or "
+            f"{run} does not say which LLM its SAE reads: give llm=... (a preset in conf/llm) or "
             "llm=hf llm.name=..."
         )
     if "/" in name:
@@ -84,18 +85,21 @@ def _read_layer(metadata: dict[str, Any], run: str) -> LayerConfig:
     if source[0] != target[0]:
         raise UserError(
             f"{run} reads block {source[0]} and writes block {target[0]}: only an SAE within one "
-            "block can be looked at"
+            "block can be analysed"
         )
     return LayerConfig(index=source[0], source=source[1], target=target[1])
 
 
 def _read_hook(hook: str | None, run: str) -> tuple[int, Kind]:
-    for pattern, (kind, on) in HOOK_PATTERNS.items():
-        found = hook and re.fullmatch(pattern, hook)
-        if found and int(found[1]) + on >= 0:
-            return int(found[1]) + on, kind
-    told = f"reads {hook:.80}, which is not a place that is known here" if hook else "does not say"
+    """The block's index and the kind of site that a hook's name stands for."""
+    for pattern, (kind, offset) in HOOK_PATTERNS.items():
+        match = hook and re.fullmatch(pattern, hook)
+        if match and int(match[1]) + offset >= 0:
+            return int(match[1]) + offset, kind
+    problem = "does not say where its SAE reads"
+    if hook:
+        problem = f"reads {hook:.80}, which is not a known site"
     raise UserError(
-        f"{run} {told}: say where its SAE reads with layer=... (resid, attn, mlp, transcoder) and "
+        f"{run} {problem}: give the site with layer=... (resid, attn, mlp, transcoder) and "
         "layer.index=..."
     )

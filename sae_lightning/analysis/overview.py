@@ -1,4 +1,4 @@
-"""Everything that is cheap, on one page."""
+"""`task=overview`, the default: the results of all cheap tasks on one page."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -11,17 +11,17 @@ from sae_lightning.analysis.survey.survey import make_features_section, pick_mos
 from sae_lightning.analysis.theory import claims, theory_sections
 from sae_lightning.report.printer import print_lead, print_section, print_units
 
-PROBE_TOKENS = 65_536  # tokens of labelled text, and fewer for a very large SAE: that many times
-PROBE_FEATURES = 32_768  # so many features at most
+PROBE_TOKENS = 65_536  # of labelled text, for an SAE of up to PROBE_FEATURES features;
+PROBE_FEATURES = 32_768  # for a larger one, fewer in proportion
 
 
 @dataclass(slots=True, kw_only=True)
 class OverviewTask(FeaturesTask):
-    """Everything that is cheap, and one page to open."""
+    """All cheap tasks, and one page with their results."""
 
     def execute(self, given: Collection[str]) -> None:
         subject = self.load_subject(given)
-        if not subject.config.data_source.has_llm:  # of concepts there is only a scorecard
+        if not subject.config.data_source.has_llm:  # synthetic concepts have only a scorecard
             card = evaluate.score_subject(subject)
             self.print_and_publish(
                 subject, {"evaluate": card.scalars()}, [evaluate.make_scorecard_section(card)]

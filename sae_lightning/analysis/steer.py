@@ -1,4 +1,4 @@
-"""Text that the LLM writes with a feature turned up or down.
+"""`task=steer`: text that the LLM writes with a feature turned up or down.
 
     add:    y + strength W_dec[feature]             clamp:  y + (strength - f(x)) W_dec[feature]
 
@@ -37,8 +37,8 @@ from sae_lightning.llm.vocabulary import read_vocabulary
 from sae_lightning.report.section import ColouredText, ResultTable, Section
 from sae_lightning.terminal import phase
 
-# Of the activation's length. Behind block 9 of SmolLM2-135M texts hardly change below these shares,
-# and from a half on they fall apart (4 nats of surprise a token instead of 2).
+# Default norms of what is added, over the activation's norm. After block 9 of SmolLM2-135M, texts
+# hardly change with less, and fall apart from 0.5 on (4 nats of surprise per token instead of 2).
 DEFAULT_LENGTHS = (0.2, 0.3, 0.4)
 
 
@@ -46,9 +46,9 @@ class Mode(Enum):
     """What a strength does to the feature."""
 
     add = "add"
-    """It comes on top of the feature's own activation."""
+    """It is added to the feature's own activation."""
     clamp = "clamp"
-    """It takes the place of it: 0 removes the feature."""
+    """It replaces the feature's own activation: 0 removes the feature."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -56,20 +56,20 @@ class SteerTask(Task):
     """Text that the LLM writes with a feature turned up."""
 
     feature: Any
-    """A feature."""
+    """Index of the feature."""
     strength: Any = None
-    """A strength or a list of them, in units of the feature's activation; below 0 suppresses. Null
-    for three at which text usually changes and stays fluent."""
+    """A strength or a list of them, in units of the feature's activation; negative ones suppress.
+    Null for three at which text usually changes and stays fluent."""
     prompt: str = "Once upon a time"
     """What the text begins with."""
     tokens: int = 60
     """Tokens to write."""
     mode: Mode = Mode.add
-    """add or clamp: whether a strength is added to the feature's own or takes its place."""
+    """add or clamp: whether a strength is added to the feature's own activation or replaces it."""
     temperature: float = 0.7
-    """How freely the next token is drawn; 0 always takes the likeliest."""
+    """Sampling temperature; 0 always takes the most likely token."""
     top_p: float = 0.95
-    """Draw from the likeliest tokens that together have this probability."""
+    """Sample from the most likely tokens that together have this probability."""
 
     def __post_init__(self):
         feature = parse_integers("feature", self.feature)
@@ -80,11 +80,11 @@ class SteerTask(Task):
         check_at_least("tokens", self.tokens, 1)
         check_at_least("temperature", self.temperature, 0)
         if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p={self.top_p}: a probability; give one above 0, up to 1")
+            raise UserError(f"top_p={self.top_p}: give a probability above 0, up to 1")
 
     def execute(self, given: Collection[str]) -> None:
         subject = self.load_subject(given)
-        # before the LLM is loaded
+        # checked before the LLM is loaded
         subject.check_features([self.feature])
         encode_prompt(subject.tokenizer, self.prompt, self.tokens, subject.context)
         result = steer(
@@ -102,10 +102,10 @@ class SteerTask(Task):
 
 
 class Continuation(NamedTuple):
-    """What the LLM made of the prompt."""
+    """The LLM's continuation of the prompt, and how the unsteered LLM and the SAE read it."""
 
     strength: float | None
-    """What was added, or what the feature was held at; None where the LLM wrote as it is."""
+    """What was added, or what the feature was clamped to; None for the unsteered LLM."""
     text: str
     """Prompt and continuation."""
     tokens: list[str]
@@ -115,12 +115,12 @@ class Continuation(NamedTuple):
     written: int
     """Tokens of the continuation, which come last."""
     surprise: float
-    """Mean -log p of the continuation for the unsteered LLM (nats per token): far above that of
-    the unsteered text where steering broke the language; nan where nothing was written."""
+    """Mean -log p of the continuation for the unsteered LLM (nats per token), far above that of
+    the unsteered text if steering broke the language; NaN if nothing was written."""
 
     @property
     def activation(self) -> float:
-        """The feature's mean activation on the continuation; nan where nothing was written."""
+        """The feature's mean activation on the continuation; NaN if nothing was written."""
         last = self.activations[len(self.activations) - self.written :]
         return sum(last) / len(last) if last else float("nan")
 
@@ -131,10 +131,9 @@ class Steered(NamedTuple):
     feature: int
     mode: Mode
     whole: float
-    """The strength at which what is added is as long as the activation on the prompt's median
-    token."""
+    """The strength at which what is added has the median norm of the prompt's activations."""
     plain: Continuation
-    """The LLM as it is, with the same random numbers."""
+    """By the unsteered LLM, with the same random numbers."""
     steered: list[Continuation]
     """One for each strength."""
 
@@ -150,11 +149,11 @@ def steer(
     mode: Mode = Mode.add,
     sampling: Sampling = GREEDY,
 ) -> Steered:
-    """Have the LLM continue `prompt` by `tokens` tokens, once as it is and once for each strength.
+    """Have the LLM continue `prompt` by `tokens` tokens, once unsteered and once for each strength.
 
-    strengths: in units of the feature's own activation; None for those at which what is added has a
-    fifth to two fifths of the activation's length. All continuations are written together and share
-    their random numbers (see `generate`).
+    strengths: in units of the feature's own activation; None for those at which what is added has
+    0.2, 0.3 and 0.4 times the activation's norm. All continuations are sampled as one batch, with
+    the same random numbers (see `generate`).
     """
     subject.check_features([feature])
     llm = subject.llm
@@ -163,14 +162,14 @@ def steer(
     whole = (y.float().norm(dim=1).median() / subject.sae.W_dec[feature].norm()).item()
     if strengths is None:
         strengths = [float(f"{share * whole:.2g}") for share in DEFAULT_LENGTHS]
-    every = [None, *strengths]
-    with phase(f"writing {len(every)} texts"):
-        function = _make_intervention(subject, feature, every, mode)
-        found = generate(llm, ids, tokens, subject.sites, function, len(every), sampling)
+    strengths = [None, *strengths]
+    with phase(f"writing {len(strengths)} texts"):
+        intervene = _make_intervention(subject, feature, strengths, mode)
+        texts = generate(llm, ids, tokens, subject.sites, intervene, len(strengths), sampling)
     words = read_vocabulary(llm)
     plain, *steered = (
         _read_continuation(subject, feature, strength, text, len(ids), words)
-        for strength, text in zip(every, found, strict=True)
+        for strength, text in zip(strengths, texts, strict=True)
     )
     return Steered(feature, mode, whole, plain, steered)
 
@@ -178,19 +177,19 @@ def steer(
 def _make_intervention(
     subject: Subject, feature: int, strengths: list[float | None], mode: Mode
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """(x, y) -> y with the feature at each sequence's strength; None leaves it as it is."""
+    """A function (x, y) -> y that steers each sequence with its strength; None leaves it alone."""
     sae = subject.sae
-    wanted = torch.tensor([s or 0.0 for s in strengths], device=subject.device)[:, None]
-    touched = torch.tensor([s is not None for s in strengths], device=subject.device)[:, None]
+    given = torch.tensor([s or 0.0 for s in strengths], device=subject.device)[:, None]
+    steered = torch.tensor([s is not None for s in strengths], device=subject.device)[:, None]
 
-    def apply(x: Tensor, y: Tensor) -> Tensor:
-        amount = wanted
+    def intervene(x: Tensor, y: Tensor) -> Tensor:
+        amount = given
         if mode is Mode.clamp:
-            present = sae.encode(x.flatten(0, 1))[:, feature].view(x.shape[:2])
-            amount = (wanted - present) * touched
+            own = sae.encode(x.flatten(0, 1))[:, feature].view(x.shape[:2])
+            amount = (given - own) * steered
         return y + amount[..., None] * sae.W_dec[feature]
 
-    return apply
+    return intervene
 
 
 def _read_continuation(
@@ -201,7 +200,7 @@ def _read_continuation(
     prompt: int,
     words: list[str],
 ) -> Continuation:
-    """What the unsteered LLM and the SAE see in a text [n] whose first `prompt` ids are given."""
+    """Read a text [n] with the unsteered LLM and the SAE; its first `prompt` ids are the prompt."""
     llm, source = subject.llm, subject.sites.source
     x = capture(llm.model, ids[None], [source])[source][0, 1:].float()
     written = len(ids) - prompt
@@ -217,15 +216,17 @@ def _read_continuation(
 
 
 def make_steering_section(result: Steered) -> Section:
+    """The texts, coloured by the feature's activation, and a table of the strengths."""
     rows, texts = [], []
     for continuation in (result.plain, *result.steered):
         name, share = "unsteered", ""
         if continuation.strength is not None:
             name = f"{result.mode.value} {continuation.strength:g}"
             share = f"{continuation.strength / result.whole:.0%}"
-        found = f"{continuation.activation:.2f}"
-        rows.append([name, share, found, f"{continuation.surprise:.2f}", str(continuation.written)])
-        caption = f"{name}: activation {found} on what was written"
+        activation = f"{continuation.activation:.2f}"
+        surprise = f"{continuation.surprise:.2f}"
+        rows.append([name, share, activation, surprise, str(continuation.written)])
+        caption = f"{name}: activation {activation} on what was written"
         texts.append(ColouredText(caption, continuation.tokens, continuation.activations))
     return Section(
         title=f"Steering with feature {result.feature}",
@@ -236,10 +237,10 @@ def make_steering_section(result: Steered) -> Section:
 
 
 def _write_lead(result: Steered) -> str:
-    how = "added while" if result.mode is Mode.add else "held at a strength while"
+    how = "added" if result.mode is Mode.add else "held at a strength"
     return (
-        f"Feature {result.feature} was {how} the LLM wrote. Length: what a strength adds, against "
-        "the activation that is there. Activation: the feature's own, when the LLM as it is reads "
-        "the text. Surprise: nats per token for the LLM as it is; far above the unsteered text's, "
-        "the strength was too much for the language."
+        f"Feature {result.feature} was {how} while the LLM wrote. Length: the norm of what a "
+        "strength adds, over the activation's norm. Activation: the feature's own, when the "
+        "unsteered LLM reads the text. Surprise: nats per token for the unsteered LLM; if it is "
+        "far above that of the unsteered text, the strength was too much for the language."
     )

@@ -1,5 +1,5 @@
-"""The SAE that is looked at, with what it reads: as a run's settings, the SAE's own file or the
-command line say."""
+"""Opens the SAE to analyse at its place in the LLM: the config comes from the run's settings or the
+SAE's own metadata, and from the command line."""
 
 import os
 from collections.abc import Collection
@@ -31,13 +31,13 @@ class Subject:
     """An SAE at its place in an LLM; LLM, tokenizer and text are loaded when first asked for."""
 
     folder: Path
-    """What is found is written below it."""
+    """The folder that it was opened from; results are written below it."""
     sae: SAE
-    """For raw activations, in float32, on the LLM's device."""
+    """It takes raw activations; float32, on the LLM's device."""
     sites: SitePair
     """Where it reads and what it reconstructs."""
     config: Config
-    """LLM and text; of a folder that is no run, the rest has no meaning."""
+    """LLM and text; the rest has meaning only if the folder is of a run."""
 
     @property
     def results_folder(self) -> Path:
@@ -46,27 +46,27 @@ class Subject:
 
     @cached_property
     def llm(self) -> LLM:
-        """The whole LLM, frozen, on its device. UserError where there is none."""
-        self._needs_text()
+        """The whole LLM, frozen, on its device. UserError for synthetic concepts."""
+        self._require_llm()
         return load_llm(self.config.llm, tokenizer=self.tokenizer)
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The LLM's; what can be refused by it is refused before the LLM is loaded."""
-        self._needs_text()
+        """The LLM's tokenizer; it is loaded without the LLM, so that inputs are refused early."""
+        self._require_llm()
         return load_tokenizer(self.config.llm)
 
     @property
     def context(self) -> int | None:
-        """The most tokens that the LLM can read; None for any number."""
+        """The longest sequence that the LLM can read, in tokens; None for no limit."""
         return self.config.data_source.shape().context
 
     @cached_property
     def corpus(self) -> SplitTokens:
-        """The text of the run: `train` and `held_out`. UserError where there is none."""
-        self._needs_text()
+        """The text of the run: `train` and `held_out`. UserError for synthetic concepts."""
+        self._require_llm()
         data = self.config.data
-        documents = open_text(data)  # before the tokenizer: a wrong name is told at once
+        documents = open_text(data)  # before the tokenizer: a wrong name fails at once
         return open_tokens(documents, self.tokenizer, context=data.context, seed=self.config.seed)
 
     @property
@@ -76,19 +76,19 @@ class Subject:
 
     @property
     def device(self) -> torch.device:
-        """Where LLM and SAE are."""
+        """The device of LLM and SAE."""
         return self.sae.W_enc.device
 
     @property
     def heading(self) -> str:
-        """What it is, for a heading."""
+        """LLM, sites and kind of SAE, in one line."""
         llm = Path(self.config.llm.name).name
         where = f"{llm}, {self.sites}" if self.config.data_source.has_llm else "synthetic concepts"
         plural = "s" * (self.features > 1)
         return f"{where}: {self.features:,} {self.sae.config.name} feature{plural}"
 
     def describe(self) -> dict[str, str]:
-        """What it is, for a page."""
+        """LLM, text, kind of SAE and folder, for the head of a page."""
         return describe_source(self.config.to_flat_dict()) | {
             "SAE": self.sae.config.name,
             "features": f"{self.features:,}",
@@ -96,7 +96,7 @@ class Subject:
         }
 
     def check_features(self, features: list[int]) -> list[int]:
-        """`features`; UserError if the SAE has no such feature."""
+        """Return `features`; UserError if one is out of range."""
         for feature in features:
             if not 0 <= feature < self.features:
                 raise UserError(
@@ -105,35 +105,35 @@ class Subject:
                 )
         return features
 
-    def _needs_text(self) -> None:
+    def _require_llm(self) -> None:
         if not self.config.data_source.has_llm:
             raise UserError(
                 f"{self.folder} was trained on synthetic concepts, which no LLM reads: only "
-                "task=evaluate can be asked of it"
+                "task=evaluate works for it"
             )
 
 
-def open_subject(run: str, asked: dict[str, Any], given: Collection[str] = ()) -> Subject:
-    """The SAE of the folder `run`. `asked` holds llm, data, layer and seed; `given` names those of
-    their settings (llm, llm.device, layer.index, ...) that count more than what the folder says.
+def open_subject(run: str, settings: dict[str, Any], given: Collection[str] = ()) -> Subject:
+    """Open the SAE of the folder `run`, without loading the LLM. `settings` holds llm, data, layer
+    and seed; `given` names those (llm, llm.device, layer.index, ...) that override the folder's.
 
-    UserError: no SAE there, or not for such an LLM. No weight of the LLM is read.
+    UserError: there is no SAE, or it does not fit the LLM.
     """
     folder = Path(run)
     if not run:
         raise UserError("run is empty: give a run folder, as run=outputs/<day>/<time>")
     if is_sweep(folder):
         raise UserError(
-            f"{run} holds a sweep: give one of the run folders in it, or task=sweep for the "
-            "report of all"
+            f"{run} holds a sweep: give one of the run folders in it, or task=sweep for a report "
+            "of all of them"
         )
     parent = folder.parent if folder.name == "sae" else folder
     if (parent / CONFIG_FILE).is_file():
-        folder, config = parent, _read_run_config(parent, asked, given)
+        folder, config = parent, _read_run_config(parent, settings, given)
         sae = load_sae(folder)
     else:
         sae = load_sae(folder)
-        config = config_from_metadata(sae, run, asked, given)
+        config = config_from_metadata(sae, run, settings, given)
     llm = config.data_source.shape()
     sites = config.layer.resolve_sites(llm.layers)
     config.data_source.check(llm, resumed=True)
@@ -153,25 +153,26 @@ def open_run(
     data: DataConfig | None = None,
     layer: LayerConfig | None = None,
 ) -> tuple[Subject, SplitTokens]:
-    """The SAE of a run folder, or of a folder that another tool saved, at its place in the LLM; and
-    the text. What is given counts more than what the folder says.
+    """Open the SAE of a run folder, or of a folder that another tool saved, at its place in the
+    LLM; and the text. `llm`, `data` and `layer` override what the folder says.
 
-    UserError: no SAE there, or not for such an LLM.
+    UserError: there is no SAE, or it does not fit the LLM.
     """
-    asked = {
+    settings = {
         "llm": llm or LLMConfig(name="smollm2"),
         "data": data or PlaysConfig(),
         "layer": layer or LayerConfig(index=0),
         "seed": 0,
     }
-    given = {"llm": llm, "data": data, "layer": layer}
-    subject = open_subject(str(folder), asked, [name for name in given if given[name] is not None])
+    overrides = {"llm": llm, "data": data, "layer": layer}
+    given = [name for name, value in overrides.items() if value is not None]
+    subject = open_subject(str(folder), settings, given)
     return subject, subject.corpus
 
 
-def _read_run_config(run: Path, asked: dict[str, Any], given: Collection[str]) -> Config:
-    """A run's settings with those of `asked` that are `given` instead: whole groups or single."""
-    # an LLM that was typed, or the permission itself, is the user's word and not the folder's
+def _read_run_config(run: Path, settings: dict[str, Any], given: Collection[str]) -> Config:
+    """A run's config; those of `settings` that are `given` override it, as groups or one by one."""
+    # an LLM name that the user typed is trusted, one that a stranger's folder holds is not
     config = read_job(run, trusted=bool({"llm", TRUST_SETTING} & {*given})).config
     if not config.data_source.has_llm and (others := sorted({"llm", "data", "layer"} & {*given})):
         raise UserError(
@@ -179,13 +180,13 @@ def _read_run_config(run: Path, asked: dict[str, Any], given: Collection[str]) -
             "leave it out"
         )
     groups = {}
-    for group, other in asked.items():
+    for group, other in settings.items():
         names = [name.partition(".")[2] for name in given if name.startswith(f"{group}.")]
         for name in names:
             if name not in {field.name for field in fields(getattr(config, group))}:
                 raise UserError(
-                    f"{group}.{name} is no setting of what this run was trained on; choose other "
-                    f"{group} for it with {group}=..."
+                    f"{group}.{name} is no setting of the {group} that this run was trained on: "
+                    f"choose another with {group}=..."
                 )
         if group in given:
             groups[group] = other

@@ -1,4 +1,4 @@
-"""The report of a multirun again."""
+"""`task=sweep`: writes the report of a multirun again."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -14,19 +14,19 @@ from sae_lightning.terminal import quote_setting, shorten_path
 
 @dataclass(slots=True, kw_only=True)
 class SweepTask(Task):
-    """The report of a multirun again."""
+    """Write the report of a multirun again."""
 
     def execute(self, given: Collection[str]) -> None:
         folder = Path(self.run)
         if others := sorted({*given} - {"run", "task"}):
             raise UserError(
-                f"{others[0]} has no meaning for task=sweep, which reads what each run has "
-                "measured: leave it out"
+                f"{others[0]} has no meaning for task=sweep, which reads the metrics that each run "
+                "has saved: leave it out"
             )
         if (folder / CONFIG_FILE).is_file():
             above = quote_setting("run", shorten_path(folder.absolute().parent))
             raise UserError(
-                f"{self.run} holds one run, no sweep: leave out task=sweep to look at it, or give "
-                f"the folder above it for the report of all runs there ({above})"
+                f"{self.run} holds one run, not a sweep: leave out task=sweep to look at it, or "
+                f"give the folder above it for the report of all runs there ({above})"
             )
         write_report(folder, read_sweep_runs(folder))

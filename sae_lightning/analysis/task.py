@@ -1,7 +1,7 @@
-"""What every task of `analyze.py` shares: which SAE on which text, and where its results go.
+"""The base of all tasks of `analyze.py`: which SAE on which text, and where its results go.
 
-A task is a dataclass of settings with the method `execute`, and a preset of the group `task`, so
-that a setting that another task has is refused.
+A task is a dataclass of settings with the method `execute`. Each is a preset of Hydra's group
+`task`, so that settings of other tasks are refused.
 """
 
 import math
@@ -24,7 +24,7 @@ from sae_lightning.report.section import Section
 from sae_lightning.stream.source import DataConfig
 from sae_lightning.terminal import console, format_command, shorten_path
 
-NEXT_TASKS = ("lens", "steer", "explain")  # tasks for a feature that looks interesting
+NEXT_TASKS = ("lens", "steer", "explain")  # suggested for a feature that looks interesting
 
 
 @dataclass(slots=True, kw_only=True)
@@ -36,29 +36,29 @@ class Task:
     task: str
     """What to do with it."""
     llm: LLMConfig
-    """The LLM, where the folder does not say it or another is wanted."""
+    """The LLM, if the folder does not name it or to use another."""
     data: DataConfig
     """The text, likewise."""
     layer: LayerConfig
     """The site, likewise."""
     seed: int = 0
-    """Fixes the order of the text; a run's own, unless given."""
+    """Fixes the order of the text; the run's own unless given."""
 
     def execute(self, given: Collection[str]) -> None:
-        """Do it, print a short account, and write numbers and a page; `given` names the settings
+        """Run the task, print a summary, and write numbers and a page; `given` names the settings
         that were typed."""
         raise NotImplementedError
 
     def load_subject(self, given: Collection[str]) -> Subject:
-        """The SAE, once it is known that results can be written beside it."""
-        asked = {"llm": self.llm, "data": self.data, "layer": self.layer, "seed": self.seed}
-        subject = open_subject(self.run, asked, given)
+        """Open the SAE; UserError if results cannot be written beside it."""
+        settings = {"llm": self.llm, "data": self.data, "layer": self.layer, "seed": self.seed}
+        subject = open_subject(self.run, settings, given)
         refuse_link(subject.results_folder)
-        place = subject.results_folder if subject.results_folder.exists() else subject.folder
-        if not (place.is_dir() and os.access(place, os.W_OK)):
+        folder = subject.results_folder if subject.results_folder.exists() else subject.folder
+        if not (folder.is_dir() and os.access(folder, os.W_OK)):
             raise UserError(
-                f"{place} cannot be written to: copy {subject.folder} (its config.yaml and sae/ "
-                "will do) to where you can write, and give that folder as run=..."
+                f"{folder} cannot be written to: copy {subject.folder} (its config.yaml and sae/ "
+                "are enough) to where you can write, and give that folder as run=..."
             )
         remove_leftovers(subject.results_folder)
         return subject
@@ -70,7 +70,7 @@ class Task:
         sections: Sequence[Section],
         feature: int | None = None,
     ) -> None:
-        """Print sections, then publish them."""
+        """Print the sections, then write them to the page."""
         for section in sections:
             print_section(section)
         self.publish(subject, scalars, sections, feature=feature)
@@ -84,7 +84,7 @@ class Task:
         feature: int | None = None,
         own: AnnotatedText | None = None,
     ) -> None:
-        """Write numbers and a page, and say where they are; the page ends with commands for
+        """Write numbers and a page and print their paths; the page ends with commands for
         `feature`."""
         name = f"{self.task}.html" if self.task != "overview" else "index.html"
         target = subject.results_folder / name
@@ -101,14 +101,13 @@ class Task:
 
 
 def suggest_commands(folder: Path, feature: int | None) -> list[str]:
-    """What to ask next of the SAE in `folder`, of one of its features if there is one."""
+    """Commands to run next on the SAE in `folder`, and on `feature` unless it is None."""
     run = shorten_path(folder)
     if feature is None:
         return [format_command("analyze.py", run=run)]
-    own = format_command("analyze.py", run=run, task="text", text="There once was a cat")
     return [
         *(format_command("analyze.py", run=run, task=task, feature=feature) for task in NEXT_TASKS),
-        own,
+        format_command("analyze.py", run=run, task="text", text="There once was a cat"),
     ]
 
 
@@ -120,7 +119,7 @@ def check_at_least(name: str, value: float | None, least: float) -> None:
 
 
 def parse_integers(name: str, value: Any) -> list[int] | None:
-    """A whole number or a list of them as a list; UserError for anything else."""
+    """A whole number from 0, or a list of them, as a list; UserError for anything else."""
     values = parse_numbers(name, value)
     if values is not None and any(x != int(x) or x < 0 for x in values):
         raise UserError(
@@ -130,7 +129,7 @@ def parse_integers(name: str, value: Any) -> list[int] | None:
 
 
 def parse_numbers(name: str, value: Any) -> list[float] | None:
-    """A number or a list of them as a list; UserError for anything else."""
+    """A finite number, or a list of them, as a list; UserError for anything else."""
     if value is None:
         return None
     values = value if isinstance(value, list | tuple) else [value]
@@ -143,5 +142,5 @@ def parse_numbers(name: str, value: Any) -> list[float] | None:
 
 
 def as_typed(value: Any) -> str:
-    """A value as it is typed."""
+    """A value as one types it, without spaces."""
     return str(value).replace(" ", "")

@@ -1,4 +1,4 @@
-"""What `analyze.py` can be asked; a new task is a row."""
+"""The table of tasks that `analyze.py` can run; a new task is a row."""
 
 from sae_lightning.analysis.annotate import TextTask
 from sae_lightning.analysis.evaluate import EvaluateTask

@@ -53,7 +53,7 @@ def test_what_is_kept_has_drawn_the_highest_lots():
 
 def test_a_text_in_which_nothing_fires_is_a_sample_too():
     sample = sampled(torch.zeros(3, CONTEXT, UNITS))
-    assert (sample.unit_count, len(sample.places)) == (UNITS, 0)
+    assert (sample.feature_count, len(sample.places)) == (UNITS, 0)
     assert not sample.fired(2).any()
 
 

@@ -172,7 +172,7 @@ def test_a_text_that_ends_at_once_has_no_mean():
         ({"strength": math.inf}, "strength=inf: give a number"),
         ({"tokens": 0}, "tokens=0: give 1 or more"),
         ({"temperature": -1}, "temperature=-1: give 0 or more"),
-        ({"top_p": 0}, "top_p=0: a probability"),
+        ({"top_p": 0}, "top_p=0: give a probability"),
     ],
 )
 def test_a_bad_setting_is_refused(settings, message):

@@ -183,7 +183,10 @@ def test_a_runs_own_settings_name_its_llm_better_than_the_name_for_others(sae, p
     ("metadata", "message"),
     [
         ({"model_name": None}, r".*bare does not say which LLM its SAE reads: give llm=\.\.\."),
-        ({"hook_name": None}, r".*bare does not say: say where its SAE reads with layer=\.\.\."),
+        (
+            {"hook_name": None},
+            r".*bare does not say where its SAE reads: give the site with layer=",
+        ),
         ({"hook_name": "blocks.1.attn.hook_z"}, ".*reads blocks.1.attn.hook_z, which is not"),
         ({"hook_name": "blocks.0.hook_resid_pre"}, ".*reads blocks.0.hook_resid_pre, which is not"),
         ({"hook_name": "blocks.7.hook_resid_post"}, r"layer\.index=7: this LLM has 3 blocks"),

@@ -1,1 +1,1 @@
-"""What features and neurons fire on: one pass over text, and what it adds up to."""
+"""The catalogues of all features and neurons: what each fires on, from one pass over text."""

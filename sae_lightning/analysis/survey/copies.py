@@ -1,4 +1,4 @@
-"""Features that write the same are shown as one: the best ranked of them, and those like it."""
+"""Finds copies, features that write the same, so that pages show each group of them as one."""
 
 import numpy as np
 import torch
@@ -12,19 +12,18 @@ from sae_lightning.scoring.duplicates import COPY_COSINE
 def find_originals(W_dec: Tensor, neighbours: RelatedUnits, ranking: Tensor) -> Tensor:
     """[features] the feature under which each is shown: itself, unless it is a copy of another.
 
-    Taken in the order of `ranking` [features], each that is no copy yet gathers those that nearest
-    neighbours lead to, over any number of steps, as long as they are like *itself*
-    (cosine > COPY_COSINE), not only like the one before: copies are alike, no chain of unlike
-    features.
+    Greedy, in the order of `ranking` [features]: a feature that is no copy yet becomes an original
+    and takes as copies all features that it reaches over nearest neighbours and that have a cosine
+    > COPY_COSINE with *it*, not only with the neighbour on the way.
     """
     near = (neighbours.likeness > COPY_COSINE) & (neighbours.units >= 0)
-    one, column = near.numpy().nonzero()
-    other = neighbours.units.numpy()[one, column]
-    # who is near is so both ways, though not always among the nearest of the other
-    one, other = np.concatenate([one, other]), np.concatenate([other, one])
-    other = other[one.argsort(kind="stable")]
-    ends = np.bincount(one, minlength=len(W_dec)).cumsum()
-    starts = np.concatenate([[0], ends[:-1]])
+    unit, column = near.numpy().nonzero()
+    other = neighbours.units.numpy()[unit, column]
+    # nearness is mutual, though either may be missing from the other's list of nearest neighbours
+    unit, other = np.concatenate([unit, other]), np.concatenate([other, unit])
+    other = other[unit.argsort(kind="stable")]
+    ends = np.bincount(unit, minlength=len(W_dec)).cumsum()
+    starts = np.concatenate([[0], ends[:-1]])  # of each feature's neighbours in `other`
     original, free = np.arange(len(W_dec)), ends > starts
     ranking = ranking.numpy()
     for unit in ranking[free[ranking]]:

@@ -1,5 +1,4 @@
-"""Reducers that find out how often units fire, and where: counts, the strongest examples, and the
-text that they are from."""
+"""Reducers over the text: how often units fire, their strongest examples, and the tokens read."""
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ FLOAT16_MAX = torch.finfo(torch.float16).max
 
 
 class FiringStatistics:
-    """How often and how strongly units fire."""
+    """A reducer: how often and how strongly each unit fires."""
 
     def __init__(self, units: int, strengths: Strengths):
         self.strengths = strengths
@@ -54,16 +53,16 @@ class FiringStatistics:
 
 
 class StrongestExamples:
-    """The strongest examples of each unit.
+    """A reducer: the strongest examples of each unit, at most one per sequence.
 
-    kept [units, n]   9 7 4 2        the best n of both stay; what is new goes where
-    new  [units, s]   1 8 3          something had to give way
-                      └ one a sequence
+    kept [units, n]   9 7 4 2        The best n of both rows stay. New ones among them take
+    new  [units, s]   1 8 3          the slots of the kept ones that they push out.
+                      └ each sequence's best
     """
 
     def __init__(self, units: int, n: int, strengths: Strengths):
         self.strengths = strengths
-        self.strength = torch.zeros(units, n)  # 0 where there is none yet
+        self.strength = torch.zeros(units, n)  # 0 in empty slots
         self.tokens = torch.full((units, n, WINDOW), -1, dtype=torch.int32)
         self.around = torch.zeros(units, n, WINDOW, dtype=torch.float16)
         self.sequence = torch.zeros(units, n, dtype=torch.int64)
@@ -72,12 +71,12 @@ class StrongestExamples:
     def add(self, batch: EncodedBatch) -> None:
         values, units = self.strengths(batch)  # [sequences, context, some units]
         best, place = (x.cpu() for x in values.max(dim=1))  # [sequences, units]
-        best = torch.where(best > 0, best, -1).T  # below the 0 of a slot that is still empty
+        best = torch.where(best > 0, best, -1).T  # silence must not replace an empty slot's 0
         n = self.strength.shape[1]
         winners = torch.cat([self.strength[units], best], dim=1).topk(n, dim=1).indices
         stays = torch.zeros(len(best), n + best.shape[1], dtype=torch.bool)
         stays.scatter_(1, winners, True)
-        # as many slots of a unit become free as it has new examples, and both are in unit order
+        # each unit frees as many slots as it gets examples, and both lists are sorted by unit
         unit, slot = (~stays[:, :n]).nonzero(as_tuple=True)
         _, sequence = stays[:, n:].nonzero(as_tuple=True)
         if len(unit):
@@ -91,7 +90,8 @@ class StrongestExamples:
     def _windows(
         self, batch: EncodedBatch, values: Tensor, unit: Tensor, sequence: Tensor, place: Tensor
     ) -> Examples:
-        """The windows around `place` in `sequence` of the units at `unit` in values; all [m]."""
+        """Examples around position `place` of `sequence`, of the units in column `unit` of `values`
+        [sequences, context, some units]; the other arguments are [m]."""
         window = place[:, None] + torch.arange(-BEFORE, AFTER + 1)  # [m, WINDOW]
         inside = (window >= 0) & (window < values.shape[1])
         window = window.clamp(0, values.shape[1] - 1)
@@ -118,7 +118,7 @@ class StrongestExamples:
 
 
 class TokenRecorder:
-    """The tokens that are read: four bytes each, the one thing here that grows with the text."""
+    """A reducer: all tokens read, the only one whose memory grows with the text (4 bytes each)."""
 
     def __init__(self):
         self.read: list[Tensor] = []

@@ -1,4 +1,4 @@
-"""`task=features`: what each feature fires on."""
+"""`task=features`: what each feature fires on, with examples and statistics."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -28,9 +28,10 @@ class FeaturesTask(Task):
     tokens: int = 131_072
     """Tokens of text to read."""
     examples: int = 12
-    """Strongest examples of a feature; a sixth as many are drawn from each fifth of its range."""
+    """Strongest examples to keep of a feature; a sixth as many are drawn from each fifth of its
+    range."""
     neurons: Positive = Positive.abs
-    """How neurons are made positive, to be compared with features."""
+    """How neurons are made positive, so that they compare with features."""
 
     def __post_init__(self):
         check_at_least("tokens", self.tokens, 1)
@@ -38,17 +39,18 @@ class FeaturesTask(Task):
 
     def execute(self, given: Collection[str]) -> None:
         subject = self.load_subject(given)
-        found = self.make_catalogues(subject)
-        summary = make_features_section(found)
+        result = self.make_catalogues(subject)
+        summary = make_features_section(result)
         print_section(summary)
-        print_units(found.features, pick_most_telling(found.features, PRINTED_FEATURES))
-        units = [found.features, found.neurons]
-        self.publish(subject, found.scalars(), [summary], units, found.best)
+        print_units(result.features, pick_most_telling(result.features, PRINTED_FEATURES))
+        catalogues = [result.features, result.neurons]
+        self.publish(subject, result.scalars(), [summary], catalogues, result.best)
 
     def make_catalogues(self, subject: Subject, *reducers: Reducer) -> Survey:
-        """The survey with the features' effects, written as parquet files too."""
+        """Survey the text, with the features' effects on the logits, and write both catalogues as
+        parquet files."""
         config, text = subject.config, subject.corpus
-        found = survey(
+        result = survey(
             subject,
             text.train,
             tokens=self.tokens,
@@ -58,11 +60,10 @@ class FeaturesTask(Task):
             seed=config.seed,
             reducers=reducers,
         )
-        found = found._replace(
-            features=found.features._replace(effect=measure_effects(subject, text.train))
-        )
-        for name, catalogue in (("features", found.features), ("neurons", found.neurons)):
-            write_catalogue(
-                subject.results_folder / f"{name}.parquet", catalogue, describe_origin(subject)
-            )
-        return found
+        effect = measure_effects(subject, text.train)
+        result = result._replace(features=result.features._replace(effect=effect))
+        origin = describe_origin(subject)
+        for catalogue in (result.features, result.neurons):
+            file = subject.results_folder / f"{catalogue.kind}s.parquet"
+            write_catalogue(file, catalogue, origin)
+        return result

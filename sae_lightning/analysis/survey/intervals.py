@@ -1,7 +1,7 @@
 """Random examples of every interval of strengths, drawn from the sample once the maxima are known.
 
-0                                         maximum      interval i of a unit:
-|---- 4 ---|-- 3 --|-- 2 --|-- 1 --|-- 0 --|           the uppermost is 0
+0                                         maximum      the intervals of a unit, equally wide;
+|-- 4 --|-- 3 --|-- 2 --|-- 1 --|-- 0 -----|           0 is the strongest
 """
 
 from itertools import pairwise
@@ -21,22 +21,20 @@ from sae_lightning.report.catalogue import (
     slice_units,
 )
 
-ENTRIES_AT_ONCE = 1 << 21  # entries of the sample among which is drawn at a time: bounds memory
-WINDOWS_AT_ONCE = 1 << 16  # examples whose windows are looked up at a time
+ENTRIES_AT_ONCE = 1 << 21  # entries of the sample to draw from at a time: bounds memory
+WINDOWS_AT_ONCE = 1 << 16  # examples whose windows are read at a time: bounds memory
 
 
 def draw_examples(sample: Sample, maximum: Tensor, top: Examples, each: int, seed: int) -> Examples:
-    """`each` examples of every interval of each unit, at most one a sequence, and none of `top`.
-
-    maximum: [units].
-    """
+    """Draw `each` random examples of every interval of each unit, at most one per sequence and none
+    that is in `top`; maximum: [units]."""
     starts = sample.starts
     some = torch.tensor(
         range(ENTRIES_AT_ONCE, len(sample.places), ENTRIES_AT_ONCE), dtype=torch.int64
     )
     inner = torch.searchsorted(starts, some)
     parts = []
-    for first, end in pairwise(sorted({0, *inner.tolist(), sample.unit_count})):
+    for first, end in pairwise(sorted({0, *inner.tolist(), sample.feature_count})):
         entries = slice(starts[first], starts[end])
         part = sample._replace(
             starts=starts[first : end + 1] - starts[first],
@@ -59,17 +57,18 @@ def _draw_part(sample: Sample, maximum: Tensor, top: Examples, each: int, seed: 
 
 
 def _find_candidates(sample: Sample, top: Examples) -> np.ndarray:
-    """Numbers of the sample's entries that are not the peak of an example of `top`."""
+    """Indices of the sample's entries, except those that are the peak of an example in `top`."""
     size, context = sample.tokens.numel(), sample.tokens.shape[1]
     keys = sample.owners().numpy() * size + sample.places.numpy()  # ascending
     unit, i = (top.strength > 0).numpy().nonzero()
     sequence, position = top.sequence.numpy()[unit, i], top.position.numpy()[unit, i]
     ids = sample.ids.numpy()
     row = np.searchsorted(ids, sequence).clip(max=len(ids) - 1)
-    held = ids[row] == sequence
-    others = np.ones(len(keys), bool)
-    others[np.searchsorted(keys, (unit * size + row * context + position)[held])] = False
-    return others.nonzero()[0]
+    in_sample = ids[row] == sequence
+    candidate = np.ones(len(keys), bool)
+    peaks = (unit * size + row * context + position)[in_sample]
+    candidate[np.searchsorted(keys, peaks)] = False
+    return candidate.nonzero()[0]
 
 
 def _draw_entries(
@@ -80,10 +79,11 @@ def _draw_entries(
     each: int,
     seed: int,
 ) -> np.ndarray:
-    """Which `each` of every group are drawn, one a sequence: one sort, by group and then by lot."""
+    """Indices of `each` random members of every group, at most one per sequence: a single sort, by
+    group and then by random keys."""
     sequences, context = sample.tokens.shape
     rng = np.random.default_rng(seed)
-    # one lot for all units: for each of them its order is as random
+    # all units share the random keys: the order within each unit is random all the same
     of_sequence = np.stack([rng.permutation(sequences) for _ in range(INTERVALS)])
     of_place = rng.random((sequences, context)).argsort(axis=1).ravel()
     line = group * sequences + of_sequence[interval, place // context]
@@ -93,14 +93,14 @@ def _draw_entries(
 
 
 def _rank_in_group(group: np.ndarray) -> np.ndarray:
-    """The place [n] of each member in its group, whose members lie side by side."""
+    """The rank [n] of each member within its group; members of a group are adjacent."""
     first = np.flatnonzero(np.diff(group, prepend=-1))
     return np.arange(len(group)) - np.repeat(first, np.diff(first, append=len(group)))
 
 
 def _make_examples(sample: Sample, entries: np.ndarray, slot: np.ndarray, n: int) -> Examples:
-    """The sample's `entries` as examples, each in its slot of the n of its unit."""
-    context, units = sample.tokens.shape[1], sample.unit_count
+    """The sample's `entries` as examples [units, n], each in the given `slot` of its unit."""
+    context, units = sample.tokens.shape[1], sample.feature_count
     found = Examples(
         strength=torch.zeros(units, n),
         tokens=torch.full((units, n, WINDOW), -1, dtype=torch.int32),
@@ -129,9 +129,9 @@ def _make_examples(sample: Sample, entries: np.ndarray, slot: np.ndarray, n: int
 
 
 def _read_windows(sample: Sample, owners: Tensor, entry: Tensor) -> Tensor:
-    """Strengths [m, WINDOW] of its unit around each entry [m]."""
+    """Strengths [m, WINDOW] around each entry [m], of the entry's unit."""
     context, place = sample.tokens.shape[1], sample.places[entry, None]
-    # a place is one entry of a unit, so that these are among as many neighbours
+    # entries of a unit are sorted by place: those in the window are within WINDOW entries
     near = entry[:, None] + torch.arange(-BEFORE, AFTER + 1)
     near = near.clamp(0, len(owners) - 1)
     offset = sample.places[near] - place + BEFORE

@@ -1,4 +1,4 @@
-"""The catalogue that an earlier task left in the folder of the SAE, if it is of this SAE."""
+"""Reuses the catalogue that an earlier task has left beside the SAE, if it is of the same SAE."""
 
 import hashlib
 from pathlib import Path
@@ -12,7 +12,7 @@ from sae_lightning.terminal import console, shorten_path
 
 
 def describe_origin(subject: Subject) -> dict[str, str]:
-    """What a catalogue is of, in words: other weights, another LLM, site or text make another."""
+    """LLM, site, text and a hash of the weights: a catalogue is valid while none has changed."""
     weights = hashlib.sha256()
     for name, weight in sorted(subject.sae.weights().items()):
         weights.update(name.encode())
@@ -21,29 +21,31 @@ def describe_origin(subject: Subject) -> dict[str, str]:
 
 
 def read_kept_catalogue(subject: Subject, path: Path) -> Catalogue | None:
-    """The features in the parquet file at `path`, and a line on them; None, and why, if they are
-    not those of `subject`."""
+    """The catalogue in the parquet file at `path`, or None if it is not of `subject`; prints which
+    and why."""
     if not path.is_file():
         console.print("there is no catalogue of this SAE yet: making one")
         return None
     words = read_vocabulary(subject.llm)
     try:
-        note = read_metadata(path)
+        metadata = read_metadata(path)
         own = describe_origin(subject)
-        other = [name for name, value in own.items() if note["of"].get(name) != value]
+        other = [name for name, value in own.items() if metadata["of"].get(name) != value]
         if other:
             console.print(
                 f"{shorten_path(path)} is of other {' and '.join(other)}: making a new one"
             )
             return None
         catalogue = read_catalogue(path, words)
-        # the page's blocks, which may be files, are named after the kind
+        # the kind is part of the names of the page's files: it must not be a stranger's path
         if (catalogue.kind, catalogue.num_units) != ("feature", subject.features):
-            raise ValueError(f"it is of {catalogue.num_units} units of the kind {catalogue.kind!r}")
-        tokens, text = catalogue.statistics.tokens, note["of"]["text"]
-        console.print(f"what features are: {shorten_path(path)}, {tokens:,} tokens of {text}")
+            raise ValueError(
+                f"it is of {catalogue.num_units} units of the kind {catalogue.kind!r}"
+            )
+        tokens, text = catalogue.statistics.tokens, metadata["of"]["text"]
+        console.print(f"using the catalogue {shorten_path(path)}, {tokens:,} tokens of {text}")
         return catalogue
-    except Exception as error:  # it may be damaged in any way, a stranger's, or of version 0.1.0
+    except Exception as error:  # the file may be damaged, foreign, or of version 0.1.0
         why = f"it lacks {error}" if isinstance(error, KeyError) else str(error).split("\n")[0]
         console.print(f"{shorten_path(path)} cannot be used ({why}): making a new one")
         return None

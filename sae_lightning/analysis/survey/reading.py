@@ -1,8 +1,8 @@
 """The cheapest interpretation of a feature: a set of tokens on which it fires.
 
-For each feature tokens are ranked by P(fires | token), and the set is the head of that ranking
-whose membership correlates best with firing. It is chosen on one half of the text and scored on the
-other, both ways round, for the active token and for the one before it.
+For each feature, tokens are ranked by P(fires | token). Its set is the prefix of that ranking whose
+membership correlates best with firing. It is chosen on one half of the text and scored on the other
+half, and vice versa; once for the active token and once for the token before it.
 """
 
 from typing import NamedTuple
@@ -14,14 +14,14 @@ from scipy.sparse import csr_array
 from sae_lightning.analysis.survey.sample import Sample
 from sae_lightning.report.catalogue import TokenSetScores
 
-MIN_FIRINGS = 5  # tokens of each half on which a feature has to fire for a score
-MIN_FIRINGS_PER_TOKEN = 2  # a token on which it fired once is no pattern
+MIN_FIRINGS = 5  # tokens of each half on which a feature has to fire to get a score
+MIN_FIRINGS_PER_TOKEN = 2  # a token on which a feature fired only once does not enter its set
 LISTED_TOKENS = 8
-MIN_LISTED_SHARE = 0.02  # share of the tokens on which set and feature agree
+MIN_LISTED_SHARE = 0.02  # of the firings on the set; tokens with a smaller share are not listed
 
 
 class _Counts(NamedTuple):
-    """Of one part of the text."""
+    """Counts over one part of the text."""
 
     fired: csr_array
     """[features, vocabulary] how often each feature fires on each token"""
@@ -35,7 +35,8 @@ class _Counts(NamedTuple):
 
 
 class _Sets(NamedTuple):
-    """The token set of each feature, one row a member: by feature, the surest first."""
+    """The token set of each feature, one row per member, sorted by feature and then by descending
+    P(fires | token)."""
 
     feature: np.ndarray
     """[members]"""
@@ -48,7 +49,7 @@ class _Sets(NamedTuple):
 
 
 def score_token_sets(sample: Sample, vocabulary: int) -> TokenSetScores:
-    """The best token set of every feature, and how well it predicts where the feature fires."""
+    """Choose the best token set of every feature, and score how well it predicts firing."""
     scores, chosen = [], []
     for shift in (0, 1):
         a, b = _count_halves(sample, vocabulary, shift)
@@ -56,7 +57,7 @@ def score_token_sets(sample: Sample, vocabulary: int) -> TokenSetScores:
         crossed = _count_hits(_choose_sets(a), b), _count_hits(_choose_sets(b), a)
         scores.append(_correlate(*map(sum, zip(*crossed, strict=True))))
         chosen.append(_choose_sets(_Counts(a.fired + b.fired, a.tokens + b.tokens)))
-    # which of the two is told from all of the text; both scores are of sets that are held out
+    # the shift is chosen on all of the text; its score stays that of the held-out halves
     previous = chosen[1].score > chosen[0].score
     score = np.where(previous, scores[1], scores[0])
     often = np.minimum(a.firing_tokens, b.firing_tokens) >= MIN_FIRINGS
@@ -70,21 +71,21 @@ def score_token_sets(sample: Sample, vocabulary: int) -> TokenSetScores:
 
 
 def _count_halves(sample: Sample, vocabulary: int, shift: int) -> list[_Counts]:
-    """Counts of the even and the odd sequences; the tokens are those `shift` places before."""
+    """Counts over the even and the odd sequences, with the tokens `shift` positions earlier."""
     context = sample.tokens.shape[1]
     tokens = sample.tokens.flatten().long().numpy()
     kept = sample.keep.flatten().nonzero().squeeze(1).numpy()
     places, owners = sample.places.numpy(), sample.owners().numpy()
     halves = []
     for half in (0, 1):
-        mine = (places // context) % 2 == half
-        pairs = owners[mine], tokens[places[mine] - shift]
+        in_half = (places // context) % 2 == half
+        pairs = owners[in_half], tokens[places[in_half] - shift]
         ones = np.ones(len(pairs[0]), np.int64)
         read = tokens[kept[(kept // context) % 2 == half] - shift]
         halves.append(
             _Counts(
                 csr_array(
-                    (ones, pairs), shape=(sample.unit_count, vocabulary)
+                    (ones, pairs), shape=(sample.feature_count, vocabulary)
                 ),  # adds what repeats
                 np.bincount(read, minlength=vocabulary),
             )
@@ -93,7 +94,7 @@ def _count_halves(sample: Sample, vocabulary: int, shift: int) -> list[_Counts]:
 
 
 def _choose_sets(counts: _Counts) -> _Sets:
-    """The set of each feature whose membership correlates best with its firing."""
+    """For each feature, the token set whose membership correlates best with its firing."""
     feature, token = counts.fired.nonzero()
     often = counts.fired.data >= MIN_FIRINGS_PER_TOKEN
     feature, token, fired = feature[often], token[often], counts.fired.data[often]
@@ -103,7 +104,7 @@ def _choose_sets(counts: _Counts) -> _Sets:
     first, rank = _find_runs(feature)
     start = np.arange(len(feature)) - rank
     hits, size = fired.cumsum(), occurs.cumsum()
-    # cumulative sums start again with each feature
+    # restart the cumulative sums at each feature
     hits, size = hits - (hits - fired)[start], size - (size - occurs)[start]
     fires = counts.firing_tokens
     correlation = _correlate(hits, size, fires[feature], counts.tokens.sum())
@@ -113,7 +114,7 @@ def _choose_sets(counts: _Counts) -> _Sets:
     best = np.maximum.reduceat(correlation, first)
     score[feature[first]] = best.clip(min=0)
     at_best = np.flatnonzero((correlation == score[feature]) & (correlation > 0))
-    owner, where = np.unique(feature[at_best], return_index=True)  # of equally good heads the first
+    owner, where = np.unique(feature[at_best], return_index=True)  # the shortest of equal prefixes
     last = np.full(len(fires), -1)
     last[owner] = rank[at_best[where]]
     inside = rank <= last[feature]
@@ -121,14 +122,15 @@ def _choose_sets(counts: _Counts) -> _Sets:
 
 
 def _find_runs(feature: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where each run of equal values begins, and the place [n] of each value in its run."""
+    """The start of each run of equal values, and the position [n] of each value in its run."""
     first = np.flatnonzero(np.diff(feature, prepend=-1))
     lengths = np.diff(np.append(first, len(feature)))
     return first, np.arange(len(feature)) - np.repeat(first, lengths)
 
 
 def _count_hits(sets: _Sets, counts: _Counts) -> tuple[np.ndarray, ...]:
-    """Of each feature: hits, tokens in its set, tokens on which it fires; and all tokens."""
+    """For each feature: tokens in its set on which it fires, tokens in its set, tokens on which it
+    fires; and the number of all tokens."""
     ones = np.ones(len(sets.token), np.int64)
     members = csr_array((ones, (sets.feature, sets.token)), shape=counts.fired.shape)
     hits = members.multiply(counts.fired).sum(axis=1)
@@ -138,7 +140,7 @@ def _count_hits(sets: _Sets, counts: _Counts) -> tuple[np.ndarray, ...]:
 def _correlate(
     hits: np.ndarray, size: np.ndarray, fired: np.ndarray, tokens: np.ndarray
 ) -> np.ndarray:
-    """Matthews' coefficient of two yes/no variables; 0 where one of them never changes."""
+    """Matthews correlation coefficient of membership and firing; 0 where either is constant."""
     size, fired, tokens = (np.asarray(x, float) for x in (size, fired, tokens))
     spread = np.sqrt(size * (tokens - size)) * np.sqrt(fired * (tokens - fired))
     return np.divide(
@@ -147,8 +149,8 @@ def _correlate(
 
 
 def _list_tokens(sets: _Sets) -> np.ndarray:
-    """The SHOWN most frequent members of each set [features, SHOWN], without those that explain
-    next to nothing of its firing; -1 where there are fewer."""
+    """The tokens of each set on which the feature fires most often [features, LISTED_TOKENS],
+    without those below MIN_LISTED_SHARE; -1 where there are fewer."""
     features = len(sets.score)
     order = np.lexsort((-sets.fired, sets.feature))
     hits = np.bincount(sets.feature, sets.fired, minlength=features)

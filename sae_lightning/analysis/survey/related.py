@@ -1,4 +1,4 @@
-"""Features that are like a feature: in what they write, and in when they fire."""
+"""Features that are similar to a feature: in what they write, and in when they fire."""
 
 from collections.abc import Iterator
 
@@ -10,47 +10,48 @@ from torch.nn.functional import normalize
 from sae_lightning.analysis.survey.sample import Sample
 from sae_lightning.report.catalogue import RelatedUnits
 
-BLOCK_FEATURES = 512  # features compared with others at a time
-MAX_EXACT_FEATURES = 16_384  # features of which each is compared with all others
-HASH_TABLES = 16  # orders of more features, in which each is compared with its block
-HASH_DIRECTIONS = 32  # random directions that make an order, twice
-MAX_PAIRS = 400_000_000  # of features that fire together, at most looked at
+BLOCK_FEATURES = 512  # features compared at a time
+MAX_EXACT_FEATURES = 16_384  # up to so many, each is compared with all others
+HASH_TABLES = 16  # of more features; in each table a feature is compared with its block only
+HASH_DIRECTIONS = 32  # random directions per hash; a table sorts by two hashes
+MAX_PAIRS = 400_000_000  # of features that fire on the same token; bounds time and memory
 
 
 @torch.no_grad()
 def find_neighbours(W_dec: Tensor, k: int = 5) -> RelatedUnits:
-    """The features with the largest cosine of decoder rows [features, d_out].
+    """Find the features with the largest cosine similarity of decoder rows [features, d_out].
 
-    Of more than 16,384 features each is compared with 8,000 others only, so that time grows with
-    their number and not with its square. Of 32,768 features in 768 dimensions one in 2,000 pairs at
-    a cosine of 0.9 is missed, one in 200 at 0.8; of what is less alike than that, most.
+    With more than 16,384 features, each is compared with 8,000 others only, so that time is linear
+    in their number. With 32,768 features in 768 dimensions, one in 2,000 pairs with a cosine of 0.9
+    is missed, one in 200 with 0.8, and most pairs below that.
     """
     rows = normalize(W_dec)
     k = min(k, len(rows) - 1)
     units = torch.full((len(rows), k), -1, device=rows.device)
     cosines = rows.new_full((len(rows), k), -2)
-    for mine, others in _pick_comparisons(rows):
-        table = rows[mine] @ rows[others].T
-        table[mine[:, None] == others] = -2  # not its own neighbour
+    for block, others in _pick_comparisons(rows):
+        table = rows[block] @ rows[others].T
+        table[block[:, None] == others] = -2  # a feature is not its own neighbour
         new = table.topk(min(k, len(others) - 1), dim=1)
-        found = others[new.indices]  # [mine, k]
-        known = (found[:, :, None] == units[mine][:, None]).any(dim=2)
-        likeness = torch.cat([cosines[mine], new.values.masked_fill(known, -2)], dim=1)
-        best = likeness.topk(k, dim=1)
-        cosines[mine] = best.values
-        units[mine] = torch.cat([units[mine], found], dim=1).gather(1, best.indices)
+        new_units = others[new.indices]  # [block, k]
+        listed = (new_units[:, :, None] == units[block][:, None]).any(dim=2)  # by an earlier table
+        candidates = torch.cat([cosines[block], new.values.masked_fill(listed, -2)], dim=1)
+        best = candidates.topk(k, dim=1)
+        cosines[block] = best.values
+        units[block] = torch.cat([units[block], new_units], dim=1).gather(1, best.indices)
     return RelatedUnits(units.cpu(), cosines.cpu())
 
 
 def _pick_comparisons(rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Numbers of rows [n, d] of norm 1, and of those that they are compared with."""
+    """Blocks of rows [features, d] of norm 1, as indices, each with the indices of the rows that it
+    is compared with."""
     if len(rows) <= MAX_EXACT_FEATURES:
         everyone = torch.arange(len(rows), device=rows.device)
-        for mine in everyone.split(BLOCK_FEATURES):
-            yield mine, everyone
+        for block in everyone.split(BLOCK_FEATURES):
+            yield block, everyone
         return
-    # Rows whose largest component in a random basis is the same are alike (cross-polytope hashing,
-    # Andoni et al. 2015); sorted by two of these, blocks are of one size however rows are spread.
+    # Rows with the same largest component in a random basis are similar (cross-polytope hashing,
+    # Andoni et al. 2015). Blocks of rows sorted by two hashes have the same size, buckets do not.
     generator = Generator().manual_seed(0)
     centred = rows - rows.mean(dim=0)
     for _ in range(HASH_TABLES):
@@ -65,31 +66,33 @@ def _pick_comparisons(rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def find_partners(sample: Sample, k: int = 5) -> RelatedUnits:
-    """The features that fire on the same tokens: tokens on which both do / on which either does."""
+    """Find the features with the largest Jaccard index of firing: the tokens on which both fire,
+    divided by those on which either fires."""
     from scipy.sparse import csr_array
 
     places, owners = sample.places.numpy(), sample.owners().numpy()
-    # a dense SAE has so many pairs that fewer tokens have to do
+    # a dense SAE has so many pairs that only the first tokens are used
     active = np.bincount(places, minlength=sample.tokens.numel()).astype(np.float64)
     near = (np.square(active).cumsum() <= MAX_PAIRS)[places]
     places, owners = places[near], owners[near]
-    shape = (sample.unit_count, sample.tokens.numel())
+    shape = (sample.feature_count, sample.tokens.numel())
     fires = csr_array((np.ones(len(places), np.float32), (owners, places)), shape)
     counts = np.asarray(fires.sum(axis=1))
-    by_token, k = fires.T.tocsr(), min(k, sample.unit_count - 1)
-    units = torch.full((sample.unit_count, k), -1)
-    likeness = torch.zeros(sample.unit_count, k)
-    for first in range(0, sample.unit_count, BLOCK_FEATURES):
-        both = fires[first : first + BLOCK_FEATURES] @ by_token  # only pairs that there are
-        mine = first + np.repeat(np.arange(both.shape[0]), np.diff(both.indptr))
+    by_token, k = fires.T.tocsr(), min(k, sample.feature_count - 1)
+    units = torch.full((sample.feature_count, k), -1)
+    likeness = torch.zeros(sample.feature_count, k)
+    for first in range(0, sample.feature_count, BLOCK_FEATURES):
+        both = fires[first : first + BLOCK_FEATURES] @ by_token  # sparse: pairs that fire together
+        feature = first + np.repeat(np.arange(both.shape[0]), np.diff(both.indptr))
         others = both.indices
-        jaccard = both.data / (counts[mine] + counts[others] - both.data)
-        jaccard[mine == others] = 0
+        jaccard = both.data / (counts[feature] + counts[others] - both.data)
+        jaccard[feature == others] = 0
         jaccard, others = torch.from_numpy(jaccard), torch.from_numpy(others).long()
-        for unit in np.flatnonzero(np.diff(both.indptr) > 1):  # with others than itself
-            its = slice(both.indptr[unit], both.indptr[unit + 1])
-            found = jaccard[its].topk(min(k, its.stop - its.start))
-            there = found.values > 0
-            units[first + unit, : len(there)] = torch.where(there, others[its][found.indices], -1)
-            likeness[first + unit, : len(there)] = found.values
+        for unit in np.flatnonzero(np.diff(both.indptr) > 1):  # fires together with another one
+            pairs = slice(both.indptr[unit], both.indptr[unit + 1])
+            best = jaccard[pairs].topk(min(k, pairs.stop - pairs.start))
+            positive = best.values > 0
+            row = torch.where(positive, others[pairs][best.indices], -1)
+            units[first + unit, : len(row)] = row
+            likeness[first + unit, : len(row)] = best.values
     return RelatedUnits(units, likeness)

@@ -1,4 +1,4 @@
-"""A random part of the text of bounded size, with every feature that fires in it."""
+"""A random sample of the text's sequences, of bounded size, with all features that fire in it."""
 
 import heapq
 from typing import NamedTuple
@@ -11,8 +11,8 @@ from sae_lightning.analysis.collect import EncodedBatch
 from sae_lightning.analysis.survey import strengths
 from sae_lightning.analysis.survey.strengths import Strengths
 
-SAMPLE_TOKENS = 131_072
-SAMPLE_ENTRIES = 1 << 24  # strengths that are kept
+SAMPLE_TOKENS = 131_072  # at most
+SAMPLE_ENTRIES = 1 << 24  # strengths kept, at most
 
 
 class Sample(NamedTuple):
@@ -23,33 +23,34 @@ class Sample(NamedTuple):
     keep: Tensor
     """[sequences, context] bool: what the SAE reads"""
     ids: Tensor
-    """[sequences] numbers of the sequences in the order of reading, ascending"""
+    """[sequences] index of each sequence in the order of reading, ascending"""
     starts: Tensor
     """[features + 1] where each feature's entries begin"""
     places: Tensor
-    """[entries] where it fires, ascending for each feature, int64"""
+    """[entries] where the feature fires, ascending within each feature, int64"""
     strengths: Tensor
-    """[entries] how strongly"""
+    """[entries] how strongly it fires there"""
 
     @property
-    def unit_count(self) -> int:
-        """Number of features, of silent ones too."""
+    def feature_count(self) -> int:
+        """Number of features, silent ones included."""
         return len(self.starts) - 1
 
     def fired(self, feature: int) -> Tensor:
-        """Strengths [sequences, context] of a feature, float32."""
-        found = torch.zeros(self.tokens.numel())
-        mine = slice(int(self.starts[feature]), int(self.starts[feature + 1]))
-        found[self.places[mine]] = self.strengths[mine]
-        return found.view(self.tokens.shape)
+        """Strengths [sequences, context] of a feature, float32; 0 where it is silent."""
+        dense = torch.zeros(self.tokens.numel())
+        entries = slice(int(self.starts[feature]), int(self.starts[feature + 1]))
+        dense[self.places[entries]] = self.strengths[entries]
+        return dense.view(self.tokens.shape)
 
     def owners(self) -> Tensor:
-        """[entries] the feature that each entry is of, int64."""
-        return torch.repeat_interleave(torch.arange(self.unit_count), self.starts.diff())
+        """[entries] the feature to which each entry belongs, int64."""
+        return torch.repeat_interleave(torch.arange(self.feature_count), self.starts.diff())
 
 
 class SequenceSampler:
-    """Keeps whole sequences by lot; once there is no more room, those with the lowest give way."""
+    """A reducer: keeps a random sample of whole sequences. Each gets a random key; when the sample
+    is full, those with the smallest keys are dropped."""
 
     def __init__(
         self,
@@ -62,27 +63,27 @@ class SequenceSampler:
         self.strengths = strengths
         self.features, self.room = features, {"tokens": tokens, "entries": entries}
         self.random = np.random.default_rng(seed)
-        self.kept: list[tuple] = []  # a heap of (lot, id, tokens, keep, positions, units, values)
+        self.kept: list[tuple] = []  # a heap of (key, id, tokens, keep, positions, units, values)
         self.size = {"tokens": 0, "entries": 0}
-        self.lowest = 0.0  # lots below it have no chance any more
+        self.lowest = 0.0  # sequences with a smaller key cannot enter any more
 
     def add(self, batch: EncodedBatch) -> None:
         tokens, keep = batch.tokens.cpu().int().numpy(), batch.keep.cpu().numpy()
         values, units = self.strengths(batch)
-        for i, lot in enumerate(self.random.random(len(tokens))):
-            if lot < self.lowest:
+        for i, key in enumerate(self.random.random(len(tokens))):
+            if key < self.lowest:
                 continue
             position, unit = values[i].nonzero(as_tuple=True)
             value = values[i][position, unit].cpu().numpy()
-            # copies, or a slice would keep the whole batch in memory
+            # copied, because a slice would keep the whole batch in memory
             fires = position.cpu().int().numpy(), units[unit.cpu()].int().numpy()
-            entry = (lot, int(batch.ids[i]), tokens[i].copy(), keep[i].copy(), *fires, value)
+            entry = (key, int(batch.ids[i]), tokens[i].copy(), keep[i].copy(), *fires, value)
             heapq.heappush(self.kept, entry)
             self._count(entry, 1)
             while self._full() and len(self.kept) > 1:
-                loser = heapq.heappop(self.kept)
-                self.lowest = loser[0]
-                self._count(loser, -1)
+                dropped = heapq.heappop(self.kept)
+                self.lowest = dropped[0]
+                self._count(dropped, -1)
 
     def _count(self, entry: tuple, sign: int) -> None:
         self.size["tokens"] += sign * entry[2].size

@@ -1,4 +1,4 @@
-"""What counts as a unit: a feature of the SAE, or a neuron of the site that it reads."""
+"""Units and their strengths: features of the SAE, or neurons of the site that it reads."""
 
 from collections.abc import Callable
 from enum import Enum
@@ -9,28 +9,28 @@ from torch import Tensor
 from sae_lightning.analysis.collect import EncodedBatch
 
 Strengths = Callable[[EncodedBatch], tuple[Tensor, Tensor]]
-"""Of a batch: strengths [sequences, context, some], not negative, 0 where not `keep`, and the
-numbers [some] of these units, on the CPU; all others are silent."""
+"""batch -> strengths [sequences, context, some], not negative, 0 where not `keep`; and the indices
+[some] of these units, on the CPU. All other units are silent."""
 
 
 class Positive(Enum):
-    """How a neuron's value, which has a sign, becomes a strength."""
+    """How a neuron's signed value becomes a strength."""
 
     abs = "abs"
     """Its absolute value."""
     relu = "relu"
     """Its value where it is positive, else 0."""
     shift = "shift"
-    """Its value minus the least that it takes on the first tokens, not below 0."""
+    """Its value minus its minimum on the first batch, not below 0."""
 
 
 def feature_strengths(batch: EncodedBatch) -> tuple[Tensor, Tensor]:
-    """Strengths of the SAE's features."""
+    """Strengths of the SAE's active features."""
     return batch.active_features
 
 
 class NeuronStrengths:
-    """Strengths of the site's own dimensions, which have a sign, made positive."""
+    """Strengths of the site's neurons, its own dimensions, made positive."""
 
     def __init__(self, positive: Positive):
         self.positive = positive

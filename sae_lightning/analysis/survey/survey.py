@@ -1,4 +1,4 @@
-"""What all features, and all neurons, respond to: the catalogues that one pass over text makes."""
+"""Makes the catalogues of all features and all neurons in one pass over text."""
 
 from collections.abc import Iterable
 from itertools import chain
@@ -28,18 +28,18 @@ from sae_lightning.scoring.metrics import count_by_density
 from sae_lightning.stream.packing import TokenStream
 from sae_lightning.terminal import phase
 
-NEURON_ENTRIES = 1 << 23  # of neurons, which are active everywhere, in their sample
-EXAMPLES_PER_DRAWN = 6  # an interval has this part of the number of the strongest examples
+NEURON_ENTRIES = 1 << 23  # of the neurons' sample: neurons are active everywhere
+TOP_PER_DRAWN = 6  # for so many of the strongest examples, one is drawn of each interval
 
 
 class Survey(NamedTuple):
-    """What one pass over text says about an SAE and about the site that it reads."""
+    """The results of one pass over text: of an SAE, and of the site that it reads."""
 
     features: Catalogue
     neurons: Catalogue
     """The site's own dimensions, made positive."""
     sample: Sample
-    """A part of the text, with all that fires in it."""
+    """A part of the text, with all features that fire in it."""
 
     @property
     def best(self) -> int | None:
@@ -47,7 +47,7 @@ class Survey(NamedTuple):
         return next(iter(pick_most_telling(self.features, 1)), None)
 
     def scalars(self) -> dict[str, Any]:
-        """The numbers of all features together."""
+        """Statistics of all features together, by name."""
         features, score = self.features.statistics, self.features.token_sets.score
         known = score[~score.isnan()]
         return {
@@ -73,10 +73,10 @@ def survey(
     seed: int = 0,
     reducers: Iterable[Reducer] = (),
 ) -> Survey:
-    """Read `tokens` tokens, `batch` sequences at a time, and catalogue what fires where.
+    """Read `tokens` tokens, `batch` sequences at a time, and catalogue where each unit fires.
 
-    `examples`: how many of the strongest are kept of each unit, and a sixth as many of each
-    interval; `reducers` read along.
+    `examples`: how many of the strongest to keep for each unit; a sixth as many are drawn from each
+    interval of strengths. `reducers`: others that are fed by the same pass.
     """
     d_in, positive = len(subject.sae.W_enc), strengths.NeuronStrengths(neurons)
     kinds = {
@@ -94,17 +94,17 @@ def survey(
     texts = TokenRecorder()
     text, total = excerpt(source, tokens, batch)
     collect(subject, text, [*chain(*kinds.values()), texts, *reducers], total=total)
-    words, read, found = read_vocabulary(subject.llm), texts.result(), []
+    words, read, catalogues = read_vocabulary(subject.llm), texts.result(), []
     with phase("drawing examples"):
         for kind in [*kinds]:
-            # what the reducers hold is as large as what they make of it
+            # popped, because the reducers' state is as large as their results
             statistics, top, sample = (reducer.result() for reducer in kinds.pop(kind))
             spread = draw_examples(
-                sample, statistics.maximum, top, max(1, examples // EXAMPLES_PER_DRAWN), seed
+                sample, statistics.maximum, top, max(1, examples // TOP_PER_DRAWN), seed
             )
-            found.append((Catalogue(kind, words, read, statistics, top, spread), sample))
-    (features, sample), (of_site, dense) = found
-    del found, dense
+            catalogues.append((Catalogue(kind, words, read, statistics, top, spread), sample))
+    (features, sample), (of_neurons, neuron_sample) = catalogues
+    del catalogues, neuron_sample  # large
     with phase("comparing features"):
         scored = score_token_sets(sample, len(words))
         features = features._replace(
@@ -115,44 +115,44 @@ def survey(
         )
         originals = find_originals(subject.sae.W_dec, features.neighbours, rank_units(features))
         features = features._replace(copy_of=originals)
-    return Survey(features, of_site, sample)
+    return Survey(features, of_neurons, sample)
 
 
 def make_features_section(survey: Survey) -> Section:
-    """How much text was read, and how many features have a pattern in it."""
-    said = survey.scalars()
-    unscored = said["features"] - said["scored"]
+    """How much text was read, and how well token sets predict the features in it."""
+    scalars = survey.scalars()
+    unscored = scalars["features"] - scalars["scored"]
     rows = {
-        "text": f"{said['tokens']:,} tokens",
-        "features": f"{said['features']:,}, {said['unfired']:.1%} of them silent",
-        "L0": f"{said['l0']:.1f} active features per token",
+        "text": f"{scalars['tokens']:,} tokens",
+        "features": f"{scalars['features']:,}, {scalars['unfired']:.1%} of them silent",
+        "L0": f"{scalars['l0']:.1f} active features per token",
     }
-    if said["features"] > MAX_EXACT_FEATURES:
+    if scalars["features"] > MAX_EXACT_FEATURES:
         rows["nearest directions"] = (
-            "of so many features those with a cosine above 0.9 are found nearly always, less alike "
-            "ones not"
+            "with so many features, neighbours with a cosine below 0.9 may be missed"
         )
-    if said["scored"]:
+    if scalars["scored"]:
         rows["token score"] = (
-            f"median {said['score_median']:.2f}, above 0.5 for {said['score_above_half']:.0%} of "
-            f"{said['scored']:,} features ({unscored:,} fire too rarely for a score)"
+            f"median {scalars['score_median']:.2f}, above 0.5 for "
+            f"{scalars['score_above_half']:.0%} of {scalars['scored']:,} features ({unscored:,} "
+            "fire too rarely for a score)"
         )
     return Section(
         title="Features",
         lead="What each feature fires on. The score says how well the best set of tokens predicts "
         "where a feature fires, on text that the set was not chosen on: 1 is perfect, 0 is chance. "
-        "A feature of something more abstract than tokens scores low.",
+        "Features of something more abstract than tokens score low.",
         rows=rows,
     )
 
 
 def rank_units(catalogue: Catalogue) -> Tensor:
-    """All units, the most telling first."""
+    """All units [units], sorted by how telling they are, the most telling first."""
     return catalogue.telling.nan_to_num(-1).argsort(descending=True, stable=True)
 
 
 def pick_most_telling(catalogue: Catalogue, n: int) -> list[int]:
-    """The first `n` units of the page's list: no copies, and none without a score."""
+    """The first `n` units of the page's list, without copies and units without a score."""
     order = rank_units(catalogue)
     order = order[(catalogue.copy_of[order] == order) & (catalogue.telling[order] > 0)]
     return order[:n].tolist()

@@ -1,8 +1,9 @@
-"""Which features tell a reader most: of words that are rare in the text, each word's best first.
+"""Ranks features by how much they tell a reader: about rare words, each word's best feature first.
 
-    token score x rarity of the tokens x words / (words + 1) / features so far of the first word
+    token-set score x rarity of the tokens x words / (words + 1) / rank among features of that word
 
-No list of words is needed, so that any language, and code, will do.
+where words = different words in the token set, and "that word" is the first of them. No word list
+is needed, so that it works for any language, and for code.
 """
 
 from collections.abc import Sequence
@@ -14,22 +15,22 @@ from torch import Tensor
 from sae_lightning.analysis.survey.sample import Sample
 from sae_lightning.report.catalogue import TokenSetScores
 
-PIECE_WEIGHT = 0.25  # what a piece of a word counts, against a whole word
+PIECE_WEIGHT = 0.25  # of a piece of a word; a whole word has weight 1
 
 
 def rate_telling(
     texts: np.ndarray, sample: Sample, reading: TokenSetScores, vocabulary: Sequence[str]
 ) -> Tensor:
-    """[features] how much each tells, nan where there is no score.
+    """[features] how much each tells, NaN where there is no score.
 
-    texts: [sequences, context] ids of all that was read, which say what is rare in it.
+    texts: [sequences, context] ids of all tokens read, from which their rarity is computed.
     """
     owners = sample.owners().numpy()
-    # the token before, where that is what predicts; no feature fires on the first of a text
+    # the token that predicts: the active one or the one before, which exists as BOS never fires
     places = sample.places.numpy() - reading.previous.numpy()[owners]
     strengths, content = sample.strengths.numpy(), _weigh_tokens(texts, sample, vocabulary)[places]
     told, total = (
-        np.bincount(owners, each, minlength=sample.unit_count)
+        np.bincount(owners, each, minlength=sample.feature_count)
         for each in (strengths * content, strengths)
     )
     words = [_find_words(tokens, vocabulary) for tokens in reading.tokens.tolist()]
@@ -41,8 +42,8 @@ def rate_telling(
 
 
 def _weigh_tokens(texts: np.ndarray, sample: Sample, vocabulary: Sequence[str]) -> np.ndarray:
-    """[places] of the sample: how much rarer the token is than the mean, from 0 to 1 (surprisals
-    -log2 p above their mean, the entropy, as a share of the most); 0 where it is no word."""
+    """[places] how rare the token at each place of the sample is, from 0 to 1: its surprisal
+    -log2 p above the mean (the entropy), divided by the greatest; 0 if it is no word."""
     share = np.bincount(texts.ravel(), minlength=len(vocabulary)) / texts.size
     surprisal = -np.log2(share.clip(min=1 / texts.size))
     above = surprisal - (share * surprisal).sum()
@@ -62,19 +63,19 @@ def _has_case(letter: str) -> bool:
 
 
 def _is_word(token: str) -> bool:
-    """Mostly letters of any script."""
-    shown = token.strip()
-    return 2 * sum(map(str.isalpha, shown)) > len(shown)
+    """Whether a token is mostly letters, of any script."""
+    text = token.strip()
+    return 2 * sum(map(str.isalpha, text)) > len(text)
 
 
 def _find_words(tokens: Sequence[int], vocabulary: Sequence[str]) -> list[str]:
-    """Different words among some ids, of which -1 is none; in lower case, the first one first."""
+    """The different words among some ids, in lower case and in order; -1 stands for no token."""
     words = (vocabulary[token] for token in tokens if token >= 0)
     return [*dict.fromkeys(word.strip().casefold() for word in words if _is_word(word))]
 
 
 def _count_better(value: np.ndarray, word: Sequence[str]) -> np.ndarray:
-    """[features] how many of the same word have a greater value."""
+    """[features] how many features of the same word have a greater value."""
     _, number = np.unique(word, return_inverse=True)
     order = np.lexsort((-value, number))
     first = np.flatnonzero(np.diff(number[order], prepend=-1))
