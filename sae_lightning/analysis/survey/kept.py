@@ -39,9 +39,7 @@ def read_kept_catalogue(subject: Subject, path: Path) -> Catalogue | None:
         catalogue = read_catalogue(path, words)
         # the kind is part of the names of the page's files: it must not be a stranger's path
         if (catalogue.kind, catalogue.num_units) != ("feature", subject.features):
-            raise ValueError(
-                f"it is of {catalogue.num_units} units of the kind {catalogue.kind!r}"
-            )
+            raise ValueError(f"it is of {catalogue.num_units} units of the kind {catalogue.kind!r}")
         tokens, text = catalogue.statistics.tokens, metadata["of"]["text"]
         console.print(f"using the catalogue {shorten_path(path)}, {tokens:,} tokens of {text}")
         return catalogue
