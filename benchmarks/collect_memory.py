@@ -51,7 +51,7 @@ def measure_survey(tokens: int, features: int, block: int) -> dict[str, Any]:
     from sae_lightning.llm.load import LLMConfig, read_llm_shape
     from sae_lightning.llm.sites import LayerConfig
     from sae_lightning.runs.config import Config
-    from sae_lightning.sae import ARCHITECTURES, build
+    from sae_lightning.sae import ARCHITECTURES, build_sae
     from sae_lightning.stream.plays import PlaysConfig
 
     topk = ARCHITECTURES["topk"]
@@ -63,7 +63,7 @@ def measure_survey(tokens: int, features: int, block: int) -> dict[str, Any]:
         loss=topk.loss(),
     )
     llm = read_llm_shape(config.llm)
-    sae = build(config.model, llm.width, llm.width).requires_grad_(False)
+    sae = build_sae(config.model, llm.width, llm.width).requires_grad_(False)
     subject = Subject(Path(), sae, config.layer.resolve_sites(llm.layers), config)
     result = survey(subject, subject.corpus.train, tokens=tokens)
     return {"tokens": result.features.statistics.tokens, "peak": read_peak_memory()}
@@ -96,10 +96,10 @@ def make_llm(folder: Path) -> torch.Tensor:
 def make_sae(folder: Path, llm: Path, features: int, x: torch.Tensor) -> None:
     """Save a random SAE whose thresholds fit activations like x [n, d]."""
     from sae_lightning.formats.export import save_sae
-    from sae_lightning.sae import ARCHITECTURES, build
+    from sae_lightning.sae import ARCHITECTURES, build_sae
 
     kind = ARCHITECTURES["jumprelu"].config(name="jumprelu", features=features)
-    sae = build(kind, WIDTH, WIDTH).requires_grad_(False)
+    sae = build_sae(kind, WIDTH, WIDTH).requires_grad_(False)
     rows = torch.nn.functional.normalize(sae.W_dec)
     rows[1::100] = rows[::100][: len(rows[1::100])] + 0.01 * torch.randn(WIDTH)
     centred = x - x.mean(0)

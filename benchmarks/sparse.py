@@ -2,8 +2,8 @@
 
 An update of one SAE (forward, backward, no optimiser) is timed both ways in turn, at densities from
 0.1 % to 30 %: biases are shifted until that share of features is active on random input. Where the
-ratio passes 1, `sae_lightning.sae.products.worth_it` draws the line. Then the encoders of eight
-SAEs are computed one by one and as one product.
+ratio passes 1, `sae_lightning.sae.products.break_even_density` draws the line. Then the encoders of
+eight SAEs are computed one by one and as one product.
 
     python benchmarks/sparse.py                                  # 2 minutes on two cores
     python benchmarks/sparse.py features=24576 d=768 batch=8192 device=cuda
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sae_lightning.llm.load import has_bf16
 from sae_lightning.runs.heap import keep_freed_memory
-from sae_lightning.sae import SAE, Moment, SAEConfig, build
+from sae_lightning.sae import SAE, SAEConfig, TrainingStatus, build_sae
 from sae_lightning.sae.relu import ReLULoss
 from sae_lightning.terminal import console
 
@@ -47,15 +47,15 @@ def time_alternately(device: str, *ways: Callable[[], object]) -> list[float]:
 def run_update(sae: SAE, x: Tensor, dtype: torch.dtype, only_active: bool) -> None:
     """Compute loss and gradients of a ReLU SAE."""
     sae.zero_grad()
-    moment = Moment(torch.zeros(len(sae.W_dec), device=x.device).bool(), torch.tensor(0.5))
+    status = TrainingStatus(torch.zeros(len(sae.W_dec), device=x.device).bool(), torch.tensor(0.5))
     with torch.autocast(x.device.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
-        terms = ReLULoss().terms(sae, sae.training_pass(x, only_active), x, moment)
+        terms = ReLULoss().terms(sae, sae.training_pass(x, only_active), x, status)
     (terms["mse"] + 1e-3 * terms["l1"]).backward()
 
 
 def compare_products(x: Tensor, features: int, dtype: torch.dtype) -> Table:
     """Time dense and sparse updates at several densities."""
-    sae = build(SAEConfig(features=features), x.shape[1], x.shape[1]).to(x.device)
+    sae = build_sae(SAEConfig(features=features), x.shape[1], x.shape[1]).to(x.device)
     title = f"one update, {features:,} features, input {[*x.shape]}, {dtype}"
     table = Table("active", "dense", "sparse", "dense / sparse", title=title)
     for density in DENSITIES:

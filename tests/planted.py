@@ -14,7 +14,7 @@ from tiny_llm import WIDTH, tiny_config, tiny_tokenizer
 
 from sae_lightning.formats.export import save_sae
 from sae_lightning.llm.quiet import mute_libraries
-from sae_lightning.sae import ARCHITECTURES, build
+from sae_lightning.sae import ARCHITECTURES, build_sae
 
 FEATURE, FEATURES = 3, 32
 READS, WRITES = (" wizards", " potion"), " fox"
@@ -47,7 +47,7 @@ def save_planted(folder: Path) -> tuple[Path, Path]:
         model.save_pretrained(folder / "llm")
         tiny_tokenizer().save_pretrained(folder / "llm")
     config = ARCHITECTURES["relu"].config(features=FEATURES, start_bias=0.0)
-    sae = build(config, WIDTH, WIDTH)
+    sae = build_sae(config, WIDTH, WIDTH)
     with torch.no_grad():
         sae.W_enc[:2], sae.W_dec[:, :2] = 0, 0
         sae.W_enc[:, FEATURE] = torch.eye(WIDTH)[0]

@@ -29,7 +29,7 @@ from sae_lightning.formats.readers import (
     StoredSAE,
     check_numbers,
 )
-from sae_lightning.sae import ARCHITECTURES, SAE, SAEConfig, build
+from sae_lightning.sae import ARCHITECTURES, SAE, SAEConfig, build_sae
 from sae_lightning.stream.states import expect
 
 
@@ -53,7 +53,7 @@ def save_sae(folder: Path, sae: SAE, weights: dict[str, Tensor], metadata: dict[
         # by default SAELens would subtract b_dec from the input
         "apply_b_dec_to_input": False,
         "normalize_activations": "none",
-        **sae.saelens(),
+        **sae.saelens_settings(),
         OWN_KEY: asdict(sae.config),
         "metadata": {"sae_lens_version": "6.0.0", "sae_lens_training_version": None, **metadata},
     }
@@ -119,7 +119,7 @@ def _build(stored: StoredSAE) -> SAE:
         raise ValueError(f"it holds {', '.join(sorted(shapes)) or 'nothing'}")
     (d_in, features), d_out = shapes["W_enc"], shapes["W_dec"][1]
     config = _make_config({"features": features} | stored.settings, features)
-    sae = build(config, d_in, d_out)
+    sae = build_sae(config, d_in, d_out)
     expected = {name: list(weight.shape) for name, weight in sae.weights().items()}
     for name in sorted(expected.keys() | shapes.keys()):
         if name not in shapes:

@@ -13,7 +13,7 @@ from sae_lightning.llm.packaged import LLMShape
 from sae_lightning.llm.sites import SitePair, distinct_sites
 from sae_lightning.runs.jobs import CONFIG_FILE, FOLDER_HINT, Job
 from sae_lightning.runs.run import make_head
-from sae_lightning.sae import size
+from sae_lightning.sae import count_parameters
 from sae_lightning.sae.products import has_sparse_products
 from sae_lightning.terminal import quote_setting
 from sae_lightning.training.integrity import check_checkpoint, open_checkpoint
@@ -122,7 +122,7 @@ def _check_loss_tokens(job: Job) -> None:
 def _count_checkpoint_bytes(job: Job, llm: LLMShape) -> int:
     """Bytes that weights and the two moments of Adam need, and the exported weights, both twice
     while they are being replaced."""
-    weights = 4 * size(job.config.model, llm.width, llm.width)
+    weights = 4 * count_parameters(job.config.model, llm.width, llm.width)
     kept = [checkpoint_path(job.folder), *job.folder.glob("sae/*")]
     return 2 * (3 * weights + weights) - sum(f.stat().st_size for f in kept if f.is_file())
 

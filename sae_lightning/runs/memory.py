@@ -14,7 +14,7 @@ from sae_lightning.errors import UserError
 from sae_lightning.llm.packaged import LLMShape
 from sae_lightning.llm.sites import SitePair, distinct_sites
 from sae_lightning.runs.config import Config
-from sae_lightning.sae import ARCHITECTURES, size
+from sae_lightning.sae import ARCHITECTURES, count_parameters
 from sae_lightning.scoring.scorecard import MAX_TOKENS_AT_ONCE
 from sae_lightning.training.settings import Accelerator
 
@@ -93,7 +93,7 @@ def estimate_memory(
 ) -> PassMemory:
     """The memory of a pass that trains SAEs with these configs at these sites."""
     config = configs[0]
-    weights = [size(c.model, llm.width, llm.width) for c in configs]
+    weights = [count_parameters(c.model, llm.width, llm.width) for c in configs]
     number = torch.finfo(getattr(torch, config.llm.dtype.name)).bits // 8
     read = distinct_sites(sites)
     known = config.data_source.memory(read, llm, config.eval.tokens, config.eval.loss_tokens)

@@ -21,7 +21,7 @@ from sae_lightning.runs.folders import METRICS_FILE
 from sae_lightning.runs.heap import keep_freed_memory
 from sae_lightning.runs.jobs import Job, format_resume_command
 from sae_lightning.runs.report import format_speed, print_how_to_continue, print_plan, print_results
-from sae_lightning.sae import build
+from sae_lightning.sae import build_sae
 from sae_lightning.stream.batches import BatchStream
 from sae_lightning.stream.source import OpenedData
 from sae_lightning.terminal import console
@@ -171,7 +171,7 @@ def make_head(job: Job, sites: SitePair, width: int) -> Head:
     """The head of a job, without a log."""
     config = job.config
     head = Head(
-        build(config.model, width, width),
+        build_sae(config.model, width, width),
         name=job.label,
         folder=job.folder,
         source=sites.source,

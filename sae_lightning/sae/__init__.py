@@ -10,7 +10,7 @@ from sae_lightning.sae.batch_topk import BatchTopK
 from sae_lightning.sae.gated import Gated, GatedConfig, GatedLoss
 from sae_lightning.sae.jumprelu import JumpReLU, JumpReLUConfig, JumpReLULoss
 from sae_lightning.sae.matryoshka import Matryoshka, MatryoshkaConfig, MatryoshkaLoss
-from sae_lightning.sae.objective import AuxKLoss, Loss, Moment
+from sae_lightning.sae.objective import AuxKLoss, Loss, TrainingStatus
 from sae_lightning.sae.relu import DenseConfig, DenseLoss, ReLU, ReLULoss
 from sae_lightning.sae.topk import TopK, TopKConfig
 
@@ -19,17 +19,17 @@ __all__ = [
     "SAE",
     "Architecture",
     "Loss",
-    "Moment",
+    "TrainingStatus",
     "Output",
     "SAEConfig",
-    "build",
-    "size",
+    "build_sae",
+    "count_parameters",
 ]
 
 
 class Architecture(NamedTuple):
     """A row of the table: the schema of the `model` group, the class that it configures, and the
-    schema of the `loss` group, which is the objective."""
+    schema of the `loss` group, which is also the objective."""
 
     config: type[SAEConfig]
     network: type[SAE]
@@ -47,7 +47,7 @@ ARCHITECTURES = {
 }
 
 
-def build(config: SAEConfig, d_in: int, d_out: int, generator: Generator | None = None) -> SAE:
+def build_sae(config: SAEConfig, d_in: int, d_out: int, generator: Generator | None = None) -> SAE:
     """The SAE that `config` describes, reading [batch, d_in] and writing [batch, d_out]."""
     if config.name not in ARCHITECTURES:
         names = ", ".join(ARCHITECTURES)
@@ -56,8 +56,8 @@ def build(config: SAEConfig, d_in: int, d_out: int, generator: Generator | None 
     return ARCHITECTURES[config.name].network(config, d_in, d_out, generator)
 
 
-def size(config: SAEConfig, d_in: int, d_out: int) -> int:
+def count_parameters(config: SAEConfig, d_in: int, d_out: int) -> int:
     """Number of trainable parameters."""
     vectors = len(ARCHITECTURES[config.name].network.per_feature) - 2  # without W_enc and W_dec
-    learned = config.features * (d_in + d_out + vectors) + d_out
-    return learned + d_in * d_out if config.skip else learned
+    parameters = config.features * (d_in + d_out + vectors) + d_out
+    return parameters + d_in * d_out if config.skip else parameters

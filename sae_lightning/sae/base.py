@@ -1,4 +1,4 @@
-"""What every sparse autoencoder shares.
+"""The base class of all sparse autoencoders.
 
 Shapes: d_in, d_out = widths of the source and target site; features = dictionary size;
 batch = tokens. One orientation everywhere: a feature is a column of W_enc and a row of W_dec.
@@ -15,26 +15,26 @@ from torch.profiler import record_function
 from sae_lightning.errors import UserError
 from sae_lightning.sae import sparse
 from sae_lightning.sae.matrix import DenseMatrix, Matrix, SparseMatrix
-from sae_lightning.sae.sparse import Pattern
+from sae_lightning.sae.sparse import SparsityPattern
 
-TINY = 1e-12  # keeps rows of zeros from becoming NaN
+SMALLEST_NORM = 1e-12  # keeps rows of zeros from becoming NaN
 
 
 @dataclass(slots=True, kw_only=True)
 class SAEConfig:
-    """The network, whatever its training objective."""
+    """Settings of the network, whatever its training objective."""
 
     name: str = "relu"
     """Architecture: a key of `sae_lightning.sae.ARCHITECTURES`."""
     features: int = 10_000
     """Dictionary size (number of features); may be smaller than the site's width."""
     decoder_norm: float = 1.0
-    """Norm of a decoder row at the start. Rows that are short beside an update, 0.1, turn to the
-    same few directions in the first updates, and many features become copies of one another."""
+    """Norm of a decoder row at the start. If rows are as short as an update (0.1), the first
+    updates turn them to the same few directions, and many features become near-copies."""
     start_bias: float = -1.0
     """Encoder biases at the start, in standard deviations of a pre-activation: with -1 one feature
-    in 6 fires on a token at first. With 0 every second does, and SAEs learn slower; with -2 one in
-    44, and more of them never fire."""
+    in 6 fires on a token at first. With 0 every second feature does, and SAEs learn slower; with -2
+    one in 44, and more features never fire."""
     fixed_norm: bool = False
     """Keep every decoder row at that norm; false lets it grow and shrink."""
     skip: bool = False
@@ -58,8 +58,8 @@ class Output(NamedTuple):
     """[batch, features], not negative"""
 
 
-class Forward(NamedTuple):
-    """One forward pass in training, of which objectives are made."""
+class TrainingOutput(NamedTuple):
+    """One forward pass in training: everything that objectives read."""
 
     x: Tensor
     """[batch, d_in]"""
@@ -72,26 +72,26 @@ class Forward(NamedTuple):
     prefixes: tuple[Tensor, ...] = ()
     """Matryoshka: reconstructions [batch, d_out] by the first features alone"""
     gate: Matrix | None = None
-    """Gated: [batch, features], how far gates are open"""
+    """Gated: [batch, features], relu of the gate"""
 
 
 class SAE(nn.Module):
     """f = activate(x W_enc + b_enc);  x_hat = f W_dec + b_dec (+ x W_skip).
 
-    An architecture is a subclass that defines `strengths` and, if features compete, `activate`.
-    b_dec is not subtracted from the input: the input is already centred, and b_enc can express it.
+    A subclass is an architecture: it defines `compute_strengths` and, if features compete,
+    `activate`. b_dec is not subtracted from the input, which is centred; b_enc can express it.
     """
 
     architecture: str
-    """SAELens' name for it, in `cfg.json`."""
+    """Name of the architecture in SAELens' `cfg.json`."""
     bytes_per_activation: int
-    """Peak memory of an update for each token and feature, in mixed precision, dense, with half of
-    the features dead and the costliest objective."""
+    """Peak memory of a dense update in mixed precision per token and feature, with half of the
+    features dead and the costliest objective."""
     per_feature = {"W_enc": 1, "b_enc": 0, "W_dec": 0}
-    """The parameters that have an entry for each feature, and along which dimension."""
+    """Parameters with an entry for each feature -> the dimension of features."""
     biases = ("b_enc",)
-    """Parameters that are added to a sum over d_in weights, and so learn `optim.bias_lr` times as
-    fast."""
+    """Parameters that are added to a sum over d_in weights: their learning rate is multiplied by
+    `optim.bias_lr`."""
 
     def __init__(self, config: SAEConfig, d_in: int, d_out: int, generator: Generator):
         """Random decoder directions, encoder = decoder transposed (Anthropic, April 2024 update):
@@ -100,7 +100,7 @@ class SAE(nn.Module):
         self.config = config
         rows = torch.randn(config.features, d_out, generator=generator)
         rows *= config.decoder_norm / rows.norm(dim=1, keepdim=True)
-        # A transcoder's encoder reads another space: its directions are drawn there.
+        # A transcoder's encoder reads another space, so its directions are drawn separately.
         columns = rows
         if d_in != d_out:
             columns = torch.randn(config.features, d_in, generator=generator)
@@ -116,27 +116,27 @@ class SAE(nn.Module):
             self.W_skip = nn.Parameter(torch.zeros(d_in, d_out))
 
     def pre_activations(self, x: Tensor) -> Tensor:
-        """[batch, features] of activations [batch, d_in]."""
+        """Pre-activations [batch, features] of activations [batch, d_in]."""
         return x @ self.W_enc + self.b_enc
 
-    def pre_activations_of(self, features: Tensor, this: Forward) -> Tensor:
-        """[batch, n] of some features [n], whether they are active or not."""
-        known = this.pre.columns(features)
+    def pre_activations_of(self, features: Tensor, output: TrainingOutput) -> Tensor:
+        """Pre-activations [batch, n] of features [n], whether or not they are active."""
+        known = output.pre.known_columns(features)
         if known is not None:
             return known
         # rows of the transpose are contiguous
-        return this.x @ self.W_enc.T[features].T + self.b_enc[features]
+        return output.x @ self.W_enc.T[features].T + self.b_enc[features]
 
-    def strengths(self, pre: Matrix) -> Tensor:
-        """Feature strengths of pre-activations, value by value, in the shape of `pre.values`."""
+    def compute_strengths(self, pre: Matrix) -> Tensor:
+        """Feature strengths of pre-activations, elementwise, in the shape of `pre.values`."""
         return pre.values.relu()
 
     def activate(self, pre: Tensor) -> Tensor:
         """Feature strengths of pre-activations, both [batch, features], token by token."""
-        return self.strengths(DenseMatrix(pre))
+        return self.compute_strengths(DenseMatrix(pre))
 
     def activate_batch(self, pre: Tensor) -> Tensor:
-        """`activate` in training, where the tokens of a batch may compete."""
+        """`activate` in training, where the features of a whole batch may compete."""
         return self.activate(pre)
 
     def encode(self, x: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ class SAE(nn.Module):
         return self.activate(self.pre_activations(x))
 
     def decode(self, features: Tensor | Matrix) -> Tensor:
-        """The reconstruction [batch, d_out] by features [batch, features], without a skip
+        """Reconstruction [batch, d_out] from features [batch, features], without the skip
         connection."""
         return features @ self.W_dec + self.b_dec
 
@@ -154,16 +154,16 @@ class SAE(nn.Module):
         return decoded + x @ self.W_skip if self.config.skip else decoded
 
     def forward(self, x: Tensor) -> Output:
-        """Reconstruct activations [batch, d_in]; tokens do not depend on one another."""
+        """Reconstruct activations [batch, d_in], each token independently."""
         features = self.encode(x)
         return Output(self.reconstruct(x, features), features)
 
-    def training_pass(self, x: Tensor, only_active: bool = False) -> Forward:
-        """Reconstruct a batch [batch, d_in] in training; `only_active`: by sparse products, which
-        give the same up to rounding."""
+    def training_pass(self, x: Tensor, only_active: bool = False) -> TrainingOutput:
+        """Reconstruct a batch [batch, d_in] in training; `only_active` computes sparse products,
+        which give the same result up to rounding."""
         pre, features = self.fire(x, only_active)
         with record_function("decode"):
-            return Forward(x, self.reconstruct(x, features), features, pre)
+            return TrainingOutput(x, self.reconstruct(x, features), features, pre)
 
     def fire(self, x: Tensor, only_active: bool) -> tuple[Matrix, Matrix]:
         """Pre-activations and features of a batch [batch, d_in] in training."""
@@ -172,40 +172,41 @@ class SAE(nn.Module):
                 pre = DenseMatrix(self.pre_activations(x))
                 return pre, DenseMatrix(self.activate_batch(pre.values))
             with torch.no_grad():
-                pattern, values = self.find(x)
+                pattern, values = self.find_entries(x)
             values = sparse.Encode.apply(x, self.W_enc, self.b_enc, pattern, values)
             pre = SparseMatrix(values, pattern)
-            return pre, pre.replace(self.strengths(pre))
+            return pre, pre.with_values(self.compute_strengths(pre))
 
-    def find(self, x: Tensor) -> tuple[Pattern, Tensor]:
-        """Which pre-activations of a batch [batch, d_in] matter to features or gradients, and their
+    def find_entries(self, x: Tensor) -> tuple[SparsityPattern, Tensor]:
+        """The pre-activations of a batch [batch, d_in] that affect features or gradients, and their
         values [n entries]."""
-        return sparse.find(x, self.W_enc, self.b_enc, sparse.positive)
+        return sparse.encode_entries(x, self.W_enc, self.b_enc, sparse.find_positive)
 
-    def bound(self) -> Tensor | float:
-        """What the pre-activations that `find` takes exceed, for all or each of the [features]."""
+    def entry_bound(self) -> Tensor | float:
+        """The lower bound of the pre-activations that `find_entries` keeps: a number or
+        [features]."""
         return 0.0
 
-    def threshold_of(self, features: Tensor) -> Tensor | float:
-        """What the pre-activations of features [n] have to exceed."""
+    def thresholds_for(self, features: Tensor) -> Tensor | float:
+        """Thresholds [n] that the pre-activations of features [n] have to exceed, or one number."""
         return 0.0
 
-    def density(self, this: Forward) -> float:
-        """The share of [batch, features] that `find` would take of this batch."""
-        return this.pre.density(self.bound())
+    def estimate_density(self, output: TrainingOutput) -> float:
+        """Share of [batch, features] that `find_entries` would keep of this batch."""
+        return output.pre.share_above(self.entry_bound())
 
     @torch.no_grad()
-    def restart(self, which: Tensor, columns: Tensor, rows: Tensor) -> None:
-        """Give features `which` [n] new encoder columns [n, d_in] and decoder rows [n, d_out], and
+    def restart(self, features: Tensor, columns: Tensor, rows: Tensor) -> None:
+        """Give `features` [n] new encoder columns [n, d_in] and decoder rows [n, d_out], and
         reset their other parameters."""
-        self.W_enc[:, which] = columns.T
-        self.b_enc[which] = 0
-        self.W_dec[which] = rows
+        self.W_enc[:, features] = columns.T
+        self.b_enc[features] = 0
+        self.W_dec[features] = rows
 
     @torch.no_grad()
     def fix_norms(self) -> None:
         """Rescale every decoder row to `decoder_norm`."""
-        norms = self.W_dec.norm(dim=1, keepdim=True).clamp_min(TINY)
+        norms = self.W_dec.norm(dim=1, keepdim=True).clamp_min(SMALLEST_NORM)
         self.W_dec.mul_(self.config.decoder_norm / norms)
 
     @torch.no_grad()
@@ -213,7 +214,7 @@ class SAE(nn.Module):
         """Project the decoder's gradient onto the tangent space of fixed-norm rows (Bricken et al.
         2023), so that Adam's moments hold no part that `fix_norms` undoes."""
         gradient, rows = self.W_dec.grad, self.W_dec
-        squares = rows.square().sum(dim=1, keepdim=True).clamp_min(TINY)
+        squares = rows.square().sum(dim=1, keepdim=True).clamp_min(SMALLEST_NORM)
         along = (gradient * rows).sum(dim=1, keepdim=True) / squares
         gradient.addcmul_(along, rows, value=-1)
 
@@ -221,10 +222,10 @@ class SAE(nn.Module):
     def fold(
         self, in_mean: Tensor, in_scale: Tensor, out_mean: Tensor, out_scale: Tensor
     ) -> dict[str, Tensor]:
-        """Weights for raw activations that give the features which these give for normalised ones.
+        """Weights that give the same features for raw activations as these for normalised ones.
 
-        z = (x - in_mean) / in_scale merges with the encoder, x_hat = z_hat out_scale + out_mean
-        with the decoder. Computed in float64, returned in float32, on the CPU.
+        z = (x - in_mean) / in_scale is folded into the encoder, x_hat = z_hat out_scale + out_mean
+        into the decoder. Computed in float64, returned in float32, on the CPU.
         """
         in_mean, in_scale, out_mean, out_scale = (
             value.cpu().double() for value in (in_mean, in_scale, out_mean, out_scale)
@@ -232,7 +233,7 @@ class SAE(nn.Module):
         weights = {name: value.cpu().double() for name, value in self.weights().items()}
         W_enc = weights["W_enc"] / in_scale
         b_dec = weights["b_dec"] * out_scale + out_mean
-        folded = weights | self.biases_without(in_mean @ W_enc, weights)
+        folded = weights | self.fold_biases(in_mean @ W_enc, weights)
         folded |= {"W_enc": W_enc, "W_dec": weights["W_dec"] * out_scale}
         if self.config.skip:
             folded["W_skip"] = weights["W_skip"] * (out_scale / in_scale)
@@ -240,18 +241,18 @@ class SAE(nn.Module):
         folded["b_dec"] = b_dec
         return {name: weight.float().contiguous() for name, weight in folded.items()}
 
-    def biases_without(self, share: Tensor, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    def fold_biases(self, share: Tensor, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """The encoder's biases once `share` [features] is subtracted from every x W_enc."""
         return {"b_enc": weights["b_enc"] - share}
 
     def weights(self) -> dict[str, Tensor]:
-        """Contiguous tensors by the names of the saved format."""
+        """Contiguous weights by their names in the saved format."""
         return {name: value.detach().contiguous() for name, value in self.state_dict().items()}
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:
-        """Load what `weights` returned. RuntimeError: names or shapes differ."""
+        """Load what `weights` returned; RuntimeError if names or shapes differ."""
         self.load_state_dict(weights)
 
-    def saelens(self) -> dict[str, Any]:
-        """What `cfg.json` tells SAELens beyond the architecture's name."""
+    def saelens_settings(self) -> dict[str, Any]:
+        """Entries of SAELens' `cfg.json` beyond the architecture's name."""
         return {}

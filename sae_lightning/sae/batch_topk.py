@@ -1,15 +1,16 @@
-"""BatchTopK: k active features per token on average, by a threshold that training finds."""
+"""BatchTopK: k active features per token on average; a threshold replaces the batch afterwards."""
 
 import torch
 from torch import Generator, Tensor
 
 from sae_lightning.sae import sparse
 from sae_lightning.sae.base import SAE
-from sae_lightning.sae.sparse import Pattern
+from sae_lightning.sae.sparse import SparsityPattern
 from sae_lightning.sae.topk import TopKConfig
 
-MEMORY = 0.9  # decay of the threshold's running mean per update, about 10 updates long
-BOUNDS = (0.8, 0.4, 0.0)  # multiples of the threshold above which to look for the largest, in turn
+THRESHOLD_DECAY = 0.9  # decay of the threshold's running mean per update, about 10 updates long
+# Multiples of the threshold: the largest values are looked for above the first, then the next.
+BOUND_SHARES = (0.8, 0.4, 0.0)
 
 
 class BatchTopK(SAE):
@@ -17,8 +18,8 @@ class BatchTopK(SAE):
     Afterwards: f = z where z = x W_enc + b_enc exceeds threshold, else 0.  x_hat = f W_dec + b_dec.
 
     Bussmann et al. 2024, "BatchTopK sparse autoencoders" (arXiv 2412.06410). The threshold is the
-    mean of the smallest strength that was kept, over recent batches: with it no token depends on
-    its neighbours, and the SAE is a JumpReLU, as which it is saved.
+    running mean of the smallest strength that was kept in each batch. With it tokens no longer
+    depend on one another, and the SAE is saved as the JumpReLU that it is.
     """
 
     architecture = "jumprelu"
@@ -26,9 +27,9 @@ class BatchTopK(SAE):
 
     def __init__(self, config: TopKConfig, d_in: int, d_out: int, generator: Generator):
         super().__init__(config, d_in, d_out, generator)
-        # one value, in the saved format's shape
+        # the same value for every feature, in the shape of the saved format
         self.register_buffer("threshold", torch.zeros(config.features))
-        # corrects the bias towards the initial 0, as in Adam; goes to 1
+        # bias correction for the initial 0, as in Adam; goes to 1
         self.register_buffer("threshold_weight", torch.zeros(()))
 
     def activate(self, pre: Tensor) -> Tensor:
@@ -41,7 +42,7 @@ class BatchTopK(SAE):
         with torch.no_grad():
             places = (flat > 0).nonzero().squeeze(1)
             count = min(len(pre) * self.config.k, len(places))
-            # by place, not by value: equal strengths (bf16 has many) would all be kept
+            # by index, not by value, which would keep all ties (bf16 has many)
             values, chosen = flat[places].topk(count, sorted=False)
             places = places[chosen]
             if count:
@@ -49,29 +50,31 @@ class BatchTopK(SAE):
         kept = flat.gather(0, places)
         return torch.zeros_like(flat).scatter(0, places, kept).view_as(pre)
 
-    def find(self, x: Tensor) -> tuple[Pattern, Tensor]:
+    def find_entries(self, x: Tensor) -> tuple[SparsityPattern, Tensor]:
         """The batch x k largest pre-activations of a batch [batch, d_in], if they are positive."""
-        wanted = len(x) * self.config.k
-        for share in BOUNDS:
+        k = len(x) * self.config.k
+        for share in BOUND_SHARES:
             bound = share * self.threshold
-            pattern, above = sparse.find(x, self.W_enc, self.b_enc - bound, sparse.positive)
-            if len(pattern) >= wanted:
+            pattern, above = sparse.encode_entries(
+                x, self.W_enc, self.b_enc - bound, sparse.find_positive
+            )
+            if len(pattern) >= k:
                 break
         pre = above + bound[pattern.columns]
-        found = sparse.above(pre, 0.0)  # the bias, rounded up, may have let in others
-        values, chosen = pre[found].topk(min(wanted, len(found)), sorted=False)
+        positive = sparse.find_above(pre, 0.0)  # rounding the bias up may have let others in
+        values, chosen = pre[positive].topk(min(k, len(positive)), sorted=False)
         if len(values):
             self._remember(values.min())
-        chosen = found[chosen].sort().values
-        return Pattern(pattern.places[chosen], *pattern.shape), pre[chosen]
+        chosen = positive[chosen].sort().values
+        return SparsityPattern(pattern.flat_indices[chosen], *pattern.shape), pre[chosen]
 
-    def bound(self) -> Tensor:
-        return BOUNDS[0] * self.threshold
+    def entry_bound(self) -> Tensor:
+        return BOUND_SHARES[0] * self.threshold
 
     def _remember(self, smallest: Tensor) -> None:
         """Update the threshold's running mean with this batch's smallest strength."""
-        self.threshold_weight.mul_(MEMORY).add_(1 - MEMORY)
-        share = (1 - MEMORY) / self.threshold_weight
+        self.threshold_weight.mul_(THRESHOLD_DECAY).add_(1 - THRESHOLD_DECAY)
+        share = (1 - THRESHOLD_DECAY) / self.threshold_weight
         self.threshold.lerp_(smallest.float().expand_as(self.threshold), share)
 
     def weights(self) -> dict[str, Tensor]:

@@ -5,21 +5,21 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor, nn
 
-from sae_lightning.sae.base import SAE, Forward, SAEConfig
+from sae_lightning.sae.base import SAE, SAEConfig, TrainingOutput
 from sae_lightning.sae.losses import l1, mse
 from sae_lightning.sae.matrix import Matrix
-from sae_lightning.sae.objective import Moment, PenaltyLoss, RowNorms
+from sae_lightning.sae.objective import PenaltyLoss, RowNorms, TrainingStatus
 
 
 @dataclass(slots=True, kw_only=True)
 class GatedConfig(SAEConfig):
-    """A network with two encoders that share their directions."""
+    """An SAE with two encoders that share their directions."""
 
     start_bias: float = 0.0
     """Encoder biases at the start."""
     fixed_norm: bool = True
-    """Keep every decoder row at that norm. With false the penalty, which only sees the gate, can be
-    evaded: rows shrink while r_mag grows."""
+    """Keep every decoder row at that norm. With false, training can evade the penalty, which only
+    sees the gate: rows shrink while r_mag grows."""
 
 
 class Gated(SAE):
@@ -28,7 +28,7 @@ class Gated(SAE):
 
     Rajamanoharan et al. 2024, "Improving dictionary learning with gated sparse autoencoders" (arXiv
     2404.16014). The penalty acts on the gate alone and does not shrink strengths. b_gate is `b_enc`
-    here, as in every SAE the bias that decides whether a feature fires.
+    here: in every SAE that is the bias that decides whether a feature fires.
     """
 
     architecture = "gated"
@@ -41,32 +41,33 @@ class Gated(SAE):
         self.r_mag = nn.Parameter(torch.zeros(config.features))
         self.b_mag = nn.Parameter(torch.zeros(config.features))
 
-    def strengths(self, pre: Matrix) -> Tensor:
+    def compute_strengths(self, pre: Matrix) -> Tensor:
         """Feature strengths of the gate's pre-activations."""
-        strength = (pre.values - pre.of(self.b_enc)) * pre.of(self.r_mag.exp()) + pre.of(self.b_mag)
-        return strength.relu() * (pre.values > 0)
+        scale, bias = pre.broadcast(self.r_mag.exp()), pre.broadcast(self.b_mag)
+        strengths = (pre.values - pre.broadcast(self.b_enc)) * scale + bias
+        return strengths.relu() * (pre.values > 0)
 
-    def training_pass(self, x: Tensor, only_active: bool = False) -> Forward:
+    def training_pass(self, x: Tensor, only_active: bool = False) -> TrainingOutput:
         """Reconstruct a batch [batch, d_in]; two terms of the objective share the gate."""
-        this = super().training_pass(x, only_active)
-        return this._replace(gate=this.pre.replace(this.pre.values.relu()))
+        output = super().training_pass(x, only_active)
+        return output._replace(gate=output.pre.with_values(output.pre.values.relu()))
 
-    def biases_without(self, share: Tensor, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    def fold_biases(self, share: Tensor, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         b_mag = weights["b_mag"] - share * weights["r_mag"].exp()
-        return super().biases_without(share, weights) | {"b_mag": b_mag}
+        return super().fold_biases(share, weights) | {"b_mag": b_mag}
 
     @torch.no_grad()
-    def restart(self, which: Tensor, columns: Tensor, rows: Tensor) -> None:
-        super().restart(which, columns, rows)
-        self.r_mag[which] = 0
-        self.b_mag[which] = 0
+    def restart(self, features: Tensor, columns: Tensor, rows: Tensor) -> None:
+        super().restart(features, columns, rows)
+        self.r_mag[features] = 0
+        self.b_mag[features] = 0
 
 
 @dataclass(slots=True, kw_only=True)
 class GatedLoss(PenaltyLoss):
     """loss = mse + l1 x sum_i relu(gate_i) |W_dec_i| + mse(relu(gate) W_dec + b_dec).
 
-    The decoder of the last term is detached: it teaches the gate, and the gate alone.
+    The decoder of the last term is detached, so that it trains the gate alone.
     """
 
     sparsity = "l1"
@@ -74,17 +75,19 @@ class GatedLoss(PenaltyLoss):
     l1: float = 1e-3
     """Sparsity coefficient."""
 
-    def penalty(self, sae: Gated, this: Forward, moment: Moment) -> Tensor:
-        """How far the gates are open, in units of decoder norm."""
-        return this.gate.penalty(l1, RowNorms.apply(sae.W_dec.detach()))
+    def penalty(self, sae: Gated, output: TrainingOutput, status: TrainingStatus) -> Tensor:
+        """The l1 norm of the open gates, in units of decoder norm."""
+        return output.gate.apply_penalty(l1, RowNorms.apply(sae.W_dec.detach()))
 
-    def terms(self, sae: Gated, this: Forward, target: Tensor, moment: Moment) -> dict[str, Tensor]:
-        """The usual ones, and what teaches the gate, through which no gradient of the mse flows."""
-        terms = PenaltyLoss.terms(self, sae, this, target, moment)
+    def terms(
+        self, sae: Gated, output: TrainingOutput, target: Tensor, status: TrainingStatus
+    ) -> dict[str, Tensor]:
+        """The usual terms and "gate", which trains the gate: no gradient of the mse reaches it."""
+        terms = PenaltyLoss.terms(self, sae, output, target, status)
         # the difference alone, since b_dec and a skip connection are in the reconstruction already
-        more = this.gate.replace(this.gate.values - this.features.values.detach())
-        difference = more @ sae.W_dec.detach()
-        terms["gate"] = mse(this.reconstruction.detach() + difference, target)
+        extra = output.gate.with_values(output.gate.values - output.features.values.detach())
+        difference = extra @ sae.W_dec.detach()
+        terms["gate"] = mse(output.reconstruction.detach() + difference, target)
         return terms
 
     def coefficients(self) -> dict[str, float]:

@@ -10,16 +10,16 @@ from torch import Generator, Tensor, nn
 
 from sae_lightning.errors import UserError
 from sae_lightning.sae import sparse
-from sae_lightning.sae.base import SAE, Forward, SAEConfig
+from sae_lightning.sae.base import SAE, SAEConfig, TrainingOutput
 from sae_lightning.sae.losses import tanh_l0
 from sae_lightning.sae.matrix import Matrix
-from sae_lightning.sae.objective import Moment, PenaltyLoss, RowNorms
-from sae_lightning.sae.sparse import Pattern
+from sae_lightning.sae.objective import PenaltyLoss, RowNorms, TrainingStatus
+from sae_lightning.sae.sparse import SparsityPattern
 
 
 @dataclass(slots=True, kw_only=True)
 class JumpReLUConfig(SAEConfig):
-    """A network whose features have thresholds."""
+    """An SAE whose features have learned thresholds."""
 
     decoder_norm: float = 0.1
     """Norm of a decoder row at the start (Anthropic, April 2024 update)."""
@@ -93,38 +93,38 @@ class JumpReLU(SAE):
 
     @property
     def threshold(self) -> Tensor:
-        """[features]"""
+        """Threshold of each feature [features], always positive."""
         return self.log_threshold.exp()
 
-    def strengths(self, pre: Matrix) -> Tensor:
-        """Pre-activations above their threshold, 0 in place of the others."""
-        return _Jump.apply(pre.values, pre.of(self.threshold), self.config.bandwidth)
+    def compute_strengths(self, pre: Matrix) -> Tensor:
+        """Pre-activations above their threshold; 0 in place of the others."""
+        return _Jump.apply(pre.values, pre.broadcast(self.threshold), self.config.bandwidth)
 
-    def find(self, x: Tensor) -> tuple[Pattern, Tensor]:
+    def find_entries(self, x: Tensor) -> tuple[SparsityPattern, Tensor]:
         """The pre-activations above their threshold or in the window around it."""
         threshold = self.threshold.detach()
-        # As distances from the threshold, which are rounded least where it matters most; half a
-        # window is 0.5, and the rest for that rounding.
-        choose = partial(sparse.above, bound=-0.51 * self.config.bandwidth)
-        pattern, above = sparse.find(x, self.W_enc, self.b_enc - threshold, choose)
-        pattern.loose = True
+        # Distances from the threshold have their smallest rounding errors where it matters most;
+        # 0.5 of the bandwidth is half the window, the rest a margin for rounding.
+        choose = partial(sparse.find_above, bound=-0.51 * self.config.bandwidth)
+        pattern, above = sparse.encode_entries(x, self.W_enc, self.b_enc - threshold, choose)
+        pattern.has_zeros = True
         return pattern, above + threshold[pattern.columns]
 
-    def bound(self) -> Tensor:
+    def entry_bound(self) -> Tensor:
         return self.threshold - self.config.bandwidth / 2
 
-    def threshold_of(self, features: Tensor) -> Tensor:
+    def thresholds_for(self, features: Tensor) -> Tensor:
         return self.threshold.detach()[features]
 
-    def active(self, pre: Matrix) -> Tensor:
-        """Mean number of active features per token, with a gradient for thresholds."""
-        steps = _Step.apply(pre.values, pre.of(self.threshold), self.config.bandwidth)
-        return steps.sum() / pre.tokens
+    def count_active(self, pre: Matrix) -> Tensor:
+        """Mean number of active features per token [], with a gradient for thresholds."""
+        steps = _Step.apply(pre.values, pre.broadcast(self.threshold), self.config.bandwidth)
+        return steps.sum() / pre.batch_size
 
     @torch.no_grad()
-    def restart(self, which: Tensor, columns: Tensor, rows: Tensor) -> None:
-        super().restart(which, columns, rows)
-        self.log_threshold[which] = math.log(self.config.threshold)
+    def restart(self, features: Tensor, columns: Tensor, rows: Tensor) -> None:
+        super().restart(features, columns, rows)
+        self.log_threshold[features] = math.log(self.config.threshold)
 
     def weights(self) -> dict[str, Tensor]:
         weights = super().weights()
@@ -136,8 +136,8 @@ class JumpReLU(SAE):
         super().load_weights(others | {"log_threshold": threshold.log()})
 
 
-class Penalty(Enum):
-    """How active features are counted."""
+class PenaltyKind(Enum):
+    """How the penalty counts active features."""
 
     tanh = "tanh"
     step = "step"
@@ -145,23 +145,23 @@ class Penalty(Enum):
 
 @dataclass(slots=True, kw_only=True)
 class JumpReLULoss(PenaltyLoss):
-    """loss = mse + l0 x (active features) + preact x (what keeps dead features silent)."""
+    """loss = mse + l0 x (active features) + preact x (distance of dead features to thresholds)."""
 
     sparsity = "l0"
 
     l0: float = 1e-3
     """Sparsity coefficient."""
-    penalty_kind: Penalty = Penalty.tanh
+    penalty_kind: PenaltyKind = PenaltyKind.tanh
     """tanh (sum of tanh(tanh_scale f_i |W_dec_i|), Anthropic, January 2025 update) or step (the
-    number itself, Rajamanoharan et al. 2024, of which only thresholds learn)."""
+    exact count, Rajamanoharan et al. 2024, which trains only the thresholds)."""
     tanh_scale: float | None = None
-    """How soon a feature counts as active, for tanh; null for 4."""
+    """Steepness of the smooth count (tanh); null for 4."""
 
     def __post_init__(self):
         PenaltyLoss.__post_init__(self)
         if self.tanh_scale is None:
             return
-        if self.penalty_kind is Penalty.step:
+        if self.penalty_kind is PenaltyKind.step:
             raise UserError(
                 f"loss.tanh_scale={self.tanh_scale} has no effect with loss.penalty_kind=step, "
                 "which counts exactly: leave it out"
@@ -171,9 +171,9 @@ class JumpReLULoss(PenaltyLoss):
                 f"loss.tanh_scale={self.tanh_scale}: give a positive number, or null for 4"
             )
 
-    def penalty(self, sae: JumpReLU, this: Forward, moment: Moment) -> Tensor:
-        """Active features per token, counted exactly or smoothly."""
-        if self.penalty_kind is Penalty.step:
-            return sae.active(this.pre)
+    def penalty(self, sae: JumpReLU, output: TrainingOutput, status: TrainingStatus) -> Tensor:
+        """Active features per token, as an exact or a smooth count."""
+        if self.penalty_kind is PenaltyKind.step:
+            return sae.count_active(output.pre)
         smooth = partial(tanh_l0, scale=self.tanh_scale or 4.0)
-        return this.features.penalty(smooth, RowNorms.apply(sae.W_dec))
+        return output.features.apply_penalty(smooth, RowNorms.apply(sae.W_dec))

@@ -24,9 +24,9 @@ def l1(features: Tensor, norms: Tensor) -> Tensor:
 def lp(features: Tensor, norms: Tensor, p: float, smooth: float = 0.01) -> Tensor:
     """Mean over the batch of sum_i (f_i |W_dec_i|)^p, rescaled to the value that `l1` has.
 
-    For 0 < p < 1 it presses on weak features and spares strong ones. Rescaling keeps the penalty
-    continuous while p falls (Karvonen et al. 2024, arXiv 2408.00113, section 3.2, rescale the
-    coefficient instead). `smooth` bounds the slope at 0.
+    For 0 < p < 1 it pushes weak features towards 0 and spares strong ones. Rescaling keeps the
+    penalty continuous while p falls (Karvonen et al. 2024, arXiv 2408.00113, section 3.2, rescale
+    the coefficient instead). `smooth` bounds the slope at 0.
     """
     strengths = features.float() * norms
     powers = ((strengths + smooth) ** p - smooth**p).sum(dim=1).mean()
@@ -42,11 +42,12 @@ def tanh_l0(features: Tensor, norms: Tensor, scale: float) -> Tensor:
 
 
 def auxk(residual: Tensor, pre: Tensor, rows: Tensor, k: int) -> Tensor:
-    """Share of the residual's variance [batch, d] that the k strongest dead features leave.
+    """Share of the variance of the residual [batch, d] that the k strongest dead features do not
+    explain.
 
     pre: pre-activations [batch, dead]; rows: their decoder rows [dead, d]. The residual is
-    detached, and contains b_dec already. 0 where nothing is dead or nothing is left (Gao et al.
-    2024, arXiv 2406.04093, appendix A.2).
+    detached; b_dec is subtracted from it already. 0 if no feature is dead or the residual is 0 (Gao
+    et al. 2024, arXiv 2406.04093, appendix A.2).
     """
     if not len(rows):
         return residual.new_zeros(())
@@ -56,14 +57,14 @@ def auxk(residual: Tensor, pre: Tensor, rows: Tensor, k: int) -> Tensor:
         values, chosen = strengths.topk(k, dim=1, sorted=False)
         strengths = torch.zeros_like(strengths).scatter(1, chosen, values)
     variance = (residual - residual.mean(dim=0)).square().mean()
-    # as a factor, since the gradient of 0 / 0 would be NaN
+    # multiplied by 1 / variance, because the gradient of 0 / 0 would be NaN
     share = (1 / variance).nan_to_num(0.0, 0.0, 0.0)
     return mse(strengths @ rows, residual) * share
 
 
 def preact(pre: Tensor, threshold: Tensor | float, norms: Tensor) -> Tensor:
     """Mean over the batch of sum_dead relu(threshold - pre) |W_dec|, which pulls dead features up
-    to their thresholds (Conerly et al., Anthropic January 2025 update); for pre-activations
-    [batch, dead], thresholds and norms [dead]."""
+    to their thresholds (Conerly et al., Anthropic January 2025 update). pre [batch, dead];
+    threshold and norms [dead]."""
     missing = (threshold - pre.float()).relu().mean(dim=0)
     return (missing * norms.detach()).sum()

@@ -1,104 +1,137 @@
-"""Values for all tokens and features of a batch, in two forms with the same methods, so that an
-architecture and an objective have one body: `DenseMatrix` has every value of [batch, features],
-`SparseMatrix` only those that can differ from 0.
+"""Values of all tokens and features of a batch, dense or sparse, behind one interface, so that an
+architecture and an objective have one body.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from sae_lightning.sae.sparse import Broadcast, Decode, Pattern
+from sae_lightning.sae.sparse import Broadcast, Decode, SparsityPattern
 
-SAMPLE = 128  # tokens by which the density of a batch is estimated
+DENSITY_TOKENS = 128  # tokens by which the density of a batch is estimated
+
+
+class Matrix(ABC):
+    """A matrix [batch, features]: every value (`DenseMatrix`), or those that can differ from 0
+    (`SparseMatrix`)."""
+
+    __slots__ = ()
+
+    values: Tensor
+    """[batch, features], or [n entries] of a sparse matrix"""
+
+    @property
+    @abstractmethod
+    def batch_size(self) -> int:
+        """Number of tokens in the batch."""
+
+    @abstractmethod
+    def with_values(self, values: Tensor) -> "Matrix":
+        """The same entries with other values, in the shape of `values`."""
+
+    @abstractmethod
+    def broadcast(self, vector: Tensor) -> Tensor:
+        """A vector [features] in a shape that broadcasts with `values`."""
+
+    @abstractmethod
+    def known_columns(self, features: Tensor) -> Tensor | None:
+        """[batch, n]: all values of some features [n]; None if not all are stored."""
+
+    @abstractmethod
+    def __matmul__(self, W_dec: Tensor) -> Tensor:
+        """[batch, d_out]: the matrix times W_dec [features, d_out]."""
+
+    @abstractmethod
+    def matmul_by_group(self, sizes: list[int], W_dec: Tensor) -> Iterable[Tensor]:
+        """[batch, d_out] for each group of consecutive features: its share of `self @ W_dec`."""
+
+    @abstractmethod
+    def apply_penalty(self, function: Callable[[Tensor, Tensor], Tensor], norms: Tensor) -> Tensor:
+        """`function` of the values [batch, features] and decoder norms [features]: a mean over the
+        batch of a sum over features to which zeros add nothing."""
+
+    @abstractmethod
+    def count_positive(self) -> Tensor:
+        """[features]: the number of tokens on which each is positive."""
+
+    @abstractmethod
+    def share_above(self, bound: Tensor | float) -> float:
+        """Share of values above a bound [features], estimated from the first tokens, whose order is
+        random; of a sparse matrix the share of entries, whatever the bound."""
 
 
 @dataclass(slots=True, eq=False)
-class DenseMatrix:
-    """Every value."""
+class DenseMatrix(Matrix):
+    """Every value of [batch, features]."""
 
     values: Tensor
-    """[batch, features]"""
 
     @property
-    def tokens(self) -> int:
-        """Size of the batch."""
+    def batch_size(self) -> int:
         return len(self.values)
 
-    def replace(self, values: Tensor) -> "DenseMatrix":
-        """The same places with other values."""
+    def with_values(self, values: Tensor) -> "DenseMatrix":
         return DenseMatrix(values)
 
-    def of(self, vector: Tensor) -> Tensor:
-        """A vector [features] in a shape that broadcasts with `values`."""
+    def broadcast(self, vector: Tensor) -> Tensor:
         return vector
 
-    def columns(self, features: Tensor) -> Tensor | None:
-        """[batch, n]: all values of some features [n]; None if not all are known."""
+    def known_columns(self, features: Tensor) -> Tensor:
         return self.values[:, features]
 
     def __matmul__(self, W_dec: Tensor) -> Tensor:
-        """[batch, d_out]: these times W_dec [features, d_out]."""
         return self.values @ W_dec
 
     def matmul_by_group(self, sizes: list[int], W_dec: Tensor) -> Iterable[Tensor]:
-        """[batch, d_out] for each group of consecutive features: its share of `self @ W_dec`."""
         groups = zip(self.values.split(sizes, dim=1), W_dec.split(sizes), strict=True)
         return (values @ rows for values, rows in groups)
 
-    def penalty(self, function: Callable[[Tensor, Tensor], Tensor], norms: Tensor) -> Tensor:
-        """`function` of the values [batch, features] and decoder norms [features]: a mean over the
-        batch of a sum over features to which zeros add nothing."""
+    def apply_penalty(self, function: Callable[[Tensor, Tensor], Tensor], norms: Tensor) -> Tensor:
         return function(self.values, norms)
 
-    def count(self) -> Tensor:
-        """[features]: on how many tokens each is positive."""
+    def count_positive(self) -> Tensor:
         return (self.values > 0).sum(dim=0)
 
-    def density(self, bound: Tensor | float) -> float:
-        """Share of values above a bound [features], estimated from the first tokens, which are in
-        random order; of entries: the share that there is, whatever the bound."""
-        return (self.values[:SAMPLE] > bound).float().mean().item()
+    def share_above(self, bound: Tensor | float) -> float:
+        return (self.values[:DENSITY_TOKENS] > bound).float().mean().item()
 
 
 @dataclass(slots=True, eq=False)
-class SparseMatrix:
-    """The values that can differ from 0. Methods as in `DenseMatrix`."""
+class SparseMatrix(Matrix):
+    """The values of [batch, features] that can differ from 0."""
 
     values: Tensor
-    """[n entries]"""
-    pattern: Pattern
+    pattern: SparsityPattern
 
     @property
-    def tokens(self) -> int:
+    def batch_size(self) -> int:
         return self.pattern.shape[0]
 
-    def replace(self, values: Tensor) -> "SparseMatrix":
+    def with_values(self, values: Tensor) -> "SparseMatrix":
         return SparseMatrix(values, self.pattern)
 
-    def of(self, vector: Tensor) -> Tensor:
+    def broadcast(self, vector: Tensor) -> Tensor:
         return Broadcast.apply(vector, self.pattern)
 
-    def columns(self, features: Tensor) -> None:
+    def known_columns(self, features: Tensor) -> None:
         return None
 
     def __matmul__(self, W_dec: Tensor) -> Tensor:
         return Decode.apply(self.values, W_dec, self.pattern)
 
     def matmul_by_group(self, sizes: list[int], W_dec: Tensor) -> Iterable[Tensor]:
-        lines = Decode.apply(self.values, W_dec, self.pattern.split(sizes))
-        return lines.unflatten(0, (-1, len(sizes))).unbind(dim=1)
+        products = Decode.apply(self.values, W_dec, self.pattern.split(sizes))
+        return products.unflatten(0, (-1, len(sizes))).unbind(dim=1)
 
-    def penalty(self, function: Callable[[Tensor, Tensor], Tensor], norms: Tensor) -> Tensor:
-        # all entries as if they were of one token
-        return function(self.values[None], self.of(norms)) / self.tokens
+    def apply_penalty(self, function: Callable[[Tensor, Tensor], Tensor], norms: Tensor) -> Tensor:
+        # all entries as if they belonged to one token
+        return function(self.values[None], self.broadcast(norms)) / self.batch_size
 
-    def count(self) -> Tensor:
+    def count_positive(self) -> Tensor:
         return self.pattern.column_sums((self.values > 0).float())
 
-    def density(self, bound: Tensor | float) -> float:
+    def share_above(self, bound: Tensor | float) -> float:
         tokens, features = self.pattern.shape
         return len(self.pattern) / (tokens * features)
-
-
-Matrix = DenseMatrix | SparseMatrix

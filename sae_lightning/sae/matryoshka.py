@@ -1,4 +1,4 @@
-"""Matryoshka: dictionaries within a dictionary, each of which has to reconstruct by itself."""
+"""Matryoshka: nested dictionaries, each of which has to reconstruct by itself."""
 
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -7,20 +7,20 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from sae_lightning.errors import UserError
-from sae_lightning.sae.base import SAE, Forward
+from sae_lightning.sae.base import SAE, TrainingOutput
 from sae_lightning.sae.batch_topk import BatchTopK
 from sae_lightning.sae.losses import mse
-from sae_lightning.sae.objective import AuxKLoss, Moment
+from sae_lightning.sae.objective import AuxKLoss, TrainingStatus
 from sae_lightning.sae.topk import TopKConfig
 
 
 @dataclass(slots=True, kw_only=True)
 class MatryoshkaConfig(TopKConfig):
-    """A BatchTopK whose first features are dictionaries of their own."""
+    """A BatchTopK SAE with nested dictionaries."""
 
     groups: list[float] = field(default_factory=lambda: [1 / 32, 1 / 16, 1 / 8, 1 / 4])
-    """Shares of the features by which the nested dictionaries grow; the rest of 1 is the last step,
-    to the whole dictionary."""
+    """Shares of the features by which the nested dictionaries grow; the rest is the last step, to
+    the whole dictionary."""
 
     def __post_init__(self):
         TopKConfig.__post_init__(self)
@@ -36,7 +36,7 @@ class MatryoshkaConfig(TopKConfig):
             )
 
     def sizes(self) -> list[int]:
-        """Features in each group; they add up to all."""
+        """Number of features in each group, the last one included."""
         ends = [round(self.features * end) for end in accumulate(self.groups)]
         return [b - a for a, b in zip([0, *ends], [*ends, self.features], strict=True)]
 
@@ -45,27 +45,29 @@ class Matryoshka(BatchTopK):
     """f as in BatchTopK;  x_hat_m = f[:m] W_dec[:m] + b_dec for each prefix m of the features.
 
     Bussmann et al. 2025, "Learning multi-level features with matryoshka sparse autoencoders" (arXiv
-    2503.17547): early features have to do without the later ones and stay general.
+    2503.17547): early features must reconstruct without the later ones, so they stay general.
     """
 
-    def training_pass(self, x: Tensor, only_active: bool = False) -> Forward:
-        """Reconstruct a batch [batch, d_in] with each prefix; each adds to the one before."""
+    def training_pass(self, x: Tensor, only_active: bool = False) -> TrainingOutput:
+        """Reconstruct a batch [batch, d_in] with each prefix, adding one group at a time."""
         pre, features = self.fire(x, only_active)
-        reached = self.b_dec + x @ self.W_skip if self.config.skip else self.b_dec
+        initial = self.b_dec + x @ self.W_skip if self.config.skip else self.b_dec
         with record_function("decode"):
             groups = features.matmul_by_group(self.config.sizes(), self.W_dec)
-            *prefixes, whole = accumulate(groups, initial=reached)
-        return Forward(x, whole, features, pre, tuple(prefixes[1:]))
+            *prefixes, whole = accumulate(groups, initial=initial)
+        return TrainingOutput(x, whole, features, pre, tuple(prefixes[1:]))
 
 
 @dataclass(slots=True, kw_only=True)
 class MatryoshkaLoss(AuxKLoss):
     """loss = sum over prefixes m of mse(x_hat_m) + auxk x (residual that dead features leave)."""
 
-    def terms(self, sae: SAE, this: Forward, target: Tensor, moment: Moment) -> dict[str, Tensor]:
-        """The mse of the whole dictionary, that of all shorter ones together, and AuxK."""
-        terms = AuxKLoss.terms(self, sae, this, target, moment)
-        terms["prefixes"] = sum(mse(prefix, target) for prefix in this.prefixes)
+    def terms(
+        self, sae: SAE, output: TrainingOutput, target: Tensor, status: TrainingStatus
+    ) -> dict[str, Tensor]:
+        """The mse of the whole dictionary, the summed mse of all shorter ones, and AuxK."""
+        terms = AuxKLoss.terms(self, sae, output, target, status)
+        terms["prefixes"] = sum(mse(prefix, target) for prefix in output.prefixes)
         return terms
 
     def coefficients(self) -> dict[str, float]:

@@ -1,5 +1,5 @@
-"""What training objectives have in common: terms, their coefficients, and which of them makes
-features sparse."""
+"""Base classes of training objectives: their terms, coefficients, and the one that makes features
+sparse."""
 
 import math
 from dataclasses import dataclass
@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 from sae_lightning.errors import UserError
-from sae_lightning.sae.base import SAE, Forward
+from sae_lightning.sae.base import SAE, TrainingOutput
 from sae_lightning.sae.losses import auxk, mse, preact
 
 
-class Moment(NamedTuple):
-    """What an objective may know of the run."""
+class TrainingStatus(NamedTuple):
+    """The state of the run that an objective may depend on."""
 
     dead: Tensor
     """[features] bool: silent for `callbacks.dead_after` tokens"""
     progress: Tensor
-    """Share of the run that is done"""
+    """Share of the run that is done, from 0 to 1"""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -29,9 +29,11 @@ class Loss:
     sparsity = None
     """The term that makes features sparse: `warmup` and `target_l0` act on its coefficient."""
 
-    def terms(self, sae: SAE, this: Forward, target: Tensor, moment: Moment) -> dict[str, Tensor]:
-        """The unweighted terms by name; "mse" is always there."""
-        return {"mse": mse(this.reconstruction, target)}
+    def terms(
+        self, sae: SAE, output: TrainingOutput, target: Tensor, status: TrainingStatus
+    ) -> dict[str, Tensor]:
+        """The unweighted terms [] by name; "mse" is always among them."""
+        return {"mse": mse(output.reconstruction, target)}
 
     def coefficients(self) -> dict[str, float]:
         """Coefficient of each term but the mse, after warm-up."""
@@ -39,7 +41,7 @@ class Loss:
 
 
 class RowNorms(torch.autograd.Function):
-    """[n]: norms of rows [n, d], with a gradient that takes one pass over them."""
+    """[n]: norms of rows [n, d], with a backward pass that reads them only once."""
 
     @staticmethod
     def forward(ctx, rows: Tensor):
@@ -60,18 +62,18 @@ def _not_negative(name: str, value: float, example: str) -> None:
 
 @dataclass(slots=True, kw_only=True)
 class PenaltyLoss(Loss):
-    """loss = mse + coefficient x penalty + preact x (what keeps dead features silent): for
-    architectures whose features do not compete."""
+    """loss = mse + coefficient x penalty + preact x (distance of dead features to thresholds):
+    for architectures whose features do not compete."""
 
     warmup: float = 0.05
     """Share of the run over which the coefficient rises linearly from 0."""
     target_l0: float | None = None
-    """Steer the coefficient, from the value given, until so many features are active per token;
-    null leaves it fixed."""
+    """Target number of active features per token, towards which the coefficient is steered from its
+    given value; null leaves it fixed."""
     preact: float = 0.0
     """Coefficient of the pre-activation loss, which pulls dead features back to their threshold; 0
     is off. 3e-6 is Anthropic's value, beside a squared error that is summed over the site's width.
-    Only dead features feel it, and Adam divides by its size: that hardly matters."""
+    Its size hardly matters: only dead features get its gradient, and Adam normalises it."""
 
     def __post_init__(self):
         _not_negative("preact", self.preact, "3e-6")
@@ -95,18 +97,20 @@ class PenaltyLoss(Loss):
                 "must start above 0; leave it out"
             )
 
-    def penalty(self, sae: SAE, this: Forward, moment: Moment) -> Tensor:
-        """The term named by `sparsity`."""
+    def penalty(self, sae: SAE, output: TrainingOutput, status: TrainingStatus) -> Tensor:
+        """The term named by `sparsity`, unweighted []."""
         raise NotImplementedError
 
-    def terms(self, sae: SAE, this: Forward, target: Tensor, moment: Moment) -> dict[str, Tensor]:
-        """The mse, the penalty and, where it is on, the pre-activation loss."""
-        terms = Loss.terms(self, sae, this, target, moment)
-        terms[self.sparsity] = self.penalty(sae, this, moment)
+    def terms(
+        self, sae: SAE, output: TrainingOutput, target: Tensor, status: TrainingStatus
+    ) -> dict[str, Tensor]:
+        """The mse, the penalty and, if it is on, the pre-activation loss."""
+        terms = Loss.terms(self, sae, output, target, status)
+        terms[self.sparsity] = self.penalty(sae, output, status)
         if self.preact:
-            dead = moment.dead.nonzero().squeeze(1)
-            pre, norms = sae.pre_activations_of(dead, this), sae.W_dec[dead].norm(dim=1)
-            terms["preact"] = preact(pre, sae.threshold_of(dead), norms)
+            dead = status.dead.nonzero().squeeze(1)
+            pre, norms = sae.pre_activations_of(dead, output), sae.W_dec[dead].norm(dim=1)
+            terms["preact"] = preact(pre, sae.thresholds_for(dead), norms)
         return terms
 
     def coefficients(self) -> dict[str, float]:
@@ -117,13 +121,13 @@ class PenaltyLoss(Loss):
 @dataclass(slots=True, kw_only=True)
 class AuxKLoss(Loss):
     """loss = mse + auxk x (residual that dead features leave): for architectures whose features
-    compete for k places, so that dead ones have positive pre-activations."""
+    compete for k places, so that even dead ones have positive pre-activations."""
 
     auxk: float = 1 / 32
-    """Coefficient of AuxK, in which dead features learn to reconstruct what the others leave; 0 is
-    off (Gao et al. 2024: 1/32)."""
+    """Coefficient of AuxK, by which dead features learn to reconstruct the residual; 0 is off (Gao
+    et al. 2024: 1/32)."""
     auxk_k: int | None = None
-    """Dead features that do so on each token; null for half the width of the target site."""
+    """Dead features used on each token; null for half the width of the target site."""
 
     def __post_init__(self):
         _not_negative("auxk", self.auxk, "0.03125")
@@ -135,14 +139,16 @@ class AuxKLoss(Loss):
                 "loss.auxk"
             )
 
-    def terms(self, sae: SAE, this: Forward, target: Tensor, moment: Moment) -> dict[str, Tensor]:
-        """The mse and, where it is on, AuxK."""
-        terms = Loss.terms(self, sae, this, target, moment)
+    def terms(
+        self, sae: SAE, output: TrainingOutput, target: Tensor, status: TrainingStatus
+    ) -> dict[str, Tensor]:
+        """The mse and, if it is on, AuxK."""
+        terms = Loss.terms(self, sae, output, target, status)
         if self.auxk:
             k = self.auxk_k or max(1, target.shape[1] // 2)
-            residual = target - this.reconstruction
-            dead = moment.dead.nonzero().squeeze(1)
-            pre = sae.pre_activations_of(dead, this)
+            residual = target - output.reconstruction
+            dead = status.dead.nonzero().squeeze(1)
+            pre = sae.pre_activations_of(dead, output)
             terms["auxk"] = auxk(residual, pre, sae.W_dec[dead], k)
         return terms
 

@@ -1,7 +1,7 @@
-"""The two products with a sparse matrix of which sparse training is made, and where they pay.
+"""The two sparse matrix products of sparse training, and the density up to which they are faster.
 
-A sparse matrix [rows, n] is in CSR format: row r has the entries offsets[r] to offsets[r + 1], and
-entry i is in column indices[i]. Shapes: offsets [rows + 1], indices and weights [n entries].
+A sparse matrix [rows, n] is in CSR format: row r holds the entries offsets[r] to offsets[r + 1],
+and entry i is in column indices[i]. Shapes: offsets [rows + 1], indices and weights [n entries].
 """
 
 import importlib.util
@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-MANY = 0.02  # density above which a CPU is faster with dots picked from a dense product
-PART = 256  # rows of that product that are in memory at a time
+# Density above which a CPU computes the dense product and picks the dots from it.
+DENSE_PRODUCT_DENSITY = 0.02
+DENSE_PRODUCT_ROWS = 256  # rows of that product in memory at a time
 
 
-def worth_it(device: str, dtype: torch.dtype) -> float:
-    """The density below which these products beat dense ones in `dtype` on a kind of device; 0
+def break_even_density(device: str, dtype: torch.dtype) -> float:
+    """The density below which sparse products beat dense ones in `dtype` on a type of device; 0
     where there are none. Measured by `benchmarks/sparse.py` on two cores and on an H200."""
     if not has_sparse_products(device):
         return 0.0
@@ -26,9 +27,9 @@ def worth_it(device: str, dtype: torch.dtype) -> float:
     return 0.06 if dtype is torch.float32 else 0.003
 
 
-@cache  # asked at every update
+@cache  # called at every update
 def has_sparse_products(device: str) -> bool:
-    """Whether a kind of device has these products; CUDA needs Triton, which torch has on Linux."""
+    """Whether a type of device has these products; CUDA needs Triton, which torch has on Linux."""
     return device == "cpu" or (device == "cuda" and bool(importlib.util.find_spec("triton")))
 
 
@@ -55,26 +56,27 @@ def dots(offsets: Tensor, indices: Tensor, left: Tensor, right: Tensor) -> Tenso
         from sae_lightning.sae import triton_products
 
         return triton_products.dots(offsets, indices, left, right)
-    if left.dtype is not torch.float32 and len(indices) > MANY * len(left) * len(right):
+    dense = len(indices) > DENSE_PRODUCT_DENSITY * len(left) * len(right)
+    if dense and left.dtype is not torch.float32:
         return _dots_of_all(offsets, indices, left, right)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-        where = torch.sparse_csr_tensor(
+        pattern = torch.sparse_csr_tensor(
             offsets,
             indices,
             torch.zeros(len(indices)),
             (len(left), len(right)),
             check_invariants=False,
         )
-        return torch.sparse.sampled_addmm(where, left.float(), right.float().T, beta=0.0).values()
+        return torch.sparse.sampled_addmm(pattern, left.float(), right.float().T, beta=0.0).values()
 
 
 def _dots_of_all(offsets: Tensor, indices: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """`dots`, picked from the dense product."""
-    picked, starts = [], offsets[:-1:PART].tolist()
+    """`dots`, picked from the dense product [rows, n]."""
+    picked, starts = [], offsets[:-1:DENSE_PRODUCT_ROWS].tolist()
     ends = [*starts[1:], len(indices)]
     rows = torch.repeat_interleave(torch.arange(len(left)), offsets.diff())
-    places = rows % PART * len(right) + indices
-    for part, start, end in zip(left.split(PART), starts, ends, strict=True):
+    places = rows % DENSE_PRODUCT_ROWS * len(right) + indices
+    for part, start, end in zip(left.split(DENSE_PRODUCT_ROWS), starts, ends, strict=True):
         picked.append((part @ right.T).view(-1).index_select(0, places[start:end]))
     return torch.cat(picked).float()

@@ -1,4 +1,4 @@
-"""The ReLU autoencoder; without a penalty on f it is the dense one."""
+"""The ReLU autoencoder; without a penalty on f it is a dense autoencoder."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -6,9 +6,9 @@ from functools import partial
 from torch import Tensor
 
 from sae_lightning.errors import UserError
-from sae_lightning.sae.base import SAE, Forward, SAEConfig
+from sae_lightning.sae.base import SAE, SAEConfig, TrainingOutput
 from sae_lightning.sae.losses import l1, lp
-from sae_lightning.sae.objective import Loss, Moment, PenaltyLoss, RowNorms
+from sae_lightning.sae.objective import Loss, PenaltyLoss, RowNorms, TrainingStatus
 
 
 class ReLU(SAE):
@@ -24,7 +24,7 @@ class ReLU(SAE):
 
 @dataclass(slots=True, kw_only=True)
 class DenseConfig(SAEConfig):
-    """A network in which all features may fire on all tokens."""
+    """An autoencoder without sparsity: all features may fire on all tokens."""
 
     decoder_norm: float = 0.1
     """Norm of a decoder row at the start (Anthropic, April 2024 update)."""
@@ -46,9 +46,9 @@ class ReLULoss(PenaltyLoss):
     l1: float = 1e-3
     """Sparsity coefficient; 1e-4 is dense, 1e-2 very sparse. Anthropic's lambda is l1 x d."""
     p: float = 1.0
-    """Power to which the penalty falls, linearly, from 1 at the end of its warm-up to the end of
-    the run; less than 1 spares strong features (p-annealing, Karvonen et al. 2024: 0.2). The term
-    is rescaled to the value that it would have with p = 1, which is what curves show."""
+    """Final power of the penalty, which falls linearly from 1 between the end of the warm-up and
+    the end of the run; below 1 it spares strong features (p-annealing, Karvonen et al. 2024: 0.2).
+    The term is rescaled to its value at p = 1, which is what curves show."""
 
     def __post_init__(self):
         PenaltyLoss.__post_init__(self)
@@ -57,11 +57,11 @@ class ReLULoss(PenaltyLoss):
         if self.p < 1 and self.l1 == 0:
             raise UserError(f"loss.p={self.p} has no effect with loss.l1=0: leave one of them out")
 
-    def penalty(self, sae: SAE, this: Forward, moment: Moment) -> Tensor:
-        """The sum of feature strengths in units of decoder norm, or of their p-th powers."""
+    def penalty(self, sae: SAE, output: TrainingOutput, status: TrainingStatus) -> Tensor:
+        """The sum of feature strengths in units of decoder norm, or of their p-th powers []."""
         norms = RowNorms.apply(sae.W_dec)
         if self.p == 1:
-            return this.features.penalty(l1, norms)
-        done = (float(moment.progress) - self.warmup) / max(1 - self.warmup, 1e-9)
+            return output.features.apply_penalty(l1, norms)
+        done = (float(status.progress) - self.warmup) / max(1 - self.warmup, 1e-9)
         p = 1 - (1 - self.p) * min(max(done, 0.0), 1.0)
-        return this.features.penalty(partial(lp, p=p), norms)
+        return output.features.apply_penalty(partial(lp, p=p), norms)

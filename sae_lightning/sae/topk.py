@@ -1,4 +1,4 @@
-"""TopK: sparsity by construction, with AuxK against dead features."""
+"""TopK: exactly k active features per token, with AuxK against dead features."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,13 +8,13 @@ from torch import Tensor
 
 from sae_lightning.errors import UserError
 from sae_lightning.sae import sparse
-from sae_lightning.sae.base import SAE, Forward, SAEConfig
-from sae_lightning.sae.sparse import Pattern
+from sae_lightning.sae.base import SAE, SAEConfig, TrainingOutput
+from sae_lightning.sae.sparse import SparsityPattern
 
 
 @dataclass(slots=True, kw_only=True)
 class TopKConfig(SAEConfig):
-    """A network in which a given number of features is active."""
+    """An SAE with a fixed number of active features."""
 
     k: int = 64
     """Active features per token (BatchTopK, Matryoshka: on average)."""
@@ -42,23 +42,23 @@ class TopK(SAE):
     bytes_per_activation = 27
 
     def activate(self, pre: Tensor) -> Tensor:
-        """The k largest pre-activations of each token, if they are positive."""
+        """The k largest pre-activations of each token, if positive; 0 in place of the others."""
         values, places = pre.relu().topk(self.config.k, dim=-1, sorted=False)
         return torch.zeros_like(pre).scatter(-1, places, values)
 
-    def find(self, x: Tensor) -> tuple[Pattern, Tensor]:
+    def find_entries(self, x: Tensor) -> tuple[SparsityPattern, Tensor]:
         """Each token's k largest pre-activations, if they are positive."""
-        return sparse.find(x, self.W_enc, self.b_enc, self._largest)
+        return sparse.encode_entries(x, self.W_enc, self.b_enc, self._largest)
 
     def _largest(self, pre: Tensor) -> Tensor:
-        places = pre.topk(self.config.k, dim=1, sorted=False).indices.sort(dim=1).values
-        starts = torch.arange(len(pre), device=pre.device)[:, None] * self.config.features
-        places = (starts + places).view(-1)
-        return places[sparse.above(pre.view(-1)[places], 0)]
+        indices = pre.topk(self.config.k, dim=1, sorted=False).indices.sort(dim=1).values
+        row_starts = torch.arange(len(pre), device=pre.device)[:, None] * self.config.features
+        indices = (row_starts + indices).view(-1)
+        return indices[sparse.find_above(pre.view(-1)[indices], 0)]
 
-    def density(self, this: Forward) -> float:
+    def estimate_density(self, output: TrainingOutput) -> float:
         return self.config.k / self.config.features
 
-    def saelens(self) -> dict[str, Any]:
-        """SAELens would take k = 100 where none is given."""
+    def saelens_settings(self) -> dict[str, Any]:
+        """`k`, for which SAELens would take 100 if it were left out."""
         return {"k": self.config.k}

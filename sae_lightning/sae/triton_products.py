@@ -1,15 +1,17 @@
 """The two products of `products.py` on CUDA: Triton kernels that accumulate in float32.
 
 Lengths of rows differ by orders of magnitude (a feature that fires on every token, one that never
-does), so entries are cut at every multiple of PIECE, and a program works on one piece of a row:
+does), so entries are cut at every PIECE_ENTRIES, and a program works on one piece of a row:
 
-    entry     0   1   2   3 | 4   5   6   7 | 8   9      cuts at 4 and 8, if PIECE were 4
+    entry     0   1   2   3 | 4   5   6   7 | 8   9      cuts at 4 and 8, if it were 4
     row       a   b   b   b   b   b   b   b   b   c
     head      a   b . . . .                       c      the first piece of every row
     tail                      b . . . . . .   b          what begins at a cut inside a row
 
-That makes rows + nnz // PIECE programs, known from shapes without waiting for the device. There are
-no atomics, so that sums are the same each time. Shapes: nnz entries, d columns of a table.
+That makes rows + nnz // PIECE_ENTRIES programs, a number that follows from shapes without waiting
+for the device. There are no atomics, so that sums are reproducible.
+
+Shapes: nnz entries, d columns of a table.
 """
 
 import torch
@@ -17,14 +19,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# A program takes some ten microseconds for 256 entries; storing a tail and adding it to its row
-# costs about 3 % of what the program reads.
-PIECE = 256
-# With 4 warps a tile of 16 x 256 values is 32 a thread: 16 rows are loaded at once, and registers
-# suffice for enough programs on each multiprocessor. 256 divides 768 and 2304 and wastes a quarter
-# of 576; of bf16 it is 512 bytes, four cache lines.
-ENTRIES = 16
-COLUMNS = 256
+# A program takes about ten microseconds for 256 entries; storing a tail and adding it to its row
+# costs about 3 % of the memory traffic of the program.
+PIECE_ENTRIES = 256
+# With 4 warps a tile of 16 x 256 values is 32 values a thread: 16 rows are loaded at once, and
+# there are registers for enough programs on each multiprocessor. 256 divides 768 and 2304 and
+# wastes a quarter of 576; in bf16 it is 512 bytes, four cache lines.
+TILE_ENTRIES = 16
+TILE_COLUMNS = 256
 
 
 def weighted_sums(offsets: Tensor, indices: Tensor, weights: Tensor, table: Tensor) -> Tensor:
@@ -39,7 +41,7 @@ def weighted_sums(offsets: Tensor, indices: Tensor, weights: Tensor, table: Tens
     # Programs start along the first axis, so that all read the same stripe of the table at a time:
     # 256 columns of bf16 fit the L2 cache up to some 90,000 rows.
     stripes = triton.cdiv(d, columns)
-    tile = {"PIECE": PIECE, "ENTRIES": ENTRIES, "COLUMNS": columns}
+    tile = {"PIECE": PIECE_ENTRIES, "ENTRIES": TILE_ENTRIES, "COLUMNS": columns}
     _sum_pieces[rows + cuts, stripes](
         offsets, owners, indices, weights, table, sums, tails, d, cuts, **tile
     )
@@ -55,19 +57,20 @@ def dots(offsets: Tensor, indices: Tensor, left: Tensor, right: Tensor) -> Tenso
     owners = _owners(offsets, len(indices))
     cuts = len(owners)
     products = left.new_empty(len(indices), dtype=torch.float32)
-    tile = {"PIECE": PIECE, "ENTRIES": ENTRIES, "COLUMNS": _columns(d)}
+    tile = {"PIECE": PIECE_ENTRIES, "ENTRIES": TILE_ENTRIES, "COLUMNS": _columns(d)}
     _dot_pieces[rows + cuts,](offsets, owners, indices, left, right, products, d, cuts, **tile)
     return products
 
 
 def _columns(d: int) -> int:
-    """Columns of a tile."""
-    return min(COLUMNS, triton.next_power_of_2(d))
+    """Columns of a tile for a table of d columns, a power of 2."""
+    return min(TILE_COLUMNS, triton.next_power_of_2(d))
 
 
 def _owners(offsets: Tensor, nnz: int) -> Tensor:
-    """[cuts]: the row of each cut, at PIECE, 2 PIECE and so on up to nnz."""
-    cuts = torch.arange(1, nnz // PIECE + 1, device=offsets.device, dtype=offsets.dtype) * PIECE
+    """[cuts]: the row of each cut, at multiples of PIECE_ENTRIES up to nnz."""
+    numbers = torch.arange(1, nnz // PIECE_ENTRIES + 1, device=offsets.device, dtype=offsets.dtype)
+    cuts = numbers * PIECE_ENTRIES
     # the first row that ends at or after the cut; of a cut between two rows the tail is empty
     return torch.searchsorted(offsets[1:], cuts)
 
@@ -137,7 +140,7 @@ def _dot_pieces(
     offsets, owners, indices, left, right, products, d, cuts,
     PIECE: tl.constexpr, ENTRIES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The products of one piece."""
+    """Dot products of the entries of one piece, to `products` [nnz]."""
     row, begin, end, _ = _piece(offsets, owners, cuts, PIECE)
     for first in range(begin, end, ENTRIES):
         entry = first + tl.arange(0, ENTRIES)

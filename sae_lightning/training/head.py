@@ -12,10 +12,10 @@ from torch.profiler import record_function
 
 from sae_lightning.errors import UserError
 from sae_lightning.llm.sites import Site
-from sae_lightning.sae import SAE, Loss, Moment, Output
+from sae_lightning.sae import SAE, Loss, Output, TrainingStatus
 from sae_lightning.sae.matrix import Matrix
-from sae_lightning.sae.products import worth_it
-from sae_lightning.sae.sparse import working_type
+from sae_lightning.sae.products import break_even_density
+from sae_lightning.sae.sparse import pick_working_dtype
 from sae_lightning.training.settings import CallbacksConfig, OptimConfig, Products
 
 
@@ -90,7 +90,7 @@ class Head(nn.Module):
 
     def use_sparse_products(self, x: Tensor) -> bool:
         """Whether to compute the update on `x` [batch, d_in] by sparse products."""
-        limit = worth_it(x.device.type, working_type(x))
+        limit = break_even_density(x.device.type, pick_working_dtype(x))
         if self.products is Products.sparse:
             return limit > 0
         return self.products is Products.auto and self.active_density < limit
@@ -99,15 +99,17 @@ class Head(nn.Module):
         """Training loss [] of a batch {site: [batch, d_site]} of raw activations."""
         x, target = self.normalise(batch)
         output = self.sae.training_pass(x, self.use_sparse_products(x))
-        moment = Moment(self.dead, self.progress)
+        status = TrainingStatus(self.dead, self.progress)
         with record_function("loss"):
-            terms = self.loss.terms(self.sae, output, target, moment)
+            terms = self.loss.terms(self.sae, output, target, status)
         loss = terms["mse"]
         for name, coefficient in self.effective_coefficients.items():
             loss = loss + coefficient * terms[name]
         l0 = self._count_firing(output.features)
-        if self.products is Products.auto and worth_it(x.device.type, working_type(x)):
-            self.active_density = self.sae.density(output)
+        if self.products is Products.auto and break_even_density(
+            x.device.type, pick_working_dtype(x)
+        ):
+            self.active_density = self.sae.estimate_density(output)
         self.last_step = StepResult(
             loss.detach(),
             {name: term.detach() for name, term in terms.items()},
@@ -128,10 +130,10 @@ class Head(nn.Module):
     @torch.no_grad()
     def _count_firing(self, features: Matrix) -> Tensor:
         """Update `tokens_since_fired`; returns the mean number of active features per token."""
-        fired = features.count()
-        silent = self.tokens_since_fired + features.tokens
+        fired = features.count_positive()
+        silent = self.tokens_since_fired + features.batch_size
         self.tokens_since_fired.copy_(silent.masked_fill(fired > 0, 0))
-        return fired.sum() / features.tokens
+        return fired.sum() / features.batch_size
 
     @property
     def dead(self) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Generator
 from sae_lightning.analysis.evaluate import evaluate, make_scorecard_section
 from sae_lightning.llm.sites import Kind, Site, SitePair
 from sae_lightning.llm.splice import SpliceScores
-from sae_lightning.sae import ARCHITECTURES, SAEConfig, build
+from sae_lightning.sae import ARCHITECTURES, SAEConfig, build_sae
 from sae_lightning.scoring.scorecard import score_saes
 from sae_lightning.stream.concepts import make_world
 from sae_lightning.stream.documents import SplitText
@@ -25,7 +25,7 @@ WIDTH = 24
 
 def both_signs(width: int, scale: float = 1.0):
     """x_hat = scale x: one feature for each sign of each dimension, decoder norms 2 and 2."""
-    sae = build(SAEConfig(features=2 * width, start_bias=0.0), width, width)
+    sae = build_sae(SAEConfig(features=2 * width, start_bias=0.0), width, width)
     eye = torch.eye(width)
     directions = torch.cat([eye, -eye])
     weights = {
@@ -169,6 +169,8 @@ def test_synthetic_concepts_are_scored_without_an_llm():
 def test_every_architecture_has_a_scorecard(name, held_out):
     kind = ARCHITECTURES[name].config
     sparse = {"k": 4} if "k" in kind.__dataclass_fields__ else {}
-    sae = build(kind(name=name, features=40, **sparse), WIDTH, WIDTH, Generator().manual_seed(0))
+    sae = build_sae(
+        kind(name=name, features=40, **sparse), WIDTH, WIDTH, Generator().manual_seed(0)
+    )
     shown = make_scorecard_section(evaluate(sae.requires_grad_(False), held_out, SITES))
     assert shown.rows["L0"]

@@ -16,7 +16,7 @@ from sae_lightning.llm.generate import Sampling
 from sae_lightning.llm.load import LLMConfig
 from sae_lightning.llm.sites import Kind, Site, SitePair
 from sae_lightning.llm.vocabulary import read_vocabulary
-from sae_lightning.sae import SAEConfig, build
+from sae_lightning.sae import SAEConfig, build_sae
 
 PROMPT, PLANTED = "the fox", 3
 FREE = Sampling(temperature=1.0, seed=1)
@@ -39,7 +39,7 @@ def planted(request, tiny):
 def with_feature(llm, sites, bias=-1e4):
     """Feature 3 writes what the logit of a token reads; `bias` far below 0 keeps it from firing."""
     config = SAEConfig(features=8, start_bias=0.0, decoder_norm=0.1)
-    sae = build(config, 24, 24).requires_grad_(False)
+    sae = build_sae(config, 24, 24).requires_grad_(False)
     sae.W_dec[PLANTED] = nn.functional.normalize(rows(llm)[token(llm)], dim=0)
     sae.b_enc[PLANTED] = bias
     return place(llm, sae, sites)

@@ -27,7 +27,7 @@ from sae_lightning.analysis.theory.theory_sections import make_theory_sections
 from sae_lightning.analysis.theory.token_concepts import CONCEPTS, tag_tokens
 from sae_lightning.llm.sites import Kind, Site, SitePair
 from sae_lightning.llm.vocabulary import find_special_ids, read_vocabulary
-from sae_lightning.sae import ARCHITECTURES, build
+from sae_lightning.sae import ARCHITECTURES, build_sae
 
 WIDTH, FEATURES, CONTEXT = 24, 48, 16
 
@@ -40,7 +40,7 @@ def subject_of(llm, name: str = "relu", **settings) -> Subject:
     kind = ARCHITECTURES[name].config
     sparse = {"k": 4} if "k" in kind.__dataclass_fields__ else {}
     settings = {"start_bias": 0.0, **sparse, **settings}
-    sae = build(kind(name=name, features=FEATURES, **settings), WIDTH, WIDTH)
+    sae = build_sae(kind(name=name, features=FEATURES, **settings), WIDTH, WIDTH)
     site = Site(1, Kind.resid)
     return place(llm, sae, SitePair(site, site))
 
@@ -289,7 +289,7 @@ def test_halves_are_of_sequences_and_a_concept_of_one_half_is_not_scored(tiny):
 @pytest.mark.parametrize("is_drawn", [True, False])
 def test_a_fair_choice_is_among_as_many_features_as_neurons_have_directions(tiny, is_drawn):
     config = ARCHITECTURES["relu"].config(features=200, start_bias=0.0)
-    sae = build(config, WIDTH, WIDTH).requires_grad_(False)
+    sae = build_sae(config, WIDTH, WIDTH).requires_grad_(False)
     lot = torch.randperm(200, generator=Generator().manual_seed(0))[: 2 * WIDTH].tolist()
     planted = lot[-1] if is_drawn else min({*range(200)} - {*lot})
     sae.W_enc[:, planted] = one_hot(torch.tensor(3), WIDTH).float()

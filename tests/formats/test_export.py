@@ -19,7 +19,7 @@ from sae_lightning.errors import UserError
 from sae_lightning.files import write_json
 from sae_lightning.formats.export import describe_limits, load_sae, save_sae
 from sae_lightning.formats.readers import CFG, NOTE_KEY, WEIGHTS
-from sae_lightning.sae import ARCHITECTURES, SAE, Output, build
+from sae_lightning.sae import ARCHITECTURES, SAE, Output, build_sae
 
 D, FEATURES = 16, 40
 SETTINGS = {"topk": {"k": 7}, "batch_topk": {"k": 7}, "matryoshka": {"k": 7, "groups": [0.1, 0.3]}}
@@ -32,7 +32,9 @@ def noise(*shape: int, seed: int = 2) -> Tensor:
 def trained(name: str = "relu", d_out: int = D, **settings) -> SAE:
     """An SAE with weights that training could have left, for normalised activations."""
     kind = ARCHITECTURES[name].config
-    sae = build(kind(name=name, features=FEATURES, **SETTINGS.get(name, {}), **settings), D, d_out)
+    sae = build_sae(
+        kind(name=name, features=FEATURES, **SETTINGS.get(name, {}), **settings), D, d_out
+    )
     with torch.no_grad():
         for seed, parameter in enumerate(sae.parameters()):
             parameter += 0.3 * noise(*parameter.shape, seed=seed)
@@ -91,7 +93,7 @@ def one_feature(name: str, **parameters: list) -> SAE:
     """d_in = 2, one feature, d_out = 1; W_enc = [1, 2], b_enc = 0.5, W_dec = [3], b_dec = [-1]."""
     kind = ARCHITECTURES[name].config
     options = {"k": 1} if name in ("topk", "batch_topk") else {}
-    sae = build(kind(name=name, features=1, skip="W_skip" in parameters, **options), 2, 1)
+    sae = build_sae(kind(name=name, features=1, skip="W_skip" in parameters, **options), 2, 1)
     values = {"W_enc": [[1.0], [2.0]], "b_enc": [0.5], "W_dec": [[3.0]], "b_dec": [-1.0]}
     sae.load_weights({name: torch.tensor(value) for name, value in (values | parameters).items()})
     return sae

@@ -15,14 +15,14 @@ from torch.profiler import ProfilerActivity, profile
 from sae_lightning.errors import is_out_of_memory
 from sae_lightning.runs import memory
 from sae_lightning.runs.memory import EVALUATION_SHARE
-from sae_lightning.sae import ARCHITECTURES, Moment, build
-from sae_lightning.sae.jumprelu import Penalty
+from sae_lightning.sae import ARCHITECTURES, TrainingStatus, build_sae
+from sae_lightning.sae.jumprelu import PenaltyKind
 
 TOKENS, FEATURES, D = 512, 1024, 4  # weights and activations hardly weigh
 # objectives that cost more than the default
 COSTLY = {
     "relu": [{"p": 0.5}, {"preact": 1e-3}],
-    "jumprelu": [{"preact": 1e-3}, {"penalty_kind": Penalty.step}],
+    "jumprelu": [{"preact": 1e-3}, {"penalty_kind": PenaltyKind.step}],
     "gated": [{"preact": 1e-3}],
 }
 
@@ -42,8 +42,8 @@ def peak(compute) -> float:
 def peak_of_update(name: str, settings: dict) -> float:
     """That of forward and backward, half of the features dead."""
     config, _, objective = ARCHITECTURES[name]
-    sae, loss = build(config(name=name, features=FEATURES), D, D), objective(**settings)
-    moment = Moment(torch.arange(FEATURES) < FEATURES // 2, torch.tensor(0.5))
+    sae, loss = build_sae(config(name=name, features=FEATURES), D, D), objective(**settings)
+    moment = TrainingStatus(torch.arange(FEATURES) < FEATURES // 2, torch.tensor(0.5))
 
     def forward():
         this = sae.training_pass(X)
@@ -73,7 +73,7 @@ def test_an_update_takes_no_more_than_the_estimate_charges(name):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_evaluation_takes_no_more_than_the_estimate_charges(name):
     config, network, _ = ARCHITECTURES[name]
-    sae = build(config(name=name, features=FEATURES), D, D)
+    sae = build_sae(config(name=name, features=FEATURES), D, D)
     measured = peak(lambda: sae(X))
     assert measured < EVALUATION_SHARE * network.bytes_per_activation + 0.1
 

@@ -8,7 +8,7 @@ import torch
 from torch import Generator, Tensor
 
 from sae_lightning.llm.sites import Kind, Site
-from sae_lightning.sae import ARCHITECTURES, build
+from sae_lightning.sae import ARCHITECTURES, build_sae
 from sae_lightning.stream.concepts import make_world
 from sae_lightning.training.callbacks.resample import resample
 from sae_lightning.training.callbacks.update import ClipGradient, DecoderNorm, Schedule, TargetL0
@@ -36,7 +36,7 @@ def make_head(name: str, *, loss: dict | None = None, dead_window: int = 1024, *
     config, _, objective = ARCHITECTURES[name]
     model = {"features": 48, **({"k": 3} if "k" in config.__dataclass_fields__ else {}), **model}
     return Head(
-        build(config(name=name, **model), 16, 16),
+        build_sae(config(name=name, **model), 16, 16),
         name=name,
         folder=Path("nowhere"),
         source=SITE,

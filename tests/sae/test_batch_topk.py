@@ -6,14 +6,14 @@ from superposed import activations, l0, make_head, revived, train
 from torch import Generator, tensor
 from torch.testing import assert_close
 
-from sae_lightning.sae import build
-from sae_lightning.sae.batch_topk import MEMORY
+from sae_lightning.sae import build_sae
+from sae_lightning.sae.batch_topk import THRESHOLD_DECAY
 from sae_lightning.sae.topk import TopKConfig
 
 
 def hand_made(k=1, W_enc=((1.0, 0.0, -1.0), (0.0, 1.0, 0.0))):
     """Two inputs, three features, one output."""
-    sae = build(TopKConfig(name="batch_topk", features=3, k=k), 2, 1)
+    sae = build_sae(TopKConfig(name="batch_topk", features=3, k=k), 2, 1)
     with torch.no_grad():
         sae.W_enc.copy_(tensor(W_enc))
         sae.W_dec.copy_(tensor([[1.0], [10.0], [100.0]]))
@@ -60,7 +60,7 @@ def test_inference_does_not_depend_on_the_batch():
 @torch.no_grad()
 @pytest.mark.parametrize("k", [1, 3, 7])
 def test_training_keeps_exactly_batch_times_k(k):
-    sae = build(TopKConfig(name="batch_topk", features=40, k=k), 8, 8)
+    sae = build_sae(TopKConfig(name="batch_topk", features=40, k=k), 8, 8)
     x = torch.randn(50, 8, generator=Generator().manual_seed(0))
     per_token = (sae.training_pass(x).features.values > 0).sum(dim=1)
     assert per_token.sum() == 50 * k
@@ -121,7 +121,7 @@ def test_the_threshold_of_constant_batches_is_their_smallest_from_the_first_upda
 
 def test_the_threshold_is_the_mean_of_what_was_smallest_weighted_by_its_age():
     values = [1.0, 5.0, 2.0, 8.0]
-    weights = [MEMORY**age for age in (3, 2, 1, 0)]
+    weights = [THRESHOLD_DECAY**age for age in (3, 2, 1, 0)]
     expected = [
         sum(w * v for w, v in zip(weights[-n:], values, strict=False)) / sum(weights[-n:])
         for n in (1, 2, 3, 4)
@@ -131,7 +131,7 @@ def test_the_threshold_is_the_mean_of_what_was_smallest_weighted_by_its_age():
 
 @torch.no_grad()
 def test_after_a_few_updates_as_many_fire_in_inference_as_in_training():
-    sae = build(TopKConfig(name="batch_topk", features=64, k=5), 16, 16)
+    sae = build_sae(TopKConfig(name="batch_topk", features=64, k=5), 16, 16)
     assert (sae(activations(2048, seed=1)).features > 0).sum(dim=1).float().mean() > 20, "no idea"
     for batch in activations()[:1024].split(128):
         sae.training_pass(batch)

@@ -8,7 +8,7 @@ from superposed import l0, make_head, preact_revives, revived, train
 from torch import tensor
 from torch.testing import assert_close
 
-from sae_lightning.sae import Moment, build
+from sae_lightning.sae import TrainingStatus, build_sae
 from sae_lightning.sae.gated import GatedConfig, GatedLoss
 from sae_lightning.sae.losses import l1
 
@@ -17,7 +17,7 @@ NOTHING_DEAD = torch.zeros(2).bool()
 
 def hand_made(**settings):
     """Two inputs, two features, one output; magnitudes 2 x and 1 x + 1."""
-    sae = build(GatedConfig(name="gated", features=2, **settings), 2, 1)
+    sae = build_sae(GatedConfig(name="gated", features=2, **settings), 2, 1)
     weights = {
         "W_enc": torch.eye(2),
         "b_enc": tensor([-1.0, 0.5]),
@@ -61,7 +61,7 @@ def test_an_open_gate_lets_a_strength_through_that_may_be_0():
 def terms_of(sae, loss=None):
     this = sae.training_pass(X)
     target = tensor([[1.0], [2.0], [3.0]])
-    return (loss or GatedLoss()).terms(sae, this, target, Moment(NOTHING_DEAD, 0.5))
+    return (loss or GatedLoss()).terms(sae, this, target, TrainingStatus(NOTHING_DEAD, 0.5))
 
 
 def test_the_terms_by_hand():
@@ -129,8 +129,8 @@ def test_the_gates_term_reconstructs_beside_a_skip_connection():
 
 def test_the_pre_activation_loss_is_about_the_gate():
     sae, loss = hand_made(), GatedLoss(preact=1.0)
-    moment = Moment(tensor([True, True]), 0.5)
-    terms = loss.terms(sae, sae.training_pass(X), X[:, :1], moment)
+    status = TrainingStatus(tensor([True, True]), 0.5)
+    terms = loss.terms(sae, sae.training_pass(X), X[:, :1], status)
     # below 0: 0.5 of the first with norm 3, 1.5 of the second with norm 10
     assert terms["preact"].item() == pytest.approx((0.5 * 3 + 1.5 * 10) / 3)
     assert set(gradients(sae, terms["preact"])) == {"W_enc", "b_enc"}

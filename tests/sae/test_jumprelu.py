@@ -9,14 +9,14 @@ from torch import tensor
 from torch.testing import assert_close
 
 from sae_lightning.errors import UserError
-from sae_lightning.sae import Moment, build
-from sae_lightning.sae.jumprelu import JumpReLUConfig, JumpReLULoss, Penalty
+from sae_lightning.sae import TrainingStatus, build_sae
+from sae_lightning.sae.jumprelu import JumpReLUConfig, JumpReLULoss, PenaltyKind
 from sae_lightning.sae.matrix import DenseMatrix
 
 
 def hand_made(bandwidth=1.0):
     """Two inputs, two features with thresholds 1 and 2, one output."""
-    sae = build(JumpReLUConfig(name="jumprelu", features=2, bandwidth=bandwidth), 2, 1)
+    sae = build_sae(JumpReLUConfig(name="jumprelu", features=2, bandwidth=bandwidth), 2, 1)
     sae.load_weights(
         {
             "W_enc": torch.eye(2),
@@ -74,7 +74,7 @@ def test_the_gradient_of_the_jump_by_hand():
 def test_the_gradient_of_the_step_by_hand():
     sae = hand_made()
     this = sae.training_pass(X)
-    count = sae.active(this.pre)
+    count = sae.count_active(this.pre)
     assert count == (1 + 1 + 2 + 0) / 4
     count.backward()
     # -1 / width x tokens in the window / batch: -2/4 each; times the threshold
@@ -85,7 +85,7 @@ def test_the_gradient_of_the_step_by_hand():
 def test_a_wider_window_sees_more_and_weighs_it_less():
     # width 4: -1 ... 3 and 0 ... 4 (open): two and four of the pre-activations
     sae = hand_made(bandwidth=4.0)
-    sae.active(DenseMatrix(sae.pre_activations(X))).backward()
+    sae.count_active(DenseMatrix(sae.pre_activations(X))).backward()
     assert_close(sae.log_threshold.grad, tensor([-2 / 4 / 4 * 1, -4 / 4 / 4 * 2]))
 
 
@@ -93,25 +93,25 @@ def test_the_gradient_of_the_step_is_that_of_the_smoothed_count():
     """A window that slides over uniform pre-activations: d/d threshold of the share above it."""
     sae = hand_made(bandwidth=0.5)
     z = torch.linspace(0, 4, 40_001)[:, None].expand(-1, 2)
-    sae.active(DenseMatrix(z)).backward()
+    sae.count_active(DenseMatrix(z)).backward()
     # both count: d/d threshold (4 - threshold) / 4 = -1/4, times the threshold
     assert_close(sae.log_threshold.grad, tensor([-0.25, -0.5]), rtol=1e-3, atol=0)
 
 
 def test_penalties_by_hand():
     sae = hand_made()
-    this, moment = sae.training_pass(X), Moment(torch.zeros(2).bool(), 0.5)
-    step = JumpReLULoss(penalty_kind=Penalty.step).terms(sae, this, X[:, :1], moment)
+    this, status = sae.training_pass(X), TrainingStatus(torch.zeros(2).bool(), 0.5)
+    step = JumpReLULoss(penalty_kind=PenaltyKind.step).terms(sae, this, X[:, :1], status)
     assert (set(step), step["l0"].item()) == ({"mse", "l0"}, 1.0)
-    tanh = JumpReLULoss(penalty_kind=Penalty.tanh, tanh_scale=0.1)
+    tanh = JumpReLULoss(penalty_kind=PenaltyKind.tanh, tanh_scale=0.1)
     # decoder norms 1 and 10
     strengths = [0.1 * 1.2, 0.1 * 24, 0.1 * 3, 0.1 * 21]
     expected = sum(math.tanh(s) for s in strengths) / 4
-    assert tanh.terms(sae, this, X[:, :1], moment)["l0"].item() == pytest.approx(expected)
+    assert tanh.terms(sae, this, X[:, :1], status)["l0"].item() == pytest.approx(expected)
     assert tanh.coefficients() == {"l0": 1e-3}
 
 
-@pytest.mark.parametrize("kind", Penalty)
+@pytest.mark.parametrize("kind", PenaltyKind)
 def test_l0_falls_when_its_coefficient_rises_over_three_decades(kind):
     # a known failure elsewhere (SAELens issues 382, 494, 719): the coefficient has no effect
     reached, errors = [], []
@@ -136,7 +136,7 @@ def test_the_pre_activation_loss_is_the_distance_to_the_threshold_by_hand():
     loss = JumpReLULoss(preact=0.5)
     assert loss.coefficients() == {"l0": 1e-3, "preact": 0.5}
     dead = tensor([False, True])
-    term = loss.terms(sae, sae.training_pass(X), X[:, :1], Moment(dead, 0.5))["preact"]
+    term = loss.terms(sae, sae.training_pass(X), X[:, :1], TrainingStatus(dead, 0.5))["preact"]
     # feature 1, threshold 2, norm 10: 0.5, 0, 0 and 1.5 are missing
     assert term.item() == pytest.approx((0.5 + 1.5) / 4 * 10)
     term.backward()
@@ -185,8 +185,8 @@ def test_a_scale_without_meaning_is_refused(value):
 
 def test_a_scale_is_that_of_tanh_alone_where_it_is_4_unless_given():
     with pytest.raises(UserError, match=r"^loss\.tanh_scale=2\.0 has no effect with "):
-        JumpReLULoss(tanh_scale=2.0, penalty_kind=Penalty.step)
-    sae, moment = hand_made(), Moment(torch.zeros(2).bool(), 0.5)
+        JumpReLULoss(tanh_scale=2.0, penalty_kind=PenaltyKind.step)
+    sae, status = hand_made(), TrainingStatus(torch.zeros(2).bool(), 0.5)
     this = sae.training_pass(X)
     given, default = (JumpReLULoss(tanh_scale=scale) for scale in (4.0, None))
-    assert given.penalty(sae, this, moment) == default.penalty(sae, this, moment)
+    assert given.penalty(sae, this, status) == default.penalty(sae, this, status)

@@ -7,8 +7,8 @@ import torch
 from torch import Generator, tensor
 from torch.testing import assert_close
 
-from sae_lightning.sae import ARCHITECTURES, Moment, build
-from sae_lightning.sae.base import Forward
+from sae_lightning.sae import ARCHITECTURES, TrainingStatus, build_sae
+from sae_lightning.sae.base import TrainingOutput
 from sae_lightning.sae.losses import auxk, l1, lp, mse, preact, tanh_l0
 from sae_lightning.sae.matrix import DenseMatrix
 from sae_lightning.sae.objective import AuxKLoss
@@ -139,14 +139,14 @@ def test_auxk_is_a_share_of_the_residuals_variance():
 
 def test_auxk_does_not_count_b_dec_twice():
     """sparsify issue 132: the residual is target - x_hat, and x_hat holds b_dec already."""
-    sae = build(TopKConfig(name="topk", features=4, k=1), 2, 2)
+    sae = build_sae(TopKConfig(name="topk", features=4, k=1), 2, 2)
     with torch.no_grad():
         sae.W_dec.copy_(ROWS)
         sae.b_dec.copy_(tensor([100.0, -100.0]))
     features, pre = DenseMatrix(torch.zeros(2, 4)), DenseMatrix(PRE)
-    this = Forward(torch.zeros(2, 2), torch.zeros(2, 2) + sae.b_dec, features, pre)
+    this = TrainingOutput(torch.zeros(2, 2), torch.zeros(2, 2) + sae.b_dec, features, pre)
     target = DECODED + sae.b_dec.detach()  # b_dec and what the dead say
-    terms = AuxKLoss(auxk_k=2).terms(sae, this, target, Moment(DEAD, 0.5))
+    terms = AuxKLoss(auxk_k=2).terms(sae, this, target, TrainingStatus(DEAD, 0.5))
     assert terms["auxk"] == 0
 
 
@@ -199,9 +199,9 @@ def test_preact_of_no_dead_feature_is_0(threshold):
 def test_every_coefficient_belongs_to_a_term(name):
     config, _, objective = ARCHITECTURES[name]
     loss = objective()
-    sae = build(config(name=name, features=64), 8, 8)
+    sae = build_sae(config(name=name, features=64), 8, 8)
     x = torch.randn(20, 8, generator=Generator().manual_seed(0))
-    terms = loss.terms(sae, sae.training_pass(x), x, Moment(torch.zeros(64).bool(), 0.5))
+    terms = loss.terms(sae, sae.training_pass(x), x, TrainingStatus(torch.zeros(64).bool(), 0.5))
     assert set(terms) == {"mse", *loss.coefficients()}
     assert all(term.isfinite() and term.shape == () for term in terms.values())
     assert loss.sparsity in {None, *loss.coefficients()}
@@ -210,10 +210,10 @@ def test_every_coefficient_belongs_to_a_term(name):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_target_may_be_another_site_than_the_input(name):
     config, _, objective = ARCHITECTURES[name]
-    sae = build(config(name=name, features=64), 8, 5)
+    sae = build_sae(config(name=name, features=64), 8, 5)
     x = torch.randn(20, 8, generator=Generator().manual_seed(0))
     this, target = sae.training_pass(x), torch.full((20, 5), 2.0)
-    terms = objective().terms(sae, this, target, Moment(torch.zeros(64).bool(), 0.5))
+    terms = objective().terms(sae, this, target, TrainingStatus(torch.zeros(64).bool(), 0.5))
     assert_close(terms["mse"], (this.reconstruction - 2).square().mean())
 
 

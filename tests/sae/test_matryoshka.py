@@ -7,7 +7,7 @@ from torch import Generator, tensor
 from torch.testing import assert_close
 
 from sae_lightning.errors import UserError
-from sae_lightning.sae import Moment, build
+from sae_lightning.sae import TrainingStatus, build_sae
 from sae_lightning.sae.matryoshka import MatryoshkaConfig, MatryoshkaLoss
 from sae_lightning.sae.objective import AuxKLoss
 from sae_lightning.sae.topk import TopKConfig
@@ -47,7 +47,7 @@ def test_a_group_without_features_is_refused(features, groups):
 def hand_made():
     """One input that all features read, four features in groups of 1, 1 and 2, one output."""
     config = MatryoshkaConfig(name="matryoshka", features=4, k=3, groups=[0.25, 0.25])
-    sae = build(config, 1, 1)
+    sae = build_sae(config, 1, 1)
     with torch.no_grad():
         sae.W_enc.copy_(tensor([[1.0, 2.0, -1.0, 3.0]]))
         sae.W_dec.copy_(tensor([[1.0], [10.0], [100.0], [1000.0]]))
@@ -71,7 +71,7 @@ def test_prefixes_add_up_by_hand():
 def test_the_objective_is_the_sum_of_the_errors_with_equal_weights():
     sae = hand_made()
     this, target = sae.training_pass(X), tensor([[0.5], [0.5]])
-    terms = MatryoshkaLoss().terms(sae, this, target, Moment(torch.zeros(4).bool(), 0.5))
+    terms = MatryoshkaLoss().terms(sae, this, target, TrainingStatus(torch.zeros(4).bool(), 0.5))
     # errors: whole 3021, 200; first 1, 0; second 21, 0
     assert terms["mse"].item() == (3021**2 + 200**2) / 2
     assert terms["prefixes"].item() == (1 + 21**2) / 2
@@ -82,7 +82,7 @@ def test_the_objective_is_the_sum_of_the_errors_with_equal_weights():
 def test_early_features_learn_from_all_prefixes_and_late_ones_from_the_whole():
     sae = hand_made()
     this, target = sae.training_pass(X), torch.zeros(2, 1)
-    terms = MatryoshkaLoss().terms(sae, this, target, Moment(torch.zeros(4).bool(), 0.5))
+    terms = MatryoshkaLoss().terms(sae, this, target, TrainingStatus(torch.zeros(4).bool(), 0.5))
     terms["prefixes"].backward()
     # d/dW_dec = f x error, mean over 2 tokens x 2: f_0 = 1: 1.5 + 21.5; f_1 = 2: 21.5
     assert_close(sae.W_dec.grad, tensor([[23.0], [43.0], [0.0], [0.0]]))
@@ -91,8 +91,8 @@ def test_early_features_learn_from_all_prefixes_and_late_ones_from_the_whole():
 @torch.no_grad()
 def test_the_whole_is_a_batch_topk():
     x = activations()[:50]
-    matryoshka = build(MatryoshkaConfig(name="matryoshka", features=47, k=5), 16, 16)
-    plain = build(TopKConfig(name="batch_topk", features=47, k=5), 16, 16)
+    matryoshka = build_sae(MatryoshkaConfig(name="matryoshka", features=47, k=5), 16, 16)
+    plain = build_sae(TopKConfig(name="batch_topk", features=47, k=5), 16, 16)
     assert torch.equal(matryoshka.W_dec, plain.W_dec)
     one, other = matryoshka.training_pass(x), plain.training_pass(x)
     assert torch.equal(one.features.values, other.features.values)
@@ -100,9 +100,9 @@ def test_the_whole_is_a_batch_topk():
     assert_close(one.reconstruction, other.reconstruction)
     assert torch.equal(matryoshka.threshold, plain.threshold)
     assert torch.equal(matryoshka(x).features, plain(x).features)
-    moment = Moment(torch.arange(47) < 9, 0.5)
-    terms = MatryoshkaLoss().terms(matryoshka, one, x, moment)
-    for name, term in AuxKLoss().terms(plain, other, x, moment).items():
+    status = TrainingStatus(torch.arange(47) < 9, 0.5)
+    terms = MatryoshkaLoss().terms(matryoshka, one, x, status)
+    for name, term in AuxKLoss().terms(plain, other, x, status).items():
         assert_close(terms[name], term)
 
 
@@ -110,7 +110,7 @@ def test_the_whole_is_a_batch_topk():
 @pytest.mark.parametrize("features", [33, 47])
 def test_each_prefix_is_the_reconstruction_by_its_features_alone(features):
     x = torch.randn(20, 16, generator=Generator().manual_seed(0))
-    sae = build(MatryoshkaConfig(name="matryoshka", features=features, k=5), 16, 16)
+    sae = build_sae(MatryoshkaConfig(name="matryoshka", features=features, k=5), 16, 16)
     this, end = sae.training_pass(x), 0
     wholes = [*this.prefixes, this.reconstruction]
     assert len(wholes) == 5
@@ -124,7 +124,7 @@ def test_each_prefix_is_the_reconstruction_by_its_features_alone(features):
 @torch.no_grad()
 def test_prefixes_of_a_skip_transcoder_have_its_skip_connection():
     config = MatryoshkaConfig(name="matryoshka", features=4, k=3, groups=[0.25, 0.25], skip=True)
-    sae = build(config, 1, 1)
+    sae = build_sae(config, 1, 1)
     sae.load_state_dict(hand_made().state_dict() | {"W_skip": tensor([[7.0]])})
     this = sae.training_pass(X)
     assert this.prefixes[0].tolist() == [[8.5], [-13.5]]

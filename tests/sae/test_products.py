@@ -6,7 +6,7 @@ from superposed import SITE, activations, make_head, train
 
 from sae_lightning.errors import UserError
 from sae_lightning.sae import ARCHITECTURES
-from sae_lightning.sae.products import worth_it
+from sae_lightning.sae.products import break_even_density
 from sae_lightning.training.settings import Products
 
 
@@ -88,8 +88,8 @@ def test_a_checkpoint_of_an_earlier_version_is_refused():
 
 
 def test_sparse_products_pay_sooner_in_float32_and_nowhere_that_they_are_not_known():
-    assert worth_it("cpu", torch.float32) > worth_it("cpu", torch.bfloat16) > 0
-    assert worth_it("mps", torch.float32) == 0
+    assert break_even_density("cpu", torch.float32) > break_even_density("cpu", torch.bfloat16) > 0
+    assert break_even_density("mps", torch.float32) == 0
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

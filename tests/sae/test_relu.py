@@ -7,7 +7,7 @@ from torch import tensor
 from torch.testing import assert_close
 
 from sae_lightning.errors import UserError
-from sae_lightning.sae import Moment, SAEConfig, build
+from sae_lightning.sae import SAEConfig, TrainingStatus, build_sae
 from sae_lightning.sae.losses import l1, lp
 from sae_lightning.sae.relu import DenseConfig, DenseLoss, ReLULoss
 
@@ -16,7 +16,7 @@ NOTHING_DEAD = torch.zeros(3).bool()
 
 def hand_made():
     """d_in = 2, three features, d_out = 1."""
-    sae = build(SAEConfig(features=3), 2, 1)
+    sae = build_sae(SAEConfig(features=3), 2, 1)
     sae.load_weights(
         {
             "W_enc": tensor([[1.0, 0.0, -1.0], [0.0, 2.0, 1.0]]),
@@ -45,19 +45,19 @@ def test_relu_by_hand():
 @torch.no_grad()
 def test_training_and_inference_are_the_same():
     sae = hand_made()
-    this = sae.training_pass(X)
-    assert torch.equal(this.features.values, sae.encode(X))
-    assert torch.equal(this.reconstruction, sae(X).reconstruction)
-    assert_close(this.pre.values, tensor([[1.5, 3.0, 1.0], [-0.5, -5.0, -1.0]]))
-    assert this.prefixes == ()
+    output = sae.training_pass(X)
+    assert torch.equal(output.features.values, sae.encode(X))
+    assert torch.equal(output.reconstruction, sae(X).reconstruction)
+    assert_close(output.pre.values, tensor([[1.5, 3.0, 1.0], [-0.5, -5.0, -1.0]]))
+    assert output.prefixes == ()
 
 
 def terms_of(loss, progress=0.5):
     # features (1.5, 3, 1) and none; decoder norms 1, 10, 100; errors 1 and -2
     sae = hand_made()
-    this = sae.training_pass(X)
-    target = this.reconstruction.detach() + tensor([[1.0], [-2.0]])
-    return sae, this, loss.terms(sae, this, target, Moment(NOTHING_DEAD, progress))
+    output = sae.training_pass(X)
+    target = output.reconstruction.detach() + tensor([[1.0], [-2.0]])
+    return sae, output, loss.terms(sae, output, target, TrainingStatus(NOTHING_DEAD, progress))
 
 
 def test_the_objective_is_the_error_and_the_penalty():
@@ -81,8 +81,8 @@ def test_p_falls_from_the_end_of_the_warm_up_to_the_end_of_the_run():
     loss = ReLULoss(p=0.2, warmup=0.1)
     # (progress, p): 1 until 0.1, then linearly to 0.2 at 1: 0.6 half way at 0.55
     for progress, p in ((0.0, 1.0), (0.1, 1.0), (0.55, 0.6), (0.775, 0.4), (1.0, 0.2)):
-        sae, this, terms = terms_of(loss, progress)
-        features = this.features.values
+        sae, output, terms = terms_of(loss, progress)
+        features = output.features.values
         expected = torch.autograd.grad(lp(features, sae.W_dec.norm(dim=1), p), features)
         (got,) = torch.autograd.grad(terms["l1"], features, retain_graph=True)
         assert_close(got, expected[0])
@@ -91,8 +91,8 @@ def test_p_falls_from_the_end_of_the_warm_up_to_the_end_of_the_run():
 
 
 def test_a_run_that_is_all_warm_up_keeps_p():
-    _, this, terms = terms_of(ReLULoss(p=0.2, warmup=1.0), progress=0.99)
-    (got,) = torch.autograd.grad(terms["l1"], this.features.values)
+    _, output, terms = terms_of(ReLULoss(p=0.2, warmup=1.0), progress=0.99)
+    (got,) = torch.autograd.grad(terms["l1"], output.features.values)
     assert_close(got, tensor([[0.5, 5.0, 50.0], [0.5, 5.0, 50.0]]))  # of l1: norm / batch
 
 
@@ -129,8 +129,8 @@ def test_the_pre_activation_loss_by_hand():
     sae = hand_made()
     loss = ReLULoss(preact=2.0)
     assert loss.coefficients() == {"l1": 1e-3, "preact": 2.0}
-    moment = Moment(tensor([True, True, False]), 0.5)
-    term = loss.terms(sae, sae.training_pass(X), X[:, :1], moment)["preact"]
+    status = TrainingStatus(tensor([True, True, False]), 0.5)
+    term = loss.terms(sae, sae.training_pass(X), X[:, :1], status)["preact"]
     # below 0: 0.5 of feature 0 and 5 of feature 1 on the second token; norms 1 and 10
     assert term.item() == (0.5 * 1 + 5 * 10) / 2
     term.backward()
@@ -139,7 +139,7 @@ def test_the_pre_activation_loss_by_hand():
 
 
 def test_where_nothing_is_dead_the_pre_activation_loss_is_0():
-    sae, this, terms = terms_of(ReLULoss(preact=1.0))
+    sae, output, terms = terms_of(ReLULoss(preact=1.0))
     assert terms["preact"] == 0
     terms["preact"].backward()
     assert not sae.W_enc.grad.any()
@@ -204,13 +204,13 @@ def test_the_ends_of_the_ranges_are_allowed():
 
 def trained_loss(x: torch.Tensor, features: int) -> float:
     """Final loss of a dense autoencoder trained on all of x with Adam."""
-    sae = build(DenseConfig(name="dense", features=features), x.shape[1], x.shape[1])
-    steps, moment = 1000, Moment(torch.zeros(features).bool(), 0.0)
+    sae = build_sae(DenseConfig(name="dense", features=features), x.shape[1], x.shape[1])
+    steps, status = 1000, TrainingStatus(torch.zeros(features).bool(), 0.0)
     adam = torch.optim.Adam(sae.parameters(), lr=2e-2)
     decay = torch.optim.lr_scheduler.LinearLR(adam, 1, 0.02, steps)
     for _ in range(steps):
         adam.zero_grad()
-        loss = DenseLoss().terms(sae, sae.training_pass(x), x, moment)["mse"]
+        loss = DenseLoss().terms(sae, sae.training_pass(x), x, status)["mse"]
         loss.backward()
         adam.step()
         decay.step()

@@ -7,13 +7,13 @@ import torch
 from torch import Generator, tensor
 from torch.testing import assert_close
 
-from sae_lightning.sae import ARCHITECTURES, Moment, build
-from sae_lightning.sae.jumprelu import JumpReLULoss, Penalty
+from sae_lightning.sae import ARCHITECTURES, TrainingStatus, build_sae
+from sae_lightning.sae.jumprelu import JumpReLULoss, PenaltyKind
 from sae_lightning.sae.losses import l1
 from sae_lightning.sae.matrix import DenseMatrix, SparseMatrix
 from sae_lightning.sae.products import dots, weighted_sums
 from sae_lightning.sae.relu import ReLULoss
-from sae_lightning.sae.sparse import Pattern, find, positive
+from sae_lightning.sae.sparse import SparsityPattern, encode_entries, find_positive
 
 TOKENS, WIDTH, FEATURES = 64, 24, 1000
 
@@ -38,7 +38,7 @@ def made(name, density, width_out=WIDTH, **settings):
     config = ARCHITECTURES[name].config
     if "k" in config.__dataclass_fields__:
         settings["k"] = max(1, round(density * FEATURES))
-    sae = build(config(name=name, features=FEATURES, **settings), WIDTH, width_out)
+    sae = build_sae(config(name=name, features=FEATURES, **settings), WIDTH, width_out)
     with torch.no_grad():
         for number, parameter in enumerate(sae.parameters()):
             parameter += 0.1 * noise(*parameter.shape, seed=number)
@@ -56,11 +56,11 @@ def made(name, density, width_out=WIDTH, **settings):
 def update(sae, loss, x, target, dead, only_active):
     """Terms, loss, pass and the gradient of every parameter."""
     sae.zero_grad()
-    this = sae.training_pass(x, only_active)
-    terms = loss.terms(sae, this, target, Moment(dead, tensor(0.5)))
+    output = sae.training_pass(x, only_active)
+    terms = loss.terms(sae, output, target, TrainingStatus(dead, tensor(0.5)))
     total = terms["mse"] + sum(c * terms[name] for name, c in loss.coefficients().items())
     total.backward()
-    return terms, this, {name: p.grad.clone() for name, p in sae.named_parameters()}
+    return terms, output, {name: p.grad.clone() for name, p in sae.named_parameters()}
 
 
 # the share of [tokens, features] that is active
@@ -76,13 +76,13 @@ def test_both_ways_give_every_parameter_the_same_gradient(name, density):
     loss = ARCHITECTURES[name].loss(**({"preact": 1e-3} if name in WITH_PREACT else {}))
     sae.training_pass(x)  # BatchTopK looks for the largest near the threshold that it knows
     dense_terms, dense, expected = update(sae, loss, x, target, dead, only_active=False)
-    terms, this, got = update(sae, loss, x, target, dead, only_active=True)
-    assert isinstance(this.features, SparseMatrix)
-    assert (this.features.values > 0).sum() / dense.features.values.numel() == pytest.approx(
+    terms, output, got = update(sae, loss, x, target, dead, only_active=True)
+    assert isinstance(output.features, SparseMatrix)
+    assert (output.features.values > 0).sum() / dense.features.values.numel() == pytest.approx(
         density, rel=0.35
     )
-    assert apart(whole(this.features), dense.features.values) < 1e-5
-    assert apart(this.reconstruction, dense.reconstruction) < 1e-5
+    assert apart(whole(output.features), dense.features.values) < 1e-5
+    assert apart(output.reconstruction, dense.reconstruction) < 1e-5
     assert_close(terms, dense_terms, rtol=1e-4, atol=1e-6)
     assert got.keys() == expected.keys()
     for parameter, gradient in got.items():
@@ -95,7 +95,7 @@ WITH_PREACT = ("relu", "jumprelu", "gated")
 
 @pytest.mark.parametrize(
     ("name", "loss"),
-    [("relu", ReLULoss(p=0.3)), ("jumprelu", JumpReLULoss(penalty_kind=Penalty.step))],
+    [("relu", ReLULoss(p=0.3)), ("jumprelu", JumpReLULoss(penalty_kind=PenaltyKind.step))],
 )
 def test_both_ways_agree_on_the_other_penalties(name, loss):
     x, dead = noise(TOKENS, WIDTH), torch.zeros(FEATURES).bool()
@@ -114,9 +114,9 @@ def test_in_bf16_the_sparse_way_is_no_further_from_float32_than_the_dense_one(na
     _, exact, truth = update(sae, loss, x, x, dead, only_active=False)
     with torch.autocast("cpu", torch.bfloat16):
         _, dense, expected = update(sae, loss, x, x, dead, only_active=False)
-        _, this, got = update(sae, loss, x, x, dead, only_active=True)
-    assert this.reconstruction.dtype is torch.float32
-    error = apart(this.reconstruction, exact.reconstruction)
+        _, output, got = update(sae, loss, x, x, dead, only_active=True)
+    assert output.reconstruction.dtype is torch.float32
+    error = apart(output.reconstruction, exact.reconstruction)
     assert 0 < error < 1.25 * apart(dense.reconstruction, exact.reconstruction) < 0.05
     for parameter, gradient in got.items():
         assert gradient.dtype is torch.float32
@@ -161,21 +161,21 @@ def test_what_adam_holds_lies_in_memory_as_its_parameter_does():
     assert sae.W_enc.stride() == (1, WIDTH)
     for parameter in sae.parameters():
         for optimizer in (adam, again):
-            for moment in ("exp_avg", "exp_avg_sq"):
-                assert optimizer.state[parameter][moment].stride() == parameter.stride()
+            for status in ("exp_avg", "exp_avg_sq"):
+                assert optimizer.state[parameter][status].stride() == parameter.stride()
 
 
 @pytest.mark.parametrize("name", ["relu", "jumprelu", "gated"])
 def test_many_entries_on_two_threads_give_the_same_gradient_every_time(name):
     """Torch adds up the gradient of indexing with brackets in another order each time."""
     config, _, objective = ARCHITECTURES[name]
-    sae, loss = build(config(name=name, features=4000, start_bias=0.0), 8, 8), objective()
+    sae, loss = build_sae(config(name=name, features=4000, start_bias=0.0), 8, 8), objective()
     x, dead = noise(100, 8), torch.zeros(4000).bool()
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        _, this, first = update(sae, loss, x, x, dead, only_active=True)
-        assert len(this.pre.pattern) > 100_000
+        _, output, first = update(sae, loss, x, x, dead, only_active=True)
+        assert len(output.pre.pattern) > 100_000
         for _ in range(10):
             *_, again = update(sae, loss, x, x, dead, only_active=True)
             assert all(torch.equal(gradient, again[name]) for name, gradient in first.items())
@@ -214,11 +214,11 @@ def test_the_density_is_that_of_the_entries_that_are_found(name):
     sae.training_pass(x)
     sparse, dense = sae.training_pass(x, only_active=True), sae.training_pass(x)
     entries = len(sparse.pre.pattern) / (100 * FEATURES)
-    assert sae.density(sparse) == pytest.approx(entries, rel=0.01)
+    assert sae.estimate_density(sparse) == pytest.approx(entries, rel=0.01)
     if name in ("batch_topk", "matryoshka"):  # they look at more than they keep
-        assert entries <= sae.density(dense) < 2 * entries
+        assert entries <= sae.estimate_density(dense) < 2 * entries
     else:
-        assert sae.density(dense) == pytest.approx(entries, rel=0.03)
+        assert sae.estimate_density(dense) == pytest.approx(entries, rel=0.03)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -227,7 +227,9 @@ def test_what_is_positive_is_found(shape, dtype):
     x = noise(*shape).to(dtype)
     x[0, 0] = 0
     x.view(-1)[1:3] = tensor([-0.0, 1e-30])[: x.numel() - 1]
-    assert positive(x).tolist() == [n for n, value in enumerate(x.view(-1).tolist()) if value > 0]
+    assert find_positive(x).tolist() == [
+        n for n, value in enumerate(x.view(-1).tolist()) if value > 0
+    ]
 
 
 def test_the_bias_loses_nothing_in_bf16():
@@ -235,18 +237,20 @@ def test_the_bias_loses_nothing_in_bf16():
     x, W_enc = tensor([[1.0]]), tensor([[-1.0, 1.0]])
     shift = tensor([1.01, -1.0])
     with torch.autocast("cpu", torch.bfloat16):
-        pattern, values = find(x, W_enc, shift, positive)
-    assert pattern.places.tolist() == [0]
+        pattern, values = encode_entries(x, W_enc, shift, find_positive)
+    assert pattern.flat_indices.tolist() == [0]
     assert_close(values, tensor([0.01]))
 
 
 @pytest.mark.parametrize("part", [1, 7, 1000])
 def test_entries_are_those_of_the_whole_batch_however_it_is_cut(part, monkeypatch):
-    monkeypatch.setattr("sae_lightning.sae.sparse.PART", {"cpu": part * FEATURES})
+    monkeypatch.setattr(
+        "sae_lightning.sae.sparse.PRE_ACTIVATIONS_AT_ONCE", {"cpu": part * FEATURES}
+    )
     x, W_enc = noise(20, WIDTH), noise(WIDTH, FEATURES, seed=1)
     product = x @ W_enc
-    pattern, values = find(x, W_enc, torch.full((FEATURES,), -4.0), positive)
-    assert pattern.places.tolist() == (product > 4).view(-1).nonzero().squeeze(1).tolist()
+    pattern, values = encode_entries(x, W_enc, torch.full((FEATURES,), -4.0), find_positive)
+    assert pattern.flat_indices.tolist() == (product > 4).view(-1).nonzero().squeeze(1).tolist()
     assert_close(values, product[product > 4] - 4)
 
 
@@ -255,7 +259,7 @@ PLACES = tensor([1, 3, 8, 9])
 
 
 def test_a_pattern_by_hand():
-    pattern = Pattern(PLACES, 3, 4)
+    pattern = SparsityPattern(PLACES, 3, 4)
     assert pattern.rows.tolist() == [0, 0, 2, 2]
     assert pattern.columns.tolist() == [1, 3, 0, 1]
     assert pattern.offsets.tolist() == [0, 2, 2, 4]
@@ -271,13 +275,13 @@ def test_a_pattern_by_hand():
 
 
 def test_a_matrix_by_hand_both_ways():
-    sparse = SparseMatrix(tensor([1.0, 0.0, 3.0, 4.0]), Pattern(PLACES, 3, 4))
+    sparse = SparseMatrix(tensor([1.0, 0.0, 3.0, 4.0]), SparsityPattern(PLACES, 3, 4))
     dense = DenseMatrix(tensor([[0.0, 1, 0, 0], [0, 0, 0, 0], [3, 4, 0, 0]]))
     assert torch.equal(whole(sparse), dense.values)
     table, norms = tensor([[1.0, 0], [0, 1], [7, 7], [7, 7]]), tensor([10.0, 20, 30, 40])
     for matrix in (sparse, dense):
-        assert matrix.tokens == 3
-        assert matrix.count().tolist() == [1, 2, 0, 0]
+        assert matrix.batch_size == 3
+        assert matrix.count_positive().tolist() == [1, 2, 0, 0]
         assert (matrix @ table).tolist() == [[0, 1], [0, 0], [3, 4]]
         groups = matrix.matmul_by_group([1, 3], table)
         assert [group.tolist() for group in groups] == [
@@ -285,16 +289,16 @@ def test_a_matrix_by_hand_both_ways():
             [[0, 1], [0, 0], [0, 4]],
         ]
         # (1 x 20 + 3 x 10 + 4 x 20) / 3
-        assert matrix.penalty(l1, norms).item() == pytest.approx(130 / 3)
-        doubled = matrix.replace(2 * matrix.values)
+        assert matrix.apply_penalty(l1, norms).item() == pytest.approx(130 / 3)
+        doubled = matrix.with_values(2 * matrix.values)
         assert (doubled @ table).tolist() == [[0, 2], [0, 0], [6, 8]]
     # of 12 values 4 are entries, and 2 exceed 2
-    assert sparse.density(2) == 4 / 12
-    assert dense.density(2) == pytest.approx(2 / 12)
-    assert sparse.of(norms).tolist() == [20, 40, 10, 20]
-    assert torch.equal(dense.of(norms) + 0 * dense.values, norms.expand(3, 4))
-    assert sparse.columns(tensor([1])) is None
-    assert dense.columns(tensor([1])).tolist() == [[1], [0], [4]]
+    assert sparse.share_above(2) == 4 / 12
+    assert dense.share_above(2) == pytest.approx(2 / 12)
+    assert sparse.broadcast(norms).tolist() == [20, 40, 10, 20]
+    assert torch.equal(dense.broadcast(norms) + 0 * dense.values, norms.expand(3, 4))
+    assert sparse.known_columns(tensor([1])) is None
+    assert dense.known_columns(tensor([1])).tolist() == [[1], [0], [4]]
 
 
 def test_the_products_by_hand():

@@ -7,14 +7,14 @@ from torch import tensor
 from torch.testing import assert_close
 
 from sae_lightning.errors import UserError
-from sae_lightning.sae import Moment, build
+from sae_lightning.sae import TrainingStatus, build_sae
 from sae_lightning.sae.objective import AuxKLoss
 from sae_lightning.sae.topk import TopKConfig
 
 
 def hand_made(k=2):
     """Two inputs, four features, one output."""
-    sae = build(TopKConfig(name="topk", features=4, k=k), 2, 1)
+    sae = build_sae(TopKConfig(name="topk", features=4, k=k), 2, 1)
     sae.load_weights(
         {
             "W_enc": tensor([[1.0, 2.0, 0.0, -1.0], [0.0, 0.0, 3.0, -1.0]]),
@@ -88,7 +88,7 @@ def test_the_objective_is_the_error_and_auxk():
     sae, dead = hand_made(), tensor([True, False, False, True])
     this = sae.training_pass(X)
     target = this.reconstruction.detach() + tensor([[1.0], [-1], [1], [-1], [1], [-1]])
-    terms = AuxKLoss().terms(sae, this, target, Moment(dead, 0.5))
+    terms = AuxKLoss().terms(sae, this, target, TrainingStatus(dead, 0.5))
     assert terms["mse"] == 1
     assert set(terms) == {"mse", "auxk"}
     assert AuxKLoss().coefficients() == {"auxk": 1 / 32}
@@ -102,7 +102,9 @@ def test_the_objective_is_the_error_and_auxk():
 def test_without_auxk_there_is_no_such_term():
     sae = hand_made()
     loss = AuxKLoss(auxk=0)
-    terms = loss.terms(sae, sae.training_pass(X), X[:, :1], Moment(torch.ones(4).bool(), 0.5))
+    terms = loss.terms(
+        sae, sae.training_pass(X), X[:, :1], TrainingStatus(torch.ones(4).bool(), 0.5)
+    )
     assert set(terms) == {"mse"}
     assert loss.coefficients() == {}
 
@@ -114,7 +116,7 @@ def test_auxk_k_decides_how_many_dead_features_help():
     residual = tensor([[21.5], [-21.5]])
     target = this.reconstruction.detach() + residual
     for k, left in {1: (1.5**2 + 41.5**2) / 2, 2: 43.0**2 / 2}.items():
-        term = AuxKLoss(auxk_k=k).terms(sae, this, target, Moment(dead, 0.5))["auxk"]
+        term = AuxKLoss(auxk_k=k).terms(sae, this, target, TrainingStatus(dead, 0.5))["auxk"]
         assert term.item() == pytest.approx(left / 21.5**2)
 
 
@@ -140,8 +142,8 @@ def test_auxk_moves_the_dead_and_nothing_else():
     head({SITE: activations()[:64]})
     head.sae.zero_grad()
     this = head.sae.training_pass(activations()[:64])
-    moment = Moment(head.dead, 0.5)
-    head.loss.terms(head.sae, this, activations()[:64], moment)["auxk"].backward()
+    status = TrainingStatus(head.dead, 0.5)
+    head.loss.terms(head.sae, this, activations()[:64], status)["auxk"].backward()
     sae, dead = head.sae, head.dead
     assert dead.any() and not dead.all()
     for gradient in (sae.W_enc.grad.T, sae.b_enc.grad[:, None], sae.W_dec.grad):

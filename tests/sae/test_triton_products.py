@@ -10,7 +10,7 @@ from torch import Generator, Tensor, tensor
 
 pytest.importorskip("triton")
 
-from sae_lightning.sae.triton_products import PIECE, dots, weighted_sums
+from sae_lightning.sae.triton_products import PIECE_ENTRIES, dots, weighted_sums
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # tests/conftest.py: interpreted on the CPU
 BF16 = torch.bfloat16
@@ -92,7 +92,7 @@ def test_any_width_agrees(d):
 
 
 def test_a_feature_that_fires_on_every_token_is_cut_and_put_together():
-    tokens, features = 3 * PIECE + 70, 12
+    tokens, features = 3 * PIECE_ENTRIES + 70, 12
     pattern = random_pattern(features, tokens, 0.01)
     pattern[4] = True
     pattern[0] = pattern[7] = pattern[11] = False
@@ -103,13 +103,13 @@ def test_a_feature_that_fires_on_every_token_is_cut_and_put_together():
 @pytest.mark.parametrize(
     "lengths",
     [
-        [PIECE],
-        [PIECE + 1],
-        [2 * PIECE],
-        [2 * PIECE, 0, PIECE, 3],
-        [0, PIECE - 1, 2, 0, 0, PIECE - 1, 1],
-        [1, 2 * PIECE - 1, 2 * PIECE + 1],
-        [5, 3 * PIECE, PIECE, 0],
+        [PIECE_ENTRIES],
+        [PIECE_ENTRIES + 1],
+        [2 * PIECE_ENTRIES],
+        [2 * PIECE_ENTRIES, 0, PIECE_ENTRIES, 3],
+        [0, PIECE_ENTRIES - 1, 2, 0, 0, PIECE_ENTRIES - 1, 1],
+        [1, 2 * PIECE_ENTRIES - 1, 2 * PIECE_ENTRIES + 1],
+        [5, 3 * PIECE_ENTRIES, PIECE_ENTRIES, 0],
     ],
 )
 def test_rows_that_end_around_a_cut_lose_and_repeat_nothing(lengths):
@@ -135,7 +135,7 @@ def test_the_two_may_differ_in_precision(weights, table):
 
 
 def test_indices_may_have_32_bits():
-    assert_both(random_pattern(3, PIECE, 0.9), 24, index_dtype=torch.int32)
+    assert_both(random_pattern(3, PIECE_ENTRIES, 0.9), 24, index_dtype=torch.int32)
 
 
 def test_rows_of_the_table_that_no_entry_names_are_not_touched():

@@ -10,7 +10,7 @@ import torch
 
 from sae_lightning import UserError
 from sae_lightning.llm.sites import Kind, Site
-from sae_lightning.sae import ARCHITECTURES, SAEConfig, build
+from sae_lightning.sae import ARCHITECTURES, SAEConfig, build_sae
 from sae_lightning.sae.gated import GatedConfig, GatedLoss
 from sae_lightning.sae.jumprelu import JumpReLUConfig, JumpReLULoss
 from sae_lightning.sae.objective import AuxKLoss
@@ -38,7 +38,7 @@ SITE = Site(0, Kind.resid)
 
 def make_head(features=6, d=4, loss=None, target=SITE, dead_window=100, seed=0, sae=None, **optim):
     return Head(
-        build(sae or SAEConfig(features=features, start_bias=0, decoder_norm=0.1), d, d),
+        build_sae(sae or SAEConfig(features=features, start_bias=0, decoder_norm=0.1), d, d),
         name="test",
         folder=Path("nowhere"),
         source=SITE,
@@ -241,7 +241,7 @@ def test_a_term_that_always_counts_alike_has_no_curve_of_a_coefficient():
 
 
 def test_a_row_of_zeros_stays_one():
-    sae = build(TopKConfig(name="topk", features=3, k=1), 4, 4)
+    sae = build_sae(TopKConfig(name="topk", features=3, k=1), 4, 4)
     with torch.no_grad():
         sae.W_dec[0] = 0
     sae.W_dec.grad = torch.ones(3, 4)

@@ -21,7 +21,7 @@ from sae_lightning.analysis.theory.overlap import Cosines, measure_overlap
 from sae_lightning.analysis.theory.token_concepts import CONCEPTS, tag_tokens
 from sae_lightning.llm.vocabulary import find_special_ids, read_vocabulary
 from sae_lightning.sae.matrix import SparseMatrix
-from sae_lightning.sae.sparse import Pattern
+from sae_lightning.sae.sparse import SparsityPattern
 from sae_lightning.terminal import phase
 
 DENSE_TOKENS = 2048  # tokens on which dense autoencoders are run
@@ -93,7 +93,7 @@ class TheoryReducers:
         self.active += torch.bincount(number.cpu(), minlength=len(self.active))
         # most features are silent: summing a few rows takes a tenth of a dense product's time
         places = token * self.sae.config.features + units.to(token.device)[unit]
-        pattern = Pattern(places, len(x), self.sae.config.features)
+        pattern = SparsityPattern(places, len(x), self.sae.config.features)
         decoded = self.sae.reconstruct(x, SparseMatrix(features[token, unit], pattern))
         self.residual += (y - decoded).square().sum(dim=1).cpu().double().sum().item()
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sae_lightning.analysis.theory.moments import Moments
-from sae_lightning.sae import build
+from sae_lightning.sae import build_sae
 from sae_lightning.sae.relu import DenseConfig
 
 
@@ -60,7 +60,7 @@ def _run_dense(x: Tensor, features: int) -> dict[str, float]:
     variances, directions = moments.find_principal_directions()
     x, mean, directions = x.double(), moments.mean, directions[:features]
     lift = 1 - ((x - mean) @ directions.T).amin(dim=0)  # every feature is at least 1 on every token
-    sae = build(DenseConfig(name="dense", features=features), len(mean), len(mean)).double()
+    sae = build_sae(DenseConfig(name="dense", features=features), len(mean), len(mean)).double()
     sae.load_weights(
         {
             "W_enc": directions.T,
