@@ -1,12 +1,12 @@
-"""TensorBoard's own HTTP answers, without a server."""
+"""TensorBoard's HTTP responses, without a server."""
 
 from pathlib import Path
 
 from werkzeug.test import Client
 
 
-def opened(folder: Path) -> Client:
-    """TensorBoard on a folder of runs. Of what it brings with it, html5lib warns."""
+def open_board(folder: Path) -> Client:
+    """Open TensorBoard on a folder of runs; callers ignore the warnings of its html5lib."""
     from tensorboard import default, program
     from tensorboard.backend.application import TensorBoardWSGIApp
 
@@ -26,16 +26,16 @@ def opened(folder: Path) -> Client:
     return Client(app)
 
 
-def columns(board: Client) -> list[str]:
-    """The settings of the HParams tab in its order, those that it takes for swept with a star."""
+def list_hparams(board: Client) -> list[str]:
+    """Settings in the order of the HParams tab; a star marks those that it regards as swept."""
     infos = board.post("/data/plugin/hparams/experiment", json={}).json["hparamInfos"]
     return [info["name"] + "*" * info.get("differs", False) for info in infos]
 
 
-def runs(board: Client) -> dict[str, dict]:
-    """The settings that the HParams tab shows of each run."""
-    shown = [{"hparam": name.rstrip("*"), "includeInResult": True} for name in columns(board)]
+def read_runs(board: Client) -> dict[str, dict]:
+    """Run -> settings that the HParams tab shows of it."""
+    shown = [{"hparam": name.rstrip("*"), "includeInResult": True} for name in list_hparams(board)]
     ends = ["STATUS_UNKNOWN", "STATUS_RUNNING", "STATUS_SUCCESS"]
-    asked = {"allowedStatuses": ends, "colParams": shown, "sliceSize": 100}
-    groups = board.post("/data/plugin/hparams/session_groups", json=asked).json["sessionGroups"]
+    query = {"allowedStatuses": ends, "colParams": shown, "sliceSize": 100}
+    groups = board.post("/data/plugin/hparams/session_groups", json=query).json["sessionGroups"]
     return {group["name"]: group["hparams"] for group in groups}

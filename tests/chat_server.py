@@ -1,4 +1,4 @@
-"""A small server that speaks OpenAI's chat completions, on this machine."""
+"""A local server of OpenAI's chat completions API."""
 
 import json
 import re
@@ -9,14 +9,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class ChatServer:
-    """Answers each question with answer(question); notes what it was asked and by whom."""
+    """Replies with answer(question) and records requests and API keys."""
 
     def __init__(self, answer: Callable[[str], str], models: tuple[str, ...] = ("small",)):
         self.answer, self.models = answer, models
         self.failures: list[tuple[int, str]] = []  # status and message of the next replies
-        self.broken: tuple[int, str] | None = None  # of all replies
-        self.refused: dict[str, str] = {}  # parameters, and what is said of them
-        self.redirect: str | None = None  # where all requests are sent on to
+        self.broken: tuple[int, str] | None = None  # status and message of every reply
+        self.refused: dict[str, str] = {}  # parameter -> error message
+        self.redirect: str | None = None  # where all requests are redirected to
         self.requests: list[dict] = []
         self.keys: list[str] = []
 
@@ -38,15 +38,15 @@ class ChatServer:
                 request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 chat.requests.append(request)
                 chat.keys.append(self.headers["Authorization"])
-                trouble = chat.failures.pop(0) if chat.failures else chat.broken
+                error = chat.failures.pop(0) if chat.failures else chat.broken
                 for parameter in chat.refused.keys() & request.keys():
-                    trouble = 400, f"{parameter} {chat.refused[parameter]}"
+                    error = 400, f"{parameter} {chat.refused[parameter]}"
                 if request["model"] not in chat.models:
-                    trouble = 404, "unknown model"
+                    error = 404, "unknown model"
                 if chat.redirect:
-                    trouble = 307, "elsewhere"
-                if trouble:
-                    status, message = trouble
+                    error = 307, "elsewhere"
+                if error:
+                    status, message = error
                     self._send(status, {"error": {"message": message}})
                 else:
                     self._send(200, _completion(chat.answer(request["messages"][0]["content"])))
@@ -90,7 +90,7 @@ def _completion(text: str) -> dict:
 
 
 def oracle(question: str) -> str:
-    """A model that reads: it explains by the word that is marked most, and judges by that word."""
+    """A perfect model: explains a feature by its most marked word and judges texts by it."""
     if "the word " not in question:
         marked = re.findall(r"^\(\d+/10\).*?<<(\w+)>>", question, re.MULTILINE)
         return f"Explanation: the word {Counter(marked).most_common(1)[0][0]}"

@@ -1,4 +1,4 @@
-"""Tests run offline: whatever a test needs, it builds on disk or the packaged files hold."""
+"""Tests run offline, on files that they write or that the package contains."""
 
 import os
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    # read where triton is first imported, which transformers does
+    # read at the first import of triton, which transformers does
     os.environ["TRITON_INTERPRET"] = "1"
 
 from small_text import BOS, SEPARATOR, byte_tokenizer
@@ -21,7 +21,7 @@ from sae_lightning.llm.load import Dtype, LLMConfig, load_llm
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Threads that wait for one another take far longer than these models' arithmetic."""
+    """One torch thread: synchronising threads would take longer than these models' arithmetic."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -31,12 +31,12 @@ def one_thread():
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
     """tiny_folder(family) -> the folder of that family's tiny model."""
-    made = {}
+    folders = {}
 
     def folder(family: str) -> str:
-        if family not in made:
-            made[family] = save_tiny(family, str(tmp_path_factory.mktemp(family)))
-        return made[family]
+        if family not in folders:
+            folders[family] = save_tiny(family, str(tmp_path_factory.mktemp(family)))
+        return folders[family]
 
     return folder
 
@@ -44,26 +44,26 @@ def tiny_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny(tiny_folder):
     """tiny(family) -> LLM in float32."""
-    made = {}
+    llms = {}
 
     def llm(family: str):
-        if family not in made:
+        if family not in llms:
             config = LLMConfig(name=tiny_folder(family), dtype=Dtype.float32, device="cpu")
-            made[family] = load_llm(config)
-        return made[family]
+            llms[family] = load_llm(config)
+        return llms[family]
 
     return llm
 
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
-    """Nothing of these tests lands in the user's cache, and no test finds another's files."""
+    """A cache folder for each test, instead of the user's."""
     for name in ("HF_DATASETS_CACHE", "HF_MODULES_CACHE"):
         monkeypatch.setattr(datasets.config, name, str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    made = byte_tokenizer()
-    assert (made.bos_token_id, made.eos_token_id) == (BOS, SEPARATOR)
-    return made
+    tokenizer = byte_tokenizer()
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (BOS, SEPARATOR)
+    return tokenizer

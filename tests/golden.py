@@ -1,4 +1,4 @@
-"""What tiny runs leave on disk, as hashes: a refactoring that changes nothing changes none of them.
+"""Hashes of the files that tiny runs write; a refactoring must not change any of them.
 
 python tests/golden.py --out before.json       # in the tree as it was
 python tests/golden.py --compare before.json   # in the tree as it is; words choose cases by name
@@ -87,7 +87,7 @@ NOISE = re.compile("speed|second|time|version|memory")  # what differs from run 
 def cases() -> dict[str, list[str]]:
     """{name: command lines that run one after the other in a folder of their own}.
 
-    `kill` before a command line: killed at its first checkpoint.
+    `kill` before a command line kills it at its first checkpoint.
     """
     made: dict[str, list[str]] = {}
     for kind, numbers in NUMBERS.items():
@@ -133,7 +133,7 @@ def cases() -> dict[str, list[str]]:
 
 
 def fork(work: Callable[[], None], log: Path | None = None) -> int:
-    """The process in which `work` runs; what it prints goes to `log`."""
+    """Run `work` in a forked process, its output in `log`; return the process id."""
     sys.stdout.flush()
     sys.stderr.flush()
     child = os.fork()
@@ -163,7 +163,7 @@ def fork(work: Callable[[], None], log: Path | None = None) -> int:
 
 
 def command(line: str, log: Path) -> None:
-    """Run one command line in a process of its own; SystemExit with its log if it fails."""
+    """Run a command line in its own process; SystemExit with its log if it fails."""
     kill, words = line.startswith("kill "), line.removeprefix("kill ").split()
     script = ROOT / f"{words[0]}.py"
 
@@ -186,7 +186,7 @@ def command(line: str, log: Path) -> None:
 
 
 def answer(question: str) -> str:
-    """What the explainer says: whatever, but always the same."""
+    """A fixed answer of the explaining model to each question."""
     texts = re.findall(r"^(\d+)\. (.*)$", question, re.MULTILINE)
     if not texts:
         return f"Explanation: the word {WORDS.split()[len(question) % 16]}"
@@ -194,7 +194,7 @@ def answer(question: str) -> str:
 
 
 def case(name: str, lines: list[str], folder: Path) -> dict[str, str]:
-    """Hashes of everything that the command lines of a case leave behind."""
+    """Hashes of all files that the command lines of a case write."""
     sys.path.insert(1, str(ROOT / "tests"))
     from chat_server import ChatServer
 
@@ -255,7 +255,7 @@ def prepare() -> None:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """{"file / part": hash} of all files below `folder` whose content is known to be comparable."""
+    """{"file / part": hash} of all files below `folder` whose content is deterministic."""
     found = {}
     for path in sorted(folder.rglob("*")):
         # a key that depends on where the LLM is, as the name of the cache's folder
@@ -290,7 +290,7 @@ def parts(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def top(content: Any) -> Iterator[tuple[str, Any]]:
-    """The parts of a mapping by its first key, tensors apart from values."""
+    """Parts of a mapping by first key, tensors separate from other values."""
     if not isinstance(content, dict):
         yield "content", content
         return
@@ -304,7 +304,7 @@ def top(content: Any) -> Iterator[tuple[str, Any]]:
 
 
 def leaves(content: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """(path, value) of all that is no mapping or list, in no particular order."""
+    """(path, value) of every leaf of nested mappings and lists, unordered."""
     if isinstance(content, dict | list | tuple):
         pairs = content.items() if isinstance(content, dict) else enumerate(content)
         for key, value in pairs:
@@ -316,7 +316,7 @@ def leaves(content: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def events(folder: Path) -> Iterator[tuple[str, Any]]:
-    """The curves of a run; of points that a killed run and its resumption both have, the last."""
+    """The curves of a run; of points logged twice, by a killed run and its resumption, the last."""
     module = sys.modules["tensorboard.backend.event_processing.event_accumulator"]
     log = module.EventAccumulator(str(folder), {"scalars": 0, "histograms": 0})
     log.Reload()
@@ -328,7 +328,7 @@ def events(folder: Path) -> Iterator[tuple[str, Any]]:
 
 
 def digest(content: Any) -> str:
-    """A short hash of values and tensors; paths below the temporary folder have no say in it."""
+    """A short hash of values and tensors that ignores paths below the temporary folder."""
     sha = hashlib.sha256()
     for name, value in sorted(leaves(content), key=lambda leaf: leaf[0]):
         if hasattr(value, "untyped_storage"):
@@ -345,7 +345,7 @@ def digest(content: Any) -> str:
 
 
 def measure(names: list[str], jobs: int) -> dict[str, str]:
-    """The hashes of all cases that have one of the words in their name."""
+    """Hashes of the cases whose name contains one of the words."""
     chosen = {k: v for k, v in cases().items() if not names or any(n in k for n in names)}
     # The package may be installed from another tree: this one comes first.
     sys.path.insert(0, str(ROOT))
@@ -387,7 +387,7 @@ def measure(names: list[str], jobs: int) -> dict[str, str]:
 
 
 def compare(before: dict[str, str], now: dict[str, str], names: list[str]) -> int:
-    """Print what differs, case by case; the number of differences."""
+    """Print the differences by case and return their number."""
     before = {
         k: v for k, v in before.items() if not names or any(n in k.split(" / ")[0] for n in names)
     }

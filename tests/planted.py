@@ -3,7 +3,7 @@
     reads   token "wizard" or "potion"   ->  feature 3  ->  writes the token "fox"
 
 The LLM's blocks add nothing, so that its residual stream is the embedding; two directions of it are
-set apart, one that only the two words have, one that only "fox" is read from.
+reserved: only the two words have the first, only the logit of "fox" reads the second.
 """
 
 from pathlib import Path
@@ -21,13 +21,13 @@ READS, WRITES = (" wizards", " potion"), " fox"
 
 
 def token(text: str) -> int:
-    """The id of a word that is one token."""
-    (found,) = tiny_tokenizer().encode(text, add_special_tokens=False)
-    return found
+    """The id of a text that is a single token."""
+    (token_id,) = tiny_tokenizer().encode(text, add_special_tokens=False)
+    return token_id
 
 
 def save_planted(folder: Path) -> tuple[Path, Path]:
-    """Write model and SAE; their folders."""
+    """Write LLM and SAE below `folder` and return their folders."""
     torch.manual_seed(0)
     config = tiny_config("llama")
     config.tie_word_embeddings = False

@@ -1,4 +1,4 @@
-"""Made-up text: a tokenizer with one token a byte, and documents whose tokens can be counted."""
+"""Synthetic text: a tokenizer with one token per byte, and documents of countable tokens."""
 
 import random
 
@@ -21,5 +21,5 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 def story(seed: int, documents: int = 25) -> list[str]:
     """Documents of 0 to 30 letters, some of them longer than several windows, some empty."""
-    chance = random.Random(seed)
-    return ["".join(chance.choices("abcdefgh", k=chance.randrange(31))) for _ in range(documents)]
+    rng = random.Random(seed)
+    return ["".join(rng.choices("abcdefgh", k=rng.randrange(31))) for _ in range(documents)]

@@ -32,7 +32,7 @@ def throughput(monkeypatch) -> ModuleType:
 
 
 def _script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """A benchmark as a module; run as a script, its own folder is what it imports from."""
+    """Import a benchmark as a module, with its folder on the path as when it runs as a script."""
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
     return importlib.import_module(name)
 

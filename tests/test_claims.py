@@ -1,4 +1,4 @@
-"""Claims of the whole that need separate processes; slow."""
+"""End-to-end claims that need separate processes (slow)."""
 
 import hashlib
 import json
@@ -80,7 +80,7 @@ def test_a_run_killed_five_times_at_random_moments_ends_as_if_it_had_not_been(
     folder = tmp_path / "killed"
     process = start(*arguments(llm, text, folder), cwd=tmp_path)
     for _ in range(5):
-        # after it has begun to write, so that there is a run to continue; late enough to progress
+        # after the first files are written, so that there is a run to continue that makes progress
         while not (folder / "config.yaml").exists() and process.poll() is None:
             time.sleep(0.05)
         moments.append(rng.uniform(0.2, 0.6) * seconds)
@@ -127,7 +127,7 @@ def test_a_sweep_killed_twice_ends_as_if_it_had_not_been_and_as_one_by_one(tiny_
     folder = tmp_path / "killed"
     process = sweep("killed")
     for checkpoints in (1, 2):
-        # a sweep that has got on, so that there is something to continue
+        # after some progress, so that there is something to continue
         while len(set(folder.glob("*/checkpoints/last.ckpt"))) < 8 and process.poll() is None:
             time.sleep(0.05)
         time.sleep(0.5)

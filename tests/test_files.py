@@ -43,7 +43,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, error
 
 
 def test_a_reader_sees_the_old_file_until_the_new_one_is_complete(tmp_path):
-    path = tmp_path / "folder" / "file"  # made on the way
+    path = tmp_path / "folder" / "file"  # the folder is created
     for text in ("old", "new"):
         before = path.read_text() if path.exists() else None
         with write_atomically(path) as temporary:
@@ -54,7 +54,7 @@ def test_a_reader_sees_the_old_file_until_the_new_one_is_complete(tmp_path):
 
 
 def hidden(error):
-    """As torch raises it: its own error, with the system's as the context."""
+    """An error as torch raises it: its own, with the system's as context."""
     other = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
     other.__context__ = error
     return other

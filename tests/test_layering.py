@@ -1,4 +1,4 @@
-"""Who may import whom: downwards only, and each library has its rooms (see ARCHITECTURE)."""
+"""Imports go downwards only, and each library is imported in its rooms only (see ARCHITECTURE)."""
 
 import ast
 import subprocess
@@ -28,7 +28,7 @@ DEPTH = {unit: row for row, units in enumerate(ROWS) for unit in units}
 # The front door, `from sae_lightning import lens`: below the entry points, above all rooms.
 DEPTH[PACKAGE] = DEPTH["analysis"] - 0.5
 
-# Below is not always allowed: rooms that do not know of SAEs.
+# Exceptions: rooms that may not import these lower rooms.
 UNKNOWN = {
     "stream": {"sae"},
     "sae": {"terminal"},
@@ -48,7 +48,7 @@ WITHOUT_LIGHTNING = {f"{PACKAGE}.training.settings"}
 
 
 def modules(root: Path) -> dict[str, Path]:
-    """Dotted name -> file of everything that the rules are about."""
+    """Dotted name -> file of all modules under the rules."""
     files = [root / "train.py", root / "analyze.py"]
     files += [*(root / PACKAGE).rglob("*.py"), *(root / "hydra_plugins").rglob("*.py")]
     found = {}
@@ -73,7 +73,7 @@ def imports(file: Path, known: dict[str, Path]) -> set[str]:
 
 
 def unit(module: str) -> str:
-    """The row entry that a module of ours belongs to."""
+    """The entry of ROWS that a module belongs to."""
     parts = module.split(".")
     return parts[1] if parts[0] == PACKAGE and len(parts) > 1 else parts[0]
 
@@ -120,7 +120,7 @@ def test_every_import_of_the_project_keeps_the_rules():
 
 
 def cycles(root: Path) -> list[str]:
-    """Every folder whose files and folders import one another in a circle, as `folder: a, b`."""
+    """Import cycles among the files and folders of each folder, as `folder: a, b`."""
     known = modules(root)
     found = []
     for folder in sorted({".".join(name.split(".")[:-1]) for name in known} - {""}):
@@ -202,7 +202,7 @@ def test_a_tree_that_keeps_the_rules_passes(tmp_path):
         ("sae/losses.py", "import safetensors"),
         ("training/callbacks/a.py", "from sae_lightning.training.callbacks.b import B"),
         ("training/callbacks/a.py", "from sae_lightning.training.callbacks import b"),
-        ("utils.py", ""),  # a file that nobody gave a place
+        ("utils.py", ""),  # a file without a place in the table
     ],
 )
 def test_a_planted_violation_is_found(tmp_path, path, line):

@@ -1,4 +1,4 @@
-"""A feature planted in a tiny LLM is found again by every way of looking at it."""
+"""Every analysis finds a feature that was planted in a tiny LLM."""
 
 import json
 import random
@@ -24,7 +24,7 @@ from sae_lightning.stream.local import LocalConfig
 
 @pytest.fixture(scope="module")
 def subject(tmp_path_factory):
-    """The planted SAE at its place."""
+    """The planted SAE as a subject of analysis."""
     folder = tmp_path_factory.mktemp("planted")
     llm, sae = save_planted(folder)
     (folder / "text").mkdir()

@@ -15,8 +15,8 @@ FAMILIES = [
     "gpt_neox_sequential",
     "llama",
     "gemma2",
-    "falcon",  # parallel branches, added up in place
-    "opt",  # its MLP is no module of its own
+    "falcon",  # attention and MLP in parallel, summed in place
+    "opt",  # its MLP is not a module
 ]
 IDS = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
 MODERN = {
@@ -82,7 +82,7 @@ def save_tiny(family: str, folder: str) -> str:
     with mute_libraries():
         model = transformers.AutoModelForCausalLM.from_config(tiny_config(family))
         for parameter in model.parameters():
-            # Wide enough that every block changes its input measurably.
+            # large enough for every block to change its input measurably
             parameter.data.normal_(0, 0.3)
         model.save_pretrained(folder)
         tiny_tokenizer().save_pretrained(folder)

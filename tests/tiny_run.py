@@ -29,7 +29,7 @@ def write_text(folder: Path, words: int = 600) -> Path:
 
 
 def tiny_job(llm: str, text: Path, folder: Path, **changes) -> Job:
-    """A job of 40 updates; `changes` replace whole groups of its config."""
+    """A job of 40 updates; `changes` replace fields of its config, such as `data`."""
     config = Config(
         llm=LLMConfig(name=llm, dtype=Dtype.float32, device="cpu", batch=4),
         data=LocalConfig(path=str(text), context=16, pool=256, held_out=0.34),
@@ -49,7 +49,7 @@ def tiny_job(llm: str, text: Path, folder: Path, **changes) -> Job:
 
 
 def write_begun_run(sweep: Path, l1: str, *overrides: str) -> Path:
-    """The folder of a run in `sweep` that has only been begun, on the packaged LLM and text."""
+    """Create the folder of a run in `sweep` that has started but has no results."""
     folder = sweep / f"loss.l1={l1}"
     folder.mkdir(parents=True)
     config = Config(

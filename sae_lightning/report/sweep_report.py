@@ -32,9 +32,8 @@ PLOTTED_METRICS = {
     "ce_recovered": "CE recovered",
     "recovered": "concepts recovered",
 }
-FORMULA_STARTS = tuple(
-    "=+-@\t\r\n＝＋－＠"
-)  # first characters that make a spreadsheet compute a cell
+# A text that begins with one of these is a formula to a spreadsheet.
+FORMULA_STARTS = tuple("=+-@\t\r\n＝＋－＠")
 LINKED_FILES = ("config.yaml", "metrics.json", "failure.json", "sae")
 
 

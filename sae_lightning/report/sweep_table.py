@@ -115,12 +115,7 @@ METRIC_COLUMNS = {
     ),
     "mse": MetricColumn("mse", "{:.4f}", -1, "mean squared error"),
 }
-RUN_COLUMNS = (
-    "tokens",
-    "status",
-    "reason",
-    "folder",
-)  # columns that are neither settings nor metrics
+RUN_COLUMNS = ("tokens", "status", "reason", "folder")  # neither settings nor metrics
 
 
 class SweepTable:

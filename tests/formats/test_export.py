@@ -1,4 +1,4 @@
-"""The saved format: read back, agreed on with SAELens in both directions, never half written."""
+"""The saved format: read back, in agreement with SAELens in both directions, never half written."""
 
 import json
 import math
@@ -30,7 +30,7 @@ def noise(*shape: int, seed: int = 2) -> Tensor:
 
 
 def trained(name: str = "relu", d_out: int = D, **settings) -> SAE:
-    """An SAE with weights that training could have left, for normalised activations."""
+    """An SAE with random weights as after training, for normalised activations."""
     kind = ARCHITECTURES[name].config
     sae = build_sae(
         kind(name=name, features=FEATURES, **SETTINGS.get(name, {}), **settings), D, d_out
@@ -62,14 +62,14 @@ def save(folder, sae: SAE, **metadata):
 
 
 def wanted(sae: SAE) -> Output:
-    """What it makes of the raw activations by way of normalised ones."""
+    """Expected reconstruction: normalise raw activations, run the SAE, undo the normalisation."""
     in_mean, in_scale, out_mean, out_scale = normalisation(len(sae.b_dec))
     output = sae((raw_activations() - in_mean) / in_scale)
     return output._replace(reconstruction=output.reconstruction * out_scale + out_mean)
 
 
 def assert_agree(one: Output, other: Output) -> None:
-    """Equal to 1e-5 of the largest value (float32 sums in another order), in the same places."""
+    """Equal to 1e-5 of the largest value (float32 sums in another order), with the same zeros."""
     for mine, theirs in zip(one, other, strict=True):
         assert theirs.abs().max() > 1
         assert_close(mine, theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
@@ -163,7 +163,7 @@ def test_the_folder_says_what_the_weights_say(tmp_path):
 
 
 def rewrite_cfg(folder, **changes):
-    """Change entries of cfg.json; None takes one out."""
+    """Change entries of cfg.json; None removes one."""
     cfg = json.loads((folder / CFG).read_text()) | changes
     write_json(folder / CFG, {key: value for key, value in cfg.items() if value is not None})
 
@@ -171,7 +171,7 @@ def rewrite_cfg(folder, **changes):
 @torch.no_grad()
 @pytest.mark.parametrize("said", [True, None])
 def test_an_encoder_that_reads_x_minus_b_dec_is_honoured(tmp_path, said):
-    """f = relu((x - b_dec) W_enc + b_enc), which is also what SAELens means by saying nothing."""
+    """f = relu((x - b_dec) W_enc + b_enc), which is also the default of SAELens."""
     sae = load_sae(save(tmp_path, trained()))
     rewrite_cfg(tmp_path, apply_b_dec_to_input=said)
     x = raw_activations()
@@ -195,7 +195,7 @@ def test_weights_saved_in_half_precision_are_read_as_float32(tmp_path):
 @torch.no_grad()
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_folder_without_our_description_is_read_as_saelens_does(tmp_path, name):
-    """What SAELens' name tells: a dense SAE is a ReLU one, a BatchTopK SAE a JumpReLU."""
+    """From SAELens' architecture alone, a dense SAE is a ReLU and a BatchTopK SAE a JumpReLU."""
     sae = trained(name)
     rewrite_cfg(save(tmp_path, sae), sae_lightning=None)
     read = load_sae(tmp_path)
@@ -208,7 +208,7 @@ def cut(file):
 
 
 def rewrite_weights(folder, **changes):
-    """Change tensors; None takes one out."""
+    """Change tensors; None removes one."""
     weights = load_file(folder / WEIGHTS) | changes
     save_file({name: w for name, w in weights.items() if w is not None}, folder / WEIGHTS)
 
@@ -288,7 +288,7 @@ TRANSCODERS = {
     "topk": trained("topk"),
     "gated": trained("gated"),
 }
-# Opens our folders and writes its own; what it makes of the raw activations comes back.
+# Opens our folders, writes its own, and returns its reconstructions of raw activations.
 SAELENS = """
 import sys, torch
 from pathlib import Path
@@ -369,7 +369,7 @@ WRITTEN = {  # by SAELens -> the class that reads it
 
 @pytest.fixture(scope="module")
 def saelens(tmp_path_factory):
-    """Everything in one process, since importing SAELens takes most of the time."""
+    """All results of SAELens from one process, because importing it takes most of the time."""
     root = tmp_path_factory.mktemp("saelens")
     torch.save(raw_activations(), root / "x.pt")
     for name in ARCHITECTURES:

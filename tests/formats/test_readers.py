@@ -1,4 +1,4 @@
-"""Other tools' folders, written here tensor by tensor, against the tools' documented equations."""
+"""Folders in other tools' formats, checked against the documented equations of these tools."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def assert_computes(sae, features: Tensor, reconstruction: Tensor) -> None:
 
 
 def sparsify(folder: Path, **changes) -> Path:
-    """What `SparseCoder.save_to_disk` writes; None takes an entry out."""
+    """What `SparseCoder.save_to_disk` writes; None removes an entry."""
     cfg = {"activation": "topk", "expansion_factor": 32, "normalize_decoder": True, "k": K}
     cfg |= {"num_latents": FEATURES, "multi_topk": False, "d_in": D, "transcode": False}
     tensors = {"encoder.weight": W_ENC.T, "encoder.bias": B_ENC, "W_dec": W_DEC, "b_dec": B_DEC}
@@ -104,7 +104,7 @@ DICTIONARIES = {  # class -> its tensors, its features of X, our class
 
 
 def dictionary(folder: Path, name: str, **changes) -> Path:
-    """What `trainSAE` writes."""
+    """Write a folder as `trainSAE` of dictionary_learning does."""
     trainer = {"dict_class": name, "lm_name": "pythia", "layer": 3, "k": 80}
     (folder / "config.json").write_text(json.dumps({"trainer": trainer, "buffer": {}}))
     tensors = DICTIONARIES[name][0] if name in DICTIONARIES else MATRICES
@@ -257,7 +257,7 @@ def test_a_damaged_dictionary_says_why(tmp_path, harm, message):
 
 
 def saelens(folder: Path, tensors: dict[str, Tensor] = MATRICES, **cfg) -> Path:
-    """A folder of SAELens; with `metadata` as of version 6, without as of 3 to 5."""
+    """Write a folder of SAELens: of version 6 with `metadata`, of versions 3 to 5 without."""
     (folder / CFG).write_text(
         json.dumps({"d_in": D, "d_sae": len(B_ENC), "dtype": "float32"} | cfg)
     )
@@ -324,7 +324,7 @@ def test_a_scaling_factor_other_than_1_is_refused(tmp_path):
 
 
 def test_what_is_null_was_not_given(tmp_path):
-    """Also in the metadata."""
+    """A null counts as absent, also in the metadata."""
     folder = saelens(tmp_path, model_name="a/b")
     plain, cfg = load_sae(folder), json.loads((folder / CFG).read_text())
     nothing = ["activation_fn", "normalize_activations", "rescale_acts_by_decoder_norm"]

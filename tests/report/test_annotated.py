@@ -1,4 +1,4 @@
-"""What is told of a text's features: which come first, and which are one."""
+"""The features of an annotated text: how they are ranked and how copies are merged."""
 
 import re
 
@@ -15,7 +15,8 @@ WORDS = [" King", "king", " law", "\n"]
 
 @pytest.fixture
 def found():
-    """Four features on two tokens; 3 is a copy of 1, and the maximum of 2 is one of few."""
+    """Four features on two tokens; 3 is a copy of 1, and 2 fires too rarely for its maximum to
+    count."""
     fired = torch.tensor([900, 50, FEW_TOKENS - 1, 50, 0])
     maximum = torch.tensor([10.0, 4.0, 1.0, 4.0, 0.0])
     statistics = Statistics(1000, fired, maximum / 2, maximum, torch.zeros(5, 48))

@@ -1,4 +1,4 @@
-"""What the page's script does, in a real browser where there is one."""
+"""The page's script in a real browser, if one is installed."""
 
 import json
 import re
@@ -54,7 +54,7 @@ DRIVER = """
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory) -> dict:
-    """What the driver sees on the page of some features, opened at the link of a copy."""
+    """What DRIVER reads off a page that was opened at the link of a copy."""
     copy_of = torch.arange(UNITS)
     copy_of[COPIES] = ORIGINAL
     telling = torch.linspace(1, 0, UNITS)

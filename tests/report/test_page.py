@@ -1,4 +1,4 @@
-"""The page: what it carries can be read back, no token can break it, and it asks for nothing."""
+"""The page: its data can be read back, no token breaks it, and it loads nothing from elsewhere."""
 
 import base64
 import json
@@ -50,7 +50,7 @@ def text(sequences: int, vocabulary: int) -> torch.Tensor:
 
 
 def examples(units: int, n: int, texts: torch.Tensor, seed: int) -> Examples:
-    """Random ones, a tenth of whose tokens are active; their windows begin behind token 3."""
+    """Random examples with a tenth of their tokens active; windows begin after token 3."""
     random = torch.Generator().manual_seed(seed)
     shape = units, n, WINDOW
     sequence = torch.randint(len(texts), shape[:2], generator=random)
@@ -98,7 +98,7 @@ def catalogue(
 
 
 def unpacked(block: str, layout: list, units: int) -> dict[str, np.ndarray]:
-    """Fields [units, width] of a block, as the docstring of page_data says that they are packed."""
+    """Unpack a block to fields [units, width], following the docstring of page_data.py."""
     content = zlib.decompress(base64.b64decode(block))
     fields = {}
     for name, dtype, width in layout:
@@ -111,12 +111,12 @@ def unpacked(block: str, layout: list, units: int) -> dict[str, np.ndarray]:
 
 
 class Elements(HTMLParser):
-    """Start tags with their attributes, and the text of each script by its id."""
+    """Parses a page: start tags with attributes, and the text of each script by id."""
 
     def __init__(self, html: str):
         super().__init__()
         self.found, self.scripts, self.text = [], {}, ""
-        self.inside = None  # id or number of the script that is read
+        self.inside = None  # id or index of the script being parsed
         self.feed(html)
 
     def handle_starttag(self, tag, attrs):
@@ -173,7 +173,7 @@ def test_tokens_are_numbered_by_how_common_they_are_and_read_back():
     index, blocks = pack_catalogues([given])
     (kind,) = index["kinds"]
     words = index["words"]
-    # the most frequent token has the lowest number, which is what deflates best
+    # the most frequent token has the lowest number, which compresses best
     assert words[:2] == ["", " a"]
     details = unpacked(blocks["feature-0"], kind["detailed"], 4)
     texts = unpacked(blocks["texts"], index["texts"], index["sequences"])["tokens"]
@@ -260,7 +260,7 @@ HOSTILE = "\u202e\u2066\u200b\u2028\ufeff\x07\x1b[2J\x9b1m\x7f\u3164\udc80"
 
 
 def test_no_character_of_a_name_or_token_is_invisible_or_turns_others_round():
-    """Not even where it is in a setting, a heading or a cell."""
+    """Neither in a setting nor in a heading or a cell."""
     text = f"a{HOSTILE}b"
     table, texts = ResultTable([text], [[text]]), [ColouredText(text, [text], [1.0])]
     section = Section(text, text, {text: text}, table, texts, part=text)
@@ -369,7 +369,7 @@ def test_long_words_in_a_table_may_wrap_and_numbers_may_not():
 
 @pytest.fixture
 def large(tmp_path, monkeypatch):
-    """Writes a page of so many units as one that is too large for one file; gives its path."""
+    """large(units) writes a page that counts as too large for one file; returns its path."""
     monkeypatch.setattr("sae_lightning.report.page.MAX_EMBEDDED_BYTES", 1000)
 
     def write(units: int):

@@ -12,7 +12,7 @@ NAN = math.nan
 
 
 def on_front(points: list[tuple[float, float]]) -> list[int]:
-    """Numbers of the points (l0, quality) that are on the front."""
+    """Indices of the points (l0, quality) on the front."""
     l0, quality = ([float(point[i]) for point in points] for i in (0, 1))
     return [
         i
@@ -64,7 +64,7 @@ def test_every_point_off_the_front_is_beaten_by_one_on_it():
 
 
 def drawn(*points: tuple, grouping: str | None = None):
-    """The figure of points (l0, quality, label, group)."""
+    """Plot points (l0, quality, label, group)."""
     padded = [[*point, *("", "")][:4] for point in points]
     frame = pd.DataFrame(padded, columns=["l0", "quality", "label", "group"])
     frame = frame.astype({"l0": float, "quality": float})

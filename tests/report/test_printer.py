@@ -1,4 +1,4 @@
-"""What the terminal shows of sections and units."""
+"""Sections and units as printed at the terminal."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def width(monkeypatch):
 
 
 def catalogue(peaks: list[int]) -> Catalogue:
-    """A unit whose examples have these tokens at their peaks, and a silent one."""
+    """Two units: one whose examples have these tokens at their peaks, and one that never fires."""
     n = len(peaks)
     tokens = torch.full((2, n, WINDOW), 0, dtype=torch.int32)
     tokens[0, :, BEFORE] = torch.tensor(peaks, dtype=torch.int32)

@@ -1,4 +1,4 @@
-"""What is written about a sweep, from run folders made by hand."""
+"""The report of a sweep, from hand-made runs."""
 
 import csv
 import io
@@ -43,7 +43,7 @@ def scores(l0: float, ev: float, ce: float | None = None) -> dict[str, float]:
 
 
 class Page(HTMLParser):
-    """Elements, attributes and the text of each table row of a page."""
+    """Parses a page: tags, attributes and the text of each table row."""
 
     def __init__(self, path: Path):
         super().__init__()

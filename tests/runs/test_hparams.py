@@ -5,7 +5,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-from board import columns, opened, runs
+from board import list_hparams, open_board, read_runs
 from hydra import compose, initialize_config_dir
 
 from sae_lightning.runs.config import find_conf_folder
@@ -37,7 +37,7 @@ def logged(jobs: list[Job]):
     for each, told in zip(jobs, make_hparams(jobs), strict=True):
         each.folder.mkdir(parents=True)
         HeadLog(each.folder, told, None).close()
-    return opened(jobs[0].folder.parent)
+    return open_board(jobs[0].folder.parent)
 
 
 @pytest.mark.parametrize(
@@ -54,9 +54,9 @@ def logged(jobs: list[Job]):
 def test_the_tab_opens_with_what_was_typed_with_several_values(tmp_path, line, first):
     jobs = grid(line, tmp_path)
     board = logged(jobs)
-    shown = columns(board)
+    shown = list_hparams(board)
     assert [name for name in shown if name.endswith("*")] == shown[: len(first)] == first
-    found = runs(board)
+    found = read_runs(board)
     assert len(found) == len(jobs)
     known = set().union(*found.values())
     assert known == {name.rstrip("*") for name in shown}, "every run's settings have a column"
@@ -72,5 +72,5 @@ def test_one_trial_of_a_search_knows_what_is_searched(tmp_path):
     (one,) = grid(" ".join(typed), tmp_path)
     hydra = compose("config", [*typed, same], return_hydra_config=True).hydra
     assert read_swept_settings(hydra) == ["loss.l1"]
-    shown = columns(logged([replace(one, swept=read_swept_settings(hydra))]))
+    shown = list_hparams(logged([replace(one, swept=read_swept_settings(hydra))]))
     assert [name for name in shown if name.endswith("*")] == ["loss.l1*"]

@@ -11,7 +11,7 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
-from board import columns, opened
+from board import list_hparams, open_board
 from hydra import initialize_config_dir
 from hydra._internal.callbacks import Callbacks
 from hydra.core.global_hydra import GlobalHydra
@@ -261,7 +261,7 @@ def test_optuna_is_told_what_the_runs_achieved(train, tmp_path, launcher):
     assert best.name == f"loss.l1={found.best_params['loss.l1']}"
     assert f"Best value: {found.best_value}" in done.stdout.splitlines()
     assert (tmp_path / "study.db").is_file()
-    shown = columns(opened(tmp_path / "sweep"))
+    shown = list_hparams(open_board(tmp_path / "sweep"))
     assert [name for name in shown if name.endswith("*")] == ["loss.l1*"], "in TensorBoard"
 
 

@@ -1,4 +1,4 @@
-"""A tiny LLM that reads bytes."""
+"""A tiny LLM whose tokens are bytes."""
 
 import pytest
 import torch

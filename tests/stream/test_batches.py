@@ -1,4 +1,4 @@
-"""The batch stream: what reaches a batch, how far the LLM runs, and exact resume."""
+"""The batch stream: the content of batches, how far the LLM runs, and exact resume."""
 
 import copy
 import pickle
@@ -45,7 +45,7 @@ def same(a: dict, b: dict) -> bool:
 
 @pytest.fixture
 def calls(monkeypatch) -> list[torch.Tensor]:
-    """The tokens of every pass of the LLM."""
+    """Records the tokens of every LLM pass."""
     passes = []
 
     def counting(model, tokens, sites, places):
@@ -287,7 +287,7 @@ def test_activations_keep_the_llms_dtype(llm):
 
 @pytest.mark.parametrize(("device", "seconds"), [("meta", 50.0), ("cpu", 0.0)])
 def test_what_an_accelerator_still_has_to_do_for_a_peek_is_counted(monkeypatch, device, seconds):
-    """Device "meta" stands for it: rows there are not there yet, and may not be looked at."""
+    """Device "meta" stands for the accelerator: its rows hold no values yet and cannot be read."""
     clock, waits = [0.0], []
 
     def wait(device):

@@ -1,4 +1,4 @@
-"""The activation cache: cached = live, whatever was kept, lost or damaged before."""
+"""The activation cache: cached = live, whatever was cached, lost or damaged before."""
 
 import copy
 import errno
@@ -55,7 +55,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def calls(monkeypatch) -> list[tuple]:
-    """The sites of every pass of the LLM."""
+    """Records the sites of every LLM pass."""
     passes = []
 
     def counting(model, tokens, sites, places):
@@ -69,7 +69,7 @@ def calls(monkeypatch) -> list[tuple]:
 def make(
     llm, folder=None, *, style="indexed", sites=SITES, max_norm=None, resumed=False, **pool
 ) -> BatchStream:
-    """A stream of 40 batches, live where no `folder` is given."""
+    """A stream of 40 batches, live without a `folder`."""
     data = Dataset.from_dict({"text": story(5, documents=60)})
     data = data if style == "indexed" else data.to_iterable_dataset()
     tokens = open_tokens(SplitText(data, data), llm.tokenizer, context=CONTEXT, seed=3).train
@@ -102,7 +102,7 @@ def shards(folder) -> list[Path]:
 
 
 def end(folder) -> int:
-    """LLM batches that are in the cache."""
+    """Number of LLM batches in the cache."""
     return Shard(shards(folder)[-1]).stop if shards(folder) else 0
 
 
@@ -189,7 +189,7 @@ KILLED = {
 
 
 def power_cut(monkeypatch, place, name, at):
-    """Let call number `at` of a function raise what nobody catches; nothing is cleared up then."""
+    """Simulate a power cut in call number `at` of a function: nothing is cleaned up afterwards."""
     function, count = getattr(place, name), []
 
     def cut(*args, **kwargs):
@@ -223,7 +223,7 @@ def test_a_killed_write_is_completed_by_the_next_run(llm, folder, calls, monkeyp
 
 
 def flip(path, place=0.5):
-    """Change one bit, by default in the middle."""
+    """Flip one bit of a file, by default in the middle."""
     data = bytearray(path.read_bytes())
     data[int(len(data) * place)] ^= 1
     path.write_bytes(data)
@@ -274,7 +274,7 @@ def test_a_pipe_in_place_of_a_shard_is_not_waited_for(llm, folder, calls):
 
 
 def rewrite(path: Path, change) -> None:
-    """Save what `change` makes of a shard's header and tensors, with a good checksum."""
+    """Apply `change` to a shard's header and tensors and save it with a valid checksum."""
     with safe_open(path, "pt") as file:
         about = json.loads(file.metadata()["about"])
     tensors = load_file(path)
@@ -284,7 +284,7 @@ def rewrite(path: Path, change) -> None:
 
 
 def put(place: str, value):
-    """change(about, tensors), which sets what lies at a place in the header."""
+    """A change(about, tensors) for `rewrite` that sets an entry of the header."""
 
     def change(about, _):
         *path, last = place.split("/")
@@ -296,7 +296,7 @@ def put(place: str, value):
 
 
 def tensor(name: str, value):
-    """change(about, tensors), which sets a tensor."""
+    """A change(about, tensors) for `rewrite` that sets a tensor."""
     return lambda _, tensors: tensors.update({name: value(tensors[name]).contiguous()})
 
 
@@ -433,7 +433,7 @@ def test_a_saved_state_is_plain_enough_for_a_safe_load(llm, folder, tmp_path):
 
 
 def fails(monkeypatch, place, name, at, error):
-    """Let a function raise `error` from call number `at` on."""
+    """Make a function raise `error` from call number `at` on."""
     function, count = getattr(place, name), []
 
     def failing(*args, **kwargs):
@@ -632,7 +632,7 @@ def test_a_run_does_not_go_on_with_the_cache_of_a_changed_text(llm, folder, styl
 
 @pytest.fixture
 def opened(llm, tmp_path):
-    """opened(**changes) -> the rows that settings describe; `llm`, `text`, `seed`, `sites`..."""
+    """opened(**changes) -> rows with default settings but for `changes` (llm, text, seed, ...)."""
     (tmp_path / "text").mkdir()
 
     def rows(llm=llm, text=None, seed=0, sites=(A,), batch=4, **data):

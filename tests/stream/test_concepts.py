@@ -1,4 +1,4 @@
-"""Rows of known concepts: the protocol of a source, exact resume, and what is held out."""
+"""Rows of synthetic concepts: the protocol of a source, exact resume, and held-out rows."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Long documents are tokenised in pieces: the same tokens, in bounded memory."""
+"""Long documents are tokenised in pieces, with the same tokens, in bounded memory."""
 
 import json
 
@@ -22,7 +22,7 @@ GPT4 = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]
 
 
 def trained(kind: str) -> PreTrainedTokenizerFast:
-    """A tokenizer of the kind, trained on the words above."""
+    """A tokenizer of this kind, trained on WORDS."""
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space="prefix" in kind, use_regex=False)
     before = {
         "gpt2": pre_tokenizers.ByteLevel(add_prefix_space=False),

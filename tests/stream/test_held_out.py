@@ -1,4 +1,4 @@
-"""Held-out text: what is scored, what is replaced, and what is computed only once."""
+"""Held-out text: which tokens are scored, what is spliced in, and what is computed once."""
 
 import copy
 import gc
@@ -32,7 +32,7 @@ def make(llm: LLM, **settings) -> HeldOut:
 
 @pytest.fixture
 def planted(llm, monkeypatch) -> list[int]:
-    """Activations are 5 times as large where the token is `a` (one site) or `b` (the other)."""
+    """Activations are 5 times larger on token `a` at one site, and on token `b` at the other."""
     large = [llm.tokenizer.encode(letter)[0] for letter in "ab"]
 
     def scaled(model, tokens, sites, places):
@@ -47,7 +47,7 @@ def planted(llm, monkeypatch) -> list[int]:
 
 
 def scores_of(held_out, source, target, functions):
-    """The LLM's loss with each function in place of an SAE."""
+    """Scores of the LLM with each function spliced in as if it were an SAE."""
     saes = [lambda x, f=f: SimpleNamespace(reconstruction=f(x)) for f in functions]
     return held_out.scores(source, target, saes, (), rows=1000)
 

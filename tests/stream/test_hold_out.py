@@ -1,4 +1,4 @@
-"""What is held out is a share of the text: whole documents where that is possible."""
+"""A share of the text is held out, in whole documents if possible."""
 
 import numpy as np
 import pytest

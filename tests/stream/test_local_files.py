@@ -1,4 +1,4 @@
-"""Files of one's own: each is read once, whatever its name; what cannot be read is named."""
+"""Local files: each is read once, whatever its name; errors name the unreadable file."""
 
 import bz2
 import gzip
@@ -17,13 +17,13 @@ from sae_lightning.stream.local import LocalConfig, load_documents
 
 
 def both(path, **settings) -> list[str]:
-    """All documents of the two parts of a text."""
+    """All documents of a text, training and held out."""
     opened = open_text(LocalConfig(path=str(path), held_out=0.34, **settings))
     return sorted([*opened.train["text"], *opened.held_out["text"]])
 
 
 def write(folder, *names: str) -> Path:
-    """Files that say their own names."""
+    """Write files whose content is their own name."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
         file = folder / name

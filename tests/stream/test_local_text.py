@@ -1,4 +1,4 @@
-"""Text files become documents on disk, as they are, in memory that does not grow with them."""
+"""Text files become documents on disk unchanged, in bounded memory."""
 
 import gzip
 import tracemalloc
@@ -112,7 +112,7 @@ def test_a_split_document_is_not_copied():
 
 
 def lies_in(text: pa.Buffer, column: pa.ChunkedArray) -> bool:
-    """Whether a text is a part of those of a column, or empty."""
+    """Whether a text is empty or a substring of one in a column."""
     whole = [chunk.buffers()[2] for chunk in column.chunks]
     return not len(text) or any(
         buffer and 0 <= text.address - buffer.address <= len(buffer) - len(text) for buffer in whole

@@ -1,4 +1,4 @@
-"""Rows that are begun ahead are the same rows: order, state and end of the run."""
+"""Prefetched rows are the same rows: order, state and end of the run."""
 
 import pickle
 from contextlib import contextmanager
@@ -49,7 +49,7 @@ def test_batches_are_those_of_the_source_and_no_more_text_is_read(llm, rows):
 
 
 def test_the_source_is_asked_what_it_would_be_asked_alone(llm):
-    """The last call tells a cache that it may close."""
+    """Including the last call, by which a cache knows that it may close."""
     asked = []
     for wrap in (lambda rows: rows, lambda rows: PrefetchedRows(rows, BATCH)):
         rows, calls = source(llm), []
@@ -113,14 +113,14 @@ def test_the_epoch_is_that_of_the_rows_handed_out(llm):
 
 
 class FakeTensor:
-    """Stands for a tensor on a GPU: only who reads it, and in which stream, is of interest."""
+    """A fake GPU tensor that records who reads it, and in which stream."""
 
     def __init__(self, log: list[str], name: str):
         self.record_stream = lambda stream: log.append(f"{stream.name} reads {name}")
 
 
 class FakeStream:
-    """Stands for a CUDA stream: what is put into it is written down, in the order of the CPU."""
+    """A fake CUDA stream that records what is enqueued, in the order of the CPU."""
 
     def __init__(self, log: list[str], name: str):
         self.log, self.name, self.batches = log, name, 0

@@ -1,4 +1,4 @@
-"""What was recovered has closed-form answers."""
+"""Recovery scores against closed-form answers."""
 
 import math
 

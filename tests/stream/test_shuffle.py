@@ -1,4 +1,4 @@
-"""The pool: which rows come out, and that all of them do."""
+"""The shuffle pool: rows come out in random order, and all of them do."""
 
 import pickle
 
@@ -13,7 +13,7 @@ SHALLOW, DEEP = Site(0, Kind.resid), Site(2, Kind.mlp)
 
 
 def rows(start: int, stop: int) -> dict[Site, torch.Tensor]:
-    """Row i holds i at one site and -i, wider, at the other."""
+    """Row i holds i at one site and -i at the other, which is wider."""
     number = torch.arange(start, stop, dtype=torch.float32)
     return {SHALLOW: number[:, None].repeat(1, 2), DEEP: -number[:, None].repeat(1, 3)}
 

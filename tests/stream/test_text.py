@@ -1,4 +1,4 @@
-"""Where text comes from: every source, its hold-out, and every mistake in naming it."""
+"""Text sources: documents, held-out parts, and the error for every wrong setting."""
 
 import errno
 import importlib.util
@@ -26,7 +26,7 @@ def texts(data) -> list[str]:
 
 
 def write(folder, kind: str, column: str = "text", documents: list[str] = DOCUMENTS) -> str:
-    """Write the documents in one of the formats; returns what to give as data.path."""
+    """Write documents in one of the formats; return the value of data.path."""
     folder.mkdir(exist_ok=True)
     data = Dataset.from_dict({column: documents, "number": list(range(len(documents)))})
     if kind == "saved":

@@ -44,7 +44,7 @@ def source(documents: list[str], style: str, tokenizer, context: int = 6, seed: 
 
 
 def epoch_of(train) -> torch.Tensor:
-    """All sequences of the epoch that `train` is about to serve, one at a time."""
+    """All sequences of the epoch that `train` serves next, one at a time."""
     epoch, served = train.epoch, []
     while True:
         ahead = copy.deepcopy(train.state_dict())
@@ -61,7 +61,7 @@ def as_text(tokens: list[int]) -> str:
 
 @pytest.fixture(autouse=True)
 def said(monkeypatch) -> list[str]:
-    """What the terminal is told."""
+    """Output at the terminal."""
     lines: list[str] = []
     monkeypatch.setattr(console, "print", lambda line: lines.append(line))
     return lines
@@ -240,7 +240,7 @@ def test_resuming_with_a_changed_text_of_as_many_tokens_is_refused(tokenizer, st
     changed = source([text.translate(swapped) for text in story(3)], style, tokenizer)
     with pytest.raises(UserError, match="no longer the one that the run to be resumed read"):
         changed.load_state_dict(state)
-    del state["text"]  # as states were that nobody checked
+    del state["text"]  # like states of versions that saved no text
     changed.load_state_dict(state)
 
 

@@ -1,4 +1,4 @@
-"""The world is what it says: rates, causes and correlations have closed forms."""
+"""The synthetic world: rates, causes and correlations against closed forms."""
 
 import math
 
