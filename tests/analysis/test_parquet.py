@@ -67,7 +67,7 @@ def test_a_catalogue_comes_back_from_its_file_as_it_was(features, tmp_path, grou
     }
     back = read_catalogue(tmp_path / "features.parquet", features.vocabulary)
     assert (back.kind, back.vocabulary) == (features.kind, features.vocabulary)
-    for group in ("statistics", "top", "spread", "reading", "neighbours", "partners", "effect"):
+    for group in ("statistics", "top", "spread", "token_sets", "neighbours", "partners", "effect"):
         given, found = getattr(features, group), getattr(back, group)
         assert given is None or list(given._fields) == list(found._fields)
         for name, value in given._asdict().items() if given else ():

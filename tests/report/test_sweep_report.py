@@ -247,7 +247,10 @@ def test_numbers_that_are_none_are_never_the_best_and_are_counted(tmp_path):
     assert table.best["explained_variance"].sum() == table.best["ce_recovered"].sum() == 1
     assert [*table.front] == [False, True, False]
     write_report(tmp_path, runs)
-    assert "2 of the finished runs lack a number that can be" in Page(tmp_path / PAGE).text
+    assert (
+        "2 finished runs without a finite value of each metric are missing"
+        in Page(tmp_path / PAGE).text
+    )
 
 
 @pytest.mark.parametrize(
