@@ -1,4 +1,4 @@
-"""The command line's arguments before Hydra reads them."""
+"""Checks and quotes the command line's arguments before Hydra parses them."""
 
 import math
 import os
@@ -38,9 +38,9 @@ PATH_SETTINGS = (
     "hydra.run.dir",
     "hydra.sweep.dir",
 )
-# Hydra's own language: quotes, interpolations, escapes.
+# Hydra's syntax: quotes, interpolations, escapes.
 HYDRA_SYNTAX = re.compile(r"""^['"]|\$\{|\\[()\[\]{}:=, ]""")
-# A value of a sweep: quoted, or as it is.
+# One value of a comma-separated list, quoted or not.
 SWEEP_VALUE = re.compile(
     r"""(?:^|,)\s*(?:('(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*")|([^,]*?))\s*(?=,|\Z)"""
 )
@@ -49,16 +49,16 @@ EMPTY_VALUES = ("", "''", '""')
 
 
 def check_arguments(arguments: list[str]) -> list[str]:
-    """The arguments, Hydra's flags first: it takes none after a setting. UserError for a flag that
-    it does not know, a folder without a name, and a sweep where only a preset can have one."""
-    known, unknown = get_args_parser().parse_known_intermixed_args(arguments)
+    """The arguments with Hydra's flags first, as it accepts none after a setting. UserError for an
+    unknown flag, an empty path, and settings of the sweeper that only presets can have."""
+    parsed, unknown = get_args_parser().parse_known_intermixed_args(arguments)
     if unknown:
         raise UserError(
             translate_setting(unknown[0])
             or f"{unknown[0]}: no such flag; settings are written without dashes (setting=value), "
             "and --help lists them"
         )
-    settings = known.overrides
+    settings = parsed.overrides
     for setting in settings:
         name, equals, value = setting.partition("=")
         if (
@@ -69,17 +69,17 @@ def check_arguments(arguments: list[str]) -> list[str]:
             raise UserError(
                 f"{setting}: empty (a shell variable that is not set?); give a path or leave it out"
             )
-        if found := re.match(r"hydra\.sweeper\.(params|search_space)\b", name.lstrip("+")):
-            # omegaconf sets nothing below what is null
+        if match := re.match(r"hydra\.sweeper\.(params|search_space)\b", name.lstrip("+")):
+            # omegaconf cannot set a key below null
             raise UserError(
-                f"{setting}: {found[0]} is for presets; write a sweep as train.py -m setting=1,2, "
+                f"{setting}: {match[0]} is for presets; write a sweep as train.py -m setting=1,2, "
                 "a search as train.py -m hydra/sweeper=optuna 'setting=interval(1,2)'"
             )
     return [argument for argument in arguments if argument not in settings] + settings
 
 
 def refuse_sweep(arguments: list[str]) -> None:
-    """UserError for -m where there is nothing to sweep over."""
+    """UserError for -m, which analyze.py does not support."""
     if is_multirun(arguments):
         raise UserError(
             "-m: analyze.py looks at one folder at a time; leave it out, and give several features "
@@ -88,19 +88,19 @@ def refuse_sweep(arguments: list[str]) -> None:
 
 
 def quote_texts(arguments: list[str]) -> list[str]:
-    """The arguments with what a person wrote as text (prompts, names, paths) as Hydra takes it.
+    """The arguments with the values of text settings (prompts, names, paths) quoted for Hydra.
 
-    A text is all that one shell argument holds behind the first `=`: `1e3` is no number, a comma
-    none but in a sweep, and a quote is a part of it. Of Hydra's language it knows only `${...}`
-    and, where a setting may be empty, `null`. A path also takes what Hydra quotes, and `~`, which
-    a shell does not expand there. In a sweep a comma separates values; one with a comma is quoted.
+    Everything after the first `=` is taken literally: `1e3` stays text, and commas (outside a
+    sweep) and quotes are part of it. Only `${...}` keeps its meaning for Hydra, and `null` where
+    the setting may be null. A path may also be quoted for Hydra or begin with `~`, which a shell
+    does not expand there. In a sweep a comma separates values; a value with a comma is quoted.
     """
     sweep, texts = is_multirun(arguments), find_text_settings()
     return [_quote_text(argument, sweep, texts) for argument in arguments]
 
 
 def find_text_settings() -> dict[str, bool]:
-    """The settings that hold text, and whether they may be empty (null): those of type `str`."""
+    """The settings of type `str`, and whether they may be null."""
     schemas = [("", Config), *(("", task) for task in list_tasks().values())]
     schemas += [("model.", row.config) for row in ARCHITECTURES.values()]
     schemas += [("loss.", row.loss) for row in ARCHITECTURES.values()]
@@ -117,28 +117,29 @@ def find_text_settings() -> dict[str, bool]:
 
 
 def list_tasks() -> dict[str, type]:
-    """What analyze.py can be asked, by name."""
+    """The tasks of analyze.py: name -> schema; none in train.py."""
     nodes = ConfigStore.instance().repo.get("task", {})
     return {name.removesuffix(".yaml"): OmegaConf.get_type(x.node) for name, x in nodes.items()}
 
 
 def join_sweep_values(texts: Iterable[str]) -> str:
-    """Texts as the values of one setting in a sweep."""
+    """Texts as the comma-separated values of a sweep, quoted if any holds a comma."""
     texts = [*texts]
     return ",".join(map(_quote, texts) if "," in "".join(texts) else texts)
 
 
 def sweep_settings_of_swept_groups(arguments: list[str]) -> list[str]:
-    """The arguments with settings of a swept group as sweeps over one value.
+    """The arguments with the settings of a swept group written as sweeps over one value, choice(x).
 
-    Hydra first composes what is not swept: `-m model=topk,batch_topk model.k=32` would be refused,
-    because without `model=` there is no `model.k`. A model brings its loss.
+    Hydra first composes a config without the swept arguments. In `-m model=topk,batch_topk
+    model.k=32` it would refuse `model.k`, because the default model has no `k`. The group `loss`
+    follows `model`.
     """
     if not is_multirun(arguments):
         return arguments
     parser, parsed = OverridesParser.create(), {}
     for argument in arguments:
-        with suppress(HydraException):  # a flag, or a mistake that Hydra will tell
+        with suppress(HydraException):  # a flag, or an error that Hydra will report
             parsed[argument] = parser.parse_override(argument)
     swept = {o.key_or_group for o in parsed.values() if o.is_sweep_override()}
     groups = swept | ({"loss"} if "model" in swept else set())
@@ -153,7 +154,7 @@ def sweep_settings_of_swept_groups(arguments: list[str]) -> list[str]:
 
 
 def check_sweep(overrides: list[Override], sweeper: DictConfig) -> None:
-    """UserError for what Hydra's sweepers answer with an assertion, or with no job at all."""
+    """UserError for a sweep that would fail an assertion in Hydra's sweepers or make no jobs."""
     for name in ("max_batch_size", "n_trials", "n_jobs"):
         if (number := sweeper.get(name)) is not None and number < 1:
             raise UserError(f"hydra.sweeper.{name}={number}: give 1 or more, or leave it out")
@@ -174,7 +175,7 @@ def check_sweep(overrides: list[Override], sweeper: DictConfig) -> None:
         if isinstance(value, Glob) and search:
             raise UserError(f"{line}: a search takes no glob; write choice(...)")
         if override.is_discrete_sweep() and count_values(override) == 0:
-            raise UserError(f"{line}: there is nothing in it, so nothing would be trained")
+            raise UserError(f"{line}: this is empty, so nothing would be trained")
     if not search and math.prod(map(count_values, overrides)) > MAX_JOBS:
         lines = " ".join(o.input_line for o in overrides if o.is_sweep_override())
         raise UserError(
@@ -184,7 +185,7 @@ def check_sweep(overrides: list[Override], sweeper: DictConfig) -> None:
 
 
 def count_values(override: Override) -> int:
-    """Number of values of an override. They are not made: they may be without end."""
+    """Number of values of an override, without making them: a range may be infinite."""
     if not override.is_sweep_override():
         return 1
     value = override.value()
@@ -199,6 +200,7 @@ def count_values(override: Override) -> int:
 
 
 def is_multirun(arguments: list[str]) -> bool:
+    """Whether the arguments ask Hydra for a sweep."""
     return bool({"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(arguments))
 
 
@@ -211,7 +213,7 @@ def _quote_text(argument: str, sweep: bool, texts: dict[str, bool]) -> str:
     if value == "null" and texts.get(setting, True):
         return argument
     if not is_path and any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise UserError(f"{setting}: what was given is not UTF-8; give it in a terminal that is")
+        raise UserError(f"{setting}: the text is not UTF-8; use a terminal with a UTF-8 locale")
     if (is_path or sweep) and HYDRA_SYNTAX.search(value) or (sweep and re.match(r"\w+\(", value)):
         return argument
     if is_path and "," in value and not sweep and setting not in ("resume", "run", "file"):
@@ -224,7 +226,7 @@ def _quote_text(argument: str, sweep: bool, texts: dict[str, bool]) -> str:
 
 
 def _quote_if_needed(text: str) -> str:
-    """The text, in quotes if Hydra would take something else than the text for it."""
+    """The text, in quotes if Hydra would parse it as anything but this text."""
     with suppress(HydraException):
         if OverridesParser.create().parse_override(f"x={text}").value() == text:
             return text

@@ -1,4 +1,4 @@
-"""What can be known to be wrong with runs before anything expensive starts."""
+"""Checks that run before anything expensive starts."""
 
 import os
 from dataclasses import replace
@@ -27,8 +27,8 @@ from sae_lightning.training.settings import (
 
 
 def resolve_auto(job: Job) -> Job:
-    """`job` with dtype, attention and precision as they are on this machine: on another, `auto`
-    could stand for something else, and a resumed run would silently become another one."""
+    """`job` with `auto` replaced by this machine's dtype, attention and precision: on another one
+    `auto` could mean something else, and resuming there would silently change the run."""
     trainer = job.config.trainer
     precision = trainer.precision
     if precision is Precision.auto:
@@ -43,25 +43,25 @@ def resolve_auto(job: Job) -> Job:
 
 def _pick_device_type(trainer: TrainerConfig) -> str:
     """The kind of device on which SAEs train: cpu, cuda, mps."""
-    found = torch.accelerator.current_accelerator()
-    return "cpu" if trainer.accelerator is Accelerator.cpu or found is None else found.type
+    device = torch.accelerator.current_accelerator()
+    return "cpu" if trainer.accelerator is Accelerator.cpu or device is None else device.type
 
 
 class CheckedJob(NamedTuple):
-    """A job in which nothing is wrong, and what was looked up for that."""
+    """A job that passed the checks, and what they looked up."""
 
     job: Job
     sites: SitePair
-    """What it reads and reconstructs."""
+    """The sites that its SAE reads and reconstructs."""
     steps_done: int
-    """Updates that it has done already."""
+    """Updates done before it was stopped; 0 for a new run."""
     llm: LLMShape
-    space: int
-    """Bytes that its checkpoints need."""
+    checkpoint_bytes: int
+    """Disk space that its checkpoints need."""
 
 
 def check_jobs(jobs: list[Job]) -> list[CheckedJob]:
-    """Raise a UserError for the first thing wrong with jobs that share the stream half."""
+    """UserError for the first thing wrong with jobs that share the stream half."""
     config = jobs[0].config
     assert len({job.config.stream_key() for job in jobs}) == 1, "jobs must share the stream half"
     if config.trainer.accelerator is Accelerator.gpu and not torch.accelerator.is_available():
@@ -90,7 +90,7 @@ def check_jobs(jobs: list[Job]) -> list[CheckedJob]:
         _read_steps_done(job, pair, llm, seen) if job.resumed else 0
         for job, pair in zip(jobs, sites, strict=True)
     ]
-    # the shuffle pool is shared, and there twice while a checkpoint is being replaced
+    # the shuffle pool is shared, and on disk twice while a checkpoint is being replaced
     pool = 2 * 4 * llm.width * config.data.pool * len(distinct_sites(sites)) // len(jobs)
     return [
         CheckedJob(job, pair, done, llm, _count_checkpoint_bytes(job, llm) + pool)
@@ -110,11 +110,11 @@ def _check_folder(job: Job) -> None:
 
 
 def _check_loss_tokens(job: Job) -> None:
-    """That nobody asks for the loss of an LLM that is not there; presets of the trainer may."""
-    asked = [o for o in job.overrides if o.lstrip("+").startswith("eval.loss_tokens=")]
-    if asked and not job.config.data_source.has_llm:
+    """UserError if `eval.loss_tokens` is typed without an LLM; a trainer preset may set it."""
+    typed = [o for o in job.overrides if o.lstrip("+").startswith("eval.loss_tokens=")]
+    if typed and not job.config.data_source.has_llm:
         raise UserError(
-            f"{asked[0]} has no meaning with data=synthetic, whose activations come from no LLM: "
+            f"{typed[0]} has no meaning with data=synthetic, whose activations come from no LLM: "
             "leave it out"
         )
 
@@ -128,8 +128,8 @@ def _count_checkpoint_bytes(job: Job, llm: LLMShape) -> int:
 
 
 def check_disk_space(jobs: list[CheckedJob]) -> None:
-    """Raise a UserError if the disk has fewer bytes free than the checkpoints of all jobs need."""
-    needed, folder = sum(checked.space for checked in jobs), jobs[0].job.folder
+    """UserError if the disk has fewer bytes free than the checkpoints of all jobs need."""
+    needed, folder = sum(checked.checkpoint_bytes for checked in jobs), jobs[0].job.folder
     folder = folder if len(jobs) == 1 else folder.parent
     free = read_free_space(folder)
     if free < needed:
@@ -140,21 +140,22 @@ def check_disk_space(jobs: list[CheckedJob]) -> None:
 
 
 def _read_steps_done(job: Job, sites: SitePair, llm: LLMShape, seen: set) -> int:
-    """Updates in the checkpoint of a resumed run, all parts of which are looked at; 0 if it was
-    killed before the first one."""
+    """Updates in the checkpoint of a resumed run, after checking all its parts; 0 if the run was
+    killed before its first checkpoint. `seen` holds the shared stream states checked so far."""
     path = checkpoint_path(job.folder)
     try:
-        path.lstat()  # a link to what is gone, or a disk that does not answer, is not a new run
+        path.lstat()  # a broken symbolic link or a failing disk is not a new run
     except FileNotFoundError:
         return 0
     saved = open_checkpoint(job.folder)
-    mine, settings = job.config.fixed_on_resume(), saved["settings"]
-    differing = [k for k in mine | settings if mine.get(k) != settings.get(k)]
+    expected, settings = job.config.fixed_on_resume(), saved["settings"]
+    differing = [k for k in expected | settings if expected.get(k) != settings.get(k)]
     if differing:
         name = min(differing, key=str)
         raise UserError(
             f"{path} does not fit {CONFIG_FILE}: it was made with {name}={settings.get(name)}, not "
-            f"{mine.get(name)}" + (f" ({len(differing)} settings differ)" * (len(differing) > 1))
+            f"{expected.get(name)}"
+            + (f" ({len(differing)} settings differ)" * (len(differing) > 1))
         )
     check_checkpoint(
         saved,

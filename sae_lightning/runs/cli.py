@@ -1,4 +1,4 @@
-"""Turns whatever a person can put right at the command line into one line that says how."""
+"""Turns errors that the user can correct into one line that says how."""
 
 import dataclasses
 import io
@@ -40,9 +40,9 @@ from sae_lightning.stream import SOURCES
 from sae_lightning.terminal import make_visible
 
 DEBUG = "SAE_LIGHTNING_DEBUG"
-# What someone meant who wrote `layer=9`.
+# Group -> the setting that was probably meant by `layer=9`.
 MAIN_SETTINGS = {"layer": "index", "llm": "name", "data": "path", "model": "features"}
-# What brings a sweeper or launcher that is not installed.
+# Sweeper or launcher -> the command that installs it.
 PLUGIN_INSTALLS = {
     "optuna": 'pip install -c constraints.txt -e ".[optuna]"',
     "submitit_slurm": 'pip install -c constraints.txt -e ".[submitit]"',
@@ -50,7 +50,7 @@ PLUGIN_INSTALLS = {
     "ray": "pip install hydra-ray-launcher",
 }
 SEVERAL_ERRORS = "nothing was started:\n  "
-# The presets that bring a kind of data.
+# Preset of `data` -> kind of data.
 DATA_PRESETS = {"shakespeare": "plays", "hub": "hub", "text": "local", "synthetic": "synthetic"}
 PROCESS_START = time.time()
 
@@ -60,14 +60,16 @@ def one_line_errors(folder: Path | None = None, multirun: bool = False) -> Itera
     """Print expected errors as one line and exit with code 1; bugs keep their traceback.
 
     With SAE_LIGHTNING_DEBUG=1 every error keeps it. `folder`, which Hydra made for the run, is
-    removed if the run came to nothing. A job of a `multirun` only prints: the others go on.
+    removed if it is still empty. In a `multirun` the error is only printed: other jobs go on.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)  # see train.py
-    # Hydra would otherwise print its own shortened traceback and exit before the error gets here.
+    # without it, Hydra prints its own shortened traceback and exits before the error gets here
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # an arrow need not end a run
+            stream.reconfigure(
+                errors="replace"
+            )  # a character that the terminal lacks must not end a run
     try:
         _refuse_second_task()
         yield
@@ -88,12 +90,12 @@ def one_line_errors(folder: Path | None = None, multirun: bool = False) -> Itera
 
 
 def read_arguments() -> None:
-    """Let `sys.argv` be what Hydra reads; UserError for what it would misread."""
+    """Rewrite `sys.argv` for Hydra; UserError for what it would misread."""
     sys.argv[1:] = sweep_settings_of_swept_groups(quote_texts(check_arguments(sys.argv[1:])))
 
 
 def _refuse_second_task() -> None:
-    """UserError where a cluster starts the same command once more for each of its tasks."""
+    """UserError in all but the first task of a cluster's job, which run the same command."""
     for name in ("SLURM_PROCID", "RANK"):
         if os.environ.get(name, "0") != "0":
             raise UserError(
@@ -104,14 +106,14 @@ def _refuse_second_task() -> None:
 
 
 def format_error(message: str) -> str:
-    """What is printed of an error: one line, or a line for each thing that is wrong in a sweep."""
+    """An error as it is printed: one line, or a line for each error of a sweep."""
     lines = message.split("\n  ") if message.startswith(SEVERAL_ERRORS) else [message]
     return "error: " + "\n  ".join(map(make_visible, lines))
 
 
 def print_error(message: str | None, name: str | None = None) -> None:
-    """Print the error that is being handled as one line about the job `name`, and go on; a bug
-    (no `message`) with its traceback."""
+    """Print the error that is being handled as one line about the job `name`; a bug (no `message`)
+    also with its traceback."""
     if message is None or os.environ.get(DEBUG):
         traceback.print_exc()
     error = sys.exception()
@@ -121,11 +123,9 @@ def print_error(message: str | None, name: str | None = None) -> None:
 
 
 def remove_unused_folder(folder: Path) -> None:
-    """Remove a run folder that this process made and left empty, and the empty day above it.
-
-    An empty folder that was there before belongs to the user.
-    """
-    with suppress(OSError):  # not empty, or never made
+    """Remove a run folder that this process made and left empty, and the day's folder if that is
+    empty too. An older empty folder belongs to the user and stays."""
+    with suppress(OSError):  # not empty, or not there
         if folder.stat().st_mtime < PROCESS_START:
             return
         folder.rmdir()
@@ -143,13 +143,14 @@ def describe_error(error: BaseException, overrides: list[str]) -> str | None:
             return str(link)
         if is_out_of_memory(link):
             return (
-                "out of memory: lower llm.batch, or what was asked for (tokens, contexts, features)"
+                "out of memory: lower llm.batch, or the task's own numbers of tokens, contexts or "
+                "features"
             )
     if "group override must be a string" in str(error):
         return _describe_number_for_group(overrides)
     links = list_causes(error)
     for link in links:
-        if isinstance(link, UserError):  # within a resolver: Hydra wraps it
+        if isinstance(link, UserError):  # raised in a resolver and wrapped by Hydra
             return str(link)
         if isinstance(link, ConfigAttributeError | ConfigKeyError):
             return _describe_unknown_setting(link, overrides)
@@ -161,21 +162,21 @@ def describe_error(error: BaseException, overrides: list[str]) -> str | None:
                 translate_setting(word)
                 or f"cannot read {link.override!r}: write setting=value, quoted where needed"
             )
-        if isinstance(link, MarkedYAMLError):  # of the user's own preset
+        if isinstance(link, MarkedYAMLError):  # in a preset of the user's own
             mark = link.problem_mark
             return f"{mark.name}, line {mark.line + 1}: {link.problem}; correct the YAML there"
         missing = re.search(r"Missing mandatory value: (\S+)", str(link))
         if missing:
             return f"{missing[1]} is not set: give {missing[1]}=..."
     for link in links:
-        known = isinstance(link, InterpolationResolutionError | GrammarParseError) and link.full_key
-        if known and known != "_dummy_":  # Hydra's, for a choice of a group
-            return f"{known}: {str(link).splitlines()[0]}"
+        key = isinstance(link, InterpolationResolutionError | GrammarParseError) and link.full_key
+        if key and key != "_dummy_":  # Hydra's placeholder while it chooses presets
+            return f"{key}: {str(link).splitlines()[0]}"
     if isinstance(error, HydraException | OmegaConfBaseException):
         return _describe_hydra_error(str(error))
     if str(error) == "No trials are completed yet.":  # Optuna's
         return "no trial of the search succeeded, see above"
-    # Optuna calls nothing of ours; the sweeper, which does, may be where the error comes from
+    # errors of Optuna and its sweeper, but not of our code that the sweeper calls
     modules = ["", *(f.f_globals.get("__name__", "") for f, _ in walk_tb(error.__traceback__))]
     if any(name.startswith("optuna.") for name in modules) or "optuna_sweeper" in modules[-1]:
         what = (str(error).splitlines() or [type(error).__name__])[0]
@@ -209,7 +210,7 @@ def _describe_number_for_group(overrides: list[str]) -> str:
 
 
 def _find_sparsity_coefficient(overrides: list[str]) -> str | None:
-    """The sparsity coefficient of the model that is asked for, if it has one."""
+    """Name of the sparsity coefficient of the chosen model's loss, if it has one."""
     models = ["relu", *(o.removeprefix("model=") for o in overrides if o.startswith("model="))]
     row = ARCHITECTURES.get(models[-1])
     return row and row.loss().sparsity
@@ -222,8 +223,8 @@ def _describe_unknown_setting(error: OmegaConfBaseException, overrides: list[str
     tasks = list_tasks()
     if schema in tasks.values() and "data=synthetic" in overrides:
         return (
-            "data=synthetic has no meaning here: a run that was trained on concepts says so itself;"
-            " leave it out"
+            "data=synthetic has no meaning here: the run folder says what it was trained on; leave "
+            "it out"
         )
     tables = {
         "model": {model: row.config for model, row in ARCHITECTURES.items()},
@@ -243,12 +244,12 @@ def _describe_unknown_setting(error: OmegaConfBaseException, overrides: list[str
     if line := translate_setting(next(given, name)):
         return line
     if dataclasses.is_dataclass(schema):
-        known = [field.name for field in dataclasses.fields(schema)]
+        settings = [field.name for field in dataclasses.fields(schema)]
     else:  # analyze.yaml has no schema, only its own keys
-        known = sorted(k for k in error.parent_node or {} if k != "hydra")
+        settings = sorted(k for k in error.parent_node or {} if k != "hydra")
     prefix = f"{parent}." if parent else ""
-    hint = _suggest(key, known)
-    return f"no setting {name}: {hint}there are {', '.join(prefix + k for k in known)}"
+    hint = _suggest(key, settings)
+    return f"no setting {name}: {hint}there are {', '.join(prefix + k for k in settings)}"
 
 
 def _describe_bad_value(error: ValidationError, overrides: list[str]) -> str:
@@ -256,33 +257,33 @@ def _describe_bad_value(error: ValidationError, overrides: list[str]) -> str:
     given = next((o for o in reversed(overrides) if o.lstrip("+").startswith(f"{name}=")), name)
     if "Integer" in reason and re.search(r"'[\d.]+' of type 'float'", reason):
         reason = "give a whole number in digits, such as 1000000 or 1_000_000"
-    if "Set[str]" in reason:  # a field of Hydra's sweeps, which is no value
-        return "choice(...), range(...) and the like stand alone, not in a list or in one another"
+    if "Set[str]" in reason:  # a field of Hydra's sweep objects
+        return "choice(...), range(...) and the like cannot be nested or put in a list"
     if "not Optional" in reason:
         reason = "null is not possible here"
     return f"{given}: {reason[0].lower()}{reason[1:].removesuffix('.')}"
 
 
 def _describe_hydra_error(text: str) -> str:
-    """What Hydra says only in its text."""
-    if found := re.search(r"Could not find '(hydra/[\w/]+)/([^'/]+)'", text):
-        group, choice = found.groups()
+    """One line for Hydra's errors that only their text tells apart."""
+    if match := re.search(r"Could not find '(hydra/[\w/]+)/([^'/]+)'", text):
+        group, choice = match.groups()
         remedy = f"; {PLUGIN_INSTALLS[choice]}" if choice in PLUGIN_INSTALLS else ", or misspelt"
         return f"{group}={choice}: not installed{remedy}"
-    if found := re.search(r"Could not find '(\w+)/([^']+)'", text):
-        group, choice = found.groups()
+    if match := re.search(r"Could not find '(\w+)/([^']+)'", text):
+        group, choice = match.groups()
         presets = _list_presets_of(group)
         hint = _suggest(choice, presets)
         choices = f"{hint}choose from {', '.join(presets)}" if presets else "there is none yet"
         return f"{group}={choice}: no such preset; {choices}"
-    if found := re.search(r"Ambiguous value for argument '(.+)'", text):
-        name, _, values = found[1].partition("=")
+    if match := re.search(r"Ambiguous value for argument '(.+)'", text):
+        name, _, values = match[1].partition("=")
         return (
-            f"{found[1]}: several values make a sweep, which needs -m; a list is written "
+            f"{match[1]}: several values make a sweep, which needs -m; a list is written "
             f"{name}=[{values}]; or quote the value"
         )
-    if found := re.search(r"Could not override '([\w/]+)'", text):
-        return f"no setting {found[1]}: --help lists those that there are"
-    if found := re.search(r"Either remove \+ prefix: '(.+)'", text):
-        return f"+{found[1]}: this setting exists; leave out the +"
+    if match := re.search(r"Could not override '([\w/]+)'", text):
+        return f"no setting {match[1]}: --help lists all settings"
+    if match := re.search(r"Either remove \+ prefix: '(.+)'", text):
+        return f"+{match[1]}: this setting exists; leave out the +"
     return " ".join(text.strip().splitlines()[: 2 if "Error in call to target" in text else 1])

@@ -2,7 +2,7 @@
 
 The stream half says which activations flow; runs that agree on it can share one pass of the LLM.
 The head half says what is trained on them. Hydra composes YAML presets over these dataclasses;
-below this file nobody sees a DictConfig.
+code below this file never sees a DictConfig.
 """
 
 import hashlib
@@ -31,8 +31,8 @@ from sae_lightning.training.settings import (
 )
 
 STREAM_HALF = ("llm", "data", "trainer", "eval", "seed")
-# What a run can be continued with on another machine, or evaluated otherwise, without becoming
-# another run.
+# Prefixes of the settings that may change when a run is resumed: where it computes, how it is
+# evaluated.
 FREE_ON_RESUME = (
     "llm.device",
     "llm.attn",
@@ -47,14 +47,14 @@ FREE_ON_RESUME = (
 
 @dataclass(slots=True, kw_only=True)
 class Config:
-    """Everything about one run."""
+    """All settings of one run, which trains one SAE."""
 
     llm: LLMConfig
     """The language model."""
     data: DataConfig
     """The text, or synthetic concepts, and how activations are shuffled."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    """How long, and on what."""
+    """Length of training, batch size, device and precision."""
     eval: EvalConfig = field(default_factory=EvalConfig)
     """Evaluation on held-out text."""
     seed: int = 0
@@ -67,12 +67,12 @@ class Config:
     loss: Loss
     """The objective."""
     optim: OptimConfig = field(default_factory=OptimConfig)
-    """Adam and the learning rate's path."""
+    """Adam and the learning-rate schedule."""
     callbacks: CallbacksConfig = field(default_factory=CallbacksConfig)
     """Normalisation and dead features."""
 
     sweep: SweepConfig = field(default_factory=SweepConfig)
-    """A multirun as a whole."""
+    """Settings of a multirun as a whole."""
     resume: str | None = None
     """Run folder to continue; nothing else may be given with it."""
 
@@ -86,7 +86,7 @@ class Config:
         dead_after = self.callbacks.dead_after
         if dead_after is not None and dead_after >= self.trainer.tokens:
             raise UserError(
-                f"callbacks.dead_after={dead_after}: no feature can be silent for so long in "
+                f"callbacks.dead_after={dead_after}: no feature can be silent for that long in "
                 f"trainer.tokens={self.trainer.tokens}; give less, or null"
             )
         for setting, seed in (("seed", self.seed), ("model.seed", self.model.seed)):
@@ -102,13 +102,13 @@ class Config:
         self.data_source.check_settings(self.layer)
 
     def _check_model(self) -> None:
-        """UserError unless network, objective and site go together."""
+        """UserError unless architecture, loss and site fit together."""
         name = self.model.name
         if name not in ARCHITECTURES:
             names = ", ".join(ARCHITECTURES)
             raise UserError(f"model.name={name}: no such architecture; choose from {names}")
         if type(self.loss) is not ARCHITECTURES[name].loss:
-            others = [each for each, row in ARCHITECTURES.items() if row.loss is type(self.loss)]
+            others = [other for other, row in ARCHITECTURES.items() if row.loss is type(self.loss)]
             raise UserError(
                 f"loss: this is not the objective of model.name={name} but of "
                 f"{' and '.join(f'model={other}' for other in others)}; choose model=..., which "
@@ -134,30 +134,30 @@ class Config:
 
     @property
     def data_source(self) -> Source:
-        """What the stream half says that SAEs read."""
+        """The data that the stream half describes: text through an LLM, or synthetic concepts."""
         return make_source(self.llm, self.data, self.seed)
 
     def to_dict(self) -> dict[str, Any]:
-        """Every setting, for YAML and JSON: groups as dicts, enums as their names."""
-        # by way of JSON: OmegaConf's own conversion takes a thousand times as long
+        """All settings, for YAML and JSON: groups as dicts, enums as their names."""
+        # through JSON: OmegaConf's own conversion takes a thousand times as long
         return json.loads(json.dumps(asdict(self), default=attrgetter("name")))
 
     def to_flat_dict(self) -> dict[str, Any]:
-        """The same by dotted name."""
+        """All settings by dotted name, such as `loss.l1`."""
         return _flatten(self.to_dict())
 
     def fixed_on_resume(self) -> dict[str, Any]:
-        """The settings that a checkpoint has to agree with."""
+        """The settings, by dotted name, that a checkpoint must agree with."""
         return {k: v for k, v in self.to_flat_dict().items() if not k.startswith(FREE_ON_RESUME)}
 
     def stream_key(self) -> str:
         """Hash of the stream half: runs with equal keys can share one pass of the LLM.
 
-        With `data.max_norm` the site decides which tokens are dropped, so it belongs to the key.
+        With `data.max_norm` the site decides which tokens are dropped, so the key includes it.
         """
         settings = self.to_dict()
         half = {name: settings[name] for name in STREAM_HALF}
-        # where activations are read from changes none of them, and the kind follows from the rest
+        # the cache does not change the activations, and the kind follows from the other settings
         for name in ("cache", "cache_folder", "kind"):
             half["data"].pop(name, None)
         if self.data.per_site:
@@ -166,7 +166,7 @@ class Config:
 
 
 def list_presets() -> str:
-    """A line for each group of presets in conf/, for `--help`."""
+    """One line per group of presets in conf/, for `--help`."""
     groups: dict[str, list[str]] = {}
     for path in sorted(Path(find_conf_folder()).glob("*/*.yaml")):
         groups.setdefault(path.parent.name, []).append(path.stem)
@@ -174,14 +174,14 @@ def list_presets() -> str:
 
 
 def to_dataclass(cfg: DictConfig) -> Any:
-    """The dataclasses behind a composed config; validation happens here."""
+    """The dataclass that a composed config describes; its settings are validated here."""
     try:
         for name, value in _flatten(OmegaConf.to_container(cfg, resolve=True)).items():
             check_finite(name, value)
         return OmegaConf.to_object(cfg)
     except MissingMandatoryValue as error:
         raise UserError(f"{error.full_key} is not set: give {error.full_key}=...") from error
-    except AttributeError as error:  # `+model.featurs=3`: Hydra lets + add what no schema knows
+    except AttributeError as error:  # `+model.featurs=3`: with +, Hydra adds any key
         other = translate_setting(str(error).split("'")[-2])  # ... has no attribute 'featurs'
         hint = f"{error}: leave out the +, or correct the setting's name"
         raise UserError(other or hint) from error
@@ -198,5 +198,5 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def find_conf_folder() -> str:
-    """Where the presets are: beside `train.py`."""
+    """The folder of the presets, beside `train.py`."""
     return str(Path(__file__).resolve().parents[2] / "conf")

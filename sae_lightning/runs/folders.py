@@ -1,4 +1,4 @@
-"""What run folders say about their runs."""
+"""Reading and writing the state of run folders: metrics, failures, locks."""
 
 import json
 import math
@@ -34,32 +34,35 @@ METRICS_FILE = "metrics.json"
 
 
 def read_metrics(folder: Path) -> dict | None:
-    """`metrics.json` of a run that came to its end."""
-    with suppress(UserError):  # damaged: the last checkpoint is there to score again
+    """The content of `metrics.json`; None if the run did not finish or the file is damaged."""
+    with suppress(UserError):  # damaged: the last checkpoint can be scored again
         return _read_metrics(folder)
     return None
 
 
 def read_failure(folder: Path) -> dict | None:
-    """Why a run failed (`reason`), and whether it would do so again (`diverged`)."""
+    """Why a run failed (`reason`), and whether it would fail again (`diverged`); None if it did
+    not."""
     with suppress(UserError):
         return _read_failure(folder)
     return None
 
 
 def read_earlier_metrics(job: Job) -> dict | None:
-    """The metrics of a resumed run that had come to its end."""
+    """The metrics of a resumed run that had already finished."""
     return read_metrics(job.folder) if job.resumed else None
 
 
 def make_unique_folder(path: Path) -> Path:
-    """Make a folder, or `path`-2, `path`-3 and so on where others are there already: of processes
-    that ask at the same time, each gets one of its own."""
+    """Make the folder `path`, or `path`-2, `path`-3 and so on if it exists: processes that start
+    at the same time each get their own."""
     path.parent.mkdir(parents=True, exist_ok=True)
     folder, number = path, 1
     while True:
         try:
-            folder.mkdir(parents=True)  # the day, too: another process may have just removed it
+            folder.mkdir(
+                parents=True
+            )  # parents, too: another process may have just removed the day
             return folder
         except FileExistsError:
             number += 1
@@ -67,39 +70,39 @@ def make_unique_folder(path: Path) -> Path:
 
 
 def begin_run(job: Job) -> None:
-    """Write down the settings of a run, and forget that it failed before."""
+    """Write the settings of a run, and delete the record of an earlier failure."""
     with write_atomically(job.folder / CONFIG_FILE) as temporary:
         temporary.write_text(format_config(job), encoding="utf8")
     failure_path(job.folder).unlink(missing_ok=True)
 
 
 def forget_empty_run(job: Job) -> bool:
-    """Take away the settings of a new plain run that came to nothing; whether it did."""
-    left = {file.name for file in job.folder.glob("*")} <= {CONFIG_FILE, LOCK_FILE}
-    nothing = left and not (job.resumed or job.multirun)
-    if nothing:
+    """Delete the settings of a new plain run that wrote nothing else; returns whether it did."""
+    no_results = {file.name for file in job.folder.glob("*")} <= {CONFIG_FILE, LOCK_FILE}
+    forgotten = no_results and not (job.resumed or job.multirun)
+    if forgotten:
         (job.folder / CONFIG_FILE).unlink(missing_ok=True)
-    return nothing
+    return forgotten
 
 
 def note_failure(job: Job, reason: str) -> None:
-    """Write down why a run failed, unless it has said so itself or has come to its end, or its
-    folder is gone or full."""
-    there = (job.folder / CONFIG_FILE).is_file()
-    if there and read_failure(job.folder) is None and read_metrics(job.folder) is None:
+    """Write why a run failed, unless that is written already or the run has finished, or its folder
+    is gone or its disk full."""
+    exists = (job.folder / CONFIG_FILE).is_file()
+    if exists and read_failure(job.folder) is None and read_metrics(job.folder) is None:
         with suppress(WriteError):
             write_json(failure_path(job.folder), {"reason": reason, "diverged": False})
 
 
 def note_refusal(job: Job, reason: str) -> None:
-    """Write down, for the report, that a job could not begin, but not over another run."""
+    """Write, for the report, why a job could not start, unless its folder holds another run."""
     if not (job.folder / CONFIG_FILE).exists():
         begin_run(job)
         note_failure(job, reason)
 
 
 def read_sweep_runs(folder: Path) -> list[SweepRun]:
-    """What a sweep's report says about each of its runs."""
+    """The runs of a sweep, as its report needs them."""
     folders, runs = list_run_folders(folder), []
     with phase("reading runs", total=len(folders)) as advance:
         for run in folders:
@@ -113,14 +116,14 @@ def _read_sweep_run(folder: Path) -> SweepRun:
         job = read_job(folder, trusted=True)  # no LLM is loaded
     except UserError as error:
         return SweepRun(folder, overrides=[], metrics=None, failure=str(error), damaged=True)
-    known = SweepRun(folder, job.overrides, None, None, job.config.to_flat_dict())
+    run = SweepRun(folder, job.overrides, None, None, job.config.to_flat_dict())
     try:
         failed = _read_failure(folder)
-        return known._replace(
+        return run._replace(
             metrics=_read_metrics(folder), failure=failed["reason"] if failed else None
         )
     except UserError as error:
-        return known._replace(failure=str(error), damaged=True)
+        return run._replace(failure=str(error), damaged=True)
 
 
 def _read_metrics(folder: Path) -> dict | None:
@@ -132,22 +135,22 @@ def _read_metrics(folder: Path) -> dict | None:
     try:
         for name in ("held_out", "training"):
             content[name] = {key: _read_number(x) for key, x in content.get(name, {}).items()}
-        known = isinstance(content.get("tokens"), int | None)
-        known = known and {"l0", "explained_variance"} <= content["held_out"].keys()
+        valid = isinstance(content.get("tokens"), int | None)
+        valid = valid and {"l0", "explained_variance"} <= content["held_out"].keys()
     except (AttributeError, TypeError, ValueError, OverflowError):
-        known = False
-    if not known:
+        valid = False
+    if not valid:
         raise UserError(f"{path} is damaged: it does not hold the metrics of a run")
     return content
 
 
 def _read_number(value: object) -> float:
-    """A metric; null, which JSON has for NaN and infinity, as NaN."""
+    """A metric; null, which stands for NaN and infinity in JSON, as NaN."""
     if value is None:
         return math.nan
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(value)
-    float(value)  # OverflowError: no table could show it
+    float(value)  # OverflowError for an int that no table could show
     return value
 
 
@@ -163,7 +166,7 @@ def _read_failure(folder: Path) -> dict | None:
 
 
 def _read_json(path: Path) -> Any:
-    """The content of a file; None without one. UserError: it is not JSON."""
+    """The content of a JSON file; None if there is none. UserError: it is not JSON."""
     try:
         return json.loads(read_regular_file(path))
     except FileNotFoundError:
@@ -174,28 +177,28 @@ def _read_json(path: Path) -> Any:
 
 @contextmanager
 def claim_folders(folders: list[Path]) -> Iterator[None]:
-    """Keep other processes out of the folders; the system lifts the claim if we die. What a killed
-    run left half written there is removed."""
-    unguarded = []
+    """Lock the folders against other processes, until the block or this process ends, and remove
+    the temporary files of killed runs there."""
+    unlocked = []
     with ExitStack() as locks:
         for folder in folders:
             try:
                 with convert_write_errors(folder / LOCK_FILE):
                     if not locks.enter_context(hold_lock(folder / LOCK_FILE)):
-                        unguarded.append(folder)
+                        unlocked.append(folder)
             except BlockingIOError:
                 raise UserError(
                     f"{folder}: another process is training there; wait for it, or choose another "
                     f"folder with {FOLDER_HINT}"
                 ) from None
-            ours = [folder / "sae", checkpoint_path(folder).parent]
-            for place in [*ours, *([folder] if folder.parent in folders else [])]:
-                refuse_link(place)
-            for place in (folder, *ours):
-                remove_leftovers(place)
-        if unguarded:
+            subfolders = [folder / "sae", checkpoint_path(folder).parent]
+            for path in [*subfolders, *([folder] if folder.parent in folders else [])]:
+                refuse_link(path)
+            for path in (folder, *subfolders):
+                remove_leftovers(path)
+        if unlocked:
             console.print(
-                f"the file system of {unguarded[0]} has no locks: nothing keeps another process "
+                f"the file system of {unlocked[0]} has no locks: nothing keeps another process "
                 "from training in the same folder"
             )
         yield

@@ -1,4 +1,4 @@
-"""What the C library does with memory that is no longer needed."""
+"""Whether glibc keeps freed memory for the next tensors or returns it to the system."""
 
 import ctypes
 import sys
@@ -8,20 +8,20 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
 
 
 def keep_freed_memory() -> None:
-    """Keep the memory of freed tensors for the next ones, in this process from now on.
+    """Make glibc keep the memory of freed tensors for the next ones, from now on in this process.
 
-    glibc hands large blocks back to the system at once, which must clear every page before the next
-    tensor gets it: an eighth of the LLM's time and a third of an SAE's. Other C libraries, which
-    have no `mallopt`, are left as they are.
+    By default it returns large blocks to the system at once, which must zero every page before the
+    next tensor gets it: an eighth of the LLM's time and a third of an SAE's. Other C libraries,
+    which have no `mallopt`, are left as they are.
     """
     mallopt = _find_in_glibc("mallopt")
-    # 32 MiB are the most that versions before 2.35 take
+    # versions before 2.35 accept at most 32 MiB
     if mallopt and (mallopt(M_MMAP_THRESHOLD, 1 << 30) or mallopt(M_MMAP_THRESHOLD, 1 << 25)):
         mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def give_back_freed_memory() -> None:
-    """Let the system have what is kept now: others, and estimates of what is free, wait for it."""
+    """Return the kept memory to the system, for other processes and estimates of what is free."""
     if trim := _find_in_glibc("malloc_trim"):
         trim(0)
 

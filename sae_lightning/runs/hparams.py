@@ -1,4 +1,4 @@
-"""What TensorBoard's HParams tab is told of the runs of a command."""
+"""Settings and metrics of a command's runs for TensorBoard's HParams tab."""
 
 from collections.abc import Collection, Sequence
 
@@ -6,7 +6,7 @@ from sae_lightning.report.sweep_table import find_swept, split_overrides
 from sae_lightning.runs.jobs import Job
 from sae_lightning.training.logging import HEADLINE, HParams
 
-# A column for every setting would bury these.
+# Prefixes of the settings that get a column: with all of them, the tab would be unreadable.
 HPARAM_SETTINGS = (
     "model.",
     "loss.",
@@ -19,13 +19,13 @@ HPARAM_SETTINGS = (
 
 
 def make_hparams(jobs: Sequence[Job]) -> list[HParams]:
-    """Of each job: first what was swept, or what was typed for a run alone."""
+    """The columns of each job: first the settings that were swept, or typed for a single run."""
     typed = [split_overrides(job.overrides) for job in jobs]
-    # a resumed job is as it was typed once: what its sweep varied shows in what differs
+    # a resumed job does not know what its sweep varied: compare the jobs
     varied = find_swept(typed)
     swept = [
-        [name for name in job.swept if name in mine] or varied or [*mine]
-        for job, mine in zip(jobs, typed, strict=True)
+        [name for name in job.swept if name in own] or varied or [*own]
+        for job, own in zip(jobs, typed, strict=True)
     ]
     settings = [_select_settings(*each) for each in zip(jobs, typed, swept, strict=True)]
     columns: dict = {}
@@ -38,7 +38,7 @@ def make_hparams(jobs: Sequence[Job]) -> list[HParams]:
 
 
 def _select_settings(job: Job, typed: dict[str, str], swept: Collection[str]) -> dict:
-    """By name; a preset that was swept, `model=relu`, is among them as it was typed."""
+    """Setting -> value, including swept presets such as `model=relu`."""
     return {name: typed[name] for name in swept if name in typed} | {
         name: value if isinstance(value, bool | int | float) else str(value)
         for name, value in job.config.to_flat_dict().items()

@@ -1,4 +1,4 @@
-"""Jobs: what `run` is given, made from a composed config or read from run folders."""
+"""Jobs, made from a composed config or read from run folders."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -34,48 +34,48 @@ FOLDER_HINT = "hydra.run.dir=... (of a sweep: hydra.sweep.dir=...)"
 
 @dataclass(kw_only=True)
 class Job:
-    """One run to do: its config, its folder, and what the user typed to get it."""
+    """One run to train: its config, its folder, and the overrides that the user typed."""
 
     config: Config
     folder: Path
     overrides: list[str] = field(default_factory=list)
     resumed: bool = False
     multirun: bool = False
-    """Whether other jobs may follow, whatever becomes of this one."""
+    """Whether it is one of several jobs, so that the others go on if it fails."""
     sweep_folder: Path | None = None
-    """The folder of the multirun that it is part of, unless its launcher starts jobs singly."""
+    """Folder of its multirun; None without one, or if its launcher starts jobs one by one."""
     swept: Sequence[str] = ()
-    """The settings that were typed with several values; of a plain run, all that were typed."""
+    """Names of the settings typed with several values; for a plain run, of all typed settings."""
     hparams: "HParams | None" = None
-    """What TensorBoard is told of it beside the other jobs of its command, once these are known."""
+    """Its columns in TensorBoard's HParams tab, set once all jobs of the command are known."""
 
     @property
     def trust_override(self) -> dict[str, str]:
-        """What has to be typed again in every command that loads the LLM."""
+        """The setting that every command that loads the LLM has to repeat."""
         return {TRUST_SETTING: "true"} if self.config.llm.trust_remote_code else {}
 
     @property
     def label(self) -> str:
-        """What distinguishes this job in messages: in a sweep, what is swept."""
+        """Name of the job in messages: in a sweep, the swept settings."""
         typed = ",".join(self.overrides) or self.config.model.name
         return make_visible(self.folder.name if self.sweep_folder else typed)
 
 
 def read_overrides(hydra: DictConfig) -> list[str]:
-    """The settings that were typed, as text: what an interpolation in one means, its config says,
-    and not Hydra's."""
+    """The overrides that were typed, as text. (Their interpolations refer to the run's config, not
+    to Hydra's.)"""
     return OmegaConf.to_container(hydra.overrides.task, resolve=False)
 
 
 def read_swept_settings(hydra: DictConfig) -> list[str]:
-    """The settings that were typed, less those with which a multirun's folders are not named:
-    these are the same for all."""
+    """Names of the typed settings that vary in a multirun: those that its folders are named after;
+    in a plain run, all typed settings."""
     same = hydra.job.config.override_dirname.exclude_keys
     return [name for name in split_overrides(read_overrides(hydra)) if name not in same]
 
 
 def format_resume_command(jobs: Sequence[Job]) -> str:
-    """The command that continues jobs that train together: their sweep, or each that was named."""
+    """The command that resumes jobs that train together: their sweep, or else each job."""
     sweep = jobs[0].sweep_folder
     folders = [sweep] if sweep else [job.folder for job in jobs]
     names = [str(shorten_path(folder)) for folder in folders]
@@ -86,8 +86,8 @@ def format_resume_command(jobs: Sequence[Job]) -> str:
 
 
 def register_schemas(tasks: Mapping[str, type] | None = None) -> None:
-    """Tell Hydra the schemas (hidden from the user's options below `schema/`) and resolvers;
-    `tasks`: those of what analyze.py does."""
+    """Register schemas (under `schema/`, hidden from the user's options) and resolvers with Hydra;
+    `tasks`: name -> schema, for analyze.py."""
     store = ConfigStore.instance()
     store.store(group="schema", name="root", node=Config)
     for group, table in (
@@ -110,19 +110,19 @@ def register_schemas(tasks: Mapping[str, type] | None = None) -> None:
 
 
 def pick_loss_preset(model: str) -> str:
-    """The preset of `loss` that goes with a preset of `model`: the one of the same name or, where
-    the user's own has none, that of its architecture."""
+    """The `loss` preset of a `model` preset: the one of the same name or, for a preset of the
+    user's own without one, that of its architecture."""
     loader = GlobalHydra.instance().config_loader()
     exists = loader.repository.config_exists
-    if exists(f"loss/{model}") or not exists(f"model/{model}"):  # Hydra tells what there is
+    if exists(f"loss/{model}") or not exists(f"model/{model}"):  # Hydra reports an unknown name
         return model
     own = loader.load_configuration(f"model/{model}", [], RunMode.RUN)
     name = OmegaConf.select(own, "model.name", default="relu")
-    return name if name in ARCHITECTURES else "relu"  # the config tells which there are
+    return name if name in ARCHITECTURES else "relu"  # Config reports an unknown name
 
 
 def pick_run_folder(existing: str | None) -> str:
-    """`hydra.run.dir`: outputs/<day>/<time>, or a folder that already holds a run."""
+    """`hydra.run.dir`: outputs/<day>/<time>, or the run folder that is resumed."""
     if not existing:
         return datetime.now().strftime("outputs/%Y-%m-%d/%H-%M-%S")
     if is_sweep(Path(existing)):
@@ -140,7 +140,7 @@ def pick_run_folder(existing: str | None) -> str:
 
 
 def pick_sweep_folder(existing: str | None, day: str, time: str) -> str:
-    """`hydra.sweep.dir`: multirun/<day>/<time>, or the sweep that is continued."""
+    """`hydra.sweep.dir`: multirun/<day>/<time>, or the folder of the sweep that is resumed."""
     if existing and is_sweep(Path(existing)):
         return existing
     return f"multirun/{day}/{time}"
@@ -152,9 +152,9 @@ def is_sweep(folder: Path) -> bool:
 
 
 def name_job_folder(swept: str, number: int) -> str:
-    """`hydra.sweep.subdir`: what the job is swept to, or its number if nothing is swept."""
+    """`hydra.sweep.subdir`: the job's swept settings, or its number if nothing is swept."""
     name = swept.replace("/", "_").encode()
-    if len(name) > 200:  # file systems take 255 bytes; the number keeps names apart
+    if len(name) > 200:  # file systems allow 255 bytes; the number keeps names distinct
         return name[:190].decode(errors="ignore") + f"_{number}"
     return name.decode() or str(number)
 
@@ -170,30 +170,30 @@ def make_job(cfg: DictConfig, folder: Path, overrides: list[str], multirun: bool
                 )
         return Job(config=config, folder=folder, overrides=overrides, multirun=multirun)
     _refuse_other_overrides(overrides)
-    this = read_job(Path(pick_run_folder(cfg.resume)), trusted=cfg.llm.trust_remote_code)
-    return replace(this, resumed=True, multirun=multirun)
+    resumed = read_job(Path(pick_run_folder(cfg.resume)), trusted=cfg.llm.trust_remote_code)
+    return replace(resumed, resumed=True, multirun=multirun)
 
 
 def make_jobs(cfg: DictConfig, folder: Path, overrides: list[str], sweep: Path) -> list[Job]:
-    """The jobs that one composed config of the multirun in `sweep` stands for: one, or all those
-    of the sweep that `resume` names."""
+    """The jobs of one composed config of the multirun in folder `sweep`: one job, or all jobs of
+    the sweep that `resume` names."""
     if cfg.resume is None:
         return [replace(make_job(cfg, folder, overrides, multirun=True), sweep_folder=sweep)]
     if is_sweep(Path(cfg.resume)):
         _refuse_other_overrides(overrides)
-        these = read_sweep(Path(cfg.resume), trusted=cfg.llm.trust_remote_code)
-        these = [replace(this, resumed=True) for this in these]
+        jobs = read_sweep(Path(cfg.resume), trusted=cfg.llm.trust_remote_code)
+        jobs = [replace(job, resumed=True) for job in jobs]
     else:
-        these = [make_job(cfg, folder, overrides, multirun=True)]
-    given = [o.partition("=")[0].partition(".")[2] for o in overrides if o.startswith("sweep.")]
-    now = {name: getattr(to_dataclass(cfg.sweep), name) for name in given}
-    for this in these:
-        this.config.sweep = replace(this.config.sweep, **now)
-    return these
+        jobs = [make_job(cfg, folder, overrides, multirun=True)]
+    names = [o.partition("=")[0].partition(".")[2] for o in overrides if o.startswith("sweep.")]
+    changes = {name: getattr(to_dataclass(cfg.sweep), name) for name in names}
+    for job in jobs:
+        job.config.sweep = replace(job.config.sweep, **changes)
+    return jobs
 
 
 def _refuse_other_overrides(overrides: list[str]) -> None:
-    """A resumed run is the run that it was."""
+    """UserError for overrides with `resume` that would change the run."""
     others = [o for o in overrides if not o.startswith(("resume=", "sweep.", f"{TRUST_SETTING}="))]
     if others:
         raise UserError(
@@ -203,7 +203,7 @@ def _refuse_other_overrides(overrides: list[str]) -> None:
 
 
 def _make_paths_absolute(config: Config) -> Config:
-    """So that the run can be resumed and analysed from another working folder."""
+    """Makes paths absolute, so that the run can be resumed and analysed from another folder."""
     if config.llm.name not in PACKAGED and os.path.isdir(make_absolute(config.llm.name)):
         config.llm.name = make_absolute(config.llm.name)
     config.data = config.data.with_absolute_paths()
@@ -213,15 +213,15 @@ def _make_paths_absolute(config: Config) -> Config:
 def read_job(folder: Path, trusted: bool = False) -> Job:
     """The job that an existing run folder describes.
 
-    UserError if it wants Python code to be run that comes with its LLM: the folder may be a
-    stranger's. `trusted`: the user allows it in this very command, or no LLM will be loaded.
+    UserError if its LLM comes with Python code to run, because the folder may be untrusted.
+    `trusted`: this command allows that code, or loads no LLM.
     """
     file = folder / CONFIG_FILE
     try:
         saved = read_settings(file)
         overrides = saved.pop(OVERRIDES_KEY, [])
         if not (isinstance(overrides, list) and all(isinstance(o, str) for o in overrides)):
-            raise ValueError(f"{OVERRIDES_KEY} is no list of what was typed")
+            raise ValueError(f"{OVERRIDES_KEY} is not a list of overrides")
         data = saved["data"]
         schema = _make_schema(data.get("kind") or _infer_data_kind(data), saved["model"]["name"])
         config = to_dataclass(OmegaConf.merge(schema, saved))
@@ -241,8 +241,8 @@ def read_job(folder: Path, trusted: bool = False) -> Job:
 
 @cache
 def _make_schema(data: str, model: str) -> DictConfig:
-    """What the settings of a run on a kind of data with an architecture may be; made once for the
-    many runs of a sweep."""
+    """The schema of a run's config for a kind of data and an architecture; cached, because a sweep
+    has many runs."""
     schema = OmegaConf.structured(Config)
     schema.data = SOURCES[data].settings
     schema.model, schema.loss = ARCHITECTURES[model].config, ARCHITECTURES[model].loss
@@ -250,13 +250,13 @@ def _make_schema(data: str, model: str) -> DictConfig:
 
 
 def read_sweep(folder: Path, trusted: bool = False) -> list[Job]:
-    """The jobs whose run folders lie in the folder of a multirun, by name."""
-    these = [read_job(run, trusted) for run in list_run_folders(folder)]
-    return [replace(this, multirun=True, sweep_folder=folder) for this in these]
+    """The jobs of the run folders in the folder of a multirun, sorted by name."""
+    jobs = [read_job(run, trusted) for run in list_run_folders(folder)]
+    return [replace(job, multirun=True, sweep_folder=folder) for job in jobs]
 
 
 def list_run_folders(sweep: Path) -> list[Path]:
-    """The folders of a multirun's runs, by name; UserError if there are none."""
+    """The run folders of a multirun, sorted by name; UserError if there are none."""
     if not is_sweep(sweep):
         raise UserError(
             f"{sweep} holds no runs of a sweep: give its folder, such as "
@@ -266,14 +266,14 @@ def list_run_folders(sweep: Path) -> list[Path]:
 
 
 def format_config(job: Job) -> str:
-    """What `config.yaml` in a run folder holds."""
+    """The text of `config.yaml` in a run folder."""
     return OmegaConf.to_yaml(
         OmegaConf.create(job.config.to_dict() | {OVERRIDES_KEY: job.overrides})
     )
 
 
 def _infer_data_kind(data: dict) -> str:
-    """The kind of data, which 0.1.0 did not write down, by a setting that only it has."""
+    """The kind of data, told by a setting that only it has: version 0.1.0 did not save it."""
     for kind, setting in {"synthetic": "concepts", "local": "path", "hub": "name"}.items():
         if setting in data:
             return kind

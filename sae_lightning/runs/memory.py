@@ -1,4 +1,4 @@
-"""How much memory a pass takes, estimated before anything is loaded. Units: bytes."""
+"""Estimates the memory of a pass before anything is loaded. Units: bytes."""
 
 import math
 from collections import Counter
@@ -19,24 +19,24 @@ from sae_lightning.scoring.scorecard import MAX_TOKENS_AT_ONCE
 from sae_lightning.training.settings import Accelerator
 
 PROCESS_BYTES = 800_000_000  # Python with torch, transformers and lightning
-EVALUATION_SHARE = 5 / 8  # a token evaluated takes at most so much of what one in training takes
+EVALUATION_SHARE = 5 / 8  # of the memory per token in training, at most, in evaluation
 
 
 class PassMemory(NamedTuple):
-    """What SAEs that share a pass take."""
+    """Memory of the SAEs that share a pass, in bytes."""
 
     parts: dict[tuple[str, ...], int]
-    """What they share, by the settings that it grows with: the shuffle pool, the LLM's weights, and
-    the features of the one SAE that computes at a time."""
+    """Shared memory by the settings that it grows with: the shuffle pool, the LLM's weights, and
+    the activations of one SAE, because SAEs compute one after another."""
 
     heads: list[int]
-    """Of each SAE: weights, gradients and Adam's two moments in fp32, and a copy in bf16."""
+    """Per SAE: weights, gradients and Adam's two moments in fp32, and a copy in bf16."""
 
     hidden: int
-    """Beside these, of each SAE: the LLM's last hidden states with the SAE in place."""
+    """Also per SAE: the LLM's last hidden states with the SAE's reconstruction spliced in."""
 
     def bytes_for(self, first: int, end: int) -> int:
-        """What a pass with the SAEs from `first` up to `end` takes."""
+        """Memory of a pass with the SAEs `first` to `end` - 1."""
         return self.shared + sum(self.heads[first:end]) + (end - first) * self.hidden
 
     @property
@@ -45,7 +45,7 @@ class PassMemory(NamedTuple):
 
 
 def read_free_memory(config: Config) -> float:
-    """What is free where the SAEs train: on the GPU, or for this process in this machine."""
+    """Free memory where the SAEs train: on the GPU, or in RAM for this process."""
     if config.trainer.accelerator is not Accelerator.cpu and torch.cuda.is_available():
         return torch.cuda.mem_get_info()[0]
     return min(psutil.virtual_memory().available, _read_free_in_cgroups(), _read_free_of_ulimit())
@@ -54,8 +54,8 @@ def read_free_memory(config: Config) -> float:
 def _read_free_in_cgroups(
     own: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")
 ) -> float:
-    """What a container or a cluster's job may still take: the least of its group and those above,
-    in cgroup v2 and v1."""
+    """Memory that a container or a cluster's job may still use: the minimum over its cgroup and its
+    parents, in cgroup v2 and v1."""
     left = math.inf
     for line in own.read_text().splitlines() if own.exists() else ():
         _, controllers, path = line.split(":", 2)
@@ -65,27 +65,27 @@ def _read_free_in_cgroups(
         group = mount / controllers / path.lstrip("/")
         for folder in (group, *group.parents):
             with suppress(OSError, ValueError):  # no such group here, or no limit ("max")
-                most = int((folder / f"memory.{limit}").read_text())
+                total = int((folder / f"memory.{limit}").read_text())
                 taken = int((folder / f"memory.{used}").read_text())
-                left = min(left, most - taken + _read_file_cache(folder))
+                left = min(left, total - taken + _read_file_cache(folder))
     return left
 
 
 def _read_file_cache(group: Path) -> int:
-    """What a cgroup has in use for files that were read, which the system takes back at need."""
+    """Page cache of a cgroup, which the system reclaims when memory runs short."""
     lines = (group / "memory.stat").read_text().splitlines()
     stat = {name: int(value) for name, value in map(str.split, lines)}
-    names = ("inactive_file", "active_file")  # in v1 those with `total_` count groups below too
+    names = ("inactive_file", "active_file")  # in v1, `total_` includes child groups
     return sum(stat.get(f"total_{name}", stat[name]) for name in names)
 
 
 def _read_free_of_ulimit() -> float:
-    """What `ulimit -v` leaves to this process."""
+    """Memory that `ulimit -v` leaves to this process."""
     process = psutil.Process()
     if not hasattr(process, "rlimit"):  # neither Linux nor FreeBSD
         return math.inf
-    most, _ = process.rlimit(psutil.RLIMIT_AS)
-    return math.inf if most == psutil.RLIM_INFINITY else most - process.memory_info().vms
+    limit, _ = process.rlimit(psutil.RLIMIT_AS)
+    return math.inf if limit == psutil.RLIM_INFINITY else limit - process.memory_info().vms
 
 
 def estimate_memory(
@@ -94,10 +94,10 @@ def estimate_memory(
     """The memory of a pass that trains SAEs with these configs at these sites."""
     config = configs[0]
     weights = [count_parameters(c.model, llm.width, llm.width) for c in configs]
-    number = torch.finfo(getattr(torch, config.llm.dtype.name)).bits // 8
-    read = distinct_sites(sites)
-    known = config.data_source.memory(read, llm, config.eval.tokens, config.eval.loss_tokens)
-    row = llm.width * len(read) * number
+    element_bytes = torch.finfo(getattr(torch, config.llm.dtype.name)).bits // 8
+    llm_sites = distinct_sites(sites)
+    data = config.data_source.memory(llm_sites, llm, config.eval.tokens, config.eval.loss_tokens)
+    row = llm.width * len(llm_sites) * element_bytes
     # batches in training and evaluation, and the float64 in which an SAE is exported
     batch = max(config.trainer.batch, int(EVALUATION_SHARE * MAX_TOKENS_AT_ONCE))
     batches = [
@@ -107,13 +107,13 @@ def estimate_memory(
     computing, exported = max(zip(batches, (16 * n for n in weights), strict=True), key=sum)
     parts = {
         ("data.pool",): 2 * config.data.pool * row,  # copied for a checkpoint
-        ("llm.batch",): known.rows * row,
+        ("llm.batch",): data.rows * row,
         ("eval.tokens",): config.eval.tokens * row,
-        ("llm.name",): known.shared * number,
+        ("llm.name",): data.shared * element_bytes,
         ("model.features", "trainer.batch"): computing,
         ("model.features",): exported,
     }
-    return PassMemory(parts, [18 * n for n in weights], known.per_sae * number)
+    return PassMemory(parts, [18 * n for n in weights], data.per_sae * element_bytes)
 
 
 def check_memory(
@@ -123,8 +123,8 @@ def check_memory(
     llm: LLMShape,
     free: float,
 ) -> None:
-    """UserError if one of these SAEs, which take `needed` together, takes more than is free even on
-    a pass of its own."""
+    """UserError if one of these SAEs, which need `needed` together, does not fit in the free memory
+    even on a pass of its own."""
     if free < PROCESS_BYTES:
         raise UserError(
             f"{max(free, 0) / 1e9:.1f} GB of memory are free, and the libraries alone take "
@@ -133,7 +133,7 @@ def check_memory(
     for number, (config, pair) in enumerate(zip(configs, sites, strict=True)):
         if (
             needed.bytes_for(number, number + 1) <= free
-        ):  # alone it takes no more: not estimated again
+        ):  # alone it needs no more: no second estimate
             continue
         alone = estimate_memory([config], [pair], llm)
         total = alone.bytes_for(0, 1)

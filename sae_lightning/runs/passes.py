@@ -1,4 +1,4 @@
-"""The one door to training: jobs go on as few passes of the LLM as they allow.
+"""Trains jobs on as few passes of the LLM as possible; all training starts here.
 
     jobs                          stream key   steps done      passes (at most max_heads SAEs each)
     loss.l1=1e-4,seed=0           a            0           \\
@@ -32,41 +32,44 @@ HeldOutResults = list[dict[str, float] | None]
 
 
 def train_jobs(jobs: Sequence[Job]) -> HeldOutResults:
-    """Train the job of a plain run, or all jobs of a multirun; the final held-out metrics of each,
-    None where it failed.
+    """Train the job of a plain run, or all jobs of a multirun. Returns the final held-out metrics
+    of each, None for one that failed.
 
-    In a multirun a pass that fails says why, and the next one begins; of a plain run the error
-    itself is raised. UserError: something is wrong with one of the jobs; then none was started.
+    In a multirun a pass that fails prints why, and the next one starts; in a plain run the error
+    is raised. UserError: one of the jobs is wrong; then none was started.
     """
     jobs = [_resume_if_begun(checks.resolve_auto(job)) for job in jobs]
-    jobs = [replace(job, hparams=told) for job, told in zip(jobs, make_hparams(jobs), strict=True)]
+    jobs = [replace(job, hparams=h) for job, h in zip(jobs, make_hparams(jobs), strict=True)]
     _check_folders(jobs)
     results = {job.folder: _read_outcome(job) for job in jobs}
     todo = list({job.folder: job for job in jobs if not results[job.folder]}.values())
     try:
         passes = plan_passes(todo)
     except UserError as error:
-        if jobs[0].multirun and not jobs[0].sweep_folder:  # jobs are started singly: others go on
+        if (
+            jobs[0].multirun and not jobs[0].sweep_folder
+        ):  # its launcher starts jobs one by one: others go on
             folders.note_refusal(todo[0], str(error))
         raise
     if todo and todo[0].multirun:
         _announce_passes(todo, passes)
     sweeps = {job.sweep_folder for job in todo if job.sweep_folder}
     with folders.claim_folders([*sweeps, *(job.folder for job in todo)]):
-        for job in todo:  # from here on, it can be resumed
+        for job in todo:  # from here on it can be resumed
             folders.begin_run(job)
-        for number, this in enumerate(passes, 1):
+        for number, planned in enumerate(passes, 1):
             if len(passes) > 1:
                 console.print(f"\npass {number} of {len(passes)}")
-            if this.jobs[0].multirun:  # whatever happens, it goes on
-                this = this._replace(jobs=[replace(job, resumed=True) for job in this.jobs])
-            for job, metrics in zip(this.jobs, _train_pass(this), strict=True):
+            if planned.jobs[0].multirun:  # if started again, it is resumed
+                jobs_to_resume = [replace(job, resumed=True) for job in planned.jobs]
+                planned = planned._replace(jobs=jobs_to_resume)
+            for job, metrics in zip(planned.jobs, _train_pass(planned), strict=True):
                 results[job.folder] = [metrics]
     return [metrics for job in jobs for metrics in results[job.folder]]
 
 
 def _check_folders(jobs: list[Job]) -> None:
-    """The same job twice is trained once; different ones need folders of their own."""
+    """UserError if different jobs share a folder. (The same job twice is trained once.)"""
     first: dict[Path, Job] = {}
     for job in jobs:
         other = first.setdefault(job.folder, job)
@@ -79,73 +82,74 @@ def _check_folders(jobs: list[Job]) -> None:
 
 
 def _list_differing_settings(jobs: list[Job]) -> list[str]:
-    """The settings in which jobs differ."""
+    """Names of the settings in which jobs differ."""
     settings = [job.config.to_flat_dict() for job in jobs]
-    names = dict.fromkeys(name for each in settings for name in each)
-    return [name for name in names if len({repr(each.get(name)) for each in settings}) > 1]
+    names = dict.fromkeys(name for flat in settings for name in flat)
+    return [name for name in names if len({repr(flat.get(name)) for flat in settings}) > 1]
 
 
 def _resume_if_begun(job: Job) -> Job:
-    """`job`, as a resumed one if a multirun has begun this very run already: a search may try the
-    same values twice, and a sweep be started again."""
+    """`job`, marked as resumed if a multirun has begun the same run already: a search may try the
+    same values twice, and a sweep may be started again."""
     if job.resumed or not job.multirun or not (job.folder / CONFIG_FILE).is_file():
         return job
-    there = read_job(job.folder, trusted=True).config  # only compared
-    same = there.fixed_on_resume() == job.config.fixed_on_resume() and there.eval == job.config.eval
+    saved, config = read_job(job.folder, trusted=True).config, job.config  # only compared
+    same = saved.fixed_on_resume() == config.fixed_on_resume() and saved.eval == config.eval
     return replace(job, resumed=same)
 
 
 def _read_outcome(job: Job) -> HeldOutResults:
-    """[metrics] of a job that need not be trained any more, [None] of one that cannot be."""
+    """[metrics] of a job that has finished, [None] of one that diverged, [] of one to train."""
     if not job.resumed:
         return []
     if finished := folders.read_earlier_metrics(job):
-        remove_leftovers(job.folder)  # it may have been killed right after its last file
+        remove_leftovers(job.folder)  # it may have been killed just before it removed them
         console.print(f"{make_visible(str(job.folder))} is finished")
         return [finished["held_out"]]
     failure = folders.read_failure(job.folder)
     if failure and failure["diverged"]:
-        said = f"{job.folder} had failed: {failure['reason']}"
+        message = f"{job.folder} had failed: {failure['reason']}"
         if not job.multirun:
-            raise UserError(said)
-        console.print(make_visible(said))
+            raise UserError(message)
+        console.print(make_visible(message))
         return [None]
     return []
 
 
 def plan_passes(jobs: Iterable[Job]) -> list[PlannedPass]:
-    """The passes that train `jobs`; UserError if any of them cannot be trained as it is."""
+    """The passes that train `jobs`; UserError, with a line for each, if any cannot be trained."""
     streams: dict[str, list[Job]] = {}
     for job in jobs:
         streams.setdefault(job.config.stream_key(), []).append(job)
     together: dict[tuple[str, int], list[CheckedJob]] = {}
-    wrong = []
+    errors = []
     for key, sharing in streams.items():
         try:
             for checked in checks.check_jobs(sharing):
-                # runs of a killed sweep may have come to different points
+                # runs of a killed sweep may have stopped at different steps
                 together.setdefault((key, checked.steps_done), []).append(checked)
         except UserError as error:
-            wrong.append(str(error))
-    if wrong:
-        raise UserError(SEVERAL_ERRORS * (len(wrong) > 1) + "\n  ".join(map(make_visible, wrong)))
+            errors.append(str(error))
+    if errors:
+        lines = "\n  ".join(map(make_visible, errors))
+        raise UserError(SEVERAL_ERRORS * (len(errors) > 1) + lines)
     if together:
         checks.check_disk_space([checked for group in together.values() for checked in group])
     return [part for group in together.values() for part in _split_group(group)]
 
 
 def _split_group(group: list[CheckedJob]) -> list[PlannedPass]:
-    """Passes of about equal size, none with more SAEs than asked for or, else, than fit."""
+    """Passes of about equal size, with at most `sweep.max_heads` SAEs or as many as fit."""
     jobs, sites, done, shapes, _ = (list(column) for column in zip(*group, strict=True))
     configs = [job.config for job in jobs]
     needed = memory.estimate_memory(configs, sites, shapes[0])
-    most = min((c.sweep.max_heads for c in configs if c.sweep.max_heads), default=None)
-    if most is None:
+    max_heads = min((c.sweep.max_heads for c in configs if c.sweep.max_heads), default=None)
+    if max_heads is None:
         free = memory.read_free_memory(configs[0])
         memory.check_memory(needed, configs, sites, shapes[0], free)
         room = 0.9 * free - needed.shared
-        most = max(1, int(room // (max(needed.heads) + needed.hidden)))
-    parts = ceil(len(jobs) / most)
+        max_heads = max(1, int(room // (max(needed.heads) + needed.hidden)))
+    parts = ceil(len(jobs) / max_heads)
     ends = [len(jobs) * n // parts for n in range(parts + 1)]
     return [
         PlannedPass(jobs[a:b], sites[a:b], done[0], shapes[0], needed.bytes_for(a, b))
@@ -158,10 +162,10 @@ def _announce_passes(jobs: list[Job], passes: list[PlannedPass]) -> None:
     runs, times = _format_count(len(jobs), "job"), _format_count(len(passes), "pass")
     of = " of the LLM" * jobs[0].config.data_source.has_llm
     console.print(f"{runs} on {times}{of} ({free / 1e9:.1f} GB of memory are free)")
-    for number, this in enumerate(passes, 1):
-        names = ", ".join(sorted({str(site) for site in this.sites}))
-        saes, size = _format_count(len(this.jobs), "SAE"), f"{this.memory / 1e9:.1f} GB"
-        more = ", more than is free" if this.memory > free else ""
+    for number, planned in enumerate(passes, 1):
+        names = ", ".join(sorted({str(site) for site in planned.sites}))
+        saes, size = _format_count(len(planned.jobs), "SAE"), f"{planned.memory / 1e9:.1f} GB"
+        more = ", more than is free" if planned.memory > free else ""
         console.print(f"  pass {number}: {saes} on {names}, about {size}{more}")
 
 
@@ -170,17 +174,17 @@ def _format_count(n: int, noun: str) -> str:
     return f"{n} {noun if n == 1 else plural}"
 
 
-def _train_pass(this: PlannedPass) -> HeldOutResults:
-    """Train the jobs of a pass; if it fails, write down why and, in a multirun, say so."""
-    jobs = this.jobs
+def _train_pass(planned: PlannedPass) -> HeldOutResults:
+    """Train the jobs of a pass; if it fails, write down why and, in a multirun, print it."""
+    jobs = planned.jobs
     try:
-        return run_pass(this)
+        return run_pass(planned)
     except KeyboardInterrupt:
         if folders.forget_empty_run(jobs[0]):
             raise
         console.print(f"interrupted. Continue with\n\n  {format_resume_command(jobs)}\n")
         sys.exit(130)
-    except Exception as error:  # a bug, too: the other passes need not suffer from it
+    except Exception as error:  # a bug, too: other passes must not suffer from it
         reason = (
             _describe_out_of_memory(jobs) if is_out_of_memory(error) else describe_error(error, [])
         )
@@ -195,8 +199,8 @@ def _train_pass(this: PlannedPass) -> HeldOutResults:
             raise
         print_error(reason, jobs[0].folder.name if len(jobs) == 1 else None)
     finally:
-        # trainer, module and callbacks refer to one another (and an error to all of them): the
-        # next pass would load its LLM while this one is still in memory
+        # trainer, module and callbacks (and an error's traceback) form reference cycles: without
+        # this, the next pass would load its LLM while this one is still in memory
         gc.collect()
         give_back_freed_memory()
         if torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""What a run says to the person at the terminal, before and after."""
+"""What a run prints before and after training."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ from sae_lightning.training.module import SAEModule
 def print_plan(
     jobs: Sequence[Job], heads: Sequence[Head], inputs: dict[str, str], steps_done: int
 ) -> None:
-    """Say what is about to be trained on which `inputs`, and where the results go."""
+    """Print what is trained, on which `inputs`, and where the results go."""
     trainer = jobs[0].config.trainer
     parameters = sum(p.numel() for head in heads for p in head.sae.parameters())
     sites = [SitePair(head.source, head.target) for head in heads]
@@ -43,7 +43,7 @@ def print_plan(
 
 
 def print_results(job: Job, metrics: dict) -> None:
-    """The table at the end, and the commands that come next."""
+    """Print the metrics of a finished run, and the commands to run next."""
     speed, dead = metrics["speed"], metrics["training"]["train/dead"]
     lines = scorecard.format_lines(metrics["held_out"]) | {
         "dead in training": f"{dead:.1%} of features",
@@ -53,14 +53,14 @@ def print_results(job: Job, metrics: dict) -> None:
         lines["speed"] = format_speed(job, speed)
     console.print(make_grid(lines, title=scorecard.describe_data(metrics["held_out"])))
     folder = shorten_path(job.folder)
-    # the folder above, outputs/ or multirun/, so that earlier runs are there to compare with
+    # outputs/ or multirun/, so that TensorBoard also shows earlier runs
     root = Path(folder.parts[0]) if folder.parts and not folder.is_absolute() else folder
     analyze = format_command("analyze.py", run=folder, **job.trust_override)
     console.print(f"\n  {format_tensorboard_command(root)}\n  {analyze}\n")
 
 
 def format_speed(job: Job, speed: dict[str, float]) -> str:
-    """How fast a run was and, where that is known, where its time went."""
+    """Tokens per second and, if measured, the shares of the time."""
     where = ""
     if "llm_share" in speed:
         llm = f"LLM {speed['llm_share']:.0%}, " if speed["llm_share"] else ""
@@ -73,7 +73,7 @@ def format_speed(job: Job, speed: dict[str, float]) -> str:
 
 
 def print_how_to_continue(module: SAEModule) -> None:
-    """After a stop that was asked for."""
+    """Print, after Ctrl-C or SIGTERM, the command that resumes training."""
     console.print(
         f"stopped by {module.stopped_by.name} and saved at {module.tokens_seen:,} tokens. "
         f"Continue with\n\n  {module.resume}\n"

@@ -1,4 +1,4 @@
-"""Trains the jobs of one pass of the LLM: the only place where everything is wired."""
+"""Trains the jobs of one pass of the LLM; here all parts are put together."""
 
 import logging
 import signal
@@ -38,7 +38,7 @@ from sae_lightning.training.settings import checkpoint_path
 
 
 class RunParts(NamedTuple):
-    """What a run is made of."""
+    """The parts that a run is assembled from."""
 
     data: ActivationData
     module: SAEModule
@@ -46,19 +46,19 @@ class RunParts(NamedTuple):
 
 
 class PlannedPass(NamedTuple):
-    """Jobs that train together on one stream, and what has been looked up for them."""
+    """Jobs that train together on one pass of the LLM, with what the checks looked up."""
 
     jobs: list[Job]
     sites: list[SitePair]
-    """What each reads and reconstructs."""
+    """The sites that each job's SAE reads and reconstructs."""
     steps_done: int
-    """Updates that all of them have done already."""
+    """Updates done before they were stopped, the same for all."""
     llm: LLMShape
     memory: int
-    """Estimate in bytes."""
+    """Estimated memory in bytes."""
 
 
-def run_pass(this: PlannedPass) -> list[dict[str, float] | None]:
+def run_pass(planned: PlannedPass) -> list[dict[str, float] | None]:
     """Train the SAEs of a pass, whose folders this process has claimed.
 
     Returns the final held-out metrics of each, None for one that failed beside others; its run
@@ -67,35 +67,35 @@ def run_pass(this: PlannedPass) -> list[dict[str, float] | None]:
     if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()  # of this pass, not of the one before
     keep_freed_memory()
-    # Lightning says nothing that a user can act on
+    # Lightning's messages tell a user nothing that he can act on
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
-        return _run_pass(this)
+        return _run_pass(planned)
 
 
-def _run_pass(this: PlannedPass) -> list[dict[str, float] | None]:
-    jobs, steps_done = this.jobs, this.steps_done
+def _run_pass(planned: PlannedPass) -> list[dict[str, float] | None]:
+    jobs, steps_done = planned.jobs, planned.steps_done
     config = jobs[0].config
     opened = config.data_source.open(
-        distinct_sites(this.sites),
+        distinct_sites(planned.sites),
         tokens=config.eval.tokens,
         loss_tokens=config.eval.loss_tokens,
         ahead=config.trainer.batch,
         resumed=jobs[0].resumed,
     )
-    parts = assemble(this, opened)
+    parts = assemble(planned, opened)
     print_plan(jobs, parts.module.heads, opened.about, steps_done)
     try:
-        return _fit(this, parts)
+        return _fit(planned, parts)
     finally:
         for head in parts.module.heads:
-            with suppress(WriteError):  # what failed before has been told
+            with suppress(WriteError):  # the first failure has been reported
                 head.log.close()
 
 
-def _fit(this: PlannedPass, parts: RunParts) -> list[dict[str, float] | None]:
-    jobs, steps_done, module = this.jobs, this.steps_done, parts.module
+def _fit(planned: PlannedPass, parts: RunParts) -> list[dict[str, float] | None]:
+    jobs, steps_done, module = planned.jobs, planned.steps_done, parts.module
     started = time.monotonic()
     try:
         parts.trainer.fit(
@@ -105,7 +105,7 @@ def _fit(this: PlannedPass, parts: RunParts) -> list[dict[str, float] | None]:
             weights_only=True,
         )
     finally:
-        parts.data.stream.close()  # the traceback of a failure would keep its cache locked
+        parts.data.stream.close()  # or the traceback of a failure would keep its cache locked
     if module.stopped_by and module.global_step < module.steps:
         print_how_to_continue(module)
         sys.exit(128 + module.stopped_by)
@@ -123,9 +123,9 @@ def _fit(this: PlannedPass, parts: RunParts) -> list[dict[str, float] | None]:
     return results
 
 
-def assemble(this: PlannedPass, opened: OpenedData) -> RunParts:
-    """Build stream, heads and trainer from the jobs' configs."""
-    jobs, config = this.jobs, this.jobs[0].config
+def assemble(planned: PlannedPass, opened: OpenedData) -> RunParts:
+    """Build the stream, heads and trainer of a pass from its jobs' configs."""
+    jobs, config = planned.jobs, planned.jobs[0].config
     trainer = config.trainer
     stream = BatchStream(
         opened.rows,
@@ -134,9 +134,10 @@ def assemble(this: PlannedPass, opened: OpenedData) -> RunParts:
         pool=config.data.pool,
         seed=config.seed,
     )
-    resumed_at = this.steps_done * trainer.batch if jobs[0].resumed else None
+    resumed_at = planned.steps_done * trainer.batch if jobs[0].resumed else None
     heads = [
-        make_head(job, pair, this.llm.width) for job, pair in zip(jobs, this.sites, strict=True)
+        make_head(job, pair, planned.llm.width)
+        for job, pair in zip(jobs, planned.sites, strict=True)
     ]
     for job, head in zip(jobs, heads, strict=True):
         head.log = HeadLog(job.folder, job.hparams, resumed_at)
@@ -155,7 +156,7 @@ def assemble(this: PlannedPass, opened: OpenedData) -> RunParts:
             min_epochs=0,
             max_steps=trainer.steps,
             callbacks=make_callbacks(trainer, config.eval),
-            # one process trains all: what SLURM or torchrun says about others is not asked for
+            # one process trains all: ignore what SLURM or torchrun say about others
             plugins=[HeadCheckpoints(heads), LightningEnvironment()],
             logger=False,
             enable_checkpointing=False,
@@ -168,7 +169,7 @@ def assemble(this: PlannedPass, opened: OpenedData) -> RunParts:
 
 
 def make_head(job: Job, sites: SitePair, width: int) -> Head:
-    """The head of a job, without a log."""
+    """The head that trains a job's SAE; its log is set later."""
     config = job.config
     head = Head(
         build_sae(config.model, width, width),
@@ -191,7 +192,7 @@ def make_head(job: Job, sites: SitePair, width: int) -> Head:
 
 
 def score_and_save(jobs: list[Job], parts: RunParts) -> list[dict[str, float] | None]:
-    """Score the trained SAEs, write `metrics.json` and `sae/`, and say where everything is."""
+    """Score the trained SAEs, write `metrics.json` and `sae/`, and print the results."""
     module = parts.module
     evaluate_heads(module.training_heads, parts.data.held_out, module.tokens_seen)
     for job, head in zip(jobs, module.heads, strict=True):

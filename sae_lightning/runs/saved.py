@@ -1,7 +1,7 @@
-"""YAML in the folder of a run or sweep, which a stranger may have written.
+"""Safe reading of the YAML in the folder of a run or sweep, which may be untrusted.
 
-What is written there is resolved already. In what is read, an interpolation would take secrets out
-of the environment, an alias could grow without end, and a tag names a Python object.
+We write resolved values only. When reading, an interpolation could copy secrets from the
+environment, an alias could expand without limit, and a tag names a Python object: all are refused.
 """
 
 import re
@@ -15,8 +15,8 @@ from omegaconf import OmegaConf
 from sae_lightning.errors import UserError
 from sae_lightning.files import read_regular_file
 
-MAX_YAML_DEPTH = 20  # of groups and lists within one another; ours have 3
-OVERRIDES_KEY = "overrides"  # what was typed to get the run: text, which nobody resolves
+MAX_YAML_DEPTH = 20  # nesting of groups and lists; ours have 3 levels
+OVERRIDES_KEY = "overrides"  # the overrides that were typed: text that is never resolved
 
 
 def read_settings(file: Path) -> Any:
@@ -24,17 +24,19 @@ def read_settings(file: Path) -> Any:
     interpolation."""
     text = read_regular_file(file)
     for name, value in parse_scalars(file, text):
-        # of a link to a file of secrets, no more than this is quoted
-        if name != OVERRIDES_KEY and (found := re.search(r"\$\{[^}]*\}*", value)):
-            raise _make_refusal(file, name, f"the interpolation {found[0]!r:.60}")
+        # quote no more than this: the file may be a link to secrets
+        if name != OVERRIDES_KEY and (match := re.search(r"\$\{[^}]*\}*", value)):
+            raise _make_refusal(file, name, f"the interpolation {match[0]!r:.60}")
     return OmegaConf.to_container(OmegaConf.create(text))
 
 
 def parse_scalars(file: Path, text: str) -> Iterator[tuple[str, str]]:
-    """The dotted name and the text of each key and value in the YAML `text` of `file`; what is in a
-    list has the name of the list. UserError where anything but text is."""
-    keys: list[str | bool | None] = []  # a mapping's key, None before it; False for a list
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):  # the parser that OmegaConf has
+    """Yield (dotted name, text) of each key and value in the YAML `text` of `file`; items of a list
+    have the list's name. UserError for anchors, aliases, tags and merge keys."""
+    keys: list[
+        str | bool | None
+    ] = []  # per level: a mapping's key (None before it), False for a list
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):  # the parser that OmegaConf uses
         name = ".".join(key for key in keys if key)
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
             raise _make_refusal(file, name, "an anchor or alias (& or *)")
@@ -43,10 +45,10 @@ def parse_scalars(file: Path, text: str) -> Iterator[tuple[str, str]]:
         before_key = bool(keys) and keys[-1] is None
         if isinstance(event, yaml.CollectionStartEvent):
             if before_key:
-                raise _make_refusal(file, name, "a key that is no word")
+                raise _make_refusal(file, name, "a key that is not a word")
             if len(keys) == MAX_YAML_DEPTH:
                 raise _make_refusal(
-                    file, name, f"more than {MAX_YAML_DEPTH} groups or lists within one another"
+                    file, name, f"more than {MAX_YAML_DEPTH} nested groups or lists"
                 )
             keys.append(None if isinstance(event, yaml.MappingStartEvent) else False)
         elif isinstance(event, yaml.ScalarEvent) and before_key:
@@ -66,6 +68,6 @@ def parse_scalars(file: Path, text: str) -> Iterator[tuple[str, str]]:
 def _make_refusal(file: Path, name: str, what: str) -> UserError:
     name = name if name.isprintable() else repr(name)
     return UserError(
-        f"{file}: {name or 'its top'} holds {what}, which no run writes: such a file is not read; "
-        "write the value itself there"
+        f"{file}: {name or 'the top level'} holds {what}, which no run writes, so the file is not "
+        "read; write the value itself there"
     )

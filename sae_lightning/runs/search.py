@@ -1,4 +1,4 @@
-"""What a sweeper that searches is told about a finished run, and how large its passes may be."""
+"""Settings of a multirun, and the objective that a searching sweeper maximises."""
 
 import math
 from collections.abc import Collection
@@ -12,8 +12,8 @@ from sae_lightning.stream import SOURCES
 
 COMMON_METRICS = {*Quality._fields, *Copies._fields} - {"density", "dimension"}
 OBJECTIVES = sorted(COMMON_METRICS.union(*(row.measures for row in SOURCES.values())))
-# Per factor e of active features too many (1 % too many cost 0.1). It has to outweigh what a metric
-# gains by them: kl, the steepest, falls by 0.2 nats from L0 20 to 50 (SmolLM2, block 9).
+# Penalty per factor of e by which L0 exceeds sweep.l0 (1 % too many cost 0.1). It must outweigh
+# what a metric gains: kl, the steepest, falls by 0.2 nats from L0 20 to 50 (SmolLM2, block 9).
 EXCESS_L0_PENALTY = 10.0
 
 
@@ -25,7 +25,7 @@ class SweepConfig:
     """Held-out metric that a searching sweeper maximises; a minus in front minimises (`-kl`). null
     is ce_recovered, or explained_variance where the LLM's loss is not measured."""
     l0: float | None = None
-    """Judge the objective at this L0: more active features per token are marked down."""
+    """Target L0 of the search: more active features per token lower the objective."""
     max_heads: int | None = None
     """SAEs trained together on one pass of the LLM; null for as many as memory allows."""
 
@@ -43,21 +43,21 @@ class SweepConfig:
             raise UserError(f"sweep.max_heads={self.max_heads}: give 1 or more SAEs for a pass")
 
     def check_objective(self, measures: Collection[str], where: str) -> None:
-        """UserError if the objective is neither of all data nor among what is measured `where`."""
-        there = sorted(COMMON_METRICS.union(measures))
-        if self.objective and self.objective.removeprefix("-") not in there:
+        """UserError if the objective is not among the metrics measured `where`."""
+        metrics = sorted(COMMON_METRICS.union(measures))
+        if self.objective and self.objective.removeprefix("-") not in metrics:
             raise UserError(
                 f"sweep.objective={self.objective} is not measured {where}: choose from "
-                f"{', '.join(there)}"
+                f"{', '.join(metrics)}"
             )
 
 
 def compute_objective(metrics: dict[str, float], sweep: SweepConfig) -> float:
-    """The number to maximise: m - EXCESS * max(0, log(L0 / sweep.l0)).
+    """The number to maximise: m - EXCESS_L0_PENALTY * max(0, log(L0 / sweep.l0)).
 
-    m is the metric, negated by a minus, and nothing is subtracted without `sweep.l0`. Metrics rise
-    with L0, so that a search comes to rest at or just below `sweep.l0`; above it, the slope leads
-    back. -inf where the metric is nan: samplers refuse nan, and such a run must not win.
+    m is the metric, negated if `sweep.objective` begins with a minus; without `sweep.l0` nothing is
+    subtracted. Metrics improve with L0, so a search settles at or just below `sweep.l0`. A NaN
+    metric gives -inf: samplers refuse NaN, and such a run must not win.
     """
     usual = "ce_recovered" if "ce_recovered" in metrics else "explained_variance"
     name = sweep.objective or usual

@@ -1,4 +1,4 @@
-"""What runs and multiruns need around their jobs; Hydra calls it (see conf/config.yaml)."""
+"""Hydra callback that makes run folders, checks all jobs of a sweep, and writes its report."""
 
 import atexit
 import math
@@ -36,23 +36,23 @@ from sae_lightning.terminal import (
     shorten_path,
 )
 
-HYDRA_RECORD = "multirun.yaml"  # what Hydra keeps of a sweep
+HYDRA_RECORD = "multirun.yaml"  # Hydra's record of a sweep
 
 
 class Sweep(Callback):
-    """A folder for each run or multirun; of a multirun, all jobs are checked before the first, and
-    a report ends them."""
+    """Makes the folder of a run or multirun. In a multirun it checks all jobs before the first
+    starts, and writes a report at the end. Set in conf/config.yaml."""
 
     def __init__(self):
         self.resuming = False
 
     def on_run_start(self, config: DictConfig, **_) -> None:
-        """Give a plain run its folder."""
+        """Make the folder of a plain run."""
         with _exit_on_errors(read_overrides(config.hydra)):
             _make_new_folder(config, "run")
 
     def on_multirun_start(self, config: DictConfig, **_) -> None:
-        """Name the jobs' folders after what is swept, and end here if any config is wrong."""
+        """Name the jobs' folders after the swept settings; exit if any job's config is wrong."""
         with _exit_on_errors(read_overrides(config.hydra)):
             self._start(config)
 
@@ -65,28 +65,28 @@ class Sweep(Callback):
         typed = parse(read_overrides(config.hydra))
         check_sweep(typed, config.hydra.sweeper)
         params = [f"{k}={v}" for k, v in (config.hydra.sweeper.get("params") or {}).items()]
-        # what is typed beats what a preset says, and the last of all that is given twice
+        # typed overrides beat those of a preset, and the last one wins if a setting is repeated
         parsed = list({o.key_or_group: o for o in parse(params) + typed}.values())
         same = [o.key_or_group for o in parsed if not _has_several_values(o)]
         excluded = ",".join(f"'{key}'" for key in same)
-        with read_write(config):  # each job is composed with these
+        with read_write(config):  # each job is composed with this
             config.hydra.overrides.hydra.append(
                 f"hydra.job.config.override_dirname.exclude_keys=[{excluded}]"
             )
         if config.resume and is_sweep(Path(config.resume)):
             self.resuming = True
-            self._look_at_record(loader)
+            self._print_missing_jobs(loader)
         sweeper, launcher = config.hydra.sweeper, config.hydra.launcher._target_
         if not sweeper._target_.endswith(f".{BasicSweeper.__name__}"):
-            return  # another sweeper chooses as it goes
+            return  # another sweeper chooses its jobs one after another
         if launcher.endswith(".OnePassLauncher") and sweeper.max_batch_size is None:
-            return  # it checks all jobs itself, and more of them
+            return  # it checks all jobs itself, more thoroughly
         for number, overrides in enumerate(BasicSweeper.split_arguments(parsed, None)[0]):
             with _exit_on_errors(overrides):
                 _check_job(loader.load_sweep_config(config, overrides), number, overrides)
 
     def _keep_record(self, folder: Path) -> None:
-        """Keep the record of an earlier sweep in `folder`, which Hydra is about to write over."""
+        """Keep the record of an earlier sweep in `folder`, which Hydra is about to overwrite."""
         if (folder / CONFIG_FILE).exists():
             raise UserError(
                 f"hydra.sweep.dir={folder}: holds a run; a sweep needs a folder of its own"
@@ -95,11 +95,11 @@ class Sweep(Callback):
         self.runs = sorted(folder.glob(f"*/{CONFIG_FILE}"))
         with suppress(OSError, ValueError):
             self.kept = read_regular_file(self.record)
-            self._put_record_back()  # as a file of its own, whatever other name it had
+            self._put_record_back()  # as a new file, in case it was a hard link
         atexit.register(self._put_record_back)
 
     def _put_record_back(self) -> None:
-        """Let the record be what it was, unless a run has been added to those in the folder."""
+        """Restore the record, unless a run has been added to the folder."""
         folder = self.record.parent
         if sorted(folder.glob(f"*/{CONFIG_FILE}")) != self.runs:
             return
@@ -110,43 +110,42 @@ class Sweep(Callback):
             with write_atomically(self.record) as temporary:
                 temporary.write_text(self.kept, "utf8")
 
-    def _look_at_record(self, loader: ConfigLoader) -> None:
-        """Say which jobs are not in the folder of a resumed sweep: only what has begun can be."""
+    def _print_missing_jobs(self, loader: ConfigLoader) -> None:
+        """Print how many jobs of a resumed sweep never began: they have no folder to resume."""
         try:
-            words = parse_scalars(self.record, self.kept or "")
-            given = [text for name, text in words if name == "hydra.overrides.task"]
-            parsed = OverridesParser.create(loader).parse_overrides(given)
+            entries = parse_scalars(self.record, self.kept or "")
+            overrides = [text for name, text in entries if name == "hydra.overrides.task"]
+            parsed = OverridesParser.create(loader).parse_overrides(overrides)
             jobs = math.prod(count_values(override) for override in parsed)
             missing = jobs - len(self.runs)
-            known = f"{missing} of the {jobs} jobs"
         except UserError:
             raise
         except (ValueError, ArithmeticError, RecursionError, YAMLError, HydraException):
             return  # a record of something else, or damaged
-        if missing > 0 and given:
-            place = quote_setting("hydra.sweep.dir", shorten_path(self.record.parent))
+        if missing > 0 and overrides:
+            folder = quote_setting("hydra.sweep.dir", shorten_path(self.record.parent))
             console.print(
-                f"{known} of this sweep never began and are not resumed: give "
-                f"its own command again, with {place}"
+                f"{missing} of the {jobs} jobs of this sweep never began and are not resumed: run "
+                f"its own command again, with {folder}"
             )
 
     def on_job_start(self, config: DictConfig, **_) -> None:
-        """Put the record of a resumed sweep back: killed from here on, it is still there."""
+        """Restore the record of a resumed sweep, so that it survives a kill from here on."""
         if self.resuming:
             self._put_record_back()
 
     def on_multirun_end(self, config: DictConfig, **_) -> None:
-        """Write the report, and end with an error if a run has no result."""
+        """Write the report, and exit with an error if a run has no result."""
         folder = Path(config.hydra.sweep.dir)
         if not is_sweep(folder):
             return
         runs = read_sweep_runs(folder)
         try:
             write_report(folder, runs)
-        except Exception as error:  # the runs are there, and what failed has to be told
+        except Exception as error:  # the runs are saved, and failed ones must still be reported
             again = format_command("analyze.py", task="sweep", run=shorten_path(folder))
-            said = make_visible(f"the report could not be written ({error}); again: {again}")
-            sys.stderr.write(said + "\n")
+            line = make_visible(f"the report could not be written ({error}); again: {again}")
+            sys.stderr.write(line + "\n")
         failed = sum(run.metrics is None for run in runs)
         if failed:
             sys.exit(f"error: {failed} of the {len(runs)} jobs failed, see above")
@@ -154,7 +153,7 @@ class Sweep(Callback):
 
 @contextmanager
 def _exit_on_errors(overrides: Iterable[str]) -> Iterator[None]:
-    """End the process with an error's line: Hydra turns a callback's exceptions into warnings."""
+    """Exit with an error's line: Hydra turns a callback's exceptions into warnings."""
     try:
         yield
     except Exception as error:
@@ -166,8 +165,8 @@ def _exit_on_errors(overrides: Iterable[str]) -> Iterator[None]:
 
 
 def _make_new_folder(config: DictConfig, kind: str) -> None:
-    """Make the folder of a new run or sweep that is named after the time, which another process may
-    have taken in the same second. A folder that the user names is as it is."""
+    """Make the folder of a new run or sweep, under another name if a process that started in the
+    same second has it. A folder that the user names is left alone."""
     place = config.hydra[kind]
     if f"${{{kind}_folder:" not in OmegaConf.to_container(place, resolve=False)["dir"]:
         return
@@ -180,8 +179,8 @@ def _make_new_folder(config: DictConfig, kind: str) -> None:
 
 
 def _refuse_special_files(sweep: Path) -> None:
-    """UserError if the folder of a sweep holds a link, a pipe or a device: Hydra and sweepers write
-    through it, or wait for ever."""
+    """UserError if the folder of a sweep holds a symbolic link, a pipe or a device: Hydra and
+    sweepers would write through it, or hang."""
     for file in sweep.iterdir() if sweep.is_dir() else ():
         if file.is_symlink() or not (file.is_file() or file.is_dir()):
             raise UserError(
@@ -191,7 +190,7 @@ def _refuse_special_files(sweep: Path) -> None:
 
 
 def _has_several_values(override: Override) -> bool:
-    """Whether an override has several values: not so `choice(x)`, which arguments.py may write."""
+    """Whether an override has several values; `choice(x)`, written by arguments.py, has one."""
     if override.is_choice_sweep():
         return len(override.value().list) > 1
     return override.is_sweep_override()

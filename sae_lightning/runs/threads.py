@@ -1,4 +1,4 @@
-"""How the threads of matrix products wait for one another."""
+"""OpenMP's wait policy, set before torch is loaded."""
 
 import os
 
@@ -6,10 +6,11 @@ import psutil
 
 
 def share_cores() -> None:
-    """Where others use more than half of the cores, let threads that wait leave theirs.
+    """If other processes use more than half of the CPU, make waiting threads yield their cores.
 
-    OpenMP reads this when torch is loaded. Its threads spin for milliseconds, which is faster by
-    some percent alone; beside others they keep from the core the very thread that they wait for.
+    OpenMP reads the policy when torch is loaded. By default its threads spin for milliseconds,
+    which is some percent faster on an idle machine; on a busy one they can hold the core that the
+    thread they wait for needs.
     """
     if psutil.cpu_percent(interval=0.1) > 50:
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")

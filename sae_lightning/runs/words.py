@@ -1,8 +1,8 @@
-"""Names of settings that people bring from other tools."""
+"""Settings of other tools, and what to write instead."""
 
 from hydra.core.config_store import ConfigStore
 
-# Their words, and what is written here.
+# Names in other tools -> what to write here.
 SETTINGS_ELSEWHERE = {
     "max_steps num_steps n_steps train_steps training_steps total_steps total_training_steps": (
         "trainer.tokens=..., which is updates times trainer.batch"
@@ -49,8 +49,8 @@ TRANSLATIONS = {word: ours for words, ours in SETTINGS_ELSEWHERE.items() for wor
 
 
 def translate_setting(argument: str) -> str | None:
-    """What to write instead of an argument whose name is another tool's; None if it is nobody's, or
-    in analyze.py, which has none of these settings."""
+    """One line on what to write instead of another tool's setting; None for an unknown name, and in
+    analyze.py, which has none of these settings."""
     if "task" in ConfigStore.instance().repo:
         return None
     name = argument.lstrip("-+~").partition("=")[0]

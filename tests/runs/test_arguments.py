@@ -87,9 +87,9 @@ finally:
 SEARCH = "hydra/sweeper=optuna"
 SWEPT = {
     # lists that are empty: nothing would be trained, with exit code 0
-    "model=glob(zz*)": r"model=glob\(zz\*\): there is nothing in it, so nothing would be trained",
-    "layer.index=glob(*)": r"layer\.index=glob\(\*\): there is nothing in it, .*",
-    "layer.index=range(3,1)": r"layer\.index=range\(3,1\): there is nothing in it, .*",
+    "model=glob(zz*)": r"model=glob\(zz\*\): this is empty, so nothing would be trained",
+    "layer.index=glob(*)": r"layer\.index=glob\(\*\): this is empty, .*",
+    "layer.index=range(3,1)": r"layer\.index=range\(3,1\): this is empty, .*",
     "layer.index=range(1,3,0)": r"layer\.index=range\(1,3,0\): give finite .* a step that is not 0",
     "loss.l1=range(0,inf)": r"loss\.l1=range\(0,inf\): give finite numbers, and a step .*",
     "loss.l1=range(0,1e300,1e-300)": r"loss\.l1=range\(0,1e300,1e-300\): give finite numbers, .*",

@@ -478,7 +478,7 @@ def test_a_text_in_a_run_folder_is_still_that_text(hydra, tmp_path):
 @pytest.mark.parametrize("setting", ["prompt", "text", "label"])
 def test_a_text_that_is_not_utf_8_is_refused(with_tasks, setting):
     """Such bytes come from the shell as lone surrogates, which no tokenizer takes."""
-    with pytest.raises(UserError, match=f"^{setting}: what was given is not UTF-8"):
+    with pytest.raises(UserError, match=f"^{setting}: the text is not UTF-8"):
         quote_texts([f"{setting}=caf\udce9"])
     assert quote_texts(["run=caf\udce9"]) == ["run='caf\udce9'"], "a path may be anything"
 
@@ -748,7 +748,7 @@ def test_train_refuses_before_anything_is_made(tmp_path, overrides, message):
         (["run=old", "task=lens", "feature=a"], r"feature=a: give a number, or several as .*"),
         (["-m", "run=old", "task=lens", "feature=1,2"], r"-m: analyze\.py looks at one folder .*"),
         (["run=old", "task=lens", "feature=1,2"], r"feature=1,2: .* written feature=\[1,2\]; .*"),
-        (["run=old", "trainer=cpu"], r"no setting trainer: --help lists those that there are"),
+        (["run=old", "trainer=cpu"], r"no setting trainer: --help lists all settings"),
         (["run=old", "data=synthetic"], r"data=synthetic has no meaning here: .* leave it out"),
         (["run=old", "task=lens", "feature=nan"], r"feature=nan: give a finite number"),
         (["run=old", "task=steer"], r"feature is not set: give feature=\.\.\."),

@@ -169,7 +169,7 @@ HOSTILE = {
     "a tag": ("index: !!int 0", "layer.index holds the tag 'tag:yaml.org,2002:int'"),
     "a tag of Python": ("index: !!python/object/apply:os.getpid []", "layer.index holds the tag"),
     "a tag of ours": ("index: !a 0", "layer.index holds the tag '!a'"),
-    "a list as a key": ("? [a]\n  : 0", "layer holds a key that is no word"),
+    "a list as a key": ("? [a]\n  : 0", "layer holds a key that is not a word"),
 }
 
 
@@ -198,8 +198,7 @@ def test_what_stands_for_what_was_typed_is_resolved_by_nobody(
     write_text(run, "overrides: []", f"overrides: {overrides}")
     (told,) = read_sweep_runs(tmp_path / "sweep")
     assert (
-        told.failure
-        == f"{run / CONFIG_FILE} cannot be read: overrides is no list of what was typed"
+        told.failure == f"{run / CONFIG_FILE} cannot be read: overrides is not a list of overrides"
     )
 
 
@@ -209,7 +208,7 @@ def test_a_bomb_of_levels_is_refused_at_once(tmp_path, level):
     write_text(run, "index: 0", f"index: {level * 50_000}")
     started = time.monotonic()
     with pytest.raises(
-        UserError, match=r"layer\.index.* holds more than 20 groups or lists within"
+        UserError, match=r"layer\.index.* holds more than 20 nested groups or lists"
     ):
         read_job(run)
     assert time.monotonic() - started < 1
