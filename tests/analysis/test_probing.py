@@ -97,7 +97,7 @@ def test_nothing_of_a_tested_piece_reaches_its_probe(labels, planted):
     changed[first] = 7.0
     before, after = (cut(each, labels, 0) for each in (x, changed))
     assert np.array_equal(before.x, after.x)
-    assert np.array_equal(before.detection, after.detection)
+    assert np.array_equal(before.aurocs, after.aurocs)
 
 
 def test_all_units_tell_what_no_single_one_does(labels):
@@ -190,7 +190,7 @@ def test_pieces_are_pooled_over_their_own_tokens_only(labels, subject):
     for tokens, mask in ((short, text), (short[:, :7], text[:, :7])):
         part = labels._replace(tokens=tokens, text=mask)
         reducer = PieceMeans(2)
-        collect(subject, part.batches(1), [reducer], total=2)
+        collect(subject, part.split_batches(1), [reducer], total=2)
         pooled.append(reducer.result())
     for units in ("features", "neurons"):
         torch.testing.assert_close(pooled[0][units], pooled[1][units], rtol=1e-4, atol=1e-4)

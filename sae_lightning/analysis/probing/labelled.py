@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae_lightning.analysis.probing.pieces import FOLDS, Piece, document_pieces, play_pieces
+from sae_lightning.analysis.probing.pieces import FOLDS, Piece, cut_documents, cut_plays
 from sae_lightning.errors import UserError
 from sae_lightning.llm.quiet import mute_libraries
 from sae_lightning.llm.vocabulary import check_ids, find_bos_id, find_separator_id
@@ -42,9 +42,9 @@ class Labelled(NamedTuple):
     text: Tensor
     """[pieces, context] bool: neither BOS nor padding."""
     notes: list[str]
-    """What a reader of the scores has to know, in sentences."""
+    """Sentences that a reader of the scores has to know."""
 
-    def batches(self, n: int) -> Iterator[Sequences]:
+    def split_batches(self, n: int) -> Iterator[Sequences]:
         """All pieces in order, n at a time."""
         parts = (self.tokens, self.text, torch.arange(len(self.tokens)))
         yield from map(Sequences, *(part.split(n) for part in parts))
@@ -53,7 +53,7 @@ class Labelled(NamedTuple):
 def labelled(
     config: DataConfig, label: str, tokenizer: Any, *, tokens: int, seed: int = 0
 ) -> Labelled:
-    """About `tokens` tokens of the text that `config` names, in pieces of `config.context` tokens.
+    """Cut about `tokens` tokens of the text of `config` into pieces of `config.context` tokens.
 
     UserError: no such label, fewer than two classes with enough pieces, too few tokens for them.
     """
@@ -65,9 +65,9 @@ def labelled(
     with mute_libraries(), phase("cutting labelled text"):
         plays = isinstance(config, PlaysConfig)
         pieces, notes = (
-            play_pieces(label, tokenizer, packing, seed)
+            cut_plays(label, tokenizer, packing, seed)
             if plays
-            else document_pieces(config, label, seed)
+            else cut_documents(config, label, seed)
         )
         classes = pick_classes(label, pieces, tokens, packing.width)
         chosen = pick_pieces(pieces, classes, tokens // packing.width)
@@ -112,46 +112,46 @@ def pick_classes(label: str, pieces: list[Piece], tokens: int, width: int) -> li
             f"{', ...' if len(counts) > 3 else ''}; a probe needs two values with "
             f"{MIN_PIECES_PER_FOLD * FOLDS} pieces or more each"
         )
-    price = MIN_PIECES_PER_FOLD * FOLDS * width
-    if tokens < 2 * price:
-        raise UserError(f"tokens={tokens}: too few for two classes; give {2 * price} or more")
-    return good[: min(MAX_CLASSES, tokens // price)]
+    per_class = MIN_PIECES_PER_FOLD * FOLDS * width
+    if tokens < 2 * per_class:
+        raise UserError(f"tokens={tokens}: too few for two classes; give {2 * per_class} or more")
+    return good[: min(MAX_CLASSES, tokens // per_class)]
 
 
 def pick_pieces(pieces: list[Piece], classes: list[str], total: int) -> list[Piece]:
-    """About `total` pieces, as many of each class and fold, spread evenly in the given order."""
-    found = {name: [[] for _ in range(FOLDS)] for name in classes}
+    """Pick about `total` pieces, equally many of each class and fold, evenly spread in order."""
+    by_class = {name: [[] for _ in range(FOLDS)] for name in classes}
     for piece in pieces:
-        if piece.name in found:
-            found[piece.name][piece.fold].append(piece)
-    quotas = share_out([sum(map(len, folds)) for folds in found.values()], total)
+        if piece.name in by_class:
+            by_class[piece.name][piece.fold].append(piece)
+    quotas = share_out([sum(map(len, folds)) for folds in by_class.values()], total)
     chosen = []
-    for folds, quota in zip(found.values(), quotas, strict=True):
-        for fold, share in zip(folds, share_out([len(each) for each in folds], quota), strict=True):
-            places = np.linspace(0, len(fold) - 1, share).round().astype(int)
-            chosen += [fold[place] for place in places]
+    for folds, quota in zip(by_class.values(), quotas, strict=True):
+        for fold, share in zip(folds, share_out([*map(len, folds)], quota), strict=True):
+            indices = np.linspace(0, len(fold) - 1, share).round().astype(int)
+            chosen += [fold[index] for index in indices]
     return chosen
 
 
 def share_out(available: list[int], total: int) -> list[int]:
-    """`total` dealt out equally, to none more than it has; what one cannot take goes to others."""
-    given, left = [0] * len(available), total
+    """Split `total` equally, no share above what is `available`; the rest goes to the others."""
+    shares, left = [0] * len(available), total
     for rank, i in enumerate(sorted(range(len(available)), key=available.__getitem__)):
-        given[i] = min(available[i], left // (len(available) - rank))
-        left -= given[i]
-    return given
+        shares[i] = min(available[i], left // (len(available) - rank))
+        left -= shares[i]
+    return shares
 
 
 def _cut_beginnings(pieces: list[Piece], tokenizer: Any, packing: Packing) -> list[Piece]:
-    """Pieces with the first tokens of their texts; of those that are alike there, one."""
+    """Cut texts to their first tokens, and keep one of those that begin alike."""
     texts = tokenise_documents(tokenizer, [piece.content for piece in pieces], packing.separator)
     windows = [text[:-1][: packing.width] for text in texts]
-    # documents that go on differently may begin alike, and lie in two folds
+    # documents may begin alike and go on differently, and so be in two folds
     distinct = {window.tobytes(): n for n, window in enumerate(windows)}.values()
     return [pieces[n]._replace(content=windows[n]) for n in distinct]
 
 
 def _natural_key(name: str) -> tuple[bool, float, str]:
-    """2 comes before 10."""
+    """Sort key by which 2 comes before 10."""
     number = name.lstrip("-").isdecimal()
     return not number, float(name) if number else 0.0, name

@@ -1,8 +1,8 @@
 """Linear probes on pooled representations, fitted on some folds and tested on another.
 
-    one of k units a class    units with the largest |AUROC - 1/2| on the fitted folds, then a
-                              logistic regression, class against the rest
-    all units                 one logistic regression over all classes
+    k units a class    the units with the largest |AUROC - 1/2| on the fitted folds, then a
+                       logistic regression of the class against the rest
+    all units          one logistic regression over all classes
 
 Shapes: pieces = pieces of text, units = columns of a representation.
 """
@@ -15,14 +15,14 @@ from typing import NamedTuple
 import numpy as np
 from numpy import ndarray
 
-UNITS_AT_ONCE = 4096  # ranked at a time
-SPARSE_C = 0.1  # of k standardised units; 0.01 and 1 change the AUROC at k = 16 by < 0.02
-# of all units, so scaled that their squares add up to about 1; chosen on the fitted folds
+UNITS_AT_ONCE = 4096  # ranked at a time: bounds memory
+SPARSE_C = 0.1  # for k standardised units; 0.01 and 1 change the AUROC at k = 16 by < 0.02
+# for all units, scaled so that their squares sum to about 1; chosen on the fitted folds
 ALL_C = (1.0, 10.0, 100.0, 1000.0)
 
 
 class FoldScore(NamedTuple):
-    """How probes did on a fold that they were not fitted on."""
+    """Scores of probes on a fold that they were not fitted on."""
 
     accuracy: float
     """Share of pieces whose class scores highest."""
@@ -31,7 +31,7 @@ class FoldScore(NamedTuple):
 
 
 class Fold:
-    """A representation [pieces, units] with its classes, cut into fitted and tested pieces."""
+    """A representation [pieces, units] with its classes, split into fitted and tested pieces."""
 
     def __init__(self, x: ndarray, target: ndarray, fold: ndarray, tested: int):
         from sklearn.preprocessing import StandardScaler
@@ -44,40 +44,40 @@ class Fold:
         # one of the fitted folds chooses how strongly to regularise
         folds = sorted({*fold.tolist()} - {tested})
         self.validation = fold[~test] == folds[tested % len(folds)]
-        self.detection = measure_aurocs(self.x, self.target, self.classes)
+        self.aurocs = measure_aurocs(self.x, self.target, self.classes)
 
     def score_best_units(self) -> tuple[ndarray, ndarray]:
         """The unit that tells each class best on the fitted folds, and its AUROC on the tested one
-        (below 1/2 where it points the other way there), both [classes]."""
-        unit = np.abs(self.detection - 0.5).argmax(1)
-        sign = np.sign(self.detection[range(self.classes), unit] - 0.5)
+        (below 1/2 if its sign is reversed there), both [classes]."""
+        unit = np.abs(self.aurocs - 0.5).argmax(1)
+        sign = np.sign(self.aurocs[range(self.classes), unit] - 0.5)
         chosen = self.test_x[:, unit] * sign  # [pieces, classes]
         return unit, measure_aurocs(chosen, self.test_target, self.classes).diagonal()
 
     def fit_sparse(self, k: int) -> FoldScore:
-        """Probes on k units of each class."""
+        """Fit and test one probe for each class, on its k best units."""
         from sklearn.linear_model import LogisticRegression
 
-        # of two classes, one is the mirror image of the other
-        numbers = [1] if self.classes == 2 else range(self.classes)
+        # with two classes, one probe tells both
+        classes = [1] if self.classes == 2 else range(self.classes)
         scores = []
-        for number in numbers:
-            units = np.argsort(-np.abs(self.detection[number] - 0.5), kind="stable")[:k]
+        for c in classes:
+            units = np.argsort(-np.abs(self.aurocs[c] - 0.5), kind="stable")[:k]
             with allow_early_stopping():
                 probe = LogisticRegression(C=SPARSE_C, max_iter=300)
-                probe.fit(self.x[:, units], self.target == number)
+                probe.fit(self.x[:, units], self.target == c)
             scores.append(probe.decision_function(self.test_x[:, units]))
         return score_predictions(np.stack(scores, 1), self.test_target)
 
     def fit_all(self) -> FoldScore:
-        """A probe on all units."""
+        """Fit and test one probe on all units."""
         from sklearn.linear_model import LogisticRegression
         from sklearn.model_selection import GridSearchCV
 
         x, test_x = self.x, self.test_x
         if x.shape[1] > len(x):
-            # The weights that a squared penalty leaves are sums of the fitted rows: turned into
-            # the rows' own space, the problem is the same one and far smaller.
+            # With a squared penalty the best weights are a sum of the fitted rows: solved in the
+            # space that the rows span, the problem is the same and far smaller.
             basis = np.linalg.svd(x, full_matrices=False)[2].T
             x, test_x = x @ basis, test_x @ basis
         scale = self.x.shape[1] ** -0.5
@@ -95,13 +95,14 @@ class Fold:
 
 
 def measure_aurocs(x: ndarray, target: ndarray, classes: int) -> ndarray:
-    """Probability that a piece of a class has more of a unit than one of another class has, ties
-    counted half: [classes, units] from x [pieces, units]; NaN for a class without pieces."""
+    """AUROC of each unit for each class, [classes, units], from x [pieces, units]: probability that
+    the unit is stronger on a piece of the class than on another, ties counted half; NaN for a class
+    without pieces."""
     from scipy.stats import rankdata
 
     members = np.eye(classes)[target].T  # [classes, pieces]
     inside = members.sum(1, keepdims=True)
-    # ranks take many times the memory of what they are of
+    # ranks take many times the memory of their input
     parts = [x[:, first : first + UNITS_AT_ONCE] for first in range(0, x.shape[1], UNITS_AT_ONCE)]
     ranks = np.concatenate([members @ rankdata(part, axis=0) for part in parts], axis=1)
     wins = ranks - inside * (inside + 1) / 2
@@ -110,8 +111,8 @@ def measure_aurocs(x: ndarray, target: ndarray, classes: int) -> ndarray:
 
 
 def score_predictions(scores: ndarray, target: ndarray) -> FoldScore:
-    """Accuracy and AUROC of scores [pieces, classes]; those of class 1 will do where there are two
-    classes."""
+    """Accuracy and AUROC of scores [pieces, classes]; of two classes the scores of class 1 are
+    enough."""
     if scores.ndim == 1 or scores.shape[1] == 1:
         scores = scores.reshape(-1, 1) * [-1, 1]
     auroc = measure_aurocs(scores, target, scores.shape[1]).diagonal()
@@ -120,7 +121,7 @@ def score_predictions(scores: ndarray, target: ndarray) -> FoldScore:
 
 @contextmanager
 def allow_early_stopping() -> Iterator[None]:
-    """To stop a fit before it converges is one more way to regularise."""
+    """Silence the warning that a fit has not converged: stopping early also regularises."""
     from sklearn.exceptions import ConvergenceWarning
 
     with warnings.catch_warnings():

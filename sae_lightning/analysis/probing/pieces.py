@@ -27,12 +27,12 @@ SPLIT_NOTES = {
     "play": f"A probe is tested on a part of each play that it was not fitted on. {NAMES_NOTE}",
     "speaker": (
         "A probe is tested on a part of each role that it was not fitted on. Two of the speakers "
-        "are of one play: to know the play alone is to be right half of the time. Headings and "
-        "stage directions are taken out; names of others stay in the speech."
+        "are of one play: knowing the play alone gives half of the answers. Headings and "
+        "stage directions are removed; names of others stay in the speech."
     ),
 }
-MAX_DOCUMENTS = 20_000  # documents that are looked at
-MAX_CHARACTERS_PER_TOKEN = 16  # for each token of a piece: more of a document is not tokenised
+MAX_DOCUMENTS = 20_000  # documents that are read
+MAX_CHARACTERS_PER_TOKEN = 16  # the rest of a document is not tokenised
 
 
 class Piece(NamedTuple):
@@ -46,10 +46,10 @@ class Piece(NamedTuple):
     """Its tokens, or a text that begins with them."""
 
 
-def play_pieces(
+def cut_plays(
     label: str, tokenizer: Any, packing: Packing, seed: int
 ) -> tuple[list[Piece], list[str]]:
-    """All pieces of the packaged plays, and what to know about them."""
+    """All pieces of the packaged plays, and notes for the reader."""
     if label not in SPLIT_NOTES:
         raise UserError(
             f"label={label}: the packaged plays have {', '.join(SPLIT_NOTES)}; for a column of a "
@@ -75,7 +75,7 @@ def play_pieces(
 
 
 def deal_folds(names: list[str], seed: int) -> list[int]:
-    """A fold for each text: those of a class go to the folds in turn, in a random order."""
+    """Assign a fold to each text: those of a class go to the folds in turn, in random order."""
     folds, dealt = [0] * len(names), Counter()
     for i in np.random.default_rng(seed).permutation(len(names)):
         folds[i] = dealt[names[i]] % FOLDS
@@ -84,7 +84,7 @@ def deal_folds(names: list[str], seed: int) -> list[int]:
 
 
 def pick_fold(place: int, places: int) -> int | None:
-    """The fold of one of a text's windows; None for the first of a block: the gap before it.
+    """The fold of a window of a text; None for a gap: the window before each fold but the first.
 
     | 0 . . . |gap| 1 . . . |gap| 2 . . . |gap| 3 . . . |
     """
@@ -100,12 +100,12 @@ def read_plays() -> dict[str, tuple[str, str]]:
 
 def extract_speeches(text: str) -> dict[str, str]:
     """Speaker -> all that they say in a play, without headings and stage directions."""
-    said: dict[str, list[str]] = {}
+    speeches: dict[str, list[str]] = {}
     for paragraph in re.split(r"\n[ \t]*\n", text):
         if heading := HEADING.match(paragraph):
             words = STAGE_DIRECTION.sub("", paragraph[heading.end() :]).strip()
-            said.setdefault(heading[1].strip(), []).append(words)
-    return {speaker: "\n\n".join(filter(None, parts)) for speaker, parts in said.items()}
+            speeches.setdefault(heading[1].strip(), []).append(words)
+    return {speaker: "\n\n".join(filter(None, parts)) for speaker, parts in speeches.items()}
 
 
 def find_rivals(plays: dict[str, tuple[str, str]]) -> dict[str, str]:
@@ -113,17 +113,17 @@ def find_rivals(plays: dict[str, tuple[str, str]]) -> dict[str, str]:
     second speaker says most."""
     pairs = {}
     for play, (_, text) in plays.items():
-        ranked = sorted(extract_speeches(text).items(), key=lambda said: -len(said[1]))
+        ranked = sorted(extract_speeches(text).items(), key=lambda speech: -len(speech[1]))
         if len(ranked) > 1:
             pairs[play] = ranked[:2]
     most = sorted(pairs, key=lambda play: -len(pairs[play][1][1]))[:RIVAL_PLAYS]
     return {f"{name} ({play})": words for play in most for name, words in pairs[play]}
 
 
-def document_pieces(
+def cut_documents(
     config: HubConfig | LocalConfig, label: str, seed: int
 ) -> tuple[list[Piece], list[str]]:
-    """The beginnings of documents, as text, and what to know about them."""
+    """The beginnings of documents (text), and notes for the reader."""
     hub = isinstance(config, HubConfig)
     where = f"data.name={config.name}" if hub else f"data.path={config.path}"
     try:
@@ -131,7 +131,7 @@ def document_pieces(
         texts = dict(_read_rows(data, config, label, where, seed))  # each text once
     except UserError:
         raise
-    except Exception as error:  # the network, or a broken file: any of a dozen libraries'
+    except Exception as error:  # network and file errors come from many libraries
         without = f"; without a network use {OFFLINE_PRESETS}" if hub else ""
         raise UserError(f"{where}: cannot be read ({describe_error(error)}){without}") from error
     names = list(texts.values())
@@ -164,7 +164,7 @@ def _read_rows(
             )
     if label == config.column:
         raise UserError(f"label={label}: that is the column of the text; give one with classes")
-    names = getattr((data.features or {}).get(label), "names", None)  # of a ClassLabel
+    names = getattr((data.features or {}).get(label), "names", None)  # if a ClassLabel
     if hasattr(data, "__len__"):
         order = np.random.default_rng(seed).permutation(len(data))
         data = data.select(np.sort(order[:MAX_DOCUMENTS]))

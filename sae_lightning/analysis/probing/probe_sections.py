@@ -1,4 +1,4 @@
-"""What probes found, in sentences, tables and figures."""
+"""Sections on probes: how features compare with neurons on one label."""
 
 import html
 from statistics import mean, stdev
@@ -69,7 +69,7 @@ def _make_comparison_section(probes: Probes) -> Section:
 
 
 def name_winner(features: ProbeScore, neurons: ProbeScore) -> str:
-    """Which is better, and whether the folds agree on it."""
+    """Whether features or neurons are ahead, and in how many folds."""
     gaps = [a.auroc - b.auroc for a, b in zip(features.folds, neurons.folds, strict=True)]
     if abs(mean(gaps)) < 0.005:
         return "neither is ahead"
@@ -83,7 +83,7 @@ def _name_units(k: int | None) -> str:
 
 
 def _standard_error(values: list[float]) -> float:
-    """Standard error of their mean."""
+    """Standard error of the mean; 0 for a single value."""
     return stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
 
 
@@ -117,16 +117,16 @@ def _draw_scores(probes: Probes, sizes: list[int | None], name: str, measure: st
 
 
 def _make_units_section(probes: Probes) -> Section:
-    found = list(zip(probes.classes, probes.pieces, *probes.matches.values(), strict=True))
-    found.sort(key=lambda row: -row[2].auroc)
-    name, _, best, _ = found[0]
-    better = sum(feature.auroc > neuron.auroc for _, _, feature, neuron in found)
+    rows = list(zip(probes.classes, probes.pieces, *probes.matches.values(), strict=True))
+    rows.sort(key=lambda row: -row[2].auroc)
+    name, _, best, _ = rows[0]
+    better = sum(feature.auroc > neuron.auroc for _, _, feature, neuron in rows)
     header = ["feature", "folds", "AUROC", "neuron", "neuron's folds", "neuron's AUROC"]
     return Section(
         title=f"The unit that tells each {probes.label}",
         lead=(
             f"The surest is feature {best.unit} for {name}, with a held-out AUROC of "
-            f"{best.auroc:.2f}. For {better} of {len(found)} classes the best feature does better "
+            f"{best.auroc:.2f}. For {better} of {len(rows)} classes the best feature does better "
             "than the best neuron. (Units are chosen anew for each tested fold: shown is "
             "the one chosen most often, for how many folds, and the mean AUROC over all folds.)"
         ),
@@ -134,7 +134,7 @@ def _make_units_section(probes: Probes) -> Section:
             [probes.label, "pieces", *header],
             [
                 [name, str(pieces), *_format_unit(feature), *_format_unit(neuron)]
-                for name, pieces, feature, neuron in found
+                for name, pieces, feature, neuron in rows
             ],
         ),
     )

@@ -33,7 +33,7 @@ class ProbeTask(Task):
 
 
 def run_probes(subject: Subject, label: str, tokens: int) -> Probes:
-    """Probes on `tokens` tokens of the text that the SAE was trained on, for its `label`."""
+    """Fit probes for `label` on `tokens` tokens of the text that the SAE was trained on."""
     config = subject.config
     text = labelled(config.data, label, subject.tokenizer, tokens=tokens, seed=config.seed)
     return probe(subject, text, batch=config.llm.batch)

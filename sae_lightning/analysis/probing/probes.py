@@ -5,7 +5,7 @@
 
 k-sparse probing (Gurnee et al. 2023, 2305.01610): how well can a class be told from k units? All
 neurons together are the dense activation. Random directions, as many as there are features, show
-what is owed to the choice among so many.
+what the choice among so many gains by itself.
 """
 
 from collections import Counter
@@ -37,24 +37,24 @@ class ProbeScore(NamedTuple):
 
     @property
     def accuracy(self) -> float:
-        """Mean over folds."""
+        """Mean accuracy over tested folds."""
         return fmean(fold.accuracy for fold in self.folds)
 
     @property
     def auroc(self) -> float:
-        """Mean over folds."""
+        """Mean AUROC over tested folds."""
         return fmean(fold.auroc for fold in self.folds)
 
 
 class BestUnit(NamedTuple):
-    """The single unit that tells a class from all others."""
+    """The single unit that best tells a class from all others."""
 
     unit: int
     """The one that most folds chose."""
     folds: int
     """How many folds chose it."""
     auroc: float
-    """On tested folds, of whichever unit was chosen there: mean."""
+    """Mean over tested folds, each with the unit that was chosen for it."""
 
 
 class Probes(NamedTuple):
@@ -70,7 +70,7 @@ class Probes(NamedTuple):
     scores: list[ProbeScore]
     """Of each kind of units and each k."""
     matches: dict[str, list[BestUnit]]
-    """Of features and of neurons: one for each class."""
+    """features, neurons -> the best unit of each class."""
 
     @property
     def majority(self) -> float:
@@ -81,7 +81,7 @@ class Probes(NamedTuple):
         return next((s for s in self.scores if (s.units, s.k) == (units, k)), None)
 
     def scalars(self) -> dict[str, Any]:
-        """Everything, for a file."""
+        """The content of `probe.json`, by key."""
         return self._asdict() | {
             "pieces": dict(zip(self.classes, self.pieces, strict=True)),
             "majority": self.majority,
@@ -90,8 +90,8 @@ class Probes(NamedTuple):
                 for score in self.scores
             ],
             "matches": {
-                units: dict(zip(self.classes, found, strict=True))
-                for units, found in self.matches.items()
+                units: dict(zip(self.classes, best_units, strict=True))
+                for units, best_units in self.matches.items()
             },
         }
 
@@ -125,7 +125,7 @@ def probe(
     subject: Subject, labelled: Labelled, *, k: tuple[int, ...] = (1, 2, 5, 16), batch: int = 16
 ) -> Probes:
     """Read the labelled text, `batch` pieces at a time, and fit probes on k units and on all."""
-    total, text = len(labelled.tokens), labelled.batches(batch)
+    total, text = len(labelled.tokens), labelled.split_batches(batch)
     pooled = PieceMeans(total)
     collect(subject, text, [pooled], total=total, what="reading labelled text")
     return fit_probes(pooled.result(), labelled, k=k)
@@ -134,7 +134,7 @@ def probe(
 def fit_probes(
     pooled: dict[str, Tensor], labelled: Labelled, *, k: tuple[int, ...] = (1, 2, 5, 16)
 ) -> Probes:
-    """Probes on `features` and `neurons`, each [pieces, units]."""
+    """Fit and test probes on features and on neurons, `pooled` [pieces, units] each."""
     from sklearn.preprocessing import StandardScaler
 
     representations = {units: x.numpy() for units, x in pooled.items()}
@@ -146,12 +146,12 @@ def fit_probes(
     with phase("fitting probes", total=len(representations)) as advance:
         for units, x in representations.items():
             sizes: list[int | None] = [size for size in k if size < x.shape[1]]
-            if units != RANDOM:  # all of those are all neurons again
+            if units != RANDOM:  # together they say what all neurons say
                 sizes.append(None)
-            outcomes, found = _fit_folds(x, labelled, sizes)
-            scores += [ProbeScore(units, *each) for each in outcomes.items()]
+            fold_scores, best_units = _fit_folds(x, labelled, sizes)
+            scores += [ProbeScore(units, *of_k) for of_k in fold_scores.items()]
             if units != RANDOM:
-                matches[units] = found
+                matches[units] = best_units
             advance(1)
     return Probes(
         label=labelled.label,
@@ -167,15 +167,15 @@ def fit_probes(
 def _fit_folds(
     x: ndarray, labelled: Labelled, sizes: list[int | None]
 ) -> tuple[dict[int | None, list[FoldScore]], list[BestUnit]]:
-    """k (None: all) -> the outcome of each fold; and the best single unit of each class."""
+    """k (None: all) -> the score on each fold; and the best single unit of each class."""
     target, folds = labelled.target.numpy(), labelled.fold.numpy()
-    outcomes, singles = {size: [] for size in sizes}, []
+    fold_scores, singles = {size: [] for size in sizes}, []
     for tested in np.unique(folds).tolist():
         fold = Fold(x, target, folds, tested)
         singles.append(fold.score_best_units())
         for size in sizes:
-            outcomes[size].append(fold.fit_all() if size is None else fold.fit_sparse(size))
+            fold_scores[size].append(fold.fit_all() if size is None else fold.fit_sparse(size))
     units, aurocs = map(np.stack, zip(*singles, strict=True))  # [folds, classes]
     best = [Counter(chosen).most_common(1)[0] for chosen in units.T.tolist()]
     means = np.nanmean(aurocs, 0).tolist()
-    return outcomes, [BestUnit(*each, mean) for each, mean in zip(best, means, strict=True)]
+    return fold_scores, [BestUnit(*unit, mean) for unit, mean in zip(best, means, strict=True)]
