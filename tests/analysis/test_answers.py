@@ -235,7 +235,7 @@ def test_neither_a_redirect_nor_a_proxy_takes_the_key_elsewhere(server, tmp_path
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     with ChatServer(str.upper) as other:
         server.redirect = f"{other.url}/chat/completions"
-        with pytest.raises(UserError, match="307.*; it sends requests on; if you trust"):
+        with pytest.raises(UserError, match="307.*; it redirects requests; if you trust"):
             answers(server, tmp_path).check_model()
         server.redirect = None
         for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):

@@ -311,8 +311,8 @@ def test_the_order_of_texts_does_not_tell_the_truth(evidence):
     truths = [truth for trial in make_detection_trials(evidence[0], 5) for truth in trial.truths]
     assert truths != sorted(truths) != sorted(truths, reverse=True)
     assert sum(truths) == 20
-    assert all(trial.task == DETECT for trial in make_detection_trials(evidence[0], 5))
-    assert all(trial.task == FUZZ for trial in make_fuzzing_trials(evidence[0], 5))
+    assert all(trial.template == DETECT for trial in make_detection_trials(evidence[0], 5))
+    assert all(trial.template == FUZZ for trial in make_fuzzing_trials(evidence[0], 5))
 
 
 def window(**tokens: float) -> Window:

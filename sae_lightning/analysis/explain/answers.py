@@ -27,14 +27,14 @@ TEST_QUESTION = Question("Answer with the word yes.", 16)
 
 
 class Cost(NamedTuple):
-    """What questions cost that the cache does not answer."""
+    """Cost of the questions that the cache does not answer."""
 
     requests: int = 0
     tokens_in: int = 0
     tokens_out: int = 0
 
     def check_budget(self, budget: int | None) -> None:
-        """UserError if this is more than `budget` tokens."""
+        """UserError if the tokens, in and out, are more than `budget`."""
         tokens = self.tokens_in + self.tokens_out
         if budget is not None and tokens > budget:
             raise UserError(
@@ -72,22 +72,22 @@ class Answers:
             self._keep(TEST_QUESTION, self.model.complete(TEST_QUESTION, patient=False))
 
     def read_cached(self, question: Question) -> Reply | None:
-        """The answer that is in the cache."""
+        """The cached answer to a question; None if there is none."""
         try:
             reply = Reply(**json.loads(self._file(question).read_text("utf8")))
-            clean = self._clean(reply)
+            cleaned = self._remove_key(reply)
         except (OSError, ValueError, TypeError):
             return None
-        if clean != reply:  # of a version that kept answers as they came
-            self._write(question, clean)
-        return clean
+        if cleaned != reply:  # cached by a version that did not remove the key
+            self._write(question, cleaned)
+        return cleaned
 
     def ask(
         self, questions: Sequence[Question], advance: Callable[[int], None] = lambda n: None
     ) -> list[str]:
         """An answer to each question; `advance` is called with the number just answered."""
         replies = {question: self.read_cached(question) for question in questions}
-        missing = [question for question, known in replies.items() if known is None]
+        missing = [question for question, reply in replies.items() if reply is None]
         advance(len(questions) - len(missing))
         before, halted = self.spent.requests, Event()
 
@@ -101,7 +101,7 @@ class Answers:
                 raise
 
         try:
-            # left only when all threads are: what is in flight may be paid for already
+            # waits for all threads: a request in flight may be paid for already
             with ThreadPoolExecutor(self.model.concurrency) as pool:
                 futures = {pool.submit(answer, question): question for question in missing}
                 try:
@@ -120,14 +120,14 @@ class Answers:
         return [replies[question].text for question in questions]
 
     def _keep(self, question: Question, reply: Reply) -> Reply:
-        reply = self._clean(reply)
+        reply = self._remove_key(reply)
         self._write(question, reply)
         with self._lock:
-            more = (1, reply.tokens_in, reply.tokens_out)
-            self.spent = Cost(*map(sum, zip(self.spent, more, strict=True)))
+            added = (1, reply.tokens_in, reply.tokens_out)
+            self.spent = Cost(*map(sum, zip(self.spent, added, strict=True)))
         return reply
 
-    def _clean(self, reply: Reply) -> Reply:
+    def _remove_key(self, reply: Reply) -> Reply:
         """The reply without the key, which some servers quote."""
         return reply._replace(text=censor(reply.text, self.model.key))
 

@@ -1,4 +1,4 @@
-"""`task=explain`: features in words."""
+"""`task=explain`: a language model puts features into words."""
 
 from collections.abc import Collection
 from dataclasses import dataclass

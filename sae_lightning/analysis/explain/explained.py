@@ -1,4 +1,4 @@
-"""Features in words, for people and for `explain.json`."""
+"""Explanations of features: a section to read, and the numbers of `explain.json`."""
 
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
@@ -10,14 +10,14 @@ from sae_lightning.report.section import ColouredText, ResultTable, Section
 
 
 class Explanations(NamedTuple):
-    """Explanations of some features, and what they took."""
+    """Explanations of some features, and what they cost."""
 
     explanations: list[Explanation]
     spent: Cost
     model: str
 
     def scalars(self) -> dict[str, Any]:
-        """What `explain.json` holds."""
+        """The content of `explain.json`, by key."""
         return {
             "model": self.model,
             "detection": _average(self.explanations, "detection"),
@@ -37,7 +37,7 @@ def make_explanation_section(result: Explanations) -> Section:
         "detection": _summarise(explained, "detection"),
         "fuzzing": _summarise(explained, "fuzzing"),
         "asked": f"{spent.requests:,} requests to {model}, {spent.tokens_in:,} tokens in and "
-        f"{spent.tokens_out:,} out; the rest was answered in the cache",
+        f"{spent.tokens_out:,} out; the other answers came from the cache",
     }
     malformed = sum(s.malformed for each in explained for s in (each.detection, each.fuzzing) if s)
     if malformed:
@@ -62,7 +62,7 @@ def make_explanation_section(result: Explanations) -> Section:
 
 
 def make_token_set_section(catalogue: Catalogue, features: list[int]) -> Section:
-    """What can be said of features where there is no model to ask: their best token sets."""
+    """Section for when no model is named: the token set that best predicts each feature."""
     reading = catalogue.token_sets
     rows = []
     for feature in sorted(features, key=lambda f: -reading.score[f].nan_to_num(-1)):
@@ -76,8 +76,8 @@ def make_token_set_section(catalogue: Catalogue, features: list[int]) -> Section
         )
     return Section(
         title="Explanations",
-        lead="No model was named that could put features into words, so that this is only how well "
-        "the best set of tokens predicts where each fires (1 is perfect, 0 is chance). For "
+        lead="No model was named to put features into words. Instead, this is how well the best "
+        "set of tokens predicts where each feature fires (1 is perfect, 0 is chance). For "
         "explanations give explainer=smollm2 (packaged, but weak), another folder or hub name, or "
         "endpoint=http://localhost:8000/v1 explainer=NAME for any server that speaks OpenAI's API.",
         table=ResultTable(["tokens", "score"], rows),
@@ -87,7 +87,7 @@ def make_token_set_section(catalogue: Catalogue, features: list[int]) -> Section
 def _make_row(explanation: Explanation) -> list[str]:
     feature, text, shown, *scores, _ = explanation
     if not text:
-        rare = "(no explanation: fires too rarely, or nothing was said)"
+        rare = "(no explanation: fires too rarely, or the model gave none)"
         text = rare if shown else "(never fires)"
     # how many verdicts the scores rest on
     verdicts = ["–" if score is None else str(score.yes + score.no) for score in scores]
@@ -104,14 +104,16 @@ def _list_accuracies(explanations: list[Explanation], test: str) -> list[float]:
 
 
 def _average(explanations: list[Explanation], test: str) -> float | None:
-    found = _list_accuracies(explanations, test)
-    return fmean(found) if found else None
+    accuracies = _list_accuracies(explanations, test)
+    return fmean(accuracies) if accuracies else None
 
 
 def _summarise(explanations: list[Explanation], test: str) -> str:
     """The mean over features with its standard error."""
-    found = _list_accuracies(explanations, test)
-    if not found:
+    accuracies = _list_accuracies(explanations, test)
+    if not accuracies:
         return "no verdicts"
-    error = f" ± {stdev(found) / len(found) ** 0.5:.2f}" if len(found) > 1 else ""
-    return f"{fmean(found):.2f}{error} on average over {len(found)} features (0.5 is chance)"
+    error = f" ± {stdev(accuracies) / len(accuracies) ** 0.5:.2f}" if len(accuracies) > 1 else ""
+    return (
+        f"{fmean(accuracies):.2f}{error} on average over {len(accuracies)} features (0.5 is chance)"
+    )

@@ -34,8 +34,8 @@ class VerdictScore(NamedTuple):
     """How well verdicts agree with the truth."""
 
     accuracy: float | None
-    """Balanced: mean of the share of right ones where the truth is yes and where it is no; 0.5 is
-    chance; None if one of them has no verdict."""
+    """Balanced: mean of the shares of right verdicts where the truth is yes and where it is no; 0.5
+    is chance; None if either has no verdict."""
     yes: int
     """Verdicts where the truth is yes."""
     no: int
@@ -49,13 +49,13 @@ class Explanation(NamedTuple):
 
     feature: int
     text: str | None
-    """None where it fires too rarely, or the explainer said nothing."""
+    """None if it fires too rarely, or the explainer said nothing."""
     shown: int
     """Texts that the explainer saw."""
     detection: VerdictScore | None
-    """None without an explanation, and where the feature is never silent."""
+    """None without an explanation, and if the feature is never silent."""
     fuzzing: VerdictScore | None
-    """None likewise."""
+    """None without an explanation, and if no text has enough silent tokens to mark."""
     examples: list[Window]
     """Some of the texts that the explainer saw."""
 
@@ -63,7 +63,7 @@ class Explanation(NamedTuple):
 class Trial(NamedTuple):
     """One question about some texts, and the right answers."""
 
-    task: str
+    template: str
     """DETECT or FUZZ."""
     texts: list[str]
     truths: list[bool]
@@ -72,7 +72,7 @@ class Trial(NamedTuple):
 class Explainer:
     """Explains features and scores the explanations, all with one model.
 
-    together: texts that are judged in one request; the more the cheaper, the fewer the easier.
+    together: texts that are judged in one request; more are cheaper, fewer are easier.
     thinking: tokens that a reasoning model may spend on each answer before it gives it.
     """
 
@@ -81,21 +81,21 @@ class Explainer:
         self.seed = seed
 
     def estimate_cost(self, evidence: list[Evidence]) -> Cost:
-        """What `explain` will cost at most: tokens in are estimated from characters, tokens out are
-        those of answers that are as long as they may be."""
-        asked = {each.feature: self._ask_explanation(each) for each in evidence if each.enough}
+        """Upper bound of the cost of `explain_features`: tokens in are estimated from characters,
+        tokens out count every answer at its greatest length."""
+        questions = {each.feature: self._make_question(each) for each in evidence if each.enough}
         texts: dict[int, str | None] = {}
-        for feature, question in asked.items():
-            known = self.answers.read_cached(question)
+        for feature, question in questions.items():
+            reply = self.answers.read_cached(question)
             texts[feature] = (
-                prompts.parse_explanation(known.text)
-                if known
+                prompts.parse_explanation(reply.text)
+                if reply
                 else "x" * prompts.MAX_EXPLANATION_CHARACTERS
             )
-        tests = [question for *_, question in self._tests(evidence, texts)]
+        tests = [question for *_, question in self._make_tests(evidence, texts)]
         missing = [
             question
-            for question in dict.fromkeys([*asked.values(), *tests])
+            for question in dict.fromkeys([*questions.values(), *tests])
             if self.answers.read_cached(question) is None
         ]
         return Cost(
@@ -105,20 +105,20 @@ class Explainer:
         )
 
     def explain_features(self, evidence: list[Evidence]) -> list[Explanation]:
-        """An explanation of each feature with its scores; ones without enough examples have none.
+        """Explain each feature and score the explanation; without enough examples there is none.
 
-        UserError if the model stops answering: what it has answered is kept for the next call.
+        UserError if the model stops answering; its answers so far are cached for the next call.
         """
-        asked = {each.feature: self._ask_explanation(each) for each in evidence if each.enough}
-        with phase("explaining features", total=len(asked)) as advance:
-            answers = self.answers.ask([*asked.values()], advance)
-        texts = dict(zip(asked, map(prompts.parse_explanation, answers), strict=True))
-        tests = self._tests(evidence, texts)
+        questions = {each.feature: self._make_question(each) for each in evidence if each.enough}
+        with phase("explaining features", total=len(questions)) as advance:
+            answers = self.answers.ask([*questions.values()], advance)
+        texts = dict(zip(questions, map(prompts.parse_explanation, answers), strict=True))
+        tests = self._make_tests(evidence, texts)
         with phase("testing explanations", total=len(tests)) as advance:
             answers = self.answers.ask([question for *_, question in tests], advance)
         judged: dict[tuple[int, str], tuple[list, list]] = {}
         for (feature, trial, _), answer in zip(tests, answers, strict=True):
-            truths, verdicts = judged.setdefault((feature, trial.task), ([], []))
+            truths, verdicts = judged.setdefault((feature, trial.template), ([], []))
             truths += trial.truths
             verdicts += prompts.parse_verdicts(answer, len(trial.texts))
         scores = {key: score_verdicts(*each) for key, each in judged.items()}
@@ -134,15 +134,15 @@ class Explainer:
             for each in evidence
         ]
 
-    def _ask_explanation(self, evidence: Evidence) -> Question:
+    def _make_question(self, evidence: Evidence) -> Question:
         return Question(
             prompts.write_explain_prompt(evidence.shown), EXPLANATION_TOKENS + self.thinking
         )
 
-    def _tests(
+    def _make_tests(
         self, evidence: list[Evidence], texts: dict[int, str | None]
     ) -> list[tuple[int, Trial, Question]]:
-        """What is asked to test the explanations {feature: text}."""
+        """Trials of the explanations {feature: text}, and the questions that put them."""
         tests = []
         for each in evidence:
             if text := texts.get(each.feature):
@@ -152,7 +152,7 @@ class Explainer:
                 for trial in trials:
                     tokens = VERDICT_TOKENS * len(trial.texts) + SPARE_TOKENS + self.thinking
                     question = Question(
-                        prompts.write_judge_prompt(trial.task, text, trial.texts), tokens
+                        prompts.write_judge_prompt(trial.template, text, trial.texts), tokens
                     )
                     tests.append((each.feature, trial, question))
         return tests
@@ -177,9 +177,9 @@ def make_fuzzing_trials(evidence: Evidence, together: int, seed: int = 0) -> lis
             for i, (token, strength) in enumerate(zip(*window, strict=True))
             if strength == 0 and token != DOCUMENT_MARK
         ]
-        wanted = len(prompts.find_firing(window))
-        if wanted <= len(silent):
-            decoy = sorted(rng.sample(silent, wanted))
+        count = len(prompts.find_firing(window))
+        if count <= len(silent):
+            decoy = sorted(rng.sample(silent, count))
             pairs.append((prompts.mark_tokens(window), prompts.mark_tokens(window, decoy)))
     rng.shuffle(pairs)
     trials = []
@@ -190,9 +190,9 @@ def make_fuzzing_trials(evidence: Evidence, together: int, seed: int = 0) -> lis
     return trials
 
 
-def _make_trials(task: str, items: list[tuple[str, bool]], together: int) -> list[Trial]:
+def _make_trials(template: str, items: list[tuple[str, bool]], together: int) -> list[Trial]:
     parts = [items[i : i + together] for i in range(0, len(items), together)]
-    return [Trial(task, *map(list, zip(*part, strict=True))) for part in parts]
+    return [Trial(template, *map(list, zip(*part, strict=True))) for part in parts]
 
 
 def score_verdicts(truths: list[bool], verdicts: list[bool | None]) -> VerdictScore:

@@ -1,4 +1,4 @@
-"""The key to an endpoint: where it may be sent, and that it is in nothing that comes back."""
+"""The key of an endpoint: read it, keep it off unsafe addresses, remove it from replies."""
 
 import ipaddress
 import os
@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 from sae_lightning.errors import UserError
 
 DEFAULT_KEY_ENV = "OPENAI_API_KEY"
-MIN_KEY_PART = 8  # characters in a row of a key that are taken for it
+MIN_KEY_PART = 8  # this many characters of a key in a row are treated as the key
 # One character of a text that may be URL-encoded (more than once) or a part of JSON.
 ENCODED_CHARACTER = re.compile(r"%(?:25)*[0-9a-f]{2}|\\u00[0-9a-f]{2}|.", re.DOTALL | re.IGNORECASE)
 MASKED_PART = r"(?:[*•●]{2,}|…+|[.x]{3,})"
@@ -18,15 +18,15 @@ def read_key(name: str | None) -> str:
     """The key in the environment variable `name`; empty if there is none."""
     key = os.environ.get(name, "").strip() if name else ""
     if not (key.isascii() and key.isprintable()):
-        # the client would quote it
+        # the client's error would quote it
         raise UserError(f"key_env={name}: holds characters that no key has; set it again")
     return key
 
 
 def check_url(url: str, key: str) -> bool:
-    """Whether what is sent to the web address `url` stays on this machine.
+    """Whether the web address `url` is on this machine.
 
-    UserError if it is none, holds a secret, or would get the key unencrypted.
+    UserError if it is no web address, holds a secret, or would get the key unencrypted.
     """
     try:
         parts = urlsplit(url)
@@ -45,13 +45,13 @@ def check_url(url: str, key: str) -> bool:
             f"endpoint={url}: give a web address such as http://localhost:8000/v1 or "
             "https://api.openai.com/v1"
         )
-    here = _is_loopback(host)
-    if key and scheme != "https" and not here:
+    is_local = _is_loopback(host)
+    if key and scheme != "https" and not is_local:
         raise UserError(
             f"endpoint={url}: would get the key unencrypted; use https, a tunnel (ssh -L) to "
             "http://localhost:..., or key_env=null to send none"
         )
-    return here
+    return is_local
 
 
 def _is_loopback(host: str) -> bool:
@@ -62,9 +62,9 @@ def _is_loopback(host: str) -> bool:
 
 
 def censor(text: str, key: str) -> str:
-    """`text` with *** for the key and any part of it, as it is or URL-encoded, and for its ends
-    around a mask (`sk-ab****yz`)."""
-    if len(key) < MIN_KEY_PART:  # of a placeholder such as none no other word is changed
+    """Replace the key in `text` by ***: in whole or in part, URL-encoded too, and its ends around a
+    mask (`sk-ab****yz`)."""
+    if len(key) < MIN_KEY_PART:  # a placeholder such as `none`: only as a whole word
         return re.sub(rf"(?<!\w){re.escape(key)}(?!\w)", "***", text) if len(key) > 3 else text
     units = ENCODED_CHARACTER.findall(text)
     plain = "".join(unit if len(unit) == 1 else chr(int(unit[-2:], 16)) for unit in units)

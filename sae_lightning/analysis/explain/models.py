@@ -13,7 +13,7 @@ TIMEOUT = 120  # seconds
 
 
 class Question(NamedTuple):
-    """What a model is asked."""
+    """A prompt, and how long the answer may be."""
 
     text: str
     tokens: int
@@ -45,7 +45,7 @@ class LocalModel(ChatModel):
         self.llm = llm
         *_, last = llm.model.parameters()
         weights = hashlib.sha256(last.float().cpu().numpy().tobytes()).hexdigest()[:16]
-        self.name = f"local {llm.name} {weights}"  # a folder may be trained on
+        self.name = f"local {llm.name} {weights}"  # weights in a folder may change
 
     def complete(self, question: Question, patient: bool = True) -> Reply:
         return reply(self.llm, *question)
@@ -77,7 +77,7 @@ class Endpoint(ChatModel):
             ) from error
         self.url, self.model, self.key_env, self.concurrency = url, model, key_env, concurrency
         self.name, self.key = f"{url} {model}", read_key(key_env)
-        here = check_url(url, self.key)
+        is_local = check_url(url, self.key)
         for name in ("openai", "httpx", "httpx2", "httpcore", "httpcore2"):
             logging.getLogger(name).setLevel(logging.WARNING)  # hydra.verbose=true shows headers
         self._client = openai.OpenAI(
@@ -86,7 +86,7 @@ class Endpoint(ChatModel):
             max_retries=retries,
             timeout=TIMEOUT,
             # neither a redirect nor a proxy carries the key elsewhere
-            http_client=openai.DefaultHttpxClient(follow_redirects=False, trust_env=not here),
+            http_client=openai.DefaultHttpxClient(follow_redirects=False, trust_env=not is_local),
         )
         # reasoning models take another name for the limit, and no temperature
         self._limit, self._settings = "max_tokens", {"temperature": 0}
@@ -111,7 +111,7 @@ class Endpoint(ChatModel):
                 elif "temperature" in refused and settings:
                     self._settings = {}
                 else:
-                    raise self._failure(error) from None  # the client's error holds the key
+                    raise self._make_error(error) from None  # the client's error holds the key
             else:
                 break
         try:
@@ -120,9 +120,9 @@ class Endpoint(ChatModel):
             # the text is None where reasoning took all tokens
             return Reply(str(text or ""), *(int(count or 0) for count in counts))
         except (AttributeError, IndexError, TypeError, ValueError, OverflowError):
-            raise self._failure(ValueError("does not answer as OpenAI's API does")) from None
+            raise self._make_error(ValueError("does not answer as OpenAI's API does")) from None
 
-    def _failure(self, error: Exception) -> UserError:
+    def _make_error(self, error: Exception) -> UserError:
         """The client's message and a remedy, without the key, which some servers quote."""
         import openai
 
@@ -138,7 +138,7 @@ class Endpoint(ChatModel):
                 remedy = f"put a key into the environment variable {name}, or name another one"
             case openai.NotFoundError():
                 setting += f", explainer={self.model}"
-                remedy = f"check both; its models are {self._models()}"
+                remedy = f"check both; its models are {self._list_models()}"
             case openai.RateLimitError():
                 remedy = "lower concurrency, or try later"
             case openai.APIConnectionError():  # timeouts too
@@ -146,14 +146,16 @@ class Endpoint(ChatModel):
             case openai.InternalServerError():
                 remedy = "try later"
             case openai.APIStatusError() if 300 <= error.status_code < 400:
-                remedy = "it sends requests on; if you trust the address that they go to, give that"
+                remedy = (
+                    "it redirects requests; if you trust the address that they go to, give that"
+                )
             case openai.APIStatusError():
                 remedy = "if the question is too long, lower together or examples"
             case _:
                 remedy = "check the address, which usually ends in /v1"
         return UserError(censor(f"{setting}: {message}; {remedy}", self.key))
 
-    def _models(self) -> str:
+    def _list_models(self) -> str:
         try:
             names = [str(model.id) for model in self._client.models.list()]
         except Exception:  # not every server lists its models

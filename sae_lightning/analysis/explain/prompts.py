@@ -49,7 +49,7 @@ on which it is active? It may be in all of them, in some or in none. {legend}
 
 
 def write_explain_prompt(shown: list[Window]) -> str:
-    """The question what the texts have in common."""
+    """The prompt that asks what the texts have in common."""
     strongest = max(max(window.strengths) for window in shown)
     texts = [
         f"({max(1, round(10 * max(window.strengths) / strongest))}/10) {mark_tokens(window)}"
@@ -58,8 +58,8 @@ def write_explain_prompt(shown: list[Window]) -> str:
     return EXPLAIN.format(texts="\n".join(texts), legend=LEGEND)
 
 
-def write_judge_prompt(task: str, explanation: str, texts: list[str]) -> str:
-    """The question which of the texts fit the explanation; task: DETECT or FUZZ."""
+def write_judge_prompt(template: str, explanation: str, texts: list[str]) -> str:
+    """The prompt that asks which texts fit the explanation; template: DETECT or FUZZ."""
     numbered = "\n".join(f"{i}. {text}" for i, text in enumerate(texts, 1))
     form = (
         "Answer with one word, yes or no."
@@ -67,7 +67,7 @@ def write_judge_prompt(task: str, explanation: str, texts: list[str]) -> str:
         else f"Answer with one line for each of the {len(texts)} texts, its number and yes or no, "
         'such as "1: yes", and nothing else.'
     )
-    return task.format(explanation=explanation, texts=numbered, form=form, legend=LEGEND)
+    return template.format(explanation=explanation, texts=numbered, form=form, legend=LEGEND)
 
 
 def find_firing(window: Window) -> list[int]:
@@ -77,7 +77,7 @@ def find_firing(window: Window) -> list[int]:
 
 
 def mark_tokens(window: Window, chosen: list[int] | None = None) -> str:
-    """The text on one line with the chosen tokens (those on which it fires) in << >>."""
+    """The text on one line, with the chosen tokens (by default those that fire) in << >>."""
     chosen = find_firing(window) if chosen is None else chosen
     pieces = []
     for i, token in enumerate(window.tokens):
@@ -87,12 +87,12 @@ def mark_tokens(window: Window, chosen: list[int] | None = None) -> str:
 
 
 def join_tokens(window: Window) -> str:
-    """The text on one line."""
+    """The text on one line, without marks."""
     return "".join(map(_escape, window.tokens)).strip()
 
 
 def _escape(token: str) -> str:
-    """A token without line breaks, or what could be taken for a mark."""
+    """Replace line breaks, and what could be taken for a mark, by look-alikes."""
     return make_visible(token).replace("<<", "‹‹").replace(">>", "››")
 
 
@@ -105,19 +105,20 @@ def parse_explanation(answer: str) -> str | None:
 
 
 def parse_verdicts(answer: str, texts: int) -> list[bool | None]:
-    """What a model says of each of the texts: yes, no, or nothing that could be understood."""
+    """A model's verdict on each text: yes, no, or None if there is no clear one."""
     answer = _drop_thoughts(answer)
     if texts == 1 and (word := re.match(r"\W*(?:1\W+)?(yes|no)\b", answer, re.IGNORECASE)):
         return [word[1].lower() == "yes"]
-    said: dict[int, set[bool]] = {}
+    verdicts: dict[int, set[bool]] = {}
     pattern = r"^\W*(?:text )?(\d+)(?:\W+\1)?\W+(yes|no)\b"  # small models write 1. 1: yes
     for number, word in re.findall(pattern, answer, re.IGNORECASE | re.MULTILINE):
-        said.setdefault(int(number), set()).add(word.lower() == "yes")
-    # both of a text are as good as neither
-    return [next(iter(said[i])) if len(said.get(i, ())) == 1 else None for i in range(1, texts + 1)]
+        verdicts.setdefault(int(number), set()).add(word.lower() == "yes")
+    # yes and no for the same text is no verdict
+    sets = (verdicts.get(i, set()) for i in range(1, texts + 1))
+    return [next(iter(given)) if len(given) == 1 else None for given in sets]
 
 
 def _drop_thoughts(answer: str) -> str:
-    """What follows a reasoning model's thoughts; nothing if it never came to their end."""
+    """The answer after a reasoning model's thoughts; empty if they never end."""
     _, end, rest = answer.rpartition("</think>")
     return "" if not end and "<think>" in rest else rest.strip()
