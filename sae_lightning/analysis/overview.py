@@ -29,28 +29,28 @@ class OverviewTask(FeaturesTask):
             return
         text = subject.corpus
         reducers = claims.TheoryReducers(subject)
-        found = self.make_catalogues(subject, reducers)
+        survey = self.make_catalogues(subject, reducers)
         card = evaluate.score_subject(subject, opened=(subject.llm, text))
-        tested = claims.theory(subject, reducers)
-        summary, scorecard = make_features_section(found), evaluate.make_scorecard_section(card)
+        theory = claims.theory(subject, reducers)
+        summary, scorecard = make_features_section(survey), evaluate.make_scorecard_section(card)
         print_section(summary)
-        print_units(found.features, pick_most_telling(found.features, PRINTED_FEATURES))
+        print_units(survey.features, pick_most_telling(survey.features, PRINTED_FEATURES))
         probes = None
         tokens = PROBE_TOKENS * PROBE_FEATURES // max(PROBE_FEATURES, subject.features)
         if "speaker" in subject.config.data_source.labels:
             probes = run_probes(subject, "speaker", tokens)
         parts = {
             "Scorecard": [summary, scorecard],
-            "Theory": theory_sections.make_theory_sections(tested),
+            "Theory": theory_sections.make_theory_sections(theory),
             "Probes": probe_sections.make_probe_sections(probes) if probes else [],
         }
         for section in [scorecard, *parts["Theory"], *parts["Probes"]]:
             print_lead(section)
         scalars = {
-            "features": found.scalars(),
+            "features": survey.scalars(),
             "evaluate": card.scalars(),
-            "theory": tested.numbers,
+            "theory": theory.numbers,
             "probe": probes and probes.scalars(),
         }
-        sections = [section._replace(part=part) for part, mine in parts.items() for section in mine]
-        self.publish(subject, scalars, sections, [found.features, found.neurons], found.best)
+        sections = [s._replace(part=part) for part, members in parts.items() for s in members]
+        self.publish(subject, scalars, sections, [survey.features, survey.neurons], survey.best)

@@ -64,7 +64,7 @@ def world(tokens: torch.Tensor, vocabulary: list[str]) -> tuple[Catalogue, Sampl
     for reducer in [*reducers, sampling]:
         reducer.add(batch)
     (statistics, top), sample = (reducer.result() for reducer in reducers), sampling.result()
-    spread = draw_examples(sample, statistics.maximum, top, each=4, seed=0)
+    spread = draw_examples(sample, statistics.maximum, top, per_interval=4, seed=0)
     return Catalogue("feature", vocabulary, tokens.numpy(), statistics, top, spread), sample
 
 

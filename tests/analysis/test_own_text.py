@@ -140,7 +140,7 @@ def file(subject, words, tmp_path):
 
 
 def said_of(subject, file, capsys) -> str:
-    """What `kept` says where it does not use the file."""
+    """What is printed when the file is not used."""
     assert read_kept_catalogue(subject, file) is None
     return " ".join(capsys.readouterr().out.split())
 

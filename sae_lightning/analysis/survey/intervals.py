@@ -25,14 +25,16 @@ ENTRIES_AT_ONCE = 1 << 21  # entries of the sample to draw from at a time: bound
 WINDOWS_AT_ONCE = 1 << 16  # examples whose windows are read at a time: bounds memory
 
 
-def draw_examples(sample: Sample, maximum: Tensor, top: Examples, each: int, seed: int) -> Examples:
-    """Draw `each` random examples of every interval of each unit, at most one per sequence and none
-    that is in `top`; maximum: [units]."""
+def draw_examples(
+    sample: Sample, maximum: Tensor, top: Examples, per_interval: int, seed: int
+) -> Examples:
+    """Draw `per_interval` random examples from each interval of each unit, at most one per sequence
+    and none that is in `top`; maximum: [units]."""
     starts = sample.starts
-    some = torch.tensor(
+    cuts = torch.tensor(
         range(ENTRIES_AT_ONCE, len(sample.places), ENTRIES_AT_ONCE), dtype=torch.int64
     )
-    inner = torch.searchsorted(starts, some)
+    inner = torch.searchsorted(starts, cuts)
     parts = []
     for first, end in pairwise(sorted({0, *inner.tolist(), sample.feature_count})):
         entries = slice(starts[first], starts[end])
@@ -42,18 +44,22 @@ def draw_examples(sample: Sample, maximum: Tensor, top: Examples, each: int, see
             strengths=sample.strengths[entries],
         )
         units = slice(first, end)
-        parts.append(_draw_part(part, maximum[units], slice_units(top, units), each, seed))
+        parts.append(_draw_part(part, maximum[units], slice_units(top, units), per_interval, seed))
     return Examples(*map(torch.cat, zip(*parts, strict=True)))
 
 
-def _draw_part(sample: Sample, maximum: Tensor, top: Examples, each: int, seed: int) -> Examples:
+def _draw_part(
+    sample: Sample, maximum: Tensor, top: Examples, per_interval: int, seed: int
+) -> Examples:
     entries = _find_candidates(sample, top)
     unit, strength = sample.owners()[entries], sample.strengths[entries]
     interval = find_interval(strength, maximum[unit]).numpy()
     unit, place = unit.numpy(), sample.places.numpy()[entries]
-    drawn = _draw_entries(sample, unit * INTERVALS + interval, interval, place, each, seed)
+    drawn = _draw_entries(sample, unit * INTERVALS + interval, interval, place, per_interval, seed)
     drawn = drawn[np.lexsort((-strength.numpy()[drawn], unit[drawn]))]
-    return _make_examples(sample, entries[drawn], _rank_in_group(unit[drawn]), INTERVALS * each)
+    return _make_examples(
+        sample, entries[drawn], _rank_in_group(unit[drawn]), INTERVALS * per_interval
+    )
 
 
 def _find_candidates(sample: Sample, top: Examples) -> np.ndarray:
@@ -76,20 +82,20 @@ def _draw_entries(
     group: np.ndarray,
     interval: np.ndarray,
     place: np.ndarray,
-    each: int,
+    per_interval: int,
     seed: int,
 ) -> np.ndarray:
-    """Indices of `each` random members of every group, at most one per sequence: a single sort, by
-    group and then by random keys."""
+    """Indices of `per_interval` random members of every group, at most one per sequence: a single
+    sort, by group and then by random keys."""
     sequences, context = sample.tokens.shape
     rng = np.random.default_rng(seed)
     # all units share the random keys: the order within each unit is random all the same
-    of_sequence = np.stack([rng.permutation(sequences) for _ in range(INTERVALS)])
-    of_place = rng.random((sequences, context)).argsort(axis=1).ravel()
-    line = group * sequences + of_sequence[interval, place // context]
-    order = (line * context + of_place[place]).argsort()
+    sequence_keys = np.stack([rng.permutation(sequences) for _ in range(INTERVALS)])
+    place_keys = rng.random((sequences, context)).argsort(axis=1).ravel()
+    line = group * sequences + sequence_keys[interval, place // context]
+    order = (line * context + place_keys[place]).argsort()
     order = order[np.diff(line[order], prepend=-1) > 0]  # the first of each sequence
-    return order[_rank_in_group(group[order]) < each]
+    return order[_rank_in_group(group[order]) < per_interval]
 
 
 def _rank_in_group(group: np.ndarray) -> np.ndarray:
@@ -101,7 +107,7 @@ def _rank_in_group(group: np.ndarray) -> np.ndarray:
 def _make_examples(sample: Sample, entries: np.ndarray, slot: np.ndarray, n: int) -> Examples:
     """The sample's `entries` as examples [units, n], each in the given `slot` of its unit."""
     context, units = sample.tokens.shape[1], sample.feature_count
-    found = Examples(
+    examples = Examples(
         strength=torch.zeros(units, n),
         tokens=torch.full((units, n, WINDOW), -1, dtype=torch.int32),
         strengths=torch.zeros(units, n, WINDOW, dtype=torch.float16),
@@ -114,18 +120,18 @@ def _make_examples(sample: Sample, entries: np.ndarray, slot: np.ndarray, n: int
         torch.from_numpy(slot).split(WINDOWS_AT_ONCE),
         strict=True,
     )
-    for entry, mine in parts:
+    for entry, column in parts:
         unit, place = owners[entry], sample.places[entry]
         sequence, position = place // context, place % context
-        found.strength[unit, mine] = sample.strengths[entry]
-        found.sequence[unit, mine] = sample.ids[sequence]
-        found.position[unit, mine] = position.int()
+        examples.strength[unit, column] = sample.strengths[entry]
+        examples.sequence[unit, column] = sample.ids[sequence]
+        examples.position[unit, column] = position.int()
         inside = ((position[:, None] + offsets) >= 0) & ((position[:, None] + offsets) < context)
         window = (place[:, None] + offsets).clamp(0, sample.tokens.numel() - 1)
         tokens = sample.tokens.flatten()[window]
-        found.tokens[unit, mine] = torch.where(inside, tokens, -1)
-        found.strengths[unit, mine] = _read_windows(sample, owners, entry).half()
-    return found
+        examples.tokens[unit, column] = torch.where(inside, tokens, -1)
+        examples.strengths[unit, column] = _read_windows(sample, owners, entry).half()
+    return examples
 
 
 def _read_windows(sample: Sample, owners: Tensor, entry: Tensor) -> Tensor:

@@ -30,14 +30,14 @@ def rate_telling(
     places = sample.places.numpy() - reading.previous.numpy()[owners]
     strengths, content = sample.strengths.numpy(), _weigh_tokens(texts, sample, vocabulary)[places]
     told, total = (
-        np.bincount(owners, each, minlength=sample.feature_count)
-        for each in (strengths * content, strengths)
+        np.bincount(owners, weights, minlength=sample.feature_count)
+        for weights in (strengths * content, strengths)
     )
     words = [_find_words(tokens, vocabulary) for tokens in reading.tokens.tolist()]
-    several = np.array([len(each) for each in words])
+    count = np.array([len(different) for different in words])
     value = reading.score.clamp(min=0).numpy() * (told / np.maximum(total, np.finfo(float).tiny))
-    value *= several / (several + 1)
-    value /= 1 + _count_better(value, [next(iter(each), "") for each in words])
+    value *= count / (count + 1)
+    value /= 1 + _count_better(value, [next(iter(different), "") for different in words])
     return torch.from_numpy(value).float()
 
 
