@@ -5,10 +5,10 @@ PYTHON ?= python3
 ARGS ?= model.features=10000 loss.l1=1e-3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-# stamps: a set-up runs again when what it installed from has changed
+# stamp files: install again when the requirements have changed
 READY := .venv/ready
 READY_TO_TEST := .venv/ready-to-test
-# a process a core; a file's tests stay together, with what its fixtures have trained
+# one process per core; the tests of a file share its fixtures
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 .PHONY: train test quick lint

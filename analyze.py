@@ -25,17 +25,17 @@ from sae_lightning.runs.jobs import read_overrides, register_schemas
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="analyze")
 def analyze(cfg: DictConfig) -> None:
-    """Run one task on one folder."""
+    """Run one task on one run folder or saved SAE."""
     with one_line_errors():
-        given = [o.lstrip("+~").partition("=")[0] for o in read_overrides(HydraConfig.get())]
+        typed = [o.lstrip("+~").partition("=")[0] for o in read_overrides(HydraConfig.get())]
         if OmegaConf.is_missing(cfg.layer, "index"):
-            cfg.layer.index = 0  # llm=hf leaves it open; the folder knows
-        to_dataclass(cfg).execute(given)
+            cfg.layer.index = 0  # llm=hf leaves it open; the run folder sets it
+        to_dataclass(cfg).execute(typed)
 
 
 if __name__ == "__main__":
     register_schemas(TASKS)
     with one_line_errors():
         read_arguments()
-        refuse_sweep(sys.argv[1:])  # Hydra would make folders for it
+        refuse_sweep(sys.argv[1:])  # before Hydra makes folders for it
         analyze()

@@ -4,7 +4,7 @@ import signal
 
 from sae_lightning.errors import check_packages
 
-if __name__ == "__main__":  # before all else is imported, which takes seconds
+if __name__ == "__main__":  # before the other imports, which take seconds
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
     check_packages()
     from sae_lightning.runs.threads import share_cores
@@ -26,23 +26,23 @@ from sae_lightning.terminal import phase
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def train(cfg: DictConfig) -> float | None:
-    """Run the job that the command line describes; returns what a searching sweeper maximises.
+    """Train the job that the command line describes; returns what a searching sweeper maximises.
 
-    None: it failed and said why, and the other jobs of the multirun go on. (The launcher
-    `one_pass` does not come here: it trains all jobs together.)
+    None: the job failed and printed why; the other jobs of the multirun go on. (The launcher
+    `one_pass` does not call this function: it trains all jobs together.)
     """
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
     multirun = hydra_config.mode is RunMode.MULTIRUN
     with one_line_errors(folder, multirun):
-        this = make_job(cfg, folder, read_overrides(hydra_config), multirun)
-        this.swept = read_swept_settings(hydra_config)
+        job = make_job(cfg, folder, read_overrides(hydra_config), multirun)
+        job.swept = read_swept_settings(hydra_config)
         # imported late: a mistyped option is answered at once
         with phase("starting"):
             from sae_lightning.runs.passes import train_jobs
 
-        (metrics,) = train_jobs([this])
-        return None if metrics is None else compute_objective(metrics, this.config.sweep)
+        (metrics,) = train_jobs([job])
+        return None if metrics is None else compute_objective(metrics, job.config.sweep)
     return None
 
 

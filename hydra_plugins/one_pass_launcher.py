@@ -1,4 +1,4 @@
-"""`hydra/launcher=one_pass`, the default: jobs that may share a pass of the LLM do."""
+"""`hydra/launcher=one_pass`, the default: jobs share passes of the LLM where they can."""
 
 from collections.abc import Sequence
 from copy import copy
@@ -19,12 +19,12 @@ from sae_lightning.terminal import phase
 
 
 class OnePassLauncher(Launcher):
-    """Composes every job of a batch first, then trains them on as few passes as they allow."""
+    """Composes all jobs of a batch, then trains them on as few passes as possible."""
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        """Keep what `launch` needs."""
+        """Store what Hydra passes to a launcher."""
         self.context, self.config, self.task_function = hydra_context, config, task_function
 
     def launch(
@@ -38,11 +38,11 @@ class OnePassLauncher(Launcher):
                 for number, overrides in enumerate(job_overrides, initial_job_idx):
                     composed.append(self._compose(number, list(overrides)))
                     advance(1)
-            # one entry a run: resuming a sweep, a single job stands for all of them
+            # one entry per run: a job that resumes a sweep stands for all its runs
             runs = [
                 (config, copy(ret), job) for config, ret in composed for job in ret.return_value
             ]
-            with phase("starting"):  # imported late: what is wrong with a setting comes first
+            with phase("starting"):  # imported late: errors in settings come first
                 from sae_lightning.runs.passes import train_jobs
 
             for config, *_ in runs:
@@ -59,7 +59,7 @@ class OnePassLauncher(Launcher):
         return [ret for _, ret, _ in runs]
 
     def _remove_unused(self, configs: list[DictConfig]) -> None:
-        """Take away the folders that Hydra made and that hold no run."""
+        """Remove the folders that Hydra made and that hold no run."""
         for config in configs:
             remove_unused_folder(Path(config.hydra.runtime.output_dir))
 
@@ -72,15 +72,15 @@ class OnePassLauncher(Launcher):
         def collect(cfg: DictConfig) -> list[Job]:
             hydra = HydraConfig.get()
             sweep, folder = Path(hydra.sweep.dir), Path(hydra.runtime.output_dir)
-            these = make_jobs(cfg, folder, read_overrides(hydra), sweep)
-            return [replace(this, swept=read_swept_settings(hydra)) for this in these]
+            jobs = make_jobs(cfg, folder, read_overrides(hydra), sweep)
+            return [replace(job, swept=read_swept_settings(hydra)) for job in jobs]
 
         done = run_job(
             task_function=collect,
             config=config,
             job_dir_key="hydra.sweep.dir",
             job_subdir_key="hydra.sweep.subdir",
-            # the user's callbacks are told when the job really starts and ends
+            # no callbacks yet: they are called when the job really starts and ends
             hydra_context=HydraContext(self.context.config_loader, Callbacks()),
         )
         if done.status is JobStatus.FAILED:

@@ -1,4 +1,4 @@
-"""What `hydra/sweeper=optuna` stands for here (after pip install -e ".[optuna]").
+"""Our defaults for `hydra/sweeper=optuna` (after pip install -e ".[optuna]").
 
 python train.py -m hydra/sweeper=optuna 'loss.l1=tag(log,interval(1e-4,1e-2))' sweep.l0=64
 """
@@ -11,21 +11,21 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 class OptunaDefaults(SearchPathPlugin):
     """Replaces the defaults of Optuna's sweeper, which minimises.
 
-    Hydra calls this after every plugin has stored its config and before anything is composed. A
-    preset in conf/ would not do: Hydra refuses one with the name of a plugin's config.
+    Hydra calls this after every plugin has stored its config and before anything is composed. It
+    cannot be a preset in conf/: Hydra refuses one with the name of a plugin's config.
     """
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        """Store ours over the plugin's."""
+        """Overwrite the plugin's config with ours."""
         try:
             from hydra_plugins.hydra_optuna_sweeper.config import (
                 OptunaSweeperConf,
                 TPESamplerConfig,
             )
-        except ImportError:  # without the extra there is nothing to choose
+        except ImportError:  # the extra is not installed
             return
         search = OptunaSweeperConf(
-            direction="maximize",  # sweep.objective; a minus there minimises
+            direction="maximize",  # of sweep.objective, whose minus sign minimises
             n_trials=20,
             n_jobs=5,  # trials chosen together, which share a pass of the LLM
             max_failure_rate=1.0,  # an SAE that diverges is a failed trial, not the search's end
