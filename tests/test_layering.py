@@ -51,11 +51,11 @@ def modules(root: Path) -> dict[str, Path]:
     """Dotted name -> file of all modules under the rules."""
     files = [root / "train.py", root / "analyze.py"]
     files += [*(root / PACKAGE).rglob("*.py"), *(root / "hydra_plugins").rglob("*.py")]
-    found = {}
+    modules = {}
     for file in filter(Path.is_file, files):
         parts = file.relative_to(root).with_suffix("").parts
-        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
-    return found
+        modules[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
+    return modules
 
 
 def imports(file: Path, known: dict[str, Path]) -> set[str]:
@@ -83,33 +83,37 @@ def violations(root: Path) -> list[str]:
     known = modules(root)
     broken = []
     for module, file in sorted(known.items()):
-        mine = unit(module)
-        if mine not in DEPTH:
+        importer = unit(module)
+        if importer not in DEPTH:
             broken.append(f"{module}: has no row in this table")
             continue
         for name in sorted(imports(file, known)):
-            if rule := _broken_rule(module, mine, name):
+            if rule := _broken_rule(module, importer, name):
                 broken.append(f"{module} -> {name}: {rule}")
     return broken
 
 
-def _broken_rule(module: str, mine: str, name: str) -> str | None:
+def _broken_rule(module: str, importer: str, name: str) -> str | None:
     library = name.split(".")[0]
     if library == PACKAGE:
         callbacks = f"{PACKAGE}.training.callbacks."
         if module.startswith(callbacks) and name.startswith(callbacks):
             return "callbacks do not import one another"
-        theirs = unit(name)
-        if theirs == mine:
+        imported = unit(name)
+        if imported == importer:
             return None
-        if DEPTH.get(theirs, 0) <= DEPTH[mine]:
+        if DEPTH.get(imported, 0) <= DEPTH[importer]:
             return "not downwards"
-        return f"{mine} does not know {theirs}" if theirs in UNKNOWN.get(mine, ()) else None
-    if not {mine, module} & ROOMS.get(library, {mine}):
+        return (
+            f"{importer} does not know {imported}"
+            if imported in UNKNOWN.get(importer, ())
+            else None
+        )
+    if not {importer, module} & ROOMS.get(library, {importer}):
         return f"only in {', '.join(sorted(ROOMS[library]))}"
     if library == "lightning" and module in WITHOUT_LIGHTNING:
         return "a config is read without lightning"
-    if mine in TORCH_ONLY and library not in {"torch", "triton"} | sys.stdlib_module_names:
+    if importer in TORCH_ONLY and library not in {"torch", "triton"} | sys.stdlib_module_names:
         return "torch and the standard library only"
     return None
 

@@ -28,13 +28,13 @@ def subject(tmp_path_factory):
     folder = tmp_path_factory.mktemp("planted")
     llm, sae = save_planted(folder)
     (folder / "text").mkdir()
-    asked = {
+    overrides = {
         "llm": LLMConfig(name=str(llm), dtype=Dtype.float32, device="cpu"),
         "data": LocalConfig(path=str(write_text(folder / "text")), context=16, held_out=0.34),
         "layer": LayerConfig(index=0),
         "seed": 0,
     }
-    return open_subject(str(sae), asked, ["llm", "data"])
+    return open_subject(str(sae), overrides, ["llm", "data"])
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +49,10 @@ def test_its_examples_are_all_of_the_words_that_it_reads(found):
 
 
 def test_its_token_set_is_these_words_and_predicts_perfectly(found):
-    reading = found.features.token_sets
-    assert reading.score[FEATURE] == pytest.approx(1)
-    assert {t for t in reading.tokens[FEATURE].tolist() if t >= 0} == {token(w) for w in READS}
-    assert not reading.previous[FEATURE]
+    token_sets = found.features.token_sets
+    assert token_sets.score[FEATURE] == pytest.approx(1)
+    assert {t for t in token_sets.tokens[FEATURE].tolist() if t >= 0} == {token(w) for w in READS}
+    assert not token_sets.previous[FEATURE]
 
 
 def test_the_lens_sees_what_it_reads_and_what_it_writes(subject):

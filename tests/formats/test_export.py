@@ -61,7 +61,7 @@ def save(folder, sae: SAE, **metadata):
     return folder
 
 
-def wanted(sae: SAE) -> Output:
+def expect_output(sae: SAE) -> Output:
     """Expected reconstruction: normalise raw activations, run the SAE, undo the normalisation."""
     in_mean, in_scale, out_mean, out_scale = normalisation(len(sae.b_dec))
     output = sae((raw_activations() - in_mean) / in_scale)
@@ -70,9 +70,9 @@ def wanted(sae: SAE) -> Output:
 
 def assert_agree(one: Output, other: Output) -> None:
     """Equal to 1e-5 of the largest value (float32 sums in another order), with the same zeros."""
-    for mine, theirs in zip(one, other, strict=True):
+    for ours, theirs in zip(one, other, strict=True):
         assert theirs.abs().max() > 1
-        assert_close(mine, theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
+        assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
     assert 0.05 < (one.features > 1e-3).float().mean() < 0.9
     assert torch.equal(one.features > 1e-3, other.features > 1e-3)
 
@@ -84,7 +84,7 @@ def test_what_is_read_back_does_for_raw_activations_what_was_trained(tmp_path, n
     sae = trained(name, d_out, skip=skip)
     site = {} if d_out == D else {"hook_name_out": "blocks.3.hook_mlp_out"}
     read = sae_lightning.load_sae(save(tmp_path / "sae", sae, hook_name="blocks.3.x", **site))
-    assert_agree(read(raw_activations()), wanted(sae))
+    assert_agree(read(raw_activations()), expect_output(sae))
     assert (type(read), read.config) == (type(sae), sae.config)
     assert read.metadata["hook_name"] == "blocks.3.x"
 
@@ -169,11 +169,11 @@ def rewrite_cfg(folder, **changes):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("said", [True, None])
-def test_an_encoder_that_reads_x_minus_b_dec_is_honoured(tmp_path, said):
+@pytest.mark.parametrize("subtracts", [True, None])
+def test_an_encoder_that_reads_x_minus_b_dec_is_honoured(tmp_path, subtracts):
     """f = relu((x - b_dec) W_enc + b_enc), which is also the default of SAELens."""
     sae = load_sae(save(tmp_path, trained()))
-    rewrite_cfg(tmp_path, apply_b_dec_to_input=said)
+    rewrite_cfg(tmp_path, apply_b_dec_to_input=subtracts)
     x = raw_activations()
     shifted = load_sae(tmp_path)(x)
     assert_close(shifted.features, sae.encode(x - sae.b_dec), rtol=1e-5, atol=1e-4)
@@ -200,7 +200,7 @@ def test_a_folder_without_our_description_is_read_as_saelens_does(tmp_path, name
     rewrite_cfg(save(tmp_path, sae), sae_lightning=None)
     read = load_sae(tmp_path)
     assert type(read).architecture == sae.architecture
-    assert_agree(read(raw_activations()), wanted(sae))
+    assert_agree(read(raw_activations()), expect_output(sae))
 
 
 def cut(file):
@@ -391,7 +391,7 @@ def test_saelens_opens_every_architecture_and_agrees(saelens, name):
     _, results = saelens
     kind, theirs = results[f"our_{name}"]
     assert kind == ARCHITECTURES[name].network.architecture
-    assert_agree(theirs, wanted(trained(name)))
+    assert_agree(theirs, expect_output(trained(name)))
 
 
 @pytest.mark.slow
@@ -401,7 +401,7 @@ def test_saelens_opens_transcoders_and_agrees(saelens, name):
     _, results = saelens
     kind, theirs = results[f"our_{name}_transcoder"]
     assert kind == name
-    assert_agree(theirs, wanted(TRANSCODERS[name]))
+    assert_agree(theirs, expect_output(TRANSCODERS[name]))
 
 
 @pytest.mark.slow
@@ -421,10 +421,10 @@ def test_a_folder_that_saelens_wrote_is_read_and_agrees(saelens, name):
 def test_the_file_says_where_saelens_has_no_such_transcoder(tmp_path, name, skip):
     sae = trained(name, 7, skip=skip)
     save(tmp_path, sae, hook_name="blocks.3.mlp.hook_in", hook_name_out="blocks.3.hook_mlp_out")
-    said = load_sae(tmp_path).metadata.get(NOTE_KEY, "")
-    assert ("SAELens has no" in said) == (sae.architecture in ("topk", "gated"))
-    assert ("as an autoencoder" in said) == (bool(said) and not skip)
-    assert said == (describe_limits(sae) or "")
+    note = load_sae(tmp_path).metadata.get(NOTE_KEY, "")
+    assert ("SAELens has no" in note) == (sae.architecture in ("topk", "gated"))
+    assert ("as an autoencoder" in note) == (bool(note) and not skip)
+    assert note == (describe_limits(sae) or "")
 
 
 def test_an_autoencoder_needs_no_such_word(tmp_path):

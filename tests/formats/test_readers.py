@@ -344,6 +344,6 @@ def test_dictionary_learning_says_what_it_reads(tmp_path):
     cfg = json.loads((folder / "config.json").read_text())
     cfg["trainer"]["submodule_name"], cfg["buffer"]["ctx_len"] = "resid_post_layer_3", 16
     (folder / "config.json").write_text(json.dumps(cfg))
-    said = load_sae(folder).metadata
-    assert (said["model_name"], said["context_size"]) == ("pythia", 16)
-    assert said["hook_name"] == "resid_post_layer_3"
+    metadata = load_sae(folder).metadata
+    assert (metadata["model_name"], metadata["context_size"]) == ("pythia", 16)
+    assert metadata["hook_name"] == "resid_post_layer_3"

@@ -14,7 +14,7 @@ WORDS = [" King", "king", " law", "\n"]
 
 
 @pytest.fixture
-def found():
+def annotated():
     """Four features on two tokens; 3 is a copy of 1, and 2 fires too rarely for its maximum to
     count."""
     fired = torch.tensor([900, 50, FEW_TOKENS - 1, 50, 0])
@@ -33,23 +33,23 @@ def found():
     return AnnotatedText([the, king], catalogue)
 
 
-def test_of_copies_the_strongest_is_told_with_how_many_fire_beside_it(found):
-    assert [(f.feature, f.copies) for f in found.list_fired(0)] == [(0, 0), (1, 1)]
-    assert [(f.feature, f.copies) for f in found.list_fired(1)] == [(3, 1), (2, 0), (4, 0)]
+def test_of_copies_the_strongest_is_listed_with_the_number_of_others_that_fire(annotated):
+    assert [(f.feature, f.copies) for f in annotated.list_fired(0)] == [(0, 0), (1, 1)]
+    assert [(f.feature, f.copies) for f in annotated.list_fired(1)] == [(3, 1), (2, 0), (4, 0)]
 
 
-def test_a_share_is_of_the_catalogues_maximum_and_none_where_it_never_fired_there(found):
-    assert [f.share for f in found.list_fired(1)] == [0.75, 2, None]
+def test_a_share_is_of_the_catalogues_maximum_and_none_where_it_never_fired_there(annotated):
+    assert [f.share for f in annotated.list_fired(1)] == [0.75, 2, None]
 
 
-def test_first_in_a_text_is_what_comes_closest_to_a_maximum_that_is_one_of_many(found):
-    told = [(f.feature, f.strength, f.place) for f in found.rank_fired()]
-    assert told == [(3, 3, 1), (0, 5, 0), (2, 2, 1), (4, 1, 1)]
+def test_features_are_ranked_by_share_of_maximum_and_rare_ones_come_last(annotated):
+    ranked = [(f.feature, f.strength, f.place) for f in annotated.rank_fired()]
+    assert ranked == [(3, 3, 1), (0, 5, 0), (2, 2, 1), (4, 1, 1)]
 
 
-def test_words_are_those_of_the_strongest_examples_each_once(found):
-    assert found.list_words(0) == [" King", " law", "↵"]
-    assert found.list_words(4) == []
+def test_words_are_those_of_the_strongest_examples_each_once(annotated):
+    assert annotated.list_words(0) == [" King", " law", "↵"]
+    assert annotated.list_words(4) == []
 
 
 @pytest.mark.parametrize("script", ["unit.js", "text.js", "browser.js"])

@@ -115,14 +115,14 @@ class Elements(HTMLParser):
 
     def __init__(self, html: str):
         super().__init__()
-        self.found, self.scripts, self.text = [], {}, ""
+        self.elements, self.scripts, self.text = [], {}, ""
         self.inside = None  # id or index of the script being parsed
         self.feed(html)
 
     def handle_starttag(self, tag, attrs):
-        self.found.append((tag, dict(attrs)))
+        self.elements.append((tag, dict(attrs)))
         if tag in ("script", "style"):
-            self.inside = dict(attrs).get("id", len(self.found))
+            self.inside = dict(attrs).get("id", len(self.elements))
 
     def handle_endtag(self, tag):
         self.inside = None
@@ -134,7 +134,7 @@ class Elements(HTMLParser):
             self.scripts[self.inside] = self.scripts.get(self.inside, "") + data
 
     def tags(self) -> list[str]:
-        return [tag for tag, _ in self.found]
+        return [tag for tag, _ in self.elements]
 
 
 def render(*content, **more) -> str:
@@ -226,14 +226,14 @@ def test_ten_thousand_features_fit_into_30_MB():
 
 
 def test_no_request_can_leave_the_page(full):
-    policy = next(a["content"] for tag, a in full.found if a.get("http-equiv"))
+    policy = next(a["content"] for tag, a in full.elements if a.get("http-equiv"))
     rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
     assert rules["default-src"] == rules["base-uri"] == rules["form-action"] == "'none'"
     sources = " ".join(rules.values()).split()
     assert set(sources) == {"'none'", "'unsafe-inline'", "data:", "blob:"}
     before = full.tags().index("meta"), full.tags().index("style"), full.tags().index("script")
     assert before == tuple(sorted(before)), "what comes before the policy is not held to it"
-    for tag, attributes in full.found:
+    for tag, attributes in full.elements:
         assert tag not in ("img", "iframe", "object", "embed", "form", "base")
         for name in ("src", "href", "srcset", "action"):
             link = attributes.get(name, "#")
@@ -266,11 +266,11 @@ def test_no_character_of_a_name_or_token_is_invisible_or_turns_others_round():
     section = Section(text, text, {text: text}, table, texts, part=text)
     vocabulary = [text, "\u0301", "سلام", *WORDS]
     html = render(text, {text: text}, [section], [catalogue(5, vocabulary=vocabulary)], [text])
-    assert all(each.isprintable() or each == "\n" for each in html)
+    assert all(c.isprintable() or c == "\n" for c in html)
     shown = "a<U+202E><U+2066><U+200B><U+2028><U+FEFF>␇␛[2J<U+009B>1m␡<U+3164><U+DC80>b"
-    found = Elements(html)
-    assert found.text.count(shown) == 14
-    words = json.loads(found.scripts["index"])["words"]
+    page = Elements(html)
+    assert page.text.count(shown) == 14
+    words = json.loads(page.scripts["index"])["words"]
     assert {shown, "◌\u0301", "سلام"} <= {*words}
 
 
@@ -283,9 +283,9 @@ def test_tokens_are_isolated_from_their_neighbours():
 
 
 def test_parts_hold_their_sections_and_have_an_entry_each(full):
-    links = [a["href"] for tag, a in full.found if tag == "a" and "href" in a]
+    links = [a["href"] for tag, a in full.elements if tag == "a" and "href" in a]
     assert links == ["features.parquet", "#features", "#part-theory", "#part-two"]
-    ids = [a["id"] for tag, a in full.found if "id" in a and tag == "section"]
+    ids = [a["id"] for tag, a in full.elements if "id" in a and tag == "section"]
     assert ["#" + name for name in ids] == links[2:]
     assert re.findall("One|Two|Three", full.text) == ["Two", "One", "Three", "Two"]
 
@@ -311,8 +311,8 @@ def test_colours_can_be_compared_between_the_texts_of_a_section():
     html = render(
         "t", {}, [Section("s", "l", texts=[weak, strong]), Section("s", "l", texts=[silent])]
     )
-    found = re.findall("<figcaption>(.*?)</figcaption>\n<p>(.*?)</p>", html, re.DOTALL)
-    assert dict(found) == {
+    figures = re.findall("<figcaption>(.*?)</figcaption>\n<p>(.*?)</p>", html, re.DOTALL)
+    assert dict(figures) == {
         "weak": '<bdi class="t" style="--s:0.25" data-tip="1">a</bdi><bdi>↵\n</bdi>',
         "strong": '<bdi class="t minus" style="--s:1.0" data-tip="-4">b</bdi>',
         "silent": "<bdi>c</bdi>",
@@ -360,8 +360,8 @@ def test_values_that_are_close_keep_bars_of_their_own():
 
 def test_long_words_in_a_table_may_wrap_and_numbers_may_not():
     table = ResultTable(["feature", "promotes", "n"], [["3", "' fox' " * 8, "1"], ["4", "", "2"]])
-    found = Elements(render("", {}, [Section("Lens", "", table=table)])).found
-    assert [cell.get("class") for tag, cell in found if tag == "td"] == [
+    elements = Elements(render("", {}, [Section("Lens", "", table=table)])).elements
+    assert [cell.get("class") for tag, cell in elements if tag == "td"] == [
         *("word", "word long", None),
         *("word", "word long", None),
     ]
@@ -385,7 +385,7 @@ def test_blocks_of_a_large_page_are_files_beside_it(large):
     html = Elements(path.read_text("utf8"))
     index = json.loads(html.scripts["index"])
     assert not any(str(name).startswith("block-") for name in html.scripts)
-    (policy,) = (a["content"] for _, a in html.found if a.get("http-equiv"))
+    (policy,) = (a["content"] for _, a in html.elements if a.get("http-equiv"))
     assert "script-src 'unsafe-inline' 'self';" in policy, "scripts of its own folder, no others"
     files = {file.name: file.read_text() for file in (path.parent / index["beside"]).iterdir()}
     inside = pack_catalogues([catalogue(UNITS_PER_BLOCK + 2), catalogue(3, "neuron")]).blocks

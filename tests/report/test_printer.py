@@ -51,34 +51,34 @@ def catalogue(peaks: list[int]) -> Catalogue:
     return Catalogue("feature", WORDS, tokens[0].numpy(), statistics, top, top, reading)
 
 
-def said(capsys, *arguments, **more) -> list[str]:
+def print_lines(capsys, *arguments, **more) -> list[str]:
     print_units(*arguments, **more)
     return capsys.readouterr().out.splitlines()
 
 
 def test_a_unit_is_told_with_its_density_maximum_score_and_tokens(capsys):
-    heading = said(capsys, catalogue([1]), [0])[1]
+    heading = print_lines(capsys, catalogue([1]), [0])[1]
     assert heading == (
         "feature 0  fires on 0.5 % of tokens, maximum 8, score 0.75: after ‘ cat’ ‘↵’"
     )
-    assert said(capsys, catalogue([1]), [1]) == ["", "feature 1  never fires"]
+    assert print_lines(capsys, catalogue([1]), [1]) == ["", "feature 1  never fires"]
 
 
 def test_how_many_are_like_a_unit_is_told_with_the_one_that_stands_for_them(capsys):
     several = catalogue([1])._replace(copy_of=torch.tensor([0, 0]))
-    assert said(capsys, several, [0])[1].endswith(" ‘↵’, and 1 copy")
-    assert said(capsys, several, [1])[1] == "feature 1  never fires"
+    assert print_lines(capsys, several, [0])[1].endswith(" ‘↵’, and 1 copy")
+    assert print_lines(capsys, several, [1])[1] == "feature 1  never fires"
     alone = several._replace(copy_of=torch.tensor([0, 1]))
-    assert "cop" not in said(capsys, alone, [0])[1]
+    assert "cop" not in print_lines(capsys, alone, [0])[1]
 
 
 def test_neurons_need_no_score(capsys):
     neuron = catalogue([1])._replace(kind="neuron", token_sets=None)
-    assert said(capsys, neuron, [0])[1] == "neuron 0  fires on 0.5 % of tokens, maximum 8"
+    assert print_lines(capsys, neuron, [0])[1] == "neuron 0  fires on 0.5 % of tokens, maximum 8"
 
 
 def test_blocks_stand_above_the_letters_of_their_token_and_peaks_below_one_another(capsys):
-    lines = said(capsys, catalogue([1, 2, 4]), [0])[2:]
+    lines = print_lines(capsys, catalogue([1, 2, 4]), [0])[2:]
     heights, texts = lines[::2], lines[1::2]
     column = 8 + int((100 - 8) * 0.6)
     assert [text[column : column + 4] for text in texts] == [" cat", "↵ th", "</b>"]
@@ -91,11 +91,11 @@ def test_blocks_stand_above_the_letters_of_their_token_and_peaks_below_one_anoth
 
 
 def test_only_as_many_examples_are_shown_as_asked_for(capsys):
-    assert len(said(capsys, catalogue([1, 1, 1]), [0], examples=1)) == 2 + 2
+    assert len(print_lines(capsys, catalogue([1, 1, 1]), [0], examples=1)) == 2 + 2
 
 
 def test_wide_letters_keep_blocks_in_place(capsys):
-    lines = said(capsys, catalogue([3]), [0])[2:]
+    lines = print_lines(capsys, catalogue([3]), [0])[2:]
     column = 8 + int((100 - 8) * 0.6)
     assert lines[0][column:] == " ████ ▄▄▄"  # two letters of two columns each
     assert lines[1][column:].startswith(" 世界 the")
@@ -138,7 +138,7 @@ def test_nothing_of_a_stranger_moves_the_cursor_or_turns_a_line_round(capsys):
     console.print(format_command("analyze.py", run=text), shorten_path(Path(text)))
     console.print(f"a name that nobody has looked at: {text}")
     out = capsys.readouterr().out
-    assert all(each.isprintable() or each == "\n" for each in out)
+    assert all(c.isprintable() or c == "\n" for c in out)
     assert out.count(written) == 11
     assert "looked at: a␛[2J\n<U+202E>b" in out
 
@@ -151,11 +151,11 @@ def test_an_error_that_quotes_a_file_is_one_line_without_controls(capsys, monkey
         with one_line_errors(Path("x\x1b[2Jy"), multirun):
             raise UserError("architecture=a\x1b[2J\n\u202eb: unknown")
     except SystemExit as error:
-        said = error.code + "\n"
+        message = error.code + "\n"
     else:
-        said = capsys.readouterr().err
+        message = capsys.readouterr().err
     job = "x␛[2Jy: " * multirun
-    assert said == f"error: {job}architecture=a␛[2J↵<U+202E>b: unknown\n"
+    assert message == f"error: {job}architecture=a␛[2J↵<U+202E>b: unknown\n"
 
 
 def test_letters_from_right_to_left_stay_within_their_token(capsys):

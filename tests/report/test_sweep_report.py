@@ -28,14 +28,14 @@ NAN = math.nan
 
 def run(folder: Path, *overrides: str, failure: str | None = None, **held_out: float) -> SweepRun:
     """A run of a sweep in `folder`, finished if it has metrics."""
-    this = folder / ",".join(overrides).replace("/", "_")
-    this.mkdir(parents=True, exist_ok=True)
-    (this / "config.yaml").touch()
+    path = folder / ",".join(overrides).replace("/", "_")
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.yaml").touch()
     metrics = None
     if held_out:
         metrics = {"tokens": 16384, "held_out": held_out, "training": {"train/dead": 0.125}}
-        (this / "metrics.json").write_text(json.dumps(metrics))
-    return SweepRun(this, ["trainer=smoke", *overrides], metrics, failure)
+        (path / "metrics.json").write_text(json.dumps(metrics))
+    return SweepRun(path, ["trainer=smoke", *overrides], metrics, failure)
 
 
 def scores(l0: float, ev: float, ce: float | None = None) -> dict[str, float]:
@@ -81,9 +81,7 @@ def test_rows_are_in_the_order_of_numbers_then_words(tmp_path):
     values = ("0.01", "null", "9e-4", "10", "2e-3")
     table = SweepTable([run(tmp_path, f"optim.clip={value}") for value in values])
     assert [*table.frame["optim.clip"]] == ["9e-4", "2e-3", "0.01", "10", "null"]
-    assert [this.override_values["optim.clip"] for this in table.runs] == [
-        *table.frame["optim.clip"]
-    ]
+    assert [run.override_values["optim.clip"] for run in table.runs] == [*table.frame["optim.clip"]]
 
 
 def test_a_sweep_of_one_run_has_a_row_and_no_columns_of_settings(tmp_path):
@@ -149,7 +147,7 @@ def test_no_name_or_reason_reaches_terminal_or_page_raw(tmp_path, capsys):
     write_report(tmp_path, runs)
     shown = "a␛[2J↵<U+202E>b"
     for written in (capsys.readouterr().out, Page(tmp_path / PAGE).text):
-        assert all(each.isprintable() or each == "\n" for each in written)
+        assert all(c.isprintable() or c == "\n" for c in written)
         assert written.count(shown) >= 3
 
 
@@ -284,8 +282,8 @@ def test_copies_are_a_column_and_a_run_of_before_they_were_measured_has_a_dash(t
         run(tmp_path, "loss.l1=3", **scores(2, 0.3), **dict.fromkeys(near, NAN)),
     ]
     write_report(tmp_path, runs)
-    said = capsys.readouterr().out
-    assert "copies ↓" in said and "1.2%*" in said and "0.46 " in said
+    out = capsys.readouterr().out
+    assert "copies ↓" in out and "1.2%*" in out and "0.46 " in out
     page = Page(tmp_path / PAGE)
     (old,) = (row for row in page.rows if row and row[0].strip() == "2")
     assert [cell.strip() for cell in old].count("–") == 2

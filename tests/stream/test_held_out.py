@@ -36,11 +36,11 @@ def planted(llm, monkeypatch) -> list[int]:
     large = [llm.tokenizer.encode(letter)[0] for letter in "ab"]
 
     def scaled(model, tokens, sites, places):
-        found, read = capture(model, tokens, sites, places), tokens.flatten()[places]
-        for site in found:
-            unit = found[site] / found[site].norm(dim=-1, keepdim=True)
-            found[site] = unit * (1 + 4 * (read == large[SITES.index(site)]))[:, None]
-        return found
+        activations, read = capture(model, tokens, sites, places), tokens.flatten()[places]
+        for site in activations:
+            unit = activations[site] / activations[site].norm(dim=-1, keepdim=True)
+            activations[site] = unit * (1 + 4 * (read == large[SITES.index(site)]))[:, None]
+        return activations
 
     monkeypatch.setattr(held_out_module, "capture", scaled)
     return large
@@ -150,7 +150,7 @@ def test_an_llm_that_overflows_above_the_sae_is_told_once(llm, capsys, number, r
     held_out = make(llm._replace(model=model), sites=SITES[1:])
     for _ in range(2):
         assert not all(map(math.isfinite, held_out.baseline(SITES[1])))
-    said = capsys.readouterr().out
-    assert said.count("not finite") == said.count(remedy) == 1
+    out = capsys.readouterr().out
+    assert out.count("not finite") == out.count(remedy) == 1
     make(llm, sites=SITES[1:]).baseline(SITES[1])
     assert "not finite" not in capsys.readouterr().out

@@ -50,22 +50,22 @@ def test_batches_are_those_of_the_source_and_no_more_text_is_read(llm, rows):
 
 def test_the_source_is_asked_what_it_would_be_asked_alone(llm):
     """Including the last call, by which a cache knows that it may close."""
-    asked = []
+    requests = []
     for wrap in (lambda rows: rows, lambda rows: PrefetchedRows(rows, BATCH)):
         rows, calls = source(llm), []
         inner = rows.next
-        rows.next = lambda wanted, inner=inner, calls=calls: calls.append(wanted) or inner(wanted)
+        rows.next = lambda count, inner=inner, calls=calls: calls.append(count) or inner(count)
         list(stream(wrap(rows)))
-        asked.append(calls)
-    assert asked[0] == asked[1]
+        requests.append(calls)
+    assert requests[0] == requests[1]
 
 
 def test_an_update_finds_its_rows_begun(llm):
     rows = PrefetchedRows(source(llm), BATCH)
-    for wanted in (800, 700, 600):
-        rows.next(wanted)
-        assert BATCH <= sum(len(each.rows.ids) for each in rows._waiting) < BATCH + rows.most
-    waiting = sum(len(each.rows.ids) for each in rows._waiting)
+    for count in (800, 700, 600):
+        rows.next(count)
+        assert BATCH <= sum(len(item.rows.ids) for item in rows._waiting) < BATCH + rows.most
+    waiting = sum(len(item.rows.ids) for item in rows._waiting)
     read = rows.source.llm_batches
     rows.next(waiting)
     assert rows.source.llm_batches == read, "the run wants what waits and no more"
@@ -146,7 +146,7 @@ def test_on_a_gpu_a_batch_is_waited_for_and_kept_before_it_is_handed_out(monkeyp
         yield
         current.pop()
 
-    def compute(wanted: int) -> Rows:
+    def compute(count: int) -> Rows:
         current[-1].batches = source.batch = source.batch + 1
         log.append(f"{current[-1].name} computes {source.batch}")
         return Rows({s: FakeTensor(log, f"{source.batch} {s}") for s in SITES}, torch.zeros(3))

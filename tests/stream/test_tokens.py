@@ -60,7 +60,7 @@ def as_text(tokens: list[int]) -> str:
 
 
 @pytest.fixture(autouse=True)
-def said(monkeypatch) -> list[str]:
+def messages(monkeypatch) -> list[str]:
     """Output at the terminal."""
     lines: list[str] = []
     monkeypatch.setattr(console, "print", lambda line: lines.append(line))
@@ -116,15 +116,15 @@ def test_a_streamed_epoch_holds_every_document_exactly_once(tokenizer, seed, con
     sequences = epoch_of(source(documents, "streamed", tokenizer, context, seed))
     assert (sequences[:, 0] == BOS).all()
     flat = sequences[:, 1:].flatten().tolist()
-    found = as_text(flat).split("</s>")
+    read = as_text(flat).split("</s>")
     count = sum(len(d) + 1 for d in documents if d)
     assert len(flat) - count < context - 1
-    assert Counter(d for d in found if d) == Counter(d for d in documents if d)
-    assert [d for d in found if d] != [d for d in documents if d], "shuffled"
+    assert Counter(d for d in read if d) == Counter(d for d in documents if d)
+    assert [d for d in read if d] != [d for d in documents if d], "shuffled"
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_an_epoch_has_a_new_order_and_the_same_tokens(tokenizer, style, said):
+def test_an_epoch_has_a_new_order_and_the_same_tokens(tokenizer, style, messages):
     documents = story(1)
     train = source(documents, style, tokenizer, context=6)
     first, second = epoch_of(train), None
@@ -134,7 +134,7 @@ def test_an_epoch_has_a_new_order_and_the_same_tokens(tokenizer, style, said):
     expected = (
         f"the text ran out after {count:,} tokens; going round again in a new order (epoch 2)"
     )
-    assert said[-1] == expected
+    assert messages[-1] == expected
     train = source(documents, style, tokenizer, context=6)
     train._begin(2)
     second = epoch_of(train)
