@@ -106,8 +106,8 @@ def _make_table(results: ResultTable) -> Table:
             Text(make_visible(heading)), justify="left" if is_text else "right", overflow="fold"
         )
     for row in results.rows:
-        tokens = (split_quoted(make_visible(cell)) for cell in row)
-        table.add_row(*(QuotedTokens(each) if len(each) > 1 else Text(each[0]) for each in tokens))
+        cells = (split_quoted(make_visible(cell)) for cell in row)
+        table.add_row(*(QuotedTokens(c) if len(c) > 1 else Text(c[0]) for c in cells))
     return table
 
 

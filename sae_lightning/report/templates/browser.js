@@ -59,8 +59,8 @@ async function refill() {
   const entries = ranked(all.filter(unit => unit === id || original(unit) === unit || !place[original(unit)]));
   folded = new Map(entries.map(unit => [unit, copies(unit).filter(copy => copy !== id)]));
   order = entries.flatMap(unit => unfolded.has(unit) ? [unit, ...ranked(folded.get(unit))] : unit);
-  const some = all.length === kind.units ? "" : all.length.toLocaleString("en") + " of ";
-  const count = `${some}${kind.units.toLocaleString("en")} ${kind.kind}s`;
+  const matching = all.length === kind.units ? "" : all.length.toLocaleString("en") + " of ";
+  const count = `${matching}${kind.units.toLocaleString("en")} ${kind.kind}s`;
   const fewer = all.length > entries.length ? `, ${entries.length.toLocaleString("en")} without copies` : "";
   find(".count").replaceChildren(
     make("span", { title: fewer && COPIES }, count + fewer),

@@ -3,7 +3,7 @@
 const { index, listedOf } = blocks, [kind] = index.kinds, { make, chips, digits, link, COPIES } = units;
 const own = JSON.parse(document.getElementById("own").textContent);
 const text = document.querySelector(".own .tokens"), tokens = [...text.children];
-const heading = document.querySelector(".strongest h2"), found = document.querySelector(".found");
+const heading = document.querySelector(".strongest h2"), results = document.querySelector(".results");
 const note = document.querySelector(".own .note");
 const MAX_FEATURES = 100; // features of a token
 let chosen = null, open = null; // index of the chosen token; the feature that is open
@@ -23,23 +23,23 @@ const shareOf = (listed, feature, strength) => {
 };
 
 // Merge copies into the strongest of them -> [feature, strength, number of copies that fire too]
-function folded(listed, some) {
-  const found = new Map();
-  for (const [feature, strength] of some) {
+function mergeCopies(listed, features) {
+  const merged = new Map();
+  for (const [feature, strength] of features) {
     const original = listed.copy_of?.values[feature] ?? feature;
-    if (found.has(original)) found.get(original)[2]++;
-    else found.set(original, [feature, strength, 0]);
+    if (merged.has(original)) merged.get(original)[2]++;
+    else merged.set(original, [feature, strength, 0]);
   }
-  return [...found.values()];
+  return [...merged.values()];
 }
 
 async function list() {
-  const listed = await listedOf(kind), some = chosen === null ? own.strongest : on(chosen);
+  const listed = await listedOf(kind), features = chosen === null ? own.strongest : on(chosen);
   const what = chosen === null ? "Strongest in the text"
-    : make("span", {}, `${some.length} features on `, make("bdi", { className: "chip" }, own.shown[chosen]));
+    : make("span", {}, `${features.length} features on `, make("bdi", { className: "chip" }, own.shown[chosen]));
   const all = make("button", { onclick: () => choose(null) }, "whole text");
   heading.replaceChildren(what, chosen === null ? make("small", { className: "number" }, "strength · share of maximum") : all);
-  found.replaceChildren(...folded(listed, some).slice(0, MAX_FEATURES).map(([feature, strength, copies]) => {
+  results.replaceChildren(...mergeCopies(listed, features).slice(0, MAX_FEATURES).map(([feature, strength, copies]) => {
     const words = chips(wordsOf(listed, feature));
     if (copies) words.push(make("span", { tip: COPIES }, `+${copies} ${copies === 1 ? "copy" : "copies"}`));
     const line = make("a", { href: link(kind, feature) },
@@ -50,7 +50,7 @@ async function list() {
     line.toggleAttribute("aria-current", feature === open);
     return line;
   }));
-  found.scrollTop = 0;
+  results.scrollTop = 0;
 }
 
 function choose(token) {
@@ -73,14 +73,14 @@ async function colour(feature) {
   note.textContent = `Coloured by feature ${feature}, `
     + (most ? `up to ${digits(most)} (${shareOf(listed, feature, most)} of its maximum in the catalogue). ` : "which does not fire here. ")
     + "Click a token to list the features that fire on it; the arrow keys move to the next one.";
-  for (const line of found.children) line.toggleAttribute("aria-current", line.hash === link(kind, feature));
+  for (const line of results.children) line.toggleAttribute("aria-current", line.hash === link(kind, feature));
 }
 
 async function tell(token) {
   const listed = await listedOf(kind);
   const line = ([feature, strength]) => `${feature}: ${digits(strength)}, ${shareOf(listed, feature, strength)}  `
     + wordsOf(listed, feature).map(word => isolated(index.words[word].trim() || "␣")).join(" ");
-  const fired = folded(listed, on(token)), here = fired.find(([feature]) => feature === open);
+  const fired = mergeCopies(listed, on(token)), here = fired.find(([feature]) => feature === open);
   const lines = [...new Set([...here ? [here] : [], ...fired.slice(0, 5)])].map(line);
   tokens[token].dataset.tip = lines.length ? lines.join("\n") : "not read by the SAE";
 }

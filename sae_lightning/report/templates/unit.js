@@ -192,9 +192,9 @@ function effect(listed, id) {
 }
 
 function related(title, kind, units, likeness, listed, meaning) {
-  const some = [...units ?? []].map((other, i) => [other, likeness[i] / 100]).filter(([other]) => other >= 0);
-  if (!some.length) return [];
-  const lines = some.map(([other, like]) => {
+  const pairs = [...units ?? []].map((other, i) => [other, likeness[i] / 100]).filter(([other]) => other >= 0);
+  if (!pairs.length) return [];
+  const lines = pairs.map(([other, like]) => {
     const main = listed.token_set?.of(other)[0] ? listed.token_set : listed.peaks;
     return make("a", { href: link(kind, other) }, make("span", { className: "id" }, String(other)),
       make("span", { className: "number" }, like.toFixed(2)),
