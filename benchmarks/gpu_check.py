@@ -6,7 +6,7 @@
 
     tests      those marked `gpu`
     products   `sparse.py`: dense against sparse products by density, in bf16 and fp32; where they
-               meet is what `sae_lightning.sae.products.worth_it` has to return
+               meet is what `sae_lightning.sae.products.break_even_density` has to return
     speed      `throughput.py gpu`: ReLU at L0 60 and TopK k = 32, 24,576 features, batch 8,192, on
                block 8 of an LLM of GPT-2 small's shape; the share of the floor, and a profile
     peers      `speed.py gpu`: the same beside SAELens where it is installed

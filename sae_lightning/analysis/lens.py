@@ -150,7 +150,7 @@ def _unmapped_rows(subject: Subject) -> Tensor | None:
     effect of a small strength up to the scale of the final norm."""
     if subject.sites.target.kind is Kind.mlp_in:
         return None
-    return find_final_norm(subject.llm.model).passes(subject.sae.W_dec)
+    return find_final_norm(subject.llm.model).apply_linear(subject.sae.W_dec)
 
 
 def _unmapped_columns(subject: Subject) -> Tensor | None:
@@ -162,7 +162,7 @@ def _unmapped_columns(subject: Subject) -> Tensor | None:
         return None
     columns = subject.sae.W_enc.T
     if source.kind is Kind.mlp_in:
-        columns = find_mlp_norm(subject.llm.model, source.layer).reads(columns)
+        columns = find_mlp_norm(subject.llm.model, source.layer).apply_transpose(columns)
     return columns
 
 

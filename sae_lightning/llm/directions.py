@@ -1,4 +1,4 @@
-"""Directions of the residual stream: what tokens write, what the logits read, and what is between.
+"""Directions of the residual stream: what tokens write, what logits read, and how blocks respond.
 
     r = embedding + what blocks add        logits = W_U N(r)
     N(r) = gain * centred(r) / scale(r) + b
@@ -6,8 +6,8 @@
 A direction v that is added to r reaches the logits along the direct path as W_U (gain * centred(v))
 / scale(r): linear, if the norm's scale is held fixed (Elhage et al. 2021, "A mathematical framework
 for transformer circuits"; the logit lens, nostalgebraist 2020, reads whole activations this way).
-scale(r) is positive, so that it changes no ranking; RMSNorm does not centre.
-`measure_response` measures what becomes of v through all blocks above.
+scale(r) is positive, so it changes no ranking; RMSNorm does not centre.
+`measure_response` measures what becomes of v through all later blocks.
 
 Shapes: d = width of the residual stream; contexts, length = token sequences, BOS first.
 """
@@ -25,25 +25,25 @@ from sae_lightning.llm.capture import StopForward, replace_activations
 from sae_lightning.llm.sites import Kind, Site, find_decoder_stack, find_site_module
 from sae_lightning.llm.splice import run_body
 
-TOKENS_PER_PASS = 1024  # whose embeddings are read in one pass
-DIRECTIONS_PER_PASS = 256  # directions that are added in one pass
+TOKENS_PER_PASS = 1024  # embeddings read in one forward pass
+DIRECTIONS_PER_PASS = 256  # directions added in one forward pass
 
 
 class Norm(NamedTuple):
-    """r -> gain * centred(r) / scale(r) + b, without its scale and its constant."""
+    """r -> gain * centred(r): a LayerNorm or RMSNorm without its scale and bias."""
 
     gain: Tensor
     """[d] float32"""
     centres: bool
     """Whether the mean over d is subtracted (LayerNorm) or not (RMSNorm)."""
 
-    def passes(self, directions: Tensor) -> Tensor:
-        """What becomes of directions [n, d] added to the norm's input, times its scale."""
+    def apply_linear(self, directions: Tensor) -> Tensor:
+        """gain * centred(directions) for directions [n, d] at the norm's input."""
         return self._centred(directions) * self.gain
 
-    def reads(self, directions: Tensor) -> Tensor:
-        """Directions [n, d] whose dot product with the norm's input, over its scale, is that of
-        `directions` with its output: `passes` transposed."""
+    def apply_transpose(self, directions: Tensor) -> Tensor:
+        """centred(gain * directions): the directions [n, d] at the norm's input that are read when
+        `directions` [n, d] are read at its output."""
         return self._centred(directions * self.gain)
 
     def _centred(self, x: Tensor) -> Tensor:
@@ -63,36 +63,36 @@ def find_mlp_norm(model: nn.Module, layer: int) -> Norm:
 
 @torch.no_grad()
 def _norm_before(model: nn.Module, reader: nn.Module, name: str) -> Norm:
-    """The norm whose output `reader` takes, found by following one token through the model."""
-    made: list[tuple[Tensor, nn.Module]] = []  # holds the tensors, so that no memory is used twice
-    taken: list[Tensor] = []
+    """The norm whose output `reader` reads, found by running the model on one token."""
+    outputs: list[tuple[Tensor, nn.Module]] = []  # keeps tensors alive, so no memory is reused
+    inputs: list[Tensor] = []
 
     def write(module: nn.Module, args: tuple, output: Tensor) -> None:
-        # what changes the width is no norm: OPT-350m projects in front of the unembedding
+        # a norm keeps the width; OPT-350m projects before the unembedding
         if isinstance(output, Tensor) and args and args[0].shape == output.shape:
-            made.append((output, module))
+            outputs.append((output, module))
 
     with ExitStack() as hooks:
         for module in model.modules():
             if not list(module.children()):
                 hooks.enter_context(module.register_forward_hook(write))
-        take = reader.register_forward_pre_hook(lambda module, args: taken.append(args[0]))
+        take = reader.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
         hooks.enter_context(take)
         model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
-    source = next((m for x, m in made if x.data_ptr() == taken[0].data_ptr()), None)
-    norm = source and _as_norm(source, taken[0].shape[-1])
+    source = next((m for x, m in outputs if x.data_ptr() == inputs[0].data_ptr()), None)
+    norm = source and _as_norm(source, inputs[0].shape[-1])
     if norm is None:
         raise UserError(
-            f"direct=true: no norm in front of {name} of {type(model).__name__}, so that the lens "
+            f"direct=true: {type(model).__name__} has no norm before {name}, so the lens "
             "cannot follow directions to it; leave direct=true out"
         )
     return norm
 
 
 def _as_norm(module: nn.Module, width: int) -> Norm | None:
-    """Gain and centring of a norm, by what it does; None if `module` is no norm.
+    """Gain and centring of a norm, measured on test vectors; None if `module` is no norm.
 
-    Families write their gain differently (Gemma as 1 + weight), so that weights are not read.
+    Weights are not read, because families store the gain differently (in Gemma it is 1 + weight).
     """
     norm = copy.deepcopy(module).float()
     parameter = next(norm.parameters(), torch.empty(0))
@@ -114,20 +114,20 @@ def _as_norm(module: nn.Module, width: int) -> Norm | None:
 
 @torch.no_grad()
 def read_embedding(model: nn.Module, tokens: int) -> Tensor:
-    """What the first `tokens` ids bring to block 0 at the first position [tokens, d], float32, less
-    its mean over them: with the model's own scale or norm, and without a position embedding."""
-    found: list[Tensor] = []
+    """Input [tokens, d] of block 0 at the first position for the first `tokens` ids, float32, minus
+    its mean over ids: scaled or normalised as in the model, without the position embedding."""
+    inputs: list[Tensor] = []
 
     def read(module: nn.Module, args: tuple, kwargs: dict) -> None:
         x = args[0] if args else kwargs["hidden_states"]
-        found.append(x[:, 0].float())
+        inputs.append(x[:, 0].float())
         raise StopForward
 
     with find_decoder_stack(model)[0].register_forward_pre_hook(read, with_kwargs=True):
         for ids in torch.arange(tokens, device=model.device)[:, None].split(TOKENS_PER_PASS):
             with suppress(StopForward):
                 model.base_model(input_ids=ids, use_cache=False)
-    x = torch.cat(found)
+    x = torch.cat(inputs)
     return x - x.mean(0)
 
 
@@ -141,51 +141,50 @@ def measure_response(
     advance: Callable[[int], None],
 ) -> Tensor:
     """Mean change [n, d] of the unembedding's input at the last token of `tokens` [contexts,
-    length], when each of `directions` [n, d_target] is added at `target`, as long as `share` of the
-    activation there; advance is called with the directions just done, once for each context.
+    length] when each of `directions` [n, d_target] is added at `target`, scaled to `share` of the
+    norm of the activation there. advance is called with the number of directions just done.
 
-        BOS  It  was  the  best   of     a direction is added at this last token only,
-         .    .   .    .    .     *      and what comes out there is compared with the LLM as it is
+        BOS  It  was  the  best   of     a direction is added at this last token only, and the
+         .    .   .    .    .     *      output there is compared with that of the unchanged LLM
     """
     unit = nn.functional.normalize(directions.to(model.device))
     steps = torch.cat([torch.zeros_like(unit[:1]), share * unit]).split(DIRECTIONS_PER_PASS)
     total = torch.zeros(())
     for context in tokens.to(model.device, torch.long):
-        memory = _memory(model, context[None, :-1])
-        read = (context if memory is None else context[-1:]).expand(DIRECTIONS_PER_PASS, -1)
-        found = []
+        cache = _fill_cache(model, context[None, :-1])
+        read = (context if cache is None else context[-1:]).expand(DIRECTIONS_PER_PASS, -1)
+        outputs = []
         for step in steps:
-            # a pass writes into its cache
-            kept = {} if memory is None else {"past_key_values": copy.deepcopy(memory)}
+            # copied, because a forward pass writes to its cache
+            past = {} if cache is None else {"past_key_values": copy.deepcopy(cache)}
             with replace_activations(model, target, target, _adding(step)):
-                output = run_body(model, read, use_cache=bool(kept), **kept)
-            found.append(output.last_hidden_state[: len(step), -1].float())
+                output = run_body(model, read, use_cache=bool(past), **past)
+            outputs.append(output.last_hidden_state[: len(step), -1].float())
             advance(len(step))
-        found = torch.cat(found)
-        total = total + (found[1:] - found[0]) / len(tokens)
+        hidden = torch.cat(outputs)
+        total = total + (hidden[1:] - hidden[0]) / len(tokens)
     return total
 
 
-def _memory(model: nn.Module, tokens: Tensor) -> Any:
-    """What the model keeps of tokens [1, n], repeated for BATCH sequences; None where it keeps it
-    in another way than transformers' DynamicCache (Mamba, RWKV, MiniMax)."""
-    memory = None
-    with suppress(ValueError):  # of xLSTM, and of hybrids that have no layer of attention
-        memory = getattr(run_body(model, tokens, use_cache=True), "past_key_values", None)
-    if type(memory).__name__ != "DynamicCache":
+def _fill_cache(model: nn.Module, tokens: Tensor) -> Any:
+    """KV cache of tokens [1, n], repeated for DIRECTIONS_PER_PASS sequences; None for models that
+    do not use transformers' DynamicCache (Mamba, RWKV, MiniMax)."""
+    cache = None
+    with suppress(ValueError):  # raised by xLSTM and by hybrids without an attention layer
+        cache = getattr(run_body(model, tokens, use_cache=True), "past_key_values", None)
+    if type(cache).__name__ != "DynamicCache":
         return None
-    # beam search's method, because batch_repeat_interleave leaves out states of linear attention
-    memory.reorder_cache(torch.zeros(DIRECTIONS_PER_PASS, dtype=torch.long, device=tokens.device))
-    return memory
+    # beam search's method, because batch_repeat_interleave skips states of linear attention
+    cache.reorder_cache(torch.zeros(DIRECTIONS_PER_PASS, dtype=torch.long, device=tokens.device))
+    return cache
 
 
 def _adding(step: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     """y + step |y| at the last token of the first sequences of a batch."""
 
     def apply(x: Tensor, y: Tensor) -> Tensor:
-        changed = y.float().view(
-            DIRECTIONS_PER_PASS, -1, y.shape[-1]
-        )  # OPT's MLP has no dimension for tokens
+        # OPT's MLP has one dimension for sequences and tokens
+        changed = y.float().view(DIRECTIONS_PER_PASS, -1, y.shape[-1])
         last = changed[: len(step), -1]
         last += step * last.norm(dim=1, keepdim=True)
         return changed.view_as(y)

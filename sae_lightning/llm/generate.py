@@ -1,9 +1,9 @@
-"""Text that the language model writes: answers, and continuations with an activation replaced.
+"""Text generation: answers, and continuations with an activation replaced.
 
     BOS  There  once  was    a  cat  who ...
      .     *      *    *     *   *    *         * = replaced; BOS is left as it is
 
-Shapes: sequences = continuations of the one prompt; d = width of a site.
+Shapes: sequences = continuations of one prompt; d = width of a site.
 """
 
 from collections.abc import Callable
@@ -26,16 +26,17 @@ class Sampling(NamedTuple):
     temperature: float = 0.0
     """0: always the likeliest token."""
     top_p: float = 1.0
-    """Only the likeliest tokens that together have this probability."""
+    """Sample from the likeliest tokens that together have this probability."""
     seed: int = 0
+    """Seed of the RNG."""
 
 
 GREEDY = Sampling()
 
 
 def encode_prompt(tokenizer: Any, prompt: str, tokens: int, context: int | None) -> Tensor:
-    """[n] ids of the prompt, opened by BOS as in training; UserError if it has no text, if the LLM
-    does not know one of them, or if it is too long for `tokens` more in `context` (None: no limit).
+    """Token ids [n] of the prompt after BOS, as in training. UserError if it is empty, has a token
+    that the LLM does not know, or leaves no room for `tokens` more in `context` (None: no limit).
     """
     ids = tokenizer.encode(prompt, add_special_tokens=False)
     if not ids:
@@ -43,13 +44,14 @@ def encode_prompt(tokenizer: Any, prompt: str, tokens: int, context: int | None)
     if context and 1 + len(ids) + tokens > context:
         raise UserError(
             f"prompt: its {len(ids):,} tokens and tokens={tokens} new ones are more than the "
-            f"{context - 1:,} that the LLM can read; shorten one of both"
+            f"{context - 1:,} that the LLM can read; shorten the prompt or give fewer tokens"
         )
     check_ids(tokenizer, ids, "prompt")
     return torch.tensor([find_bos_id(tokenizer), *ids])
 
 
 def read_context_length(model: nn.Module) -> int | None:
+    """The longest sequence that the LLM takes, in tokens; None if its config sets no limit."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
@@ -66,10 +68,10 @@ def generate(
 ) -> list[Tensor]:
     """Continue `prompt` [n], which begins with BOS, by up to `tokens` tokens, `sequences` times.
 
-    function(x, y) -> what takes the place of y, the activation at the target; x: at the source.
-    All are float32 [sequences, some tokens, d]: at first the prompt's, then each new token's.
-    Sequences share the random numbers of each step (Gumbel's: argmax(log p + g) is a sample of p),
-    so that only what `function` does tells them apart. A sequence ends before its separator.
+    function(x, y) -> the replacement of y, the activation at the target; x: that at the source.
+    All are float32 [sequences, tokens, d]: first for the prompt, then for each new token.
+    Sequences share the Gumbel noise g of each step (argmax(log p + g) is a sample of p), so that
+    they differ only by what `function` does. A sequence ends before its separator.
     """
     from transformers import GenerationConfig
 
@@ -96,13 +98,13 @@ def generate(
 
     try:
         written = write(cache)
-    except ValueError:  # of xLSTM, and of hybrids that have no layer of attention
+    except ValueError:  # raised by xLSTM and by hybrids without an attention layer
         written = write(False)
     return [_cut(sequence, len(prompt), end) for sequence in written.cpu()]
 
 
 def _cut(sequence: Tensor, prompt: int, end: int) -> Tensor:
-    """`sequence` up to the first separator that was written; it is no text."""
+    """`sequence` up to, without, the first separator that was generated."""
     ends = (sequence[prompt:] == end).nonzero()
     return sequence[: prompt + int(ends[0])] if len(ends) else sequence
 
@@ -110,13 +112,13 @@ def _cut(sequence: Tensor, prompt: int, end: int) -> Tensor:
 def _behind_bos(
     function: Callable[[Tensor, Tensor], Tensor], sequences: int
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """`function` for everything but BOS."""
+    """`function`, applied to all tokens but BOS."""
 
     def apply(x: Tensor, y: Tensor) -> Tensor:
         # OPT's MLP has one dimension for sequences and tokens
         x, whole = x.view(sequences, -1, x.shape[-1]), y.view(sequences, -1, y.shape[-1])
         changed = function(x.float(), whole.float()).to(y.dtype)
-        # with the cache, a new token comes alone; the prompt is never BOS alone
+        # with a KV cache a new token comes alone; a prompt is longer than BOS
         if whole.shape[1] > 1:
             changed = torch.cat([whole[:, :1], changed[:, 1:]], dim=1)
         return changed.view_as(y)
@@ -125,7 +127,7 @@ def _behind_bos(
 
 
 def _processors(sampling: Sampling) -> list[Callable[[Tensor, Tensor], Tensor]]:
-    """What makes the largest score the chosen token."""
+    """Logits processors after which greedy decoding draws a sample."""
     from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
     if sampling.temperature == 0:
@@ -142,13 +144,13 @@ def _processors(sampling: Sampling) -> list[Callable[[Tensor, Tensor], Tensor]]:
 
 @torch.no_grad()
 def compute_surprisal(model: nn.Module, ids: Tensor) -> Tensor:
-    """-log p of each token of `ids` [n] given those before it, nats [n - 1]."""
+    """-log p [n - 1] of each token of `ids` [n] given those before it, in nats."""
     logits = model(input_ids=ids[None].to(model.device), use_cache=False).logits[0, :-1].float()
     return nn.functional.cross_entropy(logits, ids[1:].to(logits.device), reduction="none").cpu()
 
 
 class Reply(NamedTuple):
-    """What a model answers, and the tokens of the question (as it was given) and the answer."""
+    """The answer of a model, and the number of tokens of the formatted question and the answer."""
 
     text: str
     tokens_in: int
@@ -157,31 +159,31 @@ class Reply(NamedTuple):
 
 @torch.no_grad()
 def reply(llm: LLM, question: str, tokens: int) -> Reply:
-    """The likeliest answer, of at most `tokens` tokens: the same each time."""
+    """The answer of at most `tokens` tokens by greedy decoding, the same each time."""
     tokenizer, context = llm.tokenizer, read_context_length(llm.model)
     if tokenizer.chat_template is None:
-        given = tokenizer(f"{question}\n\nAnswer:", return_tensors="pt")
+        inputs = tokenizer(f"{question}\n\nAnswer:", return_tensors="pt")
     else:
         messages = [{"role": "user", "content": question}]
-        how = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+        options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
         try:
-            given = tokenizer.apply_chat_template(messages, **how)
-        except Exception as error:  # a template is a program that came with the model
+            inputs = tokenizer.apply_chat_template(messages, **options)
+        except Exception as error:  # a template is code that comes with the model
             raise UserError(
                 f"explainer={llm.name}: its chat template fails ({error}); use another"
             ) from error
-    ids = given["input_ids"].to(llm.model.device)
+    ids = inputs["input_ids"].to(llm.model.device)
     check_ids(tokenizer, ids[0].cpu().numpy(), f"explainer={llm.name}")
-    asked = ids.shape[1]
-    if context and asked + tokens > context:
+    length = ids.shape[1]
+    if context and length + tokens > context:
         raise UserError(
-            f"explainer={llm.name}: takes {context:,} tokens, and a question of {asked:,} with an "
+            f"explainer={llm.name}: takes {context:,} tokens, and a question of {length:,} with an "
             f"answer of up to {tokens:,} is longer; ask less at a time, or use another"
         )
     with mute_libraries():  # it warns of the sampling settings that some models come with
         written = llm.model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False
         )
-    answer = written[0, asked:]
+    answer = written[0, length:]
     text = tokenizer.decode(answer, skip_special_tokens=True)
-    return Reply(text.strip(), asked, len(answer))
+    return Reply(text.strip(), length, len(answer))

@@ -63,22 +63,22 @@ class LLMConfig:
     """cpu, cuda, cuda:N or mps; auto is cuda if there is one, then mps, then cpu."""
 
     attn: Attention = Attention.auto
-    """Attention implementation; auto is eager in a run in bfloat16 on a CPU with at most 256 tokens
-    of context, where it is faster, else sdpa where the model supports it."""
+    """Attention implementation; auto is eager where that is faster (bfloat16 on a CPU, at most 256
+    tokens of context), else sdpa if the model supports it."""
 
     trust_remote_code: bool = False
-    """Whether Python code that comes with a hub model may run on this machine."""
+    """Allow Python code that comes with a hub model to run on this machine."""
 
     batch: int = 16
     """Sequences per forward pass."""
 
     bos: str | None = None
-    """The token that opens every sequence; null for the one that the tokenizer or, where it names
-    none, the model's config names."""
+    """The token that starts every sequence (BOS); null for that of the tokenizer or, if it has
+    none, of the model's config."""
 
     separator: str | None = None
-    """The token between two documents (EOS), likewise. As other special tokens, both are left out
-    of training wherever they are, unless data.keep_special."""
+    """The token between two documents (EOS); null as for `bos`. Like other special tokens, both are
+    left out of training, unless data.keep_special."""
 
     def __post_init__(self):
         if self.batch < 1:
@@ -100,7 +100,7 @@ class LLMConfig:
 
 
 class LLM(NamedTuple):
-    """A language model that is only read."""
+    """A frozen language model and its tokenizer."""
 
     model: nn.Module
     """The causal LM: frozen, in eval mode, on its device."""
@@ -118,10 +118,10 @@ def pick_device(config: LLMConfig) -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     chosen = torch.device(config.device)
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        found = torch.cuda.device_count()
+        count = torch.cuda.device_count()
         raise UserError(
-            f"llm.device={config.device}: this machine has {found or 'no'} CUDA device"
-            f"{'s' if found > 1 else ''}; use llm.device=auto"
+            f"llm.device={config.device}: this machine has {count or 'no'} CUDA device"
+            f"{'s' if count > 1 else ''}; use llm.device=auto"
         )
     if chosen.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("llm.device=mps: this machine has no MPS device; use llm.device=auto")
@@ -138,7 +138,7 @@ def pick_dtype(config: LLMConfig) -> torch.dtype:
 
 
 def has_bf16(kind: str) -> bool:
-    """Whether devices of this kind (cpu, cuda, ...) compute in bfloat16 in hardware here."""
+    """Whether the hardware of this type of device (cpu, cuda, ...) computes in bfloat16 here."""
     match kind:
         case "cuda":
             return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -160,7 +160,7 @@ def read_llm_shape(config: LLMConfig) -> LLMShape:
 
 
 def count_llm_parameters(config: LLMConfig, blocks: int | None = None) -> int:
-    """Number of weights that `load_llm` would read, from the LLM's config alone."""
+    """Parameter count of what `load_llm` would read, from the LLM's config alone."""
     if config.name == NO_LLM:
         return 0
     if config.name in PACKAGED:
@@ -173,7 +173,7 @@ def count_llm_parameters(config: LLMConfig, blocks: int | None = None) -> int:
 def check_sites(config: LLMConfig, sites: Collection[Site]) -> None:
     """UserError for a site that the LLM does not have, by its structure alone."""
     if config.name in PACKAGED:
-        return  # it has them all
+        return  # it has all sites
     with mute_libraries():
         model = build_without_weights(config, read_config(config, _folder(config.name)))
     for site in sites:
@@ -181,13 +181,13 @@ def check_sites(config: LLMConfig, sites: Collection[Site]) -> None:
 
 
 def find_hub_name(config: LLMConfig) -> str:
-    """The name by which others find the LLM: that on the hub where one is known."""
+    """The LLM's name on the hub if it is known, else `llm.name`."""
     if config.name in PACKAGED:
         return PACKAGED[config.name].hub
     folder = _folder(config.name)
     # written by transformers up to version 4
-    own = folder and json.loads(read_regular_file(folder / "config.json")).get("_name_or_path")
-    return own if own and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", own) else config.name
+    hub = folder and json.loads(read_regular_file(folder / "config.json")).get("_name_or_path")
+    return hub if hub and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", hub) else config.name
 
 
 def load_tokenizer(config: LLMConfig):
@@ -200,16 +200,16 @@ def load_tokenizer(config: LLMConfig):
 def load_llm(config: LLMConfig, blocks: int | None = None, tokenizer: object = None) -> LLM:
     """The LLM in eval mode, without gradients, and its tokenizer.
 
-    `blocks`: only its first ones, without the LM head; None for the whole LLM. `tokenizer`: where
-    it is loaded already.
+    `blocks`: load only so many blocks, without the LM head; None for the whole LLM. `tokenizer`:
+    one that is loaded already.
     """
-    where, numbers = pick_device(config), pick_dtype(config)
+    device, dtype = pick_device(config), pick_dtype(config)
     folder = dequantise(config.name) if config.name in PACKAGED else _folder(config.name)
     try:
         with phase(f"loading LLM {config.name}"), mute_libraries():
-            known = read_config(config, folder)
-            tokenizer = tokenizer or read_tokenizer(config, folder, known)
-            model = read_model(config, folder, known, blocks, numbers, where)
+            hf_config = read_config(config, folder)
+            tokenizer = tokenizer or read_tokenizer(config, folder, hf_config)
+            model = read_model(config, folder, hf_config, blocks, dtype, device)
     except UserError as error:
         if config.name not in PACKAGED or not str(error).startswith("llm.name"):
             raise

@@ -1,4 +1,4 @@
-"""LLMs that come as Python packages: de-quantised once, then read from the user's cache folder."""
+"""LLMs that come as Python packages, de-quantised once into the user's cache folder."""
 
 import importlib.metadata
 import importlib.util
@@ -17,7 +17,7 @@ from sae_lightning.terminal import phase
 
 
 class LLMShape(NamedTuple):
-    """What an LLM's config says about it, known before any weight is read."""
+    """Dimensions of an LLM, from its config, without reading weights."""
 
     layers: int
     """Number of decoder blocks."""
@@ -26,7 +26,7 @@ class LLMShape(NamedTuple):
     context: int | None
     """The longest sequence that the model takes, in tokens; None where its config sets no limit."""
     vocabulary: int
-    """Number of different tokens."""
+    """Number of token ids."""
 
 
 class Packaged(NamedTuple):
@@ -43,10 +43,10 @@ class Packaged(NamedTuple):
     shape: LLMShape
     """Written here because reading it from the GGUF file takes seconds."""
     parameters: int
-    """Weights of the LLM, whose LM head is its embedding."""
+    """Parameter count of the LLM, whose LM head is tied to its embedding."""
 
     def parameters_of(self, blocks: int | None) -> int:
-        """Weights of the LLM, or of its embedding and its first `blocks` blocks."""
+        """Parameter count of the LLM, or of its embedding and first `blocks` blocks."""
         if blocks is None:
             return self.parameters
         embedding = self.shape.vocabulary * self.shape.width
@@ -79,7 +79,7 @@ def find_gguf_folder(name: str) -> Path:
 
 
 def dequantise(name: str) -> Path:
-    """The folder of packaged LLM `name` as safetensors; made on the first call (about 20 s)."""
+    """The folder with packaged LLM `name` as safetensors; made on the first call (about 20 s)."""
     source, package = find_gguf_folder(name), PACKAGED[name]
     version = importlib.metadata.version(package.distribution)
     cache = platformdirs.user_cache_path("sae_lightning") / f"{package.distribution}-{version}"
@@ -100,7 +100,7 @@ def dequantise(name: str) -> Path:
 
 
 def _fill(cache: Path, source: Path, file: str) -> None:
-    """Write the de-quantised model of `source` to `cache`: all of it appears there, or nothing."""
+    """Write the de-quantised model of `source` to `cache`, atomically."""
     cache.parent.mkdir(parents=True, exist_ok=True)
     with make_private_folder(cache) as folder:
         partial = folder / cache.name
@@ -109,25 +109,25 @@ def _fill(cache: Path, source: Path, file: str) -> None:
         try:
             os.replace(partial, cache)
         except OSError:
-            # Another process may have been quicker and have written the same files.
+            # Another process may have written the same files first.
             if not cache.is_dir():
                 raise
 
 
 def _save_dequantised(source: Path, file: str, folder: str) -> None:
-    """Turn a GGUF file into a folder that from_pretrained reads."""
+    """Convert a GGUF file to a folder that from_pretrained reads."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    where = {"gguf_file": file, "local_files_only": True}
-    loaded = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **where)
-    # A model that came from GGUF counts as quantised and refuses to be saved; its twin does not.
+    options = {"gguf_file": file, "local_files_only": True}
+    loaded = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
+    # A model loaded from GGUF counts as quantised and cannot be saved; a copy can.
     config = loaded.config
     del config.quantization_config
     with torch.device("meta"):
-        twin = AutoModelForCausalLM.from_config(config)
-    twin.load_state_dict(loaded.state_dict(), assign=True)
-    twin.tie_weights()
-    # float32: 4-bit weights times their scales do not fit bfloat16 or float16 without loss.
-    twin.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source, **where).save_pretrained(folder)
+        copy = AutoModelForCausalLM.from_config(config)
+    copy.load_state_dict(loaded.state_dict(), assign=True)
+    copy.tie_weights()
+    # float32: 4-bit weights times their scales are not exact in bfloat16 or float16.
+    copy.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source, **options).save_pretrained(folder)

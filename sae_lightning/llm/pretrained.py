@@ -1,6 +1,7 @@
-"""A causal LM and its tokenizer as transformers reads them; every failure is one line.
+"""Loading a causal LM and its tokenizer with transformers; every failure is an error of one line.
 
-`config`: an LLMConfig; `folder`: the one on this machine that holds the LLM, None for the hub.
+`config`: an LLMConfig; `hf_config`: transformers' config of the model; `folder`: the local folder
+of the LLM, None for the hub.
 """
 
 import re
@@ -14,7 +15,7 @@ from torch import nn
 from sae_lightning.errors import UserError, is_out_of_memory
 from sae_lightning.llm.sites import find_decoder_stack
 
-# Families whose tokens see those behind them, though AutoModelForCausalLM takes them.
+# Families whose tokens attend to later ones, though AutoModelForCausalLM accepts them.
 BIDIRECTIONAL = re.compile(
     "bert|bert-generation|big_bird|camembert|cpmant|data2vec-text|electra|ernie|git|megatron-bert|"
     "reformer|rembert|roberta|roberta-prelayernorm|roc_bert|roformer|xlm|xlm-roberta|"
@@ -24,7 +25,7 @@ NEEDS_IMAGES = re.compile("blip|blip-2|idefics|instructblip|instructblipvideo|ko
 
 
 def read_config(config, folder: Path | None):
-    """Its config (transformers), known to be that of a causal LM."""
+    """The model's config (transformers); UserError if it is not a causal LM."""
     from transformers import AutoConfig
 
     if folder is None and config.name.startswith((".", "/", "~")):
@@ -34,74 +35,80 @@ def read_config(config, folder: Path | None):
             f"llm.name={config.name}: the folder has no config.json; give a folder that "
             "save_pretrained wrote"
         )
-    with _told_in_one_line(config):
-        found = AutoConfig.from_pretrained(**_source(config, folder))
-        found.get_text_config().num_hidden_layers  # noqa: B018
-    if not _is_custom(found) and (why := _not_causal(found)):
-        name = ", ".join(sorted(found.architectures or [found.model_type]))
+    with _one_line_errors(config):
+        hf_config = AutoConfig.from_pretrained(**_source(config, folder))
+        hf_config.get_text_config().num_hidden_layers  # noqa: B018
+    if not _is_custom(hf_config) and (why := _not_causal(hf_config)):
+        name = ", ".join(sorted(hf_config.architectures or [hf_config.model_type]))
         raise UserError(
             f"llm.name={config.name}: {name} {why}; choose a causal language model such as gpt2"
         )
-    return found
+    return hf_config
 
 
-def _not_causal(known) -> str | None:
-    """What the model of transformers' config `known` is instead of a causal LM."""
-    if known.is_encoder_decoder:
+def _not_causal(hf_config) -> str | None:
+    """Why the model is not a causal LM; None if it is one."""
+    if hf_config.is_encoder_decoder:
         return "is an encoder-decoder"
-    masked = any(name.endswith("MaskedLM") for name in known.architectures or [])
-    # AutoModelForCausalLM would make a "causal" LM that sees ahead of these.
-    encoder = BIDIRECTIONAL.fullmatch(known.model_type) and not getattr(known, "is_decoder", False)
-    text = known.get_text_config()  # of EmbeddingGemma and PaliGemma it says so
+    masked = any(name.endswith("MaskedLM") for name in hf_config.architectures or [])
+    # AutoModelForCausalLM would load these as "causal" LMs that attend to later tokens.
+    encoder = BIDIRECTIONAL.fullmatch(hf_config.model_type) and not getattr(
+        hf_config, "is_decoder", False
+    )
+    text = hf_config.get_text_config()  # EmbeddingGemma and PaliGemma say so here
     ahead = getattr(text, "use_bidirectional_attention", None) in (True, "all")
     if masked or encoder or ahead or not getattr(text, "is_causal", True):
         return "reads in both directions"
-    if NEEDS_IMAGES.fullmatch(known.model_type):
+    if NEEDS_IMAGES.fullmatch(hf_config.model_type):
         return "takes an image with every text"
-    return None if _loader(known) else "is not a causal language model"
+    return None if _loader(hf_config) else "is not a causal language model"
 
 
-def _is_custom(known) -> bool:
-    return "AutoModelForCausalLM" in (getattr(known, "auto_map", None) or {})
+def _is_custom(hf_config) -> bool:
+    return "AutoModelForCausalLM" in (getattr(hf_config, "auto_map", None) or {})
 
 
-def _loader(known) -> type | None:
-    """transformers' class that loads the model: that of causal LMs, or of those that take images
-    too, around a text decoder."""
+def _loader(hf_config) -> type | None:
+    """transformers' class that loads the model: for causal LMs, or for models with a text decoder
+    that also take images."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto import modeling_auto
 
-    if _is_custom(known) or known.model_type in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if (
+        _is_custom(hf_config)
+        or hf_config.model_type in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    ):
         return AutoModelForCausalLM
-    if known.model_type in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+    if hf_config.model_type in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         return AutoModelForImageTextToText
     return None
 
 
-def read_tokenizer(config, folder: Path | None, known):
-    """Its tokenizer (transformers), with the special tokens that `config` or, where it has none,
-    the model's config `known` names.
+def read_tokenizer(config, folder: Path | None, hf_config):
+    """The tokenizer (transformers), with special tokens from `config`, itself or `hf_config`.
 
-    `rows`: of the LLM's embedding, where the tokenizer has more tokens, else None; `borrowed`:
-    whether it names no special tokens itself.
+    Attributes added to it: `rows`, the number of rows of the LLM's embedding if the tokenizer has
+    more tokens, else None; `borrowed`, whether it names no BOS or EOS itself.
     """
     from transformers import AutoTokenizer
 
-    with _told_in_one_line(config, "tokenizer"):
+    with _one_line_errors(config, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(**_source(config, folder))
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
-        # Some tokenizer classes come back empty, without an error, where there are no files.
+        # Some tokenizer classes load as empty, without an error, if there are no files.
         raise UserError(
             f"llm.name={config.name}: there is no tokenizer beside the model; save it there with "
             "tokenizer.save_pretrained"
         )
-    # Whole texts are encoded and cut by the caller; a limit here would only cause warnings.
+    # Callers encode whole texts and cut them; a limit would only cause warnings.
     tokenizer.model_max_length = int(1e30)
-    rows = known.get_text_config().vocab_size
+    rows = hf_config.get_text_config().vocab_size
     tokenizer.rows = rows if max(tokenizer.get_vocab().values()) >= rows else None
     tokenizer.borrowed = tokenizer.bos_token_id is None and tokenizer.eos_token_id is None
     if tokenizer.borrowed:
-        tokenizer.bos_token, tokenizer.eos_token = _special_tokens(config, folder, known, tokenizer)
+        tokenizer.bos_token, tokenizer.eos_token = _special_tokens(
+            config, folder, hf_config, tokenizer
+        )
     for name, given in (("bos", config.bos), ("separator", config.separator)):
         if given is not None:
             role = "eos" if name == "separator" else name
@@ -109,26 +116,26 @@ def read_tokenizer(config, folder: Path | None, known):
     return tokenizer
 
 
-def _special_tokens(config, folder: Path | None, known, tokenizer) -> list[str | None]:
+def _special_tokens(config, folder: Path | None, hf_config, tokenizer) -> list[str | None]:
     """BOS and EOS as the model's config, or else its generation config, names them."""
     from transformers import GenerationConfig
 
-    sources, where = [known.get_text_config()], _source(config, folder)
+    sources, where = [hf_config.get_text_config()], _source(config, folder)
     with suppress(OSError):  # most models have none
         name = where.pop("pretrained_model_name_or_path")
         sources.append(GenerationConfig.from_pretrained(name, **where))
     tokens = []
     for name in ("bos_token_id", "eos_token_id"):
-        said = [getattr(source, name, None) for source in sources]
-        lists = [ids if isinstance(ids, list) else [ids] for ids in said]
-        # some write -1 where there is none
+        values = [getattr(source, name, None) for source in sources]
+        lists = [ids if isinstance(ids, list) else [ids] for ids in values]
+        # some configs write -1 for none
         first = next((i for ids in lists for i in ids if i is not None and i >= 0), None)
         tokens.append(first if first is None else tokenizer.convert_ids_to_tokens(first))
     return tokens
 
 
 def _piece(tokenizer, setting: str, text: str) -> str:
-    """The one token that reads `text`, as the vocabulary writes it."""
+    """The single token whose text is `text`, as the vocabulary writes it."""
     if text in tokenizer.get_vocab():
         return text
     ids = tokenizer.encode(text, add_special_tokens=False)
@@ -138,18 +145,22 @@ def _piece(tokenizer, setting: str, text: str) -> str:
 
 
 def read_model(
-    config, folder: Path | None, known, blocks: int | None, dtype: torch.dtype, device: torch.device
+    config,
+    folder: Path | None,
+    hf_config,
+    blocks: int | None,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> nn.Module:
-    """The causal LM of transformers' config `known`; `blocks`: only its first ones, without the LM
-    head."""
-    with _told_in_one_line(config):
-        kind = _loader(known)
+    """The causal LM with its weights; `blocks`: only its first ones, without the LM head."""
+    with _one_line_errors(config):
+        kind = _loader(hf_config)
         if blocks is not None:
-            whole = build_without_weights(config, known)
-            kind, known = _cut_class(type(whole), blocks), whole.config
+            whole = build_without_weights(config, hf_config)
+            kind, hf_config = _cut_class(type(whole), blocks), whole.config
         model, report = kind.from_pretrained(
             **_source(config, folder),
-            config=known,
+            config=hf_config,
             dtype=dtype,
             attn_implementation=None if config.attn.value == "auto" else config.attn.value,
             output_loading_info=True,
@@ -167,10 +178,12 @@ def read_model(
     return model
 
 
-def build_without_weights(config, known, blocks: int | None = None) -> nn.Module:
-    """The model of `read_model`, whose weights take no memory."""
-    with _told_in_one_line(config), torch.device("meta"):
-        model = _loader(known).from_config(known, trust_remote_code=config.trust_remote_code)
+def build_without_weights(config, hf_config, blocks: int | None = None) -> nn.Module:
+    """The model of `read_model` on the meta device, where weights take no memory."""
+    with _one_line_errors(config), torch.device("meta"):
+        model = _loader(hf_config).from_config(
+            hf_config, trust_remote_code=config.trust_remote_code
+        )
     if blocks is not None:
         _cut(model, blocks)
         _remove_head(model)
@@ -180,8 +193,8 @@ def build_without_weights(config, known, blocks: int | None = None) -> nn.Module
 def _cut(model: nn.Module, blocks: int) -> None:
     """Remove all but the first `blocks` blocks.
 
-    The config stays: a block may look at how many there are in the whole (Gemma-3n's last ones
-    share keys and values, others scale by their number), and has to do what it did there.
+    The config is not changed: a block may depend on the total number of blocks (Gemma-3n's last
+    ones share keys and values, others scale by it) and has to compute what it did before.
     """
     stack = find_decoder_stack(model)
     del stack[blocks:]
@@ -189,24 +202,24 @@ def _cut(model: nn.Module, blocks: int) -> None:
 
 
 def _remove_head(model: nn.Module) -> None:
-    model.set_output_embeddings(nn.Identity())  # one that is its embedding too stays that
+    model.set_output_embeddings(nn.Identity())  # a tied embedding stays
 
 
 def _cut_class(kind: type[nn.Module], blocks: int) -> type[nn.Module]:
-    """Causal LMs that are cut before their weights are read: the others are left on the disk."""
+    """A subclass of `kind` that keeps `blocks` blocks, so that only their weights are read."""
 
     class Cut(kind):
         def __init__(self, config, *args, **kwargs):
             super().__init__(config, *args, **kwargs)
             _cut(self, blocks)
 
-    # by these transformers finds out how weights are called in older files
+    # transformers maps the weight names of older files by these
     Cut.__name__, Cut.__module__ = kind.__name__, kind.__module__
     return Cut
 
 
 def _source(config, folder: Path | None) -> dict:
-    """Arguments of from_pretrained that say where files come from."""
+    """Arguments of from_pretrained that locate the files."""
     return {
         "pretrained_model_name_or_path": str(folder or config.name),
         "revision": config.revision or "main",
@@ -216,7 +229,7 @@ def _source(config, folder: Path | None) -> dict:
 
 
 @contextmanager
-def _told_in_one_line(config, part: str = "model") -> Iterator[None]:
+def _one_line_errors(config, part: str = "model") -> Iterator[None]:
     try:
         yield
     except Exception as error:
@@ -226,7 +239,7 @@ def _told_in_one_line(config, part: str = "model") -> Iterator[None]:
 
 
 def _reason(config, error: Exception, part: str) -> str:
-    """What transformers or huggingface_hub raised while loading, and the remedy."""
+    """One line for an error of transformers or huggingface_hub while loading, with the remedy."""
     from huggingface_hub import errors as hub
 
     name, text = f"llm.name={config.name}", " ".join(str(error).split())
@@ -259,7 +272,7 @@ def _reason(config, error: Exception, part: str) -> str:
     if ImportError in kinds:  # of a quantised model, or of one with its own code
         named = re.search(r"(?:pip install (?:-\S+ )*'?|module named ')([\w.-]+)", text)
         remedy = f"run: pip install {named[1]}" if named else "install it"
-        return f"{name}: takes a package that is not here ({first}); {remedy}, or give another LLM"
+        return f"{name}: needs a missing package ({first}); {remedy}, or give another LLM"
     return (
         f"{name}: the {part} cannot be loaded ({first}); "
         "give a causal language model that transformers can read"

@@ -1,4 +1,4 @@
-"""Silence for what libraries say while they load and the user cannot act on."""
+"""Mutes library messages that the user cannot act on."""
 
 import logging
 import warnings
@@ -10,8 +10,8 @@ from tqdm import tqdm
 
 @contextmanager
 def mute_libraries() -> Iterator[None]:
-    """Mute all libraries inside the block, in every thread: log lines, warnings and tqdm's bars;
-    `phase` tells the user instead."""
+    """Mute the log lines, warnings and tqdm bars of all libraries, in every thread; `phase` informs
+    the user instead."""
     level, draw = logging.root.manager.disable, tqdm.__init__
 
     def draw_nothing(bar, *args, **settings) -> None:

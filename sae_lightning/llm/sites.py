@@ -1,7 +1,6 @@
-"""Places in a language model where activations are read or replaced, found by structure.
+"""Sites: places in a language model where activations are read or replaced, found by structure.
 
-A block adds two branches to the residual stream, and each kind of site is one term, or what the
-MLP makes its term of:
+A block adds two branches to the residual stream; a site is one of the terms, or the MLP's input:
 
     resid (block i) = resid (block i - 1) + attn (block i) + mlp (block i)
     mlp (block i)   = MLP(mlp_in (block i))
@@ -27,18 +26,18 @@ MLP_NORMS = ("post_feedforward_layernorm", "post_mlp_layernorm")
 BRANCH_PATTERNS = {"attn": r"attn|attention", "mlp": r"mlp|feed_?forward|ffn|moe|fc2"}
 BRANCH_PATTERNS["mlp_in"] = BRANCH_PATTERNS["mlp"].replace("fc2", "fc1")
 
-# Number of residual streams, as configs call it: of Gemma-3n, DeepSeek-V4, Qwen-4.
+# Config keys for the number of residual streams: of Gemma-3n, DeepSeek-V4, Qwen-4.
 STREAM_COUNTS = ("altup_num_inputs", "hc_mult", "hc_count")
 
 
 @total_ordering
 class Kind(Enum):
-    """What is read at a block, in the order in which a block computes it."""
+    """The activation of a block that is read, in the order of computation."""
 
     attn = "attn"
     """What the attention adds to the residual stream."""
     mlp_in = "mlp_in"
-    """What the MLP reads: the residual stream behind its norm."""
+    """What the MLP reads: the residual stream after its norm."""
     mlp = "mlp"
     """What the MLP adds to the residual stream."""
     resid = "resid"
@@ -51,7 +50,7 @@ class Kind(Enum):
 
 HOOK_NAMES = {
     Kind.attn: "hook_attn_out",
-    # not ln2.hook_normalized, which is before the norm's gain
+    # not ln2.hook_normalized, which lacks the norm's gain
     Kind.mlp_in: "mlp.hook_in",
     Kind.mlp: "hook_mlp_out",
     Kind.resid: "hook_resid_post",
@@ -93,7 +92,7 @@ class SitePair(NamedTuple):
         return names
 
     def module_names(self, paths: dict[Site, str]) -> dict[str, str]:
-        """transformers' names of both, as `paths` has them, under SAELens' keys."""
+        """Module paths of both in transformers, taken from `paths`, under SAELens' keys."""
         places = {"hf_hook_name": self.source, "hf_hook_name_out": self.target}
         return {
             key: paths[site]
@@ -128,12 +127,12 @@ class LayerConfig:
             later = ", ".join(kind.value for kind in Kind if kind >= self.source)
             raise UserError(
                 f"layer.target={self.target.value}: a block computes it before its "
-                f"{self.source.value} (layer.source), so that no function of that can replace it; "
+                f"{self.source.value} (layer.source), so it cannot be computed from that; "
                 f"choose from {later}"
             )
 
     def resolve_sites(self, layers: int) -> SitePair:
-        """The sites, once their block is known to be one of an LLM of `layers` blocks."""
+        """Source and target in an LLM of `layers` blocks; UserError if it has no such block."""
         if self.index >= layers:
             raise UserError(
                 f"layer.index={self.index}: this LLM has {layers} blocks; give 0 to {layers - 1}"
@@ -152,10 +151,10 @@ def find_text_decoder(model: nn.Module) -> nn.Module:
 
 
 def _decoder(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
-    """The decoder blocks, and the module that holds them."""
+    """The module that runs the decoder blocks, and their list."""
     layers = getattr(model, "kept_blocks", model.config.get_text_config().num_hidden_layers)
-    # ModernBERT's LM head is called its decoder: there the whole model is looked through. Modules
-    # come outside in, so a block's own lists (experts) come after the stack.
+    # get_decoder of ModernBERT returns its LM head, so the whole model is searched next. Outer
+    # modules come first, so the stack is found before lists within a block (experts).
     for root in (model.get_decoder(), model):
         for name, module in root.named_modules():
             if re.search("vision|visual|image|audio", name):
@@ -191,7 +190,7 @@ def find_site_module(model: nn.Module, site: Site) -> nn.Module:
 
 
 def find_module_paths(model: nn.Module, sites: Iterable[Site]) -> dict[Site, str]:
-    """Dotted paths of the modules whose output is the activation; mlp_in is the output of none."""
+    """Dotted path of the module whose output is the activation, for each site but mlp_in."""
     names = {module: name for name, module in model.named_modules()}
     return {s: names[find_site_module(model, s)] for s in sites if s.kind is not Kind.mlp_in}
 
@@ -199,11 +198,11 @@ def find_module_paths(model: nn.Module, sites: Iterable[Site]) -> dict[Site, str
 def add_hook(
     model: nn.Module, site: Site, function: Callable[[Tensor], Tensor | None]
 ) -> RemovableHandle:
-    """Have function(x) called with x, what the module of `site` returns (or for mlp_in is given);
-    what it returns replaces x.
+    """Call function(x) with x, the output of the module of `site` (its input for mlp_in), and
+    replace x by the result unless it is None.
 
     x: [sequences, context, d_site], or [sequences * context, d_site] at OPT's MLP, in the model's
-    dtype. None leaves it as it is.
+    dtype.
     """
 
     def replace_first(values: Tensor | tuple | list) -> Tensor | tuple | list | None:
@@ -219,7 +218,7 @@ def add_hook(
 
 
 def _branch(block: nn.Module, kind: Kind) -> nn.Module:
-    """The attention or the MLP of a block, by the name of the child or of its class."""
+    """The attention or the MLP of a block, recognised by the name of the child or of its class."""
     children = {
         name: child
         for name, child in block.named_children()
@@ -232,7 +231,7 @@ def _branch(block: nn.Module, kind: Kind) -> nn.Module:
         for child in children.values()
         if re.search(BRANCH_PATTERNS[kind.value], type(child).__name__.lower())
     ]
-    # BLOOM's branches add the residual stream themselves: their output is not the branch's.
+    # BLOOM's branches add the residual stream themselves, so their output is not the branch's.
     if len(found) == 1 and "residual" not in inspect.signature(found[0].forward).parameters:
         return found[0]
     listing = ", ".join(f"{n} ({type(c).__name__})" for n, c in block.named_children())

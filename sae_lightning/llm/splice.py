@@ -1,10 +1,10 @@
-"""What replacing activations inside the language model costs its predictions.
+"""Loss of the language model with an activation replaced (cross-entropy and KL).
 
     tokens -> body -> last hidden states [sequences, context, d]
-                                            some of them [n, d] -> LM head -> logits [n, vocabulary]
+                                            kept ones [n, d] -> LM head -> logits [n, vocabulary]
 
-Logits are computed a few positions at a time: those of a whole batch are the largest tensor of an
-LLM. Shapes: d = width of the residual stream.
+Logits are computed a few positions at a time: those of a whole batch would be the largest tensor of
+the LLM. Shapes: d = width of the residual stream.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,9 +17,9 @@ from sae_lightning.errors import UserError
 from sae_lightning.llm.capture import replace_activations
 from sae_lightning.llm.sites import Site, find_text_decoder
 
-LOGIT_ROWS = 256  # positions whose logits are there at a time
-# Of these, positions in float32 at a time. On a CPU 32 rows of 50,000 stay in its cache, six times
-# as fast as 256; a GPU wants fewer and larger pieces.
+LOGIT_ROWS = 256  # positions whose logits are computed at a time
+# Positions whose logits are converted to float32 at a time. On a CPU 32 rows of 50,000 fit its
+# cache, six times as fast as 256; a GPU is faster with fewer, larger pieces.
 FLOAT32_ROWS = {"cpu": 32, "other": 128}
 
 Function = Callable[[Tensor], Tensor]
@@ -38,7 +38,7 @@ class SpliceBaseline(NamedTuple):
 
 
 class SpliceScores(NamedTuple):
-    """What replacing the target costs the model's next-token predictions (nats per token)."""
+    """Next-token loss of the model with the target replaced (nats per token)."""
 
     ce_clean: float
     """Cross-entropy of the model as it is."""
@@ -50,7 +50,7 @@ class SpliceScores(NamedTuple):
     """Cross-entropy with the target set to its mean activation."""
     ce_recovered: float
     """(ce_zero - ce_spliced) / (ce_zero - ce_clean): 1 is lossless, 0 as bad as zero ablation;
-    nan where zero ablation changes nothing."""
+    NaN if zero ablation changes nothing."""
     kl: float
     """Mean KL(clean || spliced) of the next-token distributions."""
 
@@ -90,7 +90,7 @@ def score_splices(
 
     tokens, keep (bool): [sequences, context]; functions: float32 [n, d_in] -> [n, d_out];
     baseline: of the same tokens and keep; batch: sequences per forward pass; advance is called
-    with the sequences just done. The clean model runs once for all functions.
+    with the number of sequences just done. The clean model runs once for all functions.
     Only positions in `keep` are replaced, in the ablations too: an SAE never sees BOS and other
     special tokens. The scores are means over the predictions of kept tokens.
     """
@@ -123,7 +123,7 @@ def _means(
     advance: Advance,
     with_kl: bool = False,
 ) -> tuple[float, list[float], list[float]]:
-    """Mean cross-entropy of the clean model, that under each function, and its KL if asked for."""
+    """Mean cross-entropy of the clean model and with each function, and KL of each function."""
     targets = int(keep[:, 1:].sum())
     if targets == 0:
         raise ValueError("keep marks no token after the first position: nothing to score")
@@ -131,20 +131,20 @@ def _means(
     for ids, kept in zip(tokens.split(batch), keep.split(batch), strict=True):
         sequence, position = (x.to(model.device) for x in kept[:, 1:].nonzero(as_tuple=True))
         ids, kept = ids.to(model.device, torch.long), kept.to(model.device)
-        wanted = ids[sequence, position + 1]
+        target_ids = ids[sequence, position + 1]
         output = run_body(model, ids)
         hidden = [output.last_hidden_state[sequence, position]]
         for function in functions:
             with replace_activations(model, source, target, _where(kept, function)):
                 hidden.append(run_body(model, ids).last_hidden_state[sequence, position])
-        for some, first, *others in zip(
-            *(x.split(LOGIT_ROWS) for x in (wanted, *hidden)), strict=True
+        for ids_part, first, *others in zip(
+            *(x.split(LOGIT_ROWS) for x in (target_ids, *hidden)), strict=True
         ):
             clean = compute_logits(model, output, first)
-            clean_sum += _cross_entropy(clean, some)
+            clean_sum += _cross_entropy(clean, ids_part)
             for i, other in enumerate(others):
                 spliced = compute_logits(model, output, other)
-                ce[i] += _cross_entropy(spliced, some)
+                ce[i] += _cross_entropy(spliced, ids_part)
                 if with_kl:
                     kl[i] += _kl(clean, spliced)
         advance(len(ids))
@@ -152,46 +152,46 @@ def _means(
 
 
 def run_body(model: nn.Module, tokens: Tensor, use_cache: bool = False, **settings):
-    """What a causal LM computes of tokens [sequences, context] before its head (transformers'
-    output; its `last_hidden_state` is what the head reads)."""
+    """Run a causal LM without its head on tokens [sequences, context]; returns the output of
+    transformers, whose `last_hidden_state` [sequences, context, d] the head reads."""
     return _body(model)(input_ids=tokens, use_cache=use_cache, **settings)
 
 
 def _body(model: nn.Module) -> nn.Module:
-    # transformers does not find that of Llama 4 and Mllama, and gives the whole
+    # base_model of Llama 4 and Mllama is the whole model
     return model.base_model if model.base_model is not model else getattr(model, "model", model)
 
 
 def compute_logits(model: nn.Module, output, hidden: Tensor) -> Tensor:
-    """Logits [n, vocabulary] of last hidden states [n, d], with all that the family does behind its
-    LM head (a soft cap in Gemma-2, a scale in Cohere). `output`: any of `run_body`, for its form.
+    """Logits [n, vocabulary] of last hidden states [n, d], with whatever the family does after its
+    LM head (a soft cap in Gemma-2, a scale in Cohere). `output`: any of `run_body`, for its type.
 
-    The model itself computes them, around a body that returns what it is given.
+    The model computes them itself, with its body replaced by one that returns `hidden`.
     """
-    used: list[bool] = []
+    calls: list[bool] = []
 
-    def give(*_, **__):
-        used.append(True)
+    def return_hidden(*_, **__):
+        calls.append(True)
         return type(output)(last_hidden_state=hidden[None])
 
-    bodies = {_body(model), find_text_decoder(model)} - {model}  # OPT calls the second
-    own = [(module, vars(module).pop("forward", None)) for module in bodies]
+    bodies = {_body(model), find_text_decoder(model)} - {model}  # OPT calls the decoder directly
+    forwards = [(module, vars(module).pop("forward", None)) for module in bodies]
     try:
         for module in bodies:
-            module.forward = give
+            module.forward = return_hidden
         tokens = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
-        found = model(input_ids=tokens, use_cache=False).logits
+        logits = model(input_ids=tokens, use_cache=False).logits
     finally:
-        for module, forward in own:
+        for module, forward in forwards:
             del module.forward
             if forward is not None:
                 module.forward = forward
-    if not used:
+    if not calls:
         raise UserError(
             f"llm.name: cannot tell the LM head of {type(model).__name__} from what comes before "
             "it; set eval.loss_tokens=0, or choose another LLM"
         )
-    return found[0]
+    return logits[0]
 
 
 def _where(kept: Tensor, function: Function) -> Callable[[Tensor, Tensor], Tensor]:
@@ -209,17 +209,17 @@ def _split(x: Tensor) -> Sequence[Tensor]:
     return x.split(FLOAT32_ROWS["cpu" if x.device.type == "cpu" else "other"])
 
 
-def _cross_entropy(logits: Tensor, wanted: Tensor) -> float:
-    """Summed -log p(next token), of logits [n, vocabulary] and ids [n]."""
+def _cross_entropy(logits: Tensor, target_ids: Tensor) -> float:
+    """Sum of -log p(next token) for logits [n, vocabulary] and next tokens [n]."""
     parts = [
         nn.functional.cross_entropy(x.float(), ids, reduction="none")
-        for x, ids in zip(_split(logits), _split(wanted), strict=True)
+        for x, ids in zip(_split(logits), _split(target_ids), strict=True)
     ]
     return torch.cat(parts).cpu().double().sum().item()
 
 
 def _kl(clean: Tensor, other: Tensor) -> float:
-    """Summed KL(clean || other), both [n, vocabulary]."""
+    """Sum of KL(clean || other) for logits [n, vocabulary]."""
     parts = []
     for x, y in zip(_split(clean), _split(other), strict=True):
         p, q = x.float().log_softmax(-1), y.float().log_softmax(-1)

@@ -1,4 +1,4 @@
-"""Tokens: those that stand for no text, and how the others read."""
+"""Special tokens of a tokenizer, and the text of all others."""
 
 import re
 from collections.abc import Sequence
@@ -10,19 +10,19 @@ from sae_lightning.llm.load import LLM
 
 
 def find_special_ids(tokenizer) -> list[int]:
-    """Ids of the tokens that stand for no text (BOS, EOS, padding, ...), ascending, as far as the
-    LLM's embedding has rows for them."""
+    """Ascending ids of the special tokens (BOS, EOS, padding, ...) that have a row in the LLM's
+    embedding."""
     rows = _rows(tokenizer)
     return sorted(i for i in set(tokenizer.all_special_ids) if rows is None or i < rows)
 
 
 def find_bos_id(tokenizer) -> int:
-    """Id of the token that opens every sequence: BOS, or EOS in a model that has no BOS."""
+    """Id of the token that starts every sequence: BOS, or EOS in a model without BOS."""
     return _first_id(tokenizer, "llm.bos", tokenizer.bos_token_id, tokenizer.eos_token_id)
 
 
 def find_separator_id(tokenizer) -> int:
-    """Id of the token between two texts: EOS, or BOS in a model that has no EOS."""
+    """Id of the token between two texts: EOS, or BOS in a model without EOS."""
     return _first_id(tokenizer, "llm.separator", tokenizer.eos_token_id, tokenizer.bos_token_id)
 
 
@@ -54,15 +54,15 @@ def check_ids(
 
 
 def _rows(tokenizer) -> int | None:
-    """Rows of the LLM's embedding where its tokenizer has more tokens (see `read_tokenizer`)."""
+    """Rows of the LLM's embedding if the tokenizer has more tokens than that, else None."""
     return getattr(tokenizer, "rows", None)
 
 
 def read_vocabulary(llm: LLM) -> list[str]:
-    """Every token id that the model knows, as it reads: with its leading space.
+    """Text of every token id of the model, with its leading space.
 
-    Bytes that are no character on their own are written as <0xE2>, ids of a padded embedding that
-    no token has as <unused 50000>.
+    Bytes that are not a whole character are written as <0xE2>, padding rows of the embedding as
+    <unused 50000>.
     """
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -82,8 +82,8 @@ def read_vocabulary(llm: LLM) -> list[str]:
 
 
 def _decode(tokenizer, pieces: list[str]) -> dict[str, str]:
-    """Text of pieces whose alphabet only the tokenizer knows, such as sentencepiece's."""
-    # Decoded alone or first a piece would lose its space, so that it is put behind another.
+    """Text of pieces as the tokenizer decodes them, for alphabets other than byte-level BPE."""
+    # Decoded alone or first, a piece would lose its leading space, so it is put behind another.
     front = tokenizer.encode("a", add_special_tokens=False)[-1:]
     ids = [[*front, i] for i in tokenizer.convert_tokens_to_ids(pieces)]
     start, *texts = tokenizer.batch_decode([front, *ids], clean_up_tokenization_spaces=False)

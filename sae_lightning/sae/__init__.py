@@ -57,7 +57,7 @@ def build_sae(config: SAEConfig, d_in: int, d_out: int, generator: Generator | N
 
 
 def count_parameters(config: SAEConfig, d_in: int, d_out: int) -> int:
-    """Number of trainable parameters."""
+    """Number of trainable parameters of the SAE that `config` describes."""
     vectors = len(ARCHITECTURES[config.name].network.per_feature) - 2  # without W_enc and W_dec
     parameters = config.features * (d_in + d_out + vectors) + d_out
     return parameters + d_in * d_out if config.skip else parameters

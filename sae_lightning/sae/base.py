@@ -193,7 +193,7 @@ class SAE(nn.Module):
 
     def estimate_density(self, output: TrainingOutput) -> float:
         """Share of [batch, features] that `find_entries` would keep of this batch."""
-        return output.pre.share_above(self.entry_bound())
+        return output.pre.density_above(self.entry_bound())
 
     @torch.no_grad()
     def restart(self, features: Tensor, columns: Tensor, rows: Tensor) -> None:

@@ -33,7 +33,7 @@ class BatchTopK(SAE):
         self.register_buffer("threshold_weight", torch.zeros(()))
 
     def activate(self, pre: Tensor) -> Tensor:
-        """Pre-activations above the threshold."""
+        """Pre-activations above the threshold; 0 in place of the others."""
         return pre * (pre > self.threshold)
 
     def activate_batch(self, pre: Tensor) -> Tensor:

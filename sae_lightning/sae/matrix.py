@@ -57,7 +57,7 @@ class Matrix(ABC):
         """[features]: the number of tokens on which each is positive."""
 
     @abstractmethod
-    def share_above(self, bound: Tensor | float) -> float:
+    def density_above(self, bound: Tensor | float) -> float:
         """Share of values above a bound [features], estimated from the first tokens, whose order is
         random; of a sparse matrix the share of entries, whatever the bound."""
 
@@ -94,7 +94,7 @@ class DenseMatrix(Matrix):
     def count_positive(self) -> Tensor:
         return (self.values > 0).sum(dim=0)
 
-    def share_above(self, bound: Tensor | float) -> float:
+    def density_above(self, bound: Tensor | float) -> float:
         return (self.values[:DENSITY_TOKENS] > bound).float().mean().item()
 
 
@@ -132,6 +132,6 @@ class SparseMatrix(Matrix):
     def count_positive(self) -> Tensor:
         return self.pattern.column_sums((self.values > 0).float())
 
-    def share_above(self, bound: Tensor | float) -> float:
+    def density_above(self, bound: Tensor | float) -> float:
         tokens, features = self.pattern.shape
         return len(self.pattern) / (tokens * features)

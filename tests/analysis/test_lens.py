@@ -28,14 +28,16 @@ def llm(request, tiny):
 
 
 def logits_of(llm, rows):
-    return find_final_norm(llm.model).passes(rows) @ llm.model.get_output_embeddings().weight.T
+    return (
+        find_final_norm(llm.model).apply_linear(rows) @ llm.model.get_output_embeddings().weight.T
+    )
 
 
 def plant(subject):
     """Feature 5 writes what raises the logit of token 42 by 1 and others as little as d dimensions
     allow, and reads where the embedding of that token is, likewise."""
     model = subject.llm.model
-    sees = find_final_norm(model).reads(model.get_output_embeddings().weight)
+    sees = find_final_norm(model).apply_transpose(model.get_output_embeddings().weight)
     subject.sae.W_dec[PLANTED] = one_of(sees)
     subject.sae.W_enc[:, PLANTED] = one_of(read_embedding(model, len(subject.llm.tokenizer)))
     return subject
@@ -94,7 +96,7 @@ def test_a_measured_effect_behind_the_last_block_is_what_norm_and_head_make_of_t
     subject.sites = SitePair(LAST, LAST)
     norm, rows = find_final_norm(llm.model), subject.sae.W_dec
     centred = rows - rows.mean(1, keepdim=True) if norm.centres else rows
-    behind = norm.passes(rows) / centred.norm(dim=1, keepdim=True)
+    behind = norm.apply_linear(rows) / centred.norm(dim=1, keepdim=True)
     logits = (behind - behind.mean(0)) @ llm.model.get_output_embeddings().weight.T
     expected = logits[:, : len(llm.tokenizer)]
     found = lens(subject, 1, words(4000), range(32)).effect
@@ -108,7 +110,7 @@ def test_a_planted_effect_is_found_through_the_blocks(llm, words, measured):
     """A row that the logit of a token reads, and no other logit more."""
     subject = make_subject(llm)
     subject.sites = SitePair(LAST, LAST)
-    rows = find_final_norm(llm.model).reads(llm.model.get_output_embeddings().weight)
+    rows = find_final_norm(llm.model).apply_transpose(llm.model.get_output_embeddings().weight)
     token = next(i for i in range(40, 90) if logits_of(llm, rows)[i].argmax() == i)
     subject.sae.W_dec[PLANTED] = rows[token]
     assert token in lens(subject, 3, words(4000), measured).effect.promoted[PLANTED]

@@ -47,13 +47,14 @@ def with_feature(llm, sites, bias=-1e4):
 
 def rows(llm):
     """For each token the direction of the residual stream that its logit reads."""
-    return find_final_norm(llm.model).reads(llm.model.get_output_embeddings().weight)
+    return find_final_norm(llm.model).apply_transpose(llm.model.get_output_embeddings().weight)
 
 
 def token(llm) -> int:
     """The first token of text whose direction raises no other logit more than its own."""
     effect = (
-        find_final_norm(llm.model).passes(rows(llm)) @ llm.model.get_output_embeddings().weight.T
+        find_final_norm(llm.model).apply_linear(rows(llm))
+        @ llm.model.get_output_embeddings().weight.T
     )
     return next(i for i in range(60, 80) if effect[i].argmax() == i)
 

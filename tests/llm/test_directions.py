@@ -53,7 +53,9 @@ def test_a_direction_changes_the_logits_as_finite_differences_do_at_a_fixed_scal
         return (own(x) - constant).double() * scale(norm, x).double()
 
     expected = (unscaled(r + v) - unscaled(r)) @ head.T
-    torch.testing.assert_close(norm.passes(v).double() @ head.T, expected, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(
+        norm.apply_linear(v).double() @ head.T, expected, rtol=2e-3, atol=2e-3
+    )
     assert expected.std() > 0.1
 
 
@@ -75,9 +77,13 @@ def test_what_an_encoder_reads_behind_the_norm_of_an_mlp_is_a_direction_of_the_s
     norm, own = find_mlp_norm(llm.model, layer), mlp_norm_of(find_decoder_stack(llm.model)[layer])
     r, w = torch.randn(2, 7, 24, generator=torch.Generator().manual_seed(0))
     expected = ((own(r) - own(torch.zeros(24))) * scale(norm, r) * w).sum(-1)
-    torch.testing.assert_close((norm.reads(w) * r).sum(-1), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        (norm.apply_transpose(w) * r).sum(-1), expected, rtol=1e-3, atol=1e-3
+    )
     # and `passes` and `reads` are transposes
-    torch.testing.assert_close((norm.passes(r) * w).sum(-1), (norm.reads(w) * r).sum(-1))
+    torch.testing.assert_close(
+        (norm.apply_linear(r) * w).sum(-1), (norm.apply_transpose(w) * r).sum(-1)
+    )
 
 
 def test_embeddings_are_what_reaches_block_0_without_the_position(llm):
@@ -98,7 +104,7 @@ def test_no_hook_is_left_behind(llm):
 def test_a_head_that_reads_no_norm_is_refused(tiny):
     model = copy.deepcopy(tiny("gpt2").model)
     model.transformer.ln_f = torch.nn.Linear(24, 24)
-    with pytest.raises(UserError, match="no norm in front of the unembedding of GPT2LMHeadModel"):
+    with pytest.raises(UserError, match="GPT2LMHeadModel has no norm before the unembedding"):
         find_final_norm(model)
 
 
@@ -107,7 +113,7 @@ def test_so_is_one_that_reads_a_projection_to_another_width():
     config = transformers.OPTConfig(
         **MODERN, ffn_dim=40, word_embed_proj_dim=12, do_layer_norm_before=False
     )
-    with pytest.raises(UserError, match="no norm in front of .*; leave direct=true out"):
+    with pytest.raises(UserError, match="has no norm before .*; leave direct=true out"):
         find_final_norm(random_model(config))
 
 

@@ -251,7 +251,7 @@ def test_the_package_that_a_quantised_model_takes_is_named(
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantised}))
     told = failure(load_llm, name=str(folder))
-    assert told.startswith(f"llm.name={folder}: takes a package that is not here (")
+    assert told.startswith(f"llm.name={folder}: needs a missing package (")
     assert told.endswith(f"{remedy}or give another LLM")
 
 

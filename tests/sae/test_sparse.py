@@ -293,8 +293,8 @@ def test_a_matrix_by_hand_both_ways():
         doubled = matrix.with_values(2 * matrix.values)
         assert (doubled @ table).tolist() == [[0, 2], [0, 0], [6, 8]]
     # of 12 values 4 are entries, and 2 exceed 2
-    assert sparse.share_above(2) == 4 / 12
-    assert dense.share_above(2) == pytest.approx(2 / 12)
+    assert sparse.density_above(2) == 4 / 12
+    assert dense.density_above(2) == pytest.approx(2 / 12)
     assert sparse.broadcast(norms).tolist() == [20, 40, 10, 20]
     assert torch.equal(dense.broadcast(norms) + 0 * dense.values, norms.expand(3, 4))
     assert sparse.known_columns(tensor([1])) is None
