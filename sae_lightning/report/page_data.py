@@ -53,16 +53,16 @@ class PageData(NamedTuple):
 class Blocks(Mapping[str, str]):
     """Blocks by name, packed on access: all of them together are as large as the page."""
 
-    def __init__(self, catalogues: Sequence[Catalogue], numbers: np.ndarray):
-        self.numbers = numbers
+    def __init__(self, catalogues: Sequence[Catalogue], page_ids: np.ndarray):
+        self.page_ids = page_ids
         self.parts = {catalogue.kind: (catalogue, _make_list_fields) for catalogue in catalogues}
         self.parts["texts"] = catalogues[0], _make_text_fields
-        self.size = catalogues[0].texts.size * numbers.itemsize  # bytes, unpacked
+        self.size = catalogues[0].texts.size * page_ids.itemsize  # bytes, unpacked
         for catalogue in catalogues:
             first = slice_units(catalogue, slice(1))
             fields = [
-                *_make_list_fields(first, numbers).values(),
-                *_make_detail_fields(first, numbers).values(),
+                *_make_list_fields(first, page_ids).values(),
+                *_make_detail_fields(first, page_ids).values(),
             ]
             self.size += catalogue.num_units * sum(values[0].nbytes for values in fields)
             for start in range(0, catalogue.num_units, UNITS_PER_BLOCK):
@@ -72,7 +72,7 @@ class Blocks(Mapping[str, str]):
 
     def __getitem__(self, name: str) -> str:
         catalogue, fields = self.parts[name]
-        return _pack(fields(catalogue, self.numbers))
+        return _pack(fields(catalogue, self.page_ids))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.parts)
@@ -83,7 +83,7 @@ class Blocks(Mapping[str, str]):
 
 def pack_catalogues(catalogues: Sequence[Catalogue]) -> PageData:
     """Pack `catalogues`, which share an LLM and a text, for the page's script."""
-    words, numbers = _number_tokens(catalogues)
+    words, page_ids = _number_tokens(catalogues)
     kinds = []
     for catalogue in catalogues:
         first = slice_units(catalogue, slice(1))
@@ -93,19 +93,19 @@ def pack_catalogues(catalogues: Sequence[Catalogue]) -> PageData:
                 "units": catalogue.num_units,
                 "tokens": catalogue.statistics.tokens,
                 "strongest": catalogue.top.strength.shape[1],
-                "listed": _describe_layout(_make_list_fields(first, numbers)),
-                "detailed": _describe_layout(_make_detail_fields(first, numbers)),
+                "listed": _describe_layout(_make_list_fields(first, page_ids)),
+                "detailed": _describe_layout(_make_detail_fields(first, page_ids)),
             }
         )
     index = {"words": words, "kinds": kinds, "edges": EDGES.tolist(), "chunk": UNITS_PER_BLOCK}
     index |= {"window": WINDOW, "before": BEFORE, "levels": LEVELS, "preview": PREVIEW.start}
     index |= {"intervals": INTERVALS, "sequences": len(catalogues[0].texts)}
-    index |= {"texts": _describe_layout(_make_text_fields(catalogues[0], numbers))}
-    return PageData(index, Blocks(catalogues, numbers))
+    index |= {"texts": _describe_layout(_make_text_fields(catalogues[0], page_ids))}
+    return PageData(index, Blocks(catalogues, page_ids))
 
 
 def _number_tokens(catalogues: Sequence[Catalogue]) -> tuple[list[str], np.ndarray]:
-    """The page's vocabulary, as shown, and the map [vocabulary + 1] from token id (or -1) to it."""
+    """The page's vocabulary, as shown, and page_ids [vocabulary + 1]: token id (or -1) -> index."""
     vocabulary = catalogues[0].vocabulary
     counts = torch.zeros(len(vocabulary) + 1, dtype=torch.int64)
     shown = [torch.from_numpy(catalogues[0].texts)]
@@ -118,41 +118,41 @@ def _number_tokens(catalogues: Sequence[Catalogue]) -> tuple[list[str], np.ndarr
         counts += torch.bincount(part.flatten() + 1, minlength=len(counts))
     counts = counts[1:]
     used = counts.argsort(descending=True, stable=True)[: int((counts > 0).sum())].tolist()
-    numbers = np.zeros(len(vocabulary) + 1, "u2" if len(used) < 2**16 else "u4")
-    numbers[used] = range(1, len(used) + 1)
-    return ["", *(show_token(vocabulary[token]) for token in used)], numbers
+    page_ids = np.zeros(len(vocabulary) + 1, "u2" if len(used) < 2**16 else "u4")
+    page_ids[used] = range(1, len(used) + 1)
+    return ["", *(show_token(vocabulary[token]) for token in used)], page_ids
 
 
-def _make_text_fields(catalogue: Catalogue, numbers: np.ndarray) -> Fields:
+def _make_text_fields(catalogue: Catalogue, page_ids: np.ndarray) -> Fields:
     """Fields of the text that examples are from."""
-    return {"tokens": numbers.take(catalogue.texts)}
+    return {"tokens": page_ids.take(catalogue.texts)}
 
 
-def _make_list_fields(catalogue: Catalogue, numbers: np.ndarray) -> Fields:
+def _make_list_fields(catalogue: Catalogue, page_ids: np.ndarray) -> Fields:
     """Fields that the list of units shows, sorts by and searches."""
     statistics, top = catalogue.statistics, catalogue.top
     fields = {
         "fired": _to_array(statistics.fired, "u4"),
         "mean": _to_array(statistics.mean, "f4"),
         "maximum": _to_array(statistics.maximum, "f4"),
-        "peaks": numbers.take(top.tokens[:, :, BEFORE]),
-        "preview": numbers.take(top.tokens[:, 0, PREVIEW]),
+        "peaks": page_ids.take(top.tokens[:, :, BEFORE]),
+        "preview": page_ids.take(top.tokens[:, 0, PREVIEW]),
     }
     if catalogue.token_sets is not None:
         fields["score"] = _to_array(catalogue.token_sets.score, "f4")
-        fields["token_set"] = numbers.take(catalogue.token_sets.tokens)
+        fields["token_set"] = page_ids.take(catalogue.token_sets.tokens)
         fields["previous"] = _to_array(catalogue.token_sets.previous, "u1")
     if catalogue.telling is not None:
         fields["telling"] = _to_array(catalogue.telling, "f4")
         fields["copy_of"] = _to_array(catalogue.copy_of, "u4")
     if catalogue.effect is not None:
-        fields["promoted"] = numbers.take(catalogue.effect.promoted)
-        fields["suppressed"] = numbers.take(catalogue.effect.suppressed)
+        fields["promoted"] = page_ids.take(catalogue.effect.promoted)
+        fields["suppressed"] = page_ids.take(catalogue.effect.suppressed)
         fields["sharpness"] = _to_array(catalogue.effect.sharpness, "f4")
     return fields
 
 
-def _make_detail_fields(catalogue: Catalogue, numbers: np.ndarray) -> Fields:
+def _make_detail_fields(catalogue: Catalogue, page_ids: np.ndarray) -> Fields:
     """Fields that only the view of a single unit shows."""
     shown, maximum = (catalogue.top, catalogue.spread), catalogue.statistics.maximum
     sequence, position = map(np.min_scalar_type, catalogue.texts.shape)
