@@ -28,16 +28,16 @@ def server():
         yield running
 
 
-def answers(server: ChatServer, folder, model: str = "small", **options) -> Answers:
+def make_answers(server: ChatServer, folder, model: str = "small", **options) -> Answers:
     return Answers(Endpoint(server.url, model, **options), folder)
 
 
 def test_a_second_run_asks_nothing(server, tmp_path):
-    first = answers(server, tmp_path)
+    first = make_answers(server, tmp_path)
     assert first.ask(QUESTIONS + QUESTIONS[:2]) == ECHOES + ECHOES[:2]
     assert len(server.requests) == 6, "the same question twice is asked once"
     assert first.spent == (6, 600, 42)
-    second = answers(server, tmp_path)
+    second = make_answers(server, tmp_path)
     done = []
     assert second.ask(QUESTIONS, done.append) == ECHOES
     assert (len(server.requests), second.spent.requests, sum(done)) == (6, 0, 6)
@@ -46,9 +46,9 @@ def test_a_second_run_asks_nothing(server, tmp_path):
 def test_what_changes_the_answer_is_asked_again(server, tmp_path):
     server.models = ("small", "other")
     question = QUESTIONS[0]
-    answers(server, tmp_path).ask([question])
-    answers(server, tmp_path).ask([question._replace(tokens=6)])
-    answers(server, tmp_path, model="other").ask([question])
+    make_answers(server, tmp_path).ask([question])
+    make_answers(server, tmp_path).ask([question._replace(tokens=6)])
+    make_answers(server, tmp_path, model="other").ask([question])
     assert [(r["model"], r["max_tokens"]) for r in server.requests] == [
         ("small", 5),
         ("small", 6),
@@ -58,17 +58,17 @@ def test_what_changes_the_answer_is_asked_again(server, tmp_path):
 
 
 def test_a_broken_file_in_the_cache_is_no_answer(server, tmp_path):
-    answers(server, tmp_path).ask(QUESTIONS[:1])
+    make_answers(server, tmp_path).ask(QUESTIONS[:1])
     (file,) = tmp_path.iterdir()
     for broken in ("", "{}", "[1", '{"text": "YES"}'):
         file.write_text(broken)
-        assert answers(server, tmp_path).ask(QUESTIONS[:1]) == ECHOES[:1]
+        assert make_answers(server, tmp_path).ask(QUESTIONS[:1]) == ECHOES[:1]
     assert len(server.requests) == 5
 
 
 def test_failures_that_pass_are_waited_for(server, tmp_path):
     server.failures = [(500, "out of order"), (429, "too many"), (503, "restarting")]
-    assert answers(server, tmp_path).ask(QUESTIONS[:1]) == ECHOES[:1]
+    assert make_answers(server, tmp_path).ask(QUESTIONS[:1]) == ECHOES[:1]
     assert len(server.requests) == 4
 
 
@@ -83,12 +83,12 @@ def test_a_failure_that_stays_is_one_line_and_what_was_answered_is_kept(server, 
     server.answer = breaks
     message = r"endpoint=.*: .*429.*quota used up.*; lower concurrency.*; 3 of 6 answers are kept"
     with pytest.raises(UserError, match=message) as caught:
-        answers(server, tmp_path, **patience).ask(QUESTIONS)
+        make_answers(server, tmp_path, **patience).ask(QUESTIONS)
     assert "\n" not in str(caught.value)
     assert len(server.requests) == 3 + 3
 
     server.broken, server.answer, server.requests = None, str.upper, []
-    assert answers(server, tmp_path, **patience).ask(QUESTIONS) == ECHOES
+    assert make_answers(server, tmp_path, **patience).ask(QUESTIONS) == ECHOES
     assert len(server.requests) == 3
 
 
@@ -103,10 +103,10 @@ def test_answers_in_flight_are_kept_when_another_fails(tmp_path):
                 raise KeyboardInterrupt
             return Reply(question.text, 1, 1)
 
-    asked = Answers(Halting(), tmp_path)
+    answers = Answers(Halting(), tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        asked.ask(QUESTIONS[:2])
-    assert asked.read_cached(QUESTIONS[1]).text == QUESTIONS[1].text
+        answers.ask(QUESTIONS[:2])
+    assert answers.read_cached(QUESTIONS[1]).text == QUESTIONS[1].text
 
 
 def test_as_many_questions_as_allowed_are_asked_at_a_time(server, tmp_path):
@@ -117,21 +117,21 @@ def test_as_many_questions_as_allowed_are_asked_at_a_time(server, tmp_path):
         return question.upper()
 
     server.answer = waits
-    assert answers(server, tmp_path, concurrency=3).ask(QUESTIONS) == ECHOES
+    assert make_answers(server, tmp_path, concurrency=3).ask(QUESTIONS) == ECHOES
 
 
 def test_the_key_goes_to_the_server_and_nowhere_else(server, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("MY_KEY", KEY)
-    asked = answers(server, tmp_path, key_env="MY_KEY")
-    asked.ask(QUESTIONS)
+    answers = make_answers(server, tmp_path, key_env="MY_KEY")
+    answers.ask(QUESTIONS)
     assert set(server.keys) == {f"Bearer {KEY}"}
     server.broken = 401, f"{KEY} is no good key"
     with pytest.raises(UserError, match=r"\*\*\* is no good.*; check the key in MY_KEY$") as e:
-        asked.ask([Question("more?", 5)])
+        answers.ask([Question("more?", 5)])
     assert e.value.__suppress_context__, "the client's error holds the headers"
     written = "".join(file.read_text() + file.name for file in tmp_path.rglob("*.*"))
     assert len(written) > 100
-    assert KEY not in written + str(e.value) + repr(asked.__dict__) + "".join(capfd.readouterr())
+    assert KEY not in written + str(e.value) + repr(answers.__dict__) + "".join(capfd.readouterr())
 
 
 def test_a_missing_key_is_named(server, tmp_path, monkeypatch):
@@ -140,32 +140,32 @@ def test_a_missing_key_is_named(server, tmp_path, monkeypatch):
     with pytest.raises(
         UserError, match="key_env=.*who are you.* environment variable OPENAI_API_KEY"
     ):
-        answers(server, tmp_path).check_model()
+        make_answers(server, tmp_path).check_model()
 
 
 def test_an_unknown_model_is_told_which_ones_there_are(server, tmp_path):
     message = "endpoint=http.*/v1, explainer=big: .*unknown model.*; .* its models are small"
     with pytest.raises(UserError, match=message):
-        answers(server, tmp_path, model="big").check_model()
+        make_answers(server, tmp_path, model="big").check_model()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_dead_address_is_told_at_once(server, tmp_path):
     server.__exit__()
     with pytest.raises(UserError, match="endpoint=http.*/v1: .*refused; check the address") as e:
-        answers(server, tmp_path).check_model()
+        make_answers(server, tmp_path).check_model()
     assert "\n" not in str(e.value)
 
 
 def test_a_page_that_is_no_api_is_told(server, tmp_path, monkeypatch):
     monkeypatch.setattr("chat_server._completion", lambda text: {"hello": "there"})
     with pytest.raises(UserError, match="does not answer as OpenAI's API does"):
-        answers(server, tmp_path).check_model()
+        make_answers(server, tmp_path).check_model()
 
 
 def test_a_server_that_answers_is_checked_once(server, tmp_path):
     for _ in range(2):
-        answers(server, tmp_path).check_model()
+        make_answers(server, tmp_path).check_model()
     assert len(server.requests) == 1
 
 
@@ -174,7 +174,7 @@ def test_a_reasoning_model_gets_the_parameters_that_it_takes(server, tmp_path):
         (400, "'max_tokens' is not supported, use 'max_completion_tokens' instead"),
         (400, "'temperature' does not support 0"),
     ]
-    assert answers(server, tmp_path, concurrency=1).ask(QUESTIONS) == ECHOES
+    assert make_answers(server, tmp_path, concurrency=1).ask(QUESTIONS) == ECHOES
     last = server.requests[-1]
     assert last["max_completion_tokens"] == 5
     assert not {"max_tokens", "temperature"} & last.keys()
@@ -187,13 +187,13 @@ def test_questions_in_flight_learn_what_a_reasoning_model_takes(server, tmp_path
         "max_tokens": "is not supported, use 'max_completion_tokens' instead",
         "temperature": "does not support 0",
     }
-    assert answers(server, tmp_path, concurrency=6).ask(QUESTIONS) == ECHOES
+    assert make_answers(server, tmp_path, concurrency=6).ask(QUESTIONS) == ECHOES
 
 
 def test_a_question_that_is_refused_is_not_asked_again(server, tmp_path):
     server.broken = 400, "longer than the context of 512 tokens"
     with pytest.raises(UserError, match="endpoint=.*context of 512.*; .* too long, lower together"):
-        answers(server, tmp_path).ask(QUESTIONS[:1])
+        make_answers(server, tmp_path).ask(QUESTIONS[:1])
     assert len(server.requests) == 1
 
 
@@ -236,11 +236,11 @@ def test_neither_a_redirect_nor_a_proxy_takes_the_key_elsewhere(server, tmp_path
     with ChatServer(str.upper) as other:
         server.redirect = f"{other.url}/chat/completions"
         with pytest.raises(UserError, match="307.*; it redirects requests; if you trust"):
-            answers(server, tmp_path).check_model()
+            make_answers(server, tmp_path).check_model()
         server.redirect = None
         for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):
             monkeypatch.setenv(name, other.url)
-        assert answers(server, tmp_path).ask(QUESTIONS) == ECHOES
+        assert make_answers(server, tmp_path).ask(QUESTIONS) == ECHOES
         assert other.requests == other.keys == []
 
 
@@ -275,23 +275,23 @@ def test_the_key_is_in_no_answer_model_list_message_cache_or_log(
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     caplog.set_level(logging.DEBUG)
     server.answer = lambda question: f"your key is {KEY}"
-    asked = answers(server, tmp_path)
-    assert asked.ask(QUESTIONS[:1]) == ["your key is ***"]
+    answers = make_answers(server, tmp_path)
+    assert answers.ask(QUESTIONS[:1]) == ["your key is ***"]
     (file,) = tmp_path.iterdir()
     assert KEY not in file.read_text()
     file.write_text(json.dumps({"text": KEY, "tokens_in": 1, "tokens_out": 1}))  # as it once was
-    assert answers(server, tmp_path).read_cached(QUESTIONS[0]).text == "***"
+    assert make_answers(server, tmp_path).read_cached(QUESTIONS[0]).text == "***"
     assert KEY not in file.read_text()
     server.models = ("small", f"model-{KEY}", quote(KEY))
-    said = []
+    messages = []
     for trouble in (404, 401, 400, 307):
         server.broken = trouble, f"Incorrect API key: {KEY[:7]}****{KEY[-4:]} or {quote(KEY)}"
         server.redirect = f"http://somewhere/{KEY}" if trouble == 307 else None
         with pytest.raises(UserError) as caught:
-            asked.ask([Question("more?", 5)])
-        said.append(str(caught.value))
-    assert "its models are small, model-***, ***" in said[0]
-    assert not any(part in caplog.text + "".join(said) for part in (KEY, KEY[:7], KEY[-4:]))
+            answers.ask([Question("more?", 5)])
+        messages.append(str(caught.value))
+    assert "its models are small, model-***, ***" in messages[0]
+    assert not any(part in caplog.text + "".join(messages) for part in (KEY, KEY[:7], KEY[-4:]))
 
 
 def test_a_key_that_the_client_would_quote_is_refused(monkeypatch):
@@ -309,7 +309,7 @@ def test_a_count_of_tokens_that_is_none_is_told(server, tmp_path, monkeypatch, c
         lambda text: completion(text) | {"usage": {"prompt_tokens": count, "completion_tokens": 1}},
     )
     with pytest.raises(UserError, match="does not answer as OpenAI's API does"):
-        answers(server, tmp_path).check_model()
+        make_answers(server, tmp_path).check_model()
 
 
 def test_without_the_client_the_remedy_is_named(monkeypatch):
@@ -321,14 +321,14 @@ def test_without_the_client_the_remedy_is_named(monkeypatch):
 def test_a_cache_that_cannot_be_written_is_one_line(server, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="answers cannot be kept in .*XDG_CACHE_HOME"):
-        answers(server, tmp_path / "file")
+        make_answers(server, tmp_path / "file")
 
 
 def test_a_model_on_this_machine_answers_and_is_known_by_its_weights(tiny, tmp_path):
     llm = tiny("llama")
-    asked = Answers(LocalModel(llm), tmp_path)
-    (text,) = asked.ask([Question("the dog", 4)])
-    assert asked.spent.tokens_out <= 4
+    answers = Answers(LocalModel(llm), tmp_path)
+    (text,) = answers.ask([Question("the dog", 4)])
+    assert answers.spent.tokens_out <= 4
     assert Answers(LocalModel(llm), tmp_path).read_cached(Question("the dog", 4)).text == text
     *_, last = llm.model.parameters()
     before = last.clone()

@@ -89,38 +89,38 @@ def planted_feature() -> Tensor:
 
 
 def test_a_planted_feature_is_found_with_its_threshold():
-    found = find_detector(by_feature(planted_feature()), 0)
-    assert (found.unit, found.f1, found.precision, found.recall) == (3, 1, 1, 1)
-    assert (found.ranker, found.auroc) == (3, 1)
-    assert 1 <= found.threshold <= 2
-    assert not found.below
+    detector = find_detector(by_feature(planted_feature()), 0)
+    assert (detector.unit, detector.f1, detector.precision, detector.recall) == (3, 1, 1, 1)
+    assert (detector.ranker, detector.auroc) == (3, 1)
+    assert 1 <= detector.threshold <= 2
+    assert not detector.below
 
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_a_planted_neuron_is_found_in_either_direction(sign):
     x = NOISE - 0.5
     x[:, 4] = sign * (NOISE[:, 4] + 3 * MEMBER[:, 0])
-    found = find_detector(by_neuron(x), 0)
-    assert (found.unit, found.below) == (4, sign < 0)
-    assert found.f1 > 0.99  # a rank among the first tokens is near the gap
-    assert found.auroc > 0.99
+    detector = find_detector(by_neuron(x), 0)
+    assert (detector.unit, detector.below) == (4, sign < 0)
+    assert detector.f1 > 0.99  # a rank among the first tokens is near the gap
+    assert detector.auroc > 0.99
 
 
 def test_random_features_are_at_chance():
-    found = find_detector(by_feature(NOISE), 0)
+    detector = find_detector(by_feature(NOISE), 0)
     share = MEMBER[HALF == 1].float().mean().item()
-    assert found.f1 == pytest.approx(2 * share / (1 + share), abs=0.02)
-    assert found.auroc == pytest.approx(0.5, abs=0.03)
+    assert detector.f1 == pytest.approx(2 * share / (1 + share), abs=0.02)
+    assert detector.auroc == pytest.approx(0.5, abs=0.03)
 
 
 def test_what_predicts_by_accident_on_the_first_half_does_not_score():
     strengths = torch.zeros(N, 2)
     strengths[:, 0] = (MEMBER[:, 0] & (HALF == 0)).float()  # perfect, but there only
     strengths[:, 1] = MEMBER[:, 0] * (torch.arange(N) % 10 > 1)  # of the concept, 80 %
-    found = find_detector(by_feature(strengths), 0)
-    assert (found.unit, found.chosen_f1) == (0, 1)
-    assert (found.f1, found.recall) == (0, 0)
-    assert (found.ranker, found.auroc) == (0, 0.5)
+    detector = find_detector(by_feature(strengths), 0)
+    assert (detector.unit, detector.chosen_f1) == (0, 1)
+    assert (detector.f1, detector.recall) == (0, 0)
+    assert (detector.ranker, detector.auroc) == (0, 0.5)
 
 
 def test_scores_by_hand():
@@ -136,12 +136,12 @@ def test_scores_by_hand():
     member[first[:1000]] = True
     strengths[first[:1000]] = 4.0
     strengths[first[1000:]] = 1.0
-    found = find_detector(by_feature(strengths, member), 0)
-    assert 1 < found.threshold <= 4
-    assert (found.precision, found.recall) == pytest.approx((1, 2 / 3))
-    assert found.f1 == pytest.approx(0.8)
+    detector = find_detector(by_feature(strengths, member), 0)
+    assert 1 < detector.threshold <= 4
+    assert (detector.precision, detector.recall) == pytest.approx((1, 2 / 3))
+    assert detector.f1 == pytest.approx(0.8)
     # of 1500 x 500 pairs: 1000 x 500 above, 500 x 500 equal, which count half
-    assert found.auroc == pytest.approx((1000 + 250) / 1500)
+    assert detector.auroc == pytest.approx((1000 + 250) / 1500)
 
 
 def test_what_ranks_best_need_not_be_what_says_yes_best():
@@ -150,9 +150,9 @@ def test_what_ranks_best_need_not_be_what_says_yes_best():
     turn = torch.arange(N) // 2 % 10
     is_one = MEMBER[:, 0]
     strengths = torch.stack([is_one & (turn < 5), is_one | (turn < 4)], dim=1).float()
-    found = find_detector(by_feature(strengths), 0)
-    assert (found.unit, found.ranker) == (0, 1)
-    assert (found.f1, found.auroc) == pytest.approx((2 / 3, 0.8), abs=0.03)
+    detector = find_detector(by_feature(strengths), 0)
+    assert (detector.unit, detector.ranker) == (0, 1)
+    assert (detector.f1, detector.auroc) == pytest.approx((2 / 3, 0.8), abs=0.03)
 
 
 def test_counts_are_of_all_tokens_and_do_not_depend_on_the_cutting():
@@ -180,8 +180,8 @@ def test_ranks_are_taken_from_no_more_numbers_than_quantile_takes(monkeypatch):
 def test_units_can_be_chosen_among_a_few_only():
     counts = by_feature(planted_feature())
     assert find_detector(counts, 0, torch.tensor([0, 5])).unit in (0, 5)
-    found = find_detector(counts, 0, torch.tensor([5, 3]))
-    assert (found.unit, found.ranker) == (3, 3)
+    detector = find_detector(counts, 0, torch.tensor([5, 3]))
+    assert (detector.unit, detector.ranker) == (3, 3)
 
 
 @pytest.mark.parametrize(("kind", "sign"), [(by_feature, 1), (by_neuron, 1), (by_neuron, -1)])
@@ -189,14 +189,14 @@ def test_scores_are_those_of_the_strengths_themselves_where_these_are_few(kind, 
     """0, 1, 2, 4 or 8, the greater the likelier on the concept: in bins of their own."""
     raised = NOISE + 0.1 * torch.arange(6) * MEMBER
     values = sign * torch.tensor([0.0, 1, 2, 4, 8])[(raised * 5).long().clamp(max=4)]
-    found, second = find_detector(kind(values), 0), HALF == 1
-    truth, unit = MEMBER[second, 0], values[second, found.unit]
-    said = unit < found.threshold if found.below else unit >= found.threshold
+    detector, second = find_detector(kind(values), 0), HALF == 1
+    truth, unit = MEMBER[second, 0], values[second, detector.unit]
+    said = unit < detector.threshold if detector.below else unit >= detector.threshold
     if kind is by_feature:
         said &= unit > 0  # above 0, where a threshold is 0
-    assert found.below == (sign < 0)
-    assert found.f1 == pytest.approx(f1_score(truth, said))
-    assert found.precision == pytest.approx(precision_score(truth, said))
-    assert found.recall == pytest.approx(recall_score(truth, said))
-    auroc = roc_auc_score(truth, sign * values[second, found.ranker])
-    assert found.auroc == pytest.approx(auroc)
+    assert detector.below == (sign < 0)
+    assert detector.f1 == pytest.approx(f1_score(truth, said))
+    assert detector.precision == pytest.approx(precision_score(truth, said))
+    assert detector.recall == pytest.approx(recall_score(truth, said))
+    auroc = roc_auc_score(truth, sign * values[second, detector.ranker])
+    assert detector.auroc == pytest.approx(auroc)

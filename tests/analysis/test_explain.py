@@ -99,7 +99,7 @@ class Scripted:
         return Reply(self.say(question.text), len(question.text) // 4, question.tokens // 2)
 
 
-def explainer(folder, say=oracle, **options) -> Explainer:
+def make_explainer(folder, say=oracle, **options) -> Explainer:
     return Explainer(Answers(Scripted(say), folder), **options)
 
 
@@ -133,7 +133,7 @@ def test_who_reads_the_texts_explains_planted_features_and_scores_1(evidence, tm
 
 @pytest.mark.parametrize("verdict", ["yes", "no"])
 def test_who_always_says_the_same_scores_a_half(evidence, tmp_path, verdict):
-    for each in explainer(tmp_path, judging(lambda n: verdict)).explain_features(evidence):
+    for each in make_explainer(tmp_path, judging(lambda n: verdict)).explain_features(evidence):
         assert (each.detection.accuracy, each.fuzzing.accuracy) == (0.5, 0.5)
 
 
@@ -144,7 +144,7 @@ def test_who_guesses_scores_about_a_half(planted, tmp_path):
     def guess(n: int) -> str:
         return "yes" if torch.rand((), generator=random) < 0.5 else "no"
 
-    (each,) = explainer(tmp_path, judging(guess)).explain_features([evidence])
+    (each,) = make_explainer(tmp_path, judging(guess)).explain_features([evidence])
     for found in (each.detection, each.fuzzing):
         assert found.yes == found.no == 60
         # balanced accuracy of 60 + 60 guesses has a deviation of sqrt(2 / 4 / 60) / 2 = 0.046
@@ -154,7 +154,7 @@ def test_who_guesses_scores_about_a_half(planted, tmp_path):
 def test_a_wrong_explanation_detects_nothing(evidence, tmp_path):
     fox, sea = evidence
     swapped = fox._replace(firing=sea.firing, silent=sea.silent)
-    (each,) = explainer(tmp_path).explain_features([swapped])
+    (each,) = make_explainer(tmp_path).explain_features([swapped])
     assert each.text == "the word fox"
     assert each.detection.accuracy < 0.75, "foxes turn up beside the sea by chance only"
     assert each.fuzzing.accuracy < 0.6
@@ -212,15 +212,17 @@ def test_features_are_chosen_among_those_that_fire(planted):
 
 
 def test_a_feature_that_never_fires_costs_nothing(planted, tmp_path):
-    asked = explainer(tmp_path)
-    (each,) = asked.explain_features(gather(*planted, [SILENT]))
+    explainer = make_explainer(tmp_path)
+    (each,) = explainer.explain_features(gather(*planted, [SILENT]))
     assert (each.text, each.detection, each.fuzzing) == (None, None, None)
-    assert asked.answers.spent.requests == 0
-    assert asked.estimate_cost(gather(*planted, [SILENT])).requests == 0
+    assert explainer.answers.spent.requests == 0
+    assert explainer.estimate_cost(gather(*planted, [SILENT])).requests == 0
 
 
 def test_a_feature_that_fires_everywhere_cannot_be_tested(planted, tmp_path):
-    (each,) = explainer(tmp_path).explain_features(gather(*planted, [EVERYWHERE], special=[BOS]))
+    (each,) = make_explainer(tmp_path).explain_features(
+        gather(*planted, [EVERYWHERE], special=[BOS])
+    )
     assert each.text is not None
     assert each.detection is None
     # where it is strong the tokens are marked; next to none is silent
@@ -228,37 +230,39 @@ def test_a_feature_that_fires_everywhere_cannot_be_tested(planted, tmp_path):
 
 
 def test_malformed_verdicts_are_counted_and_not_guessed(evidence, tmp_path):
-    (each, _) = explainer(tmp_path / "1", judging(lambda n: "perhaps")).explain_features(evidence)
+    (each, _) = make_explainer(tmp_path / "1", judging(lambda n: "perhaps")).explain_features(
+        evidence
+    )
     assert each.detection == each.fuzzing == (None, 0, 0, 40)
 
     def short(question: str) -> str:
         return oracle(question).rpartition("\n")[0] or oracle(question)  # leaves out the last text
 
-    (each, _) = explainer(tmp_path / "2", short).explain_features(evidence)
+    (each, _) = make_explainer(tmp_path / "2", short).explain_features(evidence)
     for found in (each.detection, each.fuzzing):
         assert (found.accuracy, found.malformed, found.yes + found.no) == (1.0, 8, 32)
 
 
 def test_an_explainer_that_says_nothing_is_not_scored(evidence, tmp_path):
-    asked = explainer(tmp_path, lambda question: " ")
-    (each, _) = asked.explain_features(evidence)
+    explainer = make_explainer(tmp_path, lambda question: " ")
+    (each, _) = explainer.explain_features(evidence)
     assert (each.text, each.detection) == (None, None)
-    assert asked.answers.spent.requests == 2
+    assert explainer.answers.spent.requests == 2
 
 
 def test_the_estimate_is_what_is_asked_and_an_upper_bound_of_the_cost(evidence, tmp_path):
-    asked = explainer(tmp_path, thinking=10)
-    before = asked.estimate_cost(evidence)
-    asked.explain_features(evidence)
-    spent = asked.answers.spent
+    explainer = make_explainer(tmp_path, thinking=10)
+    before = explainer.estimate_cost(evidence)
+    explainer.explain_features(evidence)
+    spent = explainer.answers.spent
     assert before.requests == spent.requests == 34
     assert before.tokens_in >= spent.tokens_in
     assert before.tokens_out >= spent.tokens_out
-    assert asked.estimate_cost(evidence) == (0, 0, 0)
+    assert explainer.estimate_cost(evidence) == (0, 0, 0)
 
 
 def test_a_budget_is_of_tokens_in_and_out_together(evidence, tmp_path):
-    cost = explainer(tmp_path).estimate_cost(evidence)
+    cost = make_explainer(tmp_path).estimate_cost(evidence)
     most = cost.tokens_in + cost.tokens_out
     cost.check_budget(None)
     cost.check_budget(most)
@@ -279,7 +283,7 @@ def test_after_a_crash_only_what_is_missing_is_asked(evidence, tmp_path):
     first.concurrency = 1
     with pytest.raises(KeyboardInterrupt):
         Explainer(Answers(first, tmp_path)).explain_features(evidence)
-    again = explainer(tmp_path)
+    again = make_explainer(tmp_path)
     assert again.estimate_cost(evidence).requests == 24
     assert again.explain_features(evidence)[1].fuzzing.accuracy == 1
     assert again.answers.spent.requests == 24
@@ -382,9 +386,9 @@ def test_both_kinds_of_texts_count_the_same():
 
 
 def test_the_section_says_what_was_found_and_on_how_many_texts(planted, tmp_path):
-    asked = explainer(tmp_path)
+    explainer = make_explainer(tmp_path)
     evidence = gather(*planted, [0, SILENT], special=[BOS])
-    result = Explanations(asked.explain_features(evidence), asked.answers.spent, "scripted")
+    result = Explanations(explainer.explain_features(evidence), explainer.answers.spent, "scripted")
     shown = make_explanation_section(result)
     assert shown.table.rows[0] == ["0: the word fox", "1.00", "1.00", "40 + 40"]
     assert shown.table.rows[1][1:] == ["–", "–", "–"]

@@ -22,7 +22,7 @@ from sae_lightning.analysis.theory.dense import compare_dense
 from sae_lightning.analysis.theory.detection import Detector
 from sae_lightning.analysis.theory.moments import Moments
 from sae_lightning.analysis.theory.one_concept import ConceptDetectors, compare_units
-from sae_lightning.analysis.theory.overlap import count_cosines, measure_overlap
+from sae_lightning.analysis.theory.overlap import compare_directions, count_cosines
 from sae_lightning.analysis.theory.theory_sections import make_theory_sections
 from sae_lightning.analysis.theory.token_concepts import CONCEPTS, tag_tokens
 from sae_lightning.llm.sites import Kind, Site, SitePair
@@ -152,25 +152,25 @@ def test_features_that_are_on_by_default_are_called_so(tiny):
 def test_orthogonal_directions_have_no_cosine_and_equal_ones_have_1():
     eye = torch.eye(WIDTH)
     alone = count_cosines(eye, torch.arange(WIDTH))
-    assert (alone.share_above(0.001), alone.find_quantile(0.99)) == (0, 0.001)
+    assert (alone.find_share_above(0.001), alone.find_quantile(0.99)) == (0, 0.001)
     assert alone.nearest.max() == 0
     assert alone.counts.sum() == WIDTH * (WIDTH - 1)  # none with itself
     twice = count_cosines(torch.cat([eye, 3 * eye]), torch.arange(WIDTH))
     assert (twice.nearest == 1).all()
-    assert twice.share_above(0.3) == pytest.approx(1 / (2 * WIDTH - 1))
+    assert twice.find_share_above(0.3) == pytest.approx(1 / (2 * WIDTH - 1))
     opposite = count_cosines(torch.cat([eye, -eye]), torch.arange(WIDTH))
-    assert opposite.share_above(0.999) == pytest.approx(1 / (2 * WIDTH - 1))
+    assert opposite.find_share_above(0.999) == pytest.approx(1 / (2 * WIDTH - 1))
     assert opposite.nearest.max() == 0
 
 
 def test_random_directions_are_as_theory_has_them():
     # nearly normal with deviation 1 / sqrt(d): the median is at 0.674, 99 % below 2.576 of them
-    found = measure_overlap(noise(600, 400, seed=5), torch.eye(400))
+    found = compare_directions(noise(600, 400, seed=5), torch.eye(400))
     for each in found.values():
         assert each.find_quantile(0.5) == pytest.approx(0.674 / 20, abs=0.002)
         assert each.find_quantile(0.99) == pytest.approx(2.576 / 20, abs=0.003)
     stretched = torch.diag(torch.tensor([5.0] + [0.1] * 399))
-    assert measure_overlap(noise(600, 400), stretched)["like_data"].find_quantile(0.5) > 0.5
+    assert compare_directions(noise(600, 400), stretched)["like_data"].find_quantile(0.5) > 0.5
 
 
 def test_features_that_fire_together_spread_more_than_independent_ones():
@@ -330,7 +330,7 @@ def test_directions_are_called_what_their_cosine_is(tiny, cosine, verdict):
 def test_rows_that_share_a_direction_are_not_called_orthogonal(tiny, common, verdict):
     result = theory_of(subject_of(tiny("llama")), noise(20, CONTEXT, WIDTH))
     rows = noise(600, WIDTH, seed=1) + common * one_hot(torch.tensor(0), WIDTH)
-    found = measure_overlap(rows, torch.eye(WIDTH))
+    found = compare_directions(rows, torch.eye(WIDTH))
     result.numbers["overlap"] |= {name: each.scalars() for name, each in found.items()}
     assert verdict in lead(result, "Nearly orthogonal directions")
 

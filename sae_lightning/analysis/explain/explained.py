@@ -24,22 +24,25 @@ class Explanations(NamedTuple):
             "fuzzing": _average(self.explanations, "fuzzing"),
             **self.spent._asdict(),
             "explanations": [
-                {key: value for key, value in each._asdict().items() if key != "examples"}
-                for each in self.explanations
+                {key: value for key, value in explanation._asdict().items() if key != "examples"}
+                for explanation in self.explanations
             ],
         }
 
 
 def make_explanation_section(result: Explanations) -> Section:
     explanations, spent, model = result
-    explained = [each for each in explanations if each.text]
+    explained = [explanation for explanation in explanations if explanation.text]
     rows = {
         "detection": _summarise(explained, "detection"),
         "fuzzing": _summarise(explained, "fuzzing"),
         "asked": f"{spent.requests:,} requests to {model}, {spent.tokens_in:,} tokens in and "
         f"{spent.tokens_out:,} out; the other answers came from the cache",
     }
-    malformed = sum(s.malformed for each in explained for s in (each.detection, each.fuzzing) if s)
+    tests = [
+        s for explanation in explained for s in (explanation.detection, explanation.fuzzing) if s
+    ]
+    malformed = sum(s.malformed for s in tests)
     if malformed:
         rows["not understood"] = f"the verdicts on {malformed:,} texts; they are left out"
     return Section(
@@ -53,10 +56,12 @@ def make_explanation_section(result: Explanations) -> Section:
         ),
         texts=[
             ColouredText(
-                f"{each.feature}: {each.text}", list(window.tokens), list(window.strengths)
+                f"{explanation.feature}: {explanation.text}",
+                list(window.tokens),
+                list(window.strengths),
             )
-            for each in explained
-            for window in each.examples[:1]
+            for explanation in explained
+            for window in explanation.examples[:1]
         ],
     )
 
@@ -99,7 +104,7 @@ def _make_row(explanation: Explanation) -> list[str]:
 
 
 def _list_accuracies(explanations: list[Explanation], test: str) -> list[float]:
-    scores: list[VerdictScore | None] = [getattr(each, test) for each in explanations]
+    scores: list[VerdictScore | None] = [getattr(explanation, test) for explanation in explanations]
     return [s.accuracy for s in scores if s is not None and s.accuracy is not None]
 
 

@@ -60,14 +60,14 @@ def cut_plays(
     names = [genre for genre, _ in plays.values()] if label == "genre" else list(texts)
     folds = deal_folds(names, seed) if label == "genre" else None
     pieces = []
-    for text, tokens in enumerate(
+    for i, tokens in enumerate(
         tokenise_documents(tokenizer, list(texts.values()), packing.separator)
     ):
         starts = range(0, len(tokens) - packing.width, packing.width)
         for place, start in enumerate(starts):
-            fold = folds[text] if folds else pick_fold(place, len(starts))
+            fold = folds[i] if folds else pick_fold(place, len(starts))
             if fold is not None:
-                pieces.append(Piece(names[text], fold, tokens[start : start + packing.width]))
+                pieces.append(Piece(names[i], fold, tokens[start : start + packing.width]))
     return pieces, [
         SPLIT_NOTES[label],
         "The SAE may have been trained on these plays, without labels.",

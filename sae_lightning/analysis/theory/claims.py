@@ -17,7 +17,7 @@ from sae_lightning.analysis.theory.dense import compare_dense
 from sae_lightning.analysis.theory.detection import FeatureCounts, NeuronCounts
 from sae_lightning.analysis.theory.moments import Moments
 from sae_lightning.analysis.theory.one_concept import compare_units, detect_concepts
-from sae_lightning.analysis.theory.overlap import Cosines, measure_overlap
+from sae_lightning.analysis.theory.overlap import Cosines, compare_directions
 from sae_lightning.analysis.theory.token_concepts import CONCEPTS, tag_tokens
 from sae_lightning.llm.vocabulary import find_special_ids, read_vocabulary
 from sae_lightning.sae.matrix import SparseMatrix
@@ -161,7 +161,7 @@ def _measure_weights(
         # active features per token if pre-activations were normally distributed
         "l0_if_normal": torch.special.ndtr(margin).sum().item(),
     }
-    cosines = measure_overlap(decoder, data)
+    cosines = compare_directions(decoder, data)
     result.numbers["overlap"] = {name: counted.scalars() for name, counted in cosines.items()}
     result.numbers["overlap"]["rows"] = len(cosines["decoder"].nearest)
     agreement = None

@@ -22,7 +22,7 @@ class Cosines(NamedTuple):
     nearest: Tensor
     """[rows] the largest cosine of each"""
 
-    def share_above(self, cosine: float) -> float:
+    def find_share_above(self, cosine: float) -> float:
         """Share of pairs whose |cosine| is above `cosine`, which is rounded to 0.001."""
         middles = (torch.arange(COSINE_BINS) + 0.5) * (2 / COSINE_BINS) - 1
         return (self.counts[middles.abs() > cosine].sum() / self.counts.sum()).item()
@@ -38,12 +38,12 @@ class Cosines(NamedTuple):
         return {
             "median": self.find_quantile(0.5),
             "99%": self.find_quantile(0.99),
-            "above_0.3": self.share_above(0.3),
+            "above_0.3": self.find_share_above(0.3),
             "nearest": self.nearest.mean().item(),
         }
 
 
-def measure_overlap(decoder: Tensor, data: Tensor) -> dict[str, Cosines]:
+def compare_directions(decoder: Tensor, data: Tensor) -> dict[str, Cosines]:
     """Cosines of decoder rows [features, d], of as many random directions, and of random directions
     with the covariance of the activations (which share the directions of greatest variance).
 
