@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 
-from sae_lightning.runs.cli import describe_error
+from sae_lightning.runs.cli import explain_error
 from sae_lightning.runs.config import find_conf_folder
 from sae_lightning.runs.jobs import Job, make_job, register_schemas
 
@@ -16,7 +16,7 @@ def run_command(main: Callable[[list[str]], None]) -> None:
     try:
         main(sys.argv[1:])
     except Exception as error:
-        line = describe_error(error, [])
+        line = explain_error(error, [])
         if line is None:
             raise
         sys.exit(f"error: {line}")

@@ -33,7 +33,7 @@ from sae_lightning.files import write_json
 from sae_lightning.formats.export import load_sae
 from sae_lightning.llm.load import pick_dtype
 from sae_lightning.llm.packaged import dequantise
-from sae_lightning.runs.cli import describe_error
+from sae_lightning.runs.cli import explain_error
 from sae_lightning.runs.config import Config, find_conf_folder, to_dataclass
 from sae_lightning.runs.jobs import Job, make_job, register_schemas
 from sae_lightning.runs.passes import train_jobs
@@ -98,7 +98,7 @@ def main(arguments: list[str]) -> None:
             _score(entry, evaluator)
         except Exception as error:  # one tool's failure must not stop the others
             console.print(
-                f"{name}: {describe_error(error, []) or f'{type(error).__name__}: {error}'}"
+                f"{name}: {explain_error(error, []) or f'{type(error).__name__}: {error}'}"
             )
     _show(out)
 

@@ -77,7 +77,7 @@ def one_line_errors(folder: Path | None = None, multirun: bool = False) -> Itera
         sys.stderr.write("interrupted\n")
         sys.exit(130)
     except Exception as error:
-        message = describe_error(error, sys.argv[1:])
+        message = explain_error(error, sys.argv[1:])
         if multirun:
             print_error(message, folder.name)
         elif message is None or os.environ.get(DEBUG):
@@ -134,7 +134,7 @@ def remove_unused_folder(folder: Path) -> None:
             folder.parent.parent.rmdir()
 
 
-def describe_error(error: BaseException, overrides: list[str]) -> str | None:
+def explain_error(error: BaseException, overrides: list[str]) -> str | None:
     """One line about an error that the user can put right; None for a bug."""
     for link in list_causes(error, contexts=False):
         if line := describe_system_error(link):

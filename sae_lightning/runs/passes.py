@@ -21,7 +21,7 @@ from sae_lightning.errors import UserError, WriteError, is_out_of_memory
 from sae_lightning.files import remove_leftovers
 from sae_lightning.runs import checks, folders, memory
 from sae_lightning.runs.checks import CheckedJob
-from sae_lightning.runs.cli import SEVERAL_ERRORS, describe_error, print_error
+from sae_lightning.runs.cli import SEVERAL_ERRORS, explain_error, print_error
 from sae_lightning.runs.heap import give_back_freed_memory
 from sae_lightning.runs.hparams import make_hparams
 from sae_lightning.runs.jobs import CONFIG_FILE, Job, format_resume_command, read_job
@@ -186,7 +186,7 @@ def _train_pass(planned: PlannedPass) -> HeldOutResults:
         sys.exit(130)
     except Exception as error:  # a bug, too: other passes must not suffer from it
         reason = (
-            _describe_out_of_memory(jobs) if is_out_of_memory(error) else describe_error(error, [])
+            _describe_out_of_memory(jobs) if is_out_of_memory(error) else explain_error(error, [])
         )
         if not folders.forget_empty_run(jobs[0]):
             if isinstance(error, WriteError) and (jobs[0].folder / CONFIG_FILE).is_file():

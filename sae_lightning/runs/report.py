@@ -1,4 +1,4 @@
-"""What a run prints before and after training."""
+"""Prints what a run is about to train, and its results."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -24,7 +24,7 @@ from sae_lightning.errors import UserError
 from sae_lightning.files import read_regular_file, write_atomically
 from sae_lightning.report.sweep_report import write_report
 from sae_lightning.runs.arguments import check_sweep, count_values
-from sae_lightning.runs.cli import DEBUG, describe_error, format_error, remove_unused_folder
+from sae_lightning.runs.cli import DEBUG, explain_error, format_error, remove_unused_folder
 from sae_lightning.runs.folders import make_unique_folder, read_sweep_runs
 from sae_lightning.runs.jobs import CONFIG_FILE, is_sweep, make_jobs, read_overrides
 from sae_lightning.runs.saved import parse_scalars
@@ -157,7 +157,7 @@ def _exit_on_errors(overrides: Iterable[str]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        message = describe_error(error, list(overrides))
+        message = explain_error(error, list(overrides))
         if message is None or os.environ.get(DEBUG):
             traceback.print_exc()
             sys.exit(1)

@@ -20,7 +20,7 @@ from sae_lightning.analysis.tasks import TASKS
 from sae_lightning.errors import UserError
 from sae_lightning.files import make_jsonable
 from sae_lightning.runs.arguments import check_arguments
-from sae_lightning.runs.cli import describe_error
+from sae_lightning.runs.cli import explain_error
 from sae_lightning.runs.config import find_conf_folder, to_dataclass
 from sae_lightning.runs.jobs import register_schemas
 from sae_lightning.sae import ARCHITECTURES
@@ -41,7 +41,7 @@ def hydra():
 def test_another_tools_words_are_not_answered_with_settings_of_training():
     with pytest.raises(Exception) as found:
         asked("overview", "num_tokens=3")
-    line = describe_error(found.value, ["num_tokens=3"])
+    line = explain_error(found.value, ["num_tokens=3"])
     assert line.startswith("no setting num_tokens: did you mean tokens? there are run, task, ")
     with pytest.raises(UserError, match="^--num_tokens: no such flag; "):
         check_arguments(["--num_tokens", "3"])
@@ -73,7 +73,7 @@ def test_steering_is_typed_as_the_readme_does():
 def test_a_setting_of_another_task_is_refused_by_name():
     with pytest.raises(Exception) as found:
         asked("features", "strength=8")
-    assert describe_error(found.value, []) == (
+    assert explain_error(found.value, []) == (
         "strength has no meaning for this task, only for task=steer: leave it out"
     )
 
@@ -125,7 +125,7 @@ def test_no_setting_takes_nan_or_infinity(name, preset):
             with pytest.raises((UserError, ValidationError)) as found:
                 OmegaConf.update(cfg, setting, value)
                 to_dataclass(cfg)
-            assert describe_error(found.value, []).startswith(setting)
+            assert explain_error(found.value, []).startswith(setting)
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_read(tmp_path):

@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 
 from sae_lightning.errors import PACKAGES, UserError
 from sae_lightning.runs.arguments import check_arguments
-from sae_lightning.runs.cli import describe_error
+from sae_lightning.runs.cli import explain_error
 from sae_lightning.runs.config import find_conf_folder
 from sae_lightning.runs.jobs import register_schemas
 from sae_lightning.runs.sweep import Sweep
@@ -152,7 +152,7 @@ def test_what_optuna_refuses_is_told_in_one_line(loader, tmp_path, setting, told
     )
     with pytest.raises(Exception) as error:  # noqa: B017, PT011 - of several libraries
         sweeper.sweep(OmegaConf.to_container(config.hydra.overrides.task, resolve=False))
-    line = describe_error(error.value, [])
+    line = explain_error(error.value, [])
     assert re.fullmatch(f"hydra/sweeper=optuna: .*{told}.*; see its settings, such as .*", line)
 
 

@@ -33,7 +33,7 @@ from sae_lightning.runs.arguments import (
     quote_texts,
     sweep_settings_of_swept_groups,
 )
-from sae_lightning.runs.cli import describe_error, one_line_errors, read_arguments
+from sae_lightning.runs.cli import explain_error, one_line_errors, read_arguments
 from sae_lightning.runs.config import Config, find_conf_folder
 from sae_lightning.runs.jobs import (
     CONFIG_FILE,
@@ -185,7 +185,7 @@ def test_bad_input_is_answered_in_one_line(hydra, typed):
     overrides = typed.split(" ")
     with pytest.raises(Exception) as error:  # noqa: B017, PT011 - Hydra's many kinds
         make_job(compose("config", overrides), Path("folder"), overrides)
-    line = describe_error(error.value, overrides)
+    line = explain_error(error.value, overrides)
     assert line is not None, error.value
     assert re.fullmatch(BAD[typed], line), line
 
@@ -251,7 +251,7 @@ def test_a_model_preset_of_the_users_says_whose_settings_it_holds(hydra, own_pre
 def test_yaml_of_the_users_that_cannot_be_read_is_told_with_its_line(hydra, own_presets):
     with pytest.raises(MarkedYAMLError) as error:
         compose("config", ["model=broken"])
-    line = describe_error(error.value, [])
+    line = explain_error(error.value, [])
     assert re.fullmatch(r".*model/broken\.yaml, line 1: .*; correct the YAML there", line), line
 
 
@@ -260,14 +260,14 @@ def test_yaml_of_the_users_that_cannot_be_read_is_told_with_its_line(hydra, own_
     [ValueError("x"), KeyError("x"), RuntimeError("CUDA error"), AttributeError("x"), OSError()],
 )
 def test_a_bug_is_not_explained_away(bug):
-    assert describe_error(bug, []) is None
+    assert explain_error(bug, []) is None
     try:
         try:
             raise bug
         except Exception as inner:
             raise RuntimeError("outer") from inner
     except RuntimeError as outer:
-        assert describe_error(outer, []) is None
+        assert explain_error(outer, []) is None
 
 
 def test_a_bug_while_a_users_mistake_is_handled_is_told_as_the_mistake():
@@ -277,25 +277,27 @@ def test_a_bug_while_a_users_mistake_is_handled_is_told_as_the_mistake():
             raise UserError("seed=-1: give more")
         except UserError:
             raise KeyError("wrapped")  # noqa: B904
-    assert describe_error(error.value, []) == "seed=-1: give more"
+    assert explain_error(error.value, []) == "seed=-1: give more"
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError) as error:
         (tmp_path / "file" / "folder").mkdir()
-    line = describe_error(error.value, [])
+    line = explain_error(error.value, [])
     assert re.fullmatch(r"cannot read or write .*file.folder: .*; choose another .*", line)
 
 
 def test_a_file_that_cannot_be_read_is_not_said_to_be_written():
-    line = describe_error(OSError(errno.EIO, "Input/output error", "run/sae/cfg.json"), [])
+    line = explain_error(OSError(errno.EIO, "Input/output error", "run/sae/cfg.json"), [])
     assert line.startswith("cannot read or write run/sae/cfg.json: Input/output error; ")
 
 
 def test_a_full_disk_is_told_even_where_no_file_is_named():
-    line = describe_error(OSError(28, "No space left on device"), [])
-    assert line.startswith("cannot write: No space left on device; choose another folder, or put")
+    line = explain_error(OSError(28, "No space left on device"), [])
+    assert line.startswith(
+        "cannot write: No space left on device; choose another folder, or correct"
+    )
 
 
 @pytest.fixture

@@ -367,7 +367,7 @@ def test_hydras_record_is_written_through_no_other_name_and_into_no_pipe(hydra, 
     assert (tmp_path / "mine").read_text() == (folder / HYDRA_RECORD).read_text() == "mine"
     (folder / HYDRA_RECORD).unlink()
     os.mkfifo(folder / HYDRA_RECORD)
-    with pytest.raises(SystemExit, match=r"multirun\.yaml is a link, .*, or a pipe"):
+    with pytest.raises(SystemExit, match=r"multirun\.yaml is a symbolic link, .*, or a pipe"):
         begin_sweep(folder)
 
 
