@@ -1,4 +1,4 @@
-"""What the blocks of every family do, in their own parts."""
+"""The parts of a block, for every family."""
 
 
 def parallel(model) -> bool:

@@ -1,4 +1,4 @@
-"""What the LLM tests share."""
+"""Fixtures of the LLM tests: tiny LLMs of several families, and tokens."""
 
 import pytest
 import torch

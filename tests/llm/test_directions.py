@@ -1,4 +1,4 @@
-"""Both ends of the residual stream are found in every family by what the model does there."""
+"""Norms, embeddings and responses of blocks are measured, so they hold in every family."""
 
 import copy
 

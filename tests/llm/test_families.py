@@ -1,4 +1,4 @@
-"""Every family of causal LMs is read rightly at each site, or refused with the reason."""
+"""Every family of causal LMs is read correctly at each site, or refused with the reason."""
 
 import importlib
 import json

@@ -1,4 +1,4 @@
-"""The cache of a packaged model is whole or absent, whoever writes it and whatever goes wrong."""
+"""The cache of a packaged model is complete or absent, also with two writers and after errors."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Libraries are silent inside the block and have their say again after it."""
+"""Libraries are muted inside the block, and no longer after it."""
 
 import logging
 import warnings

@@ -1,4 +1,4 @@
-"""Every token reads as it stands in text: with its space, or as bytes where it is no text."""
+"""Every token is decoded as in text: with its leading space, or as bytes if it is no text."""
 
 import json
 import shutil

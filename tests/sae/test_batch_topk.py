@@ -1,4 +1,4 @@
-"""BatchTopK: in training batch x k features, afterwards a threshold for each token by itself."""
+"""BatchTopK: in training batch x k features, afterwards a threshold for each token alone."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Gated: which path learns from which term, and both paths by hand."""
+"""Gated: which path gets gradients from which term, and both paths by hand."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Which products a head computes with, and that training does not notice."""
+"""Which products a head computes with; training gives the same result with either."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What all networks share: the start, folding the normalisation in, one token at a time."""
+"""All architectures: initialisation, folding of the normalisation, independent tokens."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""TopK: k features a token, by hand; where a feature is off nothing is learned but by AuxK."""
+"""TopK: k features a token, by hand; a feature that is off gets gradients from AuxK alone."""
 
 import pytest
 import torch
