@@ -122,7 +122,7 @@ def test_links_that_a_stranger_planted_overwrite_nothing(here, tmp_path):
     if shelved.exists():
         shelved.rename(results)
     assert done.returncode == 1
-    assert re.fullmatch(r"error: my sae, l1=0\.1/analysis is a link, .*\n", done.stderr)
+    assert re.fullmatch(r"error: my sae, l1=0\.1/analysis is a symbolic link, .*\n", done.stderr)
 
 
 def test_the_key_of_an_endpoint_goes_nowhere_else_and_comes_back_nowhere(here, tmp_path):

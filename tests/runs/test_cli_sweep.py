@@ -99,7 +99,7 @@ def test_a_sweep_with_a_planted_link_is_not_taken_up(tmp_path):
         text=True,
     )
     assert (done.returncode, done.stdout) == (1, "")
-    assert re.fullmatch(r"error: .*/multirun\.yaml is a link, .*\n", done.stderr)
+    assert re.fullmatch(r"error: .*/multirun\.yaml is a symbolic link, .*\n", done.stderr)
     assert (tmp_path / "victim").read_text() == "mine"
 
 
