@@ -217,7 +217,7 @@ def test_long_texts_are_cut_at_the_terminal_and_nowhere_else(here, capsys):
     found = answered(task(here, text=TEXT * 50))
     assert len(found["tokens"]) > 400
     said = capsys.readouterr().out
-    left = int(re.search(r"(\d+) more tokens are in text\.html and", said)[1])
+    left = int(re.search(r"(\d+)\s+more\s+tokens\s+are\s+in\s+text\.html", said)[1])
     assert left + 20 == sum(token["read"] for token in found["tokens"])
     assert said.count("\n") < 120
 
