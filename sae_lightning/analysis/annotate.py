@@ -126,7 +126,7 @@ def make_sequences(subject: Subject, text: str, where: str = "text") -> Sequence
     check_ids(tokenizer, ids, where)
     packing = Packing(min(context, 1 + len(ids)), find_bos_id(tokenizer), separator)
     windows = [ids[start : start + packing.width] for start in range(0, len(ids), packing.width)]
-    return packing.sequences(windows, torch.arange(len(windows)))
+    return packing.pack_sequences(windows, torch.arange(len(windows)))
 
 
 @torch.no_grad()
@@ -143,7 +143,7 @@ def annotate(subject: Subject, text: str, where: str = "text") -> list[Annotated
     total = firing.skip + len(sequences.ids)
     collect(subject, chain(first, parts), [firing], total=total, what="reading your text")
     words, ids = read_vocabulary(subject.llm), sequences.tokens
-    shown = sequences.text.clone()
+    shown = sequences.is_text.clone()
     shown[:, 0] = True
     return [
         AnnotatedToken(words[ids[place]], *firing.by_token[place])

@@ -90,7 +90,7 @@ def collect(
     with phase(what, total=total) as advance:
         for sequences in text:
             captured = capture(subject.llm.model, sequences.tokens, distinct_sites([subject.sites]))
-            keep = (sequences.text & ~torch.isin(sequences.tokens, dropped)).to(subject.device)
+            keep = (sequences.is_text & ~torch.isin(sequences.tokens, dropped)).to(subject.device)
             if data.max_norm is not None:
                 rows = {site: values[keep] for site, values in captured.items()}
                 usual = usual or compute_medians(rows)  # of the first batch, as in training

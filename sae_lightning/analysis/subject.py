@@ -59,7 +59,7 @@ class Subject:
     @property
     def context(self) -> int | None:
         """The longest sequence that the LLM can read, in tokens; None for no limit."""
-        return self.config.data_source.shape().context
+        return self.config.data_source.read_shape().context
 
     @cached_property
     def corpus(self) -> SplitTokens:
@@ -134,9 +134,9 @@ def open_subject(run: str, settings: dict[str, Any], given: Collection[str] = ()
     else:
         sae = load_sae(folder)
         config = config_from_metadata(sae, run, settings, given)
-    llm = config.data_source.shape()
+    llm = config.data_source.read_shape()
     sites = config.layer.resolve_sites(llm.layers)
-    config.data_source.check(llm, resumed=True)
+    config.data_source.check_before_loading(llm, resumed=True)
     for weight, width in (("reads", len(sae.W_enc)), ("writes", len(sae.b_dec))):
         if width != llm.width:
             raise UserError(

@@ -35,7 +35,7 @@ def resolve_auto(job: Job) -> Job:
         precision = Precision.bf16 if has_bf16(_pick_device_type(trainer)) else Precision.fp32
     config = replace(
         job.config,
-        llm=job.config.data_source.settled(),
+        llm=job.config.data_source.resolve_llm(),
         trainer=replace(trainer, precision=precision),
     )
     return replace(job, config=config)
@@ -80,8 +80,8 @@ def check_jobs(jobs: list[Job]) -> list[CheckedJob]:
             "data.cache, data.cache_folder: jobs on one pass of the LLM share its cache; give all "
             "of them the same"
         )
-    llm = config.data_source.shape()
-    config.data_source.check(llm, jobs[0].resumed)
+    llm = config.data_source.read_shape()
+    config.data_source.check_before_loading(llm, jobs[0].resumed)
     sites = [job.config.layer.resolve_sites(llm.layers) for job in jobs]
     if config.data_source.has_llm:
         check_sites(config.llm, distinct_sites(sites))
@@ -161,7 +161,7 @@ def _read_steps_done(job: Job, sites: SitePair, llm: LLMShape, seen: set) -> int
         saved,
         lambda: make_head(job, sites, llm.width),
         job.config.trainer.steps,
-        lambda state, served: job.config.data_source.check_stream(state, sites, llm, served),
+        lambda state, served: job.config.data_source.check_stream_state(state, sites, llm, served),
         seen,
     )
     return saved["global_step"]

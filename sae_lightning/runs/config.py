@@ -98,7 +98,7 @@ class Config:
                 f"data.kind={self.data.kind}: these are not its settings; choose data=..., which "
                 "brings them"
             )
-        self.sweep.check_objective(*self.data_source.measured(self.eval.loss_tokens))
+        self.sweep.check_objective(*self.data_source.list_metrics(self.eval.loss_tokens))
         self.data_source.check_settings(self.layer)
 
     def _check_model(self) -> None:
@@ -160,7 +160,7 @@ class Config:
         # the cache does not change the activations, and the kind follows from the other settings
         for name in ("cache", "cache_folder", "kind"):
             half["data"].pop(name, None)
-        if self.data.per_site:
+        if self.data.rows_depend_on_site:
             half["layer"] = settings["layer"]
         return hashlib.sha256(json.dumps(half, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -48,5 +48,5 @@ def _select_settings(job: Job, typed: dict[str, str], swept: Collection[str]) ->
 
 def _list_headline_metrics(job: Job) -> list[str]:
     source = job.config.data_source
-    measured, _ = source.measured(job.config.eval.loss_tokens)
+    measured, _ = source.list_metrics(job.config.eval.loss_tokens)
     return [*HEADLINE, *(f"held_out/{name}" for name in {source.headline} & measured)]

@@ -77,7 +77,7 @@ def run_pass(planned: PlannedPass) -> list[dict[str, float] | None]:
 def _run_pass(planned: PlannedPass) -> list[dict[str, float] | None]:
     jobs, steps_done = planned.jobs, planned.steps_done
     config = jobs[0].config
-    opened = config.data_source.open(
+    opened = config.data_source.open_data(
         distinct_sites(planned.sites),
         tokens=config.eval.tokens,
         loss_tokens=config.eval.loss_tokens,
@@ -186,7 +186,7 @@ def make_head(job: Job, sites: SitePair, width: int) -> Head:
     )
     head.settings = config.fixed_on_resume()
     head.metadata = (
-        config.data_source.metadata() | sites.hook_names | {"sae_lightning": config.to_flat_dict()}
+        config.data_source.make_saelens_metadata() | sites.hook_names | {"sae_lightning": config.to_flat_dict()}
     )
     return head
 

@@ -11,7 +11,7 @@ from sae_lightning.scoring.metrics import Quality
 from sae_lightning.stream import SOURCES
 
 COMMON_METRICS = {*Quality._fields, *Copies._fields} - {"density", "dimension"}
-OBJECTIVES = sorted(COMMON_METRICS.union(*(row.measures for row in SOURCES.values())))
+OBJECTIVES = sorted(COMMON_METRICS.union(*(row.metrics for row in SOURCES.values())))
 # Penalty per factor of e by which L0 exceeds sweep.l0 (1 % too many cost 0.1). It must outweigh
 # what a metric gains: kl, the steepest, falls by 0.2 nats from L0 20 to 50 (SmolLM2, block 9).
 EXCESS_L0_PENALTY = 10.0

@@ -92,7 +92,7 @@ def score_saes(
             measure_copies(decoder, quality.density)
             for decoder, (quality, *_) in zip(decoders, errors, strict=True)
         ]
-        all_scores = held_out.scores(source, target, saes, weights, rows)
+        all_scores = held_out.measure_saes(source, target, saes, weights, rows)
     return [
         Scorecard(quality, copies, scores, kind, usual)
         for (quality, kind, usual), copies, scores in zip(

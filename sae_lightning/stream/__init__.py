@@ -1,6 +1,7 @@
-"""Text -> tokens -> activations -> pool -> batches; or known concepts.
+"""From text to shuffled batches of activations: text -> tokens -> rows -> pool -> batches.
 
-A kind of data is a file with its settings and a subclass of `Source`, and a row of `SOURCES`.
+A kind of data is one file (its settings and a subclass of `Source`) and one row of `SOURCES`. Known
+concepts (data=synthetic) give rows without text and LLM.
 """
 
 from sae_lightning.llm.load import LLMConfig
@@ -20,10 +21,10 @@ SOURCES: dict[str, type[Source]] = {
 
 
 def make_source(llm: LLMConfig, data: DataConfig, seed: int) -> Source:
-    """The source that the stream half of a config describes."""
+    """Make the source that the stream half of a config describes."""
     return SOURCES[data.kind](llm, data, seed)
 
 
 def open_text(data: TextConfig) -> SplitText:
-    """The documents of a text, without an LLM to read them."""
-    return make_source(LLMConfig(name="none"), data, seed=0).open_text()
+    """Open the documents that `data` describes, without loading an LLM."""
+    return make_source(LLMConfig(name="none"), data, seed=0).open_quietly()

@@ -20,12 +20,11 @@ from sae_lightning.terminal import phase
 
 
 class BatchStream:
-    """Shuffled batches {site: [batch, d]} of one run, which can be saved and continued exactly;
-    takes rows from their source only as far as the run needs.
+    """Shuffled batches {site: [batch, d]} of one run, with exact resume.
 
     Before a batch is drawn the pool is filled to `pool` rows, by whole LLM batches, so it may hold
-    up to one LLM batch more. Once the rows that remain to be served are in it, no more are asked
-    for and the pool drains.
+    up to one LLM batch more. Once it holds all rows that the run still needs, no more are read and
+    the pool drains.
 
     rows in pool  ──────────────────────╮        pool
                  /                      ╰──╮
@@ -41,7 +40,7 @@ class BatchStream:
         self.rows, self.batch, self.total_batches, self.pool_rows = rows, batch, total_batches, pool
         self.device = rows.device
         self.seconds = 0.0
-        self._pool = Pool(rows.sites, pool + rows.most, seed=seed, device=rows.device)
+        self._pool = Pool(rows.sites, pool + rows.max_rows, seed=seed, device=rows.device)
         self._served = 0  # batches
         self._started = False
         self._ids = torch.empty(0, dtype=torch.int64)  # of the last batch's rows
@@ -60,10 +59,10 @@ class BatchStream:
             yield taken.activations
 
     def peek(self, n: int) -> dict[Site, Tensor]:
-        """Activations {site: [<= n, d]} that wait in the pool, spread over all of it."""
+        """Copy activations {site: [<= n, d]} spread over the pool, which keeps them."""
         with self._clock():
             self._fill()
-            if self.device.type != "cpu":  # else whoever reads them waits, by a clock of their own
+            if self.device.type != "cpu":  # or the wait would count as the caller's time
                 torch.accelerator.synchronize(self.device)
             return self._pool.peek(n).activations
 
@@ -107,7 +106,7 @@ class BatchStream:
         self.seconds += perf_counter() - started
 
     def state_dict(self) -> dict[str, Any]:
-        """Place in the run, in the rows, and the pool: plain numbers, CPU tensors."""
+        """Batches served, state of the rows, and the pool: plain numbers and CPU tensors."""
         return {
             "served": self._served,
             "rows": self.rows.state_dict(),

@@ -1,11 +1,11 @@
-"""The activation cache: rows from disk where they are there, else from the LLM and on to disk.
+"""The activation cache: rows are read from disk or, if missing, computed and written there.
 
 LLM batches    0 . . . . . 6 . . . . . 12 . . . . . 18 . . . . . 24 . .
 shards         | 00000000  | 00000006  |            | 00000018  |
 a run          read        read        LLM, write   read        LLM, write
 
-What is kept is what the LLM gives, before the pool: batch, pool and length of a run change nothing
-in it, and the batches that training sees are the same bit for bit with and without a cache.
+Rows are cached as the LLM gives them, before the pool: a run's batch, pool and length do not
+matter, and training sees the same batches, bit for bit, with and without a cache.
 """
 
 import errno
@@ -27,28 +27,33 @@ from sae_lightning.files import (
 )
 from sae_lightning.stream.rows import LLMRows
 from sae_lightning.stream.shards import DAMAGE_ERRORS, SHARD_SUFFIX, Shard, write_shard
-from sae_lightning.stream.source import Rows, move_to_device
+from sae_lightning.stream.source import Rows, RowStream, move_to_device
 from sae_lightning.stream.tokens import TextChanged, check_text
 from sae_lightning.terminal import console
 
 MANIFEST = "manifest.json"
-SHARD_BYTES = 1 << 27  # gathered in memory; no more is lost when a run is killed
-RESERVED_BYTES = 4 << 30  # bytes of the disk that are left for checkpoints
+SHARD_BYTES = 1 << 27  # buffered in memory; at most this is lost when a run is killed
+RESERVED_BYTES = 4 << 30  # disk space left for checkpoints
 
 
-class CachedRows:
-    """A `RowStream` that gives the rows of `live` without running the LLM where it need not.
+class CachedRows(RowStream):
+    """A `RowStream` that reads the rows of `live` from shards, or runs the LLM if one is missing.
 
-    It goes from stretch to stretch: a shard is read; where there is none, one is written. Checksums
-    are looked at when a run comes to a shard: only what the run needs is read.
+    It goes from stretch to stretch: either a shard is read, or one is written. A shard's checksum
+    is verified when the run gets there, so that only what the run needs is read.
     """
 
     def __init__(
         self, live: LLMRows, folder: Path, settings: dict[str, Any], width: int, resumed: bool
     ) -> None:
-        """`folder` of the shards of one key; `settings` that the key was made from; `width` of an
-        activation, for the estimate of the disk space; `resumed`: never refuse to go on."""
-        self.live, self.sites, self.device, self.most = live, live.sites, live.device, live.most
+        """`folder` holds the shards of one key, the hash of `settings`; `width` of an activation,
+        to estimate the disk space; a `resumed` run goes on without a cache if a new one fails."""
+        self.live, self.sites, self.device, self.max_rows = (
+            live,
+            live.sites,
+            live.device,
+            live.max_rows,
+        )
         self.folder, self.settings, self.resumed = folder, settings, resumed
         self.width = width
         itemsize = next(live.llm.model.parameters()).dtype.itemsize
@@ -56,35 +61,40 @@ class CachedRows:
         self.shards: list[Shard] = []  # in order
         self.epoch = live.epoch
         self._place = 0  # LLM batches served
-        self._stop: int | None = 0  # where this stretch ends; None: where a shard is full
+        self._stop: int | None = 0  # end of this stretch; None: when the buffer is full
         self._shard: Shard | None = None  # being read
-        self._draft: list[tuple[Rows, int, int]] | None = None  # being written: epochs, texts too
-        self._known = live.state_dict()  # a state of `live` at or before the place
-        self._looked = False  # at what is there
-        self._lock, self._writes = ExitStack(), None  # None: not asked yet
+        self._draft: list[tuple[Rows, int, int]] | None = (
+            None  # rows to write, epoch, crc32 of tokens
+        )
+        self._known = live.state_dict()  # a state of `live` at `_place` or before it
+        self._looked = False  # at the shards on disk
+        self._lock, self._writes = ExitStack(), None  # None: not tried yet
 
     @property
     def llm_seconds(self) -> float:
         return self.live.llm_seconds
 
-    def next(self, wanted: int) -> Rows:
-        """The rows of the next LLM batch; with the last one that is wanted the cache is closed.
+    def next(self, remaining: int) -> Rows:
+        """Return the rows of the next LLM batch; the last one needed closes the cache.
 
-        UserError, at the first call of a new run: no space for what the run will write.
+        UserError: at the first call of a new run, no disk space for what the run will write.
         """
         if not self._looked:
-            self._look(wanted)
+            self._look(remaining)
         if self._place == self._stop:
             self._enter()
         rows = self._run() if self._shard is None else self._read(self._shard)
-        if len(rows.ids) >= wanted:
+        if len(rows.ids) >= remaining:
             self._leave()
             self.close()
         return rows
 
     def _read(self, shard: Shard) -> Rows:
-        rows, epoch = shard.batch(self._place, self.sites), shard.epochs[self._place - shard.first]
-        if epoch > self.epoch:  # the text itself, which is not read, cannot say so
+        rows, epoch = (
+            shard.read_batch(self._place, self.sites),
+            shard.epochs[self._place - shard.first],
+        )
+        if epoch > self.epoch:  # the text is not read here, so it cannot say so
             console.print(f"the text ran out; going round again in a new order (epoch {epoch})")
         self.epoch = epoch
         self._place += 1
@@ -98,18 +108,18 @@ class CachedRows:
         self._place += 1
         if self._draft is not None:
             kept = Rows({site: x.cpu() for site, x in rows.activations.items()}, rows.ids)
-            self._draft.append((kept, self.epoch, self.live.text))
+            self._draft.append((kept, self.epoch, self.live.tokens_crc32))
             gathered = sum(len(each.ids) for each, _, _ in self._draft)
             if gathered * self.row_bytes >= SHARD_BYTES:
                 self._stop = self._place
         return rows
 
     def _enter(self) -> None:
-        """Begin the stretch at this place."""
+        """Begin a stretch here: open its shard, or start to buffer a new one."""
         self._leave()
         shard = self._at(self._place)
         if shard is not None and self._open(shard):
-            self._shard, self._stop, self._known = shard, shard.stop, shard.state()
+            self._shard, self._stop, self._known = shard, shard.stop, shard.read_state()
             return
         if shard is not None:
             console.print(f"{shard.path} is damaged: the LLM makes it again")
@@ -128,15 +138,15 @@ class CachedRows:
     def _open(self, shard: Shard) -> bool:
         vocabulary = self.live.llm.model.config.get_text_config().vocab_size
         packing = {"batch": self.live.batch, "context": self.live.tokens.packing.context}
-        return shard.open(self.sites, self.width, **packing, vocabulary=vocabulary)
+        return shard.map_tensors(self.sites, self.width, **packing, vocabulary=vocabulary)
 
     def _at(self, llm_batch: int) -> Shard | None:
         return next((s for s in self.shards if s.first <= llm_batch < s.stop), None)
 
     def _seek(self) -> None:
-        """Have `live` read over the text that comes before this place.
+        """Have `live` skip the text that comes before this place.
 
-        UserError if that is not the text that the shards before this place are of.
+        UserError: it is not the text that the shards before this place were made from.
         """
         try:
             self.live.load_state_dict(self._known | {"llm_batches": self._known["read"]})
@@ -146,8 +156,11 @@ class CachedRows:
             self._refuse_text()
         while self.live.llm_batches < self._place:
             shard = self._at(self.live.llm_batches)
-            self.live.skip()
-            if shard and shard.texts[self.live.llm_batches - 1 - shard.first] != self.live.text:
+            self.live.read_sequences()
+            if (
+                shard
+                and shard.texts[self.live.llm_batches - 1 - shard.first] != self.live.tokens_crc32
+            ):
                 self._refuse_text()
 
     def _refuse_text(self) -> NoReturn:
@@ -157,11 +170,11 @@ class CachedRows:
         )
 
     def _leave(self) -> None:
-        """End the stretch at this place; what was gathered is written."""
+        """End the stretch here, and write the buffered rows."""
         if self._draft:
             with self._unless_full():
-                # Medians of the first LLM batch of all: whoever goes on inside the first shard
-                # needs them, and cannot compute them there again.
+                # Medians of the very first LLM batch: a run that resumes inside the first shard
+                # needs them and cannot compute them.
                 state = self._known | {"medians": self.live.state_dict()["medians"]}
                 shard = write_shard(self.folder, state, *map(list, zip(*self._draft, strict=True)))
                 self.shards = sorted([*self.shards, shard], key=lambda shard: shard.first)
@@ -171,17 +184,17 @@ class CachedRows:
         self._stop = self._place
 
     def close(self) -> None:
-        """No more is wanted: let another process write. What was gathered is dropped."""
+        """Drop the buffered rows and release the lock, so that another process may write."""
         self._draft = None
         self._leave()
         self._release()
 
-    def _look(self, wanted: int) -> None:
-        """Say what the cache has and what it will take; UserError if it has not that much room."""
+    def _look(self, remaining: int) -> None:
+        """Print what is cached and the space for the rest; UserError if the disk lacks it."""
         self._looked = True
         self._list()
-        if self._count(wanted) < wanted and self._may_write():
-            needed = (wanted - self._count(wanted)) * self.row_bytes
+        if self._count(remaining) < remaining and self._may_write():
+            needed = (remaining - self._count(remaining)) * self.row_bytes
             free = read_free_space(self.folder)
             console.print(
                 f"the activation cache takes about {_size(needed)} in {self.folder}, "
@@ -195,14 +208,14 @@ class CachedRows:
             elif not (self.folder / MANIFEST).is_file():
                 with self._unless_full():
                     write_json(self.folder / MANIFEST, self.settings)
-        if found := self._count(wanted):
+        if found := self._count(remaining):
             console.print(
-                f"{found:,} of {wanted:,} tokens are read from the activation cache in "
+                f"{found:,} of {remaining:,} tokens are read from the activation cache in "
                 f"{self.folder}"
             )
 
     def _list(self) -> None:
-        """Look at what is there; checksums are looked at when a shard is opened."""
+        """List the shards on disk; checksums are verified when a shard is opened."""
         self.shards = []
         for path in sorted(self.folder.glob("[0-9]" * 8 + SHARD_SUFFIX)):
             try:
@@ -211,19 +224,19 @@ class CachedRows:
                 if self._writes:  # replaces it
                     console.print(f"{path} is damaged: the LLM makes it again")
 
-    def _count(self, wanted: int) -> int:
-        """How many of the next `wanted` rows are on disk, if LLM batches that are not there have
-        as many rows as they can."""
-        place, found, left = self._place, 0, wanted
+    def _count(self, remaining: int) -> int:
+        """Count the next `remaining` rows that are on disk, taking every missing LLM batch to be
+        full."""
+        place, found, left = self._place, 0, remaining
         for shard in self.shards:
             if shard.stop > place:
-                left -= min(left, max(0, shard.first - place) * self.most)
+                left -= min(left, max(0, shard.first - place) * self.max_rows)
                 here = min(left, sum(shard.rows[max(0, place - shard.first) :]))
                 place, found, left = shard.stop, found + here, left - here
         return found
 
     def _may_write(self) -> bool:
-        """Whether this process writes; asked for once. Removes what a killed writer left."""
+        """Whether this process writes; tries for the lock once. Removes a killed writer's files."""
         if self._writes is not None:
             return self._writes
         self._writes = False
@@ -241,7 +254,7 @@ class CachedRows:
                 "reads what is complete there and runs the LLM for the rest"
             )
         except OSError as error:
-            # a colleague's cache may be there to be read only
+            # it may be a colleague's cache, which can only be read
             reason = f"{self.folder} cannot be written to ({error.strerror})"
             self._refuse(reason, fatal=not self.shards)
         else:
@@ -264,7 +277,7 @@ class CachedRows:
 
     @contextmanager
     def _unless_full(self) -> Iterator[None]:
-        """Give up writing, not the run, when the disk refuses."""
+        """Stop writing, but go on training, when the disk is full or fails."""
         try:
             yield
         except (OSError, SafetensorError, UserError) as error:
@@ -277,9 +290,9 @@ class CachedRows:
             self._release()
 
     def state_dict(self) -> dict[str, Any]:
-        """As that of `LLMRows`, with which it is interchangeable.
+        """Interchangeable with the state of `LLMRows`.
 
-        What was gathered is written, so that a resumed run leaves no hole.
+        Buffered rows are written first, so that a resumed run leaves no gap.
         """
         if self._draft:
             self._leave()
@@ -288,9 +301,9 @@ class CachedRows:
         return state | {"text": self.live.tokens.fingerprint()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue after LLM batch `llm_batches`; the text is opened there once it is needed.
+        """Continue after LLM batch `llm_batches`; the text is read to there only when needed.
 
-        UserError: it is another text, of which there may be a cache, too.
+        UserError: it is another text, even if there is a cache of it.
         """
         check_text(state, self.live.tokens.fingerprint())
         self._known, self.epoch = state, state["tokens"]["epoch"]

@@ -11,9 +11,7 @@ from torch import Generator, Tensor
 
 MAX_RATE = 0.5  # firing probability; what is active more often is better described by its absence
 GROUP_CONCEPTS = 8  # concepts that tend to fire together
-LOG_STRENGTH_STD = (
-    0.5  # standard deviation of log strength: the upper sixth is 1.65 times the median
-)
+LOG_STRENGTH_STD = 0.5  # one standard deviation is a factor of 1.65
 
 
 class World(NamedTuple):

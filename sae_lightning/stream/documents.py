@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # Not the run's seed: runs that differ in their seed are scored on the same held-out documents.
 HOLD_OUT_SEED = 0
-SCANNED_BYTES = 1 << 20  # bytes of a document looked at at a time
+SCANNED_BYTES = 1 << 20  # bytes of a document scanned at a time
 OFFLINE_PRESETS = "data=shakespeare (the packaged plays) or data=text (your own files)"
 
 
@@ -34,15 +34,15 @@ class SplitText(NamedTuple):
 
 
 def make_documents(texts: list[str]) -> "Dataset":
-    """A data set of these texts."""
+    """Make a data set with a row for each text."""
     from datasets import Dataset, Features, Value
 
     return Dataset.from_dict({"text": texts}, Features({"text": Value("string")}))
 
 
 def prepare_text_cache() -> Path:
-    """Our own folder of copies of texts, beside those of datasets (beside a saved data set may not
-    be writable), without what killed writers left."""
+    """Make our folder of copied texts in the cache of datasets (the folder of a saved data set may
+    be read-only), and remove the files of killed writers."""
     from datasets.config import HF_DATASETS_CACHE
 
     folder = Path(HF_DATASETS_CACHE) / "sae_lightning"
@@ -52,10 +52,10 @@ def prepare_text_cache() -> Path:
 
 
 def hold_out(data: "Dataset", share: float) -> SplitText:
-    """About that share of the text, by its bytes, held out: documents at fixed random places.
+    """Hold out about `share` of the text's bytes: documents at fixed random places.
 
-    So many documents, or, where they are far from that share of the text, as many as come nearest
-    to it; where no number of whole documents does, one is cut and its last words are held out.
+    That share of the documents; if their bytes are far from it, as many documents as come nearest;
+    if no number of whole documents comes near, one is cut and its last words are held out.
     """
     import pyarrow.compute as pc
 
@@ -64,7 +64,9 @@ def hold_out(data: "Dataset", share: float) -> SplitText:
     order = np.random.default_rng(HOLD_OUT_SEED).permutation(len(data))
     held = np.concatenate([[0], np.cumsum(sizes[order])])  # bytes of the first n documents
     count = min(max(1, round(share * len(data))), len(data) - 1)
-    last = int(np.searchsorted(held[1:], share * held[-1]))  # with this one the share is reached
+    last = int(
+        np.searchsorted(held[1:], share * held[-1])
+    )  # the document with which the share is reached
     least, most = share / 2, min(4 * share, (1 + share) / 2)
     for n in (count, last + 1, last):
         if least * held[-1] <= held[n] <= most * held[-1]:
@@ -80,8 +82,8 @@ def hold_out(data: "Dataset", share: float) -> SplitText:
 
 
 def view_texts(column: "ChunkedArray") -> Iterator["Buffer"]:
-    """Each text of a column where it lies, in memory or on disk (as a scalar it would be copied);
-    nothing for null."""
+    """Yield a view of each text of a column, in memory or on disk (a scalar would be a copy); empty
+    for null."""
     import pyarrow as pa
 
     for array in column.chunks:
@@ -93,8 +95,8 @@ def view_texts(column: "ChunkedArray") -> Iterator["Buffer"]:
 
 
 def _cut(text: "Buffer", share: float) -> int:
-    """Before how many bytes are the last words of a text: that share of its characters, or more
-    where words begin; at most twice as much, and at least half of the rest stays."""
+    """Find the byte at which to cut off the last `share` of a text's characters, or more to begin
+    with a line or word: at most twice `share`, and at most half of the rest."""
     size = sum(np.count_nonzero(begins) for begins in _characters(text))
     cut = int(size * (1 - share))
     first, last = (_byte(text, n) for n in (max(cut // 2, 2 * cut - size), cut))
@@ -102,13 +104,13 @@ def _cut(text: "Buffer", share: float) -> int:
 
 
 def _characters(text: "Buffer") -> Iterator[np.ndarray]:
-    """Whether a character begins at each byte of UTF-8, a piece of it at a time."""
+    """Yield whether a character begins at each byte of UTF-8, a piece at a time."""
     for start in range(0, len(text), SCANNED_BYTES):
         yield np.frombuffer(text[start : start + SCANNED_BYTES], np.uint8) & 0xC0 != 0x80
 
 
 def _byte(text: "Buffer", character: int) -> int:
-    """At which byte of UTF-8 a character begins; the end behind the last."""
+    """Find the byte at which a character begins; the length for one past the last."""
     start = 0
     for begins in _characters(text):
         places = np.flatnonzero(begins)
@@ -119,7 +121,7 @@ def _byte(text: "Buffer", character: int) -> int:
 
 
 def _behind(what: bytes, text: "Buffer", first: int, last: int) -> int:
-    """Where the last of these bytes between two places ends; 0 if there is none."""
+    """Find the end of the last `what` between two bytes; 0 if there is none."""
     for end in range(last, first, -SCANNED_BYTES):
         start = max(first, end - SCANNED_BYTES)
         if found := text[start:end].to_pybytes().rfind(what) + 1:
@@ -128,7 +130,7 @@ def _behind(what: bytes, text: "Buffer", first: int, last: int) -> int:
 
 
 def _joined(data: "Dataset", rows: np.ndarray, part: "Buffer", name: str) -> "Dataset":
-    """Rows of a data set and, as another one, a part of one of its documents; none is copied."""
+    """Append a part of a document to rows of its data set, without copies."""
     import pyarrow as pa
     from datasets import Dataset, concatenate_datasets
     from datasets.table import concat_tables
@@ -136,14 +138,14 @@ def _joined(data: "Dataset", rows: np.ndarray, part: "Buffer", name: str) -> "Da
     kind = data.data.schema.field("text").type
     ends = np.array([0, len(part)], np.int64 if pa.types.is_large_string(kind) else np.int32)
     text = pa.Array.from_buffers(kind, 1, [None, pa.py_buffer(ends), part])
-    # with none of its rows the table is still known to be one on disk
+    # zero rows of the data keep the table one on disk
     table = concat_tables([data.data.slice(0, 0), pa.table({"text": text})])
     known = hashlib.sha256(f"{data._fingerprint} {name} {len(part)}".encode()).hexdigest()[:16]
     return concatenate_datasets([data.select(rows), Dataset(table, fingerprint=known)])
 
 
 def keep_text_column(data: Any, row: dict | None, column: str, where: str) -> Any:
-    """`data` with its one column `text`, after a look at its first row."""
+    """Keep one column and call it `text`. UserError: none of that name, or no text in it."""
     if row is None:
         raise UserError(f"{where}: there is no document in it; give data that holds text")
     if column not in row:
@@ -157,7 +159,7 @@ def keep_text_column(data: Any, row: dict | None, column: str, where: str) -> An
         )
     kind = (data.features or {}).get(column)
     if hasattr(data, "__len__") and getattr(kind, "dtype", "") not in ("string", "large_string"):
-        for number, value in enumerate(data[column], 1):  # a column of anything
+        for number, value in enumerate(data[column], 1):  # any type: look at every row
             if not isinstance(value, str | None):
                 raise UserError(
                     f"data.column={column}: {where} holds {type(value).__name__} there, not text, "
@@ -167,11 +169,11 @@ def keep_text_column(data: Any, row: dict | None, column: str, where: str) -> An
     return data if column == "text" else data.rename_column(column, "text")
 
 
-def describe_error(error: Exception) -> str:
-    """The first line of what went wrong underneath; datasets hides it in the cause, and what it
-    cannot write is its own copy of the text."""
+def summarise_cause(error: Exception) -> str:
+    """Return the first line of an error's cause, where datasets hides the reason, and the remedy if
+    datasets could not write its own copy of the text."""
     error = error.__cause__ or error
-    if isinstance(error, OSError) and _of_the_copy(error):
+    if isinstance(error, OSError) and _concerns_copy(error):
         from datasets.config import HF_DATASETS_CACHE
 
         why = f"its copy in {HF_DATASETS_CACHE}: {error.strerror}"
@@ -180,8 +182,8 @@ def describe_error(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _of_the_copy(error: OSError) -> bool:
-    """Whether it was datasets' copy of a text that was refused, or a folder that it is in."""
+def _concerns_copy(error: OSError) -> bool:
+    """Whether an error is about datasets' copy of a text, or a folder that it is in."""
     from datasets.config import HF_DATASETS_CACHE
 
     cache, named = Path(HF_DATASETS_CACHE), Path(str(error.filename))

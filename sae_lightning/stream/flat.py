@@ -1,4 +1,4 @@
-"""Text as one long run of tokens, that of an indexed data set on disk.
+"""Tokenises text into one long array of tokens, on disk if the data set is indexed.
 
 A document longer than PIECE_BYTES is cut before it is tokenised, because a tokenizer takes 150
 bytes of memory for each byte of text:
@@ -8,10 +8,10 @@ bytes of memory for each byte of text:
     ... white\t\t|space ...                    none either: before any white space
     ... 我思|故我在 ...                          none at all: anywhere between two characters
 
-Tokenizers that split text into words before all else (byte-level BPE, word pieces, Unigram behind
-a metaspace) give the same tokens as uncut at a space, GPT-2's and its successors at a line break
-too. One that does not (BPE across words) may give others beside a cut, as may any of them at one
-of the last two kinds.
+Tokenizers that first split text into words (byte-level BPE, WordPiece, Unigram with a metaspace)
+give the same tokens with and without a cut at a space; GPT-2's and its successors' also at a line
+break. Others (BPE across words) may give different tokens beside a cut, as may any tokenizer at
+the last two kinds of cut.
 """
 
 import hashlib
@@ -43,7 +43,7 @@ class Cut(NamedTuple):
 
     text: str
     share: float
-    """Of the document."""
+    """Fraction of the document."""
     first: bool
     last: bool
 
@@ -55,9 +55,9 @@ def tokenise_documents(
 
     A document without tokens gives an empty array.
     """
-    given = ((text or "").encode("utf-8", "surrogatepass") for text in texts)
+    contents = ((text or "").encode("utf-8", "surrogatepass") for text in texts)
     documents, pieces = [], []
-    for cut, tokens in _tokenise(tokenizer, given, separator):
+    for cut, tokens in _tokenise(tokenizer, contents, separator):
         pieces.append(tokens)
         if cut.last:
             documents.append(np.concatenate(pieces))
@@ -68,28 +68,29 @@ def tokenise_documents(
 def _tokenise(
     tokenizer: Any, documents: Iterable[Any], separator: int
 ) -> Iterator[tuple[Cut, np.ndarray]]:
-    """Pieces of documents, which are UTF-8, and their tokens [n] int32.
+    """Yield the pieces of UTF-8 documents and their tokens [n] int32.
 
-    The last piece of a document with any tokens ends with the separator. `verbose=False` because a
-    text longer than the LLM's window is no mistake here: it is cut into sequences.
+    The last piece of a document with any tokens ends with the separator. `verbose=False`: a text
+    longer than the LLM's context is no mistake here, it is cut into sequences.
     """
-    begun, bare = False, None
-    for cuts in _together(documents):
-        if bare is None and not all(cut.first for cut in cuts):
-            bare = _adds_space(tokenizer)
+    has_tokens, adds_space = False, None
+    for cuts in _group_pieces(documents):
+        if adds_space is None and not all(cut.first for cut in cuts):
+            adds_space = _adds_space(tokenizer)
         ids = tokenizer(
-            [cut.text.removeprefix(" ") if bare and not cut.first else cut.text for cut in cuts],
+            [c.text.removeprefix(" ") if adds_space and not c.first else c.text for c in cuts],
             add_special_tokens=False,
             return_attention_mask=False,
             verbose=False,
         )["input_ids"]
         for cut, tokens in zip(cuts, ids, strict=True):
-            begun = bool(tokens) or begun and not cut.first
-            yield cut, np.asarray([*tokens, separator] if begun and cut.last else tokens, np.int32)
+            has_tokens = bool(tokens) or has_tokens and not cut.first
+            ends = has_tokens and cut.last
+            yield cut, np.asarray([*tokens, separator] if ends else tokens, np.int32)
 
 
-def _together(documents: Iterable[Any]) -> Iterator[list[Cut]]:
-    """All pieces in order, in groups of at most TOKENISED_BYTES + PIECE_BYTES."""
+def _group_pieces(documents: Iterable[Any]) -> Iterator[list[Cut]]:
+    """Yield all pieces in order, in groups of at most TOKENISED_BYTES + PIECE_BYTES."""
     group, size = [], 0
     for number, document in enumerate(documents, 1):
         for cut in _pieces(memoryview(document), number):
@@ -123,17 +124,17 @@ def _pieces(document: memoryview, number: int) -> Iterator[Cut]:
 
 
 def _adds_space(tokenizer: Any) -> bool:
-    """Whether a tokenizer puts a space before each text, even before one that begins with it."""
+    """Whether a tokenizer prepends a space to every text, even to one that starts with it."""
     texts = ["a b", "a", " b", "b"]
     whole, a, space_b, b = tokenizer(texts, add_special_tokens=False)["input_ids"]
     return whole != a + space_b and whole == a + b
 
 
 def flat_tokens(data: Any, tokenizer: Any, separator: int, what: str = "text") -> pa.ChunkedArray:
-    """Tokenise an indexed data set once -> [tokens] int32; on disk if the data set is.
+    """Tokenise an indexed data set -> [tokens] int32, kept on disk if the data set is on disk.
 
-    The file is found again by the data, the tokenizer's behaviour and the separator, so the next
-    run with the same three opens it in no time. Slices read it through the memory map.
+    The file's name is a hash of the data, the tokenizer's behaviour and the separator: the next run
+    with the same three opens it at once. Slices read through the mmap.
     """
     key = hashlib.sha256()
     for part in (data._fingerprint, hash_tokenizer(tokenizer), str(separator), str(PIECE_BYTES)):
@@ -157,13 +158,13 @@ def flat_tokens(data: Any, tokenizer: Any, separator: int, what: str = "text") -
 
 
 def _documents(data: Any) -> Iterator[Any]:
-    """The documents of an indexed data set, as they lie on disk."""
+    """Yield the documents of an indexed data set, without copies."""
     for rows in data.with_format("arrow").iter(100):
         yield from view_texts(rows.column("text"))
 
 
 def _batches(arrays: Iterable[np.ndarray]) -> Iterator[pa.Array]:
-    """Arrays of tokens, joined to long ones: a slice of many short ones takes long to find."""
+    """Join arrays of tokens to long ones: slicing many short ones is slow."""
     waiting, size = [], 0
     for tokens in arrays:
         waiting.append(tokens)
@@ -176,13 +177,13 @@ def _batches(arrays: Iterable[np.ndarray]) -> Iterator[pa.Array]:
 
 
 def hash_tokenizer(tokenizer: Any) -> str:
-    """A hash of what a tokenizer does to text, the same in every process."""
+    """Hash a tokenizer's behaviour; the hash is the same in every process."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:  # a tokenizer in Python: its class and its vocabulary
+    if backend is None:  # a tokenizer in Python: class and vocabulary must do
         behaviour: Any = sorted(tokenizer.get_vocab().items())
     else:
         behaviour = json.loads(backend.to_str())
-        for call in ("truncation", "padding"):  # set by whoever called it last, not by us
+        for call in ("truncation", "padding"):  # left over from its last call
             behaviour.pop(call, None)
     text = json.dumps([type(tokenizer).__name__, behaviour], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -17,11 +17,12 @@ from sae_lightning.llm.sites import Site
 from sae_lightning.llm.splice import SpliceBaseline, SpliceScores, score_baseline, score_splices
 from sae_lightning.llm.vocabulary import find_special_ids
 from sae_lightning.stream.rows import compute_medians, find_usual_rows
+from sae_lightning.stream.source import HeldOutData
 from sae_lightning.stream.tokens import HeldOutTokens
 from sae_lightning.terminal import console, phase
 
 
-class HeldOut:
+class HeldOut(HeldOutData):
     """Activations of text that training never sees, and the LLM's loss on it.
 
     What training drops is neither scored nor replaced: position 0, special tokens, and rows whose
@@ -44,7 +45,7 @@ class HeldOut:
         """At least `tokens` tokens in whole sequences, and `loss_tokens` of them, spread evenly,
         for the LLM's loss, which 0 leaves out; `batch` sequences a forward pass."""
         self.llm, self.sites, self.batch, self.max_norm = llm, sites, batch, max_norm
-        self.tokens = text.take(-(-tokens // text.packing.width))  # [sequences, context]
+        self.tokens = text.pick_sequences(-(-tokens // text.packing.width))  # [sequences, context]
         dropped = torch.tensor([] if keep_special else find_special_ids(llm.tokenizer))
         self._keep = ~torch.isin(self.tokens, dropped)
         self._keep[:, 0] = False
@@ -65,7 +66,7 @@ class HeldOut:
         return self._rows[site]
 
     def _read(self) -> None:
-        """Read the text's activations, once, and take large norms out of them and of `keep`."""
+        """Capture the activations, once, and drop large norms from them and from `keep`."""
         if self._rows:
             return
         rows = self._captured()
@@ -90,7 +91,7 @@ class HeldOut:
         """Tokens and keep [sequences, context] of the part that the LLM's loss is measured on."""
         return self.tokens[self._loss_places], self.keep[self._loss_places]
 
-    def baseline(self, target: Site) -> SpliceBaseline:
+    def baseline_at(self, target: Site) -> SpliceBaseline:
         """The LLM's loss as it is, and with `target` zero- and mean-ablated."""
         if target not in self._baselines:
             tokens, keep = self._loss_text()
@@ -104,7 +105,7 @@ class HeldOut:
             self._baselines[target] = known
         return self._baselines[target]
 
-    def scores(
+    def measure_saes(
         self,
         source: Site,
         target: Site,
@@ -112,8 +113,8 @@ class HeldOut:
         weights: Sequence[Callable[[], dict[str, Tensor]]],
         rows: int,
     ) -> list[SpliceScores | None]:
-        """The LLM's loss with the reconstruction of each SAE in place, which maps [n, d_in] of
-        `source` to [n, d_out] of `target`, `rows` tokens at a time; `weights` are not looked at."""
+        """Measure the LLM's loss with each SAE's reconstruction in place of `target`; `weights` are
+        not used. None for each SAE if no loss is measured."""
         if not len(self._loss_places):
             return [None] * len(saes)
 
@@ -121,7 +122,7 @@ class HeldOut:
             return torch.cat([sae(part).reconstruction.to(x.device) for part in x.split(rows)])
 
         functions = [partial(reconstruct, sae) for sae in saes]
-        known = self.baseline(target)
+        known = self.baseline_at(target)
         tokens, keep = self._loss_text()
         what = "the SAE" if len(functions) == 1 else f"{len(functions)} SAEs"
         with phase(f"LLM loss with {what}", total=len(tokens)) as advance:

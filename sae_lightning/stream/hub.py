@@ -10,8 +10,8 @@ from sae_lightning.llm.quiet import mute_libraries
 from sae_lightning.stream.documents import (
     OFFLINE_PRESETS,
     SplitText,
-    describe_error,
     keep_text_column,
+    summarise_cause,
 )
 from sae_lightning.stream.source import TextConfig
 from sae_lightning.stream.text_source import TextSource
@@ -20,7 +20,7 @@ from sae_lightning.terminal import phase
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
-HELD_OUT_DOCUMENTS = 500  # where nothing is said
+HELD_OUT_DOCUMENTS = 500  # by default
 
 
 @dataclass(slots=True, kw_only=True)
@@ -71,8 +71,8 @@ class HubConfig(TextConfig):
                 "give another split, or null to hold out the first data.held_out_documents"
             )
 
-    def files_hash(self) -> str | None:
-        """Of their names, and the commit they are of or, on this machine, their times."""
+    def hash_files(self) -> str | None:
+        """Hash the files' names and commit or, of local files, names and times."""
         if not self.streaming:
             return None
         from datasets import load_dataset_builder
@@ -83,13 +83,13 @@ class HubConfig(TextConfig):
             known = {
                 str(split): [list(files), files.origin_metadata] for split, files in splits.items()
             }
-        except Exception:  # a look that failed is no reason to end a run: its text has been opened
+        except Exception:  # no reason to end a run: the text itself has been opened
             return None
         return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class HubSource(TextSource):
-    """A split, and another one or its first documents held out."""
+    """One split to train on; held out is another one, or its first documents."""
 
     data: HubConfig
     settings = HubConfig
@@ -124,16 +124,16 @@ def _load_hub(config: HubConfig, split: str) -> "Dataset | IterableDataset":
             row = next(iter(data), None)
     except DatasetNotFoundError as error:
         raise UserError(
-            f"data.name={config.name}: no such data set ({describe_error(error)})"
+            f"data.name={config.name}: no such data set ({summarise_cause(error)})"
         ) from error
     except ValueError as error:  # unknown split or subset: the library lists those there are
         raise UserError(
             f"data.name={config.name}, data.subset={config.subset}, split {split}: "
-            f"{describe_error(error)}"
+            f"{summarise_cause(error)}"
         ) from error
     except Exception as error:
         raise UserError(
-            f"data.name={config.name}: cannot be read ({describe_error(error)}); "
+            f"data.name={config.name}: cannot be read ({summarise_cause(error)}); "
             f"without a network use {OFFLINE_PRESETS}"
         ) from error
     return keep_text_column(data, row, config.column, f"data.name={config.name}")

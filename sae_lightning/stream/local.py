@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sae_lightning.errors import UserError
-from sae_lightning.stream.documents import SplitText, describe_error, hold_out, keep_text_column
+from sae_lightning.stream.documents import SplitText, hold_out, keep_text_column, summarise_cause
 from sae_lightning.stream.local_files import (
     check_files,
     check_json,
@@ -52,9 +52,9 @@ class LocalConfig(TextConfig):
 
     def with_absolute_paths(self) -> "LocalConfig":
         path = os.path.expanduser(self.path)
-        there = os.path.exists(path) or any(match_glob(Path(path)))
-        made = TextConfig.with_absolute_paths(self)
-        return replace(made, path=make_absolute(path)) if there else made
+        exists = os.path.exists(path) or any(match_glob(Path(path)))
+        config = TextConfig.with_absolute_paths(self)
+        return replace(config, path=make_absolute(path)) if exists else config
 
 
 class LocalSource(TextSource):
@@ -68,18 +68,20 @@ class LocalSource(TextSource):
         where = f"data.path={config.path}"
         try:
             data = load_documents(config)
-            row = dict.fromkeys(data.column_names) if len(data) else None  # a text may be long
+            row = (
+                dict.fromkeys(data.column_names) if len(data) else None
+            )  # without reading it: a text may be long
         except UserError:
             raise
         except Exception as error:  # StopIteration is how datasets answers an empty file
             empty = isinstance(error, StopIteration)
-            reason = "there is no document in it" if empty else describe_error(error)
+            reason = "there is no document in it" if empty else summarise_cause(error)
             raise UserError(f"{where}: cannot be read ({reason})") from error
         return hold_out(keep_text_column(data, row, config.column, where), config.held_out)
 
 
 def load_documents(config: LocalConfig) -> "Dataset":
-    """Every document with all columns: of a saved data set, a file, a folder or a glob of files."""
+    """Load every document, with all columns: from a saved data set, file, folder or glob."""
     path, where = Path(config.path).expanduser(), f"data.path={config.path}"
     if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
         return _load_saved(path, where)
@@ -89,7 +91,7 @@ def load_documents(config: LocalConfig) -> "Dataset":
     except UserError:
         raise
     except Exception:
-        if pick_loader(files[0]) != "parquet":  # which is no text
+        if pick_loader(files[0]) != "parquet":  # which holds no lines to check
             check_files(files, where)
         raise
 
@@ -98,7 +100,7 @@ def _load_files(files: list[str], column: str, where: str) -> "Dataset":
     from datasets import load_dataset_builder
     from datasets.data_files import DataFilesList
 
-    # the list as datasets makes it from patterns; as a list of names, they would be read as such
+    # as datasets makes it from patterns; plain names would be parsed as patterns
     listed = DataFilesList(files, [(str(os.stat(file).st_mtime),) for file in files])
     name = pick_loader(files[0])
     with phase("reading the text"):
@@ -112,14 +114,14 @@ def _load_files(files: list[str], column: str, where: str) -> "Dataset":
 
 
 def _options(name: str, file: str) -> dict[str, Any]:
-    """How a kind of file is read: all of a CSV as text."""
+    """Options for reading a file: all columns of a CSV as text."""
     if name != "csv":
         return {}
     import pandas as pd
     from datasets import Features, Value
 
     columns = pd.read_csv(file, nrows=0).columns
-    # else NA, null and None are nothing, and what a column is depends on the rows read first
+    # else NA, null and None are missing values, and types depend on the first rows
     return {"na_filter": False, "features": Features(dict.fromkeys(columns, Value("string")))}
 
 

@@ -1,4 +1,4 @@
-"""Files of text: which there are below a path, and which of them cannot be read."""
+"""Finds the files of text below a path, and those of them that cannot be read."""
 
 import glob
 import json
@@ -26,20 +26,20 @@ COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # decompressed as they are read
 
 
 def pick_loader(file: str) -> str:
-    """The module of datasets that reads a file."""
+    """Pick the module of datasets that reads a file."""
     return LOADERS[_format(file)]
 
 
 def find_files(path: Path, where: str) -> list[str]:
     """Files of one format: `path` itself, or those below it, or those that it matches as a glob.
 
-    Each file once, whatever links lead to it. UserError: none there, or not to be read.
+    Each file once, even if several links lead to it. UserError: no files, or unreadable ones.
     """
     if path.is_dir():
-        found = [os.path.join(place, name) for place, names in _walk(path) for name in names]
+        paths = [os.path.join(place, name) for place, names in _walk(path) for name in names]
     else:
-        found = [str(path)] if path.exists() else list(match_glob(path))
-    names = sorted(f for f in found if os.path.isfile(f) and not Path(f).name.startswith("."))
+        paths = [str(path)] if path.exists() else list(match_glob(path))
+    names = sorted(f for f in paths if os.path.isfile(f) and not Path(f).name.startswith("."))
     files = list({os.path.realpath(name): os.path.abspath(name) for name in names}.values())
     if not files:
         raise UserError(f"{where}: no file there; give a file, a folder or a glob of text files")
@@ -64,19 +64,19 @@ def find_files(path: Path, where: str) -> list[str]:
 
 
 def open_file(file: str, mode: str, **options: Any) -> IO:
-    """The content of a file, decompressed."""
+    """Open a file, decompressed as it is read."""
     return fsspec.filesystem("file").open(file, mode, compression="infer", **options)
 
 
 def match_glob(pattern: Path) -> Iterator[str]:
-    """What a glob matches; the folders that it begins with and that exist are no pattern."""
+    """Yield what a glob matches; its leading folders, if they exist, are taken literally."""
     folder = next(parent for parent in pattern.parents if parent.exists())
     names = pattern.relative_to(folder).parts
     if "**" not in names:
         found = glob.iglob(os.path.join(*names), root_dir=folder)
         yield from (str(folder / name) for name in found)
         return
-    first = names.index("**")  # glob itself follows links in circles
+    first = names.index("**")  # glob would follow links in circles
     tops = match_glob(folder.joinpath(*names[:first])) if first else [folder]
     for top in tops:
         for place, _ in _walk(top, hidden=False):
@@ -84,7 +84,7 @@ def match_glob(pattern: Path) -> Iterator[str]:
 
 
 def _walk(top: str | Path, hidden: bool = True) -> Iterator[tuple[str, list[str]]]:
-    """A folder and those below it, through links too, each once, and the names of its files."""
+    """Yield a folder and those below it, linked ones too, each once, with its files' names."""
     seen = set()
     for place, folders, files in os.walk(top, followlinks=True):
         if (real := os.path.realpath(place)) in seen:
@@ -96,23 +96,23 @@ def _walk(top: str | Path, hidden: bool = True) -> Iterator[tuple[str, list[str]
 
 
 def _format(file: str) -> str:
-    """`.txt` of Notes.TXT.gz."""
+    """File ending without compression, in lower case: `.txt` of Notes.TXT.gz."""
     name = Path(Path(file).name.lower())
     inner = Path(name.stem).suffix if name.suffix in COMPRESSED else ""
     return inner or name.suffix or "(none)"
 
 
 def check_files(files: list[str], where: str) -> None:
-    """UserError that names the first of them that cannot be read, or its line that is not UTF-8."""
+    """Raise UserError for the first file that cannot be read, or line that is not UTF-8."""
     for file in files:
         for _ in _lines(file, where):
             pass
 
 
 def check_json(files: list[str], column: str, where: str) -> None:
-    """UserError that names the first row of them whose column holds something else than text.
+    """Raise UserError for the first row whose column holds something other than text.
 
-    datasets makes text of it, and JSON of the texts beside it. What is no JSON it tells itself.
+    datasets would convert it to text, and the texts beside it to JSON. Invalid JSON it reports.
     """
     for file in files:
         for row, content in _rows(file, where):
@@ -125,7 +125,7 @@ def check_json(files: list[str], column: str, where: str) -> None:
 
 
 def _rows(file: str, where: str) -> Iterator[tuple[int, Any]]:
-    """Rows of a JSON file, from 1: those of its array, or its lines; none after what is no JSON."""
+    """Yield numbered rows of a JSON file, from an array or lines; stops at invalid JSON."""
     lines = _lines(file, where)
     try:
         for number, line in enumerate(lines, 1):
@@ -151,7 +151,7 @@ def _lines(file: str, where: str) -> Iterator[str]:
 
 
 def _bytes(file: str, where: str) -> Iterator[bytes]:
-    """Its lines, decompressed."""
+    """Yield a file's lines, decompressed, as bytes."""
     try:
         with open_file(file, "rb") as content:
             yield from content

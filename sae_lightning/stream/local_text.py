@@ -1,4 +1,4 @@
-"""Text files as documents on disk: a document may be longer than memory, so none is ever in it."""
+"""Copies text files to one Arrow file, in pieces: a document may be larger than memory."""
 
 import hashlib
 import mmap
@@ -24,17 +24,17 @@ SCHEMA = pa.schema({"text": pa.large_string()})  # of any length; a `string` end
 
 
 def copy_text_files(files: list[str]) -> "Dataset":
-    """Each file as one document; the copy of them is made once and found again by their names,
-    sizes and times. (The text loader of datasets takes four times the memory of a document.)
+    """Make each file a document; the copy is made once and found again by the files' names, sizes
+    and times. (The text loader of datasets takes four times the memory of a document.)
 
-    OSError, UnicodeDecodeError.
+    Raises OSError or UnicodeDecodeError.
     """
     from datasets import Dataset
 
-    known = [(file, stat.st_size, stat.st_mtime_ns) for file in files if (stat := os.stat(file))]
+    identity = [(file, stat.st_size, stat.st_mtime_ns) for file in files if (stat := os.stat(file))]
     place = (
         prepare_text_cache()
-        / f"documents-{hashlib.sha256(repr(known).encode()).hexdigest()[:32]}.arrow"
+        / f"documents-{hashlib.sha256(repr(identity).encode()).hexdigest()[:32]}.arrow"
     )
     if not place.exists():
         with make_private_folder(place) as folder:
@@ -49,7 +49,7 @@ def copy_text_files(files: list[str]) -> "Dataset":
 
 
 def _documents(files: list[str], folder: Path) -> Iterator[pa.Array]:
-    """The files in groups, each joined in a temporary file, which the array is a view of."""
+    """Yield groups of files as arrays, each a view of a temporary file that joins them."""
     left = iter(files)
     while True:
         with tempfile.TemporaryFile(dir=folder) as joined:

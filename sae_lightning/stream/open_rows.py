@@ -1,4 +1,4 @@
-"""Where a run's rows come from, and the key under which they are cached."""
+"""Opens a run's rows, from the LLM or the cache, and computes the key they are cached under."""
 
 import hashlib
 import importlib.metadata
@@ -22,9 +22,9 @@ from sae_lightning.stream.prefetch import PrefetchedRows
 from sae_lightning.stream.rows import LLMRows
 from sae_lightning.stream.source import RowStream, TextConfig, make_absolute
 
-CACHE_FORMAT = 2  # of the cache; another number is another key
-HASHED_NUMBERS = 1 << 14  # numbers of a tensor that are looked at in their places
-SUMMED_NUMBERS = 1 << 24  # numbers summed at a time, or their 64-bit copy may not fit in memory
+CACHE_FORMAT = 2  # part of the key: another number makes older caches unused
+HASHED_NUMBERS = 1 << 14  # elements of a tensor that are hashed in order
+SUMMED_NUMBERS = 1 << 24  # elements summed at a time: a 64-bit copy of all may not fit in memory
 INTEGERS_BY_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -38,11 +38,10 @@ def open_rows(
     resumed: bool = False,
     ahead: int = 0,
 ) -> RowStream:
-    """The rows at `sites` as the settings describe them: from the LLM, or from the cache.
+    """Open the rows at `sites`: from the LLM, or from the cache if `data.cache` is set.
 
-    On a GPU the LLM computes `ahead` rows while SAEs train, but not where it writes to a cache: the
-    disk has to wait for it. A run that is not `resumed` ends with a UserError where there is no
-    space for its cache.
+    On a GPU `ahead` rows are prefetched while SAEs train, but not with a cache, whose writes wait
+    for the LLM anyway. UserError: no disk space for the cache of a run that is not `resumed`.
     """
     rows = LLMRows(
         llm,
@@ -54,27 +53,27 @@ def open_rows(
     )
     if not data.cache:
         return PrefetchedRows(rows, ahead) if ahead and rows.device.type == "cuda" else rows
-    known = identify_rows(config, data, seed, rows)
-    key = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
+    identity = identify_rows(config, data, seed, rows)
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     width = llm.model.config.get_text_config().hidden_size
-    return CachedRows(rows, pick_cache_folder(data.cache_folder) / key, known, width, resumed)
+    return CachedRows(rows, pick_cache_folder(data.cache_folder) / key, identity, width, resumed)
 
 
 def pick_cache_folder(chosen: str | None) -> Path:
-    """Where caches lie: `data.cache_folder`, or a place of the user's."""
+    """Pick the folder of all caches: `data.cache_folder`, or one in the user's cache folder."""
     if chosen is None:
         return platformdirs.user_cache_path("sae_lightning") / "activations"
     return Path(make_absolute(chosen))
 
 
 def identify_rows(config: LLMConfig, data: TextConfig, seed: int, rows: LLMRows) -> dict[str, Any]:
-    """All that decides what the rows are: settings, and what LLM and text are behind them.
+    """Collect all that determines the rows: the settings, the LLM as loaded, and the text.
 
-    The LLM as it is loaded, device and libraries too, because others round otherwise. A shard holds
-    all sites, and with `data.max_norm` they decide together which rows are dropped.
+    Device and library versions too, because others round differently; and all sites, because a
+    shard holds them together and `data.max_norm` drops a row at all of them.
     """
     model, tokenizer = rows.llm.model, rows.llm.tokenizer
-    text = {
+    settings = {
         name: value
         for name, value in asdict(data).items()
         if name != "pool" and not name.startswith(("cache", "kind"))
@@ -95,20 +94,20 @@ def identify_rows(config: LLMConfig, data: TextConfig, seed: int, rows: LLMRows)
             "weights": hash_llm(model),
             "tokenizer": hash_tokenizer(tokenizer)[:16],
         },
-        "data": text | {"text": rows.tokens.fingerprint(), "files": data.files_hash()},
+        "data": settings | {"text": rows.tokens.fingerprint(), "files": data.hash_files()},
         "seed": seed,
         "sites": [_read(model, site) for site in rows.sites],
     }
 
 
 def _read(model: nn.Module, site: Site) -> str:
-    """A site, and what its branch is multiplied by; earlier versions did not do that."""
+    """Name a site, with the factor of a scaled branch, which earlier versions left out."""
     times = measure_branch_scale(model, site)
     return str(site) if times == 1 else f"{times} {site}"
 
 
 def _processor(device: torch.device) -> str:
-    """What computes, by its name where it has one."""
+    """Name the GPU, or the kind of device and the CPU's capability."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     capability = f" {torch.backends.cpu.get_cpu_capability()}" if device.type == "cpu" else ""
@@ -116,16 +115,16 @@ def _processor(device: torch.device) -> str:
 
 
 def hash_llm(model: nn.Module) -> str:
-    """A hash of an LLM's architecture and, of each of its tensors, of the sum of all its bits and
-    of evenly spread numbers."""
-    about = model.config.to_dict()
+    """Hash an LLM's config and, of each of its tensors, the sum of all elements' bits and some
+    evenly spaced elements."""
+    config = model.config.to_dict()
     for name in ("_name_or_path", "transformers_version"):
-        about.pop(name, None)
-    known = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
+        config.pop(name, None)
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in model.state_dict().items():
-        known.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
         bits = tensor.flatten().view(INTEGERS_BY_SIZE[tensor.itemsize])
-        known.update(bits[:: 1 + len(bits) // HASHED_NUMBERS].cpu().contiguous().numpy())
+        digest.update(bits[:: 1 + len(bits) // HASHED_NUMBERS].cpu().contiguous().numpy())
         total = sum(piece.sum(dtype=torch.int64) for piece in bits.split(SUMMED_NUMBERS))
-        known.update(f"{int(total)}".encode())
-    return known.hexdigest()[:16]
+        digest.update(f"{int(total)}".encode())
+    return digest.hexdigest()[:16]

@@ -26,7 +26,7 @@ class Sequences(NamedTuple):
     tokens: Tensor
     """[n, context] int64; column 0 is BOS."""
 
-    text: Tensor
+    is_text: Tensor
     """[n, context] bool; false for BOS in column 0 and for padding."""
 
     ids: Tensor
@@ -58,27 +58,27 @@ class Packing(NamedTuple):
             row[1 : 1 + len(window)] = window
         return torch.from_numpy(rows)
 
-    def text(self, windows: list[np.ndarray]) -> Tensor:
-        """Where `pack` puts the tokens of the windows -> [n, context] bool."""
+    def mark_text(self, windows: list[np.ndarray]) -> Tensor:
+        """Mark where `pack` puts the tokens of the windows -> [n, context] bool."""
         stops = torch.tensor([1 + len(window) for window in windows])
         places = torch.arange(self.context)
         return (places > 0) & (places < stops[:, None])
 
-    def sequences(self, windows: list[np.ndarray], ids: Tensor) -> Sequences:
-        return Sequences(self.pack(windows), self.text(windows), ids)
+    def pack_sequences(self, windows: list[np.ndarray], ids: Tensor) -> Sequences:
+        return Sequences(self.pack(windows), self.mark_text(windows), ids)
 
 
 class TokenStream(Protocol):
-    """An endless supply of packed sequences that knows where it is."""
+    """An endless stream of packed sequences whose position can be saved."""
 
     epoch: int
-    """Times the text has been begun, from 1."""
+    """Number of the current pass over the text, from 1."""
 
     packing: Packing
 
     def next(self, n: int) -> Sequences: ...
     def fingerprint(self) -> str:
-        """What tells this text from another one; the same in every process."""
+        """Identify the text, by the same string in every process."""
         ...
 
     def state_dict(self) -> dict[str, Any]: ...

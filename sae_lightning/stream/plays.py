@@ -29,7 +29,7 @@ class PlaysConfig(TextConfig):
 
 
 class PlaysSource(TextSource):
-    """The plays that are not held out, and those that are."""
+    """Some plays are held out; the others are trained on."""
 
     data: PlaysConfig
     settings = PlaysConfig

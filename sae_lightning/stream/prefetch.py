@@ -1,4 +1,4 @@
-"""The LLM reads on while SAEs train.
+"""Prefetching: the LLM computes the next rows while SAEs train.
 
 LLM's stream      rows 3  rows 4 │ rows 5  rows 6 │ rows 7  ...
 default stream    update on 1, 2 │  on 3, 4       │  on 5, 6
@@ -14,8 +14,8 @@ import torch
 from sae_lightning.stream.source import Rows, RowStream
 
 
-class _Waiting(NamedTuple):
-    """Rows that may still be computed, and where their source was before and after them."""
+class _Prefetched(NamedTuple):
+    """Rows that may not be computed yet, with the stream's state before and epoch after them."""
 
     rows: Rows
     before: dict[str, Any]
@@ -23,62 +23,62 @@ class _Waiting(NamedTuple):
     done: torch.cuda.Event | None
 
 
-class PrefetchedRows:
-    """A `RowStream` whose rows are those of `source`, begun before they are asked for.
+class PrefetchedRows(RowStream):
+    """A `RowStream` that starts to compute the rows of `inner` before they are asked for.
 
-    On a GPU they are computed on a CUDA stream of their own. On a CPU this changes nothing but the
-    time at which they are computed. The state is that of the rows handed out: a resumed run
-    computes again what was waiting. No more is read than the run wants.
+    On a GPU they are computed on a CUDA stream of their own; on a CPU only the time changes. The
+    state does not include prefetched rows: a resumed run computes them again. No more is read than
+    the run needs.
     """
 
-    def __init__(self, source: RowStream, rows: int) -> None:
-        """`rows`: as many as an update needs are begun ahead."""
-        self.source, self.rows = source, rows
-        self.sites, self.device, self.most = source.sites, source.device, source.most
-        self.epoch = source.epoch
-        self._waiting: deque[_Waiting] = deque()
+    def __init__(self, inner: RowStream, rows: int) -> None:
+        """`rows`: how many to prefetch, as many as an update needs."""
+        self.inner, self.rows = inner, rows
+        self.sites, self.device, self.max_rows = inner.sites, inner.device, inner.max_rows
+        self.epoch = inner.epoch
+        self._waiting: deque[_Prefetched] = deque()
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        if self._stream is not None:  # the LLM was put there by the default stream
+        if self._stream is not None:  # the default stream copied the LLM to the GPU
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
 
     @property
     def llm_seconds(self) -> float:
-        return self.source.llm_seconds
+        return self.inner.llm_seconds
 
-    def next(self, wanted: int) -> Rows:
-        """The rows of the next LLM batch; those of the following ones are begun."""
-        left = wanted - sum(len(each.rows.ids) for each in self._waiting)
+    def next(self, remaining: int) -> Rows:
+        """Return the rows of the next LLM batch, and start on the following ones."""
+        left = remaining - sum(len(batch.rows.ids) for batch in self._waiting)
         if not self._waiting:
             left -= self._begin(left)
         rows, _, self.epoch, done = self._waiting.popleft()
-        while left > 0 and sum(len(each.rows.ids) for each in self._waiting) < self.rows:
+        while left > 0 and sum(len(batch.rows.ids) for batch in self._waiting) < self.rows:
             left -= self._begin(left)
         if done is not None:
-            # This batch only: waiting for the stream would be waiting for those begun after it.
+            # This batch only: waiting for the whole stream would include those started after it.
             current = torch.cuda.current_stream(self.device)
             current.wait_event(done)
             for x in rows.activations.values():
-                x.record_stream(current)  # its memory is not given to the LLM before it is read
+                x.record_stream(current)  # or the LLM could reuse its memory before it is read
         return rows
 
-    def _begin(self, wanted: int) -> int:
-        """Have the source compute an LLM batch; how many of the `wanted` rows it has."""
-        before = self.source.state_dict()
+    def _begin(self, remaining: int) -> int:
+        """Start computing an LLM batch; returns its number of rows."""
+        before = self.inner.state_dict()
         with torch.cuda.stream(self._stream) if self._stream else nullcontext():
-            rows = self.source.next(wanted)
+            rows = self.inner.next(remaining)
             done = self._stream.record_event() if self._stream else None
-        self._waiting.append(_Waiting(rows, before, self.source.epoch, done))
+        self._waiting.append(_Prefetched(rows, before, self.inner.epoch, done))
         return len(rows.ids)
 
     def state_dict(self) -> dict[str, Any]:
-        """That of the source before the rows that wait."""
-        return self._waiting[0].before if self._waiting else self.source.state_dict()
+        """The state of `inner` before the prefetched rows."""
+        return self._waiting[0].before if self._waiting else self.inner.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._waiting.clear()
-        self.source.load_state_dict(state)
-        self.epoch = self.source.epoch
+        self.inner.load_state_dict(state)
+        self.epoch = self.inner.epoch
 
     def close(self) -> None:
-        """No more rows are wanted; those that wait stay, as a state saved now comes before them."""
-        self.source.close()
+        """Close `inner`; prefetched rows are kept, since the state is the one before them."""
+        self.inner.close()

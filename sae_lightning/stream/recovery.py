@@ -1,4 +1,4 @@
-"""How much of the truth an SAE found: its features against the concepts behind the activations.
+"""Measures how well an SAE's features recover the concepts behind synthetic activations.
 
 Shapes: n = held-out samples, concepts, features, dim = width of an activation.
 """
@@ -15,11 +15,11 @@ RECOVERED_COSINE = 0.9  # cosine from which on a feature counts as its concept (
 
 
 class Recovery(NamedTuple):
-    """Features compared with concepts. Each concept is matched with one feature, none with two,
-    so that the cosines of decoder rows and concepts add up to as much as they can.
+    """Features compared with concepts, which are matched one to one so that the sum of the cosines
+    of decoder rows and concepts is as large as possible.
 
-    Detecting: precision, recall and readouts are means over the concepts that are active on any
-    sample. One whose feature never fires there, or for which no feature was left, counts 0.
+    Precision, recall and readouts are means over the concepts that are active on any sample. One
+    whose feature never fires, or for which no feature was left, counts 0.
     """
 
     mmcs: float
@@ -33,19 +33,19 @@ class Recovery(NamedTuple):
     feature_readout: float
     """Squared correlation of the concept's strength with its feature."""
     projection_readout: float
-    """Squared correlation of its strength with the activation projected on its direction: what is
-    lost to interference is what encoders and biases are there for."""
+    """Squared correlation of its strength with the activation projected on its direction: the
+    baseline without an encoder and bias, which remove the other concepts' interference."""
     concept_overlap: float
     """Mean over concepts of the largest |cosine| with another: many fit into few dimensions."""
     encoder_agreement: float
-    """Mean cosine of encoder column and decoder row of recovered features; nan without any."""
+    """Mean cosine of encoder column and decoder row of recovered features; NaN without any."""
     negative_bias: float
     """Share of recovered features that are silent at an activation of 0, with a margin: for raw
-    activations, encoder bias < threshold (0 where the class has none). nan without any."""
+    activations, encoder bias < threshold (0 where the class has none). NaN without any."""
 
 
 WORLD_METRICS = {"concept_overlap", "projection_readout"}
-"""The fields of `Recovery` that no SAE changes."""
+"""Fields of `Recovery` that depend on the concepts alone, not on the SAE."""
 
 
 class Matching(NamedTuple):
@@ -60,22 +60,25 @@ class Matching(NamedTuple):
 
 
 def compute_cosines(directions: Tensor, W_dec: Tensor) -> Tensor:
-    """[concepts, features], of [concepts, dim] and [features, dim]; 0 where a row is 0."""
+    """Compute cosines of [concepts, dim] and [features, dim] -> [concepts, features]; a row of
+    zeros has cosine 0."""
     return normalize(directions, dim=1) @ normalize(W_dec, dim=1).T
 
 
 def match_features(table: Tensor) -> Matching:
-    """The one-to-one matching with the largest sum of cosines [concepts, features]; a feature that
-    is not finite any more points away from every concept."""
-    from scipy.optimize import linear_sum_assignment  # half a second that other data need not wait
+    """Find the one-to-one matching with the largest sum of cosines [concepts, features]; NaN counts
+    as -1."""
+    from scipy.optimize import (
+        linear_sum_assignment,  # takes half a second, which other data need not wait
+    )
 
     table = table.nan_to_num(nan=-1.0)
     concepts, features = map(torch.from_numpy, linear_sum_assignment(table.numpy(), maximize=True))
     return Matching(concepts, features, table[concepts, features])
 
 
-def measure_overlap(directions: Tensor) -> float:
-    """Mean over concepts [concepts, dim] of the largest |cosine| with another."""
+def measure_concept_overlap(directions: Tensor) -> float:
+    """Compute the mean over concepts [concepts, dim] of the largest |cosine| with another."""
     largest = []
     for start, part in zip(
         range(0, len(directions), COMPARED_CONCEPTS),
@@ -90,7 +93,7 @@ def measure_overlap(directions: Tensor) -> float:
 
 
 class Detection:
-    """Float64 sums over batches of samples from which follows how well matched features detect."""
+    """Float64 sums over batches of samples, for precision, recall and readouts of features."""
 
     def __init__(self, matching: Matching, directions: Tensor):
         self.matching, self.directions = matching, directions
@@ -154,7 +157,7 @@ def measure_recovery(
     return Recovery(
         mmcs=table.amax(dim=1).mean().item(),
         recovered=len(found) / len(directions),
-        concept_overlap=measure_overlap(directions),
+        concept_overlap=measure_concept_overlap(directions),
         encoder_agreement=agreement.mean().item(),
         negative_bias=(bias[found] < 0).float().mean().item(),
         **detection.result(),

@@ -1,15 +1,15 @@
 """Rows of activations straight from the LLM.
 
-tokens.next -> which -> capture -> drop norms above data.max_norm x median, at any of the sites
-[n, context]     │      {site: [rows, d]}
+tokens.next -> select -> capture -> drop norms above data.max_norm x median, at any of the sites
+[n, context]     │       {site: [rows, d]}
                  │
                  ├─ not position 0 (BOS), whose activations are many times larger
                  ├─ not the padding of an epoch's last sequence
                  └─ not other special tokens, unless data.keep_special
 
-Which tokens are read is known from the text: the CPU need not wait for the LLM to find out. Which
-norms are too large is known from the LLM alone: with `data.max_norm` the CPU waits for each batch.
-Evaluation drops by the same two functions, `compute_medians` and `find_usual_rows`.
+Tokens are selected by the text alone, so the CPU does not wait for the LLM. Large norms show only
+in its activations: with `data.max_norm` the CPU waits for each batch. Evaluation uses the same two
+functions, `compute_medians` and `find_usual_rows`.
 """
 
 import math
@@ -28,16 +28,16 @@ from sae_lightning.llm.load import LLM
 from sae_lightning.llm.sites import Site
 from sae_lightning.llm.vocabulary import find_special_ids
 from sae_lightning.stream.packing import Sequences, TokenStream
-from sae_lightning.stream.source import Rows, move_to_device
+from sae_lightning.stream.source import Rows, RowStream, move_to_device
 
-MAX_EMPTY_BATCHES = 20  # LLM batches in a row without a usable row before we give up
+MAX_EMPTY_BATCHES = 20  # consecutive LLM batches without a usable row before we give up
 
 
-class LLMRows:
-    """A `RowStream` that runs the LLM on the next `batch` sequences, always as many.
+class LLMRows(RowStream):
+    """A `RowStream` that runs the LLM on `batch` sequences at a time, never on fewer.
 
-    A smaller last batch would save a little of the LLM's time, but the same sequence can come out
-    of a smaller batch with other rounding errors: rows would depend on where a run ends.
+    A smaller last batch would be cheaper, but rounding errors depend on the size of a batch: rows
+    would depend on where a run ends.
     """
 
     def __init__(
@@ -57,9 +57,9 @@ class LLMRows:
             str(site) for site in self.sites if measure_branch_scale(llm.model, site) != 1
         ]
         self.device = next(llm.model.parameters()).device
-        self.most = batch * tokens.packing.width
+        self.max_rows = batch * tokens.packing.width
         self.llm_batches = 0  # served so far
-        self.text = 0  # crc32 of the tokens of the last one
+        self.tokens_crc32 = 0  # of the last LLM batch
         self.llm_seconds = 0.0
         dropped = [] if keep_special else find_special_ids(llm.tokenizer)
         self._dropped = torch.tensor(dropped, dtype=torch.int64)
@@ -70,11 +70,11 @@ class LLMRows:
     def epoch(self) -> int:
         return self.tokens.epoch
 
-    def next(self, wanted: int) -> Rows:
-        """Capture one LLM batch, whatever is `wanted`; rows on the LLM's device."""
+    def next(self, remaining: int) -> Rows:
+        """Capture one LLM batch, however many rows remain; they are on the LLM's device."""
         with record_function("pool"):
-            sequences = self.skip()
-            keep = sequences.text & ~torch.isin(sequences.tokens, self._dropped)  # [n, context]
+            sequences = self.read_sequences()
+            keep = sequences.is_text & ~torch.isin(sequences.tokens, self._dropped)  # [n, context]
             places = keep.flatten().nonzero().squeeze(1)  # [rows]
             ids = sequences.ids.repeat_interleave(keep.sum(1))  # [rows]
             tokens, there = (
@@ -100,10 +100,10 @@ class LLMRows:
         kept = {site: x.index_select(0, there) for site, x in rows.activations.items()}
         return Rows(kept, rows.ids[usual])
 
-    def skip(self) -> Sequences:
-        """Read the text of an LLM batch, and no more."""
+    def read_sequences(self) -> Sequences:
+        """Read the sequences of the next LLM batch, without running the LLM."""
         sequences = self.tokens.next(self.batch)
-        self.text = zlib.crc32(sequences.tokens.numpy())
+        self.tokens_crc32 = zlib.crc32(sequences.tokens.numpy())
         self.llm_batches += 1
         return sequences
 
@@ -128,18 +128,18 @@ class LLMRows:
 
     def state_dict(self) -> dict[str, Any]:
         """LLM batches served, the text's state after `read` of them (here: all), and medians."""
-        known = self._medians and {str(site): median for site, median in self._medians.items()}
+        medians = self._medians and {str(site): median for site, median in self._medians.items()}
         return {
             "llm_batches": self.llm_batches,
             "read": self.llm_batches,
             "tokens": self.tokens.state_dict(),
-            "medians": known,
+            "medians": medians,
         } | ({"scaled": self._scaled} if self._scaled else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue after LLM batch `llm_batches`; the text between `read` and it is read over.
+        """Continue after LLM batch `llm_batches`; the text from `read` to there is skipped.
 
-        UserError: earlier versions read what a branch returned, not what its block makes of it.
+        UserError: the state is of an earlier version, which left out the factor of a scaled branch.
         """
         if self._scaled != state.get("scaled", []):
             raise UserError(
@@ -149,27 +149,27 @@ class LLMRows:
         self.tokens.load_state_dict(state["tokens"])
         self.llm_batches = state["read"]
         while self.llm_batches < state["llm_batches"]:
-            self.skip()
-        known = state["medians"]
-        self._medians = known and {site: known[str(site)] for site in self.sites}
+            self.read_sequences()
+        medians = state["medians"]
+        self._medians = medians and {site: medians[str(site)] for site in self.sites}
 
 
 def compute_medians(rows: dict[Site, Tensor]) -> dict[Site, float]:
-    """The median norm of the rows {site: [n, d]} at each site. UserError if one is not finite."""
-    found = {site: compute_norms(x).median().item() for site, x in rows.items()}
-    for site, median in found.items():
+    """Compute the median norm of rows {site: [n, d]}. UserError if one is not finite."""
+    medians = {site: compute_norms(x).median().item() for site, x in rows.items()}
+    for site, median in medians.items():
         if not math.isfinite(median):
             raise UserError(
                 f"llm.dtype: activations of the LLM at {site} are not finite; give "
                 "llm.dtype=float32, or another LLM if that is what it has"
             )
-    return found
+    return medians
 
 
 def find_usual_rows(
     rows: dict[Site, Tensor], medians: dict[Site, float], max_norm: float
 ) -> Tensor:
-    """Whether a row of {site: [n, d]} is at most max_norm x median at every site -> [n] bool.
+    """Find the rows of {site: [n, d]} with norm <= max_norm x median at every site -> [n] bool.
 
     A row that is too large at one site is dropped at all of them, so that rows stay aligned.
     """
@@ -178,5 +178,5 @@ def find_usual_rows(
 
 
 def compute_norms(x: Tensor) -> Tensor:
-    """Of the rows of x [n, d] -> [n] float32."""
+    """Compute the norms of the rows of x [n, d] -> [n] float32."""
     return torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)

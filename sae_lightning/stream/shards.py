@@ -1,22 +1,21 @@
-"""The activation cache on disk: one folder a key, in it one safetensors file a shard.
+"""The activation cache on disk: a folder per key, a safetensors file per shard.
 
 0f3c5a.../
     manifest.json                the settings that the key was made from, for people
     .lock                        held by the process that writes
     00000000.safetensors         the shard that begins with LLM batch 0
     00000112.safetensors         the next one
-    .00000224.safetensors.*.tmp  folder of one that is being written, or whose writer was killed
+    .00000224.safetensors.*.tmp  folder of one that is being written, or left by a killed writer
 
 In a shard:
     ids         [rows] int64, the sequence of each row
     resid.9     [rows, d] for each site, in the LLM's dtype
     carry       tensors of the state of a streamed text
-    metadata    about: JSON; rows, epoch and crc32 of the tokens of each LLM batch, and where LLM
-                and text were at the shard's beginning. crc32: of `about` and all tensors
+    metadata    about: JSON; rows, epoch and crc32 of the tokens of each LLM batch, and the state of
+                LLM and text before the shard. crc32: of `about` and all tensors
 
-A shard appears by one renaming when all of it is on disk. There is no list of shards that a crash
-could leave behind the truth, and no shard needs another one: one that is damaged, or was never
-finished, is made again alone.
+A shard is renamed into place when all of it is on disk. There is no index that a crash could leave
+out of date, and no shard needs another one: a damaged or unfinished one is computed again alone.
 """
 
 import json
@@ -50,8 +49,8 @@ class Shard:
     """Consecutive LLM batches `first` to `stop` - 1."""
 
     def __init__(self, path: Path) -> None:
-        """Read the metadata; one of `DAMAGE_ERRORS` where they cannot be read."""
-        if not path.is_file():  # a pipe would be waited for
+        """Read the metadata. Raises one of `DAMAGE_ERRORS` if they are damaged."""
+        if not path.is_file():  # opening a pipe would block
             raise ValueError("it is no plain file")
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
@@ -76,10 +75,9 @@ class Shard:
         self._starts = np.cumsum([0, *self.rows])
         self._tensors: dict[str, Tensor] = {}
 
-    def open(self, sites: Sequence[Site], width: int, **packing: int) -> bool:
-        """Map the file; False where it is not as it was written, or holds something else than what
-        an LLM with activations of this `width` and text in this `packing` (see `expect_rows`)
-        give."""
+    def map_tensors(self, sites: Sequence[Site], width: int, **packing: int) -> bool:
+        """Mmap the tensors; False if the checksum is wrong, or if they are not those of an LLM of
+        this `width` and text in this `packing` (see `expect_rows`)."""
         try:
             self._tensors = load_file(self.path)
             if _checksum(self._about, self._tensors) != self._crc32:
@@ -87,23 +85,23 @@ class Shard:
             rows = int(self._starts[-1])
             expect_activations(self._tensors, sites, rows, width, "rows")
             expect_ids(self._tensors["ids"], rows, self.stop * packing["batch"], "ids")
-            expect_rows(self.state(), sites, **packing)
+            expect_rows(self.read_state(), sites, **packing)
         except DAMAGE_ERRORS:
             self.close()
         return bool(self._tensors)
 
     def close(self) -> None:
-        """Unmap the file."""
+        """Drop the mmap of the tensors."""
         self._tensors = {}
 
-    def state(self) -> dict[str, Any]:
-        """The source's state before the first LLM batch of an opened shard."""
+    def read_state(self) -> dict[str, Any]:
+        """Return the state of the row stream before the first LLM batch of a mapped shard."""
         tokens, there = self._state["tokens"], self._tensors
         tensors = {name: there[name].clone() for name in tokens.keys() & there.keys()}
         return self._state | {"tokens": tokens | tensors}
 
-    def batch(self, llm_batch: int, sites: Iterable[Site]) -> Rows:
-        """The rows of an LLM batch of an opened shard, read when used."""
+    def read_batch(self, llm_batch: int, sites: Iterable[Site]) -> Rows:
+        """Return the rows of an LLM batch of a mapped shard, which are read when used."""
         place = llm_batch - self.first
         here = slice(self._starts[place], self._starts[place + 1])
         rows = {site: self._tensors[str(site)][here] for site in sites}
@@ -113,17 +111,17 @@ class Shard:
 def write_shard(
     folder: Path, state: dict[str, Any], rows: list[Rows], epochs: list[int], texts: list[int]
 ) -> Shard:
-    """Write LLM batches, on the CPU; `state` of the source before them, epochs after each of them,
-    and crc32 of their tokens."""
+    """Write LLM batches on the CPU, with the row stream's `state` before them, and for each batch
+    the epoch after it and the crc32 of its tokens."""
     tensors = {"ids": torch.cat([each.ids for each in rows])}
     for site in rows[0].activations:
         tensors[str(site)] = torch.cat([each.activations[site] for each in rows])
     tensors |= {name: x for name, x in state["tokens"].items() if isinstance(x, Tensor)}
     about = {"rows": [len(each.ids) for each in rows], "epochs": epochs, "texts": texts}
-    told = json.dumps(about | {"state": state}, default=lambda tensor: None)
+    header = json.dumps(about | {"state": state}, default=lambda tensor: None)
     path = folder / f"{state['llm_batches']:08d}{SHARD_SUFFIX}"
     with write_atomically(path) as temporary:
-        save_file(tensors, temporary, {"about": told, "crc32": _checksum(told, tensors)})
+        save_file(tensors, temporary, {"about": header, "crc32": _checksum(header, tensors)})
     return Shard(path)
 
 
@@ -131,6 +129,6 @@ def _checksum(about: str, tensors: dict[str, Tensor]) -> str:
     crc = zlib.crc32(about.encode())
     for name, x in sorted(tensors.items()):
         crc = zlib.crc32(f"{name} {x.dtype} {tuple(x.shape)}".encode(), crc)
-        if x.numel():  # torch refuses to look at no numbers as bytes
+        if x.numel():  # torch cannot view an empty tensor as bytes
             crc = zlib.crc32(x.flatten().view(torch.uint8).numpy(), crc)
     return f"{crc:08x}"

@@ -105,9 +105,9 @@ class Pool:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` saw of this pool's sites; it may have held others besides.
+        """Restore this pool's sites from a state, which may hold others too.
 
-        UserError: it did not hold all of them.
+        UserError: one of the sites is not in it.
         """
         self._filled, self._rows = 0, {}
         saved = state["rows"]

@@ -1,8 +1,8 @@
-"""What training reads: rows of activations, wherever they come from; and the base of all kinds."""
+"""The base class of all kinds of data, and the rows of activations that each of them gives."""
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Rows(NamedTuple):
-    """What training may read of one LLM batch, in the order of the text."""
+    """Activations of one LLM batch: the tokens that training may read, in text order."""
 
     activations: dict[Site, Tensor]
     """{site: [n, d]}; row i is the same token at every site."""
@@ -29,42 +29,42 @@ class Rows(NamedTuple):
 
 
 class RowStream(Protocol):
-    """An endless row of LLM batches that depends on no run's length, batch or pool.
+    """An endless stream of LLM batches, whatever a run's length, batch and pool.
 
-    Its state can be given to any other source of the same rows: a run goes on exactly whether the
-    LLM computes what follows or a cache holds it.
+    A state loads into any other stream of the same rows: a run resumes exactly whether the LLM
+    computes the rows or a cache holds them.
     """
 
     sites: tuple[Site, ...]
     """The sites of its rows, ascending."""
 
     device: torch.device
-    """Where training wants the rows."""
+    """Device that the rows are on."""
 
-    most: int
-    """Rows that an LLM batch has at most."""
+    max_rows: int
+    """Maximum number of rows of an LLM batch."""
 
     llm_seconds: float
-    """Seconds spent in the LLM since this process began, by the CPU's clock."""
+    """Seconds that this process has spent in the LLM, by the CPU's clock."""
 
     epoch: int
-    """Times the text has been begun, from 1."""
+    """Number of the current pass over the text, from 1."""
 
-    def next(self, wanted: int) -> Rows:
-        """The rows of the next LLM batch; the run wants `wanted` rows more, these included."""
+    def next(self, remaining: int) -> Rows:
+        """Return the rows of the next LLM batch; the run needs `remaining` more, these included."""
         ...
 
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
     def close(self) -> None:
-        """No more rows are wanted."""
+        """Release files and locks: no more rows are needed."""
         ...
 
 
 def move_to_device(x: Tensor, device: torch.device) -> Tensor:
-    """`x` on `device`. A GPU fetches it while the CPU goes on: from pinned memory, which is not
-    used for anything else before the copy is done."""
+    """Copy `x` to `device`; to a GPU asynchronously, from pinned memory, which torch does not reuse
+    before the copy is done."""
     if device.type == "cuda" and x.device.type == "cpu":
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)
@@ -72,7 +72,7 @@ def move_to_device(x: Tensor, device: torch.device) -> Tensor:
 
 @dataclass(slots=True, kw_only=True)
 class DataConfig:
-    """What all data has in common."""
+    """Settings that every kind of data has."""
 
     kind: str = ""
     """Row of `SOURCES`; set by the preset."""
@@ -85,19 +85,19 @@ class DataConfig:
             raise UserError(f"data.pool={self.pool}: give a positive number of tokens")
 
     @property
-    def per_site(self) -> bool:
-        """Whether the site decides which tokens are dropped, so that SAEs at two sites cannot share
-        a pass."""
+    def rows_depend_on_site(self) -> bool:
+        """Whether the sites decide which tokens are dropped; SAEs at different sites then cannot
+        share a pass of the LLM."""
         return False
 
     def with_absolute_paths(self) -> "DataConfig":
-        """The same for every working folder."""
+        """Return a copy that is valid in every working directory."""
         return self
 
 
 @dataclass(slots=True, kw_only=True)
 class TextConfig(DataConfig):
-    """How text becomes shuffled activations, whatever the text is."""
+    """Settings that every kind of text has."""
 
     context: int = 128
     """Tokens per sequence, the opening BOS included."""
@@ -132,12 +132,12 @@ class TextConfig(DataConfig):
             )
 
     @property
-    def per_site(self) -> bool:
+    def rows_depend_on_site(self) -> bool:
         return self.max_norm is not None
 
-    def files_hash(self) -> str | None:
-        """What tells the files of a streamed text from others; None where the text itself does, or
-        it cannot be known."""
+    def hash_files(self) -> str | None:
+        """Hash a streamed text's list of files; None if the text itself is hashed, or the list
+        cannot be read."""
         return None
 
     def with_absolute_paths(self) -> "TextConfig":
@@ -145,31 +145,50 @@ class TextConfig(DataConfig):
 
 
 def make_absolute(path: str) -> str:
-    """`path` for every working folder."""
+    """Make `path` absolute, with `~` expanded."""
     return os.path.abspath(os.path.expanduser(path))
 
 
+class HeldOutData(ABC):
+    """Activations that training never sees, and what SAEs make of them."""
+
+    @abstractmethod
+    def activations(self, site: Site) -> Tensor:
+        """Return the activations [n, d] at `site`."""
+
+    @abstractmethod
+    def measure_saes(
+        self,
+        source: Site,
+        target: Site,
+        saes: Sequence[Callable[[Tensor], Any]],
+        weights: Sequence[Callable[[], dict[str, Tensor]]],
+        rows: int,
+    ) -> list[Any]:
+        """Measure SAEs, which map [n, d_in] of `source` to [n, d_out] of `target`, on `rows` tokens
+        at a time; `weights` are those for raw activations."""
+
+
 class OpenedData(NamedTuple):
-    """Rows to train on and others to evaluate on."""
+    """Rows to train on, and held-out data to evaluate on."""
 
     rows: RowStream
-    held_out: Any
-    """HeldOut or HeldOutConcepts: `activations(site)`, and `scores` of SAEs on them."""
+    held_out: HeldOutData
     about: dict[str, str]
-    """What they come from, for a person."""
+    """Facts about the data to print, {label: text}."""
     modules: dict[Site, str] = {}
-    """Names of the LLM's modules at the sites."""
+    """Name of the LLM's module at each site."""
 
 
 class DataMemory(NamedTuple):
-    """What a kind of data holds in memory, in numbers unless it says rows."""
+    """Memory that a kind of data takes, in elements of tensors unless it says rows."""
 
     rows: int
     """Rows of one LLM batch."""
     shared: int
-    """Held once, besides rows: weights of the LLM, its logits, strengths of concepts."""
+    """Elements held once: weights and logits of the LLM, or strengths of concepts."""
     per_sae: int
-    """Held for each SAE while it is evaluated."""
+    """Elements held for each SAE while it is evaluated."""
 
 
 class Source(ABC):
@@ -179,29 +198,29 @@ class Source(ABC):
     noun: ClassVar[str]
     """What activations are made from: text, samples."""
     where: ClassVar[str]
-    """The data in a sentence: text, data=synthetic."""
+    """The data as a message names it: text, data=synthetic."""
     has_llm: ClassVar[bool]
     """Whether an LLM computes the activations."""
-    measures: ClassVar[frozenset[str]]
-    """Held-out metrics that depend on the SAE, besides those of every kind of data."""
+    metrics: ClassVar[frozenset[str]]
+    """Held-out metrics of this kind of data alone that depend on the SAE."""
     headline: ClassVar[str]
-    """The one of them that is shown first."""
+    """The metric that is shown first."""
     labels: ClassVar[tuple[str, ...]] = ()
-    """Labels that the text is known to have, for probes."""
+    """Labels that probes can read from the text."""
 
     def __init__(self, llm: LLMConfig, data: DataConfig, seed: int) -> None:
         self.llm, self.data, self.seed = llm, data, seed
 
     @abstractmethod
     def check_settings(self, layer: LayerConfig) -> None:
-        """UserError for settings that mean nothing with this data, by the config alone."""
+        """Raise UserError for settings without a meaning for this data; reads only the config."""
 
-    def measured(self, loss_tokens: int) -> tuple[frozenset[str], str]:
-        """What is measured with so many tokens for the LLM's loss, and where that is."""
-        return self.measures, f"on {self.where}"
+    def list_metrics(self, loss_tokens: int) -> tuple[frozenset[str], str]:
+        """List the metrics measured with so many tokens for the LLM's loss, and say on what."""
+        return self.metrics, f"on {self.where}"
 
-    def settled(self) -> LLMConfig:
-        """The LLM's settings with dtype and attention as they are on this machine."""
+    def resolve_llm(self) -> LLMConfig:
+        """Return the LLM's settings with dtype and attention as this machine resolves `auto`."""
         number = pick_dtype(self.llm)
         name = Dtype(str(number).removeprefix("torch."))
         return replace(self.llm, dtype=name, attn=self._attention(number))
@@ -210,26 +229,28 @@ class Source(ABC):
         return self.llm.attn
 
     @abstractmethod
-    def shape(self) -> LLMShape:
-        """Blocks, width and context of what makes the activations; no weight is read."""
+    def read_shape(self) -> LLMShape:
+        """Read depth, width and context of what makes the activations, without its weights."""
 
-    def check(self, shape: LLMShape, resumed: bool) -> None:
-        """UserError for what can be known to be wrong before anything is loaded."""
+    def check_before_loading(self, shape: LLMShape, resumed: bool) -> None:
+        """Raise UserError for mistakes that show before anything is loaded."""
         pick_device(self.llm)
 
     @abstractmethod
-    def memory(
+    def estimate_data_memory(
         self, sites: Sequence[Site], shape: LLMShape, tokens: int, loss_tokens: int
     ) -> DataMemory:
-        """Estimate of what a run at `sites` holds, with `tokens` and `loss_tokens` held out."""
+        """Estimate the memory of a run at `sites` that is evaluated on so many held-out tokens."""
 
     @abstractmethod
-    def check_stream(self, state: Any, sites: Sequence[Site], shape: LLMShape, served: int) -> None:
-        """ValueError unless `state` can be that of a run's stream at `sites` after `served`
+    def check_stream_state(
+        self, state: Any, sites: Sequence[Site], shape: LLMShape, served: int
+    ) -> None:
+        """Raise ValueError unless `state` can be that of a run's stream at `sites` after `served`
         batches."""
 
     @abstractmethod
-    def open(
+    def open_data(
         self,
         sites: Sequence[Site],
         *,
@@ -238,9 +259,10 @@ class Source(ABC):
         ahead: int = 0,
         resumed: bool = False,
     ) -> OpenedData:
-        """Rows at `sites`, `ahead` of them computed while SAEs train, and `tokens` held-out ones,
-        with the LLM's loss on `loss_tokens` of them. UserError in a new run, not in a `resumed`
-        one, where there is no space for a cache of the rows."""
+        """Open rows at `sites`, `ahead` of them prefetched while SAEs train, and `tokens` held-out
+        ones, `loss_tokens` of which measure the LLM's loss.
+
+        UserError: no disk space for a cache of the rows; a `resumed` run goes on without it."""
 
     @abstractmethod
     def open_held_out(
@@ -250,12 +272,12 @@ class Source(ABC):
         loss_tokens: int,
         opened: "tuple[LLM, SplitTokens] | None" = None,
     ) -> Any:
-        """What a run is evaluated on; `opened`: LLM and text, where they are open already."""
+        """Open only the held-out data; `opened`: LLM and text, if they are loaded already."""
 
     def describe_sites(self, sites: Sequence[SitePair], width: int) -> dict[str, str]:
-        """Where SAEs read, for a person."""
+        """Facts about the sites to print, {label: text}."""
         return {}
 
-    def metadata(self) -> dict[str, Any]:
-        """What SAELens wants to know of an SAE's inputs."""
+    def make_saelens_metadata(self) -> dict[str, Any]:
+        """Describe an SAE's inputs by SAELens' keys."""
         return {"model_name": self.llm.name}

@@ -1,4 +1,4 @@
-"""What saved states have to look like: looked at before anything is made from them.
+"""Checks of saved states, before anything is built from them.
 
 They come from checkpoints and shared caches, which may be damaged, or somebody else's.
 """
@@ -18,8 +18,8 @@ LLM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def expect(value: Any, like: Any, name: str) -> None:
-    """ValueError, which says where, unless `value` is like `like`: a dict with its keys (and maybe
-    others), a tensor of its shape and dtype, a number of its range, one of its type, or equal."""
+    """Raise ValueError, with `name`, unless `value` matches `like`: a dict that has its keys, a
+    tensor of its shape and dtype, an int in its range, an object of its type, or an equal one."""
     if isinstance(like, dict):
         expect(value, dict, name)
         for key, each in like.items():
@@ -48,7 +48,7 @@ def _kind(x: Tensor) -> str:
 
 
 def expect_ids(ids: Any, n: int, stop: int, name: str, dtype: torch.dtype = torch.int64) -> None:
-    """ValueError unless `ids` [n] are from 0 to `stop` - 1."""
+    """Raise ValueError unless `ids` [n] are from 0 to `stop` - 1."""
     expect(ids, torch.empty(n, dtype=dtype, device="meta"), name)
     if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < stop:
         raise ValueError(f"{name} holds {int(ids.min())} to {int(ids.max())}, of {stop}")
@@ -57,8 +57,8 @@ def expect_ids(ids: Any, n: int, stop: int, name: str, dtype: torch.dtype = torc
 def expect_rows(
     state: Any, sites: Iterable[Site], *, batch: int, context: int, vocabulary: int
 ) -> int:
-    """ValueError unless `state` can be that of rows which an LLM gave in batches of `batch`
-    sequences; how many of these were served."""
+    """Raise ValueError unless `state` can be that of an LLM's rows in batches of `batch` sequences;
+    returns the number of sequences served."""
     expect(state, {"llm_batches": ANY_COUNT, "tokens": dict}, "rows")
     expect(state, {"read": range(state["llm_batches"] + 1)}, "rows")
     expect(state, {"medians": dict if state.get("medians") else type(None)}, "rows")
@@ -82,8 +82,8 @@ def expect_rows(
 
 
 def expect_activations(rows: Any, sites: Iterable[Site], n: int, width: int, name: str) -> None:
-    """ValueError unless `rows` holds activations [n, width] at each of the sites, in a dtype that
-    LLMs compute in."""
+    """Raise ValueError unless `rows` holds activations [n, width] at each of the sites, in a dtype
+    that LLMs compute in."""
     for site in sites:
         expect(rows, {str(site): Tensor}, name)
         dtype = rows[str(site)].dtype
@@ -94,8 +94,8 @@ def expect_activations(rows: Any, sites: Iterable[Site], n: int, width: int, nam
 def expect_stream(
     state: Any, sites: Iterable[Site], *, width: int, most: int, served: int, sequences: int
 ) -> None:
-    """ValueError unless `state` can be that of a stream after `served` batches: with at most `most`
-    activations of `width` numbers, each of one of so many `sequences`."""
+    """Raise ValueError unless `state` can be that of a stream after `served` batches: a pool of at
+    most `most` activations [width], whose ids are below `sequences`."""
     pool = {"rows": dict, "ids": Tensor, "random": dict}
     expect(state, {"served": served, "rows": dict, "pool": pool}, "stream")
     pool = state["pool"]

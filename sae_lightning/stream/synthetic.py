@@ -1,4 +1,4 @@
-"""A world whose concepts are known: no text and no LLM.
+"""Activations made of known concepts (data=synthetic), without text and LLM.
 
 Shapes: n = samples, concepts, dim = length of an activation.
 """
@@ -17,7 +17,15 @@ from sae_lightning.llm.packaged import LLMShape
 from sae_lightning.llm.sites import LayerConfig, Site
 from sae_lightning.stream.concepts import MAX_RATE, World, make_world, make_zipf_rates
 from sae_lightning.stream.recovery import WORLD_METRICS, Recovery, measure_recovery
-from sae_lightning.stream.source import DataConfig, DataMemory, OpenedData, Rows, Source
+from sae_lightning.stream.source import (
+    DataConfig,
+    DataMemory,
+    HeldOutData,
+    OpenedData,
+    Rows,
+    RowStream,
+    Source,
+)
 from sae_lightning.stream.states import ANY_COUNT, expect, expect_stream
 from sae_lightning.stream.tokens import SplitTokens
 
@@ -80,7 +88,7 @@ class SyntheticConfig(DataConfig):
             self._check_children()
 
     def _check_children(self) -> None:
-        """Children whose parents hardly fire without them cannot be told from them."""
+        """Raise UserError for children that cannot be told from their parents."""
         children = int(self.hierarchy * self.concepts)
         if not children:
             raise UserError(
@@ -99,7 +107,7 @@ class SyntheticConfig(DataConfig):
 
 
 def open_world(data: SyntheticConfig) -> World:
-    """The concepts that `data` describes."""
+    """Make the world of concepts that `data` describes."""
     return make_world(
         concepts=data.concepts,
         dim=data.dim,
@@ -112,12 +120,12 @@ def open_world(data: SyntheticConfig) -> World:
 
 
 def make_generator(purpose: str, seed: int) -> Generator:
-    """Random numbers for one purpose: those of another purpose differ, whatever the seeds."""
+    """Make the RNG of one purpose, unlike that of any other purpose, whatever the seeds."""
     digest = hashlib.sha256(f"{purpose} {seed}".encode()).digest()
-    return Generator().manual_seed(int.from_bytes(digest[:4]))  # all the bits that the CPU's takes
+    return Generator().manual_seed(int.from_bytes(digest[:4]))  # the CPU generator uses 32 bits
 
 
-class ConceptRows:
+class ConceptRows(RowStream):
     """A `RowStream` of fresh samples: no activation is ever seen twice.
 
     Sampled on the CPU, so that rows are the same on every device.
@@ -127,21 +135,21 @@ class ConceptRows:
         self, world: World, sites: Sequence[Site], *, seed: int, device: torch.device | str
     ) -> None:
         self.world, self.sites, self.device = world, tuple(sites), torch.device(device)
-        self.most = SAMPLED_ROWS
+        self.max_rows = SAMPLED_ROWS
         self.llm_seconds = 0.0
         self.epoch = 1
         self._generator = make_generator("training", seed)
         self._served = 0  # rows
 
-    def next(self, wanted: int) -> Rows:
-        """As many rows each time, whatever is `wanted`; each is a sequence of its own."""
-        x, _ = self.world.sample(self.most, self._generator)
+    def next(self, remaining: int) -> Rows:
+        """Sample `max_rows` rows, however many remain; each is a sequence of its own."""
+        x, _ = self.world.sample(self.max_rows, self._generator)
         ids = torch.arange(self._served, self._served + len(x))
         self._served += len(x)
         return Rows(dict.fromkeys(self.sites, x.to(self.device)), ids)
 
     def state_dict(self) -> dict[str, Any]:
-        """Rows served, and the generator."""
+        """Rows served, and the state of the RNG."""
         return {"served": self._served, "generator": self._generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -150,15 +158,15 @@ class ConceptRows:
         self._generator.set_state(state["generator"])
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Nothing to release: rows are sampled."""
 
 
-class HeldOutConcepts:
-    """Samples that training never sees, and what they are made of: evaluation's counterpart of
-    `HeldOut`, without an LLM whose loss could be measured."""
+class HeldOutConcepts(HeldOutData):
+    """Samples that training never sees, with the strengths of their concepts: SAEs are measured by
+    the concepts that they recover, not by an LLM's loss."""
 
     def __init__(self, world: World, *, seed: int, tokens: int, device: torch.device | str) -> None:
-        """`tokens` samples; with the world's `seed` all runs in it are judged by the same."""
+        """`tokens` samples, by the world's `seed`: the same for all runs in that world."""
         self.world = world
         samples = make_generator("held out", seed)
         counts = [min(SAMPLED_ROWS, tokens - done) for done in range(0, tokens, SAMPLED_ROWS)]
@@ -168,10 +176,9 @@ class HeldOutConcepts:
         """[n, concepts], on the CPU"""
 
     def activations(self, site: Site) -> Tensor:
-        """Activations [n, dim]."""
         return self._x
 
-    def scores(
+    def measure_saes(
         self,
         source: Site,
         target: Site,
@@ -179,8 +186,6 @@ class HeldOutConcepts:
         weights: Sequence[Callable[[], dict[str, Tensor]]],
         rows: int,
     ) -> list[Recovery]:
-        """How many of the concepts each SAE has found, `rows` samples at a time; `weights` are
-        those for raw activations."""
         pairs = zip(saes, weights, strict=True)
         return [
             measure_recovery(self.world.directions, w(), self._samples(sae, rows))
@@ -198,7 +203,7 @@ class SyntheticSource(Source):
     data: SyntheticConfig
     settings = SyntheticConfig
     noun, where, has_llm = "samples", "data=synthetic", False
-    measures = frozenset(Recovery._fields) - WORLD_METRICS
+    metrics = frozenset(Recovery._fields) - WORLD_METRICS
     headline = "recovered"
 
     def check_settings(self, layer: LayerConfig) -> None:
@@ -217,22 +222,24 @@ class SyntheticSource(Source):
                         "activations come from no LLM: leave it out"
                     )
 
-    def shape(self) -> LLMShape:
+    def read_shape(self) -> LLMShape:
         """Concepts are like the output of an LLM's only block."""
         return LLMShape(layers=1, width=self.data.dim, context=None, vocabulary=0)
 
-    def memory(
+    def estimate_data_memory(
         self, sites: Sequence[Site], shape: LLMShape, tokens: int, loss_tokens: int
     ) -> DataMemory:
         return DataMemory(SAMPLED_ROWS, (tokens + 4 * SAMPLED_ROWS) * self.data.concepts, 0)
 
-    def check_stream(self, state: Any, sites: Sequence[Site], shape: LLMShape, served: int) -> None:
+    def check_stream_state(
+        self, state: Any, sites: Sequence[Site], shape: LLMShape, served: int
+    ) -> None:
         expect(state, {"rows": {"served": ANY_COUNT, "generator": Tensor}}, "stream")
         Generator().set_state(state["rows"]["generator"])
-        size = {"width": shape.width, "most": self.data.pool + SAMPLED_ROWS}
+        size = {"width": shape.width, "max_rows": self.data.pool + SAMPLED_ROWS}
         expect_stream(state, sites, **size, served=served, sequences=state["rows"]["served"])
 
-    def open(
+    def open_data(
         self,
         sites: Sequence[Site],
         *,

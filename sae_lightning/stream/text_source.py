@@ -1,4 +1,4 @@
-"""Text that an LLM reads: what its kinds (plays, hub, local) have in common."""
+"""The base class of all kinds of text (plays, hub, local), which an LLM reads."""
 
 import os
 from abc import abstractmethod
@@ -32,7 +32,7 @@ from sae_lightning.stream.source import DataMemory, OpenedData, Source, TextConf
 from sae_lightning.stream.states import expect, expect_rows, expect_stream
 from sae_lightning.stream.tokens import SplitTokens, open_tokens
 
-EAGER_CONTEXT = 256  # tokens of context
+EAGER_CONTEXT = 256  # tokens; longer contexts take too much memory with eager attention
 
 
 class TextSource(Source):
@@ -40,8 +40,8 @@ class TextSource(Source):
 
     data: TextConfig
     noun, where, has_llm = "text", "text", True
-    # the LLM's own cross-entropies rank no runs
-    measures = frozenset(SpliceScores._fields) - frozenset(SpliceBaseline._fields)
+    # without the LLM's own losses, which are the same for every SAE
+    metrics = frozenset(SpliceScores._fields) - frozenset(SpliceBaseline._fields)
     headline = "ce_recovered"
 
     @abstractmethod
@@ -51,8 +51,8 @@ class TextSource(Source):
         UserError: nothing there, no such column, hub out of reach, package not installed.
         """
 
-    def open_text(self) -> SplitText:
-        """`open_documents`, while the library that reads them says nothing."""
+    def open_quietly(self) -> SplitText:
+        """Call `open_documents` with the library that reads them muted."""
         with mute_libraries():
             return self.open_documents()
 
@@ -60,12 +60,12 @@ class TextSource(Source):
         if self.llm.name == NO_LLM:
             raise UserError("llm=none: text takes an LLM to read it; choose one, or data=synthetic")
 
-    def measured(self, loss_tokens: int) -> tuple[frozenset[str], str]:
-        return super().measured(0) if loss_tokens else (frozenset(), "with eval.loss_tokens=0")
+    def list_metrics(self, loss_tokens: int) -> tuple[frozenset[str], str]:
+        return super().list_metrics(0) if loss_tokens else (frozenset(), "with eval.loss_tokens=0")
 
     def _attention(self, number: torch.dtype) -> Attention:
-        """Plain matrix products are faster by a tenth in bf16 on a CPU (SmolLM2). They take memory
-        by the square of the context, so only for short ones."""
+        """Eager attention is faster by a tenth in bf16 on a CPU (SmolLM2). Its memory grows with
+        the square of the context, so only for short ones."""
         eager = (
             self.llm.attn is Attention.auto
             and pick_device(self.llm).type == "cpu"
@@ -74,11 +74,11 @@ class TextSource(Source):
         )
         return Attention.eager if eager else self.llm.attn
 
-    def shape(self) -> LLMShape:
+    def read_shape(self) -> LLMShape:
         return read_llm_shape(self.llm)
 
-    def check(self, shape: LLMShape, resumed: bool) -> None:
-        super().check(shape, resumed)
+    def check_before_loading(self, shape: LLMShape, resumed: bool) -> None:
+        super().check_before_loading(shape, resumed)
         if self.data.cache and not resumed:
             self._check_cache()
         if shape.context is not None and self.data.context > shape.context:
@@ -90,7 +90,7 @@ class TextSource(Source):
             find_bos_id(load_tokenizer(self.llm))  # before the text is read
 
     def _check_cache(self) -> None:
-        """That the cache can be written, or is there: a colleague's may be there to be read."""
+        """UserError if the cache can neither be written nor, like a colleague's, be read."""
         folder = place = pick_cache_folder(self.data.cache_folder)
         while not os.path.exists(place):
             place = place.parent
@@ -102,7 +102,7 @@ class TextSource(Source):
                 "data.cache=false"
             )
 
-    def memory(
+    def estimate_data_memory(
         self, sites: Sequence[Site], shape: LLMShape, tokens: int, loss_tokens: int
     ) -> DataMemory:
         weights = count_llm_parameters(self.llm, self._blocks(sites, loss_tokens))
@@ -113,7 +113,7 @@ class TextSource(Source):
         return DataMemory(rows, weights + 8 * LOGIT_ROWS * shape.vocabulary, rows * shape.width)
 
     def _blocks(self, sites: Sequence[Site], loss_tokens: int) -> int | None:
-        """How many of the LLM's blocks a run at `sites` needs; None for the whole LLM.
+        """Count the LLM's blocks that a run at `sites` needs; None for the whole LLM.
 
         Its loss needs all of it, and so does a cache, whose key is a hash of all of its weights.
         """
@@ -121,7 +121,9 @@ class TextSource(Source):
             return None
         return 1 + max(site.layer for site in sites)
 
-    def check_stream(self, state: Any, sites: Sequence[Site], shape: LLMShape, served: int) -> None:
+    def check_stream_state(
+        self, state: Any, sites: Sequence[Site], shape: LLMShape, served: int
+    ) -> None:
         batch, context = self.llm.batch, self.data.context
         expect(state, {"rows": dict}, "stream")
         sequences = expect_rows(
@@ -131,7 +133,7 @@ class TextSource(Source):
         size = {"width": shape.width, "most": most}
         expect_stream(state, sites, **size, served=served, sequences=sequences)
 
-    def open(
+    def open_data(
         self,
         sites: Sequence[Site],
         *,
@@ -173,8 +175,8 @@ class TextSource(Source):
         )
 
     def open_llm(self, blocks: int | None = None) -> tuple[LLM, SplitTokens]:
-        """The LLM, or its first `blocks` blocks, and the text that it reads."""
-        documents = self.open_text()  # before the tokenizer: a wrong name is told at once
+        """Load the LLM, or its first `blocks` blocks, and tokenise the text."""
+        documents = self.open_quietly()  # before the tokenizer: a wrong name fails at once
         tokenizer = load_tokenizer(self.llm)
         text = open_tokens(documents, tokenizer, context=self.data.context, seed=self.seed)
         return load_llm(self.llm, blocks, tokenizer), text
@@ -183,6 +185,6 @@ class TextSource(Source):
         told = (f"{pair} ({' -> '.join(pair.hook_names.values())}), d = {width}" for pair in sites)
         return {"site": "; ".join(dict.fromkeys(told))}
 
-    def metadata(self) -> dict[str, Any]:
+    def make_saelens_metadata(self) -> dict[str, Any]:
         about = {"model_name": find_hub_name(self.llm), "context_size": self.data.context}
-        return super().metadata() | about | {"prepend_bos": True}
+        return super().make_saelens_metadata() | about | {"prepend_bos": True}

@@ -1,6 +1,6 @@
-"""Sequences of tokens in an order that can be saved and restored (packing.py cuts them).
+"""Packed sequences of tokens in a seeded order, with exact resume (packing.py cuts them).
 
-Two sources, one behaviour (`next`, `epoch`, `state_dict`, `load_state_dict`):
+The two kinds of `TokenStream`:
 
     ShuffledTokens   data with an index: sequences in a random order over the whole epoch
     StreamedTokens   data without one: documents shuffled in a buffer, sequences in that order
@@ -21,17 +21,17 @@ from torch import Tensor
 
 from sae_lightning.errors import UserError
 from sae_lightning.llm.vocabulary import check_ids, find_bos_id, find_separator_id
-from sae_lightning.stream.documents import SplitText, describe_error
+from sae_lightning.stream.documents import SplitText, summarise_cause
 from sae_lightning.stream.flat import flat_tokens, tokenise_documents
 from sae_lightning.stream.packing import Packing, Sequences, TokenStream
 from sae_lightning.terminal import console
 
 SHUFFLE_BUFFER = 1000  # documents
 STREAMED_CHARACTERS = 1 << 16  # characters tokenised at a time when streaming
-FINGERPRINT_TOKENS = 1 << 12  # tokens; so long are the samples by which a long text is known
+FINGERPRINT_TOKENS = 1 << 12  # length of each sample in a long text's fingerprint
 
 
-class ShuffledTokens:
+class ShuffledTokens(TokenStream):
     """Sequences of an indexed text in a seeded random order, a new one each epoch.
 
     windows      0  1  2  3  4  5          (cut from the flat tokens, never copied in memory)
@@ -64,11 +64,11 @@ class ShuffledTokens:
             windows.append(self.flat.slice(start, self.packing.width).to_numpy())
             ids.append((self.epoch - 1) * self.windows + self.cursor)
             self.cursor += 1
-        return self.packing.sequences(windows, torch.tensor(ids, dtype=torch.int64))
+        return self.packing.pack_sequences(windows, torch.tensor(ids, dtype=torch.int64))
 
     def fingerprint(self) -> str:
-        """The text's length and checksum: of all of it up to a million tokens, of evenly spread
-        samples of a longer one."""
+        """Length and checksum: of all of a text up to a million tokens, of evenly spread samples of
+        a longer one."""
         if not self._fingerprint:
             samples = min(256, -(-len(self.flat) // FINGERPRINT_TOKENS))
             checksum = 0
@@ -95,7 +95,7 @@ class ShuffledTokens:
         self._begin(state["epoch"], state["cursor"])
 
 
-class StreamedTokens:
+class StreamedTokens(TokenStream):
     """Sequences of a streamed text, its documents shuffled through a buffer, anew each epoch.
 
     documents --shuffle(seed, epoch)--> | d7 | d2 | d9 | ...     counted as they are tokenised
@@ -103,9 +103,8 @@ class StreamedTokens:
     carry     tokens not served yet     [ . . . . . . . . ]      next window = its first tokens
 
     state = (epoch, documents, their crc32, carry). Resuming shuffles with the same seed and reads
-    `documents` again, which is exact and shows whether they are the same. The state_dict of
-    datasets is quicker and is not used: it drops the documents waiting in the shuffle buffer, so a
-    resumed run would never read them.
+    as many `documents` again, which is exact and verifies them. The state_dict of datasets is
+    faster but drops the documents in the shuffle buffer: a resumed run would never read them.
     """
 
     def __init__(
@@ -118,7 +117,7 @@ class StreamedTokens:
         self._begin(1)
 
     def _begin(self, epoch: int) -> None:
-        self.epoch, self.documents, self.read, self.text = epoch, 0, 0, 0
+        self.epoch, self.documents, self.read, self.documents_crc32 = epoch, 0, 0, 0
         self.carry = np.empty(0, dtype=np.int32)
         data = self.data
         if self.seed is not None:
@@ -137,14 +136,16 @@ class StreamedTokens:
                         f"{self.where}: a row holds {type(text).__name__} in place of text "
                         f"({str(text)[:40]!r}); leave it out, or give another data.column"
                     )
-                self.text = zlib.crc32(text.encode("utf8", "surrogatepass"), self.text)
+                self.documents_crc32 = zlib.crc32(
+                    text.encode("utf8", "surrogatepass"), self.documents_crc32
+                )
                 yield text
         except UserError:
             raise
-        except Exception as error:  # the network, or a broken file: any of a dozen libraries'
+        except Exception as error:  # the network or a broken file; errors of a dozen libraries
             raise UserError(
-                f"{self.where}: reading it broke off ({describe_error(error)}); what a run trained "
-                "up to its last checkpoint is kept: continue it with resume=<run folder>"
+                f"{self.where}: reading it broke off ({summarise_cause(error)}); what a run "
+                "trained up to its last checkpoint is kept: continue it with resume=<run folder>"
             ) from error
 
     def _pull(self) -> bool:
@@ -185,10 +186,10 @@ class StreamedTokens:
             _say_again(self.read, self.epoch + 1)
             self._begin(self.epoch + 1)
         self.served += n
-        return self.packing.sequences(windows, torch.arange(self.served - n, self.served))
+        return self.packing.pack_sequences(windows, torch.arange(self.served - n, self.served))
 
     def fingerprint(self) -> str:
-        """Checksum of the first documents; more of a streamed text is not at hand."""
+        """Length and checksum of the first documents: the rest of a streamed text is not read."""
         if not self._fingerprint:
             start = StreamedTokens(self.data, self.tokenizer, self.packing, None, self.where)
             start._pull()
@@ -200,7 +201,7 @@ class StreamedTokens:
         return {
             "epoch": self.epoch,
             "documents": self.documents,
-            "text": self.text,
+            "text": self.documents_crc32,
             "read": self.read,
             "served": self.served,
             "carry": torch.from_numpy(self.carry.copy()),
@@ -210,17 +211,17 @@ class StreamedTokens:
         """Continue after the sequence served last; UserError where the text is another one."""
         self._begin(state["epoch"])
         deque(islice(self._texts(), state["documents"]), maxlen=0)
-        check_text(state, self.text)
+        check_text(state, self.documents_crc32)
         self.read, self.served = state["read"], state["served"]
         self.carry = state["carry"].numpy().copy()
 
 
 class TextChanged(UserError):
-    """The text is not the one that was read before."""
+    """The text is not the one that a run or cache was made from."""
 
 
 def check_text(state: dict[str, Any], text: str | int) -> None:
-    """TextChanged unless the text that a `state` names, if it does, is this `text`."""
+    """Raise TextChanged if a `state` names another text than `text`."""
     if state.get("text", text) != text:
         raise TextChanged(
             f"data: the text is no longer the one that the run to be resumed read ({text}, not "
@@ -236,7 +237,7 @@ class HeldOutTokens:
         """`where` names the text in messages."""
         self.data, self.tokenizer, self.packing, self.where = data, tokenizer, packing, where
 
-    def take(self, sequences: int) -> Tensor:
+    def pick_sequences(self, sequences: int) -> Tensor:
         """The same sequences at every call -> [<= sequences, context] int64.
 
         Indexed text: windows spread evenly over all of it, so that every document has its share.

@@ -84,7 +84,7 @@ def test_a_text_is_read_in_tokens_as_training_does_whatever_is_in_it(short):
     for text in ("the\n\nfox\tjumps", "füchse 🦊 the", "‮the fox"):
         sequences = make_sequences(short, text)
         ids = short.llm.tokenizer.encode(text, add_special_tokens=False)
-        assert sequences.tokens[sequences.text].tolist() == ids
+        assert sequences.tokens[sequences.is_text].tolist() == ids
         assert annotate(short, text)
 
 

@@ -169,7 +169,7 @@ def test_a_text_that_needs_a_token_without_a_row_is_refused(larger, part, stream
     with pytest.raises(UserError, match=f"^data.path=a: {MISSING}"):
         found = open_tokens(text, tokenizer, context=8, seed=0)
         found.train.next(100)
-        found.held_out.take(100)
+        found.held_out.pick_sequences(100)
     with pytest.raises(UserError, match=f"^prompt: {MISSING}"):
         encode_prompt(tokenizer, "the x15y", 1, None)
 

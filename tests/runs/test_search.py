@@ -76,10 +76,10 @@ def test_every_number_of_a_run_that_the_sae_decides_can_be_the_objective():
     llm = LLMConfig(name="none")
     text, concepts = (make_source(llm, data, 0) for data in (PlaysConfig(), SyntheticConfig()))
     for numbers, where in (
-        (of_text, text.measured(64)),
-        (without_loss, text.measured(0)),
-        (of_concepts, concepts.measured(64)),
-        (of_concepts, concepts.measured(0)),
+        (of_text, text.list_metrics(64)),
+        (without_loss, text.list_metrics(0)),
+        (of_concepts, concepts.list_metrics(64)),
+        (of_concepts, concepts.list_metrics(0)),
     ):
         for name in OBJECTIVES:
             sweep = SweepConfig(objective=name)

@@ -727,7 +727,7 @@ def test_a_streamed_text_is_known_by_its_files_too(llm, tmp_path):
 
 
 def test_files_that_cannot_be_asked_about_end_no_run(tmp_path):
-    assert HubConfig(name=str(tmp_path / "gone")).files_hash() is None
+    assert HubConfig(name=str(tmp_path / "gone")).hash_files() is None
 
 
 def test_a_streamed_text_is_known_by_its_beginning(llm):

@@ -43,7 +43,7 @@ def test_rows_come_in_blocks_and_are_numbered():
     first, second = source.next(1), source.next(10**9)
     assert first.activations[SITE].shape == second.activations[SITE].shape == (SAMPLED_ROWS, 5)
     assert torch.cat([first.ids, second.ids]).tolist() == list(range(2 * SAMPLED_ROWS))
-    assert (source.most, source.epoch, source.llm_seconds) == (SAMPLED_ROWS, 1, 0.0)
+    assert (source.max_rows, source.epoch, source.llm_seconds) == (SAMPLED_ROWS, 1, 0.0)
 
 
 def test_a_stream_that_is_restored_goes_on_exactly():

@@ -107,7 +107,7 @@ def test_what_is_tokenised_at_a_time_is_bounded(streamed, part, monkeypatch):
     if part == "train":
         tokens.train.next(100)
     else:
-        tokens.held_out.take(100)
+        tokens.held_out.pick_sequences(100)
     assert len(sizes) > 12 and max(sizes) < 3 * PIECE
 
 

@@ -49,7 +49,7 @@ def planted(llm, monkeypatch) -> list[int]:
 def scores_of(held_out, source, target, functions):
     """Scores of the LLM with each function spliced in as if it were an SAE."""
     saes = [lambda x, f=f: SimpleNamespace(reconstruction=f(x)) for f in functions]
-    return held_out.scores(source, target, saes, (), rows=1000)
+    return held_out.measure_saes(source, target, saes, (), rows=1000)
 
 
 def test_special_tokens_and_position_0_are_left_out(llm):
@@ -118,7 +118,7 @@ def test_the_mlp_itself_in_place_of_what_it_writes_recovers_everything_and_zero_
     whole, nothing = scores_of(held_out, source, target, [mlp, torch.zeros_like])
     assert whole.ce_recovered == pytest.approx(1, abs=0.01)  # float32, by the difference
     assert nothing.ce_recovered == 0
-    known = held_out.baseline(target)
+    known = held_out.baseline_at(target)
     assert nothing.ce_spliced == nothing.ce_zero == known.ce_zero != known.ce_clean
     assert nothing.ce_mean == known.ce_mean
 
@@ -149,8 +149,8 @@ def test_an_llm_that_overflows_above_the_sae_is_told_once(llm, capsys, number, r
     list(model.parameters())[-1].data.fill_(float("inf"))
     held_out = make(llm._replace(model=model), sites=SITES[1:])
     for _ in range(2):
-        assert not all(map(math.isfinite, held_out.baseline(SITES[1])))
+        assert not all(map(math.isfinite, held_out.baseline_at(SITES[1])))
     out = capsys.readouterr().out
     assert out.count("not finite") == out.count(remedy) == 1
-    make(llm, sites=SITES[1:]).baseline(SITES[1])
+    make(llm, sites=SITES[1:]).baseline_at(SITES[1])
     assert "not finite" not in capsys.readouterr().out

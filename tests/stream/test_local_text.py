@@ -46,7 +46,7 @@ def test_a_long_document_is_never_in_memory_as_a_whole(kind, tokenizer, tmp_path
 
     short = tmp_path / "short.txt"
     short.write_text("imports everything")
-    read(short, Coarse()).held_out.take(1)
+    read(short, Coarse()).held_out.pick_sequences(1)
     calls.clear()
     usual = pa.default_memory_pool()
     pool = pa.proxy_memory_pool(usual)
@@ -54,7 +54,7 @@ def test_a_long_document_is_never_in_memory_as_a_whole(kind, tokenizer, tmp_path
     tracemalloc.start()
     try:
         tokens = read(file, Coarse())
-        tokens.held_out.take(3)
+        tokens.held_out.pick_sequences(3)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -64,7 +64,7 @@ def test_a_long_document_is_never_in_memory_as_a_whole(kind, tokenizer, tmp_path
     calls.clear()
     again = read(file, Coarse())
     assert again.train.fingerprint() == tokens.train.fingerprint()
-    again.held_out.take(3)
+    again.held_out.pick_sequences(3)
     assert not calls, "both of its parts are tokenised once and for all"
 
 

@@ -64,7 +64,7 @@ def test_an_update_finds_its_rows_begun(llm):
     rows = PrefetchedRows(source(llm), BATCH)
     for count in (800, 700, 600):
         rows.next(count)
-        assert BATCH <= sum(len(item.rows.ids) for item in rows._waiting) < BATCH + rows.most
+        assert BATCH <= sum(len(item.rows.ids) for item in rows._waiting) < BATCH + rows.max_rows
     waiting = sum(len(item.rows.ids) for item in rows._waiting)
     read = rows.source.llm_batches
     rows.next(waiting)
@@ -154,7 +154,7 @@ def test_on_a_gpu_a_batch_is_waited_for_and_kept_before_it_is_handed_out(monkeyp
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: FakeStream(log, "side"))
     monkeypatch.setattr(torch.cuda, "stream", inside)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[-1])
-    source = SimpleNamespace(sites=SITES, device=torch.device("cuda"), most=3, epoch=1, batch=0)
+    source = SimpleNamespace(sites=SITES, device=torch.device("cuda"), max_rows=3, epoch=1, batch=0)
     source.next, source.state_dict = compute, dict
     rows = PrefetchedRows(source, 3)
     for _ in range(2):

@@ -10,7 +10,7 @@ from sae_lightning.stream.recovery import (
     Recovery,
     compute_cosines,
     match_features,
-    measure_overlap,
+    measure_concept_overlap,
     measure_recovery,
 )
 
@@ -190,4 +190,4 @@ def test_the_overlap_of_concepts_is_with_others_and_in_any_number_of_parts(monke
     directions = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, -1.0]])
     for rows in (1, 2, 1024):
         monkeypatch.setattr(recovery_module, "COMPARED_CONCEPTS", rows)
-        assert measure_overlap(directions) == pytest.approx((0.6 + 0.8 + 0.8) / 3)
+        assert measure_concept_overlap(directions) == pytest.approx((0.6 + 0.8 + 0.8) / 3)

@@ -196,7 +196,10 @@ def unreliable():
 def test_a_stream_that_breaks_off_says_how_to_go_on(tokenizer, part):
     data = IterableDataset.from_generator(unreliable)
     tokens = open_tokens(SplitText(data, data, "data.name=a/b"), tokenizer, context=6, seed=0)
-    read = {"train": lambda: tokens.train.next(1), "held_out": lambda: tokens.held_out.take(9)}
+    read = {
+        "train": lambda: tokens.train.next(1),
+        "held_out": lambda: tokens.held_out.pick_sequences(9),
+    }
     expected = r"^data.name=a/b: reading it broke off \(the hub went away\); .*resume=<run folder>$"
     with pytest.raises(UserError, match=expected) as error:
         read[part]()
@@ -254,17 +257,17 @@ def test_text_without_a_token_is_refused(tokenizer, style, documents):
 @pytest.mark.parametrize("style", STYLES)
 def test_text_that_is_all_held_out_is_refused(tokenizer, style):
     with pytest.raises(UserError, match="data: no text is held out"):
-        open_tokens(text(["abc"], style), tokenizer, context=6, seed=0).held_out.take(3)
+        open_tokens(text(["abc"], style), tokenizer, context=6, seed=0).held_out.pick_sequences(3)
 
 
 def test_held_out_windows_are_spread_over_all_documents(tokenizer):
     held_out = ("a" * 99, "b" * 99, "c" * 99)
     tokens = open_tokens(text(["x"], "indexed", held_out), tokenizer, context=11, seed=0).held_out
-    taken = tokens.take(6)
+    taken = tokens.pick_sequences(6)
     assert taken.shape == (6, 11)
     assert "".join(sorted(set(as_text(taken[:, 1:].flatten().tolist())) & set("abc"))) == "abc"
-    assert torch.equal(taken, tokens.take(6))
-    everything = tokens.take(1000)
+    assert torch.equal(taken, tokens.pick_sequences(6))
+    everything = tokens.pick_sequences(1000)
     assert everything.shape == (30, 11), "no more than there are"
     assert as_text(everything[:, 1:].flatten().tolist()) == "</s>".join([*held_out, ""])
 
@@ -273,14 +276,14 @@ def test_streamed_held_out_windows_are_the_first_ones(tokenizer):
     tokens = open_tokens(
         text(["x"], "streamed", ("abcd", "efg")), tokenizer, context=5, seed=0
     ).held_out
-    assert [as_text(row) for row in tokens.take(9).tolist()] == ["<s>abcd", "<s></s>efg"]
-    assert len(tokens.take(1)) == 1
+    assert [as_text(row) for row in tokens.pick_sequences(9).tolist()] == ["<s>abcd", "<s></s>efg"]
+    assert len(tokens.pick_sequences(1)) == 1
 
 
 @pytest.mark.parametrize("style", STYLES)
 def test_evaluation_never_sees_padding(tokenizer, style):
     tokens = open_tokens(text(["x"], style, ("abc",)), tokenizer, context=128, seed=0).held_out
-    assert [as_text(row) for row in tokens.take(9).tolist()] == ["<s>abc</s>"]
+    assert [as_text(row) for row in tokens.pick_sequences(9).tolist()] == ["<s>abc</s>"]
 
 
 def test_training_never_serves_held_out_text(tokenizer, tmp_path):
@@ -296,7 +299,7 @@ def test_training_never_serves_held_out_text(tokenizer, tmp_path):
     ):
         tokens = open_tokens(open_text(config), tokenizer, context=6, seed=0)
         train = set(tokens.train.next(200).tokens[:, 1:].unique().tolist()) - {SEPARATOR}
-        held_out = set(tokens.held_out.take(99)[:, 1:].unique().tolist()) - {SEPARATOR}
+        held_out = set(tokens.held_out.pick_sequences(99)[:, 1:].unique().tolist()) - {SEPARATOR}
         assert (len(train), len(held_out)) == (21, 5)
         assert not train & held_out
 

@@ -566,7 +566,7 @@ def test_without_the_llms_loss_an_estimate_has_neither_later_blocks_nor_logits(j
     )
     cached = replace(quick, data=replace(quick.data, cache=True))
     sites = [config.layer.resolve_sites(3)]
-    llm = config.data_source.shape()
+    llm = config.data_source.read_shape()
     pairs = [memory.estimate_memory([c], sites, llm) for c in (config, quick, cached)]
     whole, less, same = (one.shared for one in pairs)
     model = tiny("llama").model

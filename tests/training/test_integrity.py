@@ -114,7 +114,7 @@ def test_a_flipped_bit_anywhere_is_noticed_or_changes_nothing(killed, tmp_path, 
     folder = shutil.copytree(killed / "run", tmp_path / "run")
     job = replace(read_job(folder), resumed=True)
     job = checks.resolve_auto(job)
-    llm = job.config.data_source.shape()
+    llm = job.config.data_source.read_shape()
     sites = job.config.layer.resolve_sites(llm.layers)
     good, rng = (folder / part).read_bytes(), random.Random(seed)
     content, noticed = leaves(torch.load(folder / part)), 0

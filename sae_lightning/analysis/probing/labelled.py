@@ -87,7 +87,7 @@ def labelled(
         target=torch.tensor([classes.index(piece.name) for piece in chosen]),
         fold=torch.tensor([piece.fold for piece in chosen]),
         tokens=packing.pack(windows),
-        text=packing.text(windows),
+        text=packing.mark_text(windows),
         notes=notes,
     )
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sae_lightning.errors import UserError
-from sae_lightning.stream.documents import OFFLINE_PRESETS, describe_error
+from sae_lightning.stream.documents import OFFLINE_PRESETS, summarise_cause
 from sae_lightning.stream.flat import tokenise_documents
 from sae_lightning.stream.hub import HubConfig
 from sae_lightning.stream.local import LocalConfig, load_documents
@@ -133,7 +133,7 @@ def cut_documents(
         raise
     except Exception as error:  # network and file errors come from many libraries
         without = f"; without a network use {OFFLINE_PRESETS}" if hub else ""
-        raise UserError(f"{where}: cannot be read ({describe_error(error)}){without}") from error
+        raise UserError(f"{where}: cannot be read ({summarise_cause(error)}){without}") from error
     names = list(texts.values())
     pieces = [*map(Piece, names, deal_folds(names, seed), texts)]
     return pieces, [
