@@ -48,12 +48,8 @@ class CachedRows(RowStream):
     ) -> None:
         """`folder` holds the shards of one key, the hash of `settings`; `width` of an activation,
         to estimate the disk space; a `resumed` run goes on without a cache if a new one fails."""
-        self.live, self.sites, self.device, self.max_rows = (
-            live,
-            live.sites,
-            live.device,
-            live.max_rows,
-        )
+        self.live = live
+        self.sites, self.device, self.max_rows = live.sites, live.device, live.max_rows
         self.folder, self.settings, self.resumed = folder, settings, resumed
         self.width = width
         itemsize = next(live.llm.model.parameters()).dtype.itemsize
@@ -63,11 +59,10 @@ class CachedRows(RowStream):
         self._place = 0  # LLM batches served
         self._stop: int | None = 0  # end of this stretch; None: when the buffer is full
         self._shard: Shard | None = None  # being read
-        self._draft: list[tuple[Rows, int, int]] | None = (
-            None  # rows to write, epoch, crc32 of tokens
-        )
-        self._known = live.state_dict()  # a state of `live` at `_place` or before it
-        self._looked = False  # at the shards on disk
+        # To be written: rows, epoch, crc32 of the tokens.
+        self._buffer: list[tuple[Rows, int, int]] | None = None
+        self._earlier_state = live.state_dict()  # a state of `live` at `_place` or before it
+        self._is_checked = False  # shards and disk space
         self._lock, self._writes = ExitStack(), None  # None: not tried yet
 
     @property
@@ -79,47 +74,44 @@ class CachedRows(RowStream):
 
         UserError: at the first call of a new run, no disk space for what the run will write.
         """
-        if not self._looked:
-            self._look(remaining)
+        if not self._is_checked:
+            self._check_space(remaining)
         if self._place == self._stop:
-            self._enter()
-        rows = self._run() if self._shard is None else self._read(self._shard)
+            self._begin_stretch()
+        rows = self._compute() if self._shard is None else self._read(self._shard)
         if len(rows.ids) >= remaining:
-            self._leave()
+            self._end_stretch()
             self.close()
         return rows
 
     def _read(self, shard: Shard) -> Rows:
-        rows, epoch = (
-            shard.read_batch(self._place, self.sites),
-            shard.epochs[self._place - shard.first],
-        )
+        rows = shard.read_batch(self._place, self.sites)
+        epoch = shard.epochs[self._place - shard.first]
         if epoch > self.epoch:  # the text is not read here, so it cannot say so
             console.print(f"the text ran out; going round again in a new order (epoch {epoch})")
         self.epoch = epoch
         self._place += 1
-        return Rows(
-            {site: move_to_device(x, self.device) for site, x in rows.activations.items()}, rows.ids
-        )
+        on_device = {site: move_to_device(x, self.device) for site, x in rows.activations.items()}
+        return Rows(on_device, rows.ids)
 
-    def _run(self) -> Rows:
+    def _compute(self) -> Rows:
         rows = self.live.next(0)
         self.epoch = self.live.epoch
         self._place += 1
-        if self._draft is not None:
+        if self._buffer is not None:
             kept = Rows({site: x.cpu() for site, x in rows.activations.items()}, rows.ids)
-            self._draft.append((kept, self.epoch, self.live.tokens_crc32))
-            gathered = sum(len(each.ids) for each, _, _ in self._draft)
-            if gathered * self.row_bytes >= SHARD_BYTES:
+            self._buffer.append((kept, self.epoch, self.live.tokens_crc32))
+            buffered = sum(len(kept.ids) for kept, _, _ in self._buffer)
+            if buffered * self.row_bytes >= SHARD_BYTES:
                 self._stop = self._place
         return rows
 
-    def _enter(self) -> None:
+    def _begin_stretch(self) -> None:
         """Begin a stretch here: open its shard, or start to buffer a new one."""
-        self._leave()
-        shard = self._at(self._place)
-        if shard is not None and self._open(shard):
-            self._shard, self._stop, self._known = shard, shard.stop, shard.read_state()
+        self._end_stretch()
+        shard = self._find_shard(self._place)
+        if shard is not None and self._map_shard(shard):
+            self._shard, self._stop, self._earlier_state = shard, shard.stop, shard.read_state()
             return
         if shard is not None:
             console.print(f"{shard.path} is damaged: the LLM makes it again")
@@ -128,19 +120,19 @@ class CachedRows(RowStream):
         self._stop = next((s.first for s in self.shards if s.first > self._place), None)
         if self.live.llm_batches != self._place:
             self._seek()
-        self._known = self.live.state_dict()
+        self._earlier_state = self.live.state_dict()
         if self._may_write():
             with self._unless_full():
                 if read_free_space(self.folder) < RESERVED_BYTES:
                     raise OSError(errno.ENOSPC, f"less than {_size(RESERVED_BYTES)} are free")
-                self._draft = []
+                self._buffer = []
 
-    def _open(self, shard: Shard) -> bool:
+    def _map_shard(self, shard: Shard) -> bool:
         vocabulary = self.live.llm.model.config.get_text_config().vocab_size
         packing = {"batch": self.live.batch, "context": self.live.tokens.packing.context}
         return shard.map_tensors(self.sites, self.width, **packing, vocabulary=vocabulary)
 
-    def _at(self, llm_batch: int) -> Shard | None:
+    def _find_shard(self, llm_batch: int) -> Shard | None:
         return next((s for s in self.shards if s.first <= llm_batch < s.stop), None)
 
     def _seek(self) -> None:
@@ -149,13 +141,14 @@ class CachedRows(RowStream):
         UserError: it is not the text that the shards before this place were made from.
         """
         try:
-            self.live.load_state_dict(self._known | {"llm_batches": self._known["read"]})
+            state = self._earlier_state
+            self.live.load_state_dict(state | {"llm_batches": state["read"]})
         except TextChanged:
             if self.resumed:
                 raise
             self._refuse_text()
         while self.live.llm_batches < self._place:
-            shard = self._at(self.live.llm_batches)
+            shard = self._find_shard(self.live.llm_batches)
             self.live.read_sequences()
             if (
                 shard
@@ -169,32 +162,32 @@ class CachedRows(RowStream):
             "that folder, or choose another data.cache_folder"
         )
 
-    def _leave(self) -> None:
+    def _end_stretch(self) -> None:
         """End the stretch here, and write the buffered rows."""
-        if self._draft:
+        if self._buffer:
             with self._unless_full():
                 # Medians of the very first LLM batch: a run that resumes inside the first shard
                 # needs them and cannot compute them.
-                state = self._known | {"medians": self.live.state_dict()["medians"]}
-                shard = write_shard(self.folder, state, *map(list, zip(*self._draft, strict=True)))
+                state = self._earlier_state | {"medians": self.live.state_dict()["medians"]}
+                shard = write_shard(self.folder, state, *map(list, zip(*self._buffer, strict=True)))
                 self.shards = sorted([*self.shards, shard], key=lambda shard: shard.first)
         if self._shard is not None:
             self._shard.close()
-        self._draft = self._shard = None
+        self._buffer = self._shard = None
         self._stop = self._place
 
     def close(self) -> None:
         """Drop the buffered rows and release the lock, so that another process may write."""
-        self._draft = None
-        self._leave()
+        self._buffer = None
+        self._end_stretch()
         self._release()
 
-    def _look(self, remaining: int) -> None:
+    def _check_space(self, remaining: int) -> None:
         """Print what is cached and the space for the rest; UserError if the disk lacks it."""
-        self._looked = True
-        self._list()
-        if self._count(remaining) < remaining and self._may_write():
-            needed = (remaining - self._count(remaining)) * self.row_bytes
+        self._is_checked = True
+        self._list_shards()
+        if self._count_cached(remaining) < remaining and self._may_write():
+            needed = (remaining - self._count_cached(remaining)) * self.row_bytes
             free = read_free_space(self.folder)
             console.print(
                 f"the activation cache takes about {_size(needed)} in {self.folder}, "
@@ -208,13 +201,13 @@ class CachedRows(RowStream):
             elif not (self.folder / MANIFEST).is_file():
                 with self._unless_full():
                     write_json(self.folder / MANIFEST, self.settings)
-        if found := self._count(remaining):
+        if cached := self._count_cached(remaining):
             console.print(
-                f"{found:,} of {remaining:,} tokens are read from the activation cache in "
+                f"{cached:,} of {remaining:,} tokens are read from the activation cache in "
                 f"{self.folder}"
             )
 
-    def _list(self) -> None:
+    def _list_shards(self) -> None:
         """List the shards on disk; checksums are verified when a shard is opened."""
         self.shards = []
         for path in sorted(self.folder.glob("[0-9]" * 8 + SHARD_SUFFIX)):
@@ -224,16 +217,16 @@ class CachedRows(RowStream):
                 if self._writes:  # replaces it
                     console.print(f"{path} is damaged: the LLM makes it again")
 
-    def _count(self, remaining: int) -> int:
+    def _count_cached(self, remaining: int) -> int:
         """Count the next `remaining` rows that are on disk, taking every missing LLM batch to be
         full."""
-        place, found, left = self._place, 0, remaining
+        place, cached, left = self._place, 0, remaining
         for shard in self.shards:
             if shard.stop > place:
                 left -= min(left, max(0, shard.first - place) * self.max_rows)
-                here = min(left, sum(shard.rows[max(0, place - shard.first) :]))
-                place, found, left = shard.stop, found + here, left - here
-        return found
+                in_shard = min(left, sum(shard.rows[max(0, place - shard.first) :]))
+                place, cached, left = shard.stop, cached + in_shard, left - in_shard
+        return cached
 
     def _may_write(self) -> bool:
         """Whether this process writes; tries for the lock once. Removes a killed writer's files."""
@@ -259,7 +252,7 @@ class CachedRows(RowStream):
             self._refuse(reason, fatal=not self.shards)
         else:
             self._writes = True
-            self._list()
+            self._list_shards()
         return self._writes
 
     def _refuse(self, reason: str, fatal: bool = True) -> None:
@@ -286,7 +279,7 @@ class CachedRows(RowStream):
                 f"the activation cache in {self.folder} is not written any further ({why}); "
                 "training goes on"
             )
-            self._draft = None
+            self._buffer = None
             self._release()
 
     def state_dict(self) -> dict[str, Any]:
@@ -294,10 +287,11 @@ class CachedRows(RowStream):
 
         Buffered rows are written first, so that a resumed run leaves no gap.
         """
-        if self._draft:
-            self._leave()
+        if self._buffer:
+            self._end_stretch()
         at_place = self.live.llm_batches == self._place
-        state = self.live.state_dict() if at_place else self._known | {"llm_batches": self._place}
+        earlier = self._earlier_state | {"llm_batches": self._place}
+        state = self.live.state_dict() if at_place else earlier
         return state | {"text": self.live.tokens.fingerprint()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -306,10 +300,10 @@ class CachedRows(RowStream):
         UserError: it is another text, even if there is a cache of it.
         """
         check_text(state, self.live.tokens.fingerprint())
-        self._known, self.epoch = state, state["tokens"]["epoch"]
+        self._earlier_state, self.epoch = state, state["tokens"]["epoch"]
         self._place = state["llm_batches"]
         self.close()
-        self._looked, self._writes = False, None
+        self._is_checked, self._writes = False, None
 
 
 def _size(count: int) -> str:

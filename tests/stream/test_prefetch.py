@@ -44,7 +44,7 @@ def test_batches_are_those_of_the_source_and_no_more_text_is_read(llm, rows):
     pairs = list(zip(plain, ahead, strict=True))
     assert len(pairs) == BATCHES
     assert same(*map(list, zip(*pairs, strict=True)))
-    assert ahead.rows.source.state_dict() == plain.rows.state_dict() == ahead.rows.state_dict()
+    assert ahead.rows.inner.state_dict() == plain.rows.state_dict() == ahead.rows.state_dict()
     assert ahead.rows.llm_seconds > 0
 
 
@@ -66,9 +66,9 @@ def test_an_update_finds_its_rows_begun(llm):
         rows.next(count)
         assert BATCH <= sum(len(item.rows.ids) for item in rows._waiting) < BATCH + rows.max_rows
     waiting = sum(len(item.rows.ids) for item in rows._waiting)
-    read = rows.source.llm_batches
+    read = rows.inner.llm_batches
     rows.next(waiting)
-    assert rows.source.llm_batches == read, "the run wants what waits and no more"
+    assert rows.inner.llm_batches == read, "the run wants what waits and no more"
 
 
 @pytest.mark.parametrize("style", STYLES)
