@@ -96,7 +96,9 @@ def estimate_memory(
     weights = [count_parameters(c.model, llm.width, llm.width) for c in configs]
     element_bytes = torch.finfo(getattr(torch, config.llm.dtype.name)).bits // 8
     llm_sites = distinct_sites(sites)
-    data = config.data_source.estimate_data_memory(llm_sites, llm, config.eval.tokens, config.eval.loss_tokens)
+    data = config.data_source.estimate_data_memory(
+        llm_sites, llm, config.eval.tokens, config.eval.loss_tokens
+    )
     row = llm.width * len(llm_sites) * element_bytes
     # batches in training and evaluation, and the float64 in which an SAE is exported
     batch = max(config.trainer.batch, int(EVALUATION_SHARE * MAX_TOKENS_AT_ONCE))

@@ -186,7 +186,9 @@ def make_head(job: Job, sites: SitePair, width: int) -> Head:
     )
     head.settings = config.fixed_on_resume()
     head.metadata = (
-        config.data_source.make_saelens_metadata() | sites.hook_names | {"sae_lightning": config.to_flat_dict()}
+        config.data_source.make_saelens_metadata()
+        | sites.hook_names
+        | {"sae_lightning": config.to_flat_dict()}
     )
     return head
 

@@ -59,8 +59,7 @@ class CachedRows(RowStream):
         self._place = 0  # LLM batches served
         self._stop: int | None = 0  # end of this stretch; None: when the buffer is full
         self._shard: Shard | None = None  # being read
-        # To be written: rows, epoch, crc32 of the tokens.
-        self._buffer: list[tuple[Rows, int, int]] | None = None
+        self._buffer: list[tuple[Rows, int, int]] | None = None  # to write: epoch, crc32 too
         self._earlier_state = live.state_dict()  # a state of `live` at `_place` or before it
         self._is_checked = False  # shards and disk space
         self._lock, self._writes = ExitStack(), None  # None: not tried yet
@@ -140,20 +139,17 @@ class CachedRows(RowStream):
 
         UserError: it is not the text that the shards before this place were made from.
         """
+        state = self._earlier_state
         try:
-            state = self._earlier_state
             self.live.load_state_dict(state | {"llm_batches": state["read"]})
         except TextChanged:
             if self.resumed:
                 raise
             self._refuse_text()
-        while self.live.llm_batches < self._place:
-            shard = self._find_shard(self.live.llm_batches)
+        while (number := self.live.llm_batches) < self._place:
             self.live.read_sequences()
-            if (
-                shard
-                and shard.texts[self.live.llm_batches - 1 - shard.first] != self.live.tokens_crc32
-            ):
+            shard = self._find_shard(number)
+            if shard and shard.texts[number - shard.first] != self.live.tokens_crc32:
                 self._refuse_text()
 
     def _refuse_text(self) -> NoReturn:
@@ -202,10 +198,8 @@ class CachedRows(RowStream):
                 with self._unless_full():
                     write_json(self.folder / MANIFEST, self.settings)
         if cached := self._count_cached(remaining):
-            console.print(
-                f"{cached:,} of {remaining:,} tokens are read from the activation cache in "
-                f"{self.folder}"
-            )
+            share = f"{cached:,} of {remaining:,} tokens"
+            console.print(f"{share} are read from the activation cache in {self.folder}")
 
     def _list_shards(self) -> None:
         """List the shards on disk; checksums are verified when a shard is opened."""
@@ -218,8 +212,7 @@ class CachedRows(RowStream):
                     console.print(f"{path} is damaged: the LLM makes it again")
 
     def _count_cached(self, remaining: int) -> int:
-        """Count the next `remaining` rows that are on disk, taking every missing LLM batch to be
-        full."""
+        """Count the next `remaining` rows on disk, as if missing LLM batches were all full."""
         place, cached, left = self._place, 0, remaining
         for shard in self.shards:
             if shard.stop > place:
@@ -283,15 +276,12 @@ class CachedRows(RowStream):
             self._release()
 
     def state_dict(self) -> dict[str, Any]:
-        """Interchangeable with the state of `LLMRows`.
-
-        Buffered rows are written first, so that a resumed run leaves no gap.
-        """
+        """As that of `LLMRows`; buffered rows are written first, so that resuming leaves no gap."""
         if self._buffer:
             self._end_stretch()
-        at_place = self.live.llm_batches == self._place
-        earlier = self._earlier_state | {"llm_batches": self._place}
-        state = self.live.state_dict() if at_place else earlier
+        state = self._earlier_state | {"llm_batches": self._place}
+        if self.live.llm_batches == self._place:
+            state = self.live.state_dict()
         return state | {"text": self.live.tokens.fingerprint()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
