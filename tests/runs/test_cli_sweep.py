@@ -69,7 +69,7 @@ def test_the_report_of_a_sweep_is_written_again_as_it_is_pasted(tmp_path):
         (["task=sweep", "run=multirun"], r"multirun holds no runs of a sweep: .*"),
         (
             ["task=sweep", f"run={SWEEP / 'loss.l1=1'}"],
-            rf".*/loss\.l1=1 holds one run, no sweep: leave out task=sweep .* \(run={SWEEP}\)",
+            rf".*/loss\.l1=1 holds one run, not a sweep: leave out task=sweep .* \(run={SWEEP}\)",
         ),
         ([f"run={SWEEP}"], rf"{SWEEP} holds a sweep: give one of the run folders in it, .*"),
         ([f"run={SWEEP / 'loss.l1=1'}"], r".*/loss\.l1=1 holds no saved SAE: .*"),
