@@ -4,8 +4,6 @@ The two kinds of `TokenStream`:
 
     ShuffledTokens   data with an index: sequences in a random order over the whole epoch
     StreamedTokens   data without one: documents shuffled in a buffer, sequences in that order
-
-The tokenizer is handed in; nothing here loads a model.
 """
 
 import zlib
