@@ -164,7 +164,7 @@ BAD = {
     "foo": r"cannot read 'foo': write setting=value, quoted where needed",
     "[1": r"cannot read '\[1': write setting=value, .*",
     "loss.l1=[1": r"cannot read 'loss\.l1=\[1': .*",
-    "model=matryoshka model.groups=[choice(1,2)]": r"choice\(\.\.\.\), range\(.* stand alone, .*",
+    "model=matryoshka model.groups=[choice(1,2)]": r"choice\(\.\.\.\), range\(.* cannot be nes.*",
     "=3": r"every argument has the form setting=value, such as loss\.l1=1e-3",
     "loss.l1=1e-3,1e-2": r"loss\.l1=1e-3,1e-2: several values make a sweep, which needs -m; .*",
     # resume
