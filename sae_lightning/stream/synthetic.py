@@ -236,7 +236,7 @@ class SyntheticSource(Source):
     ) -> None:
         expect(state, {"rows": {"served": ANY_COUNT, "generator": Tensor}}, "stream")
         Generator().set_state(state["rows"]["generator"])
-        size = {"width": shape.width, "max_rows": self.data.pool + SAMPLED_ROWS}
+        size = {"width": shape.width, "most": self.data.pool + SAMPLED_ROWS}
         expect_stream(state, sites, **size, served=served, sequences=state["rows"]["served"])
 
     def open_data(
