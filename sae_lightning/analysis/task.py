@@ -34,7 +34,7 @@ class Task:
     run: str
     """Run folder, a folder with a saved SAE, or for `task=sweep` the folder of a multirun."""
     task: str
-    """What to do with it."""
+    """The question: which task to run on it."""
     llm: LLMConfig
     """The LLM, if the folder does not name it or to use another."""
     data: DataConfig

@@ -77,8 +77,8 @@ class LLMConfig:
     none, of the model's config."""
 
     separator: str | None = None
-    """The token between two documents (EOS); null as for `bos`. Like other special tokens, both are
-    left out of training, unless data.keep_special."""
+    """The token between two documents; null is the tokenizer's or the model's EOS. Like other
+    special tokens, it and BOS are left out of training, unless data.keep_special."""
 
     def __post_init__(self):
         if self.batch < 1:

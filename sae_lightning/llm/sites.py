@@ -118,7 +118,8 @@ class LayerConfig:
     residual stream) or mlp_in (what the MLP reads)."""
 
     target: Kind | None = None
-    """What it reconstructs; null for what it reads. Another makes it a transcoder."""
+    """Site that is reconstructed; null is the one that is read. Another one makes the SAE a
+    transcoder."""
 
     def __post_init__(self):
         if self.index < 0:

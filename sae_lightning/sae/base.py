@@ -25,7 +25,7 @@ class SAEConfig:
     """Settings of the network, whatever its training objective."""
 
     name: str = "relu"
-    """Architecture: a key of `sae_lightning.sae.ARCHITECTURES`."""
+    """The architecture; set by the preset."""
     features: int = 10_000
     """Dictionary size (number of features); may be smaller than the site's width."""
     decoder_norm: float = 1.0

@@ -72,8 +72,8 @@ class PenaltyLoss(Loss):
     given value; null leaves it fixed."""
     preact: float = 0.0
     """Coefficient of the pre-activation loss, which pulls dead features back to their threshold; 0
-    is off. 3e-6 is Anthropic's value, beside a squared error that is summed over the site's width.
-    Its size hardly matters: only dead features get its gradient, and Adam normalises it."""
+    is off. 3e-6 is Anthropic's value (whose squared error sums over the site's dimensions). Its
+    size hardly matters: only dead features get its gradient, and Adam normalises it."""
 
     def __post_init__(self):
         _not_negative("preact", self.preact, "3e-6")

@@ -75,7 +75,7 @@ class DataConfig:
     """Settings that every kind of data has."""
 
     kind: str = ""
-    """Row of `SOURCES`; set by the preset."""
+    """The kind of data; set by the preset."""
 
     pool: int = 65536
     """Tokens in the shuffle pool that batches are drawn from; at least the batch."""

@@ -53,7 +53,8 @@ class SyntheticConfig(DataConfig):
     first (at most in every second activation); 0 for equally often."""
 
     correlation: float = 0.0
-    """How much groups of 8 concepts tend to fire together, from 0 to <1 (of latent normals)."""
+    """How much the concepts of a group of 8 tend to fire together, from 0 to below 1: the
+    correlation of the normal variables that decide what fires."""
 
     hierarchy: float = 0.0
     """Share of the concepts that fire only where their parent, a more frequent one, fires."""

@@ -110,8 +110,8 @@ class EvalConfig:
     tokens: int = 16_384
     """Held-out tokens for reconstruction and sparsity, rounded up to whole sequences."""
     loss_tokens: int = 4096
-    """At most this many of them for the LLM's loss, by far the most expensive part; with 0 it is
-    not measured, and the LM head and the blocks above the SAE's are not loaded."""
+    """How many of the held-out tokens also measure the LLM's loss, by far the most expensive part;
+    with 0 it is not measured, and the LM head and the blocks above the SAE's are not loaded."""
 
     def __post_init__(self):
         for name in ("every", "tokens"):
