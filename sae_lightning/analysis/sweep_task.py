@@ -1,4 +1,4 @@
-"""`task=sweep`: writes the report of a multirun again."""
+"""`task=sweep`: rewrites the report of a multirun."""
 
 from collections.abc import Collection
 from dataclasses import dataclass

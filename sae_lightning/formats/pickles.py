@@ -1,4 +1,4 @@
-"""Reads files of torch.save that may be damaged or malicious."""
+"""Reads files written by torch.save, which may be damaged or malicious."""
 
 from pathlib import Path
 from pickle import UnpicklingError
@@ -12,10 +12,12 @@ from sae_lightning.errors import is_out_of_memory
 
 
 def load_tensors(path: Path, seen: set | None = None) -> Any:
-    """Load tensors, numbers and texts from a file, memory-mapped on the CPU, without running code.
+    """Load tensors, numbers and strings from a file, memory-mapped on the CPU, without running
+    code.
 
     ValueError: a checksum in the file is wrong, or it holds other objects. OSError: it cannot be
-    read. `seen` collects files (by inode) whose checksums have been verified and are not again.
+    read. `seen` collects the files (device and inode) whose checksums have been verified; those of
+    files in it are not verified again.
     """
     try:
         stat, seen = path.stat(), set() if seen is None else seen
@@ -36,7 +38,7 @@ def load_tensors(path: Path, seen: set | None = None) -> Any:
 
 
 def read_checksum(path: Path) -> int:
-    """Combine the checksums that a file of torch.save holds of its parts into one. The parts are
-    not read; `load_tensors` verifies them."""
+    """One checksum for a file written by torch.save, made from those that its zip archive stores of
+    its parts. The parts are not read; `load_tensors` verifies them."""
     with ZipFile(path) as file:
         return crc32(repr([(part.filename, part.CRC) for part in file.infolist()]).encode())

@@ -1,4 +1,4 @@
-"""Readers of SAE folders of all supported tools; the name of the weights file gives the format."""
+"""Readers of SAE folders of all supported tools; the name of the weights file tells the format."""
 
 import json
 from collections.abc import Iterable
@@ -92,7 +92,7 @@ def _check_readable(source: Path, key: str, value: Any, readable: Iterable[str])
 
 def check_numbers(tensors: dict[str, Tensor]) -> None:
     """ValueError unless all are floating-point tensors of finite numbers; it names the tensor and
-    counts the rest."""
+    counts the numbers that are not."""
     for name, x in tensors.items():
         expect(x, Tensor, name)
         if not x.is_floating_point():
@@ -115,18 +115,19 @@ def _rename_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _add_groups(settings: dict[str, Any], sizes: list[int]) -> dict[str, Any]:
-    """Add the groups of a Matryoshka of these sizes; with a single group it is a BatchTopK."""
+    """Settings of a Matryoshka SAE with groups of these sizes; with a single group it is a
+    BatchTopK."""
     if len(sizes) == 1:
         return settings | {"name": "batch_topk"}
     return settings | {"groups": [size / sum(sizes) for size in sizes[:-1]]}
 
 
 def read_saelens(file: Path) -> StoredSAE:
-    """Read a folder of SAELens 3 or later, saved for inference or as a training checkpoint, or of
+    """Read a folder written by SAELens 3 or later, for inference or as a training checkpoint, or by
     this project (see export.py)."""
     source = file.with_name(CFG)
     cfg, weights = _read_json(source), _rename_tensors(load_file(file))
-    # versions 3 to 5 described TopK differently
+    # SAELens 3 to 5 described TopK differently
     cfg = {"architecture": "standard", "activation_fn": cfg.get("activation_fn_str", "relu")} | cfg
     if cfg["activation_fn"] == "topk":
         cfg |= {"architecture": "topk", "activation_fn": "relu"} | cfg["activation_fn_kwargs"]
@@ -174,9 +175,9 @@ def _translate_settings(source: Path, cfg: dict[str, Any]) -> dict[str, Any]:
 def _fold(weights: dict[str, Tensor], scale: float, rescale: bool) -> dict[str, Tensor]:
     """Convert SAELens' weights, which expect activations x `scale`, to weights for raw ones.
 
-    With `rescale`, feature activations are multiplied by the norms of decoder rows; BatchTopK's
-    threshold is then in these units and divided by the scale. A threshold of -1, the initial
-    value, does not bound relu(z).
+    With `rescale`, feature activations are multiplied by the norms of decoder rows. The threshold
+    of BatchTopK is then in the same units, and so is divided by `scale`. Its initial value -1 is
+    read as 0, which does not bound relu(z).
     """
     if (weights.get("scaling_factor", torch.zeros(1)) == 1).all():
         del weights["scaling_factor"]  # in versions before 6; 1 has no effect
@@ -253,7 +254,7 @@ def read_dictionary_learning(file: Path) -> StoredSAE:
 
 
 FORMATS = {
-    WEIGHTS: read_saelens,  # and cfg.json
-    "sae.safetensors": read_sparsify,  # and cfg.json
-    "ae.pt": read_dictionary_learning,  # and config.json
+    WEIGHTS: read_saelens,  # with cfg.json beside it
+    "sae.safetensors": read_sparsify,  # with cfg.json beside it
+    "ae.pt": read_dictionary_learning,  # with config.json beside it
 }

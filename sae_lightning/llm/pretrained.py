@@ -1,4 +1,4 @@
-"""Loading a causal LM and its tokenizer with transformers; every failure is an error of one line.
+"""Loading a causal LM and its tokenizer with transformers; every failure is a one-line UserError.
 
 `config`: an LLMConfig; `hf_config`: transformers' config of the model; `folder`: the local folder
 of the LLM, None for the hub.
@@ -37,7 +37,7 @@ def read_config(config, folder: Path | None):
         )
     with _one_line_errors(config):
         hf_config = AutoConfig.from_pretrained(**_source(config, folder))
-        hf_config.get_text_config().num_hidden_layers  # noqa: B018
+        hf_config.get_text_config().num_hidden_layers  # noqa: B018 (raises if there are no blocks)
     if not _is_custom(hf_config) and (why := _not_causal(hf_config)):
         name = ", ".join(sorted(hf_config.architectures or [hf_config.model_type]))
         raise UserError(
@@ -85,10 +85,11 @@ def _loader(hf_config) -> type | None:
 
 
 def read_tokenizer(config, folder: Path | None, hf_config):
-    """The tokenizer (transformers), with special tokens from `config`, itself or `hf_config`.
+    """The tokenizer (transformers). Its BOS and EOS are those of `config` where given, else its
+    own, or if it names neither those of `hf_config`.
 
     Attributes added to it: `rows`, the number of rows of the LLM's embedding if the tokenizer has
-    more tokens, else None; `borrowed`, whether it names no BOS or EOS itself.
+    more tokens, else None; `borrowed`, whether it names neither BOS nor EOS itself.
     """
     from transformers import AutoTokenizer
 
@@ -135,7 +136,7 @@ def _special_tokens(config, folder: Path | None, hf_config, tokenizer) -> list[s
 
 
 def _piece(tokenizer, setting: str, text: str) -> str:
-    """The single token whose text is `text`, as the vocabulary writes it."""
+    """The vocabulary's entry for the single token whose text is `text`, given as `setting`."""
     if text in tokenizer.get_vocab():
         return text
     ids = tokenizer.encode(text, add_special_tokens=False)
@@ -152,7 +153,8 @@ def read_model(
     dtype: torch.dtype,
     device: torch.device,
 ) -> nn.Module:
-    """The causal LM with its weights; `blocks`: only its first ones, without the LM head."""
+    """The causal LM with its weights; with `blocks`, only so many of its first blocks are loaded,
+    and no LM head."""
     with _one_line_errors(config):
         kind = _loader(hf_config)
         if blocks is not None:
@@ -213,7 +215,7 @@ def _cut_class(kind: type[nn.Module], blocks: int) -> type[nn.Module]:
             super().__init__(config, *args, **kwargs)
             _cut(self, blocks)
 
-    # transformers maps the weight names of older files by these
+    # transformers looks up by these how to rename the weights of older files
     Cut.__name__, Cut.__module__ = kind.__name__, kind.__module__
     return Cut
 
@@ -269,7 +271,7 @@ def _reason(config, error: Exception, part: str) -> str:
             f"llm.attn={config.attn.value}: not possible for {config.name} here ({first}); "
             "use llm.attn=auto"
         )
-    if ImportError in kinds:  # of a quantised model, or of one with its own code
+    if ImportError in kinds:  # quantised models and those with their own code need more packages
         named = re.search(r"(?:pip install (?:-\S+ )*'?|module named ')([\w.-]+)", text)
         remedy = f"run: pip install {named[1]}" if named else "install it"
         return f"{name}: needs a missing package ({first}); {remedy}, or give another LLM"

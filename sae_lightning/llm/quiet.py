@@ -10,8 +10,8 @@ from tqdm import tqdm
 
 @contextmanager
 def mute_libraries() -> Iterator[None]:
-    """Mute the log lines, warnings and tqdm bars of all libraries, in every thread; `phase` informs
-    the user instead."""
+    """Mute the log lines, warnings and tqdm bars of all libraries, in every thread;
+    `terminal.phase` shows progress instead."""
     level, draw = logging.root.manager.disable, tqdm.__init__
 
     def draw_nothing(bar, *args, **settings) -> None:

@@ -10,7 +10,7 @@ from sae_lightning.report.catalogue import BEFORE, Catalogue
 from sae_lightning.report.section import show_token
 
 MAX_WORDS = 4  # shown to identify a feature
-FEW_TOKENS = 20  # a feature that fired on fewer in the catalogue's text is ranked last
+FEW_TOKENS = 20  # features that fired on fewer tokens of the catalogue's text are ranked last
 MAX_LISTED = 100  # features in the page's list for the whole text
 
 
@@ -48,7 +48,8 @@ class AnnotatedText(NamedTuple):
     catalogue: Catalogue
 
     def list_fired(self, place: int) -> list[FiredFeature]:
-        """Features that fire on a token, strongest first; of copies only the strongest."""
+        """Features that fire on the token at index `place`, strongest first; of features that are
+        copies of one another only the strongest."""
         token = self.tokens[place]
         by_original: dict[int, FiredFeature] = {}
         maxima = self.catalogue.statistics.maximum[token.features]
@@ -67,8 +68,9 @@ class AnnotatedText(NamedTuple):
         return features if self.catalogue.copy_of is None else self.catalogue.copy_of[features]
 
     def rank_fired(self) -> list[FiredFeature]:
-        """Each feature at its strongest token, sorted by share of its maximum; features with fewer
-        than FEW_TOKENS catalogued tokens come last, because their maximum means little."""
+        """Each feature at its strongest token, sorted by share of its maximum; features that fired
+        on fewer than FEW_TOKENS tokens of the catalogue's text come last, because their maximum
+        means little."""
         best: dict[int, FiredFeature] = {}
         originals = self.resolve_copies(torch.arange(self.catalogue.num_units)).tolist()
         for place in range(len(self.tokens)):
@@ -80,7 +82,8 @@ class AnnotatedText(NamedTuple):
         return sorted(best.values(), key=lambda fired: (few[fired.feature], -(fired.share or 0)))
 
     def list_words(self, feature: int) -> list[str]:
-        """Up to MAX_WORDS distinct tokens at the peaks of its strongest catalogued examples."""
+        """Up to MAX_WORDS distinct tokens at the peaks of a feature's strongest examples in the
+        catalogue."""
         ids = self.catalogue.top.tokens[feature, :, BEFORE].tolist()
         texts = [show_token(self.catalogue.vocabulary[i]) for i in ids if i >= 0]
         distinct = {text.strip().lower(): text for text in reversed(texts)}

@@ -37,7 +37,7 @@ TEMPLATE = {
 }
 SAME_VALUE = 1e-4  # a relative spread below this is rounding error: the values are equal
 SINGLE_VALUE_BINS = 11  # bins of a histogram of equal values
-MAX_LABELLED = 12  # points with labels; more would overlap, so that hovering has to do
+MAX_LABELLED = 12  # most points with labels; those of more would overlap: hovering shows them
 LOG_AXIS_RATIO = 8  # largest / smallest L0 from which the axis is logarithmic
 
 
@@ -63,10 +63,10 @@ def plot_histogram(values: Tensor, x: str, y: str = "features", bins: int = 60) 
 
 
 def find_pareto_front(l0: "pd.Series", quality: "pd.Series") -> "pd.Series":
-    """Mark the points [n] on the Pareto front: no other is better in L0 (lower) or quality (higher)
-    without being worse in the other.
+    """Mark the points [n] on the Pareto front, bool: no other point is better in L0 (lower) or
+    quality (higher) without being worse in the other.
 
-    Of equal points all are on the front; points with a number that is not finite are not.
+    Equal points are all on the front; points with a number that is not finite never are.
     """
     finite = np.isfinite(l0) & np.isfinite(quality)
     x, y = l0.where(finite).to_numpy(), quality.where(finite).to_numpy()
@@ -81,7 +81,7 @@ def plot_tradeoff(
     """Plot `quality` against L0 with the Pareto front as a line; None without finite points.
 
     Columns of `points`: `l0`, `quality` (higher is better), `group` ("" if there are no groups),
-    `label` (tells points of a group apart) and `details` (lines of text shown on hover).
+    `label` (distinguishes the points of a group) and `details` (lines of text shown on hover).
     `grouping` names the setting whose values are the groups.
     """
     points = points[np.isfinite(points[["l0", "quality"]]).all(axis=1)]

@@ -36,7 +36,7 @@ def train_jobs(jobs: Sequence[Job]) -> HeldOutResults:
     of each, None for one that failed.
 
     In a multirun a pass that fails prints why, and the next one starts; in a plain run the error
-    is raised. UserError: one of the jobs is wrong; then none was started.
+    is raised. UserError if one of the jobs is wrong, before any is started.
     """
     jobs = [_resume_if_begun(checks.resolve_auto(job)) for job in jobs]
     jobs = [replace(job, hparams=h) for job, h in zip(jobs, make_hparams(jobs), strict=True)]
@@ -46,9 +46,9 @@ def train_jobs(jobs: Sequence[Job]) -> HeldOutResults:
     try:
         passes = plan_passes(todo)
     except UserError as error:
-        if (
-            jobs[0].multirun and not jobs[0].sweep_folder
-        ):  # its launcher starts jobs one by one: others go on
+        # a launcher that starts jobs one by one goes on with the others: leave the reason for the
+        # report of the sweep
+        if jobs[0].multirun and not jobs[0].sweep_folder:
             folders.note_refusal(todo[0], str(error))
         raise
     if todo and todo[0].multirun:
@@ -60,7 +60,7 @@ def train_jobs(jobs: Sequence[Job]) -> HeldOutResults:
         for number, planned in enumerate(passes, 1):
             if len(passes) > 1:
                 console.print(f"\npass {number} of {len(passes)}")
-            if planned.jobs[0].multirun:  # if started again, it is resumed
+            if planned.jobs[0].multirun:  # as a restart would mark them (_resume_if_begun)
                 jobs_to_resume = [replace(job, resumed=True) for job in planned.jobs]
                 planned = planned._replace(jobs=jobs_to_resume)
             for job, metrics in zip(planned.jobs, _train_pass(planned), strict=True):
@@ -99,7 +99,8 @@ def _resume_if_begun(job: Job) -> Job:
 
 
 def _read_outcome(job: Job) -> HeldOutResults:
-    """[metrics] of a job that has finished, [None] of one that diverged, [] of one to train."""
+    """[metrics] of a job that has finished, [None] of one that diverged, [] of one that is still to
+    be trained."""
     if not job.resumed:
         return []
     if finished := folders.read_earlier_metrics(job):
@@ -139,7 +140,8 @@ def plan_passes(jobs: Iterable[Job]) -> list[PlannedPass]:
 
 
 def _split_group(group: list[CheckedJob]) -> list[PlannedPass]:
-    """Passes of about equal size, with at most `sweep.max_heads` SAEs or as many as fit."""
+    """Passes of about equal size, each with at most `sweep.max_heads` SAEs or, if that is not set,
+    as many as fit into free memory."""
     jobs, sites, done, shapes, _ = (list(column) for column in zip(*group, strict=True))
     configs = [job.config for job in jobs]
     needed = memory.estimate_memory(configs, sites, shapes[0])

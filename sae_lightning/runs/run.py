@@ -1,4 +1,4 @@
-"""Trains the jobs of one pass of the LLM; here all parts are put together."""
+"""Trains the jobs of one pass of the LLM: builds stream, heads and trainer, fits, scores, saves."""
 
 import logging
 import signal
@@ -61,13 +61,13 @@ class PlannedPass(NamedTuple):
 def run_pass(planned: PlannedPass) -> list[dict[str, float] | None]:
     """Train the SAEs of a pass, whose folders this process has claimed.
 
-    Returns the final held-out metrics of each, None for one that failed beside others; its run
-    folder holds the rest.
+    Returns the final held-out metrics of each, None for one that diverged while others went on.
+    All other results are in the run folders.
     """
     if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()  # of this pass, not of the one before
     keep_freed_memory()
-    # Lightning's messages tell a user nothing that he can act on
+    # users cannot act on Lightning's messages
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
@@ -90,7 +90,7 @@ def _run_pass(planned: PlannedPass) -> list[dict[str, float] | None]:
         return _fit(planned, parts)
     finally:
         for head in parts.module.heads:
-            with suppress(WriteError):  # the first failure has been reported
+            with suppress(WriteError):  # an earlier write error has been reported
                 head.log.close()
 
 
@@ -156,7 +156,7 @@ def assemble(planned: PlannedPass, opened: OpenedData) -> RunParts:
             min_epochs=0,
             max_steps=trainer.steps,
             callbacks=make_callbacks(trainer, config.eval),
-            # one process trains all: ignore what SLURM or torchrun say about others
+            # one process trains everything: ignore SLURM's and torchrun's variables
             plugins=[HeadCheckpoints(heads), LightningEnvironment()],
             logger=False,
             enable_checkpointing=False,

@@ -42,13 +42,14 @@ class Gated(SAE):
         self.b_mag = nn.Parameter(torch.zeros(config.features))
 
     def compute_strengths(self, pre: Matrix) -> Tensor:
-        """Feature strengths of the gate's pre-activations."""
+        """Feature strengths, given the gate's pre-activations `pre`."""
         scale, bias = pre.broadcast(self.r_mag.exp()), pre.broadcast(self.b_mag)
         strengths = (pre.values - pre.broadcast(self.b_enc)) * scale + bias
         return strengths.relu() * (pre.values > 0)
 
     def training_pass(self, x: Tensor, only_active: bool = False) -> TrainingOutput:
-        """Reconstruct a batch [batch, d_in]; two terms of the objective share the gate."""
+        """Reconstruct a batch [batch, d_in]; the output holds relu(gate), which two terms of the
+        objective read."""
         output = super().training_pass(x, only_active)
         return output._replace(gate=output.pre.with_values(output.pre.values.relu()))
 
@@ -67,7 +68,7 @@ class Gated(SAE):
 class GatedLoss(PenaltyLoss):
     """loss = mse + l1 x sum_i relu(gate_i) |W_dec_i| + mse(relu(gate) W_dec + b_dec).
 
-    The decoder of the last term is detached, so that it trains the gate alone.
+    In the last two terms the decoder is detached, so that they train the gate alone.
     """
 
     sparsity = "l1"
@@ -76,13 +77,14 @@ class GatedLoss(PenaltyLoss):
     """Sparsity coefficient."""
 
     def penalty(self, sae: Gated, output: TrainingOutput, status: TrainingStatus) -> Tensor:
-        """The l1 norm of the open gates, in units of decoder norm."""
+        """The L1 norm of relu(gate), each gate weighted by the norm of its decoder row."""
         return output.gate.apply_penalty(l1, RowNorms.apply(sae.W_dec.detach()))
 
     def terms(
         self, sae: Gated, output: TrainingOutput, target: Tensor, status: TrainingStatus
     ) -> dict[str, Tensor]:
-        """The usual terms and "gate", which trains the gate: no gradient of the mse reaches it."""
+        """The usual terms and "gate", the mse of what relu(gate) reconstructs. It trains the gate,
+        which gets no gradient from the mse of the reconstruction."""
         terms = PenaltyLoss.terms(self, sae, output, target, status)
         # the difference alone, since b_dec and a skip connection are in the reconstruction already
         extra = output.gate.with_values(output.gate.values - output.features.values.detach())

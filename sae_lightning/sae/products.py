@@ -1,7 +1,9 @@
-"""The two sparse matrix products of sparse training, and the density up to which they are faster.
+"""The two sparse matrix products of sparse training, and the density up to which they are faster
+than dense ones.
 
-A sparse matrix [rows, n] is in CSR format: row r holds the entries offsets[r] to offsets[r + 1],
-and entry i is in column indices[i]. Shapes: offsets [rows + 1], indices and weights [n entries].
+A sparse matrix [rows, columns] is in CSR format: row r holds the entries offsets[r] to
+offsets[r + 1] - 1, and entry i is in column indices[i], with the value weights[i]. Shapes: offsets
+[rows + 1], indices and weights [n entries].
 """
 
 import importlib.util
@@ -12,14 +14,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-# Density above which a CPU computes the dense product and picks the dots from it.
+# Density above which a CPU, unless in float32, computes the dense product and picks the dots from
+# it.
 DENSE_PRODUCT_DENSITY = 0.02
 DENSE_PRODUCT_ROWS = 256  # rows of that product in memory at a time
 
 
 def break_even_density(device: str, dtype: torch.dtype) -> float:
-    """The density below which sparse products beat dense ones in `dtype` on a type of device; 0
-    where there are none. Measured by `benchmarks/sparse.py` on two cores and on an H200."""
+    """The density below which sparse products are faster than dense ones in `dtype` on a type of
+    device; 0 where there are no sparse ones. Measured by `benchmarks/sparse.py` on two cores and on
+    an H200."""
     if not has_sparse_products(device):
         return 0.0
     if device == "cpu":
@@ -34,8 +38,8 @@ def has_sparse_products(device: str) -> bool:
 
 
 def weighted_sums(offsets: Tensor, indices: Tensor, weights: Tensor, table: Tensor) -> Tensor:
-    """[rows, d]: row r is the sum over its entries i of weights[i] table[indices[i]], for a table
-    [n, d]."""
+    """The sparse matrix times a table [columns, d]: row r of the result [rows, d] is the sum over
+    its entries i of weights[i] table[indices[i]]."""
     if table.is_cuda:
         from sae_lightning.sae import triton_products
 
@@ -51,7 +55,8 @@ def weighted_sums(offsets: Tensor, indices: Tensor, weights: Tensor, table: Tens
 
 
 def dots(offsets: Tensor, indices: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """[n entries]: entry i of row r is left[r] . right[indices[i]], for [rows, d] and [n, d]."""
+    """The product of left [rows, d] and right [columns, d] transposed, at the entries alone: for
+    entry i in row r, left[r] . right[indices[i]], [n entries]."""
     if left.is_cuda:
         from sae_lightning.sae import triton_products
 
@@ -72,7 +77,7 @@ def dots(offsets: Tensor, indices: Tensor, left: Tensor, right: Tensor) -> Tenso
 
 
 def _dots_of_all(offsets: Tensor, indices: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """`dots`, picked from the dense product [rows, n]."""
+    """`dots`, picked from the dense product [rows, columns]."""
     picked, starts = [], offsets[:-1:DENSE_PRODUCT_ROWS].tolist()
     ends = [*starts[1:], len(indices)]
     rows = torch.repeat_interleave(torch.arange(len(left)), offsets.diff())

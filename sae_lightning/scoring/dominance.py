@@ -1,7 +1,7 @@
 """Detection of a few tokens, or one dimension, that hold much of the variance.
 
 "Massive activations" (Sun et al. 2024, 2402.17762) occur in most LLMs, on few tokens: explained
-variance then tells how well an SAE reconstructs these, and little about all other text.
+variance then measures how well an SAE reconstructs these, and says little about all other tokens.
 """
 
 import math
@@ -13,7 +13,9 @@ from torch import Tensor
 from sae_lightning.stream.rows import compute_norms
 
 LONG_SHARE = 1e-3  # share of the tokens that count as few
-DOMINANT_SHARE = 0.1  # of the variance, and ten times what as many random tokens would hold
+# Share of the variance above which tokens or a dimension dominate, if it is also more than ten
+# times their share of all tokens or dimensions.
+DOMINANT_SHARE = 0.1
 # Share of the tokens -> share of the variance that they may hold. The second row is for models such
 # as Llama 2, where one token of each short sequence (the first full stop) holds nearly everything.
 VARIANCE_LIMITS = {LONG_SHARE: DOMINANT_SHARE, 0.05: 0.5}
@@ -54,7 +56,7 @@ def find_long_tokens(x: Tensor) -> LongTokens | None:
     median = length.median().item()
     if not dominated[0] or not median > 0:
         return None
-    # the first j that suffices, or one soon after it, where the length drops by most
+    # the first j that suffices, or the one soon after it where the norm drops most
     first = int((~dominated).nonzero()[0])
     gaps = length[first - 1 : -1] / length[first:]
     count = first + int(gaps[: math.ceil(LONG_SHARE * len(x)) + 1].argmax())
@@ -88,8 +90,8 @@ class DominantDimension(NamedTuple):
 
 
 def find_dominant_dimension(residual: Tensor, total: Tensor) -> DominantDimension | None:
-    """Find it, given the squared error and the total variance of each dimension [d]; None if no
-    dimension dominates."""
+    """Find the dimension that dominates, given the squared error and the total variance of each
+    dimension [d]; None if none does."""
     share, index = (total / total.sum()).max(dim=0)
     if not share > max(DOMINANT_SHARE, 10 / len(total)):
         return None

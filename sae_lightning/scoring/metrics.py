@@ -1,8 +1,8 @@
 """Metrics of an SAE on a set of activations.
 
-Everything is summed in float64 over the whole set and divided once at the end: an average of
-ratios per batch or token is another number (it made published explained variances too high, SAELens
-issue 659).
+Everything is summed in float64 over the whole set and divided once at the end. Averaging the ratios
+of batches or tokens would give another number (it made published explained variances too high,
+SAELens issue 659).
 
 Shapes: n = tokens, d = width of the site.
 """
@@ -38,7 +38,8 @@ class Quality(NamedTuple):
 
 
 class QualitySums:
-    """Sums over batches, from which `Quality` is computed."""
+    """Sums over batches, from which `Quality` is computed; residual and total are squared error and
+    variance, residuals and totals the same for each dimension [d]."""
 
     def __init__(self):
         self.tokens = 0
@@ -81,8 +82,8 @@ class QualitySums:
 class Fidelity(NamedTuple):
     """Size of the error of a reconstruction x_hat of x, and its fidelity in direction and length.
 
-    Centred numbers are those of x - m and x_hat - m, with m the mean of x: where the mean is long,
-    the others are close to 1 for any SAE.
+    Centred numbers are those of x - m and x_hat - m, with m the mean of x: where the mean is large,
+    the uncentred ones are close to 1 for any SAE.
     """
 
     mse: float

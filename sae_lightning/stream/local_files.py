@@ -1,4 +1,4 @@
-"""Finds the files of text below a path, and those of them that cannot be read."""
+"""Finds the text files at a path, and checks that they can be read."""
 
 import glob
 import json
@@ -26,14 +26,15 @@ COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # decompressed as they are read
 
 
 def pick_loader(file: str) -> str:
-    """Pick the module of datasets that reads a file."""
+    """Pick the builder of the `datasets` library that reads a file."""
     return LOADERS[_format(file)]
 
 
 def find_files(path: Path, where: str) -> list[str]:
     """Files of one format: `path` itself, or those below it, or those that it matches as a glob.
 
-    Each file once, even if several links lead to it. UserError: no files, or unreadable ones.
+    Each file once, even if several links lead to it. UserError if there are none, or some of a
+    format that is not supported, or several formats; `where` begins its message.
     """
     if path.is_dir():
         paths = [os.path.join(place, name) for place, names in _walk(path) for name in names]
@@ -69,7 +70,8 @@ def open_file(file: str, mode: str, **options: Any) -> IO:
 
 
 def match_glob(pattern: Path) -> Iterator[str]:
-    """Yield what a glob matches; its leading folders, if they exist, are taken literally."""
+    """Yield what a glob matches; its leading folders that exist are taken literally, even if their
+    names look like a glob."""
     folder = next(parent for parent in pattern.parents if parent.exists())
     names = pattern.relative_to(folder).parts
     if "**" not in names:
@@ -84,7 +86,7 @@ def match_glob(pattern: Path) -> Iterator[str]:
 
 
 def _walk(top: str | Path, hidden: bool = True) -> Iterator[tuple[str, list[str]]]:
-    """Yield a folder and those below it, linked ones too, each once, with its files' names."""
+    """Yield a folder and all below it, linked ones too, each once, with the names of its files."""
     seen = set()
     for place, folders, files in os.walk(top, followlinks=True):
         if (real := os.path.realpath(place)) in seen:
@@ -112,7 +114,8 @@ def check_files(files: list[str], where: str) -> None:
 def check_json(files: list[str], column: str, where: str) -> None:
     """Raise UserError for the first row whose column holds something other than text.
 
-    datasets would convert it to text, and the texts beside it to JSON. Invalid JSON it reports.
+    The `datasets` library would silently convert it to text, and the column's other texts to JSON.
+    Invalid JSON is left to `datasets`, which reports it.
     """
     for file in files:
         for row, content in _rows(file, where):

@@ -5,17 +5,18 @@
     .lock                        held by the process that writes
     00000000.safetensors         the shard that begins with LLM batch 0
     00000112.safetensors         the next one
-    .00000224.safetensors.*.tmp  folder of one that is being written, or left by a killed writer
+    .00000224.safetensors.*.tmp  folder of a shard being written, or left by a killed writer
 
 In a shard:
     ids         [rows] int64, the sequence of each row
     resid.9     [rows, d] for each site, in the LLM's dtype
-    carry       tensors of the state of a streamed text
-    metadata    about: JSON; rows, epoch and crc32 of the tokens of each LLM batch, and the state of
-                LLM and text before the shard. crc32: of `about` and all tensors
+    carry       tensors in the state of a streamed text
+    metadata    about (JSON): of each LLM batch the number of rows, the epoch after it and the crc32
+                of its tokens; the state of LLM and text before the shard
+                crc32: of `about` and all tensors
 
 A shard is renamed into place when all of it is on disk. There is no index that a crash could leave
-out of date, and no shard needs another one: a damaged or unfinished one is computed again alone.
+out of date, and no shard depends on another: only damaged or unfinished ones are computed again.
 """
 
 import json
@@ -46,7 +47,7 @@ DAMAGE_ERRORS = (OSError, SafetensorError, ValueError, KeyError, TypeError, Recu
 
 
 class Shard:
-    """Consecutive LLM batches `first` to `stop` - 1."""
+    """One file of the cache: LLM batches `first` to `stop` - 1."""
 
     def __init__(self, path: Path) -> None:
         """Read the metadata. Raises one of `DAMAGE_ERRORS` if they are damaged."""
@@ -101,7 +102,7 @@ class Shard:
         return self._state | {"tokens": tokens | tensors}
 
     def read_batch(self, llm_batch: int, sites: Iterable[Site]) -> Rows:
-        """Return the rows of an LLM batch of a mapped shard, which are read when used."""
+        """Return the rows of an LLM batch of a mapped shard; they are read from disk when used."""
         place = llm_batch - self.first
         here = slice(self._starts[place], self._starts[place + 1])
         rows = {site: self._tensors[str(site)][here] for site in sites}
@@ -111,8 +112,8 @@ class Shard:
 def write_shard(
     folder: Path, state: dict[str, Any], rows: list[Rows], epochs: list[int], texts: list[int]
 ) -> Shard:
-    """Write LLM batches on the CPU, with the row stream's `state` before them, and for each batch
-    the epoch after it and the crc32 of its tokens."""
+    """Write the rows of LLM batches (tensors on the CPU), with the row stream's `state` before
+    them, and for each batch the epoch after it and, as `texts`, the crc32 of its tokens."""
     tensors = {"ids": torch.cat([each.ids for each in rows])}
     for site in rows[0].activations:
         tensors[str(site)] = torch.cat([each.activations[site] for each in rows])

@@ -1,4 +1,4 @@
-"""Reuses the catalogue that an earlier task has left beside the SAE, if it is of the same SAE."""
+"""Reuses an earlier task's catalogue, saved beside the SAE, if it is of the same SAE and text."""
 
 import hashlib
 from pathlib import Path
@@ -21,8 +21,8 @@ def describe_origin(subject: Subject) -> dict[str, str]:
 
 
 def read_kept_catalogue(subject: Subject, path: Path) -> Catalogue | None:
-    """The catalogue in the parquet file at `path`, or None if it is not of `subject`; prints which
-    and why."""
+    """The catalogue in the parquet file at `path`, or None if it is missing, unusable or not of
+    `subject`; prints whether it is used, and if not why."""
     if not path.is_file():
         console.print("there is no catalogue of this SAE yet: making one")
         return None

@@ -7,13 +7,14 @@ from sae_lightning.terminal import console, show_live
 
 
 class ProgressBar(L.Callback):
-    """Tokens, tokens/s, time left, L0, explained variance and dead share.
+    """Tokens, tokens/s, time left, L0, explained variance and dead share; for several SAEs the
+    smallest and the largest value.
 
-    Without a terminal it prints a line at every tenth of the run.
+    If the output is not a terminal, it prints a line at every tenth of the run instead.
     """
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Show the bar, at the step where this process starts."""
+        """Show the bar; a resumed run starts at the step it had reached."""
         self.bar = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
@@ -62,5 +63,5 @@ def _text(module: L.LightningModule) -> str:
         ):
             values = [head.training_metrics[tag] for head in heads]
             ends = [form.format(value) for value in (min(values), max(values))]
-            parts.append(f"{name} {'–'.join(dict.fromkeys(ends))}")  # equal ends once
+            parts.append(f"{name} {'–'.join(dict.fromkeys(ends))}")  # once if both look the same
     return "  ".join(parts)

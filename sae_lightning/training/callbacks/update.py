@@ -49,7 +49,8 @@ class DecoderNorm(L.Callback):
 
 
 class ClipGradient(L.Callback):
-    """Clips each head's gradient to `optim.clip`; its norm before clipping is a buffer.
+    """Clips each head's gradient to `optim.clip`, and keeps its norm before clipping in
+    `head.grad_norm`.
 
     Lightning's own clipping takes one norm over all heads, so that a head would depend on the
     others.
@@ -75,7 +76,7 @@ def _clip(head: Head) -> Tensor:
     parameters = list(head.sae.parameters())
     norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
     limit = head.optim.clip
-    # on a CPU the comparison costs no wait, and it saves a multiplication by 1
+    # on a CPU reading the norm costs no wait, and small gradients need no multiplication by 1
     if limit is not None and (norm.device.type != "cpu" or norm > limit):
         clip_grads_with_norm_(parameters, limit, norm)
     return norm
@@ -99,6 +100,6 @@ class TargetL0(L.Callback):
             if warmed_up < 1:
                 continue
             now = measure_l0_error(l0, target)
-            before = now if before > 1 else before
+            before = now if before > 1 else before  # above 1: there is no earlier error yet
             head.steering.mul_(steering_factor(now, before, trainer.global_step, module.steps))
             head.l0_error.fill_(now)
