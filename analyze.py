@@ -29,7 +29,7 @@ def analyze(cfg: DictConfig) -> None:
     with one_line_errors():
         typed = [o.lstrip("+~").partition("=")[0] for o in read_overrides(HydraConfig.get())]
         if OmegaConf.is_missing(cfg.layer, "index"):
-            cfg.layer.index = 0  # llm=hf leaves it open; the run folder sets it
+            cfg.layer.index = 0  # llm=hf does not set it; the run folder does
         to_dataclass(cfg).execute(typed)
 
 
@@ -37,5 +37,5 @@ if __name__ == "__main__":
     register_schemas(TASKS)
     with one_line_errors():
         read_arguments()
-        refuse_sweep(sys.argv[1:])  # before Hydra makes folders for it
+        refuse_sweep(sys.argv[1:])  # before Hydra makes a sweep's folders
         analyze()

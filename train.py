@@ -5,7 +5,7 @@ import signal
 from sae_lightning.errors import check_packages
 
 if __name__ == "__main__":  # before the other imports, which take seconds
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C exits without a traceback
     check_packages()
     from sae_lightning.runs.threads import share_cores
 
@@ -26,10 +26,10 @@ from sae_lightning.terminal import phase
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def train(cfg: DictConfig) -> float | None:
-    """Train the job that the command line describes; returns what a searching sweeper maximises.
+    """Train the job that the command line describes; returns the objective of a search.
 
-    None: the job failed and printed why; the other jobs of the multirun go on. (The launcher
-    `one_pass` does not call this function: it trains all jobs together.)
+    Returns None if the job failed and printed why, so that the other jobs of a multirun go on.
+    (The launcher `one_pass` does not call this function: it trains all jobs together.)
     """
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
@@ -37,7 +37,7 @@ def train(cfg: DictConfig) -> float | None:
     with one_line_errors(folder, multirun):
         job = make_job(cfg, folder, read_overrides(hydra_config), multirun)
         job.swept = read_swept_settings(hydra_config)
-        # imported late: a mistyped option is answered at once
+        # imported late, so that a mistyped option is reported at once
         with phase("starting"):
             from sae_lightning.runs.passes import train_jobs
 

@@ -1,4 +1,4 @@
-"""`hydra/launcher=one_pass`, the default: jobs share passes of the LLM where they can."""
+"""`hydra/launcher=one_pass`, the default: jobs share passes of the LLM if they can."""
 
 from collections.abc import Sequence
 from copy import copy
@@ -19,7 +19,7 @@ from sae_lightning.terminal import phase
 
 
 class OnePassLauncher(Launcher):
-    """Composes all jobs of a batch, then trains them on as few passes as possible."""
+    """Composes all jobs of a `launch` call, then trains them on as few passes as possible."""
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
@@ -30,7 +30,7 @@ class OnePassLauncher(Launcher):
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        """Train the jobs; each return value is the objective, None for a job that failed."""
+        """Train the jobs; each return value is the objective, or None if the job failed."""
         setup_globals()
         composed: list[tuple[DictConfig, JobReturn]] = []
         try:
@@ -38,11 +38,11 @@ class OnePassLauncher(Launcher):
                 for number, overrides in enumerate(job_overrides, initial_job_idx):
                     composed.append(self._compose(number, list(overrides)))
                     advance(1)
-            # one entry per run: a job that resumes a sweep stands for all its runs
+            # one entry per run: a job with resume=<sweep> has several
             runs = [
                 (config, copy(ret), job) for config, ret in composed for job in ret.return_value
             ]
-            with phase("starting"):  # imported late: errors in settings come first
+            with phase("starting"):  # imported late, so that wrong settings are reported at once
                 from sae_lightning.runs.passes import train_jobs
 
             for config, *_ in runs:
@@ -64,7 +64,7 @@ class OnePassLauncher(Launcher):
             remove_unused_folder(Path(config.hydra.runtime.output_dir))
 
     def _compose(self, number: int, overrides: list[str]) -> tuple[DictConfig, JobReturn]:
-        """Hydra's own preparation of a job; returns the list of our jobs instead of running it."""
+        """Compose a job as Hydra does; it returns the list of our jobs instead of training them."""
         config = self.context.config_loader.load_sweep_config(self.config, overrides)
         with open_dict(config):
             config.hydra.job.id = config.hydra.job.num = number
@@ -80,7 +80,7 @@ class OnePassLauncher(Launcher):
             config=config,
             job_dir_key="hydra.sweep.dir",
             job_subdir_key="hydra.sweep.subdir",
-            # no callbacks yet: they are called when the job really starts and ends
+            # no callbacks yet: `launch` calls them when training starts and ends
             hydra_context=HydraContext(self.context.config_loader, Callbacks()),
         )
         if done.status is JobStatus.FAILED:

@@ -11,8 +11,8 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 class OptunaDefaults(SearchPathPlugin):
     """Replaces the defaults of Optuna's sweeper, which minimises.
 
-    Hydra calls this after every plugin has stored its config and before anything is composed. It
-    cannot be a preset in conf/: Hydra refuses one with the name of a plugin's config.
+    Hydra calls this after all plugins have stored their configs, before composing one. A preset in
+    conf/ cannot do it: Hydra refuses a preset with the name of a plugin's config.
     """
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
@@ -25,10 +25,10 @@ class OptunaDefaults(SearchPathPlugin):
         except ImportError:  # the extra is not installed
             return
         search = OptunaSweeperConf(
-            direction="maximize",  # of sweep.objective, whose minus sign minimises
+            direction="maximize",  # sweep.objective=-kl minimises KL
             n_trials=20,
-            n_jobs=5,  # trials chosen together, which share a pass of the LLM
-            max_failure_rate=1.0,  # an SAE that diverges is a failed trial, not the search's end
+            n_jobs=5,  # trials chosen at once, to share a pass of the LLM
+            max_failure_rate=1.0,  # a diverged SAE is a failed trial and does not end the search
         )
         store = ConfigStore.instance().store
         store(group="hydra/sweeper", name="optuna", node=search)

@@ -1,12 +1,12 @@
-"""Train sparse autoencoders on a language model's activations, and read what they found."""
+"""Train sparse autoencoders on a language model's activations, and examine their features."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from sae_lightning.errors import UserError
 
-# Editors and type checkers read these imports. Python imports a name when it is first used
-# (FOUND_IN): opening a saved SAE then loads neither the tasks nor the LLM.
+# For editors and type checkers. At run time `__getattr__` imports a name when it is first used, so
+# that opening a saved SAE imports neither analysis tasks nor transformers.
 if TYPE_CHECKING:
     from sae_lightning.analysis.annotate import annotate
     from sae_lightning.analysis.collect import collect, excerpt
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from sae_lightning.stream.local import LocalConfig
     from sae_lightning.stream.plays import PlaysConfig
 
-# Name -> module, or module:name where it has another name there.
+# Name -> module, or module:attribute if the attribute is called something else.
 FOUND_IN = {
     "Answers": "analysis.explain.answers",
     "Endpoint": "analysis.explain.models",
@@ -57,7 +57,7 @@ FOUND_IN = {
     "theory": "analysis.theory.claims",
 }
 
-# A literal: type checkers do not evaluate expressions.
+# Written out, because type checkers do not evaluate expressions.
 __all__ = [
     "Answers",
     "Endpoint",
@@ -85,7 +85,7 @@ __all__ = [
     "theory",
 ]
 
-if not TYPE_CHECKING:  # to a type checker, any other name is an error
+if not TYPE_CHECKING:  # hidden, so that type checkers report unknown names
 
     def __getattr__(name: str) -> Any:
         if name not in FOUND_IN:

@@ -1,4 +1,4 @@
-"""The exceptions that reach a person as a single line instead of a traceback."""
+"""Exceptions that the user sees as one line instead of a traceback."""
 
 import errno
 import math
@@ -6,7 +6,7 @@ import re
 import sys
 from importlib.util import find_spec
 
-# All packages that are imported, some of them only at the end of a run.
+# Required packages; some are imported only at the end of a run.
 PACKAGES = (
     *("hydra", "omegaconf", "torch", "lightning", "transformers", "datasets", "safetensors"),
     *("filelock", "tensorboard", "numpy", "pandas", "pyarrow", "tqdm", "scipy", "sklearn"),
@@ -27,8 +27,8 @@ class WriteError(UserError):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out. On a CPU, torch raises a plain RuntimeError, so its text is searched.
-    (torch is not imported here: a mistyped option is answered at once.)"""
+    """Whether memory ran out. On a CPU, torch raises a RuntimeError, recognised by its message.
+    (Torch is not imported here, so that a mistyped option is reported at once.)"""
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
@@ -39,7 +39,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def list_causes(error: BaseException | None, *, contexts: bool = True) -> list[BaseException]:
-    """The error and the errors that led to it, outermost first; with `contexts=False` only those
+    """The error and the errors that led to it, outermost first; with `contexts=False`, only those
     chained by `raise ... from`."""
     links: list[BaseException] = []
     while error is not None and error not in links:
@@ -49,14 +49,14 @@ def list_causes(error: BaseException | None, *, contexts: bool = True) -> list[B
 
 
 def check_finite(name: str, value: object) -> None:
-    """UserError if `value`, or a number in it, is infinite or NaN, which passes range checks."""
+    """UserError if `value` or a number in it is infinite or NaN: range checks can miss these."""
     numbers = value if isinstance(value, list | tuple) else [value]
     if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
         raise UserError(f"{name}={value}: give a finite number")
 
 
 def check_packages() -> None:
-    """Exit with one line if a package is missing, before any is imported."""
+    """Exit with one line if a package is missing, before importing any of them."""
     for name in PACKAGES:
         if find_spec(name) is None:
             sys.exit(

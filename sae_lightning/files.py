@@ -1,8 +1,8 @@
 """Atomic file writing, locks, and one-line messages for the operating system's errors.
 
-A file is written in a private folder beside its target, `.<name>.<random>.tmp`, which only its
-owner may enter, so that nobody can plant a symbolic link there. A lock in the folder tells whether
-its writer is still alive.
+A file is first written to a private folder beside its target, `.<name>.<random>.tmp`. Only the
+owner may enter it, so that nobody else can plant a symbolic link there. A lock in the folder shows
+whether the writer is still alive.
 """
 
 import errno
@@ -28,26 +28,26 @@ RETRY = "correct this and run the same command again"
 
 
 def _error_numbers(names: str) -> set[int]:
-    """The errno values with these names, as far as this platform has them."""
+    """The errno values with these names that this platform defines."""
     return {getattr(errno, name) for name in names.split() if hasattr(errno, name)}
 
 
-# Errors of writing, and of reading or writing.
+# Error numbers of a failed write, and of a failed read or write.
 WRITE_ERRORS = _error_numbers("ENOSPC EDQUOT EFBIG EROFS EEXIST")
 SYSTEM_ERRORS = WRITE_ERRORS | _error_numbers(
     "EIO ESTALE EBUSY ENAMETOOLONG ELOOP EISDIR EACCES EPERM ENOTDIR ENOTCONN"
 )
-# Windows has neither flag. Without O_NONBLOCK, opening a pipe in the lock's place would hang.
+# Windows has neither flag. Without O_NONBLOCK, opening a pipe or device as a lock file may hang.
 NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 LOCKS_UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)
 
 
 @contextmanager
 def write_atomically(path: Path) -> Iterator[Path]:
-    """Yield a temporary path, which replaces `path` when the block ends.
+    """Yield the path of a temporary file that replaces `path` when the block ends.
 
-    A reader sees the old file or the new one, never a part, even if the writer is killed. A
-    symbolic link at `path` is replaced, not followed. WriteError: the system refused.
+    A reader sees the whole old or new file, even if the writer is killed. A symbolic link at `path`
+    is replaced, not followed. WriteError if the system refuses.
     """
     with convert_write_errors(path):
         path.parent.mkdir(exist_ok=True)
@@ -56,7 +56,7 @@ def write_atomically(path: Path) -> Iterator[Path]:
             yield temporary
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
-            # safetensors makes files that only their owner can read: give the usual permissions
+            # safetensors makes files that only the owner can read: set the usual permissions
             os.chmod(temporary, 0o666 & ~_read_umask())
             os.replace(temporary, path)
 
@@ -76,9 +76,9 @@ def remove_leftovers(folder: Path) -> None:
     """Remove the temporary folders that killed writers left in `folder`."""
     for leftover in folder.glob(".*.tmp"):
         with suppress(OSError):
-            if not stat.S_ISDIR(leftover.lstat().st_mode):  # of version 0.1.0
+            if not stat.S_ISDIR(leftover.lstat().st_mode):  # a file of version 0.1.0
                 leftover.unlink()
-            elif not (leftover / LOCK_FILE).exists():  # killed before it was locked: empty
+            elif not (leftover / LOCK_FILE).exists():  # writer killed before locking: empty
                 leftover.rmdir()
             else:
                 with hold_lock(leftover / LOCK_FILE) as locked:
@@ -97,8 +97,8 @@ def refuse_link(folder: Path) -> None:
 
 @contextmanager
 def convert_write_errors(path: Path) -> Iterator[None]:
-    """Raise a WriteError if the system refuses to write to `path`, even where a library has wrapped
-    its error; raise a wrapped KeyboardInterrupt as such."""
+    """Raise a WriteError if the system refuses to write to `path`, even if a library has wrapped
+    the system's error; unwrap a KeyboardInterrupt or SystemExit."""
     try:
         yield
     except BaseException as error:
@@ -118,9 +118,9 @@ def convert_write_errors(path: Path) -> Iterator[None]:
 
 
 def find_system_error(error: BaseException | None) -> str | None:
-    """The system's message if a system error caused this one, directly or not; None otherwise."""
+    """The message of the system error that is or caused `error`; None if there is none."""
     for cause in list_causes(error):
-        # safetensors quotes the errno in its message; torch keeps the error as a context
+        # safetensors gives the errno in its message; torch keeps the error as `__context__`
         quoted = re.search(r"\(os error (\d+)\)", str(cause))
         number = int(quoted[1]) if quoted else getattr(cause, "errno", None)
         if number in SYSTEM_ERRORS:
@@ -129,7 +129,7 @@ def find_system_error(error: BaseException | None) -> str | None:
 
 
 def describe_system_error(error: BaseException) -> str | None:
-    """One line about an error of the file system; None for any other error."""
+    """One line about a file system error; None for any other error."""
     if isinstance(error, WriteError):
         return f"{error}; {RETRY}"
     if isinstance(error, OSError) and error.errno in SYSTEM_ERRORS:
@@ -174,8 +174,8 @@ def make_jsonable(value: Any) -> Any:
 
 
 def read_regular_file(path: Path) -> str:
-    """The text of an untrusted file. OSError: it cannot be read, or is a pipe or a device, which
-    may never end. ValueError: it is not UTF-8."""
+    """The text of an untrusted file. OSError if it cannot be read, or is a pipe or device, which
+    may never end; ValueError if it is not UTF-8."""
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "it is not a regular file", str(path))
     return path.read_text("utf8")
@@ -192,10 +192,10 @@ def read_free_space(folder: Path) -> int:
 @contextmanager
 def hold_lock(path: Path) -> Iterator[bool]:
     """Hold an exclusive lock on the file `path`, against other processes and within this one.
-    Yields False where the file system does not support locks.
+    Yields False if the file system does not support locks.
 
     The system releases the lock if the process dies; the file is removed when the block ends.
-    BlockingIOError: it is locked. OSError: the file cannot be made, or is a symbolic link.
+    BlockingIOError if it is locked already; OSError if it cannot be made or is a symbolic link.
     """
     file = os.open(path, os.O_RDWR | os.O_CREAT | NO_FOLLOW, 0o666)
     try:
@@ -205,7 +205,7 @@ def hold_lock(path: Path) -> Iterator[bool]:
         try:
             yield locked
         finally:
-            with suppress(OSError):  # Windows does not delete an open file
+            with suppress(OSError):  # Windows cannot delete an open file
                 if _is_same_file(path, file):  # the folder may have been replaced
                     path.unlink()
     finally:

@@ -1,7 +1,7 @@
-"""Terminal output: the console, progress bars, tables and command lines (rich only).
+"""Terminal output: the console, progress bars, tables and command lines.
 
-There is one live display at a time: a phase inside another adds a line to its bar. Names, metadata
-and tokens may come from untrusted files, so control characters are never printed as they are.
+There is one live display at a time: a phase inside another one adds a line to it. Names, metadata
+and tokens may come from untrusted files, so control characters are printed as symbols.
 """
 
 import os
@@ -26,14 +26,14 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-# Ranges (first, last) of characters that are invisible, but neither controls nor spaces.
+# Ranges (first, last) of invisible characters that are neither control characters nor spaces.
 INVISIBLE_RANGES = ("\u034f\u034f", "\u115f\u1160", "\u17b4\u17b5", "\u180b\u180f", "\u2800\u2800")
 INVISIBLE_RANGES += ("\u3164\u3164", "\ufe00\ufe0f", "\uffa0\uffa0", "\U000e0100\U000e01ef")
 LEFT_TO_RIGHT = "\u200e"  # a mark of zero width that keeps the text beside it in order
 
 
 class _VisibleSymbols(dict):
-    """Code point -> text to print: the character itself, or <U+202E> for one that is invisible,
+    """Code point -> text to print: the character, or its code such as <U+202E> if it is invisible,
     moves the cursor or reverses the order of the text."""
 
     def __missing__(self, code: int) -> str:
@@ -68,7 +68,7 @@ class Terminal(Console):
             yield segment if control else Segment(text.translate(SYMBOLS_MULTILINE), style)
 
     def on_broken_pipe(self) -> None:
-        """Report it on stderr and discard all further output (rich would exit)."""
+        """Report the closed pipe on stderr and discard further output (rich would exit)."""
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
         try:
@@ -84,7 +84,7 @@ _live: list[Progress] = []
 
 @contextmanager
 def show_live(bar: Progress) -> Iterator[Progress]:
-    """Make `bar` the live display; phases inside it become lines of it."""
+    """Make `bar` the live display until the block ends; phases inside add lines to it."""
     with bar:
         _live.append(bar)
         try:
@@ -95,9 +95,9 @@ def show_live(bar: Progress) -> Iterator[Progress]:
 
 @contextmanager
 def phase(description: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
-    """Show a bar (a spinner where `total` is None) until the block ends; yields `advance(n)`.
+    """Show a bar (without `total`, a spinner) until the block ends; yields `advance(n)`.
 
-    Without a terminal (a batch job's log) it prints one line with the seconds taken.
+    Without a terminal, as in a log file, it prints only one line at the end, with the seconds.
     """
     started, description = time.monotonic(), make_visible(description)
     alone = Progress(
@@ -128,8 +128,8 @@ def make_grid(rows: dict[str, str], title: str | None = None) -> Table:
 
 
 def shorten_path(folder: Path) -> Path:
-    """`folder` for printing: relative to the working folder if it is below it, without invisible
-    characters."""
+    """`folder` for printing: relative if inside the working folder, with invisible characters as
+    symbols."""
     folder, here = folder.absolute(), Path.cwd()
     path = folder.relative_to(here) if folder.is_relative_to(here) else folder
     return Path(make_visible(str(path)))
