@@ -2,7 +2,7 @@
 
     one pass over text -> TheoryReducers -> theory() -> Theory -> make_theory_sections()
 
-Shapes: d = width of the site, d_in of the source; fired = features that fired on the text.
+Shapes: d = width of the target site; fired = features that fired on the text.
 """
 
 from typing import Any, NamedTuple
@@ -29,25 +29,25 @@ FEATURES_AT_ONCE = 16_384  # features whose weights are copied at a time: bounds
 
 
 class Theory(NamedTuple):
-    """The numbers of `theory.json`, and the tensors that its figures draw."""
+    """The numbers of `theory.json`, and the tensors that the page's figures show."""
 
     numbers: dict[str, Any]
-    """Claim -> its numbers. No agreement, biases and overlap if fewer than two features fired; no
-    agreement and dense for a transcoder."""
+    """Claim -> its numbers. Agreement, biases and overlap are missing if fewer than two features
+    fired, agreement and dense for a transcoder."""
     active: Tensor
-    """[features + 1] int64: tokens by their number of active features"""
+    """[features + 1] int64: number of tokens with 0, 1, 2, ... active features"""
     agreement: Tensor | None = None
     """[fired] cosines of W_enc[:, i] and W_dec[i]"""
     margin: Tensor | None = None
     """[fired] pre-activation minus threshold at the mean activation, in standard deviations"""
     competes: bool = False
-    """TopK: no threshold but 0, and a feature must be among the k strongest."""
+    """TopK: the threshold is 0, and a feature must also be among the k strongest."""
     overlap: dict[str, Cosines] | None = None
-    """Cosines of decoder rows, of random directions, and of random directions `like_data`."""
+    """By kind of direction: `decoder`, `random` and `like_data` (see `compare_directions`)."""
 
 
 class TheoryReducers:
-    """Reducer that collects all that `theory` needs to know about the text."""
+    """Reducer that collects everything `theory` needs from the text."""
 
     def __init__(self, subject: Subject):
         sae, sites = subject.sae, subject.sites
@@ -55,7 +55,7 @@ class TheoryReducers:
         self.is_autoencoder = sites.source == sites.target
         self.words = read_vocabulary(subject.llm)
         for special in find_special_ids(subject.llm.tokenizer):
-            self.words[special] = " "  # BOS opens a window, not a line
+            self.words[special] = " "  # not text, and starts no line
         self.source = Moments()
         self.target = self.source if self.is_autoencoder else Moments()
         self.feature = FeatureCounts(len(CONCEPTS), subject.features, subject.device)
@@ -66,7 +66,7 @@ class TheoryReducers:
 
     @torch.no_grad()
     def add(self, batch: EncodedBatch) -> None:
-        """Take in some more sequences."""
+        """Add a batch of sequences."""
         keep = batch.keep
         if not keep.any():
             return
@@ -99,7 +99,7 @@ class TheoryReducers:
 
 
 def theory(subject: Subject, reducers: TheoryReducers) -> Theory:
-    """Test every claim on what a pass over text (`collect`) has summed up in the reducers."""
+    """Test every claim on the sums in the reducers, after a pass over text (`collect`)."""
     with phase("testing the theory"):
         counts, tokens = reducers.feature.result(), reducers.source.tokens
         density = counts.counts[:, -1, :, 1:].sum(dim=(0, 2)).double() / tokens
@@ -110,7 +110,7 @@ def theory(subject: Subject, reducers: TheoryReducers) -> Theory:
             "activity": measure_activity(reducers.active, density),
             "detection": compare_units(detect_concepts(counts, reducers.neuron.result())),
         }
-        del counts, reducers.feature  # gigabytes, where there are very many features
+        del counts, reducers.feature  # gigabytes if there are very many features
         variances, directions = reducers.target.find_principal_directions()
         if reducers.is_autoencoder:
             l0, error = density.sum().item(), reducers.residual / tokens
@@ -125,8 +125,8 @@ def theory(subject: Subject, reducers: TheoryReducers) -> Theory:
 def measure_activity(active: Tensor, density: Tensor) -> dict[str, float]:
     """Distribution of the number of active features on a token.
 
-    active: [features + 1] tokens by that number; density: [features] share of tokens on which each
-    feature fires.
+    active: [features + 1] number of tokens with 0, 1, 2, ... active features; density: [features]
+    share of tokens on which each feature fires.
     """
     number = torch.arange(len(active)).double()
     share = active.double() / active.sum()
@@ -139,7 +139,7 @@ def measure_activity(active: Tensor, density: Tensor) -> dict[str, float]:
         0.75,
         0.95,
         1,
-    )  # smallest number that this share of tokens does not exceed
+    )  # smallest number that a share q of the tokens does not exceed
     return {
         "mean": density.sum().item(),  # L0
         "deviation": (share @ (number - share @ number).square()).sqrt().item(),
@@ -150,8 +150,8 @@ def measure_activity(active: Tensor, density: Tensor) -> dict[str, float]:
 def _measure_weights(
     subject: Subject, reducers: TheoryReducers, fired: Tensor, data: Tensor, result: Theory
 ) -> Theory:
-    """Add biases, agreement and overlap of the features that fired; the others still are as they
-    were initialised, with encoder = decoder transposed."""
+    """Add biases, agreement and overlap of the features that fired; the others may still be as
+    initialised, with encoder = decoder transposed."""
     weights = {name: value.cpu() for name, value in subject.sae.weights().items()}
     encoder, decoder, b_enc = weights["W_enc"].T[fired], weights["W_dec"][fired], weights["b_enc"]
     margin = _measure_margins(weights, reducers.source)[fired]
@@ -181,7 +181,7 @@ def _measure_margins(weights: dict[str, Tensor], source: Moments) -> Tensor:
     """How far each feature [features] is above its threshold at the mean activation, in standard
     deviations of its pre-activation: (mean . W_enc[:, i] + b_enc[i] - threshold) / deviation.
 
-    b_enc alone says little: with raw activations it also cancels what the mean adds to x W_enc.
+    b_enc alone says little: on raw activations it also has to cancel mean . W_enc[:, i].
     """
     W_enc, b_enc = weights["W_enc"], weights["b_enc"].double()
     threshold = weights.get("threshold", torch.zeros(()))
@@ -193,6 +193,6 @@ def _measure_margins(weights: dict[str, Tensor], source: Moments) -> Tensor:
 
 
 def summarise_distribution(values: Tensor) -> dict[str, float]:
-    """Mean, median, and the range in which nine of ten values [n] lie."""
+    """Mean, median, and 5 % and 95 % quantiles of values [n]."""
     low, median, high = values.quantile(torch.tensor([0.05, 0.5, 0.95])).tolist()
     return {"mean": values.mean().item(), "low": low, "median": median, "high": high}

@@ -1,7 +1,7 @@
 """The best dense autoencoders, with fewer features than dimensions and with as many.
 
 x_hat = f W_dec + b_dec lies in an affine subspace of F dimensions, so that no autoencoder with F
-features, whatever its encoder, beats the F first principal directions (Eckart and Young 1936). ReLU
+features, whatever its encoder, beats the first F principal directions (Eckart and Young 1936). ReLU
 attains that bound: biases so large that every feature is always positive make it linear. With
 F = d the error is 0. The curve therefore follows from the covariance; networks are run to check it.
 
@@ -29,7 +29,7 @@ def compare_dense(variances: Tensor, sample: Tensor, l0: float, error: float) ->
     whole = min(int(l0), d - 1)
     low, high = curve[whole : whole + 2].tolist()
     at_l0 = low + min(l0 - whole, 1.0) * (high - low)
-    worth = above = int((curve < explained_variance).sum())  # first size that explains as much
+    worth = above = int((curve < explained_variance).sum())  # least F that explains as much
     if 0 < above <= d:
         low, high = curve[above - 1 : above + 1].tolist()
         worth = above - 1 + (explained_variance - low) / (high - low)
@@ -53,8 +53,8 @@ def _compute_curve(variances: Tensor) -> Tensor:
 
 
 def _run_dense(x: Tensor, features: int) -> dict[str, float]:
-    """Explained variance of the best ReLU autoencoder on the tokens x [n, d] that it is made for,
-    expected and measured: it projects on the first principal directions around the mean."""
+    """Build the best ReLU autoencoder for x [n, d], which projects on the first principal
+    directions around the mean; return its explained variance on x, expected and measured."""
     moments = Moments()
     moments.add(x)
     variances, directions = moments.find_principal_directions()

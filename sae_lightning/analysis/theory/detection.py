@@ -1,11 +1,11 @@
 """How well single units detect concepts, from counts that do not grow with the text.
 
-    counts[half, concept, unit, bin]     tokens of the concept on which the unit is that strong
-                                         (the last concept: all tokens)
+    counts[half, concept, unit, bin]     tokens of the concept on which the unit's strength is
+                                         in the bin (the last concept: all tokens)
     first half of the sequences          -> the unit and the threshold with the best F1
     second half                          -> their scores
 
-Shapes: n = tokens, concepts, units = features or neurons, bins.
+Shapes: n = tokens, units = features or neurons.
 """
 
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from torch import Tensor
 from sae_lightning.report.catalogue import EDGES
 
 STRENGTHS_AT_ONCE = 1 << 20  # strengths sorted into bins at a time: bounds memory
-MAX_QUANTILE_VALUES = 1 << 23  # torch.quantile refuses twice as many
+MAX_QUANTILE_VALUES = 1 << 23  # torch.quantile refuses larger inputs
 # Quantiles that separate the bins of neurons: finer at both ends, where rare concepts are.
 _TAIL = 0.5 * 2.0 ** -torch.arange(0, 10.25, 0.25)
 QUANTILE_LEVELS = torch.cat([_TAIL.flip(0), 1 - _TAIL[1:]])
@@ -27,16 +27,16 @@ class Detector(NamedTuple):
 
     unit: int
     below: bool
-    """It detects below the threshold, not above (a neuron's negative direction)."""
+    """Whether it detects below the threshold instead of above (a neuron's negative direction)."""
     threshold: float
     chosen_f1: float
-    """F1 on the half of the sequences that unit and threshold were chosen on."""
+    """F1 on the half of the sequences on which unit and threshold were chosen."""
     f1: float
-    """F1 on the other half; all scores that follow are of the other half too."""
+    """F1 on the other half, like all scores below."""
     precision: float
     recall: float
     ranker: int
-    """The unit with the best AUROC on the half that was chosen on."""
+    """The unit with the best AUROC on the half used for choosing."""
     auroc: float
     """AUROC of the ranker: the probability that a token of the concept ranks above another token;
     0.5 is chance."""
@@ -46,11 +46,11 @@ class StrengthCounts(NamedTuple):
     """Histogram of each unit's strengths on each concept's tokens, in two halves of the text."""
 
     counts: Tensor
-    """[2, concepts + 1, units, bins] int32; the last concept is that of all tokens"""
+    """[2, concepts + 1, units, bins] int32; the last concept is all tokens"""
     thresholds: Tensor
     """[units, bins - 1] lower edge of each bin but the first"""
     signed: bool
-    """Units have a negative direction too."""
+    """Whether units also have a negative direction."""
 
     @property
     def token_counts(self) -> Tensor:
@@ -58,17 +58,17 @@ class StrengthCounts(NamedTuple):
         return self.counts[:, :, 0].sum(dim=-1)
 
     def score_thresholds(self, half: int, concept: int, units: Tensor) -> tuple[Tensor, ...]:
-        """F1, precision and recall [sides, units, bins - 1] of predicting the concept above each
-        threshold, and AUROC [sides, units]; signed units have a second side, below the threshold.
+        """F1, precision and recall [sides, units, bins - 1] of predicting the concept from each
+        threshold up, and AUROC [sides, units]; signed units have a second side, below it.
         """
         inside, everything = (self.counts[half, c, units].double() for c in (concept, -1))
         members, tokens = (counts.sum(dim=-1, keepdim=True) for counts in (inside, everything))
-        # at and above the lower edge of every bin but the first
+        # counts at or above each threshold
         hits, predicted = (
             counts.flip(-1).cumsum(-1).flip(-1)[..., 1:] for counts in (inside, everything)
         )
         others = everything - inside
-        below = others.cumsum(dim=-1) - others / 2  # within a bin half of the others are below
+        below = others.cumsum(dim=-1) - others / 2  # ties (the same bin) count half
         auroc = (inside * below).sum(dim=-1) / (members * (tokens - members))[:, 0]
         if self.signed:
             hits = torch.stack([hits, members - hits])
@@ -81,7 +81,7 @@ class StrengthCounts(NamedTuple):
 
 
 class FeatureCounts:
-    """Counts of features by half octaves of strength; bin 0 is silence."""
+    """Histograms of features' strengths, in bins of half an octave; bin 0 counts silent tokens."""
 
     def __init__(self, concepts: int, features: int, device: torch.device | str = "cpu"):
         self.edges = EDGES.to(device)
@@ -97,7 +97,7 @@ class FeatureCounts:
         features, bins = self.counts.shape[2:]
         fires = strengths.nonzero(as_tuple=True)
         for tokens, units in zip(*(index.split(STRENGTHS_AT_ONCE) for index in fires), strict=True):
-            # strengths below all edges go to bin 1: bin 0 is silence
+            # strengths below all edges go to bin 1: bin 0 is for silent tokens
             level = torch.bucketize(strengths[tokens, units], self.edges, right=True).clamp(min=1)
             entry, group = _pair_with_concepts(member[tokens], half[tokens])
             _increment(
@@ -113,7 +113,7 @@ class FeatureCounts:
 
 
 class NeuronCounts:
-    """Counts of neurons (dimensions of a site) by quantiles of their first values."""
+    """Histograms of neurons (dimensions of a site), binned by quantiles of the first batch."""
 
     def __init__(self, concepts: int):
         self.concepts = concepts
@@ -140,8 +140,8 @@ class NeuronCounts:
 
 
 def _pair_with_concepts(member: Tensor, half: Tensor) -> tuple[Tensor, Tensor]:
-    """Pairs (token, index of half and concept in counts[half, concept]), one for each concept of a
-    token; every token belongs to the last concept."""
+    """Pairs (token, flat index into counts[half, concept]), one for each concept of a token; every
+    token belongs to the last concept."""
     member = torch.cat([member, torch.ones_like(member[:, :1])], dim=1)
     token, concept = member.nonzero(as_tuple=True)
     return token, half[token] * member.shape[1] + concept

@@ -20,7 +20,7 @@ class Moments:
         # not every accelerator has float64
         x = x.cpu().double() if x.device.type == "mps" else x.double()
         if self.shift is None:
-            # subtract a first estimate of the mean: so the difference of squares loses no digits
+            # subtracting a first estimate of the mean avoids cancellation in the covariance
             self.shift = x.mean(dim=0)
             self.sum = torch.zeros_like(self.shift)
             self.products = torch.zeros_like(self.shift.outer(self.shift))
@@ -41,6 +41,6 @@ class Moments:
         return (self.products / self.tokens - mean.outer(mean)).cpu()
 
     def find_principal_directions(self) -> tuple[Tensor, Tensor]:
-        """Variances [d] and directions [d, d] (rows), the largest first."""
+        """Variances [d] and directions [d, d] (rows), the largest variance first."""
         variances, columns = torch.linalg.eigh(self.covariance)
         return variances.flip(0).clamp(min=0), columns.T.flip(0)

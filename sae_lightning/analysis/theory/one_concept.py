@@ -16,7 +16,7 @@ from sae_lightning.report.section import ResultTable, Section
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-MIN_OCCURRENCES = 20  # tokens of a concept in each half; with fewer a score means little
+MIN_OCCURRENCES = 20  # tokens of a concept in each half; with fewer, scores mean little
 
 
 class ConceptDetectors(NamedTuple):
@@ -24,16 +24,16 @@ class ConceptDetectors(NamedTuple):
 
     concept: str
     share: float
-    """Share of tokens that belong to it, in the half that is scored."""
+    """Share of tokens that belong to the concept, in the half that is scored."""
     feature: Detector
     neuron: Detector
     """The best of the site's dimensions, in either direction."""
     few: Detector
-    """The best of as many random features as neurons have directions (2 d)."""
+    """The best of 2 d randomly chosen features: as many as neurons have directions."""
 
 
 def detect_concepts(features: StrengthCounts, neurons: StrengthCounts) -> list[ConceptDetectors]:
-    """The best units for each concept with MIN_OCCURRENCES, the most frequent first."""
+    """The best units for each concept that is frequent enough, the most frequent first."""
     tokens, units, d = features.token_counts, features.counts.shape[2], neurons.counts.shape[2]
     few = torch.randperm(units, generator=Generator().manual_seed(0))[: 2 * d]
     detected = [
@@ -51,7 +51,7 @@ def detect_concepts(features: StrengthCounts, neurons: StrengthCounts) -> list[C
 
 
 def compare_units(detected: list[ConceptDetectors]) -> dict[str, Any]:
-    """Mean scores over concepts of the best feature, neuron, and feature of as few as neurons."""
+    """Mean scores over concepts of the best feature, neuron, and one of 2 d random features."""
     means = {
         f"{kind}_{score}": sum(getattr(getattr(best, kind), score) for best in detected)
         / max(1, len(detected))

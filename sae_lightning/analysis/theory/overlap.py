@@ -1,4 +1,4 @@
-"""Whether decoder rows are nearly orthogonal: their cosines against those of random directions.
+"""Whether decoder rows are nearly orthogonal: cosines of decoder rows and of random directions.
 
 Shapes: d = width of the site; rows = decoder rows compared with all others.
 """
@@ -20,7 +20,7 @@ class Cosines(NamedTuple):
     counts: Tensor
     """[COSINE_BINS] int64: number of pairs by cosine"""
     nearest: Tensor
-    """[rows] the largest cosine of each"""
+    """[rows] largest cosine of each row with another direction"""
 
     def find_share_above(self, cosine: float) -> float:
         """Share of pairs whose |cosine| is above `cosine`, which is rounded to 0.001."""
@@ -45,9 +45,9 @@ class Cosines(NamedTuple):
 
 def compare_directions(decoder: Tensor, data: Tensor) -> dict[str, Cosines]:
     """Cosines of decoder rows [features, d], of as many random directions, and of random directions
-    with the covariance of the activations (which share the directions of greatest variance).
+    drawn with the covariance of the activations.
 
-    data: [d, d] matrix that turns white noise (rows) into noise with that covariance.
+    data: [d, d] matrix that gives rows of white noise that covariance (noise @ data).
     """
     generator = Generator().manual_seed(0)
     chosen = torch.randperm(len(decoder), generator=generator)[:COMPARED_ROWS]
@@ -60,12 +60,12 @@ def compare_directions(decoder: Tensor, data: Tensor) -> dict[str, Cosines]:
 
 
 def count_cosines(directions: Tensor, chosen: Tensor) -> Cosines:
-    """Cosines of the directions with indices `chosen` [rows] with all others in [n, d]."""
+    """Cosines of the rows `chosen` [rows] of `directions` [n, d] with all other rows."""
     directions = normalize(directions.float(), dim=1)
     counts, nearest = torch.zeros(COSINE_BINS, dtype=torch.int64), []
     for part in chosen.split(ROWS_AT_ONCE):
         table = (directions[part] @ directions.T).clamp_(-1, 1)
-        table[torch.arange(len(part)), part] = -2  # itself: below all bins
+        table[torch.arange(len(part)), part] = -2  # with itself: below all bins
         counts += table.histc(COSINE_BINS, -1, 1).long()
         nearest.append(table.amax(dim=1))
     return Cosines(counts, torch.cat(nearest))

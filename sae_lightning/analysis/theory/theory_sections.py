@@ -1,6 +1,6 @@
 """Sections on the claims of the theory: prediction against measurement.
 
-Which sentence is printed depends on the number that it reports.
+The wording of each verdict depends on the measured numbers.
 """
 
 import math
@@ -17,7 +17,7 @@ from sae_lightning.report.section import ResultTable, Section
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-COSINE_BINS_PER_POINT = 20  # of a curve in the figure
+COSINE_BINS_PER_POINT = 20  # histogram bins for each point of a curve
 MAX_BARS = 80
 
 
@@ -65,7 +65,7 @@ def _make_agreement_section(result: Theory) -> Section:
 
 
 def _draw_around_zero(values: Tensor, axis: str, name: str) -> "Figure":
-    """Histogram of the values with a line at 0 and its name."""
+    """Histogram of the values, with a vertical line at 0 labelled `name`."""
     drawn = plot_histogram(values, axis)
     places = drawn.data[0].x
     side = "left" if places[0] + places[-1] < 0 else "right"
@@ -127,7 +127,7 @@ def _make_overlap_section(result: Theory) -> Section:
     for key, name in names.items():
         counts = result.overlap[key].counts.view(-1, COSINE_BINS_PER_POINT).sum(dim=1)
         middles = (torch.arange(len(counts)) + 0.5) * 2 / len(counts) - 1
-        shares = torch.where(counts > 0, counts / counts.sum(), math.nan)  # a gap, not a plunge
+        shares = torch.where(counts > 0, counts / counts.sum(), math.nan)  # 0 on a log axis: a gap
         densities.add_scatter(x=middles.numpy(), y=shares.numpy(), name=name, mode="lines")
     return Section(
         title="Nearly orthogonal directions",

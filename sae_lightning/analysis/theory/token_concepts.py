@@ -1,9 +1,9 @@
 """Concepts that anyone can see in English text, as word lists and patterns.
 
-text     Thou  shalt  not  kill  .         one string, of the tokens as they read
-thou     ^^^^                              a pattern's matches, in characters
+text     Thou  shalt  not  kill  .         the tokens joined into one string
+thou     ^^^^                              the characters that a pattern matches
 tokens   [Th][ou][ shalt][ not][ kill][.]
-member    1   1     0       0     0    0   a token belongs if it holds a character of a match
+member    1   1     0       0     0    0   1 if the token has a matched character
 """
 
 import re
@@ -13,7 +13,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-# whole words, in upper or lower case
+# matched as whole words, ignoring case
 WORD_LISTS = {
     "articles": "a an the",
     "prepositions": """of in on at by with from upon under over through against between among
