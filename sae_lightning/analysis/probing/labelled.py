@@ -1,8 +1,8 @@
-"""Labelled text in folds that share nothing by which a probe could cheat.
+"""Labelled text, split into folds so that a probe cannot cheat.
 
-genre            each fold has plays of its own
+genre            each fold has its own plays
 play, speaker    | fold 0 . . . |gap| fold 1 . . . |gap| fold 2 . . . |gap| fold 3 . . . |
-a data set       each fold has documents of its own; of two that are alike one is dropped
+a data set       each fold has its own documents; of those that begin alike, one is kept
 """
 
 from collections import Counter
@@ -36,13 +36,13 @@ class Labelled(NamedTuple):
     target: Tensor
     """[pieces] int64 class of each piece."""
     fold: Tensor
-    """[pieces] int64, 0 to FOLDS - 1: a fold is tested by probes that never saw it."""
+    """[pieces] int64, 0 to FOLDS - 1: probes are tested on a fold that they never saw."""
     tokens: Tensor
     """[pieces, context] int64: BOS, the piece, padding."""
     text: Tensor
-    """[pieces, context] bool: neither BOS nor padding."""
+    """[pieces, context] bool: True for tokens of the piece, False for BOS and padding."""
     notes: list[str]
-    """Sentences that a reader of the scores has to know."""
+    """Caveats that a reader of the scores should know."""
 
     def split_batches(self, n: int) -> Iterator[Sequences]:
         """All pieces in order, n at a time."""
@@ -119,7 +119,7 @@ def pick_classes(label: str, pieces: list[Piece], tokens: int, width: int) -> li
 
 
 def pick_pieces(pieces: list[Piece], classes: list[str], total: int) -> list[Piece]:
-    """Pick about `total` pieces, equally many of each class and fold, evenly spread in order."""
+    """Pick about `total` pieces, evenly spaced, if possible equally many of each class and fold."""
     by_class = {name: [[] for _ in range(FOLDS)] for name in classes}
     for piece in pieces:
         if piece.name in by_class:
@@ -134,7 +134,7 @@ def pick_pieces(pieces: list[Piece], classes: list[str], total: int) -> list[Pie
 
 
 def share_out(available: list[int], total: int) -> list[int]:
-    """Split `total` equally, no share above what is `available`; the rest goes to the others."""
+    """Split `total` equally, with no share above what is `available`; others get the rest."""
     shares, left = [0] * len(available), total
     for rank, i in enumerate(sorted(range(len(available)), key=available.__getitem__)):
         shares[i] = min(available[i], left // (len(available) - rank))
@@ -143,15 +143,15 @@ def share_out(available: list[int], total: int) -> list[int]:
 
 
 def _cut_beginnings(pieces: list[Piece], tokenizer: Any, packing: Packing) -> list[Piece]:
-    """Cut texts to their first tokens, and keep one of those that begin alike."""
+    """Cut texts to their first tokens; of texts that then are equal, keep one."""
     texts = tokenise_documents(tokenizer, [piece.content for piece in pieces], packing.separator)
     windows = [text[:-1][: packing.width] for text in texts]
-    # documents may begin alike and go on differently, and so be in two folds
+    # different documents with equal beginnings may lie in two folds
     distinct = {window.tobytes(): n for n, window in enumerate(windows)}.values()
     return [pieces[n]._replace(content=windows[n]) for n in distinct]
 
 
 def _natural_key(name: str) -> tuple[bool, float, str]:
-    """Sort key by which 2 comes before 10."""
+    """Sort key that puts 2 before 10."""
     number = name.lstrip("-").isdecimal()
     return not number, float(name) if number else 0.0, name

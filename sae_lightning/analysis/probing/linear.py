@@ -17,7 +17,7 @@ from numpy import ndarray
 
 UNITS_AT_ONCE = 4096  # ranked at a time: bounds memory
 SPARSE_C = 0.1  # for k standardised units; 0.01 and 1 change the AUROC at k = 16 by < 0.02
-# for all units, scaled so that their squares sum to about 1; chosen on the fitted folds
+# candidates for all units, scaled so that their squares sum to about 1
 ALL_C = (1.0, 10.0, 100.0, 1000.0)
 
 
@@ -25,9 +25,9 @@ class FoldScore(NamedTuple):
     """Scores of probes on a fold that they were not fitted on."""
 
     accuracy: float
-    """Share of pieces whose class scores highest."""
+    """Share of pieces whose true class scores highest."""
     auroc: float
-    """Of each class against the rest, averaged over classes."""
+    """AUROC of each class against the rest, averaged over classes."""
 
 
 class Fold:
@@ -47,8 +47,8 @@ class Fold:
         self.aurocs = measure_aurocs(self.x, self.target, self.classes)
 
     def score_best_units(self) -> tuple[ndarray, ndarray]:
-        """The unit that tells each class best on the fitted folds, and its AUROC on the tested one
-        (below 1/2 if its sign is reversed there), both [classes]."""
+        """The unit that tells each class best on the fitted folds, and its AUROC on the tested
+        fold (below 1/2 if its sign is reversed there), both [classes]."""
         unit = np.abs(self.aurocs - 0.5).argmax(1)
         sign = np.sign(self.aurocs[range(self.classes), unit] - 0.5)
         chosen = self.test_x[:, unit] * sign  # [pieces, classes]
@@ -76,8 +76,8 @@ class Fold:
 
         x, test_x = self.x, self.test_x
         if x.shape[1] > len(x):
-            # With a squared penalty the best weights are a sum of the fitted rows: solved in the
-            # space that the rows span, the problem is the same and far smaller.
+            # With an L2 penalty the best weights are a linear combination of the fitted rows, so
+            # that solving in the space of the rows gives the same probe and is far cheaper.
             basis = np.linalg.svd(x, full_matrices=False)[2].T
             x, test_x = x @ basis, test_x @ basis
         scale = self.x.shape[1] ** -0.5
@@ -102,7 +102,7 @@ def measure_aurocs(x: ndarray, target: ndarray, classes: int) -> ndarray:
 
     members = np.eye(classes)[target].T  # [classes, pieces]
     inside = members.sum(1, keepdims=True)
-    # ranks take many times the memory of their input
+    # rankdata takes many times the memory of its input
     parts = [x[:, first : first + UNITS_AT_ONCE] for first in range(0, x.shape[1], UNITS_AT_ONCE)]
     ranks = np.concatenate([members @ rankdata(part, axis=0) for part in parts], axis=1)
     wins = ranks - inside * (inside + 1) / 2
@@ -111,7 +111,7 @@ def measure_aurocs(x: ndarray, target: ndarray, classes: int) -> ndarray:
 
 
 def score_predictions(scores: ndarray, target: ndarray) -> FoldScore:
-    """Accuracy and AUROC of scores [pieces, classes]; of two classes the scores of class 1 are
+    """Accuracy and AUROC of scores [pieces, classes]; with two classes the scores of class 1 are
     enough."""
     if scores.ndim == 1 or scores.shape[1] == 1:
         scores = scores.reshape(-1, 1) * [-1, 1]

@@ -1,4 +1,4 @@
-"""Pieces of labelled text: of the packaged plays, or of any data set with a column of labels."""
+"""Pieces of labelled text, from the packaged plays or any data set with a column of labels."""
 
 import math
 import re
@@ -18,7 +18,7 @@ from sae_lightning.stream.packing import Packing
 from sae_lightning.stream.plays import find_plays
 
 FOLDS = 4
-RIVAL_PLAYS = 4  # plays whose two greatest speakers are told apart
+RIVAL_PLAYS = 4  # plays from which the two main speakers are taken
 HEADING = re.compile(r"\*\*([^*\n]+)\*\*\s*")
 STAGE_DIRECTION = re.compile(r"_*\\?\[[^\]]*\]_*[ \t]*\n?|_[^_]+_[ \t]*\n?")
 NAMES_NOTE = "Names of characters stand in the text and may give a class away."
@@ -41,15 +41,15 @@ class Piece(NamedTuple):
     name: str
     """Its class."""
     fold: int
-    """0 to FOLDS - 1: a fold is tested by probes that never saw it."""
+    """0 to FOLDS - 1: probes are tested on a fold that they never saw."""
     content: Any
-    """Its tokens, or a text that begins with them."""
+    """Its tokens, or a text whose first tokens it will be."""
 
 
 def cut_plays(
     label: str, tokenizer: Any, packing: Packing, seed: int
 ) -> tuple[list[Piece], list[str]]:
-    """All pieces of the packaged plays, and notes for the reader."""
+    """Cut the packaged plays into pieces; also return notes for the reader."""
     if label not in SPLIT_NOTES:
         raise UserError(
             f"label={label}: the packaged plays have {', '.join(SPLIT_NOTES)}; for a column of a "
@@ -75,7 +75,7 @@ def cut_plays(
 
 
 def deal_folds(names: list[str], seed: int) -> list[int]:
-    """Assign a fold to each text: those of a class go to the folds in turn, in random order."""
+    """Assign a fold to each text, given its class: each class is shuffled and dealt in turn."""
     folds, dealt = [0] * len(names), Counter()
     for i in np.random.default_rng(seed).permutation(len(names)):
         folds[i] = dealt[names[i]] % FOLDS
@@ -84,7 +84,7 @@ def deal_folds(names: list[str], seed: int) -> list[int]:
 
 
 def pick_fold(place: int, places: int) -> int | None:
-    """The fold of a window of a text; None for a gap: the window before each fold but the first.
+    """The fold of a window of a text; None for the gap in front of each fold but the first.
 
     | 0 . . . |gap| 1 . . . |gap| 2 . . . |gap| 3 . . . |
     """
@@ -109,8 +109,8 @@ def extract_speeches(text: str) -> dict[str, str]:
 
 
 def find_rivals(plays: dict[str, tuple[str, str]]) -> dict[str, str]:
-    """`SPEAKER (play)` -> speech of a play's two greatest speakers, in the RIVAL_PLAYS plays whose
-    second speaker says most."""
+    """`SPEAKER (play)` -> all that the two main speakers of a play say, for the RIVAL_PLAYS plays
+    in which the second of them says most."""
     pairs = {}
     for play, (_, text) in plays.items():
         ranked = sorted(extract_speeches(text).items(), key=lambda speech: -len(speech[1]))
@@ -123,7 +123,7 @@ def find_rivals(plays: dict[str, tuple[str, str]]) -> dict[str, str]:
 def cut_documents(
     config: HubConfig | LocalConfig, label: str, seed: int
 ) -> tuple[list[Piece], list[str]]:
-    """The beginnings of documents (text), and notes for the reader."""
+    """The beginning of each document, as text; also return notes for the reader."""
     hub = isinstance(config, HubConfig)
     where = f"data.name={config.name}" if hub else f"data.path={config.path}"
     try:
@@ -180,8 +180,8 @@ def _read_rows(
 
 
 def _read_class(value: Any, names: list[str] | None, where: str) -> str | None:
-    """The name of a label; None where there is none."""
-    if value is None or value != value:  # NaN stands for a missing value in tables
+    """The name of a label; None if it is missing."""
+    if value is None or value != value:  # NaN: missing in a table
         return None
     if names is not None:
         return names[value] if value >= 0 else None

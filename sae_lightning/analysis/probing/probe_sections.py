@@ -23,7 +23,7 @@ MEASURES = {"AUROC": "auroc", "accuracy": "accuracy"}
 
 
 def make_probe_sections(probes: Probes) -> list[Section]:
-    """How well k units tell the classes, and which unit tells which class."""
+    """How well k units tell classes apart, and the best unit for each class."""
     return [_make_comparison_section(probes), _make_units_section(probes)]
 
 

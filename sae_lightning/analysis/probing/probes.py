@@ -3,9 +3,9 @@
     labelled pieces -> LLM -> site ----------> mean over tokens -> neurons   [pieces, d]
                                └-> SAE ------> mean over tokens -> features  [pieces, features]
 
-k-sparse probing (Gurnee et al. 2023, 2305.01610): how well can a class be told from k units? All
-neurons together are the dense activation. Random directions, as many as there are features, show
-what the choice among so many gains by itself.
+k-sparse probing (Gurnee et al. 2023, 2305.01610): how well do k units predict a class? All neurons
+together are the dense activation. Random directions, as many as there are features, show how much
+is gained just by choosing among so many.
 """
 
 from collections import Counter
@@ -27,7 +27,7 @@ FEATURES, NEURONS, RANDOM = "features", "neurons", "random directions"
 
 
 class ProbeScore(NamedTuple):
-    """Probes on k units of one kind, each fold tested by probes that were not fitted on it."""
+    """Scores of probes on k units of one kind; each fold is scored by probes not fitted on it."""
 
     units: str
     """features, neurons or random directions"""
@@ -50,11 +50,11 @@ class BestUnit(NamedTuple):
     """The single unit that best tells a class from all others."""
 
     unit: int
-    """The one that most folds chose."""
+    """The unit that was chosen most often."""
     folds: int
-    """How many folds chose it."""
+    """Number of folds for which it was chosen."""
     auroc: float
-    """Mean over tested folds, each with the unit that was chosen for it."""
+    """Mean AUROC over tested folds, each with the unit that was chosen for it."""
 
 
 class Probes(NamedTuple):
@@ -68,7 +68,7 @@ class Probes(NamedTuple):
     """Tokens of a piece, BOS included."""
     notes: list[str]
     scores: list[ProbeScore]
-    """Of each kind of units and each k."""
+    """One for each kind of units and each k."""
     matches: dict[str, list[BestUnit]]
     """features, neurons -> the best unit of each class."""
 
@@ -97,7 +97,7 @@ class Probes(NamedTuple):
 
 
 class PieceMeans:
-    """Means over the tokens of each piece of text, a row a piece."""
+    """Mean activations over the tokens of each piece of text."""
 
     def __init__(self, pieces: int) -> None:
         self._pieces, self._filled = pieces, 0
@@ -109,8 +109,8 @@ class PieceMeans:
         means = {FEATURES: batch.features.sum(1) / count, NEURONS: (batch.x * keep).sum(1) / count}
         end = self._filled + len(count)
         for units, rows in means.items():
-            # all of it at once: rows kept one by one would lie between the large tensors of the
-            # batches, whose memory could then not be used again
+            # allocated once: small tensors that outlive the large ones of each batch would
+            # fragment memory
             if units not in self._means:
                 self._means[units] = torch.empty(self._pieces, rows.shape[1])
             self._means[units][self._filled : end] = rows
@@ -146,7 +146,7 @@ def fit_probes(
     with phase("fitting probes", total=len(representations)) as advance:
         for units, x in representations.items():
             sizes: list[int | None] = [size for size in k if size < x.shape[1]]
-            if units != RANDOM:  # together they say what all neurons say
+            if units != RANDOM:  # all of them together hold the same as all neurons
                 sizes.append(None)
             fold_scores, best_units = _fit_folds(x, labelled, sizes)
             scores += [ProbeScore(units, *of_k) for of_k in fold_scores.items()]
