@@ -1,7 +1,7 @@
 """`task=text`: which features fire on each token of the user's own text.
 
-BOS  The  king  is  dead        The text is read as in training: in sequences of data.context
- .    *     *    *    *         tokens that begin with BOS, on which the SAE does not run.
+BOS  The  king  is  dead        As in training, the text is cut into sequences of data.context
+ .    *     *    *    *         tokens. Each begins with BOS; the SAE does not run on BOS.
 """
 
 from collections.abc import Collection, Sequence
@@ -28,11 +28,11 @@ from sae_lightning.stream.flat import tokenise_documents
 from sae_lightning.stream.packing import Packing, Sequences
 
 MAX_TEXT_TASK_TOKENS = 4096
-MAX_FILE_BYTES = 1 << 20  # a longer file is refused unread: it has more tokens than that
-TOKEN_TABLE_LINES = 60  # of the table at the terminal
-SUMMARY_FEATURES = 10  # features of the whole text at the terminal
+MAX_FILE_BYTES = 1 << 20  # a longer file is refused unread: it has too many tokens
+TOKEN_TABLE_LINES = 60  # lines of the table in the terminal
+SUMMARY_FEATURES = 10  # features of the whole text listed in the terminal
 FEATURE_COLUMNS = ["feature", "strength", "of maximum", "strongest on"]
-CATALOGUE_SETTINGS = {"tokens", "examples", "neurons"}  # if one is typed, a kept one is not used
+CATALOGUE_SETTINGS = {"tokens", "examples", "neurons"}  # setting one makes a new catalogue
 
 
 @dataclass(slots=True, kw_only=True)
@@ -92,7 +92,7 @@ class TextTask(FeaturesTask):
 
 
 def read_text_file(name: str) -> str:
-    """The text in a UTF-8 file; UserError if it cannot be read or is too long."""
+    """Read a UTF-8 file; UserError if it cannot be read or is too long."""
     path = Path(name)
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
@@ -111,8 +111,8 @@ def read_text_file(name: str) -> str:
 
 
 def make_sequences(subject: Subject, text: str, where: str = "text") -> Sequences:
-    """Tokenize and cut the text as training does; UserError, which names `where` the text is from,
-    if it is empty or too long or has a token that the LLM does not know."""
+    """Tokenize the text and cut it as training does. UserError (naming `where` the text is from) if
+    it is empty or too long or has a token that the LLM does not know."""
     tokenizer, context = subject.tokenizer, subject.config.data.context
     separator = find_separator_id(tokenizer)
     ids = tokenise_documents(tokenizer, [text], separator)[0][:-1]
@@ -131,13 +131,13 @@ def make_sequences(subject: Subject, text: str, where: str = "text") -> Sequence
 
 @torch.no_grad()
 def annotate(subject: Subject, text: str, where: str = "text") -> list[AnnotatedToken]:
-    """The tokens of a text, with BOS before each sequence, and the features that fire on each.
+    """List the tokens of a text, with BOS before each sequence, and the features firing on each.
 
     UserError: the text is empty or too long, or has a token that the LLM does not know.
     """
     sequences, batch = make_sequences(subject, text, where), subject.config.llm.batch
     parts = [Sequences(*part) for part in zip(*(x.split(batch) for x in sequences), strict=True)]
-    # the median norm, to which max_norm refers, is that of the first batch of the run's own text
+    # max_norm is relative to the median norm of the first batch of the run's own text
     first = [] if subject.config.data.max_norm is None else [subject.corpus.train.next(batch)]
     firing = FeaturesByToken(subject.sae.W_dec.norm(dim=1), sum(len(part.ids) for part in first))
     total = firing.skip + len(sequences.ids)
@@ -152,11 +152,10 @@ def annotate(subject: Subject, text: str, where: str = "text") -> list[Annotated
 
 
 class FeaturesByToken:
-    """A reducer: the features that fire on each token, in all but the first `skip` sequences."""
+    """A reducer: the features that fire on each token, except in the first `skip` sequences."""
 
     def __init__(self, decoder_norms: Tensor, skip: int):
-        """decoder_norms [features]: features are sorted by strength times norm, the length of what
-        they write."""
+        """decoder_norms [features]: each token's features are sorted by strength x decoder norm."""
         self.decoder_norms, self.skip = decoder_norms, skip
         self.by_token: dict[tuple[int, int], tuple[bool, Tensor, Tensor]] = {}
         """(sequence, position) -> whether the SAE reads the token, features, their strengths."""
@@ -171,12 +170,12 @@ class FeaturesByToken:
 
 
 def as_json(fired: FiredFeature, annotated: AnnotatedText) -> dict[str, Any]:
-    """An entry of `text.json`: a feature on a token, with words on which it is strongest."""
+    """Make an entry of `text.json`: a feature that fires, and words on which it is strongest."""
     return fired._asdict() | {"words": annotated.list_words(fired.feature)}
 
 
 def make_token_section(annotated: AnnotatedText, top: int) -> Section:
-    """The `top` features of each token, of as many tokens as fit into the terminal's table."""
+    """List the `top` features of each token, for as many tokens as fit into the table."""
     rows: list[list[str]] = []
     read = [place for place, token in enumerate(annotated.tokens) if token.read]
     shown = read[: max(1, TOKEN_TABLE_LINES // top)]
@@ -200,7 +199,7 @@ def make_token_section(annotated: AnnotatedText, top: int) -> Section:
 def make_text_section(
     annotated: AnnotatedText, strongest: Sequence[FiredFeature], contexts: int
 ) -> Section:
-    """The `strongest` features of the whole text, which was read as `contexts` sequences."""
+    """List the `strongest` features of the whole text, which was read as `contexts` sequences."""
     read = sum(token.read for token in annotated.tokens)
     active = sum(len(token.features) for token in annotated.tokens) / max(1, read)
     cut = f" in {contexts} sequences (of data.context, as in training)" if contexts > 1 else ""
@@ -218,7 +217,7 @@ def make_text_section(
 
 
 def make_cells(fired: FiredFeature, annotated: AnnotatedText) -> list[str]:
-    """One row of a table, in the order of FEATURE_COLUMNS."""
+    """Format a feature as cells of a table row, in the order of FEATURE_COLUMNS."""
     share = "–" if fired.share is None else f"{fired.share:.0%}"
     words = " ".join(f"‘{word}’" for word in annotated.list_words(fired.feature))
     more = f" +{fired.copies}" if fired.copies else ""

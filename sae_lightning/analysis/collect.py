@@ -1,8 +1,8 @@
-"""One pass over text that feeds every reducer; memory does not grow with the text.
+"""One pass over text that feeds every reducer; activations are held for one batch at a time.
 
 sequences -> capture -> encode -> EncodedBatch -> reducer.add(batch), for each reducer
 
-Shapes: sequences = number of sequences in a batch, context = tokens of each.
+Shapes: sequences = sequences in a batch, context = tokens per sequence.
 """
 
 from collections.abc import Iterable, Iterator
@@ -27,13 +27,13 @@ MAX_STRENGTHS = 1 << 25  # feature activations in memory at a time (128 MB)
 
 @dataclass(eq=False)
 class EncodedBatch:
-    """Some sequences with their activations and features, on the LLM's device."""
+    """Sequences with their activations and features, on the LLM's device."""
 
     tokens: Tensor
     """[sequences, context] int64"""
     keep: Tensor
-    """[sequences, context] bool: false for tokens that training leaves out: BOS, padding, other
-    special tokens, norms above data.max_norm"""
+    """[sequences, context] bool: false for tokens that training drops: BOS, padding, other special
+    tokens, norms too large for data.max_norm"""
     x: Tensor
     """[sequences, context, d_in] activations at the source, float32"""
     y: Tensor
@@ -42,30 +42,30 @@ class EncodedBatch:
     """[sequences, context, features] strengths; 0 where not `keep`; [sequences, context, 0] if the
     SAE was not run"""
     ids: Tensor
-    """[sequences] index of each sequence in the order of reading"""
+    """[sequences] index of each sequence in reading order"""
 
     @cached_property
     def active_features(self) -> tuple[Tensor, Tensor]:
-        """The features that are active anywhere in the batch, few if the SAE is large: strengths
-        [sequences, context, some], and their indices [some], ascending, on the CPU."""
+        """Strengths [sequences, context, some] of the features that are active in the batch, and
+        their indices [some], ascending, on the CPU."""
         fires = self.features.flatten(0, 1).amax(dim=0) > 0
         units = fires.nonzero().squeeze(1)
         return self.features.index_select(-1, units), units.cpu()
 
 
 class Reducer(Protocol):
-    """Something that is accumulated over a pass through the text."""
+    """Accumulates a result over one pass through the text."""
 
     def add(self, batch: EncodedBatch) -> None:
-        """Accumulate a batch; the state must not grow with the number of sequences."""
+        """Accumulate a batch; must not keep whole batches, which would fill the memory."""
         ...
 
 
 def excerpt(source: TokenStream, tokens: int, batch: int) -> tuple[Iterator[Sequences], int]:
-    """The next `tokens` tokens of a text (rounded up to whole sequences), or all of a shorter one,
-    as batches of `batch` sequences; and the number of these sequences."""
+    """Take the next `tokens` tokens of a text, rounded up to whole sequences, or all of a shorter
+    text -> batches of `batch` sequences, and the number of sequences in all."""
     needed = -(-tokens // source.packing.width)
-    # never twice: a repeated sequence would be a second example; a streamed text has no length
+    # never twice: a repeated sequence would count as a second example; a stream has no length
     total = min(needed, getattr(source, "windows", needed))
     if total < needed:
         console.print(f"the text has fewer than {tokens:,} tokens: all of it is read, once")
@@ -82,10 +82,10 @@ def collect(
     what: str = "reading text",
     encode: bool = True,
 ) -> None:
-    """Run `text` (`total` sequences) through LLM and SAE and feed every reducer, with a progress
-    bar; the SAE is skipped unless `encode`."""
+    """Run `text` (`total` sequences) through the LLM and, if `encode`, the SAE, and feed every
+    reducer; shows a progress bar."""
     data, reducers, usual, read = subject.config.data, list(reducers), None, 0
-    keep_freed_memory()  # page faults would take half of the time of a large SAE
+    keep_freed_memory()  # else page faults take much of a large SAE's time
     dropped = torch.tensor([] if data.keep_special else find_special_ids(subject.llm.tokenizer))
     with phase(what, total=total) as advance:
         for sequences in text:
@@ -93,7 +93,7 @@ def collect(
             keep = (sequences.is_text & ~torch.isin(sequences.tokens, dropped)).to(subject.device)
             if data.max_norm is not None:
                 rows = {site: values[keep] for site, values in captured.items()}
-                usual = usual or compute_medians(rows)  # of the first batch, as in training
+                usual = usual or compute_medians(rows)  # from the first batch, as in training
                 keep = keep.masked_scatter(keep, find_usual_rows(rows, usual, data.max_norm))
             ids = torch.arange(read, read + len(keep))
             tokens = sequences.tokens.to(subject.device)

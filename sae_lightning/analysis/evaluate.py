@@ -41,11 +41,11 @@ class EvaluateTask(Task):
 
 
 class Evaluation(NamedTuple):
-    """The scorecard of an SAE, with what is needed to show it."""
+    """The scorecard of an SAE, and other numbers that are shown with it."""
 
     card: scorecard.Scorecard
     tokens: int
-    """Tokens that were read; the LLM's loss may be measured on fewer of them."""
+    """Number of tokens read; the LLM's loss may be measured on fewer."""
     norms: Tensor
     """[features] norms of decoder rows"""
 
@@ -63,7 +63,7 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(sae: SAE, held_out: HeldOut | HeldOutConcepts, sites: SitePair) -> Evaluation:
-    """Score an SAE as it was saved; metrics are NaN where they would divide by zero."""
+    """Score a saved SAE; metrics are NaN where they would divide by zero."""
     x = held_out.activations(sites.source)
     sae = sae.to(x.device)
     (card,) = scorecard.score_saes(
@@ -75,9 +75,10 @@ def evaluate(sae: SAE, held_out: HeldOut | HeldOutConcepts, sites: SitePair) -> 
 def score_subject(
     subject: Subject, tokens: int | None = None, opened: tuple[LLM, SplitTokens] | None = None
 ) -> Evaluation:
-    """Score `subject` on `tokens` held-out tokens, or on as many as the run's own evaluation;
-    `opened`: LLM and text if they are loaded already (otherwise only the needed part of the LLM
-    is loaded)."""
+    """Score `subject` on `tokens` held-out tokens, by default as many as the run's own evaluation.
+
+    opened: LLM and text, if already loaded; otherwise only the needed part of the LLM is loaded.
+    """
     config, sites = subject.config, distinct_sites([subject.sites])
     counts = tokens or config.eval.tokens, tokens or config.eval.loss_tokens
     held_out = config.data_source.open_held_out(sites, *counts, opened)

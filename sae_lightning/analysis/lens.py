@@ -4,11 +4,11 @@
                  read                                             promoted, suppressed
 
 The blocks in between are approximated by linear maps, fitted on a little text (Din et al. 2023,
-"Jump to conclusions"); for features that the user names, they are run with the feature added.
-Without text they are skipped, as if embedding, site and unembedding shared one space (the logit
-lens, nostalgebraist 2020; the direct path, Elhage et al. 2021). That works only if few blocks are
-skipped. After block 9 of SmolLM2-135M's 30 it fails: of 765 features that fire mostly on one token,
-that token is among the ten that they read for 2 features; with the linear map, for 718.
+"Jump to conclusions"); for features that the user names, the later blocks are run with the feature
+added. Without text, blocks are skipped, as if embedding, site and unembedding shared one space (the
+logit lens, nostalgebraist 2020; the direct path, Elhage et al. 2021). Skipping many blocks fails:
+after block 9 of SmolLM2-135M's 30, of 765 features that fire mostly on one token, only 2 have that
+token among the ten that they read; with the linear map, 718 do.
 
 Shapes: features = features of the SAE; k = tokens listed; vocabulary = tokens of the LLM; d = width
 of the residual stream.
@@ -42,12 +42,12 @@ from sae_lightning.terminal import phase
 MAX_PRODUCTS = 2**24  # products of features and tokens in memory at a time
 SHARPEST_SHOWN = 10  # features shown if the user names none
 
-FIT_TOKENS = 8192  # to fit the linear maps on; three times as many give no better maps
-RIDGE_PENALTY = 0.5  # of the mean variance; results are similar from 0.3 to 1
+FIT_TOKENS = 8192  # for fitting the linear maps; three times as many do not improve them
+RIDGE_PENALTY = 0.5  # times the mean variance; results are similar from 0.3 to 1
 MAX_CONTEXTS = 1000
-REFERENCE_FEATURES = 200  # random features, whose mean effect is that of any perturbation
+REFERENCE_FEATURES = 200  # random features; their mean effect is the baseline
 CONTEXT_TOKENS = 16  # length of the contexts; features are added at the last token
-# Norm of what is added, over that of the activation; the effect of less is lost in noise.
+# Norm of the added vector over the activation's norm; below this, effects are lost in noise.
 ADDED_LENGTH = 0.4
 
 
@@ -86,10 +86,11 @@ class Lens(NamedTuple):
     """Tokens that features promote, suppress and read."""
 
     effect: LogitEffect | None
-    """Tokens promoted and suppressed; None without a direct path from the target (mlp_in)."""
+    """Tokens promoted and suppressed; None if no text is read and the target is mlp_in, which has
+    no direct path to the logits."""
     read: Tensor | None
-    """[features, k] ids with the largest product with the encoder, int64; None without a direct
-    path to the source (attn, mlp)."""
+    """[features, k] ids of the tokens with the largest product with the encoder, int64; None if no
+    text is read and the source is attn or mlp, to which tokens have no direct path."""
 
 
 @torch.no_grad()
@@ -100,11 +101,11 @@ def lens(
     features: Sequence[int] = (),
     contexts: int = 16,
 ) -> Lens:
-    """The `top` tokens that each feature promotes, suppresses and reads, by linear maps that are
-    fitted on `text`, or by the direct path without `text`.
+    """Find the `top` tokens that each feature promotes, suppresses and reads, by linear maps fitted
+    on `text`, or without `text` by the direct path.
 
-    features: those whose effect is measured instead, in `contexts` pieces of the text. The lists
-    are rankings: effects have an unknown positive scale, and a feature need not fire on the tokens
+    features: have their effect measured instead, in `contexts` pieces of the text. The lists are
+    rankings only: effects have an unknown positive scale, and a feature may not fire on a token
     that it reads, because its bias and the context matter too.
     """
     tokens = read_embedding(
@@ -119,7 +120,7 @@ def lens(
             rows[list(features)] = _measure_rows(subject, text, list(features), contexts)
     read = None
     if columns is not None:
-        # rows beyond the tokenizer pad the embedding: no token has them
+        # rows beyond the tokenizer's length are padding
         words = len(subject.llm.tokenizer)
         parts = _multiply_slices("embedding", columns, tokens[:words])
         read = torch.cat([x.topk(min(top, words)).indices for x in parts]).cpu()
@@ -128,7 +129,7 @@ def lens(
 
 @torch.no_grad()
 def measure_effects(subject: Subject, text: TokenStream, top: int = 10) -> LogitEffect:
-    """The `top` tokens that each feature promotes and suppresses, by a linear map fitted on
+    """Find the `top` tokens that each feature promotes and suppresses, by a linear map fitted on
     `text`."""
     model = subject.llm.model
     tokens = read_embedding(model, model.get_input_embeddings().num_embeddings)
@@ -136,7 +137,7 @@ def measure_effects(subject: Subject, text: TokenStream, top: int = 10) -> Logit
 
 
 def _unembed_rows(subject: Subject, rows: Tensor, top: int) -> LogitEffect:
-    """The effect on the logits of adding `rows` [features, d] to the unembedding's input."""
+    """Find how adding `rows` [features, d] to the unembedding's input changes the logits."""
     words = len(subject.llm.tokenizer)
     unembedding = subject.llm.model.get_output_embeddings().weight[:words]
     parts = [
@@ -146,17 +147,16 @@ def _unembed_rows(subject: Subject, rows: Tensor, top: int) -> LogitEffect:
 
 
 def _unmapped_rows(subject: Subject) -> Tensor | None:
-    """W_dec at the unembedding's input [features, d], without the blocks: gain * centred(row), the
-    effect of a small strength up to the scale of the final norm."""
+    """Map W_dec to the unembedding's input [features, d], skipping the blocks: gain * centred(row).
+    It is the effect of a small strength, up to the scale of the final norm."""
     if subject.sites.target.kind is Kind.mlp_in:
         return None
     return find_final_norm(subject.llm.model).apply_linear(subject.sae.W_dec)
 
 
 def _unmapped_columns(subject: Subject) -> Tensor | None:
-    """W_enc's columns at the embedding [features, d], without the blocks; for mlp_in taken back
-    through the MLP's norm. Embeddings are centred: what all tokens share, such as a position
-    embedding, does not distinguish them."""
+    """Map W_enc's columns back to the embedding [features, d], skipping the blocks; for mlp_in also
+    through the MLP's norm."""
     source = subject.sites.source
     if source.kind in (Kind.attn, Kind.mlp):
         return None
@@ -176,8 +176,8 @@ def _fit_maps(subject: Subject, text: TokenStream, tokens: Tensor) -> "_Maps":
 
 
 def _mapped_rows(subject: Subject, maps: "_Maps") -> Tensor:
-    """W_dec at the unembedding's input [features, d], by the linear map for the blocks above, less
-    the mean."""
+    """Map W_dec to the unembedding's input [features, d] by the linear map for the blocks above,
+    and subtract the mean row."""
     rows = subject.sae.W_dec @ maps.above.result()
     return rows.sub_(rows.mean(0))
 
@@ -185,8 +185,8 @@ def _mapped_rows(subject: Subject, maps: "_Maps") -> Tensor:
 def _measure_rows(
     subject: Subject, text: TokenStream, features: list[int], contexts: int
 ) -> Tensor:
-    """Some features at the unembedding's input [n, d]: its mean change when a row of W_dec is added
-    at the target, at the last token of some contexts; less the mean change by random features."""
+    """Measure the mean change [n, d] of the unembedding's input when a feature's row of W_dec is
+    added to the target at the last token of each context, minus that for random features."""
     random = torch.Generator().manual_seed(0)
     others = torch.randperm(subject.features, generator=random)[:REFERENCE_FEATURES]
     rows = subject.sae.W_dec[torch.cat([torch.tensor(features), others]).to(subject.device)]
@@ -199,7 +199,7 @@ def _measure_rows(
 
 
 class _Maps:
-    """A reducer: linear maps for the blocks below the source and for those above the target."""
+    """A reducer: fits linear maps for the blocks below the source and above the target."""
 
     def __init__(self, model: nn.Module, embeddings: Tensor):
         self.model, self.embeddings = model, embeddings
@@ -212,7 +212,7 @@ class _Maps:
 
 
 class _Ridge:
-    """Ridge regression: the B that minimises |b - a B|^2 + ridge |B|^2, with a and b centred."""
+    """Ridge regression: B minimises |b - a B|^2 + ridge |B|^2, with a and b centred."""
 
     def __init__(self):
         self.n = 0
@@ -241,7 +241,7 @@ def _multiply_slices(what: str, directions: Tensor, tokens: Tensor) -> Iterator[
 
 
 def _rank_tokens(logits: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Promoted ids, suppressed ids and the sharpness of effects [features, vocabulary]."""
+    """Find promoted ids, suppressed ids and sharpness from `logits` [features, vocabulary]."""
     best, worst = logits.topk(top).indices, (-logits).topk(top).indices
     square = (logits - logits.mean(-1, keepdim=True)).square_()
     variance = square.mean(-1).clamp(min=torch.finfo(square.dtype).tiny ** 0.5)
@@ -249,8 +249,8 @@ def _rank_tokens(logits: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def make_lens_section(lens: Lens, words: list[str], features: list[int] | None = None) -> Section:
-    """The tokens of some features, by default those with the sharpest effect; words: the text of
-    each token id."""
+    """List the tokens of `features`, by default the features with the sharpest effect; words: the
+    text of each token id."""
     chosen = _pick_sharpest(lens) if features is None else features
     columns = {"reads": lens.read}
     if lens.effect:

@@ -1,4 +1,4 @@
-"""Reads LLM and site from the metadata of an SAE that another tool saved."""
+"""Reads LLM and site from the metadata of an SAE whose folder has no config.yaml."""
 
 import re
 from collections.abc import Collection
@@ -11,7 +11,7 @@ from sae_lightning.llm.sites import Kind, LayerConfig
 from sae_lightning.runs.config import Config
 from sae_lightning.sae import ARCHITECTURES, SAE
 
-# TransformerLens' model names, which SAELens uses -> the hub's, where they differ.
+# TransformerLens' model names, which SAELens uses -> names on the hub, where they differ.
 HUB_NAMES = {
     "gpt2-small": "gpt2",
     "tiny-stories-33M": "roneneldan/TinyStories-33M",
@@ -20,7 +20,7 @@ HUB_NAMES = {
 HUB_OWNERS = {"gpt2-": "openai-community", "pythia-": "EleutherAI", "gemma-": "google"}
 HUB_OWNERS |= {"Llama-": "meta-llama", "Qwen": "Qwen", "Mistral-": "mistralai"}
 # Hook and module names of TransformerLens and transformers, with the block's index -> kind of site,
-# and what to add to the index (resid_pre of a block is resid of the block before).
+# and an offset of the index (resid_pre of a block is resid of the previous block).
 HOOK_PATTERNS = {
     r"blocks\.(\d{1,6})\.hook_resid_post": (Kind.resid, 0),
     r"blocks\.(\d{1,6})\.hook_resid_pre": (Kind.resid, -1),
@@ -33,7 +33,7 @@ HOOK_PATTERNS = {
 }
 
 
-# Keys of the metadata that are used, and their types; our own keys take precedence.
+# Metadata keys that are read, and their types; our own keys take precedence.
 METADATA_TYPES = {"model_name": str, "hook_name": str, "hook_name_out": str, "context_size": int}
 OWN_METADATA_TYPES = dict.fromkeys(("llm.name", "llm.revision", "llm.bos", "llm.separator"), str)
 
@@ -41,8 +41,9 @@ OWN_METADATA_TYPES = dict.fromkeys(("llm.name", "llm.revision", "llm.bos", "llm.
 def config_from_metadata(
     sae: SAE, run: str, settings: dict[str, Any], given: Collection[str]
 ) -> Config:
-    """The config of an SAE in the folder `run`, from its metadata; of `settings` (llm, data, layer,
-    seed), those named in `given` take precedence. UserError if neither says what the SAE reads."""
+    """Make the config of the SAE in the folder `run`: LLM, site and context come from its metadata
+    unless named in `given`, everything else from `settings` (llm, data, layer, seed).
+    UserError if neither says what the SAE reads."""
     own = sae.metadata.get(OWN_KEY)
     merged = sae.metadata | (own if isinstance(own, dict) else {})
     types = METADATA_TYPES | OWN_METADATA_TYPES
@@ -91,7 +92,7 @@ def _read_layer(metadata: dict[str, Any], run: str) -> LayerConfig:
 
 
 def _read_hook(hook: str | None, run: str) -> tuple[int, Kind]:
-    """The block's index and the kind of site that a hook's name stands for."""
+    """Find the block index and the kind of site that a hook name stands for."""
     for pattern, (kind, offset) in HOOK_PATTERNS.items():
         match = hook and re.fullmatch(pattern, hook)
         if match and int(match[1]) + offset >= 0:

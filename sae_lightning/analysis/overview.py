@@ -11,8 +11,8 @@ from sae_lightning.analysis.survey.survey import make_features_section, pick_mos
 from sae_lightning.analysis.theory import claims, theory_sections
 from sae_lightning.report.printer import print_lead, print_section, print_units
 
-PROBE_TOKENS = 65_536  # of labelled text, for an SAE of up to PROBE_FEATURES features;
-PROBE_FEATURES = 32_768  # for a larger one, fewer in proportion
+PROBE_TOKENS = 65_536  # of labelled text, for an SAE of up to PROBE_FEATURES features
+PROBE_FEATURES = 32_768  # with twice as many features, half as many tokens are read
 
 
 @dataclass(slots=True, kw_only=True)

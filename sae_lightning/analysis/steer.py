@@ -37,8 +37,8 @@ from sae_lightning.llm.vocabulary import read_vocabulary
 from sae_lightning.report.section import ColouredText, ResultTable, Section
 from sae_lightning.terminal import phase
 
-# Default norms of what is added, over the activation's norm. After block 9 of SmolLM2-135M, texts
-# hardly change with less, and fall apart from 0.5 on (4 nats of surprise per token instead of 2).
+# Default norms of the added vector over the activation's norm. After block 9 of SmolLM2-135M, less
+# hardly changes the text, and 0.5 breaks it (4 nats of surprise per token instead of 2).
 DEFAULT_LENGTHS = (0.2, 0.3, 0.4)
 
 
@@ -46,9 +46,9 @@ class Mode(Enum):
     """What a strength does to the feature."""
 
     add = "add"
-    """It is added to the feature's own activation."""
+    """The strength is added to the feature's own activation."""
     clamp = "clamp"
-    """It replaces the feature's own activation: 0 removes the feature."""
+    """The strength replaces the feature's own activation: 0 removes the feature."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -84,7 +84,7 @@ class SteerTask(Task):
 
     def execute(self, given: Collection[str]) -> None:
         subject = self.load_subject(given)
-        # checked before the LLM is loaded
+        # check before the LLM is loaded
         subject.check_features([self.feature])
         encode_prompt(subject.tokenizer, self.prompt, self.tokens, subject.context)
         result = steer(
@@ -105,18 +105,18 @@ class Continuation(NamedTuple):
     """The LLM's continuation of the prompt, and how the unsteered LLM and the SAE read it."""
 
     strength: float | None
-    """What was added, or what the feature was clamped to; None for the unsteered LLM."""
+    """Strength that was added or clamped to; None for the unsteered LLM."""
     text: str
     """Prompt and continuation."""
     tokens: list[str]
-    """The same token by token."""
+    """Prompt and continuation, token by token."""
     activations: list[float]
-    """The feature's own activation on each token, when the LLM reads the text unsteered."""
+    """The feature's own activation on each token, when the unsteered LLM reads the text."""
     written: int
-    """Tokens of the continuation, which come last."""
+    """Number of tokens in the continuation."""
     surprise: float
-    """Mean -log p of the continuation for the unsteered LLM (nats per token), far above that of
-    the unsteered text if steering broke the language; NaN if nothing was written."""
+    """Mean -log p of the continuation for the unsteered LLM, nats per token; NaN if nothing was
+    written. Far above the unsteered text's if steering broke the language."""
 
     @property
     def activation(self) -> float:
@@ -126,14 +126,14 @@ class Continuation(NamedTuple):
 
 
 class Steered(NamedTuple):
-    """Continuations of a prompt under several strengths of a feature."""
+    """Continuations of a prompt, for several strengths of a feature."""
 
     feature: int
     mode: Mode
     whole: float
-    """The strength at which what is added has the median norm of the prompt's activations."""
+    """Strength at which the added vector has the median norm of the prompt's activations."""
     plain: Continuation
-    """By the unsteered LLM, with the same random numbers."""
+    """Written by the unsteered LLM, with the same random numbers."""
     steered: list[Continuation]
     """One for each strength."""
 
@@ -151,9 +151,9 @@ def steer(
 ) -> Steered:
     """Have the LLM continue `prompt` by `tokens` tokens, once unsteered and once for each strength.
 
-    strengths: in units of the feature's own activation; None for those at which what is added has
-    0.2, 0.3 and 0.4 times the activation's norm. All continuations are sampled as one batch, with
-    the same random numbers (see `generate`).
+    strengths: in units of the feature's own activation; None to add vectors of 0.2, 0.3 and 0.4
+    times the activation's norm. All continuations are sampled in one batch, with the same random
+    numbers (see `generate`).
     """
     subject.check_features([feature])
     llm = subject.llm
@@ -177,7 +177,7 @@ def steer(
 def _make_intervention(
     subject: Subject, feature: int, strengths: list[float | None], mode: Mode
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """A function (x, y) -> y that steers each sequence with its strength; None leaves it alone."""
+    """Make a function (x, y) -> steered y with one strength per sequence; None: unsteered."""
     sae = subject.sae
     given = torch.tensor([s or 0.0 for s in strengths], device=subject.device)[:, None]
     steered = torch.tensor([s is not None for s in strengths], device=subject.device)[:, None]
@@ -216,7 +216,7 @@ def _read_continuation(
 
 
 def make_steering_section(result: Steered) -> Section:
-    """The texts, coloured by the feature's activation, and a table of the strengths."""
+    """Show the texts, coloured by the feature's activation, and a table of the strengths."""
     rows, texts = [], []
     for continuation in (result.plain, *result.steered):
         name, share = "unsteered", ""

@@ -1,5 +1,5 @@
-"""Opens the SAE to analyse at its place in the LLM: the config comes from the run's settings or the
-SAE's own metadata, and from the command line."""
+"""Opens the SAE to analyse, with its LLM, sites and text; the config comes from the run's settings
+or the SAE's own metadata, and from the command line."""
 
 import os
 from collections.abc import Collection
@@ -28,20 +28,20 @@ from sae_lightning.terminal import shorten_path
 
 @dataclass(eq=False)
 class Subject:
-    """An SAE at its place in an LLM; LLM, tokenizer and text are loaded when first asked for."""
+    """An SAE with its LLM, sites and text; LLM, tokenizer and text are loaded on first use."""
 
     folder: Path
-    """The folder that it was opened from; results are written below it."""
+    """Folder that the SAE was opened from; results are written in it."""
     sae: SAE
-    """It takes raw activations; float32, on the LLM's device."""
+    """Takes raw activations; float32, on the LLM's device."""
     sites: SitePair
-    """Where it reads and what it reconstructs."""
+    """Where the SAE reads, and what it reconstructs."""
     config: Config
-    """LLM and text; the rest has meaning only if the folder is of a run."""
+    """LLM and text; the rest has meaning only for a run folder."""
 
     @property
     def results_folder(self) -> Path:
-        """Where pages and numbers are written."""
+        """Folder for pages and numbers."""
         return self.folder / "analysis"
 
     @cached_property
@@ -52,7 +52,7 @@ class Subject:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The LLM's tokenizer; it is loaded without the LLM, so that inputs are refused early."""
+        """The LLM's tokenizer, loaded without the LLM so that bad inputs are refused early."""
         self._require_llm()
         return load_tokenizer(self.config.llm)
 
@@ -88,7 +88,7 @@ class Subject:
         return f"{where}: {self.features:,} {self.sae.config.name} feature{plural}"
 
     def describe(self) -> dict[str, str]:
-        """LLM, text, kind of SAE and folder, for the head of a page."""
+        """LLM, text, kind of SAE and folder, for the top of a page."""
         return describe_source(self.config.to_flat_dict()) | {
             "SAE": self.sae.config.name,
             "features": f"{self.features:,}",
@@ -114,8 +114,9 @@ class Subject:
 
 
 def open_subject(run: str, settings: dict[str, Any], given: Collection[str] = ()) -> Subject:
-    """Open the SAE of the folder `run`, without loading the LLM. `settings` holds llm, data, layer
-    and seed; `given` names those (llm, llm.device, layer.index, ...) that override the folder's.
+    """Open the SAE in the folder `run`, without loading the LLM. `settings` holds llm, data, layer
+    and seed; `given` names the settings (llm, llm.device, layer.index, ...) that override the
+    folder's.
 
     UserError: there is no SAE, or it does not fit the LLM.
     """
@@ -153,8 +154,8 @@ def open_run(
     data: DataConfig | None = None,
     layer: LayerConfig | None = None,
 ) -> tuple[Subject, SplitTokens]:
-    """Open the SAE of a run folder, or of a folder that another tool saved, at its place in the
-    LLM; and the text. `llm`, `data` and `layer` override what the folder says.
+    """Open the SAE in a run folder, or in a folder that another tool saved, and the run's text.
+    `llm`, `data` and `layer` override what the folder says.
 
     UserError: there is no SAE, or it does not fit the LLM.
     """
@@ -171,8 +172,9 @@ def open_run(
 
 
 def _read_run_config(run: Path, settings: dict[str, Any], given: Collection[str]) -> Config:
-    """A run's config; those of `settings` that are `given` override it, as groups or one by one."""
-    # an LLM name that the user typed is trusted, one that a stranger's folder holds is not
+    """Read a run's config, with the `given` groups or single settings replaced by `settings`."""
+    # Python code that comes with the folder's LLM runs only if the user allows it; llm=... replaces
+    # that LLM
     config = read_job(run, trusted=bool({"llm", TRUST_SETTING} & {*given})).config
     if not config.data_source.has_llm and (others := sorted({"llm", "data", "layer"} & {*given})):
         raise UserError(

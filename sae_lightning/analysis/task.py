@@ -1,4 +1,4 @@
-"""The base of all tasks of `analyze.py`: which SAE on which text, and where its results go.
+"""The base of all tasks of `analyze.py`: opens the SAE, and writes results and a page.
 
 A task is a dataclass of settings with the method `execute`. Each is a preset of Hydra's group
 `task`, so that settings of other tasks are refused.
@@ -46,7 +46,7 @@ class Task:
 
     def execute(self, given: Collection[str]) -> None:
         """Run the task, print a summary, and write numbers and a page; `given` names the settings
-        that were typed."""
+        on the command line."""
         raise NotImplementedError
 
     def load_subject(self, given: Collection[str]) -> Subject:
@@ -84,8 +84,8 @@ class Task:
         feature: int | None = None,
         own: AnnotatedText | None = None,
     ) -> None:
-        """Write numbers and a page and print their paths; the page ends with commands for
-        `feature`."""
+        """Write numbers and a page, and print their paths; the page suggests commands to run next,
+        for `feature` if given."""
         name = f"{self.task}.html" if self.task != "overview" else "index.html"
         target = subject.results_folder / name
         numbers = target.with_name(f"{self.task}.json")
@@ -101,7 +101,7 @@ class Task:
 
 
 def suggest_commands(folder: Path, feature: int | None) -> list[str]:
-    """Commands to run next on the SAE in `folder`, and on `feature` unless it is None."""
+    """Suggest commands to run next on the SAE in `folder`, and on `feature` unless it is None."""
     run = shorten_path(folder)
     if feature is None:
         return [format_command("analyze.py", run=run)]
@@ -112,14 +112,14 @@ def suggest_commands(folder: Path, feature: int | None) -> list[str]:
 
 
 def check_at_least(name: str, value: float | None, least: float) -> None:
-    """UserError unless `value` is None or finite and at least `least`."""
+    """Raise UserError unless `value` is None, or finite and at least `least`."""
     check_finite(name, value)
     if value is not None and value < least:
         raise UserError(f"{name}={value}: give {least} or more")
 
 
 def parse_integers(name: str, value: Any) -> list[int] | None:
-    """A whole number from 0, or a list of them, as a list; UserError for anything else."""
+    """Return a whole number >= 0 or a list of them as a list, None as None; else UserError."""
     values = parse_numbers(name, value)
     if values is not None and any(x != int(x) or x < 0 for x in values):
         raise UserError(
@@ -129,7 +129,7 @@ def parse_integers(name: str, value: Any) -> list[int] | None:
 
 
 def parse_numbers(name: str, value: Any) -> list[float] | None:
-    """A finite number, or a list of them, as a list; UserError for anything else."""
+    """Return a finite number or a list of them as a list, None as None; else UserError."""
     if value is None:
         return None
     values = value if isinstance(value, list | tuple) else [value]
@@ -142,5 +142,5 @@ def parse_numbers(name: str, value: Any) -> list[float] | None:
 
 
 def as_typed(value: Any) -> str:
-    """A value as one types it, without spaces."""
+    """Format a value as on the command line, without spaces."""
     return str(value).replace(" ", "")
