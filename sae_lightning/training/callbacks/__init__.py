@@ -4,7 +4,7 @@ Hooks follow one another from left to right, callbacks within a hook from top to
 
                 fit_start  train_start   batch_start   before_optimizer_step  batch_end   train_end
                            |             |<----------- every update ------------------->|
-    StopOnSignal           listen        may save now                                     ignore
+    StopOnSignal           listen        may save now                                     restore
     Normalize              mean, scale
     Schedule                             lr, penalty
     DecoderNorm                                        project gradient       renormalise
@@ -14,7 +14,7 @@ Hooks follow one another from left to right, callbacks within a hook from top to
     Curves                                                                    log
     Resample                                                                  restart dead
     Evaluate                                                                  score
-    ProgressBar            show                                               move        close
+    ProgressBar            show                                               advance     close
     Checkpoint                                                                save, stop
 
 `SAEModule.training_step` computes losses and gradients between batch_start and

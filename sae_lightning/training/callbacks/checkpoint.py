@@ -26,8 +26,8 @@ class Checkpoint(L.Callback):
             trainer.should_stop = True
         if module.stopped_by or step == module.steps or is_due(step, module.batch, self.every):
             heads = module.training_heads
-            for head in heads:  # first: a resumed run logs only what follows the checkpoint
+            for head in heads:  # before saving: a resumed run logs only later points
                 head.log.flush()
-            trainer.save_checkpoint(checkpoint_path(heads[0].folder))  # HeadCheckpoints: of all
+            trainer.save_checkpoint(checkpoint_path(heads[0].folder))  # saves all heads
             for head in heads:
                 export_head(head)

@@ -32,7 +32,7 @@ def measure_training_scalars(head: Head) -> dict[str, float]:
 
 
 class Curves(L.Callback):
-    """Logs each head's training scalars every `log_every` updates, and at the last."""
+    """Logs each head's training scalars every `log_every` updates, and at the last one."""
 
     def __init__(self, log_every: int):
         self.log_every = log_every

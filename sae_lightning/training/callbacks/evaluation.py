@@ -14,7 +14,7 @@ from sae_lightning.training.schedules import is_due
 
 
 def evaluate_heads(heads: Sequence[Head], held_out: HeldOut | HeldOutConcepts, tokens: int) -> None:
-    """Score heads after `tokens` training tokens, those of the same sites together; the results go
+    """Score heads after `tokens` training tokens, heads of the same sites together; the results go
     to each head's log and `held_out_metrics`."""
 
     def sites(head: Head) -> tuple:
@@ -41,7 +41,7 @@ def _record(head: Head, card: Scorecard, tokens: int) -> None:
 
 
 class Evaluate(L.Callback):
-    """Evaluates every `every` training tokens; the end of the run evaluates once more."""
+    """Evaluates every `every` training tokens; `runs/run.py` evaluates once more at the end."""
 
     def __init__(self, every: int):
         self.every = every

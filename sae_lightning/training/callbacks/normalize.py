@@ -1,4 +1,4 @@
-"""Estimation of the normalisation from the first activations of a run."""
+"""Estimates the normalisation from the first activations of a run."""
 
 import lightning as L
 import torch
@@ -13,7 +13,8 @@ from sae_lightning.training.settings import Normalization
 
 @torch.no_grad()
 def estimate_normalization(x: Tensor, mode: Normalization) -> tuple[Tensor, Tensor]:
-    """Estimate mean [d] and scale [] of x [n, d] so that (x - mean) / scale has mean square 1."""
+    """Mean [d] and scale [] of x [n, d] that give (x - mean) / scale a mean square of 1; 0 and 1
+    if `mode` is none."""
     x = x.cpu()  # not every accelerator has float64
     mean = torch.zeros(x.shape[1], dtype=torch.float64)
     if mode is Normalization.none:
@@ -31,7 +32,7 @@ def estimate_normalization(x: Tensor, mode: Normalization) -> tuple[Tensor, Tens
 
 
 def describe_outliers(site: Site, x: Tensor) -> str | None:
-    """A warning if a few activations [n, d] of large norm dominate the variance."""
+    """A warning if a few activations of x [n, d] with large norm dominate the variance."""
     long = find_long_tokens(x)
     if long is None:
         return None
@@ -47,7 +48,7 @@ class Normalize(L.Callback):
     stay in the shuffle pool for training."""
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Estimate mean and scale of each site that a head reads or writes."""
+        """Estimate mean and scale of each head's source and target site."""
         if trainer.global_step > 0:  # they come from the checkpoint
             return
         estimates: dict[tuple, tuple[Tensor, Tensor]] = {}  # most heads of a sweep share them

@@ -7,10 +7,10 @@ from sae_lightning.terminal import console, show_live
 
 
 class ProgressBar(L.Callback):
-    """Tokens, tokens/s, time left, L0, explained variance and dead share; for several SAEs the
-    smallest and the largest value.
+    """Tokens, tokens/s, time left, L0, explained variance, share of dead features; for several
+    SAEs the smallest and the largest value.
 
-    If the output is not a terminal, it prints a line at every tenth of the run instead.
+    If the output is not a terminal, it prints a line after every tenth of the run instead.
     """
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:

@@ -14,9 +14,10 @@ from sae_lightning.training.schedules import is_due
 def resample(head: Head, optimizer: Optimizer, x: Tensor, target: Tensor) -> int:
     """Restart the dead features of `head`; returns how many there were.
 
-    Each takes the direction of an input that is drawn from the normalised x [n, d_in], with
-    targets [n, d_out], with a probability proportional to its squared loss. Its encoder column gets
-    0.2 times the mean norm of live ones; its bias and its moments in Adam become 0.
+    For each, a token is drawn with probability proportional to the square of its loss. The encoder
+    column takes the direction of the token's normalised input (`x` [n, d_in]) and 0.2 times the
+    mean norm of live columns; the decoder row takes the direction of its target (`target`
+    [n, d_out]) and the mean norm of live rows. Other parameters are reset, Adam's moments become 0.
     """
     dead = head.dead.nonzero().squeeze(1)
     alive = ~head.dead
@@ -46,11 +47,12 @@ class Resample(L.Callback):
     """Resamples dead features every `callbacks.resample.every` tokens."""
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
-        """Resample the heads that are due for it."""
+        """Resample the heads that are due."""
         step = trainer.global_step
         for head in module.training_heads:
             settings = head.callbacks.resample
-            last = min(settings.until * module.steps, module.steps - 1)  # then the pool is empty
+            # after the last update the pool is empty
+            last = min(settings.until * module.steps, module.steps - 1)
             if settings.every is None or step > last:
                 continue
             if not is_due(step, module.batch, settings.every):

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: training stops after it has saved."""
+"""Stops training on Ctrl-C or SIGTERM, after a checkpoint is saved."""
 
 import signal
 import threading
@@ -12,7 +12,7 @@ class StopOnSignal(L.Callback):
     """Asks training to stop after the current update; `Checkpoint` then saves.
 
     Before the first update there is nothing to save: the run stops at once, as it does at a second
-    Ctrl-C. It is the first callback in the list, because the next one fills the shuffle pool.
+    Ctrl-C. This callback comes first, to handle signals while the next one fills the shuffle pool.
     Lightning's own handler would end a run that gets SIGTERM as if it had succeeded.
     """
 
@@ -35,7 +35,7 @@ class StopOnSignal(L.Callback):
                 self.handlers[number] = signal.signal(number, stop)
 
     def on_train_batch_start(self, *_) -> None:
-        """From now on a stop waits for the update and saves."""
+        """From now on a signal waits for the end of the update, then training saves."""
         self.updating = True
 
     def on_train_end(self, *_) -> None:

@@ -18,27 +18,27 @@ class Elapsed(NamedTuple):
     seconds: float
     """Training time; only differences are meaningful."""
     stream: float
-    """Part of it in the stream (LLM included), by the CPU's clock."""
+    """Part of it spent in the stream, LLM included, measured on the CPU."""
     llm: float
-    """Part of it in the LLM, by the CPU's clock."""
+    """Part of it spent in the LLM, measured on the CPU."""
 
 
 class Throughput(L.Callback):
-    """Tokens per second between two log points and, with LLM and SAEs on a CPU, the shares of the
-    LLM, of the rest of the stream (text, tokens, pool) and of the SAEs. `module.speed` has the same
-    since this process started, for `metrics.json`.
+    """Logs tokens per second since the last log point and, with LLM and SAEs on a CPU, the shares
+    of time in the LLM, the rest of the stream (text, tokens, pool) and the SAEs. `module.speed` has
+    the same numbers since this process started, for `metrics.json`.
 
     CPU           stream SAEs | others | stream SAEs | others | ...      counted: all but others
     accelerator   stream SAEs others stream SAEs | evaluation | ...      counted: all but evaluation
 
     "others" are the callbacks that follow, such as evaluation and checkpoints; the first fill of
     the pool is counted. An accelerator runs asynchronously, and synchronising at every update would
-    slow training down: it is done only at log points and before evaluations and checkpoints, and
-    the shares are not measured (use a profiler).
+    slow training down, so it is synchronised only at log points and before evaluations and
+    checkpoints, and the shares are not measured (use a profiler).
     """
 
     def __init__(self, log_every: int, pauses: Collection[int]):
-        """`log_every` in updates; `pauses`: training tokens between evaluations, checkpoints."""
+        """`log_every`: in updates; `pauses`: tokens between evaluations, between checkpoints."""
         self.log_every, self.pauses = log_every, pauses
         self.idle = 0.0
 
@@ -47,7 +47,7 @@ class Throughput(L.Callback):
         self.first = self.last = self.paused = self._elapsed(trainer)
 
     def on_train_batch_start(self, trainer: L.Trainer, *_) -> None:
-        """End a pause, at the moment when the stream started on this batch."""
+        """End a pause at the time when the stream started to make this batch."""
         if self.paused:
             now = self._elapsed(trainer)
             self.idle += now.seconds - self.paused.seconds - (now.stream - self.paused.stream)
@@ -89,7 +89,7 @@ def _speed(before: Elapsed, after: Elapsed, batch: int, shares: bool) -> dict[st
 
 
 def measure_peak_memory_gb() -> float:
-    """Peak memory of this process in GB: of its GPUs if it used any, else RAM."""
+    """Peak memory of this process in GB: on its GPUs if it used any, else in RAM."""
     gpus = range(torch.cuda.device_count())
     on_gpus = sum(torch.cuda.max_memory_allocated(gpu) for gpu in gpus)
     if on_gpus:

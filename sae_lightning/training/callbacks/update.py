@@ -76,16 +76,17 @@ def _clip(head: Head) -> Tensor:
     parameters = list(head.sae.parameters())
     norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
     limit = head.optim.clip
-    # on a CPU reading the norm costs no wait, and small gradients need no multiplication by 1
+    # reading the norm is free on a CPU, and saves multiplying small gradients by 1
     if limit is not None and (norm.device.type != "cpu" or norm > limit):
         clip_grads_with_norm_(parameters, limit, norm)
     return norm
 
 
 class TargetL0(L.Callback):
-    """Multiplies the sparsity coefficient (`head.steering`) so that L0 approaches `loss.target_l0`.
+    """Adjusts `head.steering`, a factor of the sparsity coefficient, so that L0 approaches
+    `loss.target_l0`.
 
-    It waits for the end of the penalty's warm-up, during which L0 is large at any coefficient.
+    It starts after the penalty's warm-up, during which L0 is large at any coefficient.
     """
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
@@ -100,6 +101,6 @@ class TargetL0(L.Callback):
             if warmed_up < 1:
                 continue
             now = measure_l0_error(l0, target)
-            before = now if before > 1 else before  # above 1: there is no earlier error yet
+            before = now if before > 1 else before  # above 1: no earlier error yet
             head.steering.mul_(steering_factor(now, before, trainer.global_step, module.steps))
             head.l0_error.fill_(now)
