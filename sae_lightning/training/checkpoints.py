@@ -1,11 +1,12 @@
-"""Checkpoints: each head has a complete one, whichever heads it shares a pass of the LLM with.
+"""Checkpoints, one per head: each is complete, whichever heads share the pass of the LLM.
 
     run folder/checkpoints/last.ckpt          weights, Adam's state, progress of this head
                            stream-<step>.pt   text position and shuffle pool: one file for all
                                               heads, with a hard link in each folder
 
-Any head can be resumed alone, and heads at the same step together. Both files are zip archives
-with a CRC-32 of each entry; the key `stream` of last.ckpt is a checksum of the stream file's CRCs.
+Any head can be resumed alone; heads at the same step can be resumed together. Both files are zip
+archives with a CRC-32 of each entry; the key `stream` of last.ckpt is a checksum of the stream
+file's CRCs.
 """
 
 import os
@@ -28,8 +29,9 @@ from sae_lightning.training.settings import checkpoint_path, stream_path
 class HeadCheckpoints(CheckpointIO):
     """Splits Lightning's checkpoint into one for each head, and joins them again.
 
-    All files are complete on disk before the first is renamed into place: wherever a run is killed,
-    each head has its old checkpoint or its new one, and the stream file that belongs to it.
+    The stream file is written first; then all heads' files are complete on disk before the first is
+    renamed into place. Whenever a run is killed, each head has its old checkpoint or its new one,
+    and the matching stream file.
     """
 
     def __init__(self, heads: Iterable[Head]):
@@ -60,13 +62,13 @@ class HeadCheckpoints(CheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Load the checkpoint of a run with all heads; `path` is not used."""
+        """Load all heads' checkpoints, joined into one; `path` is not used."""
         options = {"map_location": map_location or "cpu", "weights_only": weights_only}
         parts = [torch.load(checkpoint_path(head.folder), **options) for head in self.heads]
         whole = _join_heads(parts)
         paths = [stream_path(head.folder, whole["global_step"]) for head in self.heads]
         stream, *others = [torch.load(path, **options) for path in _distinct_files(paths)]
-        for other in others:  # from passes that read other sites, stopped at the same update
+        for other in others:  # heads of other passes read other sites
             stream["pool"]["rows"] |= other["pool"]["rows"]
         _loader_states(whole).append(stream)
         return whole
@@ -77,19 +79,19 @@ class HeadCheckpoints(CheckpointIO):
 
 
 def _loader_states(checkpoint: dict[str, Any]) -> list:
-    """Lightning's list of data loader states: one, the stream's."""
+    """Lightning's list of data loader states; its one entry is the stream's."""
     return checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"]
 
 
 def _distinct_files(paths: list[Path]) -> list[Path]:
-    """One path per file, of paths that may be hard links to the same file."""
+    """One path for each file among `paths`, which may be hard links to the same file."""
     files = {(stat.st_dev, stat.st_ino): path for path in paths for stat in [path.stat()]}
     return list(files.values())
 
 
 def _write_stream(stream: dict[str, Any], paths: list[Path]) -> int:
-    """Write one file with hard links at all `paths` (copies where the file system has no hard
-    links); returns its checksum."""
+    """Write the stream once, hard-linked at all `paths` (copied where the file system has no hard
+    links); returns the file's checksum."""
     with write_atomically(paths[0]) as file:
         _save(stream, file)
     for path in paths[1:]:
@@ -102,7 +104,7 @@ def _write_stream(stream: dict[str, Any], paths: list[Path]) -> int:
 
 
 def _save(content: dict[str, Any], path: Path) -> None:
-    """`torch.save` into an open file: given a path, it would hide the operating system's error."""
+    """Save to disk, through an open file: given a path, `torch.save` hides the system's error."""
     with open(path, "wb") as file:
         torch.save(content, file)
         file.flush()
@@ -139,7 +141,7 @@ def _join_heads(parts: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _renumber(adam: dict[str, Any], shift: int, head: int) -> dict[str, Any]:
-    """Adam's state with the numbers of its parameters shifted, and its groups those of `head`."""
+    """Adam's state with parameter numbers shifted by `shift`, and groups assigned to `head`."""
     numbers = [n for group in adam["param_groups"] for n in group["params"]]
     return {
         "state": {n + shift: adam["state"][n] for n in numbers if n in adam["state"]},

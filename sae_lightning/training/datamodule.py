@@ -9,9 +9,9 @@ from sae_lightning.stream.held_out import HeldOut
 class ActivationData(L.LightningDataModule):
     """Batches {site: [batch, d_site]} of LLM activations for training, and held-out activations.
 
-    The stream is its own loader. It has a length, so Lightning does not prefetch a batch and the
-    saved cursor is where training is; it has `state_dict`, so Lightning saves it with its own loop
-    and the shuffle pool is written only once.
+    The stream itself is the data loader. It has a length, so Lightning does not prefetch a batch
+    and the saved cursor matches training. It has a `state_dict`, which Lightning saves with its
+    loops, so the shuffle pool is written only once.
     """
 
     def __init__(self, stream: BatchStream, held_out: HeldOut):

@@ -35,7 +35,7 @@ class StepResult(NamedTuple):
 
 
 class Head(nn.Module):
-    """An SAE in training: its objective, the sites it reads and writes, and its state. Every tensor
+    """An SAE in training: its objective, its source and target sites, and its state. Every tensor
     that evolves is a buffer, so that resuming and moving to a device need no extra code."""
 
     def __init__(
@@ -61,7 +61,7 @@ class Head(nn.Module):
         self.training_metrics: dict[str, float] = {}
         self.held_out_metrics: dict[str, float] = {}
         self.density_counts: dict[str, int] = {}
-        self.failure: str | None = None  # why it is frozen
+        self.failure: str | None = None  # why the head is frozen
         self.active_density = 1.0  # density of sparse products at the last update
 
         features, d_out = sae.W_dec.shape
@@ -69,11 +69,11 @@ class Head(nn.Module):
         self.register_buffer("in_scale", torch.ones(()))
         self.register_buffer("out_mean", torch.zeros(d_out))
         self.register_buffer("out_scale", torch.ones(()))
-        self.register_buffer("progress", torch.zeros(()))  # share of the run that is done
-        # factors of the sparsity coefficient: warm-up, `target_l0`
+        self.register_buffer("progress", torch.zeros(()))  # share of the run completed
+        # factors of the sparsity coefficient, set by its warm-up and by `TargetL0`
         self.register_buffer("penalty_factor", torch.ones(()))
         self.register_buffer("steering", torch.ones(()))
-        # at the last update; errors lie between -1 and 1, so 2 means that there is none yet
+        # at the last update; errors lie in [-1, 1], so 2 means none yet
         self.register_buffer("l0_error", torch.tensor(2.0))
         self.register_buffer("tokens_since_fired", torch.zeros(features, dtype=torch.int64))
         self.register_buffer("grad_norm", torch.zeros(()))
@@ -82,14 +82,14 @@ class Head(nn.Module):
         self.register_buffer("generator_state", generator_state)
 
     def normalise(self, batch: dict[Site, Tensor]) -> tuple[Tensor, Tensor]:
-        """Normalise input [batch, d_in] and target [batch, d_out] to a mean square of 1."""
+        """Normalise input [batch, d_in] and target [batch, d_out] by the head's mean and scale."""
         x = (batch[self.source].float() - self.in_mean) / self.in_scale
         if self.target == self.source:
             return x, x
         return x, (batch[self.target].float() - self.out_mean) / self.out_scale
 
     def use_sparse_products(self, x: Tensor) -> bool:
-        """Whether to compute the update on `x` [batch, d_in] by sparse products."""
+        """Whether to compute the update on `x` [batch, d_in] with sparse products."""
         limit = break_even_density(x.device.type, pick_working_dtype(x))
         if self.products is Products.sparse:
             return limit > 0
@@ -121,7 +121,7 @@ class Head(nn.Module):
 
     @property
     def effective_coefficients(self) -> dict[str, float | Tensor]:
-        """Coefficient of each term but the mse, with warm-up and steering."""
+        """Coefficient of each term but the mse, including warm-up and steering."""
         values = self.loss.coefficients()
         if self.loss.sparsity:
             values[self.loss.sparsity] *= self.penalty_factor * self.steering
@@ -152,8 +152,8 @@ class Head(nn.Module):
         return {"training_metrics": self.training_metrics, "occupied": self.active_density}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Restore the state of a checkpoint. UserError: an earlier version made it, with another
-        memory layout of Adam's moments."""
+        """Restore the state from a checkpoint. UserError if an earlier version made it: Adam's
+        moments then have another memory layout."""
         if "occupied" not in state:
             raise UserError(
                 f"resume={self.folder}: an earlier version of sae_lightning made this checkpoint; "

@@ -1,4 +1,4 @@
-"""Checks of a whole checkpoint, made before a resumed run changes a file or loads an LLM."""
+"""Checks a whole checkpoint before a resumed run changes a file or loads an LLM."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ from sae_lightning.training.settings import checkpoint_path, stream_path
 
 
 def open_checkpoint(folder: Path) -> dict[str, Any]:
-    """Open a run's checkpoint, mmapped. UserError: it is damaged."""
+    """Open a run's checkpoint, mmapped; UserError if it is damaged."""
     path = checkpoint_path(folder)
     with _report_damage(path, f"{path} is truncated or not a checkpoint"):
         saved = load_tensors(path)
@@ -33,10 +33,10 @@ def check_checkpoint(
     check_stream: Callable[[Any, int], None],
     seen: set,
 ) -> None:
-    """UserError unless an open checkpoint and its stream hold exactly what a head in a run of
-    `steps` updates needs. `check_stream` is given the stream's state and the number of batches;
-    `seen` holds the stream files whose CRCs were checked for other heads."""
-    with FakeTensorMode():  # shapes and dtypes of a head; it takes no memory
+    """UserError unless the open checkpoint `saved` and its stream file hold exactly what a head in
+    a run of `steps` updates needs. `check_stream` takes the stream's state and the updates done;
+    `seen` collects the stream files whose CRCs are verified, since heads may share one."""
+    with FakeTensorMode():  # gives shapes and dtypes without allocating memory
         head = make_head()
         groups = SAEModule([head], batch=1, steps=steps).configure_optimizers().state_dict()
     path, step = checkpoint_path(head.folder), saved["global_step"]
@@ -65,10 +65,10 @@ def check_checkpoint(
 
 @contextmanager
 def _report_damage(path: Path, problem: str) -> Iterator[None]:
-    """Turn any error in reading the checkpoint at `path` into a UserError of one line."""
+    """Turn any error in reading the checkpoint at `path` into a one-line UserError."""
     try:
         yield
-    except OSError as error:  # of the disk: no reason to delete the checkpoint
+    except OSError as error:  # a disk error is no reason to delete the checkpoint
         raise UserError(
             f"{error.filename or path} cannot be read: {error.strerror or error}"
         ) from error
@@ -107,12 +107,12 @@ def _expect_progress(saved: dict[str, Any], step: int, steps: int) -> None:
         "loops": {"fit_loop": loops},
     }
     expect(saved, like, "it")
-    # Lightning would migrate what it takes for the checkpoint of an older version
+    # Lightning would migrate a checkpoint that seems to be from an older version
     expect(Version(saved["pytorch-lightning_version"]).major, range(2, 100), "Lightning's version")
 
 
 def _counts(*names: str, count: Any = ANY_COUNT) -> dict[str, dict[str, Any]]:
-    """Lightning's progress counters of these names."""
+    """Layout of Lightning's progress counters with these names."""
     return {kind: dict.fromkeys(names, count) for kind in ("total", "current")}
 
 
@@ -127,7 +127,7 @@ def _expect_weights(saved: dict[str, Any], head: Head) -> None:
 
 
 def _expect_adam(saved: dict[str, Any], groups: list[dict], head: Head, step: int) -> None:
-    """Check both moments of every parameter, and the groups, against those of the settings."""
+    """Check both moments of every parameter, and the parameter groups against the settings."""
     fixed = ("params", "peak_lr", "head", "rate", "betas", "eps")
     expect(saved, {"state": dict, "param_groups": list}, "Adam")
     expect(len(saved["param_groups"]), len(groups), "Adam's groups")
@@ -147,7 +147,7 @@ def _expect_adam(saved: dict[str, Any], groups: list[dict], head: Head, step: in
         state = saved["state"][number]
         expect(state["step"].item(), float(step), f"Adam.{number}.step")
         for name in ("exp_avg", "exp_avg_sq"):
-            # Adam pairs the elements of a parameter and its moments by their place in memory
+            # Adam pairs the elements of a parameter and its moments by memory order
             label = f"Adam.{number}.{name}"
             expect(state[name].is_contiguous(), x.is_contiguous(), f"{label}.is_contiguous()")
             _expect_finite(state[name], label)

@@ -1,4 +1,4 @@
-"""One TensorBoard run folder per head, its curves plotted against tokens."""
+"""Logs to TensorBoard: one run folder per head, curves plotted against tokens."""
 
 import os
 import time
@@ -21,14 +21,14 @@ from sae_lightning.errors import WriteError
 from sae_lightning.files import convert_write_errors
 
 HEADLINE = ("held_out/l0", "held_out/explained_variance", "train/dead")
-"""Metrics that TensorBoard's HParams tab shows of every run."""
+"""Metrics that TensorBoard's HParams tab shows for every run."""
 
 GLANCE = "At a glance"
-"""Name of a group of curves that repeats the held-out metrics of the headline, in its order.
-TensorBoard shows it first: it sorts groups as text, capitals before small letters."""
+"""Name of a group of curves that repeats the headline's held-out metrics, in the same order.
+TensorBoard shows this group first, because it sorts names with capitals before lower case."""
 EVENT_FORMAT = "brain.Event:2"
 FLUSH_SECONDS = 120
-# Histogram bins of TensorBoard's own writer.
+# The histogram bins of TensorBoard's own writer.
 _positive = [*takewhile(lambda edge: edge < 1e20, accumulate(repeat(1.1), mul, initial=1e-12))]
 BIN_EDGES = [*(-edge for edge in reversed(_positive)), 0, *_positive]
 
@@ -36,12 +36,12 @@ BIN_EDGES = [*(-edge for edge in reversed(_positive)), 0, *_positive]
 class EventFile:
     """A new TensorBoard event file in `folder`.
 
-    Unlike TensorBoard's own writer it has no thread, whose errors nobody would see; it opens its
-    file once, follows no symlink, and notices when its folder is deleted or renamed.
+    Unlike TensorBoard's own writer, it has no background thread, where errors would go unseen; it
+    opens its file once, follows no symlink, and notices when its folder is deleted or renamed.
     """
 
     def __init__(self, folder: Path, purge: int | None):
-        """TensorBoard then hides the points of earlier files from step `purge` on."""
+        """TensorBoard hides the points of earlier files from step `purge` on; None hides none."""
         seconds, micro = divmod(time.time_ns() // 1000, 1_000_000)
         self.folder, self.flush_at = folder, time.monotonic() + FLUSH_SECONDS
         self.path = folder / f"events.out.tfevents.{seconds:010}.{micro:06}"
@@ -63,7 +63,7 @@ class EventFile:
             self.flush()
 
     def flush(self) -> None:
-        """Write buffered events to disk. WriteError: the folder is no longer where it was."""
+        """Write buffered events to disk; WriteError if the folder was deleted or renamed."""
         with convert_write_errors(self.path):
             self.records.flush()
         self.flush_at = time.monotonic() + FLUSH_SECONDS
@@ -80,7 +80,7 @@ class HParams(NamedTuple):
     settings: dict
     """Settings of the run, by name."""
     columns: dict
-    """Settings of all runs that it is compared with."""
+    """Settings of all runs of the command, each with the value of one run."""
     swept: Collection[str] = ()
     """Names of the settings that are shown first."""
     headline: Sequence[str] = HEADLINE
@@ -91,7 +91,7 @@ class HeadLog:
     """Writes a head's curves into its run folder."""
 
     def __init__(self, folder: Path, hparams: HParams, resumed_at: int | None):
-        """In a resumed run, points after `resumed_at` tokens are replaced."""
+        """A run resumed at `resumed_at` tokens replaces later points; None for a new run."""
         held_out = [tag for tag in hparams.headline if tag.startswith("held_out/")]
         self.glance_tags = {
             name: f"{GLANCE}/{number} {name.partition('/')[2]}"
@@ -116,7 +116,7 @@ class HeadLog:
             self.events.write(Event(summary=summary, step=tokens))
 
     def add_density(self, density: Tensor, tokens: int) -> None:
-        """Add the histogram of log10 firing rates; features that never fired are not in it."""
+        """Add the histogram of log10 firing rates; features that never fired are left out."""
         self.add_histogram("held_out/log10_density", torch.log10(density), tokens)
 
     def flush(self) -> None:
@@ -131,12 +131,12 @@ class HeadLog:
 
 def _summaries(hparams: HParams) -> list[Summary]:
     """Summaries that fill the HParams tab. TensorBoard takes the columns from any one run, so each
-    run lists those of all."""
+    run lists all runs' columns."""
     experiment, *_ = summarize_hparams(hparams.columns, dict.fromkeys(hparams.headline, 0.0))
     data = experiment.value[0].metadata.plugin_data
     content = HParamsPluginData.FromString(data.content)
     for info in content.experiment.hparam_infos:
-        info.differs = info.name in hparams.swept  # the tab shows five columns at first: these
+        info.differs = info.name in hparams.swept  # the tab first shows five columns: these
     data.content = content.SerializeToString()
     _, *session = summarize_hparams(hparams.settings, {})
     return [experiment, *session]

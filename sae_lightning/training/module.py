@@ -17,13 +17,13 @@ from sae_lightning.training.settings import checkpoint_path, failure_path
 
 
 class SAEModule(L.LightningModule):
-    """Heads with independent losses: each gradient is that of the head trained alone."""
+    """Heads with independent losses: each gets the gradient that it would get alone."""
 
     def __init__(self, heads: list[Head], *, batch: int, steps: int, resume: str = ""):
         """`batch`: tokens per update; `steps`: updates in the whole run; `resume`: the command that
         continues the run."""
         super().__init__()
-        # by hand, so that memory holds the activations of one head at a time
+        # manual, so that memory holds the activations of one head at a time
         self.automatic_optimization = False
         self.heads = nn.ModuleList(heads)
         self.batch, self.steps, self.resume = batch, steps, resume
@@ -56,7 +56,7 @@ class SAEModule(L.LightningModule):
 
     def fail(self, head: Head) -> None:
         """Freeze a head whose loss or gradient is not finite and write the reason to its folder;
-        the others train on. UserError: no head is left."""
+        the others train on. UserError if none is left."""
         culprit, remedy = _find_culprit(head, self.last_batch)
         saved, checkpoint = "nothing was saved yet", checkpoint_path(head.folder)
         if checkpoint.exists():
@@ -74,8 +74,8 @@ class SAEModule(L.LightningModule):
             raise UserError(f"none of the {len(self.heads)} SAEs of this pass is left; see above")
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """One Adam for all heads, since it is elementwise; each head has a group of weights and one
-        of biases and thresholds, which learn faster."""
+        """One Adam for all heads, because Adam is elementwise. Each head has two parameter groups:
+        weights, and biases and thresholds, which have their own learning rate."""
         groups = []
         for number, head in enumerate(self.heads):
             optim, parameters = head.optim, dict(head.sae.named_parameters())
@@ -100,7 +100,7 @@ class SAEModule(L.LightningModule):
 
 
 def _find_culprit(head: Head, batch: dict[Site, Tensor]) -> tuple[str, str]:
-    """Find what is not finite in a head's update, and a remedy."""
+    """Find what is not finite in a head's update, and suggest a remedy."""
     for site in (head.source, head.target):
         if not batch[site].isfinite().all():
             return f"the LLM's activation at {site}", "llm.dtype=float32"
@@ -109,6 +109,6 @@ def _find_culprit(head: Head, batch: dict[Site, Tensor]) -> tuple[str, str]:
     if broken:
         return f"the loss term {' and '.join(broken)}", remedy
     for name, coefficient in head.effective_coefficients.items():
-        if not coefficient * terms[name] < 1e6 * terms["mse"]:  # NaN: 0 times infinity
+        if not coefficient * terms[name] < 1e6 * terms["mse"]:  # also true of NaN (0 x infinity)
             remedy = f"a lower loss.{name} (now {getattr(head.loss, name):g})"
     return "the gradient" if head.last_step.loss.isfinite() else "the loss term sum", remedy

@@ -4,7 +4,7 @@ import math
 
 
 def warmup_factor(step: int, total: int, share: float) -> float:
-    """Factor that rises linearly to 1 over the first `share` of the run, then stays."""
+    """Factor that rises linearly to 1 over the first `share` of the run, then stays 1."""
     length = share * total
     return 1.0 if step + 1 >= length else (step + 1) / length
 
@@ -23,18 +23,18 @@ def is_due(step: int, batch: int, every: int) -> bool:
 
 
 def measure_l0_error(l0: float, target: float) -> float:
-    """How far L0 is from its target, as a logarithm bounded by -1 and 1."""
+    """log(L0 / target), clamped to [-1, 1]."""
     return min(max(math.log(max(l0, 1e-9) / target), -1.0), 1.0)
 
 
 def steering_factor(now: float, before: float, step: int, total: int) -> float:
     """Factor by which a sparsity coefficient is multiplied after update `step` of `total`, given
-    the L0 error `now` and at the update `before`.
+    the L0 error `now` and the error `before`, at the previous update.
 
     exp(30 step^2 / total^3 x now + (now - before)): a proportional-integral controller in
-    logarithms, since L0 falls roughly as a power of the coefficient. In the middle of the run a
-    constant error of a factor e is corrected within an eighth of the run, slowly enough for L0 to
-    follow; earlier more slowly, because L0 then falls by itself. The second term responds at once
-    and keeps the first from overshooting.
+    logarithms, since L0 falls roughly as a power of the coefficient. In the middle of the run, a
+    constant error of 1 (L0 off by a factor e) changes the coefficient by a factor e within about an
+    eighth of the run, slowly enough for L0 to follow. Earlier, the first term is smaller, because
+    L0 then falls by itself. The second responds at once and keeps the first from overshooting.
     """
     return math.exp(30 * step**2 / total**3 * now + (now - before))

@@ -1,6 +1,6 @@
 """Settings of training: plain dataclasses, so that reading a config does not import lightning.
 
-Units: tokens unless a field says otherwise; a share is a part of the run, from 0 to 1.
+Units: tokens unless a field says otherwise; a share is a fraction of the run, from 0 to 1.
 """
 
 import math
@@ -50,7 +50,7 @@ class Precision(Enum):
     auto = "auto"
     fp32 = "32-true"
     bf16 = "bf16-mixed"
-    vars()["32-true"] = vars()["32"] = "32-true"  # Lightning's names for the same
+    vars()["32-true"] = vars()["32"] = "32-true"  # Lightning's names as aliases
     vars()["bf16-mixed"] = "bf16-mixed"
 
     @classmethod
