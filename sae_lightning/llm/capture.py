@@ -12,7 +12,7 @@ from sae_lightning.llm.sites import Kind, Site, add_hook, find_decoder_stack, fi
 
 
 class StopForward(Exception):
-    """Ends a forward pass once everything that was asked for has been read."""
+    """Raised by a hook to end a forward pass early."""
 
 
 @torch.no_grad()
@@ -22,8 +22,8 @@ def capture(
     """Activations [sequences, context, d_site] of tokens [sequences, context], for each site.
 
     In the model's dtype and on its device. `positions` [n], indices into the flattened tokens,
-    restricts the result to [n, d_site]. Blocks after the deepest site and the LM head do not run;
-    no hook is left behind.
+    restricts the result to [n, d_site]. Neither the LM head nor blocks after the deepest site run;
+    all hooks are removed.
     """
     tokens = tokens.to(model.device, torch.long)
     positions = positions if positions is None else positions.to(model.device)
@@ -68,10 +68,10 @@ def _skipped(model: nn.Module, site: Site) -> UserError:
 def replace_activations(
     model: nn.Module, source: Site, target: Site, function: Callable[[Tensor, Tensor], Tensor]
 ) -> Iterator[None]:
-    """Inside the `with`, `model` runs with function(x, y) in place of y, its value at `target`.
+    """Inside the `with`, `model` runs with function(x, y) replacing y, its activation at `target`.
 
-    x: the activation at `source`, which is the same site or computed before `target`. Shapes as in
-    `add_hook`; function returns the shape of y.
+    x: the activation at `source`, which is `target` or is computed before it. Shapes as in
+    `add_hook`; function(x, y) has the shape of y.
     """
     read: list[Tensor] = []
     source_scale = measure_branch_scale(model, source)
@@ -96,9 +96,9 @@ def replace_activations(
 
 def measure_branch_scale(model: nn.Module, site: Site) -> float:
     """The factor by which the block multiplies the output of the module of `site` before adding it
-    to the residual stream: 1 except in Granite and a few others. Measured once per model.
+    to the residual stream: 1 except in Granite and a few others. Measured once per model and site.
 
-    UserError if the block does anything else with it.
+    UserError if the block does more than scale the output and add it.
     """
     scales = vars(model).setdefault("branch_scales", {})
     if site not in scales:
@@ -111,17 +111,17 @@ OTHER_BRANCH = {Kind.attn: Kind.mlp, Kind.mlp: Kind.attn}
 
 @torch.no_grad()
 def _measure_scale(model: nn.Module, site: Site) -> float:
-    """The scale of one branch, measured by feeding the block known vectors in place of its input x
-    and its branches.
+    """The scale of one branch, measured by running the block with known vectors in place of its
+    input x and the outputs of its branches.
 
-    x = 0    branch = c    other = 0        the output is the scale times c
-    x = c    branch = 0    other = 0        is c, or the block does more than add both
+    x = 0    branch = c    other = 0        the output is scale x c
+    x = c    branch = 0    other = 0        the output is c, unless the block does more than add
     """
     other: Site | None = Site(site.layer, OTHER_BRANCH[site.kind])
     try:
         find_site_module(model, other)
     except UserError:
-        other = None  # a block of a hybrid model may have only one of them, beside a mixer
+        other = None  # a block of a hybrid model may lack attention or MLP
     width = model.config.get_text_config().hidden_size
     c = torch.linspace(1, 2, width, dtype=model.dtype, device=model.device)
     zeros = torch.zeros_like(c)
@@ -143,8 +143,8 @@ def _measure_scale(model: nn.Module, site: Site) -> float:
 
 
 def _run_block(model: nn.Module, x: Tensor, branches: dict[Site, Tensor]) -> Tensor:
-    """Output [1, 2, d] of a block whose input is x [d] at both of two tokens, and whose `branches`
-    return the given values [d]."""
+    """Output [1, 2, d] of a block run on two tokens, with x [d] as the input of both and the values
+    [d] of `branches` as the outputs of these branches."""
     block, outputs = find_decoder_stack(model)[next(iter(branches)).layer], []
 
     def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

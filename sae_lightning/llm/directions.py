@@ -7,9 +7,10 @@ A direction v that is added to r reaches the logits along the direct path as W_U
 / scale(r): linear, if the norm's scale is held fixed (Elhage et al. 2021, "A mathematical framework
 for transformer circuits"; the logit lens, nostalgebraist 2020, reads whole activations this way).
 scale(r) is positive, so it changes no ranking; RMSNorm does not centre.
-`measure_response` measures what becomes of v through all later blocks.
+`measure_response` measures the effect of v through all later blocks as well.
 
-Shapes: d = width of the residual stream; contexts, length = token sequences, BOS first.
+Shapes: d = width of the residual stream; contexts = token sequences, each of `length` tokens and
+beginning with BOS.
 """
 
 import copy
@@ -42,8 +43,8 @@ class Norm(NamedTuple):
         return self._centred(directions) * self.gain
 
     def apply_transpose(self, directions: Tensor) -> Tensor:
-        """centred(gain * directions): the directions [n, d] at the norm's input that are read when
-        `directions` [n, d] are read at its output."""
+        """centred(gain * directions): to read these directions [n, d] at the norm's input is to
+        read `directions` [n, d] at its output."""
         return self._centred(directions * self.gain)
 
     def _centred(self, x: Tensor) -> Tensor:
@@ -64,11 +65,11 @@ def find_mlp_norm(model: nn.Module, layer: int) -> Norm:
 @torch.no_grad()
 def _norm_before(model: nn.Module, reader: nn.Module, name: str) -> Norm:
     """The norm whose output `reader` reads, found by running the model on one token."""
-    outputs: list[tuple[Tensor, nn.Module]] = []  # keeps tensors alive, so no memory is reused
+    outputs: list[tuple[Tensor, nn.Module]] = []  # kept alive, so that no two share an address
     inputs: list[Tensor] = []
 
     def write(module: nn.Module, args: tuple, output: Tensor) -> None:
-        # a norm keeps the width; OPT-350m projects before the unembedding
+        # a norm keeps the shape, unlike the projection before the unembedding of OPT-350m
         if isinstance(output, Tensor) and args and args[0].shape == output.shape:
             outputs.append((output, module))
 
@@ -114,8 +115,8 @@ def _as_norm(module: nn.Module, width: int) -> Norm | None:
 
 @torch.no_grad()
 def read_embedding(model: nn.Module, tokens: int) -> Tensor:
-    """Input [tokens, d] of block 0 at the first position for the first `tokens` ids, float32, minus
-    its mean over ids: scaled or normalised as in the model, without the position embedding."""
+    """Input [tokens, d] of block 0 at position 0 for the first `tokens` ids, float32, scaled or
+    normalised as in the model. Subtracting the mean over ids removes the position embedding."""
     inputs: list[Tensor] = []
 
     def read(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -145,7 +146,7 @@ def measure_response(
     norm of the activation there. advance is called with the number of directions just done.
 
         BOS  It  was  the  best   of     a direction is added at this last token only, and the
-         .    .   .    .    .     *      output there is compared with that of the unchanged LLM
+         .    .   .    .    .     *      output there is compared with the unchanged LLM's
     """
     unit = nn.functional.normalize(directions.to(model.device))
     steps = torch.cat([torch.zeros_like(unit[:1]), share * unit]).split(DIRECTIONS_PER_PASS)
@@ -174,16 +175,16 @@ def _fill_cache(model: nn.Module, tokens: Tensor) -> Any:
         cache = getattr(run_body(model, tokens, use_cache=True), "past_key_values", None)
     if type(cache).__name__ != "DynamicCache":
         return None
-    # beam search's method, because batch_repeat_interleave skips states of linear attention
+    # a method for beam search; batch_repeat_interleave would skip states of linear attention
     cache.reorder_cache(torch.zeros(DIRECTIONS_PER_PASS, dtype=torch.long, device=tokens.device))
     return cache
 
 
 def _adding(step: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """y + step |y| at the last token of the first sequences of a batch."""
+    """y + step |y| at the last token of the first len(step) sequences of a batch."""
 
     def apply(x: Tensor, y: Tensor) -> Tensor:
-        # OPT's MLP has one dimension for sequences and tokens
+        # OPT's MLP returns [sequences * tokens, d]
         changed = y.float().view(DIRECTIONS_PER_PASS, -1, y.shape[-1])
         last = changed[: len(step), -1]
         last += step * last.norm(dim=1, keepdim=True)

@@ -24,9 +24,9 @@ class Sampling(NamedTuple):
     """How the next token is chosen from p = softmax(logits / temperature)."""
 
     temperature: float = 0.0
-    """0: always the likeliest token."""
+    """0 is greedy decoding."""
     top_p: float = 1.0
-    """Sample from the likeliest tokens that together have this probability."""
+    """Sample from the fewest tokens whose total probability is at least this (nucleus)."""
     seed: int = 0
     """Seed of the RNG."""
 
@@ -36,7 +36,7 @@ GREEDY = Sampling()
 
 def encode_prompt(tokenizer: Any, prompt: str, tokens: int, context: int | None) -> Tensor:
     """Token ids [n] of the prompt after BOS, as in training. UserError if it is empty, has a token
-    that the LLM does not know, or leaves no room for `tokens` more in `context` (None: no limit).
+    without an embedding, or leaves no room for `tokens` more in `context` (None: no limit).
     """
     ids = tokenizer.encode(prompt, add_special_tokens=False)
     if not ids:
@@ -68,10 +68,10 @@ def generate(
 ) -> list[Tensor]:
     """Continue `prompt` [n], which begins with BOS, by up to `tokens` tokens, `sequences` times.
 
-    function(x, y) -> the replacement of y, the activation at the target; x: that at the source.
+    function(x, y) replaces y, the activation at the target; x is the activation at the source.
     All are float32 [sequences, tokens, d]: first for the prompt, then for each new token.
     Sequences share the Gumbel noise g of each step (argmax(log p + g) is a sample of p), so that
-    they differ only by what `function` does. A sequence ends before its separator.
+    they differ only by what `function` does. Each ends before the first separator it generates.
     """
     from transformers import GenerationConfig
 
@@ -104,7 +104,7 @@ def generate(
 
 
 def _cut(sequence: Tensor, prompt: int, end: int) -> Tensor:
-    """`sequence` up to, without, the first separator that was generated."""
+    """`sequence` up to the first separator after the prompt, exclusive."""
     ends = (sequence[prompt:] == end).nonzero()
     return sequence[: prompt + int(ends[0])] if len(ends) else sequence
 
@@ -115,10 +115,10 @@ def _behind_bos(
     """`function`, applied to all tokens but BOS."""
 
     def apply(x: Tensor, y: Tensor) -> Tensor:
-        # OPT's MLP has one dimension for sequences and tokens
+        # OPT's MLP returns [sequences * tokens, d]
         x, whole = x.view(sequences, -1, x.shape[-1]), y.view(sequences, -1, y.shape[-1])
         changed = function(x.float(), whole.float()).to(y.dtype)
-        # with a KV cache a new token comes alone; a prompt is longer than BOS
+        # a single token is a new one (KV cache): a prompt has at least BOS and one more
         if whole.shape[1] > 1:
             changed = torch.cat([whole[:, :1], changed[:, 1:]], dim=1)
         return changed.view_as(y)
@@ -127,7 +127,7 @@ def _behind_bos(
 
 
 def _processors(sampling: Sampling) -> list[Callable[[Tensor, Tensor], Tensor]]:
-    """Logits processors after which greedy decoding draws a sample."""
+    """Logits processors that turn greedy decoding into sampling (Gumbel-max)."""
     from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
     if sampling.temperature == 0:
@@ -144,13 +144,13 @@ def _processors(sampling: Sampling) -> list[Callable[[Tensor, Tensor], Tensor]]:
 
 @torch.no_grad()
 def compute_surprisal(model: nn.Module, ids: Tensor) -> Tensor:
-    """-log p [n - 1] of each token of `ids` [n] given those before it, in nats."""
+    """-log p [n - 1] in nats of each token of `ids` [n] but the first, given all before it."""
     logits = model(input_ids=ids[None].to(model.device), use_cache=False).logits[0, :-1].float()
     return nn.functional.cross_entropy(logits, ids[1:].to(logits.device), reduction="none").cpu()
 
 
 class Reply(NamedTuple):
-    """The answer of a model, and the number of tokens of the formatted question and the answer."""
+    """The answer of a model, and the token counts of the formatted question and of the answer."""
 
     text: str
     tokens_in: int
@@ -159,7 +159,7 @@ class Reply(NamedTuple):
 
 @torch.no_grad()
 def reply(llm: LLM, question: str, tokens: int) -> Reply:
-    """The answer of at most `tokens` tokens by greedy decoding, the same each time."""
+    """The answer, of at most `tokens` tokens. Greedy decoding, so it is the same each time."""
     tokenizer, context = llm.tokenizer, read_context_length(llm.model)
     if tokenizer.chat_template is None:
         inputs = tokenizer(f"{question}\n\nAnswer:", return_tensors="pt")
@@ -180,7 +180,7 @@ def reply(llm: LLM, question: str, tokens: int) -> Reply:
             f"explainer={llm.name}: takes {context:,} tokens, and a question of {length:,} with an "
             f"answer of up to {tokens:,} is longer; ask less at a time, or use another"
         )
-    with mute_libraries():  # it warns of the sampling settings that some models come with
+    with mute_libraries():  # transformers warns of the sampling settings of some models
         written = llm.model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False
         )

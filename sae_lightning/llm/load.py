@@ -29,7 +29,7 @@ NO_LLM = "none"  # synthetic activations come from no LLM
 
 
 class Dtype(Enum):
-    """Number format of the LLM's weights and activations."""
+    """Dtype of the LLM's weights and activations."""
 
     auto = "auto"
     float32 = "float32"
@@ -129,7 +129,7 @@ def pick_device(config: LLMConfig) -> torch.device:
 
 
 def pick_dtype(config: LLMConfig) -> torch.dtype:
-    """The number format that `llm.dtype` stands for on this machine."""
+    """The dtype that `llm.dtype` stands for on this machine."""
     if config.dtype is not Dtype.auto:
         return getattr(torch, config.dtype.value)
     if config.name == NO_LLM:
@@ -138,7 +138,7 @@ def pick_dtype(config: LLMConfig) -> torch.dtype:
 
 
 def has_bf16(kind: str) -> bool:
-    """Whether the hardware of this type of device (cpu, cuda, ...) computes in bfloat16 here."""
+    """Whether this machine's `kind` of device (cpu, cuda, ...) computes in bfloat16 natively."""
     match kind:
         case "cuda":
             return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -149,7 +149,7 @@ def has_bf16(kind: str) -> bool:
 
 
 def read_llm_shape(config: LLMConfig) -> LLMShape:
-    """Blocks, width and longest context of the LLM, from its config alone (no weight is read)."""
+    """Dimensions of the LLM, from its config alone (no weight is read)."""
     if config.name in PACKAGED:
         find_gguf_folder(config.name)
         return PACKAGED[config.name].shape
@@ -171,9 +171,9 @@ def count_llm_parameters(config: LLMConfig, blocks: int | None = None) -> int:
 
 
 def check_sites(config: LLMConfig, sites: Collection[Site]) -> None:
-    """UserError for a site that the LLM does not have, by its structure alone."""
+    """UserError if the LLM lacks one of `sites`; builds the LLM without weights."""
     if config.name in PACKAGED:
-        return  # it has all sites
+        return  # packaged LLMs have all sites
     with mute_libraries():
         model = build_without_weights(config, read_config(config, _folder(config.name)))
     for site in sites:
@@ -191,7 +191,7 @@ def find_hub_name(config: LLMConfig) -> str:
 
 
 def load_tokenizer(config: LLMConfig):
-    """The LLM's tokenizer (transformers) alone, before its weights are read."""
+    """The LLM's tokenizer (transformers), without loading the LLM."""
     folder = dequantise(config.name) if config.name in PACKAGED else _folder(config.name)
     with mute_libraries():
         return read_tokenizer(config, folder, read_config(config, folder))
@@ -200,8 +200,8 @@ def load_tokenizer(config: LLMConfig):
 def load_llm(config: LLMConfig, blocks: int | None = None, tokenizer: object = None) -> LLM:
     """The LLM in eval mode, without gradients, and its tokenizer.
 
-    `blocks`: load only so many blocks, without the LM head; None for the whole LLM. `tokenizer`:
-    one that is loaded already.
+    `blocks`: load only the first `blocks` blocks, without the LM head; None for the whole LLM.
+    `tokenizer`: its tokenizer, if it is loaded already.
     """
     device, dtype = pick_device(config), pick_dtype(config)
     folder = dequantise(config.name) if config.name in PACKAGED else _folder(config.name)
@@ -221,5 +221,5 @@ def load_llm(config: LLMConfig, blocks: int | None = None, tokenizer: object = N
 
 
 def _folder(name: str) -> Path | None:
-    path = os.path.expanduser(name)  # pathlib raises at ~nobody and at names too long
+    path = os.path.expanduser(name)  # pathlib raises for ~nobody and for long names
     return Path(path) if os.path.isdir(path) else None

@@ -22,7 +22,7 @@ class LLMShape(NamedTuple):
     layers: int
     """Number of decoder blocks."""
     width: int
-    """d of the residual stream."""
+    """Width d of the residual stream."""
     context: int | None
     """The longest sequence that the model takes, in tokens; None where its config sets no limit."""
     vocabulary: int
@@ -35,9 +35,9 @@ class Packaged(NamedTuple):
     module: str
     """Import name of the package."""
     distribution: str
-    """Name of the package in the index."""
+    """Name of the package on PyPI."""
     hub: str
-    """Name on the hub of the LLM before it was quantised."""
+    """The unquantised LLM's name on the hub."""
     file: str
     """The GGUF file inside the package's folder."""
     shape: LLMShape
@@ -66,7 +66,7 @@ PACKAGED = {
 
 
 def find_gguf_folder(name: str) -> Path:
-    """The folder that holds the GGUF file of packaged LLM `name`; its package is never executed."""
+    """The folder that holds the GGUF file of packaged LLM `name`; its package is never imported."""
     package = PACKAGED[name]
     spec = importlib.util.find_spec(package.module)
     for folder in (spec and spec.submodule_search_locations) or []:
@@ -94,7 +94,7 @@ def dequantise(name: str) -> Path:
                 f"({find_system_error(error) or error}); free 600 MB there, or set XDG_CACHE_HOME "
                 "to a folder that has them"
             ) from error
-    for left in cache.parent.glob(f".{cache.name}-*"):  # what 0.1.0 left when it was killed
+    for left in cache.parent.glob(f".{cache.name}-*"):  # left when version 0.1.0 was killed
         shutil.rmtree(left, ignore_errors=True)
     return cache
 

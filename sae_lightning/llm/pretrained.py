@@ -55,7 +55,7 @@ def _not_causal(hf_config) -> str | None:
     encoder = BIDIRECTIONAL.fullmatch(hf_config.model_type) and not getattr(
         hf_config, "is_decoder", False
     )
-    text = hf_config.get_text_config()  # EmbeddingGemma and PaliGemma say so here
+    text = hf_config.get_text_config()  # holds the flags of EmbeddingGemma and PaliGemma
     ahead = getattr(text, "use_bidirectional_attention", None) in (True, "all")
     if masked or encoder or ahead or not getattr(text, "is_causal", True):
         return "reads in both directions"
@@ -69,8 +69,8 @@ def _is_custom(hf_config) -> bool:
 
 
 def _loader(hf_config) -> type | None:
-    """transformers' class that loads the model: for causal LMs, or for models with a text decoder
-    that also take images."""
+    """The class of transformers that loads causal LMs, or models with a text decoder that also take
+    images; None if the model is neither."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto import modeling_auto
 
@@ -85,11 +85,11 @@ def _loader(hf_config) -> type | None:
 
 
 def read_tokenizer(config, folder: Path | None, hf_config):
-    """The tokenizer (transformers). Its BOS and EOS are those of `config` where given, else its
-    own, or if it names neither those of `hf_config`.
+    """The tokenizer (transformers). BOS and EOS come from `config` where given, else from the
+    tokenizer's files, or from the model's config if these name neither.
 
-    Attributes added to it: `rows`, the number of rows of the LLM's embedding if the tokenizer has
-    more tokens, else None; `borrowed`, whether it names neither BOS nor EOS itself.
+    Two attributes are added: `rows`, the row count of the LLM's embedding if the tokenizer has more
+    tokens, else None; `borrowed`, whether the tokenizer's files name neither BOS nor EOS.
     """
     from transformers import AutoTokenizer
 
@@ -118,11 +118,11 @@ def read_tokenizer(config, folder: Path | None, hf_config):
 
 
 def _special_tokens(config, folder: Path | None, hf_config, tokenizer) -> list[str | None]:
-    """BOS and EOS as the model's config, or else its generation config, names them."""
+    """BOS and EOS from the model's config, or else from its generation config."""
     from transformers import GenerationConfig
 
     sources, where = [hf_config.get_text_config()], _source(config, folder)
-    with suppress(OSError):  # most models have none
+    with suppress(OSError):  # most models have no generation config
         name = where.pop("pretrained_model_name_or_path")
         sources.append(GenerationConfig.from_pretrained(name, **where))
     tokens = []
@@ -136,7 +136,7 @@ def _special_tokens(config, folder: Path | None, hf_config, tokenizer) -> list[s
 
 
 def _piece(tokenizer, setting: str, text: str) -> str:
-    """The vocabulary's entry for the single token whose text is `text`, given as `setting`."""
+    """The vocabulary's entry for `text`, which has to be one token; errors name `setting`."""
     if text in tokenizer.get_vocab():
         return text
     ids = tokenizer.encode(text, add_special_tokens=False)
@@ -153,8 +153,8 @@ def read_model(
     dtype: torch.dtype,
     device: torch.device,
 ) -> nn.Module:
-    """The causal LM with its weights; with `blocks`, only so many of its first blocks are loaded,
-    and no LM head."""
+    """The causal LM with its weights; if `blocks` is given, only its first `blocks` blocks and no
+    LM head."""
     with _one_line_errors(config):
         kind = _loader(hf_config)
         if blocks is not None:
@@ -195,8 +195,8 @@ def build_without_weights(config, hf_config, blocks: int | None = None) -> nn.Mo
 def _cut(model: nn.Module, blocks: int) -> None:
     """Remove all but the first `blocks` blocks.
 
-    The config is not changed: a block may depend on the total number of blocks (Gemma-3n's last
-    ones share keys and values, others scale by it) and has to compute what it did before.
+    The config keeps the total number of blocks, because the output of a block may depend on it
+    (Gemma-3n's last blocks share keys and values; other families scale by it).
     """
     stack = find_decoder_stack(model)
     del stack[blocks:]
@@ -208,14 +208,14 @@ def _remove_head(model: nn.Module) -> None:
 
 
 def _cut_class(kind: type[nn.Module], blocks: int) -> type[nn.Module]:
-    """A subclass of `kind` that keeps `blocks` blocks, so that only their weights are read."""
+    """A subclass of `kind` with its first `blocks` blocks, so that only their weights are read."""
 
     class Cut(kind):
         def __init__(self, config, *args, **kwargs):
             super().__init__(config, *args, **kwargs)
             _cut(self, blocks)
 
-    # transformers looks up by these how to rename the weights of older files
+    # by these names transformers looks up how to rename the weights of older files
     Cut.__name__, Cut.__module__ = kind.__name__, kind.__module__
     return Cut
 
@@ -241,7 +241,7 @@ def _one_line_errors(config, part: str = "model") -> Iterator[None]:
 
 
 def _reason(config, error: Exception, part: str) -> str:
-    """One line for an error of transformers or huggingface_hub while loading, with the remedy."""
+    """An error of transformers or huggingface_hub, told in one line with its remedy."""
     from huggingface_hub import errors as hub
 
     name, text = f"llm.name={config.name}", " ".join(str(error).split())
@@ -271,7 +271,7 @@ def _reason(config, error: Exception, part: str) -> str:
             f"llm.attn={config.attn.value}: not possible for {config.name} here ({first}); "
             "use llm.attn=auto"
         )
-    if ImportError in kinds:  # quantised models and those with their own code need more packages
+    if ImportError in kinds:  # quantised models and custom code need extra packages
         named = re.search(r"(?:pip install (?:-\S+ )*'?|module named ')([\w.-]+)", text)
         remedy = f"run: pip install {named[1]}" if named else "install it"
         return f"{name}: needs a missing package ({first}); {remedy}, or give another LLM"

@@ -1,6 +1,6 @@
-"""Sites: places in a language model where activations are read or replaced, found by structure.
+"""Sites: places in a language model where activations are read or replaced.
 
-A block adds two branches to the residual stream; a site is one of the terms, or the MLP's input:
+A block adds two branches to the residual stream. A site is one of the terms, or the MLP's input:
 
     resid (block i) = resid (block i - 1) + attn (block i) + mlp (block i)
     mlp (block i)   = MLP(mlp_in (block i))
@@ -20,28 +20,28 @@ from torch.utils.hooks import RemovableHandle
 from sae_lightning.errors import UserError
 
 # Norms of a branch's output, as in Gemma-2 and OLMo-2. A block has them for both branches or for
-# none; without one for the MLP, post_attention_layernorm is the MLP's input norm.
+# none: if the MLP has none, post_attention_layernorm is the norm before the MLP.
 ATTN_NORMS = ("post_self_attn_layernorm", "post_attention_layernorm")
 MLP_NORMS = ("post_feedforward_layernorm", "post_mlp_layernorm")
 BRANCH_PATTERNS = {"attn": r"attn|attention", "mlp": r"mlp|feed_?forward|ffn|moe|fc2"}
 BRANCH_PATTERNS["mlp_in"] = BRANCH_PATTERNS["mlp"].replace("fc2", "fc1")
 
-# Config keys for the number of residual streams: of Gemma-3n, DeepSeek-V4, Qwen-4.
+# Config keys for the number of residual streams, in Gemma-3n, DeepSeek-V4 and Qwen-4.
 STREAM_COUNTS = ("altup_num_inputs", "hc_mult", "hc_count")
 
 
 @total_ordering
 class Kind(Enum):
-    """The activation of a block that is read, in the order of computation."""
+    """An activation of a block; members are in the order of computation."""
 
     attn = "attn"
-    """What the attention adds to the residual stream."""
+    """The output of the attention, as added to the residual stream."""
     mlp_in = "mlp_in"
-    """What the MLP reads: the residual stream after its norm."""
+    """The input of the MLP: the residual stream after the norm."""
     mlp = "mlp"
-    """What the MLP adds to the residual stream."""
+    """The output of the MLP, as added to the residual stream."""
     resid = "resid"
-    """The block's output."""
+    """The output of the block."""
 
     def __lt__(self, other: "Kind") -> bool:
         order = list(Kind)
@@ -75,7 +75,7 @@ class Site:
 
 
 class SitePair(NamedTuple):
-    """Where an SAE reads and what it reconstructs; an autoencoder reconstructs what it reads."""
+    """The site that an SAE reads and the site it reconstructs; in an autoencoder they are equal."""
 
     source: Site
     target: Site
@@ -85,14 +85,14 @@ class SitePair(NamedTuple):
 
     @property
     def hook_names(self) -> dict[str, str]:
-        """TransformerLens' names of both, under SAELens' keys."""
+        """TransformerLens' names of both sites, under SAELens' keys."""
         names = {"hook_name": self.source.hook_name}
         if self.target != self.source:
             names["hook_name_out"] = self.target.hook_name
         return names
 
     def module_names(self, paths: dict[Site, str]) -> dict[str, str]:
-        """Module paths of both in transformers, taken from `paths`, under SAELens' keys."""
+        """Module paths of both sites in transformers, from `paths`, under SAELens' keys."""
         places = {"hf_hook_name": self.source, "hf_hook_name_out": self.target}
         return {
             key: paths[site]
@@ -232,7 +232,7 @@ def _branch(block: nn.Module, kind: Kind) -> nn.Module:
         for child in children.values()
         if re.search(BRANCH_PATTERNS[kind.value], type(child).__name__.lower())
     ]
-    # BLOOM's branches add the residual stream themselves, so their output is not the branch's.
+    # BLOOM's modules add the residual stream themselves, so they do not return the branch alone.
     if len(found) == 1 and "residual" not in inspect.signature(found[0].forward).parameters:
         return found[0]
     listing = ", ".join(f"{n} ({type(c).__name__})" for n, c in block.named_children())

@@ -1,10 +1,10 @@
 """Loss of the language model with an activation replaced (cross-entropy and KL).
 
     tokens -> body -> last hidden states [sequences, context, d]
-                                            kept ones [n, d] -> LM head -> logits [n, vocabulary]
+                           at kept positions [n, d] -> LM head -> logits [n, vocabulary]
 
-Logits are computed a few positions at a time: those of a whole batch would be the largest tensor of
-the LLM. Shapes: d = width of the residual stream.
+Logits are computed a few positions at a time: the logits of a whole batch would be the largest
+tensor of the LLM. Shapes: d = width of the residual stream.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,8 +18,8 @@ from sae_lightning.llm.capture import replace_activations
 from sae_lightning.llm.sites import Site, find_text_decoder
 
 LOGIT_ROWS = 256  # positions whose logits are computed at a time
-# Positions whose logits are converted to float32 at a time. On a CPU 32 rows of 50,000 fit its
-# cache, six times as fast as 256; a GPU is faster with fewer, larger pieces.
+# Positions whose logits are converted to float32 at a time. On a CPU, 32 rows of 50,000 fit in the
+# cache and are six times as fast as 256; a GPU is faster with fewer, larger chunks.
 FLOAT32_ROWS = {"cpu": 32, "other": 128}
 
 Function = Callable[[Tensor], Tensor]
@@ -64,9 +64,9 @@ def score_baseline(
     batch: int,
     advance: Advance = lambda n: None,
 ) -> SpliceBaseline:
-    """Cross-entropies that hold for every function: computed once and passed to `score_splices`.
+    """Cross-entropies shared by all functions: computed once and passed to `score_splices`.
 
-    tokens, keep, batch, advance: as in `score_splices`; mean [d_out]: what mean ablation writes.
+    tokens, keep, batch, advance: as in `score_splices`; mean [d_out]: the mean activation.
     """
     ablations = [torch.zeros_like, lambda y: mean.to(y).expand_as(y)]
     clean, (zero, mean_ablated), _ = _means(
@@ -123,7 +123,7 @@ def _means(
     advance: Advance,
     with_kl: bool = False,
 ) -> tuple[float, list[float], list[float]]:
-    """Mean cross-entropy of the clean model and with each function, and KL of each function."""
+    """Mean cross-entropy of the clean model, then mean cross-entropy and KL with each function."""
     targets = int(keep[:, 1:].sum())
     if targets == 0:
         raise ValueError("keep marks no token after the first position: nothing to score")
@@ -164,9 +164,9 @@ def _body(model: nn.Module) -> nn.Module:
 
 def compute_logits(model: nn.Module, output, hidden: Tensor) -> Tensor:
     """Logits [n, vocabulary] of last hidden states [n, d], with whatever the family does after its
-    LM head (a soft cap in Gemma-2, a scale in Cohere). `output`: any of `run_body`, for its type.
+    LM head (a soft cap in Gemma-2, a scale in Cohere). `output`: any output of `run_body`.
 
-    The model computes them itself, with its body replaced by one that returns `hidden`.
+    The model itself computes the logits, with its body replaced by a stub that returns `hidden`.
     """
     calls: list[bool] = []
 

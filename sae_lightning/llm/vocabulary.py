@@ -1,4 +1,4 @@
-"""Special tokens of a tokenizer, and the text of all others."""
+"""Special tokens of a tokenizer, and the text of every token."""
 
 import re
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ def find_bos_id(tokenizer) -> int:
 
 
 def find_separator_id(tokenizer) -> int:
-    """Id of the token between two texts: EOS, or BOS in a model without EOS."""
+    """Id of the token between two documents: EOS, or BOS in a model without EOS."""
     return _first_id(tokenizer, "llm.separator", tokenizer.eos_token_id, tokenizer.bos_token_id)
 
 
@@ -61,7 +61,7 @@ def _rows(tokenizer) -> int | None:
 def read_vocabulary(llm: LLM) -> list[str]:
     """Text of every token id of the model, with its leading space.
 
-    Bytes that are not a whole character are written as <0xE2>, padding rows of the embedding as
+    Bytes that form no whole character are written as <0xE2>, padding rows of the embedding as
     <unused 50000>.
     """
     from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -82,13 +82,13 @@ def read_vocabulary(llm: LLM) -> list[str]:
 
 
 def _decode(tokenizer, pieces: list[str]) -> dict[str, str]:
-    """Text of pieces as the tokenizer decodes them, for alphabets other than byte-level BPE."""
-    # Decoded alone or first, a piece would lose its leading space, so it is put behind another.
+    """Text of pieces as the tokenizer decodes them, for tokenizers other than byte-level BPE."""
+    # A piece that is decoded first would lose its leading space, so another token precedes it.
     front = tokenizer.encode("a", add_special_tokens=False)[-1:]
     ids = [[*front, i] for i in tokenizer.convert_tokens_to_ids(pieces)]
     start, *texts = tokenizer.batch_decode([front, *ids], clean_up_tokenization_spaces=False)
     return {
-        # U+FFFD is what decoding makes of half a character; the piece is its bytes already
+        # half a character decodes to U+FFFD; the piece itself already names the byte (<0xE2>)
         piece: piece if "\ufffd" in text else text.removeprefix(start)
         for piece, text in zip(pieces, texts, strict=True)
     }
