@@ -1,9 +1,9 @@
 """Questions to a language model, each answered only once.
 
 question -> cache on disk -> answer
-              └ not there: model -> written at once
+              └ not there: model -> cached immediately
 
-A run that fails or is killed loses nothing that was answered; the same command goes on from there.
+A run that fails or is killed loses no answer; the same command continues from there.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ class Cost(NamedTuple):
     tokens_out: int = 0
 
     def check_budget(self, budget: int | None) -> None:
-        """UserError if the tokens, in and out, are more than `budget`."""
+        """UserError if the tokens, in and out together, exceed `budget`."""
         tokens = self.tokens_in + self.tokens_out
         if budget is not None and tokens > budget:
             raise UserError(
@@ -52,7 +52,7 @@ class Cost(NamedTuple):
 
 
 class Answers:
-    """Answers of one model, kept in `folder` (in the user's cache, unless given)."""
+    """Answers of one model, cached in `folder` (by default in the user's cache folder)."""
 
     def __init__(self, model: ChatModel, folder: Path | None = None):
         self.model = model
@@ -97,7 +97,7 @@ class Answers:
             try:
                 return self._keep(question, self.model.complete(question))
             except BaseException:
-                halted.set()  # here, so that this thread does not take up the next one
+                halted.set()  # set before this thread takes the next question
                 raise
 
         try:
@@ -128,7 +128,7 @@ class Answers:
         return reply
 
     def _remove_key(self, reply: Reply) -> Reply:
-        """The reply without the key, which some servers quote."""
+        """Remove the key, which some servers quote, from a reply."""
         return reply._replace(text=censor(reply.text, self.model.key))
 
     def _write(self, question: Question, reply: Reply) -> None:

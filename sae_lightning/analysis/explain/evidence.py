@@ -1,9 +1,9 @@
-"""Texts that an explanation of a feature is made from, and others that it is tested on.
+"""Texts to explain a feature from, and others to test the explanation on.
 
     catalogue   top      ■ □ ■ □ ■ □     ■ shown to the explainer
-                spread   ■ □ ■ □         □ kept back: it fires there
-    sample      fires    □ □ □ ...       fills up what is kept back
-                silent   ○ ○ ○ ...       it fires nowhere in them
+                spread   ■ □ ■ □         □ kept for the test
+    sample      fires    □ □ □ ...       more texts for the test
+                silent   ○ ○ ○ ...       texts in which it is silent
 
 No two texts of a feature are from the same sequence, and no two read the same.
 """
@@ -20,19 +20,19 @@ from sae_lightning.analysis.survey.sample import Sample
 from sae_lightning.report.catalogue import AFTER, BEFORE, WINDOW, Catalogue, Examples
 
 MIN_TEXTS = 4  # fewest to explain from, and fewest to test on
-DOCUMENT_MARK = "¶"  # of the beginning and the end of documents
+DOCUMENT_MARK = "¶"  # stands for the beginning and the end of documents
 
 WindowOfSequence = tuple[int, Tensor, Tensor]
-"""Number of a sequence; ids [WINDOW] in it, -1 beyond its ends; strengths [WINDOW] of a feature."""
+"""Number of a sequence; token ids [WINDOW], -1 beyond its ends; a feature's strengths [WINDOW]."""
 
 
 class Window(NamedTuple):
     """A piece of text, and how strongly a feature fires on its tokens."""
 
     tokens: tuple[str, ...]
-    """Their strings; DOCUMENT_MARK for `special` ones."""
+    """Tokens as strings; DOCUMENT_MARK for special tokens."""
     strengths: tuple[float, ...]
-    """One for each token; 0 where it is silent."""
+    """Strength on each token; 0 where the feature is silent."""
 
 
 class Evidence(NamedTuple):
@@ -40,20 +40,20 @@ class Evidence(NamedTuple):
 
     feature: int
     shown: list[Window]
-    """For the explainer; it fires in them."""
+    """Texts for the explainer, in which the feature fires."""
     firing: list[Window]
-    """For the scores; it fires in them."""
+    """Texts for the test, in which the feature fires."""
     silent: list[Window]
-    """For the scores; it fires nowhere in them."""
+    """Texts for the test, in which the feature is silent."""
 
     @property
     def enough(self) -> bool:
-        """Whether it fires in enough places to be explained."""
+        """Whether there are enough texts to explain the feature and to test the explanation."""
         return len(self.shown) >= MIN_TEXTS and len(self.firing) >= MIN_TEXTS
 
 
 def pick_features(catalogue: Catalogue, count: int, seed: int = 0) -> list[int]:
-    """Pick `count` random features with enough examples to explain them and to test that."""
+    """Pick `count` random features with enough examples to explain and to test."""
     examples = (catalogue.top.strength > 0).sum(dim=1) + (catalogue.spread.strength > 0).sum(dim=1)
     candidates = (examples >= 2 * MIN_TEXTS).nonzero().squeeze(1)
     drawn = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(seed))[:count]
@@ -69,10 +69,10 @@ def gather(
     special: Collection[int] = (),
     seed: int = 0,
 ) -> list[Evidence]:
-    """Evidence of each feature: half of its examples, and at most `scored` texts of each kind.
+    """Show half of a feature's examples; keep at most `scored` texts of each kind for the test.
 
     catalogue: of the SAE's features, from the same pass over the text as `sample`, so that
-    sequences have the same numbers; special: ids of tokens that stand for no text.
+    sequences have the same numbers; special: ids shown as DOCUMENT_MARK.
     """
     special = {*special}
     words = [DOCUMENT_MARK if i in special else word for i, word in enumerate(catalogue.vocabulary)]
@@ -99,7 +99,7 @@ def _gather_one(
 
     top, spread = catalogue.top, catalogue.spread
     shown = [*skip_seen(chain(_take_examples(top, feature, 0), _take_examples(spread, feature, 0)))]
-    # at most half are the strongest: the test is where the feature fires at all
+    # at most half are top examples: the test is on firing at any strength
     firing = [*islice(skip_seen(_take_examples(top, feature, 1)), scored // 2)]
     others = chain(
         _take_examples(spread, feature, 1), _draw_windows(sample, strengths, strengths > 0, rng)
@@ -110,7 +110,7 @@ def _gather_one(
 
 
 def _take_examples(examples: Examples, feature: int, first: int) -> Iterator[WindowOfSequence]:
-    """Every other example from the `first`, strongest first."""
+    """Every other example, from index `first` on."""
     for i in range(first, examples.strength.shape[1], 2):
         if examples.strength[feature, i] > 0:
             sequence = int(examples.sequence[feature, i])

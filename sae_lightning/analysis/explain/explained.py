@@ -67,7 +67,7 @@ def make_explanation_section(result: Explanations) -> Section:
 
 
 def make_token_set_section(catalogue: Catalogue, features: list[int]) -> Section:
-    """Section for when no model is named: the token set that best predicts each feature."""
+    """Section if no model is named: the token set that best predicts each feature."""
     reading = catalogue.token_sets
     rows = []
     for feature in sorted(features, key=lambda f: -reading.score[f].nan_to_num(-1)):

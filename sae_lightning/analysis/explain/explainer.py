@@ -10,7 +10,7 @@ Models):
 
 detection   does this text activate the feature?     texts in which it fires, and silent ones
 fuzzing     are the marked tokens those that do?     texts in which it fires, each once marked
-                                                     rightly and once elsewhere
+                                                     correctly and once on other tokens
 """
 
 import math
@@ -34,18 +34,18 @@ class VerdictScore(NamedTuple):
     """How well verdicts agree with the truth."""
 
     accuracy: float | None
-    """Balanced: mean of the shares of right verdicts where the truth is yes and where it is no; 0.5
-    is chance; None if either has no verdict."""
+    """Balanced accuracy, the mean of true-positive and true-negative rate; 0.5 is chance; None if
+    there are no verdicts for one of them."""
     yes: int
     """Verdicts where the truth is yes."""
     no: int
     """Verdicts where the truth is no."""
     malformed: int
-    """Texts without a verdict that could be understood: left out, not guessed."""
+    """Texts whose verdict could not be parsed: left out, not guessed."""
 
 
 class Explanation(NamedTuple):
-    """What a feature seems to be about, and whether that predicts where it fires."""
+    """An explanation of a feature, and how well it predicts where the feature fires."""
 
     feature: int
     text: str | None
@@ -73,7 +73,7 @@ class Explainer:
     """Explains features and scores the explanations, all with one model.
 
     together: texts that are judged in one request; more are cheaper, fewer are easier.
-    thinking: tokens that a reasoning model may spend on each answer before it gives it.
+    thinking: tokens that a reasoning model may spend on its thoughts before each answer.
     """
 
     def __init__(self, answers: Answers, *, together: int = 5, thinking: int = 0, seed: int = 0):
@@ -81,8 +81,8 @@ class Explainer:
         self.seed = seed
 
     def estimate_cost(self, evidence: list[Evidence]) -> Cost:
-        """Upper bound of the cost of `explain_features`: tokens in are estimated from characters,
-        tokens out count every answer at its greatest length."""
+        """Estimate the cost of `explain_features`, on the high side: tokens in from the number of
+        characters, tokens out from the longest answer that is allowed."""
         questions = {each.feature: self._make_question(each) for each in evidence if each.enough}
         texts: dict[int, str | None] = {}
         for feature, question in questions.items():
@@ -105,7 +105,7 @@ class Explainer:
         )
 
     def explain_features(self, evidence: list[Evidence]) -> list[Explanation]:
-        """Explain each feature and score the explanation; without enough examples there is none.
+        """Explain each feature that has enough examples, and score the explanations.
 
         UserError if the model stops answering; its answers so far are cached for the next call.
         """
@@ -142,7 +142,7 @@ class Explainer:
     def _make_tests(
         self, evidence: list[Evidence], texts: dict[int, str | None]
     ) -> list[tuple[int, Trial, Question]]:
-        """Trials of the explanations {feature: text}, and the questions that put them."""
+        """Trials of the explanations `texts` {feature: text}, each with its question."""
         tests = []
         for each in evidence:
             if text := texts.get(each.feature):

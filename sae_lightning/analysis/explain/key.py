@@ -8,8 +8,8 @@ from urllib.parse import urlsplit
 from sae_lightning.errors import UserError
 
 DEFAULT_KEY_ENV = "OPENAI_API_KEY"
-MIN_KEY_PART = 8  # this many characters of a key in a row are treated as the key
-# One character of a text that may be URL-encoded (more than once) or a part of JSON.
+MIN_KEY_PART = 8  # this many consecutive characters of the key are censored
+# One character of a text, which may be URL-encoded (even repeatedly) or JSON-escaped.
 ENCODED_CHARACTER = re.compile(r"%(?:25)*[0-9a-f]{2}|\\u00[0-9a-f]{2}|.", re.DOTALL | re.IGNORECASE)
 MASKED_PART = r"(?:[*•●]{2,}|…+|[.x]{3,})"
 
@@ -26,7 +26,7 @@ def read_key(name: str | None) -> str:
 def check_url(url: str, key: str) -> bool:
     """Whether the web address `url` is on this machine.
 
-    UserError if it is no web address, holds a secret, or would get the key unencrypted.
+    UserError if `url` is no web address, holds a secret, or would get the key unencrypted.
     """
     try:
         parts = urlsplit(url)
@@ -62,9 +62,9 @@ def _is_loopback(host: str) -> bool:
 
 
 def censor(text: str, key: str) -> str:
-    """Replace the key in `text` by ***: in whole or in part, URL-encoded too, and its ends around a
-    mask (`sk-ab****yz`)."""
-    if len(key) < MIN_KEY_PART:  # a placeholder such as `none`: only as a whole word
+    """Replace the key in `text` by ***: all or part of it, also URL-encoded or JSON-escaped, or its
+    ends around a mask (`sk-ab****yz`)."""
+    if len(key) < MIN_KEY_PART:  # a placeholder such as `none`: only whole words
         return re.sub(rf"(?<!\w){re.escape(key)}(?!\w)", "***", text) if len(key) > 3 else text
     units = ENCODED_CHARACTER.findall(text)
     plain = "".join(unit if len(unit) == 1 else chr(int(unit[-2:], 16)) for unit in units)

@@ -37,7 +37,7 @@ class ChatModel:
 
 
 class LocalModel(ChatModel):
-    """An LLM on this machine, identified by its name and a hash of its last weights."""
+    """An LLM on this machine, identified by its name and a hash of its last parameter."""
 
     concurrency, key = 1, ""
 
@@ -45,18 +45,18 @@ class LocalModel(ChatModel):
         self.llm = llm
         *_, last = llm.model.parameters()
         weights = hashlib.sha256(last.float().cpu().numpy().tobytes()).hexdigest()[:16]
-        self.name = f"local {llm.name} {weights}"  # weights in a folder may change
+        self.name = f"local {llm.name} {weights}"  # the weights in a folder may change
 
     def complete(self, question: Question, patient: bool = True) -> Reply:
         return reply(self.llm, *question)
 
 
 class Endpoint(ChatModel):
-    """Model `model` of a server (OpenAI, vLLM, llama.cpp, ...), as http://localhost:8000/v1.
+    """Model `model` of a server (OpenAI, vLLM, llama.cpp, ...), such as http://localhost:8000/v1.
 
-    The key is what the environment variable `key_env` holds, if it is set; it is sent to no other
-    address, and only encrypted or within this machine. Rate limits, failures of the server,
-    timeouts and lost connections are tried `retries` times more.
+    The key is read from the environment variable `key_env`, if that is set; it is sent to no other
+    address, and only encrypted or within this machine. After a rate limit, server error, timeout or
+    lost connection, a request is retried up to `retries` times.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Endpoint(ChatModel):
             # neither a redirect nor a proxy carries the key elsewhere
             http_client=openai.DefaultHttpxClient(follow_redirects=False, trust_env=not is_local),
         )
-        # reasoning models take another name for the limit, and no temperature
+        # reasoning models use another name for the limit, and accept no temperature
         self._limit, self._settings = "max_tokens", {"temperature": 0}
 
     def complete(self, question: Question, patient: bool = True) -> Reply:
@@ -117,13 +117,13 @@ class Endpoint(ChatModel):
         try:
             usage, text = completion.usage, completion.choices[0].message.content
             counts = (usage.prompt_tokens, usage.completion_tokens) if usage else (0, 0)
-            # the text is None where reasoning took all tokens
+            # the text is None if reasoning took all tokens
             return Reply(str(text or ""), *(int(count or 0) for count in counts))
         except (AttributeError, IndexError, TypeError, ValueError, OverflowError):
             raise self._make_error(ValueError("does not answer as OpenAI's API does")) from None
 
     def _make_error(self, error: Exception) -> UserError:
-        """The client's message and a remedy, without the key, which some servers quote."""
+        """A UserError with the client's message, the key removed from it, and a remedy."""
         import openai
 
         message = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
@@ -171,7 +171,7 @@ def open_model(
 ) -> ChatModel | None:
     """The model at an endpoint, or a local one; None if none is named.
 
-    UserError if the address makes no sense or the local model cannot be loaded.
+    UserError if the address is invalid or the local model cannot be loaded.
     """
     if model is None:
         return None

@@ -6,7 +6,7 @@ import re
 from sae_lightning.analysis.explain.evidence import Window
 from sae_lightning.terminal import make_visible
 
-MARK_THRESHOLD = 0.3  # share of a text's greatest strength from which a token is marked
+MARK_THRESHOLD = 0.3  # a token is marked from this share of a text's greatest strength
 MAX_EXPLANATION_CHARACTERS = 300
 LEGEND = "↵ stands for a line break, ¶ for the beginning or the end of a document."
 
@@ -77,12 +77,12 @@ def find_firing(window: Window) -> list[int]:
 
 
 def mark_tokens(window: Window, chosen: list[int] | None = None) -> str:
-    """The text on one line, with the chosen tokens (by default those that fire) in << >>."""
+    """The text on one line, with the chosen tokens (by default `find_firing`) in << >>."""
     chosen = find_firing(window) if chosen is None else chosen
     pieces = []
     for i, token in enumerate(window.tokens):
         pieces.append(f"<<{_escape(token)}>>" if i in chosen else _escape(token))
-    # one pair around neighbours, and spaces outside
+    # merge the marks of neighbours, and move leading spaces out of them
     return re.sub(r"<<( +)", r"\1<<", "".join(pieces).replace(">><<", "")).strip()
 
 
@@ -92,7 +92,7 @@ def join_tokens(window: Window) -> str:
 
 
 def _escape(token: str) -> str:
-    """Replace line breaks, and what could be taken for a mark, by look-alikes."""
+    """Replace line breaks, and << and >> in the text, by look-alikes."""
     return make_visible(token).replace("<<", "‹‹").replace(">>", "››")
 
 
@@ -105,7 +105,7 @@ def parse_explanation(answer: str) -> str | None:
 
 
 def parse_verdicts(answer: str, texts: int) -> list[bool | None]:
-    """A model's verdict on each text: yes, no, or None if there is no clear one."""
+    """A model's verdict on each text: True (yes), False (no), or None if unclear."""
     answer = _drop_thoughts(answer)
     if texts == 1 and (word := re.match(r"\W*(?:1\W+)?(yes|no)\b", answer, re.IGNORECASE)):
         return [word[1].lower() == "yes"]
