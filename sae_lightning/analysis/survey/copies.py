@@ -1,4 +1,4 @@
-"""Finds copies, features that write the same, so that pages show each group of them as one."""
+"""Finds copies, features that write almost the same, so that pages show each group as one."""
 
 import numpy as np
 import torch
@@ -10,20 +10,20 @@ from sae_lightning.scoring.duplicates import COPY_COSINE
 
 
 def find_originals(W_dec: Tensor, neighbours: RelatedUnits, ranking: Tensor) -> Tensor:
-    """[features] the feature under which each is shown: itself, unless it is a copy of another.
+    """Find the original of each feature [features]: the feature itself, unless it is a copy.
 
-    Greedy, in the order of `ranking` [features]: a feature that is no copy yet becomes an original
-    and takes as copies all features that it reaches over nearest neighbours and that have a cosine
-    > COPY_COSINE with *it*, not only with the neighbour on the way.
+    Greedy, in the order of `ranking` [features]: a feature that is not yet a copy is an original.
+    Its copies are the features with a cosine > COPY_COSINE to the original itself that are reached
+    from neighbour to neighbour.
     """
     near = (neighbours.likeness > COPY_COSINE) & (neighbours.units >= 0)
     unit, column = near.numpy().nonzero()
     other = neighbours.units.numpy()[unit, column]
-    # nearness is mutual, though either may be missing from the other's list of nearest neighbours
+    # made symmetric: one of a pair may be missing from the other's list of nearest neighbours
     unit, other = np.concatenate([unit, other]), np.concatenate([other, unit])
     other = other[unit.argsort(kind="stable")]
     ends = np.bincount(unit, minlength=len(W_dec)).cumsum()
-    starts = np.concatenate([[0], ends[:-1]])  # of each feature's neighbours in `other`
+    starts = np.concatenate([[0], ends[:-1]])  # where each feature's neighbours begin
     original, free = np.arange(len(W_dec)), ends > starts
     ranking = ranking.numpy()
     for unit in ranking[free[ranking]]:

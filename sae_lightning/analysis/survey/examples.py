@@ -55,9 +55,9 @@ class FiringStatistics:
 class StrongestExamples:
     """A reducer: the strongest examples of each unit, at most one per sequence.
 
-    kept [units, n]   9 7 4 2        The best n of both rows stay. New ones among them take
-    new  [units, s]   1 8 3          the slots of the kept ones that they push out.
-                      └ each sequence's best
+    kept [units, n]   9 7 4 2        The best n of both rows stay; new ones take the slots
+    new  [units, s]   1 8 3          of the kept ones that are dropped.
+                      └ best of each sequence
     """
 
     def __init__(self, units: int, n: int, strengths: Strengths):
@@ -71,7 +71,7 @@ class StrongestExamples:
     def add(self, batch: EncodedBatch) -> None:
         values, units = self.strengths(batch)  # [sequences, context, some units]
         best, place = (x.cpu() for x in values.max(dim=1))  # [sequences, units]
-        best = torch.where(best > 0, best, -1).T  # silence must not replace an empty slot's 0
+        best = torch.where(best > 0, best, -1).T  # must not fill an empty slot, which is 0
         n = self.strength.shape[1]
         winners = torch.cat([self.strength[units], best], dim=1).topk(n, dim=1).indices
         stays = torch.zeros(len(best), n + best.shape[1], dtype=torch.bool)
@@ -90,8 +90,8 @@ class StrongestExamples:
     def _windows(
         self, batch: EncodedBatch, values: Tensor, unit: Tensor, sequence: Tensor, place: Tensor
     ) -> Examples:
-        """Examples around position `place` of `sequence`, of the units in column `unit` of `values`
-        [sequences, context, some units]; the other arguments are [m]."""
+        """Cut m windows around position `place` [m] of `sequence` [m], with strengths from column
+        `unit` [m] of `values` [sequences, context, some units]."""
         window = place[:, None] + torch.arange(-BEFORE, AFTER + 1)  # [m, WINDOW]
         inside = (window >= 0) & (window < values.shape[1])
         window = window.clamp(0, values.shape[1] - 1)
@@ -118,7 +118,7 @@ class StrongestExamples:
 
 
 class TokenRecorder:
-    """A reducer: all tokens read, the only one whose memory grows with the text (4 bytes each)."""
+    """A reducer: all tokens read, at 4 bytes each."""
 
     def __init__(self):
         self.read: list[Tensor] = []

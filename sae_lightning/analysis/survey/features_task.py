@@ -18,7 +18,7 @@ from sae_lightning.analysis.task import Task, check_at_least
 from sae_lightning.report.parquet import write_catalogue
 from sae_lightning.report.printer import print_section, print_units
 
-PRINTED_FEATURES = 5  # features at the terminal
+PRINTED_FEATURES = 5  # features shown in the terminal
 
 
 @dataclass(slots=True, kw_only=True)
@@ -47,8 +47,8 @@ class FeaturesTask(Task):
         self.publish(subject, result.scalars(), [summary], catalogues, result.best)
 
     def make_catalogues(self, subject: Subject, *reducers: Reducer) -> Survey:
-        """Survey the text, with the features' effects on the logits, and write both catalogues as
-        parquet files."""
+        """Survey the text, measure the features' effects on the logits, and write both catalogues
+        as parquet files."""
         config, text = subject.config, subject.corpus
         result = survey(
             subject,

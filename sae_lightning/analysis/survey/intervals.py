@@ -1,7 +1,7 @@
-"""Random examples of every interval of strengths, drawn from the sample once the maxima are known.
+"""Draws random examples from each interval of strengths, once the maxima are known.
 
-0                                         maximum      the intervals of a unit, equally wide;
-|-- 4 --|-- 3 --|-- 2 --|-- 1 --|-- 0 -----|           0 is the strongest
+0                                      maximum         a unit's intervals, equally wide;
+|-- 4 --|-- 3 --|-- 2 --|-- 1 --|-- 0 --|              0 is the strongest
 """
 
 from itertools import pairwise
@@ -29,7 +29,7 @@ def draw_examples(
     sample: Sample, maximum: Tensor, top: Examples, per_interval: int, seed: int
 ) -> Examples:
     """Draw `per_interval` random examples from each interval of each unit, at most one per sequence
-    and none that is in `top`; maximum: [units]."""
+    and interval, and none that is in `top`; maximum: [units]."""
     starts = sample.starts
     cuts = torch.tensor(
         range(ENTRIES_AT_ONCE, len(sample.places), ENTRIES_AT_ONCE), dtype=torch.int64
@@ -63,7 +63,7 @@ def _draw_part(
 
 
 def _find_candidates(sample: Sample, top: Examples) -> np.ndarray:
-    """Indices of the sample's entries, except those that are the peak of an example in `top`."""
+    """Find the entries of the sample that are not the peak of an example in `top`."""
     size, context = sample.tokens.numel(), sample.tokens.shape[1]
     keys = sample.owners().numpy() * size + sample.places.numpy()  # ascending
     unit, i = (top.strength > 0).numpy().nonzero()
@@ -85,27 +85,27 @@ def _draw_entries(
     per_interval: int,
     seed: int,
 ) -> np.ndarray:
-    """Indices of `per_interval` random members of every group, at most one per sequence: a single
-    sort, by group and then by random keys."""
+    """Draw `per_interval` random members of every group (indices), at most one per sequence, with a
+    single sort by group and random keys."""
     sequences, context = sample.tokens.shape
     rng = np.random.default_rng(seed)
-    # all units share the random keys: the order within each unit is random all the same
+    # all units share the random keys; the order within each unit is random nevertheless
     sequence_keys = np.stack([rng.permutation(sequences) for _ in range(INTERVALS)])
     place_keys = rng.random((sequences, context)).argsort(axis=1).ravel()
     line = group * sequences + sequence_keys[interval, place // context]
     order = (line * context + place_keys[place]).argsort()
-    order = order[np.diff(line[order], prepend=-1) > 0]  # the first of each sequence
+    order = order[np.diff(line[order], prepend=-1) > 0]  # first of each sequence
     return order[_rank_in_group(group[order]) < per_interval]
 
 
 def _rank_in_group(group: np.ndarray) -> np.ndarray:
-    """The rank [n] of each member within its group; members of a group are adjacent."""
+    """Rank each member within its group, from 0 [n]; members of a group are adjacent."""
     first = np.flatnonzero(np.diff(group, prepend=-1))
     return np.arange(len(group)) - np.repeat(first, np.diff(first, append=len(group)))
 
 
 def _make_examples(sample: Sample, entries: np.ndarray, slot: np.ndarray, n: int) -> Examples:
-    """The sample's `entries` as examples [units, n], each in the given `slot` of its unit."""
+    """Make examples [units, n] of the sample's `entries`, each in the given `slot` of its unit."""
     context, units = sample.tokens.shape[1], sample.feature_count
     examples = Examples(
         strength=torch.zeros(units, n),
@@ -135,9 +135,9 @@ def _make_examples(sample: Sample, entries: np.ndarray, slot: np.ndarray, n: int
 
 
 def _read_windows(sample: Sample, owners: Tensor, entry: Tensor) -> Tensor:
-    """Strengths [m, WINDOW] around each entry [m], of the entry's unit."""
+    """Read the strengths [m, WINDOW] of each entry's unit around the entry [m]."""
     context, place = sample.tokens.shape[1], sample.places[entry, None]
-    # entries of a unit are sorted by place: those in the window are within WINDOW entries
+    # a unit's entries are sorted by place: any in the window are among the nearest WINDOW entries
     near = entry[:, None] + torch.arange(-BEFORE, AFTER + 1)
     near = near.clamp(0, len(owners) - 1)
     offset = sample.places[near] - place + BEFORE

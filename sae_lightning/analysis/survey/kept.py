@@ -1,4 +1,4 @@
-"""Reuses an earlier task's catalogue, saved beside the SAE, if it is of the same SAE and text."""
+"""Reuses the catalogue that an earlier task saved, if it is of the same SAE and text."""
 
 import hashlib
 from pathlib import Path
@@ -12,7 +12,7 @@ from sae_lightning.terminal import console, shorten_path
 
 
 def describe_origin(subject: Subject) -> dict[str, str]:
-    """LLM, site, text and a hash of the weights: a catalogue is valid while none has changed."""
+    """Describe LLM, site, text and weights (a hash): a catalogue is valid until one changes."""
     weights = hashlib.sha256()
     for name, weight in sorted(subject.sae.weights().items()):
         weights.update(name.encode())
@@ -21,8 +21,8 @@ def describe_origin(subject: Subject) -> dict[str, str]:
 
 
 def read_kept_catalogue(subject: Subject, path: Path) -> Catalogue | None:
-    """The catalogue in the parquet file at `path`, or None if it is missing, unusable or not of
-    `subject`; prints whether it is used, and if not why."""
+    """Read the catalogue in the parquet file at `path`; None if missing, unusable or not of
+    `subject`. Prints whether the file is used, and if not, why."""
     if not path.is_file():
         console.print("there is no catalogue of this SAE yet: making one")
         return None
@@ -37,13 +37,13 @@ def read_kept_catalogue(subject: Subject, path: Path) -> Catalogue | None:
             )
             return None
         catalogue = read_catalogue(path, words)
-        # the kind is part of the names of the page's files: it must not be a stranger's path
+        # `kind` becomes part of file names: an untrusted file must not choose a path with it
         if (catalogue.kind, catalogue.num_units) != ("feature", subject.features):
             raise ValueError(f"it is of {catalogue.num_units} units of the kind {catalogue.kind!r}")
         tokens, text = catalogue.statistics.tokens, metadata["of"]["text"]
         console.print(f"using the catalogue {shorten_path(path)}, {tokens:,} tokens of {text}")
         return catalogue
-    except Exception as error:  # the file may be damaged, foreign, or of version 0.1.0
+    except Exception as error:  # damaged, malicious, or from an older version
         why = f"it lacks {error}" if isinstance(error, KeyError) else str(error).split("\n")[0]
         console.print(f"{shorten_path(path)} cannot be used ({why}): making a new one")
         return None

@@ -1,8 +1,8 @@
 """The cheapest interpretation of a feature: a set of tokens on which it fires.
 
 For each feature, tokens are ranked by P(fires | token). Its set is the prefix of that ranking whose
-membership correlates best with firing. It is chosen on one half of the text and scored on the other
-half, and vice versa; once for the active token and once for the token before it.
+membership correlates best with firing. The set is chosen on one half of the text and scored on the
+other, and vice versa; once with the active token and once with the token before it.
 """
 
 from typing import NamedTuple
@@ -14,10 +14,10 @@ from scipy.sparse import csr_array
 from sae_lightning.analysis.survey.sample import Sample
 from sae_lightning.report.catalogue import TokenSetScores
 
-MIN_FIRINGS = 5  # tokens of each half on which a feature has to fire to get a score
-MIN_FIRINGS_PER_TOKEN = 2  # a token on which a feature fired only once does not enter its set
+MIN_FIRINGS = 5  # tokens of each half that a feature must fire on to get a score
+MIN_FIRINGS_PER_TOKEN = 2  # on a token, for it to enter the feature's set
 LISTED_TOKENS = 8
-MIN_LISTED_SHARE = 0.02  # of the firings on the set; tokens with a smaller share are not listed
+MIN_LISTED_SHARE = 0.02  # of all firings on the set; rarer tokens are not listed
 
 
 class _Counts(NamedTuple):
@@ -30,12 +30,12 @@ class _Counts(NamedTuple):
 
     @property
     def firing_tokens(self) -> np.ndarray:
-        """[features] tokens on which each fires"""
+        """[features] number of tokens on which each fires"""
         return self.fired.sum(axis=1)
 
 
 class _Sets(NamedTuple):
-    """The token set of each feature, one row per member, sorted by feature and then by descending
+    """The token sets of all features: one row per member, sorted by feature, then by descending
     P(fires | token)."""
 
     feature: np.ndarray
@@ -45,7 +45,7 @@ class _Sets(NamedTuple):
     fired: np.ndarray
     """[members] how often the feature fired on that token"""
     score: np.ndarray
-    """[features] correlation on the text that it was chosen on; 0 for an empty set"""
+    """[features] correlation on the text that the set was chosen on; 0 for an empty set"""
 
 
 def score_token_sets(sample: Sample, vocabulary: int) -> TokenSetScores:
@@ -57,7 +57,7 @@ def score_token_sets(sample: Sample, vocabulary: int) -> TokenSetScores:
         crossed = _count_hits(_choose_sets(a), b), _count_hits(_choose_sets(b), a)
         scores.append(_correlate(*map(sum, zip(*crossed, strict=True))))
         chosen.append(_choose_sets(_Counts(a.fired + b.fired, a.tokens + b.tokens)))
-    # the shift is chosen on all of the text; its score stays that of the held-out halves
+    # the shift is chosen on all of the text; the score is still that of the held-out halves
     previous = chosen[1].score > chosen[0].score
     score = np.where(previous, scores[1], scores[0])
     often = np.minimum(a.firing_tokens, b.firing_tokens) >= MIN_FIRINGS
@@ -71,7 +71,7 @@ def score_token_sets(sample: Sample, vocabulary: int) -> TokenSetScores:
 
 
 def _count_halves(sample: Sample, vocabulary: int, shift: int) -> list[_Counts]:
-    """Counts over the even and the odd sequences, with the tokens `shift` positions earlier."""
+    """Count over even and over odd sequences, taking the tokens `shift` positions earlier."""
     context = sample.tokens.shape[1]
     tokens = sample.tokens.flatten().long().numpy()
     kept = sample.keep.flatten().nonzero().squeeze(1).numpy()
@@ -86,7 +86,7 @@ def _count_halves(sample: Sample, vocabulary: int, shift: int) -> list[_Counts]:
             _Counts(
                 csr_array(
                     (ones, pairs), shape=(sample.feature_count, vocabulary)
-                ),  # adds what repeats
+                ),  # sums duplicates
                 np.bincount(read, minlength=vocabulary),
             )
         )
@@ -94,7 +94,7 @@ def _count_halves(sample: Sample, vocabulary: int, shift: int) -> list[_Counts]:
 
 
 def _choose_sets(counts: _Counts) -> _Sets:
-    """For each feature, the token set whose membership correlates best with its firing."""
+    """Choose the token set of each feature whose membership correlates best with its firing."""
     feature, token = counts.fired.nonzero()
     often = counts.fired.data >= MIN_FIRINGS_PER_TOKEN
     feature, token, fired = feature[often], token[often], counts.fired.data[often]
@@ -122,15 +122,15 @@ def _choose_sets(counts: _Counts) -> _Sets:
 
 
 def _find_runs(feature: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The start of each run of equal values, and the position [n] of each value in its run."""
+    """Find the start of each run of equal values, and the position [n] of each in its run."""
     first = np.flatnonzero(np.diff(feature, prepend=-1))
     lengths = np.diff(np.append(first, len(feature)))
     return first, np.arange(len(feature)) - np.repeat(first, lengths)
 
 
 def _count_hits(sets: _Sets, counts: _Counts) -> tuple[np.ndarray, ...]:
-    """For each feature: tokens in its set on which it fires, tokens in its set, tokens on which it
-    fires; and the number of all tokens."""
+    """Count for each feature: tokens in its set on which it fires, tokens in its set, tokens on
+    which it fires; and count all tokens."""
     ones = np.ones(len(sets.token), np.int64)
     members = csr_array((ones, (sets.feature, sets.token)), shape=counts.fired.shape)
     hits = members.multiply(counts.fired).sum(axis=1)
@@ -149,8 +149,8 @@ def _correlate(
 
 
 def _list_tokens(sets: _Sets) -> np.ndarray:
-    """The tokens of each set on which the feature fires most often [features, LISTED_TOKENS],
-    without those below MIN_LISTED_SHARE; -1 where there are fewer."""
+    """List the tokens of each set on which the feature fires most often [features, LISTED_TOKENS],
+    except those below MIN_LISTED_SHARE; padded with -1."""
     features = len(sets.score)
     order = np.lexsort((-sets.fired, sets.feature))
     hits = np.bincount(sets.feature, sets.fired, minlength=features)

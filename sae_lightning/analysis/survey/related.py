@@ -1,4 +1,4 @@
-"""Features that are similar to a feature: in what they write, and in when they fire."""
+"""Finds features similar to each feature: in what they write, and in when they fire."""
 
 from collections.abc import Iterator
 
@@ -11,8 +11,8 @@ from sae_lightning.analysis.survey.sample import Sample
 from sae_lightning.report.catalogue import RelatedUnits
 
 BLOCK_FEATURES = 512  # features compared at a time
-MAX_EXACT_FEATURES = 16_384  # up to so many, each is compared with all others
-HASH_TABLES = 16  # of more features; in each table a feature is compared with its block only
+MAX_EXACT_FEATURES = 16_384  # up to this number, each is compared with all others
+HASH_TABLES = 16  # for more; in each table a feature is compared with its block only
 HASH_DIRECTIONS = 32  # random directions per hash; a table sorts by two hashes
 MAX_PAIRS = 400_000_000  # of features that fire on the same token; bounds time and memory
 
@@ -21,9 +21,9 @@ MAX_PAIRS = 400_000_000  # of features that fire on the same token; bounds time 
 def find_neighbours(W_dec: Tensor, k: int = 5) -> RelatedUnits:
     """Find the features with the largest cosine similarity of decoder rows [features, d_out].
 
-    With more than 16,384 features, each is compared with 8,000 others only, so that time is linear
-    in their number. With 32,768 features in 768 dimensions, one in 2,000 pairs with a cosine of 0.9
-    is missed, one in 200 with 0.8, and most pairs below that.
+    With more than 16,384 features, each is compared with only about 8,000 others, so time grows
+    linearly. With 32,768 features in 768 dimensions, this misses one pair in 2,000 at a cosine of
+    0.9, one in 200 at 0.8, and most pairs below that.
     """
     rows = normalize(W_dec)
     k = min(k, len(rows) - 1)
@@ -43,15 +43,15 @@ def find_neighbours(W_dec: Tensor, k: int = 5) -> RelatedUnits:
 
 
 def _pick_comparisons(rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Blocks of rows [features, d] of norm 1, as indices, each with the indices of the rows that it
-    is compared with."""
+    """Yield indices of rows [features, d] (norm 1) in blocks, each with the indices of the rows to
+    compare the block with."""
     if len(rows) <= MAX_EXACT_FEATURES:
         everyone = torch.arange(len(rows), device=rows.device)
         for block in everyone.split(BLOCK_FEATURES):
             yield block, everyone
         return
     # Rows with the same largest component in a random basis are similar (cross-polytope hashing,
-    # Andoni et al. 2015). Blocks of rows sorted by two hashes have the same size, buckets do not.
+    # Andoni et al. 2015). Rows are sorted by two hashes and cut into blocks, all of one size.
     generator = Generator().manual_seed(0)
     centred = rows - rows.mean(dim=0)
     for _ in range(HASH_TABLES):
@@ -71,7 +71,7 @@ def find_partners(sample: Sample, k: int = 5) -> RelatedUnits:
     from scipy.sparse import csr_array
 
     places, owners = sample.places.numpy(), sample.owners().numpy()
-    # a dense SAE has so many pairs that only the first tokens are used
+    # a dense SAE has too many pairs: only the first tokens are used
     active = np.bincount(places, minlength=sample.tokens.numel()).astype(np.float64)
     near = (np.square(active).cumsum() <= MAX_PAIRS)[places]
     places, owners = places[near], owners[near]

@@ -12,24 +12,24 @@ from sae_lightning.analysis.survey import strengths
 from sae_lightning.analysis.survey.strengths import Strengths
 
 SAMPLE_TOKENS = 131_072  # at most
-SAMPLE_ENTRIES = 1 << 24  # strengths kept, at most
+SAMPLE_ENTRIES = 1 << 24  # nonzero strengths, at most
 
 
 class Sample(NamedTuple):
-    """Sequences, and where features fire in them; place = sequence * context + position."""
+    """Sequences and where features (or neurons) fire; place = sequence * context + position."""
 
     tokens: Tensor
     """[sequences, context] int32"""
     keep: Tensor
-    """[sequences, context] bool: what the SAE reads"""
+    """[sequences, context] bool: tokens that the SAE reads"""
     ids: Tensor
-    """[sequences] index of each sequence in the order of reading, ascending"""
+    """[sequences] index of each sequence in reading order, ascending"""
     starts: Tensor
     """[features + 1] where each feature's entries begin"""
     places: Tensor
     """[entries] where the feature fires, ascending within each feature, int64"""
     strengths: Tensor
-    """[entries] how strongly it fires there"""
+    """[entries] how strongly the feature fires there"""
 
     @property
     def feature_count(self) -> int:
@@ -37,20 +37,20 @@ class Sample(NamedTuple):
         return len(self.starts) - 1
 
     def fired(self, feature: int) -> Tensor:
-        """Strengths [sequences, context] of a feature, float32; 0 where it is silent."""
+        """Return a feature's strengths [sequences, context], float32; 0 where it is silent."""
         dense = torch.zeros(self.tokens.numel())
         entries = slice(int(self.starts[feature]), int(self.starts[feature + 1]))
         dense[self.places[entries]] = self.strengths[entries]
         return dense.view(self.tokens.shape)
 
     def owners(self) -> Tensor:
-        """[entries] the feature to which each entry belongs, int64."""
+        """Return the feature of each entry [entries], int64."""
         return torch.repeat_interleave(torch.arange(self.feature_count), self.starts.diff())
 
 
 class SequenceSampler:
-    """A reducer: keeps a random sample of whole sequences. Each gets a random key; when the sample
-    is full, those with the smallest keys are dropped."""
+    """A reducer: keeps a random sample of whole sequences. Each sequence gets a random key; when
+    the sample is full, sequences with the smallest keys are dropped."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Units and their strengths: features of the SAE, or neurons of the site that it reads."""
+"""Strengths of units: of the SAE's features, or of the neurons of its source site."""
 
 from collections.abc import Callable
 from enum import Enum
@@ -9,8 +9,8 @@ from torch import Tensor
 from sae_lightning.analysis.collect import EncodedBatch
 
 Strengths = Callable[[EncodedBatch], tuple[Tensor, Tensor]]
-"""batch -> strengths [sequences, context, some], not negative, 0 where not `keep`; and the indices
-[some] of these units, on the CPU. All other units are silent."""
+"""batch -> strengths [sequences, context, some] >= 0, which are 0 where not `keep`; and the indices
+[some] of their units, on the CPU. All other units are silent."""
 
 
 class Positive(Enum):
@@ -21,20 +21,20 @@ class Positive(Enum):
     relu = "relu"
     """Its value where it is positive, else 0."""
     shift = "shift"
-    """Its value minus its minimum on the first batch, not below 0."""
+    """Its value minus its minimum on the first batch, at least 0."""
 
 
 def feature_strengths(batch: EncodedBatch) -> tuple[Tensor, Tensor]:
-    """Strengths of the SAE's active features."""
+    """Return the strengths of the SAE's active features, and their indices."""
     return batch.active_features
 
 
 class NeuronStrengths:
-    """Strengths of the site's neurons, its own dimensions, made positive."""
+    """Strengths of neurons, the dimensions of the source site, made positive."""
 
     def __init__(self, positive: Positive):
         self.positive = positive
-        self._least: Tensor | None = None  # [d_in], on the first batch
+        self._least: Tensor | None = None  # [d_in] minimum on the first batch
 
     def __call__(self, batch: EncodedBatch) -> tuple[Tensor, Tensor]:
         if self.positive is Positive.abs:

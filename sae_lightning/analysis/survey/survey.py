@@ -28,26 +28,26 @@ from sae_lightning.scoring.metrics import count_by_density
 from sae_lightning.stream.packing import TokenStream
 from sae_lightning.terminal import phase
 
-NEURON_ENTRIES = 1 << 23  # of the neurons' sample: neurons are active everywhere
-TOP_PER_DRAWN = 6  # for so many of the strongest examples, one is drawn of each interval
+NEURON_ENTRIES = 1 << 23  # of the neurons' sample; neurons fire on most tokens
+TOP_PER_DRAWN = 6  # strongest examples per random example of each interval
 
 
 class Survey(NamedTuple):
-    """The results of one pass over text: of an SAE, and of the site that it reads."""
+    """Results of one pass over text, for the SAE's features and the neurons of its source site."""
 
     features: Catalogue
     neurons: Catalogue
-    """The site's own dimensions, made positive."""
+    """The dimensions of the source site, made positive."""
     sample: Sample
-    """A part of the text, with all features that fire in it."""
+    """Random sequences of the text, with all features that fire in them."""
 
     @property
     def best(self) -> int | None:
-        """The most telling feature; None if none has a score."""
+        """The most telling feature; None if every rating is 0 or NaN."""
         return next(iter(pick_most_telling(self.features, 1)), None)
 
     def scalars(self) -> dict[str, Any]:
-        """Statistics of all features together, by name."""
+        """Statistics over all features, by name."""
         features, score = self.features.statistics, self.features.token_sets.score
         known = score[~score.isnan()]
         return {
@@ -75,8 +75,8 @@ def survey(
 ) -> Survey:
     """Read `tokens` tokens, `batch` sequences at a time, and catalogue where each unit fires.
 
-    `examples`: how many of the strongest to keep for each unit; a sixth as many are drawn from each
-    interval of strengths. `reducers`: others that are fed by the same pass.
+    `examples`: how many of the strongest to keep for each unit; a sixth as many are drawn at random
+    from each interval of strengths. `reducers`: others to feed in the same pass.
     """
     d_in, positive = len(subject.sae.W_enc), strengths.NeuronStrengths(neurons)
     kinds = {
@@ -97,7 +97,7 @@ def survey(
     words, read, catalogues = read_vocabulary(subject.llm), texts.result(), []
     with phase("drawing examples"):
         for kind in [*kinds]:
-            # popped, because the reducers' state is as large as their results
+            # popped to free the reducers' state, which is as large as their results
             statistics, top, sample = (reducer.result() for reducer in kinds.pop(kind))
             spread = draw_examples(
                 sample, statistics.maximum, top, max(1, examples // TOP_PER_DRAWN), seed
@@ -119,7 +119,7 @@ def survey(
 
 
 def make_features_section(survey: Survey) -> Section:
-    """How much text was read, and how well token sets predict the features in it."""
+    """Summarise how much text was read, and how well token sets predict the features."""
     scalars = survey.scalars()
     unscored = scalars["features"] - scalars["scored"]
     rows = {
@@ -147,12 +147,12 @@ def make_features_section(survey: Survey) -> Section:
 
 
 def rank_units(catalogue: Catalogue) -> Tensor:
-    """All units [units], sorted by how telling they are, the most telling first."""
+    """Sort all units [units], the most telling first."""
     return catalogue.telling.nan_to_num(-1).argsort(descending=True, stable=True)
 
 
 def pick_most_telling(catalogue: Catalogue, n: int) -> list[int]:
-    """The first `n` units of the page's list, without copies and units without a score."""
+    """Pick the `n` most telling units, without copies and ratings of 0 or NaN."""
     order = rank_units(catalogue)
     order = order[(catalogue.copy_of[order] == order) & (catalogue.telling[order] > 0)]
     return order[:n].tolist()

@@ -1,9 +1,9 @@
-"""Ranks features by how much they tell a reader: about rare words, each word's best feature first.
+"""Ranks features by how much they tell a reader: rare words first, each word's best feature first.
 
-    token-set score x rarity of the tokens x words / (words + 1) / rank among features of that word
+    token-set score x mean rarity of tokens x words / (words + 1) / rank among features of that word
 
-where words = different words in the token set, and "that word" is the first of them. No word list
-is needed, so that it works for any language, and for code.
+The mean is over the feature's firings, weighted by strength; words = number of different words in
+the token set; that word = the first of them. As no word list is needed, any language or code works.
 """
 
 from collections.abc import Sequence
@@ -15,18 +15,18 @@ from torch import Tensor
 from sae_lightning.analysis.survey.sample import Sample
 from sae_lightning.report.catalogue import TokenSetScores
 
-PIECE_WEIGHT = 0.25  # of a piece of a word; a whole word has weight 1
+PIECE_WEIGHT = 0.25  # for a piece of a word; a whole word has weight 1
 
 
 def rate_telling(
     texts: np.ndarray, sample: Sample, reading: TokenSetScores, vocabulary: Sequence[str]
 ) -> Tensor:
-    """[features] how much each tells, NaN where there is no score.
+    """Rate how telling each feature is [features], NaN without a score.
 
-    texts: [sequences, context] ids of all tokens read, from which their rarity is computed.
+    texts: ids [sequences, context] of all tokens read, for their rarity.
     """
     owners = sample.owners().numpy()
-    # the token that predicts: the active one or the one before, which exists as BOS never fires
+    # the predicting token: the active or the previous one, which exists, as nothing fires on BOS
     places = sample.places.numpy() - reading.previous.numpy()[owners]
     strengths, content = sample.strengths.numpy(), _weigh_tokens(texts, sample, vocabulary)[places]
     told, total = (
@@ -42,14 +42,15 @@ def rate_telling(
 
 
 def _weigh_tokens(texts: np.ndarray, sample: Sample, vocabulary: Sequence[str]) -> np.ndarray:
-    """[places] how rare the token at each place of the sample is, from 0 to 1: its surprisal
-    -log2 p above the mean (the entropy), divided by the greatest; 0 if it is no word."""
+    """Compute the rarity [places], 0 to 1, of the token at each place of the sample: its surprisal
+    -log2 p minus the entropy, over the greatest, clipped at 0; 0 if it is no word. Pieces of words
+    are weighted by PIECE_WEIGHT."""
     share = np.bincount(texts.ravel(), minlength=len(vocabulary)) / texts.size
     surprisal = -np.log2(share.clip(min=1 / texts.size))
     above = surprisal - (share * surprisal).sum()
     rare = above.clip(min=0) / max(above.max(), 1e-9)
     rare[[not _is_word(token) for token in vocabulary]] = 0
-    # letters that have a case are of scripts that write spaces between words
+    # scripts with upper and lower case write spaces between words
     opens = np.array([_has_case(token[:1]) for token in vocabulary])
     closes = np.array([_has_case(token[-1:]) for token in vocabulary])
     tokens = sample.tokens.numpy()
@@ -63,19 +64,19 @@ def _has_case(letter: str) -> bool:
 
 
 def _is_word(token: str) -> bool:
-    """Whether a token is mostly letters, of any script."""
+    """Tell whether a token is mostly letters, of any script."""
     text = token.strip()
     return 2 * sum(map(str.isalpha, text)) > len(text)
 
 
 def _find_words(tokens: Sequence[int], vocabulary: Sequence[str]) -> list[str]:
-    """The different words among some ids, in lower case and in order; -1 stands for no token."""
+    """List the different words among token ids (-1 is padding), in lower case, in order."""
     words = (vocabulary[token] for token in tokens if token >= 0)
     return [*dict.fromkeys(word.strip().casefold() for word in words if _is_word(word))]
 
 
 def _count_better(value: np.ndarray, word: Sequence[str]) -> np.ndarray:
-    """[features] how many features of the same word have a greater value."""
+    """Count the features of the same word that have a greater value [features]."""
     _, number = np.unique(word, return_inverse=True)
     order = np.lexsort((-value, number))
     first = np.flatnonzero(np.diff(number[order], prepend=-1))
