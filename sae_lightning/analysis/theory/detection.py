@@ -16,7 +16,7 @@ from torch import Tensor
 from sae_lightning.report.catalogue import EDGES
 
 STRENGTHS_AT_ONCE = 1 << 20  # strengths sorted into bins at a time: bounds memory
-MAX_QUANTILE_VALUES = 1 << 23  # torch.quantile refuses larger inputs
+MAX_QUANTILE_VALUES = 1 << 23  # torch.quantile refuses very large inputs
 # Quantiles that separate the bins of neurons: finer at both ends, where rare concepts are.
 _TAIL = 0.5 * 2.0 ** -torch.arange(0, 10.25, 0.25)
 QUANTILE_LEVELS = torch.cat([_TAIL.flip(0), 1 - _TAIL[1:]])
