@@ -55,7 +55,7 @@ class Output(NamedTuple):
     reconstruction: Tensor
     """[batch, d_out]"""
     features: Tensor
-    """[batch, features], not negative"""
+    """[batch, features], non-negative"""
 
 
 class TrainingOutput(NamedTuple):
@@ -66,29 +66,29 @@ class TrainingOutput(NamedTuple):
     reconstruction: Tensor
     """[batch, d_out]"""
     features: Matrix
-    """[batch, features], not negative"""
+    """[batch, features], non-negative"""
     pre: Matrix
     """[batch, features], before the activation function"""
     prefixes: tuple[Tensor, ...] = ()
-    """Matryoshka: reconstructions [batch, d_out] by the first features alone"""
+    """Matryoshka: reconstruction [batch, d_out] from each prefix of the features but the whole"""
     gate: Matrix | None = None
-    """Gated: [batch, features], relu of the gate"""
+    """Gated: relu(gate) [batch, features]"""
 
 
 class SAE(nn.Module):
     """f = activate(x W_enc + b_enc);  x_hat = f W_dec + b_dec (+ x W_skip).
 
     A subclass is an architecture: it defines `compute_strengths` and, if features compete,
-    `activate`. b_dec is not subtracted from the input, which is centred; b_enc can express it.
+    `activate`. b_dec is not subtracted from the input, which is centred; b_enc can absorb it.
     """
 
     architecture: str
     """Name of the architecture in SAELens' `cfg.json`."""
     bytes_per_activation: int
-    """Peak memory of a dense update in mixed precision per token and feature, with half of the
+    """Peak memory per token and feature of a dense update in mixed precision, with half of the
     features dead and the costliest objective."""
     per_feature = {"W_enc": 1, "b_enc": 0, "W_dec": 0}
-    """Parameters with an entry for each feature -> the dimension of features."""
+    """Parameters with an entry for each feature -> their dimension that counts features."""
     biases = ("b_enc",)
     """Parameters that are added to a sum over d_in weights: their learning rate is multiplied by
     `optim.bias_lr`."""
@@ -100,7 +100,7 @@ class SAE(nn.Module):
         self.config = config
         rows = torch.randn(config.features, d_out, generator=generator)
         rows *= config.decoder_norm / rows.norm(dim=1, keepdim=True)
-        # A transcoder's encoder reads another space, so its directions are drawn separately.
+        # Widths can differ in a transcoder only; its encoder directions are then drawn separately.
         columns = rows
         if d_in != d_out:
             columns = torch.randn(config.features, d_in, generator=generator)
@@ -132,7 +132,7 @@ class SAE(nn.Module):
         return pre.values.relu()
 
     def activate(self, pre: Tensor) -> Tensor:
-        """Feature strengths of pre-activations, both [batch, features], token by token."""
+        """Feature strengths [batch, features] of pre-activations, each token independently."""
         return self.compute_strengths(DenseMatrix(pre))
 
     def activate_batch(self, pre: Tensor) -> Tensor:
@@ -178,13 +178,12 @@ class SAE(nn.Module):
             return pre, pre.with_values(self.compute_strengths(pre))
 
     def find_entries(self, x: Tensor) -> tuple[SparsityPattern, Tensor]:
-        """The pre-activations of a batch [batch, d_in] that affect features or gradients, and their
-        values [n entries]."""
+        """Positions and values [n entries] of the pre-activations of a batch [batch, d_in] that
+        affect features or gradients."""
         return sparse.encode_entries(x, self.W_enc, self.b_enc, sparse.find_positive)
 
     def entry_bound(self) -> Tensor | float:
-        """The lower bound of the pre-activations that `find_entries` keeps: a number or
-        [features]."""
+        """Lower bound of the pre-activations that `find_entries` keeps: a number or [features]."""
         return 0.0
 
     def thresholds_for(self, features: Tensor) -> Tensor | float:
@@ -192,7 +191,7 @@ class SAE(nn.Module):
         return 0.0
 
     def estimate_density(self, output: TrainingOutput) -> float:
-        """Share of [batch, features] that `find_entries` would keep of this batch."""
+        """Estimated share of this batch's [batch, features] that `find_entries` would keep."""
         return output.pre.density_above(self.entry_bound())
 
     @torch.no_grad()
@@ -222,7 +221,7 @@ class SAE(nn.Module):
     def fold(
         self, in_mean: Tensor, in_scale: Tensor, out_mean: Tensor, out_scale: Tensor
     ) -> dict[str, Tensor]:
-        """Weights that give the same features for raw activations as these for normalised ones.
+        """The weights, converted to take and give raw activations instead of normalised ones.
 
         z = (x - in_mean) / in_scale is folded into the encoder, x_hat = z_hat out_scale + out_mean
         into the decoder. Computed in float64, returned in float32, on the CPU.
@@ -242,7 +241,7 @@ class SAE(nn.Module):
         return {name: weight.float().contiguous() for name, weight in folded.items()}
 
     def fold_biases(self, share: Tensor, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The encoder's biases once `share` [features] is subtracted from every x W_enc."""
+        """The encoder's biases for inputs whose x W_enc is larger by `share` [features]."""
         return {"b_enc": weights["b_enc"] - share}
 
     def weights(self) -> dict[str, Tensor]:
@@ -250,7 +249,7 @@ class SAE(nn.Module):
         return {name: value.detach().contiguous() for name, value in self.state_dict().items()}
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:
-        """Load what `weights` returned; RuntimeError if names or shapes differ."""
+        """Load weights as returned by `weights`; RuntimeError if names or shapes differ."""
         self.load_state_dict(weights)
 
     def saelens_settings(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""BatchTopK: k active features per token on average; a threshold replaces the batch afterwards."""
+"""BatchTopK: k active features per token on average; in evaluation, a threshold."""
 
 import torch
 from torch import Generator, Tensor
@@ -8,18 +8,18 @@ from sae_lightning.sae.base import SAE
 from sae_lightning.sae.sparse import SparsityPattern
 from sae_lightning.sae.topk import TopKConfig
 
-THRESHOLD_DECAY = 0.9  # decay of the threshold's running mean per update, about 10 updates long
-# Multiples of the threshold: the largest values are looked for above the first, then the next.
+THRESHOLD_DECAY = 0.9  # per update, of the threshold's running mean (about 10 updates long)
+# Multiples of the threshold, tried in turn until batch x k values exceed one of them.
 BOUND_SHARES = (0.8, 0.4, 0.0)
 
 
 class BatchTopK(SAE):
     """In training: f = the batch x k largest of relu(x W_enc + b_enc) in a batch, the others 0.
-    Afterwards: f = z where z = x W_enc + b_enc exceeds threshold, else 0.  x_hat = f W_dec + b_dec.
+    In evaluation: f = z 1[z > threshold], z = x W_enc + b_enc.  x_hat = f W_dec + b_dec.
 
     Bussmann et al. 2024, "BatchTopK sparse autoencoders" (arXiv 2412.06410). The threshold is the
-    running mean of the smallest strength that was kept in each batch. With it tokens no longer
-    depend on one another, and the SAE is saved as the JumpReLU that it is.
+    running mean of the smallest strength that was kept in each batch. With a threshold, tokens do
+    not depend on one another, and the SAE is saved as a JumpReLU SAE.
     """
 
     architecture = "jumprelu"
@@ -42,7 +42,7 @@ class BatchTopK(SAE):
         with torch.no_grad():
             places = (flat > 0).nonzero().squeeze(1)
             count = min(len(pre) * self.config.k, len(places))
-            # by index, not by value, which would keep all ties (bf16 has many)
+            # chosen by index: comparing values would keep all ties (bf16 has many)
             values, chosen = flat[places].topk(count, sorted=False)
             places = places[chosen]
             if count:
@@ -61,7 +61,7 @@ class BatchTopK(SAE):
             if len(pattern) >= k:
                 break
         pre = above + bound[pattern.columns]
-        positive = sparse.find_above(pre, 0.0)  # rounding the bias up may have let others in
+        positive = sparse.find_above(pre, 0.0)  # rounding the bias up may have let in values <= 0
         values, chosen = pre[positive].topk(min(k, len(positive)), sorted=False)
         if len(values):
             self._remember(values.min())

@@ -27,8 +27,8 @@ class Gated(SAE):
     x_hat = f W_dec + b_dec.
 
     Rajamanoharan et al. 2024, "Improving dictionary learning with gated sparse autoencoders" (arXiv
-    2404.16014). The penalty acts on the gate alone and does not shrink strengths. b_gate is `b_enc`
-    here: in every SAE that is the bias that decides whether a feature fires.
+    2404.16014). The penalty acts on the gate alone and does not shrink strengths. b_gate is
+    called `b_enc`: in every SAE, that bias decides whether a feature fires.
     """
 
     architecture = "gated"
@@ -83,10 +83,10 @@ class GatedLoss(PenaltyLoss):
     def terms(
         self, sae: Gated, output: TrainingOutput, target: Tensor, status: TrainingStatus
     ) -> dict[str, Tensor]:
-        """The usual terms and "gate", the mse of what relu(gate) reconstructs. It trains the gate,
-        which gets no gradient from the mse of the reconstruction."""
+        """The usual terms and "gate", the mse of the reconstruction from relu(gate), which trains
+        the gate: the usual mse does not."""
         terms = PenaltyLoss.terms(self, sae, output, target, status)
-        # the difference alone, since b_dec and a skip connection are in the reconstruction already
+        # only the difference: the reconstruction already contains b_dec and a skip connection
         extra = output.gate.with_values(output.gate.values - output.features.values.detach())
         difference = extra @ sae.W_dec.detach()
         terms["gate"] = mse(output.reconstruction.detach() + difference, target)

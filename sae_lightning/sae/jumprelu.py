@@ -40,7 +40,7 @@ class JumpReLUConfig(SAEConfig):
 
 class _Jump(torch.autograd.Function):
     """z 1[z > threshold]; the threshold's gradient is -threshold / width x 1[|z - threshold| <
-    width / 2]: that of the jump, averaged over the window. Thresholds broadcast with z."""
+    width / 2], the gradient of the jump averaged over the window. Thresholds broadcast with z."""
 
     @staticmethod
     def forward(ctx, z: Tensor, threshold: Tensor, width: float) -> Tensor:
@@ -103,8 +103,8 @@ class JumpReLU(SAE):
     def find_entries(self, x: Tensor) -> tuple[SparsityPattern, Tensor]:
         """The pre-activations above their threshold or in the window around it."""
         threshold = self.threshold.detach()
-        # Distances from the threshold have their smallest rounding errors where it matters most;
-        # 0.5 of the bandwidth is half the window, the rest a margin for rounding.
+        # Distances from the threshold, because their rounding errors are smallest near 0. The
+        # window begins 0.5 bandwidths below the threshold; 0.01 more is a margin for rounding.
         choose = partial(sparse.find_above, bound=-0.51 * self.config.bandwidth)
         pattern, above = sparse.encode_entries(x, self.W_enc, self.b_enc - threshold, choose)
         pattern.has_zeros = True

@@ -14,8 +14,8 @@ def mse(reconstruction: Tensor, target: Tensor) -> Tensor:
 
 
 def l1(features: Tensor, norms: Tensor) -> Tensor:
-    """Mean over the batch of sum_i f_i |W_dec_i|, for [batch, features] and the norms [features],
-    without which f would shrink and W_dec grow (Conerly et al., Anthropic April 2024 update)."""
+    """Mean over the batch of sum_i f_i |W_dec_i|, for f [batch, features] and norms [features].
+    Without them, f would shrink and W_dec grow (Conerly et al., Anthropic April 2024 update)."""
     # mean over the batch first, which saves a [batch, features] product; not `@`, which autocast
     # would compute in bf16
     return (features.float().mean(dim=0) * norms).sum()
@@ -24,7 +24,7 @@ def l1(features: Tensor, norms: Tensor) -> Tensor:
 def lp(features: Tensor, norms: Tensor, p: float, smooth: float = 0.01) -> Tensor:
     """Mean over the batch of sum_i (f_i |W_dec_i|)^p, rescaled to the value that `l1` has.
 
-    For 0 < p < 1 it pushes weak features towards 0 and spares strong ones. Rescaling keeps the
+    For 0 < p < 1 this pushes weak features towards 0 and spares strong ones. Rescaling keeps the
     penalty continuous while p falls (Karvonen et al. 2024, arXiv 2408.00113, section 3.2, rescale
     the coefficient instead). `smooth` bounds the slope at 0.
     """
@@ -45,9 +45,9 @@ def auxk(residual: Tensor, pre: Tensor, rows: Tensor, k: int) -> Tensor:
     """Share of the variance of the residual [batch, d] that the k strongest dead features do not
     explain.
 
-    pre: pre-activations [batch, dead]; rows: their decoder rows [dead, d]. The residual is
-    detached; b_dec is subtracted from it already. 0 if no feature is dead or the residual is 0 (Gao
-    et al. 2024, arXiv 2406.04093, appendix A.2).
+    pre: pre-activations [batch, dead]; rows: decoder rows [dead, d]. The residual, from
+    which b_dec is subtracted already, is detached. 0 if no feature is dead or the residual is
+    constant (Gao et al. 2024, arXiv 2406.04093, appendix A.2).
     """
     if not len(rows):
         return residual.new_zeros(())

@@ -1,5 +1,5 @@
-"""Values of all tokens and features of a batch, dense or sparse, behind one interface, so that an
-architecture and an objective have one body.
+"""Values [batch, features], dense or sparse, behind one interface, so that architectures and
+objectives need no second version for sparse products.
 """
 
 from abc import ABC, abstractmethod
@@ -10,12 +10,12 @@ from torch import Tensor
 
 from sae_lightning.sae.sparse import Broadcast, Decode, SparsityPattern
 
-DENSITY_TOKENS = 128  # tokens by which the density of a batch is estimated
+DENSITY_TOKENS = 128  # tokens from which the density of a batch is estimated
 
 
 class Matrix(ABC):
-    """A matrix [batch, features]: every value (`DenseMatrix`), or those that can differ from 0
-    (`SparseMatrix`)."""
+    """A matrix [batch, features] that holds all values (`DenseMatrix`), or only those that can
+    differ from 0 (`SparseMatrix`)."""
 
     __slots__ = ()
 
@@ -45,21 +45,21 @@ class Matrix(ABC):
 
     @abstractmethod
     def matmul_by_group(self, sizes: list[int], W_dec: Tensor) -> Iterable[Tensor]:
-        """[batch, d_out] for each group of consecutive features: its share of `self @ W_dec`."""
+        """[batch, d_out] for each group of consecutive features: its part of `self @ W_dec`."""
 
     @abstractmethod
     def apply_penalty(self, function: Callable[[Tensor, Tensor], Tensor], norms: Tensor) -> Tensor:
-        """`function` of the values [batch, features] and decoder norms [features]: a mean over the
-        batch of a sum over features to which zeros add nothing."""
+        """function(values [batch, features], decoder norms [features]), which must be a mean over
+        the batch of a sum over features to which zeros add nothing."""
 
     @abstractmethod
     def count_positive(self) -> Tensor:
-        """[features]: the number of tokens on which each is positive."""
+        """[features]: the number of tokens on which each feature is positive."""
 
     @abstractmethod
     def density_above(self, bound: Tensor | float) -> float:
-        """Share of values above a bound [features], estimated from the first tokens, whose order is
-        random; of a sparse matrix the share of entries, whatever the bound."""
+        """Share of values above a bound, a number or [features], estimated from the first tokens
+        (their order is random). For a sparse matrix: the share of stored entries."""
 
 
 @dataclass(slots=True, eq=False)

@@ -65,7 +65,7 @@ class MatryoshkaLoss(AuxKLoss):
     def terms(
         self, sae: SAE, output: TrainingOutput, target: Tensor, status: TrainingStatus
     ) -> dict[str, Tensor]:
-        """The mse of the whole dictionary, the summed mse of all shorter ones, and AuxK."""
+        """The mse of the whole dictionary, the summed mse of all shorter prefixes, and AuxK."""
         terms = AuxKLoss.terms(self, sae, output, target, status)
         terms["prefixes"] = sum(mse(prefix, target) for prefix in output.prefixes)
         return terms

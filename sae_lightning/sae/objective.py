@@ -1,4 +1,4 @@
-"""Base classes of training objectives: their terms, coefficients, and the one that makes features
+"""Base classes of training objectives: their terms, the coefficients, and which term makes features
 sparse."""
 
 import math
@@ -17,7 +17,7 @@ class TrainingStatus(NamedTuple):
     """The state of the run that an objective may depend on."""
 
     dead: Tensor
-    """[features] bool: silent for `callbacks.dead_after` tokens"""
+    """[features] bool: has not fired for `callbacks.dead_after` tokens"""
     progress: Tensor
     """Share of the run that is done, from 0 to 1"""
 
@@ -41,7 +41,7 @@ class Loss:
 
 
 class RowNorms(torch.autograd.Function):
-    """[n]: norms of rows [n, d], with a backward pass that reads them only once."""
+    """[n]: norms of rows [n, d], with a backward pass that reads the rows only once."""
 
     @staticmethod
     def forward(ctx, rows: Tensor):

@@ -1,4 +1,4 @@
-"""The two sparse matrix products of sparse training, and the density up to which they are faster
+"""The two sparse matrix products of sparse training, and the density below which they are faster
 than dense ones.
 
 A sparse matrix [rows, columns] is in CSR format: row r holds the entries offsets[r] to
@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-# Density above which a CPU, unless in float32, computes the dense product and picks the dots from
-# it.
+# Above this density, `dots` on a CPU computes the dense product and picks its entries from it,
+# unless in float32.
 DENSE_PRODUCT_DENSITY = 0.02
 DENSE_PRODUCT_ROWS = 256  # rows of that product in memory at a time
 
 
 def break_even_density(device: str, dtype: torch.dtype) -> float:
-    """The density below which sparse products are faster than dense ones in `dtype` on a type of
+    """The density below which sparse products are faster than dense ones in `dtype` on this type of
     device; 0 where there are no sparse ones. Measured by `benchmarks/sparse.py` on two cores and on
     an H200."""
     if not has_sparse_products(device):
@@ -33,7 +33,7 @@ def break_even_density(device: str, dtype: torch.dtype) -> float:
 
 @cache  # called at every update
 def has_sparse_products(device: str) -> bool:
-    """Whether a type of device has these products; CUDA needs Triton, which torch has on Linux."""
+    """Whether this type of device has these products; CUDA needs Triton (on Linux, with torch)."""
     return device == "cpu" or (device == "cuda" and bool(importlib.util.find_spec("triton")))
 
 
@@ -55,8 +55,8 @@ def weighted_sums(offsets: Tensor, indices: Tensor, weights: Tensor, table: Tens
 
 
 def dots(offsets: Tensor, indices: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """The product of left [rows, d] and right [columns, d] transposed, at the entries alone: for
-    entry i in row r, left[r] . right[indices[i]], [n entries]."""
+    """Left [rows, d] times right [columns, d] transposed, computed only at the entries: for entry i
+    in row r, left[r] . right[indices[i]], [n entries]."""
     if left.is_cuda:
         from sae_lightning.sae import triton_products
 

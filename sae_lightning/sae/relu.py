@@ -58,7 +58,7 @@ class ReLULoss(PenaltyLoss):
             raise UserError(f"loss.p={self.p} has no effect with loss.l1=0: leave one of them out")
 
     def penalty(self, sae: SAE, output: TrainingOutput, status: TrainingStatus) -> Tensor:
-        """The sum of feature strengths in units of decoder norm, or of their p-th powers []."""
+        """Mean over the batch of sum_i (f_i |W_dec_i|)^p [], with p falling from 1 to `self.p`."""
         norms = RowNorms.apply(sae.W_dec)
         if self.p == 1:
             return output.features.apply_penalty(l1, norms)

@@ -23,7 +23,7 @@ from torch import Tensor
 from sae_lightning.sae.products import dots, weighted_sums
 
 PRE_ACTIVATIONS_AT_ONCE = {"cpu": 1 << 22, "other": 1 << 29}
-"""Pre-activations computed at a time: on a CPU as many as fit its cache."""
+"""Pre-activations computed at a time: on a CPU, as many as fit in its cache."""
 
 
 class SparsityPattern:
@@ -53,7 +53,7 @@ class SparsityPattern:
         return order, torch.searchsorted(keys, starts), self.rows.index_select(0, order)
 
     def transposed_product(self, values: Tensor, table: Tensor) -> Tensor:
-        """[columns, d]: the transpose, with values [n entries], times a table [rows, d]."""
+        """[columns, d]: the transposed matrix of values [n entries] times a table [rows, d]."""
         order, offsets, rows = self._by_column
         return weighted_sums(offsets, rows, values.index_select(0, order), table)
 
@@ -65,8 +65,8 @@ class SparsityPattern:
         return values.new_zeros(self.shape[1]).index_add_(0, self.columns, values)
 
     def without_zeros(self, values: Tensor) -> tuple["SparsityPattern", Tensor]:
-        """The entries whose values [n entries] are not 0; all of them unless the pattern has zeros
-        on purpose, since otherwise few would be dropped."""
+        """Pattern and values of the nonzero entries; unchanged unless `has_zeros`, because few
+        would be dropped."""
         if not self.has_zeros:
             return self, values
         chosen = values.nonzero().squeeze(1)
@@ -121,7 +121,7 @@ def find_positive(x: Tensor) -> Tensor:
     lanes = 8 // x.itemsize
     if x.device.type != "cpu" or x.numel() % lanes:
         return find_above(x, 0)
-    # Few values are positive: finding groups of 8 bytes that are not all 0 first halves the time.
+    # Few values are positive, so skipping groups of 8 bytes that are all 0 halves the time.
     words = x.relu().view(-1).view(torch.int64).nonzero().squeeze(1)
     inside = find_above(x.view(-1, lanes).index_select(0, words), 0)
     shift = lanes.bit_length() - 1  # two or four lanes
@@ -135,8 +135,8 @@ def find_above(x: Tensor, bound: Tensor | float) -> Tensor:
 
 
 class Broadcast(torch.autograd.Function):
-    """[n entries]: the value of each entry's feature in a vector [features]. Unlike indexing with
-    brackets, its backward pass adds gradients in a fixed order."""
+    """[n entries]: the value of each entry's feature in a vector [features]. Unlike in
+    vector[columns], the backward pass adds gradients in a fixed order."""
 
     @staticmethod
     def forward(ctx, vector: Tensor, pattern: SparsityPattern):

@@ -1,4 +1,4 @@
-"""TopK: exactly k active features per token, with AuxK against dead features."""
+"""TopK: the k strongest features of each token are active; AuxK against dead features."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -60,5 +60,5 @@ class TopK(SAE):
         return self.config.k / self.config.features
 
     def saelens_settings(self) -> dict[str, Any]:
-        """`k`, for which SAELens would take 100 if it were left out."""
+        """`k`, because SAELens would assume 100 without it."""
         return {"k": self.config.k}

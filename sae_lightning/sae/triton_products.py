@@ -1,15 +1,15 @@
 """The two products of `products.py` on CUDA: Triton kernels that accumulate in float32.
 
 Lengths of rows differ by orders of magnitude (a feature that fires on every token, one that never
-does), so entries are cut at every PIECE_ENTRIES, and a program works on one piece of a row:
+does), so entries are cut at multiples of PIECE_ENTRIES, and a program works on one piece of a row:
 
-    entry     0   1   2   3 | 4   5   6   7 | 8   9      cuts at 4 and 8, if it were 4
+    entry     0   1   2   3 | 4   5   6   7 | 8   9      cuts at 4 and 8, if PIECE_ENTRIES is 4
     row       a   b   b   b   b   b   b   b   b   c
     head      a   b . . . .                       c      the first piece of every row
-    tail                      b . . . . . .   b          what begins at a cut inside a row
+    tail                      b . . . . . .   b          pieces that begin at a cut inside a row
 
-That makes rows + nnz // PIECE_ENTRIES programs, a number that follows from shapes without waiting
-for the device. There are no atomics, so that sums are reproducible.
+That makes rows + nnz // PIECE_ENTRIES programs, a number known from the shapes, without waiting for
+the device. There are no atomics, so sums are reproducible.
 
 Shapes: nnz entries, d columns of a table.
 """
@@ -24,7 +24,7 @@ from torch import Tensor
 PIECE_ENTRIES = 256
 # With 4 warps a tile of 16 x 256 values is 32 values a thread: 16 rows are loaded at once, and
 # there are registers for enough programs on each multiprocessor. 256 divides 768 and 2304 and
-# wastes a quarter of 576; in bf16 it is 512 bytes, four cache lines.
+# wastes a quarter of 576; 256 values of bf16 are 512 bytes, four cache lines.
 TILE_ENTRIES = 16
 TILE_COLUMNS = 256
 
@@ -38,7 +38,7 @@ def weighted_sums(offsets: Tensor, indices: Tensor, weights: Tensor, table: Tens
     sums = table.new_empty(rows, d, dtype=torch.float32)
     tails = table.new_empty(cuts, d, dtype=torch.float32)
     columns = _columns(d)
-    # Programs start along the first axis, so that all read the same stripe of the table at a time:
+    # Programs are launched along the first axis first, so that all read one stripe of the table:
     # 256 columns of bf16 fit the L2 cache up to some 90,000 rows.
     stripes = triton.cdiv(d, columns)
     tile = {"PIECE": PIECE_ENTRIES, "ENTRIES": TILE_ENTRIES, "COLUMNS": columns}
@@ -51,7 +51,7 @@ def weighted_sums(offsets: Tensor, indices: Tensor, weights: Tensor, table: Tens
 
 
 def dots(offsets: Tensor, indices: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """[nnz]: entry i of row r is left[r] . right[indices[i]], for [rows, d] and [n, d]."""
+    """[nnz]: left[r] . right[indices[i]] for entry i of row r, of left [rows, d], right [n, d]."""
     assert all(part.is_contiguous() for part in (offsets, indices, left, right))
     rows, d = left.shape
     owners = _owners(offsets, len(indices))
@@ -71,7 +71,7 @@ def _owners(offsets: Tensor, nnz: int) -> Tensor:
     """[cuts]: the row of each cut, at multiples of PIECE_ENTRIES up to nnz."""
     numbers = torch.arange(1, nnz // PIECE_ENTRIES + 1, device=offsets.device, dtype=offsets.dtype)
     cuts = numbers * PIECE_ENTRIES
-    # the first row that ends at or after the cut; of a cut between two rows the tail is empty
+    # the first row that ends at or after the cut; the tail of a cut between two rows is empty
     return torch.searchsorted(offsets[1:], cuts)
 
 
@@ -87,13 +87,13 @@ def _piece(offsets, owners, cuts, PIECE: tl.constexpr):
     return row, begin, end, tail
 
 
-# `cuts` differs from step to step: multiples of 16 should not get a kernel of their own
+# `cuts` changes at each step: Triton must not compile a second kernel for multiples of 16
 @triton.jit(do_not_specialize=["cuts"])
 def _sum_pieces(
     offsets, owners, indices, weights, table, sums, tails, d, cuts,
     PIECE: tl.constexpr, ENTRIES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Sums of heads to `sums` [rows, d], of tails to `tails` [cuts, d]."""
+    """Store the sums of heads in `sums` [rows, d] and the sums of tails in `tails` [cuts, d]."""
     row, begin, end, tail = _piece(offsets, owners, cuts, PIECE)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     within = column < d
@@ -117,7 +117,7 @@ def _add_tails(
     offsets, owners, tails, sums, d,
     PIECE: tl.constexpr, ENTRIES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Add its tails to each row, in the program of its first cut."""
+    """Add the tails of a row to its sum, in the program of the row's first cut."""
     cut = tl.program_id(0)
     row = tl.load(owners + cut)
     begin = tl.load(offsets + row).to(tl.int64) // PIECE
@@ -140,7 +140,7 @@ def _dot_pieces(
     offsets, owners, indices, left, right, products, d, cuts,
     PIECE: tl.constexpr, ENTRIES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Dot products of the entries of one piece, to `products` [nnz]."""
+    """Store the dot products of one piece's entries in `products` [nnz]."""
     row, begin, end, _ = _piece(offsets, owners, cuts, PIECE)
     for first in range(begin, end, ENTRIES):
         entry = first + tl.arange(0, ENTRIES)
