@@ -45,7 +45,7 @@ SHARPEST_SHOWN = 10  # features shown if the user names none
 FIT_TOKENS = 8192  # for fitting the linear maps; three times as many do not improve them
 RIDGE_PENALTY = 0.5  # times the mean variance; results are similar from 0.3 to 1
 MAX_CONTEXTS = 1000
-REFERENCE_FEATURES = 200  # random features; their mean effect is the baseline
+REFERENCE_FEATURES = 200  # random features, whose mean effect is subtracted
 CONTEXT_TOKENS = 16  # length of the contexts; features are added at the last token
 # Norm of the added vector over the activation's norm; below this, effects are lost in noise.
 ADDED_LENGTH = 0.4

@@ -71,7 +71,7 @@ class StrongestExamples:
     def add(self, batch: EncodedBatch) -> None:
         values, units = self.strengths(batch)  # [sequences, context, some units]
         best, place = (x.cpu() for x in values.max(dim=1))  # [sequences, units]
-        best = torch.where(best > 0, best, -1).T  # must not fill an empty slot, which is 0
+        best = torch.where(best > 0, best, -1).T  # -1: never enters an empty slot (0)
         n = self.strength.shape[1]
         winners = torch.cat([self.strength[units], best], dim=1).topk(n, dim=1).indices
         stays = torch.zeros(len(best), n + best.shape[1], dtype=torch.bool)

@@ -15,9 +15,9 @@ from sae_lightning.analysis.survey.sample import Sample
 from sae_lightning.report.catalogue import TokenSetScores
 
 MIN_FIRINGS = 5  # tokens of each half that a feature must fire on to get a score
-MIN_FIRINGS_PER_TOKEN = 2  # on a token, for it to enter the feature's set
+MIN_FIRINGS_PER_TOKEN = 2  # firings on a token for it to enter a feature's set
 LISTED_TOKENS = 8
-MIN_LISTED_SHARE = 0.02  # of all firings on the set; rarer tokens are not listed
+MIN_LISTED_SHARE = 0.02  # of the set's firings; tokens with fewer are not listed
 
 
 class _Counts(NamedTuple):

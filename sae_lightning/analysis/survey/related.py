@@ -12,7 +12,7 @@ from sae_lightning.report.catalogue import RelatedUnits
 
 BLOCK_FEATURES = 512  # features compared at a time
 MAX_EXACT_FEATURES = 16_384  # up to this number, each is compared with all others
-HASH_TABLES = 16  # for more; in each table a feature is compared with its block only
+HASH_TABLES = 16  # above this number; each table compares a feature with its block only
 HASH_DIRECTIONS = 32  # random directions per hash; a table sorts by two hashes
 MAX_PAIRS = 400_000_000  # of features that fire on the same token; bounds time and memory
 
@@ -51,7 +51,7 @@ def _pick_comparisons(rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
             yield block, everyone
         return
     # Rows with the same largest component in a random basis are similar (cross-polytope hashing,
-    # Andoni et al. 2015). Rows are sorted by two hashes and cut into blocks, all of one size.
+    # Andoni et al. 2015). Rows sorted by two hashes are cut into blocks of equal size.
     generator = Generator().manual_seed(0)
     centred = rows - rows.mean(dim=0)
     for _ in range(HASH_TABLES):
