@@ -1,7 +1,7 @@
 """From text to shuffled batches of activations: text -> tokens -> rows -> pool -> batches.
 
-A kind of data is one file (its settings and a subclass of `Source`) and one row of `SOURCES`. Known
-concepts (data=synthetic) give rows without text and LLM.
+A kind of data is one file (its settings and a subclass of `Source`) and one entry of `SOURCES`.
+data=synthetic makes rows from known concepts, without text or LLM.
 """
 
 from sae_lightning.llm.load import LLMConfig

@@ -22,7 +22,7 @@ from sae_lightning.terminal import phase
 class BatchStream:
     """Shuffled batches {site: [batch, d]} of one run, with exact resume.
 
-    Before a batch is drawn the pool is filled to `pool` rows, by whole LLM batches, so it may hold
+    Before a batch is drawn the pool is filled to `pool` rows, in whole LLM batches, so it may hold
     up to one LLM batch more. Once it holds all rows that the run still needs, no more are read and
     the pool drains.
 
@@ -35,7 +35,7 @@ class BatchStream:
     def __init__(
         self, rows: RowStream, *, batch: int, total_batches: int, pool: int, seed: int = 0
     ) -> None:
-        """`batch` and `pool` in tokens; the pool is on the device that `rows` names."""
+        """`batch` and `pool` are in tokens; the pool is on the device of `rows`."""
         assert batch <= pool, f"batches of {batch} rows from a pool of {pool}"
         self.rows, self.batch, self.total_batches, self.pool_rows = rows, batch, total_batches, pool
         self.device = rows.device
@@ -43,7 +43,7 @@ class BatchStream:
         self._pool = Pool(rows.sites, pool + rows.max_rows, seed=seed, device=rows.device)
         self._served = 0  # batches
         self._started = False
-        self._ids = torch.empty(0, dtype=torch.int64)  # of the last batch's rows
+        self._ids = torch.empty(0, dtype=torch.int64)  # sequence of each row of the last batch
 
     def __len__(self) -> int:
         return self.total_batches
@@ -55,11 +55,11 @@ class BatchStream:
                 with record_function("pool"):
                     taken = self._pool.take(self.batch)
             self._ids = taken.ids
-            self._served += 1  # before the yield: a state saved now continues after this batch
+            self._served += 1  # first: a state saved at the yield continues after this batch
             yield taken.activations
 
     def peek(self, n: int) -> dict[Site, Tensor]:
-        """Copy activations {site: [<= n, d]} spread over the pool, which keeps them."""
+        """Copy activations {site: [<= n, d]} of rows spread evenly over the pool; removes none."""
         with self._clock():
             self._fill()
             if self.device.type != "cpu":  # or the wait would count as the caller's time
@@ -82,11 +82,11 @@ class BatchStream:
         self.rows.close()
 
     def _missing(self) -> int:
-        """Rows that the rest of the run needs beyond those in the pool."""
+        """Count the rows that the run still needs besides those in the pool."""
         return (self.total_batches - self._served) * self.batch - len(self._pool)
 
     def _fill(self) -> None:
-        """Take rows until the pool is full or holds all that the run still needs."""
+        """Add rows until the pool is full or holds all that the run still needs."""
         bar = nullcontext(lambda n: None)
         if not self._started:
             goal = min(self.pool_rows - len(self._pool), self._missing())
@@ -106,7 +106,7 @@ class BatchStream:
         self.seconds += perf_counter() - started
 
     def state_dict(self) -> dict[str, Any]:
-        """Batches served, state of the rows, and the pool: plain numbers and CPU tensors."""
+        """Batches served, and the states of rows and pool: plain values and CPU tensors."""
         return {
             "served": self._served,
             "rows": self.rows.state_dict(),

@@ -4,8 +4,8 @@ LLM batches    0 . . . . . 6 . . . . . 12 . . . . . 18 . . . . . 24 . .
 shards         | 00000000  | 00000006  |            | 00000018  |
 a run          read        read        LLM, write   read        LLM, write
 
-Rows are cached as the LLM gives them, before the pool: a run's batch, pool and length do not
-matter, and training sees the same batches, bit for bit, with and without a cache.
+Rows are cached before they are shuffled: one cache serves runs of any batch size, pool and length,
+and training sees the same batches, bit for bit, with and without it.
 """
 
 import errno
@@ -39,39 +39,39 @@ RESERVED_BYTES = 4 << 30  # disk space left for checkpoints
 class CachedRows(RowStream):
     """A `RowStream` that reads the rows of `live` from shards, or runs the LLM if one is missing.
 
-    It goes from stretch to stretch: either a shard is read, or one is written. A shard's checksum
-    is verified when the run gets there, so that only what the run needs is read.
+    The LLM batches are divided into stretches: each is either read from one shard, or computed by
+    the LLM and, if possible, written as a new shard. Opening a shard verifies its checksum.
     """
 
     def __init__(
         self, live: LLMRows, folder: Path, settings: dict[str, Any], width: int, resumed: bool
     ) -> None:
-        """`folder` holds the shards of one key, the hash of `settings`; `width` of an activation,
-        to estimate the disk space; a `resumed` run goes on without a cache if a new one fails."""
+        """`folder` holds the shards of one key, the hash of `settings`; `width` is that of an
+        activation; a `resumed` run goes on without writing where a new one would stop."""
         self.live = live
         self.sites, self.device, self.max_rows = live.sites, live.device, live.max_rows
         self.folder, self.settings, self.resumed = folder, settings, resumed
         self.width = width
         itemsize = next(live.llm.model.parameters()).dtype.itemsize
-        self.row_bytes = len(self.sites) * width * itemsize + 8  # with the id
+        self.row_bytes = len(self.sites) * width * itemsize + 8  # for the id
         self.shards: list[Shard] = []  # in order
         self.epoch = live.epoch
         self._place = 0  # LLM batches served
-        self._stop: int | None = 0  # end of this stretch; None: when the buffer is full
+        self._stop: int | None = 0  # end of this stretch; None: not known yet
         self._shard: Shard | None = None  # being read
-        self._buffer: list[tuple[Rows, int, int]] | None = None  # to write: epoch, crc32 too
-        self._earlier_state = live.state_dict()  # a state of `live` at `_place` or before it
-        self._is_checked = False  # shards and disk space
-        self._lock, self._writes = ExitStack(), None  # None: not tried yet
+        self._buffer: list[tuple[Rows, int, int]] | None = None  # rows, epoch, crc32
+        self._earlier_state = live.state_dict()  # of `live`, at `_place` or before
+        self._is_checked = False  # whether shards and disk space were looked at
+        self._lock, self._writes = ExitStack(), None  # None: lock not tried yet
 
     @property
     def llm_seconds(self) -> float:
         return self.live.llm_seconds
 
     def next(self, remaining: int) -> Rows:
-        """Return the rows of the next LLM batch; the last one needed closes the cache.
+        """Return the rows of the next LLM batch; closes the cache after the last one needed.
 
-        UserError: at the first call of a new run, no disk space for what the run will write.
+        UserError: the disk has no space for what a new run will write (checked at its first call).
         """
         if not self._is_checked:
             self._check_space(remaining)
@@ -86,7 +86,7 @@ class CachedRows(RowStream):
     def _read(self, shard: Shard) -> Rows:
         rows = shard.read_batch(self._place, self.sites)
         epoch = shard.epochs[self._place - shard.first]
-        if epoch > self.epoch:  # the text is not read here, so it cannot say so
+        if epoch > self.epoch:  # the text, which else prints this, is not read
             console.print(f"the text ran out; going round again in a new order (epoch {epoch})")
         self.epoch = epoch
         self._place += 1
@@ -114,7 +114,7 @@ class CachedRows(RowStream):
             return
         if shard is not None:
             console.print(f"{shard.path} is damaged: the LLM makes it again")
-            self._may_write()  # which lists the shards anew
+            self._may_write()  # which may list the shards anew
             self.shards = [other for other in self.shards if other.path != shard.path]
         self._stop = next((s.first for s in self.shards if s.first > self._place), None)
         if self.live.llm_batches != self._place:
@@ -135,9 +135,9 @@ class CachedRows(RowStream):
         return next((s for s in self.shards if s.first <= llm_batch < s.stop), None)
 
     def _seek(self) -> None:
-        """Have `live` skip the text that comes before this place.
+        """Have `live` skip the text up to LLM batch `_place`.
 
-        UserError: it is not the text that the shards before this place were made from.
+        UserError: the skipped text is not the one that the shards were made from.
         """
         state = self._earlier_state
         try:
@@ -162,8 +162,8 @@ class CachedRows(RowStream):
         """End the stretch here, and write the buffered rows."""
         if self._buffer:
             with self._unless_full():
-                # Medians of the very first LLM batch: a run that resumes inside the first shard
-                # needs them and cannot compute them.
+                # The medians of the run's first LLM batch, which a run that resumes inside the
+                # first shard does not compute.
                 state = self._earlier_state | {"medians": self.live.state_dict()["medians"]}
                 shard = write_shard(self.folder, state, *map(list, zip(*self._buffer, strict=True)))
                 self.shards = sorted([*self.shards, shard], key=lambda shard: shard.first)
@@ -179,7 +179,7 @@ class CachedRows(RowStream):
         self._release()
 
     def _check_space(self, remaining: int) -> None:
-        """Print what is cached and the space for the rest; UserError if the disk lacks it."""
+        """Print how much is cached and what the rest takes; UserError if the disk is too full."""
         self._is_checked = True
         self._list_shards()
         if self._count_cached(remaining) < remaining and self._may_write():
@@ -208,11 +208,11 @@ class CachedRows(RowStream):
             try:
                 self.shards.append(Shard(path))
             except DAMAGE_ERRORS:
-                if self._writes:  # replaces it
+                if self._writes:  # and so will replace it
                     console.print(f"{path} is damaged: the LLM makes it again")
 
     def _count_cached(self, remaining: int) -> int:
-        """Count the next `remaining` rows on disk, as if missing LLM batches were all full."""
+        """Count how many of the next `remaining` rows are on disk, if missing batches are full."""
         place, cached, left = self._place, 0, remaining
         for shard in self.shards:
             if shard.stop > place:
@@ -222,7 +222,7 @@ class CachedRows(RowStream):
         return cached
 
     def _may_write(self) -> bool:
-        """Whether this process writes; tries for the lock once. Removes a killed writer's files."""
+        """Whether this process may write; the first call locks and removes leftovers."""
         if self._writes is not None:
             return self._writes
         self._writes = False
@@ -240,7 +240,7 @@ class CachedRows(RowStream):
                 "reads what is complete there and runs the LLM for the rest"
             )
         except OSError as error:
-            # it may be a colleague's cache, which can only be read
+            # perhaps a colleague's cache, which is read-only for this user
             reason = f"{self.folder} cannot be written to ({error.strerror})"
             self._refuse(reason, fatal=not self.shards)
         else:
@@ -249,7 +249,7 @@ class CachedRows(RowStream):
         return self._writes
 
     def _refuse(self, reason: str, fatal: bool = True) -> None:
-        """UserError in a new run; a resumed one, whose settings are fixed, only reads."""
+        """UserError in a new run if `fatal`; a resumed one, with fixed settings, only reads."""
         self._release()
         if fatal and not self.resumed:
             raise UserError(
@@ -276,7 +276,7 @@ class CachedRows(RowStream):
             self._release()
 
     def state_dict(self) -> dict[str, Any]:
-        """As that of `LLMRows`; buffered rows are written first, so that resuming leaves no gap."""
+        """State that `LLMRows` also loads; writes the buffered rows first, to leave no gap."""
         if self._buffer:
             self._end_stretch()
         state = self._earlier_state | {"llm_batches": self._place}
@@ -285,9 +285,9 @@ class CachedRows(RowStream):
         return state | {"text": self.live.tokens.fingerprint()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue after LLM batch `llm_batches`; the text is read to there only when needed.
+        """Continue after `llm_batches` LLM batches; skips their text only if the LLM must run.
 
-        UserError: it is another text, even if there is a cache of it.
+        UserError: the text is not the one that the state was saved with.
         """
         check_text(state, self.live.tokens.fingerprint())
         self._earlier_state, self.epoch = state, state["tokens"]["epoch"]

@@ -1,4 +1,4 @@
-"""Superposition with known concepts: activations whose sparse causes are given.
+"""Superposition with known concepts: activations are sparse sums of known directions.
 
 Shapes: n = samples, concepts, dim = length of an activation (fewer than concepts).
 """
@@ -9,18 +9,18 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor
 
-MAX_RATE = 0.5  # firing probability; what is active more often is better described by its absence
+MAX_RATE = 0.5  # firing probability; a concept active more often than not is hardly sparse
 GROUP_CONCEPTS = 8  # concepts that tend to fire together
 LOG_STRENGTH_STD = 0.5  # one standard deviation is a factor of 1.65
 
 
 class World(NamedTuple):
-    """x = sum of s_i d_i over the active concepts i, with strength s_i > 0 and direction |d_i| = 1.
+    """x = sum of s_i d_i over the active concepts i, with strength s_i > 0 and |d_i| = 1.
 
     Concepts are linear directions in superposition (Elhage et al. 2022, "Toy Models of
-    Superposition"): random ones, because many more of them than dimensions are nearly orthogonal.
-    1,024 in 256 dimensions have a cosine of 0.21 with their nearest neighbour (mean), as good as a
-    union of random orthonormal bases (also 0.21).
+    Superposition"). They are random, since many more random directions than dimensions are nearly
+    orthogonal: for 1,024 in 256 dimensions, the |cosine| of each with its nearest one is 0.21 on
+    average. A union of random orthonormal bases is no better (0.21).
     """
 
     directions: Tensor
@@ -28,15 +28,15 @@ class World(NamedTuple):
     rates: Tensor
     """[concepts], the probability that a concept is active, descending (Zipf's law)"""
     parent: Tensor
-    """[concepts], the concept without which this one is never active; itself for most"""
+    """[concepts], the parent, without which a concept is never active; most are their own"""
     group: Tensor
-    """[concepts], number of the group with which a concept tends to fire"""
+    """[concepts], index of a concept's group, whose concepts tend to fire together"""
     correlation: float
-    """Of the latent normals of two concepts of a group."""
+    """Correlation of the latent normals of two concepts in a group; children have none."""
 
     def sample(self, n: int, generator: Generator) -> tuple[Tensor, Tensor]:
-        """Activations [n, dim] and the strengths [n, concepts] that they are made of; 0: not
-        active. Strengths are log-normal about 1."""
+        """Sample activations [n, dim] and the strengths [n, concepts] of their concepts: log-normal
+        with median 1, or 0 where a concept is not active."""
         active = self._active(n, generator)
         strengths = torch.zeros(active.shape)
         normal = torch.randn(int(active.sum()), generator=generator)
@@ -44,11 +44,11 @@ class World(NamedTuple):
         return strengths @ self.directions, strengths
 
     def _active(self, n: int, generator: Generator) -> Tensor:
-        """Which concepts fire: [n, concepts] bool.
+        """Draw which concepts fire -> [n, concepts] bool.
 
         A one-factor Gaussian copula: concept i fires where sqrt(r) g + sqrt(1 - r) e_i, with g
         common to its group, is below the quantile of its rate. So correlation changes no rate.
-        A child fires at rate / (its parent's rate) where its parent does, else independently.
+        A child fires with probability rate / (its parent's rate), but only where its parent fires.
         """
         parents = self.parent == torch.arange(len(self.rates))
         given = torch.where(parents, self.rates, self.rates / self.rates[self.parent])
@@ -71,8 +71,8 @@ def make_world(
     hierarchy: float = 0.0,
     seed: int = 0,
 ) -> World:
-    """A world with `l0` active concepts per sample; a share `hierarchy` of them, the rarest, are
-    children of the most frequent."""
+    """Make a world with a mean of `l0` active concepts per sample. The rarest concepts, a share
+    `hierarchy` of all, are children of the others."""
     generator = Generator().manual_seed(seed)
     directions = torch.randn(concepts, dim, generator=generator)
     number = torch.arange(concepts)
@@ -88,10 +88,10 @@ def make_world(
 
 
 def make_zipf_rates(concepts: int, l0: float, exponent: float) -> Tensor:
-    """Firing probabilities min(MAX_RATE, c / rank^exponent) [concepts], with c such that they add
-    up to `l0`."""
+    """Compute firing probabilities min(MAX_RATE, c / rank^exponent) [concepts], with c such that
+    they add up to `l0`."""
     law = torch.arange(1, concepts + 1, dtype=torch.float64) ** -exponent
-    # the first m at MAX_RATE leave l0 - m MAX_RATE for the others, whose law adds up to the tail
+    # m concepts at MAX_RATE leave l0 - m MAX_RATE = c * tail for the others, so c follows
     capped = torch.arange(concepts)
     tail = law.flip(0).cumsum(0).flip(0)
     c = (l0 - MAX_RATE * capped) / tail

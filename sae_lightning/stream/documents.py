@@ -1,4 +1,4 @@
-"""Documents of a text: those to train on, and others held out; one column, `text`."""
+"""Splits the documents of a text into training and held-out ones; one column, `text`."""
 
 import hashlib
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ OFFLINE_PRESETS = "data=shakespeare (the packaged plays) or data=text (your own 
 
 
 class SplitText(NamedTuple):
-    """Documents in two parts that share none."""
+    """Training and held-out documents; none is in both, though one may be cut in two."""
 
     train: "Dataset | IterableDataset"
     """What training reads; one column, `text`."""
@@ -30,7 +30,7 @@ class SplitText(NamedTuple):
     """What only evaluation reads; one column, `text`; may be empty."""
 
     where: str = "data"
-    """The setting that names the text and its value, for messages."""
+    """The setting that names the text, with its value, for messages."""
 
 
 def make_documents(texts: list[str]) -> "Dataset":
@@ -41,8 +41,8 @@ def make_documents(texts: list[str]) -> "Dataset":
 
 
 def prepare_text_cache() -> Path:
-    """Make our folder of copied texts in the cache of datasets (the folder of a saved data set may
-    be read-only), and remove the files of killed writers."""
+    """Create our folder for copies of text in the cache of `datasets` (a saved data set may be in a
+    read-only folder), and remove what killed writers left."""
     from datasets.config import HF_DATASETS_CACHE
 
     folder = Path(HF_DATASETS_CACHE) / "sae_lightning"
@@ -52,21 +52,19 @@ def prepare_text_cache() -> Path:
 
 
 def hold_out(data: "Dataset", share: float) -> SplitText:
-    """Hold out about `share` of the text's bytes: documents at fixed random places.
+    """Hold out about `share` of the text's bytes: a fixed random sample of the documents.
 
-    That share of the documents; if their bytes are far from it, as many documents as come nearest;
-    if no number of whole documents comes near, one is cut and its last words are held out.
+    Holds out that share of the documents; if their bytes are far from `share`, as many documents as
+    just reach it, or one fewer; if both are far from it, one is cut and its end is held out.
     """
     import pyarrow.compute as pc
 
     column = data.with_format("arrow")[:].column("text")
     sizes = pc.fill_null(pc.binary_length(column), 0).to_numpy().astype(np.int64)
     order = np.random.default_rng(HOLD_OUT_SEED).permutation(len(data))
-    held = np.concatenate([[0], np.cumsum(sizes[order])])  # bytes of the first n documents
+    held = np.concatenate([[0], np.cumsum(sizes[order])])  # bytes of the first n in `order`
     count = min(max(1, round(share * len(data))), len(data) - 1)
-    last = int(
-        np.searchsorted(held[1:], share * held[-1])
-    )  # the document with which the share is reached
+    last = int(np.searchsorted(held[1:], share * held[-1]))  # the document that reaches the share
     least, most = share / 2, min(4 * share, (1 + share) / 2)
     for n in (count, last + 1, last):
         if least * held[-1] <= held[n] <= most * held[-1]:
@@ -82,8 +80,8 @@ def hold_out(data: "Dataset", share: float) -> SplitText:
 
 
 def view_texts(column: "ChunkedArray") -> Iterator["Buffer"]:
-    """Yield a view of each text of a column, in memory or on disk (a scalar would be a copy); empty
-    for null."""
+    """Yield each text of a column as a view, without a copy (which a scalar would be); empty for
+    null."""
     import pyarrow as pa
 
     for array in column.chunks:
@@ -95,8 +93,8 @@ def view_texts(column: "ChunkedArray") -> Iterator["Buffer"]:
 
 
 def _cut(text: "Buffer", share: float) -> int:
-    """Find the byte at which to cut off the last `share` of a text's characters, or more to begin
-    with a line or word: at most twice `share`, and at most half of the rest."""
+    """Find the byte at which to cut off the last `share` of a text's characters. The cut moves back
+    to a line's or word's beginning, by at most `share` and at most half of the rest."""
     size = sum(np.count_nonzero(begins) for begins in _characters(text))
     cut = int(size * (1 - share))
     first, last = (_byte(text, n) for n in (max(cut // 2, 2 * cut - size), cut))
@@ -104,13 +102,13 @@ def _cut(text: "Buffer", share: float) -> int:
 
 
 def _characters(text: "Buffer") -> Iterator[np.ndarray]:
-    """Yield whether a character begins at each byte of UTF-8, a piece at a time."""
+    """Yield, piece by piece, whether each byte of UTF-8 begins a character."""
     for start in range(0, len(text), SCANNED_BYTES):
         yield np.frombuffer(text[start : start + SCANNED_BYTES], np.uint8) & 0xC0 != 0x80
 
 
 def _byte(text: "Buffer", character: int) -> int:
-    """Find the byte at which a character begins; the length for one past the last."""
+    """Find the byte at which a character begins; past the last one, the text's length."""
     start = 0
     for begins in _characters(text):
         places = np.flatnonzero(begins)
@@ -138,14 +136,14 @@ def _joined(data: "Dataset", rows: np.ndarray, part: "Buffer", name: str) -> "Da
     kind = data.data.schema.field("text").type
     ends = np.array([0, len(part)], np.int64 if pa.types.is_large_string(kind) else np.int32)
     text = pa.Array.from_buffers(kind, 1, [None, pa.py_buffer(ends), part])
-    # zero rows of the data keep the table one on disk
+    # with zero rows of the data, the table still counts as on disk
     table = concat_tables([data.data.slice(0, 0), pa.table({"text": text})])
     known = hashlib.sha256(f"{data._fingerprint} {name} {len(part)}".encode()).hexdigest()[:16]
     return concatenate_datasets([data.select(rows), Dataset(table, fingerprint=known)])
 
 
 def keep_text_column(data: Any, row: dict | None, column: str, where: str) -> Any:
-    """Keep one column and call it `text`. UserError: none of that name, or no text in it."""
+    """Keep one column and call it `text`. UserError: no such column, or it is not text."""
     if row is None:
         raise UserError(f"{where}: there is no document in it; give data that holds text")
     if column not in row:
@@ -159,7 +157,7 @@ def keep_text_column(data: Any, row: dict | None, column: str, where: str) -> An
         )
     kind = (data.features or {}).get(column)
     if hasattr(data, "__len__") and getattr(kind, "dtype", "") not in ("string", "large_string"):
-        for number, value in enumerate(data[column], 1):  # any type: look at every row
+        for number, value in enumerate(data[column], 1):  # of unknown type: check every row
             if not isinstance(value, str | None):
                 raise UserError(
                     f"data.column={column}: {where} holds {type(value).__name__} there, not text, "
@@ -170,8 +168,8 @@ def keep_text_column(data: Any, row: dict | None, column: str, where: str) -> An
 
 
 def summarise_cause(error: Exception) -> str:
-    """Return the first line of an error's cause, where datasets hides the reason, and the remedy if
-    datasets could not write its own copy of the text."""
+    """Return the first line of an error's cause (where `datasets` hides the reason) or, if
+    `datasets` could not write its copy of the text, the reason and a remedy."""
     error = error.__cause__ or error
     if isinstance(error, OSError) and _concerns_copy(error):
         from datasets.config import HF_DATASETS_CACHE
@@ -183,7 +181,7 @@ def summarise_cause(error: Exception) -> str:
 
 
 def _concerns_copy(error: OSError) -> bool:
-    """Whether an error is about datasets' copy of a text, or a folder that it is in."""
+    """Whether an error is about the copy of a text that `datasets` writes, or its folder."""
     from datasets.config import HF_DATASETS_CACHE
 
     cache, named = Path(HF_DATASETS_CACHE), Path(str(error.filename))

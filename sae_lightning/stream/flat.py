@@ -1,17 +1,17 @@
-"""Tokenises text into one long array of tokens, on disk if the data set is indexed.
+"""Tokenises an indexed text into one long array, streamed documents into one array each.
 
 A document longer than PIECE_BYTES is cut before it is tokenised, because a tokenizer takes 150
 bytes of memory for each byte of text:
 
-    ... the quick brown| fox jumps over ...    the space goes with the word behind it
-    ... she said.\n|And then ...               no such space: a line break with the line before it
-    ... white\t\t|space ...                    none either: before any white space
-    ... 我思|故我在 ...                          none at all: anywhere between two characters
+    ... the quick brown| fox jumps over ...    the space goes with the next word
+    ... she said.\n|And then ...               no such space: after a line break
+    ... white\t\t|space ...                    no line break: before any white space
+    ... 我思|故我在 ...                          no white space: between any two characters
 
 Tokenizers that first split text into words (byte-level BPE, WordPiece, Unigram with a metaspace)
-give the same tokens with and without a cut at a space; GPT-2's and its successors' also at a line
-break. Others (BPE across words) may give different tokens beside a cut, as may any tokenizer at
-the last two kinds of cut.
+give the same tokens with and without a cut at a space; those of GPT-2 and its successors also at a
+line break. Others (BPE across words) may give different tokens beside a cut, as may any tokenizer
+at the last two kinds of cut.
 """
 
 import hashlib
@@ -30,10 +30,10 @@ from sae_lightning.stream.documents import prepare_text_cache, view_texts
 from sae_lightning.terminal import phase
 
 PIECE_BYTES = 1 << 18  # bytes; a longer document is cut
-TOKENISED_BYTES = 1 << 20  # bytes of text tokenised at a time
+TOKENISED_BYTES = 1 << 20  # characters tokenised at a time
 WRITTEN_TOKENS = 1 << 22  # tokens written at a time
 CUT_PATTERNS = [
-    re.compile(place, re.DOTALL)  # each matches up to the last such place
+    re.compile(place, re.DOTALL)  # each matches up to the last place of its kind
     for place in (rb".*\S(?= \S)", rb".*\S\n(?=\S)", rb".*\S(?=\s)", rb".*(?=[^\x80-\xbf])")
 ]
 
@@ -51,7 +51,7 @@ class Cut(NamedTuple):
 def tokenise_documents(
     tokenizer: Any, texts: Iterable[str | None], separator: int
 ) -> list[np.ndarray]:
-    """Tokenise documents, each closed by the separator -> arrays [tokens + 1] int32.
+    """Tokenise documents and end each with the separator -> arrays [tokens + 1] int32.
 
     A document without tokens gives an empty array.
     """
@@ -70,8 +70,8 @@ def _tokenise(
 ) -> Iterator[tuple[Cut, np.ndarray]]:
     """Yield the pieces of UTF-8 documents and their tokens [n] int32.
 
-    The last piece of a document with any tokens ends with the separator. `verbose=False`: a text
-    longer than the LLM's context is no mistake here, it is cut into sequences.
+    The last piece of a document with any tokens ends with the separator. `verbose=False` mutes the
+    warning that a text is longer than the LLM's context: it is cut into sequences later.
     """
     has_tokens, adds_space = False, None
     for cuts in _group_pieces(documents):
@@ -90,7 +90,7 @@ def _tokenise(
 
 
 def _group_pieces(documents: Iterable[Any]) -> Iterator[list[Cut]]:
-    """Yield all pieces in order, in groups of at most TOKENISED_BYTES + PIECE_BYTES."""
+    """Yield all pieces in order, in groups of about TOKENISED_BYTES characters."""
     group, size = [], 0
     for number, document in enumerate(documents, 1):
         for cut in _pieces(memoryview(document), number):
@@ -124,7 +124,7 @@ def _pieces(document: memoryview, number: int) -> Iterator[Cut]:
 
 
 def _adds_space(tokenizer: Any) -> bool:
-    """Whether a tokenizer prepends a space to every text, even to one that starts with it."""
+    """Whether a tokenizer prepends a space to every text, even to one that starts with a space."""
     texts = ["a b", "a", " b", "b"]
     whole, a, space_b, b = tokenizer(texts, add_special_tokens=False)["input_ids"]
     return whole != a + space_b and whole == a + b
@@ -134,7 +134,7 @@ def flat_tokens(data: Any, tokenizer: Any, separator: int, what: str = "text") -
     """Tokenise an indexed data set -> [tokens] int32, kept on disk if the data set is on disk.
 
     The file's name is a hash of the data, the tokenizer's behaviour and the separator: the next run
-    with the same three opens it at once. Slices read through the mmap.
+    with the same three opens that file. Slices read through the mmap.
     """
     key = hashlib.sha256()
     for part in (data._fingerprint, hash_tokenizer(tokenizer), str(separator), str(PIECE_BYTES)):
@@ -164,7 +164,7 @@ def _documents(data: Any) -> Iterator[Any]:
 
 
 def _batches(arrays: Iterable[np.ndarray]) -> Iterator[pa.Array]:
-    """Join arrays of tokens to long ones: slicing many short ones is slow."""
+    """Join arrays of tokens into long ones, as slicing many short ones is slow."""
     waiting, size = [], 0
     for tokens in arrays:
         waiting.append(tokens)
@@ -179,11 +179,11 @@ def _batches(arrays: Iterable[np.ndarray]) -> Iterator[pa.Array]:
 def hash_tokenizer(tokenizer: Any) -> str:
     """Hash a tokenizer's behaviour; the hash is the same in every process."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:  # a tokenizer in Python: class and vocabulary must do
+    if backend is None:  # a slow tokenizer, in Python: hash class and vocabulary
         behaviour: Any = sorted(tokenizer.get_vocab().items())
     else:
         behaviour = json.loads(backend.to_str())
-        for call in ("truncation", "padding"):  # left over from its last call
+        for call in ("truncation", "padding"):  # set by its last call
             behaviour.pop(call, None)
     text = json.dumps([type(tokenizer).__name__, behaviour], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -1,6 +1,6 @@
-"""Held-out text and its activations: the only thing that evaluation reads.
+"""Held-out text and its activations, which only evaluation reads.
 
-Shapes: sequences = held-out sequences, context = tokens each, n = kept tokens, d = site width.
+Shapes: sequences = held-out sequences, context = tokens in each, n = kept tokens, d = site width.
 """
 
 import math
@@ -25,9 +25,9 @@ from sae_lightning.terminal import console, phase
 class HeldOut(HeldOutData):
     """Activations of text that training never sees, and the LLM's loss on it.
 
-    What training drops is neither scored nor replaced: position 0, special tokens, and rows whose
-    norm exceeds `max_norm` x median at any of the sites (the median over this text). What does not
-    depend on the SAE is computed once.
+    Tokens that training drops are neither scored nor replaced: position 0, special tokens, and
+    those with a norm above `max_norm` x median (of this text) at any site. Whatever does not depend
+    on the SAE is computed once.
     """
 
     def __init__(
@@ -42,8 +42,9 @@ class HeldOut(HeldOutData):
         keep_special: bool = False,
         max_norm: float | None = None,
     ):
-        """At least `tokens` tokens in whole sequences, and `loss_tokens` of them, spread evenly,
-        for the LLM's loss, which 0 leaves out; `batch` sequences a forward pass."""
+        """Holds `tokens` tokens, rounded up to whole sequences, or fewer if the text is short. The
+        LLM's loss is measured on `loss_tokens` of them, spread evenly (0: not measured). A forward
+        pass takes `batch` sequences."""
         self.llm, self.sites, self.batch, self.max_norm = llm, sites, batch, max_norm
         self.tokens = text.pick_sequences(-(-tokens // text.packing.width))  # [sequences, context]
         dropped = torch.tensor([] if keep_special else find_special_ids(llm.tokenizer))
@@ -56,7 +57,7 @@ class HeldOut(HeldOutData):
 
     @property
     def keep(self) -> Tensor:
-        """Whether a token is scored and replaced: [sequences, context] bool."""
+        """Which tokens are scored and replaced: [sequences, context] bool."""
         self._read()
         return self._keep
 
@@ -66,7 +67,7 @@ class HeldOut(HeldOutData):
         return self._rows[site]
 
     def _read(self) -> None:
-        """Capture the activations, once, and drop large norms from them and from `keep`."""
+        """Capture the activations, once, and drop rows of large norm, also from `keep`."""
         if self._rows:
             return
         rows = self._captured()
@@ -88,11 +89,11 @@ class HeldOut(HeldOutData):
         return {site: torch.cat(parts) for site, parts in rows.items()}
 
     def _loss_text(self) -> tuple[Tensor, Tensor]:
-        """Tokens and keep [sequences, context] of the part that the LLM's loss is measured on."""
+        """Tokens and `keep` of the sequences that the LLM's loss is measured on."""
         return self.tokens[self._loss_places], self.keep[self._loss_places]
 
     def baseline_at(self, target: Site) -> SpliceBaseline:
-        """The LLM's loss as it is, and with `target` zero- and mean-ablated."""
+        """The LLM's clean loss, and its loss with `target` zero- and mean-ablated."""
         if target not in self._baselines:
             tokens, keep = self._loss_text()
             mean = self.activations(target).cpu().double().mean(dim=0).float()  # [d]

@@ -1,4 +1,4 @@
-"""A data set on the Hugging Face hub, streamed or downloaded: one document is one row."""
+"""A data set on the Hugging Face hub, streamed or downloaded: each row is a document."""
 
 import hashlib
 import json
@@ -72,7 +72,7 @@ class HubConfig(TextConfig):
             )
 
     def hash_files(self) -> str | None:
-        """Hash the files' names and commit or, of local files, names and times."""
+        """Hash the files' names and commit, or local files' names and times; None if downloaded."""
         if not self.streaming:
             return None
         from datasets import load_dataset_builder
@@ -83,13 +83,13 @@ class HubConfig(TextConfig):
             known = {
                 str(split): [list(files), files.origin_metadata] for split, files in splits.items()
             }
-        except Exception:  # no reason to end a run: the text itself has been opened
+        except Exception:  # not fatal: the text itself has been opened
             return None
         return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class HubSource(TextSource):
-    """One split to train on; held out is another one, or its first documents."""
+    """Trains on one split; holds out another split, or the first documents of the same."""
 
     data: HubConfig
     settings = HubConfig
@@ -103,8 +103,8 @@ class HubSource(TextSource):
         n = config.held_out_documents or HELD_OUT_DOCUMENTS
         data = _load_hub(config, config.split)
         if config.streaming:
-            # take() and skip() before any shuffling: they fix the order of the files too, so the
-            # first n documents are the same ones in every epoch.
+            # take() and skip() come before any shuffling and fix the order of the files, so that
+            # the first n documents are the same in every epoch.
             return SplitText(data.skip(n), data.take(n), where)
         if n >= len(data):
             raise UserError(
@@ -126,7 +126,7 @@ def _load_hub(config: HubConfig, split: str) -> "Dataset | IterableDataset":
         raise UserError(
             f"data.name={config.name}: no such data set ({summarise_cause(error)})"
         ) from error
-    except ValueError as error:  # unknown split or subset: the library lists those there are
+    except ValueError as error:  # unknown split or subset: the library lists the known ones
         raise UserError(
             f"data.name={config.name}, data.subset={config.subset}, split {split}: "
             f"{summarise_cause(error)}"
