@@ -44,13 +44,13 @@ HYDRA_SYNTAX = re.compile(r"""^['"]|\$\{|\\[()\[\]{}:=, ]""")
 SWEEP_VALUE = re.compile(
     r"""(?:^|,)\s*(?:('(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*")|([^,]*?))\s*(?=,|\Z)"""
 )
-MAX_JOBS = 100_000  # of a sweep; all are composed before the first is trained
+MAX_JOBS = 100_000  # in a sweep: all are composed before the first is trained
 EMPTY_VALUES = ("", "''", '""')
 
 
 def check_arguments(arguments: list[str]) -> list[str]:
-    """The arguments with Hydra's flags first, as it accepts none after a setting. UserError for an
-    unknown flag, an empty path, and settings of the sweeper that only presets can have."""
+    """The arguments with flags first, because Hydra accepts none after a setting. UserError for
+    unknown flags, empty paths, and sweeper settings that only presets can set."""
     parsed, unknown = get_args_parser().parse_known_intermixed_args(arguments)
     if unknown:
         raise UserError(
@@ -90,17 +90,17 @@ def refuse_sweep(arguments: list[str]) -> None:
 def quote_texts(arguments: list[str]) -> list[str]:
     """The arguments with the values of text settings (prompts, names, paths) quoted for Hydra.
 
-    Everything after the first `=` is taken literally: `1e3` stays text, and commas (outside a
-    sweep) and quotes are part of it. Only `${...}` keeps its meaning for Hydra, and `null` where
-    the setting may be null. A path may also be quoted for Hydra or begin with `~`, which a shell
-    does not expand there. In a sweep a comma separates values; a value with a comma is quoted.
+    Everything after the first `=` is taken literally: `1e3` stays text, and so do quotes and,
+    outside a sweep, commas. Only `${...}` keeps its meaning for Hydra, and `null` if the setting
+    may be null. A path may also be quoted for Hydra or begin with `~`, which shells do not expand
+    after `=`. In a sweep, commas separate values; a value that contains one must be quoted.
     """
     sweep, texts = is_multirun(arguments), find_text_settings()
     return [_quote_text(argument, sweep, texts) for argument in arguments]
 
 
 def find_text_settings() -> dict[str, bool]:
-    """The settings of type `str`, and whether they may be null."""
+    """Name of each setting of type `str` -> whether it may be null."""
     schemas = [("", Config), *(("", task) for task in list_tasks().values())]
     schemas += [("model.", row.config) for row in ARCHITECTURES.values()]
     schemas += [("loss.", row.loss) for row in ARCHITECTURES.values()]
@@ -123,7 +123,7 @@ def list_tasks() -> dict[str, type]:
 
 
 def join_sweep_values(texts: Iterable[str]) -> str:
-    """Texts as the comma-separated values of a sweep, quoted if any holds a comma."""
+    """Texts as comma-separated values of a sweep, all quoted if any contains a comma."""
     texts = [*texts]
     return ",".join(map(_quote, texts) if "," in "".join(texts) else texts)
 
@@ -132,8 +132,8 @@ def sweep_settings_of_swept_groups(arguments: list[str]) -> list[str]:
     """The arguments with the settings of a swept group written as sweeps over one value, choice(x).
 
     Hydra first composes a config without the swept arguments. In `-m model=topk,batch_topk
-    model.k=32` it would refuse `model.k`, because the default model has no `k`. The group `loss`
-    follows `model`.
+    model.k=32` it would refuse `model.k`, because the default model has no `k`. Sweeping `model`
+    sweeps `loss`, too.
     """
     if not is_multirun(arguments):
         return arguments
@@ -154,7 +154,7 @@ def sweep_settings_of_swept_groups(arguments: list[str]) -> list[str]:
 
 
 def check_sweep(overrides: list[Override], sweeper: DictConfig) -> None:
-    """UserError for a sweep that would fail an assertion in Hydra's sweepers or make no jobs."""
+    """UserError for a sweep with no jobs, too many jobs, or values that crash Hydra's sweepers."""
     for name in ("max_batch_size", "n_trials", "n_jobs"):
         if (number := sweeper.get(name)) is not None and number < 1:
             raise UserError(f"hydra.sweeper.{name}={number}: give 1 or more, or leave it out")
@@ -185,7 +185,7 @@ def check_sweep(overrides: list[Override], sweeper: DictConfig) -> None:
 
 
 def count_values(override: Override) -> int:
-    """Number of values of an override, without making them: a range may be infinite."""
+    """Number of values of an override, without generating a range, which may be infinite."""
     if not override.is_sweep_override():
         return 1
     value = override.value()
@@ -217,7 +217,7 @@ def _quote_text(argument: str, sweep: bool, texts: dict[str, bool]) -> str:
     if (is_path or sweep) and HYDRA_SYNTAX.search(value) or (sweep and re.match(r"\w+\(", value)):
         return argument
     if is_path and "," in value and not sweep and setting not in ("resume", "run", "file"):
-        return argument  # the error that asks for -m
+        return argument  # not quoted, so that the error about -m appears
     expand = os.path.expanduser if is_path else str
     values = SWEEP_VALUE.findall(value) if sweep else [("", value)]
     return f"{name}=" + ",".join(
@@ -226,7 +226,7 @@ def _quote_text(argument: str, sweep: bool, texts: dict[str, bool]) -> str:
 
 
 def _quote_if_needed(text: str) -> str:
-    """The text, in quotes if Hydra would parse it as anything but this text."""
+    """The text, in quotes if Hydra would parse it as anything else."""
     with suppress(HydraException):
         if OverridesParser.create().parse_override(f"x={text}").value() == text:
             return text

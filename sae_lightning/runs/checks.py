@@ -27,8 +27,8 @@ from sae_lightning.training.settings import (
 
 
 def resolve_auto(job: Job) -> Job:
-    """`job` with `auto` replaced by this machine's dtype, attention and precision: on another one
-    `auto` could mean something else, and resuming there would silently change the run."""
+    """`job` with `auto` replaced by this machine's dtype, attention and precision, so that resuming
+    on another machine does not silently change the run."""
     trainer = job.config.trainer
     precision = trainer.precision
     if precision is Precision.auto:
@@ -48,20 +48,20 @@ def _pick_device_type(trainer: TrainerConfig) -> str:
 
 
 class CheckedJob(NamedTuple):
-    """A job that passed the checks, and what they looked up."""
+    """A job that passed the checks, with what the checks looked up."""
 
     job: Job
     sites: SitePair
-    """The sites that its SAE reads and reconstructs."""
+    """The sites that the SAE reads and reconstructs."""
     steps_done: int
-    """Updates done before it was stopped; 0 for a new run."""
+    """Updates done before the run was stopped; 0 for a new run."""
     llm: LLMShape
     checkpoint_bytes: int
-    """Disk space that its checkpoints need."""
+    """Disk space that the checkpoints still need."""
 
 
 def check_jobs(jobs: list[Job]) -> list[CheckedJob]:
-    """UserError for the first thing wrong with jobs that share the stream half."""
+    """Check jobs that share the stream half; UserError for the first problem."""
     config = jobs[0].config
     assert len({job.config.stream_key() for job in jobs}) == 1, "jobs must share the stream half"
     if config.trainer.accelerator is Accelerator.gpu and not torch.accelerator.is_available():
@@ -85,12 +85,12 @@ def check_jobs(jobs: list[Job]) -> list[CheckedJob]:
     sites = [job.config.layer.resolve_sites(llm.layers) for job in jobs]
     if config.data_source.has_llm:
         check_sites(config.llm, distinct_sites(sites))
-    seen: set = set()  # heads of a pass share a stream
+    seen: set = set()  # stream files already checked: heads of a pass share one
     steps_done = [
         _read_steps_done(job, pair, llm, seen) if job.resumed else 0
         for job, pair in zip(jobs, sites, strict=True)
     ]
-    # the shuffle pool is shared, and on disk twice while a checkpoint is being replaced
+    # jobs share the shuffle pool, which is on disk twice while a checkpoint is replaced
     pool = 2 * 4 * llm.width * config.data.pool * len(distinct_sites(sites)) // len(jobs)
     return [
         CheckedJob(job, pair, done, llm, _count_checkpoint_bytes(job, llm) + pool)
@@ -120,8 +120,8 @@ def _check_loss_tokens(job: Job) -> None:
 
 
 def _count_checkpoint_bytes(job: Job, llm: LLMShape) -> int:
-    """Bytes that weights and the two moments of Adam need, and the exported weights, both twice
-    while they are being replaced."""
+    """Bytes still needed for the weights, Adam's two moments and the exported weights, all of
+    which are on disk twice while they are replaced."""
     weights = 4 * count_parameters(job.config.model, llm.width, llm.width)
     kept = [checkpoint_path(job.folder), *job.folder.glob("sae/*")]
     return 2 * (3 * weights + weights) - sum(f.stat().st_size for f in kept if f.is_file())
@@ -141,10 +141,10 @@ def check_disk_space(jobs: list[CheckedJob]) -> None:
 
 def _read_steps_done(job: Job, sites: SitePair, llm: LLMShape, seen: set) -> int:
     """Updates in the checkpoint of a resumed run, after checking all its parts; 0 if the run was
-    killed before its first checkpoint. `seen` holds the shared stream states checked so far."""
+    killed before its first checkpoint. `seen`: stream files already checked for other heads."""
     path = checkpoint_path(job.folder)
     try:
-        path.lstat()  # a broken symbolic link or a failing disk is not a new run
+        path.lstat()  # not exists(), which hides broken symbolic links and disk errors
     except FileNotFoundError:
         return 0
     saved = open_checkpoint(job.folder)

@@ -1,4 +1,4 @@
-"""Turns errors that the user can correct into one line that says how."""
+"""Turns errors that the user can correct into one line that says what to do."""
 
 import dataclasses
 import io
@@ -40,7 +40,7 @@ from sae_lightning.stream import SOURCES
 from sae_lightning.terminal import make_visible
 
 DEBUG = "SAE_LIGHTNING_DEBUG"
-# Group -> the setting that was probably meant by `layer=9`.
+# Group -> the setting that a value is probably for: `layer=9` means `layer.index=9`.
 MAIN_SETTINGS = {"layer": "index", "llm": "name", "data": "path", "model": "features"}
 # Sweeper or launcher -> the command that installs it.
 PLUGIN_INSTALLS = {
@@ -59,17 +59,16 @@ PROCESS_START = time.time()
 def one_line_errors(folder: Path | None = None, multirun: bool = False) -> Iterator[None]:
     """Print expected errors as one line and exit with code 1; bugs keep their traceback.
 
-    With SAE_LIGHTNING_DEBUG=1 every error keeps it. `folder`, which Hydra made for the run, is
-    removed if it is still empty. In a `multirun` the error is only printed: other jobs go on.
+    With SAE_LIGHTNING_DEBUG=1 every error keeps its traceback. `folder`, which Hydra made for the
+    run, is removed if still empty. In a `multirun` the error is only printed: other jobs go on.
     """
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # see train.py
-    # without it, Hydra prints its own shortened traceback and exits before the error gets here
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # undo train.py's SIG_DFL
+    # otherwise Hydra prints its own shortened traceback and exits before the error gets here
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(
-                errors="replace"
-            )  # a character that the terminal lacks must not end a run
+            # a character that the terminal cannot show must not end a run
+            stream.reconfigure(errors="replace")
     try:
         _refuse_second_task()
         yield
@@ -90,12 +89,12 @@ def one_line_errors(folder: Path | None = None, multirun: bool = False) -> Itera
 
 
 def read_arguments() -> None:
-    """Rewrite `sys.argv` for Hydra; UserError for what it would misread."""
+    """Rewrite `sys.argv` for Hydra; UserError for arguments that Hydra would misread."""
     sys.argv[1:] = sweep_settings_of_swept_groups(quote_texts(check_arguments(sys.argv[1:])))
 
 
 def _refuse_second_task() -> None:
-    """UserError in all but the first task of a cluster's job, which run the same command."""
+    """UserError in all but the first task of a cluster job, as all tasks run the same command."""
     for name in ("SLURM_PROCID", "RANK"):
         if os.environ.get(name, "0") != "0":
             raise UserError(
@@ -112,8 +111,8 @@ def format_error(message: str) -> str:
 
 
 def print_error(message: str | None, name: str | None = None) -> None:
-    """Print the error that is being handled as one line about the job `name`; a bug (no `message`)
-    also with its traceback."""
+    """Print the current exception as one line about the job `name`; for a bug (no `message`), print
+    its traceback, too."""
     if message is None or os.environ.get(DEBUG):
         traceback.print_exc()
     error = sys.exception()
@@ -123,19 +122,19 @@ def print_error(message: str | None, name: str | None = None) -> None:
 
 
 def remove_unused_folder(folder: Path) -> None:
-    """Remove a run folder that this process made and left empty, and the day's folder if that is
-    empty too. An older empty folder belongs to the user and stays."""
+    """Remove a run folder that this process made and left empty, and then its day's folder and
+    outputs/ if they are empty, too. An older empty folder belongs to the user and stays."""
     with suppress(OSError):  # not empty, or not there
         if folder.stat().st_mtime < PROCESS_START:
             return
         folder.rmdir()
-        if re.fullmatch(r"\d{4}-\d\d-\d\d", folder.parent.name):  # see config.run_folder
+        if re.fullmatch(r"\d{4}-\d\d-\d\d", folder.parent.name):  # the day's folder
             folder.parent.rmdir()
             folder.parent.parent.rmdir()
 
 
 def explain_error(error: BaseException, overrides: list[str]) -> str | None:
-    """One line about an error that the user can put right; None for a bug."""
+    """One line about an error that the user can correct; None for a bug."""
     for link in list_causes(error, contexts=False):
         if line := describe_system_error(link):
             return line
@@ -162,7 +161,7 @@ def explain_error(error: BaseException, overrides: list[str]) -> str | None:
                 translate_setting(word)
                 or f"cannot read {link.override!r}: write setting=value, quoted where needed"
             )
-        if isinstance(link, MarkedYAMLError):  # in a preset of the user's own
+        if isinstance(link, MarkedYAMLError):  # in a user's preset
             mark = link.problem_mark
             return f"{mark.name}, line {mark.line + 1}: {link.problem}; correct the YAML there"
         missing = re.search(r"Missing mandatory value: (\S+)", str(link))
@@ -174,9 +173,9 @@ def explain_error(error: BaseException, overrides: list[str]) -> str | None:
             return f"{key}: {str(link).splitlines()[0]}"
     if isinstance(error, HydraException | OmegaConfBaseException):
         return _describe_hydra_error(str(error))
-    if str(error) == "No trials are completed yet.":  # Optuna's
+    if str(error) == "No trials are completed yet.":  # from Optuna
         return "no trial of the search succeeded, see above"
-    # errors of Optuna and its sweeper, but not of our code that the sweeper calls
+    # errors in Optuna and its sweeper, but not in our code, which the sweeper calls
     modules = ["", *(f.f_globals.get("__name__", "") for f, _ in walk_tb(error.__traceback__))]
     if any(name.startswith("optuna.") for name in modules) or "optuna_sweeper" in modules[-1]:
         what = (str(error).splitlines() or [type(error).__name__])[0]
@@ -257,7 +256,7 @@ def _describe_bad_value(error: ValidationError, overrides: list[str]) -> str:
     given = next((o for o in reversed(overrides) if o.lstrip("+").startswith(f"{name}=")), name)
     if "Integer" in reason and re.search(r"'[\d.]+' of type 'float'", reason):
         reason = "give a whole number in digits, such as 1000000 or 1_000_000"
-    if "Set[str]" in reason:  # a field of Hydra's sweep objects
+    if "Set[str]" in reason:  # from Hydra's classes for sweeps
         return "choice(...), range(...) and the like cannot be nested or put in a list"
     if "not Optional" in reason:
         reason = "null is not possible here"
@@ -265,7 +264,7 @@ def _describe_bad_value(error: ValidationError, overrides: list[str]) -> str:
 
 
 def _describe_hydra_error(text: str) -> str:
-    """One line for Hydra's errors that only their text tells apart."""
+    """One line for a Hydra error that can be recognised only by its text."""
     if match := re.search(r"Could not find '(hydra/[\w/]+)/([^'/]+)'", text):
         group, choice = match.groups()
         remedy = f"; {PLUGIN_INSTALLS[choice]}" if choice in PLUGIN_INSTALLS else ", or misspelt"

@@ -1,8 +1,8 @@
 """The config of one SAE, cut in two halves.
 
-The stream half says which activations flow; runs that agree on it can share one pass of the LLM.
-The head half says what is trained on them. Hydra composes YAML presets over these dataclasses;
-code below this file never sees a DictConfig.
+The stream half determines the activations; runs that agree on it can share one pass of the LLM.
+The head half determines what is trained on them. Hydra composes YAML presets over these
+dataclasses; the packages below runs/ never see a DictConfig.
 """
 
 import hashlib
@@ -31,8 +31,7 @@ from sae_lightning.training.settings import (
 )
 
 STREAM_HALF = ("llm", "data", "trainer", "eval", "seed")
-# Prefixes of the settings that may change when a run is resumed: where it computes, how it is
-# evaluated.
+# Prefixes of the settings that may change when a run is resumed.
 FREE_ON_RESUME = (
     "llm.device",
     "llm.attn",
@@ -102,7 +101,7 @@ class Config:
         self.data_source.check_settings(self.layer)
 
     def _check_model(self) -> None:
-        """UserError unless architecture, loss and site fit together."""
+        """UserError unless architecture, loss and sites are compatible."""
         name = self.model.name
         if name not in ARCHITECTURES:
             names = ", ".join(ARCHITECTURES)
@@ -134,12 +133,12 @@ class Config:
 
     @property
     def data_source(self) -> Source:
-        """The data that the stream half describes: text through an LLM, or synthetic concepts."""
+        """The source of activations: an LLM that reads text, or synthetic concepts."""
         return make_source(self.llm, self.data, self.seed)
 
     def to_dict(self) -> dict[str, Any]:
         """All settings, for YAML and JSON: groups as dicts, enums as their names."""
-        # through JSON: OmegaConf's own conversion takes a thousand times as long
+        # through JSON: OmegaConf's own conversion takes 1,000 times as long
         return json.loads(json.dumps(asdict(self), default=attrgetter("name")))
 
     def to_flat_dict(self) -> dict[str, Any]:
@@ -147,13 +146,13 @@ class Config:
         return _flatten(self.to_dict())
 
     def fixed_on_resume(self) -> dict[str, Any]:
-        """The settings, by dotted name, that a checkpoint must agree with."""
+        """The settings that must be the same on resuming, by dotted name."""
         return {k: v for k, v in self.to_flat_dict().items() if not k.startswith(FREE_ON_RESUME)}
 
     def stream_key(self) -> str:
         """Hash of the stream half: runs with equal keys can share one pass of the LLM.
 
-        With `data.max_norm` the site decides which tokens are dropped, so the key includes it.
+        With `data.max_norm` the site affects which tokens are dropped, so the key includes `layer`.
         """
         settings = self.to_dict()
         half = {name: settings[name] for name in STREAM_HALF}

@@ -1,4 +1,4 @@
-"""Reading and writing the state of run folders: metrics, failures, locks."""
+"""Reads and writes the state of run folders: metrics, failures, locks."""
 
 import json
 import math
@@ -35,34 +35,33 @@ METRICS_FILE = "metrics.json"
 
 def read_metrics(folder: Path) -> dict | None:
     """The content of `metrics.json`; None if the run did not finish or the file is damaged."""
-    with suppress(UserError):  # damaged: the last checkpoint can be scored again
+    with suppress(UserError):  # if damaged, the last checkpoint can be scored again
         return _read_metrics(folder)
     return None
 
 
 def read_failure(folder: Path) -> dict | None:
-    """Why a run failed (`reason`), and whether it would fail again (`diverged`); None if it did
-    not."""
+    """Why a run failed (`reason`), and whether it would fail again (`diverged`); None without a
+    readable record."""
     with suppress(UserError):
         return _read_failure(folder)
     return None
 
 
 def read_earlier_metrics(job: Job) -> dict | None:
-    """The metrics of a resumed run that had already finished."""
+    """The metrics of a resumed run that has already finished; None for any other run."""
     return read_metrics(job.folder) if job.resumed else None
 
 
 def make_unique_folder(path: Path) -> Path:
     """Make the folder `path`, or `path`-2, `path`-3 and so on if it exists: processes that start
-    at the same time each get their own."""
+    at the same time get one each."""
     path.parent.mkdir(parents=True, exist_ok=True)
     folder, number = path, 1
     while True:
         try:
-            folder.mkdir(
-                parents=True
-            )  # parents, too: another process may have just removed the day
+            # parents=True, because another process may have just removed the day's folder
+            folder.mkdir(parents=True)
             return folder
         except FileExistsError:
             number += 1
@@ -86,8 +85,8 @@ def forget_empty_run(job: Job) -> bool:
 
 
 def note_failure(job: Job, reason: str) -> None:
-    """Write why a run failed, unless that is written already or the run has finished, or its folder
-    is gone or its disk full."""
+    """Record why a run failed, unless a reason is recorded already, the run has finished, its
+    folder is gone or the disk is full."""
     exists = (job.folder / CONFIG_FILE).is_file()
     if exists and read_failure(job.folder) is None and read_metrics(job.folder) is None:
         with suppress(WriteError):
@@ -95,14 +94,14 @@ def note_failure(job: Job, reason: str) -> None:
 
 
 def note_refusal(job: Job, reason: str) -> None:
-    """Write, for the report, why a job could not start, unless its folder holds another run."""
+    """Record why a job could not start, for the report, unless its folder holds another run."""
     if not (job.folder / CONFIG_FILE).exists():
         begin_run(job)
         note_failure(job, reason)
 
 
 def read_sweep_runs(folder: Path) -> list[SweepRun]:
-    """The runs of a sweep, as its report needs them."""
+    """The runs of a sweep, for its report."""
     folders, runs = list_run_folders(folder), []
     with phase("reading runs", total=len(folders)) as advance:
         for run in folders:
@@ -127,7 +126,7 @@ def _read_sweep_run(folder: Path) -> SweepRun:
 
 
 def _read_metrics(folder: Path) -> dict | None:
-    """UserError: the file is not as `run.score_and_save` writes it."""
+    """UserError if the file lacks what `run.score_and_save` writes."""
     path = folder / METRICS_FILE
     content = _read_json(path)
     if content is None:
@@ -145,17 +144,17 @@ def _read_metrics(folder: Path) -> dict | None:
 
 
 def _read_number(value: object) -> float:
-    """A metric; null, which stands for NaN and infinity in JSON, as NaN."""
+    """A metric read from JSON; null, which stands for NaN and infinity, becomes NaN."""
     if value is None:
         return math.nan
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(value)
-    float(value)  # OverflowError for an int that no table could show
+    float(value)  # OverflowError for an int too large for a float
     return value
 
 
 def _read_failure(folder: Path) -> dict | None:
-    """UserError: the file does not hold a reason."""
+    """UserError if the file does not hold a reason."""
     path = failure_path(folder)
     content = _read_json(path)
     if content is None:
@@ -166,7 +165,7 @@ def _read_failure(folder: Path) -> dict | None:
 
 
 def _read_json(path: Path) -> Any:
-    """The content of a JSON file; None if there is none. UserError: it is not JSON."""
+    """The content of a JSON file; None if there is no file. UserError if it is not JSON."""
     try:
         return json.loads(read_regular_file(path))
     except FileNotFoundError:
@@ -177,8 +176,8 @@ def _read_json(path: Path) -> Any:
 
 @contextmanager
 def claim_folders(folders: list[Path]) -> Iterator[None]:
-    """Lock the folders against other processes, until the block or this process ends, and remove
-    the temporary files of killed runs there."""
+    """Lock the folders against other processes until the block or this process ends, and remove
+    temporary files that killed runs left there."""
     unlocked = []
     with ExitStack() as locks:
         for folder in folders:

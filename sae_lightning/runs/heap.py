@@ -1,4 +1,4 @@
-"""Whether glibc keeps freed memory for the next tensors or returns it to the system."""
+"""Makes glibc keep freed memory for the next tensors, or return it to the system."""
 
 import ctypes
 import sys
@@ -10,18 +10,18 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
 def keep_freed_memory() -> None:
     """Make glibc keep the memory of freed tensors for the next ones, from now on in this process.
 
-    By default it returns large blocks to the system at once, which must zero every page before the
-    next tensor gets it: an eighth of the LLM's time and a third of an SAE's. Other C libraries,
-    which have no `mallopt`, are left as they are.
+    By default glibc returns large blocks to the system at once, and the system zeroes every page
+    that the next tensor gets. This takes an eighth of the LLM's time and a third of an SAE's. With
+    other C libraries, which have no `mallopt`, nothing changes.
     """
     mallopt = _find_in_glibc("mallopt")
-    # versions before 2.35 accept at most 32 MiB
+    # glibc before 2.35 accepts at most 32 MiB
     if mallopt and (mallopt(M_MMAP_THRESHOLD, 1 << 30) or mallopt(M_MMAP_THRESHOLD, 1 << 25)):
         mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def give_back_freed_memory() -> None:
-    """Return the kept memory to the system, for other processes and estimates of what is free."""
+    """Return the kept memory to the system, for other processes and estimates of free memory."""
     if trim := _find_in_glibc("malloc_trim"):
         trim(0)
 

@@ -1,4 +1,4 @@
-"""Settings and metrics of a command's runs for TensorBoard's HParams tab."""
+"""Settings and metrics of the runs for TensorBoard's HParams tab."""
 
 from collections.abc import Collection, Sequence
 
@@ -6,7 +6,7 @@ from sae_lightning.report.sweep_table import find_swept, split_overrides
 from sae_lightning.runs.jobs import Job
 from sae_lightning.training.logging import HEADLINE, HParams
 
-# Prefixes of the settings that get a column: with all of them, the tab would be unreadable.
+# Prefixes of the settings that get a column; with all settings the tab would be unreadable.
 HPARAM_SETTINGS = (
     "model.",
     "loss.",
@@ -19,9 +19,9 @@ HPARAM_SETTINGS = (
 
 
 def make_hparams(jobs: Sequence[Job]) -> list[HParams]:
-    """The columns of each job: first the settings that were swept, or typed for a single run."""
+    """Each job's columns: first the settings that were swept or, for a single run, typed."""
     typed = [split_overrides(job.overrides) for job in jobs]
-    # a resumed job does not know what its sweep varied: compare the jobs
+    # a resumed job does not say what its sweep varied, so compare the jobs
     varied = find_swept(typed)
     swept = [
         [name for name in job.swept if name in own] or varied or [*own]

@@ -41,41 +41,41 @@ class Job:
     overrides: list[str] = field(default_factory=list)
     resumed: bool = False
     multirun: bool = False
-    """Whether it is one of several jobs, so that the others go on if it fails."""
+    """Whether the job is one of several: if it fails, the others go on."""
     sweep_folder: Path | None = None
-    """Folder of its multirun; None without one, or if its launcher starts jobs one by one."""
+    """Folder of the sweep that the job belongs to; None if it is started or resumed on its own."""
     swept: Sequence[str] = ()
-    """Names of the settings typed with several values; for a plain run, of all typed settings."""
+    """Names of the typed settings; in a multirun, only of those with several values."""
     hparams: "HParams | None" = None
     """Its columns in TensorBoard's HParams tab, set once all jobs of the command are known."""
 
     @property
     def trust_override(self) -> dict[str, str]:
-        """The setting that every command that loads the LLM has to repeat."""
+        """`llm.trust_remote_code=true`, if set: every command that loads the LLM must repeat it."""
         return {TRUST_SETTING: "true"} if self.config.llm.trust_remote_code else {}
 
     @property
     def label(self) -> str:
-        """Name of the job in messages: in a sweep, the swept settings."""
+        """Name of the job in messages: in a sweep, its folder; otherwise, what was typed."""
         typed = ",".join(self.overrides) or self.config.model.name
         return make_visible(self.folder.name if self.sweep_folder else typed)
 
 
 def read_overrides(hydra: DictConfig) -> list[str]:
-    """The overrides that were typed, as text. (Their interpolations refer to the run's config, not
-    to Hydra's.)"""
+    """The typed overrides as text, unresolved: their interpolations refer to the run's config, not
+    to Hydra's."""
     return OmegaConf.to_container(hydra.overrides.task, resolve=False)
 
 
 def read_swept_settings(hydra: DictConfig) -> list[str]:
-    """Names of the typed settings that vary in a multirun: those that its folders are named after;
-    in a plain run, all typed settings."""
+    """Names of the typed settings that vary in a multirun, after which its folders are named; in a
+    plain run, all typed settings."""
     same = hydra.job.config.override_dirname.exclude_keys
     return [name for name in split_overrides(read_overrides(hydra)) if name not in same]
 
 
 def format_resume_command(jobs: Sequence[Job]) -> str:
-    """The command that resumes jobs that train together: their sweep, or else each job."""
+    """The command that resumes the jobs of a pass: by their sweep or, without one, one by one."""
     sweep = jobs[0].sweep_folder
     folders = [sweep] if sweep else [job.folder for job in jobs]
     names = [str(shorten_path(folder)) for folder in folders]
@@ -86,8 +86,8 @@ def format_resume_command(jobs: Sequence[Job]) -> str:
 
 
 def register_schemas(tasks: Mapping[str, type] | None = None) -> None:
-    """Register schemas (under `schema/`, hidden from the user's options) and resolvers with Hydra;
-    `tasks`: name -> schema, for analyze.py."""
+    """Register resolvers and schemas with Hydra (under `schema/`, so that users do not see them as
+    options). `tasks`: name -> schema, for analyze.py."""
     store = ConfigStore.instance()
     store.store(group="schema", name="root", node=Config)
     for group, table in (
@@ -110,8 +110,8 @@ def register_schemas(tasks: Mapping[str, type] | None = None) -> None:
 
 
 def pick_loss_preset(model: str) -> str:
-    """The `loss` preset of a `model` preset: the one of the same name or, for a preset of the
-    user's own without one, that of its architecture."""
+    """The `loss` preset for a `model` preset: the preset with the same name or, if there is none,
+    the preset of the model's architecture."""
     loader = GlobalHydra.instance().config_loader()
     exists = loader.repository.config_exists
     if exists(f"loss/{model}") or not exists(f"model/{model}"):  # Hydra reports an unknown name
@@ -164,7 +164,7 @@ def make_job(cfg: DictConfig, folder: Path, overrides: list[str], multirun: bool
     if cfg.resume is None:
         config = _make_paths_absolute(to_dataclass(cfg))
         for name, value in config.to_flat_dict().items():
-            if "${" in str(value):  # see saved.py
+            if "${" in str(value):  # read_settings refuses it
                 raise UserError(
                     f"{name}={value}: {CONFIG_FILE} of a run cannot hold ${{; choose another name"
                 )
@@ -175,8 +175,8 @@ def make_job(cfg: DictConfig, folder: Path, overrides: list[str], multirun: bool
 
 
 def make_jobs(cfg: DictConfig, folder: Path, overrides: list[str], sweep: Path) -> list[Job]:
-    """The jobs of one composed config of the multirun in folder `sweep`: one job, or all jobs of
-    the sweep that `resume` names."""
+    """The jobs of one composed config of the multirun in folder `sweep`: one job or, if `resume`
+    names a sweep, all jobs of that sweep."""
     if cfg.resume is None:
         return [replace(make_job(cfg, folder, overrides, multirun=True), sweep_folder=sweep)]
     if is_sweep(Path(cfg.resume)):
@@ -203,7 +203,7 @@ def _refuse_other_overrides(overrides: list[str]) -> None:
 
 
 def _make_paths_absolute(config: Config) -> Config:
-    """Makes paths absolute, so that the run can be resumed and analysed from another folder."""
+    """Make paths absolute, so that the run can be resumed and analysed from another folder."""
     if config.llm.name not in PACKAGED and os.path.isdir(make_absolute(config.llm.name)):
         config.llm.name = make_absolute(config.llm.name)
     config.data = config.data.with_absolute_paths()
@@ -213,8 +213,8 @@ def _make_paths_absolute(config: Config) -> Config:
 def read_job(folder: Path, trusted: bool = False) -> Job:
     """The job that an existing run folder describes.
 
-    UserError if its LLM comes with Python code to run, because the folder may be untrusted.
-    `trusted`: this command allows that code, or loads no LLM.
+    UserError if the job would run Python code that comes with the LLM: the folder may be untrusted.
+    `trusted`: the user has allowed that code, or no LLM is loaded.
     """
     file = folder / CONFIG_FILE
     try:
@@ -241,8 +241,8 @@ def read_job(folder: Path, trusted: bool = False) -> Job:
 
 @cache
 def _make_schema(data: str, model: str) -> DictConfig:
-    """The schema of a run's config for a kind of data and an architecture; cached, because a sweep
-    has many runs."""
+    """The schema of a run's config for a kind of data and an architecture, cached for sweeps of
+    many runs."""
     schema = OmegaConf.structured(Config)
     schema.data = SOURCES[data].settings
     schema.model, schema.loss = ARCHITECTURES[model].config, ARCHITECTURES[model].loss
@@ -273,7 +273,7 @@ def format_config(job: Job) -> str:
 
 
 def _infer_data_kind(data: dict) -> str:
-    """The kind of data, told by a setting that only it has: version 0.1.0 did not save it."""
+    """Infer the kind of data, which version 0.1.0 did not save, from a setting unique to it."""
     for kind, setting in {"synthetic": "concepts", "local": "path", "hub": "name"}.items():
         if setting in data:
             return kind

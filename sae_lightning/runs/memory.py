@@ -19,21 +19,21 @@ from sae_lightning.scoring.scorecard import MAX_TOKENS_AT_ONCE
 from sae_lightning.training.settings import Accelerator
 
 PROCESS_BYTES = 800_000_000  # Python with torch, transformers and lightning
-EVALUATION_SHARE = 5 / 8  # of the memory per token in training, at most, in evaluation
+EVALUATION_SHARE = 5 / 8  # at most: memory per token in evaluation / in training
 
 
 class PassMemory(NamedTuple):
     """Memory of the SAEs that share a pass, in bytes."""
 
     parts: dict[tuple[str, ...], int]
-    """Shared memory by the settings that it grows with: the shuffle pool, the LLM's weights, and
-    the activations of one SAE, because SAEs compute one after another."""
+    """Memory that SAEs share, by the settings that it grows with: the shuffle pool, the LLM's
+    weights and, because SAEs compute one after another, the activations of one SAE."""
 
     heads: list[int]
     """Per SAE: weights, gradients and Adam's two moments in fp32, and a copy in bf16."""
 
     hidden: int
-    """Also per SAE: the LLM's last hidden states with the SAE's reconstruction spliced in."""
+    """Per SAE, in evaluation: the LLM's last hidden states with the reconstruction spliced in."""
 
     def bytes_for(self, first: int, end: int) -> int:
         """Memory of a pass with the SAEs `first` to `end` - 1."""
@@ -45,7 +45,7 @@ class PassMemory(NamedTuple):
 
 
 def read_free_memory(config: Config) -> float:
-    """Free memory where the SAEs train: on the GPU, or in RAM for this process."""
+    """Free memory for training: of the GPU or, on a CPU, the RAM that this process may use."""
     if config.trainer.accelerator is not Accelerator.cpu and torch.cuda.is_available():
         return torch.cuda.mem_get_info()[0]
     return min(psutil.virtual_memory().available, _read_free_in_cgroups(), _read_free_of_ulimit())
@@ -54,8 +54,8 @@ def read_free_memory(config: Config) -> float:
 def _read_free_in_cgroups(
     own: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")
 ) -> float:
-    """Memory that a container or a cluster's job may still use: the minimum over its cgroup and its
-    parents, in cgroup v2 and v1."""
+    """Memory that a container or cluster job may still use: the minimum over its cgroup and the
+    parent groups, for cgroup v1 and v2."""
     left = math.inf
     for line in own.read_text().splitlines() if own.exists() else ():
         _, controllers, path = line.split(":", 2)
@@ -64,7 +64,7 @@ def _read_free_in_cgroups(
         limit, used = ("limit_in_bytes", "usage_in_bytes") if controllers else ("max", "current")
         group = mount / controllers / path.lstrip("/")
         for folder in (group, *group.parents):
-            with suppress(OSError, ValueError):  # no such group here, or no limit ("max")
+            with suppress(OSError, ValueError):  # no such group, or no limit ("max")
                 total = int((folder / f"memory.{limit}").read_text())
                 taken = int((folder / f"memory.{used}").read_text())
                 left = min(left, total - taken + _read_file_cache(folder))
@@ -100,7 +100,7 @@ def estimate_memory(
         llm_sites, llm, config.eval.tokens, config.eval.loss_tokens
     )
     row = llm.width * len(llm_sites) * element_bytes
-    # batches in training and evaluation, and the float64 in which an SAE is exported
+    # activations in training or evaluation, and the float64 weights of an SAE in export
     batch = max(config.trainer.batch, int(EVALUATION_SHARE * MAX_TOKENS_AT_ONCE))
     batches = [
         batch * c.model.features * ARCHITECTURES[c.model.name].network.bytes_per_activation
@@ -125,17 +125,16 @@ def check_memory(
     llm: LLMShape,
     free: float,
 ) -> None:
-    """UserError if one of these SAEs, which need `needed` together, does not fit in the free memory
-    even on a pass of its own."""
+    """UserError if an SAE does not fit in the free memory even on a pass of its own. `needed`: the
+    memory of one pass with all these SAEs."""
     if free < PROCESS_BYTES:
         raise UserError(
             f"{max(free, 0) / 1e9:.1f} GB of memory are free, and the libraries alone take "
             f"{PROCESS_BYTES / 1e9:.1f} GB: free some, or try all the same with sweep.max_heads=1"
         )
     for number, (config, pair) in enumerate(zip(configs, sites, strict=True)):
-        if (
-            needed.bytes_for(number, number + 1) <= free
-        ):  # alone it needs no more: no second estimate
+        # an upper bound: on a pass of its own, the SAE needs no more than this
+        if needed.bytes_for(number, number + 1) <= free:
             continue
         alone = estimate_memory([config], [pair], llm)
         total = alone.bytes_for(0, 1)

@@ -32,11 +32,11 @@ HeldOutResults = list[dict[str, float] | None]
 
 
 def train_jobs(jobs: Sequence[Job]) -> HeldOutResults:
-    """Train the job of a plain run, or all jobs of a multirun. Returns the final held-out metrics
-    of each, None for one that failed.
+    """Train the job of a plain run, or all jobs of a multirun. Returns each job's final
+    held-out metrics, or None if it failed.
 
-    In a multirun a pass that fails prints why, and the next one starts; in a plain run the error
-    is raised. UserError if one of the jobs is wrong, before any is started.
+    In a multirun, a pass that fails prints why, and the next pass starts; in a plain run, the
+    error is raised. UserError, before anything starts, if one of the jobs is invalid.
     """
     jobs = [_resume_if_begun(checks.resolve_auto(job)) for job in jobs]
     jobs = [replace(job, hparams=h) for job, h in zip(jobs, make_hparams(jobs), strict=True)]
@@ -46,8 +46,8 @@ def train_jobs(jobs: Sequence[Job]) -> HeldOutResults:
     try:
         passes = plan_passes(todo)
     except UserError as error:
-        # a launcher that starts jobs one by one goes on with the others: leave the reason for the
-        # report of the sweep
+        # a launcher that starts jobs one by one goes on with the others: record the reason for
+        # the sweep's report
         if jobs[0].multirun and not jobs[0].sweep_folder:
             folders.note_refusal(todo[0], str(error))
         raise
@@ -55,12 +55,12 @@ def train_jobs(jobs: Sequence[Job]) -> HeldOutResults:
         _announce_passes(todo, passes)
     sweeps = {job.sweep_folder for job in todo if job.sweep_folder}
     with folders.claim_folders([*sweeps, *(job.folder for job in todo)]):
-        for job in todo:  # from here on it can be resumed
+        for job in todo:  # from here on, jobs can be resumed
             folders.begin_run(job)
         for number, planned in enumerate(passes, 1):
             if len(passes) > 1:
                 console.print(f"\npass {number} of {len(passes)}")
-            if planned.jobs[0].multirun:  # as a restart would mark them (_resume_if_begun)
+            if planned.jobs[0].multirun:  # as _resume_if_begun does after a restart
                 jobs_to_resume = [replace(job, resumed=True) for job in planned.jobs]
                 planned = planned._replace(jobs=jobs_to_resume)
             for job, metrics in zip(planned.jobs, _train_pass(planned), strict=True):
@@ -89,8 +89,8 @@ def _list_differing_settings(jobs: list[Job]) -> list[str]:
 
 
 def _resume_if_begun(job: Job) -> Job:
-    """`job`, marked as resumed if a multirun has begun the same run already: a search may try the
-    same values twice, and a sweep may be started again."""
+    """`job`, marked as resumed if its multirun has begun the same run already: a search may try the
+    same values twice, and a sweep may be restarted."""
     if job.resumed or not job.multirun or not (job.folder / CONFIG_FILE).is_file():
         return job
     saved, config = read_job(job.folder, trusted=True).config, job.config  # only compared
@@ -99,12 +99,11 @@ def _resume_if_begun(job: Job) -> Job:
 
 
 def _read_outcome(job: Job) -> HeldOutResults:
-    """[metrics] of a job that has finished, [None] of one that diverged, [] of one that is still to
-    be trained."""
+    """[metrics] if the job has finished, [None] if it diverged, [] if it is still to be trained."""
     if not job.resumed:
         return []
     if finished := folders.read_earlier_metrics(job):
-        remove_leftovers(job.folder)  # it may have been killed just before it removed them
+        remove_leftovers(job.folder)  # if it was killed before it removed them
         console.print(f"{make_visible(str(job.folder))} is finished")
         return [finished["held_out"]]
     failure = folders.read_failure(job.folder)
@@ -118,7 +117,7 @@ def _read_outcome(job: Job) -> HeldOutResults:
 
 
 def plan_passes(jobs: Iterable[Job]) -> list[PlannedPass]:
-    """The passes that train `jobs`; UserError, with a line for each, if any cannot be trained."""
+    """The passes that train `jobs`; UserError, one line per stream, if any are invalid."""
     streams: dict[str, list[Job]] = {}
     for job in jobs:
         streams.setdefault(job.config.stream_key(), []).append(job)
@@ -140,8 +139,8 @@ def plan_passes(jobs: Iterable[Job]) -> list[PlannedPass]:
 
 
 def _split_group(group: list[CheckedJob]) -> list[PlannedPass]:
-    """Passes of about equal size, each with at most `sweep.max_heads` SAEs or, if that is not set,
-    as many as fit into free memory."""
+    """Passes of about equal size, each with at most `sweep.max_heads` SAEs or, by default, as many
+    as fit into free memory."""
     jobs, sites, done, shapes, _ = (list(column) for column in zip(*group, strict=True))
     configs = [job.config for job in jobs]
     needed = memory.estimate_memory(configs, sites, shapes[0])
@@ -177,7 +176,7 @@ def _format_count(n: int, noun: str) -> str:
 
 
 def _train_pass(planned: PlannedPass) -> HeldOutResults:
-    """Train the jobs of a pass; if it fails, write down why and, in a multirun, print it."""
+    """Train the jobs of a pass. If it fails, record why; in a multirun, print it and go on."""
     jobs = planned.jobs
     try:
         return run_pass(planned)
@@ -186,7 +185,7 @@ def _train_pass(planned: PlannedPass) -> HeldOutResults:
             raise
         console.print(f"interrupted. Continue with\n\n  {format_resume_command(jobs)}\n")
         sys.exit(130)
-    except Exception as error:  # a bug, too: other passes must not suffer from it
+    except Exception as error:  # even a bug must not stop other passes
         reason = (
             _describe_out_of_memory(jobs) if is_out_of_memory(error) else explain_error(error, [])
         )
@@ -202,7 +201,7 @@ def _train_pass(planned: PlannedPass) -> HeldOutResults:
         print_error(reason, jobs[0].folder.name if len(jobs) == 1 else None)
     finally:
         # trainer, module and callbacks (and an error's traceback) form reference cycles: without
-        # this, the next pass would load its LLM while this one is still in memory
+        # gc.collect, the next pass would load its LLM while the old one is still in memory
         gc.collect()
         give_back_freed_memory()
         if torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""Prints what a run is about to train, and its results."""
+"""Prints what is about to be trained, and the results."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ from sae_lightning.training.module import SAEModule
 def print_plan(
     jobs: Sequence[Job], heads: Sequence[Head], inputs: dict[str, str], steps_done: int
 ) -> None:
-    """Print what is trained, on which `inputs`, and where the results go."""
+    """Print what will be trained, on which `inputs`, and where the results go."""
     trainer = jobs[0].config.trainer
     parameters = sum(p.numel() for head in heads for p in head.sae.parameters())
     sites = [SitePair(head.source, head.target) for head in heads]
@@ -60,7 +60,7 @@ def print_results(job: Job, metrics: dict) -> None:
 
 
 def format_speed(job: Job, speed: dict[str, float]) -> str:
-    """Tokens per second and, if measured, the shares of the time."""
+    """Tokens per second and, if measured, the shares of LLM, data and SAE in the time."""
     where = ""
     if "llm_share" in speed:
         llm = f"LLM {speed['llm_share']:.0%}, " if speed["llm_share"] else ""

@@ -46,23 +46,23 @@ class RunParts(NamedTuple):
 
 
 class PlannedPass(NamedTuple):
-    """Jobs that train together on one pass of the LLM, with what the checks looked up."""
+    """Jobs that train on one pass of the LLM, with what the checks looked up."""
 
     jobs: list[Job]
     sites: list[SitePair]
     """The sites that each job's SAE reads and reconstructs."""
     steps_done: int
-    """Updates done before they were stopped, the same for all."""
+    """Updates done before the jobs were stopped, the same for all."""
     llm: LLMShape
     memory: int
     """Estimated memory in bytes."""
 
 
 def run_pass(planned: PlannedPass) -> list[dict[str, float] | None]:
-    """Train the SAEs of a pass, whose folders this process has claimed.
+    """Train the SAEs of a pass, whose run folders this process has locked.
 
-    Returns the final held-out metrics of each, None for one that diverged while others went on.
-    All other results are in the run folders.
+    Returns each SAE's final held-out metrics, or None if it diverged while others went on. All
+    other results are in the run folders.
     """
     if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()  # of this pass, not of the one before
@@ -105,7 +105,7 @@ def _fit(planned: PlannedPass, parts: RunParts) -> list[dict[str, float] | None]
             weights_only=True,
         )
     finally:
-        parts.data.stream.close()  # or the traceback of a failure would keep its cache locked
+        parts.data.stream.close()  # else an error's traceback keeps the cache locked
     if module.stopped_by and module.global_step < module.steps:
         print_how_to_continue(module)
         sys.exit(128 + module.stopped_by)
@@ -117,7 +117,7 @@ def _fit(planned: PlannedPass, parts: RunParts) -> list[dict[str, float] | None]
     except KeyboardInterrupt:
         console.print(f"interrupted. Continue with\n\n  {module.resume}\n")
         sys.exit(128 + signal.SIGINT)
-    if module.stopped_by and jobs[0].sweep_folder:  # other passes may follow
+    if module.stopped_by and jobs[0].sweep_folder:  # start no other pass
         print_how_to_continue(module)
         sys.exit(128 + module.stopped_by)
     return results

@@ -1,7 +1,7 @@
 """Safe reading of the YAML in the folder of a run or sweep, which may be untrusted.
 
-We write resolved values only. When reading, an interpolation could copy secrets from the
-environment, an alias could expand without limit, and a tag names a Python object: all are refused.
+Our own files hold resolved values only. In others, an interpolation could copy secrets from the
+environment, an alias expand without limit and a tag make a Python object: all three are refused.
 """
 
 import re
@@ -20,11 +20,11 @@ OVERRIDES_KEY = "overrides"  # the overrides that were typed: text that is never
 
 
 def read_settings(file: Path) -> Any:
-    """Reads a run's `config.yaml` as a plain dict; UserError if anything but its overrides holds an
-    interpolation."""
+    """Read a run's `config.yaml` as a plain dict; UserError for an interpolation outside the
+    overrides."""
     text = read_regular_file(file)
     for name, value in parse_scalars(file, text):
-        # quote no more than this: the file may be a link to secrets
+        # quote only the match: the file may be a link to secrets
         if name != OVERRIDES_KEY and (match := re.search(r"\$\{[^}]*\}*", value)):
             raise _make_refusal(file, name, f"the interpolation {match[0]!r:.60}")
     return OmegaConf.to_container(OmegaConf.create(text))
@@ -33,9 +33,8 @@ def read_settings(file: Path) -> Any:
 def parse_scalars(file: Path, text: str) -> Iterator[tuple[str, str]]:
     """Yield (dotted name, text) of each key and value in the YAML `text` of `file`; items of a list
     have the list's name. UserError for anchors, aliases, tags and merge keys."""
-    keys: list[
-        str | bool | None
-    ] = []  # per level: a mapping's key (None before it), False for a list
+    # per level: the current key of a mapping (None until it is read), or False for a list
+    keys: list[str | bool | None] = []
     for event in yaml.parse(text, Loader=yaml.SafeLoader):  # the parser that OmegaConf uses
         name = ".".join(key for key in keys if key)
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):

@@ -12,8 +12,8 @@ from sae_lightning.stream import SOURCES
 
 COMMON_METRICS = {*Quality._fields, *Copies._fields} - {"density", "dimension"}
 OBJECTIVES = sorted(COMMON_METRICS.union(*(row.metrics for row in SOURCES.values())))
-# Penalty per factor of e by which L0 exceeds sweep.l0 (1 % too many cost 0.1). It must outweigh
-# what a metric gains: kl, the steepest, falls by 0.2 nats from L0 20 to 50 (SmolLM2, block 9).
+# Penalty per factor of e by which L0 exceeds sweep.l0 (an excess of 1 % costs 0.1). It must
+# outweigh what a metric gains: kl, the steepest, falls by 0.2 from L0 20 to 50 (SmolLM2, block 9).
 EXCESS_L0_PENALTY = 10.0
 
 
@@ -43,7 +43,7 @@ class SweepConfig:
             raise UserError(f"sweep.max_heads={self.max_heads}: give 1 or more SAEs for a pass")
 
     def check_objective(self, measures: Collection[str], where: str) -> None:
-        """UserError if the objective is not among the metrics measured `where`."""
+        """UserError if the objective is not measured; `where` becomes part of the message."""
         metrics = sorted(COMMON_METRICS.union(measures))
         if self.objective and self.objective.removeprefix("-") not in metrics:
             raise UserError(

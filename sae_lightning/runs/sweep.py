@@ -40,8 +40,8 @@ HYDRA_RECORD = "multirun.yaml"  # Hydra's record of a sweep
 
 
 class Sweep(Callback):
-    """Makes the folder of a run or multirun. In a multirun it checks all jobs before the first
-    starts, and writes a report at the end. Set in conf/config.yaml."""
+    """Makes the folder of a run or multirun. In a multirun it also checks all jobs before the
+    first starts (unless the launcher does), and writes a report. Set in conf/config.yaml."""
 
     def __init__(self):
         self.resuming = False
@@ -80,13 +80,13 @@ class Sweep(Callback):
         if not sweeper._target_.endswith(f".{BasicSweeper.__name__}"):
             return  # another sweeper chooses its jobs one after another
         if launcher.endswith(".OnePassLauncher") and sweeper.max_batch_size is None:
-            return  # it checks all jobs itself, more thoroughly
+            return  # this launcher checks all jobs itself, more thoroughly
         for number, overrides in enumerate(BasicSweeper.split_arguments(parsed, None)[0]):
             with _exit_on_errors(overrides):
                 _check_job(loader.load_sweep_config(config, overrides), number, overrides)
 
     def _keep_record(self, folder: Path) -> None:
-        """Keep the record of an earlier sweep in `folder`, which Hydra is about to overwrite."""
+        """Keep an earlier sweep's record in memory: Hydra is about to overwrite it in `folder`."""
         if (folder / CONFIG_FILE).exists():
             raise UserError(
                 f"hydra.sweep.dir={folder}: holds a run; a sweep needs a folder of its own"
@@ -153,7 +153,7 @@ class Sweep(Callback):
 
 @contextmanager
 def _exit_on_errors(overrides: Iterable[str]) -> Iterator[None]:
-    """Exit with an error's line: Hydra turns a callback's exceptions into warnings."""
+    """Exit with a one-line error: Hydra would turn a callback's exception into a warning."""
     try:
         yield
     except Exception as error:
@@ -165,8 +165,8 @@ def _exit_on_errors(overrides: Iterable[str]) -> Iterator[None]:
 
 
 def _make_new_folder(config: DictConfig, kind: str) -> None:
-    """Make the folder of a new run or sweep, under another name if a process that started in the
-    same second has it. A folder that the user names is left alone."""
+    """Make the folder of a new run or sweep, under another name if another process has just
+    made that folder. A folder that the user names is left alone."""
     place = config.hydra[kind]
     if f"${{{kind}_folder:" not in OmegaConf.to_container(place, resolve=False)["dir"]:
         return
@@ -175,7 +175,7 @@ def _make_new_folder(config: DictConfig, kind: str) -> None:
     folder = make_unique_folder(Path(place.dir))
     with read_write(config):
         place.dir = str(folder)
-        config.hydra.overrides.hydra.append(f"hydra.{kind}.dir={folder}")  # of each job
+        config.hydra.overrides.hydra.append(f"hydra.{kind}.dir={folder}")  # for all jobs
 
 
 def _refuse_special_files(sweep: Path) -> None:

@@ -1,4 +1,4 @@
-"""Settings of other tools, and what to write instead."""
+"""Names of settings in other tools, and what to write here instead."""
 
 from hydra.core.config_store import ConfigStore
 
@@ -50,7 +50,7 @@ TRANSLATIONS = {word: ours for words, ours in SETTINGS_ELSEWHERE.items() for wor
 
 def translate_setting(argument: str) -> str | None:
     """One line on what to write instead of another tool's setting; None for an unknown name, and in
-    analyze.py, which has none of these settings."""
+    analyze.py, which has few of these settings."""
     if "task" in ConfigStore.instance().repo:
         return None
     name = argument.lstrip("-+~").partition("=")[0]
