@@ -1,7 +1,8 @@
-"""Detection of a few tokens, or one dimension, that hold much of the variance.
+"""Detects a few tokens, or one dimension, that hold much of the variance.
 
-"Massive activations" (Sun et al. 2024, 2402.17762) occur in most LLMs, on few tokens: explained
-variance then measures how well an SAE reconstructs these, and says little about all other tokens.
+"Massive activations" (Sun et al. 2024, 2402.17762) occur in most LLMs, on few tokens. Explained
+variance then measures how well an SAE reconstructs these tokens, and says little about the others.
+Long tokens are tokens whose activations have a large norm.
 """
 
 import math
@@ -12,12 +13,12 @@ from torch import Tensor
 
 from sae_lightning.stream.rows import compute_norms
 
-LONG_SHARE = 1e-3  # share of the tokens that count as few
+LONG_SHARE = 1e-3  # this share of the tokens counts as few
 # Share of the variance above which tokens or a dimension dominate, if it is also more than ten
 # times their share of all tokens or dimensions.
 DOMINANT_SHARE = 0.1
-# Share of the tokens -> share of the variance that they may hold. The second row is for models such
-# as Llama 2, where one token of each short sequence (the first full stop) holds nearly everything.
+# Share of the tokens -> share of the variance that they may hold. The second entry is for models
+# such as Llama 2, where one token of each short sequence (the first full stop) holds nearly all.
 VARIANCE_LIMITS = {LONG_SHARE: DOMINANT_SHARE, 0.05: 0.5}
 
 
@@ -33,15 +34,15 @@ class LongTokens(NamedTuple):
 
     @property
     def number(self) -> int:
-        """Number of the long tokens."""
+        """Number of long tokens in the set."""
         return int((~self.usual).sum())
 
 
 @torch.no_grad()
 def find_long_tokens(x: Tensor) -> LongTokens | None:
-    """Find the longest tokens of x [n, d] that must be left out so that, of the rest, the longest
-    0.1 % hold at most a tenth of the variance and the longest 5 % at most half; None if there are
-    none, or x is not finite.
+    """Find the long tokens of x [n, d]: without them, the longest 0.1 % of the rest hold at most a
+    tenth of its variance, and the longest 5 % at most half. None if there are none, or x is not
+    finite.
 
         |x|      100  97  11  10   9  ...   1
                  └─ long ┘ └──── usual ────┘     max_norm: between 97 and 11, over the median
@@ -49,14 +50,14 @@ def find_long_tokens(x: Tensor) -> LongTokens | None:
     length, order = compute_norms(x).cpu().sort(descending=True)
     mean = x.mean(dim=0, dtype=torch.float32)
     spread = torch.cat([(part.float() - mean).square().sum(dim=1) for part in x.split(4096)])
-    # remaining[j]: n times the variance without the j longest
+    # remaining[j]: sum of squared distances from the mean, without the j longest tokens
     remaining = spread.cpu().double()[order].flip(0).cumsum(0).flip(0)
     limits = [(math.ceil(share * len(x)), limit) for share, limit in VARIANCE_LIMITS.items()]
     dominated = sum(_dominates(remaining, few, limit) for few, limit in limits) > 0
     median = length.median().item()
     if not dominated[0] or not median > 0:
         return None
-    # the first j that suffices, or the one soon after it where the norm drops most
+    # the first j that suffices, or one soon after it, where the norm drops most
     first = int((~dominated).nonzero()[0])
     gaps = length[first - 1 : -1] / length[first:]
     count = first + int(gaps[: math.ceil(LONG_SHARE * len(x)) + 1].argmax())
@@ -72,8 +73,8 @@ def find_long_tokens(x: Tensor) -> LongTokens | None:
 
 
 def _dominates(remaining: Tensor, few: int, limit: float) -> Tensor:
-    """[n] bool: whether, without the j longest, the next `few` hold more than `limit` of the
-    variance that is `remaining` [n], and more than ten times their share of the tokens."""
+    """[n] bool: whether, without the j longest tokens, the next `few` hold more than `limit` of the
+    variance that remains (`remaining` [n]), and more than ten times their share of the tokens."""
     rest = torch.cat([remaining[few:], torch.zeros(few, dtype=remaining.dtype)])
     at_random = few / torch.arange(len(remaining), 0, -1, dtype=remaining.dtype)
     return remaining - rest > remaining * (10 * at_random).clamp(min=limit)
@@ -90,8 +91,8 @@ class DominantDimension(NamedTuple):
 
 
 def find_dominant_dimension(residual: Tensor, total: Tensor) -> DominantDimension | None:
-    """Find the dimension that dominates, given the squared error and the total variance of each
-    dimension [d]; None if none does."""
+    """Find the dimension that dominates, given each dimension's squared error `residual` [d] and
+    variance `total` [d]; None if none does."""
     share, index = (total / total.sum()).max(dim=0)
     if not share > max(DOMINANT_SHARE, 10 / len(total)):
         return None

@@ -1,4 +1,4 @@
-"""Copies: features with nearly the same decoder row, which explained variance does not show.
+"""Copies, which explained variance does not reveal: features with nearly the same decoder row.
 
 Shapes: features = decoder rows, d_out = width of the target site.
 """
@@ -10,14 +10,14 @@ from torch import Generator, Tensor
 from torch.nn.functional import normalize
 
 COPY_COSINE = 0.9  # above this cosine two decoder rows count as copies
-MAX_LIVE_FEATURES = 16_384  # compared with all others: bounds time, which grows with both
+MAX_LIVE_FEATURES = 16_384  # live features compared with all rows: bounds time
 BLOCK_ROWS = 1024  # rows compared with as many others at a time: bounds memory
 
 
 class Copies(NamedTuple):
     """Cosines of live features (those that fire on held-out data) with the nearest other decoder
-    row, of a live feature or a dead one; NaN if no feature is live. Of more than 16,384 live
-    features a random sample of that size is measured, drawn with a fixed seed."""
+    row, live or dead; NaN if no feature is live. If more than 16,384 are live, a random sample of
+    16,384 is measured, drawn with a fixed seed."""
 
     duplicates: float
     """Share of live features whose nearest other row has a cosine above 0.9."""
@@ -37,11 +37,11 @@ def measure_copies(W_dec: Tensor, density: Tensor) -> Copies:
 
 
 def find_nearest_cosines(W_dec: Tensor, indices: Tensor) -> Tensor:
-    """The largest cosine of each row in `indices` [n] with any other row of W_dec
-    [features, d_out]: [n], -1 where there is no other row.
+    """[n] largest cosine of each row in `indices` [n] with any other row of W_dec
+    [features, d_out]; -1 where there is no other row.
 
-    Rows are ordered with `indices` first, and each block of them is compared with itself and the
-    blocks after it: each pair is computed once, and counts for both its rows if both are asked for.
+    Rows in `indices` come first, and each block of them is compared with itself and all later
+    blocks: each pair is computed once, and counts for both rows if both are in `indices`.
     """
     others = torch.ones(len(W_dec), dtype=torch.bool, device=W_dec.device)
     others[indices] = False
@@ -52,7 +52,7 @@ def find_nearest_cosines(W_dec: Tensor, indices: Tensor) -> Tensor:
         for j in range(i, len(order), BLOCK_ROWS):
             cosines = rows @ normalize(W_dec[order[j : j + BLOCK_ROWS]]).T
             if i == j:
-                cosines.fill_diagonal_(-1)  # not its own neighbour
+                cosines.fill_diagonal_(-1)  # a row is not its own neighbour
             for first, dim in ((i, 1), (j, 0)):
                 block = nearest[first : first + BLOCK_ROWS]
                 torch.maximum(block, cosines.amax(dim)[: len(block)], out=block)

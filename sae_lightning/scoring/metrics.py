@@ -1,8 +1,8 @@
 """Metrics of an SAE on a set of activations.
 
-Everything is summed in float64 over the whole set and divided once at the end. Averaging the ratios
-of batches or tokens would give another number (it made published explained variances too high,
-SAELens issue 659).
+Everything is summed in float64 over the whole set and divided once at the end. Averaging ratios
+over batches or tokens gives another number, and made published explained variances too high
+(SAELens issue 659).
 
 Shapes: n = tokens, d = width of the site.
 """
@@ -38,8 +38,8 @@ class Quality(NamedTuple):
 
 
 class QualitySums:
-    """Sums over batches, from which `Quality` is computed; residual and total are squared error and
-    variance, residuals and totals the same for each dimension [d]."""
+    """Sums over batches, from which `Quality` is computed: `residual` of squared errors, `total` of
+    squared distances from `shift`; `residuals` and `totals` are the same per dimension [d]."""
 
     def __init__(self):
         self.tokens = 0
@@ -53,7 +53,7 @@ class QualitySums:
         # on the CPU: not every accelerator has float64
         target, reconstruction = target.cpu().double(), reconstruction.cpu().double()
         if self.tokens == 0:
-            # sums about a first guess of the mean, so that no digits cancel in the variance
+            # distances are from a first guess of the mean, against cancellation in the variance
             self.shift = target.mean(dim=0)
         self.tokens += len(target)
         error, square = (target - reconstruction).square(), (target - self.shift).square()
@@ -80,10 +80,10 @@ class QualitySums:
 
 
 class Fidelity(NamedTuple):
-    """Size of the error of a reconstruction x_hat of x, and its fidelity in direction and length.
+    """How large the error of a reconstruction x_hat of x is, in total and in direction and length.
 
-    Centred numbers are those of x - m and x_hat - m, with m the mean of x: where the mean is large,
-    the uncentred ones are close to 1 for any SAE.
+    Centred numbers are computed from x - m and x_hat - m, where m is the mean of x: if the mean is
+    large, the uncentred numbers are close to 1 for any SAE.
     """
 
     mse: float
@@ -144,8 +144,8 @@ def _sums(x: Tensor, x_hat: Tensor) -> Tensor:
 
 
 def count_by_density(density: Tensor) -> dict[str, int]:
-    """Count features by density, the share of tokens on which they fire [features], in powers of
-    ten.
+    """Count features by density [features], the share of tokens on which each fires, in bins of a
+    power of ten.
 
     {"never": 12, "1e-05": 0, "1e-04": 3, ...}: 3 features fire on 1e-4 to 1e-3 of the tokens.
     """

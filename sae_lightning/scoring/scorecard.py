@@ -1,4 +1,4 @@
-"""The scorecard: all that is measured of an SAE on held-out data, in training and analysis."""
+"""The scorecard: every metric of an SAE on held-out data, in training and analysis."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from sae_lightning.stream.held_out import HeldOut
 from sae_lightning.stream.recovery import RECOVERED_COSINE, Recovery
 from sae_lightning.stream.synthetic import HeldOutConcepts
 
-# Tokens reconstructed at a time, and feature activations that they may have: bounds memory.
+# Limits on the tokens, and on their feature activations, computed at a time: bound memory.
 MAX_TOKENS_AT_ONCE = 4096
 MAX_ACTIVATIONS_AT_ONCE = 1 << 26
 
@@ -28,7 +28,7 @@ class UsualTokens(NamedTuple):
     dropped: int
     """Number of long tokens left out."""
     share: float
-    """Share of the variance that these hold."""
+    """Share of the variance that the long tokens hold."""
     max_norm: float
     """The `data.max_norm` that leaves them out."""
 
@@ -44,8 +44,8 @@ class Scorecard(NamedTuple):
     """The LLM's loss with the reconstruction in place (None if not measured) or, on synthetic
     concepts, how many of them were recovered."""
     fidelity: Fidelity | None = None
-    """Kind of the error, if requested. Not among `scalars`, by which runs are compared: these have
-    its size as explained variance, whose unit is the same for all runs."""
+    """Size and kind of the error, if requested. Left out of `scalars`, which compare runs: there,
+    explained variance gives the size of the error on a scale that all runs share."""
     usual: UsualTokens | None = None
     """Explained variance without the few tokens that dominate it, if there are any."""
 
@@ -79,7 +79,7 @@ def score_saes(
     with their decoder rows [features, d_out].
 
     `weights`, needed on synthetic concepts only: functions that return each SAE's weights for raw
-    activations. `fidelity` adds about a twentieth to the cost, so training does without it.
+    activations. `fidelity` adds about 5 % to the cost, so training does without it.
     Everything runs in float32, as the saved SAE will, whatever the precision of training.
     """
     x, y = held_out.activations(source), held_out.activations(target)
