@@ -113,7 +113,7 @@ def load_sae(path: str | os.PathLike) -> SAE:
 
 
 def _build(stored: StoredSAE) -> SAE:
-    """Build an SAE from stored weights; ValueError unless they are exactly those it has."""
+    """Build an SAE from stored weights; ValueError unless all names and shapes match."""
     shapes = {name: list(weight.shape) for name, weight in stored.weights.items()}
     if any(len(shapes.get(name, ())) != 2 for name in ("W_enc", "W_dec")):
         raise ValueError(f"it holds {', '.join(sorted(shapes)) or 'nothing'}")
@@ -145,10 +145,10 @@ def _build(stored: StoredSAE) -> SAE:
 
 def _make_config(settings: dict[str, Any], features: int) -> SAEConfig:
     """Make the config of an SAE with `features` features; ValueError if a setting is invalid."""
-    expect(settings["features"], features, "features")  # before memory is allocated for them
+    expect(settings["features"], features, "features")  # before their memory is allocated
     try:
         config = ARCHITECTURES[settings["name"]].config(**settings)
-    except UserError as error:  # its message does not name the folder
+    except UserError as error:  # the caller adds the folder's name
         raise ValueError(str(error)) from error
     for field in fields(config):
         value, kind = getattr(config, field.name), field.type

@@ -12,12 +12,11 @@ from sae_lightning.errors import is_out_of_memory
 
 
 def load_tensors(path: Path, seen: set | None = None) -> Any:
-    """Load tensors, numbers and strings from a file, memory-mapped on the CPU, without running
-    code.
+    """Load tensors, numbers and strings from a file, mmapped on the CPU; runs no code from it.
 
-    ValueError: a checksum in the file is wrong, or it holds other objects. OSError: it cannot be
-    read. `seen` collects the files (device and inode) whose checksums have been verified; those of
-    files in it are not verified again.
+    ValueError if a checksum is wrong or the file holds other objects, OSError if it cannot be read.
+    `seen` collects the files (device and inode) whose checksums have been verified, so that no file
+    is verified twice.
     """
     try:
         stat, seen = path.stat(), set() if seen is None else seen
@@ -29,7 +28,7 @@ def load_tensors(path: Path, seen: set | None = None) -> Any:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (OSError, ValueError):
         raise
-    except UnpicklingError:  # torch's message explains how to load it regardless
+    except UnpicklingError:  # torch's message explains how to load it anyway
         raise ValueError("it holds more than tensors and numbers, which could run code") from None
     except Exception as error:  # a damaged archive may raise anything
         if is_out_of_memory(error):
@@ -38,7 +37,7 @@ def load_tensors(path: Path, seen: set | None = None) -> Any:
 
 
 def read_checksum(path: Path) -> int:
-    """One checksum for a file written by torch.save, made from those that its zip archive stores of
-    its parts. The parts are not read; `load_tensors` verifies them."""
+    """One checksum for a file written by torch.save: a CRC-32 of the CRC-32s that its zip archive
+    stores, one for each entry. The entries are not read; `load_tensors` verifies them."""
     with ZipFile(path) as file:
         return crc32(repr([(part.filename, part.CRC) for part in file.infolist()]).encode())

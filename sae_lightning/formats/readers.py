@@ -1,4 +1,4 @@
-"""Readers of SAE folders of all supported tools; the name of the weights file tells the format."""
+"""Reads SAE folders of all supported tools; the name of the weights file tells the format."""
 
 import json
 from collections.abc import Iterable
@@ -29,7 +29,7 @@ TRANSCODERS = {
     ("jumprelu", False): "jumprelu_transcoder",
     ("jumprelu", True): "jumprelu_skip_transcoder",
 }
-# SAELens' architecture -> ours. The two of BatchTopK occur in its training checkpoints only.
+# SAELens' architecture -> ours. Its batchtopk names occur only in training checkpoints.
 SAELENS_KINDS = {
     "standard": "relu",
     "topk": "topk",
@@ -49,7 +49,7 @@ DICTIONARIES = {
     "JumpReluAutoEncoder": ("jumprelu", False),
     "GatedAutoEncoder": ("gated", True),
 }
-# Tensor names of all tools -> ours; those of TRANSPOSED_TENSORS are also stored transposed.
+# Tensor names of all tools -> ours; TRANSPOSED_TENSORS are renamed and also transposed.
 TENSOR_NAMES = {
     "b_gate": "b_enc",
     "encoder.bias": "b_enc",
@@ -70,7 +70,7 @@ class StoredSAE(NamedTuple):
     weights: dict[str, Tensor]
     """Name -> float32 tensor."""
     metadata: dict[str, Any]
-    """What it was trained on."""
+    """What the SAE was trained on."""
     centred: bool = False
     """The encoder reads x - b_dec (a skip connection reads x)."""
 
@@ -85,20 +85,20 @@ def _drop_nulls(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_readable(source: Path, key: str, value: Any, readable: Iterable[str]) -> None:
-    """UserError unless `value`, which `source` gives for `key`, is among the `readable` ones."""
+    """UserError unless `value`, given for `key` in the file `source`, is in `readable`."""
     if value not in readable:
         raise UserError(f"{source}: {key} {value!r} is not supported ({', '.join(readable)})")
 
 
 def check_numbers(tensors: dict[str, Tensor]) -> None:
-    """ValueError unless all are floating-point tensors of finite numbers; it names the tensor and
-    counts the numbers that are not."""
+    """ValueError unless all tensors are floating-point and finite; it names the tensor and counts
+    the numbers that are not finite."""
     for name, x in tensors.items():
         expect(x, Tensor, name)
         if not x.is_floating_point():
             kind = str(x.dtype).removeprefix("torch.")
             raise ValueError(f"{name}: {x.numel():,} numbers are of type {kind}, not real")
-        if x.nbytes > x.untyped_storage().nbytes():  # strides of 0 would expand to any size
+        if x.nbytes > x.untyped_storage().nbytes():  # a stride of 0 could expand to any size
             raise ValueError(f"{name} is larger than its storage")
         if wrong := int((~x.float().isfinite()).sum()):
             raise ValueError(f"{name}: {wrong:,} of {x.numel():,} numbers are not finite")
@@ -173,11 +173,11 @@ def _translate_settings(source: Path, cfg: dict[str, Any]) -> dict[str, Any]:
 
 
 def _fold(weights: dict[str, Tensor], scale: float, rescale: bool) -> dict[str, Tensor]:
-    """Convert SAELens' weights, which expect activations x `scale`, to weights for raw ones.
+    """Convert SAELens' weights, which expect activations times `scale`, to weights for raw ones.
 
-    With `rescale`, feature activations are multiplied by the norms of decoder rows. The threshold
-    of BatchTopK is then in the same units, and so is divided by `scale`. Its initial value -1 is
-    read as 0, which does not bound relu(z).
+    With `rescale`, SAELens multiplies feature activations by the norms of decoder rows. BatchTopK's
+    threshold then applies to the products, so it is divided by `scale` like them. Its initial value
+    -1 is read as 0, which lets all of relu(z) pass.
     """
     if (weights.get("scaling_factor", torch.zeros(1)) == 1).all():
         del weights["scaling_factor"]  # in versions before 6; 1 has no effect
@@ -204,7 +204,7 @@ def _read_scale(source: Path, normalisation: str | bool) -> float:
         raise UserError(
             f"{setting} cannot be folded into the weights; only expected_average_only_in can"
         )
-    scaler = source.with_name("activation_scaler.json")  # in checkpoints
+    scaler = source.with_name("activation_scaler.json")  # in training checkpoints
     factor = _read_json(scaler).get("scaling_factor") if scaler.is_file() else None
     if factor is None:
         raise UserError(
@@ -236,7 +236,7 @@ def read_dictionary_learning(file: Path) -> StoredSAE:
     tensors = load_tensors(file)
     settings = {"name": name}
     if name in ("topk", "batch_topk", "matryoshka"):
-        # k of the weights is the final one; training may have annealed it from the config's
+        # k in the weights is final; training may have annealed it from the config's k
         settings["k"] = int(tensors.pop("k", trainer["k"]))
     if "group_sizes" in tensors:
         settings = _add_groups(settings, tensors.pop("group_sizes").int().tolist())
