@@ -58,7 +58,7 @@ def check_checkpoint(
         )
     with _report_damage(path, f"{stream} is damaged, or not the one that belongs to {path.name}"):
         state = load_tensors(stream, seen)
-        if saved.get("stream", read_checksum(stream)) != read_checksum(stream):  # 0.1.0 saved none
+        if saved.get("stream", read_checksum(stream)) != read_checksum(stream):  # old ones lack it
             raise ValueError(f"its checksum is not the one in {path.name}")
         check_stream(state, step)
 
