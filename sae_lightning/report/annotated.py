@@ -34,7 +34,7 @@ class FiredFeature(NamedTuple):
     strength: float
     """Its activation."""
     share: float | None
-    """strength / its maximum in the catalogue's text; None if it never fired there."""
+    """strength / the feature's maximum in the catalogue's text; None if it never fired there."""
     place: int
     """Index of the token in the text."""
     copies: int = 0
@@ -48,8 +48,8 @@ class AnnotatedText(NamedTuple):
     catalogue: Catalogue
 
     def list_fired(self, place: int) -> list[FiredFeature]:
-        """Features that fire on the token at index `place`, strongest first; of features that are
-        copies of one another only the strongest."""
+        """Features that fire on the token at index `place`, strongest first; features that are
+        copies of one another are listed once, as the strongest of them."""
         token = self.tokens[place]
         by_original: dict[int, FiredFeature] = {}
         maxima = self.catalogue.statistics.maximum[token.features]

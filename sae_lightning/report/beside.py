@@ -1,6 +1,7 @@
 """Data blocks of a page that is too large for one file, as scripts in a folder beside it.
 
-The browser loads them on demand; scripts are all that a page opened from disk may load.
+The browser loads them on demand. They are scripts, because a page opened from disk may not fetch
+other data files.
 
 index.html            names the folder
 index-3f2a.../        named by a hash of its content, so that an old page never loads new blocks

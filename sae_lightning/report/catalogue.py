@@ -19,7 +19,7 @@ INTERVALS = 5  # equally wide intervals of strength from 0 to a unit's maximum
 
 
 def find_interval(strength: Tensor, maximum: Tensor) -> Tensor:
-    """Index of the interval that a strength lies in, int64; 0 is the top one, which holds the
+    """Index of the interval that each strength lies in, int64; 0 is the top one, which holds the
     maximum."""
     share = strength / maximum.clamp_min(torch.finfo(torch.float32).tiny)
     return INTERVALS - (share * INTERVALS).ceil().clamp(1, INTERVALS).long()
@@ -63,7 +63,7 @@ class Examples(NamedTuple):
 
 
 class TokenSetScores(NamedTuple):
-    """How well a set of tokens, the best for each unit, predicts where the unit is active."""
+    """How well the best set of tokens for each unit predicts where the unit is active."""
 
     score: Tensor
     """[units] Matthews correlation between the token being in the set and the unit firing (1 is
@@ -71,7 +71,7 @@ class TokenSetScores(NamedTuple):
     tokens: Tensor
     """[units, k] ids of the set's most frequent tokens, int32; padded with -1."""
     previous: Tensor
-    """[units] bool: the token before the active one is looked up in the set, not the active one."""
+    """[units] bool: the set is of tokens just before the unit fires, not of those it fires on."""
 
 
 class RelatedUnits(NamedTuple):
@@ -91,7 +91,7 @@ class LogitEffect(NamedTuple):
     suppressed: Tensor
     """[units, k] token ids, the most lowered first, int64"""
     sharpness: Tensor
-    """[units] excess kurtosis of the effect over the vocabulary: large if few tokens get it all"""
+    """[units] excess kurtosis of the effect over the vocabulary: large if few tokens get most"""
 
 
 class Catalogue(NamedTuple):
@@ -102,8 +102,8 @@ class Catalogue(NamedTuple):
     vocabulary: list[str]
     """Text of each token id, with its leading space."""
     texts: np.ndarray
-    """[sequences, context] token ids of the text, int32. An array, because `slice_units` slices
-    every tensor."""
+    """[sequences, context] token ids of the text, int32. Not a tensor, because `slice_units`
+    slices every tensor by unit."""
     statistics: Statistics
     top: Examples
     """The strongest examples, at most one per sequence."""
@@ -121,7 +121,7 @@ class Catalogue(NamedTuple):
     neighbours: RelatedUnits | None = None
     """By cosine similarity of decoder rows; None for neurons."""
     partners: RelatedUnits | None = None
-    """By Jaccard index of firing: tokens with both / tokens with either; None for neurons."""
+    """By Jaccard index: tokens where both fire / tokens where either fires; None for neurons."""
     effect: LogitEffect | None = None
     """None if the site does not write to the residual stream."""
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from plotly.graph_objects import Figure
 
-# Distinguishable with colour blindness.
+# Distinguishable to the colour-blind.
 COLOURS = ("#3b82c4", "#d9822b", "#2a9d74", "#b65fa6", "#c9504a", "#8a8a3c")
 SHAPES = ("circle", "square", "diamond", "triangle-up", "cross", "x")
 GREY = "#8b909a"
@@ -37,7 +37,7 @@ TEMPLATE = {
 }
 SAME_VALUE = 1e-4  # a relative spread below this is rounding error: the values are equal
 SINGLE_VALUE_BINS = 11  # bins of a histogram of equal values
-MAX_LABELLED = 12  # most points with labels; those of more would overlap: hovering shows them
+MAX_LABELLED = 12  # most points with labels; with more they would overlap, and show on hover only
 LOG_AXIS_RATIO = 8  # largest / smallest L0 from which the axis is logarithmic
 
 
@@ -66,7 +66,7 @@ def find_pareto_front(l0: "pd.Series", quality: "pd.Series") -> "pd.Series":
     """Mark the points [n] on the Pareto front, bool: no other point is better in L0 (lower) or
     quality (higher) without being worse in the other.
 
-    Equal points are all on the front; points with a number that is not finite never are.
+    Equal points are all on the front; points with a NaN or an infinity never are.
     """
     finite = np.isfinite(l0) & np.isfinite(quality)
     x, y = l0.where(finite).to_numpy(), quality.where(finite).to_numpy()
@@ -135,7 +135,7 @@ def _escape(text: str) -> str:
 
 
 def _make_l0_axis(low: float, high: float) -> dict[str, Any]:
-    """Layout of the L0 axis: room for labels, logarithmic if values span LOG_AXIS_RATIO."""
+    """Layout of the L0 axis: padded for labels, logarithmic if values span LOG_AXIS_RATIO."""
     is_log = low > 0 and high / low >= LOG_AXIS_RATIO
     first, last = (math.log10(low), math.log10(high)) if is_log else (low, high)
     pad = 0.1 * ((last - first) or abs(last) or 1.0)

@@ -20,8 +20,8 @@ TEMPLATES = Path(__file__).parent / "templates"
 # The first number of a cell, after any punctuation.
 NUMBER = re.compile(r"^[^\w.]*?([-−+]?(?:\d[\d,]*)?\.?\d+(?:e[-+]?\d+)?)", re.IGNORECASE)
 
-MAX_ONE_LINE = 40  # characters of a table's cell
-# Unpacked size up to which blocks stay in the page; compressed, as base64, they take half of it.
+MAX_ONE_LINE = 40  # characters; a longer cell of a table may wrap
+# Largest unpacked size of blocks that stay in the page; compressed, as base64, they take half.
 MAX_EMBEDDED_BYTES = 1 << 27
 
 
@@ -39,7 +39,7 @@ def render_template(template: str, *, figures: bool, **values: object) -> str:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        # names and metadata may come from files of others
+        # names and metadata may come from untrusted files
         finalize=lambda value: make_visible(value) if type(value) is str else value,
     )
     return environment.get_template(template).render(
@@ -58,14 +58,14 @@ class AnalysisPage(NamedTuple):
     facts: dict[str, str]
     """Shown below the title."""
     sections: Sequence[Section]
-    """Shown below the browser of the catalogues' units."""
+    """Shown below the browser of features and neurons."""
     catalogues: Sequence[Catalogue] = ()
     commands: Sequence[str] = ()
     """Command lines to paste, shown at the end."""
     files: Sequence[str] = ()
     """Names of files in the page's folder."""
     own: AnnotatedText | None = None
-    """The reader's text, shown above the browser with features of the first catalogue."""
+    """The reader's text with features of the first catalogue, shown above that browser."""
 
 
 def write_page(path: Path, page: AnalysisPage) -> None:
@@ -81,7 +81,7 @@ def write_page(path: Path, page: AnalysisPage) -> None:
 
 
 def render_page(page: AnalysisPage) -> str:
-    """The HTML of `page` with all of its data in it."""
+    """The HTML of `page`, with all of its data embedded."""
     return _render_page(page, pack_catalogues(page.catalogues) if page.catalogues else None)
 
 
@@ -106,14 +106,14 @@ def _render_page(page: AnalysisPage, units: PageData | None) -> str:
 
 
 def _break_lines(token: str) -> "Markup":
-    """The token as shown, with a line break after each of its line break signs."""
+    """The token as shown, with a line break after each ↵ in it."""
     from markupsafe import escape
 
     return escape(show_token(token)).replace("↵", "↵\n")
 
 
 def _group_by_part(sections: Sequence[Section]) -> dict[str, tuple[str, list[Section]]]:
-    """Group sections by part: anchor -> (name of the part, its sections), by first appearance."""
+    """Group sections by part: anchor -> (name of the part, its sections), in order."""
     parts: dict[str, tuple[str, list[Section]]] = {}
     for section in sections:
         name = section.part or section.title
@@ -130,7 +130,7 @@ def find_wordy_columns(table: ResultTable) -> set[int]:
 
 
 def make_sort_value(cell: str, *, word: bool) -> float | str:
-    """The value that sorts a table's cell: its first number. In a column of words (`word`), the
+    """The sort key of a table's cell: its first number, or "". In a column of words (`word`), the
     cell itself unless all of it is a number."""
     match = NUMBER.match(cell)
     if match is None or (word and match.group() != cell):

@@ -1,12 +1,12 @@
-"""Packs catalogues for the page's script (templates/blocks.js), compactly.
+"""Packs catalogues compactly for the page's script (templates/blocks.js).
 
 block "texts"      the tokens of all sequences
-block "feature"    what the list needs of all units: frequency, strength, searchable tokens
+block "feature"    what the list needs for all units: frequency, strength, searchable tokens
 block "feature-0"  details of units   0 ... 127: examples, histogram, relations
 block "feature-1"  details of units 128 ... 255
 
 "feature" is loaded when the page opens, a block of details when one of its units is opened.
-A block is its fields one after another, deflated, as base64. The bytes of a field are grouped by
+A block holds its fields one after another, deflated, as base64. The bytes of a field are grouped by
 significance (the lowest byte of every number, then the next ...), which compresses best.
 Tokens are renumbered from 1 by frequency, so that common ones take one byte; 0 is no token.
 """
@@ -51,7 +51,7 @@ class PageData(NamedTuple):
 
 
 class Blocks(Mapping[str, str]):
-    """Blocks by name, packed on access: all of them together are as large as the page."""
+    """Blocks by name, packed on access, since all of them together are as large as the page."""
 
     def __init__(self, catalogues: Sequence[Catalogue], page_ids: np.ndarray):
         self.page_ids = page_ids
@@ -124,7 +124,7 @@ def _number_tokens(catalogues: Sequence[Catalogue]) -> tuple[list[str], np.ndarr
 
 
 def _make_text_fields(catalogue: Catalogue, page_ids: np.ndarray) -> Fields:
-    """Fields of the text that examples are from."""
+    """Fields of the text that the examples are taken from."""
     return {"tokens": page_ids.take(catalogue.texts)}
 
 
@@ -175,9 +175,9 @@ def _make_detail_fields(catalogue: Catalogue, page_ids: np.ndarray) -> Fields:
 
 
 def _quantise(examples: Examples, maximum: Tensor) -> Tensor:
-    """[units, n, WINDOW] strengths in 255ths of the unit's maximum; only 0 becomes 0."""
+    """[units, n, WINDOW] strengths in 255ths of the unit's maximum; only 0 is stored as 0."""
     strengths = examples.strengths.float()
-    strengths[:, :, BEFORE] = examples.strength  # exact: float16 would turn tiny ones into 0
+    strengths[:, :, BEFORE] = examples.strength  # exact: float16 turns tiny strengths into 0
     share = strengths / maximum.clamp_min(torch.finfo(torch.float32).tiny)[:, None, None]
     return torch.where(strengths > 0, (share * LEVELS).round().clamp(1, LEVELS), 0)
 

@@ -49,7 +49,7 @@ def _make_columns(catalogue: Catalogue, first: int, words: pa.Array) -> dict[str
         "examples_of_all_strengths": _make_example_lists(catalogue.spread, words),
     }
     if (r := catalogue.token_sets) is not None:
-        columns["score"] = pa.array(r.score.numpy(), from_pandas=True)  # nan becomes null
+        columns["score"] = pa.array(r.score.numpy(), from_pandas=True)  # NaN becomes null
         columns["tokens"] = _make_text_lists(r.tokens, words)
         columns["tokens_are_previous"] = _to_array(r.previous)
     if catalogue.telling is not None:
@@ -71,19 +71,20 @@ def _to_array(values: Tensor) -> pa.Array:
 
 
 def _make_lists(values: Tensor | pa.Array, mask: Tensor) -> pa.ListArray:
-    """For each row [units, k] the list of its values where `mask`; an array holds only these."""
+    """One list per row of `mask` [units, k]: the `values` where it is True. A pyarrow array
+    holds only these values."""
     ends = torch.cat([torch.zeros(1, dtype=torch.int64), mask.sum(dim=1).cumsum(0)])
     flat = _to_array(values[mask]) if isinstance(values, Tensor) else values
     return pa.ListArray.from_arrays(ends.int().numpy(), flat)
 
 
 def _make_text_lists(ids: Tensor, words: pa.Array) -> pa.ListArray:
-    """For each row of ids [units, k] the list of their texts, without -1."""
+    """One list per row of `ids` [units, k]: the tokens' texts, without -1."""
     return _make_lists(words.take(_to_array(ids[ids >= 0])), ids >= 0)
 
 
 def _make_example_lists(examples: Examples, words: pa.Array) -> pa.ListArray:
-    """For each unit the list of its examples; tokens outside the sequence are left out."""
+    """One list of examples per unit; tokens outside the sequence are left out."""
     exists = examples.strength > 0  # [units, n]
     tokens, strengths = examples.tokens[exists], examples.strengths[exists]  # [examples, WINDOW]
     columns = {

@@ -28,7 +28,7 @@ from sae_lightning.report.catalogue import (
 )
 from sae_lightning.report.parquet import METADATA_KEY
 
-# Bounds on the memory that a file of others can take: all lists of a column are padded to the
+# Limits on the memory that an untrusted file can take: all lists of a column are padded to the
 # longest.
 MAX_LIST_LENGTH = 1024
 MAX_TEXT_TOKENS = 1 << 27  # sequences x context
@@ -37,12 +37,12 @@ MAX_COUNT = 2**32 - 1  # the page stores uint32
 
 def read_metadata(path: Path) -> dict[str, Any]:
     """The file's own metadata: `of`, its origin, and `tokens`, the number of tokens read.
-    KeyError: an older version wrote it, without metadata."""
+    KeyError if an older version wrote the file, without these."""
     return json.loads(pyarrow.parquet.read_schema(path).metadata[METADATA_KEY])
 
 
 def read_catalogue(path: Path, vocabulary: list[str]) -> Catalogue:
-    """Read a catalogue; a token gets an id in `vocabulary` with the same text, -1 if there is none.
+    """Read a catalogue; a token gets the id in `vocabulary` of the same text, -1 if there is none.
 
     Lists are padded to the longest, [units, k]. Any exception means that the file is damaged.
     """
@@ -95,7 +95,7 @@ def _combine_columns(table: pa.Table):
 
 
 def _to_tensor(values: pa.Array) -> Tensor:
-    return torch.from_numpy(values.to_numpy(zero_copy_only=False).copy())  # null becomes nan
+    return torch.from_numpy(values.to_numpy(zero_copy_only=False).copy())  # null becomes NaN
 
 
 def _read_integers(values: pa.Array, maximum: int) -> Tensor:

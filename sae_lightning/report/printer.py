@@ -29,7 +29,7 @@ HEIGHTS = " ▁▂▃▄▅▆▇█"
 MAX_WIDTH = 100  # columns; longer lines are hard to read
 STRENGTH_WIDTH = 8  # columns of the strength before an example
 LEFT_OF_PEAK = 0.6  # share of an example's columns before its peak
-RIGHT_TO_LEFT = {"R", "AL", "AN"}  # bidirectional classes of letters and digits from right to left
+RIGHT_TO_LEFT = {"R", "AL", "AN"}  # bidirectional classes of right-to-left letters and digits
 MAX_NUMBER_WIDTH = 24  # columns; a wider cell is text, which is left-aligned
 
 
@@ -129,13 +129,13 @@ class QuotedTokens:
 
 
 def isolate(token: str) -> str:
-    """Isolate a right-to-left token by marks, so that a terminal reorders only its own letters."""
+    """Put marks around a right-to-left token, so that a terminal reorders only its own letters."""
     is_rtl = any(unicodedata.bidirectional(character) in RIGHT_TO_LEFT for character in token)
     return f"{LEFT_TO_RIGHT}{token}{LEFT_TO_RIGHT}" if is_rtl else token
 
 
 def _draw_height(share: float, text: str) -> str:
-    """A bar of height `share` over each column of `text` but its leading spaces."""
+    """A bar of height `share` over each column of `text` except its leading spaces."""
     block = HEIGHTS[max(1, round(share * (len(HEIGHTS) - 1)))] if share > 0 else " "
     bare = text.lstrip(" ") or text
     return " " * (len(text) - len(bare)) + block * cell_len(bare)
@@ -172,5 +172,5 @@ def _align_example(shown: list[str], shares: list[float]) -> tuple[str, Text]:
 
 
 def _count_fitting(shown: list[str], columns: int) -> int:
-    """Number of leading texts that fit into `columns` together."""
+    """How many texts, from the first on, fit into `columns` together."""
     return sum(width <= columns for width in accumulate(map(cell_len, shown)))

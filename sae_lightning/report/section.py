@@ -60,7 +60,7 @@ class Section(NamedTuple):
     figures: dict[str, "Figure"] = {}
     """Caption -> figure; shown on the page only."""
     part: str = ""
-    """The part of a longer page that it is in; '' means its own."""
+    """Name of the part of the page that the section is in; '' means a part of its own."""
 
     @property
     def max_strength(self) -> float:

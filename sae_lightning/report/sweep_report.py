@@ -32,7 +32,7 @@ PLOTTED_METRICS = {
     "ce_recovered": "CE recovered",
     "recovered": "concepts recovered",
 }
-# A text that begins with one of these is a formula to a spreadsheet.
+# A spreadsheet reads a text that begins with one of these as a formula.
 FORMULA_STARTS = tuple("=+-@\t\r\n＝＋－＠")
 LINKED_FILES = ("config.yaml", "metrics.json", "failure.json", "sae")
 
@@ -55,7 +55,7 @@ def write_report(folder: Path, runs: list[SweepRun]) -> None:
 
 def disarm_formula(cell: object) -> object:
     """Quote a text that a spreadsheet would run as a formula, and escape control characters.
-    Numbers stay as they are, also those given as text."""
+    Numbers stay as they are, even if given as text."""
     if not isinstance(cell, str):
         return cell
     is_word, *_ = make_natural_key(cell)
@@ -144,7 +144,7 @@ def _render_page(folder: Path, table: SweepTable) -> str:
 
 
 def describe_runs(runs: list[SweepRun]) -> dict[str, str]:
-    """Describe the data and SAEs of the runs; a row with several values lists them."""
+    """Describe the data and SAEs of the runs; a row lists up to four different values."""
     values: dict[str, list[str]] = {}
     for settings in (run.settings for run in runs if run.settings):
         for name, value in {
@@ -203,8 +203,8 @@ def shorten_value(value: str) -> str:
 
 
 def pick_grouping(table: SweepTable) -> str | None:
-    """Pick the swept setting that colours stand for: one with few values, words before numbers;
-    None if only one setting is swept."""
+    """Pick the swept setting that colours stand for: words before numbers, then the fewest values.
+    None if fewer than two settings are swept, or all have more values than there are colours."""
     if len(table.keys) < 2:
         return None
     values = {key: set(table.frame[key]) for key in table.keys}

@@ -42,7 +42,7 @@ class SweepRun(NamedTuple):
 
     @property
     def final_metrics(self) -> dict[str, float]:
-        """Final metrics by name: on held-out data, then the two shown of training."""
+        """Final metrics by name: those on held-out data, then two from training."""
         metrics = self.metrics or {}
         training = metrics.get("training", {})
         return metrics.get("held_out", {}) | {
@@ -167,7 +167,7 @@ class SweepTable:
 
     @property
     def names(self) -> list[str]:
-        """Each run's swept settings, such as `loss.l1=0.001`, or else its folder, for messages."""
+        """Each run's swept settings, such as `loss.l1=0.001`, or its folder if nothing is swept."""
         swept = self.frame[self.keys].to_dict("records")
         pairs = [", ".join(f"{key}={value}" for key, value in row.items()) for row in swept]
         return pairs if self.keys else [*self.frame.folder]

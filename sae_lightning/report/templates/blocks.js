@@ -3,7 +3,7 @@ const blocks = (() => {
 const index = JSON.parse(document.getElementById("index").textContent);
 const unpacked = new Map(), waiting = new Map();
 
-// Blocks of a large page are scripts in a folder beside the page; they call `add`.
+// Blocks of a large page are scripts in a folder beside it; each calls `add`.
 function textOf(name) {
   if (!index.beside) return document.getElementById("block-" + name).textContent;
   return new Promise((resolve, reject) => {

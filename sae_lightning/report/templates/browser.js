@@ -21,8 +21,8 @@ const unfolded = new Set(); // units whose copies are listed too
 
 // ---- the list ----
 
-// Maps a unit to the tokens that match the search: those that it fires on, and those that it
-// promotes. A text in quotes has to be the whole token. Null while nothing is typed.
+// Returns a function: unit -> [matching tokens it fires on, matching tokens it promotes]; null while
+// nothing is typed. A search in quotes must match the whole token.
 function matcher(listed) {
   const typed = search.value.trimEnd().toLowerCase();
   if (!typed) return null;
@@ -41,7 +41,7 @@ async function refill() {
   matches = matcher(listed);
   const fired = listed.fired.values, sign = down ? -1 : 1;
   const id = Number(/^#?(\d+)$/.exec(search.value.trim())?.[1] ?? NaN);
-  const place = new Uint8Array(kind.units); // 0: not listed, 1: has the id searched for, 2: fires on a match, 3: promotes a match
+  const place = new Uint8Array(kind.units); // 0: not listed, 1: has the typed id, 2: fires on a match, 3: promotes a match
   for (let unit = 0; unit < kind.units; unit++) {
     const [fires, promotes] = matches?.(unit) ?? [[0], []];
     if (unit === id) place[unit] = 1;

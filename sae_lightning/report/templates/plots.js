@@ -2,7 +2,7 @@
 const config = {
   displaylogo: false,
   responsive: true,
-  modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]], // only these: another one uploads the figure
+  modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]], // leaves out a button that uploads the figure
 };
 const seen = new IntersectionObserver(entries => {
   for (const { isIntersecting, target } of entries) {

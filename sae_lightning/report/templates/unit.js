@@ -38,7 +38,7 @@ async function view(kind, id, walk) {
     make("div", { className: "examples" }, ...examples(kind, maximum, details, read.tokens)), side)];
 }
 
-// original -> the copies that are listed under it
+// Map from each original to the copies listed under it.
 function copiesOf(listed) {
   if (!listed.copies) {
     listed.copies = new Map();
@@ -141,7 +141,7 @@ function histogram(kind, counts, maximum) {
     label.textContent = text;
     picture.append(label);
   };
-  // at least ten bins wide: a few are not stretched
+  // at least ten bins wide, so that a few are not stretched
   const bins = Math.max(last - first, 10), step = width / bins;
   const place = strength => Math.min(Math.max(2 * Math.log2(strength / edges[first]), 0), bins) * step;
   write(`number of tokens; highest bar: ${most.toLocaleString("en")}`, 0, 9, "start");
@@ -163,7 +163,7 @@ function histogram(kind, counts, maximum) {
     picture.append(band);
   }
   picture.append(svg("line", { x1: 0, x2: width, y1: base, y2: base }));
-  const every = Math.ceil(bins / 12) * 2; // edges are half octaves: label whole ones
+  const every = Math.ceil(bins / 12) * 2; // edges are half an octave apart: label whole octaves
   let end = -Infinity; // of the previous label
   for (let i = first + first % 2; i <= first + bins && i < edges.length; i += every) {
     const text = digits(edges[i]), long = 6 * text.length, x = (i - first) * step;
