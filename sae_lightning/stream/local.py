@@ -1,4 +1,4 @@
-"""Your own text: one document is one file, or a row of one."""
+"""Your own text: each file, or each row of a file, is a document."""
 
 import os
 from dataclasses import dataclass, replace
@@ -58,7 +58,7 @@ class LocalConfig(TextConfig):
 
 
 class LocalSource(TextSource):
-    """Documents at fixed random places are held out."""
+    """Holds out a fixed random sample of the documents."""
 
     data: LocalConfig
     settings = LocalConfig
@@ -70,10 +70,10 @@ class LocalSource(TextSource):
             data = load_documents(config)
             row = (
                 dict.fromkeys(data.column_names) if len(data) else None
-            )  # without reading it: a text may be long
+            )  # names only: a text may be long
         except UserError:
             raise
-        except Exception as error:  # StopIteration is how datasets answers an empty file
+        except Exception as error:  # datasets raises StopIteration for an empty file
             empty = isinstance(error, StopIteration)
             reason = "there is no document in it" if empty else summarise_cause(error)
             raise UserError(f"{where}: cannot be read ({reason})") from error
@@ -91,7 +91,7 @@ def load_documents(config: LocalConfig) -> "Dataset":
     except UserError:
         raise
     except Exception:
-        if pick_loader(files[0]) != "parquet":  # which holds no lines to check
+        if pick_loader(files[0]) != "parquet":  # parquet has no lines to check
             check_files(files, where)
         raise
 
@@ -100,21 +100,21 @@ def _load_files(files: list[str], column: str, where: str) -> "Dataset":
     from datasets import load_dataset_builder
     from datasets.data_files import DataFilesList
 
-    # as datasets makes it from patterns; plain names would be parsed as patterns
+    # what datasets makes from patterns; plain names would be parsed as patterns
     listed = DataFilesList(files, [(str(os.stat(file).st_mtime),) for file in files])
     name = pick_loader(files[0])
     with phase("reading the text"):
         if name == "text":
             return copy_text_files(files)
         builder = load_dataset_builder(name, data_files=listed, **_options(name, files[0]))
-        if name == "json" and not os.path.exists(builder.cache_dir):  # not read before
+        if name == "json" and not os.path.exists(builder.cache_dir):  # not prepared before
             check_json(files, column, where)
         builder.download_and_prepare()
         return builder.as_dataset("train")
 
 
 def _options(name: str, file: str) -> dict[str, Any]:
-    """Options for reading a file: all columns of a CSV as text."""
+    """Options of the loader: it reads all columns of a CSV as text."""
     if name != "csv":
         return {}
     import pandas as pd

@@ -31,10 +31,10 @@ def pick_loader(file: str) -> str:
 
 
 def find_files(path: Path, where: str) -> list[str]:
-    """Files of one format: `path` itself, or those below it, or those that it matches as a glob.
+    """Find files of one format: `path` itself, all files below it, or all that it matches.
 
-    Each file once, even if several links lead to it. UserError if there are none, or some of a
-    format that is not supported, or several formats; `where` begins its message.
+    `path` may be a glob. A file is listed once, even if several links lead to it. UserError if
+    there are no files, an unsupported format or several formats; `where` begins its message.
     """
     if path.is_dir():
         paths = [os.path.join(place, name) for place, names in _walk(path) for name in names]
@@ -70,15 +70,15 @@ def open_file(file: str, mode: str, **options: Any) -> IO:
 
 
 def match_glob(pattern: Path) -> Iterator[str]:
-    """Yield what a glob matches; its leading folders that exist are taken literally, even if their
-    names look like a glob."""
+    """Yield the paths that match a glob; its leading folders that exist are taken literally, even
+    if their names look like a glob."""
     folder = next(parent for parent in pattern.parents if parent.exists())
     names = pattern.relative_to(folder).parts
     if "**" not in names:
         found = glob.iglob(os.path.join(*names), root_dir=folder)
         yield from (str(folder / name) for name in found)
         return
-    first = names.index("**")  # glob would follow links in circles
+    first = names.index("**")  # glob would follow circular links
     tops = match_glob(folder.joinpath(*names[:first])) if first else [folder]
     for top in tops:
         for place, _ in _walk(top, hidden=False):
@@ -86,7 +86,7 @@ def match_glob(pattern: Path) -> Iterator[str]:
 
 
 def _walk(top: str | Path, hidden: bool = True) -> Iterator[tuple[str, list[str]]]:
-    """Yield a folder and all below it, linked ones too, each once, with the names of its files."""
+    """Yield `top` and each folder below it once, also through links, with its files' names."""
     seen = set()
     for place, folders, files in os.walk(top, followlinks=True):
         if (real := os.path.realpath(place)) in seen:
@@ -98,7 +98,7 @@ def _walk(top: str | Path, hidden: bool = True) -> Iterator[tuple[str, list[str]
 
 
 def _format(file: str) -> str:
-    """File ending without compression, in lower case: `.txt` of Notes.TXT.gz."""
+    """File ending in lower case, before that of a compression: `.txt` for Notes.TXT.gz."""
     name = Path(Path(file).name.lower())
     inner = Path(name.stem).suffix if name.suffix in COMPRESSED else ""
     return inner or name.suffix or "(none)"
@@ -114,7 +114,7 @@ def check_files(files: list[str], where: str) -> None:
 def check_json(files: list[str], column: str, where: str) -> None:
     """Raise UserError for the first row whose column holds something other than text.
 
-    The `datasets` library would silently convert it to text, and the column's other texts to JSON.
+    The `datasets` library would silently turn it, and the column's other rows, into JSON strings.
     Invalid JSON is left to `datasets`, which reports it.
     """
     for file in files:
@@ -128,7 +128,7 @@ def check_json(files: list[str], column: str, where: str) -> None:
 
 
 def _rows(file: str, where: str) -> Iterator[tuple[int, Any]]:
-    """Yield numbered rows of a JSON file, from an array or lines; stops at invalid JSON."""
+    """Yield (number, row) from a file of JSON lines or a JSON array; stops at invalid JSON."""
     lines = _lines(file, where)
     try:
         for number, line in enumerate(lines, 1):

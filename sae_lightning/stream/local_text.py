@@ -1,4 +1,4 @@
-"""Copies text files to one Arrow file, in pieces: a document may be larger than memory."""
+"""Copies text files to one Arrow file, in pieces, as a document may be larger than memory."""
 
 import hashlib
 import mmap
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 READ_CHARACTERS = 1 << 20  # characters read at a time
-WRITTEN_BYTES = 1 << 24  # bytes of short documents written at a time
-SCHEMA = pa.schema({"text": pa.large_string()})  # of any length; a `string` ends at 2 GB
+WRITTEN_BYTES = 1 << 24  # short documents are joined up to this size and written together
+SCHEMA = pa.schema({"text": pa.large_string()})  # of any length; a `string` array holds 2 GB
 
 
 def copy_text_files(files: list[str]) -> "Dataset":
-    """Make each file a document; the copy is made once and found again by the files' names, sizes
-    and times. (The text loader of datasets takes four times the memory of a document.)
+    """Make each file a document; the copy is reused until a file's name, size or time changes. (The
+    text loader of `datasets` takes four times the memory of a document.)
 
     Raises OSError or UnicodeDecodeError.
     """

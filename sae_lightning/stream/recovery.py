@@ -11,15 +11,16 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 COMPARED_CONCEPTS = 1024  # concepts compared with all others at a time
-RECOVERED_COSINE = 0.9  # cosine from which on a feature counts as its concept (26 degrees)
+RECOVERED_COSINE = 0.9  # above this cosine a feature counts as its concept (26 degrees)
 
 
 class Recovery(NamedTuple):
     """Features compared with concepts, which are matched one to one so that the sum of the cosines
     of decoder rows and concepts is as large as possible.
 
-    Precision, recall and readouts are means over the concepts that are active on any sample. One
-    whose feature never fires, or for which no feature was left, counts 0.
+    Precision, recall and readouts are means over the concepts that are active on at least one
+    sample. A concept without a feature, or whose feature never fires, counts as 0 (but not in
+    `projection_readout`).
     """
 
     mmcs: float
@@ -33,15 +34,15 @@ class Recovery(NamedTuple):
     feature_readout: float
     """Squared correlation of the concept's strength with its feature."""
     projection_readout: float
-    """Squared correlation of its strength with the activation projected on its direction: the
-    baseline without an encoder and bias, which remove the other concepts' interference."""
+    """Squared correlation of the concept's strength with the activation's projection on its
+    direction: a baseline, without the encoder and bias that reduce interference."""
     concept_overlap: float
-    """Mean over concepts of the largest |cosine| with another: many fit into few dimensions."""
+    """Mean over concepts of the largest |cosine| with another; 0 if all are orthogonal."""
     encoder_agreement: float
-    """Mean cosine of encoder column and decoder row of recovered features; NaN without any."""
+    """Mean cosine of encoder column and decoder row of recovered features; NaN if none."""
     negative_bias: float
-    """Share of recovered features that are silent at an activation of 0, with a margin: for raw
-    activations, encoder bias < threshold (0 where the class has none). NaN without any."""
+    """Share of recovered features that are off at an activation of 0: encoder bias < threshold (0
+    for classes without one), in weights that take raw activations. NaN if none are recovered."""
 
 
 WORLD_METRICS = {"concept_overlap", "projection_readout"}
@@ -49,14 +50,14 @@ WORLD_METRICS = {"concept_overlap", "projection_readout"}
 
 
 class Matching(NamedTuple):
-    """Which feature stands for which concept."""
+    """Which feature is matched to which concept."""
 
     concepts: Tensor
     """[matched], ascending; all of them unless there are fewer features"""
     features: Tensor
-    """[matched], the feature of each"""
+    """[matched], the feature of each of these concepts"""
     cosine: Tensor
-    """[matched], of decoder row and concept"""
+    """[matched], between decoder row and concept"""
 
 
 def compute_cosines(directions: Tensor, W_dec: Tensor) -> Tensor:
@@ -69,7 +70,7 @@ def match_features(table: Tensor) -> Matching:
     """Find the one-to-one matching with the largest sum of cosines [concepts, features]; NaN counts
     as -1."""
     from scipy.optimize import (
-        linear_sum_assignment,  # takes half a second, which other data need not wait
+        linear_sum_assignment,  # slow to import: half a second, only here
     )
 
     table = table.nan_to_num(nan=-1.0)
@@ -100,7 +101,7 @@ class Detection:
         concepts = len(directions)
         self.n = 0
         self.active, self.fired, self.both = torch.zeros(3, concepts, dtype=torch.float64)
-        # of strength, feature and projection: their sums, squares and products with the strength
+        # sums for strength, feature and projection: of values, squares, products with strength
         self.sums, self.squares, self.products = torch.zeros(3, 3, concepts, dtype=torch.float64)
 
     def add(self, x: Tensor, strengths: Tensor, features: Tensor) -> None:
@@ -118,7 +119,7 @@ class Detection:
             self.products[k] += (values * strengths).sum(dim=0)
 
     def result(self) -> dict[str, float]:
-        """The fields of `Recovery` that depend on samples."""
+        """Compute the fields of `Recovery` that depend on samples."""
         seen = self.active > 0
         variance = self.squares - self.sums.square() / self.n  # [3, concepts], times n
         covariance = self.products - self.sums * self.sums[0] / self.n
@@ -133,7 +134,7 @@ class Detection:
 
 
 def _ratio(a: Tensor, b: Tensor) -> Tensor:
-    """a / b; 0 where b is 0, or would be but for rounding."""
+    """a / b; 0 where b is 0, up to rounding."""
     return torch.where(b > 1e-12, a / b, 0.0)
 
 
@@ -142,9 +143,9 @@ def measure_recovery(
     weights: dict[str, Tensor],
     samples: Iterable[tuple[Tensor, Tensor, Tensor]],
 ) -> Recovery:
-    """Compare an SAE, by its weights for raw activations (see `SAE.fold`), with the concepts
-    [concepts, dim]; `samples` yields (activations, strengths, features), [n, ...] each, on the
-    CPU."""
+    """Compare an SAE with the concepts' directions [concepts, dim]; its `weights` take raw
+    activations (see `SAE.fold`); `samples` yields (activations, strengths, features), [n, ...]
+    each, on the CPU."""
     W_dec = weights["W_dec"]
     table = compute_cosines(directions, W_dec)
     matching = match_features(table)

@@ -7,9 +7,9 @@ tokens.next -> select -> capture -> drop norms above data.max_norm x median, at 
                  ├─ not the padding of an epoch's last sequence
                  └─ not other special tokens, unless data.keep_special
 
-Tokens are selected by the text alone, so the CPU does not wait for the LLM. Large norms show only
-in its activations: with `data.max_norm` the CPU waits for each batch. Evaluation uses the same two
-functions, `compute_medians` and `find_usual_rows`.
+Tokens are selected by the text alone, so the CPU does not wait for the LLM. Norms are known only
+after the LLM has run: with `data.max_norm` the CPU waits for each batch. Evaluation drops large
+norms by the same functions, `compute_medians` and `find_usual_rows`.
 """
 
 import math
@@ -36,8 +36,8 @@ MAX_EMPTY_BATCHES = 20  # consecutive LLM batches without a usable row before we
 class LLMRows(RowStream):
     """A `RowStream` that runs the LLM on `batch` sequences at a time, never on fewer.
 
-    A smaller last batch would be cheaper, but rounding errors depend on the size of a batch: rows
-    would depend on where a run ends.
+    A smaller last batch would be cheaper, but rounding errors depend on the size of a batch, so
+    rows would depend on where a run ends.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class LLMRows(RowStream):
         max_norm: float | None = None,
         keep_special: bool = False,
     ) -> None:
-        """`batch` in sequences; activations stay on the LLM's device, in its dtype."""
+        """`batch` is in sequences; activations stay on the LLM's device, in its dtype."""
         self.llm, self.tokens, self.sites = llm, tokens, tuple(sorted(set(sites)))
         self.batch, self.max_norm = batch, max_norm
         self._scaled = [
@@ -63,7 +63,7 @@ class LLMRows(RowStream):
         self.llm_seconds = 0.0
         dropped = [] if keep_special else find_special_ids(llm.tokenizer)
         self._dropped = torch.tensor(dropped, dtype=torch.int64)
-        self._medians: dict[Site, float] | None = None  # of the norms
+        self._medians: dict[Site, float] | None = None  # median norms
         self._empty = 0
 
     @property
@@ -71,7 +71,7 @@ class LLMRows(RowStream):
         return self.tokens.epoch
 
     def next(self, remaining: int) -> Rows:
-        """Capture one LLM batch, however many rows remain; they are on the LLM's device."""
+        """Run a whole LLM batch, whatever `remaining` is; its rows are on the LLM's device."""
         with record_function("pool"):
             sequences = self.read_sequences()
             keep = sequences.is_text & ~torch.isin(sequences.tokens, self._dropped)  # [n, context]
@@ -91,7 +91,7 @@ class LLMRows(RowStream):
         return rows
 
     def _without_large(self, rows: Rows, max_norm: float) -> Rows:
-        # The medians are those of the first LLM batch, for the whole run.
+        # The medians of the first LLM batch serve the whole run.
         self._medians = self._medians or compute_medians(rows.activations)
         usual = (
             find_usual_rows(rows.activations, self._medians, max_norm).cpu().nonzero().squeeze(1)
@@ -137,9 +137,9 @@ class LLMRows(RowStream):
         } | ({"scaled": self._scaled} if self._scaled else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue after LLM batch `llm_batches`; the text from `read` to there is skipped.
+        """Continue after `llm_batches` LLM batches; the text after the first `read` is skipped.
 
-        UserError: the state is of an earlier version, which left out the factor of a scaled branch.
+        UserError: an earlier version saved the state, without the factor of a scaled branch.
         """
         if self._scaled != state.get("scaled", []):
             raise UserError(

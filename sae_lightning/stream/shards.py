@@ -10,9 +10,9 @@
 In a shard:
     ids         [rows] int64, the sequence of each row
     resid.9     [rows, d] for each site, in the LLM's dtype
-    carry       tensors in the state of a streamed text
-    metadata    about (JSON): of each LLM batch the number of rows, the epoch after it and the crc32
-                of its tokens; the state of LLM and text before the shard
+    carry       the tensor in a streamed text's state: tokens not served yet
+    metadata    about (JSON): for each LLM batch the number of rows, the epoch after it and the
+                crc32 of its tokens; the row stream's state before the shard
                 crc32: of `about` and all tensors
 
 A shard is renamed into place when all of it is on disk. There is no index that a crash could leave
@@ -50,7 +50,7 @@ class Shard:
     """One file of the cache: LLM batches `first` to `stop` - 1."""
 
     def __init__(self, path: Path) -> None:
-        """Read the metadata. Raises one of `DAMAGE_ERRORS` if they are damaged."""
+        """Read the metadata. Raises one of `DAMAGE_ERRORS` if it is damaged."""
         if not path.is_file():  # opening a pipe would block
             raise ValueError("it is no plain file")
         with safe_open(path, "pt") as file:
@@ -77,7 +77,7 @@ class Shard:
         self._tensors: dict[str, Tensor] = {}
 
     def map_tensors(self, sites: Sequence[Site], width: int, **packing: int) -> bool:
-        """Mmap the tensors; False if the checksum is wrong, or if they are not those of an LLM of
+        """Mmap the tensors; returns False if the checksum is wrong, or if they do not fit an LLM of
         this `width` and text in this `packing` (see `expect_rows`)."""
         try:
             self._tensors = load_file(self.path)
@@ -112,8 +112,8 @@ class Shard:
 def write_shard(
     folder: Path, state: dict[str, Any], rows: list[Rows], epochs: list[int], texts: list[int]
 ) -> Shard:
-    """Write the rows of LLM batches (tensors on the CPU), with the row stream's `state` before
-    them, and for each batch the epoch after it and, as `texts`, the crc32 of its tokens."""
+    """Write the `rows` of LLM batches (tensors on the CPU), the row stream's `state` before them
+    and, for each batch, the epoch after it and the crc32 of its tokens (`texts`)."""
     tensors = {"ids": torch.cat([each.ids for each in rows])}
     for site in rows[0].activations:
         tensors[str(site)] = torch.cat([each.activations[site] for each in rows])

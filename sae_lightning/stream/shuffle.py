@@ -19,7 +19,7 @@ class Pool:
     take 3  | a . c d e . g . |   b f h       any 3 rows, each set of 3 as likely as any other
     fill    | a g c d e |                     the last rows move into the holes: O(batch)
 
-    One set of row numbers serves every site, so rows stay aligned across sites.
+    The same row indices are used at every site, so rows stay aligned across sites.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class Pool:
         seed: int,
         device: torch.device | str = "cpu",
     ) -> None:
-        """`capacity` in rows (tokens); memory on `device` is claimed at the first `add`."""
+        """`capacity` is in rows (tokens); memory on `device` is allocated at the first `add`."""
         self.sites, self.capacity, self.device = tuple(sites), capacity, torch.device(device)
         self._random = np.random.Generator(np.random.PCG64(seed))
         self._rows: dict[Site, Tensor] = {}  # {site: [capacity, d]}
@@ -43,7 +43,7 @@ class Pool:
     def add(self, activations: Mapping[Site, Tensor], ids: Tensor) -> None:
         """Append rows {site: [n, d]} of sequences `ids` [n], in the activations' own dtype.
 
-        UserError: the pool holds rows of another dtype, which only a restored one can.
+        UserError: the pool holds rows of another dtype (possible only after a resume).
         """
         start, stop = self._filled, self._filled + len(ids)
         assert stop <= self.capacity, f"{stop} rows in a pool of {self.capacity}"
@@ -69,7 +69,7 @@ class Pool:
         chosen = self._random.choice(self._filled, batch, replace=False, shuffle=False)
         taken = self._copy(torch.from_numpy(chosen))
         self._filled -= batch
-        # Of the rows that would now lie beyond the end, those not taken fill the holes before it.
+        # Rows that were not taken and lie beyond the new end fill the holes before it.
         holes = torch.from_numpy(chosen[chosen < self._filled])
         last = np.arange(self._filled, self._filled + batch)
         movers = torch.from_numpy(np.setdiff1d(last, chosen, assume_unique=True))
@@ -82,19 +82,19 @@ class Pool:
     def peek(self, n: int) -> Rows:
         """Copy n rows (all, if there are fewer) without removing them or advancing the RNG.
 
-        They are spread over the pool, so that early and late sequences are both among them.
+        They are spread evenly over the pool, so early and late sequences are both included.
         """
         n = min(n, self._filled)
         return self._copy(torch.from_numpy(np.linspace(0, self._filled - 1, n).astype(np.int64)))
 
     def _copy(self, places: Tensor) -> Rows:
         there = move_to_device(places, self.device)
-        # a tenth of the time of indexing with brackets, on a CPU
+        # on a CPU, ten times as fast as indexing with brackets
         rows = {site: self._rows[site].index_select(0, there) for site in self.sites}
         return Rows(rows, self._ids[places])
 
     def state_dict(self) -> dict[str, Any]:
-        """The filled rows, on the CPU, and the RNG: plain lists, numbers and tensors."""
+        """The filled rows, on the CPU, and the RNG's state: plain values and tensors."""
         return {
             "rows": {
                 str(site): rows[: self._filled].to("cpu", copy=True)
@@ -105,9 +105,9 @@ class Pool:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore this pool's sites from a state, which may hold others too.
+        """Restore this pool's sites from a state, which may hold more sites.
 
-        UserError: one of the sites is not in it.
+        UserError: the state lacks one of the sites.
         """
         self._filled, self._rows = 0, {}
         saved = state["rows"]

@@ -1,4 +1,4 @@
-"""The base class of all kinds of data, and the rows of activations that each of them gives."""
+"""The base class of all kinds of data, and the interface of its rows of activations."""
 
 import os
 from abc import ABC, abstractmethod
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Rows(NamedTuple):
-    """Activations of one LLM batch: the tokens that training may read, in text order."""
+    """Activations of one LLM batch, of the tokens kept for training, in text order."""
 
     activations: dict[Site, Tensor]
     """{site: [n, d]}; row i is the same token at every site."""
@@ -29,7 +29,7 @@ class Rows(NamedTuple):
 
 
 class RowStream(Protocol):
-    """An endless stream of LLM batches, whatever a run's length, batch and pool.
+    """An endless stream of LLM batches that does not depend on a run's length, batch or pool.
 
     A state loads into any other stream of the same rows: a run resumes exactly whether the LLM
     computes the rows or a cache holds them.
@@ -150,7 +150,7 @@ def make_absolute(path: str) -> str:
 
 
 class HeldOutData(ABC):
-    """Activations that training never sees, and what SAEs make of them."""
+    """Activations that training never sees, on which SAEs are measured."""
 
     @abstractmethod
     def activations(self, site: Site) -> Tensor:
@@ -166,7 +166,7 @@ class HeldOutData(ABC):
         rows: int,
     ) -> list[Any]:
         """Measure SAEs, which map [n, d_in] of `source` to [n, d_out] of `target`, on `rows` tokens
-        at a time; `weights` are those for raw activations."""
+        at a time; each of `weights` returns an SAE's weights for raw activations."""
 
 
 class OpenedData(NamedTuple):
@@ -181,7 +181,7 @@ class OpenedData(NamedTuple):
 
 
 class DataMemory(NamedTuple):
-    """Memory that a kind of data takes, in elements of tensors unless it says rows."""
+    """Memory that a kind of data takes, in rows or in elements of tensors."""
 
     rows: int
     """Rows of one LLM batch."""
@@ -192,17 +192,17 @@ class DataMemory(NamedTuple):
 
 
 class Source(ABC):
-    """A kind of data, as the stream half of a config describes it: a row of `SOURCES`."""
+    """A kind of data, as the stream half of a config describes it: an entry of `SOURCES`."""
 
     settings: ClassVar[type[DataConfig]]
     noun: ClassVar[str]
     """What activations are made from: text, samples."""
     where: ClassVar[str]
-    """The data as a message names it: text, data=synthetic."""
+    """How messages name the data: text, data=synthetic."""
     has_llm: ClassVar[bool]
     """Whether an LLM computes the activations."""
     metrics: ClassVar[frozenset[str]]
-    """Held-out metrics of this kind of data alone that depend on the SAE."""
+    """Held-out metrics that only this kind of data has and that depend on the SAE."""
     headline: ClassVar[str]
     """The metric that is shown first."""
     labels: ClassVar[tuple[str, ...]] = ()
@@ -213,14 +213,14 @@ class Source(ABC):
 
     @abstractmethod
     def check_settings(self, layer: LayerConfig) -> None:
-        """Raise UserError for settings without a meaning for this data; reads only the config."""
+        """Raise UserError for settings that have no meaning here; reads only the config."""
 
     def list_metrics(self, loss_tokens: int) -> tuple[frozenset[str], str]:
-        """List the metrics measured with so many tokens for the LLM's loss, and say on what."""
+        """List the metrics that `loss_tokens` allows, and say on what or why none are measured."""
         return self.metrics, f"on {self.where}"
 
     def resolve_llm(self) -> LLMConfig:
-        """Return the LLM's settings with dtype and attention as this machine resolves `auto`."""
+        """Return the LLM's settings, with `auto` dtype and attention resolved for this machine."""
         number = pick_dtype(self.llm)
         name = Dtype(str(number).removeprefix("torch."))
         return replace(self.llm, dtype=name, attn=self._attention(number))
@@ -230,7 +230,7 @@ class Source(ABC):
 
     @abstractmethod
     def read_shape(self) -> LLMShape:
-        """Read depth, width and context of what makes the activations, without its weights."""
+        """Read the LLM's depth, width and context without loading weights (or imitate them)."""
 
     def check_before_loading(self, shape: LLMShape, resumed: bool) -> None:
         """Raise UserError for mistakes that show before anything is loaded."""
@@ -240,14 +240,14 @@ class Source(ABC):
     def estimate_data_memory(
         self, sites: Sequence[Site], shape: LLMShape, tokens: int, loss_tokens: int
     ) -> DataMemory:
-        """Estimate the memory of a run at `sites` that is evaluated on so many held-out tokens."""
+        """Estimate the memory of a run at `sites` that is evaluated on `tokens` held-out tokens."""
 
     @abstractmethod
     def check_stream_state(
         self, state: Any, sites: Sequence[Site], shape: LLMShape, served: int
     ) -> None:
-        """Raise ValueError unless `state` can be that of a run's stream at `sites` after `served`
-        batches."""
+        """Raise ValueError unless `state` is a possible state of a run's stream at `sites` after
+        `served` batches."""
 
     @abstractmethod
     def open_data(
@@ -259,10 +259,10 @@ class Source(ABC):
         ahead: int = 0,
         resumed: bool = False,
     ) -> OpenedData:
-        """Open rows at `sites`, `ahead` of them prefetched while SAEs train, and `tokens` held-out
-        ones, `loss_tokens` of which measure the LLM's loss.
+        """Open rows at `sites`, with `ahead` rows prefetched while SAEs train, and `tokens`
+        held-out tokens, `loss_tokens` of them for the LLM's loss.
 
-        UserError: no disk space for a cache of the rows; a `resumed` run goes on without it."""
+        UserError: no disk space to cache the rows (a `resumed` run goes on without caching)."""
 
     @abstractmethod
     def open_held_out(

@@ -1,6 +1,6 @@
-"""Checks of saved states, before anything is built from them.
+"""Checks saved states before anything is built from them.
 
-They come from checkpoints and shared caches, which may be damaged, or somebody else's.
+States come from checkpoints and shared caches, which may be damaged or not to be trusted.
 """
 
 from collections.abc import Iterable
@@ -18,8 +18,8 @@ LLM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def expect(value: Any, like: Any, name: str) -> None:
-    """Raise ValueError, with `name`, unless `value` matches `like`: a dict that has its keys, a
-    tensor of its shape and dtype, an int in its range, an object of its type, or an equal one."""
+    """Raise ValueError, with `name`, unless `value` matches `like`: a dict of what to expect at
+    its keys, a tensor of the same shape and dtype, a range of ints, a type, or an equal value."""
     if isinstance(like, dict):
         expect(value, dict, name)
         for key, each in like.items():
@@ -57,8 +57,8 @@ def expect_ids(ids: Any, n: int, stop: int, name: str, dtype: torch.dtype = torc
 def expect_rows(
     state: Any, sites: Iterable[Site], *, batch: int, context: int, vocabulary: int
 ) -> int:
-    """Raise ValueError unless `state` can be that of an LLM's rows in batches of `batch` sequences;
-    returns the number of sequences served."""
+    """Raise ValueError unless `state` is a possible state of `LLMRows` in batches of `batch`
+    sequences; returns the number of sequences served."""
     expect(state, {"llm_batches": ANY_COUNT, "tokens": dict}, "rows")
     expect(state, {"read": range(state["llm_batches"] + 1)}, "rows")
     expect(state, {"medians": dict if state.get("medians") else type(None)}, "rows")
@@ -94,8 +94,8 @@ def expect_activations(rows: Any, sites: Iterable[Site], n: int, width: int, nam
 def expect_stream(
     state: Any, sites: Iterable[Site], *, width: int, most: int, served: int, sequences: int
 ) -> None:
-    """Raise ValueError unless `state` can be that of a stream after `served` batches: a pool of at
-    most `most` activations [width], whose ids are below `sequences`."""
+    """Raise ValueError unless `state` is a possible state of a stream after `served` batches: its
+    pool holds at most `most` rows [width], with ids below `sequences`."""
     pool = {"rows": dict, "ids": Tensor, "random": dict}
     expect(state, {"served": served, "rows": dict, "pool": pool}, "stream")
     pool = state["pool"]

@@ -1,4 +1,4 @@
-"""Activations made of known concepts (data=synthetic), without text and LLM.
+"""Activations made of known concepts (data=synthetic), without text or LLM.
 
 Shapes: n = samples, concepts, dim = length of an activation.
 """
@@ -121,7 +121,7 @@ def open_world(data: SyntheticConfig) -> World:
 
 
 def make_generator(purpose: str, seed: int) -> Generator:
-    """Make the RNG of one purpose, unlike that of any other purpose, whatever the seeds."""
+    """Make an RNG for `purpose` that differs from those for other purposes, whatever the seeds."""
     digest = hashlib.sha256(f"{purpose} {seed}".encode()).digest()
     return Generator().manual_seed(int.from_bytes(digest[:4]))  # the CPU generator uses 32 bits
 
@@ -129,7 +129,7 @@ def make_generator(purpose: str, seed: int) -> Generator:
 class ConceptRows(RowStream):
     """A `RowStream` of fresh samples: no activation is ever seen twice.
 
-    Sampled on the CPU, so that rows are the same on every device.
+    They are drawn on the CPU, so that rows are the same on every device.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class ConceptRows(RowStream):
         self._served = 0  # rows
 
     def next(self, remaining: int) -> Rows:
-        """Sample `max_rows` rows, however many remain; each is a sequence of its own."""
+        """Sample `max_rows` rows, whatever `remaining` is; each counts as a sequence of its own."""
         x, _ = self.world.sample(self.max_rows, self._generator)
         ids = torch.arange(self._served, self._served + len(x))
         self._served += len(x)
@@ -167,7 +167,7 @@ class HeldOutConcepts(HeldOutData):
     the concepts that they recover, not by an LLM's loss."""
 
     def __init__(self, world: World, *, seed: int, tokens: int, device: torch.device | str) -> None:
-        """`tokens` samples, by the world's `seed`: the same for all runs in that world."""
+        """Draw `tokens` samples with the world's `seed`: all runs in that world share them."""
         self.world = world
         samples = make_generator("held out", seed)
         counts = [min(SAMPLED_ROWS, tokens - done) for done in range(0, tokens, SAMPLED_ROWS)]
@@ -224,7 +224,7 @@ class SyntheticSource(Source):
                     )
 
     def read_shape(self) -> LLMShape:
-        """Concepts are like the output of an LLM's only block."""
+        """Samples stand for the output of an LLM with one block."""
         return LLMShape(layers=1, width=self.data.dim, context=None, vocabulary=0)
 
     def estimate_data_memory(

@@ -36,23 +36,23 @@ EAGER_CONTEXT = 256  # tokens; longer contexts take too much memory with eager a
 
 
 class TextSource(Source):
-    """Text through an LLM; a kind of text says how its documents are opened."""
+    """Text that an LLM reads; a subclass defines how documents are opened."""
 
     data: TextConfig
     noun, where, has_llm = "text", "text", True
-    # without the LLM's own losses, which are the same for every SAE
+    # but for the baselines, which are the same for every SAE
     metrics = frozenset(SpliceScores._fields) - frozenset(SpliceBaseline._fields)
     headline = "ce_recovered"
 
     @abstractmethod
     def open_documents(self) -> SplitText:
-        """Documents to train on, and others held out. Reads no more than it must to find them.
+        """Open training and held-out documents, reading as little of them as possible.
 
         UserError: nothing there, no such column, hub out of reach, package not installed.
         """
 
     def open_quietly(self) -> SplitText:
-        """Call `open_documents` with the library that reads them muted."""
+        """Call `open_documents` with the messages of libraries muted."""
         with mute_libraries():
             return self.open_documents()
 
@@ -64,8 +64,8 @@ class TextSource(Source):
         return super().list_metrics(0) if loss_tokens else (frozenset(), "with eval.loss_tokens=0")
 
     def _attention(self, number: torch.dtype) -> Attention:
-        """Eager attention is faster by a tenth in bf16 on a CPU (SmolLM2). Its memory grows with
-        the square of the context, so only for short ones."""
+        """Resolve `auto` to eager in bf16 on a CPU, where it is a tenth faster (SmolLM2), but only
+        for short contexts: its memory grows with the square of the context."""
         eager = (
             self.llm.attn is Attention.auto
             and pick_device(self.llm).type == "cpu"
@@ -87,10 +87,10 @@ class TextSource(Source):
                 "tokens; lower it"
             )
         if self.llm.name not in PACKAGED:
-            find_bos_id(load_tokenizer(self.llm))  # before the text is read
+            find_bos_id(load_tokenizer(self.llm))  # fail before the text is read
 
     def _check_cache(self) -> None:
-        """UserError if the cache can neither be written nor, like a colleague's, be read."""
+        """UserError if the cache is not writable, unless there is one to read (a colleague's)."""
         folder = place = pick_cache_folder(self.data.cache_folder)
         while not os.path.exists(place):
             place = place.parent
@@ -115,7 +115,7 @@ class TextSource(Source):
     def _blocks(self, sites: Sequence[Site], loss_tokens: int) -> int | None:
         """Count the LLM's blocks that a run at `sites` needs; None for the whole LLM.
 
-        Its loss needs all of it, and so does a cache, whose key is a hash of all of its weights.
+        The LLM's loss needs all blocks, and so does a cache, whose key hashes all weights.
         """
         if loss_tokens or self.data.cache:
             return None

@@ -2,8 +2,8 @@
 
 The two kinds of `TokenStream`:
 
-    ShuffledTokens   data with an index: sequences in a random order over the whole epoch
-    StreamedTokens   data without one: documents shuffled in a buffer, sequences in that order
+    ShuffledTokens   indexed text: all sequences of an epoch in random order
+    StreamedTokens   streamed text: documents shuffled through a buffer, then cut into sequences
 """
 
 import zlib
@@ -32,7 +32,7 @@ FINGERPRINT_TOKENS = 1 << 12  # length of each sample in a long text's fingerpri
 class ShuffledTokens(TokenStream):
     """Sequences of an indexed text in a seeded random order, a new one each epoch.
 
-    windows      0  1  2  3  4  5          (cut from the flat tokens, never copied in memory)
+    windows      0  1  2  3  4  5          (slices of the flat tokens)
     epoch 1      3  0  5  1  4  2          order = PCG64(seed, 1)
     epoch 2      1  4  2  0  3  5          order = PCG64(seed, 2)
                           ^ cursor         state = (epoch, cursor)
@@ -65,8 +65,8 @@ class ShuffledTokens(TokenStream):
         return self.packing.pack_sequences(windows, torch.tensor(ids, dtype=torch.int64))
 
     def fingerprint(self) -> str:
-        """Length and checksum: of all of a text up to a million tokens, of evenly spread samples of
-        a longer one."""
+        """Length and checksum of the text; beyond a million tokens, the checksum is of evenly
+        spaced samples."""
         if not self._fingerprint:
             samples = min(256, -(-len(self.flat) // FINGERPRINT_TOKENS))
             checksum = 0
@@ -82,7 +82,7 @@ class ShuffledTokens(TokenStream):
         return place | {"text": self.fingerprint()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue after the sequence served last; UserError where the text is another one."""
+        """Continue after the last sequence served; UserError if the text is a different one."""
         if state["tokens"] != len(self.flat):
             raise UserError(
                 f"data: the text has {len(self.flat):,} tokens but the run to be resumed read one "
@@ -101,7 +101,7 @@ class StreamedTokens(TokenStream):
     carry     tokens not served yet     [ . . . . . . . . ]      next window = its first tokens
 
     state = (epoch, documents, their crc32, carry). Resuming shuffles with the same seed and reads
-    as many `documents` again, which is exact and verifies them. The state_dict of datasets is
+    that many documents again, which is exact and verifies them. The state_dict of datasets is
     faster but drops the documents in the shuffle buffer: a resumed run would never read them.
     """
 
@@ -124,7 +124,7 @@ class StreamedTokens(TokenStream):
         self._rows = iter(data)
 
     def _texts(self) -> Iterator[str]:
-        """The documents that follow, counted."""
+        """Yield the documents that follow, and count them."""
         try:
             for row in self._rows:
                 text = "" if row["text"] is None else row["text"]
@@ -163,7 +163,7 @@ class StreamedTokens(TokenStream):
         return True
 
     def window(self) -> np.ndarray | None:
-        """The next window [<= width] of this epoch; None at its end, shorter only just before."""
+        """The next window [<= width] of this epoch; the last may be short; None at its end."""
         while len(self.carry) < self.packing.width and self._pull():
             pass
         if not len(self.carry):
@@ -206,7 +206,7 @@ class StreamedTokens(TokenStream):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue after the sequence served last; UserError where the text is another one."""
+        """Continue after the last sequence served; UserError if the text is a different one."""
         self._begin(state["epoch"])
         deque(islice(self._texts(), state["documents"]), maxlen=0)
         check_text(state, self.documents_crc32)
@@ -219,7 +219,7 @@ class TextChanged(UserError):
 
 
 def check_text(state: dict[str, Any], text: str | int) -> None:
-    """Raise TextChanged if a `state` names another text than `text`."""
+    """Raise TextChanged if `state` was saved with a text other than `text`."""
     if state.get("text", text) != text:
         raise TextChanged(
             f"data: the text is no longer the one that the run to be resumed read ({text}, not "
@@ -236,11 +236,11 @@ class HeldOutTokens:
         self.data, self.tokenizer, self.packing, self.where = data, tokenizer, packing, where
 
     def pick_sequences(self, sequences: int) -> Tensor:
-        """The same sequences at every call -> [<= sequences, context] int64.
+        """Pick sequences, the same at every call -> [<= sequences, context] int64.
 
         Indexed text: windows spread evenly over all of it, so that every document has its share.
-        Streamed text: its first windows. None is padded: a window that the text does not fill is
-        left out, or, if it is the only one, returned shorter. UserError if nothing is held out.
+        Streamed text: its first windows. No window is padded: a short last one is left out or, if
+        it is the only one, returned as a shorter sequence. UserError if nothing is held out.
         """
         if hasattr(self.data, "__len__"):
             flat = flat_tokens(self.data, self.tokenizer, self.packing.separator, "held-out text")
@@ -261,7 +261,7 @@ class HeldOutTokens:
 
 
 class SplitTokens(NamedTuple):
-    """The two parts of a text, tokenised; the held-out one when it is first asked for."""
+    """The two parts of a text as tokens; the held-out one is tokenised when it is read."""
 
     train: TokenStream
     held_out: HeldOutTokens
@@ -270,7 +270,7 @@ class SplitTokens(NamedTuple):
 def open_tokens(text: SplitText, tokenizer: Any, *, context: int, seed: int) -> SplitTokens:
     """Tokenise an opened `SplitText` into training and held-out sequences of `context` tokens.
 
-    An indexed training text is tokenised here, at once; a streamed one as it is read.
+    An indexed training text is tokenised right away, a streamed one as it is read.
     UserError: the text holds no token, or one that the LLM does not know.
     """
     packing = Packing(context, find_bos_id(tokenizer), find_separator_id(tokenizer))
