@@ -180,7 +180,7 @@ def _fold(weights: dict[str, Tensor], scale: float, rescale: bool) -> dict[str, 
     -1 is read as 0, which lets all of relu(z) pass.
     """
     if (weights.get("scaling_factor", torch.zeros(1)) == 1).all():
-        del weights["scaling_factor"]  # in versions before 6; 1 has no effect
+        del weights["scaling_factor"]  # in SAELens before 6; 1 has no effect
     weights["W_enc"] = weights["W_enc"] * scale
     weights["W_dec"], weights["b_dec"] = weights["W_dec"] / scale, weights["b_dec"] / scale
     if rescale:

@@ -8,7 +8,8 @@ block "feature-1"  details of units 128 ... 255
 "feature" is loaded when the page opens, a block of details when one of its units is opened.
 A block holds its fields one after another, deflated, as base64. The bytes of a field are grouped by
 significance (the lowest byte of every number, then the next ...), which compresses best.
-Tokens are renumbered from 1 by frequency, so that common ones take one byte; 0 is no token.
+Tokens are renumbered from 1 by frequency: the high bytes of common ones are 0, which compress to
+nearly nothing. 0 is no token.
 """
 
 import base64

@@ -58,7 +58,8 @@ def check_checkpoint(
         )
     with _report_damage(path, f"{stream} is damaged, or not the one that belongs to {path.name}"):
         state = load_tensors(stream, seen)
-        if saved.get("stream", read_checksum(stream)) != read_checksum(stream):  # old ones lack it
+        # checkpoints of older versions have no checksum
+        if saved.get("stream", read_checksum(stream)) != read_checksum(stream):
             raise ValueError(f"its checksum is not the one in {path.name}")
         check_stream(state, step)
 

@@ -18,9 +18,9 @@ class Elapsed(NamedTuple):
     seconds: float
     """Training time; only differences are meaningful."""
     stream: float
-    """Part of it spent in the stream, LLM included, measured on the CPU."""
+    """Part of `seconds` spent in the stream, LLM included, measured on the CPU."""
     llm: float
-    """Part of it spent in the LLM, measured on the CPU."""
+    """Part of `seconds` spent in the LLM, measured on the CPU."""
 
 
 class Throughput(L.Callback):
