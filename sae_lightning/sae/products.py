@@ -22,8 +22,8 @@ DENSE_PRODUCT_ROWS = 256  # rows of that product in memory at a time
 
 def break_even_density(device: str, dtype: torch.dtype) -> float:
     """The density below which sparse products are faster than dense ones in `dtype` on this type of
-    device; 0 where there are no sparse ones. Measured by `benchmarks/sparse.py` on two cores and on
-    an H200."""
+    device; 0 if the device has no sparse products. Measured by `benchmarks/sparse.py` on two cores
+    and on an H200."""
     if not has_sparse_products(device):
         return 0.0
     if device == "cpu":

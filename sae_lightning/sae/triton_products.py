@@ -77,8 +77,8 @@ def _owners(offsets: Tensor, nnz: int) -> Tensor:
 
 @triton.jit
 def _piece(offsets, owners, cuts, PIECE: tl.constexpr):
-    """This program's piece: its row, its first entry, the one after its last, and whether it is a
-    tail. Tails come first, since they are the longest pieces."""
+    """This program's piece: its row, first entry, end (exclusive), and whether it is a tail.
+    Tails come first, since they are the longest pieces."""
     program = tl.program_id(0).to(tl.int64)
     tail = program < cuts
     row = tl.where(tail, tl.load(owners + program, mask=tail, other=0), program - cuts)
