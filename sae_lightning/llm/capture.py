@@ -137,7 +137,7 @@ def _measure_scale(model: nn.Module, site: Site) -> float:
         raise UserError(
             f"layer.source, layer.target: {type(block).__name__} does not just add its attention "
             "and its MLP to the residual stream (it has a third branch, or normalises or scales "
-            f"the stream), so that {site.kind.value} is no term of it; use layer=resid"
+            f"the stream), so {site.kind.value} cannot be read; use layer=resid"
         )
     return scale
 

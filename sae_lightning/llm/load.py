@@ -73,8 +73,7 @@ class LLMConfig:
     """Sequences per forward pass."""
 
     bos: str | None = None
-    """The token that starts every sequence (BOS); null for that of the tokenizer or, if it has
-    none, of the model's config."""
+    """The token that starts every sequence; null is the tokenizer's or the model's BOS."""
 
     separator: str | None = None
     """The token between two documents; null is the tokenizer's or the model's EOS. Like other

@@ -141,7 +141,7 @@ def _piece(tokenizer, setting: str, text: str) -> str:
         return text
     ids = tokenizer.encode(text, add_special_tokens=False)
     if len(ids) != 1:
-        raise UserError(f"{setting}: no token of this tokenizer; give one, such as '</s>'")
+        raise UserError(f"{setting}: this tokenizer has no such token; give one, such as '</s>'")
     return tokenizer.convert_ids_to_tokens(ids[0])
 
 

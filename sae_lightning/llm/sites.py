@@ -118,8 +118,7 @@ class LayerConfig:
     residual stream) or mlp_in (what the MLP reads)."""
 
     target: Kind | None = None
-    """Site that is reconstructed; null is the one that is read. Another one makes the SAE a
-    transcoder."""
+    """Site that is reconstructed; null is the source. Any other makes the SAE a transcoder."""
 
     def __post_init__(self):
         if self.index < 0:
@@ -178,7 +177,7 @@ def find_site_module(model: nn.Module, site: Site) -> nn.Module:
     if streams > 1 and site.kind is not Kind.mlp_in:
         raise UserError(
             f"layer.source, layer.target: {type(block).__name__} passes on {streams} residual "
-            f"streams that it mixes, so that there is no one {site.kind.value}; use "
+            f"streams and mixes them: there is no single {site.kind.value}; use "
             "layer.source=mlp_in, or choose another LLM"
         )
     if site.kind is Kind.resid:

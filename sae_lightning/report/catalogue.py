@@ -84,7 +84,7 @@ class RelatedUnits(NamedTuple):
 
 
 class LogitEffect(NamedTuple):
-    """Tokens whose logits a unit raises and lowers most, through the unembedding alone."""
+    """Tokens whose logits a unit raises and lowers most, as `task=lens` computes it."""
 
     promoted: Tensor
     """[units, k] token ids, the most raised first, int64"""
@@ -123,7 +123,7 @@ class Catalogue(NamedTuple):
     partners: RelatedUnits | None = None
     """By Jaccard index: tokens where both fire / tokens where either fires; None for neurons."""
     effect: LogitEffect | None = None
-    """None if the site does not write to the residual stream."""
+    """None for neurons."""
 
     @property
     def num_units(self) -> int:

@@ -36,7 +36,7 @@ class SAEConfig:
     in 6 fires on a token at first. With 0 every second feature does, and SAEs learn slower; with -2
     one in 44, and more features never fire."""
     fixed_norm: bool = False
-    """Keep every decoder row at that norm; false lets it grow and shrink."""
+    """Keep every decoder row at the norm `decoder_norm`; false lets it grow and shrink."""
     skip: bool = False
     """Add x W_skip to the reconstruction: only for a transcoder (`layer.target`)."""
     seed: int = 0
