@@ -26,8 +26,8 @@ class MatryoshkaConfig(TopKConfig):
         TopKConfig.__post_init__(self)
         if not self.groups or min(self.groups) <= 0 or sum(self.groups) >= 1:
             raise UserError(
-                f"model.groups={self.groups}: give positive shares of the features that leave some "
-                "of 1, such as [0.0625,0.25]"
+                f"model.groups={self.groups}: give positive shares of the features whose sum is "
+                "below 1, such as [0.0625,0.25]"
             )
         if 0 in self.sizes():
             raise UserError(

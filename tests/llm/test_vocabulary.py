@@ -132,7 +132,7 @@ def test_a_token_is_given_as_it_reads_or_as_the_vocabulary_writes_it(folder):
         tokenizer = load_tokenizer(LLMConfig(name=name, separator=text))
         assert find_separator_id(tokenizer) == fox[0]
         assert tokenizer.encode("the fox<eos>") == plain.encode("the fox<eos>")
-    with pytest.raises(UserError, match=r"^llm\.bos=<start>: this tokenizer has no such token; give one"):
+    with pytest.raises(UserError, match=r"^llm\.bos=<start>: this tokenizer has no such token"):
         load_tokenizer(LLMConfig(name=name, bos="<start>"))
     with pytest.raises(UserError, match=r"^llm\.bos=: empty"):
         LLMConfig(name=name, bos="")
