@@ -29,7 +29,7 @@ def find_separator_id(tokenizer) -> int:
 def _first_id(tokenizer, setting: str, *ids: int | None) -> int:
     for token in ids:
         if token is not None:
-            check_ids(tokenizer, [token], setting, f"give one that has as {setting}=...")
+            check_ids(tokenizer, [token], setting, f"set {setting} to a token that has a row")
             return token
     raise UserError(
         "llm.name: this tokenizer has neither a BOS nor an EOS token, and the model's config names "

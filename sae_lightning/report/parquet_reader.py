@@ -42,7 +42,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 
 def read_catalogue(path: Path, vocabulary: list[str]) -> Catalogue:
-    """Read a catalogue; a token gets the id in `vocabulary` of the same text, -1 if there is none.
+    """Read a catalogue; a token's text becomes its id in `vocabulary`, or -1 if it is not there.
 
     Lists are padded to the longest, [units, k]. Any exception means that the file is damaged.
     """
@@ -65,6 +65,7 @@ def read_catalogue(path: Path, vocabulary: list[str]) -> Catalogue:
             _to_tensor(columns["score"]).float(), _read_tokens(columns["tokens"], ids), previous
         )
         catalogue = catalogue._replace(token_sets=token_sets)
+    # telling: how informative a feature is at first sight (analysis/survey/telling.py)
     if "telling" in columns:
         telling, original = (
             _to_tensor(columns["telling"]).float(),

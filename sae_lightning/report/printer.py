@@ -85,7 +85,8 @@ def _make_heading(catalogue: Catalogue, unit: int) -> Text:
         ids = [i for i in token_sets.tokens[unit].tolist() if i >= 0][:5]
         where = "after " if token_sets.previous[unit] else ""
         tokens = " ".join(isolate(f"‘{show_token(catalogue.vocabulary[i])}’") for i in ids)
-        heading.append(f", score {float(token_sets.score[unit]):.2f}: {where}{tokens}", "not bold")
+        score = f", token score {float(token_sets.score[unit]):.2f}: {where}{tokens}"
+        heading.append(score, "not bold")
     if catalogue.copy_of is not None:
         copies = int((catalogue.copy_of == unit).sum()) - 1
         text = f", and {copies} {'copy' if copies == 1 else 'copies'}" if copies > 0 else ""

@@ -217,7 +217,7 @@ def _quote_text(argument: str, sweep: bool, texts: dict[str, bool]) -> str:
     if (is_path or sweep) and HYDRA_SYNTAX.search(value) or (sweep and re.match(r"\w+\(", value)):
         return argument
     if is_path and "," in value and not sweep and setting not in ("resume", "run", "file"):
-        return argument  # not quoted, so that the error about -m appears
+        return argument  # Hydra sees several values, and the error says that they need -m
     expand = os.path.expanduser if is_path else str
     values = SWEEP_VALUE.findall(value) if sweep else [("", value)]
     return f"{name}=" + ",".join(

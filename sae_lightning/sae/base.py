@@ -240,9 +240,9 @@ class SAE(nn.Module):
         folded["b_dec"] = b_dec
         return {name: weight.float().contiguous() for name, weight in folded.items()}
 
-    def fold_biases(self, share: Tensor, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The encoder's biases for inputs whose x W_enc is larger by `share` [features]."""
-        return {"b_enc": weights["b_enc"] - share}
+    def fold_biases(self, offset: Tensor, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Encoder biases that compensate for an `offset` [features] added to x W_enc."""
+        return {"b_enc": weights["b_enc"] - offset}
 
     def weights(self) -> dict[str, Tensor]:
         """Contiguous weights by their names in the saved format."""

@@ -61,7 +61,8 @@ class BatchTopK(SAE):
             if len(pattern) >= k:
                 break
         pre = above + bound[pattern.columns]
-        positive = sparse.find_above(pre, 0.0)  # rounding the bias up may have let in values <= 0
+        # the search rounds its bias up, so that some exact values may be <= 0
+        positive = sparse.find_above(pre, 0.0)
         values, chosen = pre[positive].topk(min(k, len(positive)), sorted=False)
         if len(values):
             self._remember(values.min())

@@ -18,8 +18,8 @@ class GatedConfig(SAEConfig):
     start_bias: float = 0.0
     """Encoder biases at the start."""
     fixed_norm: bool = True
-    """Keep every decoder row at that norm. With false, training can evade the penalty, which only
-    sees the gate: rows shrink while r_mag grows."""
+    """Keep every decoder row at the norm `decoder_norm`. With false, training can evade the
+    penalty, which only sees the gate: rows shrink while r_mag grows."""
 
 
 class Gated(SAE):
@@ -53,9 +53,9 @@ class Gated(SAE):
         output = super().training_pass(x, only_active)
         return output._replace(gate=output.pre.with_values(output.pre.values.relu()))
 
-    def fold_biases(self, share: Tensor, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        b_mag = weights["b_mag"] - share * weights["r_mag"].exp()
-        return super().fold_biases(share, weights) | {"b_mag": b_mag}
+    def fold_biases(self, offset: Tensor, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        b_mag = weights["b_mag"] - offset * weights["r_mag"].exp()
+        return super().fold_biases(offset, weights) | {"b_mag": b_mag}
 
     @torch.no_grad()
     def restart(self, features: Tensor, columns: Tensor, rows: Tensor) -> None:

@@ -21,7 +21,7 @@ class TopKConfig(SAEConfig):
     start_bias: float = 0.0
     """Encoder biases at the start."""
     fixed_norm: bool = True
-    """Keep every decoder row at that norm; false lets it grow and shrink."""
+    """Keep every decoder row at the norm `decoder_norm`; false lets it grow and shrink."""
 
     def __post_init__(self):
         SAEConfig.__post_init__(self)

@@ -40,12 +40,12 @@ class LongTokens(NamedTuple):
 
 @torch.no_grad()
 def find_long_tokens(x: Tensor) -> LongTokens | None:
-    """Find the long tokens of x [n, d]: without them, the longest 0.1 % of the rest hold at most a
-    tenth of its variance, and the longest 5 % at most half. None if there are none, or x is not
-    finite.
+    """Find the long tokens of x [n, d]: about the fewest of largest norm without which the longest
+    0.1 % of the rest hold at most a tenth of the remaining variance, and the longest 5 % at most
+    half. None if there are none, or x is not finite.
 
         |x|      100  97  11  10   9  ...   1
-                 └─ long ┘ └──── usual ────┘     max_norm: between 97 and 11, over the median
+                 └─ long ┘ └──── usual ────┘     max_norm x median: between 11 and 97
     """
     length, order = compute_norms(x).cpu().sort(descending=True)
     mean = x.mean(dim=0, dtype=torch.float32)

@@ -109,7 +109,7 @@ class FidelitySums:
         self.mean = mean.cpu().double()
         self.tokens = 0
         self.residual = 0.0
-        self.origin = self.centred = torch.zeros(6, dtype=torch.float64)
+        self.uncentred = self.centred = torch.zeros(6, dtype=torch.float64)
 
     @torch.no_grad()
     def add(self, target: Tensor, reconstruction: Tensor) -> None:
@@ -117,20 +117,21 @@ class FidelitySums:
         x, x_hat = target.cpu().double(), reconstruction.cpu().double()
         self.tokens += len(x)
         self.residual += (x - x_hat).square().sum().item()
-        self.origin = self.origin + _sums(x, x_hat)
+        self.uncentred = self.uncentred + _sums(x, x_hat)
         self.centred = self.centred + _sums(x - self.mean, x_hat - self.mean)
 
     def result(self) -> Fidelity:
         """Fidelity of all tokens added so far; NaN where a denominator is 0."""
-        length, length_hat, square, square_hat, product, cosine = self.origin
+        length, length_hat, square, square_hat, product, cosine = self.uncentred
+        *_, centred_square_hat, centred_product, centred_cosine = self.centred
         return Fidelity(
             mse=self.residual / (self.tokens * len(self.mean)),
             relative_mse=(self.residual / square).item(),
             cosine=(cosine / self.tokens).item(),
-            cosine_centred=(self.centred[5] / self.tokens).item(),
+            cosine_centred=(centred_cosine / self.tokens).item(),
             norm_ratio=(length_hat / length).item(),
             gamma=(square_hat / product).item(),
-            gamma_centred=(self.centred[3] / self.centred[4]).item(),
+            gamma_centred=(centred_square_hat / centred_product).item(),
         )
 
 

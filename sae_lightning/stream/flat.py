@@ -1,4 +1,4 @@
-"""Tokenises an indexed text into one long array, streamed documents into one array each.
+"""Tokenises a map-style data set into one long array, and streamed documents into one array each.
 
 A document longer than PIECE_BYTES is cut before it is tokenised, because a tokenizer takes 150
 bytes of memory for each byte of text:
@@ -30,7 +30,7 @@ from sae_lightning.stream.documents import prepare_text_cache, view_texts
 from sae_lightning.terminal import phase
 
 PIECE_BYTES = 1 << 18  # bytes; a longer document is cut
-TOKENISED_BYTES = 1 << 20  # characters tokenised at a time
+TOKENISED_CHARACTERS = 1 << 20  # characters tokenised at a time
 WRITTEN_TOKENS = 1 << 22  # tokens written at a time
 CUT_PATTERNS = [
     re.compile(place, re.DOTALL)  # each matches up to the last place of its kind
@@ -90,13 +90,13 @@ def _tokenise(
 
 
 def _group_pieces(documents: Iterable[Any]) -> Iterator[list[Cut]]:
-    """Yield all pieces in order, in groups of about TOKENISED_BYTES characters."""
+    """Yield all pieces in order, in groups of about TOKENISED_CHARACTERS characters."""
     group, size = [], 0
     for number, document in enumerate(documents, 1):
         for cut in _pieces(memoryview(document), number):
             group.append(cut)
             size += len(cut.text)
-            if size >= TOKENISED_BYTES:
+            if size >= TOKENISED_CHARACTERS:
                 yield group
                 group, size = [], 0
     if group:

@@ -132,11 +132,11 @@ class HeldOut(HeldOutData):
             )
 
 
-def _say_overflow(number: torch.dtype) -> None:
+def _say_overflow(dtype: torch.dtype) -> None:
     why, remedy = "the LLM computes NaN or infinity", "set eval.loss_tokens=0, or check its weights"
-    if number is torch.float16:
+    if dtype is torch.float16:
         why = "float16 overflows in the LLM above the SAE"
         remedy = "use llm.dtype=bfloat16 or float32"
     console.print(
-        f"the LLM's loss on held-out text is not finite and scores nothing: {why}; {remedy}"
+        f"the LLM's loss on held-out text is not finite, so no score uses it: {why}; {remedy}"
     )

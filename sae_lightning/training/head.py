@@ -121,7 +121,7 @@ class Head(nn.Module):
 
     @property
     def effective_coefficients(self) -> dict[str, float | Tensor]:
-        """Coefficient of each term but the mse, including warm-up and steering."""
+        """Coefficient of each term but the mse, with the factors of warm-up and `TargetL0`."""
         values = self.loss.coefficients()
         if self.loss.sparsity:
             values[self.loss.sparsity] *= self.penalty_factor * self.steering
@@ -149,6 +149,7 @@ class Head(nn.Module):
 
     def get_extra_state(self) -> dict[str, Any]:
         """State for checkpoints that is not a tensor."""
+        # "occupied": the saved name of active_density
         return {"training_metrics": self.training_metrics, "occupied": self.active_density}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:

@@ -26,6 +26,7 @@ from sae_lightning import annotate, lens, open_run, steer, survey
 subject, text = open_run("outputs/2026-01-31/12-00-00")
 features = survey(subject, text.train, tokens=20_000).features
 
+# the feature whose firing is best predicted by a set of tokens
 words, best = features.vocabulary, features.token_sets.score.nan_to_num(0).argmax().item()
 print(f"feature {best} fires on", [words[t] for t in features.token_sets.tokens[best] if t >= 0])
 for example in features.top.tokens[best, :3]:

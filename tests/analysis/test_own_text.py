@@ -153,10 +153,14 @@ def test_a_catalogue_of_this_sae_is_used_again_and_told(subject, file, capsys):
 
 def test_a_catalogue_of_anything_else_is_not_used_in_silence(subject, file, capsys):
     subject.sae.b_enc[0] += 1
-    assert said_of(subject, file, capsys).endswith("is of other weights: making a new one")
+    assert said_of(subject, file, capsys).endswith(
+        "does not match this SAE in weights: making a new one"
+    )
     subject.config.llm.name = "another"
     subject.config.layer.index = 2
-    assert "is of other LLM and site and weights: making" in said_of(subject, file, capsys)
+    assert "does not match this SAE in LLM and site and weights: making" in said_of(
+        subject, file, capsys
+    )
     file.write_bytes(file.read_bytes()[:-9])
     assert "features.parquet cannot be used (" in said_of(subject, file, capsys)
     pyarrow.parquet.write_table(pyarrow.table({"feature": [0]}), file)  # of version 0.1.0

@@ -59,7 +59,7 @@ def print_lines(capsys, *arguments, **more) -> list[str]:
 def test_a_unit_is_told_with_its_density_maximum_score_and_tokens(capsys):
     heading = print_lines(capsys, catalogue([1]), [0])[1]
     assert heading == (
-        "feature 0  fires on 0.5 % of tokens, maximum 8, score 0.75: after ‘ cat’ ‘↵’"
+        "feature 0  fires on 0.5 % of tokens, maximum 8, token score 0.75: after ‘ cat’ ‘↵’"
     )
     assert print_lines(capsys, catalogue([1]), [1]) == ["", "feature 1  never fires"]
 

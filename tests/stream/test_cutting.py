@@ -63,7 +63,7 @@ def test_a_document_in_pieces_has_the_tokens_of_the_whole(kind, monkeypatch):
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
     assert [x.tolist() for x in whole] == [[*x, 299] if x else [] for x in ids], "as it ever was"
     monkeypatch.setattr(flat, "PIECE_BYTES", PIECE)
-    monkeypatch.setattr(flat, "TOKENISED_BYTES", 3 * PIECE)
+    monkeypatch.setattr(flat, "TOKENISED_CHARACTERS", 3 * PIECE)
     for one, other in zip(whole, tokenise_documents(tokenizer, texts, 299), strict=True):
         assert np.array_equal(one, other)
 
@@ -89,7 +89,7 @@ def test_text_that_offers_no_space_is_cut_between_characters(text, monkeypatch):
 @pytest.mark.parametrize("part", ["train", "held_out"])
 def test_what_is_tokenised_at_a_time_is_bounded(streamed, part, monkeypatch):
     monkeypatch.setattr(flat, "PIECE_BYTES", PIECE)
-    monkeypatch.setattr(flat, "TOKENISED_BYTES", 2 * PIECE)
+    monkeypatch.setattr(flat, "TOKENISED_CHARACTERS", 2 * PIECE)
     sizes, tokenizer = [], byte_tokenizer()
 
     class Counting(PreTrainedTokenizerFast):
@@ -115,7 +115,7 @@ def test_the_bar_moves_within_a_document(tokenizer, monkeypatch):
     from contextlib import contextmanager
 
     monkeypatch.setattr(flat, "PIECE_BYTES", PIECE)
-    monkeypatch.setattr(flat, "TOKENISED_BYTES", PIECE)
+    monkeypatch.setattr(flat, "TOKENISED_CHARACTERS", PIECE)
     moves = []
 
     @contextmanager

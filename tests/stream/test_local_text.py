@@ -30,7 +30,7 @@ def test_a_long_document_is_never_in_memory_as_a_whole(kind, tokenizer, tmp_path
     monkeypatch.setattr(documents, "SCANNED_BYTES", 1 << 16)
     monkeypatch.setattr(flat, "PIECE_BYTES", 1 << 16)
     monkeypatch.setattr(local_text, "READ_CHARACTERS", 1 << 16)
-    monkeypatch.setattr(flat, "TOKENISED_BYTES", 1 << 16)
+    monkeypatch.setattr(flat, "TOKENISED_CHARACTERS", 1 << 16)
     monkeypatch.setattr(flat, "WRITTEN_TOKENS", 1 << 16)
     calls = []
 

@@ -18,7 +18,7 @@ def read_key(name: str | None) -> str:
     """The key in the environment variable `name`; empty if there is none."""
     key = os.environ.get(name, "").strip() if name else ""
     if not (key.isascii() and key.isprintable()):
-        # the client's error would quote it
+        # refused here, because the HTTP client's error would quote the key
         raise UserError(f"key_env={name}: holds characters that no key has; set it again")
     return key
 

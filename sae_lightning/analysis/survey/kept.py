@@ -33,13 +33,14 @@ def read_kept_catalogue(subject: Subject, path: Path) -> Catalogue | None:
         other = [name for name, value in own.items() if metadata["of"].get(name) != value]
         if other:
             console.print(
-                f"{shorten_path(path)} is of other {' and '.join(other)}: making a new one"
+                f"{shorten_path(path)} does not match this SAE in {' and '.join(other)}: "
+                "making a new one"
             )
             return None
         catalogue = read_catalogue(path, words)
         # `kind` becomes part of file names: an untrusted file must not choose a path with it
         if (catalogue.kind, catalogue.num_units) != ("feature", subject.features):
-            raise ValueError(f"it is of {catalogue.num_units} units of the kind {catalogue.kind!r}")
+            raise ValueError(f"it describes {catalogue.num_units} {catalogue.kind!r} units")
         tokens, text = catalogue.statistics.tokens, metadata["of"]["text"]
         console.print(f"using the catalogue {shorten_path(path)}, {tokens:,} tokens of {text}")
         return catalogue
