@@ -188,7 +188,7 @@ DAMAGE = [  # column, or number of an example; what the first unit has there; wh
 def test_a_strangers_catalogue_reaches_neither_other_files_nor_the_memory(subject, file, capsys):
     whole = pyarrow.parquet.read_table(file)
     tables = [
-        (whole.rename_columns(["../../x", *whole.column_names[1:]]), "32 units of the kind"),
+        (whole.rename_columns(["../../x", *whole.column_names[1:]]), "units): making a new one"),
         (whole.drop_columns(["copy_of"]), "it lacks 'copy_of'"),
     ]
     for name, first, why in DAMAGE:

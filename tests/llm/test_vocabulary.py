@@ -183,7 +183,9 @@ def test_a_token_without_a_row_that_no_text_needs_is_no_matter(larger):
 
 def test_a_special_token_without_a_row_names_its_setting(larger):
     tokenizer = load_tokenizer(replace(larger, separator="<image>"))
-    with pytest.raises(UserError, match=r"^llm\.separator: the token '<image>' \(id 109\) .* as l"):
+    with pytest.raises(
+        UserError, match=r"^llm\.separator: the token '<image>' \(id 109\) .* set l"
+    ):
         find_separator_id(tokenizer)
 
 

@@ -89,7 +89,7 @@ class Fixed:
     def activations(self, site):
         return self.x
 
-    def scores(self, source, target, saes, *_):
+    def measure_saes(self, source, target, saes, *_):
         return [None] * len(saes)
 
 
