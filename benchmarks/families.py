@@ -63,7 +63,7 @@ REASONS = {
     "cannot tell which part": "no such module",
     "does not just add": "no plain sum",
     "residual streams": "several streams",
-    "where it reads text alone": "not run on text",
+    "for text without images": "not run on text",
     "not one row for each": "not a row a token",
     "no list of": "no list of blocks",
     "weights are missing": "weights are missing",

@@ -118,6 +118,7 @@ class Sweep(Callback):
             parsed = OverridesParser.create(loader).parse_overrides(overrides)
             jobs = math.prod(count_values(override) for override in parsed)
             missing = jobs - len(self.runs)
+            never_began = f"{missing} of the {jobs} jobs"  # fails for numbers of too many digits
         except UserError:
             raise
         except (ValueError, ArithmeticError, RecursionError, YAMLError, HydraException):
@@ -125,7 +126,7 @@ class Sweep(Callback):
         if missing > 0 and overrides:
             folder = quote_setting("hydra.sweep.dir", shorten_path(self.record.parent))
             console.print(
-                f"{missing} of the {jobs} jobs of this sweep never began and are not resumed: run "
+                f"{never_began} of this sweep never began and are not resumed: run "
                 f"its own command again, with {folder}"
             )
 

@@ -89,7 +89,8 @@ def test_training_is_spared_what_only_the_evaluation_asks_for(held_out):
 
 
 def test_without_the_llms_loss_the_page_speaks_of_the_rest(held_out, tiny):
-    tokens = SimpleNamespace(take=lambda n: held_out.tokens, packing=SimpleNamespace(width=15))
+    packing = SimpleNamespace(width=15)
+    tokens = SimpleNamespace(pick_sequences=lambda n: held_out.tokens, packing=packing)
     quick = HeldOut(tiny("llama"), tokens, [SITES.source], tokens=200, loss_tokens=0, batch=4)
     sae = both_signs(WIDTH, scale=0.75)
     result, whole = (evaluate(sae, each, SITES).scalars() for each in (quick, held_out))

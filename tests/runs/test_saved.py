@@ -211,7 +211,7 @@ def test_a_bomb_of_levels_is_refused_at_once(tmp_path, level):
         UserError, match=r"layer\.index.* holds more than 20 nested groups or lists"
     ):
         read_job(run)
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 5  # unpacked, a bomb takes minutes
 
 
 def test_a_bomb_of_aliases_is_refused_at_once(tmp_path):
@@ -223,7 +223,7 @@ def test_a_bomb_of_aliases_is_refused_at_once(tmp_path):
     started = time.monotonic()
     with pytest.raises(UserError, match=r"layer\.a0 holds an anchor or alias"):
         read_job(run)
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 5  # unpacked, a bomb takes minutes
 
 
 @pytest.mark.parametrize(
@@ -232,8 +232,8 @@ def test_a_bomb_of_aliases_is_refused_at_once(tmp_path):
         ("index: 0", "index: 0\n  _target_: os.getcwd", "_target_"),
         ("\nsweep:", "\nhydra: {launcher: {_target_: os.getcwd}}\nsweep:", "hydra"),
         ("device: cpu", "device: cpu\n  auto_map: {AutoConfig: evil.Evil}", "auto_map"),
-        ("overrides: []", "overrides: [{_target_: os.getcwd}]", "overrides is no list of"),
-        ("overrides: []", "overrides: {a: 1}", "overrides is no list of"),
+        ("overrides: []", "overrides: [{_target_: os.getcwd}]", "overrides is not a list of"),
+        ("overrides: []", "overrides: {a: 1}", "overrides is not a list of"),
     ],
 )
 def test_a_class_to_be_made_is_no_setting(tmp_path, old, new, named):

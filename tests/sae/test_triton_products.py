@@ -152,10 +152,11 @@ from sae_lightning.sae import triton_products as ours
 
 pointers = {"offsets": "*i64", "owners": "*i64", "indices": "*i64", "sums": "*fp32",
             "tails": "*fp32", "products": "*fp32", "d": "i32", "cuts": "i32"}
+SIZES = {"PIECE": ours.PIECE_ENTRIES, "ENTRIES": ours.TILE_ENTRIES, "COLUMNS": ours.TILE_COLUMNS}
 for kernel in (ours._sum_pieces, ours._add_tails, ours._dot_pieces):
     for values in ("*fp32", "*bf16"):
         names = kernel.arg_names
-        sizes = {name: getattr(ours, name) for name in names if name.isupper()}
+        sizes = {name: SIZES[name] for name in names if name.isupper()}
         types = {name: pointers.get(name, values) for name in names}
         types |= dict.fromkeys(sizes, "constexpr")
         source = triton.compiler.ASTSource(kernel, types, sizes)

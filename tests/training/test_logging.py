@@ -1,7 +1,7 @@
 """What TensorBoard shows of runs, read from its own HTTP server."""
 
 import pytest
-from board import opened
+from board import open_board
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata
 
@@ -24,7 +24,7 @@ def test_the_first_curves_are_l0_ev_and_the_headline_of_the_data(tmp_path, headl
     names = "data/epoch", "train/dead", "held_out/a", *HEADLINE[:2], last, "At/z"
     log.add_scalars(dict.fromkeys(names, 0.5), 10)
     log.close()
-    answer = opened(tmp_path).get(f"/data/plugin/{tab}/tags").json
+    answer = open_board(tmp_path).get(f"/data/plugin/{tab}/tags").json
     answer = answer["scalars"]["runTagInfo"] if tab == "timeseries" else answer
     (tags,) = map(sorted, answer.values())
     first = ["At a glance/1 l0", "At a glance/2 explained_variance", f"At a glance/3 {headline}"]
