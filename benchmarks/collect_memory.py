@@ -131,7 +131,7 @@ def measure_overview(tokens: int, features: int) -> dict[str, Any]:
             tokens=tokens,
         )
         profile, begin = cProfile.Profile(), time.perf_counter()
-        profile.runcall(task.answer, {"llm", "llm.name", "data", "layer"})
+        profile.runcall(task.execute, {"llm", "llm.name", "data", "layer"})
         seconds, reading = time.perf_counter() - begin, 0.0
         for (file, _, name), (*_, cumulative, _) in pstats.Stats(profile).stats.items():
             if "sae_lightning" in file and name in READING.get(Path(file).name, ()):
