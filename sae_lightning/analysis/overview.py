@@ -30,8 +30,9 @@ class OverviewTask(FeaturesTask):
         text = subject.corpus
         reducers = claims.TheoryReducers(subject)
         survey = self.make_catalogues(subject, reducers)
-        card = evaluate.score_subject(subject, opened=(subject.llm, text))
         theory = claims.theory(subject, reducers)
+        del reducers  # 14 KB a feature, which scoring can use
+        card = evaluate.score_subject(subject, opened=(subject.llm, text))
         summary, scorecard = make_features_section(survey), evaluate.make_scorecard_section(card)
         print_section(summary)
         print_units(survey.features, pick_most_telling(survey.features, PRINTED_FEATURES))

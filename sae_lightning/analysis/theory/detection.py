@@ -107,7 +107,9 @@ class FeatureCounts:
     def result(self) -> StrengthCounts:
         """Of all tokens added so far, on the CPU."""
         counts = self.counts.cpu()
-        counts[..., 0] = self.tokens.cpu()[..., None] - counts[..., 1:].sum(dim=-1)
+        # summed in int32: for a sum in int64, torch would first make an int64 copy of all counts
+        fired = counts[..., 1:].sum(dim=-1, dtype=torch.int32)
+        counts[..., 0] = self.tokens.cpu()[..., None] - fired
         thresholds = torch.cat([torch.zeros(1), EDGES[1:]]).expand(counts.shape[2], -1)
         return StrengthCounts(counts, thresholds, signed=False)
 
