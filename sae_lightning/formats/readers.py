@@ -97,7 +97,9 @@ def check_numbers(tensors: dict[str, Tensor]) -> None:
         expect(x, Tensor, name)
         if not x.is_floating_point():
             kind = str(x.dtype).removeprefix("torch.")
-            raise ValueError(f"{name}: {x.numel():,} numbers are of type {kind}, not real")
+            raise ValueError(
+                f"{name}: {x.numel():,} numbers are of type {kind}, not floating-point"
+            )
         if x.nbytes > x.untyped_storage().nbytes():  # a stride of 0 could expand to any size
             raise ValueError(f"{name} is larger than its storage")
         if wrong := int((~x.float().isfinite()).sum()):

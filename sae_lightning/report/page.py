@@ -65,7 +65,7 @@ class AnalysisPage(NamedTuple):
     files: Sequence[str] = ()
     """Names of files in the page's folder."""
     own: AnnotatedText | None = None
-    """The reader's text with features of the first catalogue, shown above that browser."""
+    """The user's own text, annotated with features; shown above the browser of features."""
 
 
 def write_page(path: Path, page: AnalysisPage) -> None:

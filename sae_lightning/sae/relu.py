@@ -48,7 +48,7 @@ class ReLULoss(PenaltyLoss):
     p: float = 1.0
     """Final power of the penalty, which falls linearly from 1 between the end of the warm-up and
     the end of the run; below 1 it spares strong features (p-annealing, Karvonen et al. 2024: 0.2).
-    The term is rescaled to its value at p = 1, which is what curves show."""
+    At each step the term is rescaled to its value at p = 1: p changes only its gradient."""
 
     def __post_init__(self):
         PenaltyLoss.__post_init__(self)

@@ -27,7 +27,7 @@ class TopKConfig(SAEConfig):
         SAEConfig.__post_init__(self)
         if not 1 <= self.k <= self.features:
             raise UserError(
-                f"model.k={self.k}: give 1 to model.features={self.features} active features"
+                f"model.k={self.k}: give a number from 1 to model.features={self.features}"
             )
 
 

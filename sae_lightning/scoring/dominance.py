@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sae_lightning.stream.rows import compute_norms
 
-LONG_SHARE = 1e-3  # this share of the tokens counts as few
+LONG_SHARE = 1e-3  # share of the tokens, the longest, that must not dominate
 # Share of the variance above which tokens or a dimension dominate, if it is also more than ten
 # times their share of all tokens or dimensions.
 DOMINANT_SHARE = 0.1

@@ -127,7 +127,7 @@ class LLMRows(RowStream):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """LLM batches served, the text's state after `read` of them (here: all), and medians."""
+        """LLM batches served, how many the token stream has read (all), its state; median norms."""
         medians = self._medians and {str(site): median for site, median in self._medians.items()}
         return {
             "llm_batches": self.llm_batches,
@@ -137,14 +137,15 @@ class LLMRows(RowStream):
         } | ({"scaled": self._scaled} if self._scaled else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue after `llm_batches` LLM batches; the text after the first `read` is skipped.
+        """Continue after `llm_batches` LLM batches. Where the saved token stream had read fewer (a
+        cache served the others), the text of those is read and dropped.
 
-        UserError: an earlier version saved the state, without the factor of a scaled branch.
+        UserError: an earlier version, which did not apply a branch's scale, saved the state.
         """
         if self._scaled != state.get("scaled", []):
             raise UserError(
                 f"resume: at {' and '.join(self._scaled)} an earlier version of sae_lightning read "
-                "what the block goes on to multiply; resume with that version, or start a new run"
+                "what the LLM scales afterwards; resume with that version, or start a new run"
             )
         self.tokens.load_state_dict(state["tokens"])
         self.llm_batches = state["read"]
@@ -161,7 +162,7 @@ def compute_medians(rows: dict[Site, Tensor]) -> dict[Site, float]:
         if not math.isfinite(median):
             raise UserError(
                 f"llm.dtype: activations of the LLM at {site} are not finite; give "
-                "llm.dtype=float32, or another LLM if that is what it has"
+                "llm.dtype=float32, or use another LLM if it already is float32"
             )
     return medians
 

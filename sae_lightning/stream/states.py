@@ -51,7 +51,7 @@ def expect_ids(ids: Any, n: int, stop: int, name: str, dtype: torch.dtype = torc
     """Raise ValueError unless `ids` [n] are from 0 to `stop` - 1."""
     expect(ids, torch.empty(n, dtype=dtype, device="meta"), name)
     if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < stop:
-        raise ValueError(f"{name} holds {int(ids.min())} to {int(ids.max())}, of {stop}")
+        raise ValueError(f"{name} holds {int(ids.min())} to {int(ids.max())}, not below {stop}")
 
 
 def expect_rows(
@@ -65,7 +65,7 @@ def expect_rows(
     if state["medians"]:
         expect(state["medians"], {str(site): float for site in sites}, "rows.medians")
         if not all(0 < median < inf for median in state["medians"].values()):
-            raise ValueError("rows.medians are no norms")
+            raise ValueError("rows.medians: a median norm is not positive and finite")
     tokens, read = state["tokens"], state["read"] * batch
     place = {"epoch": range(1, ANY_COUNT.stop)}
     if "cursor" in tokens:  # of an indexed text
@@ -103,4 +103,4 @@ def expect_stream(
     expect(n, range(most + 1), "rows in the pool")
     expect_ids(pool["ids"], n, sequences, "pool.ids")
     expect_activations(pool["rows"], sites, n, width, "pool.rows")
-    np.random.PCG64().state = pool["random"]
+    np.random.PCG64().state = pool["random"]  # raises unless it is one of its states

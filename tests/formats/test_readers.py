@@ -163,9 +163,9 @@ class Bomb:
     [
         (lambda x: x.index_fill(0, torch.tensor([2]), torch.nan), "1 of 30 numbers are not finite"),
         (lambda x: x / 0, "30 of 30 numbers are not finite"),
-        (lambda x: x > 0, "30 numbers are of type bool, not real"),
-        (lambda x: x.int(), "30 numbers are of type int32, not real"),
-        (lambda x: x * 1j, "30 numbers are of type complex64, not real"),
+        (lambda x: x > 0, "30 numbers are of type bool, not floating-point"),
+        (lambda x: x.int(), "30 numbers are of type int32, not floating-point"),
+        (lambda x: x * 1j, "30 numbers are of type complex64, not floating-point"),
         (lambda x: x.double() * 1e300, "30 of 30 numbers are not finite"),
     ],
 )

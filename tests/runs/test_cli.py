@@ -105,7 +105,7 @@ BAD = {
     "model=batch_topk model.threshold=1": r"model\.threshold has no meaning .* model=jumprelu: .*",
     "model=topk model.groups=[0.5]": r"model\.groups has no meaning .* model=matryoshka: .*",
     "model=topk loss.auxkk=1": r"no setting loss\.auxkk: did you mean auxk_k\? there are .*",
-    "model=topk model.k=0": r"model\.k=0: give 1 to model\.features=10000 active features",
+    "model=topk model.k=0": r"model\.k=0: give a number from 1 to model\.features=10000",
     "model=matryoshka model.features=10 model.k=3": r"model\.groups=.* give larger shares, or .*",
     "model=jumprelu loss.penalty_kind=l0": r"loss\.penalty_kind=l0: .* one of \[tanh, step\]",
     "loss.l1=0 loss.target_l0=5": r"loss\.l1=0: loss\.target_l0=5\.0 multiplies it, .*",

@@ -171,7 +171,8 @@ def test_decoder_rows_stay_at_their_norm():
 
 @pytest.mark.parametrize("k", [0, -1, 5])
 def test_a_k_without_meaning_names_its_setting(k):
-    with pytest.raises(UserError, match=rf"^model\.k={k}: give 1 to model\.features=4 "):
+    message = rf"^model\.k={k}: give a number from 1 to model\.features=4"
+    with pytest.raises(UserError, match=message):
         TopKConfig(features=4, k=k)
 
 

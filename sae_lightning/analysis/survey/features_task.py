@@ -28,8 +28,8 @@ class FeaturesTask(Task):
     tokens: int = 131_072
     """Tokens of text to read."""
     examples: int = 12
-    """Strongest examples to keep of a feature; a sixth as many are drawn from each fifth of its
-    range."""
+    """Strongest examples to keep per feature; besides, a sixth as many are drawn at random from
+    each of five equal intervals of its strength."""
     neurons: Positive = Positive.abs
     """How neurons are made positive, so that they compare with features."""
 

@@ -12,7 +12,7 @@ class StopOnSignal(L.Callback):
     """Asks training to stop after the current update; `Checkpoint` then saves.
 
     Before the first update there is nothing to save: the run stops at once, as it does at a second
-    Ctrl-C. This callback comes first, to handle signals while the next one fills the shuffle pool.
+    Ctrl-C. This callback comes first, to handle signals while `Normalize` waits for the pool.
     Lightning's own handler would end a run that gets SIGTERM as if it had succeeded.
     """
 
