@@ -71,7 +71,7 @@ def list_parts(out: Path, overrides: list[str]) -> dict[str, list[list[str]]]:
 
 
 def write_text(file: Path) -> Path:
-    """Random words, a document a line; made on the first call."""
+    """Random words, 200 a line; made on the first call."""
     if not file.exists():
         rng = random.Random(0)
         words = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(1, 9))) for _ in range(5_000)]

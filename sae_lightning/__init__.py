@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from sae_lightning.stream.local import LocalConfig
     from sae_lightning.stream.plays import PlaysConfig
 
-# Name -> module, or module:attribute if the attribute is called something else.
+# Name -> module.
 FOUND_IN = {
     "Answers": "analysis.explain.answers",
     "Endpoint": "analysis.explain.models",
@@ -90,8 +90,7 @@ if not TYPE_CHECKING:  # hidden, so that type checkers report unknown names
     def __getattr__(name: str) -> Any:
         if name not in FOUND_IN:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        module, _, attribute = FOUND_IN[name].partition(":")
-        return getattr(import_module(f"{__name__}.{module}"), attribute or name)
+        return getattr(import_module(f"{__name__}.{FOUND_IN[name]}"), name)
 
     def __dir__() -> list[str]:
         return sorted({*globals(), *__all__})

@@ -27,11 +27,8 @@ def read_typed_imports() -> dict[str, str]:
 
 
 def test_editors_find_each_name_where_python_finds_it():
-    found = {}
-    for name, place in sae_lightning.FOUND_IN.items():
-        module, _, attribute = place.partition(":")
-        found[name] = f"sae_lightning.{module}:{attribute or name}"
-    assert read_typed_imports() == found
+    found_in = sae_lightning.FOUND_IN.items()
+    assert read_typed_imports() == {n: f"sae_lightning.{module}:{n}" for n, module in found_in}
 
 
 def test_all_is_a_literal_list_of_what_can_be_imported():

@@ -9,7 +9,7 @@ Two tests (Paulo et al. 2024, Automatically Interpreting Millions of Features in
 Models):
 
 detection   does this text activate the feature?     texts in which it fires, and silent ones
-fuzzing     are the marked tokens those that do?     texts in which it fires, each once marked
+fuzzing     does it fire on the marked tokens?       texts in which it fires, each once marked
                                                      correctly and once on other tokens
 """
 
