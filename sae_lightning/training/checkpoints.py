@@ -53,11 +53,7 @@ class HeadCheckpoints(CheckpointIO):
                 }
                 _save(part, file)
         for head in training.values():
-            current = stream_path(head.folder, step)
-            for old in current.parent.glob("stream-*.pt"):
-                if old != current:
-                    with convert_write_errors(old):
-                        old.unlink()
+            _remove_old_streams(stream_path(head.folder, step))
 
     def load_checkpoint(
         self, path: Any, map_location: Any = None, weights_only: bool | None = None
@@ -70,6 +66,8 @@ class HeadCheckpoints(CheckpointIO):
         stream, *others = [torch.load(path, **options) for path in _distinct_files(paths)]
         for other in others:  # heads of other passes read other sites
             stream["pool"]["rows"] |= other["pool"]["rows"]
+        for current in paths:  # a run that was killed while it saved may have left some
+            _remove_old_streams(current)
         _loader_states(whole).append(stream)
         return whole
 
@@ -101,6 +99,14 @@ def _write_stream(stream: dict[str, Any], paths: list[Path]) -> int:
             except OSError:
                 shutil.copyfile(paths[0], file)
     return read_checksum(paths[0])
+
+
+def _remove_old_streams(current: Path) -> None:
+    """Remove the stream files of other steps that lie beside `current`."""
+    for old in current.parent.glob("stream-*.pt"):
+        if old != current:
+            with convert_write_errors(old):
+                old.unlink()
 
 
 def _save(content: dict[str, Any], path: Path) -> None:

@@ -237,7 +237,7 @@ def rewrite_weights(folder, **changes):
         (lambda f: rewrite_cfg(f, sae_lightning=["relu"]), "is damaged or not an SAE"),
         (
             lambda f: rewrite_cfg(f, sae_lightning={"name": "topk", "k": 41}),
-            "model.k=41: give 1 to",
+            "model.k=41: give a number from 1 to",
         ),
         (
             lambda f: rewrite_cfg(f, sae_lightning={"name": "topk", "k": "7"}),

@@ -257,6 +257,18 @@ def test_a_run_killed_after_its_last_update_is_finished_by_resuming(job, whole):
     assert old["training"] == new["training"]
 
 
+def test_a_run_killed_between_its_new_checkpoint_and_removing_the_old_stream_leaves_neither(job):
+    one = job("one")
+    passes.train_jobs([one])
+    (one.folder / "metrics.json").unlink()
+    new = one.folder / "checkpoints" / f"stream-{STEPS}.pt"
+    old = new.with_name("stream-30.pt")
+    shutil.copy(new, old)
+    resume(one)
+    assert new.exists()
+    assert not old.exists()
+
+
 def test_a_finished_run_is_not_touched_by_resuming(job, whole, capsys):
     before = {file: file.stat().st_mtime_ns for file in whole.folder.rglob("*")}
     metrics = resume(whole)
