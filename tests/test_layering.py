@@ -21,7 +21,7 @@ ROWS = [
     ["report", "formats"],
     ["stream"],
     ["llm", "sae"],
-    ["files"],
+    ["files", "ranks"],
     ["terminal", "errors"],
 ]
 DEPTH = {unit: row for row, units in enumerate(ROWS) for unit in units}

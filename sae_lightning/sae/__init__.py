@@ -5,6 +5,7 @@ from typing import NamedTuple
 from torch import Generator
 
 from sae_lightning.errors import UserError
+from sae_lightning.ranks import ALONE, Ranks
 from sae_lightning.sae.base import SAE, Output, SAEConfig
 from sae_lightning.sae.batch_topk import BatchTopK
 from sae_lightning.sae.gated import Gated, GatedConfig, GatedLoss
@@ -47,13 +48,20 @@ ARCHITECTURES = {
 }
 
 
-def build_sae(config: SAEConfig, d_in: int, d_out: int, generator: Generator | None = None) -> SAE:
-    """The SAE that `config` describes, reading [batch, d_in] and writing [batch, d_out]."""
+def build_sae(
+    config: SAEConfig,
+    d_in: int,
+    d_out: int,
+    generator: Generator | None = None,
+    ranks: Ranks = ALONE,
+) -> SAE:
+    """The SAE that `config` describes, reading [batch, d_in] and writing [batch, d_out], with its
+    features split over `ranks`."""
     if config.name not in ARCHITECTURES:
         names = ", ".join(ARCHITECTURES)
         raise UserError(f"model.name={config.name}: no such architecture; choose from {names}")
     generator = generator or Generator().manual_seed(config.seed)
-    return ARCHITECTURES[config.name].network(config, d_in, d_out, generator)
+    return ARCHITECTURES[config.name].network(config, d_in, d_out, generator, ranks)
 
 
 def count_parameters(config: SAEConfig, d_in: int, d_out: int) -> int:

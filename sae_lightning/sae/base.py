@@ -13,6 +13,7 @@ from torch import Generator, Tensor, nn
 from torch.profiler import record_function
 
 from sae_lightning.errors import UserError
+from sae_lightning.ranks import ALONE, Ranks, Split
 from sae_lightning.sae import sparse
 from sae_lightning.sae.matrix import DenseMatrix, Matrix, SparseMatrix
 from sae_lightning.sae.sparse import SparsityPattern
@@ -93,11 +94,19 @@ class SAE(nn.Module):
     """Parameters that are added to a sum over d_in weights: their learning rate is multiplied by
     `optim.bias_lr`."""
 
-    def __init__(self, config: SAEConfig, d_in: int, d_out: int, generator: Generator):
+    def __init__(
+        self,
+        config: SAEConfig,
+        d_in: int,
+        d_out: int,
+        generator: Generator,
+        ranks: Ranks = ALONE,
+    ):
         """Random decoder directions, encoder = decoder transposed (Anthropic, April 2024 update):
         pre-activations of normalised input have a standard deviation of about `decoder_norm`."""
         super().__init__()
         self.config = config
+        self.split = Split(config.features, ranks)
         rows = torch.randn(config.features, d_out, generator=generator)
         rows *= config.decoder_norm / rows.norm(dim=1, keepdim=True)
         # Widths can differ in a transcoder only; its encoder directions are then drawn separately.

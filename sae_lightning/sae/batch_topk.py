@@ -3,6 +3,7 @@
 import torch
 from torch import Generator, Tensor
 
+from sae_lightning.ranks import ALONE, Ranks
 from sae_lightning.sae import sparse
 from sae_lightning.sae.base import SAE
 from sae_lightning.sae.sparse import SparsityPattern
@@ -25,8 +26,15 @@ class BatchTopK(SAE):
     architecture = "jumprelu"
     bytes_per_activation = 25
 
-    def __init__(self, config: TopKConfig, d_in: int, d_out: int, generator: Generator):
-        super().__init__(config, d_in, d_out, generator)
+    def __init__(
+        self,
+        config: TopKConfig,
+        d_in: int,
+        d_out: int,
+        generator: Generator,
+        ranks: Ranks = ALONE,
+    ):
+        super().__init__(config, d_in, d_out, generator, ranks)
         # the same value for every feature, in the shape of the saved format
         self.register_buffer("threshold", torch.zeros(config.features))
         # bias correction for the initial 0, as in Adam; goes to 1

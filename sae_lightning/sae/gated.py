@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor, nn
 
+from sae_lightning.ranks import ALONE, Ranks
 from sae_lightning.sae.base import SAE, SAEConfig, TrainingOutput
 from sae_lightning.sae.losses import l1, mse
 from sae_lightning.sae.matrix import Matrix
@@ -36,8 +37,15 @@ class Gated(SAE):
     per_feature = SAE.per_feature | {"r_mag": 0, "b_mag": 0}
     biases = ("b_enc", "b_mag")
 
-    def __init__(self, config: GatedConfig, d_in: int, d_out: int, generator: Generator):
-        super().__init__(config, d_in, d_out, generator)
+    def __init__(
+        self,
+        config: GatedConfig,
+        d_in: int,
+        d_out: int,
+        generator: Generator,
+        ranks: Ranks = ALONE,
+    ):
+        super().__init__(config, d_in, d_out, generator, ranks)
         self.r_mag = nn.Parameter(torch.zeros(config.features))
         self.b_mag = nn.Parameter(torch.zeros(config.features))
 

@@ -9,6 +9,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from sae_lightning.errors import UserError
+from sae_lightning.ranks import ALONE, Ranks
 from sae_lightning.sae import sparse
 from sae_lightning.sae.base import SAE, SAEConfig, TrainingOutput
 from sae_lightning.sae.losses import tanh_l0
@@ -86,8 +87,15 @@ class JumpReLU(SAE):
     per_feature = SAE.per_feature | {"log_threshold": 0}
     biases = ("b_enc", "log_threshold")
 
-    def __init__(self, config: JumpReLUConfig, d_in: int, d_out: int, generator: Generator):
-        super().__init__(config, d_in, d_out, generator)
+    def __init__(
+        self,
+        config: JumpReLUConfig,
+        d_in: int,
+        d_out: int,
+        generator: Generator,
+        ranks: Ranks = ALONE,
+    ):
+        super().__init__(config, d_in, d_out, generator, ranks)
         start = torch.full((config.features,), math.log(config.threshold))
         self.log_threshold = nn.Parameter(start)
 
