@@ -1,0 +1,45 @@
+"""Rows of activations, from the rank that captured them to the ranks that train on their sites."""
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from sae_lightning.llm.sites import Site
+from sae_lightning.ranks import Ranks, world
+
+
+def exchange_rows(
+    rows: dict[Site, Tensor],
+    counts: Sequence[int],
+    wanted: Sequence[Collection[Site]],
+    like: Tensor,
+    ranks: Ranks | None = None,
+) -> list[dict[Site, Tensor]]:
+    """Exchange the rows of one round of LLM batches, of which rank r captured batch r; returns the
+    rows {site: [counts[r], d]} of each batch at the sites that this rank wants.
+
+    rows: of this rank's batch, {site: [counts[rank], d]}, at all sites that any rank wants; empty
+    for a rank without a batch. counts: rows of each batch, the same on all ranks; a last round may
+    have fewer batches than there are ranks. wanted: sites, by rank. like: any tensor [..., d] with
+    the width, dtype and device of the rows. One message goes from each rank to each other.
+    """
+    ranks = ranks or world()
+    if ranks.size == 1:
+        return [rows]
+    own = sorted(wanted[ranks.rank])
+    outgoing = [
+        torch.stack([rows[site] for site in sorted(sites)])
+        if rows and sites and other != ranks.rank
+        else None
+        for other, sites in enumerate(wanted)
+    ]
+    incoming = [
+        None if other == ranks.rank else like.new_empty(len(own), count, like.shape[-1])
+        for other, count in enumerate(counts)
+    ]
+    ranks.exchange(outgoing, incoming)
+    return [
+        {site: rows[site] for site in own} if x is None else dict(zip(own, x, strict=True))
+        for x in incoming
+    ]
