@@ -11,6 +11,10 @@ from torch import multiprocessing
 
 from sae_lightning.ranks import connect, disconnect
 
+# Imported once, by a server that each process is a fork of
+SLOW_IMPORTS = ["torch", "lightning", "datasets", "scipy.optimize", "tensorboard"]
+SLOW_IMPORTS += ["transformers.models.llama.modeling_llama", "transformers.models.auto"]
+
 
 def run_on_ranks(
     function: Callable[..., Any], folder: Path, sizes: Sequence[int] = (1, 2, 3)
@@ -18,7 +22,10 @@ def run_on_ranks(
     """Run function() on the ranks of worlds of several sizes -> {size: [value by rank]}. The same
     processes serve all sizes, one after the other, because they take seconds to start."""
     ports = {size: find_port() for size in sizes}
-    multiprocessing.spawn(_serve, (function, ports, folder), nprocs=max(sizes))
+    multiprocessing.set_forkserver_preload(SLOW_IMPORTS)
+    multiprocessing.start_processes(
+        _serve, (function, ports, folder), nprocs=max(sizes), start_method="forkserver"
+    )
     return {
         size: [torch.load(folder / f"{size}.{r}", weights_only=False) for r in range(size)]
         for size in sizes

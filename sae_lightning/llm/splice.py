@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sae_lightning.errors import UserError
 from sae_lightning.llm.capture import replace_activations
 from sae_lightning.llm.sites import Site, find_text_decoder
+from sae_lightning.ranks import ALONE, Ranks
 
 LOGIT_ROWS = 256  # positions whose logits are computed at a time
 # Positions whose logits are converted to float32 at a time. On a CPU, 32 rows of 50,000 fit in the
@@ -63,14 +64,15 @@ def score_baseline(
     mean: Tensor,
     batch: int,
     advance: Advance = lambda n: None,
+    ranks: Ranks = ALONE,
 ) -> SpliceBaseline:
     """Cross-entropies shared by all functions: computed once and passed to `score_splices`.
 
-    tokens, keep, batch, advance: as in `score_splices`; mean [d_out]: the mean activation.
+    tokens, keep, batch, advance, ranks: as in `score_splices`; mean [d_out]: the mean activation.
     """
     ablations = [torch.zeros_like, lambda y: mean.to(y).expand_as(y)]
     clean, (zero, mean_ablated), _ = _means(
-        model, tokens, target, target, ablations, keep, batch, advance
+        model, tokens, target, target, ablations, keep, batch, advance, ranks
     )
     return SpliceBaseline(ce_clean=clean, ce_zero=zero, ce_mean=mean_ablated)
 
@@ -85,17 +87,19 @@ def score_splices(
     baseline: SpliceBaseline,
     batch: int,
     advance: Advance = lambda n: None,
+    ranks: Ranks = ALONE,
 ) -> list[SpliceScores]:
     """Cross-entropy and KL of the model with each function of `source` in place of `target`.
 
     tokens, keep (bool): [sequences, context]; functions: float32 [n, d_in] -> [n, d_out];
     baseline: of the same tokens and keep; batch: sequences per forward pass; advance is called
-    with the number of sequences just done. The clean model runs once for all functions.
+    with the number of sequences just done. The clean model runs once for all functions. `ranks`
+    share out the batches, and all call the functions equally often.
     Only positions in `keep` are replaced, in the ablations too: an SAE never sees BOS and other
     special tokens. The scores are means over the predictions of kept tokens.
     """
     clean, ce, kl = _means(
-        model, tokens, source, target, functions, keep, batch, advance, with_kl=True
+        model, tokens, source, target, functions, keep, batch, advance, ranks, with_kl=True
     )
     zero = baseline.ce_zero
     return [
@@ -121,34 +125,62 @@ def _means(
     keep: Tensor,
     batch: int,
     advance: Advance,
+    ranks: Ranks,
     with_kl: bool = False,
 ) -> tuple[float, list[float], list[float]]:
     """Mean cross-entropy of the clean model, then mean cross-entropy and KL with each function."""
     targets = int(keep[:, 1:].sum())
     if targets == 0:
         raise ValueError("keep marks no token after the first position: nothing to score")
-    clean_sum, ce, kl = 0.0, [0.0] * len(functions), [0.0] * len(functions)
-    for ids, kept in zip(tokens.split(batch), keep.split(batch), strict=True):
-        sequence, position = (x.to(model.device) for x in kept[:, 1:].nonzero(as_tuple=True))
-        ids, kept = ids.to(model.device, torch.long), kept.to(model.device)
-        target_ids = ids[sequence, position + 1]
-        output = run_body(model, ids)
-        hidden = [output.last_hidden_state[sequence, position]]
-        for function in functions:
-            with replace_activations(model, source, target, _where(kept, function)):
-                hidden.append(run_body(model, ids).last_hidden_state[sequence, position])
-        for ids_part, first, *others in zip(
-            *(x.split(LOGIT_ROWS) for x in (target_ids, *hidden)), strict=True
-        ):
-            clean = compute_logits(model, output, first)
-            clean_sum += _cross_entropy(clean, ids_part)
-            for i, other in enumerate(others):
-                spliced = compute_logits(model, output, other)
-                ce[i] += _cross_entropy(spliced, ids_part)
-                if with_kl:
-                    kl[i] += _kl(clean, spliced)
-        advance(len(ids))
-    return clean_sum / targets, [x / targets for x in ce], [x / targets for x in kl]
+    batches = list(zip(tokens.split(batch), keep.split(batch), strict=True))
+    chunks: list[list[list[float]]] = []  # sums of each chunk of logits of this rank's batches
+    for start in range(0, len(batches), ranks.size):
+        at_once = batches[start : start + ranks.size]
+        # In the last round, ranks without a batch repeat one: functions may need all ranks.
+        ids, kept = at_once[min(ranks.rank, len(at_once) - 1)]
+        chunks.append(_sum_chunks(model, ids, kept, source, target, functions, with_kl))
+        advance(sum(len(ids) for ids, _ in at_once))
+    by_rank = ranks.gather_values(chunks)
+    sums = [0.0] * (1 + (1 + with_kl) * len(functions))
+    for i in range(len(batches)):  # in the order of one rank, so that rounding is the same
+        for chunk in by_rank[i % ranks.size][i // ranks.size]:
+            sums = [total + x for total, x in zip(sums, chunk, strict=True)]
+    clean, *others = (total / targets for total in sums)
+    return clean, others[: len(functions)], others[len(functions) :]
+
+
+def _sum_chunks(
+    model: nn.Module,
+    ids: Tensor,
+    kept: Tensor,
+    source: Site,
+    target: Site,
+    functions: Sequence[Function],
+    with_kl: bool,
+) -> list[list[float]]:
+    """Sums over each LOGIT_ROWS predictions of a batch [sequences, context]: cross-entropy of the
+    clean model, cross-entropies with each function and, if asked for, each KL."""
+    sequence, position = (x.to(model.device) for x in kept[:, 1:].nonzero(as_tuple=True))
+    ids, kept = ids.to(model.device, torch.long), kept.to(model.device)
+    target_ids = ids[sequence, position + 1]
+    output = run_body(model, ids)
+    hidden = [output.last_hidden_state[sequence, position]]
+    for function in functions:
+        with replace_activations(model, source, target, _where(kept, function)):
+            hidden.append(run_body(model, ids).last_hidden_state[sequence, position])
+    chunks = []
+    for ids_part, first, *others in zip(
+        *(x.split(LOGIT_ROWS) for x in (target_ids, *hidden)), strict=True
+    ):
+        clean = compute_logits(model, output, first)
+        ce, kl = [_cross_entropy(clean, ids_part)], []
+        for other in others:
+            spliced = compute_logits(model, output, other)
+            ce.append(_cross_entropy(spliced, ids_part))
+            if with_kl:
+                kl.append(_kl(clean, spliced))
+        chunks.append(ce + kl)
+    return chunks
 
 
 def run_body(model: nn.Module, tokens: Tensor, use_cache: bool = False, **settings):

@@ -9,6 +9,8 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.functional import normalize
 
+from sae_lightning.ranks import Split
+
 COPY_COSINE = 0.9  # above this cosine two decoder rows count as copies
 MAX_LIVE_FEATURES = 16_384  # live features compared with all rows: bounds time
 BLOCK_ROWS = 1024  # rows compared with as many others at a time: bounds memory
@@ -26,13 +28,16 @@ class Copies(NamedTuple):
 
 
 @torch.no_grad()
-def measure_copies(W_dec: Tensor, density: Tensor) -> Copies:
+def measure_copies(W_dec: Tensor, density: Tensor, split: Split | None = None) -> Copies:
     """Measure copies among decoder rows [features, d_out], given each feature's density: the share
-    of tokens on which it fires [features]."""
+    of tokens on which it fires [features]. With a `split`, each rank gives its own rows."""
     live = density.nonzero().squeeze(1)
     order = torch.randperm(len(live), generator=Generator().manual_seed(0))
     sample = live[order[:MAX_LIVE_FEATURES]]
-    nearest = find_nearest_cosines(W_dec, sample.to(W_dec.device))
+    if split is None or split.ranks.size == 1:
+        nearest = find_nearest_cosines(W_dec, sample.to(W_dec.device))
+    else:
+        nearest = find_nearest_on_ranks(W_dec, sample.to(W_dec.device), split)
     return Copies((nearest > COPY_COSINE).float().mean().item(), nearest.median().item())
 
 
@@ -57,3 +62,22 @@ def find_nearest_cosines(W_dec: Tensor, indices: Tensor) -> Tensor:
                 block = nearest[first : first + BLOCK_ROWS]
                 torch.maximum(block, cosines.amax(dim)[: len(block)], out=block)
     return nearest
+
+
+def find_nearest_on_ranks(W_dec: Tensor, indices: Tensor, split: Split) -> Tensor:
+    """`find_nearest_cosines` of rows that ranks share, W_dec [own features, d_out] on each: all get
+    a block of the rows in `indices` [n], and each compares it with its own rows."""
+    nearest = W_dec.new_full((len(indices),), -1.0)
+    for block, best in zip(indices.split(BLOCK_ROWS), nearest.split(BLOCK_ROWS), strict=True):
+        places = block // split.ranks.size
+        (held,) = (block % split.ranks.size == split.ranks.rank).nonzero(as_tuple=True)
+        rows = W_dec.new_zeros(len(block), W_dec.shape[1])
+        rows[held] = W_dec[places[held]]
+        rows = normalize(split.ranks.sum(rows))
+        for start in range(0, len(W_dec), BLOCK_ROWS):
+            others = W_dec[start : start + BLOCK_ROWS]
+            cosines = rows @ normalize(others).T
+            inside = held[(places[held] >= start) & (places[held] < start + len(others))]
+            cosines[inside, places[inside] - start] = -1  # a row is not its own neighbour
+            torch.maximum(best, cosines.amax(dim=1), out=best)
+    return split.ranks.stack(nearest).amax(dim=0)

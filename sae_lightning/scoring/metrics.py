@@ -7,6 +7,7 @@ over batches or tokens gives another number, and made published explained varian
 Shapes: n = tokens, d = width of the site.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -64,10 +65,11 @@ class QualitySums:
         self.sum = self.sum + (target - self.shift).sum(dim=0)
         self.fired = self.fired + (features > 0).sum(dim=0).cpu()
 
-    def result(self) -> Quality:
-        """Quality of all tokens added so far."""
+    def result(self, join: Callable[[Tensor], Tensor] = lambda fired: fired) -> Quality:
+        """Quality of all tokens added so far. `join` makes counts of all features [features] of
+        those that were added, if ranks share the features."""
         total = self.total - self.sum.square().sum().item() / self.tokens
-        fired = self.fired.double()
+        fired = join(self.fired).double()
         return Quality(
             l0=fired.sum().item() / self.tokens,
             explained_variance=1 - self.residual / total if total > 0 else float("nan"),

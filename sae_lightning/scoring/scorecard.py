@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sae_lightning.llm.sites import Site
 from sae_lightning.llm.splice import SpliceScores
+from sae_lightning.ranks import Split
 from sae_lightning.sae import Output
 from sae_lightning.scoring.dominance import LongTokens, find_long_tokens
 from sae_lightning.scoring.duplicates import COPY_COSINE, Copies, measure_copies
@@ -74,25 +75,31 @@ def score_saes(
     weights: Sequence[Callable[[], dict[str, Tensor]]] = (),
     *,
     fidelity: bool = False,
+    splits: Sequence[Split] = (),
 ) -> list[Scorecard]:
     """Score SAEs of one source and target site, given as functions of raw activations [n, d_in],
     with their decoder rows [features, d_out].
 
     `weights`, needed on synthetic concepts only: functions that return each SAE's weights for raw
-    activations. `fidelity` adds about 5 % to the cost, so training does without it.
+    activations. `fidelity` adds about 5 % to the cost, so training does without it. `splits`: if
+    ranks share the features of each SAE, how; all of them score the SAEs together.
     Everything runs in float32, as the saved SAE will, whatever the precision of training.
     """
     x, y = held_out.activations(source), held_out.activations(target)
     long = find_long_tokens(y)
     with torch.autocast(x.device.type, enabled=False):
-        features = max(len(decoder) for decoder in decoders)
+        splits = splits or [Split(len(decoder)) for decoder in decoders]
+        features = max(split.features for split in splits)
         rows = max(1, min(MAX_TOKENS_AT_ONCE, MAX_ACTIVATIONS_AT_ONCE // features))
-        errors = [_measure_errors(sae, x, y, long, fidelity, rows) for sae in saes]
-        all_copies = [
-            measure_copies(decoder, quality.density)
-            for decoder, (quality, *_) in zip(decoders, errors, strict=True)
+        errors = [
+            _measure_errors(sae, x, y, long, fidelity, rows, split)
+            for sae, split in zip(saes, splits, strict=True)
         ]
-        all_scores = held_out.measure_saes(source, target, saes, weights, rows)
+        all_copies = [
+            measure_copies(decoder, quality.density, split)
+            for decoder, (quality, *_), split in zip(decoders, errors, splits, strict=True)
+        ]
+        all_scores = held_out.measure_saes(source, target, saes, weights, rows, splits)
     return [
         Scorecard(quality, copies, scores, kind, usual)
         for (quality, kind, usual), copies, scores in zip(
@@ -108,6 +115,7 @@ def _measure_errors(
     long: LongTokens | None,
     fidelity: bool,
     rows: int,
+    split: Split,
 ) -> tuple[Quality, Fidelity | None, UsualTokens | None]:
     """Measure an SAE on inputs [n, d_in] and targets [n, d_out], `rows` at a time."""
     quality_sums, usual_sums = QualitySums(), QualitySums()
@@ -123,7 +131,8 @@ def _measure_errors(
     without_long = long and UsualTokens(
         usual_sums.result().explained_variance, long.number, long.share, long.max_norm
     )
-    return quality_sums.result(), fidelity_sums and fidelity_sums.result(), without_long
+    quality = quality_sums.result(split.join)
+    return quality, fidelity_sums and fidelity_sums.result(), without_long
 
 
 def describe_data(scalars: dict[str, float]) -> str:

@@ -1,6 +1,6 @@
-"""Rows of activations, from the rank that captured them to the ranks that train on their sites."""
+"""Rows of activations that go from rank to rank."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -43,3 +43,18 @@ def exchange_rows(
         {site: rows[site] for site in own} if x is None else dict(zip(own, x, strict=True))
         for x in incoming
     ]
+
+
+def apply_together(
+    function: Callable[[Tensor], Tensor], x: Tensor, rows: int, ranks: Ranks
+) -> Tensor:
+    """function(x) [n, d_out] of this rank's rows x [n, d_in], where each call of `function` takes
+    all ranks, with the same rows: those of all ranks, at most `rows` at a time."""
+    most = max(ranks.gather_values(len(x)))
+    padded = x.new_zeros(most, x.shape[1])
+    padded[: len(x)] = x
+    results = []
+    for part in padded.split(max(1, rows // ranks.size)):
+        y = function(ranks.stack(part).flatten(0, 1))
+        results.append(y[ranks.rank * len(part) :][: len(part)])
+    return torch.cat(results)[: len(x)]

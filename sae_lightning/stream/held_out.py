@@ -4,7 +4,7 @@ Shapes: sequences = held-out sequences, context = tokens in each, n = kept token
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,8 @@ from sae_lightning.llm.load import LLM
 from sae_lightning.llm.sites import Site
 from sae_lightning.llm.splice import SpliceBaseline, SpliceScores, score_baseline, score_splices
 from sae_lightning.llm.vocabulary import find_special_ids
+from sae_lightning.ranks import ALONE, Split, world
+from sae_lightning.stream.exchange import apply_together, exchange_rows
 from sae_lightning.stream.rows import compute_medians, find_usual_rows
 from sae_lightning.stream.source import HeldOutData
 from sae_lightning.stream.tokens import HeldOutTokens
@@ -27,7 +29,7 @@ class HeldOut(HeldOutData):
 
     Tokens that training drops are neither scored nor replaced: position 0, special tokens, and
     those with a norm above `max_norm` x median (of this text) at any site. Whatever does not depend
-    on the SAE is computed once.
+    on the SAE is computed once, by all ranks together.
     """
 
     def __init__(
@@ -41,10 +43,13 @@ class HeldOut(HeldOutData):
         batch: int,
         keep_special: bool = False,
         max_norm: float | None = None,
+        own: Sequence[Site] | None = None,
     ):
         """Holds `tokens` tokens, rounded up to whole sequences, or fewer if the text is short. The
         LLM's loss is measured on `loss_tokens` of them, spread evenly (0: not measured). A forward
-        pass takes `batch` sequences."""
+        pass takes `batch` sequences. Of all `sites`, this rank keeps the activations at `own`
+        (None: at all)."""
+        self.own = set(sites if own is None else own)
         self.llm, self.sites, self.batch, self.max_norm = llm, sites, batch, max_norm
         self.tokens = text.pick_sequences(-(-tokens // text.packing.width))  # [sequences, context]
         dropped = torch.tensor([] if keep_special else find_special_ids(llm.tokenizer))
@@ -52,7 +57,7 @@ class HeldOut(HeldOutData):
         self._keep[:, 0] = False
         count = min(len(self.tokens), -(-loss_tokens // text.packing.width))
         self._loss_places = torch.linspace(0, len(self.tokens) - 1, count).round().long()
-        self._rows: dict[Site, Tensor] = {}  # {site: [n, d]}, once they are read
+        self._rows: dict[Site, Tensor] | None = None  # {site: [n, d]}, once they are read
         self._baselines: dict[Site, SpliceBaseline] = {}
 
     @property
@@ -66,26 +71,51 @@ class HeldOut(HeldOutData):
         self._read()
         return self._rows[site]
 
+    def prepare(self, targets: Collection[Site]) -> None:
+        """Do what takes all ranks: read the activations, and measure the baselines at the `targets`
+        of each of them."""
+        self._read()
+        if len(self._loss_places):
+            for target in sorted(set().union(*world().gather_values(set(targets)))):
+                self.baseline_at(target)
+
     def _read(self) -> None:
         """Capture the activations, once, and drop rows of large norm, also from `keep`."""
-        if self._rows:
+        if self._rows is not None:
             return
         rows = self._captured()
         if self.max_norm is not None:
-            usual = find_usual_rows(rows, compute_medians(rows), self.max_norm)  # [n]
-            self._keep = self._keep.masked_scatter(self._keep, usual.cpu())
-            rows = {site: x[usual] for site, x in rows.items()}
+            usual = torch.ones(int(self._keep.sum()), dtype=torch.bool)  # [n]
+            if rows:
+                usual = find_usual_rows(rows, compute_medians(rows), self.max_norm).cpu()
+            usual = torch.stack(world().gather_values(usual)).all(dim=0)
+            self._keep = self._keep.masked_scatter(self._keep, usual)
+            rows = {site: x[usual.to(x.device)] for site, x in rows.items()}
         self._rows = rows
 
     def _captured(self) -> dict[Site, Tensor]:
-        batches = zip(self.tokens.split(self.batch), self._keep.split(self.batch), strict=True)
-        rows: dict[Site, list[Tensor]] = {site: [] for site in self.sites}
+        """Capture the activations at the sites of this rank; LLM batch b is captured by rank
+        b % size."""
+        ranks, model = world(), self.llm.model
+        batches = list(
+            zip(self.tokens.split(self.batch), self._keep.split(self.batch), strict=True)
+        )
+        rows: dict[Site, list[Tensor]] = {site: [] for site in self.sites if site in self.own}
+        wanted = ranks.gather_values(self.own)
+        width = model.config.get_text_config().hidden_size
+        like = torch.empty(0, width, dtype=model.dtype, device=model.device)
         with phase("reading held-out text", total=len(self.tokens)) as advance:
-            for tokens, keep in batches:
-                places = keep.flatten().nonzero().squeeze(1)
-                for site, x in capture(self.llm.model, tokens, self.sites, places).items():
-                    rows[site].append(x)
-                advance(len(tokens))
+            for start in range(0, len(batches), ranks.size):
+                at_once = batches[start : start + ranks.size]
+                places = [keep.flatten().nonzero().squeeze(1) for _, keep in at_once]
+                captured = {}
+                if ranks.rank < len(at_once):
+                    tokens, _ = at_once[ranks.rank]
+                    captured = capture(model, tokens, self.sites, places[ranks.rank])
+                for part in exchange_rows(captured, list(map(len, places)), wanted, like):
+                    for site, x in part.items():
+                        rows[site].append(x)
+                advance(sum(len(tokens) for tokens, _ in at_once))
         return {site: torch.cat(parts) for site, parts in rows.items()}
 
     def _loss_text(self) -> tuple[Tensor, Tensor]:
@@ -93,18 +123,26 @@ class HeldOut(HeldOutData):
         return self.tokens[self._loss_places], self.keep[self._loss_places]
 
     def baseline_at(self, target: Site) -> SpliceBaseline:
-        """The LLM's clean loss, and its loss with `target` zero- and mean-ablated."""
+        """The LLM's clean loss, and its loss with `target` zero- and mean-ablated. Measured by all
+        ranks together (see `prepare`)."""
         if target not in self._baselines:
             tokens, keep = self._loss_text()
-            mean = self.activations(target).cpu().double().mean(dim=0).float()  # [d]
+            mean = self._mean_at(target)
             with phase("LLM loss on held-out text", total=len(tokens)) as advance:
                 known = score_baseline(
-                    self.llm.model, tokens, target, keep, mean, self.batch, advance
+                    self.llm.model, tokens, target, keep, mean, self.batch, advance, world()
                 )
             if not all(map(math.isfinite, known)):
                 _say_overflow(self.llm.model.dtype)
             self._baselines[target] = known
         return self._baselines[target]
+
+    def _mean_at(self, target: Site) -> Tensor:
+        """Mean activation [d] at `target`, on all ranks, from one that keeps its activations."""
+        mean = None
+        if target in self.own:
+            mean = self.activations(target).cpu().double().mean(dim=0).float()
+        return next(x for x in world().gather_values(mean) if x is not None)
 
     def measure_saes(
         self,
@@ -113,14 +151,19 @@ class HeldOut(HeldOutData):
         saes: Sequence[Callable[[Tensor], Any]],
         weights: Sequence[Callable[[], dict[str, Tensor]]],
         rows: int,
+        splits: Sequence[Split] = (),
     ) -> list[SpliceScores | None]:
         """Measure the LLM's loss with each SAE's reconstruction in place of `target`; `weights` are
-        not used. None for each SAE if no loss is measured."""
+        not used. None for each SAE if no loss is measured. Ranks among which the SAEs are split
+        share out the LLM's batches."""
         if not len(self._loss_places):
             return [None] * len(saes)
+        ranks = splits[0].ranks if splits else ALONE
 
         def reconstruct(sae: Callable[[Tensor], Any], x: Tensor) -> Tensor:
-            return torch.cat([sae(part).reconstruction.to(x.device) for part in x.split(rows)])
+            return apply_together(
+                lambda part: sae(part).reconstruction.to(x.device), x, rows, ranks
+            )
 
         functions = [partial(reconstruct, sae) for sae in saes]
         known = self.baseline_at(target)
@@ -128,7 +171,16 @@ class HeldOut(HeldOutData):
         what = "the SAE" if len(functions) == 1 else f"{len(functions)} SAEs"
         with phase(f"LLM loss with {what}", total=len(tokens)) as advance:
             return score_splices(
-                self.llm.model, tokens, source, target, functions, keep, known, self.batch, advance
+                self.llm.model,
+                tokens,
+                source,
+                target,
+                functions,
+                keep,
+                known,
+                self.batch,
+                advance,
+                ranks,
             )
 
 

@@ -4,7 +4,7 @@ Shapes: n = samples, concepts, dim = length of an activation.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from sae_lightning.errors import UserError
 from sae_lightning.llm.load import LLM, NO_LLM, Dtype, LLMConfig, pick_device
 from sae_lightning.llm.packaged import LLMShape
 from sae_lightning.llm.sites import LayerConfig, Site
+from sae_lightning.ranks import Split
 from sae_lightning.stream.concepts import MAX_RATE, World, make_world, make_zipf_rates
 from sae_lightning.stream.recovery import WORLD_METRICS, Recovery, measure_recovery
 from sae_lightning.stream.source import (
@@ -176,6 +177,9 @@ class HeldOutConcepts(HeldOutData):
         self.strengths = torch.cat(strengths)
         """[n, concepts], on the CPU"""
 
+    def prepare(self, targets: Collection[Site]) -> None:
+        """Nothing takes all ranks: each draws all samples."""
+
     def activations(self, site: Site) -> Tensor:
         return self._x
 
@@ -186,16 +190,31 @@ class HeldOutConcepts(HeldOutData):
         saes: Sequence[Callable[[Tensor], Any]],
         weights: Sequence[Callable[[], dict[str, Tensor]]],
         rows: int,
+        splits: Sequence[Split],
     ) -> list[Recovery]:
-        pairs = zip(saes, weights, strict=True)
         return [
-            measure_recovery(self.world.directions, w(), self._samples(sae, rows))
-            for sae, w in pairs
+            measure_recovery(
+                self.world.directions, _join_weights(w(), split), self._samples(sae, rows, split)
+            )
+            for sae, w, split in zip(saes, weights, splits, strict=True)
         ]
 
-    def _samples(self, sae: Callable[[Tensor], Any], rows: int) -> Iterator[tuple[Tensor, ...]]:
+    def _samples(
+        self, sae: Callable[[Tensor], Any], rows: int, split: Split
+    ) -> Iterator[tuple[Tensor, ...]]:
         for x, strengths in zip(self._x.split(rows), self.strengths.split(rows), strict=True):
-            yield x.cpu(), strengths, sae(x).features.cpu()
+            yield x.cpu(), strengths, split.join(sae(x).features.cpu().T).T
+
+
+def _join_weights(weights: dict[str, Tensor], split: Split) -> dict[str, Tensor]:
+    """The weights that `measure_recovery` reads, of all features; samples of few concepts need no
+    more features than fit on one rank."""
+    dims = {"W_enc": 1, "b_enc": 0, "W_dec": 0, "threshold": 0}
+    return {
+        name: split.join(x.movedim(dims[name], 0)).movedim(0, dims[name]) if x.ndim else x
+        for name, x in weights.items()
+        if name in dims
+    }
 
 
 class SyntheticSource(Source):

@@ -14,30 +14,35 @@ from sae_lightning.training.schedules import is_due
 
 
 def evaluate_heads(heads: Sequence[Head], held_out: HeldOut | HeldOutConcepts, tokens: int) -> None:
-    """Score heads after `tokens` training tokens, heads of the same sites together; the results go
-    to each head's log and `held_out_metrics`."""
+    """Score this rank's heads after `tokens` training tokens, heads of the same sites together; the
+    results go to each head's log and `held_out_metrics`. All ranks first score the heads that are
+    split among them."""
+    held_out.prepare({head.target for head in heads})
 
     def sites(head: Head) -> tuple:
-        return head.source, head.target
+        return head.sae.split.ranks.size == 1, head.source, head.target
 
-    for (source, target), same_sites in groupby(sorted(heads, key=sites), key=sites):
+    for (_, source, target), same_sites in groupby(sorted(heads, key=sites), key=sites):
         group = list(same_sites)
         functions, weights = zip(
             *((head.reconstruct_raw, head.fold_weights) for head in group), strict=True
         )
         decoders = [head.sae.W_dec for head in group]
-        cards = score_saes(functions, decoders, held_out, source, target, weights)
+        splits = [head.sae.split for head in group]
+        cards = score_saes(functions, decoders, held_out, source, target, weights, splits=splits)
         for head, card in zip(group, cards, strict=True):
             _record(head, card, tokens)
 
 
 def _record(head: Head, card: Scorecard, tokens: int) -> None:
     head.held_out_metrics = card.scalars()
-    head.log.add_scalars({f"held_out/{k}": v for k, v in head.held_out_metrics.items()}, tokens)
     head.density_counts = count_by_density(card.quality.density)
-    head.log.add_density(card.quality.density, tokens)
-    head.log.add_histogram("decoder/norm", head.sae.W_dec.detach().norm(dim=1), tokens)
-    head.log.flush()
+    norms = head.sae.split.join(head.sae.W_dec.detach().norm(dim=1))
+    if head.sae.split.ranks.is_first:
+        head.log.add_scalars({f"held_out/{k}": v for k, v in head.held_out_metrics.items()}, tokens)
+        head.log.add_density(card.quality.density, tokens)
+        head.log.add_histogram("decoder/norm", norms, tokens)
+        head.log.flush()
 
 
 class Evaluate(L.Callback):
