@@ -4,7 +4,7 @@ Shapes: n = samples, concepts, dim = length of an activation.
 """
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -176,9 +176,6 @@ class HeldOutConcepts(HeldOutData):
         self._x = torch.cat(x).to(device)
         self.strengths = torch.cat(strengths)
         """[n, concepts], on the CPU"""
-
-    def prepare(self, targets: Collection[Site]) -> None:
-        """Nothing takes all ranks: each draws all samples."""
 
     def activations(self, site: Site) -> Tensor:
         return self._x

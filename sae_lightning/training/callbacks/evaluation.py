@@ -17,7 +17,8 @@ def evaluate_heads(heads: Sequence[Head], held_out: HeldOut | HeldOutConcepts, t
     """Score this rank's heads after `tokens` training tokens, heads of the same sites together; the
     results go to each head's log and `held_out_metrics`. All ranks first score the heads that are
     split among them."""
-    held_out.prepare({head.target for head in heads})
+    if isinstance(held_out, HeldOut):
+        held_out.prepare({head.target for head in heads})
 
     def sites(head: Head) -> tuple:
         return head.sae.split.ranks.size == 1, head.source, head.target
