@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import pad
 
 from sae_lightning.errors import UserError
 
@@ -83,6 +84,39 @@ class Ranks:
         parts = x.new_empty(self.size, *x.shape)
         self._call(dist.all_gather, list(parts.unbind()), x.contiguous())
         return parts
+
+    def average(self, mean: float, count: int) -> float:
+        """Mean over all ranks, from each rank's `mean` of `count` values."""
+        if self.size == 1:
+            return mean
+        total = [mean * count if count else 0.0, count]
+        total = self.sum(torch.tensor(total, dtype=torch.float64))
+        return (total[0] / total[1]).item()
+
+    def keep_largest(self, x: Tensor, k: int) -> Tensor:
+        """This rank's candidates [..., m], at most k and not negative, with 0 in place of those
+        that are not among the k largest of all ranks."""
+        if self.size == 1:
+            return x
+        all_ranks = self.stack(pad(x.detach(), (0, k - x.shape[-1]))).movedim(0, -2).flatten(-2)
+        chosen = all_ranks.topk(k, sorted=False).indices
+        kept = torch.zeros_like(all_ranks, dtype=torch.bool).scatter_(-1, chosen, True)
+        return x.masked_fill(~kept[..., self.rank * k :][..., : x.shape[-1]], 0)
+
+    def keep_largest_entries(self, x: Tensor, rows: Tensor, count: int, k: int) -> Tensor:
+        """`keep_largest` in each of `count` rows, for entries [n] in rows [n], ascending."""
+        if self.size == 1:
+            return x
+        places = rows, torch.arange(len(rows), device=rows.device) - torch.searchsorted(rows, rows)
+        table = x.new_zeros(count, k).index_put_(places, x)
+        return self.keep_largest(table, k)[places]
+
+    def find_smallest(self, x: Tensor) -> Tensor | None:
+        """The smallest [] of the positive values [n] of all ranks; None if there is none."""
+        if self.size == 1:
+            return x.min() if len(x) else None
+        smallest = self.stack(pad(x[x > 0], (0, 1), value=torch.inf).min()).min()
+        return smallest if smallest < torch.inf else None
 
     def exchange(
         self, outgoing: Sequence[Tensor | None], incoming: Sequence[Tensor | None]
@@ -169,6 +203,10 @@ class Split:
         self.features, self.ranks = features, ranks
         self.own = range(ranks.rank, features, ranks.size)
         """The features of this rank."""
+
+    def count_own(self, stop: int) -> int:
+        """Number of this rank's features among the first `stop`."""
+        return len(range(self.ranks.rank, stop, self.ranks.size))
 
     def slice(self, whole: Tensor, dim: int = 0) -> Tensor:
         """This rank's features of a tensor that has all of them along `dim`."""

@@ -6,6 +6,7 @@ batch = tokens. One orientation everywhere: a feature is a column of W_enc and a
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from sae_lightning.sae.matrix import DenseMatrix, Matrix, SparseMatrix
 from sae_lightning.sae.sparse import SparsityPattern
 
 SMALLEST_NORM = 1e-12  # keeps rows of zeros from becoming NaN
+NUMBERS_AT_ONCE = 1 << 22  # drawn for the initial directions
 
 
 @dataclass(slots=True, kw_only=True)
@@ -76,11 +78,28 @@ class TrainingOutput(NamedTuple):
     """Gated: relu(gate) [batch, features]"""
 
 
+def draw_directions(split: Split, d: int, generator: Generator) -> Tensor:
+    """[own features, d]: this rank's rows of torch.randn(features, d), which is drawn in pieces and
+    never held as a whole."""
+    # torch draws 16 numbers at a time, and the last 16 again if some are left over: pieces are
+    # multiples of 16, and the last one has what is left over as well
+    count, rows = 16 * max(1, NUMBERS_AT_ONCE // (16 * d)), torch.empty(len(split.own), d)
+    stops = [*range(count, split.features - count + 1, count), split.features]
+    for start, stop in pairwise([0, *stops]):
+        piece = torch.randn(stop - start, d, generator=generator)
+        places = slice(split.count_own(start), split.count_own(stop))
+        rows[places] = piece[[i - start for i in split.own[places]]]
+    return rows
+
+
 class SAE(nn.Module):
     """f = activate(x W_enc + b_enc);  x_hat = f W_dec + b_dec (+ x W_skip).
 
     A subclass is an architecture: it defines `compute_strengths` and, if features compete,
     `activate`. b_dec is not subtracted from the input, which is centred; b_enc can absorb it.
+
+    The features may be split over ranks: then each rank has some of them, `features` in a shape
+    are its own, and all ranks have the same reconstruction.
     """
 
     architecture: str
@@ -107,22 +126,28 @@ class SAE(nn.Module):
         super().__init__()
         self.config = config
         self.split = Split(config.features, ranks)
-        rows = torch.randn(config.features, d_out, generator=generator)
+        rows = draw_directions(self.split, d_out, generator)
         rows *= config.decoder_norm / rows.norm(dim=1, keepdim=True)
         # Widths can differ in a transcoder only; its encoder directions are then drawn separately.
         columns = rows
         if d_in != d_out:
-            columns = torch.randn(config.features, d_in, generator=generator)
+            columns = draw_directions(self.split, d_in, generator)
             columns *= config.decoder_norm / columns.norm(dim=1, keepdim=True)
         # Column-major: a feature's column is contiguous, as its decoder row is, and sparse products
         # write the gradient in this layout.
         self.W_enc = nn.Parameter(columns.clone().T)
         bias = float(config.start_bias * config.decoder_norm)
-        self.b_enc = nn.Parameter(torch.full((config.features,), bias))
+        self.b_enc = nn.Parameter(torch.full((len(rows),), bias))
         self.W_dec = nn.Parameter(rows.clone())
         self.b_dec = nn.Parameter(torch.zeros(d_out))
         if config.skip:
             self.W_skip = nn.Parameter(torch.zeros(d_in, d_out))
+
+    @property
+    def split_dims(self) -> dict[str, int]:
+        """Tensors of `state_dict` and `weights` of which each rank has its own features -> their
+        dimension that counts features; every rank has all of the others."""
+        return self.per_feature | {"threshold": 0}
 
     def pre_activations(self, x: Tensor) -> Tensor:
         """Pre-activations [batch, features] of activations [batch, d_in]."""
@@ -155,7 +180,7 @@ class SAE(nn.Module):
     def decode(self, features: Tensor | Matrix) -> Tensor:
         """Reconstruction [batch, d_out] from features [batch, features], without the skip
         connection."""
-        return features @ self.W_dec + self.b_dec
+        return self.split.sum_parts(features @ self.W_dec) + self.b_dec
 
     def reconstruct(self, x: Tensor, features: Tensor | Matrix) -> Tensor:
         """Reconstruction [batch, d_out] from features and, with a skip connection, the input."""
@@ -201,7 +226,8 @@ class SAE(nn.Module):
 
     def estimate_density(self, output: TrainingOutput) -> float:
         """Estimated share of this batch's [batch, features] that `find_entries` would keep."""
-        return output.pre.density_above(self.entry_bound())
+        density = output.pre.density_above(self.entry_bound())
+        return self.split.ranks.average(density, len(self.split.own))
 
     @torch.no_grad()
     def restart(self, features: Tensor, columns: Tensor, rows: Tensor) -> None:

@@ -36,7 +36,7 @@ class BatchTopK(SAE):
     ):
         super().__init__(config, d_in, d_out, generator, ranks)
         # the same value for every feature, in the shape of the saved format
-        self.register_buffer("threshold", torch.zeros(config.features))
+        self.register_buffer("threshold", torch.zeros(len(self.split.own)))
         # bias correction for the initial 0, as in Adam; goes to 1
         self.register_buffer("threshold_weight", torch.zeros(()))
 
@@ -46,16 +46,13 @@ class BatchTopK(SAE):
 
     def activate_batch(self, pre: Tensor) -> Tensor:
         """The batch x k largest pre-activations [batch, features], if they are positive."""
-        flat = pre.flatten()
+        flat, k = pre.flatten(), len(pre) * self.config.k
         with torch.no_grad():
             places = (flat > 0).nonzero().squeeze(1)
-            count = min(len(pre) * self.config.k, len(places))
             # chosen by index: comparing values would keep all ties (bf16 has many)
-            values, chosen = flat[places].topk(count, sorted=False)
-            places = places[chosen]
-            if count:
-                self._remember(values.min())
-        kept = flat.gather(0, places)
+            places = places[flat[places].topk(min(k, len(places)), sorted=False).indices]
+        kept = self.split.ranks.keep_largest(flat.gather(0, places), k)
+        self._remember(kept.detach())
         return torch.zeros_like(flat).scatter(0, places, kept).view_as(pre)
 
     def find_entries(self, x: Tensor) -> tuple[SparsityPattern, Tensor]:
@@ -66,22 +63,27 @@ class BatchTopK(SAE):
             pattern, above = sparse.encode_entries(
                 x, self.W_enc, self.b_enc - bound, sparse.find_positive
             )
-            if len(pattern) >= k:
+            if self.split.ranks.sum_counts([len(pattern)])[0] >= k:
                 break
         pre = above + bound[pattern.columns]
         # the search rounds its bias up, so that some exact values may be <= 0
         positive = sparse.find_above(pre, 0.0)
         values, chosen = pre[positive].topk(min(k, len(positive)), sorted=False)
-        if len(values):
-            self._remember(values.min())
-        chosen = positive[chosen].sort().values
+        values = self.split.ranks.keep_largest(values, k)
+        self._remember(values)
+        chosen = positive[chosen[sparse.find_above(values, 0.0)]].sort().values
         return SparsityPattern(pattern.flat_indices[chosen], *pattern.shape), pre[chosen]
 
     def entry_bound(self) -> Tensor:
         return BOUND_SHARES[0] * self.threshold
 
-    def _remember(self, smallest: Tensor) -> None:
-        """Update the threshold's running mean with this batch's smallest strength."""
+    @torch.no_grad()
+    def _remember(self, kept: Tensor) -> None:
+        """Update the threshold's running mean with the smallest strength that a batch kept; `kept`
+        [n]: this rank's, and zeros."""
+        smallest = self.split.ranks.find_smallest(kept)
+        if smallest is None:
+            return
         self.threshold_weight.mul_(THRESHOLD_DECAY).add_(1 - THRESHOLD_DECAY)
         share = (1 - THRESHOLD_DECAY) / self.threshold_weight
         self.threshold.lerp_(smallest.float().expand_as(self.threshold), share)

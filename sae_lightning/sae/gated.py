@@ -46,8 +46,8 @@ class Gated(SAE):
         ranks: Ranks = ALONE,
     ):
         super().__init__(config, d_in, d_out, generator, ranks)
-        self.r_mag = nn.Parameter(torch.zeros(config.features))
-        self.b_mag = nn.Parameter(torch.zeros(config.features))
+        self.r_mag = nn.Parameter(torch.zeros(len(self.split.own)))
+        self.b_mag = nn.Parameter(torch.zeros(len(self.split.own)))
 
     def compute_strengths(self, pre: Matrix) -> Tensor:
         """Feature strengths, given the gate's pre-activations `pre`."""
@@ -96,7 +96,7 @@ class GatedLoss(PenaltyLoss):
         terms = PenaltyLoss.terms(self, sae, output, target, status)
         # only the difference: the reconstruction already contains b_dec and a skip connection
         extra = output.gate.with_values(output.gate.values - output.features.values.detach())
-        difference = extra @ sae.W_dec.detach()
+        difference = sae.split.sum_parts(extra @ sae.W_dec.detach())
         terms["gate"] = mse(output.reconstruction.detach() + difference, target)
         return terms
 

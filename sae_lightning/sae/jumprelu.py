@@ -96,7 +96,7 @@ class JumpReLU(SAE):
         ranks: Ranks = ALONE,
     ):
         super().__init__(config, d_in, d_out, generator, ranks)
-        start = torch.full((config.features,), math.log(config.threshold))
+        start = torch.full((len(self.split.own),), math.log(config.threshold))
         self.log_threshold = nn.Parameter(start)
 
     @property

@@ -1,11 +1,15 @@
 """Terms of training objectives: pure functions of tensors.
 
 Shapes: batch = tokens, d = width of the target site, features = dictionary size.
+Where features are spread over `ranks`, they are those of this rank, and terms without `ranks` are
+sums over them alone.
 Units: activations have a mean square of 1 per element, so predicting the mean has an mse of 1.
 """
 
 import torch
 from torch import Tensor
+
+from sae_lightning.ranks import ALONE, Ranks
 
 
 def mse(reconstruction: Tensor, target: Tensor) -> Tensor:
@@ -21,8 +25,11 @@ def l1(features: Tensor, norms: Tensor) -> Tensor:
     return (features.float().mean(dim=0) * norms).sum()
 
 
-def lp(features: Tensor, norms: Tensor, p: float, smooth: float = 0.01) -> Tensor:
-    """Mean over the batch of sum_i (f_i |W_dec_i|)^p, rescaled to the value that `l1` has.
+def lp(
+    features: Tensor, norms: Tensor, p: float, smooth: float = 0.01, ranks: Ranks = ALONE
+) -> Tensor:
+    """Mean over the batch of sum_i (f_i |W_dec_i|)^p, rescaled so that its sum over all ranks is
+    that of `l1`.
 
     For 0 < p < 1 this pushes weak features towards 0 and spares strong ones. Rescaling keeps the
     penalty continuous while p falls (Karvonen et al. 2024, arXiv 2408.00113, section 3.2, rescale
@@ -31,7 +38,7 @@ def lp(features: Tensor, norms: Tensor, p: float, smooth: float = 0.01) -> Tenso
     strengths = features.float() * norms
     powers = ((strengths + smooth) ** p - smooth**p).sum(dim=1).mean()
     with torch.no_grad():
-        scale = strengths.sum(dim=1).mean() / powers
+        scale = ranks.sum(strengths.sum(dim=1).mean()) / ranks.sum(powers)
     return powers * scale.nan_to_num(0.0, 0.0, 0.0)
 
 
@@ -41,7 +48,7 @@ def tanh_l0(features: Tensor, norms: Tensor, scale: float) -> Tensor:
     return torch.tanh(scale * features.float() * norms).sum(dim=1).mean()
 
 
-def auxk(residual: Tensor, pre: Tensor, rows: Tensor, k: int) -> Tensor:
+def auxk(residual: Tensor, pre: Tensor, rows: Tensor, k: int, ranks: Ranks = ALONE) -> Tensor:
     """Share of the variance of the residual [batch, d] that the k strongest dead features do not
     explain.
 
@@ -49,17 +56,19 @@ def auxk(residual: Tensor, pre: Tensor, rows: Tensor, k: int) -> Tensor:
     which b_dec is subtracted already, is detached. 0 if no feature is dead or the residual is
     constant (Gao et al. 2024, arXiv 2406.04093, appendix A.2).
     """
-    if not len(rows):
+    (dead,) = ranks.sum_counts([len(rows)])
+    if not dead:
         return residual.new_zeros(())
     residual = residual.detach().float()
     strengths = pre.relu()
-    if k < len(rows):
-        values, chosen = strengths.topk(k, dim=1, sorted=False)
+    if k < dead:
+        values, chosen = strengths.topk(min(k, len(rows)), dim=1, sorted=False)
+        values = ranks.keep_largest(values, k)
         strengths = torch.zeros_like(strengths).scatter(1, chosen, values)
     variance = (residual - residual.mean(dim=0)).square().mean()
     # multiplied by 1 / variance, because the gradient of 0 / 0 would be NaN
     share = (1 / variance).nan_to_num(0.0, 0.0, 0.0)
-    return mse(strengths @ rows, residual) * share
+    return mse(ranks.sum(strengths @ rows), residual) * share
 
 
 def preact(pre: Tensor, threshold: Tensor | float, norms: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Matryoshka: nested dictionaries, each of which has to reconstruct by itself."""
 
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from torch import Tensor
 from torch.profiler import record_function
@@ -53,9 +53,14 @@ class Matryoshka(BatchTopK):
         pre, features = self.fire(x, only_active)
         initial = self.b_dec + x @ self.W_skip if self.config.skip else self.b_dec
         with record_function("decode"):
-            groups = features.matmul_by_group(self.config.sizes(), self.W_dec)
-            *prefixes, whole = accumulate(groups, initial=initial)
+            groups = features.matmul_by_group(self._own_sizes(), self.W_dec)
+            *prefixes, whole = accumulate(map(self.split.sum_parts, groups), initial=initial)
         return TrainingOutput(x, whole, features, pre, tuple(prefixes[1:]))
+
+    def _own_sizes(self) -> list[int]:
+        """Number of this rank's features in each group."""
+        ends = accumulate(self.config.sizes(), initial=0)
+        return [b - a for a, b in pairwise(map(self.split.count_own, ends))]
 
 
 @dataclass(slots=True, kw_only=True)

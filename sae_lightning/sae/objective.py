@@ -17,7 +17,7 @@ class TrainingStatus(NamedTuple):
     """The state of the run that an objective may depend on."""
 
     dead: Tensor
-    """[features] bool: has not fired for `callbacks.dead_after` tokens"""
+    """[features] bool, this rank's: has not fired for `callbacks.dead_after` tokens"""
     progress: Tensor
     """Share of the run that is done, from 0 to 1"""
 
@@ -98,7 +98,7 @@ class PenaltyLoss(Loss):
             )
 
     def penalty(self, sae: SAE, output: TrainingOutput, status: TrainingStatus) -> Tensor:
-        """The term named by `sparsity`, unweighted []."""
+        """The term named by `sparsity`, unweighted [], summed over this rank's features."""
         raise NotImplementedError
 
     def terms(
@@ -106,11 +106,12 @@ class PenaltyLoss(Loss):
     ) -> dict[str, Tensor]:
         """The mse, the penalty and, if it is on, the pre-activation loss."""
         terms = Loss.terms(self, sae, output, target, status)
-        terms[self.sparsity] = self.penalty(sae, output, status)
+        terms[self.sparsity] = sae.split.sum_parts(self.penalty(sae, output, status))
         if self.preact:
             dead = status.dead.nonzero().squeeze(1)
             pre, norms = sae.pre_activations_of(dead, output), sae.W_dec[dead].norm(dim=1)
-            terms["preact"] = preact(pre, sae.thresholds_for(dead), norms)
+            missing = preact(pre, sae.thresholds_for(dead), norms)
+            terms["preact"] = sae.split.sum_parts(missing)
         return terms
 
     def coefficients(self) -> dict[str, float]:
@@ -149,7 +150,7 @@ class AuxKLoss(Loss):
             residual = target - output.reconstruction
             dead = status.dead.nonzero().squeeze(1)
             pre = sae.pre_activations_of(dead, output)
-            terms["auxk"] = auxk(residual, pre, sae.W_dec[dead], k)
+            terms["auxk"] = auxk(residual, pre, sae.W_dec[dead], k, sae.split.ranks)
         return terms
 
     def coefficients(self) -> dict[str, float]:

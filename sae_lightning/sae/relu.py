@@ -64,4 +64,4 @@ class ReLULoss(PenaltyLoss):
             return output.features.apply_penalty(l1, norms)
         done = (float(status.progress) - self.warmup) / max(1 - self.warmup, 1e-9)
         p = 1 - (1 - self.p) * min(max(done, 0.0), 1.0)
-        return output.features.apply_penalty(partial(lp, p=p), norms)
+        return output.features.apply_penalty(partial(lp, p=p, ranks=sae.split.ranks), norms)

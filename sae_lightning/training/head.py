@@ -133,7 +133,7 @@ class Head(nn.Module):
         fired = features.count_positive()
         silent = self.tokens_since_fired + features.batch_size
         self.tokens_since_fired.copy_(silent.masked_fill(fired > 0, 0))
-        return fired.sum() / features.batch_size
+        return self.sae.split.sum_parts(fired.sum()) / features.batch_size
 
     @property
     def dead(self) -> Tensor:

@@ -11,14 +11,14 @@ from sae_lightning.training.schedules import is_due
 @torch.no_grad()
 def measure_training_scalars(head: Head) -> dict[str, float]:
     """Values of the training curves after a head's last step, by tag."""
-    step = head.last_step
-    norms = head.sae.W_dec.norm(dim=1)
+    step, join = head.last_step, head.sae.split.join
+    norms = join(head.sae.W_dec.norm(dim=1))
     scalars = {
         "train/loss": step.loss,
         **{f"train/{name}": term for name, term in step.terms.items()},
         "train/l0": step.l0,
         "train/explained_variance": explained_variance(step.target, step.reconstruction),
-        "train/dead": head.dead.float().mean(),
+        "train/dead": join(head.dead).float().mean(),
         "optim/grad_norm": head.grad_norm,
         "decoder/norm_mean": norms.mean(),
         "decoder/norm_max": norms.max(),
@@ -27,7 +27,7 @@ def measure_training_scalars(head: Head) -> dict[str, float]:
         if hasattr(head.loss, name):  # a setting, not a constant
             scalars[f"optim/{name}"] = coefficient
     if hasattr(head.sae, "threshold"):
-        scalars["sae/threshold_mean"] = head.sae.threshold.mean()
+        scalars["sae/threshold_mean"] = join(head.sae.threshold).mean()
     return {name: float(value) for name, value in scalars.items()}
 
 

@@ -6,41 +6,47 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torch.optim import Optimizer
 
+from sae_lightning.ranks import Ranks
 from sae_lightning.training.head import Head
 from sae_lightning.training.schedules import is_due
 
 
 @torch.no_grad()
 def resample(head: Head, optimizer: Optimizer, x: Tensor, target: Tensor) -> int:
-    """Restart the dead features of `head`; returns how many there were.
+    """Restart the dead features of `head`; returns how many there were on all ranks.
 
     For each, a token is drawn with probability proportional to the square of its loss. The encoder
     column takes the direction of the token's normalised input (`x` [n, d_in]) and 0.2 times the
     mean norm of live columns; the decoder row takes the direction of its target (`target`
     [n, d_out]) and the mean norm of live rows. Other parameters are reset, Adam's moments become 0.
     """
-    dead = head.dead.nonzero().squeeze(1)
-    alive = ~head.dead
-    if not len(dead) or not alive.any() or not len(x):
+    sae, split = head.sae, head.sae.split
+    all_dead = split.join(head.dead)
+    count = int(all_dead.sum())
+    if not count or count == len(all_dead) or not len(x):
         return 0
-    sae = head.sae
     loss = (sae(x).reconstruction.float() - target).square().sum(dim=1)
     generator = torch.Generator()
     generator.set_state(head.generator_state.cpu())
     weights = loss.cpu().double().square()
-    drawn = torch.multinomial(weights, len(dead), len(dead) > len(x), generator=generator)
+    drawn = torch.multinomial(weights, count, count > len(x), generator=generator)
     head.generator_state.copy_(generator.get_state())
 
-    drawn = drawn.to(x.device)
-    decoder_norm = sae.W_dec[alive].norm(dim=1).mean()
-    encoder_norm = sae.W_enc[:, alive].norm(dim=0).mean()
+    alive, dead = ~head.dead, head.dead.nonzero().squeeze(1)
+    drawn = drawn.to(x.device)[split.slice(all_dead.cumsum(0) - 1)[dead]]
+    decoder_norm = _average(sae.W_dec[alive].norm(dim=1), split.ranks)
+    encoder_norm = _average(sae.W_enc[:, alive].norm(dim=0), split.ranks)
     columns, rows = normalize(x[drawn]) * 0.2 * encoder_norm, normalize(target[drawn])
     sae.restart(dead, columns, rows * decoder_norm)
     for name, dim in sae.per_feature.items():
         for moment in ("exp_avg", "exp_avg_sq"):
             optimizer.state[getattr(sae, name)][moment].index_fill_(dim, dead, 0)
     head.tokens_since_fired[dead] = 0
-    return len(dead)
+    return count
+
+
+def _average(values: Tensor, ranks: Ranks) -> float:
+    return ranks.average(values.mean().item(), len(values))
 
 
 class Resample(L.Callback):

@@ -73,8 +73,14 @@ class ClipGradient(L.Callback):
 
 def _clip(head: Head) -> Tensor:
     """Clip a head's gradient; returns its norm before clipping."""
-    parameters = list(head.sae.parameters())
-    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+    sae, parameters = head.sae, list(head.sae.parameters())
+    # what all ranks have is counted once
+    counted = [
+        p.grad
+        for name, p in sae.named_parameters()
+        if p.grad is not None and (name in sae.split_dims or sae.split.ranks.is_first)
+    ]
+    norm = sae.split.norm(get_total_norm(counted))
     limit = head.optim.clip
     # reading the norm is free on a CPU, and saves multiplying small gradients by 1
     if limit is not None and (norm.device.type != "cpu" or norm > limit):
