@@ -60,6 +60,11 @@ def build_sae(
     if config.name not in ARCHITECTURES:
         names = ", ".join(ARCHITECTURES)
         raise UserError(f"model.name={config.name}: no such architecture; choose from {names}")
+    if config.features < ranks.size:
+        raise UserError(
+            f"model.features={config.features}: give at least 1 feature for each of the "
+            f"{ranks.size} devices, or use fewer devices"
+        )
     generator = generator or Generator().manual_seed(config.seed)
     return ARCHITECTURES[config.name].network(config, d_in, d_out, generator, ranks)
 

@@ -8,9 +8,10 @@ import torch
 from rank_processes import run_on_ranks
 from torch import Generator
 
+from sae_lightning import UserError
 from sae_lightning.llm.sites import Kind, Site
 from sae_lightning.ranks import Ranks, Split, world
-from sae_lightning.sae import ARCHITECTURES, base, build_sae
+from sae_lightning.sae import ARCHITECTURES, SAEConfig, base, build_sae
 from sae_lightning.sae.jumprelu import JumpReLULoss, PenaltyKind
 from sae_lightning.training.callbacks.curves import measure_training_scalars
 from sae_lightning.training.callbacks.resample import resample
@@ -19,8 +20,9 @@ from sae_lightning.training.head import Head
 from sae_lightning.training.module import SAEModule
 from sae_lightning.training.settings import CallbacksConfig, OptimConfig, Products
 
-TOKENS, WIDTH, FEATURES, STEPS = 64, 24, 50, 5  # 50 is no multiple of 3
+TOKENS, WIDTH, FEATURES, STEPS = 64, 24, 53, 5  # 53 is a prime
 CLIP = 0.05
+DENSE, SPARSE = Products.dense, Products.sparse
 SOURCE, TARGET = Site(0, Kind.mlp_in), Site(0, Kind.mlp)
 COMPETING, AUXK = {"k": 4}, {"auxk": 0.5, "auxk_k": 3}
 STEERED = {"target_l0": 5.0, "preact": 1e-2, "warmup": 0.2}
@@ -38,15 +40,16 @@ SETTINGS = {
 CASES = [
     (name, *rest)
     for name in SETTINGS
-    for rest in (
-        (WIDTH, torch.float32, Products.dense),
-        (WIDTH, torch.float32, Products.sparse),
-        (WIDTH, torch.bfloat16, Products.dense),
-        (WIDTH, torch.bfloat16, Products.sparse),
-        (20, torch.float32, Products.dense),
-        (20, torch.bfloat16, Products.sparse),
-    )
+    for rest in [
+        (WIDTH, torch.float32, DENSE),
+        (WIDTH, torch.float32, SPARSE),
+        (WIDTH, torch.bfloat16, DENSE),
+        (WIDTH, torch.bfloat16, SPARSE),
+        (20, torch.float32, SPARSE),
+        (20, torch.bfloat16, DENSE),
+    ]
 ]
+CASES_ON_THREE = [case for case in CASES if (case[2] is torch.float32) == (case[3] is SPARSE)]
 
 
 def noise(*shape, seed=0):
@@ -127,7 +130,7 @@ def train(name, width_out, dtype, products):
 
 
 def train_all():
-    return {case: train(*case) for case in CASES}
+    return {case: train(*case) for case in CASES if world().size < 3 or case in CASES_ON_THREE}
 
 
 @pytest.fixture(scope="module")
@@ -145,9 +148,10 @@ def furthest(tensors, others):
     return max(apart(x, others[name]) for name, x in tensors.items())
 
 
-@pytest.mark.parametrize("size", [2, 3])
-@pytest.mark.parametrize("case", CASES)
-def test_split_features_train_as_on_one_rank(results, case, size):
+@pytest.mark.parametrize(
+    ("size", "case"), [*((2, case) for case in CASES), *((3, case) for case in CASES_ON_THREE)]
+)
+def test_split_features_train_as_on_one_rank(results, size, case):
     (alone,), (split, *others) = ([happened[case] for happened in results[n]] for n in (1, size))
     assert all(torch.equal(x, split["start"][name]) for name, x in alone["start"].items())
     for other in others:
@@ -161,13 +165,13 @@ def test_split_features_train_as_on_one_rank(results, case, size):
         assert max(gradients) < 1e-5
         assert furthest(split["end"], alone["end"]) < 1e-6
         for curves in ("before", "after"):
-            assert split[curves] == pytest.approx(alone[curves], rel=1e-5)
+            assert split[curves] == pytest.approx(alone[curves], rel=1e-5, abs=1e-6)
         assert torch.equal(split["dead"], alone["dead"])
         assert split["density"] == pytest.approx(alone["density"], rel=1e-6)
         return
     assert split["losses"] == pytest.approx(alone["losses"], rel=0.03)
     if case[0] in ("topk", "batch_topk", "matryoshka"):  # equal strengths compete for a place
-        assert gradients[0] < 0.15
+        assert gradients[0] < 0.3
     else:
         assert gradients[0] < 0.01
         assert furthest(split["end"], alone["end"]) < 0.05
@@ -193,3 +197,8 @@ def test_each_rank_draws_its_rows_of_one_draw(monkeypatch, features, d, size):
         rows = base.draw_directions(split, d, generator)
         assert torch.equal(rows, whole[rank::size])
         assert torch.equal(generator.get_state(), after.get_state())
+
+
+def test_more_devices_than_features_are_refused():
+    with pytest.raises(UserError, match="model.features=2: give at least 1 feature for each of"):
+        build_sae(SAEConfig(features=2), 4, 4, ranks=Ranks(0, 3))
