@@ -208,6 +208,8 @@ def _values(kind: Any) -> str:
         return " or ".join(_values(k) for k in get_args(kind) if k is not NoneType) + " or `null`"
     if get_origin(kind) is list:
         return f"list of {_values(*get_args(kind))}s"
+    if get_origin(kind) is dict:
+        return "arguments by name"
     if inspect.isclass(kind) and issubclass(kind, Enum):
         return _code([member.name for member in kind])
     names = {int: "integer", float: "number", bool: "`true`, `false`", str: "text"}

@@ -31,6 +31,7 @@ from sae_lightning.llm.directions import (
     measure_response,
     read_embedding,
 )
+from sae_lightning.llm.placement import read_weight
 from sae_lightning.llm.sites import Kind
 from sae_lightning.llm.splice import run_body
 from sae_lightning.llm.vocabulary import read_vocabulary
@@ -139,7 +140,7 @@ def measure_effects(subject: Subject, text: TokenStream, top: int = 10) -> Logit
 def _unembed_rows(subject: Subject, rows: Tensor, top: int) -> LogitEffect:
     """Find how adding `rows` [features, d] to the unembedding's input changes the logits."""
     words = len(subject.llm.tokenizer)
-    unembedding = subject.llm.model.get_output_embeddings().weight[:words]
+    unembedding = read_weight(subject.llm.model.get_output_embeddings())[:words]
     parts = [
         _rank_tokens(x, min(top, words)) for x in _multiply_slices("unembedding", rows, unembedding)
     ]
@@ -206,7 +207,7 @@ class _Maps:
         self.below, self.above = _Ridge(), _Ridge()
 
     def add(self, batch: EncodedBatch) -> None:
-        output = run_body(self.model, batch.tokens).last_hidden_state
+        output = run_body(self.model, batch.tokens).last_hidden_state.to(batch.x.device)
         self.below.add(self.embeddings[batch.tokens[batch.keep]], batch.x[batch.keep])
         self.above.add(batch.y[batch.keep], output[batch.keep].float())
 
@@ -233,7 +234,7 @@ class _Ridge:
 def _multiply_slices(what: str, directions: Tensor, tokens: Tensor) -> Iterator[Tensor]:
     """Yield the products [some features, vocabulary] of directions [features, d] and tokens
     [vocabulary, d], as many features at a time as fit into memory."""
-    tokens = tokens.float().T
+    tokens = tokens.to(directions.device).float().T
     with phase(f"features at the {what}", total=len(directions)) as advance:
         for part in directions.split(max(1, MAX_PRODUCTS // tokens.shape[1])):
             yield part @ tokens

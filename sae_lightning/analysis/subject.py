@@ -183,7 +183,7 @@ def _read_run_config(run: Path, settings: dict[str, Any], given: Collection[str]
         )
     groups = {}
     for group, other in settings.items():
-        names = [name.partition(".")[2] for name in given if name.startswith(f"{group}.")]
+        names = [name.split(".")[1] for name in given if name.startswith(f"{group}.")]
         for name in names:
             if name not in {field.name for field in fields(getattr(config, group))}:
                 raise UserError(
@@ -194,5 +194,7 @@ def _read_run_config(run: Path, settings: dict[str, Any], given: Collection[str]
             groups[group] = other
         elif names:
             single = {name: getattr(other, name) for name in names}
+            if "load" in single:
+                single["load"] = config.llm.load | single["load"]
             groups[group] = replace(getattr(config, group), **single)
     return replace(config, **groups)

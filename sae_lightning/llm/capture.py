@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from sae_lightning.errors import UserError
+from sae_lightning.llm.placement import find_computing_device, find_row_device
 from sae_lightning.llm.sites import Kind, Site, add_hook, find_decoder_stack, find_site_module
 
 
@@ -21,12 +22,13 @@ def capture(
 ) -> dict[Site, Tensor]:
     """Activations [sequences, context, d_site] of tokens [sequences, context], for each site.
 
-    In the model's dtype and on its device. `positions` [n], indices into the flattened tokens,
+    In the model's dtype, on its row device. `positions` [n], indices into the flattened tokens,
     restricts the result to [n, d_site]. Neither the LM head nor blocks after the deepest site run;
     all hooks are removed.
     """
-    tokens = tokens.to(model.device, torch.long)
-    positions = positions if positions is None else positions.to(model.device)
+    device = find_computing_device(model)
+    tokens = tokens.to(device, torch.long)
+    positions = positions if positions is None else positions.to(device)
     activations: dict[Site, Tensor | None] = dict.fromkeys(sites)
     scales = {site: measure_branch_scale(model, site) for site in sites}
 
@@ -41,7 +43,8 @@ def capture(
         if positions is None:
             activations[site] = x.clone().view(*tokens.shape, -1)
         else:
-            activations[site] = x.reshape(tokens.numel(), -1).index_select(0, positions)
+            there = positions.to(x.device)
+            activations[site] = x.reshape(tokens.numel(), -1).index_select(0, there)
         if scales[site] != 1:
             activations[site] *= scales[site]
         if all(x is not None for x in activations.values()):
@@ -54,7 +57,7 @@ def capture(
     for site, x in activations.items():
         if x is None:
             raise _skipped(model, site)
-    return activations
+    return {site: x.to(find_row_device(model)) for site, x in activations.items()}
 
 
 def _skipped(model: nn.Module, site: Site) -> UserError:
@@ -71,16 +74,18 @@ def replace_activations(
     """Inside the `with`, `model` runs with function(x, y) replacing y, its activation at `target`.
 
     x: the activation at `source`, which is `target` or is computed before it. Shapes as in
-    `add_hook`; function(x, y) has the shape of y.
+    `add_hook`, both on the row device; function(x, y) has the shape of y.
     """
     read: list[Tensor] = []
+    device = find_row_device(model)
     source_scale = measure_branch_scale(model, source)
     target_scale = measure_branch_scale(model, target)
 
     def replace(y: Tensor) -> Tensor:
+        x, there = read.pop().to(device), y.to(device)
         if target_scale == 1:
-            return function(read.pop(), y).to(y.dtype)
-        return (function(read.pop(), y * target_scale) / target_scale).to(y.dtype)
+            return function(x, there).to(y)
+        return (function(x, there * target_scale) / target_scale).to(y)
 
     # cloned, because Falcon adds the attention's output to the MLP's in place
     with (
@@ -123,7 +128,7 @@ def _measure_scale(model: nn.Module, site: Site) -> float:
     except UserError:
         other = None  # a block of a hybrid model may lack attention or MLP
     width = model.config.get_text_config().hidden_size
-    c = torch.linspace(1, 2, width, dtype=model.dtype, device=model.device)
+    c = torch.linspace(1, 2, width, dtype=model.dtype, device=find_computing_device(model))
     zeros = torch.zeros_like(c)
     silent = {site: zeros} | ({other: zeros} if other else {})
     change = _run_block(model, zeros, silent | {site: c}) - _run_block(model, zeros, silent)
@@ -163,12 +168,12 @@ def _run_block(model: nn.Module, x: Tensor, branches: dict[Site, Tensor]) -> Ten
                 add_hook(model, site, lambda y, value=value: _expand_like(value, y))
             )
         hooks.enter_context(block.register_forward_hook(leave))
-        tokens = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+        tokens = torch.zeros(1, 2, dtype=torch.long, device=x.device)
         model.base_model(input_ids=tokens, use_cache=False)
     if not outputs:
         raise _skipped(model, next(iter(branches)))
-    return outputs[0]
+    return outputs[0].to(x.device)
 
 
 def _expand_like(x: Tensor, other: Tensor) -> Tensor:
-    return x.expand_as(other).clone()
+    return x.to(other.device).expand_as(other).clone()

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from sae_lightning.errors import UserError
 from sae_lightning.llm.capture import StopForward, replace_activations
+from sae_lightning.llm.placement import find_computing_device, find_row_device
 from sae_lightning.llm.sites import Kind, Site, find_decoder_stack, find_site_module
 from sae_lightning.llm.splice import run_body
 
@@ -79,7 +80,8 @@ def _norm_before(model: nn.Module, reader: nn.Module, name: str) -> Norm:
                 hooks.enter_context(module.register_forward_hook(write))
         take = reader.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
         hooks.enter_context(take)
-        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
+        tokens = torch.zeros(1, 1, dtype=torch.long, device=find_computing_device(model))
+        model(input_ids=tokens, use_cache=False)
     source = next((m for x, m in outputs if x.data_ptr() == inputs[0].data_ptr()), None)
     norm = source and _as_norm(source, inputs[0].shape[-1])
     if norm is None:
@@ -87,7 +89,7 @@ def _norm_before(model: nn.Module, reader: nn.Module, name: str) -> Norm:
             f"direct=true: {type(model).__name__} has no norm before {name}, so the lens "
             "cannot follow directions to it; leave direct=true out"
         )
-    return norm
+    return norm._replace(gain=norm.gain.to(find_row_device(model)))
 
 
 def _as_norm(module: nn.Module, width: int) -> Norm | None:
@@ -96,10 +98,10 @@ def _as_norm(module: nn.Module, width: int) -> Norm | None:
     Weights are not read, because families store the gain differently (in Gemma it is 1 + weight).
     """
     norm = copy.deepcopy(module).float()
-    parameter = next(norm.parameters(), torch.empty(0))
+    device = find_computing_device(norm)
 
     def output(x: Tensor) -> Tensor:
-        return norm(x.to(parameter.device)[None, None])[0, 0].float()
+        return norm(x.to(device)[None, None])[0, 0].float()
 
     sign = torch.ones(width)
     sign[1::2] = -1
@@ -125,10 +127,11 @@ def read_embedding(model: nn.Module, tokens: int) -> Tensor:
         raise StopForward
 
     with find_decoder_stack(model)[0].register_forward_pre_hook(read, with_kwargs=True):
-        for ids in torch.arange(tokens, device=model.device)[:, None].split(TOKENS_PER_PASS):
+        device = find_computing_device(model)
+        for ids in torch.arange(tokens, device=device)[:, None].split(TOKENS_PER_PASS):
             with suppress(StopForward):
                 model.base_model(input_ids=ids, use_cache=False)
-    x = torch.cat(inputs)
+    x = torch.cat(inputs).to(find_row_device(model))
     return x - x.mean(0)
 
 
@@ -148,10 +151,11 @@ def measure_response(
         BOS  It  was  the  best   of     a direction is added at this last token only, and the
          .    .   .    .    .     *      output there is compared with the unchanged LLM's
     """
-    unit = nn.functional.normalize(directions.to(model.device))
+    device = find_row_device(model)
+    unit = nn.functional.normalize(directions.to(device))
     steps = torch.cat([torch.zeros_like(unit[:1]), share * unit]).split(DIRECTIONS_PER_PASS)
     total = torch.zeros(())
-    for context in tokens.to(model.device, torch.long):
+    for context in tokens.to(find_computing_device(model), torch.long):
         cache = _fill_cache(model, context[None, :-1])
         read = (context if cache is None else context[-1:]).expand(DIRECTIONS_PER_PASS, -1)
         outputs = []
@@ -162,7 +166,7 @@ def measure_response(
                 output = run_body(model, read, use_cache=bool(past), **past)
             outputs.append(output.last_hidden_state[: len(step), -1].float())
             advance(len(step))
-        hidden = torch.cat(outputs)
+        hidden = torch.cat(outputs).to(device)
         total = total + (hidden[1:] - hidden[0]) / len(tokens)
     return total
 

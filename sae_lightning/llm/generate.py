@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sae_lightning.errors import UserError
 from sae_lightning.llm.capture import replace_activations
 from sae_lightning.llm.load import LLM
+from sae_lightning.llm.placement import find_computing_device
 from sae_lightning.llm.quiet import mute_libraries
 from sae_lightning.llm.sites import SitePair
 from sae_lightning.llm.vocabulary import check_ids, find_bos_id, find_separator_id
@@ -76,7 +77,7 @@ def generate(
     from transformers import GenerationConfig
 
     end = find_separator_id(llm.tokenizer)
-    ids = prompt.to(llm.model.device).expand(sequences, -1)
+    ids = prompt.to(find_computing_device(llm.model)).expand(sequences, -1)
 
     def write(use_cache: bool) -> Tensor:
         with (
@@ -145,7 +146,8 @@ def _processors(sampling: Sampling) -> list[Callable[[Tensor, Tensor], Tensor]]:
 @torch.no_grad()
 def compute_surprisal(model: nn.Module, ids: Tensor) -> Tensor:
     """-log p [n - 1] in nats of each token of `ids` [n] but the first, given all before it."""
-    logits = model(input_ids=ids[None].to(model.device), use_cache=False).logits[0, :-1].float()
+    read = ids[None].to(find_computing_device(model))
+    logits = model(input_ids=read, use_cache=False).logits[0, :-1].float()
     return nn.functional.cross_entropy(logits, ids[1:].to(logits.device), reduction="none").cpu()
 
 
@@ -172,7 +174,7 @@ def reply(llm: LLM, question: str, tokens: int) -> Reply:
             raise UserError(
                 f"explainer={llm.name}: its chat template fails ({error}); use another"
             ) from error
-    ids = inputs["input_ids"].to(llm.model.device)
+    ids = inputs["input_ids"].to(find_computing_device(llm.model))
     check_ids(tokenizer, ids[0].cpu().numpy(), f"explainer={llm.name}")
     length = ids.shape[1]
     if context and length + tokens > context:

@@ -4,10 +4,10 @@ import json
 import os
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -15,8 +15,10 @@ from torch import nn
 from sae_lightning.errors import UserError
 from sae_lightning.files import read_regular_file
 from sae_lightning.llm.packaged import PACKAGED, LLMShape, dequantise, find_gguf_folder
+from sae_lightning.llm.placement import check_arguments_of_load, check_ranks
 from sae_lightning.llm.pretrained import (
     build_without_weights,
+    check_quantiser,
     read_config,
     read_model,
     read_tokenizer,
@@ -60,7 +62,12 @@ class LLMConfig:
     """Number format; auto is bfloat16 where the processor or GPU computes in it, else float32."""
 
     device: str = "auto"
-    """cpu, cuda, cuda:N or mps; auto is cuda if there is one, then mps, then cpu."""
+    """cpu, cuda, cuda:N or mps; auto is cuda if there is one, then mps, then cpu. With a device map
+    in llm.load, where the activations go."""
+
+    load: dict[str, Any] = field(default_factory=dict)
+    """Arguments for transformers' `from_pretrained`, for an LLM larger than one device:
+    `llm.load.device_map=auto`, max_memory, offload_folder, quantization_config and a few more."""
 
     attn: Attention = Attention.auto
     """Attention implementation; auto is eager where that is faster (bfloat16 on a CPU, at most 256
@@ -88,6 +95,7 @@ class LLMConfig:
             )
         if not self.name:
             raise UserError("llm.name=: empty; give smollm2, a hub name or a local folder")
+        check_arguments_of_load(self.load)
         for setting in ("bos", "separator"):
             if getattr(self, setting) == "":
                 raise UserError(f"llm.{setting}=: empty; give a token, or leave it out")
@@ -177,6 +185,14 @@ def check_sites(config: LLMConfig, sites: Collection[Site]) -> None:
         model = build_without_weights(config, read_config(config, _folder(config.name)))
     for site in sites:
         find_site_module(model, site)
+
+
+def check_load(config: LLMConfig) -> None:
+    """UserError for an `llm.load` that cannot work here; loads nothing."""
+    check_ranks(config.load)
+    if "quantization_config" in config.load and config.name not in PACKAGED:
+        with mute_libraries():
+            check_quantiser(config, read_config(config, _folder(config.name)))
 
 
 def find_hub_name(config: LLMConfig) -> str:

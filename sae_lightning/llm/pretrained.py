@@ -4,6 +4,7 @@
 of the LLM, None for the hub.
 """
 
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from sae_lightning.errors import UserError, is_out_of_memory
+from sae_lightning.llm.placement import check_quantisation, make_load_arguments
 from sae_lightning.llm.sites import find_decoder_stack
 
 # Families whose tokens attend to later ones, though AutoModelForCausalLM accepts them.
@@ -166,10 +168,15 @@ def read_model(
             dtype=dtype,
             attn_implementation=None if config.attn.value == "auto" else config.attn.value,
             output_loading_info=True,
+            **make_load_arguments(config.load, device),
         )
         if blocks is not None:
             _remove_head(model)
-        model = model.to(device)
+        if config.load:
+            logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns in each forward pass
+            model.row_device = torch.empty(0, device=device).device  # cuda is now cuda:N
+        else:
+            model = model.to(device)
     if report["missing_keys"]:
         # transformers fills these with random numbers.
         missing = sorted(report["missing_keys"])
@@ -178,6 +185,14 @@ def read_model(
             "give the folder or name of a complete causal language model"
         )
     return model
+
+
+def check_quantiser(config, hf_config) -> None:
+    """UserError if `llm.load` asks for a quantisation that cannot work here; a model that is
+    quantised already is not checked."""
+    if getattr(hf_config, "quantization_config", None) is None:
+        with _one_line_errors(config):
+            check_quantisation(config.load)
 
 
 def build_without_weights(config, hf_config, blocks: int | None = None) -> nn.Module:
@@ -275,7 +290,10 @@ def _reason(config, error: Exception, part: str) -> str:
         named = re.search(r"(?:pip install (?:-\S+ )*'?|module named ')([\w.-]+)", text)
         remedy = f"run: pip install {named[1]}" if named else "install it"
         return f"{name}: needs a missing package ({first}); {remedy}, or give another LLM"
+    if "offload_folder" in text:
+        return f"{name}: weights have to be written to disk; add llm.load.offload_folder=..."
+    remedy = "change llm.load or " if config.load and part == "model" else ""
     return (
         f"{name}: the {part} cannot be loaded ({first}); "
-        "give a causal language model that transformers can read"
+        f"{remedy}give a causal language model that transformers can read"
     )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sae_lightning.errors import UserError
 from sae_lightning.llm.capture import replace_activations
+from sae_lightning.llm.placement import find_computing_device, find_row_device
 from sae_lightning.llm.sites import Site, find_text_decoder
 from sae_lightning.ranks import ALONE, Ranks
 
@@ -160,10 +161,11 @@ def _sum_chunks(
 ) -> list[list[float]]:
     """Sums over each LOGIT_ROWS predictions of a batch [sequences, context]: cross-entropy of the
     clean model, cross-entropies with each function and, if asked for, each KL."""
-    sequence, position = (x.to(model.device) for x in kept[:, 1:].nonzero(as_tuple=True))
-    ids, kept = ids.to(model.device, torch.long), kept.to(model.device)
-    target_ids = ids[sequence, position + 1]
+    ids = ids.to(find_computing_device(model), torch.long)
     output = run_body(model, ids)
+    device = output.last_hidden_state.device  # of the last block
+    sequence, position = (x.to(device) for x in kept[:, 1:].nonzero(as_tuple=True))
+    kept, target_ids = kept.to(find_row_device(model)), ids.to(device)[sequence, position + 1]
     hidden = [output.last_hidden_state[sequence, position]]
     for function in functions:
         with replace_activations(model, source, target, _where(kept, function)):

@@ -35,6 +35,7 @@ PATH_SETTINGS = (
     "data.path",
     "data.cache_folder",
     "llm.name",
+    "llm.load.offload_folder",
     "hydra.run.dir",
     "hydra.sweep.dir",
 )
@@ -97,6 +98,12 @@ def quote_texts(arguments: list[str]) -> list[str]:
     """
     sweep, texts = is_multirun(arguments), find_text_settings()
     return [_quote_text(argument, sweep, texts) for argument in arguments]
+
+
+def open_load_settings(arguments: list[str]) -> list[str]:
+    """The arguments with `++` before `llm.load...`, which is a dict: Hydra refuses keys that are
+    not in its default otherwise."""
+    return [f"++{a}" if re.match(r"llm\.load[.=]", a) else a for a in arguments]
 
 
 def find_text_settings() -> dict[str, bool]:

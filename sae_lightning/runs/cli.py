@@ -30,6 +30,7 @@ from sae_lightning.files import describe_system_error
 from sae_lightning.runs.arguments import (
     check_arguments,
     list_tasks,
+    open_load_settings,
     quote_texts,
     sweep_settings_of_swept_groups,
 )
@@ -90,7 +91,8 @@ def one_line_errors(folder: Path | None = None, multirun: bool = False) -> Itera
 
 def read_arguments() -> None:
     """Rewrite `sys.argv` for Hydra; UserError for arguments that Hydra would misread."""
-    sys.argv[1:] = sweep_settings_of_swept_groups(quote_texts(check_arguments(sys.argv[1:])))
+    arguments = open_load_settings(quote_texts(check_arguments(sys.argv[1:])))
+    sys.argv[1:] = sweep_settings_of_swept_groups(arguments)
 
 
 def _refuse_second_task() -> None:

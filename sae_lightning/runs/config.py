@@ -35,6 +35,9 @@ STREAM_HALF = ("llm", "data", "trainer", "eval", "seed")
 FREE_ON_RESUME = (
     "llm.device",
     "llm.attn",
+    "llm.load.device_map",
+    "llm.load.max_memory",
+    "llm.load.offload_",
     "trainer.accelerator",
     "data.cache",
     "data.kind",  # follows from the other settings; not in checkpoints of 0.1.0
@@ -192,7 +195,7 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, dict):
             flat |= _flatten(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = value
+            flat[f"{prefix}{key}"] = value  # GPUs in llm.load.max_memory are numbers
     return flat
 
 

@@ -206,6 +206,8 @@ def _make_paths_absolute(config: Config) -> Config:
     """Make paths absolute, so that the run can be resumed and analysed from another folder."""
     if config.llm.name not in PACKAGED and os.path.isdir(make_absolute(config.llm.name)):
         config.llm.name = make_absolute(config.llm.name)
+    if folder := config.llm.load.get("offload_folder"):
+        config.llm.load["offload_folder"] = make_absolute(folder)
     config.data = config.data.with_absolute_paths()
     return config
 

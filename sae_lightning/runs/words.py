@@ -26,7 +26,9 @@ SETTINGS_ELSEWHERE = {
     "seq_len seq_length max_seq_len max_length context_size context_length ctx_len n_ctx": (
         "data.context=..."
     ),
-    "load_in_8bit load_in_4bit": "llm.name=... of a checkpoint that is quantised already",
+    "load_in_8bit load_in_4bit": "llm.load.quantization_config={load_in_8bit:true}",
+    "device_map": "llm.load.device_map=...",
+    "quantization_config": "llm.load.quantization_config=...",
     "devices num_devices gpus num_gpus n_gpus num_nodes strategy": (
         "CUDA_VISIBLE_DEVICES=0 to choose the one device on which a run trains"
     ),

@@ -14,6 +14,7 @@ from torch import nn
 
 from sae_lightning.llm.capture import measure_branch_scale
 from sae_lightning.llm.load import LLM, LLMConfig
+from sae_lightning.llm.placement import read_tensors
 from sae_lightning.llm.sites import Site
 from sae_lightning.stream.cache import CachedRows
 from sae_lightning.stream.flat import hash_tokenizer
@@ -93,7 +94,8 @@ def identify_rows(config: LLMConfig, data: TextConfig, seed: int, rows: LLMRows)
             "transformers": importlib.metadata.version("transformers"),
             "weights": hash_llm(model),
             "tokenizer": hash_tokenizer(tokenizer)[:16],
-        },
+        }
+        | ({"load": config.load} if config.load else {}),
         "data": settings | {"text": rows.tokens.fingerprint(), "files": data.hash_files()},
         "seed": seed,
         "sites": [_read(model, site) for site in rows.sites],
@@ -123,8 +125,9 @@ def hash_llm(model: nn.Module) -> str:
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        bits = tensor.flatten().view(INTEGERS_BY_SIZE[tensor.itemsize])
-        digest.update(bits[:: 1 + len(bits) // HASHED_NUMBERS].cpu().contiguous().numpy())
-        total = sum(piece.sum(dtype=torch.int64) for piece in bits.split(SUMMED_NUMBERS))
-        digest.update(f"{int(total)}".encode())
+        for part in read_tensors(model, name, tensor):
+            bits = part.flatten().view(INTEGERS_BY_SIZE[part.itemsize])
+            digest.update(bits[:: 1 + len(bits) // HASHED_NUMBERS].cpu().contiguous().numpy())
+            total = sum(piece.sum(dtype=torch.int64) for piece in bits.split(SUMMED_NUMBERS))
+            digest.update(f"{int(total)}".encode())
     return digest.hexdigest()[:16]

@@ -25,6 +25,7 @@ from torch.profiler import record_function
 from sae_lightning.errors import UserError
 from sae_lightning.llm.capture import capture, measure_branch_scale
 from sae_lightning.llm.load import LLM
+from sae_lightning.llm.placement import find_row_device
 from sae_lightning.llm.sites import Site
 from sae_lightning.llm.vocabulary import find_special_ids
 from sae_lightning.stream.packing import Sequences, TokenStream
@@ -56,7 +57,7 @@ class LLMRows(RowStream):
         self._scaled = [
             str(site) for site in self.sites if measure_branch_scale(llm.model, site) != 1
         ]
-        self.device = next(llm.model.parameters()).device
+        self.device = find_row_device(llm.model)
         self.max_rows = batch * tokens.packing.width
         self.llm_batches = 0  # served so far
         self.tokens_crc32 = 0  # of the last LLM batch

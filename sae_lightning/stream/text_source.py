@@ -13,6 +13,7 @@ from sae_lightning.llm.load import (
     LLM,
     NO_LLM,
     Attention,
+    check_load,
     count_llm_parameters,
     find_hub_name,
     load_llm,
@@ -79,6 +80,7 @@ class TextSource(Source):
 
     def check_before_loading(self, shape: LLMShape, resumed: bool) -> None:
         super().check_before_loading(shape, resumed)
+        check_load(self.llm)
         if self.data.cache and not resumed:
             self._check_cache()
         if shape.context is not None and self.data.context > shape.context:
@@ -105,7 +107,9 @@ class TextSource(Source):
     def estimate_data_memory(
         self, sites: Sequence[Site], shape: LLMShape, tokens: int, loss_tokens: int
     ) -> DataMemory:
-        weights = count_llm_parameters(self.llm, self._blocks(sites, loss_tokens))
+        """With `llm.load` the LLM's weights, which may be elsewhere or smaller, are not counted."""
+        blocks = self._blocks(sites, loss_tokens)
+        weights = 0 if self.llm.load else count_llm_parameters(self.llm, blocks)
         rows = self.llm.batch * self.data.context
         if not loss_tokens:
             return DataMemory(rows, weights, 0)

@@ -102,6 +102,9 @@ def test_what_is_given_counts_more_than_what_the_run_says(run, planted):
         LayerConfig(index=2),
         5,
     )
+    spread = asked(run, llm=LLMConfig(name="gpt2", device="cpu", load={"device_map": "cpu"}))
+    one = open_subject(*spread, ["llm.load.device_map"]).config.llm
+    assert (one.name, one.load) == (str(planted[0]), {"device_map": "cpu"})
     with pytest.raises(UserError, match=r"data\.held_out_split is no setting of .* data=\.\.\."):
         open_subject(*other, ["data.held_out_split"])
 

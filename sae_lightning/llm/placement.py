@@ -1,0 +1,144 @@
+"""`llm.load`: an LLM larger than one device, whose weights are spread, offloaded or quantised.
+
+    embedding, blocks 0-9      GPU 0      rows of all sites -> the device that `llm.device` names
+    blocks 10-29               GPU 1
+    blocks 30-39, LM head      RAM or disk, copied to GPU 0 for as long as they compute
+
+transformers loads it so, with accelerate, whose hooks move each module's inputs and weights.
+"""
+
+import atexit
+import os
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sae_lightning.errors import UserError
+from sae_lightning.files import make_private_folder, remove_leftovers
+from sae_lightning.ranks import world
+
+# Others are refused, because a run folder of somebody else may set them: some make transformers
+# download code and run it, or unpickle.
+ARGUMENTS = (
+    "device_map",
+    "max_memory",
+    "offload_folder",
+    "offload_buffers",
+    "quantization_config",
+    "experts_implementation",
+    "variant",
+)
+# Arguments of `from_pretrained` -> what to set instead.
+OWN_SETTINGS = {
+    "pretrained_model_name_or_path": "llm.name",
+    "config": "llm.name",
+    "state_dict": "llm.name",
+    "revision": "llm.revision",
+    "dtype": "llm.dtype",
+    "torch_dtype": "llm.dtype",
+    "attn_implementation": "llm.attn",
+    "trust_remote_code": "llm.trust_remote_code",
+    "local_files_only": "HF_HUB_OFFLINE=1 in the environment",
+    "cache_dir": "HF_HOME=... in the environment",
+    "token": "HF_TOKEN=... in the environment, or run: hf auth login",
+    "load_in_8bit": "llm.load.quantization_config={load_in_8bit:true}",
+    "load_in_4bit": "llm.load.quantization_config={load_in_4bit:true}",
+}
+TENSOR_PARALLEL = ("tp_plan", "tp_size", "device_mesh", "distributed_config")
+OFFLOADED = ("cpu", "disk")
+_folders = ExitStack()  # of weights written to disk, which are needed as long as the process runs
+atexit.register(_folders.close)
+
+
+def check_arguments_of_load(load: dict[str, Any]) -> None:
+    """UserError for an argument that `llm.load` does not pass on to `from_pretrained`."""
+    for name in load:
+        if name in OWN_SETTINGS:
+            raise UserError(f"llm.load.{name}: has a setting of its own; use {OWN_SETTINGS[name]}")
+        if name in TENSOR_PARALLEL:
+            raise UserError(
+                f"llm.load.{name}: tensor parallelism needs several processes that all run the LLM "
+                "on the same text, and alone it does nothing; use llm.load.device_map=auto"
+            )
+        if name not in ARGUMENTS:
+            raise UserError(f"llm.load.{name}: not passed on; there are {', '.join(ARGUMENTS)}")
+
+
+def check_ranks(load: dict[str, Any]) -> None:
+    """UserError for a device map by which every one of several ranks would load the LLM onto the
+    same GPUs."""
+    places = load.get("device_map", "cpu")
+    places = places.values() if isinstance(places, dict) else [places]
+    if world().size > 1 and not {*map(str, places)} <= {*OFFLOADED}:
+        raise UserError(
+            f"llm.load.device_map={load['device_map']}: each of the {world().size} ranks would "
+            "load the LLM onto the same GPUs; train on one, or leave the device map out"
+        )
+
+
+def check_quantisation(load: dict[str, Any]) -> None:
+    """Raise transformers' error for a quantisation that is unknown or that lacks a package."""
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    quantizer = AutoHfQuantizer.from_config(dict(load["quantization_config"]), pre_quantized=False)
+    quantizer.validate_environment(device_map=None)
+
+
+def make_load_arguments(load: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Arguments of `from_pretrained`, none for an empty `load`; the LLM is on `device` if `load`
+    names no other place."""
+    if not load:
+        return {}
+    arguments = {"device_map": {"": device}} | load
+    if memory := load.get("max_memory"):
+        # in a run's config.yaml GPUs are "0", "1", as in JSON
+        arguments["max_memory"] = {
+            int(key) if str(key).isdigit() else key: size for key, size in memory.items()
+        }
+    if folder := load.get("offload_folder"):
+        arguments["offload_folder"] = _make_offload_folder(Path(os.path.expanduser(folder)))
+    return arguments
+
+
+def _make_offload_folder(folder: Path) -> Path:
+    """A new folder in `folder`, where no link can wait in place of a weight's file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
+    return _folders.enter_context(make_private_folder(folder / "weights"))
+
+
+def find_computing_device(module: nn.Module) -> torch.device:
+    """The device that a module computes on; weights that are offloaded are elsewhere."""
+    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    if device is not None:
+        return torch.device(device)
+    return next(module.parameters(), torch.empty(0)).device
+
+
+def find_row_device(model: nn.Module) -> torch.device:
+    """The device that activations are brought to, whatever device a site is on."""
+    return getattr(model, "row_device", None) or find_computing_device(model)
+
+
+def read_weight(module: nn.Module) -> Tensor:
+    """The weight of a module, from RAM or disk if it is offloaded."""
+    from accelerate.utils import align_module_device
+
+    with align_module_device(module):
+        return module.weight
+
+
+def read_tensors(model: nn.Module, name: str, tensor: Tensor) -> list[Tensor]:
+    """An entry of the LLM's state dict, from RAM or disk if it is offloaded, as plain tensors:
+    several if it is quantised to numbers and scales."""
+    from transformers.integrations.accelerate import load_offloaded_parameter
+
+    if tensor.is_meta:
+        tensor = load_offloaded_parameter(model, name)
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    inner = {part: getattr(tensor, part) for part in tensor.__tensor_flatten__()[0]}
+    return [x for part, x in inner.items() for x in read_tensors(model, part, x)]
