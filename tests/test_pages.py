@@ -33,6 +33,7 @@ from page_commands import (
 from tiny_llm import TEXT, save_tiny
 from tiny_run import write_text
 
+from sae_lightning.runs.arguments import open_load_settings
 from sae_lightning.runs.config import find_conf_folder
 from sae_lightning.runs.jobs import register_schemas
 
@@ -41,6 +42,9 @@ COMPOSED = {
     "hydra/launcher=submitit_slurm": "needs a Slurm cluster",
     "hydra/launcher=submitit_local": "starts processes; tests/runs/test_sweepers.py does that",
     "hydra/launcher=ray": "not compatible with constraints.txt",
+    "llm.load={device_map:auto,max_memory:{0:20GiB,cpu:60GiB},offload_folder:/scratch/off}": "GPU",
+    "llm.load.quantization_config={load_in_8bit:true}": "needs bitsandbytes",
+    "llm.load.quantization_config={load_in_4bit:true,bnb_4bit_quant_type:nf4}": "the same",
 }
 COMMANDS = [c for c in page_commands() if c.script in ("train.py", "analyze.py")]
 BENCHMARKS = [c for c in page_commands() if c not in COMMANDS]
@@ -175,7 +179,8 @@ def answer(question: str) -> str:
 def test_a_command_for_elsewhere_is_composed(command):
     register_schemas()
     parse = OverridesParser.create().parse_override
-    jobs = [first_value(parse(a)) for a in command.arguments if not a.startswith("-")]
+    typed = open_load_settings([*command.arguments])
+    jobs = [first_value(parse(a)) for a in typed if not a.startswith("-")]
     with initialize_config_dir(find_conf_folder(), version_base="1.3"):
         OmegaConf.to_object(compose("config", jobs))
         compose("config", jobs, return_hydra_config=True)
