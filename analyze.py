@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sae_lightning.analysis.tasks import TASKS
 from sae_lightning.runs.arguments import refuse_sweep
-from sae_lightning.runs.cli import one_line_errors, read_arguments
+from sae_lightning.runs.cli import one_line_errors, read_arguments, refuse_second_task
 from sae_lightning.runs.config import to_dataclass
 from sae_lightning.runs.jobs import read_overrides, register_schemas
 
@@ -36,6 +36,7 @@ def analyze(cfg: DictConfig) -> None:
 if __name__ == "__main__":
     register_schemas(TASKS)
     with one_line_errors():
+        refuse_second_task()
         read_arguments()
         refuse_sweep(sys.argv[1:])  # before Hydra makes a sweep's folders
         analyze()

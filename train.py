@@ -1,6 +1,7 @@
 """Train a sparse autoencoder: python train.py model.features=10000 loss.l1=1e-3"""
 
 import signal
+import sys
 
 from sae_lightning.errors import check_packages
 
@@ -20,6 +21,7 @@ from omegaconf import DictConfig
 
 from sae_lightning.runs.cli import one_line_errors, read_arguments
 from sae_lightning.runs.jobs import make_job, read_overrides, read_swept_settings, register_schemas
+from sae_lightning.runs.launchers import find_place
 from sae_lightning.runs.search import compute_objective
 from sae_lightning.terminal import phase
 
@@ -31,6 +33,8 @@ def train(cfg: DictConfig) -> float | None:
     Returns None if the job failed and printed why, so that the other jobs of a multirun go on.
     (The launcher `one_pass` does not call this function: it trains all jobs together.)
     """
+    if is_follower():  # of the ranks that submitit has started
+        return follow_first_rank()
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
     multirun = hydra_config.mode is RunMode.MULTIRUN
@@ -46,8 +50,23 @@ def train(cfg: DictConfig) -> float | None:
     return None
 
 
+def is_follower() -> bool:
+    """Whether a launcher has started this process to follow the one that reads the command."""
+    place = find_place()
+    return place is not None and place.rank > 0
+
+
+def follow_first_rank() -> None:
+    """Train what rank 0 plans."""
+    from sae_lightning.runs.devices import follow
+
+    follow()
+
+
 if __name__ == "__main__":
     register_schemas()
+    if is_follower():
+        sys.exit(follow_first_rank())
     with one_line_errors():
         read_arguments()
         train()

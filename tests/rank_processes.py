@@ -1,6 +1,5 @@
 """Runs a function in real processes that are connected as ranks."""
 
-import os
 import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -44,8 +43,7 @@ def _serve(rank: int, function: Callable, ports: dict[int, int], folder: Path) -
     for size, port in ports.items():
         if rank >= size:
             continue
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         if size > 1:
-            connect(rank, size, 0, 60)
+            connect(rank, size, rank, "127.0.0.1", port, patience=60)
         torch.save(function(), folder / f"{size}.{rank}")
         disconnect()

@@ -15,7 +15,7 @@ from torch import nn
 from sae_lightning.errors import UserError
 from sae_lightning.files import read_regular_file
 from sae_lightning.llm.packaged import PACKAGED, LLMShape, dequantise, find_gguf_folder
-from sae_lightning.llm.placement import check_arguments_of_load, check_ranks
+from sae_lightning.llm.placement import check_arguments_of_load
 from sae_lightning.llm.pretrained import (
     build_without_weights,
     check_quantiser,
@@ -189,7 +189,6 @@ def check_sites(config: LLMConfig, sites: Collection[Site]) -> None:
 
 def check_load(config: LLMConfig) -> None:
     """UserError for an `llm.load` that cannot work here; loads nothing."""
-    check_ranks(config.load)
     if "quantization_config" in config.load and config.name not in PACKAGED:
         with mute_libraries():
             check_quantiser(config, read_config(config, _folder(config.name)))

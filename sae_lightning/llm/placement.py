@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from sae_lightning.errors import UserError
 from sae_lightning.files import make_private_folder, remove_leftovers
-from sae_lightning.ranks import world
 
 # Others are refused, because a run folder of somebody else may set them: some make transformers
 # download code and run it, or unpickle.
@@ -67,16 +66,11 @@ def check_arguments_of_load(load: dict[str, Any]) -> None:
             raise UserError(f"llm.load.{name}: not passed on; there are {', '.join(ARGUMENTS)}")
 
 
-def check_ranks(load: dict[str, Any]) -> None:
-    """UserError for a device map by which every one of several ranks would load the LLM onto the
-    same GPUs."""
+def is_spread(load: dict[str, Any]) -> bool:
+    """Whether a device map puts the LLM onto GPUs, the same ones in each of several processes."""
     places = load.get("device_map", "cpu")
     places = places.values() if isinstance(places, dict) else [places]
-    if world().size > 1 and not {*map(str, places)} <= {*OFFLOADED}:
-        raise UserError(
-            f"llm.load.device_map={load['device_map']}: each of the {world().size} ranks would "
-            "load the LLM onto the same GPUs; train on one, or leave the device map out"
-        )
+    return not {*map(str, places)} <= {*OFFLOADED}
 
 
 def check_quantisation(load: dict[str, Any]) -> None:

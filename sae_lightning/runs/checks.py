@@ -11,6 +11,7 @@ from sae_lightning.files import read_free_space
 from sae_lightning.llm.load import check_sites, has_bf16
 from sae_lightning.llm.packaged import LLMShape
 from sae_lightning.llm.sites import SitePair, distinct_sites
+from sae_lightning.runs.devices import count_threads
 from sae_lightning.runs.jobs import CONFIG_FILE, FOLDER_HINT, Job
 from sae_lightning.runs.run import make_head
 from sae_lightning.sae import count_parameters
@@ -36,7 +37,11 @@ def resolve_auto(job: Job) -> Job:
     config = replace(
         job.config,
         llm=job.config.data_source.resolve_llm(),
-        trainer=replace(trainer, precision=precision),
+        trainer=replace(
+            trainer,
+            precision=precision,
+            threads=trainer.threads or count_threads(job.config),
+        ),
     )
     return replace(job, config=config)
 
@@ -79,6 +84,11 @@ def check_jobs(jobs: list[Job]) -> list[CheckedJob]:
         raise UserError(
             "data.cache, data.cache_folder: jobs on one pass of the LLM share its cache; give all "
             "of them the same"
+        )
+    if any(job.config.trainer != config.trainer for job in jobs):
+        raise UserError(
+            "trainer.devices, nodes, split, patience: jobs on one pass of the LLM share them; give "
+            "all of them the same"
         )
     llm = config.data_source.read_shape()
     config.data_source.check_before_loading(llm, jobs[0].resumed)

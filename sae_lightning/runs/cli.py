@@ -35,6 +35,7 @@ from sae_lightning.runs.arguments import (
     sweep_settings_of_swept_groups,
 )
 from sae_lightning.runs.config import find_conf_folder
+from sae_lightning.runs.launchers import find_place
 from sae_lightning.runs.words import translate_setting
 from sae_lightning.sae import ARCHITECTURES
 from sae_lightning.stream import SOURCES
@@ -71,7 +72,6 @@ def one_line_errors(folder: Path | None = None, multirun: bool = False) -> Itera
             # a character that the terminal cannot show must not end a run
             stream.reconfigure(errors="replace")
     try:
-        _refuse_second_task()
         yield
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
@@ -95,15 +95,13 @@ def read_arguments() -> None:
     sys.argv[1:] = sweep_settings_of_swept_groups(arguments)
 
 
-def _refuse_second_task() -> None:
+def refuse_second_task() -> None:
     """UserError in all but the first task of a cluster job, as all tasks run the same command."""
-    for name in ("SLURM_PROCID", "RANK"):
-        if os.environ.get(name, "0") != "0":
-            raise UserError(
-                f"{name}={os.environ[name]}: one task does all the work, on one device, so this "
-                f"one does nothing; start a single task (srun --ntasks=1), or unset {name} where "
-                "each task has settings of its own"
-            )
+    if (place := find_place()) and place.rank > 0:
+        raise UserError(
+            f"task {place.rank} of {place.size}: the first one does all the work, so this one does "
+            "nothing; start a single task"
+        )
 
 
 def format_error(message: str) -> str:

@@ -31,6 +31,8 @@ from sae_lightning.training.settings import (
 )
 
 STREAM_HALF = ("llm", "data", "trainer", "eval", "seed")
+# Settings of the trainer that change nothing but the speed.
+DEVICE_SETTINGS = ("devices", "nodes", "split", "patience")
 # Prefixes of the settings that may change when a run is resumed.
 FREE_ON_RESUME = (
     "llm.device",
@@ -39,6 +41,8 @@ FREE_ON_RESUME = (
     "llm.load.max_memory",
     "llm.load.offload_",
     "trainer.accelerator",
+    *(f"trainer.{name}" for name in DEVICE_SETTINGS),
+    "trainer.threads",
     "data.cache",
     "data.kind",  # follows from the other settings; not in checkpoints of 0.1.0
     "eval",
@@ -162,6 +166,8 @@ class Config:
         # the cache does not change the activations, and the kind follows from the other settings
         for name in ("cache", "cache_folder", "kind"):
             half["data"].pop(name, None)
+        for name in DEVICE_SETTINGS:
+            del half["trainer"][name]
         if self.data.rows_depend_on_site:
             half["layer"] = settings["layer"]
         return hashlib.sha256(json.dumps(half, sort_keys=True).encode()).hexdigest()[:16]

@@ -17,7 +17,7 @@ from sae_lightning.errors import UserError
 from sae_lightning.llm.packaged import PACKAGED
 from sae_lightning.report.sweep_table import split_overrides
 from sae_lightning.runs.arguments import join_sweep_values
-from sae_lightning.runs.config import Config, list_presets, to_dataclass
+from sae_lightning.runs.config import DEVICE_SETTINGS, Config, list_presets, to_dataclass
 from sae_lightning.runs.saved import OVERRIDES_KEY, read_settings
 from sae_lightning.sae import ARCHITECTURES
 from sae_lightning.stream import SOURCES
@@ -171,7 +171,7 @@ def make_job(cfg: DictConfig, folder: Path, overrides: list[str], multirun: bool
         return Job(config=config, folder=folder, overrides=overrides, multirun=multirun)
     _refuse_other_overrides(overrides)
     resumed = read_job(Path(pick_run_folder(cfg.resume)), trusted=cfg.llm.trust_remote_code)
-    return replace(resumed, resumed=True, multirun=multirun)
+    return _change_job(replace(resumed, resumed=True, multirun=multirun), cfg, overrides)
 
 
 def make_jobs(cfg: DictConfig, folder: Path, overrides: list[str], sweep: Path) -> list[Job]:
@@ -182,19 +182,27 @@ def make_jobs(cfg: DictConfig, folder: Path, overrides: list[str], sweep: Path) 
     if is_sweep(Path(cfg.resume)):
         _refuse_other_overrides(overrides)
         jobs = read_sweep(Path(cfg.resume), trusted=cfg.llm.trust_remote_code)
-        jobs = [replace(job, resumed=True) for job in jobs]
-    else:
-        jobs = [make_job(cfg, folder, overrides, multirun=True)]
-    names = [o.partition("=")[0].partition(".")[2] for o in overrides if o.startswith("sweep.")]
-    changes = {name: getattr(to_dataclass(cfg.sweep), name) for name in names}
-    for job in jobs:
-        job.config.sweep = replace(job.config.sweep, **changes)
-    return jobs
+        return [_change_job(replace(job, resumed=True), cfg, overrides) for job in jobs]
+    return [make_job(cfg, folder, overrides, multirun=True)]
+
+
+# Prefixes of overrides that may be given with `resume`, and how they are applied.
+CHANGES = ("sweep.", *(f"trainer.{name}=" for name in (*DEVICE_SETTINGS, "threads")))
+
+
+def _change_job(job: Job, cfg: DictConfig, overrides: list[str]) -> Job:
+    """A resumed job with the settings of the composed config that were typed with `resume`."""
+    for typed in (o.partition("=")[0] for o in overrides if o.startswith(CHANGES)):
+        group, _, name = typed.partition(".")
+        value = getattr(to_dataclass(cfg[group]), name)
+        setattr(job.config, group, replace(getattr(job.config, group), **{name: value}))
+    return job
 
 
 def _refuse_other_overrides(overrides: list[str]) -> None:
     """UserError for overrides with `resume` that would change the run."""
-    others = [o for o in overrides if not o.startswith(("resume=", "sweep.", f"{TRUST_SETTING}="))]
+    allowed = ("resume=", f"{TRUST_SETTING}=", *CHANGES)
+    others = [o for o in overrides if not o.startswith(allowed)]
     if others:
         raise UserError(
             f"resume continues a run as it was; {' '.join(others)} cannot be given with it. "

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -35,9 +35,11 @@ class PassMemory(NamedTuple):
     hidden: int
     """Per SAE, in evaluation: the LLM's last hidden states with the reconstruction spliced in."""
 
-    def bytes_for(self, first: int, end: int) -> int:
-        """Memory of a pass with the SAEs `first` to `end` - 1."""
-        return self.shared + sum(self.heads[first:end]) + (end - first) * self.hidden
+    def bytes_for(self, saes: Sequence[int], split: Collection[int] = (), ranks: int = 1) -> int:
+        """Memory of a rank that trains the SAEs with these numbers, the `split` ones together with
+        all `ranks`."""
+        heads = (self.heads[n] // (ranks if n in split else 1) for n in saes)
+        return self.shared + sum(heads) + len(saes) * self.hidden
 
     @property
     def shared(self) -> int:
@@ -124,9 +126,10 @@ def check_memory(
     sites: Sequence[SitePair],
     llm: LLMShape,
     free: float,
+    ranks: int = 1,
 ) -> None:
-    """UserError if an SAE does not fit in the free memory even on a pass of its own. `needed`: the
-    memory of one pass with all these SAEs."""
+    """UserError if an SAE does not fit in the free memory even on a pass of its own, split over
+    `ranks`. `needed`: the memory of one pass with all these SAEs; `free`: of one rank."""
     if free < PROCESS_BYTES:
         raise UserError(
             f"{max(free, 0) / 1e9:.1f} GB of memory are free, and the libraries alone take "
@@ -134,14 +137,14 @@ def check_memory(
         )
     for number, (config, pair) in enumerate(zip(configs, sites, strict=True)):
         # an upper bound: on a pass of its own, the SAE needs no more than this
-        if needed.bytes_for(number, number + 1) <= free:
+        if needed.bytes_for([number], [number], ranks) <= free:
             continue
         alone = estimate_memory([config], [pair], llm)
-        total = alone.bytes_for(0, 1)
+        total = alone.bytes_for([0], [0], ranks)
         if total <= free:
             continue
         parts = Counter(alone.parts)
-        parts.update({("model.features",): alone.heads[0], ("llm.batch",): alone.hidden})
+        parts.update({("model.features",): alone.heads[0] // ranks, ("llm.batch",): alone.hidden})
         ((names, part),) = parts.most_common(1)
         blamed = ", ".join(f"{name}={config.to_flat_dict()[name]}" for name in names)
         raise UserError(

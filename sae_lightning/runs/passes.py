@@ -22,13 +22,13 @@ from sae_lightning.files import remove_leftovers
 from sae_lightning.runs import checks, folders, memory
 from sae_lightning.runs.checks import CheckedJob
 from sae_lightning.runs.cli import SEVERAL_ERRORS, explain_error, print_error
+from sae_lightning.runs.devices import count_ranks, run_on_ranks
 from sae_lightning.runs.heap import give_back_freed_memory
 from sae_lightning.runs.hparams import make_hparams
 from sae_lightning.runs.jobs import CONFIG_FILE, Job, format_resume_command, read_job
-from sae_lightning.runs.run import PlannedPass, run_pass
+from sae_lightning.runs.plan import HeldOutResults, PlannedPass, assign_jobs
 from sae_lightning.terminal import console, make_visible
-
-HeldOutResults = list[dict[str, float] | None]
+from sae_lightning.training.settings import Accelerator, Splitting
 
 
 def train_jobs(jobs: Sequence[Job]) -> HeldOutResults:
@@ -143,19 +143,43 @@ def _split_group(group: list[CheckedJob]) -> list[PlannedPass]:
     as fit into free memory."""
     jobs, sites, done, shapes, _ = (list(column) for column in zip(*group, strict=True))
     configs = [job.config for job in jobs]
+    trainer = configs[0].trainer
+    ranks = count_ranks(configs[0])
     needed = memory.estimate_memory(configs, sites, shapes[0])
+    free = memory.read_free_memory(configs[0])
+    if trainer.accelerator is Accelerator.cpu or not torch.cuda.is_available():
+        free /= ranks // trainer.nodes  # which share the machine's memory
     max_heads = min((c.sweep.max_heads for c in configs if c.sweep.max_heads), default=None)
     if max_heads is None:
-        free = memory.read_free_memory(configs[0])
-        memory.check_memory(needed, configs, sites, shapes[0], free)
+        splits = 1 if trainer.split is Splitting.none else ranks
+        memory.check_memory(needed, configs, sites, shapes[0], free, splits)
         room = 0.9 * free - needed.shared
-        max_heads = max(1, int(room // (max(needed.heads) + needed.hidden)))
+        max_heads = max(1, int(ranks * room // (max(needed.heads) + needed.hidden)))
     parts = ceil(len(jobs) / max_heads)
     ends = [len(jobs) * n // parts for n in range(parts + 1)]
-    return [
-        PlannedPass(jobs[a:b], sites[a:b], done[0], shapes[0], needed.bytes_for(a, b))
-        for a, b in pairwise(ends)
-    ]
+    passes = []
+    for a, b in pairwise(ends):
+        numbers = range(b - a)
+        part = needed._replace(heads=needed.heads[a:b])
+        split = frozenset(
+            n
+            for n in numbers
+            if 1 < ranks <= configs[a + n].model.features
+            and _is_split(trainer.split, len(numbers), part.bytes_for([n]), free)
+        )
+        shares = assign_jobs(part.heads, split, ranks)
+        largest = max(part.bytes_for(share, split, ranks) for share in shares)
+        passes.append(
+            PlannedPass(jobs[a:b], sites[a:b], done[0], shapes[0], largest, shares, split)
+        )
+    return passes
+
+
+def _is_split(choice: Splitting, in_pass: int, needed: int, free: float) -> bool:
+    """Whether to split an SAE that would need `needed` bytes on one rank."""
+    if choice is Splitting.auto:
+        return in_pass == 1 or needed > free
+    return choice is Splitting.all
 
 
 def _announce_passes(jobs: list[Job], passes: list[PlannedPass]) -> None:
@@ -179,7 +203,7 @@ def _train_pass(planned: PlannedPass) -> HeldOutResults:
     """Train the jobs of a pass. If it fails, record why; in a multirun, print it and go on."""
     jobs = planned.jobs
     try:
-        return run_pass(planned)
+        return run_on_ranks(planned)
     except KeyboardInterrupt:
         if folders.forget_empty_run(jobs[0]):
             raise

@@ -1,10 +1,10 @@
 """Prints what is about to be trained, and the results."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
-from sae_lightning.llm.sites import SitePair
 from sae_lightning.runs.jobs import Job
+from sae_lightning.runs.plan import PlannedPass
+from sae_lightning.sae import count_parameters
 from sae_lightning.scoring import scorecard
 from sae_lightning.terminal import (
     console,
@@ -13,30 +13,29 @@ from sae_lightning.terminal import (
     make_grid,
     shorten_path,
 )
-from sae_lightning.training.head import Head
 from sae_lightning.training.module import SAEModule
 
 
-def print_plan(
-    jobs: Sequence[Job], heads: Sequence[Head], inputs: dict[str, str], steps_done: int
-) -> None:
+def print_plan(planned: PlannedPass, inputs: dict[str, str]) -> None:
     """Print what will be trained, on which `inputs`, and where the results go."""
+    jobs, width, steps_done = planned.jobs, planned.llm.width, planned.steps_done
     trainer = jobs[0].config.trainer
-    parameters = sum(p.numel() for head in heads for p in head.sae.parameters())
-    sites = [SitePair(head.source, head.target) for head in heads]
-    width = len(heads[0].sae.W_enc)
+    parameters = sum(count_parameters(job.config.model, width, width) for job in jobs)
     kinds = {
         f"{job.config.model.name}, {job.config.model.features:,} features": None for job in jobs
     }
     rows = {
         **inputs,
-        **jobs[0].config.data_source.describe_sites(sites, width),
+        **jobs[0].config.data_source.describe_sites(planned.sites, width),
         "SAE": (f"{len(jobs)} of " if len(jobs) > 1 else "")
         + f"{'; '.join(kinds)}, {parameters / 1e6:.1f} M parameters, {trainer.precision.name}",
         "training": f"{trainer.steps * trainer.batch:,} tokens in {trainer.steps:,} updates of "
         f"{trainer.batch:,}",
         "results": str(shorten_path(jobs[0].folder if len(jobs) == 1 else jobs[0].folder.parent)),
     }
+    if len(planned.shares) > 1:
+        how = f"{len(planned.split)} SAEs split by features" if planned.split else "SAEs shared out"
+        rows["devices"] = f"{len(planned.shares)}, {how.replace('1 SAEs', '1 SAE')}"
     if steps_done:
         rows["resuming"] = f"after {steps_done * trainer.batch:,} tokens"
     console.print(make_grid(rows))

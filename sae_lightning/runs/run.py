@@ -15,11 +15,12 @@ from lightning.fabric.plugins.environments import LightningEnvironment
 from sae_lightning.errors import WriteError
 from sae_lightning.files import write_json
 from sae_lightning.formats.export import describe_limits
-from sae_lightning.llm.packaged import LLMShape
 from sae_lightning.llm.sites import SitePair, distinct_sites
+from sae_lightning.ranks import ALONE, Ranks, world
 from sae_lightning.runs.folders import METRICS_FILE
 from sae_lightning.runs.heap import keep_freed_memory
 from sae_lightning.runs.jobs import Job, format_resume_command
+from sae_lightning.runs.plan import HeldOutResults, PlannedPass
 from sae_lightning.runs.report import format_speed, print_how_to_continue, print_plan, print_results
 from sae_lightning.sae import build_sae
 from sae_lightning.stream.batches import BatchStream
@@ -32,9 +33,9 @@ from sae_lightning.training.callbacks.throughput import measure_peak_memory_gb
 from sae_lightning.training.checkpoints import HeadCheckpoints
 from sae_lightning.training.datamodule import ActivationData
 from sae_lightning.training.head import Head
-from sae_lightning.training.logging import HeadLog
+from sae_lightning.training.logging import HeadLog, SilentLog
 from sae_lightning.training.module import SAEModule
-from sae_lightning.training.settings import checkpoint_path
+from sae_lightning.training.settings import Accelerator, checkpoint_path
 
 
 class RunParts(NamedTuple):
@@ -45,25 +46,13 @@ class RunParts(NamedTuple):
     trainer: L.Trainer
 
 
-class PlannedPass(NamedTuple):
-    """Jobs that train on one pass of the LLM, with what the checks looked up."""
-
-    jobs: list[Job]
-    sites: list[SitePair]
-    """The sites that each job's SAE reads and reconstructs."""
-    steps_done: int
-    """Updates done before the jobs were stopped, the same for all."""
-    llm: LLMShape
-    memory: int
-    """Estimated memory in bytes."""
-
-
-def run_pass(planned: PlannedPass) -> list[dict[str, float] | None]:
-    """Train the SAEs of a pass, whose run folders this process has locked.
+def run_pass(planned: PlannedPass) -> HeldOutResults:
+    """Train the SAEs of a pass, whose run folders rank 0 has locked, together with all its ranks.
 
     Returns each SAE's final held-out metrics, or None if it diverged while others went on. All
     other results are in the run folders.
     """
+    torch.set_num_threads(planned.jobs[0].config.trainer.threads)
     if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()  # of this pass, not of the one before
     keep_freed_memory()
@@ -74,8 +63,8 @@ def run_pass(planned: PlannedPass) -> list[dict[str, float] | None]:
         return _run_pass(planned)
 
 
-def _run_pass(planned: PlannedPass) -> list[dict[str, float] | None]:
-    jobs, steps_done = planned.jobs, planned.steps_done
+def _run_pass(planned: PlannedPass) -> HeldOutResults:
+    jobs = planned.jobs
     config = jobs[0].config
     opened = config.data_source.open_data(
         distinct_sites(planned.sites),
@@ -83,9 +72,10 @@ def _run_pass(planned: PlannedPass) -> list[dict[str, float] | None]:
         loss_tokens=config.eval.loss_tokens,
         ahead=config.trainer.batch,
         resumed=jobs[0].resumed,
+        own=distinct_sites([planned.sites[number] for number in planned.own]),
     )
     parts = assemble(planned, opened)
-    print_plan(jobs, parts.module.heads, opened.about, steps_done)
+    print_plan(planned, opened.about)
     try:
         return _fit(planned, parts)
     finally:
@@ -94,7 +84,7 @@ def _run_pass(planned: PlannedPass) -> list[dict[str, float] | None]:
                 head.log.close()
 
 
-def _fit(planned: PlannedPass, parts: RunParts) -> list[dict[str, float] | None]:
+def _fit(planned: PlannedPass, parts: RunParts) -> HeldOutResults:
     jobs, steps_done, module = planned.jobs, planned.steps_done, parts.module
     started = time.monotonic()
     try:
@@ -107,16 +97,18 @@ def _fit(planned: PlannedPass, parts: RunParts) -> list[dict[str, float] | None]
     finally:
         parts.data.stream.close()  # else an error's traceback keeps the cache locked
     if module.stopped_by and module.global_step < module.steps:
+        world().wait()  # until all have saved
         print_how_to_continue(module)
         sys.exit(128 + module.stopped_by)
     if module.speed:
         done = (module.steps - steps_done) * module.batch
         module.speed["tokens_per_second_in_all"] = done / (time.monotonic() - started)
     try:
-        results = score_and_save(jobs, parts)
+        results = score_and_save(planned, parts)
     except KeyboardInterrupt:
         console.print(f"interrupted. Continue with\n\n  {module.resume}\n")
         sys.exit(128 + signal.SIGINT)
+    module.stopped_by = module.asked_to_stop
     if module.stopped_by and jobs[0].sweep_folder:  # start no other pass
         print_how_to_continue(module)
         sys.exit(128 + module.stopped_by)
@@ -133,30 +125,40 @@ def assemble(planned: PlannedPass, opened: OpenedData) -> RunParts:
         total_batches=trainer.steps,
         pool=config.data.pool,
         seed=config.seed,
+        sites=distinct_sites([planned.sites[number] for number in planned.own]),
     )
     resumed_at = planned.steps_done * trainer.batch if jobs[0].resumed else None
-    heads = [
-        make_head(job, pair, planned.llm.width)
-        for job, pair in zip(jobs, planned.sites, strict=True)
-    ]
-    for job, head in zip(jobs, heads, strict=True):
-        head.log = HeadLog(job.folder, job.hparams, resumed_at)
-        head.metadata |= SitePair(head.source, head.target).module_names(opened.modules)
+    heads = []
+    for number in planned.own:
+        job, pair = jobs[number], planned.sites[number]
+        ranks = world() if number in planned.split else ALONE
+        head = make_head(job, pair, planned.llm.width, ranks)
+        first = next(rank for rank, share in enumerate(planned.shares) if number in share)
+        head.writes = first == world().rank
+        log = HeadLog if head.writes else SilentLog
+        head.log = log(job.folder, job.hparams, resumed_at)
+        head.metadata |= pair.module_names(opened.modules)
+        heads.append(head)
     module = SAEModule(
-        heads, batch=trainer.batch, steps=trainer.steps, resume=format_resume_command(jobs)
+        heads,
+        batch=trainer.batch,
+        steps=trainer.steps,
+        in_pass=len(jobs),
+        resume=format_resume_command(jobs),
     )
+    on_cuda = trainer.accelerator is not Accelerator.cpu and torch.cuda.is_available()
     return RunParts(
         data=ActivationData(stream, opened.held_out),
         module=module,
         trainer=L.Trainer(
             accelerator=trainer.accelerator.value,
-            devices=1,
+            devices=[torch.cuda.current_device()] if on_cuda else 1,
             precision=trainer.precision.value,
             max_epochs=1,
             min_epochs=0,
             max_steps=trainer.steps,
             callbacks=make_callbacks(trainer, config.eval),
-            # one process trains everything: ignore SLURM's and torchrun's variables
+            # to Lightning each rank is alone: ignore SLURM's and torchrun's variables
             plugins=[HeadCheckpoints(heads), LightningEnvironment()],
             logger=False,
             enable_checkpointing=False,
@@ -168,11 +170,11 @@ def assemble(planned: PlannedPass, opened: OpenedData) -> RunParts:
     )
 
 
-def make_head(job: Job, sites: SitePair, width: int) -> Head:
-    """The head that trains a job's SAE; its log is set later."""
+def make_head(job: Job, sites: SitePair, width: int, ranks: Ranks = ALONE) -> Head:
+    """The head that trains a job's SAE, split over `ranks`; its log is set later."""
     config = job.config
     head = Head(
-        build_sae(config.model, width, width),
+        build_sae(config.model, width, width, ranks=ranks),
         name=job.label,
         folder=job.folder,
         source=sites.source,
@@ -193,29 +195,34 @@ def make_head(job: Job, sites: SitePair, width: int) -> Head:
     return head
 
 
-def score_and_save(jobs: list[Job], parts: RunParts) -> list[dict[str, float] | None]:
+def score_and_save(planned: PlannedPass, parts: RunParts) -> HeldOutResults:
     """Score the trained SAEs, write `metrics.json` and `sae/`, and print the results."""
-    module = parts.module
+    module, jobs = parts.module, planned.jobs
     evaluate_heads(module.training_heads, parts.data.held_out, module.tokens_seen)
-    for job, head in zip(jobs, module.heads, strict=True):
+    results: dict[int, dict[str, float]] = {}
+    for number, head in zip(planned.own, module.heads, strict=True):
         head.log.close()
         if head.failure is not None:
             continue
         export_head(head)
+        if not head.writes:
+            continue
         metrics = {
             "tokens": module.tokens_seen,
             "held_out": head.held_out_metrics,
             "density": head.density_counts,
             "training": head.training_metrics,
             "speed": module.speed
-            | {"heads": len(module.heads), "peak_memory_gb": measure_peak_memory_gb()},
+            | {"heads": len(jobs), "peak_memory_gb": measure_peak_memory_gb()},
         }
-        write_json(job.folder / METRICS_FILE, metrics)
+        write_json(jobs[number].folder / METRICS_FILE, metrics)
+        results[number] = head.held_out_metrics
     transcoders = [head for head in module.training_heads if head.source != head.target]
     for note in {describe_limits(head.sae) for head in transcoders} - {None}:
         console.print(note)
-    if len(jobs) == 1:
-        print_results(jobs[0], metrics)
-    elif "tokens_per_second" in module.speed:
+    if len(jobs) > 1 and "tokens_per_second" in module.speed:
         console.print(format_speed(jobs[0], module.speed))
-    return [None if head.failure else head.held_out_metrics for head in module.heads]
+    elif results:
+        print_results(jobs[0], metrics)
+    results = {k: v for part in world().gather_values(results) for k, v in part.items()}
+    return [results.get(number) for number in range(len(jobs))]

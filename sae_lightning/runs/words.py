@@ -29,9 +29,8 @@ SETTINGS_ELSEWHERE = {
     "load_in_8bit load_in_4bit": "llm.load.quantization_config={load_in_8bit:true}",
     "device_map": "llm.load.device_map=...",
     "quantization_config": "llm.load.quantization_config=...",
-    "devices num_devices gpus num_gpus n_gpus num_nodes strategy": (
-        "CUDA_VISIBLE_DEVICES=0 to choose the one device on which a run trains"
-    ),
+    "devices num_devices gpus num_gpus n_gpus strategy world_size nproc": "trainer.devices=...",
+    "num_nodes nnodes": "trainer.nodes=... (docs/clusters.md)",
     "lr learning_rate": "optim.lr=...",
     "batch_size train_batch_size train_batch_size_tokens per_device_train_batch_size": (
         "trainer.batch=... (tokens of an update) or llm.batch=... (sequences for the LLM)"

@@ -4,7 +4,7 @@ rows.next -> pool -> batches
 {site: [n, d]}       {site: [batch, d]}
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from time import perf_counter
 from typing import Any
@@ -33,14 +33,22 @@ class BatchStream:
     """
 
     def __init__(
-        self, rows: RowStream, *, batch: int, total_batches: int, pool: int, seed: int = 0
+        self,
+        rows: RowStream,
+        *,
+        batch: int,
+        total_batches: int,
+        pool: int,
+        seed: int = 0,
+        sites: Sequence[Site] | None = None,
     ) -> None:
-        """`batch` and `pool` are in tokens; the pool is on the device of `rows`."""
+        """`batch` and `pool` are in tokens; the pool is on the device of `rows`; `sites`: those of
+        the batches (None: all)."""
         assert batch <= pool, f"batches of {batch} rows from a pool of {pool}"
         self.rows, self.batch, self.total_batches, self.pool_rows = rows, batch, total_batches, pool
         self.device = rows.device
         self.seconds = 0.0
-        self._pool = Pool(rows.sites, pool + rows.max_rows, seed=seed, device=rows.device)
+        self._pool = Pool(sites or rows.sites, pool + rows.max_rows, seed=seed, device=rows.device)
         self._served = 0  # batches
         self._started = False
         self._ids = torch.empty(0, dtype=torch.int64)  # sequence of each row of the last batch

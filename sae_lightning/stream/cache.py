@@ -9,7 +9,7 @@ and training sees the same batches, bit for bit, with and without it.
 """
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,6 +25,8 @@ from sae_lightning.files import (
     remove_leftovers,
     write_json,
 )
+from sae_lightning.llm.sites import Site
+from sae_lightning.ranks import world
 from sae_lightning.stream.rows import LLMRows
 from sae_lightning.stream.shards import DAMAGE_ERRORS, SHARD_SUFFIX, Shard, write_shard
 from sae_lightning.stream.source import Rows, RowStream, move_to_device
@@ -44,14 +46,21 @@ class CachedRows(RowStream):
     """
 
     def __init__(
-        self, live: LLMRows, folder: Path, settings: dict[str, Any], width: int, resumed: bool
+        self,
+        live: LLMRows,
+        folder: Path,
+        settings: dict[str, Any],
+        width: int,
+        resumed: bool,
+        own: Sequence[Site] | None = None,
     ) -> None:
         """`folder` holds the shards of one key, the hash of `settings`; `width` is that of an
-        activation; a `resumed` run goes on without writing where a new one would stop."""
+        activation; a `resumed` run goes on without writing where a new one would stop; only the
+        rows at the sites `own` are read (None: at all)."""
         self.live = live
         self.sites, self.device, self.max_rows = live.sites, live.device, live.max_rows
         self.folder, self.settings, self.resumed = folder, settings, resumed
-        self.width = width
+        self.width, self.own = width, own or live.sites
         itemsize = next(live.llm.model.parameters()).dtype.itemsize
         self.row_bytes = len(self.sites) * width * itemsize + 8  # for the id
         self.shards: list[Shard] = []  # in order
@@ -77,14 +86,14 @@ class CachedRows(RowStream):
             self._check_space(remaining)
         if self._place == self._stop:
             self._begin_stretch()
-        rows = self._compute() if self._shard is None else self._read(self._shard)
+        rows = self._compute(remaining) if self._shard is None else self._read(self._shard)
         if len(rows.ids) >= remaining:
             self._end_stretch()
             self.close()
         return rows
 
     def _read(self, shard: Shard) -> Rows:
-        rows = shard.read_batch(self._place, self.sites)
+        rows = shard.read_batch(self._place, self.own)
         epoch = shard.epochs[self._place - shard.first]
         if epoch > self.epoch:  # the text, which else prints this, is not read
             console.print(f"the text ran out; going round again in a new order (epoch {epoch})")
@@ -93,8 +102,10 @@ class CachedRows(RowStream):
         on_device = {site: move_to_device(x, self.device) for site, x in rows.activations.items()}
         return Rows(on_device, rows.ids)
 
-    def _compute(self) -> Rows:
-        rows = self.live.next(0)
+    def _compute(self, remaining: int) -> Rows:
+        if self._stop is not None:  # the next shard has the rest
+            remaining = min(remaining, (self._stop - self._place) * self.max_rows)
+        rows = self.live.next(remaining)
         self.epoch = self.live.epoch
         self._place += 1
         if self._buffer is not None:
@@ -204,7 +215,8 @@ class CachedRows(RowStream):
     def _list_shards(self) -> None:
         """List the shards on disk; checksums are verified when a shard is opened."""
         self.shards = []
-        for path in sorted(self.folder.glob("[0-9]" * 8 + SHARD_SUFFIX)):
+        # all ranks read the same ones
+        for path in world().share(sorted(self.folder.glob("[0-9]" * 8 + SHARD_SUFFIX))):
             try:
                 self.shards.append(Shard(path))
             except DAMAGE_ERRORS:
@@ -222,10 +234,16 @@ class CachedRows(RowStream):
         return cached
 
     def _may_write(self) -> bool:
-        """Whether this process may write; the first call locks and removes leftovers."""
-        if self._writes is not None:
-            return self._writes
-        self._writes = False
+        """Whether this process may write; the first call locks and removes leftovers. Of several
+        ranks, the first one writes."""
+        if self._writes is None:
+            writes = world().share(world().is_first and self._try_lock())
+            self._writes = writes and world().is_first
+            if writes:
+                self._list_shards()
+        return self._writes
+
+    def _try_lock(self) -> bool:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not self._lock.enter_context(hold_lock(self.folder / LOCK_FILE)):
@@ -244,9 +262,8 @@ class CachedRows(RowStream):
             reason = f"{self.folder} cannot be written to ({error.strerror})"
             self._refuse(reason, fatal=not self.shards)
         else:
-            self._writes = True
-            self._list_shards()
-        return self._writes
+            return True
+        return False
 
     def _refuse(self, reason: str, fatal: bool = True) -> None:
         """UserError in a new run if `fatal`; a resumed one, with fixed settings, only reads."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sae_lightning.llm.capture import capture
 from sae_lightning.llm.load import LLM
+from sae_lightning.llm.placement import find_row_device
 from sae_lightning.llm.sites import Site
 from sae_lightning.llm.splice import SpliceBaseline, SpliceScores, score_baseline, score_splices
 from sae_lightning.llm.vocabulary import find_special_ids
@@ -103,7 +104,7 @@ class HeldOut(HeldOutData):
         rows: dict[Site, list[Tensor]] = {site: [] for site in self.sites if site in self.own}
         wanted = ranks.gather_values(self.own)
         width = model.config.get_text_config().hidden_size
-        like = torch.empty(0, width, dtype=model.dtype, device=model.device)
+        like = torch.empty(0, width, dtype=model.dtype, device=find_row_device(model))
         with phase("reading held-out text", total=len(self.tokens)) as advance:
             for start in range(0, len(batches), ranks.size):
                 at_once = batches[start : start + ranks.size]

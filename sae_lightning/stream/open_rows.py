@@ -16,11 +16,13 @@ from sae_lightning.llm.capture import measure_branch_scale
 from sae_lightning.llm.load import LLM, LLMConfig
 from sae_lightning.llm.placement import read_tensors
 from sae_lightning.llm.sites import Site
+from sae_lightning.ranks import world
 from sae_lightning.stream.cache import CachedRows
 from sae_lightning.stream.flat import hash_tokenizer
 from sae_lightning.stream.packing import TokenStream
 from sae_lightning.stream.prefetch import PrefetchedRows
 from sae_lightning.stream.rows import LLMRows
+from sae_lightning.stream.shared import SharedRows
 from sae_lightning.stream.source import RowStream, TextConfig, make_absolute
 
 CACHE_FORMAT = 2  # part of the key: after a change older caches are not used
@@ -38,26 +40,32 @@ def open_rows(
     sites: Sequence[Site],
     resumed: bool = False,
     ahead: int = 0,
+    own: Sequence[Site] | None = None,
 ) -> RowStream:
     """Open the rows at `sites`: from the LLM, or from the cache if `data.cache` is set.
+
+    Of several ranks, which run the LLM in turn, each gets the rows at its `own` sites.
 
     On a GPU `ahead` rows are prefetched while SAEs train, but not with a cache, whose writes wait
     for the LLM anyway. UserError: no disk space for the cache of a run that is not `resumed`.
     """
-    rows = LLMRows(
-        llm,
-        tokens,
-        sites,
-        batch=config.batch,
-        max_norm=data.max_norm,
-        keep_special=data.keep_special,
-    )
+    settings = {
+        "batch": config.batch,
+        "max_norm": data.max_norm,
+        "keep_special": data.keep_special,
+    }
+    if world().size == 1:
+        rows = LLMRows(llm, tokens, sites, **settings)
+    else:  # the first rank writes the cache, with all sites
+        own = sites if data.cache and world().is_first else own
+        rows = SharedRows(llm, tokens, sites, own=own, **settings)
     if not data.cache:
         return PrefetchedRows(rows, ahead) if ahead and rows.device.type == "cuda" else rows
     identity = identify_rows(config, data, seed, rows)
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     width = llm.model.config.get_text_config().hidden_size
-    return CachedRows(rows, pick_cache_folder(data.cache_folder) / key, identity, width, resumed)
+    folder = pick_cache_folder(data.cache_folder) / key
+    return CachedRows(rows, folder, identity, width, resumed, own)
 
 
 def pick_cache_folder(chosen: str | None) -> Path:

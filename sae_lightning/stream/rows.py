@@ -16,7 +16,7 @@ import math
 import zlib
 from collections.abc import Sequence
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +32,19 @@ from sae_lightning.stream.packing import Sequences, TokenStream
 from sae_lightning.stream.source import Rows, RowStream, move_to_device
 
 MAX_EMPTY_BATCHES = 20  # consecutive LLM batches without a usable row before we give up
+
+
+class Selected(NamedTuple):
+    """The sequences of an LLM batch, and the tokens in them to train on."""
+
+    tokens: Tensor
+    """[n, context]"""
+
+    places: Tensor
+    """[rows] places in the flattened tokens."""
+
+    ids: Tensor
+    """[rows] the sequence that each row comes from."""
 
 
 class LLMRows(RowStream):
@@ -73,33 +86,42 @@ class LLMRows(RowStream):
 
     def next(self, remaining: int) -> Rows:
         """Run a whole LLM batch, whatever `remaining` is; its rows are on the LLM's device."""
+        selected = self.select_tokens()
+        rows = self.run_llm(selected)
+        if self.max_norm is not None and len(selected.ids):
+            # The medians of the first LLM batch serve the whole run.
+            self._medians = self._medians or compute_medians(rows)
+            kept = self.find_usual(rows)
+            rows, selected = keep_rows(rows, kept), selected._replace(ids=selected.ids[kept])
+        self.check_not_empty(len(selected.ids))
+        return Rows(rows, selected.ids)
+
+    def select_tokens(self) -> Selected:
+        """Read the sequences of the next LLM batch and select tokens, without running the LLM."""
         with record_function("pool"):
             sequences = self.read_sequences()
             keep = sequences.is_text & ~torch.isin(sequences.tokens, self._dropped)  # [n, context]
-            places = keep.flatten().nonzero().squeeze(1)  # [rows]
-            ids = sequences.ids.repeat_interleave(keep.sum(1))  # [rows]
+            places = keep.flatten().nonzero().squeeze(1)
+            ids = sequences.ids.repeat_interleave(keep.sum(1))
+        return Selected(sequences.tokens, places, ids)
+
+    def run_llm(self, selected: Selected) -> dict[Site, Tensor]:
+        """Run the LLM -> activations {site: [rows, d]} of the selected tokens, on its device."""
+        with record_function("pool"):
             tokens, there = (
-                move_to_device(sequences.tokens, self.device),
-                move_to_device(places, self.device),
+                move_to_device(selected.tokens, self.device),
+                move_to_device(selected.places, self.device),
             )
         started = perf_counter()
-        rows = Rows(capture(self.llm.model, tokens, self.sites, there), ids)
+        rows = capture(self.llm.model, tokens, self.sites, there)
         self.llm_seconds += perf_counter() - started
-        if self.max_norm is not None and len(ids):
-            with record_function("pool"):
-                rows = self._without_large(rows, self.max_norm)
-        self._check_not_empty(len(rows.ids))
         return rows
 
-    def _without_large(self, rows: Rows, max_norm: float) -> Rows:
-        # The medians of the first LLM batch serve the whole run.
-        self._medians = self._medians or compute_medians(rows.activations)
-        usual = (
-            find_usual_rows(rows.activations, self._medians, max_norm).cpu().nonzero().squeeze(1)
-        )
-        there = move_to_device(usual, self.device)
-        kept = {site: x.index_select(0, there) for site, x in rows.activations.items()}
-        return Rows(kept, rows.ids[usual])
+    def find_usual(self, rows: dict[Site, Tensor]) -> Tensor:
+        """Indices, on the CPU, of the rows {site: [n, d]} without a large norm."""
+        with record_function("pool"):
+            usual = find_usual_rows(rows, self._medians, self.max_norm)
+            return usual.cpu().nonzero().squeeze(1)
 
     def read_sequences(self) -> Sequences:
         """Read the sequences of the next LLM batch, without running the LLM."""
@@ -111,7 +133,8 @@ class LLMRows(RowStream):
     def close(self) -> None:
         pass
 
-    def _check_not_empty(self, rows: int) -> None:
+    def check_not_empty(self, rows: int) -> None:
+        """UserError after too many LLM batches without rows."""
         self._empty = 0 if rows else self._empty + 1
         if self._empty == MAX_EMPTY_BATCHES:
             left = (
@@ -177,6 +200,12 @@ def find_usual_rows(
     """
     usual = [compute_norms(x) <= max_norm * medians[site] for site, x in rows.items()]
     return torch.stack(usual).all(dim=0)
+
+
+def keep_rows(rows: dict[Site, Tensor], kept: Tensor) -> dict[Site, Tensor]:
+    """The rows of {site: [n, d]} at the indices `kept`, which are on the CPU."""
+    there = {x.device: move_to_device(kept, x.device) for x in rows.values()}
+    return {site: x.index_select(0, there[x.device]) for site, x in rows.items()}
 
 
 def compute_norms(x: Tensor) -> Tensor:

@@ -258,9 +258,11 @@ class Source(ABC):
         loss_tokens: int,
         ahead: int = 0,
         resumed: bool = False,
+        own: Sequence[Site] | None = None,
     ) -> OpenedData:
         """Open rows at `sites`, with `ahead` rows prefetched while SAEs train, and `tokens`
-        held-out tokens, `loss_tokens` of them for the LLM's loss.
+        held-out tokens, `loss_tokens` of them for the LLM's loss. Of several ranks, each needs
+        the rows at its `own` sites only (None: all).
 
         UserError: no disk space to cache the rows (a `resumed` run goes on without caching)."""
 

@@ -264,6 +264,7 @@ class SyntheticSource(Source):
         loss_tokens: int,
         ahead: int = 0,
         resumed: bool = False,
+        own: Sequence[Site] | None = None,
     ) -> OpenedData:
         rows = ConceptRows(
             open_world(self.data), sites, seed=self.seed, device=pick_device(self.llm)

@@ -26,6 +26,7 @@ from sae_lightning.llm.quiet import mute_libraries
 from sae_lightning.llm.sites import LayerConfig, Site, SitePair, find_module_paths
 from sae_lightning.llm.splice import LOGIT_ROWS, SpliceBaseline, SpliceScores
 from sae_lightning.llm.vocabulary import find_bos_id
+from sae_lightning.ranks import world
 from sae_lightning.stream.documents import SplitText
 from sae_lightning.stream.held_out import HeldOut
 from sae_lightning.stream.open_rows import open_rows, pick_cache_folder
@@ -145,9 +146,12 @@ class TextSource(Source):
         loss_tokens: int,
         ahead: int = 0,
         resumed: bool = False,
+        own: Sequence[Site] | None = None,
     ) -> OpenedData:
         llm, text = opened = self.open_llm(self._blocks(sites, loss_tokens))
-        rows = open_rows(self.llm, self.data, self.seed, llm, text.train, sites, resumed, ahead)
+        rows = open_rows(
+            self.llm, self.data, self.seed, llm, text.train, sites, resumed, ahead, own
+        )
         about = {"LLM": f"{self.llm.name}, {self.llm.dtype.name} on {rows.device}"}
         if llm.tokenizer.borrowed:
             bos, separator = llm.tokenizer.convert_ids_to_tokens([*text.train.packing[1:]])
@@ -155,7 +159,7 @@ class TextSource(Source):
                 f"the tokenizer names none: {bos} opens sequences and {separator} ends documents "
                 "(others: llm.bos, llm.separator)"
             )
-        held_out = self.open_held_out(sites, tokens, loss_tokens, opened)
+        held_out = self.open_held_out(sites, tokens, loss_tokens, opened, own)
         as_returned = [site for site in sites if measure_branch_scale(llm.model, site) == 1]
         return OpenedData(rows, held_out, about, find_module_paths(llm.model, as_returned))
 
@@ -165,6 +169,7 @@ class TextSource(Source):
         tokens: int,
         loss_tokens: int,
         opened: tuple[LLM, SplitTokens] | None = None,
+        own: Sequence[Site] | None = None,
     ) -> HeldOut:
         llm, text = opened or self.open_llm(self._blocks(sites, loss_tokens))
         return HeldOut(
@@ -176,14 +181,16 @@ class TextSource(Source):
             max_norm=self.data.max_norm,
             batch=self.llm.batch,
             keep_special=self.data.keep_special,
+            own=own,
         )
 
     def open_llm(self, blocks: int | None = None) -> tuple[LLM, SplitTokens]:
         """Load the LLM, or its first `blocks` blocks, and tokenise the text."""
-        documents = self.open_quietly()  # before the tokenizer: a wrong name fails at once
-        tokenizer = load_tokenizer(self.llm)
-        text = open_tokens(documents, tokenizer, context=self.data.context, seed=self.seed)
-        return load_llm(self.llm, blocks, tokenizer), text
+        with world().go_first():  # downloads, de-quantises and tokenises once per machine
+            documents = self.open_quietly()  # before the tokenizer: a wrong name fails at once
+            tokenizer = load_tokenizer(self.llm)
+            text = open_tokens(documents, tokenizer, context=self.data.context, seed=self.seed)
+            return load_llm(self.llm, blocks, tokenizer), text
 
     def describe_sites(self, sites: Sequence[SitePair], width: int) -> dict[str, str]:
         told = (f"{pair} ({' -> '.join(pair.hook_names.values())}), d = {width}" for pair in sites)

@@ -4,7 +4,8 @@
                            stream-<step>.pt   text position and shuffle pool: one file for all
                                               heads, with a hard link in each folder
 
-Any head can be resumed alone; heads at the same step can be resumed together. Both files are zip
+Any head can be resumed alone; heads at the same step can be resumed together, on any number of
+ranks. The stream file holds the sites of the heads that its rank trains. Both files are zip
 archives with a CRC-32 of each entry; the key `stream` of last.ckpt is a checksum of the stream
 file's CRCs.
 """
@@ -12,16 +13,19 @@ file's CRCs.
 import os
 import re
 import shutil
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.plugins.io import CheckpointIO
+from torch import Tensor
 
-from sae_lightning.files import convert_write_errors, write_atomically
+from sae_lightning.files import convert_write_errors, make_private_folder, write_atomically
 from sae_lightning.formats.pickles import read_checksum
+from sae_lightning.ranks import world
 from sae_lightning.training.head import Head
 from sae_lightning.training.settings import checkpoint_path, stream_path
 
@@ -42,25 +46,27 @@ class HeadCheckpoints(CheckpointIO):
         stream = _loader_states(checkpoint).pop()
         step = checkpoint["global_step"]
         training = {n: head for n, head in enumerate(self.heads) if head.failure is None}
-        paths = [stream_path(head.folder, step) for head in training.values()]
-        crc = _write_stream(stream, paths)
+        paths = [stream_path(head.folder, step) for head in training.values() if head.writes]
+        crc = _write_stream(stream, paths) if paths else None
         with ExitStack() as files:
             for number, head in training.items():
-                file = files.enter_context(write_atomically(checkpoint_path(head.folder)))
-                part = _extract_head(checkpoint, number) | {
-                    "settings": head.settings,
-                    "stream": crc,
-                }
-                _save(part, file)
-        for head in training.values():
-            _remove_old_streams(stream_path(head.folder, step))
+                part = _extract_head(checkpoint, number)
+                file = Path()
+                if head.writes:
+                    file = files.enter_context(write_atomically(checkpoint_path(head.folder)))
+                part = _convert_split(part, head, partial(_assemble, head, file.parent))
+                if head.writes:
+                    _save(part | {"settings": head.settings, "stream": crc}, file)
+            world().wait()  # until all heads' files are complete, on every rank
+        for path in paths:
+            _remove_old_streams(path)
 
     def load_checkpoint(
         self, path: Any, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Load all heads' checkpoints, joined into one; `path` is not used."""
         options = {"map_location": map_location or "cpu", "weights_only": weights_only}
-        parts = [torch.load(checkpoint_path(head.folder), **options) for head in self.heads]
+        parts = [_load_part(head, options) for head in self.heads]
         whole = _join_heads(parts)
         paths = [stream_path(head.folder, whole["global_step"]) for head in self.heads]
         stream, *others = [torch.load(path, **options) for path in _distinct_files(paths)]
@@ -74,6 +80,62 @@ class HeadCheckpoints(CheckpointIO):
     def remove_checkpoint(self, path: Any) -> None:
         """Never called: the next checkpoint replaces this one."""
         raise NotImplementedError
+
+
+@contextmanager
+def assemble_whole(head: Head, tensors: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """The weights of a head with all features, from all ranks that hold some; None in their place
+    on a rank that does not write. They lie in files until the block ends."""
+    alone = head.sae.split.ranks.size == 1
+    files = make_private_folder(head.folder / "whole") if head.writes and not alone else None
+    with files or nullcontext(Path()) as folder:
+        dims = head.sae.split_dims
+        yield {
+            name: _assemble(head, folder, x, dims[name], name) if name in dims else x
+            for name, x in tensors.items()
+        }
+
+
+def _assemble(head: Head, folder: Path, x: Tensor, dim: int, name: str) -> Tensor | None:
+    return head.sae.split.assemble_file(x, dim, folder / name)
+
+
+def _load_part(head: Head, options: dict[str, Any]) -> dict[str, Any]:
+    """Load a head's checkpoint; of a split head, this rank's features."""
+    if head.sae.split.ranks.size == 1:
+        return torch.load(checkpoint_path(head.folder), **options)
+    part = torch.load(checkpoint_path(head.folder), mmap=True, **options)
+
+    def slice_own(x: Tensor, dim: int, _: str) -> Tensor:
+        rows = head.sae.split.slice(x, dim).movedim(dim, 0).contiguous()
+        return rows.movedim(0, dim)  # in the memory order of a checkpoint
+
+    return _convert_split(part, head, slice_own)
+
+
+def _convert_split(
+    part: dict[str, Any], head: Head, convert: Callable[[Tensor, int, str], Any]
+) -> dict[str, Any]:
+    """A head's checkpoint with convert(tensor, dim, name) for each tensor that has an entry for
+    each feature, along `dim`: weights, counters and Adam's moments."""
+    dims = {f"heads.0.sae.{name}": dim for name, dim in head.sae.split_dims.items()}
+    dims["heads.0.tokens_since_fired"] = 0
+    weights = {
+        name: convert(x, dims[name], name) if name in dims else x
+        for name, x in part["state_dict"].items()
+    }
+    (adam,) = part["optimizer_states"]
+    names = [f"heads.0.sae.{name}" for names in head.group_parameters() for name in names]
+    state = {
+        number: {
+            key: convert(x, dims[names[number]], f"{names[number]}.{key}")
+            if x.ndim and names[number] in dims
+            else x
+            for key, x in values.items()
+        }
+        for number, values in adam["state"].items()
+    }
+    return part | {"state_dict": weights, "optimizer_states": [adam | {"state": state}]}
 
 
 def _loader_states(checkpoint: dict[str, Any]) -> list:

@@ -62,6 +62,7 @@ class Head(nn.Module):
         self.held_out_metrics: dict[str, float] = {}
         self.density_counts: dict[str, int] = {}
         self.failure: str | None = None  # why the head is frozen
+        self.writes = True  # whether this rank writes its files
         self.active_density = 1.0  # density of sparse products at the last update
 
         features, d_out = sae.W_dec.shape
@@ -161,6 +162,11 @@ class Head(nn.Module):
                 "resume it with that version, or start a new run"
             )
         self.training_metrics, self.active_density = state["training_metrics"], state["occupied"]
+
+    def group_parameters(self) -> tuple[list[str], list[str]]:
+        """Names of the SAE's weights and of its biases, in the order of Adam's two groups."""
+        biases = list(self.sae.biases)
+        return [n for n, _ in self.sae.named_parameters() if n not in biases], biases
 
     def fold_weights(self) -> dict[str, Tensor]:
         """Fold the normalisation into the SAE's weights, so that they take raw activations."""

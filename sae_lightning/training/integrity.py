@@ -134,10 +134,8 @@ def _expect_adam(saved: dict[str, Any], groups: list[dict], head: Head, step: in
     expect(len(saved["param_groups"]), len(groups), "Adam's groups")
     for number, (group, like) in enumerate(zip(saved["param_groups"], groups, strict=True)):
         expect(group, {"lr": float} | {name: like[name] for name in fixed}, f"Adam.{number}")
-    biases = head.sae.biases
     named = dict(head.sae.named_parameters())
-    ordered = [x for name, x in named.items() if name not in biases]
-    ordered += [named[name] for name in biases]
+    ordered = [named[name] for names in head.group_parameters() for name in names]
     like = {"step": torch.empty(())}
     expect(
         saved["state"],

@@ -129,6 +129,18 @@ class HeadLog:
             self.events.records.close()
 
 
+class SilentLog(HeadLog):
+    """The log of a head whose curves another rank writes."""
+
+    def __init__(self, *_) -> None:
+        pass
+
+    def add_scalars(self, *_) -> None:
+        """Write nothing: another rank does."""
+
+    add_histogram = add_density = flush = close = add_scalars
+
+
 def _summaries(hparams: HParams) -> list[Summary]:
     """Summaries that fill the HParams tab. TensorBoard takes the columns from any one run, so each
     run lists all runs' columns."""

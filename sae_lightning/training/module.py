@@ -10,7 +10,6 @@ from torch.profiler import record_function
 from sae_lightning.errors import UserError
 from sae_lightning.files import write_json
 from sae_lightning.llm.sites import Site
-from sae_lightning.terminal import console
 from sae_lightning.training.adam import Adam
 from sae_lightning.training.head import Head
 from sae_lightning.training.settings import checkpoint_path, failure_path
@@ -19,16 +18,27 @@ from sae_lightning.training.settings import checkpoint_path, failure_path
 class SAEModule(L.LightningModule):
     """Heads with independent losses: each gets the gradient that it would get alone."""
 
-    def __init__(self, heads: list[Head], *, batch: int, steps: int, resume: str = ""):
-        """`batch`: tokens per update; `steps`: updates in the whole run; `resume`: the command that
-        continues the run."""
+    def __init__(
+        self,
+        heads: list[Head],
+        *,
+        batch: int,
+        steps: int,
+        in_pass: int | None = None,
+        resume: str = "",
+    ):
+        """`batch`: tokens per update; `steps`: updates in the whole run; `in_pass`: heads on all
+        ranks (None: these); `resume`: the command that continues the run."""
         super().__init__()
         # manual, so that memory holds the activations of one head at a time
         self.automatic_optimization = False
         self.heads = nn.ModuleList(heads)
         self.batch, self.steps, self.resume = batch, steps, resume
+        self.in_pass = in_pass or len(heads)
         self.last_batch: dict[Site, Tensor] = {}
-        self.stopped_by: signal.Signals | None = None
+        self.asked_to_stop: signal.Signals | None = None  # this rank
+        self.stopped_by: signal.Signals | None = None  # all ranks agree
+        self.latest_metrics: list[dict[str, float]] = []  # of the heads of all ranks
         self.tokens_per_second = 0.0
         self.speed: dict[str, float] = {}
 
@@ -56,7 +66,7 @@ class SAEModule(L.LightningModule):
 
     def fail(self, head: Head) -> None:
         """Freeze a head whose loss or gradient is not finite and write the reason to its folder;
-        the others train on. UserError if none is left."""
+        the others train on. UserError if it is the only one of the pass."""
         culprit, remedy = _find_culprit(head, self.last_batch)
         saved, checkpoint = "nothing was saved yet", checkpoint_path(head.folder)
         if checkpoint.exists():
@@ -66,23 +76,24 @@ class SAEModule(L.LightningModule):
             f"finite; {saved}. Start again with {remedy}"
         )
         head.sae.zero_grad()  # Adam skips parameters without a gradient
-        write_json(failure_path(head.folder), {"reason": head.failure, "diverged": True})
-        if len(self.heads) == 1:
+        if head.writes:
+            write_json(failure_path(head.folder), {"reason": head.failure, "diverged": True})
+        if self.in_pass == 1:
             raise UserError(head.failure)
-        console.print(f"{head.name}: {head.failure}")
-        if not self.training_heads:
-            raise UserError(f"none of the {len(self.heads)} SAEs of this pass is left; see above")
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """One Adam for all heads, because Adam is elementwise. Each head has two parameter groups:
         weights, and biases and thresholds, which have their own learning rate."""
         groups = []
         for number, head in enumerate(self.heads):
-            optim, parameters = head.optim, dict(head.sae.named_parameters())
+            optim = head.optim
             factor = optim.bias_lr or head.sae.W_enc.shape[0] ** 0.5
-            biases = [parameters.pop(name) for name in head.sae.biases]
+            parameters = dict(head.sae.named_parameters())
+            weights, biases = (
+                [parameters[name] for name in names] for names in head.group_parameters()
+            )
             for name, group, rate in (
-                ("lr", list(parameters.values()), optim.lr),
+                ("lr", weights, optim.lr),
                 ("bias_lr", biases, optim.lr * factor),
             ):
                 groups.append(

@@ -66,9 +66,17 @@ class Products(Enum):
     sparse = "sparse"
 
 
+class Splitting(Enum):
+    """Which SAEs are split by features over the devices."""
+
+    auto = "auto"
+    all = "all"
+    none = "none"
+
+
 @dataclass(slots=True, kw_only=True)
 class TrainerConfig:
-    """Length, device and precision of training; the `trainer` group."""
+    """Length, devices and precision of training; the `trainer` group."""
 
     tokens: int = 524_288
     """Training tokens in the whole run."""
@@ -76,6 +84,19 @@ class TrainerConfig:
     """Tokens per update."""
     accelerator: Accelerator = Accelerator.auto
     """Where the SAEs train; `llm.device` says where the LLM runs."""
+    devices: str = "auto"
+    """Devices of one machine that train together, with a process each; auto is all visible GPUs,
+    or 1 on a CPU. It changes nothing but the speed, and may change when a run is resumed."""
+    nodes: int = 1
+    """Machines with `devices` each; their processes are started by torchrun, srun or submitit."""
+    split: Splitting = Splitting.auto
+    """Which SAEs are split by features over all devices: auto (one that trains alone, or is too
+    large for one device), all, or none. The others are shared out, each to one device."""
+    threads: int | None = None
+    """CPU threads of each process, on which the last bits of a result depend; null for what torch
+    or OMP_NUM_THREADS chooses, shared by the processes of a machine."""
+    patience: int = 600
+    """Seconds that a process waits for the others before it takes one for lost."""
     precision: Precision = Precision.auto
     """Matrix products of the SAE in fp32 or bf16; auto is bf16 where the hardware has it."""
     products: Products = Products.auto
@@ -87,8 +108,12 @@ class TrainerConfig:
     """Tokens between two checkpoints; a killed run loses at most that many."""
 
     def __post_init__(self):
-        for name in ("tokens", "batch", "log_every", "checkpoint_every"):
+        for name in ("tokens", "batch", "log_every", "checkpoint_every", "nodes", "patience"):
             _positive(f"trainer.{name}", getattr(self, name))
+        if self.threads is not None:
+            _positive("trainer.threads", self.threads, "give 1 or more, or null")
+        if self.devices != "auto" and not (self.devices.isdecimal() and int(self.devices)):
+            raise UserError(f"trainer.devices={self.devices}: give a number of devices, or auto")
         if self.tokens < self.batch:
             raise UserError(
                 f"trainer.tokens={self.tokens} is less than one batch: give at least "

@@ -17,7 +17,7 @@ from tiny_run import BATCH, STEPS
 from sae_lightning import UserError
 from sae_lightning.llm.sites import Kind, LayerConfig
 from sae_lightning.llm.splice import LOGIT_ROWS
-from sae_lightning.runs import folders, memory, passes, run
+from sae_lightning.runs import devices, folders, memory, passes, run
 from sae_lightning.runs.jobs import make_jobs as jobs_of
 from sae_lightning.runs.jobs import read_sweep
 from sae_lightning.runs.search import SweepConfig
@@ -267,7 +267,7 @@ def test_a_head_that_diverges_is_frozen_and_the_others_do_not_notice(
     assert not (jobs[1].folder / "metrics.json").exists()
     # a resumed sweep does not try it again
     again = [replace(one, resumed=True) for one in jobs]
-    monkeypatch.setattr(passes, "run_pass", lambda jobs: pytest.fail("nothing is left to train"))
+    monkeypatch.setattr(devices, "run_pass", lambda jobs: pytest.fail("nothing is left to train"))
     assert passes.train_jobs(again) == results
     assert "1 had failed: stopped at step 1" in capsys.readouterr().out
 
@@ -314,21 +314,21 @@ def test_where_all_diverge_the_pass_ends(sweep, capsys):
 def test_a_pass_that_fails_does_not_end_the_sweep(job, sweep, monkeypatch, capsys):
     seeds = {f"{seed}": {"seed": seed} for seed in range(3)}
     jobs = sweep("seeds", **seeds)
-    train = passes.run_pass
+    train = devices.run_pass
 
     def broken(this):
         if this.jobs[0].config.seed == 1:
             raise ZeroDivisionError("a bug")
         return train(this)
 
-    monkeypatch.setattr(passes, "run_pass", broken)
+    monkeypatch.setattr(devices, "run_pass", broken)
     first, second, third = passes.train_jobs(jobs)
     assert second is None
     assert first != third
     assert folders.read_failure(jobs[1].folder)["reason"] == "ZeroDivisionError: a bug"
     assert "error: 1: ZeroDivisionError: a bug" in capsys.readouterr().err
     # put right, a resumed sweep trains what is missing
-    monkeypatch.setattr(passes, "run_pass", train)
+    monkeypatch.setattr(devices, "run_pass", train)
     again = passes.train_jobs([replace(one, resumed=True) for one in jobs])
     assert (again[0], again[2]) == (first, third)
     assert again[1] is not None
@@ -375,7 +375,7 @@ def test_one_job_that_cannot_run_keeps_all_from_starting(sweep):
 def test_the_same_run_twice_is_trained_once(sweep, monkeypatch):
     (one,) = sweep("twice", a={})
     trained = []
-    monkeypatch.setattr(passes, "run_pass", counted(run.run_pass, trained))
+    monkeypatch.setattr(devices, "run_pass", counted(run.run_pass, trained))
     first, second = passes.train_jobs([one, one])
     assert first == second
     (third,) = passes.train_jobs([one])
@@ -461,7 +461,7 @@ def test_a_failed_pass_leaves_nothing_in_memory(sweep, monkeypatch):
 
 def test_out_of_memory_says_how_to_go_on_with_fewer(sweep, monkeypatch, capsys):
     jobs = sweep("many", **SEEDS)
-    monkeypatch.setattr(passes, "run_pass", lambda jobs: raise_(torch.OutOfMemoryError()))
+    monkeypatch.setattr(devices, "run_pass", lambda jobs: raise_(torch.OutOfMemoryError()))
     assert passes.train_jobs(jobs) == [None] * 3
     line = capsys.readouterr().err
     assert line.startswith("error: out of memory with 3 SAEs on one pass; continue with fewer: ")
@@ -470,7 +470,7 @@ def test_out_of_memory_says_how_to_go_on_with_fewer(sweep, monkeypatch, capsys):
 
 def test_a_plain_run_out_of_memory_says_what_to_lower(job, monkeypatch):
     allocator = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to")
-    monkeypatch.setattr(passes, "run_pass", lambda jobs: raise_(allocator))
+    monkeypatch.setattr(devices, "run_pass", lambda jobs: raise_(allocator))
     with pytest.raises(UserError, match=r"^out of memory with 1 SAE on one pass; lower model\.fea"):
         passes.train_jobs([job("large")])
 

@@ -3,14 +3,16 @@
 import lightning as L
 
 from sae_lightning.formats.export import save_sae
+from sae_lightning.training.checkpoints import assemble_whole
 from sae_lightning.training.head import Head
 from sae_lightning.training.schedules import is_due
-from sae_lightning.training.settings import checkpoint_path
 
 
 def export_head(head: Head) -> None:
     """Save the head's SAE, with weights for raw activations, in its run folder."""
-    save_sae(head.folder / "sae", head.sae, head.fold_weights(), head.metadata)
+    with assemble_whole(head, head.fold_weights()) as weights:
+        if head.writes:
+            save_sae(head.folder / "sae", head.sae, weights, head.metadata)
 
 
 class Checkpoint(L.Callback):
@@ -28,6 +30,6 @@ class Checkpoint(L.Callback):
             heads = module.training_heads
             for head in heads:  # before saving: a resumed run logs only later points
                 head.log.flush()
-            trainer.save_checkpoint(checkpoint_path(heads[0].folder))  # saves all heads
+            trainer.save_checkpoint("all")  # saves all heads, each in its folder
             for head in heads:
                 export_head(head)

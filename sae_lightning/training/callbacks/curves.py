@@ -3,6 +3,7 @@
 import lightning as L
 import torch
 
+from sae_lightning.ranks import world
 from sae_lightning.scoring.metrics import explained_variance
 from sae_lightning.training.head import Head
 from sae_lightning.training.schedules import is_due
@@ -51,3 +52,5 @@ class Curves(L.Callback):
                 head.training_metrics = measure_training_scalars(head) | rates[number]
                 head.training_metrics |= {f"data/{name}": value for name, value in data.items()}
                 head.log.add_scalars(head.training_metrics, module.tokens_seen)
+        own = [head.training_metrics for head in module.training_heads if head.writes]
+        module.latest_metrics = [one for part in world().gather_values(own) for one in part]

@@ -52,16 +52,16 @@ def _text(module: L.LightningModule) -> str:
         f"{module.tokens_seen:,}/{module.steps * module.batch:,} tokens",
         f"{module.tokens_per_second:,.0f}/s",
     ]
-    heads = module.training_heads
-    if len(module.heads) > 1:
-        parts.append(f"{len(heads)} SAEs")
-    if all(head.training_metrics for head in heads):
+    latest = module.latest_metrics
+    if latest and module.in_pass > 1:
+        parts.append(f"{len(latest)} SAEs")
+    if latest:
         for name, tag, form in (
             ("L0", "train/l0", "{:.0f}"),
             ("EV", "train/explained_variance", "{:.3f}"),
             ("dead", "train/dead", "{:.1%}"),
         ):
-            values = [head.training_metrics[tag] for head in heads]
+            values = [metrics[tag] for metrics in latest]
             ends = [form.format(value) for value in (min(values), max(values))]
             parts.append(f"{name} {'–'.join(dict.fromkeys(ends))}")  # once if both look the same
     return "  ".join(parts)

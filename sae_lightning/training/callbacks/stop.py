@@ -1,10 +1,13 @@
 """Stops training on Ctrl-C or SIGTERM, after a checkpoint is saved."""
 
+import math
 import signal
 import threading
 
 import lightning as L
 
+from sae_lightning.errors import UserError
+from sae_lightning.ranks import world
 from sae_lightning.terminal import console
 
 
@@ -18,25 +21,48 @@ class StopOnSignal(L.Callback):
 
     def __init__(self):
         self.updating = False
+        self.left = math.inf  # heads of all ranks
+        self.failed: set[str] = set()
         self.handlers: dict = {}
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Install the signal handlers, in the main thread."""
+        """Install the signal handlers, in the main thread of rank 0."""
 
         def stop(number: int, _) -> None:
-            if not self.updating or module.stopped_by and number == signal.SIGINT:
+            if not self.updating or module.asked_to_stop and number == signal.SIGINT:
                 console.print(f"interrupted. Continue with\n\n  {module.resume}\n")
                 raise SystemExit(128 + number)
-            module.stopped_by = signal.Signals(number)
+            module.asked_to_stop = signal.Signals(number)
             console.print("stopping after this update, then saving (Ctrl-C again: stop at once)")
 
-        if threading.current_thread() is threading.main_thread():
+        if threading.current_thread() is threading.main_thread() and world().is_first:
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.handlers[number] = signal.signal(number, stop)
 
     def on_train_batch_start(self, *_) -> None:
         """From now on a signal waits for the end of the update, then training saves."""
         self.updating = True
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
+        """Agree on what all ranks do: stop if one was asked to, and say which heads have failed.
+
+        UserError if no head is left.
+        """
+        asked, training = module.asked_to_stop or 0, [h for h in module.training_heads if h.writes]
+        asked, left = world().sum_counts([asked, len(training)])  # only rank 0 is asked
+        if asked:
+            module.stopped_by = signal.Signals(asked)
+        if left < self.left:
+            failed = {h.name: h.failure for h in module.heads if h.writes and h.failure}
+            for failures in world().gather_values(failed):
+                for name in failures.keys() - self.failed:
+                    console.print(f"{name}: {failures[name]}")
+                    self.failed.add(name)
+            if not left:
+                raise UserError(
+                    f"none of the {module.in_pass} SAEs of this pass is left; see above"
+                )
+        self.left = left
 
     def on_train_end(self, *_) -> None:
         """Put back the previous signal handlers."""

@@ -1,0 +1,73 @@
+"""Joins the ranks of a run, and leaves them."""
+
+import os
+import socket
+from collections.abc import Callable
+from datetime import timedelta
+from time import monotonic, sleep
+
+import torch
+import torch.distributed as dist
+
+from sae_lightning.ranks.collectives import ALONE, FOREVER, RankLost, Ranks
+
+_world = ALONE
+
+
+def world() -> Ranks:
+    """The ranks that this process trains with; ALONE until it connects to others."""
+    return _world
+
+
+def connect(
+    rank: int,
+    size: int,
+    local_rank: int,
+    address: str,
+    port: int,
+    hosted: bool = False,
+    restarts: int = 0,
+    *,
+    patience: int | None = None,
+    check: Callable[[], None] = lambda: None,
+) -> Ranks:
+    """Join the other ranks; the arguments are those of `runs.launchers.Place`.
+
+    Rank 0 says how many seconds a rank waits for the others (`patience`), and calls `check` while
+    they start, which raises if one has ended. On a machine with GPUs, a rank takes one of them.
+    """
+    global _world
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())
+        backend = "cpu:gloo,cuda:nccl"
+    listens = rank == 0 and not hosted
+    store = dist.TCPStore(address, port, size, listens, FOREVER, wait_for_workers=False)
+    store = dist.PrefixStore(f"sae_lightning/{restarts}", store)
+    ranks = Ranks(rank, size, local_rank, store)
+    store.set(f"place/{rank}", f"process {os.getpid()} on {socket.gethostname()}")
+    if rank == 0:
+        store.set("patience", str(patience))
+        _await_start(store, size, patience, check)
+    timeout = timedelta(seconds=int(store.get("patience")))
+    options = {"rank": rank, "world_size": size, "timeout": timeout}
+    ranks.call(dist.init_process_group, backend, store=store, **options)
+    _world = ranks
+    return ranks
+
+
+def _await_start(store: dist.Store, size: int, patience: int, check: Callable[[], None]) -> None:
+    until, missing = monotonic() + patience, list(range(size))
+    while missing := [rank for rank in missing if not store.check([f"place/{rank}"])]:
+        check()
+        if monotonic() > until:
+            raise RankLost(f"rank {missing[0]} of {size} did not start within {patience} s")
+        sleep(0.05)
+
+
+def disconnect() -> None:
+    """Leave the ranks; this process is alone again."""
+    global _world
+    _world = ALONE
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,87 @@
+"""How the features of one dictionary are spread over ranks."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sae_lightning.ranks.collectives import ALONE, Ranks
+
+SENT_BYTES = 1 << 26  # sent at a time when a dictionary is put together
+
+
+class Split:
+    """How `features` are spread over ranks: feature i is on rank i % size, so that every prefix of
+    the features is spread evenly.
+
+    features    0 1 2 3 4 5 6 7        3 ranks
+    rank 0      0     3     6
+    rank 1        1     4     7
+    rank 2          2     5
+    """
+
+    def __init__(self, features: int, ranks: Ranks = ALONE):
+        self.features, self.ranks = features, ranks
+        self.own = range(ranks.rank, features, ranks.size)
+        """The features of this rank."""
+
+    def count_own(self, stop: int) -> int:
+        """Number of this rank's features among the first `stop`."""
+        return len(range(self.ranks.rank, stop, self.ranks.size))
+
+    def slice(self, whole: Tensor, dim: int = 0) -> Tensor:
+        """This rank's features of a tensor that has all of them along `dim`."""
+        if self.ranks.size == 1:
+            return whole
+        return whole.movedim(dim, 0)[self.own.start :: self.ranks.size].movedim(0, dim)
+
+    def join(self, x: Tensor) -> Tensor:
+        """[features, ...] from each rank's x [its features, ...]."""
+        if self.ranks.size == 1:
+            return x
+        most = -(-self.features // self.ranks.size)
+        padded = x.new_zeros(most, *x.shape[1:])
+        padded[: len(x)] = x
+        dtype = padded.dtype
+        padded = padded.byte() if dtype is torch.bool else padded
+        return self.ranks.stack(padded).transpose(0, 1).flatten(0, 1)[: self.features].to(dtype)
+
+    def sum_parts(self, x: Tensor) -> Tensor:
+        """Sum over all features, from each rank's sum over its own (see `Ranks.sum`)."""
+        return self.ranks.sum(x)
+
+    def norm(self, x: Tensor) -> Tensor:
+        """Norm [] over all features, from each rank's norm [] over its own."""
+        return x if self.ranks.size == 1 else self.ranks.sum(x.double().square()).sqrt().to(x.dtype)
+
+    def assemble_file(self, x: Tensor, dim: int, file: Path) -> Tensor | None:
+        """Rank 0 gets the whole of a tensor that is split along `dim`, in the memory order of `x`,
+        as a mapping of `file`, which never has to fit into memory; the others get None."""
+        if self.ranks.size == 1:
+            return x
+        rows = x.movedim(dim, 0)  # a row for each feature
+        count = max(1, SENT_BYTES // max(1, rows[:1].numel() * x.itemsize))
+        whole = None
+        if self.ranks.is_first:
+            shape = list(x.shape)
+            shape[dim] = self.features
+            strided = x.ndim > 1 and not x.is_contiguous()
+            flat = torch.from_file(
+                str(file), shared=True, size=rows[:1].numel() * self.features, dtype=x.dtype
+            )
+            whole = flat.view(shape[::-1]).T if strided else flat.view(shape)
+            self.slice(whole, dim).copy_(x)
+        for sender in range(1, self.ranks.size):
+            length = len(range(sender, self.features, self.ranks.size))
+            for start in range(0, length, count):
+                stop = min(start + count, length)
+                sends, fills = [None] * self.ranks.size, [None] * self.ranks.size
+                if self.ranks.rank == sender:
+                    sends[0] = rows[start:stop].cpu().contiguous()
+                elif self.ranks.is_first:
+                    fills[sender] = torch.empty(stop - start, *rows.shape[1:], dtype=x.dtype)
+                self.ranks.exchange(sends, fills)
+                if self.ranks.is_first:
+                    places = torch.arange(start, stop) * self.ranks.size + sender
+                    whole.movedim(dim, 0)[places] = fills[sender]
+        return whole

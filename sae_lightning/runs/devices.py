@@ -1,0 +1,189 @@
+"""Runs a pass on all its ranks: starts them, or finds those that a launcher has started.
+
+    python train.py trainer.devices=4      this process is rank 0 and starts ranks 1 to 3
+    torchrun, srun, submitit               start all ranks; each finds its place in the environment
+
+The process that reads the command line is rank 0, so that folders, locks, signals and errors are as
+on one device. The others are told each pass, train their share and stay silent.
+"""
+
+import atexit
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import traceback
+from contextlib import suppress
+from pathlib import Path
+from time import monotonic, sleep
+
+import torch
+
+from sae_lightning import ranks
+from sae_lightning.errors import UserError
+from sae_lightning.llm.placement import is_spread
+from sae_lightning.ranks import RankLost, world
+from sae_lightning.runs.cli import explain_error, format_error
+from sae_lightning.runs.config import Config
+from sae_lightning.runs.launchers import Place, find_place
+from sae_lightning.runs.plan import HeldOutResults, PlannedPass
+from sae_lightning.runs.run import run_pass
+from sae_lightning.terminal import console, phase
+from sae_lightning.training.settings import Accelerator
+
+END_SECONDS = 10  # that other ranks have to end by themselves
+
+
+def count_ranks(config: Config) -> int:
+    """Number of ranks that train a pass. UserError if the settings do not fit the machine, or the
+    ranks that a launcher has started."""
+    trainer, llm = config.trainer, config.llm
+    asked = None if trainer.devices == "auto" else int(trainer.devices)
+    # the LLM is on a device of its own, or on several
+    placed = ":" in llm.device or is_spread(llm.load)
+    on_cpu = trainer.accelerator is Accelerator.cpu or not torch.cuda.is_available()
+    gpus = torch.cuda.device_count()
+    if place := find_place():
+        if (asked or place.size // trainer.nodes) * trainer.nodes != place.size:
+            raise UserError(
+                f"trainer.devices={trainer.devices}, trainer.nodes={trainer.nodes}: "
+                f"{place.size} processes were started; leave both out, or start as many"
+            )
+        asked = place.size
+    elif trainer.nodes > 1:
+        raise UserError(
+            f"trainer.nodes={trainer.nodes}: the processes of several machines are started by "
+            "torchrun, srun or submitit (docs/clusters.md)"
+        )
+    elif asked is None:
+        return 1 if on_cpu or placed else gpus
+    elif not on_cpu and asked > gpus:
+        raise UserError(f"trainer.devices={asked}: {gpus} are visible here; give at most {gpus}")
+    if asked > 1 and placed:
+        raise UserError(
+            f"llm.device={llm.device}, llm.load.device_map: each of {asked} processes would run "
+            "the LLM there; leave them out, or train on one device"
+        )
+    return asked
+
+
+def count_threads(config: Config) -> int:
+    """CPU threads of each rank: those that torch would use, shared by the ranks of a machine."""
+    if find_place() or "OMP_NUM_THREADS" in os.environ:  # the user or the launcher has chosen
+        return torch.get_num_threads()
+    return max(1, torch.get_num_threads() // count_ranks(config))
+
+
+class Followers:
+    """The ranks other than 0: those that this process has started, and what they are told."""
+
+    def __init__(self) -> None:
+        self.processes: list[subprocess.Popen] = []
+        self.told = 0
+
+    def start(self, size: int) -> Place:
+        """Start ranks 1 to `size` - 1 on this machine; returns the place of this process."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        env = {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC")}
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
+        env |= {"PYTHONPATH": os.pathsep.join(paths)}
+        for rank in map(str, range(1, size)):
+            command = [sys.executable, "-m", "sae_lightning.runs.devices"]
+            own = env | {"RANK": rank, "LOCAL_RANK": rank}
+            process = subprocess.Popen(command, env=own, stdin=subprocess.DEVNULL)
+            self.processes.append(process)
+        return Place(0, size, 0, "127.0.0.1", port)
+
+    def check(self) -> None:
+        """RankLost if one of them has ended."""
+        for rank, process in enumerate(self.processes, 1):
+            if process.poll() is not None:
+                raise RankLost(f"rank {rank} ended with exit code {process.returncode}")
+
+    def send_pass(self, planned: PlannedPass | None) -> None:
+        """Have all ranks train a pass; None ends them."""
+        self.told += 1
+        world().tell(f"pass/{self.told}", pickle.dumps(planned))
+
+    def end(self) -> None:
+        """End all ranks but this one, once they have trained what they were told."""
+        if world().size > 1:
+            with suppress(RuntimeError):  # some may be lost
+                self.send_pass(None)
+                until = monotonic() + END_SECONDS
+                while monotonic() < until and world().store.add("ended", 0) < world().size - 1:
+                    sleep(0.05)
+        self.kill()
+
+    def kill(self) -> None:
+        """End the ranks that this process has started, at once."""
+        for process in self.processes:
+            process.kill()
+            process.wait()
+        self.processes, self.told = [], 0
+        ranks.disconnect()
+
+
+followers = Followers()
+
+
+def run_on_ranks(planned: PlannedPass) -> HeldOutResults:
+    """Train a pass on all its ranks; returns what `run_pass` does.
+
+    If it fails, the ranks that this process has started are ended; a later pass starts new ones.
+    """
+    size = len(planned.shares)
+    if world().size not in (1, size):
+        followers.end()
+    try:
+        if world().size < size:
+            with phase(f"starting {size} processes"):
+                place = find_place() or followers.start(size)
+                patience = planned.jobs[0].config.trainer.patience
+                ranks.connect(*place, patience=patience, check=followers.check)
+            atexit.register(followers.end)
+        if size > 1:
+            followers.send_pass(planned)
+        return run_pass(planned)
+    except BaseException:
+        if size > 1:
+            followers.kill()
+        raise
+
+
+def follow() -> None:
+    """Be a rank other than 0: train each pass that rank 0 tells, until there are no more."""
+    place, told = find_place(), 0
+    console.quiet = True
+    for number in (signal.SIGINT, signal.SIGTERM):  # rank 0 decides when to stop
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        ranks.connect(*place)
+        while True:
+            told += 1
+            planned = pickle.loads(world().hear(f"pass/{told}"))
+            if planned is None:
+                break
+            run_pass(planned)
+        world().store.add("ended", 1)
+        ranks.disconnect()
+    except SystemExit:
+        os._exit(0)
+    except BaseException as error:
+        message = explain_error(error, []) or f"{type(error).__name__}: {error}"
+        if not isinstance(error, RankLost):
+            world().leave_words(message)
+            traceback.print_exc()
+        elif place.rank == 1 and "rank 0" in message:
+            sys.stderr.write(format_error(message) + "\n")
+        sys.stderr.flush()
+        os._exit(1)  # not to wait for ranks that are lost
+
+
+if __name__ == "__main__":
+    follow()

@@ -1,0 +1,66 @@
+"""Finds this process's place among ranks that torchrun, srun or submitit have started."""
+
+import os
+import re
+from typing import NamedTuple
+
+# Launcher -> its variables for rank, number of ranks and rank on the machine; srun sets the second
+# one only in steps that it starts.
+LAUNCHERS = {
+    "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+    "submitit": (
+        "SUBMITIT_LOCAL_GLOBALRANK",
+        "SUBMITIT_LOCAL_NTASKS",
+        "SUBMITIT_LOCAL_LOCALID",
+    ),
+}
+
+
+class Place(NamedTuple):
+    """Where a rank is, and where the ranks meet."""
+
+    rank: int
+    size: int
+    """Number of ranks."""
+    local_rank: int
+    """Its number among the ranks of its machine."""
+    address: str
+    port: int
+    hosted: bool = False
+    """Whether the launcher listens at the port, instead of rank 0."""
+    restarts: int = 0
+    """How often the launcher has started all ranks again."""
+
+
+def find_place() -> Place | None:
+    """This process's place; None if no launcher has started it together with others."""
+    for launcher, names in LAUNCHERS.items():
+        if all(name in os.environ for name in names):
+            rank, size, local_rank = (int(os.environ[name]) for name in names)
+            return Place(rank, size, local_rank, *_find_meeting(launcher)) if size > 1 else None
+    return None
+
+
+def _find_meeting(launcher: str) -> tuple:
+    """The fields of `Place` from `address` on."""
+    env = os.environ
+    if launcher == "torchrun":
+        hosted = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        restarts = int(env.get("TORCHELASTIC_RESTART_COUNT", 0))
+        return env["MASTER_ADDR"], int(env["MASTER_PORT"]), hosted, restarts
+    if launcher == "submitit":
+        return "127.0.0.1", pick_port(int(env["SUBMITIT_LOCAL_JOB_ID"]))
+    job, step = int(env["SLURM_JOB_ID"]), int(env["SLURM_STEP_ID"])
+    return find_first_host(env["SLURM_STEP_NODELIST"]), pick_port(job + step)
+
+
+def pick_port(job: int) -> int:
+    """A port that all ranks of a job pick, and other jobs of the same machine do not."""
+    return 15000 + job % 10000
+
+
+def find_first_host(hosts: str) -> str:
+    """The first host of a list as Slurm writes it: node[03-05,9],other -> node03."""
+    first = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\]([^,\[]*))?", hosts)
+    return "".join(part or "" for part in first.groups())
