@@ -7,7 +7,6 @@ import pytest
 import torch
 from tiny_run import tiny_job, write_text
 
-from sae_lightning import ranks
 from sae_lightning.errors import UserError
 from sae_lightning.llm.capture import capture
 from sae_lightning.llm.directions import find_final_norm, measure_response, read_embedding
@@ -233,15 +232,6 @@ def test_wrong_places_are_told_in_one_line(tiny_folder):
         with pytest.raises(UserError, match=line):
             load(tiny_folder("gpt2"), **settings)
 
-
-def test_several_ranks_would_load_the_llm_onto_the_same_gpus(monkeypatch):
-    spread = LLMConfig(name="smollm2", load={"device_map": "auto"})
-    check_load(spread)
-    monkeypatch.setattr(ranks, "_world", ranks.Ranks(0, 2))
-    with pytest.raises(UserError, match=r"llm\.load\.device_map=auto: each of the 2 ranks .*"):
-        check_load(spread)
-    check_load(LLMConfig(name="smollm2", load={"device_map": DISK}))
-    check_load(LLMConfig(name="smollm2"))
 
 
 def test_bitsandbytes_quantises_on_a_cpu(tiny, tiny_folder, tokens):
