@@ -213,7 +213,7 @@ def _values(kind: Any) -> str:
     if inspect.isclass(kind) and issubclass(kind, Enum):
         return _code([member.name for member in kind])
     names = {int: "integer", float: "number", bool: "`true`, `false`", str: "text"}
-    return names.get(kind, "number, list or `null`")
+    return names.get(kind, "number, list, text or `null`")
 
 
 def _table(owners: Mapping[str, Mapping[Setting, Any]]) -> str:

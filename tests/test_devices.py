@@ -33,7 +33,7 @@ def make(tiny_folder, tmp_path_factory):
             job = tiny_job(tiny_folder("llama"), text, base / name / each)
             job.config = replace(job.config, **changes | groups)
             job.config.trainer = replace(
-                job.config.trainer, devices=str(ranks), split=split, precision=precision, threads=1
+                job.config.trainer, devices=ranks, split=split, precision=precision, threads=1
             )
             many = len(mix) > 1
             sweep = base / name if many else None

@@ -40,7 +40,7 @@ def count_ranks(config: Config) -> int:
     """Number of ranks that train a pass. UserError if the settings do not fit the machine, or the
     ranks that a launcher has started."""
     trainer, llm = config.trainer, config.llm
-    asked = None if trainer.devices == "auto" else int(trainer.devices)
+    asked = None if trainer.devices == "auto" else trainer.devices
     # the LLM is on a device of its own, or on several
     placed = ":" in llm.device or is_spread(llm.load)
     on_cpu = trainer.accelerator is Accelerator.cpu or not torch.cuda.is_available()

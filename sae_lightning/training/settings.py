@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 from sae_lightning.errors import UserError
 
@@ -84,7 +85,7 @@ class TrainerConfig:
     """Tokens per update."""
     accelerator: Accelerator = Accelerator.auto
     """Where the SAEs train; `llm.device` says where the LLM runs."""
-    devices: str = "auto"
+    devices: Any = "auto"
     """Devices of one machine that train together, with a process each; auto is all visible GPUs,
     or 1 on a CPU. It changes nothing but the speed, and may change when a run is resumed."""
     nodes: int = 1
@@ -112,8 +113,11 @@ class TrainerConfig:
             _positive(f"trainer.{name}", getattr(self, name))
         if self.threads is not None:
             _positive("trainer.threads", self.threads, "give 1 or more, or null")
-        if self.devices != "auto" and not (self.devices.isdecimal() and int(self.devices)):
-            raise UserError(f"trainer.devices={self.devices}: give a number of devices, or auto")
+        if self.devices != "auto" and (type(self.devices) is not int or self.devices < 1):
+            raise UserError(
+                f"trainer.devices={self.devices}: give a number of devices, or auto; "
+                "CUDA_VISIBLE_DEVICES=0,1 before the command says which"
+            )
         if self.tokens < self.batch:
             raise UserError(
                 f"trainer.tokens={self.tokens} is less than one batch: give at least "

@@ -233,7 +233,6 @@ def test_wrong_places_are_told_in_one_line(tiny_folder):
             load(tiny_folder("gpt2"), **settings)
 
 
-
 def test_bitsandbytes_quantises_on_a_cpu(tiny, tiny_folder, tokens):
     pytest.importorskip("bitsandbytes")
     site = Site(1, Kind.resid)

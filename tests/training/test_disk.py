@@ -12,7 +12,7 @@ from test_run import interrupt, resume
 
 from sae_lightning import UserError, files
 from sae_lightning.errors import WriteError
-from sae_lightning.runs import passes, run
+from sae_lightning.runs import devices, passes, run
 from sae_lightning.training import checkpoints
 from sae_lightning.training.callbacks import checkpoint
 from sae_lightning.training.logging import HeadLog, HParams
@@ -118,7 +118,7 @@ def test_on_a_file_system_without_locks_a_run_says_so_once(job, monkeypatch, cap
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(files, "lock_descriptor", refuse)
-    monkeypatch.setattr(passes, "run_pass", lambda run_plan: [{} for _ in run_plan.jobs])
+    monkeypatch.setattr(devices, "run_pass", lambda run_plan: [{} for _ in run_plan.jobs])
     passes.train_jobs([job("a"), job("b")])
     assert capsys.readouterr().out.count("a has no locks: nothing keeps another process from") == 1
 
@@ -157,6 +157,6 @@ def test_what_a_killed_run_left_half_written_is_removed_when_it_goes_on(job, mon
     (left / ".lock").touch()
     (left / "last.ckpt").write_bytes(b"half")
     (left.parent / ".last.ckpt.tmp").touch()  # as version 0.1.0 left it
-    monkeypatch.setattr(passes, "run_pass", lambda run_plan: [{} for _ in run_plan.jobs])
+    monkeypatch.setattr(devices, "run_pass", lambda run_plan: [{} for _ in run_plan.jobs])
     passes.train_jobs([tiny])
     assert os.listdir(left.parent) == []
