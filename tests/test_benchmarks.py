@@ -1,6 +1,7 @@
 """The arithmetic behind the benchmarks' tables; the benchmarks themselves are run by hand."""
 
 import importlib
+import json
 import random
 from pathlib import Path
 from types import ModuleType
@@ -29,6 +30,11 @@ def speed(monkeypatch) -> ModuleType:
 @pytest.fixture
 def throughput(monkeypatch) -> ModuleType:
     return _script("throughput", monkeypatch)
+
+
+@pytest.fixture
+def devices(monkeypatch) -> ModuleType:
+    return _script("devices", monkeypatch)
 
 
 def _script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
@@ -197,3 +203,42 @@ def test_throughput_goes_on_after_a_run_that_failed(throughput, tmp_path, monkey
     shown = capsys.readouterr().out
     assert "smollm2-topk-model.k=32 failed: RuntimeError: out of memory" in shown
     assert "topk k=256" in shown and "50%" in shown
+
+
+def test_the_least_is_what_the_other_devices_do_not_have(devices):
+    rank = {"rows": 1000, "reconstruction": 4000}
+    assert [devices.compute_least_bytes("sweep", n, rank) for n in (1, 2, 4)] == [0, 500, 750]
+    # a sum goes half way round the ring, and its result as far again
+    assert [devices.compute_least_bytes("wide topk", n, rank) for n in (1, 2, 4)] == [0, 4000, 6000]
+
+
+def test_cases_are_named_after_their_saes(devices):
+    assert [*devices.read_arguments([]).cases] == ["sweep", "wide topk", "wide relu"]
+    assert devices.read_arguments(["full", "devices=4"]).cases == {"wide topk": ["topk"]}
+    assert devices.read_arguments(["sweep=relu,topk", "wide="]).cases == {"sweep": ["relu", "topk"]}
+
+
+def _measure_two_devices(devices: ModuleType, out: Path, *arguments: str) -> tuple[dict, dict]:
+    small = ["trainer.tokens=4096", "trainer.batch=256", "data.pool=1024", "model.features=512"]
+    devices.main([f"out={out}", "eval.tokens=120", *small, *arguments])
+    one, two = json.loads((out / "devices.json").read_text("utf8"))
+    return one, two
+
+
+@pytest.mark.slow
+def test_a_sweep_on_two_devices_sends_its_rows_once_and_saves_the_same_bytes(
+    devices, tmp_path, tiny_folder
+):
+    llm = [f"llm.name={tiny_folder('llama')}", "llm.device=cpu", "llm.dtype=float32"]
+    text = ["layer.index=1", "llm.batch=4", "data.context=16"]
+    _, two = _measure_two_devices(devices, tmp_path, "sweep=relu,topk", "wide=", *llm, *text)
+    assert 1 <= two["sent_bytes"] / two["least_bytes"] < 1.2
+    assert two["differences"] == [0, 0]
+
+
+@pytest.mark.slow
+def test_two_devices_hold_half_of_a_wide_sae_each_and_send_one_sum(devices, tmp_path):
+    one, two = _measure_two_devices(devices, tmp_path, "sweep=", "wide=relu", "data.dim=256")
+    assert 1 <= two["sent_bytes"] / two["least_bytes"] < 1.05
+    assert two["held_bytes"] / one["held_bytes"] == pytest.approx(0.5, abs=0.01)
+    assert two["differences"][0] < 1e-3

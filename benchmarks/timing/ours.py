@@ -33,7 +33,7 @@ class _Done(Exception):
 
 def measure(runs: list[list[str]], folder: str) -> dict[str, Any]:
     """Train the SAEs of `runs` on one pass; returns tokens/s, memory, L0 and EV."""
-    jobs, clock = make_jobs(runs, Path(folder)), _Clock()
+    jobs, clock = make_jobs(runs, Path(folder)), Clock()
     with patch.object(wiring, "make_callbacks", lambda *a: [clock, *make_callbacks(*a)]):
         passes.train_jobs(jobs)
     metrics = [json.loads((job.folder / METRICS_FILE).read_text("utf8")) for job in jobs]
@@ -103,22 +103,22 @@ def _measure_seconds(work: Callable[[], Any]) -> float:
     """Time repeated calls; returns the fastest, since the floor is a bound."""
     times, total = [], 0.0
     while total < SECONDS or len(times) < 8:
-        started = _read_clock()
+        started = read_clock()
         work()
-        times.append(_read_clock() - started)
+        times.append(read_clock() - started)
         total += times[-1]
     return min(times)
 
 
-class _Clock(L.Callback):
+class Clock(L.Callback):
     """Seconds from before the first fill of the pool to the last update."""
 
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
-        self.started = _read_clock()
+        self.started = read_clock()
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
         if trainer.global_step == module.steps:
-            self.seconds = _read_clock() - self.started
+            self.seconds = read_clock() - self.started
             self.peak_memory_gb = measure_peak_memory_gb()  # of training: evaluation comes later
 
 
@@ -131,9 +131,9 @@ class _ProfileUpdates(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
         if trainer.global_step == self.after:
             self.profiler.start()
-            self.started = _read_clock()
+            self.started = read_clock()
         if trainer.global_step == self.after + self.updates:
-            wall = _read_clock() - self.started
+            wall = read_clock() - self.started
             self.profiler.stop()
             self.summary = summarize(self.profiler, wall) | {
                 "updates": [self.after, self.after + self.updates],
@@ -142,7 +142,7 @@ class _ProfileUpdates(L.Callback):
             raise _Done
 
 
-def _read_clock() -> float:
+def read_clock() -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return perf_counter()

@@ -80,6 +80,7 @@ class Followers:
     """The ranks other than 0: those that this process has started, and what they are told."""
 
     def __init__(self) -> None:
+        self.command = [sys.executable, "-m", "sae_lightning.runs.devices"]
         self.processes: list[subprocess.Popen] = []
         self.told = 0
 
@@ -93,9 +94,8 @@ class Followers:
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
         env |= {"PYTHONPATH": os.pathsep.join(paths)}
         for rank in map(str, range(1, size)):
-            command = [sys.executable, "-m", "sae_lightning.runs.devices"]
             own = env | {"RANK": rank, "LOCAL_RANK": rank}
-            process = subprocess.Popen(command, env=own, stdin=subprocess.DEVNULL)
+            process = subprocess.Popen(self.command, env=own, stdin=subprocess.DEVNULL)
             self.processes.append(process)
         return Place(0, size, 0, "127.0.0.1", port)
 
