@@ -4,6 +4,7 @@ The number of ranks is in the jobs' configs. One process does it all, so that ra
 all lists of the same size.
 """
 
+import os
 import pickle
 import subprocess
 import sys
@@ -13,19 +14,25 @@ from sae_lightning import UserError
 from sae_lightning.runs import passes
 from sae_lightning.runs.jobs import Job
 
-
-def train_on_ranks(file: Path, *lists: list[Job], **options) -> subprocess.CompletedProcess:
-    """Train lists of jobs in a new process, one list after the other."""
-    start_on_ranks(file, *lists)
-    return subprocess.run(command(file), capture_output=True, text=True, **options)
+ROOT = Path(__file__).parent.parent
 
 
-def start_on_ranks(file: Path, *lists: list[Job]) -> None:
+def train_on_ranks(file: Path, *lists: list[Job], wait: bool = True) -> subprocess.Popen:
+    """Train lists of jobs in a new process, one list after the other, with one thread; fails if
+    that process does, unless it is not waited for."""
     file.write_bytes(pickle.dumps(lists))
+    process = start([sys.executable, "-W", "ignore", __file__, str(file)])
+    if wait:
+        process.printed, process.errors = process.communicate(timeout=900)
+        assert process.returncode == 0, process.printed[-3000:] + process.errors[-3000:]
+    return process
 
 
-def command(file: Path) -> list[str]:
-    return [sys.executable, "-W", "ignore", __file__, str(file)]
+def start(command: list[str], **options) -> subprocess.Popen:
+    """Start a command whose output is read, with one thread for each process."""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, env=env, text=True, **pipes, **options)
 
 
 if __name__ == "__main__":
@@ -33,4 +40,4 @@ if __name__ == "__main__":
         try:
             passes.train_jobs(jobs)
         except UserError as error:
-            sys.stderr.write(f"error: {error}\n")
+            sys.exit(f"error: {error}")

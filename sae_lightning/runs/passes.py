@@ -19,6 +19,7 @@ import torch
 
 from sae_lightning.errors import UserError, WriteError, is_out_of_memory
 from sae_lightning.files import remove_leftovers
+from sae_lightning.ranks import RankLost
 from sae_lightning.runs import checks, folders, memory
 from sae_lightning.runs.checks import CheckedJob
 from sae_lightning.runs.cli import SEVERAL_ERRORS, explain_error, print_error
@@ -214,8 +215,12 @@ def _train_pass(planned: PlannedPass) -> HeldOutResults:
             _describe_out_of_memory(jobs) if is_out_of_memory(error) else explain_error(error, [])
         )
         if not folders.forget_empty_run(jobs[0]):
-            if isinstance(error, WriteError) and (jobs[0].folder / CONFIG_FILE).is_file():
-                reason = f"{error}; correct this and continue with: {format_resume_command(jobs)}"
+            if (
+                isinstance(error, WriteError | RankLost)
+                and (jobs[0].folder / CONFIG_FILE).is_file()
+            ):
+                correct = "correct this and " if isinstance(error, WriteError) else ""
+                reason = f"{error}; {correct}continue with: {format_resume_command(jobs)}"
             for job in jobs:
                 folders.note_failure(job, reason or f"{type(error).__name__}: {error}")
         if not jobs[0].multirun:
