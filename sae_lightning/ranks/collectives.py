@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 from sae_lightning.errors import UserError
 
 FOREVER = timedelta(days=365)
+WAITING = "waiting for another rank"
 LAST_WORDS_SECONDS = 10  # to hear from the others once one of them is lost
 
 
@@ -155,31 +156,34 @@ class Ranks:
         try:
             return function(*args, **options)
         except RuntimeError as error:  # torch has no exception for a lost connection alone
-            raise self._find_lost() from error
+            lost = self._find_lost()
+            if lost is None:
+                raise
+            raise RankLost(lost) from error
 
-    def _find_lost(self) -> RankLost:
-        """Name the ranks that are lost: those that leave no last words."""
+    def _find_lost(self) -> str | None:
+        """Say which ranks are lost: those that leave no last words; None if all are there."""
         if dist.is_initialized():
             dist.destroy_process_group()  # wakes up ranks that wait for this one
-        self.leave_words("waiting")
+        self.leave_words(WAITING)
         others = set(range(self.size)) - {self.rank}
         until, words = monotonic() + LAST_WORDS_SECONDS, {}
-        while monotonic() < until and words.keys() < others:
-            try:
-                words |= {
-                    r: self.store.get(f"words/{r}").decode()
-                    for r in others - words.keys()
-                    if self.store.check([f"words/{r}"])
-                }
-            except RuntimeError:  # the store was in the process that is lost
-                return RankLost("rank 0 has ended")
-            sleep(0.1)
-        for r, said in sorted(words.items()):
-            if said != "waiting":
-                return RankLost(f"rank {r}: {said}")
-        missing = sorted(others - words.keys())
-        names = [f"rank {r} ({self.store.get(f'place/{r}').decode()})" for r in missing]
-        return RankLost(f"{' and '.join(names) or 'a rank'} has ended, or does not answer")
+        try:
+            while monotonic() < until and words.keys() < others:
+                sleep(0.1)
+                for rank in others - words.keys():
+                    if self.store.check([f"words/{rank}"]):
+                        words[rank] = self.store.get(f"words/{rank}").decode()
+            places = [
+                f"rank {rank} ({self.store.get(f'place/{rank}').decode()})"
+                for rank in sorted(others - words.keys())
+            ]
+        except RuntimeError:  # the store was in the process that is lost
+            return "rank 0 has ended"
+        if places:
+            return f"{' and '.join(places)} has ended, or does not answer"
+        failed = [f"rank {rank}: {said}" for rank, said in sorted(words.items()) if said != WAITING]
+        return failed[0] if failed else None
 
     def leave_words(self, words: str) -> None:
         """Tell the others, which find this rank lost, why."""

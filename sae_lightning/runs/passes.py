@@ -27,6 +27,7 @@ from sae_lightning.runs.devices import count_ranks, run_on_ranks
 from sae_lightning.runs.heap import give_back_freed_memory
 from sae_lightning.runs.hparams import make_hparams
 from sae_lightning.runs.jobs import CONFIG_FILE, Job, format_resume_command, read_job
+from sae_lightning.runs.launchers import find_place
 from sae_lightning.runs.plan import HeldOutResults, PlannedPass, assign_jobs
 from sae_lightning.terminal import console, make_visible
 from sae_lightning.training.settings import Accelerator, Splitting
@@ -228,6 +229,8 @@ def _train_pass(planned: PlannedPass) -> HeldOutResults:
                 raise UserError(reason) from error
             raise
         print_error(reason, jobs[0].folder.name if len(jobs) == 1 else None)
+        if find_place():  # the ranks cannot be started again from here
+            sys.exit(f"error: this pass failed; continue with: {format_resume_command(jobs)}")
     finally:
         # trainer, module and callbacks (and an error's traceback) form reference cycles: without
         # gc.collect, the next pass would load its LLM while the old one is still in memory

@@ -18,17 +18,21 @@ from safetensors import SafetensorError
 
 from sae_lightning.errors import UserError
 from sae_lightning.files import (
-    LOCK_FILE,
     find_system_error,
-    hold_lock,
     read_free_space,
-    remove_leftovers,
     write_json,
 )
 from sae_lightning.llm.sites import Site
 from sae_lightning.ranks import world
 from sae_lightning.stream.rows import LLMRows
-from sae_lightning.stream.shards import DAMAGE_ERRORS, SHARD_SUFFIX, Shard, write_shard
+from sae_lightning.stream.shards import (
+    DAMAGE_ERRORS,
+    SHARD_SUFFIX,
+    Shard,
+    count_cached,
+    lock_folder,
+    write_shard,
+)
 from sae_lightning.stream.source import Rows, RowStream, move_to_device
 from sae_lightning.stream.tokens import TextChanged, check_text
 from sae_lightning.terminal import console
@@ -193,8 +197,9 @@ class CachedRows(RowStream):
         """Print how much is cached and what the rest takes; UserError if the disk is too full."""
         self._is_checked = True
         self._list_shards()
-        if self._count_cached(remaining) < remaining and self._may_write():
-            needed = (remaining - self._count_cached(remaining)) * self.row_bytes
+        at = self._place, self.max_rows, remaining
+        if count_cached(self.shards, *at) < remaining and self._may_write():
+            needed = (remaining - count_cached(self.shards, *at)) * self.row_bytes
             free = read_free_space(self.folder)
             console.print(
                 f"the activation cache takes about {_size(needed)} in {self.folder}, "
@@ -208,7 +213,7 @@ class CachedRows(RowStream):
             elif not (self.folder / MANIFEST).is_file():
                 with self._unless_full():
                     write_json(self.folder / MANIFEST, self.settings)
-        if cached := self._count_cached(remaining):
+        if cached := count_cached(self.shards, *at):
             share = f"{cached:,} of {remaining:,} tokens"
             console.print(f"{share} are read from the activation cache in {self.folder}")
 
@@ -223,16 +228,6 @@ class CachedRows(RowStream):
                 if self._writes:  # and so will replace it
                     console.print(f"{path} is damaged: the LLM makes it again")
 
-    def _count_cached(self, remaining: int) -> int:
-        """Count how many of the next `remaining` rows are on disk, if missing batches are full."""
-        place, cached, left = self._place, 0, remaining
-        for shard in self.shards:
-            if shard.stop > place:
-                left -= min(left, max(0, shard.first - place) * self.max_rows)
-                in_shard = min(left, sum(shard.rows[max(0, place - shard.first) :]))
-                place, cached, left = shard.stop, cached + in_shard, left - in_shard
-        return cached
-
     def _may_write(self) -> bool:
         """Whether this process may write; the first call locks and removes leftovers. Of several
         ranks, the first one writes."""
@@ -245,25 +240,12 @@ class CachedRows(RowStream):
 
     def _try_lock(self) -> bool:
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if not self._lock.enter_context(hold_lock(self.folder / LOCK_FILE)):
-                console.print(
-                    f"the file system of {self.folder} has no locks: nothing keeps another process "
-                    "from writing the same activation cache"
-                )
-            remove_leftovers(self.folder)
-        except BlockingIOError:
-            console.print(
-                f"another process writes the activation cache in {self.folder}: this run "
-                "reads what is complete there and runs the LLM for the rest"
-            )
+            return lock_folder(self.folder, self._lock)
         except OSError as error:
             # perhaps a colleague's cache, which is read-only for this user
             reason = f"{self.folder} cannot be written to ({error.strerror})"
             self._refuse(reason, fatal=not self.shards)
-        else:
-            return True
-        return False
+            return False
 
     def _refuse(self, reason: str, fatal: bool = True) -> None:
         """UserError in a new run if `fatal`; a resumed one, with fixed settings, only reads."""

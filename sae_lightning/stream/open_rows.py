@@ -56,9 +56,9 @@ def open_rows(
     }
     if world().size == 1:
         rows = LLMRows(llm, tokens, sites, **settings)
-    else:  # the first rank writes the cache, with all sites
-        own = sites if data.cache and world().is_first else own
-        rows = SharedRows(llm, tokens, sites, own=own, **settings)
+    else:
+        writes = data.cache and world().is_first  # all sites, to the cache
+        rows = SharedRows(llm, tokens, sites, own=sites if writes else own, **settings)
     if not data.cache:
         return PrefetchedRows(rows, ahead) if ahead and rows.device.type == "cuda" else rows
     identity = identify_rows(config, data, seed, rows)

@@ -22,6 +22,7 @@ out of date, and no shard depends on another: only damaged or unfinished ones ar
 import json
 import zlib
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sae_lightning.files import write_atomically
+from sae_lightning.files import LOCK_FILE, hold_lock, remove_leftovers, write_atomically
 from sae_lightning.llm.sites import Site
 from sae_lightning.stream.source import Rows
 from sae_lightning.stream.states import (
@@ -41,6 +42,7 @@ from sae_lightning.stream.states import (
     expect_ids,
     expect_rows,
 )
+from sae_lightning.terminal import console
 
 SHARD_SUFFIX = ".safetensors"
 DAMAGE_ERRORS = (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError)
@@ -133,3 +135,35 @@ def _checksum(about: str, tensors: dict[str, Tensor]) -> str:
         if x.numel():  # torch cannot view an empty tensor as bytes
             crc = zlib.crc32(x.flatten().view(torch.uint8).numpy(), crc)
     return f"{crc:08x}"
+
+
+def count_cached(shards: list[Shard], place: int, max_rows: int, remaining: int) -> int:
+    """Count how many of the next `remaining` rows from LLM batch `place` on are in `shards`, if a
+    missing batch has `max_rows` rows."""
+    cached, left = 0, remaining
+    for shard in shards:
+        if shard.stop > place:
+            left -= min(left, max(0, shard.first - place) * max_rows)
+            in_shard = min(left, sum(shard.rows[max(0, place - shard.first) :]))
+            place, cached, left = shard.stop, cached + in_shard, left - in_shard
+    return cached
+
+
+def lock_folder(folder: Path, lock: ExitStack) -> bool:
+    """Lock the folder of a cache until `lock` is closed, and remove leftovers; returns whether it
+    is not locked by another process. OSError if the folder cannot be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not lock.enter_context(hold_lock(folder / LOCK_FILE)):
+            console.print(
+                f"the file system of {folder} has no locks: nothing keeps another process from "
+                "writing the same activation cache"
+            )
+        remove_leftovers(folder)
+    except BlockingIOError:
+        console.print(
+            f"another process writes the activation cache in {folder}: this run reads what is "
+            "complete there and runs the LLM for the rest"
+        )
+        return False
+    return True

@@ -26,6 +26,7 @@ from sae_lightning.stream import cache as cache_module
 from sae_lightning.stream import open_rows as open_rows_module
 from sae_lightning.stream import open_text
 from sae_lightning.stream import rows as rows_module
+from sae_lightning.stream import shards as shard_module
 from sae_lightning.stream import shards as shards_module
 from sae_lightning.stream.batches import BatchStream
 from sae_lightning.stream.cache import CachedRows
@@ -561,7 +562,7 @@ def test_a_folder_that_cannot_be_written_to_is_read_or_refused(llm, folder, monk
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         yield
 
-    monkeypatch.setattr(cache_module, "hold_lock", forbidden)
+    monkeypatch.setattr(shard_module, "hold_lock", forbidden)
     assert_same(list(make(llm, folder, total_batches=60)), reference)
     assert "cannot be written to (Permission denied); this run adds" in capsys.readouterr().out
     assert shards(folder) == before
