@@ -63,7 +63,8 @@ def list_parts(out: Path, overrides: list[str]) -> dict[str, list[list[str]]]:
     return {
         "tests": [["-m", "pytest", "-q", "-m", "gpu", f"--rootdir={HERE.parent}", "tests"]],
         "products": [
-            [f"{HERE}/sparse.py", *sizes, f"precision={number}"] for number in ("bf16", "fp32")
+            [f"{HERE}/sparse.py", *sizes, f"precision={number}", f"out={out}/{number}.json"]
+            for number in ("bf16", "fp32")
         ],
         "speed": [[f"{HERE}/throughput.py", *work, f"out={out / 'throughput'}"]],
         "peers": [[f"{HERE}/speed.py", *peers, f"out={out / 'speed'}"]],

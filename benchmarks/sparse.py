@@ -8,18 +8,21 @@ eight SAEs are computed one by one and as one product.
     python benchmarks/sparse.py                                  # 2 minutes on two cores
     python benchmarks/sparse.py features=24576 d=768 batch=8192 device=cuda
     python benchmarks/sparse.py precision=fp32                   # the default without bf16
+    python benchmarks/sparse.py out=products.json                # the tables' numbers as well
 """
 
 import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from statistics import median
 
 import torch
 from rich.table import Table
 from torch import Tensor
 
+from sae_lightning.files import write_json
 from sae_lightning.llm.load import has_bf16
 from sae_lightning.runs.heap import keep_freed_memory
 from sae_lightning.sae import SAE, SAEConfig, TrainingStatus, build_sae
@@ -88,16 +91,22 @@ def compare_encoders(x: Tensor, sizes: Sequence[int], dtype: torch.dtype) -> Tab
 
 
 def main(arguments: list[str]) -> None:
-    """Print both tables."""
+    """Print both tables; with `out`, write them as JSON, {title: {column: [values]}}."""
     options = {"features": "10000", "d": "576", "batch": "2048", "device": "cpu", "precision": ""}
+    options["out"] = ""
     options |= dict(argument.split("=", 1) for argument in arguments)
     features, d, batch = (int(options[name]) for name in ("features", "d", "batch"))
     x = torch.randn(batch, d, generator=torch.Generator().manual_seed(0)).to(options["device"])
     precision = options["precision"] or ("bf16" if has_bf16(x.device.type) else "fp32")
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
     keep_freed_memory()
-    console.print(compare_products(x, features, dtype))
-    console.print(compare_encoders(x, [1024, 4096, features], dtype))
+    tables = [compare_products(x, features, dtype)]
+    tables.append(compare_encoders(x, [1024, 4096, features], dtype))
+    for table in tables:
+        console.print(table)
+    if options["out"]:
+        columns = {t.title: {c.header: [*c.cells] for c in t.columns} for t in tables}
+        write_json(Path(options["out"]), columns)
 
 
 if __name__ == "__main__":
