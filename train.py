@@ -1,5 +1,6 @@
 """Train a sparse autoencoder: python train.py model.features=10000 loss.l1=1e-3"""
 
+import atexit
 import signal
 import sys
 
@@ -35,6 +36,7 @@ def train(cfg: DictConfig) -> float | None:
     """
     if is_follower():  # of the ranks that submitit has started
         return follow_first_rank()
+    release_followers_at_exit()
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
     multirun = hydra_config.mode is RunMode.MULTIRUN
@@ -63,10 +65,23 @@ def follow_first_rank() -> None:
     follow()
 
 
+def release_followers_at_exit() -> None:
+    """Have the ranks that a launcher has started end with this one, even if it trains nothing."""
+    if find_place() is not None:
+        atexit.register(_release_followers)
+
+
+def _release_followers() -> None:
+    from sae_lightning.runs.devices import release_followers
+
+    release_followers()
+
+
 if __name__ == "__main__":
     register_schemas()
     if is_follower():
         sys.exit(follow_first_rank())
+    release_followers_at_exit()
     with one_line_errors():
         read_arguments()
         train()

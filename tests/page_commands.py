@@ -20,6 +20,7 @@ SMALL = {
     "callbacks.resample.every": ("128", "256"),
     "hydra.sweeper.n_trials": ("2",),
     "hydra.sweeper.n_jobs": ("2",),
+    "trainer.devices": ("1",),  # tests/test_devices.py has several
 }
 MOST = 2  # values of one setting in a sweep; of a choice of presets all are taken
 SMALL_RUN = {
@@ -87,11 +88,11 @@ class Command(NamedTuple):
 
 
 def page_commands() -> list[Command]:
-    """Every `python <script>.py ...` in a code block of a page, once for each page."""
+    """Every `python <script>.py ...` or torchrun in a code block of a page, once for each page."""
     found = {}
     for page in PAGES:
         for line in code_lines(page.read_text("utf8")):
-            if "python " in line and ".py" in line:
+            if re.search(r"(python|torchrun) .*\.py", line):
                 found |= dict.fromkeys(read_commands(page.name, line))
     return list(found)
 
@@ -110,10 +111,11 @@ def code_lines(text: str) -> list[str]:
 def read_commands(page: str, line: str) -> list[Command]:
     """The commands in one line, those too that are an argument of another (sbatch --wrap "...")."""
     words = shlex.split(line.replace("`", ""), comments=True)
-    for i, (word, script) in enumerate(zip(words, words[1:], strict=False)):
-        if word == "python" and script.endswith(".py"):
+    for i, word in enumerate(words):
+        before = [w for w in words[:i] if not w.startswith("-")]
+        if word.endswith(".py") and before and before[-1] in ("python", "torchrun"):
             end = next((j for j, w in enumerate(words) if j > i and w in "|>&&;"), len(words))
-            return [Command(page, script, tuple(words[i + 2 : end]))]
+            return [Command(page, word, tuple(words[i + 1 : end]))]
     return [c for word in words if "python " in word for c in read_commands(page, word)]
 
 
@@ -128,7 +130,7 @@ def small_arguments(command: Command) -> list[str]:
 def small_training(command: Command) -> list[str]:
     if resumed := command.setting("resume"):
         folder = BEGUN_SWEEP if resumed.startswith("multirun") else BEGUN_RUN
-        return [a for a in command.arguments if not a.startswith("resume=")] + [f"resume={folder}"]
+        return replaced(command.arguments, {"resume": folder}, sweep=False)
     data = command.setting("data") or "shakespeare"
     if command.setting("experiment"):
         data = "tinystories"

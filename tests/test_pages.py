@@ -257,6 +257,7 @@ Text python train.py a=0.
     sbatch --wrap "python train.py -m c=1,2"
     python train.py d=1 \\
         e=2
+    torchrun --nproc-per-node=8 train.py h=1
 
 ```python
 import train  # python train.py f=1
@@ -271,5 +272,6 @@ python train.py g=1
         ("analyze.py", "b=x y"),
         ("train.py", "-m", "c=1,2"),
         ("train.py", "d=1", "e=2"),
+        ("train.py", "h=1"),
         ("train.py", "g=1"),
     ]

@@ -83,6 +83,8 @@ class Followers:
         self.command = [sys.executable, "-m", "sae_lightning.runs.devices"]
         self.processes: list[subprocess.Popen] = []
         self.told = 0
+        self.met = False
+        """Whether they and this process have been connected."""
 
     def start(self, size: int) -> Place:
         """Start ranks 1 to `size` - 1 on this machine; returns the place of this process."""
@@ -135,17 +137,22 @@ followers = Followers()
 def run_on_ranks(planned: PlannedPass) -> HeldOutResults:
     """Train a pass on all its ranks; returns what `run_pass` does.
 
-    If it fails, the ranks that this process has started are ended; a later pass starts new ones.
+    If it fails, the other ranks end. A later pass starts new ones, but not in place of those that a
+    launcher has started.
     """
     size = len(planned.shares)
     if world().size not in (1, size):
         followers.end()
     try:
         if world().size < size:
+            place = find_place()
+            if place and followers.met:
+                raise RankLost("the other processes ended when an earlier pass failed")
             with phase(f"starting {size} processes"):
-                place = find_place() or followers.start(size)
+                place = place or followers.start(size)
                 patience = planned.jobs[0].config.trainer.patience
                 ranks.connect(*place, patience=patience, check=followers.check)
+            followers.met = True
             atexit.register(followers.end)
         if size > 1:
             followers.send_pass(planned)
@@ -156,14 +163,23 @@ def run_on_ranks(planned: PlannedPass) -> HeldOutResults:
         raise
 
 
+def release_followers() -> None:
+    """End the ranks that a launcher has started, if they still wait for a first pass: there was
+    nothing to train, or an error."""
+    if not followers.met:
+        with suppress(RankLost, RuntimeError):
+            ranks.connect(*find_place(), patience=END_SECONDS * 6)
+            followers.end()
+
+
 def follow() -> None:
     """Be a rank other than 0: train each pass that rank 0 tells, until there are no more."""
     place, told = find_place(), 0
     console.quiet = True
-    for number in (signal.SIGINT, signal.SIGTERM):  # rank 0 decides when to stop
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 decides when to stop
     try:
         ranks.connect(*place)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         while True:
             told += 1
             planned = pickle.loads(world().hear(f"pass/{told}"))
