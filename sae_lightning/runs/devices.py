@@ -167,6 +167,7 @@ def release_followers() -> None:
     """End the ranks that a launcher has started, if they still wait for a first pass: there was
     nothing to train, or an error."""
     if not followers.met:
+        followers.met = True
         with suppress(RankLost, RuntimeError):
             ranks.connect(*find_place(), patience=END_SECONDS * 6)
             followers.end()
