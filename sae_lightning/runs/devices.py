@@ -94,7 +94,8 @@ class Followers:
         paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
         env = {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC")}
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
-        env |= {"PYTHONPATH": os.pathsep.join(paths)}
+        # torch logs a lost connection with its C++ stack; our own line is enough
+        env |= {"PYTHONPATH": os.pathsep.join(paths), "TORCH_CPP_LOG_LEVEL": "ERROR"}
         for rank in map(str, range(1, size)):
             own = env | {"RANK": rank, "LOCAL_RANK": rank}
             process = subprocess.Popen(self.command, env=own, stdin=subprocess.DEVNULL)
@@ -137,19 +138,15 @@ followers = Followers()
 def run_on_ranks(planned: PlannedPass) -> HeldOutResults:
     """Train a pass on all its ranks; returns what `run_pass` does.
 
-    If it fails, the other ranks end. A later pass starts new ones, but not in place of those that a
-    launcher has started.
+    If it fails, the ranks that this process has started are ended; a later pass starts new ones.
     """
     size = len(planned.shares)
     if world().size not in (1, size):
         followers.end()
     try:
         if world().size < size:
-            place = find_place()
-            if place and followers.met:
-                raise RankLost("the other processes ended when an earlier pass failed")
             with phase(f"starting {size} processes"):
-                place = place or followers.start(size)
+                place = find_place() or followers.start(size)
                 patience = planned.jobs[0].config.trainer.patience
                 ranks.connect(*place, patience=patience, check=followers.check)
             followers.met = True
@@ -192,14 +189,17 @@ def follow() -> None:
     except SystemExit:
         os._exit(0)
     except BaseException as error:
-        message = explain_error(error, []) or f"{type(error).__name__}: {error}"
-        if not isinstance(error, RankLost):
-            world().leave_words(message)
+        message = explain_error(error, [])
+        if message is None:
             traceback.print_exc()
+        if not isinstance(error, RankLost):
+            world().leave_words(message or f"{type(error).__name__}: {error}")
         elif place.rank == 1 and "rank 0" in message:
             sys.stderr.write(format_error(message) + "\n")
         sys.stderr.flush()
-        os._exit(1)  # not to wait for ranks that are lost
+        # Not to wait for ranks that are lost. Rank 0 says how the run has ended: if a follower
+        # failed first, a launcher would end rank 0 before it can.
+        os._exit(0 if world().size > 1 else 1)
 
 
 if __name__ == "__main__":
