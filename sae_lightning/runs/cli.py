@@ -49,7 +49,7 @@ PLUGIN_INSTALLS = {
     "optuna": 'pip install -c constraints.txt -e ".[optuna]"',
     "submitit_slurm": 'pip install -c constraints.txt -e ".[submitit]"',
     "submitit_local": 'pip install -c constraints.txt -e ".[submitit]"',
-    "ray": "pip install hydra-ray-launcher",
+    "ray": 'pip install -e ".[ray]", in an environment of its own',
 }
 SEVERAL_ERRORS = "nothing was started:\n  "
 # Preset of `data` -> kind of data.

@@ -26,7 +26,7 @@ class StopOnSignal(L.Callback):
         self.handlers: dict = {}
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Install the signal handlers, in the main thread of rank 0."""
+        """Install the signal handlers, in the main thread; other ranks than 0 ignore signals."""
 
         def stop(number: int, _) -> None:
             if not self.updating or module.asked_to_stop and number == signal.SIGINT:
@@ -35,9 +35,10 @@ class StopOnSignal(L.Callback):
             module.asked_to_stop = signal.Signals(number)
             console.print("stopping after this update, then saving (Ctrl-C again: stop at once)")
 
-        if threading.current_thread() is threading.main_thread() and world().is_first:
+        if threading.current_thread() is threading.main_thread():
+            handler = stop if world().is_first else signal.SIG_IGN  # Lightning has replaced it
             for number in (signal.SIGINT, signal.SIGTERM):
-                self.handlers[number] = signal.signal(number, stop)
+                self.handlers[number] = signal.signal(number, handler)
 
     def on_train_batch_start(self, *_) -> None:
         """From now on a signal waits for the end of the update, then training saves."""
