@@ -67,7 +67,7 @@ BAD = {
     "model=topk loss=0.01": r"loss=0\.01: `loss` chooses a preset \([^)]*topk[^)]*\)",
     "trainer=1000": r"trainer=1000: `trainer` chooses a preset \([^)]*cpu[^)]*\)",
     # typos
-    "hydra/launcher=ray": r"hydra/launcher=ray: not installed; pip install -e \"\.\[ray\]\", in",
+    "hydra/launcher=ray": r"hydra/launcher=ray: not installed; pip install -e \"\.\[ray\]\", in .*",
     "hydra/sweeper=optuna hydra/sweeper/sampler=nope": r"hydra/sweeper/sampler=nope: not .*",
     "hydra/sweeper=nope": r"hydra/sweeper=nope: not installed, or misspelt",
     "llm=gpt3": r"llm=gpt3: no such preset; did you mean gpt2\? choose from .*smollm2.*",
