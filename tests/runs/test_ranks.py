@@ -1,16 +1,22 @@
 """How many ranks a run has, which jobs they share, and where launchers have put them."""
 
 import os
+import signal
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from tiny_run import tiny_job
 
 from sae_lightning import UserError
+from sae_lightning.ranks import Ranks
 from sae_lightning.runs.devices import count_ranks, count_threads
 from sae_lightning.runs.launchers import Place, find_first_host, find_place
 from sae_lightning.runs.plan import assign_jobs
+from sae_lightning.training.callbacks import stop
 from sae_lightning.training.settings import Accelerator
 
 
@@ -137,3 +143,36 @@ def test_jobs_are_shared_out_by_size(sizes, split, shares):
 
 def test_a_rank_without_a_job_trains_a_copy_of_the_smallest():
     assert assign_jobs([4, 9], frozenset(), 4) == [[1], [0], [0], [0]]
+
+
+def test_only_rank_0_is_stopped_by_signals(monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(stop, "world", lambda: Ranks(1, 2))
+    callback = stop.StopOnSignal()
+    callback.on_train_start(None, None)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    callback.on_train_end()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.slow
+def test_ranks_that_wait_end_with_rank_0_if_it_trains_nothing(tmp_path):
+    step = {"JOB_ID": os.getpid(), "STEP_ID": 0, "STEP_NUM_TASKS": 2, "STEP_NODELIST": "localhost"}
+    command = [sys.executable, Path(__file__).parents[2] / "train.py", "data=synthetic"]
+    started = []
+    for rank in range(2):
+        own = {f"SLURM_{k}": str(v) for k, v in (step | {"PROCID": rank, "LOCALID": rank}).items()}
+        started.append(
+            subprocess.Popen(
+                [*command, "model=topk", "model.k=100000"],
+                env=os.environ | own,
+                cwd=tmp_path,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    first, second = (process.communicate(timeout=240)[1] for process in started)
+    assert first.startswith("error: model.k=100000") and first.count("\n") == 1
+    assert second == ""
+    assert [process.returncode for process in started] == [1, 0]
+    assert not [*tmp_path.iterdir()]
