@@ -36,6 +36,8 @@ class Ranks:
         can read."""
         self.rank, self.size, self.local_rank, self.store = rank, size, local_rank, store
         self.turns = 0
+        # connections of their own, so that rows do not wait for sums on a GPU
+        self.rows: dist.ProcessGroup | None = None
 
     @property
     def is_first(self) -> bool:
@@ -142,7 +144,7 @@ class Ranks:
         """Send outgoing[r] to every rank r, and fill incoming[r] with what it sends here; None, or
         an empty tensor, where nothing is sent."""
         operations = [
-            dist.P2POp(operation, x.view(torch.uint8), other)
+            dist.P2POp(operation, x.view(torch.uint8), other, self.rows)
             for operation, tensors in ((dist.isend, outgoing), (dist.irecv, incoming))
             for other, x in enumerate(tensors)
             if x is not None and x.numel() and other != self.rank
@@ -163,13 +165,12 @@ class Ranks:
 
     def _find_lost(self) -> str | None:
         """Say which ranks are lost: those that leave no last words; None if all are there."""
-        if dist.is_initialized():
-            dist.destroy_process_group()  # wakes up ranks that wait for this one
+        close_connections()  # wakes up ranks that wait for this one
         self.leave_words(WAITING)
         others = set(range(self.size)) - {self.rank}
         until, words = monotonic() + LAST_WORDS_SECONDS, {}
         try:
-            while monotonic() < until and words.keys() < others:
+            while monotonic() < until and words.keys() < others and {*words.values()} <= {WAITING}:
                 sleep(0.1)
                 for rank in others - words.keys():
                     if self.store.check([f"words/{rank}"]):
@@ -180,16 +181,24 @@ class Ranks:
             ]
         except RuntimeError:  # the store was in the process that is lost
             return "rank 0 has ended"
-        if places:
-            return f"{' and '.join(places)} has ended, or does not answer"
         failed = [f"rank {rank}: {said}" for rank, said in sorted(words.items()) if said != WAITING]
-        return failed[0] if failed else None
+        if failed:
+            return failed[0]
+        lost = ", ".join(places)
+        return f"{lost} has ended, or gave no answer within trainer.patience" if places else None
 
     def leave_words(self, words: str) -> None:
         """Tell the others, which find this rank lost, why."""
         if self.store is not None:
             with suppress(RuntimeError):  # the store was in the process that is lost
                 self.store.set(f"words/{self.rank}", words)
+
+
+def close_connections() -> None:
+    """Close the connections to other ranks, without waiting for those that may be lost."""
+    if dist.is_initialized():
+        abort = dist.distributed_c10d._abort_process_group  # of NCCL only
+        (abort if torch.cuda.is_available() else dist.destroy_process_group)()
 
 
 class _Sum(torch.autograd.Function):

@@ -4,12 +4,14 @@ import os
 import socket
 from collections.abc import Callable
 from datetime import timedelta
-from time import sleep
+from time import monotonic, sleep
 
 import torch
 import torch.distributed as dist
 
-from sae_lightning.ranks.collectives import ALONE, FOREVER, Ranks
+from sae_lightning.ranks.collectives import ALONE, RankLost, Ranks, close_connections
+
+START_SECONDS = 600
 
 _world = ALONE
 
@@ -41,25 +43,28 @@ def connect(
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl"
-    listens = rank == 0 and not hosted
-    store = dist.TCPStore(address, port, size, listens, FOREVER, wait_for_workers=False)
+    listens, start = rank == 0 and not hosted, timedelta(seconds=START_SECONDS)
+    store = dist.TCPStore(address, port, size, listens, start, wait_for_workers=False)
     store = dist.PrefixStore(f"sae_lightning/{restarts}", store)
     ranks = Ranks(rank, size, local_rank, store)
     store.set(f"place/{rank}", f"process {os.getpid()} on {socket.gethostname()}")
     if rank == 0:
         store.set("patience", str(patience))
         _await_start(store, size, check)
-    timeout = timedelta(seconds=int(store.get("patience")))
+    timeout = timedelta(seconds=int(ranks.hear("patience")))
     options = {"rank": rank, "world_size": size, "timeout": timeout}
     ranks.call(dist.init_process_group, backend, store=store, **options)
+    ranks.rows = dist.new_group(timeout=timeout)
     _world = ranks
     return ranks
 
 
 def _await_start(store: dist.Store, size: int, check: Callable[[], None]) -> None:
-    missing = list(range(size))
+    until, missing = monotonic() + START_SECONDS, list(range(size))
     while missing := [rank for rank in missing if not store.check([f"place/{rank}"])]:
         check()
+        if monotonic() > until:
+            raise RankLost(f"rank {missing[0]} has not started within {START_SECONDS} s")
         sleep(0.05)
 
 
@@ -67,5 +72,4 @@ def disconnect() -> None:
     """Leave the ranks; this process is alone again."""
     global _world
     _world = ALONE
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    close_connections()

@@ -1,5 +1,6 @@
 """How the features of one dictionary are spread over ranks."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -66,9 +67,12 @@ class Split:
             shape = list(x.shape)
             shape[dim] = self.features
             strided = x.ndim > 1 and not x.is_contiguous()
-            flat = torch.from_file(
-                str(file), shared=True, size=rows[:1].numel() * self.features, dtype=x.dtype
-            )
+            numbers = rows[:1].numel() * self.features
+            with open(file, "wb") as empty:
+                if hasattr(os, "posix_fallocate"):  # else a full disk is a crash, not an error
+                    os.posix_fallocate(empty.fileno(), 0, numbers * x.itemsize)
+            flat = torch.from_file(str(file), shared=True, size=numbers, dtype=x.dtype)
+            file.unlink()  # when the tensor goes, the file goes
             whole = flat.view(shape[::-1]).T if strided else flat.view(shape)
             self.slice(whole, dim).copy_(x)
         for sender in range(1, self.ranks.size):

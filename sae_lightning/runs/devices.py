@@ -22,7 +22,7 @@ from time import monotonic, sleep
 import torch
 
 from sae_lightning import ranks
-from sae_lightning.errors import UserError
+from sae_lightning.errors import UserError, is_out_of_memory
 from sae_lightning.llm.placement import is_spread
 from sae_lightning.ranks import RankLost, world
 from sae_lightning.runs.cli import explain_error, format_error
@@ -33,6 +33,7 @@ from sae_lightning.runs.run import run_pass
 from sae_lightning.terminal import console, phase
 from sae_lightning.training.settings import Accelerator
 
+OUT_OF_MEMORY = "out of memory"
 END_SECONDS = 10  # that other ranks have to end by themselves
 
 
@@ -43,8 +44,7 @@ def count_ranks(config: Config) -> int:
     asked = None if trainer.devices == "auto" else trainer.devices
     # the LLM is on a device of its own, or on several
     placed = ":" in llm.device or is_spread(llm.load)
-    on_cpu = trainer.accelerator is Accelerator.cpu or not torch.cuda.is_available()
-    gpus = torch.cuda.device_count()
+    gpus = torch.cuda.device_count() if _uses_gpus(config) else 0
     if place := find_place():
         if (asked or place.size // trainer.nodes) * trainer.nodes != place.size:
             raise UserError(
@@ -58,15 +58,31 @@ def count_ranks(config: Config) -> int:
             "torchrun, srun or submitit (docs/clusters.md)"
         )
     elif asked is None:
-        return 1 if on_cpu or placed else gpus
-    elif not on_cpu and asked > gpus:
-        raise UserError(f"trainer.devices={asked}: {gpus} are visible here; give at most {gpus}")
+        return 1 if placed or trainer.accelerator is Accelerator.cpu else max(1, gpus)
+    local = count_local_ranks(config, asked)
+    if 0 < gpus < local and not (place and gpus == 1):  # a launcher may show each rank its own
+        raise UserError(
+            f"trainer.devices={trainer.devices}: {local} processes would share the {gpus} GPUs "
+            f"that are visible here; use at most {gpus}"
+        )
     if asked > 1 and placed:
         raise UserError(
             f"llm.device={llm.device}, llm.load.device_map: each of {asked} processes would run "
             "the LLM there; leave them out, or train on one device"
         )
     return asked
+
+
+def _uses_gpus(config: Config) -> bool:
+    on_cpu = config.trainer.accelerator is Accelerator.cpu
+    llm_on_cpu = not config.data_source.has_llm or config.llm.device == "cpu"
+    return torch.cuda.is_available() and not (on_cpu and llm_on_cpu)
+
+
+def count_local_ranks(config: Config, ranks: int | None = None) -> int:
+    """Number of the ranks that are on this machine."""
+    ranks = ranks or count_ranks(config)
+    return int(os.environ.get("LOCAL_WORLD_SIZE", ranks // config.trainer.nodes))
 
 
 def count_threads(config: Config) -> int:
@@ -189,7 +205,7 @@ def follow() -> None:
     except SystemExit:
         os._exit(0)
     except BaseException as error:
-        message = explain_error(error, [])
+        message = OUT_OF_MEMORY if is_out_of_memory(error) else explain_error(error, [])
         if message is None:
             traceback.print_exc()
         if not isinstance(error, RankLost):

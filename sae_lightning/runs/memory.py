@@ -91,9 +91,10 @@ def _read_free_of_ulimit() -> float:
 
 
 def estimate_memory(
-    configs: Sequence[Config], sites: Sequence[SitePair], llm: LLMShape
+    configs: Sequence[Config], sites: Sequence[SitePair], llm: LLMShape, ranks: int = 1
 ) -> PassMemory:
-    """The memory of a pass that trains SAEs with these configs at these sites."""
+    """The memory of a pass that trains SAEs with these configs at these sites: of each of `ranks`,
+    which hold one LLM batch of every rank at a time."""
     config = configs[0]
     weights = [count_parameters(c.model, llm.width, llm.width) for c in configs]
     element_bytes = torch.finfo(getattr(torch, config.llm.dtype.name)).bits // 8
@@ -111,7 +112,7 @@ def estimate_memory(
     computing, exported = max(zip(batches, (16 * n for n in weights), strict=True), key=sum)
     parts = {
         ("data.pool",): 2 * config.data.pool * row,  # copied for a checkpoint
-        ("llm.batch",): data.rows * row,
+        ("llm.batch",): ranks * data.rows * row,
         ("eval.tokens",): config.eval.tokens * row,
         ("llm.name",): data.shared * element_bytes,
         ("model.features", "trainer.batch"): computing,
@@ -139,7 +140,7 @@ def check_memory(
         # an upper bound: on a pass of its own, the SAE needs no more than this
         if needed.bytes_for([number], [number], ranks) <= free:
             continue
-        alone = estimate_memory([config], [pair], llm)
+        alone = estimate_memory([config], [pair], llm, ranks)
         total = alone.bytes_for([0], [0], ranks)
         if total <= free:
             continue

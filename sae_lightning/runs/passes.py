@@ -23,7 +23,13 @@ from sae_lightning.ranks import RankLost
 from sae_lightning.runs import checks, folders, memory
 from sae_lightning.runs.checks import CheckedJob
 from sae_lightning.runs.cli import SEVERAL_ERRORS, explain_error, print_error
-from sae_lightning.runs.devices import count_ranks, run_on_ranks
+from sae_lightning.runs.config import Config
+from sae_lightning.runs.devices import (
+    OUT_OF_MEMORY,
+    count_local_ranks,
+    count_ranks,
+    run_on_ranks,
+)
 from sae_lightning.runs.heap import give_back_freed_memory
 from sae_lightning.runs.hparams import make_hparams
 from sae_lightning.runs.jobs import CONFIG_FILE, Job, format_resume_command, read_job
@@ -146,17 +152,17 @@ def _split_group(group: list[CheckedJob]) -> list[PlannedPass]:
     jobs, sites, done, shapes, _ = (list(column) for column in zip(*group, strict=True))
     configs = [job.config for job in jobs]
     trainer = configs[0].trainer
-    ranks = count_ranks(configs[0])
-    needed = memory.estimate_memory(configs, sites, shapes[0])
-    free = memory.read_free_memory(configs[0])
-    if trainer.accelerator is Accelerator.cpu or not torch.cuda.is_available():
-        free /= ranks // trainer.nodes  # which share the machine's memory
+    ranks, free = count_ranks(configs[0]), _read_free_memory(configs[0])
+    needed = memory.estimate_memory(configs, sites, shapes[0], ranks)
     max_heads = min((c.sweep.max_heads for c in configs if c.sweep.max_heads), default=None)
     if max_heads is None:
         splits = 1 if trainer.split is Splitting.none else ranks
         memory.check_memory(needed, configs, sites, shapes[0], free, splits)
-        room = 0.9 * free - needed.shared
-        max_heads = max(1, int(ranks * room // (max(needed.heads) + needed.hidden)))
+        room, head = 0.9 * free - needed.shared, max(needed.heads)
+        if trainer.split is Splitting.all:
+            max_heads = max(1, int(room // (head / ranks + needed.hidden)))
+        else:
+            max_heads = max(1, ranks * int(room // (head + needed.hidden)))
     parts = ceil(len(jobs) / max_heads)
     ends = [len(jobs) * n // parts for n in range(parts + 1)]
     passes = []
@@ -177,6 +183,14 @@ def _split_group(group: list[CheckedJob]) -> list[PlannedPass]:
     return passes
 
 
+def _read_free_memory(config: Config) -> float:
+    """Free memory for each rank."""
+    free = memory.read_free_memory(config)
+    if config.trainer.accelerator is Accelerator.cpu or not torch.cuda.is_available():
+        free /= count_local_ranks(config)  # which share the machine's memory
+    return free
+
+
 def _is_split(choice: Splitting, in_pass: int, needed: int, free: float) -> bool:
     """Whether to split an SAE that would need `needed` bytes on one rank."""
     if choice is Splitting.auto:
@@ -185,10 +199,11 @@ def _is_split(choice: Splitting, in_pass: int, needed: int, free: float) -> bool
 
 
 def _announce_passes(jobs: list[Job], passes: list[PlannedPass]) -> None:
-    free = memory.read_free_memory(jobs[0].config)
+    free = _read_free_memory(jobs[0].config)
     runs, times = _format_count(len(jobs), "job"), _format_count(len(passes), "pass")
     of = " of the LLM" * jobs[0].config.data_source.has_llm
-    console.print(f"{runs} on {times}{of} ({free / 1e9:.1f} GB of memory are free)")
+    each = f" for each of {len(passes[0].shares)} devices" * (len(passes[0].shares) > 1)
+    console.print(f"{runs} on {times}{of} ({free / 1e9:.1f} GB of memory are free{each})")
     for number, planned in enumerate(passes, 1):
         names = ", ".join(sorted({str(site) for site in planned.sites}))
         saes, size = _format_count(len(planned.jobs), "SAE"), f"{planned.memory / 1e9:.1f} GB"
@@ -213,7 +228,9 @@ def _train_pass(planned: PlannedPass) -> HeldOutResults:
         sys.exit(130)
     except Exception as error:  # even a bug must not stop other passes
         reason = (
-            _describe_out_of_memory(jobs) if is_out_of_memory(error) else explain_error(error, [])
+            _describe_out_of_memory(jobs)
+            if is_out_of_memory(error) or str(error).endswith(OUT_OF_MEMORY)
+            else explain_error(error, [])
         )
         if not folders.forget_empty_run(jobs[0]):
             if (

@@ -34,8 +34,10 @@ def print_plan(planned: PlannedPass, inputs: dict[str, str]) -> None:
         "results": str(shorten_path(jobs[0].folder if len(jobs) == 1 else jobs[0].folder.parent)),
     }
     if len(planned.shares) > 1:
-        how = f"{len(planned.split)} SAEs split by features" if planned.split else "SAEs shared out"
-        rows["devices"] = f"{len(planned.shares)}, {how.replace('1 SAEs', '1 SAE')}"
+        parted, shared = len(planned.split), len(jobs) - len(planned.split)
+        how = [f"{parted} of the SAEs split by features"] * bool(parted)
+        how += [f"{shared} of them shared out"] * bool(shared)
+        rows["devices"] = f"{len(planned.shares)}, {', '.join(how)}"
     if steps_done:
         rows["resuming"] = f"after {steps_done * trainer.batch:,} tokens"
     console.print(make_grid(rows))

@@ -52,15 +52,19 @@ def run_pass(planned: PlannedPass) -> HeldOutResults:
     Returns each SAE's final held-out metrics, or None if it diverged while others went on. All
     other results are in the run folders.
     """
-    torch.set_num_threads(planned.jobs[0].config.trainer.threads)
     if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()  # of this pass, not of the one before
     keep_freed_memory()
     # users cannot act on Lightning's messages
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="lightning")
-        return _run_pass(planned)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(planned.jobs[0].config.trainer.threads)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="lightning")
+            return _run_pass(planned)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _run_pass(planned: PlannedPass) -> HeldOutResults:
@@ -144,6 +148,7 @@ def assemble(planned: PlannedPass, opened: OpenedData) -> RunParts:
         batch=trainer.batch,
         steps=trainer.steps,
         in_pass=len(jobs),
+        resampling=[job.config.callbacks.resample for job in jobs],
         resume=format_resume_command(jobs),
     )
     on_cuda = trainer.accelerator is not Accelerator.cpu and torch.cuda.is_available()
@@ -220,8 +225,9 @@ def score_and_save(planned: PlannedPass, parts: RunParts) -> HeldOutResults:
     transcoders = [head for head in module.training_heads if head.source != head.target]
     for note in {describe_limits(head.sae) for head in transcoders} - {None}:
         console.print(note)
-    if len(jobs) > 1 and "tokens_per_second" in module.speed:
-        console.print(format_speed(jobs[0], module.speed))
+    if len(jobs) > 1:
+        if "tokens_per_second" in module.speed:
+            console.print(format_speed(jobs[0], module.speed))
     elif results:
         print_results(jobs[0], metrics)
     results = {k: v for part in world().gather_values(results) for k, v in part.items()}

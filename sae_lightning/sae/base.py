@@ -87,8 +87,8 @@ def draw_directions(split: Split, d: int, generator: Generator) -> Tensor:
     stops = [*range(count, split.features - count + 1, count), split.features]
     for start, stop in pairwise([0, *stops]):
         piece = torch.randn(stop - start, d, generator=generator)
-        places = slice(split.count_own(start), split.count_own(stop))
-        rows[places] = piece[[i - start for i in split.own[places]]]
+        first = (split.ranks.rank - start) % split.ranks.size
+        rows[split.count_own(start) : split.count_own(stop)] = piece[first :: split.ranks.size]
     return rows
 
 

@@ -124,7 +124,7 @@ class CachedRows(RowStream):
         """Begin a stretch here: open its shard, or start to buffer a new one."""
         self._end_stretch()
         shard = self._find_shard(self._place)
-        if shard is not None and self._map_shard(shard):
+        if shard is not None and all(world().gather_values(self._map_shard(shard))):
             self._shard, self._stop, self._earlier_state = shard, shard.stop, shard.read_state()
             return
         if shard is not None:

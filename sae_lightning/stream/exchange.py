@@ -28,10 +28,10 @@ def exchange_rows(
     if ranks.size == 1:
         return [rows]
     own = sorted(wanted[ranks.rank])
+    sent = {tuple(sorted(sites)) for sites in wanted if rows and sites}
+    stacks = {sites: torch.stack([rows[site] for site in sites]) for sites in sent}
     outgoing = [
-        torch.stack([rows[site] for site in sorted(sites)])
-        if rows and sites and other != ranks.rank
-        else None
+        None if other == ranks.rank else stacks.get(tuple(sorted(sites)))
         for other, sites in enumerate(wanted)
     ]
     incoming = [
@@ -50,6 +50,8 @@ def apply_together(
 ) -> Tensor:
     """function(x) [n, d_out] of this rank's rows x [n, d_in], where each call of `function` takes
     all ranks, with the same rows: those of all ranks, at most `rows` at a time."""
+    if ranks.size == 1:
+        return torch.cat([function(part) for part in x.split(rows)])
     most = max(ranks.gather_values(len(x)))
     padded = x.new_zeros(most, x.shape[1])
     padded[: len(x)] = x

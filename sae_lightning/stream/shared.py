@@ -71,11 +71,14 @@ class SharedRows(LLMRows):
         self.llm_batches = served
         own = self.run_llm(chosen[ranks.rank]) if ranks.rank < len(chosen) else {}
         ids = [selected.ids for selected in chosen]
-        if self.max_norm is not None:
-            if self._medians is None:
-                self._medians = ranks.share(compute_medians(own) if ranks.is_first else None)
+        if self.max_norm is not None and any(map(len, ids)):
+            if self._medians is None:  # of the first LLM batch with rows
+                first = next(rank for rank, some in enumerate(ids) if len(some))
+                computed = compute_medians(own) if ranks.rank == first else None
+                self._medians = ranks.gather_values(computed)[first]
                 medians = {str(site): median for site, median in self._medians.items()}
-                before[1:] = [state | {"medians": medians} for state in before[1:]]
+                after = [state | {"medians": medians} for state in before[first + 1 :]]
+                before = before[: first + 1] + after
             kept = self.find_usual(own) if own else torch.empty(0, dtype=torch.int64)
             own = keep_rows(own, kept)
             all_kept = ranks.gather_values(kept)

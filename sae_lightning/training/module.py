@@ -1,6 +1,7 @@
 """The LightningModule: one or more heads that share batches, each with its own loss."""
 
 import signal
+from collections.abc import Sequence
 
 import lightning as L
 import torch
@@ -12,7 +13,7 @@ from sae_lightning.files import write_json
 from sae_lightning.llm.sites import Site
 from sae_lightning.training.adam import Adam
 from sae_lightning.training.head import Head
-from sae_lightning.training.settings import checkpoint_path, failure_path
+from sae_lightning.training.settings import ResampleConfig, checkpoint_path, failure_path
 
 
 class SAEModule(L.LightningModule):
@@ -25,16 +26,19 @@ class SAEModule(L.LightningModule):
         batch: int,
         steps: int,
         in_pass: int | None = None,
+        resampling: Sequence[ResampleConfig] | None = None,
         resume: str = "",
     ):
-        """`batch`: tokens per update; `steps`: updates in the whole run; `in_pass`: heads on all
-        ranks (None: these); `resume`: the command that continues the run."""
+        """`batch`: tokens per update; `steps`: updates in the whole run; `in_pass`: number of
+        heads on all ranks, and `resampling` their settings (None: those of `heads`); `resume`: the
+        command that continues the run."""
         super().__init__()
         # manual, so that memory holds the activations of one head at a time
         self.automatic_optimization = False
         self.heads = nn.ModuleList(heads)
         self.batch, self.steps, self.resume = batch, steps, resume
         self.in_pass = in_pass or len(heads)
+        self.resampling = resampling or [head.callbacks.resample for head in heads]
         self.last_batch: dict[Site, Tensor] = {}
         self.asked_to_stop: signal.Signals | None = None  # this rank
         self.stopped_by: signal.Signals | None = None  # all ranks agree

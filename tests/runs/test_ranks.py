@@ -38,7 +38,7 @@ def config(tmp_path, monkeypatch):
 def test_auto_is_all_gpus_or_one_cpu_process(config):
     assert count_ranks(config()) == 2
     assert count_ranks(config(accelerator=Accelerator.cpu)) == 1
-    assert count_ranks(config(devices=3, accelerator=Accelerator.cpu)) == 3
+    assert count_ranks(config(device="cpu", devices=3, accelerator=Accelerator.cpu)) == 3
     assert count_ranks(config(device="cuda:1")) == 1
     assert count_ranks(config(load={"device_map": "auto"})) == 1
     assert count_ranks(config(load={"device_map": "disk"})) == 2
@@ -47,7 +47,8 @@ def test_auto_is_all_gpus_or_one_cpu_process(config):
 @pytest.mark.parametrize(
     ("settings", "line"),
     [
-        ({"devices": 3}, "trainer.devices=3: 2 are visible here; give at most 2"),
+        ({"devices": 3}, "trainer.devices=3: 3 processes would share the 2 GPUs .* at most 2"),
+        ({"devices": 3, "accelerator": Accelerator.cpu}, "3 processes would share the 2 GPUs"),
         ({"nodes": 2}, r"trainer.nodes=2: .* torchrun, srun or submitit \(docs/clusters.md\)"),
         ({"devices": 2, "device": "cuda:0"}, "llm.device=cuda:0, .* each of 2 processes"),
         ({"devices": 2, "load": {"device_map": "auto"}}, "device_map: each of 2 processes"),

@@ -32,11 +32,22 @@ def measure_training_scalars(head: Head) -> dict[str, float]:
     return {name: float(value) for name, value in scalars.items()}
 
 
+def gather_latest(module: L.LightningModule) -> None:
+    """Collect the latest metrics of the heads of all ranks, for the progress bar."""
+    heads = [head for head in module.training_heads if head.writes and head.training_metrics]
+    parts = world().gather_values([head.training_metrics for head in heads])
+    module.latest_metrics = [metrics for part in parts for metrics in part]
+
+
 class Curves(L.Callback):
     """Logs each head's training scalars every `log_every` updates, and at the last one."""
 
     def __init__(self, log_every: int):
         self.log_every = log_every
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Show a resumed run's last metrics until there are new ones."""
+        gather_latest(module)
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
         """Log if it is time."""
@@ -52,5 +63,4 @@ class Curves(L.Callback):
                 head.training_metrics = measure_training_scalars(head) | rates[number]
                 head.training_metrics |= {f"data/{name}": value for name, value in data.items()}
                 head.log.add_scalars(head.training_metrics, module.tokens_seen)
-        own = [head.training_metrics for head in module.training_heads if head.writes]
-        module.latest_metrics = [one for part in world().gather_values(own) for one in part]
+        gather_latest(module)

@@ -39,11 +39,10 @@ def _record(head: Head, card: Scorecard, tokens: int) -> None:
     head.held_out_metrics = card.scalars()
     head.density_counts = count_by_density(card.quality.density)
     norms = head.sae.split.join(head.sae.W_dec.detach().norm(dim=1))
-    if head.sae.split.ranks.is_first:
-        head.log.add_scalars({f"held_out/{k}": v for k, v in head.held_out_metrics.items()}, tokens)
-        head.log.add_density(card.quality.density, tokens)
-        head.log.add_histogram("decoder/norm", norms, tokens)
-        head.log.flush()
+    head.log.add_scalars({f"held_out/{k}": v for k, v in head.held_out_metrics.items()}, tokens)
+    head.log.add_density(card.quality.density, tokens)
+    head.log.add_histogram("decoder/norm", norms, tokens)
+    head.log.flush()
 
 
 class Evaluate(L.Callback):

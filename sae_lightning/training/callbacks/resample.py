@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 from sae_lightning.ranks import Ranks
 from sae_lightning.training.head import Head
 from sae_lightning.training.schedules import is_due
+from sae_lightning.training.settings import ResampleConfig
 
 
 @torch.no_grad()
@@ -54,16 +55,22 @@ class Resample(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
         """Resample the heads that are due."""
-        step = trainer.global_step
+        stream = trainer.datamodule.stream
+        if any(_is_due(settings, module) for settings in module.resampling):
+            stream.peek(1)  # fills the pools of all ranks, which takes all of them
         for head in module.training_heads:
             settings = head.callbacks.resample
-            # after the last update the pool is empty
-            last = min(settings.until * module.steps, module.steps - 1)
-            if settings.every is None or step > last:
+            if not _is_due(settings, module):
                 continue
-            if not is_due(step, module.batch, settings.every):
-                continue
-            sample = trainer.datamodule.stream.peek(settings.tokens)
+            sample = stream.peek(settings.tokens)
             sample = {site: rows.to(module.device) for site, rows in sample.items()}
             count = resample(head, trainer.optimizers[0], *head.normalise(sample))
             head.log.add_scalars({"train/resampled": count}, module.tokens_seen)
+
+
+def _is_due(settings: ResampleConfig, module: L.LightningModule) -> bool:
+    step = module.global_step
+    # after the last update the pool is empty
+    if settings.every is None or step > min(settings.until * module.steps, module.steps - 1):
+        return False
+    return is_due(step, module.batch, settings.every)

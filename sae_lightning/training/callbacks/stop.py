@@ -1,5 +1,6 @@
 """Stops training on Ctrl-C or SIGTERM, after a checkpoint is saved."""
 
+import itertools
 import math
 import signal
 import threading
@@ -54,11 +55,11 @@ class StopOnSignal(L.Callback):
         if asked:
             module.stopped_by = signal.Signals(asked)
         if left < self.left:
-            failed = {h.name: h.failure for h in module.heads if h.writes and h.failure}
-            for failures in world().gather_values(failed):
-                for name in failures.keys() - self.failed:
-                    console.print(f"{name}: {failures[name]}")
-                    self.failed.add(name)
+            failed = [f"{h.name}: {h.failure}" for h in module.heads if h.writes and h.failure]
+            for line in itertools.chain(*world().gather_values(failed)):
+                if line not in self.failed:
+                    console.print(line)
+                    self.failed.add(line)
             if not left:
                 raise UserError(
                     f"none of the {module.in_pass} SAEs of this pass is left; see above"

@@ -59,6 +59,8 @@ class ClipGradient(L.Callback):
     def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
         """Clip, and freeze the heads whose loss or gradient is not finite."""
         heads = module.training_heads
+        if not heads:  # those of other ranks train on
+            return
         with record_function("clip"):
             norms = [_clip(head) for head in heads]
             # read together: each read makes the host wait for the GPU
