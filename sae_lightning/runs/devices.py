@@ -27,7 +27,7 @@ from sae_lightning.llm.placement import is_spread
 from sae_lightning.ranks import RankLost, world
 from sae_lightning.runs.cli import explain_error, format_error
 from sae_lightning.runs.config import Config
-from sae_lightning.runs.launchers import Place, find_place
+from sae_lightning.runs.launchers import Place, find_local_size, find_place
 from sae_lightning.runs.plan import HeldOutResults, PlannedPass
 from sae_lightning.runs.run import run_pass
 from sae_lightning.terminal import console, phase
@@ -81,8 +81,7 @@ def _uses_gpus(config: Config) -> bool:
 
 def count_local_ranks(config: Config, ranks: int | None = None) -> int:
     """Number of the ranks that are on this machine."""
-    ranks = ranks or count_ranks(config)
-    return int(os.environ.get("LOCAL_WORLD_SIZE", ranks // config.trainer.nodes))
+    return find_local_size() or (ranks or count_ranks(config)) // config.trainer.nodes
 
 
 def count_threads(config: Config) -> int:

@@ -42,6 +42,13 @@ def find_place() -> Place | None:
     return None
 
 
+def find_local_size() -> int | None:
+    """Number of ranks that the launcher has started on this machine, if it says so."""
+    tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")  # such as 8(x2),4
+    local = os.environ.get("LOCAL_WORLD_SIZE") or re.match(r"\d*", tasks)[0]
+    return int(local) if local and find_place() else None
+
+
 def _find_meeting(launcher: str) -> tuple:
     """The fields of `Place` from `address` on."""
     env = os.environ

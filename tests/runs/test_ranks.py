@@ -13,7 +13,7 @@ from tiny_run import tiny_job
 
 from sae_lightning import UserError
 from sae_lightning.ranks import Ranks
-from sae_lightning.runs.devices import count_ranks, count_threads
+from sae_lightning.runs.devices import count_local_ranks, count_ranks, count_threads
 from sae_lightning.runs.launchers import Place, find_first_host, find_place
 from sae_lightning.runs.plan import assign_jobs
 from sae_lightning.training.callbacks import stop
@@ -84,12 +84,35 @@ def test_a_launcher_says_where_a_rank_is(config, monkeypatch, variables, address
     for name, value in variables.items():
         monkeypatch.setenv(name, str(value))
     assert find_place() == Place(3, 4, 1, address, port)
-    assert count_ranks(config()) == count_ranks(config(devices=2, nodes=2)) == 4
+    assert count_ranks(config(devices=2, nodes=2)) == 4
+    on_cpu = {"device": "cpu", "accelerator": Accelerator.cpu}
+    assert count_ranks(config(**on_cpu)) == count_threads(config(**on_cpu)) * 4 == 4
     with pytest.raises(UserError, match="trainer.devices=2, trainer.nodes=1: 4 processes were"):
         count_ranks(config(devices=2))
-    assert count_threads(config()) == torch.get_num_threads()
     monkeypatch.setenv(list(variables)[1], "1")
     assert find_place() is None
+
+
+@pytest.mark.parametrize(
+    ("variables", "local"),
+    [
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": 2}, 2),
+        (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "2(x2)"}, 2),
+        (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "3,1"}, 3),
+        (SUBMITIT, 4),
+    ],
+)
+def test_the_ranks_of_a_machine_may_not_share_its_gpus(config, monkeypatch, variables, local):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+    assert count_local_ranks(config(), 4) == local
+    if local == 2:
+        assert count_ranks(config()) == 4
+    else:
+        with pytest.raises(UserError, match=f"{local} processes would share the 2 GPUs"):
+            count_ranks(config())
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # each rank is shown its own
+    assert count_ranks(config()) == 4
 
 
 def test_torchruns_own_store_and_its_restarts_are_used(monkeypatch):
