@@ -56,14 +56,14 @@ class TextTask(FeaturesTask):
             which = "neither of them is" if self.text is None else "both of them are"
             raise UserError(f"text, file: {which} given; give one, as text='There once was a cat'")
 
-    def execute(self, given: Collection[str]) -> None:
+    def execute(self, given_settings: Collection[str]) -> None:
         text = self.text if self.file is None else read_text_file(self.file)
         where = "text" if self.file is None else f"file={self.file}"
-        subject = self.load_subject(given)
+        subject = self.load_subject(given_settings)
         # before the LLM is loaded, as the text may be refused
         contexts = len(make_sequences(subject, text, where).ids)
         catalogue = None
-        if not CATALOGUE_SETTINGS & {*given}:
+        if not CATALOGUE_SETTINGS & {*given_settings}:
             catalogue = read_kept_catalogue(subject, subject.results_folder / "features.parquet")
         if catalogue is None:
             catalogue = self.make_catalogues(subject).features

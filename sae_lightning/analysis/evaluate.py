@@ -34,8 +34,8 @@ class EvaluateTask(Task):
     def __post_init__(self):
         check_at_least("tokens", self.tokens, 1)
 
-    def execute(self, given: Collection[str]) -> None:
-        subject = self.load_subject(given)
+    def execute(self, given_settings: Collection[str]) -> None:
+        subject = self.load_subject(given_settings)
         result = score_subject(subject, self.tokens)
         self.print_and_publish(subject, result.scalars(), [make_scorecard_section(result)])
 

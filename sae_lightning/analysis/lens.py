@@ -73,8 +73,8 @@ class LensTask(Task):
             passes = f"each takes {REFERENCE_FEATURES} passes of the LLM and more"
             raise UserError(f"contexts={self.contexts}: give at most {MAX_CONTEXTS}; {passes}")
 
-    def execute(self, given: Collection[str]) -> None:
-        subject = self.load_subject(given)
+    def execute(self, given_settings: Collection[str]) -> None:
+        subject = self.load_subject(given_settings)
         chosen = self.feature and subject.check_features(self.feature)
         text = None if self.direct else subject.corpus.train
         result = lens(subject, self.top, text, chosen or (), self.contexts)

@@ -39,10 +39,10 @@ OWN_METADATA_TYPES = dict.fromkeys(("llm.name", "llm.revision", "llm.bos", "llm.
 
 
 def config_from_metadata(
-    sae: SAE, run: str, settings: dict[str, Any], given: Collection[str]
+    sae: SAE, run: str, settings: dict[str, Any], given_settings: Collection[str]
 ) -> Config:
     """Make the config of the SAE in the folder `run`: LLM, site and context come from its metadata
-    unless named in `given`, everything else from `settings` (llm, data, layer, seed).
+    unless named in `given_settings`, everything else from `settings` (llm, data, layer, seed).
     UserError if neither says what the SAE reads."""
     own = sae.metadata.get(OWN_KEY)
     merged = sae.metadata | (own if isinstance(own, dict) else {})
@@ -53,12 +53,16 @@ def config_from_metadata(
             kind = types[key].__name__
             raise UserError(f"{run}: {key}={value!r:.80} in its metadata is no {kind}")
     llm, data, layer = settings["llm"], settings["data"], settings["layer"]
-    if not {"llm", "llm.name"} & {*given}:
+    if not {"llm", "llm.name"} & {*given_settings}:
         own = {name.removeprefix("llm."): metadata.get(name) for name in OWN_METADATA_TYPES}
         llm = replace(llm, **own | {"name": _find_llm_name(metadata, run)})
-    if not any(name.split(".")[0] == "layer" for name in given):
+    if not any(name.split(".")[0] == "layer" for name in given_settings):
         layer = _read_layer(metadata, run)
-    if "data.context" not in given and "context_size" in metadata and hasattr(data, "context"):
+    if (
+        "data.context" not in given_settings
+        and "context_size" in metadata
+        and hasattr(data, "context")
+    ):
         data = replace(data, context=metadata["context_size"])
     loss = ARCHITECTURES[sae.config.name].loss()
     seed = settings["seed"]

@@ -19,8 +19,8 @@ PROBE_FEATURES = 32_768  # with twice as many features, half as many tokens are 
 class OverviewTask(FeaturesTask):
     """All cheap tasks, and one page with their results."""
 
-    def execute(self, given: Collection[str]) -> None:
-        subject = self.load_subject(given)
+    def execute(self, given_settings: Collection[str]) -> None:
+        subject = self.load_subject(given_settings)
         if not subject.config.data_source.has_llm:  # synthetic concepts have only a scorecard
             card = evaluate.score_subject(subject)
             self.print_and_publish(

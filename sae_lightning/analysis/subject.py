@@ -113,9 +113,11 @@ class Subject:
             )
 
 
-def open_subject(run: str, settings: dict[str, Any], given: Collection[str] = ()) -> Subject:
+def open_subject(
+    run: str, settings: dict[str, Any], given_settings: Collection[str] = ()
+) -> Subject:
     """Open the SAE in the folder `run`, without loading the LLM. `settings` holds llm, data, layer
-    and seed; `given` names the settings (llm, llm.device, layer.index, ...) that override the
+    and seed; `given_settings` names those (llm, llm.device, layer.index, ...) that override the
     folder's.
 
     UserError: there is no SAE, or it does not fit the LLM.
@@ -130,11 +132,11 @@ def open_subject(run: str, settings: dict[str, Any], given: Collection[str] = ()
         )
     parent = folder.parent if folder.name == "sae" else folder
     if (parent / CONFIG_FILE).is_file():
-        folder, config = parent, _read_run_config(parent, settings, given)
+        folder, config = parent, _read_run_config(parent, settings, given_settings)
         sae = load_sae(folder)
     else:
         sae = load_sae(folder)
-        config = config_from_metadata(sae, run, settings, given)
+        config = config_from_metadata(sae, run, settings, given_settings)
     llm = config.data_source.read_shape()
     sites = config.layer.resolve_sites(llm.layers)
     config.data_source.check_before_loading(llm, resumed=True)
@@ -166,31 +168,36 @@ def open_run(
         "seed": 0,
     }
     overrides = {"llm": llm, "data": data, "layer": layer}
-    given = [name for name, value in overrides.items() if value is not None]
-    subject = open_subject(str(folder), settings, given)
+    given_settings = [name for name, value in overrides.items() if value is not None]
+    subject = open_subject(str(folder), settings, given_settings)
     return subject, subject.corpus
 
 
-def _read_run_config(run: Path, settings: dict[str, Any], given: Collection[str]) -> Config:
-    """Read a run's config, with the `given` groups or single settings replaced by `settings`."""
+def _read_run_config(
+    run: Path, settings: dict[str, Any], given_settings: Collection[str]
+) -> Config:
+    """Read a run's config, with the settings and groups that `given_settings` names replaced by
+    those of `settings`."""
     # Python code that comes with the folder's LLM runs only if the user allows it; llm=... replaces
     # that LLM
-    config = read_job(run, trusted=bool({"llm", TRUST_SETTING} & {*given})).config
-    if not config.data_source.has_llm and (others := sorted({"llm", "data", "layer"} & {*given})):
+    config = read_job(run, trusted=bool({"llm", TRUST_SETTING} & {*given_settings})).config
+    if not config.data_source.has_llm and (
+        others := sorted({"llm", "data", "layer"} & {*given_settings})
+    ):
         raise UserError(
             f"{others[0]}=... has no meaning for {run}, which was trained on synthetic concepts: "
             "leave it out"
         )
     groups = {}
     for group, other in settings.items():
-        names = [name.split(".")[1] for name in given if name.startswith(f"{group}.")]
+        names = [name.split(".")[1] for name in given_settings if name.startswith(f"{group}.")]
         for name in names:
             if name not in {field.name for field in fields(getattr(config, group))}:
                 raise UserError(
                     f"{group}.{name} is no setting of the {group} that this run was trained on: "
                     f"choose another with {group}=..."
                 )
-        if group in given:
+        if group in given_settings:
             groups[group] = other
         elif names:
             single = {name: getattr(other, name) for name in names}

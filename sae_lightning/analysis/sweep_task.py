@@ -16,9 +16,9 @@ from sae_lightning.terminal import quote_setting, shorten_path
 class SweepTask(Task):
     """Write the report of a multirun again."""
 
-    def execute(self, given: Collection[str]) -> None:
+    def execute(self, given_settings: Collection[str]) -> None:
         folder = Path(self.run)
-        if others := sorted({*given} - {"run", "task"}):
+        if others := sorted({*given_settings} - {"run", "task"}):
             raise UserError(
                 f"{others[0]} has no meaning for task=sweep, which reads the metrics that each run "
                 "has saved: leave it out"

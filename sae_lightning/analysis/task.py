@@ -44,15 +44,15 @@ class Task:
     seed: int = 0
     """Fixes the order of the text; the run's own unless given."""
 
-    def execute(self, given: Collection[str]) -> None:
-        """Run the task, print a summary, and write numbers and a page; `given` names the settings
-        on the command line."""
+    def execute(self, given_settings: Collection[str]) -> None:
+        """Run the task, print a summary, and write numbers and a page; `given_settings` names the
+        settings on the command line."""
         raise NotImplementedError
 
-    def load_subject(self, given: Collection[str]) -> Subject:
+    def load_subject(self, given_settings: Collection[str]) -> Subject:
         """Open the SAE; UserError if results cannot be written beside it."""
         settings = {"llm": self.llm, "data": self.data, "layer": self.layer, "seed": self.seed}
-        subject = open_subject(self.run, settings, given)
+        subject = open_subject(self.run, settings, given_settings)
         refuse_link(subject.results_folder)
         folder = subject.results_folder if subject.results_folder.exists() else subject.folder
         if not (folder.is_dir() and os.access(folder, os.W_OK)):

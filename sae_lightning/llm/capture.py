@@ -43,8 +43,8 @@ def capture(
         if positions is None:
             activations[site] = x.clone().view(*tokens.shape, -1)
         else:
-            there = positions.to(x.device)
-            activations[site] = x.reshape(tokens.numel(), -1).index_select(0, there)
+            indices = positions.to(x.device)
+            activations[site] = x.reshape(tokens.numel(), -1).index_select(0, indices)
         if scales[site] != 1:
             activations[site] *= scales[site]
         if all(x is not None for x in activations.values()):

@@ -35,7 +35,7 @@ class Ranks:
         """`local_rank`: its number among the ranks of this machine; `store`: strings that all ranks
         can read."""
         self.rank, self.size, self.local_rank, self.store = rank, size, local_rank, store
-        self.turns = 0
+        self.go_first_calls = 0
         # connections of their own, so that rows do not wait for sums on a GPU
         self.rows: dist.ProcessGroup | None = None
 
@@ -76,8 +76,8 @@ class Ranks:
     def go_first(self) -> Iterator[None]:
         """The first rank of each machine does the block before the others, which then find what it
         has downloaded and cached. They wait for as long as it takes."""
-        self.turns += 1
-        key = f"turn/{self.turns}/{socket.gethostname()}"
+        self.go_first_calls += 1
+        key = f"go_first/{self.go_first_calls}/{socket.gethostname()}"
         if self.local_rank:
             self.hear(key)
         yield
@@ -168,30 +168,38 @@ class Ranks:
         close_connections()  # wakes up ranks that wait for this one
         self.leave_words(WAITING)
         others = set(range(self.size)) - {self.rank}
-        until, words = monotonic() + LAST_WORDS_SECONDS, {}
+        deadline, reasons = monotonic() + LAST_WORDS_SECONDS, {}
         try:
-            while monotonic() < until and words.keys() < others and {*words.values()} <= {WAITING}:
+            while (
+                monotonic() < deadline
+                and reasons.keys() < others
+                and {*reasons.values()} <= {WAITING}
+            ):
                 sleep(0.1)
-                for rank in others - words.keys():
-                    if self.store.check([f"words/{rank}"]):
-                        words[rank] = self.store.get(f"words/{rank}").decode()
-            places = [
-                f"rank {rank} ({self.store.get(f'place/{rank}').decode()})"
-                for rank in sorted(others - words.keys())
+                for rank in others - reasons.keys():
+                    if self.store.check([f"reasons/{rank}"]):
+                        reasons[rank] = self.store.get(f"reasons/{rank}").decode()
+            missing = [
+                f"rank {rank} ({self.store.get(f'process/{rank}').decode()})"
+                for rank in sorted(others - reasons.keys())
             ]
         except RuntimeError:  # the store was in the process that is lost
             return "rank 0 has ended"
-        failed = [f"rank {rank}: {said}" for rank, said in sorted(words.items()) if said != WAITING]
+        failed = [
+            f"rank {rank}: {reason}"
+            for rank, reason in sorted(reasons.items())
+            if reason != WAITING
+        ]
         if failed:
             return failed[0]
-        lost = ", ".join(places)
-        return f"{lost} has ended, or gave no answer within trainer.patience" if places else None
+        lost = ", ".join(missing)
+        return f"{lost} has ended, or gave no answer within trainer.patience" if missing else None
 
-    def leave_words(self, words: str) -> None:
+    def leave_words(self, reason: str) -> None:
         """Tell the others, which find this rank lost, why."""
         if self.store is not None:
             with suppress(RuntimeError):  # the store was in the process that is lost
-                self.store.set(f"words/{self.rank}", words)
+                self.store.set(f"reasons/{self.rank}", reason)
 
 
 def close_connections() -> None:

@@ -47,7 +47,7 @@ def connect(
     store = dist.TCPStore(address, port, size, listens, start, wait_for_workers=False)
     store = dist.PrefixStore(f"sae_lightning/{restarts}", store)
     ranks = Ranks(rank, size, local_rank, store)
-    store.set(f"place/{rank}", f"process {os.getpid()} on {socket.gethostname()}")
+    store.set(f"process/{rank}", f"process {os.getpid()} on {socket.gethostname()}")
     if rank == 0:
         store.set("patience", str(patience))
         _await_start(store, size, check)
@@ -60,10 +60,10 @@ def connect(
 
 
 def _await_start(store: dist.Store, size: int, check: Callable[[], None]) -> None:
-    until, missing = monotonic() + START_SECONDS, list(range(size))
-    while missing := [rank for rank in missing if not store.check([f"place/{rank}"])]:
+    deadline, missing = monotonic() + START_SECONDS, list(range(size))
+    while missing := [rank for rank in missing if not store.check([f"process/{rank}"])]:
         check()
-        if monotonic() > until:
+        if monotonic() > deadline:
             raise RankLost(f"rank {missing[0]} has not started within {START_SECONDS} s")
         sleep(0.05)
 

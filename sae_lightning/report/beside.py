@@ -35,10 +35,10 @@ def write_blocks(page: Path, blocks: Mapping[str, str]) -> str:
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # zlib releases the GIL
             digest = hashlib.sha256(b"".join(pool.map(write, blocks)))
-        place = page.with_name(f"{page.stem}-{digest.hexdigest()[:DIGITS]}")
-        if not place.exists():
-            os.replace(folder, place)
-    return place.name
+        destination = page.with_name(f"{page.stem}-{digest.hexdigest()[:DIGITS]}")
+        if not destination.exists():
+            os.replace(folder, destination)
+    return destination.name
 
 
 def remove_old_blocks(page: Path, kept: str | None) -> None:

@@ -41,36 +41,36 @@ def count_ranks(config: Config) -> int:
     """Number of ranks that train a pass. UserError if the settings do not fit the machine, or the
     ranks that a launcher has started."""
     trainer, llm = config.trainer, config.llm
-    asked = None if trainer.devices == "auto" else trainer.devices
+    count = None if trainer.devices == "auto" else trainer.devices
     # the LLM is on a device of its own, or on several
-    placed = ":" in llm.device or is_spread(llm.load)
+    llm_is_placed = ":" in llm.device or is_spread(llm.load)
     gpus = torch.cuda.device_count() if _uses_gpus(config) else 0
     if place := find_place():
-        if (asked or place.size // trainer.nodes) * trainer.nodes != place.size:
+        if (count or place.size // trainer.nodes) * trainer.nodes != place.size:
             raise UserError(
                 f"trainer.devices={trainer.devices}, trainer.nodes={trainer.nodes}: "
                 f"{place.size} processes were started; leave both out, or start as many"
             )
-        asked = place.size
+        count = place.size
     elif trainer.nodes > 1:
         raise UserError(
             f"trainer.nodes={trainer.nodes}: the processes of several machines are started by "
             "torchrun, srun or submitit (docs/clusters.md)"
         )
-    elif asked is None:
-        return 1 if placed or trainer.accelerator is Accelerator.cpu else max(1, gpus)
-    local = count_local_ranks(config, asked)
+    elif count is None:
+        return 1 if llm_is_placed or trainer.accelerator is Accelerator.cpu else max(1, gpus)
+    local = count_local_ranks(config, count)
     if 0 < gpus < local and not (place and gpus == 1):  # a launcher may show each rank its own
         raise UserError(
             f"trainer.devices={trainer.devices}: {local} processes would share the {gpus} GPUs "
             f"that are visible here; use at most {gpus}"
         )
-    if asked > 1 and placed:
+    if count > 1 and llm_is_placed:
         raise UserError(
-            f"llm.device={llm.device}, llm.load.device_map: each of {asked} processes would run "
-            "the LLM there; leave them out, or train on one device"
+            f"llm.device={llm.device}, llm.load.device_map: each of {count} processes would "
+            "run the LLM there; leave them out, or train on one device"
         )
-    return asked
+    return count
 
 
 def _uses_gpus(config: Config) -> bool:
@@ -92,13 +92,13 @@ def count_threads(config: Config) -> int:
 
 
 class Followers:
-    """The ranks other than 0: those that this process has started, and what they are told."""
+    """The ranks other than 0: those that this process has started, and what they are sent."""
 
     def __init__(self) -> None:
         self.command = [sys.executable, "-m", "sae_lightning.runs.devices"]
         self.processes: list[subprocess.Popen] = []
-        self.told = 0
-        self.met = False
+        self.passes_sent = 0
+        self.connected = False
         """Whether they and this process have been connected."""
 
     def start(self, size: int) -> Place:
@@ -125,11 +125,11 @@ class Followers:
 
     def send_pass(self, planned: PlannedPass | None) -> None:
         """Have all ranks train a pass; None ends them."""
-        self.told += 1
-        world().tell(f"pass/{self.told}", pickle.dumps(planned))
+        self.passes_sent += 1
+        world().tell(f"pass/{self.passes_sent}", pickle.dumps(planned))
 
     def end(self) -> None:
-        """End all ranks but this one, once they have trained what they were told."""
+        """End all ranks but this one, once they have trained what they were sent."""
         if world().size > 1:
             with suppress(RuntimeError):  # some may be lost
                 self.send_pass(None)
@@ -143,7 +143,7 @@ class Followers:
         for process in self.processes:
             process.kill()
             process.wait()
-        self.processes, self.told = [], 0
+        self.processes, self.passes_sent = [], 0
         ranks.disconnect()
 
 
@@ -164,7 +164,7 @@ def run_on_ranks(planned: PlannedPass) -> HeldOutResults:
                 place = find_place() or followers.start(size)
                 patience = planned.jobs[0].config.trainer.patience
                 ranks.connect(*place, patience=patience, check=followers.check)
-            followers.met = True
+            followers.connected = True
             atexit.register(followers.end)
         if size > 1:
             followers.send_pass(planned)
@@ -178,8 +178,8 @@ def run_on_ranks(planned: PlannedPass) -> HeldOutResults:
 def release_followers() -> None:
     """End the ranks that a launcher has started, if they still wait for a first pass: there was
     nothing to train, or an error."""
-    if not followers.met:
-        followers.met = True
+    if not followers.connected:
+        followers.connected = True
         with suppress(RankLost, RuntimeError):
             ranks.connect(*find_place(), patience=END_SECONDS * 6)
             followers.end()
@@ -187,15 +187,15 @@ def release_followers() -> None:
 
 def follow() -> None:
     """Be a rank other than 0: train each pass that rank 0 tells, until there are no more."""
-    place, told = find_place(), 0
+    place, passes_received = find_place(), 0
     console.quiet = True
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 decides when to stop
     try:
         ranks.connect(*place)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         while True:
-            told += 1
-            planned = pickle.loads(world().hear(f"pass/{told}"))
+            passes_received += 1
+            planned = pickle.loads(world().hear(f"pass/{passes_received}"))
             if planned is None:
                 break
             run_pass(planned)

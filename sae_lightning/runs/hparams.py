@@ -19,27 +19,27 @@ HPARAM_SETTINGS = (
 
 
 def make_hparams(jobs: Sequence[Job]) -> list[HParams]:
-    """Each job's columns: first the settings that were swept or, for a single run, typed."""
-    typed = [split_overrides(job.overrides) for job in jobs]
+    """Each job's columns: first the swept settings or, for a single run, its overrides."""
+    overrides = [split_overrides(job.overrides) for job in jobs]
     # a resumed job does not say what its sweep varied, so compare the jobs
-    varied = find_swept(typed)
+    varied = find_swept(overrides)
     swept = [
         [name for name in job.swept if name in own] or varied or [*own]
-        for job, own in zip(jobs, typed, strict=True)
+        for job, own in zip(jobs, overrides, strict=True)
     ]
-    settings = [_select_settings(*each) for each in zip(jobs, typed, swept, strict=True)]
+    settings = [_select_settings(*each) for each in zip(jobs, overrides, swept, strict=True)]
     columns: dict = {}
-    for mine in settings:
-        columns = mine | columns
+    for values in settings:
+        columns = values | columns
     return [
-        HParams(mine, columns, first, _list_headline_metrics(job))
-        for job, mine, first in zip(jobs, settings, swept, strict=True)
+        HParams(values, columns, first, _list_headline_metrics(job))
+        for job, values, first in zip(jobs, settings, swept, strict=True)
     ]
 
 
-def _select_settings(job: Job, typed: dict[str, str], swept: Collection[str]) -> dict:
+def _select_settings(job: Job, overrides: dict[str, str], swept: Collection[str]) -> dict:
     """Setting -> value, including swept presets such as `model=relu`."""
-    return {name: typed[name] for name in swept if name in typed} | {
+    return {name: overrides[name] for name in swept if name in overrides} | {
         name: value if isinstance(value, bool | int | float) else str(value)
         for name, value in job.config.to_flat_dict().items()
         if name.startswith(HPARAM_SETTINGS) or name in swept

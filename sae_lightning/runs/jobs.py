@@ -56,9 +56,9 @@ class Job:
 
     @property
     def label(self) -> str:
-        """Name of the job in messages: in a sweep, its folder; otherwise, what was typed."""
-        typed = ",".join(self.overrides) or self.config.model.name
-        return make_visible(self.folder.name if self.sweep_folder else typed)
+        """Name of the job in messages: in a sweep, its folder; otherwise, its overrides."""
+        text = ",".join(self.overrides) or self.config.model.name
+        return make_visible(self.folder.name if self.sweep_folder else text)
 
 
 def read_overrides(hydra: DictConfig) -> list[str]:

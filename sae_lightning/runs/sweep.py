@@ -168,14 +168,14 @@ def _exit_on_errors(overrides: Iterable[str]) -> Iterator[None]:
 def _make_new_folder(config: DictConfig, kind: str) -> None:
     """Make the folder of a new run or sweep, under another name if another process has just
     made that folder. A folder that the user names is left alone."""
-    place = config.hydra[kind]
-    if f"${{{kind}_folder:" not in OmegaConf.to_container(place, resolve=False)["dir"]:
+    folders = config.hydra[kind]
+    if f"${{{kind}_folder:" not in OmegaConf.to_container(folders, resolve=False)["dir"]:
         return
-    if place.dir == config.resume:
+    if folders.dir == config.resume:
         return
-    folder = make_unique_folder(Path(place.dir))
+    folder = make_unique_folder(Path(folders.dir))
     with read_write(config):
-        place.dir = str(folder)
+        folders.dir = str(folder)
         config.hydra.overrides.hydra.append(f"hydra.{kind}.dir={folder}")  # for all jobs
 
 

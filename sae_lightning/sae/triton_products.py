@@ -100,12 +100,12 @@ def _sum_pieces(
     total = tl.full([ENTRIES, COLUMNS], 0.0, tl.float32)
     for first in range(begin, end, ENTRIES):
         entry = first + tl.arange(0, ENTRIES)
-        there = entry < end
+        valid = entry < end
         # 64 bits: a table may have more than 2^31 values
-        index = tl.load(indices + entry, mask=there, other=0).to(tl.int64)
-        weight = tl.load(weights + entry, mask=there, other=0).to(tl.float32)
+        index = tl.load(indices + entry, mask=valid, other=0).to(tl.int64)
+        weight = tl.load(weights + entry, mask=valid, other=0).to(tl.float32)
         places = table + index[:, None] * d + column[None, :]
-        values = tl.load(places, mask=there[:, None] & within[None, :], other=0)
+        values = tl.load(places, mask=valid[:, None] & within[None, :], other=0)
         total += weight[:, None] * values.to(tl.float32)
     result = tl.sum(total, axis=0)
     tl.store(sums + row * d + column, result, mask=within & (not tail))
@@ -144,14 +144,14 @@ def _dot_pieces(
     row, begin, end, _ = _piece(offsets, owners, cuts, PIECE)
     for first in range(begin, end, ENTRIES):
         entry = first + tl.arange(0, ENTRIES)
-        there = entry < end
-        index = tl.load(indices + entry, mask=there, other=0).to(tl.int64)
+        valid = entry < end
+        index = tl.load(indices + entry, mask=valid, other=0).to(tl.int64)
         total = tl.full([ENTRIES, COLUMNS], 0.0, tl.float32)
         for start in range(0, d, COLUMNS):
             column = start + tl.arange(0, COLUMNS)
             within = column < d
             x = tl.load(left + row * d + column, mask=within, other=0).to(tl.float32)
             places = right + index[:, None] * d + column[None, :]
-            y = tl.load(places, mask=there[:, None] & within[None, :], other=0)
+            y = tl.load(places, mask=valid[:, None] & within[None, :], other=0)
             total += x[None, :] * y.to(tl.float32)
-        tl.store(products + entry, tl.sum(total, axis=1), mask=there)
+        tl.store(products + entry, tl.sum(total, axis=1), mask=valid)

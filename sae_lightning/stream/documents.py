@@ -88,8 +88,8 @@ def view_texts(column: "ChunkedArray") -> Iterator["Buffer"]:
         _, ends, texts = array.buffers()
         kind = np.int64 if pa.types.is_large_string(array.type) else np.int32
         places = np.frombuffer(ends or b"", kind)[array.offset :][: len(array) + 1].tolist()
-        for start, end, there in zip(places, places[1:], array.is_valid().tolist(), strict=False):
-            yield texts[start:end] if there and end > start else pa.py_buffer(b"")
+        for start, end, is_text in zip(places, places[1:], array.is_valid().tolist(), strict=False):
+            yield texts[start:end] if is_text and end > start else pa.py_buffer(b"")
 
 
 def _cut(text: "Buffer", share: float) -> int:
@@ -185,5 +185,5 @@ def _concerns_copy(error: OSError) -> bool:
     from datasets.config import HF_DATASETS_CACHE
 
     cache, named = Path(HF_DATASETS_CACHE), Path(str(error.filename))
-    there = cache.is_relative_to(named) or named.is_relative_to(cache)
-    return error.errno in {*WRITE_ERRORS, *LOCKS_UNSUPPORTED} or there
+    in_cache = cache.is_relative_to(named) or named.is_relative_to(cache)
+    return error.errno in {*WRITE_ERRORS, *LOCKS_UNSUPPORTED} or in_cache

@@ -33,8 +33,8 @@ PIECE_BYTES = 1 << 18  # bytes; a longer document is cut
 TOKENISED_CHARACTERS = 1 << 20  # characters tokenised at a time
 WRITTEN_TOKENS = 1 << 22  # tokens written at a time
 CUT_PATTERNS = [
-    re.compile(place, re.DOTALL)  # each matches up to the last place of its kind
-    for place in (rb".*\S(?= \S)", rb".*\S\n(?=\S)", rb".*\S(?=\s)", rb".*(?=[^\x80-\xbf])")
+    re.compile(pattern, re.DOTALL)  # each matches up to the last place of its kind
+    for pattern in (rb".*\S(?= \S)", rb".*\S\n(?=\S)", rb".*\S(?=\s)", rb".*(?=[^\x80-\xbf])")
 ]
 
 
@@ -151,7 +151,10 @@ def flat_tokens(data: Any, tokenizer: Any, separator: int, what: str = "text") -
         file = prepare_text_cache() / f"tokens-{key.hexdigest()[:32]}.arrow"
         if not file.exists():
             schema = pa.schema({"tokens": pa.int32()})
-            with write_atomically(file) as place, pa.ipc.new_stream(place, schema) as stream:
+            with (
+                write_atomically(file) as temporary,
+                pa.ipc.new_stream(temporary, schema) as stream,
+            ):
                 for batch in _batches(arrays()):
                     stream.write_batch(pa.record_batch([batch], schema=schema))
     return pa.ipc.open_stream(pa.memory_map(str(file))).read_all().column("tokens")

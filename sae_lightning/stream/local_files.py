@@ -37,7 +37,7 @@ def find_files(path: Path, where: str) -> list[str]:
     there are no files, an unsupported format or several formats; `where` begins its message.
     """
     if path.is_dir():
-        paths = [os.path.join(place, name) for place, names in _walk(path) for name in names]
+        paths = [os.path.join(folder, name) for folder, names in _walk(path) for name in names]
     else:
         paths = [str(path)] if path.exists() else list(match_glob(path))
     names = sorted(f for f in paths if os.path.isfile(f) and not Path(f).name.startswith("."))
@@ -81,20 +81,20 @@ def match_glob(pattern: Path) -> Iterator[str]:
     first = names.index("**")  # glob would follow circular links
     tops = match_glob(folder.joinpath(*names[:first])) if first else [folder]
     for top in tops:
-        for place, _ in _walk(top, hidden=False):
-            yield from match_glob(Path(place, *(names[first + 1 :] or ["*"])))
+        for folder, _ in _walk(top, hidden=False):
+            yield from match_glob(Path(folder, *(names[first + 1 :] or ["*"])))
 
 
 def _walk(top: str | Path, hidden: bool = True) -> Iterator[tuple[str, list[str]]]:
     """Yield `top` and each folder below it once, also through links, with its files' names."""
     seen = set()
-    for place, folders, files in os.walk(top, followlinks=True):
-        if (real := os.path.realpath(place)) in seen:
+    for folder, folders, files in os.walk(top, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:
             folders.clear()
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if hidden or not name.startswith("."))
-        yield place, files
+        yield folder, files
 
 
 def _format(file: str) -> str:

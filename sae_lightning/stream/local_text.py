@@ -32,20 +32,20 @@ def copy_text_files(files: list[str]) -> "Dataset":
     from datasets import Dataset
 
     identity = [(file, stat.st_size, stat.st_mtime_ns) for file in files if (stat := os.stat(file))]
-    place = (
+    cached = (
         prepare_text_cache()
         / f"documents-{hashlib.sha256(repr(identity).encode()).hexdigest()[:32]}.arrow"
     )
-    if not place.exists():
-        with make_private_folder(place) as folder:
-            with open(folder / place.name, "wb") as copy:
+    if not cached.exists():
+        with make_private_folder(cached) as folder:
+            with open(folder / cached.name, "wb") as copy:
                 with pa.ipc.new_stream(copy, SCHEMA) as stream:
                     for documents in _documents(files, folder):
                         stream.write_table(pa.table([documents], SCHEMA))
                 copy.flush()
                 os.fsync(copy.fileno())
-            os.replace(folder / place.name, place)
-    return Dataset.from_file(str(place))
+            os.replace(folder / cached.name, cached)
+    return Dataset.from_file(str(cached))
 
 
 def _documents(files: list[str], folder: Path) -> Iterator[pa.Array]:

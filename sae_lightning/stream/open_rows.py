@@ -97,7 +97,7 @@ def identify_rows(config: LLMConfig, data: TextConfig, seed: int, rows: LLMRows)
             "batch": config.batch,
             "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
             "attn": getattr(model.config, "_attn_implementation", None),
-            "device": _processor(rows.device),
+            "device": _name_processor(rows.device),
             "torch": str(torch.__version__),
             "transformers": importlib.metadata.version("transformers"),
             "weights": hash_llm(model),
@@ -106,17 +106,17 @@ def identify_rows(config: LLMConfig, data: TextConfig, seed: int, rows: LLMRows)
         | ({"load": config.load} if config.load else {}),
         "data": settings | {"text": rows.tokens.fingerprint(), "files": data.hash_files()},
         "seed": seed,
-        "sites": [_read(model, site) for site in rows.sites],
+        "sites": [_name_site(model, site) for site in rows.sites],
     }
 
 
-def _read(model: nn.Module, site: Site) -> str:
+def _name_site(model: nn.Module, site: Site) -> str:
     """Name a site, after the factor of a scaled branch, which earlier versions did not apply."""
     times = measure_branch_scale(model, site)
     return str(site) if times == 1 else f"{times} {site}"
 
 
-def _processor(device: torch.device) -> str:
+def _name_processor(device: torch.device) -> str:
     """Name the GPU, or the kind of device and the CPU's capability."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)

@@ -108,12 +108,12 @@ class LLMRows(RowStream):
     def run_llm(self, selected: Selected) -> dict[Site, Tensor]:
         """Run the LLM -> activations {site: [rows, d]} of the selected tokens, on its device."""
         with record_function("pool"):
-            tokens, there = (
+            tokens, places = (
                 move_to_device(selected.tokens, self.device),
                 move_to_device(selected.places, self.device),
             )
         started = perf_counter()
-        rows = capture(self.llm.model, tokens, self.sites, there)
+        rows = capture(self.llm.model, tokens, self.sites, places)
         self.llm_seconds += perf_counter() - started
         return rows
 
@@ -204,8 +204,8 @@ def find_usual_rows(
 
 def keep_rows(rows: dict[Site, Tensor], kept: Tensor) -> dict[Site, Tensor]:
     """The rows of {site: [n, d]} at the indices `kept`, which are on the CPU."""
-    there = {x.device: move_to_device(kept, x.device) for x in rows.values()}
-    return {site: x.index_select(0, there[x.device]) for site, x in rows.items()}
+    indices = {x.device: move_to_device(kept, x.device) for x in rows.values()}
+    return {site: x.index_select(0, indices[x.device]) for site, x in rows.items()}
 
 
 def compute_norms(x: Tensor) -> Tensor:

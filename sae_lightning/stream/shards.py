@@ -99,16 +99,16 @@ class Shard:
 
     def read_state(self) -> dict[str, Any]:
         """Return the state of the row stream before the first LLM batch of a mapped shard."""
-        tokens, there = self._state["tokens"], self._tensors
-        tensors = {name: there[name].clone() for name in tokens.keys() & there.keys()}
+        tokens, saved = self._state["tokens"], self._tensors
+        tensors = {name: saved[name].clone() for name in tokens.keys() & saved.keys()}
         return self._state | {"tokens": tokens | tensors}
 
     def read_batch(self, llm_batch: int, sites: Iterable[Site]) -> Rows:
         """Return the rows of an LLM batch of a mapped shard; they are read from disk when used."""
-        place = llm_batch - self.first
-        here = slice(self._starts[place], self._starts[place + 1])
-        rows = {site: self._tensors[str(site)][here] for site in sites}
-        return Rows(rows, self._tensors["ids"][here])
+        index = llm_batch - self.first
+        batch = slice(self._starts[index], self._starts[index + 1])
+        rows = {site: self._tensors[str(site)][batch] for site in sites}
+        return Rows(rows, self._tensors["ids"][batch])
 
 
 def write_shard(
@@ -137,15 +137,15 @@ def _checksum(about: str, tensors: dict[str, Tensor]) -> str:
     return f"{crc:08x}"
 
 
-def count_cached(shards: list[Shard], place: int, max_rows: int, remaining: int) -> int:
-    """Count how many of the next `remaining` rows from LLM batch `place` on are in `shards`, if a
-    missing batch has `max_rows` rows."""
+def count_cached(shards: list[Shard], llm_batch: int, max_rows: int, remaining: int) -> int:
+    """Count how many of the next `remaining` rows, from `llm_batch` on, are in `shards`; a missing
+    LLM batch counts as `max_rows` rows."""
     cached, left = 0, remaining
     for shard in shards:
-        if shard.stop > place:
-            left -= min(left, max(0, shard.first - place) * max_rows)
-            in_shard = min(left, sum(shard.rows[max(0, place - shard.first) :]))
-            place, cached, left = shard.stop, cached + in_shard, left - in_shard
+        if shard.stop > llm_batch:
+            left -= min(left, max(0, shard.first - llm_batch) * max_rows)
+            in_shard = min(left, sum(shard.rows[max(0, llm_batch - shard.first) :]))
+            llm_batch, cached, left = shard.stop, cached + in_shard, left - in_shard
     return cached
 
 

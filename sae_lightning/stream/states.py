@@ -28,22 +28,22 @@ def expect(value: Any, like: Any, name: str) -> None:
             expect(value[key], each, f"{name}.{key}")
         return
     if isinstance(like, Tensor):
-        told = _kind(like)
-        right = isinstance(value, Tensor) and _kind(value) == told
+        expected = _describe_tensor(like)
+        right = isinstance(value, Tensor) and _describe_tensor(value) == expected
     elif isinstance(like, range):
-        told = f"{like.start} to {like.stop - 1}" if like else "no number"
+        expected = f"{like.start} to {like.stop - 1}" if like else "no number"
         right = type(value) is int and value in like
     elif isinstance(like, type):
-        told, right = like.__name__, type(value) is like
+        expected, right = like.__name__, type(value) is like
     else:
-        told, right = repr(like), type(value) is type(like) and value == like
+        expected, right = repr(like), type(value) is type(like) and value == like
     if not right:
-        given = repr(value) if isinstance(value, int | float) else type(value).__name__
-        given = _kind(value) if isinstance(value, Tensor) else given
-        raise ValueError(f"{name} is {given} and should be {told}")
+        actual = repr(value) if isinstance(value, int | float) else type(value).__name__
+        actual = _describe_tensor(value) if isinstance(value, Tensor) else actual
+        raise ValueError(f"{name} is {actual} and should be {expected}")
 
 
-def _kind(x: Tensor) -> str:
+def _describe_tensor(x: Tensor) -> str:
     return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
 
 
@@ -67,15 +67,15 @@ def expect_rows(
         if not all(0 < median < inf for median in state["medians"].values()):
             raise ValueError("rows.medians: a median norm is not positive and finite")
     tokens, read = state["tokens"], state["read"] * batch
-    place = {"epoch": range(1, ANY_COUNT.stop)}
+    fields = {"epoch": range(1, ANY_COUNT.stop)}
     if "cursor" in tokens:  # of an indexed text
-        expect(tokens, place | {"tokens": range(1, ANY_COUNT.stop)}, "tokens")
+        expect(tokens, fields | {"tokens": range(1, ANY_COUNT.stop)}, "tokens")
         windows = -(-tokens["tokens"] // (context - 1))
         expect(tokens, {"cursor": range(windows + 1)}, "tokens")
-        expect((tokens["epoch"] - 1) * windows + tokens["cursor"], read, "the text's place")
+        expect((tokens["epoch"] - 1) * windows + tokens["cursor"], read, "the text's position")
     else:
-        place |= {"documents": ANY_COUNT, "read": ANY_COUNT, "served": read, "carry": Tensor}
-        expect(tokens, place, "tokens")
+        fields |= {"documents": ANY_COUNT, "read": ANY_COUNT, "served": read, "carry": Tensor}
+        expect(tokens, fields, "tokens")
         carry = tokens["carry"]
         expect_ids(carry, carry.numel(), vocabulary, "tokens.carry", torch.int32)
     return state["llm_batches"] * batch

@@ -225,15 +225,15 @@ class SyntheticSource(Source):
 
     def check_settings(self, layer: LayerConfig) -> None:
         number = Dtype.auto if self.llm.dtype is Dtype.auto else Dtype.float32
-        neutral = LLMConfig(name=NO_LLM, dtype=number, device=self.llm.device)
-        for group, mine, other in (
-            ("llm", self.llm, neutral),
+        unset_llm = LLMConfig(name=NO_LLM, dtype=number, device=self.llm.device)
+        for group, config, unset in (
+            ("llm", self.llm, unset_llm),
             ("layer", layer, LayerConfig(index=0)),
         ):
-            given = asdict(mine)
-            for name, value in asdict(other).items():
-                if given[name] != value:
-                    shown = getattr(given[name], "name", given[name])
+            values = asdict(config)
+            for name, value in asdict(unset).items():
+                if values[name] != value:
+                    shown = getattr(values[name], "name", values[name])
                     raise UserError(
                         f"{group}.{name}={shown} has no meaning with data=synthetic, whose "
                         "activations come from no LLM: leave it out"
@@ -285,10 +285,10 @@ class SyntheticSource(Source):
 
     def _describe(self) -> dict[str, str]:
         data = self.data
-        told = (
+        summary = (
             f"{data.concepts:,} in {data.dim:,} dimensions, {data.l0:g} of them active, "
             f"Zipf exponent {data.zipf:g}"
         )
-        bound = {"correlation": data.correlation, "hierarchy": data.hierarchy}
-        more = (f", {name} {value:g}" for name, value in bound.items() if value)
-        return {"concepts": told + "".join(more)}
+        structure = {"correlation": data.correlation, "hierarchy": data.hierarchy}
+        options = (f", {name} {value:g}" for name, value in structure.items() if value)
+        return {"concepts": summary + "".join(options)}

@@ -94,10 +94,10 @@ class TextSource(Source):
 
     def _check_cache(self) -> None:
         """UserError if the cache is not writable, unless there is one to read (a colleague's)."""
-        folder = place = pick_cache_folder(self.data.cache_folder)
-        while not os.path.exists(place):
-            place = place.parent
-        writable = os.path.isdir(place) and os.access(place, os.W_OK)
+        folder = ancestor = pick_cache_folder(self.data.cache_folder)
+        while not os.path.exists(ancestor):
+            ancestor = ancestor.parent
+        writable = os.path.isdir(ancestor) and os.access(ancestor, os.W_OK)
         held = os.path.isdir(folder) and os.access(folder, os.R_OK) and os.listdir(folder)
         if not writable and not held:
             raise UserError(
@@ -193,8 +193,10 @@ class TextSource(Source):
             return load_llm(self.llm, blocks, tokenizer), text
 
     def describe_sites(self, sites: Sequence[SitePair], width: int) -> dict[str, str]:
-        told = (f"{pair} ({' -> '.join(pair.hook_names.values())}), d = {width}" for pair in sites)
-        return {"site": "; ".join(dict.fromkeys(told))}
+        descriptions = (
+            f"{pair} ({' -> '.join(pair.hook_names.values())}), d = {width}" for pair in sites
+        )
+        return {"site": "; ".join(dict.fromkeys(descriptions))}
 
     def make_saelens_metadata(self) -> dict[str, Any]:
         about = {"model_name": find_hub_name(self.llm), "context_size": self.data.context}

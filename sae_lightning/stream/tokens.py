@@ -78,8 +78,8 @@ class ShuffledTokens(TokenStream):
         return self._fingerprint
 
     def state_dict(self) -> dict[str, Any]:
-        place = {"epoch": self.epoch, "cursor": self.cursor, "tokens": len(self.flat)}
-        return place | {"text": self.fingerprint()}
+        position = {"epoch": self.epoch, "cursor": self.cursor, "tokens": len(self.flat)}
+        return position | {"text": self.fingerprint()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue after the last sequence served; UserError if the text is a different one."""
@@ -246,8 +246,10 @@ class HeldOutTokens:
             flat = flat_tokens(self.data, self.tokenizer, self.packing.separator, "held-out text")
             _check(self.tokenizer, flat, self.where)
             width, count = self.packing.width, max(1, len(flat) // self.packing.width)
-            places = np.linspace(0, count - 1, min(sequences, count)).round().astype(np.int64)
-            windows = [flat.slice(place * width, width).to_numpy() for place in places if len(flat)]
+            chosen = np.linspace(0, count - 1, min(sequences, count)).round().astype(np.int64)
+            windows = [
+                flat.slice(window * width, width).to_numpy() for window in chosen if len(flat)
+            ]
         else:
             stream = StreamedTokens(self.data, self.tokenizer, self.packing, None, self.where)
             windows = [w for _ in range(sequences) if (w := stream.window()) is not None]

@@ -125,7 +125,7 @@ def test_what_is_replaced_is_what_a_block_adds_not_what_its_branch_returns(token
 def test_a_cache_of_what_a_branch_returned_is_not_one_of_what_the_block_adds():
     config = GraniteConfig(**MODERN, num_key_value_heads=1, residual_multiplier=0.5)
     model = GraniteForCausalLM(config).eval()
-    keys = [open_rows._read(model, Site(1, kind)) for kind in (Kind.mlp, Kind.resid)]
+    keys = [open_rows._name_site(model, Site(1, kind)) for kind in (Kind.mlp, Kind.resid)]
     assert keys == ["0.5 mlp.1", "resid.1"]
 
 

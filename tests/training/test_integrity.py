@@ -249,7 +249,7 @@ GOOD = {
         "stream.served is 41 and should be 10": at(("served",), lambda _: STEPS + 1),
         "rows.read is 16 and should be 0 to 15": at(("rows", "read"), lambda n: n + 1),
         "rows.llm_batches is -1": at(("rows", "llm_batches"), lambda _: -1),
-        "the text's place is 61 and should be 60": at(
+        "the text's position is 61 and should be 60": at(
             ("rows", "tokens", "cursor"), lambda n: n + 1
         ),
         "tokens.epoch is 0": at(("rows", "tokens", "epoch"), lambda _: 0),

@@ -66,8 +66,8 @@ class ExplainTask(Task):
                 f"endpoint={self.endpoint}: give the name of its model too, as explainer=..."
             )
 
-    def execute(self, given: Collection[str]) -> None:
-        subject = self.load_subject(given)
+    def execute(self, given_settings: Collection[str]) -> None:
+        subject = self.load_subject(given_settings)
         chosen = self.feature and subject.check_features(self.feature)
         named = chosen[0] if chosen else None
         model = open_model(self.endpoint, self.explainer, self.key_env, self.concurrency)

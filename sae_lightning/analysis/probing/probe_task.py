@@ -26,8 +26,8 @@ class ProbeTask(Task):
         if not self.label:
             raise UserError("label is empty: give genre, play, speaker or the name of a column")
 
-    def execute(self, given: Collection[str]) -> None:
-        subject = self.load_subject(given)
+    def execute(self, given_settings: Collection[str]) -> None:
+        subject = self.load_subject(given_settings)
         result = run_probes(subject, self.label, self.tokens)
         self.print_and_publish(subject, result.scalars(), make_probe_sections(result))
 

@@ -37,8 +37,8 @@ class FeaturesTask(Task):
         check_at_least("tokens", self.tokens, 1)
         check_at_least("examples", self.examples, 1)
 
-    def execute(self, given: Collection[str]) -> None:
-        subject = self.load_subject(given)
+    def execute(self, given_settings: Collection[str]) -> None:
+        subject = self.load_subject(given_settings)
         result = self.make_catalogues(subject)
         summary = make_features_section(result)
         print_section(summary)

@@ -92,9 +92,9 @@ def _draw_entries(
     # all units share the random keys; the order within each unit is random nevertheless
     sequence_keys = np.stack([rng.permutation(sequences) for _ in range(INTERVALS)])
     place_keys = rng.random((sequences, context)).argsort(axis=1).ravel()
-    line = group * sequences + sequence_keys[interval, place // context]
-    order = (line * context + place_keys[place]).argsort()
-    order = order[np.diff(line[order], prepend=-1) > 0]  # first of each sequence
+    pair = group * sequences + sequence_keys[interval, place // context]
+    order = (pair * context + place_keys[place]).argsort()
+    order = order[np.diff(pair[order], prepend=-1) > 0]  # first of each sequence
     return order[_rank_in_group(group[order]) < per_interval]
 
 

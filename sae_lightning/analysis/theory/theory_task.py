@@ -19,8 +19,8 @@ class TheoryTask(Task):
     def __post_init__(self):
         check_at_least("tokens", self.tokens, 1024)
 
-    def execute(self, given: Collection[str]) -> None:
-        subject = self.load_subject(given)
+    def execute(self, given_settings: Collection[str]) -> None:
+        subject = self.load_subject(given_settings)
         parts, total = excerpt(subject.corpus.train, self.tokens, subject.config.llm.batch)
         reducers = TheoryReducers(subject)
         collect(subject, parts, [reducers], total=total)

@@ -46,14 +46,14 @@ class StopOnSignal(L.Callback):
         self.updating = True
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
-        """Agree on what all ranks do: stop if one was asked to, and say which heads have failed.
+        """Stop on all ranks if rank 0 got a signal, and print which heads have failed.
 
         UserError if no head is left.
         """
-        asked, training = module.asked_to_stop or 0, [h for h in module.training_heads if h.writes]
-        asked, left = world().sum_counts([asked, len(training)])  # only rank 0 is asked
-        if asked:
-            module.stopped_by = signal.Signals(asked)
+        number, training = module.asked_to_stop or 0, [h for h in module.training_heads if h.writes]
+        number, left = world().sum_counts([number, len(training)])  # only rank 0 gets signals
+        if number:
+            module.stopped_by = signal.Signals(number)
         if left < self.left:
             failed = [f"{h.name}: {h.failure}" for h in module.heads if h.writes and h.failure]
             for line in itertools.chain(*world().gather_values(failed)):
