@@ -34,7 +34,7 @@ def train(cfg: DictConfig) -> float | None:
     Returns None if the job failed and printed why, so that the other jobs of a multirun go on.
     (The launcher `one_pass` does not call this function: it trains all jobs together.)
     """
-    if is_follower():  # of the ranks that submitit has started
+    if is_follower():  # submitit calls this function on all ranks
         return follow_first_rank()
     release_followers_at_exit()
     hydra_config = HydraConfig.get()
@@ -53,20 +53,20 @@ def train(cfg: DictConfig) -> float | None:
 
 
 def is_follower() -> bool:
-    """Whether a launcher has started this process to follow the one that reads the command."""
+    """Whether a launcher has started this process as a rank other than 0."""
     place = find_place()
     return place is not None and place.rank > 0
 
 
 def follow_first_rank() -> None:
-    """Train what rank 0 plans."""
+    """Train the passes that rank 0 sends."""
     from sae_lightning.runs.devices import follow
 
     follow()
 
 
 def release_followers_at_exit() -> None:
-    """Have the ranks that a launcher has started end with this one, even if it trains nothing."""
+    """At exit, end the ranks that a launcher has started, even if they have trained nothing."""
     if find_place() is not None:
         atexit.register(_release_followers)
 

@@ -22,9 +22,9 @@ def capture(
 ) -> dict[Site, Tensor]:
     """Activations [sequences, context, d_site] of tokens [sequences, context], for each site.
 
-    In the model's dtype, on its row device. `positions` [n], indices into the flattened tokens,
-    restricts the result to [n, d_site]. Neither the LM head nor blocks after the deepest site run;
-    all hooks are removed.
+    In the model's dtype, on the device of `find_row_device`. `positions` [n], indices into the
+    flattened tokens, restricts the result to [n, d_site]. Neither the LM head nor blocks after the
+    deepest site run; all hooks are removed.
     """
     device = find_computing_device(model)
     tokens = tokens.to(device, torch.long)
@@ -74,7 +74,7 @@ def replace_activations(
     """Inside the `with`, `model` runs with function(x, y) replacing y, its activation at `target`.
 
     x: the activation at `source`, which is `target` or is computed before it. Shapes as in
-    `add_hook`, both on the row device; function(x, y) has the shape of y.
+    `add_hook`, both on the device of `find_row_device`; function(x, y) has the shape of y.
     """
     read: list[Tensor] = []
     device = find_row_device(model)
@@ -82,10 +82,10 @@ def replace_activations(
     target_scale = measure_branch_scale(model, target)
 
     def replace(y: Tensor) -> Tensor:
-        x, there = read.pop().to(device), y.to(device)
+        x, moved = read.pop().to(device), y.to(device)
         if target_scale == 1:
-            return function(x, there).to(y)
-        return (function(x, there * target_scale) / target_scale).to(y)
+            return function(x, moved).to(y)
+        return (function(x, moved * target_scale) / target_scale).to(y)
 
     # cloned, because Falcon adds the attention's output to the MLP's in place
     with (

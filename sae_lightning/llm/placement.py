@@ -4,7 +4,7 @@
     blocks 10-29               GPU 1
     blocks 30-39, LM head      RAM or disk, copied to GPU 0 for as long as they compute
 
-transformers loads it so, with accelerate, whose hooks move each module's inputs and weights.
+transformers loads it with accelerate, whose hooks move inputs and weights to where they are used.
 """
 
 import atexit
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from sae_lightning.errors import UserError
 from sae_lightning.files import make_private_folder, remove_leftovers
 
-# Others are refused, because a run folder of somebody else may set them: some make transformers
-# download code and run it, or unpickle.
+# Other arguments are refused: a run folder from somebody else may set them, and some make
+# transformers run downloaded code or unpickle files.
 ARGUMENTS = (
     "device_map",
     "max_memory",
@@ -48,7 +48,7 @@ OWN_SETTINGS = {
 }
 TENSOR_PARALLEL = ("tp_plan", "tp_size", "device_mesh", "distributed_config")
 OFFLOADED = ("cpu", "disk")
-_folders = ExitStack()  # of weights written to disk, which are needed as long as the process runs
+_folders = ExitStack()  # folders of offloaded weights, which are needed until the process ends
 atexit.register(_folders.close)
 
 
@@ -67,7 +67,7 @@ def check_arguments_of_load(load: dict[str, Any]) -> None:
 
 
 def is_spread(load: dict[str, Any]) -> bool:
-    """Whether a device map puts the LLM onto GPUs, the same ones in each of several processes."""
+    """Whether a device map puts the LLM onto GPUs, which several processes would have to share."""
     places = load.get("device_map", "cpu")
     places = places.values() if isinstance(places, dict) else [places]
     return not {*map(str, places)} <= {*OFFLOADED}
@@ -82,8 +82,8 @@ def check_quantisation(load: dict[str, Any]) -> None:
 
 
 def make_load_arguments(load: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Arguments of `from_pretrained`, none for an empty `load`; the LLM is on `device` if `load`
-    names no other place."""
+    """Arguments of `from_pretrained`, none for an empty `load`; the LLM goes to `device` unless
+    `load` has a device map."""
     if not load:
         return {}
     arguments = {"device_map": {"": device}} | load
@@ -98,7 +98,7 @@ def make_load_arguments(load: dict[str, Any], device: torch.device) -> dict[str,
 
 
 def _make_offload_folder(folder: Path) -> Path:
-    """A new folder in `folder`, where no link can wait in place of a weight's file."""
+    """A new private folder in `folder`, where nobody can plant a link in place of a weight file."""
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
     return _folders.enter_context(make_private_folder(folder / "weights"))
@@ -113,7 +113,7 @@ def find_computing_device(module: nn.Module) -> torch.device:
 
 
 def find_row_device(model: nn.Module) -> torch.device:
-    """The device that activations are brought to, whatever device a site is on."""
+    """The device that activations are moved to, whatever device a site is on."""
     return getattr(model, "row_device", None) or find_computing_device(model)
 
 
@@ -127,7 +127,7 @@ def read_weight(module: nn.Module) -> Tensor:
 
 def read_tensors(model: nn.Module, name: str, tensor: Tensor) -> list[Tensor]:
     """An entry of the LLM's state dict, from RAM or disk if it is offloaded, as plain tensors:
-    several if it is quantised to numbers and scales."""
+    several if it is quantised (integers and scales)."""
     from transformers.integrations.accelerate import load_offloaded_parameter
 
     if tensor.is_meta:

@@ -95,7 +95,7 @@ def score_splices(
     tokens, keep (bool): [sequences, context]; functions: float32 [n, d_in] -> [n, d_out];
     baseline: of the same tokens and keep; batch: sequences per forward pass; advance is called
     with the number of sequences just done. The clean model runs once for all functions. `ranks`
-    share out the batches, and all call the functions equally often.
+    share out the batches, and all call the functions equally often: these may communicate.
     Only positions in `keep` are replaced, in the ablations too: an SAE never sees BOS and other
     special tokens. The scores are means over the predictions of kept tokens.
     """
@@ -137,13 +137,13 @@ def _means(
     chunks: list[list[list[float]]] = []  # sums of each chunk of logits of this rank's batches
     for start in range(0, len(batches), ranks.size):
         at_once = batches[start : start + ranks.size]
-        # In the last round, ranks without a batch repeat one: functions may need all ranks.
+        # In the last round, ranks without a batch repeat one: functions may communicate.
         ids, kept = at_once[min(ranks.rank, len(at_once) - 1)]
         chunks.append(_sum_chunks(model, ids, kept, source, target, functions, with_kl))
         advance(sum(len(ids) for ids, _ in at_once))
     by_rank = ranks.gather_values(chunks)
     sums = [0.0] * (1 + (1 + with_kl) * len(functions))
-    for i in range(len(batches)):  # in the order of one rank, so that rounding is the same
+    for i in range(len(batches)):  # in the order of a single rank, for the same rounding
         for chunk in by_rank[i % ranks.size][i // ranks.size]:
             sums = [total + x for total, x in zip(sums, chunk, strict=True)]
     clean, *others = (total / targets for total in sums)

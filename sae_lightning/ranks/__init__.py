@@ -1,10 +1,10 @@
-"""Ranks: processes, one for each device, that train together.
+"""Ranks: the processes of a distributed run, one for each device.
 
-    rank 0        reads the command, checks it, prints, and writes what all share
-    rank 1, ...   follow it, pass by pass
+    rank 0        reads and checks the command, prints, and writes the files that all share
+    rank 1, ...   train their share of each pass that rank 0 sends
 
-Alone, a rank has nobody to talk to: every method returns its argument, untouched, so that code
-which calls them need not know how many ranks there are.
+With a single rank, the methods of `Ranks` communicate nothing, so callers need not know how many
+ranks there are.
 """
 
 from sae_lightning.ranks.collectives import ALONE, FOREVER, RankLost, Ranks

@@ -1,4 +1,4 @@
-"""What ranks say to one another: all communication between the processes of a run."""
+"""All communication between ranks: collectives, messages, and the search for lost ranks."""
 
 import socket
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ from sae_lightning.errors import UserError
 
 FOREVER = timedelta(days=365)
 WAITING = "waiting for another rank"
-LAST_WORDS_SECONDS = 10  # to hear from the others once one of them is lost
+LAST_WORDS_SECONDS = 10  # to wait for the other ranks' reasons when a call fails
 
 
 class RankLost(UserError):
@@ -24,19 +24,19 @@ class RankLost(UserError):
 
 
 class Ranks:
-    """The ranks that train together: this process is number `rank` of `size`.
+    """The process group of a run: this process is number `rank` of `size`.
 
-    All of them call the same methods in the same order. RankLost if one does not.
+    All ranks call the same methods in the same order. RankLost if one ends or does not answer.
     """
 
     def __init__(
         self, rank: int = 0, size: int = 1, local_rank: int = 0, store: dist.Store | None = None
     ):
-        """`local_rank`: its number among the ranks of this machine; `store`: strings that all ranks
-        can read."""
+        """`local_rank`: its number among the ranks of this machine; `store`: the key-value store of
+        all ranks."""
         self.rank, self.size, self.local_rank, self.store = rank, size, local_rank, store
         self.go_first_calls = 0
-        # connections of their own, so that rows do not wait for sums on a GPU
+        # a second process group: rows of activations do not wait for all-reduces on a GPU
         self.rows: dist.ProcessGroup | None = None
 
     @property
@@ -44,7 +44,7 @@ class Ranks:
         return self.rank == 0
 
     def gather_values(self, value: Any) -> list[Any]:
-        """The values of all ranks, by rank; values are pickled."""
+        """All-gather: the values of all ranks, by rank; values are pickled."""
         if self.size == 1:
             return [value]
         values = [None] * self.size
@@ -52,7 +52,7 @@ class Ranks:
         return values
 
     def share(self, value: Any) -> Any:
-        """Rank 0's value; values are pickled."""
+        """Broadcast: rank 0's value; values are pickled."""
         if self.size == 1:
             return value
         values = [value]
@@ -60,22 +60,22 @@ class Ranks:
         return values[0]
 
     def wait(self) -> None:
-        """Wait until all ranks are here."""
+        """Barrier: wait until all ranks call it."""
         self.gather_values(None)
 
     def tell(self, name: str, message: bytes) -> None:
-        """Leave a message that `hear` returns on every rank, however long it waits."""
+        """Store a message under a name, for ranks that wait for it with `hear`."""
         self.store.set(name, message)
 
     def hear(self, name: str) -> bytes:
-        """Wait for the message `name`."""
+        """Wait, without a time limit, for the message `name`."""
         self.call(self.store.wait, [name], FOREVER)
         return self.call(self.store.get, name)
 
     @contextmanager
     def go_first(self) -> Iterator[None]:
-        """The first rank of each machine does the block before the others, which then find what it
-        has downloaded and cached. They wait for as long as it takes."""
+        """Run the block on the first rank of each machine, then on its other ranks, which wait
+        without a time limit and find what the first has downloaded and cached."""
         self.go_first_calls += 1
         key = f"go_first/{self.go_first_calls}/{socket.gethostname()}"
         if self.local_rank:
@@ -85,7 +85,7 @@ class Ranks:
             self.tell(key, b"done")
 
     def sum_counts(self, counts: list[int]) -> list[int]:
-        """Sums of integers over the ranks, through the CPU."""
+        """All-reduce: sums of integers over the ranks, on the CPU."""
         if self.size == 1:
             return counts
         total = torch.tensor(counts)
@@ -93,12 +93,12 @@ class Ranks:
         return total.tolist()
 
     def sum(self, x: Tensor) -> Tensor:
-        """Sum of `x` over the ranks, in float32 at least. Every rank computes the same loss from
-        it, so the gradient of the sum is the gradient of each term."""
+        """All-reduce: sum of `x` over the ranks, in float32 or wider. All ranks compute the same
+        loss from it, so each rank's term gets the gradient of the sum, unchanged."""
         return x if self.size == 1 else _Sum.apply(x, self)
 
     def stack(self, x: Tensor) -> Tensor:
-        """[size, *x.shape]: the tensors of all ranks, which have one shape."""
+        """All-gather: [size, *x.shape], from tensors of the same shape."""
         if self.size == 1:
             return x[None]
         parts = x.new_empty(self.size, *x.shape)
@@ -114,8 +114,8 @@ class Ranks:
         return (total[0] / total[1]).item()
 
     def keep_largest(self, x: Tensor, k: int) -> Tensor:
-        """This rank's candidates [..., m], at most k and not negative, with 0 in place of those
-        that are not among the k largest of all ranks."""
+        """This rank's candidates x [..., m], with 0 in place of those that are not among the k
+        largest of all ranks; m <= k and x >= 0."""
         if self.size == 1:
             return x
         all_ranks = self.stack(pad(x.detach(), (0, k - x.shape[-1]))).movedim(0, -2).flatten(-2)
@@ -124,7 +124,8 @@ class Ranks:
         return x.masked_fill(~kept[..., self.rank * k :][..., : x.shape[-1]], 0)
 
     def keep_largest_entries(self, x: Tensor, rows: Tensor, count: int, k: int) -> Tensor:
-        """`keep_largest` in each of `count` rows, for entries [n] in rows [n], ascending."""
+        """`keep_largest` in each of `count` rows, for entries x [n] of a sparse matrix whose row
+        numbers `rows` [n] ascend."""
         if self.size == 1:
             return x
         places = rows, torch.arange(len(rows), device=rows.device) - torch.searchsorted(rows, rows)
@@ -132,7 +133,7 @@ class Ranks:
         return self.keep_largest(table, k)[places]
 
     def find_smallest(self, x: Tensor) -> Tensor | None:
-        """The smallest [] of the positive values [n] of all ranks; None if there is none."""
+        """Smallest positive value [] in the x [n] of all ranks; None if there is none."""
         if self.size == 1:
             return x.min() if len(x) else None
         smallest = self.stack(pad(x[x > 0], (0, 1), value=torch.inf).min()).min()
@@ -141,8 +142,8 @@ class Ranks:
     def exchange(
         self, outgoing: Sequence[Tensor | None], incoming: Sequence[Tensor | None]
     ) -> None:
-        """Send outgoing[r] to every rank r, and fill incoming[r] with what it sends here; None, or
-        an empty tensor, where nothing is sent."""
+        """Send outgoing[r] to each rank r and receive incoming[r] from it; None, or an empty
+        tensor, where nothing is sent."""
         operations = [
             dist.P2POp(operation, x.view(torch.uint8), other, self.rows)
             for operation, tensors in ((dist.isend, outgoing), (dist.irecv, incoming))
@@ -154,7 +155,7 @@ class Ranks:
                 self.call(request.wait)
 
     def call(self, function: Any, *args: Any, **options: Any) -> Any:
-        """Call a function of torch.distributed; RankLost if it fails."""
+        """Call a function of torch.distributed; RankLost if it fails because a rank is lost."""
         try:
             return function(*args, **options)
         except RuntimeError as error:  # torch has no exception for a lost connection alone
@@ -164,7 +165,8 @@ class Ranks:
             raise RankLost(lost) from error
 
     def _find_lost(self) -> str | None:
-        """Say which ranks are lost: those that leave no last words; None if all are there."""
+        """Why a call failed: the reason that a failed rank has left or, if none has, which ranks do
+        not answer; None if all wait for another rank."""
         close_connections()  # wakes up ranks that wait for this one
         self.leave_words(WAITING)
         others = set(range(self.size)) - {self.rank}
@@ -196,7 +198,7 @@ class Ranks:
         return f"{lost} has ended, or gave no answer within trainer.patience" if missing else None
 
     def leave_words(self, reason: str) -> None:
-        """Tell the others, which find this rank lost, why."""
+        """Store why this rank ends (or WAITING), for the error messages of the other ranks."""
         if self.store is not None:
             with suppress(RuntimeError):  # the store was in the process that is lost
                 self.store.set(f"reasons/{self.rank}", reason)
@@ -205,7 +207,7 @@ class Ranks:
 def close_connections() -> None:
     """Close the connections to other ranks, without waiting for those that may be lost."""
     if dist.is_initialized():
-        abort = dist.distributed_c10d._abort_process_group  # of NCCL only
+        abort = dist.distributed_c10d._abort_process_group  # for NCCL only
         (abort if torch.cuda.is_available() else dist.destroy_process_group)()
 
 

@@ -1,4 +1,4 @@
-"""Joins the ranks of a run, and leaves them."""
+"""Joins the process group of a run's ranks, and leaves it."""
 
 import os
 import socket
@@ -33,10 +33,10 @@ def connect(
     patience: int | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> Ranks:
-    """Join the other ranks; the arguments are those of `runs.launchers.Place`.
+    """Join the process group; up to `restarts`, the arguments are those of `runs.launchers.Place`.
 
-    Rank 0 says how many seconds a rank waits for the others (`patience`), and calls `check` while
-    they start, which raises if one has ended. On a machine with GPUs, a rank takes one of them.
+    Rank 0 gives `patience`, the timeout of all ranks in seconds, and `check`, which is called
+    while they start and raises if one has ended. On a machine with GPUs, each rank takes one.
     """
     global _world
     backend = "gloo"
@@ -69,7 +69,7 @@ def _await_start(store: dist.Store, size: int, check: Callable[[], None]) -> Non
 
 
 def disconnect() -> None:
-    """Leave the ranks; this process is alone again."""
+    """Leave the process group: `world()` is ALONE again."""
     global _world
     _world = ALONE
     close_connections()

@@ -1,4 +1,4 @@
-"""How the features of one dictionary are spread over ranks."""
+"""The features of one dictionary, split over ranks."""
 
 import os
 from pathlib import Path
@@ -8,12 +8,12 @@ from torch import Tensor
 
 from sae_lightning.ranks.collectives import ALONE, Ranks
 
-SENT_BYTES = 1 << 26  # sent at a time when a dictionary is put together
+SENT_BYTES = 1 << 26  # sent at a time when a tensor is assembled
 
 
 class Split:
-    """How `features` are spread over ranks: feature i is on rank i % size, so that every prefix of
-    the features is spread evenly.
+    """Round-robin split of `features` over ranks: feature i is on rank i % size, so that every
+    prefix of the features is spread evenly.
 
     features    0 1 2 3 4 5 6 7        3 ranks
     rank 0      0     3     6
@@ -31,13 +31,13 @@ class Split:
         return len(range(self.ranks.rank, stop, self.ranks.size))
 
     def slice(self, whole: Tensor, dim: int = 0) -> Tensor:
-        """This rank's features of a tensor that has all of them along `dim`."""
+        """This rank's part of a tensor that has all features along `dim`."""
         if self.ranks.size == 1:
             return whole
         return whole.movedim(dim, 0)[self.own.start :: self.ranks.size].movedim(0, dim)
 
     def join(self, x: Tensor) -> Tensor:
-        """[features, ...] from each rank's x [its features, ...]."""
+        """All-gather: [features, ...] from each rank's x [own features, ...]."""
         if self.ranks.size == 1:
             return x
         most = -(-self.features // self.ranks.size)
@@ -48,7 +48,7 @@ class Split:
         return self.ranks.stack(padded).transpose(0, 1).flatten(0, 1)[: self.features].to(dtype)
 
     def sum_parts(self, x: Tensor) -> Tensor:
-        """Sum over all features, from each rank's sum over its own (see `Ranks.sum`)."""
+        """All-reduce: sum over all features, from each rank's sum over its own (`Ranks.sum`)."""
         return self.ranks.sum(x)
 
     def norm(self, x: Tensor) -> Tensor:
@@ -56,8 +56,8 @@ class Split:
         return x if self.ranks.size == 1 else self.ranks.sum(x.double().square()).sqrt().to(x.dtype)
 
     def assemble_file(self, x: Tensor, dim: int, file: Path) -> Tensor | None:
-        """Rank 0 gets the whole of a tensor that is split along `dim`, in the memory order of `x`,
-        as a mapping of `file`, which never has to fit into memory; the others get None."""
+        """Gather a tensor that is split along `dim` on rank 0; the other ranks get None. It is an
+        mmap of `file`, in the memory order of `x`, so it need not fit into memory."""
         if self.ranks.size == 1:
             return x
         rows = x.movedim(dim, 0)  # a row for each feature
@@ -69,10 +69,10 @@ class Split:
             strided = x.ndim > 1 and not x.is_contiguous()
             numbers = rows[:1].numel() * self.features
             with open(file, "wb") as empty:
-                if hasattr(os, "posix_fallocate"):  # else a full disk is a crash, not an error
+                if hasattr(os, "posix_fallocate"):  # otherwise a full disk crashes the process
                     os.posix_fallocate(empty.fileno(), 0, numbers * x.itemsize)
             flat = torch.from_file(str(file), shared=True, size=numbers, dtype=x.dtype)
-            file.unlink()  # when the tensor goes, the file goes
+            file.unlink()  # the disk space is freed with the tensor
             whole = flat.view(shape[::-1]).T if strided else flat.view(shape)
             self.slice(whole, dim).copy_(x)
         for sender in range(1, self.ranks.size):

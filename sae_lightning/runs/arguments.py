@@ -101,8 +101,8 @@ def quote_texts(arguments: list[str]) -> list[str]:
 
 
 def open_load_settings(arguments: list[str]) -> list[str]:
-    """The arguments with `++` before `llm.load...`, which is a dict: Hydra refuses keys that are
-    not in its default otherwise."""
+    """The arguments with `++` before `llm.load...`, which is a dict: without it, Hydra refuses keys
+    that the default lacks."""
     return [f"++{a}" if re.match(r"llm\.load[.=]", a) else a for a in arguments]
 
 

@@ -1,10 +1,10 @@
 """Runs a pass on all its ranks: starts them, or finds those that a launcher has started.
 
     python train.py trainer.devices=4      this process is rank 0 and starts ranks 1 to 3
-    torchrun, srun, submitit               start all ranks; each finds its place in the environment
+    torchrun, srun, submitit               start all ranks; each reads its rank from the environment
 
 The process that reads the command line is rank 0, so that folders, locks, signals and errors are as
-on one device. The others are told each pass, train their share and stay silent.
+on one device. It sends each pass to the others, which train their share and print nothing.
 """
 
 import atexit
@@ -34,7 +34,7 @@ from sae_lightning.terminal import console, phase
 from sae_lightning.training.settings import Accelerator
 
 OUT_OF_MEMORY = "out of memory"
-END_SECONDS = 10  # that other ranks have to end by themselves
+END_SECONDS = 10  # that the other ranks get to end by themselves
 
 
 def count_ranks(config: Config) -> int:
@@ -60,7 +60,9 @@ def count_ranks(config: Config) -> int:
     elif count is None:
         return 1 if llm_is_placed or trainer.accelerator is Accelerator.cpu else max(1, gpus)
     local = count_local_ranks(config, count)
-    if 0 < gpus < local and not (place and gpus == 1):  # a launcher may show each rank its own
+    if 0 < gpus < local and not (
+        place and gpus == 1
+    ):  # a launcher may make one GPU visible to each rank
         raise UserError(
             f"trainer.devices={trainer.devices}: {local} processes would share the {gpus} GPUs "
             f"that are visible here; use at most {gpus}"
@@ -85,21 +87,21 @@ def count_local_ranks(config: Config, ranks: int | None = None) -> int:
 
 
 def count_threads(config: Config) -> int:
-    """CPU threads of each rank: those that torch would use, shared by the ranks of a machine."""
+    """CPU threads of each rank: as many as torch would use, divided by the number of ranks."""
     if find_place() or "OMP_NUM_THREADS" in os.environ:  # the user or the launcher has chosen
         return torch.get_num_threads()
     return max(1, torch.get_num_threads() // count_ranks(config))
 
 
 class Followers:
-    """The ranks other than 0: those that this process has started, and what they are sent."""
+    """The ranks other than 0, as rank 0 sees them: the processes it started, the passes it sent."""
 
     def __init__(self) -> None:
         self.command = [sys.executable, "-m", "sae_lightning.runs.devices"]
         self.processes: list[subprocess.Popen] = []
         self.passes_sent = 0
         self.connected = False
-        """Whether they and this process have been connected."""
+        """Whether this process has connected to them, ever."""
 
     def start(self, size: int) -> Place:
         """Start ranks 1 to `size` - 1 on this machine; returns the place of this process."""
@@ -176,8 +178,8 @@ def run_on_ranks(planned: PlannedPass) -> HeldOutResults:
 
 
 def release_followers() -> None:
-    """End the ranks that a launcher has started, if they still wait for a first pass: there was
-    nothing to train, or an error."""
+    """End the ranks that a launcher has started, if they still wait for a first pass because there
+    was nothing to train, or an error."""
     if not followers.connected:
         followers.connected = True
         with suppress(RankLost, RuntimeError):
@@ -186,7 +188,7 @@ def release_followers() -> None:
 
 
 def follow() -> None:
-    """Be a rank other than 0: train each pass that rank 0 tells, until there are no more."""
+    """Main loop of a rank other than 0: train each pass that rank 0 sends, until it sends None."""
     place, passes_received = find_place(), 0
     console.quiet = True
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 decides when to stop
@@ -212,8 +214,8 @@ def follow() -> None:
         elif place.rank == 1 and "rank 0" in message:
             sys.stderr.write(format_error(message) + "\n")
         sys.stderr.flush()
-        # Not to wait for ranks that are lost. Rank 0 says how the run has ended: if a follower
-        # failed first, a launcher would end rank 0 before it can.
+        # A normal exit would wait for lost ranks. The exit code is 0, because a launcher would
+        # otherwise end rank 0 before it can report the error.
         os._exit(0 if world().size > 1 else 1)
 
 

@@ -1,11 +1,11 @@
-"""Finds this process's place among ranks that torchrun, srun or submitit have started."""
+"""Reads this process's rank from the variables that torchrun, srun or submitit set."""
 
 import os
 import re
 from typing import NamedTuple
 
-# Launcher -> its variables for rank, number of ranks and rank on the machine; srun sets the second
-# one only in steps that it starts.
+# Launcher -> its variables for rank, number of ranks and local rank. Slurm sets
+# SLURM_STEP_NUM_TASKS only in steps that srun starts, not in a batch script.
 LAUNCHERS = {
     "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
     "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
@@ -18,7 +18,7 @@ LAUNCHERS = {
 
 
 class Place(NamedTuple):
-    """Where a rank is, and where the ranks meet."""
+    """A rank, and the address at which all ranks connect."""
 
     rank: int
     size: int
@@ -63,7 +63,7 @@ def _find_meeting(launcher: str) -> tuple:
 
 
 def pick_port(job: int) -> int:
-    """A port that all ranks of a job pick, and other jobs of the same machine do not."""
+    """A port that all ranks of a job pick, and other jobs most likely do not."""
     return 15000 + job % 10000
 
 

@@ -36,7 +36,7 @@ class PassMemory(NamedTuple):
     """Per SAE, in evaluation: the LLM's last hidden states with the reconstruction spliced in."""
 
     def bytes_for(self, saes: Sequence[int], split: Collection[int] = (), ranks: int = 1) -> int:
-        """Memory of a rank that trains the SAEs with these numbers, the `split` ones together with
+        """Memory of a rank that trains the SAEs with these numbers; those in `split` are split over
         all `ranks`."""
         heads = (self.heads[n] // (ranks if n in split else 1) for n in saes)
         return self.shared + sum(heads) + len(saes) * self.hidden
@@ -93,8 +93,8 @@ def _read_free_of_ulimit() -> float:
 def estimate_memory(
     configs: Sequence[Config], sites: Sequence[SitePair], llm: LLMShape, ranks: int = 1
 ) -> PassMemory:
-    """The memory of a pass that trains SAEs with these configs at these sites: of each of `ranks`,
-    which hold one LLM batch of every rank at a time."""
+    """Memory per rank of a pass that trains SAEs with these configs at these sites. Each of the
+    `ranks` holds one LLM batch of every rank at a time."""
     config = configs[0]
     weights = [count_parameters(c.model, llm.width, llm.width) for c in configs]
     element_bytes = torch.finfo(getattr(torch, config.llm.dtype.name)).bits // 8
@@ -130,7 +130,7 @@ def check_memory(
     ranks: int = 1,
 ) -> None:
     """UserError if an SAE does not fit in the free memory even on a pass of its own, split over
-    `ranks`. `needed`: the memory of one pass with all these SAEs; `free`: of one rank."""
+    `ranks`. `needed`: the memory of one pass with all these SAEs; `free`: bytes for each rank."""
     if free < PROCESS_BYTES:
         raise UserError(
             f"{max(free, 0) / 1e9:.1f} GB of memory are free, and the libraries alone take "

@@ -201,9 +201,9 @@ def _is_split(choice: Splitting, in_pass: int, needed: int, free: float) -> bool
 def _announce_passes(jobs: list[Job], passes: list[PlannedPass]) -> None:
     free = _read_free_memory(jobs[0].config)
     runs, times = _format_count(len(jobs), "job"), _format_count(len(passes), "pass")
-    of = " of the LLM" * jobs[0].config.data_source.has_llm
-    each = f" for each of {len(passes[0].shares)} devices" * (len(passes[0].shares) > 1)
-    console.print(f"{runs} on {times}{of} ({free / 1e9:.1f} GB of memory are free{each})")
+    of_llm = " of the LLM" * jobs[0].config.data_source.has_llm
+    per_device = f" for each of {len(passes[0].shares)} devices" * (len(passes[0].shares) > 1)
+    console.print(f"{runs} on {times}{of_llm} ({free / 1e9:.1f} GB of memory are free{per_device})")
     for number, planned in enumerate(passes, 1):
         names = ", ".join(sorted({str(site) for site in planned.sites}))
         saes, size = _format_count(len(planned.jobs), "SAE"), f"{planned.memory / 1e9:.1f} GB"
@@ -246,7 +246,7 @@ def _train_pass(planned: PlannedPass) -> HeldOutResults:
                 raise UserError(reason) from error
             raise
         print_error(reason, jobs[0].folder.name if len(jobs) == 1 else None)
-        if find_place():  # the ranks cannot be started again from here
+        if find_place():  # only the launcher can start its ranks again
             sys.exit(f"error: this pass failed; continue with: {format_resume_command(jobs)}")
     finally:
         # trainer, module and callbacks (and an error's traceback) form reference cycles: without

@@ -21,7 +21,7 @@ class PlannedPass(NamedTuple):
     memory: int
     """Estimated memory in bytes."""
     shares: list[list[int]]
-    """The numbers of the jobs that each rank trains; see `assign_jobs`."""
+    """For each rank, the numbers of the jobs that it trains; see `assign_jobs`."""
     split: frozenset[int] = frozenset()
     """The jobs whose SAEs are split by features over all ranks."""
 
@@ -35,10 +35,11 @@ HeldOutResults = list[dict[str, float] | None]
 
 
 def assign_jobs(sizes: Sequence[int], split: frozenset[int], ranks: int) -> list[list[int]]:
-    """Share jobs out to ranks: the numbers of each rank's jobs, given each job's size.
+    """Assign jobs to ranks by the jobs' sizes; returns the numbers of each rank's jobs.
 
     A `split` job is on every rank. The others go one by one, the largest first, to the rank with
-    the least so far. A rank left without one trains a copy of the smallest, and writes nothing.
+    the smallest sum so far. A rank left without one trains a copy of the smallest, and writes
+    nothing.
     """
     whole = sorted(set(range(len(sizes))) - split, key=lambda job: (-sizes[job], job))
     shares: list[list[int]] = [[] for _ in range(ranks)]

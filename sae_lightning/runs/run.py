@@ -47,7 +47,7 @@ class RunParts(NamedTuple):
 
 
 def run_pass(planned: PlannedPass) -> HeldOutResults:
-    """Train the SAEs of a pass, whose run folders rank 0 has locked, together with all its ranks.
+    """Train the SAEs of a pass on all its ranks; rank 0 has locked their run folders.
 
     Returns each SAE's final held-out metrics, or None if it diverged while others went on. All
     other results are in the run folders.
@@ -163,7 +163,7 @@ def assemble(planned: PlannedPass, opened: OpenedData) -> RunParts:
             min_epochs=0,
             max_steps=trainer.steps,
             callbacks=make_callbacks(trainer, config.eval),
-            # to Lightning each rank is alone: ignore SLURM's and torchrun's variables
+            # Lightning sees one process in each rank: ignore SLURM's and torchrun's variables
             plugins=[HeadCheckpoints(heads), LightningEnvironment()],
             logger=False,
             enable_checkpointing=False,

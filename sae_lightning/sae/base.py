@@ -20,7 +20,7 @@ from sae_lightning.sae.matrix import DenseMatrix, Matrix, SparseMatrix
 from sae_lightning.sae.sparse import SparsityPattern
 
 SMALLEST_NORM = 1e-12  # keeps rows of zeros from becoming NaN
-NUMBERS_AT_ONCE = 1 << 22  # drawn for the initial directions
+NUMBERS_AT_ONCE = 1 << 22  # random numbers drawn at a time
 
 
 @dataclass(slots=True, kw_only=True)
@@ -81,8 +81,8 @@ class TrainingOutput(NamedTuple):
 def draw_directions(split: Split, d: int, generator: Generator) -> Tensor:
     """[own features, d]: this rank's rows of torch.randn(features, d), which is drawn in pieces and
     never held as a whole."""
-    # torch draws 16 numbers at a time, and the last 16 again if some are left over: pieces are
-    # multiples of 16, and the last one has what is left over as well
+    # torch draws 16 numbers at a time and, if the size is no multiple of 16, the last 16 again:
+    # so pieces are multiples of 16, and the last one includes the remainder
     count, rows = 16 * max(1, NUMBERS_AT_ONCE // (16 * d)), torch.empty(len(split.own), d)
     stops = [*range(count, split.features - count + 1, count), split.features]
     for start, stop in pairwise([0, *stops]):
@@ -98,8 +98,8 @@ class SAE(nn.Module):
     A subclass is an architecture: it defines `compute_strengths` and, if features compete,
     `activate`. b_dec is not subtracted from the input, which is centred; b_enc can absorb it.
 
-    The features may be split over ranks: then each rank has some of them, `features` in a shape
-    are its own, and all ranks have the same reconstruction.
+    If the features are split over ranks, `features` in a shape means those of this rank; the
+    reconstruction is the same on all ranks.
     """
 
     architecture: str
@@ -145,8 +145,8 @@ class SAE(nn.Module):
 
     @property
     def split_dims(self) -> dict[str, int]:
-        """Tensors of `state_dict` and `weights` of which each rank has its own features -> their
-        dimension that counts features; every rank has all of the others."""
+        """Tensors of `state_dict` and `weights` that are split by features -> their dimension that
+        counts features; the others are the same on every rank."""
         return self.per_feature | {"threshold": 0}
 
     def pre_activations(self, x: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ class BatchTopK(SAE):
     @torch.no_grad()
     def _remember(self, kept: Tensor) -> None:
         """Update the threshold's running mean with the smallest strength that a batch kept; `kept`
-        [n]: this rank's, and zeros."""
+        [n]: this rank's strengths, or 0 where other ranks have larger ones."""
         smallest = self.split.ranks.find_smallest(kept)
         if smallest is None:
             return

@@ -1,8 +1,8 @@
 """Terms of training objectives: pure functions of tensors.
 
 Shapes: batch = tokens, d = width of the target site, features = dictionary size.
-Where features are spread over `ranks`, they are those of this rank, and terms without `ranks` are
-sums over them alone.
+If the features are split over ranks, `features` means those of this rank, and terms without the
+argument `ranks` are sums over them alone.
 Units: activations have a mean square of 1 per element, so predicting the mean has an mse of 1.
 """
 

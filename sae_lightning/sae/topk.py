@@ -51,7 +51,7 @@ class TopK(SAE):
         """Each token's k largest pre-activations, if they are positive."""
         pattern, values = sparse.encode_entries(x, self.W_enc, self.b_enc, self._largest)
         kept = self.split.ranks.keep_largest_entries(values, pattern.rows, len(x), self.config.k)
-        pattern.has_zeros = kept is not values  # in place of those that other ranks surpass
+        pattern.has_zeros = kept is not values  # where other ranks have larger ones
         return pattern.without_zeros(kept)
 
     @property

@@ -30,7 +30,7 @@ class Copies(NamedTuple):
 @torch.no_grad()
 def measure_copies(W_dec: Tensor, density: Tensor, split: Split | None = None) -> Copies:
     """Measure copies among decoder rows [features, d_out], given each feature's density: the share
-    of tokens on which it fires [features]. With a `split`, each rank gives its own rows."""
+    of tokens on which it fires [features]. With a `split`, W_dec has this rank's rows only."""
     live = density.nonzero().squeeze(1)
     order = torch.randperm(len(live), generator=Generator().manual_seed(0))
     sample = live[order[:MAX_LIVE_FEATURES]]
@@ -65,8 +65,9 @@ def find_nearest_cosines(W_dec: Tensor, indices: Tensor) -> Tensor:
 
 
 def find_nearest_on_ranks(W_dec: Tensor, indices: Tensor, split: Split) -> Tensor:
-    """`find_nearest_cosines` of rows that ranks share, W_dec [own features, d_out] on each: all get
-    a block of the rows in `indices` [n], and each compares it with its own rows."""
+    """`find_nearest_cosines` for a decoder that is split over ranks, each with its own rows W_dec
+    [own features, d_out]: every block of the rows in `indices` [n] is sent to all ranks, which
+    compare it with their own rows."""
     nearest = W_dec.new_full((len(indices),), -1.0)
     for block, best in zip(indices.split(BLOCK_ROWS), nearest.split(BLOCK_ROWS), strict=True):
         places = block // split.ranks.size

@@ -66,8 +66,8 @@ class QualitySums:
         self.fired = self.fired + (features > 0).sum(dim=0).cpu()
 
     def result(self, join: Callable[[Tensor], Tensor] = lambda fired: fired) -> Quality:
-        """Quality of all tokens added so far. `join` makes counts of all features [features] of
-        those that were added, if ranks share the features."""
+        """Quality of all tokens added so far. `join` gathers the counts of all features
+        [features], if they are split over ranks."""
         total = self.total - self.sum.square().sum().item() / self.tokens
         fired = join(self.fired).double()
         return Quality(

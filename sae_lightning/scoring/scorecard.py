@@ -81,8 +81,8 @@ def score_saes(
     with their decoder rows [features, d_out].
 
     `weights`, needed on synthetic concepts only: functions that return each SAE's weights for raw
-    activations. `fidelity` adds about 5 % to the cost, so training does without it. `splits`: if
-    ranks share the features of each SAE, how; all of them score the SAEs together.
+    activations. `fidelity` adds about 5 % to the cost, so training does without it. `splits`: how
+    each SAE's features are split over ranks, if they are; all ranks score these SAEs together.
     Everything runs in float32, as the saved SAE will, whatever the precision of training.
     """
     x, y = held_out.activations(source), held_out.activations(target)

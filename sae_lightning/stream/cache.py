@@ -220,7 +220,7 @@ class CachedRows(RowStream):
     def _list_shards(self) -> None:
         """List the shards on disk; checksums are verified when a shard is opened."""
         self.shards = []
-        # all ranks read the same ones
+        # all ranks use rank 0's list
         for path in world().share(sorted(self.folder.glob("[0-9]" * 8 + SHARD_SUFFIX))):
             try:
                 self.shards.append(Shard(path))
@@ -230,7 +230,7 @@ class CachedRows(RowStream):
 
     def _may_write(self) -> bool:
         """Whether this process may write; the first call locks and removes leftovers. Of several
-        ranks, the first one writes."""
+        ranks, only rank 0 writes."""
         if self._writes is None:
             writes = world().share(world().is_first and self._try_lock())
             self._writes = writes and world().is_first

@@ -21,8 +21,8 @@ def exchange_rows(
 
     rows: of this rank's batch, {site: [counts[rank], d]}, at all sites that any rank wants; empty
     for a rank without a batch. counts: rows of each batch, the same on all ranks; a last round may
-    have fewer batches than there are ranks. wanted: sites, by rank. like: any tensor [..., d] with
-    the width, dtype and device of the rows. One message goes from each rank to each other.
+    have fewer batches than there are ranks. wanted[r]: the sites of rank r. like: any tensor
+    [..., d] with the width, dtype and device of the rows. Each rank sends each other one message.
     """
     ranks = ranks or world()
     if ranks.size == 1:
@@ -48,8 +48,8 @@ def exchange_rows(
 def apply_together(
     function: Callable[[Tensor], Tensor], x: Tensor, rows: int, ranks: Ranks
 ) -> Tensor:
-    """function(x) [n, d_out] of this rank's rows x [n, d_in], where each call of `function` takes
-    all ranks, with the same rows: those of all ranks, at most `rows` at a time."""
+    """function(x) [n, d_out] of this rank's rows x [n, d_in], for a function that all ranks have to
+    call together: each call gets rows of all ranks, at most `rows` of them."""
     if ranks.size == 1:
         return torch.cat([function(part) for part in x.split(rows)])
     most = max(ranks.gather_values(len(x)))

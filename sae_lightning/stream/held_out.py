@@ -48,8 +48,8 @@ class HeldOut(HeldOutData):
     ):
         """Holds `tokens` tokens, rounded up to whole sequences, or fewer if the text is short. The
         LLM's loss is measured on `loss_tokens` of them, spread evenly (0: not measured). A forward
-        pass takes `batch` sequences. Of all `sites`, this rank keeps the activations at `own`
-        (None: at all)."""
+        pass takes `batch` sequences. This rank keeps the activations at the sites `own` only (None:
+        at all `sites`)."""
         self.own = set(sites if own is None else own)
         self.llm, self.sites, self.batch, self.max_norm = llm, sites, batch, max_norm
         self.tokens = text.pick_sequences(-(-tokens // text.packing.width))  # [sequences, context]
@@ -73,8 +73,8 @@ class HeldOut(HeldOutData):
         return self._rows[site]
 
     def prepare(self, targets: Collection[Site]) -> None:
-        """Do what takes all ranks: read the activations, and measure the baselines at the `targets`
-        of each of them."""
+        """The part of scoring that all ranks do together: capture the activations, and measure the
+        baselines at the `targets` of every rank."""
         self._read()
         if len(self._loss_places):
             for target in sorted(set().union(*world().gather_values(set(targets)))):
@@ -139,7 +139,7 @@ class HeldOut(HeldOutData):
         return self._baselines[target]
 
     def _mean_at(self, target: Site) -> Tensor:
-        """Mean activation [d] at `target`, on all ranks, from one that keeps its activations."""
+        """Mean activation [d] at `target`, from a rank that keeps these activations."""
         mean = None
         if target in self.own:
             mean = self.activations(target).cpu().double().mean(dim=0).float()
@@ -155,7 +155,7 @@ class HeldOut(HeldOutData):
         splits: Sequence[Split] = (),
     ) -> list[SpliceScores | None]:
         """Measure the LLM's loss with each SAE's reconstruction in place of `target`; `weights` are
-        not used. None for each SAE if no loss is measured. Ranks among which the SAEs are split
+        not used. None for each SAE if no loss is measured. If the SAEs are split over ranks, these
         share out the LLM's batches."""
         if not len(self._loss_places):
             return [None] * len(saes)

@@ -44,7 +44,7 @@ def open_rows(
 ) -> RowStream:
     """Open the rows at `sites`: from the LLM, or from the cache if `data.cache` is set.
 
-    Of several ranks, which run the LLM in turn, each gets the rows at its `own` sites.
+    With several ranks, which run the LLM in turn, this one gets the rows at its `own` sites.
 
     On a GPU `ahead` rows are prefetched while SAEs train, but not with a cache, whose writes wait
     for the LLM anyway. UserError: no disk space for the cache of a run that is not `resumed`.
@@ -57,7 +57,7 @@ def open_rows(
     if world().size == 1:
         rows = LLMRows(llm, tokens, sites, **settings)
     else:
-        writes = data.cache and world().is_first  # all sites, to the cache
+        writes = data.cache and world().is_first  # the cache needs all sites
         rows = SharedRows(llm, tokens, sites, own=sites if writes else own, **settings)
     if not data.cache:
         return PrefetchedRows(rows, ahead) if ahead and rows.device.type == "cuda" else rows
@@ -111,7 +111,7 @@ def identify_rows(config: LLMConfig, data: TextConfig, seed: int, rows: LLMRows)
 
 
 def _name_site(model: nn.Module, site: Site) -> str:
-    """Name a site, after the factor of a scaled branch, which earlier versions did not apply."""
+    """Name a site, with the factor of a scaled branch, which earlier versions did not apply."""
     times = measure_branch_scale(model, site)
     return str(site) if times == 1 else f"{times} {site}"
 

@@ -150,8 +150,8 @@ def count_cached(shards: list[Shard], llm_batch: int, max_rows: int, remaining: 
 
 
 def lock_folder(folder: Path, lock: ExitStack) -> bool:
-    """Lock the folder of a cache until `lock` is closed, and remove leftovers; returns whether it
-    is not locked by another process. OSError if the folder cannot be written to."""
+    """Lock the folder of a cache until `lock` is closed, and remove leftovers; returns False if
+    another process has locked it. OSError if the folder cannot be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not lock.enter_context(hold_lock(folder / LOCK_FILE)):

@@ -1,6 +1,6 @@
 """Rows of activations from an LLM that several ranks run in turn.
 
-LLM batch   0    1    2  | 3    4    5  |          one endless row of batches, however many ranks
+LLM batch   0    1    2  | 3    4    5  |          one endless sequence, however many ranks
 computed    r 0  r 1  r 2| r 0  r 1  r 2|          3 ranks, in rounds
 served      0    1    2    3    4    5  ...        to every rank, in the order of one device
 """
@@ -19,7 +19,7 @@ from sae_lightning.stream.source import Rows
 
 
 class _Computed(NamedTuple):
-    """Rows of one LLM batch of a round, the state before and the epoch after them."""
+    """Rows of one LLM batch, the state before it, and the epoch and text checksum after it."""
 
     rows: Rows
     before: dict[str, Any]
@@ -28,11 +28,11 @@ class _Computed(NamedTuple):
 
 
 class SharedRows(LLMRows):
-    """An `LLMRows` whose batches are computed by all ranks in turn and served to each in order.
+    """`LLMRows` of several ranks: LLM batches are computed in turn, and each rank is served all.
 
-    Every rank reads the text of all batches, runs the LLM on its own, and gets the rows at the
-    sites that it needs from the others. The state is that of one device: rows that are computed but
-    not served yet are computed again after a resume.
+    Every rank reads the text of all batches, but runs the LLM on its own batches only. The other
+    ranks send it their rows, at the sites that it needs. The state is that of one device: rows that
+    are computed but not served yet are computed again after a resume.
     """
 
     def __init__(self, *args: Any, own: Sequence[Site], **options: Any) -> None:
@@ -73,7 +73,7 @@ class SharedRows(LLMRows):
         ids = [selected.ids for selected in chosen]
         if self.max_norm is not None and any(map(len, ids)):
             if self._medians is None:  # of the first LLM batch with rows
-                first = next(rank for rank, some in enumerate(ids) if len(some))
+                first = next(rank for rank, batch_ids in enumerate(ids) if len(batch_ids))
                 computed = compute_medians(own) if ranks.rank == first else None
                 self._medians = ranks.gather_values(computed)[first]
                 medians = {str(site): median for site, median in self._medians.items()}
@@ -82,10 +82,12 @@ class SharedRows(LLMRows):
             kept = self.find_usual(own) if own else torch.empty(0, dtype=torch.int64)
             own = keep_rows(own, kept)
             all_kept = ranks.gather_values(kept)
-            ids = [some[kept] for some, kept in zip(ids, all_kept, strict=False)]
-        rows = exchange_rows(own, [len(some) for some in ids], self._wanted, self._no_rows)
-        for part, some, state, mark in zip(rows, ids, before, marks, strict=True):
-            self._waiting.append(_Computed(Rows(part, some), state, *mark))
+            ids = [batch_ids[kept] for batch_ids, kept in zip(ids, all_kept, strict=False)]
+        rows = exchange_rows(
+            own, [len(batch_ids) for batch_ids in ids], self._wanted, self._no_rows
+        )
+        for part, batch_ids, state, mark in zip(rows, ids, before, marks, strict=True):
+            self._waiting.append(_Computed(Rows(part, batch_ids), state, *mark))
 
     def state_dict(self) -> dict[str, Any]:
         """The state of one device before the first batch that is not served yet."""

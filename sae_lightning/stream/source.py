@@ -261,8 +261,8 @@ class Source(ABC):
         own: Sequence[Site] | None = None,
     ) -> OpenedData:
         """Open rows at `sites`, with `ahead` rows prefetched while SAEs train, and `tokens`
-        held-out tokens, `loss_tokens` of them for the LLM's loss. Of several ranks, each needs
-        the rows at its `own` sites only (None: all).
+        held-out tokens, `loss_tokens` of them for the LLM's loss. With several ranks, this one
+        needs only the rows at its `own` sites (None: at all).
 
         UserError: no disk space to cache the rows (a `resumed` run goes on without caching)."""
 

@@ -204,8 +204,8 @@ class HeldOutConcepts(HeldOutData):
 
 
 def _join_weights(weights: dict[str, Tensor], split: Split) -> dict[str, Tensor]:
-    """The weights that `measure_recovery` reads, of all features; samples of few concepts need no
-    more features than fit on one rank."""
+    """The weights that `measure_recovery` reads, gathered from all ranks: data of few concepts
+    needs so few features that all of them fit on one rank."""
     dims = {"W_enc": 1, "b_enc": 0, "W_dec": 0, "threshold": 0}
     return {
         name: split.join(x.movedim(dims[name], 0)).movedim(0, dims[name]) if x.ndim else x

@@ -85,8 +85,8 @@ class HeadCheckpoints(CheckpointIO):
 
 @contextmanager
 def assemble_whole(head: Head, tensors: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """The weights of a head with all features, from all ranks that hold some; None in their place
-    on a rank that does not write. They lie in files until the block ends."""
+    """A head's weights with all features, gathered from its ranks; on a rank that does not write,
+    None in place of each split one. They are mmaps of files that exist until the block ends."""
     alone = head.sae.split.ranks.size == 1
     files = make_private_folder(head.folder / "whole") if head.writes and not alone else None
     with files or nullcontext(Path()) as folder:
@@ -102,7 +102,7 @@ def _assemble(head: Head, folder: Path, x: Tensor, dim: int, name: str) -> Tenso
 
 
 def _load_part(head: Head, options: dict[str, Any]) -> dict[str, Any]:
-    """Load a head's checkpoint; of a split head, this rank's features."""
+    """Load a head's checkpoint: if the head is split, only this rank's features."""
     if head.sae.split.ranks.size == 1:
         return torch.load(checkpoint_path(head.folder), **options)
     part = torch.load(checkpoint_path(head.folder), mmap=True, **options)

@@ -30,8 +30,8 @@ class SAEModule(L.LightningModule):
         resume: str = "",
     ):
         """`batch`: tokens per update; `steps`: updates in the whole run; `in_pass`: number of
-        heads on all ranks, and `resampling` their settings (None: those of `heads`); `resume`: the
-        command that continues the run."""
+        heads on all ranks; `resampling`: their resampling settings (None: those of `heads`);
+        `resume`: the command that continues the run."""
         super().__init__()
         # manual, so that memory holds the activations of one head at a time
         self.automatic_optimization = False
@@ -40,8 +40,8 @@ class SAEModule(L.LightningModule):
         self.in_pass = in_pass or len(heads)
         self.resampling = resampling or [head.callbacks.resample for head in heads]
         self.last_batch: dict[Site, Tensor] = {}
-        self.asked_to_stop: signal.Signals | None = None  # this rank
-        self.stopped_by: signal.Signals | None = None  # all ranks agree
+        self.asked_to_stop: signal.Signals | None = None  # the signal that this rank got
+        self.stopped_by: signal.Signals | None = None  # the same on all ranks
         self.latest_metrics: list[dict[str, float]] = []  # of the heads of all ranks
         self.tokens_per_second = 0.0
         self.speed: dict[str, float] = {}

@@ -87,17 +87,18 @@ class TrainerConfig:
     """Where the SAEs train; `llm.device` says where the LLM runs."""
     devices: Any = "auto"
     """Devices of one machine that train together, with a process each; auto is all visible GPUs,
-    or 1 on a CPU. It changes nothing but the speed, and may change when a run is resumed."""
+    or 1 on a CPU. Only the speed depends on it (and a split SAE's rounding); it may change when a
+    run is resumed."""
     nodes: int = 1
     """Machines with `devices` each; their processes are started by torchrun, srun or submitit."""
     split: Splitting = Splitting.auto
     """Which SAEs are split by features over all devices: auto (one that trains alone, or is too
     large for one device), all, or none. The others are shared out, each to one device."""
     threads: int | None = None
-    """CPU threads of each process, on which the last bits of a result depend; null for what torch
-    or OMP_NUM_THREADS chooses, shared by the processes of a machine."""
+    """CPU threads of each process, on which the last bits of a result depend; null is
+    OMP_NUM_THREADS if set, else torch's number, divided among the processes of a machine."""
     patience: int = 600
-    """Seconds that a process waits for the others before it takes one for lost."""
+    """Seconds without an answer after which a process takes another one for lost."""
     precision: Precision = Precision.auto
     """Matrix products of the SAE in fp32 or bf16; auto is bf16 where the hardware has it."""
     products: Products = Products.auto

@@ -16,7 +16,7 @@ from sae_lightning.training.schedules import is_due
 def evaluate_heads(heads: Sequence[Head], held_out: HeldOut | HeldOutConcepts, tokens: int) -> None:
     """Score this rank's heads after `tokens` training tokens, heads of the same sites together; the
     results go to each head's log and `held_out_metrics`. All ranks first score the heads that are
-    split among them."""
+    split over them."""
     if isinstance(held_out, HeldOut):
         held_out.prepare({head.target for head in heads})
 

@@ -57,7 +57,7 @@ class Resample(L.Callback):
         """Resample the heads that are due."""
         stream = trainer.datamodule.stream
         if any(_is_due(settings, module) for settings in module.resampling):
-            stream.peek(1)  # fills the pools of all ranks, which takes all of them
+            stream.peek(1)  # fills the pools, for which all ranks are needed
         for head in module.training_heads:
             settings = head.callbacks.resample
             if not _is_due(settings, module):

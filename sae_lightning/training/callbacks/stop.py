@@ -22,12 +22,12 @@ class StopOnSignal(L.Callback):
 
     def __init__(self):
         self.updating = False
-        self.left = math.inf  # heads of all ranks
+        self.left = math.inf  # heads that still train, on all ranks
         self.failed: set[str] = set()
         self.handlers: dict = {}
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Install the signal handlers, in the main thread; other ranks than 0 ignore signals."""
+        """Install the signal handlers, in the main thread; ranks other than 0 ignore signals."""
 
         def stop(number: int, _) -> None:
             if not self.updating or module.asked_to_stop and number == signal.SIGINT:

@@ -59,7 +59,7 @@ class ClipGradient(L.Callback):
     def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
         """Clip, and freeze the heads whose loss or gradient is not finite."""
         heads = module.training_heads
-        if not heads:  # those of other ranks train on
+        if not heads:  # all of this rank have failed; other ranks train on
             return
         with record_function("clip"):
             norms = [_clip(head) for head in heads]
@@ -76,7 +76,7 @@ class ClipGradient(L.Callback):
 def _clip(head: Head) -> Tensor:
     """Clip a head's gradient; returns its norm before clipping."""
     sae, parameters = head.sae, list(head.sae.parameters())
-    # what all ranks have is counted once
+    # parameters that all ranks have are counted once, on rank 0
     counted = [
         p.grad
         for name, p in sae.named_parameters()
