@@ -224,7 +224,7 @@ def _branch(block: nn.Module, kind: Kind) -> nn.Module:
         for name, child in block.named_children()
         if not re.search(r"norm|ln_|dropout|cross", name + type(child).__name__.lower())
     }
-    found = [
+    matches = [
         child for name, child in children.items() if re.search(BRANCH_PATTERNS[kind.value], name)
     ] or [
         child
@@ -232,8 +232,8 @@ def _branch(block: nn.Module, kind: Kind) -> nn.Module:
         if re.search(BRANCH_PATTERNS[kind.value], type(child).__name__.lower())
     ]
     # BLOOM's modules add the residual stream themselves, so they do not return the branch alone.
-    if len(found) == 1 and "residual" not in inspect.signature(found[0].forward).parameters:
-        return found[0]
+    if len(matches) == 1 and "residual" not in inspect.signature(matches[0].forward).parameters:
+        return matches[0]
     listing = ", ".join(f"{n} ({type(c).__name__})" for n, c in block.named_children())
     raise UserError(
         f"layer.source, layer.target: cannot tell which part of {type(block).__name__} is its "

@@ -73,12 +73,12 @@ def read_vocabulary(llm: LLM) -> list[str]:
     # the character that byte-level BPE (GPT-2, Radford et al. 2019) writes for a byte -> the byte
     alphabet = {character: byte for byte, character in bytes_to_unicode().items()}
     if "Ġ" in learned and all(alphabet.keys() >= set(piece) for piece in learned):
-        read = {piece: _decode_bytes(bytes(alphabet[c] for c in piece)) for piece in learned}
+        texts = {piece: _decode_bytes(bytes(alphabet[c] for c in piece)) for piece in learned}
     else:
-        read = _decode(tokenizer, learned)
-    read |= {piece: piece for piece in literal}
+        texts = _decode(tokenizer, learned)
+    texts |= {piece: piece for piece in literal}
     pieces += [None] * (size - len(pieces))
-    return [f"<unused {i}>" if p is None else read[p] for i, p in enumerate(pieces)]
+    return [f"<unused {i}>" if p is None else texts[p] for i, p in enumerate(pieces)]
 
 
 def _decode(tokenizer, pieces: list[str]) -> dict[str, str]:

@@ -118,7 +118,7 @@ class Sweep(Callback):
             parsed = OverridesParser.create(loader).parse_overrides(overrides)
             jobs = math.prod(count_values(override) for override in parsed)
             missing = jobs - len(self.runs)
-            never_began = f"{missing} of the {jobs} jobs"  # fails for numbers of too many digits
+            never_began = f"{missing} of the {jobs} jobs"  # ValueError: too many digits
         except UserError:
             raise
         except (ValueError, ArithmeticError, RecursionError, YAMLError, HydraException):
@@ -168,14 +168,14 @@ def _exit_on_errors(overrides: Iterable[str]) -> Iterator[None]:
 def _make_new_folder(config: DictConfig, kind: str) -> None:
     """Make the folder of a new run or sweep, under another name if another process has just
     made that folder. A folder that the user names is left alone."""
-    folders = config.hydra[kind]
-    if f"${{{kind}_folder:" not in OmegaConf.to_container(folders, resolve=False)["dir"]:
+    hydra_output = config.hydra[kind]
+    if f"${{{kind}_folder:" not in OmegaConf.to_container(hydra_output, resolve=False)["dir"]:
         return
-    if folders.dir == config.resume:
+    if hydra_output.dir == config.resume:
         return
-    folder = make_unique_folder(Path(folders.dir))
+    folder = make_unique_folder(Path(hydra_output.dir))
     with read_write(config):
-        folders.dir = str(folder)
+        hydra_output.dir = str(folder)
         config.hydra.overrides.hydra.append(f"hydra.{kind}.dir={folder}")  # for all jobs
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sae_lightning.stream.rows import compute_norms
 
-LONG_SHARE = 1e-3  # share of the tokens, the longest, that must not dominate
+LONG_SHARE = 1e-3  # the longest tokens, this share of all, must not dominate
 # Share of the variance above which tokens or a dimension dominate, if it is also more than ten
 # times their share of all tokens or dimensions.
 DOMINANT_SHARE = 0.1
@@ -40,9 +40,9 @@ class LongTokens(NamedTuple):
 
 @torch.no_grad()
 def find_long_tokens(x: Tensor) -> LongTokens | None:
-    """Find the long tokens of x [n, d]: about the fewest of largest norm without which the longest
-    0.1 % of the rest hold at most a tenth of the remaining variance, and the longest 5 % at most
-    half. None if there are none, or x is not finite.
+    """Find the long tokens of x [n, d]. The longest tokens are removed one by one until, of those
+    that are left, the longest 0.1 % hold at most a tenth of the variance and the longest 5 % at
+    most half; then up to the next gap in the norms. None if there are none, or x is not finite.
 
         |x|      100  97  11  10   9  ...   1
                  └─ long ┘ └──── usual ────┘     max_norm x median: between 11 and 97

@@ -35,7 +35,7 @@ class VerdictScore(NamedTuple):
 
     accuracy: float | None
     """Balanced accuracy, the mean of true-positive and true-negative rate; 0.5 is chance; None if
-    there are no verdicts for one of them."""
+    there are no verdicts for one of the rates."""
     yes: int
     """Verdicts where the truth is yes."""
     no: int

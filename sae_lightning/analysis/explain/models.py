@@ -31,8 +31,8 @@ class ChatModel:
     """Questions that may be in flight at a time."""
 
     def complete(self, question: Question, patient: bool = True) -> Reply:
-        """The answer at temperature 0; UserError if there is none. Not `patient`: give up after 2
-        tries."""
+        """The answer at temperature 0; UserError if there is none. If not `patient`, give up after
+        2 tries."""
         raise NotImplementedError
 
 

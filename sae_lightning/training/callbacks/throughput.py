@@ -38,7 +38,8 @@ class Throughput(L.Callback):
     """
 
     def __init__(self, log_every: int, pauses: Collection[int]):
-        """`log_every`: in updates; `pauses`: tokens between evaluations, between checkpoints."""
+        """`log_every`: in updates; `pauses`: numbers of tokens after which training pauses, for
+        evaluations and for checkpoints."""
         self.log_every, self.pauses = log_every, pauses
         self.idle = 0.0
 
@@ -98,5 +99,5 @@ def measure_peak_memory_gb() -> float:
         return float("nan")
     import resource
 
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
