@@ -179,14 +179,14 @@ def _make_intervention(
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """Make a function (x, y) -> steered y with one strength per sequence; None: unsteered."""
     sae = subject.sae
-    given = torch.tensor([s or 0.0 for s in strengths], device=subject.device)[:, None]
+    requested = torch.tensor([s or 0.0 for s in strengths], device=subject.device)[:, None]
     steered = torch.tensor([s is not None for s in strengths], device=subject.device)[:, None]
 
     def intervene(x: Tensor, y: Tensor) -> Tensor:
-        amount = given
+        amount = requested
         if mode is Mode.clamp:
             own = sae.encode(x.flatten(0, 1))[:, feature].view(x.shape[:2])
-            amount = (given - own) * steered
+            amount = (requested - own) * steered
         return y + amount[..., None] * sae.W_dec[feature]
 
     return intervene

@@ -33,7 +33,7 @@ def connect(
     patience: int | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> Ranks:
-    """Join the process group; up to `restarts`, the arguments are those of `runs.launchers.Place`.
+    """Join the process group; `rank` to `restarts` are the fields of `runs.launchers.Place`.
 
     Rank 0 gives `patience`, the timeout of all ranks in seconds, and `check`, which is called
     while they start and raises if one has ended. On a machine with GPUs, each rank takes one.

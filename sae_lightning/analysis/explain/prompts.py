@@ -115,7 +115,7 @@ def parse_verdicts(answer: str, texts: int) -> list[bool | None]:
         verdicts.setdefault(int(number), set()).add(word.lower() == "yes")
     # yes and no for the same text is no verdict
     sets = (verdicts.get(i, set()) for i in range(1, texts + 1))
-    return [next(iter(given)) if len(given) == 1 else None for given in sets]
+    return [next(iter(answers)) if len(answers) == 1 else None for answers in sets]
 
 
 def _drop_thoughts(answer: str) -> str:

@@ -29,13 +29,15 @@ def rate_telling(
     # the predicting token: the active or the previous one, which exists, as nothing fires on BOS
     places = sample.places.numpy() - reading.previous.numpy()[owners]
     strengths, content = sample.strengths.numpy(), _weigh_tokens(texts, sample, vocabulary)[places]
-    told, total = (
+    weighted, total = (
         np.bincount(owners, weights, minlength=sample.feature_count)
         for weights in (strengths * content, strengths)
     )
     words = [_find_words(tokens, vocabulary) for tokens in reading.tokens.tolist()]
     count = np.array([len(different) for different in words])
-    value = reading.score.clamp(min=0).numpy() * (told / np.maximum(total, np.finfo(float).tiny))
+    value = reading.score.clamp(min=0).numpy() * (
+        weighted / np.maximum(total, np.finfo(float).tiny)
+    )
     value *= count / (count + 1)
     value /= 1 + _count_better(value, [next(iter(different), "") for different in words])
     return torch.from_numpy(value).float()
