@@ -54,7 +54,7 @@ def check_ids(
 
 
 def _rows(tokenizer) -> int | None:
-    """Rows of the LLM's embedding if the tokenizer has more tokens than that, else None."""
+    """Number of rows of the LLM's embedding; None unless the tokenizer has more tokens."""
     return getattr(tokenizer, "rows", None)
 
 

@@ -146,9 +146,7 @@ class Endpoint(ChatModel):
             case openai.InternalServerError():
                 remedy = "try later"
             case openai.APIStatusError() if 300 <= error.status_code < 400:
-                remedy = (
-                    "it redirects requests; if you trust the address that they go to, give that"
-                )
+                remedy = "it redirects requests; if you trust the new address, give that one"
             case openai.APIStatusError():
                 remedy = "if the question is too long, lower together or examples"
             case _:

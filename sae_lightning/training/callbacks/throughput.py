@@ -48,7 +48,7 @@ class Throughput(L.Callback):
         self.first = self.last = self.paused = self._elapsed(trainer)
 
     def on_train_batch_start(self, trainer: L.Trainer, *_) -> None:
-        """End a pause at the time when the stream started to make this batch."""
+        """End a pause, which lasted until the stream began to make this batch."""
         if self.paused:
             now = self._elapsed(trainer)
             self.idle += now.seconds - self.paused.seconds - (now.stream - self.paused.stream)
