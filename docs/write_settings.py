@@ -186,7 +186,8 @@ def _settings(schema: type, prefix: str = "") -> dict[Setting, Any]:
         default = field.default
         if field.default_factory is not MISSING:
             default = field.default_factory()
-        made[Setting(name, _values(kind), docs.get(field.name, ""))] = default
+        values = "integer or `auto`" if default == "auto" and kind is Any else _values(kind)
+        made[Setting(name, values, docs.get(field.name, ""))] = default
     return made
 
 
@@ -213,7 +214,7 @@ def _values(kind: Any) -> str:
     if inspect.isclass(kind) and issubclass(kind, Enum):
         return _code([member.name for member in kind])
     names = {int: "integer", float: "number", bool: "`true`, `false`", str: "text"}
-    return names.get(kind, "number, list, text or `null`")
+    return names.get(kind, "number, list or `null`")
 
 
 def _table(owners: Mapping[str, Mapping[Setting, Any]]) -> str:

@@ -31,7 +31,7 @@ from sae_lightning.training.settings import (
 )
 
 STREAM_HALF = ("llm", "data", "trainer", "eval", "seed")
-# Settings of the trainer that change nothing but the speed.
+# Settings of the trainer that change the speed and, of a split SAE, the rounding.
 DEVICE_SETTINGS = ("devices", "nodes", "split", "patience")
 # Prefixes of the settings that may change when a run is resumed.
 FREE_ON_RESUME = (
