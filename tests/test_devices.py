@@ -15,7 +15,7 @@ from on_ranks import ROOT, start, train_on_ranks
 from safetensors.torch import load_file
 from test_group import MIX
 from test_run import checkpoint, curves, leaves, weights
-from tiny_run import tiny_job, write_text
+from tiny_run import BATCH, tiny_job, write_text
 
 from sae_lightning.formats.export import WEIGHTS
 from sae_lightning.llm.load import Dtype, LLMConfig
@@ -24,7 +24,13 @@ from sae_lightning.runs import folders
 from sae_lightning.runs.jobs import read_job, read_sweep
 from sae_lightning.sae.relu import ReLULoss
 from sae_lightning.stream.synthetic import SyntheticConfig
-from sae_lightning.training.settings import OptimConfig, Precision, Splitting
+from sae_lightning.training.settings import (
+    CallbacksConfig,
+    OptimConfig,
+    Precision,
+    ResampleConfig,
+    Splitting,
+)
 
 pytestmark = pytest.mark.slow
 WHOLE, SPLIT = Splitting.none, Splitting.all
@@ -32,6 +38,14 @@ SYNTHETIC = {
     "llm": LLMConfig(name="none", dtype=Dtype.float32, device="cpu"),
     "layer": LayerConfig(index=0),
     "data": SyntheticConfig(concepts=64, dim=24, l0=3, pool=4096),
+}
+# resampled when it is scored and saved, while another head is not
+DUE = {
+    "callbacks": CallbacksConfig(
+        dead_after=3 * BATCH, resample=ResampleConfig(every=30 * BATCH, tokens=100, until=1.0)
+    ),
+    "loss": ReLULoss(l1=0.3),
+    "optim": OptimConfig(lr=3e-2),
 }
 FEW = {name: MIX[name] for name in ("relu", "batch_topk", "jumprelu")}
 
@@ -75,6 +89,7 @@ def done(make):
             "bf16": (MIX, WHOLE, Precision.bf16),
             "alone": ({"one": {}}, WHOLE),  # every other rank trains a copy
             "synthetic": ({"a": SYNTHETIC, "b": SYNTHETIC | {"loss": ReLULoss(l1=0.1)}},),
+            "uneven": ({"a": DUE, "b": {}},),
             "norms": ({"a": {}, "b": {"loss": ReLULoss(l1=0.1)}},),
             "written": (two_sites,),
             "read": (two_sites,),
@@ -85,7 +100,7 @@ def done(make):
             cases["split_bf16"] = (MIX, SPLIT, Precision.bf16)
             cases["split_synthetic"] = ({"a": SYNTHETIC},)
         if ranks == 3:
-            for case in ("bf16", "split_bf16", "synthetic", "written", "read"):
+            for case in ("bf16", "split_bf16", "synthetic", "uneven", "written", "read"):
                 del cases[case]
         data = {"norms": {"max_norm": 1.3}, "written": cache, "read": cache}
         jobs = {
@@ -120,7 +135,10 @@ def list_files(folder):
 
 @pytest.mark.parametrize(
     ("case", "ranks"),
-    [(case, 2) for case in ("sweep", "bf16", "alone", "synthetic", "norms", "written", "read")]
+    [
+        (case, 2)
+        for case in ("sweep", "bf16", "alone", "synthetic", "uneven", "norms", "written", "read")
+    ]
     + [(case, 3) for case in ("sweep", "alone", "norms")],
 )
 def test_saes_that_are_shared_out_end_with_the_same_bytes(done, case, ranks):

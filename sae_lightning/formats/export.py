@@ -145,7 +145,7 @@ def _build(stored: StoredSAE) -> SAE:
 
 def _make_config(settings: dict[str, Any], features: int) -> SAEConfig:
     """Make the config of an SAE with `features` features; ValueError if a setting is invalid."""
-    expect(settings["features"], features, "features")  # before their memory is allocated
+    expect(settings["features"], features, "features")  # before memory for that many is allocated
     try:
         config = ARCHITECTURES[settings["name"]].config(**settings)
     except UserError as error:  # the caller adds the folder's name

@@ -29,7 +29,7 @@ Advance = Callable[[int], None]
 
 
 class SpliceBaseline(NamedTuple):
-    """Cross-entropies that do not depend on the function under test (nats per token)."""
+    """Cross-entropies that do not depend on the SAE under test (nats per token)."""
 
     ce_clean: float
     """The model as it is."""

@@ -16,7 +16,7 @@ from sae_lightning.errors import UserError
 
 FOREVER = timedelta(days=365)
 WAITING = "waiting for another rank"
-LAST_WORDS_SECONDS = 10  # to wait for the other ranks' reasons when a call fails
+REASON_SECONDS = 10  # to wait for the other ranks' reasons when a call fails
 
 
 class RankLost(UserError):
@@ -165,12 +165,12 @@ class Ranks:
             raise RankLost(lost) from error
 
     def _find_lost(self) -> str | None:
-        """Why a call failed: the reason that a failed rank has left or, if none has, which ranks do
+        """Why a call failed: the reason stored by a failed rank or, if none has, which ranks do
         not answer; None if all wait for another rank."""
         close_connections()  # wakes up ranks that wait for this one
-        self.leave_words(WAITING)
+        self.store_reason(WAITING)
         others = set(range(self.size)) - {self.rank}
-        deadline, reasons = monotonic() + LAST_WORDS_SECONDS, {}
+        deadline, reasons = monotonic() + REASON_SECONDS, {}
         try:
             while (
                 monotonic() < deadline
@@ -197,7 +197,7 @@ class Ranks:
         lost = ", ".join(missing)
         return f"{lost} has ended, or gave no answer within trainer.patience" if missing else None
 
-    def leave_words(self, reason: str) -> None:
+    def store_reason(self, reason: str) -> None:
         """Store why this rank ends (or WAITING), for the error messages of the other ranks."""
         if self.store is not None:
             with suppress(RuntimeError):  # the store was in the process that is lost

@@ -210,7 +210,7 @@ def follow() -> None:
         if message is None:
             traceback.print_exc()
         if not isinstance(error, RankLost):
-            world().leave_words(message or f"{type(error).__name__}: {error}")
+            world().store_reason(message or f"{type(error).__name__}: {error}")
         elif place.rank == 1 and "rank 0" in message:
             sys.stderr.write(format_error(message) + "\n")
         sys.stderr.flush()

@@ -19,7 +19,7 @@ from sae_lightning.scoring.scorecard import MAX_TOKENS_AT_ONCE
 from sae_lightning.training.settings import Accelerator
 
 PROCESS_BYTES = 800_000_000  # Python with torch, transformers and lightning
-EVALUATION_SHARE = 5 / 8  # at most: memory per token in evaluation / in training
+EVALUATION_SHARE = 5 / 8  # upper bound on memory per token: evaluation / training
 
 
 class PassMemory(NamedTuple):
@@ -103,7 +103,7 @@ def estimate_memory(
         llm_sites, llm, config.eval.tokens, config.eval.loss_tokens
     )
     row = llm.width * len(llm_sites) * element_bytes
-    # activations in training or evaluation, and the float64 weights of an SAE in export
+    # activations in training or evaluation, and float64 weights in export, original and folded
     batch = max(config.trainer.batch, int(EVALUATION_SHARE * MAX_TOKENS_AT_ONCE))
     batches = [
         batch * c.model.features * ARCHITECTURES[c.model.name].network.bytes_per_activation

@@ -27,7 +27,7 @@ class PlannedPass(NamedTuple):
 
     @property
     def own(self) -> list[int]:
-        """The jobs that this rank trains."""
+        """The numbers of the jobs that this rank trains."""
         return self.shares[world().rank]
 
 

@@ -32,7 +32,7 @@ class Loss:
     def terms(
         self, sae: SAE, output: TrainingOutput, target: Tensor, status: TrainingStatus
     ) -> dict[str, Tensor]:
-        """The unweighted terms [] by name; "mse" is always among them."""
+        """The unweighted scalar terms by name; "mse" is always among them."""
         return {"mse": mse(output.reconstruction, target)}
 
     def coefficients(self) -> dict[str, float]:

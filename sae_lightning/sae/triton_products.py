@@ -51,7 +51,7 @@ def weighted_sums(offsets: Tensor, indices: Tensor, weights: Tensor, table: Tens
 
 
 def dots(offsets: Tensor, indices: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """[nnz]: left[r] . right[indices[i]] for entry i of row r, of left [rows, d], right [n, d]."""
+    """[nnz]: left[r] . right[indices[i]] for entry i of row r; left [rows, d], right [n, d]."""
     assert all(part.is_contiguous() for part in (offsets, indices, left, right))
     rows, d = left.shape
     owners = _owners(offsets, len(indices))

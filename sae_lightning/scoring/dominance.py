@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sae_lightning.stream.rows import compute_norms
 
-LONG_SHARE = 1e-3  # the longest tokens, this share of all, must not dominate
+LONG_SHARE = 1e-3  # share of tokens, by largest norm, that must not dominate
 # Share of the variance above which tokens or a dimension dominate, if it is also more than ten
 # times their share of all tokens or dimensions.
 DOMINANT_SHARE = 0.1

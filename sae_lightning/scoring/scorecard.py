@@ -17,7 +17,7 @@ from sae_lightning.stream.held_out import HeldOut
 from sae_lightning.stream.recovery import RECOVERED_COSINE, Recovery
 from sae_lightning.stream.synthetic import HeldOutConcepts
 
-# Limits on the tokens, and on their feature activations, computed at a time: bound memory.
+# Tokens, and their feature activations, that are computed at a time, to bound memory.
 MAX_TOKENS_AT_ONCE = 4096
 MAX_ACTIVATIONS_AT_ONCE = 1 << 26
 

@@ -20,9 +20,10 @@ def exchange_rows(
     rows {site: [counts[r], d]} of each batch at the sites that this rank wants.
 
     rows: of this rank's batch, {site: [counts[rank], d]}, at all sites that any rank wants; empty
-    for a rank without a batch. counts: rows of each batch, the same on all ranks; a last round may
-    have fewer batches than there are ranks. wanted[r]: the sites of rank r. like: any tensor
-    [..., d] with the width, dtype and device of the rows. Each rank sends each other one message.
+    for a rank without a batch. counts: rows of each batch (every rank passes the same list); a last
+    round may have fewer batches than there are ranks. wanted[r]: the sites of rank r. like: any
+    tensor [..., d] with the width, dtype and device of the rows. Each rank sends one message to
+    every other.
     """
     ranks = ranks or world()
     if ranks.size == 1:

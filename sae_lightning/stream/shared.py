@@ -62,11 +62,11 @@ class SharedRows(LLMRows):
     def _compute_round(self, remaining: int) -> None:
         """Compute one LLM batch per rank, fewer if the `remaining` rows need fewer."""
         ranks, served = world(), self.llm_batches
-        before, chosen, marks = [], [], []
+        before, chosen, ends = [], [], []
         while len(chosen) < ranks.size and (not chosen or remaining > 0):
             before.append(super().state_dict())
             chosen.append(self.select_tokens())
-            marks.append((self.tokens.epoch, self.tokens_crc32))
+            ends.append((self.tokens.epoch, self.tokens_crc32))
             remaining -= len(chosen[-1].ids)
         self.llm_batches = served
         own = self.run_llm(chosen[ranks.rank]) if ranks.rank < len(chosen) else {}
@@ -86,8 +86,8 @@ class SharedRows(LLMRows):
         rows = exchange_rows(
             own, [len(batch_ids) for batch_ids in ids], self._wanted, self._no_rows
         )
-        for part, batch_ids, state, mark in zip(rows, ids, before, marks, strict=True):
-            self._waiting.append(_Computed(Rows(part, batch_ids), state, *mark))
+        for part, batch_ids, state, end in zip(rows, ids, before, ends, strict=True):
+            self._waiting.append(_Computed(Rows(part, batch_ids), state, *end))
 
     def state_dict(self) -> dict[str, Any]:
         """The state of one device before the first batch that is not served yet."""

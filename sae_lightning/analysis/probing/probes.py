@@ -4,7 +4,7 @@
                                └-> SAE ------> mean over tokens -> features  [pieces, features]
 
 k-sparse probing (Gurnee et al. 2023, 2305.01610): how well do k units predict a class? All neurons
-together are the dense activation. Random directions, as many as there are features, show how much
+together are the whole activation. Random directions, as many as there are features, show how much
 is gained just by choosing among so many.
 """
 
