@@ -185,12 +185,12 @@ def test_saes_that_are_split_by_features_end_the_same_up_to_rounding(done, ranks
 
 
 def test_in_bf16_split_saes_are_about_as_good(done):
-    """In bf16 many values tie, and a tie may go to another feature, or resampling draw another
-    token."""
+    """In bf16 many values tie: a tie may go to another feature, and resampling, which all of these
+    do, may draw another token. (tests/sae/test_split.py compares losses and gradients.)"""
     for one, other in zip(done[1]["bf16"], done[2]["split_bf16"], strict=True):
         first, second = (folders.read_metrics(job.folder)["held_out"] for job in (one, other))
         assert second["explained_variance"] == pytest.approx(first["explained_variance"], abs=0.05)
-        assert second["l0"] == pytest.approx(first["l0"], rel=0.1)
+        assert second["l0"] == pytest.approx(first["l0"], rel=0.1, abs=0.3)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
