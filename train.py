@@ -34,9 +34,8 @@ def train(cfg: DictConfig) -> float | None:
     Returns None if the job failed and printed why, so that the other jobs of a multirun go on.
     (The launcher `one_pass` does not call this function: it trains all jobs together.)
     """
-    if is_follower():  # submitit calls this function on all ranks
-        return follow_first_rank()
-    release_followers_at_exit()
+    if follow_first_rank():  # submitit calls this function on all ranks
+        return None
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
     multirun = hydra_config.mode is RunMode.MULTIRUN
@@ -52,23 +51,18 @@ def train(cfg: DictConfig) -> float | None:
     return None
 
 
-def is_follower() -> bool:
-    """Whether a launcher has started this process as a rank other than 0."""
+def follow_first_rank() -> bool:
+    """On ranks that a launcher has started, except on rank 0: train the passes that rank 0 sends,
+    then return True. At its exit rank 0 ends the others, even if they have trained nothing."""
     place = find_place()
-    return place is not None and place.rank > 0
+    if place is not None and place.rank > 0:
+        from sae_lightning.runs.devices import follow
 
-
-def follow_first_rank() -> None:
-    """Train the passes that rank 0 sends."""
-    from sae_lightning.runs.devices import follow
-
-    follow()
-
-
-def release_followers_at_exit() -> None:
-    """At exit, end the ranks that a launcher has started, even if they have trained nothing."""
-    if find_place() is not None:
+        follow()
+        return True
+    if place is not None:
         atexit.register(_release_followers)
+    return False
 
 
 def _release_followers() -> None:
@@ -79,9 +73,8 @@ def _release_followers() -> None:
 
 if __name__ == "__main__":
     register_schemas()
-    if is_follower():
-        sys.exit(follow_first_rank())
-    release_followers_at_exit()
+    if follow_first_rank():
+        sys.exit()
     with one_line_errors():
         read_arguments()
         train()

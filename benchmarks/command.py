@@ -1,11 +1,12 @@
 """Shared by the benchmarks: errors in one line, and jobs as `train.py` makes them."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 
+from sae_lightning.errors import UserError
 from sae_lightning.runs.cli import explain_error
 from sae_lightning.runs.config import find_conf_folder
 from sae_lightning.runs.jobs import Job, make_job, register_schemas
@@ -20,6 +21,18 @@ def run_command(main: Callable[[list[str]], None]) -> None:
         if line is None:
             raise
         sys.exit(f"error: {line}")
+
+
+def split_options(
+    command_line: list[str], flag: str, names: Collection[str]
+) -> tuple[bool, dict[str, str], list[str]]:
+    """Split a command line: whether `flag` is there, the options with these names, and the
+    overrides for `train.py`. UserError for anything else."""
+    options = dict(a.split("=", 1) for a in command_line if a.partition("=")[0] in names)
+    overrides = [a for a in command_line if a != flag and a.partition("=")[0] not in names]
+    if stray := [a for a in overrides if "=" not in a]:
+        raise UserError(f"{stray[0]}: unknown; give {flag}, {'=, '.join(names)}=, or an override")
+    return flag in command_line, options, overrides
 
 
 def make_jobs(runs: list[list[str]], folder: Path) -> list[Job]:

@@ -28,12 +28,11 @@ from typing import Any, NamedTuple
 
 import psutil
 import torch
-from command import run_command
+from command import run_command, split_options
 from rich.table import Table
 from safetensors.torch import load_file
 from timing.child import Failed, call, make_name
 
-from sae_lightning.errors import UserError
 from sae_lightning.files import write_json
 from sae_lightning.formats.readers import WEIGHTS
 from sae_lightning.terminal import console, phase
@@ -89,11 +88,7 @@ class Arguments(NamedTuple):
 
 def read_arguments(command_line: list[str]) -> Arguments:
     """Parse the command line."""
-    full = "full" in command_line
-    options = dict(a.split("=", 1) for a in command_line if a.partition("=")[0] in OPTIONS)
-    overrides = [a for a in command_line if a != "full" and a.partition("=")[0] not in OPTIONS]
-    if stray := [a for a in overrides if "=" not in a]:
-        raise UserError(f"{stray[0]}: unknown; give full, {'=, '.join(OPTIONS)}=, or an override")
+    full, options, overrides = split_options(command_line, "full", OPTIONS)
     sweep = options.get("sweep", "" if full else "topk,relu,jumprelu")
     wide = options.get("wide", "topk" if full else "topk,relu")
     cases = {"sweep": sweep.split(",")} if sweep else {}

@@ -24,7 +24,7 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from command import run_command
+from command import run_command, split_options
 from rich.table import Table
 from timing.child import Failed, call, make_name
 from timing.models import CONFIGS, make_random_llm
@@ -79,11 +79,7 @@ class Arguments(NamedTuple):
 
 def read_arguments(command_line: list[str]) -> Arguments:
     """Parse the command line, with defaults for a laptop or for a GPU."""
-    gpu = "gpu" in command_line
-    options = dict(a.split("=", 1) for a in command_line if a.partition("=")[0] in OPTIONS)
-    overrides = [a for a in command_line if a != "gpu" and a.partition("=")[0] not in OPTIONS]
-    if stray := [a for a in overrides if "=" not in a]:
-        raise UserError(f"{stray[0]}: unknown; give gpu, {'=, '.join(OPTIONS)}=, or an override")
+    gpu, options, overrides = split_options(command_line, "gpu", OPTIONS)
     runs = []
     for run in options.get("runs", GPU_RUNS if gpu else "relu,batch_topk").split(","):
         architecture, _, setting = run.partition(":")

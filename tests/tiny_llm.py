@@ -87,3 +87,17 @@ def save_tiny(family: str, folder: str) -> str:
         model.save_pretrained(folder)
         tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+def make_byte_llama(width: int):
+    """A Llama of three blocks for tokens of one byte, with random weights."""
+    config = transformers.LlamaConfig(
+        vocab_size=258,
+        hidden_size=width,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+    )
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(config).eval().requires_grad_(False)

@@ -47,10 +47,6 @@ class Split:
         padded = padded.byte() if dtype is torch.bool else padded
         return self.ranks.stack(padded).transpose(0, 1).flatten(0, 1)[: self.features].to(dtype)
 
-    def sum_parts(self, x: Tensor) -> Tensor:
-        """All-reduce: sum over all features, from each rank's sum over its own (`Ranks.sum`)."""
-        return self.ranks.sum(x)
-
     def norm(self, x: Tensor) -> Tensor:
         """Norm [] over all features, from each rank's norm [] over its own."""
         return x if self.ranks.size == 1 else self.ranks.sum(x.double().square()).sqrt().to(x.dtype)

@@ -60,9 +60,8 @@ def count_ranks(config: Config) -> int:
     elif count is None:
         return 1 if llm_is_placed or trainer.accelerator is Accelerator.cpu else max(1, gpus)
     local = count_local_ranks(config, count)
-    if 0 < gpus < local and not (
-        place and gpus == 1
-    ):  # a launcher may make one GPU visible to each rank
+    own_gpu = place and gpus == 1  # a launcher may make one GPU visible to each rank
+    if 0 < gpus < local and not own_gpu:
         raise UserError(
             f"trainer.devices={trainer.devices}: {local} processes would share the {gpus} GPUs "
             f"that are visible here; use at most {gpus}"

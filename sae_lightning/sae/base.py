@@ -142,6 +142,10 @@ class SAE(nn.Module):
         self.b_dec = nn.Parameter(torch.zeros(d_out))
         if config.skip:
             self.W_skip = nn.Parameter(torch.zeros(d_in, d_out))
+        self.add_parameters()
+
+    def add_parameters(self) -> None:
+        """Add the parameters and buffers that only this architecture has."""
 
     @property
     def split_dims(self) -> dict[str, int]:
@@ -180,7 +184,7 @@ class SAE(nn.Module):
     def decode(self, features: Tensor | Matrix) -> Tensor:
         """Reconstruction [batch, d_out] from features [batch, features], without the skip
         connection."""
-        return self.split.sum_parts(features @ self.W_dec) + self.b_dec
+        return self.split.ranks.sum(features @ self.W_dec) + self.b_dec
 
     def reconstruct(self, x: Tensor, features: Tensor | Matrix) -> Tensor:
         """Reconstruction [batch, d_out] from features and, with a skip connection, the input."""

@@ -1,13 +1,11 @@
 """BatchTopK: k active features per token on average; in evaluation, a threshold."""
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-from sae_lightning.ranks import ALONE, Ranks
 from sae_lightning.sae import sparse
 from sae_lightning.sae.base import SAE
 from sae_lightning.sae.sparse import SparsityPattern
-from sae_lightning.sae.topk import TopKConfig
 
 THRESHOLD_DECAY = 0.9  # per update, of the threshold's running mean (about 10 updates long)
 # Multiples of the threshold, tried in turn until batch x k values exceed one of them.
@@ -26,15 +24,7 @@ class BatchTopK(SAE):
     architecture = "jumprelu"
     bytes_per_activation = 25
 
-    def __init__(
-        self,
-        config: TopKConfig,
-        d_in: int,
-        d_out: int,
-        generator: Generator,
-        ranks: Ranks = ALONE,
-    ):
-        super().__init__(config, d_in, d_out, generator, ranks)
+    def add_parameters(self) -> None:
         # the same value for every feature, in the shape of the saved format
         self.register_buffer("threshold", torch.zeros(len(self.split.own)))
         # bias correction for the initial 0, as in Adam; goes to 1

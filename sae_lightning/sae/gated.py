@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
-from sae_lightning.ranks import ALONE, Ranks
 from sae_lightning.sae.base import SAE, SAEConfig, TrainingOutput
 from sae_lightning.sae.losses import l1, mse
 from sae_lightning.sae.matrix import Matrix
@@ -37,15 +36,7 @@ class Gated(SAE):
     per_feature = SAE.per_feature | {"r_mag": 0, "b_mag": 0}
     biases = ("b_enc", "b_mag")
 
-    def __init__(
-        self,
-        config: GatedConfig,
-        d_in: int,
-        d_out: int,
-        generator: Generator,
-        ranks: Ranks = ALONE,
-    ):
-        super().__init__(config, d_in, d_out, generator, ranks)
+    def add_parameters(self) -> None:
         self.r_mag = nn.Parameter(torch.zeros(len(self.split.own)))
         self.b_mag = nn.Parameter(torch.zeros(len(self.split.own)))
 
@@ -96,7 +87,7 @@ class GatedLoss(PenaltyLoss):
         terms = PenaltyLoss.terms(self, sae, output, target, status)
         # only the difference: the reconstruction already contains b_dec and a skip connection
         extra = output.gate.with_values(output.gate.values - output.features.values.detach())
-        difference = sae.split.sum_parts(extra @ sae.W_dec.detach())
+        difference = sae.split.ranks.sum(extra @ sae.W_dec.detach())
         terms["gate"] = mse(output.reconstruction.detach() + difference, target)
         return terms
 

@@ -6,10 +6,9 @@ from enum import Enum
 from functools import partial
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from sae_lightning.errors import UserError
-from sae_lightning.ranks import ALONE, Ranks
 from sae_lightning.sae import sparse
 from sae_lightning.sae.base import SAE, SAEConfig, TrainingOutput
 from sae_lightning.sae.losses import tanh_l0
@@ -87,16 +86,8 @@ class JumpReLU(SAE):
     per_feature = SAE.per_feature | {"log_threshold": 0}
     biases = ("b_enc", "log_threshold")
 
-    def __init__(
-        self,
-        config: JumpReLUConfig,
-        d_in: int,
-        d_out: int,
-        generator: Generator,
-        ranks: Ranks = ALONE,
-    ):
-        super().__init__(config, d_in, d_out, generator, ranks)
-        start = torch.full((len(self.split.own),), math.log(config.threshold))
+    def add_parameters(self) -> None:
+        start = torch.full((len(self.split.own),), math.log(self.config.threshold))
         self.log_threshold = nn.Parameter(start)
 
     @property

@@ -54,7 +54,7 @@ class Matryoshka(BatchTopK):
         initial = self.b_dec + x @ self.W_skip if self.config.skip else self.b_dec
         with record_function("decode"):
             groups = features.matmul_by_group(self._own_sizes(), self.W_dec)
-            *prefixes, whole = accumulate(map(self.split.sum_parts, groups), initial=initial)
+            *prefixes, whole = accumulate(map(self.split.ranks.sum, groups), initial=initial)
         return TrainingOutput(x, whole, features, pre, tuple(prefixes[1:]))
 
     def _own_sizes(self) -> list[int]:

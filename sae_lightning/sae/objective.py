@@ -106,12 +106,12 @@ class PenaltyLoss(Loss):
     ) -> dict[str, Tensor]:
         """The mse, the penalty and, if it is on, the pre-activation loss."""
         terms = Loss.terms(self, sae, output, target, status)
-        terms[self.sparsity] = sae.split.sum_parts(self.penalty(sae, output, status))
+        terms[self.sparsity] = sae.split.ranks.sum(self.penalty(sae, output, status))
         if self.preact:
             dead = status.dead.nonzero().squeeze(1)
             pre, norms = sae.pre_activations_of(dead, output), sae.W_dec[dead].norm(dim=1)
             missing = preact(pre, sae.thresholds_for(dead), norms)
-            terms["preact"] = sae.split.sum_parts(missing)
+            terms["preact"] = sae.split.ranks.sum(missing)
         return terms
 
     def coefficients(self) -> dict[str, float]:

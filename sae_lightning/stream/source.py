@@ -2,7 +2,7 @@
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
@@ -13,6 +13,7 @@ from sae_lightning.errors import UserError
 from sae_lightning.llm.load import LLM, Attention, Dtype, LLMConfig, pick_device, pick_dtype
 from sae_lightning.llm.packaged import LLMShape
 from sae_lightning.llm.sites import LayerConfig, Site, SitePair
+from sae_lightning.ranks import Split
 
 if TYPE_CHECKING:
     from sae_lightning.stream.tokens import SplitTokens
@@ -164,9 +165,15 @@ class HeldOutData(ABC):
         saes: Sequence[Callable[[Tensor], Any]],
         weights: Sequence[Callable[[], dict[str, Tensor]]],
         rows: int,
+        splits: Sequence[Split],
     ) -> list[Any]:
         """Measure SAEs, which map [n, d_in] of `source` to [n, d_out] of `target`, on `rows` tokens
-        at a time; each of `weights` returns an SAE's weights for raw activations."""
+        at a time; each of `weights` returns an SAE's weights for raw activations; `splits`: how the
+        features of each are spread over ranks."""
+
+    @abstractmethod
+    def prepare(self, targets: Collection[Site]) -> None:
+        """The part of scoring SAEs of the sites `targets` that all ranks do together, if any."""
 
 
 class OpenedData(NamedTuple):

@@ -4,7 +4,7 @@ Shapes: n = samples, concepts, dim = length of an activation.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -179,6 +179,9 @@ class HeldOutConcepts(HeldOutData):
 
     def activations(self, site: Site) -> Tensor:
         return self._x
+
+    def prepare(self, targets: Collection[Site]) -> None:
+        """Nothing to do together: every rank has all samples."""
 
     def measure_saes(
         self,

@@ -247,9 +247,7 @@ class HeldOutTokens:
             _check(self.tokenizer, flat, self.where)
             width, count = self.packing.width, max(1, len(flat) // self.packing.width)
             chosen = np.linspace(0, count - 1, min(sequences, count)).round().astype(np.int64)
-            windows = [
-                flat.slice(window * width, width).to_numpy() for window in chosen if len(flat)
-            ]
+            windows = [flat.slice(n * width, width).to_numpy() for n in chosen if len(flat)]
         else:
             stream = StreamedTokens(self.data, self.tokenizer, self.packing, None, self.where)
             windows = [w for _ in range(sequences) if (w := stream.window()) is not None]

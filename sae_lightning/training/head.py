@@ -134,7 +134,7 @@ class Head(nn.Module):
         fired = features.count_positive()
         silent = self.tokens_since_fired + features.batch_size
         self.tokens_since_fired.copy_(silent.masked_fill(fired > 0, 0))
-        return self.sae.split.sum_parts(fired.sum()) / features.batch_size
+        return self.sae.split.ranks.sum(fired.sum()) / features.batch_size
 
     @property
     def dead(self) -> Tensor:

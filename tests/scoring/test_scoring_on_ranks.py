@@ -16,7 +16,7 @@ import torch
 from datasets import Dataset
 from rank_processes import run_on_ranks
 from small_text import byte_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_llm import make_byte_llama
 
 from sae_lightning.llm import splice
 from sae_lightning.llm.load import LLM
@@ -43,16 +43,7 @@ CALLS = Counter()
 
 
 def load_tiny() -> LLM:
-    config = LlamaConfig(
-        vocab_size=258,
-        hidden_size=WIDTH,
-        intermediate_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-    )
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config).eval().requires_grad_(False)
+    model = make_byte_llama(WIDTH)
     for parameter in model.parameters():
         parameter.normal_(0, 0.3)
     return LLM(model=model, tokenizer=byte_tokenizer(), name="tiny")
@@ -80,7 +71,7 @@ class Linear:
 
     def reconstruct(self, x):
         features = torch.relu(x @ self.W_enc + self.b_enc)
-        return Output(self.split.sum_parts(features @ self.W_dec / 9), features)
+        return Output(self.split.ranks.sum(features @ self.W_dec / 9), features)
 
     def fold(self):
         b_dec = torch.zeros(WIDTH)

@@ -7,18 +7,16 @@ import lightning as L
 
 from sae_lightning.scoring.metrics import count_by_density
 from sae_lightning.scoring.scorecard import Scorecard, score_saes
-from sae_lightning.stream.held_out import HeldOut
-from sae_lightning.stream.synthetic import HeldOutConcepts
+from sae_lightning.stream.source import HeldOutData
 from sae_lightning.training.head import Head
 from sae_lightning.training.schedules import is_due
 
 
-def evaluate_heads(heads: Sequence[Head], held_out: HeldOut | HeldOutConcepts, tokens: int) -> None:
+def evaluate_heads(heads: Sequence[Head], held_out: HeldOutData, tokens: int) -> None:
     """Score this rank's heads after `tokens` training tokens, heads of the same sites together; the
     results go to each head's log and `held_out_metrics`. All ranks first score the heads that are
     split over them."""
-    if isinstance(held_out, HeldOut):
-        held_out.prepare({head.target for head in heads})
+    held_out.prepare({head.target for head in heads})
 
     def sites(head: Head) -> tuple:
         return head.sae.split.ranks.size == 1, head.source, head.target

@@ -80,7 +80,7 @@ def _clip(head: Head) -> Tensor:
     counted = [
         p.grad
         for name, p in sae.named_parameters()
-        if p.grad is not None and (name in sae.split_dims or sae.split.ranks.is_first)
+        if p.grad is not None and (sae.split.ranks.is_first or name in sae.split_dims)
     ]
     norm = sae.split.norm(get_total_norm(counted))
     limit = head.optim.clip
