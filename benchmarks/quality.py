@@ -30,7 +30,7 @@ from rich.table import Column, Table
 
 from sae_lightning.errors import UserError
 from sae_lightning.files import write_json
-from sae_lightning.formats.export import load_sae
+from sae_lightning.formats.load_sae import load_sae
 from sae_lightning.llm.load import pick_dtype
 from sae_lightning.llm.packaged import dequantise
 from sae_lightning.runs.cli import explain_error

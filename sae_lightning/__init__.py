@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from sae_lightning.analysis.subject import open_run
     from sae_lightning.analysis.survey.survey import survey
     from sae_lightning.analysis.theory.claims import TheoryReducers, theory
-    from sae_lightning.formats.export import load_sae
+    from sae_lightning.formats.load_sae import load_sae
     from sae_lightning.llm.generate import Sampling
     from sae_lightning.llm.load import LLMConfig
     from sae_lightning.llm.sites import LayerConfig
@@ -49,7 +49,7 @@ FOUND_IN = {
     "gather": "analysis.explain.evidence",
     "labelled": "analysis.probing.labelled",
     "lens": "analysis.lens",
-    "load_sae": "formats.export",
+    "load_sae": "formats.load_sae",
     "open_run": "analysis.subject",
     "probe": "analysis.probing.probes",
     "steer": "analysis.steer",

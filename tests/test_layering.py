@@ -167,7 +167,7 @@ def make_tree(root: Path, files: dict[str, str]) -> Path:
 def test_a_tree_that_keeps_the_rules_passes(tmp_path):
     tree = {
         "train.py": "import hydra\nfrom sae_lightning.runs.run import run",
-        "sae_lightning/__init__.py": "from sae_lightning.formats.export import load_sae",
+        "sae_lightning/__init__.py": "from sae_lightning.formats.load_sae import load_sae",
         "sae_lightning/runs/run.py": "import lightning as L\nfrom sae_lightning.runs import checks",
         "sae_lightning/runs/checks.py": "import json, torch",
         "sae_lightning/errors.py": "",
@@ -192,11 +192,11 @@ def test_a_tree_that_keeps_the_rules_passes(tmp_path):
         ("llm/load.py", "from sae_lightning.scoring import metrics"),
         ("training/head.py", "from sae_lightning.analysis import evaluate"),
         ("runs/run.py", "from sae_lightning.analysis import evaluate"),
-        ("report/page.py", "from sae_lightning.formats.export import load_sae"),  # one row
+        ("report/page.py", "from sae_lightning.formats.load_sae import load_sae"),  # one row
         ("analysis/lens.py", "import lightning"),
         ("analysis/lens.py", "from transformers import AutoModel"),
         ("analysis/lens.py", "from omegaconf import OmegaConf"),
-        ("llm/load.py", "from sae_lightning.formats.export import load_sae"),
+        ("llm/load.py", "from sae_lightning.formats.load_sae import load_sae"),
         ("runs/config.py", "import lightning as L"),
         ("training/settings.py", "import lightning as L"),
         ("training/head.py", "from omegaconf import DictConfig"),

@@ -12,7 +12,7 @@ import torch
 
 from sae_lightning.analysis.metadata import config_from_metadata
 from sae_lightning.errors import UserError
-from sae_lightning.formats.export import load_sae
+from sae_lightning.formats.load_sae import load_sae
 from sae_lightning.llm.load import LLM, LLMConfig, load_llm, load_tokenizer, pick_device
 from sae_lightning.llm.sites import LayerConfig, SitePair
 from sae_lightning.report.sweep_report import describe_source

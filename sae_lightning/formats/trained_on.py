@@ -1,0 +1,71 @@
+"""Reads from the metadata of an SAE which LLM and site it belongs to."""
+
+import re
+from typing import Any
+
+from sae_lightning.errors import UserError
+from sae_lightning.llm.sites import Kind, LayerConfig
+
+# TransformerLens' model names, which SAELens uses -> names on the hub, where they differ.
+HUB_NAMES = {
+    "gpt2-small": "gpt2",
+    "tiny-stories-33M": "roneneldan/TinyStories-33M",
+    "tiny-stories-1L-21M": "roneneldan/TinyStories-1Layer-21M",
+}
+HUB_OWNERS = {"gpt2-": "openai-community", "pythia-": "EleutherAI", "gemma-": "google"}
+HUB_OWNERS |= {"Llama-": "meta-llama", "Qwen": "Qwen", "Mistral-": "mistralai"}
+# Hook and module names of TransformerLens and transformers, with the block's index -> kind of site,
+# and an offset of the index (resid_pre of a block is resid of the previous block).
+HOOK_PATTERNS = {
+    r"blocks\.(\d{1,6})\.hook_resid_post": (Kind.resid, 0),
+    r"blocks\.(\d{1,6})\.hook_resid_pre": (Kind.resid, -1),
+    r"blocks\.(\d{1,6})\.hook_attn_out": (Kind.attn, 0),
+    r"blocks\.(\d{1,6})\.hook_mlp_out": (Kind.mlp, 0),
+    r"blocks\.(\d{1,6})\.(?:ln2\.hook_normalized|mlp\.hook_in)": (Kind.mlp_in, 0),
+    r"(?:.*\.)?(?:h|layers|blocks)\.(\d{1,6})": (Kind.resid, 0),
+    r"resid_post_layer_(\d{1,6})": (Kind.resid, 0),  # dictionary_learning
+    r"(?:.*\.)?(?:h|layers|blocks)\.(\d{1,6})\.mlp": (Kind.mlp, 0),
+}
+
+
+def find_llm_name(metadata: dict[str, Any], run: str) -> str:
+    """The name on the hub of the LLM that the SAE in `run` reads; UserError if it is not said."""
+    if own := metadata.get("llm.name"):
+        return own
+    name = metadata.get("model_name")
+    if not name:
+        raise UserError(
+            f"{run} does not say which LLM its SAE reads: give llm=... (a preset in conf/llm) or "
+            "llm=hf llm.name=..."
+        )
+    if "/" in name:
+        return name
+    owner = next((owner for start, owner in HUB_OWNERS.items() if name.startswith(start)), None)
+    return HUB_NAMES.get(name) or (f"{owner}/{name}" if owner else name)
+
+
+def read_layer(metadata: dict[str, Any], run: str) -> LayerConfig:
+    """The sites of the SAE in `run`; UserError if they are not said, or lie in two blocks."""
+    source = _read_hook(metadata.get("hook_name"), run)
+    target = _read_hook(metadata["hook_name_out"], run) if metadata.get("hook_name_out") else source
+    if source[0] != target[0]:
+        raise UserError(
+            f"{run} reads block {source[0]} and writes block {target[0]}: only an SAE within one "
+            "block can be analysed"
+        )
+    return LayerConfig(index=source[0], source=source[1], target=target[1])
+
+
+def _read_hook(hook: str | None, run: str) -> tuple[int, Kind]:
+    """Find the block index and the kind of site that a hook name stands for."""
+    for pattern, (kind, offset) in HOOK_PATTERNS.items():
+        match = hook and re.fullmatch(pattern, hook)
+        if match and int(match[1]) + offset >= 0:
+            return int(match[1]) + offset, kind
+    problem = "does not say where its SAE reads"
+    if hook:
+        problem = f"reads {hook:.80}, which is not a known site"
+    raise UserError(
+        f"{run} {problem}: give the site with layer=... (resid, attn, mlp, transcoder) and "
+        "layer.index=..."
+    )
