@@ -6,6 +6,7 @@ whether the writer is still alive.
 """
 
 import errno
+import glob
 import json
 import math
 import os
@@ -72,9 +73,10 @@ def make_private_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary folders that killed writers left in `folder`."""
-    for leftover in folder.glob(".*.tmp"):
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Remove the temporary folders that killed writers left in `folder`: all, or those of the file
+    `name`."""
+    for leftover in folder.glob(f".{glob.escape(name)}.*.tmp" if name else ".*.tmp"):
         with suppress(OSError):
             if not stat.S_ISDIR(leftover.lstat().st_mode):  # a file of version 0.1.0
                 leftover.unlink()

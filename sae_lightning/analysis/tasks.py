@@ -3,6 +3,7 @@
 from sae_lightning.analysis.annotate import TextTask
 from sae_lightning.analysis.evaluate import EvaluateTask
 from sae_lightning.analysis.explain.explain_task import ExplainTask
+from sae_lightning.analysis.export_task import ExportTask
 from sae_lightning.analysis.lens import LensTask
 from sae_lightning.analysis.overview import OverviewTask
 from sae_lightning.analysis.probing.probe_task import ProbeTask
@@ -22,5 +23,6 @@ TASKS: dict[str, type[Task]] = {
     "steer": SteerTask,
     "text": TextTask,
     "explain": ExplainTask,
+    "export": ExportTask,
     "sweep": SweepTask,
 }

@@ -27,7 +27,8 @@ from sae_lightning.sae import ARCHITECTURES
 from sae_lightning.stream.plays import PlaysConfig
 
 PLAYS = PlaysConfig().held_out  # a list of words
-NEEDED = {"steer": ["feature=3"], "text": ["text=hello"]}  # what a task cannot do without
+# what a task cannot do without
+NEEDED = {"steer": ["feature=3"], "text": ["text=hello"], "export": ["format=saelens", "to=x"]}
 
 
 @pytest.fixture(autouse=True)
