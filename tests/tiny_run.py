@@ -10,13 +10,16 @@ from sae_lightning.llm.load import Dtype, LLMConfig
 from sae_lightning.llm.sites import LayerConfig
 from sae_lightning.runs.config import Config
 from sae_lightning.runs.jobs import CONFIG_FILE, Job, format_config
+from sae_lightning.runs.search import SweepConfig
 from sae_lightning.sae import SAEConfig
 from sae_lightning.sae.relu import ReLULoss
 from sae_lightning.stream.local import LocalConfig
 from sae_lightning.stream.plays import PlaysConfig
-from sae_lightning.training.settings import Accelerator, EvalConfig, TrainerConfig
+from sae_lightning.stream.synthetic import SyntheticConfig
+from sae_lightning.training.settings import Accelerator, EvalConfig, Precision, TrainerConfig
 
 STEPS, BATCH = 40, 64
+WORLD_STEPS, WORLD_BATCH = 60, 128
 
 
 def write_text(folder: Path, words: int = 600) -> Path:
@@ -44,6 +47,27 @@ def tiny_job(llm: str, text: Path, folder: Path, **changes) -> Job:
         layer=LayerConfig(index=1),
         model=SAEConfig(features=48),
         loss=ReLULoss(l1=1e-2),
+    )
+    return Job(config=replace(config, **changes), folder=folder)
+
+
+def synthetic_job(folder: Path, **changes) -> Job:
+    """A job of 60 updates on 32 concepts in 16 dimensions; `changes` as in `tiny_job`."""
+    config = Config(
+        llm=LLMConfig(name="none", device="cpu"),
+        data=SyntheticConfig(concepts=32, dim=16, l0=2.0, pool=1024),
+        trainer=TrainerConfig(
+            tokens=WORLD_STEPS * WORLD_BATCH,
+            batch=WORLD_BATCH,
+            accelerator=Accelerator.cpu,
+            precision=Precision.fp32,
+            checkpoint_every=20 * WORLD_BATCH,
+        ),
+        eval=EvalConfig(every=20 * WORLD_BATCH, tokens=2000),
+        layer=LayerConfig(index=0),
+        model=SAEConfig(features=48),
+        loss=ReLULoss(l1=1e-2),
+        sweep=SweepConfig(objective="recovered"),
     )
     return Job(config=replace(config, **changes), folder=folder)
 

@@ -2,6 +2,7 @@
 or the SAE's own metadata, and from the command line."""
 
 import os
+import re
 from collections.abc import Collection
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -130,9 +131,11 @@ def open_subject(
             f"{run} holds a sweep: give one of the run folders in it, or task=sweep for a report "
             "of all of them"
         )
-    parent = folder.parent if folder.name == "sae" else folder
+    parent = folder.parent if re.fullmatch(r"sae(-\d+)?", folder.name) else folder
     if (parent / CONFIG_FILE).is_file():
-        folder, config = parent, _read_run_config(parent, settings, given_settings)
+        config = _read_run_config(parent, settings, given_settings)
+        if folder.name == "sae":
+            folder = parent  # an SAE that the run kept has results of its own, beside its weights
         sae = load_sae(folder)
     else:
         sae = load_sae(folder)

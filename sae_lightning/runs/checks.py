@@ -131,10 +131,11 @@ def _check_loss_tokens(job: Job) -> None:
 
 def _count_checkpoint_bytes(job: Job, llm: LLMShape) -> int:
     """Bytes still needed for the weights, Adam's two moments and the exported weights, all of
-    which are on disk twice while they are replaced."""
+    which are on disk twice while they are replaced, and for the SAEs that are kept."""
     weights = 4 * count_parameters(job.config.model, llm.width, llm.width)
-    kept = [checkpoint_path(job.folder), *job.folder.glob("sae/*")]
-    return 2 * (3 * weights + weights) - sum(f.stat().st_size for f in kept if f.is_file())
+    needed = 2 * (3 * weights + weights) + job.config.trainer.kept_saes * weights
+    there = [checkpoint_path(job.folder), *job.folder.glob("sae/*"), *job.folder.glob("sae-*/*")]
+    return needed - sum(f.stat().st_size for f in there if f.is_file())
 
 
 def check_disk_space(jobs: list[CheckedJob]) -> None:

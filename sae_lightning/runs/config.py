@@ -43,6 +43,7 @@ FREE_ON_RESUME = (
     "trainer.accelerator",
     *(f"trainer.{name}" for name in DEVICE_SETTINGS),
     "trainer.threads",
+    "trainer.keep_every",
     "data.cache",
     "data.kind",  # follows from the other settings; not in checkpoints of 0.1.0
     "eval",

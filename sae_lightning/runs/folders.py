@@ -190,7 +190,8 @@ def claim_folders(folders: list[Path]) -> Iterator[None]:
                     f"{folder}: another process is training there; wait for it, or choose another "
                     f"folder with {FOLDER_HINT}"
                 ) from None
-            subfolders = [folder / "sae", checkpoint_path(folder).parent]
+            saes = [folder / "sae", *folder.glob("sae-*")]
+            subfolders = [*saes, checkpoint_path(folder).parent]
             for path in [*subfolders, *([folder] if folder.parent in folders else [])]:
                 refuse_link(path)
             for path in (folder, *subfolders):

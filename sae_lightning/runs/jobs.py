@@ -187,7 +187,7 @@ def make_jobs(cfg: DictConfig, folder: Path, overrides: list[str], sweep: Path) 
 
 
 # Prefixes of overrides that may be given with `resume`, and how they are applied.
-CHANGES = ("sweep.", *(f"trainer.{name}=" for name in (*DEVICE_SETTINGS, "threads")))
+CHANGES = ("sweep.", *(f"trainer.{name}=" for name in (*DEVICE_SETTINGS, "threads", "keep_every")))
 
 
 def _change_job(job: Job, cfg: DictConfig, overrides: list[str]) -> Job:

@@ -32,6 +32,11 @@ def stream_path(folder: Path, step: int) -> Path:
     return folder / "checkpoints" / f"stream-{step}.pt"
 
 
+def kept_sae_path(folder: Path, tokens: int) -> Path:
+    """Folder of the SAE that a run keeps after `tokens` training tokens."""
+    return folder / f"sae-{tokens}"
+
+
 def failure_path(folder: Path) -> Path:
     """Path of the file that says why a run failed."""
     return folder / "failure.json"
@@ -108,10 +113,15 @@ class TrainerConfig:
     """Updates between two points of a training curve."""
     checkpoint_every: int = 131_072
     """Tokens between two checkpoints; a killed run loses at most that many."""
+    keep_every: int | None = None
+    """Tokens between two SAEs that are kept as `sae-<tokens>/` beside `sae/`; null keeps only the
+    last one. May change when a run is resumed."""
 
     def __post_init__(self):
         for name in ("tokens", "batch", "log_every", "checkpoint_every", "nodes", "patience"):
             _positive(f"trainer.{name}", getattr(self, name))
+        if self.keep_every is not None:
+            _positive("trainer.keep_every", self.keep_every, "give tokens, or null for none")
         if self.threads is not None:
             _positive("trainer.threads", self.threads, "give 1 or more, or null")
         if self.devices != "auto" and (type(self.devices) is not int or self.devices < 1):
@@ -129,6 +139,11 @@ class TrainerConfig:
     def steps(self) -> int:
         """Updates in the whole run."""
         return self.tokens // self.batch
+
+    @property
+    def kept_saes(self) -> int:
+        """Number of SAEs that `keep_every` keeps in the whole run."""
+        return min(self.steps * self.batch // self.keep_every, self.steps) if self.keep_every else 0
 
 
 @dataclass(slots=True, kw_only=True)

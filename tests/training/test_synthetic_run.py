@@ -13,52 +13,29 @@ import lightning as L
 import pytest
 from hydra import compose, initialize_config_dir
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_run import WORLD_STEPS as STEPS
+from tiny_run import synthetic_job
 
 from sae_lightning import UserError, load_sae
 from sae_lightning.analysis.evaluate import evaluate
 from sae_lightning.formats.export import WEIGHTS
-from sae_lightning.llm.load import LLMConfig
-from sae_lightning.llm.sites import LayerConfig, distinct_sites
+from sae_lightning.llm.sites import distinct_sites
 from sae_lightning.report.sweep_report import write_report
 from sae_lightning.runs import passes, run
-from sae_lightning.runs.config import Config, find_conf_folder
+from sae_lightning.runs.config import find_conf_folder
 from sae_lightning.runs.folders import read_sweep_runs
-from sae_lightning.runs.jobs import Job, make_job, read_job, register_schemas
-from sae_lightning.runs.search import SweepConfig
-from sae_lightning.sae import ARCHITECTURES, SAEConfig
+from sae_lightning.runs.jobs import make_job, read_job, register_schemas
+from sae_lightning.sae import ARCHITECTURES
 from sae_lightning.sae.relu import ReLULoss
 from sae_lightning.stream.recovery import Recovery
-from sae_lightning.stream.synthetic import SyntheticConfig
-from sae_lightning.training.settings import Accelerator, EvalConfig, Precision, TrainerConfig
 
 ROOT = Path(__file__).parents[2]
-STEPS, BATCH = 60, 128
 
 
 @pytest.fixture
 def job(tmp_path):
     """job(name, **groups) -> a job of 60 updates on 32 concepts in 16 dimensions."""
-
-    def make(name: str, **changes) -> Job:
-        config = Config(
-            llm=LLMConfig(name="none", device="cpu"),
-            data=SyntheticConfig(concepts=32, dim=16, l0=2.0, pool=1024),
-            trainer=TrainerConfig(
-                tokens=STEPS * BATCH,
-                batch=BATCH,
-                accelerator=Accelerator.cpu,
-                precision=Precision.fp32,
-                checkpoint_every=20 * BATCH,
-            ),
-            eval=EvalConfig(every=20 * BATCH, tokens=2000),
-            layer=LayerConfig(index=0),
-            model=SAEConfig(features=48),
-            loss=ReLULoss(l1=1e-2),
-            sweep=SweepConfig(objective="recovered"),
-        )
-        return Job(config=replace(config, **changes), folder=tmp_path / name)
-
-    return make
+    return lambda name, **changes: synthetic_job(tmp_path / name, **changes)
 
 
 def metrics(folder: Path) -> dict:

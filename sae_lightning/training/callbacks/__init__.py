@@ -38,6 +38,7 @@ from sae_lightning.training.settings import EvalConfig, TrainerConfig
 def make_callbacks(trainer: TrainerConfig, eval: EvalConfig) -> list[L.Callback]:
     """Make the callbacks of a run, in order: Throughput stops its clock before the slower ones,
     curves are logged before resampling changes what they show, the checkpoint is saved last."""
+    pauses = (eval.every, trainer.checkpoint_every, trainer.keep_every)
     return [
         StopOnSignal(),
         Normalize(),
@@ -45,10 +46,10 @@ def make_callbacks(trainer: TrainerConfig, eval: EvalConfig) -> list[L.Callback]
         DecoderNorm(),
         ClipGradient(),
         TargetL0(),
-        Throughput(trainer.log_every, pauses=(eval.every, trainer.checkpoint_every)),
+        Throughput(trainer.log_every, pauses=[every for every in pauses if every]),
         Curves(trainer.log_every),
         Resample(),
         Evaluate(eval.every),
         ProgressBar(),
-        Checkpoint(trainer.checkpoint_every),
+        Checkpoint(trainer.checkpoint_every, trainer.keep_every),
     ]

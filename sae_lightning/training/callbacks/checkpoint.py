@@ -1,29 +1,37 @@
 """Saves checkpoints and SAEs during training."""
 
+from pathlib import Path
+
 import lightning as L
 
 from sae_lightning.formats.export import save_sae
 from sae_lightning.training.checkpoints import assemble_whole
 from sae_lightning.training.head import Head
 from sae_lightning.training.schedules import is_due
+from sae_lightning.training.settings import kept_sae_path
 
 
-def export_head(head: Head) -> None:
-    """Save the head's SAE, with weights for raw activations, in its run folder."""
+def export_head(head: Head, folder: Path | None = None) -> None:
+    """Save the head's SAE, with weights for raw activations, in `folder` (default: `sae` in its run
+    folder)."""
     with assemble_whole(head, head.fold_weights()) as weights:
         if head.writes:
-            save_sae(head.folder / "sae", head.sae, weights, head.metadata)
+            save_sae(folder or head.folder / "sae", head.sae, weights, head.metadata)
 
 
 class Checkpoint(L.Callback):
-    """Saves checkpoints and SAEs every `every` tokens, at the end, and when asked to stop."""
+    """Saves checkpoints and SAEs every `every` tokens, at the end, and when asked to stop; keeps
+    another copy of the SAEs every `keep_every` tokens."""
 
-    def __init__(self, every: int):
-        self.every = every
+    def __init__(self, every: int, keep_every: int | None):
+        self.every, self.keep_every = every, keep_every
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
         """Save if it is time or if the run was asked to stop."""
         step = trainer.global_step
+        if self.keep_every and is_due(step, module.batch, self.keep_every):
+            for head in module.training_heads:
+                export_head(head, kept_sae_path(head.folder, module.tokens_seen))
         if module.stopped_by:
             trainer.should_stop = True
         if module.stopped_by or step == module.steps or is_due(step, module.batch, self.every):
