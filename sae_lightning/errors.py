@@ -11,6 +11,7 @@ PACKAGES = (
     *("hydra", "omegaconf", "torch", "lightning", "transformers", "datasets", "safetensors"),
     *("filelock", "tensorboard", "numpy", "pandas", "pyarrow", "tqdm", "scipy", "sklearn"),
     *("platformdirs", "rich", "psutil", "jinja2", "plotly", "gguf", "accelerate"),
+    "huggingface_hub",
 )
 
 

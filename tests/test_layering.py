@@ -39,6 +39,7 @@ ROOMS = {
     "omegaconf": {"train", "analyze", "hydra_plugins", "runs"},
     "lightning": {"training", f"{PACKAGE}.runs.run"},
     "transformers": {"llm"},
+    "huggingface_hub": {"llm", "formats"},
     "scipy": {f"{PACKAGE}.stream.recovery", "analysis"},
     "sklearn": {"analysis"},
     "triton": {f"{PACKAGE}.sae.triton_products"},

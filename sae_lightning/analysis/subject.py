@@ -13,6 +13,7 @@ import torch
 
 from sae_lightning.analysis.metadata import config_from_metadata
 from sae_lightning.errors import UserError
+from sae_lightning.formats.fetch import fetch_saved, is_hub_address, name_hub_folder
 from sae_lightning.formats.load_sae import load_sae
 from sae_lightning.llm.load import LLM, LLMConfig, load_llm, load_tokenizer, pick_device
 from sae_lightning.llm.sites import LayerConfig, SitePair
@@ -32,17 +33,27 @@ class Subject:
     """An SAE with its LLM, sites and text; LLM, tokenizer and text are loaded on first use."""
 
     folder: Path
-    """Folder that the SAE was opened from; results are written in it."""
+    """Folder that the SAE was opened from."""
     sae: SAE
     """Takes raw activations; float32, on the LLM's device."""
     sites: SitePair
     """Where the SAE reads, and what it reconstructs."""
     config: Config
     """LLM and text; the rest has meaning only for a run folder."""
+    address: str = ""
+    """Where the folder was downloaded from (`hub:...`); empty for a local one."""
+
+    @property
+    def run(self) -> str:
+        """What to give as `run` to open the SAE again."""
+        return self.address or str(shorten_path(self.folder))
 
     @property
     def results_folder(self) -> Path:
-        """Folder for pages and numbers."""
+        """Folder for pages and numbers: beside the SAE, or below the working folder if the SAE was
+        downloaded (nothing is written to the cache)."""
+        if self.address:
+            return name_hub_folder(self.address) / "analysis"
         return self.folder / "analysis"
 
     @cached_property
@@ -93,7 +104,7 @@ class Subject:
         return describe_source(self.config.to_flat_dict()) | {
             "SAE": self.sae.config.name,
             "features": f"{self.features:,}",
-            "folder": str(shorten_path(self.folder)),
+            "folder": self.run,
         }
 
     def check_features(self, features: list[int]) -> list[int]:
@@ -117,15 +128,15 @@ class Subject:
 def open_subject(
     run: str, settings: dict[str, Any], given_settings: Collection[str] = ()
 ) -> Subject:
-    """Open the SAE in the folder `run`, without loading the LLM. `settings` holds llm, data, layer
-    and seed; `given_settings` names those (llm, llm.device, layer.index, ...) that override the
-    folder's.
+    """Open the SAE in the folder or at the hub address `run`, without loading the LLM. `settings`
+    holds llm, data, layer and seed; `given_settings` names those (llm, llm.device, layer.index,
+    ...) that override the folder's.
 
     UserError: there is no SAE, or it does not fit the LLM.
     """
-    folder = Path(run)
     if not run:
         raise UserError("run is empty: give a run folder, as run=outputs/<day>/<time>")
+    folder, address = fetch_saved(run), run if is_hub_address(run) else ""
     if is_sweep(folder):
         raise UserError(
             f"{run} holds a sweep: give one of the run folders in it, or task=sweep for a report "
@@ -149,7 +160,7 @@ def open_subject(
                 f"llm.name={config.llm.name}: its activations have {llm.width} dimensions, but "
                 f"the SAE in {folder} {weight} {width}; give the LLM that it was trained on"
             )
-    return Subject(folder, sae.to(pick_device(config.llm)), sites, config)
+    return Subject(folder, sae.to(pick_device(config.llm)), sites, config, address)
 
 
 def open_run(

@@ -8,7 +8,6 @@ import math
 import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from sae_lightning.analysis.subject import Subject, open_subject
@@ -32,7 +31,8 @@ class Task:
     """Which SAE, on which LLM and text."""
 
     run: str
-    """Run folder, a folder with a saved SAE, or for `task=sweep` the folder of a multirun."""
+    """Run folder, a folder with a saved SAE, an SAE on the hub (hub:owner/name/path@revision), or
+    for `task=sweep` the folder of a multirun."""
     task: str
     """The question: which task to run on it."""
     llm: LLMConfig
@@ -53,8 +53,11 @@ class Task:
         """Open the SAE; UserError if results cannot be written beside it."""
         settings = {"llm": self.llm, "data": self.data, "layer": self.layer, "seed": self.seed}
         subject = open_subject(self.run, settings, given_settings)
+        if subject.address:
+            subject.results_folder.parent.mkdir(parents=True, exist_ok=True)
         refuse_link(subject.results_folder)
-        folder = subject.results_folder if subject.results_folder.exists() else subject.folder
+        folder = subject.results_folder
+        folder = folder if folder.exists() else folder.parent
         if not (folder.is_dir() and os.access(folder, os.W_OK)):
             raise UserError(
                 f"{folder} cannot be written to: copy {subject.folder} (its config.yaml and sae/ "
@@ -90,7 +93,7 @@ class Task:
         target = subject.results_folder / name
         numbers = target.with_name(f"{self.task}.json")
         write_json(numbers, scalars)
-        commands = suggest_commands(subject.folder, feature)
+        commands = suggest_commands(subject.run, feature)
         files = [*(f"{catalogue.kind}s.parquet" for catalogue in catalogues), numbers.name]
         about = subject.heading, subject.describe()
         write_page(target, AnalysisPage(*about, sections, catalogues, commands, files, own))
@@ -100,9 +103,8 @@ class Task:
         )
 
 
-def suggest_commands(folder: Path, feature: int | None) -> list[str]:
-    """Suggest commands to run next on the SAE in `folder`, and on `feature` unless it is None."""
-    run = shorten_path(folder)
+def suggest_commands(run: str, feature: int | None) -> list[str]:
+    """Suggest commands to run next on the SAE `run`, and on `feature` unless it is None."""
     if feature is None:
         return [format_command("analyze.py", run=run)]
     return [

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from sae_lightning.errors import UserError
+from sae_lightning.formats.fetch import fetch_saved
 from sae_lightning.formats.readers import FORMATS, StoredSAE, check_numbers
 from sae_lightning.sae import ARCHITECTURES, SAE, SAEConfig, build_sae
 from sae_lightning.stream.states import expect
@@ -16,10 +17,11 @@ from sae_lightning.stream.states import expect
 @torch.no_grad()
 def load_sae(path: str | os.PathLike) -> SAE:
     """Load an SAE for raw LLM activations from a run folder, its `sae/`, or a folder written by
-    SAELens, sparsify or dictionary_learning.
+    SAELens, sparsify or dictionary_learning; with `hub:owner/name`, from the Hugging Face hub.
 
     The SAE is on the CPU, frozen, in float32; `sae.metadata` says what it was trained on.
     """
+    path = fetch_saved(path)
     files = [folder / name for folder in (Path(path, "sae"), Path(path)) for name in FORMATS]
     file = next(filter(Path.is_file, files), None)
     if file is None:

@@ -171,7 +171,7 @@ def test_what_to_ask_next_is_about_the_feature_that_was_asked_for(tmp_path):
     asked("lens", f"run={sae}", "feature=[5,7]", "direct=true").execute(["run", "task", "feature"])
     page = (sae / "analysis" / "lens.html").read_text()
     assert all(f"run={sae} task={task} feature=5" in page for task in ("lens", "steer", "explain"))
-    assert suggest_commands(sae, None) == [f"python analyze.py run={sae}"]
+    assert suggest_commands(str(sae), None) == [f"python analyze.py run={sae}"]
 
 
 def test_the_readme_has_the_example_that_is_tested():

@@ -1,0 +1,240 @@
+"""Downloads SAEs from the Hugging Face hub into its usual cache: only the files that are needed."""
+
+import os
+import re
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+from sae_lightning.errors import UserError
+from sae_lightning.formats.hub_errors import LONGEST_WAIT, one_line_hub_errors, read_wait
+from sae_lightning.formats.readers import FORMATS
+from sae_lightning.terminal import phase
+
+HUB = "hub:"
+MAIN = "main"  # the revision unless one is given
+COMMIT = re.compile("[0-9a-f]{40}")
+RUN_CONFIG = "config.yaml"  # of a run that was published with all its settings
+ANSWER_TIMEOUT = 10.0  # seconds for a first answer, before a cached copy is used
+ATTEMPTS = 3
+MB = 1e6
+
+
+class HubAddress(NamedTuple):
+    """Where files lie on the hub."""
+
+    repo: str
+    """owner/name"""
+    path: str
+    """A folder or file in the repository; empty for all of it."""
+    revision: str
+    """A branch, tag or commit."""
+
+
+def is_hub_address(address: str | os.PathLike) -> bool:
+    """Whether files have to be downloaded: `hub:...` instead of a local path."""
+    return str(address).startswith(HUB)
+
+
+def parse_address(address: str) -> HubAddress:
+    """Parse `hub:<owner>/<name>[/<path>][@<revision>]`; UserError if it is not of this form."""
+    match = re.fullmatch(r"hub:([\w.-]+/[\w.-]+)((?:/[^/@]+)*)/?(?:@([^@]+))?", address)
+    path = match[2].removeprefix("/") if match else ""
+    if not match or {".", ".."} & {*path.split("/")}:
+        raise UserError(f"{address}: write hub:<owner>/<name>[/<path>][@<revision>]")
+    return HubAddress(match[1], path, match[3] or MAIN)
+
+
+def name_hub_folder(address: str) -> Path:
+    """The folder below the working folder for results on what lies at a hub address:
+    hub/<owner>--<name>[@<revision>]/<path>."""
+    place = parse_address(address)
+    revision = "" if place.revision == MAIN else f"@{place.revision}"
+    return Path("hub", f"{place.repo}{revision}".replace("/", "--"), place.path)
+
+
+def fetch_saved(address: str | os.PathLike) -> Path:
+    """The folder or file that `address` names: a local path as it is, `hub:...` after a download of
+    the files that are needed to open the SAE there.
+
+    Files that were downloaded before are not downloaded again; without a connection they are used
+    as they are. UserError if they cannot be had.
+    """
+    if not is_hub_address(address):
+        return Path(address)
+    address = str(address)
+    place = parse_address(address)
+    with one_line_hub_errors(address, place.repo, place.revision):
+        commit = _find_commit(place)
+        if commit is None or (commit == place.revision and _find_cached(place, commit)):
+            return _find_cached(place, commit or _read_cached_commit(place))
+        sizes = _choose_files(address, place, _list_sizes(place, commit))
+        _download(address, place.repo, commit, sizes)
+        if commit != place.revision:
+            _remember_commit(place, commit)
+    return _storage(place) / "snapshots" / commit / place.path
+
+
+def _find_commit(place: HubAddress) -> str | None:
+    """The commit that the revision stands for; None if the hub cannot say so now and a cached copy
+    of the files can be used instead."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+
+    if COMMIT.fullmatch(place.revision):
+        return place.revision
+    ask = HfApi().model_info
+    try:
+        return _wait_and_repeat(
+            ask, place.repo, revision=place.revision, expand=["sha"], timeout=ANSWER_TIMEOUT
+        ).sha
+    except (HTTPError, OfflineModeIsEnabled) as error:
+        refused = isinstance(error, HfHubHTTPError) and error.response.status_code < 429
+        if refused or _find_cached(place, _read_cached_commit(place)) is None:
+            raise
+        return None
+
+
+def _wait_and_repeat(call: Callable, *arguments: Any, **settings: Any) -> Any:
+    """Call a method of the client that does not repeat refused requests itself: after as long as
+    the hub asks to wait."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    for _ in range(ATTEMPTS - 1):
+        try:
+            return call(*arguments, **settings)
+        except HfHubHTTPError as error:
+            wait = read_wait(error.response)
+            if error.response.status_code != 429 or wait is None or wait > LONGEST_WAIT:
+                raise
+            time.sleep(wait)
+    return call(*arguments, **settings)
+
+
+def _list_sizes(place: HubAddress, commit: str) -> dict[str, int]:
+    """Path -> bytes of all files in the folder of the address, or beside its file."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
+
+    api, folder = HfApi(), place.path
+    if folder:
+        entries = _wait_and_repeat(api.get_paths_info, place.repo, [folder], revision=commit)
+        if not entries:
+            raise UserError(
+                f"hub:{place.repo}/{folder}: {place.repo} has no such file or folder at revision "
+                f"{place.revision}; leave out the last part of the path for a list"
+            )
+        if isinstance(entries[0], RepoFile):
+            folder = str(PurePosixPath(folder).parent).removeprefix(".")
+    listed = api.list_repo_tree(place.repo, folder or None, recursive=True, revision=commit)
+    return {entry.path: entry.size for entry in listed if isinstance(entry, RepoFile)}
+
+
+def _choose_files(address: str, place: HubAddress, sizes: dict[str, int]) -> dict[str, int]:
+    """Path -> bytes of the files that are needed; UserError if no format is recognised."""
+    if needed := _find_needed(place.path, sizes):
+        return {name: sizes[name] for name in needed}
+    parents = dict.fromkeys(str(folder) for name in sizes for folder in PurePosixPath(name).parents)
+    found = [folder for folder in sorted(parents) if _find_needed(folder, sizes)]
+    if not found:
+        raise UserError(f"{address} holds no saved SAE that can be read; see docs/hub.md")
+    more = f" ({len(found):,} in all)" if len(found) > 3 else ""
+    revision = "" if place.revision == MAIN else f"@{place.revision}"
+    shown = ", ".join(f"{HUB}{place.repo}/{folder}{revision}" for folder in found[:3])
+    raise UserError(f"{address} is above the folders of its SAEs: give one of {shown}{more}")
+
+
+def _find_needed(path: str, names: Iterable[str]) -> list[str]:
+    """The files that are needed to open the SAE in the folder, or the file, `path`."""
+    names = {*names}
+    folder = PurePosixPath(path).parent if path in names else PurePosixPath(path)
+    weights = [path] if path in names else [f"{folder / 'sae' / name}" for name in FORMATS]
+    weights += [] if path in names else [str(folder / name) for name in FORMATS]
+    for file in weights:
+        if file in names:
+            settings = [n for n in names if n.endswith(".json") and _is_beside(n, file)]
+            config = [str(folder / RUN_CONFIG)] if str(folder / RUN_CONFIG) in names else []
+            return [*sorted(settings), *config, file]
+    return []
+
+
+def _is_beside(name: str, other: str) -> bool:
+    return PurePosixPath(name).parent == PurePosixPath(other).parent
+
+
+def _download(address: str, repo: str, commit: str, sizes: dict[str, int]) -> None:
+    """Download files of a repository into the cache, unless they are there, with a progress bar."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
+
+    missing = [
+        name
+        for name in sizes
+        if not isinstance(try_to_load_from_cache(repo, name, revision=commit), str)
+    ]
+    if not missing:
+        return
+    total = sum(sizes[name] for name in missing)
+    with phase(f"downloading {address} ({total / MB:,.1f} MB)", total) as advance:
+        for name in missing:
+            for attempt in range(1, ATTEMPTS + 1):
+                try:
+                    hf_hub_download(repo, name, revision=commit, tqdm_class=_make_bar(advance))
+                    break
+                except HTTPError as error:  # the client itself repeats only some of these
+                    if isinstance(error, HfHubHTTPError) or attempt == ATTEMPTS:
+                        raise
+
+
+def _make_bar(advance: Callable[[int], None]) -> type:
+    """A class with the methods of tqdm that the client calls; it moves our own bar instead."""
+
+    class Bar:
+        def __init__(self, **settings):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def update(self, n: int = 1) -> None:
+            advance(n)
+
+        def ignore(self, *arguments, **settings) -> None:
+            pass
+
+        update_transfer = set_postfix_str = set_transfer_postfix_str = close = refresh = ignore
+
+    return Bar
+
+
+def _storage(place: HubAddress) -> Path:
+    """The folder of a repository in the cache: refs/<revision> holds a commit, snapshots/<commit>
+    the files."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE, "models--" + place.repo.replace("/", "--"))
+
+
+def _read_cached_commit(place: HubAddress) -> str | None:
+    file = _storage(place) / "refs" / place.revision
+    return file.read_text() if file.is_file() else None
+
+
+def _remember_commit(place: HubAddress, commit: str) -> None:
+    """Write down which commit a branch or tag stands for, once its files are in the cache."""
+    file = _storage(place) / "refs" / place.revision
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(commit)
+
+
+def _find_cached(place: HubAddress, commit: str | None) -> Path | None:
+    """The folder or file of the address in the cache; None unless it can be opened."""
+    if commit is None:
+        return None
+    root = _storage(place) / "snapshots" / commit
+    names = [file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file()]
+    return root / place.path if _find_needed(place.path, names) else None

@@ -1,0 +1,102 @@
+"""Says in one line what went wrong with the hub and what to do; no message shows a token."""
+
+import errno
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from sae_lightning.errors import UserError, list_causes
+from sae_lightning.llm.quiet import mute_libraries
+
+LOGIN = "hf auth login"
+LONGEST_WAIT = 60.0  # seconds to wait where the hub asks to; the client itself would wait for hours
+
+
+@contextmanager
+def one_line_hub_errors(address: str, repo: str, revision: str = "main") -> Iterator[None]:
+    """Mute huggingface_hub, and raise what goes wrong as a UserError that begins with `address`."""
+    from huggingface_hub.errors import HTTPError
+
+    try:
+        with mute_libraries(), _limit_waiting(address):
+            yield
+    except UserError:
+        raise
+    except (HTTPError, OSError, ValueError) as error:
+        if (reason := explain_hub_error(error, repo, revision)) is None:
+            raise
+        raise UserError(f"{address}: {reason}") from error
+
+
+def explain_hub_error(error: Exception, repo: str, revision: str) -> str | None:
+    """The reason and the remedy; None for an error that is not the hub's, such as a full disk."""
+    from huggingface_hub import constants
+    from huggingface_hub import errors as hub
+
+    links = list_causes(error)
+    kinds = {kind for link in links for kind in type(link).__mro__}
+    if hub.OfflineModeIsEnabled in kinds:
+        return "not downloaded before, and HF_HUB_OFFLINE=1 forbids downloads; unset it"
+    if hub.GatedRepoError in kinds:
+        page = f"{constants.ENDPOINT}/{repo}"
+        return f"gated; accept its terms at {page}, then log in: {LOGIN}"
+    if hub.RevisionNotFoundError in kinds:
+        return f"{repo} has no revision {revision}; give a branch, a tag or a commit after @"
+    if hub.RepositoryNotFoundError in kinds:
+        return (
+            f"there is no repository {repo}, or it is private; check the name, or log in: {LOGIN}"
+        )
+    if hub.EntryNotFoundError in kinds and hub.LocalEntryNotFoundError not in kinds:
+        return f"no such file; see {constants.ENDPOINT}/{repo}/tree/{revision}"
+    if hub.HFValidationError in kinds:
+        return f"{repo} is no name of a repository; write owner/name"
+    for link in links:
+        if isinstance(link, hub.HfHubHTTPError):
+            return _explain_status(link.response)
+    if any("Consistency check failed" in str(link) for link in links):
+        return "the download ended early, and nothing was kept; run the same command again"
+    if any(getattr(link, "errno", None) in (errno.ENOSPC, errno.EDQUOT) for link in links):
+        return None
+    if hub.HTTPError in kinds:
+        what = type(links[0]).__name__
+        return f"no connection to {constants.ENDPOINT}, or it broke off ({what}); try again"
+    return None
+
+
+def _explain_status(response) -> str:
+    """What an HTTP status of the hub means, and what to do."""
+    status = response.status_code
+    if status == 401:
+        return f"the hub refuses your token (401); log in again: {LOGIN}"
+    if status == 403:
+        return f"your token may not do this (403); log in with one that may: {LOGIN}"
+    if status == 429:
+        wait = read_wait(response)
+        when = f"in {wait:.0f} s" if wait else "later"
+        return f"too many requests (429); try again {when}, or log in for more: {LOGIN}"
+    return f"the hub answers {status}; try again later"
+
+
+def read_wait(response) -> float | None:
+    """Seconds that a response asks to wait before the next request; None if it does not say."""
+    if match := re.search(r"\br=0;t=(\d+)", response.headers.get("ratelimit", "").replace(" ", "")):
+        return float(match[1])
+    text = response.headers.get("retry-after", "").strip()
+    return float(text) if text.isdigit() else None
+
+
+@contextmanager
+def _limit_waiting(address: str) -> Iterator[None]:
+    """Raise a UserError where the hub asks to wait longer than LONGEST_WAIT."""
+    from huggingface_hub.utils import get_session
+
+    def refuse_long_wait(response) -> None:
+        if response.status_code == 429 and (read_wait(response) or 0) > LONGEST_WAIT:
+            raise UserError(f"{address}: {_explain_status(response)}")
+
+    hooks = get_session().event_hooks["response"]
+    hooks.append(refuse_long_wait)
+    try:
+        yield
+    finally:
+        hooks.remove(refuse_long_wait)
