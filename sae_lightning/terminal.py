@@ -94,7 +94,7 @@ def show_live(bar: Progress) -> Iterator[Progress]:
 
 
 @contextmanager
-def phase(description: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+def phase(description: str, total: int | None = None) -> Iterator[Callable[[float], None]]:
     """Show a bar (without `total`, a spinner) until the block ends; yields `advance(n)`.
 
     Without a terminal, as in a log file, it prints only one line at the end, with the seconds.

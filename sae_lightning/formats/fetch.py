@@ -1,16 +1,19 @@
 """Downloads SAEs from the Hugging Face hub into its usual cache: only the files that are needed."""
 
+import math
 import os
 import re
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from sae_lightning.errors import UserError
 from sae_lightning.formats.hub_errors import LONGEST_WAIT, one_line_hub_errors, read_wait
 from sae_lightning.formats.readers import FORMATS
-from sae_lightning.terminal import phase
+from sae_lightning.formats.suites import choose_path, expand_suite
+from sae_lightning.terminal import console, phase
 
 HUB = "hub:"
 MAIN = "main"  # the revision unless one is given
@@ -26,10 +29,16 @@ class HubAddress(NamedTuple):
 
     repo: str
     """owner/name"""
-    path: str
-    """A folder or file in the repository; empty for all of it."""
+    paths: tuple[str, ...]
+    """The folder or file in the repository, empty for all of it; of several, the first that exists
+    (see `suites.choose_path`)."""
     revision: str
     """A branch, tag or commit."""
+
+    @property
+    def is_choice(self) -> bool:
+        """Whether a path has to be chosen among those that exist."""
+        return len(self.paths) > 1 or "*" in self.paths[0]
 
 
 def is_hub_address(address: str | os.PathLike) -> bool:
@@ -38,20 +47,23 @@ def is_hub_address(address: str | os.PathLike) -> bool:
 
 
 def parse_address(address: str) -> HubAddress:
-    """Parse `hub:<owner>/<name>[/<path>][@<revision>]`; UserError if it is not of this form."""
-    match = re.fullmatch(r"hub:([\w.-]+/[\w.-]+)((?:/[^/@]+)*)/?(?:@([^@]+))?", address)
-    path = match[2].removeprefix("/") if match else ""
-    if not match or {".", ".."} & {*path.split("/")}:
+    """Parse `hub:<owner>/<name>[/<path>][@<revision>]` or `hub:<suite>/<parts>`; UserError if it is
+    neither."""
+    match = re.fullmatch(r"hub:([\w.-]+/[\w.-]+)((?:/[^/@*]+)*)/?(?:@([^@]+))?", address)
+    name = match[1] + match[2] if match else address.removeprefix(HUB)
+    if suite := expand_suite(name.partition("@")[0]):
+        return HubAddress(*suite, match[3] or MAIN)
+    if not match or {".", ".."} & {*re.split("[/@]", address)}:
         raise UserError(f"{address}: write hub:<owner>/<name>[/<path>][@<revision>]")
-    return HubAddress(match[1], path, match[3] or MAIN)
+    return HubAddress(match[1], (match[2].removeprefix("/"),), match[3] or MAIN)
 
 
 def name_hub_folder(address: str) -> Path:
     """The folder below the working folder for results on what lies at a hub address:
     hub/<owner>--<name>[@<revision>]/<path>."""
-    place = parse_address(address)
-    revision = "" if place.revision == MAIN else f"@{place.revision}"
-    return Path("hub", f"{place.repo}{revision}".replace("/", "--"), place.path)
+    name, at, revision = address.removeprefix(HUB).partition("@")
+    owner, repo, *path = name.strip("/").split("/")
+    return Path("hub", f"{owner}--{repo}{at}{revision.replace('/', '--')}", *path)
 
 
 def fetch_saved(address: str | os.PathLike) -> Path:
@@ -67,13 +79,17 @@ def fetch_saved(address: str | os.PathLike) -> Path:
     place = parse_address(address)
     with one_line_hub_errors(address, place.repo, place.revision):
         commit = _find_commit(place)
-        if commit is None or (commit == place.revision and _find_cached(place, commit)):
-            return _find_cached(place, commit or _read_cached_commit(place))
-        sizes = _choose_files(address, place, _list_sizes(place, commit))
-        _download(address, place.repo, commit, sizes)
-        if commit != place.revision:
-            _remember_commit(place, commit)
-    return _storage(place) / "snapshots" / commit / place.path
+        path = None if commit is None else _find_cached(place, commit)
+        if commit is None or (commit == place.revision and path):
+            path = path or _find_cached(place, _read_cached_commit(place))
+        else:
+            path = _choose_on_hub(address, place, commit)
+            sizes = _choose_files(address, place, path, _list_sizes(place, path, commit))
+            _download(address, place.repo, commit, sizes)
+            if commit != place.revision:
+                _remember_commit(place, commit)
+            path = _storage(place) / "snapshots" / commit / path
+    return path
 
 
 def _find_commit(place: HubAddress) -> str | None:
@@ -112,30 +128,51 @@ def _wait_and_repeat(call: Callable, *arguments: Any, **settings: Any) -> Any:
     return call(*arguments, **settings)
 
 
-def _list_sizes(place: HubAddress, commit: str) -> dict[str, int]:
-    """Path -> bytes of all files in the folder of the address, or beside its file."""
+def _choose_on_hub(address: str, place: HubAddress, commit: str) -> str:
+    """The path of the address; UserError if none of its paths exists."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import EntryNotFoundError
+
+    def list_folder(folder: str) -> list[str]:
+        with suppress(EntryNotFoundError):
+            entries = HfApi().list_repo_tree(place.repo, folder, revision=commit)
+            return [entry.path for entry in entries]
+        return []
+
+    if not place.is_choice:
+        return place.paths[0]
+    if (path := choose_path(place.paths, list_folder)) is None:
+        raise UserError(f"{address}: {place.repo} has no {' and no '.join(place.paths)}")
+    console.print(f"{address} is {HUB}{place.repo}/{path}")
+    return path
+
+
+def _list_sizes(place: HubAddress, path: str, commit: str) -> dict[str, int]:
+    """Path -> bytes of all files in the folder `path`, or beside the file `path`."""
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
-    api, folder = HfApi(), place.path
-    if folder:
-        entries = _wait_and_repeat(api.get_paths_info, place.repo, [folder], revision=commit)
+    api, folder = HfApi(), path
+    if path:
+        entries = _wait_and_repeat(api.get_paths_info, place.repo, [path], revision=commit)
         if not entries:
             raise UserError(
-                f"hub:{place.repo}/{folder}: {place.repo} has no such file or folder at revision "
+                f"{HUB}{place.repo}/{path}: {place.repo} has no such file or folder at revision "
                 f"{place.revision}; leave out the last part of the path for a list"
             )
         if isinstance(entries[0], RepoFile):
-            folder = str(PurePosixPath(folder).parent).removeprefix(".")
+            folder = str(PurePosixPath(path).parent).removeprefix(".")
     listed = api.list_repo_tree(place.repo, folder or None, recursive=True, revision=commit)
     return {entry.path: entry.size for entry in listed if isinstance(entry, RepoFile)}
 
 
-def _choose_files(address: str, place: HubAddress, sizes: dict[str, int]) -> dict[str, int]:
+def _choose_files(
+    address: str, place: HubAddress, path: str, sizes: dict[str, int]
+) -> dict[str, int]:
     """Path -> bytes of the files that are needed; UserError if no format is recognised."""
-    if needed := _find_needed(place.path, sizes):
+    if needed := _find_needed(path, sizes):
         return {name: sizes[name] for name in needed}
-    parents = dict.fromkeys(str(folder) for name in sizes for folder in PurePosixPath(name).parents)
+    parents = {str(folder) for name in sizes for folder in PurePosixPath(name).parents}
     found = [folder for folder in sorted(parents) if _find_needed(folder, sizes)]
     if not found:
         raise UserError(f"{address} holds no saved SAE that can be read; see docs/hub.md")
@@ -176,7 +213,7 @@ def _download(address: str, repo: str, commit: str, sizes: dict[str, int]) -> No
     if not missing:
         return
     total = sum(sizes[name] for name in missing)
-    with phase(f"downloading {address} ({total / MB:,.1f} MB)", total) as advance:
+    with phase(f"downloading {address} (MB)", math.ceil(total / MB)) as advance:
         for name in missing:
             for attempt in range(1, ATTEMPTS + 1):
                 try:
@@ -187,7 +224,7 @@ def _download(address: str, repo: str, commit: str, sizes: dict[str, int]) -> No
                         raise
 
 
-def _make_bar(advance: Callable[[int], None]) -> type:
+def _make_bar(advance: Callable[[float], None]) -> type:
     """A class with the methods of tqdm that the client calls; it moves our own bar instead."""
 
     class Bar:
@@ -201,7 +238,7 @@ def _make_bar(advance: Callable[[int], None]) -> type:
             pass
 
         def update(self, n: int = 1) -> None:
-            advance(n)
+            advance(n / MB)
 
         def ignore(self, *arguments, **settings) -> None:
             pass
@@ -237,4 +274,10 @@ def _find_cached(place: HubAddress, commit: str | None) -> Path | None:
         return None
     root = _storage(place) / "snapshots" / commit
     names = [file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file()]
-    return root / place.path if _find_needed(place.path, names) else None
+    paths = [str(parent) for name in names for parent in (name, *PurePosixPath(name).parents)]
+
+    def list_folder(folder: str) -> list[str]:
+        return [path for path in paths if str(PurePosixPath(path).parent) == folder]
+
+    path = choose_path(place.paths, list_folder) if place.is_choice else place.paths[0]
+    return root / path if path is not None and _find_needed(path, names) else None

@@ -1,6 +1,9 @@
 """SAEs are opened from a hub: only the needed files, once, and every failure is one line."""
 
+import re
 import time
+from fnmatch import fnmatch
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,8 @@ from huggingface_hub import constants
 from sae_lightning import load_sae
 from sae_lightning.errors import UserError
 from sae_lightning.formats.export import save_sae
-from sae_lightning.formats.fetch import fetch_saved
+from sae_lightning.formats.fetch import fetch_saved, parse_address
+from sae_lightning.formats.suites import QWEN_MODELS, choose_path, expand_suite
 from sae_lightning.sae import SAEConfig, build_sae
 
 CFG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
@@ -198,3 +202,122 @@ def test_without_a_connection_or_a_copy_there_is_one_line(hub, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="not downloaded before, and HF_HUB_OFFLINE=1 forbids"):
         fetch_saved("hub:me/sae")
+
+
+@pytest.fixture
+def gemma(hub, folder):
+    """Folders as Gemma Scope has them, in our format."""
+    for width, numbers in {"16k": (22, 38, 71, 139, 294), "65k": (64, 136)}.items():
+        parts = {f"layer_20/width_{width}/average_l0_{number}": number for number in numbers}
+        files = {f"{part}/{name}": data for part in parts for name, data in read(folder).items()}
+        hub.add("google/gemma-scope-2b-pt-res", files)
+    repo = hub.repos["google/gemma-scope-2b-pt-res"]
+    repo.commits = [repo.commits[0] | repo.commits[1]]
+    return hub
+
+
+@pytest.mark.parametrize(("width", "l0"), [("16k", 71), ("65k", 64)])
+def test_a_short_name_stands_for_the_l0_nearest_to_100(gemma, monkeypatch, capsys, width, l0):
+    """71 is nearer than 139; of 64 and 136 it is the sparser one."""
+    name = f"hub:gemma-scope/2b/res/20/{width}"
+    first = fetch_saved(name)
+    assert first.parts[-3:] == ("layer_20", f"width_{width}", f"average_l0_{l0}")
+    assert gemma.count("GET .*resolve") == 2
+    whole = f"hub:google/gemma-scope-2b-pt-res/layer_20/width_{width}/average_l0_{l0}"
+    assert f"{name} is {whole}" in capsys.readouterr().out.replace("\n", "")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert fetch_saved(name) == first
+
+
+def test_of_several_places_the_first_that_exists_is_meant(hub, folder):
+    """Layer 13 has an L0 of about 60, layer 5 does not."""
+    parts = ("resid_post/layer_13_width_16k_l0_medium", "resid_post_all/layer_5_width_16k_l0_big")
+    files = {f"{part}/{name}": data for part in parts for name, data in read(folder).items()}
+    hub.add("google/gemma-scope-2-1b-pt", files)
+    for layer, part in zip((13, 5), parts, strict=True):
+        found = fetch_saved(f"hub:gemma-scope-2/1b/res/{layer}/16k")
+        assert found.as_posix().endswith(part)
+    with pytest.raises(
+        UserError, match="gemma-scope-2-1b-pt has no resid_post/layer_6_width_16k_l0_medium and no"
+    ):
+        fetch_saved("hub:gemma-scope-2/1b/res/6/16k")
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        (
+            "gemma-scope/3b/res/20/16k",
+            "gemma-scope has no model 3b; choose from 2b, 9b, 9b-it, 27b",
+        ),
+        ("gemma-scope/2b/res/20", "write hub:gemma-scope/<model>/<site>/<layer>/<width>"),
+        ("qwen-scope/qwen3-8b/1/2", "write hub:qwen-scope/<model>/<layer>"),
+        ("llama-scope", "write hub:llama-scope/<site>/<layer>/<expansion>"),
+    ],
+)
+def test_a_short_name_with_other_parts_is_refused(name, told):
+    with pytest.raises(UserError, match=told):
+        parse_address(f"hub:{name}")
+
+
+EXPANDED = {
+    "gemma-scope/9b-it/res/9/16k": "google/gemma-scope-9b-it-res layer_9/width_16k/average_l0_*",
+    "gemma-scope/2b/transcoders/5/16k": "google/gemma-scope-2b-pt-transcoders layer_5/width_16k/"
+    "average_l0_*",
+    "llama-scope/res/15/8x": "fnlp/Llama3_1-8B-Base-LXR-8x Llama3_1-8B-Base-L15R-8x",
+    "llama-scope/transcoders/3/32x": "fnlp/Llama3_1-8B-Base-LXTC-32x Llama3_1-8B-Base-L3TC-32x",
+    "qwen-scope/qwen3-8b/12": "Qwen/SAE-Res-Qwen3-8B-Base-W64K-L0_100 layer12.sae.pt",
+    "gpt2-res-jb/8": "jbloom/GPT2-Small-SAEs-Reformatted blocks.8.hook_resid_pre",
+}
+
+
+@pytest.mark.parametrize("name", EXPANDED)
+def test_a_short_name_stands_for_an_address(name):
+    place = parse_address(f"hub:{name}@v1")
+    assert [place.repo, *place.paths] == EXPANDED[name].split()
+    assert place.revision == "v1"
+
+
+@pytest.fixture(scope="module")
+def listed() -> dict[str, tuple[str, list[str]]]:
+    """Release of SAELens' list -> repository and paths; read line by line, as YAML takes 20 s."""
+    file, releases = Path(find_spec("sae_lens").origin).with_name("pretrained_saes.yaml"), {}
+    for line in file.read_text().splitlines():
+        if match := re.fullmatch(r"(\S+):", line):
+            release, repo, paths = match[1], [], []
+            releases[release] = repo, paths
+        elif match := re.fullmatch(r"  repo_id: (\S+)", line):
+            repo.append(match[1])
+        elif match := re.fullmatch(r"[ -]+path: (\S+)", line):
+            paths.append(match[1])
+    return {release: (repo[0], paths) for release, (repo, paths) in releases.items() if repo}
+
+
+def test_short_names_are_those_of_saelens(listed):
+    """Every repository and path that a name may stand for is in SAELens' list."""
+    names = [name for name in EXPANDED if "llama-scope/transcoders" not in name]  # not in the list
+    names += [f"qwen-scope/{model}/0" for model in QWEN_MODELS]
+    names += [f"gemma-scope-2/1b/{site}/13/16k" for site in ("res", "att", "mlp", "transcoders")]
+    for name in names:
+        wanted, paths = expand_suite(name)
+        known = [path for repo, found in listed.values() if repo == wanted for path in found]
+        assert any(fnmatch(path, paths[0]) for path in known), name
+
+
+def test_the_l0_nearest_to_100_is_the_canonical_one_of_saelens(listed):
+    chosen, canonical = [], []
+    for release, (_, paths) in listed.items():
+        if not release.endswith("-canonical"):
+            continue
+        others = listed[release.removesuffix("-canonical")][1]
+
+        def list_folder(folder: str, others=others) -> list[str]:
+            return [path for path in others if path.startswith(f"{folder}/")]
+
+        patterns = [str(Path(path).with_name("average_l0_*")) for path in paths]
+        chosen += [choose_path((pattern,), list_folder) for pattern in patterns]
+        canonical += paths
+    differing = [pair for pair in zip(chosen, canonical, strict=True) if pair[0] != pair[1]]
+    assert len(canonical) == 429
+    folder = "layer_27/width_16k"  # of gemma-scope-9b-pt-att: 64 and 136 are equally near
+    assert differing == [(f"{folder}/average_l0_64", f"{folder}/average_l0_136")]

@@ -1,0 +1,123 @@
+"""Short names of well-known suites of SAEs on the hub, and the addresses that they stand for."""
+
+import re
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from pathlib import PurePosixPath
+from typing import NamedTuple
+
+from sae_lightning.errors import UserError
+
+# Of SAEs that differ only in L0, the one nearest to this is meant, which SAELens calls canonical.
+USUAL_L0 = 100.0
+
+
+class Suite(NamedTuple):
+    """A row: `hub:<suite>/<parts>` stands for a path in a repository."""
+
+    parts: str
+    """Names of the parts after the suite's name."""
+    repo: str
+    """The repository, with the parts in braces."""
+    paths: tuple[str, ...]
+    """The path in it; of several, the first that exists. `*` stands for an L0."""
+    words: dict[str, dict[str, str]]
+    """Part -> what may be typed there -> what is inserted; any word if the part is not listed."""
+
+
+GEMMA_SITES = {"res": "res", "att": "att", "mlp": "mlp", "transcoders": "transcoders"}
+GEMMA_2_SITES = {"res": "resid_post", "att": "attn_out", "mlp": "mlp_out"}
+LLAMA_SITES = {"res": "R", "att": "A", "mlp": "M", "transcoders": "TC"}
+QWEN_MODELS = {
+    "qwen3-1.7b": "Qwen3-1.7B-Base-W32K",
+    "qwen3-8b": "Qwen3-8B-Base-W64K",
+    "qwen3-30b-a3b": "Qwen3-30B-A3B-Base-W128K",
+    "qwen3.5-2b": "Qwen3.5-2B-Base-W32K",
+    "qwen3.5-9b": "Qwen3.5-9B-Base-W64K",
+    "qwen3.5-27b": "Qwen3.5-27B-W80K",
+    "qwen3.5-35b-a3b": "Qwen3.5-35B-A3B-Base-W128K",
+}
+SUITES = {
+    "gemma-scope": Suite(
+        "model site layer width",
+        "google/gemma-scope-{model}-{site}",
+        ("layer_{layer}/width_{width}/average_l0_*",),
+        {
+            "model": {"2b": "2b-pt", "9b": "9b-pt", "9b-it": "9b-it", "27b": "27b-pt"},
+            "site": GEMMA_SITES,
+        },
+    ),
+    "gemma-scope-2": Suite(
+        "model site layer width",
+        "google/gemma-scope-2-{model}",
+        (
+            "{site}/layer_{layer}_width_{width}_l0_medium",  # L0 of about 60, in four layers
+            "{site}_all/layer_{layer}_width_{width}_l0_big",  # about 150, in every layer
+        ),
+        {
+            "model": {
+                name: name if name.endswith("-it") else f"{name}-pt"
+                for size in ("270m", "1b", "4b", "12b", "27b")
+                for name in (size, f"{size}-it")
+            },
+            "site": GEMMA_2_SITES | {"transcoders": "transcoder"},
+        },
+    ),
+    "llama-scope": Suite(
+        "site layer expansion",
+        "fnlp/Llama3_1-8B-Base-LX{site}-{expansion}",
+        ("Llama3_1-8B-Base-L{layer}{site}-{expansion}",),
+        {"site": LLAMA_SITES, "expansion": {"8x": "8x", "32x": "32x"}},
+    ),
+    "qwen-scope": Suite(
+        "model layer",
+        "Qwen/SAE-Res-{model}-L0_100",
+        ("layer{layer}.sae.pt",),
+        {"model": QWEN_MODELS},
+    ),
+    "gpt2-res-jb": Suite(
+        "layer", "jbloom/GPT2-Small-SAEs-Reformatted", ("blocks.{layer}.hook_resid_pre",), {}
+    ),
+}
+
+
+def expand_suite(name: str) -> tuple[str, tuple[str, ...]] | None:
+    """The repository, and paths in it to try in turn, that `<suite>/<parts>` stands for; None if it
+    does not begin with a suite's name, UserError if the parts do not fit."""
+    first, *typed = name.split("/")
+    if first not in SUITES:
+        return None
+    suite, words = SUITES[first], {}
+    parts = suite.parts.split()
+    for part, word in zip(parts, typed, strict=False):
+        known = suite.words.get(part)
+        if known and word not in known:
+            raise UserError(
+                f"hub:{name}: {first} has no {part} {word}; choose from {', '.join(known)}"
+            )
+        words[part] = known[word] if known else word
+    if len(typed) != len(parts):
+        form = "/".join(f"<{part}>" for part in parts)
+        raise UserError(f"hub:{name}: write hub:{first}/{form}; the names are in docs/hub.md")
+    return suite.repo.format(**words), tuple(path.format(**words) for path in suite.paths)
+
+
+def choose_path(paths: tuple[str, ...], list_folder: Callable[[str], list[str]]) -> str | None:
+    """The first of `paths` that exists; with `*` for a number, the one whose number is nearest to
+    USUAL_L0, and of two equally near ones the smaller. None if there is none.
+
+    list_folder: lists the paths in a folder, none if there is no such folder.
+    """
+    for path in paths:
+        parent = str(PurePosixPath(path).parent)
+        found = [name for name in list_folder(parent) if fnmatchcase(name, path)]
+        if found:
+            return min(found, key=_rank)
+    return None
+
+
+def _rank(path: str) -> tuple[float, float]:
+    """How far the number at the end of the path is from the usual L0, and the number."""
+    match = re.search(r"\d+(\.\d+)?$", path)
+    number = float(match[0]) if match else 0.0
+    return abs(number - USUAL_L0), number
