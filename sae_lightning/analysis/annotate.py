@@ -16,7 +16,6 @@ from torch import Tensor
 from sae_lightning.analysis.collect import EncodedBatch, collect
 from sae_lightning.analysis.subject import Subject
 from sae_lightning.analysis.survey.features_task import FeaturesTask
-from sae_lightning.analysis.survey.kept import read_kept_catalogue
 from sae_lightning.analysis.task import check_at_least
 from sae_lightning.errors import UserError
 from sae_lightning.files import read_regular_file
@@ -32,7 +31,6 @@ MAX_FILE_BYTES = 1 << 20  # a longer file is refused unread: it has too many tok
 TOKEN_TABLE_LINES = 60  # lines of the table in the terminal
 SUMMARY_FEATURES = 10  # features of the whole text listed in the terminal
 FEATURE_COLUMNS = ["feature", "strength", "of maximum", "strongest on"]
-CATALOGUE_SETTINGS = {"tokens", "examples", "neurons"}  # setting one makes a new catalogue
 
 
 @dataclass(slots=True, kw_only=True)
@@ -62,11 +60,7 @@ class TextTask(FeaturesTask):
         subject = self.load_subject(given_settings)
         # before the LLM is loaded, as the text may be refused
         contexts = len(make_sequences(subject, text, where).ids)
-        catalogue = None
-        if not CATALOGUE_SETTINGS & {*given_settings}:
-            catalogue = read_kept_catalogue(subject, subject.results_folder / "features.parquet")
-        if catalogue is None:
-            catalogue = self.make_catalogues(subject).features
+        catalogue = self.find_catalogue(subject, given_settings)
         annotated = AnnotatedText(annotate(subject, text, where), catalogue)
         strongest = annotated.rank_fired()
         summary = make_text_section(annotated, strongest, contexts)

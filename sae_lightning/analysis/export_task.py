@@ -2,10 +2,13 @@
 
 import os
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sae_lightning.analysis.dashboards.contents import DashboardSettings, open_dashboards
+from sae_lightning.analysis.dashboards.neuronpedia import write_neuronpedia
+from sae_lightning.analysis.dashboards.saedashboard import write_saedashboard
 from sae_lightning.analysis.task import Task
 from sae_lightning.errors import UserError
 from sae_lightning.files import (
@@ -27,11 +30,14 @@ class Writer(NamedTuple):
     """Called with what to write and the empty folder to write it in."""
     open: Callable[["ExportTask", Collection[str]], Any]
     """Called with the task and the names of the given settings; returns what to write."""
+    settings: frozenset[str] = frozenset()
+    """Settings that have a meaning for this format, besides those of every task."""
 
 
 @dataclass(slots=True, kw_only=True)
-class ExportTask(Task):
-    """Write the SAE in another tool's format."""
+class ExportTask(DashboardSettings):
+    """Write the SAE in another tool's format, or dashboards of its features: these formats alone
+    (neuronpedia, saedashboard) take the settings besides `format` and `to`."""
 
     format: str | None = None
     """Format to write."""
@@ -46,11 +52,18 @@ class ExportTask(Task):
             raise UserError(f"format={self.format}: no such format to write; choose from {names}")
         if not self.to:
             raise UserError("to is not set: give the folder to write, as to=exports/mine")
+        DashboardSettings.__post_init__(self)
 
     def execute(self, given_settings: Collection[str]) -> None:
         folder = Path(self.to).absolute()
         check_target(folder)
         writer = WRITERS[self.format]
+        for name in sorted(FORMAT_SETTINGS & {*given_settings} - writer.settings):
+            has = [format for format, row in WRITERS.items() if name in row.settings]
+            raise UserError(
+                f"{name} has no meaning for format={self.format}, only for {', '.join(has)}: leave "
+                "it out"
+            )
         content = writer.open(self, given_settings)
         with convert_write_errors(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +106,19 @@ def write_saelens(sae: Any, folder: Path) -> None:
     save_sae(folder, sae, sae.weights(), sae.metadata)
 
 
+def _list_settings(task: type[Task]) -> frozenset[str]:
+    """Names of the settings that `task` has besides those of every task."""
+    return frozenset(field.name for field in fields(task)) - {field.name for field in fields(Task)}
+
+
+DASHBOARD_SETTINGS = _list_settings(DashboardSettings)
+FORMAT_SETTINGS = _list_settings(ExportTask) - {"format", "to"}
+# They say what Neuronpedia lists the SAE under.
+LISTED = frozenset({"release", "description", "creator", "creator_id", "url"})
+
 # Name of a format -> how to write it.
 WRITERS = {
     "saelens": Writer(write_saelens, open_alone),
+    "neuronpedia": Writer(write_neuronpedia, open_dashboards, DASHBOARD_SETTINGS),
+    "saedashboard": Writer(write_saedashboard, open_dashboards, DASHBOARD_SETTINGS - LISTED),
 }

@@ -132,9 +132,18 @@ def lens(
 def measure_effects(subject: Subject, text: TokenStream, top: int = 10) -> LogitEffect:
     """Find the `top` tokens that each feature promotes and suppresses, by a linear map fitted on
     `text`."""
+    return _unembed_rows(subject, map_decoder(subject, text), top)
+
+
+@torch.no_grad()
+def map_decoder(subject: Subject, text: TokenStream | None) -> Tensor | None:
+    """Map W_dec to the unembedding's input [features, d] by a linear map fitted on `text`, or
+    without `text` by the direct path; None if there is no direct path."""
+    if text is None:
+        return _unmapped_rows(subject)
     model = subject.llm.model
     tokens = read_embedding(model, model.get_input_embeddings().num_embeddings)
-    return _unembed_rows(subject, _mapped_rows(subject, _fit_maps(subject, text, tokens)), top)
+    return _mapped_rows(subject, _fit_maps(subject, text, tokens))
 
 
 def _unembed_rows(subject: Subject, rows: Tensor, top: int) -> LogitEffect:

@@ -16,6 +16,7 @@ WINDOW = BEFORE + 1 + AFTER
 # Edges of the histogram of strengths, half an octave apart; outliers go into the outermost bins.
 EDGES = 2.0 ** torch.arange(-10, 14.5, 0.5)
 INTERVALS = 5  # equally wide intervals of strength from 0 to a unit's maximum
+LINEAR_BINS = 50  # equally wide bins of strength from 0 to a unit's maximum, 10 of each interval
 
 
 def find_interval(strength: Tensor, maximum: Tensor) -> Tensor:
@@ -124,6 +125,9 @@ class Catalogue(NamedTuple):
     """By Jaccard index: tokens where both fire / tokens where either fires; None for neurons."""
     effect: LogitEffect | None = None
     """None for neurons."""
+    linear_histogram: Tensor | None = None
+    """[units, LINEAR_BINS] number of tokens with a strength in each bin, the weakest first, int64;
+    estimated from a sample if the text is long. None for neurons and in files of older versions."""
 
     @property
     def num_units(self) -> int:

@@ -63,6 +63,8 @@ def _make_columns(catalogue: Catalogue, first: int, words: pa.Array) -> dict[str
         columns["promoted"] = _make_text_lists(e.promoted, words)
         columns["suppressed"] = _make_text_lists(e.suppressed, words)
         columns["sharpness"] = _to_array(e.sharpness)
+    if (bins := catalogue.linear_histogram) is not None:
+        columns["linear_histogram"] = _make_lists(bins, bins >= 0)
     return columns
 
 

@@ -18,6 +18,7 @@ from sae_lightning.report.catalogue import (
     AFTER,
     BEFORE,
     EDGES,
+    LINEAR_BINS,
     WINDOW,
     Catalogue,
     Examples,
@@ -51,11 +52,9 @@ def read_catalogue(path: Path, vocabulary: list[str]) -> Catalogue:
     last, tokens = len(columns[kind]) - 1, read_metadata(path)["tokens"]
     numbers = {"fired": _read_integers(columns["fired"], MAX_COUNT)}
     numbers |= {name: _read_reals(columns[name]) for name in ("mean", "maximum")}
-    histogram = _pad_lists(
-        columns["histogram"], _read_integers(columns["histogram"].flatten(), MAX_COUNT), 0
-    )
-    if not 1 <= tokens <= 2**53 or histogram.shape[1] != len(EDGES) - 1:
-        raise ValueError(f"{tokens} tokens in {histogram.shape[1]} bins")
+    histogram = _read_counts(columns["histogram"], len(EDGES) - 1)
+    if not 1 <= tokens <= 2**53:
+        raise ValueError(f"{tokens} tokens")
     examples = [_read_examples(columns[n], ids) for n in ("examples", "examples_of_all_strengths")]
     statistics = Statistics(tokens, **numbers, histogram=histogram)
     catalogue = Catalogue(kind, vocabulary, _rebuild_text(*examples), statistics, *examples)
@@ -86,6 +85,9 @@ def read_catalogue(path: Path, vocabulary: list[str]) -> Catalogue:
         tokens = (_read_tokens(columns[name], ids).long() for name in ("promoted", "suppressed"))
         effect = LogitEffect(*tokens, _to_tensor(columns["sharpness"]).float())
         catalogue = catalogue._replace(effect=effect)
+    if "linear_histogram" in columns:
+        bins = _read_counts(columns["linear_histogram"], LINEAR_BINS)
+        catalogue = catalogue._replace(linear_histogram=bins)
     return catalogue
 
 
@@ -105,6 +107,14 @@ def _read_integers(values: pa.Array, maximum: int) -> Tensor:
     if not ((numbers >= 0) & (numbers <= maximum)).all():
         raise ValueError(f"a number is not from 0 to {maximum:,}")
     return numbers.long()
+
+
+def _read_counts(lists: pa.ListArray, bins: int) -> Tensor:
+    """Histograms [units, bins] as int64; ValueError if a count or their number is wrong."""
+    counts = _pad_lists(lists, _read_integers(lists.flatten(), MAX_COUNT), 0)
+    if counts.shape[1] != bins:
+        raise ValueError(f"{counts.shape[1]} bins")
+    return counts
 
 
 def _read_reals(values: pa.Array) -> Tensor:

@@ -6,9 +6,9 @@ from batches import batches, sparse
 
 from sae_lightning.analysis.survey import intervals, strengths
 from sae_lightning.analysis.survey.examples import FiringStatistics, StrongestExamples
-from sae_lightning.analysis.survey.intervals import draw_examples
+from sae_lightning.analysis.survey.intervals import count_linearly, draw_examples
 from sae_lightning.analysis.survey.sample import SequenceSampler
-from sae_lightning.report.catalogue import INTERVALS
+from sae_lightning.report.catalogue import INTERVALS, LINEAR_BINS
 
 UNITS, CONTEXT = 6, 40
 
@@ -108,3 +108,16 @@ def test_each_token_of_an_interval_is_as_likely_and_a_seed_draws_the_same_again(
     assert chosen[:30].max() < 40 + 4 * 6
     again = [drawn(features, seed=seed)[0].sequence.tolist() for seed in (7, 7, 8)]
     assert again[0] == again[1] != again[2]
+
+
+def test_bins_are_counted_exactly_and_estimated_where_the_sample_is_a_part():
+    features = torch.zeros(1, CONTEXT, 2)
+    # of a maximum of 5: bin 0 is (0, 0.1], bin 9 (0.9, 1.0], bin 49 (4.9, 5.0]
+    features[0, 1:6, 0] = torch.tensor([0.05, 0.95, 1.0, 4.95, 5.0])
+    _, _, sample = drawn(features)
+    maximum, tokens = torch.tensor([5.0, 0.0]), int(sample.keep.sum())
+    counts = count_linearly(sample, maximum, tokens)
+    assert counts.shape == (2, LINEAR_BINS)
+    assert {i: n for i, n in enumerate(counts[0].tolist()) if n} == {0: 1, 9: 2, 49: 2}
+    assert not counts[1].any()
+    assert torch.equal(count_linearly(sample, maximum, 3 * tokens), 3 * counts)

@@ -72,6 +72,8 @@ def test_a_catalogue_comes_back_from_its_file_as_it_was(features, tmp_path, grou
         assert given is None or list(given._fields) == list(found._fields)
         for name, value in given._asdict().items() if given else ():
             assert_same(value, getattr(found, name), f"{group}.{name}", features)
+    assert torch.equal(back.linear_histogram, features.linear_histogram)
+    assert torch.equal(features.linear_histogram.sum(dim=1), features.statistics.fired)
 
 
 def assert_same(given, found, name, features):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from sae_lightning.analysis.collect import Reducer
 from sae_lightning.analysis.lens import measure_effects
 from sae_lightning.analysis.subject import Subject
-from sae_lightning.analysis.survey.kept import describe_origin
+from sae_lightning.analysis.survey.kept import describe_origin, read_kept_catalogue
 from sae_lightning.analysis.survey.strengths import Positive
 from sae_lightning.analysis.survey.survey import (
     Survey,
@@ -15,10 +15,12 @@ from sae_lightning.analysis.survey.survey import (
     survey,
 )
 from sae_lightning.analysis.task import Task, check_at_least
+from sae_lightning.report.catalogue import Catalogue
 from sae_lightning.report.parquet import write_catalogue
 from sae_lightning.report.printer import print_section, print_units
 
 PRINTED_FEATURES = 5  # features shown in the terminal
+CATALOGUE_SETTINGS = {"tokens", "examples", "neurons"}  # setting one makes a new catalogue
 
 
 @dataclass(slots=True, kw_only=True)
@@ -45,6 +47,13 @@ class FeaturesTask(Task):
         print_units(result.features, pick_most_telling(result.features, PRINTED_FEATURES))
         catalogues = [result.features, result.neurons]
         self.publish(subject, result.scalars(), [summary], catalogues, result.best)
+
+    def find_catalogue(self, subject: Subject, given_settings: Collection[str]) -> Catalogue:
+        """The features' catalogue that an earlier task left, or else a new one."""
+        kept = None
+        if not CATALOGUE_SETTINGS & {*given_settings}:
+            kept = read_kept_catalogue(subject, subject.results_folder / "features.parquet")
+        return kept or self.make_catalogues(subject).features
 
     def make_catalogues(self, subject: Subject, *reducers: Reducer) -> Survey:
         """Survey the text, measure the features' effects on the logits, and write both catalogues

@@ -15,6 +15,7 @@ from sae_lightning.report.catalogue import (
     AFTER,
     BEFORE,
     INTERVALS,
+    LINEAR_BINS,
     WINDOW,
     Examples,
     find_interval,
@@ -23,6 +24,17 @@ from sae_lightning.report.catalogue import (
 
 ENTRIES_AT_ONCE = 1 << 21  # entries of the sample to draw from at a time: bounds memory
 WINDOWS_AT_ONCE = 1 << 16  # examples whose windows are read at a time: bounds memory
+
+
+def count_linearly(sample: Sample, maximum: Tensor, tokens: int) -> Tensor:
+    """Estimate on how many of `tokens` tokens each unit's strength is in each bin [units,
+    LINEAR_BINS], int64; maximum: [units]. Exact if the sample is the whole text."""
+    owners = sample.owners()
+    share = sample.strengths / maximum[owners].clamp_min(torch.finfo(torch.float32).tiny)
+    bins = (share * LINEAR_BINS).ceil().clamp(1, LINEAR_BINS).long() - 1
+    counts = torch.bincount(owners * LINEAR_BINS + bins, minlength=len(maximum) * LINEAR_BINS)
+    scale = tokens / max(1, int(sample.keep.sum()))
+    return (counts * scale).round().long().view(-1, LINEAR_BINS)
 
 
 def draw_examples(

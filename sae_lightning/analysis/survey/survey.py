@@ -15,7 +15,7 @@ from sae_lightning.analysis.survey.examples import (
     StrongestExamples,
     TokenRecorder,
 )
-from sae_lightning.analysis.survey.intervals import draw_examples
+from sae_lightning.analysis.survey.intervals import count_linearly, draw_examples
 from sae_lightning.analysis.survey.reading import score_token_sets
 from sae_lightning.analysis.survey.related import MAX_EXACT_FEATURES, find_neighbours, find_partners
 from sae_lightning.analysis.survey.sample import Sample, SequenceSampler
@@ -107,8 +107,10 @@ def survey(
     del catalogues, neuron_sample  # large
     with phase("comparing features"):
         scored = score_token_sets(sample, len(words))
+        statistics = features.statistics
         features = features._replace(
             token_sets=scored,
+            linear_histogram=count_linearly(sample, statistics.maximum, statistics.tokens),
             telling=rate_telling(read, sample, scored, words),
             neighbours=find_neighbours(subject.sae.W_dec),
             partners=find_partners(sample),

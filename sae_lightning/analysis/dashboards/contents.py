@@ -1,0 +1,144 @@
+"""What dashboards are written from: the settings, the catalogue, and the effects on the logits."""
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from sae_lightning.analysis.lens import map_decoder
+from sae_lightning.analysis.subject import Subject
+from sae_lightning.analysis.survey.features_task import FeaturesTask
+from sae_lightning.analysis.task import parse_integers
+from sae_lightning.errors import UserError
+from sae_lightning.llm.sites import Kind
+from sae_lightning.report.catalogue import Catalogue
+from sae_lightning.terminal import console
+
+# Neuronpedia's id of a model: the end of its name on the hub in lower case, with these replaced.
+MODEL_ID_PATTERNS = {
+    r"^smollm2$": "smollm2-135m",  # packaged
+    r"^gpt2$": "gpt2-small",
+    r"^llama-3": "llama3",
+    r"^(gemma-3-.*)-pt$": r"\1",
+    r"^(qwen3\.5-.*)-base$": r"\1-pt",
+    r"-instruct$": "-it",
+}
+SITE_WORDS = {Kind.resid: "res", Kind.mlp: "mlp", Kind.attn: "att", Kind.mlp_in: "mlp-in"}
+NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]*"  # names become folders and addresses
+SUFFIX_MARK = "__"  # between the name of a set and the suffix
+
+
+@dataclass(slots=True, kw_only=True)
+class DashboardSettings(FeaturesTask):
+    """Settings of the formats that hold dashboards instead of weights."""
+
+    tokens: int = 131_072
+    """Tokens to read for the examples, unless an earlier task has left a catalogue. If this,
+    examples or neurons is given, a new one is made."""
+    feature: Any = None
+    """A feature or a list of them; null for all."""
+    direct: bool = False
+    """Take a feature's effect on the logits from the direct path (the logit lens), as SAEDashboard
+    does, and not through the later blocks."""
+    vectors: bool = False
+    """Write the decoder rows too, so that Neuronpedia can steer without the SAE. It then lists each
+    feature as a vector of yours."""
+    model_id: str | None = None
+    """Neuronpedia's id of the LLM, such as gpt2-small; null derives it from llm.name."""
+    source_set: str | None = None
+    """Name of the set of SAEs, such as res-jb; null makes it of site, architecture and size."""
+    suffix: str | None = None
+    """Tells SAEs of the same set and block apart, such as l0-30."""
+    release: str | None = None
+    """Id of the release; null for the name of the set."""
+    description: str | None = None
+    """What the release is, in a sentence."""
+    creator: str = "anonymous"
+    """Your name, or that of your group."""
+    creator_id: str = "clkht01d40000jv08hvalcvly"
+    """Id of the user in Neuronpedia's database; the default is that of every new installation."""
+    url: str | None = None
+    """Address of a paper or repository."""
+
+    def __post_init__(self):
+        FeaturesTask.__post_init__(self)
+        self.feature = parse_integers("feature", self.feature)
+        for name in ("model_id", "source_set", "suffix", "release", "creator_id"):
+            value = getattr(self, name)
+            if value is not None and not re.fullmatch(NAME_PATTERN, value):
+                raise UserError(f"{name}={value}: give letters, digits and any of . _ -")
+        if SUFFIX_MARK in (self.source_set or ""):
+            raise UserError(
+                f"source_set={self.source_set}: {SUFFIX_MARK} separates the suffix; give that as "
+                "suffix=..."
+            )
+
+
+class SourceName(NamedTuple):
+    """Where Neuronpedia lists an SAE."""
+
+    model: str
+    """Id of the LLM."""
+    layer: int
+    """Index of the block that the SAE reads."""
+    source_set: str
+    suffix: str | None
+
+    @property
+    def id(self) -> str:
+        """The SAE's id there, <layer>-<set>[__<suffix>]."""
+        return f"{self.layer}-{self.source_set}" + (
+            f"{SUFFIX_MARK}{self.suffix}" if self.suffix else ""
+        )
+
+
+class Dashboards(NamedTuple):
+    """Everything that dashboards of `units` show."""
+
+    subject: Subject
+    settings: DashboardSettings
+    catalogue: Catalogue
+    units: list[int]
+    """The features to write, ascending."""
+    rows: Tensor | None
+    """[features, d] how a unit of each feature's strength changes the unembedding's input; None if
+    the direct path is asked for and there is none."""
+
+    @property
+    def name(self) -> SourceName:
+        """The SAE's place in Neuronpedia, as given or derived from LLM, site and SAE."""
+        given, (source, target) = self.settings, self.subject.sites
+        kind = SITE_WORDS[source.kind] if source == target else "tc"
+        config = self.subject.sae.config
+        made = f"{kind}-{config.name.replace('_', '')}-{config.features}"
+        model = given.model_id or derive_model_id(self.subject.config.llm.name)
+        return SourceName(model, source.layer, given.source_set or made, given.suffix)
+
+    @property
+    def prompts(self) -> tuple[int, int]:
+        """How many sequences the statistics are over, and the tokens of each."""
+        context = self.subject.config.data.context
+        return -(-self.catalogue.statistics.tokens // (context - 1)), context
+
+
+def open_dashboards(task: DashboardSettings, given_settings: Collection[str]) -> Dashboards:
+    """Open SAE, LLM and text, and find or make the catalogue. UserError for synthetic concepts."""
+    subject = task.load_subject(given_settings)
+    units = subject.check_features(sorted({*(task.feature or range(subject.features))}))
+    text = subject.corpus.train
+    catalogue = task.find_catalogue(subject, given_settings)
+    if catalogue.linear_histogram is None:
+        console.print("it is of an older version, without histograms: making a new one")
+        catalogue = task.make_catalogues(subject).features
+    rows = map_decoder(subject, None if task.direct else text)
+    return Dashboards(subject, task, catalogue, units, rows)
+
+
+def derive_model_id(llm: str) -> str:
+    """Neuronpedia's id of the LLM with a name on the hub, or in a folder of that name."""
+    name = re.sub(r"[^a-z0-9._-]+", "-", llm.rstrip("/").split("/")[-1].lower())
+    for pattern, replacement in MODEL_ID_PATTERNS.items():
+        name = re.sub(pattern, replacement, name)
+    return name

@@ -1,0 +1,215 @@
+"""Writes a folder that Neuronpedia's importer reads: rows of its database, a file for each table.
+
+<model>/<layer>-<set>[__suffix]/release.jsonl model.jsonl sourceset.jsonl source.jsonl
+                                features/batch-0.jsonl.gz ...
+                                activations/batch-0.jsonl.gz ...
+                                explanations/batch-0.jsonl.gz ...     if `task=explain` was run
+
+The importer takes a file's columns from its first line: all lines of a file have the same keys, and
+a file without lines, which it cannot read, is not written.
+"""
+
+import gzip
+import hashlib
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from sae_lightning.analysis.dashboards.contents import Dashboards
+from sae_lightning.analysis.dashboards.feature_dashboards import Dashboard, list_dashboards
+from sae_lightning.analysis.subject import Subject
+from sae_lightning.terminal import console, shorten_path
+
+Row = dict[str, Any]
+"""A row of a table of Neuronpedia's database, by its columns."""
+# Keys of a feature's row that are the same in SAEDashboard.
+SAME_KEYS = [
+    *(f"neuron_alignment_{what}" for what in ("indices", "values", "l1")),
+    *(f"correlated_neurons_{what}" for what in ("indices", "pearson", "l1")),
+    *(f"correlated_features_{what}" for what in ("indices", "pearson", "l1")),
+    *("neg_str", "neg_values", "pos_str", "pos_values", "frac_nonzero", "decoder_weights_dist"),
+    *("freq_hist_data_bar_heights", "freq_hist_data_bar_values"),
+    *("logits_hist_data_bar_heights", "logits_hist_data_bar_values"),
+]
+DESCRIPTION_LENGTH = 512  # of an explanation, as Neuronpedia's upload takes it
+
+
+def write_neuronpedia(content: Dashboards, folder: Path) -> None:
+    """Write the rows of the SAE, its features, their examples and explanations."""
+    name, created = content.name, datetime.now(UTC).isoformat(timespec="milliseconds")
+    home = folder / name.model / name.id
+    home.mkdir(parents=True)
+    for table, row in _describe_source(content, created).items():
+        (home / f"{table}.jsonl").write_text(_format_row(row), encoding="utf8")
+    explanations = read_explanations(content.subject)
+    for number, dashboards in enumerate(list_dashboards(content)):
+        tables = {
+            "features": [_make_feature(content, d, created) for d in dashboards],
+            "activations": [
+                _make_activation(content, d, i, created)
+                for d in dashboards
+                for i in range(len(d["activations"]))
+            ],
+            "explanations": [
+                _make_explanation(content, unit, explanations[unit], created)
+                for unit in (d["feature_index"] for d in dashboards)
+                if unit in explanations
+            ],
+        }
+        for table, rows in tables.items():
+            if rows:
+                file = home / table / f"batch-{number}.jsonl.gz"
+                file.parent.mkdir(exist_ok=True)
+                with gzip.open(file, "wt", compresslevel=5, encoding="utf8") as stream:
+                    stream.writelines(map(_format_row, rows))
+
+
+def read_explanations(subject: Subject) -> dict[int, tuple[str, str]]:
+    """Read what `task=explain` left in the run folder: feature -> its text, and how it was made and
+    scored; empty if there is nothing."""
+    path = subject.results_folder / "explain.json"
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text("utf8"))
+        return {
+            int(e["feature"]): (str(e["text"]), _describe_scores(str(found["model"]), e))
+            for e in found.get("explanations", [])
+            if e["text"]
+        }
+    except (ValueError, TypeError, KeyError, AttributeError) as error:  # damaged
+        console.print(f"{shorten_path(path)} cannot be read ({error!r}): left out")
+        return {}
+
+
+def _describe_scores(model: str, explanation: dict[str, Any]) -> str:
+    """Say by which model an explanation is, and its balanced accuracies."""
+    scores = {
+        test: score["accuracy"]
+        for test in ("detection", "fuzzing")
+        if (score := explanation[test]) and score["accuracy"] is not None
+    }
+    return ", ".join([f"by {model}", *(f"{test} {value:.2f}" for test, value in scores.items())])
+
+
+def _format_row(row: Row) -> str:
+    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _make_id(*parts: object) -> str:
+    """An id of 25 characters as in the database, the same whenever the same is exported again."""
+    return f"c{hashlib.sha256('/'.join(map(str, parts)).encode()).hexdigest()[:24]}"
+
+
+def _describe_source(content: Dashboards, created: str) -> dict[str, Row]:
+    """The rows of the SAE's release, LLM, set and of itself, by table."""
+    given, name, subject = content.settings, content.name, content.subject
+    prompts, context = content.prompts
+    shape = subject.config.data_source.read_shape()
+    public = {"visibility": "PUBLIC", "creatorId": given.creator_id, "createdAt": created}
+    release = given.release or name.source_set
+    description = given.description or subject.heading
+    urls = [given.url] if given.url else []
+    return {
+        "release": public
+        | {"name": release, "description": description, "descriptionShort": description}
+        | {"urls": urls, "creatorName": given.creator, "creatorNameShort": given.creator}
+        | {"isNewUi": False, "featured": False, "defaultUmapSourceIds": []},
+        "model": public
+        | {"id": name.model, "displayName": name.model, "displayNameShort": name.model}
+        | {"instruct": name.model.endswith("-it"), "layers": shape.layers, "neuronsPerLayer": 0}
+        | {"dimension": shape.width, "inferenceEnabled": False, "owner": "", "updatedAt": created},
+        "sourceset": public
+        | {"modelId": name.model, "name": name.source_set, "releaseName": release}
+        | {"description": subject.heading, "type": "", "creatorName": given.creator}
+        | {"urls": urls, "hasDashboards": True, "defaultRange": 1, "defaultShowBreaks": True}
+        | dict.fromkeys(("showDfa", "showCorrelated", "showHeadAttribution", "showUmap"), False),
+        "source": public
+        | {"id": name.id, "modelId": name.model, "setName": name.source_set}
+        | {"hasDashboards": True, "inferenceEnabled": False, "inferenceHosts": []}
+        | dict.fromkeys(("hasUmap", "hasUmapLogSparsity", "hasUmapClusters"), False)
+        | {"num_prompts": prompts, "num_tokens_in_prompt": context}
+        | {"dataset": subject.describe()["text"], "notes": subject.heading},
+    }
+
+
+def _make_feature(content: Dashboards, dashboard: Dashboard, created: str) -> Row:
+    name, vector = content.name, dashboard["vector"]
+    # of the examples, the strongest of which has the maximum over all text
+    maximum = max((max(a["values"]) for a in dashboard["activations"]), default=0.0)
+    return {
+        "modelId": name.model,
+        "layer": name.id,
+        "index": str(dashboard["feature_index"]),
+        "sourceSetName": name.source_set,
+        "creatorId": content.settings.creator_id,
+        "createdAt": created,
+        "maxActApprox": maximum,
+        "hasVector": bool(vector),
+        "vector": vector,
+        "vectorLabel": None,
+        "vectorDefaultSteerStrength": maximum if vector else 10.0,
+        "hookName": content.subject.sites.target.hook_name if vector else None,
+        **_list_neighbours(content, dashboard["feature_index"]),
+        **{key: dashboard[key] for key in SAME_KEYS},
+    }
+
+
+def _list_neighbours(content: Dashboards, unit: int) -> Row:
+    """The features with the most similar decoder rows, and their cosines."""
+    units, cosines = (part[unit] for part in content.catalogue.neighbours)
+    known = units >= 0
+    return {
+        "topkCosSimIndices": units[known].tolist(),
+        "topkCosSimValues": [round(value, 5) for value in cosines[known].tolist()],
+    }
+
+
+def _make_activation(content: Dashboards, dashboard: Dashboard, number: int, created: str) -> Row:
+    name, unit = content.name, dashboard["feature_index"]
+    example = dashboard["activations"][number]
+    values = example["values"]
+    return {
+        "id": _make_id("activation", name.model, name.id, unit, number),
+        "tokens": example["tokens"],
+        "index": str(unit),
+        "layer": name.id,
+        "modelId": name.model,
+        "creatorId": content.settings.creator_id,
+        "createdAt": created,
+        "maxValue": max(values),
+        "maxValueTokenIndex": values.index(max(values)),
+        "minValue": min(values),
+        "values": values,
+        "dataSource": None,
+        "dataIndex": None,
+        "dfaValues": [],
+        "dfaTargetIndex": None,
+        "dfaMaxValue": None,
+        "lossValues": [],
+        "logitContributions": None,
+        "binMin": example["bin_min"],
+        "binMax": example["bin_max"],
+        "binContains": example["bin_contains"],
+        "qualifyingTokenIndex": example["qualifying_token_index"],
+    }
+
+
+def _make_explanation(
+    content: Dashboards, unit: int, explanation: tuple[str, str], created: str
+) -> Row:
+    name, (text, notes) = content.name, explanation
+    return {
+        "id": _make_id("explanation", name.model, name.id, unit),
+        "modelId": name.model,
+        "layer": name.id,
+        "index": str(unit),
+        "description": text[:DESCRIPTION_LENGTH],
+        "authorId": content.settings.creator_id,
+        "notes": notes,
+        # must be names that the database knows, and it knows none of this project's
+        "typeName": None,
+        "explanationModelName": None,
+        "createdAt": created,
+    }

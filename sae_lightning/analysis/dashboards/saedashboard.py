@@ -1,0 +1,46 @@
+"""Writes SAEDashboard's JSON: batch-0.json, ..., skipped_indexes.json, run_settings.json."""
+
+import json
+from pathlib import Path
+
+from sae_lightning.analysis.dashboards.contents import Dashboards
+from sae_lightning.analysis.dashboards.feature_dashboards import FEATURES_PER_FILE, list_dashboards
+from sae_lightning.files import write_json
+from sae_lightning.report.catalogue import INTERVALS
+
+
+def write_saedashboard(content: Dashboards, folder: Path) -> None:
+    """Write the files that SAEDashboard's NeuronpediaRunner writes."""
+    model, layer, source_set, suffix = content.name
+    about = {"model_id": model, "layer": layer, "sae_set": source_set}
+    for number, features in enumerate(list_dashboards(content)):
+        batch = about | {"sae_id_suffix": suffix, "features": features}
+        (folder / f"batch-{number}.json").write_text(json.dumps(batch), encoding="utf8")
+    written = {*content.units}
+    skipped = [unit for unit in range(content.subject.features) if unit not in written]
+    about |= {"layer": str(layer), "log_sparsity": None, "skipped_indexes": skipped}
+    write_json(folder / "skipped_indexes.json", about)
+    write_json(folder / "run_settings.json", _describe_settings(content))
+
+
+def _describe_settings(content: Dashboards) -> dict:
+    """Describe how the dashboards were made, in keys of SAEDashboard's NeuronpediaRunnerConfig."""
+    model, layer, source_set, suffix = content.name
+    prompts, context = content.prompts
+    top, spread = content.catalogue.top, content.catalogue.spread
+    return {
+        "sae_set": source_set,
+        "sae_path": content.subject.sites.source.hook_name,
+        "outputs_dir": "",
+        "np_set_name": source_set,
+        "np_sae_id_suffix": suffix,
+        "model_id": model,
+        "layer": layer,
+        "huggingface_dataset_path": content.subject.describe()["text"],
+        "n_prompts_total": prompts,
+        "n_tokens_in_prompt": context,
+        "n_features_at_a_time": FEATURES_PER_FILE,
+        "n_quantiles": INTERVALS,
+        "top_acts_group_size": top.strength.shape[1],
+        "quantile_group_size": spread.strength.shape[1] // INTERVALS,
+    }
