@@ -3,12 +3,14 @@
 import os
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sae_lightning.analysis.dashboards.contents import DashboardSettings, open_dashboards
 from sae_lightning.analysis.dashboards.neuronpedia import write_neuronpedia
 from sae_lightning.analysis.dashboards.saedashboard import write_saedashboard
+from sae_lightning.analysis.export_weights import open_alone, open_set, write_one, write_set
 from sae_lightning.analysis.task import Task
 from sae_lightning.errors import UserError
 from sae_lightning.files import (
@@ -17,9 +19,7 @@ from sae_lightning.files import (
     refuse_link,
     remove_leftovers,
 )
-from sae_lightning.formats.export import save_sae
-from sae_lightning.formats.load_sae import load_sae
-from sae_lightning.runs.jobs import is_sweep
+from sae_lightning.formats.write_sae import WRITABLE
 from sae_lightning.terminal import console, shorten_path
 
 
@@ -91,21 +91,6 @@ def check_target(folder: Path) -> None:
         )
 
 
-def open_alone(task: ExportTask, given_settings: Collection[str]) -> Any:
-    """The SAE without its LLM. UserError for the folder of a sweep."""
-    if is_sweep(Path(task.run)):
-        raise UserError(
-            f"run={task.run} holds a sweep, and format={task.format} holds one SAE: give one of "
-            "the run folders in it"
-        )
-    return load_sae(task.run)
-
-
-def write_saelens(sae: Any, folder: Path) -> None:
-    """Write the SAE as a folder of SAELens."""
-    save_sae(folder, sae, sae.weights(), sae.metadata)
-
-
 def _list_settings(task: type[Task]) -> frozenset[str]:
     """Names of the settings that `task` has besides those of every task."""
     return frozenset(field.name for field in fields(task)) - {field.name for field in fields(Task)}
@@ -117,8 +102,11 @@ FORMAT_SETTINGS = _list_settings(ExportTask) - {"format", "to"}
 LISTED = frozenset({"release", "description", "creator", "creator_id", "url"})
 
 # Name of a format -> how to write it.
-WRITERS = {
-    "saelens": Writer(write_saelens, open_alone),
+WRITERS = {name: Writer(partial(write_one, name), partial(open_alone, name)) for name in WRITABLE}
+WRITERS |= {
+    "circuit_tracer": Writer(
+        partial(write_set, "circuit_tracer"), partial(open_set, "circuit_tracer")
+    ),
     "neuronpedia": Writer(write_neuronpedia, open_dashboards, DASHBOARD_SETTINGS),
     "saedashboard": Writer(write_saedashboard, open_dashboards, DASHBOARD_SETTINGS - LISTED),
 }

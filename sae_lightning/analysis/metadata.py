@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from sae_lightning.errors import UserError
-from sae_lightning.formats.readers import OWN_KEY
+from sae_lightning.formats.saelens import OWN_KEY
 from sae_lightning.formats.trained_on import find_llm_name, read_layer
 from sae_lightning.runs.config import Config
 from sae_lightning.sae import ARCHITECTURES, SAE

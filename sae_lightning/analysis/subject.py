@@ -33,7 +33,7 @@ class Subject:
     """An SAE with its LLM, sites and text; LLM, tokenizer and text are loaded on first use."""
 
     folder: Path
-    """Folder that the SAE was opened from."""
+    """Folder, or weights file, that the SAE was opened from."""
     sae: SAE
     """Takes raw activations; float32, on the LLM's device."""
     sites: SitePair
@@ -50,10 +50,12 @@ class Subject:
 
     @property
     def results_folder(self) -> Path:
-        """Folder for pages and numbers: beside the SAE, or below the working folder if the SAE was
-        downloaded (nothing is written to the cache)."""
+        """Folder for pages and numbers: beside the SAE (next to a weights file, one named after it),
+        or below the working folder if the SAE was downloaded (nothing is written to the cache)."""
         if self.address:
             return name_hub_folder(self.address) / "analysis"
+        if self.folder.is_file():
+            return self.folder.with_name(f"{self.folder.name}-analysis")
         return self.folder / "analysis"
 
     @cached_property

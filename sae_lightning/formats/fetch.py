@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from sae_lightning.errors import UserError
 from sae_lightning.formats.hub_errors import LONGEST_WAIT, one_line_hub_errors, read_wait
-from sae_lightning.formats.readers import FORMATS
 from sae_lightning.formats.suites import choose_path, expand_suite
+from sae_lightning.formats.table import find_saved
 from sae_lightning.terminal import console, phase
 
 HUB = "hub:"
@@ -173,31 +173,27 @@ def _choose_files(
     if needed := _find_needed(path, sizes):
         return {name: sizes[name] for name in needed}
     parents = {str(folder) for name in sizes for folder in PurePosixPath(name).parents}
-    found = [folder for folder in sorted(parents) if _find_needed(folder, sizes)]
+    found = []
+    for folder in sorted(parents):
+        saved = find_saved(folder, sizes)
+        found += [folder] if len(saved) == 1 else [each.weights for each in saved]
     if not found:
         raise UserError(f"{address} holds no saved SAE that can be read; see docs/hub.md")
     more = f" ({len(found):,} in all)" if len(found) > 3 else ""
     revision = "" if place.revision == MAIN else f"@{place.revision}"
     shown = ", ".join(f"{HUB}{place.repo}/{folder}{revision}" for folder in found[:3])
-    raise UserError(f"{address} is above the folders of its SAEs: give one of {shown}{more}")
+    raise UserError(f"{address} holds several SAEs: give one of {shown}{more}")
 
 
 def _find_needed(path: str, names: Iterable[str]) -> list[str]:
-    """The files that are needed to open the SAE in the folder, or the file, `path`."""
+    """The files that are needed to open the one SAE in the folder, or the file, `path`."""
     names = {*names}
+    found = find_saved(path, names)
+    if len(found) != 1:
+        return []
     folder = PurePosixPath(path).parent if path in names else PurePosixPath(path)
-    weights = [path] if path in names else [f"{folder / 'sae' / name}" for name in FORMATS]
-    weights += [] if path in names else [str(folder / name) for name in FORMATS]
-    for file in weights:
-        if file in names:
-            settings = [n for n in names if n.endswith(".json") and _is_beside(n, file)]
-            config = [str(folder / RUN_CONFIG)] if str(folder / RUN_CONFIG) in names else []
-            return [*sorted(settings), *config, file]
-    return []
-
-
-def _is_beside(name: str, other: str) -> bool:
-    return PurePosixPath(name).parent == PurePosixPath(other).parent
+    config = [str(folder / RUN_CONFIG)] if str(folder / RUN_CONFIG) in names else []
+    return [*found[0].others, *config, found[0].weights]
 
 
 def _download(address: str, repo: str, commit: str, sizes: dict[str, int]) -> None:

@@ -9,45 +9,81 @@ import torch
 
 from sae_lightning.errors import UserError
 from sae_lightning.formats.fetch import fetch_saved
-from sae_lightning.formats.readers import FORMATS, StoredSAE, check_numbers
+from sae_lightning.formats.row import (
+    Format,
+    SavedFiles,
+    StoredSAE,
+    check_numbers,
+    fold_scales,
+    read_settings_file,
+    read_weights,
+)
+from sae_lightning.formats.table import FORMATS, find_saved
 from sae_lightning.sae import ARCHITECTURES, SAE, SAEConfig, build_sae
 from sae_lightning.stream.states import expect
 
 
 @torch.no_grad()
 def load_sae(path: str | os.PathLike) -> SAE:
-    """Load an SAE for raw LLM activations from a run folder, its `sae/`, or a folder written by
-    SAELens, sparsify or dictionary_learning; with `hub:owner/name`, from the Hugging Face hub.
+    """Load an SAE for raw LLM activations from a run folder, its `sae/`, or a folder or weights
+    file in any format of the table FORMATS (docs/formats.md); with `hub:owner/name`, from the
+    Hugging Face hub.
 
     The SAE is on the CPU, frozen, in float32; `sae.metadata` says what it was trained on.
     """
     path = fetch_saved(path)
-    files = [folder / name for folder in (Path(path, "sae"), Path(path)) for name in FORMATS]
-    file = next(filter(Path.is_file, files), None)
-    if file is None:
-        raise UserError(
-            f"{path} holds no saved SAE: give a run folder (outputs/<day>/<time>) or a folder with "
-            f"one of {', '.join(FORMATS)}"
-        )
+    row, folder, file = _find_weights(path)
     try:
-        stored = FORMATS[file.name](file)
-        sae = _build(stored)
+        stored = row.read(_read_files(row, folder, file))
+        sae = _build(stored._replace(weights=fold_scales(stored)))
         check_numbers(sae.weights())  # folding in a scale may have overflowed
         expect(stored.metadata, dict, "metadata")
     except FileNotFoundError as error:
         missing = Path(error.filename).name
-        raise UserError(f"{file.parent} holds no saved SAE: {missing} is missing") from error
+        raise UserError(f"{folder} holds no saved SAE: {missing} is missing") from error
     except OSError as error:
         why = error.strerror or error
-        raise UserError(f"{error.filename or file.parent} cannot be read: {why}") from error
+        raise UserError(f"{error.filename or folder} cannot be read: {why}") from error
     except UserError:
         raise
     except Exception as error:  # a damaged file may raise anything
         why = f"it lacks {error}" if isinstance(error, KeyError) else str(error).split("\n")[0]
         why = why or "a file ends early"
-        raise UserError(f"{file.parent} is damaged or not an SAE: {why}") from error
+        raise UserError(f"{folder} is damaged or not an SAE: {why}") from error
     sae.metadata = stored.metadata
     return sae.requires_grad_(False).eval()
+
+
+def _find_weights(path: Path) -> tuple[Format, Path, Path]:
+    """The format of the SAE at `path` (a weights file, a folder, or a run folder), its folder and
+    its weights file. UserError if there is none, or more than one."""
+    root = path.absolute().parent.parent if path.is_file() else path
+    inner = [path.absolute().parent.name] if path.is_file() else ["sae", "checkpoints"]
+    files = [file for name in ("", *inner) for file in (root / name).glob("*") if file.is_file()]
+    names = [file.relative_to(root).as_posix() for file in files]
+    own = path.absolute().relative_to(root).as_posix() if path.is_file() else "."
+    found = find_saved(own, names)
+    if not found:
+        patterns = ", ".join(dict.fromkeys(row.files[0] for row in FORMATS.values()))
+        raise UserError(
+            f"{path} holds no saved SAE: give a run folder (outputs/<day>/<time>), or a folder or "
+            f"file of another tool ({patterns})"
+        )
+    row, folder, weights, _ = found[0]
+    if len(found) > 1:
+        raise UserError(
+            f"{path} holds {len(found)} SAEs: give one of the files, such as {root / weights}"
+        )
+    return row, root / folder, root / weights
+
+
+def _read_files(row: Format, folder: Path, file: Path) -> SavedFiles:
+    """Read settings and weights; FileNotFoundError if the settings are needed and missing."""
+    source = folder / (row.settings_file or file.name)
+    settings = {}
+    if row.settings_file and (row.settings_file in row.files or source.exists()):
+        settings = read_settings_file(source)
+    return SavedFiles(file, source, settings, read_weights(file))
 
 
 def _build(stored: StoredSAE) -> SAE:

@@ -4,7 +4,9 @@ import re
 from typing import Any
 
 from sae_lightning.errors import UserError
-from sae_lightning.llm.sites import Kind, LayerConfig
+from sae_lightning.formats.row import Origin
+from sae_lightning.formats.saelens import OWN_KEY
+from sae_lightning.llm.sites import Kind, LayerConfig, Site, SitePair
 
 # TransformerLens' model names, which SAELens uses -> names on the hub, where they differ.
 HUB_NAMES = {
@@ -23,9 +25,46 @@ HOOK_PATTERNS = {
     r"blocks\.(\d{1,6})\.hook_mlp_out": (Kind.mlp, 0),
     r"blocks\.(\d{1,6})\.(?:ln2\.hook_normalized|mlp\.hook_in)": (Kind.mlp_in, 0),
     r"(?:.*\.)?(?:h|layers|blocks)\.(\d{1,6})": (Kind.resid, 0),
-    r"resid_post_layer_(\d{1,6})": (Kind.resid, 0),  # dictionary_learning
     r"(?:.*\.)?(?:h|layers|blocks)\.(\d{1,6})\.mlp": (Kind.mlp, 0),
+    r"(?:.*\.)?(?:h|layers|blocks)\.(\d{1,6})\.(?:self_attn|attn|attention)": (Kind.attn, 0),
+    # dictionary_learning
+    r"resid_post_layer_(\d{1,6})": (Kind.resid, 0),
+    r"att\w*_out_layer_(\d{1,6})": (Kind.attn, 0),
+    r"mlp_out_layer_(\d{1,6})": (Kind.mlp, 0),
+    r"mlp_in_layer_(\d{1,6})": (Kind.mlp_in, 0),
+    # Gemma Scope 2
+    r"model\.layers\.(\d{1,6})\.output": (Kind.resid, 0),
+    r"model\.layers\.(\d{1,6})\.post_feedforward_layernorm\.output": (Kind.mlp, 0),
+    r"model\.layers\.(\d{1,6})\.pre_feedforward_layernorm\.output": (Kind.mlp_in, 0),
 }
+# Heads before the output projection, of any width: not one of our sites.
+HEADS = r".*(?:hook_z|o_proj\.input)"
+
+
+# What is known about an SAE's training, under SAELens' keys, and its type.
+KNOWN_KEYS = {"model_name": str, "hook_name": str, "hook_name_out": str, "context_size": int}
+KNOWN_KEYS |= {"hf_hook_name": str, "hf_hook_name_out": str, "dataset_path": str}
+KNOWN_KEYS |= {"prepend_bos": bool, OWN_KEY: dict}
+
+
+def find_origin(metadata: dict[str, Any], run: str, layer: LayerConfig | None) -> Origin:
+    """What the SAE in `run` was trained on, for a file of another tool; `layer`, if given, replaces
+    the sites in the metadata."""
+    known = {
+        key: metadata[key] for key, kind in KNOWN_KEYS.items() if type(metadata.get(key)) is kind
+    }
+    sites, problem = None, ""
+    try:
+        layer = layer or read_layer(known, run)
+        sites = SitePair(
+            *(Site(layer.index, kind) for kind in (layer.source, layer.target or layer.source))
+        )
+        for key in ("hook_name", "hook_name_out"):
+            known.pop(key, None)
+        known |= sites.hook_names
+    except UserError as error:
+        problem = str(error)
+    return Origin(known, sites, problem)
 
 
 def find_llm_name(metadata: dict[str, Any], run: str) -> str:
@@ -63,6 +102,11 @@ def _read_hook(hook: str | None, run: str) -> tuple[int, Kind]:
         if match and int(match[1]) + offset >= 0:
             return int(match[1]) + offset, kind
     problem = "does not say where its SAE reads"
+    if hook and re.fullmatch(HEADS, hook):
+        raise UserError(
+            f"{run} reads {hook:.80}, which is not a site of this project: it is the attention "
+            "before its output projection. load_sae opens the SAE, but no task can run an LLM on it"
+        )
     if hook:
         problem = f"reads {hook:.80}, which is not a known site"
     raise UserError(

@@ -7,8 +7,7 @@ from planted import save_planted
 from torch.testing import assert_close
 
 from sae_lightning import load_sae
-from sae_lightning.analysis import export_task
-from sae_lightning.analysis.export_task import WRITERS, ExportTask, Writer, open_alone
+from sae_lightning.analysis.export_task import WRITERS, ExportTask
 from sae_lightning.errors import UserError
 from sae_lightning.llm.load import LLMConfig
 from sae_lightning.llm.sites import LayerConfig
@@ -70,7 +69,7 @@ def test_a_writer_that_fails_leaves_nothing(sae, tmp_path, monkeypatch):
         (folder / "half").write_text("half")
         raise UserError("the disk is full")
 
-    monkeypatch.setitem(WRITERS, "saelens", Writer(write, open_alone))
+    monkeypatch.setitem(WRITERS, "saelens", WRITERS["saelens"]._replace(write=write))
     with pytest.raises(UserError, match="the disk is full"):
         export(sae, tmp_path / "mine")
     assert os.listdir(tmp_path) == []
@@ -81,7 +80,7 @@ def test_what_appears_in_the_meantime_is_kept(sae, tmp_path, monkeypatch):
         (tmp_path / "mine").mkdir()
         (tmp_path / "mine" / "thesis.txt").write_text("mine")
 
-    monkeypatch.setitem(export_task.WRITERS, "saelens", Writer(write, open_alone))
+    monkeypatch.setitem(WRITERS, "saelens", WRITERS["saelens"]._replace(write=write))
     with pytest.raises(UserError, match="it is not empty"):
         export(sae, tmp_path / "mine")
     assert os.listdir(tmp_path) == ["mine"]

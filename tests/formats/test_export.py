@@ -19,7 +19,7 @@ from sae_lightning.errors import UserError
 from sae_lightning.files import write_json
 from sae_lightning.formats.export import describe_limits, save_sae
 from sae_lightning.formats.load_sae import load_sae
-from sae_lightning.formats.readers import CFG, NOTE_KEY, WEIGHTS
+from sae_lightning.formats.saelens import CFG, NOTE_KEY, WEIGHTS
 from sae_lightning.sae import ARCHITECTURES, SAE, Output, build_sae
 
 D, FEATURES = 16, 40
@@ -222,7 +222,7 @@ def rewrite_weights(folder, **changes):
         (lambda f: cut(f / WEIGHTS), "is damaged or not an SAE"),
         (lambda f: cut(f / CFG), "is damaged or not an SAE"),
         (lambda f: (f / CFG).write_text("[]"), "is damaged or not an SAE"),
-        (lambda f: save_file({"w": torch.ones(2)}, f / WEIGHTS), "not an SAE: it lacks 'W_enc'"),
+        (lambda f: save_file({"w": torch.ones(2)}, f / WEIGHTS), "not an SAE: it holds w"),
         (lambda f: rewrite_weights(f, W_enc=torch.ones(3)), "it holds W_dec, W_enc, b_dec, b_enc"),
         (lambda f: rewrite_weights(f, b_enc=None), "not an SAE: b_enc is missing"),
         (lambda f: rewrite_weights(f, r_mag=torch.ones(40)), "r_mag does not belong to a relu SAE"),

@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 from torch.testing import assert_close
 
 from sae_lightning import UserError, load_sae
-from sae_lightning.formats.readers import CFG, WEIGHTS
+from sae_lightning.formats.saelens import CFG, WEIGHTS
 
 D, FEATURES, K = 12, 30, 5
 

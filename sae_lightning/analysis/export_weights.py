@@ -1,0 +1,104 @@
+"""Opens SAEs for `task=export`, and writes them in the formats that hold weights."""
+
+from collections.abc import Callable, Collection
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sae_lightning.analysis.task import Task
+from sae_lightning.errors import UserError
+from sae_lightning.formats.load_sae import load_sae
+from sae_lightning.formats.row import Origin
+from sae_lightning.formats.saelens import OWN_KEY
+from sae_lightning.formats.trained_on import find_origin
+from sae_lightning.formats.write_sae import write_sae
+from sae_lightning.runs.jobs import (
+    CONFIG_FILE,
+    TRUST_SETTING,
+    is_sweep,
+    list_run_folders,
+    read_job,
+)
+from sae_lightning.sae import SAE
+
+# What all transcoders of a set share.
+SHARED_IN_SET = ("llm.name", "layer.source", "layer.target", "model.features", "model.skip")
+
+
+class Exported(NamedTuple):
+    """An SAE to write, and what it was trained on."""
+
+    sae: SAE
+    origin: Origin
+
+
+def open_alone(name: str, task: Task, given_settings: Collection[str]) -> Exported:
+    """The SAE, without its LLM, for the format `name`. UserError for the folder of a sweep."""
+    if is_sweep(Path(task.run)):
+        raise UserError(
+            f"run={task.run} holds a sweep, and format={name} one SAE: give one of the run "
+            "folders in it"
+        )
+    return _read_exported(task, task.run, given_settings)
+
+
+def _read_exported(task: Task, run: str, given_settings: Collection[str]) -> Exported:
+    """Open the SAE in `run`; llm and layer, where given, replace what its metadata say."""
+    sae = load_sae(run)
+    metadata, groups = sae.metadata, {name.split(".")[0] for name in given_settings}
+    if {"llm", "llm.name"} & {*given_settings}:
+        metadata = metadata | {"model_name": task.llm.name, OWN_KEY: None}
+    layer = task.layer if "layer" in groups else None
+    return Exported(sae, find_origin(metadata, run, layer))
+
+
+def write_one(name: str, exported: Exported, folder: Path) -> None:
+    """Write one SAE in the format `name`."""
+    write_sae(name, exported.sae, exported.origin, folder)
+
+
+Openers = list[Callable[[], Exported]]
+
+
+def open_set(name: str, task: Task, given_settings: Collection[str]) -> Openers:
+    """Functions that open the transcoders of a sweep, one for each block of the LLM. UserError if a
+    block has none or several, or if they differ in what a set shares."""
+    folder = Path(task.run)
+    if not is_sweep(folder) and not (folder / CONFIG_FILE).is_file():
+        raise UserError(
+            f"run={task.run}: format={name} takes a transcoder for every block: give the "
+            "folder of a sweep over layer.index"
+        )
+    runs: dict[int, Path] = {}
+    shared: dict[str, Any] = {}
+    for run in list_run_folders(folder) if is_sweep(folder) else [folder]:
+        config = read_job(run, trusted=TRUST_SETTING in given_settings).config
+        other = runs.setdefault(config.layer.index, run)
+        if other != run:
+            raise UserError(
+                f"run={task.run}: {other.name} and {run.name} both read block "
+                f"{config.layer.index}, and a set has one transcoder for each: move one away"
+            )
+        settings = config.to_flat_dict()
+        for name in SHARED_IN_SET:
+            if shared.setdefault(name, settings.get(name)) != settings.get(name):
+                raise UserError(
+                    f"run={task.run}: {name} is {shared[name]} in one run and {settings.get(name)} "
+                    f"in {run.name}, and must be the same in all transcoders of a set"
+                )
+    layers = config.data_source.read_shape().layers
+    if missing := sorted({*range(layers)} - {*runs}):
+        indices = ",".join(map(str, missing))
+        raise UserError(
+            f"run={task.run} has no transcoder for {len(missing)} of {layers} blocks, and a set "
+            f"needs all: train them with -m layer=transcoder layer.index={indices}"
+        )
+    return [
+        partial(_read_exported, task, str(runs[layer]), given_settings) for layer in sorted(runs)
+    ]
+
+
+def write_set(name: str, exported: Openers, folder: Path) -> None:
+    """Write a set of transcoders in the format `name`, opening one at a time."""
+    for each in exported:
+        write_one(name, each(), folder)

@@ -1,0 +1,66 @@
+"""circuit-tracer's format: a folder with a transcoder for every block."""
+
+import re
+
+from sae_lightning.errors import UserError
+from sae_lightning.formats.row import (
+    PLAIN,
+    Format,
+    Layout,
+    Origin,
+    Parts,
+    SavedFiles,
+    StoredSAE,
+    check_readable,
+    drop_nulls,
+    rename_tensors,
+)
+from sae_lightning.llm.sites import HOOK_NAMES
+from sae_lightning.sae import SAE
+
+
+def read_circuit_tracer(files: SavedFiles) -> StoredSAE:
+    """Read one transcoder of a set; config.yaml beside it says which sites and LLM."""
+    cfg, layer = files.settings, re.search(r"layer_(\d+)", files.weights.name)
+    check_readable(
+        files.source, "model_kind", cfg.get("model_kind", "transcoder_set"), ["transcoder_set"]
+    )
+    weights = rename_tensors(CIRCUIT_TRACER, files.tensors)
+    kind = "jumprelu" if "threshold" in weights else "relu"
+    metadata = {"model_name": cfg.get("model_name")}
+    for side, key in (("input", "hook_name"), ("output", "hook_name_out")):
+        if layer and (hook := cfg.get(f"feature_{side}_hook")):
+            metadata[key] = f"blocks.{layer[1]}.{hook}"
+    settings = {"name": kind, "skip": "W_skip" in weights}
+    return StoredSAE(settings, weights, drop_nulls(metadata))
+
+
+def write_circuit_tracer(sae: SAE, kind: str, origin: Origin) -> Parts:
+    """config.yaml is the same for all blocks."""
+    sites, model = origin.require_sites(), origin.metadata.get("model_name")
+    if model is None:
+        raise UserError("format=circuit_tracer: config.yaml names the LLM; give llm.name=...")
+    return {
+        "model_kind": "transcoder_set",
+        "model_name": model,
+        "feature_input_hook": HOOK_NAMES[sites.source.kind],
+        "feature_output_hook": HOOK_NAMES[sites.target.kind],
+        "scan": f"{model.split('/')[-1]}-transcoders",
+    }, {}
+
+
+TRACER_NAMES = PLAIN | {"W_enc": "W_enc.T", "W_skip": "W_skip.T"}
+CIRCUIT_TRACER = Format(
+    files=("layer_*.safetensors",),
+    optional=("config.yaml",),
+    read=read_circuit_tracer,
+    layouts={
+        "relu": Layout("relu", TRACER_NAMES),
+        "jumprelu": Layout(
+            "jumprelu", TRACER_NAMES | {"activation_function.threshold": "threshold"}
+        ),
+    },
+    transcoders={"relu": "relu", "dense": "relu", "jumprelu": "jumprelu"}
+    | {"batch_topk": "jumprelu", "matryoshka": "jumprelu"},
+    write=write_circuit_tracer,
+)

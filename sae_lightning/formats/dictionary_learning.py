@@ -1,0 +1,121 @@
+"""The format of dictionary_learning: a class for each architecture, no transcoders."""
+
+import re
+
+import torch
+
+from sae_lightning.errors import UserError
+from sae_lightning.formats.row import (
+    LINEAR,
+    PLAIN,
+    Format,
+    Layout,
+    Origin,
+    Parts,
+    SavedFiles,
+    StoredSAE,
+    add_groups,
+    check_readable,
+    drop_nulls,
+    rename_tensors,
+)
+from sae_lightning.llm.sites import Kind
+from sae_lightning.sae import SAE
+
+# dictionary_learning's names of sites
+SUBMODULES = {
+    Kind.resid: "resid_post",
+    Kind.attn: "attn_out",
+    Kind.mlp: "mlp_out",
+    Kind.mlp_in: "mlp_in",
+}
+
+
+def read_dictionary_learning(files: SavedFiles) -> StoredSAE:
+    """Read a folder of dictionary_learning, whose activation scale is folded into the weights."""
+    cfg, tensors = files.settings, files.tensors
+    trainer = drop_nulls(cfg["trainer"])
+    check_readable(files.source, "dict_class", trainer["dict_class"], DICTIONARY_LEARNING.layouts)
+    kind = DICTIONARY_LEARNING.layouts[trainer["dict_class"]]
+    settings = {"name": kind.ours}
+    if kind.ours in ("topk", "batch_topk", "matryoshka"):
+        # k in the weights is final; training may have annealed it from the config's k
+        settings["k"] = int(tensors.pop("k", trainer["k"]))
+    if "group_sizes" in tensors:
+        settings = add_groups(settings, tensors.pop("group_sizes").int().tolist())
+    weights = rename_tensors(DICTIONARY_LEARNING, tensors)
+    if kind.ours == "topk":
+        weights.pop("threshold", None)  # unused: each token has exactly k features
+    hook = trainer.get("submodule_name")
+    if hook is None and (found := re.search(r"\w+_layer_\d+", str(files.source.absolute().parent))):
+        hook = found[0]
+    if hook is None and "layer" in trainer:
+        hook = f"resid_post_layer_{trainer['layer']}"
+    metadata = {"model_name": trainer.get("lm_name"), "hook_name": hook}
+    metadata["context_size"] = cfg.get("buffer", {}).get("ctx_len")
+    return StoredSAE(settings, weights, drop_nulls(metadata) | trainer, kind.centred)
+
+
+def write_dictionary_learning(sae: SAE, kind: str, origin: Origin) -> Parts:
+    """Classes with a k store it in the weights, too."""
+    config, tensors = sae.config, {}
+    trainer = {
+        "dict_class": kind,
+        "activation_dim": len(sae.W_enc),
+        "dict_size": config.features,
+        "lm_name": origin.metadata.get("model_name"),
+        "layer": origin.sites and origin.sites.source.layer,
+        "submodule_name": origin.sites
+        and f"{SUBMODULES[origin.sites.source.kind]}_layer_{origin.sites.source.layer}",
+    }
+    if hasattr(config, "k"):
+        trainer["k"] = config.k
+        tensors["k"] = torch.tensor(config.k, dtype=torch.int32)
+        tensors["threshold"] = torch.tensor(-1.0)  # of a TopK: never set
+    if hasattr(sae, "threshold") and hasattr(config, "k"):
+        tensors["threshold"] = sae.threshold[0].clone()
+        if (sae.threshold != tensors["threshold"]).any():
+            raise UserError(
+                f"format=dictionary_learning stores one threshold in a {kind}, and the features of "
+                "this SAE have different ones"
+            )
+    if hasattr(config, "sizes"):
+        tensors["group_sizes"] = torch.tensor(config.sizes())
+    return {"trainer": trainer, "buffer": {"ctx_len": origin.metadata.get("context_size")}}, tensors
+
+
+BIASED = LINEAR | {"b_dec": "b_dec"}
+DICTIONARY_LEARNING = Format(
+    files=("ae.pt", "config.json"),
+    read=read_dictionary_learning,
+    layouts={
+        "AutoEncoder": Layout("relu", LINEAR | {"bias": "b_dec"}, centred=True),
+        "AutoEncoderNew": Layout("relu", LINEAR | {"decoder.bias": "b_dec"}),
+        "AutoEncoderTopK": Layout("topk", BIASED, centred=True),
+        "BatchTopKSAE": Layout("batch_topk", BIASED, centred=True),
+        "MatryoshkaBatchTopKSAE": Layout("matryoshka", PLAIN, centred=True),
+        "JumpReluAutoEncoder": Layout("jumprelu", PLAIN | {"threshold": "threshold"}),
+        "GatedAutoEncoder": Layout(
+            "gated",
+            {
+                "encoder.weight": "W_enc.T",
+                "decoder.weight": "W_dec.T",
+                "decoder_bias": "b_dec",
+                "gate_bias": "b_enc",
+                "mag_bias": "b_mag",
+                "r_mag": "r_mag",
+            },
+            centred=True,
+        ),
+    },
+    autoencoders={
+        "relu": "AutoEncoderNew",
+        "dense": "AutoEncoderNew",
+        "topk": "AutoEncoderTopK",
+        "batch_topk": "BatchTopKSAE",
+        "matryoshka": "MatryoshkaBatchTopKSAE",
+        "jumprelu": "JumpReluAutoEncoder",
+        "gated": "GatedAutoEncoder",
+    },
+    write=write_dictionary_learning,
+)

@@ -1,0 +1,96 @@
+"""The formats of Gemma Scope 1 and 2: JumpReLU SAEs and transcoders of raw activations.
+
+Folders say which site is read; the repository's name, which has to be part of the path, says which
+LLM, and in Gemma Scope 1 which kind of site.
+"""
+
+import math
+import re
+from pathlib import Path
+
+from sae_lightning.formats.row import (
+    Format,
+    Layout,
+    SavedFiles,
+    StoredSAE,
+    check_readable,
+    rename_tensors,
+)
+
+# Kind of site in the name of a repository -> TransformerLens' names of what is read and written.
+HOOKS_OF_REPOSITORIES = {
+    "res": ("hook_resid_post", None),
+    "mlp": ("hook_mlp_out", None),
+    "att": ("attn.hook_z", None),
+    "transcoders": ("ln2.hook_normalized", "hook_mlp_out"),
+}
+# Folder in Gemma Scope 2 -> the same, as far as config.json is missing.
+HOOKS_OF_FOLDERS = {
+    "resid_post": ("hook_resid_post", None),
+    "attn_out": ("attn.hook_z", None),
+    "mlp_out": ("hook_mlp_out", None),
+    "transcoder": ("mlp.hook_in", "hook_mlp_out"),
+}
+NAMES = {"w_enc": "W_enc", "w_dec": "W_dec", "affine_skip_connection": "W_skip"}
+
+
+def read_gemma_scope(files: SavedFiles) -> StoredSAE:
+    """Read params.npz of Gemma Scope 1. SAEs of embeddings were trained on x / sqrt(d); as in
+    SAELens, b_dec is not scaled with the rest."""
+    path = files.weights.absolute().as_posix()
+    weights = rename_tensors(GEMMA_SCOPE, files.tensors)
+    repository = re.search(r"gemma-scope-(\d+b)-(pt|it)-(res|mlp|att|transcoders)", path)
+    block = re.search(r"/layer_(\d+)/", path)
+    metadata = {}
+    if repository:
+        size, tuning, kind = repository.groups()
+        metadata["model_name"] = f"google/gemma-2-{size}" + ("-it" if tuning == "it" else "")
+        if block:
+            metadata |= place_hooks(int(block[1]), HOOKS_OF_REPOSITORIES[kind])
+    if "/embedding/" in path:
+        root = math.sqrt(len(weights["W_enc"]))
+        weights |= {"W_enc": weights["W_enc"] / root, "W_dec": weights["W_dec"] * root}
+        metadata["hook_name"] = "hook_embed"
+    return StoredSAE({"name": "jumprelu"}, weights, metadata)
+
+
+def place_hooks(block: int, hooks: tuple[str, str | None]) -> dict[str, str]:
+    """TransformerLens' names of both sites, under SAELens' keys."""
+    names = dict(zip(("hook_name", "hook_name_out"), hooks, strict=True))
+    return {key: f"blocks.{block}.{hook}" for key, hook in names.items() if hook}
+
+
+def read_gemma_scope_2(files: SavedFiles) -> StoredSAE:
+    """Read params.safetensors of Gemma Scope 2; config.json beside it is missing from some folders,
+    whose names then say the same."""
+    cfg, path = files.settings, files.weights.absolute().as_posix()
+    check_readable(
+        files.source, "architecture", cfg.get("architecture", "jump_relu"), ["jump_relu"]
+    )
+    weights = rename_tensors(GEMMA_SCOPE_2, files.tensors)
+    metadata = {}
+    if found := re.search(r"/(resid_post|attn_out|mlp_out|transcoder)(?:_all)?/layer_(\d+)_", path):
+        metadata = place_hooks(int(found[2]), HOOKS_OF_FOLDERS[found[1]])
+    source, target = cfg.get("hf_hook_point_in"), cfg.get("hf_hook_point_out")
+    if source:
+        metadata = {"hook_name": source}
+        if target and target != source:
+            metadata["hook_name_out"] = target
+    name = cfg.get("model_name")
+    if repository := re.search(r"gemma-scope-2-([\w.]+-(?:pt|it))", path):
+        name = name or f"gemma-3-{repository[1]}"
+    if name:
+        name = "google/" + Path(name).name.replace("-v3-", "-3-")
+        metadata["model_name"] = name.replace("270m-pt", "270m")  # the hub's name
+    return StoredSAE({"name": "jumprelu", "skip": "W_skip" in weights}, weights, metadata)
+
+
+GEMMA_SCOPE = Format(
+    files=("params.npz",), read=read_gemma_scope, layouts={"jumprelu": Layout("jumprelu", NAMES)}
+)
+GEMMA_SCOPE_2 = Format(
+    files=("params.safetensors",),
+    optional=("config.json",),
+    read=read_gemma_scope_2,
+    layouts={"jumprelu": Layout("jumprelu", NAMES)},
+)

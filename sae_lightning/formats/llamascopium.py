@@ -1,0 +1,144 @@
+"""llamascopium's format, and that of Llama Scope, which its authors wrote before."""
+
+import math
+from typing import Any
+
+import torch
+
+from sae_lightning.errors import UserError
+from sae_lightning.formats.row import (
+    LINEAR,
+    Format,
+    Layout,
+    Origin,
+    Parts,
+    SavedFiles,
+    StoredSAE,
+    check_readable,
+    drop_nulls,
+    rename_tensors,
+)
+from sae_lightning.sae import SAE
+
+
+def read_llamascopium(files: SavedFiles) -> StoredSAE:
+    """Read an SAE or transcoder of llamascopium (also as published in Llama Scope R1).
+
+    In training it scales activations to a mean norm of sqrt(d), and compares pre-activations times
+    decoder norms with the threshold.
+    """
+    cfg, tensors = files.settings, dict(files.tensors)
+    check_readable(files.source, "sae_type", cfg.get("sae_type", "sae"), ["sae"])
+    kind, normalisation = cfg.get("act_fn", "relu"), cfg.get("norm_activation", "dataset-wise")
+    check_readable(files.source, "act_fn", kind, LLAMASCOPIUM.layouts)
+    check_readable(files.source, "norm_activation", normalisation, ["dataset-wise", "inference"])
+    hooks = [cfg["hook_point_in"], cfg.get("hook_point_out", cfg["hook_point_in"])]
+    prefix = "dataset_average_activation_norm."
+    stored = {hook: tensors.pop(prefix + hook, None) for hook in dict.fromkeys(hooks)}
+    weights = rename_tensors(LLAMASCOPIUM, tensors)
+    if not cfg.get("use_decoder_bias", True):
+        weights["b_dec"] = torch.zeros(weights["W_dec"].shape[1])
+    scales = [1.0, 1.0]
+    if normalisation == "dataset-wise":
+        given = cfg.get("dataset_average_activation_norm", {})
+        for number, (hook, side) in enumerate(zip(hooks, ("in", "out"), strict=True)):
+            norm = given.get(side, given.get(hook, stored[hook]))
+            if norm is None:
+                raise UserError(
+                    f"{files.source}: norm_activation='dataset-wise', but no mean norm is saved: "
+                    'add "dataset_average_activation_norm": {"in": ..., "out": ...} to this file'
+                )
+            scales[number] = read_scale(norm, weights["W_dec"].shape[1])
+    counts_norms = cfg.get("sparsity_include_decoder_norm", True)
+    if kind == "jumprelu" and counts_norms:
+        norms = weights["W_dec"].norm(dim=1).clamp(min=1e-8)
+        weights["threshold"] = weights.pop("log_threshold").exp() / norms
+    settings = {"name": LLAMASCOPIUM.layouts[kind].ours}
+    if kind == "topk":
+        settings["k"] = cfg["top_k"]
+    metadata = {"model_name": cfg.get("model_name"), "hook_name": hooks[0]}
+    if hooks[1] != hooks[0]:
+        metadata["hook_name_out"] = hooks[1]
+    return StoredSAE(
+        settings,
+        weights,
+        drop_nulls(metadata) | cfg,
+        scale_in=scales[0],
+        scale_out=scales[1],
+        rescale=kind == "topk" and counts_norms,
+    )
+
+
+def read_scale(norm: Any, d: int) -> float:
+    """The factor that gives activations [d] with this mean norm one of sqrt(d); ValueError unless
+    the norm is positive and finite."""
+    norm = float(norm)
+    if not 0 < norm < math.inf:
+        raise ValueError(f"dataset_average_activation_norm is {norm} and should be positive")
+    return math.sqrt(d) / norm
+
+
+def write_llamascopium(sae: SAE, kind: str, origin: Origin) -> Parts:
+    """`norm_activation="inference"`: weights take raw activations."""
+    sites, d, features = origin.require_sites(), len(sae.W_enc), sae.config.features
+    factor = features / d
+    while int(d * factor) < features:  # llamascopium computes the size like this
+        factor = math.nextafter(factor, math.inf)
+    return {
+        "sae_type": "sae",
+        "d_model": d,
+        "expansion_factor": factor,
+        "use_decoder_bias": True,
+        "act_fn": kind,
+        "norm_activation": "inference",
+        "sparsity_include_decoder_norm": False,
+        "top_k": getattr(sae.config, "k", 50),
+        "hook_point_in": sites.source.hook_name,
+        "hook_point_out": sites.target.hook_name,
+        "use_glu_encoder": False,
+        "model_name": origin.metadata.get("model_name"),
+    }, {}
+
+
+THRESHOLD = "activation_function.log_jumprelu_threshold"
+SCOPIUM_NAMES = {"W_E": "W_enc", "b_E": "b_enc", "W_D": "W_dec", "b_D": "b_dec"}
+SCOPIUM_KINDS = {"relu": "relu", "dense": "relu", "topk": "topk", "jumprelu": "jumprelu"}
+SCOPIUM_KINDS |= {"batch_topk": "jumprelu", "matryoshka": "jumprelu"}
+LLAMASCOPIUM = Format(
+    files=("sae_weights.safetensors", "config.json"),
+    read=read_llamascopium,
+    layouts={
+        "relu": Layout("relu", SCOPIUM_NAMES),
+        "topk": Layout("topk", SCOPIUM_NAMES),
+        "jumprelu": Layout("jumprelu", SCOPIUM_NAMES | {THRESHOLD: "log_threshold"}),
+    },
+    aliases=LINEAR | {"decoder.bias": "b_dec", "log_jumprelu_threshold": "log_threshold"},
+    autoencoders=SCOPIUM_KINDS,
+    transcoders=SCOPIUM_KINDS,
+    write=write_llamascopium,
+)
+
+
+def read_llama_scope(files: SavedFiles) -> StoredSAE:
+    """Read a folder of Llama Scope, trained on Llama-3.1-8B. As in SAELens, a feature fires where
+    x scale_in W_enc + b_enc exceeds jump_relu_threshold scale_in, whatever its decoder norm."""
+    cfg = files.settings
+    check_readable(files.source, "act_fn", cfg.get("act_fn", "jumprelu"), ["jumprelu"])
+    weights = rename_tensors(LLAMA_SCOPE, files.tensors)
+    norms = cfg["dataset_average_activation_norm"]
+    scale_in, scale_out = (
+        read_scale(norms[side], weights["b_dec"].numel()) for side in ("in", "out")
+    )
+    weights["threshold"] = torch.tensor(float(cfg["jump_relu_threshold"]) * scale_in)
+    metadata = {"model_name": "meta-llama/Llama-3.1-8B", "hook_name": cfg["hook_point_in"]}
+    if cfg.get("hook_point_out", metadata["hook_name"]) != metadata["hook_name"]:
+        metadata["hook_name_out"] = cfg["hook_point_out"]
+    centred = cfg.get("apply_decoder_bias_to_pre_encoder", False)
+    return StoredSAE({"name": "jumprelu"}, weights, metadata, centred, scale_in, scale_out)
+
+
+LLAMA_SCOPE = Format(
+    files=("checkpoints/final.safetensors", "hyperparams.json"),
+    read=read_llama_scope,
+    layouts={"jumprelu": Layout("jumprelu", LINEAR | {"decoder.bias": "b_dec"})},
+)

@@ -1,0 +1,60 @@
+"""The formats of Qwen-Scope and Goodfire: weights without settings, in a file whose name says what
+it reads."""
+
+import re
+
+from sae_lightning.errors import UserError
+from sae_lightning.formats.row import (
+    LINEAR,
+    Format,
+    Layout,
+    SavedFiles,
+    StoredSAE,
+    rename_tensors,
+)
+
+
+def read_qwen_scope(files: SavedFiles) -> StoredSAE:
+    """Read one file of Qwen-Scope, TopK SAEs of raw residual streams; the name of the repository,
+    which has to be part of the path, says LLM and k."""
+    path = files.weights.absolute().as_posix()
+    repository = re.search(r"SAE-Res-([^/]+?)-W\d+K-L0_(\d+)", path)
+    if repository is None:
+        raise UserError(
+            f"{files.weights} does not say how many features are active: put it in a folder with "
+            "the name of its repository, such as SAE-Res-Qwen3-8B-Base-W64K-L0_50"
+        )
+    block = re.match(r"layer(\d+)\.", files.weights.name)[1]
+    return StoredSAE(
+        {"name": "topk", "k": int(repository[2])},
+        rename_tensors(QWEN_SCOPE, files.tensors),
+        {"model_name": f"Qwen/{repository[1]}", "hook_name": f"blocks.{block}.hook_resid_post"},
+    )
+
+
+QWEN_SCOPE = Format(
+    files=("layer*.sae.pt",),
+    read=read_qwen_scope,
+    layouts={"topk": Layout("topk", {"W_enc": "W_enc.T", "W_dec": "W_dec.T"})},
+)
+
+
+def read_goodfire(files: SavedFiles) -> StoredSAE:
+    """Read a file of Goodfire, ReLU SAEs of raw residual streams; its name says LLM and block."""
+    metadata = {}
+    if name := re.match(r"(.+)-SAE-l(\d+)\.", files.weights.name):
+        metadata = {"model_name": name[1], "hook_name": f"blocks.{name[2]}.hook_resid_post"}
+    return StoredSAE({"name": "relu"}, rename_tensors(GOODFIRE, files.tensors), metadata)
+
+
+GOODFIRE = Format(
+    files=("*.pt*",),
+    read=read_goodfire,
+    layouts={
+        "relu": Layout(
+            "relu",
+            {name.replace(".", "_linear."): ours for name, ours in LINEAR.items()}
+            | {"decoder_linear.bias": "b_dec"},
+        )
+    },
+)

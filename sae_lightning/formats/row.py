@@ -1,0 +1,224 @@
+"""What a row of the table of formats says, and what reading has in common for all rows."""
+
+import json
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sae_lightning.errors import UserError
+from sae_lightning.files import read_regular_file
+from sae_lightning.formats.pickles import load_tensors
+from sae_lightning.llm.sites import SitePair
+from sae_lightning.sae import SAE
+from sae_lightning.stream.states import expect
+
+# Names that several formats use -> ours; ".T": stored transposed.
+LINEAR = {"encoder.weight": "W_enc.T", "encoder.bias": "b_enc", "decoder.weight": "W_dec.T"}
+PLAIN = {name: name for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+
+
+class StoredSAE(NamedTuple):
+    """The content of an SAE's files under our names:
+
+    z = activate(x scale_in W_enc + b_enc);  x_hat = (f W_dec + b_dec) / scale_out
+    """
+
+    settings: dict[str, Any]
+    """Fields of the architecture's config, including its name."""
+    weights: dict[str, Tensor]
+    """Name -> float32 tensor; `log_threshold` may stand for `threshold`."""
+    metadata: dict[str, Any]
+    """What the SAE was trained on, under SAELens' keys."""
+    centred: bool = False
+    """The encoder reads x - b_dec (a skip connection reads x)."""
+    scale_in: float = 1.0
+    scale_out: float = 1.0
+    rescale: bool = False
+    """Features are multiplied by the norms of their decoder rows before they are activated, and a
+    threshold applies to the products."""
+
+
+class SavedFiles(NamedTuple):
+    """The files of one SAE, read."""
+
+    weights: Path
+    """The weights file."""
+    source: Path
+    """The settings file; the weights file if the format has none."""
+    settings: dict[str, Any]
+    """The settings, without those that are null."""
+    tensors: dict[str, Any]
+    """The weights, as they are stored."""
+
+
+class Layout(NamedTuple):
+    """How a format stores an architecture."""
+
+    ours: str
+    names: dict[str, str] = {}
+    """Its tensors -> our names; ".T": stored transposed."""
+    centred: bool = False
+    """The encoder reads x - b_dec."""
+
+
+class Origin(NamedTuple):
+    """What an SAE to be written was trained on."""
+
+    metadata: dict[str, Any]
+    """Under SAELens' keys; what is not known is missing."""
+    sites: SitePair | None
+    """None if they are not known."""
+    problem: str
+    """Why the sites are not known, and what to give."""
+
+    @property
+    def is_transcoder(self) -> bool:
+        """Whether the SAE reconstructs another site than it reads."""
+        return "hook_name_out" in self.metadata
+
+    def require_sites(self) -> SitePair:
+        """Both sites; UserError if they are not known."""
+        if self.sites is None:
+            raise UserError(self.problem)
+        return self.sites
+
+
+# Settings, and tensors beyond those of the layout.
+Parts = tuple[dict[str, Any], dict[str, Tensor]]
+
+
+class Format(NamedTuple):
+    """A row of the table."""
+
+    files: tuple[str, ...]
+    """Patterns of the files that are needed, relative to the SAE's folder: weights, settings."""
+    read: Callable[[SavedFiles], StoredSAE]
+    """Translates settings and tensors."""
+    layouts: dict[str, Layout] = {}
+    """The format's name of an architecture -> how it is stored."""
+    aliases: dict[str, str] = {}
+    """Further names of tensors, which are only read."""
+    optional: tuple[str, ...] = ()
+    """Patterns of files that are read where they are there; the first one holds the settings unless
+    `files` names a file for them."""
+    autoencoders: dict[str, str] = {}
+    """Our architecture -> the key in `layouts` as which an autoencoder is written."""
+    transcoders: dict[str, str] = {}
+    """The same for transcoders."""
+    write: Callable[[SAE, str, Origin], Parts] | None = None
+    """Makes the settings, and the tensors that the layout does not name; None for a format that is
+    only read, or SAELens' (see export.py)."""
+
+    @property
+    def settings_file(self) -> str | None:
+        """Name of the file that holds the settings."""
+        return next(iter((*self.files, *self.optional)[1:]), None)
+
+
+def is_match(name: str, pattern: str) -> bool:
+    """Whether a file's path below a folder matches a pattern; "*" does not match "/"."""
+    return name.count("/") == pattern.count("/") and fnmatchcase(name, pattern)
+
+
+def read_settings_file(file: Path) -> dict[str, Any]:
+    """Read a file of settings, JSON or YAML, without those that are null, which means not given."""
+    parse = yaml.safe_load if file.suffix == ".yaml" else json.loads
+    return drop_nulls(parse(read_regular_file(file)))
+
+
+def drop_nulls(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that are not null."""
+    return {key: value for key, value in settings.items() if value is not None}
+
+
+def check_readable(source: Path, key: str, value: Any, readable: Iterable[str]) -> None:
+    """UserError unless `value`, given for `key` in the file `source`, is in `readable`."""
+    if value not in readable:
+        raise UserError(f"{source}: {key} {value!r} is not supported ({', '.join(readable)})")
+
+
+def read_weights(file: Path) -> dict[str, Any]:
+    """Read a safetensors file, an npz, or what torch.save wrote; no code in it is run."""
+    if file.suffix == ".safetensors":
+        return load_file(file)
+    if file.suffix != ".npz":
+        tensors = load_tensors(file)
+        expect(tensors, dict, file.name)
+        return tensors
+    with np.load(file, allow_pickle=False) as arrays:
+        if any(arrays[name].dtype == object for name in arrays):
+            raise ValueError("it holds more than tensors and numbers, which could run code")
+        return {name: torch.from_numpy(arrays[name]) for name in arrays}
+
+
+def check_numbers(tensors: dict[str, Tensor]) -> None:
+    """ValueError unless all tensors are floating-point and finite; it names the tensor and counts
+    the numbers that are not finite."""
+    for name, x in tensors.items():
+        expect(x, Tensor, name)
+        if not x.is_floating_point():
+            kind = str(x.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"{name}: {x.numel():,} numbers are of type {kind}, not floating-point"
+            )
+        if x.nbytes > x.untyped_storage().nbytes():  # a stride of 0 could expand to any size
+            raise ValueError(f"{name} is larger than its storage")
+        if wrong := int((~x.float().isfinite()).sum()):
+            raise ValueError(f"{name}: {wrong:,} of {x.numel():,} numbers are not finite")
+
+
+def rename_tensors(row: Format, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Convert stored tensors to our names, our orientation and float32; ValueError if two have the
+    same name, or a number is not finite."""
+    check_numbers(tensors)
+    known, weights = dict(row.aliases), {}
+    for layout in row.layouts.values():
+        known |= layout.names
+    for name, tensor in tensors.items():
+        ours, tensor = known.get(name, name), tensor.float()
+        if name == "scaling_factor" and (tensor == 1).all():
+            continue  # in SAELens before 6 and in Gemma Scope; 1 has no effect
+        if ours.endswith(".T"):
+            ours, tensor = ours.removesuffix(".T"), tensor.transpose(0, -1)
+        if ours in weights:
+            raise ValueError(f"{name} occurs twice, under two names")
+        weights[ours] = tensor
+    return weights
+
+
+def fold_scales(stored: StoredSAE) -> dict[str, Tensor]:
+    """The weights for raw activations: scales and norms folded in, and one threshold a feature. A
+    threshold below 0, which training has never set, lets all of relu(z) pass."""
+    weights = dict(stored.weights)
+    if "log_threshold" in weights:
+        weights["threshold"] = weights.pop("log_threshold").exp()
+    factors = {"W_enc": stored.scale_in, "W_dec": 1 / stored.scale_out}
+    factors |= {"b_dec": 1 / stored.scale_out, "W_skip": stored.scale_in / stored.scale_out}
+    for name, factor in factors.items():
+        if name in weights and factor != 1:
+            weights[name] = weights[name] * factor
+    if stored.rescale:
+        norms = weights["W_dec"].norm(dim=1).clamp(min=1e-8)
+        weights["W_enc"], weights["b_enc"] = weights["W_enc"] * norms, weights["b_enc"] * norms
+        weights["W_dec"] = weights["W_dec"] / norms[:, None]
+        if "threshold" in weights:
+            weights["threshold"] = weights["threshold"] / stored.scale_out
+    if "threshold" in weights and weights["threshold"].numel() == 1:
+        threshold = weights["threshold"].reshape(()).clamp(min=0)
+        weights["threshold"] = threshold.expand_as(weights["b_enc"])
+    return weights
+
+
+def add_groups(settings: dict[str, Any], sizes: list[int]) -> dict[str, Any]:
+    """Settings of a Matryoshka SAE with groups of these sizes; with a single group it is a
+    BatchTopK."""
+    if len(sizes) == 1:
+        return settings | {"name": "batch_topk"}
+    return settings | {"groups": [size / sum(sizes) for size in sizes[:-1]]}

@@ -1,0 +1,126 @@
+"""Reads SAELens' format, which is also the saved format (export.py writes it)."""
+
+from dataclasses import fields
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from sae_lightning.errors import UserError
+from sae_lightning.formats.row import (
+    Format,
+    Layout,
+    SavedFiles,
+    StoredSAE,
+    add_groups,
+    check_readable,
+    read_settings_file,
+    rename_tensors,
+)
+from sae_lightning.sae import ARCHITECTURES
+
+CFG = "cfg.json"
+WEIGHTS = "sae_weights.safetensors"
+SCALER = "activation_scaler.json"  # beside training checkpoints
+NOTE_KEY = "note"  # key in the metadata: how SAELens misreads the SAE
+OWN_KEY = "sae_lightning"  # key in cfg.json: the settings in our own terms
+
+# (architecture, has a skip connection) -> SAELens' name of the transcoder
+TRANSCODERS = {
+    ("standard", False): "transcoder",
+    ("standard", True): "skip_transcoder",
+    ("jumprelu", False): "jumprelu_transcoder",
+    ("jumprelu", True): "jumprelu_skip_transcoder",
+}
+# SAELens' architecture -> ours. Its batchtopk names occur only in training checkpoints.
+SAELENS_KINDS = {
+    "standard": "relu",
+    "topk": "topk",
+    "jumprelu": "jumprelu",
+    "gated": "gated",
+    "batchtopk": "batch_topk",
+    "matryoshka_batchtopk": "matryoshka",
+}
+SAELENS_KINDS |= {name: SAELENS_KINDS[kind] for (kind, _), name in TRANSCODERS.items()}
+
+
+def read_saelens(files: SavedFiles) -> StoredSAE:
+    """Read a folder written by SAELens 3 or later, for inference or as a training checkpoint, or by
+    this project."""
+    cfg = files.settings
+    # SAELens 3 to 5 described TopK differently
+    cfg = {"architecture": "standard", "activation_fn": cfg.get("activation_fn_str", "relu")} | cfg
+    if cfg["activation_fn"] == "topk":
+        cfg |= {"architecture": "topk", "activation_fn": "relu"} | cfg["activation_fn_kwargs"]
+    kind = cfg["architecture"]
+    settings = (
+        _read_own_settings(files.source, cfg[OWN_KEY])
+        if OWN_KEY in cfg
+        else _translate_settings(files.source, cfg)
+    )
+    scale = _read_scale(files.source, cfg.get("normalize_activations") or "none")
+    return StoredSAE(
+        settings,
+        rename_tensors(SAELENS, files.tensors),
+        cfg.get("metadata", cfg),
+        centred="transcoder" not in kind and cfg.get("apply_b_dec_to_input", True),
+        scale_in=scale,
+        scale_out=scale,
+        rescale=cfg.get("rescale_acts_by_decoder_norm", "batchtopk" in kind),
+    )
+
+
+def _read_own_settings(source: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Read settings that this project wrote; UserError if a newer version added some."""
+    kind = ARCHITECTURES.get(settings["name"])
+    known = {field.name for field in fields(kind.config)} if kind else settings.keys() - {"name"}
+    if unknown := settings.keys() - known:
+        key = min(unknown)
+        raise UserError(
+            f"{source}: {OWN_KEY}.{key}={settings[key]} was written by another version: update, or "
+            f"remove the key {OWN_KEY} to read the SAE as SAELens does"
+        )
+    return settings
+
+
+def _translate_settings(source: Path, cfg: dict[str, Any]) -> dict[str, Any]:
+    """Translate SAELens' settings into ours."""
+    kind = cfg["architecture"]
+    check_readable(source, "architecture", kind, SAELENS_KINDS)
+    check_readable(source, "activation_fn", cfg["activation_fn"], ["relu"])
+    settings = {"name": SAELENS_KINDS[kind], "skip": "skip" in kind}
+    if "topk" in kind:
+        # SAELens' default is 100; k of its BatchTopK may be fractional
+        settings["k"] = max(1, round(cfg.get("k", 100)))
+    if kind == "matryoshka_batchtopk":
+        ends = [0, *cfg["matryoshka_widths"]]
+        settings = add_groups(settings, [end - start for start, end in pairwise(ends)])
+    return settings
+
+
+def _read_scale(source: Path, normalisation: str | bool) -> float:
+    """The factor by which SAELens multiplies activations; 1 if it is folded into the weights."""
+    if normalisation == "none":
+        return 1.0
+    setting = f"{source}: normalize_activations={normalisation}"
+    if normalisation not in (True, "expected_average_only_in"):
+        raise UserError(
+            f"{setting} cannot be folded into the weights; only expected_average_only_in can"
+        )
+    scaler = source.with_name(SCALER)
+    factor = read_settings_file(scaler).get("scaling_factor") if scaler.is_file() else None
+    if factor is None:
+        raise UserError(
+            f"{setting}, but the factor is not saved: fold it in with SAELens "
+            "(sae.fold_activation_norm_scaling_factor) and save again"
+        )
+    return factor
+
+
+SAELENS = Format(
+    files=(WEIGHTS, CFG),
+    optional=(SCALER,),
+    read=read_saelens,
+    layouts={name: Layout(ours) for name, ours in SAELENS_KINDS.items()},
+    # a BatchTopK's threshold is -1 until training has set it
+    aliases={"b_gate": "b_enc", "W_skip": "W_skip.T", "topk_threshold": "threshold"},
+)

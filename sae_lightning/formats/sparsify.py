@@ -1,0 +1,78 @@
+"""The format of sparsify: TopK SAEs and transcoders."""
+
+import re
+
+from sae_lightning.formats.row import (
+    Format,
+    Layout,
+    Origin,
+    Parts,
+    SavedFiles,
+    StoredSAE,
+    check_readable,
+    drop_nulls,
+    read_settings_file,
+    rename_tensors,
+)
+from sae_lightning.sae import SAE
+
+
+def read_sparsify(files: SavedFiles) -> StoredSAE:
+    """Read an SAE or transcoder of sparsify; all are TopK. The folder is named after the module
+    that it reads, and a file above it says which LLM."""
+    cfg = files.settings
+    activation = "signed topk" if cfg.get("signed") else cfg.get("activation", "topk")
+    check_readable(files.source, "activation", activation, ["topk"])
+    settings = {"name": "topk", "k": cfg["k"], "skip": "W_skip" in files.tensors}
+    folder = files.source.absolute().parent
+    above = folder.with_name("config.json")
+    run = read_settings_file(above) if above.is_file() else {}
+    transcode = cfg.get("transcode", False)
+    trained_on = {"model_name": run.get("model"), "context_size": run.get("ctx_len")}
+    metadata = drop_nulls(trained_on) | name_hooks(folder.name, transcode) | cfg
+    weights = rename_tensors(SPARSIFY, files.tensors)
+    return StoredSAE(settings, weights, metadata, centred=not transcode)
+
+
+def name_hooks(module: str, transcode: bool) -> dict[str, str]:
+    """SAELens' keys for the sites of an SAE in a folder that is named after a module; a transcoder
+    reads the module's input."""
+    if not re.search(r"\.\d+(\.|$)", module):
+        return {}
+    if not transcode:
+        return {"hook_name": module}
+    mlp = re.fullmatch(r"(?:.*\.)?(\d+)\.mlp", module)
+    source = f"blocks.{mlp[1]}.mlp.hook_in" if mlp else f"the input of {module}"
+    return {"hook_name": source, "hook_name_out": module}
+
+
+def write_sparsify(sae: SAE, kind: str, origin: Origin) -> Parts:
+    """sparsify ignores keys that it does not know; they say what the SAE was trained on."""
+    d_in, config = len(sae.W_enc), sae.config
+    return origin.metadata | {
+        "activation": "topk",
+        "expansion_factor": max(1, config.features // d_in),
+        "normalize_decoder": False,  # rows are stored as they are
+        "num_latents": config.features,
+        "k": config.k,
+        "multi_topk": False,
+        "skip_connection": config.skip,
+        "transcode": kind == "transcoder",
+        "d_in": d_in,
+    }, {}
+
+
+SPARSIFY_NAMES = {"encoder.weight": "W_enc.T", "encoder.bias": "b_enc", "W_skip": "W_skip.T"}
+SPARSIFY_NAMES |= {"W_dec": "W_dec", "b_dec": "b_dec"}
+SPARSIFY = Format(
+    files=("sae.safetensors", "cfg.json"),
+    optional=("../config.json",),
+    read=read_sparsify,
+    layouts={
+        "autoencoder": Layout("topk", SPARSIFY_NAMES, centred=True),
+        "transcoder": Layout("topk", SPARSIFY_NAMES),
+    },
+    autoencoders={"topk": "autoencoder"},
+    transcoders={"topk": "transcoder"},
+    write=write_sparsify,
+)

@@ -1,0 +1,88 @@
+"""The table of formats; a new one is a row."""
+
+import glob
+import posixpath
+from collections.abc import Collection
+from pathlib import PurePosixPath
+from typing import NamedTuple
+
+from sae_lightning.errors import UserError
+from sae_lightning.formats.circuit_tracer import CIRCUIT_TRACER
+from sae_lightning.formats.dictionary_learning import DICTIONARY_LEARNING
+from sae_lightning.formats.gemma_scope import GEMMA_SCOPE, GEMMA_SCOPE_2
+from sae_lightning.formats.llamascopium import LLAMA_SCOPE, LLAMASCOPIUM
+from sae_lightning.formats.named_files import GOODFIRE, QWEN_SCOPE
+from sae_lightning.formats.row import Format, is_match
+from sae_lightning.formats.saelens import SAELENS
+from sae_lightning.formats.sparsify import SPARSIFY
+
+# Earlier rows take precedence where several match.
+FORMATS = {
+    "saelens": SAELENS,
+    "sparsify": SPARSIFY,
+    "dictionary_learning": DICTIONARY_LEARNING,
+    "llamascopium": LLAMASCOPIUM,
+    "circuit_tracer": CIRCUIT_TRACER,
+    "gemma_scope": GEMMA_SCOPE,
+    "gemma_scope_2": GEMMA_SCOPE_2,
+    "llama_scope": LLAMA_SCOPE,
+    "qwen_scope": QWEN_SCOPE,
+    "goodfire": GOODFIRE,
+}
+# Weights of what this project has no SAE for -> what it is.
+UNREADABLE = {
+    "params_layer_*.safetensors": "a cross-layer transcoder",
+    "W_enc_*.safetensors": "a cross-layer transcoder",
+}
+
+
+def find_format(names: Collection[str], weights: str | None = None) -> Format | None:
+    """The format of an SAE whose folder has the files `names` (paths below it, with "/"), and whose
+    weights are in the file `weights` if that is given.
+
+    None if there is no SAE; the best guess if only the settings are missing. UserError for what
+    this project has no SAE for.
+    """
+
+    def is_there(pattern: str, among: Collection[str] = names) -> bool:
+        return any(is_match(name, pattern) for name in among)
+
+    candidates = names if weights is None else [weights]
+    rows = [row for row in FORMATS.values() if is_there(row.files[0], candidates)]
+    alike = [row for row in rows if row.files[0] == rows[0].files[0]]
+    whole = [row for row in alike if all(map(is_there, row.files))]
+    for pattern, what in UNREADABLE.items():
+        if not rows and is_there(pattern, candidates):
+            raise UserError(f"{pattern} is {what}, for which this project has no SAE")
+    return next(iter(whole + rows), None)
+
+
+class SavedPlace(NamedTuple):
+    """Where the files of one SAE are, among other files."""
+
+    row: Format
+    folder: str
+    weights: str
+    others: list[str]
+    """Settings, and what else is read."""
+
+
+def find_saved(path: str, names: Collection[str]) -> list[SavedPlace]:
+    """The SAEs at `path`, which is a weights file, a folder, or a run folder, among the files
+    `names` (paths with "/"); a folder with a weights file for each block has several."""
+    names = {posixpath.normpath(name) for name in names}
+    place, alone = PurePosixPath(path), posixpath.normpath(path) in names
+    for folder in (place.parent, place.parent.parent) if alone else (place / "sae", place):
+        below = [name for name in names if PurePosixPath(name).is_relative_to(folder)]
+        inside = {str(PurePosixPath(name).relative_to(folder)): name for name in below}
+        own = str(place.relative_to(folder)) if alone else None
+        if row := find_format(inside, own):
+            root = glob.escape(str(folder))
+            patterns = [posixpath.normpath(f"{root}/{p}") for p in (*row.files, *row.optional)]
+            weights = [own] if alone else [n for n in inside if is_match(n, row.files[0])]
+            others = [n for n in names if any(is_match(n, pattern) for pattern in patterns[1:])]
+            return [
+                SavedPlace(row, str(folder), inside[name], sorted(others))
+                for name in sorted(weights)
+            ]
+    return []

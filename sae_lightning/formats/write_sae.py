@@ -1,0 +1,93 @@
+"""Writes SAEs in the formats of the table."""
+
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sae_lightning.errors import UserError
+from sae_lightning.files import write_atomically, write_json
+from sae_lightning.formats.export import save_sae
+from sae_lightning.formats.row import Layout, Origin
+from sae_lightning.formats.table import FORMATS
+from sae_lightning.sae import SAE
+
+WRITABLE = tuple(name for name, row in FORMATS.items() if row.write or name == "saelens")
+
+
+@torch.no_grad()
+def write_sae(name: str, sae: SAE, origin: Origin, folder: Path) -> None:
+    """Write an SAE for raw activations in the format `name`, in its folder; UserError if the format
+    cannot express it."""
+    if name == "saelens":  # the saved format, which expresses every SAE
+        save_sae(folder, sae, sae.weights(), origin.metadata)
+        return
+    row, kind = FORMATS[name], choose_layout(name, sae, origin)
+    settings, tensors = row.write(sae, kind, origin)
+    tensors = store_tensors(row.layouts[kind], sae) | tensors
+    file = row.files[0]
+    if "*" in file:  # of one block
+        file = file.replace("*", str(origin.require_sites().source.layer))
+    with write_atomically(folder / file) as temporary:
+        if file.endswith(".safetensors"):
+            save_file(tensors, temporary)
+        else:
+            torch.save(tensors, temporary)
+    if row.settings_file.endswith(".json"):
+        write_json(folder / row.settings_file, settings)
+    else:
+        with write_atomically(folder / row.settings_file) as temporary:
+            temporary.write_text(yaml.safe_dump(settings), encoding="utf8")
+
+
+def choose_layout(name: str, sae: SAE, origin: Origin) -> str:
+    """The key in `layouts` of the format `name` as which `sae` is written; UserError if the format
+    has none."""
+    row, architecture = FORMATS[name], sae.config.name
+    kinds = row.transcoders if origin.is_transcoder else row.autoencoders
+    what = "transcoder" if origin.is_transcoder else "autoencoder"
+    if not kinds:
+        raise UserError(f"format={name} has no {what}s, and this SAE is one: choose another format")
+    if architecture not in kinds:
+        raise UserError(
+            f"format={name} has no {architecture} {what}: it holds {', '.join(kinds)}; choose "
+            "another format"
+        )
+    kind = kinds[architecture]
+    names = row.layouts[kind].names.values()
+    if sae.config.skip and not any(name.startswith("W_skip") for name in names):
+        raise UserError(
+            f"format={name} has no skip connections (model.skip): choose another format"
+        )
+    if len(sae.W_enc) != len(sae.b_dec):
+        raise UserError(
+            f"format={name} has one width for input and output, and this SAE reads "
+            f"{len(sae.W_enc)} dimensions and writes {len(sae.b_dec)}: choose another format"
+        )
+    return kind
+
+
+def store_tensors(layout: Layout, sae: SAE) -> dict[str, Tensor]:
+    """The weights of `sae` under the names and in the orientation of `layout`."""
+    weights = sae.weights()
+    if layout.centred:
+        weights = center_encoder(sae)
+    if "threshold" in weights:
+        smallest = torch.finfo(torch.float32).tiny
+        weights["log_threshold"] = weights["threshold"].clamp(min=smallest).log()
+    tensors = {}
+    for theirs, ours in layout.names.items():
+        if ours.removesuffix(".T") in weights:
+            tensor = weights[ours.removesuffix(".T")]
+            tensors[theirs] = (tensor.T if ours.endswith(".T") else tensor).clone().contiguous()
+    return tensors
+
+
+def center_encoder(sae: SAE) -> dict[str, Tensor]:
+    """The weights of `sae` for an encoder that reads x - b_dec (a skip connection reads x): the
+    inverse of what reading such an SAE does."""
+    one, mean = torch.ones(()), sae.b_dec.double()
+    back = -mean @ sae.W_skip.double() if sae.config.skip else torch.zeros_like(mean)
+    return sae.fold(-mean, one, back, one)
