@@ -50,8 +50,8 @@ class Subject:
 
     @property
     def results_folder(self) -> Path:
-        """Folder for pages and numbers: beside the SAE (next to a weights file, one named after it),
-        or below the working folder if the SAE was downloaded (nothing is written to the cache)."""
+        """Folder for pages and numbers: beside the SAE, named after it if it is a file; below the
+        working folder if the SAE was downloaded (nothing is written to the cache)."""
         if self.address:
             return name_hub_folder(self.address) / "analysis"
         if self.folder.is_file():
