@@ -34,7 +34,7 @@ from safetensors.torch import load_file
 from timing.child import Failed, call, make_name
 
 from sae_lightning.files import write_json
-from sae_lightning.formats.readers import WEIGHTS
+from sae_lightning.formats.saelens import WEIGHTS
 from sae_lightning.terminal import console, phase
 
 CASES = {
