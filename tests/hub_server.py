@@ -195,7 +195,7 @@ class _Handler(BaseHTTPRequestHandler):
             listed = [{"path": n, "uploadMode": m, "shouldIgnore": False} for n, m in modes.items()]
             self._send(200, {"files": listed})
         elif call == "commit":
-            self._commit(repo, [json.loads(line) for line in body.splitlines()])
+            self._commit(name, repo, [json.loads(line) for line in body.splitlines()])
 
     def _list(self, entries: list[dict], folder: str, query: dict) -> None:
         """One page of a listing, with a link to the next one."""
@@ -242,7 +242,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.token != TOKEN:
             self._send(401, {"error": "no"}, {"X-Error-Message": "Invalid credentials"})
         elif name in self.hub.repos:
-            self._send(409, {"error": "exists"})
+            self._send(409, {"error": "exists", "url": f"{self.hub.url}/{name}"})
         else:
             self.hub.repos[name] = Repo([{}], private=request.get("visibility") == "private")
             self._send(200, {"url": f"{self.hub.url}/{name}", "name": name})
@@ -255,7 +255,7 @@ class _Handler(BaseHTTPRequestHandler):
             objects.append(each | {"actions": upload})
         self._send(200, {"transfer": "basic", "objects": objects})
 
-    def _commit(self, repo: Repo, lines: list[dict]) -> None:
+    def _commit(self, name: str, repo: Repo, lines: list[dict]) -> None:
         files = dict(repo.files)
         for line in lines:
             value = line["value"]
@@ -265,7 +265,7 @@ class _Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = self.hub.stored[value["oid"]]
         repo.commits.append(files)
         oid = repo.name_commit(len(repo.commits) - 1)
-        self._send(200, {"commitUrl": f"{self.hub.url}/commit/{oid}", "commitOid": oid})
+        self._send(200, {"commitUrl": f"{self.hub.url}/{name}/commit/{oid}", "commitOid": oid})
 
     def _send(self, status: int, content, headers: dict[str, str] | None = None) -> None:
         body = json.dumps(content).encode()

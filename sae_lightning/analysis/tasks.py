@@ -7,6 +7,7 @@ from sae_lightning.analysis.export_task import ExportTask
 from sae_lightning.analysis.lens import LensTask
 from sae_lightning.analysis.overview import OverviewTask
 from sae_lightning.analysis.probing.probe_task import ProbeTask
+from sae_lightning.analysis.publish_task import PublishTask
 from sae_lightning.analysis.steer import SteerTask
 from sae_lightning.analysis.survey.features_task import FeaturesTask
 from sae_lightning.analysis.sweep_task import SweepTask
@@ -24,5 +25,6 @@ TASKS: dict[str, type[Task]] = {
     "text": TextTask,
     "explain": ExplainTask,
     "export": ExportTask,
+    "publish": PublishTask,
     "sweep": SweepTask,
 }

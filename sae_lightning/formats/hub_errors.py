@@ -22,7 +22,7 @@ def one_line_hub_errors(address: str, repo: str, revision: str = "main") -> Iter
             yield
     except UserError:
         raise
-    except (HTTPError, OSError, ValueError) as error:
+    except (HTTPError, OSError, ValueError, RuntimeError) as error:
         if (reason := explain_hub_error(error, repo, revision)) is None:
             raise
         raise UserError(f"{address}: {reason}") from error
@@ -36,7 +36,7 @@ def explain_hub_error(error: Exception, repo: str, revision: str) -> str | None:
     links = list_causes(error)
     kinds = {kind for link in links for kind in type(link).__mro__}
     if hub.OfflineModeIsEnabled in kinds:
-        return "not downloaded before, and HF_HUB_OFFLINE=1 forbids downloads; unset it"
+        return "HF_HUB_OFFLINE=1 forbids requests, and there is no copy in the cache; unset it"
     if hub.GatedRepoError in kinds:
         page = f"{constants.ENDPOINT}/{repo}"
         return f"gated; accept its terms at {page}, then log in: {LOGIN}"
@@ -57,7 +57,9 @@ def explain_hub_error(error: Exception, repo: str, revision: str) -> str | None:
         return "the download ended early, and nothing was kept; run the same command again"
     if any(getattr(link, "errno", None) in (errno.ENOSPC, errno.EDQUOT) for link in links):
         return None
-    if hub.HTTPError in kinds:
+    if match := re.search(r"Invalid metadata in README.md\W*([^\n]*)", str(error)):
+        return f"the hub refuses the head of the model card ({match[1]:.200}); check licence=..."
+    if {hub.HTTPError, RuntimeError} & kinds:  # hf_xet raises the latter
         what = type(links[0]).__name__
         return f"no connection to {constants.ENDPOINT}, or it broke off ({what}); try again"
     return None

@@ -29,6 +29,7 @@ from sae_lightning.stream.plays import PlaysConfig
 PLAYS = PlaysConfig().held_out  # a list of words
 # what a task cannot do without
 NEEDED = {"steer": ["feature=3"], "text": ["text=hello"], "export": ["format=saelens", "to=x"]}
+NEEDED |= {"publish": ["repo=me/sae"]}
 
 
 @pytest.fixture(autouse=True)

@@ -200,7 +200,7 @@ def test_without_a_connection_or_a_copy_there_is_one_line(hub, monkeypatch):
     with pytest.raises(UserError, match="hub:me/sae: no connection to http://127.0.0.1:9, or"):
         fetch_saved("hub:me/sae")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="not downloaded before, and HF_HUB_OFFLINE=1 forbids"):
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE=1 forbids requests, and there"):
         fetch_saved("hub:me/sae")
 
 

@@ -1,0 +1,187 @@
+"""The model card of a published SAE: what it was trained on, its scores, and how to open it."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+
+from sae_lightning.analysis.probing.probes import FEATURES, NEURONS, RANDOM
+from sae_lightning.errors import UserError
+from sae_lightning.formats.readers import NOTE_KEY
+from sae_lightning.formats.trained_on import find_llm_name
+from sae_lightning.sae import SAE
+
+TAGS = ["sparse-autoencoder", "mechanistic-interpretability", "saelens", "sae_lightning"]
+# Settings in the table of what the SAE was trained on -> what they are called there.
+TRAINING = {
+    "data.name": "text",
+    "data.path": "text",
+    "data.concepts": "synthetic concepts",
+    "data.context": "tokens in a context",
+    "trainer.tokens": "tokens",
+    "trainer.batch": "tokens in an update",
+    "optim.lr": "learning rate",
+    "loss.l1": "L1 coefficient",
+    "loss.l0": "L0 coefficient",
+    "loss.target_l0": "target L0",
+    "model.k": "active features per token",
+    "seed": "seed",
+}
+LINEAR = 'z = x @ w["W_enc"] + w["b_enc"]\n'
+# Architecture -> how features are computed from the saved weights w.
+FORMULAS = {
+    "relu": LINEAR + "features = torch.relu(z)",
+    "dense": LINEAR + "features = torch.relu(z)",
+    "topk": LINEAR
+    + "values, indices = torch.relu(z).topk({k})\n"
+    + "features = torch.zeros_like(z).scatter(-1, indices, values)",
+    "jumprelu": LINEAR + 'features = torch.relu(z) * (z > w["threshold"])',
+    "gated": 'pre = x @ w["W_enc"]\n'
+    'z = pre * w["r_mag"].exp() + w["b_mag"]\n'
+    'features = torch.relu(z) * (pre + w["b_gate"] > 0)',
+}
+FORMULAS |= dict.fromkeys(("batch_topk", "matryoshka"), FORMULAS["jumprelu"])
+
+
+def write_card(
+    repo: str,
+    sae: SAE,
+    settings: dict[str, Any],
+    results: dict[str, Any],
+    licence: str | None,
+) -> str:
+    """The README.md of a repository with `sae` in the folder `sae/`, in Markdown with front matter.
+
+    settings: a run's config, empty if it is not known; results: see `publish_task.read_results`.
+    """
+    head = {"library_name": "saelens", "tags": [*TAGS, sae.config.name]}
+    head |= {"license": licence} if licence else {}
+    llm = _find_llm(sae)
+    head |= {"base_model": llm} if llm and llm.count("/") == 1 else {}
+    sections = [
+        f"# {repo.partition('/')[2]}",
+        _describe(sae, llm),
+        "## What it was trained on",
+        _make_table(["", ""], [*_list_training(sae, settings)]),
+        "## How good it is",
+        _score(results),
+        "## How to open it",
+        *_explain_opening(repo, sae),
+    ]
+    front = yaml.safe_dump(head, sort_keys=False)
+    return f"---\n{front}---\n\n" + "\n\n".join(sections) + "\n"
+
+
+def _find_llm(sae: SAE) -> str | None:
+    """Name of the LLM on the hub, or the last part of its folder; None if it is not said."""
+    try:
+        name = find_llm_name(sae.metadata, "")
+    except UserError:
+        return None
+    return name.rpartition("/")[2] if name.startswith("/") else name
+
+
+def _describe(sae: SAE, llm: str | None) -> str:
+    source, target = (sae.metadata.get(key) for key in ("hook_name", "hook_name_out"))
+    kind = "transcoder" if target else "sparse autoencoder"
+    where = f" of {llm}" if llm else ""
+    sites = f" It reads `{source}`{where}" if source else ""
+    sites += f" and reconstructs `{target}`" if target else ""
+    return (
+        f"A {kind} with {sae.config.features:,} features ({sae.config.name}), trained with "
+        f"sae_lightning.{sites}{'.' if sites else ''} It takes activations as they are: no scaling "
+        "and no centring is needed."
+    )
+
+
+def _list_training(sae: SAE, settings: dict[str, Any]) -> Iterator[list[str]]:
+    """Rows of the table: name, value."""
+    yield ["architecture", sae.config.name]
+    yield ["features", f"{sae.config.features:,}"]
+    flat = {
+        f"{group}.{name}" if isinstance(values, dict) else group: value
+        for group, values in settings.items()
+        for name, value in (values.items() if isinstance(values, dict) else [(group, values)])
+    }
+    if settings and not {"data.name", "data.path", "data.concepts"} & flat.keys():
+        yield ["text", "Shakespeare's plays"]
+    for key, name in TRAINING.items():
+        value = flat.get(key)
+        if value is not None:
+            yield [name, f"{value:,}" if isinstance(value, int) and key != "seed" else str(value)]
+
+
+def _score(results: dict[str, Any]) -> str:
+    """The scorecard with its controls, from the results of other tasks."""
+    rows = [*_list_scores(results.get("evaluate") or {})]
+    rows += [*_list_controls(results.get("theory") or {}, results.get("probe") or {})]
+    if not rows:
+        return "It has not been measured."
+    tokens = (results.get("evaluate") or {}).get("tokens")
+    measured = f", on {tokens:,} tokens" if tokens else ""
+    table = _make_table(["", "this SAE", "for comparison"], rows)
+    return f"Measured on data that training never saw{measured}.\n\n{table}"
+
+
+def _list_scores(scores: dict[str, Any]) -> Iterator[list[str]]:
+    """Rows of the scorecard: name, value, control. A number that was not measured has no row."""
+
+    def show(key: str, form: str, name: str, control: str = "") -> Iterator[list[str]]:
+        if (value := scores.get(key)) is not None:
+            yield [name, format(value, form), control]
+
+    yield from show("l0", ".1f", "active features per token (L0)")
+    yield from show("explained_variance", ".3f", "explained variance", "the mean: 0")
+    ablations = {"without the SAE": "ce_clean", "mean": "ce_mean", "zero": "ce_zero"}
+    controls = [f"{n}: {scores[k]:.3f}" for n, k in ablations.items() if scores.get(k) is not None]
+    yield from show("ce_spliced", ".3f", "cross-entropy with the SAE (nats)", ", ".join(controls))
+    yield from show("ce_recovered", ".3f", "cross-entropy recovered", "zero ablation: 0")
+    yield from show("unfired", ".1%", "features that never fired")
+    yield from show("duplicates", ".1%", "features with a near copy")
+    yield from show("recovered", ".1%", "concepts recovered")
+
+
+def _list_controls(theory: dict[str, Any], probe: dict[str, Any]) -> Iterator[list[str]]:
+    """Rows with random controls: how alike decoder rows are, and how well units predict labels."""
+    overlap = theory.get("overlap") or {}
+    if {"decoder", "random"} <= overlap.keys():
+        values = (overlap[kind]["99%"] for kind in ("decoder", "random"))
+        decoder, chance = (f"{value:.2f}" for value in values)
+        yield ["cosine that 99 % of pairs of decoder rows are below", decoder, f"random: {chance}"]
+    scores = {s["units"]: s["accuracy"] for s in probe.get("scores", []) if s["k"] == 1}
+    if FEATURES in scores:
+        others = [f"one of {name}: {scores[name]:.1%}" for name in (NEURONS, RANDOM)]
+        others.append(f"the most frequent {probe['label']}: {probe['majority']:.1%}")
+        name = f"{probe['label']} predicted from one feature"
+        yield [name, f"{scores[FEATURES]:.1%}", ", ".join(others)]
+
+
+def _make_table(head: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _explain_opening(repo: str, sae: SAE) -> Iterator[str]:
+    """How to load the SAE in three ways; `x` holds activations [tokens, d_in]."""
+    own = f'from sae_lightning import load_sae\n\nsae = load_sae("hub:{repo}")\n'
+    yield _make_block("sae_lightning", own + "reconstruction, features = sae(x)")
+    if note := sae.metadata.get(NOTE_KEY):
+        yield f"{note}."
+    else:
+        code = f'from sae_lens import SAE\n\nsae = SAE.from_pretrained("{repo}", "sae")\n'
+        last = "features = sae.encode(x)\nreconstruction = sae.decode(features)"
+        yield _make_block("SAELens", code + last)
+    formula = FORMULAS[sae.config.name].format(k=getattr(sae.config, "k", None))
+    skip = ' + x @ w["W_skip"].T' if sae.config.skip else ""
+    yield _make_block(
+        "PyTorch alone",
+        "import torch\nfrom huggingface_hub import hf_hub_download\n"
+        "from safetensors.torch import load_file\n\n"
+        f'w = load_file(hf_hub_download("{repo}", "sae/sae_weights.safetensors"))\n'
+        f'{formula}\nreconstruction = features @ w["W_dec"] + w["b_dec"]{skip}',
+    )
+
+
+def _make_block(title: str, code: str) -> str:
+    return f"{title}:\n\n```python\n{code}\n```"

@@ -1,0 +1,190 @@
+"""`task=publish`: uploads an SAE to the Hugging Face hub, with a model card."""
+
+import html
+import json
+import os
+import re
+import sys
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sae_lightning.analysis.model_card import write_card
+from sae_lightning.analysis.task import Task
+from sae_lightning.errors import UserError
+from sae_lightning.files import read_regular_file
+from sae_lightning.formats.fetch import HUB, fetch_saved
+from sae_lightning.formats.hub_errors import LOGIN
+from sae_lightning.formats.load_sae import load_sae
+from sae_lightning.formats.readers import CFG, WEIGHTS
+from sae_lightning.formats.upload import has_token, is_private, upload_files
+from sae_lightning.runs.folders import METRICS_FILE
+from sae_lightning.runs.jobs import CONFIG_FILE, is_sweep
+from sae_lightning.runs.saved import read_settings
+from sae_lightning.terminal import console, format_command, make_grid
+
+# Results of other tasks that are uploaded, where they are there: numbers and the page.
+RESULTS = ("evaluate.json", "overview.json", "index.html")
+# A path in a text: from its root or from the home folder, but not within a name or a web address.
+PATH = re.compile(r"(?<![\w.:/~])~?/[^\s,;'\"\])}]+")
+
+
+@dataclass(slots=True, kw_only=True)
+class PublishTask(Task):
+    """Upload the SAE, its settings and scores, and a model card to the Hugging Face hub."""
+
+    repo: str | None = None
+    """Repository on the hub to upload to, owner/name; it is made if there is none."""
+    private: bool = True
+    """Only you see the repository; false asks on the terminal before anything becomes public."""
+    ask: bool = True
+    """Ask before anything becomes public; false for scripts, which have no terminal."""
+    licence: str | None = None
+    """Licence of the SAE, by its name on the hub (mit, apache-2.0, cc-by-4.0, ...); a public
+    repository needs one."""
+
+    def __post_init__(self):
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", self.repo or ""):
+            raise UserError(f"repo={self.repo}: give a repository on the hub, as repo=owner/name")
+        if not self.private and not self.licence:
+            raise UserError("private=false needs a licence: give licence=mit, or another one")
+
+    def execute(self, given_settings: Collection[str]) -> None:
+        self._check(given_settings)
+        folder = fetch_saved(self.run)
+        sae = load_sae(folder)
+        files = collect_files(folder)
+        settings = yaml.safe_load(files[CONFIG_FILE]) if CONFIG_FILE in files else {}
+        card = write_card(self.repo, sae, settings, read_results(folder), self.licence)
+        files = {"README.md": card.encode()} | files
+        sizes = {name: f"{measure(content):>13,} bytes" for name, content in files.items()}
+        console.print(make_grid(sizes, f"\n  to {self.repo}:"), "")
+        self._confirm()
+        url = upload_files(self.repo, files, private=self.private)
+        seen = "private" if self.private else "public"
+        opening = format_command("analyze.py", run=f"{HUB}{self.repo}")
+        console.print(f"\n  published ({seen}): {url}\n  open it: {opening}\n")
+
+    def _check(self, given_settings: Collection[str]) -> None:
+        """UserError if the command cannot work; nothing is read or uploaded yet."""
+        known = {"run", "task", "repo", "private", "ask", "licence"}
+        if others := sorted({*given_settings} - known):
+            raise UserError(f"{others[0]} has no meaning for task=publish: leave it out")
+        if is_sweep(Path(self.run)):
+            raise UserError(
+                f"run={self.run} holds a sweep: give one of the run folders in it, each to a "
+                "repository of its own"
+            )
+        if not has_token():
+            raise UserError(f"repo={self.repo}: you are not logged in at the hub; run: {LOGIN}")
+
+    def _confirm(self) -> None:
+        """UserError unless the repository may be seen by those whom the user has agreed to."""
+        now_private = is_private(self.repo)
+        if self.private and now_private is False:
+            raise UserError(
+                f"repo={self.repo} is public, so everybody would see these files: give another "
+                "repository, or private=false"
+            )
+        if not self.private and now_private:
+            raise UserError(
+                f"repo={self.repo} is private, and uploading does not change that: give "
+                "private=true, and make it public in its settings on the hub"
+            )
+        if self.private or not self.ask:
+            return
+        if not sys.stdin.isatty():
+            raise UserError(
+                "private=false asks before anything becomes public, but there is no terminal: add "
+                "ask=false"
+            )
+        if input(f"Everybody will see these files at {self.repo}. Go on? [y/N] ") not in ("y", "Y"):
+            raise UserError("nothing was uploaded")
+
+
+def collect_files(folder: Path) -> dict[str, bytes | Path]:
+    """Path in the repository -> content, for the SAE and what else there is in a run's folder.
+    Folders of this machine are cut off from all paths in it."""
+    sae = folder / "sae" if (folder / "sae").is_dir() else folder
+    if not (sae / WEIGHTS).is_file():
+        raise UserError(
+            f"{folder} holds an SAE in another format: write it with task=export format=saelens "
+            "first, and publish that folder"
+        )
+    cfg = json.loads(read_regular_file(sae / CFG))
+    texts = {f"sae/{CFG}": json.dumps(hide_folders(cfg), indent=2)}
+    found = {str(folder.absolute()), str(Path.home())} | find_paths(cfg)
+    if (folder / CONFIG_FILE).is_file():
+        config = read_settings(folder / CONFIG_FILE)
+        found |= find_paths(config)
+        texts[CONFIG_FILE] = yaml.safe_dump(hide_folders(config), sort_keys=False)
+    results = [folder / METRICS_FILE, *(folder / "analysis" / name for name in RESULTS)]
+    for file in filter(Path.is_file, results):
+        texts[file.relative_to(folder).as_posix()] = cut_paths(read_regular_file(file), found)
+    files = {name: text.encode() for name, text in texts.items()}
+    blocks = [file for file in folder.glob("analysis/index-*/*.js") if file.is_file()]
+    return (
+        {f"sae/{WEIGHTS}": sae / WEIGHTS}
+        | files
+        | {file.relative_to(folder).as_posix(): file for file in sorted(blocks)}
+    )
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """The numbers for the model card, by task: `evaluate` and, of the overview, `theory` and
+    `probe`; scores of the end of training if there are no others."""
+    found = {}
+    for name in ("overview", "theory", "probe", "evaluate"):
+        file = folder / "analysis" / f"{name}.json"
+        if file.is_file():
+            numbers = json.loads(read_regular_file(file))
+            found |= numbers if name == "overview" else {name: numbers}
+    metrics = folder / METRICS_FILE
+    if metrics.is_file() and "evaluate" not in found:
+        found["evaluate"] = json.loads(read_regular_file(metrics)).get("held_out", {})
+    return found
+
+
+def hide_folders(value: Any) -> Any:
+    """Settings with every path of this machine replaced by its last part."""
+    if isinstance(value, dict):
+        return {key: hide_folders(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [hide_folders(inner) for inner in value]
+    if not isinstance(value, str):
+        return value
+    name, equals, given = value.partition("=")  # an override that was typed
+    if equals and os.path.isabs(given):
+        return f"{name}={Path(given).name}"
+    return Path(value).name if os.path.isabs(value) else PATH.sub(_cut_folders, value)
+
+
+def find_paths(value: Any) -> set[str]:
+    """All paths of this machine in settings."""
+    if isinstance(value, dict | list):
+        inner = value.values() if isinstance(value, dict) else value
+        return set().union(*map(find_paths, inner))
+    if not isinstance(value, str):
+        return set()
+    given = value.partition("=")[2] or value
+    return {given} if os.path.isabs(given) else {*PATH.findall(value)}
+
+
+def cut_paths(text: str, paths: Collection[str]) -> str:
+    """The text of a page or of JSON with these paths replaced by their last parts."""
+    for path in sorted(paths, key=len, reverse=True):
+        for written in {path, html.escape(path), json.dumps(path)[1:-1]}:
+            text = text.replace(written, Path(path).name)
+    return text
+
+
+def _cut_folders(match: re.Match) -> str:
+    return Path(match[0]).name
+
+
+def measure(content: bytes | Path) -> int:
+    """Size in bytes of what is uploaded."""
+    return len(content) if isinstance(content, bytes) else content.stat().st_size

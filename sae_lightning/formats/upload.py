@@ -1,0 +1,39 @@
+"""Uploads files to a repository on the Hugging Face hub."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from sae_lightning.formats.hub_errors import one_line_hub_errors
+from sae_lightning.terminal import phase
+
+
+def has_token() -> bool:
+    """Whether this user is logged in at the hub; the token itself is never read here."""
+    from huggingface_hub import get_token
+
+    return bool(get_token())
+
+
+def is_private(repo: str) -> bool | None:
+    """Whether the repository `owner/name` is private; None if there is none that the user sees."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    with one_line_hub_errors(f"repo={repo}", repo):
+        try:
+            return HfApi().model_info(repo).private
+        except RepositoryNotFoundError:
+            return None
+
+
+def upload_files(repo: str, files: Mapping[str, bytes | Path], *, private: bool) -> str:
+    """Upload files (path in the repository -> content or local file) in one commit, to a new
+    repository if there is none; returns its address on the web."""
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    with phase(f"uploading to {repo}"), one_line_hub_errors(f"repo={repo}", repo):
+        api = HfApi()
+        url = api.create_repo(repo, private=private, exist_ok=True)
+        operations = [CommitOperationAdd(path, content) for path, content in files.items()]
+        api.create_commit(repo, operations, commit_message="Upload an SAE with sae_lightning")
+    return str(url)
