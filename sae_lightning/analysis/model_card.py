@@ -7,7 +7,7 @@ import yaml
 
 from sae_lightning.analysis.probing.probes import FEATURES, NEURONS, RANDOM
 from sae_lightning.errors import UserError
-from sae_lightning.formats.readers import NOTE_KEY
+from sae_lightning.formats.saelens import NOTE_KEY
 from sae_lightning.formats.trained_on import find_llm_name
 from sae_lightning.sae import SAE
 
@@ -27,15 +27,15 @@ TRAINING = {
     "model.k": "active features per token",
     "seed": "seed",
 }
-LINEAR = 'z = x @ w["W_enc"] + w["b_enc"]\n'
+PREACTIVATION = 'z = x @ w["W_enc"] + w["b_enc"]\n'
 # Architecture -> how features are computed from the saved weights w.
 FORMULAS = {
-    "relu": LINEAR + "features = torch.relu(z)",
-    "dense": LINEAR + "features = torch.relu(z)",
-    "topk": LINEAR
+    "relu": PREACTIVATION + "features = torch.relu(z)",
+    "dense": PREACTIVATION + "features = torch.relu(z)",
+    "topk": PREACTIVATION
     + "values, indices = torch.relu(z).topk({k})\n"
     + "features = torch.zeros_like(z).scatter(-1, indices, values)",
-    "jumprelu": LINEAR + 'features = torch.relu(z) * (z > w["threshold"])',
+    "jumprelu": PREACTIVATION + 'features = torch.relu(z) * (z > w["threshold"])',
     "gated": 'pre = x @ w["W_enc"]\n'
     'z = pre * w["r_mag"].exp() + w["b_mag"]\n'
     'features = torch.relu(z) * (pre + w["b_gate"] > 0)',
@@ -157,7 +157,6 @@ def _list_controls(theory: dict[str, Any], probe: dict[str, Any]) -> Iterator[li
 
 
 def _make_table(head: list[str], rows: list[list[str]]) -> str:
-    """A table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -19,7 +19,7 @@ from sae_lightning.files import read_regular_file
 from sae_lightning.formats.fetch import HUB, fetch_saved
 from sae_lightning.formats.hub_errors import LOGIN
 from sae_lightning.formats.load_sae import load_sae
-from sae_lightning.formats.readers import CFG, WEIGHTS
+from sae_lightning.formats.saelens import CFG, WEIGHTS
 from sae_lightning.formats.upload import has_token, is_private, upload_files
 from sae_lightning.runs.folders import METRICS_FILE
 from sae_lightning.runs.jobs import CONFIG_FILE, is_sweep

@@ -2,6 +2,7 @@
 
 import math
 import os
+import posixpath
 import re
 import time
 from collections.abc import Callable, Iterable
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 from sae_lightning.errors import UserError
 from sae_lightning.formats.hub_errors import LONGEST_WAIT, one_line_hub_errors, read_wait
 from sae_lightning.formats.suites import choose_path, expand_suite
-from sae_lightning.formats.table import find_saved
+from sae_lightning.formats.table import FORMATS, find_saved
 from sae_lightning.terminal import console, phase
 
 HUB = "hub:"
@@ -152,18 +153,28 @@ def _list_sizes(place: HubAddress, path: str, commit: str) -> dict[str, int]:
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
-    api, folder = HfApi(), path
+    api, folder, above = HfApi(), path, []
     if path:
-        entries = _wait_and_repeat(api.get_paths_info, place.repo, [path], revision=commit)
-        if not entries:
+        ask = [path, *_list_settings_above(path)]
+        entries = _wait_and_repeat(api.get_paths_info, place.repo, ask, revision=commit)
+        above = [entry for entry in entries if entry.path != path]
+        if len(above) == len(entries):
             raise UserError(
                 f"{HUB}{place.repo}/{path}: {place.repo} has no such file or folder at revision "
                 f"{place.revision}; leave out the last part of the path for a list"
             )
-        if isinstance(entries[0], RepoFile):
+        if any(isinstance(entry, RepoFile) for entry in entries if entry.path == path):
             folder = str(PurePosixPath(path).parent).removeprefix(".")
     listed = api.list_repo_tree(place.repo, folder or None, recursive=True, revision=commit)
-    return {entry.path: entry.size for entry in listed if isinstance(entry, RepoFile)}
+    return {entry.path: entry.size for entry in (*listed, *above) if isinstance(entry, RepoFile)}
+
+
+def _list_settings_above(path: str) -> list[str]:
+    """Files above the folder, or the file, `path` that a format reads where they are there."""
+    patterns = [p for row in FORMATS.values() for p in row.optional if p.startswith("../")]
+    folders = (path, str(PurePosixPath(path).parent))
+    found = {posixpath.normpath(f"{folder}/{p}") for folder in folders for p in patterns}
+    return sorted(name for name in found if not name.startswith(".."))
 
 
 def _choose_files(

@@ -15,8 +15,10 @@ from sae_lightning import load_sae
 from sae_lightning.errors import UserError
 from sae_lightning.formats.export import save_sae
 from sae_lightning.formats.fetch import fetch_saved, parse_address
+from sae_lightning.formats.row import Origin
 from sae_lightning.formats.suites import QWEN_MODELS, choose_path, expand_suite
-from sae_lightning.sae import SAEConfig, build_sae
+from sae_lightning.formats.write_sae import write_sae
+from sae_lightning.sae import ARCHITECTURES, SAEConfig, build_sae
 
 CFG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 
@@ -59,6 +61,17 @@ def test_a_file_is_opened_from_the_hub_by_its_name(hub, folder):
     file = fetch_saved(f"hub:me/saes/layer_2/{WEIGHTS}")
     assert file.read_bytes() == (folder / WEIGHTS).read_bytes()
     assert (file.parent / CFG).is_file()
+
+
+def test_settings_above_the_folder_are_downloaded_where_a_format_has_them(hub, tmp_path):
+    """sparsify says in a file above all its SAEs which LLM they read."""
+    sae = build_sae(ARCHITECTURES["topk"].config(name="topk", features=6, k=2), 4, 4)
+    (tmp_path / "saes").mkdir()
+    write_sae("sparsify", sae, Origin({}, None, ""), tmp_path / "saes" / "layers.3")
+    hub.add("me/saes", tmp_path / "saes")
+    hub.repos["me/saes"].files["config.json"] = b'{"model": "EleutherAI/pythia-70m"}'
+    metadata = load_sae("hub:me/saes/layers.3").metadata
+    assert (metadata["model_name"], metadata["hook_name"]) == ("EleutherAI/pythia-70m", "layers.3")
 
 
 def test_what_is_there_is_not_downloaded_again(hub, folder):
