@@ -54,6 +54,7 @@ WORTH_KNOWING = {
 }
 # The preset that stands for each kind of data.
 DATA = {"plays": "shakespeare", "hub": "hub", "local": "text", "synthetic": "synthetic"}
+DATA |= {"activations": "activations"}
 NOTES = {
     "data": "`tinystories`, `openwebtext` and `pile` are presets of `data=hub`.",
     "loss": "The preset follows `model`; leave `loss=` out.",

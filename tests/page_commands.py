@@ -134,7 +134,9 @@ def small_training(command: Command) -> list[str]:
     data = command.setting("data") or "shakespeare"
     if command.setting("experiment"):
         data = "tinystories"
-    if data == "synthetic":
+    if data == "activations":
+        given = SMALL_RUN
+    elif data == "synthetic":
         given = SMALL_RUN | SMALL_WORLD
     else:
         given = SMALL_RUN | SMALL_LLM | (SMALL_HUB | HUB[data] if data in HUB else {})

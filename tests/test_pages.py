@@ -10,6 +10,7 @@ import signal
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from chat_server import ChatServer, oracle
@@ -30,10 +31,11 @@ from page_commands import (
     read_commands,
     small_arguments,
 )
+from safetensors.torch import save_file
 from tiny_llm import TEXT, save_tiny
 from tiny_run import write_text
 
-from sae_lightning.runs.arguments import open_load_settings
+from sae_lightning.runs.arguments import open_dict_settings
 from sae_lightning.runs.config import find_conf_folder
 from sae_lightning.runs.jobs import register_schemas
 
@@ -82,6 +84,16 @@ def write_plays(folder: Path) -> list[Path]:
     return sorted((folder / "plays").glob("*/*.md"))
 
 
+def write_activations(folder: Path) -> None:
+    """One matrix; one whose name has to be given; and sites by name."""
+    (folder / "acts").mkdir()
+    x = torch.randn(600, 12)
+    np.save(folder / "embeddings.npy", x.numpy())
+    save_file({"cls": x, "patches": x + 1}, folder / "vit.safetensors")
+    for n, name in enumerate(("resid.0", "resid.1", "mlp_in.1", "mlp.1")):
+        save_file({name: x + n}, folder / "acts" / f"{name}.safetensors")
+
+
 def write_begun(run: Path, begun: Path) -> None:
     """A run or a sweep as if it had been killed before its first checkpoint."""
     kept = [*run.rglob("config.yaml"), *run.rglob("multirun.yaml")]
@@ -101,6 +113,7 @@ def folder(tmp_path_factory):
         write_text(folder / name)
     (folder / "notes.txt").write_text(TEXT)
     (folder / "hub").mkdir()
+    write_activations(folder)
     words = TEXT.split()
     rows = [json.dumps({"text": " ".join(words[n % 7 :] * 2)}) for n in range(60)]
     for split in ("train", "validation"):
@@ -179,7 +192,7 @@ def answer(question: str) -> str:
 def test_a_command_for_elsewhere_is_composed(command):
     register_schemas()
     parse = OverridesParser.create().parse_override
-    typed = open_load_settings([*command.arguments])
+    typed = open_dict_settings([*command.arguments])
     jobs = [first_value(parse(a)) for a in typed if not a.startswith("-")]
     with initialize_config_dir(find_conf_folder(), version_base="1.3"):
         OmegaConf.to_object(compose("config", jobs))

@@ -16,8 +16,7 @@ from sae_lightning.report.section import Section
 from sae_lightning.sae import SAE
 from sae_lightning.scoring import scorecard
 from sae_lightning.scoring.metrics import count_by_density
-from sae_lightning.stream.held_out import HeldOut
-from sae_lightning.stream.synthetic import HeldOutConcepts
+from sae_lightning.stream.source import HeldOutData
 from sae_lightning.stream.tokens import SplitTokens
 
 if TYPE_CHECKING:
@@ -48,6 +47,8 @@ class Evaluation(NamedTuple):
     """Number of tokens read; the LLM's loss may be measured on fewer."""
     norms: Tensor
     """[features] norms of decoder rows"""
+    noun: str
+    """What the held-out data are: text, samples, rows."""
 
     def scalars(self) -> dict[str, Any]:
         """The numbers in `evaluate.json`, by name."""
@@ -62,14 +63,15 @@ class Evaluation(NamedTuple):
         }
 
 
-def evaluate(sae: SAE, held_out: HeldOut | HeldOutConcepts, sites: SitePair) -> Evaluation:
+def evaluate(sae: SAE, held_out: HeldOutData, sites: SitePair) -> Evaluation:
     """Score a saved SAE; metrics are NaN where they would divide by zero."""
     x = held_out.activations(sites.source)
     sae = sae.to(x.device)
     (card,) = scorecard.score_saes(
         [sae], [sae.W_dec], held_out, *sites, [sae.weights], fidelity=True
     )
-    return Evaluation(card, len(x), sae.W_dec.detach().norm(dim=1).cpu())
+    norms = sae.W_dec.detach().norm(dim=1).cpu()
+    return Evaluation(card, len(x), norms, held_out.noun)
 
 
 def score_subject(
@@ -88,9 +90,9 @@ def score_subject(
 def make_scorecard_section(result: Evaluation) -> Section:
     scalars = result.scalars()
     return Section(
-        title=f"Scorecard {scorecard.describe_data(scalars)}",
+        title=f"Scorecard on held-out {result.noun}",
         lead=_lead(scalars),
-        rows=scorecard.format_lines(scalars) | _rows(scalars),
+        rows=scorecard.format_lines(scalars, result.noun) | _rows(scalars),
         figures=_figures(result),
     )
 

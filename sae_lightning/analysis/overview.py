@@ -21,7 +21,7 @@ class OverviewTask(FeaturesTask):
 
     def execute(self, given_settings: Collection[str]) -> None:
         subject = self.load_subject(given_settings)
-        if not subject.config.data_source.has_llm:  # synthetic concepts have only a scorecard
+        if not subject.config.data_source.has_llm:  # without text there is only a scorecard
             card = evaluate.score_subject(subject)
             self.print_and_publish(
                 subject, {"evaluate": card.scalars()}, [evaluate.make_scorecard_section(card)]

@@ -60,7 +60,7 @@ class Subject:
 
     @cached_property
     def llm(self) -> LLM:
-        """The whole LLM, frozen, on its device. UserError for synthetic concepts."""
+        """The whole LLM, frozen, on its device. UserError for data without an LLM."""
         self._require_llm()
         return load_llm(self.config.llm, tokenizer=self.tokenizer)
 
@@ -77,7 +77,7 @@ class Subject:
 
     @cached_property
     def corpus(self) -> SplitTokens:
-        """The text of the run: `train` and `held_out`. UserError for synthetic concepts."""
+        """The text of the run: `train` and `held_out`. UserError for data without text."""
         self._require_llm()
         data = self.config.data
         documents = open_text(data)  # before the tokenizer: a wrong name fails at once
@@ -97,7 +97,8 @@ class Subject:
     def heading(self) -> str:
         """LLM, sites and kind of SAE, in one line."""
         llm = Path(self.config.llm.name).name
-        where = f"{llm}, {self.sites}" if self.config.data_source.has_llm else "synthetic concepts"
+        source = self.config.data_source
+        where = f"{llm}, {self.sites}" if source.has_llm else source.origin
         plural = "s" * (self.features > 1)
         return f"{where}: {self.features:,} {self.sae.config.name} feature{plural}"
 
@@ -120,10 +121,12 @@ class Subject:
         return features
 
     def _require_llm(self) -> None:
-        if not self.config.data_source.has_llm:
+        source = self.config.data_source
+        if not source.has_llm:
+            remedy = "; if an LLM made them, name it and a text with llm=... data=..."
             raise UserError(
-                f"{self.folder} was trained on synthetic concepts, which no LLM reads: only "
-                "task=evaluate works for it"
+                f"{self.folder} was trained on {source.origin}, which no LLM reads: only "
+                f"task=evaluate works for it{remedy * source.fits_text}"
             )
 
 
@@ -154,13 +157,16 @@ def open_subject(
         sae = load_sae(folder)
         config = config_from_metadata(sae, run, settings, given_settings)
     llm = config.data_source.read_shape()
-    sites = config.layer.resolve_sites(llm.layers)
+    sites = config.data_source.find_sites(config.layer, llm)
     config.data_source.check_before_loading(llm, resumed=True)
-    for weight, width in (("reads", len(sae.W_enc)), ("writes", len(sae.b_dec))):
-        if width != llm.width:
+    for weight, width, site in zip(
+        ("reads", "writes"), (len(sae.W_enc), len(sae.b_dec)), sites, strict=True
+    ):
+        if width != llm.width_at(site):
             raise UserError(
-                f"llm.name={config.llm.name}: its activations have {llm.width} dimensions, but "
-                f"the SAE in {folder} {weight} {width}; give the LLM that it was trained on"
+                f"llm.name={config.llm.name}: its activations have {llm.width_at(site)} "
+                f"dimensions, but the SAE in {folder} {weight} {width}; give the LLM that it was "
+                "trained on"
             )
     return Subject(folder, sae.to(pick_device(config.llm)), sites, config, address)
 
@@ -197,11 +203,10 @@ def _read_run_config(
     # Python code that comes with the folder's LLM runs only if the user allows it; llm=... replaces
     # that LLM
     config = read_job(run, trusted=bool({"llm", TRUST_SETTING} & {*given_settings})).config
-    if not config.data_source.has_llm and (
-        others := sorted({"llm", "data", "layer"} & {*given_settings})
-    ):
+    source = config.data_source
+    if not source.fits_text and (others := sorted({"llm", "data", "layer"} & {*given_settings})):
         raise UserError(
-            f"{others[0]}=... has no meaning for {run}, which was trained on synthetic concepts: "
+            f"{others[0]}=... has no meaning for {run}, which was trained on {source.origin}: "
             "leave it out"
         )
     groups = {}

@@ -4,6 +4,7 @@ import importlib.metadata
 import importlib.util
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from safetensors import SafetensorError
 from sae_lightning.errors import UserError
 from sae_lightning.files import find_system_error, make_private_folder, remove_leftovers
 from sae_lightning.llm.quiet import mute_libraries
+from sae_lightning.llm.sites import Site
 from sae_lightning.terminal import phase
 
 
@@ -27,6 +29,12 @@ class LLMShape(NamedTuple):
     """The longest sequence that the model takes, in tokens; None where its config sets no limit."""
     vocabulary: int
     """Number of token ids."""
+    widths: Mapping[Site, int] | None = None
+    """Widths of the sites, for activations from files; None if all of them are `width`."""
+
+    def width_at(self, site: Site) -> int:
+        """Width of the activations at a site."""
+        return self.width if self.widths is None else self.widths[site]
 
 
 class Packaged(NamedTuple):

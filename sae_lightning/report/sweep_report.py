@@ -166,13 +166,14 @@ def describe_source(settings: dict) -> dict[str, str]:
     get = settings.get
     if get("data.concepts"):
         return {"concepts": f"{get('data.concepts'):,} in {get('data.dim'):,} dimensions"}
+    if get("data.kind") == "activations":
+        data = {"activations": get("data.path")}
+    else:
+        text = get("data.name") or get("data.path") or "Shakespeare's plays"
+        data = {"LLM": get("llm.name"), "text": text}
     # a transcoder reconstructs another kind of site
     kinds = dict.fromkeys([get("layer.source"), get("layer.target") or get("layer.source")])
-    return {
-        "LLM": get("llm.name"),
-        "site": " -> ".join(f"{kind}.{get('layer.index')}" for kind in kinds),
-        "text": get("data.name") or get("data.path") or "Shakespeare's plays",
-    }
+    return data | {"site": " -> ".join(f"{kind}.{get('layer.index')}" for kind in kinds)}
 
 
 def _collect_points(table: SweepTable, group: str | None) -> "pd.DataFrame":

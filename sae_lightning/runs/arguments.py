@@ -100,10 +100,10 @@ def quote_texts(arguments: list[str]) -> list[str]:
     return [_quote_text(argument, sweep, texts) for argument in arguments]
 
 
-def open_load_settings(arguments: list[str]) -> list[str]:
-    """The arguments with `++` before `llm.load...`, which is a dict: without it, Hydra refuses keys
-    that the default lacks."""
-    return [f"++{a}" if re.match(r"llm\.load[.=]", a) else a for a in arguments]
+def open_dict_settings(arguments: list[str]) -> list[str]:
+    """The arguments with `++` before settings that are dicts: without it, Hydra refuses keys that
+    the default lacks."""
+    return [f"++{a}" if re.match(r"(llm\.load|data\.sites)[.=]", a) else a for a in arguments]
 
 
 def find_text_settings() -> dict[str, bool]:

@@ -8,7 +8,7 @@ import torch
 
 from sae_lightning.errors import UserError
 from sae_lightning.files import read_free_space
-from sae_lightning.llm.load import check_sites, has_bf16
+from sae_lightning.llm.load import has_bf16
 from sae_lightning.llm.packaged import LLMShape
 from sae_lightning.llm.sites import SitePair, distinct_sites
 from sae_lightning.runs.devices import count_threads
@@ -92,9 +92,8 @@ def check_jobs(jobs: list[Job]) -> list[CheckedJob]:
         )
     llm = config.data_source.read_shape()
     config.data_source.check_before_loading(llm, jobs[0].resumed)
-    sites = [job.config.layer.resolve_sites(llm.layers) for job in jobs]
-    if config.data_source.has_llm:
-        check_sites(config.llm, distinct_sites(sites))
+    sites = [config.data_source.find_sites(job.config.layer, llm) for job in jobs]
+    config.data_source.check_data(distinct_sites(sites), config.trainer.batch)
     seen: set = set()  # stream files already checked: heads of a pass share one
     steps_done = [
         _read_steps_done(job, pair, llm, seen) if job.resumed else 0
@@ -103,7 +102,7 @@ def check_jobs(jobs: list[Job]) -> list[CheckedJob]:
     # jobs share the shuffle pool, which is on disk twice while a checkpoint is replaced
     pool = 2 * 4 * llm.width * config.data.pool * len(distinct_sites(sites)) // len(jobs)
     return [
-        CheckedJob(job, pair, done, llm, _count_checkpoint_bytes(job, llm) + pool)
+        CheckedJob(job, pair, done, llm, _count_checkpoint_bytes(job, pair, llm) + pool)
         for job, pair, done in zip(jobs, sites, steps_done, strict=True)
     ]
 
@@ -124,15 +123,15 @@ def _check_loss_tokens(job: Job) -> None:
     typed = [o for o in job.overrides if o.lstrip("+").startswith("eval.loss_tokens=")]
     if typed and not job.config.data_source.has_llm:
         raise UserError(
-            f"{typed[0]} has no meaning with data=synthetic, whose activations come from no LLM: "
-            "leave it out"
+            f"{typed[0]} has no meaning with {job.config.data_source.where}, whose activations "
+            "come from no LLM: leave it out"
         )
 
 
-def _count_checkpoint_bytes(job: Job, llm: LLMShape) -> int:
+def _count_checkpoint_bytes(job: Job, sites: SitePair, llm: LLMShape) -> int:
     """Bytes still needed for the weights, Adam's two moments and the exported weights, all of
     which are on disk twice while they are replaced, and for the SAEs that are kept."""
-    weights = 4 * count_parameters(job.config.model, llm.width, llm.width)
+    weights = 4 * count_parameters(job.config.model, *map(llm.width_at, sites))
     needed = 2 * (3 * weights + weights) + job.config.trainer.kept_saes * weights
     there = [checkpoint_path(job.folder), *job.folder.glob("sae/*"), *job.folder.glob("sae-*/*")]
     return needed - sum(f.stat().st_size for f in there if f.is_file())
@@ -170,7 +169,7 @@ def _read_steps_done(job: Job, sites: SitePair, llm: LLMShape, seen: set) -> int
         )
     check_checkpoint(
         saved,
-        lambda: make_head(job, sites, llm.width),
+        lambda: make_head(job, sites, llm),
         job.config.trainer.steps,
         lambda state, served: job.config.data_source.check_stream_state(state, sites, llm, served),
         seen,

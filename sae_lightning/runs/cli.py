@@ -30,7 +30,7 @@ from sae_lightning.files import describe_system_error
 from sae_lightning.runs.arguments import (
     check_arguments,
     list_tasks,
-    open_load_settings,
+    open_dict_settings,
     quote_texts,
     sweep_settings_of_swept_groups,
 )
@@ -53,7 +53,13 @@ PLUGIN_INSTALLS = {
 }
 SEVERAL_ERRORS = "nothing was started:\n  "
 # Preset of `data` -> kind of data.
-DATA_PRESETS = {"shakespeare": "plays", "hub": "hub", "text": "local", "synthetic": "synthetic"}
+DATA_PRESETS = {
+    "shakespeare": "plays",
+    "hub": "hub",
+    "text": "local",
+    "synthetic": "synthetic",
+    "activations": "activations",
+}
 PROCESS_START = time.time()
 
 
@@ -91,7 +97,7 @@ def one_line_errors(folder: Path | None = None, multirun: bool = False) -> Itera
 
 def read_arguments() -> None:
     """Rewrite `sys.argv` for Hydra; UserError for arguments that Hydra would misread."""
-    arguments = open_load_settings(quote_texts(check_arguments(sys.argv[1:])))
+    arguments = open_dict_settings(quote_texts(check_arguments(sys.argv[1:])))
     sys.argv[1:] = sweep_settings_of_swept_groups(arguments)
 
 

@@ -59,7 +59,7 @@ class Config:
     llm: LLMConfig
     """The language model."""
     data: DataConfig
-    """The text, or synthetic concepts, and how activations are shuffled."""
+    """The text, synthetic concepts or activations in files, and how activations are shuffled."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     """Length of training, batch size, device and precision."""
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -141,7 +141,7 @@ class Config:
 
     @property
     def data_source(self) -> Source:
-        """The source of activations: an LLM that reads text, or synthetic concepts."""
+        """The source of activations, such as an LLM that reads text."""
         return make_source(self.llm, self.data, self.seed)
 
     def to_dict(self) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from sae_lightning.runs.config import DEVICE_SETTINGS, Config, list_presets, to_
 from sae_lightning.runs.saved import OVERRIDES_KEY, read_settings
 from sae_lightning.sae import ARCHITECTURES
 from sae_lightning.stream import SOURCES
-from sae_lightning.stream.source import make_absolute
+from sae_lightning.stream.local_files import make_absolute
 from sae_lightning.terminal import format_command, make_visible, quote_setting, shorten_path
 
 if TYPE_CHECKING:

@@ -96,13 +96,16 @@ def estimate_memory(
     """Memory per rank of a pass that trains SAEs with these configs at these sites. Each of the
     `ranks` holds one LLM batch of every rank at a time."""
     config = configs[0]
-    weights = [count_parameters(c.model, llm.width, llm.width) for c in configs]
+    weights = [
+        count_parameters(c.model, *map(llm.width_at, pair))
+        for c, pair in zip(configs, sites, strict=True)
+    ]
     element_bytes = torch.finfo(getattr(torch, config.llm.dtype.name)).bits // 8
     llm_sites = distinct_sites(sites)
     data = config.data_source.estimate_data_memory(
         llm_sites, llm, config.eval.tokens, config.eval.loss_tokens
     )
-    row = llm.width * len(llm_sites) * element_bytes
+    row = sum(map(llm.width_at, llm_sites)) * element_bytes
     # activations in training or evaluation, and float64 weights in export, original and folded
     batch = max(config.trainer.batch, int(EVALUATION_SHARE * MAX_TOKENS_AT_ONCE))
     batches = [

@@ -18,15 +18,18 @@ from sae_lightning.training.module import SAEModule
 
 def print_plan(planned: PlannedPass, inputs: dict[str, str]) -> None:
     """Print what will be trained, on which `inputs`, and where the results go."""
-    jobs, width, steps_done = planned.jobs, planned.llm.width, planned.steps_done
+    jobs, llm, steps_done = planned.jobs, planned.llm, planned.steps_done
     trainer = jobs[0].config.trainer
-    parameters = sum(count_parameters(job.config.model, width, width) for job in jobs)
+    parameters = sum(
+        count_parameters(job.config.model, *map(llm.width_at, pair))
+        for job, pair in zip(jobs, planned.sites, strict=True)
+    )
     kinds = {
         f"{job.config.model.name}, {job.config.model.features:,} features": None for job in jobs
     }
     rows = {
         **inputs,
-        **jobs[0].config.data_source.describe_sites(planned.sites, width),
+        **jobs[0].config.data_source.describe_sites(planned.sites, llm),
         "SAE": (f"{len(jobs)} of " if len(jobs) > 1 else "")
         + f"{'; '.join(kinds)}, {parameters / 1e6:.1f} M parameters, {trainer.precision.name}",
         "training": f"{trainer.steps * trainer.batch:,} tokens in {trainer.steps:,} updates of "
@@ -46,13 +49,14 @@ def print_plan(planned: PlannedPass, inputs: dict[str, str]) -> None:
 def print_results(job: Job, metrics: dict) -> None:
     """Print the metrics of a finished run, and the commands to run next."""
     speed, dead = metrics["speed"], metrics["training"]["train/dead"]
-    lines = scorecard.format_lines(metrics["held_out"]) | {
+    noun = job.config.data_source.noun
+    lines = scorecard.format_lines(metrics["held_out"], noun) | {
         "dead in training": f"{dead:.1%} of features",
         "peak memory": f"{speed['peak_memory_gb']:.1f} GB",
     }
     if "tokens_per_second" in speed:
         lines["speed"] = format_speed(job, speed)
-    console.print(make_grid(lines, title=scorecard.describe_data(metrics["held_out"])))
+    console.print(make_grid(lines, title=f"on held-out {noun}"))
     folder = shorten_path(job.folder)
     # outputs/ or multirun/, so that TensorBoard also shows earlier runs
     root = Path(folder.parts[0]) if folder.parts and not folder.is_absolute() else folder

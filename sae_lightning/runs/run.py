@@ -15,6 +15,7 @@ from lightning.fabric.plugins.environments import LightningEnvironment
 from sae_lightning.errors import WriteError
 from sae_lightning.files import write_json
 from sae_lightning.formats.export import describe_limits
+from sae_lightning.llm.packaged import LLMShape
 from sae_lightning.llm.sites import SitePair, distinct_sites
 from sae_lightning.ranks import ALONE, Ranks, world
 from sae_lightning.runs.folders import METRICS_FILE
@@ -136,7 +137,7 @@ def assemble(planned: PlannedPass, opened: OpenedData) -> RunParts:
     for number in planned.own:
         job, pair = jobs[number], planned.sites[number]
         ranks = world() if number in planned.split else ALONE
-        head = make_head(job, pair, planned.llm.width, ranks)
+        head = make_head(job, pair, planned.llm, ranks)
         first = next(rank for rank, share in enumerate(planned.shares) if number in share)
         head.writes = first == world().rank
         log = HeadLog if head.writes else SilentLog
@@ -175,11 +176,11 @@ def assemble(planned: PlannedPass, opened: OpenedData) -> RunParts:
     )
 
 
-def make_head(job: Job, sites: SitePair, width: int, ranks: Ranks = ALONE) -> Head:
+def make_head(job: Job, sites: SitePair, llm: LLMShape, ranks: Ranks = ALONE) -> Head:
     """The head that trains a job's SAE, split over `ranks`; its log is set later."""
     config = job.config
     head = Head(
-        build_sae(config.model, width, width, ranks=ranks),
+        build_sae(config.model, *map(llm.width_at, sites), ranks=ranks),
         name=job.label,
         folder=job.folder,
         source=sites.source,
@@ -192,11 +193,9 @@ def make_head(job: Job, sites: SitePair, width: int, ranks: Ranks = ALONE) -> He
         products=config.trainer.products,
     )
     head.settings = config.fixed_on_resume()
-    head.metadata = (
-        config.data_source.make_saelens_metadata()
-        | sites.hook_names
-        | {"sae_lightning": config.to_flat_dict()}
-    )
+    head.metadata = config.data_source.make_saelens_metadata(sites) | {
+        "sae_lightning": config.to_flat_dict()
+    }
     return head
 
 

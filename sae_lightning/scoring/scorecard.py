@@ -13,9 +13,8 @@ from sae_lightning.sae import Output
 from sae_lightning.scoring.dominance import LongTokens, find_long_tokens
 from sae_lightning.scoring.duplicates import COPY_COSINE, Copies, measure_copies
 from sae_lightning.scoring.metrics import Fidelity, FidelitySums, Quality, QualitySums
-from sae_lightning.stream.held_out import HeldOut
 from sae_lightning.stream.recovery import RECOVERED_COSINE, Recovery
-from sae_lightning.stream.synthetic import HeldOutConcepts
+from sae_lightning.stream.source import HeldOutData
 
 # Tokens, and their feature activations, that are computed at a time, to bound memory.
 MAX_TOKENS_AT_ONCE = 4096
@@ -35,7 +34,7 @@ class UsualTokens(NamedTuple):
 
 
 class Scorecard(NamedTuple):
-    """Everything that is measured on held-out text, or on synthetic concepts."""
+    """Everything that is measured on held-out data."""
 
     quality: Quality
     """Reconstruction and sparsity."""
@@ -69,7 +68,7 @@ class Scorecard(NamedTuple):
 def score_saes(
     saes: Sequence[Callable[[Tensor], Output]],
     decoders: Sequence[Tensor],
-    held_out: HeldOut | HeldOutConcepts,
+    held_out: HeldOutData,
     source: Site,
     target: Site,
     weights: Sequence[Callable[[], dict[str, Tensor]]] = (),
@@ -135,18 +134,13 @@ def _measure_errors(
     return quality, fidelity_sums and fidelity_sums.result(), without_long
 
 
-def describe_data(scalars: dict[str, float]) -> str:
-    """Say on what data the numbers of a scorecard were measured."""
-    return "on held-out samples" if "recovered" in scalars else "on held-out text"
-
-
-def format_lines(scalars: dict[str, float]) -> dict[str, str]:
-    """Format the numbers of a scorecard as lines of text, by label."""
+def format_lines(scalars: dict[str, float], noun: str = "text") -> dict[str, str]:
+    """Format the numbers of a scorecard, on held-out `noun`, as lines of text, by label."""
     quality = {
         "L0": f"{scalars['l0']:.1f} active features per token",
         "explained variance": f"{scalars['explained_variance']:.4f}",
         **_format_dominance(scalars),
-        "unfired": f"{scalars['unfired']:.1%} of features {describe_data(scalars)}",
+        "unfired": f"{scalars['unfired']:.1%} of features on held-out {noun}",
         "copies": f"{scalars['duplicates']:.1%} of features that fire have another decoder row at "
         f"a cosine above {COPY_COSINE}; median nearest cosine {scalars['nearest_cosine']:.2f}",
     }

@@ -1,10 +1,12 @@
 """From text to shuffled batches of activations: text -> tokens -> rows -> pool -> batches.
 
 A kind of data is one file (its settings and a subclass of `Source`) and one entry of `SOURCES`.
-data=synthetic makes rows from known concepts, without text or LLM.
+data=synthetic makes rows from known concepts, data=activations reads them from files, both without
+text or LLM.
 """
 
 from sae_lightning.llm.load import LLMConfig
+from sae_lightning.stream.activations import ActivationsSource
 from sae_lightning.stream.documents import SplitText
 from sae_lightning.stream.hub import HubSource
 from sae_lightning.stream.local import LocalSource
@@ -17,6 +19,7 @@ SOURCES: dict[str, type[Source]] = {
     "hub": HubSource,
     "local": LocalSource,
     "synthetic": SyntheticSource,
+    "activations": ActivationsSource,
 }
 
 

@@ -33,6 +33,8 @@ class HeldOut(HeldOutData):
     on the SAE is computed once, by all ranks together.
     """
 
+    noun = "text"
+
     def __init__(
         self,
         llm: LLM,

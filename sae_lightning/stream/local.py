@@ -11,11 +11,11 @@ from sae_lightning.stream.local_files import (
     check_files,
     check_json,
     find_files,
-    match_glob,
+    make_found_absolute,
     pick_loader,
 )
 from sae_lightning.stream.local_text import copy_text_files
-from sae_lightning.stream.source import TextConfig, make_absolute
+from sae_lightning.stream.source import TextConfig
 from sae_lightning.stream.text_source import TextSource
 from sae_lightning.terminal import phase
 
@@ -51,10 +51,8 @@ class LocalConfig(TextConfig):
             )
 
     def with_absolute_paths(self) -> "LocalConfig":
-        path = os.path.expanduser(self.path)
-        exists = os.path.exists(path) or any(match_glob(Path(path)))
         config = TextConfig.with_absolute_paths(self)
-        return replace(config, path=make_absolute(path)) if exists else config
+        return replace(config, path=make_found_absolute(self.path))
 
 
 class LocalSource(TextSource):

@@ -33,15 +33,10 @@ def pick_loader(file: str) -> str:
 def find_files(path: Path, where: str) -> list[str]:
     """Find files of one format: `path` itself, all files below it, or all that it matches.
 
-    `path` may be a glob. A file is listed once, even if several links lead to it. UserError if
-    there are no files, an unsupported format or several formats; `where` begins its message.
+    `path` may be a glob. UserError if there are no files, an unsupported format or several formats;
+    `where` begins its message.
     """
-    if path.is_dir():
-        paths = [os.path.join(folder, name) for folder, names in _walk(path) for name in names]
-    else:
-        paths = [str(path)] if path.exists() else list(match_glob(path))
-    names = sorted(f for f in paths if os.path.isfile(f) and not Path(f).name.startswith("."))
-    files = list({os.path.realpath(name): os.path.abspath(name) for name in names}.values())
+    files = list_files(path)
     if not files:
         raise UserError(f"{where}: no file there; give a file, a folder or a glob of text files")
     formats = sorted({_format(file) for file in files})
@@ -62,6 +57,29 @@ def find_files(path: Path, where: str) -> list[str]:
         if file.lower().endswith(".zst") and find_spec("zstandard") is None:
             raise UserError(f"{where}: {file} takes the package zstandard: pip install zstandard")
     return files
+
+
+def list_files(path: Path) -> list[str]:
+    """List `path` itself, all files below it, or all that it matches, sorted. A file is listed
+    once, even if several links lead to it, and not if its name begins with a dot."""
+    if path.is_dir():
+        paths = [os.path.join(folder, name) for folder, names in _walk(path) for name in names]
+    else:
+        paths = [str(path)] if path.exists() else list(match_glob(path))
+    names = sorted(f for f in paths if os.path.isfile(f) and not Path(f).name.startswith("."))
+    return list({os.path.realpath(name): os.path.abspath(name) for name in names}.values())
+
+
+def make_absolute(path: str) -> str:
+    """Make `path` absolute, with `~` expanded."""
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def make_found_absolute(path: str) -> str:
+    """Make a path or glob absolute if there is something; `~` is expanded in any case."""
+    path = os.path.expanduser(path)
+    exists = os.path.exists(path) or any(match_glob(Path(path)))
+    return os.path.abspath(path) if exists else path
 
 
 def open_file(file: str, mode: str, **options: Any) -> IO:

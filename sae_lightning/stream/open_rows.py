@@ -19,11 +19,12 @@ from sae_lightning.llm.sites import Site
 from sae_lightning.ranks import world
 from sae_lightning.stream.cache import CachedRows
 from sae_lightning.stream.flat import hash_tokenizer
+from sae_lightning.stream.local_files import make_absolute
 from sae_lightning.stream.packing import TokenStream
 from sae_lightning.stream.prefetch import PrefetchedRows
 from sae_lightning.stream.rows import LLMRows
 from sae_lightning.stream.shared import SharedRows
-from sae_lightning.stream.source import RowStream, TextConfig, make_absolute
+from sae_lightning.stream.source import RowStream, TextConfig
 
 CACHE_FORMAT = 2  # part of the key: after a change older caches are not used
 HASHED_NUMBERS = 1 << 14  # maximum number of elements of a tensor that are hashed

@@ -86,7 +86,7 @@ class Shard:
             if _checksum(self._about, self._tensors) != self._crc32:
                 raise ValueError("its checksum is wrong")
             rows = int(self._starts[-1])
-            expect_activations(self._tensors, sites, rows, width, "rows")
+            expect_activations(self._tensors, dict.fromkeys(sites, width), rows, "rows")
             expect_ids(self._tensors["ids"], rows, self.stop * packing["batch"], "ids")
             expect_rows(self.read_state(), sites, **packing)
         except DAMAGE_ERRORS:

@@ -1,6 +1,5 @@
 """The base class of all kinds of data, and the interface of its rows of activations."""
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from sae_lightning.llm.load import LLM, Attention, Dtype, LLMConfig, pick_device
 from sae_lightning.llm.packaged import LLMShape
 from sae_lightning.llm.sites import LayerConfig, Site, SitePair
 from sae_lightning.ranks import Split
+from sae_lightning.stream.local_files import make_absolute
 
 if TYPE_CHECKING:
     from sae_lightning.stream.tokens import SplitTokens
@@ -24,7 +24,6 @@ class Rows(NamedTuple):
 
     activations: dict[Site, Tensor]
     """{site: [n, d]}; row i is the same token at every site."""
-
     ids: Tensor
     """[n] int64 on the CPU; the sequence that each row came from."""
 
@@ -145,13 +144,10 @@ class TextConfig(DataConfig):
         return replace(self, cache_folder=self.cache_folder and make_absolute(self.cache_folder))
 
 
-def make_absolute(path: str) -> str:
-    """Make `path` absolute, with `~` expanded."""
-    return os.path.abspath(os.path.expanduser(path))
-
-
 class HeldOutData(ABC):
     """Activations that training never sees, on which SAEs are measured."""
+
+    noun: ClassVar[str]  # as in `Source`
 
     @abstractmethod
     def activations(self, site: Site) -> Tensor:
@@ -203,11 +199,15 @@ class Source(ABC):
 
     settings: ClassVar[type[DataConfig]]
     noun: ClassVar[str]
-    """What activations are made from: text, samples."""
+    """What activations are made from: text, samples, rows of files."""
     where: ClassVar[str]
     """How messages name the data: text, data=synthetic."""
     has_llm: ClassVar[bool]
     """Whether an LLM computes the activations."""
+    origin: ClassVar[str]
+    """What SAEs were trained on, for messages."""
+    fits_text: ClassVar[bool] = True
+    """Whether its activations may come from an LLM, which analysis can be told."""
     metrics: ClassVar[frozenset[str]]
     """Held-out metrics that only this kind of data has and that depend on the SAE."""
     headline: ClassVar[str]
@@ -238,6 +238,14 @@ class Source(ABC):
     @abstractmethod
     def read_shape(self) -> LLMShape:
         """Read the LLM's depth, width and context without loading weights (or imitate them)."""
+
+    def find_sites(self, layer: LayerConfig, shape: LLMShape) -> SitePair:
+        """Source and target of an SAE; UserError if there are no such sites."""
+        return layer.resolve_sites(shape.layers)
+
+    @abstractmethod
+    def check_data(self, sites: Sequence[Site], batch: int) -> None:
+        """Raise UserError for sites that cannot be read, or too little data for a batch."""
 
     def check_before_loading(self, shape: LLMShape, resumed: bool) -> None:
         """Raise UserError for mistakes that show before anything is loaded."""
@@ -283,10 +291,10 @@ class Source(ABC):
     ) -> Any:
         """Open only the held-out data; `opened`: LLM and text, if they are loaded already."""
 
-    def describe_sites(self, sites: Sequence[SitePair], width: int) -> dict[str, str]:
+    def describe_sites(self, sites: Sequence[SitePair], shape: LLMShape) -> dict[str, str]:
         """Facts about the sites to print, {label: text}."""
         return {}
 
-    def make_saelens_metadata(self) -> dict[str, Any]:
+    def make_saelens_metadata(self, sites: SitePair) -> dict[str, Any]:
         """Describe an SAE's inputs by SAELens' keys."""
-        return {"model_name": self.llm.name}
+        return {"model_name": self.llm.name} | sites.hook_names

@@ -3,7 +3,7 @@
 States come from checkpoints and shared caches, which may be damaged or not to be trusted.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from math import inf
 from typing import Any
 
@@ -81,10 +81,10 @@ def expect_rows(
     return state["llm_batches"] * batch
 
 
-def expect_activations(rows: Any, sites: Iterable[Site], n: int, width: int, name: str) -> None:
-    """Raise ValueError unless `rows` holds activations [n, width] at each of the sites, in a dtype
-    that LLMs compute in."""
-    for site in sites:
+def expect_activations(rows: Any, widths: Mapping[Site, int], n: int, name: str) -> None:
+    """Raise ValueError unless `rows` holds activations [n, width] at each site of `widths`, in a
+    dtype that LLMs compute in."""
+    for site, width in widths.items():
         expect(rows, {str(site): Tensor}, name)
         dtype = rows[str(site)].dtype
         like = torch.empty(n, width, dtype=dtype if dtype in LLM_DTYPES else None, device="meta")
@@ -92,15 +92,15 @@ def expect_activations(rows: Any, sites: Iterable[Site], n: int, width: int, nam
 
 
 def expect_stream(
-    state: Any, sites: Iterable[Site], *, width: int, most: int, served: int, sequences: int
+    state: Any, widths: Mapping[Site, int], *, most: int, served: int, sequences: int
 ) -> None:
     """Raise ValueError unless `state` is a possible state of a stream after `served` batches: its
-    pool holds at most `most` rows [width], with ids below `sequences`."""
+    pool holds at most `most` rows of these `widths`, with ids below `sequences`."""
     pool = {"rows": dict, "ids": Tensor, "random": dict}
     expect(state, {"served": served, "rows": dict, "pool": pool}, "stream")
     pool = state["pool"]
     n = len(pool["ids"]) if pool["ids"].ndim else 0
     expect(n, range(most + 1), "rows in the pool")
     expect_ids(pool["ids"], n, sequences, "pool.ids")
-    expect_activations(pool["rows"], sites, n, width, "pool.rows")
+    expect_activations(pool["rows"], widths, n, "pool.rows")
     np.random.PCG64().state = pool["random"]  # raises unless it is one of its states

@@ -5,18 +5,19 @@ Shapes: n = samples, concepts, dim = length of an activation.
 
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
 from sae_lightning.errors import UserError
-from sae_lightning.llm.load import LLM, NO_LLM, Dtype, LLMConfig, pick_device
+from sae_lightning.llm.load import LLM, pick_device
 from sae_lightning.llm.packaged import LLMShape
 from sae_lightning.llm.sites import LayerConfig, Site
 from sae_lightning.ranks import Split
 from sae_lightning.stream.concepts import MAX_RATE, World, make_world, make_zipf_rates
+from sae_lightning.stream.no_llm import NoLLMSource
 from sae_lightning.stream.recovery import WORLD_METRICS, Recovery, measure_recovery
 from sae_lightning.stream.source import (
     DataConfig,
@@ -25,7 +26,6 @@ from sae_lightning.stream.source import (
     OpenedData,
     Rows,
     RowStream,
-    Source,
 )
 from sae_lightning.stream.states import ANY_COUNT, expect, expect_stream
 from sae_lightning.stream.tokens import SplitTokens
@@ -167,6 +167,8 @@ class HeldOutConcepts(HeldOutData):
     """Samples that training never sees, with the strengths of their concepts: SAEs are measured by
     the concepts that they recover, not by an LLM's loss."""
 
+    noun = "samples"
+
     def __init__(self, world: World, *, seed: int, tokens: int, device: torch.device | str) -> None:
         """Draw `tokens` samples with the world's `seed`: all runs in that world share them."""
         self.world = world
@@ -217,30 +219,19 @@ def _join_weights(weights: dict[str, Tensor], split: Split) -> dict[str, Tensor]
     }
 
 
-class SyntheticSource(Source):
+class SyntheticSource(NoLLMSource):
     """Sparse sums of known concepts."""
 
     data: SyntheticConfig
     settings = SyntheticConfig
-    noun, where, has_llm = "samples", "data=synthetic", False
+    noun, where = "samples", "data=synthetic"
+    origin, fits_text = "synthetic concepts", False
     metrics = frozenset(Recovery._fields) - WORLD_METRICS
     headline = "recovered"
 
     def check_settings(self, layer: LayerConfig) -> None:
-        number = Dtype.auto if self.llm.dtype is Dtype.auto else Dtype.float32
-        unset_llm = LLMConfig(name=NO_LLM, dtype=number, device=self.llm.device)
-        for group, config, unset in (
-            ("llm", self.llm, unset_llm),
-            ("layer", layer, LayerConfig(index=0)),
-        ):
-            values = asdict(config)
-            for name, value in asdict(unset).items():
-                if values[name] != value:
-                    shown = getattr(values[name], "name", values[name])
-                    raise UserError(
-                        f"{group}.{name}={shown} has no meaning with data=synthetic, whose "
-                        "activations come from no LLM: leave it out"
-                    )
+        super().check_settings(layer)
+        self.refuse_settings("layer", layer, LayerConfig(index=0))
 
     def read_shape(self) -> LLMShape:
         """Samples stand for the output of an LLM with one block."""
@@ -256,8 +247,9 @@ class SyntheticSource(Source):
     ) -> None:
         expect(state, {"rows": {"served": ANY_COUNT, "generator": Tensor}}, "stream")
         Generator().set_state(state["rows"]["generator"])
-        size = {"width": shape.width, "most": self.data.pool + SAMPLED_ROWS}
-        expect_stream(state, sites, **size, served=served, sequences=state["rows"]["served"])
+        most, sequences = self.data.pool + SAMPLED_ROWS, state["rows"]["served"]
+        widths = dict.fromkeys(sites, shape.width)
+        expect_stream(state, widths, most=most, served=served, sequences=sequences)
 
     def open_data(
         self,

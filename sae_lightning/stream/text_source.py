@@ -14,6 +14,7 @@ from sae_lightning.llm.load import (
     NO_LLM,
     Attention,
     check_load,
+    check_sites,
     count_llm_parameters,
     find_hub_name,
     load_llm,
@@ -41,7 +42,7 @@ class TextSource(Source):
     """Text that an LLM reads; a subclass defines how documents are opened."""
 
     data: TextConfig
-    noun, where, has_llm = "text", "text", True
+    noun, where, has_llm, origin = "text", "text", True, "text"
     # but for the baselines, which are the same for every SAE
     metrics = frozenset(SpliceScores._fields) - frozenset(SpliceBaseline._fields)
     headline = "ce_recovered"
@@ -78,6 +79,9 @@ class TextSource(Source):
 
     def read_shape(self) -> LLMShape:
         return read_llm_shape(self.llm)
+
+    def check_data(self, sites: Sequence[Site], batch: int) -> None:
+        check_sites(self.llm, list(sites))
 
     def check_before_loading(self, shape: LLMShape, resumed: bool) -> None:
         super().check_before_loading(shape, resumed)
@@ -135,8 +139,8 @@ class TextSource(Source):
             state["rows"], sites, batch=batch, context=context, vocabulary=shape.vocabulary
         )
         most = self.data.pool + batch * (context - 1)
-        size = {"width": shape.width, "most": most}
-        expect_stream(state, sites, **size, served=served, sequences=sequences)
+        widths = dict.fromkeys(sites, shape.width)
+        expect_stream(state, widths, most=most, served=served, sequences=sequences)
 
     def open_data(
         self,
@@ -192,12 +196,12 @@ class TextSource(Source):
             text = open_tokens(documents, tokenizer, context=self.data.context, seed=self.seed)
             return load_llm(self.llm, blocks, tokenizer), text
 
-    def describe_sites(self, sites: Sequence[SitePair], width: int) -> dict[str, str]:
+    def describe_sites(self, sites: Sequence[SitePair], shape: LLMShape) -> dict[str, str]:
         descriptions = (
-            f"{pair} ({' -> '.join(pair.hook_names.values())}), d = {width}" for pair in sites
+            f"{pair} ({' -> '.join(pair.hook_names.values())}), d = {shape.width}" for pair in sites
         )
         return {"site": "; ".join(dict.fromkeys(descriptions))}
 
-    def make_saelens_metadata(self) -> dict[str, Any]:
+    def make_saelens_metadata(self, sites: SitePair) -> dict[str, Any]:
         about = {"model_name": find_hub_name(self.llm), "context_size": self.data.context}
-        return super().make_saelens_metadata() | about | {"prepend_bos": True}
+        return super().make_saelens_metadata(sites) | about | {"prepend_bos": True}

@@ -14,6 +14,7 @@ from sae_lightning import load_sae
 from sae_lightning.analysis.subject import open_subject
 from sae_lightning.formats.export import WEIGHTS
 from sae_lightning.llm.packaged import LLMShape
+from sae_lightning.llm.sites import LayerConfig
 from sae_lightning.runs import checks, passes
 from sae_lightning.runs.jobs import read_job
 from sae_lightning.sae.relu import ReLULoss
@@ -92,10 +93,12 @@ def test_a_kept_sae_opens_with_the_runs_config_and_has_results_of_its_own(job):
 def test_the_space_that_kept_saes_need_is_counted(job):
     """48 features of width 16: 4 (2 x 48 x 16 + 48 + 16) B of weights."""
     weights, shape = 4 * (2 * 48 * 16 + 48 + 16), LLMShape(1, 16, None, 0)
-    none, two = checks._count_checkpoint_bytes(job("none"), shape), keep(job("two"), 30 * BATCH)
+    pair = LayerConfig(index=0).resolve_sites(1)
+    none = checks._count_checkpoint_bytes(job("none"), pair, shape)
+    two = keep(job("two"), 30 * BATCH)
     assert none == 8 * weights
-    assert checks._count_checkpoint_bytes(two, shape) == none + 2 * weights
+    assert checks._count_checkpoint_bytes(two, pair, shape) == none + 2 * weights
     (two.folder / KEPT[0]).mkdir(parents=True)
     (two.folder / KEPT[0] / WEIGHTS).write_bytes(b"." * weights)
-    assert checks._count_checkpoint_bytes(two, shape) == none + weights
+    assert checks._count_checkpoint_bytes(two, pair, shape) == none + weights
     assert keep(job("most"), 1).config.trainer.kept_saes == 60  # one for each update at most

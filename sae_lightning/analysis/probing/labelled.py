@@ -59,7 +59,7 @@ def labelled(
     """
     if not isinstance(config, TextConfig):
         raise UserError(
-            "data=synthetic holds no text; give data=shakespeare, data=text or data=hub"
+            f"data={config.kind} holds no text; give data=shakespeare, data=text or data=hub"
         )
     packing = Packing(config.context, find_bos_id(tokenizer), find_separator_id(tokenizer))
     with mute_libraries(), phase("cutting labelled text"):

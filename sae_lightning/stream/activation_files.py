@@ -1,0 +1,240 @@
+"""Finds matrices of activations in files, by the names of sites, and reads rows of them.
+
+data.path=acts/                     names                        sites
+  resid.9/part-0.safetensors        folder                       resid.9, rows 0 to 999
+  resid.9/part-1.safetensors                                     resid.9, rows 1000 to 1999
+  mlp.9.npy                         file                         mlp.9
+  others.safetensors {cls: ...}     tensor, or a parquet column  data.sites={resid.11: cls}
+"""
+
+import os
+import re
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from sae_lightning.errors import UserError
+from sae_lightning.llm.sites import Kind, Site
+from sae_lightning.stream.local_files import list_files
+from sae_lightning.stream.parquet_rows import copy_column, find_columns
+from sae_lightning.stream.states import LLM_DTYPES
+
+SUFFIXES = (".safetensors", ".npy", ".parquet")
+UNNAMED = Site(0, Kind.resid)  # of a matrix whose name is no site's
+FINGERPRINT_ROWS = 1024  # rows in a fingerprint
+FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+FLOATS |= {str(kind).removeprefix("torch."): kind for kind in FLOATS.values()}
+
+
+class MatrixFile(NamedTuple):
+    """A matrix [rows, width] in one file."""
+
+    file: str
+    name: str | None
+    """Of the tensor or column; None in an .npy file and in a parquet file of plain columns."""
+    shape: tuple[int, ...]
+    dtype: torch.dtype | str
+    """Text for a dtype that is not a float's."""
+    names: Sequence[str]
+    """Names that it can be called by: of the tensor, the file, its folder and those above."""
+
+    def __str__(self) -> str:
+        return f"{self.name} in {self.file}" if self.name else self.file
+
+    @property
+    def refusal(self) -> str | None:
+        """Why it cannot be activations, with the remedy; None if it can."""
+        if isinstance(self.dtype, str):
+            return (
+                f"holds {self.dtype}, not floats; save it as float32, float16 or (safetensors) "
+                "bfloat16"
+            )
+        if len(self.shape) != 2 or not self.shape[1]:
+            return f"has the shape {list(self.shape)}; save a matrix [rows, d]"
+        return None
+
+    def make_reader(self) -> Callable[[int, int], Tensor]:
+        """Return a function of two row numbers that reads the rows between them, from an mmap."""
+        if self.file.lower().endswith(".safetensors"):
+            tensor = safe_open(self.file, "pt").get_slice(self.name)
+            return lambda start, stop: tensor[start:stop]
+        file = self.file
+        if file.lower().endswith(".parquet"):
+            file = str(copy_column(file, self.name, *self.shape))
+        array = np.load(file, mmap_mode="r", allow_pickle=False)
+        native = array.dtype.newbyteorder("=")
+        return lambda start, stop: torch.from_numpy(np.array(array[start:stop], native, order="C"))
+
+
+class SavedMatrix:
+    """The activations [rows, width] at one site, in the order of its files."""
+
+    def __init__(self, site: Site, shards: Sequence[MatrixFile]) -> None:
+        self.site, self.shards = site, shards
+        self.rows, self.width = sum(shard.shape[0] for shard in shards), shards[0].shape[1]
+        kinds = {shard.dtype for shard in shards}
+        same = len(kinds) == 1 and kinds <= {*LLM_DTYPES}
+        self.dtype = shards[0].dtype if same else torch.float32
+        self._ends = np.cumsum([shard.shape[0] for shard in shards])
+        self._open: dict[int, Callable[[int, int], Tensor]] = {}
+
+    def read_rows(self, ranges: Sequence[tuple[int, int]]) -> Tensor:
+        """Read the rows start to stop - 1 of each range -> [n, width].
+
+        UserError: one of them is not finite, or a file is gone."""
+        parts = [part for start, stop in ranges for part in self._pieces(start, stop)]
+        x = torch.cat(parts)
+        if not x.isfinite().all():
+            row = int((~x.isfinite()).any(dim=1).nonzero()[0])
+            number = np.concatenate([np.arange(*limits) for limits in ranges])[row]
+            shard, place = self._find(number)
+            raise UserError(
+                f"data.path: row {place} (from 0) of {self.shards[shard]} holds NaN or infinity; "
+                "leave such rows out"
+            )
+        return x
+
+    def open_files(self) -> None:
+        """Open every file. UserError: one cannot be read."""
+        for number in range(len(self.shards)):
+            self._reader(number)
+
+    def summarise_content(self) -> str:
+        """Shape, and a checksum of rows spread evenly."""
+        checksum = 0
+        for row in np.linspace(0, self.rows - 1, min(self.rows, FINGERPRINT_ROWS)).astype(np.int64):
+            (part,) = self._pieces(row, row + 1)
+            checksum = zlib.crc32(part.contiguous().view(torch.uint8).numpy(), checksum)
+        return f"{self.rows} rows of {self.width}, crc32 {checksum:08x}"
+
+    def _find(self, row: int) -> tuple[int, int]:
+        """The shard that holds a row, and the row's number in it."""
+        shard = int(np.searchsorted(self._ends, row, side="right"))
+        return shard, int(row - self._ends[shard] + self.shards[shard].shape[0])
+
+    def _pieces(self, start: int, stop: int) -> Iterator[Tensor]:
+        while start < stop:
+            shard, place = self._find(start)
+            count = min(int(stop - start), self.shards[shard].shape[0] - place)
+            yield self._reader(shard)(place, place + count).to(self.dtype)
+            start += count
+
+    def _reader(self, number: int) -> Callable[[int, int], Tensor]:
+        if number not in self._open:
+            shard = self.shards[number]
+            with _explain_errors(shard.file):
+                self._open[number] = shard.make_reader()
+        return self._open[number]
+
+
+@contextmanager
+def _explain_errors(file: str) -> Iterator[None]:
+    """Turn errors of the libraries that read `file` into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, EOFError, SafetensorError) as error:
+        raise UserError(
+            f"data.path: {file} cannot be read ({str(error).splitlines()[0]}); repair it, or leave "
+            "it out"
+        ) from error
+
+
+def parse_site(name: str) -> Site | None:
+    """The site of a name such as `resid.9`; None for other names."""
+    match = re.fullmatch(rf"({'|'.join(kind.value for kind in Kind)})\.(\d{{1,6}})", name)
+    return match and Site(int(match[2]), Kind(match[1]))
+
+
+def find_matrices(path: Path, names: Mapping[str, str], where: str) -> dict[Site, SavedMatrix]:
+    """Find the matrices below `path`, reading only headers -> {site: matrix}.
+
+    names: {site: name of a tensor, column, file or folder}; empty for names that are sites. A
+    matrix without such a name, if it is the only one, is at `UNNAMED`. UserError: nothing there, or
+    none or several that could be meant; shards of one site that differ in width.
+    """
+    files = [file for file in list_files(path) if file.lower().endswith(SUFFIXES)]
+    if not files:
+        raise UserError(f"{where}: no file there that ends in {', '.join(SUFFIXES)}")
+    shards = [shard for file in files for shard in _list_shards(file, path)]
+    sites = {name: parse_site(site) for site, name in names.items()}
+    found: dict[Site, list[MatrixFile]] = {}
+    for shard in shards:
+        known = (sites.get(name) if sites else parse_site(name) for name in shard.names)
+        if site := next(filter(None, known), None):
+            found.setdefault(site, []).append(shard)
+    if missing := [name for name, site in sites.items() if site not in found]:
+        called = dict.fromkeys(name for shard in shards for name in shard.names)
+        raise UserError(
+            f"data.sites: {where} holds nothing that is called {missing[0]}; "
+            f"there are {', '.join(called)}"
+        )
+    found = found or {UNNAMED: _pick_unnamed(shards, where)}
+    return {site: _join_shards(site, found[site], where) for site in sorted(found)}
+
+
+def _pick_unnamed(shards: Sequence[MatrixFile], where: str) -> list[MatrixFile]:
+    """Pick the shards that can be one matrix. UserError: there is no matrix, or several."""
+    usable = [shard for shard in shards if not shard.refusal]
+    if not usable:
+        refusal = f"{shards[0]} {shards[0].refusal}" if shards else "its files hold nothing"
+        raise UserError(f"{where}: {refusal}")
+    names = list(dict.fromkeys(shard.name for shard in usable))
+    if len(names) > 1:
+        raise UserError(
+            f"{where}: holds several matrices ({', '.join(map(str, names))}); choose one as "
+            f"'data.sites={{resid.0:{names[0] or names[1]}}}'"
+        )
+    return usable
+
+
+def _join_shards(site: Site, shards: Sequence[MatrixFile], where: str) -> SavedMatrix:
+    first = shards[0]
+    for shard in shards:
+        if shard.refusal:
+            raise UserError(f"{where}: {shard} {shard.refusal}")
+        if shard.shape[1] != first.shape[1]:
+            raise UserError(
+                f"{where}: {first} has {first.shape[1]} columns, but {shard} has "
+                f"{shard.shape[1]}; the rows of a site ({site}) have one width"
+            )
+    return SavedMatrix(site, shards)
+
+
+def _list_shards(file: str, path: Path) -> list[MatrixFile]:
+    """List what a file below `path` holds, with the names that it can be called by."""
+    base = path if path.is_dir() else next(p for p in path.absolute().parents if p.exists())
+    below = Path(os.path.relpath(file, base))
+    outer = [below.stem, *reversed(below.parts[:-1])]
+    with _explain_errors(file):
+        entries = _read_headers(file)
+    return [
+        MatrixFile(file, name, tuple(shape), dtype, [name, *outer] if name else outer)
+        for name, (shape, dtype) in entries.items()
+    ]
+
+
+def _read_headers(file: str) -> dict[str | None, tuple[Sequence[int], Any]]:
+    """List what a file holds -> {name: (shape, dtype)}; a dtype that is not a float's is text."""
+    if file.lower().endswith(".safetensors"):
+        with safe_open(file, "pt") as content:
+            slices = {name: content.get_slice(name) for name in content.keys()}  # noqa: SIM118
+            kinds = {name: part.get_dtype() for name, part in slices.items()}
+            return {
+                name: (part.get_shape(), FLOATS.get(kinds[name], kinds[name]))
+                for name, part in slices.items()
+            }
+    if file.lower().endswith(".npy"):
+        array = np.load(file, mmap_mode="r", allow_pickle=False)
+        found = {None: (array.shape, array.dtype.newbyteorder("=").name)}
+    else:
+        found = find_columns(file)
+    return {name: (shape, FLOATS.get(kind, kind)) for name, (shape, kind) in found.items()}

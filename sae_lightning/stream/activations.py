@@ -1,0 +1,199 @@
+"""Your own activations (data=activations): matrices in files, from any model, without an LLM."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from sae_lightning.errors import UserError
+from sae_lightning.llm.load import LLM, pick_device
+from sae_lightning.llm.packaged import LLMShape
+from sae_lightning.llm.sites import LayerConfig, Site, SitePair
+from sae_lightning.ranks import world
+from sae_lightning.stream.activation_files import UNNAMED, SavedMatrix, find_matrices, parse_site
+from sae_lightning.stream.local_files import make_found_absolute
+from sae_lightning.stream.no_llm import NoLLMSource
+from sae_lightning.stream.saved_rows import (
+    SERVED_ROWS,
+    HeldOutRows,
+    RowBlocks,
+    SavedRows,
+    split_rows,
+)
+from sae_lightning.stream.source import DataConfig, DataMemory, OpenedData
+from sae_lightning.stream.states import ANY_COUNT, expect, expect_stream
+from sae_lightning.stream.tokens import SplitTokens
+
+
+@dataclass(slots=True, kw_only=True)
+class ActivationsConfig(DataConfig):
+    """Your own activations: matrices of floats [rows, d] in files, from any model."""
+
+    kind: str = "activations"
+
+    path: str
+    """File, folder or glob of .safetensors, .npy or .parquet."""
+
+    sites: dict[str, str] = field(default_factory=dict)
+    """Site -> name of its tensor, column, file or folder, such as {resid.11: cls}; empty for names
+    that are sites (`resid.9`), or one matrix without such a name."""
+
+    held_out: float = 0.05
+    """Share of the rows kept for evaluation, in blocks from all over the files."""
+
+    model: str | None = None
+    """Name of the model that the activations come from, for the metadata of the SAE only."""
+
+    def __post_init__(self) -> None:
+        DataConfig.__post_init__(self)
+        if not self.path:
+            raise UserError("data.path is empty: give a file, a folder or a glob of activations")
+        if not 0 < self.held_out < 1:
+            raise UserError(
+                f"data.held_out={self.held_out}: the share of the rows that evaluation reads "
+                "and training never sees; give more than 0 and less than 1"
+            )
+        for name in self.sites:
+            if parse_site(name) is None:
+                raise UserError(
+                    f"data.sites: {name} is no site; name one as resid.9 (or attn, mlp_in, mlp)"
+                )
+
+    def with_absolute_paths(self) -> "ActivationsConfig":
+        return replace(self, path=make_found_absolute(self.path))
+
+
+class ActivationsSource(NoLLMSource):
+    """Activations that files hold; no LLM, and no text."""
+
+    data: ActivationsConfig
+    settings = ActivationsConfig
+    noun, where = "rows", "data=activations"
+    origin = "activations from files"
+    metrics = frozenset()
+    headline = "explained_variance"
+
+    def read_headers(self) -> dict[Site, SavedMatrix]:
+        """Find what the files hold, reading only their headers. UserError: nothing, or no floats;
+        names, shapes or widths that do not fit."""
+        data = self.data
+        return find_matrices(Path(data.path).expanduser(), data.sites, f"data.path={data.path}")
+
+    def read_shape(self) -> LLMShape:
+        """Matrices stand for the sites of an LLM."""
+        widths = {site: matrix.width for site, matrix in self.read_headers().items()}
+        layers = 1 + max(site.layer for site in widths)
+        return LLMShape(layers, max(widths.values()), None, 0, widths)
+
+    def find_sites(self, layer: LayerConfig, shape: LLMShape) -> SitePair:
+        pair = layer.resolve_sites(layer.index + 1)
+        missing = [site for site in pair if site not in shape.widths]
+        if missing and [*shape.widths] == [UNNAMED]:
+            raise UserError(
+                f"layer.index={layer.index}: the matrix in data.path={self.data.path} is at "
+                f"{UNNAMED}; leave layer.index, layer.source and layer.target out"
+            )
+        if missing:
+            raise UserError(
+                f"layer.index={layer.index}: data.path={self.data.path} has no {missing[0]}; "
+                f"there are {', '.join(map(str, shape.widths))} (layer.index, layer.source, "
+                "layer.target)"
+            )
+        return pair
+
+    def check_data(self, sites: Sequence[Site], batch: int) -> None:
+        found = self.read_headers()
+        self._split([found[site] for site in sites], batch)
+
+    def _split(self, matrices: Sequence[SavedMatrix], batch: int = 1) -> RowBlocks:
+        """Split the rows. UserError: the sites differ in their number, or there are too few."""
+        first, where = matrices[0], f"data.path={self.data.path}"
+        for other in matrices:
+            if other.rows != first.rows:
+                raise UserError(
+                    f"{where}: {first.site} has {first.rows:,} rows and {other.site} "
+                    f"{other.rows:,}; row i has to be the same token at every site"
+                )
+        blocks = split_rows(first.rows, self.data.held_out)
+        left = int(blocks.count_rows(blocks.train).sum())
+        if left < batch:
+            raise UserError(
+                f"{where}: {first.rows:,} rows, of which data.held_out={self.data.held_out} leaves "
+                f"{left:,} to train on; a batch (trainer.batch={batch}) needs more"
+            )
+        return blocks
+
+    def estimate_data_memory(
+        self, sites: Sequence[Site], shape: LLMShape, tokens: int, loss_tokens: int
+    ) -> DataMemory:
+        return DataMemory(SERVED_ROWS, 0, 0)
+
+    def check_stream_state(
+        self, state: Any, sites: Sequence[Site], shape: LLMShape, served: int
+    ) -> None:
+        names = {str(site): str for site in sites}
+        expect(state, {"rows": {"served": ANY_COUNT, "rows": ANY_COUNT, "files": names}}, "stream")
+        most = self.data.pool + SERVED_ROWS
+        widths = {site: shape.width_at(site) for site in sites}
+        sequences = state["rows"]["served"]
+        expect_stream(state, widths, most=most, served=served, sequences=sequences)
+
+    def _open(self, sites: Sequence[Site], own: Sequence[Site]) -> tuple[dict, RowBlocks]:
+        with world().go_first():  # copies parquet files once per machine
+            found = self.read_headers()
+            matrices = {site: found[site] for site in own}
+            for matrix in matrices.values():
+                matrix.open_files()
+        return matrices, self._split([found[site] for site in sites])
+
+    def open_data(
+        self,
+        sites: Sequence[Site],
+        *,
+        tokens: int,
+        loss_tokens: int,
+        ahead: int = 0,
+        resumed: bool = False,
+        own: Sequence[Site] | None = None,
+    ) -> OpenedData:
+        matrices, blocks = self._open(sites, sites if own is None else own)
+        device = pick_device(self.llm)
+        rows = SavedRows(matrices, blocks, seed=self.seed, device=device)
+        held_out = HeldOutRows(matrices, blocks, tokens=tokens, device=device)
+        kinds = {str(matrix.dtype).removeprefix("torch.") for matrix in matrices.values()}
+        about = {
+            "activations": f"{self.data.path}, {rows.rows:,} rows to train on, "
+            f"{blocks.n - rows.rows:,} held out, {' and '.join(sorted(kinds))}"
+        }
+        return OpenedData(rows, held_out, about)
+
+    def open_held_out(
+        self,
+        sites: Sequence[Site],
+        tokens: int,
+        loss_tokens: int,
+        opened: tuple[LLM, SplitTokens] | None = None,
+    ) -> HeldOutRows:
+        matrices, blocks = self._open(sites, sites)
+        return HeldOutRows(matrices, blocks, tokens=tokens, device=pick_device(self.llm))
+
+    def describe_sites(self, sites: Sequence[SitePair], shape: LLMShape) -> dict[str, str]:
+        descriptions = (
+            f"{pair}, d = " + " -> ".join(str(shape.width_at(site)) for site in dict.fromkeys(pair))
+            for pair in sites
+        )
+        return {"site": "; ".join(dict.fromkeys(descriptions))}
+
+    def make_saelens_metadata(self, sites: SitePair) -> dict[str, Any]:
+        """Describe an SAE's inputs: the files, and the names of its sites in them."""
+        data = self.data
+        hooks = zip(sites.hook_names.items(), sites, strict=False)  # one hook if they are equal
+        return {
+            "model_name": data.model or "unknown",
+            "dataset_path": data.path,
+            # a site's own name means something to other tools only in an LLM
+            **{
+                key: data.sites.get(str(site)) or (name if data.model else str(site))
+                for (key, name), site in hooks
+            },
+        }

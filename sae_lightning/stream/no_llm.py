@@ -1,0 +1,35 @@
+"""The base class of all kinds of data (synthetic, activations) that take no LLM."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from sae_lightning.errors import UserError
+from sae_lightning.llm.load import NO_LLM, Dtype, LLMConfig
+from sae_lightning.llm.sites import LayerConfig, Site
+from sae_lightning.stream.source import Source
+
+
+class NoLLMSource(Source):
+    """Activations that come from no LLM, and without text."""
+
+    has_llm = False
+
+    def check_settings(self, layer: LayerConfig) -> None:
+        number = Dtype.auto if self.llm.dtype is Dtype.auto else Dtype.float32
+        unset = LLMConfig(name=NO_LLM, dtype=number, device=self.llm.device)
+        self.refuse_settings("llm", self.llm, unset)
+
+    def refuse_settings(self, group: str, config: Any, unset: Any) -> None:
+        """UserError for the first setting of a group that is not as in `unset`."""
+        values = asdict(config)
+        for name, value in asdict(unset).items():
+            if values[name] != value:
+                shown = getattr(values[name], "name", values[name])
+                raise UserError(
+                    f"{group}.{name}={shown} has no meaning with {self.where}, whose "
+                    "activations come from no LLM: leave it out"
+                )
+
+    def check_data(self, sites: Sequence[Site], batch: int) -> None:
+        """Nothing to check: there is one site, of any number of rows."""

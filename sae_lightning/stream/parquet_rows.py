@@ -1,0 +1,111 @@
+"""Reads activations from parquet files: copied once to an .npy file, of which any rows are mapped.
+
+A parquet file is compressed in groups of up to a million rows, so rows in random order cannot be
+read from it.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sae_lightning.errors import UserError
+from sae_lightning.files import write_atomically
+from sae_lightning.stream.documents import prepare_text_cache
+from sae_lightning.terminal import phase
+
+if TYPE_CHECKING:
+    from pyarrow import DataType, RecordBatch
+
+READ_ROWS = 1024  # rows converted at a time
+ARROW_FLOATS = {"halffloat": "float16", "float": "float32", "double": "float64"}
+
+
+def find_columns(file: str) -> dict[str | None, tuple[list[int], str]]:
+    """List the matrices of a parquet file -> {name: (shape, dtype)}: each column of lists, or else
+    all columns of floats together, as one without a name."""
+    import pyarrow.parquet as pq
+
+    content = pq.ParquetFile(file)
+    rows, schema = content.metadata.num_rows, content.schema_arrow
+    found: dict[str | None, tuple[list[int], str]] = {}
+    for field in schema:
+        if _is_list(field.type):
+            kind = str(field.type.value_type)
+            first = next(content.iter_batches(1, columns=[field.name]), None) if rows else None
+            value = first.column(0)[0].as_py() if first else None
+            found[field.name] = [rows, len(value or [])], ARROW_FLOATS.get(kind, kind)
+    if found:
+        return found
+    floats = [field for field in schema if str(field.type) in ARROW_FLOATS]
+    kinds = {ARROW_FLOATS[str(field.type)] for field in floats}
+    if not floats:
+        return {field.name: ([rows], str(field.type)) for field in schema}
+    return {None: ([rows, len(floats)], kinds.pop() if len(kinds) == 1 else "float32")}
+
+
+def copy_column(file: str, name: str | None, rows: int, width: int) -> Path:
+    """Copy a matrix of `find_columns` to the cache, once until the file's size or time changes.
+
+    UserError: a row is missing, or has another length than the first one.
+    """
+    import pyarrow.parquet as pq
+
+    _, dtype = find_columns(file)[name]
+    stat = os.stat(file)
+    identity = os.path.realpath(file), stat.st_size, stat.st_mtime_ns, name
+    key = hashlib.sha256(repr(identity).encode()).hexdigest()[:32]
+    target = prepare_text_cache() / f"activations-{key}.npy"
+    if target.exists():
+        return target
+    content = pq.ParquetFile(file)
+    names = [field.name for field in content.schema_arrow if str(field.type) in ARROW_FLOATS]
+    header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (rows, width)}
+    with (
+        phase(f"copying {Path(file).name}", total=rows) as advance,
+        write_atomically(target) as temporary,
+        open(temporary, "wb") as copy,
+    ):
+        np.lib.format.write_array_header_1_0(copy, header)
+        done = 0
+        for batch in content.iter_batches(READ_ROWS, columns=names if name is None else [name]):
+            for array in _convert(batch, name, width, f"{file}: row", done):
+                copy.write(np.ascontiguousarray(array, dtype).tobytes())
+            done += len(batch)
+            advance(len(batch))
+    return target
+
+
+def _convert(
+    batch: "RecordBatch", name: str | None, width: int, where: str, first: int
+) -> Iterator[np.ndarray]:
+    """Yield a batch as one array [rows, width]; `first` is the number of its first row."""
+    import pyarrow.compute as pc
+
+    columns = batch.columns
+    if name is None:
+        for column, field in zip(columns, batch.schema, strict=True):
+            if column.null_count:
+                row = first + column.is_null().index(True).as_py()
+                raise UserError(f"data.path: {where} {row} (from 0) lacks {field.name}")
+        yield np.stack([column.to_numpy() for column in columns], axis=1)
+        return
+    lengths = pc.fill_null(pc.list_value_length(columns[0]), -1).to_numpy()
+    values = columns[0].flatten()
+    if (lengths != width).any() or values.null_count:
+        bad = np.flatnonzero(lengths != width)
+        row = int(bad[0]) if len(bad) else values.is_null().index(True).as_py() // width
+        raise UserError(
+            f"data.path: {where} {first + row} (from 0) of {name} is not a list of {width} "
+            "numbers, as the first one is; leave it out"
+        )
+    yield values.to_numpy().reshape(-1, width)
+
+
+def _is_list(kind: "DataType") -> bool:
+    import pyarrow.types as types
+
+    return types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)

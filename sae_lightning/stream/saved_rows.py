@@ -1,0 +1,191 @@
+"""Rows of saved activations: an order for each epoch, and blocks that only evaluation reads.
+
+Shapes: n = rows, d = width of a site.
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sae_lightning.llm.sites import Site
+from sae_lightning.ranks import Split
+from sae_lightning.stream.activation_files import SavedMatrix
+from sae_lightning.stream.documents import HOLD_OUT_SEED
+from sae_lightning.stream.source import HeldOutData, Rows, RowStream, move_to_device
+from sae_lightning.stream.tokens import TextChanged
+from sae_lightning.terminal import console
+
+SERVED_ROWS = 2048  # rows served at a time
+NEIGHBOURS = 64  # rows that lie together in the files are read together
+LEAST_BLOCKS = 200  # smaller blocks where there are few rows
+
+
+class RowBlocks(NamedTuple):
+    """Rows 0 to n - 1 in blocks of neighbours, of which a fixed random sample is held out.
+
+        rows     0 .. 63 | 64 .. 127 | 128 .. 191 | 192 .. 255 | ...
+        block        0         1          2            3
+                   train     train     held out      train
+
+    Neighbours (tokens of a text, patches of an image) are alike: held out one by one, rows would be
+    known from their neighbours in training.
+    """
+
+    n: int
+    size: int
+    """Rows in a block; the last one may have fewer."""
+    train: np.ndarray
+    """Numbers of the blocks, ascending."""
+    held_out: np.ndarray
+
+    def count_rows(self, blocks: np.ndarray) -> np.ndarray:
+        """Count the rows of each of the blocks."""
+        return np.minimum(self.size, self.n - blocks * self.size)
+
+
+def split_rows(n: int, share: float) -> RowBlocks:
+    """Hold out about `share` of n rows: the same for every seed of a run."""
+    size = max(1, min(NEIGHBOURS, n // LEAST_BLOCKS))
+    blocks = -(-n // size)
+    order = np.random.default_rng(HOLD_OUT_SEED).permutation(blocks)
+    count = max(1, round(share * blocks))
+    return RowBlocks(n, size, np.sort(order[count:]), np.sort(order[:count]))
+
+
+class SavedRows(RowStream):
+    """A `RowStream` of the training rows, in blocks whose order is a new one each epoch.
+
+        blocks       0  1  3  4  5  7            those that are not held out
+        epoch 1      4  0  7  3  1  5            order = PCG64(seed, 1)
+        epoch 2      1  5  3  0  7  4            order = PCG64(seed, 2)
+                             ^ position in rows  state = rows served
+
+    Every rank reads the rows at its own sites from the files.
+    """
+
+    def __init__(
+        self,
+        matrices: Mapping[Site, SavedMatrix],
+        blocks: RowBlocks,
+        *,
+        seed: int,
+        device: torch.device | str,
+    ) -> None:
+        self.matrices, self.blocks, self.seed = matrices, blocks, seed
+        self.sites, self.device = tuple(sorted(matrices)), torch.device(device)
+        self.max_rows, self.llm_seconds = SERVED_ROWS, 0.0
+        self.rows = int(blocks.count_rows(blocks.train).sum())  # of an epoch
+        self._served = 0  # rows
+        self._content: dict[str, str] = {}  # by site, computed when they are needed
+        self._begin(1)
+
+    def _begin(self, epoch: int) -> None:
+        self.epoch = epoch
+        random = np.random.Generator(np.random.PCG64([self.seed, epoch]))
+        self._order = random.permutation(self.blocks.train)
+        self._ends = np.cumsum(self.blocks.count_rows(self._order))
+
+    def next(self, remaining: int) -> Rows:
+        """Read the next rows, whatever `remaining` is, but none of the next epoch; each counts as a
+        sequence of its own."""
+        epoch, position = divmod(self._served, self.rows)
+        if epoch + 1 != self.epoch:
+            console.print(
+                f"the activations ran out after {self.rows:,} rows; "
+                f"going round again in a new order (epoch {epoch + 1})"
+            )
+            self._begin(epoch + 1)
+        stop = min(position + SERVED_ROWS, self.rows)
+        ranges = self._find_ranges(position, stop)
+        x = {
+            site: move_to_device(matrix.read_rows(ranges), self.device)
+            for site, matrix in self.matrices.items()
+        }
+        ids = torch.arange(self._served, self._served + stop - position)
+        self._served += stop - position
+        return Rows(x, ids)
+
+    def _find_ranges(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """Find the rows of the files at places `start` to `stop` - 1 of this epoch."""
+        first, last = np.searchsorted(self._ends, [start, stop - 1], side="right")
+        chosen = self._order[first : last + 1]
+        begins = chosen * self.blocks.size
+        ends = begins + self.blocks.count_rows(chosen)
+        ends[-1] -= self._ends[last] - stop
+        begins[0] += start - (self._ends[first - 1] if first else 0)
+        return list(zip(begins.tolist(), ends.tolist(), strict=True))
+
+    def summarise_files(self) -> dict[str, str]:
+        """What identifies the rows, by site."""
+        self._content = self._content or {
+            str(site): matrix.summarise_content() for site, matrix in self.matrices.items()
+        }
+        return self._content
+
+    def state_dict(self) -> dict[str, Any]:
+        """Rows served, and what identifies the files."""
+        return {"served": self._served, "rows": self.rows, "files": self.summarise_files()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue after the last row served; TextChanged if the files are different ones."""
+        for site, now in self.summarise_files().items():
+            saved = state["files"].get(site)
+            if saved != now:
+                raise TextChanged(
+                    f"data.path: the activations at {site} are no longer those that the run to be "
+                    f"resumed read ({now}, not {saved}); resume with the same files"
+                )
+        self._served = state["served"]
+        # at the end of an epoch, the next one has not begun
+        self._begin(1 + max(0, self._served - 1) // self.rows)
+
+    def close(self) -> None:
+        """Nothing to release: files are mapped, not locked."""
+
+
+class HeldOutRows(HeldOutData):
+    """Rows that training never sees; of an LLM's loss nothing is known."""
+
+    noun = "rows"
+
+    def __init__(
+        self,
+        matrices: Mapping[Site, SavedMatrix],
+        blocks: RowBlocks,
+        *,
+        tokens: int,
+        device: torch.device | str,
+    ) -> None:
+        """Holds `tokens` rows, from blocks spread evenly over all that are held out, or fewer."""
+        self.matrices, self.device = matrices, torch.device(device)
+        held_out = blocks.held_out
+        count = min(len(held_out), -(-tokens // blocks.size))
+        chosen = held_out[np.linspace(0, len(held_out) - 1, count).round().astype(np.int64)]
+        begins = chosen * blocks.size
+        ends = begins + blocks.count_rows(chosen)
+        self._ranges = list(zip(begins.tolist(), ends.tolist(), strict=True))
+        self._tokens = tokens
+        self._read: dict[Site, Tensor] = {}
+
+    def activations(self, site: Site) -> Tensor:
+        if site not in self._read:
+            rows = self.matrices[site].read_rows(self._ranges)[: self._tokens]
+            self._read[site] = rows.to(self.device)
+        return self._read[site]
+
+    def prepare(self, targets: Collection[Site]) -> None:
+        """Nothing to do together: every rank reads its own rows."""
+
+    def measure_saes(
+        self,
+        source: Site,
+        target: Site,
+        saes: Sequence[Callable[[Tensor], Any]],
+        weights: Sequence[Callable[[], dict[str, Tensor]]],
+        rows: int,
+        splits: Sequence[Split],
+    ) -> list[None]:
+        return [None] * len(saes)
