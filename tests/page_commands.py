@@ -66,6 +66,7 @@ SMALL_TASK = {
     "steer": {"tokens": "5"},
     "explain": READ | {"count": "2", "scored": "8", "examples": "8"},
     "sweep": {},
+    "export": {},
 }
 
 

@@ -180,7 +180,9 @@ def test_a_command_of_a_page_does_what_it_says(command, run, trained, capsys):
     assert output.err == ""
     assert "failed" not in output.out
     if "--help" not in arguments:
-        assert re.search(r"(analyze\.py run=|: .*\.(html|json|csv))", output.out), output.out
+        assert re.search(r"(analyze\.py run=|: .*\.(html|json|csv)|written for)", output.out), (
+            output.out
+        )
 
 
 def answer(question: str) -> str:

@@ -7,6 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sae_lightning.analysis.dashboards.circuit_tracer_features import (
+    open_blocks,
+    write_circuit_tracer_features,
+)
 from sae_lightning.analysis.dashboards.contents import DashboardSettings, open_dashboards
 from sae_lightning.analysis.dashboards.neuronpedia import write_neuronpedia
 from sae_lightning.analysis.dashboards.saedashboard import write_saedashboard
@@ -37,7 +41,7 @@ class Writer(NamedTuple):
 @dataclass(slots=True, kw_only=True)
 class ExportTask(DashboardSettings):
     """Write the SAE in another tool's format, or dashboards of its features: these formats alone
-    (neuronpedia, saedashboard) take the settings besides `format` and `to`."""
+    (neuronpedia, saedashboard, circuit_tracer_features) take settings besides `format` and `to`."""
 
     format: str | None = None
     """Format to write."""
@@ -109,4 +113,9 @@ WRITERS |= {
     ),
     "neuronpedia": Writer(write_neuronpedia, open_dashboards, DASHBOARD_SETTINGS),
     "saedashboard": Writer(write_saedashboard, open_dashboards, DASHBOARD_SETTINGS - LISTED),
+    "circuit_tracer_features": Writer(
+        write_circuit_tracer_features,
+        open_blocks,
+        DASHBOARD_SETTINGS - LISTED - {"feature", "vectors"},
+    ),
 }

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from sae_lightning.analysis.collect import EncodedBatch, collect, excerpt
+from sae_lightning.analysis.ranked_tokens import rank_tokens
 from sae_lightning.analysis.subject import Subject
 from sae_lightning.analysis.task import Task, check_at_least, parse_integers
 from sae_lightning.errors import UserError
@@ -129,21 +130,18 @@ def lens(
 
 
 @torch.no_grad()
-def measure_effects(subject: Subject, text: TokenStream, top: int = 10) -> LogitEffect:
+def measure_effects(
+    subject: Subject, text: TokenStream | None, top: int = 10
+) -> LogitEffect | None:
     """Find the `top` tokens that each feature promotes and suppresses, by a linear map fitted on
-    `text`."""
-    return _unembed_rows(subject, map_decoder(subject, text), top)
-
-
-@torch.no_grad()
-def map_decoder(subject: Subject, text: TokenStream | None) -> Tensor | None:
-    """Map W_dec to the unembedding's input [features, d] by a linear map fitted on `text`, or
-    without `text` by the direct path; None if there is no direct path."""
+    `text`, or without `text` by the direct path; None if there is no such path."""
     if text is None:
-        return _unmapped_rows(subject)
-    model = subject.llm.model
-    tokens = read_embedding(model, model.get_input_embeddings().num_embeddings)
-    return _mapped_rows(subject, _fit_maps(subject, text, tokens))
+        rows = _unmapped_rows(subject)
+    else:
+        model = subject.llm.model
+        tokens = read_embedding(model, model.get_input_embeddings().num_embeddings)
+        rows = _mapped_rows(subject, _fit_maps(subject, text, tokens))
+    return None if rows is None else _unembed_rows(subject, rows, top)
 
 
 def _unembed_rows(subject: Subject, rows: Tensor, top: int) -> LogitEffect:
@@ -151,7 +149,7 @@ def _unembed_rows(subject: Subject, rows: Tensor, top: int) -> LogitEffect:
     words = len(subject.llm.tokenizer)
     unembedding = read_weight(subject.llm.model.get_output_embeddings())[:words]
     parts = [
-        _rank_tokens(x, min(top, words)) for x in _multiply_slices("unembedding", rows, unembedding)
+        rank_tokens(x, min(top, words)) for x in _multiply_slices("unembedding", rows, unembedding)
     ]
     return LogitEffect(*(torch.cat(part).cpu() for part in zip(*parts, strict=True)))
 
@@ -248,14 +246,6 @@ def _multiply_slices(what: str, directions: Tensor, tokens: Tensor) -> Iterator[
         for part in directions.split(max(1, MAX_PRODUCTS // tokens.shape[1])):
             yield part @ tokens
             advance(len(part))
-
-
-def _rank_tokens(logits: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Find promoted ids, suppressed ids and sharpness from `logits` [features, vocabulary]."""
-    best, worst = logits.topk(top).indices, (-logits).topk(top).indices
-    square = (logits - logits.mean(-1, keepdim=True)).square_()
-    variance = square.mean(-1).clamp(min=torch.finfo(square.dtype).tiny ** 0.5)
-    return best, worst, square.square_().mean(-1) / variance.square() - 3
 
 
 def make_lens_section(lens: Lens, words: list[str], features: list[int] | None = None) -> Section:

@@ -16,7 +16,7 @@ WINDOW = BEFORE + 1 + AFTER
 # Edges of the histogram of strengths, half an octave apart; outliers go into the outermost bins.
 EDGES = 2.0 ** torch.arange(-10, 14.5, 0.5)
 INTERVALS = 5  # equally wide intervals of strength from 0 to a unit's maximum
-LINEAR_BINS = 50  # equally wide bins of strength from 0 to a unit's maximum, 10 of each interval
+LINEAR_BINS = 50  # equally wide bins of a histogram; of strengths, 10 to each interval
 
 
 def find_interval(strength: Tensor, maximum: Tensor) -> Tensor:
@@ -93,6 +93,14 @@ class LogitEffect(NamedTuple):
     """[units, k] token ids, the most lowered first, int64"""
     sharpness: Tensor
     """[units] excess kurtosis of the effect over the vocabulary: large if few tokens get most"""
+    raised: Tensor | None = None
+    """[units, k] by how much each promoted token's logit rises per unit of strength; in the direct
+    path up to a positive factor. None in files of older versions, as are the next two."""
+    lowered: Tensor | None = None
+    """[units, k] the same of each suppressed token, mostly negative"""
+    histogram: Tensor | None = None
+    """[units, LINEAR_BINS] number of tokens whose logit changes by so much, in equally wide bins
+    from lowered[:, 0] to raised[:, 0], int64"""
 
 
 class Catalogue(NamedTuple):
@@ -126,8 +134,9 @@ class Catalogue(NamedTuple):
     effect: LogitEffect | None = None
     """None for neurons."""
     linear_histogram: Tensor | None = None
-    """[units, LINEAR_BINS] number of tokens with a strength in each bin, the weakest first, int64;
-    estimated from a sample if the text is long. None for neurons and in files of older versions."""
+    """[units, LINEAR_BINS] number of tokens with a strength in each bin from 0 to the maximum,
+    int64; estimated from a sample if the text is long. None for neurons and in files of older
+    versions."""
 
     @property
     def num_units(self) -> int:
@@ -135,8 +144,8 @@ class Catalogue(NamedTuple):
         return len(self.statistics.fired)
 
 
-def slice_units(part: Any, units: slice) -> Any:
-    """A range of units of a catalogue, or of one of its fields; the tensors are views."""
+def slice_units(part: Any, units: slice | Tensor) -> Any:
+    """Some units of a catalogue, or of one of its fields; with a slice, the tensors are views."""
     if isinstance(part, Tensor):
         return part[units]
     if isinstance(part, tuple):

@@ -63,6 +63,10 @@ def _make_columns(catalogue: Catalogue, first: int, words: pa.Array) -> dict[str
         columns["promoted"] = _make_text_lists(e.promoted, words)
         columns["suppressed"] = _make_text_lists(e.suppressed, words)
         columns["sharpness"] = _to_array(e.sharpness)
+        if e.histogram is not None:
+            for name in ("raised", "lowered", "histogram"):
+                values = getattr(e, name)
+                columns[f"effect_{name}"] = _make_lists(values, values == values)
     if (bins := catalogue.linear_histogram) is not None:
         columns["linear_histogram"] = _make_lists(bins, bins >= 0)
     return columns

@@ -84,6 +84,13 @@ def read_catalogue(path: Path, vocabulary: list[str]) -> Catalogue:
     if "promoted" in columns:
         tokens = (_read_tokens(columns[name], ids).long() for name in ("promoted", "suppressed"))
         effect = LogitEffect(*tokens, _to_tensor(columns["sharpness"]).float())
+        if "effect_histogram" in columns:
+            raised, lowered = (
+                _pad_lists(lists, _read_reals(lists.flatten()), 0)
+                for lists in (columns["effect_raised"], columns["effect_lowered"])
+            )
+            bins = _read_counts(columns["effect_histogram"], LINEAR_BINS)
+            effect = effect._replace(raised=raised, lowered=lowered, histogram=bins)
         catalogue = catalogue._replace(effect=effect)
     if "linear_histogram" in columns:
         bins = _read_counts(columns["linear_histogram"], LINEAR_BINS)

@@ -7,14 +7,16 @@ alone: relu(embedding W_enc + b_enc).
 import gzip
 import json
 import shutil
+import zlib
 from collections import Counter
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 import torch
 from planted import FEATURE, FEATURES, READS, WRITES, save_planted
 from tiny_llm import WIDTH, tiny_tokenizer
-from tiny_run import write_text
+from tiny_run import write_begun_run, write_text
 
 from sae_lightning.analysis.dashboards import feature_dashboards
 from sae_lightning.analysis.dashboards.contents import derive_model_id
@@ -278,10 +280,60 @@ def test_saedashboard_has_the_same_in_its_keys(here, home, tmp_path):
     assert settings["n_prompts_total"] == batch["features"][0]["n_prompts_total"]
 
 
-def test_the_lens_of_the_page_is_the_default_and_makes_the_same_keys(here, tmp_path, truth):
-    row = read_rows(export(here, tmp_path / "x", direct=False, feature=[4]), "features")[0]
-    assert row.keys() == FEATURE_COLUMNS
-    assert len(row["pos_str"]) == len(row["neg_values"]) == 10
+def test_the_effects_are_those_of_the_page_unless_the_direct_path_is_asked_for(here, tmp_path):
+    kept = pyarrow.parquet.read_table(here / "sae" / "analysis" / "features.parquet").to_pylist()
+    for row in read_rows(export(here, tmp_path / "x", direct=False), "features"):
+        page = kept[int(row["index"])]
+        assert row.keys() == FEATURE_COLUMNS
+        assert (row["pos_str"], row["neg_str"]) == (page["promoted"], page["suppressed"])
+        assert row["pos_values"] == pytest.approx(page["effect_raised"], rel=1e-4)
+        assert row["logits_hist_data_bar_heights"] == page["effect_histogram"]
+
+
+def test_a_catalogue_of_an_older_version_is_made_anew(here, tmp_path, capsys):
+    file = here / "sae" / "analysis" / "features.parquet"
+    whole = pyarrow.parquet.read_table(file)
+    for left_out in (["linear_histogram"], ["effect_raised", "effect_lowered", "effect_histogram"]):
+        pyarrow.parquet.write_table(whole.drop_columns(left_out), file)
+        export(here, tmp_path / left_out[0], feature=[3])
+        assert "older version" in capsys.readouterr().out
+        assert pyarrow.parquet.read_table(file).column_names == whole.column_names
+
+
+def test_circuit_tracer_finds_a_feature_by_its_number(here, home, tmp_path):
+    folder = export(here, tmp_path / "x", "circuit_tracer_features")
+    index = json.loads(gzip.decompress((folder / "index.json.gz").read_bytes()))
+    assert index.keys() == {"1"}  # the block of the SAE
+    data, offsets = (folder / index["1"]["filename"]).read_bytes(), index["1"]["offsets"]
+    assert (len(offsets), offsets[-1]) == (FEATURES + 1, len(data))
+    rows, all_examples = read_rows(home, "features"), read_rows(home, "activations")
+    for unit, row in enumerate(rows):
+        # as the page asks for them: one byte too many, of which it reads as many as it is told
+        part = data[offsets[unit] : offsets[unit + 1] + 1]
+        entry = json.loads(zlib.decompress(part[4 : 4 + int.from_bytes(part[:4], "little")]))
+        w = int(((8 * entry["index"] + 1) ** 0.5 - 1) / 2)  # Cantor's pairing, undone
+        assert entry["index"] - (w * w + w) // 2 == unit
+        assert w - unit == 1
+        assert (entry["top_logits"], entry["bottom_logits"]) == (row["pos_str"], row["neg_str"])
+        assert entry["act_max"] == pytest.approx(row["maxActApprox"], rel=1e-4)
+        assert entry["activation_frequency"] == row["frac_nonzero"]
+        if unit != SILENT:
+            assert entry["histogram"] == row["freq_hist_data_bar_heights"]
+        shown = [e for group in entry["examples_quantiles"] for e in group["examples"]]
+        mine = [e for e in all_examples if e["index"] == str(unit)]
+        for example, other in zip(shown, mine, strict=True):
+            assert example["tokens"] == other["tokens"]
+            assert example["tokens_acts_list"] == other["values"]
+            assert example["train_token_ind"] == other["qualifyingTokenIndex"]
+        names = [group["quantile_name"] for group in entry["examples_quantiles"]]
+        assert len(set(names)) == len(names) <= 6
+
+
+def test_a_sweep_with_two_saes_of_a_block_has_no_files_of_features(here, tmp_path):
+    for l1 in ("1e-3", "1e-2"):
+        write_begun_run(tmp_path / "sweep", l1)
+    with pytest.raises(UserError, match=r"loss.l1=1e-[23] and loss.l1=1e-[23] both read block 9"):
+        _export_exactly(tmp_path, tmp_path / "x", "circuit_tracer_features", run="sweep")
 
 
 @pytest.mark.parametrize(
@@ -324,10 +376,12 @@ def test_bad_settings_are_refused_before_anything_is_read(here, tmp_path, settin
     assert not (tmp_path / "x").exists()
 
 
-def _export_exactly(here: Path, to: Path, format: str = "neuronpedia", **settings) -> None:
+def _export_exactly(
+    here: Path, to: Path, format: str = "neuronpedia", run: str = "sae", **settings
+) -> None:
     groups = {"llm": LLMConfig(name=str(here / "gpt2")), "data": PlaysConfig()}
     task = ExportTask(
-        run=str(here / "sae"),
+        run=str(here / run),
         task="export",
         format=format,
         to=str(to),

@@ -9,6 +9,7 @@ from tiny_llm import FAMILIES
 
 from sae_lightning.analysis import lens as module
 from sae_lightning.analysis.lens import lens, make_lens_section
+from sae_lightning.analysis.ranked_tokens import rank_tokens
 from sae_lightning.llm.directions import find_final_norm, read_embedding
 from sae_lightning.llm.sites import Kind, Site, SitePair
 from sae_lightning.llm.vocabulary import read_vocabulary
@@ -70,11 +71,22 @@ def test_sharpness_is_the_excess_kurtosis(tiny):
     """By hand: one token of n at 1 and the others at 0 is a coin with p = 1 / n, whose excess
     kurtosis is (1 - 6 p (1 - p)) / (p (1 - p))."""
     p = 1 / 20
-    (_, _, sharpness) = module._rank_tokens(torch.eye(20)[:1], 1)
+    sharpness = rank_tokens(torch.eye(20)[:1], 1).sharpness
     assert math.isclose(sharpness.item(), (1 - 6 * p * (1 - p)) / (p * (1 - p)), rel_tol=1e-4)
     normal = torch.randn(1, 100_000, generator=torch.Generator().manual_seed(0))
-    assert abs(module._rank_tokens(normal, 1)[2].item()) < 0.1
-    assert module._rank_tokens(torch.zeros(1, 20), 1)[2].isfinite().all()
+    assert abs(rank_tokens(normal, 1).sharpness.item()) < 0.1
+    assert rank_tokens(torch.zeros(1, 20), 1).sharpness.isfinite().all()
+
+
+def test_the_changes_of_logits_are_listed_and_counted_in_bins():
+    """By hand: from -1 to 4, a bin is 0.1 wide."""
+    effect = rank_tokens(torch.tensor([[0.05, 4, -1, 3.95, -0.95]]), 2)
+    assert (effect.promoted.tolist(), effect.suppressed.tolist()) == ([[1, 3]], [[2, 4]])
+    assert effect.raised.tolist() == [[4, pytest.approx(3.95)]]
+    assert effect.lowered.tolist() == [[-1, pytest.approx(-0.95)]]
+    counts = {i: n for i, n in enumerate(effect.histogram[0].tolist()) if n}
+    assert counts == {0: 2, 10: 1, 49: 2}
+    assert rank_tokens(torch.zeros(1, 5), 2).histogram.sum() == 5
 
 
 @pytest.mark.parametrize("text", [False, True], ids=["direct", "blocks"])
@@ -83,8 +95,11 @@ def test_slices_of_features_change_nothing(tiny, words, monkeypatch, text):
     whole = lens(subject, 4, words(4000) if text else None)
     monkeypatch.setattr(module, "MAX_PRODUCTS", 250)  # two features at a time
     sliced = lens(subject, 4, words(4000) if text else None)
-    for a, b in zip((*whole.effect, whole.read), (*sliced.effect, sliced.read), strict=True):
+    for a, b in zip(
+        (*whole.effect[:5], whole.read), (*sliced.effect[:5], sliced.read), strict=True
+    ):
         torch.testing.assert_close(a, b)
+    assert torch.equal(whole.effect.histogram.sum(1), sliced.effect.histogram.sum(1))
 
 
 def test_a_measured_effect_behind_the_last_block_is_what_norm_and_head_make_of_the_row(

@@ -6,6 +6,7 @@ import pyarrow.parquet as parquet
 import pytest
 import torch
 
+from sae_lightning.analysis.lens import measure_effects
 from sae_lightning.analysis.survey.survey import survey
 from sae_lightning.report.parquet import write_catalogue
 from sae_lightning.report.parquet_reader import read_catalogue, read_metadata
@@ -14,7 +15,8 @@ from sae_lightning.report.parquet_reader import read_catalogue, read_metadata
 @pytest.fixture
 def features(subject, words):
     subject.sae.b_enc[5] = -1e6  # never fires
-    return survey(subject, words(3000), tokens=1500, examples=4).features
+    found = survey(subject, words(3000), tokens=1500, examples=4).features
+    return found._replace(effect=measure_effects(subject, None, top=3))
 
 
 @pytest.fixture

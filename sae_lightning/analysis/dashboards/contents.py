@@ -5,15 +5,13 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
-from sae_lightning.analysis.lens import map_decoder
+from sae_lightning.analysis.lens import measure_effects
 from sae_lightning.analysis.subject import Subject
 from sae_lightning.analysis.survey.features_task import FeaturesTask
 from sae_lightning.analysis.task import parse_integers
 from sae_lightning.errors import UserError
 from sae_lightning.llm.sites import Kind
-from sae_lightning.report.catalogue import Catalogue
+from sae_lightning.report.catalogue import Catalogue, LogitEffect
 from sae_lightning.terminal import console
 
 # Neuronpedia's id of a model: the end of its name on the hub in lower case, with these replaced.
@@ -102,9 +100,8 @@ class Dashboards(NamedTuple):
     catalogue: Catalogue
     units: list[int]
     """The features to write, ascending."""
-    rows: Tensor | None
-    """[features, d] how a unit of each feature's strength changes the unembedding's input; None if
-    the direct path is asked for and there is none."""
+    effect: LogitEffect | None
+    """Of all features; None if the direct path is asked for and there is none."""
 
     @property
     def name(self) -> SourceName:
@@ -127,13 +124,14 @@ def open_dashboards(task: DashboardSettings, given_settings: Collection[str]) ->
     """Open SAE, LLM and text, and find or make the catalogue. UserError for synthetic concepts."""
     subject = task.load_subject(given_settings)
     units = subject.check_features(sorted({*(task.feature or range(subject.features))}))
-    text = subject.corpus.train
+    _ = subject.tokenizer  # UserError for synthetic concepts
     catalogue = task.find_catalogue(subject, given_settings)
-    if catalogue.linear_histogram is None:
+    effect = catalogue.effect
+    if catalogue.linear_histogram is None or effect is None or effect.histogram is None:
         console.print("it is of an older version, without histograms: making a new one")
         catalogue = task.make_catalogues(subject).features
-    rows = map_decoder(subject, None if task.direct else text)
-    return Dashboards(subject, task, catalogue, units, rows)
+    effect = measure_effects(subject, None) if task.direct else catalogue.effect
+    return Dashboards(subject, task, catalogue, units, effect)
 
 
 def derive_model_id(llm: str) -> str:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from sae_lightning.analysis.dashboards.contents import Dashboards
-from sae_lightning.llm.placement import read_weight
 from sae_lightning.report.catalogue import (
     BEFORE,
     INTERVALS,
@@ -23,14 +22,13 @@ from sae_lightning.report.catalogue import (
     WINDOW,
     Examples,
     find_interval,
+    slice_units,
 )
 from sae_lightning.terminal import phase
 
 FEATURES_PER_FILE = 128  # as SAEDashboard has it
 MAX_FILES = 1000  # Neuronpedia's importer lists no more
-LOGITS_SHOWN = 10  # tokens promoted, and suppressed
 NEURONS_SHOWN = 3  # dimensions of the decoder row with the largest values
-LOGIT_BINS = 50
 NUMBER_DIGITS = 5  # of numbers in the files
 
 Dashboard = dict[str, Any]
@@ -39,13 +37,10 @@ Dashboard = dict[str, Any]
 
 def list_dashboards(content: Dashboards) -> Iterator[list[Dashboard]]:
     """Yield the dashboards of the features of each file; shows a progress bar."""
-    model, units = content.subject.llm.model, content.units
-    words = len(content.subject.llm.tokenizer)  # rows beyond are padding
-    unembedding = read_weight(model.get_output_embeddings())[:words]
-    unembedding = unembedding.to(content.subject.device).float().T
+    units = content.units
     with phase("writing dashboards", total=len(units)) as advance:
         for part in torch.tensor(units).split(max(FEATURES_PER_FILE, -(-len(units) // MAX_FILES))):
-            yield _make_dashboards(content, part, unembedding)
+            yield _make_dashboards(content, part)
             advance(len(part))
 
 
@@ -57,8 +52,8 @@ def shorten_numbers(values: Tensor) -> list:
 
 
 @torch.no_grad()
-def _make_dashboards(content: Dashboards, units: Tensor, unembedding: Tensor) -> list[Dashboard]:
-    """Make the dashboards of `units` [n]; unembedding: [d, words]."""
+def _make_dashboards(content: Dashboards, units: Tensor) -> list[Dashboard]:
+    """Make the dashboards of `units` [n]."""
     W_dec, catalogue = content.subject.sae.W_dec, content.catalogue
     W_dec = W_dec[units.to(W_dec.device)].cpu()
     prompts, context = content.prompts
@@ -66,7 +61,7 @@ def _make_dashboards(content: Dashboards, units: Tensor, unembedding: Tensor) ->
         "feature_index": units.tolist(),
         "vector": shorten_numbers(W_dec) if content.settings.vectors else [[]] * len(units),
         **_describe_decoder(W_dec),
-        **_describe_logits(content, units, unembedding),
+        **_describe_logits(content, units),
         "frac_nonzero": shorten_numbers(catalogue.statistics.densities[units].double()),
         **_describe_strengths(content, units),
     }
@@ -94,25 +89,23 @@ def _describe_decoder(W_dec: Tensor) -> dict[str, list]:
     }
 
 
-def _describe_logits(content: Dashboards, units: Tensor, unembedding: Tensor) -> dict[str, list]:
+def _describe_logits(content: Dashboards, units: Tensor) -> dict[str, list]:
     """Tokens whose logits each of `units` [n] raises and lowers most, and a histogram of its effect
     on all; empty lists if there is no direct path to the logits."""
     keys = ("pos_str", "pos_values", "neg_str", "neg_values")
     keys += ("logits_hist_data_bar_values", "logits_hist_data_bar_heights")
-    if content.rows is None:
+    if content.effect is None:
         return {key: [[]] * len(units) for key in keys}
-    logits = (content.rows[units.to(content.rows.device)] @ unembedding).cpu()
-    k, words = min(LOGITS_SHOWN, logits.shape[1]), content.catalogue.vocabulary
-    columns = []
-    for best in (logits.topk(k), logits.topk(k, largest=False)):
-        columns += [[[words[t] for t in row] for row in best.indices.tolist()]]
-        columns += [shorten_numbers(best.values)]
-    low, high = logits.amin(dim=1, keepdim=True), logits.amax(dim=1, keepdim=True)
-    width = (high - low).clamp_min(torch.finfo(logits.dtype).tiny) / LOGIT_BINS
-    bins = ((logits - low) / width).long().clamp(max=LOGIT_BINS - 1)
-    counts = torch.zeros(len(units), LOGIT_BINS, dtype=torch.int64)
-    counts.scatter_add_(1, bins, torch.ones_like(bins))
-    columns += [shorten_numbers(low + width * (torch.arange(LOGIT_BINS) + 0.5)), counts.tolist()]
+    effect, words = slice_units(content.effect, units), content.catalogue.vocabulary
+    low, high = effect.lowered[:, :1], effect.raised[:, :1]
+    columns = [
+        [[words[token] for token in row] for row in effect.promoted.tolist()],
+        shorten_numbers(effect.raised),
+        [[words[token] for token in row] for row in effect.suppressed.tolist()],
+        shorten_numbers(effect.lowered),
+        shorten_numbers(low + (high - low) * (torch.arange(LINEAR_BINS) + 0.5) / LINEAR_BINS),
+        effect.histogram.tolist(),
+    ]
     return dict(zip(keys, columns, strict=True))
 
 
@@ -126,10 +119,7 @@ def _describe_strengths(content: Dashboards, units: Tensor) -> dict[str, list]:
     shares[:, -1] += 1 - fired.double() / statistics.tokens  # where it is silent
     edges = maximum[:, None] * torch.arange(INTERVALS, -1, -1) / INTERVALS  # descending
     edges, shares = shorten_numbers(edges), shorten_numbers(shares)
-    top, spread = (
-        Examples(*(values[units] for values in examples))
-        for examples in (catalogue.top, catalogue.spread)
-    )
+    top, spread = slice_units(catalogue.top, units), slice_units(catalogue.spread, units)
     intervals = find_interval(spread.strength, maximum[:, None]).tolist()
     activations, words = [], catalogue.vocabulary
     for i, examples in enumerate(_show_examples(top, top.strength, words)):

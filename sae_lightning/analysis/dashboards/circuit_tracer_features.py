@@ -1,0 +1,104 @@
+"""Writes the feature files that circuit-tracer's page shows: `circuit-tracer start-server ...
+--features_dir FOLDER`, or the folder `features` beside a transcoder set on the hub.
+
+index.json.gz   {"<layer>": {"filename": "layer_<layer>.bin", "offsets": [features + 1]}}
+layer_9.bin     for each feature: length in 4 bytes, little-endian; zlib-compressed JSON
+"""
+
+import gzip
+import json
+import zlib
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from sae_lightning.analysis.dashboards.contents import (
+    Dashboards,
+    DashboardSettings,
+    open_dashboards,
+)
+from sae_lightning.analysis.dashboards.feature_dashboards import Dashboard, list_dashboards
+from sae_lightning.errors import UserError
+from sae_lightning.runs.jobs import TRUST_SETTING, is_sweep, list_run_folders, read_job
+
+
+def open_blocks(
+    task: DashboardSettings, given_settings: Collection[str]
+) -> list[Callable[[], Dashboards]]:
+    """Functions that open one SAE each: that of the run, or those of a sweep. UserError if two of
+    them read the same block."""
+    folder = Path(task.run)
+    if not is_sweep(folder):
+        return [partial(open_dashboards, task, given_settings)]
+    runs: dict[int, Path] = {}
+    for run in list_run_folders(folder):
+        layer = read_job(run, trusted=TRUST_SETTING in given_settings).config.layer.index
+        if (other := runs.setdefault(layer, run)) != run:
+            raise UserError(
+                f"run={task.run}: {other.name} and {run.name} both read block {layer}, and the "
+                "files hold one SAE of each block: move one away"
+            )
+    return [
+        partial(open_dashboards, replace(task, run=str(run)), given_settings)
+        for run in runs.values()
+    ]
+
+
+def write_circuit_tracer_features(blocks: list[Callable[[], Dashboards]], folder: Path) -> None:
+    """Write the features of each SAE, opening one at a time."""
+    index = {}
+    for block in blocks:
+        content = block()
+        layer, offsets = content.name.layer, [0]
+        file = folder / f"layer_{layer}.bin"
+        with open(file, "wb") as stream:
+            for dashboards in list_dashboards(content):
+                for dashboard in dashboards:
+                    text = json.dumps(_make_entry(content, dashboard), allow_nan=False)
+                    packed = zlib.compress(text.encode())
+                    stream.write(len(packed).to_bytes(4, "little") + packed)
+                    offsets.append(stream.tell())
+        index[str(layer)] = {"filename": file.name, "offsets": offsets}
+    (folder / "index.json.gz").write_bytes(gzip.compress(json.dumps(index).encode()))
+
+
+def _make_entry(content: Dashboards, dashboard: Dashboard) -> dict[str, Any]:
+    layer, unit = content.name.layer, dashboard["feature_index"]
+    maximum = content.catalogue.statistics.maximum[unit].item()
+    quantiles = [
+        {
+            "quantile_name": "Top" if low < 0 else f"Interval {low:.3g} - {high:.3g}",
+            "examples": [
+                {
+                    "tokens": example["tokens"],
+                    "tokens_acts_list": example["values"],
+                    "train_token_ind": example["qualifying_token_index"],
+                    "is_repeated_datapoint": False,
+                }
+                for example in examples
+            ],
+        }
+        for (low, high), examples in groupby(
+            dashboard["activations"], key=lambda example: (example["bin_min"], example["bin_max"])
+        )
+    ]
+    return {
+        "transcoder_id": content.name.id,
+        "index": pair_cantor(layer, unit),
+        "examples_quantiles": quantiles,
+        "top_logits": dashboard["pos_str"],
+        "bottom_logits": dashboard["neg_str"],
+        "act_min": 0.0,
+        "act_max": maximum,
+        "quantile_values": [],
+        "histogram": content.catalogue.linear_histogram[unit].tolist(),  # from 0 to act_max
+        "activation_frequency": dashboard["frac_nonzero"],
+    }
+
+
+def pair_cantor(x: int, y: int) -> int:
+    """The number that circuit-tracer has for feature `y` of block `x`."""
+    return (x + y) * (x + y + 1) // 2 + y
