@@ -23,6 +23,7 @@ from sae_lightning.runs.words import translate_setting
 from sae_lightning.sae import ARCHITECTURES, Loss, SAEConfig
 from sae_lightning.stream import SOURCES, make_source
 from sae_lightning.stream.source import DataConfig, Source
+from sae_lightning.training.logger_settings import LoggerConfig
 from sae_lightning.training.settings import (
     CallbacksConfig,
     EvalConfig,
@@ -47,6 +48,7 @@ FREE_ON_RESUME = (
     "data.cache",
     "data.kind",  # follows from the other settings; not in checkpoints of 0.1.0
     "eval",
+    "logger",
     "sweep",
     "resume",
 )
@@ -78,6 +80,8 @@ class Config:
     callbacks: CallbacksConfig = field(default_factory=CallbacksConfig)
     """Normalisation and dead features."""
 
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    """Loggers beside TensorBoard."""
     sweep: SweepConfig = field(default_factory=SweepConfig)
     """Settings of a multirun as a whole."""
     resume: str | None = None
@@ -152,6 +156,10 @@ class Config:
     def to_flat_dict(self) -> dict[str, Any]:
         """All settings by dotted name, such as `loss.l1`."""
         return _flatten(self.to_dict())
+
+    def describe(self) -> dict[str, Any]:
+        """All settings but the loggers', which say nothing about the SAE, by dotted name."""
+        return {k: v for k, v in self.to_flat_dict().items() if not k.startswith("logger.")}
 
     def fixed_on_resume(self) -> dict[str, Any]:
         """The settings that must be the same on resuming, by dotted name."""

@@ -18,6 +18,7 @@ from sae_lightning.llm.packaged import PACKAGED
 from sae_lightning.report.sweep_table import split_overrides
 from sae_lightning.runs.arguments import join_sweep_values
 from sae_lightning.runs.config import DEVICE_SETTINGS, Config, list_presets, to_dataclass
+from sae_lightning.runs.logger_choice import change_loggers, list_destinations, resolve_loggers
 from sae_lightning.runs.saved import OVERRIDES_KEY, read_settings
 from sae_lightning.sae import ARCHITECTURES
 from sae_lightning.stream import SOURCES
@@ -79,9 +80,10 @@ def format_resume_command(jobs: Sequence[Job]) -> str:
     sweep = jobs[0].sweep_folder
     folders = [sweep] if sweep else [job.folder for job in jobs]
     names = [str(shorten_path(folder)) for folder in folders]
+    repeated = jobs[0].trust_override | list_destinations(jobs[0].config.logger)
     if not sweep and len(jobs) == 1:
-        return format_command("train.py", resume=names[0], **jobs[0].trust_override)
-    resume = format_command("train.py", resume=join_sweep_values(names), **jobs[0].trust_override)
+        return format_command("train.py", resume=names[0], **repeated)
+    resume = format_command("train.py", resume=join_sweep_values(names), **repeated)
     return resume.replace("train.py", "train.py -m", 1)
 
 
@@ -163,6 +165,7 @@ def make_job(cfg: DictConfig, folder: Path, overrides: list[str], multirun: bool
     """The job of a composed config: a new run in `folder`, or the one that `resume` names."""
     if cfg.resume is None:
         config = _make_paths_absolute(to_dataclass(cfg))
+        config.logger = resolve_loggers(config.logger, overrides)
         for name, value in config.to_flat_dict().items():
             if "${" in str(value):  # read_settings refuses it
                 raise UserError(
@@ -196,12 +199,14 @@ def _change_job(job: Job, cfg: DictConfig, overrides: list[str]) -> Job:
         group, _, name = typed.partition(".")
         value = getattr(to_dataclass(cfg[group]), name)
         setattr(job.config, group, replace(getattr(job.config, group), **{name: value}))
+    loggers = to_dataclass(cfg.logger)
+    job.config.logger = change_loggers(job.config.logger, loggers, overrides, job.folder)
     return job
 
 
 def _refuse_other_overrides(overrides: list[str]) -> None:
     """UserError for overrides with `resume` that would change the run."""
-    allowed = ("resume=", f"{TRUST_SETTING}=", *CHANGES)
+    allowed = ("resume=", f"{TRUST_SETTING}=", "logger=", "logger.", *CHANGES)
     others = [o for o in overrides if not o.startswith(allowed)]
     if others:
         raise UserError(

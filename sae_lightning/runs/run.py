@@ -5,6 +5,7 @@ import signal
 import sys
 import time
 import warnings
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from sae_lightning.ranks import ALONE, Ranks, world
 from sae_lightning.runs.folders import METRICS_FILE
 from sae_lightning.runs.heap import keep_freed_memory
 from sae_lightning.runs.jobs import Job, format_resume_command
+from sae_lightning.runs.logger_choice import find_sweep, name_with_day
 from sae_lightning.runs.plan import HeldOutResults, PlannedPass
 from sae_lightning.runs.report import format_speed, print_how_to_continue, print_plan, print_results
 from sae_lightning.sae import build_sae
@@ -34,6 +36,7 @@ from sae_lightning.training.callbacks.throughput import measure_peak_memory_gb
 from sae_lightning.training.checkpoints import HeadCheckpoints
 from sae_lightning.training.datamodule import ActivationData
 from sae_lightning.training.head import Head
+from sae_lightning.training.loggers import LoggedRun, finish_loggers, open_loggers
 from sae_lightning.training.logging import HeadLog, SilentLog
 from sae_lightning.training.module import SAEModule
 from sae_lightning.training.settings import Accelerator, checkpoint_path
@@ -81,12 +84,22 @@ def _run_pass(planned: PlannedPass) -> HeldOutResults:
     )
     parts = assemble(planned, opened)
     print_plan(planned, opened.about)
+    heads, outcome = parts.module.heads, "failed"
     try:
-        return _fit(planned, parts)
+        open_other_loggers(planned, heads)
+        results = _fit(planned, parts)
+        outcome = "success"
+        return results
+    except (KeyboardInterrupt, SystemExit):
+        outcome = "stopped"
+        raise
     finally:
-        for head in parts.module.heads:
+        for head in heads:
             with suppress(WriteError):  # an earlier write error has been reported
                 head.log.close()
+        finish_loggers(
+            [(log, "failed" if h.failure else outcome) for h in heads for log in h.log.others]
+        )
 
 
 def _fit(planned: PlannedPass, parts: RunParts) -> HeldOutResults:
@@ -176,6 +189,24 @@ def assemble(planned: PlannedPass, opened: OpenedData) -> RunParts:
     )
 
 
+def open_other_loggers(planned: PlannedPass, heads: Iterable[Head]) -> None:
+    """Open the loggers beside TensorBoard, each for the run of one head."""
+    down: set[str] = set()
+    for number, head in zip(planned.own, heads, strict=True):
+        job = planned.jobs[number]
+        if not head.writes:
+            continue
+        sweep = job.sweep_folder or find_sweep(job.folder)
+        about = LoggedRun(
+            job.folder,
+            name=job.folder.name if sweep else name_with_day(job.folder),
+            group=sweep and name_with_day(sweep),
+            settings=job.config.describe(),
+            resumed_at=planned.steps_done * job.config.trainer.batch if job.resumed else None,
+        )
+        head.log.others = open_loggers(job.config.logger, about, down)
+
+
 def make_head(job: Job, sites: SitePair, llm: LLMShape, ranks: Ranks = ALONE) -> Head:
     """The head that trains a job's SAE, split over `ranks`; its log is set later."""
     config = job.config
@@ -194,7 +225,7 @@ def make_head(job: Job, sites: SitePair, llm: LLMShape, ranks: Ranks = ALONE) ->
     )
     head.settings = config.fixed_on_resume()
     head.metadata = config.data_source.make_saelens_metadata(sites) | {
-        "sae_lightning": config.to_flat_dict()
+        "sae_lightning": config.describe()
     }
     return head
 

@@ -42,6 +42,9 @@ SETTINGS_ELSEWHERE = {
         "layer=resid (or attn, or mlp) with layer.index=..."
     ),
     "model_name model_name_or_path pretrained_model_name_or_path": "llm=hf with llm.name=...",
+    "log_to_wandb use_wandb wandb_log wandb_project wandb_entity wandb report_to": (
+        "logger=wandb, with logger.wandb.project=... and logger.wandb.entity=..."
+    ),
     "dataset dataset_name dataset_path": (
         "data=hub with data.name=..., or data=text with data.path=..."
     ),

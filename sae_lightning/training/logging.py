@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from itertools import accumulate, repeat, takewhile
 from operator import mul
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -19,6 +19,9 @@ from torch.utils.tensorboard.summary import hparams as summarize_hparams
 
 from sae_lightning.errors import WriteError
 from sae_lightning.files import convert_write_errors
+
+if TYPE_CHECKING:
+    from sae_lightning.training.loggers import ExtraLogger
 
 HEADLINE = ("held_out/l0", "held_out/explained_variance", "train/dead")
 """Metrics that TensorBoard's HParams tab shows for every run."""
@@ -88,7 +91,9 @@ class HParams(NamedTuple):
 
 
 class HeadLog:
-    """Writes a head's curves into its run folder."""
+    """Writes a head's curves into its run folder, and to other loggers if there are any."""
+
+    others: "Sequence[ExtraLogger]" = ()
 
     def __init__(self, folder: Path, hparams: HParams, resumed_at: int | None):
         """A run resumed at `resumed_at` tokens replaces later points; None for a new run."""
@@ -107,6 +112,8 @@ class HeadLog:
         glance = {tag: values[name] for name, tag in self.glance_tags.items() if name in values}
         for tag, value in (glance | values).items():
             self.events.write(Event(summary=scalar(tag, value), step=tokens))
+        for other in self.others:
+            other.add_scalars(values, tokens)
 
     def add_histogram(self, tag: str, values: Tensor, tokens: int) -> None:
         """Add the distribution of `values` at `tokens` training tokens."""
@@ -114,6 +121,8 @@ class HeadLog:
         if values.numel():
             summary = histogram(tag, values, BIN_EDGES)
             self.events.write(Event(summary=summary, step=tokens))
+            for other in self.others:
+                other.add_histogram(tag, values, tokens)
 
     def add_density(self, density: Tensor, tokens: int) -> None:
         """Add the histogram of log10 firing rates; features that never fired are left out."""
@@ -122,6 +131,8 @@ class HeadLog:
     def flush(self) -> None:
         """Write buffered points to disk."""
         self.events.flush()
+        for other in self.others:
+            other.flush()
 
     def close(self) -> None:
         """Close the event file; it cannot be written to afterwards."""

@@ -1,0 +1,98 @@
+"""Checks the loggers that are chosen on the command line or in a run's folder."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from sae_lightning.errors import UserError
+from sae_lightning.training.logger_settings import LoggerConfig, default_tracking_uri
+
+# Settings that say where curves are sent. Those in a run's folder are a stranger's, perhaps.
+DESTINATIONS = (("wandb", "entity"), ("mlflow", "tracking_uri"))
+
+
+def refuse_unused_options(config: LoggerConfig, overrides: Sequence[str]) -> None:
+    """UserError for a typed option of a logger that is not used."""
+    for override in overrides:
+        option = re.match(r"\+*logger\.(\w+)\.", override)
+        if option and option[1] not in config.used:
+            raise UserError(f"{override}: has no effect without logger={option[1]}; add it")
+
+
+def resolve_loggers(config: LoggerConfig, overrides: Sequence[str]) -> LoggerConfig:
+    """The loggers of a new run, in this environment."""
+    refuse_unused_options(config, overrides)
+    return config.resolve()
+
+
+def change_loggers(
+    saved: LoggerConfig, typed: LoggerConfig, overrides: Sequence[str], folder: Path
+) -> LoggerConfig:
+    """The loggers of a resumed run: those of its folder, with what is typed in `overrides`.
+
+    UserError if the folder says where curves are sent and the command line does not: the folder
+    may be a stranger's.
+    """
+    names = [override.lstrip("+").partition("=")[0] for override in overrides]
+    changed = saved
+    for kind in ("wandb", "csv", "mlflow"):
+        options = [name.split(".")[2] for name in names if name.startswith(f"logger.{kind}.")]
+        options += ["use"] * ("logger" in names)
+        new = {option: getattr(getattr(typed, kind), option) for option in options}
+        changed = replace(changed, **{kind: replace(getattr(changed, kind), **new)})
+    for name, value in list_destinations(changed).items():
+        if name not in names:
+            raise UserError(
+                f"{folder}: {name}={value} says where curves are sent; allow it by adding it to "
+                f"this command, or add logger=none"
+            )
+    return resolve_loggers(changed, overrides)
+
+
+def list_destinations(config: LoggerConfig) -> dict[str, Any]:
+    """The settings that say where curves are sent and that resuming must repeat, by name."""
+    values = {
+        f"logger.{kind}.{name}": getattr(getattr(config, kind), name)
+        for kind, name in DESTINATIONS
+        if kind in config.used
+    }
+    if not config.wandb.is_online:
+        values.pop("logger.wandb.entity", None)
+    return {k: v for k, v in values.items() if v not in (None, default_tracking_uri())}
+
+
+def check_loggers(config: LoggerConfig) -> None:
+    """UserError if a logger's package or login is missing."""
+    uri = config.mlflow.tracking_uri or ""
+    databases = ["sqlalchemy", "alembic"] if re.match("sqlite|mysql|postgres|mssql", uri) else []
+    needed = {"wandb": ["wandb"], "mlflow": ["mlflow", *databases], "csv": []}
+    for kind in config.used:
+        for package in needed[kind]:
+            if find_spec(package) is None:
+                raise UserError(
+                    f"logger={kind}: the package {package} is not installed; "
+                    f'pip install -c constraints.txt -e ".[{kind}]"'
+                )
+    if config.wandb.is_online:
+        import wandb
+
+        wandb.setup(settings=wandb.Settings(silent=True))
+        if not wandb.login(prompt=False, verify=False):
+            raise UserError(
+                "logger=wandb: no login found; run `wandb login`, set WANDB_API_KEY, or add "
+                "logger.wandb.offline=true"
+            )
+
+
+def find_sweep(folder: Path) -> Path | None:
+    """The folder of the sweep that the run in `folder` belongs to."""
+    return folder.parent if (folder.parent / "multirun.yaml").is_file() else None
+
+
+def name_with_day(folder: Path) -> str:
+    """The name of a folder, with the day if it is in the folder of a day."""
+    day = re.fullmatch(r"\d{4}-\d\d-\d\d", folder.parent.name)
+    return f"{day[0]}/{folder.name}" if day else folder.name
