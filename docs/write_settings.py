@@ -49,6 +49,7 @@ WORTH_KNOWING = {
     "callbacks": "callbacks.normalize.mode callbacks.resample.every callbacks.dead_after",
     "trainer": "trainer.tokens trainer.batch trainer.precision trainer.products",
     "eval": "eval.every eval.tokens eval.loss_tokens",
+    "logger": "logger.wandb.project logger.wandb.offline logger.mlflow.tracking_uri",
     "sweep": "sweep.max_heads sweep.objective sweep.l0",
     "experiment": "",
 }

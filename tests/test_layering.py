@@ -45,7 +45,7 @@ ROOMS = {
     "triton": {f"{PACKAGE}.sae.triton_products"},
 }
 TORCH_ONLY = {"sae"}
-WITHOUT_LIGHTNING = {f"{PACKAGE}.training.settings"}
+WITHOUT_LIGHTNING = {f"{PACKAGE}.training.{name}" for name in ("settings", "logger_settings")}
 
 
 def modules(root: Path) -> dict[str, Path]:

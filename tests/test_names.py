@@ -15,6 +15,8 @@ SHARED = {
 }
 # Methods that unrelated classes have, with the one meaning that they share.
 PROTOCOLS = {
+    "add_histogram": "takes the distribution of a curve's values at a number of tokens",
+    "add_scalars": "takes one point of each named curve",
     "add": "takes the next part of what is summed up",
     "close": "frees what an object holds",
     "epoch": "how often the text has been read so far",

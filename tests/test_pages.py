@@ -41,6 +41,9 @@ from sae_lightning.runs.jobs import register_schemas
 
 # Composed and checked, but not run.
 COMPOSED = {
+    "logger=wandb": "needs a login; tests/training/test_loggers.py runs it offline",
+    "logger=[csv,wandb]": "the same",
+    "logger=mlflow": "tests/training/test_loggers.py runs it, which takes seconds",
     "hydra/launcher=submitit_slurm": "needs a Slurm cluster",
     "hydra/launcher=submitit_local": "starts processes; tests/runs/test_sweepers.py does that",
     "hydra/launcher=ray": "not compatible with constraints.txt",

@@ -157,7 +157,7 @@ class Config:
         """All settings by dotted name, such as `loss.l1`."""
         return _flatten(self.to_dict())
 
-    def describe(self) -> dict[str, Any]:
+    def describe_settings(self) -> dict[str, Any]:
         """All settings but the loggers', which say nothing about the SAE, by dotted name."""
         return {k: v for k, v in self.to_flat_dict().items() if not k.startswith("logger.")}
 

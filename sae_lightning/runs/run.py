@@ -36,8 +36,8 @@ from sae_lightning.training.callbacks.throughput import measure_peak_memory_gb
 from sae_lightning.training.checkpoints import HeadCheckpoints
 from sae_lightning.training.datamodule import ActivationData
 from sae_lightning.training.head import Head
-from sae_lightning.training.loggers import LoggedRun, finish_loggers, open_loggers
-from sae_lightning.training.logging import HeadLog, SilentLog
+from sae_lightning.training.loggers import finish_loggers, open_loggers
+from sae_lightning.training.logging import HeadLog, LoggedRun, SilentLog
 from sae_lightning.training.module import SAEModule
 from sae_lightning.training.settings import Accelerator, checkpoint_path
 
@@ -191,7 +191,7 @@ def assemble(planned: PlannedPass, opened: OpenedData) -> RunParts:
 
 def open_other_loggers(planned: PlannedPass, heads: Iterable[Head]) -> None:
     """Open the loggers beside TensorBoard, each for the run of one head."""
-    down: set[str] = set()
+    known: set[str] = set()
     for number, head in zip(planned.own, heads, strict=True):
         job = planned.jobs[number]
         if not head.writes:
@@ -201,10 +201,10 @@ def open_other_loggers(planned: PlannedPass, heads: Iterable[Head]) -> None:
             job.folder,
             name=job.folder.name if sweep else name_with_day(job.folder),
             group=sweep and name_with_day(sweep),
-            settings=job.config.describe(),
+            settings=job.config.describe_settings(),
             resumed_at=planned.steps_done * job.config.trainer.batch if job.resumed else None,
         )
-        head.log.others = open_loggers(job.config.logger, about, down)
+        head.log.others = open_loggers(job.config.logger, about, known)
 
 
 def make_head(job: Job, sites: SitePair, llm: LLMShape, ranks: Ranks = ALONE) -> Head:

@@ -13,7 +13,7 @@ OFFLINE_MODES = ("offline", "dryrun", "disabled")  # values of WANDB_MODE
 
 @dataclass(slots=True, kw_only=True)
 class WandbConfig:
-    """Weights & Biases."""
+    """Runs in Weights & Biases, one for each SAE."""
 
     use: bool = False
     """Log to Weights & Biases; `logger=wandb` sets it."""
@@ -40,7 +40,7 @@ class WandbConfig:
 
 @dataclass(slots=True, kw_only=True)
 class CSVConfig:
-    """A table in the run folder."""
+    """A table of the curves in the run folder."""
 
     use: bool = False
     """Write `csv/metrics.csv`; `logger=csv` sets it."""

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from itertools import accumulate, repeat, takewhile
 from operator import mul
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -19,9 +19,6 @@ from torch.utils.tensorboard.summary import hparams as summarize_hparams
 
 from sae_lightning.errors import WriteError
 from sae_lightning.files import convert_write_errors
-
-if TYPE_CHECKING:
-    from sae_lightning.training.loggers import ExtraLogger
 
 HEADLINE = ("held_out/l0", "held_out/explained_variance", "train/dead")
 """Metrics that TensorBoard's HParams tab shows for every run."""
@@ -90,10 +87,45 @@ class HParams(NamedTuple):
     """Names of the metrics that are shown."""
 
 
+class LoggedRun(NamedTuple):
+    """What loggers say about the run of a head."""
+
+    folder: Path
+    name: str
+    group: str | None
+    """Name of the sweep that the run belongs to."""
+    settings: dict[str, Any]
+    """By dotted name."""
+    resumed_at: int | None
+    """Training tokens after which the run is resumed; None for a new run."""
+
+
+class ExtraLogger:
+    """Takes a head's curves beside its event file, with the same tags."""
+
+    def add_scalars(self, values: dict[str, float], tokens: int) -> None:
+        """Add one point to each named curve at `tokens` training tokens."""
+        raise NotImplementedError
+
+    def add_histogram(self, tag: str, values: Tensor, tokens: int) -> None:
+        """Add the distribution of the finite `values`, where the logger has histograms."""
+
+    def flush(self) -> None:
+        """Write buffered points to disk; what goes to a server is sent without being asked."""
+
+    def finish(self, outcome: str) -> None:
+        """End the run as a `success`, `failed` or `stopped`, once all points are written."""
+        raise NotImplementedError
+
+    def await_end(self, seconds: float) -> bool:
+        """Wait until the run has ended; False if its server takes nothing for `seconds`."""
+        return True
+
+
 class HeadLog:
     """Writes a head's curves into its run folder, and to other loggers if there are any."""
 
-    others: "Sequence[ExtraLogger]" = ()
+    others: Sequence[ExtraLogger] = ()
 
     def __init__(self, folder: Path, hparams: HParams, resumed_at: int | None):
         """A run resumed at `resumed_at` tokens replaces later points; None for a new run."""
