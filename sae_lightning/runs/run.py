@@ -225,7 +225,7 @@ def make_head(job: Job, sites: SitePair, llm: LLMShape, ranks: Ranks = ALONE) ->
     )
     head.settings = config.fixed_on_resume()
     head.metadata = config.data_source.make_saelens_metadata(sites) | {
-        "sae_lightning": config.describe()
+        "sae_lightning": config.describe_settings()
     }
     return head
 
