@@ -51,7 +51,7 @@ class OnePassLauncher(Launcher):
         finally:
             self._remove_unused([config for config, _ in composed])
         for (config, ret, job), metrics in zip(runs, results, strict=True):
-            ret.overrides = job.overrides
+            ret.overrides, ret.working_dir = job.overrides, str(job.folder)
             ret.return_value = (
                 None if metrics is None else compute_objective(metrics, job.config.sweep)
             )

@@ -1,9 +1,12 @@
 """Train sparse autoencoders on a language model's activations, and examine their features."""
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from sae_lightning.errors import UserError
+
+__version__: str
 
 # For editors and type checkers. At run time `__getattr__` imports a name when it is first used, so
 # that opening a saved SAE imports neither analysis tasks nor transformers.
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
     from sae_lightning.analysis.subject import open_run
     from sae_lightning.analysis.survey.survey import survey
     from sae_lightning.analysis.theory.claims import TheoryReducers, theory
+    from sae_lightning.commands.from_python import Run, train, train_sweep
     from sae_lightning.formats.load_sae import load_sae
     from sae_lightning.llm.generate import Sampling
     from sae_lightning.llm.load import LLMConfig
@@ -40,6 +44,7 @@ FOUND_IN = {
     "LayerConfig": "llm.sites",
     "LocalConfig": "stream.local",
     "PlaysConfig": "stream.plays",
+    "Run": "commands.from_python",
     "Sampling": "llm.generate",
     "TheoryReducers": "analysis.theory.claims",
     "annotate": "analysis.annotate",
@@ -55,6 +60,8 @@ FOUND_IN = {
     "steer": "analysis.steer",
     "survey": "analysis.survey.survey",
     "theory": "analysis.theory.claims",
+    "train": "commands.from_python",
+    "train_sweep": "commands.from_python",
 }
 
 # Written out, because type checkers do not evaluate expressions.
@@ -67,6 +74,7 @@ __all__ = [
     "LayerConfig",
     "LocalConfig",
     "PlaysConfig",
+    "Run",
     "Sampling",
     "TheoryReducers",
     "UserError",
@@ -83,11 +91,15 @@ __all__ = [
     "steer",
     "survey",
     "theory",
+    "train",
+    "train_sweep",
 ]
 
 if not TYPE_CHECKING:  # hidden, so that type checkers report unknown names
 
     def __getattr__(name: str) -> Any:
+        if name == "__version__":
+            return version("sae-lightning")
         if name not in FOUND_IN:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         return getattr(import_module(f"{__name__}.{FOUND_IN[name]}"), name)

@@ -135,9 +135,24 @@ def shorten_path(folder: Path) -> Path:
     return Path(make_visible(str(path)))
 
 
-def format_command(program: str, **settings: object) -> str:
-    """A command line to paste: python program setting=value ..."""
-    return make_visible(shlex.join(["python", program, *(f"{k}={v}" for k, v in settings.items())]))
+def name_program(script: str) -> str:
+    """`script` (train.py, analyze.py) or, where the package is installed or its command was typed,
+    that command (sae-train, sae-analyze)."""
+    installed = Path(__file__).with_name("conf").is_dir()
+    typed = Path(sys.argv[0]).name.startswith("sae-")
+    return f"sae-{script.removesuffix('.py')}" if installed or typed else script
+
+
+def format_program(script: str) -> str:
+    """The beginning of a command line: python train.py, or sae-train."""
+    program = name_program(script)
+    return f"python {script}" if program == script else program
+
+
+def format_command(script: str, *flags: str, **settings: object) -> str:
+    """A command line to paste: python script -flag setting=value ..."""
+    words = [*format_program(script).split(), *flags, *(f"{k}={v}" for k, v in settings.items())]
+    return make_visible(shlex.join(words))
 
 
 def format_tensorboard_command(folder: Path) -> str:

@@ -27,6 +27,7 @@ from sae_lightning.runs.config import Config
 from sae_lightning.runs.words import translate_setting
 from sae_lightning.sae import ARCHITECTURES
 from sae_lightning.stream import SOURCES
+from sae_lightning.terminal import name_program
 
 PATH_SETTINGS = (
     "resume",
@@ -71,10 +72,11 @@ def check_arguments(arguments: list[str]) -> list[str]:
                 f"{setting}: empty (a shell variable that is not set?); give a path or leave it out"
             )
         if match := re.match(r"hydra\.sweeper\.(params|search_space)\b", name.lstrip("+")):
+            train = name_program("train.py")
             # omegaconf cannot set a key below null
             raise UserError(
-                f"{setting}: {match[0]} is for presets; write a sweep as train.py -m setting=1,2, "
-                "a search as train.py -m hydra/sweeper=optuna 'setting=interval(1,2)'"
+                f"{setting}: {match[0]} is for presets; write a sweep as {train} -m setting=1,2, "
+                f"a search as {train} -m hydra/sweeper=optuna 'setting=interval(1,2)'"
             )
     return [argument for argument in arguments if argument not in settings] + settings
 
@@ -83,8 +85,8 @@ def refuse_sweep(arguments: list[str]) -> None:
     """UserError for -m, which analyze.py does not support."""
     if is_multirun(arguments):
         raise UserError(
-            "-m: analyze.py looks at one folder at a time; leave it out, and give several features "
-            "as feature=[3,7]"
+            f"-m: {name_program('analyze.py')} looks at one folder at a time; leave it out, and "
+            "give several features as feature=[3,7]"
         )
 
 

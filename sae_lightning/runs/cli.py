@@ -97,8 +97,13 @@ def one_line_errors(folder: Path | None = None, multirun: bool = False) -> Itera
 
 def read_arguments() -> None:
     """Rewrite `sys.argv` for Hydra; UserError for arguments that Hydra would misread."""
-    arguments = open_dict_settings(quote_texts(check_arguments(sys.argv[1:])))
-    sys.argv[1:] = sweep_settings_of_swept_groups(arguments)
+    sys.argv[1:] = rewrite_arguments(sys.argv[1:])
+
+
+def rewrite_arguments(arguments: list[str]) -> list[str]:
+    """The arguments as Hydra takes them, flags first; UserError if Hydra would misread them."""
+    arguments = open_dict_settings(quote_texts(check_arguments(arguments)))
+    return sweep_settings_of_swept_groups(arguments)
 
 
 def refuse_second_task() -> None:

@@ -215,5 +215,7 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def find_conf_folder() -> str:
-    """The folder of the presets, beside `train.py`."""
-    return str(Path(__file__).resolve().parents[2] / "conf")
+    """The folder of the presets: in an installed package, or beside `train.py` in a clone."""
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "conf"
+    return str(installed if installed.is_dir() else package.with_name("conf"))

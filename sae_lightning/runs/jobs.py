@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
@@ -23,7 +24,13 @@ from sae_lightning.runs.saved import OVERRIDES_KEY, read_settings
 from sae_lightning.sae import ARCHITECTURES
 from sae_lightning.stream import SOURCES
 from sae_lightning.stream.local_files import make_absolute
-from sae_lightning.terminal import format_command, make_visible, quote_setting, shorten_path
+from sae_lightning.terminal import (
+    format_command,
+    format_program,
+    make_visible,
+    quote_setting,
+    shorten_path,
+)
 
 if TYPE_CHECKING:
     from sae_lightning.training.logging import HParams
@@ -83,8 +90,7 @@ def format_resume_command(jobs: Sequence[Job]) -> str:
     repeated = jobs[0].trust_override | list_destinations(jobs[0].config.logger)
     if not sweep and len(jobs) == 1:
         return format_command("train.py", resume=names[0], **repeated)
-    resume = format_command("train.py", resume=join_sweep_values(names), **repeated)
-    return resume.replace("train.py", "train.py -m", 1)
+    return format_command("train.py", "-m", resume=join_sweep_values(names), **repeated)
 
 
 def register_schemas(tasks: Mapping[str, type] | None = None) -> None:
@@ -109,6 +115,7 @@ def register_schemas(tasks: Mapping[str, type] | None = None) -> None:
     OmegaConf.register_new_resolver("loss_of", pick_loss_preset, replace=True)
     OmegaConf.register_new_resolver("job_folder", name_job_folder, replace=True)
     OmegaConf.register_new_resolver("presets", list_presets, replace=True)
+    OmegaConf.register_new_resolver("program", format_program, replace=True)
 
 
 def pick_loss_preset(model: str) -> str:
@@ -175,6 +182,15 @@ def make_job(cfg: DictConfig, folder: Path, overrides: list[str], multirun: bool
     _refuse_other_overrides(overrides)
     resumed = read_job(Path(pick_run_folder(cfg.resume)), trusted=cfg.llm.trust_remote_code)
     return _change_job(replace(resumed, resumed=True, multirun=multirun), cfg, overrides)
+
+
+def make_composed_job(cfg: DictConfig) -> Job:
+    """The job of a config that Hydra has composed for the job function that it now runs."""
+    hydra = HydraConfig.get()
+    multirun = hydra.mode is RunMode.MULTIRUN
+    job = make_job(cfg, Path(hydra.runtime.output_dir), read_overrides(hydra), multirun)
+    job.swept = read_swept_settings(hydra)
+    return job
 
 
 def make_jobs(cfg: DictConfig, folder: Path, overrides: list[str], sweep: Path) -> list[Job]:

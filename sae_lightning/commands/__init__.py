@@ -1,0 +1,33 @@
+"""The entry points: `train.py` and `sae-train`, `analyze.py` and `sae-analyze`, `train` in Python.
+
+This file imports nothing that takes long, so that Ctrl-C is quiet from the start.
+"""
+
+import signal
+
+from sae_lightning.errors import check_packages
+
+
+def run_train() -> None:
+    """Train the SAEs that the command line describes."""
+    _prepare()
+    from sae_lightning.commands.train_command import train_typed
+
+    train_typed()
+
+
+def run_analyze() -> None:
+    """Run the task of analysis that the command line describes."""
+    _prepare()
+    from sae_lightning.commands.analyze_command import analyze_typed
+
+    analyze_typed()
+
+
+def _prepare() -> None:
+    """What must happen before other imports, which take seconds."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C exits without a traceback
+    check_packages()
+    from sae_lightning.runs.threads import share_cores
+
+    share_cores()

@@ -1,0 +1,33 @@
+"""What `analyze.py` and `sae-analyze` do with the command line."""
+
+import sys
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from sae_lightning.analysis.tasks import TASKS
+from sae_lightning.runs.arguments import refuse_sweep
+from sae_lightning.runs.cli import one_line_errors, read_arguments, refuse_second_task
+from sae_lightning.runs.config import find_conf_folder, to_dataclass
+from sae_lightning.runs.jobs import read_overrides, register_schemas
+
+
+def analyze_typed() -> None:
+    """Run the task of the command line, in the first of several processes."""
+    register_schemas(TASKS)
+    with one_line_errors():
+        refuse_second_task()
+        read_arguments()
+        refuse_sweep(sys.argv[1:])  # before Hydra makes a sweep's folders
+        analyze_composed()
+
+
+@hydra.main(version_base="1.3", config_path=find_conf_folder(), config_name="analyze")
+def analyze_composed(cfg: DictConfig) -> None:
+    """Run one task on one run folder or saved SAE."""
+    with one_line_errors():
+        typed = [o.lstrip("+~").partition("=")[0] for o in read_overrides(HydraConfig.get())]
+        if OmegaConf.is_missing(cfg.layer, "index"):
+            cfg.layer.index = 0  # llm=hf does not set it; the run folder does
+        to_dataclass(cfg).execute(typed)

@@ -1,0 +1,158 @@
+"""Training from Python, with the arguments of the command line.
+
+run = train("model=topk", "model.k=32")
+runs = train_sweep("loss.l1=1e-4,1e-3")
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from hydra import version
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn
+from hydra.initialize import get_gh_backup, restore_gh_from_backup
+from omegaconf import DictConfig
+
+from sae_lightning.errors import UserError
+from sae_lightning.formats.load_sae import load_sae
+from sae_lightning.runs.cli import explain_error, remove_unused_folder, rewrite_arguments
+from sae_lightning.runs.config import find_conf_folder
+from sae_lightning.runs.folders import read_metrics
+from sae_lightning.runs.jobs import make_composed_job, register_schemas
+from sae_lightning.runs.launchers import find_place
+from sae_lightning.sae import SAE
+from sae_lightning.terminal import phase
+
+
+@dataclass(eq=False)
+class Run:
+    """A finished run, read from its folder."""
+
+    folder: Path
+    """The run folder: resume=, analyze.py run= and `open_run` take it."""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Held-out metrics by name, such as `l0` and `explained_variance`."""
+        return read_metrics(self.folder)["held_out"]
+
+    @cached_property
+    def sae(self) -> SAE:
+        """The trained SAE, for raw activations: on the CPU, frozen, in float32."""
+        return load_sae(self.folder)
+
+
+def train(*arguments: str, config_dir: str | os.PathLike | None = None) -> Run:
+    """Train the SAE that the arguments of `train.py` describe, or go on with `resume=...`.
+
+    `config_dir`: a folder with presets of your own. UserError: what the command answers in a line.
+    """
+    (finished,) = _run_hydra(arguments, config_dir, sweep=False)
+    return Run(Path(finished.hydra_cfg.hydra.runtime.output_dir))
+
+
+def train_sweep(*arguments: str, config_dir: str | os.PathLike | None = None) -> list[Run]:
+    """Train the SAEs of a sweep, `train.py -m` with these arguments, on as few passes of the LLM as
+    possible.
+
+    UserError: as `train`, or some SAEs failed; the others are in their folders.
+    """
+    finished = _run_hydra(arguments, config_dir, sweep=True)
+    return [Run(Path(each.working_dir).absolute()) for each in finished]
+
+
+def _run_hydra(
+    arguments: Sequence[str], config_dir: str | os.PathLike | None, sweep: bool
+) -> list[JobReturn]:
+    """What Hydra returns for each job of a command line."""
+    with _errors_of_the_command(arguments):
+        _check_place(arguments)
+        register_schemas()
+        overrides = rewrite_arguments([*(["-m"] if sweep else []), *arguments])
+        with _start_hydra(config_dir) as hydra:
+            if not sweep:
+                overrides.append("hydra.mode=RUN")
+                finished = hydra.run("config", _train_composed, overrides, False)
+                if finished.return_value:
+                    raise finished.return_value
+                return [finished]
+            overrides = [*overrides[1:], "hydra.mode=MULTIRUN"]
+            batches = hydra.multirun("config", _train_composed, overrides, False)
+            return [each for batch in batches for each in batch]
+
+
+def _check_place(arguments: Sequence[str]) -> None:
+    """UserError for what only the command can do."""
+    if find_place():
+        raise UserError(
+            "train() starts the processes of trainer.devices itself: start this program once, or "
+            "use the command with torchrun, srun or submitit"
+        )
+    for argument in arguments:
+        if argument.startswith("-"):
+            raise UserError(
+                f"{argument}: only settings (setting=value) are given here; a sweep is "
+                "train_sweep(...), a folder with presets config_dir=..."
+            )
+        if argument.startswith(("hydra/launcher=", "hydra/sweeper=")):
+            raise UserError(f"{argument}: this takes the command, as it may run other processes")
+
+
+@contextmanager
+def _start_hydra(config_dir: str | os.PathLike | None) -> Iterator[Hydra]:
+    """Hydra with our presets; the caller's own use of Hydra goes on afterwards."""
+    search_path = create_config_search_path(find_conf_folder())
+    if config_dir is not None:
+        folder = os.path.abspath(config_dir)
+        if not os.path.isdir(folder):
+            raise UserError(f"config_dir={config_dir}: no such folder")
+        schema = SearchPathQuery(provider="schema")
+        search_path.prepend("command-line", f"file://{folder}", anchor=schema)
+    version.setbase("1.3")
+    before = get_gh_backup()
+    GlobalHydra.instance().clear()
+    try:
+        yield Hydra.create_main_hydra2("train", search_path)
+    finally:
+        restore_gh_from_backup(before)
+
+
+def _train_composed(cfg: DictConfig) -> Exception | None:
+    """Train a job; returns an error instead of raising it, because Hydra would print it."""
+    try:
+        job = make_composed_job(cfg)
+        # imported late, so that a mistyped option is reported at once
+        with phase("starting"):
+            from sae_lightning.runs.passes import train_jobs
+
+        train_jobs([job])
+    except Exception as error:
+        return error
+    finally:
+        remove_unused_folder(Path(HydraConfig.get().runtime.output_dir))
+
+
+@contextmanager
+def _errors_of_the_command(arguments: Sequence[str]) -> Iterator[None]:
+    """Raise a UserError with the line that the command would print."""
+    try:
+        yield
+    except SystemExit as ended:
+        if ended.code == 130:
+            raise KeyboardInterrupt from None
+        if isinstance(ended.code, str):
+            raise UserError(ended.code.removeprefix("error: ")) from ended
+        raise
+    except Exception as error:
+        line = explain_error(error, [*arguments])
+        if line is None or isinstance(error, UserError):
+            raise
+        raise UserError(line) from error

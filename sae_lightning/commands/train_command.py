@@ -1,0 +1,70 @@
+"""What `train.py` and `sae-train` do with the command line."""
+
+import atexit
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from sae_lightning.runs.cli import one_line_errors, read_arguments
+from sae_lightning.runs.config import find_conf_folder
+from sae_lightning.runs.jobs import make_composed_job, register_schemas
+from sae_lightning.runs.launchers import find_place
+from sae_lightning.runs.search import compute_objective
+from sae_lightning.terminal import phase
+
+
+def train_typed() -> None:
+    """Train the jobs of the command line, or what rank 0 sends."""
+    register_schemas()
+    if follow_first_rank():
+        sys.exit()
+    with one_line_errors():
+        read_arguments()
+        train_composed()
+
+
+@hydra.main(version_base="1.3", config_path=find_conf_folder(), config_name="config")
+def train_composed(cfg: DictConfig) -> float | None:
+    """Train the job that a composed config describes; returns the objective of a search.
+
+    Returns None if the job failed and printed why, so that the other jobs of a multirun go on.
+    (The launcher `one_pass` does not call this function: it trains all jobs together.)
+    """
+    if follow_first_rank():  # submitit calls this function on all ranks
+        return None
+    hydra_config = HydraConfig.get()
+    folder = Path(hydra_config.runtime.output_dir)
+    multirun = hydra_config.mode is RunMode.MULTIRUN
+    with one_line_errors(folder, multirun):
+        job = make_composed_job(cfg)
+        # imported late, so that a mistyped option is reported at once
+        with phase("starting"):
+            from sae_lightning.runs.passes import train_jobs
+
+        (metrics,) = train_jobs([job])
+        return None if metrics is None else compute_objective(metrics, job.config.sweep)
+    return None
+
+
+def follow_first_rank() -> bool:
+    """On ranks that a launcher has started, except on rank 0: train the passes that rank 0 sends,
+    then return True. At its exit rank 0 ends the others, even if they have trained nothing."""
+    place = find_place()
+    if place is not None and place.rank > 0:
+        from sae_lightning.runs.devices import follow
+
+        follow()
+        return True
+    if place is not None:
+        atexit.register(_release_followers)
+    return False
+
+
+def _release_followers() -> None:
+    from sae_lightning.runs.devices import release_followers
+
+    release_followers()
