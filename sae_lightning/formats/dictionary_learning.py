@@ -47,7 +47,8 @@ def read_dictionary_learning(files: SavedFiles) -> StoredSAE:
     if kind.ours == "topk":
         weights.pop("threshold", None)  # unused: each token has exactly k features
     hook = trainer.get("submodule_name")
-    if hook is None and (found := re.search(r"\w+_layer_\d+", str(files.source.absolute().parent))):
+    sites = "|".join(SUBMODULES.values())
+    if hook is None and (found := re.search(rf"({sites})_layer_\d+", str(files.source.absolute()))):
         hook = found[0]
     if hook is None and "layer" in trainer:
         hook = f"resid_post_layer_{trainer['layer']}"

@@ -47,9 +47,14 @@ def choose_layout(name: str, sae: SAE, origin: Origin) -> str:
     has none."""
     row, architecture = FORMATS[name], sae.config.name
     kinds = row.transcoders if origin.is_transcoder else row.autoencoders
-    what = "transcoder" if origin.is_transcoder else "autoencoder"
+    what, other = "transcoder", "autoencoders"
+    if not origin.is_transcoder:
+        what, other = "autoencoder", "transcoders"
     if not kinds:
-        raise UserError(f"format={name} has no {what}s, and this SAE is one: choose another format")
+        raise UserError(
+            f"format={name} has no place for this {what}: it holds {other} only; choose another "
+            "format"
+        )
     if architecture not in kinds:
         raise UserError(
             f"format={name} has no {architecture} {what}: it holds {', '.join(kinds)}; choose "

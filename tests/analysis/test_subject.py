@@ -4,7 +4,9 @@ import json
 import shutil
 
 import pytest
+import torch
 from planted import save_planted
+from safetensors.torch import load_file
 from tiny_run import tiny_job, write_text
 
 from sae_lightning.analysis.subject import open_subject
@@ -107,6 +109,18 @@ def test_what_is_given_counts_more_than_what_the_run_says(run, planted):
     assert (one.name, one.load) == (str(planted[0]), {"device_map": "cpu"})
     with pytest.raises(UserError, match=r"data\.held_out_split is no setting of .* data=\.\.\."):
         open_subject(*other, ["data.held_out_split"])
+
+
+def test_an_sae_in_a_file_has_results_beside_it(sae, planted):
+    tensors = load_file(sae / "sae_weights.safetensors")
+    names = {"W_enc": "encoder_linear.weight", "W_dec": "decoder_linear.weight"}
+    names |= {"b_enc": "encoder_linear.bias", "b_dec": "decoder_linear.bias"}
+    file = sae / "tiny-SAE-l2.pth"
+    torch.save({names[name]: x.T if x.ndim > 1 else x for name, x in tensors.items()}, file)
+    asked_for = asked(file, llm=LLMConfig(name=str(planted[0])), data=PlaysConfig(context=16))
+    subject = open_subject(*asked_for, ["llm", "data.context"])
+    assert subject.sites.source == Site(2, Kind.resid)
+    assert subject.results_folder == sae / "tiny-SAE-l2.pth-analysis"
 
 
 def test_an_sae_alone_says_where_it_was_trained(sae, planted):

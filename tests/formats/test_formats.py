@@ -227,6 +227,39 @@ def test_a_folder_is_recognised_without_naming_the_weights(tmp_path, name):
     assert {each for each in names if each.endswith((".json", ".yaml"))} == {*found.others}
 
 
+def test_folders_of_dictionary_learning_say_the_site(tmp_path):
+    """Its own setting first, then the folder's name, then the number of the block."""
+    file = dictionary_learning(tmp_path / "mlp_out_layer_5")
+    assert load_sae(file).metadata["hook_name"] == "mlp_out_layer_5"
+    trainer = json.loads((file.parent / "config.json").read_text())["trainer"]
+    change(file, "config.json", trainer=trainer | {"submodule_name": "attn_out_layer_1"})
+    metadata = load_sae(file).metadata
+    assert read_layer({"hook_name": metadata["hook_name"]}, "run").source is Kind.attn
+
+
+@pytest.mark.parametrize(
+    ("module", "transcode", "sites"),
+    [
+        ("layers.10", False, "resid.10"),
+        ("h.3.attn", False, "attn.3"),
+        ("layers.10.mlp", False, "mlp.10"),
+        ("layers.10.mlp", True, "mlp_in.10 -> mlp.10"),
+        ("layers.10.self_attn", True, "reads the input of layers.10.self_attn, which is not a kno"),
+        ("my_sae", False, "does not say where its SAE reads: give the site with layer=..."),
+    ],
+)
+def test_folders_of_sparsify_are_named_after_modules(tmp_path, module, transcode, sites):
+    file = sparsify(tmp_path)
+    change(file, "cfg.json", transcode=transcode)
+    folder = file.parent.rename(tmp_path / module)
+    hooks = {k: v for k, v in load_sae(folder).metadata.items() if k.startswith("hook_name")}
+    if "." in sites and " " not in sites.replace(" -> ", ""):
+        assert str(read_layer(hooks, "run").resolve_sites(99)) == sites
+    else:
+        with pytest.raises(UserError, match=sites):
+            read_layer(hooks, "run")
+
+
 @torch.no_grad()
 def test_embeddings_of_gemma_scope_are_scaled(tmp_path):
     """z = x / sqrt(2) W_enc + b_enc = [2.6, -1.3, 3.54];  x_hat = sqrt(2) 3.54 [1, 1] + b_dec."""

@@ -94,7 +94,7 @@ def test_every_pair_of_formats(tmp_path, name, layer, skip):
 
 
 def assert_refused(name, sae, origin, folder):
-    with pytest.raises(UserError, match=rf"^format={name} has no .*choose another"):
+    with pytest.raises(UserError, match=rf"^format={name} has no .* choose another"):
         write_sae(name, sae, origin, folder)
     assert list(folder.iterdir()) == []
 
