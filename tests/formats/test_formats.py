@@ -482,7 +482,7 @@ def test_settings_that_are_damaged_are_refused_in_one_line(tmp_path, name):
         return
     folder = file.parent.parent if name == "llama_scope" else file.parent
     kinds = '{"k": {}, "act_fn": 3, "architecture": [], "model_kind": {}}'
-    for content in ("[1, 2]", "{", kinds, "a: [", "\0"):
+    for content in ("[1, 2]", "{", kinds, "a: [", "\0", "[" * 100_000):
         (folder / settings).write_text(content)
         with pytest.raises(UserError) as caught:
             load_sae(file)
