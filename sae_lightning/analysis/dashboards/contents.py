@@ -126,8 +126,8 @@ def open_dashboards(task: DashboardSettings, given_settings: Collection[str]) ->
     units = subject.check_features(sorted({*(task.feature or range(subject.features))}))
     _ = subject.tokenizer  # UserError for synthetic concepts
     catalogue = task.find_catalogue(subject, given_settings)
-    effect = catalogue.effect
-    if catalogue.linear_histogram is None or effect is None or effect.histogram is None:
+    parts = [catalogue.linear_histogram, catalogue.effect and catalogue.effect.histogram]
+    if any(part is None for part in [*parts, catalogue.neighbours]):
         console.print("it is of an older version, without histograms: making a new one")
         catalogue = task.make_catalogues(subject).features
     effect = measure_effects(subject, None) if task.direct else catalogue.effect
