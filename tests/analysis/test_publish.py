@@ -178,6 +178,15 @@ def test_saelens_opens_it_as_the_card_says(hub, run):
     assert torch.allclose(found["features"], sae(found["x"]).features, atol=1e-5)
 
 
+def test_the_card_of_an_sae_of_synthetic_concepts_names_no_llm():
+    sae = build_sae(SAEConfig(features=12), 6, 6)
+    sae.metadata = {"model_name": "none", "hook_name": "blocks.0.hook_resid_post"}
+    card = write_card("me/sae", sae, {"data": {"concepts": 1024}, "seed": 0}, {}, None)
+    assert "none" not in card
+    assert "hook_resid_post" not in card
+    assert "| synthetic concepts | 1,024 |" in card
+
+
 def test_a_transcoder_that_saelens_misreads_is_not_said_to_open_there():
     sae = build_sae(ARCHITECTURES["topk"].config(features=12, k=2, skip=True), 6, 6)
     sae.metadata = {"note": "SAELens has no topk transcoder with a skip connection"}
