@@ -31,11 +31,17 @@ WEIGHTS = "sae/sae_weights.safetensors"
 SETTINGS = {"llm": LLMConfig(name="smollm2"), "data": PlaysConfig(), "layer": LayerConfig(index=9)}
 
 
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
+@pytest.fixture(scope="module")
+def server():
     with HubServer() as server:
-        connect(monkeypatch, server.url, tmp_path / "hub", TOKEN)
         yield server
+
+
+@pytest.fixture
+def hub(server, monkeypatch, tmp_path):
+    server.clear()
+    connect(monkeypatch, server.url, tmp_path / "hub", TOKEN)
+    return server
 
 
 @pytest.fixture(scope="module")

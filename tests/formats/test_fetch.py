@@ -23,12 +23,18 @@ from sae_lightning.sae import ARCHITECTURES, SAEConfig, build_sae
 CFG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 
 
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
+@pytest.fixture(scope="module")
+def server():
     with HubServer() as server:
-        connect(monkeypatch, server.url, tmp_path / "hub")
-        monkeypatch.setattr(time, "sleep", server.slept.append)
         yield server
+
+
+@pytest.fixture
+def hub(server, monkeypatch, tmp_path):
+    server.clear()
+    connect(monkeypatch, server.url, tmp_path / "hub")
+    monkeypatch.setattr(time, "sleep", server.slept.append)
+    return server
 
 
 @pytest.fixture
