@@ -67,7 +67,6 @@ SMALL_TASK = {
     "explain": READ | {"count": "2", "scored": "8", "examples": "8"},
     "sweep": {},
     "export": {},
-    "publish": {},
 }
 
 

@@ -3,10 +3,13 @@
 import importlib
 import json
 import random
+import shutil
+import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from benchmarks.timing import child
 from benchmarks.timing.profile import (
@@ -19,7 +22,9 @@ from benchmarks.timing.profile import (
     sum_cpu_time,
     sum_gpu_time,
 )
+from sae_lightning import load_sae
 from sae_lightning.errors import UserError
+from sae_lightning.sae import ARCHITECTURES
 
 
 @pytest.fixture
@@ -35,6 +40,11 @@ def throughput(monkeypatch) -> ModuleType:
 @pytest.fixture
 def devices(monkeypatch) -> ModuleType:
     return _script("devices", monkeypatch)
+
+
+@pytest.fixture
+def interop(monkeypatch) -> ModuleType:
+    return _script("interop", monkeypatch)
 
 
 def _script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
@@ -174,6 +184,72 @@ def test_a_process_that_takes_too_long_is_ended(tmp_path, monkeypatch):
     monkeypatch.setattr(child, "LIMIT", 0.05)
     with pytest.raises(child.Failed, match="not done after"):
         child.call("json:loads", {}, tmp_path / "x.log", str(sleeper))
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "difference"),
+    [([1.0, -3.0], [1.0, -4.0], 0.25), ([2.0], [2.0], 0.0), ([1.0, 2.0], [1.0], float("inf"))],
+)
+def test_a_difference_is_a_share_of_the_largest_number(interop, ours, theirs, difference):
+    assert interop.measure_difference(torch.tensor(ours), torch.tensor(theirs)) == difference
+
+
+class _Tool:
+    """Opens with our own loader: TopK wrongly, gated SAEs not at all. Writes two SAEs, of which one
+    loses its settings."""
+
+    PACKAGE = "torch"
+
+    @staticmethod
+    def load(folder: Path):
+        if folder.name.startswith("gated"):
+            raise ValueError("no gated SAEs\n(more about it)")
+        sae = load_sae(folder)
+        return lambda x: (sae(x)[0] * (2 if folder.name == "topk" else 1), sae(x)[1])
+
+    @staticmethod
+    def make(root: Path):
+        for name in ("whole", "lost"):
+            shutil.copytree(root.parent / "ours" / "relu", root / name)
+            yield name, _Tool.load(root / name)
+        (root / "lost" / "cfg.json").unlink()
+
+
+def test_what_a_tool_opens_and_refuses_is_told_with_the_reason(
+    interop, monkeypatch, tmp_path, capsys
+):
+    def answer(work: str, settings: dict, log: Path, python: str) -> dict:
+        if settings["tool"] == "sparsify":
+            raise interop.Failed("ImportError: no such package")
+        return importlib.import_module("peers.exchange").exchange(**settings)
+
+    monkeypatch.setitem(sys.modules, "peers.interop_saelens", _Tool)
+    monkeypatch.setattr(interop, "make_environment", lambda *_: "python")
+    monkeypatch.setattr(interop, "call", answer)
+    interop.main(["tools=sparsify,saelens", f"out={tmp_path / 'out'}"])
+    assert "sparsify: ImportError: no such package" in capsys.readouterr().out
+    lines = (tmp_path / "out" / "interop.md").read_text("utf8").splitlines()
+    assert len(lines) == 4  # two of them are the head
+    ours, theirs = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:])
+    opened = ", ".join(name for name in ARCHITECTURES if name != "gated")
+    assert ours[1:] == [
+        "opens ours",
+        f"{opened}; transcoders {opened}; skip transcoders {opened}",
+        "5e-01",
+        "gated; transcoders gated; skip transcoders gated: SAELens: ValueError: no such SAEs",
+    ]
+    assert theirs[1:] == [
+        "opened by us",
+        "whole",
+        "0",
+        "lost: holds no saved SAE: cfg.json is missing",
+    ]
+
+
+def test_a_tool_that_is_unknown_is_refused_before_anything_is_installed(interop, tmp_path):
+    with pytest.raises(UserError, match="tools=pickles: no such tool; choose from saelens, suites"):
+        interop.main(["tools=pickles", f"folder={tmp_path / 'x'}"])
+    assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize("given", ["sweep=8", "profile=false", "models=smollm2,gpt2"])

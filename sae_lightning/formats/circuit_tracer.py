@@ -20,18 +20,23 @@ from sae_lightning.sae import SAE
 
 
 def read_circuit_tracer(files: SavedFiles) -> StoredSAE:
-    """Read one transcoder of a set; config.yaml beside it says which sites and LLM."""
+    """Read one transcoder of a set; config.yaml beside it says which sites and LLM, and whether it
+    is a TopK. Of its k strongest features, circuit-tracer keeps those below 0, too."""
     cfg, layer = files.settings, re.search(r"layer_(\d+)", files.weights.name)
     check_readable(
         files.source, "model_kind", cfg.get("model_kind", "transcoder_set"), ["transcoder_set"]
     )
-    weights = rename_tensors(CIRCUIT_TRACER, files.tensors)
+    tensors = dict(files.tensors)
+    k = tensors.pop("k", None)
+    weights = rename_tensors(CIRCUIT_TRACER, tensors)
     kind = "jumprelu" if "threshold" in weights else "relu"
     metadata = {"model_name": cfg.get("model_name")}
     for side, key in (("input", "hook_name"), ("output", "hook_name_out")):
         if layer and (hook := cfg.get(f"feature_{side}_hook")):
             metadata[key] = f"blocks.{layer[1]}.{hook}"
     settings = {"name": kind, "skip": "W_skip" in weights}
+    if cfg.get("activation") == "topk" or k is not None:
+        settings |= {"name": "topk", "k": cfg["k"] if k is None else int(k)}
     return StoredSAE(settings, weights, drop_nulls(metadata))
 
 

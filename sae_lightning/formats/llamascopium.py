@@ -32,9 +32,12 @@ def read_llamascopium(files: SavedFiles) -> StoredSAE:
     kind, normalisation = cfg.get("act_fn", "relu"), cfg.get("norm_activation", "dataset-wise")
     check_readable(files.source, "act_fn", kind, LLAMASCOPIUM.layouts)
     check_readable(files.source, "norm_activation", normalisation, ["dataset-wise", "inference"])
+    if cfg.get("use_glu_encoder"):
+        raise UserError(f"{files.source}: use_glu_encoder is not supported")
     hooks = [cfg["hook_point_in"], cfg.get("hook_point_out", cfg["hook_point_in"])]
     prefix = "dataset_average_activation_norm."
-    stored = {hook: tensors.pop(prefix + hook, None) for hook in dict.fromkeys(hooks)}
+    names = [name for name in tensors if name.startswith(prefix)]
+    stored = {name.removeprefix(prefix): tensors.pop(name) for name in names}
     weights = rename_tensors(LLAMASCOPIUM, tensors)
     if not cfg.get("use_decoder_bias", True):
         weights["b_dec"] = torch.zeros(weights["W_dec"].shape[1])
@@ -42,7 +45,7 @@ def read_llamascopium(files: SavedFiles) -> StoredSAE:
     if normalisation == "dataset-wise":
         given = cfg.get("dataset_average_activation_norm", {})
         for number, (hook, side) in enumerate(zip(hooks, ("in", "out"), strict=True)):
-            norm = given.get(side, given.get(hook, stored[hook]))
+            norm = given.get(side, given.get(hook, stored.get(hook)))
             if norm is None:
                 raise UserError(
                     f"{files.source}: norm_activation='dataset-wise', but no mean norm is saved: "

@@ -151,8 +151,9 @@ def read_weights(file: Path) -> dict[str, Any]:
         return load_file(file)
     if file.suffix != ".npz":
         tensors = load_tensors(file)
-        expect(tensors, dict, file.name)
-        return tensors
+        if not isinstance(tensors, dict):  # a state_dict() is an OrderedDict
+            raise ValueError(f"it holds {type(tensors).__name__} and should hold named tensors")
+        return dict(tensors)
     if not is_zipfile(file):
         raise ValueError("it is not an npz archive")
     try:

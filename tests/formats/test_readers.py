@@ -125,6 +125,17 @@ def test_dictionary_learning(tmp_path, name):
         assert sae.config.sizes() == SIZES.tolist()
 
 
+def test_a_state_dict_that_was_saved_as_it_is_is_read(tmp_path):
+    """Of a module's tensors, torch makes an OrderedDict, with what it calls metadata."""
+    sae = torch.nn.Module()
+    for name, tensor in DICTIONARIES["JumpReluAutoEncoder"][0].items():
+        sae.register_parameter(name, torch.nn.Parameter(tensor))
+    folder = dictionary(tmp_path, "JumpReluAutoEncoder")
+    torch.save(sae.state_dict(), folder / "ae.pt")
+    features = DICTIONARIES["JumpReluAutoEncoder"][1]
+    assert_computes(load_sae(folder), features, features @ W_DEC + B_DEC)
+
+
 def test_a_threshold_that_was_never_set_lets_all_positive_features_pass(tmp_path):
     sae = load_sae(dictionary(tmp_path, "BatchTopKSAE", threshold=torch.tensor(-1.0)))
     assert_computes(sae, Z.relu(), Z.relu() @ W_DEC + B_DEC)

@@ -1,0 +1,53 @@
+"""The side of `interop.py` that runs in a tool's own environment; it imports nothing of ours.
+
+A tool is a module `interop_<tool>` with
+
+    PACKAGE        its name on PyPI
+    load(folder)   opens a folder with the tool's loader: a function of activations x [n, d] that
+                   returns the reconstruction [n, d_out] and the features [n, F]
+    make(root)     writes a folder in `root` for each SAE that the tool can save, and yields the
+                   folder's name and such a function of the SAE that it saved
+"""
+
+import importlib
+import importlib.metadata
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Run = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+@torch.no_grad()
+def exchange(tool: str, ours: dict[str, str], theirs: str, inputs: str) -> dict[str, Any]:
+    """Open the folders `ours`, and have the tool write its own SAEs to the folder `theirs`. What
+    each SAE makes of the activations in the file `inputs` is saved beside its folder.
+
+    Returns the tool's version, by the names of ours the error in one line or "", and the names of
+    theirs.
+    """
+    peer, x = importlib.import_module(f"peers.interop_{tool}"), torch.load(inputs)
+    errors, names = {}, []
+    for name, folder in ours.items():
+        try:
+            torch.save(tuple(peer.load(Path(folder))(x)), f"{folder}.pt")
+            errors[name] = ""
+        except Exception as error:  # a refusal is a finding
+            lines = str(error).strip().splitlines() or [""]
+            errors[name] = f"{type(error).__name__}: {lines[0]}"
+    torch.manual_seed(0)
+    for name, run in peer.make(Path(theirs)):
+        torch.save(tuple(run(x)), Path(theirs, f"{name}.pt"))
+        names.append(name)
+    version = importlib.metadata.version(peer.PACKAGE)
+    return {"version": version, "errors": errors, "names": names}
+
+
+def shake(sae: torch.nn.Module) -> torch.nn.Module:
+    """Add noise to all parameters, biases included, as if the SAE had been trained."""
+    for parameter in sae.parameters():
+        parameter += 0.3 * torch.randn_like(parameter)
+    return sae
