@@ -97,6 +97,7 @@ def llama_scope(root: Path) -> Path:
     [6.5, 0, 10] fires above 3.3 x 2;  x_hat = (10 [1, 1] + b_dec) / 4."""
     cfg = {
         "d_model": 2,
+        "d_sae": 3,
         "act_fn": "jumprelu",
         "jump_relu_threshold": 3.3,
         "dataset_average_activation_norm": {"in": math.sqrt(2) / 2, "out": math.sqrt(2) / 4},
