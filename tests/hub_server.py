@@ -56,6 +56,10 @@ class HubServer:
     """Serves repositories, records requests, and fails where it is told to."""
 
     def __init__(self):
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything, for the next test: the client's connection can be kept."""
         self.repos: dict[str, Repo] = {}
         self.stored: dict[str, bytes] = {}  # sha256 -> content uploaded through LFS
         self.faults: list[Fault] = []

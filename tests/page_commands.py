@@ -67,6 +67,7 @@ SMALL_TASK = {
     "explain": READ | {"count": "2", "scored": "8", "examples": "8"},
     "sweep": {},
     "export": {},
+    "publish": {},
 }
 
 

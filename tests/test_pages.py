@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from chat_server import ChatServer, oracle
+from hub_server import TOKEN, HubServer, connect
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -170,9 +171,13 @@ def trained(folder, run):
 
 
 @pytest.mark.parametrize("command", parameters(list(RUNNABLE.values())))
-def test_a_command_of_a_page_does_what_it_says(command, run, trained, capsys):
+def test_a_command_of_a_page_does_what_it_says(
+    command, run, trained, capsys, monkeypatch, tmp_path
+):
     arguments = small_arguments(command)
-    with ChatServer(answer) as server:
+    with ChatServer(answer) as server, HubServer() as hub:
+        if command.setting("task") == "publish":
+            connect(monkeypatch, hub.url, tmp_path, TOKEN)
         if command.setting("endpoint"):
             given = {"endpoint": server.url, "explainer": "small"}
             arguments = [

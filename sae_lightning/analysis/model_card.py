@@ -66,6 +66,7 @@ def write_card(
         "## How good it is",
         _score(results),
         "## How to open it",
+        f"`x`: activations [tokens, {len(sae.W_enc)}], in float32.",
         *_explain_opening(repo, sae),
     ]
     front = yaml.safe_dump(head, sort_keys=False)
@@ -73,24 +74,25 @@ def write_card(
 
 
 def _find_llm(sae: SAE) -> str | None:
-    """Name of the LLM on the hub, or the last part of its folder; None if it is not said."""
+    """Name of the LLM on the hub, or the last part of its folder; None if there is none, or it is
+    not said."""
     try:
         name = find_llm_name(sae.metadata, "")
     except UserError:
         return None
-    return name.rpartition("/")[2] if name.startswith("/") else name
+    name = name.rpartition("/")[2] if name.startswith("/") else name
+    return None if name == "none" else name
 
 
 def _describe(sae: SAE, llm: str | None) -> str:
     source, target = (sae.metadata.get(key) for key in ("hook_name", "hook_name_out"))
     kind = "transcoder" if target else "sparse autoencoder"
-    where = f" of {llm}" if llm else ""
-    sites = f" It reads `{source}`{where}" if source else ""
-    sites += f" and reconstructs `{target}`" if target else ""
+    reads = f" It reads `{source}` of {llm}" if source and llm else ""
+    reads += f" and reconstructs `{target}`" if reads and target else ""
     return (
         f"A {kind} with {sae.config.features:,} features ({sae.config.name}), trained with "
-        f"sae_lightning.{sites}{'.' if sites else ''} It takes activations as they are: no scaling "
-        "and no centring is needed."
+        f"sae_lightning.{reads}{'.' if reads else ''} It takes activations as they are, without "
+        "scaling or centring."
     )
 
 

@@ -31,11 +31,17 @@ WEIGHTS = "sae/sae_weights.safetensors"
 SETTINGS = {"llm": LLMConfig(name="smollm2"), "data": PlaysConfig(), "layer": LayerConfig(index=9)}
 
 
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
+@pytest.fixture(scope="module")
+def server():
     with HubServer() as server:
-        connect(monkeypatch, server.url, tmp_path / "hub", TOKEN)
         yield server
+
+
+@pytest.fixture
+def hub(server, monkeypatch, tmp_path):
+    server.clear()
+    connect(monkeypatch, server.url, tmp_path / "hub", TOKEN)
+    return server
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +182,15 @@ def test_saelens_opens_it_as_the_card_says(hub, run):
     found = {"x": torch.randn(50, len(sae.W_enc))}
     exec(block, found)  # noqa: S102
     assert torch.allclose(found["features"], sae(found["x"]).features, atol=1e-5)
+
+
+def test_the_card_of_an_sae_of_synthetic_concepts_names_no_llm():
+    sae = build_sae(SAEConfig(features=12), 6, 6)
+    sae.metadata = {"model_name": "none", "hook_name": "blocks.0.hook_resid_post"}
+    card = write_card("me/sae", sae, {"data": {"concepts": 1024}, "seed": 0}, {}, None)
+    assert "none" not in card
+    assert "hook_resid_post" not in card
+    assert "| synthetic concepts | 1,024 |" in card
 
 
 def test_a_transcoder_that_saelens_misreads_is_not_said_to_open_there():

@@ -23,12 +23,18 @@ from sae_lightning.sae import ARCHITECTURES, SAEConfig, build_sae
 CFG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 
 
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
+@pytest.fixture(scope="module")
+def server():
     with HubServer() as server:
-        connect(monkeypatch, server.url, tmp_path / "hub")
-        monkeypatch.setattr(time, "sleep", server.slept.append)
         yield server
+
+
+@pytest.fixture
+def hub(server, monkeypatch, tmp_path):
+    server.clear()
+    connect(monkeypatch, server.url, tmp_path / "hub")
+    monkeypatch.setattr(time, "sleep", server.slept.append)
+    return server
 
 
 @pytest.fixture
@@ -334,3 +340,10 @@ def test_the_l0_nearest_to_100_is_the_canonical_one_of_saelens(listed):
     assert len(canonical) == 429
     folder = "layer_27/width_16k"  # of gemma-scope-9b-pt-att: 64 and 136 are equally near
     assert differing == [(f"{folder}/average_l0_64", f"{folder}/average_l0_136")]
+
+
+def test_the_addresses_on_the_page_can_be_read():
+    page = (Path(__file__).parents[2] / "docs" / "hub.md").read_text("utf8")
+    addresses = re.findall(r"hub:[^\s`\"<]+/[^\s`\"<]+(?=[\s`\"])", page)
+    assert len(addresses) > 3
+    assert all(parse_address(address).repo.count("/") == 1 for address in addresses)
