@@ -124,7 +124,7 @@ def _make_config(settings: dict[str, Any], features: int) -> SAEConfig:
         config = ARCHITECTURES[settings["name"]].config(**settings)
     except UserError as error:  # the caller adds the folder's name
         raise ValueError(str(error)) from error
-    for field in fields(config):
+    for field in (field for field in fields(config) if field.name in settings):
         value, kind = getattr(config, field.name), field.type
         is_list = kind == list[float]
         for item in value if is_list else [value]:

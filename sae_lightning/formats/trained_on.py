@@ -1,12 +1,18 @@
 """Reads from the metadata of an SAE which LLM and site it belongs to."""
 
 import re
+from dataclasses import replace
 from typing import Any
 
 from sae_lightning.errors import UserError
 from sae_lightning.formats.row import Origin
 from sae_lightning.formats.saelens import OWN_KEY
+from sae_lightning.llm.load import LLMConfig
 from sae_lightning.llm.sites import Kind, LayerConfig, Site, SitePair
+
+# Metadata keys that are read, and their types; our own keys take precedence.
+METADATA_TYPES = {"model_name": str, "hook_name": str, "hook_name_out": str, "context_size": int}
+OWN_METADATA_TYPES = dict.fromkeys(("llm.name", "llm.revision", "llm.bos", "llm.separator"), str)
 
 # TransformerLens' model names, which SAELens uses -> names on the hub, where they differ.
 HUB_NAMES = {
@@ -65,6 +71,25 @@ def find_origin(metadata: dict[str, Any], run: str, layer: LayerConfig | None) -
     except UserError as error:
         problem = str(error)
     return Origin(known, sites, problem)
+
+
+def check_metadata(metadata: dict[str, Any], run: str) -> dict[str, Any]:
+    """What is read of the metadata of the SAE in `run`; UserError if a value has a wrong type."""
+    own = metadata.get(OWN_KEY)
+    merged = metadata | (own if isinstance(own, dict) else {})
+    types = METADATA_TYPES | OWN_METADATA_TYPES
+    checked = {key: merged[key] for key in types if merged.get(key) is not None}
+    for key, value in checked.items():
+        if type(value) is not types[key]:
+            kind = types[key].__name__
+            raise UserError(f"{run}: {key}={value!r:.80} in its metadata is no {kind}")
+    return checked
+
+
+def choose_llm(llm: LLMConfig, metadata: dict[str, Any], run: str) -> LLMConfig:
+    """`llm` with the name, revision and tokens of the LLM in the checked `metadata` of `run`."""
+    own = {name.removeprefix("llm."): metadata.get(name) for name in OWN_METADATA_TYPES}
+    return replace(llm, **own | {"name": find_llm_name(metadata, run)})
 
 
 def find_llm_name(metadata: dict[str, Any], run: str) -> str:

@@ -6,7 +6,6 @@ batch = tokens. One orientation everywhere: a feature is a column of W_enc and a
 
 import math
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -16,11 +15,11 @@ from torch.profiler import record_function
 from sae_lightning.errors import UserError
 from sae_lightning.ranks import ALONE, Ranks, Split
 from sae_lightning.sae import sparse
+from sae_lightning.sae.initial import draw_directions
 from sae_lightning.sae.matrix import DenseMatrix, Matrix, SparseMatrix
 from sae_lightning.sae.sparse import SparsityPattern
 
 SMALLEST_NORM = 1e-12  # keeps rows of zeros from becoming NaN
-NUMBERS_AT_ONCE = 1 << 22  # random numbers drawn at a time
 
 
 @dataclass(slots=True, kw_only=True)
@@ -42,6 +41,9 @@ class SAEConfig:
     """Keep every decoder row at the norm `decoder_norm`; false lets it grow and shrink."""
     skip: bool = False
     """Add x W_skip to the reconstruction: only for a transcoder (`layer.target`)."""
+    start: str | None = None
+    """SAE whose weights training starts from: a run folder, or any that analyze.py opens; null is a
+    random start. What is not given (architecture, size, site, LLM) is that SAE's."""
     seed: int = 0
     """Seed of the weights' initialisation and of resampling; presets set it to the run's `seed`."""
 
@@ -78,20 +80,6 @@ class TrainingOutput(NamedTuple):
     """Gated: relu(gate) [batch, features]"""
 
 
-def draw_directions(split: Split, d: int, generator: Generator) -> Tensor:
-    """[own features, d]: this rank's rows of torch.randn(features, d), which is drawn in pieces and
-    never held as a whole."""
-    # torch draws 16 numbers at a time and, if the size is no multiple of 16, the last 16 again:
-    # so pieces are multiples of 16, and the last one includes the remainder
-    count, rows = 16 * max(1, NUMBERS_AT_ONCE // (16 * d)), torch.empty(len(split.own), d)
-    stops = [*range(count, split.features - count + 1, count), split.features]
-    for start, stop in pairwise([0, *stops]):
-        piece = torch.randn(stop - start, d, generator=generator)
-        first = (split.ranks.rank - start) % split.ranks.size
-        rows[split.count_own(start) : split.count_own(stop)] = piece[first :: split.ranks.size]
-    return rows
-
-
 class SAE(nn.Module):
     """f = activate(x W_enc + b_enc);  x_hat = f W_dec + b_dec (+ x W_skip).
 
@@ -104,6 +92,8 @@ class SAE(nn.Module):
 
     architecture: str
     """Name of the architecture in SAELens' `cfg.json`."""
+    features_compete = False
+    """Whether a feature's activity depends on the strengths of others."""
     bytes_per_activation: int
     """Peak memory per token and feature of a dense update in mixed precision, with half of the
     features dead and the costliest objective."""

@@ -22,6 +22,7 @@ class BatchTopK(SAE):
     """
 
     architecture = "jumprelu"
+    features_compete = True
     bytes_per_activation = 25
 
     def add_parameters(self) -> None:
@@ -84,4 +85,5 @@ class BatchTopK(SAE):
         return weights
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:
-        super().load_weights(weights | {"threshold_weight": self.threshold_weight})
+        # a loaded threshold is a complete mean
+        super().load_weights(weights | {"threshold_weight": torch.ones(())})

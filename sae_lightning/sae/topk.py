@@ -39,6 +39,7 @@ class TopK(SAE):
     """
 
     architecture = "topk"
+    features_compete = True
     bytes_per_activation = 27
 
     def activate(self, pre: Tensor) -> Tensor:

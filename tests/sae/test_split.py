@@ -11,7 +11,7 @@ from torch import Generator
 from sae_lightning import UserError
 from sae_lightning.llm.sites import Kind, Site
 from sae_lightning.ranks import Ranks, Split, world
-from sae_lightning.sae import ARCHITECTURES, SAEConfig, base, build_sae
+from sae_lightning.sae import ARCHITECTURES, SAEConfig, build_sae, initial
 from sae_lightning.sae.jumprelu import JumpReLULoss, PenaltyKind
 from sae_lightning.training.callbacks.curves import measure_training_scalars
 from sae_lightning.training.callbacks.resample import resample
@@ -188,13 +188,13 @@ def test_what_is_global_does_happen(results):
 @pytest.mark.parametrize("d", [1, 3, 7, 16, 24])
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_each_rank_draws_its_rows_of_one_draw(monkeypatch, features, d, size):
-    monkeypatch.setattr(base, "NUMBERS_AT_ONCE", 50)
+    monkeypatch.setattr(initial, "NUMBERS_AT_ONCE", 50)
     after = Generator().manual_seed(0)
     whole = torch.randn(features, d, generator=after)
     generators = [Generator().manual_seed(0) for _ in range(size)]
     for rank, generator in enumerate(generators):
         split = Split(features, Ranks(rank, size))
-        rows = base.draw_directions(split, d, generator)
+        rows = initial.draw_directions(split, d, generator)
         assert torch.equal(rows, whole[rank::size])
         assert torch.equal(generator.get_state(), after.get_state())
 

@@ -1,0 +1,35 @@
+"""Initial weights: random directions, or those of another SAE."""
+
+from itertools import pairwise
+
+import torch
+from torch import Generator, Tensor
+
+from sae_lightning.ranks import Split
+
+NUMBERS_AT_ONCE = 1 << 22  # random numbers drawn at a time
+
+
+def draw_directions(split: Split, d: int, generator: Generator) -> Tensor:
+    """[own features, d]: this rank's rows of torch.randn(features, d), which is drawn in pieces and
+    never held as a whole."""
+    # torch draws 16 numbers at a time and, if the size is no multiple of 16, the last 16 again:
+    # so pieces are multiples of 16, and the last one includes the remainder
+    count, rows = 16 * max(1, NUMBERS_AT_ONCE // (16 * d)), torch.empty(len(split.own), d)
+    stops = [*range(count, split.features - count + 1, count), split.features]
+    for start, stop in pairwise([0, *stops]):
+        piece = torch.randn(stop - start, d, generator=generator)
+        first = (split.ranks.rank - start) % split.ranks.size
+        rows[split.count_own(start) : split.count_own(stop)] = piece[first :: split.ranks.size]
+    return rows
+
+
+def rescale_strengths(weights: dict[str, Tensor], factors: Tensor) -> dict[str, Tensor]:
+    """The weights of an SAE with the strengths and thresholds of its features multiplied by
+    `factors` [features] and its decoder rows divided by them, which changes no reconstruction."""
+    scaled = {
+        name: weights[name] * factors
+        for name in ("W_enc", "b_enc", "b_mag", "threshold")
+        if name in weights
+    }
+    return weights | scaled | {"W_dec": weights["W_dec"] / factors[:, None]}
