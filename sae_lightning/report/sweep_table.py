@@ -42,12 +42,16 @@ class SweepRun(NamedTuple):
 
     @property
     def final_metrics(self) -> dict[str, float]:
-        """Final metrics by name: those on held-out data, then two from training."""
+        """Final metrics by name: those on held-out data, two from training, and of a warm start the
+        share of features that stayed."""
         metrics = self.metrics or {}
         training = metrics.get("training", {})
-        return metrics.get("held_out", {}) | {
+        final = metrics.get("held_out", {}) | {
             name: training[name] for name in ("train/dead", "train/mse") if name in training
         }
+        fates = metrics.get("fates", {})
+        fired = sum(fates.get(name, 0) for name in ("stayed", "moved", "died"))
+        return final | ({"stayed": fates["stayed"] / fired} if fired else {})
 
 
 class MetricColumn(NamedTuple):
@@ -112,6 +116,13 @@ METRIC_COLUMNS = {
     ),
     "train/dead": MetricColumn(
         "dead", "{:.1%}", -1, "share of features dead at the end of training"
+    ),
+    "stayed": MetricColumn(
+        "stayed",
+        "{:.1%}",
+        0,
+        "of the features that fired at the warm start, share that still fire and whose decoder row "
+        "has kept a cosine above 0.9",
     ),
     "mse": MetricColumn("mse", "{:.4f}", -1, "mean squared error"),
 }

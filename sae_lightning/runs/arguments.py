@@ -37,6 +37,7 @@ PATH_SETTINGS = (
     "data.cache_folder",
     "llm.name",
     "llm.load.offload_folder",
+    "model.start",
     "hydra.run.dir",
     "hydra.sweep.dir",
 )

@@ -15,9 +15,10 @@ from sae_lightning.runs.devices import count_threads
 from sae_lightning.runs.jobs import CONFIG_FILE, FOLDER_HINT, Job
 from sae_lightning.runs.logger_choice import check_loggers
 from sae_lightning.runs.run import make_head
+from sae_lightning.runs.starts import check_start
 from sae_lightning.sae import count_parameters
 from sae_lightning.sae.products import has_sparse_products
-from sae_lightning.terminal import quote_setting
+from sae_lightning.terminal import console, make_visible, quote_setting
 from sae_lightning.training.integrity import check_checkpoint, open_checkpoint
 from sae_lightning.training.settings import (
     Accelerator,
@@ -101,6 +102,10 @@ def check_jobs(jobs: list[Job]) -> list[CheckedJob]:
         _read_steps_done(job, pair, llm, seen) if job.resumed else 0
         for job, pair in zip(jobs, sites, strict=True)
     ]
+    cold = [job for job, done in zip(jobs, steps_done, strict=True) if not done]
+    notes = [check_start(job.config, llm) for job in cold if job.config.model.start]
+    for note in dict.fromkeys(filter(None, notes)):
+        console.print(make_visible(note))
     # jobs share the shuffle pool, which is on disk twice while a checkpoint is replaced
     pool = 2 * 4 * llm.width * config.data.pool * len(distinct_sites(sites)) // len(jobs)
     return [
@@ -135,6 +140,8 @@ def _count_checkpoint_bytes(job: Job, sites: SitePair, llm: LLMShape) -> int:
     which are on disk twice while they are replaced, and for the SAEs that are kept."""
     weights = 4 * count_parameters(job.config.model, *map(llm.width_at, sites))
     needed = 2 * (3 * weights + weights) + job.config.trainer.kept_saes * weights
+    if job.config.model.start:  # decoder rows in half precision, in the checkpoint
+        needed += 2 * 2 * job.config.model.features * llm.width
     there = [checkpoint_path(job.folder), *job.folder.glob("sae/*"), *job.folder.glob("sae-*/*")]
     return needed - sum(f.stat().st_size for f in there if f.is_file())
 

@@ -36,6 +36,7 @@ from sae_lightning.runs.arguments import (
 )
 from sae_lightning.runs.config import find_conf_folder
 from sae_lightning.runs.launchers import find_place
+from sae_lightning.runs.starts import choose_architecture
 from sae_lightning.runs.words import translate_setting
 from sae_lightning.sae import ARCHITECTURES
 from sae_lightning.stream import SOURCES
@@ -103,7 +104,7 @@ def read_arguments() -> None:
 def rewrite_arguments(arguments: list[str]) -> list[str]:
     """The arguments as Hydra takes them, flags first; UserError if Hydra would misread them."""
     arguments = open_dict_settings(quote_texts(check_arguments(arguments)))
-    return sweep_settings_of_swept_groups(arguments)
+    return sweep_settings_of_swept_groups(choose_architecture(arguments))
 
 
 def refuse_second_task() -> None:

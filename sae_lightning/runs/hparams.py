@@ -42,7 +42,9 @@ def _select_settings(job: Job, overrides: dict[str, str], swept: Collection[str]
     return {name: overrides[name] for name in swept if name in overrides} | {
         name: value if isinstance(value, bool | int | float) else str(value)
         for name, value in job.config.to_flat_dict().items()
-        if name.startswith(HPARAM_SETTINGS) or name in swept
+        if name.startswith(HPARAM_SETTINGS)
+        and (name, value) != ("model.start", None)
+        or name in swept
     }
 
 

@@ -21,6 +21,7 @@ from sae_lightning.runs.arguments import join_sweep_values
 from sae_lightning.runs.config import DEVICE_SETTINGS, Config, list_presets, to_dataclass
 from sae_lightning.runs.logger_choice import change_loggers, list_destinations, resolve_loggers
 from sae_lightning.runs.saved import OVERRIDES_KEY, read_settings
+from sae_lightning.runs.starts import apply_start, locate_start
 from sae_lightning.sae import ARCHITECTURES
 from sae_lightning.stream import SOURCES
 from sae_lightning.stream.local_files import make_absolute
@@ -173,6 +174,8 @@ def make_job(cfg: DictConfig, folder: Path, overrides: list[str], multirun: bool
     if cfg.resume is None:
         config = _make_paths_absolute(to_dataclass(cfg))
         config.logger = resolve_loggers(config.logger, overrides)
+        if config.model.start:
+            config = apply_start(config, overrides)
         for name, value in config.to_flat_dict().items():
             if "${" in str(value):  # read_settings refuses it
                 raise UserError(
@@ -238,6 +241,8 @@ def _make_paths_absolute(config: Config) -> Config:
     if folder := config.llm.load.get("offload_folder"):
         config.llm.load["offload_folder"] = make_absolute(folder)
     config.data = config.data.with_absolute_paths()
+    if config.model.start:
+        config.model.start = locate_start(config.model.start)
     return config
 
 

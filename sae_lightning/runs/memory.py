@@ -113,15 +113,20 @@ def estimate_memory(
         for c in configs
     ]
     computing, exported = max(zip(batches, (16 * n for n in weights), strict=True), key=sum)
+    warm = [n if c.model.start else 0 for n, c in zip(weights, configs, strict=True)]
     parts = {
         ("data.pool",): 2 * config.data.pool * row,  # copied for a checkpoint
         ("llm.batch",): ranks * data.rows * row,
         ("eval.tokens",): config.eval.tokens * row,
         ("llm.name",): data.shared * element_bytes,
         ("model.features", "trainer.batch"): computing,
-        ("model.features",): exported,
+        ("model.features",): exported + 12 * max(warm),  # the start as it is read
     }
-    return PassMemory(parts, [18 * n for n in weights], data.per_sae * element_bytes)
+    return PassMemory(
+        parts,
+        [18 * n + start for n, start in zip(weights, warm, strict=True)],
+        data.per_sae * element_bytes,
+    )
 
 
 def check_memory(

@@ -35,6 +35,7 @@ from sae_lightning.runs.hparams import make_hparams
 from sae_lightning.runs.jobs import CONFIG_FILE, Job, format_resume_command, read_job
 from sae_lightning.runs.launchers import find_place
 from sae_lightning.runs.plan import HeldOutResults, PlannedPass, assign_jobs
+from sae_lightning.runs.starts import forget_starts
 from sae_lightning.terminal import console, make_visible
 from sae_lightning.training.settings import Accelerator, Splitting
 
@@ -143,6 +144,7 @@ def plan_passes(jobs: Iterable[Job]) -> list[PlannedPass]:
         raise UserError(SEVERAL_ERRORS * (len(errors) > 1) + lines)
     if together:
         checks.check_disk_space([checked for group in together.values() for checked in group])
+    forget_starts()
     return [part for group in together.values() for part in _split_group(group)]
 
 

@@ -41,6 +41,8 @@ def print_plan(planned: PlannedPass, inputs: dict[str, str]) -> None:
         how = [f"{parted} of the SAEs split by features"] * bool(parted)
         how += [f"{shared} of them shared out"] * bool(shared)
         rows["devices"] = f"{len(planned.shares)}, {', '.join(how)}"
+    if starts := {job.config.model.start: None for job in jobs if job.config.model.start}:
+        rows["starting from"] = ", ".join(str(shorten_path(Path(start))) for start in starts)
     if steps_done:
         rows["resuming"] = f"after {steps_done * trainer.batch:,} tokens"
     console.print(make_grid(rows))
@@ -54,6 +56,14 @@ def print_results(job: Job, metrics: dict) -> None:
         "dead in training": f"{dead:.1%} of features",
         "peak memory": f"{speed['peak_memory_gb']:.1f} GB",
     }
+    if "fates" in metrics:
+        lines["since the start"] = ", ".join(
+            f"{n:,} {name}" for name, n in metrics["fates"].items()
+        )
+        lines["at the start"] = (
+            f"explained variance {metrics['start']['explained_variance']:.4f}, "
+            f"L0 {metrics['start']['l0']:.1f}"
+        )
     if "tokens_per_second" in speed:
         lines["speed"] = format_speed(job, speed)
     console.print(make_grid(lines, title=f"on held-out {noun}"))

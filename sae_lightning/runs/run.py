@@ -151,6 +151,7 @@ def assemble(planned: PlannedPass, opened: OpenedData) -> RunParts:
         job, pair = jobs[number], planned.sites[number]
         ranks = world() if number in planned.split else ALONE
         head = make_head(job, pair, planned.llm, ranks)
+        head.start = None if planned.steps_done else job.config.model.start
         first = next(rank for rank, share in enumerate(planned.shares) if number in share)
         head.writes = first == world().rank
         log = HeadLog if head.writes else SilentLog
@@ -164,6 +165,7 @@ def assemble(planned: PlannedPass, opened: OpenedData) -> RunParts:
         in_pass=len(jobs),
         resampling=[job.config.callbacks.resample for job in jobs],
         resume=format_resume_command(jobs),
+        starts_warm=any(job.config.model.start for job in jobs),
     )
     on_cuda = trainer.accelerator is not Accelerator.cpu and torch.cuda.is_available()
     return RunParts(
@@ -250,6 +252,8 @@ def score_and_save(planned: PlannedPass, parts: RunParts) -> HeldOutResults:
             "speed": module.speed
             | {"heads": len(jobs), "peak_memory_gb": measure_peak_memory_gb()},
         }
+        if head.fates:
+            metrics |= {"start": head.start_metrics, "fates": head.fates}
         write_json(jobs[number].folder / METRICS_FILE, metrics)
         results[number] = head.held_out_metrics
     transcoders = [head for head in module.training_heads if head.source != head.target]

@@ -120,7 +120,7 @@ def _convert_split(
     """A head's checkpoint with convert(tensor, dim, name) for each tensor that has an entry for
     each feature, along `dim`: weights, counters and Adam's moments."""
     dims = {f"heads.0.sae.{name}": dim for name, dim in head.sae.split_dims.items()}
-    dims["heads.0.tokens_since_fired"] = 0
+    dims |= {f"heads.0.{name}": 0 for name in ("tokens_since_fired", "start_rows", "start_fired")}
     weights = {
         name: convert(x, dims[name], name) if name in dims else x
         for name, x in part["state_dict"].items()

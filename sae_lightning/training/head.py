@@ -54,6 +54,10 @@ class Head(nn.Module):
         products: Products = Products.auto,
     ):
         super().__init__()
+        self.start: str | None = None  # the SAE to start from, until it has
+        self.start_metrics: dict[str, float] = {}  # held-out metrics of that SAE
+        self.adam_steps = 0  # of Adam's state at the start
+        self.fates: dict[str, int] = {}  # see `count_fates`
         self.sae, self.loss, self.optim, self.callbacks = sae, loss, optim, callbacks
         self.name, self.folder, self.source, self.target = name, folder, source, target
         self.dead_window, self.products = dead_window, products
@@ -78,6 +82,10 @@ class Head(nn.Module):
         self.register_buffer("l0_error", torch.tensor(2.0))
         self.register_buffer("tokens_since_fired", torch.zeros(features, dtype=torch.int64))
         self.register_buffer("grad_norm", torch.zeros(()))
+        if sae.config.start:
+            # decoder directions at the start, 0 for features that the start lacks, and which fired
+            self.register_buffer("start_rows", torch.zeros(features, d_out, dtype=torch.float16))
+            self.register_buffer("start_fired", torch.zeros(features, dtype=torch.uint8))
         # each head has its own RNG, so that training heads together changes no random number
         generator_state = torch.Generator().manual_seed(seed).get_state()
         self.register_buffer("generator_state", generator_state)
@@ -151,7 +159,10 @@ class Head(nn.Module):
     def get_extra_state(self) -> dict[str, Any]:
         """State for checkpoints that is not a tensor."""
         # "occupied": the saved name of active_density
-        return {"training_metrics": self.training_metrics, "occupied": self.active_density}
+        state = {"training_metrics": self.training_metrics, "occupied": self.active_density}
+        if self.sae.config.start:
+            state |= {"start_metrics": self.start_metrics, "adam_steps": self.adam_steps}
+        return state
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Restore the state from a checkpoint. UserError if an earlier version made it: Adam's
@@ -162,6 +173,8 @@ class Head(nn.Module):
                 "resume it with that version, or start a new run"
             )
         self.training_metrics, self.active_density = state["training_metrics"], state["occupied"]
+        self.start_metrics = state.get("start_metrics", {})
+        self.adam_steps = state.get("adam_steps", 0)
 
     def group_parameters(self) -> tuple[list[str], list[str]]:
         """Names of the SAE's weights and of its biases, in the order of Adam's two groups."""

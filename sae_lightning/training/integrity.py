@@ -45,10 +45,15 @@ def check_checkpoint(
         _expect_weights(saved["state_dict"], head)
         extra = saved["state_dict"]["heads.0._extra_state"]
         if "occupied" in extra:
-            expect(extra, {"training_metrics": dict, "occupied": float}, "_extra_state")
-            for name, value in extra["training_metrics"].items():
-                expect(value, int if type(value) is int else float, f"training_metrics.{name}")
-        _expect_adam(saved["optimizer_states"][0], groups["param_groups"], head, step)
+            like = {"training_metrics": dict, "occupied": float}
+            if head.sae.config.start:
+                like |= {"start_metrics": dict, "adam_steps": ANY_COUNT}
+            expect(extra, like, "_extra_state")
+            for name in like.keys() & {"training_metrics", "start_metrics"}:
+                for key, value in extra[name].items():
+                    expect(value, int if type(value) is int else float, f"{name}.{key}")
+        adam_steps = step + extra.get("adam_steps", 0)
+        _expect_adam(saved["optimizer_states"][0], groups["param_groups"], head, adam_steps)
     head.set_extra_state(extra)
     stream = stream_path(head.folder, step)
     if not stream.is_file():

@@ -28,15 +28,18 @@ class SAEModule(L.LightningModule):
         in_pass: int | None = None,
         resampling: Sequence[ResampleConfig] | None = None,
         resume: str = "",
+        starts_warm: bool = False,
     ):
         """`batch`: tokens per update; `steps`: updates in the whole run; `in_pass`: number of
         heads on all ranks; `resampling`: their resampling settings (None: those of `heads`);
-        `resume`: the command that continues the run."""
+        `resume`: the command that continues the run; `starts_warm`: whether any head of the pass
+        starts from a saved SAE."""
         super().__init__()
         # manual, so that memory holds the activations of one head at a time
         self.automatic_optimization = False
         self.heads = nn.ModuleList(heads)
         self.batch, self.steps, self.resume = batch, steps, resume
+        self.starts_warm = starts_warm
         self.in_pass = in_pass or len(heads)
         self.resampling = resampling or [head.callbacks.resample for head in heads]
         self.last_batch: dict[Site, Tensor] = {}

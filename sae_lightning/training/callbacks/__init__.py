@@ -6,6 +6,7 @@ Hooks follow one another from left to right, callbacks within a hook from top to
                            |             |<----------- every update ------------------->|
     StopOnSignal           listen        defer signals                        agree       restore
     Normalize              mean, scale
+    WarmStart              weights, score
     Schedule                             lr, penalty
     DecoderNorm                                        project gradient       renormalise
     ClipGradient                                       clip, freeze heads
@@ -29,6 +30,7 @@ from sae_lightning.training.callbacks.evaluation import Evaluate
 from sae_lightning.training.callbacks.normalize import Normalize
 from sae_lightning.training.callbacks.progress import ProgressBar
 from sae_lightning.training.callbacks.resample import Resample
+from sae_lightning.training.callbacks.start_from import WarmStart
 from sae_lightning.training.callbacks.stop import StopOnSignal
 from sae_lightning.training.callbacks.throughput import Throughput
 from sae_lightning.training.callbacks.update import ClipGradient, DecoderNorm, Schedule, TargetL0
@@ -42,6 +44,7 @@ def make_callbacks(trainer: TrainerConfig, eval: EvalConfig) -> list[L.Callback]
     return [
         StopOnSignal(),
         Normalize(),
+        WarmStart(),
         Schedule(),
         DecoderNorm(),
         ClipGradient(),

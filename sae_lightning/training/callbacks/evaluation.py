@@ -10,6 +10,7 @@ from sae_lightning.scoring.scorecard import Scorecard, score_saes
 from sae_lightning.stream.source import HeldOutData
 from sae_lightning.training.head import Head
 from sae_lightning.training.schedules import is_due
+from sae_lightning.training.warm_start import count_fates
 
 
 def evaluate_heads(heads: Sequence[Head], held_out: HeldOutData, tokens: int) -> None:
@@ -38,6 +39,13 @@ def _record(head: Head, card: Scorecard, tokens: int) -> None:
     head.density_counts = count_by_density(card.quality.density)
     norms = head.sae.split.join(head.sae.W_dec.detach().norm(dim=1))
     head.log.add_scalars({f"held_out/{k}": v for k, v in head.held_out_metrics.items()}, tokens)
+    if head.sae.config.start:
+        fires = card.quality.density > 0
+        if tokens == 0:
+            head.start_metrics = head.held_out_metrics
+            head.start_fired.copy_(head.sae.split.slice(fires))
+        head.fates = count_fates(head, fires)
+        head.log.add_scalars({f"start/{name}": n for name, n in head.fates.items()}, tokens)
     head.log.add_density(card.quality.density, tokens)
     head.log.add_histogram("decoder/norm", norms, tokens)
     head.log.flush()

@@ -1,0 +1,215 @@
+"""Warm starts: what `model.start` says about a run, and what must agree with it."""
+
+from collections.abc import Collection
+from contextlib import suppress
+from dataclasses import fields, replace
+from functools import cache
+from pathlib import PurePath
+from typing import Any, NamedTuple
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
+from sae_lightning.errors import UserError
+from sae_lightning.formats.load_sae import load_sae
+from sae_lightning.formats.readers import OWN_KEY
+from sae_lightning.formats.trained_on import (
+    check_metadata,
+    choose_llm,
+    find_llm_name,
+    read_layer,
+)
+from sae_lightning.llm.load import LLMConfig
+from sae_lightning.llm.packaged import LLMShape
+from sae_lightning.llm.sites import LayerConfig
+from sae_lightning.report.sweep_table import split_overrides
+from sae_lightning.runs.config import Config
+from sae_lightning.sae import ARCHITECTURES, SAEConfig
+from sae_lightning.sae.base import SMALLEST_NORM
+from sae_lightning.stream.source import make_absolute
+
+HUB = "hub:"
+# Settings of the network that every format tells.
+TOLD = ("features", "k", "groups", "skip")
+# Decoder norms that differ less count as equal: published weights are rounded.
+MAX_NORM_RATIO = 1.01
+
+
+class Start(NamedTuple):
+    """What a saved SAE says about the run that starts from it."""
+
+    address: str
+    config: SAEConfig
+    widths: tuple[int, int]
+    """d_in, d_out."""
+    is_own: bool
+    """Whether a run of this project saved it, so that all settings of the network are known."""
+    metadata: dict[str, Any]
+    norm_ratio: float
+    """The largest norm of a decoder row over the smallest."""
+
+
+def find_start(address: str) -> Start:
+    """Open the SAE at `address`, once for all jobs; UserError if there is none."""
+    return _open_start(locate_start(address))
+
+
+def locate_start(address: str) -> str:
+    """`address` as it is valid in every working directory."""
+    return address if address.startswith(HUB) else make_absolute(address)
+
+
+@cache
+def _open_start(address: str) -> Start:
+    try:
+        sae = load_sae(address)
+    except UserError as error:
+        raise UserError(f"model.start={address}: {error}") from error
+    norms = sae.W_dec.norm(dim=1)
+    norms = norms[norms > SMALLEST_NORM]
+    return Start(
+        address,
+        sae.config,
+        (len(sae.W_enc), len(sae.b_dec)),
+        OWN_KEY in sae.metadata,
+        check_metadata(sae.metadata, address),
+        float(norms.max() / norms.min()) if len(norms) else 1.0,
+    )
+
+
+def forget_starts() -> None:
+    """Have SAEs read again when they are next needed: training may have changed them."""
+    _open_start.cache_clear()
+
+
+def choose_architecture(arguments: list[str]) -> list[str]:
+    """The arguments with `model=<architecture of model.start>` if no `model` is among them, so that
+    the settings and the objective of that architecture can be given. UserError if several SAEs to
+    start from differ in it."""
+    names = [argument.lstrip("+").partition("=")[0] for argument in arguments]
+    if "model.start" not in names or {"model", "resume"} & {*names}:
+        return arguments
+    kinds = {}
+    for address in _list_values(arguments[names.index("model.start")]):
+        kinds.setdefault(find_start(address).config.name, address)
+    if len(kinds) > 1:
+        several = " and ".join(f"{address} ({kind})" for kind, address in kinds.items())
+        raise UserError(
+            f"model.start: {several} have different architectures, and a command has one: give a "
+            "command for each"
+        )
+    return [*arguments, *(f"model={kind}" for kind in kinds)]
+
+
+def _list_values(argument: str) -> list[str]:
+    """The values of an override but null; none if Hydra cannot parse it, which it will say."""
+    with suppress(HydraException):
+        override = OverridesParser.create().parse_override(argument)
+        values = override.sweep_iterator() if override.is_sweep_override() else [override.value()]
+        return [getattr(value, "text", value) for value in values if value is not None]
+    return []
+
+
+def apply_start(config: Config, overrides: Collection[str]) -> Config:
+    """`config` with what the SAE in `model.start` says, where `overrides` say nothing else.
+    UserError if they contradict it."""
+    start, typed = find_start(config.model.start), split_overrides(overrides)
+    if config.model.name != start.config.name:
+        raise UserError(
+            f"model={config.model.name}: model.start={start.address} holds a {start.config.name} "
+            "SAE; leave model=... out, or choose another start"
+        )
+    llm, layer = config.llm, config.layer
+    if config.data_source.has_llm:
+        if start.metadata.get("llm.name") == "none":
+            raise UserError(
+                f"model.start={start.address} was trained on synthetic concepts: add "
+                "data=synthetic, or choose another start"
+            )
+        if not {"llm", "llm.name"} & typed.keys():
+            llm = choose_llm(llm, start.metadata, start.address)
+        layer = _choose_layer(start, layer, typed)
+    return replace(config, model=_choose_model(start, config.model, typed), layer=layer, llm=llm)
+
+
+def _choose_layer(start: Start, layer: LayerConfig, typed: Collection[str]) -> LayerConfig:
+    try:
+        own = read_layer(start.metadata, start.address)
+    except UserError:
+        if "layer.index" in typed:
+            return layer
+        raise
+    own.target = None if own.target == own.source else own.target
+    given = [name for name in ("source", "target") if {"layer", f"layer.{name}"} & {*typed}]
+    given += ["index"] * ("layer.index" in typed)
+    for name in given:
+        wanted, there = (
+            each.target or each.source if name == "target" else getattr(each, name)
+            for each in (layer, own)
+        )
+        if wanted != there:
+            wanted, there = (getattr(value, "value", value) for value in (wanted, there))
+            raise UserError(
+                f"layer.{name}={wanted}: model.start={start.address} was trained at "
+                f"layer.{name}={there}; leave it out, or choose another start"
+            )
+    return own
+
+
+def _choose_model(start: Start, model: SAEConfig, typed: Collection[str]) -> SAEConfig:
+    names = [f.name for f in fields(model) if f.name not in ("name", "seed", "start")]
+    told = [name for name in names if start.is_own or name in TOLD]
+    taken = {n: getattr(start.config, n) for n in told if f"model.{n}" not in typed}
+    features = taken.get("features", model.features)
+    if features < start.config.features:
+        raise UserError(
+            f"model.features={features}: model.start={start.address} has "
+            f"{start.config.features:,} features; give as many or more, or leave it out"
+        )
+    if "groups" in taken:  # new features join the last one
+        taken["groups"] = [size / features for size in start.config.sizes()[:-1]]
+    if taken.get("skip", model.skip) != start.config.skip:
+        has = "a" if start.config.skip else "no"
+        raise UserError(
+            f"model.skip={str(model.skip).lower()}: model.start={start.address} has {has} skip "
+            "connection; leave it out, or choose another start"
+        )
+    if _needs_free_norms(start) and taken.get("fixed_norm", model.fixed_norm):
+        if "model.fixed_norm" in typed:
+            raise UserError(
+                f"model.fixed_norm=true: the decoder rows of model.start={start.address} differ in "
+                f"norm by a factor of {start.norm_ratio:.3g}, and equal norms would change which "
+                "features are the strongest; leave it out"
+            )
+        taken["fixed_norm"] = False
+    return replace(model, **taken)
+
+
+def _needs_free_norms(start: Start) -> bool:
+    compete = ARCHITECTURES[start.config.name].network.features_compete
+    return compete and start.norm_ratio > MAX_NORM_RATIO
+
+
+def check_start(config: Config, shape: LLMShape) -> str | None:
+    """UserError unless the SAE in `model.start` fits the LLM's width. Returns a warning if it was
+    trained on another LLM."""
+    start = find_start(config.model.start)
+    for verb, width in zip(("reads", "writes"), start.widths, strict=True):
+        if width != shape.width:
+            raise UserError(
+                f"model.start={start.address} {verb} {width} dimensions, and activations of "
+                f"{_name_llm(config.llm)} have {shape.width}; choose another start, or its LLM"
+            )
+    if not config.data_source.has_llm or not {"llm.name", "model_name"} & start.metadata.keys():
+        return None
+    names = {find_llm_name(start.metadata, ""), start.metadata.get("model_name", "")}
+    if PurePath(config.llm.name).name in {PurePath(name).name for name in names}:
+        return None
+    return (
+        f"model.start={start.address} was trained on {min(names - {''})}, and goes on with "
+        f"{config.llm.name}"
+    )
+
+
+def _name_llm(llm: LLMConfig) -> str:
+    return "data=synthetic" if llm.name == "none" else f"llm.name={llm.name}"

@@ -1,0 +1,189 @@
+"""Warm starts: a head takes over the weights of a saved SAE, and Adam's state where it is there."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+from torch.optim import Optimizer
+
+from sae_lightning.errors import UserError, is_out_of_memory
+from sae_lightning.formats.load_sae import load_sae
+from sae_lightning.formats.pickles import load_tensors
+from sae_lightning.formats.readers import OWN_KEY
+from sae_lightning.sae import SAE
+from sae_lightning.sae.base import SMALLEST_NORM
+from sae_lightning.sae.initial import rescale_strengths
+from sae_lightning.stream.states import ANY_COUNT, expect
+from sae_lightning.training.head import Head
+from sae_lightning.training.settings import checkpoint_path
+
+STAYED_COSINE = 0.9  # above this cosine with its row at the start, a feature has stayed
+# Settings in which a run must agree with the one it starts from for Adam's moments to fit.
+ADAM_SETTINGS = (
+    "llm.name",
+    "layer.index",
+    "layer.source",
+    "layer.target",
+    "callbacks.normalize.mode",
+    "model.decoder_norm",
+    "model.fixed_norm",
+)
+NORMALISATION = ("in_mean", "in_scale", "out_mean", "out_scale")
+
+
+@torch.no_grad()
+def start_head(head: Head, optimizer: Optimizer) -> str:
+    """Give a new head, whose normalisation is measured, the weights of the SAE that it starts from;
+    returns what was taken over, in one line.
+
+    The SAE takes raw activations; its weights are converted to the head's units, its features come
+    first, and those that it lacks keep their random start. From the folder of a run, Adam's moments
+    come along, and with them the normalisation that they belong to, if the settings agree.
+    """
+    start, saved = load_sae(head.start), _open_checkpoint(head.start)
+    differing = saved and _find_differing_setting(head, saved["settings"])
+    with_adam = saved is not None and differing is None
+    if with_adam:
+        try:
+            _take_normalisation(head, saved["state_dict"])
+            _take_moments(head, start, saved["optimizer_states"][0], optimizer)
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise _refuse_checkpoint(head.start, error) from error
+    _take_weights(head, start, keep_norms=with_adam)
+    features = len(start.W_dec)
+    head.start_rows[: head.sae.split.count_own(features)] = head.sae.split.slice(
+        normalize(start.W_dec)
+    )
+    line = f"starting from {head.start}: {features:,} features"
+    if new := head.sae.config.features - features:
+        line += f", and {new:,} new ones"
+    if with_adam:
+        line += ", with the normalisation and Adam's moments of its checkpoint"
+    elif differing:
+        line += f"; Adam starts anew, because {differing} is not that of its checkpoint"
+    return line
+
+
+def _take_weights(head: Head, start: SAE, keep_norms: bool) -> None:
+    sae = head.sae
+    numbers = (getattr(head, name).cpu().double() for name in NORMALISATION)
+    in_mean, in_scale, out_mean, out_scale = numbers
+    # the inverse of what `fold` does with mean and scale
+    weights = start.fold(-in_mean / in_scale, 1 / in_scale, -out_mean / out_scale, 1 / out_scale)
+    if not keep_norms:
+        weights = rescale_strengths(weights, _find_factors(head, start, weights["W_dec"]))
+    own = sae.weights()
+    for name, dim in sae.split_dims.items():
+        if name in weights:
+            part = sae.split.slice(weights[name], dim)
+            weights[name] = own[name].to("cpu", copy=True)
+            weights[name].narrow(dim, 0, part.shape[dim]).copy_(part)
+            if name == "threshold" and sae.features_compete:  # they have one threshold
+                weights[name].fill_(part[0])
+    sae.load_weights(weights)
+
+
+def _find_factors(head: Head, start: SAE, W_dec: Tensor) -> Tensor:
+    """Factors [features] of the strengths of a start's features, given its decoder rows in the
+    head's units [features, d_out].
+
+    With fixed norms, rows get the norm `decoder_norm`. The strengths of a run of ours stay as they
+    were; those of another tool are scaled to rows of norm 1, by a common factor if they compete.
+    """
+    config, norms = head.sae.config, W_dec.norm(dim=1)
+    live = norms > SMALLEST_NORM
+    mean = norms[live].mean()
+    if config.fixed_norm:
+        return torch.where(live, norms, mean) / config.decoder_norm
+    if OWN_KEY in start.metadata:
+        return torch.ones_like(norms)
+    if head.sae.features_compete:
+        return mean.expand_as(norms)
+    return torch.where(live, norms, mean)
+
+
+def _open_checkpoint(start: str) -> dict[str, Any] | None:
+    """The checkpoint of the run whose last SAE is `start`, mmapped; None if there is none."""
+    folder = Path(start)
+    path = checkpoint_path(folder.parent if folder.name == "sae" else folder)
+    if not path.is_file():
+        return None
+    try:
+        saved = load_tensors(path)
+        expect(saved, {"settings": dict, "state_dict": dict, "optimizer_states": list}, "it")
+    except Exception as error:  # a damaged file may raise anything
+        if is_out_of_memory(error):
+            raise
+        raise _refuse_checkpoint(start, error) from error
+    return saved
+
+
+def _refuse_checkpoint(start: str, error: Exception) -> UserError:
+    why = f"it lacks {error}" if isinstance(error, KeyError) else str(error).split("\n")[0]
+    return UserError(
+        f"model.start={start}: its checkpoint is damaged ({why}); give {start}/sae, copied to "
+        "another folder, to start from the weights alone"
+    )
+
+
+def _find_differing_setting(head: Head, settings: dict[str, Any]) -> str | None:
+    """The first setting in which the head differs from a checkpoint whose moments it would take."""
+    for name in ADAM_SETTINGS:
+        if head.settings.get(name) != settings.get(name):
+            return name
+    return None
+
+
+def _take_normalisation(head: Head, saved: dict[str, Tensor]) -> None:
+    for name in NORMALISATION:
+        own, other = getattr(head, name), saved[f"heads.0.{name}"]
+        expect(other, own.cpu(), name)
+        own.copy_(other)
+
+
+def _take_moments(head: Head, start: SAE, adam: dict[str, Any], optimizer: Optimizer) -> None:
+    """Copy Adam's moments of the start's features; those of new features are 0."""
+    sae = head.sae
+    parameters, known = dict(sae.named_parameters()), dict(start.named_parameters())
+    names = [name for names in head.group_parameters() for name in names]
+    for number, name in enumerate(names):
+        state, own = adam["state"][number], parameters[name]
+        like = known[name].detach()
+        expect(state, {"step": torch.empty(()), "exp_avg": like, "exp_avg_sq": like}, name)
+        head.adam_steps = int(state["step"])
+        expect(head.adam_steps, ANY_COUNT, "Adam's step")
+        optimizer.state[own] = {"step": state["step"].to(own.device, copy=True)}
+        for key in ("exp_avg", "exp_avg_sq"):
+            moment = torch.zeros_like(own)
+            if name in sae.split_dims:
+                dim = sae.split_dims[name]
+                part = sae.split.slice(state[key], dim)
+                moment.narrow(dim, 0, part.shape[dim]).copy_(part)
+            else:
+                moment.copy_(state[key])
+            optimizer.state[own][key] = moment
+
+
+@torch.no_grad()
+def count_fates(head: Head, fires: Tensor) -> dict[str, int]:
+    """What became of the features since the warm start, by what fired on held-out data then and
+    what fires there now (`fires` [features] bool, of all ranks). Each feature counts once:
+
+        fired at the start and fires now: stayed, at a decoder cosine to its row at the start above
+                                          0.9, else moved
+        fired at the start only: died;  fires now only: born;  neither: silent
+    """
+    split = head.sae.split
+    rows, before = normalize(head.sae.W_dec), normalize(head.start_rows.float())
+    same = (split.join((rows * before).sum(dim=1)) > STAYED_COSINE).cpu()
+    fired, fires = split.join(head.start_fired).cpu() > 0, fires.cpu()
+    fates = {
+        "stayed": fired & fires & same,
+        "moved": fired & fires & ~same,
+        "died": fired & ~fires,
+        "born": ~fired & fires,
+        "silent": ~fired & ~fires,
+    }
+    return {name: int(features.sum()) for name, features in fates.items()}
