@@ -220,7 +220,8 @@ def _quote_text(argument: str, sweep: bool, texts: dict[str, bool]) -> str:
     is_path = setting in PATH_SETTINGS
     if not equals or not (is_path or setting in texts):
         return argument
-    if value == "null" and texts.get(setting, True):
+    may_be_null = texts.get(setting, True)
+    if value == "null" and may_be_null:
         return argument
     if not is_path and any("\ud800" <= letter <= "\udfff" for letter in value):
         raise UserError(f"{setting}: the text is not UTF-8; use a terminal with a UTF-8 locale")
@@ -231,7 +232,8 @@ def _quote_text(argument: str, sweep: bool, texts: dict[str, bool]) -> str:
     expand = os.path.expanduser if is_path else str
     values = SWEEP_VALUE.findall(value) if sweep else [("", value)]
     return f"{name}=" + ",".join(
-        quoted or _quote_if_needed(expand(text)) for quoted, text in values
+        quoted or (text if text == "null" and may_be_null else _quote_if_needed(expand(text)))
+        for quoted, text in values
     )
 
 

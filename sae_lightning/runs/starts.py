@@ -11,6 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from sae_lightning.errors import UserError
+from sae_lightning.formats.fetch import is_hub_address
 from sae_lightning.formats.load_sae import load_sae
 from sae_lightning.formats.readers import OWN_KEY
 from sae_lightning.formats.trained_on import (
@@ -28,7 +29,6 @@ from sae_lightning.sae import ARCHITECTURES, SAEConfig
 from sae_lightning.sae.base import SMALLEST_NORM
 from sae_lightning.stream.source import make_absolute
 
-HUB = "hub:"
 # Settings of the network that every format tells.
 TOLD = ("features", "k", "groups", "skip")
 # Decoder norms that differ less count as equal: published weights are rounded.
@@ -56,7 +56,7 @@ def find_start(address: str) -> Start:
 
 def locate_start(address: str) -> str:
     """`address` as it is valid in every working directory."""
-    return address if address.startswith(HUB) else make_absolute(address)
+    return address if is_hub_address(address) else make_absolute(address)
 
 
 @cache

@@ -168,12 +168,12 @@ def _take_moments(head: Head, start: SAE, adam: dict[str, Any], optimizer: Optim
 
 @torch.no_grad()
 def count_fates(head: Head, fires: Tensor) -> dict[str, int]:
-    """What became of the features since the warm start, by what fired on held-out data then and
-    what fires there now (`fires` [features] bool, of all ranks). Each feature counts once:
+    """What became of the features since the warm start, by what fired on held-out data then
+    (`head.start_fired`) and what fires there now (`fires` [features] bool, of all ranks). A feature
+    that the start lacks has not fired then. Each feature counts once:
 
-        fired at the start and fires now: stayed, at a decoder cosine to its row at the start above
-                                          0.9, else moved
-        fired at the start only: died;  fires now only: born;  neither: silent
+        fired then and fires now: stayed, if its decoder row has kept a cosine above 0.9; else moved
+        fired then only: died;  fires now only: born;  neither: silent
     """
     split = head.sae.split
     rows, before = normalize(head.sae.W_dec), normalize(head.start_rows.float())

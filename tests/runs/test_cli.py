@@ -496,6 +496,8 @@ def test_a_text_that_is_not_utf_8_is_refused(with_tasks, setting):
 def test_null_leaves_a_text_empty_only_where_it_may_be(with_tasks):
     given = ["key_env=null", "llm.revision=null", "resume=null", "prompt=null", "label=null"]
     assert quote_texts(given) == [*given[:3], "prompt='null'", "label='null'"]
+    (sweep,) = [a for a in quote_texts(["-m", "model.start=null,1e3"]) if a != "-m"]
+    assert sweep == "model.start=null,'1e3'"
 
 
 def test_every_setting_that_holds_text_is_known_by_its_type(with_tasks):

@@ -67,6 +67,7 @@ def test_each_head_keeps_its_own_and_names_the_tokens_of_its_update(job, tmp_pat
     assert kept[0]["sae-5120"] != kept[1]["sae-5120"]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_completes_what_it_keeps_and_may_begin_to_keep(job, monkeypatch):
     whole, stopped, late = (keep(job(n), 30 * BATCH) for n in ("whole", "stopped", "late"))
     passes.train_jobs([whole])

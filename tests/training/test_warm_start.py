@@ -212,9 +212,10 @@ def job(tmp_path):
     return make
 
 
-def start_from(job, start, *overrides):
-    job.config.model = replace(job.config.model, start=str(start))
-    job.config = apply_start(job.config, overrides)
+def start_from(job, start, **typed):
+    """The job with `model.start`, and other settings of the model that are typed."""
+    job.config.model = replace(job.config.model, start=str(start), **typed)
+    job.config = apply_start(job.config, [f"model.{name}={x}" for name, x in typed.items()])
     return job
 
 
@@ -233,6 +234,7 @@ def sweep(tmp_path, jobs):
     return [replace(each, sweep_folder=tmp_path / "sweep", overrides=[]) for each in jobs]
 
 
+@pytest.mark.slow
 def test_the_first_held_out_score_is_that_of_the_sae_it_starts_from(job, tmp_path, capsys):
     cold = [job(f"sweep/{name}", 30, name) for name in ARCHITECTURES]
     passes.train_jobs(sweep(tmp_path, cold))
@@ -270,8 +272,7 @@ def test_the_first_held_out_score_is_that_of_the_sae_it_starts_from(job, tmp_pat
 def test_a_run_that_is_trained_longer_takes_over_adam_and_the_normalisation(job, tmp_path):
     first, longer = job("first", 30, "jumprelu"), job("longer", 30, "jumprelu", seed=1)
     passes.train_jobs([first])
-    start_from(longer, first.folder, "model.features=64")  # grown
-    longer.config.model = replace(longer.config.model, features=64)
+    start_from(longer, first.folder, features=64)
     saved = read_checkpoint(first.folder)
     head = make_head(longer.config.model, str(first.folder))
     head.settings = longer.config.fixed_on_resume()
@@ -297,6 +298,15 @@ def test_a_run_that_is_trained_longer_takes_over_adam_and_the_normalisation(job,
             assert moment.stride() == own.stride()
             assert torch.equal(moment if n is None else moment.narrow(dim, 0, n), old[key])
             assert n is None or moment.narrow(dim, n, 16).abs().sum() == 0
+
+
+def test_features_that_were_added_are_born_or_silent(job, tmp_path):
+    first, grown = job("first", 20), job("grown", 2)
+    passes.train_jobs([first])
+    passes.train_jobs([start_from(grown, first.folder, features=64)])
+    fates = read_metrics(grown)["fates"]
+    assert sum(fates.values()) == 64
+    assert fates["born"] + fates["silent"] >= 16 and fates["born"] > 0
 
 
 def test_adam_starts_anew_where_its_moments_would_be_in_other_units(job, tmp_path):
@@ -339,6 +349,7 @@ def test_a_damaged_checkpoint_is_told(job, tmp_path):
         begin(head)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["relu", "batch_topk"])
 def test_a_warm_run_resumes_exactly_though_its_start_is_gone(job, tmp_path, monkeypatch, name):
     first, whole, stopped = (job(n, 30, name) for n in ("first", "whole", "stopped"))

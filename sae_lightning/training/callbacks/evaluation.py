@@ -43,7 +43,8 @@ def _record(head: Head, card: Scorecard, tokens: int) -> None:
         fires = card.quality.density > 0
         if tokens == 0:
             head.start_metrics = head.held_out_metrics
-            head.start_fired.copy_(head.sae.split.slice(fires))
+            known = head.start_rows.any(dim=1)  # not those that have been added
+            head.start_fired.copy_(head.sae.split.slice(fires.to(known.device)) & known)
         head.fates = count_fates(head, fires)
         head.log.add_scalars({f"start/{name}": n for name, n in head.fates.items()}, tokens)
     head.log.add_density(card.quality.density, tokens)
