@@ -13,7 +13,7 @@ from hydra.errors import HydraException
 from sae_lightning.errors import UserError
 from sae_lightning.formats.fetch import is_hub_address
 from sae_lightning.formats.load_sae import load_sae
-from sae_lightning.formats.readers import OWN_KEY
+from sae_lightning.formats.saelens import OWN_KEY
 from sae_lightning.formats.trained_on import (
     check_metadata,
     choose_llm,

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from sae_lightning.errors import UserError, is_out_of_memory
 from sae_lightning.formats.load_sae import load_sae
 from sae_lightning.formats.pickles import load_tensors
-from sae_lightning.formats.readers import OWN_KEY
+from sae_lightning.formats.saelens import OWN_KEY
 from sae_lightning.sae import SAE
 from sae_lightning.sae.base import SMALLEST_NORM
 from sae_lightning.sae.initial import rescale_strengths

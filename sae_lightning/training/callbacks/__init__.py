@@ -6,7 +6,7 @@ Hooks follow one another from left to right, callbacks within a hook from top to
                            |             |<----------- every update ------------------->|
     StopOnSignal           listen        defer signals                        agree       restore
     Normalize              mean, scale
-    WarmStart              weights, score
+    WarmStart              weights
     Schedule                             lr, penalty
     DecoderNorm                                        project gradient       renormalise
     ClipGradient                                       clip, freeze heads
@@ -14,7 +14,7 @@ Hooks follow one another from left to right, callbacks within a hook from top to
     Throughput  start                    end of pause                         speed
     Curves                                                                    log
     Resample                                                                  restart dead
-    Evaluate                                                                  score
+    Evaluate               score warm                                         score
     ProgressBar            show                                               advance     close
     Checkpoint                                                                save, stop
 

@@ -53,10 +53,17 @@ def _record(head: Head, card: Scorecard, tokens: int) -> None:
 
 
 class Evaluate(L.Callback):
-    """Evaluates every `every` training tokens; `runs/run.py` evaluates once more at the end."""
+    """Evaluates SAEs that training starts from, then every `every` training tokens; `runs/run.py`
+    evaluates once more at the end."""
 
     def __init__(self, every: int):
         self.every = every
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Evaluate the SAEs that the heads of a new run start from: all ranks take part."""
+        if module.starts_warm and trainer.global_step == 0:
+            heads = [head for head in module.heads if head.start]
+            evaluate_heads(heads, trainer.datamodule.held_out, tokens=0)
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
         """Evaluate if it is time."""
