@@ -102,8 +102,11 @@ def check_jobs(jobs: list[Job]) -> list[CheckedJob]:
         _read_steps_done(job, pair, llm, seen) if job.resumed else 0
         for job, pair in zip(jobs, sites, strict=True)
     ]
-    cold = [job for job, done in zip(jobs, steps_done, strict=True) if not done]
-    notes = [check_start(job.config, llm) for job in cold if job.config.model.start]
+    notes = [
+        check_start(job.config, pair, llm)
+        for job, pair, done in zip(jobs, sites, steps_done, strict=True)
+        if job.config.model.start and not done
+    ]
     for note in dict.fromkeys(filter(None, notes)):
         console.print(make_visible(note))
     # jobs share the shuffle pool, which is on disk twice while a checkpoint is replaced
@@ -141,7 +144,7 @@ def _count_checkpoint_bytes(job: Job, sites: SitePair, llm: LLMShape) -> int:
     weights = 4 * count_parameters(job.config.model, *map(llm.width_at, sites))
     needed = 2 * (3 * weights + weights) + job.config.trainer.kept_saes * weights
     if job.config.model.start:  # decoder rows in half precision, in the checkpoint
-        needed += 2 * 2 * job.config.model.features * llm.width
+        needed += 2 * 2 * job.config.model.features * llm.width_at(sites.target)
     there = [checkpoint_path(job.folder), *job.folder.glob("sae/*"), *job.folder.glob("sae-*/*")]
     return needed - sum(f.stat().st_size for f in there if f.is_file())
 

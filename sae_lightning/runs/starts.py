@@ -20,14 +20,13 @@ from sae_lightning.formats.trained_on import (
     find_llm_name,
     read_layer,
 )
-from sae_lightning.llm.load import LLMConfig
 from sae_lightning.llm.packaged import LLMShape
-from sae_lightning.llm.sites import LayerConfig
+from sae_lightning.llm.sites import LayerConfig, SitePair
 from sae_lightning.report.sweep_table import split_overrides
 from sae_lightning.runs.config import Config
 from sae_lightning.sae import ARCHITECTURES, SAEConfig
 from sae_lightning.sae.base import SMALLEST_NORM
-from sae_lightning.stream.source import make_absolute
+from sae_lightning.stream.local_files import make_absolute
 
 # Settings of the network that every format tells.
 TOLD = ("features", "k", "groups", "skip")
@@ -123,8 +122,8 @@ def apply_start(config: Config, overrides: Collection[str]) -> Config:
     if config.data_source.has_llm:
         if start.metadata.get("llm.name") == "none":
             raise UserError(
-                f"model.start={start.address} was trained on synthetic concepts: add "
-                "data=synthetic, or choose another start"
+                f"model.start={start.address} was trained on no LLM's activations: give the data "
+                "that it was trained on (data=synthetic, data=activations), or another start"
             )
         if not {"llm", "llm.name"} & typed.keys():
             llm = choose_llm(llm, start.metadata, start.address)
@@ -190,16 +189,18 @@ def _needs_free_norms(start: Start) -> bool:
     return compete and start.norm_ratio > MAX_NORM_RATIO
 
 
-def check_start(config: Config, shape: LLMShape) -> str | None:
-    """UserError unless the SAE in `model.start` fits the LLM's width. Returns a warning if it was
-    trained on another LLM."""
+def check_start(config: Config, sites: SitePair, shape: LLMShape) -> str | None:
+    """UserError unless the SAE in `model.start` fits the widths of the sites. Returns a warning if
+    it was trained on another LLM."""
     start = find_start(config.model.start)
-    for verb, width in zip(("reads", "writes"), start.widths, strict=True):
-        if width != shape.width:
-            raise UserError(
-                f"model.start={start.address} {verb} {width} dimensions, and activations of "
-                f"{_name_llm(config.llm)} have {shape.width}; choose another start, or its LLM"
-            )
+    widths = tuple(map(shape.width_at, sites))
+    if widths != start.widths:
+        own, there = (" -> ".join(map(str, dict.fromkeys(pair))) for pair in (start.widths, widths))
+        where = f"llm.name={config.llm.name}" if config.data_source.has_llm else "data"
+        raise UserError(
+            f"model.start={start.address} is for activations of {own} dimensions, and those of "
+            f"{where} have {there}; choose another start, or what it was trained on"
+        )
     if not config.data_source.has_llm or not {"llm.name", "model_name"} & start.metadata.keys():
         return None
     names = {find_llm_name(start.metadata, ""), start.metadata.get("model_name", "")}
@@ -209,7 +210,3 @@ def check_start(config: Config, shape: LLMShape) -> str | None:
         f"model.start={start.address} was trained on {min(names - {''})}, and goes on with "
         f"{config.llm.name}"
     )
-
-
-def _name_llm(llm: LLMConfig) -> str:
-    return "data=synthetic" if llm.name == "none" else f"llm.name={llm.name}"

@@ -150,11 +150,16 @@ def test_an_sae_that_does_not_say_its_site_needs_one_typed(save, tmp_path):
 def test_an_llm_of_another_width_is_refused_and_another_llm_is_told(save, tmp_path):
     save("topk", "topk")
     right, wrong = (LLMShape(12, width, None, 0) for width in (D, 24))
-    assert check_start(compose_start("model.start=topk"), right) is None
-    with pytest.raises(UserError, match=r"topk reads 16 dimensions, and activations of llm\.name="):
-        check_start(compose_start("model.start=topk"), wrong)
+    config, sites = compose_start("model.start=topk"), LayerConfig(index=3).resolve_sites(12)
+    assert check_start(config, sites, right) is None
+    with pytest.raises(UserError, match=r"topk is for activations of 16 dimensions, and those of "):
+        check_start(config, sites, wrong)
+    across = LayerConfig(index=0, source=Kind.mlp_in, target=Kind.mlp).resolve_sites(1)
+    uneven = LLMShape(1, 24, None, 0, {across.source: D, across.target: 24})
+    with pytest.raises(UserError, match="of 16 dimensions, and those of .* have 16 -> 24; choose"):
+        check_start(config, across, uneven)
     other = compose_start("model.start=topk", "llm=pythia_70m")
-    assert check_start(other, right) == (
+    assert check_start(other, sites, right) == (
         f"model.start={tmp_path}/topk was trained on openai-community/gpt2, and goes on with "
         "EleutherAI/pythia-70m-deduped"
     )
