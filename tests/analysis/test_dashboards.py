@@ -10,22 +10,27 @@ import shutil
 import zlib
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.parquet
 import pytest
 import torch
 from planted import FEATURE, FEATURES, READS, WRITES, save_planted
+from subjects import make_subject
 from tiny_llm import WIDTH, tiny_tokenizer
 from tiny_run import write_begun_run, write_text
 
 from sae_lightning.analysis.dashboards import feature_dashboards
-from sae_lightning.analysis.dashboards.contents import derive_model_id
+from sae_lightning.analysis.dashboards.contents import Dashboards, derive_model_id
+from sae_lightning.analysis.dashboards.feature_dashboards import list_dashboards
 from sae_lightning.analysis.export_task import ExportTask
+from sae_lightning.analysis.lens import measure_effects
 from sae_lightning.analysis.survey import features_task
+from sae_lightning.analysis.survey.survey import survey
 from sae_lightning.errors import UserError
 from sae_lightning.formats.load_sae import load_sae
 from sae_lightning.llm.load import Dtype, LLMConfig, load_llm
-from sae_lightning.llm.sites import LayerConfig
+from sae_lightning.llm.sites import Kind, LayerConfig
 from sae_lightning.llm.vocabulary import read_vocabulary
 from sae_lightning.stream import open_text
 from sae_lightning.stream.local import LocalConfig
@@ -334,6 +339,22 @@ def test_a_sweep_with_two_saes_of_a_block_has_no_files_of_features(here, tmp_pat
         write_begun_run(tmp_path / "sweep", l1)
     with pytest.raises(UserError, match=r"loss.l1=1e-[23] and loss.l1=1e-[23] both read block 9"):
         _export_exactly(tmp_path, tmp_path / "x", "circuit_tracer_features", run="sweep")
+
+
+def test_a_transcoder_is_named_as_one_and_an_effect_without_direct_path_is_left_out(tiny, words):
+    llm = tiny("llama")
+    names = []
+    for pair in ((Kind.mlp_in, Kind.mlp), (Kind.mlp_in, None), (Kind.resid, None)):
+        subject = make_subject(llm, *pair)
+        given = SimpleNamespace(model_id="m", source_set=None, suffix="x", vectors=False)
+        catalogue, effect = survey(subject, words(300), tokens=100), measure_effects(subject, None)
+        content = Dashboards(subject, given, catalogue.features, [3, 5], effect)
+        names.append(content.name.id)
+        (dashboards,) = list_dashboards(content)
+        assert [d["feature_index"] for d in dashboards] == [3, 5]
+        without_path = subject.sites.target.kind is Kind.mlp_in
+        assert (dashboards[0]["pos_str"] == []) == without_path
+    assert names == ["1-tc-relu-32__x", "1-mlp-in-relu-32__x", "1-res-relu-32__x"]
 
 
 @pytest.mark.parametrize(
