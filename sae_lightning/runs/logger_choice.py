@@ -17,9 +17,10 @@ DESTINATIONS = (("wandb", "entity"), ("mlflow", "tracking_uri"))
 def refuse_unused_options(config: LoggerConfig, overrides: Sequence[str]) -> None:
     """UserError for a typed option of a logger that is not used."""
     for override in overrides:
-        option = re.match(r"\+*logger\.(\w+)\.(?!use=)", override)
-        if option and option[1] not in config.used:
-            raise UserError(f"{override}: has no effect without logger={option[1]}; add it")
+        if option := re.match(r"\+*logger\.(\w+)\.", override):
+            logger = getattr(config, option[1])
+            if not logger.use and logger != type(logger)():
+                raise UserError(f"{override}: has no effect without logger={option[1]}; add it")
 
 
 def resolve_loggers(config: LoggerConfig, overrides: Sequence[str]) -> LoggerConfig:
