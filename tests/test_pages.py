@@ -112,6 +112,10 @@ def folder(tmp_path_factory):
     """The working folder of the commands, with a tiny LLM and texts."""
     folder = tmp_path_factory.mktemp("pages")
     save_tiny("llama", str(folder / "tiny"))
+    template = "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}"
+    (folder / "tiny" / "chat_template.jinja").write_text(template)
+    chat = [{"role": role, "content": TEXT} for role in ("user", "assistant")]
+    (folder / "chats.jsonl").write_text("\n".join([json.dumps({"messages": chat})] * 20))
     for name in ("text", "books"):
         (folder / name).mkdir()
         write_text(folder / name)

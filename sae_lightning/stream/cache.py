@@ -34,7 +34,7 @@ from sae_lightning.stream.shards import (
     write_shard,
 )
 from sae_lightning.stream.source import Rows, RowStream, move_to_device
-from sae_lightning.stream.tokens import TextChanged, check_text
+from sae_lightning.stream.states import TextChanged, check_text
 from sae_lightning.terminal import console
 
 MANIFEST = "manifest.json"

@@ -32,6 +32,10 @@ class SplitText(NamedTuple):
     where: str = "data"
     """The setting that names the text, with its value, for messages."""
 
+    assistant_only: bool | None = None
+    """None if documents are text. If they are conversations (see `copy_chats`), whether to train
+    on the assistant's tokens only."""
+
 
 def make_documents(texts: list[str]) -> "Dataset":
     """Make a data set with a row for each text."""
@@ -51,11 +55,12 @@ def prepare_text_cache() -> Path:
     return folder
 
 
-def hold_out(data: "Dataset", share: float) -> SplitText:
+def hold_out(data: "Dataset", share: float, whole: bool = False) -> SplitText:
     """Hold out about `share` of the text's bytes: a fixed random sample of the documents.
 
     Holds out that share of the documents; if their bytes are far from `share`, as many documents as
-    just reach it, or one fewer; if both are far from it, one is cut and its end is held out.
+    just reach it, or one fewer; if both are far from it, one is cut and its end is held out. With
+    `whole`, none is cut: that share of the documents is held out in any case.
     """
     import pyarrow.compute as pc
 
@@ -66,8 +71,8 @@ def hold_out(data: "Dataset", share: float) -> SplitText:
     count = min(max(1, round(share * len(data))), len(data) - 1)
     last = int(np.searchsorted(held[1:], share * held[-1]))  # the document that reaches the share
     least, most = share / 2, min(4 * share, (1 + share) / 2)
-    for n in (count, last + 1, last):
-        if least * held[-1] <= held[n] <= most * held[-1]:
+    for n in (count,) if whole else (count, last + 1, last):
+        if whole or least * held[-1] <= held[n] <= most * held[-1]:
             # in the files' own order: reading stays sequential, shuffling comes later
             return SplitText(data.select(np.sort(order[n:])), data.select(np.sort(order[:n])))
     row, size = int(order[last]), sizes[order[last]]

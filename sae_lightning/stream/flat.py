@@ -25,6 +25,7 @@ import pyarrow as pa
 
 from sae_lightning.errors import UserError
 from sae_lightning.files import write_atomically
+from sae_lightning.llm.chat import ChatEncoder
 from sae_lightning.llm.quiet import mute_libraries
 from sae_lightning.stream.documents import prepare_text_cache, view_texts
 from sae_lightning.terminal import phase
@@ -130,18 +131,31 @@ def _adds_space(tokenizer: Any) -> bool:
     return whole != a + space_b and whole == a + b
 
 
-def flat_tokens(data: Any, tokenizer: Any, separator: int, what: str = "text") -> pa.ChunkedArray:
+def flat_tokens(
+    data: Any,
+    tokenizer: Any,
+    separator: int,
+    what: str = "text",
+    chat: ChatEncoder | None = None,
+) -> pa.ChunkedArray:
     """Tokenise an indexed data set -> [tokens] int32, kept on disk if the data set is on disk.
+    `chat` encodes conversations.
 
     The file's name is a hash of the data, the tokenizer's behaviour and the separator: the next run
     with the same three opens that file. Slices read through the mmap.
     """
     key = hashlib.sha256()
-    for part in (data._fingerprint, hash_tokenizer(tokenizer), str(separator), str(PIECE_BYTES)):
+    parts = (data._fingerprint, hash_tokenizer(tokenizer), str(separator), str(PIECE_BYTES))
+    for part in (*parts, chat.key) if chat else parts:
         key.update(part.encode())
     with mute_libraries(), phase(f"tokenising the {what}", total=len(data)) as advance:
 
         def arrays() -> Iterator[np.ndarray]:
+            if chat:
+                for document in _documents(data):
+                    yield chat.encode_chat(json.loads(bytes(document)), separator)
+                    advance(1)
+                return
             for cut, tokens in _tokenise(tokenizer, _documents(data), separator):
                 yield tokens
                 advance(cut.share)

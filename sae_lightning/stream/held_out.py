@@ -19,6 +19,7 @@ from sae_lightning.llm.splice import SpliceBaseline, SpliceScores, score_baselin
 from sae_lightning.llm.vocabulary import find_special_ids
 from sae_lightning.ranks import ALONE, Split, world
 from sae_lightning.stream.exchange import apply_together, exchange_rows
+from sae_lightning.stream.packing import read_ids
 from sae_lightning.stream.rows import compute_medians, find_usual_rows
 from sae_lightning.stream.source import HeldOutData
 from sae_lightning.stream.tokens import HeldOutTokens
@@ -28,9 +29,10 @@ from sae_lightning.terminal import console, phase
 class HeldOut(HeldOutData):
     """Activations of text that training never sees, and the LLM's loss on it.
 
-    Tokens that training drops are neither scored nor replaced: position 0, special tokens, and
-    those with a norm above `max_norm` x median (of this text) at any site. Whatever does not depend
-    on the SAE is computed once, by all ranks together.
+    Tokens that training drops are neither scored nor replaced: position 0, special tokens, those of
+    a chat that are not the assistant's (`data.assistant_only`), and those with a norm above
+    `max_norm` x median (of this text) at any site. Whatever does not depend on the SAE is computed
+    once, by all ranks together.
     """
 
     noun = "text"
@@ -54,9 +56,10 @@ class HeldOut(HeldOutData):
         at all `sites`)."""
         self.own = set(sites if own is None else own)
         self.llm, self.sites, self.batch, self.max_norm = llm, sites, batch, max_norm
-        self.tokens = text.pick_sequences(-(-tokens // text.packing.width))  # [sequences, context]
+        chosen = text.pick_sequences(-(-tokens // text.packing.width))
+        self.tokens = read_ids(chosen)  # [sequences, context]
         dropped = torch.tensor([] if keep_special else find_special_ids(llm.tokenizer))
-        self._keep = ~torch.isin(self.tokens, dropped)
+        self._keep = ~torch.isin(self.tokens, dropped) & (chosen >= 0)
         self._keep[:, 0] = False
         count = min(len(self.tokens), -(-loss_tokens // text.packing.width))
         self._loss_places = torch.linspace(0, len(self.tokens) - 1, count).round().long()

@@ -6,6 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sae_lightning.errors import UserError
+from sae_lightning.llm.chat import ChatEncoder
+from sae_lightning.llm.load import load_tokenizer
+from sae_lightning.llm.packaged import LLMShape
+from sae_lightning.stream.chat_files import copy_chats
 from sae_lightning.stream.documents import SplitText, hold_out, keep_text_column, summarise_cause
 from sae_lightning.stream.local_files import (
     check_files,
@@ -34,7 +38,15 @@ class LocalConfig(TextConfig):
     row each), also compressed (.gz, .bz2, .xz, .zst), or a folder written by `save_to_disk`."""
 
     column: str = "text"
-    """Column that holds the text (not used for .txt and .md)."""
+    """Column that holds the text (not used for .txt and .md); with data.chat, `text` stands for
+    `messages` or `conversations`."""
+
+    chat: bool | None = None
+    """true: rows of .jsonl, .json or .parquet are conversations (a list of messages with `role` and
+    `content`, or `from` and `value`), which go through the tokenizer's chat template."""
+
+    assistant_only: bool | None = None
+    """true: train on the tokens that the assistant writes only; the LLM reads the others too."""
 
     held_out: float = 0.05
     """Share of the text kept for evaluation: documents as a whole, or, where one of them is too
@@ -50,6 +62,12 @@ class LocalConfig(TextConfig):
                 "and training never sees; give more than 0 and less than 1"
             )
 
+        if self.assistant_only and not self.chat:
+            raise UserError(
+                "data.assistant_only=true has no meaning without data.chat=true: add that, or "
+                "leave it out"
+            )
+
     def with_absolute_paths(self) -> "LocalConfig":
         config = TextConfig.with_absolute_paths(self)
         return replace(config, path=make_found_absolute(self.path))
@@ -60,6 +78,11 @@ class LocalSource(TextSource):
 
     data: LocalConfig
     settings = LocalConfig
+
+    def check_before_loading(self, shape: LLMShape, resumed: bool) -> None:
+        super().check_before_loading(shape, resumed)
+        if self.data.chat:
+            ChatEncoder(load_tokenizer(self.llm), bool(self.data.assistant_only))
 
     def open_documents(self) -> SplitText:
         config = self.data
@@ -75,12 +98,19 @@ class LocalSource(TextSource):
             empty = isinstance(error, StopIteration)
             reason = "there is no document in it" if empty else summarise_cause(error)
             raise UserError(f"{where}: cannot be read ({reason})") from error
+        if config.chat:
+            split = hold_out(data, config.held_out, whole=True)
+            return split._replace(where=where, assistant_only=bool(config.assistant_only))
         return hold_out(keep_text_column(data, row, config.column, where), config.held_out)
 
 
 def load_documents(config: LocalConfig) -> "Dataset":
     """Load every document, with all columns: from a saved data set, file, folder or glob."""
     path, where = Path(config.path).expanduser(), f"data.path={config.path}"
+    if config.chat:
+        column = None if config.column == "text" else config.column
+        with phase("reading the conversations"):
+            return copy_chats(find_files(path, where), column, where)
     if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
         return _load_saved(path, where)
     files = find_files(path, where)

@@ -136,7 +136,7 @@ def check_json(files: list[str], column: str, where: str) -> None:
     Invalid JSON is left to `datasets`, which reports it.
     """
     for file in files:
-        for row, content in _rows(file, where):
+        for row, content in read_json_rows(file, where):
             value = content.get(column) if isinstance(content, dict) else None
             if not isinstance(value, str | None):
                 raise UserError(
@@ -145,7 +145,7 @@ def check_json(files: list[str], column: str, where: str) -> None:
                 )
 
 
-def _rows(file: str, where: str) -> Iterator[tuple[int, Any]]:
+def read_json_rows(file: str, where: str) -> Iterator[tuple[int, Any]]:
     """Yield (number, row) from a file of JSON lines or a JSON array; stops at invalid JSON."""
     lines = _lines(file, where)
     try:

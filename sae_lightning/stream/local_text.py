@@ -4,7 +4,8 @@ import hashlib
 import mmap
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 READ_CHARACTERS = 1 << 20  # characters read at a time
 WRITTEN_BYTES = 1 << 24  # short documents are joined up to this size and written together
+WRITTEN_DOCUMENTS = 1000
 SCHEMA = pa.schema({"text": pa.large_string()})  # of any length; a `string` array holds 2 GB
 
 
@@ -29,18 +31,35 @@ def copy_text_files(files: list[str]) -> "Dataset":
 
     Raises OSError or UnicodeDecodeError.
     """
+    return _copy(files, "", lambda folder: _documents(files, folder))
+
+
+def copy_documents(files: list[str], documents: Iterator[str], what: str) -> "Dataset":
+    """Copy documents that are read from files; `what` says how, and the copy is reused until that
+    or a file's name, size or time changes."""
+
+    def arrays(_: Path) -> Iterator[pa.Array]:
+        while group := list(islice(documents, WRITTEN_DOCUMENTS)):
+            yield pa.array(group, pa.large_string())
+
+    return _copy(files, what, arrays)
+
+
+def _copy(
+    files: list[str], what: str, make_arrays: Callable[[Path], Iterator[pa.Array]]
+) -> "Dataset":
     from datasets import Dataset
 
     identity = [(file, stat.st_size, stat.st_mtime_ns) for file in files if (stat := os.stat(file))]
+    known = repr((identity, what) if what else identity)
     cached = (
-        prepare_text_cache()
-        / f"documents-{hashlib.sha256(repr(identity).encode()).hexdigest()[:32]}.arrow"
+        prepare_text_cache() / f"documents-{hashlib.sha256(known.encode()).hexdigest()[:32]}.arrow"
     )
     if not cached.exists():
         with make_private_folder(cached) as folder:
             with open(folder / cached.name, "wb") as copy:
                 with pa.ipc.new_stream(copy, SCHEMA) as stream:
-                    for documents in _documents(files, folder):
+                    for documents in make_arrays(folder):
                         stream.write_table(pa.table([documents], SCHEMA))
                 copy.flush()
                 os.fsync(copy.fileno())

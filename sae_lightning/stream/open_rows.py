@@ -26,6 +26,7 @@ from sae_lightning.stream.rows import LLMRows
 from sae_lightning.stream.shared import SharedRows
 from sae_lightning.stream.source import RowStream, TextConfig
 
+NEW_SETTINGS = ("chat", "assistant_only", "weights")
 CACHE_FORMAT = 2  # part of the key: after a change older caches are not used
 HASHED_NUMBERS = 1 << 14  # maximum number of elements of a tensor that are hashed
 SUMMED_NUMBERS = 1 << 24  # elements summed at a time: a 64-bit copy of all may not fit in memory
@@ -86,7 +87,9 @@ def identify_rows(config: LLMConfig, data: TextConfig, seed: int, rows: LLMRows)
     settings = {
         name: value
         for name, value in asdict(data).items()
-        if name != "pool" and not name.startswith(("cache", "kind"))
+        if name != "pool"
+        and not name.startswith(("cache", "kind"))
+        and not (name in NEW_SETTINGS and value is None)  # else older caches would not be found
     }
     special = {name: getattr(config, name) for name in ("bos", "separator")}
     return {

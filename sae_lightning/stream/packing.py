@@ -11,6 +11,9 @@
                    ^  k  l  m
                    ^  /  /  /      only the last one of an epoch is padded, with separators
 
+A window may hold complements ~id, of tokens that the LLM reads but that are not trained on (see
+`ChatEncoder`).
+
 Every token of a document, and one separator after the document, is in exactly one sequence. A
 document without tokens adds nothing, not even a separator.
 """
@@ -27,7 +30,7 @@ class Sequences(NamedTuple):
     """[n, context] int64; column 0 is BOS."""
 
     is_text: Tensor
-    """[n, context] bool; false for BOS in column 0 and for padding."""
+    """[n, context] bool; false for BOS in column 0, padding, and tokens that are not trained on."""
 
     ids: Tensor
     """[n] int64; a number that is unique within the run."""
@@ -65,7 +68,13 @@ class Packing(NamedTuple):
         return (places > 0) & (places < stops[:, None])
 
     def pack_sequences(self, windows: list[np.ndarray], ids: Tensor) -> Sequences:
-        return Sequences(self.pack(windows), self.mark_text(windows), ids)
+        tokens = self.pack(windows)
+        return Sequences(read_ids(tokens), self.mark_text(windows) & (tokens >= 0), ids)
+
+
+def read_ids(tokens: Tensor) -> Tensor:
+    """Undo the complements of tokens that are not trained on."""
+    return torch.maximum(tokens, ~tokens)
 
 
 class TokenStream(Protocol):

@@ -15,7 +15,7 @@ from sae_lightning.ranks import Split
 from sae_lightning.stream.activation_files import SavedMatrix
 from sae_lightning.stream.documents import HOLD_OUT_SEED
 from sae_lightning.stream.source import HeldOutData, Rows, RowStream, move_to_device
-from sae_lightning.stream.tokens import TextChanged
+from sae_lightning.stream.states import TextChanged
 from sae_lightning.terminal import console
 
 SERVED_ROWS = 2048  # rows served at a time

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sae_lightning.errors import UserError
 from sae_lightning.llm.sites import Site
 
 ANY_COUNT = range(2**62)
@@ -104,3 +105,17 @@ def expect_stream(
     expect_ids(pool["ids"], n, sequences, "pool.ids")
     expect_activations(pool["rows"], widths, n, "pool.rows")
     np.random.PCG64().state = pool["random"]  # raises unless it is one of its states
+
+
+class TextChanged(UserError):
+    """The text is not the one that a run or cache was made from."""
+
+
+def check_text(state: dict[str, Any], text: str | int) -> None:
+    """Raise TextChanged if `state` was saved with a text other than `text`."""
+    if state.get("text", text) != text:
+        raise TextChanged(
+            f"data: the text is no longer the one that the run to be resumed read ({text}, not "
+            f"{state['text']}); resume with the same data settings and files, and the version of "
+            "sae_lightning that it was begun with"
+        )

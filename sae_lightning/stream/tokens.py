@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 
 from sae_lightning.errors import UserError
+from sae_lightning.llm.chat import ChatEncoder
 from sae_lightning.llm.vocabulary import check_ids, find_bos_id, find_separator_id
 from sae_lightning.stream.documents import SplitText, summarise_cause
 from sae_lightning.stream.flat import flat_tokens, tokenise_documents
 from sae_lightning.stream.packing import Packing, Sequences, TokenStream
+from sae_lightning.stream.states import check_text
 from sae_lightning.terminal import console
 
 SHUFFLE_BUFFER = 1000  # documents
@@ -214,36 +216,32 @@ class StreamedTokens(TokenStream):
         self.carry = state["carry"].numpy().copy()
 
 
-class TextChanged(UserError):
-    """The text is not the one that a run or cache was made from."""
-
-
-def check_text(state: dict[str, Any], text: str | int) -> None:
-    """Raise TextChanged if `state` was saved with a text other than `text`."""
-    if state.get("text", text) != text:
-        raise TextChanged(
-            f"data: the text is no longer the one that the run to be resumed read ({text}, not "
-            f"{state['text']}); resume with the same data settings and files, and the version of "
-            "sae_lightning that it was begun with"
-        )
-
-
 class HeldOutTokens:
     """The text that only evaluation reads, as sequences."""
 
-    def __init__(self, data: Any, tokenizer: Any, packing: Packing, where: str = "data") -> None:
-        """`where` names the text in messages."""
+    def __init__(
+        self,
+        data: Any,
+        tokenizer: Any,
+        packing: Packing,
+        where: str = "data",
+        chat: ChatEncoder | None = None,
+    ) -> None:
+        """`where` names the text in messages; `chat` encodes conversations."""
         self.data, self.tokenizer, self.packing, self.where = data, tokenizer, packing, where
+        self.chat = chat
 
     def pick_sequences(self, sequences: int) -> Tensor:
         """Pick sequences, the same at every call -> [<= sequences, context] int64.
 
         Indexed text: windows spread evenly over all of it, so that every document has its share.
         Streamed text: its first windows. No window is padded: a short last one is left out or, if
-        it is the only one, returned as a shorter sequence. UserError if nothing is held out.
+        it is the only one, returned as a shorter sequence. Tokens that are not trained on are
+        complements (see `read_ids`). UserError if nothing is held out.
         """
         if hasattr(self.data, "__len__"):
-            flat = flat_tokens(self.data, self.tokenizer, self.packing.separator, "held-out text")
+            separator = self.packing.separator
+            flat = flat_tokens(self.data, self.tokenizer, separator, "held-out text", self.chat)
             _check(self.tokenizer, flat, self.where)
             width, count = self.packing.width, max(1, len(flat) // self.packing.width)
             chosen = np.linspace(0, count - 1, min(sequences, count)).round().astype(np.int64)
@@ -274,9 +272,11 @@ def open_tokens(text: SplitText, tokenizer: Any, *, context: int, seed: int) -> 
     UserError: the text holds no token, or one that the LLM does not know.
     """
     packing = Packing(context, find_bos_id(tokenizer), find_separator_id(tokenizer))
-    held_out = HeldOutTokens(text.held_out, tokenizer, packing, text.where)
+    is_chat = text.assistant_only is not None
+    chat = ChatEncoder(tokenizer, text.assistant_only) if is_chat else None
+    held_out = HeldOutTokens(text.held_out, tokenizer, packing, text.where, chat)
     if hasattr(text.train, "__len__"):
-        flat = flat_tokens(text.train, tokenizer, packing.separator)
+        flat = flat_tokens(text.train, tokenizer, packing.separator, chat=chat)
         _check(tokenizer, flat, text.where)
         return SplitTokens(ShuffledTokens(flat, packing, seed), held_out)
     return SplitTokens(StreamedTokens(text.train, tokenizer, packing, seed, text.where), held_out)

@@ -126,6 +126,11 @@ def cut_documents(
     """The beginning of each document, as text; also return notes for the reader."""
     hub = isinstance(config, HubConfig)
     where = f"data.name={config.name}" if hub else f"data.path={config.path}"
+    if not hub and config.chat:
+        raise UserError(
+            f"label={label}: probes read documents of text, and {where} holds conversations "
+            "(data.chat=true); give a text with labels as data=text data.path=..."
+        )
     try:
         data = _open_hub(config) if hub else load_documents(config)
         texts = dict(_read_rows(data, config, label, where, seed))  # each text once

@@ -1,0 +1,105 @@
+"""Conversations through a tokenizer's chat template."""
+
+import hashlib
+import json
+import re
+from typing import Any
+
+import numpy as np
+
+from sae_lightning.errors import UserError
+
+ASSISTANT = "assistant"
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # marks what the assistant generates
+
+
+class ChatEncoder:
+    """Turns a conversation into tokens, some of which may not be trained on.
+
+        <|user|>Hi<|end|><|assistant|>Hello<|end|>
+        └─ messages before it, and ─┘└─ trained on, with `assistant_only`
+           the prompt for an answer
+
+    A token that is not trained on is written as its complement ~id, which is negative. What the
+    assistant writes is marked by the template itself ({% generation %}) or, where it marks nothing,
+    is what a message adds to the text of those before it.
+    """
+
+    def __init__(self, tokenizer: Any, assistant_only: bool) -> None:
+        """UserError: the tokenizer has no chat template, or no offsets."""
+        if tokenizer.chat_template is None:
+            raise UserError(
+                "data.chat=true: the LLM's tokenizer has no chat template; choose an LLM that was "
+                "trained on chats (llm=hf llm.name=...), or give text"
+            )
+        self.tokenizer, self.assistant_only = tokenizer, assistant_only
+        self.template = tokenizer.get_chat_template()
+        if assistant_only and not tokenizer.is_fast:
+            raise UserError(
+                "data.assistant_only=true: the LLM's tokenizer is a slow one, which does not say "
+                "where in the text a token lies; leave it out"
+            )
+
+    @property
+    def key(self) -> str:
+        """Hash of what determines the tokens besides the tokenizer."""
+        text = json.dumps([self.template, self.assistant_only])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def encode_chat(self, chat: dict[str, Any], separator: int) -> np.ndarray:
+        """Tokens [n] int32 of a conversation {messages, origin}, and the separator after it.
+
+        UserError: the template fails on it, or does not show what the assistant writes."""
+        messages = chat["messages"]
+        try:
+            ids, trained = self._encode(messages)
+        except UserError as error:
+            raise UserError(f"{chat['origin']}: {error}") from error
+        except Exception as error:  # a template is code that comes with the model
+            raise UserError(
+                f"{chat['origin']}: the LLM's chat template fails ({str(error).splitlines()[0]}); "
+                "leave this conversation out"
+            ) from error
+        ids, trained = np.array([*ids, separator]), np.array([*trained, not self.assistant_only])
+        return np.where(trained, ids, ~ids).astype(np.int32)
+
+    def _encode(self, messages: list[dict]) -> tuple[list[int], list[bool]]:
+        """Token ids, and which of them are trained on."""
+        if self.assistant_only and GENERATION.search(self.template):
+            marked = self.tokenizer.apply_chat_template(
+                messages, return_dict=True, return_assistant_tokens_mask=True
+            )
+            return marked["input_ids"], [bool(mark) for mark in marked["assistant_masks"]]
+        text = self._render(messages)
+        encoded = self.tokenizer(
+            text,
+            add_special_tokens=False,
+            return_offsets_mapping=self.assistant_only,
+            verbose=False,
+        )
+        ids = encoded["input_ids"]
+        if not self.assistant_only:
+            return ids, [True] * len(ids)
+        spans = self._find_answers(messages, text)
+        return ids, [
+            any(start < end and first < end and start < last for first, last in spans)
+            for start, end in encoded["offset_mapping"]
+        ]
+
+    def _find_answers(self, messages: list[dict], text: str) -> list[tuple[int, int]]:
+        """The characters that each message of the assistant adds to those before it."""
+        spans = []
+        for number, message in enumerate(messages):
+            if message["role"] == ASSISTANT:
+                before = self._render(messages[:number], add_generation_prompt=True)
+                through = self._render(messages[: number + 1])
+                if not (through.startswith(before) and text.startswith(through)):
+                    raise UserError(
+                        "the LLM's chat template changes a message once others follow, so it does "
+                        "not show what the assistant wrote; leave data.assistant_only out"
+                    )
+                spans.append((len(before), len(through)))
+        return spans
+
+    def _render(self, messages: list[dict], **options: Any) -> str:
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)

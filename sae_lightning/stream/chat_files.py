@@ -1,0 +1,76 @@
+"""Reads conversations from files, and copies them to one Arrow file, a line of JSON each."""
+
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from sae_lightning.errors import UserError
+from sae_lightning.stream.local_files import pick_loader, read_json_rows
+from sae_lightning.stream.local_text import copy_documents
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+COLUMNS = ("messages", "conversations")  # looked for, in this order
+ROLES = {"human": "user", "gpt": "assistant"}  # of `from`, in ShareGPT's format
+
+
+def copy_chats(files: list[str], column: str | None, where: str) -> "Dataset":
+    """Make each row's conversation a document, {"messages": ..., "origin": file and row}; the copy
+    is reused until a file changes.
+
+    UserError: a file's kind, or a row without a conversation.
+    """
+    if pick_loader(files[0]) not in ("json", "parquet"):
+        raise UserError(
+            f"data.chat=true: {where} holds no conversations; give .jsonl, .json or .parquet with "
+            "a column of messages"
+        )
+
+    def lines() -> Iterator[str]:
+        for file in files:
+            rows = _parquet_rows if pick_loader(file) == "parquet" else read_json_rows
+            for number, row in rows(file, where):
+                origin = f"row {number} of {file}"
+                messages = _read_messages(row, column, f"{where}: {origin}")
+                yield json.dumps({"messages": messages, "origin": origin})
+
+    return copy_documents(files, lines(), f"chats {column}")
+
+
+def _parquet_rows(file: str, where: str) -> Iterator[tuple[int, Any]]:
+    import pyarrow.parquet as pq
+
+    number = 0
+    for batch in pq.ParquetFile(file).iter_batches(256):
+        for row in batch.to_pylist():
+            number += 1
+            yield number, row
+
+
+def _read_messages(row: Any, column: str | None, where: str) -> list[dict[str, Any]]:
+    """The messages of a row, each with `role` and `content`. UserError: there are none."""
+    columns = list(row) if isinstance(row, dict) else []
+    name = column or next((name for name in COLUMNS if name in columns), COLUMNS[0])
+    if name not in columns:
+        raise UserError(
+            f"{where} has no {name}, a list of messages; it has {', '.join(columns) or 'no column'}"
+            " (data.column)"
+        )
+    messages = row[name]
+    if not isinstance(messages, list) or not messages:
+        raise UserError(f"{where}: {name} is no list of messages; leave the row out")
+    return [_read_message(message, where) for message in messages]
+
+
+def _read_message(message: Any, where: str) -> dict[str, Any]:
+    if isinstance(message, dict):
+        known = {key: value for key, value in message.items() if value is not None}
+        if "from" in known and "role" not in known:
+            known["role"] = ROLES.get(known["from"], known.pop("from"))
+            known["content"] = known.pop("value", None)
+        if isinstance(known.get("role"), str) and isinstance(known.get("content"), str):
+            return known
+    raise UserError(
+        f"{where} holds the message {str(message)[:60]!r}; it needs a `role` and a `content`"
+    )
