@@ -20,6 +20,7 @@ from sae_lightning.llm.sites import SitePair
 from sae_lightning.sae import SAE
 from sae_lightning.stream.states import expect
 
+MAX_DEPTH = 20  # of YAML; circuit-tracer's has 2 levels
 # Names that several formats use -> ours; ".T": stored transposed.
 LINEAR = {"encoder.weight": "W_enc.T", "encoder.bias": "b_enc", "decoder.weight": "W_dec.T"}
 PLAIN = {name: name for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
@@ -130,8 +131,19 @@ def is_match(name: str, pattern: str) -> bool:
 
 def read_settings_file(file: Path) -> dict[str, Any]:
     """Read a file of settings, JSON or YAML, without those that are null, which means not given."""
-    parse = yaml.safe_load if file.suffix == ".yaml" else json.loads
+    parse = _parse_yaml if file.suffix == ".yaml" else json.loads
     return drop_nulls(parse(read_regular_file(file)))
+
+
+def _parse_yaml(text: str) -> Any:
+    """Parse plain YAML; ValueError if it is nested deeply, as reading it would take very long."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise ValueError(f"its settings are nested more than {MAX_DEPTH} levels deep")
+    return yaml.safe_load(text)
 
 
 def drop_nulls(settings: dict[str, Any]) -> dict[str, Any]:
