@@ -109,7 +109,7 @@ def collect_files(folder: Path) -> dict[str, bytes | Path]:
     """Path in the repository -> content, for the SAE and what else there is in a run's folder.
     Folders of this machine are cut off from all paths in it."""
     sae = folder / "sae" if (folder / "sae").is_dir() else folder
-    if not (sae / WEIGHTS).is_file():
+    if not all((sae / name).is_file() for name in (CFG, WEIGHTS)):
         raise UserError(
             f"{folder} holds an SAE in another format: write it with task=export format=saelens "
             "first, and publish that folder"

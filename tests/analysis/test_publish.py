@@ -1,8 +1,10 @@
 """An SAE is published on the hub with its settings, scores and a model card, and opened from it."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from sae_lightning.runs import folders
 from sae_lightning.sae import ARCHITECTURES, SAEConfig, build_sae
 from sae_lightning.stream.plays import PlaysConfig
 
+ROOT = Path(__file__).parents[2]
 WEIGHTS = "sae/sae_weights.safetensors"
 SETTINGS = {"llm": LLMConfig(name="smollm2"), "data": PlaysConfig(), "layer": LayerConfig(index=9)}
 
@@ -94,6 +97,28 @@ def test_what_is_published_is_listed_and_opens_from_the_hub(hub, run, planted, c
     assert torch.equal(subject.sae.W_enc, load_sae(run).W_enc)
     assert subject.config.loss.l1 == 1e-2
     assert (subject.run, subject.results_folder) == ("hub:me/sae", Path("hub/me--sae/analysis"))
+
+
+@pytest.mark.slow
+def test_an_address_is_typed_like_a_folder(hub, run, planted, tmp_path):
+    publish(run)
+    asked = ["run=hub:me/sae@main", "task=text", "text=a potion", "llm=hf", "llm.device=cpu"]
+    asked += [f"llm.name={planted[0]}", "data=text", f"data.path={tmp_path}/a.txt"]
+    asked += ["data.context=16", "tokens=500"]
+    environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
+    environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
+    done = subprocess.run(
+        [sys.executable, ROOT / "analyze.py", *asked],
+        cwd=tmp_path,
+        env=environment | {"HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "downloading hub:me/sae@main (MB): done" in done.stdout
+    assert (tmp_path / "hub" / "me--sae@main" / "analysis" / "text.json").is_file()
+    assert TOKEN not in done.stdout
 
 
 def test_nothing_that_is_published_names_a_folder_of_this_machine_or_the_token(
@@ -287,6 +312,7 @@ def test_an_upload_that_fails_leaves_no_half_of_a_commit(hub, run, request_, sta
 
 def test_another_tools_folder_has_to_be_converted_first(hub, tmp_path):
     (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "sae_weights.safetensors").write_bytes(b"llamascopium's")
     with pytest.raises(UserError, match="task=export format=saelens"):
         publish_task.collect_files(tmp_path / "other")
 
