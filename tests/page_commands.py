@@ -144,6 +144,8 @@ def small_training(command: Command) -> list[str]:
         given = SMALL_RUN | SMALL_LLM | (SMALL_HUB | HUB[data] if data in HUB else {})
     if command.setting("data.cache"):
         given |= {"data.cache_folder": "cache"}
+    if start := command.setting("model.start"):
+        given |= {"model.start": f"null,{RUN}" if start.startswith("null,") else RUN}
     if command.setting("hydra/sweeper"):
         given |= {"hydra.sweeper.n_trials": "2", "hydra.sweeper.n_jobs": "2"}
     return replaced(command.arguments, given, "-m" in command.arguments)
