@@ -45,10 +45,9 @@ def make(root: Path) -> Iterator[tuple[str, Run]]:
     """Sets for an LLM with one block."""
     for name, (activation, skip) in KINDS.items():
         cpu = {"device": torch.device("cpu"), "dtype": torch.float32}
-        transcoders = {
-            layer: shake(SingleLayerTranscoder(16, 40, activation(), layer, skip, **cpu))
-            for layer in range(1)
-        }
+        transcoders = {0: shake(SingleLayerTranscoder(16, 40, activation(), 0, skip, **cpu))}
+        if "jumprelu" in name:
+            transcoders[0].activation_function.threshold.abs_()
         whole = TranscoderSet(transcoders, **HOOKS)
         whole.to_safetensors(str(root / name))
         config = {"model_name": "gpt2", "model_kind": "transcoder_set", **HOOKS}

@@ -1,7 +1,8 @@
 """dictionary_learning for `interop.py`: its `load_dictionary`, and all classes that this opens.
 
 The folders are those of its `trainSAE`: `ae.pt` with the weights, and `config.json` with the
-trainer's own settings.
+trainer's own settings. Of ReLU SAEs the features are compared as they were trained; its loader
+multiplies them by the norms of decoder rows.
 """
 
 import json
@@ -64,4 +65,4 @@ def make(root: Path) -> Iterator[tuple[str, Run]]:
         folder.mkdir(parents=True)
         torch.save(sae.state_dict(), folder / "ae.pt")
         (folder / "config.json").write_text(json.dumps({"trainer": trainer.config, "buffer": {}}))
-        yield name, load(folder)
+        yield name, _run(sae)

@@ -22,7 +22,8 @@ from sae_lightning.runs.jobs import (
 from sae_lightning.sae import SAE
 
 # What all transcoders of a set share.
-SHARED_IN_SET = ("llm.name", "layer.source", "layer.target", "model.features", "model.skip")
+SHARED_IN_SET = ("llm.name", "layer.source", "layer.target")
+SHARED_IN_SET += ("model.name", "model.features", "model.k", "model.skip")
 
 
 class Exported(NamedTuple):

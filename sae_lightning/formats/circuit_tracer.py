@@ -41,7 +41,8 @@ def read_circuit_tracer(files: SavedFiles) -> StoredSAE:
 
 
 def write_circuit_tracer(sae: SAE, kind: str, origin: Origin) -> Parts:
-    """config.yaml is the same for all blocks."""
+    """config.yaml is the same for all blocks; versions before April 2026 do not read `activation`
+    and take a TopK for a ReLU."""
     sites, model = origin.require_sites(), origin.metadata.get("model_name")
     if model is None:
         raise UserError("format=circuit_tracer: config.yaml names the LLM; give llm.name=...")
@@ -51,7 +52,7 @@ def write_circuit_tracer(sae: SAE, kind: str, origin: Origin) -> Parts:
         "feature_input_hook": HOOK_NAMES[sites.source.kind],
         "feature_output_hook": HOOK_NAMES[sites.target.kind],
         "scan": f"{model.split('/')[-1]}-transcoders",
-    }, {}
+    } | ({"activation": "topk", "k": sae.config.k} if kind == "topk" else {}), {}
 
 
 TRACER_NAMES = PLAIN | {"W_enc": "W_enc.T", "W_skip": "W_skip.T"}
@@ -61,11 +62,12 @@ CIRCUIT_TRACER = Format(
     read=read_circuit_tracer,
     layouts={
         "relu": Layout("relu", TRACER_NAMES),
+        "topk": Layout("topk", TRACER_NAMES),
         "jumprelu": Layout(
             "jumprelu", TRACER_NAMES | {"activation_function.threshold": "threshold"}
         ),
     },
-    transcoders={"relu": "relu", "dense": "relu", "jumprelu": "jumprelu"}
+    transcoders={"relu": "relu", "dense": "relu", "topk": "topk", "jumprelu": "jumprelu"}
     | {"batch_topk": "jumprelu", "matryoshka": "jumprelu"},
     write=write_circuit_tracer,
 )

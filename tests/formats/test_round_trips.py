@@ -35,7 +35,7 @@ HOLDS = {
     "sparsify": ({"topk"}, {"topk"}),
     "dictionary_learning": (ALL, {}),
     "llamascopium": (THRESHOLDED | {"topk"}, THRESHOLDED | {"topk"}),
-    "circuit_tracer": ({}, THRESHOLDED),
+    "circuit_tracer": ({}, THRESHOLDED | {"topk"}),
 }
 SKIPS = {"saelens", "sparsify", "circuit_tracer"}
 
