@@ -47,7 +47,7 @@ class Fault:
     pattern: str
     kind: int | str
     """An HTTP status; or of a file, `drop` (the connection breaks halfway), `empty` (at once) or
-    `shorten` (half of it is sent as if it were all)."""
+    `shorten` (half of it is sent as if it were all), or `html` (a page for people)."""
     times: int = 1
     headers: dict[str, str] = field(default_factory=dict)
 
@@ -147,6 +147,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.fault = self.hub.take_fault(request)
         if self.fault and isinstance(self.fault.kind, int):
             self._send(self.fault.kind, {"error": "no"}, self.fault.headers)
+        elif self.fault and self.fault.kind == "html":
+            self._send(200, "<html>")
         elif path == "/api/validate-yaml":
             self._send(200, {"errors": [], "warnings": []})
         elif path == "/api/repos/create":
@@ -272,7 +274,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(200, {"commitUrl": f"{self.hub.url}/{name}/commit/{oid}", "commitOid": oid})
 
     def _send(self, status: int, content, headers: dict[str, str] | None = None) -> None:
-        body = json.dumps(content).encode()
+        body = content.encode() if isinstance(content, str) else json.dumps(content).encode()
         self.send_response(status)
         for name, value in (headers or {}).items():
             self.send_header(name, value)

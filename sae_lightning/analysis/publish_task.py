@@ -28,8 +28,9 @@ from sae_lightning.terminal import console, format_command, make_grid
 
 # Results of other tasks that are uploaded, where they are there: numbers and the page.
 RESULTS = ("evaluate.json", "overview.json", "index.html")
-# A path in a text: from its root or from the home folder, but not within a name or a web address.
-PATH = re.compile(r"(?<![\w.:/~])~?/[^\s,;'\"\])}]+")
+# A path in a text: from its root or from the home folder, but not within a name, a web address or a
+# special token.
+PATH = re.compile(r"(?<![\w.:/~<|])~?/[^\s,;'\"\])}]+")
 
 
 @dataclass(slots=True, kw_only=True)

@@ -4,6 +4,7 @@ import errno
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from json import JSONDecodeError
 
 from sae_lightning.errors import UserError, list_causes
 from sae_lightning.llm.quiet import mute_libraries
@@ -59,6 +60,8 @@ def explain_hub_error(error: Exception, repo: str, revision: str) -> str | None:
         return None
     if match := re.search(r"Invalid metadata in README.md\W*([^\n]*)", str(error)):
         return f"the hub refuses the head of the model card ({match[1]:.200}); check licence=..."
+    if {JSONDecodeError, hub.FileMetadataError} & kinds:
+        return f"{constants.ENDPOINT} does not answer as a hub does; is a login page in between?"
     if {hub.HTTPError, RuntimeError} & kinds:  # hf_xet raises the latter
         what = type(links[0]).__name__
         return f"no connection to {constants.ENDPOINT}, or it broke off ({what}); try again"

@@ -142,6 +142,7 @@ def test_nothing_that_is_published_names_a_folder_of_this_machine_or_the_token(
         ("data.path=/home/me/books", "data.path=books"),
         ("a=[/home/me/x.txt,~/y/z]", "a=[x.txt,z]"),
         ("google/gemma-2-2b", "google/gemma-2-2b"),
+        ("llm.separator=</s>", "llm.separator=</s>"),
         ("https://a.org/b/c", "https://a.org/b/c"),
         ({"a": ["/x/y"], "b": 3}, {"a": ["y"], "b": 3}),
     ],

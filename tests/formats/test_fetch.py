@@ -214,6 +214,14 @@ def test_a_hub_that_fails_does_not_keep_a_cached_copy_from_being_used(hub, folde
     assert fetch_saved("hub:me/sae") == first
 
 
+@pytest.mark.parametrize("request_", ["GET /api/models", "HEAD .*resolve"])
+def test_a_login_page_in_between_is_told_in_one_line(hub, folder, request_):
+    hub.add("me/sae", folder)
+    hub.fail(request_, "html", times=100)
+    with pytest.raises(UserError, match="does not answer as a hub does; is a login page in"):
+        fetch_saved("hub:me/sae")
+
+
 def test_without_a_connection_or_a_copy_there_is_one_line(hub, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(UserError, match="hub:me/sae: no connection to http://127.0.0.1:9, or"):
@@ -221,6 +229,62 @@ def test_without_a_connection_or_a_copy_there_is_one_line(hub, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="HF_HUB_OFFLINE=1 forbids requests, and there"):
         fetch_saved("hub:me/sae")
+
+
+LLAMA = "Llama3_1-8B-Base-L15R-8x"
+GEMMA_2 = "resid_post/layer_13_width_16k_l0_medium"
+LAYOUTS = {  # address -> repository, its files, those that are needed
+    "hub:gemma-scope/2b/res/20/16k": (
+        "google/gemma-scope-2b-pt-res",
+        "README.md layer_20/width_16k/average_l0_71/params.npz",
+        "layer_20/width_16k/average_l0_71/params.npz",
+    ),
+    "hub:gemma-scope-2/1b/res/13/16k": (
+        "google/gemma-scope-2-1b-pt",
+        f"{GEMMA_2}/params.safetensors {GEMMA_2}/config.json {GEMMA_2}/plot.png config.json",
+        f"{GEMMA_2}/params.safetensors {GEMMA_2}/config.json",
+    ),
+    "hub:llama-scope/res/15/8x": (
+        "fnlp/Llama3_1-8B-Base-LXR-8x",
+        f"{LLAMA}/checkpoints/final.safetensors {LLAMA}/hyperparams.json {LLAMA}/lm_config.json",
+        f"{LLAMA}/checkpoints/final.safetensors {LLAMA}/hyperparams.json",
+    ),
+    "hub:qwen-scope/qwen3-8b/1": (
+        "Qwen/SAE-Res-Qwen3-8B-Base-W64K-L0_100",
+        "README.md layer0.sae.pt layer1.sae.pt layer10.sae.pt",
+        "layer1.sae.pt",
+    ),
+    "hub:gpt2-res-jb/8": (
+        "jbloom/GPT2-Small-SAEs-Reformatted",
+        " ".join(f"blocks.8.hook_resid_pre/{name}" for name in (CFG, WEIGHTS, "sparsity.pt")),
+        " ".join(f"blocks.8.hook_resid_pre/{name}" for name in (CFG, WEIGHTS)),
+    ),
+    "hub:Goodfire/Llama-3.1-8B-Instruct-SAE-l19": (
+        "Goodfire/Llama-3.1-8B-Instruct-SAE-l19",
+        "README.md Llama-3.1-8B-Instruct-SAE-l19.pth",
+        "Llama-3.1-8B-Instruct-SAE-l19.pth",
+    ),
+    "hub:me/dictionaries/resid_post_layer_3/trainer_1": (
+        "me/dictionaries",
+        "resid_post_layer_3/trainer_1/ae.pt resid_post_layer_3/trainer_1/config.json "
+        "resid_post_layer_3/trainer_1/eval_results.json resid_post_layer_3/trainer_2/ae.pt",
+        "resid_post_layer_3/trainer_1/ae.pt resid_post_layer_3/trainer_1/config.json",
+    ),
+    "hub:me/run": (
+        "me/run",
+        f"README.md config.yaml metrics.json sae/{CFG} sae/{WEIGHTS} analysis/index.html",
+        f"config.yaml sae/{CFG} sae/{WEIGHTS}",
+    ),
+}
+
+
+@pytest.mark.parametrize("address", LAYOUTS)
+def test_of_every_suite_only_the_needed_files_are_downloaded(hub, address):
+    repo, files, needed = LAYOUTS[address]
+    hub.add(repo, {name: name.encode() for name in files.split()})
+    fetch_saved(address)
+    asked = {r.split("/", 5)[-1] for r in hub.requests if r.startswith(f"GET /{repo}/resolve/")}
+    assert asked == {*needed.split()}
 
 
 @pytest.fixture
