@@ -59,7 +59,7 @@ def find_origin(metadata: dict[str, Any], run: str, layer: LayerConfig | None) -
     known = {
         key: metadata[key] for key, kind in KNOWN_KEYS.items() if type(metadata.get(key)) is kind
     }
-    sites, problem = None, ""
+    sites, problem, given = None, "", layer is not None
     try:
         layer = layer or read_layer(known, run)
         sites = SitePair(
@@ -67,6 +67,8 @@ def find_origin(metadata: dict[str, Any], run: str, layer: LayerConfig | None) -
         )
         for key in ("hook_name", "hook_name_out"):
             known.pop(key, None)
+            if given:  # transformers' name of the other site
+                known.pop(f"hf_{key}", None)
         known |= sites.hook_names
     except UserError as error:
         problem = str(error)

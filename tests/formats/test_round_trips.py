@@ -161,6 +161,15 @@ def test_an_sae_of_two_widths_is_refused(tmp_path):
         write_sae("sparsify", sae, describe(TRANSCODER), tmp_path)
 
 
+def test_a_site_that_is_given_replaces_the_one_in_the_metadata():
+    said = {"hook_name": "blocks.1.hook_resid_post", "hf_hook_name": "model.layers.1"}
+    assert find_origin(said, "run", None).metadata == said
+    assert find_origin(said, "run", TRANSCODER).metadata == {
+        "hook_name": "blocks.3.mlp.hook_in",
+        "hook_name_out": "blocks.3.hook_mlp_out",
+    }
+
+
 def test_a_site_that_is_not_known_is_asked_for_only_where_it_is_written(tmp_path):
     sae, unknown = fold(make_trained("topk")), find_origin({}, "mine", None)
     for name in ("saelens", "sparsify", "dictionary_learning"):
