@@ -52,8 +52,11 @@ COMPOSED = {
     "llm.load.quantization_config={load_in_8bit:true}": "needs bitsandbytes",
     "llm.load.quantization_config={load_in_4bit:true,bnb_4bit_quant_type:nf4}": "the same",
 }
-COMMANDS = [c for c in page_commands() if c.script in ("train.py", "analyze.py")]
-BENCHMARKS = [c for c in page_commands() if c not in COMMANDS]
+# Code and commands of one page belong together: tests/commands/test_extending.py runs them.
+TOGETHER = "extending.md"
+ALONE = [c for c in page_commands() if c.page != TOGETHER]
+COMMANDS = [c for c in ALONE if c.script in ("train.py", "analyze.py")]
+BENCHMARKS = [c for c in ALONE if c not in COMMANDS]
 COMPOSABLE = [c for c in COMMANDS if {*c.arguments} & COMPOSED.keys()]
 # The same command is run once, whatever page it is on.
 RUNNABLE = {(c.script, *small_arguments(c)): c for c in COMMANDS if c not in COMPOSABLE}
@@ -233,7 +236,7 @@ def test_a_benchmark_of_a_page_is_there_and_tells_its_options(command):
 BLOCKS = {
     f"{page.name}-{n}": block
     for page in PAGES
-    if page.name != "README.md"  # tests/analysis/test_analyze.py
+    if page.name not in ("README.md", TOGETHER)  # tests/analysis/test_analyze.py has README's
     for n, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text("utf8"), re.DOTALL))
 }
 

@@ -18,7 +18,7 @@ class SweepTask(Task):
 
     def execute(self, given_settings: Collection[str]) -> None:
         folder = Path(self.run)
-        if others := sorted({*given_settings} - {"run", "task"}):
+        if others := sorted({*given_settings} - {"run", "task", "plugins"}):
             raise UserError(
                 f"{others[0]} has no meaning for task=sweep, which reads the metrics that each run "
                 "has saved: leave it out"

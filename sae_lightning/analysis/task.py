@@ -7,7 +7,7 @@ A task is a dataclass of settings with the method `execute`. Each is a preset of
 import math
 import os
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from sae_lightning.analysis.subject import Subject, open_subject
@@ -43,6 +43,8 @@ class Task:
     """The site, likewise."""
     seed: int = 0
     """Fixes the order of the text; the run's own unless given."""
+    plugins: list[str] = field(default_factory=list)
+    """Modules or .py files with parts of your own, such as `[my_sae]` (docs/extending.md)."""
 
     def execute(self, given_settings: Collection[str]) -> None:
         """Run the task, print a summary, and write numbers and a page; `given_settings` names the

@@ -10,13 +10,14 @@ from sae_lightning.analysis.tasks import TASKS
 from sae_lightning.runs.arguments import refuse_sweep
 from sae_lightning.runs.cli import one_line_errors, read_arguments, refuse_second_task
 from sae_lightning.runs.config import find_conf_folder, to_dataclass
-from sae_lightning.runs.jobs import read_overrides, register_schemas
+from sae_lightning.runs.jobs import read_overrides
+from sae_lightning.runs.plugins import load_parts
 
 
 def analyze_typed() -> None:
     """Run the task of the command line, in the first of several processes."""
-    register_schemas(TASKS)
     with one_line_errors():
+        sys.argv[1:] = load_parts(sys.argv[1:], TASKS)
         refuse_second_task()
         read_arguments()
         refuse_sweep(sys.argv[1:])  # before Hydra makes a sweep's folders

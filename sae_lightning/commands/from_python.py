@@ -26,8 +26,9 @@ from sae_lightning.formats.load_sae import load_sae
 from sae_lightning.runs.cli import explain_error, remove_unused_folder, rewrite_arguments
 from sae_lightning.runs.config import find_conf_folder
 from sae_lightning.runs.folders import read_metrics
-from sae_lightning.runs.jobs import make_composed_job, register_schemas
+from sae_lightning.runs.jobs import make_composed_job
 from sae_lightning.runs.launchers import find_place
+from sae_lightning.runs.plugins import load_parts
 from sae_lightning.sae import SAE
 from sae_lightning.terminal import phase
 
@@ -75,8 +76,9 @@ def _run_hydra(
     """What Hydra returns for each job of a command line."""
     with _errors_of_the_command(arguments):
         _check_place(arguments)
-        register_schemas()
-        overrides = rewrite_arguments([*(["-m"] if sweep else []), *arguments])
+        folder = [] if config_dir is None else ["--config-dir", os.fspath(config_dir)]
+        parts = load_parts([*folder, *arguments])[len(folder) :]
+        overrides = rewrite_arguments([*(["-m"] if sweep else []), *parts])
         with _start_hydra(config_dir) as hydra:
             if not sweep:
                 overrides.append("hydra.mode=RUN")

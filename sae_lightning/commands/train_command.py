@@ -11,18 +11,19 @@ from omegaconf import DictConfig
 
 from sae_lightning.runs.cli import one_line_errors, read_arguments
 from sae_lightning.runs.config import find_conf_folder
-from sae_lightning.runs.jobs import make_composed_job, register_schemas
+from sae_lightning.runs.jobs import make_composed_job
 from sae_lightning.runs.launchers import find_place
+from sae_lightning.runs.plugins import import_plugins, load_parts
 from sae_lightning.runs.search import compute_objective
 from sae_lightning.terminal import phase
 
 
 def train_typed() -> None:
     """Train the jobs of the command line, or what rank 0 sends."""
-    register_schemas()
-    if follow_first_rank():
-        sys.exit()
     with one_line_errors():
+        sys.argv[1:] = load_parts(sys.argv[1:])
+        if follow_first_rank():
+            sys.exit()
         read_arguments()
         train_composed()
 
@@ -40,6 +41,7 @@ def train_composed(cfg: DictConfig) -> float | None:
     folder = Path(hydra_config.runtime.output_dir)
     multirun = hydra_config.mode is RunMode.MULTIRUN
     with one_line_errors(folder, multirun):
+        import_plugins(cfg.plugins)  # in a process that submitit has started
         job = make_composed_job(cfg)
         # imported late, so that a mistyped option is reported at once
         with phase("starting"):

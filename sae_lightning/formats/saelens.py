@@ -72,8 +72,12 @@ def read_saelens(files: SavedFiles) -> StoredSAE:
 def _read_own_settings(source: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """Read settings that this project wrote; UserError if a newer version added some."""
     kind = ARCHITECTURES.get(settings["name"])
-    known = {field.name for field in fields(kind.config)} if kind else settings.keys() - {"name"}
-    if unknown := settings.keys() - known:
+    if kind is None:
+        raise UserError(
+            f"{source}: there is no architecture {settings['name']} here; add the plugin that "
+            "brings it, plugins=[...] (in Python: import it), or update"
+        )
+    if unknown := settings.keys() - {field.name for field in fields(kind.config)}:
         key = min(unknown)
         raise UserError(
             f"{source}: {OWN_KEY}.{key}={settings[key]} was written by another version: update, or "

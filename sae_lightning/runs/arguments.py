@@ -232,12 +232,12 @@ def _quote_text(argument: str, sweep: bool, texts: dict[str, bool]) -> str:
     expand = os.path.expanduser if is_path else str
     values = SWEEP_VALUE.findall(value) if sweep else [("", value)]
     return f"{name}=" + ",".join(
-        quoted or (text if text == "null" and may_be_null else _quote_if_needed(expand(text)))
+        quoted or (text if text == "null" and may_be_null else quote_if_needed(expand(text)))
         for quoted, text in values
     )
 
 
-def _quote_if_needed(text: str) -> str:
+def quote_if_needed(text: str) -> str:
     """The text, in quotes if Hydra would parse it as anything else."""
     with suppress(HydraException):
         if OverridesParser.create().parse_override(f"x={text}").value() == text:

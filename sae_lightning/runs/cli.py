@@ -34,7 +34,7 @@ from sae_lightning.runs.arguments import (
     quote_texts,
     sweep_settings_of_swept_groups,
 )
-from sae_lightning.runs.config import find_conf_folder
+from sae_lightning.runs.config import DATA_PRESETS, list_options
 from sae_lightning.runs.launchers import find_place
 from sae_lightning.runs.starts import choose_architecture
 from sae_lightning.runs.words import translate_setting
@@ -53,14 +53,6 @@ PLUGIN_INSTALLS = {
     "ray": 'pip install -e ".[ray]", in an environment of its own',
 }
 SEVERAL_ERRORS = "nothing was started:\n  "
-# Preset of `data` -> kind of data.
-DATA_PRESETS = {
-    "shakespeare": "plays",
-    "hub": "hub",
-    "text": "local",
-    "synthetic": "synthetic",
-    "activations": "activations",
-}
 PROCESS_START = time.time()
 
 
@@ -203,7 +195,7 @@ def _suggest(word: str, options: list[str]) -> str:
 def _list_presets_of(group: str) -> list[str]:
     if group == "task":
         return sorted(list_tasks())
-    return sorted(file.stem for file in Path(find_conf_folder(), group).glob("*.yaml"))
+    return list_options().get(group, [])
 
 
 def _describe_number_for_group(overrides: list[str]) -> str:

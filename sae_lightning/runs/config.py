@@ -12,6 +12,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
@@ -31,6 +32,14 @@ from sae_lightning.training.settings import (
     TrainerConfig,
 )
 
+# Preset of `data` -> kind of data.
+DATA_PRESETS = {
+    "shakespeare": "plays",
+    "hub": "hub",
+    "text": "local",
+    "synthetic": "synthetic",
+    "activations": "activations",
+}
 STREAM_HALF = ("llm", "data", "trainer", "eval", "seed")
 # Settings of the trainer that change the speed and, of a split SAE, the rounding.
 DEVICE_SETTINGS = ("devices", "nodes", "split", "patience")
@@ -50,6 +59,7 @@ FREE_ON_RESUME = (
     "eval",
     "logger",
     "sweep",
+    "plugins",
     "resume",
 )
 
@@ -84,6 +94,8 @@ class Config:
     """Loggers beside TensorBoard."""
     sweep: SweepConfig = field(default_factory=SweepConfig)
     """Settings of a multirun as a whole."""
+    plugins: list[str] = field(default_factory=list)
+    """Modules or .py files with parts of your own, such as `[my_sae]` (docs/extending.md)."""
     resume: str | None = None
     """Run folder to continue; nothing else may be given with it."""
 
@@ -182,12 +194,21 @@ class Config:
         return hashlib.sha256(json.dumps(half, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def list_presets() -> str:
-    """One line per group of presets in conf/, for `--help`."""
+def list_options() -> dict[str, list[str]]:
+    """Group -> its presets in conf/, and plugins' own options."""
     groups: dict[str, list[str]] = {}
-    for path in sorted(Path(find_conf_folder()).glob("*/*.yaml")):
+    for path in Path(find_conf_folder()).glob("*/*.yaml"):
         groups.setdefault(path.parent.name, []).append(path.stem)
-    return "\n".join(f"  {group:<11}{', '.join(names)}" for group, names in groups.items())
+    stored = ConfigStore.instance().repo
+    return {
+        group: sorted({*names, *(n.removesuffix(".yaml") for n in stored.get(group, {}))})
+        for group, names in sorted(groups.items())
+    }
+
+
+def list_presets() -> str:
+    """One line per group of options, for `--help`."""
+    return "\n".join(f"  {group:<11}{', '.join(names)}" for group, names in list_options().items())
 
 
 def to_dataclass(cfg: DictConfig) -> Any:

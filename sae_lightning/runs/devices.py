@@ -29,6 +29,7 @@ from sae_lightning.runs.cli import explain_error, format_error
 from sae_lightning.runs.config import Config
 from sae_lightning.runs.launchers import Place, find_local_size, find_place
 from sae_lightning.runs.plan import HeldOutResults, PlannedPass
+from sae_lightning.runs.plugins import import_plugins
 from sae_lightning.runs.run import run_pass
 from sae_lightning.terminal import console, phase
 from sae_lightning.training.settings import Accelerator
@@ -127,7 +128,11 @@ class Followers:
     def send_pass(self, planned: PlannedPass | None) -> None:
         """Have all ranks train a pass; None ends them."""
         self.passes_sent += 1
-        world().tell(f"pass/{self.passes_sent}", pickle.dumps(planned))
+        jobs = planned.jobs if planned else []
+        plugins = sorted({name for job in jobs for name in job.config.plugins})
+        # what plugins define is in the pass: they are imported before it is unpickled
+        message = plugins, planned and pickle.dumps(planned)
+        world().tell(f"pass/{self.passes_sent}", pickle.dumps(message))
 
     def end(self) -> None:
         """End all ranks but this one, once they have trained what they were sent."""
@@ -196,10 +201,11 @@ def follow() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         while True:
             passes_received += 1
-            planned = pickle.loads(world().hear(f"pass/{passes_received}"))
+            plugins, planned = pickle.loads(world().hear(f"pass/{passes_received}"))
             if planned is None:
                 break
-            run_pass(planned)
+            import_plugins(plugins)
+            run_pass(pickle.loads(planned))
         world().store.add("ended", 1)
         ranks.disconnect()
     except SystemExit:

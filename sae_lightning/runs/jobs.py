@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -20,7 +19,8 @@ from sae_lightning.report.sweep_table import split_overrides
 from sae_lightning.runs.arguments import join_sweep_values
 from sae_lightning.runs.config import DEVICE_SETTINGS, Config, list_presets, to_dataclass
 from sae_lightning.runs.logger_choice import change_loggers, list_destinations, resolve_loggers
-from sae_lightning.runs.saved import OVERRIDES_KEY, read_settings
+from sae_lightning.runs.resolvers import name_job_folder, pick_loss_preset
+from sae_lightning.runs.saved import OVERRIDES_KEY, read_settings, refuse_plugins
 from sae_lightning.runs.starts import apply_start, locate_start
 from sae_lightning.sae import ARCHITECTURES
 from sae_lightning.stream import SOURCES
@@ -60,8 +60,11 @@ class Job:
 
     @property
     def trust_override(self) -> dict[str, str]:
-        """`llm.trust_remote_code=true`, if set: every command that loads the LLM must repeat it."""
-        return {TRUST_SETTING: "true"} if self.config.llm.trust_remote_code else {}
+        """What every command on this run must repeat, because a folder cannot allow it: code that
+        comes with the LLM, and plugins."""
+        trusted = {TRUST_SETTING: "true"} if self.config.llm.trust_remote_code else {}
+        names = ",".join(self.config.plugins)
+        return trusted | ({"plugins": f"[{names}]"} if names else {})
 
     @property
     def label(self) -> str:
@@ -119,18 +122,6 @@ def register_schemas(tasks: Mapping[str, type] | None = None) -> None:
     OmegaConf.register_new_resolver("program", format_program, replace=True)
 
 
-def pick_loss_preset(model: str) -> str:
-    """The `loss` preset for a `model` preset: the preset with the same name or, if there is none,
-    the preset of the model's architecture."""
-    loader = GlobalHydra.instance().config_loader()
-    exists = loader.repository.config_exists
-    if exists(f"loss/{model}") or not exists(f"model/{model}"):  # Hydra reports an unknown name
-        return model
-    own = loader.load_configuration(f"model/{model}", [], RunMode.RUN)
-    name = OmegaConf.select(own, "model.name", default="relu")
-    return name if name in ARCHITECTURES else "relu"  # Config reports an unknown name
-
-
 def pick_run_folder(existing: str | None) -> str:
     """`hydra.run.dir`: outputs/<day>/<time>, or the run folder that is resumed."""
     if not existing:
@@ -159,14 +150,6 @@ def pick_sweep_folder(existing: str | None, day: str, time: str) -> str:
 def is_sweep(folder: Path) -> bool:
     """Whether `folder` holds the run folders of a multirun."""
     return not (folder / CONFIG_FILE).exists() and any(folder.glob(f"*/{CONFIG_FILE}"))
-
-
-def name_job_folder(swept: str, number: int) -> str:
-    """`hydra.sweep.subdir`: the job's swept settings, or its number if nothing is swept."""
-    name = swept.replace("/", "_").encode()
-    if len(name) > 200:  # file systems allow 255 bytes; the number keeps names distinct
-        return name[:190].decode(errors="ignore") + f"_{number}"
-    return name.decode() or str(number)
 
 
 def make_job(cfg: DictConfig, folder: Path, overrides: list[str], multirun: bool = False) -> Job:
@@ -225,7 +208,7 @@ def _change_job(job: Job, cfg: DictConfig, overrides: list[str]) -> Job:
 
 def _refuse_other_overrides(overrides: list[str]) -> None:
     """UserError for overrides with `resume` that would change the run."""
-    allowed = ("resume=", f"{TRUST_SETTING}=", "logger=", "logger.", *CHANGES)
+    allowed = ("resume=", "plugins=", f"{TRUST_SETTING}=", "logger=", "logger.", *CHANGES)
     others = [o for o in overrides if not o.startswith(allowed)]
     if others:
         raise UserError(
@@ -258,6 +241,7 @@ def read_job(folder: Path, trusted: bool = False) -> Job:
         overrides = saved.pop(OVERRIDES_KEY, [])
         if not (isinstance(overrides, list) and all(isinstance(o, str) for o in overrides)):
             raise ValueError(f"{OVERRIDES_KEY} is not a list of overrides")
+        refuse_plugins(file, saved.get("plugins", []))
         data = saved["data"]
         schema = _make_schema(data.get("kind") or _infer_data_kind(data), saved["model"]["name"])
         config = to_dataclass(OmegaConf.merge(schema, saved))

@@ -5,6 +5,7 @@ environment, an alias expand without limit and a tag make a Python object: all t
 """
 
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,25 @@ def read_settings(file: Path) -> Any:
         if name != OVERRIDES_KEY and (match := re.search(r"\$\{[^}]*\}*", value)):
             raise _make_refusal(file, name, f"the interpolation {match[0]!r:.60}")
     return OmegaConf.to_container(OmegaConf.create(text))
+
+
+def refuse_plugins(file: Path, names: Any) -> None:
+    """UserError if the settings in `file` name a plugin that this process has not imported, because
+    its user has not typed it: the folder may be a stranger's."""
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise ValueError("plugins is not a list of names")
+    for name in names:
+        if name_module(name) not in sys.modules:
+            raise UserError(
+                f"{file}: this run used code of its user's, plugins=[{name}]: read that code "
+                f"first, then allow it by adding plugins=[{','.join(names)}] to this command (in "
+                "Python: import it)"
+            )
+
+
+def name_module(name: str) -> str:
+    """Name of the module of a plugin, which is a module or a .py file."""
+    return Path(name).stem if name.endswith(".py") else name
 
 
 def parse_scalars(file: Path, text: str) -> Iterator[tuple[str, str]]:

@@ -233,7 +233,7 @@ def rewrite_weights(folder, **changes):
         ),
         (
             lambda f: rewrite_cfg(f, sae_lightning={"name": "oracle", "depth": 2}),
-            "sae_lightning.name=oracle was written by another version: update, or remove the key",
+            "there is no architecture oracle here; add the plugin that brings it",
         ),
         (lambda f: rewrite_cfg(f, sae_lightning=["relu"]), "is damaged or not an SAE"),
         (

@@ -20,12 +20,12 @@ from sae_lightning.runs.jobs import (
     Job,
     format_config,
     make_job,
-    name_job_folder,
     pick_run_folder,
     read_job,
     read_overrides,
     register_schemas,
 )
+from sae_lightning.runs.resolvers import name_job_folder
 from sae_lightning.sae import ARCHITECTURES
 from sae_lightning.sae.relu import ReLULoss
 from sae_lightning.stream import SOURCES

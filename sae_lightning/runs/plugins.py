@@ -1,0 +1,126 @@
+"""Users' own parts: modules that add rows to ARCHITECTURES, SOURCES or TASKS when imported.
+
+Their code runs only if they are typed (plugins=[...]) or installed (an entry point of the group
+`sae_lightning.plugins`). The plugins that a run folder names are never imported for that.
+"""
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Iterable, Mapping
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.utils import get_args_parser
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
+from sae_lightning.errors import UserError
+from sae_lightning.runs.arguments import quote_if_needed
+from sae_lightning.runs.config import DATA_PRESETS, find_conf_folder
+from sae_lightning.runs.jobs import register_schemas
+from sae_lightning.runs.saved import name_module
+from sae_lightning.sae import ARCHITECTURES
+from sae_lightning.stream import SOURCES
+
+GROUP = "sae_lightning.plugins"
+SETTING = "plugins"
+
+
+def load_parts(arguments: list[str], tasks: dict[str, type] | None = None) -> list[str]:
+    """Import the plugins that are typed or installed, and register all schemas with Hydra; returns
+    the arguments with `plugins` as Hydra takes it. `tasks`: TASKS, for analyze.py."""
+    given = [a for a in arguments if a.lstrip("+").startswith(f"{SETTING}=")]
+    names = _read_names(given[-1]) if given else []
+    import_plugins(names, tasks)
+    register_schemas(tasks)
+    flags, _ = get_args_parser().parse_known_intermixed_args(arguments)
+    _store_options(flags.config_dir)
+    rest = [a for a in arguments if a not in given]
+    value = ",".join(map(quote_if_needed, names))
+    return [*rest, f"{SETTING}=[{value}]"] if given else rest
+
+
+def import_plugins(names: Iterable[str], tasks: dict[str, type] | None = None) -> None:
+    """Import installed plugins and those in `names`: modules, or .py files. UserError: not there,
+    it fails, or it replaces a row of a table."""
+    tables = {"architecture": ARCHITECTURES, "kind of data": SOURCES, "task": tasks or {}}
+    for point in entry_points(group=GROUP):
+        _import_one(f"the installed plugin {point.name}", point.value.partition(":")[0], tables)
+    for name in names:
+        module = name_module(name)
+        if name.endswith(".py") and not os.path.isfile(name):
+            raise UserError(f"{SETTING}=[{name}]: no such file")
+        _let_be_imported(os.path.dirname(name) if name.endswith(".py") else os.getcwd())
+        _import_one(f"{SETTING}=[{name}]", module, tables)
+        file = getattr(sys.modules[module], "__file__", None)
+        if name.endswith(".py") and not (file and os.path.samefile(file, name)):
+            raise UserError(
+                f"{SETTING}=[{name}]: Python finds another module {module}, {file}; rename yours"
+            )
+
+
+def _read_names(argument: str) -> list[str]:
+    """Modules, and files as absolute paths, of plugins=[a,b] or plugins=a."""
+    value = argument.partition("=")[2].strip().removeprefix("[").removesuffix("]")
+    names = [name.strip(" '\"") for name in value.split(",") if name.strip()]
+    expand = os.path.expanduser
+    return [os.path.abspath(expand(name)) if name.endswith(".py") else name for name in names]
+
+
+def _let_be_imported(folder: str) -> None:
+    """Have modules in `folder` found, after all others, here and in processes started later."""
+    if folder not in sys.path:
+        sys.path.append(folder)
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if folder not in paths:
+        os.environ["PYTHONPATH"] = os.pathsep.join([*filter(None, paths), folder])
+
+
+def _import_one(what: str, module: str, tables: Mapping[str, dict[str, Any]]) -> None:
+    before = {kind: dict(table) for kind, table in tables.items()}
+    try:
+        importlib.import_module(module)
+    except UserError:
+        raise
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and module.startswith(error.name or "\0"):
+            raise UserError(
+                f"{what}: no module of this name; give one that Python finds from this folder, or "
+                "the path of a .py file"
+            ) from error
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        raise UserError(
+            f"{what}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''} "
+            f"({where.filename}, line {where.lineno})"
+        ) from error
+    for kind, table in tables.items():
+        for name, row in before[kind].items():
+            if table[name] is not row:
+                table[name] = row
+                raise UserError(f"{what}: the {kind} {name} is there already; choose another name")
+
+
+def _store_options(config_dir: str | None) -> None:
+    """Make each architecture, objective and kind of data without a preset an option of its group.
+    (Hydra refuses a preset that has the name of an option.)"""
+    store = ConfigStore.instance()
+    folders = [Path(folder) for folder in (find_conf_folder(), config_dir) if folder]
+    for group, table, fixed in (
+        ("model", {n: r.config for n, r in ARCHITECTURES.items()}, {"seed": "${seed}"}),
+        ("loss", {name: row.loss for name, row in ARCHITECTURES.items()}, None),
+        (
+            "data",
+            {n: r.settings for n, r in SOURCES.items() if n not in DATA_PRESETS.values()},
+            {},
+        ),
+    ):
+        key = "kind" if group == "data" else "name"
+        for name, schema in table.items():
+            store.repo.get(group, {}).pop(f"{name}.yaml", None)  # of an earlier call
+            if any((folder / group / f"{name}.yaml").is_file() for folder in folders):
+                continue
+            own = {} if fixed is None else {key: name} | fixed
+            store.store(group=group, name=name, node=OmegaConf.merge(schema, own))
