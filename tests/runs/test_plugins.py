@@ -50,8 +50,7 @@ def as_before(tmp_path, monkeypatch):
         table.update(before)
     for group in ("model", "loss", "data"):
         ConfigStore.instance().repo.pop(group, None)
-    for group in ("schema/model", "schema/loss"):
-        ConfigStore.instance().repo.pop(group, None)
+        ConfigStore.instance().repo["schema"].pop(group, None)
     register_schemas()
 
 
