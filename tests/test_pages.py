@@ -119,8 +119,8 @@ def folder(tmp_path_factory):
     (folder / "tiny" / "chat_template.jinja").write_text(template)
     chat = [{"role": role, "content": TEXT} for role in ("user", "assistant")]
     (folder / "chats.jsonl").write_text("\n".join([json.dumps({"messages": chat})] * 20))
-    for name in ("text", "books"):
-        (folder / name).mkdir()
+    for name in ("text", "books", "corpus/books", "corpus/code"):
+        (folder / name).mkdir(parents=True)
         write_text(folder / name)
     (folder / "notes.txt").write_text(TEXT)
     (folder / "hub").mkdir()

@@ -106,7 +106,8 @@ def quote_texts(arguments: list[str]) -> list[str]:
 def open_dict_settings(arguments: list[str]) -> list[str]:
     """The arguments with `++` before settings that are dicts: without it, Hydra refuses keys that
     the default lacks."""
-    return [f"++{a}" if re.match(r"(llm\.load|data\.sites)[.=]", a) else a for a in arguments]
+    dicts = r"(llm\.load|data\.sites|data\.weights)[.=]"
+    return [f"++{a}" if re.match(dicts, a) else a for a in arguments]
 
 
 def find_text_settings() -> dict[str, bool]:

@@ -36,6 +36,12 @@ class SplitText(NamedTuple):
     """None if documents are text. If they are conversations (see `copy_chats`), whether to train
     on the assistant's tokens only."""
 
+    weight: float = 1.0
+    """Share of the tokens, in a mixture."""
+
+    others: tuple["SplitText", ...] = ()
+    """The other texts of a mixture."""
+
 
 def make_documents(texts: list[str]) -> "Dataset":
     """Make a data set with a row for each text."""

@@ -17,6 +17,7 @@ at the last two kinds of cut.
 import hashlib
 import json
 import re
+import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ from sae_lightning.terminal import phase
 
 PIECE_BYTES = 1 << 18  # bytes; a longer document is cut
 TOKENISED_CHARACTERS = 1 << 20  # characters tokenised at a time
+FINGERPRINT_TOKENS = 1 << 12  # length of each sample in a long text's fingerprint
 WRITTEN_TOKENS = 1 << 22  # tokens written at a time
 CUT_PATTERNS = [
     re.compile(pattern, re.DOTALL)  # each matches up to the last place of its kind
@@ -191,6 +193,16 @@ def _batches(arrays: Iterable[np.ndarray]) -> Iterator[pa.Array]:
             waiting, size = [], 0
     if size:
         yield pa.array(np.concatenate(waiting))
+
+
+def summarise_tokens(flat: pa.ChunkedArray) -> str:
+    """Length and checksum of a text's tokens; beyond a million tokens, the checksum is of evenly
+    spaced samples."""
+    samples = min(256, -(-len(flat) // FINGERPRINT_TOKENS))
+    checksum = 0
+    for start in np.linspace(0, len(flat), samples, endpoint=False).astype(np.int64):
+        checksum = zlib.crc32(flat.slice(start, FINGERPRINT_TOKENS).to_numpy(), checksum)
+    return f"{len(flat)} tokens, crc32 {checksum:08x}"
 
 
 def hash_tokenizer(tokenizer: Any) -> str:

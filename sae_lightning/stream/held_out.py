@@ -19,10 +19,9 @@ from sae_lightning.llm.splice import SpliceBaseline, SpliceScores, score_baselin
 from sae_lightning.llm.vocabulary import find_special_ids
 from sae_lightning.ranks import ALONE, Split, world
 from sae_lightning.stream.exchange import apply_together, exchange_rows
-from sae_lightning.stream.packing import read_ids
+from sae_lightning.stream.packing import HeldOutStream, read_ids
 from sae_lightning.stream.rows import compute_medians, find_usual_rows
 from sae_lightning.stream.source import HeldOutData
-from sae_lightning.stream.tokens import HeldOutTokens
 from sae_lightning.terminal import console, phase
 
 
@@ -40,7 +39,7 @@ class HeldOut(HeldOutData):
     def __init__(
         self,
         llm: LLM,
-        text: HeldOutTokens,
+        text: HeldOutStream,
         sites: list[Site],
         *,
         tokens: int,

@@ -1,7 +1,8 @@
 """Your own text: each file, or each row of a file, is a document."""
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,8 +53,18 @@ class LocalConfig(TextConfig):
     """Share of the text kept for evaluation: documents as a whole, or, where one of them is too
     large a part of the text for that, its last words."""
 
+    weights: dict[str, float] = field(default_factory=dict)
+    """A mixture: file, folder or glob below data.path -> its share of the tokens, such as
+    {books:0.7,code:0.3} (in proportion; they need not add up to 1); empty for all of data.path."""
+
     def __post_init__(self) -> None:
         TextConfig.__post_init__(self)
+        for name, weight in self.weights.items():
+            if not 0 < weight < inf:
+                raise UserError(
+                    f"data.weights: {name}:{weight}; give a positive share of the tokens, or leave "
+                    "it out"
+                )
         if not self.path:
             raise UserError("data.path is empty: give a file, a folder or a glob of text files")
         if not 0 < self.held_out < 1:
@@ -85,23 +96,34 @@ class LocalSource(TextSource):
             ChatEncoder(load_tokenizer(self.llm), bool(self.data.assistant_only))
 
     def open_documents(self) -> SplitText:
-        config = self.data
-        where = f"data.path={config.path}"
-        try:
-            data = load_documents(config)
-            row = (
-                dict.fromkeys(data.column_names) if len(data) else None
-            )  # names only: a text may be long
-        except UserError:
-            raise
-        except Exception as error:  # datasets raises StopIteration for an empty file
-            empty = isinstance(error, StopIteration)
-            reason = "there is no document in it" if empty else summarise_cause(error)
-            raise UserError(f"{where}: cannot be read ({reason})") from error
-        if config.chat:
-            split = hold_out(data, config.held_out, whole=True)
-            return split._replace(where=where, assistant_only=bool(config.assistant_only))
-        return hold_out(keep_text_column(data, row, config.column, where), config.held_out)
+        if not self.data.weights:
+            return _open_split(self.data)
+        total, texts = sum(self.data.weights.values()), []
+        for name, weight in self.data.weights.items():
+            path = os.path.join(os.path.expanduser(self.data.path), name)
+            text = _open_split(replace(self.data, path=path, weights={}))
+            texts.append(text._replace(weight=weight / total, where=f"data.path={path}"))
+        return texts[0]._replace(others=tuple(texts[1:]))
+
+
+def _open_split(config: LocalConfig) -> SplitText:
+    """Open the text of `config`, and hold out a part of it."""
+    where = f"data.path={config.path}"
+    try:
+        data = load_documents(config)
+        row = (
+            dict.fromkeys(data.column_names) if len(data) else None
+        )  # names only: a text may be long
+    except UserError:
+        raise
+    except Exception as error:  # datasets raises StopIteration for an empty file
+        empty = isinstance(error, StopIteration)
+        reason = "there is no document in it" if empty else summarise_cause(error)
+        raise UserError(f"{where}: cannot be read ({reason})") from error
+    if config.chat:
+        split = hold_out(data, config.held_out, whole=True)
+        return split._replace(where=where, assistant_only=bool(config.assistant_only))
+    return hold_out(keep_text_column(data, row, config.column, where), config.held_out)
 
 
 def load_documents(config: LocalConfig) -> "Dataset":

@@ -89,7 +89,7 @@ def identify_rows(config: LLMConfig, data: TextConfig, seed: int, rows: LLMRows)
         for name, value in asdict(data).items()
         if name != "pool"
         and not name.startswith(("cache", "kind"))
-        and not (name in NEW_SETTINGS and value is None)  # else older caches would not be found
+        and not (name in NEW_SETTINGS and not value)  # else older caches would not be found
     }
     special = {name: getattr(config, name) for name in ("bos", "separator")}
     return {

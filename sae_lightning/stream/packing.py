@@ -72,6 +72,17 @@ class Packing(NamedTuple):
         return Sequences(read_ids(tokens), self.mark_text(windows) & (tokens >= 0), ids)
 
 
+class HeldOutStream(Protocol):
+    """Held-out sequences, the same at every call."""
+
+    packing: Packing
+
+    def pick_sequences(self, sequences: int) -> Tensor:
+        """Pick sequences -> [about `sequences`, <= context] int64; tokens that are not trained on
+        are complements (see `read_ids`). UserError: nothing is held out."""
+        ...
+
+
 def read_ids(tokens: Tensor) -> Tensor:
     """Undo the complements of tokens that are not trained on."""
     return torch.maximum(tokens, ~tokens)

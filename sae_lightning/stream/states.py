@@ -69,11 +69,15 @@ def expect_rows(
             raise ValueError("rows.medians: a median norm is not positive and finite")
     tokens, read = state["tokens"], state["read"] * batch
     fields = {"epoch": range(1, ANY_COUNT.stop)}
-    if "cursor" in tokens:  # of an indexed text
-        expect(tokens, fields | {"tokens": range(1, ANY_COUNT.stop)}, "tokens")
-        windows = -(-tokens["tokens"] // (context - 1))
-        expect(tokens, {"cursor": range(windows + 1)}, "tokens")
-        expect((tokens["epoch"] - 1) * windows + tokens["cursor"], read, "the text's position")
+    if "texts" in tokens or "cursor" in tokens:  # of indexed texts
+        texts, position = tokens.get("texts", [tokens]), 0
+        expect(texts, list, "tokens.texts")
+        for text in texts:
+            expect(text, fields | {"tokens": range(1, ANY_COUNT.stop)}, "tokens")
+            windows = -(-text["tokens"] // (context - 1))
+            expect(text, {"cursor": range(windows + 1)}, "tokens")
+            position += (text["epoch"] - 1) * windows + text["cursor"]
+        expect(position, read, "the text's position")
     else:
         fields |= {"documents": ANY_COUNT, "read": ANY_COUNT, "served": read, "carry": Tensor}
         expect(tokens, fields, "tokens")

@@ -21,14 +21,14 @@ from sae_lightning.errors import UserError
 from sae_lightning.llm.chat import ChatEncoder
 from sae_lightning.llm.vocabulary import check_ids, find_bos_id, find_separator_id
 from sae_lightning.stream.documents import SplitText, summarise_cause
-from sae_lightning.stream.flat import flat_tokens, tokenise_documents
-from sae_lightning.stream.packing import Packing, Sequences, TokenStream
+from sae_lightning.stream.flat import flat_tokens, summarise_tokens, tokenise_documents
+from sae_lightning.stream.mixture import mix_texts
+from sae_lightning.stream.packing import HeldOutStream, Packing, Sequences, TokenStream
 from sae_lightning.stream.states import check_text
 from sae_lightning.terminal import console
 
 SHUFFLE_BUFFER = 1000  # documents
 STREAMED_CHARACTERS = 1 << 16  # characters tokenised at a time when streaming
-FINGERPRINT_TOKENS = 1 << 12  # length of each sample in a long text's fingerprint
 
 
 class ShuffledTokens(TokenStream):
@@ -53,6 +53,10 @@ class ShuffledTokens(TokenStream):
         random = np.random.Generator(np.random.PCG64([self.seed, epoch]))
         self._order = random.permutation(self.windows)
 
+    @property
+    def served(self) -> int:
+        return (self.epoch - 1) * self.windows + self.cursor
+
     def next(self, n: int) -> Sequences:
         """Serve the next n sequences [n, context], beginning a new epoch where one ends."""
         windows, ids = [], []
@@ -62,21 +66,14 @@ class ShuffledTokens(TokenStream):
                 self._begin(self.epoch + 1)
             start = self._order[self.cursor] * self.packing.width
             windows.append(self.flat.slice(start, self.packing.width).to_numpy())
-            ids.append((self.epoch - 1) * self.windows + self.cursor)
+            ids.append(self.served)
             self.cursor += 1
         return self.packing.pack_sequences(windows, torch.tensor(ids, dtype=torch.int64))
 
     def fingerprint(self) -> str:
-        """Length and checksum of the text; beyond a million tokens, the checksum is of evenly
-        spaced samples."""
+        """What identifies the text (see `summarise_tokens`)."""
         if not self._fingerprint:
-            samples = min(256, -(-len(self.flat) // FINGERPRINT_TOKENS))
-            checksum = 0
-            for start in np.linspace(0, len(self.flat), samples, endpoint=False).astype(np.int64):
-                checksum = zlib.crc32(
-                    self.flat.slice(start, FINGERPRINT_TOKENS).to_numpy(), checksum
-                )
-            self._fingerprint = f"{len(self.flat)} tokens, crc32 {checksum:08x}"
+            self._fingerprint = summarise_tokens(self.flat)
         return self._fingerprint
 
     def state_dict(self) -> dict[str, Any]:
@@ -216,7 +213,7 @@ class StreamedTokens(TokenStream):
         self.carry = state["carry"].numpy().copy()
 
 
-class HeldOutTokens:
+class HeldOutTokens(HeldOutStream):
     """The text that only evaluation reads, as sequences."""
 
     def __init__(
@@ -236,8 +233,7 @@ class HeldOutTokens:
 
         Indexed text: windows spread evenly over all of it, so that every document has its share.
         Streamed text: its first windows. No window is padded: a short last one is left out or, if
-        it is the only one, returned as a shorter sequence. Tokens that are not trained on are
-        complements (see `read_ids`). UserError if nothing is held out.
+        it is the only one, returned as a shorter sequence.
         """
         if hasattr(self.data, "__len__"):
             separator = self.packing.separator
@@ -262,7 +258,7 @@ class SplitTokens(NamedTuple):
     """The two parts of a text as tokens; the held-out one is tokenised when it is read."""
 
     train: TokenStream
-    held_out: HeldOutTokens
+    held_out: HeldOutStream
 
 
 def open_tokens(text: SplitText, tokenizer: Any, *, context: int, seed: int) -> SplitTokens:
@@ -271,6 +267,10 @@ def open_tokens(text: SplitText, tokenizer: Any, *, context: int, seed: int) -> 
     An indexed training text is tokenised right away, a streamed one as it is read.
     UserError: the text holds no token, or one that the LLM does not know.
     """
+    if text.others:
+        texts = (text._replace(others=()), *text.others)
+        opened = [open_tokens(part, tokenizer, context=context, seed=seed) for part in texts]
+        return SplitTokens(*mix_texts(opened, [part.weight for part in texts]))
     packing = Packing(context, find_bos_id(tokenizer), find_separator_id(tokenizer))
     is_chat = text.assistant_only is not None
     chat = ChatEncoder(tokenizer, text.assistant_only) if is_chat else None

@@ -1,0 +1,83 @@
+"""Mixtures of texts (data.weights): sequences of several texts, interleaved by their weights.
+
+    weights      books 0.75, code 0.25
+    sequences    b1  b2  c1  b3  b4  b5  c2  b6  b7  ...      the text that lags most is next
+
+So each text has its share of the tokens at every point of the stream, but for a few sequences. Each
+has epochs of its own: a small text with a large weight is repeated sooner.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sae_lightning.errors import UserError
+from sae_lightning.stream.packing import HeldOutStream, Sequences, TokenStream
+
+
+class MixedTokens(TokenStream):
+    """Sequences of several indexed texts; the state is theirs."""
+
+    def __init__(self, texts: Sequence[Any], weights: Sequence[float]) -> None:
+        """`texts`: a `ShuffledTokens` for each of the weights, which add up to 1."""
+        self.texts, self.weights, self.packing = texts, weights, texts[0].packing
+
+    @property
+    def epoch(self) -> int:
+        return min(text.epoch for text in self.texts)
+
+    def next(self, n: int) -> Sequences:
+        """Serve the next n sequences [n, context], each of the text that lags most."""
+        counts = [text.served for text in self.texts]
+        first, parts = sum(counts), []
+        for total in range(first + 1, first + n + 1):
+            lags = [w * total - c for w, c in zip(self.weights, counts, strict=True)]
+            chosen = lags.index(max(lags))
+            counts[chosen] += 1
+            parts.append(self.texts[chosen].next(1))
+        tokens, is_text = (torch.cat([part[field] for part in parts]) for field in (0, 1))
+        return Sequences(tokens, is_text, torch.arange(first, first + n))
+
+    def fingerprint(self) -> str:
+        """The fingerprints of all texts."""
+        return "; ".join(text.fingerprint() for text in self.texts)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"texts": [text.state_dict() for text in self.texts]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue after the last sequence served; UserError if a text is a different one."""
+        for text, part in zip(self.texts, state["texts"], strict=True):
+            text.load_state_dict(part)
+
+
+class MixedHeldOut(HeldOutStream):
+    """The held-out parts of several texts, by the same weights."""
+
+    def __init__(self, texts: Sequence[Any], weights: Sequence[float]) -> None:
+        """`texts`: a `HeldOutTokens` for each of the weights."""
+        self.texts, self.weights, self.packing = texts, weights, texts[0].packing
+
+    def pick_sequences(self, sequences: int) -> Tensor:
+        """Pick sequences of each text by its weight, at least one -> [about sequences, context]."""
+        picked = []
+        for text, weight in zip(self.texts, self.weights, strict=True):
+            part = text.pick_sequences(max(1, round(weight * sequences)))
+            if part.shape[1] < self.packing.context:
+                raise UserError(
+                    f"data.weights: {text.where} holds out less than a sequence of "
+                    f"data.context={self.packing.context}; raise data.held_out, or lower "
+                    "data.context"
+                )
+            picked.append(part)
+        return torch.cat(picked)
+
+
+def mix_texts(
+    opened: Sequence[tuple[Any, Any]], weights: Sequence[float]
+) -> tuple[MixedTokens, MixedHeldOut]:
+    """Mix the training and held-out parts of texts by `weights`, which add up to 1."""
+    train, held_out = zip(*opened, strict=True)
+    return MixedTokens(train, weights), MixedHeldOut(held_out, weights)
