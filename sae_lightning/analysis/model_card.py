@@ -7,7 +7,7 @@ import yaml
 
 from sae_lightning.analysis.probing.probes import FEATURES, NEURONS, RANDOM
 from sae_lightning.errors import UserError
-from sae_lightning.formats.saelens import NOTE_KEY
+from sae_lightning.formats.saelens import NOTE_KEY, OWN_KEY
 from sae_lightning.formats.trained_on import find_llm_name
 from sae_lightning.sae import SAE
 
@@ -89,8 +89,9 @@ def _describe(sae: SAE, llm: str | None) -> str:
     kind = "transcoder" if target else "sparse autoencoder"
     reads = f" It reads `{source}` of {llm}" if source and llm else ""
     reads += f" and reconstructs `{target}`" if reads and target else ""
+    made = "trained" if OWN_KEY in sae.metadata else "saved"
     return (
-        f"A {kind} with {sae.config.features:,} features ({sae.config.name}), trained with "
+        f"A {kind} with {sae.config.features:,} features ({sae.config.name}), {made} with "
         f"sae_lightning.{reads}{'.' if reads else ''} It takes activations as they are, without "
         "scaling or centring."
     )

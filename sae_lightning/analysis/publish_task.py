@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from sae_lightning.files import read_regular_file
 from sae_lightning.formats.fetch import HUB, fetch_saved
 from sae_lightning.formats.hub_errors import LOGIN
 from sae_lightning.formats.load_sae import load_sae
-from sae_lightning.formats.saelens import CFG, WEIGHTS
+from sae_lightning.formats.saelens import CFG, OWN_KEY, WEIGHTS
 from sae_lightning.formats.upload import has_token, is_private, upload_files
 from sae_lightning.runs.folders import METRICS_FILE
 from sae_lightning.runs.jobs import CONFIG_FILE, is_sweep
@@ -29,8 +30,8 @@ from sae_lightning.terminal import console, format_command, make_grid
 # Results of other tasks that are uploaded, where they are there: numbers and the page.
 RESULTS = ("evaluate.json", "overview.json", "index.html")
 # A path in a text: from its root or from the home folder, but not within a name, a web address or a
-# special token.
-PATH = re.compile(r"(?<![\w.:/~<|])~?/[^\s,;'\"\])}]+")
+# special token. A single part (/data, [/INST]) has nothing to hide.
+PATH = re.compile(r"(?<![\w.:/~<|])~?(?:/[^\s,;'\"\])}/]+){2,}/?")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -102,7 +103,10 @@ class PublishTask(Task):
                 "private=false asks before anything becomes public, but there is no terminal: add "
                 "ask=false"
             )
-        if input(f"Everybody will see these files at {self.repo}. Go on? [y/N] ") not in ("y", "Y"):
+        answer = ""
+        with suppress(EOFError):  # Ctrl-D
+            answer = input(f"Everybody will see these files at {self.repo}. Go on? [y/N] ")
+        if answer.strip().lower() not in ("y", "yes"):
             raise UserError("nothing was uploaded")
 
 
@@ -110,14 +114,14 @@ def collect_files(folder: Path) -> dict[str, bytes | Path]:
     """Path in the repository -> content, for the SAE and what else there is in a run's folder.
     Folders of this machine are cut off from all paths in it."""
     sae = folder / "sae" if (folder / "sae").is_dir() else folder
-    if not all((sae / name).is_file() for name in (CFG, WEIGHTS)):
+    cfg = json.loads(read_regular_file(sae / CFG)) if (sae / CFG).is_file() else {}
+    if OWN_KEY not in cfg:  # its weights may need centring or scales, which the card leaves out
         raise UserError(
-            f"{folder} holds an SAE in another format: write it with task=export format=saelens "
-            "first, and publish that folder"
+            f"{folder} holds an SAE that another tool saved: write it with task=export "
+            "format=saelens first, and publish that folder"
         )
-    cfg = json.loads(read_regular_file(sae / CFG))
     texts = {f"sae/{CFG}": json.dumps(hide_folders(cfg), indent=2)}
-    found = {str(folder.absolute()), str(Path.home())} | find_paths(cfg)
+    found = {*filter(is_path, (str(folder.absolute()), str(Path.home())))} | find_paths(cfg)
     if (folder / CONFIG_FILE).is_file():
         config = read_settings(folder / CONFIG_FILE)
         found |= find_paths(config)
@@ -158,9 +162,14 @@ def hide_folders(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     name, equals, given = value.partition("=")  # an override that was typed
-    if equals and os.path.isabs(given):
+    if equals and is_path(given):
         return f"{name}={Path(given).name}"
-    return Path(value).name if os.path.isabs(value) else PATH.sub(_cut_folders, value)
+    return Path(value).name if is_path(value) else PATH.sub(_cut_folders, value)
+
+
+def is_path(text: str) -> bool:
+    """Whether the whole text is an absolute path with folders to hide."""
+    return os.path.isabs(text) and len(Path(text).parts) > 2
 
 
 def find_paths(value: Any) -> set[str]:
@@ -171,7 +180,7 @@ def find_paths(value: Any) -> set[str]:
     if not isinstance(value, str):
         return set()
     given = value.partition("=")[2] or value
-    return {given} if os.path.isabs(given) else {*PATH.findall(value)}
+    return {given} if is_path(given) else {*PATH.findall(value)}
 
 
 def cut_paths(text: str, paths: Collection[str]) -> str:

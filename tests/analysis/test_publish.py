@@ -1,5 +1,6 @@
 """An SAE is published on the hub with its settings, scores and a model card, and opened from it."""
 
+import io
 import json
 import os
 import re
@@ -144,6 +145,8 @@ def test_nothing_that_is_published_names_a_folder_of_this_machine_or_the_token(
         ("google/gemma-2-2b", "google/gemma-2-2b"),
         ("llm.separator=</s>", "llm.separator=</s>"),
         ("https://a.org/b/c", "https://a.org/b/c"),
+        ("[/INST] /", "[/INST] /"),
+        ("/", "/"),
         ({"a": ["/x/y"], "b": 3}, {"a": ["y"], "b": 3}),
     ],
 )
@@ -236,12 +239,22 @@ class Terminal:
         return self.here
 
 
+class ClosedTerminal(io.StringIO):
+    """Where Ctrl-D was typed."""
+
+    def isatty(self) -> bool:
+        return True
+
+
 def test_nothing_becomes_public_unless_the_user_says_so(hub, run, monkeypatch):
     public = {"private": False, "licence": "mit"}
     monkeypatch.setattr(sys, "stdin", Terminal(False))
     with pytest.raises(UserError, match="there is no terminal: add ask=false"):
         publish(run, **public)
     monkeypatch.setattr(sys, "stdin", Terminal(True))
+    monkeypatch.setattr(sys, "stdin", ClosedTerminal())
+    with pytest.raises(UserError, match="nothing was uploaded"):
+        publish(run, **public)
     answers = ["", "no", "y"]
     monkeypatch.setattr("builtins.input", lambda question: answers.pop(0))
     for _ in range(2):
@@ -311,11 +324,31 @@ def test_an_upload_that_fails_leaves_no_half_of_a_commit(hub, run, request_, sta
     assert all(repo.files == {} for repo in hub.repos.values())
 
 
-def test_another_tools_folder_has_to_be_converted_first(hub, tmp_path):
+def test_another_tools_folder_has_to_be_converted_first(hub, planted, tmp_path):
+    """SAELens' own, too: its encoder may read x - b_dec, which the code in the card does not."""
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "sae_weights.safetensors").write_bytes(b"llamascopium's")
-    with pytest.raises(UserError, match="task=export format=saelens"):
-        publish_task.collect_files(tmp_path / "other")
+    saelens = shutil.copytree(planted[1], tmp_path / "saelens")
+    cfg = json.loads((saelens / "cfg.json").read_text())
+    del cfg["sae_lightning"]
+    (saelens / "cfg.json").write_text(json.dumps(cfg))
+    for folder in (tmp_path / "other", saelens):
+        with pytest.raises(UserError, match="task=export format=saelens"):
+            publish_task.collect_files(folder)
+
+
+def test_a_home_folder_at_the_root_leaves_the_page_as_it_is(hub, run, monkeypatch):
+    monkeypatch.setattr(Path, "home", lambda: Path("/"))
+    publish(run)
+    assert b"</td><td>run</td>" in hub.repos["me/sae"].files["analysis/index.html"]
+
+
+def test_the_card_says_trained_only_of_what_was_trained_here():
+    sae = build_sae(SAEConfig(features=12), 6, 6)
+    sae.metadata = {}
+    assert "saved with sae_lightning." in write_card("me/sae", sae, {}, {}, None)
+    sae.metadata = {"sae_lightning": {}}
+    assert "trained with sae_lightning." in write_card("me/sae", sae, {}, {}, None)
 
 
 def test_a_sae_on_the_hub_is_published_again_under_another_name(hub, run):
