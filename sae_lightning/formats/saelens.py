@@ -5,6 +5,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from sae_lightning.errors import UserError
 from sae_lightning.formats.row import (
     Format,
@@ -40,6 +42,8 @@ SAELENS_KINDS = {
     "batchtopk": "batch_topk",
     "matryoshka_batchtopk": "matryoshka",
 }
+# TransformerLens' names of LLMs with LayerNorm begin like this; without it, nothing is centred.
+LAYERNORM_MODELS = ("gpt2", "distilgpt2", "pythia", "tiny-stories", "gelu-", "gpt-neo", "opt-")
 SAELENS_KINDS |= {name: SAELENS_KINDS[kind] for (kind, _), name in TRANSCODERS.items()}
 
 
@@ -47,6 +51,9 @@ def read_saelens(files: SavedFiles) -> StoredSAE:
     """Read a folder written by SAELens 3 or later, for inference or as a training checkpoint, or by
     this project."""
     cfg = files.settings
+    is_oldest = "hook_point" in cfg  # before SAELens 3
+    if is_oldest:
+        cfg = {"hook_name": cfg["hook_point"]} | cfg
     # SAELens 3 to 5 described TopK differently
     cfg = {"architecture": "standard", "activation_fn": cfg.get("activation_fn_str", "relu")} | cfg
     if cfg["activation_fn"] == "topk":
@@ -58,15 +65,31 @@ def read_saelens(files: SavedFiles) -> StoredSAE:
         else _translate_settings(files.source, cfg)
     )
     scale = _read_scale(files.source, cfg.get("normalize_activations") or "none")
+    weights, metadata = rename_tensors(SAELENS, files.tensors), cfg.get("metadata", cfg)
+    centred = "transcoder" not in kind and cfg.get("apply_b_dec_to_input", True)
+    processing = metadata.get("model_from_pretrained_kwargs", {})
+    if processing.get("center_writing_weights", is_oldest) and str(
+        metadata.get("model_name")
+    ).startswith(LAYERNORM_MODELS):
+        weights |= _center_dimensions(weights, centred)
     return StoredSAE(
         settings,
-        rename_tensors(SAELENS, files.tensors),
-        cfg.get("metadata", cfg),
-        centred="transcoder" not in kind and cfg.get("apply_b_dec_to_input", True),
+        weights,
+        metadata,
+        centred=centred,
         scale_in=scale,
         scale_out=scale,
         rescale=cfg.get("rescale_acts_by_decoder_norm", "batchtopk" in kind),
     )
+
+
+def _center_dimensions(weights: dict[str, Tensor], centred: bool) -> dict[str, Tensor]:
+    """Encoder weights for raw activations, of an SAE trained on them less their mean over
+    dimensions: TransformerLens' `center_writing_weights`, which LayerNorm does not notice."""
+    W_enc, b_enc = weights["W_enc"], weights["b_enc"]
+    if centred:  # the mean over dimensions is subtracted from x, not from b_dec
+        b_enc = b_enc - weights["b_dec"].mean() * W_enc.sum(dim=0)
+    return {"W_enc": W_enc - W_enc.mean(dim=0), "b_enc": b_enc}
 
 
 def _read_own_settings(source: Path, settings: dict[str, Any]) -> dict[str, Any]:

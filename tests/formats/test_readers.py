@@ -13,6 +13,7 @@ from torch.testing import assert_close
 
 from sae_lightning import UserError, load_sae
 from sae_lightning.formats.saelens import CFG, WEIGHTS
+from sae_lightning.formats.trained_on import read_layer
 
 D, FEATURES, K = 12, 30, 5
 
@@ -285,6 +286,34 @@ def test_saelens_of_before_version_6(tmp_path):
     sae = load_sae(saelens(tmp_path, tensors, hook_name="blocks.3.hook_z", **k))
     assert_computes(sae, topk(Z), topk(Z) @ W_DEC + B_DEC)
     assert (sae.config.k, sae.metadata["hook_name"]) == (K, "blocks.3.hook_z")
+
+
+@pytest.mark.parametrize(
+    ("cfg", "centre"),
+    [
+        ({"model_name": "gpt2-small", "hook_point": "blocks.3.hook_resid_pre"}, True),
+        ({"model_name": "gemma-2b", "hook_point": "blocks.3.hook_resid_pre"}, False),
+        ({"model_name": "gpt2-small", "hook_name": "blocks.3.hook_resid_pre"}, False),
+        (
+            {
+                "model_name": "gpt2-small",
+                "hook_name": "blocks.3.hook_resid_pre",
+                "model_from_pretrained_kwargs": {"center_writing_weights": True},
+                "apply_b_dec_to_input": False,
+            },
+            True,
+        ),
+    ],
+)
+def test_saes_of_centred_residual_streams_take_raw_ones(tmp_path, cfg, centre):
+    """The oldest files of SAELens, gpt2-small-res-jb among them, call the site hook_point, and were
+    trained on TransformerLens' processed LLM: x less its mean over dimensions, unless the LLM has
+    no LayerNorm."""
+    sae = load_sae(saelens(tmp_path, **cfg))
+    x = X - X.mean(dim=1, keepdim=True) if centre else X
+    features = ((x - B_DEC * cfg.get("apply_b_dec_to_input", True)) @ W_ENC + B_ENC).relu()
+    assert_computes(sae, features, features @ W_DEC + B_DEC)
+    assert read_layer(sae.metadata, "run").index == 2
 
 
 def test_saelens_topk_without_k_has_100(tmp_path):
