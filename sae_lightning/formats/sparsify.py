@@ -27,11 +27,14 @@ def read_sparsify(files: SavedFiles) -> StoredSAE:
     folder = files.source.absolute().parent
     above = folder.with_name("config.json")
     run = read_settings_file(above) if above.is_file() else {}
-    transcode = cfg.get("transcode", False)
+    centred = not cfg.get("transcode", False)
+    # The first transcoders read x - b_dec; that they are some, only the file above says, if it is
+    # there, or their skip connection.
+    transcode = cfg.get("transcode", run.get("transcode", settings["skip"]))
     trained_on = {"model_name": run.get("model"), "context_size": run.get("ctx_len")}
     metadata = drop_nulls(trained_on) | name_hooks(folder.name, transcode) | cfg
     weights = rename_tensors(SPARSIFY, files.tensors)
-    return StoredSAE(settings, weights, metadata, centred=not transcode)
+    return StoredSAE(settings, weights, metadata, centred)
 
 
 def name_hooks(module: str, transcode: bool) -> dict[str, str]:

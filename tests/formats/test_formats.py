@@ -261,6 +261,19 @@ def test_folders_of_sparsify_are_named_after_modules(tmp_path, module, transcode
             read_layer(hooks, "run")
 
 
+@pytest.mark.parametrize("run", [{"transcode": True}, {}])
+@torch.no_grad()
+def test_the_first_transcoders_of_sparsify_read_x_minus_b_dec(tmp_path, run):
+    """Their own settings do not say what they are: the file above does, or the skip connection.
+    z = (x - b_dec) W_enc + b_enc = [3.25, -0.5, 4]."""
+    file = sparsify(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(run))
+    change(file, "cfg.json", transcode=None, skip_connection=True)
+    sae = load_sae(file)
+    assert str(read_layer(sae.metadata, "run").resolve_sites(99)) == "mlp_in.2 -> mlp.2"
+    assert_computes(sae, [0, 0, 4], [6.25, 6.5])
+
+
 @torch.no_grad()
 def test_embeddings_of_gemma_scope_are_scaled(tmp_path):
     """z = x / sqrt(2) W_enc + b_enc = [2.6, -1.3, 3.54];  x_hat = sqrt(2) 3.54 [1, 1] + b_dec."""
