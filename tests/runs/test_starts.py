@@ -11,9 +11,11 @@ from sae_lightning import UserError
 from sae_lightning.formats.export import save_sae
 from sae_lightning.llm.packaged import LLMShape
 from sae_lightning.llm.sites import Kind, LayerConfig
+from sae_lightning.runs.checks import _count_checkpoint_bytes
 from sae_lightning.runs.cli import read_arguments
 from sae_lightning.runs.config import Config, find_conf_folder
-from sae_lightning.runs.jobs import format_config, make_job, read_job, register_schemas
+from sae_lightning.runs.jobs import Job, format_config, make_job, read_job, register_schemas
+from sae_lightning.runs.memory import estimate_memory
 from sae_lightning.runs.starts import check_start, choose_architecture, forget_starts
 from sae_lightning.sae import ARCHITECTURES, build_sae
 
@@ -163,6 +165,22 @@ def test_an_llm_of_another_width_is_refused_and_another_llm_is_told(save, tmp_pa
         f"model.start={tmp_path}/topk was trained on openai-community/gpt2, and goes on with "
         "EleutherAI/pythia-70m-deduped"
     )
+
+
+def test_reading_the_start_and_keeping_its_rows_is_counted(save, tmp_path):
+    """n = 2 x 40 x 16 + 40 + 16 parameters: read in float32 in up to three copies, and decoder rows
+    in half precision, in memory once and on disk twice."""
+    save("relu", "relu")
+    shape, sites = LLMShape(12, D, None, 0), LayerConfig(index=3).resolve_sites(12)
+    ways = ("model.start=relu", "model.features=40")
+    warm, cold = (compose_start("data=synthetic", way, "llm.dtype=float32") for way in ways)
+    one, other = (estimate_memory([config], [sites], shape) for config in (warm, cold))
+    n = 2 * 40 * D + 40 + D
+    assert one.parts["model.features",] - other.parts["model.features",] == 12 * n
+    assert one.heads[0] - other.heads[0] == n
+    jobs = [Job(config=config, folder=tmp_path / "none") for config in (warm, cold)]
+    needed = [_count_checkpoint_bytes(job, sites, shape) for job in jobs]
+    assert needed[0] - needed[1] == 2 * 2 * 40 * D
 
 
 def test_nothing_at_the_start_is_one_line(save, tmp_path):
