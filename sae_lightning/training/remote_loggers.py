@@ -7,8 +7,10 @@ that fails ends only this logger, with one line.
 import os
 import re
 import secrets
+import shlex
 import sys
 import threading
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
@@ -130,9 +132,9 @@ class WandbCurves(RemoteLogger):
             made = self._make_run(number, self.config.offline or unreachable in self.known)
         except wandb.errors.CommError as error:
             self.known.add(unreachable)
-            self._say(f"{error}; curves are kept in the run folder{self._describe_remedy()}")
             number = secrets.token_hex(4)  # the other one stays in use
             made = self._make_run(number, offline=True)
+            self._say(f"{error}; curves are kept on disk: {_format_upload(made)}")
         write_json(self.id_path, {"run": number})
         self.logger = WandbLogger(experiment=made)
         self.logger.log_hyperparams(self.about.settings)
@@ -182,7 +184,11 @@ class WandbCurves(RemoteLogger):
         self.logger.experiment.finish(exit_code=int(outcome == "failed"))
 
     def _describe_remedy(self) -> str:
-        return f"; `wandb sync --include-offline` uploads {self.about.folder / 'wandb'}"
+        return f"; to upload the rest: {_format_upload(self.logger.experiment)}"
+
+
+def _format_upload(made: Any) -> str:
+    return f"wandb sync {shlex.quote(str(Path(made.dir).parent))}"
 
 
 class MLflowCurves(RemoteLogger):

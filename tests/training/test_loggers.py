@@ -1,6 +1,7 @@
 """Loggers beside TensorBoard: what they store, read back from their own files."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -222,6 +223,63 @@ def test_without_a_network_the_curves_stay_on_disk(home):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("logger=wandb: ") == 1 and "kept in the run folder" in done.stderr
+    assert done.stderr.count("logger=wandb: ") == 1 and "kept on disk: wandb sync" in done.stderr
     (part,) = read_wandb(home / "run")
     assert rounded(part.curves) == in_tensorboard(home / "run") and part.outcome == "0"
+
+
+ONLINE = """
+import os, time
+from pathlib import Path
+from wandb_server import WandbServer
+from sae_lightning.runs.logger_choice import check_loggers
+from sae_lightning.training import loggers, remote_loggers
+from sae_lightning.training.logger_settings import LoggerConfig, WandbConfig
+from sae_lightning.training.logging import LoggedRun
+
+server = WandbServer()
+os.environ |= {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "a" * 40}
+config = LoggerConfig(wandb=WandbConfig(use=True, project="p", tags=["t"]))
+check_loggers(config)
+
+def train(resumed_at, tokens, outcome):
+    starts = len(server.started)
+    about = LoggedRun(Path(), "name", "sweep", {"model.k": 3}, resumed_at)
+    (log,) = loggers.open_loggers(config, about, set())
+    for n in tokens:
+        log.add_scalars({"train/loss": 1 / n}, n)
+    while len(server.started) == starts or not log.sent:
+        time.sleep(0.1)
+    server.gone = resumed_at == 400
+    loggers.finish_loggers([(log, outcome)])
+
+train(None, (100, 200, 300), "success")
+train(200, (300, 400), "failed")  # killed at 300, resumed at 200
+first, *_, last = [said for said in server.started if said["groupName"]]
+assert first["name"] == last["name"], "one run"
+for said in (first, last):
+    assert (said["displayName"], said["groupName"], said["tags"]) == ("name", "sweep", ["t"])
+sent = "".join(said["config"] or "" for said in server.started)
+assert '"model.k":{"value":3}' in sent, sent
+points = [(row["tokens"], row["_step"], row["train/loss"]) for row in server.history]
+assert points == [(n, n, 1 / n) for n in (100, 200, 300, 400)], points
+assert server.exit_codes == [0, 1]
+remote_loggers.ANSWER_SECONDS = loggers.ANSWER_SECONDS = 10
+train(400, (500,), "success")
+"""
+
+
+@pytest.mark.slow
+def test_online_a_resumed_run_goes_on_where_it_was_and_a_lost_server_costs_only_its_curves(home):
+    paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [sys.executable, "-c", ONLINE],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+        cwd=home,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("logger=wandb: ") == 1
+    assert "Timed out finishing run.; TensorBoard's curves of name are complete" in done.stderr
+    assert re.search(r"to upload the rest: wandb sync wandb/run-\d+_\d+-\w+\n", done.stderr)
