@@ -27,7 +27,7 @@ SETTINGS = {"steps": 10_000, "activation_dim": 16, "dict_size": 40, "layer": 3, 
 SETTINGS |= {"device": "cpu", "seed": 0, "submodule_name": "resid_post_layer_3"}
 TRAINERS = {
     "relu": (standard.StandardTrainer, {}),
-    "relu, April update": (standard.StandardTrainerAprilUpdate, {}),
+    "relu (April update)": (standard.StandardTrainerAprilUpdate, {}),
     "p-anneal": (p_anneal.PAnnealTrainer, {}),
     "gated": (gdm.GatedSAETrainer, {}),
     "topk": (top_k.TopKTrainer, {"k": 7}),
