@@ -47,7 +47,7 @@ def read_gemma_scope(files: SavedFiles) -> StoredSAE:
         metadata["model_name"] = f"google/gemma-2-{size}" + ("-it" if tuning == "it" else "")
         if block:
             metadata |= place_hooks(int(block[1]), HOOKS_OF_REPOSITORIES[kind])
-    if "/embedding/" in path:
+    if "/embedding/" in path and block is None:
         root = math.sqrt(len(weights["W_enc"]))
         weights |= {"W_enc": weights["W_enc"] / root, "W_dec": weights["W_dec"] * root}
         metadata["hook_name"] = "hook_embed"

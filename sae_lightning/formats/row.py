@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
-from zipfile import is_zipfile
+from zipfile import ZipFile, is_zipfile
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from sae_lightning.sae import SAE
 from sae_lightning.stream.states import expect
 
 MAX_DEPTH = 20  # of YAML; circuit-tracer's has 2 levels
+MAX_EXPANSION = 20  # of a compressed npz; weights hardly compress
 # Names that several formats use -> ours; ".T": stored transposed.
 LINEAR = {"encoder.weight": "W_enc.T", "encoder.bias": "b_enc", "decoder.weight": "W_dec.T"}
 PLAIN = {name: name for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
@@ -136,9 +137,12 @@ def read_settings_file(file: Path) -> dict[str, Any]:
 
 
 def _parse_yaml(text: str) -> Any:
-    """Parse plain YAML; ValueError if it is nested deeply, as reading it would take very long."""
+    """Parse plain YAML; ValueError if it is nested deeply or has aliases, as reading it could take
+    very long."""
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError("its settings hold an alias (*), which could expand without limit")
         depth += isinstance(event, yaml.CollectionStartEvent)
         depth -= isinstance(event, yaml.CollectionEndEvent)
         if depth > MAX_DEPTH:
@@ -168,6 +172,10 @@ def read_weights(file: Path) -> dict[str, Any]:
         return dict(tensors)
     if not is_zipfile(file):
         raise ValueError("it is not an npz archive")
+    with ZipFile(file) as archive:
+        size = sum(part.file_size for part in archive.infolist())
+    if size > MAX_EXPANSION * file.stat().st_size:
+        raise ValueError(f"it would expand to {size:,} bytes, which weights never do")
     try:
         with np.load(file, allow_pickle=False) as arrays:
             return {name: torch.from_numpy(arrays[name]) for name in arrays}

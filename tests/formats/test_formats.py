@@ -7,6 +7,7 @@ import json
 import math
 import pickle
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -284,6 +285,8 @@ def test_embeddings_of_gemma_scope_are_scaled(tmp_path):
     np.savez(folder / "params.npz", **arrays | {"threshold": np.full(3, 3.0)})
     sae = load_sae(folder)
     assert_computes(sae, [0, 0, 5 / math.sqrt(2)], [5.25, 4.5])
+    block = shutil.copytree(folder, tmp_path / "embedding" / "layer_3" / "width_16k")
+    assert torch.equal(load_sae(block).W_enc, W_ENC)
     with pytest.raises(UserError, match="reads hook_embed, which is not a known site"):
         read_layer(sae.metadata, "run")
 
@@ -485,6 +488,18 @@ def test_objects_in_an_npz_are_not_unpickled(tmp_path, capfd):
         load_sae(file)
     assert "allow_pickle" not in str(caught.value)
     assert "boom" not in capfd.readouterr().out
+
+
+def test_files_that_expand_without_limit_are_refused(tmp_path):
+    file = gemma_scope(tmp_path)
+    np.savez_compressed(file, **np.load(file), zeros=np.zeros(1_000_000))
+    with pytest.raises(UserError, match=r"it would expand to 8,00\d,\d+ bytes"):
+        load_sae(file)
+    file = circuit_tracer(tmp_path)
+    lines = ["a0: &a0 [x]", *(f"a{i + 1}: &a{i + 1} [*a{i}, *a{i}]" for i in range(90))]
+    (file.parent / "config.yaml").write_text("\n".join([*lines, "model_name: *a90"]))
+    with pytest.raises(UserError, match="its settings hold an alias"):
+        load_sae(file)
 
 
 @pytest.mark.parametrize("name", FORMATS)
