@@ -13,6 +13,7 @@ import torch
 
 from sae_lightning.analysis.metadata import config_from_metadata
 from sae_lightning.errors import UserError
+from sae_lightning.formats.circuit_tracer import CIRCUIT_TRACER
 from sae_lightning.formats.fetch import fetch_saved, is_hub_address, name_hub_folder
 from sae_lightning.formats.load_sae import load_sae
 from sae_lightning.llm.load import LLM, LLMConfig, load_llm, load_tokenizer, pick_device
@@ -148,7 +149,8 @@ def open_subject(
             "of all of them"
         )
     parent = folder.parent if re.fullmatch(r"sae(-\d+)?", folder.name) else folder
-    if (parent / CONFIG_FILE).is_file():
+    # circuit-tracer has a file of that name, too
+    if (parent / CONFIG_FILE).is_file() and not any(parent.glob(CIRCUIT_TRACER.files[0])):
         config = _read_run_config(parent, settings, given_settings)
         if folder.name == "sae":
             folder = parent  # an SAE that the run kept has results of its own, beside its weights

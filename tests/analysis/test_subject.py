@@ -258,6 +258,15 @@ def test_sequences_that_the_llm_cannot_read_are_refused(run):
         open_subject(*asked(run, data=PlaysConfig(context=33)), ["data.context"])
 
 
+def test_a_set_of_transcoders_is_no_run(tmp_path):
+    """circuit-tracer's settings have the name of a run's."""
+    (tmp_path / "config.yaml").write_text("model_kind: transcoder_set")
+    for layer in range(2):
+        (tmp_path / f"layer_{layer}.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="holds 2 SAEs: give one of the files"):
+        open_subject(*asked(tmp_path))
+
+
 def test_no_folder_at_all_is_told(run):
     with pytest.raises(UserError, match="run is empty: give a run folder"):
         open_subject(*asked(""))
