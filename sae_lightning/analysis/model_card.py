@@ -108,7 +108,10 @@ def _list_training(sae: SAE, settings: dict[str, Any]) -> Iterator[list[str]]:
     }
     if settings and not {"data.name", "data.path", "data.concepts"} & flat.keys():
         yield ["text", "Shakespeare's plays"]
-    for key, name in TRAINING.items():
+    names = TRAINING | (
+        {"data.path": "activations"} if flat.get("data.kind") == "activations" else {}
+    )
+    for key, name in names.items():
         value = flat.get(key)
         if value is not None:
             yield [name, f"{value:,}" if isinstance(value, int) and key != "seed" else str(value)]

@@ -281,6 +281,10 @@ def test_saedashboard_has_the_same_in_its_keys(here, home, tmp_path):
     assert skipped == [i for i in range(FEATURES) if i not in (3, 4)]
     settings = json.loads((folder / "run_settings.json").read_text())
     assert settings["sae_path"] == "blocks.1.hook_resid_post"
+    # its files are uploaded, so they say no path of this machine
+    source = json.loads((home / "source.jsonl").read_text())
+    places = [settings["huggingface_dataset_path"], batch["features"][0]["dataset"]]
+    assert [*places, source["dataset"]] == ["text"] * 3
     assert (settings["n_quantiles"], settings["top_acts_group_size"]) == (5, 12)
     assert settings["n_prompts_total"] == batch["features"][0]["n_prompts_total"]
 

@@ -222,6 +222,15 @@ def test_the_card_of_an_sae_of_synthetic_concepts_names_no_llm():
     assert "| synthetic concepts | 1,024 |" in card
 
 
+def test_the_card_of_an_sae_of_stored_activations_names_no_text():
+    sae = build_sae(SAEConfig(features=12), 6, 6)
+    sae.metadata = {}
+    data = {"kind": "activations", "path": "acts.npy"}
+    card = write_card("me/sae", sae, {"data": data, "seed": 0}, {}, None)
+    assert "| activations | acts.npy |" in card
+    assert "| text |" not in card
+
+
 def test_a_transcoder_that_saelens_misreads_is_not_said_to_open_there():
     sae = build_sae(ARCHITECTURES["topk"].config(features=12, k=2, skip=True), 6, 6)
     sae.metadata = {"note": "SAELens has no topk transcoder with a skip connection"}

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from sae_lightning.analysis.lens import measure_effects
@@ -112,6 +113,13 @@ class Dashboards(NamedTuple):
         made = f"{kind}-{config.name.replace('_', '')}-{config.features}"
         model = given.model_id or derive_model_id(self.subject.config.llm.name)
         return SourceName(model, source.layer, given.source_set or made, given.suffix)
+
+    @property
+    def dataset(self) -> str:
+        """Name of the text; of a local one the last part of its path, as the files are made to be
+        uploaded."""
+        text = self.subject.describe()["text"]
+        return Path(text).name if Path(text).is_absolute() else text
 
     @property
     def prompts(self) -> tuple[int, int]:

@@ -71,7 +71,7 @@ def _make_dashboards(content: Dashboards, units: Tensor) -> list[Dashboard]:
         for what in ("indices", "l1", "pearson")
     }
     same |= {"n_prompts_total": prompts, "n_tokens_in_prompt": context}
-    same |= {"dataset": content.subject.describe()["text"], "decoder_weights_dist": []}
+    same |= {"dataset": content.dataset, "decoder_weights_dist": []}
     return [
         dict(zip(columns, row, strict=True)) | same for row in zip(*columns.values(), strict=True)
     ]

@@ -130,7 +130,7 @@ def _describe_source(content: Dashboards, created: str) -> dict[str, Row]:
         | {"hasDashboards": True, "inferenceEnabled": False, "inferenceHosts": []}
         | dict.fromkeys(("hasUmap", "hasUmapLogSparsity", "hasUmapClusters"), False)
         | {"num_prompts": prompts, "num_tokens_in_prompt": context}
-        | {"dataset": subject.describe()["text"], "notes": subject.heading},
+        | {"dataset": content.dataset, "notes": subject.heading},
     }
 
 

@@ -36,7 +36,7 @@ def _describe_settings(content: Dashboards) -> dict:
         "np_sae_id_suffix": suffix,
         "model_id": model,
         "layer": layer,
-        "huggingface_dataset_path": content.subject.describe()["text"],
+        "huggingface_dataset_path": content.dataset,
         "n_prompts_total": prompts,
         "n_tokens_in_prompt": context,
         "n_features_at_a_time": FEATURES_PER_FILE,
