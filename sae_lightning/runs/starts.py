@@ -88,6 +88,7 @@ def choose_architecture(arguments: list[str]) -> list[str]:
     names = [argument.lstrip("+").partition("=")[0] for argument in arguments]
     if "model.start" not in names or {"model", "resume"} & {*names}:
         return arguments
+    forget_starts()  # of an earlier command of this process
     kinds = {}
     for address in _list_values(arguments[names.index("model.start")]):
         kinds.setdefault(find_start(address).config.name, address)

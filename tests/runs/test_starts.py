@@ -211,6 +211,13 @@ def test_the_architecture_of_the_start_is_chosen_before_anything_is_composed(
     assert [a for a in sys.argv[1:] if a not in typed.split()] == added
 
 
+def test_a_start_that_has_changed_since_the_last_command_is_read_again(save):
+    save("one", "topk", k=3)
+    assert compose_start("model.start=one").model.k == 3
+    save("one", "topk", k=5)
+    assert compose_start("model.start=one").model.k == 5
+
+
 def test_starts_of_several_architectures_are_refused(save, tmp_path):
     save("topk", "topk")
     save("relu", "relu")
