@@ -17,7 +17,7 @@ from sae_lightning.analysis.model_card import write_card
 from sae_lightning.analysis.task import Task
 from sae_lightning.errors import UserError
 from sae_lightning.files import read_regular_file
-from sae_lightning.formats.fetch import HUB, fetch_saved
+from sae_lightning.formats.fetch import HUB, fetch_saved, is_hub_address
 from sae_lightning.formats.hub_errors import LOGIN
 from sae_lightning.formats.load_sae import load_sae
 from sae_lightning.formats.saelens import CFG, OWN_KEY, WEIGHTS
@@ -59,6 +59,8 @@ class PublishTask(Task):
         folder = fetch_saved(self.run)
         sae = load_sae(folder)
         files = collect_files(folder)
+        if not is_hub_address(self.run):  # its cache is made of links
+            refuse_links(folder, files)
         settings = yaml.safe_load(files[CONFIG_FILE]) if CONFIG_FILE in files else {}
         card = write_card(self.repo, sae, settings, read_results(folder), self.licence)
         files = {"README.md": card.encode()} | files
@@ -136,6 +138,16 @@ def collect_files(folder: Path) -> dict[str, bytes | Path]:
         | files
         | {file.relative_to(folder).as_posix(): file for file in sorted(blocks)}
     )
+
+
+def refuse_links(folder: Path, names: Collection[str]) -> None:
+    """UserError if one of the files in `folder` lies elsewhere: a link could lead to secrets."""
+    for name in names:
+        if not (folder / name).resolve().is_relative_to(folder.resolve()):
+            raise UserError(
+                f"{folder / name} is a symbolic link to a file elsewhere, which would be "
+                "uploaded: put that file in its place"
+            )
 
 
 def read_results(folder: Path) -> dict[str, Any]:

@@ -333,6 +333,15 @@ def test_an_upload_that_fails_leaves_no_half_of_a_commit(hub, run, request_, sta
     assert all(repo.files == {} for repo in hub.repos.values())
 
 
+def test_what_a_link_leads_to_is_not_uploaded(hub, run, tmp_path):
+    (tmp_path / "secret").write_text("secret")
+    (run / "analysis" / "index.html").unlink()
+    (run / "analysis" / "index.html").symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match="index.html is a symbolic link to a file elsewhere"):
+        publish(run)
+    assert hub.repos == {}
+
+
 def test_another_tools_folder_has_to_be_converted_first(hub, planted, tmp_path):
     """SAELens' own, too: its encoder may read x - b_dec, which the code in the card does not."""
     (tmp_path / "other").mkdir()
