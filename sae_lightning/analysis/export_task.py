@@ -68,6 +68,12 @@ class ExportTask(DashboardSettings):
                 f"{name} has no meaning for format={self.format}, only for {', '.join(has)}: leave "
                 "it out"
             )
+        for name in sorted(given_settings):
+            if not writer.settings and name.split(".")[0] in ("data", "seed"):
+                raise UserError(
+                    f"{name} has no meaning for format={self.format}, which holds weights: leave "
+                    "it out"
+                )
         content = writer.open(self, given_settings)
         with convert_write_errors(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,7 @@ from sae_lightning.runs.jobs import (
     read_job,
 )
 from sae_lightning.sae import SAE
+from sae_lightning.terminal import phase
 
 # What all transcoders of a set share.
 SHARED_IN_SET = ("llm.name", "layer.source", "layer.target")
@@ -70,6 +71,10 @@ def open_set(name: str, task: Task, given_settings: Collection[str]) -> Openers:
             f"run={task.run}: format={name} takes a transcoder for every block: give the "
             "folder of a sweep over layer.index"
         )
+    if given := sorted(each for each in given_settings if each.split(".")[0] == "layer"):
+        raise UserError(
+            f"{given[0]} has no meaning for a set, whose runs say where they read: leave it out"
+        )
     runs: dict[int, Path] = {}
     shared: dict[str, Any] = {}
     for run in list_run_folders(folder) if is_sweep(folder) else [folder]:
@@ -101,5 +106,7 @@ def open_set(name: str, task: Task, given_settings: Collection[str]) -> Openers:
 
 def write_set(name: str, exported: Openers, folder: Path) -> None:
     """Write a set of transcoders in the format `name`, opening one at a time."""
-    for each in exported:
-        write_one(name, each(), folder)
+    with phase("writing transcoders", total=len(exported)) as advance:
+        for each in exported:
+            write_one(name, each(), folder)
+            advance()

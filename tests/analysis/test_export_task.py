@@ -53,6 +53,11 @@ def test_what_is_not_said_is_asked_for(sae, tmp_path):
         export(sae, None)
 
 
+def test_weights_are_of_no_text(sae, tmp_path):
+    with pytest.raises(UserError, match="^data has no meaning for format=saelens, which holds"):
+        export(sae, tmp_path / "x", data=PlaysConfig())
+
+
 def test_no_file_is_overwritten(sae, tmp_path):
     (tmp_path / "full").mkdir()
     for path in (tmp_path / "full" / "thesis.txt", tmp_path / "file"):

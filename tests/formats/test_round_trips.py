@@ -199,15 +199,16 @@ def add_run(root, llm, name, index, features=32):
     save_sae(folder / "sae", sae, sae.weights(), {"model_name": llm} | describe(layer).metadata)
 
 
-def export_set(sweep, to):
+def export_set(sweep, to, *given):
     groups = {"llm": LLMConfig(name="x"), "data": PlaysConfig(), "layer": RESID}
     task = {"task": "export", "format": "circuit_tracer", "to": str(to)}
-    ExportTask(run=str(sweep), **task, **groups).execute(["run", "task", "format", "to"])
+    ExportTask(run=str(sweep), **task, **groups).execute(["run", "task", "format", "to", *given])
 
 
 @torch.no_grad()
-def test_a_sweep_of_transcoders_is_a_set(sweep, tmp_path):
+def test_a_sweep_of_transcoders_is_a_set(sweep, tmp_path, capsys):
     export_set(sweep, tmp_path / "set")
+    assert "writing transcoders: done in" in capsys.readouterr().out
     assert sorted(file.name for file in (tmp_path / "set").iterdir()) == [
         *("config.yaml", "layer_0.safetensors", "layer_1.safetensors", "layer_2.safetensors"),
     ]
@@ -223,6 +224,12 @@ def test_a_sweep_of_transcoders_is_a_set(sweep, tmp_path):
         trained = load_sae(sweep / f"layer.index={index}")
         read = load_sae(tmp_path / "set" / f"layer_{index}.safetensors")
         assert torch.equal(read(x).reconstruction, trained(x).reconstruction)
+
+
+def test_a_site_is_not_given_for_a_whole_set(sweep, tmp_path):
+    """Every transcoder would be written as that block's."""
+    with pytest.raises(UserError, match="layer.index has no meaning for a set"):
+        export_set(sweep, tmp_path / "set", "layer.index")
 
 
 def test_a_set_with_a_gap_says_which_blocks_are_missing(sweep, tmp_path):
