@@ -27,7 +27,7 @@ from sae_lightning.llm.quiet import mute_libraries
 from sae_lightning.llm.sites import Site, find_site_module
 from sae_lightning.terminal import phase
 
-NO_LLM = "none"  # synthetic activations come from no LLM
+NO_LLM = "none"  # for kinds of data without an LLM
 
 
 class Dtype(Enum):
@@ -53,7 +53,8 @@ class LLMConfig:
     """The language model whose activations are read."""
 
     name: str
-    """`smollm2` (packaged), a local folder, or a name on the hub; `none` for data=synthetic."""
+    """`smollm2` (packaged), a local folder, or a name on the hub; `none` for data=synthetic and
+    data=activations."""
 
     revision: str | None = None
     """Branch, tag or commit of a hub model; null is its main branch."""
