@@ -120,8 +120,8 @@ BAD = {
     r"model=relu; choose .*",
     "model.name=topkk": r"model\.name=topkk: no such architecture; choose from relu, dense.*",
     # the wrong data
-    "data.path=x.txt": r"data\.path has no meaning for this data, only for data=text: "
-    "leave it out, or add data=text",
+    "data.path=x.txt": r"data\.path has no meaning for this data, only for data=text and "
+    "data=activations: leave it out",
     "data.concepts=5": r"data\.concepts has no meaning .* data=synthetic: .* or add data=synthetic",
     "data=synthetic data.context=5": r"data\.context has no meaning for this data, only for "
     "data=shakespeare, data=hub and data=text: leave it out",
