@@ -4,9 +4,15 @@ from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
-from sae_lightning.formats.trained_on import check_metadata, choose_llm, read_layer
+from sae_lightning.formats.trained_on import (
+    check_metadata,
+    choose_llm,
+    read_layer,
+    warn_of_gain,
+)
 from sae_lightning.runs.config import Config
 from sae_lightning.sae import ARCHITECTURES, SAE
+from sae_lightning.terminal import console
 
 
 def config_from_metadata(
@@ -21,6 +27,8 @@ def config_from_metadata(
         llm = choose_llm(llm, metadata, run)
     if not any(name.split(".")[0] == "layer" for name in given_settings):
         layer = read_layer(metadata, run)
+        if warning := warn_of_gain(metadata, run):
+            console.print(warning)
     if (
         "data.context" not in given_settings
         and "context_size" in metadata

@@ -61,6 +61,8 @@ def find_origin(metadata: dict[str, Any], run: str, layer: LayerConfig | None) -
     }
     sites, problem, given = None, "", layer is not None
     try:
+        if not layer and (warning := warn_of_gain(known, run)):
+            raise UserError(f"{warning}; give layer=transcoder layer.index=... to write that site")
         layer = layer or read_layer(known, run)
         sites = SitePair(
             *(Site(layer.index, kind) for kind in (layer.source, layer.target or layer.source))
@@ -120,6 +122,18 @@ def read_layer(metadata: dict[str, Any], run: str) -> LayerConfig:
             "block can be analysed"
         )
     return LayerConfig(index=source[0], source=source[1], target=target[1])
+
+
+def warn_of_gain(metadata: dict[str, Any], run: str) -> str | None:
+    """What is wrong if the SAE in `run` is given the MLP's input: it was trained on that without
+    the norm's gain, as TransformerLens has it. None if it was not."""
+    hook = metadata.get("hook_name") or ""
+    if not hook.endswith("ln2.hook_normalized"):
+        return None
+    return (
+        f"{run} reads {hook:.80}, the MLP's input without the norm's gain: on the MLP's input its "
+        "numbers are wrong, unless that gain is 1"
+    )
 
 
 def _read_hook(hook: str | None, run: str) -> tuple[int, Kind]:

@@ -156,9 +156,14 @@ def test_places_are_known_by_the_names_of_other_tools(sae, hook, site):
     assert open_subject(*asked(sae)).sites.source == site
 
 
-def test_a_transcoder_alone_has_two_sites(sae):
-    rewrite(sae, hook_name="blocks.1.ln2.hook_normalized", hook_name_out="blocks.1.hook_mlp_out")
+def test_a_transcoder_alone_has_two_sites(sae, capsys):
+    rewrite(sae, hook_name="blocks.1.mlp.hook_in", hook_name_out="blocks.1.hook_mlp_out")
     assert open_subject(*asked(sae)).sites == (Site(1, Kind.mlp_in), Site(1, Kind.mlp))
+    assert "gain" not in capsys.readouterr().out
+    rewrite(sae, hook_name="blocks.1.ln2.hook_normalized")
+    assert open_subject(*asked(sae)).sites == (Site(1, Kind.mlp_in), Site(1, Kind.mlp))
+    told = " ".join(capsys.readouterr().out.split())
+    assert "bare reads blocks.1.ln2.hook_normalized, the MLP's input without the norm's" in told
     rewrite(sae, hook_name_out="blocks.2.hook_mlp_out")
     with pytest.raises(UserError, match="reads block 1 and writes block 2"):
         open_subject(*asked(sae))

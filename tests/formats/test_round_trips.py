@@ -170,6 +170,15 @@ def test_a_site_that_is_given_replaces_the_one_in_the_metadata():
     }
 
 
+def test_a_site_before_the_norms_gain_keeps_its_name():
+    """It is not the MLP's input, which formats that need a site would be told."""
+    said = {"hook_name": "blocks.1.ln2.hook_normalized", "hook_name_out": "blocks.1.hook_mlp_out"}
+    origin = find_origin(said, "run", None)
+    assert (origin.metadata, origin.sites) == (said, None)
+    with pytest.raises(UserError, match="without the norm's gain"):
+        origin.require_sites()
+
+
 def test_a_site_that_is_not_known_is_asked_for_only_where_it_is_written(tmp_path):
     sae, unknown = fold(make_trained("topk")), find_origin({}, "mine", None)
     for name in ("saelens", "sparsify", "dictionary_learning"):
