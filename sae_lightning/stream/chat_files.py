@@ -29,13 +29,25 @@ def copy_chats(files: list[str], column: str | None, where: str) -> "Dataset":
 
     def lines() -> Iterator[str]:
         for file in files:
-            rows = _parquet_rows if pick_loader(file) == "parquet" else read_json_rows
+            rows = _parquet_rows if pick_loader(file) == "parquet" else _json_rows
             for number, row in rows(file, where):
                 origin = f"row {number} of {file}"
                 messages = _read_messages(row, column, f"{where}: {origin}")
                 yield json.dumps({"messages": messages, "origin": origin})
 
     return copy_documents(files, lines(), f"chats {column}")
+
+
+def _json_rows(file: str, where: str) -> Iterator[tuple[int, Any]]:
+    number = 0
+    try:
+        for number, row in read_json_rows(file, where):
+            yield number, row
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{where}: {file} is not valid JSON after row {number} ({error.msg}); repair it, or "
+            "leave it out"
+        ) from error
 
 
 def _parquet_rows(file: str, where: str) -> Iterator[tuple[int, Any]]:

@@ -6,6 +6,7 @@ import lzma
 import os
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
@@ -136,26 +137,24 @@ def check_json(files: list[str], column: str, where: str) -> None:
     Invalid JSON is left to `datasets`, which reports it.
     """
     for file in files:
-        for row, content in read_json_rows(file, where):
-            value = content.get(column) if isinstance(content, dict) else None
-            if not isinstance(value, str | None):
-                raise UserError(
-                    f"data.column={column}: {where} holds {type(value).__name__} there, not text, "
-                    f"in row {row} of {file}; its columns are {', '.join(content)}"
-                )
+        with suppress(json.JSONDecodeError):
+            for row, content in read_json_rows(file, where):
+                value = content.get(column) if isinstance(content, dict) else None
+                if not isinstance(value, str | None):
+                    raise UserError(
+                        f"data.column={column}: {where} holds {type(value).__name__} there, not "
+                        f"text, in row {row} of {file}; its columns are {', '.join(content)}"
+                    )
 
 
 def read_json_rows(file: str, where: str) -> Iterator[tuple[int, Any]]:
-    """Yield (number, row) from a file of JSON lines or a JSON array; stops at invalid JSON."""
+    """Yield (number, row) from a file of JSON lines or a JSON array; JSONDecodeError."""
     lines = _lines(file, where)
-    try:
-        for number, line in enumerate(lines, 1):
-            if number == 1 and line.lstrip().startswith("["):
-                yield from enumerate(json.loads("".join([line, *lines])), 1)
-            elif line.strip():
-                yield number, json.loads(line)
-    except json.JSONDecodeError:
-        return
+    for number, line in enumerate(lines, 1):
+        if number == 1 and line.lstrip().startswith("["):
+            yield from enumerate(json.loads("".join([line, *lines])), 1)
+        elif line.strip():
+            yield number, json.loads(line)
 
 
 def _lines(file: str, where: str) -> Iterator[str]:

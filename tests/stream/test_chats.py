@@ -135,6 +135,15 @@ def test_a_bad_row_is_named_by_file_and_number(tmp_path, name):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("end", ['{"messages": [', "\ufeff" + json.dumps({"messages": TALK})])
+def test_a_file_that_is_not_json_to_its_end_is_refused(tmp_path, end):
+    """Silently, training would read the conversations before that place only."""
+    file = write(tmp_path, TALK, TALK)
+    file.write_text(f"{file.read_text()}\n{end}")
+    with pytest.raises(UserError, match=r"^data\.path=.*a\.jsonl is not valid JSON after row 2 \("):
+        open_chats(file)
+
+
 def test_a_template_that_fails_names_the_row(tmp_path):
     file = write(tmp_path, TALK, TALK[1:], TALK[1:])
     with pytest.raises(UserError, match=r"^row [23] of .*: the LLM's chat template fails \(a us"):
