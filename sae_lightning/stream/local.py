@@ -16,6 +16,7 @@ from sae_lightning.stream.local_files import (
     check_files,
     check_json,
     find_files,
+    list_files,
     make_found_absolute,
     pick_loader,
 )
@@ -99,8 +100,15 @@ class LocalSource(TextSource):
         if not self.data.weights:
             return _open_split(self.data)
         total, texts = sum(self.data.weights.values()), []
+        owners: dict[str, str] = {}  # the text that each file belongs to
         for name, weight in self.data.weights.items():
             path = os.path.join(os.path.expanduser(self.data.path), name)
+            for file in list_files(Path(path)):
+                other = owners.setdefault(os.path.realpath(file), name)
+                if other != name:  # one would train on what the other holds out
+                    raise UserError(
+                        f"data.weights: {file} is in both {other} and {name}; give it to one"
+                    )
             text = _open_split(replace(self.data, path=path, weights={}))
             texts.append(text._replace(weight=weight / total, where=f"data.path={path}"))
         return texts[0]._replace(others=tuple(texts[1:]))

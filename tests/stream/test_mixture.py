@@ -91,5 +91,8 @@ def test_weights_that_cannot_be_are_refused(corpus):
     for weight in (0.0, -1.0, float("inf"), float("nan")):
         with pytest.raises(UserError, match=r"^data\.weights: a:.*; give a positive share"):
             LocalConfig(path="x", weights={"a": weight})
+    # what one text holds out, the other would train on
+    with pytest.raises(UserError, match=r"^data\.weights: .*b/1\.txt is in both b/\*\.txt and b/1"):
+        open_mixture(corpus, {"b/*.txt": 1, "a": 1, "b/1.txt": 1})
     with pytest.raises(UserError, match=r"^data\.path=.*nowhere: no file there"):
         open_mixture(corpus, {"a": 1, "nowhere": 1})
