@@ -72,6 +72,8 @@ class HeadCheckpoints(CheckpointIO):
         stream, *others = [torch.load(path, **options) for path in _distinct_files(paths)]
         for other in others:  # heads of other passes read other sites
             stream["pool"]["rows"] |= other["pool"]["rows"]
+            if "files" in stream["rows"]:  # of data=activations, by site
+                stream["rows"]["files"] |= other["rows"]["files"]
         for head, current in zip(self.heads, paths, strict=True):
             if head.writes:  # a run that was killed while it saved may have left some
                 _remove_old_streams(current)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from on_ranks import train_on_ranks
 from safetensors.torch import save_file
+from test_run import interrupt
 
 from sae_lightning import UserError, load_sae
 from sae_lightning.analysis.evaluate import EvaluateTask, score_subject
@@ -129,6 +130,22 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(job, monkeypatch):
     passes.train_jobs([replace(read_job(stopped.folder), resumed=True)])
     assert weights(whole.folder) == weights(stopped.folder)
     assert metrics(whole.folder)["held_out"] == metrics(stopped.folder)["held_out"]
+
+
+def test_runs_at_different_sites_that_were_stopped_go_on_together(job, tmp_path, monkeypatch):
+    """The stream of each has the checksums of the files at its own sites."""
+    jobs = [job("a"), job("b", layer=replace(TRANSCODER, source=Kind.mlp))]
+    with monkeypatch.context() as patch:
+        interrupt(patch, 20, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        for each in jobs:
+            with pytest.raises(SystemExit):
+                passes.train_jobs([each])
+    both = [replace(read_job(each.folder), resumed=True, multirun=True) for each in jobs]
+    passes.train_jobs(both)
+    whole = job("whole")
+    passes.train_jobs([whole])
+    assert weights(jobs[0].folder) == weights(whole.folder)
+    assert metrics(jobs[1].folder)["speed"]["heads"] == 2
 
 
 @pytest.mark.slow
