@@ -12,6 +12,7 @@ from sae_lightning.errors import UserError, is_out_of_memory
 from sae_lightning.formats.load_sae import load_sae
 from sae_lightning.formats.pickles import load_tensors
 from sae_lightning.formats.saelens import OWN_KEY
+from sae_lightning.llm.load import NO_LLM
 from sae_lightning.sae import SAE
 from sae_lightning.sae.base import SMALLEST_NORM
 from sae_lightning.sae.initial import rescale_strengths
@@ -129,11 +130,12 @@ def _refuse_checkpoint(start: str, error: Exception) -> UserError:
 
 
 def _find_differing_setting(head: Head, settings: dict[str, Any]) -> str | None:
-    """The first setting in which the head differs from a checkpoint whose moments it would take."""
-    for name in ADAM_SETTINGS:
-        if head.settings.get(name) != settings.get(name):
-            return name
-    return None
+    """The first setting in which the head differs from a checkpoint whose moments it would take.
+    Without an LLM, the units of activations are those of the data."""
+    own, names = head.settings, ADAM_SETTINGS
+    if own.get("llm.name") == NO_LLM:
+        names += tuple(name for name in own | settings if name.startswith("data."))
+    return next((name for name in names if own.get(name) != settings.get(name)), None)
 
 
 def _take_normalisation(head: Head, saved: dict[str, Tensor]) -> None:

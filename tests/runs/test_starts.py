@@ -73,6 +73,8 @@ def test_what_is_not_typed_comes_from_the_start(save, tmp_path):
     assert (config.llm.name, config.llm.batch) == ("openai-community/gpt2", 3)
     assert config.model.start == str(tmp_path / "topk")
     assert config.loss.auxk == 0.1
+    typed = compose_start("model.start=topk", "llm.bos=x").llm
+    assert (typed.name, typed.bos) == ("openai-community/gpt2", "x")
     # what another tool's format does not tell is as in the preset
     assert config.model.decoder_norm == 1.0
     one = compose_start("model.start=topk", "model.k=3", "model.features=50", "layer.index=3")

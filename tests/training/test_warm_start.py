@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from sae_lightning.runs.jobs import read_job
 from sae_lightning.runs.starts import apply_start
 from sae_lightning.sae import ARCHITECTURES, build_sae
 from sae_lightning.sae.initial import rescale_strengths
+from sae_lightning.training.callbacks.normalize import Normalize
 from sae_lightning.training.head import Head
 from sae_lightning.training.module import SAEModule
 from sae_lightning.training.settings import (
@@ -179,6 +181,22 @@ def test_a_dictionary_grows_by_features_as_in_a_cold_start(tmp_path, name):
     assert head.start_rows[48:].abs().sum() == 0
 
 
+def test_new_features_are_cold_ones_without_normalisation_too(tmp_path):
+    """There, biases are in units of the activations, whose root mean square is 5 here."""
+    start, config = save_random(tmp_path / "start", "relu"), config_of("relu", features=80)
+    grown, cold = make_head(config, start), make_head(config, start)
+    cold.start = None
+    for head in (grown, cold):
+        head.callbacks.normalize.mode = Normalization.none
+    stream = SimpleNamespace(peek=lambda tokens: {grown.source: torch.full((9, D), 5.0)})
+    trainer = SimpleNamespace(global_step=0, datamodule=SimpleNamespace(stream=stream))
+    Normalize().on_train_start(trainer, SimpleNamespace(heads=[grown, cold]))
+    begin(grown)
+    assert torch.equal(grown.sae.b_enc[48:], torch.full((32,), -5.0))
+    assert torch.equal(grown.sae.b_enc[48:], cold.sae.b_enc[48:])
+    assert_close(grown.sae.b_enc[:48], load_sae(start).b_enc)
+
+
 def test_fates_by_hand(tmp_path):
     """One feature of each fate, two of one."""
     head = make_head(config_of("relu", features=6), save_random(tmp_path / "s", "relu"))
@@ -323,6 +341,14 @@ def test_adam_starts_anew_where_its_moments_would_be_in_other_units(job, tmp_pat
     assert not optimizer.state
     assert head.in_scale == 2.5
     assert_same_function(head, str(first.folder))
+    # without an LLM nothing but the data says where activations come from
+    other.config.callbacks.normalize.mode = first.config.callbacks.normalize.mode
+    other.config.data = replace(other.config.data, concepts=40)
+    head = make_head(other.config.model, str(first.folder))
+    head.settings = other.config.fixed_on_resume()
+    line, optimizer = begin(head)
+    assert line.endswith("; Adam starts anew, because data.concepts is not that of its checkpoint")
+    assert not optimizer.state
 
 
 def test_a_kept_sae_has_no_checkpoint(job, tmp_path):

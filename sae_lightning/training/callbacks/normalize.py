@@ -66,7 +66,7 @@ class Normalize(L.Callback):
                         console.print(warning)
                 mean.copy_(estimates[key][0])
                 scale.copy_(estimates[key][1])
-            if settings.mode is Normalization.none and not head.start:
+            if settings.mode is Normalization.none:
                 # `model.start_bias` is meant for a mean square of 1: with smaller activations few
                 # features would fire, or none
                 sample = trainer.datamodule.stream.peek(settings.tokens)[head.source]
