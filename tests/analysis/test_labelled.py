@@ -262,3 +262,15 @@ def test_data_without_that_label_or_without_text_is_refused(tmp_path, tokenizer,
         labelled(LocalConfig(path=str(tmp_path)), "mood", tokenizer, tokens=10**4)
     with pytest.raises(UserError, match="no file there"):
         labelled(LocalConfig(path=str(tmp_path / "none")), "mood", tokenizer, tokens=10**4)
+
+
+def test_probes_read_one_text_and_no_conversations(tmp_path, tokenizer):
+    for settings, message in (
+        (
+            {"chat": True},
+            r"^label=mood: probes read documents of text, and data\.path=.* holds conv",
+        ),
+        ({"weights": {"a": 1.0}}, r"^label=mood: probes read one text, and data\.weights names"),
+    ):
+        with pytest.raises(UserError, match=message):
+            labelled(LocalConfig(path=str(tmp_path), **settings), "mood", tokenizer, tokens=10**4)

@@ -131,6 +131,11 @@ def cut_documents(
             f"label={label}: probes read documents of text, and {where} holds conversations "
             "(data.chat=true); give a text with labels as data=text data.path=..."
         )
+    if not hub and config.weights:
+        raise UserError(
+            f"label={label}: probes read one text, and data.weights names several; give one of "
+            "them as data.path, and leave data.weights out"
+        )
     try:
         data = _open_hub(config) if hub else load_documents(config)
         texts = dict(_read_rows(data, config, label, where, seed))  # each text once
