@@ -268,7 +268,7 @@ def test_probes_read_one_text_and_no_conversations(tmp_path, tokenizer):
     for settings, message in (
         (
             {"chat": True},
-            r"^label=mood: probes read documents of text, and data\.path=.* holds conv",
+            r"^label=mood: probes read documents of text, and .* holds conv",
         ),
         ({"weights": {"a": 1.0}}, r"^label=mood: probes read one text, and data\.weights names"),
     ):
