@@ -22,7 +22,7 @@ from sae_lightning.formats.hub_errors import LOGIN
 from sae_lightning.formats.load_sae import load_sae
 from sae_lightning.formats.saelens import CFG, OWN_KEY, WEIGHTS
 from sae_lightning.formats.upload import has_token, is_private, upload_files
-from sae_lightning.runs.folders import METRICS_FILE
+from sae_lightning.runs.folders import METRICS_FILE, read_json
 from sae_lightning.runs.jobs import CONFIG_FILE, is_sweep
 from sae_lightning.runs.saved import read_settings
 from sae_lightning.terminal import console, format_command, make_grid
@@ -152,16 +152,13 @@ def refuse_links(folder: Path, names: Collection[str]) -> None:
 
 def read_results(folder: Path) -> dict[str, Any]:
     """The numbers for the model card, by task: `evaluate` and, of the overview, `theory` and
-    `probe`; scores of the end of training if there are no others."""
+    `probe`; scores of the end of training if there are no others. UserError if one is damaged."""
     found = {}
     for name in ("overview", "theory", "probe", "evaluate"):
-        file = folder / "analysis" / f"{name}.json"
-        if file.is_file():
-            numbers = json.loads(read_regular_file(file))
+        if numbers := read_json(folder / "analysis" / f"{name}.json"):
             found |= numbers if name == "overview" else {name: numbers}
-    metrics = folder / METRICS_FILE
-    if metrics.is_file() and "evaluate" not in found:
-        found["evaluate"] = json.loads(read_regular_file(metrics)).get("held_out", {})
+    if "evaluate" not in found and (metrics := read_json(folder / METRICS_FILE)):
+        found["evaluate"] = metrics.get("held_out", {})
     return found
 
 

@@ -52,11 +52,10 @@ def parse_address(address: str) -> HubAddress:
     neither."""
     match = re.fullmatch(r"hub:([\w.-]+/[\w.-]+)((?:/[^/@*]+)*)/?(?:@([^@]+))?", address)
     name = match[1] + match[2] if match else address.removeprefix(HUB)
-    if suite := expand_suite(name.partition("@")[0]):
-        return HubAddress(*suite, match[3] or MAIN)
+    suite = expand_suite(name.partition("@")[0])
     if not match or {".", ".."} & {*re.split("[/@]", address)}:
         raise UserError(f"{address}: write hub:<owner>/<name>[/<path>][@<revision>]")
-    return HubAddress(match[1], (match[2].removeprefix("/"),), match[3] or MAIN)
+    return HubAddress(*(suite or (match[1], (match[2].removeprefix("/"),))), match[3] or MAIN)
 
 
 def name_hub_folder(address: str) -> Path:

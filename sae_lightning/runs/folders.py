@@ -128,7 +128,7 @@ def _read_sweep_run(folder: Path) -> SweepRun:
 def _read_metrics(folder: Path) -> dict | None:
     """UserError if the file lacks what `run.score_and_save` writes."""
     path = folder / METRICS_FILE
-    content = _read_json(path)
+    content = read_json(path)
     if content is None:
         return None
     try:
@@ -156,7 +156,7 @@ def _read_number(value: object) -> float:
 def _read_failure(folder: Path) -> dict | None:
     """UserError if the file does not hold a reason."""
     path = failure_path(folder)
-    content = _read_json(path)
+    content = read_json(path)
     if content is None:
         return None
     if not isinstance(content, dict) or not isinstance(content.get("reason"), str):
@@ -164,7 +164,7 @@ def _read_failure(folder: Path) -> dict | None:
     return {"diverged": False} | content
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
     """The content of a JSON file; None if there is no file. UserError if it is not JSON."""
     try:
         return json.loads(read_regular_file(path))

@@ -333,6 +333,13 @@ def test_an_upload_that_fails_leaves_no_half_of_a_commit(hub, run, request_, sta
     assert all(repo.files == {} for repo in hub.repos.values())
 
 
+def test_a_damaged_file_of_scores_is_told_in_one_line(hub, run):
+    (run / "analysis" / "evaluate.json").write_text("{")
+    with pytest.raises(UserError, match=r"evaluate\.json is damaged: it cannot be read as JSON"):
+        publish(run)
+    assert hub.repos == {}
+
+
 def test_what_a_link_leads_to_is_not_uploaded(hub, run, tmp_path):
     (tmp_path / "secret").write_text("secret")
     (run / "analysis" / "index.html").unlink()

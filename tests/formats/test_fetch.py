@@ -336,6 +336,9 @@ def test_of_several_places_the_first_that_exists_is_meant(hub, folder):
         ("gemma-scope/2b/res/20", "write hub:gemma-scope/<model>/<site>/<layer>/<width>"),
         ("qwen-scope/qwen3-8b/1/2", "write hub:qwen-scope/<model>/<layer>"),
         ("llama-scope", "write hub:llama-scope/<site>/<layer>/<expansion>"),
+        ("gpt2-res-jb/8@", "8@: write hub:<owner>/<name>"),
+        ("gpt2-res-jb/*", r"/\*: write hub:<owner>/<name>"),
+        ("gemma-scope/2b/res/../16k", "write hub:<owner>/<name>"),
     ],
 )
 def test_a_short_name_with_other_parts_is_refused(name, told):
