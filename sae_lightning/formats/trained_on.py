@@ -43,8 +43,11 @@ HOOK_PATTERNS = {
     r"model\.layers\.(\d{1,6})\.post_feedforward_layernorm\.output": (Kind.mlp, 0),
     r"model\.layers\.(\d{1,6})\.pre_feedforward_layernorm\.output": (Kind.mlp_in, 0),
 }
-# Heads before the output projection, of any width: not one of our sites.
-HEADS = r".*(?:hook_z|o_proj\.input)"
+# Names of places that are not among our sites -> what they are.
+OTHER_PLACES = {
+    r".*(?:hook_z|o_proj\.input)": "the attention before its output projection",
+    r"blocks\.0\.hook_resid_pre|hook_embed": "the input of the first block",
+}
 
 
 # What is known about an SAE's training, under SAELens' keys, and its type.
@@ -143,11 +146,12 @@ def _read_hook(hook: str | None, run: str) -> tuple[int, Kind]:
         if match and int(match[1]) + offset >= 0:
             return int(match[1]) + offset, kind
     problem = "does not say where its SAE reads"
-    if hook and re.fullmatch(HEADS, hook):
-        raise UserError(
-            f"{run} reads {hook:.80}, which is not a site of this project: it is the attention "
-            "before its output projection. load_sae opens the SAE, but no task can run an LLM on it"
-        )
+    for pattern, what in OTHER_PLACES.items():
+        if hook and re.fullmatch(pattern, hook):
+            raise UserError(
+                f"{run} reads {hook:.80}, which is not a site of this project: it is {what}. "
+                "load_sae opens the SAE, but no task can run an LLM on it"
+            )
     if hook:
         problem = f"reads {hook:.80}, which is not a known site"
     raise UserError(

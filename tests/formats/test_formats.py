@@ -287,7 +287,7 @@ def test_embeddings_of_gemma_scope_are_scaled(tmp_path):
     assert_computes(sae, [0, 0, 5 / math.sqrt(2)], [5.25, 4.5])
     block = shutil.copytree(folder, tmp_path / "embedding" / "layer_3" / "width_16k")
     assert torch.equal(load_sae(block).W_enc, W_ENC)
-    with pytest.raises(UserError, match="reads hook_embed, which is not a known site"):
+    with pytest.raises(UserError, match="reads hook_embed, .* it is the input of the first block"):
         read_layer(sae.metadata, "run")
 
 
