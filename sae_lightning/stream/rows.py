@@ -142,8 +142,9 @@ class LLMRows(RowStream):
             )
             if self.max_norm is None:
                 raise UserError(
-                    f"data.keep_special=false: {left} special tokens; look at the text, or keep "
-                    "them with data.keep_special=true"
+                    f"data.keep_special=false: {left} special tokens (with data.assistant_only, "
+                    "all but the assistant's); look at the text, or keep them with "
+                    "data.keep_special=true"
                 )
             raise UserError(
                 f"data.max_norm={self.max_norm}: {left} special tokens and large norms; raise it, "
