@@ -59,7 +59,7 @@ class MLflowConfig:
     mlflow.db in the working folder, as for `mlflow server`."""
 
     def __post_init__(self):
-        if re.search(r"://[^/]*:[^/]*@", self.tracking_uri or ""):
+        if re.search(r"://[^@]*:[^@]*@|password=", self.tracking_uri or ""):
             raise UserError(
                 "logger.mlflow.tracking_uri: holds a password, which config.yaml would keep; give "
                 "the address as MLFLOW_TRACKING_URI in the environment instead"

@@ -89,7 +89,7 @@ class RemoteLogger(ExtraLogger):
         self._say(f"{reason}; TensorBoard's curves of {self.about.name} are complete{remedy}")
 
     def _say(self, text: str) -> None:
-        text = re.sub(r"//[^/@\s]*@", "//", " ".join(text.split()))  # without passwords
+        text = re.sub(r"//[^@\s]*@", "//", " ".join(text.split()))  # without passwords
         sys.stderr.write(make_visible(f"logger={self.kind}: {text}") + "\n")
 
     def _describe_remedy(self) -> str:

@@ -79,9 +79,16 @@ def test_what_the_environment_says_is_saved_but_for_an_address_that_may_hold_a_p
         (["logger.wandb.project=x"], "logger.wandb.project=x: has no effect without logger=wandb"),
         (["logger=csv", "logger.mlflow.experiment=x"], ".*has no effect without logger=mlflow"),
         (["logger=wandb", "logger.wandb.project=a/b"], "logger.wandb.project=a/b: give a name"),
-        (
-            ["logger=mlflow", "logger.mlflow.tracking_uri=http://me:secret@host"],
-            "logger.mlflow.tracking_uri: holds a password, .* MLFLOW_TRACKING_URI",
+        *(
+            (
+                ["logger=mlflow", f"logger.mlflow.tracking_uri='{uri}'"],
+                "logger.mlflow.tracking_uri: holds a password, .* MLFLOW_TRACKING_URI",
+            )
+            for uri in (
+                "http://me:secret@host",
+                "mysql://me:the/secret@host",
+                "postgresql://host/runs?user=me&password=secret",
+            )
         ),
     ],
 )
