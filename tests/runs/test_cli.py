@@ -375,7 +375,13 @@ def test_another_tools_word_is_known_with_dashes_too(command_line, flag):
 
 
 def test_no_setting_of_ours_is_taken_for_another_tools(hydra):
-    names = set(a_job(Path()).config.to_flat_dict()) | {"trainer", "llm", "model", "layer"}
+    names = set(a_job(Path()).config.to_flat_dict()) | {
+        "trainer",
+        "llm",
+        "model",
+        "layer",
+        "logger",
+    }
     assert not names & TRANSLATIONS.keys()
     given = re.findall(r"(\w+(?:\.\w+)*)=", " ".join(TRANSLATIONS.values()).replace("DEVICES=", ""))
     open_ended = {name for name in given if name.startswith("llm.load.")}
