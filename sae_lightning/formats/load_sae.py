@@ -57,6 +57,8 @@ def load_sae(path: str | os.PathLike) -> SAE:
 def _find_weights(path: Path) -> tuple[Format, Path, Path]:
     """The format of the SAE at `path` (a weights file, a folder, or a run folder), its folder and
     its weights file. UserError if there is none, or more than one."""
+    if not path.exists():
+        raise UserError(f"{path}: no such folder or file (on the hub: hub:<owner>/<name>)")
     root = path.absolute().parent.parent if path.is_file() else path
     inner = [path.absolute().parent.name] if path.is_file() else ["sae", "checkpoints"]
     files = [file for name in ("", *inner) for file in (root / name).glob("*") if file.is_file()]

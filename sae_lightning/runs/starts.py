@@ -65,7 +65,9 @@ def _open_start(address: str) -> Start:
     try:
         sae = load_sae(address)
     except UserError as error:
-        raise UserError(f"model.start={address}: {error}") from error
+        named = str(error).startswith(address)  # messages begin with what cannot be opened
+        where = "model.start=" if named else f"model.start={address}: "
+        raise UserError(f"{where}{error}") from error
     norms = sae.W_dec.norm(dim=1)
     norms = norms[norms > SMALLEST_NORM]
     return Start(

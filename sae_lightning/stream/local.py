@@ -16,7 +16,6 @@ from sae_lightning.stream.local_files import (
     check_files,
     check_json,
     find_files,
-    list_files,
     make_found_absolute,
     pick_loader,
 )
@@ -93,25 +92,37 @@ class LocalSource(TextSource):
 
     def check_before_loading(self, shape: LLMShape, resumed: bool) -> None:
         super().check_before_loading(shape, resumed)
+        if not resumed:
+            self._check_files()
         if self.data.chat:
             ChatEncoder(load_tokenizer(self.llm), bool(self.data.assistant_only))
 
     def open_documents(self) -> SplitText:
         if not self.data.weights:
             return _open_split(self.data)
+        self._check_files()
         total, texts = sum(self.data.weights.values()), []
-        owners: dict[str, str] = {}  # the text that each file belongs to
-        for name, weight in self.data.weights.items():
-            path = os.path.join(os.path.expanduser(self.data.path), name)
-            for file in list_files(Path(path)):
+        for config, weight in zip(self._split_mixture(), self.data.weights.values(), strict=True):
+            text = _open_split(config)
+            texts.append(text._replace(weight=weight / total, where=f"data.path={config.path}"))
+        return texts[0]._replace(others=tuple(texts[1:]))
+
+    def _check_files(self) -> None:
+        """UserError: a text is not there, or a file belongs to two texts of a mixture."""
+        owners: dict[str, str] = {}
+        for config, name in zip(self._split_mixture(), self.data.weights or [""], strict=True):
+            for file in _find_text(config):
                 other = owners.setdefault(os.path.realpath(file), name)
                 if other != name:  # one would train on what the other holds out
                     raise UserError(
                         f"data.weights: {file} is in both {other} and {name}; give it to one"
                     )
-            text = _open_split(replace(self.data, path=path, weights={}))
-            texts.append(text._replace(weight=weight / total, where=f"data.path={path}"))
-        return texts[0]._replace(others=tuple(texts[1:]))
+
+    def _split_mixture(self) -> list[LocalConfig]:
+        """The settings of each text of a mixture, or of the only text."""
+        folder = os.path.expanduser(self.data.path)
+        paths = [os.path.join(folder, name) for name in self.data.weights] or [self.data.path]
+        return [replace(self.data, path=path, weights={}) for path in paths]
 
 
 def _open_split(config: LocalConfig) -> SplitText:
@@ -137,13 +148,13 @@ def _open_split(config: LocalConfig) -> SplitText:
 def load_documents(config: LocalConfig) -> "Dataset":
     """Load every document, with all columns: from a saved data set, file, folder or glob."""
     path, where = Path(config.path).expanduser(), f"data.path={config.path}"
+    files = _find_text(config)
     if config.chat:
         column = None if config.column == "text" else config.column
         with phase("reading the conversations"):
-            return copy_chats(find_files(path, where), column, where)
-    if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+            return copy_chats(files, column, where)
+    if not files:
         return _load_saved(path, where)
-    files = find_files(path, where)
     try:
         return _load_files(files, config.column, where)
     except UserError:
@@ -152,6 +163,14 @@ def load_documents(config: LocalConfig) -> "Dataset":
         if pick_loader(files[0]) != "parquet":  # parquet has no lines to check
             check_files(files, where)
         raise
+
+
+def _find_text(config: LocalConfig) -> list[str]:
+    """Find the files at `config.path`, none if it is a saved data set. UserError if there is
+    neither."""
+    path = Path(config.path).expanduser()
+    saved = any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
+    return [] if saved and not config.chat else find_files(path, f"data.path={config.path}")
 
 
 def _load_files(files: list[str], column: str, where: str) -> "Dataset":

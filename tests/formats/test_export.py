@@ -264,9 +264,10 @@ def test_a_transcoder_cannot_subtract_a_b_dec_of_another_width(tmp_path):
 
 def test_a_path_that_is_a_file_or_nothing_says_what_to_give(tmp_path):
     (tmp_path / "file").write_text("")
-    for name in ("file", "nothing"):
-        with pytest.raises(UserError, match=f"{name} holds no saved SAE: give a run folder"):
-            load_sae(tmp_path / name)
+    with pytest.raises(UserError, match="file holds no saved SAE: give a run folder"):
+        load_sae(tmp_path / "file")
+    with pytest.raises(UserError, match="nothing: no such folder or file"):
+        load_sae(tmp_path / "nothing")
 
 
 @pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])

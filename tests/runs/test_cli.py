@@ -760,7 +760,7 @@ def test_train_refuses_before_anything_is_made(tmp_path, overrides, message):
     ("overrides", "message"),
     [
         ([], r"run is not set: give run=\.\.\."),
-        (["run=nope"], r"nope holds no saved SAE: give a run folder .*"),
+        (["run=nope"], r"nope: no such folder or file .*"),
         (["run=old", "task=nope"], r"task=nope: no such preset; choose from .*evaluate.*"),
         (["run=old", "task=lens", "strength=8"], r"strength has no meaning for this task, only .*"),
         (["run=old", "task=lens", "feature=a"], r"feature=a: give a number, or several as .*"),

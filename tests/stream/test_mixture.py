@@ -6,8 +6,9 @@ import torch
 from small_text import byte_tokenizer
 
 from sae_lightning import UserError
+from sae_lightning.llm.load import LLMConfig
 from sae_lightning.llm.sites import Kind, Site
-from sae_lightning.stream import open_text
+from sae_lightning.stream import make_source, open_text
 from sae_lightning.stream.local import LocalConfig
 from sae_lightning.stream.rows import LLMRows
 from sae_lightning.stream.states import expect_rows
@@ -96,3 +97,7 @@ def test_weights_that_cannot_be_are_refused(corpus):
         open_mixture(corpus, {"b/*.txt": 1, "a": 1, "b/1.txt": 1})
     with pytest.raises(UserError, match=r"^data\.path=.*nowhere: no file there"):
         open_mixture(corpus, {"a": 1, "nowhere": 1})
+    mixture = LocalConfig(path=str(corpus), weights={"a": 1, "nowhere": 1})
+    source = make_source(LLMConfig(name="smollm2"), mixture, seed=0)
+    with pytest.raises(UserError, match=r"^data\.path=.*nowhere: no file there"):
+        source.check_before_loading(source.read_shape(), resumed=False)  # before the LLM is loaded

@@ -64,14 +64,14 @@ def test_a_file_is_one_document_with_its_line_breaks(tmp_path):
     (tmp_path / "a.txt").write_text("one\n\ntwo\n")
     (tmp_path / "b.txt").write_text("three")
     (tmp_path / ".hidden").write_text("not text")
-    train, held_out, _ = open_text(LocalConfig(path=str(tmp_path), held_out=0.5))
+    train, held_out = open_text(LocalConfig(path=str(tmp_path), held_out=0.5))[:2]
     assert sorted(texts(train) + texts(held_out)) == ["one\n\ntwo\n", "three"]
 
 
 def test_of_a_single_document_the_last_words_are_held_out(tmp_path):
     text = " ".join(f"word{i}" for i in range(100))
     (tmp_path / "a.txt").write_text(text)
-    train, held_out, _ = open_text(LocalConfig(path=str(tmp_path / "a.txt"), held_out=0.2))
+    train, held_out = open_text(LocalConfig(path=str(tmp_path / "a.txt"), held_out=0.2))[:2]
     assert texts(train)[0] + texts(held_out)[0] == text
     assert texts(held_out)[0].startswith("word")
     assert 0.2 <= len(texts(held_out)[0]) / len(text) < 0.22
@@ -79,7 +79,7 @@ def test_of_a_single_document_the_last_words_are_held_out(tmp_path):
 
 def test_another_column_can_hold_the_text(tmp_path):
     path = write(tmp_path / "data", "jsonl", column="story")
-    train, held_out, _ = open_text(LocalConfig(path=path, column="story"))
+    train, held_out = open_text(LocalConfig(path=path, column="story"))[:2]
     assert sorted(texts(train) + texts(held_out)) == sorted(DOCUMENTS)
 
 
@@ -88,7 +88,7 @@ def test_another_column_can_hold_the_text(tmp_path):
 def test_the_first_documents_of_a_hub_data_set_are_held_out(tmp_path, streaming, kind):
     write(tmp_path / "data", kind)
     config = HubConfig(name=str(tmp_path / "data"), streaming=streaming, held_out_documents=7)
-    train, held_out, _ = open_text(config)
+    train, held_out = open_text(config)[:2]
     assert texts(held_out) == DOCUMENTS[:7]
     assert texts(train) == DOCUMENTS[7:]
     if streaming:
@@ -100,7 +100,7 @@ def test_another_split_of_a_hub_data_set_can_be_held_out(tmp_path):
     folder.mkdir()
     for split, documents in [("train", DOCUMENTS[:30]), ("validation", DOCUMENTS[30:])]:
         Dataset.from_dict({"text": documents}).to_json(folder / f"{split}.jsonl")
-    train, held_out, _ = open_text(HubConfig(name=str(folder), held_out_split="validation"))
+    train, held_out = open_text(HubConfig(name=str(folder), held_out_split="validation"))[:2]
     assert (texts(train), texts(held_out)) == (DOCUMENTS[:30], DOCUMENTS[30:])
 
 
@@ -178,7 +178,7 @@ def test_no_play_to_evaluate_on_is_refused():
 
 def test_500_documents_are_held_out_where_nothing_is_said(tmp_path):
     write(tmp_path / "data", "jsonl", documents=[f"document {i}" for i in range(520)])
-    train, held_out, _ = open_text(HubConfig(name=str(tmp_path / "data"), streaming=False))
+    train, held_out = open_text(HubConfig(name=str(tmp_path / "data"), streaming=False))[:2]
     assert (len(train), len(held_out)) == (20, 500)
 
 
