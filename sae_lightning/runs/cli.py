@@ -18,6 +18,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf.errors import (
     ConfigAttributeError,
     ConfigKeyError,
+    ConfigTypeError,
     GrammarParseError,
     InterpolationResolutionError,
     OmegaConfBaseException,
@@ -157,7 +158,7 @@ def explain_error(error: BaseException, overrides: list[str]) -> str | None:
             return str(link)
         if isinstance(link, ConfigAttributeError | ConfigKeyError):
             return _describe_unknown_setting(link, overrides)
-        if isinstance(link, ValidationError):
+        if isinstance(link, ValidationError | ConfigTypeError):
             return _describe_bad_value(link, overrides)
         if isinstance(link, OverrideParseException):
             word = link.override if "=" not in link.override else ""
@@ -255,13 +256,17 @@ def _describe_unknown_setting(error: OmegaConfBaseException, overrides: list[str
     return f"no setting {name}: {hint}there are {', '.join(prefix + k for k in settings)}"
 
 
-def _describe_bad_value(error: ValidationError, overrides: list[str]) -> str:
+def _describe_bad_value(error: OmegaConfBaseException, overrides: list[str]) -> str:
     name, reason = str(error.full_key), str(error).splitlines()[0]
     given = next((o for o in reversed(overrides) if o.lstrip("+").startswith(f"{name}=")), name)
     if "Integer" in reason and re.search(r"'[\d.]+' of type 'float'", reason):
         reason = "give a whole number in digits, such as 1000000 or 1_000_000"
     if "Set[str]" in reason:  # from Hydra's classes for sweeps
         return "choice(...), range(...) and the like cannot be nested or put in a list"
+    if re.match(r"Cannot (merge DictConfig with|assign \w+ to Dict)", reason):
+        reason = f"give names with their values, as {name}={{name:value}}"
+    if "'list' to string" in reason:
+        reason = "a list is not possible here"
     if "not Optional" in reason:
         reason = "null is not possible here"
     return f"{given}: {reason[0].lower()}{reason[1:].removesuffix('.')}"

@@ -111,7 +111,7 @@ class LocalSource(TextSource):
         """UserError: a text is not there, or a file belongs to two texts of a mixture."""
         owners: dict[str, str] = {}
         for config, name in zip(self._split_mixture(), self.data.weights or [""], strict=True):
-            for file in _find_text(config):
+            for file in _find_text(config) or [config.path]:  # a saved data set is a folder
                 other = owners.setdefault(os.path.realpath(file), name)
                 if other != name:  # one would train on what the other holds out
                     raise UserError(

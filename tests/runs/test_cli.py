@@ -161,6 +161,10 @@ BAD = {
     "seed=0 model.seed=9223372036854775808": r"model\.seed=9223372036854775808: give 0 or .*",
     "loss.l1=1 loss.l1=abc": r"loss\.l1=abc: .* could not be converted to Float",
     "callbacks=3": r"callbacks=3: .*",
+    "data=text data.path=[a,b]": r"data\.path=\[a,b\]: a list is not possible here",
+    "data=text data.path=a data.weights=[1,2]": r"data\.weights=\[1,2\]: give names with their "
+    r"values, as data\.weights=\{name:value\}",
+    "data=text data.path=a data.weights=1": r"data\.weights=1: give names with their values, .*",
     # left open
     "llm=hf": r"llm\.name is not set: give llm\.name=\.\.\.",
     "llm=hf llm.name=x": r"layer\.index is not set: give layer\.index=\.\.\.",

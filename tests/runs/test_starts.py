@@ -186,7 +186,7 @@ def test_reading_the_start_and_keeping_its_rows_is_counted(save, tmp_path):
 
 
 def test_nothing_at_the_start_is_one_line(save, tmp_path):
-    with pytest.raises(UserError, match=r"^model\.start=.*/none: .* holds no saved SAE"):
+    with pytest.raises(UserError, match=r"^model\.start=[^ ]*/none: no such folder or file"):
         compose_start("model.start=none")
 
 
