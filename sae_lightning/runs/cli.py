@@ -269,7 +269,7 @@ def _describe_bad_value(error: OmegaConfBaseException, overrides: list[str]) -> 
         reason = "a list is not possible here"
     if "not Optional" in reason:
         reason = "null is not possible here"
-    return f"{given}: {reason[0].lower()}{reason[1:].removesuffix('.')}"
+    return f"{given.lstrip('+')}: {reason[0].lower()}{reason[1:].removesuffix('.')}"
 
 
 def _describe_hydra_error(text: str) -> str:
