@@ -23,8 +23,7 @@ def config_from_metadata(
     UserError if neither says what the SAE reads."""
     metadata = check_metadata(sae.metadata, run)
     llm, data, layer = settings["llm"], settings["data"], settings["layer"]
-    if not {"llm", "llm.name"} & {*given_settings}:
-        llm = choose_llm(llm, metadata, run)
+    llm = choose_llm(llm, metadata, run, given_settings)
     if not any(name.split(".")[0] == "layer" for name in given_settings):
         layer = read_layer(metadata, run)
         if warning := warn_of_gain(metadata, run):

@@ -1,6 +1,7 @@
 """Reads from the metadata of an SAE which LLM and site it belongs to."""
 
 import re
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -93,10 +94,16 @@ def check_metadata(metadata: dict[str, Any], run: str) -> dict[str, Any]:
     return checked
 
 
-def choose_llm(llm: LLMConfig, metadata: dict[str, Any], run: str) -> LLMConfig:
-    """`llm` with the name, revision and tokens of the LLM in the checked `metadata` of `run`."""
-    own = {name.removeprefix("llm."): metadata.get(name) for name in OWN_METADATA_TYPES}
-    return replace(llm, **own | {"name": find_llm_name(metadata, run)})
+def choose_llm(
+    llm: LLMConfig, metadata: dict[str, Any], run: str, given: Collection[str]
+) -> LLMConfig:
+    """`llm` with the name, revision and tokens of the LLM in the checked `metadata` of `run`, but
+    for `given` settings; as it is if these name an LLM."""
+    if {"llm", "llm.name"} & {*given}:
+        return llm
+    own = {name: metadata.get(name) for name in OWN_METADATA_TYPES}
+    own["llm.name"] = find_llm_name(metadata, run)
+    return replace(llm, **{k.removeprefix("llm."): v for k, v in own.items() if k not in given})
 
 
 def find_llm_name(metadata: dict[str, Any], run: str) -> str:

@@ -30,8 +30,6 @@ from sae_lightning.stream.local_files import make_absolute
 
 # Settings of the network that every format tells.
 TOLD = ("features", "k", "groups", "skip")
-# Settings of the LLM that metadata may tell besides its name.
-OF_LLM = ("revision", "bos", "separator")
 # Decoder norms that differ less count as equal: published weights are rounded.
 MAX_NORM_RATIO = 1.01
 
@@ -130,9 +128,7 @@ def apply_start(config: Config, overrides: Collection[str]) -> Config:
                 f"model.start={start.address} was trained on no LLM's activations: give the data "
                 "that it was trained on (data=synthetic, data=activations), or another start"
             )
-        if not {"llm", "llm.name"} & typed.keys():
-            given = {n: getattr(llm, n) for n in OF_LLM if f"llm.{n}" in typed}
-            llm = replace(choose_llm(llm, start.metadata, start.address), **given)
+        llm = choose_llm(llm, start.metadata, start.address, typed)
         layer = _choose_layer(start, layer, typed)
     return replace(config, model=_choose_model(start, config.model, typed), layer=layer, llm=llm)
 

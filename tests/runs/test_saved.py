@@ -411,3 +411,12 @@ def test_what_an_saes_own_file_says_never_allows_code():
     sae = SimpleNamespace(metadata=hostile, config=SAEConfig(features=8))
     config = config_from_metadata(sae, "folder", ASKED | {"seed": 0}, [])
     assert (config.llm.name, config.llm.trust_remote_code) == ("someone/evil", False)
+
+
+def test_the_tokens_of_an_llm_may_be_given_without_its_name():
+    said = {"model_name": "someone/llm", "hook_name": "blocks.0.hook_resid_post"}
+    sae = SimpleNamespace(metadata=said, config=SAEConfig(features=8))
+    asked = ASKED | {"seed": 0, "llm": LLMConfig(name="other", bos="<s>")}
+    for given, bos in ((["llm.bos"], "<s>"), ([], None)):
+        llm = config_from_metadata(sae, "folder", asked, given).llm
+        assert (llm.name, llm.bos) == ("someone/llm", bos)
