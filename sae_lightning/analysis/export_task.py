@@ -31,17 +31,18 @@ class Writer(NamedTuple):
     """A row of the table WRITERS."""
 
     write: Callable[..., None]
-    """Called with what to write and the empty folder to write it in."""
+    """Called with the content and the empty folder to write it in."""
     open: Callable[["ExportTask", Collection[str]], Any]
-    """Called with the task and the names of the given settings; returns what to write."""
+    """Called with the task and the names of the given settings; returns the content."""
     settings: frozenset[str] = frozenset()
     """Settings that have a meaning for this format, besides those of every task."""
 
 
 @dataclass(slots=True, kw_only=True)
 class ExportTask(DashboardSettings):
-    """Write the SAE in another tool's format, or dashboards of its features: these formats alone
-    (neuronpedia, saedashboard, circuit_tracer_features) take settings besides `format` and `to`."""
+    """Write the SAE in another tool's format, or dashboards of its features; only the formats of
+    dashboards (neuronpedia, saedashboard, circuit_tracer_features) take settings besides `format`
+    and `to`."""
 
     format: str | None = None
     """Format to write."""
@@ -108,7 +109,7 @@ def _list_settings(task: type[Task]) -> frozenset[str]:
 
 DASHBOARD_SETTINGS = _list_settings(DashboardSettings)
 FORMAT_SETTINGS = _list_settings(ExportTask) - {"format", "to"}
-# They say what Neuronpedia lists the SAE under.
+# Settings under which Neuronpedia lists the SAE.
 LISTED = frozenset({"release", "description", "creator", "creator_id", "url"})
 
 # Name of a format -> how to write it.

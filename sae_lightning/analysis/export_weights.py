@@ -35,7 +35,7 @@ class Exported(NamedTuple):
 
 
 def open_alone(name: str, task: Task, given_settings: Collection[str]) -> Exported:
-    """The SAE, without its LLM, for the format `name`. UserError for the folder of a sweep."""
+    """Open the SAE, without its LLM, for the format `name`. UserError for the folder of a sweep."""
     if is_sweep(Path(task.run)):
         raise UserError(
             f"run={task.run} holds a sweep, and format={name} one SAE: give one of the run "
@@ -45,7 +45,7 @@ def open_alone(name: str, task: Task, given_settings: Collection[str]) -> Export
 
 
 def _read_exported(task: Task, run: str, given_settings: Collection[str]) -> Exported:
-    """Open the SAE in `run`; llm and layer, where given, replace what its metadata say."""
+    """Open the SAE in `run`; `llm` and `layer`, if given, replace what its metadata say."""
     sae = load_sae(run)
     metadata, groups = sae.metadata, {name.split(".")[0] for name in given_settings}
     if {"llm", "llm.name"} & {*given_settings}:
@@ -86,10 +86,11 @@ def open_set(name: str, task: Task, given_settings: Collection[str]) -> Openers:
                 f"{config.layer.index}, and a set has one transcoder for each: move one away"
             )
         settings = config.to_flat_dict()
-        for name in SHARED_IN_SET:
-            if shared.setdefault(name, settings.get(name)) != settings.get(name):
+        for setting in SHARED_IN_SET:
+            value = settings.get(setting)
+            if shared.setdefault(setting, value) != value:
                 raise UserError(
-                    f"run={task.run}: {name} is {shared[name]} in one run and {settings.get(name)} "
+                    f"run={task.run}: {setting} is {shared[setting]} in one run and {value} "
                     f"in {run.name}, and must be the same in all transcoders of a set"
                 )
     layers = config.data_source.read_shape().layers

@@ -12,7 +12,7 @@ from sae_lightning.formats.trained_on import find_llm_name
 from sae_lightning.sae import SAE
 
 TAGS = ["sparse-autoencoder", "mechanistic-interpretability", "saelens", "sae_lightning"]
-# Settings in the table of what the SAE was trained on -> what they are called there.
+# Settings in the card's table of training -> their names there.
 TRAINING = {
     "data.name": "text",
     "data.path": "text",
@@ -64,7 +64,7 @@ def write_card(
         "## What it was trained on",
         _make_table(["", ""], [*_list_training(sae, settings)]),
         "## How good it is",
-        _score(results),
+        _compare_scores(results),
         "## How to open it",
         f"`x`: activations [tokens, {len(sae.W_enc)}], in float32.",
         *_explain_opening(repo, sae),
@@ -75,7 +75,7 @@ def write_card(
 
 def _find_llm(sae: SAE) -> str | None:
     """Name of the LLM on the hub, or the last part of its folder; None if there is none, or it is
-    not said."""
+    unknown."""
     try:
         name = find_llm_name(sae.metadata, "")
     except UserError:
@@ -117,7 +117,7 @@ def _list_training(sae: SAE, settings: dict[str, Any]) -> Iterator[list[str]]:
             yield [name, f"{value:,}" if isinstance(value, int) and key != "seed" else str(value)]
 
 
-def _score(results: dict[str, Any]) -> str:
+def _compare_scores(results: dict[str, Any]) -> str:
     """The scorecard with its controls, from the results of other tasks."""
     rows = [*_list_scores(results.get("evaluate") or {})]
     rows += [*_list_controls(results.get("theory") or {}, results.get("probe") or {})]

@@ -27,9 +27,9 @@ from sae_lightning.runs.jobs import CONFIG_FILE, is_sweep
 from sae_lightning.runs.saved import read_settings
 from sae_lightning.terminal import console, format_command, make_grid
 
-# Results of other tasks that are uploaded, where they are there: numbers and the page.
+# Results of other tasks that are uploaded if they exist: numbers and the page.
 RESULTS = ("evaluate.json", "overview.json", "index.html")
-# A path in a text: from its root or from the home folder, but not within a name, a web address or a
+# A path in a text: absolute or from the home folder (~), but not within a name, a web address or a
 # special token. A single part (/data, [/INST]) has nothing to hide.
 PATH = re.compile(r"(?<![\w.:/~<|])~?(?:/[^\s,;'\"\])}/]+){2,}/?")
 
@@ -39,7 +39,7 @@ class PublishTask(Task):
     """Upload the SAE, its settings and scores, and a model card to the Hugging Face hub."""
 
     repo: str | None = None
-    """Repository on the hub to upload to, owner/name; it is made if there is none."""
+    """Repository on the hub to upload to, owner/name; it is created if it does not exist."""
     private: bool = True
     """Only you see the repository; false asks on the terminal before anything becomes public."""
     ask: bool = True
@@ -59,7 +59,7 @@ class PublishTask(Task):
         folder = fetch_saved(self.run)
         sae = load_sae(folder)
         files = collect_files(folder)
-        if not is_hub_address(self.run):  # its cache is made of links
+        if not is_hub_address(self.run):  # the hub's cache is made of links
             refuse_links(folder, files)
         settings = yaml.safe_load(files[CONFIG_FILE]) if CONFIG_FILE in files else {}
         card = write_card(self.repo, sae, settings, read_results(folder), self.licence)
@@ -73,7 +73,7 @@ class PublishTask(Task):
         console.print(f"\n  published ({seen}): {url}\n  open it: {opening}\n")
 
     def _check(self, given_settings: Collection[str]) -> None:
-        """UserError if the command cannot work; nothing is read or uploaded yet."""
+        """UserError if the command cannot succeed, before anything is read or uploaded."""
         known = {"run", "task", "repo", "private", "ask", "licence"}
         if others := sorted({*given_settings} - known):
             raise UserError(f"{others[0]} has no meaning for task=publish: leave it out")
@@ -86,7 +86,8 @@ class PublishTask(Task):
             raise UserError(f"repo={self.repo}: you are not logged in at the hub; run: {LOGIN}")
 
     def _confirm(self) -> None:
-        """UserError unless the repository may be seen by those whom the user has agreed to."""
+        """UserError unless the repository is as visible as `private` says, and the user agrees to
+        make files public."""
         now_private = is_private(self.repo)
         if self.private and now_private is False:
             raise UserError(
@@ -113,8 +114,8 @@ class PublishTask(Task):
 
 
 def collect_files(folder: Path) -> dict[str, bytes | Path]:
-    """Path in the repository -> content, for the SAE and what else there is in a run's folder.
-    Folders of this machine are cut off from all paths in it."""
+    """Collect the files to upload, {path in the repository: content}: the SAE and, of a run folder,
+    its settings and results. Paths of this machine are replaced by their last part."""
     sae = folder / "sae" if (folder / "sae").is_dir() else folder
     cfg = json.loads(read_regular_file(sae / CFG)) if (sae / CFG).is_file() else {}
     if OWN_KEY not in cfg:  # its weights may need centring or scales, which the card leaves out
@@ -151,8 +152,9 @@ def refuse_links(folder: Path, names: Collection[str]) -> None:
 
 
 def read_results(folder: Path) -> dict[str, Any]:
-    """The numbers for the model card, by task: `evaluate` and, of the overview, `theory` and
-    `probe`; scores of the end of training if there are no others. UserError if one is damaged."""
+    """Read the numbers for the model card, by task: `evaluate`, and `theory` and `probe` from the
+    overview. Without `evaluate`, the scores of the end of training take its place. UserError if a
+    file is damaged."""
     found = {}
     for name in ("overview", "theory", "probe", "evaluate"):
         if numbers := read_json(folder / "analysis" / f"{name}.json"):

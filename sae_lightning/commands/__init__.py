@@ -25,7 +25,7 @@ def run_analyze() -> None:
 
 
 def _prepare() -> None:
-    """What must happen before other imports, which take seconds."""
+    """Handle Ctrl-C, check packages and share the cores before the imports that take seconds."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C exits without a traceback
     check_packages()
     from sae_lightning.runs.threads import share_cores

@@ -15,7 +15,7 @@ from sae_lightning.runs.plugins import load_parts
 
 
 def analyze_typed() -> None:
-    """Run the task of the command line, in the first of several processes."""
+    """Run the task of the command line; UserError in all but the first process of a cluster job."""
     with one_line_errors():
         sys.argv[1:] = load_parts(sys.argv[1:], TASKS)
         refuse_second_task()

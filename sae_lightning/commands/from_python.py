@@ -54,7 +54,8 @@ class Run:
 def train(*arguments: str, config_dir: str | os.PathLike | None = None) -> Run:
     """Train the SAE that the arguments of `train.py` describe, or go on with `resume=...`.
 
-    `config_dir`: a folder with presets of your own. UserError: what the command answers in a line.
+    `config_dir`: a folder with presets of your own. UserError: the line that the command would
+    print.
     """
     (finished,) = _run_hydra(arguments, config_dir, sweep=False)
     return Run(Path(finished.hydra_cfg.hydra.runtime.output_dir))
@@ -64,7 +65,7 @@ def train_sweep(*arguments: str, config_dir: str | os.PathLike | None = None) ->
     """Train the SAEs of a sweep, `train.py -m` with these arguments, on as few passes of the LLM as
     possible.
 
-    UserError: as `train`, or some SAEs failed; the others are in their folders.
+    UserError: as in `train`, or because some SAEs failed; the others are in their folders.
     """
     finished = _run_hydra(arguments, config_dir, sweep=True)
     return [Run(Path(each.working_dir).absolute()) for each in finished]
@@ -73,9 +74,9 @@ def train_sweep(*arguments: str, config_dir: str | os.PathLike | None = None) ->
 def _run_hydra(
     arguments: Sequence[str], config_dir: str | os.PathLike | None, sweep: bool
 ) -> list[JobReturn]:
-    """What Hydra returns for each job of a command line."""
-    with _errors_of_the_command(arguments):
-        _check_place(arguments)
+    """Run a command line; returns what Hydra returns for each of its jobs."""
+    with _raise_printed_errors(arguments):
+        _refuse_unsupported(arguments)
         folder = [] if config_dir is None else ["--config-dir", os.fspath(config_dir)]
         parts = load_parts([*folder, *arguments])[len(folder) :]
         overrides = rewrite_arguments([*(["-m"] if sweep else []), *parts])
@@ -91,8 +92,8 @@ def _run_hydra(
             return [each for batch in batches for each in batch]
 
 
-def _check_place(arguments: Sequence[str]) -> None:
-    """UserError for what only the command can do."""
+def _refuse_unsupported(arguments: Sequence[str]) -> None:
+    """UserError for launchers and options that only the command supports."""
     if find_place():
         raise UserError(
             "train() starts the processes of trainer.devices itself: start this program once, or "
@@ -110,7 +111,7 @@ def _check_place(arguments: Sequence[str]) -> None:
 
 @contextmanager
 def _start_hydra(config_dir: str | os.PathLike | None) -> Iterator[Hydra]:
-    """Hydra with our presets; the caller's own use of Hydra goes on afterwards."""
+    """Start Hydra with our presets; afterwards the caller's own use of Hydra continues."""
     search_path = create_config_search_path(find_conf_folder())
     if config_dir is not None:
         folder = os.path.abspath(config_dir)
@@ -143,7 +144,7 @@ def _train_composed(cfg: DictConfig) -> Exception | None:
 
 
 @contextmanager
-def _errors_of_the_command(arguments: Sequence[str]) -> Iterator[None]:
+def _raise_printed_errors(arguments: Sequence[str]) -> Iterator[None]:
     """Raise a UserError with the line that the command would print."""
     try:
         yield

@@ -19,7 +19,7 @@ from sae_lightning.terminal import phase
 
 
 def train_typed() -> None:
-    """Train the jobs of the command line, or what rank 0 sends."""
+    """Train the jobs of the command line or, on other ranks, those that rank 0 sends."""
     with one_line_errors():
         sys.argv[1:] = load_parts(sys.argv[1:])
         if follow_first_rank():

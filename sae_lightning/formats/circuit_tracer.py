@@ -20,8 +20,8 @@ from sae_lightning.sae import SAE
 
 
 def read_circuit_tracer(files: SavedFiles) -> StoredSAE:
-    """Read one transcoder of a set; config.yaml beside it says which sites and LLM, and whether it
-    is a TopK. Of its k strongest features, circuit-tracer keeps those below 0, too."""
+    """Read one transcoder of a set; config.yaml beside it names the sites and the LLM, and says
+    whether the transcoder is a TopK. (circuit-tracer's TopK keeps negative features, too.)"""
     cfg, layer = files.settings, re.search(r"layer_(\d+)", files.weights.name)
     check_readable(
         files.source, "model_kind", cfg.get("model_kind", "transcoder_set"), ["transcoder_set"]
@@ -41,8 +41,8 @@ def read_circuit_tracer(files: SavedFiles) -> StoredSAE:
 
 
 def write_circuit_tracer(sae: SAE, kind: str, origin: Origin) -> Parts:
-    """config.yaml is the same for all blocks; versions before April 2026 do not read `activation`
-    and take a TopK for a ReLU."""
+    """Make the settings of config.yaml, the same for every block. Versions of circuit-tracer before
+    April 2026 ignore `activation` and read a TopK as a ReLU."""
     sites, model = origin.require_sites(), origin.metadata.get("model_name")
     if model is None:
         raise UserError("format=circuit_tracer: config.yaml names the LLM; give llm.name=...")

@@ -32,19 +32,19 @@ SUBMODULES = {
 
 
 def read_dictionary_learning(files: SavedFiles) -> StoredSAE:
-    """Read a folder of dictionary_learning, whose activation scale is folded into the weights."""
+    """Read a folder of dictionary_learning, which folds its activation scale into the weights."""
     cfg, tensors = files.settings, files.tensors
     trainer = drop_nulls(cfg["trainer"])
     check_readable(files.source, "dict_class", trainer["dict_class"], DICTIONARY_LEARNING.layouts)
-    kind = DICTIONARY_LEARNING.layouts[trainer["dict_class"]]
-    settings = {"name": kind.ours}
-    if kind.ours in ("topk", "batch_topk", "matryoshka"):
+    layout = DICTIONARY_LEARNING.layouts[trainer["dict_class"]]
+    settings = {"name": layout.ours}
+    if layout.ours in ("topk", "batch_topk", "matryoshka"):
         # k in the weights is final; training may have annealed it from the config's k
         settings["k"] = int(tensors.pop("k", trainer["k"]))
     if "group_sizes" in tensors:
         settings = add_groups(settings, tensors.pop("group_sizes").int().tolist())
     weights = rename_tensors(DICTIONARY_LEARNING, tensors)
-    if kind.ours == "topk":
+    if layout.ours == "topk":
         weights.pop("threshold", None)  # unused: each token has exactly k features
     hook = trainer.get("submodule_name")
     sites = "|".join(SUBMODULES.values())
@@ -54,11 +54,11 @@ def read_dictionary_learning(files: SavedFiles) -> StoredSAE:
         hook = f"resid_post_layer_{trainer['layer']}"
     metadata = {"model_name": trainer.get("lm_name"), "hook_name": hook}
     metadata["context_size"] = cfg.get("buffer", {}).get("ctx_len")
-    return StoredSAE(settings, weights, drop_nulls(metadata) | trainer, kind.centred)
+    return StoredSAE(settings, weights, drop_nulls(metadata) | trainer, layout.centred)
 
 
 def write_dictionary_learning(sae: SAE, kind: str, origin: Origin) -> Parts:
-    """Classes with a k store it in the weights, too."""
+    """Make config.json; classes with a k also store it as a tensor beside the weights."""
     config, tensors = sae.config, {}
     trainer = {
         "dict_class": kind,

@@ -1,4 +1,4 @@
-"""Downloads SAEs from the Hugging Face hub into its usual cache: only the files that are needed."""
+"""Downloads SAEs from the Hugging Face hub into the hub's cache: only the files that are needed."""
 
 import math
 import os
@@ -26,19 +26,19 @@ MB = 1e6
 
 
 class HubAddress(NamedTuple):
-    """Where files lie on the hub."""
+    """The place of files on the hub."""
 
     repo: str
     """owner/name"""
     paths: tuple[str, ...]
-    """The folder or file in the repository, empty for all of it; of several, the first that exists
-    (see `suites.choose_path`)."""
+    """Folders or files in the repository, of which the first that exists is meant (see
+    `suites.choose_path`); an empty path is the whole repository."""
     revision: str
     """A branch, tag or commit."""
 
     @property
     def is_choice(self) -> bool:
-        """Whether a path has to be chosen among those that exist."""
+        """Whether the path that is meant depends on which paths exist."""
         return len(self.paths) > 1 or "*" in self.paths[0]
 
 
@@ -67,11 +67,11 @@ def name_hub_folder(address: str) -> Path:
 
 
 def fetch_saved(address: str | os.PathLike) -> Path:
-    """The folder or file that `address` names: a local path as it is, `hub:...` after a download of
-    the files that are needed to open the SAE there.
+    """Return the local folder or file for `address`: a path as it is; for `hub:...`, its place in
+    the cache, once the files that are needed to open the SAE are downloaded.
 
-    Files that were downloaded before are not downloaded again; without a connection they are used
-    as they are. UserError if they cannot be had.
+    Files in the cache are not downloaded again; without a connection they are used as they are.
+    UserError if files can be neither downloaded nor found in the cache.
     """
     if not is_hub_address(address):
         return Path(address)
@@ -88,13 +88,13 @@ def fetch_saved(address: str | os.PathLike) -> Path:
             _download(address, place.repo, commit, sizes)
             if commit != place.revision:
                 _remember_commit(place, commit)
-            path = _storage(place) / "snapshots" / commit / path
+            path = _locate_cache(place) / "snapshots" / commit / path
     return path
 
 
 def _find_commit(place: HubAddress) -> str | None:
-    """The commit that the revision stands for; None if the hub cannot say so now and a cached copy
-    of the files can be used instead."""
+    """The commit that the revision stands for; None if the hub cannot answer now and a cached
+    copy of the files can be used instead."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 
@@ -102,7 +102,7 @@ def _find_commit(place: HubAddress) -> str | None:
         return place.revision
     ask = HfApi().model_info
     try:
-        return _wait_and_repeat(
+        return _retry(
             ask, place.repo, revision=place.revision, expand=["sha"], timeout=ANSWER_TIMEOUT
         ).sha
     except (HTTPError, OfflineModeIsEnabled) as error:
@@ -112,9 +112,9 @@ def _find_commit(place: HubAddress) -> str | None:
         return None
 
 
-def _wait_and_repeat(call: Callable, *arguments: Any, **settings: Any) -> Any:
-    """Call a method of the client that does not repeat refused requests itself: after as long as
-    the hub asks to wait."""
+def _retry(call: Callable, *arguments: Any, **settings: Any) -> Any:
+    """Call a method of the client that does not retry by itself; after an answer 429, wait for as
+    long as the hub asks and call it again."""
     from huggingface_hub.errors import HfHubHTTPError
 
     for _ in range(ATTEMPTS - 1):
@@ -129,7 +129,7 @@ def _wait_and_repeat(call: Callable, *arguments: Any, **settings: Any) -> Any:
 
 
 def _choose_on_hub(address: str, place: HubAddress, commit: str) -> str:
-    """The path of the address; UserError if none of its paths exists."""
+    """Choose the path that the address means; UserError if none of its paths exists."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import EntryNotFoundError
 
@@ -148,14 +148,15 @@ def _choose_on_hub(address: str, place: HubAddress, commit: str) -> str:
 
 
 def _list_sizes(place: HubAddress, path: str, commit: str) -> dict[str, int]:
-    """Path -> bytes of all files in the folder `path`, or beside the file `path`."""
+    """List {path: size in bytes} of the files in the folder `path`, or in the folder of the file
+    `path`, and of the settings above it."""
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
     api, folder, above = HfApi(), path, []
     if path:
         ask = [path, *_list_settings_above(path)]
-        entries = _wait_and_repeat(api.get_paths_info, place.repo, ask, revision=commit)
+        entries = _retry(api.get_paths_info, place.repo, ask, revision=commit)
         above = [entry for entry in entries if entry.path != path]
         if len(above) == len(entries):
             raise UserError(
@@ -169,7 +170,7 @@ def _list_sizes(place: HubAddress, path: str, commit: str) -> dict[str, int]:
 
 
 def _list_settings_above(path: str) -> list[str]:
-    """Files above the folder, or the file, `path` that a format reads where they are there."""
+    """List the optional settings that a format may read from a folder above `path`."""
     patterns = [p for row in FORMATS.values() for p in row.optional if p.startswith("../")]
     folders = (path, str(PurePosixPath(path).parent))
     found = {posixpath.normpath(f"{folder}/{p}") for folder in folders for p in patterns}
@@ -196,7 +197,8 @@ def _choose_files(
 
 
 def _find_needed(path: str, names: Iterable[str]) -> list[str]:
-    """The files that are needed to open the one SAE in the folder, or the file, `path`."""
+    """List the files that are needed to open the SAE at `path`, a folder or a file; none unless
+    there is exactly one SAE."""
     names = {*names}
     found = find_saved(path, names)
     if len(found) != 1:
@@ -207,7 +209,7 @@ def _find_needed(path: str, names: Iterable[str]) -> list[str]:
 
 
 def _download(address: str, repo: str, commit: str, sizes: dict[str, int]) -> None:
-    """Download files of a repository into the cache, unless they are there, with a progress bar."""
+    """Download the files that the cache lacks, with a progress bar."""
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
@@ -225,7 +227,7 @@ def _download(address: str, repo: str, commit: str, sizes: dict[str, int]) -> No
                 try:
                     hf_hub_download(repo, name, revision=commit, tqdm_class=_make_bar(advance))
                     break
-                except HTTPError as error:  # the client itself repeats only some of these
+                except HTTPError as error:  # the client itself retries only some of these
                     if isinstance(error, HfHubHTTPError) or attempt == ATTEMPTS:
                         raise
 
@@ -254,7 +256,7 @@ def _make_bar(advance: Callable[[float], None]) -> type:
     return Bar
 
 
-def _storage(place: HubAddress) -> Path:
+def _locate_cache(place: HubAddress) -> Path:
     """The folder of a repository in the cache: refs/<revision> holds a commit, snapshots/<commit>
     the files."""
     from huggingface_hub import constants
@@ -263,22 +265,22 @@ def _storage(place: HubAddress) -> Path:
 
 
 def _read_cached_commit(place: HubAddress) -> str | None:
-    file = _storage(place) / "refs" / place.revision
+    file = _locate_cache(place) / "refs" / place.revision
     return file.read_text() if file.is_file() else None
 
 
 def _remember_commit(place: HubAddress, commit: str) -> None:
-    """Write down which commit a branch or tag stands for, once its files are in the cache."""
-    file = _storage(place) / "refs" / place.revision
+    """Record which commit a branch or tag stands for, once its files are in the cache."""
+    file = _locate_cache(place) / "refs" / place.revision
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(commit)
 
 
 def _find_cached(place: HubAddress, commit: str | None) -> Path | None:
-    """The folder or file of the address in the cache; None unless it can be opened."""
+    """Find the folder or file of the address in the cache; None unless it holds an SAE."""
     if commit is None:
         return None
-    root = _storage(place) / "snapshots" / commit
+    root = _locate_cache(place) / "snapshots" / commit
     names = [file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file()]
     paths = [str(parent) for name in names for parent in (name, *PurePosixPath(name).parents)]
 

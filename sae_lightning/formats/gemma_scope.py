@@ -1,7 +1,7 @@
 """The formats of Gemma Scope 1 and 2: JumpReLU SAEs and transcoders of raw activations.
 
-Folders say which site is read; the repository's name, which has to be part of the path, says which
-LLM, and in Gemma Scope 1 which kind of site.
+Folder names give the block and, in Gemma Scope 2, the kind of site. The repository's name, which
+must be part of the path, gives the LLM and, in Gemma Scope 1, the kind of site.
 """
 
 import math
@@ -24,7 +24,7 @@ HOOKS_OF_REPOSITORIES = {
     "att": ("attn.hook_z", None),
     "transcoders": ("ln2.hook_normalized", "hook_mlp_out"),
 }
-# Folder in Gemma Scope 2 -> the same, as far as config.json is missing.
+# Folder in Gemma Scope 2 -> the same names, used unless config.json gives them.
 HOOKS_OF_FOLDERS = {
     "resid_post": ("hook_resid_post", None),
     "attn_out": ("attn.hook_z", None),
@@ -61,8 +61,8 @@ def place_hooks(block: int, hooks: tuple[str, str | None]) -> dict[str, str]:
 
 
 def read_gemma_scope_2(files: SavedFiles) -> StoredSAE:
-    """Read params.safetensors of Gemma Scope 2; config.json beside it is missing from some folders,
-    whose names then say the same."""
+    """Read params.safetensors of Gemma Scope 2; if config.json is missing beside it, the
+    folder's name gives the sites."""
     cfg, path = files.settings, files.weights.absolute().as_posix()
     check_readable(
         files.source, "architecture", cfg.get("architecture", "jump_relu"), ["jump_relu"]

@@ -30,12 +30,12 @@ def one_line_hub_errors(address: str, repo: str, revision: str = "main") -> Iter
 
 
 def explain_hub_error(error: Exception, repo: str, revision: str) -> str | None:
-    """The reason and the remedy; None for an error that is not the hub's, such as a full disk."""
+    """Name the reason and the remedy; None for an error that is not the hub's, as a full disk."""
     from huggingface_hub import constants
     from huggingface_hub import errors as hub
 
-    links = list_causes(error)
-    kinds = {kind for link in links for kind in type(link).__mro__}
+    causes = list_causes(error)
+    kinds = {kind for cause in causes for kind in type(cause).__mro__}
     if hub.OfflineModeIsEnabled in kinds:
         return "HF_HUB_OFFLINE=1 forbids requests, and there is no copy in the cache; unset it"
     if hub.GatedRepoError in kinds:
@@ -51,19 +51,19 @@ def explain_hub_error(error: Exception, repo: str, revision: str) -> str | None:
         return f"no such file; see {constants.ENDPOINT}/{repo}/tree/{revision}"
     if hub.HFValidationError in kinds:
         return f"{repo} is no name of a repository; write owner/name"
-    for link in links:
-        if isinstance(link, hub.HfHubHTTPError):
-            return _explain_status(link.response)
-    if any("Consistency check failed" in str(link) for link in links):
+    for cause in causes:
+        if isinstance(cause, hub.HfHubHTTPError):
+            return _explain_status(cause.response)
+    if any("Consistency check failed" in str(cause) for cause in causes):
         return "the download ended early, and nothing was kept; run the same command again"
-    if any(getattr(link, "errno", None) in (errno.ENOSPC, errno.EDQUOT) for link in links):
+    if any(getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT) for cause in causes):
         return None
     if match := re.search(r"Invalid metadata in README.md\W*([^\n]*)", str(error)):
         return f"the hub refuses the head of the model card ({match[1]:.200}); check licence=..."
     if {JSONDecodeError, hub.FileMetadataError} & kinds:
         return f"{constants.ENDPOINT} does not answer as a hub does; is a login page in between?"
     if {hub.HTTPError, RuntimeError} & kinds:  # hf_xet raises the latter
-        what = type(links[0]).__name__
+        what = type(causes[0]).__name__
         return f"no connection to {constants.ENDPOINT}, or it broke off ({what}); try again"
     return None
 

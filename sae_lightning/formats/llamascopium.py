@@ -1,4 +1,4 @@
-"""llamascopium's format, and that of Llama Scope, which its authors wrote before."""
+"""The formats of llamascopium and of Llama Scope, an earlier one by the same authors."""
 
 import math
 from typing import Any
@@ -24,8 +24,8 @@ from sae_lightning.sae import SAE
 def read_llamascopium(files: SavedFiles) -> StoredSAE:
     """Read an SAE or transcoder of llamascopium (also as published in Llama Scope R1).
 
-    In training it scales activations to a mean norm of sqrt(d), and compares pre-activations times
-    decoder norms with the threshold.
+    In training, llamascopium scales activations to a mean norm of sqrt(d); it applies the threshold
+    to pre-activations times decoder norms.
     """
     cfg, tensors = files.settings, dict(files.tensors)
     check_readable(files.source, "sae_type", cfg.get("sae_type", "sae"), ["sae"])
@@ -73,8 +73,8 @@ def read_llamascopium(files: SavedFiles) -> StoredSAE:
 
 
 def read_scale(norm: Any, d: int) -> float:
-    """The factor that gives activations [d] with this mean norm one of sqrt(d); ValueError unless
-    the norm is positive and finite."""
+    """Compute the factor that scales activations [d] of mean norm `norm` to a mean norm of sqrt(d);
+    ValueError unless `norm` is positive and finite."""
     norm = float(norm)
     if not 0 < norm < math.inf:
         raise ValueError(f"dataset_average_activation_norm is {norm} and should be positive")
@@ -82,7 +82,7 @@ def read_scale(norm: Any, d: int) -> float:
 
 
 def write_llamascopium(sae: SAE, kind: str, origin: Origin) -> Parts:
-    """`norm_activation="inference"`: weights take raw activations."""
+    """Make config.json; `norm_activation="inference"` says that weights take raw activations."""
     sites, d, features = origin.require_sites(), len(sae.W_enc), sae.config.features
     factor = features / d
     while int(d * factor) < features:  # llamascopium computes the size like this
@@ -124,7 +124,7 @@ LLAMASCOPIUM = Format(
 
 def read_llama_scope(files: SavedFiles) -> StoredSAE:
     """Read a folder of Llama Scope, trained on Llama-3.1-8B. As in SAELens, a feature fires where
-    x scale_in W_enc + b_enc exceeds jump_relu_threshold scale_in, whatever its decoder norm."""
+    scale_in x W_enc + b_enc > scale_in jump_relu_threshold, whatever its decoder norm."""
     cfg = files.settings
     check_readable(files.source, "act_fn", cfg.get("act_fn", "jumprelu"), ["jumprelu"])
     weights = rename_tensors(LLAMA_SCOPE, files.tensors)

@@ -1,5 +1,5 @@
-"""The formats of Qwen-Scope and Goodfire: weights without settings, in a file whose name says what
-it reads."""
+"""The formats of Qwen-Scope and Goodfire: weights without settings; the path of the file gives the
+LLM and the site."""
 
 import re
 
@@ -15,8 +15,8 @@ from sae_lightning.formats.row import (
 
 
 def read_qwen_scope(files: SavedFiles) -> StoredSAE:
-    """Read one file of Qwen-Scope, TopK SAEs of raw residual streams; the name of the repository,
-    which has to be part of the path, says LLM and k."""
+    """Read one file of Qwen-Scope: a TopK SAE of raw residual streams. The repository's name, which
+    must be part of the path, gives the LLM and k."""
     path = files.weights.absolute().as_posix()
     repository = re.search(r"SAE-Res-([^/]+?)-W\d+K-L0_(\d+)", path)
     if repository is None:
@@ -40,7 +40,8 @@ QWEN_SCOPE = Format(
 
 
 def read_goodfire(files: SavedFiles) -> StoredSAE:
-    """Read a file of Goodfire, ReLU SAEs of raw residual streams; its name says LLM and block."""
+    """Read a file of Goodfire: a ReLU SAE of raw residual streams. The file's name gives the LLM
+    and the block."""
     metadata = {}
     if name := re.match(r"(.+)-SAE-l(\d+)\.", files.weights.name):
         metadata = {"model_name": name[1], "hook_name": f"blocks.{name[2]}.hook_resid_post"}

@@ -1,4 +1,4 @@
-"""What a row of the table of formats says, and what reading has in common for all rows."""
+"""The row type of the table of formats, and the steps of reading that all formats share."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -65,6 +65,7 @@ class Layout(NamedTuple):
     """How a format stores an architecture."""
 
     ours: str
+    """Our name of the architecture."""
     names: dict[str, str] = {}
     """Its tensors -> our names; ".T": stored transposed."""
     centred: bool = False
@@ -75,7 +76,7 @@ class Origin(NamedTuple):
     """What an SAE to be written was trained on."""
 
     metadata: dict[str, Any]
-    """Under SAELens' keys; what is not known is missing."""
+    """Under SAELens' keys, without those that are not known."""
     sites: SitePair | None
     """None if they are not known."""
     problem: str
@@ -83,7 +84,7 @@ class Origin(NamedTuple):
 
     @property
     def is_transcoder(self) -> bool:
-        """Whether the SAE reconstructs another site than it reads."""
+        """Whether the SAE reconstructs a site other than the one that it reads."""
         return "hook_name_out" in self.metadata
 
     def require_sites(self) -> SitePair:
@@ -109,10 +110,10 @@ class Format(NamedTuple):
     aliases: dict[str, str] = {}
     """Further names of tensors, which are only read."""
     optional: tuple[str, ...] = ()
-    """Patterns of files that are read where they are there; the first one holds the settings unless
+    """Patterns of files that are read if they exist; the first one holds the settings unless
     `files` names a file for them."""
     autoencoders: dict[str, str] = {}
-    """Our architecture -> the key in `layouts` as which an autoencoder is written."""
+    """Our architecture -> the key in `layouts` under which its autoencoders are written."""
     transcoders: dict[str, str] = {}
     """The same for transcoders."""
     write: Callable[[SAE, str, Origin], Parts] | None = None
@@ -131,7 +132,7 @@ def is_match(name: str, pattern: str) -> bool:
 
 
 def read_settings_file(file: Path) -> dict[str, Any]:
-    """Read a file of settings, JSON or YAML, without those that are null, which means not given."""
+    """Read settings from JSON or YAML, and drop those that are null, which means not given."""
     parse = _parse_yaml if file.suffix == ".yaml" else json.loads
     return drop_nulls(parse(read_regular_file(file)))
 
@@ -219,8 +220,9 @@ def rename_tensors(row: Format, tensors: dict[str, Tensor]) -> dict[str, Tensor]
 
 
 def fold_scales(stored: StoredSAE) -> dict[str, Tensor]:
-    """The weights for raw activations: scales and norms folded in, and one threshold a feature. A
-    threshold below 0, which training has never set, lets all of relu(z) pass."""
+    """Fold scales and norms into the weights, so that they take raw activations, and give each
+    feature its own threshold. A common threshold below 0, which training has never set, becomes 0,
+    so that all of relu(z) passes."""
     weights = dict(stored.weights)
     if "log_threshold" in weights:
         weights["threshold"] = weights.pop("log_threshold").exp()

@@ -42,14 +42,14 @@ SAELENS_KINDS = {
     "batchtopk": "batch_topk",
     "matryoshka_batchtopk": "matryoshka",
 }
-# TransformerLens' names of LLMs with LayerNorm begin like this; without it, nothing is centred.
+# Beginnings of TransformerLens' names of LLMs with LayerNorm, the only ones that it centres.
 LAYERNORM_MODELS = ("gpt2", "distilgpt2", "pythia", "tiny-stories", "gelu-", "gpt-neo", "opt-")
 SAELENS_KINDS |= {name: SAELENS_KINDS[kind] for (kind, _), name in TRANSCODERS.items()}
 
 
 def read_saelens(files: SavedFiles) -> StoredSAE:
-    """Read a folder written by SAELens 3 or later, for inference or as a training checkpoint, or by
-    this project."""
+    """Read a folder that SAELens 2 or later saved, for inference or as a training checkpoint, or
+    that this project saved."""
     cfg = files.settings
     is_oldest = "hook_point" in cfg  # before SAELens 3
     if is_oldest:
@@ -84,8 +84,8 @@ def read_saelens(files: SavedFiles) -> StoredSAE:
 
 
 def _center_dimensions(weights: dict[str, Tensor], centred: bool) -> dict[str, Tensor]:
-    """Encoder weights for raw activations, of an SAE trained on them less their mean over
-    dimensions: TransformerLens' `center_writing_weights`, which LayerNorm does not notice."""
+    """Convert the encoder of an SAE that was trained on x minus its mean over dimensions to raw x.
+    (TransformerLens subtracts that mean with `center_writing_weights`; LayerNorm ignores it.)"""
     W_enc, b_enc = weights["W_enc"], weights["b_enc"]
     if centred:  # the mean over dimensions is subtracted from x, not from b_dec
         b_enc = b_enc - weights["b_dec"].mean() * W_enc.sum(dim=0)

@@ -19,7 +19,7 @@ from sae_lightning.sae import SAE
 
 def read_sparsify(files: SavedFiles) -> StoredSAE:
     """Read an SAE or transcoder of sparsify; all are TopK. The folder is named after the module
-    that it reads, and a file above it says which LLM."""
+    at the SAE's site, and config.json in the folder above names the LLM."""
     cfg = files.settings
     activation = "signed topk" if cfg.get("signed") else cfg.get("activation", "topk")
     check_readable(files.source, "activation", activation, ["topk"])
@@ -28,8 +28,8 @@ def read_sparsify(files: SavedFiles) -> StoredSAE:
     above = folder.with_name("config.json")
     run = read_settings_file(above) if above.is_file() else {}
     centred = not cfg.get("transcode", False)
-    # The first transcoders read x - b_dec; that they are some, only the file above says, if it is
-    # there, or their skip connection.
+    # The first transcoders read x - b_dec, and their cfg.json has no `transcode`. Only config.json
+    # above, if there is one, or a skip connection tells that they are transcoders.
     transcode = cfg.get("transcode", run.get("transcode", settings["skip"]))
     trained_on = {"model_name": run.get("model"), "context_size": run.get("ctx_len")}
     metadata = drop_nulls(trained_on) | name_hooks(folder.name, transcode) | cfg
@@ -50,7 +50,7 @@ def name_hooks(module: str, transcode: bool) -> dict[str, str]:
 
 
 def write_sparsify(sae: SAE, kind: str, origin: Origin) -> Parts:
-    """sparsify ignores keys that it does not know; they say what the SAE was trained on."""
+    """Make cfg.json, with the metadata of training under further keys, which sparsify ignores."""
     d_in, config = len(sae.W_enc), sae.config
     return origin.metadata | {
         "activation": "topk",

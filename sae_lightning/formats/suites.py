@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from sae_lightning.errors import UserError
 
-# Of SAEs that differ only in L0, the one nearest to this is meant, which SAELens calls canonical.
+# Where SAEs differ only in L0, a short name means the one nearest to this L0, which SAELens calls
+# canonical.
 USUAL_L0 = 100.0
 
 

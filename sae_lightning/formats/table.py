@@ -1,4 +1,4 @@
-"""The table of formats; a new one is a row."""
+"""The table of formats; a new format is a new row."""
 
 import glob
 import posixpath
@@ -29,7 +29,7 @@ FORMATS = {
     "qwen_scope": QWEN_SCOPE,
     "goodfire": GOODFIRE,
 }
-# Weights of what this project has no SAE for -> what it is.
+# Weights files of a kind of SAE that this project lacks -> the kind.
 UNREADABLE = {
     "params_layer_*.safetensors": "a cross-layer transcoder",
     "W_enc_*.safetensors": "a cross-layer transcoder",
@@ -40,19 +40,19 @@ def find_format(names: Collection[str], weights: str | None = None) -> Format | 
     """The format of an SAE whose folder has the files `names` (paths below it, with "/"), and whose
     weights are in the file `weights` if that is given.
 
-    None if there is no SAE; the best guess if only the settings are missing. UserError for what
-    this project has no SAE for.
+    None if there is no SAE; the best guess if only the settings are missing. UserError for a
+    kind of SAE that this project lacks.
     """
 
-    def is_there(pattern: str, among: Collection[str] = names) -> bool:
+    def has_match(pattern: str, among: Collection[str] = names) -> bool:
         return any(is_match(name, pattern) for name in among)
 
     candidates = names if weights is None else [weights]
-    rows = [row for row in FORMATS.values() if is_there(row.files[0], candidates)]
+    rows = [row for row in FORMATS.values() if has_match(row.files[0], candidates)]
     alike = [row for row in rows if row.files[0] == rows[0].files[0]]
-    whole = [row for row in alike if all(map(is_there, row.files))]
+    whole = [row for row in alike if all(map(has_match, row.files))]
     for pattern, what in UNREADABLE.items():
-        if not rows and is_there(pattern, candidates):
+        if not rows and has_match(pattern, candidates):
             raise UserError(f"{pattern} is {what}, for which this project has no SAE")
     return next(iter(whole + rows), None)
 
@@ -64,22 +64,22 @@ class SavedPlace(NamedTuple):
     folder: str
     weights: str
     others: list[str]
-    """Settings, and what else is read."""
+    """Settings, and further files that are read."""
 
 
 def find_saved(path: str, names: Collection[str]) -> list[SavedPlace]:
     """The SAEs at `path`, which is a weights file, a folder, or a run folder, among the files
     `names` (paths with "/"); a folder with a weights file for each block has several."""
     names = {posixpath.normpath(name) for name in names}
-    place, alone = PurePosixPath(path), posixpath.normpath(path) in names
-    for folder in (place.parent, place.parent.parent) if alone else (place / "sae", place):
+    place, is_file = PurePosixPath(path), posixpath.normpath(path) in names
+    for folder in (place.parent, place.parent.parent) if is_file else (place / "sae", place):
         below = [name for name in names if PurePosixPath(name).is_relative_to(folder)]
         inside = {str(PurePosixPath(name).relative_to(folder)): name for name in below}
-        own = str(place.relative_to(folder)) if alone else None
+        own = str(place.relative_to(folder)) if is_file else None
         if row := find_format(inside, own):
             root = glob.escape(str(folder))
             patterns = [posixpath.normpath(f"{root}/{p}") for p in (*row.files, *row.optional)]
-            weights = [own] if alone else [n for n in inside if is_match(n, row.files[0])]
+            weights = [own] if is_file else [n for n in inside if is_match(n, row.files[0])]
             others = [n for n in names if any(is_match(n, pattern) for pattern in patterns[1:])]
             return [
                 SavedPlace(row, str(folder), inside[name], sorted(others))

@@ -15,7 +15,8 @@ def has_token() -> bool:
 
 
 def is_private(repo: str) -> bool | None:
-    """Whether the repository `owner/name` is private; None if there is none that the user sees."""
+    """Whether the repository `owner/name` is private; None if the user can see no such
+    repository."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
 

@@ -19,7 +19,7 @@ WRITABLE = tuple(name for name, row in FORMATS.items() if row.write or name == "
 
 @torch.no_grad()
 def write_sae(name: str, sae: SAE, origin: Origin, folder: Path) -> None:
-    """Write an SAE for raw activations in the format `name`, in its folder; UserError if the format
+    """Write an SAE for raw activations into `folder` in the format `name`; UserError if the format
     cannot express it."""
     if name == "saelens":  # the saved format, which expresses every SAE
         save_sae(folder, sae, sae.weights(), origin.metadata)
@@ -28,7 +28,7 @@ def write_sae(name: str, sae: SAE, origin: Origin, folder: Path) -> None:
     settings, tensors = row.write(sae, kind, origin)
     tensors = store_tensors(row.layouts[kind], sae) | tensors
     file = row.files[0]
-    if "*" in file:  # of one block
+    if "*" in file:  # a file for each block
         file = file.replace("*", str(origin.require_sites().source.layer))
     with write_atomically(folder / file) as temporary:
         if file.endswith(".safetensors"):
@@ -43,8 +43,8 @@ def write_sae(name: str, sae: SAE, origin: Origin, folder: Path) -> None:
 
 
 def choose_layout(name: str, sae: SAE, origin: Origin) -> str:
-    """The key in `layouts` of the format `name` as which `sae` is written; UserError if the format
-    has none."""
+    """Choose the key in `layouts` of the format `name` under which `sae` is written; UserError if
+    the format has none."""
     row, architecture = FORMATS[name], sae.config.name
     kinds = row.transcoders if origin.is_transcoder else row.autoencoders
     what, other = "transcoder", "autoencoders"
@@ -91,8 +91,8 @@ def store_tensors(layout: Layout, sae: SAE) -> dict[str, Tensor]:
 
 
 def center_encoder(sae: SAE) -> dict[str, Tensor]:
-    """The weights of `sae` for an encoder that reads x - b_dec (a skip connection reads x): the
-    inverse of what reading such an SAE does."""
+    """Convert the weights of `sae` for an encoder that reads x - b_dec (a skip connection reads x):
+    the inverse of what `load_sae` does with such an SAE."""
     one, mean = torch.ones(()), sae.b_dec.double()
     back = -mean @ sae.W_skip.double() if sae.config.skip else torch.zeros_like(mean)
     return sae.fold(-mean, one, back, one)

@@ -1,4 +1,4 @@
-"""Conversations through a tokenizer's chat template."""
+"""Turns conversations into tokens with a tokenizer's chat template."""
 
 import hashlib
 import json
@@ -20,9 +20,9 @@ class ChatEncoder:
         └─ messages before it, and ─┘└─ trained on, with `assistant_only`
            the prompt for an answer
 
-    A token that is not trained on is written as its complement ~id, which is negative. What the
-    assistant writes is marked by the template itself ({% generation %}) or, where it marks nothing,
-    is what a message adds to the text of those before it.
+    A token that is not trained on is written as its complement ~id, which is negative. The template
+    may itself mark what the assistant writes ({% generation %}); otherwise, this is what a message
+    adds to the text of the messages before it.
     """
 
     def __init__(self, tokenizer: Any, assistant_only: bool) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from sae_lightning.errors import UserError
 from sae_lightning.training.logger_settings import LoggerConfig, default_tracking_uri
 
-# Settings that say where curves are sent. Those in a run's folder are a stranger's, perhaps.
+# Settings that say where curves are sent. A run folder that has them may come from a stranger.
 DESTINATIONS = (("wandb", "entity"), ("mlflow", "tracking_uri"))
 
 
@@ -24,7 +24,7 @@ def refuse_unused_options(config: LoggerConfig, overrides: Sequence[str]) -> Non
 
 
 def resolve_loggers(config: LoggerConfig, overrides: Sequence[str]) -> LoggerConfig:
-    """The loggers of a new run, in this environment."""
+    """The loggers of a new run, with null replaced by its value in this environment."""
     refuse_unused_options(config, overrides)
     return config.resolve()
 
@@ -32,7 +32,7 @@ def resolve_loggers(config: LoggerConfig, overrides: Sequence[str]) -> LoggerCon
 def change_loggers(
     saved: LoggerConfig, typed: LoggerConfig, overrides: Sequence[str], folder: Path
 ) -> LoggerConfig:
-    """The loggers of a resumed run: those of its folder, with what is typed in `overrides`.
+    """The loggers of a resumed run: those of its folder, changed by what is typed in `overrides`.
 
     UserError if the folder says where curves are sent and the command line does not: the folder
     may be a stranger's.

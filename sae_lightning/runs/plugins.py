@@ -1,7 +1,7 @@
 """Users' own parts: modules that add rows to ARCHITECTURES, SOURCES or TASKS when imported.
 
 Their code runs only if they are typed (plugins=[...]) or installed (an entry point of the group
-`sae_lightning.plugins`). The plugins that a run folder names are never imported for that.
+`sae_lightning.plugins`). No plugin is imported because a run folder names it.
 """
 
 import importlib
@@ -44,8 +44,8 @@ def load_parts(arguments: list[str], tasks: dict[str, type] | None = None) -> li
 
 
 def import_plugins(names: Iterable[str], tasks: dict[str, type] | None = None) -> None:
-    """Import installed plugins and those in `names`: modules, or .py files. UserError: not there,
-    it fails, or it replaces a row of a table."""
+    """Import installed plugins and those in `names`: modules, or .py files. UserError: one of
+    them is missing, fails, or replaces a row of a table."""
     tables = {"architecture": ARCHITECTURES, "kind of data": SOURCES, "task": tasks or {}}
     for point in entry_points(group=GROUP):
         _import_one(f"the installed plugin {point.name}", point.value.partition(":")[0], tables)
@@ -53,7 +53,7 @@ def import_plugins(names: Iterable[str], tasks: dict[str, type] | None = None) -
         module = name_module(name)
         if name.endswith(".py") and not os.path.isfile(name):
             raise UserError(f"{SETTING}=[{name}]: no such file")
-        _let_be_imported(os.path.dirname(name) if name.endswith(".py") else os.getcwd())
+        _make_importable(os.path.dirname(name) if name.endswith(".py") else os.getcwd())
         _import_one(f"{SETTING}=[{name}]", module, tables)
         file = getattr(sys.modules[module], "__file__", None)
         if name.endswith(".py") and not (file and os.path.samefile(file, name)):
@@ -70,8 +70,8 @@ def _read_names(argument: str) -> list[str]:
     return [os.path.abspath(expand(name)) if name.endswith(".py") else name for name in names]
 
 
-def _let_be_imported(folder: str) -> None:
-    """Have modules in `folder` found, after all others, here and in processes started later."""
+def _make_importable(folder: str) -> None:
+    """Let Python find modules in `folder`, after all others, now and in later processes."""
     if folder not in sys.path:
         sys.path.append(folder)
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)

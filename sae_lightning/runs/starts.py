@@ -28,7 +28,7 @@ from sae_lightning.sae import ARCHITECTURES, SAEConfig
 from sae_lightning.sae.base import SMALLEST_NORM
 from sae_lightning.stream.local_files import make_absolute
 
-# Settings of the network that every format tells.
+# Settings of the network that every format records.
 TOLD = ("features", "k", "groups", "skip")
 # Decoder norms that differ less count as equal: published weights are rounded.
 MAX_NORM_RATIO = 1.01
@@ -54,7 +54,7 @@ def find_start(address: str) -> Start:
 
 
 def locate_start(address: str) -> str:
-    """`address` as it is valid in every working directory."""
+    """`address` in a form that is valid in every working folder."""
     return address if is_hub_address(address) else make_absolute(address)
 
 
@@ -85,8 +85,8 @@ def forget_starts() -> None:
 
 def choose_architecture(arguments: list[str]) -> list[str]:
     """The arguments with `model=<architecture of model.start>` if no `model` is among them, so that
-    the settings and the objective of that architecture can be given. UserError if several SAEs to
-    start from differ in it."""
+    the settings and the objective of that architecture can be given. UserError if the
+    SAEs to start from have different architectures."""
     names = [argument.lstrip("+").partition("=")[0] for argument in arguments]
     if "model.start" not in names or {"model", "resume"} & {*names}:
         return arguments
@@ -104,7 +104,7 @@ def choose_architecture(arguments: list[str]) -> list[str]:
 
 
 def _list_values(argument: str) -> list[str]:
-    """The values of an override but null; none if Hydra cannot parse it, which it will say."""
+    """The values of an override, without null; none if Hydra will refuse the override."""
     with suppress(HydraException):
         override = OverridesParser.create().parse_override(argument)
         values = override.sweep_iterator() if override.is_sweep_override() else [override.value()]
@@ -113,8 +113,8 @@ def _list_values(argument: str) -> list[str]:
 
 
 def apply_start(config: Config, overrides: Collection[str]) -> Config:
-    """`config` with what the SAE in `model.start` says, where `overrides` say nothing else.
-    UserError if they contradict it."""
+    """Fill the settings of `config` that are not in `overrides` from the SAE in `model.start`.
+    UserError if `overrides` contradict the SAE."""
     start, typed = find_start(config.model.start), split_overrides(overrides)
     if config.model.name != start.config.name:
         raise UserError(

@@ -27,7 +27,7 @@ from sae_lightning.stream.parquet_rows import copy_column, find_columns
 from sae_lightning.stream.states import LLM_DTYPES
 
 SUFFIXES = (".safetensors", ".npy", ".parquet")
-UNNAMED = Site(0, Kind.resid)  # of a matrix whose name is no site's
+UNNAMED = Site(0, Kind.resid)  # site of a matrix whose name is not that of a site
 FINGERPRINT_ROWS = 1024  # rows in a fingerprint
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 FLOATS |= {str(kind).removeprefix("torch."): kind for kind in FLOATS.values()}
@@ -41,7 +41,7 @@ class MatrixFile(NamedTuple):
     """Of the tensor or column; None in an .npy file and in a parquet file of plain columns."""
     shape: tuple[int, ...]
     dtype: torch.dtype | str
-    """Text for a dtype that is not a float's."""
+    """A str if the numbers are not floating-point."""
     names: Sequence[str]
     """Names that it can be called by: of the tensor, the file, its folder and those above."""
 
@@ -89,12 +89,12 @@ class SavedMatrix:
         """Read the rows start to stop - 1 of each range -> [n, width].
 
         UserError: one of them is not finite, or a file is gone."""
-        parts = [part for start, stop in ranges for part in self._pieces(start, stop)]
+        parts = [part for start, stop in ranges for part in self._read_pieces(start, stop)]
         x = torch.cat(parts)
         if not x.isfinite().all():
             row = int((~x.isfinite()).any(dim=1).nonzero()[0])
             number = np.concatenate([np.arange(*limits) for limits in ranges])[row]
-            shard, place = self._find(number)
+            shard, place = self._locate_row(number)
             raise UserError(
                 f"data.path: row {place} (from 0) of {self.shards[shard]} holds NaN or infinity; "
                 "leave such rows out"
@@ -104,29 +104,29 @@ class SavedMatrix:
     def open_files(self) -> None:
         """Open every file. UserError: one cannot be read."""
         for number in range(len(self.shards)):
-            self._reader(number)
+            self._get_reader(number)
 
     def summarise_content(self) -> str:
         """Shape, and a checksum of rows spread evenly."""
         checksum = 0
         for row in np.linspace(0, self.rows - 1, min(self.rows, FINGERPRINT_ROWS)).astype(np.int64):
-            (part,) = self._pieces(row, row + 1)
+            (part,) = self._read_pieces(row, row + 1)
             checksum = zlib.crc32(part.contiguous().view(torch.uint8).numpy(), checksum)
         return f"{self.rows} rows of {self.width}, crc32 {checksum:08x}"
 
-    def _find(self, row: int) -> tuple[int, int]:
+    def _locate_row(self, row: int) -> tuple[int, int]:
         """The shard that holds a row, and the row's number in it."""
         shard = int(np.searchsorted(self._ends, row, side="right"))
         return shard, int(row - self._ends[shard] + self.shards[shard].shape[0])
 
-    def _pieces(self, start: int, stop: int) -> Iterator[Tensor]:
+    def _read_pieces(self, start: int, stop: int) -> Iterator[Tensor]:
         while start < stop:
-            shard, place = self._find(start)
+            shard, place = self._locate_row(start)
             count = min(int(stop - start), self.shards[shard].shape[0] - place)
-            yield self._reader(shard)(place, place + count).to(self.dtype)
+            yield self._get_reader(shard)(place, place + count).to(self.dtype)
             start += count
 
-    def _reader(self, number: int) -> Callable[[int, int], Tensor]:
+    def _get_reader(self, number: int) -> Callable[[int, int], Tensor]:
         if number not in self._open:
             shard = self.shards[number]
             with _explain_errors(shard.file):
@@ -158,8 +158,8 @@ def find_matrices(path: Path, names: Mapping[str, str], where: str) -> dict[Site
     """Find the matrices below `path`, reading only headers -> {site: matrix}.
 
     names: {site: name of a tensor, column, file or folder}; empty for names that are sites. A
-    matrix without such a name, if it is the only one, is at `UNNAMED`. UserError: nothing there, or
-    none or several that could be meant; shards of one site that differ in width.
+    matrix without such a name, if it is the only one, is at `UNNAMED`. UserError: there is no
+    file; no matrix or several could be meant; or the shards of a site differ in width.
     """
     files = [file for file in list_files(path) if file.lower().endswith(SUFFIXES)]
     if not files:
@@ -223,7 +223,7 @@ def _list_shards(file: str, path: Path) -> list[MatrixFile]:
 
 
 def _read_headers(file: str) -> dict[str | None, tuple[Sequence[int], Any]]:
-    """List what a file holds -> {name: (shape, dtype)}; a dtype that is not a float's is text."""
+    """List what a file holds -> {name: (shape, dtype)}; a dtype of no floats is a str."""
     if file.lower().endswith(".safetensors"):
         with safe_open(file, "pt") as content:
             slices = {name: content.get_slice(name) for name in content.keys()}  # noqa: SIM118

@@ -35,8 +35,8 @@ class ActivationsConfig(DataConfig):
     """File, folder or glob of .safetensors, .npy or .parquet."""
 
     sites: dict[str, str] = field(default_factory=dict)
-    """Site -> name of its tensor, column, file or folder, such as {resid.11: cls}; empty for names
-    that are sites (`resid.9`), or one matrix without such a name."""
+    """Site -> name of its tensor, column, file or folder, such as {resid.11: cls}; empty if the
+    names are sites (`resid.9`), or if there is one matrix with any name."""
 
     held_out: float = 0.05
     """Share of the rows kept for evaluation, in blocks from all over the files."""
@@ -64,7 +64,7 @@ class ActivationsConfig(DataConfig):
 
 
 class ActivationsSource(NoLLMSource):
-    """Activations that files hold; no LLM, and no text."""
+    """Activations in files, without an LLM and without text."""
 
     data: ActivationsConfig
     settings = ActivationsConfig
@@ -74,13 +74,13 @@ class ActivationsSource(NoLLMSource):
     headline = "explained_variance"
 
     def read_headers(self) -> dict[Site, SavedMatrix]:
-        """Find what the files hold, reading only their headers. UserError: nothing, or no floats;
-        names, shapes or widths that do not fit."""
+        """Find what the files hold, reading only their headers. UserError: there is no
+        matrix of floats, or names, shapes or widths do not fit."""
         data = self.data
         return find_matrices(Path(data.path).expanduser(), data.sites, f"data.path={data.path}")
 
     def read_shape(self) -> LLMShape:
-        """Matrices stand for the sites of an LLM."""
+        """Describe the matrices as sites of an LLM: its blocks and the width of each site."""
         widths = {site: matrix.width for site, matrix in self.read_headers().items()}
         layers = 1 + max(site.layer for site in widths)
         return LLMShape(layers, max(widths.values()), None, 0, widths)
@@ -106,7 +106,7 @@ class ActivationsSource(NoLLMSource):
         self._split([found[site] for site in sites], batch)
 
     def _split(self, matrices: Sequence[SavedMatrix], batch: int = 1) -> RowBlocks:
-        """Split the rows. UserError: the sites differ in their number, or there are too few."""
+        """Split the rows. UserError: sites differ in their number of rows, or there are too few."""
         first, where = matrices[0], f"data.path={self.data.path}"
         for other in matrices:
             if other.rows != first.rows:
@@ -187,11 +187,11 @@ class ActivationsSource(NoLLMSource):
     def make_saelens_metadata(self, sites: SitePair) -> dict[str, Any]:
         """Describe an SAE's inputs: the files, and the names of its sites in them."""
         data = self.data
-        hooks = zip(sites.hook_names.items(), sites, strict=False)  # one hook if they are equal
+        hooks = zip(sites.hook_names.items(), sites, strict=False)  # one hook if sites are equal
         return {
             "model_name": data.model or "unknown",
             "dataset_path": data.path,
-            # a site's own name means something to other tools only in an LLM
+            # other tools know the hook name of a site only in an LLM
             **{
                 key: data.sites.get(str(site)) or (name if data.model else str(site))
                 for (key, name), site in hooks

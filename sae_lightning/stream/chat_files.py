@@ -19,7 +19,7 @@ def copy_chats(files: list[str], column: str | None, where: str) -> "Dataset":
     """Make each row's conversation a document, {"messages": ..., "origin": file and row}; the copy
     is reused until a file changes.
 
-    UserError: a file's kind, or a row without a conversation.
+    UserError: files of this kind hold no conversations, or a row has none.
     """
     if pick_loader(files[0]) not in ("json", "parquet"):
         raise UserError(

@@ -18,7 +18,7 @@ from sae_lightning.stream.packing import HeldOutStream, Sequences, TokenStream
 
 
 class MixedTokens(TokenStream):
-    """Sequences of several indexed texts; the state is theirs."""
+    """Interleaves the sequences of several indexed texts; its state is the states of the texts."""
 
     def __init__(self, texts: Sequence[Any], weights: Sequence[float]) -> None:
         """`texts`: a `ShuffledTokens` for each of the weights, which add up to 1."""

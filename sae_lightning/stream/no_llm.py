@@ -11,7 +11,7 @@ from sae_lightning.stream.source import Source
 
 
 class NoLLMSource(Source):
-    """Activations that come from no LLM, and without text."""
+    """Activations without an LLM and without text."""
 
     has_llm = False
 
@@ -21,7 +21,7 @@ class NoLLMSource(Source):
         self.refuse_settings("llm", self.llm, unset)
 
     def refuse_settings(self, group: str, config: Any, unset: Any) -> None:
-        """UserError for the first setting of a group that is not as in `unset`."""
+        """UserError for the first setting of a group that differs from `unset`."""
         values = asdict(config)
         for name, value in asdict(unset).items():
             if values[name] != value:

@@ -1,4 +1,4 @@
-"""Reads activations from parquet files: copied once to an .npy file, of which any rows are mapped.
+"""Copies activations from parquet files to .npy files, once, and so can map rows in any order.
 
 A parquet file is compressed in groups of up to a million rows, so rows in random order cannot be
 read from it.
@@ -48,7 +48,8 @@ def find_columns(file: str) -> dict[str | None, tuple[list[int], str]]:
 
 
 def copy_column(file: str, name: str | None, rows: int, width: int) -> Path:
-    """Copy a matrix of `find_columns` to the cache, once until the file's size or time changes.
+    """Copy a matrix of `find_columns` to the cache, or reuse the copy if the file's size and time
+    are the same.
 
     UserError: a row is missing, or has another length than the first one.
     """

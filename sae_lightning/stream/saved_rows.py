@@ -20,7 +20,7 @@ from sae_lightning.terminal import console
 
 SERVED_ROWS = 2048  # rows served at a time
 NEIGHBOURS = 64  # rows that lie together in the files are read together
-LEAST_BLOCKS = 200  # smaller blocks where there are few rows
+LEAST_BLOCKS = 200  # blocks are smaller if there are few rows
 
 
 class RowBlocks(NamedTuple):
@@ -56,7 +56,7 @@ def split_rows(n: int, share: float) -> RowBlocks:
 
 
 class SavedRows(RowStream):
-    """A `RowStream` of the training rows, in blocks whose order is a new one each epoch.
+    """A `RowStream` of the training rows, with the blocks in a new random order each epoch.
 
         blocks       0  1  3  4  5  7            those that are not held out
         epoch 1      4  0  7  3  1  5            order = PCG64(seed, 1)
@@ -79,10 +79,10 @@ class SavedRows(RowStream):
         self.max_rows, self.llm_seconds = SERVED_ROWS, 0.0
         self.rows = int(blocks.count_rows(blocks.train).sum())  # of an epoch
         self._served = 0  # rows
-        self._content: dict[str, str] = {}  # by site, computed when they are needed
-        self._begin(1)
+        self._content: dict[str, str] = {}  # fingerprint by site, computed when it is needed
+        self._begin_epoch(1)
 
-    def _begin(self, epoch: int) -> None:
+    def _begin_epoch(self, epoch: int) -> None:
         self.epoch = epoch
         random = np.random.Generator(np.random.PCG64([self.seed, epoch]))
         self._order = random.permutation(self.blocks.train)
@@ -97,7 +97,7 @@ class SavedRows(RowStream):
                 f"the activations ran out after {self.rows:,} rows; "
                 f"going round again in a new order (epoch {epoch + 1})"
             )
-            self._begin(epoch + 1)
+            self._begin_epoch(epoch + 1)
         stop = min(position + SERVED_ROWS, self.rows)
         ranges = self._find_ranges(position, stop)
         x = {
@@ -140,14 +140,14 @@ class SavedRows(RowStream):
                 )
         self._served = state["served"]
         # at the end of an epoch, the next one has not begun
-        self._begin(1 + max(0, self._served - 1) // self.rows)
+        self._begin_epoch(1 + max(0, self._served - 1) // self.rows)
 
     def close(self) -> None:
         """Nothing to release: files are mapped, not locked."""
 
 
 class HeldOutRows(HeldOutData):
-    """Rows that training never sees; of an LLM's loss nothing is known."""
+    """Rows that training never sees; there is no LLM whose loss could be measured."""
 
     noun = "rows"
 

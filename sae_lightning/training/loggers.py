@@ -66,7 +66,8 @@ def _read_rows(path: Path, last: int) -> list[dict[str, Any]]:
 
 
 def open_loggers(config: LoggerConfig, about: LoggedRun, known: set[str]) -> list[ExtraLogger]:
-    """Open the loggers of a head. `known`: empty at first, and shared by the heads of a pass."""
+    """Open the loggers of a head. `known`: what the loggers of a pass have found out so far, a set
+    that its heads share (see `RemoteLogger`)."""
     rank_zero_only.rank = 0  # Lightning's loggers would be silent on other ranks
     loggers: list[ExtraLogger] = [CSVCurves(about)] if config.csv.use else []
     if config.wandb.use:
@@ -79,7 +80,7 @@ def open_loggers(config: LoggerConfig, about: LoggedRun, known: set[str]) -> lis
 def finish_loggers(outcomes: Sequence[tuple[ExtraLogger, str]]) -> None:
     """End the run of each logger with its outcome: `success`, `failed` or `stopped`."""
     for logger, outcome in outcomes:
-        with suppress(WriteError):  # an earlier one has been reported
+        with suppress(WriteError):  # an earlier error has been reported
             logger.finish(outcome)
     patience = ANSWER_SECONDS
     for logger, _ in outcomes:

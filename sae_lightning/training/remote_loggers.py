@@ -22,7 +22,7 @@ from sae_lightning.terminal import console, make_visible
 from sae_lightning.training.logger_settings import MLflowConfig, WandbConfig
 from sae_lightning.training.logging import ExtraLogger, LoggedRun
 
-ANSWER_SECONDS = 120  # that a server gets for each answer once training has ended
+ANSWER_SECONDS = 120  # to wait for each answer of a server once training has ended
 X_AXIS = "tokens"  # name of the x-axis in Weights & Biases
 HISTOGRAM_BINS = 64
 
@@ -30,12 +30,12 @@ HISTOGRAM_BINS = 64
 class RemoteLogger(ExtraLogger):
     """Sends a head's curves to Weights & Biases or MLflow from a thread of its own.
 
-    After an error it says so in one line and sends nothing more. `known` is shared by the heads of
-    a pass: which kinds of logger could not be started, and what need not be said again.
+    After an error it says so in one line and sends nothing more. `known` is a set that the heads of
+    a pass share: kinds of logger that could not be started, and what has been printed already.
     """
 
     kind: str
-    starting = threading.Lock()  # projects and databases are made by the first run
+    starting = threading.Lock()  # one run at a time: the first one creates the project or database
 
     def __init__(self, about: LoggedRun, config: Any, known: set[str]):
         self.about, self.config, self.known = about, config, known
@@ -96,7 +96,7 @@ class RemoteLogger(ExtraLogger):
         return ""
 
     def _read_id(self) -> str | None:
-        """The run's name on the server, from an earlier part of the run."""
+        """Read the id that a resumed run had on the server before; None for a new run."""
         if self.about.resumed_at is None or not self.id_path.is_file():
             return None
         found = re.search(r'"run": "([\w-]{1,64})"', read_regular_file(self.id_path))
@@ -113,8 +113,8 @@ class RemoteLogger(ExtraLogger):
 
 
 class WandbCurves(RemoteLogger):
-    """A run in Weights & Biases. Its steps are tokens, and only grow: of points that a resumed run
-    measures again, the server keeps the first."""
+    """A run in Weights & Biases. Its steps are tokens and can only grow, so the server keeps the
+    first of the points that a resumed run measures again."""
 
     kind = "wandb"
     config: WandbConfig

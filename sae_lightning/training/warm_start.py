@@ -1,4 +1,4 @@
-"""Warm starts: a head takes over the weights of a saved SAE, and Adam's state where it is there."""
+"""Warm starts: a head takes over the weights of a saved SAE, and Adam's state if there is one."""
 
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,8 @@ NORMALISATION = ("in_mean", "in_scale", "out_mean", "out_scale")
 
 @torch.no_grad()
 def start_head(head: Head, optimizer: Optimizer) -> str:
-    """Give a new head, whose normalisation is measured, the weights of the SAE that it starts from;
-    returns what was taken over, in one line.
+    """Give a new head, whose normalisation has been measured, the weights of the SAE that it starts
+    from; returns one line about what was taken over.
 
     The SAE takes raw activations; its weights are converted to the head's units, its features come
     first, and those that it lacks keep their random start. From the folder of a run, Adam's moments
@@ -81,17 +81,18 @@ def _take_weights(head: Head, start: SAE, keep_norms: bool) -> None:
             part = sae.split.slice(weights[name], dim)
             weights[name] = own[name].to("cpu", copy=True)
             weights[name].narrow(dim, 0, part.shape[dim]).copy_(part)
-            if name == "threshold" and sae.features_compete:  # they have one threshold
+            if name == "threshold" and sae.features_compete:  # they share one threshold
                 weights[name].fill_(part[0])
     sae.load_weights(weights)
 
 
 def _find_factors(head: Head, start: SAE, W_dec: Tensor) -> Tensor:
-    """Factors [features] of the strengths of a start's features, given its decoder rows in the
-    head's units [features, d_out].
+    """Find the factors [features] for the strengths of the start's features, given its decoder rows
+    W_dec [features, d_out] in the head's units.
 
-    With fixed norms, rows get the norm `decoder_norm`. The strengths of a run of ours stay as they
-    were; those of another tool are scaled to rows of norm 1, by a common factor if they compete.
+    With fixed norms, rows get the norm `decoder_norm`. Otherwise features of a run of ours keep
+    their strengths. Rows of another tool's SAE get the norm 1 or, if features compete, a mean norm
+    of 1 by a common factor.
     """
     config, norms = head.sae.config, W_dec.norm(dim=1)
     live = norms > SMALLEST_NORM
@@ -130,7 +131,7 @@ def _refuse_checkpoint(start: str, error: Exception) -> UserError:
 
 
 def _find_differing_setting(head: Head, settings: dict[str, Any]) -> str | None:
-    """The first setting in which the head differs from a checkpoint whose moments it would take.
+    """Find the first setting that differs from the checkpoint, so that its moments do not fit.
     Without an LLM, the units of activations are those of the data."""
     own, names = head.settings, ADAM_SETTINGS
     if own.get("llm.name") == NO_LLM:
@@ -170,9 +171,10 @@ def _take_moments(head: Head, start: SAE, adam: dict[str, Any], optimizer: Optim
 
 @torch.no_grad()
 def count_fates(head: Head, fires: Tensor) -> dict[str, int]:
-    """What became of the features since the warm start, by what fired on held-out data then
-    (`head.start_fired`) and what fires there now (`fires` [features] bool, of all ranks). A feature
-    that the start lacks has not fired then. Each feature counts once:
+    """Count what became of the features since the warm start, from those that fired on held-out
+    data then (`head.start_fired`) and those that fire there now (`fires` [features] bool, of all
+    ranks).
+    A feature that the start lacks counts as not fired. Each feature has one fate:
 
         fired then and fires now: stayed, if its decoder row has kept a cosine above 0.9; else moved
         fired then only: died;  fires now only: born;  neither: silent

@@ -100,5 +100,5 @@ def _make_entry(content: Dashboards, dashboard: Dashboard) -> dict[str, Any]:
 
 
 def pair_cantor(x: int, y: int) -> int:
-    """The number that circuit-tracer has for feature `y` of block `x`."""
+    """Compute circuit-tracer's number of feature `y` of block `x`: Cantor's pairing function."""
     return (x + y) * (x + y + 1) // 2 + y

@@ -34,8 +34,8 @@ class DashboardSettings(FeaturesTask):
     """Settings of the formats that hold dashboards instead of weights."""
 
     tokens: int = 131_072
-    """Tokens to read for the examples, unless an earlier task has left a catalogue. If this,
-    examples or neurons is given, a new one is made."""
+    """Tokens to read for the examples, unless an earlier task has left a catalogue. If
+    tokens, examples or neurons is given, a new catalogue is made."""
     feature: Any = None
     """A feature or a list of them; null for all."""
     direct: bool = False
@@ -53,7 +53,7 @@ class DashboardSettings(FeaturesTask):
     release: str | None = None
     """Id of the release; null for the name of the set."""
     description: str | None = None
-    """What the release is, in a sentence."""
+    """A sentence that describes the release."""
     creator: str = "anonymous"
     """Your name, or that of your group."""
     creator_id: str = "clkht01d40000jv08hvalcvly"
@@ -87,7 +87,7 @@ class SourceName(NamedTuple):
 
     @property
     def id(self) -> str:
-        """The SAE's id there, <layer>-<set>[__<suffix>]."""
+        """The SAE's id in Neuronpedia, <layer>-<set>[__<suffix>]."""
         return f"{self.layer}-{self.source_set}" + (
             f"{SUFFIX_MARK}{self.suffix}" if self.suffix else ""
         )

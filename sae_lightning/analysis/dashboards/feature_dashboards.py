@@ -26,7 +26,7 @@ from sae_lightning.report.catalogue import (
 )
 from sae_lightning.terminal import phase
 
-FEATURES_PER_FILE = 128  # as SAEDashboard has it
+FEATURES_PER_FILE = 128  # as in SAEDashboard
 MAX_FILES = 1000  # Neuronpedia's importer lists no more
 NEURONS_SHOWN = 3  # dimensions of the decoder row with the largest values
 NUMBER_DIGITS = 5  # of numbers in the files
@@ -147,7 +147,7 @@ def _show_examples(
     the strength that no token of the example exceeds, but for rounding."""
     place = examples.position[..., None] + torch.arange(WINDOW) - BEFORE
     inside = (examples.tokens >= 0) & (place > 0)  # without BOS
-    # of half precision, but for the peak
+    # stored in half precision, except for the peak
     strengths = examples.strengths.float().minimum(greatest[..., None])
     strengths[..., BEFORE] = examples.strength
     before = inside[..., :BEFORE].sum(dim=-1).tolist()

@@ -84,7 +84,7 @@ def read_explanations(subject: Subject) -> dict[int, tuple[str, str]]:
 
 
 def _describe_scores(model: str, explanation: dict[str, Any]) -> str:
-    """Say by which model an explanation is, and its balanced accuracies."""
+    """Name the model that wrote an explanation, and its balanced accuracies."""
     scores = {
         test: score["accuracy"]
         for test in ("detection", "fuzzing")
@@ -136,7 +136,7 @@ def _describe_source(content: Dashboards, created: str) -> dict[str, Row]:
 
 def _make_feature(content: Dashboards, dashboard: Dashboard, created: str) -> Row:
     name, vector = content.name, dashboard["vector"]
-    # of the examples, the strongest of which has the maximum over all text
+    # the strongest example has the maximum over all text
     maximum = max((max(a["values"]) for a in dashboard["activations"]), default=0.0)
     return {
         "modelId": name.model,
