@@ -28,7 +28,7 @@ lint: $(READY_TO_TEST)
 	$(BIN)/ruff format .
 
 $(READY): pyproject.toml constraints.txt requirements/offline.txt
-	@echo "installing into .venv (a minute or two)"
+	@echo "installing into .venv (some minutes)"
 	$(PYTHON) -m venv .venv
 	$(PIP) --editable .
 	$(PIP) --no-deps --requirement requirements/offline.txt
