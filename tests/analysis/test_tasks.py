@@ -11,7 +11,15 @@ from typing import NamedTuple
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from omegaconf import BooleanNode, DictConfig, EnumNode, OmegaConf, StringNode, ValidationError
+from omegaconf import (
+    BooleanNode,
+    DictConfig,
+    EnumNode,
+    ListConfig,
+    OmegaConf,
+    StringNode,
+    ValidationError,
+)
 from planted import save_planted
 
 from sae_lightning.analysis import subject
@@ -24,9 +32,7 @@ from sae_lightning.runs.cli import explain_error
 from sae_lightning.runs.config import find_conf_folder, to_dataclass
 from sae_lightning.runs.jobs import register_schemas
 from sae_lightning.sae import ARCHITECTURES
-from sae_lightning.stream.plays import PlaysConfig
 
-PLAYS = PlaysConfig().held_out  # a list of words
 # what a task cannot do without
 NEEDED = {"steer": ["feature=3"], "text": ["text=hello"], "export": ["format=saelens", "to=x"]}
 NEEDED |= {"publish": ["repo=me/sae"]}
@@ -105,7 +111,9 @@ def numeric(cfg: DictConfig, prefix: str = "") -> Iterator[str]:
         node = cfg._get_node(name)
         if isinstance(node, DictConfig):
             yield from numeric(node, f"{prefix}{name}.")
-        elif not isinstance(node, StringNode | EnumNode | BooleanNode) and node != PLAYS:
+        elif isinstance(node, ListConfig) and node._metadata.element_type is str:
+            continue
+        elif not isinstance(node, StringNode | EnumNode | BooleanNode):
             yield prefix + name
 
 

@@ -60,6 +60,8 @@ def open_held_out(llm: LLM, own, **settings) -> HeldOut:
 class Linear:
     """relu(x W_enc + b_enc) W_dec, with some decoder rows that are copies of others."""
 
+    config = SimpleNamespace(start="")
+
     def __init__(self, features: int, ranks):
         self.split = split = Split(features, ranks)
         generator = torch.Generator().manual_seed(features)

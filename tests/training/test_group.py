@@ -31,6 +31,7 @@ from sae_lightning.sae.topk import TopKConfig
 from sae_lightning.stream import held_out, rows
 from sae_lightning.stream import text_source as text
 from sae_lightning.training import checkpoints
+from sae_lightning.training.logger_settings import LoggerConfig
 from sae_lightning.training.settings import CallbacksConfig, OptimConfig, Precision
 
 DENSE = {"model": DenseConfig(name="dense", features=20), "loss": DenseLoss()}
@@ -388,7 +389,8 @@ def test_the_same_run_twice_is_trained_once(sweep, monkeypatch):
 
 def resumed(folder, *settings, **sweep):
     """The jobs of `-m resume=<folder> <settings>`."""
-    group = {"llm": {"trust_remote_code": False}, "sweep": SweepConfig(**sweep)}
+    group = {"llm": {"trust_remote_code": False}, "logger": LoggerConfig()}
+    group |= {"sweep": SweepConfig(**sweep)}
     asked = OmegaConf.create({"resume": str(folder)} | group)
     return jobs_of(asked, Path("new"), [f"resume={folder}", *settings], Path("new"))
 

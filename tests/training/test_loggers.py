@@ -282,4 +282,4 @@ def test_online_a_resumed_run_goes_on_where_it_was_and_a_lost_server_costs_only_
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("logger=wandb: ") == 1
     assert "Timed out finishing run.; TensorBoard's curves of name are complete" in done.stderr
-    assert re.search(r"to upload the rest: wandb sync wandb/run-\d+_\d+-\w+\n", done.stderr)
+    assert re.search(r"to upload the rest: wandb sync wandb/run-\d+_\d+-[\w-]+\n", done.stderr)
