@@ -28,6 +28,10 @@ class SweepConfig:
     """Target L0 of the search: more active features per token lower the objective."""
     max_heads: int | None = None
     """SAEs trained together on one pass of the LLM; null for as many as memory allows."""
+    controls: bool = False
+    """Add to each SAE of the sweep its controls (`model.control`), with the same L0."""
+    seeds: int = 1
+    """Train each SAE of the sweep with this many seeds (`model.seed`)."""
 
     def __post_init__(self):
         if self.objective is not None and self.objective.removeprefix("-") not in OBJECTIVES:
@@ -41,6 +45,8 @@ class SweepConfig:
             )
         if self.max_heads is not None and self.max_heads < 1:
             raise UserError(f"sweep.max_heads={self.max_heads}: give 1 or more SAEs for a pass")
+        if self.seeds < 1:
+            raise UserError(f"sweep.seeds={self.seeds}: give 1 or more seeds")
 
     def check_objective(self, measures: Collection[str], where: str) -> None:
         """UserError if the objective is not measured; `where` becomes part of the message."""

@@ -15,6 +15,7 @@ from torch.profiler import record_function
 from sae_lightning.errors import UserError
 from sae_lightning.ranks import ALONE, Ranks, Split
 from sae_lightning.sae import sparse
+from sae_lightning.sae.controls import Control
 from sae_lightning.sae.initial import draw_directions
 from sae_lightning.sae.matrix import DenseMatrix, Matrix, SparseMatrix
 from sae_lightning.sae.sparse import SparsityPattern
@@ -44,6 +45,9 @@ class SAEConfig:
     start: str | None = None
     """SAE whose weights training starts from: a run folder, or any that analyze.py opens; null is a
     random start. What is not given (architecture, size, site, LLM) is that SAE's."""
+    control: Control | None = None
+    """Train a control instead, which does not learn something essential: frozen_decoder,
+    soft_frozen_decoder, frozen_encoder, shuffled_activations or pca (docs/controls.md)."""
     seed: int = 0
     """Seed of the weights' initialisation and of resampling; presets set it to the run's `seed`."""
 

@@ -1,0 +1,24 @@
+"""Finds the controls that a sweep has trained beside an SAE."""
+
+from pathlib import Path
+
+from sae_lightning.report.experiments import identify_experiment
+from sae_lightning.runs.folders import read_metrics
+from sae_lightning.runs.jobs import CONFIG_FILE, read_job
+from sae_lightning.sae.controls import Control
+
+
+def find_controls(folder: Path) -> dict[Control, Path]:
+    """Control -> its finished run folder, for the SAE of the run in `folder`: one of each kind,
+    among the runs of the same sweep, with the same seed if there is one. Empty outside a sweep."""
+    config = read_job(folder, trusted=True).config  # no LLM is loaded
+    experiment, found = identify_experiment(config.to_flat_dict()), {}
+    for file in sorted(folder.absolute().parent.glob(f"*/{CONFIG_FILE}")):
+        other = read_job(file.parent, trusted=True).config
+        same = identify_experiment(other.to_flat_dict()) == experiment
+        if not same or other.model.control is None or read_metrics(file.parent) is None:
+            continue
+        same_seed = (other.seed, other.model.seed) == (config.seed, config.model.seed)
+        if same_seed or other.model.control not in found:
+            found[other.model.control] = file.parent
+    return found
