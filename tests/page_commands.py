@@ -60,6 +60,7 @@ SMALL_TASK = {
     "features": READ,
     "theory": READ,
     "probe": READ,
+    "benchmark": {},
     "text": READ,
     "evaluate": {},
     "lens": {"contexts": "2"},

@@ -51,6 +51,11 @@ class Task:
         settings on the command line."""
         raise NotImplementedError
 
+    @property
+    def results_name(self) -> str:
+        """Name of the files with the results, without suffix."""
+        return self.task
+
     def load_subject(self, given_settings: Collection[str]) -> Subject:
         """Open the SAE; UserError if results cannot be written beside it."""
         settings = {"llm": self.llm, "data": self.data, "layer": self.layer, "seed": self.seed}
@@ -91,9 +96,9 @@ class Task:
     ) -> None:
         """Write numbers and a page, and print their paths; the page suggests commands to run next,
         for `feature` if given."""
-        name = f"{self.task}.html" if self.task != "overview" else "index.html"
+        name = f"{self.results_name}.html" if self.task != "overview" else "index.html"
         target = subject.results_folder / name
-        numbers = target.with_name(f"{self.task}.json")
+        numbers = target.with_name(f"{self.results_name}.json")
         write_json(numbers, scalars)
         commands = suggest_commands(subject.run, feature)
         files = [*(f"{catalogue.kind}s.parquet" for catalogue in catalogues), numbers.name]

@@ -1,6 +1,7 @@
 """The table of tasks that `analyze.py` can run; a new task is a row."""
 
 from sae_lightning.analysis.annotate import TextTask
+from sae_lightning.analysis.benchmarks.benchmark_task import BenchmarkTask
 from sae_lightning.analysis.evaluate import EvaluateTask
 from sae_lightning.analysis.explain.explain_task import ExplainTask
 from sae_lightning.analysis.export_task import ExportTask
@@ -20,6 +21,7 @@ TASKS: dict[str, type[Task]] = {
     "evaluate": EvaluateTask,
     "theory": TheoryTask,
     "probe": ProbeTask,
+    "benchmark": BenchmarkTask,
     "lens": LensTask,
     "steer": SteerTask,
     "text": TextTask,

@@ -1,0 +1,1 @@
+"""Benchmarks of the field, each beside its controls."""
