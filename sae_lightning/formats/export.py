@@ -47,8 +47,8 @@ def save_sae(folder: Path, sae: SAE, weights: dict[str, Tensor], metadata: dict[
         "apply_b_dec_to_input": False,
         "normalize_activations": "none",
         **sae.saelens_settings(),
-        # where training started is in the metadata
-        OWN_KEY: {k: v for k, v in asdict(sae.config).items() if k != "start"},
+        # the start of training and the control are in the metadata: they change no output
+        OWN_KEY: {k: v for k, v in asdict(sae.config).items() if k not in ("start", "control")},
         "metadata": {"sae_lens_version": "6.0.0", "sae_lens_training_version": None, **metadata},
     }
     tensors = dict(weights)

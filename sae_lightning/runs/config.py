@@ -22,6 +22,7 @@ from sae_lightning.llm.sites import LayerConfig
 from sae_lightning.runs.search import SweepConfig
 from sae_lightning.runs.words import translate_setting
 from sae_lightning.sae import ARCHITECTURES, Loss, SAEConfig
+from sae_lightning.sae.controls import NOT_FOR_TRANSCODERS
 from sae_lightning.stream import SOURCES, make_source
 from sae_lightning.stream.source import DataConfig, Source
 from sae_lightning.training.logger_settings import LoggerConfig
@@ -153,6 +154,29 @@ class Config:
             raise UserError(
                 f"loss.target_l0={target_l0}: there are only model.features={self.model.features}; "
                 "give fewer active features, or null"
+            )
+
+        self._check_control()
+
+    def _check_control(self) -> None:
+        """UserError for settings that have no meaning with `model.control`."""
+        control, resampling = self.model.control, self.callbacks.resample.every
+        if control is None:
+            return
+        if self.model.start is not None:
+            raise UserError(
+                f"model.control={control.name}: a control starts from random weights; leave "
+                f"model.start={self.model.start} out"
+            )
+        if resampling is not None:
+            raise UserError(
+                f"callbacks.resample.every={resampling}: resampling points features at "
+                f"activations, which model.control={control.name} must not learn from; give null"
+            )
+        if control in NOT_FOR_TRANSCODERS and self.layer.target not in (None, self.layer.source):
+            raise UserError(
+                f"model.control={control.name} has no meaning for a transcoder; use "
+                "frozen_decoder, soft_frozen_decoder or frozen_encoder"
             )
 
     @property

@@ -15,7 +15,7 @@ from torch.profiler import record_function
 from sae_lightning.errors import UserError
 from sae_lightning.ranks import ALONE, Ranks, Split
 from sae_lightning.sae import sparse
-from sae_lightning.sae.controls import Control
+from sae_lightning.sae.controls import FROZEN_WEIGHTS, Control
 from sae_lightning.sae.initial import draw_directions
 from sae_lightning.sae.matrix import DenseMatrix, Matrix, SparseMatrix
 from sae_lightning.sae.sparse import SparsityPattern
@@ -137,6 +137,8 @@ class SAE(nn.Module):
         if config.skip:
             self.W_skip = nn.Parameter(torch.zeros(d_in, d_out))
         self.add_parameters()
+        for name in FROZEN_WEIGHTS.get(config.control, ()):
+            getattr(self, name).requires_grad_(False)
 
     def add_parameters(self) -> None:
         """Add the parameters and buffers that only this architecture has."""

@@ -1,14 +1,70 @@
 """Controls: SAEs in which something essential is not learned. What a control scores as well as a
-trained SAE does not speak for the trained one."""
+trained SAE does not speak for the trained one.
+
+Shapes: batch = tokens, d = width of a site.
+"""
 
 from enum import Enum
 
+import torch
+from torch import Generator, Tensor
+from torch.nn.functional import normalize
+
 
 class Control(Enum):
-    """What a control does not learn; everything else is trained like the SAE that it belongs to."""
+    """What a control does not learn; everything else is trained like the SAE that it belongs to.
+
+    The first three are the baselines of Korznikov et al. 2026, "Sanity checks for sparse
+    autoencoders" (arXiv 2602.14111, figure 1); pca is that of SAEBench (Karvonen et al. 2025, arXiv
+    2503.09532). Shuffling is the usual permutation null.
+    """
 
     frozen_decoder = "decoder directions stay random"
     soft_frozen_decoder = "decoder directions stay near random ones"
     frozen_encoder = "encoder directions stay random"
     shuffled_activations = "trained on activations with independent dimensions"
     pca = "directions are principal components"
+
+
+# The parameters that do not change at all.
+FROZEN_WEIGHTS = {
+    Control.frozen_decoder: ("W_dec",),
+    Control.frozen_encoder: ("W_enc",),
+    Control.pca: ("W_enc", "W_dec"),
+}
+# What a transcoder learns is how its output depends on its input. Shuffling removes that, and the
+# principal components of two sites do not correspond.
+NOT_FOR_TRANSCODERS = (Control.shuffled_activations, Control.pca)
+LEAST_COSINE = 0.8  # of a soft-frozen decoder row with its start (Korznikov et al., figure 1)
+
+
+def permute_dimensions(x: Tensor, generator: Generator) -> Tensor:
+    """Activations x [batch, d] with the tokens permuted in each dimension: a dimension keeps its
+    values, but no longer depends on the others.
+
+    All dimensions share a random permutation, which each shifts by a random offset of its own. So
+    each element of a row comes from an independently drawn token, as with d permutations.
+    """
+    batch, d = x.shape
+    order = torch.randperm(batch, generator=generator).to(x.device)
+    shifts = torch.randint(batch, (d,), generator=generator).to(x.device)
+    places = torch.arange(batch, device=x.device)[:, None] + shifts
+    return x.gather(0, order[places % batch])
+
+
+def find_principal_directions(covariance: Tensor) -> Tensor:
+    """[2 d, d]: the unit vectors u_1, -u_1, u_2, -u_2, ... along the principal axes of a covariance
+    [d, d], by falling variance. The largest element of each u_i is positive."""
+    axes = torch.linalg.eigh(covariance).eigenvectors.T.flip(0)
+    axes = axes * axes.gather(1, axes.abs().argmax(dim=1, keepdim=True)).sign()
+    return torch.stack([axes, -axes], dim=1).flatten(0, 1)
+
+
+def limit_turn(rows: Tensor, starts: Tensor) -> Tensor:
+    """Decoder rows [n, d], those whose cosine with their start (unit vectors `starts` [n, d]) is
+    below `LEAST_COSINE` turned back to that cosine. Norms are kept."""
+    norms = rows.norm(dim=1, keepdim=True)
+    along = (rows * starts).sum(dim=1, keepdim=True)
+    away = normalize(rows - along * starts)
+    edge = LEAST_COSINE * starts + (1 - LEAST_COSINE**2) ** 0.5 * away
+    return torch.where(along < LEAST_COSINE * norms, norms * edge, rows)

@@ -163,8 +163,10 @@ class Encode(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor):
         pattern, gradient = ctx.pattern.without_zeros(gradient)
-        to_columns = pattern.transposed_product(gradient, *ctx.saved_tensors)
-        return None, to_columns.T, pattern.column_sums(gradient), None, None
+        to_columns = None
+        if ctx.needs_input_grad[1]:
+            to_columns = pattern.transposed_product(gradient, *ctx.saved_tensors).T
+        return None, to_columns, pattern.column_sums(gradient), None, None
 
 
 class Decode(torch.autograd.Function):

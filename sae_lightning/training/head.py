@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
+from torch.nn.functional import normalize
 from torch.profiler import record_function
 
 from sae_lightning.errors import UserError
 from sae_lightning.llm.sites import Site
 from sae_lightning.sae import SAE, Loss, Output, TrainingStatus
+from sae_lightning.sae.controls import Control, permute_dimensions
 from sae_lightning.sae.matrix import Matrix
 from sae_lightning.sae.products import break_even_density
 from sae_lightning.sae.sparse import pick_working_dtype
@@ -86,8 +88,11 @@ class Head(nn.Module):
             # decoder directions at the start, 0 for features that the start lacks, and which fired
             self.register_buffer("start_rows", torch.zeros(features, d_out, dtype=torch.float16))
             self.register_buffer("start_fired", torch.zeros(features, dtype=torch.uint8))
+        if sae.config.control is Control.soft_frozen_decoder:
+            # not in checkpoints: the seed makes them again
+            self.register_buffer("random_rows", normalize(sae.W_dec.detach()), persistent=False)
         # each head has its own RNG, so that training heads together changes no random number
-        generator_state = torch.Generator().manual_seed(seed).get_state()
+        generator_state = Generator().manual_seed(seed).get_state()
         self.register_buffer("generator_state", generator_state)
 
     def normalise(self, batch: dict[Site, Tensor]) -> tuple[Tensor, Tensor]:
@@ -107,6 +112,8 @@ class Head(nn.Module):
     def forward(self, batch: dict[Site, Tensor]) -> Tensor:
         """Training loss [] of a batch {site: [batch, d_site]} of raw activations."""
         x, target = self.normalise(batch)
+        if self.sae.config.control is Control.shuffled_activations:
+            x = target = self._shuffle(x)
         output = self.sae.training_pass(x, self.use_sparse_products(x))
         status = TrainingStatus(self.dead, self.progress)
         with record_function("loss"):
@@ -127,6 +134,14 @@ class Head(nn.Module):
             output.reconstruction.detach(),
         )
         return loss
+
+    def _shuffle(self, x: Tensor) -> Tensor:
+        """`permute_dimensions` of x [batch, d_in] with the head's own RNG."""
+        generator = Generator()
+        generator.set_state(self.generator_state.cpu())
+        shuffled = permute_dimensions(x, generator)
+        self.generator_state.copy_(generator.get_state())
+        return shuffled
 
     @property
     def effective_coefficients(self) -> dict[str, float | Tensor]:
@@ -177,9 +192,10 @@ class Head(nn.Module):
         self.adam_steps = state.get("adam_steps", 0)
 
     def group_parameters(self) -> tuple[list[str], list[str]]:
-        """Names of the SAE's weights and of its biases, in the order of Adam's two groups."""
-        biases = list(self.sae.biases)
-        return [n for n, _ in self.sae.named_parameters() if n not in biases], biases
+        """Names of the SAE's weights and of its biases, in the order of Adam's two groups; without
+        what a control freezes."""
+        biases, trained = list(self.sae.biases), self.sae.named_parameters()
+        return [n for n, p in trained if n not in biases and p.requires_grad], biases
 
     def fold_weights(self) -> dict[str, Tensor]:
         """Fold the normalisation into the SAE's weights, so that they take raw activations."""

@@ -9,6 +9,7 @@ Hooks follow one another from left to right, callbacks within a hook from top to
     WarmStart              weights
     Schedule                             lr, penalty
     DecoderNorm                                        project gradient       renormalise
+    KeepControl            directions                                         turn rows back
     ClipGradient                                       clip, freeze heads
     TargetL0                                                                  coefficient
     Throughput  start                    end of pause                         speed
@@ -27,6 +28,7 @@ import lightning as L
 from sae_lightning.training.callbacks.checkpoint import Checkpoint
 from sae_lightning.training.callbacks.curves import Curves
 from sae_lightning.training.callbacks.evaluation import Evaluate
+from sae_lightning.training.callbacks.keep_control import KeepControl
 from sae_lightning.training.callbacks.normalize import Normalize
 from sae_lightning.training.callbacks.progress import ProgressBar
 from sae_lightning.training.callbacks.resample import Resample
@@ -47,6 +49,7 @@ def make_callbacks(trainer: TrainerConfig, eval: EvalConfig) -> list[L.Callback]
         WarmStart(),
         Schedule(),
         DecoderNorm(),
+        KeepControl(),
         ClipGradient(),
         TargetL0(),
         Throughput(trainer.log_every, pauses=[every for every in pauses if every]),

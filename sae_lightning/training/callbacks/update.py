@@ -44,7 +44,7 @@ class DecoderNorm(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
         """Renormalise the rows of fixed-norm decoders."""
         for head in module.training_heads:
-            if head.sae.config.fixed_norm:
+            if head.sae.config.fixed_norm and head.sae.W_dec.requires_grad:
                 head.sae.fix_norms()
 
 

@@ -1,0 +1,65 @@
+"""Keeps controls (`model.control`) from learning what they must not."""
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from sae_lightning.llm.sites import Site
+from sae_lightning.sae.controls import Control, find_principal_directions, limit_turn
+from sae_lightning.terminal import phase
+from sae_lightning.training.head import Head
+
+PRODUCT_ROWS = 4096  # activations whose products are added up in float32
+
+
+class KeepControl(L.Callback):
+    """Gives the heads with `model.control=pca` their directions before the first step of a new run,
+    and turns soft-frozen decoder rows back after each step."""
+
+    @torch.no_grad()
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Find the principal directions of the activations from which the normalisation is
+        estimated."""
+        components: dict[tuple[Site, int], tuple[Tensor, Tensor]] = {}  # shared by heads of a site
+        for head in module.heads:
+            if head.sae.config.control is not Control.pca or trainer.global_step > 0:
+                continue
+            key = (head.source, head.callbacks.normalize.tokens)
+            if key not in components:
+                x = trainer.datamodule.stream.peek(key[1])[head.source].to(module.device)
+                mean, covariance = measure_covariance(x)
+                components[key] = mean, find_principal_directions(covariance)
+            set_principal_directions(head, *components[key])
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
+        """Limit how far soft-frozen rows have turned from their start."""
+        for head in module.training_heads:
+            if head.sae.config.control is Control.soft_frozen_decoder:
+                head.sae.W_dec.copy_(limit_turn(head.sae.W_dec, head.random_rows))
+
+
+def measure_covariance(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean [d] and covariance [d, d], in float64 on the CPU, of activations x [n, d]."""
+    mean = x.mean(dim=0, dtype=torch.float32)
+    products = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
+    with phase("finding principal components", total=len(x)) as advance:
+        for part in x.split(PRODUCT_ROWS):
+            centred = part.float() - mean
+            products += (centred.T @ centred).cpu()
+            advance(len(part))
+    return mean, products / len(x)
+
+
+def set_principal_directions(head: Head, mean: Tensor, directions: Tensor) -> None:
+    """Make `directions` [2 d, d] the encoder columns and decoder rows of a head whose raw
+    activations have this mean [d]. Features beyond 2 d are zero and never fire."""
+    sae = head.sae
+    own = sae.split.slice(directions[: sae.config.features]).to(sae.W_dec)
+    centre = (mean.to(sae.b_dec) - head.in_mean) / head.in_scale  # 0 if the mean is subtracted
+    for weight in (sae.W_dec, sae.W_enc.T):
+        weight.zero_()
+        weight[: len(own)] = own
+    sae.b_enc[: len(own)] -= own @ centre
+    sae.b_enc[len(own) :] = -1
+    sae.b_dec.copy_(centre)
