@@ -52,7 +52,7 @@ def permute_dimensions(x: Tensor, generator: Generator) -> Tensor:
     return x.gather(0, order[places % batch])
 
 
-def find_principal_directions(covariance: Tensor) -> Tensor:
+def list_principal_directions(covariance: Tensor) -> Tensor:
     """[2 d, d]: the unit vectors u_1, -u_1, u_2, -u_2, ... along the principal axes of a covariance
     [d, d], by falling variance. The largest element of each u_i is positive."""
     axes = torch.linalg.eigh(covariance).eigenvectors.T.flip(0)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from sae_lightning.llm.sites import Site
-from sae_lightning.sae.controls import Control, find_principal_directions, limit_turn
+from sae_lightning.sae.controls import Control, list_principal_directions, limit_turn
 from sae_lightning.terminal import phase
 from sae_lightning.training.head import Head
 
@@ -28,7 +28,7 @@ class KeepControl(L.Callback):
             if key not in components:
                 x = trainer.datamodule.stream.peek(key[1])[head.source].to(module.device)
                 mean, covariance = measure_covariance(x)
-                components[key] = mean, find_principal_directions(covariance)
+                components[key] = mean, list_principal_directions(covariance)
             set_principal_directions(head, *components[key])
 
     @torch.no_grad()
