@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from sae_lightning.llm.sites import Site
-from sae_lightning.sae.controls import Control, list_principal_directions, limit_turn
+from sae_lightning.sae.controls import Control, limit_turn, list_principal_directions
 from sae_lightning.terminal import phase
 from sae_lightning.training.head import Head
 
