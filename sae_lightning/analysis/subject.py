@@ -18,7 +18,7 @@ from sae_lightning.formats.fetch import fetch_saved, is_hub_address, name_hub_fo
 from sae_lightning.formats.load_sae import load_sae
 from sae_lightning.llm.load import LLM, LLMConfig, load_llm, load_tokenizer, pick_device
 from sae_lightning.llm.sites import LayerConfig, SitePair
-from sae_lightning.report.sweep_report import describe_source
+from sae_lightning.report.sweep_page import describe_source
 from sae_lightning.runs.config import Config
 from sae_lightning.runs.jobs import CONFIG_FILE, TRUST_SETTING, is_sweep, read_job
 from sae_lightning.sae import SAE

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
+from sae_lightning.report.noise import Estimates, tell_apart
 from sae_lightning.terminal import make_visible
 
 if TYPE_CHECKING:
@@ -62,59 +63,56 @@ def plot_histogram(values: Tensor, x: str, y: str = "features", bins: int = 60) 
     return make_figure(x, y, bargap=0).add_bar(x=middles, y=counts, width=width)
 
 
-def find_pareto_front(l0: "pd.Series", quality: "pd.Series") -> "pd.Series":
+def find_pareto_front(l0: Estimates, quality: Estimates) -> np.ndarray:
     """Mark the points [n] on the Pareto front, bool: no other point is better in L0 (lower) or
-    quality (higher) without being worse in the other.
+    quality (higher) without being worse in the other. Differences within the noise are none.
 
     Equal points are all on the front; points with a NaN or an infinity never are.
     """
-    finite = np.isfinite(l0) & np.isfinite(quality)
-    x, y = l0.where(finite).to_numpy(), quality.where(finite).to_numpy()
-    no_worse = (x[:, None] <= x) & (y[:, None] >= y)  # [i, j]: point i is no worse than j
-    beats = no_worse & ((x[:, None] < x) | (y[:, None] > y))
-    return finite & ~beats.any(axis=0)
+    finite = np.isfinite(l0.mean) & np.isfinite(quality.mean)
+    l0, quality = l0.pick(finite), quality.pick(finite)
+    sparser = tell_apart(l0.as_column(), l0) & (l0.mean[:, None] < l0.mean)
+    truer = tell_apart(quality.as_column(), quality) & (quality.mean[:, None] > quality.mean)
+    better = sparser | truer  # [i, j]: i is better than j in one
+    front = np.zeros_like(finite)
+    front[finite] = ~(better & ~better.T).any(axis=0)
+    return front
 
 
 def plot_tradeoff(
     points: "pd.DataFrame", quality: str, grouping: str | None = None
 ) -> "Figure | None":
-    """Plot `quality` against L0 with the Pareto front as a line; None without finite points.
+    """Plot `quality` against L0 with the Pareto front of trained SAEs as a line, and that of
+    controls as a dashed one; None without finite points. Over seeds, points are means with their
+    spreads, and the front is a band.
 
-    Columns of `points`: `l0`, `quality` (higher is better), `group` ("" if there are no groups),
+    Columns of `points`: `l0`, `quality` (higher is better), their spreads `l0_spread` and `spread`,
+    `seeds` (number of runs), `control` ("" for a trained SAE), `group` ("" if there are no groups),
     `label` (distinguishes the points of a group) and `details` (lines of text shown on hover).
     `grouping` names the setting whose values are the groups.
     """
     points = points[np.isfinite(points[["l0", "quality"]]).all(axis=1)]
     if points.empty:
         return None
-    points = points.assign(front=find_pareto_front(points.l0, points.quality))
-    front = points[points.front].sort_values(["l0", "quality"])
     drawn = make_figure(
         "L0 (active features per token)",
         quality,
         legend_title={"text": _escape(_shorten(grouping or "")), "font": {"size": 13}},
         xaxis=_make_l0_axis(points.l0.min(), points.l0.max()),
     )
-    drawn.add_scatter(
-        x=front.l0,
-        y=front.quality,
-        mode="lines",
-        line={"color": GREY, "width": 1.5},
-        hoverinfo="skip",
-        showlegend=False,
-    )
-    for number, (name, group) in enumerate(points.groupby("group", sort=False)):
-        drawn.add_scatter(
-            name=_escape(name),
-            showlegend=name != "",
-            x=group.l0,
-            y=group.quality,
-            mode="markers+text" if len(points) <= MAX_LABELLED else "markers",
+    trained, controls = points[points.control == ""], points[points.control != ""]
+    for among, name in ((controls, "front of controls"), (trained, "front of trained SAEs")):
+        if len(among):
+            _draw_front(drawn, among, name, legend=len(controls) > 0, dashed=among is controls)
+    trained = trained.assign(front=_is_on_front(trained))
+    for number, (name, group) in enumerate(trained.groupby("group", sort=False)):
+        _draw_points(
+            drawn,
+            group,
+            name,
+            mode="markers+text" if len(trained) <= MAX_LABELLED else "markers",
             text=[_escape(_shorten(label)) for label in group.label],
             textposition=np.where(group.front, "top left", "bottom right"),  # away from the line
-            cliponaxis=False,
-            hovertext=["<br>".join(map(_escape, details)) for details in group.details],
-            hovertemplate="%{hovertext}<extra></extra>",
             marker={
                 "size": 10,
                 "color": COLOURS[number % len(COLOURS)],
@@ -122,7 +120,63 @@ def plot_tradeoff(
                 "opacity": np.where(group.front, 1, 0.5),
             },
         )
+    for number, (name, group) in enumerate(controls.groupby("control")):
+        symbol = f"{SHAPES[number % len(SHAPES)]}-open"
+        marker = {"size": 8, "color": GREY, "symbol": symbol}
+        _draw_points(drawn, group, name, mode="markers", marker=marker)
     return drawn
+
+
+def _is_on_front(points: "pd.DataFrame") -> np.ndarray:
+    l0, quality = (
+        Estimates(*points[[mean, spread, "seeds"]].to_numpy(float).T)
+        for mean, spread in (("l0", "l0_spread"), ("quality", "spread"))
+    )
+    return find_pareto_front(l0, quality)
+
+
+def _draw_front(
+    drawn: "Figure", points: "pd.DataFrame", name: str, *, legend: bool, dashed: bool
+) -> None:
+    """Draw the Pareto front of `points` as a line, with a band of their spreads if they have."""
+    front = points[_is_on_front(points)].sort_values(["l0", "quality"])
+    if front.spread.notna().any():
+        spread = front.spread.fillna(0)
+        drawn.add_scatter(
+            x=[*front.l0, *front.l0[::-1]],
+            y=[*(front.quality + spread), *(front.quality - spread)[::-1]],
+            fill="toself",
+            fillcolor="rgba(139, 144, 154, 0.18)",
+            mode="none",
+            hoverinfo="skip",
+            showlegend=False,
+        )
+    drawn.add_scatter(
+        name=name,
+        x=front.l0,
+        y=front.quality,
+        mode="lines",
+        line={"color": GREY, "width": 1.5, "dash": "dot" if dashed else "solid"},
+        hoverinfo="skip",
+        showlegend=legend,
+    )
+
+
+def _draw_points(drawn: "Figure", group: "pd.DataFrame", name: str, **style: Any) -> None:
+    """Draw points of one style, with error bars if they have spreads."""
+    for axis, spread in (("error_x", group.l0_spread), ("error_y", group.spread)):
+        if spread.notna().any():
+            style[axis] = {"array": spread.fillna(0), "thickness": 1, "width": 3}
+    drawn.add_scatter(
+        name=_escape(name),
+        showlegend=name != "",
+        x=group.l0,
+        y=group.quality,
+        cliponaxis=False,
+        hovertext=["<br>".join(map(_escape, details)) for details in group.details],
+        hovertemplate="%{hovertext}<extra></extra>",
+        **style,
+    )
 
 
 def _shorten(label: str) -> str:

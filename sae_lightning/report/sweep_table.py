@@ -1,4 +1,4 @@
-"""The runs of a sweep as a table: swept settings, metrics, and which runs are best."""
+"""The runs of a sweep as a table: swept settings and metrics."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-
-from sae_lightning.report.figures import find_pareto_front
 
 
 class SweepRun(NamedTuple):
@@ -158,6 +156,7 @@ class SweepTable:
         # dtype object keeps None (missing) apart from NaN (measured)
         self.frame = pd.DataFrame(rows, columns=names, dtype=object)
         """Columns: `keys`, all metrics by name, then RUN_COLUMNS."""
+        self.metrics = [name for name in numbers if name not in {*self.keys, *RUN_COLUMNS}]
         self.columns = {name: column for name, column in METRIC_COLUMNS.items() if name in numbers}
         self.is_finished = self.frame.status == "finished"
         values = self.frame.reindex(columns=[*METRIC_COLUMNS, "ce_zero", "ce_clean"]).astype(float)
@@ -165,11 +164,6 @@ class SweepTable:
         values = values[list(METRIC_COLUMNS)]
         self.finite = values.where(np.isfinite(values).mul(self.is_finished, axis=0))
         """Comparable metrics: finite ones of finished runs, NaN elsewhere."""
-        better = pd.Series({name: column.better for name, column in METRIC_COLUMNS.items()})
-        signed = self.finite * better
-        self.best = (signed == signed.max()) & (better != 0)
-        """True where no finished run has a better value of the metric."""
-        self.front = find_pareto_front(self.finite["l0"], self.finite["explained_variance"])
 
     def _read_swept(self, run: SweepRun) -> dict[str, str]:
         return {

@@ -2,25 +2,27 @@
 
 import math
 import random
+from collections.abc import Iterable
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from sae_lightning.report.figures import MAX_LABELLED, find_pareto_front, plot_tradeoff
+from sae_lightning.report.noise import Estimates
 
 NAN = math.nan
 
 
 def on_front(points: list[tuple[float, float]]) -> list[int]:
     """Indices of the points (l0, quality) on the front."""
-    l0, quality = ([float(point[i]) for point in points] for i in (0, 1))
-    return [
-        i
-        for i, on in enumerate(
-            find_pareto_front(*(pd.Series(v, dtype=float) for v in (l0, quality)))
-        )
-        if on
-    ]
+    l0, quality = (single_runs(point[i] for point in points) for i in (0, 1))
+    return [*np.flatnonzero(find_pareto_front(l0, quality))]
+
+
+def single_runs(values: Iterable[float]) -> Estimates:
+    means = np.array([*values], dtype=float)
+    return Estimates(means, np.full_like(means, NAN), np.ones_like(means))
 
 
 @pytest.mark.parametrize(
@@ -69,7 +71,8 @@ def drawn(*points: tuple, grouping: str | None = None):
     frame = pd.DataFrame(padded, columns=["l0", "quality", "label", "group"])
     frame = frame.astype({"l0": float, "quality": float})
     details = [[label, f"L0: {l0:g}"] for l0, label in zip(frame.l0, frame.label, strict=True)]
-    return plot_tradeoff(frame.assign(details=details), "EV", grouping)
+    frame = frame.assign(details=details, control="", seeds=1, l0_spread=NAN, spread=NAN)
+    return plot_tradeoff(frame, "EV", grouping)
 
 
 def test_the_line_joins_the_front_in_order_of_l0_and_the_rest_is_pale():

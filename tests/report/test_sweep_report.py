@@ -11,14 +11,9 @@ from urllib.parse import unquote
 
 import pytest
 
-from sae_lightning.report.sweep_report import (
-    CSV,
-    PAGE,
-    describe_runs,
-    pick_grouping,
-    shorten_value,
-    write_report,
-)
+from sae_lightning.report.means import MeansTable
+from sae_lightning.report.sweep_page import describe_runs, pick_grouping, shorten_value
+from sae_lightning.report.sweep_report import CSV, PAGE, write_report
 from sae_lightning.report.sweep_table import SweepRun, SweepTable
 from sae_lightning.runs import folders
 from sae_lightning.terminal import console
@@ -241,7 +236,7 @@ def test_numbers_that_are_none_are_never_the_best_and_are_counted(tmp_path):
         run(tmp_path, "optim.lr=2", **scores(4, 0.5, ce=NAN)),
         run(tmp_path, "optim.lr=3", **scores(5, 0.4)),
     ]
-    table = SweepTable(runs)
+    table = MeansTable(SweepTable(runs))
     assert table.best["explained_variance"].sum() == table.best["ce_recovered"].sum() == 1
     assert [*table.front] == [False, True, False]
     write_report(tmp_path, runs)
@@ -268,7 +263,7 @@ def test_ce_recovered_wins_up_to_lossless_and_where_zero_ablation_costs_somethin
         for i, (share, ce) in enumerate(zip(shares, zero, strict=True))
     ]
     table = SweepTable(runs)
-    assert tuple(table.best["ce_recovered"]) == best
+    assert tuple(MeansTable(table).best["ce_recovered"]) == best
     assert [*table.frame.ce_recovered] == pytest.approx(shares, nan_ok=True), "as it was measured"
     compared = table.finite.ce_recovered.dropna()
     assert (compared <= 1).all() and len(compared) == sum(ce > 3 for ce in zero)
@@ -291,12 +286,11 @@ def test_copies_are_a_column_and_a_run_of_before_they_were_measured_has_a_dash(t
 
 
 def test_a_failed_run_with_metrics_of_an_earlier_time_is_not_compared(tmp_path):
-    table = SweepTable(
-        [
-            run(tmp_path, "optim.lr=1", **scores(4, 0.9), failure="nan"),
-            run(tmp_path, "optim.lr=2", **scores(5, 0.4)),
-        ]
-    )
+    runs = [
+        run(tmp_path, "optim.lr=1", **scores(4, 0.9), failure="nan"),
+        run(tmp_path, "optim.lr=2", **scores(5, 0.4)),
+    ]
+    table = MeansTable(SweepTable(runs))
     assert [*table.front] == [False, True]
     assert [*table.best["explained_variance"]] == [False, True]
 
@@ -340,7 +334,7 @@ def test_colours_stand_for_the_setting_with_few_values_best_for_one_of_words(
     grid = [[f"{keys[0]}={value}"] for value in swept[keys[0]].split()]
     for key in keys[1:]:
         grid = [[*row, f"{key}={value}"] for row in grid for value in swept[key].split()]
-    assert pick_grouping(SweepTable([run(tmp_path, *row) for row in grid])) == coloured
+    assert pick_grouping(MeansTable(SweepTable([run(tmp_path, *row) for row in grid]))) == coloured
 
 
 def test_long_numbers_are_rounded_in_labels_and_words_are_not():

@@ -7,7 +7,7 @@ from sae_lightning.analysis.subject import Subject
 from sae_lightning.llm.vocabulary import read_vocabulary
 from sae_lightning.report.catalogue import Catalogue
 from sae_lightning.report.parquet_reader import read_catalogue, read_metadata
-from sae_lightning.report.sweep_report import describe_source
+from sae_lightning.report.sweep_page import describe_source
 from sae_lightning.terminal import console, shorten_path
 
 

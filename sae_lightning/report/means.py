@@ -1,0 +1,157 @@
+"""The runs of a sweep averaged over seeds: a row for each SAE that was asked for."""
+
+from typing import Any
+
+import numpy as np
+
+from sae_lightning.report.experiments import identify_experiment
+from sae_lightning.report.figures import find_pareto_front
+from sae_lightning.report.noise import Estimates, tell_apart
+from sae_lightning.report.sweep_table import (
+    METRIC_COLUMNS,
+    SweepRun,
+    SweepTable,
+    make_natural_key,
+)
+
+SEED_SETTINGS = ("seed", "data.seed", "model.seed")
+CONTROL_SETTING = "model.control"
+TRAINED = "trained"
+
+
+def read_kind(run: SweepRun) -> str:
+    """`trained`, or the name of the control that the run is."""
+    return str(run.settings.get(CONTROL_SETTING) or TRAINED)
+
+
+class MeansTable:
+    """A row is a run, or the mean of its repetitions with other seeds; an experiment's trained SAE
+    comes before its controls. Every frame and list has one entry per row."""
+
+    def __init__(self, table: SweepTable):
+        import pandas as pd  # imported late, like in SweepTable
+
+        groups: dict[tuple, list[int]] = {}
+        others = [key for key in table.keys if key not in (*SEED_SETTINGS, CONTROL_SETTING)]
+        for number, run in enumerate(table.runs):
+            # without settings, a run cannot be compared
+            experiment = identify_experiment(run.settings) if run.settings else str(run.folder)
+            swept = tuple(table.frame.loc[number, others])
+            groups.setdefault((swept, read_kind(run), experiment), []).append(number)
+        self.is_repeated = any(len(group) > 1 for group in groups.values())
+        """Whether a row stands for several runs."""
+        self.has_controls = any(kind != TRAINED for _, kind, _ in groups)
+        hidden = SEED_SETTINGS * self.is_repeated + (CONTROL_SETTING,) * self.has_controls
+        self.keys = [key for key in table.keys if key not in hidden]
+        """The settings in which rows differ, apart from the kind."""
+        if self.has_controls:
+            groups = dict(sorted(groups.items(), key=lambda item: _sort_controls_last(item[0])))
+        self.table, self.columns = table, table.columns
+        self.members = [*groups.values()]
+        """The runs of each row, as rows of `table`."""
+        self.kinds = [kind for _, kind, _ in groups]
+        self.experiments = [experiment for *_, experiment in groups]
+        done = [[n for n in group if table.is_finished[n]] for group in self.members]
+        self.seeds = np.array([len(numbers) for numbers in done])
+        """Number of finished runs."""
+        finite, measured = table.finite.to_numpy(), table.frame[table.metrics].to_numpy(float)
+        self.mean, self.spread = (
+            pd.DataFrame([f(finite[n]) for n in done], columns=[*METRIC_COLUMNS])
+            for f in (_average, _spread)
+        )
+        """Comparable metrics, see `SweepTable.finite`."""
+        spreads = [_spread(measured[n]) for n in done]
+        self.spreads = pd.DataFrame(spreads, columns=table.metrics)
+        """Sample standard deviation of each metric over seeds; NaN for a single run."""
+        self.frame = table.frame.iloc[[group[0] for group in self.members]].reset_index(drop=True)
+        """Like `SweepTable.frame`: values of single runs, means of several."""
+        for row, group in enumerate(self.members):
+            if len(group) > 1:
+                runs = table.frame.loc[group]
+                self.frame.loc[row, table.metrics] = _average(measured[done[row]])
+                self.frame.at[row, "tokens"] = runs.tokens.max()
+                self.frame.at[row, "status"] = _join(runs.status)
+                self.frame.at[row, "reason"] = (
+                    "; ".join(dict.fromkeys(runs.reason.dropna())) or None
+                )
+        self.best = pd.DataFrame({name: self._find_best(name) for name in METRIC_COLUMNS})
+        """True where no row has a value that is better by more than the noise."""
+        self.front = self.find_front("explained_variance")
+        """[rows] bool: on the Pareto front of L0 and EV, of the trained SAEs or of the controls."""
+
+    def estimate(self, name: str) -> Estimates:
+        """A comparable metric of all rows."""
+        columns = (frame[name].to_numpy() for frame in (self.mean, self.spread))
+        return Estimates(*columns, seeds=self.seeds)
+
+    def _find_best(self, name: str) -> np.ndarray:
+        values, better = self.estimate(name), METRIC_COLUMNS[name].better
+        if not better or np.isnan(values.mean).all():
+            return np.zeros(len(self.members), bool)
+        leader = values.pick([np.nanargmax(values.mean * better)])
+        return ~tell_apart(values, leader) & ~np.isnan(values.mean)
+
+    def find_front(self, quality: str) -> np.ndarray:
+        """Mark the rows on the Pareto front of L0 and a metric: trained SAEs among themselves, and
+        controls among themselves."""
+        front = np.zeros(len(self.members), bool)
+        trained = np.array([kind == TRAINED for kind in self.kinds])
+        for rows in (trained, ~trained):
+            l0, values = self.estimate("l0").pick(rows), self.estimate(quality).pick(rows)
+            front[rows] = find_pareto_front(l0, values)
+        return front
+
+    def mark(self, row: int, name: str) -> str:
+        """`*` for the best of a column, `≈` for several that are not told apart, else empty."""
+        if not self.best.at[row, name]:
+            return ""
+        return "≈" if self.is_repeated and self.best[name].sum() > 1 else "*"
+
+    def format_cell(self, row: int, name: str) -> str:
+        """Format a cell: the value of a single run, or mean ± spread."""
+        column, value = self.columns[name], self.frame.at[row, name]
+        spread = self.spreads.at[row, name]
+        if len(self.members[row]) > 1 and np.isnan(value):
+            return column.format_value(None)
+        noise = "" if np.isnan(spread) else f" ± {column.format_value(spread)}"
+        return column.format_value(value) + noise
+
+    def name_row(self, row: int) -> str:
+        """The row's swept settings, such as `loss.l1=0.001`; without any, its architecture."""
+        pairs = [f"{key}={self.frame.at[row, key]}" for key in self.keys]
+        settings = self.table.runs[self.members[row][0]].settings
+        return ", ".join(pairs) or str(settings.get("model.name", self.frame.at[row, "folder"]))
+
+    def make_csv_frame(self) -> Any:
+        """A frame with the settings, kind, number of finished runs, and mean and spread of each
+        metric; the spread's column is called `<metric>.spread`."""
+        frame = self.frame[self.keys].assign(kind=self.kinds, seeds=self.seeds)
+        for name in self.table.metrics:
+            frame[name], frame[f"{name}.spread"] = self.frame[name], self.spreads[name]
+        return frame.assign(tokens=self.frame.tokens, status=self.frame.status)
+
+
+def _sort_controls_last(group: tuple) -> tuple:
+    """Sort key of (swept values, kind, experiment)."""
+    swept, kind, _ = group
+    return [make_natural_key(value) for value in swept], kind != TRAINED, kind
+
+
+def _average(values: np.ndarray) -> np.ndarray:
+    """Mean of the rows [n, metrics]; NaN where there are none."""
+    return values.mean(axis=0) if len(values) else np.full(values.shape[1], np.nan)
+
+
+def _spread(values: np.ndarray) -> np.ndarray:
+    """Sample standard deviation of the rows [n, metrics]; NaN for fewer than two."""
+    return values.std(axis=0, ddof=1) if len(values) > 1 else np.full(values.shape[1], np.nan)
+
+
+def _join(statuses: Any) -> str:
+    """Such as `finished`, or `2 finished, 1 failed`."""
+    counts = statuses.value_counts()
+    return (
+        ", ".join(f"{n} {status}" for status, n in counts.items())
+        if len(counts) > 1
+        else counts.index[0]
+    )
