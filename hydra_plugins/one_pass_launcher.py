@@ -13,9 +13,9 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
 from sae_lightning.runs.cli import remove_unused_folder
+from sae_lightning.runs.expansion import average_objective, describe_expansion, expand_jobs
 from sae_lightning.runs.jobs import Job, make_jobs, read_overrides, read_swept_settings
-from sae_lightning.runs.search import compute_objective
-from sae_lightning.terminal import phase
+from sae_lightning.terminal import console, phase
 
 
 class OnePassLauncher(Launcher):
@@ -30,7 +30,8 @@ class OnePassLauncher(Launcher):
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        """Train the jobs; each return value is the objective, or None if the job failed."""
+        """Train the jobs with the seeds and controls that they ask for; each return value is the
+        mean objective over a job's seeds, or None if one of them failed."""
         setup_globals()
         composed: list[tuple[DictConfig, JobReturn]] = []
         try:
@@ -38,25 +39,32 @@ class OnePassLauncher(Launcher):
                 for number, overrides in enumerate(job_overrides, initial_job_idx):
                     composed.append(self._compose(number, list(overrides)))
                     advance(1)
-            # one entry per run: a job with resume=<sweep> has several
-            runs = [
-                (config, copy(ret), job) for config, ret in composed for job in ret.return_value
-            ]
+            # one entry per job: a job with resume=<sweep> has several
+            typed = [(config, ret, job) for config, ret in composed for job in ret.return_value]
+            groups = expand_jobs([job for *_, job in typed])
+            if line := describe_expansion(groups):
+                console.print(line)
             with phase("starting"):  # imported late, so that wrong settings are reported at once
                 from sae_lightning.runs.passes import train_jobs
 
-            for config, *_ in runs:
+            for config, *_ in typed:
                 self.context.callbacks.on_job_start(config=config, task_function=self.task_function)
-            results = train_jobs([job for *_, job in runs])
+            jobs = [job for group in groups for job in group]
+            results = dict(zip([job.folder for job in jobs], train_jobs(jobs), strict=True))
         finally:
             self._remove_unused([config for config, _ in composed])
-        for (config, ret, job), metrics in zip(runs, results, strict=True):
-            ret.overrides, ret.working_dir = job.overrides, str(job.folder)
-            ret.return_value = (
-                None if metrics is None else compute_objective(metrics, job.config.sweep)
-            )
-            self.context.callbacks.on_job_end(config=config, job_return=ret)
-        return [ret for _, ret, _ in runs]
+        # a search expects one value for each job that it asked for
+        is_search = not self.config.hydra.sweeper._target_.endswith(".BasicSweeper")
+        returned = []
+        for (config, ret, _), group in zip(typed, groups, strict=True):
+            objective = average_objective(group, results)
+            for run in group[:1] if is_search else group:
+                done = copy(ret)
+                done.overrides, done.working_dir = run.overrides, str(run.folder)
+                done.return_value = objective
+                self.context.callbacks.on_job_end(config=config, job_return=done)
+                returned.append(done)
+        return returned
 
     def _remove_unused(self, configs: list[DictConfig]) -> None:
         """Remove the folders that Hydra made and that hold no run."""

@@ -63,12 +63,13 @@ def train(*arguments: str, config_dir: str | os.PathLike | None = None) -> Run:
 
 def train_sweep(*arguments: str, config_dir: str | os.PathLike | None = None) -> list[Run]:
     """Train the SAEs of a sweep, `train.py -m` with these arguments, on as few passes of the LLM as
-    possible.
+    possible. Each SAE's added seeds and controls follow it.
 
     UserError: as in `train`, or because some SAEs failed; the others are in their folders.
     """
     finished = _run_hydra(arguments, config_dir, sweep=True)
-    return [Run(Path(each.working_dir).absolute()) for each in finished]
+    folders = dict.fromkeys(Path(each.working_dir).absolute() for each in finished)
+    return [Run(folder) for folder in folders]
 
 
 def _run_hydra(

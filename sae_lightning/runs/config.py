@@ -44,6 +44,11 @@ DATA_PRESETS = {
 STREAM_HALF = ("llm", "data", "trainer", "eval", "seed")
 # Settings of the trainer that change the speed and, of a split SAE, the rounding.
 DEVICE_SETTINGS = ("devices", "nodes", "split", "patience")
+# Prefixes of the overrides that may be given with `resume`.
+CHANGES_ON_RESUME = (
+    *(f"sweep.{name}=" for name in ("objective", "l0", "max_heads")),
+    *(f"trainer.{name}=" for name in (*DEVICE_SETTINGS, "threads", "keep_every")),
+)
 # Prefixes of the settings that may change when a run is resumed.
 FREE_ON_RESUME = (
     "llm.device",

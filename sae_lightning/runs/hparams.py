@@ -21,10 +21,10 @@ HPARAM_SETTINGS = (
 def make_hparams(jobs: Sequence[Job]) -> list[HParams]:
     """Each job's columns: first the swept settings or, for a single run, its overrides."""
     overrides = [split_overrides(job.overrides) for job in jobs]
-    # a resumed job does not say what its sweep varied, so compare the jobs
+    # neither resumed jobs nor added seeds and controls say what was varied, so compare the jobs
     varied = find_swept(overrides)
     swept = [
-        [name for name in job.swept if name in own] or varied or [*own]
+        [*dict.fromkeys([*(name for name in job.swept if name in own), *varied])] or [*own]
         for job, own in zip(jobs, overrides, strict=True)
     ]
     settings = [_select_settings(*each) for each in zip(jobs, overrides, swept, strict=True)]

@@ -17,7 +17,7 @@ from sae_lightning.errors import UserError
 from sae_lightning.llm.packaged import PACKAGED
 from sae_lightning.report.sweep_table import split_overrides
 from sae_lightning.runs.arguments import join_sweep_values
-from sae_lightning.runs.config import DEVICE_SETTINGS, Config, list_presets, to_dataclass
+from sae_lightning.runs.config import CHANGES_ON_RESUME, Config, list_presets, to_dataclass
 from sae_lightning.runs.logger_choice import change_loggers, list_destinations, resolve_loggers
 from sae_lightning.runs.resolvers import name_job_folder, pick_loss_preset
 from sae_lightning.runs.saved import OVERRIDES_KEY, read_settings, refuse_plugins
@@ -191,13 +191,9 @@ def make_jobs(cfg: DictConfig, folder: Path, overrides: list[str], sweep: Path) 
     return [make_job(cfg, folder, overrides, multirun=True)]
 
 
-# Prefixes of overrides that may be given with `resume`, and how they are applied.
-CHANGES = ("sweep.", *(f"trainer.{name}=" for name in (*DEVICE_SETTINGS, "threads", "keep_every")))
-
-
 def _change_job(job: Job, cfg: DictConfig, overrides: list[str]) -> Job:
     """A resumed job with the settings of the composed config that were typed with `resume`."""
-    for typed in (o.partition("=")[0] for o in overrides if o.startswith(CHANGES)):
+    for typed in (o.partition("=")[0] for o in overrides if o.startswith(CHANGES_ON_RESUME)):
         group, _, name = typed.partition(".")
         value = getattr(to_dataclass(cfg[group]), name)
         setattr(job.config, group, replace(getattr(job.config, group), **{name: value}))
@@ -208,7 +204,7 @@ def _change_job(job: Job, cfg: DictConfig, overrides: list[str]) -> Job:
 
 def _refuse_other_overrides(overrides: list[str]) -> None:
     """UserError for overrides with `resume` that would change the run."""
-    allowed = ("resume=", "plugins=", f"{TRUST_SETTING}=", "logger=", "logger.", *CHANGES)
+    allowed = ("resume=", "plugins=", f"{TRUST_SETTING}=", "logger=", "logger.", *CHANGES_ON_RESUME)
     others = [o for o in overrides if not o.startswith(allowed)]
     if others:
         raise UserError(

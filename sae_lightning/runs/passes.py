@@ -208,9 +208,11 @@ def _announce_passes(jobs: list[Job], passes: list[PlannedPass]) -> None:
     console.print(f"{runs} on {times}{of_llm} ({free / 1e9:.1f} GB of memory are free{per_device})")
     for number, planned in enumerate(passes, 1):
         names = ", ".join(sorted({str(site) for site in planned.sites}))
-        saes, size = _format_count(len(planned.jobs), "SAE"), f"{planned.memory / 1e9:.1f} GB"
+        controls = sum(job.config.model.control is not None for job in planned.jobs)
+        saes, size = _format_count(len(planned.jobs) - controls, "SAE"), planned.memory / 1e9
+        saes += f" and {_format_count(controls, 'control')}" * bool(controls)
         more = ", more than is free" if planned.memory > free else ""
-        console.print(f"  pass {number}: {saes} on {names}, about {size}{more}")
+        console.print(f"  pass {number}: {saes} on {names}, about {size:.1f} GB{more}")
 
 
 def _format_count(n: int, noun: str) -> str:

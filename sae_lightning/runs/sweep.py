@@ -49,6 +49,7 @@ class Sweep(Callback):
     def on_run_start(self, config: DictConfig, **_) -> None:
         """Make the folder of a plain run."""
         with _exit_on_errors(read_overrides(config.hydra)):
+            _refuse_expansion(config, "it adds runs to a sweep; give -m before the settings")
             _make_new_folder(config, "run")
 
     def on_multirun_start(self, config: DictConfig, **_) -> None:
@@ -77,6 +78,12 @@ class Sweep(Callback):
             self.resuming = True
             self._print_missing_jobs(loader)
         sweeper, launcher = config.hydra.sweeper, config.hydra.launcher._target_
+        if not launcher.endswith(".OnePassLauncher"):
+            _refuse_expansion(
+                config,
+                "only hydra/launcher=one_pass (the default) adds seeds and controls; with another, "
+                "write model.seed=0,1,2 and model.control=null,pca",
+            )
         if not sweeper._target_.endswith(f".{BasicSweeper.__name__}"):
             return  # another sweeper chooses its jobs one after another
         if launcher.endswith(".OnePassLauncher") and sweeper.max_batch_size is None:
@@ -163,6 +170,14 @@ def _exit_on_errors(overrides: Iterable[str]) -> Iterator[None]:
             traceback.print_exc()
             sys.exit(1)
         sys.exit(format_error(message))
+
+
+def _refuse_expansion(config: DictConfig, remedy: str) -> None:
+    """UserError if `sweep.seeds` or `sweep.controls` would have no effect."""
+    seeds, controls = config.sweep.seeds, config.sweep.controls
+    if seeds > 1 or controls:
+        name = f"sweep.seeds={seeds}" if seeds > 1 else "sweep.controls=true"
+        raise UserError(f"{name}: {remedy}")
 
 
 def _make_new_folder(config: DictConfig, kind: str) -> None:
