@@ -11,7 +11,6 @@ model=relu,model.control=frozen_decoder,model.seed=1   ...
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,12 +32,17 @@ def expand_jobs(jobs: Sequence[Job]) -> list[list[Job]]:
 
 
 def list_controls(config: Config) -> list[Control]:
-    """The controls that belong to a trained SAE: those that its architecture and site allow."""
-    allowed = []
+    """The controls that a trained SAE can have: those that the checks of its config allow.
+    UserError if there are none."""
+    allowed, reason = [], ""
     for control in Control:
-        with suppress(UserError):  # the config's own checks refuse the others
+        try:
             replace(config, model=replace(config.model, control=control))
             allowed.append(control)
+        except UserError as error:
+            reason = str(error)
+    if not allowed:
+        raise UserError(f"sweep.controls=true: {reason}")
     return allowed
 
 

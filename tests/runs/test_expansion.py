@@ -95,6 +95,12 @@ def test_what_is_typed_is_trained_once_and_keeps_its_folder(typed):
     assert pca == ["model.control=pca"], "a control has none of its own"
 
 
+def test_an_sae_that_can_have_no_control_is_told_why(typed):
+    resampled = ["callbacks.resample.every=128", "sweep.controls=true"]
+    with pytest.raises(UserError, match=r"^sweep\.controls=true: callbacks\.resample\.every=128: "):
+        expand_jobs(typed(("x", resampled)))
+
+
 def test_a_search_is_told_the_mean_over_seeds_without_controls(typed):
     (group,) = expand_jobs(typed(("x", ["model=topk", *WHOLE])))
     values = {job.folder: {"l0": 4.0, "recovered": 0.0} for job in group}
