@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sae_lightning.analysis.benchmarks.benchmark import Benchmark
+from sae_lightning.analysis.benchmarks.probing_sets import MIN_PER_CLASS
 from sae_lightning.analysis.benchmarks.probing_suite import run_probing
 from sae_lightning.analysis.subject import Subject
-from sae_lightning.analysis.task import Task
+from sae_lightning.analysis.task import Task, as_typed, check_at_least
 from sae_lightning.errors import UserError
 
 
@@ -17,10 +18,25 @@ class BenchmarkTask(Task):
 
     suite: str = "probing"
     """The benchmark: probing."""
+    sets: Any = "usual"
+    """Probing: names of labelled sets such as `[96_spam_is,92_glue_sst2]`, or `all`; `usual` for a
+    dozen whose texts are short, or all of `sets_folder`."""
+    sets_folder: str | None = None
+    """Probing: folder with labelled sets of your own, each a file `<name>.csv` with the columns
+    `prompt` and `target` (two classes); null for those of the package sae-probes."""
+    texts: int = 1000
+    """Probing: texts of each set, at most."""
+    splits: int = 3
+    """Probing: how often each set is split at random into texts to fit on and texts to test on."""
 
     def __post_init__(self):
         if self.suite not in BENCHMARKS:
             raise UserError(f"suite={self.suite}: choose from {', '.join(BENCHMARKS)}")
+        names = self.sets if isinstance(self.sets, list) else [self.sets]
+        if not names or not all(isinstance(name, str) and name for name in names):
+            raise UserError(f"sets={as_typed(self.sets)}: give usual, all, or names as sets=[a,b]")
+        check_at_least("texts", self.texts, 2 * MIN_PER_CLASS)
+        check_at_least("splits", self.splits, 1)
 
     @property
     def results_name(self) -> str:
@@ -46,5 +62,10 @@ class BenchmarkSuite(NamedTuple):
 
 
 BENCHMARKS = {
-    "probing": BenchmarkSuite(lambda subject, task: run_probing(subject)),
+    "probing": BenchmarkSuite(
+        lambda subject, task: run_probing(
+            subject, task.sets, task.sets_folder, task.texts, task.splits
+        ),
+        ("sets", "sets_folder", "texts", "splits"),
+    ),
 }

@@ -1,0 +1,66 @@
+"""The scores of `suite=probing`, and their averages over sets."""
+
+from statistics import fmean, stdev
+from typing import Any, NamedTuple
+
+from numpy import ndarray
+
+from sae_lightning.analysis.benchmarks.probing_sets import LabelledSet
+from sae_lightning.analysis.probing.probes import FEATURES
+
+SIZES = (1, 4, 16, 64)  # units of a probe
+SCORED_SIZE = 16  # the probes whose mean AUROC is the score of the suite
+
+
+class ProbingScores(NamedTuple):
+    """Held-out AUROC of probes on each kind of units."""
+
+    sets: list[LabelledSet]
+    aurocs: dict[str, dict[int | None, ndarray]]
+    """Kind of units -> k (None: all) -> [sets, splits]. Kinds are features, neurons, random
+    directions, and `control: <name>` for the features of each control."""
+
+    def average(self, kind: str, k: int | None) -> tuple[float, float]:
+        """Mean AUROC over sets, and its standard error."""
+        return _average(self.aurocs[kind][k].mean(1))
+
+    def compare(self, kind: str, other: str, k: int) -> tuple[float, float]:
+        """Mean over sets of how far `kind` is ahead of `other`, and its standard error."""
+        return _average((self.aurocs[kind][k] - self.aurocs[other][k]).mean(1))
+
+    def measure_spread(self, kind: str, k: int | None) -> float:
+        """Spread of the mean over sets between random splits; 0 for one split."""
+        means = self.aurocs[kind][k].mean(0).tolist()
+        return stdev(means) if len(means) > 1 else 0.0
+
+    def scalars(self) -> dict[str, Any]:
+        """The content of `benchmark-probing.json`, by key."""
+        return {
+            "score": self.average(FEATURES, SCORED_SIZE)[0],
+            "auroc": {
+                kind: {
+                    str(k or "all"): {
+                        "mean": self.average(kind, k)[0],
+                        "standard_error": self.average(kind, k)[1],
+                        "spread_over_splits": self.measure_spread(kind, k),
+                        "sets": dict(
+                            zip(
+                                (each.name for each in self.sets),
+                                aurocs.mean(1).tolist(),
+                                strict=True,
+                            )
+                        ),
+                    }
+                    for k, aurocs in of_size.items()
+                }
+                for kind, of_size in self.aurocs.items()
+            },
+            "sets": {
+                each.name: {"texts": len(each.texts), "classes": each.classes} for each in self.sets
+            },
+        }
+
+
+def _average(values: ndarray) -> tuple[float, float]:
+    values = values.tolist()
+    return fmean(values), stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0

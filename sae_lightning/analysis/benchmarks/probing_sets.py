@@ -1,0 +1,122 @@
+"""Labelled sets of texts for `suite=probing`: those of the package sae-probes (Kantamneni et al.
+2025, 2502.16681, table 4), or files of one's own in the same format.
+
+Only the package's data are read. It is never imported, because it imports other tools.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy import ndarray
+from pyarrow import ArrowInvalid, csv
+
+from sae_lightning.errors import UserError
+
+PACKAGE = "sae_probes"
+# one of each kind whose texts are at most 120 characters long on average
+USUAL_SETS = (
+    *("5_hist_fig_ismale", "21_headline_istrump", "36_sciq_tf", "66_living-room"),
+    *("87_glue_cola", "92_glue_sst2", "96_spam_is", "105_click_bait", "106_hate_hate"),
+    *("114_nyc_borough_Manhattan", "126_art_type_book", "149_twt_emotion_happiness"),
+)
+MIN_PER_CLASS = 20  # distinct texts
+
+
+class LabelledSet(NamedTuple):
+    """Texts of two classes, equally many of each, all different."""
+
+    name: str
+    texts: list[str]
+    labels: ndarray
+    """[texts] int64, 0 or 1; the classes take turns."""
+    classes: tuple[str, str]
+    """What 0 and 1 stand for."""
+
+
+def find_set_files(folder: str | None) -> dict[str, Path]:
+    """Name -> file of every set in `folder`, or in the package sae-probes if it is None. UserError:
+    there are none, or the package is not installed."""
+    if folder is None:
+        package = find_spec(PACKAGE)
+        if package is None:
+            raise UserError(
+                "suite=probing: its labelled texts are not installed: "
+                "pip install --no-deps sae-probes"
+            )
+        folder = str(Path(package.submodule_search_locations[0]) / "data" / "cleaned_data")
+    files = [file for file in Path(folder).glob("*") if file.name.endswith((".csv", ".csv.zst"))]
+    if not files:
+        raise UserError(f"sets_folder={folder}: no files *.csv or *.csv.zst in this folder")
+    return {file.name.partition(".csv")[0]: file for file in sorted(files, key=_sort_key)}
+
+
+def read_sets(
+    sets: str | list[str], folder: str | None, texts: int, seed: int
+) -> list[LabelledSet]:
+    """Read at most `texts` texts of each set that the settings `sets` and `sets_folder` choose.
+
+    UserError: no such set, or one that does not have two classes with enough texts."""
+    files = find_set_files(folder)
+    if sets == "all" or (sets == "usual" and folder is not None):
+        found = [_read_set(name, file, texts, seed) for name, file in files.items()]
+        return [each for each in found if isinstance(each, LabelledSet)]
+    names = USUAL_SETS if sets == "usual" else [sets] if isinstance(sets, str) else sets
+    check_set_names(names, files)
+    found = [_read_set(name, files[name], texts, seed) for name in names]
+    for each in found:
+        if isinstance(each, str):
+            raise UserError(each)
+    return found
+
+
+def check_set_names(names: Iterable[str], files: Iterable[str]) -> None:
+    """UserError for the first of `names` that is no set, with the names that are nearest to it."""
+    files = [*files]
+    for name in names:
+        if name not in files:
+            near = [file for file in files if name.lower() in file.lower()]
+            near = near or get_close_matches(name, files, n=3, cutoff=0.4) or files
+            raise UserError(
+                f"sets={name}: no such set; near it are {', '.join(near[:5])} "
+                f"(there are {len(files)}, in all)"
+            )
+
+
+def _read_set(name: str, file: Path, texts: int, seed: int) -> LabelledSet | str:
+    """Read one set; or say why it cannot be used. (The package's sets repeat texts: of each only
+    one is kept, so that no tested text is also one of those fitted on.)"""
+    try:
+        table = csv.read_csv(file, parse_options=csv.ParseOptions(newlines_in_values=True))
+        prompts, targets = (table[column].to_pylist() for column in ("prompt", "target"))
+    except (ArrowInvalid, KeyError) as error:
+        return f"sets={name}: {file} is no CSV file with columns prompt and target ({error})"
+    label_of: dict[str, Any] = {}
+    for prompt, target in zip(prompts, targets, strict=True):
+        if prompt is not None and target is not None:
+            same = label_of.setdefault(str(prompt), target) == target
+            label_of[str(prompt)] = target if same else None  # of both classes: useless
+    classes = sorted({target for target in label_of.values() if target is not None}, key=str)
+    if len(classes) != 2:
+        return f"sets={name}: {len(classes)} classes; probes are fitted on sets of two"
+    random = np.random.default_rng(seed)
+    of_class = [[text for text, target in label_of.items() if target == c] for c in classes]
+    count = min(texts // 2, *map(len, of_class))
+    if count < MIN_PER_CLASS:
+        return f"sets={name}: {count} different texts of a class; {MIN_PER_CLASS} are needed"
+    chosen = [random.permutation(len(members))[:count] for members in of_class]
+    pairs = zip(*([of_class[c][i] for i in chosen[c]] for c in (0, 1)), strict=True)
+    return LabelledSet(
+        name,
+        [text for pair in pairs for text in pair],
+        np.tile([0, 1], count),
+        (str(classes[0]), str(classes[1])),
+    )
+
+
+def _sort_key(file: Path) -> tuple[int, str]:
+    number = file.name.partition("_")[0]
+    return int(number) if number.isdecimal() else 0, file.name

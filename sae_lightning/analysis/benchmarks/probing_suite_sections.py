@@ -1,0 +1,112 @@
+"""Sections on k-sparse probing: features beside neurons, random directions and controls."""
+
+from typing import TYPE_CHECKING
+
+from sae_lightning.analysis.benchmarks.probing_scores import SCORED_SIZE, SIZES, ProbingScores
+from sae_lightning.analysis.probing.probes import FEATURES, NEURONS
+from sae_lightning.report.figures import make_figure
+from sae_lightning.report.section import ResultTable, Section
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+
+def make_probing_sections(scores: ProbingScores) -> list[Section]:
+    """The mean over sets for each k, and the AUROC on each set."""
+    return [_make_mean_section(scores), _make_sets_section(scores)]
+
+
+def _make_mean_section(scores: ProbingScores) -> Section:
+    kinds, splits = [*scores.aurocs], scores.aurocs[FEATURES][1].shape[1]
+    texts = sum(len(each.texts) for each in scores.sets)
+    rivals = [compare_kinds(scores, kind) for kind in kinds if kind != FEATURES]
+    spread = max(scores.measure_spread(kind, SCORED_SIZE) for kind in kinds)
+    return Section(
+        title="k-sparse probing",
+        lead=(
+            f"{SCORED_SIZE} features tell two classes of texts apart with a mean AUROC of "
+            f"{_format(*scores.average(FEATURES, SCORED_SIZE))} on {len(scores.sets)} sets; "
+            f"{'; '.join(rivals)}. The dense probe (all neurons) has "
+            f"{_format(*scores.average(NEURONS, None))}."
+        ),
+        rows={
+            "texts": f"{texts:,} in {len(scores.sets)} sets, no text twice; the last token of each "
+            "is read",
+            "after ±": "standard error over sets; that of a difference is over differences on the "
+            "same set",
+            "splits": f"{splits} of each set; between them the mean over sets has a spread of at "
+            f"most {spread:.3f}",
+            "note": "Units and regularisation are chosen on the training part of a set."
+            + " No controls of this SAE are known: train it in a sweep with sweep.controls=true."
+            * (len(kinds) == 3),
+        },
+        table=ResultTable(
+            ["units of a probe", *kinds],
+            [
+                [
+                    str(k or "all"),
+                    *(
+                        _format(*scores.average(kind, k)) if k in scores.aurocs[kind] else ""
+                        for kind in kinds
+                    ),
+                ]
+                for k in (*SIZES, None)
+            ],
+        ),
+        figures={"Mean held-out AUROC over sets": _draw_means(scores)},
+    )
+
+
+def compare_kinds(scores: ProbingScores, rival: str) -> str:
+    """Whether features or the units of `rival` are ahead: only if the difference is more than twice
+    its standard error over sets."""
+    mean, error = scores.compare(FEATURES, rival, SCORED_SIZE)
+    score = f"{rival} {scores.average(rival, SCORED_SIZE)[0]:.3f}"
+    if abs(mean) <= 2 * error:
+        return f"{score} (no clear difference: {mean:+.3f} ± {error:.3f})"
+    ahead = "features are ahead" if mean > 0 else "features are behind"
+    return f"{score} ({ahead} by {abs(mean):.3f} ± {error:.3f})"
+
+
+def _make_sets_section(scores: ProbingScores) -> Section:
+    kinds = [*scores.aurocs]
+    columns = [*((kind, SCORED_SIZE) for kind in kinds), (NEURONS, None)]
+    means = [scores.aurocs[kind][k].mean(1) for kind, k in columns]
+    ahead = int((means[0] > means[1]).sum())
+    return Section(
+        title="Each set of texts",
+        lead=(
+            f"On {ahead} of {len(scores.sets)} sets {SCORED_SIZE} features do better than "
+            f"{SCORED_SIZE} neurons. (AUROC of probes on {SCORED_SIZE} units, mean over splits.)"
+        ),
+        table=ResultTable(
+            ["set", "classes", "texts", *kinds, "dense probe"],
+            [
+                [
+                    each.name,
+                    " / ".join(each.classes),
+                    str(len(each.texts)),
+                    *(f"{values[i]:.3f}" for values in means),
+                ]
+                for i, each in enumerate(scores.sets)
+            ],
+        ),
+    )
+
+
+def _draw_means(scores: ProbingScores) -> "Figure":
+    drawn = make_figure("units of a probe", "held-out AUROC").update_xaxes(type="category")
+    for kind, of_k in scores.aurocs.items():
+        averages = [scores.average(kind, k) for k in of_k]
+        drawn.add_scatter(
+            name=kind,
+            x=[str(k or "all") for k in of_k],
+            y=[mean for mean, _ in averages],
+            error_y={"array": [error for _, error in averages]},
+            mode="lines+markers",
+        )
+    return drawn
+
+
+def _format(mean: float, error: float) -> str:
+    return f"{mean:.3f} ± {error:.3f}"
