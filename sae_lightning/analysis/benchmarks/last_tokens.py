@@ -17,7 +17,6 @@ from sae_lightning.terminal import phase
 def read_last_tokens(subject: Subject, texts: Sequence[str], context: int) -> Tensor:
     """Activations [texts, d_in] at the SAE's source, at the last token of each text, float32 on the
     CPU. Of a text longer than `context` tokens, BOS included, the last ones are read."""
-    context = min(context, subject.context or context)
     bos, separator = find_bos_id(subject.tokenizer), find_separator_id(subject.tokenizer)
     with mute_libraries(), phase("tokenising the texts"):
         documents = tokenise_documents(subject.tokenizer, texts, separator)

@@ -40,9 +40,8 @@ def run_probing(
     """Score the features of `subject`, neurons, random directions and controls on labelled sets."""
     with phase("reading the sets"):
         labelled_sets = read_sets(sets, sets_folder, texts, subject.config.seed)
-    x = read_last_tokens(
-        subject, [text for each in labelled_sets for text in each.texts], MAX_CONTEXT
-    )
+    context = min(MAX_CONTEXT, subject.context or MAX_CONTEXT)
+    x = read_last_tokens(subject, [text for each in labelled_sets for text in each.texts], context)
     encoders = {FEATURES: subject.sae} | load_controls(subject)
     scores = score_sets(x, labelled_sets, encoders, splits)
     return Benchmark(

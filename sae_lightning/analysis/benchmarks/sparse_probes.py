@@ -103,8 +103,8 @@ def rotate_into_rows(x: ndarray | csr_array, train: ndarray) -> ndarray:
     products = x @ x[train].T
     products = products.toarray() if isinstance(products, csr_array) else products
     squares, basis = np.linalg.eigh(products[train].astype(np.float64))
-    kept = squares > squares.max() * 1e-10  # rounding
-    return products @ (basis[:, kept] / np.sqrt(squares[kept]))
+    lengths = np.sqrt(np.maximum(squares, squares.max() * 1e-10) + 1e-30)  # rounding; no activity
+    return products @ (basis / lengths)
 
 
 @torch.no_grad()
