@@ -8,6 +8,8 @@ tensor of the LLM. Shapes: d = width of the residual stream.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
@@ -25,6 +27,7 @@ LOGIT_ROWS = 256  # positions whose logits are computed at a time
 FLOAT32_ROWS = {"cpu": 32, "other": 128}
 
 Function = Callable[[Tensor], Tensor]
+Edit = Callable[[Tensor, Tensor], Tensor]  # source, target -> what replaces the target
 Advance = Callable[[int], None]
 
 
@@ -55,6 +58,9 @@ class SpliceScores(NamedTuple):
     NaN if zero ablation changes nothing."""
     kl: float
     """Mean KL(clean || spliced) of the next-token distributions."""
+    ce_error: float | None = None
+    """Cross-entropy with function(source) replaced by its mean: of target = function(source) +
+    error, the error alone is left to tell tokens apart. None if not measured."""
 
 
 def score_baseline(
@@ -71,7 +77,7 @@ def score_baseline(
 
     tokens, keep, batch, advance, ranks: as in `score_splices`; mean [d_out]: the mean activation.
     """
-    ablations = [torch.zeros_like, lambda y: mean.to(y).expand_as(y)]
+    ablations = [lambda _, y: torch.zeros_like(y), lambda _, y: mean.to(y).expand_as(y)]
     clean, (zero, mean_ablated), _ = _means(
         model, tokens, target, target, ablations, keep, batch, advance, ranks
     )
@@ -89,6 +95,7 @@ def score_splices(
     batch: int,
     advance: Advance = lambda n: None,
     ranks: Ranks = ALONE,
+    means: Sequence[Tensor] = (),
 ) -> list[SpliceScores]:
     """Cross-entropy and KL of the model with each function of `source` in place of `target`.
 
@@ -97,12 +104,15 @@ def score_splices(
     with the number of sequences just done. The clean model runs once for all functions. `ranks`
     share out the batches, and all call the functions equally often: these may communicate.
     Only positions in `keep` are replaced, in the ablations too: an SAE never sees BOS and other
-    special tokens. The scores are means over the predictions of kept tokens.
+    special tokens. The scores are means over the predictions of kept tokens. `means`: the mean
+    output [d_out] of each function, to measure `ce_error` too, at the cost of a pass for each.
     """
+    edits = [partial(_ignore_target, function) for function in functions]
+    edits += [partial(_keep_error, *pair) for pair in zip(functions, means, strict=False)]
     clean, ce, kl = _means(
-        model, tokens, source, target, functions, keep, batch, advance, ranks, with_kl=True
+        model, tokens, source, target, edits, keep, batch, advance, ranks, with_kl=True
     )
-    zero = baseline.ce_zero
+    zero, spliced_ce, error_ce = baseline.ce_zero, ce[: len(functions)], ce[len(functions) :]
     return [
         SpliceScores(
             ce_clean=clean,
@@ -111,9 +121,19 @@ def score_splices(
             ce_mean=baseline.ce_mean,
             ce_recovered=(zero - spliced) / (zero - clean) if zero != clean else float("nan"),
             kl=divergence,
+            ce_error=error,
         )
-        for spliced, divergence in zip(ce, kl, strict=True)
+        for spliced, divergence, error in zip_longest(spliced_ce, kl[: len(functions)], error_ce)
     ]
+
+
+def _ignore_target(function: Function, x: Tensor, y: Tensor) -> Tensor:
+    return function(x)
+
+
+def _keep_error(function: Function, mean: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Replace function(x), which is a part of y, by its mean."""
+    return y - function(x) + mean.to(y)
 
 
 @torch.no_grad()
@@ -122,14 +142,14 @@ def _means(
     tokens: Tensor,
     source: Site,
     target: Site,
-    functions: Sequence[Function],
+    edits: Sequence[Edit],
     keep: Tensor,
     batch: int,
     advance: Advance,
     ranks: Ranks,
     with_kl: bool = False,
 ) -> tuple[float, list[float], list[float]]:
-    """Mean cross-entropy of the clean model, then mean cross-entropy and KL with each function."""
+    """Mean cross-entropy of the clean model, then mean cross-entropy and KL with each edit."""
     targets = int(keep[:, 1:].sum())
     if targets == 0:
         raise ValueError("keep marks no token after the first position: nothing to score")
@@ -137,17 +157,17 @@ def _means(
     chunks: list[list[list[float]]] = []  # sums of each chunk of logits of this rank's batches
     for start in range(0, len(batches), ranks.size):
         at_once = batches[start : start + ranks.size]
-        # In the last round, ranks without a batch repeat one: functions may communicate.
+        # In the last round, ranks without a batch repeat one: edits may communicate.
         ids, kept = at_once[min(ranks.rank, len(at_once) - 1)]
-        chunks.append(_sum_chunks(model, ids, kept, source, target, functions, with_kl))
+        chunks.append(_sum_chunks(model, ids, kept, source, target, edits, with_kl))
         advance(sum(len(ids) for ids, _ in at_once))
     by_rank = ranks.gather_values(chunks)
-    sums = [0.0] * (1 + (1 + with_kl) * len(functions))
+    sums = [0.0] * (1 + (1 + with_kl) * len(edits))
     for i in range(len(batches)):  # in the order of a single rank, for the same rounding
         for chunk in by_rank[i % ranks.size][i // ranks.size]:
             sums = [total + x for total, x in zip(sums, chunk, strict=True)]
     clean, *others = (total / targets for total in sums)
-    return clean, others[: len(functions)], others[len(functions) :]
+    return clean, others[: len(edits)], others[len(edits) :]
 
 
 def _sum_chunks(
@@ -156,19 +176,19 @@ def _sum_chunks(
     kept: Tensor,
     source: Site,
     target: Site,
-    functions: Sequence[Function],
+    edits: Sequence[Edit],
     with_kl: bool,
 ) -> list[list[float]]:
     """Sums over each LOGIT_ROWS predictions of a batch [sequences, context]: cross-entropy of the
-    clean model, cross-entropies with each function and, if asked for, each KL."""
+    clean model, cross-entropies with each edit and, if asked for, each KL."""
     ids = ids.to(find_computing_device(model), torch.long)
     output = run_body(model, ids)
     device = output.last_hidden_state.device  # of the last block
     sequence, position = (x.to(device) for x in kept[:, 1:].nonzero(as_tuple=True))
     kept, target_ids = kept.to(find_row_device(model)), ids.to(device)[sequence, position + 1]
     hidden = [output.last_hidden_state[sequence, position]]
-    for function in functions:
-        with replace_activations(model, source, target, _where(kept, function)):
+    for edit in edits:
+        with replace_activations(model, source, target, _where(kept, edit)):
             hidden.append(run_body(model, ids).last_hidden_state[sequence, position])
     chunks = []
     for ids_part, first, *others in zip(
@@ -228,12 +248,12 @@ def compute_logits(model: nn.Module, output, hidden: Tensor) -> Tensor:
     return logits[0]
 
 
-def _where(kept: Tensor, function: Function) -> Callable[[Tensor, Tensor], Tensor]:
-    """function(x) at the kept positions [sequences, context], in float32, and y at the others."""
+def _where(kept: Tensor, edit: Edit) -> Edit:
+    """edit(x, y) at the kept positions [sequences, context], in float32, and y at the others."""
 
     def apply(x: Tensor, y: Tensor) -> Tensor:
-        result = y.clone()
-        result[kept.view(y.shape[:-1])] = function(x[kept.view(x.shape[:-1])].float()).to(y.dtype)
+        result, at_y = y.clone(), kept.view(y.shape[:-1])
+        result[at_y] = edit(x[kept.view(x.shape[:-1])].float(), y[at_y].float()).to(y.dtype)
         return result
 
     return apply

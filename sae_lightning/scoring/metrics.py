@@ -111,6 +111,7 @@ class FidelitySums:
         self.mean = mean.cpu().double()
         self.tokens = 0
         self.residual = 0.0
+        self.reconstruction = torch.zeros_like(self.mean)  # summed over tokens, [d]
         self.uncentred = self.centred = torch.zeros(6, dtype=torch.float64)
 
     @torch.no_grad()
@@ -119,8 +120,14 @@ class FidelitySums:
         x, x_hat = target.cpu().double(), reconstruction.cpu().double()
         self.tokens += len(x)
         self.residual += (x - x_hat).square().sum().item()
+        self.reconstruction += x_hat.sum(dim=0)
         self.uncentred = self.uncentred + _sums(x, x_hat)
         self.centred = self.centred + _sums(x - self.mean, x_hat - self.mean)
+
+    @property
+    def mean_reconstruction(self) -> Tensor:
+        """Mean of x_hat over all tokens added so far [d]."""
+        return self.reconstruction / self.tokens
 
     def result(self) -> Fidelity:
         """Fidelity of all tokens added so far; NaN where a denominator is 0."""

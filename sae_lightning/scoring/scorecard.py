@@ -61,6 +61,7 @@ class Scorecard(NamedTuple):
             for name, value in part._asdict().items()
         }
         scores = self.scores._asdict() if self.scores else {}
+        scores = {name: value for name, value in scores.items() if value is not None}
         return quality | self.copies._asdict() | dominant | scores
 
 
@@ -80,8 +81,9 @@ def score_saes(
     with their decoder rows [features, d_out].
 
     `weights`, needed on synthetic concepts only: functions that return each SAE's weights for raw
-    activations. `fidelity` adds about 5 % to the cost, so training does without it. `splits`: how
-    each SAE's features are split over ranks, if they are; all ranks score these SAEs together.
+    activations. `fidelity` adds the kind of the error, and the LLM's loss with the error alone (a
+    pass of the LLM for each SAE), so training does without it. `splits`: how each SAE's features
+    are split over ranks, if they are; all ranks score these SAEs together.
     Everything runs in float32, as the saved SAE will, whatever the precision of training.
     """
     x, y = held_out.activations(source), held_out.activations(target)
@@ -98,9 +100,10 @@ def score_saes(
             measure_copies(decoder, quality.density, split)
             for decoder, (quality, *_), split in zip(decoders, errors, splits, strict=True)
         ]
-        all_scores = held_out.measure_saes(source, target, saes, weights, rows, splits)
+        means = [kind.mean_reconstruction.float().to(y.device) for _, kind, _ in errors if kind]
+        all_scores = held_out.measure_saes(source, target, saes, weights, rows, splits, means)
     return [
-        Scorecard(quality, copies, scores, kind, usual)
+        Scorecard(quality, copies, scores, kind and kind.result(), usual)
         for (quality, kind, usual), copies, scores in zip(
             errors, all_copies, all_scores, strict=True
         )
@@ -115,7 +118,7 @@ def _measure_errors(
     fidelity: bool,
     rows: int,
     split: Split,
-) -> tuple[Quality, Fidelity | None, UsualTokens | None]:
+) -> tuple[Quality, FidelitySums | None, UsualTokens | None]:
     """Measure an SAE on inputs [n, d_in] and targets [n, d_out], `rows` at a time."""
     quality_sums, usual_sums = QualitySums(), QualitySums()
     fidelity_sums = FidelitySums(y.cpu().double().mean(dim=0)) if fidelity else None
@@ -131,7 +134,7 @@ def _measure_errors(
         usual_sums.result().explained_variance, long.number, long.share, long.max_norm
     )
     quality = quality_sums.result(split.join)
-    return quality, fidelity_sums and fidelity_sums.result(), without_long
+    return quality, fidelity_sums, without_long
 
 
 def format_lines(scalars: dict[str, float], noun: str = "text") -> dict[str, str]:
@@ -166,10 +169,12 @@ def _format_dominance(scalars: dict[str, float]) -> dict[str, str]:
 
 
 def _format_llm_scores(scalars: dict[str, float]) -> dict[str, str]:
+    error = {"  with the error": f"{scalars['ce_error']:.3f}"} if "ce_error" in scalars else {}
     return {
         "CE recovered": f"{scalars['ce_recovered']:.4f}",
         "CE of the LLM": f"{scalars['ce_clean']:.3f} nats per token",
         "  with the SAE": f"{scalars['ce_spliced']:.3f}",
+        **error,
         "  mean-ablated": f"{scalars['ce_mean']:.3f}",
         "  zero-ablated": f"{scalars['ce_zero']:.3f}",
         "KL": f"{scalars['kl']:.4f} nats per token",

@@ -157,6 +157,7 @@ class HeldOut(HeldOutData):
         weights: Sequence[Callable[[], dict[str, Tensor]]],
         rows: int,
         splits: Sequence[Split] = (),
+        means: Sequence[Tensor] = (),
     ) -> list[SpliceScores | None]:
         """Measure the LLM's loss with each SAE's reconstruction in place of `target`; `weights` are
         not used. None for each SAE if no loss is measured. If the SAEs are split over ranks, these
@@ -186,6 +187,7 @@ class HeldOut(HeldOutData):
                 self.batch,
                 advance,
                 ranks,
+                means,
             )
 
 

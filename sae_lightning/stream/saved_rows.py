@@ -187,5 +187,6 @@ class HeldOutRows(HeldOutData):
         weights: Sequence[Callable[[], dict[str, Tensor]]],
         rows: int,
         splits: Sequence[Split],
+        means: Sequence[Tensor] = (),
     ) -> list[None]:
         return [None] * len(saes)

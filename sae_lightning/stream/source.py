@@ -162,10 +162,12 @@ class HeldOutData(ABC):
         weights: Sequence[Callable[[], dict[str, Tensor]]],
         rows: int,
         splits: Sequence[Split],
+        means: Sequence[Tensor] = (),
     ) -> list[Any]:
         """Measure SAEs, which map [n, d_in] of `source` to [n, d_out] of `target`, on `rows` tokens
         at a time; each of `weights` returns an SAE's weights for raw activations; `splits`: how the
-        features of each are spread over ranks."""
+        features of each are spread over ranks; `means`: the mean reconstruction [d_out] of each, if
+        an LLM's loss is to be measured with the error alone, too."""
 
     @abstractmethod
     def prepare(self, targets: Collection[Site]) -> None:

@@ -193,6 +193,7 @@ class HeldOutConcepts(HeldOutData):
         weights: Sequence[Callable[[], dict[str, Tensor]]],
         rows: int,
         splits: Sequence[Split],
+        means: Sequence[Tensor] = (),
     ) -> list[Recovery]:
         return [
             measure_recovery(

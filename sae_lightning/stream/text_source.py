@@ -43,8 +43,8 @@ class TextSource(Source):
 
     data: TextConfig
     noun, where, has_llm, origin = "text", "text", True, "text"
-    # but for the baselines, which are the same for every SAE
-    metrics = frozenset(SpliceScores._fields) - frozenset(SpliceBaseline._fields)
+    # but for the baselines, which are the same for every SAE, and what only analysis measures
+    metrics = frozenset(SpliceScores._fields) - {*SpliceBaseline._fields, "ce_error"}
     headline = "ce_recovered"
 
     @abstractmethod
