@@ -15,9 +15,10 @@ from torch import Tensor
 
 from sae_lightning.analysis.subject import Subject
 from sae_lightning.llm.capture import capture
-from sae_lightning.llm.sites import Site, distinct_sites
+from sae_lightning.llm.sites import distinct_sites
 from sae_lightning.llm.vocabulary import find_special_ids
 from sae_lightning.runs.heap import give_back_freed_memory, keep_freed_memory
+from sae_lightning.sae import SAE
 from sae_lightning.stream.packing import Sequences, TokenStream
 from sae_lightning.stream.rows import compute_medians, find_usual_rows
 from sae_lightning.terminal import console, phase
@@ -81,10 +82,13 @@ def collect(
     total: int,
     what: str = "reading text",
     encode: bool = True,
+    controls: Iterable[tuple[SAE, Iterable[Reducer]]] = (),
 ) -> None:
     """Run `text` (`total` sequences) through the LLM and, if `encode`, the SAE, and feed every
-    reducer; shows a progress bar."""
-    data, reducers, usual, read = subject.config.data, list(reducers), None, 0
+    reducer; shows a progress bar. `controls`: other SAEs of the same sites, with reducers of their
+    own; one after another, they read the same activations."""
+    data, usual, read = subject.config.data, None, 0
+    readers = [(sae, list(own)) for sae, own in [(subject.sae, reducers), *controls]]
     keep_freed_memory()  # else page faults take much of a large SAE's time
     dropped = torch.tensor([] if data.keep_special else find_special_ids(subject.llm.tokenizer))
     with phase(what, total=total) as advance:
@@ -97,31 +101,34 @@ def collect(
                 keep = keep.masked_scatter(keep, find_usual_rows(rows, usual, data.max_norm))
             ids = torch.arange(read, read + len(keep))
             tokens = sequences.tokens.to(subject.device)
-            for batch in _encode_slices(subject, tokens, keep, captured, ids, encode):
-                for reducer in reducers:
-                    reducer.add(batch)
+            sites = (captured[site] for site in subject.sites)
+            whole = tokens, keep, *sites, ids
+            for sae, own in readers:
+                for batch in _encode_slices(sae, *whole, encode):
+                    for reducer in own:
+                        reducer.add(batch)
             read += len(keep)
             advance(len(keep))
     give_back_freed_memory()
 
 
 def _encode_slices(
-    subject: Subject,
+    sae: SAE,
     tokens: Tensor,
     keep: Tensor,
-    captured: dict[Site, Tensor],
+    source: Tensor,
+    target: Tensor,
     ids: Tensor,
     encode: bool,
 ) -> Iterator[EncodedBatch]:
     """Encode a few sequences at a time, so that their features fit into memory."""
-    n = max(1, MAX_STRENGTHS // (keep.shape[1] * subject.features))
-    whole = (tokens, keep, *(captured[site] for site in subject.sites), ids)
-    parts = [values.split(n) for values in whole]
-    for part_tokens, part_keep, source, target, part_ids in zip(*parts, strict=True):
-        x = source.float()
-        y = x if subject.sites.source == subject.sites.target else target.float()
+    n = max(1, MAX_STRENGTHS // (keep.shape[1] * sae.config.features))
+    parts = [values.split(n) for values in (tokens, keep, source, target, ids)]
+    for part_tokens, part_keep, part_source, part_target, part_ids in zip(*parts, strict=True):
+        x = part_source.float()
+        y = x if source is target else part_target.float()
         features = x.new_empty(*part_keep.shape, 0)
         if encode:
-            features = subject.sae.encode(x.flatten(0, 1)).view(*part_keep.shape, -1)
+            features = sae.encode(x.flatten(0, 1)).view(*part_keep.shape, -1)
             features[~part_keep] = 0
         yield EncodedBatch(part_tokens, part_keep, x, y, features, part_ids)

@@ -1,15 +1,33 @@
 """`task=overview`, the default: the results of all cheap tasks on one page."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from sae_lightning.analysis import evaluate
+from sae_lightning.analysis.against_controls import (
+    ControlReducers,
+    Score,
+    Scores,
+    make_control_section,
+    make_missing_section,
+    score_features,
+    score_probes,
+)
+from sae_lightning.analysis.open_controls import open_controls
 from sae_lightning.analysis.probing import probe_sections
 from sae_lightning.analysis.probing.probe_task import run_probes
+from sae_lightning.analysis.probing.probes import RANDOM, Probes
+from sae_lightning.analysis.subject import Subject
 from sae_lightning.analysis.survey.features_task import PRINTED_FEATURES, FeaturesTask
-from sae_lightning.analysis.survey.survey import make_features_section, pick_most_telling
+from sae_lightning.analysis.survey.survey import (
+    Survey,
+    make_features_section,
+    pick_most_telling,
+)
 from sae_lightning.analysis.theory import claims, theory_sections
+from sae_lightning.analysis.theory.token_concepts import CONCEPTS
 from sae_lightning.report.printer import print_lead, print_section, print_units
+from sae_lightning.report.section import Section
 
 PROBE_TOKENS = 65_536  # of labelled text, for an SAE of up to PROBE_FEATURES features
 PROBE_FEATURES = 32_768  # with twice as many features, half as many tokens are read
@@ -19,34 +37,47 @@ PROBE_FEATURES = 32_768  # with twice as many features, half as many tokens are 
 class OverviewTask(FeaturesTask):
     """All cheap tasks, and one page with their results."""
 
+    control: str | None = None
+    """What to compare with: a kind of control that the SAE's sweep has, such as frozen_decoder,
+    `all` of them, or another SAE of the same site, as in `run`; null for the first kind that the
+    sweep has."""
+
     def execute(self, given_settings: Collection[str]) -> None:
         subject = self.load_subject(given_settings)
+        controls = open_controls(subject, self.control, most=1)
         if not subject.config.data_source.has_llm:  # without text there is only a scorecard
-            card = evaluate.score_subject(subject)
-            self.print_and_publish(
-                subject, {"evaluate": card.scalars()}, [evaluate.make_scorecard_section(card)]
-            )
+            card = evaluate.score_subject(subject, controls=controls)
+            beside = _make_control_section(subject, *card.list_scores())
+            sections = [evaluate.make_scorecard_section(card), beside]
+            self.print_and_publish(subject, {"evaluate": card.scalars()}, sections)
             return
         text = subject.corpus
         reducers = claims.TheoryReducers(subject)
-        survey = self.make_catalogues(subject, reducers)
+        others = {name: ControlReducers(subject, sae) for name, sae in controls.items()}
+        readers = [(sae, others[name].reducers) for name, sae in controls.items()]
+        survey = self.make_catalogues(subject, reducers, controls=readers)
         theory = claims.theory(subject, reducers)
-        del reducers  # 14 KB a feature, which scoring can use
-        card = evaluate.score_subject(subject, opened=(subject.llm, text))
+        del reducers, readers  # 14 KB a feature, which scoring can use
+        interpreted = {name: others.pop(name).result() for name in controls}
+        card = evaluate.score_subject(subject, opened=(subject.llm, text), controls=controls)
         summary, scorecard = make_features_section(survey), evaluate.make_scorecard_section(card)
         print_section(summary)
         print_units(survey.features, pick_most_telling(survey.features, PRINTED_FEATURES))
         probes = None
         tokens = PROBE_TOKENS * PROBE_FEATURES // max(PROBE_FEATURES, subject.features)
         if "speaker" in subject.config.data_source.labels:
-            probes = run_probes(subject, "speaker", tokens)
+            probes = run_probes(subject, "speaker", tokens, controls)
+        scores = _gather_scores(card, survey, theory, probes, interpreted)
         parts = {
             "Scorecard": [summary, scorecard],
+            "Beside a control": [_make_control_section(subject, *scores)],
             "Theory": theory_sections.make_theory_sections(theory),
             "Probes": probe_sections.make_probe_sections(probes) if probes else [],
         }
         for section in [scorecard, *parts["Theory"], *parts["Probes"]]:
             print_lead(section)
+        for section in parts["Beside a control"]:
+            print_section(section)
         scalars = {
             "features": survey.scalars(),
             "evaluate": card.scalars(),
@@ -55,3 +86,32 @@ class OverviewTask(FeaturesTask):
         }
         sections = [s._replace(part=part) for part, members in parts.items() for s in members]
         self.publish(subject, scalars, sections, [survey.features, survey.neurons], survey.best)
+
+
+def _make_control_section(
+    subject: Subject, own: Scores, controls: dict[str, Scores], random: Mapping[str, Score] = {}
+) -> Section:
+    if not controls:
+        return make_missing_section(subject)
+    return make_control_section(own, controls, random)
+
+
+def _gather_scores(
+    card: evaluate.Evaluation,
+    survey: Survey,
+    theory: claims.Theory,
+    probes: Probes | None,
+    interpreted: dict[str, Scores],
+) -> tuple[Scores, dict[str, Scores], Scores]:
+    """Scores of the SAE, of its controls and of random directions, from the results of all parts;
+    `interpreted`: those of the controls' features."""
+    own, controls = card.list_scores()
+    f1 = {best.concept: best.feature.f1 for best in theory.numbers["detection"]["each"]}
+    own |= score_features(survey.features.token_sets.score, [f1[c] for c in CONCEPTS if c in f1])
+    for name, scores in interpreted.items():
+        controls[name] |= scores
+    if probes is None:
+        return own, controls, {}
+    for name, scores in controls.items():
+        scores |= score_probes(probes, name)
+    return own | score_probes(probes), controls, score_probes(probes, RANDOM)

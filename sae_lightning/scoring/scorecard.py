@@ -61,7 +61,7 @@ class Scorecard(NamedTuple):
             for name, value in part._asdict().items()
         }
         scores = self.scores._asdict() if self.scores else {}
-        scores = {name: value for name, value in scores.items() if value is not None}
+        scores.pop("ce_error", None)  # of analysis only, like `fidelity`
         return quality | self.copies._asdict() | dominant | scores
 
 

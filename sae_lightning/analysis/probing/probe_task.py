@@ -1,6 +1,6 @@
 """`task=probe`: do features match abstract ideas better than neurons do?"""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from sae_lightning.analysis.probing.labelled import labelled
@@ -9,6 +9,7 @@ from sae_lightning.analysis.probing.probes import Probes, probe
 from sae_lightning.analysis.subject import Subject
 from sae_lightning.analysis.task import Task, check_at_least
 from sae_lightning.errors import UserError
+from sae_lightning.sae import SAE
 
 
 @dataclass(slots=True, kw_only=True)
@@ -32,8 +33,11 @@ class ProbeTask(Task):
         self.print_and_publish(subject, result.scalars(), make_probe_sections(result))
 
 
-def run_probes(subject: Subject, label: str, tokens: int) -> Probes:
-    """Fit probes for `label` on `tokens` tokens of the text that the SAE was trained on."""
+def run_probes(
+    subject: Subject, label: str, tokens: int, controls: Mapping[str, SAE] = {}
+) -> Probes:
+    """Fit probes for `label` on `tokens` tokens of the text that the SAE was trained on, also to
+    the features of `controls`."""
     config = subject.config
     text = labelled(config.data, label, subject.tokenizer, tokens=tokens, seed=config.seed)
-    return probe(subject, text, batch=config.llm.batch)
+    return probe(subject, text, batch=config.llm.batch, controls=controls)

@@ -9,6 +9,7 @@ is gained just by choosing among so many.
 """
 
 from collections import Counter
+from collections.abc import Mapping
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -21,9 +22,11 @@ from sae_lightning.analysis.collect import EncodedBatch, collect
 from sae_lightning.analysis.probing.labelled import Labelled
 from sae_lightning.analysis.probing.linear import Fold, FoldScore
 from sae_lightning.analysis.subject import Subject
+from sae_lightning.sae import SAE
 from sae_lightning.terminal import phase
 
 FEATURES, NEURONS, RANDOM = "features", "neurons", "random directions"
+CONTROL_K = (1, 5)  # units for each class, in a comparison with controls
 
 
 class ProbeScore(NamedTuple):
@@ -44,6 +47,10 @@ class ProbeScore(NamedTuple):
     def auroc(self) -> float:
         """Mean AUROC over tested folds."""
         return fmean(fold.auroc for fold in self.folds)
+
+    def scalars(self) -> dict[str, Any]:
+        """All fields, and the means over folds."""
+        return self._asdict() | {"accuracy": self.accuracy, "auroc": self.auroc}
 
 
 class BestUnit(NamedTuple):
@@ -71,6 +78,8 @@ class Probes(NamedTuple):
     """One for each kind of units and each k."""
     matches: dict[str, list[BestUnit]]
     """features, neurons -> the best unit of each class."""
+    controls: list[ProbeScore] = []
+    """Of the features of controls: the kind of units is the control's name."""
 
     @property
     def majority(self) -> float:
@@ -78,17 +87,16 @@ class Probes(NamedTuple):
         return max(self.pieces) / sum(self.pieces)
 
     def find_score(self, units: str, k: int | None) -> ProbeScore | None:
-        return next((s for s in self.scores if (s.units, s.k) == (units, k)), None)
+        scores = [*self.scores, *self.controls]
+        return next((s for s in scores if (s.units, s.k) == (units, k)), None)
 
     def scalars(self) -> dict[str, Any]:
         """The content of `probe.json`, by key."""
         return self._asdict() | {
             "pieces": dict(zip(self.classes, self.pieces, strict=True)),
             "majority": self.majority,
-            "scores": [
-                score._asdict() | {"accuracy": score.accuracy, "auroc": score.auroc}
-                for score in self.scores
-            ],
+            "scores": [score.scalars() for score in self.scores],
+            "controls": [score.scalars() for score in self.controls],
             "matches": {
                 units: dict(zip(self.classes, best_units, strict=True))
                 for units, best_units in self.matches.items()
@@ -122,13 +130,27 @@ class PieceMeans:
 
 
 def probe(
-    subject: Subject, labelled: Labelled, *, k: tuple[int, ...] = (1, 2, 5, 16), batch: int = 16
+    subject: Subject,
+    labelled: Labelled,
+    *,
+    k: tuple[int, ...] = (1, 2, 5, 16),
+    batch: int = 16,
+    controls: Mapping[str, SAE] = {},
 ) -> Probes:
-    """Read the labelled text, `batch` pieces at a time, and fit probes on k units and on all."""
+    """Read the labelled text, `batch` pieces at a time, and fit probes on k units and on all;
+    `controls`: other SAEs of the same site, of whose features CONTROL_K are probed."""
     total, text = len(labelled.tokens), labelled.split_batches(batch)
-    pooled = PieceMeans(total)
-    collect(subject, text, [pooled], total=total, what="reading labelled text")
-    return fit_probes(pooled.result(), labelled, k=k)
+    pooled, *others = (PieceMeans(total) for _ in range(1 + len(controls)))
+    readers = [(sae, [own]) for sae, own in zip(controls.values(), others, strict=True)]
+    what = "reading labelled text"
+    collect(subject, text, [pooled], total=total, what=what, controls=readers)
+    result, scores = fit_probes(pooled.result(), labelled, k=k), []
+    del pooled
+    for name, other in zip(controls, others, strict=True):
+        with phase(f"fitting probes on {name}"):
+            fold_scores, _ = _fit_folds(other.result()[FEATURES].numpy(), labelled, [*CONTROL_K])
+        scores += [ProbeScore(name, *of_k) for of_k in fold_scores.items()]
+    return result._replace(controls=scores)
 
 
 def fit_probes(

@@ -1,6 +1,6 @@
 """`task=features`: what each feature fires on, with examples and statistics."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from sae_lightning.analysis.collect import Reducer
@@ -18,6 +18,7 @@ from sae_lightning.analysis.task import Task, check_at_least
 from sae_lightning.report.catalogue import Catalogue
 from sae_lightning.report.parquet import write_catalogue
 from sae_lightning.report.printer import print_section, print_units
+from sae_lightning.sae import SAE
 
 PRINTED_FEATURES = 5  # features shown in the terminal
 CATALOGUE_SETTINGS = {"tokens", "examples", "neurons"}  # setting one makes a new catalogue
@@ -55,9 +56,14 @@ class FeaturesTask(Task):
             kept = read_kept_catalogue(subject, subject.results_folder / "features.parquet")
         return kept or self.make_catalogues(subject).features
 
-    def make_catalogues(self, subject: Subject, *reducers: Reducer) -> Survey:
+    def make_catalogues(
+        self,
+        subject: Subject,
+        *reducers: Reducer,
+        controls: Iterable[tuple[SAE, Iterable[Reducer]]] = (),
+    ) -> Survey:
         """Survey the text, measure the features' effects on the logits, and write both catalogues
-        as parquet files."""
+        as parquet files. `controls`: as in `collect`."""
         config, text = subject.config, subject.corpus
         result = survey(
             subject,
@@ -68,6 +74,7 @@ class FeaturesTask(Task):
             batch=config.llm.batch,
             seed=config.seed,
             reducers=reducers,
+            controls=controls,
         )
         effect = measure_effects(subject, text.train)
         result = result._replace(features=result.features._replace(effect=effect))

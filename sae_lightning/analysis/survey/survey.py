@@ -24,6 +24,7 @@ from sae_lightning.analysis.survey.telling import rate_telling
 from sae_lightning.llm.vocabulary import read_vocabulary
 from sae_lightning.report.catalogue import Catalogue
 from sae_lightning.report.section import Section
+from sae_lightning.sae import SAE
 from sae_lightning.scoring.metrics import count_by_density
 from sae_lightning.stream.packing import TokenStream
 from sae_lightning.terminal import phase
@@ -72,11 +73,13 @@ def survey(
     batch: int = 16,
     seed: int = 0,
     reducers: Iterable[Reducer] = (),
+    controls: Iterable[tuple[SAE, Iterable[Reducer]]] = (),
 ) -> Survey:
     """Read `tokens` tokens, `batch` sequences at a time, and catalogue where each unit fires.
 
     `examples`: how many of the strongest to keep for each unit; a sixth as many are drawn at random
-    from each interval of strengths. `reducers`: others to feed in the same pass.
+    from each interval of strengths. `reducers`: others to feed in the same pass; `controls`: as in
+    `collect`.
     """
     d_in, positive = len(subject.sae.W_enc), strengths.NeuronStrengths(neurons)
     kinds = {
@@ -93,7 +96,9 @@ def survey(
     }
     texts = TokenRecorder()
     text, total = excerpt(source, tokens, batch)
-    collect(subject, text, [*chain(*kinds.values()), texts, *reducers], total=total)
+    reducers = [*chain(*kinds.values()), texts, *reducers]
+    collect(subject, text, reducers, total=total, controls=controls)
+    del reducers
     words, read, catalogues = read_vocabulary(subject.llm), texts.result(), []
     with phase("drawing examples"):
         for kind in [*kinds]:

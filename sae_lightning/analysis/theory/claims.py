@@ -16,10 +16,14 @@ from sae_lightning.analysis.subject import Subject
 from sae_lightning.analysis.theory.dense import compare_dense
 from sae_lightning.analysis.theory.detection import FeatureCounts, NeuronCounts
 from sae_lightning.analysis.theory.moments import Moments
-from sae_lightning.analysis.theory.one_concept import compare_units, detect_concepts
+from sae_lightning.analysis.theory.one_concept import (
+    compare_units,
+    detect_concepts,
+    read_words,
+    tag_batch,
+)
 from sae_lightning.analysis.theory.overlap import Cosines, compare_directions
-from sae_lightning.analysis.theory.token_concepts import CONCEPTS, tag_tokens
-from sae_lightning.llm.vocabulary import find_special_ids, read_vocabulary
+from sae_lightning.analysis.theory.token_concepts import CONCEPTS
 from sae_lightning.sae.matrix import SparseMatrix
 from sae_lightning.sae.sparse import SparsityPattern
 from sae_lightning.terminal import phase
@@ -53,9 +57,7 @@ class TheoryReducers:
         sae, sites = subject.sae, subject.sites
         self.sae = sae
         self.is_autoencoder = sites.source == sites.target
-        self.words = read_vocabulary(subject.llm)
-        for special in find_special_ids(subject.llm.tokenizer):
-            self.words[special] = " "  # not text, and starts no line
+        self.words = read_words(subject)
         self.source = Moments()
         self.target = self.source if self.is_autoencoder else Moments()
         self.feature = FeatureCounts(len(CONCEPTS), subject.features, subject.device)
@@ -78,10 +80,7 @@ class TheoryReducers:
         if len(self.sample) < DENSE_TOKENS:
             self.sample = torch.cat([self.sample, y[: DENSE_TOKENS - len(self.sample)].cpu()])
         self._reconstruct(x, y, features, units)
-        ids = batch.tokens.tolist()
-        member = torch.stack([tag_tokens([self.words[i] for i in row]) for row in ids])
-        member = member.to(keep.device)[keep]
-        half = (batch.ids.to(keep.device) % 2)[:, None].expand_as(keep)[keep]
+        member, half = tag_batch(batch, self.words)
         self.feature.add(features, member, half, units)
         self.neuron.add(x, member, half)
 

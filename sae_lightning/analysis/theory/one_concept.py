@@ -3,13 +3,22 @@
 StrengthCounts -> detect_concepts() -> compare_units() -> make_concept_section()
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Generator
+from torch import Generator, Tensor
 
-from sae_lightning.analysis.theory.detection import Detector, StrengthCounts, find_detector
-from sae_lightning.analysis.theory.token_concepts import CONCEPTS
+from sae_lightning.analysis.collect import EncodedBatch
+from sae_lightning.analysis.subject import Subject
+from sae_lightning.analysis.theory.detection import (
+    Detector,
+    FeatureCounts,
+    StrengthCounts,
+    find_detector,
+)
+from sae_lightning.analysis.theory.token_concepts import CONCEPTS, tag_tokens
+from sae_lightning.llm.vocabulary import find_special_ids, read_vocabulary
 from sae_lightning.report.figures import COLOURS, GREY, make_figure
 from sae_lightning.report.section import ResultTable, Section
 
@@ -32,6 +41,42 @@ class ConceptDetectors(NamedTuple):
     """The best of 2 d randomly chosen features: as many as neurons have directions."""
 
 
+class ConceptCounts:
+    """Reducer that counts the strengths of features on the tokens of each concept."""
+
+    def __init__(self, subject: Subject, features: int):
+        self.words = read_words(subject)
+        self.counts = FeatureCounts(len(CONCEPTS), features, subject.device)
+
+    @torch.no_grad()
+    def add(self, batch: EncodedBatch) -> None:
+        values, units = batch.active_features
+        self.counts.add(values[batch.keep], *tag_batch(batch, self.words), units)
+
+
+def read_words(subject: Subject) -> list[str]:
+    """Text of each token id; a space for special tokens, which are not text and start no line."""
+    words = read_vocabulary(subject.llm)
+    for special in find_special_ids(subject.llm.tokenizer):
+        words[special] = " "
+    return words
+
+
+def tag_batch(batch: EncodedBatch, words: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """The concepts of each kept token, bool [n, concepts], and the half of the text that it is in,
+    0 or 1 [n]."""
+    keep = batch.keep
+    member = torch.stack([tag_tokens([words[i] for i in row]) for row in batch.tokens.tolist()])
+    half = (batch.ids.to(keep.device) % 2)[:, None].expand_as(keep)[keep]
+    return member.to(keep.device)[keep], half
+
+
+def find_frequent(counts: StrengthCounts) -> dict[str, int]:
+    """Concepts that are frequent enough in both halves -> their index, in order."""
+    tokens = counts.token_counts
+    return {name: i for i, name in enumerate(CONCEPTS) if tokens[:, i].min() >= MIN_OCCURRENCES}
+
+
 def detect_concepts(features: StrengthCounts, neurons: StrengthCounts) -> list[ConceptDetectors]:
     """The best units for each concept that is frequent enough, the most frequent first."""
     tokens, units, d = features.token_counts, features.counts.shape[2], neurons.counts.shape[2]
@@ -44,8 +89,7 @@ def detect_concepts(features: StrengthCounts, neurons: StrengthCounts) -> list[C
             neuron=find_detector(neurons, i),
             few=find_detector(features, i, few),
         )
-        for i, name in enumerate(CONCEPTS)
-        if tokens[:, i].min() >= MIN_OCCURRENCES
+        for name, i in find_frequent(features).items()
     ]
     return sorted(detected, key=lambda best: -best.share)
 

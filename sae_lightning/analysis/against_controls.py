@@ -1,0 +1,222 @@
+"""An SAE beside its controls: do its features do more than those that never learned?
+
+    text, read once -> SAE     -> survey, theory, probes -> Score \\
+                    -> control -> ControlReducers        -> Score  -> make_control_section
+    held-out text   -> both    -> scorecards             -> Score /
+
+A random dictionary of the same size does surprisingly well on the usual scores (Korznikov et al.
+2026, 2602.14111), so a score says something about an SAE only beside that of its control.
+"""
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean, stdev
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from sae_lightning.analysis.collect import Reducer
+from sae_lightning.analysis.probing.probes import CONTROL_K, FEATURES, RANDOM, Probes
+from sae_lightning.analysis.subject import Subject
+from sae_lightning.analysis.survey.reading import score_token_sets
+from sae_lightning.analysis.survey.sample import SequenceSampler
+from sae_lightning.analysis.theory.detection import find_detector
+from sae_lightning.analysis.theory.one_concept import ConceptCounts, find_frequent
+from sae_lightning.report.section import ResultTable, Section
+from sae_lightning.sae import SAE
+from sae_lightning.sae.controls import Control
+
+NOISE = 2.0  # standard errors that a difference must exceed to be called one
+MAX_L0_RATIO = 1.1  # above, two SAEs are not equally sparse
+
+
+class Score(NamedTuple):
+    """One score of one SAE."""
+
+    value: float
+    samples: Sequence[float] = ()
+    """What the value is the mean of; empty for sums over all held-out data."""
+
+
+class ScoreKind(NamedTuple):
+    """How a score is shown, and what it says of features."""
+
+    label: str
+    template: str
+    """A format string."""
+    claim: str = ""
+    """What features with a higher score do better; empty if the score makes no such claim."""
+    paired: bool = False
+    """Whether the samples of two SAEs belong together one by one, as those of concepts do."""
+
+
+SCORE_KINDS = {
+    "l0": ScoreKind("active features per token (L0)", "{:.1f}"),
+    "explained_variance": ScoreKind("explained variance", "{:.3f}"),
+    "ce_recovered": ScoreKind("CE recovered", "{:.3f}"),
+    "kl": ScoreKind("KL, nats per token", "{:.4f}"),
+    "features_share": ScoreKind("CE that features alone recover", "{:.1%}"),
+    "error_share": ScoreKind("CE that the error alone recovers", "{:.1%}"),
+    "recovered": ScoreKind("concepts recovered", "{:.1%}"),
+    "token_score": ScoreKind("token score, mean", "{:.2f}", "match token sets"),
+    "token_like": ScoreKind("features with a token score above 0.5", "{:.0%}"),
+    "concepts": ScoreKind("concepts, F1 of the best feature", "{:.2f}", "detect concepts", True),
+    **{
+        f"probe_{k}": ScoreKind(
+            f"speakers, AUROC of {k} feature{'s' * (k > 1)} each",
+            "{:.3f}",
+            f"tell speakers apart {'one by one' if k == 1 else f'in groups of {k}'}",
+            True,
+        )
+        for k in CONTROL_K
+    },
+}
+Scores = dict[str, Score]
+"""Name in SCORE_KINDS -> score, of one SAE."""
+
+
+class ControlReducers:
+    """What the text has to tell of a control's features, so that they compare with the SAE's."""
+
+    def __init__(self, subject: Subject, sae: SAE):
+        self.concepts = ConceptCounts(subject, sae.config.features)
+        self.sampler = SequenceSampler(sae.config.features, subject.config.seed)
+
+    @property
+    def reducers(self) -> list[Reducer]:
+        return [self.concepts, self.sampler]
+
+    def result(self) -> Scores:
+        """Scores on all text that was read."""
+        counts, words = self.concepts.counts.result(), self.concepts.words
+        f1 = [find_detector(counts, i).f1 for i in find_frequent(counts).values()]
+        tokens = score_token_sets(self.sampler.result(), len(words)).score
+        return score_features(tokens, f1)
+
+
+def score_features(tokens: Tensor, f1: Sequence[float]) -> Scores:
+    """Scores by the token score of each feature [features], NaN where it has none, and by the F1 of
+    the best feature of each concept, in the order of the list of concepts."""
+    known = tokens[~tokens.isnan()].tolist()
+    scores = {}
+    if known:
+        scores["token_score"] = Score(fmean(known), known)
+        scores["token_like"] = Score(fmean(score > 0.5 for score in known))
+    return scores | ({"concepts": Score(fmean(f1), f1)} if f1 else {})
+
+
+def score_probes(probes: Probes, units: str = FEATURES) -> Scores:
+    """Scores of probes on features, on those of a control, or on random directions."""
+    found = {f"probe_{k}": probes.find_score(units, k) for k in CONTROL_K}
+    return {
+        name: Score(score.auroc, [fold.auroc for fold in score.folds])
+        for name, score in found.items()
+        if score
+    }
+
+
+def pick_scores(numbers: Mapping[str, Any]) -> Scores:
+    """Scores among the numbers of a scorecard, by name."""
+    return {name: Score(numbers[name]) for name in SCORE_KINDS if name in numbers}
+
+
+def make_control_section(
+    own: Scores, controls: Mapping[str, Scores], random: Mapping[str, Score] = {}
+) -> Section:
+    """A table of all scores, and sentences that say what the SAE does better than its controls.
+    `random`: scores of random directions, as far as there are any."""
+    columns = {"this SAE": own, **controls, **({RANDOM: random} if random else {})}
+    rows = [
+        [kind.label, *(_format_score(scores.get(name), kind) for scores in columns.values())]
+        for name, kind in SCORE_KINDS.items()
+        if name in own
+    ]
+    kinds = [Control[name] for name in controls if name in Control.__members__]
+    notes = {kind.name: kind.value for kind in kinds}
+    compared = _compare_features(own, controls)
+    if compared:
+        notes["called better"] = (
+            f"above by more than {NOISE:g} standard errors, over features, concepts or folds; how "
+            "much another seed would change is not in them"
+        )
+    return Section(
+        title="Beside a control",
+        lead=compared + _compare_reconstructions(own, controls),
+        rows=notes,
+        table=ResultTable(["", *columns], rows),
+    )
+
+
+def make_missing_section(subject: Subject) -> Section:
+    """Says why the SAE has no control to compare with, and how to get one."""
+    kind = subject.config.model.control
+    lead = (
+        "No control of this SAE was trained, so nothing here says what a dictionary that learned "
+        "nothing would score. python train.py -m ... sweep.controls=true trains controls on the "
+        "same pass of the LLM; control=<folder> compares with any other SAE."
+    )
+    if kind is not None:
+        lead = f"This SAE is a control itself, {kind.name}: {kind.value}."
+    return Section("Beside a control", lead)
+
+
+def _format_score(score: Score | None, kind: ScoreKind) -> str:
+    return kind.template.format(score.value) if score else ""
+
+
+def _compare_features(own: Scores, controls: Mapping[str, Scores]) -> str:
+    """What the features do better than those of the best control, and what they do not."""
+    better, no_better = [], []
+    for name, kind in SCORE_KINDS.items():
+        rivals = [scores[name] for scores in controls.values() if name in scores]
+        if not (kind.claim and name in own and rivals):
+            continue
+        rival = max(rivals, key=lambda score: score.value)
+        claim = f"{kind.claim} ({_format_score(own[name], kind)} against "
+        claim += f"{_format_score(rival, kind)})"
+        is_better = exceeds_noise(own[name].samples, rival.samples, paired=kind.paired)
+        (better if is_better else no_better).append(claim)
+    others = f"those of {next(iter(controls)) if len(controls) == 1 else 'the best control'}"
+    if no_better:
+        also = f"They {_join_claims(better)} better. " if better else ""
+        return f"This SAE's features {_join_claims(no_better)} no better than {others}. {also}"
+    return f"This SAE's features {_join_claims(better)} better than {others}. " if better else ""
+
+
+def exceeds_noise(a: Sequence[float], b: Sequence[float], *, paired: bool) -> bool:
+    """Whether the mean of `a` is above that of `b` by more than NOISE standard errors of the
+    difference; `paired`: a[i] and b[i] are measured on the same concept or fold."""
+    if paired:
+        gaps = [x - y for x, y in zip(a, b, strict=True)]
+        return fmean(gaps) > NOISE * _standard_error(gaps)
+    error = (_standard_error(a) ** 2 + _standard_error(b) ** 2) ** 0.5
+    return fmean(a) - fmean(b) > NOISE * error
+
+
+def _standard_error(values: Sequence[float]) -> float:
+    """Standard error of the mean; infinite for a single value, whose noise is not known."""
+    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("inf")
+
+
+def _compare_reconstructions(own: Scores, controls: Mapping[str, Scores]) -> str:
+    """Explained variance at the L0 of each SAE and, on synthetic concepts, how many it recovers."""
+    saes = {"It": own, **controls}
+    explained = [
+        f"{name}{' explains' * (name == 'It')} {scores['explained_variance'].value:.1%}"
+        f"{' of the variance' * (name == 'It')} at an L0 of {scores['l0'].value:.1f}"
+        for name, scores in saes.items()
+    ]
+    text = f"{', '.join(explained)}."
+    if "recovered" in own:
+        recovered = [f"{name} {scores['recovered'].value:.1%}" for name, scores in controls.items()]
+        text += f" It recovers {own['recovered'].value:.1%} of the concepts, "
+        text += f"{', '.join(recovered)}."
+    sizes = [scores["l0"].value for scores in saes.values()]
+    if max(sizes) > MAX_L0_RATIO * min(sizes):
+        text += " As they are not equally sparse, these numbers do not compare: loss.target_l0 "
+        text += "trains SAEs to the same L0."
+    return text
+
+
+def _join_claims(claims: Sequence[str]) -> str:
+    *first, last = claims
+    return f"{', '.join(first)} and {last}" if first else last

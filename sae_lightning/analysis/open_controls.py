@@ -1,0 +1,50 @@
+"""Opens the SAEs that an SAE is compared with: the controls in its sweep, or one named by hand."""
+
+from sae_lightning.analysis.subject import Subject, open_subject
+from sae_lightning.errors import UserError
+from sae_lightning.formats.load_sae import load_sae
+from sae_lightning.runs.jobs import CONFIG_FILE
+from sae_lightning.runs.siblings import find_controls
+from sae_lightning.sae import SAE
+from sae_lightning.sae.controls import Control
+
+
+def open_controls(subject: Subject, control: str | None, *, most: int | None) -> dict[str, SAE]:
+    """Name -> SAE that reads the same site, on the device of `subject`. `control`: a kind of
+    control, or `all`, from the sweep of `subject`; or any SAE that analyze.py opens; None for the
+    first `most` kinds that the sweep has, in the order of `Control`.
+
+    UserError: there is no such SAE, or it is of another LLM or site.
+    """
+    if control not in (None, "all", *Control.__members__):
+        return _open_named(subject, control)
+    found = {}
+    if (subject.folder / CONFIG_FILE).is_file() and subject.config.model.control is None:
+        found = find_controls(subject.folder)
+    kinds = [kind for kind in Control if kind in found and control in (None, "all", kind.name)]
+    if not kinds and control is not None:
+        others = ", ".join(kind.name for kind in found) or "none"
+        raise UserError(
+            f"control={control}: the sweep of {subject.run} has no such control (it has {others}); "
+            "train controls with sweep.controls=true, or give the folder of an SAE"
+        )
+    saes = {kind.name: load_sae(found[kind]) for kind in kinds[:most]}
+    return {name: sae.to(subject.device) for name, sae in saes.items()}
+
+
+def _open_named(subject: Subject, control: str) -> dict[str, SAE]:
+    """Open the SAE at a folder or hub address, named after its kind of control or its folder."""
+    config = subject.config
+    settings = {"llm": config.llm, "data": config.data, "layer": config.layer, "seed": config.seed}
+    other = open_subject(control, settings)
+    own, its = (
+        f"{each.sites} of {each.config.llm.name}, {each.config.data_source.origin}"
+        for each in (subject, other)
+    )
+    if own != its:
+        raise UserError(
+            f"control={control}: it is an SAE of {its}, but {subject.run} of {own}; give one of "
+            "the same site"
+        )
+    kind = other.config.model.control
+    return {kind.name if kind else other.folder.name: other.sae.to(subject.device)}
