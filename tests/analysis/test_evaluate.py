@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Generator
 
-from sae_lightning.analysis.evaluate import evaluate, make_scorecard_section
+from sae_lightning.analysis.evaluate import evaluate, list_numbers, make_scorecard_section
+from sae_lightning.llm import splice
 from sae_lightning.llm.sites import Kind, Site, SitePair
 from sae_lightning.llm.splice import SpliceScores
-from sae_lightning.sae import ARCHITECTURES, SAEConfig, build_sae
+from sae_lightning.sae import ARCHITECTURES, SAE, SAEConfig, build_sae
 from sae_lightning.scoring.scorecard import score_saes
 from sae_lightning.stream.concepts import make_world
 from sae_lightning.stream.documents import SplitText
@@ -60,6 +61,39 @@ def test_the_identity_loses_nothing(held_out):
     assert (found["decoder_norm_mean"], found["decoder_norm_max"]) == (2, 2)
 
 
+def predict_mean(held_out) -> SAE:
+    """x_hat = mean of x, whatever x is."""
+    sae = both_signs(WIDTH)
+    sae.load_weights({**sae.weights(), "W_dec": torch.zeros(2 * WIDTH, WIDTH)})
+    sae.b_dec[:] = held_out.activations(SITES.source).float().mean(dim=0)
+    return sae
+
+
+def test_what_a_perfect_sae_leaves_out_is_worth_nothing_and_what_the_mean_leaves_out_all(held_out):
+    perfect = evaluate(both_signs(WIDTH), held_out, SITES).scalars()
+    assert perfect["ce_error"] == pytest.approx(perfect["ce_mean"], abs=1e-5)
+    assert (perfect["features_share"], perfect["error_share"]) == pytest.approx((1, 0), abs=1e-4)
+    mean = evaluate(predict_mean(held_out), held_out, SITES).scalars()
+    assert mean["ce_error"] == pytest.approx(mean["ce_clean"], abs=1e-5)
+    assert (mean["features_share"], mean["error_share"]) == pytest.approx((0, 1), abs=1e-4)
+
+
+def test_controls_are_scored_beside_an_sae_as_they_are_alone_on_one_run_of_the_clean_llm(
+    held_out, monkeypatch
+):
+    controls = {"frozen_decoder": both_signs(WIDTH, 0.5), "pca": predict_mean(held_out)}
+    alone = [evaluate(sae, held_out, SITES) for sae in (both_signs(WIDTH), *controls.values())]
+    runs, run_body = [], splice.run_body
+    monkeypatch.setattr(splice, "run_body", lambda *args: runs.append(1) or run_body(*args))
+    result = evaluate(both_signs(WIDTH), held_out, SITES, controls)
+    batches = -(-len(held_out._loss_places) // held_out.batch)
+    assert len(runs) == batches * (1 + 3 * 2)  # clean; of each SAE, its features and its error
+    cards = [result.card, *result.controls.values()]
+    for card, single in zip(cards, alone, strict=True):
+        assert list_numbers(card) == pytest.approx(list_numbers(single.card), nan_ok=True)
+    assert result.scalars()["controls"].keys() == controls.keys()
+
+
 def test_features_that_are_too_weak_are_found_as_shrinkage(held_out):
     sae = both_signs(WIDTH, scale=0.75)
     found = evaluate(sae, held_out, SITES).scalars()
@@ -94,7 +128,8 @@ def test_without_the_llms_loss_the_page_speaks_of_the_rest(held_out, tiny):
     quick = HeldOut(tiny("llama"), tokens, [SITES.source], tokens=200, loss_tokens=0, batch=4)
     sae = both_signs(WIDTH, scale=0.75)
     result, whole = (evaluate(sae, each, SITES).scalars() for each in (quick, held_out))
-    assert whole.keys() - result.keys() == {*SpliceScores._fields}
+    shares = {"features_share", "error_share"}
+    assert whole.keys() - result.keys() == {*SpliceScores._fields} | shares
     assert all(result[name] == whole[name] for name in result)
     page = make_scorecard_section(evaluate(sae, quick, SITES))
     assert page.title == "Scorecard on held-out text"
@@ -113,10 +148,14 @@ def test_a_loss_that_is_not_finite_is_no_number_of_nats_in_the_lead(held_out):
 def test_the_lead_speaks_of_a_share_only_where_zero_ablation_costs_something(held_out):
     result = evaluate(both_signs(WIDTH, scale=0.75), held_out, SITES)
     for zero, end in (
-        (9.0, "(90.0% of what zero ablation costs is recovered)."),
-        (2.9, "(zero ablation costs nothing)."),
+        (
+            9.0,
+            "(90.0% of what zero ablation costs is recovered). Of what mean ablation costs, the ",
+        ),
+        (2.9, "(zero ablation costs nothing). Of what mean ablation costs, the "),
     ):
-        scores = SpliceScores(3.0, 3.6, zero, 7.0, 0.9, 0.1)
+        scores = SpliceScores(3.0, 3.6, zero, 7.0, 0.9, 0.1, 5.0)
+        end += "features alone recover 85.0%, and what they leave out, the error, alone 50.0%."
         shown = make_scorecard_section(result._replace(card=result.card._replace(scores=scores)))
         assert shown.lead.endswith(f"0.600 nats higher {end}")
 
