@@ -9,6 +9,7 @@ from sae_lightning.errors import UserError
 from sae_lightning.report.sweep_report import write_report
 from sae_lightning.runs.folders import read_sweep_runs
 from sae_lightning.runs.jobs import CONFIG_FILE
+from sae_lightning.runs.repeated import add_stable_features
 from sae_lightning.terminal import quote_setting, shorten_path
 
 
@@ -29,4 +30,4 @@ class SweepTask(Task):
                 f"{self.run} holds one run, not a sweep: leave out task=sweep to look at it, or "
                 f"give the folder above it for the report of all runs there ({above})"
             )
-        write_report(folder, read_sweep_runs(folder))
+        write_report(folder, add_stable_features(folder, read_sweep_runs(folder)))

@@ -103,9 +103,12 @@ class MeansTable:
 
     def mark(self, row: int, name: str) -> str:
         """`*` for the best of a column, `≈` for several that are not told apart, else empty."""
+        count = self.best[name].sum()
         if not self.best.at[row, name]:
             return ""
-        return "≈" if self.is_repeated and self.best[name].sum() > 1 else "*"
+        if self.is_repeated and count > 1:
+            return "≈" if count < self.mean[name].count() else ""  # a mark on all says nothing
+        return "*"
 
     def format_cell(self, row: int, name: str) -> str:
         """Format a cell: the value of a single run, or mean ± spread."""

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
+from sae_lightning.report.comparison import compare_with_controls, write_claims
 from sae_lightning.report.figures import COLOURS, MAX_LABELLED, plot_tradeoff
 from sae_lightning.report.means import SEED_SETTINGS, TRAINED, MeansTable
 from sae_lightning.report.page import render_template
@@ -33,6 +34,7 @@ def render_sweep_page(folder: Path, means: MeansTable) -> str:
         for name, label in PLOTTED_METRICS.items()
     }
     plotted = [name for name, plot in drawn.items() if plot]
+    comparisons = compare_with_controls(means)
     few = sum(means.seeds > 0) <= MAX_LABELLED
     return render_template(
         "sweep.html",
@@ -40,6 +42,8 @@ def render_sweep_page(folder: Path, means: MeansTable) -> str:
         table=table,
         means=means,
         facts=describe_runs(table.runs),
+        claims=write_claims(means, comparisons),
+        comparisons=comparisons,
         plots={PLOTTED_METRICS[name]: drawn[name] for name in plotted},
         labels=[key for key in means.keys if key != group] if few else [],
         unplotted=int(table.finite.loc[table.is_finished, plotted].isna().any(axis=1).sum()),

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sae_lightning.files import remove_leftovers, write_atomically
+from sae_lightning.report.comparison import compare_with_controls, write_claims
 from sae_lightning.report.means import MeansTable
 from sae_lightning.report.sweep_page import render_sweep_page
 from sae_lightning.report.sweep_table import SweepRun, SweepTable, make_natural_key
@@ -41,6 +42,8 @@ def write_report(folder: Path, runs: list[SweepRun]) -> None:
             _write_csv(folder / MEANS_CSV, means.make_csv_frame())
         with write_atomically(folder / PAGE) as temporary:
             temporary.write_text(render_sweep_page(folder, means), encoding="utf8")
+    for sentence in write_claims(means, compare_with_controls(means)):
+        console.print(make_visible(sentence))
     _print_table(folder, means)
 
 

@@ -23,6 +23,8 @@ class SweepRun(NamedTuple):
     """Dotted name -> value of every setting, for the page's heading."""
     damaged: bool = False
     """Whether a file in the folder cannot be read; `failure` says which."""
+    stable: float | None = None
+    """Share of its features that come back under another seed; None if not measured."""
 
     @property
     def status(self) -> str:
@@ -49,7 +51,8 @@ class SweepRun(NamedTuple):
         }
         fates = metrics.get("fates", {})
         fired = sum(fates.get(name, 0) for name in ("stayed", "moved", "died"))
-        return final | ({"stayed": fates["stayed"] / fired} if fired else {})
+        final |= {"stayed": fates["stayed"] / fired} if fired else {}
+        return final | ({} if self.stable is None else {"stable": self.stable})
 
 
 class MetricColumn(NamedTuple):
@@ -121,6 +124,13 @@ METRIC_COLUMNS = {
         0,
         "of the features that fired at the warm start, share that still fire and whose decoder row "
         "has kept a cosine above 0.9",
+    ),
+    "stable": MetricColumn(
+        "stable",
+        "{:.1%}",
+        1,
+        "share of live features that the SAE of another seed has too: decoder rows matched one to "
+        "one at a cosine above 0.7",
     ),
     "mse": MetricColumn("mse", "{:.4f}", -1, "mean squared error"),
 }

@@ -31,6 +31,7 @@ from sae_lightning.terminal import console, phase
 from sae_lightning.training.settings import checkpoint_path, failure_path
 
 METRICS_FILE = "metrics.json"
+DENSITY_FILE = "density.safetensors"  # the share of held-out tokens on which each feature fires
 
 
 def read_metrics(folder: Path) -> dict | None:

@@ -12,14 +12,15 @@ from typing import NamedTuple
 import lightning as L
 import torch
 from lightning.fabric.plugins.environments import LightningEnvironment
+from safetensors.torch import save_file
 
 from sae_lightning.errors import WriteError
-from sae_lightning.files import write_json
+from sae_lightning.files import write_atomically, write_json
 from sae_lightning.formats.export import describe_limits
 from sae_lightning.llm.packaged import LLMShape
 from sae_lightning.llm.sites import SitePair, distinct_sites
 from sae_lightning.ranks import ALONE, Ranks, world
-from sae_lightning.runs.folders import METRICS_FILE
+from sae_lightning.runs.folders import DENSITY_FILE, METRICS_FILE
 from sae_lightning.runs.heap import keep_freed_memory
 from sae_lightning.runs.jobs import Job, format_resume_command
 from sae_lightning.runs.logger_choice import find_sweep, name_with_day
@@ -233,7 +234,8 @@ def make_head(job: Job, sites: SitePair, llm: LLMShape, ranks: Ranks = ALONE) ->
 
 
 def score_and_save(planned: PlannedPass, parts: RunParts) -> HeldOutResults:
-    """Score the trained SAEs, write `metrics.json` and `sae/`, and print the results."""
+    """Score the trained SAEs, write `density.safetensors`, `metrics.json` and `sae/`, and print the
+    results."""
     module, jobs = parts.module, planned.jobs
     evaluate_heads(module.training_heads, parts.data.held_out, module.tokens_seen)
     results: dict[int, dict[str, float]] = {}
@@ -254,6 +256,8 @@ def score_and_save(planned: PlannedPass, parts: RunParts) -> HeldOutResults:
         }
         if head.fates:
             metrics |= {"start": head.start_metrics, "fates": head.fates}
+        with write_atomically(jobs[number].folder / DENSITY_FILE) as temporary:
+            save_file({"density": head.density.float()}, temporary)
         write_json(jobs[number].folder / METRICS_FILE, metrics)
         results[number] = head.held_out_metrics
     transcoders = [head for head in module.training_heads if head.source != head.target]

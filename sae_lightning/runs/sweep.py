@@ -27,6 +27,7 @@ from sae_lightning.runs.arguments import check_sweep, count_values
 from sae_lightning.runs.cli import DEBUG, explain_error, format_error, remove_unused_folder
 from sae_lightning.runs.folders import make_unique_folder, read_sweep_runs
 from sae_lightning.runs.jobs import CONFIG_FILE, is_sweep, make_jobs, read_overrides
+from sae_lightning.runs.repeated import add_stable_features
 from sae_lightning.runs.saved import parse_scalars
 from sae_lightning.terminal import (
     console,
@@ -149,7 +150,7 @@ class Sweep(Callback):
             return
         runs = read_sweep_runs(folder)
         try:
-            write_report(folder, runs)
+            write_report(folder, add_stable_features(folder, runs))
         except Exception as error:  # the runs are saved, and failed ones must still be reported
             again = format_command("analyze.py", task="sweep", run=shorten_path(folder))
             line = make_visible(f"the report could not be written ({error}); again: {again}")

@@ -67,6 +67,7 @@ class Head(nn.Module):
         self.training_metrics: dict[str, float] = {}
         self.held_out_metrics: dict[str, float] = {}
         self.density_counts: dict[str, int] = {}
+        self.density: Tensor | None = None  # [features] on held-out data
         self.failure: str | None = None  # why the head is frozen
         self.writes = True  # whether this rank writes its files
         self.active_density = 1.0  # density of sparse products at the last update

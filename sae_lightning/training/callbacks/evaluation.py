@@ -36,6 +36,7 @@ def evaluate_heads(heads: Sequence[Head], held_out: HeldOutData, tokens: int) ->
 
 def _record(head: Head, card: Scorecard, tokens: int) -> None:
     head.held_out_metrics = card.scalars()
+    head.density = card.quality.density
     head.density_counts = count_by_density(card.quality.density)
     norms = head.sae.split.join(head.sae.W_dec.detach().norm(dim=1))
     head.log.add_scalars({f"held_out/{k}": v for k, v in head.held_out_metrics.items()}, tokens)

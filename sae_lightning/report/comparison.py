@@ -1,0 +1,125 @@
+"""Each trained SAE beside the best of its controls, and sentences chosen by the numbers."""
+
+from collections import Counter
+from typing import NamedTuple
+
+from sae_lightning.report.means import TRAINED, MeansTable
+from sae_lightning.report.noise import tell_apart
+
+SAME_L0 = 0.1  # largest relative difference in L0 at which SAEs are compared
+MAX_SENTENCES = 8  # trained SAEs with a sentence each; more are counted
+BETTER, WORSE, TIED, ONE_SEED = "better", "worse", "not told apart", "one seed: noise unknown"
+OTHER_L0 = "L0 differs"
+# Metric -> what an SAE that scores {} does.
+SCORED = {
+    "explained_variance": "explains {} of the variance",
+    "recovered": "recovers {} of the concepts",
+    "stable": "repeats {} of its features under another seed",
+}
+# Control -> what its trained SAE does that it does not.
+WORTH = {
+    "frozen_decoder": "training the decoder",
+    "soft_frozen_decoder": "letting decoder directions leave their random start",
+    "frozen_encoder": "training the encoder",
+    "shuffled_activations": "training on how dimensions depend on one another",
+    "pca": "learning features instead of taking principal components",
+}
+
+
+class Comparison(NamedTuple):
+    """A metric of a trained SAE and of that one of its controls which scores best."""
+
+    trained: int
+    """Row of the trained SAE in the table."""
+    control: int
+    """Row of the control."""
+    metric: str
+    difference: float
+    """Trained minus control."""
+    verdict: str
+    """BETTER, WORSE, TIED, ONE_SEED or OTHER_L0."""
+
+
+def compare_with_controls(means: MeansTable) -> list[Comparison]:
+    """Compare each trained SAE with its best control in every metric that has a better direction.
+    Controls whose L0 is within 10 % of the trained SAE's come before all others."""
+    comparisons = []
+    for row, kind in enumerate(means.kinds):
+        if kind != TRAINED:
+            continue
+        same = [i for i, e in enumerate(means.experiments) if e == means.experiments[row]]
+        controls = [i for i in same if means.kinds[i] != TRAINED]
+        for name, column in means.columns.items():
+            values = means.mean[name]
+            measured = values[controls].dropna().index if column.better else []
+            if values.isna()[row] or not len(measured):
+                continue
+            best = max(
+                measured, key=lambda i: (_has_same_l0(means, row, i), values[i] * column.better)
+            )
+            difference = values[row] - values[best]
+            verdict = _judge(means, row, best, name)
+            comparisons.append(Comparison(row, best, name, difference, verdict))
+    return comparisons
+
+
+def _has_same_l0(means: MeansTable, row: int, other: int) -> bool:
+    l0 = means.mean["l0"]
+    return abs(l0[other] - l0[row]) <= SAME_L0 * l0[row]
+
+
+def _judge(means: MeansTable, row: int, control: int, name: str) -> str:
+    if not _has_same_l0(means, row, control):
+        return OTHER_L0
+    if means.seeds[row] == means.seeds[control] == 1:
+        return ONE_SEED
+    values = means.estimate(name)
+    if not tell_apart(values.pick([row]), values.pick([control])).item():
+        return TIED
+    better = values.mean[row] > values.mean[control]
+    return BETTER if better == (means.columns[name].better > 0) else WORSE
+
+
+def write_claims(means: MeansTable, comparisons: list[Comparison]) -> list[str]:
+    """One sentence for each trained SAE with controls and each metric of SCORED, or one for all of
+    them if there are many. Without controls, one for each trained SAE on its stable features."""
+    sentences = []
+    for name in SCORED:
+        chosen = [c for c in comparisons if c.metric == name]
+        if len(chosen) > MAX_SENTENCES:
+            sentences.append(_count_verdicts(means, chosen))
+        else:
+            sentences += [_write_sentence(means, c) for c in chosen]
+    if "stable" in means.columns and not means.has_controls:
+        rows = [*means.mean["stable"].dropna().index[:MAX_SENTENCES]]
+        sentences += [f"{means.name_row(i)} {_fill(means, 'stable', i)}." for i in rows]
+    return sentences
+
+
+def _fill(means: MeansTable, name: str, row: int) -> str:
+    return SCORED[name].format(means.format_cell(row, name))
+
+
+def _write_sentence(means: MeansTable, c: Comparison) -> str:
+    control, l0 = means.kinds[c.control], means.mean["l0"]
+    amount = means.columns[c.metric].format_value(abs(c.difference)).replace("%", " points")
+    end = {
+        BETTER: f"{WORTH.get(control, 'what the control does not learn')} is worth {amount}",
+        WORSE: f"the control is better by {amount}",
+        TIED: f"the SAE is not told apart from its control (they differ by {amount})",
+        ONE_SEED: f"they differ by {amount}; with one seed each, the noise is unknown",
+        OTHER_L0: f"they differ by {amount}, but only SAEs of the same L0 can be compared",
+    }[c.verdict]
+    return (
+        f"{means.name_row(c.trained)} {_fill(means, c.metric, c.trained)} at L0 "
+        f"{l0[c.trained]:,.1f}; its best control, {control}, "
+        f"{means.format_cell(c.control, c.metric)} at L0 {l0[c.control]:,.1f}: {end}."
+    )
+
+
+def _count_verdicts(means: MeansTable, comparisons: list[Comparison]) -> str:
+    counts = Counter(c.verdict for c in comparisons).most_common()
+    return (
+        f"{means.columns[comparisons[0].metric].label} of {len(comparisons)} trained SAEs, each "
+        f"beside its best control: {', '.join(f'{n} {verdict}' for verdict, n in counts)}."
+    )

@@ -1,0 +1,85 @@
+"""Measures for the report of a sweep which features come back under another seed."""
+
+import hashlib
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sae_lightning.errors import UserError
+from sae_lightning.files import write_json
+from sae_lightning.formats.load_sae import load_sae
+from sae_lightning.formats.saelens import WEIGHTS
+from sae_lightning.report.means import MeansTable
+from sae_lightning.report.sweep_table import SweepRun, SweepTable
+from sae_lightning.runs.folders import DENSITY_FILE, read_json
+from sae_lightning.scoring.stability import count_matches
+from sae_lightning.terminal import phase
+
+STABLE_FILE = "stable.json"
+
+
+def add_stable_features(folder: Path, runs: Sequence[SweepRun]) -> list[SweepRun]:
+    """The runs of the sweep in `folder`; those with repetitions get their share of stable features.
+
+    Of the features that fire on held-out data, it is the share that the SAE of another seed has,
+    too, on average over the other seeds. `stable.json` keeps the shares of pairs.
+    """
+    table = SweepTable([*runs])
+    finished = [
+        [table.runs[i].folder for i in group if table.is_finished[i]]
+        for group in MeansTable(table).members
+    ]
+    hashes = {run: _hash_files(run) for group in finished if len(group) > 1 for run in group}
+    groups = [[run for run in group if hashes.get(run)] for group in finished]
+    pairs = [pair for group in groups for pair in combinations(group, 2)]
+    known = _read_shares(folder / STABLE_FILE) if pairs else {}
+    names = {(a, b): f"{hashes[a]} {hashes[b]}" for a, b in pairs}
+    missing = [pair for pair in pairs if names[pair] not in known]
+    if missing:
+        with phase("matching the features of seeds", total=len(missing)) as advance:
+            for pair in missing:
+                known[names[pair]] = _compare(*map(_read_live_rows, pair))
+                advance(1)
+        write_json(folder / STABLE_FILE, {names[pair]: known[names[pair]] for pair in pairs})
+    shares: dict[Path, list[float]] = {}
+    for pair in pairs:
+        for run, share in zip(pair, known[names[pair]], strict=True):
+            shares.setdefault(run, []).append(share)
+    means = {run: sum(values) / len(values) for run, values in shares.items()}
+    return [run._replace(stable=means.get(run.folder)) for run in runs]
+
+
+def _hash_files(run: Path) -> str | None:
+    """Hash of what `_read_live_rows` reads; None if a file is missing."""
+    files = [run / "sae" / WEIGHTS, run / DENSITY_FILE]
+    if not all(file.is_file() for file in files):
+        return None
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
+
+def _read_live_rows(run: Path) -> Tensor:
+    """Decoder rows [live features, d_out] of the features that fire on held-out data."""
+    try:
+        return load_sae(run).W_dec[load_file(run / DENSITY_FILE)["density"] > 0]
+    except (SafetensorError, KeyError, IndexError) as error:
+        raise UserError(f"{run / DENSITY_FILE} is damaged") from error
+
+
+def _compare(a: Tensor, b: Tensor) -> tuple[float, float]:
+    """Share of the rows of `a` that have a partner in `b`, and the other way round; 0 of none."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    matched = count_matches(a.to(device), b.to(device))
+    return matched / max(len(a), 1), matched / max(len(b), 1)
+
+
+def _read_shares(path: Path) -> dict[str, tuple[float, float]]:
+    """Names of pairs -> their shares; empty if there is no readable file."""
+    try:
+        return {name: (float(a), float(b)) for name, (a, b) in (read_json(path) or {}).items()}
+    except (UserError, AttributeError, TypeError, ValueError):
+        return {}

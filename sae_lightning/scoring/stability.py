@@ -1,0 +1,65 @@
+"""Stable features: those that an SAE trained with another seed has, too.
+
+Decoder rows of two SAEs are matched one to one, pairs with the largest cosine first, down to a
+cosine of 0.7 (the threshold of Paulo & Belrose 2025, arXiv 2501.16615, who match by the Hungarian
+algorithm, which takes hours for 131,072 features, and ask the same of encoders). Above this cosine
+few rows have a second candidate, so that the two matchings hardly differ.
+
+Shapes: features = decoder rows, d_out = width of the target site.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from sae_lightning.scoring.duplicates import BLOCK_ROWS
+
+STABLE_COSINE = 0.7
+
+
+def count_matches(a: Tensor, b: Tensor) -> int:
+    """Number of matched pairs of rows [features of a, d_out] and [features of b, d_out].
+
+    In each round, rows that are each other's nearest are matched and removed, and so are rows that
+    no free row of the other SAE comes near. This finds the pairs that a greedy matching over the
+    sorted cosines of all pairs would find, without keeping these cosines.
+    """
+    a, b = normalize(a), normalize(b)
+    matched = 0
+    while len(a) and len(b):
+        (cosine_a, nearest_a), (cosine_b, nearest_b) = _find_nearest(a, b)
+        mutual = nearest_b[nearest_a] == torch.arange(len(a), device=a.device)
+        mutual &= cosine_a > STABLE_COSINE
+        if not mutual.any():
+            break
+        matched += int(mutual.sum())
+        free_b = cosine_b > STABLE_COSINE
+        free_b[nearest_a[mutual]] = False
+        a, b = a[(cosine_a > STABLE_COSINE) & ~mutual], b[free_b]
+    return matched
+
+
+def _find_nearest(a: Tensor, b: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The largest cosine and its place: of each row of a in b, and of each row of b in a; of equal
+    cosines the first."""
+    best_a, place_a = (
+        a.new_full((len(a),), -2.0),
+        torch.zeros(len(a), dtype=torch.long).to(a.device),
+    )
+    best_b, place_b = (
+        a.new_full((len(b),), -2.0),
+        torch.zeros(len(b), dtype=torch.long).to(a.device),
+    )
+    for i in range(0, len(a), BLOCK_ROWS):
+        for j in range(0, len(b), BLOCK_ROWS):
+            cosines = a[i : i + BLOCK_ROWS] @ b[j : j + BLOCK_ROWS].T
+            for best, place, own, other, dim in (
+                (best_a, place_a, i, j, 1),
+                (best_b, place_b, j, i, 0),
+            ):
+                value, index = cosines.max(dim=dim)
+                rows = slice(own, own + len(value))
+                larger = value > best[rows]
+                best[rows] = torch.where(larger, value, best[rows])
+                place[rows] = torch.where(larger, index + other, place[rows])
+    return (best_a, place_a), (best_b, place_b)
