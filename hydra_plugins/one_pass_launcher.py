@@ -45,12 +45,12 @@ class OnePassLauncher(Launcher):
             if line := describe_expansion(groups):
                 console.print(line)
             with phase("starting"):  # imported late, so that wrong settings are reported at once
-                from sae_lightning.runs.passes import train_jobs
+                from sae_lightning.analysis.benchmarks.objective import train_and_score
 
             for config, *_ in typed:
                 self.context.callbacks.on_job_start(config=config, task_function=self.task_function)
             jobs = [job for group in groups for job in group]
-            results = dict(zip([job.folder for job in jobs], train_jobs(jobs), strict=True))
+            results = dict(zip([job.folder for job in jobs], train_and_score(jobs), strict=True))
         finally:
             self._remove_unused([config for config, _ in composed])
         # a search expects one value for each job that it asked for

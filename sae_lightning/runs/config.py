@@ -19,7 +19,7 @@ from omegaconf.errors import MissingMandatoryValue
 from sae_lightning.errors import UserError, check_finite
 from sae_lightning.llm.load import LLMConfig
 from sae_lightning.llm.sites import LayerConfig
-from sae_lightning.runs.search import SweepConfig
+from sae_lightning.runs.search import BENCHMARK_OBJECTIVES, SweepConfig
 from sae_lightning.runs.words import translate_setting
 from sae_lightning.sae import ARCHITECTURES, Loss, SAEConfig
 from sae_lightning.sae.controls import NOT_FOR_TRANSCODERS
@@ -127,7 +127,9 @@ class Config:
                 f"data.kind={self.data.kind}: these are not its settings; choose data=..., which "
                 "brings them"
             )
-        self.sweep.check_objective(*self.data_source.list_metrics(self.eval.loss_tokens))
+        measures, where = self.data_source.list_metrics(self.eval.loss_tokens)
+        benchmarks = BENCHMARK_OBJECTIVES if self.data_source.has_llm else frozenset()
+        self.sweep.check_objective(measures | benchmarks, where)
         self.data_source.check_settings(self.layer)
 
     def _check_model(self) -> None:

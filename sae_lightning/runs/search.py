@@ -11,7 +11,11 @@ from sae_lightning.scoring.metrics import Quality
 from sae_lightning.stream import SOURCES
 
 COMMON_METRICS = {*Quality._fields, *Copies._fields} - {"density", "dimension"}
-OBJECTIVES = sorted(COMMON_METRICS.union(*(row.metrics for row in SOURCES.values())))
+# suites of task=benchmark, which are run on each SAE when it is trained
+BENCHMARK_OBJECTIVES = frozenset({"probing"})
+OBJECTIVES = sorted(
+    COMMON_METRICS.union(BENCHMARK_OBJECTIVES, *(row.metrics for row in SOURCES.values()))
+)
 # Penalty per factor of e by which L0 exceeds sweep.l0 (an excess of 1 % costs 0.1). It must
 # outweigh what a metric gains: kl, the steepest, falls by 0.2 from L0 20 to 50 (SmolLM2, block 9).
 EXCESS_L0_PENALTY = 10.0
@@ -22,8 +26,9 @@ class SweepConfig:
     """Settings of a multirun as a whole; they change nothing about any SAE."""
 
     objective: str | None = None
-    """Held-out metric that a searching sweeper maximises; a minus in front minimises (`-kl`). null
-    is ce_recovered, or explained_variance where the LLM's loss is not measured."""
+    """Held-out metric, or `probing` (docs/benchmarks.md), that a searching sweeper maximises; a
+    minus in front minimises (`-kl`). null is ce_recovered, or explained_variance where the LLM's
+    loss is not measured."""
     l0: float | None = None
     """Target L0 of the search: more active features per token lower the objective."""
     max_heads: int | None = None

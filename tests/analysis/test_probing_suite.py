@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,8 @@ from scipy.sparse import csr_array
 from subjects import make_subject
 from tiny_llm import TEXT
 
-from sae_lightning.analysis.benchmarks import probing_sets, probing_suite
-from sae_lightning.analysis.benchmarks.benchmark_task import BenchmarkTask
+from sae_lightning.analysis.benchmarks import objective, probing_sets, probing_suite
+from sae_lightning.analysis.benchmarks.benchmark_task import BENCHMARKS, BenchmarkTask
 from sae_lightning.analysis.benchmarks.last_tokens import read_last_tokens
 from sae_lightning.analysis.benchmarks.probing_scores import ProbingScores
 from sae_lightning.analysis.benchmarks.probing_sets import LabelledSet, find_set_files, read_sets
@@ -33,7 +34,11 @@ from sae_lightning.errors import UserError
 from sae_lightning.llm.capture import capture
 from sae_lightning.llm.load import LLMConfig
 from sae_lightning.llm.sites import LayerConfig
+from sae_lightning.runs.jobs import Job
+from sae_lightning.runs.search import BENCHMARK_OBJECTIVES, SweepConfig, compute_objective
+from sae_lightning.sae.controls import Control
 from sae_lightning.stream.plays import PlaysConfig
+from sae_lightning.stream.synthetic import SyntheticConfig
 
 TEXTS = 300
 LABELS = np.tile([0, 1], TEXTS // 2)
@@ -225,3 +230,31 @@ def test_a_difference_within_twice_its_standard_error_is_not_called_one():
     assert compare_kinds(scores, "control: pca") == (
         "control: pca 0.750 (no clear difference: +0.050 ± 0.150)"
     )
+
+
+def test_a_search_maximises_the_score_of_a_benchmark(monkeypatch, tiny):
+    """It is run on each trained SAE, but not on controls that the sweep adds, nor unasked."""
+    assert {*BENCHMARKS} == BENCHMARK_OBJECTIVES
+    monkeypatch.setattr(probing_sets, "PACKAGE", "no_such_package_at_all")
+    monkeypatch.setattr(objective, "train_jobs", lambda jobs: [{"l0": 5.0} for _ in jobs])
+    monkeypatch.setattr(objective, "score_job", lambda job, suite: 0.8)
+    subject = make_subject(tiny("llama"))
+
+    def make_job(control=None, **sweep) -> Job:
+        config = replace(subject.config, sweep=SweepConfig(**sweep))
+        model = replace(config.model, control=control)
+        return Job(config=replace(config, model=model), folder=Path())
+
+    assert objective.train_and_score([make_job()]) == [{"l0": 5.0}]
+    asked = {"objective": "probing", "controls": True}
+    jobs = [make_job(**asked), make_job(Control.frozen_decoder, **asked)]
+    with pytest.raises(UserError, match="not installed: pip install --no-deps sae-probes$"):
+        objective.train_and_score(jobs)
+    monkeypatch.setitem(BENCHMARKS, "probing", BENCHMARKS["probing"]._replace(check=lambda: None))
+    metrics = objective.train_and_score(jobs)
+    assert metrics == [{"l0": 5.0, "probing": 0.8}, {"l0": 5.0}]
+    assert compute_objective(metrics[0], jobs[0].config.sweep) == 0.8
+    with pytest.raises(
+        UserError, match="sweep.objective=probing is not measured on data=synthetic"
+    ):
+        replace(subject.config, data=SyntheticConfig(), sweep=SweepConfig(objective="probing"))

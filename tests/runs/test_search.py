@@ -9,7 +9,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from sae_lightning.errors import UserError
 from sae_lightning.llm.load import LLMConfig
 from sae_lightning.llm.splice import SpliceBaseline, SpliceScores
-from sae_lightning.runs.search import OBJECTIVES, SweepConfig, compute_objective
+from sae_lightning.runs.search import (
+    BENCHMARK_OBJECTIVES,
+    OBJECTIVES,
+    SweepConfig,
+    compute_objective,
+)
 from sae_lightning.scoring.duplicates import Copies
 from sae_lightning.scoring.metrics import Quality
 from sae_lightning.scoring.scorecard import Scorecard
@@ -71,7 +76,7 @@ def test_every_number_of_a_run_that_the_sae_decides_can_be_the_objective():
     of_text = Scorecard(quality, near, scores=SpliceScores(1, 2, 3, 3, 0.5, 0.1)).scalars()
     of_concepts = Scorecard(quality, near, Recovery(*range(9))).scalars()
     fixed = {*SpliceBaseline._fields, *WORLD_METRICS}
-    assert set(OBJECTIVES) == {*of_text, *of_concepts} - fixed
+    assert set(OBJECTIVES) == {*of_text, *of_concepts} - fixed | BENCHMARK_OBJECTIVES
     without_loss = Scorecard(quality, near).scalars()
     llm = LLMConfig(name="none")
     text, concepts = (make_source(llm, data, 0) for data in (PlaysConfig(), SyntheticConfig()))
@@ -114,8 +119,8 @@ def test_an_unknown_metric_is_refused_with_those_there_are(name):
     assert str(error.value) == (
         f"sweep.objective={name}: no such held-out metric; choose from ce_recovered, ce_spliced, "
         "duplicates, encoder_agreement, explained_variance, feature_readout, kl, l0, mmcs, "
-        "nearest_cosine, negative_bias, precision, recall, recovered, unfired, with a minus in "
-        "front to minimise it"
+        "nearest_cosine, negative_bias, precision, probing, recall, recovered, unfired, with "
+        "a minus in front to minimise it"
     )
 
 

@@ -5,7 +5,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from sae_lightning.analysis.benchmarks.benchmark import Benchmark
-from sae_lightning.analysis.benchmarks.probing_sets import MIN_PER_CLASS
+from sae_lightning.analysis.benchmarks.probing_sets import (
+    MIN_PER_CLASS,
+    USUAL_SETS,
+    check_set_names,
+    find_set_files,
+)
 from sae_lightning.analysis.benchmarks.probing_suite import run_probing
 from sae_lightning.analysis.subject import Subject
 from sae_lightning.analysis.task import Task, as_typed, check_at_least
@@ -48,9 +53,16 @@ class BenchmarkTask(Task):
         for name in given_settings:
             if name not in own and any(name in suite.settings for suite in BENCHMARKS.values()):
                 raise UserError(f"{name} has no meaning for suite={self.suite}: leave it out")
+        result, subject = self.score(given_settings)
+        self.print_and_publish(subject, result.numbers, result.sections)
+
+    def score(self, given_settings: Collection[str]) -> tuple[Benchmark, Subject]:
+        """Open the SAE and run the suite on it; the numbers say with which settings."""
         subject = self.load_subject(given_settings)
         result = BENCHMARKS[self.suite].run(subject, self)
-        self.print_and_publish(subject, result.numbers, result.sections)
+        settings = {name: getattr(self, name) for name in BENCHMARKS[self.suite].settings}
+        numbers = {"score": result.score, "settings": settings, **result.numbers}
+        return result._replace(numbers=numbers), subject
 
 
 class BenchmarkSuite(NamedTuple):
@@ -59,6 +71,8 @@ class BenchmarkSuite(NamedTuple):
     run: Callable[[Subject, BenchmarkTask], Benchmark]
     settings: tuple[str, ...] = ()
     """Names of the settings that only this suite has."""
+    check: Callable[[], object] = lambda: None
+    """UserError, before anything expensive, if the suite cannot be run with default settings."""
 
 
 BENCHMARKS = {
@@ -67,5 +81,6 @@ BENCHMARKS = {
             subject, task.sets, task.sets_folder, task.texts, task.splits
         ),
         ("sets", "sets_folder", "texts", "splits"),
+        lambda: check_set_names(USUAL_SETS, find_set_files(None)),
     ),
 }

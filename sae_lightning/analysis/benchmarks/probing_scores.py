@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 from numpy import ndarray
 
 from sae_lightning.analysis.benchmarks.probing_sets import LabelledSet
-from sae_lightning.analysis.probing.probes import FEATURES
 
 SIZES = (1, 4, 16, 64)  # units of a probe
 SCORED_SIZE = 16  # the probes whose mean AUROC is the score of the suite
@@ -36,7 +35,6 @@ class ProbingScores(NamedTuple):
     def scalars(self) -> dict[str, Any]:
         """The content of `benchmark-probing.json`, by key."""
         return {
-            "score": self.average(FEATURES, SCORED_SIZE)[0],
             "auroc": {
                 kind: {
                     str(k or "all"): {

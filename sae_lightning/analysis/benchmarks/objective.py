@@ -1,0 +1,39 @@
+"""Trains jobs whose objective may be the score of a benchmark (`sweep.objective=probing`)."""
+
+from collections.abc import Sequence
+
+from sae_lightning.runs.jobs import Job
+from sae_lightning.runs.passes import train_jobs
+from sae_lightning.runs.search import BENCHMARK_OBJECTIVES
+
+
+def train_and_score(jobs: Sequence[Job]) -> list[dict[str, float] | None]:
+    """Train the jobs as `train_jobs` does, and add to the metrics of each one the score that its
+    search maximises, if that is a benchmark's; the controls that a sweep adds are not scored.
+
+    UserError, before training: the benchmark cannot be run here."""
+    names = [(job.config.sweep.objective or "").removeprefix("-") for job in jobs]
+    if benchmarks := BENCHMARK_OBJECTIVES.intersection(names):
+        from sae_lightning.analysis.benchmarks.benchmark_task import BENCHMARKS
+
+        for name in benchmarks:
+            BENCHMARKS[name].check()
+    metrics = train_jobs(jobs)
+    for job, name, of_job in zip(jobs, names, metrics, strict=True):
+        added = job.config.sweep.controls and job.config.model.control is not None
+        if name in benchmarks and of_job is not None and not added:
+            of_job[name] = score_job(job, name)
+    return metrics
+
+
+def score_job(job: Job, suite: str) -> float:
+    """Run a suite with its default settings on a trained SAE; its page and numbers go into the run
+    folder."""
+    from sae_lightning.analysis.benchmarks.benchmark_task import BenchmarkTask
+
+    config = job.config
+    groups = {"llm": config.llm, "data": config.data, "layer": config.layer}
+    task = BenchmarkTask(run=str(job.folder), task="benchmark", suite=suite, **groups)
+    result, subject = task.score(())
+    task.publish(subject, result.numbers, result.sections)
+    return result.score
