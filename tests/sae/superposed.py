@@ -10,6 +10,7 @@ from torch import Generator, Tensor
 from sae_lightning.llm.sites import Kind, Site
 from sae_lightning.sae import ARCHITECTURES, build_sae
 from sae_lightning.stream.concepts import make_world
+from sae_lightning.training.callbacks.keep_control import KeepControl
 from sae_lightning.training.callbacks.resample import resample
 from sae_lightning.training.callbacks.update import ClipGradient, DecoderNorm, Schedule, TargetL0
 from sae_lightning.training.head import Head
@@ -19,7 +20,7 @@ from sae_lightning.training.settings import CallbacksConfig, OptimConfig
 SITE = Site(0, Kind.resid)
 # so that a small coefficient has features to leave within few updates
 DENSE_START = {"start_bias": 0.0, "decoder_norm": 0.1}
-CALLBACKS = (Schedule(), DecoderNorm(), ClipGradient(), TargetL0())
+CALLBACKS = (Schedule(), DecoderNorm(), KeepControl(), ClipGradient(), TargetL0())
 
 
 @cache
