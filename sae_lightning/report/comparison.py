@@ -7,7 +7,7 @@ from sae_lightning.report.means import TRAINED, MeansTable
 from sae_lightning.report.noise import tell_apart
 
 SAME_L0 = 0.1  # largest relative difference in L0 at which SAEs are compared
-MAX_SENTENCES = 8  # trained SAEs with a sentence each; more are counted
+MAX_SENTENCES = 4  # trained SAEs with a sentence each; more are counted
 BETTER, WORSE, TIED, ONE_SEED = "better", "worse", "not told apart", "one seed: noise unknown"
 OTHER_L0 = "L0 differs"
 # Metric -> what an SAE that scores {} does.

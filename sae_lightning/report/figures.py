@@ -101,9 +101,15 @@ def plot_tradeoff(
         xaxis=_make_l0_axis(points.l0.min(), points.l0.max()),
     )
     trained, controls = points[points.control == ""], points[points.control != ""]
-    for among, name in ((controls, "front of controls"), (trained, "front of trained SAEs")):
+    fronts = ((controls, "front of controls", "dot"), (trained, "front of trained SAEs", "solid"))
+    for rank, (among, name, dash) in zip((4, 2), fronts, strict=True):
         if len(among):
-            _draw_front(drawn, among, name, legend=len(controls) > 0, dashed=among is controls)
+            style = {"name": name, "legendrank": rank, "showlegend": len(controls) > 0}
+            _draw_front(drawn, among, dash, style)
+    for number, (name, group) in enumerate(controls.groupby("control")):
+        symbol = f"{SHAPES[number % len(SHAPES)]}-open"
+        marker = {"size": 8, "color": GREY, "symbol": symbol}
+        _draw_points(drawn, group, name, mode="markers", marker=marker, legendrank=3)
     trained = trained.assign(front=_is_on_front(trained))
     for number, (name, group) in enumerate(trained.groupby("group", sort=False)):
         _draw_points(
@@ -119,11 +125,10 @@ def plot_tradeoff(
                 "symbol": SHAPES[number % len(SHAPES)],
                 "opacity": np.where(group.front, 1, 0.5),
             },
+            error_x=_make_bars(group.l0_spread),
+            error_y=_make_bars(group.spread),
+            legendrank=1,
         )
-    for number, (name, group) in enumerate(controls.groupby("control")):
-        symbol = f"{SHAPES[number % len(SHAPES)]}-open"
-        marker = {"size": 8, "color": GREY, "symbol": symbol}
-        _draw_points(drawn, group, name, mode="markers", marker=marker)
     return drawn
 
 
@@ -135,9 +140,7 @@ def _is_on_front(points: "pd.DataFrame") -> np.ndarray:
     return find_pareto_front(l0, quality)
 
 
-def _draw_front(
-    drawn: "Figure", points: "pd.DataFrame", name: str, *, legend: bool, dashed: bool
-) -> None:
+def _draw_front(drawn: "Figure", points: "pd.DataFrame", dash: str, style: dict) -> None:
     """Draw the Pareto front of `points` as a line, with a band of their spreads if they have."""
     front = points[_is_on_front(points)].sort_values(["l0", "quality"])
     if front.spread.notna().any():
@@ -152,21 +155,16 @@ def _draw_front(
             showlegend=False,
         )
     drawn.add_scatter(
-        name=name,
         x=front.l0,
         y=front.quality,
         mode="lines",
-        line={"color": GREY, "width": 1.5, "dash": "dot" if dashed else "solid"},
+        line={"color": GREY, "width": 1.5, "dash": dash},
         hoverinfo="skip",
-        showlegend=legend,
+        **style,
     )
 
 
 def _draw_points(drawn: "Figure", group: "pd.DataFrame", name: str, **style: Any) -> None:
-    """Draw points of one style, with error bars if they have spreads."""
-    for axis, spread in (("error_x", group.l0_spread), ("error_y", group.spread)):
-        if spread.notna().any():
-            style[axis] = {"array": spread.fillna(0), "thickness": 1, "width": 3}
     drawn.add_scatter(
         name=_escape(name),
         showlegend=name != "",
@@ -177,6 +175,13 @@ def _draw_points(drawn: "Figure", group: "pd.DataFrame", name: str, **style: Any
         hovertemplate="%{hovertext}<extra></extra>",
         **style,
     )
+
+
+def _make_bars(spread: "pd.Series") -> dict[str, Any] | None:
+    """Error bars of one spread; None if no point has one."""
+    if spread.isna().all():
+        return None
+    return {"array": spread.fillna(0), "thickness": 1, "width": 3}
 
 
 def _shorten(label: str) -> str:

@@ -86,7 +86,7 @@ def test_many_saes_are_counted_and_not_listed(tmp_path):
         scores |= {(f"sae{number}", None): SEEDS, (f"sae{number}", "pca"): [0.1 if number else 0.9]}
     _, claims = judge(sweep_of(tmp_path, scores))
     assert claims == [
-        "EV of 9 trained SAEs, each beside its best control: 8 better, 1 worse."
+        "EV of 5 trained SAEs, each beside its best control: 4 better, 1 worse."
     ]  # fmt: skip
 
 

@@ -125,3 +125,28 @@ def test_names_are_text_and_not_markup():
     assert trace.hovertext == ("&lt;b&gt;a&amp;b&lt;/b&gt;<br>L0: 1",)
     assert trace.name == "&lt;i&gt;"
     assert figure.layout.legend.title.text == "&lt;u&gt;"
+
+
+def test_over_seeds_the_front_is_a_band_and_controls_have_one_of_their_own():
+    points = pd.DataFrame({"l0": [10.0, 30.0, 20.0], "quality": [0.5, 0.7, 0.4]})
+    points = points.assign(l0_spread=[1.0, 2.0, NAN], spread=[0.01, 0.02, NAN], seeds=[3, 3, 1])
+    points = points.assign(control=["", "", "pca"], group="trained", label="", details=[[]] * 3)
+    control_front, band, front, control, trained = plot_tradeoff(points, "EV").data
+    assert ([*front.x], [*control_front.x], [*control.x]) == ([10, 30], [20], [20])
+    assert [*band.x] == [10, 30, 30, 10]
+    assert [*band.y] == pytest.approx([0.51, 0.72, 0.68, 0.49])
+    assert ([*trained.error_y.array], [*trained.error_x.array]) == ([0.01, 0.02], [1, 2])
+    assert (control.name, control_front.line.dash, front.line.dash) == ("pca", "dot", "solid")
+    assert all(trace.showlegend for trace in (control_front, front, control, trained))
+
+
+def test_a_difference_within_the_noise_takes_nobody_off_the_front():
+    l0, quality, seeds = np.array([32.0, 32.0]), np.array([0.70, 0.72]), np.array([3, 3])
+    noisy = Estimates(quality, np.array([0.02, 0.02]), seeds)
+    exact = Estimates(quality, np.array([0.001, 0.001]), seeds)
+    same = Estimates(l0, np.zeros(2), seeds)
+    assert [*find_pareto_front(same, noisy)] == [True, True]
+    assert [*find_pareto_front(same, exact)] == [False, True]
+    # slightly more active features, within their noise, and clearly better
+    more = Estimates(l0 + [0, 0.1], np.array([1.0, 1.0]), seeds)
+    assert [*find_pareto_front(more, exact)] == [False, True]
