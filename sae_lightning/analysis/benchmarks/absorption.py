@@ -10,6 +10,7 @@ attention has moved the letter away from its word.
 Shapes: n = samples, d = width of the target site, concepts; features = those of the SAE.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cosine_similarity
 
 from sae_lightning.analysis.probing.linear import allow_early_stopping
+from sae_lightning.sae import SAE
 
 # Thresholds of SAEBench.
 SPLIT_GAIN = 0.03  # F1 that one more feature must add to count as a feature of the concept
@@ -26,8 +28,10 @@ ABSORBING_COSINE = 0.025  # with the probe's direction, for a feature that absor
 PARTLY_ABSORBING_COSINE = 0.1  # and for one of several
 MOST_ABSORBING = 3
 
+ENCODED_AT_ONCE = 1024
 L1_PENALTY = 0.01
-STEPS, FIRST_LR, LAST_LR = 300, 0.03, 1e-4  # of Adam, on all samples at once
+ITERATIONS = 100  # of L-BFGS; 150 change no F1 by 0.01
+ROUNDING = 1e-3  # weights far below it count as 0 in the L1 penalty
 
 
 class Rates(NamedTuple):
@@ -36,8 +40,8 @@ class Rates(NamedTuple):
     silent: Tensor
     """bool: no feature of the concept fires"""
     absorbed: Tensor
-    """bool: silent, and the feature that writes most of the concept's direction writes at least 40 %
-    of it (full absorption)"""
+    """bool: silent, and the feature that writes most in the concept's direction writes at least
+    40 % of the activation's projection (full absorption)"""
     fraction: Tensor
     """share of what is written in that direction that other features write (absorption fraction)"""
     absorbing: Tensor
@@ -70,15 +74,6 @@ def count_absorption(
     return Rates(silent, absorbed, fraction, absorbing)
 
 
-class OwnFeatures(NamedTuple):
-    """The features of one concept."""
-
-    features: list[int]
-    """Strongest first; more than one if the concept is split."""
-    f1: float
-    """F1 on the tested samples of a probe that reads these features alone."""
-
-
 class Parts(NamedTuple):
     """Which samples [n] are used for what; bool."""
 
@@ -90,6 +85,66 @@ class Parts(NamedTuple):
     """To be counted and scored on."""
 
 
+class ConceptSamples(NamedTuple):
+    """Samples of which it is known which concepts they have, and where these lie."""
+
+    noun: str
+    """What a concept is: letter, parent concept."""
+    concepts: list[str]
+    samples: list[str]
+    """Names of the samples [n]."""
+    source: Tensor
+    """[n, d_in] activations that the SAE reads"""
+    target: Tensor
+    """[n, d] activations that it reconstructs"""
+    labels: Tensor
+    """[n, concepts] bool: which concepts a sample has"""
+    detected: Tensor
+    """[n, concepts] bool: which of them its activation tells"""
+    directions: Tensor
+    """[concepts, d] of norm 1"""
+    parts: Parts
+    probe_f1: list[float]
+    """F1 of `detected` on tested samples."""
+    children: Tensor | None = None
+    """[n, concepts] bool: whether a child of the concept is active, where that is known"""
+
+
+class ConceptResult(NamedTuple):
+    """Absorption and splitting of one concept; shares are of tested samples that have it, as the
+    activation tells."""
+
+    concept: str
+    samples: int
+    """Number of these samples."""
+    probe_f1: float
+    features: list[int]
+    """The concept's own features, strongest first; more than one if it is split."""
+    f1: float
+    """F1 on tested samples of a probe that reads these features alone."""
+    silent: float
+    """Share on which none of them fires."""
+    absorbed: float
+    """Share on which none fires and a single other feature takes over (full absorption)."""
+    fraction: float
+    """Mean share of the concept that other features write (absorption fraction)."""
+    examples: list[tuple[str, int]]
+    """Absorbed samples, with the absorbing feature."""
+    silent_with_child: float = math.nan
+    """`silent` among samples on which a child of the concept is active, where that is known."""
+    silent_without: float = math.nan
+    """`silent` among the others."""
+
+
+class OwnFeatures(NamedTuple):
+    """The features of one concept."""
+
+    features: list[int]
+    """Strongest first; more than one if the concept is split."""
+    f1: float
+    """F1 on the tested samples of a probe that reads these features alone."""
+
+
 def find_own_features(features: Tensor, labels: Tensor, parts: Parts) -> list[OwnFeatures]:
     """Find each concept's features, from strengths [n, features] and labels [n, concepts] (bool).
 
@@ -99,7 +154,8 @@ def find_own_features(features: Tensor, labels: Tensor, parts: Parts) -> list[Ow
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import f1_score
 
-    features = features / features[parts.fit].square().mean().sqrt().clamp(min=1e-12)
+    fitted = features[parts.fit]
+    features = features / fitted[fitted > 0].square().mean().sqrt()  # whatever the LLM's scale is
     weights, _ = fit_one_against_rest(features[parts.fit], labels[parts.fit], l1=L1_PENALTY)
     fit, choose, test = (features[part].numpy() for part in parts)
     of_fit, of_choose, of_test = (labels[part].numpy() for part in parts)
@@ -119,28 +175,75 @@ def find_own_features(features: Tensor, labels: Tensor, parts: Parts) -> list[Ow
     return result
 
 
+@torch.no_grad()
+def measure_absorption(samples: ConceptSamples, sae: SAE) -> list[ConceptResult]:
+    """Count absorption and splitting of each concept in an SAE that takes raw activations."""
+    encoded = [
+        sae.encode(x.to(sae.W_enc.device)).cpu().to_sparse()
+        for x in samples.source.split(ENCODED_AT_ONCE)
+    ]
+    used = torch.cat([x.indices()[1] for x in encoded]).unique()  # only these fill memory
+    features = torch.cat([x.index_select(1, used).to_dense() for x in encoded])
+    W_dec, results = sae.W_dec.detach().cpu()[used], []
+    found = find_own_features(features, samples.labels, samples.parts)
+    for c, (concept, own) in enumerate(zip(samples.concepts, found, strict=True)):
+        rows = samples.parts.test & samples.labels[:, c] & samples.detected[:, c]
+        rows = rows.nonzero().squeeze(1)
+        rates = count_absorption(
+            features[rows], samples.target[rows], samples.directions[c], W_dec, own.features
+        )
+        absorbed, silent = rates.absorbed.nonzero().squeeze(1), rates.silent.float()
+        split = {}
+        if samples.children is not None:
+            child = samples.children[rows, c]
+            split["silent_with_child"] = silent[child].mean().item()
+            split["silent_without"] = silent[~child].mean().item()
+        results.append(
+            ConceptResult(
+                concept=concept,
+                samples=len(rows),
+                probe_f1=samples.probe_f1[c],
+                features=used[own.features].tolist(),
+                f1=own.f1,
+                silent=silent.mean().item(),
+                absorbed=rates.absorbed.float().mean().item(),
+                fraction=rates.fraction.mean().item(),
+                examples=[
+                    (samples.samples[rows[i]], int(used[rates.absorbing[i]])) for i in absorbed
+                ],
+                **split,
+            )
+        )
+    return results
+
+
 def fit_one_against_rest(
     x: Tensor, labels: Tensor, *, l1: float = 0.0, l2: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """Fit a logistic regression for each concept, on x [n, units] and labels [n, concepts] (bool)
     -> weights [concepts, units] and biases [concepts].
 
-    Both classes weigh the same; the penalties are `l1` |w| and `l2` |w|^2 for each concept.
+    Both classes weigh the same; the penalties are `l1` |w| (rounded at 0) and `l2` |w|^2.
     """
     target = labels.to(x.dtype)
     share = target.mean(dim=0).clamp(1 / len(x), 1 - 1 / len(x))
     importance = torch.where(labels, 0.5 / share, 0.5 / (1 - share))
     weights = torch.zeros(labels.shape[1], x.shape[1], requires_grad=True)
     biases = torch.zeros(labels.shape[1], requires_grad=True)
-    optimizer = torch.optim.Adam([weights, biases], lr=FIRST_LR)
-    decay = (LAST_LR / FIRST_LR) ** (1 / STEPS)
-    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, decay)
-    for _ in range(STEPS):
-        optimizer.zero_grad()
+    solver = torch.optim.LBFGS(
+        [weights, biases], max_iter=ITERATIONS, history_size=20, line_search_fn="strong_wolfe"
+    )
+
+    def compute_loss() -> Tensor:
+        solver.zero_grad()
         logits = x @ weights.T + biases
         loss = binary_cross_entropy_with_logits(logits, target, importance, reduction="none")
-        penalty = l1 * weights.abs().sum() + l2 * weights.square().sum()
-        (loss.mean(dim=0).sum() + penalty).backward()
-        optimizer.step()
-        schedule.step()
+        squares = weights.square()
+        penalty = l1 * (squares + ROUNDING**2).sqrt().sum() + l2 * squares.sum()
+        total = loss.mean(dim=0).sum() + penalty
+        total.backward()
+        return total
+
+    with torch.enable_grad():
+        solver.step(compute_loss)
     return weights.detach(), biases.detach()

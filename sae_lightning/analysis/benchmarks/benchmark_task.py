@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from sae_lightning.analysis.benchmarks.absorption_suite import run_absorption
 from sae_lightning.analysis.benchmarks.benchmark import Benchmark
 from sae_lightning.analysis.benchmarks.probing_sets import (
     MIN_PER_CLASS,
@@ -22,7 +23,7 @@ class BenchmarkTask(Task):
     """Score the SAE in a benchmark of the field, beside its controls."""
 
     suite: str = "probing"
-    """The benchmark: probing."""
+    """The benchmark: probing or absorption."""
     sets: Any = "usual"
     """Probing: names of labelled sets such as `[96_spam_is,92_glue_sst2]`, or `all`; `usual` for a
     dozen whose texts are short, or all of `sets_folder`."""
@@ -83,4 +84,5 @@ BENCHMARKS = {
         ("sets", "sets_folder", "texts", "splits"),
         lambda: check_set_names(USUAL_SETS, find_set_files(None)),
     ),
+    "absorption": BenchmarkSuite(lambda subject, task: run_absorption(subject)),
 }

@@ -1,0 +1,133 @@
+"""Sections on absorption: the SAE beside its controls, and each concept."""
+
+import math
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING
+
+from sae_lightning.analysis.benchmarks.absorption import ConceptResult, ConceptSamples
+from sae_lightning.report.figures import make_figure
+from sae_lightning.report.section import ResultTable, Section
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+SHARES = {
+    "F1": "f1",
+    "silent": "silent",
+    "absorbed": "absorbed",
+    "absorption fraction": "fraction",
+    "silent with a child": "silent_with_child",
+    "silent without": "silent_without",
+}
+SHOWN_EXAMPLES = 3
+
+
+def make_absorption_sections(
+    samples: ConceptSamples,
+    results: dict[str, list[ConceptResult]],
+    means: dict[str, dict[str, float]],
+) -> list[Section]:
+    """Means of the first SAE of `results` and of its controls, and the concepts of the first."""
+    own, *controls = results
+    columns = {name: field for name, field in SHARES.items() if not math.isnan(means[own][field])}
+    tested = int(samples.parts.test.sum())
+    probes = [each.probe_f1 for each in results[own] if not math.isnan(each.probe_f1)]
+    return [
+        Section(
+            title="Absorption and splitting",
+            lead=_write_lead(samples.noun, means, controls),
+            rows={
+                f"{samples.noun}s": f"{len(samples.concepts)} ({' '.join(samples.concepts)})",
+                "samples": f"{len(samples.samples):,}, of which {tested:,} are counted and scored "
+                "on; the others fit probes and choose features",
+                "probes": f"F1 {fmean(probes):.2f} on the activation" if probes else "",
+                "after ±": f"standard error over {samples.noun}s",
+                "note": "No controls of this SAE are known: train it in a sweep with "
+                "sweep.controls=true." * (not controls),
+            },
+            table=ResultTable(
+                ["", "own features", *columns],
+                [
+                    [
+                        name,
+                        f"{means[name]['features']:.1f}",
+                        *(_format_mean(each, field) for field in columns.values()),
+                    ]
+                    for name, each in results.items()
+                ],
+            ),
+        ),
+        _make_concepts_section(samples.noun, results[own], columns),
+    ]
+
+
+def _write_lead(noun: str, means: dict[str, dict[str, float]], controls: list[str]) -> str:
+    (own, mean), rivals = next(iter(means.items())), {name: means[name] for name in controls}
+    lead = (
+        f"A {noun} has {mean['features']:.1f} features of its own (1 = not split), which tell it "
+        f"with an F1 of {mean['f1']:.2f}. On {mean['silent']:.0%} of the samples that have the "
+        f"{noun} none of them fires; on {mean['absorbed']:.1%} one other feature writes it instead "
+        f"(absorption; {mean['fraction']:.1%} with partial absorption)."
+    )
+    if not math.isnan(mean["silent_with_child"]):
+        lead += (
+            f" They are silent on {mean['silent_with_child']:.0%} of the samples with a child of "
+            f"the {noun}, and on {mean['silent_without']:.0%} of those without."
+        )
+    if not rivals:
+        return lead
+    best = max(rivals, key=lambda name: rivals[name]["f1"])
+    absorbed = [each["absorbed"] for each in rivals.values()]
+    lead += (
+        f" In controls {min(absorbed):.1%} to {max(absorbed):.1%} are absorbed, with an F1 of at "
+        f"most {rivals[best]['f1']:.2f} ({best.replace('_', ' ')})."
+    )
+    if rivals[best]["f1"] >= mean["f1"]:
+        lead += f" As that is no less than {own}'s, its low or high rate says little."
+    return lead
+
+
+def _make_concepts_section(
+    noun: str, results: list[ConceptResult], columns: dict[str, str]
+) -> Section:
+    most = max(results, key=lambda each: each.absorbed)
+    return Section(
+        title=f"Each {noun}",
+        lead=(
+            f"Most is absorbed of {most.concept}: {most.absorbed:.1%} of {most.samples} samples."
+            if most.absorbed
+            else f"No {noun} is absorbed."
+        ),
+        table=ResultTable(
+            [noun, "samples", "probe F1", "own features", *columns, "absorbed by"],
+            [
+                [
+                    each.concept,
+                    str(each.samples),
+                    "" if math.isnan(each.probe_f1) else f"{each.probe_f1:.2f}",
+                    " ".join(map(str, each.features)),
+                    *(f"{getattr(each, field):.3f}" for field in columns.values()),
+                    ", ".join(f"{name}: {i}" for name, i in each.examples[:SHOWN_EXAMPLES]),
+                ]
+                for each in results
+            ],
+        ),
+        figures={f"Samples of each {noun} on which its features are silent": _draw(results)},
+    )
+
+
+def _draw(results: list[ConceptResult]) -> "Figure":
+    drawn = make_figure("", "share of samples").update_xaxes(type="category")
+    for name in ("silent", "absorbed"):
+        drawn.add_bar(
+            name=name,
+            x=[each.concept for each in results],
+            y=[getattr(each, name) for each in results],
+        )
+    return drawn
+
+
+def _format_mean(results: list[ConceptResult], field: str) -> str:
+    values = [getattr(each, field) for each in results]
+    error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return f"{fmean(values):.3f} ± {error:.3f}"

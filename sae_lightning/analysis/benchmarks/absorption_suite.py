@@ -1,0 +1,91 @@
+"""`suite=absorption`: is a letter's feature silent where a feature of a word fires?
+
+words, or synthetic concepts with children -> samples with known concepts and their directions
+samples -> SAE, and each control            -> own features, silent, absorbed
+"""
+
+import math
+from statistics import fmean
+
+import torch
+
+from sae_lightning.analysis.benchmarks.absorption import (
+    ConceptResult,
+    ConceptSamples,
+    Parts,
+    measure_absorption,
+)
+from sae_lightning.analysis.benchmarks.absorption_sections import make_absorption_sections
+from sae_lightning.analysis.benchmarks.absorption_words import read_words
+from sae_lightning.analysis.benchmarks.benchmark import Benchmark
+from sae_lightning.analysis.open_controls import open_controls
+from sae_lightning.analysis.subject import Subject
+from sae_lightning.errors import UserError
+from sae_lightning.stream.synthetic import HeldOutConcepts, SyntheticConfig
+from sae_lightning.terminal import phase
+
+SAMPLES = 16_384  # of synthetic concepts
+MOST_PARENTS, MIN_SAMPLES = 32, 20
+MEANS = ("f1", "silent", "absorbed", "fraction", "silent_with_child", "silent_without")
+
+
+def run_absorption(subject: Subject) -> Benchmark:
+    """Count absorption and splitting in `subject` and its controls: of first letters, or of parents
+    among synthetic concepts. The score is the F1 of a concept's own features, since absorption is
+    least in an SAE that has no such features."""
+    controls = open_controls(subject, None, most=None)
+    synthetic = isinstance(subject.config.data, SyntheticConfig)
+    samples = sample_parents(subject) if synthetic else read_words(subject)
+    saes, results = {"this SAE": subject.sae} | controls, {}
+    with phase("counting absorption", total=len(saes)) as advance:
+        for name, sae in saes.items():
+            results[name] = measure_absorption(samples, sae)
+            advance(1)
+    means = {name: average_results(each) for name, each in results.items()}
+    numbers = {"means": means, "concepts": results}
+    sections = make_absorption_sections(samples, results, means)
+    return Benchmark(numbers, sections, means["this SAE"]["f1"])
+
+
+def average_results(results: list[ConceptResult]) -> dict[str, float]:
+    """Means over concepts of the shares and of the number of own features."""
+    features = {"features": fmean(len(each.features) for each in results)}
+    return features | {name: fmean(getattr(each, name) for each in results) for name in MEANS}
+
+
+def sample_parents(subject: Subject) -> ConceptSamples:
+    """Sample synthetic concepts; those with children, whose directions are known, are the parents.
+    UserError if there are no children, or none fires often enough."""
+    data, sites = subject.config.data, [subject.sites.source]
+    held_out = subject.config.data_source.open_held_out(sites, SAMPLES, 0)
+    assert isinstance(held_out, HeldOutConcepts)
+    world, active = held_out.world, held_out.strengths > 0
+    number = torch.arange(SAMPLES)
+    parts = Parts(number % 5 < 3, number % 5 == 3, number % 5 == 4)
+    own = torch.arange(len(world.parent))
+    is_child = (world.parent != own).nonzero().squeeze(1)
+    children = torch.zeros_like(active, dtype=torch.int32)
+    children.index_add_(1, world.parent[is_child], active[:, is_child].int())
+    counts = torch.stack([(children[part] > 0).sum(dim=0) for part in parts]).amin(dim=0)
+    parents = counts.argsort(descending=True, stable=True)[:MOST_PARENTS]
+    parents = parents[counts[parents] >= MIN_SAMPLES].sort().values
+    if not len(parents):
+        raise UserError(
+            f"data.hierarchy={data.hierarchy}: no concept has children that fire on enough of "
+            f"{SAMPLES:,} samples; train on data=synthetic with a larger data.hierarchy, or fewer "
+            "data.concepts"
+        )
+    x = held_out.activations(subject.sites.source).cpu()
+    return ConceptSamples(
+        noun="parent concept",
+        concepts=[str(i) for i in parents.tolist()],
+        samples=[str(i) for i in range(SAMPLES)],
+        source=x,
+        target=x,
+        labels=active[:, parents],
+        detected=active[:, parents],
+        directions=world.directions[parents],
+        parts=parts,
+        probe_f1=[math.nan] * len(parents),
+        children=children[:, parents] > 0,
+    )

@@ -1,0 +1,103 @@
+"""Absorption and splitting, counted on dictionaries made by hand."""
+
+import pytest
+import torch
+
+from sae_lightning.analysis.benchmarks.absorption import (
+    ConceptSamples,
+    Parts,
+    count_absorption,
+    measure_absorption,
+)
+from sae_lightning.sae import ARCHITECTURES, build_sae
+
+PARENT, CHILD, OTHER = torch.eye(3)
+N = 1500
+PART = torch.arange(N) % 3
+PARTS = Parts(PART == 0, PART == 1, PART == 2)
+
+
+def make_samples(every: int) -> ConceptSamples:
+    """Two of three samples have the parent, one in `every` of them the child; the others OTHER."""
+    n = torch.arange(N) // 3
+    has_parent, has_child = n % 3 < 2, (n % 3 < 2) & (n % every == 0)
+    active = torch.stack([has_parent, has_child, ~has_parent], dim=1)
+    x = active.float()
+    return ConceptSamples(
+        noun="letter",
+        concepts=["parent"],
+        samples=[str(i) for i in range(N)],
+        source=x,
+        target=x,
+        labels=has_parent[:, None],
+        detected=has_parent[:, None],
+        directions=PARENT[None],
+        parts=PARTS,
+        probe_f1=[1.0],
+        children=has_child[:, None],
+    )
+
+
+def make_sae(reads: list[torch.Tensor], bias: list[float], writes: list[torch.Tensor]):
+    """f = relu(x reads^T + bias), one feature for each direction."""
+    config = ARCHITECTURES["relu"].config(features=len(reads))
+    sae = build_sae(config, 3, 3).requires_grad_(False)
+    sae.W_enc[:], sae.b_enc[:] = torch.stack(reads, dim=1), torch.tensor(bias)
+    sae.W_dec[:], sae.b_dec[:] = torch.stack(writes), 0
+    return sae
+
+
+def measure(sae, every: int = 25):
+    (result,) = measure_absorption(make_samples(every), sae)
+    return result
+
+
+PERFECT = make_sae([PARENT, CHILD, OTHER], [0, 0, 0], [PARENT, CHILD, OTHER])
+# The parent's feature is off where the child is on, and the child's feature writes both.
+ABSORBING = make_sae([PARENT - CHILD, CHILD, OTHER], [0, 0, 0], [PARENT, PARENT + CHILD, OTHER])
+
+
+def test_a_perfect_dictionary_absorbs_nothing():
+    result = measure(PERFECT)
+    assert result.features == [0] and result.f1 == 1
+    assert (result.silent, result.absorbed, result.fraction) == (0, 0, 0)
+
+
+def test_absorption_is_the_share_of_samples_on_which_the_child_writes_the_parent():
+    result, samples = measure(ABSORBING), make_samples(25)
+    tested = PARTS.test & samples.labels[:, 0]
+    share = samples.children[tested, 0].float().mean().item()
+    assert share == pytest.approx(1 / 25, rel=0.1)
+    assert result.features == [0]
+    assert result.silent == result.absorbed == result.fraction == pytest.approx(share)
+    assert {feature for _, feature in result.examples} == {1}
+    assert (result.silent_with_child, result.silent_without) == (1, 0)
+
+
+def test_a_feature_that_has_half_of_a_concept_is_a_split_and_absorbs_nothing():
+    """With half of the samples the first feature has an F1 of 2/3, with the second 1."""
+    result = measure(ABSORBING, every=2)
+    assert sorted(result.features) == [0, 1] and result.f1 == 1
+    assert (result.silent, result.absorbed) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("strength", "absorbed", "fraction"),
+    # the probe's projection is 1; other features must write 0.4 of it
+    [(0.39, False, 0.0), (0.41, True, 1.0)],
+)
+def test_a_feature_absorbs_from_two_fifths_of_the_projection(strength, absorbed, fraction):
+    features = torch.tensor([[0.0, strength]])
+    W_dec = torch.stack([PARENT, PARENT + CHILD])
+    rates = count_absorption(features, PARENT[None], PARENT, W_dec, [0])
+    assert rates.absorbed.item() is absorbed
+    assert rates.fraction.item() == fraction
+
+
+def test_a_feature_that_shares_a_concept_absorbs_in_part():
+    """Own 0.5 and other 0.6 of a projection of 1: the other takes 0.5, so half of what is written;
+    the own feature fires, so that nothing is absorbed in full."""
+    features, W_dec = torch.tensor([[0.5, 0.6]]), torch.stack([PARENT, PARENT + CHILD])
+    rates = count_absorption(features, PARENT[None], PARENT, W_dec, [0])
+    assert not rates.silent.item() and not rates.absorbed.item()
+    assert rates.fraction.item() == pytest.approx(0.5)
