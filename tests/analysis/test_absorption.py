@@ -5,7 +5,7 @@ import torch
 
 from sae_lightning.analysis.benchmarks.absorption import (
     ConceptSamples,
-    Parts,
+    SampleParts,
     count_absorption,
     measure_absorption,
 )
@@ -14,7 +14,7 @@ from sae_lightning.sae import ARCHITECTURES, build_sae
 PARENT, CHILD, OTHER = torch.eye(3)
 N = 1500
 PART = torch.arange(N) % 3
-PARTS = Parts(PART == 0, PART == 1, PART == 2)
+PARTS = SampleParts(PART == 0, PART == 1, PART == 2)
 
 
 def make_samples(every: int) -> ConceptSamples:

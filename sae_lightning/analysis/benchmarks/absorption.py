@@ -74,7 +74,7 @@ def count_absorption(
     return Rates(silent, absorbed, fraction, absorbing)
 
 
-class Parts(NamedTuple):
+class SampleParts(NamedTuple):
     """Which samples [n] are used for what; bool."""
 
     fit: Tensor
@@ -103,7 +103,7 @@ class ConceptSamples(NamedTuple):
     """[n, concepts] bool: which of them its activation tells"""
     directions: Tensor
     """[concepts, d] of norm 1"""
-    parts: Parts
+    parts: SampleParts
     probe_f1: list[float]
     """F1 of `detected` on tested samples."""
     children: Tensor | None = None
@@ -131,9 +131,10 @@ class ConceptResult(NamedTuple):
     examples: list[tuple[str, int]]
     """Absorbed samples, with the absorbing feature."""
     silent_with_child: float = math.nan
-    """`silent` among samples on which a child of the concept is active, where that is known."""
+    """Share of samples with a child on which the feature closest to the concept's direction is
+    silent, where children are known: what absorption truly is."""
     silent_without: float = math.nan
-    """`silent` among the others."""
+    """The same among samples without a child."""
 
 
 class OwnFeatures(NamedTuple):
@@ -145,7 +146,7 @@ class OwnFeatures(NamedTuple):
     """F1 on the tested samples of a probe that reads these features alone."""
 
 
-def find_own_features(features: Tensor, labels: Tensor, parts: Parts) -> list[OwnFeatures]:
+def find_own_features(features: Tensor, labels: Tensor, parts: SampleParts) -> list[OwnFeatures]:
     """Find each concept's features, from strengths [n, features] and labels [n, concepts] (bool).
 
     As in the paper: a probe with an L1 penalty ranks the features, and probes on the first k of
@@ -192,12 +193,13 @@ def measure_absorption(samples: ConceptSamples, sae: SAE) -> list[ConceptResult]
         rates = count_absorption(
             features[rows], samples.target[rows], samples.directions[c], W_dec, own.features
         )
-        absorbed, silent = rates.absorbed.nonzero().squeeze(1), rates.silent.float()
-        split = {}
+        absorbed, truth = rates.absorbed.nonzero().squeeze(1), {}
         if samples.children is not None:
             child = samples.children[rows, c]
-            split["silent_with_child"] = silent[child].mean().item()
-            split["silent_without"] = silent[~child].mean().item()
+            closest = cosine_similarity(W_dec, samples.directions[c][None], dim=1).argmax()
+            silent = (features[rows, closest] == 0).float()
+            truth["silent_with_child"] = silent[child].mean().item()
+            truth["silent_without"] = silent[~child].mean().item()
         results.append(
             ConceptResult(
                 concept=concept,
@@ -205,13 +207,13 @@ def measure_absorption(samples: ConceptSamples, sae: SAE) -> list[ConceptResult]
                 probe_f1=samples.probe_f1[c],
                 features=used[own.features].tolist(),
                 f1=own.f1,
-                silent=silent.mean().item(),
+                silent=rates.silent.float().mean().item(),
                 absorbed=rates.absorbed.float().mean().item(),
                 fraction=rates.fraction.mean().item(),
                 examples=[
                     (samples.samples[rows[i]], int(used[rates.absorbing[i]])) for i in absorbed
                 ],
-                **split,
+                **truth,
             )
         )
     return results

@@ -12,12 +12,13 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 SHARES = {
+    "probe F1": "probe_f1",
     "F1": "f1",
     "silent": "silent",
     "absorbed": "absorbed",
-    "absorption fraction": "fraction",
-    "silent with a child": "silent_with_child",
-    "silent without": "silent_without",
+    "fraction": "fraction",
+    "closest silent with a child": "silent_with_child",
+    "closest silent without": "silent_without",
 }
 SHOWN_EXAMPLES = 3
 
@@ -31,7 +32,6 @@ def make_absorption_sections(
     own, *controls = results
     columns = {name: field for name, field in SHARES.items() if not math.isnan(means[own][field])}
     tested = int(samples.parts.test.sum())
-    probes = [each.probe_f1 for each in results[own] if not math.isnan(each.probe_f1)]
     return [
         Section(
             title="Absorption and splitting",
@@ -40,7 +40,7 @@ def make_absorption_sections(
                 f"{samples.noun}s": f"{len(samples.concepts)} ({' '.join(samples.concepts)})",
                 "samples": f"{len(samples.samples):,}, of which {tested:,} are counted and scored "
                 "on; the others fit probes and choose features",
-                "probes": f"F1 {fmean(probes):.2f} on the activation" if probes else "",
+                "fraction": "share of the concept that other features write, in full or in part",
                 "after ±": f"standard error over {samples.noun}s",
                 "note": "No controls of this SAE are known: train it in a sweep with "
                 "sweep.controls=true." * (not controls),
@@ -71,8 +71,9 @@ def _write_lead(noun: str, means: dict[str, dict[str, float]], controls: list[st
     )
     if not math.isnan(mean["silent_with_child"]):
         lead += (
-            f" They are silent on {mean['silent_with_child']:.0%} of the samples with a child of "
-            f"the {noun}, and on {mean['silent_without']:.0%} of those without."
+            f" The feature closest to the {noun}'s direction is silent on "
+            f"{mean['silent_with_child']:.0%} of the samples with a child, and on "
+            f"{mean['silent_without']:.0%} of those without."
         )
     if not rivals:
         return lead
@@ -99,12 +100,11 @@ def _make_concepts_section(
             else f"No {noun} is absorbed."
         ),
         table=ResultTable(
-            [noun, "samples", "probe F1", "own features", *columns, "absorbed by"],
+            [noun, "samples", "own features", *columns, "absorbed by"],
             [
                 [
                     each.concept,
                     str(each.samples),
-                    "" if math.isnan(each.probe_f1) else f"{each.probe_f1:.2f}",
                     " ".join(map(str, each.features)),
                     *(f"{getattr(each, field):.3f}" for field in columns.values()),
                     ", ".join(f"{name}: {i}" for name, i in each.examples[:SHOWN_EXAMPLES]),

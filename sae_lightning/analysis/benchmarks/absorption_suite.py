@@ -12,11 +12,11 @@ import torch
 from sae_lightning.analysis.benchmarks.absorption import (
     ConceptResult,
     ConceptSamples,
-    Parts,
+    SampleParts,
     measure_absorption,
 )
 from sae_lightning.analysis.benchmarks.absorption_sections import make_absorption_sections
-from sae_lightning.analysis.benchmarks.absorption_words import read_words
+from sae_lightning.analysis.benchmarks.absorption_words import read_first_letters
 from sae_lightning.analysis.benchmarks.benchmark import Benchmark
 from sae_lightning.analysis.open_controls import open_controls
 from sae_lightning.analysis.subject import Subject
@@ -26,7 +26,7 @@ from sae_lightning.terminal import phase
 
 SAMPLES = 16_384  # of synthetic concepts
 MOST_PARENTS, MIN_SAMPLES = 32, 20
-MEANS = ("f1", "silent", "absorbed", "fraction", "silent_with_child", "silent_without")
+MEANS = ("probe_f1", "f1", "silent", "absorbed", "fraction", "silent_with_child", "silent_without")
 
 
 def run_absorption(subject: Subject) -> Benchmark:
@@ -35,7 +35,7 @@ def run_absorption(subject: Subject) -> Benchmark:
     least in an SAE that has no such features."""
     controls = open_controls(subject, None, most=None)
     synthetic = isinstance(subject.config.data, SyntheticConfig)
-    samples = sample_parents(subject) if synthetic else read_words(subject)
+    samples = sample_parents(subject) if synthetic else read_first_letters(subject)
     saes, results = {"this SAE": subject.sae} | controls, {}
     with phase("counting absorption", total=len(saes)) as advance:
         for name, sae in saes.items():
@@ -61,7 +61,7 @@ def sample_parents(subject: Subject) -> ConceptSamples:
     assert isinstance(held_out, HeldOutConcepts)
     world, active = held_out.world, held_out.strengths > 0
     number = torch.arange(SAMPLES)
-    parts = Parts(number % 5 < 3, number % 5 == 3, number % 5 == 4)
+    parts = SampleParts(number % 5 < 3, number % 5 == 3, number % 5 == 4)
     own = torch.arange(len(world.parent))
     is_child = (world.parent != own).nonzero().squeeze(1)
     children = torch.zeros_like(active, dtype=torch.int32)
@@ -79,7 +79,7 @@ def sample_parents(subject: Subject) -> ConceptSamples:
     return ConceptSamples(
         noun="parent concept",
         concepts=[str(i) for i in parents.tolist()],
-        samples=[str(i) for i in range(SAMPLES)],
+        samples=[f"sample {i}" for i in range(SAMPLES)],
         source=x,
         target=x,
         labels=active[:, parents],

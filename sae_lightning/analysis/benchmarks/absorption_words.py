@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 
 from sae_lightning.analysis.benchmarks.absorption import (
     ConceptSamples,
-    Parts,
+    SampleParts,
     fit_one_against_rest,
 )
 from sae_lightning.analysis.subject import Subject
@@ -27,7 +27,7 @@ from sae_lightning.llm.sites import distinct_sites
 from sae_lightning.llm.vocabulary import find_bos_id, read_vocabulary
 from sae_lightning.terminal import phase
 
-MAX_WORDS = 16_384
+MOST_WORDS = 16_384
 WORDS_IN_PROMPT, EXAMPLES = 32, 4
 FITTED_SHARE, CHOSEN_SHARE = 0.6, 0.2  # of the prompts; the others are tested
 MIN_WORDS = 10  # of a letter, in each part
@@ -51,21 +51,21 @@ def make_prompt(
     return tokens, positions
 
 
-def read_words(subject: Subject) -> ConceptSamples:
+def read_first_letters(subject: Subject) -> ConceptSamples:
     """Read words in prompts, and fit a probe for each letter; letters with too few words, or that
     the LLM does not know, are left out. UserError if none remains."""
     ids = find_words(read_vocabulary(subject.llm))
-    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))[:MAX_WORDS]
+    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))[:MOST_WORDS]
     words = [list(ids)[i] for i in order.tolist()]
     answers = {letter: _encode_answer(subject, letter) for letter in ascii_lowercase}
     line = 1 + max(map(len, answers.values()))
-    each = min(WORDS_IN_PROMPT, ((subject.context or MAX_WORDS) - 1) // line)
+    each = min(WORDS_IN_PROMPT, ((subject.context or MOST_WORDS) - 1) // line)
     chunks = [words[i : i + each] for i in range(0, len(words), each)]
     read = [word for chunk in chunks for word in chunk[EXAMPLES:]]
     prompt = torch.tensor([i / len(chunks) for i, c in enumerate(chunks) for _ in c[EXAMPLES:]])
     later = prompt >= FITTED_SHARE
     chosen = later & (prompt < FITTED_SHARE + CHOSEN_SHARE)
-    parts = Parts(~later, chosen, later & ~chosen)
+    parts = SampleParts(~later, chosen, later & ~chosen)
     labels = torch.tensor([[word[0] == letter for letter in ascii_lowercase] for word in read])
     enough = torch.stack([labels[part].sum(dim=0) >= MIN_WORDS for part in parts]).all(dim=0)
     _require(subject, enough, f"{len(words):,} whole words are too few for any letter")
@@ -98,7 +98,7 @@ def _fit_probes(
     target: Tensor,
     labels: Tensor,
     enough: Tensor,
-    parts: Parts,
+    parts: SampleParts,
 ) -> ConceptSamples:
     """Fit a probe for each letter that has `enough` words, and keep the letters it tells."""
     from sklearn.metrics import f1_score
