@@ -157,6 +157,8 @@ def small_analysis(command: Command) -> list[str]:
     given = SMALL_TASK[task] | {"run": SWEEP if task == "sweep" else RUN}
     if feature := command.setting("feature"):
         given["feature"] = feature if feature.startswith("[") else "3"
+    if command.setting("control"):
+        given["control"] = RUN
     return replaced(command.arguments, given, sweep=False)
 
 

@@ -9,7 +9,7 @@ A random dictionary of the same size does surprisingly well on the usual scores 
 """
 
 from collections.abc import Mapping, Sequence
-from statistics import fmean, stdev
+from statistics import fmean, variance
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -21,11 +21,11 @@ from sae_lightning.analysis.survey.reading import score_token_sets
 from sae_lightning.analysis.survey.sample import SequenceSampler
 from sae_lightning.analysis.theory.detection import find_detector
 from sae_lightning.analysis.theory.one_concept import ConceptCounts, find_frequent
+from sae_lightning.report.noise import CRITICAL_T
 from sae_lightning.report.section import ResultTable, Section
 from sae_lightning.sae import SAE
 from sae_lightning.sae.controls import Control
 
-NOISE = 2.0  # standard errors that a difference must exceed to be called one
 MAX_L0_RATIO = 1.1  # above, two SAEs are not equally sparse
 
 
@@ -135,8 +135,8 @@ def make_control_section(
     compared = _compare_features(own, controls)
     if compared:
         notes["called better"] = (
-            f"above by more than {NOISE:g} standard errors, over features, concepts or folds; how "
-            "much another seed would change is not in them"
+            "the mean over features, concepts or folds is higher by more than their spread "
+            "explains (t-test, 5 % level); training with another seed would add to it"
         )
     return Section(
         title="Beside a control",
@@ -183,18 +183,14 @@ def _compare_features(own: Scores, controls: Mapping[str, Scores]) -> str:
 
 
 def exceeds_noise(a: Sequence[float], b: Sequence[float], *, paired: bool) -> bool:
-    """Whether the mean of `a` is above that of `b` by more than NOISE standard errors of the
-    difference; `paired`: a[i] and b[i] are measured on the same concept or fold."""
-    if paired:
-        gaps = [x - y for x, y in zip(a, b, strict=True)]
-        return fmean(gaps) > NOISE * _standard_error(gaps)
-    error = (_standard_error(a) ** 2 + _standard_error(b) ** 2) ** 0.5
-    return fmean(a) - fmean(b) > NOISE * error
-
-
-def _standard_error(values: Sequence[float]) -> float:
-    """Standard error of the mean; infinite for a single value, whose noise is not known."""
-    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("inf")
+    """Whether the mean of `a` is above that of `b` in a t-test at the 5 % level; False where there
+    is only one sample. `paired`: a[i] and b[i] are measured on the same concept or fold."""
+    samples = [[x - y for x, y in zip(a, b, strict=True)]] if paired else [a, b]
+    freedom = min(map(len, samples)) - 1
+    if freedom < 1:
+        return False
+    allowed = CRITICAL_T[min(freedom, len(CRITICAL_T)) - 1]
+    return fmean(a) - fmean(b) > allowed * sum(variance(x) / len(x) for x in samples) ** 0.5
 
 
 def _compare_reconstructions(own: Scores, controls: Mapping[str, Scores]) -> str:

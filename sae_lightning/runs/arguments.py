@@ -32,6 +32,7 @@ from sae_lightning.terminal import name_program
 PATH_SETTINGS = (
     "resume",
     "run",
+    "control",
     "file",
     "data.path",
     "data.cache_folder",
@@ -41,6 +42,7 @@ PATH_SETTINGS = (
     "hydra.run.dir",
     "hydra.sweep.dir",
 )
+ANALYSED_PATHS = ("resume", "run", "control", "file")  # never a list of several
 # Hydra's syntax: quotes, interpolations, escapes.
 HYDRA_SYNTAX = re.compile(r"""^['"]|\$\{|\\[()\[\]{}:=, ]""")
 # One value of a comma-separated list, quoted or not.
@@ -228,7 +230,7 @@ def _quote_text(argument: str, sweep: bool, texts: dict[str, bool]) -> str:
         raise UserError(f"{setting}: the text is not UTF-8; use a terminal with a UTF-8 locale")
     if (is_path or sweep) and HYDRA_SYNTAX.search(value) or (sweep and re.match(r"\w+\(", value)):
         return argument
-    if is_path and "," in value and not sweep and setting not in ("resume", "run", "file"):
+    if is_path and "," in value and not sweep and setting not in ANALYSED_PATHS:
         return argument  # Hydra sees several values, and the error says that they need -m
     expand = os.path.expanduser if is_path else str
     values = SWEEP_VALUE.findall(value) if sweep else [("", value)]

@@ -60,10 +60,10 @@ def test_the_llm_reads_the_text_once_for_an_sae_and_its_controls(subject, words,
     assert torch.equal(again.sample.strengths, found.sample.strengths)
 
 
-def test_a_difference_is_one_if_it_exceeds_two_standard_errors():
-    """Of 4 pairs with gaps 1, 1, 1, 3: mean 1.5, standard error 1 / sqrt(4) = 0.5. Unpaired, the
-    spread of a itself counts: sd 12.9 / sqrt(4) for each."""
-    a, b = [1.0, 11.0, 21.0, 33.0], [0.0, 10.0, 20.0, 30.0]
+def test_a_difference_is_one_if_it_exceeds_its_noise():
+    """Of 4 pairs with gaps 1, 1, 1, 2: mean 1.25, standard error 0.5 / sqrt(4) = 0.25, 3.18 of
+    which are 0.8. Unpaired, the spread of each counts: about 13 / sqrt(4)."""
+    a, b = [1.0, 11.0, 21.0, 32.0], [0.0, 10.0, 20.0, 30.0]
     assert exceeds_noise(a, b, paired=True)
     assert not exceeds_noise(a, b, paired=False)
     assert not exceeds_noise(b, a, paired=True)
