@@ -58,11 +58,11 @@ SCORE_KINDS = {
     "error_share": ScoreKind("CE that the error alone recovers", "{:.1%}"),
     "recovered": ScoreKind("concepts recovered", "{:.1%}"),
     "token_score": ScoreKind("token score, mean", "{:.2f}", "match token sets"),
-    "token_like": ScoreKind("features with a token score above 0.5", "{:.0%}"),
+    "token_like": ScoreKind("token score above 0.5", "{:.0%}"),
     "concepts": ScoreKind("concepts, F1 of the best feature", "{:.2f}", "detect concepts", True),
     **{
         f"probe_{k}": ScoreKind(
-            f"speakers, AUROC of {k} feature{'s' * (k > 1)} each",
+            f"speakers, AUROC of {k} feature" + "s" * (k > 1),
             "{:.3f}",
             f"tell speakers apart {'one by one' if k == 1 else f'in groups of {k}'}",
             True,
