@@ -11,7 +11,7 @@ import gc
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import chain, islice
 from math import ceil
 from pathlib import Path
 
@@ -34,7 +34,13 @@ from sae_lightning.runs.heap import give_back_freed_memory
 from sae_lightning.runs.hparams import make_hparams
 from sae_lightning.runs.jobs import CONFIG_FILE, Job, format_resume_command, read_job
 from sae_lightning.runs.launchers import find_place
-from sae_lightning.runs.plan import HeldOutResults, PlannedPass, assign_jobs
+from sae_lightning.runs.plan import (
+    HeldOutResults,
+    PlannedPass,
+    assign_jobs,
+    cut_evenly,
+    group_partners,
+)
 from sae_lightning.runs.starts import forget_starts
 from sae_lightning.terminal import console, make_visible
 from sae_lightning.training.settings import Accelerator, Splitting
@@ -150,8 +156,8 @@ def plan_passes(jobs: Iterable[Job]) -> list[PlannedPass]:
 
 def _split_group(group: list[CheckedJob]) -> list[PlannedPass]:
     """Passes of about equal size, each with at most `sweep.max_heads` SAEs or, by default, as many
-    as fit into free memory."""
-    jobs, sites, done, shapes, _ = (list(column) for column in zip(*group, strict=True))
+    as fit into free memory. An SAE and the controls that follow its L0 share a pass and a rank."""
+    jobs, sites, _, shapes, _ = (list(column) for column in zip(*group, strict=True))
     configs = [job.config for job in jobs]
     trainer = configs[0].trainer
     ranks, free = count_ranks(configs[0]), _read_free_memory(configs[0])
@@ -161,28 +167,41 @@ def _split_group(group: list[CheckedJob]) -> list[PlannedPass]:
         splits = 1 if trainer.split is Splitting.none else ranks
         memory.check_memory(needed, configs, sites, shapes[0], free, splits)
         room, head = 0.9 * free - needed.shared, max(needed.heads)
-        if trainer.split is Splitting.all:
-            max_heads = max(1, int(room // (head / ranks + needed.hidden)))
-        else:
-            max_heads = max(1, ranks * int(room // (head + needed.hidden)))
-    parts = ceil(len(jobs) / max_heads)
-    ends = [len(jobs) * n // parts for n in range(parts + 1)]
-    passes = []
-    for a, b in pairwise(ends):
-        numbers = range(b - a)
-        part = needed._replace(heads=needed.heads[a:b])
-        split = frozenset(
-            n
-            for n in numbers
-            if 1 < ranks <= configs[a + n].model.features
-            and _is_split(trainer.split, len(numbers), part.bytes_for([n]), free)
+        is_split = trainer.split is Splitting.all
+        on_rank = max(1, int(room // ((head / ranks if is_split else head) + needed.hidden)))
+        partners = group_partners(jobs, on_rank)
+        largest = max(map(len, partners))
+        max_heads = on_rank if is_split else ranks * (on_rank // largest * largest)
+    else:
+        partners = group_partners(jobs, max_heads)
+    if len(partners) > len(group_partners(jobs)):
+        console.print(
+            "too many controls to train together with their SAEs: some keep their own sparsity "
+            "coefficients instead of following the L0 of the SAE"
         )
-        shares = assign_jobs(part.heads, split, ranks)
-        largest = max(part.bytes_for(share, split, ranks) for share in shares)
-        passes.append(
-            PlannedPass(jobs[a:b], sites[a:b], done[0], shapes[0], largest, shares, split)
-        )
-    return passes
+    return [_plan_pass(group, part, needed, free) for part in cut_evenly(partners, max_heads)]
+
+
+def _plan_pass(
+    group: list[CheckedJob], partners: list[list[int]], needed: memory.PassMemory, free: float
+) -> PlannedPass:
+    """Plan the pass of some jobs of `group`: those with the numbers in `partners`, each list of
+    which shares a rank."""
+    numbers = [*chain(*partners)]
+    jobs, sites, done, shapes, _ = (list(x) for x in zip(*(group[n] for n in numbers), strict=True))
+    config, ranks = jobs[0].config, count_ranks(jobs[0].config)
+    part = needed._replace(heads=[needed.heads[n] for n in numbers])
+    split = frozenset(
+        n
+        for n, job in enumerate(jobs)
+        if 1 < ranks <= job.config.model.features
+        and _is_split(config.trainer.split, len(jobs), part.bytes_for([n]), free)
+    )
+    places = iter(range(len(jobs)))
+    groups = [[*islice(places, len(each))] for each in partners]
+    shares = assign_jobs(part.heads, split, ranks, groups)
+    largest = max(part.bytes_for(share, split, ranks) for share in shares)
+    return PlannedPass(jobs, sites, done[0], shapes[0], largest, shares, split)
 
 
 def _read_free_memory(config: Config) -> float:

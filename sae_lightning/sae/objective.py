@@ -39,6 +39,12 @@ class Loss:
         """Coefficient of each term but the mse, after warm-up."""
         return {}
 
+    @property
+    def fixes_coefficient(self) -> bool:
+        """Whether L0 is what a fixed coefficient makes of it: no target and no k decides it."""
+        has_target = getattr(self, "target_l0", None) is not None
+        return bool(self.coefficients().get(self.sparsity)) and not has_target
+
 
 class RowNorms(torch.autograd.Function):
     """[n]: norms of rows [n, d], with a backward pass that reads the rows only once."""

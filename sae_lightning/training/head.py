@@ -70,6 +70,7 @@ class Head(nn.Module):
         self.density: Tensor | None = None  # [features] on held-out data
         self.failure: str | None = None  # why the head is frozen
         self.writes = True  # whether this rank writes its files
+        self.partner: int | None = None  # of a control: number of the head whose L0 it follows
         self.active_density = 1.0  # density of sparse products at the last update
 
         features, d_out = sae.W_dec.shape
@@ -89,6 +90,9 @@ class Head(nn.Module):
             # decoder directions at the start, 0 for features that the start lacks, and which fired
             self.register_buffer("start_rows", torch.zeros(features, d_out, dtype=torch.float16))
             self.register_buffer("start_fired", torch.zeros(features, dtype=torch.uint8))
+        # of a control: the last known L0 of the trained SAE, NaN as long as there is none
+        follows = sae.config.control is not None and loss.fixes_coefficient
+        self.register_buffer("l0_target", torch.tensor(torch.nan) if follows else None)
         if sae.config.control is Control.soft_frozen_decoder:
             # not in checkpoints: the seed makes them again
             self.register_buffer("random_rows", normalize(sae.W_dec.detach()), persistent=False)

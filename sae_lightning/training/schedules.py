@@ -24,7 +24,7 @@ def is_due(step: int, batch: int, every: int) -> bool:
 
 def measure_l0_error(l0: float, target: float) -> float:
     """log(L0 / target), clamped to [-1, 1]."""
-    return min(max(math.log(max(l0, 1e-9) / target), -1.0), 1.0)
+    return min(max(math.log(max(l0, 1e-9) / max(target, 1e-9)), -1.0), 1.0)
 
 
 def steering_factor(now: float, before: float, step: int, total: int) -> float:

@@ -1,5 +1,7 @@
 """Callbacks that act on every update: schedules, fixed decoder norms, clipping, L0 target."""
 
+import math
+
 import lightning as L
 import torch
 from torch import Tensor
@@ -92,7 +94,7 @@ def _clip(head: Head) -> Tensor:
 
 class TargetL0(L.Callback):
     """Adjusts `head.steering`, a factor of the sparsity coefficient, so that L0 approaches
-    `loss.target_l0`.
+    `loss.target_l0` or, in a control, the L0 of the trained SAE.
 
     It starts after the penalty's warm-up, during which L0 is large at any coefficient.
     """
@@ -101,14 +103,28 @@ class TargetL0(L.Callback):
         """Adjust the coefficients of the heads that have a target."""
         for head in module.training_heads:
             target = getattr(head.loss, "target_l0", None)
-            if target is None:
-                continue
             # read together: each read makes the host wait for the GPU
-            buffers = (head.last_step.l0, head.l0_error, head.penalty_factor)
-            l0, before, warmed_up = torch.stack(buffers).tolist()
-            if warmed_up < 1:
+            buffers = [head.last_step.l0, head.l0_error, head.penalty_factor]
+            if head.l0_target is not None:
+                _follow_partner(head, module)
+                buffers.append(head.l0_target)
+            elif target is None:
+                continue
+            l0, before, warmed_up, *followed = torch.stack(buffers).tolist()
+            (target,) = followed or [target]
+            if warmed_up < 1 or math.isnan(target):
                 continue
             now = measure_l0_error(l0, target)
             before = now if before > 1 else before  # above 1: no earlier error yet
             head.steering.mul_(steering_factor(now, before, trainer.global_step, module.steps))
             head.l0_error.fill_(now)
+
+
+def _follow_partner(control: Head, module: L.LightningModule) -> None:
+    """Keep the trained SAE's L0 on the batch of this update, on which the control's L0 was counted,
+    too: that batches differ then hardly matters."""
+    if control.partner is None:
+        return
+    trained = module.heads[control.partner]
+    if trained.failure is None:
+        control.l0_target.copy_(trained.last_step.l0)
