@@ -18,6 +18,7 @@ SMALL = {
     "loss.target_l0": ("8", "6"),
     "layer.index": ("1", "0"),
     "callbacks.resample.every": ("128", "256"),
+    "sweep.seeds": ("2",),
     "hydra.sweeper.n_trials": ("2",),
     "hydra.sweeper.n_jobs": ("2",),
     "trainer.devices": ("1",),  # tests/test_devices.py has several
