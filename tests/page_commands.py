@@ -61,7 +61,7 @@ SMALL_TASK = {
     "features": READ,
     "theory": READ,
     "probe": READ,
-    "benchmark": {},
+    "probing": {"sets": "all", "sets_folder": "sets", "splits": "1"},
     "text": READ,
     "evaluate": {},
     "lens": {"contexts": "2"},
@@ -155,7 +155,9 @@ def small_training(command: Command) -> list[str]:
 
 def small_analysis(command: Command) -> list[str]:
     task = command.setting("task") or ""
-    given = SMALL_TASK[task] | {"run": SWEEP if task == "sweep" else RUN}
+    given = SMALL_TASK[command.setting("suite") or task] | {
+        "run": SWEEP if task == "sweep" else RUN
+    }
     if feature := command.setting("feature"):
         given["feature"] = feature if feature.startswith("[") else "3"
     if command.setting("control"):

@@ -47,6 +47,7 @@ COMPOSED = {
     "logger=mlflow": "tests/training/test_loggers.py runs it, which takes seconds",
     "hydra/launcher=submitit_slurm": "needs a Slurm cluster",
     "hydra/launcher=submitit_local": "starts processes; tests/runs/test_sweepers.py does that",
+    "sweep.objective=probing": "needs the package sae-probes",
     "hydra/launcher=ray": "not compatible with constraints.txt",
     "llm.load={device_map:auto,max_memory:{0:20GiB,cpu:60GiB},offload_folder:/scratch/off}": "GPU",
     "llm.load.quantization_config={load_in_8bit:true}": "needs bitsandbytes",
@@ -125,6 +126,10 @@ def folder(tmp_path_factory):
     (folder / "notes.txt").write_text(TEXT)
     (folder / "hub").mkdir()
     write_activations(folder)
+    (folder / "sets").mkdir()
+    pairs = [f"word {n},{n % 2}\n" for n in range(80)]
+    for name in ("96_spam_is", "92_glue_sst2"):
+        (folder / "sets" / f"{name}.csv").write_text("prompt,target\n" + "".join(pairs))
     words = TEXT.split()
     rows = [json.dumps({"text": " ".join(words[n % 7 :] * 2)}) for n in range(60)]
     for split in ("train", "validation"):

@@ -32,7 +32,7 @@ class BenchmarkTask(Task):
     `prompt` and `target` (two classes); null for those of the package sae-probes."""
     texts: int = 1000
     """Probing: texts of each set, at most."""
-    splits: int = 3
+    splits: int = 2
     """Probing: how often each set is split at random into texts to fit on and texts to test on."""
 
     def __post_init__(self):
