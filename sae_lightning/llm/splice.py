@@ -188,7 +188,7 @@ def _sum_chunks(
     kept, target_ids = kept.to(find_row_device(model)), ids.to(device)[sequence, position + 1]
     hidden = [output.last_hidden_state[sequence, position]]
     for edit in edits:
-        with replace_activations(model, source, target, _where(kept, edit)):
+        with replace_activations(model, source, target, splice_kept(kept, edit)):
             hidden.append(run_body(model, ids).last_hidden_state[sequence, position])
     chunks = []
     for ids_part, first, *others in zip(
@@ -200,7 +200,7 @@ def _sum_chunks(
             spliced = compute_logits(model, output, other)
             ce.append(_cross_entropy(spliced, ids_part))
             if with_kl:
-                kl.append(_kl(clean, spliced))
+                kl.append(compute_kl(clean, spliced).cpu().double().sum().item())
         chunks.append(ce + kl)
     return chunks
 
@@ -248,7 +248,7 @@ def compute_logits(model: nn.Module, output, hidden: Tensor) -> Tensor:
     return logits[0]
 
 
-def _where(kept: Tensor, edit: Edit) -> Edit:
+def splice_kept(kept: Tensor, edit: Edit) -> Edit:
     """edit(x, y) at the kept positions [sequences, context], in float32, and y at the others."""
 
     def apply(x: Tensor, y: Tensor) -> Tensor:
@@ -272,10 +272,10 @@ def _cross_entropy(logits: Tensor, target_ids: Tensor) -> float:
     return torch.cat(parts).cpu().double().sum().item()
 
 
-def _kl(clean: Tensor, other: Tensor) -> float:
-    """Sum of KL(clean || other) for logits [n, vocabulary]."""
+def compute_kl(clean: Tensor, other: Tensor) -> Tensor:
+    """KL(clean || other) [n] for logits [n, vocabulary]."""
     parts = []
     for x, y in zip(_split(clean), _split(other), strict=True):
         p, q = x.float().log_softmax(-1), y.float().log_softmax(-1)
         parts.append((p.exp() * (p - q)).sum(-1))
-    return torch.cat(parts).cpu().double().sum().item()
+    return torch.cat(parts)

@@ -82,6 +82,7 @@ def check_jobs(jobs: list[Job]) -> list[CheckedJob]:
     for job in jobs:
         _check_folder(job)
         _check_loss_tokens(job)
+        _check_kl(job)
         check_loggers(job.config.logger)
     if any(job.config.data != config.data for job in jobs):
         raise UserError(
@@ -135,6 +136,21 @@ def _check_loss_tokens(job: Job) -> None:
         raise UserError(
             f"{typed[0]} has no meaning with {job.config.data_source.where}, whose activations "
             "come from no LLM: leave it out"
+        )
+
+
+def _check_kl(job: Job) -> None:
+    """UserError if there is no LLM, or not the whole LLM, to measure `loss.kl`."""
+    config = job.config
+    if config.loss.kl and not config.data_source.has_llm:
+        raise UserError(
+            f"loss.kl={config.loss.kl} is measured on an LLM's predictions, and with "
+            f"{config.data_source.where} there is no LLM: leave it out"
+        )
+    if config.loss.kl and not config.eval.loss_tokens:
+        raise UserError(
+            f"loss.kl={config.loss.kl} needs the whole LLM, and with eval.loss_tokens=0 only the "
+            "blocks up to the SAE are loaded: leave one of them out"
         )
 
 

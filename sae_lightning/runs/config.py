@@ -22,10 +22,11 @@ from sae_lightning.llm.sites import LayerConfig
 from sae_lightning.runs.search import BENCHMARK_OBJECTIVES, SweepConfig
 from sae_lightning.runs.words import translate_setting
 from sae_lightning.sae import ARCHITECTURES, Loss, SAEConfig
-from sae_lightning.sae.controls import NOT_FOR_TRANSCODERS
+from sae_lightning.sae.controls import NOT_FOR_TRANSCODERS, Control
 from sae_lightning.stream import SOURCES, make_source
 from sae_lightning.stream.source import DataConfig, Source
 from sae_lightning.training.logger_settings import LoggerConfig
+from sae_lightning.training.schedules import find_tuning_start
 from sae_lightning.training.settings import (
     CallbacksConfig,
     EvalConfig,
@@ -180,6 +181,11 @@ class Config:
                 f"callbacks.resample.every={resampling}: resampling points features at "
                 f"activations, which model.control={control.name} must not learn from; give null"
             )
+        if self.loss.kl and control is Control.shuffled_activations:
+            raise UserError(
+                f"loss.kl={self.loss.kl}: the LLM's own activations are what "
+                f"model.control={control.name} must not learn from; leave one of them out"
+            )
         if control in NOT_FOR_TRANSCODERS and self.layer.target not in (None, self.layer.source):
             raise UserError(
                 f"model.control={control.name} has no meaning for a transcoder; use "
@@ -190,6 +196,13 @@ class Config:
     def data_source(self) -> Source:
         """The source of activations, such as an LLM that reads text."""
         return make_source(self.llm, self.data, self.seed)
+
+    @property
+    def tuned_from(self) -> int | None:
+        """The update at which fine-tuning with `loss.kl` begins; None without it."""
+        if not self.loss.kl:
+            return None
+        return find_tuning_start(self.trainer.steps, self.loss.kl_from)
 
     def to_dict(self) -> dict[str, Any]:
         """All settings, for YAML and JSON: groups as dicts, enums as their names."""
@@ -206,7 +219,9 @@ class Config:
 
     def fixed_on_resume(self) -> dict[str, Any]:
         """The settings that must be the same on resuming, by dotted name."""
-        return {k: v for k, v in self.to_flat_dict().items() if not k.startswith(FREE_ON_RESUME)}
+        # older checkpoints lack loss.kl
+        free = FREE_ON_RESUME if self.loss.kl else (*FREE_ON_RESUME, "loss.kl")
+        return {k: v for k, v in self.to_flat_dict().items() if not k.startswith(free)}
 
     def stream_key(self) -> str:
         """Hash of the stream half: runs with equal keys can share one pass of the LLM.

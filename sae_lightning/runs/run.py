@@ -170,6 +170,8 @@ def assemble(planned: PlannedPass, opened: OpenedData) -> RunParts:
         resampling=[job.config.callbacks.resample for job in jobs],
         resume=format_resume_command(jobs),
         starts_warm=any(job.config.model.start for job in jobs),
+        tuning_text=opened.tuning_text,
+        tuning_starts={job.config.tuned_from for job in jobs} - {None},
     )
     on_cuda = trainer.accelerator is not Accelerator.cpu and torch.cuda.is_available()
     return RunParts(
@@ -229,6 +231,7 @@ def make_head(job: Job, sites: SitePair, llm: LLMShape, ranks: Ranks = ALONE) ->
         seed=config.model.seed,
         products=config.trainer.products,
     )
+    head.tuned_from = config.tuned_from
     head.settings = config.fixed_on_resume()
     head.metadata = config.data_source.make_saelens_metadata(sites) | {
         "sae_lightning": config.describe_settings()
@@ -257,6 +260,8 @@ def score_and_save(planned: PlannedPass, parts: RunParts) -> HeldOutResults:
             "speed": module.speed
             | {"heads": len(jobs), "peak_memory_gb": measure_peak_memory_gb()},
         }
+        if head.before_kl:
+            metrics |= {"before_kl": head.before_kl}
         if head.fates:
             metrics |= {"start": head.start_metrics, "fates": head.fates}
         with write_atomically(jobs[number].folder / DENSITY_FILE) as temporary:

@@ -12,6 +12,8 @@ from sae_lightning.errors import UserError
 from sae_lightning.sae.base import SAE, TrainingOutput
 from sae_lightning.sae.losses import auxk, mse, preact
 
+KL_FROM = 0.9  # default of loss.kl_from
+
 
 class TrainingStatus(NamedTuple):
     """The state of the run that an objective may depend on."""
@@ -24,10 +26,34 @@ class TrainingStatus(NamedTuple):
 
 @dataclass(slots=True, kw_only=True)
 class Loss:
-    """loss = mse + sum of coefficient x term."""
+    """loss = mse + sum of coefficient x term.
+
+    With `kl`, at the end of the run: (mse + kl x mse' / KL' x KL) / (1 + kl) in place of the mse,
+    where KL is that of the LLM's predictions with the reconstruction in place, and a prime marks
+    values that get no gradient. KL and mse then pull by their relative changes, and the sum keeps
+    the size of the mse, so that the other coefficients keep their meaning (Karvonen 2025, arXiv
+    2503.17272, with kl = 1)."""
 
     sparsity = None
     """The term that makes features sparse: `warmup` and `target_l0` act on its coefficient."""
+
+    kl: float = 0.0
+    """Weight, relative to the mse, of the KL divergence of the LLM's predictions with the SAE in
+    place from those without it, in the last part of the run; 0 is off, Karvonen 2025: 1."""
+    kl_from: float = KL_FROM
+    """Share of the run after which `kl` takes effect."""
+
+    def __post_init__(self):
+        _not_negative("kl", self.kl, "1")
+        if not 0 <= self.kl_from < 1:
+            raise UserError(
+                f"loss.kl_from={self.kl_from}: give a share of the run, from 0 to below 1"
+            )
+        if not self.kl and self.kl_from != KL_FROM:
+            raise UserError(
+                f"loss.kl_from={self.kl_from} has no effect with loss.kl=0: leave it out, or give "
+                "loss.kl=1"
+            )
 
     def terms(
         self, sae: SAE, output: TrainingOutput, target: Tensor, status: TrainingStatus
@@ -82,6 +108,7 @@ class PenaltyLoss(Loss):
     size hardly matters: only dead features get its gradient, and Adam normalises it."""
 
     def __post_init__(self):
+        Loss.__post_init__(self)
         _not_negative("preact", self.preact, "3e-6")
         if not 0 <= self.warmup <= 1:
             raise UserError(f"loss.warmup={self.warmup}: give a share of the run, from 0 to 1")
@@ -137,6 +164,7 @@ class AuxKLoss(Loss):
     """Dead features used on each token; null for half the width of the target site."""
 
     def __post_init__(self):
+        Loss.__post_init__(self)
         _not_negative("auxk", self.auxk, "0.03125")
         if self.auxk_k is not None and self.auxk_k < 1:
             raise UserError(f"loss.auxk_k={self.auxk_k}: give at least 1 feature, or null")

@@ -40,6 +40,9 @@ class MixedTokens(TokenStream):
         tokens, is_text = (torch.cat([part[field] for part in parts]) for field in (0, 1))
         return Sequences(tokens, is_text, torch.arange(first, first + n))
 
+    def reopen(self) -> "MixedTokens":
+        return MixedTokens([text.reopen() for text in self.texts], self.weights)
+
     def fingerprint(self) -> str:
         """The fingerprints of all texts."""
         return "; ".join(text.fingerprint() for text in self.texts)

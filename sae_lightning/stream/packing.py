@@ -97,6 +97,10 @@ class TokenStream(Protocol):
     packing: Packing
 
     def next(self, n: int) -> Sequences: ...
+    def reopen(self) -> "TokenStream":
+        """Return a stream of the same sequences from their beginning, with its own position."""
+        ...
+
     def fingerprint(self) -> str:
         """Return a string that identifies the text, the same in every process."""
         ...

@@ -183,6 +183,8 @@ class OpenedData(NamedTuple):
     """Facts about the data to print, {label: text}."""
     modules: dict[Site, str] = {}
     """Name of the LLM's module at each site."""
+    tuning_text: Any = None
+    """A `TuningText`, for `loss.kl`; None without an LLM."""
 
 
 class DataMemory(NamedTuple):

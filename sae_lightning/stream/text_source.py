@@ -34,6 +34,7 @@ from sae_lightning.stream.open_rows import open_rows, pick_cache_folder
 from sae_lightning.stream.source import DataMemory, OpenedData, Source, TextConfig
 from sae_lightning.stream.states import expect, expect_rows, expect_stream
 from sae_lightning.stream.tokens import SplitTokens, open_tokens
+from sae_lightning.stream.tuning_text import TuningText
 
 EAGER_CONTEXT = 256  # tokens; longer contexts take too much memory with eager attention
 
@@ -165,7 +166,16 @@ class TextSource(Source):
             )
         held_out = self.open_held_out(sites, tokens, loss_tokens, opened, own)
         as_returned = [site for site in sites if measure_branch_scale(llm.model, site) == 1]
-        return OpenedData(rows, held_out, about, find_module_paths(llm.model, as_returned))
+        tuning_text = TuningText(
+            llm,
+            text.train,
+            sites,
+            batch=self.llm.batch,
+            max_norm=self.data.max_norm,
+            keep_special=self.data.keep_special,
+        )
+        modules = find_module_paths(llm.model, as_returned)
+        return OpenedData(rows, held_out, about, modules, tuning_text)
 
     def open_held_out(
         self,

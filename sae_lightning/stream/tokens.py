@@ -70,6 +70,9 @@ class ShuffledTokens(TokenStream):
             self.cursor += 1
         return self.packing.pack_sequences(windows, torch.tensor(ids, dtype=torch.int64))
 
+    def reopen(self) -> "ShuffledTokens":
+        return ShuffledTokens(self.flat, self.packing, self.seed)
+
     def fingerprint(self) -> str:
         """What identifies the text (see `summarise_tokens`)."""
         if not self._fingerprint:
@@ -184,6 +187,9 @@ class StreamedTokens(TokenStream):
             self._begin(self.epoch + 1)
         self.served += n
         return self.packing.pack_sequences(windows, torch.arange(self.served - n, self.served))
+
+    def reopen(self) -> "StreamedTokens":
+        return StreamedTokens(self.data, self.tokenizer, self.packing, self.seed, self.where)
 
     def fingerprint(self) -> str:
         """Length and checksum of the first documents: the rest of a streamed text is not read."""

@@ -3,6 +3,7 @@
 Shapes: batch = tokens, d_in and d_out = widths of the source and target site.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,12 +14,16 @@ from torch.profiler import record_function
 
 from sae_lightning.errors import UserError
 from sae_lightning.llm.sites import Site
+from sae_lightning.llm.spliced_kl import CleanRun
 from sae_lightning.sae import SAE, Loss, Output, TrainingStatus
 from sae_lightning.sae.controls import Control, permute_dimensions
 from sae_lightning.sae.matrix import Matrix
 from sae_lightning.sae.products import break_even_density
 from sae_lightning.sae.sparse import pick_working_dtype
+from sae_lightning.stream.tuning_text import TuningText
 from sae_lightning.training.settings import CallbacksConfig, OptimConfig, Products
+
+SMALLEST_KL = 1e-8  # added to a KL that is divided by
 
 
 class StepResult(NamedTuple):
@@ -58,6 +63,8 @@ class Head(nn.Module):
         super().__init__()
         self.start: str | None = None  # the SAE to start from, until it has
         self.start_metrics: dict[str, float] = {}  # held-out metrics of that SAE
+        self.tuned_from: int | None = None  # the first update with `loss.kl`
+        self.before_kl: dict[str, float] = {}  # held-out metrics before that update
         self.adam_steps = 0  # of Adam's state at the start
         self.fates: dict[str, int] = {}  # see `count_fates`
         self.sae, self.loss, self.optim, self.callbacks = sae, loss, optim, callbacks
@@ -114,8 +121,9 @@ class Head(nn.Module):
             return limit > 0
         return self.products is Products.auto and self.active_density < limit
 
-    def forward(self, batch: dict[Site, Tensor]) -> Tensor:
-        """Training loss [] of a batch {site: [batch, d_site]} of raw activations."""
+    def forward(self, batch: dict[Site, Tensor], tuned: bool = False) -> Tensor:
+        """Training loss [] of a batch {site: [batch, d_site]} of raw activations; in a `tuned`
+        update `tune` adds to it."""
         x, target = self.normalise(batch)
         if self.sae.config.control is Control.shuffled_activations:
             x = target = self._shuffle(x)
@@ -123,7 +131,7 @@ class Head(nn.Module):
         status = TrainingStatus(self.dead, self.progress)
         with record_function("loss"):
             terms = self.loss.terms(self.sae, output, target, status)
-        loss = terms["mse"]
+        loss = terms["mse"] / (1 + self.loss.kl) if tuned else terms["mse"]
         for name, coefficient in self.effective_coefficients.items():
             loss = loss + coefficient * terms[name]
         l0 = self._count_firing(output.features)
@@ -137,6 +145,19 @@ class Head(nn.Module):
             l0,
             target,
             output.reconstruction.detach(),
+        )
+        return loss
+
+    def tune(self, text: TuningText, runs: Sequence[CleanRun]) -> Tensor:
+        """The term with `loss.kl` [], on the text of an update whose other terms are computed: kl /
+        (1 + kl) x mse / KL x KL, where mse / KL gets no gradient.
+
+        In float32 and with `forward`, as the SAE is evaluated and used: thresholds are fixed."""
+        kl = text.measure_kl(runs, self.source, self.target, self.run_raw, self.sae.split.ranks)
+        step, weight = self.last_step, self.loss.kl
+        loss = weight / (1 + weight) * step.terms["mse"] / (kl.detach() + SMALLEST_KL) * kl
+        self.last_step = step._replace(
+            loss=step.loss + loss.detach(), terms=step.terms | {"kl": kl.detach()}
         )
         return loss
 
@@ -172,6 +193,10 @@ class Head(nn.Module):
     @torch.no_grad()
     def reconstruct_raw(self, x: Tensor) -> Output:
         """Reconstruct raw activations [batch, d_in] as [batch, d_out], both in the LLM's units."""
+        return self.run_raw(x)
+
+    def run_raw(self, x: Tensor) -> Output:
+        """`reconstruct_raw`, with a gradient for the SAE."""
         x = x.to(self.in_mean.device, torch.float32)
         output = self.sae((x - self.in_mean) / self.in_scale)
         return Output(output.reconstruction * self.out_scale + self.out_mean, output.features)
@@ -182,6 +207,8 @@ class Head(nn.Module):
         state = {"training_metrics": self.training_metrics, "occupied": self.active_density}
         if self.sae.config.start:
             state |= {"start_metrics": self.start_metrics, "adam_steps": self.adam_steps}
+        if self.tuned_from is not None:
+            state |= {"before_kl": self.before_kl}
         return state
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
@@ -195,6 +222,7 @@ class Head(nn.Module):
         self.training_metrics, self.active_density = state["training_metrics"], state["occupied"]
         self.start_metrics = state.get("start_metrics", {})
         self.adam_steps = state.get("adam_steps", 0)
+        self.before_kl = state.get("before_kl", {})
 
     def group_parameters(self) -> tuple[list[str], list[str]]:
         """Names of the SAE's weights and of its biases, in the order of Adam's two groups; without

@@ -48,8 +48,10 @@ def check_checkpoint(
             like = {"training_metrics": dict, "occupied": float}
             if head.sae.config.start:
                 like |= {"start_metrics": dict, "adam_steps": ANY_COUNT}
+            if head.tuned_from is not None:
+                like |= {"before_kl": dict}
             expect(extra, like, "_extra_state")
-            for name in like.keys() & {"training_metrics", "start_metrics"}:
+            for name in like.keys() & {"training_metrics", "start_metrics", "before_kl"}:
                 for key, value in extra[name].items():
                     expect(value, int if type(value) is int else float, f"{name}.{key}")
         adam_steps = step + extra.get("adam_steps", 0)

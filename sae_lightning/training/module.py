@@ -1,7 +1,8 @@
 """The LightningModule: one or more heads that share batches, each with its own loss."""
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from time import perf_counter
 
 import lightning as L
 import torch
@@ -11,6 +12,8 @@ from torch.profiler import record_function
 from sae_lightning.errors import UserError
 from sae_lightning.files import write_json
 from sae_lightning.llm.sites import Site
+from sae_lightning.llm.spliced_kl import CleanRun
+from sae_lightning.stream.tuning_text import TuningText
 from sae_lightning.training.adam import Adam
 from sae_lightning.training.head import Head
 from sae_lightning.training.settings import ResampleConfig, checkpoint_path, failure_path
@@ -29,17 +32,21 @@ class SAEModule(L.LightningModule):
         resampling: Sequence[ResampleConfig] | None = None,
         resume: str = "",
         starts_warm: bool = False,
+        tuning_text: TuningText | None = None,
+        tuning_starts: Collection[int] = (),
     ):
         """`batch`: tokens per update; `steps`: updates in the whole run; `in_pass`: number of
         heads on all ranks; `resampling`: their resampling settings (None: those of `heads`);
         `resume`: the command that continues the run; `starts_warm`: whether any head of the pass
-        starts from a saved SAE."""
+        starts from a saved SAE; `tuning_text`: what `loss.kl` is measured on; `tuning_starts`: the
+        updates at which it begins, for any head of the pass."""
         super().__init__()
         # manual, so that memory holds the activations of one head at a time
         self.automatic_optimization = False
         self.heads = nn.ModuleList(heads)
         self.batch, self.steps, self.resume = batch, steps, resume
-        self.starts_warm = starts_warm
+        self.starts_warm, self.tuning_starts = starts_warm, tuning_starts
+        self.tuning_text, self.tuning_seconds = tuning_text, 0.0
         self.in_pass = in_pass or len(heads)
         self.resampling = resampling or [head.callbacks.resample for head in heads]
         self.last_batch: dict[Site, Tensor] = {}
@@ -64,12 +71,25 @@ class SAEModule(L.LightningModule):
         optimizer = self.optimizers()
         optimizer.zero_grad()
         self.last_batch = batch
+        clean: dict[int, list[CleanRun]] = {}
         for head in self.training_heads:
-            loss = head(batch)
+            tuned = head.tuned_from is not None and self.global_step >= head.tuned_from
+            loss = head(batch, tuned)
             with torch.autocast(self.device.type, enabled=False), record_function("backward"):
                 self.manual_backward(loss)
-            del loss  # frees the graph before the next head builds its own
+                del loss  # frees the graph before the next head, or the LLM, builds its own
+                if tuned:
+                    self._add_kl(head, clean)
         optimizer.step()
+
+    def _add_kl(self, head: Head, clean: dict[int, list[CleanRun]]) -> None:
+        """Add the gradient of a head's `loss.kl`. `clean` keeps this update's runs of the LLM
+        without an SAE, by first update, for the heads that began at the same one."""
+        started, first = perf_counter(), head.tuned_from
+        if first not in clean:
+            clean[first] = self.tuning_text.run_update(first, self.global_step, self.batch)
+        self.manual_backward(head.tune(self.tuning_text, clean[first]))
+        self.tuning_seconds += perf_counter() - started
 
     def fail(self, head: Head) -> None:
         """Freeze a head whose loss or gradient is not finite and write the reason to its folder;

@@ -16,6 +16,12 @@ def decay_factor(step: int, total: int, share: float) -> float:
     return 1.0 if remaining >= length else remaining / length
 
 
+def find_tuning_start(total: int, share: float) -> int:
+    """The update, counted from 0, at which the fine-tuning of the last 1 - `share` of the run
+    begins: always one of the run's."""
+    return min(round(share * total), total - 1)
+
+
 def is_due(step: int, batch: int, every: int) -> bool:
     """Whether update `step` (counted from 1, of `batch` tokens) reaches a multiple of `every`
     tokens."""

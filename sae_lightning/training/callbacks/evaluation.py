@@ -54,20 +54,30 @@ def _record(head: Head, card: Scorecard, tokens: int) -> None:
 
 
 class Evaluate(L.Callback):
-    """Evaluates SAEs that training starts from, then every `every` training tokens; `runs/run.py`
-    evaluates once more at the end."""
+    """Evaluates SAEs that training starts from, then every `every` training tokens, and each SAE
+    before its fine-tuning with `loss.kl`; `runs/run.py` evaluates once more at the end."""
 
     def __init__(self, every: int):
         self.every = every
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Evaluate the SAEs that the heads of a new run start from: all ranks take part."""
-        if module.starts_warm and trainer.global_step == 0:
-            heads = [head for head in module.heads if head.start]
-            evaluate_heads(heads, trainer.datamodule.held_out, tokens=0)
+        if trainer.global_step == 0 and (module.starts_warm or 0 in module.tuning_starts):
+            heads = [head for head in module.heads if head.start or head.tuned_from == 0]
+            self._evaluate(heads, trainer, module)
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
         """Evaluate if it is time."""
         step = trainer.global_step
-        if step < module.steps and is_due(step, module.batch, self.every):
-            evaluate_heads(module.training_heads, trainer.datamodule.held_out, module.tokens_seen)
+        heads, due = module.training_heads, is_due(step, module.batch, self.every)
+        if step < module.steps and (due or step in module.tuning_starts):
+            begin = [head for head in heads if head.tuned_from == step]
+            self._evaluate(heads if due else begin, trainer, module)
+
+    def _evaluate(
+        self, heads: Sequence[Head], trainer: L.Trainer, module: L.LightningModule
+    ) -> None:
+        evaluate_heads(heads, trainer.datamodule.held_out, module.tokens_seen)
+        for head in heads:
+            if head.tuned_from == trainer.global_step:
+                head.before_kl = head.held_out_metrics

@@ -18,7 +18,8 @@ class Elapsed(NamedTuple):
     seconds: float
     """Training time; only differences are meaningful."""
     stream: float
-    """Part of `seconds` spent in the stream, LLM included, measured on the CPU."""
+    """Part of `seconds` spent in the stream, LLM included, and in the LLM with SAEs in place (for
+    `loss.kl`), measured on the CPU."""
     llm: float
     """Part of `seconds` spent in the LLM, measured on the CPU."""
 
@@ -76,7 +77,10 @@ class Throughput(L.Callback):
 
     def _elapsed(self, trainer: L.Trainer) -> Elapsed:
         stream, seconds = trainer.datamodule.stream, perf_counter() - self.idle
-        return Elapsed(trainer.global_step, seconds, stream.seconds, stream.llm_seconds)
+        tuning = trainer.lightning_module.tuning_seconds
+        return Elapsed(
+            trainer.global_step, seconds, stream.seconds + tuning, stream.llm_seconds + tuning
+        )
 
 
 def _speed(before: Elapsed, after: Elapsed, batch: int, shares: bool) -> dict[str, float]:

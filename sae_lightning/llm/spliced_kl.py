@@ -1,0 +1,99 @@
+"""KL of the LLM's predictions with a reconstruction in place, with a gradient for the SAE.
+
+    tokens -> blocks -> source ----------------> target -> blocks -> hidden -> logits     clean
+                           \\                      |                               | KL
+                            -> reconstruction -> leaf  -> blocks -> hidden -> logits     spliced
+
+The gradient goes back from the KL to the leaf, a batch of sequences at a time and through the
+blocks after the target only, whose weights get none. The SAE's gradient follows from it in the
+caller's backward pass. Shapes: n = kept tokens, d_in and d_out = widths of source and target.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sae_lightning.llm.capture import replace_activations
+from sae_lightning.llm.placement import find_computing_device, find_row_device
+from sae_lightning.llm.sites import Site
+from sae_lightning.llm.splice import LOGIT_ROWS, compute_kl, compute_logits, run_body, splice_kept
+from sae_lightning.ranks import ALONE, Ranks
+
+
+class CleanRun(NamedTuple):
+    """A forward pass of the LLM as it is."""
+
+    tokens: Tensor
+    """[sequences, context]"""
+    keep: Tensor
+    """[sequences, context] bool; tokens that an SAE may replace."""
+    output: Any
+    """Of `run_body`."""
+
+
+@torch.no_grad()
+def run_clean(model: nn.Module, tokens: Tensor, keep: Tensor) -> CleanRun:
+    """Run the LLM without its head on tokens [sequences, context], of which SAEs replace `keep`."""
+    tokens = tokens.to(find_computing_device(model), torch.long)
+    return CleanRun(tokens, keep, run_body(model, tokens))
+
+
+def measure_spliced_kl(
+    model: nn.Module,
+    runs: Sequence[CleanRun],
+    source: Site,
+    target: Site,
+    function: Callable[[Tensor], Tensor],
+    ranks: Ranks = ALONE,
+) -> Tensor:
+    """KL(clean || spliced) [] with function(source) in place of `target`, the mean over the
+    predictions of kept tokens, with a gradient for what `function` depends on.
+
+    function: float32 [n, d_in] -> [n, d_out]. On several `ranks`, which all call this with the same
+    runs, value and gradient are means over the ranks, so that they agree bit for bit.
+    """
+    total = max(1, sum(int(run.keep[:, 1:].sum()) for run in runs))
+    parts = [_differentiate(model, run, source, target, function) for run in runs]
+    kl = ranks.sum(sum(kl for kl, _, _ in parts) / total) / ranks.size
+    for _, reconstruction, gradient in parts:
+        gradient = ranks.sum(gradient / total) / ranks.size
+        # adds 0, with that gradient
+        kl = kl + ((reconstruction - reconstruction.detach()) * gradient).sum()
+    return kl
+
+
+def _differentiate(
+    model: nn.Module,
+    run: CleanRun,
+    source: Site,
+    target: Site,
+    function: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Summed KL [] of a run's predictions, the reconstruction [n, d_out] and the KL's gradient
+    [n, d_out] with respect to it."""
+    spliced: list[Tensor] = []
+
+    def reconstruct(x: Tensor, _: Tensor) -> Tensor:
+        reconstruction = function(x)
+        leaf = reconstruction.detach().requires_grad_()
+        spliced.extend((reconstruction, leaf))
+        return leaf.to(x.device)
+
+    clean = run.output.last_hidden_state
+    sequence, position = (x.to(clean.device) for x in run.keep[:, 1:].nonzero(as_tuple=True))
+    kept = run.keep.to(find_row_device(model))
+    with replace_activations(model, source, target, splice_kept(kept, reconstruct)):
+        hidden = run_body(model, run.tokens).last_hidden_state[sequence, position]
+    reconstruction, leaf = spliced
+    inner, total = hidden.detach().requires_grad_(), torch.zeros((), device=leaf.device)
+    clean = clean[sequence, position]
+    for first, other in zip(clean.split(LOGIT_ROWS), inner.split(LOGIT_ROWS), strict=True):
+        kl = compute_kl(
+            compute_logits(model, run.output, first), compute_logits(model, run.output, other)
+        ).sum()
+        kl.backward()
+        total += kl.detach().to(leaf.device)
+    (gradient,) = torch.autograd.grad(hidden, leaf, inner.grad)
+    return total, reconstruction, gradient
