@@ -49,6 +49,9 @@ class SweepRun(NamedTuple):
         final = metrics.get("held_out", {}) | {
             name: training[name] for name in ("train/dead", "train/mse") if name in training
         }
+        if "before_kl" in metrics:
+            closed = measure_gap_closed(metrics["before_kl"], metrics["held_out"])
+            final |= {} if closed is None else {"ce_gap_closed": closed}
         fates = metrics.get("fates", {})
         fired = sum(fates.get(name, 0) for name in ("stayed", "moved", "died"))
         final |= {"stayed": fates["stayed"] / fired} if fired else {}
@@ -90,6 +93,12 @@ METRIC_COLUMNS = {
     ),
     "kl": MetricColumn(
         "KL", "{:.4f}", -1, "KL divergence from the LLM's predictions, in nats per token"
+    ),
+    "ce_gap_closed": MetricColumn(
+        "CE gap closed",
+        "{:.1%}",
+        1,
+        "share of what the SAE adds to the LLM's cross-entropy that training with loss.kl removed",
     ),
     "recovered": MetricColumn(
         "recovered", "{:.1%}", 1, "share of concepts with a feature at cosine > 0.9"
@@ -209,6 +218,13 @@ def cap_recovered(share: Any, ce_zero: Any, ce_clean: Any) -> Any:
     reconstructions than from activations, which does not make them more faithful. NaN where zero
     ablation does not increase the CE, because there is nothing to recover."""
     return np.where(ce_zero <= ce_clean, np.nan, np.minimum(share, 1))
+
+
+def measure_gap_closed(before: dict[str, float], after: dict[str, float]) -> float | None:
+    """Share of the CE gap (with the SAE in place, less that of the LLM) `before` that is closed
+    `after`, both held-out metrics; None if there was no gap."""
+    gap = before["ce_spliced"] - before["ce_clean"]
+    return (before["ce_spliced"] - after["ce_spliced"]) / gap if gap > 0 else None
 
 
 def make_natural_key(value: str) -> tuple[bool, float, str]:

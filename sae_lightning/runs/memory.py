@@ -13,11 +13,15 @@ import torch
 from sae_lightning.errors import UserError
 from sae_lightning.llm.packaged import LLMShape
 from sae_lightning.llm.sites import SitePair, distinct_sites
+from sae_lightning.llm.splice import LOGIT_ROWS
 from sae_lightning.runs.config import Config
 from sae_lightning.sae import ARCHITECTURES, count_parameters
 from sae_lightning.scoring.scorecard import MAX_TOKENS_AT_ONCE
 from sae_lightning.training.settings import Accelerator
 
+# Elements that a block keeps for its backward pass, as multiples of the width, for each token: in
+# SmolLM2 with eager attention, at a context of 128. Its weights, which get no gradient, keep none.
+KEPT_WIDTHS = 30
 PROCESS_BYTES = 800_000_000  # Python with torch, transformers and lightning
 EVALUATION_SHARE = 5 / 8  # upper bound on memory per token: evaluation / training
 
@@ -122,6 +126,15 @@ def estimate_memory(
         ("model.features", "trainer.batch"): computing,
         ("model.features",): exported + 12 * max(warm),  # the start as it is read
     }
+    tuned = [
+        llm.layers - pair.target.layer
+        for c, pair in zip(configs, sites, strict=True)
+        if c.loss.kl
+    ]
+    if tuned:
+        kept = data.rows * max(tuned) * KEPT_WIDTHS * llm.width
+        logits = 8 * LOGIT_ROWS * llm.vocabulary  # beside those of evaluation
+        parts[("loss.kl", "llm.batch")] = (kept + logits) * element_bytes
     return PassMemory(
         parts,
         [18 * n + start for n, start in zip(weights, warm, strict=True)],

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from sae_lightning.report.sweep_table import measure_gap_closed
 from sae_lightning.runs.jobs import Job
 from sae_lightning.runs.plan import PlannedPass
 from sae_lightning.sae import count_parameters
@@ -56,6 +57,8 @@ def print_results(job: Job, metrics: dict) -> None:
         "dead in training": f"{dead:.1%} of features",
         "peak memory": f"{speed['peak_memory_gb']:.1f} GB",
     }
+    if "before_kl" in metrics:
+        lines["with loss.kl"] = _format_tuning(metrics["before_kl"], metrics["held_out"])
     if "fates" in metrics:
         lines["since the start"] = ", ".join(
             f"{n:,} {name}" for name, n in metrics["fates"].items()
@@ -72,6 +75,13 @@ def print_results(job: Job, metrics: dict) -> None:
     root = Path(folder.parts[0]) if folder.parts and not folder.is_absolute() else folder
     analyze = format_command("analyze.py", run=folder, **job.trust_override)
     console.print(f"\n  {format_tensorboard_command(root)}\n  {analyze}\n")
+
+
+def _format_tuning(before: dict[str, float], after: dict[str, float]) -> str:
+    ce, kl = (f"{before[name]:.4f} -> {after[name]:.4f}" for name in ("ce_spliced", "kl"))
+    closed = measure_gap_closed(before, after)
+    gap = "" if closed is None else f" ({closed:.0%} of the gap closed)"
+    return f"CE with the SAE {ce}{gap}, KL {kl}"
 
 
 def format_speed(job: Job, speed: dict[str, float]) -> str:

@@ -4,18 +4,22 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 from test_group import Killed, die
 from test_run import assert_same, curves, interrupt, weights
-from tiny_run import BATCH, STEPS
+from tiny_run import BATCH, synthetic_job
 
 from sae_lightning import UserError
+from sae_lightning.formats.export import WEIGHTS
+from sae_lightning.llm.capture import capture
 from sae_lightning.llm.sites import Kind, LayerConfig
 from sae_lightning.runs import passes
 from sae_lightning.runs.checks import check_jobs
-from sae_lightning.sae.batch_topk import BatchTopK
+from sae_lightning.sae import ARCHITECTURES
 from sae_lightning.sae.objective import AuxKLoss
 from sae_lightning.sae.relu import ReLULoss
 from sae_lightning.sae.topk import TopKConfig
+from sae_lightning.stream.tuning_text import TuningText
 from sae_lightning.training.settings import EvalConfig
 
 TRANSCODER = {
@@ -60,7 +64,123 @@ def test_in_a_sweep_each_head_ends_as_alone_and_says_what_it_was_before(sweep):
             continue
         scored = curves(one.folder)
         assert begun in (20, 28)
-        before = {name: value for name, value in read_metrics(one.folder)["before_kl"].items()}
+        before = read_metrics(one.folder)["before_kl"]
         assert (begun * BATCH, pytest.approx(before["kl"], rel=1e-6)) in scored["held_out/kl"]
         assert min(tokens for tokens, _ in scored["train/kl"]) == (begun + 4) * BATCH
     assert len({weights(one.folder) for one in together}) == len(MIX)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [(15, 20), (25, 33)])
+def test_killed_before_during_or_as_it_begins_a_run_ends_as_if_it_had_not_been(
+    sweep, monkeypatch, steps
+):
+    whole, jobs = sweep("whole"), sweep("killed")
+    passes.train_jobs(whole)
+    for step in steps:
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            interrupt(patch, step, die)
+            passes.train_jobs(jobs)
+        jobs = [replace(one, resumed=True) for one in jobs]
+    passes.train_jobs(jobs)
+    for one, other in zip(whole, jobs, strict=True):
+        assert_same(one.folder, other.folder)
+        before = [read_metrics(each.folder).get("before_kl") for each in (one, other)]
+        assert before[0] == before[1]
+
+
+def test_until_it_begins_a_head_is_the_same_and_then_the_sum_keeps_the_size_of_the_mse(
+    job, monkeypatch
+):
+    """loss = (mse + kl x mse / KL x KL) / (1 + kl) + l1 x penalty = mse + l1 x penalty."""
+    trainer = replace(job("x").config.trainer, keep_every=20 * BATCH)
+    tuned = job("tuned", trainer=trainer, loss=ReLULoss(l1=1e-2, kl=3.0, kl_from=0.5))
+    passes.train_jobs([tuned])
+    monkeypatch.delattr(TuningText, "run_update")  # the LLM runs for heads with `loss.kl` only
+    plain = job("plain", trainer=trainer)
+    passes.train_jobs([plain])
+    first, other = (
+        (one.folder / f"sae-{20 * BATCH}" / WEIGHTS).read_bytes() for one in (plain, tuned)
+    )
+    assert first == other
+    assert weights(plain.folder) != weights(tuned.folder)
+    scalars = curves(tuned.folder)
+    assert len(scalars["train/kl"]) == 5  # of 20 updates, every fourth
+    for name in ("loss", "mse", "l1"):
+        scalars[name] = dict(scalars[f"train/{name}"])
+    for tokens, _ in scalars["train/kl"]:
+        total = scalars["mse"][tokens] + 1e-2 * scalars["l1"][tokens]
+        assert scalars["loss"][tokens] == pytest.approx(total, rel=1e-5)
+
+
+def test_every_update_gets_the_next_sequences_of_the_training_text(job):
+    """Those of update 2 are the same whether or not those of updates 0 and 1 were read."""
+    source = job("x").config.data_source
+    llm, text = source.open_llm()
+    expected = text.train.reopen().next(15).tokens
+    made = [TuningText(llm, text.train, [], batch=2) for _ in range(2)]
+    runs = [made[0].run_update(7, update, 70) for update in (7, 8, 9)]  # 70 / 15 tokens: 5
+    assert [len(run.tokens) for run in runs[0]] == [2, 2, 1]
+    read = torch.cat([run.tokens for update in runs for run in update])
+    torch.testing.assert_close(read, expected)
+    resumed = made[1].run_update(7, 9, 70)
+    for one, other in zip(runs[2], resumed, strict=True):
+        assert torch.equal(one.tokens, other.tokens)
+        assert torch.equal(one.output.last_hidden_state, other.output.last_hidden_state)
+    kept = torch.cat([run.keep for run in resumed])
+    assert kept[:, 1:].all()
+    assert not kept[:, 0].any()
+
+
+def test_tokens_that_training_drops_are_not_replaced(job):
+    data = replace(job("x").config.data, max_norm=1.2)
+    one = job("max_norm", data=data, loss=ReLULoss(l1=1e-2, kl=1.0, kl_from=0.5))
+    llm, text = one.config.data_source.open_llm()
+    site = LayerConfig(index=1).resolve_sites(3).source
+    made = TuningText(llm, text.train, [site], batch=2, max_norm=1.2)
+    (run,) = made.run_update(0, 0, 30)
+    norms = capture(llm.model, run.tokens, [site])[site].norm(dim=-1)
+    usual = norms <= 1.2 * norms[:, 1:].median()
+    usual[:, 0] = False
+    assert torch.equal(run.keep, usual)
+    assert 5 < int(usual.sum()) < 28
+
+
+@pytest.mark.slow
+def test_it_lowers_the_kl_on_held_out_text(job):
+    trainer = replace(job("x").config.trainer, tokens=400 * BATCH)
+    eval = EvalConfig(every=400 * BATCH, tokens=600)
+    scores = {}
+    for kl in (0.0, 1.0):
+        loss = AuxKLoss(kl=kl, kl_from=0.5) if kl else AuxKLoss()
+        model = TopKConfig(name="topk", features=48, k=4)
+        one = job(f"{kl}", trainer=trainer, eval=eval, model=model, loss=loss)
+        passes.train_jobs([one])
+        scores[kl] = read_metrics(one.folder)
+    before, after, plain = scores[1]["before_kl"], scores[1]["held_out"], scores[0]["held_out"]
+    print({k: [round(x.get(k,0),4) for x in (before, after, plain)] for k in ('kl','ce_spliced','ce_clean','explained_variance','l0')})
+    assert after["kl"] < 0.9 * plain["kl"]
+    assert after["kl"] < before["kl"]
+    assert after["l0"] == plain["l0"]
+
+
+def test_without_predictions_it_is_refused(job, tmp_path):
+    loss = ReLULoss(kl=1.0)
+    with pytest.raises(UserError, match="loss.kl=1.0 .* with data=synthetic there is no LLM"):
+        check_jobs([synthetic_job(tmp_path / "synthetic", loss=loss)])
+    with pytest.raises(UserError, match="loss.kl=1.0 needs the whole LLM"):
+        check_jobs([job("cut", loss=loss, eval=EvalConfig(loss_tokens=0))])
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"kl": -1.0}, "loss.kl=-1.0: give a number that is 0 or more, such as 1"),
+        ({"kl": 1.0, "kl_from": 1.0}, "loss.kl_from=1.0: give a share of the run"),
+        ({"kl_from": 0.5}, "loss.kl_from=0.5 has no effect with loss.kl=0"),
+    ],
+)
+@pytest.mark.parametrize("loss", [row.loss for row in ARCHITECTURES.values()])
+def test_settings_without_a_meaning_are_refused(loss, settings, line):
+    with pytest.raises(UserError, match=line):
+        loss(**settings)
