@@ -285,6 +285,20 @@ def test_copies_are_a_column_and_a_run_of_before_they_were_measured_has_a_dash(t
     assert "copies: 1.2%" in (tmp_path / PAGE).read_text("utf8"), "for the pointer"
 
 
+def test_the_share_of_the_gap_that_fine_tuning_closed_is_a_column(tmp_path):
+    """The SAE added 4.5 - 4 = 0.5 nats to the CE before, and adds 4.3 - 4 = 0.3 after."""
+    one, other = (
+        run(tmp_path, f"loss.kl={kl}", ce_clean=4.0, ce_spliced=4.3, **scores(32, 0.5))
+        for kl in (1, 0)
+    )
+    one.metrics["before_kl"] = {"ce_clean": 4.0, "ce_spliced": 4.5}
+    assert one.final_metrics["ce_gap_closed"] == pytest.approx(0.2 / 0.5)
+    assert "ce_gap_closed" not in other.final_metrics
+    assert "ce_gap_closed" in SweepTable([one, other]).columns
+    one.metrics["before_kl"]["ce_spliced"] = 4.0  # no gap
+    assert "ce_gap_closed" not in one.final_metrics
+
+
 def test_a_failed_run_with_metrics_of_an_earlier_time_is_not_compared(tmp_path):
     runs = [
         run(tmp_path, "optim.lr=1", **scores(4, 0.9), failure="nan"),

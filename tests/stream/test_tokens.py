@@ -169,6 +169,15 @@ def test_serving_one_at_a_time_equals_serving_many(tokenizer, style):
 
 
 @pytest.mark.parametrize("style", STYLES)
+def test_a_stream_opened_anew_begins_again_and_leaves_the_first_where_it_is(tokenizer, style):
+    train = source(story(3), style, tokenizer)
+    first = train.next(3).tokens
+    again = train.reopen()
+    assert torch.equal(again.next(3).tokens, first)
+    assert torch.equal(again.next(2).tokens, train.next(2).tokens)
+
+
+@pytest.mark.parametrize("style", STYLES)
 def test_resuming_is_exact_at_every_sequence(tokenizer, style, monkeypatch):
     monkeypatch.setattr(tokens_module, "STREAMED_CHARACTERS", 40)
     monkeypatch.setattr(tokens_module, "SHUFFLE_BUFFER", 5)

@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from on_ranks import train_on_ranks
+from safetensors.torch import load_file
 from test_group import Killed, die
 from test_run import assert_same, curves, interrupt, weights
 from tiny_run import BATCH, synthetic_job
@@ -20,7 +22,7 @@ from sae_lightning.sae.objective import AuxKLoss
 from sae_lightning.sae.relu import ReLULoss
 from sae_lightning.sae.topk import TopKConfig
 from sae_lightning.stream.tuning_text import TuningText
-from sae_lightning.training.settings import EvalConfig
+from sae_lightning.training.settings import EvalConfig, Precision, Splitting
 
 TRANSCODER = {
     "layer": LayerConfig(index=1, source=Kind.mlp_in, target=Kind.mlp),
@@ -147,6 +149,29 @@ def test_tokens_that_training_drops_are_not_replaced(job):
 
 
 @pytest.mark.slow
+def test_on_two_ranks_heads_end_as_on_one(sweep, tmp_path):
+    """Bit for bit if they are shared out, up to rounding if they are split."""
+    one, shared, split = sweep("one"), sweep("shared"), sweep("split")
+    ways = (one, 1, Splitting.none), (shared, 2, Splitting.none), (split, 2, Splitting.all)
+    for jobs, ranks, splitting in ways:
+        for each in jobs:
+            options = {"devices": ranks, "split": splitting, "threads": 1}
+            options["precision"] = Precision.fp32
+            each.config.trainer = replace(each.config.trainer, **options)
+    passes.train_jobs(one)
+    train_on_ranks(tmp_path / "jobs.pickle", shared, split)
+    for alone, other, parted in zip(one, shared, split, strict=True):
+        assert weights(alone.folder) == weights(other.folder)
+        files = [job.folder / "sae" / WEIGHTS for job in (alone, parted)]
+        expected, found = map(load_file, files)
+        for name, x in expected.items():
+            assert (x - found[name]).norm() <= 1e-3 * x.norm().clamp_min(1e-6), name
+        before = [read_metrics(job.folder).get("before_kl") for job in (alone, other, parted)]
+        assert before[0] == before[1]
+        assert before[2] == (before[0] and pytest.approx(before[0], rel=1e-3))
+
+
+@pytest.mark.slow
 def test_it_lowers_the_kl_on_held_out_text(job):
     trainer = replace(job("x").config.trainer, tokens=400 * BATCH)
     eval = EvalConfig(every=400 * BATCH, tokens=600)
@@ -158,7 +183,6 @@ def test_it_lowers_the_kl_on_held_out_text(job):
         passes.train_jobs([one])
         scores[kl] = read_metrics(one.folder)
     before, after, plain = scores[1]["before_kl"], scores[1]["held_out"], scores[0]["held_out"]
-    print({k: [round(x.get(k,0),4) for x in (before, after, plain)] for k in ('kl','ce_spliced','ce_clean','explained_variance','l0')})
     assert after["kl"] < 0.9 * plain["kl"]
     assert after["kl"] < before["kl"]
     assert after["l0"] == plain["l0"]
