@@ -127,9 +127,7 @@ def estimate_memory(
         ("model.features",): exported + 12 * max(warm),  # the start as it is read
     }
     tuned = [
-        llm.layers - pair.target.layer
-        for c, pair in zip(configs, sites, strict=True)
-        if c.loss.kl
+        llm.layers - pair.target.layer for c, pair in zip(configs, sites, strict=True) if c.loss.kl
     ]
     if tuned:
         kept = data.rows * max(tuned) * KEPT_WIDTHS * llm.width
