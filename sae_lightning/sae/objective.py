@@ -12,7 +12,7 @@ from sae_lightning.errors import UserError
 from sae_lightning.sae.base import SAE, TrainingOutput
 from sae_lightning.sae.losses import auxk, mse, preact
 
-KL_FROM = 0.9  # default of loss.kl_from
+KL_FROM, KL_LR = 0.9, 0.1  # defaults of loss.kl_from and loss.kl_lr
 
 
 class TrainingStatus(NamedTuple):
@@ -42,6 +42,9 @@ class Loss:
     place from those without it, in the last part of the run; 0 is off, Karvonen 2025: 1."""
     kl_from: float = KL_FROM
     """Share of the run after which `kl` takes effect."""
+    kl_lr: float = KL_LR
+    """Factor of the learning rate from then on: the gradient of the KL is larger and noisier than
+    that of the mse, and at the full rate it makes both worse (docs/kl.md)."""
 
     def __post_init__(self):
         _not_negative("kl", self.kl, "1")
@@ -49,11 +52,14 @@ class Loss:
             raise UserError(
                 f"loss.kl_from={self.kl_from}: give a share of the run, from 0 to below 1"
             )
-        if not self.kl and self.kl_from != KL_FROM:
-            raise UserError(
-                f"loss.kl_from={self.kl_from} has no effect with loss.kl=0: leave it out, or give "
-                "loss.kl=1"
-            )
+        if not 0 < self.kl_lr < math.inf:
+            raise UserError(f"loss.kl_lr={self.kl_lr}: give a positive factor, such as 0.1")
+        for name, default in (("kl_from", KL_FROM), ("kl_lr", KL_LR)):
+            if not self.kl and getattr(self, name) != default:
+                raise UserError(
+                    f"loss.{name}={getattr(self, name)} has no effect with loss.kl=0: leave it "
+                    "out, or give loss.kl=1"
+                )
 
     def terms(
         self, sae: SAE, output: TrainingOutput, target: Tensor, status: TrainingStatus

@@ -106,7 +106,10 @@ def test_until_it_begins_a_head_is_the_same_and_then_the_sum_keeps_the_size_of_t
     )
     assert first == other
     assert weights(plain.folder) != weights(tuned.folder)
-    scalars = curves(tuned.folder)
+    scalars, rates = curves(tuned.folder), dict(curves(plain.folder)["optim/lr"])
+    for tokens, rate in scalars["optim/lr"]:
+        factor = 0.1 if tokens > 20 * BATCH else 1
+        assert rate == pytest.approx(factor * rates[tokens], rel=1e-6)
     assert len(scalars["train/kl"]) == 5  # of 20 updates, every fourth
     for name in ("loss", "mse", "l1"):
         scalars[name] = dict(scalars[f"train/{name}"])
@@ -201,7 +204,9 @@ def test_without_predictions_it_is_refused(job, tmp_path):
     [
         ({"kl": -1.0}, "loss.kl=-1.0: give a number that is 0 or more, such as 1"),
         ({"kl": 1.0, "kl_from": 1.0}, "loss.kl_from=1.0: give a share of the run"),
+        ({"kl": 1.0, "kl_lr": 0.0}, "loss.kl_lr=0.0: give a positive factor"),
         ({"kl_from": 0.5}, "loss.kl_from=0.5 has no effect with loss.kl=0"),
+        ({"kl_lr": 1.0}, "loss.kl_lr=1.0 has no effect with loss.kl=0"),
     ],
 )
 @pytest.mark.parametrize("loss", [row.loss for row in ARCHITECTURES.values()])

@@ -24,8 +24,10 @@ class Schedule(L.Callback):
         """Set the values for the coming update."""
         step, steps = trainer.global_step, module.steps
         for group in trainer.optimizers[0].param_groups:
-            optim = module.heads[group["head"]].optim
-            factor = warmup_factor(step, steps, optim.warmup)
+            head = module.heads[group["head"]]
+            optim, factor = head.optim, warmup_factor(step, steps, head.optim.warmup)
+            if head.tuned_from is not None and step >= head.tuned_from:
+                factor *= head.loss.kl_lr
             group["lr"] = group["peak_lr"] * factor * decay_factor(step, steps, optim.decay)
         for head in module.heads:
             head.progress.fill_(step / steps)
