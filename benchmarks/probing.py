@@ -20,7 +20,7 @@ from timing.child import call
 from sae_lightning.analysis.benchmarks.last_tokens import read_last_tokens
 from sae_lightning.analysis.benchmarks.probing_scores import SIZES
 from sae_lightning.analysis.benchmarks.sparse_probes import (
-    Split,
+    TextSplit,
     choose_units,
     encode_sparse,
     score_all,
@@ -68,7 +68,7 @@ def main(command_line: list[str]) -> None:
     lines, differences = ["| set | k | here | sae-probes |", "|---|---|---|---|"], []
     for name in sets:
         labels = np.array(theirs["splits"][name]["labels"])
-        split = Split(*map(np.array, theirs["splits"][name]["split"]))
+        split = TextSplit(*map(np.array, theirs["splits"][name]["split"]))
         features = encode_sparse(subject.sae, rows[name])
         units = choose_units(features[split.train], labels[split.train], max(SIZES))
         shared = len({*units.tolist()} & {*scores[name]["units"]})

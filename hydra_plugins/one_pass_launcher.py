@@ -45,7 +45,7 @@ class OnePassLauncher(Launcher):
             if line := describe_expansion(groups):
                 console.print(line)
             with phase("starting"):  # imported late, so that wrong settings are reported at once
-                from sae_lightning.analysis.benchmarks.objective import train_and_score
+                from sae_lightning.analysis.benchmarks.benchmark_objective import train_and_score
 
             for config, *_ in typed:
                 self.context.callbacks.on_job_start(config=config, task_function=self.task_function)

@@ -45,7 +45,7 @@ def train_composed(cfg: DictConfig) -> float | None:
         job = make_composed_job(cfg)
         # imported late, so that a mistyped option is reported at once
         with phase("starting"):
-            from sae_lightning.analysis.benchmarks.objective import train_and_score
+            from sae_lightning.analysis.benchmarks.benchmark_objective import train_and_score
 
         (metrics,) = train_and_score([job])
         return None if metrics is None else compute_objective(metrics, job.config.sweep)

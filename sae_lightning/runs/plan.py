@@ -39,7 +39,7 @@ class PlannedPass(NamedTuple):
 HeldOutResults = list[dict[str, float] | None]
 
 
-def find_partners(jobs: Sequence[Job]) -> list[int | None]:
+def find_leaders(jobs: Sequence[Job]) -> list[int | None]:
     """For each control whose coefficient is to be steered, the number of the trained SAE whose L0
     it follows: of the same experiment and seed. None for all other jobs."""
     keys = [(identify_experiment(job.config.to_flat_dict()), job.config.model.seed) for job in jobs]
@@ -55,7 +55,7 @@ def group_partners(jobs: Sequence[Job], most: int = sys.maxsize) -> list[list[in
     """Numbers of the jobs, in groups that belong on one rank: a trained SAE, then the controls that
     follow its L0. Most groups are a single job. Groups of more than `most` are cut."""
     groups: dict[int, list[int]] = {}
-    for number, partner in enumerate(find_partners(jobs)):
+    for number, partner in enumerate(find_leaders(jobs)):
         if partner is None:
             groups.setdefault(number, []).insert(0, number)
         else:

@@ -24,7 +24,7 @@ from sae_lightning.runs.folders import DENSITY_FILE, METRICS_FILE
 from sae_lightning.runs.heap import keep_freed_memory
 from sae_lightning.runs.jobs import Job, format_resume_command
 from sae_lightning.runs.logger_choice import find_sweep, name_with_day
-from sae_lightning.runs.plan import HeldOutResults, PlannedPass, find_partners
+from sae_lightning.runs.plan import HeldOutResults, PlannedPass, find_leaders
 from sae_lightning.runs.report import format_speed, print_how_to_continue, print_plan, print_results
 from sae_lightning.sae import build_sae
 from sae_lightning.stream.batches import BatchStream
@@ -159,7 +159,7 @@ def assemble(planned: PlannedPass, opened: OpenedData) -> RunParts:
         head.log = log(job.folder, job.hparams, resumed_at)
         head.metadata |= pair.module_names(opened.modules)
         heads.append(head)
-    partners = find_partners([jobs[number] for number in planned.own])
+    partners = find_leaders([jobs[number] for number in planned.own])
     for head, partner in zip(heads, partners, strict=True):
         head.partner = partner
     module = SAEModule(

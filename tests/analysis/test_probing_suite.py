@@ -15,7 +15,7 @@ from scipy.sparse import csr_array
 from subjects import make_subject
 from tiny_llm import TEXT
 
-from sae_lightning.analysis.benchmarks import objective, probing_sets, probing_suite
+from sae_lightning.analysis.benchmarks import benchmark_objective, probing_sets, probing_suite
 from sae_lightning.analysis.benchmarks.benchmark_task import BENCHMARKS, BenchmarkTask
 from sae_lightning.analysis.benchmarks.last_tokens import read_last_tokens
 from sae_lightning.analysis.benchmarks.probing_scores import ProbingScores
@@ -236,8 +236,8 @@ def test_a_search_maximises_the_score_of_a_benchmark(monkeypatch, tiny):
     """It is run on each trained SAE, but not on controls that the sweep adds, nor unasked."""
     assert {*BENCHMARKS} == BENCHMARK_OBJECTIVES
     monkeypatch.setattr(probing_sets, "PACKAGE", "no_such_package_at_all")
-    monkeypatch.setattr(objective, "train_jobs", lambda jobs: [{"l0": 5.0} for _ in jobs])
-    monkeypatch.setattr(objective, "score_job", lambda job, suite: 0.8)
+    monkeypatch.setattr(benchmark_objective, "train_jobs", lambda jobs: [{"l0": 5.0} for _ in jobs])
+    monkeypatch.setattr(benchmark_objective, "score_job", lambda job, suite: 0.8)
     subject = make_subject(tiny("llama"))
 
     def make_job(control=None, **sweep) -> Job:
@@ -245,13 +245,13 @@ def test_a_search_maximises_the_score_of_a_benchmark(monkeypatch, tiny):
         model = replace(config.model, control=control)
         return Job(config=replace(config, model=model), folder=Path())
 
-    assert objective.train_and_score([make_job()]) == [{"l0": 5.0}]
+    assert benchmark_objective.train_and_score([make_job()]) == [{"l0": 5.0}]
     asked = {"objective": "probing", "controls": True}
     jobs = [make_job(**asked), make_job(Control.frozen_decoder, **asked)]
     with pytest.raises(UserError, match="not installed: pip install --no-deps sae-probes$"):
-        objective.train_and_score(jobs)
+        benchmark_objective.train_and_score(jobs)
     monkeypatch.setitem(BENCHMARKS, "probing", BENCHMARKS["probing"]._replace(check=lambda: None))
-    metrics = objective.train_and_score(jobs)
+    metrics = benchmark_objective.train_and_score(jobs)
     assert metrics == [{"l0": 5.0, "probing": 0.8}, {"l0": 5.0}]
     assert compute_objective(metrics[0], jobs[0].config.sweep) == 0.8
     with pytest.raises(

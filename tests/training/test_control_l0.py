@@ -12,7 +12,7 @@ from tiny_run import WORLD_BATCH, synthetic_job
 from sae_lightning.runs import passes
 from sae_lightning.runs.checks import resolve_auto
 from sae_lightning.runs.jobs import read_sweep
-from sae_lightning.runs.plan import assign_jobs, cut_evenly, find_partners, group_partners
+from sae_lightning.runs.plan import assign_jobs, cut_evenly, find_leaders, group_partners
 from sae_lightning.runs.search import SweepConfig
 from sae_lightning.sae import SAEConfig
 from sae_lightning.sae.controls import Control
@@ -76,7 +76,7 @@ def test_a_pair_that_was_killed_ends_as_if_it_had_not_been(pair, monkeypatch):
         interrupt(patch, 33, die)
         passes.train_jobs(killed)
     again = [replace(job, resumed=True) for job in read_sweep(killed[0].sweep_folder)]
-    assert find_partners(again) == [1, None], "in the order of their names"
+    assert find_leaders(again) == [1, None], "in the order of their names"
     passes.train_jobs(again)
     for one, other in zip(whole, killed, strict=True):
         assert_same(one.folder, other.folder)
@@ -112,7 +112,7 @@ def test_only_an_l0_that_a_coefficient_decides_is_followed(pair):
         *pair("seed", **RELU | seed),
         pair("pca", Control.pca, **RELU)[1],
     ]
-    assert find_partners(jobs) == [None, 0, None, None, None, None, None, 6, 0]
+    assert find_leaders(jobs) == [None, 0, None, None, None, None, None, 6, 0]
     assert group_partners(jobs) == [[0, 1, 8], [2], [3], [4], [5], [6, 7]]
     assert group_partners(jobs, 2) == [[0, 1], [8], [2], [3], [4], [5], [6, 7]]
 

@@ -67,7 +67,7 @@ class BenchmarkTask(Task):
 
 
 class BenchmarkSuite(NamedTuple):
-    """A row of `BENCHMARKS`."""
+    """A benchmark: how it is run and which settings it has."""
 
     run: Callable[[Subject, BenchmarkTask], Benchmark]
     settings: tuple[str, ...] = ()

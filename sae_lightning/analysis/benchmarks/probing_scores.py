@@ -19,7 +19,7 @@ class ProbingScores(NamedTuple):
     """Kind of units -> k (None: all) -> [sets, splits]. Kinds are features, neurons, random
     directions, and `control: <name>` for the features of each control."""
 
-    def average(self, kind: str, k: int | None) -> tuple[float, float]:
+    def average_sets(self, kind: str, k: int | None) -> tuple[float, float]:
         """Mean AUROC over sets, and its standard error."""
         return _average(self.aurocs[kind][k].mean(1))
 
@@ -38,8 +38,8 @@ class ProbingScores(NamedTuple):
             "auroc": {
                 kind: {
                     str(k or "all"): {
-                        "mean": self.average(kind, k)[0],
-                        "standard_error": self.average(kind, k)[1],
+                        "mean": self.average_sets(kind, k)[0],
+                        "standard_error": self.average_sets(kind, k)[1],
                         "spread_over_splits": self.measure_spread(kind, k),
                         "sets": dict(
                             zip(

@@ -45,7 +45,9 @@ def run_probing(
     encoders = {FEATURES: subject.sae} | load_controls(subject)
     scores = score_sets(x, labelled_sets, encoders, splits)
     return Benchmark(
-        scores.scalars(), make_probing_sections(scores), scores.average(FEATURES, SCORED_SIZE)[0]
+        scores.scalars(),
+        make_probing_sections(scores),
+        scores.average_sets(FEATURES, SCORED_SIZE)[0],
     )
 
 

@@ -25,9 +25,9 @@ def _make_mean_section(scores: ProbingScores) -> Section:
         title="k-sparse probing",
         lead=(
             f"{SCORED_SIZE} features tell two classes of texts apart with a mean AUROC of "
-            f"{_format(*scores.average(FEATURES, SCORED_SIZE))} on {len(scores.sets)} sets; "
+            f"{_format(*scores.average_sets(FEATURES, SCORED_SIZE))} on {len(scores.sets)} sets; "
             f"{'; '.join(rivals)}. The dense probe (all neurons) has "
-            f"{_format(*scores.average(NEURONS, None))}."
+            f"{_format(*scores.average_sets(NEURONS, None))}."
         ),
         rows={
             "texts": f"{texts:,} in {len(scores.sets)} sets, no text twice; the last token of each "
@@ -46,7 +46,7 @@ def _make_mean_section(scores: ProbingScores) -> Section:
                 [
                     str(k or "all"),
                     *(
-                        _format(*scores.average(kind, k)) if k in scores.aurocs[kind] else ""
+                        _format(*scores.average_sets(kind, k)) if k in scores.aurocs[kind] else ""
                         for kind in kinds
                     ),
                 ]
@@ -61,7 +61,7 @@ def compare_kinds(scores: ProbingScores, rival: str) -> str:
     """Whether features or the units of `rival` are ahead: only if the difference is more than twice
     its standard error over sets."""
     mean, error = scores.compare(FEATURES, rival, SCORED_SIZE)
-    score = f"{rival} {scores.average(rival, SCORED_SIZE)[0]:.3f}"
+    score = f"{rival} {scores.average_sets(rival, SCORED_SIZE)[0]:.3f}"
     if abs(mean) <= 2 * error:
         return f"{score} (no clear difference: {mean:+.3f} ± {error:.3f})"
     ahead = "features are ahead" if mean > 0 else "features are behind"
@@ -97,7 +97,7 @@ def _make_sets_section(scores: ProbingScores) -> Section:
 def _draw_means(scores: ProbingScores) -> "Figure":
     drawn = make_figure("units of a probe", "held-out AUROC").update_xaxes(type="category")
     for kind, of_k in scores.aurocs.items():
-        averages = [scores.average(kind, k) for k in of_k]
+        averages = [scores.average_sets(kind, k) for k in of_k]
         drawn.add_scatter(
             name=kind,
             x=[str(k or "all") for k in of_k],

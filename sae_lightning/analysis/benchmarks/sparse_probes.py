@@ -27,7 +27,7 @@ VALIDATION_SHARE, MAX_VALIDATION = 0.2, 100  # of the training part, to choose t
 ROWS_AT_ONCE, UNITS_AT_ONCE = 256, 4096  # bound memory
 
 
-class Split(NamedTuple):
+class TextSplit(NamedTuple):
     """The texts of a set, split into a training and a test part."""
 
     train: ndarray
@@ -36,13 +36,13 @@ class Split(NamedTuple):
     """[test texts] indices."""
 
 
-def split_texts(texts: int, seed: int) -> Split:
+def split_texts(texts: int, seed: int) -> TextSplit:
     """Split a `LabelledSet`, whose classes take turns, at random, with equally many texts of both
     classes in each part."""
     pairs = np.random.default_rng(seed).permutation(texts // 2)
     order = (2 * pairs[:, None] + [0, 1]).ravel()
     trained = 2 * (min(int(TRAINED_SHARE * texts), MAX_TRAINED) // 2)
-    return Split(order[:trained], order[trained:])
+    return TextSplit(order[:trained], order[trained:])
 
 
 def measure_differences(x: ndarray | csr_array, labels: ndarray) -> ndarray:
@@ -58,7 +58,7 @@ def choose_units(x: ndarray | csr_array, labels: ndarray, k: int) -> ndarray:
     return np.argsort(-measure_differences(x, labels), kind="stable")[:k]
 
 
-def score_probe(x: ndarray, labels: ndarray, split: Split) -> float:
+def score_probe(x: ndarray, labels: ndarray, split: TextSplit) -> float:
     """Fit a logistic regression on the training part of x [texts, units] -> AUROC on the test part.
 
     The last texts of the training part choose the regularisation, and then are fitted on, too."""
@@ -80,7 +80,7 @@ def score_probe(x: ndarray, labels: ndarray, split: Split) -> float:
 
 
 def score_sparse(
-    x: ndarray | csr_array, labels: ndarray, split: Split, sizes: tuple[int, ...]
+    x: ndarray | csr_array, labels: ndarray, split: TextSplit, sizes: tuple[int, ...]
 ) -> list[float]:
     """AUROC of the probe on the k best units of x [texts, units], for each k of `sizes`."""
     units = choose_units(x[split.train], labels[split.train], max(sizes))
@@ -89,7 +89,7 @@ def score_sparse(
     return [score_probe(chosen[:, :k], labels, split) for k in sizes]
 
 
-def score_all(x: ndarray | csr_array, labels: ndarray, split: Split) -> float:
+def score_all(x: ndarray | csr_array, labels: ndarray, split: TextSplit) -> float:
     """AUROC of the probe on all units of x [texts, units]."""
     return score_probe(rotate_into_rows(x, split.train), labels, split)
 
