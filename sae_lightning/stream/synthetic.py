@@ -61,7 +61,8 @@ class SyntheticConfig(DataConfig):
     """Share of the concepts that fire only where their parent, a more frequent one, fires."""
 
     seed: int = 0
-    """Seed of the directions; the preset sets it to the run's `seed`."""
+    """Seed of the directions. It must differ from `model.seed`: with the same one, features would
+    start at the concepts, because both are drawn alike."""
 
     def __post_init__(self) -> None:
         DataConfig.__post_init__(self)

@@ -122,7 +122,7 @@ def test_an_llm_brings_a_layer_and_the_user_may_choose_another():
 def test_synthetic_data_brings_no_llm_and_an_objective_that_it_has():
     config = make("data=synthetic", "seed=3")
     assert (config.llm.name, config.layer.index, config.sweep.objective) == ("none", 0, "recovered")
-    assert (type(config.data), config.data.seed) == (SyntheticConfig, 3)
+    assert (type(config.data), config.data.seed) == (SyntheticConfig, 1_000_000)
     assert make("data=synthetic", "trainer=smoke").data.pool == 4096
     assert make("data=synthetic", "llm.device=cpu", "llm.dtype=float32").llm.device == "cpu"
 
