@@ -12,7 +12,7 @@ from sae_lightning.stream import SOURCES
 
 COMMON_METRICS = {*Quality._fields, *Copies._fields} - {"density", "dimension"}
 # suites of task=benchmark, which are run on each SAE when it is trained
-BENCHMARK_OBJECTIVES = frozenset({"probing"})
+BENCHMARK_OBJECTIVES = frozenset({"absorption", "probing"})
 OBJECTIVES = sorted(
     COMMON_METRICS.union(BENCHMARK_OBJECTIVES, *(row.metrics for row in SOURCES.values()))
 )

@@ -1,7 +1,11 @@
 """Absorption and splitting, counted on dictionaries made by hand."""
 
+from string import ascii_lowercase
+
 import pytest
 import torch
+from planted import save_planted, token
+from subjects import place
 
 from sae_lightning.analysis.benchmarks.absorption import (
     ConceptSamples,
@@ -9,6 +13,18 @@ from sae_lightning.analysis.benchmarks.absorption import (
     count_absorption,
     measure_absorption,
 )
+from sae_lightning.analysis.benchmarks.absorption_words import (
+    EXAMPLES,
+    _capture,
+    find_words,
+    make_prompt,
+    read_first_letters,
+)
+from sae_lightning.errors import UserError
+from sae_lightning.formats.load_sae import load_sae
+from sae_lightning.llm.load import Dtype, LLMConfig, load_llm
+from sae_lightning.llm.sites import Kind, Site, SitePair
+from sae_lightning.llm.vocabulary import read_vocabulary
 from sae_lightning.sae import ARCHITECTURES, build_sae
 
 PARENT, CHILD, OTHER = torch.eye(3)
@@ -101,3 +117,33 @@ def test_a_feature_that_shares_a_concept_absorbs_in_part():
     rates = count_absorption(features, PARENT[None], PARENT, W_dec, [0])
     assert not rates.silent.item() and not rates.absorbed.item()
     assert rates.fraction.item() == pytest.approx(0.5)
+
+
+def test_each_word_of_a_prompt_is_read_at_its_own_token(tmp_path):
+    """Blocks that add nothing leave each token's embedding in the residual stream."""
+    llm_folder, sae_folder = save_planted(tmp_path)
+    llm = load_llm(LLMConfig(name=str(llm_folder), dtype=Dtype.float32, device="cpu"))
+    site = Site(1, Kind.resid)
+    subject = place(llm, load_sae(sae_folder), SitePair(site, site))
+    ids = find_words(read_vocabulary(llm))
+    words = list(ids)[: EXAMPLES + 2]
+    answers = {letter: [token(" fox")] for letter in ascii_lowercase}
+    prompts = [make_prompt(words, ids, answers, bos=0), make_prompt(words[1:], ids, answers, bos=0)]
+    source, _ = _capture(subject, prompts)
+    read = [ids[word] for word in [*words[EXAMPLES:], *words[1 + EXAMPLES :]]]
+    assert torch.equal(source, llm.model.get_input_embeddings().weight[read])
+
+
+def test_words_are_a_space_and_lower_case_letters():
+    vocabulary = [" cat", " Cat", "cat", " a", " c3", " dog"]
+    assert find_words(vocabulary) == {"cat": 0, "dog": 5}
+
+
+def test_an_llm_with_too_few_words_is_refused(tmp_path):
+    llm_folder, sae_folder = save_planted(tmp_path)
+    llm = load_llm(LLMConfig(name=str(llm_folder), dtype=Dtype.float32, device="cpu"))
+    site = Site(1, Kind.resid)
+    subject = place(llm, load_sae(sae_folder), SitePair(site, site))
+    subject.config.llm.name = str(llm_folder)
+    with pytest.raises(UserError, match="too few for any letter"):
+        read_first_letters(subject)
