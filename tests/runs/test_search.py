@@ -117,8 +117,9 @@ def test_an_unknown_metric_is_refused_with_those_there_are(name):
     with pytest.raises(UserError) as error:
         SweepConfig(objective=name)
     assert str(error.value) == (
-        f"sweep.objective={name}: no such held-out metric; choose from ce_recovered, ce_spliced, "
-        "duplicates, encoder_agreement, explained_variance, feature_readout, kl, l0, mmcs, "
+        f"sweep.objective={name}: no such held-out metric; choose from absorption, "
+        "ce_recovered, ce_spliced, duplicates, encoder_agreement, explained_variance, "
+        "feature_readout, kl, l0, mmcs, "
         "nearest_cosine, negative_bias, precision, probing, recall, recovered, unfired, with "
         "a minus in front to minimise it"
     )
