@@ -50,19 +50,19 @@ class ScoreKind(NamedTuple):
 
 
 SCORE_KINDS = {
-    "l0": ScoreKind("active features per token (L0)", "{:.1f}"),
-    "explained_variance": ScoreKind("explained variance", "{:.3f}"),
+    "l0": ScoreKind("L0", "{:.1f}"),
+    "explained_variance": ScoreKind("EV", "{:.3f}"),
     "ce_recovered": ScoreKind("CE recovered", "{:.3f}"),
-    "kl": ScoreKind("KL, nats per token", "{:.4f}"),
-    "features_share": ScoreKind("CE that features alone recover", "{:.1%}"),
-    "error_share": ScoreKind("CE that the error alone recovers", "{:.1%}"),
+    "kl": ScoreKind("KL (nats)", "{:.4f}"),
+    "features_share": ScoreKind("CE: features", "{:.1%}"),
+    "error_share": ScoreKind("CE: error", "{:.1%}"),
     "recovered": ScoreKind("concepts recovered", "{:.1%}"),
-    "token_score": ScoreKind("token score, mean", "{:.2f}", "match token sets"),
-    "token_like": ScoreKind("token score above 0.5", "{:.0%}"),
-    "concepts": ScoreKind("concepts, F1 of the best feature", "{:.2f}", "detect concepts", True),
+    "token_score": ScoreKind("token score", "{:.2f}", "match token sets"),
+    "token_like": ScoreKind("  above 0.5", "{:.0%}"),
+    "concepts": ScoreKind("concepts, F1", "{:.2f}", "detect concepts", True),
     **{
         f"probe_{k}": ScoreKind(
-            f"speakers, AUROC of {k} feature" + "s" * (k > 1),
+            f"speakers, k = {k}",
             "{:.3f}",
             f"tell speakers apart {'one by one' if k == 1 else f'in groups of {k}'}",
             True,
@@ -133,6 +133,12 @@ def make_control_section(
     kinds = [Control[name] for name in controls if name in Control.__members__]
     notes = {kind.name: kind.value for kind in kinds}
     compared = _compare_features(own, controls)
+    if "features_share" in own:
+        notes["CE: ..."] = "share of what mean ablation costs that the part alone recovers"
+    if "concepts" in own:
+        notes["concepts, F1"] = "of the best single feature for each"
+    if "probe_1" in own:
+        notes["speakers"] = "AUROC of probes on k features for each"
     if compared:
         notes["called better"] = (
             "the mean over features, concepts or folds is higher by more than their spread "
@@ -195,7 +201,8 @@ def exceeds_noise(a: Sequence[float], b: Sequence[float], *, paired: bool) -> bo
 
 def _compare_reconstructions(own: Scores, controls: Mapping[str, Scores]) -> str:
     """Explained variance at the L0 of each SAE and, on synthetic concepts, how many it recovers."""
-    saes = {"It": own, **controls}
+    name, best = max(controls.items(), key=lambda pair: pair[1]["explained_variance"].value)
+    saes = {"It": own, name: best}
     explained = [
         f"{name}{' explains' * (name == 'It')} {scores['explained_variance'].value:.1%}"
         f"{' of the variance' * (name == 'It')} at an L0 of {scores['l0'].value:.1f}"
