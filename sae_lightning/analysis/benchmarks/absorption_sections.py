@@ -84,7 +84,7 @@ def _write_lead(noun: str, means: dict[str, dict[str, float]], controls: list[st
         f"most {rivals[best]['f1']:.2f} ({best.replace('_', ' ')})."
     )
     if rivals[best]["f1"] >= mean["f1"]:
-        lead += f" As that is no less than {own}'s, its low or high rate says little."
+        lead += f" As that is no less than the F1 of {own}, the rates say little."
     return lead
 
 
