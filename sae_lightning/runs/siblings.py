@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from sae_lightning.errors import UserError
 from sae_lightning.report.experiments import identify_experiment
 from sae_lightning.runs.folders import read_metrics
 from sae_lightning.runs.jobs import CONFIG_FILE, read_job
@@ -14,7 +15,10 @@ def find_controls(folder: Path) -> dict[Control, Path]:
     config = read_job(folder, trusted=True).config  # no LLM is loaded
     experiment, found = identify_experiment(config.to_flat_dict()), {}
     for file in sorted(folder.absolute().parent.glob(f"*/{CONFIG_FILE}")):
-        other = read_job(file.parent, trusted=True).config
+        try:
+            other = read_job(file.parent, trusted=True).config
+        except UserError:  # a damaged run must not stand in the way of its neighbours
+            continue
         same = identify_experiment(other.to_flat_dict()) == experiment
         if not same or other.model.control is None or read_metrics(file.parent) is None:
             continue

@@ -143,7 +143,7 @@ SPARSITY = {
     "batch_topk": ["model.k=4"],
     "jumprelu": ["loss.l0=3e-3"],
     "gated": ["loss.l1=3e-2"],
-    "matryoshka": ["model.k=4"],
+    "matryoshka": ["model.k=4", "trainer.tokens=262144"],
 }
 
 
@@ -188,11 +188,10 @@ def test_an_sae_that_would_start_at_the_concepts_is_refused(job):
 
 
 @pytest.mark.slow
-def test_without_sparsity_features_point_at_concepts_but_do_not_detect_them(tmp_path):
+def test_without_sparsity_features_find_no_concept(tmp_path):
     found = train_to_metrics(["model=dense"], tmp_path / "run")
-    assert found["l0"] > 256
-    assert found["precision"] < 0.05
-    assert found["negative_bias"] < 0.2
+    assert found["l0"] > 256 and found["explained_variance"] > 0.99
+    assert found["recovered"] < 0.05 and found["precision"] < 0.05
 
 
 @pytest.mark.slow
