@@ -1,5 +1,6 @@
 """The runs of a sweep averaged over seeds: a row for each SAE that was asked for."""
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,11 @@ def read_kind(run: SweepRun) -> str:
     return str(run.settings.get(CONTROL_SETTING) or TRAINED)
 
 
+def read_seeds(run: SweepRun) -> tuple:
+    """The run's values of SEED_SETTINGS; None for those that it does not have."""
+    return tuple(run.settings.get(name) for name in SEED_SETTINGS)
+
+
 class MeansTable:
     """A row is a run, or the mean of its repetitions with other seeds; an experiment's trained SAE
     comes before its controls. Every frame and list has one entry per row."""
@@ -32,15 +38,20 @@ class MeansTable:
         import pandas as pd  # imported late, like in SweepTable
 
         groups: dict[tuple, list[int]] = {}
+        trials = Counter()
         others = [key for key in table.keys if key not in (*SEED_SETTINGS, CONTROL_SETTING)]
         for number, run in enumerate(table.runs):
             # without settings, a run cannot be compared
             experiment = identify_experiment(run.settings) if run.settings else str(run.folder)
             swept = tuple(table.frame.loc[number, others])
-            groups.setdefault((swept, read_kind(run), experiment), []).append(number)
+            group = (swept, read_kind(run), experiment)
+            # a search may try the same settings twice, which is no other seed
+            copy = trials[group, read_seeds(run)]
+            trials[group, read_seeds(run)] += 1
+            groups.setdefault((*group, copy), []).append(number)
         self.is_repeated = any(len(group) > 1 for group in groups.values())
         """Whether a row stands for several runs."""
-        self.has_controls = any(kind != TRAINED for _, kind, _ in groups)
+        self.has_controls = any(kind != TRAINED for _, kind, *_ in groups)
         hidden = SEED_SETTINGS * self.is_repeated + (CONTROL_SETTING,) * self.has_controls
         self.keys = [key for key in table.keys if key not in hidden]
         """The settings in which rows differ, apart from the kind."""
@@ -49,8 +60,8 @@ class MeansTable:
         self.table, self.columns = table, table.columns
         self.members = [*groups.values()]
         """The runs of each row, as rows of `table`."""
-        self.kinds = [kind for _, kind, _ in groups]
-        self.experiments = [experiment for *_, experiment in groups]
+        self.kinds = [kind for _, kind, *_ in groups]
+        self.experiments = [experiment for _, _, experiment, _ in groups]
         done = [[n for n in group if table.is_finished[n]] for group in self.members]
         self.seeds = np.array([len(numbers) for numbers in done])
         """Number of finished runs."""
@@ -69,7 +80,7 @@ class MeansTable:
             if len(group) > 1:
                 runs = table.frame.loc[group]
                 self.frame.loc[row, table.metrics] = _average(measured[done[row]])
-                self.frame.at[row, "tokens"] = runs.tokens.max()
+                self.frame.at[row, "tokens"] = max(runs.tokens.dropna(), default=None)
                 self.frame.at[row, "status"] = _join(runs.status)
                 self.frame.at[row, "reason"] = (
                     "; ".join(dict.fromkeys(runs.reason.dropna())) or None
@@ -135,8 +146,8 @@ class MeansTable:
 
 
 def _sort_controls_last(group: tuple) -> tuple:
-    """Sort key of (swept values, kind, experiment)."""
-    swept, kind, _ = group
+    """Sort key of (swept values, kind, experiment, copy)."""
+    swept, kind, *_ = group
     return [make_natural_key(value) for value in swept], kind != TRAINED, kind
 
 

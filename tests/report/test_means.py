@@ -158,6 +158,20 @@ def test_a_failed_repetition_is_left_out_of_the_mean_and_shown(tmp_path, capsys)
     assert "failed: model=topk, model.seed=1: its loss became nan" in capsys.readouterr().out
 
 
+def test_settings_that_were_tried_twice_are_no_two_seeds(tmp_path):
+    """As a search may do."""
+    runs = [seed_run(tmp_path / trial, 0, 0.7) for trial in ("0", "1")]
+    runs += [seed_run(tmp_path, 1, 0.8), seed_run(tmp_path, 0, None, model="relu")]
+    runs += [seed_run(tmp_path, 1, None, model="relu")._replace(metrics=None)]
+    write_report(tmp_path, runs)
+    means = MeansTable(SweepTable(runs))
+    assert [*means.seeds] == [0, 2, 1]
+    assert means.format_cell(2, "explained_variance") == "0.7000"
+    assert means.frame.tokens[0] is None
+    page = (tmp_path / PAGE).read_text("utf8")
+    assert ">seed 1</a>" in page and ">nan<" not in page
+
+
 def test_a_sweep_without_repetitions_has_no_file_of_means(tmp_path):
     (tmp_path / MEANS_CSV).touch()
     write_report(tmp_path, sweep_of(tmp_path, {("topk", None): [0.7], ("relu", None): [0.6]}))
