@@ -223,7 +223,7 @@ def test_a_difference_within_twice_its_standard_error_is_not_called_one():
         "control: pca": {16: sizes[16] - [[-0.1], [0.2]]},
     }
     scores = ProbingScores(sets, aurocs)
-    assert scores.average("features", 16) == pytest.approx((0.8, 0.1))
+    assert scores.average_sets("features", 16) == pytest.approx((0.8, 0.1))
     assert compare_kinds(scores, "neurons") == (
         "neurons 0.750 (features are ahead by 0.050 ± 0.010)"
     )
