@@ -97,6 +97,11 @@ def test_a_feature_that_has_half_of_a_concept_is_a_split_and_absorbs_nothing():
     assert (result.silent, result.absorbed) == (0, 0)
 
 
+def test_a_silent_dictionary_absorbs_nothing():
+    result = measure(make_sae([PARENT, CHILD, OTHER], [-9, -9, -9], [PARENT, CHILD, OTHER]))
+    assert (result.silent, result.absorbed, result.fraction) == (1, 0, 0)
+
+
 @pytest.mark.parametrize(
     ("strength", "absorbed", "fraction"),
     # the probe's projection is 1; other features must write 0.4 of it

@@ -1,6 +1,7 @@
 """k-sparse probes find what tells two classes of texts apart, and only on texts held out."""
 
 import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -212,23 +213,30 @@ def test_the_benchmark_finds_the_feature_that_reads_a_word_and_not_its_control(
     assert "control: frozen encoder" in page
 
 
-def test_a_difference_within_twice_its_standard_error_is_not_called_one():
-    """Differences of 0.04 and 0.06 have a mean of 0.05 and a standard error of 0.01; of -0.1 and
-    0.2, of 0.05 and 0.15."""
+def test_a_difference_within_its_noise_over_sets_is_not_called_one():
+    """Differences of 0.049 and 0.051 have a mean of 0.05 and a standard error of 0.001; of 0.04 and
+    0.06, of 0.01. Over two sets a t-test allows 12.7 standard errors."""
     sets = [LabelledSet(name, [], LABELS, ("a", "b")) for name in "ab"]
     sizes = {16: np.array([[0.7], [0.9]])}
     aurocs = {
         "features": sizes,
-        "neurons": {16: sizes[16] - [[0.04], [0.06]]},
-        "control: pca": {16: sizes[16] - [[-0.1], [0.2]]},
+        "neurons": {16: sizes[16] - [[0.049], [0.051]]},
+        "control: pca": {16: sizes[16] - [[0.04], [0.06]]},
     }
     scores = ProbingScores(sets, aurocs)
     assert scores.average_sets("features", 16) == pytest.approx((0.8, 0.1))
     assert compare_kinds(scores, "neurons") == (
-        "neurons 0.750 (features are ahead by 0.050 ± 0.010)"
+        "neurons 0.750 (features are ahead by 0.050 ± 0.001)"
     )
     assert compare_kinds(scores, "control: pca") == (
-        "control: pca 0.750 (no clear difference: +0.050 ± 0.150)"
+        "control: pca 0.750 (no clear difference: +0.050 ± 0.010)"
+    )
+    one = ProbingScores(sets[:1], {kind: {16: of_k[16][:1]} for kind, of_k in aurocs.items()})
+    assert compare_kinds(one, "neurons") == (
+        "neurons 0.651 (+0.049; on one set the noise is unknown)"
+    )
+    assert math.isnan(one.average_sets("neurons", 16)[1]) and math.isnan(
+        one.measure_spread("neurons", 16)
     )
 
 

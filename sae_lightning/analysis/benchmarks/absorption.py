@@ -156,7 +156,8 @@ def find_own_features(features: Tensor, labels: Tensor, parts: SampleParts) -> l
     from sklearn.metrics import f1_score
 
     fitted = features[parts.fit]
-    features = features / fitted[fitted > 0].square().mean().sqrt()  # whatever the LLM's scale is
+    scale = fitted[fitted > 0].square().mean().sqrt()
+    features = features / scale.nan_to_num(1.0)  # whatever the LLM's scale is; of silent ones none
     weights, _ = fit_one_against_rest(features[parts.fit], labels[parts.fit], l1=L1_PENALTY)
     fit, choose, test = (features[part].numpy() for part in parts)
     of_fit, of_choose, of_test = (labels[part].numpy() for part in parts)
@@ -184,6 +185,7 @@ def measure_absorption(samples: ConceptSamples, sae: SAE) -> list[ConceptResult]
         for x in samples.source.split(ENCODED_AT_ONCE)
     ]
     used = torch.cat([x.indices()[1] for x in encoded]).unique()  # only these fill memory
+    used = used if len(used) else torch.tensor([0])  # a silent SAE
     features = torch.cat([x.index_select(1, used).to_dense() for x in encoded])
     W_dec, results = sae.W_dec.detach().cpu()[used], []
     found = find_own_features(features, samples.labels, samples.parts)

@@ -129,5 +129,5 @@ def _draw(results: list[ConceptResult]) -> "Figure":
 
 def _format_mean(results: list[ConceptResult], field: str) -> str:
     values = [getattr(each, field) for each in results]
-    error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-    return f"{fmean(values):.3f} ± {error:.3f}"
+    noise = f" ± {stdev(values) / len(values) ** 0.5:.3f}" if len(values) > 1 else ""
+    return f"{fmean(values):.3f}{noise}"

@@ -1,5 +1,6 @@
 """The scores of `suite=probing`, and their averages over sets."""
 
+import math
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ class ProbingScores(NamedTuple):
     directions, and `control: <name>` for the features of each control."""
 
     def average_sets(self, kind: str, k: int | None) -> tuple[float, float]:
-        """Mean AUROC over sets, and its standard error."""
+        """Mean AUROC over sets, and its standard error; NaN for one set."""
         return _average(self.aurocs[kind][k].mean(1))
 
     def compare(self, kind: str, other: str, k: int) -> tuple[float, float]:
@@ -28,9 +29,9 @@ class ProbingScores(NamedTuple):
         return _average((self.aurocs[kind][k] - self.aurocs[other][k]).mean(1))
 
     def measure_spread(self, kind: str, k: int | None) -> float:
-        """Spread of the mean over sets between random splits; 0 for one split."""
+        """Spread of the mean over sets between random splits; NaN for one split."""
         means = self.aurocs[kind][k].mean(0).tolist()
-        return stdev(means) if len(means) > 1 else 0.0
+        return stdev(means) if len(means) > 1 else math.nan
 
     def scalars(self) -> dict[str, Any]:
         """The content of `benchmark-probing.json`, by key."""
@@ -61,4 +62,4 @@ class ProbingScores(NamedTuple):
 
 def _average(values: ndarray) -> tuple[float, float]:
     values = values.tolist()
-    return fmean(values), stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return fmean(values), stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.nan

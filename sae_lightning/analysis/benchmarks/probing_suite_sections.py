@@ -1,10 +1,12 @@
 """Sections on k-sparse probing: features beside neurons, random directions and controls."""
 
+import math
 from typing import TYPE_CHECKING
 
 from sae_lightning.analysis.benchmarks.probing_scores import SCORED_SIZE, SIZES, ProbingScores
 from sae_lightning.analysis.probing.probes import FEATURES, NEURONS
 from sae_lightning.report.figures import make_figure
+from sae_lightning.report.noise import CRITICAL_T
 from sae_lightning.report.section import ResultTable, Section
 
 if TYPE_CHECKING:
@@ -34,8 +36,9 @@ def _make_mean_section(scores: ProbingScores) -> Section:
             "is read",
             "after ±": "standard error over sets; that of a difference is over differences on the "
             "same set",
-            "splits": f"{splits} of each set; between them the mean over sets has a spread of at "
-            f"most {spread:.3f}",
+            "splits": f"{splits} of each set"
+            + f"; between them the mean over sets has a spread of at most {spread:.3f}"
+            * (splits > 1),
             "note": "Units and regularisation are chosen on the training part of a set."
             + " No controls of this SAE are known: train it in a sweep with sweep.controls=true."
             * (len(kinds) == 3),
@@ -58,11 +61,13 @@ def _make_mean_section(scores: ProbingScores) -> Section:
 
 
 def compare_kinds(scores: ProbingScores, rival: str) -> str:
-    """Whether features or the units of `rival` are ahead: only if the difference is more than twice
-    its standard error over sets."""
+    """Whether features or the units of `rival` are ahead: only if a t-test over the differences on
+    each set says so at the 5 % level."""
     mean, error = scores.compare(FEATURES, rival, SCORED_SIZE)
-    score = f"{rival} {scores.average_sets(rival, SCORED_SIZE)[0]:.3f}"
-    if abs(mean) <= 2 * error:
+    score, sets = f"{rival} {scores.average_sets(rival, SCORED_SIZE)[0]:.3f}", len(scores.sets)
+    if sets == 1:
+        return f"{score} ({mean:+.3f}; on one set the noise is unknown)"
+    if abs(mean) <= CRITICAL_T[min(sets - 1, len(CRITICAL_T)) - 1] * error:
         return f"{score} (no clear difference: {mean:+.3f} ± {error:.3f})"
     ahead = "features are ahead" if mean > 0 else "features are behind"
     return f"{score} ({ahead} by {abs(mean):.3f} ± {error:.3f})"
@@ -109,4 +114,4 @@ def _draw_means(scores: ProbingScores) -> "Figure":
 
 
 def _format(mean: float, error: float) -> str:
-    return f"{mean:.3f} ± {error:.3f}"
+    return f"{mean:.3f}" if math.isnan(error) else f"{mean:.3f} ± {error:.3f}"
