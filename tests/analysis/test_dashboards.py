@@ -117,7 +117,8 @@ def home(here):
 @pytest.fixture(scope="module")
 def truth(here):
     """Strengths [tokens, features] on the tokens that the catalogue is of, and by token's text."""
-    sae, llm = load_sae(here / "sae"), load_llm(LLMConfig(name=str(here / "gpt2"), device="cpu"))
+    config = LLMConfig(name=str(here / "gpt2"), dtype=Dtype.float32, device="cpu")
+    sae, llm = load_sae(here / "sae"), load_llm(config)
     data = LocalConfig(path=str(here / "text"), context=16, held_out=0.34)
     tokens = open_tokens(open_text(data), llm.tokenizer, context=16, seed=0).train
     read = tokens.next(tokens.windows)
