@@ -30,6 +30,7 @@ ADAM_SETTINGS = (
     "callbacks.normalize.mode",
     "model.decoder_norm",
     "model.fixed_norm",
+    "model.control",  # what a control freezes has no moments
 )
 NORMALISATION = ("in_mean", "in_scale", "out_mean", "out_scale")
 

@@ -27,6 +27,7 @@ from sae_lightning.runs.folders import read_sweep_runs
 from sae_lightning.runs.jobs import read_job
 from sae_lightning.runs.starts import apply_start
 from sae_lightning.sae import ARCHITECTURES, build_sae
+from sae_lightning.sae.controls import Control
 from sae_lightning.sae.initial import rescale_strengths
 from sae_lightning.training.callbacks.normalize import Normalize
 from sae_lightning.training.head import Head
@@ -349,6 +350,19 @@ def test_adam_starts_anew_where_its_moments_would_be_in_other_units(job, tmp_pat
     line, optimizer = begin(head)
     assert line.endswith("; Adam starts anew, because data.concepts is not that of its checkpoint")
     assert not optimizer.state
+
+
+def test_an_sae_that_starts_from_a_control_starts_adam_anew(job, tmp_path):
+    """What the control has frozen has no moments."""
+    control, other = job("control", 5), job("other", 5)
+    control.config.model.control = Control.frozen_encoder
+    passes.train_jobs([control])
+    head = make_head(other.config.model, str(control.folder))
+    head.settings = other.config.fixed_on_resume()
+    line, optimizer = begin(head)
+    assert line.endswith("; Adam starts anew, because model.control is not that of its checkpoint")
+    assert not optimizer.state
+    assert_same_function(head, str(control.folder))
 
 
 def test_a_kept_sae_has_no_checkpoint(job, tmp_path):
