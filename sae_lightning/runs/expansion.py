@@ -63,7 +63,8 @@ def average_objective(
     """Mean objective over the seeds of a job (a group of `expand_jobs`), without its controls, from
     the held-out metrics by run folder; None if one of the runs has failed."""
     first, values = group[0].config, []
-    for folder in {job.folder for job in group if job.config.model.control is first.model.control}:
+    seeds = [job.folder for job in group if job.config.model.control is first.model.control]
+    for folder in dict.fromkeys(seeds):
         if (metrics := results[folder]) is None:
             return None
         values.append(compute_objective(metrics, first.sweep))

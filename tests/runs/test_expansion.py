@@ -107,6 +107,11 @@ def test_a_search_is_told_the_mean_over_seeds_without_controls(typed):
     for name, recovered in (("x", 0.5), ("x,model.seed=1", 0.25)):
         values[Path("sweep", name)] = {"l0": 4.0, "recovered": recovered}
     assert average_objective(group, values) == 0.375
+    # added up in the order of seeds, in every process: (0.1 + 0.2) + 0.3 is not 0.1 + (0.2 + 0.3)
+    (three,) = expand_jobs(typed(("x", ["model=topk", "sweep.seeds=3"])))
+    for job, recovered in zip(three, (0.1, 0.2, 0.3), strict=True):
+        values[job.folder] = {"l0": 4.0, "recovered": recovered}
+    assert average_objective(three, values) == (0.1 + 0.2 + 0.3) / 3
     values[Path("sweep", "x,model.seed=1")] = None
     assert average_objective(group, values) is None
 
