@@ -21,7 +21,8 @@ def waits(monkeypatch) -> list[int]:
 @pytest.fixture
 def trained(monkeypatch, waits):
     """trained(SAEs' device, LLM's device) -> the module of a run of 10 updates by a clock that a
-    test can read, and its curves; it is evaluated after 300, 600 and 900 tokens."""
+    test can read, and its curves; it is evaluated after 300, 600 and 900 tokens,
+    and after 700, where fine-tuning with `loss.kl` begins."""
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(throughput_module, "perf_counter", lambda: clock.now)
     curves: list[tuple[int, dict]] = []
@@ -36,7 +37,10 @@ def trained(monkeypatch, waits):
             steps=STEPS,
             tokens_per_second=0.0,
             tokens_seen=0,
+            tuning_starts={7},
+            tuning_seconds=0.0,
         )
+        trainer.lightning_module = module
         module.training_heads = [SimpleNamespace(log=log)]
         wait = lambda: waits.append(trainer.global_step)  # noqa: E731
         monkeypatch.setattr(torch.accelerator, "synchronize", wait)
@@ -53,7 +57,7 @@ def trained(monkeypatch, waits):
             trainer.global_step += 1
             module.tokens_seen += BATCH
             callback.on_train_batch_end(trainer, module, None, None, step)
-            clock.now += OTHERS + EVALUATION * (module.tokens_seen % 300 == 0)
+            clock.now += OTHERS + EVALUATION * (module.tokens_seen in (300, 600, 700, 900))
         return module, curves
 
     return train
@@ -81,9 +85,9 @@ def test_an_accelerator_is_waited_for_where_something_is_measured_and_nowhere_el
 ):
     """Whether it has the SAEs, the LLM or both."""
     module, curves = trained(*devices)
-    assert waits == [3, 5, 6, 9, 10]
-    # what follows an update runs beside it, but for evaluation (after updates 3, 6 and 9)
-    seconds = FILL + STEPS * (LLM + POOL + SAES) + 6 * OTHERS
+    assert waits == [3, 5, 6, 7, 9, 10]
+    # what follows an update runs beside it, but for evaluation (after updates 3, 6, 7 and 9)
+    seconds = FILL + STEPS * (LLM + POOL + SAES) + 5 * OTHERS
     assert module.speed == pytest.approx({"tokens_per_second": STEPS * BATCH / seconds})
-    recent = 5 * (LLM + POOL + SAES) + 3 * OTHERS
+    recent = 5 * (LLM + POOL + SAES) + 2 * OTHERS
     assert curves[1][1] == pytest.approx({"speed/tokens_per_second": 500 / recent})

@@ -60,7 +60,8 @@ class Throughput(L.Callback):
         step, devices = trainer.global_step, {module.device, trainer.datamodule.stream.device}
         on_cpu = all(device.type == "cpu" for device in devices)
         log = step % self.log_every == 0 or step >= module.steps
-        pause = on_cpu or any(is_due(step, module.batch, every) for every in self.pauses)
+        pause = on_cpu or step in module.tuning_starts
+        pause |= any(is_due(step, module.batch, every) for every in self.pauses)
         if not on_cpu and (log or pause):
             torch.accelerator.synchronize()
         now = self._elapsed(trainer)
