@@ -11,7 +11,7 @@ from sae_lightning.sae.controls import Control
 
 def find_controls(folder: Path) -> dict[Control, Path]:
     """Control -> its finished run folder, for the SAE of the run in `folder`: one of each kind,
-    among the runs of the same sweep, with the same seed if there is one. Empty outside a sweep."""
+    among the runs beside it (those of its sweep), with the same seed if there is one."""
     config = read_job(folder, trusted=True).config  # no LLM is loaded
     experiment, found = identify_experiment(config.to_flat_dict()), {}
     for file in sorted(folder.absolute().parent.glob(f"*/{CONFIG_FILE}")):

@@ -152,7 +152,8 @@ class Head(nn.Module):
         """The term with `loss.kl` [], on the text of an update whose other terms are computed: kl /
         (1 + kl) x mse / KL x KL, where mse / KL gets no gradient.
 
-        In float32 and with `forward`, as the SAE is evaluated and used: thresholds are fixed."""
+        In float32 and with `forward`, as the SAE is evaluated and used: a BatchTopK SAE with its
+        threshold."""
         kl = text.measure_kl(runs, self.source, self.target, self.run_raw, self.sae.split.ranks)
         step, weight = self.last_step, self.loss.kl
         loss = weight / (1 + weight) * step.terms["mse"] / (kl.detach() + SMALLEST_KL) * kl
