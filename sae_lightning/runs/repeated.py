@@ -27,7 +27,8 @@ def add_stable_features(folder: Path, runs: Sequence[SweepRun]) -> list[SweepRun
     """The runs of the sweep in `folder`; those with repetitions get their share of stable features.
 
     Of the features that fire on held-out data, it is the share that the SAE of another seed has,
-    too, on average over the other seeds. `stable.json` keeps the shares of pairs.
+    too, on average over the other seeds (with the same `data.seed`: SAEs of other concepts have
+    nothing in common). `stable.json` keeps the shares of pairs.
     """
     table = SweepTable([*runs])
     finished = [
@@ -36,7 +37,10 @@ def add_stable_features(folder: Path, runs: Sequence[SweepRun]) -> list[SweepRun
     ]
     hashes = {run: _hash_files(run) for group in finished if len(group) > 1 for run in group}
     groups = [[run for run in group if hashes.get(run)] for group in finished]
-    pairs = [pair for group in groups for pair in combinations(group, 2)]
+    concepts = {run.folder: run.settings.get("data.seed") for run in runs}
+    pairs = [
+        (a, b) for group in groups for a, b in combinations(group, 2) if concepts[a] == concepts[b]
+    ]
     known = _read_shares(folder / STABLE_FILE) if pairs else {}
     names = {(a, b): f"{hashes[a]} {hashes[b]}" for a, b in pairs}
     missing = [pair for pair in pairs if names[pair] not in known]

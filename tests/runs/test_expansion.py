@@ -1,5 +1,6 @@
 """`sweep.seeds` and `sweep.controls` add runs to a sweep, which could be typed one by one."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,8 +18,11 @@ from sae_lightning.runs.expansion import (
     expand_jobs,
     list_controls,
 )
+from sae_lightning.runs.folders import begin_run
 from sae_lightning.runs.jobs import Job, make_job, read_sweep, register_schemas
+from sae_lightning.runs.siblings import find_controls
 from sae_lightning.runs.sweep import Sweep
+from sae_lightning.sae.controls import Control
 
 SMALL = (
     *("data=synthetic", "data.concepts=32", "data.dim=16", "data.l0=3", "data.pool=256"),
@@ -114,6 +118,25 @@ def test_a_search_is_told_the_mean_over_seeds_without_controls(typed):
     assert average_objective(three, values) == (0.1 + 0.2 + 0.3) / 3
     values[Path("sweep", "x,model.seed=1")] = None
     assert average_objective(group, values) is None
+
+
+def test_controls_have_the_concepts_of_their_sae_and_its_seed_if_possible(typed, tmp_path):
+    seeds = {"a": (3, 0), "b": (3, 1), "c": (4, 0)}  # of concepts and SAE
+    names = {name: [f"data.seed={d}", f"model.seed={m}"] for name, (d, m) in seeds.items()}
+    jobs = typed(*((n, each) for n, each in names.items()))
+    controls = typed(*((f"{n}_pca", [*each, "model.control=pca"]) for n, each in names.items()))
+    for job in [*jobs, *controls]:
+        job = replace(job, folder=tmp_path / job.folder.name)
+        job.folder.mkdir()
+        begin_run(job)
+        metrics = {"held_out": {"l0": 3, "explained_variance": 0.5}}
+        (job.folder / "metrics.json").write_text(json.dumps(metrics))
+    for name in names:
+        assert find_controls(tmp_path / name) == {Control.pca: tmp_path / f"{name}_pca"}
+    (tmp_path / "b_pca" / "metrics.json").unlink()
+    (tmp_path / "c_pca" / "metrics.json").unlink()
+    assert find_controls(tmp_path / "b") == {Control.pca: tmp_path / "a_pca"}
+    assert find_controls(tmp_path / "c") == {}
 
 
 def test_a_plain_run_and_other_launchers_say_that_they_add_nothing(tmp_path, monkeypatch):

@@ -48,6 +48,13 @@ def test_the_share_is_of_live_features_and_the_mean_over_the_other_seeds(runs, t
     assert shares == [0.75, 0.75, 0.5, None]
 
 
+def test_saes_of_other_concepts_are_not_compared(runs, tmp_path):
+    for run, seed in zip(runs, [5, 5, 6, 5], strict=True):
+        run.settings["data.seed"] = seed
+    shares = [run.stable for run in add_stable_features(tmp_path, runs)]
+    assert shares == [1.0, 1.0, None, None]
+
+
 def test_a_sweep_is_compared_once_and_a_new_sae_again(runs, tmp_path, monkeypatch):
     first = add_stable_features(tmp_path, runs)
     compared, compare = [], repeated._compare
