@@ -133,7 +133,7 @@ def _read_metrics(folder: Path) -> dict | None:
     if content is None:
         return None
     try:
-        for name in {"held_out", "training"} | ({"start", "fates"} & content.keys()):
+        for name in {"held_out", "training"} | ({"start", "fates", "before_kl"} & content.keys()):
             content[name] = {key: _read_number(x) for key, x in content.get(name, {}).items()}
         valid = isinstance(content.get("tokens"), int | None)
         valid = valid and {"l0", "explained_variance"} <= content["held_out"].keys()

@@ -97,7 +97,8 @@ def test_names_that_are_used_twice_do_not_end_the_report(sweep):
 def test_json_never_holds_nan_and_gives_it_back(sweep):
     path = sweep / "loss.l1=2" / folders.METRICS_FILE
     scores = SCORES | {"kl": math.nan, "mse": math.inf, "l0": -math.inf}
-    write_json(path, GOOD | {"held_out": scores})
+    before = {"ce_clean": 1.0, "ce_spliced": math.nan}
+    write_json(path, GOOD | {"held_out": scores, "before_kl": before})
 
     def refuse(word):
         raise AssertionError(word)
