@@ -3,12 +3,14 @@
 from collections import Counter
 from typing import NamedTuple
 
+import numpy as np
+
 from sae_lightning.report.means import TRAINED, MeansTable
 from sae_lightning.report.noise import tell_apart
 
 SAME_L0 = 0.1  # largest relative difference in L0 at which SAEs are compared
 MAX_SENTENCES = 4  # trained SAEs with a sentence each; more are counted
-BETTER, WORSE, TIED, ONE_SEED = "better", "worse", "not told apart", "one seed: noise unknown"
+BETTER, WORSE, TIED, UNKNOWN = "better", "worse", "not told apart", "too few seeds: noise unknown"
 OTHER_L0 = "L0 differs"
 # Metric -> what an SAE that scores {} does.
 SCORED = {
@@ -37,7 +39,7 @@ class Comparison(NamedTuple):
     difference: float
     """Trained minus control."""
     verdict: str
-    """BETTER, WORSE, TIED, ONE_SEED or OTHER_L0."""
+    """BETTER, WORSE, TIED, UNKNOWN or OTHER_L0."""
 
 
 def compare_with_controls(means: MeansTable) -> list[Comparison]:
@@ -71,9 +73,9 @@ def _has_same_l0(means: MeansTable, row: int, other: int) -> bool:
 def _judge(means: MeansTable, row: int, control: int, name: str) -> str:
     if not _has_same_l0(means, row, control):
         return OTHER_L0
-    if means.seeds[row] == means.seeds[control] == 1:
-        return ONE_SEED
     values = means.estimate(name)
+    if np.isnan(values.spread[[row, control]]).all():
+        return UNKNOWN
     if not tell_apart(values.pick([row]), values.pick([control])).item():
         return TIED
     better = values.mean[row] > values.mean[control]
@@ -107,7 +109,7 @@ def _write_sentence(means: MeansTable, c: Comparison) -> str:
         BETTER: f"{WORTH.get(control, 'what the control does not learn')} is worth {amount}",
         WORSE: f"the control is better by {amount}",
         TIED: f"the SAE is not told apart from its control (they differ by {amount})",
-        ONE_SEED: f"they differ by {amount}; with one seed each, the noise is unknown",
+        UNKNOWN: f"they differ by {amount}; with so few seeds, the noise is unknown",
         OTHER_L0: f"they differ by {amount}, but only SAEs of the same L0 can be compared",
     }[c.verdict]
     return (

@@ -71,6 +71,12 @@ class MeansTable:
             for f in (_average, _spread)
         )
         """Comparable metrics, see `SweepTable.finite`."""
+        # Each share of stable features compares a run with all others, so that these shares differ
+        # by far less than those of other seeds would: the jackknife of a mean over pairs gives
+        # 2 (n - 1) / (n - 2) times their spread, and nothing for two seeds.
+        with np.errstate(divide="ignore", invalid="ignore"):
+            factor = np.where(self.seeds > 2, 2 * (self.seeds - 1) / (self.seeds - 2), np.nan)
+        self.spread["stable"] *= factor
         spreads = [_spread(measured[n]) for n in done]
         self.spreads = pd.DataFrame(spreads, columns=table.metrics)
         """Sample standard deviation of each metric over seeds; NaN for a single run."""

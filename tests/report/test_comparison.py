@@ -8,9 +8,9 @@ from test_means import seed_run, sweep_of
 from sae_lightning.report.comparison import (
     BETTER,
     MAX_SENTENCES,
-    ONE_SEED,
     OTHER_L0,
     TIED,
+    UNKNOWN,
     WORSE,
     compare_with_controls,
     write_claims,
@@ -50,8 +50,8 @@ def test_a_claim_follows_from_the_difference_and_its_noise(tmp_path, control, ve
 
 def test_of_one_seed_each_the_noise_is_unknown(tmp_path):
     verdicts, (claim,) = judge(sweep_of(tmp_path, {("topk", None): [0.7], ("topk", "pca"): [0.6]}))
-    assert verdicts == [ONE_SEED]
-    assert claim.endswith("differ by 0.1000; with one seed each, the noise is unknown.")
+    assert verdicts == [UNKNOWN]
+    assert claim.endswith("differ by 0.1000; with so few seeds, the noise is unknown.")
 
 
 def test_the_best_control_is_the_best_at_the_same_l0_if_there_is_one(tmp_path):
@@ -99,6 +99,20 @@ def test_stable_features_are_told_with_controls_and_without(tmp_path):
         "components is worth 55.0 points."
     )
     assert judge(runs[:3])[1] == ["topk repeats 55.0% ± 5.0% of its features under another seed."]
+
+
+def test_shares_of_stable_features_share_seeds_which_their_noise_allows_for(tmp_path):
+    """Pairs repeat 0.5, 0.6 and 0.7. Leaving out one seed leaves one pair, and the jackknife's
+    variance of the mean is (3 - 1) / 3 (0.1^2 + 0 + 0.1^2) = 0.2^2 / 3."""
+    runs = sweep_of(tmp_path, {("topk", None): SEEDS, ("topk", "frozen_decoder"): SEEDS})
+    shares = [0.55, 0.6, 0.65, 0.0, 0.0, 0.0]
+    runs = [run._replace(stable=x) for run, x in zip(runs, shares, strict=True)]
+    means = MeansTable(SweepTable(runs))
+    assert means.estimate("stable").spread == pytest.approx([0.2, 0.0])
+    assert means.format_cell(0, "stable") == "60.0% ± 5.0%"
+    two = MeansTable(SweepTable([*runs[:2], *runs[3:5]]))
+    verdicts = {c.metric: c.verdict for c in compare_with_controls(two)}
+    assert verdicts["stable"] == UNKNOWN and verdicts["explained_variance"] == TIED
 
 
 def test_the_page_shows_claims_and_comparisons_first(tmp_path, capsys):
