@@ -129,12 +129,13 @@ def known_axes():
     return x + mean, axes, lengths.square() / D, mean
 
 
+@pytest.mark.parametrize("name", ["relu", "gated"])
 @pytest.mark.parametrize(("axes_kept", "features"), [(3, 6), (16, 32), (16, 48)])
-def test_principal_components_explain_what_they_should(axes_kept, features):
+def test_principal_components_explain_what_they_should(axes_kept, features, name):
     """Each activation lies on one axis, so that of the 2 features of each kept axis one fires:
     the explained variance is the share of the kept axes."""
     x, axes, variances, mean = known_axes()
-    head = make_head("relu", control=Control.pca, features=features, start_bias=0.0)
+    head = make_head(name, control=Control.pca, features=features, start_bias=0.0)
     head.in_mean += 1  # normalisation need not be exact: the rest of the mean goes into b_dec
     head.in_scale.fill_(2.0)
     head.out_mean, head.out_scale = head.in_mean, head.in_scale

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from sae_lightning.llm.sites import Site
 from sae_lightning.sae.controls import Control, limit_turn, list_principal_directions
+from sae_lightning.sae.gated import Gated
 from sae_lightning.terminal import phase
 from sae_lightning.training.head import Head
 
@@ -61,5 +62,7 @@ def set_principal_directions(head: Head, mean: Tensor, directions: Tensor) -> No
         weight.zero_()
         weight[: len(own)] = own
     sae.b_enc[: len(own)] -= own @ centre
+    if isinstance(sae, Gated):
+        sae.b_mag[: len(own)] -= own @ centre
     sae.b_enc[len(own) :] = -1
     sae.b_dec.copy_(centre)
