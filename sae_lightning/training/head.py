@@ -97,9 +97,9 @@ class Head(nn.Module):
             # decoder directions at the start, 0 for features that the start lacks, and which fired
             self.register_buffer("start_rows", torch.zeros(features, d_out, dtype=torch.float16))
             self.register_buffer("start_fired", torch.zeros(features, dtype=torch.uint8))
-        # of a control: the last known L0 of the trained SAE, NaN as long as there is none
+        # of a control: the last known L0 of the trained SAE, below 0 as long as there is none
         follows = sae.config.control is not None and loss.fixes_coefficient
-        self.register_buffer("l0_target", torch.tensor(torch.nan) if follows else None)
+        self.register_buffer("l0_target", torch.tensor(-1.0) if follows else None)
         if sae.config.control is Control.soft_frozen_decoder:
             # not in checkpoints: the seed makes them again
             self.register_buffer("random_rows", normalize(sae.W_dec.detach()), persistent=False)
