@@ -38,6 +38,7 @@ from sae_lightning.runs.plan import (
     HeldOutResults,
     PlannedPass,
     assign_jobs,
+    count_followers,
     cut_evenly,
     group_partners,
 )
@@ -151,6 +152,12 @@ def plan_passes(jobs: Iterable[Job]) -> list[PlannedPass]:
     if together:
         checks.check_disk_space([checked for group in together.values() for checked in group])
     forget_starts()
+    groups = [[checked.job for checked in group] for group in together.values()]
+    if sum(map(count_followers, streams.values())) > sum(map(count_followers, groups)):
+        console.print(
+            "some controls were saved at another update than their SAEs: they keep to the last L0 "
+            "of the SAE"
+        )
     return [part for group in together.values() for part in _split_group(group)]
 
 

@@ -51,6 +51,11 @@ def find_leaders(jobs: Sequence[Job]) -> list[int | None]:
     ]
 
 
+def count_followers(jobs: Sequence[Job]) -> int:
+    """Number of controls that can follow the L0 of an SAE among the jobs."""
+    return sum(leader is not None for leader in find_leaders(jobs))
+
+
 def group_partners(jobs: Sequence[Job], most: int = sys.maxsize) -> list[list[int]]:
     """Numbers of the jobs, in groups that belong on one rank: a trained SAE, then the controls that
     follow its L0. Most groups are a single job. Groups of more than `most` are cut."""

@@ -65,7 +65,7 @@ def test_a_control_ends_at_the_l0_of_its_sae_which_trains_as_if_alone(pair, grou
     (by_itself,) = passes.train_jobs([control_alone])
     assert abs(by_itself["l0"] - trained["l0"]) > 2 * abs(control["l0"] - trained["l0"])
     state = checkpoint(control_alone.folder)["state_dict"]
-    assert state["heads.0.l0_target"].isnan() and state["heads.0.steering"] == 1
+    assert state["heads.0.l0_target"] == -1 and state["heads.0.steering"] == 1
 
 
 @pytest.mark.slow
@@ -80,6 +80,21 @@ def test_a_pair_that_was_killed_ends_as_if_it_had_not_been(pair, monkeypatch):
     passes.train_jobs(again)
     for one, other in zip(whole, killed, strict=True):
         assert_same(one.folder, other.folder)
+
+
+def test_a_pair_that_was_saved_at_different_updates_says_so(pair, monkeypatch, capsys):
+    both = pair("both", **RELU)
+    for job, step in zip(both, (11, 21), strict=True):
+        job.config.trainer = replace(job.config.trainer, checkpoint_every=10 * WORLD_BATCH)
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            interrupt(patch, step, die)
+            passes.train_jobs([job])
+    again = [resolve_auto(replace(job, resumed=True)) for job in both]
+    capsys.readouterr()
+    assert len(passes.plan_passes(again)) == 2
+    assert "at another update than their SAEs: they keep to the last L0" in capsys.readouterr().out
+    assert len(passes.plan_passes(again[1:])) == 1
+    assert not capsys.readouterr().out
 
 
 @pytest.mark.slow
