@@ -21,7 +21,9 @@ def make_probing_sections(scores: ProbingScores) -> list[Section]:
 def _make_mean_section(scores: ProbingScores) -> Section:
     kinds, splits = [*scores.aurocs], scores.aurocs[FEATURES][1].shape[1]
     texts = sum(len(each.texts) for each in scores.sets)
-    rivals = [compare_kinds(scores, kind) for kind in kinds if kind != FEATURES]
+    rivals, controls = (
+        [compare_kinds(scores, k) for k in part] for part in (kinds[1:3], kinds[3:])
+    )
     spread = max(scores.measure_spread(kind, SCORED_SIZE) for kind in kinds)
     return Section(
         title="k-sparse probing",
@@ -39,21 +41,21 @@ def _make_mean_section(scores: ProbingScores) -> Section:
             "splits": f"{splits} of each set"
             + f"; between them the mean over sets has a spread of at most {spread:.3f}"
             * (splits > 1),
-            "note": "Units and regularisation are chosen on the training part of a set."
-            + " No controls of this SAE are known: train it in a sweep with sweep.controls=true."
-            * (len(kinds) == 3),
+            "controls": "; ".join(controls)
+            or "none known; train the SAE in a sweep with sweep.controls=true",
+            "note": "Units and regularisation are chosen on the training part of a set.",
         },
         table=ResultTable(
-            ["units of a probe", *kinds],
+            ["", *(f"k = {k}" for k in SIZES), "all"],
             [
                 [
-                    str(k or "all"),
+                    kind,
                     *(
                         _format(*scores.average_sets(kind, k)) if k in scores.aurocs[kind] else ""
-                        for kind in kinds
+                        for k in (*SIZES, None)
                     ),
                 ]
-                for k in (*SIZES, None)
+                for kind in kinds
             ],
         ),
         figures={"Mean held-out AUROC over sets": _draw_means(scores)},
@@ -75,9 +77,12 @@ def compare_kinds(scores: ProbingScores, rival: str) -> str:
 
 def _make_sets_section(scores: ProbingScores) -> Section:
     kinds = [*scores.aurocs]
-    columns = [*((kind, SCORED_SIZE) for kind in kinds), (NEURONS, None)]
-    means = [scores.aurocs[kind][k].mean(1) for kind, k in columns]
-    ahead = int((means[0] > means[1]).sum())
+    columns = {kind: scores.aurocs[kind][SCORED_SIZE].mean(1) for kind in kinds[:3]}
+    if controls := kinds[3:]:
+        of_control = [scores.aurocs[kind][SCORED_SIZE].mean(1) for kind in controls]
+        columns["controls (mean)"] = sum(of_control) / len(controls)
+    columns["dense probe"] = scores.aurocs[NEURONS][None].mean(1)
+    ahead = int((columns[FEATURES] > columns[NEURONS]).sum())
     return Section(
         title="Each set of texts",
         lead=(
@@ -85,14 +90,9 @@ def _make_sets_section(scores: ProbingScores) -> Section:
             f"{SCORED_SIZE} neurons. (AUROC of probes on {SCORED_SIZE} units, mean over splits.)"
         ),
         table=ResultTable(
-            ["set", "classes", "texts", *kinds, "dense probe"],
+            ["set", *columns],
             [
-                [
-                    each.name,
-                    " / ".join(each.classes),
-                    str(len(each.texts)),
-                    *(f"{values[i]:.3f}" for values in means),
-                ]
+                [each.name, *(f"{values[i]:.3f}" for values in columns.values())]
                 for i, each in enumerate(scores.sets)
             ],
         ),
