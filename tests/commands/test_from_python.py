@@ -13,6 +13,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 import sae_lightning
 from sae_lightning import UserError, train, train_sweep
+from sae_lightning.files import make_jsonable
 from sae_lightning.runs import passes
 from sae_lightning.runs.config import find_conf_folder
 from sae_lightning.runs.jobs import make_job, read_job, register_schemas
@@ -51,7 +52,7 @@ def test_the_config_is_that_of_the_command_line(trained):
 
 def test_a_run_has_its_folder_its_metrics_and_its_sae(trained):
     saved = json.loads((trained.folder / "metrics.json").read_text())["held_out"]
-    assert trained.metrics == saved
+    assert make_jsonable(trained.metrics) == saved
     assert trained.metrics["l0"] <= 4
     assert trained.sae is trained.sae, "loaded once"
     assert trained.sae(torch.zeros(2, 16)).features.shape == (2, 48)
@@ -76,7 +77,7 @@ def test_a_sweep_gives_its_runs_in_the_order_that_was_typed(tmp_path):
     [
         ("layer=9", r"layer=9: `layer` chooses a preset .* write layer\.index=9"),
         ("model.k=3", r"model\.k has no meaning for this model, only for model=topk, .*"),
-        ("seed=-1", r"data\.seed=-1: give 0 or a positive integer below 2\*\*63"),
+        ("seed=-1", r"seed=-1: give 0 or a positive integer below 2\*\*63"),
         ("resume=nope", r"nope holds no run .*"),
         ("d_sae=64", r"d_sae=64: no such setting here; use model\.features=\.\.\."),
         ("layer.index=1", r"layer\.index=1 has no meaning with data=synthetic.*"),
