@@ -14,6 +14,7 @@ from sae_lightning.llm.sites import Kind, LayerConfig
 from sae_lightning.runs import passes
 from sae_lightning.sae import SAEConfig
 from sae_lightning.sae.controls import Control
+from sae_lightning.sae.relu import ReLULoss
 from sae_lightning.training.settings import CallbacksConfig, ResampleConfig, Splitting
 
 
@@ -26,12 +27,13 @@ def die():
 
 
 def make_jobs(folder, **trainer) -> list:
-    """An SAE and all its controls, as a sweep on one pass."""
+    """An SAE and all its controls, as a sweep on one pass. With a target for L0 of their own,
+    controls do not depend on the SAE."""
     jobs = []
     for control in (None, *Control):
         name = control.name if control else "trained"
         model = SAEConfig(features=48, control=control)
-        job = synthetic_job(folder / name, model=model)
+        job = synthetic_job(folder / name, model=model, loss=ReLULoss(target_l0=4.0))
         job.config.trainer = replace(job.config.trainer, **trainer)
         jobs.append(replace(job, multirun=True, sweep_folder=folder))
     return jobs
