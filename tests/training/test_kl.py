@@ -180,7 +180,7 @@ def test_it_lowers_the_kl_on_held_out_text(job):
     eval = EvalConfig(every=400 * BATCH, tokens=600)
     scores = {}
     for kl in (0.0, 1.0):
-        loss = AuxKLoss(kl=kl, kl_from=0.5) if kl else AuxKLoss()
+        loss = AuxKLoss(kl=kl, kl_from=0.5, kl_lr=1.0) if kl else AuxKLoss()
         model = TopKConfig(name="topk", features=48, k=4)
         one = job(f"{kl}", trainer=trainer, eval=eval, model=model, loss=loss)
         passes.train_jobs([one])
