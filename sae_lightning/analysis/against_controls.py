@@ -21,7 +21,7 @@ from sae_lightning.analysis.survey.reading import score_token_sets
 from sae_lightning.analysis.survey.sample import SequenceSampler
 from sae_lightning.analysis.theory.detection import find_detector
 from sae_lightning.analysis.theory.one_concept import ConceptCounts, find_frequent
-from sae_lightning.report.noise import CRITICAL_T
+from sae_lightning.report.noise import find_critical_t
 from sae_lightning.report.section import ResultTable, Section
 from sae_lightning.sae import SAE
 from sae_lightning.sae.controls import Control
@@ -195,8 +195,10 @@ def exceeds_noise(a: Sequence[float], b: Sequence[float], *, paired: bool) -> bo
     freedom = min(map(len, samples)) - 1
     if freedom < 1:
         return False
-    allowed = CRITICAL_T[min(freedom, len(CRITICAL_T)) - 1]
-    return fmean(a) - fmean(b) > allowed * sum(variance(x) / len(x) for x in samples) ** 0.5
+    return (
+        fmean(a) - fmean(b)
+        > find_critical_t(freedom) * sum(variance(x) / len(x) for x in samples) ** 0.5
+    )
 
 
 def _compare_reconstructions(own: Scores, controls: Mapping[str, Scores]) -> str:

@@ -94,7 +94,7 @@ def collect(
     with phase(what, total=total) as advance:
         for sequences in text:
             captured = capture(subject.llm.model, sequences.tokens, distinct_sites([subject.sites]))
-            keep = (sequences.is_text & ~torch.isin(sequences.tokens, dropped)).to(subject.device)
+            keep = sequences.mark_kept(dropped).to(subject.device)
             if data.max_norm is not None:
                 rows = {site: values[keep] for site, values in captured.items()}
                 usual = usual or compute_medians(rows)  # from the first batch, as in training

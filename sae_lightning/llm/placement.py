@@ -136,3 +136,11 @@ def read_tensors(model: nn.Module, name: str, tensor: Tensor) -> list[Tensor]:
         return [tensor]
     inner = {part: getattr(tensor, part) for part in tensor.__tensor_flatten__()[0]}
     return [x for part, x in inner.items() for x in read_tensors(model, part, x)]
+
+
+def move_to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Copy `x` to `device`; to a GPU asynchronously, from pinned memory, which torch does not reuse
+    before the copy is done."""
+    if device.type == "cuda" and x.device.type == "cpu":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)

@@ -18,6 +18,11 @@ CRITICAL_T = np.array(
 )
 
 
+def find_critical_t(freedom: np.ndarray | float) -> np.ndarray:
+    """Critical value for degrees of freedom, rounded down to those of the table."""
+    return CRITICAL_T[np.clip(freedom, 1, len(CRITICAL_T)).astype(int) - 1]
+
+
 class Estimates(NamedTuple):
     """A metric of several SAEs; all fields are arrays of one shape."""
 
@@ -49,7 +54,6 @@ def tell_apart(a: Estimates, b: Estimates) -> np.ndarray:
     # a borrowed spread has the degrees of freedom of the side that it comes from
     one_sided = np.isnan(a.spread) | np.isnan(b.spread)
     freedom = np.where(one_sided, np.maximum(a.seeds, b.seeds) - 1, freedom)
-    freedom = np.nan_to_num(freedom, nan=1.0).clip(1, len(CRITICAL_T)).astype(int)
-    allowed = CRITICAL_T[freedom - 1] * np.sqrt(variance_a + variance_b)
+    allowed = find_critical_t(np.nan_to_num(freedom, nan=1.0)) * np.sqrt(variance_a + variance_b)
     noise = np.nan_to_num(np.maximum(allowed, np.maximum(spread_a, spread_b)))
     return np.abs(a.mean - b.mean) > noise

@@ -163,7 +163,6 @@ class Config:
                 f"loss.target_l0={target_l0}: there are only model.features={self.model.features}; "
                 "give fewer active features, or null"
             )
-
         self._check_control()
 
     def _check_control(self) -> None:

@@ -14,13 +14,14 @@ def find_controls(folder: Path) -> dict[Control, Path]:
     among the runs beside it (those of its sweep), with the same seed if there is one."""
     config = read_job(folder, trusted=True).config  # no LLM is loaded
     own, found = config.to_flat_dict(), {}
+    experiment = identify_experiment(own)
     for file in sorted(folder.absolute().parent.glob(f"*/{CONFIG_FILE}")):
         try:
             other = read_job(file.parent, trusted=True).config
         except UserError:  # a damaged run must not stand in the way of its neighbours
             continue
         its = other.to_flat_dict()
-        same = identify_experiment(its) == identify_experiment(own)
+        same = identify_experiment(its) == experiment
         same &= its.get("data.seed") == own.get("data.seed")  # otherwise it knows other concepts
         if not same or other.model.control is None or read_metrics(file.parent) is None:
             continue

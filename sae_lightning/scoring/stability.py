@@ -42,13 +42,9 @@ def count_matches(a: Tensor, b: Tensor) -> int:
 def _find_nearest(a: Tensor, b: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """The largest cosine and its place: of each row of a in b, and of each row of b in a; of equal
     cosines the first."""
-    best_a, place_a = (
-        a.new_full((len(a),), -2.0),
-        torch.zeros(len(a), dtype=torch.long).to(a.device),
-    )
-    best_b, place_b = (
-        a.new_full((len(b),), -2.0),
-        torch.zeros(len(b), dtype=torch.long).to(a.device),
+    best_a, best_b = (rows.new_full((len(rows),), -2.0) for rows in (a, b))
+    place_a, place_b = (
+        torch.zeros(len(rows), dtype=torch.long, device=rows.device) for rows in (a, b)
     )
     for i in range(0, len(a), BLOCK_ROWS):
         for j in range(0, len(b), BLOCK_ROWS):

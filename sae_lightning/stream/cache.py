@@ -22,6 +22,7 @@ from sae_lightning.files import (
     read_free_space,
     write_json,
 )
+from sae_lightning.llm.placement import move_to_device
 from sae_lightning.llm.sites import Site
 from sae_lightning.ranks import world
 from sae_lightning.stream.rows import LLMRows
@@ -33,7 +34,7 @@ from sae_lightning.stream.shards import (
     lock_folder,
     write_shard,
 )
-from sae_lightning.stream.source import Rows, RowStream, move_to_device
+from sae_lightning.stream.source import Rows, RowStream
 from sae_lightning.stream.states import TextChanged, check_text
 from sae_lightning.terminal import console
 

@@ -35,6 +35,10 @@ class Sequences(NamedTuple):
     ids: Tensor
     """[n] int64; a number that is unique within the run."""
 
+    def mark_kept(self, dropped: Tensor) -> Tensor:
+        """[n, context] bool: the tokens of the text that are not among `dropped` [ids]."""
+        return self.is_text & ~torch.isin(self.tokens, dropped)
+
 
 class Packing(NamedTuple):
     """How a flat array of tokens becomes sequences."""

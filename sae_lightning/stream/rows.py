@@ -25,11 +25,11 @@ from torch.profiler import record_function
 from sae_lightning.errors import UserError
 from sae_lightning.llm.capture import capture, measure_branch_scale
 from sae_lightning.llm.load import LLM
-from sae_lightning.llm.placement import find_row_device
+from sae_lightning.llm.placement import find_row_device, move_to_device
 from sae_lightning.llm.sites import Site
 from sae_lightning.llm.vocabulary import find_special_ids
 from sae_lightning.stream.packing import Sequences, TokenStream
-from sae_lightning.stream.source import Rows, RowStream, move_to_device
+from sae_lightning.stream.source import Rows, RowStream
 
 MAX_EMPTY_BATCHES = 20  # consecutive LLM batches without a usable row before we give up
 
@@ -100,7 +100,7 @@ class LLMRows(RowStream):
         """Read the sequences of the next LLM batch and select tokens, without running the LLM."""
         with record_function("pool"):
             sequences = self.read_sequences()
-            keep = sequences.is_text & ~torch.isin(sequences.tokens, self._dropped)  # [n, context]
+            keep = sequences.mark_kept(self._dropped)  # [n, context]
             places = keep.flatten().nonzero().squeeze(1)
             ids = sequences.ids.repeat_interleave(keep.sum(1))
         return Selected(sequences.tokens, places, ids)

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sae_lightning.llm.placement import move_to_device
 from sae_lightning.llm.sites import Site
 from sae_lightning.ranks import Split
 from sae_lightning.stream.activation_files import SavedMatrix
 from sae_lightning.stream.documents import HOLD_OUT_SEED
-from sae_lightning.stream.source import HeldOutData, Rows, RowStream, move_to_device
+from sae_lightning.stream.source import HeldOutData, Rows, RowStream
 from sae_lightning.stream.states import TextChanged
 from sae_lightning.terminal import console
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from sae_lightning.errors import UserError
+from sae_lightning.llm.placement import move_to_device
 from sae_lightning.llm.sites import Site
-from sae_lightning.stream.source import Rows, move_to_device
+from sae_lightning.stream.source import Rows
 
 
 class Pool:

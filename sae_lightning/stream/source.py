@@ -62,14 +62,6 @@ class RowStream(Protocol):
         ...
 
 
-def move_to_device(x: Tensor, device: torch.device) -> Tensor:
-    """Copy `x` to `device`; to a GPU asynchronously, from pinned memory, which torch does not reuse
-    before the copy is done."""
-    if device.type == "cuda" and x.device.type == "cpu":
-        return x.pin_memory().to(device, non_blocking=True)
-    return x.to(device)
-
-
 @dataclass(slots=True, kw_only=True)
 class DataConfig:
     """Settings that every kind of data has."""

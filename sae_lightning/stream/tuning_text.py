@@ -7,8 +7,7 @@ Which sequences an update gets follows from its number and from that of the firs
 state is saved, resuming is exact, and the training batches are not affected.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,9 +15,8 @@ from torch import Tensor
 from sae_lightning.llm.capture import capture
 from sae_lightning.llm.load import LLM
 from sae_lightning.llm.sites import Site
-from sae_lightning.llm.spliced_kl import CleanRun, measure_spliced_kl, run_clean
+from sae_lightning.llm.spliced_kl import CleanRun, run_clean
 from sae_lightning.llm.vocabulary import find_special_ids
-from sae_lightning.ranks import ALONE, Ranks
 from sae_lightning.stream.packing import Sequences, TokenStream
 from sae_lightning.stream.rows import compute_medians, find_usual_rows
 from sae_lightning.terminal import phase
@@ -54,23 +52,9 @@ class TuningText:
         """Run the LLM on the sequences of an `update`, about `tokens` tokens, for SAEs whose first
         such update is `first`."""
         sequences = self._read(first, update, -(-tokens // self.tokens.packing.width))
-        keep = sequences.is_text & ~torch.isin(sequences.tokens, self._dropped)
+        keep = sequences.mark_kept(self._dropped)
         parts = zip(sequences.tokens.split(self.batch), keep.split(self.batch), strict=True)
         return [run_clean(self.llm.model, ids, self._drop_long(ids, kept)) for ids, kept in parts]
-
-    def measure_kl(
-        self,
-        runs: Sequence[CleanRun],
-        source: Site,
-        target: Site,
-        sae: Callable[[Tensor], Any],
-        ranks: Ranks = ALONE,
-    ) -> Tensor:
-        """`measure_spliced_kl` [] of what `run_llm` returned, with an SAE's reconstruction of the
-        raw activations [n, d_in] at `source` in place of `target`."""
-        return measure_spliced_kl(
-            self.llm.model, runs, source, target, lambda x: sae(x).reconstruction, ranks
-        )
 
     def _read(self, first: int, update: int, count: int) -> Sequences:
         stream, following = self._opened.get(first) or (self.tokens.reopen(), first)

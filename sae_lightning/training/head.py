@@ -14,13 +14,12 @@ from torch.profiler import record_function
 
 from sae_lightning.errors import UserError
 from sae_lightning.llm.sites import Site
-from sae_lightning.llm.spliced_kl import CleanRun
+from sae_lightning.llm.spliced_kl import CleanRun, measure_spliced_kl
 from sae_lightning.sae import SAE, Loss, Output, TrainingStatus
 from sae_lightning.sae.controls import Control, permute_dimensions
 from sae_lightning.sae.matrix import Matrix
 from sae_lightning.sae.products import break_even_density
 from sae_lightning.sae.sparse import pick_working_dtype
-from sae_lightning.stream.tuning_text import TuningText
 from sae_lightning.training.settings import CallbacksConfig, OptimConfig, Products
 
 SMALLEST_KL = 1e-8  # added to a KL that is divided by
@@ -148,13 +147,14 @@ class Head(nn.Module):
         )
         return loss
 
-    def tune(self, text: TuningText, runs: Sequence[CleanRun]) -> Tensor:
-        """The term with `loss.kl` [], on the text of an update whose other terms are computed: kl /
-        (1 + kl) x mse / KL x KL, where mse / KL gets no gradient.
+    def tune(self, llm: nn.Module, runs: Sequence[CleanRun]) -> Tensor:
+        """The term with `loss.kl` [], on `runs` of the LLM for an update whose other terms are
+        computed: kl / (1 + kl) x mse / KL x KL, where mse / KL gets no gradient.
 
         In float32 and with `forward`, as the SAE is evaluated and used: a BatchTopK SAE with its
         threshold."""
-        kl = text.measure_kl(runs, self.source, self.target, self.run_raw, self.sae.split.ranks)
+        sites, ranks = (self.source, self.target), self.sae.split.ranks
+        kl = measure_spliced_kl(llm, runs, *sites, lambda x: self.run_raw(x).reconstruction, ranks)
         step, weight = self.last_step, self.loss.kl
         loss = weight / (1 + weight) * step.terms["mse"] / (kl.detach() + SMALLEST_KL) * kl
         self.last_step = step._replace(

@@ -88,7 +88,7 @@ class SAEModule(L.LightningModule):
         started, first = perf_counter(), head.tuned_from
         if first not in clean:
             clean[first] = self.tuning_text.run_update(first, self.global_step, self.batch)
-        self.manual_backward(head.tune(self.tuning_text, clean[first]))
+        self.manual_backward(head.tune(self.tuning_text.llm.model, clean[first]))
         self.tuning_seconds += perf_counter() - started
 
     def fail(self, head: Head) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from sae_lightning.analysis.benchmarks.probing_scores import SCORED_SIZE, SIZES, ProbingScores
 from sae_lightning.analysis.probing.probes import FEATURES, NEURONS
 from sae_lightning.report.figures import make_figure
-from sae_lightning.report.noise import CRITICAL_T
+from sae_lightning.report.noise import find_critical_t
 from sae_lightning.report.section import ResultTable, Section
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def compare_kinds(scores: ProbingScores, rival: str) -> str:
     score, sets = f"{rival} {scores.average_sets(rival, SCORED_SIZE)[0]:.3f}", len(scores.sets)
     if sets == 1:
         return f"{score} ({mean:+.3f}; on one set the noise is unknown)"
-    if abs(mean) <= CRITICAL_T[min(sets - 1, len(CRITICAL_T)) - 1] * error:
+    if abs(mean) <= find_critical_t(sets - 1) * error:
         return f"{score} (no clear difference: {mean:+.3f} ± {error:.3f})"
     ahead = "features are ahead" if mean > 0 else "features are behind"
     return f"{score} ({ahead} by {abs(mean):.3f} ± {error:.3f})"
