@@ -314,7 +314,8 @@ def test_a_sweep_on_two_devices_sends_its_rows_once_and_saves_the_same_bytes(
 
 @pytest.mark.slow
 def test_two_devices_hold_half_of_a_wide_sae_each_and_send_one_sum(devices, tmp_path):
-    one, two = _measure_two_devices(devices, tmp_path, "sweep=", "wide=relu", "data.dim=256")
+    settings = ["sweep=", "wide=relu", "data.dim=256", "trainer.precision=fp32"]
+    one, two = _measure_two_devices(devices, tmp_path, *settings)
     assert 1 <= two["sent_bytes"] / two["least_bytes"] < 1.05
     assert two["held_bytes"] / one["held_bytes"] == pytest.approx(0.5, abs=0.01)
-    assert two["differences"][0] < 1e-3
+    assert two["differences"][0] < 1e-5  # in bf16, rounding makes up to 1e-2
