@@ -32,21 +32,21 @@ class SAEConfig:
     features: int = 10_000
     """Dictionary size (number of features); may be smaller than the site's width."""
     decoder_norm: float = 1.0
-    """Norm of a decoder row at the start. If rows are as short as an update (0.1), the first
-    updates turn them to the same few directions, and many features become near-copies."""
+    """Norm of a decoder row at the start. At 0.1 a row is as short as an update, so the first
+    updates turn all rows to the same few directions, and many features become near-copies."""
     start_bias: float = -1.0
-    """Encoder biases at the start, in standard deviations of a pre-activation: with -1 one feature
-    in 6 fires on a token at first. With 0 every second feature does, and SAEs learn slower; with -2
-    one in 44, and more features never fire."""
+    """Encoder biases at the start, in standard deviations of a pre-activation. With -1, one feature
+    in 6 fires on a token at first; with 0, one in 2, and SAEs learn more slowly; with -2, one in
+    44, and more features never fire."""
     fixed_norm: bool = False
     """Keep every decoder row at the norm `decoder_norm`; false lets it grow and shrink."""
     skip: bool = False
     """Add x W_skip to the reconstruction: only for a transcoder (`layer.target`)."""
     start: str | None = None
-    """SAE whose weights training starts from: a run folder, or any that analyze.py opens; null is a
-    random start. What is not given (architecture, size, site, LLM) is that SAE's."""
+    """Start from the weights of this SAE: a run folder, or anything that analyze.py opens; null is
+    a random start. Settings not given (architecture, size, site, LLM) are taken from that SAE."""
     control: Control | None = None
-    """Train a control instead, which does not learn something essential: frozen_decoder,
+    """Train a control instead, an SAE that cannot learn something essential: frozen_decoder,
     soft_frozen_decoder, frozen_encoder, shuffled_activations or pca (docs/controls.md)."""
     seed: int = 0
     """Seed of the weights' initialisation and of resampling; presets set it to the run's `seed`."""
@@ -102,7 +102,7 @@ class SAE(nn.Module):
     """Peak memory per token and feature of a dense update in mixed precision, with half of the
     features dead and the costliest objective."""
     per_feature = {"W_enc": 1, "b_enc": 0, "W_dec": 0}
-    """Parameters with an entry for each feature -> their dimension that counts features."""
+    """Parameters with an entry for each feature -> the dimension that runs over features."""
     biases = ("b_enc",)
     """Parameters that are added to a sum over d_in weights: their learning rate is multiplied by
     `optim.bias_lr`."""
@@ -145,8 +145,8 @@ class SAE(nn.Module):
 
     @property
     def split_dims(self) -> dict[str, int]:
-        """Tensors of `state_dict` and `weights` that are split by features -> their dimension that
-        counts features; the others are the same on every rank."""
+        """Tensors of `state_dict` and `weights` that are split over ranks -> the dimension that
+        runs over features; the others are the same on every rank."""
         return self.per_feature | {"threshold": 0}
 
     def pre_activations(self, x: Tensor) -> Tensor:
@@ -155,9 +155,9 @@ class SAE(nn.Module):
 
     def pre_activations_of(self, features: Tensor, output: TrainingOutput) -> Tensor:
         """Pre-activations [batch, n] of features [n], whether or not they are active."""
-        known = output.pre.known_columns(features)
-        if known is not None:
-            return known
+        stored = output.pre.stored_columns(features)
+        if stored is not None:
+            return stored
         # rows of the transpose are contiguous
         return output.x @ self.W_enc.T[features].T + self.b_enc[features]
 

@@ -8,7 +8,7 @@ from sae_lightning.sae.base import SAE
 from sae_lightning.sae.sparse import SparsityPattern
 
 THRESHOLD_DECAY = 0.9  # per update, of the threshold's running mean (about 10 updates long)
-# Multiples of the threshold, tried in turn until batch x k values exceed one of them.
+# Multiples of the threshold, tried in turn as a lower bound until batch x k values exceed it.
 BOUND_SHARES = (0.8, 0.4, 0.0)
 
 
@@ -39,12 +39,12 @@ class BatchTopK(SAE):
         """The batch x k largest pre-activations [batch, features], if they are positive."""
         flat, k = pre.flatten(), len(pre) * self.config.k
         with torch.no_grad():
-            places = (flat > 0).nonzero().squeeze(1)
+            indices = (flat > 0).nonzero().squeeze(1)
             # chosen by index: comparing values would keep all ties (bf16 has many)
-            places = places[flat[places].topk(min(k, len(places)), sorted=False).indices]
-        kept = self.split.ranks.keep_largest(flat.gather(0, places), k)
-        self._remember(kept.detach())
-        return torch.zeros_like(flat).scatter(0, places, kept).view_as(pre)
+            indices = indices[flat[indices].topk(min(k, len(indices)), sorted=False).indices]
+        kept = self.split.ranks.keep_largest(flat.gather(0, indices), k)
+        self._update_threshold(kept.detach())
+        return torch.zeros_like(flat).scatter(0, indices, kept).view_as(pre)
 
     def find_entries(self, x: Tensor) -> tuple[SparsityPattern, Tensor]:
         """The batch x k largest pre-activations of a batch [batch, d_in], if they are positive."""
@@ -61,7 +61,7 @@ class BatchTopK(SAE):
         positive = sparse.find_above(pre, 0.0)
         values, chosen = pre[positive].topk(min(k, len(positive)), sorted=False)
         values = self.split.ranks.keep_largest(values, k)
-        self._remember(values)
+        self._update_threshold(values)
         chosen = positive[chosen[sparse.find_above(values, 0.0)]].sort().values
         return SparsityPattern(pattern.flat_indices[chosen], *pattern.shape), pre[chosen]
 
@@ -69,9 +69,9 @@ class BatchTopK(SAE):
         return BOUND_SHARES[0] * self.threshold
 
     @torch.no_grad()
-    def _remember(self, kept: Tensor) -> None:
-        """Update the threshold's running mean with the smallest strength that a batch kept; `kept`
-        [n]: this rank's strengths, or 0 where other ranks have larger ones."""
+    def _update_threshold(self, kept: Tensor) -> None:
+        """Update the running mean with the smallest strength that a batch kept; `kept` [n]: this
+        rank's strengths, or 0 where other ranks have larger ones."""
         smallest = self.split.ranks.find_smallest(kept)
         if smallest is None:
             return

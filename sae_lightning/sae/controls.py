@@ -1,5 +1,5 @@
-"""Controls: SAEs in which something essential is not learned. What a control scores as well as a
-trained SAE does not speak for the trained one.
+"""Controls: SAEs that cannot learn something essential. A score that a control reaches too is no
+evidence that the trained SAE has learned it.
 
 Shapes: batch = tokens, d = width of a site.
 """
@@ -26,14 +26,14 @@ class Control(Enum):
     pca = "directions are principal components"
 
 
-# The parameters that do not change at all.
+# The parameters that are not trained.
 FROZEN_WEIGHTS = {
     Control.frozen_decoder: ("W_dec",),
     Control.frozen_encoder: ("W_enc",),
     Control.pca: ("W_enc", "W_dec"),
 }
-# What a transcoder learns is how its output depends on its input. Shuffling removes that, and the
-# principal components of two sites do not correspond.
+# A transcoder learns how its output depends on its input. Shuffling removes that dependence, and
+# the principal components of two sites do not correspond.
 NOT_FOR_TRANSCODERS = (Control.shuffled_activations, Control.pca)
 LEAST_COSINE = 0.8  # of a soft-frozen decoder row with its start (Korznikov et al., figure 1)
 
@@ -42,14 +42,14 @@ def permute_dimensions(x: Tensor, generator: Generator) -> Tensor:
     """Activations x [batch, d] with the tokens permuted in each dimension: a dimension keeps its
     values, but no longer depends on the others.
 
-    All dimensions share a random permutation, which each shifts by a random offset of its own. So
-    each element of a row comes from an independently drawn token, as with d permutations.
+    All dimensions use one random permutation, but each shifts it by its own random offset. So each
+    element of a row comes from an independently drawn token, as with d permutations.
     """
     batch, d = x.shape
     order = torch.randperm(batch, generator=generator).to(x.device)
     shifts = torch.randint(batch, (d,), generator=generator).to(x.device)
-    places = torch.arange(batch, device=x.device)[:, None] + shifts
-    return x.gather(0, order[places % batch])
+    shifted = torch.arange(batch, device=x.device)[:, None] + shifts
+    return x.gather(0, order[shifted % batch])
 
 
 def list_principal_directions(covariance: Tensor) -> Tensor:
@@ -61,8 +61,8 @@ def list_principal_directions(covariance: Tensor) -> Tensor:
 
 
 def limit_turn(rows: Tensor, starts: Tensor) -> Tensor:
-    """Decoder rows [n, d], those whose cosine with their start (unit vectors `starts` [n, d]) is
-    below `LEAST_COSINE` turned back to that cosine. Norms are kept."""
+    """Turn decoder rows [n, d] back towards their starts (unit vectors [n, d]) until their cosine
+    is at least `LEAST_COSINE`; norms are kept."""
     norms = rows.norm(dim=1, keepdim=True)
     along = (rows * starts).sum(dim=1, keepdim=True)
     away = normalize(rows - along * starts)

@@ -85,7 +85,7 @@ class GatedLoss(PenaltyLoss):
         """The usual terms and "gate", the mse of the reconstruction from relu(gate), which trains
         the gate: the usual mse does not."""
         terms = PenaltyLoss.terms(self, sae, output, target, status)
-        # only the difference: the reconstruction already contains b_dec and a skip connection
+        # decodes only the difference: the reconstruction already has b_dec and a skip connection
         extra = output.gate.with_values(output.gate.values - output.features.values.detach())
         difference = sae.split.ranks.sum(extra @ sae.W_dec.detach())
         terms["gate"] = mse(output.reconstruction.detach() + difference, target)

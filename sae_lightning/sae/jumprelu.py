@@ -28,8 +28,8 @@ class JumpReLUConfig(SAEConfig):
     threshold: float = 0.1
     """Threshold of every feature at the start (Anthropic, January 2025 update: 0.1)."""
     bandwidth: float = 2.0
-    """Width of the window around a threshold in which gradients reach it (Anthropic: 2; in
-    Rajamanoharan et al. 0.001 for inputs of norm 1, which is 0.001 sqrt(d) here)."""
+    """Width of the window around a threshold: only pre-activations in it give the threshold a
+    gradient. Anthropic: 2; Rajamanoharan et al.: 0.001 for inputs of norm 1, here 0.001 sqrt(d)."""
 
     def __post_init__(self):
         SAEConfig.__post_init__(self)
@@ -52,8 +52,8 @@ class _Jump(torch.autograd.Function):
     def backward(ctx, gradient: Tensor):
         z, threshold = ctx.saved_tensors
         window = (z - threshold).abs() < ctx.width / 2
-        to_threshold = gradient * window * threshold * (-1 / ctx.width)
-        return gradient * (z > threshold), to_threshold.sum_to_size(threshold.shape), None
+        threshold_gradient = gradient * window * threshold * (-1 / ctx.width)
+        return gradient * (z > threshold), threshold_gradient.sum_to_size(threshold.shape), None
 
 
 class _Step(torch.autograd.Function):
@@ -69,8 +69,8 @@ class _Step(torch.autograd.Function):
     def backward(ctx, gradient: Tensor):
         z, threshold = ctx.saved_tensors
         window = (z - threshold).abs() < ctx.width / 2
-        to_threshold = gradient * window * (-1 / ctx.width)
-        return None, to_threshold.sum_to_size(threshold.shape), None
+        threshold_gradient = gradient * window * (-1 / ctx.width)
+        return None, threshold_gradient.sum_to_size(threshold.shape), None
 
 
 class JumpReLU(SAE):

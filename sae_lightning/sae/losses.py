@@ -19,7 +19,7 @@ def mse(reconstruction: Tensor, target: Tensor) -> Tensor:
 
 def l1(features: Tensor, norms: Tensor) -> Tensor:
     """Mean over the batch of sum_i f_i |W_dec_i|, for f [batch, features] and norms [features].
-    Without them, f would shrink and W_dec grow (Conerly et al., Anthropic April 2024 update)."""
+    Without the norms, f would shrink and W_dec grow (Conerly et al., Anthropic April 2024)."""
     # mean over the batch first, which saves a [batch, features] product; not `@`, which autocast
     # would compute in bf16
     return (features.float().mean(dim=0) * norms).sum()
@@ -66,7 +66,7 @@ def auxk(residual: Tensor, pre: Tensor, rows: Tensor, k: int, ranks: Ranks = ALO
         values = ranks.keep_largest(values, k)
         strengths = torch.zeros_like(strengths).scatter(1, chosen, values)
     variance = (residual - residual.mean(dim=0)).square().mean()
-    # multiplied by 1 / variance, because the gradient of 0 / 0 would be NaN
+    # times 1 / variance, made 0 where infinite: dividing by 0 would make the gradient NaN
     share = (1 / variance).nan_to_num(0.0, 0.0, 0.0)
     return mse(ranks.sum(strengths @ rows), residual) * share
 

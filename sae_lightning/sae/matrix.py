@@ -36,8 +36,8 @@ class Matrix(ABC):
         """A vector [features] in a shape that broadcasts with `values`."""
 
     @abstractmethod
-    def known_columns(self, features: Tensor) -> Tensor | None:
-        """[batch, n]: all values of some features [n]; None if not all are stored."""
+    def stored_columns(self, features: Tensor) -> Tensor | None:
+        """[batch, n]: all values of some features [n]; None if only some entries are stored."""
 
     @abstractmethod
     def __matmul__(self, W_dec: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ class Matrix(ABC):
 
     @abstractmethod
     def matmul_by_group(self, sizes: list[int], W_dec: Tensor) -> Iterable[Tensor]:
-        """[batch, d_out] for each group of consecutive features: its part of `self @ W_dec`."""
+        """[batch, d_out] for each group of consecutive features: what it adds to `self @ W_dec`."""
 
     @abstractmethod
     def apply_penalty(self, function: Callable[[Tensor, Tensor], Tensor], norms: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ class DenseMatrix(Matrix):
     def broadcast(self, vector: Tensor) -> Tensor:
         return vector
 
-    def known_columns(self, features: Tensor) -> Tensor:
+    def stored_columns(self, features: Tensor) -> Tensor:
         return self.values[:, features]
 
     def __matmul__(self, W_dec: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ class SparseMatrix(Matrix):
     def broadcast(self, vector: Tensor) -> Tensor:
         return Broadcast.apply(vector, self.pattern)
 
-    def known_columns(self, features: Tensor) -> None:
+    def stored_columns(self, features: Tensor) -> None:
         return None
 
     def __matmul__(self, W_dec: Tensor) -> Tensor:

@@ -19,8 +19,8 @@ class MatryoshkaConfig(TopKConfig):
     """A BatchTopK SAE with nested dictionaries."""
 
     groups: list[float] = field(default_factory=lambda: [1 / 32, 1 / 16, 1 / 8, 1 / 4])
-    """Shares of the features by which the nested dictionaries grow; the rest is the last step, to
-    the whole dictionary."""
+    """Share of the features in each group; each dictionary consists of the groups up to one of
+    them, and what remains is the last group, which completes the whole dictionary."""
 
     def __post_init__(self):
         TopKConfig.__post_init__(self)
@@ -31,8 +31,8 @@ class MatryoshkaConfig(TopKConfig):
             )
         if 0 in self.sizes():
             raise UserError(
-                f"model.groups={self.groups}: of model.features={self.features} a group would get "
-                "none; give larger shares, or more features"
+                f"model.groups={self.groups}: one group would get none of "
+                f"model.features={self.features}; give larger shares, or more features"
             )
 
     def sizes(self) -> list[int]:

@@ -28,23 +28,22 @@ class TrainingStatus(NamedTuple):
 class Loss:
     """loss = mse + sum of coefficient x term.
 
-    With `kl`, at the end of the run: (mse + kl x mse' / KL' x KL) / (1 + kl) in place of the mse,
-    where KL is that of the LLM's predictions with the reconstruction in place, and a prime marks
-    values that get no gradient. KL and mse then pull by their relative changes, and the sum keeps
-    the size of the mse, so that the other coefficients keep their meaning (Karvonen 2025, arXiv
-    2503.17272, with kl = 1)."""
+    With `kl`, the mse becomes (mse + kl x mse' / KL' x KL) / (1 + kl) at the end of the run: KL
+    compares the LLM's predictions with and without the SAE in place, and a prime marks values that
+    get no gradient. This scales the KL to the size of the mse, and the sum keeps that size, so that
+    the other coefficients keep their meaning (Karvonen 2025, arXiv 2503.17272, with kl = 1)."""
 
     sparsity = None
     """The term that makes features sparse: `warmup` and `target_l0` act on its coefficient."""
 
     kl: float = 0.0
-    """Weight, relative to the mse, of the KL divergence of the LLM's predictions with the SAE in
-    place from those without it, in the last part of the run; 0 is off, Karvonen 2025: 1."""
+    """Weight, relative to the mse, of the KL divergence between the LLM's predictions without and
+    with the SAE in place, in the last part of the run; 0 is off, Karvonen 2025 uses 1."""
     kl_from: float = KL_FROM
     """Share of the run after which `kl` takes effect."""
     kl_lr: float = KL_LR
-    """Factor of the learning rate from then on: the gradient of the KL is larger and noisier than
-    that of the mse, and at the full rate it makes both worse (docs/kl.md)."""
+    """Factor by which the learning rate is multiplied from then on: the KL's gradient is larger and
+    noisier than that of the mse, and at the full rate it makes both worse (docs/kl.md)."""
 
     def __post_init__(self):
         _not_negative("kl", self.kl, "1")
@@ -73,7 +72,7 @@ class Loss:
 
     @property
     def fixes_coefficient(self) -> bool:
-        """Whether L0 is what a fixed coefficient makes of it: no target and no k decides it."""
+        """Whether a fixed coefficient alone determines the L0, rather than a target or k."""
         has_target = getattr(self, "target_l0", None) is not None
         return bool(self.coefficients().get(self.sparsity)) and not has_target
 
@@ -106,12 +105,12 @@ class PenaltyLoss(Loss):
     warmup: float = 0.05
     """Share of the run over which the coefficient rises linearly from 0."""
     target_l0: float | None = None
-    """Target number of active features per token, towards which the coefficient is steered from its
-    given value; null leaves it fixed."""
+    """Target number of active features per token: the coefficient starts at its given value and is
+    adjusted towards this target; null leaves it fixed."""
     preact: float = 0.0
     """Coefficient of the pre-activation loss, which pulls dead features back to their threshold; 0
-    is off. 3e-6 is Anthropic's value (whose squared error sums over the site's dimensions). Its
-    size hardly matters: only dead features get its gradient, and Adam normalises it."""
+    is off. Anthropic uses 3e-6 (with a squared error summed over the site's dimensions). The value
+    hardly matters: only dead features get this gradient, and Adam normalises it."""
 
     def __post_init__(self):
         Loss.__post_init__(self)

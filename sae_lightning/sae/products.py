@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-# Above this density, `dots` on a CPU computes the dense product and picks its entries from it,
-# unless in float32.
+# Above this density, `dots` on a CPU computes the whole dense product and picks the entries from
+# it (not in float32).
 DENSE_PRODUCT_DENSITY = 0.02
 DENSE_PRODUCT_ROWS = 256  # rows of that product in memory at a time
 
@@ -78,10 +78,10 @@ def dots(offsets: Tensor, indices: Tensor, left: Tensor, right: Tensor) -> Tenso
 
 def _dots_of_all(offsets: Tensor, indices: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """`dots`, picked from the dense product [rows, columns]."""
-    picked, starts = [], offsets[:-1:DENSE_PRODUCT_ROWS].tolist()
+    products, starts = [], offsets[:-1:DENSE_PRODUCT_ROWS].tolist()
     ends = [*starts[1:], len(indices)]
     rows = torch.repeat_interleave(torch.arange(len(left)), offsets.diff())
-    places = rows % DENSE_PRODUCT_ROWS * len(right) + indices
+    flat_indices = rows % DENSE_PRODUCT_ROWS * len(right) + indices
     for part, start, end in zip(left.split(DENSE_PRODUCT_ROWS), starts, ends, strict=True):
-        picked.append((part @ right.T).view(-1).index_select(0, places[start:end]))
-    return torch.cat(picked).float()
+        products.append((part @ right.T).view(-1).index_select(0, flat_indices[start:end]))
+    return torch.cat(products).float()

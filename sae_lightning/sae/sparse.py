@@ -1,8 +1,8 @@
 """Exact training on the few features that are active.
 
 The gradient of an SAE is exactly 0 wherever a feature is off. So only the encoder is computed
-densely, a few rows of the batch at a time. Only the entries of [batch, features] that can fire are
-kept; the decoder and the backward pass are sparse products.
+densely, a few rows of the batch at a time, and only the entries of [batch, features] that can fire
+are kept; the decoder and the backward pass are sparse products.
 
     x W_enc -> which entries? -> entries -> activate -> x_hat
     dense      (choose)          [n entries]           weighted_sums over tokens
@@ -31,7 +31,7 @@ class SparsityPattern:
 
     def __init__(self, flat_indices: Tensor, rows: int, columns: int, has_zeros: bool = False):
         """`flat_indices` [n entries] int64: row x columns + column, ascending; `has_zeros`: many
-        values are 0, kept only for the gradient of thresholds."""
+        of the values are 0 (JumpReLU stores these for the gradient of its thresholds)."""
         self.flat_indices, self.shape, self.has_zeros = flat_indices, (rows, columns), has_zeros
         self.rows = flat_indices // columns
         self.columns = flat_indices - self.rows * columns
@@ -163,10 +163,10 @@ class Encode(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor):
         pattern, gradient = ctx.pattern.without_zeros(gradient)
-        to_columns = None
+        W_enc_gradient = None
         if ctx.needs_input_grad[1]:
-            to_columns = pattern.transposed_product(gradient, *ctx.saved_tensors).T
-        return None, to_columns, pattern.column_sums(gradient), None, None
+            W_enc_gradient = pattern.transposed_product(gradient, *ctx.saved_tensors).T
+        return None, W_enc_gradient, pattern.column_sums(gradient), None, None
 
 
 class Decode(torch.autograd.Function):
@@ -184,9 +184,9 @@ class Decode(torch.autograd.Function):
     def backward(ctx, gradient: Tensor):
         (weights, rows), pattern = ctx.saved_tensors, ctx.pattern
         gradient = gradient.to(rows.dtype).contiguous()
-        to_values = to_rows = None
+        values_gradient = W_dec_gradient = None
         if ctx.needs_input_grad[0]:
-            to_values = dots(pattern.offsets, pattern.columns, gradient, rows)
+            values_gradient = dots(pattern.offsets, pattern.columns, gradient, rows)
         if ctx.needs_input_grad[1]:
-            to_rows = ctx.nonzero.transposed_product(weights, gradient)
-        return to_values, to_rows, None
+            W_dec_gradient = ctx.nonzero.transposed_product(weights, gradient)
+        return values_gradient, W_dec_gradient, None

@@ -1,4 +1,4 @@
-"""TopK: the k strongest features of each token are active; AuxK against dead features."""
+"""TopK: the k strongest features of each token are active; the loss AuxK revives dead ones."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -44,22 +44,22 @@ class TopK(SAE):
 
     def activate(self, pre: Tensor) -> Tensor:
         """The k largest pre-activations of each token, if positive; 0 in place of the others."""
-        values, places = pre.relu().topk(self._own_k, dim=-1, sorted=False)
+        values, indices = pre.relu().topk(self._own_k, dim=-1, sorted=False)
         values = self.split.ranks.keep_largest(values, self.config.k)
-        return torch.zeros_like(pre).scatter(-1, places, values)
+        return torch.zeros_like(pre).scatter(-1, indices, values)
 
     def find_entries(self, x: Tensor) -> tuple[SparsityPattern, Tensor]:
         """Each token's k largest pre-activations, if they are positive."""
-        pattern, values = sparse.encode_entries(x, self.W_enc, self.b_enc, self._largest)
+        pattern, values = sparse.encode_entries(x, self.W_enc, self.b_enc, self._find_largest)
         kept = self.split.ranks.keep_largest_entries(values, pattern.rows, len(x), self.config.k)
-        pattern.has_zeros = kept is not values  # where other ranks have larger ones
+        pattern.has_zeros = kept is not values  # 0 where other ranks have larger ones
         return pattern.without_zeros(kept)
 
     @property
     def _own_k(self) -> int:
         return min(self.config.k, len(self.split.own))
 
-    def _largest(self, pre: Tensor) -> Tensor:
+    def _find_largest(self, pre: Tensor) -> Tensor:
         indices = pre.topk(self._own_k, dim=1, sorted=False).indices.sort(dim=1).values
         row_starts = torch.arange(len(pre), device=pre.device)[:, None] * pre.shape[1]
         indices = (row_starts + indices).view(-1)

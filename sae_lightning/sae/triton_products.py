@@ -33,11 +33,11 @@ def weighted_sums(offsets: Tensor, indices: Tensor, weights: Tensor, table: Tens
     """[rows, d]: row r is the sum over its entries i of weights[i] table[indices[i]]."""
     assert all(part.is_contiguous() for part in (offsets, indices, weights, table))
     rows, d = len(offsets) - 1, table.shape[1]
-    owners = _owners(offsets, len(indices))
+    owners = _find_owners(offsets, len(indices))
     cuts = len(owners)
     sums = table.new_empty(rows, d, dtype=torch.float32)
     tails = table.new_empty(cuts, d, dtype=torch.float32)
-    columns = _columns(d)
+    columns = _pick_tile_columns(d)
     # Programs are launched along the first axis first, so that all read one stripe of the table:
     # 256 columns of bf16 fit the L2 cache up to some 90,000 rows.
     stripes = triton.cdiv(d, columns)
@@ -54,20 +54,20 @@ def dots(offsets: Tensor, indices: Tensor, left: Tensor, right: Tensor) -> Tenso
     """[nnz]: left[r] . right[indices[i]] for entry i of row r; left [rows, d], right [n, d]."""
     assert all(part.is_contiguous() for part in (offsets, indices, left, right))
     rows, d = left.shape
-    owners = _owners(offsets, len(indices))
+    owners = _find_owners(offsets, len(indices))
     cuts = len(owners)
     products = left.new_empty(len(indices), dtype=torch.float32)
-    tile = {"PIECE": PIECE_ENTRIES, "ENTRIES": TILE_ENTRIES, "COLUMNS": _columns(d)}
+    tile = {"PIECE": PIECE_ENTRIES, "ENTRIES": TILE_ENTRIES, "COLUMNS": _pick_tile_columns(d)}
     _dot_pieces[rows + cuts,](offsets, owners, indices, left, right, products, d, cuts, **tile)
     return products
 
 
-def _columns(d: int) -> int:
+def _pick_tile_columns(d: int) -> int:
     """Columns of a tile for a table of d columns, a power of 2."""
     return min(TILE_COLUMNS, triton.next_power_of_2(d))
 
 
-def _owners(offsets: Tensor, nnz: int) -> Tensor:
+def _find_owners(offsets: Tensor, nnz: int) -> Tensor:
     """[cuts]: the row of each cut, at multiples of PIECE_ENTRIES up to nnz."""
     numbers = torch.arange(1, nnz // PIECE_ENTRIES + 1, device=offsets.device, dtype=offsets.dtype)
     cuts = numbers * PIECE_ENTRIES
@@ -76,7 +76,7 @@ def _owners(offsets: Tensor, nnz: int) -> Tensor:
 
 
 @triton.jit
-def _piece(offsets, owners, cuts, PIECE: tl.constexpr):
+def _find_piece(offsets, owners, cuts, PIECE: tl.constexpr):
     """This program's piece: its row, first entry, end (exclusive), and whether it is a tail.
     Tails come first, since they are the longest pieces."""
     program = tl.program_id(0).to(tl.int64)
@@ -94,7 +94,7 @@ def _sum_pieces(
     PIECE: tl.constexpr, ENTRIES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Store the sums of heads in `sums` [rows, d] and the sums of tails in `tails` [cuts, d]."""
-    row, begin, end, tail = _piece(offsets, owners, cuts, PIECE)
+    row, begin, end, tail = _find_piece(offsets, owners, cuts, PIECE)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     within = column < d
     total = tl.full([ENTRIES, COLUMNS], 0.0, tl.float32)
@@ -104,8 +104,8 @@ def _sum_pieces(
         # 64 bits: a table may have more than 2^31 values
         index = tl.load(indices + entry, mask=valid, other=0).to(tl.int64)
         weight = tl.load(weights + entry, mask=valid, other=0).to(tl.float32)
-        places = table + index[:, None] * d + column[None, :]
-        values = tl.load(places, mask=valid[:, None] & within[None, :], other=0)
+        pointers = table + index[:, None] * d + column[None, :]
+        values = tl.load(pointers, mask=valid[:, None] & within[None, :], other=0)
         total += weight[:, None] * values.to(tl.float32)
     result = tl.sum(total, axis=0)
     tl.store(sums + row * d + column, result, mask=within & (not tail))
@@ -128,8 +128,8 @@ def _add_tails(
         total = tl.full([ENTRIES, COLUMNS], 0.0, tl.float32)
         for first in range(begin, end, ENTRIES):
             entry = first + tl.arange(0, ENTRIES)
-            places = tails + entry[:, None] * d + column[None, :]
-            total += tl.load(places, mask=(entry < end)[:, None] & within[None, :], other=0)
+            pointers = tails + entry[:, None] * d + column[None, :]
+            total += tl.load(pointers, mask=(entry < end)[:, None] & within[None, :], other=0)
         head = sums + row * d + column
         result = tl.load(head, mask=within) + tl.sum(total, axis=0)
         tl.store(head, result, mask=within)
@@ -141,7 +141,7 @@ def _dot_pieces(
     PIECE: tl.constexpr, ENTRIES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Store the dot products of one piece's entries in `products` [nnz]."""
-    row, begin, end, _ = _piece(offsets, owners, cuts, PIECE)
+    row, begin, end, _ = _find_piece(offsets, owners, cuts, PIECE)
     for first in range(begin, end, ENTRIES):
         entry = first + tl.arange(0, ENTRIES)
         valid = entry < end
@@ -151,7 +151,7 @@ def _dot_pieces(
             column = start + tl.arange(0, COLUMNS)
             within = column < d
             x = tl.load(left + row * d + column, mask=within, other=0).to(tl.float32)
-            places = right + index[:, None] * d + column[None, :]
-            y = tl.load(places, mask=valid[:, None] & within[None, :], other=0)
+            pointers = right + index[:, None] * d + column[None, :]
+            y = tl.load(pointers, mask=valid[:, None] & within[None, :], other=0)
             total += x[None, :] * y.to(tl.float32)
         tl.store(products + entry, tl.sum(total, axis=1), mask=valid)

@@ -40,7 +40,7 @@ def test_groups_that_leave_nothing_are_refused(groups):
 
 @pytest.mark.parametrize(("features", "groups"), [(16, [1 / 32]), (3, [0.5, 0.49])])
 def test_a_group_without_features_is_refused(features, groups):
-    with pytest.raises(UserError, match=rf"of model\.features={features} a group would get none"):
+    with pytest.raises(UserError, match=rf"one group would get none of model\.features={features}"):
         MatryoshkaConfig(features=features, k=1, groups=groups)
 
 

@@ -297,8 +297,8 @@ def test_a_matrix_by_hand_both_ways():
     assert dense.density_above(2) == pytest.approx(2 / 12)
     assert sparse.broadcast(norms).tolist() == [20, 40, 10, 20]
     assert torch.equal(dense.broadcast(norms) + 0 * dense.values, norms.expand(3, 4))
-    assert sparse.known_columns(tensor([1])) is None
-    assert dense.known_columns(tensor([1])).tolist() == [[1], [0], [4]]
+    assert sparse.stored_columns(tensor([1])) is None
+    assert dense.stored_columns(tensor([1])).tolist() == [[1], [0], [4]]
 
 
 def test_the_products_by_hand():
