@@ -17,8 +17,8 @@ from torch import Tensor
 from sae_lightning.analysis.collect import Reducer
 from sae_lightning.analysis.probing.probes import CONTROL_K, FEATURES, RANDOM, Probes
 from sae_lightning.analysis.subject import Subject
-from sae_lightning.analysis.survey.reading import score_token_sets
 from sae_lightning.analysis.survey.sample import SequenceSampler
+from sae_lightning.analysis.survey.token_sets import score_token_sets
 from sae_lightning.analysis.theory.detection import find_detector
 from sae_lightning.analysis.theory.one_concept import ConceptCounts, find_frequent
 from sae_lightning.report.noise import find_critical_t

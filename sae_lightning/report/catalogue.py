@@ -80,8 +80,8 @@ class RelatedUnits(NamedTuple):
 
     units: Tensor
     """[units, k] int64; padded with -1."""
-    likeness: Tensor
-    """[units, k] their similarity: a cosine or a Jaccard index."""
+    similarity: Tensor
+    """[units, k] a cosine or a Jaccard index with each of `units`."""
 
 
 class LogitEffect(NamedTuple):

@@ -166,12 +166,12 @@ def _make_detail_fields(catalogue: Catalogue, page_ids: np.ndarray) -> Fields:
         ),
         "histogram": _to_array(catalogue.statistics.histogram, "u4"),
     }
-    likeness = {"neighbours": catalogue.neighbours, "partners": catalogue.partners}
-    for name, related in likeness.items():
+    relations = {"neighbours": catalogue.neighbours, "partners": catalogue.partners}
+    for name, related in relations.items():
         if related is not None:
-            hundredths = (related.likeness.nan_to_num() * HUNDREDTHS).round()
+            hundredths = (related.similarity.nan_to_num() * HUNDREDTHS).round()
             fields[name] = _to_array(related.units, "i4")
-            fields[name + "_likeness"] = _to_array(hundredths, "i1")
+            fields[name + "_similarity"] = _to_array(hundredths, "i1")
     return fields
 
 

@@ -37,35 +37,37 @@ def write_catalogue(path: Path, catalogue: Catalogue, of: dict[str, str]) -> Non
 def _make_columns(catalogue: Catalogue, first: int, words: pa.Array) -> dict[str, pa.Array]:
     """The columns of UNITS_PER_GROUP units from unit `first` on."""
     catalogue = slice_units(catalogue, slice(first, first + UNITS_PER_GROUP))
-    s = catalogue.statistics
+    statistics = catalogue.statistics
     columns = {
         catalogue.kind: pa.array(range(first, first + catalogue.num_units)),
-        "fired": _to_array(s.fired),
-        "density": _to_array(s.densities),
-        "mean": _to_array(s.mean),
-        "maximum": _to_array(s.maximum),
-        "histogram": _make_lists(s.histogram, s.histogram >= 0),
+        "fired": _to_array(statistics.fired),
+        "density": _to_array(statistics.densities),
+        "mean": _to_array(statistics.mean),
+        "maximum": _to_array(statistics.maximum),
+        "histogram": _make_lists(statistics.histogram, statistics.histogram >= 0),
         "examples": _make_example_lists(catalogue.top, words),
         "examples_of_all_strengths": _make_example_lists(catalogue.spread, words),
     }
-    if (r := catalogue.token_sets) is not None:
-        columns["score"] = pa.array(r.score.numpy(), from_pandas=True)  # NaN becomes null
-        columns["tokens"] = _make_text_lists(r.tokens, words)
-        columns["tokens_are_previous"] = _to_array(r.previous)
+    if (token_sets := catalogue.token_sets) is not None:
+        columns["score"] = pa.array(token_sets.score.numpy(), from_pandas=True)  # NaN becomes null
+        columns["tokens"] = _make_text_lists(token_sets.tokens, words)
+        columns["tokens_are_previous"] = _to_array(token_sets.previous)
     if catalogue.telling is not None:
+        # how informative the feature is at first sight, 0 to 1 (analysis/survey/telling.py)
         columns["telling"] = pa.array(catalogue.telling.numpy(), from_pandas=True)
         columns["copy_of"] = _to_array(catalogue.copy_of)
     for name, related in (("neighbour", catalogue.neighbours), ("partner", catalogue.partners)):
         if related is not None:
             columns[f"{name}s"] = _make_lists(related.units, related.units >= 0)
-            columns[f"{name}_likeness"] = _make_lists(related.likeness, related.units >= 0)
-    if (e := catalogue.effect) is not None:
-        columns["promoted"] = _make_text_lists(e.promoted, words)
-        columns["suppressed"] = _make_text_lists(e.suppressed, words)
-        columns["sharpness"] = _to_array(e.sharpness)
-        if e.histogram is not None:
+            # similarity to each: neighbours' cosine of decoder rows, partners' Jaccard index
+            columns[f"{name}_likeness"] = _make_lists(related.similarity, related.units >= 0)
+    if (effect := catalogue.effect) is not None:
+        columns["promoted"] = _make_text_lists(effect.promoted, words)
+        columns["suppressed"] = _make_text_lists(effect.suppressed, words)
+        columns["sharpness"] = _to_array(effect.sharpness)
+        if effect.histogram is not None:
             for name in ("raised", "lowered", "histogram"):
-                values = getattr(e, name)
+                values = getattr(effect, name)
                 columns[f"effect_{name}"] = _make_lists(values, values == values)
     if (bins := catalogue.linear_histogram) is not None:
         columns["linear_histogram"] = _make_lists(bins, bins >= 0)
@@ -96,10 +98,9 @@ def _make_example_lists(examples: Examples, words: pa.Array) -> pa.ListArray:
     columns = {
         "strength": _to_array(examples.strength[exists]),
         "sequence": _to_array(examples.sequence[exists]),
-        "position": _to_array(examples.position[exists]),  # index of the peak in its sequence
-        "peak": _to_array(
-            (tokens[:, :BEFORE] >= 0).sum(dim=1).int()
-        ),  # index of the peak in tokens
+        "position": _to_array(examples.position[exists]),  # of the peak in its sequence
+        # index of the peak in tokens
+        "peak": _to_array((tokens[:, :BEFORE] >= 0).sum(dim=1).int()),
         "tokens": _make_text_lists(tokens, words),
         "strengths": _make_lists(strengths.float(), tokens >= 0),
     }

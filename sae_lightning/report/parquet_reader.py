@@ -64,22 +64,19 @@ def read_catalogue(path: Path, vocabulary: list[str]) -> Catalogue:
             _to_tensor(columns["score"]).float(), _read_tokens(columns["tokens"], ids), previous
         )
         catalogue = catalogue._replace(token_sets=token_sets)
-    # telling: how informative a feature is at first sight (analysis/survey/telling.py)
     if "telling" in columns:
-        telling, original = (
-            _to_tensor(columns["telling"]).float(),
-            _read_integers(columns["copy_of"], last),
-        )
-        catalogue = catalogue._replace(telling=telling, copy_of=original)
+        telling = _to_tensor(columns["telling"]).float()
+        copy_of = _read_integers(columns["copy_of"], last)
+        catalogue = catalogue._replace(telling=telling, copy_of=copy_of)
     for name in ("neighbour", "partner"):
         if f"{name}s" in columns:
-            units, likeness = columns[f"{name}s"], columns[f"{name}_likeness"]
+            units, similarity = columns[f"{name}s"], columns[f"{name}_likeness"]
             related = RelatedUnits(
                 _pad_lists(units, _read_integers(units.flatten(), last), -1),
-                _pad_lists(likeness, _read_reals(likeness.flatten()), 0),
+                _pad_lists(similarity, _read_reals(similarity.flatten()), 0),
             )
-            if related.units.shape != related.likeness.shape:
-                raise ValueError(f"{name}s and their likeness differ in number")
+            if related.units.shape != related.similarity.shape:
+                raise ValueError(f"{name}s and {name}_likeness differ in number")
             catalogue = catalogue._replace(**{f"{name}s": related})
     if "promoted" in columns:
         tokens = (_read_tokens(columns[name], ids).long() for name in ("promoted", "suppressed"))

@@ -60,4 +60,4 @@ def test_every_copy_is_like_its_original_and_no_two_originals_that_are_neighbour
     assert (place[original] <= place).all()
     near = find_neighbours(rows)
     both = (original == torch.arange(500))[:, None] & (original[near.units] == near.units)
-    assert not (both & (near.likeness > COPY_COSINE)).any()
+    assert not (both & (near.similarity > COPY_COSINE)).any()

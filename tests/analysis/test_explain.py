@@ -33,8 +33,8 @@ from sae_lightning.analysis.explain.prompts import DETECT, FUZZ
 from sae_lightning.analysis.survey import strengths
 from sae_lightning.analysis.survey.examples import FiringStatistics, StrongestExamples
 from sae_lightning.analysis.survey.intervals import draw_examples
-from sae_lightning.analysis.survey.reading import score_token_sets
 from sae_lightning.analysis.survey.sample import Sample, SequenceSampler
+from sae_lightning.analysis.survey.token_sets import score_token_sets
 from sae_lightning.errors import UserError
 from sae_lightning.llm.generate import Reply
 from sae_lightning.llm.load import Dtype, LLMConfig, load_llm

@@ -6,7 +6,7 @@ from batches import batches, sparse
 
 from sae_lightning.analysis.survey import intervals, strengths
 from sae_lightning.analysis.survey.examples import FiringStatistics, StrongestExamples
-from sae_lightning.analysis.survey.intervals import count_linearly, draw_examples
+from sae_lightning.analysis.survey.intervals import draw_examples, estimate_histogram
 from sae_lightning.analysis.survey.sample import SequenceSampler
 from sae_lightning.report.catalogue import INTERVALS, LINEAR_BINS
 
@@ -116,8 +116,8 @@ def test_bins_are_counted_exactly_and_estimated_where_the_sample_is_a_part():
     features[0, 1:6, 0] = torch.tensor([0.05, 0.95, 1.0, 4.95, 5.0])
     _, _, sample = drawn(features)
     maximum, tokens = torch.tensor([5.0, 0.0]), int(sample.keep.sum())
-    counts = count_linearly(sample, maximum, tokens)
+    counts = estimate_histogram(sample, maximum, tokens)
     assert counts.shape == (2, LINEAR_BINS)
     assert {i: n for i, n in enumerate(counts[0].tolist()) if n} == {0: 1, 9: 2, 49: 2}
     assert not counts[1].any()
-    assert torch.equal(count_linearly(sample, maximum, 3 * tokens), 3 * counts)
+    assert torch.equal(estimate_histogram(sample, maximum, 3 * tokens), 3 * counts)

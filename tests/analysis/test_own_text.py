@@ -174,7 +174,7 @@ DAMAGE = [  # column, or number of an example; what the first unit has there; wh
     ("copy_of", 32, f"{OUTSIDE}31"),
     ("neighbours", [0, 1, -1], f"{OUTSIDE}31"),
     ("partners", [0] * 2000, "a list of 2,000"),
-    ("partner_likeness", [0.0] * 9, "partners and their likeness differ in number"),
+    ("partner_likeness", [0.0] * 9, "partners and partner_likeness differ in number"),
     ("maximum", float("nan"), "a number is not finite"),
     ("histogram", [0] * 60, "60 bins"),
     ("linear_histogram", [0] * 60, "60 bins"),

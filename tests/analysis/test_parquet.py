@@ -83,7 +83,7 @@ def assert_same(given, found, name, features):
         assert given == found, name
         return
     assert given.dtype == found.dtype, name
-    if name in ("neighbours.likeness", "partners.likeness"):
+    if name in ("neighbours.similarity", "partners.similarity"):
         related = getattr(features, name.split(".")[0])
         given = given.masked_fill(related.units < 0, 0)
     if name.split(".")[0] in ("top", "spread") and name.endswith("sequence"):

@@ -19,10 +19,10 @@ def test_neighbours_are_the_rows_of_the_largest_cosine(slices):
     found = find_neighbours(rows, k=2)
     half = 0.5**0.5
     assert found.units.tolist()[0][0] == 1
-    assert found.likeness[0].tolist() == pytest.approx([half, 0])
+    assert found.similarity[0].tolist() == pytest.approx([half, 0])
     assert sorted(found.units[1].tolist()) == [0, 2]
-    assert found.likeness[1].tolist() == pytest.approx([half, half])
-    assert found.likeness[3].tolist() == pytest.approx([0, -half], abs=1e-6)
+    assert found.similarity[1].tolist() == pytest.approx([half, half])
+    assert found.similarity[3].tolist() == pytest.approx([0, -half], abs=1e-6)
 
 
 def sample(features: torch.Tensor):
@@ -39,7 +39,7 @@ def test_partners_fire_on_the_same_tokens(slices):
         features[0, places, feature] = 1
     found = find_partners(sample(features), k=2)
     assert found.units.tolist() == [[1, -1], [0, -1], [-1, -1], [-1, -1]]
-    assert found.likeness[0].tolist() == pytest.approx([2 / 5, 0])  # 2 of 5 tokens are shared
+    assert found.similarity[0].tolist() == pytest.approx([2 / 5, 0])  # 2 of 5 tokens are shared
 
 
 def test_partners_of_a_dense_sae_are_told_from_its_first_tokens(monkeypatch):
@@ -47,9 +47,9 @@ def test_partners_of_a_dense_sae_are_told_from_its_first_tokens(monkeypatch):
     features = torch.zeros(1, 6, 2)
     for feature, places in enumerate(([1, 2, 3], [1, 2, 4, 5])):
         features[0, places, feature] = 1
-    assert find_partners(sample(features)).likeness[0].item() == pytest.approx(2 / 5)
+    assert find_partners(sample(features)).similarity[0].item() == pytest.approx(2 / 5)
     monkeypatch.setattr(related, "MAX_PAIRS", 4 + 4 + 1)  # of tokens 1, 2 and 3
-    assert find_partners(sample(features)).likeness[0].item() == pytest.approx(2 / 3)
+    assert find_partners(sample(features)).similarity[0].item() == pytest.approx(2 / 3)
 
 
 def test_a_single_feature_is_like_none():
@@ -71,7 +71,7 @@ def test_of_many_features_copies_are_found_and_few_pairs_are_looked_at(monkeypat
     found = find_neighbours(rows, k=1)
     assert (found.units == exact.units).float().mean() > 0.995
     same = found.units == exact.units
-    assert torch.allclose(found.likeness[same], exact.likeness[same], atol=1e-6)
+    assert torch.allclose(found.similarity[same], exact.similarity[same], atol=1e-6)
     assert all(len({*row}) == 5 for row in find_neighbours(rows).units.tolist())
 
 
@@ -84,5 +84,5 @@ def test_partners_are_found_among_200_000_features_without_a_table_of_all_pairs(
     given = Sample(text, text == 0, torch.arange(10), starts, places, torch.ones(len(places)))
     found = find_partners(given)
     assert found.units[: len(places), 0].tolist() == (torch.arange(len(places)) ^ 1).tolist()
-    assert found.likeness.sum() == len(places)
+    assert found.similarity.sum() == len(places)
     assert (found.units[len(places) :] == -1).all()

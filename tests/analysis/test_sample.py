@@ -25,7 +25,7 @@ def test_a_text_that_fits_is_kept_as_it_is():
     assert not sample.keep[:, 0].any()
     features[:, 0] = 0
     for feature in range(UNITS):
-        assert torch.equal(sample.fired(feature), features[..., feature])
+        assert torch.equal(sample.densify(feature), features[..., feature])
         mine = sample.places[sample.owners() == feature]
         assert torch.equal(mine, features[..., feature].flatten().nonzero().squeeze(1))
 
@@ -39,7 +39,7 @@ def test_a_longer_text_leaves_whole_sequences_and_no_more_than_there_is_room_for
     assert all(size[name] <= most for name, most in room.items())
     features[:, 0] = 0
     for feature in range(UNITS):
-        assert torch.equal(sample.fired(feature), features[sample.ids][..., feature])
+        assert torch.equal(sample.densify(feature), features[sample.ids][..., feature])
 
 
 def test_what_is_kept_has_drawn_the_highest_lots():
@@ -54,7 +54,7 @@ def test_what_is_kept_has_drawn_the_highest_lots():
 def test_a_text_in_which_nothing_fires_is_a_sample_too():
     sample = sampled(torch.zeros(3, CONTEXT, UNITS))
     assert (sample.feature_count, len(sample.places)) == (UNITS, 0)
-    assert not sample.fired(2).any()
+    assert not sample.densify(2).any()
 
 
 def test_every_sequence_is_as_likely_to_be_kept():

@@ -6,9 +6,9 @@ import pytest
 import torch
 from batches import batches
 
-from sae_lightning.analysis.survey.reading import score_token_sets
 from sae_lightning.analysis.survey.sample import SequenceSampler
 from sae_lightning.analysis.survey.telling import rate_telling
+from sae_lightning.analysis.survey.token_sets import score_token_sets
 
 #        often                 rare
 WORDS = [" the", ",", "\n\n", " fox", " sea", " город", " _getName", "<0xE2>", ";;", " fo", "xes"]

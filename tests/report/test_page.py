@@ -165,7 +165,7 @@ def test_every_number_of_a_unit_can_be_read_back():
     last = unpacked(blocks["feature-1"], kind["detailed"], 2)
     assert np.array_equal(last["histogram"], given.statistics.histogram[UNITS_PER_BLOCK:].numpy())
     assert last["neighbours"].tolist() == [[1, -1]] * 2
-    assert last["neighbours_likeness"][:, 0].tolist() == [-25, -25]
+    assert last["neighbours_similarity"][:, 0].tolist() == [-25, -25]
 
 
 def test_tokens_are_numbered_by_how_common_they_are_and_read_back():

@@ -83,7 +83,7 @@ def _gather_one(
     catalogue: Catalogue, sample: Sample, feature: int, scored: int, words: list[str], seed: int
 ) -> Evidence:
     rng = torch.Generator().manual_seed(seed * 1_000_003 + feature)
-    strengths = sample.fired(feature)
+    strengths = sample.densify(feature)
     # [sequences, context] greatest strength in the window around each position
     around = max_pool1d(pad(strengths, (BEFORE, AFTER)), WINDOW, stride=1)
     seen: set[object] = set()

@@ -16,24 +16,24 @@ def find_originals(W_dec: Tensor, neighbours: RelatedUnits, ranking: Tensor) -> 
     Its copies are the features with a cosine > COPY_COSINE to the original itself that are reached
     from neighbour to neighbour.
     """
-    near = (neighbours.likeness > COPY_COSINE) & (neighbours.units >= 0)
-    unit, column = near.numpy().nonzero()
-    other = neighbours.units.numpy()[unit, column]
+    near = (neighbours.similarity > COPY_COSINE) & (neighbours.units >= 0)
+    features, column = near.numpy().nonzero()
+    others = neighbours.units.numpy()[features, column]
     # made symmetric: one of a pair may be missing from the other's list of nearest neighbours
-    unit, other = np.concatenate([unit, other]), np.concatenate([other, unit])
-    other = other[unit.argsort(kind="stable")]
-    ends = np.bincount(unit, minlength=len(W_dec)).cumsum()
+    features, others = np.concatenate([features, others]), np.concatenate([others, features])
+    others = others[features.argsort(kind="stable")]
+    ends = np.bincount(features, minlength=len(W_dec)).cumsum()
     starts = np.concatenate([[0], ends[:-1]])  # where each feature's neighbours begin
-    original, free = np.arange(len(W_dec)), ends > starts
+    original, undecided = np.arange(len(W_dec)), ends > starts
     ranking = ranking.numpy()
-    for unit in ranking[free[ranking]]:
-        if not free[unit]:
+    for first in ranking[undecided[ranking]]:
+        if not undecided[first]:
             continue
-        free[unit], reached = False, np.array([unit])
+        undecided[first], reached = False, np.array([first])
         while len(reached):
-            linked = np.unique(np.concatenate([other[starts[u] : ends[u]] for u in reached]))
-            linked = linked[free[linked]]
-            rows = normalize(W_dec[np.append(linked, unit)]).cpu()
+            linked = np.unique(np.concatenate([others[starts[i] : ends[i]] for i in reached]))
+            linked = linked[undecided[linked]]
+            rows = normalize(W_dec[np.append(linked, first)]).cpu()
             reached = linked[(rows[:-1] @ rows[-1] > COPY_COSINE).numpy()]
-            free[reached], original[reached] = False, unit
+            undecided[reached], original[reached] = False, first
     return torch.from_numpy(original)

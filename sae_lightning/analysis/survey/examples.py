@@ -19,6 +19,17 @@ STRENGTH_BINS = len(EDGES) - 1
 FLOAT16_MAX = torch.finfo(torch.float16).max
 
 
+def make_empty_examples(units: int, n: int) -> Examples:
+    """Examples [units, n] with strength 0, which means that there is none."""
+    return Examples(
+        strength=torch.zeros(units, n),
+        tokens=torch.full((units, n, WINDOW), -1, dtype=torch.int32),
+        strengths=torch.zeros(units, n, WINDOW, dtype=torch.float16),
+        sequence=torch.zeros(units, n, dtype=torch.int64),
+        position=torch.zeros(units, n, dtype=torch.int32),
+    )
+
+
 class FiringStatistics:
     """A reducer: how often and how strongly each unit fires."""
 
@@ -32,7 +43,7 @@ class FiringStatistics:
 
     def add(self, batch: EncodedBatch) -> None:
         values, units = self.strengths(batch)
-        values = values.flatten(0, 1)  # [tokens, some units]
+        values = values.flatten(0, 1)  # [tokens, active units]
         self.tokens += int(batch.keep.sum())
         if not len(units):
             return
@@ -61,37 +72,29 @@ class StrongestExamples:
     """
 
     def __init__(self, units: int, n: int, strengths: Strengths):
-        self.strengths = strengths
-        self.strength = torch.zeros(units, n)  # 0 in empty slots
-        self.tokens = torch.full((units, n, WINDOW), -1, dtype=torch.int32)
-        self.around = torch.zeros(units, n, WINDOW, dtype=torch.float16)
-        self.sequence = torch.zeros(units, n, dtype=torch.int64)
-        self.position = torch.zeros(units, n, dtype=torch.int32)
+        self.strengths, self.top = strengths, make_empty_examples(units, n)
 
     def add(self, batch: EncodedBatch) -> None:
-        values, units = self.strengths(batch)  # [sequences, context, some units]
-        best, place = (x.cpu() for x in values.max(dim=1))  # [sequences, units]
+        values, units = self.strengths(batch)  # [sequences, context, active units]
+        best, place = (x.cpu() for x in values.max(dim=1))  # [sequences, active units]
         best = torch.where(best > 0, best, -1).T  # -1: never enters an empty slot (0)
-        n = self.strength.shape[1]
-        winners = torch.cat([self.strength[units], best], dim=1).topk(n, dim=1).indices
+        n = self.top.strength.shape[1]
+        winners = torch.cat([self.top.strength[units], best], dim=1).topk(n, dim=1).indices
         stays = torch.zeros(len(best), n + best.shape[1], dtype=torch.bool)
         stays.scatter_(1, winners, True)
         # each unit frees as many slots as it gets examples, and both lists are sorted by unit
         unit, slot = (~stays[:, :n]).nonzero(as_tuple=True)
         _, sequence = stays[:, n:].nonzero(as_tuple=True)
         if len(unit):
-            examples = self._windows(batch, values, unit, sequence, place[sequence, unit])
-            for kept, new in zip(self._kept(), examples, strict=True):
+            examples = self._cut_windows(batch, values, unit, sequence, place[sequence, unit])
+            for kept, new in zip(self.top, examples, strict=True):
                 kept[units[unit], slot] = new
 
-    def _kept(self) -> Examples:
-        return Examples(self.strength, self.tokens, self.around, self.sequence, self.position)
-
-    def _windows(
+    def _cut_windows(
         self, batch: EncodedBatch, values: Tensor, unit: Tensor, sequence: Tensor, place: Tensor
     ) -> Examples:
         """Cut m windows around position `place` [m] of `sequence` [m], with strengths from column
-        `unit` [m] of `values` [sequences, context, some units]."""
+        `unit` [m] of `values` [sequences, context, active units]."""
         window = place[:, None] + torch.arange(-BEFORE, AFTER + 1)  # [m, WINDOW]
         inside = (window >= 0) & (window < values.shape[1])
         window = window.clamp(0, values.shape[1] - 1)
@@ -100,32 +103,27 @@ class StrongestExamples:
         return Examples(
             strength=around[:, BEFORE],
             tokens=torch.where(inside, tokens, -1).int(),
+            # + 0 turns -0 into 0
             strengths=torch.where(inside, around, 0).clamp(0, FLOAT16_MAX).half() + 0,
             sequence=batch.ids[sequence],
             position=place.int(),
         )
 
     def result(self) -> Examples:
-        order = self.strength.argsort(dim=1, descending=True, stable=True)
+        order = self.top.strength.argsort(dim=1, descending=True, stable=True)
         wide = order[..., None].expand(-1, -1, WINDOW)
-        return Examples(
-            self.strength.gather(1, order),
-            self.tokens.gather(1, wide),
-            self.around.gather(1, wide),
-            self.sequence.gather(1, order),
-            self.position.gather(1, order),
-        )
+        return Examples(*(x.gather(1, wide if x.dim() == 3 else order) for x in self.top))
 
 
 class TokenRecorder:
     """A reducer: all tokens read, at 4 bytes each."""
 
     def __init__(self):
-        self.read: list[Tensor] = []
+        self.batches: list[Tensor] = []
 
     def add(self, batch: EncodedBatch) -> None:
-        self.read.append(batch.tokens.cpu().int())
+        self.batches.append(batch.tokens.cpu().int())
 
     def result(self) -> np.ndarray:
         """Ids [sequences, context] of all tokens, int32."""
-        return torch.cat(self.read).numpy()
+        return torch.cat(self.batches).numpy()

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae_lightning.analysis.survey.sample import Sample
+from sae_lightning.analysis.survey.examples import make_empty_examples
+from sae_lightning.analysis.survey.sample import Sample, rank_in_runs
 from sae_lightning.report.catalogue import (
     AFTER,
     BEFORE,
@@ -26,7 +27,7 @@ ENTRIES_AT_ONCE = 1 << 21  # entries of the sample to draw from at a time: bound
 WINDOWS_AT_ONCE = 1 << 16  # examples whose windows are read at a time: bounds memory
 
 
-def count_linearly(sample: Sample, maximum: Tensor, tokens: int) -> Tensor:
+def estimate_histogram(sample: Sample, maximum: Tensor, tokens: int) -> Tensor:
     """Estimate on how many of `tokens` tokens each unit's strength is in each bin [units,
     LINEAR_BINS], int64; maximum: [units]. Exact if the sample is the whole text."""
     owners = sample.owners()
@@ -70,7 +71,7 @@ def _draw_part(
     drawn = _draw_entries(sample, unit * INTERVALS + interval, interval, place, per_interval, seed)
     drawn = drawn[np.lexsort((-strength.numpy()[drawn], unit[drawn]))]
     return _make_examples(
-        sample, entries[drawn], _rank_in_group(unit[drawn]), INTERVALS * per_interval
+        sample, entries[drawn], rank_in_runs(unit[drawn]), INTERVALS * per_interval
     )
 
 
@@ -97,8 +98,9 @@ def _draw_entries(
     per_interval: int,
     seed: int,
 ) -> np.ndarray:
-    """Draw `per_interval` random members of every group (indices), at most one per sequence, with a
-    single sort by group and random keys."""
+    """Draw `per_interval` random entries of every group, at most one per sequence, with a single
+    sort by group and random keys -> indices. `group`, `interval` and `place` [entries]; a group is
+    an interval of a unit."""
     sequences, context = sample.tokens.shape
     rng = np.random.default_rng(seed)
     # all units share the random keys; the order within each unit is random nevertheless
@@ -107,25 +109,13 @@ def _draw_entries(
     pair = group * sequences + sequence_keys[interval, place // context]
     order = (pair * context + place_keys[place]).argsort()
     order = order[np.diff(pair[order], prepend=-1) > 0]  # first of each sequence
-    return order[_rank_in_group(group[order]) < per_interval]
-
-
-def _rank_in_group(group: np.ndarray) -> np.ndarray:
-    """Rank each member within its group, from 0 [n]; members of a group are adjacent."""
-    first = np.flatnonzero(np.diff(group, prepend=-1))
-    return np.arange(len(group)) - np.repeat(first, np.diff(first, append=len(group)))
+    return order[rank_in_runs(group[order]) < per_interval]
 
 
 def _make_examples(sample: Sample, entries: np.ndarray, slot: np.ndarray, n: int) -> Examples:
     """Make examples [units, n] of the sample's `entries`, each in the given `slot` of its unit."""
     context, units = sample.tokens.shape[1], sample.feature_count
-    examples = Examples(
-        strength=torch.zeros(units, n),
-        tokens=torch.full((units, n, WINDOW), -1, dtype=torch.int32),
-        strengths=torch.zeros(units, n, WINDOW, dtype=torch.float16),
-        sequence=torch.zeros(units, n, dtype=torch.int64),
-        position=torch.zeros(units, n, dtype=torch.int32),
-    )
+    examples = make_empty_examples(units, n)
     owners, offsets = sample.owners(), torch.arange(-BEFORE, AFTER + 1)
     parts = zip(
         torch.from_numpy(entries).split(WINDOWS_AT_ONCE),
@@ -147,11 +137,10 @@ def _make_examples(sample: Sample, entries: np.ndarray, slot: np.ndarray, n: int
 
 
 def _read_windows(sample: Sample, owners: Tensor, entry: Tensor) -> Tensor:
-    """Read the strengths [m, WINDOW] of each entry's unit around the entry [m]."""
+    """Read the strengths [m, WINDOW] around each `entry` [m], of its unit; `owners`: [entries]."""
     context, place = sample.tokens.shape[1], sample.places[entry, None]
     # a unit's entries are sorted by place: any in the window are among the nearest WINDOW entries
-    near = entry[:, None] + torch.arange(-BEFORE, AFTER + 1)
-    near = near.clamp(0, len(owners) - 1)
+    near = (entry[:, None] + torch.arange(-BEFORE, AFTER + 1)).clamp(0, len(owners) - 1)
     offset = sample.places[near] - place + BEFORE
     same = (owners[near] == owners[entry, None]) & (offset >= 0) & (offset < WINDOW)
     same &= sample.places[near] // context == place // context

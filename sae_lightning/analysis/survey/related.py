@@ -46,9 +46,9 @@ def _pick_comparisons(rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield indices of rows [features, d] (norm 1) in blocks, each with the indices of the rows to
     compare the block with."""
     if len(rows) <= MAX_EXACT_FEATURES:
-        everyone = torch.arange(len(rows), device=rows.device)
-        for block in everyone.split(BLOCK_FEATURES):
-            yield block, everyone
+        indices = torch.arange(len(rows), device=rows.device)
+        for block in indices.split(BLOCK_FEATURES):
+            yield block, indices
         return
     # Rows with the same largest component in a random basis are similar (cross-polytope hashing,
     # Andoni et al. 2015). Rows sorted by two hashes are cut into blocks of equal size.
@@ -73,14 +73,14 @@ def find_partners(sample: Sample, k: int = 5) -> RelatedUnits:
     places, owners = sample.places.numpy(), sample.owners().numpy()
     # a dense SAE has too many pairs: only the first tokens are used
     active = np.bincount(places, minlength=sample.tokens.numel()).astype(np.float64)
-    near = (np.square(active).cumsum() <= MAX_PAIRS)[places]
-    places, owners = places[near], owners[near]
+    fits = (np.square(active).cumsum() <= MAX_PAIRS)[places]
+    places, owners = places[fits], owners[fits]
     shape = (sample.feature_count, sample.tokens.numel())
     fires = csr_array((np.ones(len(places), np.float32), (owners, places)), shape)
     counts = np.asarray(fires.sum(axis=1))
     by_token, k = fires.T.tocsr(), min(k, sample.feature_count - 1)
     units = torch.full((sample.feature_count, k), -1)
-    likeness = torch.zeros(sample.feature_count, k)
+    similarity = torch.zeros(sample.feature_count, k)
     for first in range(0, sample.feature_count, BLOCK_FEATURES):
         both = fires[first : first + BLOCK_FEATURES] @ by_token  # sparse: pairs that fire together
         feature = first + np.repeat(np.arange(both.shape[0]), np.diff(both.indptr))
@@ -94,5 +94,5 @@ def find_partners(sample: Sample, k: int = 5) -> RelatedUnits:
             positive = best.values > 0
             row = torch.where(positive, others[pairs][best.indices], -1)
             units[first + unit, : len(row)] = row
-            likeness[first + unit, : len(row)] = best.values
-    return RelatedUnits(units, likeness)
+            similarity[first + unit, : len(row)] = best.values
+    return RelatedUnits(units, similarity)

@@ -36,7 +36,7 @@ class Sample(NamedTuple):
         """Number of features, silent ones included."""
         return len(self.starts) - 1
 
-    def fired(self, feature: int) -> Tensor:
+    def densify(self, feature: int) -> Tensor:
         """Return a feature's strengths [sequences, context], float32; 0 where it is silent."""
         dense = torch.zeros(self.tokens.numel())
         entries = slice(int(self.starts[feature]), int(self.starts[feature + 1]))
@@ -46,6 +46,12 @@ class Sample(NamedTuple):
     def owners(self) -> Tensor:
         """Return the feature of each entry [entries], int64."""
         return torch.repeat_interleave(torch.arange(self.feature_count), self.starts.diff())
+
+
+def rank_in_runs(values: np.ndarray) -> np.ndarray:
+    """Position [n] of each value in its run of equal values, from 0; `values` [n] are >= 0."""
+    first = np.flatnonzero(np.diff(values, prepend=-1))
+    return np.arange(len(values)) - np.repeat(first, np.diff(first, append=len(values)))
 
 
 class SequenceSampler:
@@ -61,7 +67,7 @@ class SequenceSampler:
         strengths: Strengths = strengths.feature_strengths,
     ):
         self.strengths = strengths
-        self.features, self.room = features, {"tokens": tokens, "entries": entries}
+        self.features, self.limits = features, {"tokens": tokens, "entries": entries}
         self.random = np.random.default_rng(seed)
         self.kept: list[tuple] = []  # a heap of (key, id, tokens, keep, positions, units, values)
         self.size = {"tokens": 0, "entries": 0}
@@ -86,11 +92,12 @@ class SequenceSampler:
                 self._count(dropped, -1)
 
     def _count(self, entry: tuple, sign: int) -> None:
-        self.size["tokens"] += sign * entry[2].size
-        self.size["entries"] += sign * entry[4].size
+        _, _, tokens, _, positions, *_ = entry
+        self.size["tokens"] += sign * tokens.size
+        self.size["entries"] += sign * positions.size
 
     def _full(self) -> bool:
-        return any(self.size[name] > room for name, room in self.room.items())
+        return any(self.size[name] > limit for name, limit in self.limits.items())
 
     def result(self) -> Sample:
         kept = sorted(self.kept, key=lambda entry: entry[1])

@@ -9,8 +9,8 @@ from torch import Tensor
 from sae_lightning.analysis.collect import EncodedBatch
 
 Strengths = Callable[[EncodedBatch], tuple[Tensor, Tensor]]
-"""batch -> strengths [sequences, context, some] >= 0, which are 0 where not `keep`; and the indices
-[some] of their units, on the CPU. All other units are silent."""
+"""batch -> strengths [sequences, context, active] >= 0, which are 0 where not `keep`, of the units
+that may be active in the batch; and the indices [active] of these units, on the CPU."""
 
 
 class Positive(Enum):
@@ -34,7 +34,7 @@ class NeuronStrengths:
 
     def __init__(self, positive: Positive):
         self.positive = positive
-        self._least: Tensor | None = None  # [d_in] minimum on the first batch
+        self._minimum: Tensor | None = None  # [d_in] on the first batch
 
     def __call__(self, batch: EncodedBatch) -> tuple[Tensor, Tensor]:
         if self.positive is Positive.abs:
@@ -42,8 +42,8 @@ class NeuronStrengths:
         elif self.positive is Positive.relu:
             values = batch.x.relu()
         else:
-            if self._least is None:
-                self._least = batch.x[batch.keep].amin(dim=0)
-            values = (batch.x - self._least).relu()
+            if self._minimum is None:
+                self._minimum = batch.x[batch.keep].amin(dim=0)
+            values = (batch.x - self._minimum).relu()
         units = torch.arange(values.shape[-1])
         return torch.where(batch.keep[..., None], values, 0), units

@@ -15,12 +15,12 @@ from sae_lightning.analysis.survey.examples import (
     StrongestExamples,
     TokenRecorder,
 )
-from sae_lightning.analysis.survey.intervals import count_linearly, draw_examples
-from sae_lightning.analysis.survey.reading import score_token_sets
+from sae_lightning.analysis.survey.intervals import draw_examples, estimate_histogram
 from sae_lightning.analysis.survey.related import MAX_EXACT_FEATURES, find_neighbours, find_partners
 from sae_lightning.analysis.survey.sample import Sample, SequenceSampler
 from sae_lightning.analysis.survey.strengths import Positive
 from sae_lightning.analysis.survey.telling import rate_telling
+from sae_lightning.analysis.survey.token_sets import score_token_sets
 from sae_lightning.llm.vocabulary import read_vocabulary
 from sae_lightning.report.catalogue import Catalogue
 from sae_lightning.report.section import Section
@@ -94,12 +94,12 @@ def survey(
             SequenceSampler(d_in, seed, entries=NEURON_ENTRIES, strengths=positive),
         ],
     }
-    texts = TokenRecorder()
+    recorder = TokenRecorder()
     text, total = excerpt(source, tokens, batch)
-    reducers = [*chain(*kinds.values()), texts, *reducers]
+    reducers = [*chain(*kinds.values()), recorder, *reducers]
     collect(subject, text, reducers, total=total, controls=controls)
     del reducers
-    words, read, catalogues = read_vocabulary(subject.llm), texts.result(), []
+    words, ids, catalogues = read_vocabulary(subject.llm), recorder.result(), []
     with phase("drawing examples"):
         for kind in [*kinds]:
             # popped to free the reducers' state, which is as large as their results
@@ -107,22 +107,22 @@ def survey(
             spread = draw_examples(
                 sample, statistics.maximum, top, max(1, examples // TOP_PER_DRAWN), seed
             )
-            catalogues.append((Catalogue(kind, words, read, statistics, top, spread), sample))
-    (features, sample), (of_neurons, neuron_sample) = catalogues
+            catalogues.append((Catalogue(kind, words, ids, statistics, top, spread), sample))
+    (features, sample), (neuron_catalogue, neuron_sample) = catalogues
     del catalogues, neuron_sample  # large
     with phase("comparing features"):
-        scored = score_token_sets(sample, len(words))
+        token_sets = score_token_sets(sample, len(words))
         statistics = features.statistics
         features = features._replace(
-            token_sets=scored,
-            linear_histogram=count_linearly(sample, statistics.maximum, statistics.tokens),
-            telling=rate_telling(read, sample, scored, words),
+            token_sets=token_sets,
+            linear_histogram=estimate_histogram(sample, statistics.maximum, statistics.tokens),
+            telling=rate_telling(ids, sample, token_sets, words),
             neighbours=find_neighbours(subject.sae.W_dec),
             partners=find_partners(sample),
         )
         originals = find_originals(subject.sae.W_dec, features.neighbours, rank_units(features))
         features = features._replace(copy_of=originals)
-    return Survey(features, of_neurons, sample)
+    return Survey(features, neuron_catalogue, sample)
 
 
 def make_features_section(survey: Survey) -> Section:

@@ -1,9 +1,10 @@
-"""Ranks features by how much they tell a reader: rare words first, each word's best feature first.
+"""Rates how telling (informative at first sight) features are: those that rare words predict well.
 
-    token-set score x mean rarity of tokens x words / (words + 1) / rank among features of that word
+    token-set score x mean rarity of tokens x words / (words + 1) / rank
 
 The mean is over the feature's firings, weighted by strength; words = number of different words in
-the token set; that word = the first of them. As no word list is needed, any language or code works.
+the token set; rank = 1 for the best feature with this first word, 2 for the next. As no word list
+is needed, any language or code works.
 """
 
 from collections.abc import Sequence
@@ -12,53 +13,51 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae_lightning.analysis.survey.sample import Sample
+from sae_lightning.analysis.survey.sample import Sample, rank_in_runs
 from sae_lightning.report.catalogue import TokenSetScores
 
 PIECE_WEIGHT = 0.25  # for a piece of a word; a whole word has weight 1
 
 
 def rate_telling(
-    texts: np.ndarray, sample: Sample, reading: TokenSetScores, vocabulary: Sequence[str]
+    ids: np.ndarray, sample: Sample, token_sets: TokenSetScores, vocabulary: Sequence[str]
 ) -> Tensor:
-    """Rate how telling each feature is [features], NaN without a score.
+    """Rate how telling each feature is [features], 0 to 1; NaN without a token-set score.
 
-    texts: ids [sequences, context] of all tokens read, for their rarity.
+    ids: [sequences, context] all tokens read, for their rarity.
     """
     owners = sample.owners().numpy()
     # the predicting token: the active or the previous one, which exists, as nothing fires on BOS
-    places = sample.places.numpy() - reading.previous.numpy()[owners]
-    strengths, content = sample.strengths.numpy(), _weigh_tokens(texts, sample, vocabulary)[places]
+    places = sample.places.numpy() - token_sets.previous.numpy()[owners]
+    strengths, rarity = sample.strengths.numpy(), _measure_rarity(ids, sample, vocabulary)[places]
     weighted, total = (
         np.bincount(owners, weights, minlength=sample.feature_count)
-        for weights in (strengths * content, strengths)
+        for weights in (strengths * rarity, strengths)
     )
-    words = [_find_words(tokens, vocabulary) for tokens in reading.tokens.tolist()]
-    count = np.array([len(different) for different in words])
-    value = reading.score.clamp(min=0).numpy() * (
-        weighted / np.maximum(total, np.finfo(float).tiny)
-    )
-    value *= count / (count + 1)
-    value /= 1 + _count_better(value, [next(iter(different), "") for different in words])
-    return torch.from_numpy(value).float()
+    mean_rarity = weighted / np.maximum(total, np.finfo(float).tiny)
+    words = [_find_words(tokens, vocabulary) for tokens in token_sets.tokens.tolist()]
+    count = np.array([*map(len, words)])
+    rating = token_sets.score.clamp(min=0).numpy() * mean_rarity * (count / (count + 1))
+    rating /= 1 + _count_better(rating, [next(iter(of_feature), "") for of_feature in words])
+    return torch.from_numpy(rating).float()
 
 
-def _weigh_tokens(texts: np.ndarray, sample: Sample, vocabulary: Sequence[str]) -> np.ndarray:
+def _measure_rarity(ids: np.ndarray, sample: Sample, vocabulary: Sequence[str]) -> np.ndarray:
     """Compute the rarity [places], 0 to 1, of the token at each place of the sample: its surprisal
-    -log2 p minus the entropy, over the greatest, clipped at 0; 0 if it is no word. Pieces of words
-    are weighted by PIECE_WEIGHT."""
-    share = np.bincount(texts.ravel(), minlength=len(vocabulary)) / texts.size
-    surprisal = -np.log2(share.clip(min=1 / texts.size))
-    above = surprisal - (share * surprisal).sum()
-    rare = above.clip(min=0) / max(above.max(), 1e-9)
-    rare[[not _is_word(token) for token in vocabulary]] = 0
+    -log2 p minus the entropy, clipped at 0, over the greatest in the vocabulary; 0 if it is no
+    word. Pieces of words are weighted by PIECE_WEIGHT."""
+    share = np.bincount(ids.ravel(), minlength=len(vocabulary)) / ids.size
+    surprisal = -np.log2(share.clip(min=1 / ids.size))
+    above_mean = surprisal - (share * surprisal).sum()
+    rarity = above_mean.clip(min=0) / max(above_mean.max(), 1e-9)
+    rarity[[not _is_word(token) for token in vocabulary]] = 0
     # scripts with upper and lower case write spaces between words
     opens = np.array([_has_case(token[:1]) for token in vocabulary])
     closes = np.array([_has_case(token[-1:]) for token in vocabulary])
     tokens = sample.tokens.numpy()
     joined = np.pad(closes[tokens[:, :-1]] & opens[tokens[:, 1:]], ((0, 0), (1, 1)))
     is_piece = joined[:, :-1] | joined[:, 1:]  # joined to the token before, or to the next one
-    return (rare[tokens] * np.where(is_piece, PIECE_WEIGHT, 1)).ravel()
+    return (rarity[tokens] * np.where(is_piece, PIECE_WEIGHT, 1)).ravel()
 
 
 def _has_case(letter: str) -> bool:
@@ -81,7 +80,6 @@ def _count_better(value: np.ndarray, word: Sequence[str]) -> np.ndarray:
     """Count the features of the same word that have a greater value [features]."""
     _, number = np.unique(word, return_inverse=True)
     order = np.lexsort((-value, number))
-    first = np.flatnonzero(np.diff(number[order], prepend=-1))
-    earlier = np.empty(len(order), np.int64)
-    earlier[order] = np.arange(len(order)) - np.repeat(first, np.diff(first, append=len(order)))
-    return earlier
+    better = np.empty(len(order), np.int64)
+    better[order] = rank_in_runs(number[order])
+    return better

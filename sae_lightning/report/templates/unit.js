@@ -30,9 +30,9 @@ async function view(kind, id, walk) {
   const [listed, details, read] = await Promise.all([listedOf(kind), detailsOf(kind, id), texts()]);
   const maximum = listed.maximum.values[id];
   const side = make("aside", {}, histogram(kind, details.histogram, maximum), ...effect(listed, id),
-    ...related("Most similar directions", kind, details.neighbours, details.neighbours_likeness, listed,
+    ...related("Most similar directions", kind, details.neighbours, details.neighbours_similarity, listed,
       "cosine similarity of decoder rows"),
-    ...related("Often fires together with", kind, details.partners, details.partners_likeness, listed,
+    ...related("Often fires together with", kind, details.partners, details.partners_similarity, listed,
       "Jaccard index: tokens on which both fire / tokens on which either fires"));
   return [heading(kind, listed, id, walk), make("div", { className: "columns" },
     make("div", { className: "examples" }, ...examples(kind, maximum, details, read.tokens)), side)];
@@ -191,13 +191,13 @@ function effect(listed, id) {
     .map(([title, field]) => make("section", {}, make("h3", {}, title), make("p", {}, ...chips(field.of(id)))));
 }
 
-function related(title, kind, units, likeness, listed, meaning) {
-  const pairs = [...units ?? []].map((other, i) => [other, likeness[i] / 100]).filter(([other]) => other >= 0);
+function related(title, kind, units, similarity, listed, meaning) {
+  const pairs = [...units ?? []].map((other, i) => [other, similarity[i] / 100]).filter(([other]) => other >= 0);
   if (!pairs.length) return [];
-  const lines = pairs.map(([other, like]) => {
+  const lines = pairs.map(([other, value]) => {
     const main = listed.token_set?.of(other)[0] ? listed.token_set : listed.peaks;
     return make("a", { href: link(kind, other) }, make("span", { className: "id" }, String(other)),
-      make("span", { className: "number" }, like.toFixed(2)),
+      make("span", { className: "number" }, value.toFixed(2)),
       make("span", { className: "line" }, ...chips(main.of(other), 4)));
   });
   return [make("section", { className: "related" }, make("h3", { title: meaning }, title), ...lines)];

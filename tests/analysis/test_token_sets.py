@@ -5,8 +5,8 @@ import pytest
 import torch
 from batches import batches
 
-from sae_lightning.analysis.survey.reading import _correlate, score_token_sets
 from sae_lightning.analysis.survey.sample import SequenceSampler
+from sae_lightning.analysis.survey.token_sets import _correlate, score_token_sets
 
 WORDS, SEQUENCES, CONTEXT = 50, 60, 41
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from scipy.sparse import csr_array
 
-from sae_lightning.analysis.survey.sample import Sample
+from sae_lightning.analysis.survey.sample import Sample, rank_in_runs
 from sae_lightning.report.catalogue import TokenSetScores
 
 MIN_FIRINGS = 5  # tokens of each half that a feature must fire on to get a score
@@ -30,7 +30,7 @@ class _Counts(NamedTuple):
 
     @property
     def firing_tokens(self) -> np.ndarray:
-        """[features] number of tokens on which each fires"""
+        """[features] number of tokens on which each feature fires"""
         return self.fired.sum(axis=1)
 
 
@@ -50,22 +50,21 @@ class _Sets(NamedTuple):
 
 def score_token_sets(sample: Sample, vocabulary: int) -> TokenSetScores:
     """Choose the best token set of every feature, and score how well it predicts firing."""
-    scores, chosen = [], []
+    scores, sets = [], []  # of the active token, and of the token before it
     for shift in (0, 1):
         a, b = _count_halves(sample, vocabulary, shift)
         # each set is tested on the half that it was not chosen on
-        crossed = _count_hits(_choose_sets(a), b), _count_hits(_choose_sets(b), a)
-        scores.append(_correlate(*map(sum, zip(*crossed, strict=True))))
-        chosen.append(_choose_sets(_Counts(a.fired + b.fired, a.tokens + b.tokens)))
+        held_out = _count_hits(_choose_sets(a), b), _count_hits(_choose_sets(b), a)
+        scores.append(_correlate(*map(sum, zip(*held_out, strict=True))))
+        sets.append(_choose_sets(_Counts(a.fired + b.fired, a.tokens + b.tokens)))
     # the shift is chosen on all of the text; the score is still that of the held-out halves
-    previous = chosen[1].score > chosen[0].score
+    previous = sets[1].score > sets[0].score
     score = np.where(previous, scores[1], scores[0])
-    often = np.minimum(a.firing_tokens, b.firing_tokens) >= MIN_FIRINGS
-    shown = [_list_tokens(sets) for sets in chosen]
-    tokens = np.where(previous[:, None], shown[1], shown[0])
+    is_frequent = np.minimum(a.firing_tokens, b.firing_tokens) >= MIN_FIRINGS
+    tokens = np.where(previous[:, None], _list_tokens(sets[1]), _list_tokens(sets[0]))
     return TokenSetScores(
-        score=torch.from_numpy(np.where(often, score, np.nan)).float(),
-        tokens=torch.from_numpy(np.where(often[:, None], tokens, -1)).int(),
+        score=torch.from_numpy(np.where(is_frequent, score, np.nan)).float(),
+        tokens=torch.from_numpy(np.where(is_frequent[:, None], tokens, -1)).int(),
         previous=torch.from_numpy(previous),
     )
 
@@ -80,52 +79,39 @@ def _count_halves(sample: Sample, vocabulary: int, shift: int) -> list[_Counts]:
     for half in (0, 1):
         in_half = (places // context) % 2 == half
         pairs = owners[in_half], tokens[places[in_half] - shift]
-        ones = np.ones(len(pairs[0]), np.int64)
+        ones, shape = np.ones(len(pairs[0]), np.int64), (sample.feature_count, vocabulary)
         read = tokens[kept[(kept // context) % 2 == half] - shift]
-        halves.append(
-            _Counts(
-                csr_array(
-                    (ones, pairs), shape=(sample.feature_count, vocabulary)
-                ),  # sums duplicates
-                np.bincount(read, minlength=vocabulary),
-            )
-        )
+        fired = csr_array((ones, pairs), shape=shape)  # adds up equal pairs
+        halves.append(_Counts(fired, np.bincount(read, minlength=vocabulary)))
     return halves
 
 
 def _choose_sets(counts: _Counts) -> _Sets:
     """Choose the token set of each feature whose membership correlates best with its firing."""
     feature, token = counts.fired.nonzero()
-    often = counts.fired.data >= MIN_FIRINGS_PER_TOKEN
-    feature, token, fired = feature[often], token[often], counts.fired.data[often]
-    occurs = counts.tokens[token]
-    order = np.lexsort((-fired / (occurs + 1), feature))
-    feature, token, fired, occurs = (x[order] for x in (feature, token, fired, occurs))
-    first, rank = _find_runs(feature)
-    start = np.arange(len(feature)) - rank
-    hits, size = fired.cumsum(), occurs.cumsum()
+    is_frequent = counts.fired.data >= MIN_FIRINGS_PER_TOKEN
+    feature, token, fired = (x[is_frequent] for x in (feature, token, counts.fired.data))
+    occurrences = counts.tokens[token]
+    order = np.lexsort((-fired / (occurrences + 1), feature))
+    feature, token, fired, occurrences = (x[order] for x in (feature, token, fired, occurrences))
+    rank = rank_in_runs(feature)
+    start = np.arange(len(feature)) - rank  # of the feature's candidates
+    hits, size = fired.cumsum(), occurrences.cumsum()
     # restart the cumulative sums at each feature
-    hits, size = hits - (hits - fired)[start], size - (size - occurs)[start]
+    hits, size = hits - (hits - fired)[start], size - (size - occurrences)[start]
     fires = counts.firing_tokens
     correlation = _correlate(hits, size, fires[feature], counts.tokens.sum())
     score = np.zeros(len(fires))
     if not len(feature):
         return _Sets(feature, token, fired, score)
-    best = np.maximum.reduceat(correlation, first)
-    score[feature[first]] = best.clip(min=0)
+    first = np.flatnonzero(rank == 0)
+    score[feature[first]] = np.maximum.reduceat(correlation, first).clip(min=0)
     at_best = np.flatnonzero((correlation == score[feature]) & (correlation > 0))
-    owner, where = np.unique(feature[at_best], return_index=True)  # the shortest of equal prefixes
+    scored, where = np.unique(feature[at_best], return_index=True)  # the shortest of equal prefixes
     last = np.full(len(fires), -1)
-    last[owner] = rank[at_best[where]]
+    last[scored] = rank[at_best[where]]
     inside = rank <= last[feature]
     return _Sets(feature[inside], token[inside], fired[inside], score)
-
-
-def _find_runs(feature: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Find the start of each run of equal values, and the position [n] of each in its run."""
-    first = np.flatnonzero(np.diff(feature, prepend=-1))
-    lengths = np.diff(np.append(first, len(feature)))
-    return first, np.arange(len(feature)) - np.repeat(first, lengths)
 
 
 def _count_hits(sets: _Sets, counts: _Counts) -> tuple[np.ndarray, ...]:
@@ -140,7 +126,8 @@ def _count_hits(sets: _Sets, counts: _Counts) -> tuple[np.ndarray, ...]:
 def _correlate(
     hits: np.ndarray, size: np.ndarray, fired: np.ndarray, tokens: np.ndarray
 ) -> np.ndarray:
-    """Matthews correlation coefficient of membership and firing; 0 where either is constant."""
+    """Matthews correlation coefficient of membership and firing, from the counts of `_count_hits`;
+    0 where either is constant."""
     size, fired, tokens = (np.asarray(x, float) for x in (size, fired, tokens))
     spread = np.sqrt(size * (tokens - size)) * np.sqrt(fired * (tokens - fired))
     return np.divide(
@@ -156,8 +143,7 @@ def _list_tokens(sets: _Sets) -> np.ndarray:
     hits = np.bincount(sets.feature, sets.fired, minlength=features)
     order = order[(sets.fired >= MIN_LISTED_SHARE * hits[sets.feature])[order]]
     feature, token = sets.feature[order], sets.token[order]
-    _, rank = _find_runs(feature)
-    shown = np.full((features, LISTED_TOKENS), -1)
-    near = rank < LISTED_TOKENS
-    shown[feature[near], rank[near]] = token[near]
-    return shown
+    rank = rank_in_runs(feature)
+    tokens, fits = np.full((features, LISTED_TOKENS), -1), rank < LISTED_TOKENS
+    tokens[feature[fits], rank[fits]] = token[fits]
+    return tokens
