@@ -62,7 +62,7 @@ FREE_ON_RESUME = (
     "trainer.threads",
     "trainer.keep_every",
     "data.cache",
-    "data.kind",  # follows from the other settings; not in checkpoints of 0.1.0
+    "data.kind",  # follows from the other settings; old checkpoints lack it
     "eval",
     "logger",
     "sweep",
@@ -128,9 +128,9 @@ class Config:
                 f"data.kind={self.data.kind}: these are not its settings; choose data=..., which "
                 "brings them"
             )
-        measures, where = self.data_source.list_metrics(self.eval.loss_tokens)
+        metrics, where = self.data_source.list_metrics(self.eval.loss_tokens)
         benchmarks = BENCHMARK_OBJECTIVES if self.data_source.has_llm else frozenset()
-        self.sweep.check_objective(measures | benchmarks, where)
+        self.sweep.check_objective(metrics | benchmarks, where)
         self.data_source.check_settings(self.layer)
 
     def _check_model(self) -> None:
@@ -265,9 +265,9 @@ def to_dataclass(cfg: DictConfig) -> Any:
     except MissingMandatoryValue as error:
         raise UserError(f"{error.full_key} is not set: give {error.full_key}=...") from error
     except AttributeError as error:  # `+model.featurs=3`: with +, Hydra adds any key
-        other = translate_setting(str(error).split("'")[-2])  # ... has no attribute 'featurs'
+        translation = translate_setting(str(error).split("'")[-2])  # has no attribute 'featurs'
         hint = f"{error}: leave out the +, or correct the setting's name"
-        raise UserError(other or hint) from error
+        raise UserError(translation or hint) from error
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

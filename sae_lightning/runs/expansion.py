@@ -22,18 +22,17 @@ from sae_lightning.sae.controls import Control
 
 
 def expand_jobs(jobs: Sequence[Job]) -> list[list[Job]]:
-    """For each job, itself and the runs that `sweep.seeds` and `sweep.controls` add to it. A run
-    that several jobs ask for is the same job each time, with the same folder."""
-    known = {_make_key(job.config): job for job in jobs}
+    """For each job, itself and the runs that `sweep.seeds` and `sweep.controls` add to it. If two
+    jobs add the same run, it is one job in both lists."""
+    unique = {_make_key(job.config): job for job in jobs}
     return [
-        [job, *(known.setdefault(_make_key(added.config), added) for added in _list_added(job))]
+        [job, *(unique.setdefault(_make_key(run.config), run) for run in _make_added_runs(job))]
         for job in jobs
     ]
 
 
 def list_controls(config: Config) -> list[Control]:
-    """The controls that a trained SAE can have: those that the checks of its config allow.
-    UserError if there are none."""
+    """The controls that pass the checks of the SAE's config; UserError if none does."""
     allowed, reason = [], ""
     for control in Control:
         try:
@@ -47,63 +46,65 @@ def list_controls(config: Config) -> list[Control]:
 
 
 def describe_expansion(groups: Sequence[Sequence[Job]]) -> str:
-    """What `expand_jobs` has added, in one line; empty if nothing."""
-    typed = {group[0].folder for group in groups}
-    jobs = {job.folder: job for group in groups for job in group}
-    if len(jobs) == len(typed):
+    """One line that counts the runs which `expand_jobs` has added; empty if there are none."""
+    jobs = {group[0].folder for group in groups}
+    runs = {run.folder: run for group in groups for run in group}
+    if len(runs) == len(jobs):
         return ""
-    controls = sum(job.config.model.control is not None for job in jobs.values())
-    seeds = f"{len(jobs) - controls} SAEs with all seeds"
-    return f"{len(typed)} jobs become {len(jobs)} runs: {seeds}, {controls} controls"
+    controls = sum(run.config.model.control is not None for run in runs.values())
+    saes = f"{len(runs) - controls} SAEs with all seeds"
+    return f"{len(jobs)} jobs become {len(runs)} runs: {saes}, {controls} controls"
 
 
 def average_objective(
     group: Sequence[Job], results: Mapping[Path, dict[str, float] | None]
 ) -> float | None:
-    """Mean objective over the seeds of a job (a group of `expand_jobs`), without its controls, from
-    the held-out metrics by run folder; None if one of the runs has failed."""
-    first, values = group[0].config, []
-    seeds = [job.folder for job in group if job.config.model.control is first.model.control]
-    for folder in dict.fromkeys(seeds):
-        if (metrics := results[folder]) is None:
-            return None
-        values.append(compute_objective(metrics, first.sweep))
-    return sum(values) / len(values)
+    """Mean objective over the seeds of a job; None if one of them has failed.
+
+    `group`: the job and its added runs, of which controls do not count; `results`: run folder ->
+    held-out metrics.
+    """
+    config = group[0].config
+    same_control = [run for run in group if run.config.model.control is config.model.control]
+    seeds = [results[folder] for folder in dict.fromkeys(run.folder for run in same_control)]
+    if None in seeds:
+        return None
+    return sum(compute_objective(metrics, config.sweep) for metrics in seeds) / len(seeds)
 
 
-def _list_added(job: Job) -> Iterator[Job]:
-    """The runs that the job's sweep settings add to it, seed by seed."""
-    if job.resumed:  # its sweep has added them when it began
+def _make_added_runs(job: Job) -> Iterator[Job]:
+    """Make the runs that the job's sweep settings add to it, seed by seed."""
+    if job.resumed:  # they were added when its sweep began
         return
     config = job.config
     for seed in range(config.model.seed, config.model.seed + config.sweep.seeds):
-        repetition = job
+        trained = job
         if seed != config.model.seed:
-            repetition = _change(job, "seed", seed)
-            yield repetition
+            trained = _copy_job(job, "seed", seed)
+            yield trained
         if config.sweep.controls and config.model.control is None:
             for control in list_controls(config):
-                yield _change(repetition, "control", control)
+                yield _copy_job(trained, "control", control)
 
 
-def _change(job: Job, setting: str, value: Control | int) -> Job:
+def _copy_job(job: Job, setting: str, value: Control | int) -> Job:
     """`job` with another `model.<setting>`, as if that had been typed, in a folder beside it."""
     model = replace(job.config.model, **{setting: value})
     name = f"model.{setting}"
-    typed = f"{name}={value.name if isinstance(value, Control) else value}"
-    # in place of the typed value, if the folder is named after one
-    folder, replaced = re.subn(rf"(^|,){name}=[^,]*", rf"\1{typed}", job.folder.name)
+    override = f"{name}={value.name if isinstance(value, Control) else value}"
+    # if the folder's name has this setting, replace its value there
+    folder, replaced = re.subn(rf"(^|,){name}=[^,]*", rf"\1{override}", job.folder.name)
     return replace(
         job,
         config=replace(job.config, model=model),
-        folder=job.folder.with_name(folder if replaced else f"{job.folder.name},{typed}"),
-        overrides=[*(o for o in job.overrides if o.lstrip("+").split("=")[0] != name), typed],
+        folder=job.folder.with_name(folder if replaced else f"{job.folder.name},{override}"),
+        overrides=[*(o for o in job.overrides if o.lstrip("+").split("=")[0] != name), override],
     )
 
 
 def _make_key(config: Config) -> str:
-    """What distinguishes a run from others of the sweep. `pca` draws nothing at random, so one
-    serves all seeds."""
+    """A key that is the same for runs that train the same SAE. (`pca` draws nothing at random, so
+    its runs are the same under all seeds.)"""
     settings = config.to_flat_dict()
     if config.model.control is Control.pca:
         del settings["model.seed"]

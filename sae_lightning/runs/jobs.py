@@ -54,14 +54,14 @@ class Job:
     sweep_folder: Path | None = None
     """Folder of the sweep that the job belongs to; None if it is started or resumed on its own."""
     swept: Sequence[str] = ()
-    """Names of the typed settings; in a multirun, only of those with several values."""
+    """Names of the settings that vary in its multirun; in a plain run, of all typed settings."""
     hparams: "HParams | None" = None
-    """Its columns in TensorBoard's HParams tab, set once all jobs of the command are known."""
+    """Content of TensorBoard's HParams tab, set once all jobs of the command are known."""
 
     @property
     def trust_override(self) -> dict[str, str]:
-        """What every command on this run must repeat, because a folder cannot allow it: code that
-        comes with the LLM, and plugins."""
+        """The settings that every command on this run must repeat, because its folder alone may not
+        allow code to run: code that comes with the LLM, and plugins."""
         trusted = {TRUST_SETTING: "true"} if self.config.llm.trust_remote_code else {}
         names = ",".join(self.config.plugins)
         return trusted | ({"plugins": f"[{names}]"} if names else {})
@@ -82,8 +82,8 @@ def read_overrides(hydra: DictConfig) -> list[str]:
 def read_swept_settings(hydra: DictConfig) -> list[str]:
     """Names of the typed settings that vary in a multirun, after which its folders are named; in a
     plain run, all typed settings."""
-    same = hydra.job.config.override_dirname.exclude_keys
-    return [name for name in split_overrides(read_overrides(hydra)) if name not in same]
+    constant = hydra.job.config.override_dirname.exclude_keys
+    return [name for name in split_overrides(read_overrides(hydra)) if name not in constant]
 
 
 def format_resume_command(jobs: Sequence[Job]) -> str:
@@ -91,10 +91,10 @@ def format_resume_command(jobs: Sequence[Job]) -> str:
     sweep = jobs[0].sweep_folder
     folders = [sweep] if sweep else [job.folder for job in jobs]
     names = [str(shorten_path(folder)) for folder in folders]
-    repeated = jobs[0].trust_override | list_destinations(jobs[0].config.logger)
+    settings = jobs[0].trust_override | list_destinations(jobs[0].config.logger)
     if not sweep and len(jobs) == 1:
-        return format_command("train.py", resume=names[0], **repeated)
-    return format_command("train.py", "-m", resume=join_sweep_values(names), **repeated)
+        return format_command("train.py", resume=names[0], **settings)
+    return format_command("train.py", "-m", resume=join_sweep_values(names), **settings)
 
 
 def register_schemas(tasks: Mapping[str, type] | None = None) -> None:
@@ -171,7 +171,7 @@ def make_job(cfg: DictConfig, folder: Path, overrides: list[str], multirun: bool
 
 
 def make_composed_job(cfg: DictConfig) -> Job:
-    """The job of a config that Hydra has composed for the job function that it now runs."""
+    """The job that Hydra is running now, from its composed config."""
     hydra = HydraConfig.get()
     multirun = hydra.mode is RunMode.MULTIRUN
     job = make_job(cfg, Path(hydra.runtime.output_dir), read_overrides(hydra), multirun)
@@ -193,8 +193,8 @@ def make_jobs(cfg: DictConfig, folder: Path, overrides: list[str], sweep: Path) 
 
 def _change_job(job: Job, cfg: DictConfig, overrides: list[str]) -> Job:
     """A resumed job with the settings of the composed config that were typed with `resume`."""
-    for typed in (o.partition("=")[0] for o in overrides if o.startswith(CHANGES_ON_RESUME)):
-        group, _, name = typed.partition(".")
+    for setting in (o.partition("=")[0] for o in overrides if o.startswith(CHANGES_ON_RESUME)):
+        group, _, name = setting.partition(".")
         value = getattr(to_dataclass(cfg[group]), name)
         setattr(job.config, group, replace(getattr(job.config, group), **{name: value}))
     loggers = to_dataclass(cfg.logger)
@@ -289,7 +289,7 @@ def format_config(job: Job) -> str:
 
 
 def _infer_data_kind(data: dict) -> str:
-    """Infer the kind of data, which version 0.1.0 did not save, from a setting unique to it."""
+    """Infer the kind of data, which old runs did not save, from a setting unique to it."""
     for kind, setting in {"synthetic": "concepts", "local": "path", "hub": "name"}.items():
         if setting in data:
             return kind

@@ -39,7 +39,7 @@ class PassMemory(NamedTuple):
     hidden: int
     """Per SAE, in evaluation: the LLM's last hidden states with the reconstruction spliced in."""
 
-    def bytes_for(self, saes: Sequence[int], split: Collection[int] = (), ranks: int = 1) -> int:
+    def count_bytes(self, saes: Sequence[int], split: Collection[int] = (), ranks: int = 1) -> int:
         """Memory of a rank that trains the SAEs with these numbers; those in `split` are split over
         all `ranks`."""
         heads = (self.heads[n] // (ranks if n in split else 1) for n in saes)
@@ -157,10 +157,10 @@ def check_memory(
         )
     for number, (config, pair) in enumerate(zip(configs, sites, strict=True)):
         # an upper bound: on a pass of its own, the SAE needs no more than this
-        if needed.bytes_for([number], [number], ranks) <= free:
+        if needed.count_bytes([number], [number], ranks) <= free:
             continue
         alone = estimate_memory([config], [pair], llm, ranks)
-        total = alone.bytes_for([0], [0], ranks)
+        total = alone.count_bytes([0], [0], ranks)
         if total <= free:
             continue
         parts = Counter(alone.parts)

@@ -38,9 +38,9 @@ from sae_lightning.runs.plan import (
     HeldOutResults,
     PlannedPass,
     assign_jobs,
-    count_followers,
+    count_led_controls,
     cut_evenly,
-    group_partners,
+    group_by_leader,
 )
 from sae_lightning.runs.starts import forget_starts
 from sae_lightning.terminal import console, make_visible
@@ -109,7 +109,7 @@ def _resume_if_begun(job: Job) -> Job:
     same values twice, and a sweep may be restarted."""
     if job.resumed or not job.multirun or not (job.folder / CONFIG_FILE).is_file():
         return job
-    saved, config = read_job(job.folder, trusted=True).config, job.config  # only compared
+    saved, config = read_job(job.folder, trusted=True).config, job.config  # no LLM is loaded
     same = saved.fixed_on_resume() == config.fixed_on_resume() and saved.eval == config.eval
     return replace(job, resumed=same)
 
@@ -137,28 +137,29 @@ def plan_passes(jobs: Iterable[Job]) -> list[PlannedPass]:
     streams: dict[str, list[Job]] = {}
     for job in jobs:
         streams.setdefault(job.config.stream_key(), []).append(job)
-    together: dict[tuple[str, int], list[CheckedJob]] = {}
+    groups: dict[tuple[str, int], list[CheckedJob]] = {}
     errors = []
-    for key, sharing in streams.items():
+    for key, jobs_of_stream in streams.items():
         try:
-            for checked in checks.check_jobs(sharing):
+            for checked in checks.check_jobs(jobs_of_stream):
                 # runs of a killed sweep may have stopped at different steps
-                together.setdefault((key, checked.steps_done), []).append(checked)
+                groups.setdefault((key, checked.steps_done), []).append(checked)
         except UserError as error:
             errors.append(str(error))
     if errors:
         lines = "\n  ".join(map(make_visible, errors))
         raise UserError(SEVERAL_ERRORS * (len(errors) > 1) + lines)
-    if together:
-        checks.check_disk_space([checked for group in together.values() for checked in group])
+    if groups:
+        checks.check_disk_space([checked for group in groups.values() for checked in group])
     forget_starts()
-    groups = [[checked.job for checked in group] for group in together.values()]
-    if sum(map(count_followers, streams.values())) > sum(map(count_followers, groups)):
+    jobs_of_groups = [[checked.job for checked in group] for group in groups.values()]
+    led = sum(map(count_led_controls, jobs_of_groups))
+    if led < sum(map(count_led_controls, streams.values())):
         console.print(
-            "some controls were saved at another update than their SAEs: they keep to the last L0 "
-            "of the SAE"
+            "some controls were saved at another update than their SAEs: their target stays the "
+            "last known L0 of the SAE"
         )
-    return [part for group in together.values() for part in _split_group(group)]
+    return [part for group in groups.values() for part in _split_group(group)]
 
 
 def _split_group(group: list[CheckedJob]) -> list[PlannedPass]:
@@ -173,28 +174,28 @@ def _split_group(group: list[CheckedJob]) -> list[PlannedPass]:
     if max_heads is None:
         splits = 1 if trainer.split is Splitting.none else ranks
         memory.check_memory(needed, configs, sites, shapes[0], free, splits)
-        room, head = 0.9 * free - needed.shared, max(needed.heads)
+        left, head = 0.9 * free - needed.shared, max(needed.heads)
         is_split = trainer.split is Splitting.all
-        on_rank = max(1, int(room // ((head / ranks if is_split else head) + needed.hidden)))
-        partners = group_partners(jobs, on_rank)
-        largest = max(map(len, partners))
-        max_heads = on_rank if is_split else ranks * (on_rank // largest * largest)
+        per_rank = max(1, int(left // ((head / ranks if is_split else head) + needed.hidden)))
+        led_groups = group_by_leader(jobs, per_rank)
+        largest = max(map(len, led_groups))
+        max_heads = per_rank if is_split else ranks * (per_rank // largest * largest)
     else:
-        partners = group_partners(jobs, max_heads)
-    if len(partners) > len(group_partners(jobs)):
+        led_groups = group_by_leader(jobs, max_heads)
+    if len(led_groups) > len(group_by_leader(jobs)):
         console.print(
             "too many controls to train together with their SAEs: some keep their own sparsity "
             "coefficients instead of following the L0 of the SAE"
         )
-    return [_plan_pass(group, part, needed, free) for part in cut_evenly(partners, max_heads)]
+    return [_plan_pass(group, part, needed, free) for part in cut_evenly(led_groups, max_heads)]
 
 
 def _plan_pass(
-    group: list[CheckedJob], partners: list[list[int]], needed: memory.PassMemory, free: float
+    group: list[CheckedJob], led_groups: list[list[int]], needed: memory.PassMemory, free: float
 ) -> PlannedPass:
-    """Plan the pass of some jobs of `group`: those with the numbers in `partners`, each list of
-    which shares a rank."""
-    numbers = [*chain(*partners)]
+    """Plan the pass of the jobs whose numbers in `group` are in `led_groups`; the jobs of each of
+    these share a rank."""
+    numbers = [*chain(*led_groups)]
     jobs, sites, done, shapes, _ = (list(x) for x in zip(*(group[n] for n in numbers), strict=True))
     config, ranks = jobs[0].config, count_ranks(jobs[0].config)
     part = needed._replace(heads=[needed.heads[n] for n in numbers])
@@ -202,27 +203,27 @@ def _plan_pass(
         n
         for n, job in enumerate(jobs)
         if 1 < ranks <= job.config.model.features
-        and _is_split(config.trainer.split, len(jobs), part.bytes_for([n]), free)
+        and _is_split(config.trainer.split, len(jobs), part.count_bytes([n]), free)
     )
-    places = iter(range(len(jobs)))
-    groups = [[*islice(places, len(each))] for each in partners]
-    shares = assign_jobs(part.heads, split, ranks, groups)
-    largest = max(part.bytes_for(share, split, ranks) for share in shares)
+    renumbered = iter(range(len(jobs)))
+    shared_ranks = [[*islice(renumbered, len(led))] for led in led_groups]
+    shares = assign_jobs(part.heads, split, ranks, shared_ranks)
+    largest = max(part.count_bytes(share, split, ranks) for share in shares)
     return PlannedPass(jobs, sites, done[0], shapes[0], largest, shares, split)
 
 
 def _read_free_memory(config: Config) -> float:
-    """Free memory for each rank."""
+    """Free memory for each rank, in bytes."""
     free = memory.read_free_memory(config)
     if config.trainer.accelerator is Accelerator.cpu or not torch.cuda.is_available():
         free /= count_local_ranks(config)  # which share the machine's memory
     return free
 
 
-def _is_split(choice: Splitting, in_pass: int, needed: int, free: float) -> bool:
-    """Whether to split an SAE that would need `needed` bytes on one rank."""
+def _is_split(choice: Splitting, heads_in_pass: int, needed: int, free: float) -> bool:
+    """Whether to split an SAE that would need `needed` of the `free` bytes on one rank."""
     if choice is Splitting.auto:
-        return in_pass == 1 or needed > free
+        return heads_in_pass == 1 or needed > free
     return choice is Splitting.all
 
 

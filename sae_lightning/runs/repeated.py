@@ -24,11 +24,11 @@ STABLE_FILE = "stable.json"
 
 
 def add_stable_features(folder: Path, runs: Sequence[SweepRun]) -> list[SweepRun]:
-    """The runs of the sweep in `folder`; those with repetitions get their share of stable features.
+    """The runs of the sweep in `folder`; those repeated with other seeds get the field `stable`.
 
-    Of the features that fire on held-out data, it is the share that the SAE of another seed has,
-    too, on average over the other seeds (with the same `data.seed`: SAEs of other concepts have
-    nothing in common). `stable.json` keeps the shares of pairs.
+    It is the share of the features firing on held-out data that the SAE of another seed has, too,
+    on average over the other seeds (with the same `data.seed`: SAEs of other concepts have nothing
+    in common). `stable.json` caches the shares of each pair of SAEs.
     """
     table = SweepTable([*runs])
     finished = [
@@ -37,22 +37,20 @@ def add_stable_features(folder: Path, runs: Sequence[SweepRun]) -> list[SweepRun
     ]
     hashes = {run: _hash_files(run) for group in finished if len(group) > 1 for run in group}
     groups = [[run for run in group if hashes.get(run)] for group in finished]
-    concepts = {run.folder: run.settings.get("data.seed") for run in runs}
-    pairs = [
-        (a, b) for group in groups for a, b in combinations(group, 2) if concepts[a] == concepts[b]
-    ]
-    known = _read_shares(folder / STABLE_FILE) if pairs else {}
-    names = {(a, b): f"{hashes[a]} {hashes[b]}" for a, b in pairs}
-    missing = [pair for pair in pairs if names[pair] not in known]
-    if missing:
-        with phase("matching the features of seeds", total=len(missing)) as advance:
-            for pair in missing:
-                known[names[pair]] = _compare(*map(_read_live_rows, pair))
+    seeds = {run.folder: run.settings.get("data.seed") for run in runs}
+    pairs = [(a, b) for group in groups for a, b in combinations(group, 2) if seeds[a] == seeds[b]]
+    cached = _read_shares(folder / STABLE_FILE) if pairs else {}
+    keys = {(a, b): f"{hashes[a]} {hashes[b]}" for a, b in pairs}
+    new = [pair for pair in pairs if keys[pair] not in cached]
+    if new:
+        with phase("matching the features of seeds", total=len(new)) as advance:
+            for pair in new:
+                cached[keys[pair]] = _measure_shares(*map(_read_live_rows, pair))
                 advance(1)
-        write_json(folder / STABLE_FILE, {names[pair]: known[names[pair]] for pair in pairs})
+        write_json(folder / STABLE_FILE, {keys[pair]: cached[keys[pair]] for pair in pairs})
     shares: dict[Path, list[float]] = {}
     for pair in pairs:
-        for run, share in zip(pair, known[names[pair]], strict=True):
+        for run, share in zip(pair, cached[keys[pair]], strict=True):
             shares.setdefault(run, []).append(share)
     means = {run: sum(values) / len(values) for run, values in shares.items()}
     return [run._replace(stable=means.get(run.folder)) for run in runs]
@@ -74,16 +72,16 @@ def _read_live_rows(run: Path) -> Tensor:
         raise UserError(f"{run / DENSITY_FILE} is damaged") from error
 
 
-def _compare(a: Tensor, b: Tensor) -> tuple[float, float]:
-    """Share of the rows of `a` that have a partner in `b`, and the other way round; 0 of none."""
+def _measure_shares(a: Tensor, b: Tensor) -> tuple[float, float]:
+    """Share of the rows of `a` that match a row of `b`, and vice versa; 0 if there are no rows."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     matched = count_matches(a.to(device), b.to(device))
     return matched / max(len(a), 1), matched / max(len(b), 1)
 
 
 def _read_shares(path: Path) -> dict[str, tuple[float, float]]:
-    """Names of pairs -> their shares; empty if there is no readable file."""
+    """Hashes of a pair -> its shares; empty if there is no readable file."""
     try:
-        return {name: (float(a), float(b)) for name, (a, b) in (read_json(path) or {}).items()}
+        return {key: (float(a), float(b)) for key, (a, b) in (read_json(path) or {}).items()}
     except (UserError, AttributeError, TypeError, ValueError):
         return {}

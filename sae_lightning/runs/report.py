@@ -25,9 +25,8 @@ def print_plan(planned: PlannedPass, inputs: dict[str, str]) -> None:
         count_parameters(job.config.model, *map(llm.width_at, pair))
         for job, pair in zip(jobs, planned.sites, strict=True)
     )
-    kinds = {
-        f"{job.config.model.name}, {job.config.model.features:,} features": None for job in jobs
-    }
+    models = [job.config.model for job in jobs]
+    kinds = dict.fromkeys(f"{model.name}, {model.features:,} features" for model in models)
     rows = {
         **inputs,
         **jobs[0].config.data_source.describe_sites(planned.sites, llm),
@@ -38,11 +37,11 @@ def print_plan(planned: PlannedPass, inputs: dict[str, str]) -> None:
         "results": str(shorten_path(jobs[0].folder if len(jobs) == 1 else jobs[0].folder.parent)),
     }
     if len(planned.shares) > 1:
-        parted, shared = len(planned.split), len(jobs) - len(planned.split)
-        how = [f"{parted} of the SAEs split by features"] * bool(parted)
-        how += [f"{shared} of them shared out"] * bool(shared)
-        rows["devices"] = f"{len(planned.shares)}, {', '.join(how)}"
-    if starts := {job.config.model.start: None for job in jobs if job.config.model.start}:
+        split, whole = len(planned.split), len(jobs) - len(planned.split)
+        counts = [f"{split} of the SAEs split by features"] * bool(split)
+        counts += [f"{whole} of them shared out"] * bool(whole)
+        rows["devices"] = f"{len(planned.shares)}, {', '.join(counts)}"
+    if starts := dict.fromkeys(model.start for model in models if model.start):
         rows["starting from"] = ", ".join(str(shorten_path(Path(start))) for start in starts)
     if steps_done:
         rows["resuming"] = f"after {steps_done * trainer.batch:,} tokens"
@@ -58,7 +57,7 @@ def print_results(job: Job, metrics: dict) -> None:
         "peak memory": f"{speed['peak_memory_gb']:.1f} GB",
     }
     if "before_kl" in metrics:
-        lines["with loss.kl"] = _format_tuning(metrics["before_kl"], metrics["held_out"])
+        lines["with loss.kl"] = _format_kl_effect(metrics["before_kl"], metrics["held_out"])
     if "fates" in metrics:
         lines["since the start"] = ", ".join(
             f"{n:,} {name}" for name, n in metrics["fates"].items()
@@ -77,7 +76,7 @@ def print_results(job: Job, metrics: dict) -> None:
     console.print(f"\n  {format_tensorboard_command(root)}\n  {analyze}\n")
 
 
-def _format_tuning(before: dict[str, float], after: dict[str, float]) -> str:
+def _format_kl_effect(before: dict[str, float], after: dict[str, float]) -> str:
     ce, kl = (f"{before[name]:.4f} -> {after[name]:.4f}" for name in ("ce_spliced", "kl"))
     closed = measure_gap_closed(before, after)
     gap = "" if closed is None else f" ({closed:.0%} of the gap closed)"
@@ -86,13 +85,13 @@ def _format_tuning(before: dict[str, float], after: dict[str, float]) -> str:
 
 def format_speed(job: Job, speed: dict[str, float]) -> str:
     """Tokens per second and, if measured, the shares of LLM, data and SAE in the time."""
-    where = ""
+    shares = ""
     if "llm_share" in speed:
         llm = f"LLM {speed['llm_share']:.0%}, " if speed["llm_share"] else ""
         pool = f"{job.config.data_source.noun} and pool {speed['data_share']:.0%}"
-        where = f" ({llm}{pool}, SAE {speed['sae_share']:.0%} of the time)"
+        shares = f" ({llm}{pool}, SAE {speed['sae_share']:.0%} of the time)"
     return (
-        f"{speed['tokens_per_second']:,.0f} tokens/s{where}, "
+        f"{speed['tokens_per_second']:,.0f} tokens/s{shares}, "
         f"{speed['tokens_per_second_in_all']:,.0f} with evaluation and checkpoints"
     )
 

@@ -81,7 +81,7 @@ def _run_pass(planned: PlannedPass) -> HeldOutResults:
         loss_tokens=config.eval.loss_tokens,
         ahead=config.trainer.batch,
         resumed=jobs[0].resumed,
-        own=distinct_sites([planned.sites[number] for number in planned.own]),
+        own=distinct_sites([planned.sites[number] for number in planned.own_share]),
     )
     parts = assemble(planned, opened)
     print_plan(planned, opened.about)
@@ -120,8 +120,8 @@ def _fit(planned: PlannedPass, parts: RunParts) -> HeldOutResults:
         print_how_to_continue(module)
         sys.exit(128 + module.stopped_by)
     if module.speed:
-        done = (module.steps - steps_done) * module.batch
-        module.speed["tokens_per_second_in_all"] = done / (time.monotonic() - started)
+        trained = (module.steps - steps_done) * module.batch  # tokens
+        module.speed["tokens_per_second_in_all"] = trained / (time.monotonic() - started)
     try:
         results = score_and_save(planned, parts)
     except KeyboardInterrupt:
@@ -144,29 +144,29 @@ def assemble(planned: PlannedPass, opened: OpenedData) -> RunParts:
         total_batches=trainer.steps,
         pool=config.data.pool,
         seed=config.seed,
-        sites=distinct_sites([planned.sites[number] for number in planned.own]),
+        sites=distinct_sites([planned.sites[number] for number in planned.own_share]),
     )
     resumed_at = planned.steps_done * trainer.batch if jobs[0].resumed else None
     heads = []
-    for number in planned.own:
+    for number in planned.own_share:
         job, pair = jobs[number], planned.sites[number]
         ranks = world() if number in planned.split else ALONE
         head = make_head(job, pair, planned.llm, ranks)
         head.start = None if planned.steps_done else job.config.model.start
-        first = next(rank for rank, share in enumerate(planned.shares) if number in share)
-        head.writes = first == world().rank
-        log = HeadLog if head.writes else SilentLog
-        head.log = log(job.folder, job.hparams, resumed_at)
+        writer = next(rank for rank, share in enumerate(planned.shares) if number in share)
+        head.writes = writer == world().rank
+        log_type = HeadLog if head.writes else SilentLog
+        head.log = log_type(job.folder, job.hparams, resumed_at)
         head.metadata |= pair.module_names(opened.modules)
         heads.append(head)
-    partners = find_leaders([jobs[number] for number in planned.own])
-    for head, partner in zip(heads, partners, strict=True):
-        head.partner = partner
+    leaders = find_leaders([jobs[number] for number in planned.own_share])
+    for head, leader in zip(heads, leaders, strict=True):
+        head.leader = leader
     module = SAEModule(
         heads,
         batch=trainer.batch,
         steps=trainer.steps,
-        in_pass=len(jobs),
+        heads_in_pass=len(jobs),
         resampling=[job.config.callbacks.resample for job in jobs],
         resume=format_resume_command(jobs),
         starts_warm=any(job.config.model.start for job in jobs),
@@ -199,20 +199,20 @@ def assemble(planned: PlannedPass, opened: OpenedData) -> RunParts:
 
 def open_other_loggers(planned: PlannedPass, heads: Iterable[Head]) -> None:
     """Open the loggers beside TensorBoard, each for the run of one head."""
-    known: set[str] = set()
-    for number, head in zip(planned.own, heads, strict=True):
+    notes: set[str] = set()
+    for number, head in zip(planned.own_share, heads, strict=True):
         job = planned.jobs[number]
         if not head.writes:
             continue
         sweep = job.sweep_folder or find_sweep(job.folder)
-        about = LoggedRun(
+        run = LoggedRun(
             job.folder,
             name=job.folder.name if sweep else name_with_day(job.folder),
             group=sweep and name_with_day(sweep),
             settings=job.config.describe_settings(),
             resumed_at=planned.steps_done * job.config.trainer.batch if job.resumed else None,
         )
-        head.log.others = open_loggers(job.config.logger, about, known)
+        head.log.others = open_loggers(job.config.logger, run, notes)
 
 
 def make_head(job: Job, sites: SitePair, llm: LLMShape, ranks: Ranks = ALONE) -> Head:
@@ -245,7 +245,7 @@ def score_and_save(planned: PlannedPass, parts: RunParts) -> HeldOutResults:
     module, jobs = parts.module, planned.jobs
     evaluate_heads(module.training_heads, parts.data.held_out, module.tokens_seen)
     results: dict[int, dict[str, float]] = {}
-    for number, head in zip(planned.own, module.heads, strict=True):
+    for number, head in zip(planned.own_share, module.heads, strict=True):
         head.log.close()
         if head.failure is not None:
             continue

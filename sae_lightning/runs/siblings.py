@@ -11,21 +11,23 @@ from sae_lightning.sae.controls import Control
 
 def find_controls(folder: Path) -> dict[Control, Path]:
     """Control -> its finished run folder, for the SAE of the run in `folder`: one of each kind,
-    among the runs beside it (those of its sweep), with the same seed if there is one."""
+    among the runs beside it (those of its sweep), with the same seeds if there is one."""
     config = read_job(folder, trusted=True).config  # no LLM is loaded
-    own, found = config.to_flat_dict(), {}
-    experiment = identify_experiment(own)
+    settings, controls = config.to_flat_dict(), {}
+    experiment = identify_experiment(settings)
     for file in sorted(folder.absolute().parent.glob(f"*/{CONFIG_FILE}")):
         try:
             other = read_job(file.parent, trusted=True).config
-        except UserError:  # a damaged run must not stand in the way of its neighbours
+        except UserError:  # one damaged run must not hide the others
             continue
-        its = other.to_flat_dict()
-        same = identify_experiment(its) == experiment
-        same &= its.get("data.seed") == own.get("data.seed")  # otherwise it knows other concepts
-        if not same or other.model.control is None or read_metrics(file.parent) is None:
+        kind, others = other.model.control, other.to_flat_dict()
+        if kind is None or read_metrics(file.parent) is None:
             continue
-        same_seed = (other.seed, other.model.seed) == (config.seed, config.model.seed)
-        if same_seed or other.model.control not in found:
-            found[other.model.control] = file.parent
-    return found
+        # with another data.seed, synthetic data has other concepts
+        same_data = others.get("data.seed") == settings.get("data.seed")
+        if not same_data or identify_experiment(others) != experiment:
+            continue
+        same_seeds = (other.seed, other.model.seed) == (config.seed, config.model.seed)
+        if same_seeds or kind not in controls:
+            controls[kind] = file.parent
+    return controls

@@ -61,16 +61,15 @@ class Sweep(Callback):
     def _start(self, config: DictConfig) -> None:
         _make_new_folder(config, "sweep")
         _refuse_special_files(Path(config.hydra.sweep.dir))
-        self._keep_record(Path(config.hydra.sweep.dir))
+        self._remember_record(Path(config.hydra.sweep.dir))
         loader = GlobalHydra.instance().config_loader()
         parse = OverridesParser.create(loader).parse_overrides
-        typed = parse(read_overrides(config.hydra))
-        check_sweep(typed, config.hydra.sweeper)
+        typed_overrides = parse(read_overrides(config.hydra))
+        check_sweep(typed_overrides, config.hydra.sweeper)
         params = [f"{k}={v}" for k, v in (config.hydra.sweeper.get("params") or {}).items()]
         # typed overrides beat those of a preset, and the last one wins if a setting is repeated
-        parsed = list({o.key_or_group: o for o in parse(params) + typed}.values())
-        same = [o.key_or_group for o in parsed if not _has_several_values(o)]
-        excluded = ",".join(f"'{key}'" for key in same)
+        overrides = list({o.key_or_group: o for o in parse(params) + typed_overrides}.values())
+        excluded = ",".join(f"'{o.key_or_group}'" for o in overrides if not _has_several_values(o))
         with read_write(config):  # each job is composed with this
             config.hydra.overrides.hydra.append(
                 f"hydra.job.config.override_dirname.exclude_keys=[{excluded}]"
@@ -89,59 +88,59 @@ class Sweep(Callback):
             return  # another sweeper chooses its jobs one after another
         if launcher.endswith(".OnePassLauncher") and sweeper.max_batch_size is None:
             return  # this launcher checks all jobs itself, more thoroughly
-        for number, overrides in enumerate(BasicSweeper.split_arguments(parsed, None)[0]):
-            with _exit_on_errors(overrides):
-                _check_job(loader.load_sweep_config(config, overrides), number, overrides)
+        for number, of_job in enumerate(BasicSweeper.split_arguments(overrides, None)[0]):
+            with _exit_on_errors(of_job):
+                _check_job(loader.load_sweep_config(config, of_job), number, of_job)
 
-    def _keep_record(self, folder: Path) -> None:
+    def _remember_record(self, folder: Path) -> None:
         """Keep an earlier sweep's record in memory: Hydra is about to overwrite it in `folder`."""
         if (folder / CONFIG_FILE).exists():
             raise UserError(
                 f"hydra.sweep.dir={folder}: holds a run; a sweep needs a folder of its own"
             )
-        self.record, self.kept = folder / HYDRA_RECORD, None
+        self.record_file, self.record = folder / HYDRA_RECORD, None
         self.runs = sorted(folder.glob(f"*/{CONFIG_FILE}"))
         with suppress(OSError, ValueError):
-            self.kept = read_regular_file(self.record)
-            self._put_record_back()  # as a new file, in case it was a hard link
-        atexit.register(self._put_record_back)
+            self.record = read_regular_file(self.record_file)
+            self._restore_record()  # as a new file, in case it was a hard link
+        atexit.register(self._restore_record)
 
-    def _put_record_back(self) -> None:
+    def _restore_record(self) -> None:
         """Restore the record, unless a run has been added to the folder."""
-        folder = self.record.parent
+        folder = self.record_file.parent
         if sorted(folder.glob(f"*/{CONFIG_FILE}")) != self.runs:
             return
-        if self.kept is None:
-            self.record.unlink(missing_ok=True)
+        if self.record is None:
+            self.record_file.unlink(missing_ok=True)
             remove_unused_folder(folder)
         else:
-            with write_atomically(self.record) as temporary:
-                temporary.write_text(self.kept, "utf8")
+            with write_atomically(self.record_file) as temporary:
+                temporary.write_text(self.record, "utf8")
 
     def _print_missing_jobs(self, loader: ConfigLoader) -> None:
         """Print how many jobs of a resumed sweep never began: they have no folder to resume."""
         try:
-            entries = parse_scalars(self.record, self.kept or "")
+            entries = parse_scalars(self.record_file, self.record or "")
             overrides = [text for name, text in entries if name == "hydra.overrides.task"]
             parsed = OverridesParser.create(loader).parse_overrides(overrides)
             jobs = math.prod(count_values(override) for override in parsed)
             missing = jobs - len(self.runs)
-            never_began = f"{missing} of the {jobs} jobs"  # ValueError: too many digits
+            missing_jobs = f"{missing} of the {jobs} jobs"  # ValueError: too many digits
         except UserError:
             raise
         except (ValueError, ArithmeticError, RecursionError, YAMLError, HydraException):
             return  # a record of something else, or damaged
         if missing > 0 and overrides:
-            folder = quote_setting("hydra.sweep.dir", shorten_path(self.record.parent))
+            folder = quote_setting("hydra.sweep.dir", shorten_path(self.record_file.parent))
             console.print(
-                f"{never_began} of this sweep never began and are not resumed: run "
-                f"its own command again, with {folder}"
+                f"{missing_jobs} of this sweep never began and are not resumed: run the sweep's "
+                f"command again, with {folder}"
             )
 
     def on_job_start(self, config: DictConfig, **_) -> None:
         """Restore the record of a resumed sweep, so that it survives a kill from here on."""
         if self.resuming:
-            self._put_record_back()
+            self._restore_record()
 
     def on_multirun_end(self, config: DictConfig, **_) -> None:
         """Write the report, and exit with an error if a run has no result."""

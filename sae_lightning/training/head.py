@@ -76,7 +76,7 @@ class Head(nn.Module):
         self.density: Tensor | None = None  # [features] on held-out data
         self.failure: str | None = None  # why the head is frozen
         self.writes = True  # whether this rank writes its files
-        self.partner: int | None = None  # of a control: number of the head whose L0 it follows
+        self.leader: int | None = None  # of a control: number of the head whose L0 it follows
         self.active_density = 1.0  # density of sparse products at the last update
 
         features, d_out = sae.W_dec.shape

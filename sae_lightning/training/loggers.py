@@ -26,12 +26,12 @@ class CSVCurves(ExtraLogger):
         folder = run.folder / "csv"
         refuse_link(folder)
         self.path, self.row, self.tokens = folder / "metrics.csv", {}, 0
-        earlier = [] if run.resumed_at is None else _read_rows(self.path, run.resumed_at)
+        kept = [] if run.resumed_at is None else _read_rows(self.path, run.resumed_at)
         with convert_write_errors(self.path):  # deletes the earlier table, or a link in its place
             self.logger = CSVLogger(
                 run.folder, name="", version="csv", flush_logs_every_n_steps=sys.maxsize
             )
-            for row in earlier:
+            for row in kept:
                 self.logger.log_metrics(row, int(row.pop("step")))
             self.logger.save()
 
@@ -65,15 +65,15 @@ def _read_rows(path: Path, last: int) -> list[dict[str, Any]]:
     return [row for row in rows if row.get("step", "").isdigit() and int(row["step"]) <= last]
 
 
-def open_loggers(config: LoggerConfig, about: LoggedRun, known: set[str]) -> list[ExtraLogger]:
-    """Open the loggers of a head. `known`: what the loggers of a pass have found out so far, a set
-    that its heads share (see `RemoteLogger`)."""
+def open_loggers(config: LoggerConfig, run: LoggedRun, notes: set[str]) -> list[ExtraLogger]:
+    """Open the loggers of a head's run. `notes`: a set that the heads of a pass share, empty at
+    first (see `RemoteLogger`)."""
     rank_zero_only.rank = 0  # Lightning's loggers would be silent on other ranks
-    loggers: list[ExtraLogger] = [CSVCurves(about)] if config.csv.use else []
+    loggers: list[ExtraLogger] = [CSVCurves(run)] if config.csv.use else []
     if config.wandb.use:
-        loggers.append(WandbCurves(about, config.wandb, known))
+        loggers.append(WandbCurves(run, config.wandb, notes))
     if config.mlflow.use:
-        loggers.append(MLflowCurves(about, config.mlflow, known))
+        loggers.append(MLflowCurves(run, config.mlflow, notes))
     return loggers
 
 
@@ -82,7 +82,7 @@ def finish_loggers(outcomes: Sequence[tuple[ExtraLogger, str]]) -> None:
     for logger, outcome in outcomes:
         with suppress(WriteError):  # an earlier error has been reported
             logger.finish(outcome)
-    patience = ANSWER_SECONDS
+    seconds = ANSWER_SECONDS
     for logger, _ in outcomes:
-        if not logger.await_end(patience):
-            patience = 0
+        if not logger.await_end(seconds):
+            seconds = 0  # so that only one logger waits that long

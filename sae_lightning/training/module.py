@@ -28,18 +28,18 @@ class SAEModule(L.LightningModule):
         *,
         batch: int,
         steps: int,
-        in_pass: int | None = None,
+        heads_in_pass: int | None = None,
         resampling: Sequence[ResampleConfig] | None = None,
         resume: str = "",
         starts_warm: bool = False,
         tuning_text: TuningText | None = None,
         tuning_starts: Collection[int] = (),
     ):
-        """`batch`: tokens per update; `steps`: updates in the whole run; `in_pass`: number of
-        heads on all ranks; `resampling`: their resampling settings (None: those of `heads`);
-        `resume`: the command that continues the run; `starts_warm`: whether any head of the pass
-        starts from a saved SAE; `tuning_text`: what `loss.kl` is measured on; `tuning_starts`: the
-        updates at which it begins, for any head of the pass."""
+        """`batch`: tokens per update; `steps`: updates in the whole run; `heads_in_pass`: number of
+        heads on all ranks (None: of `heads`); `resampling`: their resampling settings (None: those
+        of `heads`); `resume`: the command that continues the run; `starts_warm`: whether any head
+        of the pass starts from a saved SAE; `tuning_text`: the text on which `loss.kl` is measured;
+        `tuning_starts`: the updates at which `loss.kl` begins, for any head of the pass."""
         super().__init__()
         # manual, so that memory holds the activations of one head at a time
         self.automatic_optimization = False
@@ -47,7 +47,7 @@ class SAEModule(L.LightningModule):
         self.batch, self.steps, self.resume = batch, steps, resume
         self.starts_warm, self.tuning_starts = starts_warm, tuning_starts
         self.tuning_text, self.tuning_seconds = tuning_text, 0.0
-        self.in_pass = in_pass or len(heads)
+        self.heads_in_pass = heads_in_pass or len(heads)
         self.resampling = resampling or [head.callbacks.resample for head in heads]
         self.last_batch: dict[Site, Tensor] = {}
         self.asked_to_stop: signal.Signals | None = None  # the signal that this rank got
@@ -105,7 +105,7 @@ class SAEModule(L.LightningModule):
         head.sae.zero_grad()  # Adam skips parameters without a gradient
         if head.writes:
             write_json(failure_path(head.folder), {"reason": head.failure, "diverged": True})
-        if self.in_pass == 1:
+        if self.heads_in_pass == 1:
             raise UserError(head.failure)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

@@ -30,16 +30,16 @@ HISTOGRAM_BINS = 64
 class RemoteLogger(ExtraLogger):
     """Sends a head's curves to Weights & Biases or MLflow from a thread of its own.
 
-    After an error it says so in one line and sends nothing more. `known` is a set that the heads of
-    a pass share: kinds of logger that could not be started, and what has been printed already.
+    After an error it prints one line and sends nothing more. `notes` is a set that the heads of a
+    pass share: the kinds of logger that could not be started, and the pages already printed.
     """
 
     kind: str
-    starting = threading.Lock()  # one run at a time: the first one creates the project or database
+    start_lock = threading.Lock()  # one at a time: the first one creates the project or database
 
-    def __init__(self, about: LoggedRun, config: Any, known: set[str]):
-        self.about, self.config, self.known = about, config, known
-        self.id_path = about.folder / f"{self.kind}.json"
+    def __init__(self, run: LoggedRun, config: Any, notes: set[str]):
+        self.run, self.config, self.notes = run, config, notes
+        self.id_path = run.folder / f"{self.kind}.json"
         self.queue: SimpleQueue = SimpleQueue()
         self.failed, self.sent = False, 0
         self.logger: WandbLogger | MLFlowLogger | None = None
@@ -52,7 +52,7 @@ class RemoteLogger(ExtraLogger):
 
     def finish(self, outcome: str) -> None:
         self.queue.put((self._end, outcome))
-        self.queue.put(None)
+        self.queue.put(None)  # ends the thread
 
     def await_end(self, seconds: float) -> bool:
         while self.thread.is_alive():
@@ -66,13 +66,13 @@ class RemoteLogger(ExtraLogger):
     def _work(self) -> None:
         """Start the run, then send what is queued until the end, or an error."""
         try:
-            with self.starting:
-                if self.kind in self.known:
+            with self.start_lock:
+                if self.kind in self.notes:
                     return
                 try:
                     self._start()
                 except Exception:
-                    self.known.add(self.kind)
+                    self.notes.add(self.kind)
                     raise
             while (item := self.queue.get()) is not None and not self.failed:
                 action, *arguments = item
@@ -86,9 +86,9 @@ class RemoteLogger(ExtraLogger):
     def _report(self, reason: str) -> None:
         self.failed = True
         remedy = self._describe_remedy() if self.logger else ""
-        self._say(f"{reason}; TensorBoard's curves of {self.about.name} are complete{remedy}")
+        self._print(f"{reason}; TensorBoard's curves of {self.run.name} are complete{remedy}")
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         text = re.sub(r"//[^@\s]*@", "//", " ".join(text.split()))  # without passwords
         sys.stderr.write(make_visible(f"logger={self.kind}: {text}") + "\n")
 
@@ -97,10 +97,10 @@ class RemoteLogger(ExtraLogger):
 
     def _read_id(self) -> str | None:
         """Read the id that a resumed run had on the server before; None for a new run."""
-        if self.about.resumed_at is None or not self.id_path.is_file():
+        if self.run.resumed_at is None or not self.id_path.is_file():
             return None
-        found = re.search(r'"run": "([\w-]{1,64})"', read_regular_file(self.id_path))
-        return found and found[1]
+        match = re.search(r'"run": "([\w-]{1,64})"', read_regular_file(self.id_path))
+        return match and match[1]
 
     def _start(self) -> None:
         raise NotImplementedError
@@ -126,38 +126,40 @@ class WandbCurves(RemoteLogger):
     def _start(self) -> None:
         import wandb
 
-        refuse_link(self.about.folder / "wandb")
-        number, unreachable = self._read_id() or secrets.token_hex(4), "Weights & Biases"
+        refuse_link(self.run.folder / "wandb")
+        run_id, unreachable = self._read_id() or secrets.token_hex(4), "Weights & Biases"
         try:
-            made = self._make_run(number, self.config.offline or unreachable in self.known)
+            wandb_run = self._make_run(run_id, self.config.offline or unreachable in self.notes)
         except wandb.errors.CommError as error:
-            self.known.add(unreachable)
-            number = secrets.token_hex(4)  # the other one stays in use
-            made = self._make_run(number, offline=True)
-            self._say(f"{error}; curves are kept on disk: {_format_upload(made)}")
-        write_json(self.id_path, {"run": number})
-        self.logger = WandbLogger(experiment=made)
-        self.logger.log_hyperparams(self.about.settings)
-        made.define_metric(X_AXIS)
-        made.define_metric("*", step_metric=X_AXIS)
-        page = None if made.offline else made.project_url if self.about.group else made.url
-        if page and page not in self.known:
-            self.known.add(page)
+            self.notes.add(unreachable)
+            run_id = secrets.token_hex(4)  # the first one stays in use
+            wandb_run = self._make_run(run_id, offline=True)
+            self._print(f"{error}; curves are kept on disk: {_format_upload(wandb_run)}")
+        write_json(self.id_path, {"run": run_id})
+        self.logger = WandbLogger(experiment=wandb_run)
+        self.logger.log_hyperparams(self.run.settings)
+        wandb_run.define_metric(X_AXIS)
+        wandb_run.define_metric("*", step_metric=X_AXIS)
+        if wandb_run.offline:
+            return
+        page = wandb_run.project_url if self.run.group else wandb_run.url
+        if page and page not in self.notes:
+            self.notes.add(page)
             console.print(f"Weights & Biases: {make_visible(page)}")
 
-    def _make_run(self, number: str, offline: bool) -> Any:
+    def _make_run(self, run_id: str, offline: bool) -> Any:
         import wandb
 
-        about, config = self.about, self.config
+        run, config = self.run, self.config
         # not WandbLogger's own call, which takes a second run in this process for the first
         return wandb.init(
-            id=number,
+            id=run_id,
             project=config.project,
             entity=config.entity,
-            name=about.name,
-            group=about.group,
+            name=run.name,
+            group=run.group,
             tags=config.tags,
-            dir=about.folder,
+            dir=run.folder,
             mode="offline" if offline else None,
             resume="allow",
             reinit="create_new",
@@ -187,8 +189,8 @@ class WandbCurves(RemoteLogger):
         return f"; to upload the rest: {_format_upload(self.logger.experiment)}"
 
 
-def _format_upload(made: Any) -> str:
-    return f"wandb sync {shlex.quote(str(Path(made.dir).parent))}"
+def _format_upload(wandb_run: Any) -> str:
+    return f"wandb sync {shlex.quote(str(Path(wandb_run.dir).parent))}"
 
 
 class MLflowCurves(RemoteLogger):
@@ -210,23 +212,23 @@ class MLflowCurves(RemoteLogger):
             self._open(uri)
 
     def _open(self, uri: str) -> None:
-        about, number = self.about, self._read_id()
-        self.last: dict[str, int] = {}
+        run, earlier_id = self.run, self._read_id()
+        self.last: dict[str, int] = {}  # tokens of each curve's last point
         self.logger = MLFlowLogger(
             experiment_name=self.config.experiment,
-            run_name=about.name,
+            run_name=run.name,
             tracking_uri=uri,
-            tags={"sweep": about.group} if about.group else None,
-            run_id=number,
+            tags={"sweep": run.group} if run.group else None,
+            run_id=earlier_id,
         )
-        client, own = self.logger.experiment, self.logger.run_id
-        if number is None:
-            self.logger.log_hyperparams(about.settings)
-            write_json(self.id_path, {"run": own})
+        client, run_id = self.logger.experiment, self.logger.run_id
+        if earlier_id is None:
+            self.logger.log_hyperparams(run.settings)
+            write_json(self.id_path, {"run": run_id})
             return
-        client.update_run(own, status="RUNNING")
-        for tag in client.get_run(own).data.metrics:
-            self.last[tag] = max(point.step for point in client.get_metric_history(own, tag))
+        client.update_run(run_id, status="RUNNING")
+        for tag in client.get_run(run_id).data.metrics:
+            self.last[tag] = max(point.step for point in client.get_metric_history(run_id, tag))
 
     def _send(self, values: dict[str, float], tokens: int) -> None:
         new = {tag: value for tag, value in values.items() if tokens > self.last.get(tag, -1)}

@@ -350,12 +350,12 @@ def test_a_sweep_that_adds_no_run_leaves_the_record_of_another(hydra, tmp_path, 
     if kept:
         (folder / HYDRA_RECORD).write_text(kept)
     refused = begin_sweep(folder)
-    refused._put_record_back()  # when the process ends
+    refused._restore_record()  # when the process ends
     assert sorted(path.name for path in folder.iterdir()) == [*[HYDRA_RECORD] * bool(kept), "run"]
     assert not kept or (folder / HYDRA_RECORD).read_text() == kept
     begun = begin_sweep(folder)
     write_run(folder / "new", "llm", trusting=False)
-    begun._put_record_back()
+    begun._restore_record()
     assert (folder / HYDRA_RECORD).read_text() == "another's"
 
 
@@ -363,7 +363,7 @@ def test_hydras_record_is_written_through_no_other_name_and_into_no_pipe(hydra, 
     folder = write_run(tmp_path / "sweep" / "run", "llm", trusting=False).parent
     (tmp_path / "mine").write_text("mine")
     (folder / HYDRA_RECORD).hardlink_to(tmp_path / "mine")
-    begin_sweep(folder)._put_record_back()
+    begin_sweep(folder)._restore_record()
     assert (tmp_path / "mine").read_text() == (folder / HYDRA_RECORD).read_text() == "mine"
     (folder / HYDRA_RECORD).unlink()
     os.mkfifo(folder / HYDRA_RECORD)

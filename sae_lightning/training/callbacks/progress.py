@@ -53,7 +53,7 @@ def _text(module: L.LightningModule) -> str:
         f"{module.tokens_per_second:,.0f}/s",
     ]
     latest = module.latest_metrics
-    if latest and module.in_pass > 1:
+    if latest and module.heads_in_pass > 1:
         parts.append(f"{len(latest)} SAEs")
     if latest:
         for name, tag, form in (

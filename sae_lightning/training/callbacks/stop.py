@@ -62,7 +62,7 @@ class StopOnSignal(L.Callback):
                     self.failed.add(line)
             if not left:
                 raise UserError(
-                    f"none of the {module.in_pass} SAEs of this pass is left; see above"
+                    f"none of the {module.heads_in_pass} SAEs of this pass is left; see above"
                 )
         self.left = left
 

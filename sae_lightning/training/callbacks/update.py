@@ -106,7 +106,7 @@ class TargetL0(L.Callback):
             # read together: each read makes the host wait for the GPU
             buffers = [head.last_step.l0, head.l0_error, head.penalty_factor]
             if head.l0_target is not None:
-                _follow_partner(head, module)
+                _follow_leader(head, module)
                 buffers.append(head.l0_target)
             elif target is None:
                 continue
@@ -120,11 +120,11 @@ class TargetL0(L.Callback):
             head.l0_error.fill_(now)
 
 
-def _follow_partner(control: Head, module: L.LightningModule) -> None:
+def _follow_leader(control: Head, module: L.LightningModule) -> None:
     """Keep the trained SAE's L0 on the batch of this update, on which the control's L0 was counted,
     too: that batches differ then hardly matters."""
-    if control.partner is None:
+    if control.leader is None:
         return
-    trained = module.heads[control.partner]
+    trained = module.heads[control.leader]
     if trained.failure is None:
         control.l0_target.copy_(trained.last_step.l0)
