@@ -4,13 +4,15 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
+from omegaconf import OmegaConf
 from tiny_llm import TEXT
 
 from sae_lightning.llm.load import Dtype, LLMConfig
 from sae_lightning.llm.sites import LayerConfig
-from sae_lightning.runs.config import Config
+from sae_lightning.runs.config import Config, to_dataclass
 from sae_lightning.runs.jobs import CONFIG_FILE, Job, format_config
 from sae_lightning.runs.search import SweepConfig
+from sae_lightning.runs.starts import apply_start
 from sae_lightning.sae import SAEConfig
 from sae_lightning.sae.relu import ReLULoss
 from sae_lightning.stream.local import LocalConfig
@@ -70,6 +72,11 @@ def synthetic_job(folder: Path, **changes) -> Job:
         sweep=SweepConfig(objective="recovered"),
     )
     return Job(config=replace(config, **changes), folder=folder)
+
+
+def fill_from_start(config: Config, typed: list[str]) -> Config:
+    """The config with what the SAE in `model.start` says, but for `typed` settings."""
+    return to_dataclass(apply_start(OmegaConf.structured(config), typed))
 
 
 def write_begun_run(sweep: Path, l1: str, *overrides: str) -> Path:

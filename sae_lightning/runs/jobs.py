@@ -155,10 +155,10 @@ def is_sweep(folder: Path) -> bool:
 def make_job(cfg: DictConfig, folder: Path, overrides: list[str], multirun: bool = False) -> Job:
     """The job of a composed config: a new run in `folder`, or the one that `resume` names."""
     if cfg.resume is None:
+        if cfg.model.start:
+            cfg = apply_start(cfg, overrides)
         config = _make_paths_absolute(to_dataclass(cfg))
         config.logger = resolve_loggers(config.logger, overrides)
-        if config.model.start:
-            config = apply_start(config, overrides)
         for name, value in config.to_flat_dict().items():
             if "${" in str(value):  # read_settings refuses it
                 raise UserError(

@@ -2,13 +2,15 @@
 
 from collections.abc import Collection
 from contextlib import suppress
-from dataclasses import fields, replace
+from copy import deepcopy
+from dataclasses import fields
 from functools import cache
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from omegaconf import DictConfig
 
 from sae_lightning.errors import UserError
 from sae_lightning.formats.fetch import is_hub_address
@@ -23,9 +25,10 @@ from sae_lightning.formats.trained_on import (
 from sae_lightning.llm.packaged import LLMShape
 from sae_lightning.llm.sites import LayerConfig, SitePair
 from sae_lightning.report.sweep_table import split_overrides
-from sae_lightning.runs.config import Config
+from sae_lightning.runs.config import Config, to_dataclass
 from sae_lightning.sae import ARCHITECTURES, SAEConfig
 from sae_lightning.sae.base import SMALLEST_NORM
+from sae_lightning.stream import SOURCES
 from sae_lightning.stream.local_files import make_absolute
 
 # Settings of the network that every format records.
@@ -112,28 +115,33 @@ def _list_values(argument: str) -> list[str]:
     return []
 
 
-def apply_start(config: Config, overrides: Collection[str]) -> Config:
-    """Fill the settings of `config` that are not in `overrides` from the SAE in `model.start`.
-    UserError if `overrides` contradict the SAE."""
-    start, typed = find_start(config.model.start), split_overrides(overrides)
-    if config.model.name != start.config.name:
+def apply_start(cfg: DictConfig, overrides: Collection[str]) -> DictConfig:
+    """A composed config with the settings that are not in `overrides` from the SAE in
+    `model.start`, before they are checked against each other. UserError if `overrides` contradict
+    the SAE."""
+    start, typed = find_start(cfg.model.start), split_overrides(overrides)
+    if cfg.model.name != start.config.name:
         raise UserError(
-            f"model={config.model.name}: model.start={start.address} holds a {start.config.name} "
+            f"model={cfg.model.name}: model.start={start.address} holds a {start.config.name} "
             "SAE; leave model=... out, or choose another start"
         )
-    llm, layer = config.llm, config.layer
-    if config.data_source.has_llm:
+    cfg = deepcopy(cfg)
+    source = SOURCES.get(cfg.data.kind)
+    if source and source.has_llm:
         if start.metadata.get("llm.name") == "none":
             raise UserError(
                 f"model.start={start.address} was trained on no LLM's activations: give the data "
                 "that it was trained on (data=synthetic, data=activations), or another start"
             )
-        llm = choose_llm(llm, start.metadata, start.address, typed)
-        layer = _choose_layer(start, layer, typed)
-    return replace(config, model=_choose_model(start, config.model, typed), layer=layer, llm=llm)
+        cfg.llm = choose_llm(to_dataclass(cfg.llm), start.metadata, start.address, typed)
+        cfg.layer = _choose_layer(start, cfg.layer, typed)
+    cfg.model.update(_choose_model(start, cfg.model, typed))
+    return cfg
 
 
-def _choose_layer(start: Start, layer: LayerConfig, typed: Collection[str]) -> LayerConfig:
+def _choose_layer(
+    start: Start, layer: DictConfig, typed: Collection[str]
+) -> LayerConfig | DictConfig:
     try:
         own = read_layer(start.metadata, start.address)
     except UserError:
@@ -157,8 +165,8 @@ def _choose_layer(start: Start, layer: LayerConfig, typed: Collection[str]) -> L
     return own
 
 
-def _choose_model(start: Start, model: SAEConfig, typed: Collection[str]) -> SAEConfig:
-    names = [f.name for f in fields(model) if f.name not in ("name", "seed", "start")]
+def _choose_model(start: Start, model: DictConfig, typed: Collection[str]) -> dict[str, Any]:
+    names = [f.name for f in fields(start.config) if f.name not in ("name", "seed", "start")]
     told = [name for name in names if start.is_own or name in TOLD]
     taken = {n: getattr(start.config, n) for n in told if f"model.{n}" not in typed}
     features = taken.get("features", model.features)
@@ -183,7 +191,7 @@ def _choose_model(start: Start, model: SAEConfig, typed: Collection[str]) -> SAE
                 "features are the strongest; leave it out"
             )
         taken["fixed_norm"] = False
-    return replace(model, **taken)
+    return taken
 
 
 def _needs_free_norms(start: Start) -> bool:

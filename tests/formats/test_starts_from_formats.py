@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from test_formats import BY_HAND
 from tiny_run import WORLD_BATCH as BATCH
-from tiny_run import synthetic_job
+from tiny_run import fill_from_start, synthetic_job
 
 from sae_lightning import load_sae
 from sae_lightning.analysis.evaluate import evaluate
@@ -16,7 +16,6 @@ from sae_lightning.formats.table import FORMATS
 from sae_lightning.llm.sites import Kind, LayerConfig, distinct_sites
 from sae_lightning.runs import passes
 from sae_lightning.runs.search import SweepConfig
-from sae_lightning.runs.starts import apply_start
 from sae_lightning.sae import ARCHITECTURES
 from sae_lightning.stream.activations import ActivationsConfig
 
@@ -38,7 +37,7 @@ def make_job(folder, name: str):
         sweep=SweepConfig(),
     )
     job.config.trainer = replace(job.config.trainer, tokens=2 * BATCH)
-    job.config = apply_start(job.config, [])
+    job.config = fill_from_start(job.config, [])
     return replace(job, sweep_folder=folder / "sweep")
 
 

@@ -81,6 +81,18 @@ def test_what_is_not_typed_comes_from_the_start(save, tmp_path):
     assert (one.model.k, one.model.features, one.layer.index) == (3, 50, 3)
 
 
+def test_settings_are_checked_with_what_comes_from_the_start(save):
+    """The defaults would not fit: k=64, 10,000 features, no skip connection of an autoencoder."""
+    save("topk", "topk", k=7)
+    assert compose_start("model.start=topk", "model.features=50", "model.k=30").model.features == 50
+    assert compose_start("model.start=topk").model.k == 7
+    save("relu", "relu")
+    with pytest.raises(UserError, match=r"target_l0=60.*: there are only model\.features=40; give"):
+        compose_start("model.start=relu", "loss.target_l0=60")
+    save("across", "relu", target="blocks.3.hook_mlp_out", skip=True)
+    assert compose_start("model.start=across", "model.skip=true").layer.target is Kind.mlp
+
+
 def test_the_settings_of_a_run_of_ours_are_all_taken(save):
     save("ours", "jumprelu", own=True, bandwidth=0.5, decoder_norm=0.3, seed=4)
     config = compose_start("model.start=ours", "model.bandwidth=0.7", "seed=2")

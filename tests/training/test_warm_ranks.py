@@ -8,11 +8,10 @@ from on_ranks import train_on_ranks
 from safetensors.torch import load_file
 from test_run import checkpoint
 from tiny_run import WORLD_BATCH as BATCH
-from tiny_run import synthetic_job
+from tiny_run import fill_from_start, synthetic_job
 
 from sae_lightning.formats.export import WEIGHTS
 from sae_lightning.runs import folders, passes
-from sae_lightning.runs.starts import apply_start
 from sae_lightning.sae import ARCHITECTURES
 from sae_lightning.training.settings import Splitting
 
@@ -28,7 +27,7 @@ def make_jobs(base, ranks: int, split=Splitting.none) -> list:
         options = settings | {"features": features, "start": str(base / name)}
         changes = {"model": row.config(name=name, **options), "loss": row.loss()}
         job = synthetic_job(base / f"{ranks}" / name, **changes)
-        job.config = apply_start(job.config, [f"model.features={features}"])
+        job.config = fill_from_start(job.config, [f"model.features={features}"])
         jobs.append(job)
     jobs.append(synthetic_job(base / f"{ranks}" / "cold"))
     for job in jobs:

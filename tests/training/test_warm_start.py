@@ -12,7 +12,7 @@ import torch
 from test_run import checkpoint as read_checkpoint
 from test_run import curves, interrupt, leaves, weights
 from tiny_run import WORLD_BATCH as BATCH
-from tiny_run import synthetic_job
+from tiny_run import fill_from_start, synthetic_job
 from torch import Generator
 from torch.nn.functional import normalize
 from torch.testing import assert_close
@@ -25,7 +25,6 @@ from sae_lightning.report.sweep_report import write_report
 from sae_lightning.runs import passes
 from sae_lightning.runs.folders import read_sweep_runs
 from sae_lightning.runs.jobs import read_job
-from sae_lightning.runs.starts import apply_start
 from sae_lightning.sae import ARCHITECTURES, build_sae
 from sae_lightning.sae.controls import Control
 from sae_lightning.sae.initial import rescale_strengths
@@ -234,7 +233,7 @@ def job(tmp_path):
 def start_from(job, start, **typed):
     """The job with `model.start`, and other settings of the model that are typed."""
     job.config.model = replace(job.config.model, start=str(start), **typed)
-    job.config = apply_start(job.config, [f"model.{name}={x}" for name, x in typed.items()])
+    job.config = fill_from_start(job.config, [f"model.{name}={x}" for name, x in typed.items()])
     return job
 
 
