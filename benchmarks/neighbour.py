@@ -53,7 +53,8 @@ def busy_cores() -> Iterator[None]:
 def measure_speed(train: Path, overrides: list[str]) -> float:
     """Run `train.py` once; returns tokens per second."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, train, *SETTINGS, *overrides, f"hydra.run.dir={folder}/run"]
+        chosen = {setting.partition("=")[0]: setting for setting in [*SETTINGS, *overrides]}
+        command = [sys.executable, train, *chosen.values(), f"hydra.run.dir={folder}/run"]
         subprocess.run(command, check=True, capture_output=True)
         return json.loads(Path(folder, "run/metrics.json").read_text())["speed"][
             "tokens_per_second"

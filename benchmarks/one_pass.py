@@ -51,9 +51,10 @@ def main(arguments: list[str]) -> None:
     table = Table("sweep", "jobs", "one by one", "one pass", "ratio", "same SAEs")
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
-            chosen = [*SWEEPS[name], TOKENS, *overrides]
-            together, saes = run_sweep("one_pass", chosen, Path(folder, "one_pass"))
-            alone, same = run_sweep("basic", chosen, Path(folder, "basic"))
+            chosen = {o.partition("=")[0]: o for o in [*SWEEPS[name], TOKENS, *overrides]}
+            settings = [*chosen.values()]
+            together, saes = run_sweep("one_pass", settings, Path(folder, "one_pass"))
+            alone, same = run_sweep("basic", settings, Path(folder, "basic"))
         table.add_row(
             name,
             str(len(saes)),

@@ -55,7 +55,8 @@ EMPTY_VALUES = ("", "''", '""')
 
 def check_arguments(arguments: list[str]) -> list[str]:
     """The arguments with flags first, because Hydra accepts none after a setting. UserError for
-    unknown flags, empty paths, and sweeper settings that only presets can set."""
+    unknown flags, repeated settings, empty paths, and sweeper settings that only presets can
+    set."""
     parsed, unknown = get_args_parser().parse_known_intermixed_args(arguments)
     if unknown:
         raise UserError(
@@ -63,18 +64,18 @@ def check_arguments(arguments: list[str]) -> list[str]:
             or f"{unknown[0]}: no such flag; settings are written without dashes (setting=value), "
             "and --help lists them"
         )
-    settings = parsed.overrides
+    settings, first = parsed.overrides, {}
     for setting in settings:
         name, equals, value = setting.partition("=")
-        if (
-            equals
-            and name.lstrip("+") in (*PATH_SETTINGS, "hydra.sweep.subdir")
-            and value in EMPTY_VALUES
-        ):
+        name = name.lstrip("+")
+        if equals and name in first:
+            raise UserError(f"{first[name]} {setting}: {name} is given twice; leave one out")
+        first[name] = setting
+        if equals and name in (*PATH_SETTINGS, "hydra.sweep.subdir") and value in EMPTY_VALUES:
             raise UserError(
                 f"{setting}: empty (a shell variable that is not set?); give a path or leave it out"
             )
-        if match := re.match(r"hydra\.sweeper\.(params|search_space)\b", name.lstrip("+")):
+        if match := re.match(r"hydra\.sweeper\.(params|search_space)\b", name):
             train = name_program("train.py")
             # omegaconf cannot set a key below null
             raise UserError(

@@ -32,15 +32,13 @@ SETTING = "plugins"
 def load_parts(arguments: list[str], tasks: dict[str, type] | None = None) -> list[str]:
     """Import the plugins that are typed or installed, and register all schemas with Hydra; returns
     the arguments with `plugins` as Hydra takes it. `tasks`: TASKS, for analyze.py."""
-    given = [a for a in arguments if a.lstrip("+").startswith(f"{SETTING}=")]
-    names = _read_names(given[-1]) if given else []
-    import_plugins(names, tasks)
+    given = {a: _read_names(a) for a in arguments if a.lstrip("+").startswith(f"{SETTING}=")}
+    import_plugins([name for names in given.values() for name in names], tasks)
     register_schemas(tasks)
     flags, _ = get_args_parser().parse_known_intermixed_args(arguments)
     _store_options(flags.config_dir)
-    rest = [a for a in arguments if a not in given]
-    value = ",".join(map(quote_if_needed, names))
-    return [*rest, f"{SETTING}=[{value}]"] if given else rest
+    quoted = {a: ",".join(map(quote_if_needed, names)) for a, names in given.items()}
+    return [f"{SETTING}=[{quoted[a]}]" if a in given else a for a in arguments]
 
 
 def import_plugins(names: Iterable[str], tasks: dict[str, type] | None = None) -> None:

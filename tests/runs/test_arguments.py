@@ -59,6 +59,10 @@ def test_a_flag_may_stand_anywhere(typed, taken):
         ),
         ("hydra.sweeper.params.seed=3", "hydra.sweeper.params.seed=3: hydra.sweeper.params is for"),
         ("+hydra.sweeper.params={seed:3}", "+hydra.sweeper.params={seed:3}: hydra.sweeper.params"),
+        ("seed=1 model.k=3 seed=2", "seed=1 seed=2: seed is given twice; leave one out"),
+        ("-m model=relu +model=topk", "model=relu +model=topk: model is given twice; leave one"),
+        ("seed=1 seed=1", "seed=1 seed=1: seed is given twice; leave one out"),
+        ("plugins=[a] plugins=[b]", "plugins=[a] plugins=[b]: plugins is given twice; leave one"),
         ("hydra.sweeper.search_space.seed.low=1", "hydra.sweeper.search_space.seed.low=1: hydra."),
     ],
 )

@@ -65,7 +65,7 @@ def compose_config(arguments: list[str]):
 def test_an_architecture_of_a_module_here_is_an_option(tmp_path, typed):
     (tmp_path / "own_part.py").write_text(NEW)
     arguments = load_parts(["model=mine", typed, "model.features=64"])
-    assert arguments == ["model=mine", "model.features=64", "plugins=[own_part]"]
+    assert arguments == ["model=mine", "plugins=[own_part]", "model.features=64"]
     job = compose_config([*arguments, "seed=3"])
     assert (job.config.model.k, job.config.model.name, job.config.model.seed) == (7, "mine", 3)
     assert type(job.config.loss) is ARCHITECTURES["mine"].loss
