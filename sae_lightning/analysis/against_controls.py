@@ -8,6 +8,7 @@ A random dictionary of the same size does surprisingly well on the usual scores 
 2026, 2602.14111), so a score says something about an SAE only beside that of its control.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean, variance
 from typing import Any, NamedTuple
@@ -71,7 +72,7 @@ SCORE_KINDS = {
     },
 }
 Scores = dict[str, Score]
-"""Name in SCORE_KINDS -> score, of one SAE."""
+"""Name in SCORE_KINDS -> score, of one SAE; without those that are NaN, which compare with none."""
 
 
 class ControlReducers:
@@ -110,13 +111,17 @@ def score_probes(probes: Probes, units: str = FEATURES) -> Scores:
     return {
         name: Score(score.auroc, [fold.auroc for fold in score.folds])
         for name, score in found.items()
-        if score
+        if score and not math.isnan(score.auroc)
     }
 
 
 def pick_scores(numbers: Mapping[str, Any]) -> Scores:
     """Scores among the numbers of a scorecard, by name."""
-    return {name: Score(numbers[name]) for name in SCORE_KINDS if name in numbers}
+    return {
+        name: Score(numbers[name])
+        for name in SCORE_KINDS
+        if not math.isnan(numbers.get(name, math.nan))
+    }
 
 
 def make_control_section(
@@ -128,7 +133,7 @@ def make_control_section(
     rows = [
         [kind.label, *(_format_score(scores.get(name), kind) for scores in columns.values())]
         for name, kind in SCORE_KINDS.items()
-        if name in own
+        if any(name in scores for scores in (own, *controls.values()))
     ]
     kinds = [Control[name] for name in controls if name in Control.__members__]
     notes = {kind.name: kind.value for kind in kinds}
@@ -203,8 +208,11 @@ def exceeds_noise(a: Sequence[float], b: Sequence[float], *, paired: bool) -> bo
 
 def _compare_reconstructions(own: Scores, controls: Mapping[str, Scores]) -> str:
     """Explained variance at the L0 of each SAE and, on synthetic concepts, how many it recovers."""
-    name, best = max(controls.items(), key=lambda pair: pair[1]["explained_variance"].value)
-    saes = {"It": own, name: best}
+    rivals = {name: s for name, s in controls.items() if "explained_variance" in s}
+    if "explained_variance" not in own or not rivals:
+        return "Their explained variance is not a number, so that it does not compare."
+    name = max(rivals, key=lambda name: rivals[name]["explained_variance"].value)
+    saes = {"It": own, name: rivals[name]}
     explained = [
         f"{name}{' explains' * (name == 'It')} {scores['explained_variance'].value:.1%}"
         f"{' of the variance' * (name == 'It')} at an L0 of {scores['l0'].value:.1f}"
@@ -212,7 +220,7 @@ def _compare_reconstructions(own: Scores, controls: Mapping[str, Scores]) -> str
     ]
     text = f"{', '.join(explained)}."
     if "recovered" in own:
-        recovered = [f"{name} {scores['recovered'].value:.1%}" for name, scores in controls.items()]
+        recovered = [f"{name} {scores['recovered'].value:.1%}" for name, scores in rivals.items()]
         text += f" It recovers {own['recovered'].value:.1%} of the concepts, "
         text += f"{', '.join(recovered)}."
     sizes = [scores["l0"].value for scores in saes.values()]

@@ -1,6 +1,7 @@
 """An SAE beside its controls: the same text and scores, and sentences that fit the numbers."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ from sae_lightning.analysis.against_controls import (
     Score,
     exceeds_noise,
     make_control_section,
+    pick_scores,
     score_features,
 )
 from sae_lightning.analysis.evaluate import EvaluateTask
@@ -92,6 +94,17 @@ def test_the_sentences_are_chosen_by_the_numbers():
     both = make_control_section(own, {"pca": sparser, "frozen_decoder": control})
     assert "(0.51 against 0.51) no better than those of the best control" in both.lead
     assert both.rows["pca"] == "directions are principal components"
+
+
+def test_a_control_whose_score_is_not_a_number_is_not_the_best():
+    own = pick_scores({"l0": 8.0, "explained_variance": 0.9})
+    broken = pick_scores({"l0": 8.0, "explained_variance": math.nan})
+    section = make_control_section(own, {"pca": broken, "frozen_decoder": own})
+    assert section.lead.endswith(" L0 of 8.0, frozen_decoder 90.0% at an L0 of 8.0.")
+    assert section.table.rows[1] == ["EV", "0.900", "", "0.900"]
+    assert make_control_section(own, {"pca": broken}).lead == (
+        "Their explained variance is not a number, so that it does not compare."
+    )
 
 
 @pytest.fixture(scope="module")
