@@ -1,5 +1,6 @@
 """Absorption and splitting, counted on dictionaries made by hand."""
 
+import math
 from string import ascii_lowercase
 
 import pytest
@@ -13,6 +14,8 @@ from sae_lightning.analysis.benchmarks.absorption import (
     count_absorption,
     measure_absorption,
 )
+from sae_lightning.analysis.benchmarks.absorption_sections import make_absorption_sections
+from sae_lightning.analysis.benchmarks.absorption_suite import average_results
 from sae_lightning.analysis.benchmarks.absorption_words import (
     EXAMPLES,
     _capture,
@@ -68,6 +71,11 @@ def measure(sae, every: int = 25):
     return result
 
 
+def make_sections(results: dict):
+    means = {name: average_results(each) for name, each in results.items()}
+    return make_absorption_sections(make_samples(25), results, means)
+
+
 PERFECT = make_sae([PARENT, CHILD, OTHER], [0, 0, 0], [PARENT, CHILD, OTHER])
 # The parent's feature is off where the child is on, and the child's feature writes both.
 ABSORBING = make_sae([PARENT - CHILD, CHILD, OTHER], [0, 0, 0], [PARENT, PARENT + CHILD, OTHER])
@@ -97,9 +105,36 @@ def test_a_feature_that_has_half_of_a_concept_is_a_split_and_absorbs_nothing():
     assert (result.silent, result.absorbed) == (0, 0)
 
 
-def test_a_silent_dictionary_absorbs_nothing():
-    result = measure(make_sae([PARENT, CHILD, OTHER], [-9, -9, -9], [PARENT, CHILD, OTHER]))
-    assert (result.silent, result.absorbed, result.fraction) == (1, 0, 0)
+@pytest.mark.parametrize(
+    "sae",
+    [
+        make_sae([PARENT, CHILD, OTHER], [-9, -9, -9], [PARENT, CHILD, OTHER]),  # silent
+        make_sae([OTHER], [0], [OTHER]),  # fires where the parent is not
+    ],
+)
+def test_a_dictionary_without_a_feature_for_the_letter_has_nothing_to_absorb(sae):
+    result = measure(sae)
+    assert result.features == result.examples == [] and result.f1 == 0
+    assert all(map(math.isnan, [result.silent, result.absorbed, result.fraction]))
+    section, letters = make_sections({"this SAE": [result], "pca": [measure(ABSORBING)]})
+    assert section.lead.startswith("No letter has a feature of its own that could be absorbed. The")
+    assert section.table.rows[0][4:6] == ["–", "–"] and section.table.rows[1][5] == "0.042"
+    assert section.rows["without own features"].startswith("1 of the letters")
+    assert letters.lead == "No letter is absorbed." and letters.table.rows[0][2] == "none"
+    (section, _) = make_sections({"this SAE": [measure(ABSORBING)], "pca": [result]})
+    assert section.lead.endswith(" In controls no letter has a feature of its own.")
+
+
+def test_means_leave_out_what_is_not_known_and_the_lead_says_so():
+    """Where each sample has a child, nothing is known of those without."""
+    always, without = measure(ABSORBING, every=1), measure(make_sae([OTHER], [0], [OTHER]))
+    section, _ = make_sections({"this SAE": [always, measure(ABSORBING)]})
+    assert section.lead.endswith("50% of the samples with a child, and on 0% of those without.")
+    section, _ = make_sections({"this SAE": [always]})
+    assert section.lead.endswith("samples with a child; there are none without.")
+    means = average_results([measure(ABSORBING), without])
+    assert means["f1"] == measure(ABSORBING).f1 / 2, "a letter without a feature is told by none"
+    assert means["absorbed"] == measure(ABSORBING).absorbed
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ Shapes: n = samples, d = width of the target site, concepts; features = those of
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -119,11 +120,13 @@ class ConceptResult(NamedTuple):
     """Number of these samples."""
     probe_f1: float
     features: list[int]
-    """The concept's own features, strongest first; more than one if it is split."""
+    """The concept's own features, strongest first; more than one if it is split, empty if the SAE
+    has none."""
     f1: float
     """F1 on tested samples of a probe that reads these features alone."""
     silent: float
-    """Share on which none of them fires."""
+    """Share on which none of them fires. Like the next two, NaN if the SAE has none: what is not
+    there is neither silent nor absorbed."""
     absorbed: float
     """Share on which none fires and a single other feature takes over (full absorption)."""
     fraction: float
@@ -141,16 +144,17 @@ class OwnFeatures(NamedTuple):
     """The features of one concept."""
 
     features: list[int]
-    """Strongest first; more than one if the concept is split."""
+    """Strongest first; more than one if the concept is split, empty if no feature speaks for it."""
     f1: float
-    """F1 on the tested samples of a probe that reads these features alone."""
+    """F1 on the tested samples of a probe that reads these features alone; 0 without any."""
 
 
 def find_own_features(features: Tensor, labels: Tensor, parts: SampleParts) -> list[OwnFeatures]:
     """Find each concept's features, from strengths [n, features] and labels [n, concepts] (bool).
 
     As in the paper: a probe with an L1 penalty ranks the features, and probes on the first k of
-    them are compared. The k-th is the concept's own if it adds more than 0.03 to F1.
+    them are compared. The k-th is the concept's own if it adds more than 0.03 to F1. Features with
+    a negative weight speak against the concept and are none of its own.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import f1_score
@@ -162,8 +166,10 @@ def find_own_features(features: Tensor, labels: Tensor, parts: SampleParts) -> l
     fit, choose, test = (features[part].numpy() for part in parts)
     of_fit, of_choose, of_test = (labels[part].numpy() for part in parts)
     result = []
-    for c, ranked in enumerate(weights.topk(min(MOST_SPLITS, weights.shape[1])).indices.tolist()):
+    for c, of_concept in enumerate(weights):
         best, own, f1 = -1.0, [], 0.0
+        most = min(MOST_SPLITS, int((of_concept > 0).sum()))
+        ranked = of_concept.topk(most).indices.tolist()
         for k in range(1, len(ranked) + 1):
             with allow_early_stopping():
                 probe = LogisticRegression(class_weight="balanced", max_iter=500)
@@ -195,7 +201,10 @@ def measure_absorption(samples: ConceptSamples, sae: SAE) -> list[ConceptResult]
         rates = count_absorption(
             features[rows], samples.target[rows], samples.directions[c], W_dec, own.features
         )
-        absorbed, truth = rates.absorbed.nonzero().squeeze(1), {}
+        shares, absorbed, truth = [math.nan] * 3, [], {}
+        if own.features:
+            shares = [rate.float().mean().item() for rate in rates[:3]]
+            absorbed = rates.absorbed.nonzero().squeeze(1).tolist()
         if samples.children is not None:
             child = samples.children[rows, c]
             closest = cosine_similarity(W_dec, samples.directions[c][None], dim=1).argmax()
@@ -209,9 +218,9 @@ def measure_absorption(samples: ConceptSamples, sae: SAE) -> list[ConceptResult]
                 probe_f1=samples.probe_f1[c],
                 features=used[own.features].tolist(),
                 f1=own.f1,
-                silent=rates.silent.float().mean().item(),
-                absorbed=rates.absorbed.float().mean().item(),
-                fraction=rates.fraction.mean().item(),
+                silent=shares[0],
+                absorbed=shares[1],
+                fraction=shares[2],
                 examples=[
                     (samples.samples[rows[i]], int(used[rates.absorbing[i]])) for i in absorbed
                 ],
@@ -219,6 +228,12 @@ def measure_absorption(samples: ConceptSamples, sae: SAE) -> list[ConceptResult]
             )
         )
     return results
+
+
+def list_known(results: Sequence[ConceptResult], field: str) -> list[float]:
+    """The values of a field of `ConceptResult` that are not NaN."""
+    values = [getattr(each, field) for each in results]
+    return [value for value in values if not math.isnan(value)]
 
 
 def fit_one_against_rest(

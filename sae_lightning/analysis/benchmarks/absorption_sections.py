@@ -4,7 +4,11 @@ import math
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
-from sae_lightning.analysis.benchmarks.absorption import ConceptResult, ConceptSamples
+from sae_lightning.analysis.benchmarks.absorption import (
+    ConceptResult,
+    ConceptSamples,
+    list_known,
+)
 from sae_lightning.report.figures import make_figure
 from sae_lightning.report.section import ResultTable, Section
 
@@ -30,7 +34,12 @@ def make_absorption_sections(
 ) -> list[Section]:
     """Means of the first SAE of `results` and of its controls, and the concepts of the first."""
     own, *controls = results
-    columns = {name: field for name, field in SHARES.items() if not math.isnan(means[own][field])}
+    columns = {
+        name: field
+        for name, field in SHARES.items()
+        if not all(math.isnan(mean[field]) for mean in means.values())
+    }
+    without = sum(not each.features for each in results[own])
     tested = int(samples.parts.test.sum())
     return [
         Section(
@@ -42,6 +51,8 @@ def make_absorption_sections(
                 "on; the others fit probes and choose features",
                 "fraction": "share of the concept that other features write, in full or in part",
                 "after ±": f"standard error over {samples.noun}s",
+                "without own features": f"{without} of the {samples.noun}s, which silent, "
+                "absorbed and fraction leave out" * (without > 0),
                 "note": "No controls of this SAE are known: train it in a sweep with "
                 "sweep.controls=true." * (not controls),
             },
@@ -63,22 +74,31 @@ def make_absorption_sections(
 
 def _write_lead(noun: str, means: dict[str, dict[str, float]], controls: list[str]) -> str:
     (own, mean), rivals = next(iter(means.items())), {name: means[name] for name in controls}
-    lead = (
-        f"A {noun} has {mean['features']:.1f} features of its own (1 = not split), which tell it "
-        f"with an F1 of {mean['f1']:.2f}. On {mean['silent']:.0%} of the samples that have the "
-        f"{noun} none of them fires; on {mean['absorbed']:.1%} one other feature writes it instead "
-        f"(absorption; {mean['fraction']:.1%} with partial absorption)."
-    )
+    if math.isnan(mean["silent"]):
+        lead = f"No {noun} has a feature of its own that could be absorbed."
+    else:
+        lead = (
+            f"A {noun} has {mean['features']:.1f} features of its own (1 = not split), which tell "
+            f"it with an F1 of {mean['f1']:.2f}. On {mean['silent']:.0%} of the samples that have "
+            f"the {noun} none of them fires; on {mean['absorbed']:.1%} one other feature writes it "
+            f"instead (absorption; {mean['fraction']:.1%} with partial absorption)."
+        )
     if not math.isnan(mean["silent_with_child"]):
         lead += (
             f" The feature closest to the {noun}'s direction is silent on "
-            f"{mean['silent_with_child']:.0%} of the samples with a child, and on "
-            f"{mean['silent_without']:.0%} of those without."
+            f"{mean['silent_with_child']:.0%} of the samples with a child"
+        )
+        lead += (
+            "; there are none without."
+            if math.isnan(mean["silent_without"])
+            else f", and on {mean['silent_without']:.0%} of those without."
         )
     if not rivals:
         return lead
     best = max(rivals, key=lambda name: rivals[name]["f1"])
-    absorbed = [each["absorbed"] for each in rivals.values()]
+    absorbed = [a for each in rivals.values() if not math.isnan(a := each["absorbed"])]
+    if not absorbed:
+        return f"{lead} In controls no {noun} has a feature of its own."
     lead += (
         f" In controls {min(absorbed):.1%} to {max(absorbed):.1%} are absorbed, with an F1 of at "
         f"most {rivals[best]['f1']:.2f} ({best.replace('_', ' ')})."
@@ -91,12 +111,13 @@ def _write_lead(noun: str, means: dict[str, dict[str, float]], controls: list[st
 def _make_concepts_section(
     noun: str, results: list[ConceptResult], columns: dict[str, str]
 ) -> Section:
-    most = max(results, key=lambda each: each.absorbed)
+    absorbed = [each for each in results if each.absorbed > 0]
+    most = max(absorbed, key=lambda each: each.absorbed, default=None)
     return Section(
         title=f"Each {noun}",
         lead=(
             f"Most is absorbed of {most.concept}: {most.absorbed:.1%} of {most.samples} samples."
-            if most.absorbed
+            if most
             else f"No {noun} is absorbed."
         ),
         table=ResultTable(
@@ -105,8 +126,8 @@ def _make_concepts_section(
                 [
                     each.concept,
                     str(each.samples),
-                    " ".join(map(str, each.features)),
-                    *(f"{getattr(each, field):.3f}" for field in columns.values()),
+                    " ".join(map(str, each.features)) or "none",
+                    *(_format_mean([each], field) for field in columns.values()),
                     ", ".join(f"{name}: {i}" for name, i in each.examples[:SHOWN_EXAMPLES]),
                 ]
                 for each in results
@@ -128,6 +149,8 @@ def _draw(results: list[ConceptResult]) -> "Figure":
 
 
 def _format_mean(results: list[ConceptResult], field: str) -> str:
-    values = [getattr(each, field) for each in results]
+    values = list_known(results, field)
+    if not values:
+        return "–"
     noise = f" ± {stdev(values) / len(values) ** 0.5:.3f}" if len(values) > 1 else ""
     return f"{fmean(values):.3f}{noise}"

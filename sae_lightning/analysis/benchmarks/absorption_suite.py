@@ -13,6 +13,7 @@ from sae_lightning.analysis.benchmarks.absorption import (
     ConceptResult,
     ConceptSamples,
     SampleParts,
+    list_known,
     measure_absorption,
 )
 from sae_lightning.analysis.benchmarks.absorption_sections import make_absorption_sections
@@ -48,9 +49,11 @@ def run_absorption(subject: Subject) -> Benchmark:
 
 
 def average_results(results: list[ConceptResult]) -> dict[str, float]:
-    """Means over concepts of the shares and of the number of own features."""
+    """Means over concepts of the shares, as far as they are known (NaN if none is), and of the
+    number of own features."""
+    known = {name: list_known(results, name) for name in MEANS}
     features = {"features": fmean(len(each.features) for each in results)}
-    return features | {name: fmean(getattr(each, name) for each in results) for name in MEANS}
+    return features | {name: fmean(values or [math.nan]) for name, values in known.items()}
 
 
 def sample_parents(subject: Subject) -> ConceptSamples:
