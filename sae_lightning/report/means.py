@@ -129,12 +129,19 @@ class MeansTable:
 
     def format_cell(self, row: int, name: str) -> str:
         """Format a cell: the value of a single run, or mean ± spread."""
-        column, value = self.columns[name], self.frame.at[row, name]
-        spread = self.spreads.at[row, name]
+        value = self.frame.at[row, name]
         if len(self.members[row]) > 1 and np.isnan(value):
-            return column.format_value(None)
-        noise = "" if np.isnan(spread) else f" ± {column.format_value(spread)}"
-        return column.format_value(value) + noise
+            value = None
+        return self._format(name, value, self.spreads.at[row, name])
+
+    def format_compared(self, row: int, name: str) -> str:
+        """Like `format_cell`, with the values that are compared: CE recovered at most 1."""
+        values = self.table.finite.loc[self.members[row], name]
+        return self._format(name, values.mean(), values.std())
+
+    def _format(self, name: str, value: float | None, spread: float) -> str:
+        written = self.columns[name].format_value
+        return written(value) + ("" if np.isnan(spread) else f" ± {written(spread)}")
 
     def name_row(self, row: int) -> str:
         """The row's swept settings, such as `loss.l1=0.001`; without any, its architecture."""

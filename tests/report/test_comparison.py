@@ -74,6 +74,23 @@ def test_where_lower_is_better_the_best_control_is_the_lowest(tmp_path):
     assert found.difference == pytest.approx(-0.1)
 
 
+def test_ce_recovered_is_shown_beside_a_control_as_it_is_compared(tmp_path):
+    """1.5 and 0.9 count as 1 and 0.9: mean 0.95, spread sqrt(2) 0.05 = 0.0707."""
+    of_trained = [(0, 1.5), (1, 0.9)]
+    lossless = {"ce_zero": 9.0, "ce_clean": 3.0}
+    runs = [seed_run(tmp_path, n, 0.7, ce_recovered=x, **lossless) for n, x in of_trained]
+    runs.append(seed_run(tmp_path, 0, 0.7, "pca", ce_recovered=1.2, **lossless))
+    means = MeansTable(SweepTable(runs))
+    assert means.format_cell(0, "ce_recovered") == "1.2000 ± 0.4243"
+    assert means.format_compared(0, "ce_recovered") == "0.9500 ± 0.0707"
+    assert means.format_compared(1, "ce_recovered") == "1.0000"
+    write_report(tmp_path, runs)
+    page = (tmp_path / PAGE).read_text("utf8")
+    comparisons, all_saes = page.split("<h2>All SAEs</h2>")
+    assert "0.9500 ± 0.0707" in comparisons and "CE recovered above 1 counts" in comparisons
+    assert "1.2000 ± 0.4243" in all_saes
+
+
 def test_each_trained_sae_is_compared_with_its_own_controls(tmp_path):
     scores = {("relu", None): SEEDS, ("relu", "pca"): [0.1], ("topk", None): [0.5, 0.51]}
     verdicts, claims = judge(sweep_of(tmp_path, scores))
