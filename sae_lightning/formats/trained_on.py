@@ -13,6 +13,7 @@ from sae_lightning.llm.sites import Kind, LayerConfig, Site, SitePair
 
 # Metadata keys that are read, and their types; our own keys take precedence.
 METADATA_TYPES = {"model_name": str, "hook_name": str, "hook_name_out": str, "context_size": int}
+METADATA_TYPES |= {"model.control": str}
 OWN_METADATA_TYPES = dict.fromkeys(("llm.name", "llm.revision", "llm.bos", "llm.separator"), str)
 
 # TransformerLens' model names, which SAELens uses -> names on the hub, where they differ.

@@ -12,6 +12,7 @@ from sae_lightning.errors import UserError, is_out_of_memory
 from sae_lightning.formats.load_sae import load_sae
 from sae_lightning.formats.pickles import load_tensors
 from sae_lightning.formats.saelens import OWN_KEY
+from sae_lightning.formats.trained_on import check_metadata
 from sae_lightning.llm.load import NO_LLM
 from sae_lightning.sae import SAE
 from sae_lightning.sae.base import SMALLEST_NORM
@@ -59,6 +60,8 @@ def start_head(head: Head, optimizer: Optimizer) -> str:
         normalize(start.W_dec)
     )
     line = f"starting from {head.start}: {features:,} features"
+    if control := check_metadata(start.metadata, head.start).get("model.control"):
+        line += f" of a control ({control}), which trains on as an SAE"
     if new := head.sae.config.features - features:
         line += f", and {new:,} new ones"
     if with_adam:

@@ -351,7 +351,7 @@ def test_adam_starts_anew_where_its_moments_would_be_in_other_units(job, tmp_pat
     assert not optimizer.state
 
 
-def test_an_sae_that_starts_from_a_control_starts_adam_anew(job, tmp_path):
+def test_an_sae_that_starts_from_a_control_is_none_and_starts_adam_anew(job, tmp_path):
     """What the control has frozen has no moments."""
     control, other = job("control", 5), job("other", 5)
     control.config.model.control = Control.frozen_encoder
@@ -359,8 +359,13 @@ def test_an_sae_that_starts_from_a_control_starts_adam_anew(job, tmp_path):
     head = make_head(other.config.model, str(control.folder))
     head.settings = other.config.fixed_on_resume()
     line, optimizer = begin(head)
-    assert line.endswith("; Adam starts anew, because model.control is not that of its checkpoint")
+    assert line.endswith(
+        ": 48 features of a control (frozen_encoder), which trains on as an SAE; Adam starts anew, "
+        "because model.control is not that of its checkpoint"
+    )
     assert not optimizer.state
+    warm = start_from(job("warm", 5), control.folder)
+    assert warm.config.model.control is None
     assert_same_function(head, str(control.folder))
 
 
