@@ -56,11 +56,11 @@ def capture(
         model.base_model(input_ids=tokens, use_cache=False)
     for site, x in activations.items():
         if x is None:
-            raise _skipped(model, site)
+            raise _make_skipped_error(model, site)
     return {site: x.to(find_row_device(model)) for site, x in activations.items()}
 
 
-def _skipped(model: nn.Module, site: Site) -> UserError:
+def _make_skipped_error(model: nn.Module, site: Site) -> UserError:
     return UserError(
         f"layer.index={site.layer}: {type(model).__name__} skips {site.kind.value} of this block "
         "for text without images; choose another block"
@@ -71,7 +71,8 @@ def _skipped(model: nn.Module, site: Site) -> UserError:
 def replace_activations(
     model: nn.Module, source: Site, target: Site, function: Callable[[Tensor, Tensor], Tensor]
 ) -> Iterator[None]:
-    """Inside the `with`, `model` runs with function(x, y) replacing y, its activation at `target`.
+    """Inside the `with`, `model` runs with function(x, y) in place of y, its activation at
+    `target`.
 
     x: the activation at `source`, which is `target` or is computed before it. Shapes as in
     `add_hook`, both on the device of `find_row_device`; function(x, y) has the shape of y.
@@ -171,7 +172,7 @@ def _run_block(model: nn.Module, x: Tensor, branches: dict[Site, Tensor]) -> Ten
         tokens = torch.zeros(1, 2, dtype=torch.long, device=x.device)
         model.base_model(input_ids=tokens, use_cache=False)
     if not outputs:
-        raise _skipped(model, next(iter(branches)))
+        raise _make_skipped_error(model, next(iter(branches)))
     return outputs[0].to(x.device)
 
 

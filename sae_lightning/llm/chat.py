@@ -14,15 +14,15 @@ GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # marks what the assista
 
 
 class ChatEncoder:
-    """Turns a conversation into tokens, some of which may not be trained on.
+    """Turns a conversation into tokens, and marks those that are not trained on.
 
         <|user|>Hi<|end|><|assistant|>Hello<|end|>
         └─ messages before it, and ─┘└─ trained on, with `assistant_only`
            the prompt for an answer
 
     A token that is not trained on is written as its complement ~id, which is negative. The template
-    may itself mark what the assistant writes ({% generation %}); otherwise, this is what a message
-    adds to the text of the messages before it.
+    may itself mark what the assistant writes ({% generation %}). If it does not, the assistant's
+    part is what its message adds to the text of the messages before it.
     """
 
     def __init__(self, tokenizer: Any, assistant_only: bool) -> None:
@@ -37,7 +37,7 @@ class ChatEncoder:
         if assistant_only and not tokenizer.is_fast:
             raise UserError(
                 "data.assistant_only=true: the LLM's tokenizer is a slow one, which does not say "
-                "where in the text a token lies; leave it out"
+                "which characters a token stands for; leave this setting out"
             )
 
     @property
@@ -92,13 +92,13 @@ class ChatEncoder:
         for number, message in enumerate(messages):
             if message["role"] == ASSISTANT:
                 before = self._render(messages[:number], add_generation_prompt=True)
-                through = self._render(messages[: number + 1])
-                if not (through.startswith(before) and text.startswith(through)):
+                after = self._render(messages[: number + 1])
+                if not (after.startswith(before) and text.startswith(after)):
                     raise UserError(
                         "the LLM's chat template changes a message once others follow, so it does "
                         "not show what the assistant wrote; leave data.assistant_only out"
                     )
-                spans.append((len(before), len(through)))
+                spans.append((len(before), len(after)))
         return spans
 
     def _render(self, messages: list[dict], **options: Any) -> str:

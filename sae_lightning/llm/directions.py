@@ -44,8 +44,8 @@ class Norm(NamedTuple):
         return self._centred(directions) * self.gain
 
     def apply_transpose(self, directions: Tensor) -> Tensor:
-        """centred(gain * directions): to read these directions [n, d] at the norm's input is to
-        read `directions` [n, d] at its output."""
+        """centred(gain * directions) [n, d]: a dot product with these at the norm's input equals
+        one with `directions` [n, d] at its output."""
         return self._centred(directions * self.gain)
 
     def _centred(self, x: Tensor) -> Tensor:
@@ -54,22 +54,22 @@ class Norm(NamedTuple):
 
 def find_final_norm(model: nn.Module) -> Norm:
     """The norm between the last block and the unembedding."""
-    return _norm_before(model, model.get_output_embeddings(), "the unembedding")
+    return _find_norm_before(model, model.get_output_embeddings(), "the unembedding")
 
 
 def find_mlp_norm(model: nn.Module, layer: int) -> Norm:
     """The norm between the residual stream and the MLP of a block."""
     site = Site(layer, Kind.mlp_in)
-    return _norm_before(model, find_site_module(model, site), f"the MLP of block {layer}")
+    return _find_norm_before(model, find_site_module(model, site), f"the MLP of block {layer}")
 
 
 @torch.no_grad()
-def _norm_before(model: nn.Module, reader: nn.Module, name: str) -> Norm:
+def _find_norm_before(model: nn.Module, reader: nn.Module, name: str) -> Norm:
     """The norm whose output `reader` reads, found by running the model on one token."""
     outputs: list[tuple[Tensor, nn.Module]] = []  # kept alive, so that no two share an address
     inputs: list[Tensor] = []
 
-    def write(module: nn.Module, args: tuple, output: Tensor) -> None:
+    def keep_output(module: nn.Module, args: tuple, output: Tensor) -> None:
         # a norm keeps the shape, unlike the projection before the unembedding of OPT-350m
         if isinstance(output, Tensor) and args and args[0].shape == output.shape:
             outputs.append((output, module))
@@ -77,13 +77,13 @@ def _norm_before(model: nn.Module, reader: nn.Module, name: str) -> Norm:
     with ExitStack() as hooks:
         for module in model.modules():
             if not list(module.children()):
-                hooks.enter_context(module.register_forward_hook(write))
-        take = reader.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
-        hooks.enter_context(take)
+                hooks.enter_context(module.register_forward_hook(keep_output))
+        keep_input = reader.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+        hooks.enter_context(keep_input)
         tokens = torch.zeros(1, 1, dtype=torch.long, device=find_computing_device(model))
         model(input_ids=tokens, use_cache=False)
     source = next((m for x, m in outputs if x.data_ptr() == inputs[0].data_ptr()), None)
-    norm = source and _as_norm(source, inputs[0].shape[-1])
+    norm = source and _measure_norm(source, inputs[0].shape[-1])
     if norm is None:
         raise UserError(
             f"direct=true: {type(model).__name__} has no norm before {name}, so the lens "
@@ -92,7 +92,7 @@ def _norm_before(model: nn.Module, reader: nn.Module, name: str) -> Norm:
     return norm._replace(gain=norm.gain.to(find_row_device(model)))
 
 
-def _as_norm(module: nn.Module, width: int) -> Norm | None:
+def _measure_norm(module: nn.Module, width: int) -> Norm | None:
     """Gain and centring of a norm, measured on test vectors; None if `module` is no norm.
 
     Weights are not read, because families store the gain differently (in Gemma it is 1 + weight).
@@ -146,7 +146,8 @@ def measure_response(
 ) -> Tensor:
     """Mean change [n, d] of the unembedding's input at the last token of `tokens` [contexts,
     length] when each of `directions` [n, d_target] is added at `target`, scaled to `share` of the
-    norm of the activation there. advance is called with the number of directions just done.
+    norm of the activation there. In each context, calls of `advance` add up to 1 + n: the unchanged
+    LLM, which counts as a direction of zeros, and the directions.
 
         BOS  It  was  the  best   of     a direction is added at this last token only, and the
          .    .   .    .    .     *      output there is compared with the unchanged LLM's
@@ -162,7 +163,7 @@ def measure_response(
         for step in steps:
             # copied, because a forward pass writes to its cache
             past = {} if cache is None else {"past_key_values": copy.deepcopy(cache)}
-            with replace_activations(model, target, target, _adding(step)):
+            with replace_activations(model, target, target, _make_addition(step)):
                 output = run_body(model, read, use_cache=bool(past), **past)
             outputs.append(output.last_hidden_state[: len(step), -1].float())
             advance(len(step))
@@ -184,8 +185,9 @@ def _fill_cache(model: nn.Module, tokens: Tensor) -> Any:
     return cache
 
 
-def _adding(step: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """y + step |y| at the last token of the first len(step) sequences of a batch."""
+def _make_addition(step: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """A function that returns y + step |y| at the last token of the first len(step) sequences of a
+    batch, and y elsewhere."""
 
     def apply(x: Tensor, y: Tensor) -> Tensor:
         # OPT's MLP returns [sequences * tokens, d]

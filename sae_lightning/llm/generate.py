@@ -79,10 +79,10 @@ def generate(
     end = find_separator_id(llm.tokenizer)
     ids = prompt.to(find_computing_device(llm.model)).expand(sequences, -1)
 
-    def write(use_cache: bool) -> Tensor:
+    def continue_prompt(use_cache: bool) -> Tensor:
         with (
             mute_libraries(),
-            replace_activations(llm.model, *sites, _behind_bos(function, sequences)),
+            replace_activations(llm.model, *sites, _apply_after_bos(function, sequences)),
         ):
             return llm.model.generate(
                 input_ids=ids,
@@ -94,14 +94,14 @@ def generate(
                     eos_token_id=end,
                     pad_token_id=end,
                 ),
-                logits_processor=_processors(sampling),
+                logits_processor=_make_processors(sampling),
             )
 
     try:
-        written = write(cache)
+        generated = continue_prompt(cache)
     except ValueError:  # raised by xLSTM and by hybrids without an attention layer
-        written = write(False)
-    return [_cut(sequence, len(prompt), end) for sequence in written.cpu()]
+        generated = continue_prompt(False)
+    return [_cut(sequence, len(prompt), end) for sequence in generated.cpu()]
 
 
 def _cut(sequence: Tensor, prompt: int, end: int) -> Tensor:
@@ -110,7 +110,7 @@ def _cut(sequence: Tensor, prompt: int, end: int) -> Tensor:
     return sequence[: prompt + int(ends[0])] if len(ends) else sequence
 
 
-def _behind_bos(
+def _apply_after_bos(
     function: Callable[[Tensor, Tensor], Tensor], sequences: int
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """`function`, applied to all tokens but BOS."""
@@ -127,7 +127,7 @@ def _behind_bos(
     return apply
 
 
-def _processors(sampling: Sampling) -> list[Callable[[Tensor, Tensor], Tensor]]:
+def _make_processors(sampling: Sampling) -> list[Callable[[Tensor, Tensor], Tensor]]:
     """Logits processors that turn greedy decoding into sampling (Gumbel-max)."""
     from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
@@ -146,8 +146,8 @@ def _processors(sampling: Sampling) -> list[Callable[[Tensor, Tensor], Tensor]]:
 @torch.no_grad()
 def compute_surprisal(model: nn.Module, ids: Tensor) -> Tensor:
     """-log p [n - 1] in nats of each token of `ids` [n] but the first, given all before it."""
-    read = ids[None].to(find_computing_device(model))
-    logits = model(input_ids=read, use_cache=False).logits[0, :-1].float()
+    batch = ids[None].to(find_computing_device(model))
+    logits = model(input_ids=batch, use_cache=False).logits[0, :-1].float()
     return nn.functional.cross_entropy(logits, ids[1:].to(logits.device), reduction="none").cpu()
 
 
@@ -161,7 +161,7 @@ class Reply(NamedTuple):
 
 @torch.no_grad()
 def reply(llm: LLM, question: str, tokens: int) -> Reply:
-    """The answer, of at most `tokens` tokens. Greedy decoding, so it is the same each time."""
+    """Answer in at most `tokens` tokens, by greedy decoding, so the same at every call."""
     tokenizer, context = llm.tokenizer, read_context_length(llm.model)
     if tokenizer.chat_template is None:
         inputs = tokenizer(f"{question}\n\nAnswer:", return_tensors="pt")
@@ -183,9 +183,9 @@ def reply(llm: LLM, question: str, tokens: int) -> Reply:
             f"answer of up to {tokens:,} is longer; ask less at a time, or use another"
         )
     with mute_libraries():  # transformers warns of the sampling settings of some models
-        written = llm.model.generate(
+        generated = llm.model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False
         )
-    answer = written[0, length:]
+    answer = generated[0, length:]
     text = tokenizer.decode(answer, skip_special_tokens=True)
     return Reply(text.strip(), length, len(answer))

@@ -60,7 +60,7 @@ class LLMConfig:
     """Branch, tag or commit of a hub model; null is its main branch."""
 
     dtype: Dtype = Dtype.auto
-    """Number format; auto is bfloat16 where the processor or GPU computes in it, else float32."""
+    """Number format; auto is bfloat16 where the processor or GPU supports it, else float32."""
 
     device: str = "auto"
     """cpu, cuda, cuda:N or mps; auto is cuda if there is one, then mps, then cpu. With a device map
@@ -102,7 +102,7 @@ class LLMConfig:
                 raise UserError(f"llm.{setting}=: empty; give a token, or leave it out")
         if self.revision and (self.name in PACKAGED or _folder(self.name)):
             raise UserError(
-                f"llm.revision={self.revision}: only a hub model has revisions and "
+                f"llm.revision={self.revision}: only a model on the hub has revisions, and "
                 f"{self.name} is on this machine; leave it out"
             )
 
@@ -229,7 +229,7 @@ def load_llm(config: LLMConfig, blocks: int | None = None, tokenizer: object = N
         if config.name not in PACKAGED or not str(error).startswith("llm.name"):
             raise
         raise UserError(
-            f"llm.name={config.name}: {folder} is damaged; delete this folder, it is made again"
+            f"llm.name={config.name}: {folder} is damaged; delete it, and it will be made again"
         ) from error
     model = model.eval().requires_grad_(False)
     return LLM(model=model, tokenizer=tokenizer, name=config.name)

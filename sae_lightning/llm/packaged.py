@@ -102,8 +102,8 @@ def dequantise(name: str) -> Path:
                 f"({find_system_error(error) or error}); free 600 MB there, or set XDG_CACHE_HOME "
                 "to a folder that has them"
             ) from error
-    for left in cache.parent.glob(f".{cache.name}-*"):  # left when version 0.1.0 was killed
-        shutil.rmtree(left, ignore_errors=True)
+    for leftover in cache.parent.glob(f".{cache.name}-*"):  # of a killed version 0.1.0
+        shutil.rmtree(leftover, ignore_errors=True)
     return cache
 
 

@@ -63,18 +63,21 @@ def check_arguments_of_load(load: dict[str, Any]) -> None:
                 "on the same text, and alone it does nothing; use llm.load.device_map=auto"
             )
         if name not in ARGUMENTS:
-            raise UserError(f"llm.load.{name}: not passed on; there are {', '.join(ARGUMENTS)}")
+            raise UserError(
+                f"llm.load.{name}: not passed on to from_pretrained; choose from "
+                f"{', '.join(ARGUMENTS)}"
+            )
 
 
 def is_spread(load: dict[str, Any]) -> bool:
     """Whether a device map puts the LLM onto GPUs, which several processes would have to share."""
-    places = load.get("device_map", "cpu")
-    places = places.values() if isinstance(places, dict) else [places]
-    return not {*map(str, places)} <= {*OFFLOADED}
+    devices = load.get("device_map", "cpu")
+    devices = devices.values() if isinstance(devices, dict) else [devices]
+    return not {*map(str, devices)} <= {*OFFLOADED}
 
 
 def check_quantisation(load: dict[str, Any]) -> None:
-    """Raise transformers' error for a quantisation that is unknown or that lacks a package."""
+    """Raise transformers' error if the quantisation is unknown or needs a missing package."""
     from transformers.quantizers.auto import AutoHfQuantizer
 
     quantizer = AutoHfQuantizer.from_config(dict(load["quantization_config"]), pre_quantized=False)

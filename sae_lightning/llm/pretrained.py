@@ -38,9 +38,9 @@ def read_config(config, folder: Path | None):
             "save_pretrained wrote"
         )
     with _one_line_errors(config):
-        hf_config = AutoConfig.from_pretrained(**_source(config, folder))
+        hf_config = AutoConfig.from_pretrained(**_locate(config, folder))
         hf_config.get_text_config().num_hidden_layers  # noqa: B018 (raises if there are no blocks)
-    if not _is_custom(hf_config) and (why := _not_causal(hf_config)):
+    if not _is_custom(hf_config) and (why := _explain_not_causal(hf_config)):
         name = ", ".join(sorted(hf_config.architectures or [hf_config.model_type]))
         raise UserError(
             f"llm.name={config.name}: {name} {why}; choose a causal language model such as gpt2"
@@ -48,7 +48,7 @@ def read_config(config, folder: Path | None):
     return hf_config
 
 
-def _not_causal(hf_config) -> str | None:
+def _explain_not_causal(hf_config) -> str | None:
     """Why the model is not a causal LM; None if it is one."""
     if hf_config.is_encoder_decoder:
         return "is an encoder-decoder"
@@ -63,16 +63,16 @@ def _not_causal(hf_config) -> str | None:
         return "reads in both directions"
     if NEEDS_IMAGES.fullmatch(hf_config.model_type):
         return "takes an image with every text"
-    return None if _loader(hf_config) else "is not a causal language model"
+    return None if _pick_loader(hf_config) else "is not a causal language model"
 
 
 def _is_custom(hf_config) -> bool:
     return "AutoModelForCausalLM" in (getattr(hf_config, "auto_map", None) or {})
 
 
-def _loader(hf_config) -> type | None:
-    """The class of transformers that loads causal LMs, or models with a text decoder that also take
-    images; None if the model is neither."""
+def _pick_loader(hf_config) -> type | None:
+    """The class of transformers that loads this model: that for causal LMs, or for models with a
+    text decoder that also take images; None if the model is neither."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto import modeling_auto
 
@@ -90,13 +90,13 @@ def read_tokenizer(config, folder: Path | None, hf_config):
     """The tokenizer (transformers). BOS and EOS come from `config` where given, else from the
     tokenizer's files, or from the model's config if these name neither.
 
-    Two attributes are added: `rows`, the row count of the LLM's embedding if the tokenizer has more
-    tokens, else None; `borrowed`, whether the tokenizer's files name neither BOS nor EOS.
+    Two attributes are added: `embedding_rows`, the row count of the LLM's embedding if the
+    tokenizer has more tokens, else None; `lacks_bos_and_eos`, whether its files name neither.
     """
     from transformers import AutoTokenizer
 
     with _one_line_errors(config, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(**_source(config, folder))
+        tokenizer = AutoTokenizer.from_pretrained(**_locate(config, folder))
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         # Some tokenizer classes load as empty, without an error, if there are no files.
         raise UserError(
@@ -106,38 +106,39 @@ def read_tokenizer(config, folder: Path | None, hf_config):
     # Callers encode whole texts and cut them; a limit would only cause warnings.
     tokenizer.model_max_length = int(1e30)
     rows = hf_config.get_text_config().vocab_size
-    tokenizer.rows = rows if max(tokenizer.get_vocab().values()) >= rows else None
-    tokenizer.borrowed = tokenizer.bos_token_id is None and tokenizer.eos_token_id is None
-    if tokenizer.borrowed:
-        tokenizer.bos_token, tokenizer.eos_token = _special_tokens(
+    tokenizer.embedding_rows = rows if max(tokenizer.get_vocab().values()) >= rows else None
+    tokenizer.lacks_bos_and_eos = tokenizer.bos_token_id is None and tokenizer.eos_token_id is None
+    if tokenizer.lacks_bos_and_eos:
+        tokenizer.bos_token, tokenizer.eos_token = _read_special_tokens(
             config, folder, hf_config, tokenizer
         )
-    for name, given in (("bos", config.bos), ("separator", config.separator)):
-        if given is not None:
+    for name, token in (("bos", config.bos), ("separator", config.separator)):
+        if token is not None:
             role = "eos" if name == "separator" else name
-            setattr(tokenizer, f"{role}_token", _piece(tokenizer, f"llm.{name}={given}", given))
+            piece = _find_piece(tokenizer, f"llm.{name}={token}", token)
+            setattr(tokenizer, f"{role}_token", piece)
     return tokenizer
 
 
-def _special_tokens(config, folder: Path | None, hf_config, tokenizer) -> list[str | None]:
+def _read_special_tokens(config, folder: Path | None, hf_config, tokenizer) -> list[str | None]:
     """BOS and EOS from the model's config, or else from its generation config."""
     from transformers import GenerationConfig
 
-    sources, where = [hf_config.get_text_config()], _source(config, folder)
+    configs, arguments = [hf_config.get_text_config()], _locate(config, folder)
     with suppress(OSError):  # most models have no generation config
-        name = where.pop("pretrained_model_name_or_path")
-        sources.append(GenerationConfig.from_pretrained(name, **where))
+        name = arguments.pop("pretrained_model_name_or_path")
+        configs.append(GenerationConfig.from_pretrained(name, **arguments))
     tokens = []
     for name in ("bos_token_id", "eos_token_id"):
-        values = [getattr(source, name, None) for source in sources]
+        values = [getattr(part, name, None) for part in configs]
         lists = [ids if isinstance(ids, list) else [ids] for ids in values]
         # some configs write -1 for none
         first = next((i for ids in lists for i in ids if i is not None and i >= 0), None)
-        tokens.append(first if first is None else tokenizer.convert_ids_to_tokens(first))
+        tokens.append(None if first is None else tokenizer.convert_ids_to_tokens(first))
     return tokens
 
 
-def _piece(tokenizer, setting: str, text: str) -> str:
+def _find_piece(tokenizer, setting: str, text: str) -> str:
     """The vocabulary's entry for `text`, which has to be one token; errors name `setting`."""
     if text in tokenizer.get_vocab():
         return text
@@ -158,12 +159,12 @@ def read_model(
     """The causal LM with its weights; if `blocks` is given, only its first `blocks` blocks and no
     LM head."""
     with _one_line_errors(config):
-        kind = _loader(hf_config)
+        kind = _pick_loader(hf_config)
         if blocks is not None:
             whole = build_without_weights(config, hf_config)
-            kind, hf_config = _cut_class(type(whole), blocks), whole.config
+            kind, hf_config = _make_cut_class(type(whole), blocks), whole.config
         model, report = kind.from_pretrained(
-            **_source(config, folder),
+            **_locate(config, folder),
             config=hf_config,
             dtype=dtype,
             attn_implementation=None if config.attn.value == "auto" else config.attn.value,
@@ -198,7 +199,7 @@ def check_quantiser(config, hf_config) -> None:
 def build_without_weights(config, hf_config, blocks: int | None = None) -> nn.Module:
     """The model of `read_model` on the meta device, where weights take no memory."""
     with _one_line_errors(config), torch.device("meta"):
-        model = _loader(hf_config).from_config(
+        model = _pick_loader(hf_config).from_config(
             hf_config, trust_remote_code=config.trust_remote_code
         )
     if blocks is not None:
@@ -222,7 +223,7 @@ def _remove_head(model: nn.Module) -> None:
     model.set_output_embeddings(nn.Identity())  # a tied embedding stays
 
 
-def _cut_class(kind: type[nn.Module], blocks: int) -> type[nn.Module]:
+def _make_cut_class(kind: type[nn.Module], blocks: int) -> type[nn.Module]:
     """A subclass of `kind` with its first `blocks` blocks, so that only their weights are read."""
 
     class Cut(kind):
@@ -235,7 +236,7 @@ def _cut_class(kind: type[nn.Module], blocks: int) -> type[nn.Module]:
     return Cut
 
 
-def _source(config, folder: Path | None) -> dict:
+def _locate(config, folder: Path | None) -> dict:
     """Arguments of from_pretrained that locate the files."""
     return {
         "pretrained_model_name_or_path": str(folder or config.name),
@@ -252,10 +253,10 @@ def _one_line_errors(config, part: str = "model") -> Iterator[None]:
     except Exception as error:
         if isinstance(error, UserError) or is_out_of_memory(error):
             raise
-        raise UserError(_reason(config, error, part)) from error
+        raise UserError(_explain_error(config, error, part)) from error
 
 
-def _reason(config, error: Exception, part: str) -> str:
+def _explain_error(config, error: Exception, part: str) -> str:
     """An error of transformers or huggingface_hub, told in one line with its remedy."""
     from huggingface_hub import errors as hub
 
@@ -287,8 +288,8 @@ def _reason(config, error: Exception, part: str) -> str:
             "use llm.attn=auto"
         )
     if ImportError in kinds:  # quantised models and custom code need extra packages
-        named = re.search(r"(?:pip install (?:-\S+ )*'?|module named ')([\w.-]+)", text)
-        remedy = f"run: pip install {named[1]}" if named else "install it"
+        package = re.search(r"(?:pip install (?:-\S+ )*'?|module named ')([\w.-]+)", text)
+        remedy = f"run: pip install {package[1]}" if package else "install it"
         return f"{name}: needs a missing package ({first}); {remedy}, or give another LLM"
     if "offload_folder" in text:
         return f"{name}: weights have to be written to disk; add llm.load.offload_folder=..."

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from sae_lightning.errors import UserError
 
 # Norms of a branch's output, as in Gemma-2 and OLMo-2. A block has them for both branches or for
-# none: if the MLP has none, post_attention_layernorm is the norm before the MLP.
+# neither: if the MLP's is missing, post_attention_layernorm is the norm before the MLP.
 ATTN_NORMS = ("post_self_attn_layernorm", "post_attention_layernorm")
 MLP_NORMS = ("post_feedforward_layernorm", "post_mlp_layernorm")
 BRANCH_PATTERNS = {"attn": r"attn|attention", "mlp": r"mlp|feed_?forward|ffn|moe|fc2"}
@@ -93,10 +93,10 @@ class SitePair(NamedTuple):
 
     def module_names(self, paths: dict[Site, str]) -> dict[str, str]:
         """Module paths of both sites in transformers, from `paths`, under SAELens' keys."""
-        places = {"hf_hook_name": self.source, "hf_hook_name_out": self.target}
+        sites = {"hf_hook_name": self.source, "hf_hook_name_out": self.target}
         return {
             key: paths[site]
-            for key, site in places.items()
+            for key, site in sites.items()
             if site in paths and key.replace("hf_", "") in self.hook_names
         }
 
@@ -142,15 +142,15 @@ class LayerConfig:
 
 def find_decoder_stack(model: nn.Module) -> nn.ModuleList:
     """The list of decoder blocks of any causal LM."""
-    return _decoder(model)[1]
+    return _find_decoder(model)[1]
 
 
 def find_text_decoder(model: nn.Module) -> nn.Module:
     """The module that runs the decoder blocks."""
-    return _decoder(model)[0]
+    return _find_decoder(model)[0]
 
 
-def _decoder(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
+def _find_decoder(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
     """The module that runs the decoder blocks, and their list."""
     layers = getattr(model, "kept_blocks", model.config.get_text_config().num_hidden_layers)
     # get_decoder of ModernBERT returns its LM head, so the whole model is searched next. Outer
@@ -186,7 +186,7 @@ def find_site_module(model: nn.Module, site: Site) -> nn.Module:
         for name in ATTN_NORMS if site.kind is Kind.attn else MLP_NORMS:
             if hasattr(block, name):
                 return getattr(block, name)
-    return _branch(block, site.kind)
+    return _find_branch(block, site.kind)
 
 
 def find_module_paths(model: nn.Module, sites: Iterable[Site]) -> dict[Site, str]:
@@ -198,8 +198,8 @@ def find_module_paths(model: nn.Module, sites: Iterable[Site]) -> dict[Site, str
 def add_hook(
     model: nn.Module, site: Site, function: Callable[[Tensor], Tensor | None]
 ) -> RemovableHandle:
-    """Call function(x) with x, the output of the module of `site` (its input for mlp_in), and
-    replace x by the result unless it is None.
+    """Call function(x) in each forward pass, where x is the output of the module of `site` (its
+    input for mlp_in), and replace x by the result unless it is None.
 
     x: [sequences, context, d_site], or [sequences * context, d_site] at OPT's MLP, in the model's
     dtype.
@@ -217,7 +217,7 @@ def add_hook(
     return module.register_forward_hook(lambda module, args, output: replace_first(output))
 
 
-def _branch(block: nn.Module, kind: Kind) -> nn.Module:
+def _find_branch(block: nn.Module, kind: Kind) -> nn.Module:
     """The attention or the MLP of a block, recognised by the name of the child or of its class."""
     children = {
         name: child

@@ -59,8 +59,8 @@ class SpliceScores(NamedTuple):
     kl: float
     """Mean KL(clean || spliced) of the next-token distributions."""
     ce_error: float | None = None
-    """Cross-entropy with function(source) replaced by its mean: of target = function(source) +
-    error, the error alone is left to tell tokens apart. None if not measured."""
+    """Cross-entropy with function(source) replaced by its mean, but its error, target -
+    function(source), left in place: what the error alone predicts. None if not measured."""
 
 
 def score_baseline(
@@ -78,7 +78,7 @@ def score_baseline(
     tokens, keep, batch, advance, ranks: as in `score_splices`; mean [d_out]: the mean activation.
     """
     ablations = [lambda _, y: torch.zeros_like(y), lambda _, y: mean.to(y).expand_as(y)]
-    clean, (zero, mean_ablated), _ = _means(
+    clean, (zero, mean_ablated), _ = _measure_means(
         model, tokens, target, target, ablations, keep, batch, advance, ranks
     )
     return SpliceBaseline(ce_clean=clean, ce_zero=zero, ce_mean=mean_ablated)
@@ -101,15 +101,15 @@ def score_splices(
 
     tokens, keep (bool): [sequences, context]; functions: float32 [n, d_in] -> [n, d_out];
     baseline: of the same tokens and keep; batch: sequences per forward pass; advance is called
-    with the number of sequences just done. The clean model runs once for all functions. `ranks`
-    share out the batches, and all call the functions equally often: these may communicate.
-    Only positions in `keep` are replaced, in the ablations too: an SAE never sees BOS and other
-    special tokens. The scores are means over the predictions of kept tokens. `means`: the mean
-    output [d_out] of each function, to measure `ce_error` too, at the cost of a pass for each.
+    with the number of sequences just done. The clean model runs once for all functions. The batches
+    are shared out over `ranks`, which all call the functions equally often, as these may
+    communicate. Only positions in `keep` are replaced, in the ablations too: an SAE never sees BOS
+    and other special tokens. The scores are means over the predictions of kept tokens. `means`: the
+    mean output [d_out] of each function, to measure `ce_error` too (one more pass for each).
     """
     edits = [partial(_ignore_target, function) for function in functions]
     edits += [partial(_keep_error, *pair) for pair in zip(functions, means, strict=False)]
-    clean, ce, kl = _means(
+    clean, ce, kl = _measure_means(
         model, tokens, source, target, edits, keep, batch, advance, ranks, with_kl=True
     )
     zero, spliced_ce, error_ce = baseline.ce_zero, ce[: len(functions)], ce[len(functions) :]
@@ -137,7 +137,7 @@ def _keep_error(function: Function, mean: Tensor, x: Tensor, y: Tensor) -> Tenso
 
 
 @torch.no_grad()
-def _means(
+def _measure_means(
     model: nn.Module,
     tokens: Tensor,
     source: Site,
@@ -150,24 +150,24 @@ def _means(
     with_kl: bool = False,
 ) -> tuple[float, list[float], list[float]]:
     """Mean cross-entropy of the clean model, then mean cross-entropy and KL with each edit."""
-    targets = int(keep[:, 1:].sum())
-    if targets == 0:
+    predictions = int(keep[:, 1:].sum())
+    if predictions == 0:
         raise ValueError("keep marks no token after the first position: nothing to score")
     batches = list(zip(tokens.split(batch), keep.split(batch), strict=True))
-    chunks: list[list[list[float]]] = []  # sums of each chunk of logits of this rank's batches
+    chunk_sums: list[list[list[float]]] = []  # of each of this rank's batches
     for start in range(0, len(batches), ranks.size):
-        at_once = batches[start : start + ranks.size]
+        round_batches = batches[start : start + ranks.size]
         # In the last round, ranks without a batch repeat one: edits may communicate.
-        ids, kept = at_once[min(ranks.rank, len(at_once) - 1)]
-        chunks.append(_sum_chunks(model, ids, kept, source, target, edits, with_kl))
-        advance(sum(len(ids) for ids, _ in at_once))
-    by_rank = ranks.gather_values(chunks)
+        ids, kept = round_batches[min(ranks.rank, len(round_batches) - 1)]
+        chunk_sums.append(_sum_chunks(model, ids, kept, source, target, edits, with_kl))
+        advance(sum(len(ids) for ids, _ in round_batches))
+    by_rank = ranks.gather_values(chunk_sums)
     sums = [0.0] * (1 + (1 + with_kl) * len(edits))
     for i in range(len(batches)):  # in the order of a single rank, for the same rounding
         for chunk in by_rank[i % ranks.size][i // ranks.size]:
             sums = [total + x for total, x in zip(sums, chunk, strict=True)]
-    clean, *others = (total / targets for total in sums)
-    return clean, others[: len(edits)], others[len(edits) :]
+    clean, *edited = (total / predictions for total in sums)
+    return clean, edited[: len(edits)], edited[len(edits) :]
 
 
 def _sum_chunks(
@@ -179,8 +179,8 @@ def _sum_chunks(
     edits: Sequence[Edit],
     with_kl: bool,
 ) -> list[list[float]]:
-    """Sums over each LOGIT_ROWS predictions of a batch [sequences, context]: cross-entropy of the
-    clean model, cross-entropies with each edit and, if asked for, each KL."""
+    """Sums over each chunk of LOGIT_ROWS predictions of a batch [sequences, context]: cross-entropy
+    of the clean model, then the cross-entropy and, `with_kl`, the KL with each edit."""
     ids = ids.to(find_computing_device(model), torch.long)
     output = run_body(model, ids)
     device = output.last_hidden_state.device  # of the last block
@@ -191,13 +191,13 @@ def _sum_chunks(
         with replace_activations(model, source, target, splice_kept(kept, edit)):
             hidden.append(run_body(model, ids).last_hidden_state[sequence, position])
     chunks = []
-    for ids_part, first, *others in zip(
+    for ids_part, clean_hidden, *edited_hidden in zip(
         *(x.split(LOGIT_ROWS) for x in (target_ids, *hidden)), strict=True
     ):
-        clean = compute_logits(model, output, first)
+        clean = compute_logits(model, output, clean_hidden)
         ce, kl = [_cross_entropy(clean, ids_part)], []
-        for other in others:
-            spliced = compute_logits(model, output, other)
+        for part in edited_hidden:
+            spliced = compute_logits(model, output, part)
             ce.append(_cross_entropy(spliced, ids_part))
             if with_kl:
                 kl.append(compute_kl(clean, spliced).cpu().double().sum().item())
@@ -208,10 +208,10 @@ def _sum_chunks(
 def run_body(model: nn.Module, tokens: Tensor, use_cache: bool = False, **settings):
     """Run a causal LM without its head on tokens [sequences, context]; returns the output of
     transformers, whose `last_hidden_state` [sequences, context, d] the head reads."""
-    return _body(model)(input_ids=tokens, use_cache=use_cache, **settings)
+    return _find_body(model)(input_ids=tokens, use_cache=use_cache, **settings)
 
 
-def _body(model: nn.Module) -> nn.Module:
+def _find_body(model: nn.Module) -> nn.Module:
     # base_model of Llama 4 and Mllama is the whole model
     return model.base_model if model.base_model is not model else getattr(model, "model", model)
 
@@ -228,7 +228,8 @@ def compute_logits(model: nn.Module, output, hidden: Tensor) -> Tensor:
         calls.append(True)
         return type(output)(last_hidden_state=hidden[None])
 
-    bodies = {_body(model), find_text_decoder(model)} - {model}  # OPT calls the decoder directly
+    # OPT calls the decoder directly
+    bodies = {_find_body(model), find_text_decoder(model)} - {model}
     forwards = [(module, vars(module).pop("forward", None)) for module in bodies]
     try:
         for module in bodies:
@@ -249,11 +250,12 @@ def compute_logits(model: nn.Module, output, hidden: Tensor) -> Tensor:
 
 
 def splice_kept(kept: Tensor, edit: Edit) -> Edit:
-    """edit(x, y) at the kept positions [sequences, context], in float32, and y at the others."""
+    """An edit that applies `edit` at the kept positions [sequences, context], in float32, and
+    leaves y as it is at the others."""
 
     def apply(x: Tensor, y: Tensor) -> Tensor:
-        result, at_y = y.clone(), kept.view(y.shape[:-1])
-        result[at_y] = edit(x[kept.view(x.shape[:-1])].float(), y[at_y].float()).to(y.dtype)
+        result, kept_y = y.clone(), kept.view(y.shape[:-1])
+        result[kept_y] = edit(x[kept.view(x.shape[:-1])].float(), y[kept_y].float()).to(y.dtype)
         return result
 
     return apply

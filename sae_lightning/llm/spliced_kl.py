@@ -4,9 +4,9 @@
                            \\                      |                               | KL
                             -> reconstruction -> leaf  -> blocks -> hidden -> logits     spliced
 
-The gradient goes back from the KL to the leaf, a batch of sequences at a time and through the
-blocks after the target only, whose weights get none. The SAE's gradient follows from it in the
-caller's backward pass. Shapes: n = kept tokens, d_in and d_out = widths of source and target.
+The gradient goes back from the KL to the leaf, a batch of sequences at a time, only through the
+blocks after the target, and the LLM's weights get none. The caller's backward pass continues from
+the leaf to the SAE. Shapes: n = kept tokens, d_in and d_out = widths of source and target.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,7 +35,8 @@ class CleanRun(NamedTuple):
 
 @torch.no_grad()
 def run_clean(model: nn.Module, tokens: Tensor, keep: Tensor) -> CleanRun:
-    """Run the LLM without its head on tokens [sequences, context], of which SAEs replace `keep`."""
+    """Run the LLM without its head on tokens [sequences, context]; `keep`: where SAEs replace
+    activations."""
     tokens = tokens.to(find_computing_device(model), torch.long)
     return CleanRun(tokens, keep, run_body(model, tokens))
 

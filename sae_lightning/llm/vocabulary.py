@@ -12,7 +12,7 @@ from sae_lightning.llm.load import LLM
 def find_special_ids(tokenizer) -> list[int]:
     """Ascending ids of the special tokens (BOS, EOS, padding, ...) that have a row in the LLM's
     embedding."""
-    rows = _rows(tokenizer)
+    rows = _read_embedding_rows(tokenizer)
     return sorted(i for i in set(tokenizer.all_special_ids) if rows is None or i < rows)
 
 
@@ -44,7 +44,7 @@ def check_ids(
     remedy: str = "leave it out, or give the LLM that was trained with this tokenizer",
 ) -> None:
     """UserError if one of `ids`, which come from `where`, has no row in the LLM's embedding."""
-    rows = _rows(tokenizer)
+    rows = _read_embedding_rows(tokenizer)
     if rows is not None and len(ids) and (highest := int(np.max(ids))) >= rows:
         token = tokenizer.convert_ids_to_tokens(highest)
         raise UserError(
@@ -53,9 +53,9 @@ def check_ids(
         )
 
 
-def _rows(tokenizer) -> int | None:
+def _read_embedding_rows(tokenizer) -> int | None:
     """Number of rows of the LLM's embedding; None unless the tokenizer has more tokens."""
-    return getattr(tokenizer, "rows", None)
+    return getattr(tokenizer, "embedding_rows", None)
 
 
 def read_vocabulary(llm: LLM) -> list[str]:
@@ -84,12 +84,12 @@ def read_vocabulary(llm: LLM) -> list[str]:
 def _decode(tokenizer, pieces: list[str]) -> dict[str, str]:
     """Text of pieces as the tokenizer decodes them, for tokenizers other than byte-level BPE."""
     # A piece that is decoded first would lose its leading space, so another token precedes it.
-    front = tokenizer.encode("a", add_special_tokens=False)[-1:]
-    ids = [[*front, i] for i in tokenizer.convert_tokens_to_ids(pieces)]
-    start, *texts = tokenizer.batch_decode([front, *ids], clean_up_tokenization_spaces=False)
+    prefix = tokenizer.encode("a", add_special_tokens=False)[-1:]
+    ids = [[*prefix, i] for i in tokenizer.convert_tokens_to_ids(pieces)]
+    prefix_text, *texts = tokenizer.batch_decode([prefix, *ids], clean_up_tokenization_spaces=False)
     return {
         # half a character decodes to U+FFFD; the piece itself already names the byte (<0xE2>)
-        piece: piece if "\ufffd" in text else text.removeprefix(start)
+        piece: piece if "\ufffd" in text else text.removeprefix(prefix_text)
         for piece, text in zip(pieces, texts, strict=True)
     }
 

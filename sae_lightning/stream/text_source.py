@@ -158,7 +158,7 @@ class TextSource(Source):
             self.llm, self.data, self.seed, llm, text.train, sites, resumed, ahead, own
         )
         about = {"LLM": f"{self.llm.name}, {self.llm.dtype.name} on {rows.device}"}
-        if llm.tokenizer.borrowed:
+        if llm.tokenizer.lacks_bos_and_eos:
             bos, separator = llm.tokenizer.convert_ids_to_tokens([*text.train.packing[1:]])
             about["special tokens"] = (
                 f"the tokenizer names none: {bos} opens sequences and {separator} ends documents "

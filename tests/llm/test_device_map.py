@@ -188,7 +188,7 @@ def test_a_run_may_be_resumed_where_the_llm_is_spread_otherwise_but_not_quantise
         "local_files_only": r".* use HF_HUB_OFFLINE=1 in the environment",
         "load_in_8bit": r".* use llm\.load\.quantization_config=\{load_in_8bit:true\}",
         "tp_plan": r"llm\.load\.tp_plan: tensor parallelism .*; use llm\.load\.device_map=auto",
-        "use_kernels": r"llm\.load\.use_kernels: not passed on; there are device_map, .*",
+        "use_kernels": r"llm\.load\.use_kernels: not passed on .*; choose from device_map, .*",
     }.items(),
 )
 def test_other_arguments_are_refused(name, line):

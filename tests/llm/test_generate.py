@@ -9,7 +9,7 @@ import torch
 from sae_lightning.errors import UserError
 from sae_lightning.llm.generate import (
     Sampling,
-    _processors,
+    _make_processors,
     compute_surprisal,
     encode_prompt,
     generate,
@@ -110,7 +110,7 @@ def test_samples_have_the_probabilities_of_the_model():
     chosen = []
     for seed in range(500):
         scores = logits
-        for step in _processors(Sampling(temperature=2.0, seed=seed)):
+        for step in _make_processors(Sampling(temperature=2.0, seed=seed)):
             scores = step(PROMPT[None], scores)
         chosen.append(scores.argmax().item())
     share = torch.bincount(torch.tensor(chosen), minlength=4) / 500

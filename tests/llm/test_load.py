@@ -135,7 +135,7 @@ def test_long_texts_are_encoded_without_a_warning(tiny, caplog):
         ({"batch": 0}, "llm.batch=0: sequences per forward pass; give 1 or more"),
         ({"device": "tpu"}, "llm.device=tpu: unknown; choose auto, cpu, cuda, cuda:N or mps"),
         ({"name": ""}, "llm.name=: empty; give smollm2, a hub name or a local folder"),
-        ({"revision": "v2"}, "llm.revision=v2: only a hub model has revisions"),
+        ({"revision": "v2"}, "llm.revision=v2: only a model on the hub has revisions"),
     ],
 )
 def test_a_bad_setting_names_itself_and_the_remedy(settings, message):

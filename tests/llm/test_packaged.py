@@ -85,5 +85,5 @@ def test_a_damaged_one_is_named_with_what_to_do(cache, text):
         (cache / "config.json").write_text(text)
     with pytest.raises(UserError) as error:
         load_llm(LLMConfig(name="smollm2", device="cpu"))
-    line = f"llm.name=smollm2: {cache} is damaged; delete this folder, it is made again"
+    line = f"llm.name=smollm2: {cache} is damaged; delete it, and it will be made again"
     assert str(error.value) == line

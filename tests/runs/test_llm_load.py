@@ -83,7 +83,7 @@ def test_a_strangers_run_cannot_make_transformers_run_code(tmp_path):
     job = Job(config=make(), folder=tmp_path)
     job.config.llm.load["use_kernels"] = True
     (tmp_path / CONFIG_FILE).write_text(format_config(job))
-    with pytest.raises(UserError, match=r"llm\.load\.use_kernels: not passed on; .*"):
+    with pytest.raises(UserError, match=r"llm\.load\.use_kernels: not passed on to .*"):
         read_job(tmp_path)
 
 
