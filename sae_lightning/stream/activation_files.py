@@ -12,6 +12,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,8 +30,11 @@ from sae_lightning.stream.states import LLM_DTYPES
 SUFFIXES = (".safetensors", ".npy", ".parquet")
 UNNAMED = Site(0, Kind.resid)  # site of a matrix whose name is not that of a site
 FINGERPRINT_ROWS = 1024  # rows in a fingerprint
+OPEN_SHARDS = 128  # files that are kept open at a time: a process may often have 1024
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 FLOATS |= {str(kind).removeprefix("torch."): kind for kind in FLOATS.values()}
+
+Reader = Callable[[int, int], Tensor]
 
 
 class MatrixFile(NamedTuple):
@@ -42,7 +46,7 @@ class MatrixFile(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype | str
     """A str if the numbers are not floating-point."""
-    names: Sequence[str]
+    names: tuple[str, ...]
     """Names that it can be called by: of the tensor, the file, its folder and those above."""
 
     def __str__(self) -> str:
@@ -60,7 +64,7 @@ class MatrixFile(NamedTuple):
             return f"has the shape {list(self.shape)}; save a matrix [rows, d]"
         return None
 
-    def make_reader(self) -> Callable[[int, int], Tensor]:
+    def make_reader(self) -> Reader:
         """Return a function of two row numbers that reads the rows between them, from an mmap."""
         if self.file.lower().endswith(".safetensors"):
             tensor = safe_open(self.file, "pt").get_slice(self.name)
@@ -74,16 +78,20 @@ class MatrixFile(NamedTuple):
 
 
 class SavedMatrix:
-    """The activations [rows, width] at one site, in the order of its files."""
+    """The activations [rows, width] at one site, in the order of its files.
 
-    def __init__(self, site: Site, shards: Sequence[MatrixFile]) -> None:
-        self.site, self.shards = site, shards
+    `open_shard` is `MatrixFile.make_reader`, with a cache that the sites share.
+    """
+
+    def __init__(
+        self, site: Site, shards: Sequence[MatrixFile], open_shard: Callable[[MatrixFile], Reader]
+    ) -> None:
+        self.site, self.shards, self._open_shard = site, shards, open_shard
         self.rows, self.width = sum(shard.shape[0] for shard in shards), shards[0].shape[1]
         kinds = {shard.dtype for shard in shards}
         same = len(kinds) == 1 and kinds <= {*LLM_DTYPES}
         self.dtype = shards[0].dtype if same else torch.float32
         self._ends = np.cumsum([shard.shape[0] for shard in shards])
-        self._open: dict[int, Callable[[int, int], Tensor]] = {}
 
     def read_rows(self, ranges: Sequence[tuple[int, int]]) -> Tensor:
         """Read the rows start to stop - 1 of each range -> [n, width].
@@ -101,8 +109,8 @@ class SavedMatrix:
             )
         return x
 
-    def open_files(self) -> None:
-        """Open every file. UserError: one cannot be read."""
+    def check_files(self) -> None:
+        """Open every file once. UserError: one cannot be read."""
         for number in range(len(self.shards)):
             self._get_reader(number)
 
@@ -126,12 +134,9 @@ class SavedMatrix:
             yield self._get_reader(shard)(place, place + count).to(self.dtype)
             start += count
 
-    def _get_reader(self, number: int) -> Callable[[int, int], Tensor]:
-        if number not in self._open:
-            shard = self.shards[number]
-            with _explain_errors(shard.file):
-                self._open[number] = shard.make_reader()
-        return self._open[number]
+    def _get_reader(self, number: int) -> Reader:
+        with _explain_errors(self.shards[number].file):
+            return self._open_shard(self.shards[number])
 
 
 @contextmanager
@@ -178,7 +183,11 @@ def find_matrices(path: Path, names: Mapping[str, str], where: str) -> dict[Site
             f"there are {', '.join(called)}"
         )
     found = found or {UNNAMED: _pick_unnamed(shards, where)}
-    return {site: _join_shards(site, found[site], where) for site in sorted(found)}
+    open_shard = lru_cache(OPEN_SHARDS)(MatrixFile.make_reader)
+    return {
+        site: SavedMatrix(site, _check_shards(site, found[site], where), open_shard)
+        for site in sorted(found)
+    }
 
 
 def _pick_unnamed(shards: Sequence[MatrixFile], where: str) -> list[MatrixFile]:
@@ -196,7 +205,8 @@ def _pick_unnamed(shards: Sequence[MatrixFile], where: str) -> list[MatrixFile]:
     return usable
 
 
-def _join_shards(site: Site, shards: Sequence[MatrixFile], where: str) -> SavedMatrix:
+def _check_shards(site: Site, shards: list[MatrixFile], where: str) -> list[MatrixFile]:
+    """The shards; UserError unless they can be one matrix."""
     first = shards[0]
     for shard in shards:
         if shard.refusal:
@@ -206,18 +216,18 @@ def _join_shards(site: Site, shards: Sequence[MatrixFile], where: str) -> SavedM
                 f"{where}: {first} has {first.shape[1]} columns, but {shard} has "
                 f"{shard.shape[1]}; the rows of a site ({site}) have one width"
             )
-    return SavedMatrix(site, shards)
+    return shards
 
 
 def _list_shards(file: str, path: Path) -> list[MatrixFile]:
     """List what a file below `path` holds, with the names that it can be called by."""
     base = path if path.is_dir() else next(p for p in path.absolute().parents if p.exists())
     below = Path(os.path.relpath(file, base))
-    outer = [below.stem, *reversed(below.parts[:-1])]
+    outer = (below.stem, *reversed(below.parts[:-1]))
     with _explain_errors(file):
         entries = _read_headers(file)
     return [
-        MatrixFile(file, name, tuple(shape), dtype, [name, *outer] if name else outer)
+        MatrixFile(file, name, tuple(shape), dtype, (name, *outer) if name else outer)
         for name, (shape, dtype) in entries.items()
     ]
 

@@ -58,7 +58,9 @@ def test_saes_of_other_concepts_are_not_compared(runs, tmp_path):
 def test_a_sweep_is_compared_once_and_a_new_sae_again(runs, tmp_path, monkeypatch):
     first = add_stable_features(tmp_path, runs)
     compared, compare = [], repeated._measure_shares
-    monkeypatch.setattr(repeated, "_measure_shares", lambda *rows: compared.append(1) or compare(*rows))
+    monkeypatch.setattr(
+        repeated, "_measure_shares", lambda *rows: compared.append(1) or compare(*rows)
+    )
     assert add_stable_features(tmp_path, runs) == first and not compared
     decoder = torch.eye(FEATURES, WIDTH)
     sae = build_sae(ARCHITECTURES["relu"].config(features=FEATURES), WIDTH, WIDTH)

@@ -1,6 +1,8 @@
 """Activations from files: which matrix is at which site, every row once an epoch, exact resume."""
 
+import os
 import re
+import resource
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +15,7 @@ from sae_lightning import UserError
 from sae_lightning.llm.load import LLMConfig
 from sae_lightning.llm.sites import Kind, LayerConfig, Site
 from sae_lightning.stream import make_source
-from sae_lightning.stream.activation_files import UNNAMED, find_matrices
+from sae_lightning.stream.activation_files import OPEN_SHARDS, UNNAMED, find_matrices
 from sae_lightning.stream.activations import ActivationsConfig
 from sae_lightning.stream.saved_rows import split_rows
 
@@ -85,6 +87,22 @@ def test_the_rows_of_a_matrix_in_several_files_are_read_as_they_were_saved(tmp_p
     assert torch.equal(read_all(found[UNNAMED]), torch.from_numpy(x).to(dtype))
     some = found[UNNAMED].read_rows([(38, 42), (19, 22)])
     assert torch.equal(some, torch.from_numpy(x[[38, 39, 40, 41, 19, 20, 21]]).to(dtype))
+
+
+def test_more_shards_than_a_process_may_open_are_read(tmp_path):
+    x = matrix(OPEN_SHARDS + 60)
+    for number, row in enumerate(x):
+        np.save(tmp_path / f"{number:03}.npy", row[None])
+    found = find_matrices(tmp_path, {}, "data.path=acts")[UNNAMED]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(
+        resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + OPEN_SHARDS + 20, hard)
+    )
+    try:
+        found.check_files()
+        assert torch.equal(read_all(found), torch.from_numpy(x))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_a_site_is_named_by_tensor_column_file_or_folder(tmp_path):
