@@ -88,9 +88,7 @@ def _run_pass(planned: PlannedPass) -> HeldOutResults:
     heads, outcome = parts.module.heads, "failed"
     try:
         open_other_loggers(planned, heads)
-        results = _fit(planned, parts)
-        outcome = "success"
-        return results
+        return _fit(planned, parts)
     except (KeyboardInterrupt, SystemExit):
         outcome = "stopped"
         raise
@@ -98,8 +96,12 @@ def _run_pass(planned: PlannedPass) -> HeldOutResults:
         for head in heads:
             with suppress(WriteError):  # an earlier write error has been reported
                 head.log.close()
+        outcomes = [
+            "failed" if h.failure else "success" if (h.folder / METRICS_FILE).is_file() else outcome
+            for h in heads
+        ]
         finish_loggers(
-            [(log, "failed" if h.failure else outcome) for h in heads for log in h.log.others]
+            [(log, o) for h, o in zip(heads, outcomes, strict=True) for log in h.log.others]
         )
 
 

@@ -26,6 +26,7 @@ from sae_lightning.training.logger_settings import (
     MLflowConfig,
     WandbConfig,
 )
+from sae_lightning.training.loggers import CSVCurves
 from sae_lightning.training.settings import OptimConfig
 
 ROOT = Path(__file__).parents[2]
@@ -115,6 +116,18 @@ def test_the_table_holds_tensorboards_curves_and_a_resumed_run_replaces_later_ro
     assert weights(job.folder) == weights(plain.folder), "a logger changes nothing about training"
     assert not (plain.folder / "csv").exists()
     assert "logger" not in (job.folder / "sae" / "cfg.json").read_text()
+
+
+def test_a_run_that_is_scored_has_ended_even_if_its_sweep_is_stopped(tmp_path, monkeypatch):
+    """Asked to stop in its last update, the sweep starts no other pass; this one is whole."""
+    good, bad = sweep(tmp_path, CSV)
+    outcomes = []
+    monkeypatch.setattr(CSVCurves, "finish", lambda _, outcome: outcomes.append(outcome))
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        interrupt(patch, 60, stop(signal.SIGTERM))
+        passes.train_jobs([good, bad])
+    assert (good.folder / "metrics.json").is_file()
+    assert outcomes == ["success", "failed"]
 
 
 def test_a_planted_link_is_not_written_through(tmp_path, monkeypatch):
