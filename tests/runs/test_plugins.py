@@ -32,6 +32,21 @@ class OwnLoss(AuxKLoss):
 
 ARCHITECTURES["mine"] = Architecture(Own, TopK, OwnLoss)
 """
+NEW_DATA = """
+from dataclasses import dataclass
+from sae_lightning.stream import SOURCES
+from sae_lightning.stream.synthetic import SyntheticConfig, SyntheticSource
+
+@dataclass(slots=True, kw_only=True)
+class PuzzlesConfig(SyntheticConfig):
+    kind: str = "puzzles"
+
+class PuzzlesSource(SyntheticSource):
+    settings = PuzzlesConfig
+    metrics = frozenset({"solved"})
+
+SOURCES["puzzles"] = PuzzlesSource
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -92,6 +107,16 @@ def test_without_plugins_nothing_changes():
     groups = set(ConfigStore.instance().repo)
     assert load_parts(["seed=1", "-m"]) == ["seed=1", "-m"]
     assert set(ConfigStore.instance().repo) == groups
+
+
+def test_the_metrics_of_an_own_kind_of_data_can_be_the_objective(tmp_path):
+    (tmp_path / "own_data.py").write_text(NEW_DATA)
+    typed = load_parts(
+        ["plugins=[own_data]", "llm=none", "data=puzzles", "sweep.objective=-solved"]
+    )
+    assert compose_config(typed).config.sweep.objective == "-solved"
+    with pytest.raises(UserError, match=r"objective=solved is not measured on text: choose from"):
+        compose_config(load_parts(["sweep.objective=solved"]))
 
 
 def test_a_preset_of_the_users_comes_before_the_option(tmp_path):
