@@ -109,7 +109,7 @@ class SavedMatrix:
             )
         return x
 
-    def check_files(self) -> None:
+    def try_files(self) -> None:
         """Open every file once. UserError: one cannot be read."""
         for number in range(len(self.shards)):
             self._get_reader(number)

@@ -143,7 +143,7 @@ class ActivationsSource(NoLLMSource):
             found = self.read_headers()
             matrices = {site: found[site] for site in own}
             for matrix in matrices.values():
-                matrix.check_files()
+                matrix.try_files()
         return matrices, self._split([found[site] for site in sites])
 
     def open_data(
