@@ -16,6 +16,7 @@ from sae_lightning.llm.sites import SitePair, distinct_sites
 from sae_lightning.llm.splice import LOGIT_ROWS
 from sae_lightning.runs.config import Config
 from sae_lightning.sae import ARCHITECTURES, count_parameters
+from sae_lightning.sae.controls import Control
 from sae_lightning.scoring.scorecard import MAX_TOKENS_AT_ONCE
 from sae_lightning.training.settings import Accelerator
 
@@ -34,7 +35,7 @@ class PassMemory(NamedTuple):
     weights and, because SAEs compute one after another, the activations of one SAE."""
 
     heads: list[int]
-    """Per SAE: weights, gradients and Adam's two moments in fp32, and a copy in bf16."""
+    """Per SAE: weights, gradients, Adam's state, and decoder rows of its start."""
 
     hidden: int
     """Per SAE, in evaluation: the LLM's last hidden states with the reconstruction spliced in."""
@@ -117,14 +118,14 @@ def estimate_memory(
         for c in configs
     ]
     computing, exported = max(zip(batches, (16 * n for n in weights), strict=True), key=sum)
-    warm = [n if c.model.start else 0 for n, c in zip(weights, configs, strict=True)]
+    warm = [n for n, c in zip(weights, configs, strict=True) if c.model.start]
     parts = {
         ("data.pool",): 2 * config.data.pool * row,  # copied for a checkpoint
         ("llm.batch",): ranks * data.rows * row,
         ("eval.tokens",): config.eval.tokens * row,
         ("llm.name",): data.shared * element_bytes,
         ("model.features", "trainer.batch"): computing,
-        ("model.features",): exported + 12 * max(warm),  # the start as it is read
+        ("model.features",): exported + 12 * max(warm, default=0),  # the start as it is read
     }
     tuned = [
         llm.layers - pair.target.layer for c, pair in zip(configs, sites, strict=True) if c.loss.kl
@@ -133,11 +134,17 @@ def estimate_memory(
         kept = data.rows * max(tuned) * KEPT_WIDTHS * llm.width
         logits = 8 * LOGIT_ROWS * llm.vocabulary  # beside those of evaluation
         parts[("loss.kl", "llm.batch")] = (kept + logits) * element_bytes
-    return PassMemory(
-        parts,
-        [18 * n + start for n, start in zip(weights, warm, strict=True)],
-        data.per_sae * element_bytes,
-    )
+    heads = [_count_head_bytes(c, pair, llm) for c, pair in zip(configs, sites, strict=True)]
+    return PassMemory(parts, heads, data.per_sae * element_bytes)
+
+
+def _count_head_bytes(config: Config, sites: SitePair, llm: LLMShape) -> int:
+    """Weights, gradients and Adam's two moments in fp32, a copy in bf16, and the decoder rows of
+    the start that are kept: in half precision of a warm start, in fp32 of a soft-frozen decoder."""
+    weights = count_parameters(config.model, *map(llm.width_at, sites))
+    rows = config.model.features * llm.width_at(sites.target)
+    is_soft = config.model.control is Control.soft_frozen_decoder
+    return 18 * weights + (weights if config.model.start else 4 * rows * is_soft)
 
 
 def check_memory(

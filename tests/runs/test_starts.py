@@ -197,6 +197,21 @@ def test_reading_the_start_and_keeping_its_rows_is_counted(save, tmp_path):
     assert needed[0] - needed[1] == 2 * 2 * 40 * D
 
 
+def test_the_random_rows_of_a_soft_frozen_decoder_are_counted():
+    """40 x 16 in float32."""
+    typed = ("data=synthetic", "model.features=40", "llm.dtype=float32")
+    shape, sites = LLMShape(12, D, None, 0), LayerConfig(index=3).resolve_sites(12)
+    one, other = (
+        estimate_memory(
+            [compose_start(*typed, f"model.control={kind}")],
+            [sites],
+            shape,
+        )
+        for kind in ("soft_frozen_decoder", "frozen_decoder")
+    )
+    assert one.heads[0] - other.heads[0] == 4 * 40 * D and one.parts == other.parts
+
+
 def test_nothing_at_the_start_is_one_line(save, tmp_path):
     with pytest.raises(UserError, match=r"^model\.start=[^ ]*/none: no such folder or file"):
         compose_start("model.start=none")
