@@ -3,21 +3,25 @@
 import json
 from collections.abc import Mapping
 
-# Settings, or prefixes of groups, in which the seeds and controls of one experiment differ, or
-# which change nothing about an SAE.
-NOT_COMPARED = ("seed", "data.seed", "model.seed", "model.control", "resume", "plugins")
-GROUPS_NOT_COMPARED = ("sweep.", "logger.", "trainer.")
+# Prefixes of the settings that change no number of an SAE by more than rounding.
+ONLY_ROUNDING = (
+    *("llm.device", "llm.attn", "llm.load.device_map", "llm.load.max_memory", "llm.load.offload_"),
+    "data.cache",
+    "data.kind",  # follows from the other settings; old checkpoints lack it
+    *(f"trainer.{name}" for name in ("accelerator", "devices", "nodes", "split", "patience")),
+    *("trainer.threads", "trainer.keep_every"),
+    *("logger", "sweep", "plugins", "resume"),
+)
+# In which the seeds and controls of one experiment may differ.
+NOT_COMPARED = (
+    *ONLY_ROUNDING,
+    *("trainer.products", "trainer.log_every", "trainer.checkpoint_every", "eval.every"),
+    *("seed", "data.seed", "model.seed", "model.control"),
+)
 
 
 def identify_experiment(settings: Mapping[str, object]) -> str:
     """A key that a trained SAE, its repetitions with other seeds and its controls share, from all
-    settings by dotted name. (`trainer.tokens` and `trainer.batch` are compared.)"""
-    compared = {
-        name: value
-        for name, value in settings.items()
-        if name not in NOT_COMPARED
-        and (
-            name in ("trainer.tokens", "trainer.batch") or not name.startswith(GROUPS_NOT_COMPARED)
-        )
-    }
+    settings by dotted name."""
+    compared = {k: v for k, v in settings.items() if not k.startswith(NOT_COMPARED)}
     return json.dumps(compared, sort_keys=True, default=str)

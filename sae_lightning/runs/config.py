@@ -19,6 +19,7 @@ from omegaconf.errors import MissingMandatoryValue
 from sae_lightning.errors import UserError, check_finite
 from sae_lightning.llm.load import LLMConfig
 from sae_lightning.llm.sites import LayerConfig
+from sae_lightning.report.experiments import ONLY_ROUNDING
 from sae_lightning.runs.search import BENCHMARK_OBJECTIVES, SweepConfig
 from sae_lightning.runs.words import translate_setting
 from sae_lightning.sae import ARCHITECTURES, Loss, SAEConfig
@@ -51,24 +52,7 @@ CHANGES_ON_RESUME = (
     *(f"trainer.{name}=" for name in (*DEVICE_SETTINGS, "threads", "keep_every")),
 )
 # Prefixes of the settings that may change when a run is resumed.
-FREE_ON_RESUME = (
-    "llm.device",
-    "llm.attn",
-    "llm.load.device_map",
-    "llm.load.max_memory",
-    "llm.load.offload_",
-    "trainer.accelerator",
-    *(f"trainer.{name}" for name in DEVICE_SETTINGS),
-    "trainer.threads",
-    "trainer.keep_every",
-    "data.cache",
-    "data.kind",  # follows from the other settings; old checkpoints lack it
-    "eval",
-    "logger",
-    "sweep",
-    "plugins",
-    "resume",
-)
+FREE_ON_RESUME = (*ONLY_ROUNDING, "eval")
 
 
 @dataclass(slots=True, kw_only=True)

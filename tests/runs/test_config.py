@@ -14,6 +14,7 @@ from hydra.errors import ConfigCompositionException
 from sae_lightning.errors import UserError
 from sae_lightning.llm.load import Dtype
 from sae_lightning.llm.sites import Kind
+from sae_lightning.report.experiments import identify_experiment
 from sae_lightning.runs.config import Config, find_conf_folder
 from sae_lightning.runs.jobs import (
     CONFIG_FILE,
@@ -49,6 +50,24 @@ def hydra():
     register_schemas()
     with initialize_config_dir(find_conf_folder(), version_base="1.3"):
         yield
+
+
+def test_an_experiment_is_all_settings_but_seeds_controls_and_what_changes_at_most_rounding():
+    own = make("model.features=64").to_flat_dict()
+
+    def list_compared(group: str) -> set[str]:
+        names = [name for name in own if name.startswith(f"{group}.")]
+        found = identify_experiment(own)
+        return {name for name in names if identify_experiment(own | {name: "other"}) != found}
+
+    assert list_compared("trainer") == {"trainer.tokens", "trainer.batch", "trainer.precision"}
+    assert list_compared("eval") == {"eval.tokens", "eval.loss_tokens"}
+    assert not {"llm.device", "llm.attn"} & list_compared("llm") and "llm.dtype" in list_compared(
+        "llm"
+    )
+    assert not {"data.cache", "data.cache_folder", "data.seed"} & list_compared("data")
+    kept = {name for name in own if name.startswith("model.")} - list_compared("model")
+    assert kept == {"model.seed", "model.control"}
 
 
 def make(*overrides: str) -> Config:
