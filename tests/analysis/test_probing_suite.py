@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from subjects import make_subject
 from tiny_llm import TEXT
 
 from sae_lightning.analysis.benchmarks import benchmark_objective, probing_sets, probing_suite
+from sae_lightning.analysis.benchmarks.benchmark import Benchmark
 from sae_lightning.analysis.benchmarks.benchmark_task import BENCHMARKS, BenchmarkTask
 from sae_lightning.analysis.benchmarks.last_tokens import read_last_tokens
 from sae_lightning.analysis.benchmarks.probing_scores import ProbingScores
@@ -32,9 +34,11 @@ from sae_lightning.analysis.benchmarks.sparse_probes import (
     split_texts,
 )
 from sae_lightning.errors import UserError
+from sae_lightning.files import write_json
 from sae_lightning.llm.capture import capture
 from sae_lightning.llm.load import LLMConfig
 from sae_lightning.llm.sites import LayerConfig
+from sae_lightning.runs.folders import METRICS_FILE
 from sae_lightning.runs.jobs import Job
 from sae_lightning.runs.search import BENCHMARK_OBJECTIVES, SweepConfig, compute_objective
 from sae_lightning.sae.controls import Control
@@ -238,6 +242,31 @@ def test_a_difference_within_its_noise_over_sets_is_not_called_one():
     assert math.isnan(one.average_sets("neurons", 16)[1]) and math.isnan(
         one.measure_spread("neurons", 16)
     )
+
+
+def test_the_score_of_a_finished_run_is_read_if_it_was_made_with_the_same_settings_since(
+    monkeypatch, tiny, tmp_path
+):
+    """As when a search is resumed, or tries the same settings twice."""
+    calls, file = [], tmp_path / "analysis" / "benchmark-probing.json"
+    usual = {"sets": "usual", "sets_folder": None, "texts": 1000, "splits": 2}
+
+    def score(task, given):
+        calls.append(task.suite)
+        return Benchmark({"score": 0.8, "settings": usual}, [], 0.8), None
+
+    monkeypatch.setattr(BenchmarkTask, "score", score)
+    monkeypatch.setattr(BenchmarkTask, "publish", lambda *args: write_json(file, args[2]))
+    job = Job(config=make_subject(tiny("llama")).config, folder=tmp_path)
+    file.parent.mkdir()
+    write_json(tmp_path / METRICS_FILE, {})
+    assert [benchmark_objective.score_job(job, "probing") for _ in range(3)] == [0.8] * 3
+    assert calls == ["probing"]
+    os.utime(tmp_path / METRICS_FILE, (2e9, 2e9))  # trained on since then
+    benchmark_objective.score_job(job, "probing")
+    os.utime(tmp_path / METRICS_FILE, (1e9, 1e9))
+    write_json(file, {"score": 0.9, "settings": usual | {"splits": 5}})
+    assert benchmark_objective.score_job(job, "probing") == 0.8 and len(calls) == 3
 
 
 def test_a_search_maximises_the_score_of_a_benchmark(monkeypatch, tiny):

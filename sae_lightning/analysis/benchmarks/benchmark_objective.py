@@ -1,10 +1,16 @@
 """Trains jobs whose objective may be the score of a benchmark (`sweep.objective=probing`)."""
 
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
+from sae_lightning.errors import UserError
+from sae_lightning.runs.folders import METRICS_FILE, read_json
 from sae_lightning.runs.jobs import Job
 from sae_lightning.runs.passes import train_jobs
 from sae_lightning.runs.search import BENCHMARK_OBJECTIVES
+from sae_lightning.terminal import console, make_visible
 
 
 def train_and_score(jobs: Sequence[Job]) -> list[dict[str, float] | None]:
@@ -28,12 +34,31 @@ def train_and_score(jobs: Sequence[Job]) -> list[dict[str, float] | None]:
 
 def score_job(job: Job, suite: str) -> float:
     """Run a suite with its default settings on a trained SAE; its page and numbers go into the run
-    folder."""
-    from sae_lightning.analysis.benchmarks.benchmark_task import BenchmarkTask
+    folder. If they are there since the SAE was trained, the score is read from them."""
+    from sae_lightning.analysis.benchmarks.benchmark_task import BENCHMARKS, BenchmarkTask
 
     config = job.config
     groups = {"llm": config.llm, "data": config.data, "layer": config.layer}
     task = BenchmarkTask(run=str(job.folder), task="benchmark", suite=suite, **groups)
+    settings = {name: getattr(task, name) for name in BENCHMARKS[suite].settings}
+    known = _read_score(job.folder, f"{task.results_name}.json", settings)
+    if known is not None:
+        console.print(make_visible(f"{job.folder} has its score of suite={suite}"))
+        return known
     result, subject = task.score(())
     task.publish(subject, result.numbers, result.sections)
     return result.score
+
+
+def _read_score(run: Path, name: str, settings: dict[str, Any]) -> float | None:
+    """The score in a file of results that was made with these settings since the run has finished;
+    None without one."""
+    path = run / "analysis" / name
+    with suppress(FileNotFoundError, UserError):
+        if path.stat().st_mtime < (run / METRICS_FILE).stat().st_mtime:
+            return None
+        numbers = read_json(path)
+        if isinstance(numbers, dict) and numbers.get("settings") == settings:
+            score = numbers.get("score")
+            return score if isinstance(score, float) else None
+    return None
