@@ -69,6 +69,7 @@ class Sweep(Callback):
         params = [f"{k}={v}" for k, v in (config.hydra.sweeper.get("params") or {}).items()]
         # typed overrides beat those of a preset, and the last one wins if a setting is repeated
         overrides = list({o.key_or_group: o for o in parse(params) + typed_overrides}.values())
+        _refuse_several_seeds(config, overrides)
         excluded = ",".join(f"'{o.key_or_group}'" for o in overrides if not _has_several_values(o))
         with read_write(config):  # each job is composed with this
             config.hydra.overrides.hydra.append(
@@ -178,6 +179,17 @@ def _refuse_expansion(config: DictConfig, remedy: str) -> None:
     if seeds > 1 or controls:
         name = f"sweep.seeds={seeds}" if seeds > 1 else "sweep.controls=true"
         raise UserError(f"{name}: {remedy}")
+
+
+def _refuse_several_seeds(config: DictConfig, overrides: Iterable[Override]) -> None:
+    """UserError if seeds are swept and `sweep.seeds` would add others to each of them."""
+    swept = [o for o in overrides if _has_several_values(o)]
+    seeds = [o.input_line for o in swept if o.key_or_group in ("seed", "model.seed")]
+    if seeds and config.sweep.seeds > 1:
+        raise UserError(
+            f"sweep.seeds={config.sweep.seeds}: it trains each SAE with several seeds, and "
+            f"{seeds[0]} with others: leave one of them out"
+        )
 
 
 def _make_new_folder(config: DictConfig, kind: str) -> None:

@@ -1,6 +1,7 @@
 """`sweep.seeds` and `sweep.controls` add runs to a sweep, which could be typed one by one."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -86,11 +87,6 @@ def test_an_added_run_is_the_run_that_its_overrides_describe(typed):
 
 
 def test_what_is_typed_is_trained_once_and_keeps_its_folder(typed):
-    seeds = typed(*((f"model.seed={n}", [f"model.seed={n}", "sweep.seeds=2"]) for n in (0, 1)))
-    assert names(expand_jobs(seeds)) == [
-        ["model.seed=0", "model.seed=1"],
-        ["model.seed=1", "model.seed=2"],
-    ]
     both = [(f"model.control={name}", [f"model.control={name}"]) for name in ("null", "pca")]
     controls = typed(*((name, [*each, "sweep.controls=true"]) for name, each in both))
     trained, pca = names(expand_jobs(controls))
@@ -137,6 +133,14 @@ def test_controls_have_the_concepts_of_their_sae_and_its_seed_if_possible(typed,
     (tmp_path / "c_pca" / "metrics.json").unlink()
     assert find_controls(tmp_path / "b") == {Control.pca: tmp_path / "a_pca"}
     assert find_controls(tmp_path / "c") == {}
+
+
+@pytest.mark.parametrize("seeds", ["seed=0,1", "model.seed=range(3)"])
+def test_seeds_that_are_typed_and_added_are_refused(tmp_path, monkeypatch, seeds):
+    """Each typed seed would get others: model.seed=0,1 sweep.seeds=2 would train 0, 1 and 2."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=rf"^sweep\.seeds=2: .*{re.escape(seeds)} with others"):
+        train_sweep(*SMALL, seeds, "sweep.seeds=2")
 
 
 def test_a_plain_run_and_other_launchers_say_that_they_add_nothing(tmp_path, monkeypatch):
