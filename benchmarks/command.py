@@ -9,7 +9,8 @@ from hydra import compose, initialize_config_dir
 from sae_lightning.errors import UserError
 from sae_lightning.runs.cli import explain_error
 from sae_lightning.runs.config import find_conf_folder
-from sae_lightning.runs.jobs import Job, make_job, register_schemas
+from sae_lightning.runs.jobs import Job, make_job
+from sae_lightning.runs.schemas import register_schemas
 
 
 def run_command(main: Callable[[list[str]], None]) -> None:

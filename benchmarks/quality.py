@@ -35,8 +35,9 @@ from sae_lightning.llm.load import pick_dtype
 from sae_lightning.llm.packaged import dequantise
 from sae_lightning.runs.cli import explain_error
 from sae_lightning.runs.config import Config, find_conf_folder, to_dataclass
-from sae_lightning.runs.jobs import Job, make_job, register_schemas
+from sae_lightning.runs.jobs import Job, make_job
 from sae_lightning.runs.passes import train_jobs
+from sae_lightning.runs.schemas import register_schemas
 from sae_lightning.sae import ARCHITECTURES
 from sae_lightning.terminal import console, phase
 

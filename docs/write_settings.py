@@ -18,7 +18,8 @@ import yaml
 
 from sae_lightning.analysis.task import Task
 from sae_lightning.analysis.tasks import TASKS
-from sae_lightning.runs.config import Config
+from sae_lightning.runs.config import Config, list_options
+from sae_lightning.runs.schemas import register_schemas
 from sae_lightning.sae import ARCHITECTURES
 from sae_lightning.stream import SOURCES
 
@@ -90,6 +91,7 @@ def main() -> None:
 
 def page() -> str:
     """Text of docs/settings.md."""
+    register_schemas()
     parts = [TITLE + _overview()]
     for group, schema in get_type_hints(Config).items():
         if is_dataclass(schema):
@@ -147,12 +149,15 @@ def _owners(group: str, schema: type) -> dict[str, dict[Setting, Any]]:
 
 def _names(group: str) -> list[str]:
     """The presets of a group."""
-    return sorted(file.stem for file in CONF.glob(f"{group}/*.yaml"))
+    return list_options().get(group, [])
 
 
 def _changes(group: str, preset: str) -> dict[str, Any]:
     """What a preset sets, by dotted name."""
-    text = (CONF / group / f"{preset}.yaml").read_text()
+    file = CONF / group / f"{preset}.yaml"
+    if not file.is_file():
+        return {"model.name": preset, "model.seed": "${seed}"} if group == "model" else {}
+    text = file.read_text()
     tree = yaml.safe_load(text) or {}
     tree.pop("defaults", None)
     return _flatten(tree, "" if "@package _global_" in text else f"{group}.")

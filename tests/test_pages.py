@@ -38,7 +38,7 @@ from tiny_run import write_text
 
 from sae_lightning.runs.arguments import open_dict_settings
 from sae_lightning.runs.config import find_conf_folder
-from sae_lightning.runs.jobs import register_schemas
+from sae_lightning.runs.schemas import register_schemas
 
 # Composed and checked, but not run.
 COMPOSED = {

@@ -224,8 +224,8 @@ class Config:
 
 
 def list_options() -> dict[str, list[str]]:
-    """Group -> its presets in conf/, and plugins' own options."""
-    groups: dict[str, list[str]] = {}
+    """Group -> its presets in conf/, and its options without one."""
+    groups: dict[str, list[str]] = {"model": []}
     for path in Path(find_conf_folder()).glob("*/*.yaml"):
         groups.setdefault(path.parent.name, []).append(path.stem)
     stored = ConfigStore.instance().repo

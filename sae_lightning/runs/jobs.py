@@ -1,14 +1,13 @@
 """Jobs, made from a composed config or read from run folders."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -17,21 +16,14 @@ from sae_lightning.errors import UserError
 from sae_lightning.llm.packaged import PACKAGED
 from sae_lightning.report.sweep_table import split_overrides
 from sae_lightning.runs.arguments import join_sweep_values
-from sae_lightning.runs.config import CHANGES_ON_RESUME, Config, list_presets, to_dataclass
+from sae_lightning.runs.config import CHANGES_ON_RESUME, Config, to_dataclass
 from sae_lightning.runs.logger_choice import change_loggers, list_destinations, resolve_loggers
-from sae_lightning.runs.resolvers import name_job_folder, pick_loss_preset
 from sae_lightning.runs.saved import OVERRIDES_KEY, read_settings, refuse_plugins
 from sae_lightning.runs.starts import apply_start, locate_start
 from sae_lightning.sae import ARCHITECTURES
 from sae_lightning.stream import SOURCES
 from sae_lightning.stream.local_files import make_absolute
-from sae_lightning.terminal import (
-    format_command,
-    format_program,
-    make_visible,
-    quote_setting,
-    shorten_path,
-)
+from sae_lightning.terminal import format_command, make_visible, quote_setting, shorten_path
 
 if TYPE_CHECKING:
     from sae_lightning.training.logging import HParams
@@ -97,31 +89,6 @@ def format_resume_command(jobs: Sequence[Job]) -> str:
     return format_command("train.py", "-m", resume=join_sweep_values(names), **settings)
 
 
-def register_schemas(tasks: Mapping[str, type] | None = None) -> None:
-    """Register resolvers and schemas with Hydra (under `schema/`, so that users do not see them as
-    options). `tasks`: name -> schema, for analyze.py."""
-    store = ConfigStore.instance()
-    store.store(group="schema", name="root", node=Config)
-    for group, table in (
-        ("model", {name: row.config for name, row in ARCHITECTURES.items()}),
-        ("loss", {name: row.loss for name, row in ARCHITECTURES.items()}),
-        ("data", {name: row.settings for name, row in SOURCES.items()}),
-    ):
-        for name, schema in table.items():
-            store.store(group=f"schema/{group}", name=name, node=schema)
-    for name, schema in (tasks or {}).items():
-        node = OmegaConf.merge(schema, {"task": name})
-        store.store(group="task", name=name, node=node, package="_global_")
-    launcher = {"_target_": "hydra_plugins.one_pass_launcher.OnePassLauncher"}
-    store.store(group="hydra/launcher", name="one_pass", node=launcher)
-    OmegaConf.register_new_resolver("run_folder", pick_run_folder, replace=True)
-    OmegaConf.register_new_resolver("sweep_folder", pick_sweep_folder, replace=True)
-    OmegaConf.register_new_resolver("loss_of", pick_loss_preset, replace=True)
-    OmegaConf.register_new_resolver("job_folder", name_job_folder, replace=True)
-    OmegaConf.register_new_resolver("presets", list_presets, replace=True)
-    OmegaConf.register_new_resolver("program", format_program, replace=True)
-
-
 def pick_run_folder(existing: str | None) -> str:
     """`hydra.run.dir`: outputs/<day>/<time>, or the run folder that is resumed."""
     if not existing:
@@ -138,13 +105,6 @@ def pick_run_folder(existing: str | None) -> str:
             "outputs/2026-01-31/12-00-00"
         )
     return existing
-
-
-def pick_sweep_folder(existing: str | None, day: str, time: str) -> str:
-    """`hydra.sweep.dir`: multirun/<day>/<time>, or the folder of the sweep that is resumed."""
-    if existing and is_sweep(Path(existing)):
-        return existing
-    return f"multirun/{day}/{time}"
 
 
 def is_sweep(folder: Path) -> bool:

@@ -10,18 +10,14 @@ import sys
 import traceback
 from collections.abc import Iterable, Mapping
 from importlib.metadata import entry_points
-from pathlib import Path
 from typing import Any
 
 from hydra._internal.utils import get_args_parser
-from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
 
 from sae_lightning.errors import UserError
 from sae_lightning.runs.arguments import quote_if_needed
-from sae_lightning.runs.config import DATA_PRESETS, find_conf_folder
-from sae_lightning.runs.jobs import register_schemas
 from sae_lightning.runs.saved import name_module
+from sae_lightning.runs.schemas import register_schemas
 from sae_lightning.sae import ARCHITECTURES
 from sae_lightning.stream import SOURCES
 
@@ -34,9 +30,8 @@ def load_parts(arguments: list[str], tasks: dict[str, type] | None = None) -> li
     the arguments with `plugins` as Hydra takes it. `tasks`: TASKS, for analyze.py."""
     given = {a: _read_names(a) for a in arguments if a.lstrip("+").startswith(f"{SETTING}=")}
     import_plugins([name for names in given.values() for name in names], tasks)
-    register_schemas(tasks)
     flags, _ = get_args_parser().parse_known_intermixed_args(arguments)
-    _store_options(flags.config_dir)
+    register_schemas(tasks, flags.config_dir)
     quoted = {a: ",".join(map(quote_if_needed, names)) for a, names in given.items()}
     return [f"{SETTING}=[{quoted[a]}]" if a in given else a for a in arguments]
 
@@ -99,26 +94,3 @@ def _import_one(what: str, module: str, tables: Mapping[str, dict[str, Any]]) ->
             if table[name] is not row:
                 table[name] = row
                 raise UserError(f"{what}: the {kind} {name} is there already; choose another name")
-
-
-def _store_options(config_dir: str | None) -> None:
-    """Make each architecture, objective and kind of data without a preset an option of its group.
-    (Hydra refuses a preset that has the name of an option.)"""
-    store = ConfigStore.instance()
-    folders = [Path(folder) for folder in (find_conf_folder(), config_dir) if folder]
-    for group, table, fixed in (
-        ("model", {n: r.config for n, r in ARCHITECTURES.items()}, {"seed": "${seed}"}),
-        ("loss", {name: row.loss for name, row in ARCHITECTURES.items()}, None),
-        (
-            "data",
-            {n: r.settings for n, r in SOURCES.items() if n not in DATA_PRESETS.values()},
-            {},
-        ),
-    ):
-        key = "kind" if group == "data" else "name"
-        for name, schema in table.items():
-            store.repo.get(group, {}).pop(f"{name}.yaml", None)  # of an earlier call
-            if any((folder / group / f"{name}.yaml").is_file() for folder in folders):
-                continue
-            own = {} if fixed is None else {key: name} | fixed
-            store.store(group=group, name=name, node=OmegaConf.merge(schema, own))

@@ -30,7 +30,7 @@ from sae_lightning.files import make_jsonable
 from sae_lightning.runs.arguments import check_arguments
 from sae_lightning.runs.cli import explain_error
 from sae_lightning.runs.config import find_conf_folder, to_dataclass
-from sae_lightning.runs.jobs import register_schemas
+from sae_lightning.runs.schemas import register_schemas
 from sae_lightning.sae import ARCHITECTURES
 
 # what a task cannot do without

@@ -16,7 +16,8 @@ from sae_lightning import UserError, train, train_sweep
 from sae_lightning.files import make_jsonable
 from sae_lightning.runs import passes
 from sae_lightning.runs.config import find_conf_folder
-from sae_lightning.runs.jobs import make_job, read_job, register_schemas
+from sae_lightning.runs.jobs import make_job, read_job
+from sae_lightning.runs.schemas import register_schemas
 
 SMALL = (
     *("data=synthetic", "data.concepts=32", "data.dim=16", "data.l0=3", "data.pool=256"),

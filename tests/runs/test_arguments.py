@@ -21,7 +21,7 @@ from sae_lightning.errors import PACKAGES, UserError
 from sae_lightning.runs.arguments import check_arguments
 from sae_lightning.runs.cli import explain_error
 from sae_lightning.runs.config import find_conf_folder
-from sae_lightning.runs.jobs import register_schemas
+from sae_lightning.runs.schemas import register_schemas
 from sae_lightning.runs.sweep import Sweep
 
 ROOT = Path(__file__).parents[2]

@@ -40,14 +40,8 @@ from sae_lightning.runs.cli import (
     refuse_second_task,
 )
 from sae_lightning.runs.config import Config, find_conf_folder
-from sae_lightning.runs.jobs import (
-    CONFIG_FILE,
-    Job,
-    format_config,
-    make_job,
-    read_job,
-    register_schemas,
-)
+from sae_lightning.runs.jobs import CONFIG_FILE, Job, format_config, make_job, read_job
+from sae_lightning.runs.schemas import register_schemas
 from sae_lightning.runs.words import TRANSLATIONS
 from sae_lightning.sae import ARCHITECTURES, SAEConfig
 from sae_lightning.sae.relu import ReLULoss

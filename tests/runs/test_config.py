@@ -24,9 +24,8 @@ from sae_lightning.runs.jobs import (
     pick_run_folder,
     read_job,
     read_overrides,
-    register_schemas,
 )
-from sae_lightning.runs.resolvers import name_job_folder
+from sae_lightning.runs.schemas import name_job_folder, register_schemas
 from sae_lightning.sae import ARCHITECTURES
 from sae_lightning.sae.relu import ReLULoss
 from sae_lightning.stream import SOURCES
@@ -109,24 +108,25 @@ def test_without_options_it_is_the_packaged_llm_and_text():
     assert type(config.loss) is ReLULoss
 
 
-def test_an_option_of_a_group_is_a_file_of_its_folder():
+def test_an_option_of_a_group_is_a_file_of_its_folder_or_an_architecture():
     """Schemas stay out of `python train.py --help`'s lists and of `model=...`."""
     loader = GlobalHydra.instance().config_loader()
     groups = {folder.name for folder in CONF.iterdir() if any(folder.glob("*.yaml"))}
-    assert {"llm", "data", "layer", "model", "loss", "optim", "trainer"} <= groups
-    for group in groups:
-        files = sorted(file.stem for file in (CONF / group).glob("*.yaml"))
-        assert sorted(loader.get_group_options(group)) == files
+    assert {"llm", "data", "layer", "loss", "optim", "trainer"} <= groups
+    for group in groups | {"model"}:
+        options = {file.stem for file in (CONF / group).glob("*.yaml")}
+        options |= ARCHITECTURES.keys() if group in ("model", "loss") else set()
+        assert sorted(loader.get_group_options(group)) == sorted(options)
 
 
-def test_every_architecture_and_every_source_has_a_schema_and_a_preset():
+def test_every_architecture_and_every_source_has_a_schema_and_is_an_option():
     known = ConfigStore.instance()
     for group, table in (("model", ARCHITECTURES), ("loss", ARCHITECTURES), ("data", SOURCES)):
         assert set(known.list(f"schema/{group}")) == {f"{name}.yaml" for name in table}
     for name in ARCHITECTURES:
-        assert (CONF / "model" / f"{name}.yaml").is_file()
-        assert (CONF / "loss" / f"{name}.yaml").is_file()
-        assert make(f"model={name}").model.name == name
+        config = make(f"model={name}", "seed=3")
+        assert (config.model.name, config.model.seed) == (name, 3)
+        assert type(config.loss) is ARCHITECTURES[name].loss
 
 
 def test_an_llm_brings_a_layer_and_the_user_may_choose_another():

@@ -10,7 +10,8 @@ from hydra import compose, initialize_config_dir
 
 from sae_lightning.runs.config import find_conf_folder
 from sae_lightning.runs.hparams import make_hparams
-from sae_lightning.runs.jobs import Job, make_job, read_swept_settings, register_schemas
+from sae_lightning.runs.jobs import Job, make_job, read_swept_settings
+from sae_lightning.runs.schemas import register_schemas
 from sae_lightning.training.logging import HeadLog
 
 pytestmark = pytest.mark.filterwarnings("ignore:html5lib's sanitizer is deprecated")

@@ -9,14 +9,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from sae_lightning.errors import UserError
 from sae_lightning.runs.arguments import open_dict_settings, sweep_settings_of_swept_groups
 from sae_lightning.runs.config import Config, find_conf_folder
-from sae_lightning.runs.jobs import (
-    CONFIG_FILE,
-    Job,
-    format_config,
-    make_job,
-    read_job,
-    register_schemas,
-)
+from sae_lightning.runs.jobs import CONFIG_FILE, Job, format_config, make_job, read_job
+from sae_lightning.runs.schemas import register_schemas
 
 MEMORY = {0: "20GiB", "cpu": "60GiB"}
 

@@ -8,13 +8,8 @@ from tiny_run import synthetic_job
 from sae_lightning.errors import UserError
 from sae_lightning.runs import logger_choice
 from sae_lightning.runs.config import find_conf_folder
-from sae_lightning.runs.jobs import (
-    CONFIG_FILE,
-    format_config,
-    format_resume_command,
-    make_job,
-    register_schemas,
-)
+from sae_lightning.runs.jobs import CONFIG_FILE, format_config, format_resume_command, make_job
+from sae_lightning.runs.schemas import register_schemas
 from sae_lightning.training.logger_settings import LoggerConfig, MLflowConfig, WandbConfig
 
 TEAM = LoggerConfig(wandb=WandbConfig(use=True, project="p", entity="team"))

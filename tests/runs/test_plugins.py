@@ -11,8 +11,9 @@ from hydra.core.config_store import ConfigStore
 
 from sae_lightning.errors import UserError
 from sae_lightning.runs.config import find_conf_folder, list_presets
-from sae_lightning.runs.jobs import CONFIG_FILE, format_config, make_job, read_job, register_schemas
+from sae_lightning.runs.jobs import CONFIG_FILE, format_config, make_job, read_job
 from sae_lightning.runs.plugins import import_plugins, load_parts
+from sae_lightning.runs.schemas import register_schemas
 from sae_lightning.sae import ARCHITECTURES
 from sae_lightning.stream import SOURCES
 

@@ -28,8 +28,8 @@ from sae_lightning.runs.jobs import (
     make_job,
     make_jobs,
     read_job,
-    register_schemas,
 )
+from sae_lightning.runs.schemas import register_schemas
 from sae_lightning.runs.sweep import HYDRA_RECORD, Sweep
 from sae_lightning.sae import SAEConfig
 from sae_lightning.sae.relu import ReLULoss

@@ -14,8 +14,9 @@ from sae_lightning.llm.sites import Kind, LayerConfig
 from sae_lightning.runs.checks import _count_checkpoint_bytes
 from sae_lightning.runs.cli import read_arguments
 from sae_lightning.runs.config import Config, find_conf_folder
-from sae_lightning.runs.jobs import Job, format_config, make_job, read_job, register_schemas
+from sae_lightning.runs.jobs import Job, format_config, make_job, read_job
 from sae_lightning.runs.memory import estimate_memory
+from sae_lightning.runs.schemas import register_schemas
 from sae_lightning.runs.starts import check_start, choose_architecture, forget_starts
 from sae_lightning.sae import ARCHITECTURES, build_sae
 

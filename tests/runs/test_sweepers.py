@@ -23,7 +23,7 @@ from tiny_run import write_text
 
 from sae_lightning.runs import jobs
 from sae_lightning.runs.config import Config, find_conf_folder, to_dataclass
-from sae_lightning.runs.jobs import register_schemas
+from sae_lightning.runs.schemas import register_schemas
 from sae_lightning.runs.search import SweepConfig, compute_objective
 from sae_lightning.runs.sweep import Sweep
 from sae_lightning.sae import ARCHITECTURES

@@ -24,7 +24,8 @@ from sae_lightning.report.sweep_report import write_report
 from sae_lightning.runs import passes, run
 from sae_lightning.runs.config import find_conf_folder
 from sae_lightning.runs.folders import read_sweep_runs
-from sae_lightning.runs.jobs import make_job, read_job, register_schemas
+from sae_lightning.runs.jobs import make_job, read_job
+from sae_lightning.runs.schemas import register_schemas
 from sae_lightning.sae import ARCHITECTURES
 from sae_lightning.sae.controls import Control
 from sae_lightning.sae.relu import ReLULoss
