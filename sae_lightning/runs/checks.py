@@ -18,7 +18,6 @@ from sae_lightning.runs.run import make_head
 from sae_lightning.runs.starts import check_start
 from sae_lightning.sae import count_parameters
 from sae_lightning.sae.products import has_sparse_products
-from sae_lightning.stream.synthetic import SyntheticConfig
 from sae_lightning.terminal import console, make_visible, quote_setting
 from sae_lightning.training.integrity import check_checkpoint, open_checkpoint
 from sae_lightning.training.settings import (
@@ -84,7 +83,7 @@ def check_jobs(jobs: list[Job]) -> list[CheckedJob]:
         _check_folder(job)
         _check_loss_tokens(job)
         _check_kl(job)
-        _check_world(job)
+        _check_seeds(job)
         check_loggers(job.config.logger)
     if any(job.config.data != config.data for job in jobs):
         raise UserError(
@@ -156,13 +155,12 @@ def _check_kl(job: Job) -> None:
         )
 
 
-def _check_world(job: Job) -> None:
+def _check_seeds(job: Job) -> None:
     """UserError if seeds are typed with which the SAE would start at the synthetic concepts."""
-    data, seed = job.config.data, job.config.model.seed
-    typed = any("seed=" in override for override in job.overrides)
-    if isinstance(data, SyntheticConfig) and data.seed == seed and typed and not job.resumed:
+    seed, typed = job.config.model.seed, any("seed=" in override for override in job.overrides)
+    if getattr(job.config.data, "seed", None) == seed and typed and not job.resumed:
         raise UserError(
-            f"data.seed={data.seed}: an SAE with model.seed={seed} would start at the very "
+            f"data.seed={seed}: an SAE with model.seed={seed} would start at the very "
             "concepts that it has to find; give another seed"
         )
 

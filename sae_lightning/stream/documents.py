@@ -43,6 +43,16 @@ class SplitText(NamedTuple):
     """The other texts of a mixture."""
 
 
+class Documents(NamedTuple):
+    """Documents with all their columns."""
+
+    data: "Dataset | IterableDataset"
+    first: dict | None
+    """The first row, perhaps without its values; None if there is no document."""
+    where: str
+    """The setting that names the data, with its value, for messages."""
+
+
 def make_documents(texts: list[str]) -> "Dataset":
     """Make a data set with a row for each text."""
     from datasets import Dataset, Features, Value
@@ -153,8 +163,9 @@ def _joined(data: "Dataset", rows: np.ndarray, part: "Buffer", name: str) -> "Da
     return concatenate_datasets([data.select(rows), Dataset(table, fingerprint=known)])
 
 
-def keep_text_column(data: Any, row: dict | None, column: str, where: str) -> Any:
+def keep_text_column(documents: Documents, column: str) -> Any:
     """Keep one column and call it `text`. UserError: no such column, or it is not text."""
+    data, row, where = documents
     if row is None:
         raise UserError(f"{where}: there is no document in it; give data that holds text")
     if column not in row:

@@ -9,6 +9,7 @@ from sae_lightning.errors import UserError
 from sae_lightning.llm.quiet import mute_libraries
 from sae_lightning.stream.documents import (
     OFFLINE_PRESETS,
+    Documents,
     SplitText,
     keep_text_column,
     summarise_cause,
@@ -98,10 +99,10 @@ class HubSource(TextSource):
         config = self.data
         where = f"data.name={config.name}"
         if config.held_out_split is not None:
-            parts = (_load_hub(config, split) for split in (config.split, config.held_out_split))
+            parts = (_open_split(config, name) for name in (config.split, config.held_out_split))
             return SplitText(*parts, where)
         n = config.held_out_documents or HELD_OUT_DOCUMENTS
-        data = _load_hub(config, config.split)
+        data = _open_split(config, config.split)
         if config.streaming:
             # take() and skip() come before any shuffling and fix the order of the files, so that
             # the first n documents are the same in every epoch.
@@ -113,8 +114,15 @@ class HubSource(TextSource):
             )
         return SplitText(data.select(range(n, len(data))), data.select(range(n)), where)
 
+    def open_labelled(self, label: str) -> Documents:
+        return _load_split(self.data, self.data.split)
 
-def _load_hub(config: HubConfig, split: str) -> "Dataset | IterableDataset":
+
+def _open_split(config: HubConfig, split: str) -> "Dataset | IterableDataset":
+    return keep_text_column(_load_split(config, split), config.column)
+
+
+def _load_split(config: HubConfig, split: str) -> Documents:
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
 
@@ -136,4 +144,4 @@ def _load_hub(config: HubConfig, split: str) -> "Dataset | IterableDataset":
             f"data.name={config.name}: cannot be read ({summarise_cause(error)}); "
             f"without a network use {OFFLINE_PRESETS}"
         ) from error
-    return keep_text_column(data, row, config.column, f"data.name={config.name}")
+    return Documents(data, row, f"data.name={config.name}")

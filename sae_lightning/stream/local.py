@@ -11,7 +11,13 @@ from sae_lightning.llm.chat import ChatEncoder
 from sae_lightning.llm.load import load_tokenizer
 from sae_lightning.llm.packaged import LLMShape
 from sae_lightning.stream.chat_files import copy_chats
-from sae_lightning.stream.documents import SplitText, hold_out, keep_text_column, summarise_cause
+from sae_lightning.stream.documents import (
+    Documents,
+    SplitText,
+    hold_out,
+    keep_text_column,
+    summarise_cause,
+)
 from sae_lightning.stream.local_files import (
     check_files,
     check_json,
@@ -107,6 +113,20 @@ class LocalSource(TextSource):
             texts.append(text._replace(weight=weight / total, where=f"data.path={config.path}"))
         return texts[0]._replace(others=tuple(texts[1:]))
 
+    def open_labelled(self, label: str) -> Documents:
+        config = self.data
+        if config.chat:
+            raise UserError(
+                f"label={label}: probes read documents of text, and data.path={config.path} holds "
+                "conversations (data.chat=true); give a text with labels as data=text data.path=..."
+            )
+        if config.weights:
+            raise UserError(
+                f"label={label}: probes read one text, and data.weights names several; give one of "
+                "them as data.path, and leave data.weights out"
+            )
+        return _load_table(config)
+
     def _check_files(self) -> None:
         """UserError: a text is not there, or a file belongs to two texts of a mixture."""
         owners: dict[str, str] = {}
@@ -127,22 +147,27 @@ class LocalSource(TextSource):
 
 def _open_split(config: LocalConfig) -> SplitText:
     """Open the text of `config`, and hold out a part of it."""
+    documents = _load_table(config)
+    if config.chat:
+        split = hold_out(documents.data, config.held_out, whole=True)
+        return split._replace(where=documents.where, assistant_only=bool(config.assistant_only))
+    return hold_out(keep_text_column(documents, config.column), config.held_out)
+
+
+def _load_table(config: LocalConfig) -> Documents:
+    """Call `load_documents`, with a UserError for any error."""
     where = f"data.path={config.path}"
     try:
         data = load_documents(config)
-        row = (
-            dict.fromkeys(data.column_names) if len(data) else None
-        )  # names only: a text may be long
+        # names only: a text may be long
+        row = dict.fromkeys(data.column_names) if len(data) else None
     except UserError:
         raise
     except Exception as error:  # datasets raises StopIteration for an empty file
         empty = isinstance(error, StopIteration)
         reason = "there is no document in it" if empty else summarise_cause(error)
         raise UserError(f"{where}: cannot be read ({reason})") from error
-    if config.chat:
-        split = hold_out(data, config.held_out, whole=True)
-        return split._replace(where=where, assistant_only=bool(config.assistant_only))
-    return hold_out(keep_text_column(data, row, config.column, where), config.held_out)
+    return Documents(data, row, where)
 
 
 def load_documents(config: LocalConfig) -> "Dataset":

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from sae_lightning.errors import UserError
-from sae_lightning.llm.load import LLM, Attention, Dtype, LLMConfig, pick_device, pick_dtype
+from sae_lightning.llm.load import LLM, Dtype, LLMConfig, pick_device, pick_dtype
 from sae_lightning.llm.packaged import LLMShape
 from sae_lightning.llm.sites import LayerConfig, Site, SitePair
 from sae_lightning.ranks import Split
 from sae_lightning.stream.local_files import make_absolute
 
 if TYPE_CHECKING:
+    from sae_lightning.stream.documents import Documents
     from sae_lightning.stream.tokens import SplitTokens
 
 
@@ -224,12 +225,7 @@ class Source(ABC):
 
     def resolve_llm(self) -> LLMConfig:
         """Return the LLM's settings, with `auto` dtype and attention resolved for this machine."""
-        number = pick_dtype(self.llm)
-        name = Dtype(str(number).removeprefix("torch."))
-        return replace(self.llm, dtype=name, attn=self._attention(number))
-
-    def _attention(self, number: torch.dtype) -> Attention:
-        return self.llm.attn
+        return replace(self.llm, dtype=Dtype(str(pick_dtype(self.llm)).removeprefix("torch.")))
 
     @abstractmethod
     def read_shape(self) -> LLMShape:
@@ -286,6 +282,13 @@ class Source(ABC):
         opened: "tuple[LLM, SplitTokens] | None" = None,
     ) -> Any:
         """Open only the held-out data; `opened`: LLM and text, if they are loaded already."""
+
+    def open_labelled(self, label: str) -> "Documents":
+        """Open documents whose column `label` holds their classes, for probes."""
+        raise UserError(
+            f"label={label}: data={self.data.kind} holds no text with labels; give "
+            "data=shakespeare, data=text or data=hub"
+        )
 
     def describe_sites(self, sites: Sequence[SitePair], shape: LLMShape) -> dict[str, str]:
         """Facts about the sites to print, {label: text}."""

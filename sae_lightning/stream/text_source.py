@@ -3,9 +3,8 @@
 import os
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
-
-import torch
 
 from sae_lightning.errors import UserError
 from sae_lightning.llm.capture import measure_branch_scale
@@ -13,6 +12,8 @@ from sae_lightning.llm.load import (
     LLM,
     NO_LLM,
     Attention,
+    Dtype,
+    LLMConfig,
     check_load,
     check_sites,
     count_llm_parameters,
@@ -67,16 +68,17 @@ class TextSource(Source):
     def list_metrics(self, loss_tokens: int) -> tuple[frozenset[str], str]:
         return super().list_metrics(0) if loss_tokens else (frozenset(), "with eval.loss_tokens=0")
 
-    def _attention(self, number: torch.dtype) -> Attention:
-        """Resolve `auto` to eager in bf16 on a CPU, where it is a tenth faster (SmolLM2), but only
-        for short contexts: its memory grows with the square of the context."""
+    def resolve_llm(self) -> LLMConfig:
+        """Resolve `auto` attention to eager in bf16 on a CPU, where it is a tenth faster (SmolLM2),
+        but only for short contexts: its memory grows with the square of the context."""
+        llm = super().resolve_llm()
         eager = (
-            self.llm.attn is Attention.auto
-            and pick_device(self.llm).type == "cpu"
-            and number is torch.bfloat16
+            llm.attn is Attention.auto
+            and pick_device(llm).type == "cpu"
+            and llm.dtype is Dtype.bfloat16
             and self.data.context <= EAGER_CONTEXT
         )
-        return Attention.eager if eager else self.llm.attn
+        return replace(llm, attn=Attention.eager) if eager else llm
 
     def read_shape(self) -> LLMShape:
         return read_llm_shape(self.llm)

@@ -22,7 +22,7 @@ from sae_lightning.analysis.benchmarks.benchmark import Benchmark
 from sae_lightning.analysis.open_controls import open_controls
 from sae_lightning.analysis.subject import Subject
 from sae_lightning.errors import UserError
-from sae_lightning.stream.synthetic import HeldOutConcepts, SyntheticConfig
+from sae_lightning.stream.synthetic import HeldOutConcepts
 from sae_lightning.terminal import phase
 
 SAMPLES = 16_384  # of synthetic concepts
@@ -35,8 +35,8 @@ def run_absorption(subject: Subject) -> Benchmark:
     among synthetic concepts. The score is the F1 of a concept's own features, since absorption is
     least in an SAE that has no such features."""
     controls = open_controls(subject, None, most=None)
-    synthetic = isinstance(subject.config.data, SyntheticConfig)
-    samples = sample_parents(subject) if synthetic else read_first_letters(subject)
+    known = not subject.config.data_source.fits_text  # the concepts of data=synthetic
+    samples = sample_parents(subject) if known else read_first_letters(subject)
     saes, results = {"this SAE": subject.sae} | controls, {}
     with phase("counting absorption", total=len(saes)) as advance:
         for name, sae in saes.items():

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from sae_lightning.analysis.probing.pieces import FOLDS, Piece, cut_documents, cut_plays
 from sae_lightning.errors import UserError
+from sae_lightning.llm.load import NO_LLM, LLMConfig
 from sae_lightning.llm.quiet import mute_libraries
 from sae_lightning.llm.vocabulary import check_ids, find_bos_id, find_separator_id
+from sae_lightning.stream import make_source
 from sae_lightning.stream.flat import tokenise_documents
 from sae_lightning.stream.packing import Packing, Sequences
-from sae_lightning.stream.plays import PlaysConfig
-from sae_lightning.stream.source import DataConfig, TextConfig
+from sae_lightning.stream.source import DataConfig
 from sae_lightning.terminal import phase
 
 MIN_PIECES_PER_FOLD = 2  # of each class
@@ -57,17 +58,14 @@ def labelled(
 
     UserError: no such label, fewer than two classes with enough pieces, too few tokens for them.
     """
-    if not isinstance(config, TextConfig):
-        raise UserError(
-            f"data={config.kind} holds no text; give data=shakespeare, data=text or data=hub"
-        )
+    source = make_source(LLMConfig(name=NO_LLM), config, seed)
     packing = Packing(config.context, find_bos_id(tokenizer), find_separator_id(tokenizer))
     with mute_libraries(), phase("cutting labelled text"):
-        plays = isinstance(config, PlaysConfig)
+        plays = bool(source.labels)
         pieces, notes = (
             cut_plays(label, tokenizer, packing, seed)
             if plays
-            else cut_documents(config, label, seed)
+            else cut_documents(source, label, seed)
         )
         classes = pick_classes(label, pieces, tokens, packing.width)
         chosen = pick_pieces(pieces, classes, tokens // packing.width)

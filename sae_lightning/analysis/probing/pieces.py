@@ -10,12 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sae_lightning.errors import UserError
-from sae_lightning.stream.documents import OFFLINE_PRESETS, summarise_cause
+from sae_lightning.stream.documents import Documents, summarise_cause
 from sae_lightning.stream.flat import tokenise_documents
-from sae_lightning.stream.hub import HubConfig
-from sae_lightning.stream.local import LocalConfig, load_documents
 from sae_lightning.stream.packing import Packing
 from sae_lightning.stream.plays import find_plays
+from sae_lightning.stream.source import DataConfig, Source
 
 FOLDS = 4
 RIVAL_PLAYS = 4  # plays from which the two main speakers are taken
@@ -120,50 +119,30 @@ def find_rivals(plays: dict[str, tuple[str, str]]) -> dict[str, str]:
     return {f"{name} ({play})": words for play in most for name, words in pairs[play]}
 
 
-def cut_documents(
-    config: HubConfig | LocalConfig, label: str, seed: int
-) -> tuple[list[Piece], list[str]]:
+def cut_documents(source: Source, label: str, seed: int) -> tuple[list[Piece], list[str]]:
     """The beginning of each document, as text; also return notes for the reader."""
-    hub = isinstance(config, HubConfig)
-    where = f"data.name={config.name}" if hub else f"data.path={config.path}"
-    if not hub and config.chat:
-        raise UserError(
-            f"label={label}: probes read documents of text, and {where} holds conversations "
-            "(data.chat=true); give a text with labels as data=text data.path=..."
-        )
-    if not hub and config.weights:
-        raise UserError(
-            f"label={label}: probes read one text, and data.weights names several; give one of "
-            "them as data.path, and leave data.weights out"
-        )
+    documents = source.open_labelled(label)
     try:
-        data = _open_hub(config) if hub else load_documents(config)
-        texts = dict(_read_rows(data, config, label, where, seed))  # each text once
+        texts = dict(_read_rows(documents, source.data, label, seed))  # each text once
     except UserError:
         raise
     except Exception as error:  # network and file errors come from many libraries
-        without = f"; without a network use {OFFLINE_PRESETS}" if hub else ""
-        raise UserError(f"{where}: cannot be read ({summarise_cause(error)}){without}") from error
+        cause = summarise_cause(error)
+        raise UserError(f"{documents.where}: cannot be read ({cause})") from error
     names = list(texts.values())
     pieces = [*map(Piece, names, deal_folds(names, seed), texts)]
     return pieces, [
         "A probe is tested on documents that it was not fitted on; a piece is the first "
-        f"{config.context - 1} tokens of a document, or all of a shorter one."
+        f"{source.data.context - 1} tokens of a document, or all of a shorter one."
     ]
 
 
-def _open_hub(config: HubConfig) -> Any:
-    from datasets import load_dataset
-
-    return load_dataset(config.name, config.subset, split=config.split, streaming=config.streaming)
-
-
 def _read_rows(
-    data: Any, config: HubConfig | LocalConfig, label: str, where: str, seed: int
+    documents: Documents, config: DataConfig, label: str, seed: int
 ) -> Iterator[tuple[str, str]]:
     """Text and class of at most MAX_DOCUMENTS documents: random ones, or the first of a streamed
     data set."""
-    columns = list(next(iter(data), {}))
+    data, columns, where = documents.data, list(documents.first or {}), documents.where
     for setting, column in {"data.column": config.column, "label": label}.items():
         if column not in columns:
             plays = "; the packaged plays have it: data=shakespeare"
