@@ -74,18 +74,14 @@ def write_page(path: Path, page: AnalysisPage) -> None:
     if units and units.blocks.size > MAX_EMBEDDED_BYTES:
         units.index["beside"] = write_blocks(path, units.blocks)
         units = units._replace(blocks={})
-    text = _render_page(page, units)
+    text = render_page(page, units)
     with write_atomically(path) as temporary:
         temporary.write_text(text, encoding="utf8")
     remove_old_blocks(path, kept=units and units.index.get("beside"))
 
 
-def render_page(page: AnalysisPage) -> str:
-    """The HTML of `page`, with all of its data embedded."""
-    return _render_page(page, pack_catalogues(page.catalogues) if page.catalogues else None)
-
-
-def _render_page(page: AnalysisPage, units: PageData | None) -> str:
+def render_page(page: AnalysisPage, units: PageData | None) -> str:
+    """The HTML of `page`; `units`: its catalogues, packed."""
     return render_template(
         "analysis.html",
         figures=any(section.figures for section in page.sections),

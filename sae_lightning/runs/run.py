@@ -28,7 +28,7 @@ from sae_lightning.runs.plan import HeldOutResults, PlannedPass, find_leaders
 from sae_lightning.runs.report import format_speed, print_how_to_continue, print_plan, print_results
 from sae_lightning.sae import build_sae
 from sae_lightning.stream.batches import BatchStream
-from sae_lightning.stream.source import OpenedData
+from sae_lightning.stream.source import Needs, OpenedData
 from sae_lightning.terminal import console
 from sae_lightning.training.callbacks import make_callbacks
 from sae_lightning.training.callbacks.checkpoint import export_head
@@ -75,7 +75,7 @@ def run_pass(planned: PlannedPass) -> HeldOutResults:
 def _run_pass(planned: PlannedPass) -> HeldOutResults:
     jobs = planned.jobs
     config = jobs[0].config
-    opened = config.data_source.open_data(
+    needs = Needs(
         distinct_sites(planned.sites),
         tokens=config.eval.tokens,
         loss_tokens=config.eval.loss_tokens,
@@ -83,6 +83,7 @@ def _run_pass(planned: PlannedPass) -> HeldOutResults:
         resumed=jobs[0].resumed,
         own=distinct_sites([planned.sites[number] for number in planned.own_share]),
     )
+    opened = config.data_source.open_data(needs)
     parts = assemble(planned, opened)
     print_plan(planned, opened.about)
     heads, outcome = parts.module.heads, "failed"

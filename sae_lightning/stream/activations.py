@@ -20,7 +20,7 @@ from sae_lightning.stream.saved_rows import (
     SavedRows,
     split_rows,
 )
-from sae_lightning.stream.source import DataConfig, DataMemory, OpenedData
+from sae_lightning.stream.source import DataConfig, DataMemory, Needs, OpenedData
 from sae_lightning.stream.states import ANY_COUNT, expect, expect_stream
 from sae_lightning.stream.tokens import SplitTokens
 
@@ -146,20 +146,12 @@ class ActivationsSource(NoLLMSource):
                 matrix.try_files()
         return matrices, self._split([found[site] for site in sites])
 
-    def open_data(
-        self,
-        sites: Sequence[Site],
-        *,
-        tokens: int,
-        loss_tokens: int,
-        ahead: int = 0,
-        resumed: bool = False,
-        own: Sequence[Site] | None = None,
-    ) -> OpenedData:
-        matrices, blocks = self._open(sites, sites if own is None else own)
+    def open_data(self, needs: Needs) -> OpenedData:
+        own = needs.sites if needs.own is None else needs.own
+        matrices, blocks = self._open(needs.sites, own)
         device = pick_device(self.llm)
         rows = SavedRows(matrices, blocks, seed=self.seed, device=device)
-        held_out = HeldOutRows(matrices, blocks, tokens=tokens, device=device)
+        held_out = HeldOutRows(matrices, blocks, tokens=needs.tokens, device=device)
         kinds = {str(matrix.dtype).removeprefix("torch.") for matrix in matrices.values()}
         about = {
             "activations": f"{self.data.path}, {rows.rows:,} rows to train on, "

@@ -69,9 +69,7 @@ def compute_cosines(directions: Tensor, W_dec: Tensor) -> Tensor:
 def match_features(table: Tensor) -> Matching:
     """Find the one-to-one matching with the largest sum of cosines [concepts, features]; NaN counts
     as -1."""
-    from scipy.optimize import (
-        linear_sum_assignment,  # slow to import: half a second, only here
-    )
+    from scipy.optimize import linear_sum_assignment  # takes half a second
 
     table = table.nan_to_num(nan=-1.0)
     concepts, features = map(torch.from_numpy, linear_sum_assignment(table.numpy(), maximize=True))

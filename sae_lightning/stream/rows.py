@@ -130,9 +130,6 @@ class LLMRows(RowStream):
         self.llm_batches += 1
         return sequences
 
-    def close(self) -> None:
-        pass
-
     def check_not_empty(self, rows: int) -> None:
         """UserError after too many LLM batches without rows."""
         self._empty = 0 if rows else self._empty + 1

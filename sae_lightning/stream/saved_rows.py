@@ -3,7 +3,7 @@
 Shapes: n = rows, d = width of a site.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +12,6 @@ from torch import Tensor
 
 from sae_lightning.llm.placement import move_to_device
 from sae_lightning.llm.sites import Site
-from sae_lightning.ranks import Split
 from sae_lightning.stream.activation_files import SavedMatrix
 from sae_lightning.stream.documents import HOLD_OUT_SEED
 from sae_lightning.stream.source import HeldOutData, Rows, RowStream
@@ -143,9 +142,6 @@ class SavedRows(RowStream):
         # at the end of an epoch, the next one has not begun
         self._begin_epoch(1 + max(0, self._served - 1) // self.rows)
 
-    def close(self) -> None:
-        """Nothing to release: files are mapped, not locked."""
-
 
 class HeldOutRows(HeldOutData):
     """Rows that training never sees; there is no LLM whose loss could be measured."""
@@ -176,18 +172,3 @@ class HeldOutRows(HeldOutData):
             rows = self.matrices[site].read_rows(self._ranges)[: self._tokens]
             self._read[site] = rows.to(self.device)
         return self._read[site]
-
-    def prepare(self, targets: Collection[Site]) -> None:
-        """Nothing to do together: every rank reads its own rows."""
-
-    def measure_saes(
-        self,
-        source: Site,
-        target: Site,
-        saes: Sequence[Callable[[Tensor], Any]],
-        weights: Sequence[Callable[[], dict[str, Tensor]]],
-        rows: int,
-        splits: Sequence[Split],
-        means: Sequence[Tensor] = (),
-    ) -> list[None]:
-        return [None] * len(saes)

@@ -38,16 +38,12 @@ class RowStream(Protocol):
 
     sites: tuple[Site, ...]
     """The sites of its rows, ascending."""
-
     device: torch.device
     """Device that the rows are on."""
-
     max_rows: int
     """Maximum number of rows of an LLM batch."""
-
     llm_seconds: float
     """Seconds that this process has spent in the LLM, by the CPU's clock."""
-
     epoch: int
     """Number of the current pass over the text, from 1."""
 
@@ -137,16 +133,15 @@ class TextConfig(DataConfig):
         return replace(self, cache_folder=self.cache_folder and make_absolute(self.cache_folder))
 
 
-class HeldOutData(ABC):
+class HeldOutData(Protocol):
     """Activations that training never sees, on which SAEs are measured."""
 
     noun: ClassVar[str]  # as in `Source`
 
-    @abstractmethod
     def activations(self, site: Site) -> Tensor:
         """Return the activations [n, d] at `site`."""
+        ...
 
-    @abstractmethod
     def measure_saes(
         self,
         source: Site,
@@ -160,11 +155,28 @@ class HeldOutData(ABC):
         """Measure SAEs, which map [n, d_in] of `source` to [n, d_out] of `target`, on `rows` tokens
         at a time; each of `weights` returns an SAE's weights for raw activations; `splits`: how the
         features of each are spread over ranks; `means`: the mean reconstruction [d_out] of each, if
-        an LLM's loss is to be measured with the error alone, too."""
+        an LLM's loss is to be measured with the error alone, too. None for each if there is nothing
+        to measure but the error."""
+        return [None] * len(saes)
 
-    @abstractmethod
     def prepare(self, targets: Collection[Site]) -> None:
         """The part of scoring SAEs of the sites `targets` that all ranks do together, if any."""
+
+
+class Needs(NamedTuple):
+    """What a run needs of its data."""
+
+    sites: Sequence[Site]
+    tokens: int
+    """Held-out tokens."""
+    loss_tokens: int
+    """How many of them the LLM's loss is measured on."""
+    ahead: int = 0
+    """Rows to prefetch while SAEs train."""
+    resumed: bool = False
+    """Whether the run goes on without a cache if the disk has no space for it."""
+    own: Sequence[Site] | None = None
+    """The sites whose rows this rank needs, of several (None: all)."""
 
 
 class OpenedData(NamedTuple):
@@ -257,21 +269,8 @@ class Source(ABC):
         `served` batches."""
 
     @abstractmethod
-    def open_data(
-        self,
-        sites: Sequence[Site],
-        *,
-        tokens: int,
-        loss_tokens: int,
-        ahead: int = 0,
-        resumed: bool = False,
-        own: Sequence[Site] | None = None,
-    ) -> OpenedData:
-        """Open rows at `sites`, with `ahead` rows prefetched while SAEs train, and `tokens`
-        held-out tokens, `loss_tokens` of them for the LLM's loss. With several ranks, this one
-        needs only the rows at its `own` sites (None: at all).
-
-        UserError: no disk space to cache the rows (a `resumed` run goes on without caching)."""
+    def open_data(self, needs: Needs) -> OpenedData:
+        """Open rows to train on, and held-out data. UserError: no disk space to cache the rows."""
 
     @abstractmethod
     def open_held_out(

@@ -4,7 +4,7 @@ Shapes: n = samples, concepts, dim = length of an activation.
 """
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from sae_lightning.stream.source import (
     DataConfig,
     DataMemory,
     HeldOutData,
+    Needs,
     OpenedData,
     Rows,
     RowStream,
@@ -160,9 +161,6 @@ class ConceptRows(RowStream):
         self._served = state["served"]
         self._generator.set_state(state["generator"])
 
-    def close(self) -> None:
-        """Nothing to release: rows are sampled."""
-
 
 class HeldOutConcepts(HeldOutData):
     """Samples that training never sees, with the strengths of their concepts: SAEs are measured by
@@ -182,9 +180,6 @@ class HeldOutConcepts(HeldOutData):
 
     def activations(self, site: Site) -> Tensor:
         return self._x
-
-    def prepare(self, targets: Collection[Site]) -> None:
-        """Nothing to do together: every rank has all samples."""
 
     def measure_saes(
         self,
@@ -253,20 +248,10 @@ class SyntheticSource(NoLLMSource):
         widths = dict.fromkeys(sites, shape.width)
         expect_stream(state, widths, most=most, served=served, sequences=sequences)
 
-    def open_data(
-        self,
-        sites: Sequence[Site],
-        *,
-        tokens: int,
-        loss_tokens: int,
-        ahead: int = 0,
-        resumed: bool = False,
-        own: Sequence[Site] | None = None,
-    ) -> OpenedData:
-        rows = ConceptRows(
-            open_world(self.data), sites, seed=self.seed, device=pick_device(self.llm)
-        )
-        return OpenedData(rows, self.open_held_out(sites, tokens, loss_tokens), self._describe())
+    def open_data(self, needs: Needs) -> OpenedData:
+        device = pick_device(self.llm)
+        rows = ConceptRows(open_world(self.data), needs.sites, seed=self.seed, device=device)
+        return OpenedData(rows, self.open_held_out(*needs[:3]), self._describe())
 
     def open_held_out(
         self,

@@ -32,7 +32,7 @@ from sae_lightning.ranks import world
 from sae_lightning.stream.documents import SplitText
 from sae_lightning.stream.held_out import HeldOut
 from sae_lightning.stream.open_rows import open_rows, pick_cache_folder
-from sae_lightning.stream.source import DataMemory, OpenedData, Source, TextConfig
+from sae_lightning.stream.source import DataMemory, Needs, OpenedData, Source, TextConfig
 from sae_lightning.stream.states import expect, expect_rows, expect_stream
 from sae_lightning.stream.tokens import SplitTokens, open_tokens
 from sae_lightning.stream.tuning_text import TuningText
@@ -145,16 +145,8 @@ class TextSource(Source):
         widths = dict.fromkeys(sites, shape.width)
         expect_stream(state, widths, most=most, served=served, sequences=sequences)
 
-    def open_data(
-        self,
-        sites: Sequence[Site],
-        *,
-        tokens: int,
-        loss_tokens: int,
-        ahead: int = 0,
-        resumed: bool = False,
-        own: Sequence[Site] | None = None,
-    ) -> OpenedData:
+    def open_data(self, needs: Needs) -> OpenedData:
+        sites, tokens, loss_tokens, ahead, resumed, own = needs
         llm, text = opened = self.open_llm(self._blocks(sites, loss_tokens))
         rows = open_rows(
             self.llm, self.data, self.seed, llm, text.train, sites, resumed, ahead, own

@@ -20,6 +20,7 @@ from sae_lightning.llm.load import LLMConfig
 from sae_lightning.llm.sites import LayerConfig
 from sae_lightning.report.annotated import AnnotatedText
 from sae_lightning.report.page import AnalysisPage, render_page
+from sae_lightning.report.page_data import pack_catalogues
 from sae_lightning.report.parquet import write_catalogue
 from sae_lightning.stream.local import LocalConfig
 
@@ -215,7 +216,8 @@ def test_a_catalogue_in_which_nothing_fires_is_read_and_shown(subject, words, tm
     assert not back.statistics.fired.any()
     own = AnnotatedText(annotate(subject, TEXT), back)
     assert own.rank_fired() == []
-    assert "jumps" in render_page(AnalysisPage("t", {}, [], [back], own=own))
+    page = AnalysisPage("t", {}, [], [back], own=own)
+    assert "jumps" in render_page(page, pack_catalogues([back]))
 
 
 def test_long_texts_are_cut_at_the_terminal_and_nowhere_else(here, capsys):

@@ -10,6 +10,7 @@ import torch
 from test_page import catalogue
 
 from sae_lightning.report.page import AnalysisPage, render_page
+from sae_lightning.report.page_data import pack_catalogues
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = [
@@ -59,10 +60,8 @@ def seen(tmp_path_factory) -> dict:
     copy_of[COPIES] = ORIGINAL
     telling = torch.linspace(1, 0, UNITS)
     features = catalogue(UNITS, vocabulary=WORDS, n=6)._replace(telling=telling, copy_of=copy_of)
-    html = (
-        render_page(AnalysisPage("t", {}, [], [features, catalogue(3, "neuron", WORDS, 6)]))
-        + DRIVER
-    )
+    units = [features, catalogue(3, "neuron", WORDS, 6)]
+    html = render_page(AnalysisPage("t", {}, [], units), pack_catalogues(units)) + DRIVER
     path = tmp_path_factory.mktemp("page") / "page.html"
     path.write_text(html, "utf8")
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=60000"]

@@ -138,7 +138,8 @@ class Elements(HTMLParser):
 
 
 def render(*content, **more) -> str:
-    return render_page(AnalysisPage(*content, **more))
+    page = AnalysisPage(*content, **more)
+    return render_page(page, pack_catalogues(page.catalogues) if page.catalogues else None)
 
 
 @pytest.fixture(scope="module")

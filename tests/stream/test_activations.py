@@ -18,6 +18,7 @@ from sae_lightning.stream import make_source
 from sae_lightning.stream.activation_files import OPEN_SHARDS, UNNAMED, find_matrices
 from sae_lightning.stream.activations import ActivationsConfig
 from sae_lightning.stream.saved_rows import split_rows
+from sae_lightning.stream.source import Needs
 
 RESID, MLP = Site(9, Kind.resid), Site(9, Kind.mlp)
 
@@ -45,7 +46,7 @@ def source(path, **settings):
 
 
 def open_stream(path, sites=(UNNAMED,), **settings):
-    return source(path, **settings).open_data(sites, tokens=100, loss_tokens=0).rows
+    return source(path, **settings).open_data(Needs(sites, 100, 0)).rows
 
 
 def numbers(stream, batches: int) -> list[int]:
@@ -129,7 +130,7 @@ def test_a_site_is_named_by_tensor_column_file_or_folder(tmp_path):
 
 def test_an_epoch_has_every_training_row_once_in_a_new_order_and_no_held_out_one(tmp_path):
     np.save(tmp_path / "x.npy", matrix(5000))
-    opened = source(tmp_path).open_data([UNNAMED], tokens=10**6, loss_tokens=0)
+    opened = source(tmp_path).open_data(Needs([UNNAMED], 10**6, 0))
     held_out = opened.held_out.activations(UNNAMED)[:, 0].int().tolist()
     assert len(held_out) == pytest.approx(0.05 * 5000, rel=0.1)
     first, second = numbers(opened.rows, 3), numbers(opened.rows, 3)
@@ -144,7 +145,7 @@ def test_runs_of_every_seed_are_scored_on_the_same_rows_from_all_over_the_files(
     for seed in (0, 1):
         this = source(tmp_path)
         this.seed = seed
-        opened = this.open_data([UNNAMED], tokens=320, loss_tokens=0)
+        opened = this.open_data(Needs([UNNAMED], 320, 0))
         held_out.append(opened.held_out.activations(UNNAMED))
     assert torch.equal(*held_out) and len(held_out[0]) == 320
     assert held_out[0][:, 0].min() < 3000 and held_out[0][:, 0].max() > 17_000

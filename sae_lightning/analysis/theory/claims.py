@@ -130,15 +130,8 @@ def measure_activity(active: Tensor, density: Tensor) -> dict[str, float]:
     number = torch.arange(len(active)).double()
     share = active.double() / active.sum()
     up_to = active.double().cumsum(0) / active.sum()
-    quantiles = (
-        0,
-        0.05,
-        0.25,
-        0.5,
-        0.75,
-        0.95,
-        1,
-    )  # smallest number that a share q of the tokens does not exceed
+    # of each: the smallest number that this share of the tokens does not exceed
+    quantiles = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)
     return {
         "mean": density.sum().item(),  # L0
         "deviation": (share @ (number - share @ number).square()).sqrt().item(),
