@@ -39,31 +39,35 @@ class OnePassLauncher(Launcher):
                 for number, overrides in enumerate(job_overrides, initial_job_idx):
                     composed.append(self._compose(number, list(overrides)))
                     advance(1)
-            # one entry per job: a job with resume=<sweep> has several
-            typed = [(config, ret, job) for config, ret in composed for job in ret.return_value]
-            groups = expand_jobs([job for *_, job in typed])
+            # Hydra's one job with resume=<sweep> is several of ours
+            entries = [
+                (config, job_return, job)
+                for config, job_return in composed
+                for job in job_return.return_value
+            ]
+            groups = expand_jobs([job for *_, job in entries])
             if line := describe_expansion(groups):
                 console.print(line)
             with phase("starting"):  # imported late, so that wrong settings are reported at once
                 from sae_lightning.analysis.benchmarks.benchmark_objective import train_and_score
 
-            for config, *_ in typed:
+            for config, *_ in entries:
                 self.context.callbacks.on_job_start(config=config, task_function=self.task_function)
-            jobs = [job for group in groups for job in group]
-            results = dict(zip([job.folder for job in jobs], train_and_score(jobs), strict=True))
+            runs = [run for group in groups for run in group]
+            metrics = dict(zip([run.folder for run in runs], train_and_score(runs), strict=True))
         finally:
             self._remove_unused([config for config, _ in composed])
         # a search expects one value for each job that it asked for
         is_search = not self.config.hydra.sweeper._target_.endswith(".BasicSweeper")
         returned = []
-        for (config, ret, _), group in zip(typed, groups, strict=True):
-            objective = average_objective(group, results)
+        for (config, job_return, _), group in zip(entries, groups, strict=True):
+            objective = average_objective(group, metrics)
             for run in group[:1] if is_search else group:
-                done = copy(ret)
-                done.overrides, done.working_dir = run.overrides, str(run.folder)
-                done.return_value = objective
-                self.context.callbacks.on_job_end(config=config, job_return=done)
-                returned.append(done)
+                run_return = copy(job_return)
+                run_return.overrides, run_return.working_dir = run.overrides, str(run.folder)
+                run_return.return_value = objective
+                self.context.callbacks.on_job_end(config=config, job_return=run_return)
+                returned.append(run_return)
         return returned
 
     def _remove_unused(self, configs: list[DictConfig]) -> None:
@@ -72,7 +76,7 @@ class OnePassLauncher(Launcher):
             remove_unused_folder(Path(config.hydra.runtime.output_dir))
 
     def _compose(self, number: int, overrides: list[str]) -> tuple[DictConfig, JobReturn]:
-        """Compose a job as Hydra does; it returns the list of our jobs instead of training them."""
+        """Compose a job as Hydra does, with the list of our jobs as its return value."""
         config = self.context.config_loader.load_sweep_config(self.config, overrides)
         with open_dict(config):
             config.hydra.job.id = config.hydra.job.num = number
@@ -83,7 +87,7 @@ class OnePassLauncher(Launcher):
             jobs = make_jobs(cfg, folder, read_overrides(hydra), sweep)
             return [replace(job, swept=read_swept_settings(hydra)) for job in jobs]
 
-        done = run_job(
+        job_return = run_job(
             task_function=collect,
             config=config,
             job_dir_key="hydra.sweep.dir",
@@ -91,7 +95,7 @@ class OnePassLauncher(Launcher):
             # no callbacks yet: `launch` calls them when training starts and ends
             hydra_context=HydraContext(self.context.config_loader, Callbacks()),
         )
-        if done.status is JobStatus.FAILED:
+        if job_return.status is JobStatus.FAILED:
             self._remove_unused([config])
-            raise done._return_value
-        return config, done
+            raise job_return._return_value
+        return config, job_return

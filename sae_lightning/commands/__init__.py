@@ -11,17 +11,17 @@ from sae_lightning.errors import check_packages
 def run_train() -> None:
     """Train the SAEs that the command line describes."""
     _prepare()
-    from sae_lightning.commands.train_command import train_typed
+    from sae_lightning.commands.train_command import train_from_command_line
 
-    train_typed()
+    train_from_command_line()
 
 
 def run_analyze() -> None:
     """Run the task of analysis that the command line describes."""
     _prepare()
-    from sae_lightning.commands.analyze_command import analyze_typed
+    from sae_lightning.commands.analyze_command import analyze_from_command_line
 
-    analyze_typed()
+    analyze_from_command_line()
 
 
 def _prepare() -> None:

@@ -1,4 +1,4 @@
-"""What `analyze.py` and `sae-analyze` do with the command line."""
+"""The command `analyze.py`, which is also installed as `sae-analyze`."""
 
 import sys
 
@@ -11,13 +11,14 @@ from sae_lightning.runs.arguments import refuse_sweep
 from sae_lightning.runs.cli import one_line_errors, read_arguments, refuse_second_task
 from sae_lightning.runs.config import find_conf_folder, to_dataclass
 from sae_lightning.runs.jobs import read_overrides
-from sae_lightning.runs.plugins import load_parts
+from sae_lightning.runs.plugins import load_plugins
 
 
-def analyze_typed() -> None:
-    """Run the task of the command line; UserError in all but the first process of a cluster job."""
+def analyze_from_command_line() -> None:
+    """Run the task that the command line names; an error in all but the first task of a cluster
+    job."""
     with one_line_errors():
-        sys.argv[1:] = load_parts(sys.argv[1:], TASKS)
+        sys.argv[1:] = load_plugins(sys.argv[1:], TASKS)
         refuse_second_task()
         read_arguments()
         refuse_sweep(sys.argv[1:])  # before Hydra makes a sweep's folders

@@ -27,8 +27,8 @@ from sae_lightning.runs.cli import explain_error, remove_unused_folder, rewrite_
 from sae_lightning.runs.config import find_conf_folder
 from sae_lightning.runs.folders import read_metrics
 from sae_lightning.runs.jobs import make_composed_job
-from sae_lightning.runs.launchers import find_place
-from sae_lightning.runs.plugins import load_parts
+from sae_lightning.runs.launchers import find_launched_rank
+from sae_lightning.runs.plugins import load_plugins
 from sae_lightning.sae import SAE
 from sae_lightning.terminal import phase
 
@@ -38,7 +38,7 @@ class Run:
     """A finished run, read from its folder."""
 
     folder: Path
-    """The run folder: resume=, analyze.py run= and `open_run` take it."""
+    """The run folder, for `resume=...`, `analyze.py run=...` and `open_run`."""
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -68,7 +68,7 @@ def train_sweep(*arguments: str, config_dir: str | os.PathLike | None = None) ->
     UserError: as in `train`, or because some SAEs failed; the others are in their folders.
     """
     finished = _run_hydra(arguments, config_dir, sweep=True)
-    folders = dict.fromkeys(Path(each.working_dir).absolute() for each in finished)
+    folders = dict.fromkeys(Path(job.working_dir).absolute() for job in finished)
     return [Run(folder) for folder in folders]
 
 
@@ -78,9 +78,9 @@ def _run_hydra(
     """Run a command line; returns what Hydra returns for each of its jobs."""
     with _raise_printed_errors(arguments):
         _refuse_unsupported(arguments)
-        folder = [] if config_dir is None else ["--config-dir", os.fspath(config_dir)]
-        parts = load_parts([*folder, *arguments])[len(folder) :]
-        overrides = rewrite_arguments([*(["-m"] if sweep else []), *parts])
+        flags = [] if config_dir is None else ["--config-dir", os.fspath(config_dir)]
+        settings = load_plugins([*flags, *arguments])[len(flags) :]
+        overrides = rewrite_arguments([*(["-m"] if sweep else []), *settings])
         with _start_hydra(config_dir) as hydra:
             if not sweep:
                 overrides.append("hydra.mode=RUN")
@@ -90,12 +90,12 @@ def _run_hydra(
                 return [finished]
             overrides = [*overrides[1:], "hydra.mode=MULTIRUN"]
             batches = hydra.multirun("config", _train_composed, overrides, False)
-            return [each for batch in batches for each in batch]
+            return [job for batch in batches for job in batch]
 
 
 def _refuse_unsupported(arguments: Sequence[str]) -> None:
     """UserError for launchers and options that only the command supports."""
-    if find_place():
+    if find_launched_rank():
         raise UserError(
             "train() starts the processes of trainer.devices itself: start this program once, or "
             "use the command with torchrun, srun or submitit"
@@ -107,7 +107,9 @@ def _refuse_unsupported(arguments: Sequence[str]) -> None:
                 "train_sweep(...), a folder with presets config_dir=..."
             )
         if argument.startswith(("hydra/launcher=", "hydra/sweeper=")):
-            raise UserError(f"{argument}: this takes the command, as it may run other processes")
+            raise UserError(
+                f"{argument}: only the command takes this, because it may start other processes"
+            )
 
 
 @contextmanager
@@ -149,11 +151,11 @@ def _raise_printed_errors(arguments: Sequence[str]) -> Iterator[None]:
     """Raise a UserError with the line that the command would print."""
     try:
         yield
-    except SystemExit as ended:
-        if ended.code == 130:
+    except SystemExit as end:
+        if end.code == 130:
             raise KeyboardInterrupt from None
-        if isinstance(ended.code, str):
-            raise UserError(ended.code.removeprefix("error: ")) from ended
+        if isinstance(end.code, str):
+            raise UserError(end.code.removeprefix("error: ")) from end
         raise
     except Exception as error:
         line = explain_error(error, [*arguments])

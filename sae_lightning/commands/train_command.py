@@ -1,4 +1,4 @@
-"""What `train.py` and `sae-train` do with the command line."""
+"""The command `train.py`, which is also installed as `sae-train`."""
 
 import atexit
 import sys
@@ -12,16 +12,16 @@ from omegaconf import DictConfig
 from sae_lightning.runs.cli import one_line_errors, read_arguments
 from sae_lightning.runs.config import find_conf_folder
 from sae_lightning.runs.jobs import make_composed_job
-from sae_lightning.runs.launchers import find_place
-from sae_lightning.runs.plugins import import_plugins, load_parts
+from sae_lightning.runs.launchers import find_launched_rank
+from sae_lightning.runs.plugins import import_plugins, load_plugins
 from sae_lightning.runs.search import compute_objective
 from sae_lightning.terminal import phase
 
 
-def train_typed() -> None:
+def train_from_command_line() -> None:
     """Train the jobs of the command line or, on other ranks, those that rank 0 sends."""
     with one_line_errors():
-        sys.argv[1:] = load_parts(sys.argv[1:])
+        sys.argv[1:] = load_plugins(sys.argv[1:])
         if follow_first_rank():
             sys.exit()
         read_arguments()
@@ -53,15 +53,15 @@ def train_composed(cfg: DictConfig) -> float | None:
 
 
 def follow_first_rank() -> bool:
-    """On ranks that a launcher has started, except on rank 0: train the passes that rank 0 sends,
-    then return True. At its exit rank 0 ends the others, even if they have trained nothing."""
-    place = find_place()
-    if place is not None and place.rank > 0:
+    """On a rank other than 0 that a launcher has started: train the passes that rank 0 sends, then
+    return True. On rank 0: have the others end when this process does."""
+    launched = find_launched_rank()
+    if launched is not None and launched.rank > 0:
         from sae_lightning.runs.devices import follow
 
         follow()
         return True
-    if place is not None:
+    if launched is not None:
         atexit.register(_release_followers)
     return False
 

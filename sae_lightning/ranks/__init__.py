@@ -8,7 +8,7 @@ ranks there are.
 """
 
 from sae_lightning.ranks.collectives import ALONE, FOREVER, RankLost, Ranks
-from sae_lightning.ranks.meeting import connect, disconnect, world
+from sae_lightning.ranks.process_group import connect, disconnect, world
 from sae_lightning.ranks.split import Split
 
 __all__ = ["ALONE", "FOREVER", "RankLost", "Ranks", "Split", "connect", "disconnect", "world"]

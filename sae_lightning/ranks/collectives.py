@@ -32,8 +32,8 @@ class Ranks:
     def __init__(
         self, rank: int = 0, size: int = 1, local_rank: int = 0, store: dist.Store | None = None
     ):
-        """`local_rank`: its number among the ranks of this machine; `store`: the key-value store of
-        all ranks."""
+        """`local_rank`: number among the ranks of this machine; `store`: the key-value store of all
+        ranks."""
         self.rank, self.size, self.local_rank, self.store = rank, size, local_rank, store
         self.go_first_calls = 0
         # a second process group: rows of activations do not wait for all-reduces on a GPU
@@ -51,8 +51,8 @@ class Ranks:
         self.call(dist.all_gather_object, values, value)
         return values
 
-    def share(self, value: Any) -> Any:
-        """Broadcast: rank 0's value; values are pickled."""
+    def broadcast_value(self, value: Any) -> Any:
+        """Rank 0's value; values are pickled."""
         if self.size == 1:
             return value
         values = [value]
@@ -75,7 +75,7 @@ class Ranks:
     @contextmanager
     def go_first(self) -> Iterator[None]:
         """Run the block on the first rank of each machine, then on its other ranks, which wait
-        without a time limit and find what the first has downloaded and cached."""
+        without a time limit and use what the first has downloaded and cached."""
         self.go_first_calls += 1
         key = f"go_first/{self.go_first_calls}/{socket.gethostname()}"
         if self.local_rank:
@@ -114,8 +114,8 @@ class Ranks:
         return (total[0] / total[1]).item()
 
     def keep_largest(self, x: Tensor, k: int) -> Tensor:
-        """This rank's candidates x [..., m], with 0 in place of those that are not among the k
-        largest of all ranks; m <= k and x >= 0."""
+        """This rank's candidates x [..., m], all set to 0 but those among the k largest of all
+        ranks; m <= k and x >= 0."""
         if self.size == 1:
             return x
         all_ranks = self.stack(pad(x.detach(), (0, k - x.shape[-1]))).movedim(0, -2).flatten(-2)
@@ -159,13 +159,13 @@ class Ranks:
         try:
             return function(*args, **options)
         except RuntimeError as error:  # torch has no exception for a lost connection alone
-            lost = self._find_lost()
+            lost = self._explain_failure()
             if lost is None:
                 raise
             raise RankLost(lost) from error
 
-    def _find_lost(self) -> str | None:
-        """Why a call failed: the reason stored by a failed rank or, if none has, which ranks do
+    def _explain_failure(self) -> str | None:
+        """Say why a call failed: the reason stored by a failed rank or, if none has, which ranks do
         not answer; None if all wait for another rank."""
         close_connections()  # wakes up ranks that wait for this one
         self.store_reason(WAITING)
@@ -181,7 +181,7 @@ class Ranks:
                 for rank in others - reasons.keys():
                     if self.store.check([f"reasons/{rank}"]):
                         reasons[rank] = self.store.get(f"reasons/{rank}").decode()
-            missing = [
+            silent = [
                 f"rank {rank} ({self.store.get(f'process/{rank}').decode()})"
                 for rank in sorted(others - reasons.keys())
             ]
@@ -194,8 +194,8 @@ class Ranks:
         ]
         if failed:
             return failed[0]
-        lost = ", ".join(missing)
-        return f"{lost} has ended, or gave no answer within trainer.patience" if missing else None
+        lost = ", ".join(silent)
+        return f"{lost} has ended, or gave no answer within trainer.patience" if silent else None
 
     def store_reason(self, reason: str) -> None:
         """Store why this rank ends (or WAITING), for the error messages of the other ranks."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sae_lightning.ranks.collectives import ALONE, Ranks
 
-SENT_BYTES = 1 << 26  # sent at a time when a tensor is assembled
+SENT_BYTES = 1 << 26  # in one message when a tensor is assembled
 
 
 class Split:
@@ -40,8 +40,8 @@ class Split:
         """All-gather: [features, ...] from each rank's x [own features, ...]."""
         if self.ranks.size == 1:
             return x
-        most = -(-self.features // self.ranks.size)
-        padded = x.new_zeros(most, *x.shape[1:])
+        longest = -(-self.features // self.ranks.size)  # rows on the rank with the most features
+        padded = x.new_zeros(longest, *x.shape[1:])
         padded[: len(x)] = x
         dtype = padded.dtype
         padded = padded.byte() if dtype is torch.bool else padded
@@ -63,11 +63,11 @@ class Split:
             shape = list(x.shape)
             shape[dim] = self.features
             strided = x.ndim > 1 and not x.is_contiguous()
-            numbers = rows[:1].numel() * self.features
+            elements = rows[:1].numel() * self.features
             with open(file, "wb") as empty:
                 if hasattr(os, "posix_fallocate"):  # otherwise a full disk crashes the process
-                    os.posix_fallocate(empty.fileno(), 0, numbers * x.itemsize)
-            flat = torch.from_file(str(file), shared=True, size=numbers, dtype=x.dtype)
+                    os.posix_fallocate(empty.fileno(), 0, elements * x.itemsize)
+            flat = torch.from_file(str(file), shared=True, size=elements, dtype=x.dtype)
             file.unlink()  # the disk space is freed with the tensor
             whole = flat.view(shape[::-1]).T if strided else flat.view(shape)
             self.slice(whole, dim).copy_(x)
@@ -75,13 +75,13 @@ class Split:
             length = len(range(sender, self.features, self.ranks.size))
             for start in range(0, length, count):
                 stop = min(start + count, length)
-                sends, fills = [None] * self.ranks.size, [None] * self.ranks.size
+                outgoing, incoming = [None] * self.ranks.size, [None] * self.ranks.size
                 if self.ranks.rank == sender:
-                    sends[0] = rows[start:stop].cpu().contiguous()
+                    outgoing[0] = rows[start:stop].cpu().contiguous()
                 elif self.ranks.is_first:
-                    fills[sender] = torch.empty(stop - start, *rows.shape[1:], dtype=x.dtype)
-                self.ranks.exchange(sends, fills)
+                    incoming[sender] = torch.empty(stop - start, *rows.shape[1:], dtype=x.dtype)
+                self.ranks.exchange(outgoing, incoming)
                 if self.ranks.is_first:
-                    places = torch.arange(start, stop) * self.ranks.size + sender
-                    whole.movedim(dim, 0)[places] = fills[sender]
+                    features = torch.arange(start, stop) * self.ranks.size + sender
+                    whole.movedim(dim, 0)[features] = incoming[sender]
         return whole

@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sae_lightning.errors import UserError
 from sae_lightning.runs.config import Config
-from sae_lightning.runs.words import translate_setting
+from sae_lightning.runs.translations import translate_setting
 from sae_lightning.sae import ARCHITECTURES
 from sae_lightning.stream import SOURCES
 from sae_lightning.terminal import name_program
@@ -42,7 +42,7 @@ PATH_SETTINGS = (
     "hydra.run.dir",
     "hydra.sweep.dir",
 )
-ANALYSED_PATHS = ("resume", "run", "control", "file")  # never a list of several
+SINGLE_PATHS = ("resume", "run", "control", "file")  # never a list of several
 # Hydra's syntax: quotes, interpolations, escapes.
 HYDRA_SYNTAX = re.compile(r"""^['"]|\$\{|\\[()\[\]{}:=, ]""")
 # One value of a comma-separated list, quoted or not.
@@ -102,8 +102,8 @@ def quote_texts(arguments: list[str]) -> list[str]:
     may be null. A path may also be quoted for Hydra or begin with `~`, which shells do not expand
     after `=`. In a sweep, commas separate values; a value that contains one must be quoted.
     """
-    sweep, texts = is_multirun(arguments), find_text_settings()
-    return [_quote_text(argument, sweep, texts) for argument in arguments]
+    sweep, text_settings = is_multirun(arguments), find_text_settings()
+    return [_quote_text(argument, sweep, text_settings) for argument in arguments]
 
 
 def open_dict_settings(arguments: list[str]) -> list[str]:
@@ -119,15 +119,15 @@ def find_text_settings() -> dict[str, bool]:
     schemas += [("model.", row.config) for row in ARCHITECTURES.values()]
     schemas += [("loss.", row.loss) for row in ARCHITECTURES.values()]
     schemas += [("data.", row.settings) for row in SOURCES.values()]
-    texts = {}
+    may_be_null = {}
     while schemas:
         prefix, schema = schemas.pop()
         for name, kind in get_type_hints(schema).items():
             if is_dataclass(kind):
                 schemas.append((f"{prefix}{name}.", kind))
             elif kind in (str, str | None):
-                texts[prefix + name] = kind is not str
-    return texts
+                may_be_null[prefix + name] = kind is not str
+    return may_be_null
 
 
 def list_tasks() -> dict[str, type]:
@@ -218,20 +218,20 @@ def is_multirun(arguments: list[str]) -> bool:
     return bool({"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(arguments))
 
 
-def _quote_text(argument: str, sweep: bool, texts: dict[str, bool]) -> str:
+def _quote_text(argument: str, sweep: bool, text_settings: dict[str, bool]) -> str:
     name, equals, value = argument.partition("=")
     setting = name.lstrip("+")
     is_path = setting in PATH_SETTINGS
-    if not equals or not (is_path or setting in texts):
+    if not equals or not (is_path or setting in text_settings):
         return argument
-    may_be_null = texts.get(setting, True)
+    may_be_null = text_settings.get(setting, True)
     if value == "null" and may_be_null:
         return argument
     if not is_path and any("\ud800" <= letter <= "\udfff" for letter in value):
         raise UserError(f"{setting}: the text is not UTF-8; use a terminal with a UTF-8 locale")
     if (is_path or sweep) and HYDRA_SYNTAX.search(value) or (sweep and re.match(r"\w+\(", value)):
         return argument
-    if is_path and "," in value and not sweep and setting not in ANALYSED_PATHS:
+    if is_path and "," in value and not sweep and setting not in SINGLE_PATHS:
         return argument  # Hydra sees several values, and the error says that they need -m
     expand = os.path.expanduser if is_path else str
     values = SWEEP_VALUE.findall(value) if sweep else [("", value)]
@@ -242,7 +242,7 @@ def _quote_text(argument: str, sweep: bool, texts: dict[str, bool]) -> str:
 
 
 def quote_if_needed(text: str) -> str:
-    """The text, in quotes if Hydra would parse it as anything else."""
+    """The text, in quotes if Hydra would read it as something else."""
     with suppress(HydraException):
         if OverridesParser.create().parse_override(f"x={text}").value() == text:
             return text

@@ -99,9 +99,9 @@ def check_jobs(jobs: list[Job]) -> list[CheckedJob]:
     config.data_source.check_before_loading(llm, jobs[0].resumed)
     sites = [config.data_source.find_sites(job.config.layer, llm) for job in jobs]
     config.data_source.check_data(distinct_sites(sites), config.trainer.batch)
-    seen: set = set()  # stream files already checked: heads of a pass share one
+    checked_streams: set = set()  # heads of a pass share a stream file
     steps_done = [
-        _read_steps_done(job, pair, llm, seen) if job.resumed else 0
+        _read_steps_done(job, pair, llm, checked_streams) if job.resumed else 0
         for job, pair in zip(jobs, sites, strict=True)
     ]
     notes = [
@@ -156,7 +156,8 @@ def _check_kl(job: Job) -> None:
 
 
 def _check_seeds(job: Job) -> None:
-    """UserError if seeds are typed with which the SAE would start at the synthetic concepts."""
+    """UserError for typed seeds with which the SAE's first weights would be the synthetic concepts
+    themselves."""
     seed, typed = job.config.model.seed, any("seed=" in override for override in job.overrides)
     if getattr(job.config.data, "seed", None) == seed and typed and not job.resumed:
         raise UserError(
@@ -167,13 +168,14 @@ def _check_seeds(job: Job) -> None:
 
 def _count_checkpoint_bytes(job: Job, sites: SitePair, llm: LLMShape) -> int:
     """Bytes still needed for the weights, Adam's two moments and the exported weights, all of
-    which are on disk twice while they are replaced, and for the SAEs that are kept."""
+    which are on disk twice while they are replaced, and for the SAEs of `trainer.keep_every`."""
     weights = 4 * count_parameters(job.config.model, *map(llm.width_at, sites))
     needed = 2 * (3 * weights + weights) + job.config.trainer.kept_saes * weights
     if job.config.model.start:  # decoder rows in half precision, in the checkpoint
         needed += 2 * 2 * job.config.model.features * llm.width_at(sites.target)
-    there = [checkpoint_path(job.folder), *job.folder.glob("sae/*"), *job.folder.glob("sae-*/*")]
-    return needed - sum(f.stat().st_size for f in there if f.is_file())
+    saes = [*job.folder.glob("sae/*"), *job.folder.glob("sae-*/*")]
+    written = [checkpoint_path(job.folder), *saes]
+    return needed - sum(file.stat().st_size for file in written if file.is_file())
 
 
 def check_disk_space(jobs: list[CheckedJob]) -> None:
@@ -188,9 +190,9 @@ def check_disk_space(jobs: list[CheckedJob]) -> None:
         )
 
 
-def _read_steps_done(job: Job, sites: SitePair, llm: LLMShape, seen: set) -> int:
+def _read_steps_done(job: Job, sites: SitePair, llm: LLMShape, checked_streams: set) -> int:
     """Updates in the checkpoint of a resumed run, after checking all its parts; 0 if the run was
-    killed before its first checkpoint. `seen`: stream files already checked for other heads."""
+    killed before its first checkpoint. `checked_streams`: files already checked for other heads."""
     path = checkpoint_path(job.folder)
     try:
         path.lstat()  # not exists(), which hides broken symbolic links and disk errors
@@ -210,7 +212,7 @@ def _read_steps_done(job: Job, sites: SitePair, llm: LLMShape, seen: set) -> int
         saved,
         lambda: make_head(job, sites, llm),
         job.config.trainer.steps,
-        lambda state, served: job.config.data_source.check_stream_state(state, sites, llm, served),
-        seen,
+        lambda state, done: job.config.data_source.check_stream_state(state, sites, llm, done),
+        checked_streams,
     )
     return saved["global_step"]

@@ -36,9 +36,9 @@ from sae_lightning.runs.arguments import (
     sweep_settings_of_swept_groups,
 )
 from sae_lightning.runs.config import DATA_PRESETS, list_options
-from sae_lightning.runs.launchers import find_place
+from sae_lightning.runs.launchers import find_launched_rank
 from sae_lightning.runs.starts import choose_architecture
-from sae_lightning.runs.words import translate_setting
+from sae_lightning.runs.translations import translate_setting
 from sae_lightning.sae import ARCHITECTURES
 from sae_lightning.stream import SOURCES
 from sae_lightning.terminal import make_visible
@@ -102,10 +102,10 @@ def rewrite_arguments(arguments: list[str]) -> list[str]:
 
 def refuse_second_task() -> None:
     """UserError in all but the first task of a cluster job, as all tasks run the same command."""
-    if (place := find_place()) and place.rank > 0:
+    if (launched := find_launched_rank()) and launched.rank > 0:
         raise UserError(
-            f"task {place.rank} of {place.size}: the first one does all the work, so this one does "
-            "nothing; start a single task"
+            f"task {launched.rank} of {launched.size}: the first one does all the work, so this "
+            "one does nothing; start a single task"
         )
 
 
@@ -140,42 +140,42 @@ def remove_unused_folder(folder: Path) -> None:
 
 def explain_error(error: BaseException, overrides: list[str]) -> str | None:
     """One line about an error that the user can correct; None for a bug."""
-    for link in list_causes(error, contexts=False):
-        if line := describe_system_error(link):
+    for cause in list_causes(error, contexts=False):
+        if line := describe_system_error(cause):
             return line
-        if isinstance(link, UserError):
-            return str(link)
-        if is_out_of_memory(link):
+        if isinstance(cause, UserError):
+            return str(cause)
+        if is_out_of_memory(cause):
             return (
                 "out of memory: lower llm.batch, or the task's own numbers of tokens, contexts or "
                 "features"
             )
     if "group override must be a string" in str(error):
         return _describe_number_for_group(overrides)
-    links = list_causes(error)
-    for link in links:
-        if isinstance(link, UserError):  # raised in a resolver and wrapped by Hydra
-            return str(link)
-        if isinstance(link, ConfigAttributeError | ConfigKeyError):
-            return _describe_unknown_setting(link, overrides)
-        if isinstance(link, ValidationError | ConfigTypeError):
-            return _describe_bad_value(link, overrides)
-        if isinstance(link, OverrideParseException):
-            word = link.override if "=" not in link.override else ""
+    causes = list_causes(error)
+    for cause in causes:
+        if isinstance(cause, UserError):  # raised in a resolver and wrapped by Hydra
+            return str(cause)
+        if isinstance(cause, ConfigAttributeError | ConfigKeyError):
+            return _describe_unknown_setting(cause, overrides)
+        if isinstance(cause, ValidationError | ConfigTypeError):
+            return _describe_bad_value(cause, overrides)
+        if isinstance(cause, OverrideParseException):
+            name = cause.override if "=" not in cause.override else ""
             return (
-                translate_setting(word)
-                or f"cannot read {link.override!r}: write setting=value, quoted where needed"
+                translate_setting(name)
+                or f"cannot read {cause.override!r}: write setting=value, quoted where needed"
             )
-        if isinstance(link, MarkedYAMLError):  # in a user's preset
-            mark = link.problem_mark
-            return f"{mark.name}, line {mark.line + 1}: {link.problem}; correct the YAML there"
-        missing = re.search(r"Missing mandatory value: (\S+)", str(link))
+        if isinstance(cause, MarkedYAMLError):  # in a user's preset
+            mark = cause.problem_mark
+            return f"{mark.name}, line {mark.line + 1}: {cause.problem}; correct the YAML there"
+        missing = re.search(r"Missing mandatory value: (\S+)", str(cause))
         if missing:
             return f"{missing[1]} is not set: give {missing[1]}=..."
-    for link in links:
-        key = isinstance(link, InterpolationResolutionError | GrammarParseError) and link.full_key
+    for cause in causes:
+        key = isinstance(cause, InterpolationResolutionError | GrammarParseError) and cause.full_key
         if key and key != "_dummy_":  # Hydra's placeholder while it chooses presets
-            return f"{key}: {str(link).splitlines()[0]}"
+            return f"{key}: {str(cause).splitlines()[0]}"
     if isinstance(error, HydraException | OmegaConfBaseException):
         return _describe_hydra_error(str(error))
     if str(error) == "No trials are completed yet.":  # from Optuna
@@ -183,8 +183,10 @@ def explain_error(error: BaseException, overrides: list[str]) -> str | None:
     # errors in Optuna and its sweeper, but not in our code, which the sweeper calls
     modules = ["", *(f.f_globals.get("__name__", "") for f, _ in walk_tb(error.__traceback__))]
     if any(name.startswith("optuna.") for name in modules) or "optuna_sweeper" in modules[-1]:
-        what = (str(error).splitlines() or [type(error).__name__])[0]
-        return f"hydra/sweeper=optuna: {what}; see its settings, such as hydra.sweeper.storage=..."
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        return (
+            f"hydra/sweeper=optuna: {reason}; see its settings, such as hydra.sweeper.storage=..."
+        )
     return None
 
 

@@ -21,7 +21,7 @@ from sae_lightning.llm.load import LLMConfig
 from sae_lightning.llm.sites import LayerConfig
 from sae_lightning.report.experiments import ONLY_ROUNDING
 from sae_lightning.runs.search import BENCHMARK_OBJECTIVES, SweepConfig
-from sae_lightning.runs.words import translate_setting
+from sae_lightning.runs.translations import translate_setting
 from sae_lightning.sae import ARCHITECTURES, Loss, SAEConfig
 from sae_lightning.sae.controls import NOT_FOR_TRANSCODERS, Control
 from sae_lightning.stream import SOURCES, make_source

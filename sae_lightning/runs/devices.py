@@ -1,4 +1,4 @@
-"""Runs a pass on all its ranks: starts them, or finds those that a launcher has started.
+"""Runs a pass on all its ranks, which it starts unless a launcher has.
 
     python train.py trainer.devices=4      this process is rank 0 and starts ranks 1 to 3
     torchrun, srun, submitit               start all ranks; each reads its rank from the environment
@@ -27,7 +27,7 @@ from sae_lightning.llm.placement import is_spread
 from sae_lightning.ranks import RankLost, world
 from sae_lightning.runs.cli import explain_error, format_error
 from sae_lightning.runs.config import Config
-from sae_lightning.runs.launchers import Place, find_local_size, find_place
+from sae_lightning.runs.launchers import LaunchedRank, find_launched_rank, find_local_size
 from sae_lightning.runs.plan import HeldOutResults, PlannedPass
 from sae_lightning.runs.plugins import import_plugins
 from sae_lightning.runs.run import run_pass
@@ -35,7 +35,7 @@ from sae_lightning.terminal import console, phase
 from sae_lightning.training.settings import Accelerator
 
 OUT_OF_MEMORY = "out of memory"
-END_SECONDS = 10  # that the other ranks get to end by themselves
+END_SECONDS = 10  # after which ranks that have not ended by themselves are killed
 
 
 def count_ranks(config: Config) -> int:
@@ -46,13 +46,13 @@ def count_ranks(config: Config) -> int:
     # the LLM is on a device of its own, or on several
     llm_is_placed = ":" in llm.device or is_spread(llm.load)
     gpus = torch.cuda.device_count() if _uses_gpus(config) else 0
-    if place := find_place():
-        if (count or place.size // trainer.nodes) * trainer.nodes != place.size:
+    if launched := find_launched_rank():
+        if (count or launched.size // trainer.nodes) * trainer.nodes != launched.size:
             raise UserError(
                 f"trainer.devices={trainer.devices}, trainer.nodes={trainer.nodes}: "
-                f"{place.size} processes were started; leave both out, or start as many"
+                f"{launched.size} processes were started; leave both out, or start as many"
             )
-        count = place.size
+        count = launched.size
     elif trainer.nodes > 1:
         raise UserError(
             f"trainer.nodes={trainer.nodes}: the processes of several machines are started by "
@@ -61,7 +61,7 @@ def count_ranks(config: Config) -> int:
     elif count is None:
         return 1 if llm_is_placed or trainer.accelerator is Accelerator.cpu else max(1, gpus)
     local = count_local_ranks(config, count)
-    own_gpu = place and gpus == 1  # a launcher may make one GPU visible to each rank
+    own_gpu = launched and gpus == 1  # a launcher may make one GPU visible to each rank
     if 0 < gpus < local and not own_gpu:
         raise UserError(
             f"trainer.devices={trainer.devices}: {local} processes would share the {gpus} GPUs "
@@ -88,36 +88,36 @@ def count_local_ranks(config: Config, ranks: int | None = None) -> int:
 
 def count_threads(config: Config) -> int:
     """CPU threads of each rank: as many as torch would use, divided by the number of ranks."""
-    if find_place() or "OMP_NUM_THREADS" in os.environ:  # the user or the launcher has chosen
+    if find_launched_rank() or "OMP_NUM_THREADS" in os.environ:  # launcher or user have chosen
         return torch.get_num_threads()
     return max(1, torch.get_num_threads() // count_ranks(config))
 
 
 class Followers:
-    """The ranks other than 0, as rank 0 sees them: the processes it started, the passes it sent."""
+    """Rank 0's handle on the other ranks: the processes it started, the passes it sent."""
 
     def __init__(self) -> None:
         self.command = [sys.executable, "-m", "sae_lightning.runs.devices"]
         self.processes: list[subprocess.Popen] = []
         self.passes_sent = 0
         self.connected = False
-        """Whether this process has connected to them, ever."""
+        """Whether this process has ever connected to them."""
 
-    def start(self, size: int) -> Place:
-        """Start ranks 1 to `size` - 1 on this machine; returns the place of this process."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+    def start(self, size: int) -> LaunchedRank:
+        """Start ranks 1 to `size` - 1 on this machine; returns rank 0, this process."""
+        with socket.socket() as unused:
+            unused.bind(("127.0.0.1", 0))
+            port = unused.getsockname()[1]
         paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
         env = {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC")}
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
         # torch logs a lost connection with its C++ stack; our own line is enough
         env |= {"PYTHONPATH": os.pathsep.join(paths), "TORCH_CPP_LOG_LEVEL": "ERROR"}
         for rank in map(str, range(1, size)):
-            own = env | {"RANK": rank, "LOCAL_RANK": rank}
-            process = subprocess.Popen(self.command, env=own, stdin=subprocess.DEVNULL)
+            rank_env = env | {"RANK": rank, "LOCAL_RANK": rank}
+            process = subprocess.Popen(self.command, env=rank_env, stdin=subprocess.DEVNULL)
             self.processes.append(process)
-        return Place(0, size, 0, "127.0.0.1", port)
+        return LaunchedRank(0, size, 0, "127.0.0.1", port)
 
     def check(self) -> None:
         """RankLost if one of them has ended."""
@@ -139,8 +139,8 @@ class Followers:
         if world().size > 1:
             with suppress(RuntimeError):  # some may be lost
                 self.send_pass(None)
-                until = monotonic() + END_SECONDS
-                while monotonic() < until and world().store.add("ended", 0) < world().size - 1:
+                deadline = monotonic() + END_SECONDS
+                while monotonic() < deadline and world().store.add("ended", 0) < world().size - 1:
                     sleep(0.05)
         self.kill()
 
@@ -167,9 +167,9 @@ def run_on_ranks(planned: PlannedPass) -> HeldOutResults:
     try:
         if world().size < size:
             with phase(f"starting {size} processes"):
-                place = find_place() or followers.start(size)
+                launched = find_launched_rank() or followers.start(size)
                 patience = planned.jobs[0].config.trainer.patience
-                ranks.connect(*place, patience=patience, check=followers.check)
+                ranks.connect(*launched, patience=patience, check=followers.check)
             followers.connected = True
             atexit.register(followers.end)
         if size > 1:
@@ -187,17 +187,17 @@ def release_followers() -> None:
     if not followers.connected:
         followers.connected = True
         with suppress(RankLost, RuntimeError):
-            ranks.connect(*find_place(), patience=END_SECONDS * 6)
+            ranks.connect(*find_launched_rank(), patience=END_SECONDS * 6)
             followers.end()
 
 
 def follow() -> None:
     """Main loop of a rank other than 0: train each pass that rank 0 sends, until it sends None."""
-    place, passes_received = find_place(), 0
+    launched, passes_received = find_launched_rank(), 0
     console.quiet = True
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 decides when to stop
     try:
-        ranks.connect(*place)
+        ranks.connect(*launched)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         while True:
             passes_received += 1
@@ -216,7 +216,7 @@ def follow() -> None:
             traceback.print_exc()
         if not isinstance(error, RankLost):
             world().store_reason(message or f"{type(error).__name__}: {error}")
-        elif place.rank == 1 and "rank 0" in message:
+        elif launched.rank == 1 and "rank 0" in message:
             sys.stderr.write(format_error(message) + "\n")
         sys.stderr.flush()
         # A normal exit would wait for lost ranks. The exit code is 0, because a launcher would

@@ -79,10 +79,10 @@ def begin_run(job: Job) -> None:
 def forget_empty_run(job: Job) -> bool:
     """Delete the settings of a new plain run that wrote nothing else; returns whether it did."""
     no_results = {file.name for file in job.folder.glob("*")} <= {CONFIG_FILE, LOCK_FILE}
-    forgotten = no_results and not (job.resumed or job.multirun)
-    if forgotten:
+    forget = no_results and not (job.resumed or job.multirun)
+    if forget:
         (job.folder / CONFIG_FILE).unlink(missing_ok=True)
-    return forgotten
+    return forget
 
 
 def note_failure(job: Job, reason: str) -> None:
@@ -118,9 +118,9 @@ def _read_sweep_run(folder: Path) -> SweepRun:
         return SweepRun(folder, overrides=[], metrics=None, failure=str(error), damaged=True)
     run = SweepRun(folder, job.overrides, None, None, job.config.to_flat_dict())
     try:
-        failed = _read_failure(folder)
+        failure = _read_failure(folder)
         return run._replace(
-            metrics=_read_metrics(folder), failure=failed["reason"] if failed else None
+            metrics=_read_metrics(folder), failure=failure["reason"] if failure else None
         )
     except UserError as error:
         return run._replace(failure=str(error), damaged=True)

@@ -21,24 +21,24 @@ HPARAM_SETTINGS = (
 def make_hparams(jobs: Sequence[Job]) -> list[HParams]:
     """Each job's columns: first the swept settings or, for a single run, its overrides."""
     overrides = [split_overrides(job.overrides) for job in jobs]
-    # neither resumed jobs nor added seeds and controls say what was varied, so compare the jobs
+    # `job.swept` is empty in resumed jobs and lacks added seeds and controls: compare the jobs, too
     varied = find_swept(overrides)
     swept = [
-        [*dict.fromkeys([*(name for name in job.swept if name in own), *varied])] or [*own]
-        for job, own in zip(jobs, overrides, strict=True)
+        [*dict.fromkeys([*(name for name in job.swept if name in typed), *varied])] or [*typed]
+        for job, typed in zip(jobs, overrides, strict=True)
     ]
-    settings = [_select_settings(*each) for each in zip(jobs, overrides, swept, strict=True)]
+    settings = [_select_settings(*row) for row in zip(jobs, overrides, swept, strict=True)]
     columns: dict = {}
     for values in settings:
         columns = values | columns
     return [
-        HParams(values, columns, first, _list_headline_metrics(job))
-        for job, values, first in zip(jobs, settings, swept, strict=True)
+        HParams(values, columns, names, _list_headline_metrics(job))
+        for job, values, names in zip(jobs, settings, swept, strict=True)
     ]
 
 
 def _select_settings(job: Job, overrides: dict[str, str], swept: Collection[str]) -> dict:
-    """Setting -> value, including swept presets such as `model=relu`."""
+    """The job's columns: setting -> value, including swept presets such as `model=relu`."""
     return {name: overrides[name] for name in swept if name in overrides} | {
         name: value if isinstance(value, bool | int | float) else str(value)
         for name, value in job.config.to_flat_dict().items()
@@ -50,5 +50,5 @@ def _select_settings(job: Job, overrides: dict[str, str], swept: Collection[str]
 
 def _list_headline_metrics(job: Job) -> list[str]:
     source = job.config.data_source
-    measured, _ = source.list_metrics(job.config.eval.loss_tokens)
-    return [*HEADLINE, *(f"held_out/{name}" for name in {source.headline} & measured)]
+    metrics, _ = source.list_metrics(job.config.eval.loss_tokens)
+    return [*HEADLINE, *(f"held_out/{name}" for name in {source.headline} & metrics)]

@@ -17,28 +17,29 @@ LAUNCHERS = {
 }
 
 
-class Place(NamedTuple):
-    """A rank, and the address at which all ranks connect."""
+class LaunchedRank(NamedTuple):
+    """A process's rank, and the address at which all ranks connect."""
 
     rank: int
     size: int
     """Number of ranks."""
     local_rank: int
-    """Its number among the ranks of its machine."""
+    """Number among the ranks of its machine."""
     address: str
     port: int
-    hosted: bool = False
+    launcher_listens: bool = False
     """Whether the launcher listens at the port, instead of rank 0."""
     restarts: int = 0
-    """How often the launcher has started all ranks again."""
+    """How often the launcher has restarted all ranks."""
 
 
-def find_place() -> Place | None:
-    """This process's place; None if no launcher has started it together with others."""
+def find_launched_rank() -> LaunchedRank | None:
+    """This process's rank; None if no launcher has started it together with others."""
     for launcher, names in LAUNCHERS.items():
         if all(name in os.environ for name in names):
             rank, size, local_rank = (int(os.environ[name]) for name in names)
-            return Place(rank, size, local_rank, *_find_meeting(launcher)) if size > 1 else None
+            address = _read_address(launcher)
+            return LaunchedRank(rank, size, local_rank, *address) if size > 1 else None
     return None
 
 
@@ -46,16 +47,16 @@ def find_local_size() -> int | None:
     """Number of ranks that the launcher has started on this machine, if it says so."""
     tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")  # such as 8(x2),4
     local = os.environ.get("LOCAL_WORLD_SIZE") or re.match(r"\d*", tasks)[0]
-    return int(local) if local and find_place() else None
+    return int(local) if local and find_launched_rank() else None
 
 
-def _find_meeting(launcher: str) -> tuple:
-    """The fields of `Place` from `address` on."""
+def _read_address(launcher: str) -> tuple:
+    """Read the fields of `LaunchedRank` from `address` on."""
     env = os.environ
     if launcher == "torchrun":
-        hosted = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        listens = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         restarts = int(env.get("TORCHELASTIC_RESTART_COUNT", 0))
-        return env["MASTER_ADDR"], int(env["MASTER_PORT"]), hosted, restarts
+        return env["MASTER_ADDR"], int(env["MASTER_PORT"]), listens, restarts
     if launcher == "submitit":
         return "127.0.0.1", pick_port(int(env["SUBMITIT_LOCAL_JOB_ID"]))
     job, step = int(env["SLURM_JOB_ID"]), int(env["SLURM_STEP_ID"])

@@ -24,7 +24,7 @@ from sae_lightning.training.settings import Accelerator
 # SmolLM2 with eager attention, at a context of 128. Its weights, which get no gradient, keep none.
 KEPT_WIDTHS = 30
 PROCESS_BYTES = 800_000_000  # Python with torch, transformers and lightning
-EVALUATION_SHARE = 5 / 8  # upper bound on memory per token: evaluation / training
+EVALUATION_SHARE = 5 / 8  # memory per token in evaluation, as a share of training's: at most
 
 
 class PassMemory(NamedTuple):
@@ -55,16 +55,17 @@ def read_free_memory(config: Config) -> float:
     """Free memory for training: of the GPU or, on a CPU, the RAM that this process may use."""
     if config.trainer.accelerator is not Accelerator.cpu and torch.cuda.is_available():
         return torch.cuda.mem_get_info()[0]
-    return min(psutil.virtual_memory().available, _read_free_in_cgroups(), _read_free_of_ulimit())
+    available = psutil.virtual_memory().available
+    return min(available, _read_free_in_cgroups(), _read_free_under_ulimit())
 
 
 def _read_free_in_cgroups(
-    own: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")
+    membership: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")
 ) -> float:
     """Memory that a container or cluster job may still use: the minimum over its cgroup and the
     parent groups, for cgroup v1 and v2."""
-    left = math.inf
-    for line in own.read_text().splitlines() if own.exists() else ():
+    free = math.inf
+    for line in membership.read_text().splitlines() if membership.exists() else ():
         _, controllers, path = line.split(":", 2)
         if controllers not in ("", "memory"):
             continue
@@ -72,10 +73,10 @@ def _read_free_in_cgroups(
         group = mount / controllers / path.lstrip("/")
         for folder in (group, *group.parents):
             with suppress(OSError, ValueError):  # no such group, or no limit ("max")
-                total = int((folder / f"memory.{limit}").read_text())
-                taken = int((folder / f"memory.{used}").read_text())
-                left = min(left, total - taken + _read_file_cache(folder))
-    return left
+                limit_bytes = int((folder / f"memory.{limit}").read_text())
+                used_bytes = int((folder / f"memory.{used}").read_text())
+                free = min(free, limit_bytes - used_bytes + _read_file_cache(folder))
+    return free
 
 
 def _read_file_cache(group: Path) -> int:
@@ -86,7 +87,7 @@ def _read_file_cache(group: Path) -> int:
     return sum(stat.get(f"total_{name}", stat[name]) for name in names)
 
 
-def _read_free_of_ulimit() -> float:
+def _read_free_under_ulimit() -> float:
     """Memory that `ulimit -v` leaves to this process."""
     process = psutil.Process()
     if not hasattr(process, "rlimit"):  # neither Linux nor FreeBSD
@@ -117,21 +118,23 @@ def estimate_memory(
         batch * c.model.features * ARCHITECTURES[c.model.name].network.bytes_per_activation
         for c in configs
     ]
-    computing, exported = max(zip(batches, (16 * n for n in weights), strict=True), key=sum)
+    exports = (16 * n for n in weights)
+    activations, exported = max(zip(batches, exports, strict=True), key=sum)  # of the largest SAE
     warm = [n for n, c in zip(weights, configs, strict=True) if c.model.start]
     parts = {
         ("data.pool",): 2 * config.data.pool * row,  # copied for a checkpoint
         ("llm.batch",): ranks * data.rows * row,
         ("eval.tokens",): config.eval.tokens * row,
         ("llm.name",): data.shared * element_bytes,
-        ("model.features", "trainer.batch"): computing,
-        ("model.features",): exported + 12 * max(warm, default=0),  # the start as it is read
+        ("model.features", "trainer.batch"): activations,
+        # with copies while a start is opened
+        ("model.features",): exported + 12 * max(warm, default=0),
     }
-    tuned = [
+    blocks_above = [  # blocks that the gradient of loss.kl passes through
         llm.layers - pair.target.layer for c, pair in zip(configs, sites, strict=True) if c.loss.kl
     ]
-    if tuned:
-        kept = data.rows * max(tuned) * KEPT_WIDTHS * llm.width
+    if blocks_above:
+        kept = data.rows * max(blocks_above) * KEPT_WIDTHS * llm.width
         logits = 8 * LOGIT_ROWS * llm.vocabulary  # beside those of evaluation
         parts[("loss.kl", "llm.batch")] = (kept + logits) * element_bytes
     heads = [_count_head_bytes(c, pair, llm) for c, pair in zip(configs, sites, strict=True)]
@@ -173,9 +176,9 @@ def check_memory(
         parts = Counter(alone.parts)
         parts.update({("model.features",): alone.heads[0] // ranks, ("llm.batch",): alone.hidden})
         ((names, part),) = parts.most_common(1)
-        blamed = ", ".join(f"{name}={config.to_flat_dict()[name]}" for name in names)
+        settings = ", ".join(f"{name}={config.to_flat_dict()[name]}" for name in names)
         raise UserError(
-            f"{blamed}: training needs about {total / 1e9:.1f} GB of memory, "
+            f"{settings}: training needs about {total / 1e9:.1f} GB of memory, "
             f"{part / 1e9:.1f} GB of it for this. {free / 1e9:.1f} GB are free: lower it, "
             "or try all the same with sweep.max_heads=1"
         )

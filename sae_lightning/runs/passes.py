@@ -33,7 +33,7 @@ from sae_lightning.runs.devices import (
 from sae_lightning.runs.heap import give_back_freed_memory
 from sae_lightning.runs.hparams import make_hparams
 from sae_lightning.runs.jobs import CONFIG_FILE, Job, format_resume_command, read_job
-from sae_lightning.runs.launchers import find_place
+from sae_lightning.runs.launchers import find_launched_rank
 from sae_lightning.runs.plan import (
     HeldOutResults,
     PlannedPass,
@@ -277,7 +277,7 @@ def _train_pass(planned: PlannedPass) -> HeldOutResults:
                 raise UserError(reason) from error
             raise
         print_error(reason, jobs[0].folder.name if len(jobs) == 1 else None)
-        if find_place():  # only the launcher can start its ranks again
+        if find_launched_rank():  # only the launcher can start its ranks again
             sys.exit(f"error: this pass failed; continue with: {format_resume_command(jobs)}")
     finally:
         # trainer, module and callbacks (and an error's traceback) form reference cycles: without

@@ -1,4 +1,4 @@
-"""Users' own parts: modules that add rows to ARCHITECTURES, SOURCES or TASKS when imported.
+"""Plugins: users' modules that add rows to ARCHITECTURES, SOURCES or TASKS when imported.
 
 Their code runs only if they are typed (plugins=[...]) or installed (an entry point of the group
 `sae_lightning.plugins`). No plugin is imported because a run folder names it.
@@ -25,20 +25,20 @@ GROUP = "sae_lightning.plugins"
 SETTING = "plugins"
 
 
-def load_parts(arguments: list[str], tasks: dict[str, type] | None = None) -> list[str]:
+def load_plugins(arguments: list[str], tasks: dict[str, type] | None = None) -> list[str]:
     """Import the plugins that are typed or installed, and register all schemas with Hydra; returns
     the arguments with `plugins` as Hydra takes it. `tasks`: TASKS, for analyze.py."""
-    given = {a: _read_names(a) for a in arguments if a.lstrip("+").startswith(f"{SETTING}=")}
-    import_plugins([name for names in given.values() for name in names], tasks)
+    typed = {a: _read_names(a) for a in arguments if a.lstrip("+").startswith(f"{SETTING}=")}
+    import_plugins([name for names in typed.values() for name in names], tasks)
     flags, _ = get_args_parser().parse_known_intermixed_args(arguments)
     register_schemas(tasks, flags.config_dir)
-    quoted = {a: ",".join(map(quote_if_needed, names)) for a, names in given.items()}
-    return [f"{SETTING}=[{quoted[a]}]" if a in given else a for a in arguments]
+    quoted = {a: ",".join(map(quote_if_needed, names)) for a, names in typed.items()}
+    return [f"{SETTING}=[{quoted[a]}]" if a in typed else a for a in arguments]
 
 
 def import_plugins(names: Iterable[str], tasks: dict[str, type] | None = None) -> None:
-    """Import installed plugins and those in `names`: modules, or .py files. UserError: one of
-    them is missing, fails, or replaces a row of a table."""
+    """Import installed plugins and those in `names`: modules, or .py files. UserError if one is
+    missing, fails, or replaces a row of a table."""
     tables = {"architecture": ARCHITECTURES, "kind of data": SOURCES, "task": tasks or {}}
     for point in entry_points(group=GROUP):
         _import_one(f"the installed plugin {point.name}", point.value.partition(":")[0], tables)
@@ -72,7 +72,8 @@ def _make_importable(folder: str) -> None:
         os.environ["PYTHONPATH"] = os.pathsep.join([*filter(None, paths), folder])
 
 
-def _import_one(what: str, module: str, tables: Mapping[str, dict[str, Any]]) -> None:
+def _import_one(label: str, module: str, tables: Mapping[str, dict[str, Any]]) -> None:
+    """Import a plugin; `label` begins the messages of its errors."""
     before = {kind: dict(table) for kind, table in tables.items()}
     try:
         importlib.import_module(module)
@@ -81,16 +82,16 @@ def _import_one(what: str, module: str, tables: Mapping[str, dict[str, Any]]) ->
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and module.startswith(error.name or "\0"):
             raise UserError(
-                f"{what}: no module of this name; give one that Python finds from this folder, or "
+                f"{label}: no module of this name; give one that Python finds from this folder, or "
                 "the path of a .py file"
             ) from error
         where = traceback.extract_tb(error.__traceback__)[-1]
         raise UserError(
-            f"{what}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''} "
+            f"{label}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''} "
             f"({where.filename}, line {where.lineno})"
         ) from error
     for kind, table in tables.items():
         for name, row in before[kind].items():
             if table[name] is not row:
                 table[name] = row
-                raise UserError(f"{what}: the {kind} {name} is there already; choose another name")
+                raise UserError(f"{label}: the {kind} {name} is there already; choose another name")

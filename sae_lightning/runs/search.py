@@ -10,7 +10,7 @@ from sae_lightning.scoring.duplicates import Copies
 from sae_lightning.scoring.metrics import Quality
 
 COMMON_METRICS = {*Quality._fields, *Copies._fields} - {"density", "dimension"}
-# suites of task=benchmark, which are run on each SAE when it is trained
+# Suites of task=benchmark that a search can maximise: they are run on each SAE once it is trained.
 BENCHMARK_OBJECTIVES = frozenset({"absorption", "probing"})
 # Penalty per factor of e by which L0 exceeds sweep.l0 (an excess of 1 % costs 0.1). It must
 # outweigh what a metric gains: kl, the steepest, falls by 0.2 from L0 20 to 50 (SmolLM2, block 9).
@@ -44,9 +44,10 @@ class SweepConfig:
         if self.seeds < 1:
             raise UserError(f"sweep.seeds={self.seeds}: give 1 or more seeds")
 
-    def check_objective(self, measures: Collection[str], where: str) -> None:
-        """UserError if the objective is not measured; `where` becomes part of the message."""
-        metrics = sorted(COMMON_METRICS.union(measures))
+    def check_objective(self, measured: Collection[str], where: str) -> None:
+        """UserError unless the objective is a common metric or one of those `measured`; `where`,
+        such as "on synthetic concepts", becomes part of the message."""
+        metrics = sorted(COMMON_METRICS.union(measured))
         if self.objective is not None and self.objective.removeprefix("-") not in metrics:
             raise UserError(
                 f"sweep.objective={self.objective} is not measured {where}: choose from "
@@ -61,8 +62,8 @@ def compute_objective(metrics: dict[str, float], sweep: SweepConfig) -> float:
     subtracted. Metrics improve with L0, so a search settles at or just below `sweep.l0`. A NaN
     metric gives -inf: samplers refuse NaN, and such a run must not win.
     """
-    usual = "ce_recovered" if "ce_recovered" in metrics else "explained_variance"
-    name = sweep.objective or usual
+    default = "ce_recovered" if "ce_recovered" in metrics else "explained_variance"
+    name = sweep.objective or default
     value = metrics[name.removeprefix("-")]
     if name.endswith("ce_recovered"):
         value = float(cap_recovered(value, metrics["ce_zero"], metrics["ce_clean"]))

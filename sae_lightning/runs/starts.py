@@ -1,4 +1,4 @@
-"""Warm starts: what `model.start` says about a run, and what must agree with it."""
+"""Warm starts: takes settings of a run from the SAE in `model.start`, and checks the others."""
 
 from collections.abc import Collection
 from contextlib import suppress
@@ -32,19 +32,19 @@ from sae_lightning.stream import SOURCES
 from sae_lightning.stream.local_files import make_absolute
 
 # Settings of the network that every format records.
-TOLD = ("features", "k", "groups", "skip")
+RECORDED = ("features", "k", "groups", "skip")
 # Decoder norms that differ less count as equal: published weights are rounded.
 MAX_NORM_RATIO = 1.01
 
 
 class Start(NamedTuple):
-    """What a saved SAE says about the run that starts from it."""
+    """A saved SAE to start from, as far as the run's settings depend on it."""
 
     address: str
     config: SAEConfig
     widths: tuple[int, int]
     """d_in, d_out."""
-    is_own: bool
+    is_ours: bool
     """Whether a run of this project saved it, so that all settings of the network are known."""
     metadata: dict[str, Any]
     norm_ratio: float
@@ -66,9 +66,8 @@ def _open_start(address: str) -> Start:
     try:
         sae = load_sae(address)
     except UserError as error:
-        named = str(error).startswith(address)  # messages begin with what cannot be opened
-        where = "model.start=" if named else f"model.start={address}: "
-        raise UserError(f"{where}{error}") from error
+        has_address = str(error).startswith(address)
+        raise UserError(f"model.start={'' if has_address else f'{address}: '}{error}") from error
     norms = sae.W_dec.norm(dim=1)
     norms = norms[norms > SMALLEST_NORM]
     return Start(
@@ -82,7 +81,7 @@ def _open_start(address: str) -> Start:
 
 
 def forget_starts() -> None:
-    """Have SAEs read again when they are next needed: training may have changed them."""
+    """Empty the cache of opened SAEs, which training may have changed."""
     _open_start.cache_clear()
 
 
@@ -143,32 +142,32 @@ def _choose_layer(
     start: Start, layer: DictConfig, typed: Collection[str]
 ) -> LayerConfig | DictConfig:
     try:
-        own = read_layer(start.metadata, start.address)
+        of_start = read_layer(start.metadata, start.address)
     except UserError:
         if "layer.index" in typed:
             return layer
         raise
-    own.target = None if own.target == own.source else own.target
-    given = [name for name in ("source", "target") if {"layer", f"layer.{name}"} & {*typed}]
-    given += ["index"] * ("layer.index" in typed)
-    for name in given:
-        wanted, there = (
-            each.target or each.source if name == "target" else getattr(each, name)
-            for each in (layer, own)
+    of_start.target = None if of_start.target == of_start.source else of_start.target
+    names = [name for name in ("source", "target") if {"layer", f"layer.{name}"} & {*typed}]
+    names += ["index"] * ("layer.index" in typed)
+    for name in names:
+        typed_value, value = (
+            config.target or config.source if name == "target" else getattr(config, name)
+            for config in (layer, of_start)
         )
-        if wanted != there:
-            wanted, there = (getattr(value, "value", value) for value in (wanted, there))
+        if typed_value != value:
+            typed_value, value = (getattr(v, "value", v) for v in (typed_value, value))
             raise UserError(
-                f"layer.{name}={wanted}: model.start={start.address} was trained at "
-                f"layer.{name}={there}; leave it out, or choose another start"
+                f"layer.{name}={typed_value}: model.start={start.address} was trained at "
+                f"layer.{name}={value}; leave it out, or choose another start"
             )
-    return own
+    return of_start
 
 
 def _choose_model(start: Start, model: DictConfig, typed: Collection[str]) -> dict[str, Any]:
     names = [f.name for f in fields(start.config) if f.name not in ("name", "seed", "start")]
-    told = [name for name in names if start.is_own or name in TOLD]
-    taken = {n: getattr(start.config, n) for n in told if f"model.{n}" not in typed}
+    recorded = [name for name in names if start.is_ours or name in RECORDED]
+    taken = {n: getattr(start.config, n) for n in recorded if f"model.{n}" not in typed}
     features = taken.get("features", model.features)
     if features < start.config.features:
         raise UserError(
@@ -205,11 +204,13 @@ def check_start(config: Config, sites: SitePair, shape: LLMShape) -> str | None:
     start = find_start(config.model.start)
     widths = tuple(map(shape.width_at, sites))
     if widths != start.widths:
-        own, there = (" -> ".join(map(str, dict.fromkeys(pair))) for pair in (start.widths, widths))
+        of_start, of_sites = (
+            " -> ".join(map(str, dict.fromkeys(pair))) for pair in (start.widths, widths)
+        )
         where = f"llm.name={config.llm.name}" if config.data_source.has_llm else "data"
         raise UserError(
-            f"model.start={start.address} is for activations of {own} dimensions, and those of "
-            f"{where} have {there}; choose another start, or what it was trained on"
+            f"model.start={start.address} is for activations of {of_start} dimensions, and those "
+            f"of {where} have {of_sites}; choose another start, or what it was trained on"
         )
     if not config.data_source.has_llm or not {"llm.name", "model_name"} & start.metadata.keys():
         return None

@@ -222,7 +222,7 @@ class CachedRows(RowStream):
         """List the shards on disk; checksums are verified when a shard is opened."""
         self.shards = []
         # all ranks use rank 0's list
-        for path in world().share(sorted(self.folder.glob("[0-9]" * 8 + SHARD_SUFFIX))):
+        for path in world().broadcast_value(sorted(self.folder.glob("[0-9]" * 8 + SHARD_SUFFIX))):
             try:
                 self.shards.append(Shard(path))
             except DAMAGE_ERRORS:
@@ -233,7 +233,7 @@ class CachedRows(RowStream):
         """Whether this process may write; the first call locks and removes leftovers. Of several
         ranks, only rank 0 writes."""
         if self._writes is None:
-            writes = world().share(world().is_first and self._try_lock())
+            writes = world().broadcast_value(world().is_first and self._try_lock())
             self._writes = writes and world().is_first
             if writes:
                 self._list_shards()

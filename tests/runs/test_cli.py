@@ -42,7 +42,7 @@ from sae_lightning.runs.cli import (
 from sae_lightning.runs.config import Config, find_conf_folder
 from sae_lightning.runs.jobs import CONFIG_FILE, Job, format_config, make_job, read_job
 from sae_lightning.runs.schemas import register_schemas
-from sae_lightning.runs.words import TRANSLATIONS
+from sae_lightning.runs.translations import TRANSLATIONS
 from sae_lightning.sae import ARCHITECTURES, SAEConfig
 from sae_lightning.sae.relu import ReLULoss
 from sae_lightning.stream.plays import PlaysConfig

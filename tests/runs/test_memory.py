@@ -115,11 +115,11 @@ def test_ulimit_counts():
     used = psutil.Process().memory_info().vms
     try:
         resource.setrlimit(resource.RLIMIT_AS, (used + 10**9, before[1]))
-        assert 0.9e9 < memory._read_free_of_ulimit() <= 1.01e9
+        assert 0.9e9 < memory._read_free_under_ulimit() <= 1.01e9
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
     if most == resource.RLIM_INFINITY:
-        assert memory._read_free_of_ulimit() == float("inf")
+        assert memory._read_free_under_ulimit() == float("inf")
 
 
 TOO_MUCH = 1 << 50

@@ -12,7 +12,7 @@ from hydra.core.config_store import ConfigStore
 from sae_lightning.errors import UserError
 from sae_lightning.runs.config import find_conf_folder, list_presets
 from sae_lightning.runs.jobs import CONFIG_FILE, format_config, make_job, read_job
-from sae_lightning.runs.plugins import import_plugins, load_parts
+from sae_lightning.runs.plugins import import_plugins, load_plugins
 from sae_lightning.runs.schemas import register_schemas
 from sae_lightning.sae import ARCHITECTURES
 from sae_lightning.stream import SOURCES
@@ -80,7 +80,7 @@ def compose_config(arguments: list[str]):
 )
 def test_an_architecture_of_a_module_here_is_an_option(tmp_path, typed):
     (tmp_path / "own_part.py").write_text(NEW)
-    arguments = load_parts(["model=mine", typed, "model.features=64"])
+    arguments = load_plugins(["model=mine", typed, "model.features=64"])
     assert arguments == ["model=mine", "plugins=[own_part]", "model.features=64"]
     job = compose_config([*arguments, "seed=3"])
     assert (job.config.model.k, job.config.model.name, job.config.model.seed) == (7, "mine", 3)
@@ -94,19 +94,19 @@ def test_a_file_is_recorded_by_its_full_path(tmp_path):
     (tmp_path / "my parts").mkdir()
     file = tmp_path / "my parts" / "own_file.py"
     file.write_text(NEW)
-    arguments = load_parts(["plugins=[my parts/own_file.py]", "model=mine"])
+    arguments = load_plugins(["plugins=[my parts/own_file.py]", "model=mine"])
     assert compose_config(arguments).config.plugins == [str(file)]
 
 
 def test_several_plugins_are_imported_in_order(tmp_path):
     (tmp_path / "own_a.py").write_text("")
     (tmp_path / "own_b.py").write_text("import sys; assert 'own_a' in sys.modules")
-    assert load_parts(["plugins=own_a,own_b"]) == ["plugins=[own_a,own_b]"]
+    assert load_plugins(["plugins=own_a,own_b"]) == ["plugins=[own_a,own_b]"]
 
 
 def test_without_plugins_nothing_changes():
     groups = set(ConfigStore.instance().repo)
-    assert load_parts(["seed=1", "-m"]) == ["seed=1", "-m"]
+    assert load_plugins(["seed=1", "-m"]) == ["seed=1", "-m"]
     assert set(ConfigStore.instance().repo) == groups
 
 
@@ -124,9 +124,9 @@ def test_a_preset_of_the_users_comes_before_the_option(tmp_path):
     (tmp_path / "own_preset.py").write_text(NEW)
     (tmp_path / "presets" / "model").mkdir(parents=True)
     (tmp_path / "presets" / "model" / "mine.yaml").write_text("k: 5")
-    load_parts(["plugins=[own_preset]"])
+    load_plugins(["plugins=[own_preset]"])
     assert "mine.yaml" in ConfigStore.instance().repo["model"]
-    load_parts(["--config-dir", "presets", "plugins=[own_preset]"])
+    load_plugins(["--config-dir", "presets", "plugins=[own_preset]"])
     assert "mine.yaml" not in ConfigStore.instance().repo["model"]
     assert "mine.yaml" in ConfigStore.instance().repo["loss"]
 
@@ -165,7 +165,7 @@ def test_a_plugin_that_cannot_be_used_is_told_in_one_line(tmp_path, text, typed,
         (tmp_path / "own_bad.py").write_text(text)
     before = dict(ARCHITECTURES)
     with pytest.raises(UserError) as error:
-        load_parts([f"plugins=[{typed}]"])
+        load_plugins([f"plugins=[{typed}]"])
     assert re.fullmatch(line, str(error.value)), error.value
     assert before == ARCHITECTURES
 
@@ -173,7 +173,7 @@ def test_a_plugin_that_cannot_be_used_is_told_in_one_line(tmp_path, text, typed,
 def test_a_file_with_the_name_of_another_module_is_refused(tmp_path):
     (tmp_path / "json.py").write_text("")
     with pytest.raises(UserError, match=r"Python finds another module json, .*; rename yours$"):
-        load_parts(["plugins=[json.py]"])
+        load_plugins(["plugins=[json.py]"])
 
 
 def test_an_installed_plugin_needs_not_be_typed(tmp_path):
@@ -191,7 +191,7 @@ def test_a_run_folder_does_not_import_what_it_names(tmp_path):
     (tmp_path / "own_run.py").write_text(NEW)
     folder = tmp_path / "run"
     folder.mkdir()
-    job = compose_config(load_parts(["plugins=[own_run]", "model=mine"]))
+    job = compose_config(load_plugins(["plugins=[own_run]", "model=mine"]))
     (folder / CONFIG_FILE).write_text(format_config(job))
     assert read_job(folder).config.model.name == "mine"
     del sys.modules["own_run"]

@@ -14,7 +14,7 @@ from tiny_run import tiny_job
 from sae_lightning import UserError
 from sae_lightning.ranks import Ranks
 from sae_lightning.runs.devices import count_local_ranks, count_ranks, count_threads
-from sae_lightning.runs.launchers import Place, find_first_host, find_place
+from sae_lightning.runs.launchers import LaunchedRank, find_first_host, find_launched_rank
 from sae_lightning.runs.plan import assign_jobs
 from sae_lightning.training.callbacks import stop
 from sae_lightning.training.settings import Accelerator
@@ -83,14 +83,14 @@ SUBMITIT = {
 def test_a_launcher_says_where_a_rank_is(config, monkeypatch, variables, address, port):
     for name, value in variables.items():
         monkeypatch.setenv(name, str(value))
-    assert find_place() == Place(3, 4, 1, address, port)
+    assert find_launched_rank() == LaunchedRank(3, 4, 1, address, port)
     assert count_ranks(config(devices=2, nodes=2)) == 4
     on_cpu = {"device": "cpu", "accelerator": Accelerator.cpu}
     assert count_ranks(config(**on_cpu)) == count_threads(config(**on_cpu)) * 4 == 4
     with pytest.raises(UserError, match="trainer.devices=2, trainer.nodes=1: 4 processes were"):
         count_ranks(config(devices=2))
     monkeypatch.setenv(list(variables)[1], "1")
-    assert find_place() is None
+    assert find_launched_rank() is None
 
 
 @pytest.mark.parametrize(
@@ -119,14 +119,14 @@ def test_torchruns_own_store_and_its_restarts_are_used(monkeypatch):
     more = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": 2}
     for name, value in (TORCHRUN | more).items():
         monkeypatch.setenv(name, str(value))
-    assert find_place() == Place(3, 4, 1, "a", 7, hosted=True, restarts=2)
+    assert find_launched_rank() == LaunchedRank(3, 4, 1, "a", 7, launcher_listens=True, restarts=2)
 
 
 def test_an_allocation_without_srun_starts_no_ranks(monkeypatch):
     for name, value in SRUN.items():
         if name != "SLURM_STEP_NUM_TASKS":
             monkeypatch.setenv(name, str(value))
-    assert find_place() is None
+    assert find_launched_rank() is None
 
 
 @pytest.mark.parametrize(

@@ -27,13 +27,13 @@ def connect(
     local_rank: int,
     address: str,
     port: int,
-    hosted: bool = False,
+    launcher_listens: bool = False,
     restarts: int = 0,
     *,
     patience: int | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> Ranks:
-    """Join the process group; `rank` to `restarts` are the fields of `runs.launchers.Place`.
+    """Join the process group; `rank` to `restarts` are the fields of `runs.launchers.LaunchedRank`.
 
     Rank 0 gives `patience`, the timeout of all ranks in seconds, and `check`, which is called
     while they start and raises if one has ended. On a machine with GPUs, each rank takes one.
@@ -43,14 +43,14 @@ def connect(
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl"
-    listens, start = rank == 0 and not hosted, timedelta(seconds=START_SECONDS)
-    store = dist.TCPStore(address, port, size, listens, start, wait_for_workers=False)
+    is_server, start = rank == 0 and not launcher_listens, timedelta(seconds=START_SECONDS)
+    store = dist.TCPStore(address, port, size, is_server, start, wait_for_workers=False)
     store = dist.PrefixStore(f"sae_lightning/{restarts}", store)
     ranks = Ranks(rank, size, local_rank, store)
     store.set(f"process/{rank}", f"process {os.getpid()} on {socket.gethostname()}")
     if rank == 0:
         store.set("patience", str(patience))
-        _await_start(store, size, check)
+        _await_ranks(store, size, check)
     timeout = timedelta(seconds=int(ranks.hear("patience")))
     options = {"rank": rank, "world_size": size, "timeout": timeout}
     ranks.call(dist.init_process_group, backend, store=store, **options)
@@ -59,7 +59,7 @@ def connect(
     return ranks
 
 
-def _await_start(store: dist.Store, size: int, check: Callable[[], None]) -> None:
+def _await_ranks(store: dist.Store, size: int, check: Callable[[], None]) -> None:
     deadline, missing = monotonic() + START_SECONDS, list(range(size))
     while missing := [rank for rank in missing if not store.check([f"process/{rank}"])]:
         check()
