@@ -1,4 +1,4 @@
-"""Fused Adam that also takes column-major (transposed) parameters."""
+"""Fused Adam that also takes column-major parameters without copying them."""
 
 from typing import Any
 

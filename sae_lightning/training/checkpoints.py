@@ -43,7 +43,7 @@ class HeadCheckpoints(CheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options=None) -> None:
         """Write a checkpoint for each head that has not failed; `path` is not used."""
-        stream = _loader_states(checkpoint).pop()
+        stream = _get_loader_states(checkpoint).pop()
         step = checkpoint["global_step"]
         training = {n: head for n, head in enumerate(self.heads) if head.failure is None}
         paths = [stream_path(head.folder, step) for head in training.values() if head.writes]
@@ -54,7 +54,7 @@ class HeadCheckpoints(CheckpointIO):
                 file = Path()
                 if head.writes:
                     file = files.enter_context(write_atomically(checkpoint_path(head.folder)))
-                part = _convert_split(part, head, partial(_assemble, head, file.parent))
+                part = _convert_split_tensors(part, head, partial(_assemble, head, file.parent))
                 if head.writes:
                     _save(part | {"settings": head.settings, "stream": crc}, file)
             world().wait()  # until all heads' files are complete, on every rank
@@ -69,26 +69,26 @@ class HeadCheckpoints(CheckpointIO):
         parts = [_load_part(head, options) for head in self.heads]
         whole = _join_heads(parts)
         paths = [stream_path(head.folder, whole["global_step"]) for head in self.heads]
-        stream, *others = [torch.load(path, **options) for path in _distinct_files(paths)]
+        stream, *others = [torch.load(path, **options) for path in _list_distinct_files(paths)]
         for other in others:  # heads of other passes read other sites
             stream["pool"]["rows"] |= other["pool"]["rows"]
             if "files" in stream["rows"]:  # of data=activations, by site
                 stream["rows"]["files"] |= other["rows"]["files"]
         for head, current in zip(self.heads, paths, strict=True):
-            if head.writes:  # a run that was killed while it saved may have left some
+            if head.writes:  # a run that was killed while saving may have left old stream files
                 _remove_old_streams(current)
-        _loader_states(whole).append(stream)
+        _get_loader_states(whole).append(stream)
         return whole
 
     def remove_checkpoint(self, path: Any) -> None:
-        """Never called: the next checkpoint replaces this one."""
+        """Never called: each checkpoint overwrites the last one."""
         raise NotImplementedError
 
 
 @contextmanager
 def assemble_whole(head: Head, tensors: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """A head's weights with all features, gathered from its ranks; on a rank that does not write,
-    None in place of each split one. They are mmaps of files that exist until the block ends."""
+    """A head's weights with all features, gathered from its ranks; None in place of each split one
+    on a rank that does not write. They are mmaps of files that exist until the block ends."""
     alone = head.sae.split.ranks.size == 1
     files = make_private_folder(head.folder / "whole") if head.writes and not alone else None
     with files or nullcontext(Path()) as folder:
@@ -113,14 +113,14 @@ def _load_part(head: Head, options: dict[str, Any]) -> dict[str, Any]:
         rows = head.sae.split.slice(x, dim).movedim(dim, 0).contiguous()
         return rows.movedim(0, dim)  # in the memory order of a checkpoint
 
-    return _convert_split(part, head, slice_own)
+    return _convert_split_tensors(part, head, slice_own)
 
 
-def _convert_split(
+def _convert_split_tensors(
     part: dict[str, Any], head: Head, convert: Callable[[Tensor, int, str], Any]
 ) -> dict[str, Any]:
-    """A head's checkpoint with convert(tensor, dim, name) for each tensor that has an entry for
-    each feature, along `dim`: weights, counters and Adam's moments."""
+    """A head's checkpoint with convert(tensor, dim, name) for each tensor that is split by features
+    along `dim`: weights, counters and Adam's moments."""
     dims = {f"heads.0.sae.{name}": dim for name, dim in head.sae.split_dims.items()}
     dims |= {f"heads.0.{name}": 0 for name in ("tokens_since_fired", "start_rows", "start_fired")}
     weights = {
@@ -141,15 +141,15 @@ def _convert_split(
     return part | {"state_dict": weights, "optimizer_states": [adam | {"state": state}]}
 
 
-def _loader_states(checkpoint: dict[str, Any]) -> list:
+def _get_loader_states(checkpoint: dict[str, Any]) -> list:
     """Lightning's list of data loader states; its one entry is the stream's."""
     return checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"]
 
 
-def _distinct_files(paths: list[Path]) -> list[Path]:
+def _list_distinct_files(paths: list[Path]) -> list[Path]:
     """One path for each file among `paths`, which may be hard links to the same file."""
-    files = {(stat.st_dev, stat.st_ino): path for path in paths for stat in [path.stat()]}
-    return list(files.values())
+    by_inode = {(stat.st_dev, stat.st_ino): path for path in paths for stat in [path.stat()]}
+    return list(by_inode.values())
 
 
 def _write_stream(stream: dict[str, Any], paths: list[Path]) -> int:

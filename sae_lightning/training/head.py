@@ -22,7 +22,7 @@ from sae_lightning.sae.products import break_even_density
 from sae_lightning.sae.sparse import pick_working_dtype
 from sae_lightning.training.settings import CallbacksConfig, OptimConfig, Products
 
-SMALLEST_KL = 1e-8  # added to a KL that is divided by
+SMALLEST_KL = 1e-8  # added to the KL before dividing by it
 
 
 class StepResult(NamedTuple):
@@ -64,8 +64,8 @@ class Head(nn.Module):
         self.start_metrics: dict[str, float] = {}  # held-out metrics of that SAE
         self.tuned_from: int | None = None  # the first update with `loss.kl`
         self.before_kl: dict[str, float] = {}  # held-out metrics before that update
-        self.adam_steps = 0  # of Adam's state at the start
-        self.fates: dict[str, int] = {}  # see `count_fates`
+        self.adam_steps = 0  # updates in Adam's state when training starts
+        self.fates: dict[str, int] = {}  # number of features by fate, see `count_fates`
         self.sae, self.loss, self.optim, self.callbacks = sae, loss, optim, callbacks
         self.name, self.folder, self.source, self.target = name, folder, source, target
         self.dead_window, self.products = dead_window, products
@@ -88,17 +88,17 @@ class Head(nn.Module):
         # factors of the sparsity coefficient, set by its warm-up and by `TargetL0`
         self.register_buffer("penalty_factor", torch.ones(()))
         self.register_buffer("steering", torch.ones(()))
-        # at the last update; errors lie in [-1, 1], so 2 means none yet
+        # `measure_l0_error` at the last update, in [-1, 1]; 2 means none yet
         self.register_buffer("l0_error", torch.tensor(2.0))
         self.register_buffer("tokens_since_fired", torch.zeros(features, dtype=torch.int64))
         self.register_buffer("grad_norm", torch.zeros(()))
         if sae.config.start:
-            # decoder directions at the start, 0 for features that the start lacks, and which fired
+            # decoder directions at the start, 0 for features that the start lacks; which fired then
             self.register_buffer("start_rows", torch.zeros(features, d_out, dtype=torch.float16))
             self.register_buffer("start_fired", torch.zeros(features, dtype=torch.uint8))
-        # of a control: the last known L0 of the trained SAE, below 0 as long as there is none
-        follows = sae.config.control is not None and loss.fixes_coefficient
-        self.register_buffer("l0_target", torch.tensor(-1.0) if follows else None)
+        # of a control: the last known L0 of the trained SAE; -1 means none yet
+        can_follow = sae.config.control is not None and loss.fixes_coefficient
+        self.register_buffer("l0_target", torch.tensor(-1.0) if can_follow else None)
         if sae.config.control is Control.soft_frozen_decoder:
             # not in checkpoints: the seed makes them again
             self.register_buffer("random_rows", normalize(sae.W_dec.detach()), persistent=False)
@@ -122,7 +122,7 @@ class Head(nn.Module):
 
     def forward(self, batch: dict[Site, Tensor], tuned: bool = False) -> Tensor:
         """Training loss [] of a batch {site: [batch, d_site]} of raw activations; in a `tuned`
-        update `tune` adds to it."""
+        update, `tune` computes the other term."""
         x, target = self.normalise(batch)
         if self.sae.config.control is Control.shuffled_activations:
             x = target = self._shuffle(x)
@@ -148,11 +148,10 @@ class Head(nn.Module):
         return loss
 
     def tune(self, llm: nn.Module, runs: Sequence[CleanRun]) -> Tensor:
-        """The term with `loss.kl` [], on `runs` of the LLM for an update whose other terms are
-        computed: kl / (1 + kl) x mse / KL x KL, where mse / KL gets no gradient.
+        """The term of `loss.kl` [], on `runs` of the LLM; call it after `forward`, which computes
+        the other terms: kl / (1 + kl) x mse / KL x KL, where mse / KL gets no gradient.
 
-        In float32 and with `forward`, as the SAE is evaluated and used: a BatchTopK SAE with its
-        threshold."""
+        The SAE runs as it does in evaluation: in float32, a BatchTopK SAE with its threshold."""
         sites, ranks = (self.source, self.target), self.sae.split.ranks
         kl = measure_spliced_kl(llm, runs, *sites, lambda x: self.run_raw(x).reconstruction, ranks)
         step, weight = self.last_step, self.loss.kl
@@ -197,7 +196,7 @@ class Head(nn.Module):
         return self.run_raw(x)
 
     def run_raw(self, x: Tensor) -> Output:
-        """`reconstruct_raw`, with a gradient for the SAE."""
+        """Like `reconstruct_raw`, but with gradients."""
         x = x.to(self.in_mean.device, torch.float32)
         output = self.sae((x - self.in_mean) / self.in_scale)
         return Output(output.reconstruction * self.out_scale + self.out_mean, output.features)
@@ -226,8 +225,8 @@ class Head(nn.Module):
         self.before_kl = state.get("before_kl", {})
 
     def group_parameters(self) -> tuple[list[str], list[str]]:
-        """Names of the SAE's weights and of its biases, in the order of Adam's two groups; without
-        what a control freezes."""
+        """Names of the SAE's weights and of its biases, in the order of Adam's two groups, without
+        those that a control freezes."""
         biases, trained = list(self.sae.biases), self.sae.named_parameters()
         return [n for n, p in trained if n not in biases and p.requires_grad], biases
 

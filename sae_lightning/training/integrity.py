@@ -31,11 +31,11 @@ def check_checkpoint(
     make_head: Callable[[], Head],
     steps: int,
     check_stream: Callable[[Any, int], None],
-    seen: set,
+    checked_streams: set,
 ) -> None:
     """UserError unless the open checkpoint `saved` and its stream file hold exactly what a head in
     a run of `steps` updates needs. `check_stream` takes the stream's state and the updates done;
-    `seen` collects the stream files whose CRCs are verified, since heads may share one."""
+    `checked_streams` collects the stream files with verified CRCs, since heads may share one."""
     with FakeTensorMode():  # gives shapes and dtypes without allocating memory
         head = make_head()
         groups = SAEModule([head], batch=1, steps=steps).configure_optimizers().state_dict()
@@ -44,14 +44,14 @@ def check_checkpoint(
         _expect_progress(saved, step, steps)
         _expect_weights(saved["state_dict"], head)
         extra = saved["state_dict"]["heads.0._extra_state"]
-        if "occupied" in extra:
-            like = {"training_metrics": dict, "occupied": float}
+        if "occupied" in extra:  # else `set_extra_state` refuses it
+            expected = {"training_metrics": dict, "occupied": float}
             if head.sae.config.start:
-                like |= {"start_metrics": dict, "adam_steps": ANY_COUNT}
+                expected |= {"start_metrics": dict, "adam_steps": ANY_COUNT}
             if head.tuned_from is not None:
-                like |= {"before_kl": dict}
-            expect(extra, like, "_extra_state")
-            for name in like.keys() & {"training_metrics", "start_metrics", "before_kl"}:
+                expected |= {"before_kl": dict}
+            expect(extra, expected, "_extra_state")
+            for name in expected.keys() & {"training_metrics", "start_metrics", "before_kl"}:
                 for key, value in extra[name].items():
                     expect(value, int if type(value) is int else float, f"{name}.{key}")
         adam_steps = step + extra.get("adam_steps", 0)
@@ -64,8 +64,8 @@ def check_checkpoint(
             "again from its beginning"
         )
     with _report_damage(path, f"{stream} is damaged, or not the one that belongs to {path.name}"):
-        state = load_tensors(stream, seen)
-        # checkpoints of older versions have no checksum
+        state = load_tensors(stream, checked_streams)
+        # old checkpoints have no checksum
         if saved.get("stream", read_checksum(stream)) != read_checksum(stream):
             raise ValueError(f"its checksum is not the one in {path.name}")
         check_stream(state, step)
@@ -93,18 +93,19 @@ def _report_damage(path: Path, problem: str) -> Iterator[None]:
 def _expect_progress(saved: dict[str, Any], step: int, steps: int) -> None:
     """Check the progress that Lightning reads: the updates done, and its loops' counters."""
     done, served = ("ready", "completed"), ("ready", "started", "processed")
-    adam = {"step": _counts(*done), "zero_grad": _counts(*done, "started")}
+    adam = {"step": _list_counters(*done), "zero_grad": _list_counters(*done, "started")}
     loops = {
         "state_dict": {"combined_loader": []},
-        "epoch_progress": _counts(*done, *served),
+        "epoch_progress": _list_counters(*done, *served),
         "epoch_loop.state_dict": dict,
-        "epoch_loop.batch_progress": _counts(*served, count=step) | {"is_last_batch": bool},
-        "epoch_loop.scheduler_progress": _counts(*done),
+        "epoch_loop.batch_progress": _list_counters(*served, count=step) | {"is_last_batch": bool},
+        "epoch_loop.scheduler_progress": _list_counters(*done),
         "epoch_loop.automatic_optimization.optim_progress": {"optimizer": adam},
-        "epoch_loop.manual_optimization.optim_step_progress": _counts(*done, count=step),
-        "epoch_loop.val_loop.batch_progress": _counts(*done, *served) | {"is_last_batch": bool},
+        "epoch_loop.manual_optimization.optim_step_progress": _list_counters(*done, count=step),
+        "epoch_loop.val_loop.batch_progress": _list_counters(*done, *served)
+        | {"is_last_batch": bool},
     }
-    like = {
+    expected = {
         "global_step": range(1, steps + 1),
         "epoch": 0,
         "pytorch-lightning_version": str,
@@ -114,22 +115,22 @@ def _expect_progress(saved: dict[str, Any], step: int, steps: int) -> None:
         "optimizer_states": list,
         "loops": {"fit_loop": loops},
     }
-    expect(saved, like, "it")
+    expect(saved, expected, "it")
     # Lightning would migrate a checkpoint that seems to be from an older version
     expect(Version(saved["pytorch-lightning_version"]).major, range(2, 100), "Lightning's version")
 
 
-def _counts(*names: str, count: Any = ANY_COUNT) -> dict[str, dict[str, Any]]:
-    """Layout of Lightning's progress counters with these names."""
+def _list_counters(*names: str, count: Any = ANY_COUNT) -> dict[str, dict[str, Any]]:
+    """What Lightning saves of its progress counters with these names."""
     return {kind: dict.fromkeys(names, count) for kind in ("total", "current")}
 
 
 def _expect_weights(saved: dict[str, Any], head: Head) -> None:
-    like = {f"heads.0.{name}": x for name, x in head.state_dict().items()}
-    like["heads.0._extra_state"] = dict
-    expect(saved, like, "weights")
-    if extra := sorted(saved.keys() - like.keys()):
-        raise ValueError(f"{extra[0]} is no part of this SAE")
+    expected = {f"heads.0.{name}": x for name, x in head.state_dict().items()}
+    expected["heads.0._extra_state"] = dict
+    expect(saved, expected, "weights")
+    if extra := sorted(saved.keys() - expected.keys()):
+        raise ValueError(f"{extra[0]} does not belong to this SAE")
     for name, x in saved.items():
         _expect_finite(x, name)
 
@@ -139,17 +140,14 @@ def _expect_adam(saved: dict[str, Any], groups: list[dict], head: Head, step: in
     fixed = ("params", "peak_lr", "head", "rate", "betas", "eps")
     expect(saved, {"state": dict, "param_groups": list}, "Adam")
     expect(len(saved["param_groups"]), len(groups), "Adam's groups")
-    for number, (group, like) in enumerate(zip(saved["param_groups"], groups, strict=True)):
-        expect(group, {"lr": float} | {name: like[name] for name in fixed}, f"Adam.{number}")
+    for number, (group, expected) in enumerate(zip(saved["param_groups"], groups, strict=True)):
+        expect(group, {"lr": float} | {name: expected[name] for name in fixed}, f"Adam.{number}")
     named = dict(head.sae.named_parameters())
-    ordered = [named[name] for names in head.group_parameters() for name in names]
-    like = {"step": torch.empty(())}
-    expect(
-        saved["state"],
-        {n: like | dict.fromkeys(("exp_avg", "exp_avg_sq"), x) for n, x in enumerate(ordered)},
-        "Adam",
-    )
-    for number, x in enumerate(ordered):
+    parameters = [named[name] for names in head.group_parameters() for name in names]
+    step_like = torch.empty(())
+    states = [{"step": step_like, "exp_avg": x, "exp_avg_sq": x} for x in parameters]
+    expect(saved["state"], dict(enumerate(states)), "Adam")
+    for number, x in enumerate(parameters):
         state = saved["state"][number]
         expect(state["step"].item(), float(step), f"Adam.{number}.step")
         for name in ("exp_avg", "exp_avg_sq"):

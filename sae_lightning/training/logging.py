@@ -88,7 +88,7 @@ class HParams(NamedTuple):
 
 
 class LoggedRun(NamedTuple):
-    """What loggers say about the run of a head."""
+    """The run of a head, as loggers describe it."""
 
     folder: Path
     name: str
@@ -97,11 +97,11 @@ class LoggedRun(NamedTuple):
     settings: dict[str, Any]
     """By dotted name."""
     resumed_at: int | None
-    """Training tokens after which the run is resumed; None for a new run."""
+    """Training tokens at the checkpoint that is resumed; None for a new run."""
 
 
 class ExtraLogger:
-    """Takes a head's curves beside its event file, with the same tags."""
+    """A logger that gets a head's curves, too, with the tags of its event file."""
 
     def add_scalars(self, values: dict[str, float], tokens: int) -> None:
         """Add one point to each named curve at `tokens` training tokens."""
@@ -111,19 +111,19 @@ class ExtraLogger:
         """Add the distribution of the finite `values`, where the logger has histograms."""
 
     def flush(self) -> None:
-        """Write buffered points to disk; what goes to a server is sent without being asked."""
+        """Write buffered points to disk; those for a server are sent without this."""
 
     def finish(self, outcome: str) -> None:
-        """End the run as a `success`, `failed` or `stopped`, once all points are written."""
+        """Write all points, then end the run; `outcome`: success, failed or stopped."""
         raise NotImplementedError
 
     def await_end(self, seconds: float) -> bool:
-        """Wait until the run has ended; False if its server takes nothing for `seconds`."""
+        """Wait until the run has ended; False if its server accepts nothing for `seconds`."""
         return True
 
 
 class HeadLog:
-    """Writes a head's curves into its run folder, and to other loggers if there are any."""
+    """Writes a head's curves to its run folder for TensorBoard, and to other loggers if used."""
 
     others: Sequence[ExtraLogger] = ()
 
@@ -136,7 +136,7 @@ class HeadLog:
         }
         self.events = EventFile(folder, None if resumed_at is None else resumed_at + 1)
         if not resumed_at:
-            for summary in _summaries(hparams):
+            for summary in _make_summaries(hparams):
                 self.events.write(Event(summary=summary))
 
     def add_scalars(self, values: dict[str, float], tokens: int) -> None:
@@ -184,14 +184,14 @@ class SilentLog(HeadLog):
     add_histogram = add_density = flush = close = add_scalars
 
 
-def _summaries(hparams: HParams) -> list[Summary]:
+def _make_summaries(hparams: HParams) -> list[Summary]:
     """Summaries that fill the HParams tab. TensorBoard takes the columns from any one run, so each
     run lists all runs' columns."""
     experiment, *_ = summarize_hparams(hparams.columns, dict.fromkeys(hparams.headline, 0.0))
     data = experiment.value[0].metadata.plugin_data
     content = HParamsPluginData.FromString(data.content)
     for info in content.experiment.hparam_infos:
-        info.differs = info.name in hparams.swept  # the tab first shows five columns: these
+        info.differs = info.name in hparams.swept  # the tab shows only five columns at first: these
     data.content = content.SerializeToString()
     _, *session = summarize_hparams(hparams.settings, {})
     return [experiment, *session]

@@ -83,13 +83,13 @@ class SAEModule(L.LightningModule):
         optimizer.step()
 
     def _add_kl(self, head: Head, clean: dict[int, list[CleanRun]]) -> None:
-        """Add the gradient of a head's `loss.kl`. `clean` keeps this update's runs of the LLM
-        without an SAE, by first update, for the heads that began at the same one."""
-        started, first = perf_counter(), head.tuned_from
+        """Add the gradient of a head's `loss.kl`. `clean` caches this update's runs of the LLM
+        without an SAE for heads with the same `tuned_from`, which use the same text."""
+        before, first = perf_counter(), head.tuned_from
         if first not in clean:
             clean[first] = self.tuning_text.run_update(first, self.global_step, self.batch)
         self.manual_backward(head.tune(self.tuning_text.llm.model, clean[first]))
-        self.tuning_seconds += perf_counter() - started
+        self.tuning_seconds += perf_counter() - before
 
     def fail(self, head: Head) -> None:
         """Freeze a head whose loss or gradient is not finite and write the reason to its folder;
@@ -102,7 +102,7 @@ class SAEModule(L.LightningModule):
             f"stopped at step {self.global_step} ({self.tokens_seen:,} tokens): {culprit} is not "
             f"finite; {saved}. Start again with {remedy}"
         )
-        head.sae.zero_grad()  # Adam skips parameters without a gradient
+        head.sae.zero_grad()  # from now on Adam skips its parameters, which have no gradient
         if head.writes:
             write_json(failure_path(head.folder), {"reason": head.failure, "diverged": True})
         if self.heads_in_pass == 1:

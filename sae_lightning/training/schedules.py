@@ -1,4 +1,4 @@
-"""Schedules: pure functions of the step. Step 0 is the first of the run's `total` updates."""
+"""Schedules: pure functions of the step, which is 0 at the first of the run's `total` updates."""
 
 import math
 
@@ -17,8 +17,8 @@ def decay_factor(step: int, total: int, share: float) -> float:
 
 
 def find_tuning_start(total: int, share: float) -> int:
-    """The update, counted from 0, at which the fine-tuning of the last 1 - `share` of the run
-    begins: always one of the run's."""
+    """The update, counted from 0, at which fine-tuning begins after `share` of the run; at the
+    latest, its last update."""
     return min(round(share * total), total - 1)
 
 
@@ -33,14 +33,14 @@ def measure_l0_error(l0: float, target: float) -> float:
     return min(max(math.log(max(l0, 1e-9) / max(target, 1e-9)), -1.0), 1.0)
 
 
-def steering_factor(now: float, before: float, step: int, total: int) -> float:
+def steering_factor(error: float, last_error: float, step: int, total: int) -> float:
     """Factor by which a sparsity coefficient is multiplied after update `step` of `total`, given
-    the L0 error `now` and the error `before`, at the previous update.
+    the L0 error at this update and at the last one.
 
-    exp(30 step^2 / total^3 x now + (now - before)): a proportional-integral controller in
+    exp(30 step^2 / total^3 x error + (error - last_error)): a proportional-integral controller in
     logarithms, since L0 falls roughly as a power of the coefficient. In the middle of the run, a
     constant error of 1 (L0 off by a factor e) changes the coefficient by a factor e within about an
     eighth of the run, slowly enough for L0 to follow. Earlier, the first term is smaller, because
     L0 then falls by itself. The second responds at once and keeps the first from overshooting.
     """
-    return math.exp(30 * step**2 / total**3 * now + (now - before))
+    return math.exp(30 * step**2 / total**3 * error + (error - last_error))

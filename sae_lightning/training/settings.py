@@ -12,12 +12,12 @@ from typing import Any
 from sae_lightning.errors import UserError
 
 
-def _share(name: str, value: float) -> None:
+def _check_share(name: str, value: float) -> None:
     if not 0 <= value <= 1:
         raise UserError(f"{name}={value}: give a share of the run, from 0 to 1")
 
 
-def _positive(name: str, value: float, remedy: str = "give a positive number") -> None:
+def _check_positive(name: str, value: float, remedy: str = "give a positive number") -> None:
     if not 0 < value < math.inf:
         raise UserError(f"{name}={value}: {remedy}")
 
@@ -119,11 +119,11 @@ class TrainerConfig:
 
     def __post_init__(self):
         for name in ("tokens", "batch", "log_every", "checkpoint_every", "nodes", "patience"):
-            _positive(f"trainer.{name}", getattr(self, name))
+            _check_positive(f"trainer.{name}", getattr(self, name))
         if self.keep_every is not None:
-            _positive("trainer.keep_every", self.keep_every, "give tokens, or null for none")
+            _check_positive("trainer.keep_every", self.keep_every, "give tokens, or null for none")
         if self.threads is not None:
-            _positive("trainer.threads", self.threads, "give 1 or more, or null")
+            _check_positive("trainer.threads", self.threads, "give 1 or more, or null")
         if self.devices != "auto" and (type(self.devices) is not int or self.devices < 1):
             raise UserError(
                 f"trainer.devices={self.devices}: give a number of devices, or auto; "
@@ -160,7 +160,7 @@ class EvalConfig:
 
     def __post_init__(self):
         for name in ("every", "tokens"):
-            _positive(f"eval.{name}", getattr(self, name))
+            _check_positive(f"eval.{name}", getattr(self, name))
         if self.loss_tokens < 0:
             raise UserError(
                 f"eval.loss_tokens={self.loss_tokens}: give a positive number of tokens, or 0 to "
@@ -193,17 +193,19 @@ class OptimConfig:
     """Largest norm of one SAE's gradient; null for no clipping."""
 
     def __post_init__(self):
-        _positive("optim.lr", self.lr, "give a positive learning rate, such as 1e-3")
-        _positive("optim.eps", self.eps)
+        _check_positive("optim.lr", self.lr, "give a positive learning rate, such as 1e-3")
+        _check_positive("optim.eps", self.eps)
         if self.bias_lr is not None:
-            _positive("optim.bias_lr", self.bias_lr, "give a factor such as 1, or null")
+            _check_positive("optim.bias_lr", self.bias_lr, "give a factor such as 1, or null")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"optim.{name}={getattr(self, name)}: give a number >= 0 and < 1")
-        _share("optim.warmup", self.warmup)
-        _share("optim.decay", self.decay)
+        _check_share("optim.warmup", self.warmup)
+        _check_share("optim.decay", self.decay)
         if self.clip is not None:
-            _positive("optim.clip", self.clip, "give a positive norm, or null for no clipping")
+            _check_positive(
+                "optim.clip", self.clip, "give a positive norm, or null for no clipping"
+            )
 
 
 class Normalization(Enum):
@@ -224,7 +226,7 @@ class NormalizeConfig:
     """Tokens from which mean and scale are estimated (at most what the shuffle pool holds)."""
 
     def __post_init__(self):
-        _positive("callbacks.normalize.tokens", self.tokens)
+        _check_positive("callbacks.normalize.tokens", self.tokens)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -240,9 +242,9 @@ class ResampleConfig:
 
     def __post_init__(self):
         if self.every is not None:
-            _positive("callbacks.resample.every", self.every, "give tokens, or null for none")
-        _share("callbacks.resample.until", self.until)
-        _positive("callbacks.resample.tokens", self.tokens)
+            _check_positive("callbacks.resample.every", self.every, "give tokens, or null for none")
+        _check_share("callbacks.resample.until", self.until)
+        _check_positive("callbacks.resample.tokens", self.tokens)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -259,7 +261,7 @@ class CallbacksConfig:
 
     def __post_init__(self):
         if self.dead_after is not None:
-            _positive("callbacks.dead_after", self.dead_after, "give tokens, or null")
+            _check_positive("callbacks.dead_after", self.dead_after, "give tokens, or null")
 
     def dead_window(self, run_tokens: int) -> int:
         """Tokens without firing after which a feature counts as dead."""

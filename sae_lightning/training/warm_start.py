@@ -1,4 +1,4 @@
-"""Warm starts: a head takes over the weights of a saved SAE, and Adam's state if there is one."""
+"""Warm starts: a head takes over the weights of a saved SAE and, if it is saved, Adam's state."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from sae_lightning.stream.states import ANY_COUNT, expect
 from sae_lightning.training.head import Head
 from sae_lightning.training.settings import checkpoint_path
 
-STAYED_COSINE = 0.9  # above this cosine with its row at the start, a feature has stayed
+STAYED_COSINE = 0.9  # of a feature's decoder row with that at the start: above it, it has stayed
 # Settings in which a run must agree with the one it starts from for Adam's moments to fit.
 ADAM_SETTINGS = (
     "llm.name",
@@ -45,20 +45,19 @@ def start_head(head: Head, optimizer: Optimizer) -> str:
     first, and those that it lacks keep their random start. From the folder of a run, Adam's moments
     come along, and with them the normalisation that they belong to, if the settings agree.
     """
-    start, saved = load_sae(head.start), _open_checkpoint(head.start)
-    differing = saved and _find_differing_setting(head, saved["settings"])
-    with_adam = saved is not None and differing is None
+    start, checkpoint = load_sae(head.start), _open_checkpoint(head.start)
+    differing = checkpoint and _find_differing_setting(head, checkpoint["settings"])
+    with_adam = checkpoint is not None and differing is None
     if with_adam:
         try:
-            _take_normalisation(head, saved["state_dict"])
-            _take_moments(head, start, saved["optimizer_states"][0], optimizer)
+            _take_normalisation(head, checkpoint["state_dict"])
+            _take_moments(head, start, checkpoint["optimizer_states"][0], optimizer)
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise _refuse_checkpoint(head.start, error) from error
     _take_weights(head, start, keep_norms=with_adam)
     features = len(start.W_dec)
-    head.start_rows[: head.sae.split.count_own(features)] = head.sae.split.slice(
-        normalize(start.W_dec)
-    )
+    start_rows = head.sae.split.slice(normalize(start.W_dec))
+    head.start_rows[: len(start_rows)] = start_rows
     line = f"starting from {head.start}: {features:,} features"
     if control := check_metadata(start.metadata, head.start).get("model.control"):
         line += f" of a control ({control}), which trains on as an SAE"
@@ -72,18 +71,20 @@ def start_head(head: Head, optimizer: Optimizer) -> str:
 
 
 def _take_weights(head: Head, start: SAE, keep_norms: bool) -> None:
+    """Load the start's weights, in the head's units, into the head's first features."""
     sae = head.sae
-    numbers = (getattr(head, name).cpu().double() for name in NORMALISATION)
-    in_mean, in_scale, out_mean, out_scale = numbers
+    in_mean, in_scale, out_mean, out_scale = (
+        getattr(head, name).cpu().double() for name in NORMALISATION
+    )
     # the inverse of what `fold` does with mean and scale
     weights = start.fold(-in_mean / in_scale, 1 / in_scale, -out_mean / out_scale, 1 / out_scale)
     if not keep_norms:
         weights = rescale_strengths(weights, _find_factors(head, start, weights["W_dec"]))
-    own = sae.weights()
+    random_weights = sae.weights()
     for name, dim in sae.split_dims.items():
         if name in weights:
             part = sae.split.slice(weights[name], dim)
-            weights[name] = own[name].to("cpu", copy=True)
+            weights[name] = random_weights[name].to("cpu", copy=True)
             weights[name].narrow(dim, 0, part.shape[dim]).copy_(part)
             if name == "threshold" and sae.features_compete:  # they share one threshold
                 weights[name].fill_(part[0])
@@ -91,12 +92,12 @@ def _take_weights(head: Head, start: SAE, keep_norms: bool) -> None:
 
 
 def _find_factors(head: Head, start: SAE, W_dec: Tensor) -> Tensor:
-    """Find the factors [features] for the strengths of the start's features, given its decoder rows
-    W_dec [features, d_out] in the head's units.
+    """Find the factors [features] by which the start's features become stronger and their decoder
+    rows shorter, given these rows W_dec [features, d_out] in the head's units.
 
-    With fixed norms, rows get the norm `decoder_norm`. Otherwise features of a run of ours keep
-    their strengths. Rows of another tool's SAE get the norm 1 or, if features compete, a mean norm
-    of 1 by a common factor.
+    With fixed norms, rows get the norm `decoder_norm`. Otherwise the factors of our own SAEs are 1.
+    Rows of another tool's SAE get the norm 1 or, if features compete, a mean norm of 1 by a common
+    factor.
     """
     config, norms = head.sae.config, W_dec.norm(dim=1)
     live = norms > SMALLEST_NORM
@@ -137,59 +138,58 @@ def _refuse_checkpoint(start: str, error: Exception) -> UserError:
 def _find_differing_setting(head: Head, settings: dict[str, Any]) -> str | None:
     """Find the first setting that differs from the checkpoint, so that its moments do not fit.
     Without an LLM, the units of activations are those of the data."""
-    own, names = head.settings, ADAM_SETTINGS
-    if own.get("llm.name") == NO_LLM:
-        names += tuple(name for name in own | settings if name.startswith("data."))
-    return next((name for name in names if own.get(name) != settings.get(name)), None)
+    of_head, names = head.settings, ADAM_SETTINGS
+    if of_head.get("llm.name") == NO_LLM:
+        names += tuple(name for name in of_head | settings if name.startswith("data."))
+    return next((name for name in names if of_head.get(name) != settings.get(name)), None)
 
 
 def _take_normalisation(head: Head, saved: dict[str, Tensor]) -> None:
     for name in NORMALISATION:
-        own, other = getattr(head, name), saved[f"heads.0.{name}"]
-        expect(other, own.cpu(), name)
-        own.copy_(other)
+        buffer, value = getattr(head, name), saved[f"heads.0.{name}"]
+        expect(value, buffer.cpu(), name)
+        buffer.copy_(value)
 
 
 def _take_moments(head: Head, start: SAE, adam: dict[str, Any], optimizer: Optimizer) -> None:
     """Copy Adam's moments of the start's features; those of new features are 0."""
     sae = head.sae
-    parameters, known = dict(sae.named_parameters()), dict(start.named_parameters())
+    parameters, start_parameters = dict(sae.named_parameters()), dict(start.named_parameters())
     names = [name for names in head.group_parameters() for name in names]
     for number, name in enumerate(names):
-        state, own = adam["state"][number], parameters[name]
-        like = known[name].detach()
+        state, parameter = adam["state"][number], parameters[name]
+        like = start_parameters[name].detach()
         expect(state, {"step": torch.empty(()), "exp_avg": like, "exp_avg_sq": like}, name)
         head.adam_steps = int(state["step"])
         expect(head.adam_steps, ANY_COUNT, "Adam's step")
-        optimizer.state[own] = {"step": state["step"].to(own.device, copy=True)}
+        optimizer.state[parameter] = {"step": state["step"].to(parameter.device, copy=True)}
         for key in ("exp_avg", "exp_avg_sq"):
-            moment = torch.zeros_like(own)
+            moment = torch.zeros_like(parameter)
             if name in sae.split_dims:
                 dim = sae.split_dims[name]
                 part = sae.split.slice(state[key], dim)
                 moment.narrow(dim, 0, part.shape[dim]).copy_(part)
             else:
                 moment.copy_(state[key])
-            optimizer.state[own][key] = moment
+            optimizer.state[parameter][key] = moment
 
 
 @torch.no_grad()
 def count_fates(head: Head, fires: Tensor) -> dict[str, int]:
     """Count what became of the features since the warm start, from those that fired on held-out
     data then (`head.start_fired`) and those that fire there now (`fires` [features] bool, of all
-    ranks).
-    A feature that the start lacks counts as not fired. Each feature has one fate:
+    ranks). A feature that the start lacks counts as not fired. Each feature has one fate:
 
         fired then and fires now: stayed, if its decoder row has kept a cosine above 0.9; else moved
         fired then only: died;  fires now only: born;  neither: silent
     """
     split = head.sae.split
-    rows, before = normalize(head.sae.W_dec), normalize(head.start_rows.float())
-    same = (split.join((rows * before).sum(dim=1)) > STAYED_COSINE).cpu()
+    rows, start_rows = normalize(head.sae.W_dec), normalize(head.start_rows.float())
+    is_close = (split.join((rows * start_rows).sum(dim=1)) > STAYED_COSINE).cpu()
     fired, fires = split.join(head.start_fired).cpu() > 0, fires.cpu()
     fates = {
-        "stayed": fired & fires & same,
-        "moved": fired & fires & ~same,
+        "stayed": fired & fires & is_close,
+        "moved": fired & fires & ~is_close,
         "died": fired & ~fires,
         "born": ~fired & fires,
         "silent": ~fired & ~fires,

@@ -224,7 +224,7 @@ GOOD = {
         "weights lacks heads.0.": at(
             ("state_dict",), lambda x: {k: v for k, v in x.items() if "in_mean" not in k}
         ),
-        "heads.1.more is no part of this SAE": at(
+        "heads.1.more does not belong to this SAE": at(
             ("state_dict",), lambda x: x | {"heads.1.more": torch.ones(1)}
         ),
         "it.global_step is 1000000 and should be 1 to 40": at(

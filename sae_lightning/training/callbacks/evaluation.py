@@ -19,22 +19,21 @@ def evaluate_heads(heads: Sequence[Head], held_out: HeldOutData, tokens: int) ->
     split over them."""
     held_out.prepare({head.target for head in heads})
 
-    def sites(head: Head) -> tuple:
+    def get_key(head: Head) -> tuple:
         return head.sae.split.ranks.size == 1, head.source, head.target
 
-    for (_, source, target), same_sites in groupby(sorted(heads, key=sites), key=sites):
+    for (_, source, target), same_sites in groupby(sorted(heads, key=get_key), key=get_key):
         group = list(same_sites)
-        functions, weights = zip(
-            *((head.reconstruct_raw, head.fold_weights) for head in group), strict=True
-        )
+        functions = [head.reconstruct_raw for head in group]
+        weights = [head.fold_weights for head in group]
         decoders = [head.sae.W_dec for head in group]
         splits = [head.sae.split for head in group]
         cards = score_saes(functions, decoders, held_out, source, target, weights, splits=splits)
         for head, card in zip(group, cards, strict=True):
-            _record(head, card, tokens)
+            _record_scores(head, card, tokens)
 
 
-def _record(head: Head, card: Scorecard, tokens: int) -> None:
+def _record_scores(head: Head, card: Scorecard, tokens: int) -> None:
     head.held_out_metrics = card.scalars()
     head.density = card.quality.density
     head.density_counts = count_by_density(card.quality.density)
@@ -44,8 +43,8 @@ def _record(head: Head, card: Scorecard, tokens: int) -> None:
         fires = card.quality.density > 0
         if tokens == 0:
             head.start_metrics = head.held_out_metrics
-            known = head.start_rows.any(dim=1)  # not those that have been added
-            head.start_fired.copy_(head.sae.split.slice(fires.to(known.device)) & known)
+            of_start = head.start_rows.any(dim=1)  # not the features that the head adds to it
+            head.start_fired.copy_(head.sae.split.slice(fires.to(of_start.device)) & of_start)
         head.fates = count_fates(head, fires)
         head.log.add_scalars({f"start/{name}": n for name, n in head.fates.items()}, tokens)
     head.log.add_density(card.quality.density, tokens)
@@ -71,8 +70,8 @@ class Evaluate(L.Callback):
         step = trainer.global_step
         heads, due = module.training_heads, is_due(step, module.batch, self.every)
         if step < module.steps and (due or step in module.tuning_starts):
-            begin = [head for head in heads if head.tuned_from == step]
-            self._evaluate(heads if due else begin, trainer, module)
+            about_to_tune = [head for head in heads if head.tuned_from == step]
+            self._evaluate(heads if due else about_to_tune, trainer, module)
 
     def _evaluate(
         self, heads: Sequence[Head], trainer: L.Trainer, module: L.LightningModule

@@ -1,4 +1,4 @@
-"""Keeps controls (`model.control`) from learning what they must not."""
+"""Gives `pca` controls their directions, and limits how far soft-frozen decoder rows turn."""
 
 import lightning as L
 import torch
@@ -10,12 +10,12 @@ from sae_lightning.sae.gated import Gated
 from sae_lightning.terminal import phase
 from sae_lightning.training.head import Head
 
-PRODUCT_ROWS = 4096  # activations whose products are added up in float32
+PRODUCT_ROWS = 4096  # activations multiplied at a time: float32 adds up so many accurately
 
 
 class KeepControl(L.Callback):
-    """Gives the heads with `model.control=pca` their directions before the first step of a new run,
-    and turns soft-frozen decoder rows back after each step."""
+    """Sets the weights of `model.control=pca` heads before the first step of a new run, and turns
+    soft-frozen decoder rows back after each step."""
 
     @torch.no_grad()
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -25,9 +25,9 @@ class KeepControl(L.Callback):
         for head in module.heads:
             if head.sae.config.control is not Control.pca or trainer.global_step > 0:
                 continue
-            key = (head.source, head.callbacks.normalize.tokens)
+            site, tokens = key = (head.source, head.callbacks.normalize.tokens)
             if key not in components:
-                x = trainer.datamodule.stream.peek(key[1])[head.source].to(module.device)
+                x = trainer.datamodule.stream.peek(tokens)[site].to(module.device)
                 mean, covariance = measure_covariance(x)
                 components[key] = mean, list_principal_directions(covariance)
             set_principal_directions(head, *components[key])
@@ -54,15 +54,16 @@ def measure_covariance(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def set_principal_directions(head: Head, mean: Tensor, directions: Tensor) -> None:
     """Make `directions` [2 d, d] the encoder columns and decoder rows of a head whose raw
-    activations have this mean [d]. Features beyond 2 d are zero and never fire."""
+    activations have this mean [d]. Features beyond 2 d have zero weights and never fire."""
     sae = head.sae
-    own = sae.split.slice(directions[: sae.config.features]).to(sae.W_dec)
-    centre = (mean.to(sae.b_dec) - head.in_mean) / head.in_scale  # 0 if the mean is subtracted
+    rows = sae.split.slice(directions[: sae.config.features]).to(sae.W_dec)  # of this rank
+    # the mean in the head's units: 0 if its normalisation subtracts it
+    centre = (mean.to(sae.b_dec) - head.in_mean) / head.in_scale
     for weight in (sae.W_dec, sae.W_enc.T):
         weight.zero_()
-        weight[: len(own)] = own
-    sae.b_enc[: len(own)] -= own @ centre
+        weight[: len(rows)] = rows
+    sae.b_enc[: len(rows)] -= rows @ centre
     if isinstance(sae, Gated):
-        sae.b_mag[: len(own)] -= own @ centre
-    sae.b_enc[len(own) :] = -1
+        sae.b_mag[: len(rows)] -= rows @ centre
+    sae.b_enc[len(rows) :] = -1
     sae.b_dec.copy_(centre)

@@ -33,13 +33,13 @@ def estimate_normalization(x: Tensor, mode: Normalization) -> tuple[Tensor, Tens
 
 def describe_outliers(site: Site, x: Tensor) -> str | None:
     """A warning if a few activations of x [n, d] with large norm dominate the variance."""
-    long = find_long_tokens(x)
-    if long is None:
+    outliers = find_long_tokens(x)
+    if outliers is None:
         return None
     return (
-        f"{site}: the longest {long.number:,} of {len(x):,} activations hold {long.share:.0%} of "
-        "the variance, so normalisation and explained variance mostly describe these; "
-        f"data.max_norm={long.max_norm:g} leaves them out"
+        f"{site}: the longest {outliers.number:,} of {len(x):,} activations hold "
+        f"{outliers.share:.0%} of the variance, so normalisation and explained variance mostly "
+        f"describe these; data.max_norm={outliers.max_norm:g} leaves them out"
     )
 
 
@@ -67,7 +67,7 @@ class Normalize(L.Callback):
                 mean.copy_(estimates[key][0])
                 scale.copy_(estimates[key][1])
             if settings.mode is Normalization.none:
-                # `model.start_bias` is meant for a mean square of 1: with smaller activations few
-                # features would fire, or none
-                sample = trainer.datamodule.stream.peek(settings.tokens)[head.source]
-                head.sae.b_enc.data *= sample.float().square().mean().sqrt()
+                # scale `model.start_bias`, which is meant for a mean square of 1: with smaller
+                # activations few features would fire, or none
+                x = trainer.datamodule.stream.peek(settings.tokens)[head.source]
+                head.sae.b_enc.data *= x.float().square().mean().sqrt()

@@ -33,7 +33,7 @@ class ProgressBar(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
         """Advance the bar to this update."""
-        step, text = trainer.global_step, _text(module)
+        step, text = trainer.global_step, _format_progress(module)
         self.bar.update(self.task, completed=step, text=text)
         if not console.is_terminal and step * 10 // module.steps > (step - 1) * 10 // module.steps:
             console.print(f"training {100 * step // module.steps:3d}%  {text}")
@@ -47,7 +47,7 @@ class ProgressBar(L.Callback):
     on_exception = on_train_end
 
 
-def _text(module: L.LightningModule) -> str:
+def _format_progress(module: L.LightningModule) -> str:
     parts = [
         f"{module.tokens_seen:,}/{module.steps * module.batch:,} tokens",
         f"{module.tokens_per_second:,.0f}/s",

@@ -10,7 +10,7 @@ class WarmStart(L.Callback):
     """Gives the heads with `model.start` their weights before the first step of a new run."""
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Start the heads of this rank, whose normalisation is measured."""
+        """Start this rank's heads, whose normalisation `Normalize` has measured."""
         heads = [head for head in module.heads if head.start and trainer.global_step == 0]
         lines = [start_head(head, trainer.optimizers[0]) for head in heads]
         for line in dict.fromkeys(lines):

@@ -22,8 +22,8 @@ class StopOnSignal(L.Callback):
 
     def __init__(self):
         self.updating = False
-        self.left = math.inf  # heads that still train, on all ranks
-        self.failed: set[str] = set()
+        self.remaining = math.inf  # heads that still train, on all ranks
+        self.printed: set[str] = set()  # lines about failed heads
         self.handlers: dict = {}
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -42,7 +42,7 @@ class StopOnSignal(L.Callback):
                 self.handlers[number] = signal.signal(number, handler)
 
     def on_train_batch_start(self, *_) -> None:
-        """From now on a signal waits for the end of the update, then training saves."""
+        """From now on, a signal takes effect at the end of the update."""
         self.updating = True
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
@@ -51,20 +51,20 @@ class StopOnSignal(L.Callback):
         UserError if no head is left.
         """
         number, training = module.asked_to_stop or 0, [h for h in module.training_heads if h.writes]
-        number, left = world().sum_counts([number, len(training)])  # only rank 0 gets signals
+        number, remaining = world().sum_counts([number, len(training)])  # only rank 0 gets signals
         if number:
             module.stopped_by = signal.Signals(number)
-        if left < self.left:
+        if remaining < self.remaining:
             failed = [f"{h.name}: {h.failure}" for h in module.heads if h.writes and h.failure]
             for line in itertools.chain(*world().gather_values(failed)):
-                if line not in self.failed:
+                if line not in self.printed:
                     console.print(line)
-                    self.failed.add(line)
-            if not left:
+                    self.printed.add(line)
+            if not remaining:
                 raise UserError(
                     f"none of the {module.heads_in_pass} SAEs of this pass is left; see above"
                 )
-        self.left = left
+        self.remaining = remaining
 
     def on_train_end(self, *_) -> None:
         """Put back the previous signal handlers."""

@@ -32,10 +32,10 @@ class Throughput(L.Callback):
     CPU           stream SAEs | others | stream SAEs | others | ...      counted: all but others
     accelerator   stream SAEs others stream SAEs | evaluation | ...      counted: all but evaluation
 
-    "others" are the callbacks that follow, such as evaluation and checkpoints; the first fill of
-    the pool is counted. An accelerator runs asynchronously, and synchronising at every update would
-    slow training down, so it is synchronised only at log points and before evaluations and
-    checkpoints, and the shares are not measured (use a profiler).
+    "others" are the callbacks that follow, such as evaluation and checkpoints; the time in which
+    the pool is first filled is counted. An accelerator runs asynchronously, and synchronising at
+    every update would slow training down, so it is synchronised only at log points and before
+    evaluations and checkpoints, and the shares are not measured (use a profiler).
     """
 
     def __init__(self, log_every: int, pauses: Collection[int]):
@@ -46,12 +46,12 @@ class Throughput(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Start the clock, at the update where this process starts."""
-        self.first = self.last = self.paused = self._elapsed(trainer)
+        self.first = self.last = self.paused = self._read_clock(trainer)
 
     def on_train_batch_start(self, trainer: L.Trainer, *_) -> None:
         """End a pause, which lasted until the stream began to make this batch."""
         if self.paused:
-            now = self._elapsed(trainer)
+            now = self._read_clock(trainer)
             self.idle += now.seconds - self.paused.seconds - (now.stream - self.paused.stream)
             self.paused = None
 
@@ -64,19 +64,19 @@ class Throughput(L.Callback):
         pause |= any(is_due(step, module.batch, every) for every in self.pauses)
         if not on_cpu and (log or pause):
             torch.accelerator.synchronize()
-        now = self._elapsed(trainer)
+        now = self._read_clock(trainer)
         self.paused = now if pause else None
         if not log:
             return
-        recent = _speed(self.last, now, module.batch, shares=on_cpu)
+        recent = _compute_speed(self.last, now, module.batch, shares=on_cpu)
         self.last = now
         module.tokens_per_second = recent["tokens_per_second"]
-        module.speed = _speed(self.first, now, module.batch, shares=on_cpu)
+        module.speed = _compute_speed(self.first, now, module.batch, shares=on_cpu)
         for head in module.training_heads:
             scalars = {f"speed/{name}": value for name, value in recent.items()}
             head.log.add_scalars(scalars, module.tokens_seen)
 
-    def _elapsed(self, trainer: L.Trainer) -> Elapsed:
+    def _read_clock(self, trainer: L.Trainer) -> Elapsed:
         stream, seconds = trainer.datamodule.stream, perf_counter() - self.idle
         tuning = trainer.lightning_module.tuning_seconds
         return Elapsed(
@@ -84,7 +84,7 @@ class Throughput(L.Callback):
         )
 
 
-def _speed(before: Elapsed, after: Elapsed, batch: int, shares: bool) -> dict[str, float]:
+def _compute_speed(before: Elapsed, after: Elapsed, batch: int, shares: bool) -> dict[str, float]:
     steps, seconds, stream, llm = (b - a for a, b in zip(before, after, strict=True))
     speed = {"tokens_per_second": steps * batch / seconds}
     if shares:

@@ -78,13 +78,13 @@ class ClipGradient(L.Callback):
 def _clip(head: Head) -> Tensor:
     """Clip a head's gradient; returns its norm before clipping."""
     sae, parameters = head.sae, list(head.sae.parameters())
-    # parameters that all ranks have are counted once, on rank 0
-    counted = [
+    # parameters that are not split count once, on rank 0
+    gradients = [
         p.grad
         for name, p in sae.named_parameters()
         if p.grad is not None and (sae.split.ranks.is_first or name in sae.split_dims)
     ]
-    norm = sae.split.norm(get_total_norm(counted))
+    norm = sae.split.norm(get_total_norm(gradients))
     limit = head.optim.clip
     # reading the norm is free on a CPU, and saves multiplying small gradients by 1
     if limit is not None and (norm.device.type != "cpu" or norm > limit):
@@ -110,19 +110,20 @@ class TargetL0(L.Callback):
                 buffers.append(head.l0_target)
             elif target is None:
                 continue
-            l0, before, warmed_up, *followed = torch.stack(buffers).tolist()
-            (target,) = followed or [target]
-            if warmed_up < 1 or target < 0:
+            l0, last_error, warmup, *l0_target = torch.stack(buffers).tolist()
+            (target,) = l0_target or [target]
+            if warmup < 1 or target < 0:
                 continue
-            now = measure_l0_error(l0, target)
-            before = now if before > 1 else before  # above 1: no earlier error yet
-            head.steering.mul_(steering_factor(now, before, trainer.global_step, module.steps))
-            head.l0_error.fill_(now)
+            error = measure_l0_error(l0, target)
+            last_error = error if last_error > 1 else last_error  # above 1: there is none yet
+            factor = steering_factor(error, last_error, trainer.global_step, module.steps)
+            head.steering.mul_(factor)
+            head.l0_error.fill_(error)
 
 
 def _follow_leader(control: Head, module: L.LightningModule) -> None:
-    """Keep the trained SAE's L0 on the batch of this update, on which the control's L0 was counted,
-    too: that batches differ then hardly matters."""
+    """Make the trained SAE's L0 at this update the control's target. Both counted it on the same
+    batch, so that differences between batches hardly matter."""
     if control.leader is None:
         return
     trained = module.heads[control.leader]
