@@ -8,9 +8,9 @@ from sae_lightning.formats.row import (
     Format,
     Layout,
     Origin,
-    Parts,
     SavedFiles,
     StoredSAE,
+    Written,
     check_readable,
     drop_nulls,
     rename_tensors,
@@ -21,8 +21,8 @@ from sae_lightning.sae import SAE
 
 def read_circuit_tracer(files: SavedFiles) -> StoredSAE:
     """Read one transcoder of a set; config.yaml beside it names the sites and the LLM, and says
-    whether the transcoder is a TopK. (circuit-tracer's TopK keeps negative features, too.)"""
-    cfg, layer = files.settings, re.search(r"layer_(\d+)", files.weights.name)
+    whether it is a TopK (which in circuit-tracer keeps negative features, too)."""
+    cfg, layer = files.settings, re.search(r"layer_(\d+)", files.weights_file.name)
     check_readable(
         files.source, "model_kind", cfg.get("model_kind", "transcoder_set"), ["transcoder_set"]
     )
@@ -40,7 +40,7 @@ def read_circuit_tracer(files: SavedFiles) -> StoredSAE:
     return StoredSAE(settings, weights, drop_nulls(metadata))
 
 
-def write_circuit_tracer(sae: SAE, kind: str, origin: Origin) -> Parts:
+def write_circuit_tracer(sae: SAE, kind: str, origin: Origin) -> Written:
     """Make the settings of config.yaml, the same for every block. Versions of circuit-tracer before
     April 2026 ignore `activation` and read a TopK as a ReLU."""
     sites, model = origin.require_sites(), origin.metadata.get("model_name")

@@ -11,9 +11,9 @@ from sae_lightning.formats.row import (
     Format,
     Layout,
     Origin,
-    Parts,
     SavedFiles,
     StoredSAE,
+    Written,
     add_groups,
     check_readable,
     drop_nulls,
@@ -32,24 +32,24 @@ SUBMODULES = {
 
 
 def read_dictionary_learning(files: SavedFiles) -> StoredSAE:
-    """Read a folder of dictionary_learning, which folds its activation scale into the weights."""
+    """Read a folder of dictionary_learning; its weights take raw activations."""
     cfg, tensors = files.settings, files.tensors
     trainer = drop_nulls(cfg["trainer"])
     check_readable(files.source, "dict_class", trainer["dict_class"], DICTIONARY_LEARNING.layouts)
     layout = DICTIONARY_LEARNING.layouts[trainer["dict_class"]]
-    settings = {"name": layout.ours}
-    if layout.ours in ("topk", "batch_topk", "matryoshka"):
+    settings = {"name": layout.architecture}
+    if layout.architecture in ("topk", "batch_topk", "matryoshka"):
         # k in the weights is final; training may have annealed it from the config's k
         settings["k"] = int(tensors.pop("k", trainer["k"]))
     if "group_sizes" in tensors:
         settings = add_groups(settings, tensors.pop("group_sizes").int().tolist())
     weights = rename_tensors(DICTIONARY_LEARNING, tensors)
-    if layout.ours == "topk":
+    if layout.architecture == "topk":
         weights.pop("threshold", None)  # unused: each token has exactly k features
-    hook = trainer.get("submodule_name")
+    hook, path = trainer.get("submodule_name"), str(files.source.absolute())
     sites = "|".join(SUBMODULES.values())
-    if hook is None and (found := re.search(rf"({sites})_layer_\d+", str(files.source.absolute()))):
-        hook = found[0]
+    if hook is None and (match := re.search(rf"({sites})_layer_\d+", path)):
+        hook = match[0]
     if hook is None and "layer" in trainer:
         hook = f"resid_post_layer_{trainer['layer']}"
     metadata = {"model_name": trainer.get("lm_name"), "hook_name": hook}
@@ -57,8 +57,8 @@ def read_dictionary_learning(files: SavedFiles) -> StoredSAE:
     return StoredSAE(settings, weights, drop_nulls(metadata) | trainer, layout.centred)
 
 
-def write_dictionary_learning(sae: SAE, kind: str, origin: Origin) -> Parts:
-    """Make config.json; classes with a k also store it as a tensor beside the weights."""
+def write_dictionary_learning(sae: SAE, kind: str, origin: Origin) -> Written:
+    """Make the settings of config.json, and tensors for k, the threshold and group sizes."""
     config, tensors = sae.config, {}
     trainer = {
         "dict_class": kind,

@@ -13,32 +13,32 @@ from typing import Any, NamedTuple
 from sae_lightning.errors import UserError
 from sae_lightning.formats.hub_errors import LONGEST_WAIT, one_line_hub_errors, read_wait
 from sae_lightning.formats.suites import choose_path, expand_suite
-from sae_lightning.formats.table import FORMATS, find_saved
+from sae_lightning.formats.table import FORMATS, find_saes
 from sae_lightning.terminal import console, phase
 
 HUB = "hub:"
-MAIN = "main"  # the revision unless one is given
+MAIN = "main"  # the default revision
 COMMIT = re.compile("[0-9a-f]{40}")
-RUN_CONFIG = "config.yaml"  # of a run that was published with all its settings
+RUN_CONFIG = "config.yaml"  # is published with an SAE that a run trained
 ANSWER_TIMEOUT = 10.0  # seconds for a first answer, before a cached copy is used
 ATTEMPTS = 3
 MB = 1e6
 
 
 class HubAddress(NamedTuple):
-    """The place of files on the hub."""
+    """A parsed address of files on the hub."""
 
     repo: str
     """owner/name"""
     paths: tuple[str, ...]
-    """Folders or files in the repository, of which the first that exists is meant (see
+    """Folders or files in the repository, of which the first that exists is used (see
     `suites.choose_path`); an empty path is the whole repository."""
     revision: str
     """A branch, tag or commit."""
 
     @property
     def is_choice(self) -> bool:
-        """Whether the path that is meant depends on which paths exist."""
+        """Whether the path depends on which paths exist."""
         return len(self.paths) > 1 or "*" in self.paths[0]
 
 
@@ -59,7 +59,7 @@ def parse_address(address: str) -> HubAddress:
 
 
 def name_hub_folder(address: str) -> Path:
-    """The folder below the working folder for results on what lies at a hub address:
+    """The folder below the working folder for results on the SAE at a hub address:
     hub/<owner>--<name>[@<revision>]/<path>."""
     name, at, revision = address.removeprefix(HUB).partition("@")
     owner, repo, *path = name.strip("/").split("/")
@@ -67,7 +67,7 @@ def name_hub_folder(address: str) -> Path:
 
 
 def fetch_saved(address: str | os.PathLike) -> Path:
-    """Return the local folder or file for `address`: a path as it is; for `hub:...`, its place in
+    """Return the local folder or file for `address`: a path unchanged; for `hub:...`, the path in
     the cache, once the files that are needed to open the SAE are downloaded.
 
     Files in the cache are not downloaded again; without a connection they are used as they are.
@@ -76,45 +76,43 @@ def fetch_saved(address: str | os.PathLike) -> Path:
     if not is_hub_address(address):
         return Path(address)
     address = str(address)
-    place = parse_address(address)
-    with one_line_hub_errors(address, place.repo, place.revision):
-        commit = _find_commit(place)
-        path = None if commit is None else _find_cached(place, commit)
-        if commit is None or (commit == place.revision and path):
-            path = path or _find_cached(place, _read_cached_commit(place))
+    parsed = parse_address(address)
+    with one_line_hub_errors(address, parsed.repo, parsed.revision):
+        commit = _find_commit(parsed)
+        path = None if commit is None else _find_cached(parsed, commit)
+        if commit is None or (commit == parsed.revision and path):
+            path = path or _find_cached(parsed, _read_cached_commit(parsed))
         else:
-            path = _choose_on_hub(address, place, commit)
-            sizes = _choose_files(address, place, path, _list_sizes(place, path, commit))
-            _download(address, place.repo, commit, sizes)
-            if commit != place.revision:
-                _remember_commit(place, commit)
-            path = _locate_cache(place) / "snapshots" / commit / path
+            path = _choose_on_hub(address, parsed, commit)
+            sizes = _choose_files(address, parsed, path, _list_sizes(parsed, path, commit))
+            _download(address, parsed.repo, commit, sizes)
+            if commit != parsed.revision:
+                _record_commit(parsed, commit)
+            path = _locate_cache(parsed) / "snapshots" / commit / path
     return path
 
 
-def _find_commit(place: HubAddress) -> str | None:
+def _find_commit(parsed: HubAddress) -> str | None:
     """The commit that the revision stands for; None if the hub cannot answer now and a cached
     copy of the files can be used instead."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 
-    if COMMIT.fullmatch(place.revision):
-        return place.revision
-    ask = HfApi().model_info
+    if COMMIT.fullmatch(parsed.revision):
+        return parsed.revision
+    settings = {"revision": parsed.revision, "expand": ["sha"], "timeout": ANSWER_TIMEOUT}
     try:
-        return _retry(
-            ask, place.repo, revision=place.revision, expand=["sha"], timeout=ANSWER_TIMEOUT
-        ).sha
+        return _retry(HfApi().model_info, parsed.repo, **settings).sha
     except (HTTPError, OfflineModeIsEnabled) as error:
         refused = isinstance(error, HfHubHTTPError) and error.response.status_code < 429
-        if refused or _find_cached(place, _read_cached_commit(place)) is None:
+        if refused or _find_cached(parsed, _read_cached_commit(parsed)) is None:
             raise
         return None
 
 
 def _retry(call: Callable, *arguments: Any, **settings: Any) -> Any:
-    """Call a method of the client that does not retry by itself; after an answer 429, wait for as
-    long as the hub asks and call it again."""
+    """Call a method of the client that does not retry by itself; after status 429 (too many
+    requests), wait for as long as the hub asks and call it again."""
     from huggingface_hub.errors import HfHubHTTPError
 
     for _ in range(ATTEMPTS - 1):
@@ -128,44 +126,44 @@ def _retry(call: Callable, *arguments: Any, **settings: Any) -> Any:
     return call(*arguments, **settings)
 
 
-def _choose_on_hub(address: str, place: HubAddress, commit: str) -> str:
-    """Choose the path that the address means; UserError if none of its paths exists."""
+def _choose_on_hub(address: str, parsed: HubAddress, commit: str) -> str:
+    """Choose the first of the address's paths that exists; UserError if none does."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import EntryNotFoundError
 
     def list_folder(folder: str) -> list[str]:
         with suppress(EntryNotFoundError):
-            entries = HfApi().list_repo_tree(place.repo, folder, revision=commit)
+            entries = HfApi().list_repo_tree(parsed.repo, folder, revision=commit)
             return [entry.path for entry in entries]
         return []
 
-    if not place.is_choice:
-        return place.paths[0]
-    if (path := choose_path(place.paths, list_folder)) is None:
-        raise UserError(f"{address}: {place.repo} has no {' and no '.join(place.paths)}")
-    console.print(f"{address} is {HUB}{place.repo}/{path}")
+    if not parsed.is_choice:
+        return parsed.paths[0]
+    if (path := choose_path(parsed.paths, list_folder)) is None:
+        raise UserError(f"{address}: {parsed.repo} has no {' and no '.join(parsed.paths)}")
+    console.print(f"{address} is {HUB}{parsed.repo}/{path}")
     return path
 
 
-def _list_sizes(place: HubAddress, path: str, commit: str) -> dict[str, int]:
-    """List {path: size in bytes} of the files in the folder `path`, or in the folder of the file
-    `path`, and of the settings above it."""
+def _list_sizes(parsed: HubAddress, path: str, commit: str) -> dict[str, int]:
+    """List path -> bytes of the files in the folder `path` (of a file: in its folder), and of the
+    settings in the folder above."""
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
     api, folder, above = HfApi(), path, []
     if path:
-        ask = [path, *_list_settings_above(path)]
-        entries = _retry(api.get_paths_info, place.repo, ask, revision=commit)
+        paths = [path, *_list_settings_above(path)]
+        entries = _retry(api.get_paths_info, parsed.repo, paths, revision=commit)
         above = [entry for entry in entries if entry.path != path]
         if len(above) == len(entries):
             raise UserError(
-                f"{HUB}{place.repo}/{path}: {place.repo} has no such file or folder at revision "
-                f"{place.revision}; leave out the last part of the path for a list"
+                f"{HUB}{parsed.repo}/{path}: {parsed.repo} has no such file or folder at revision "
+                f"{parsed.revision}; leave out the last part of the path for a list"
             )
         if any(isinstance(entry, RepoFile) for entry in entries if entry.path == path):
             folder = str(PurePosixPath(path).parent).removeprefix(".")
-    listed = api.list_repo_tree(place.repo, folder or None, recursive=True, revision=commit)
+    listed = api.list_repo_tree(parsed.repo, folder or None, recursive=True, revision=commit)
     return {entry.path: entry.size for entry in (*listed, *above) if isinstance(entry, RepoFile)}
 
 
@@ -173,39 +171,39 @@ def _list_settings_above(path: str) -> list[str]:
     """List the optional settings that a format may read from a folder above `path`."""
     patterns = [p for row in FORMATS.values() for p in row.optional if p.startswith("../")]
     folders = (path, str(PurePosixPath(path).parent))
-    found = {posixpath.normpath(f"{folder}/{p}") for folder in folders for p in patterns}
-    return sorted(name for name in found if not name.startswith(".."))
+    names = {posixpath.normpath(f"{folder}/{p}") for folder in folders for p in patterns}
+    return sorted(name for name in names if not name.startswith(".."))
 
 
 def _choose_files(
-    address: str, place: HubAddress, path: str, sizes: dict[str, int]
+    address: str, parsed: HubAddress, path: str, sizes: dict[str, int]
 ) -> dict[str, int]:
     """Path -> bytes of the files that are needed; UserError if no format is recognised."""
     if needed := _find_needed(path, sizes):
         return {name: sizes[name] for name in needed}
     parents = {str(folder) for name in sizes for folder in PurePosixPath(name).parents}
-    found = []
+    paths = []  # of single SAEs
     for folder in sorted(parents):
-        saved = find_saved(folder, sizes)
-        found += [folder] if len(saved) == 1 else [each.weights for each in saved]
-    if not found:
+        saes = find_saes(folder, sizes)
+        paths += [folder] if len(saes) == 1 else [sae.weights for sae in saes]
+    if not paths:
         raise UserError(f"{address} holds no saved SAE that can be read; see docs/hub.md")
-    more = f" ({len(found):,} in all)" if len(found) > 3 else ""
-    revision = "" if place.revision == MAIN else f"@{place.revision}"
-    shown = ", ".join(f"{HUB}{place.repo}/{folder}{revision}" for folder in found[:3])
-    raise UserError(f"{address} holds several SAEs: give one of {shown}{more}")
+    more = f" ({len(paths):,} in all)" if len(paths) > 3 else ""
+    revision = "" if parsed.revision == MAIN else f"@{parsed.revision}"
+    choices = ", ".join(f"{HUB}{parsed.repo}/{path}{revision}" for path in paths[:3])
+    raise UserError(f"{address} holds several SAEs: give one of {choices}{more}")
 
 
 def _find_needed(path: str, names: Iterable[str]) -> list[str]:
     """List the files that are needed to open the SAE at `path`, a folder or a file; none unless
     there is exactly one SAE."""
     names = {*names}
-    found = find_saved(path, names)
-    if len(found) != 1:
+    saes = find_saes(path, names)
+    if len(saes) != 1:
         return []
     folder = PurePosixPath(path).parent if path in names else PurePosixPath(path)
     config = [str(folder / RUN_CONFIG)] if str(folder / RUN_CONFIG) in names else []
-    return [*found[0].others, *config, found[0].weights]
+    return [*saes[0].others, *config, saes[0].weights]
 
 
 def _download(address: str, repo: str, commit: str, sizes: dict[str, int]) -> None:
@@ -233,7 +231,7 @@ def _download(address: str, repo: str, commit: str, sizes: dict[str, int]) -> No
 
 
 def _make_bar(advance: Callable[[float], None]) -> type:
-    """A class with the methods of tqdm that the client calls; it moves our own bar instead."""
+    """A class with the methods of tqdm that the client calls, which advances our own bar."""
 
     class Bar:
         def __init__(self, **settings):
@@ -256,36 +254,36 @@ def _make_bar(advance: Callable[[float], None]) -> type:
     return Bar
 
 
-def _locate_cache(place: HubAddress) -> Path:
+def _locate_cache(parsed: HubAddress) -> Path:
     """The folder of a repository in the cache: refs/<revision> holds a commit, snapshots/<commit>
     the files."""
     from huggingface_hub import constants
 
-    return Path(constants.HF_HUB_CACHE, "models--" + place.repo.replace("/", "--"))
+    return Path(constants.HF_HUB_CACHE, "models--" + parsed.repo.replace("/", "--"))
 
 
-def _read_cached_commit(place: HubAddress) -> str | None:
-    file = _locate_cache(place) / "refs" / place.revision
+def _read_cached_commit(parsed: HubAddress) -> str | None:
+    file = _locate_cache(parsed) / "refs" / parsed.revision
     return file.read_text() if file.is_file() else None
 
 
-def _remember_commit(place: HubAddress, commit: str) -> None:
-    """Record which commit a branch or tag stands for, once its files are in the cache."""
-    file = _locate_cache(place) / "refs" / place.revision
+def _record_commit(parsed: HubAddress, commit: str) -> None:
+    """Record the commit of a branch or tag, once its files are in the cache."""
+    file = _locate_cache(parsed) / "refs" / parsed.revision
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(commit)
 
 
-def _find_cached(place: HubAddress, commit: str | None) -> Path | None:
+def _find_cached(parsed: HubAddress, commit: str | None) -> Path | None:
     """Find the folder or file of the address in the cache; None unless it holds an SAE."""
     if commit is None:
         return None
-    root = _locate_cache(place) / "snapshots" / commit
+    root = _locate_cache(parsed) / "snapshots" / commit
     names = [file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file()]
     paths = [str(parent) for name in names for parent in (name, *PurePosixPath(name).parents)]
 
     def list_folder(folder: str) -> list[str]:
         return [path for path in paths if str(PurePosixPath(path).parent) == folder]
 
-    path = choose_path(place.paths, list_folder) if place.is_choice else place.paths[0]
+    path = choose_path(parsed.paths, list_folder) if parsed.is_choice else parsed.paths[0]
     return root / path if path is not None and _find_needed(path, names) else None

@@ -36,8 +36,8 @@ NAMES = {"w_enc": "W_enc", "w_dec": "W_dec", "affine_skip_connection": "W_skip"}
 
 def read_gemma_scope(files: SavedFiles) -> StoredSAE:
     """Read params.npz of Gemma Scope 1. SAEs of embeddings were trained on x / sqrt(d); as in
-    SAELens, b_dec is not scaled with the rest."""
-    path = files.weights.absolute().as_posix()
+    SAELens, the scale is folded into W_enc and W_dec, but not into b_dec."""
+    path = files.weights_file.absolute().as_posix()
     weights = rename_tensors(GEMMA_SCOPE, files.tensors)
     repository = re.search(r"gemma-scope-(\d+b)-(pt|it)-(res|mlp|att|transcoders)", path)
     block = re.search(r"/layer_(\d+)/", path)
@@ -46,7 +46,7 @@ def read_gemma_scope(files: SavedFiles) -> StoredSAE:
         size, tuning, kind = repository.groups()
         metadata["model_name"] = f"google/gemma-2-{size}" + ("-it" if tuning == "it" else "")
         if block:
-            metadata |= place_hooks(int(block[1]), HOOKS_OF_REPOSITORIES[kind])
+            metadata |= name_block_hooks(int(block[1]), HOOKS_OF_REPOSITORIES[kind])
     if "/embedding/" in path and block is None:
         root = math.sqrt(len(weights["W_enc"]))
         weights |= {"W_enc": weights["W_enc"] / root, "W_dec": weights["W_dec"] * root}
@@ -54,8 +54,8 @@ def read_gemma_scope(files: SavedFiles) -> StoredSAE:
     return StoredSAE({"name": "jumprelu"}, weights, metadata)
 
 
-def place_hooks(block: int, hooks: tuple[str, str | None]) -> dict[str, str]:
-    """TransformerLens' names of both sites, under SAELens' keys."""
+def name_block_hooks(block: int, hooks: tuple[str, str | None]) -> dict[str, str]:
+    """TransformerLens' names of both sites in a block, under SAELens' keys."""
     names = dict(zip(("hook_name", "hook_name_out"), hooks, strict=True))
     return {key: f"blocks.{block}.{hook}" for key, hook in names.items() if hook}
 
@@ -63,14 +63,14 @@ def place_hooks(block: int, hooks: tuple[str, str | None]) -> dict[str, str]:
 def read_gemma_scope_2(files: SavedFiles) -> StoredSAE:
     """Read params.safetensors of Gemma Scope 2; if config.json is missing beside it, the
     folder's name gives the sites."""
-    cfg, path = files.settings, files.weights.absolute().as_posix()
+    cfg, path = files.settings, files.weights_file.absolute().as_posix()
     check_readable(
         files.source, "architecture", cfg.get("architecture", "jump_relu"), ["jump_relu"]
     )
     weights = rename_tensors(GEMMA_SCOPE_2, files.tensors)
     metadata = {}
-    if found := re.search(r"/(resid_post|attn_out|mlp_out|transcoder)(?:_all)?/layer_(\d+)_", path):
-        metadata = place_hooks(int(found[2]), HOOKS_OF_FOLDERS[found[1]])
+    if match := re.search(r"/(resid_post|attn_out|mlp_out|transcoder)(?:_all)?/layer_(\d+)_", path):
+        metadata = name_block_hooks(int(match[2]), HOOKS_OF_FOLDERS[match[1]])
     source, target = cfg.get("hf_hook_point_in"), cfg.get("hf_hook_point_out")
     if source:
         metadata = {"hook_name": source}

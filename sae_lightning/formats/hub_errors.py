@@ -1,4 +1,4 @@
-"""Says in one line what went wrong with the hub and what to do; no message shows a token."""
+"""Turns errors of the hub into one line with reason and remedy; no message shows a token."""
 
 import errno
 import re
@@ -30,7 +30,7 @@ def one_line_hub_errors(address: str, repo: str, revision: str = "main") -> Iter
 
 
 def explain_hub_error(error: Exception, repo: str, revision: str) -> str | None:
-    """Name the reason and the remedy; None for an error that is not the hub's, as a full disk."""
+    """The reason and the remedy; None for an error that is not the hub's, such as a full disk."""
     from huggingface_hub import constants
     from huggingface_hub import errors as hub
 
@@ -50,7 +50,7 @@ def explain_hub_error(error: Exception, repo: str, revision: str) -> str | None:
     if hub.EntryNotFoundError in kinds and hub.LocalEntryNotFoundError not in kinds:
         return f"no such file; see {constants.ENDPOINT}/{repo}/tree/{revision}"
     if hub.HFValidationError in kinds:
-        return f"{repo} is no name of a repository; write owner/name"
+        return f"{repo} is not the name of a repository; write owner/name"
     for cause in causes:
         if isinstance(cause, hub.HfHubHTTPError):
             return _explain_status(cause.response)
@@ -63,8 +63,8 @@ def explain_hub_error(error: Exception, repo: str, revision: str) -> str | None:
     if {JSONDecodeError, hub.FileMetadataError} & kinds:
         return f"{constants.ENDPOINT} does not answer as a hub does; is a login page in between?"
     if {hub.HTTPError, RuntimeError} & kinds:  # hf_xet raises the latter
-        what = type(causes[0]).__name__
-        return f"no connection to {constants.ENDPOINT}, or it broke off ({what}); try again"
+        kind = type(causes[0]).__name__
+        return f"no connection to {constants.ENDPOINT}, or it broke off ({kind}); try again"
     return None
 
 

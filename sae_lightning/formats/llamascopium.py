@@ -11,9 +11,9 @@ from sae_lightning.formats.row import (
     Format,
     Layout,
     Origin,
-    Parts,
     SavedFiles,
     StoredSAE,
+    Written,
     check_readable,
     drop_nulls,
     rename_tensors,
@@ -37,26 +37,26 @@ def read_llamascopium(files: SavedFiles) -> StoredSAE:
     hooks = [cfg["hook_point_in"], cfg.get("hook_point_out", cfg["hook_point_in"])]
     prefix = "dataset_average_activation_norm."
     names = [name for name in tensors if name.startswith(prefix)]
-    stored = {name.removeprefix(prefix): tensors.pop(name) for name in names}
+    stored = {name.removeprefix(prefix): tensors.pop(name) for name in names}  # by hook
     weights = rename_tensors(LLAMASCOPIUM, tensors)
     if not cfg.get("use_decoder_bias", True):
         weights["b_dec"] = torch.zeros(weights["W_dec"].shape[1])
     scales = [1.0, 1.0]
     if normalisation == "dataset-wise":
-        given = cfg.get("dataset_average_activation_norm", {})
+        mean_norms = stored | cfg.get("dataset_average_activation_norm", {})
         for number, (hook, side) in enumerate(zip(hooks, ("in", "out"), strict=True)):
-            norm = given.get(side, given.get(hook, stored.get(hook)))
+            norm = mean_norms.get(side, mean_norms.get(hook))
             if norm is None:
                 raise UserError(
                     f"{files.source}: norm_activation='dataset-wise', but no mean norm is saved: "
                     'add "dataset_average_activation_norm": {"in": ..., "out": ...} to this file'
                 )
-            scales[number] = read_scale(norm, weights["W_dec"].shape[1])
-    counts_norms = cfg.get("sparsity_include_decoder_norm", True)
-    if kind == "jumprelu" and counts_norms:
+            scales[number] = compute_scale(norm, weights["W_dec"].shape[1])
+    uses_norms = cfg.get("sparsity_include_decoder_norm", True)
+    if kind == "jumprelu" and uses_norms:
         norms = weights["W_dec"].norm(dim=1).clamp(min=1e-8)
         weights["threshold"] = weights.pop("log_threshold").exp() / norms
-    settings = {"name": LLAMASCOPIUM.layouts[kind].ours}
+    settings = {"name": LLAMASCOPIUM.layouts[kind].architecture}
     if kind == "topk":
         settings["k"] = cfg["top_k"]
     metadata = {"model_name": cfg.get("model_name"), "hook_name": hooks[0]}
@@ -68,12 +68,12 @@ def read_llamascopium(files: SavedFiles) -> StoredSAE:
         drop_nulls(metadata) | cfg,
         scale_in=scales[0],
         scale_out=scales[1],
-        rescale=kind == "topk" and counts_norms,
+        rescale=kind == "topk" and uses_norms,
     )
 
 
-def read_scale(norm: Any, d: int) -> float:
-    """Compute the factor that scales activations [d] of mean norm `norm` to a mean norm of sqrt(d);
+def compute_scale(norm: Any, d: int) -> float:
+    """The factor that scales activations [d] of mean norm `norm` to a mean norm of sqrt(d);
     ValueError unless `norm` is positive and finite."""
     norm = float(norm)
     if not 0 < norm < math.inf:
@@ -81,11 +81,12 @@ def read_scale(norm: Any, d: int) -> float:
     return math.sqrt(d) / norm
 
 
-def write_llamascopium(sae: SAE, kind: str, origin: Origin) -> Parts:
-    """Make config.json; `norm_activation="inference"` says that weights take raw activations."""
+def write_llamascopium(sae: SAE, kind: str, origin: Origin) -> Written:
+    """Make the settings of config.json; `norm_activation="inference"` says that weights take raw
+    activations."""
     sites, d, features = origin.require_sites(), len(sae.W_enc), sae.config.features
     factor = features / d
-    while int(d * factor) < features:  # llamascopium computes the size like this
+    while int(d * factor) < features:  # as llamascopium computes the number of features
         factor = math.nextafter(factor, math.inf)
     return {
         "sae_type": "sae",
@@ -130,7 +131,7 @@ def read_llama_scope(files: SavedFiles) -> StoredSAE:
     weights = rename_tensors(LLAMA_SCOPE, files.tensors)
     norms = cfg["dataset_average_activation_norm"]
     scale_in, scale_out = (
-        read_scale(norms[side], weights["b_dec"].numel()) for side in ("in", "out")
+        compute_scale(norms[side], weights["b_dec"].numel()) for side in ("in", "out")
     )
     weights["threshold"] = torch.tensor(float(cfg["jump_relu_threshold"]) * scale_in)
     metadata = {"model_name": "meta-llama/Llama-3.1-8B", "hook_name": cfg["hook_point_in"]}

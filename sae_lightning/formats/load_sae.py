@@ -13,12 +13,12 @@ from sae_lightning.formats.row import (
     Format,
     SavedFiles,
     StoredSAE,
-    check_numbers,
+    check_tensors,
     fold_scales,
     read_settings_file,
     read_weights,
 )
-from sae_lightning.formats.table import FORMATS, find_saved
+from sae_lightning.formats.table import FORMATS, find_saes
 from sae_lightning.sae import ARCHITECTURES, SAE, SAEConfig, build_sae
 from sae_lightning.stream.states import expect
 
@@ -36,20 +36,20 @@ def load_sae(path: str | os.PathLike) -> SAE:
     try:
         stored = row.read(_read_files(row, folder, file))
         sae = _build(stored._replace(weights=fold_scales(stored)))
-        check_numbers(sae.weights())  # folding in a scale may have overflowed
+        check_tensors(sae.weights())  # folding in a scale may have overflowed
         expect(stored.metadata, dict, "metadata")
     except FileNotFoundError as error:
-        missing = Path(error.filename).name
-        raise UserError(f"{folder} holds no saved SAE: {missing} is missing") from error
+        file_name = Path(error.filename).name
+        raise UserError(f"{folder} holds no saved SAE: {file_name} is missing") from error
     except OSError as error:
-        why = error.strerror or error
-        raise UserError(f"{error.filename or folder} cannot be read: {why}") from error
+        reason = error.strerror or error
+        raise UserError(f"{error.filename or folder} cannot be read: {reason}") from error
     except UserError:
         raise
     except Exception as error:  # a damaged file may raise anything
-        why = f"it lacks {error}" if isinstance(error, KeyError) else str(error).split("\n")[0]
-        why = why or "a file ends early"
-        raise UserError(f"{folder} is damaged or not an SAE: {why}") from error
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error).split("\n")[0]
+        reason = reason or "a file ends early"
+        raise UserError(f"{folder} is damaged or not an SAE: {reason}") from error
     sae.metadata = stored.metadata
     return sae.requires_grad_(False).eval()
 
@@ -60,21 +60,22 @@ def _find_weights(path: Path) -> tuple[Format, Path, Path]:
     if not path.exists():
         raise UserError(f"{path}: no such folder or file (on the hub: hub:<owner>/<name>)")
     root = path.absolute().parent.parent if path.is_file() else path
-    inner = [path.absolute().parent.name] if path.is_file() else ["sae", "checkpoints"]
-    files = [file for name in ("", *inner) for file in (root / name).glob("*") if file.is_file()]
+    subfolders = [path.absolute().parent.name] if path.is_file() else ["sae", "checkpoints"]
+    folders = [root, *(root / name for name in subfolders)]
+    files = [file for folder in folders for file in folder.glob("*") if file.is_file()]
     names = [file.relative_to(root).as_posix() for file in files]
-    own = path.absolute().relative_to(root).as_posix() if path.is_file() else "."
-    found = find_saved(own, names)
-    if not found:
+    below_root = path.absolute().relative_to(root).as_posix() if path.is_file() else "."
+    saes = find_saes(below_root, names)
+    if not saes:
         patterns = ", ".join(dict.fromkeys(row.files[0] for row in FORMATS.values()))
         raise UserError(
             f"{path} holds no saved SAE: give a run folder (outputs/<day>/<time>), or a folder or "
             f"file of another tool ({patterns})"
         )
-    row, folder, weights, _ = found[0]
-    if len(found) > 1:
+    row, folder, weights, _ = saes[0]
+    if len(saes) > 1:
         raise UserError(
-            f"{path} holds {len(found)} SAEs: give one of the files, such as {root / weights}"
+            f"{path} holds {len(saes)} SAEs: give one of the files, such as {root / weights}"
         )
     return row, root / folder, root / weights
 
@@ -114,8 +115,8 @@ def _build(stored: StoredSAE) -> SAE:
         )
     one, mean = torch.ones(()), sae.b_dec.double()
     # the skip connection reads x, not x - b_dec: add back what `fold` subtracts for it
-    back = mean @ sae.W_skip.double() if config.skip else torch.zeros(d_out)
-    sae.load_weights(sae.fold(mean, one, back, one))
+    out_mean = mean @ sae.W_skip.double() if config.skip else torch.zeros(d_out)
+    sae.load_weights(sae.fold(mean, one, out_mean, one))
     return sae
 
 
@@ -127,9 +128,9 @@ def _make_config(settings: dict[str, Any], features: int) -> SAEConfig:
     except UserError as error:  # the caller adds the folder's name
         raise ValueError(str(error)) from error
     for field in (field for field in fields(config) if field.name in settings):
-        value, kind = getattr(config, field.name), field.type
-        is_list = kind == list[float]
+        value, is_list = getattr(config, field.name), field.type == list[float]
         for item in value if is_list else [value]:
-            number = float(item) if type(item) is int and kind is not int else item
-            expect(number, float if is_list else kind, field.name)  # JSON may write 1.0 as 1
+            if type(item) is int and field.type is not int:
+                item = float(item)  # JSON may write 1.0 as 1
+            expect(item, float if is_list else field.type, field.name)
     return config

@@ -1,5 +1,5 @@
-"""The formats of Qwen-Scope and Goodfire: weights without settings; the path of the file gives the
-LLM and the site."""
+"""The formats of Qwen-Scope and Goodfire: no settings are saved; the LLM and the site are in the
+path of the weights file."""
 
 import re
 
@@ -17,14 +17,14 @@ from sae_lightning.formats.row import (
 def read_qwen_scope(files: SavedFiles) -> StoredSAE:
     """Read one file of Qwen-Scope: a TopK SAE of raw residual streams. The repository's name, which
     must be part of the path, gives the LLM and k."""
-    path = files.weights.absolute().as_posix()
+    path = files.weights_file.absolute().as_posix()
     repository = re.search(r"SAE-Res-([^/]+?)-W\d+K-L0_(\d+)", path)
     if repository is None:
         raise UserError(
-            f"{files.weights} does not say how many features are active: put it in a folder with "
-            "the name of its repository, such as SAE-Res-Qwen3-8B-Base-W64K-L0_50"
+            f"{files.weights_file} does not say how many features are active: put it in a folder "
+            "with the name of its repository, such as SAE-Res-Qwen3-8B-Base-W64K-L0_50"
         )
-    block = re.match(r"layer(\d+)\.", files.weights.name)[1]
+    block = re.match(r"layer(\d+)\.", files.weights_file.name)[1]
     return StoredSAE(
         {"name": "topk", "k": int(repository[2])},
         rename_tensors(QWEN_SCOPE, files.tensors),
@@ -43,7 +43,7 @@ def read_goodfire(files: SavedFiles) -> StoredSAE:
     """Read a file of Goodfire: a ReLU SAE of raw residual streams. The file's name gives the LLM
     and the block."""
     metadata = {}
-    if name := re.match(r"(.+)-SAE-l(\d+)\.", files.weights.name):
+    if name := re.match(r"(.+)-SAE-l(\d+)\.", files.weights_file.name):
         metadata = {"model_name": name[1], "hook_name": f"blocks.{name[2]}.hook_resid_post"}
     return StoredSAE({"name": "relu"}, rename_tensors(GOODFIRE, files.tensors), metadata)
 

@@ -11,20 +11,20 @@ import torch
 from sae_lightning.errors import is_out_of_memory
 
 
-def load_tensors(path: Path, seen: set | None = None) -> Any:
+def load_tensors(path: Path, verified: set | None = None) -> Any:
     """Load tensors, numbers and strings from a file, mmapped on the CPU; runs no code from it.
 
     ValueError if a checksum is wrong or the file holds other objects, OSError if it cannot be read.
-    `seen` collects the files (device and inode) whose checksums have been verified, so that no file
+    `verified` collects the files (device and inode) whose checksums are verified, so that no file
     is verified twice.
     """
     try:
-        stat, seen = path.stat(), set() if seen is None else seen
-        if (stat.st_dev, stat.st_ino) not in seen:
+        stat, verified = path.stat(), set() if verified is None else verified
+        if (stat.st_dev, stat.st_ino) not in verified:
             with ZipFile(path) as file:
                 if damaged := file.testzip():
                     raise ValueError(f"the checksum of {damaged[:80]!r} is wrong")
-            seen.add((stat.st_dev, stat.st_ino))
+            verified.add((stat.st_dev, stat.st_ino))
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (OSError, ValueError):
         raise

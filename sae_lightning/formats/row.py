@@ -28,7 +28,7 @@ PLAIN = {name: name for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
 
 
 class StoredSAE(NamedTuple):
-    """The content of an SAE's files under our names:
+    """The content of an SAE's files, translated:
 
     z = activate(x scale_in W_enc + b_enc);  x_hat = (f W_dec + b_dec) / scale_out
     """
@@ -44,30 +44,29 @@ class StoredSAE(NamedTuple):
     scale_in: float = 1.0
     scale_out: float = 1.0
     rescale: bool = False
-    """Features are multiplied by the norms of their decoder rows before they are activated, and a
-    threshold applies to the products."""
+    """Pre-activations are multiplied by the norms of the decoder rows, and a threshold applies to
+    the products."""
 
 
 class SavedFiles(NamedTuple):
     """The files of one SAE, read."""
 
-    weights: Path
-    """The weights file."""
+    weights_file: Path
     source: Path
     """The settings file; the weights file if the format has none."""
     settings: dict[str, Any]
     """The settings, without those that are null."""
     tensors: dict[str, Any]
-    """The weights, as they are stored."""
+    """The content of the weights file, as it is stored."""
 
 
 class Layout(NamedTuple):
     """How a format stores an architecture."""
 
-    ours: str
-    """Our name of the architecture."""
+    architecture: str
+    """Its name in ARCHITECTURES."""
     names: dict[str, str] = {}
-    """Its tensors -> our names; ".T": stored transposed."""
+    """The format's names of its tensors -> ours; ".T": stored transposed."""
     centred: bool = False
     """The encoder reads x - b_dec."""
 
@@ -80,7 +79,7 @@ class Origin(NamedTuple):
     sites: SitePair | None
     """None if they are not known."""
     problem: str
-    """Why the sites are not known, and what to give."""
+    """If the sites are not known: the error message that says why, and what to give."""
 
     @property
     def is_transcoder(self) -> bool:
@@ -94,17 +93,17 @@ class Origin(NamedTuple):
         return self.sites
 
 
-# Settings, and tensors beyond those of the layout.
-Parts = tuple[dict[str, Any], dict[str, Tensor]]
+# What `Format.write` returns: settings, and tensors beyond those of the layout.
+Written = tuple[dict[str, Any], dict[str, Tensor]]
 
 
 class Format(NamedTuple):
-    """A row of the table."""
+    """A row of FORMATS: how the SAEs of a tool are stored."""
 
     files: tuple[str, ...]
     """Patterns of the files that are needed, relative to the SAE's folder: weights, settings."""
     read: Callable[[SavedFiles], StoredSAE]
-    """Translates settings and tensors."""
+    """Translates settings and tensors to ours."""
     layouts: dict[str, Layout] = {}
     """The format's name of an architecture -> how it is stored."""
     aliases: dict[str, str] = {}
@@ -116,9 +115,10 @@ class Format(NamedTuple):
     """Our architecture -> the key in `layouts` under which its autoencoders are written."""
     transcoders: dict[str, str] = {}
     """The same for transcoders."""
-    write: Callable[[SAE, str, Origin], Parts] | None = None
-    """Makes the settings, and the tensors that the layout does not name; None for a format that is
-    only read, or SAELens' (see export.py)."""
+    write: Callable[[SAE, str, Origin], Written] | None = None
+    """Makes the settings, and the tensors that the layout does not name, from an SAE, its key in
+    `layouts` and its origin; None for a format that is only read, and for SAELens' (see
+    export.py)."""
 
     @property
     def settings_file(self) -> str | None:
@@ -184,7 +184,7 @@ def read_weights(file: Path) -> dict[str, Any]:
         raise ValueError("it holds more than tensors and numbers, which could run code") from None
 
 
-def check_numbers(tensors: dict[str, Tensor]) -> None:
+def check_tensors(tensors: dict[str, Tensor]) -> None:
     """ValueError unless all tensors are floating-point and finite; it names the tensor and counts
     the numbers that are not finite."""
     for name, x in tensors.items():
@@ -203,12 +203,12 @@ def check_numbers(tensors: dict[str, Tensor]) -> None:
 def rename_tensors(row: Format, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Convert stored tensors to our names, our orientation and float32; ValueError if two have the
     same name, or a number is not finite."""
-    check_numbers(tensors)
-    known, weights = dict(row.aliases), {}
+    check_tensors(tensors)
+    our_names, weights = dict(row.aliases), {}
     for layout in row.layouts.values():
-        known |= layout.names
+        our_names |= layout.names
     for name, tensor in tensors.items():
-        ours, tensor = known.get(name, name), tensor.float()
+        ours, tensor = our_names.get(name, name), tensor.float()
         if name == "scaling_factor" and (tensor == 1).all():
             continue  # in SAELens before 6 and in Gemma Scope; 1 has no effect
         if ours.endswith(".T"):
@@ -221,8 +221,8 @@ def rename_tensors(row: Format, tensors: dict[str, Tensor]) -> dict[str, Tensor]
 
 def fold_scales(stored: StoredSAE) -> dict[str, Tensor]:
     """Fold scales and norms into the weights, so that they take raw activations, and give each
-    feature its own threshold. A common threshold below 0, which training has never set, becomes 0,
-    so that all of relu(z) passes."""
+    feature its own threshold. A common threshold below 0, which means that training has not set
+    it, becomes 0, so that all of relu(z) passes."""
     weights = dict(stored.weights)
     if "log_threshold" in weights:
         weights["threshold"] = weights.pop("log_threshold").exp()
@@ -244,8 +244,8 @@ def fold_scales(stored: StoredSAE) -> dict[str, Tensor]:
 
 
 def add_groups(settings: dict[str, Any], sizes: list[int]) -> dict[str, Any]:
-    """Settings of a Matryoshka SAE with groups of these sizes; with a single group it is a
-    BatchTopK."""
+    """`settings` of a Matryoshka SAE, with groups of these sizes; with a single group it is a
+    BatchTopK SAE."""
     if len(sizes) == 1:
         return settings | {"name": "batch_topk"}
     return settings | {"groups": [size / sum(sizes) for size in sizes[:-1]]}

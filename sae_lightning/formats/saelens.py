@@ -24,7 +24,7 @@ CFG = "cfg.json"
 WEIGHTS = "sae_weights.safetensors"
 SCALER = "activation_scaler.json"  # beside training checkpoints
 NOTE_KEY = "note"  # key in the metadata: how SAELens misreads the SAE
-OWN_KEY = "sae_lightning"  # key in cfg.json: the settings in our own terms
+OWN_KEY = "sae_lightning"  # key in cfg.json for our SAEConfig, and in the metadata for our Config
 
 # (architecture, has a skip connection) -> SAELens' name of the transcoder
 TRANSCODERS = {
@@ -42,9 +42,9 @@ SAELENS_KINDS = {
     "batchtopk": "batch_topk",
     "matryoshka_batchtopk": "matryoshka",
 }
-# Beginnings of TransformerLens' names of LLMs with LayerNorm, the only ones that it centres.
-LAYERNORM_MODELS = ("gpt2", "distilgpt2", "pythia", "tiny-stories", "gelu-", "gpt-neo", "opt-")
 SAELENS_KINDS |= {name: SAELENS_KINDS[kind] for (kind, _), name in TRANSCODERS.items()}
+# Beginnings of TransformerLens' names of LLMs with LayerNorm, whose activations it may centre.
+LAYERNORM_MODELS = ("gpt2", "distilgpt2", "pythia", "tiny-stories", "gelu-", "gpt-neo", "opt-")
 
 
 def read_saelens(files: SavedFiles) -> StoredSAE:
@@ -60,17 +60,16 @@ def read_saelens(files: SavedFiles) -> StoredSAE:
         cfg |= {"architecture": "topk", "activation_fn": "relu"} | cfg["activation_fn_kwargs"]
     kind = cfg["architecture"]
     settings = (
-        _read_own_settings(files.source, cfg[OWN_KEY])
+        _check_own_settings(files.source, cfg[OWN_KEY])
         if OWN_KEY in cfg
         else _translate_settings(files.source, cfg)
     )
     scale = _read_scale(files.source, cfg.get("normalize_activations") or "none")
     weights, metadata = rename_tensors(SAELENS, files.tensors), cfg.get("metadata", cfg)
     centred = "transcoder" not in kind and cfg.get("apply_b_dec_to_input", True)
-    processing = metadata.get("model_from_pretrained_kwargs", {})
-    if processing.get("center_writing_weights", is_oldest) and str(
-        metadata.get("model_name")
-    ).startswith(LAYERNORM_MODELS):
+    options = metadata.get("model_from_pretrained_kwargs", {})
+    has_layernorm = str(metadata.get("model_name")).startswith(LAYERNORM_MODELS)
+    if has_layernorm and options.get("center_writing_weights", is_oldest):
         weights |= _center_dimensions(weights, centred)
     return StoredSAE(
         settings,
@@ -92,8 +91,8 @@ def _center_dimensions(weights: dict[str, Tensor], centred: bool) -> dict[str, T
     return {"W_enc": W_enc - W_enc.mean(dim=0), "b_enc": b_enc}
 
 
-def _read_own_settings(source: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Read settings that this project wrote; UserError if a newer version added some."""
+def _check_own_settings(source: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Check settings that this project wrote; UserError if a newer version added some."""
     kind = ARCHITECTURES.get(settings["name"])
     if kind is None:
         raise UserError(

@@ -6,9 +6,9 @@ from sae_lightning.formats.row import (
     Format,
     Layout,
     Origin,
-    Parts,
     SavedFiles,
     StoredSAE,
+    Written,
     check_readable,
     drop_nulls,
     read_settings_file,
@@ -25,32 +25,32 @@ def read_sparsify(files: SavedFiles) -> StoredSAE:
     check_readable(files.source, "activation", activation, ["topk"])
     settings = {"name": "topk", "k": cfg["k"], "skip": "W_skip" in files.tensors}
     folder = files.source.absolute().parent
-    above = folder.with_name("config.json")
-    run = read_settings_file(above) if above.is_file() else {}
+    run_file = folder.with_name("config.json")
+    run = read_settings_file(run_file) if run_file.is_file() else {}
     centred = not cfg.get("transcode", False)
-    # The first transcoders read x - b_dec, and their cfg.json has no `transcode`. Only config.json
-    # above, if there is one, or a skip connection tells that they are transcoders.
-    transcode = cfg.get("transcode", run.get("transcode", settings["skip"]))
+    # The first transcoders read x - b_dec, and their cfg.json has no `transcode`: they are known by
+    # the config.json of their run or by a skip connection.
+    is_transcoder = cfg.get("transcode", run.get("transcode", settings["skip"]))
     trained_on = {"model_name": run.get("model"), "context_size": run.get("ctx_len")}
-    metadata = drop_nulls(trained_on) | name_hooks(folder.name, transcode) | cfg
+    metadata = drop_nulls(trained_on) | name_hooks(folder.name, is_transcoder) | cfg
     weights = rename_tensors(SPARSIFY, files.tensors)
     return StoredSAE(settings, weights, metadata, centred)
 
 
-def name_hooks(module: str, transcode: bool) -> dict[str, str]:
-    """SAELens' keys for the sites of an SAE in a folder that is named after a module; a transcoder
-    reads the module's input."""
+def name_hooks(module: str, is_transcoder: bool) -> dict[str, str]:
+    """Names of the sites of an SAE at `module`, under SAELens' keys; a transcoder reads the input
+    of the module."""
     if not re.search(r"\.\d+(\.|$)", module):
         return {}
-    if not transcode:
+    if not is_transcoder:
         return {"hook_name": module}
     mlp = re.fullmatch(r"(?:.*\.)?(\d+)\.mlp", module)
     source = f"blocks.{mlp[1]}.mlp.hook_in" if mlp else f"the input of {module}"
     return {"hook_name": source, "hook_name_out": module}
 
 
-def write_sparsify(sae: SAE, kind: str, origin: Origin) -> Parts:
-    """Make cfg.json, with the metadata of training under further keys, which sparsify ignores."""
+def write_sparsify(sae: SAE, kind: str, origin: Origin) -> Written:
+    """Make the settings of cfg.json; sparsify ignores the metadata of training among them."""
     d_in, config = len(sae.W_enc), sae.config
     return origin.metadata | {
         "activation": "topk",

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from sae_lightning.errors import UserError
 
-# Where SAEs differ only in L0, a short name means the one nearest to this L0, which SAELens calls
-# canonical.
+# Of SAEs that differ only in L0, a short name means the one nearest to this L0 (for SAELens, the
+# canonical one).
 USUAL_L0 = 100.0
 
 
@@ -22,8 +22,9 @@ class Suite(NamedTuple):
     """The repository, with the parts in braces."""
     paths: tuple[str, ...]
     """The path in it; of several, the first that exists. `*` stands for an L0."""
-    words: dict[str, dict[str, str]]
-    """Part -> what may be typed there -> what is inserted; any word if the part is not listed."""
+    names: dict[str, dict[str, str]]
+    """Part -> its short names -> what replaces them in `repo` and `paths`. Parts that are not
+    listed are inserted as they are typed."""
 
 
 GEMMA_SITES = {"res": "res", "att": "att", "mlp": "mlp", "transcoders": "transcoders"}
@@ -88,37 +89,37 @@ def expand_suite(name: str) -> tuple[str, tuple[str, ...]] | None:
     first, *typed = name.split("/")
     if first not in SUITES:
         return None
-    suite, words = SUITES[first], {}
+    suite, values = SUITES[first], {}
     parts = suite.parts.split()
-    for part, word in zip(parts, typed, strict=False):
-        known = suite.words.get(part)
-        if known and word not in known:
+    for part, short_name in zip(parts, typed, strict=False):
+        names = suite.names.get(part)
+        if names and short_name not in names:
             raise UserError(
-                f"hub:{name}: {first} has no {part} {word}; choose from {', '.join(known)}"
+                f"hub:{name}: {first} has no {part} {short_name}; choose from {', '.join(names)}"
             )
-        words[part] = known[word] if known else word
+        values[part] = names[short_name] if names else short_name
     if len(typed) != len(parts):
         form = "/".join(f"<{part}>" for part in parts)
         raise UserError(f"hub:{name}: write hub:{first}/{form}; the names are in docs/hub.md")
-    return suite.repo.format(**words), tuple(path.format(**words) for path in suite.paths)
+    return suite.repo.format(**values), tuple(path.format(**values) for path in suite.paths)
 
 
 def choose_path(paths: tuple[str, ...], list_folder: Callable[[str], list[str]]) -> str | None:
-    """The first of `paths` that exists; with `*` for a number, the one whose number is nearest to
-    USUAL_L0, and of two equally near ones the smaller. None if there is none.
+    """The first of `paths` that exists; if it has a `*` for an L0, the match nearest to USUAL_L0,
+    and of two equally near ones the smaller. None if none exists.
 
-    list_folder: lists the paths in a folder, none if there is no such folder.
+    `list_folder`: lists the paths in a folder, none if there is no such folder.
     """
     for path in paths:
         parent = str(PurePosixPath(path).parent)
-        found = [name for name in list_folder(parent) if fnmatchcase(name, path)]
-        if found:
-            return min(found, key=_rank)
+        matches = [name for name in list_folder(parent) if fnmatchcase(name, path)]
+        if matches:
+            return min(matches, key=_measure_distance)
     return None
 
 
-def _rank(path: str) -> tuple[float, float]:
-    """How far the number at the end of the path is from the usual L0, and the number."""
+def _measure_distance(path: str) -> tuple[float, float]:
+    """How far the L0 at the end of the path is from USUAL_L0, and the L0."""
     match = re.search(r"\d+(\.\d+)?$", path)
-    number = float(match[0]) if match else 0.0
-    return abs(number - USUAL_L0), number
+    l0 = float(match[0]) if match else 0.0
+    return abs(l0 - USUAL_L0), l0

@@ -49,40 +49,41 @@ def find_format(names: Collection[str], weights: str | None = None) -> Format | 
 
     candidates = names if weights is None else [weights]
     rows = [row for row in FORMATS.values() if has_match(row.files[0], candidates)]
-    alike = [row for row in rows if row.files[0] == rows[0].files[0]]
-    whole = [row for row in alike if all(map(has_match, row.files))]
-    for pattern, what in UNREADABLE.items():
+    same_weights = [row for row in rows if row.files[0] == rows[0].files[0]]
+    complete = [row for row in same_weights if all(map(has_match, row.files))]
+    for pattern, kind in UNREADABLE.items():
         if not rows and has_match(pattern, candidates):
-            raise UserError(f"{pattern} is {what}, for which this project has no SAE")
-    return next(iter(whole + rows), None)
+            raise UserError(f"{pattern} is {kind}, for which this project has no SAE")
+    return next(iter(complete + rows), None)
 
 
-class SavedPlace(NamedTuple):
-    """Where the files of one SAE are, among other files."""
+class SAEPaths(NamedTuple):
+    """Paths of the files of one SAE."""
 
     row: Format
     folder: str
     weights: str
     others: list[str]
-    """Settings, and further files that are read."""
+    """Settings, and optional files that are there."""
 
 
-def find_saved(path: str, names: Collection[str]) -> list[SavedPlace]:
+def find_saes(path: str, names: Collection[str]) -> list[SAEPaths]:
     """The SAEs at `path`, which is a weights file, a folder, or a run folder, among the files
     `names` (paths with "/"); a folder with a weights file for each block has several."""
     names = {posixpath.normpath(name) for name in names}
-    place, is_file = PurePosixPath(path), posixpath.normpath(path) in names
-    for folder in (place.parent, place.parent.parent) if is_file else (place / "sae", place):
+    location, is_file = PurePosixPath(path), posixpath.normpath(path) in names
+    parent = location.parent
+    for folder in (parent, parent.parent) if is_file else (location / "sae", location):
         below = [name for name in names if PurePosixPath(name).is_relative_to(folder)]
-        inside = {str(PurePosixPath(name).relative_to(folder)): name for name in below}
-        own = str(place.relative_to(folder)) if is_file else None
-        if row := find_format(inside, own):
+        relative = {str(PurePosixPath(name).relative_to(folder)): name for name in below}
+        file = str(location.relative_to(folder)) if is_file else None
+        if row := find_format(relative, file):
             root = glob.escape(str(folder))
             patterns = [posixpath.normpath(f"{root}/{p}") for p in (*row.files, *row.optional)]
-            weights = [own] if is_file else [n for n in inside if is_match(n, row.files[0])]
+            weights = [file] if is_file else [n for n in relative if is_match(n, row.files[0])]
             others = [n for n in names if any(is_match(n, pattern) for pattern in patterns[1:])]
             return [
-                SavedPlace(row, str(folder), inside[name], sorted(others))
+                SAEPaths(row, str(folder), relative[name], sorted(others))
                 for name in sorted(weights)
             ]
     return []

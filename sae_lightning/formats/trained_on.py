@@ -45,45 +45,43 @@ HOOK_PATTERNS = {
     r"model\.layers\.(\d{1,6})\.post_feedforward_layernorm\.output": (Kind.mlp, 0),
     r"model\.layers\.(\d{1,6})\.pre_feedforward_layernorm\.output": (Kind.mlp_in, 0),
 }
-# Names of places that are not among our sites -> what they are.
-OTHER_PLACES = {
+# Hook names that stand for none of our sites -> what is there.
+OTHER_HOOKS = {
     r".*(?:hook_z|o_proj\.input)": "the attention before its output projection",
     r"blocks\.0\.hook_resid_pre|hook_embed": "the input of the first block",
 }
 
 
-# What is known about an SAE's training, under SAELens' keys, and its type.
-KNOWN_KEYS = {"model_name": str, "hook_name": str, "hook_name_out": str, "context_size": int}
-KNOWN_KEYS |= {"hf_hook_name": str, "hf_hook_name_out": str, "dataset_path": str}
-KNOWN_KEYS |= {"prepend_bos": bool, OWN_KEY: dict}
+# Metadata keys that are written in other tools' formats, and their types.
+WRITTEN_TYPES = METADATA_TYPES | {"hf_hook_name": str, "hf_hook_name_out": str}
+WRITTEN_TYPES |= {"dataset_path": str, "prepend_bos": bool, OWN_KEY: dict}
 
 
 def find_origin(metadata: dict[str, Any], run: str, layer: LayerConfig | None) -> Origin:
-    """What the SAE in `run` was trained on, for a file of another tool; `layer`, if given, replaces
-    the sites in the metadata."""
-    known = {
-        key: metadata[key] for key, kind in KNOWN_KEYS.items() if type(metadata.get(key)) is kind
-    }
-    sites, problem, given = None, "", layer is not None
+    """What the SAE in `run` was trained on, to be written in another tool's format; `layer`, if
+    given, replaces the sites in the metadata."""
+    checked = {k: metadata[k] for k, kind in WRITTEN_TYPES.items() if type(metadata.get(k)) is kind}
+    sites, problem, layer_is_given = None, "", layer is not None
     try:
-        if not layer and (warning := warn_of_gain(known, run)):
+        if not layer and (warning := warn_of_gain(checked, run)):
             raise UserError(f"{warning}; give layer=transcoder layer.index=... to write that site")
-        layer = layer or read_layer(known, run)
+        layer = layer or read_layer(checked, run)
         sites = SitePair(
             *(Site(layer.index, kind) for kind in (layer.source, layer.target or layer.source))
         )
         for key in ("hook_name", "hook_name_out"):
-            known.pop(key, None)
-            if given:  # transformers' name of the other site
-                known.pop(f"hf_{key}", None)
-        known |= sites.hook_names
+            checked.pop(key, None)
+            if layer_is_given:  # transformers' names are those of the replaced sites
+                checked.pop(f"hf_{key}", None)
+        checked |= sites.hook_names
     except UserError as error:
         problem = str(error)
-    return Origin(known, sites, problem)
+    return Origin(checked, sites, problem)
 
 
 def check_metadata(metadata: dict[str, Any], run: str) -> dict[str, Any]:
-    """What is read of the metadata of the SAE in `run`; UserError if a value has a wrong type."""
+    """The part of the metadata of the SAE in `run` that is used here; UserError if a value has a
+    wrong type."""
     own = metadata.get(OWN_KEY)
     merged = metadata | (own if isinstance(own, dict) else {})
     types = METADATA_TYPES | OWN_METADATA_TYPES
@@ -91,26 +89,27 @@ def check_metadata(metadata: dict[str, Any], run: str) -> dict[str, Any]:
     for key, value in checked.items():
         if type(value) is not types[key]:
             kind = types[key].__name__
-            raise UserError(f"{run}: {key}={value!r:.80} in its metadata is no {kind}")
+            raise UserError(f"{run}: {key}={value!r:.80} in its metadata is not of type {kind}")
     return checked
 
 
 def choose_llm(
-    llm: LLMConfig, metadata: dict[str, Any], run: str, given: Collection[str]
+    llm: LLMConfig, metadata: dict[str, Any], run: str, typed: Collection[str]
 ) -> LLMConfig:
-    """`llm` with the name, revision and tokens of the LLM in the checked `metadata` of `run`, but
-    for `given` settings; as it is if these name an LLM."""
-    if {"llm", "llm.name"} & {*given}:
+    """`llm` with the settings in the checked `metadata` of `run` (name, revision, BOS, separator),
+    except those that are `typed`; unchanged if an LLM is typed."""
+    if {"llm", "llm.name"} & {*typed}:
         return llm
-    own = {name: metadata.get(name) for name in OWN_METADATA_TYPES}
-    own["llm.name"] = find_llm_name(metadata, run)
-    return replace(llm, **{k.removeprefix("llm."): v for k, v in own.items() if k not in given})
+    saved = {name: metadata.get(name) for name in OWN_METADATA_TYPES}
+    saved["llm.name"] = find_llm_name(metadata, run)
+    return replace(llm, **{k.removeprefix("llm."): v for k, v in saved.items() if k not in typed})
 
 
 def find_llm_name(metadata: dict[str, Any], run: str) -> str:
-    """The name on the hub of the LLM that the SAE in `run` reads; UserError if it is not said."""
-    if own := metadata.get("llm.name"):
-        return own
+    """The name on the hub of the LLM that the SAE in `run` reads; UserError if the metadata have
+    none."""
+    if llm_name := metadata.get("llm.name"):
+        return llm_name
     name = metadata.get("model_name")
     if not name:
         raise UserError(
@@ -124,7 +123,7 @@ def find_llm_name(metadata: dict[str, Any], run: str) -> str:
 
 
 def read_layer(metadata: dict[str, Any], run: str) -> LayerConfig:
-    """The sites of the SAE in `run`; UserError if they are not said, or lie in two blocks."""
+    """The sites of the SAE in `run`; UserError if they are unknown, or lie in two blocks."""
     source = _read_hook(metadata.get("hook_name"), run)
     target = _read_hook(metadata["hook_name_out"], run) if metadata.get("hook_name_out") else source
     if source[0] != target[0]:
@@ -136,8 +135,8 @@ def read_layer(metadata: dict[str, Any], run: str) -> LayerConfig:
 
 
 def warn_of_gain(metadata: dict[str, Any], run: str) -> str | None:
-    """What is wrong if the SAE in `run` is given the MLP's input: it was trained on that without
-    the norm's gain, as TransformerLens has it. None if it was not."""
+    """A warning that the SAE in `run` was trained on the MLP's input without the norm's gain, as
+    TransformerLens computes it; None if it was not."""
     hook = metadata.get("hook_name") or ""
     if not hook.endswith("ln2.hook_normalized"):
         return None
@@ -154,10 +153,10 @@ def _read_hook(hook: str | None, run: str) -> tuple[int, Kind]:
         if match and int(match[1]) + offset >= 0:
             return int(match[1]) + offset, kind
     problem = "does not say where its SAE reads"
-    for pattern, what in OTHER_PLACES.items():
+    for pattern, meaning in OTHER_HOOKS.items():
         if hook and re.fullmatch(pattern, hook):
             raise UserError(
-                f"{run} reads {hook:.80}, which is not a site of this project: it is {what}. "
+                f"{run} reads {hook:.80}, which is not a site of this project: it is {meaning}. "
                 "load_sae opens the SAE, but no task can run an LLM on it"
             )
     if hook:

@@ -24,9 +24,9 @@ def write_sae(name: str, sae: SAE, origin: Origin, folder: Path) -> None:
     if name == "saelens":  # the saved format, which expresses every SAE
         save_sae(folder, sae, sae.weights(), origin.metadata)
         return
-    row, kind = FORMATS[name], choose_layout(name, sae, origin)
-    settings, tensors = row.write(sae, kind, origin)
-    tensors = store_tensors(row.layouts[kind], sae) | tensors
+    row, key = FORMATS[name], choose_layout(name, sae, origin)
+    settings, tensors = row.write(sae, key, origin)
+    tensors = convert_weights(row.layouts[key], sae) | tensors
     file = row.files[0]
     if "*" in file:  # a file for each block
         file = file.replace("*", str(origin.require_sites().source.layer))
@@ -46,22 +46,22 @@ def choose_layout(name: str, sae: SAE, origin: Origin) -> str:
     """Choose the key in `layouts` of the format `name` under which `sae` is written; UserError if
     the format has none."""
     row, architecture = FORMATS[name], sae.config.name
-    kinds = row.transcoders if origin.is_transcoder else row.autoencoders
-    what, other = "transcoder", "autoencoders"
+    keys = row.transcoders if origin.is_transcoder else row.autoencoders
+    noun, others = "transcoder", "autoencoders"
     if not origin.is_transcoder:
-        what, other = "autoencoder", "transcoders"
-    if not kinds:
+        noun, others = "autoencoder", "transcoders"
+    if not keys:
         raise UserError(
-            f"format={name} has no place for this {what}: it holds {other} only; choose another "
+            f"format={name} has no place for this {noun}: it holds {others} only; choose another "
             "format"
         )
-    if architecture not in kinds:
+    if architecture not in keys:
         raise UserError(
-            f"format={name} has no {architecture} {what}: it holds {', '.join(kinds)}; choose "
+            f"format={name} has no {architecture} {noun}: it holds {', '.join(keys)}; choose "
             "another format"
         )
-    kind = kinds[architecture]
-    names = row.layouts[kind].names.values()
+    key = keys[architecture]
+    names = row.layouts[key].names.values()
     if sae.config.skip and not any(name.startswith("W_skip") for name in names):
         raise UserError(
             f"format={name} has no skip connections (model.skip): choose another format"
@@ -71,10 +71,10 @@ def choose_layout(name: str, sae: SAE, origin: Origin) -> str:
             f"format={name} has one width for input and output, and this SAE reads "
             f"{len(sae.W_enc)} dimensions and writes {len(sae.b_dec)}: choose another format"
         )
-    return kind
+    return key
 
 
-def store_tensors(layout: Layout, sae: SAE) -> dict[str, Tensor]:
+def convert_weights(layout: Layout, sae: SAE) -> dict[str, Tensor]:
     """The weights of `sae` under the names and in the orientation of `layout`."""
     weights = sae.weights()
     if layout.centred:
@@ -94,5 +94,5 @@ def center_encoder(sae: SAE) -> dict[str, Tensor]:
     """Convert the weights of `sae` for an encoder that reads x - b_dec (a skip connection reads x):
     the inverse of what `load_sae` does with such an SAE."""
     one, mean = torch.ones(()), sae.b_dec.double()
-    back = -mean @ sae.W_skip.double() if sae.config.skip else torch.zeros_like(mean)
-    return sae.fold(-mean, one, back, one)
+    out_mean = -mean @ sae.W_skip.double() if sae.config.skip else torch.zeros_like(mean)
+    return sae.fold(-mean, one, out_mean, one)

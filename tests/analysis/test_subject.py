@@ -194,7 +194,7 @@ def test_a_runs_own_settings_name_its_llm_better_than_the_name_for_others(sae, p
     with pytest.raises(UserError, match=r"^llm\.(name=owner/mine|revision=v1): "):
         open_subject(*asked(sae))
     rewrite(sae, sae_lightning=own | {"llm.name": 3})
-    with pytest.raises(UserError, match=r"bare: llm\.name=3 in its metadata is no str"):
+    with pytest.raises(UserError, match=r"bare: llm\.name=3 in its metadata is not of type str"):
         open_subject(*asked(sae))
     rewrite(sae, sae_lightning=["llm.name"])
     with pytest.raises(UserError, match="owner/mine: not a local folder"):
@@ -213,11 +213,17 @@ def test_a_runs_own_settings_name_its_llm_better_than_the_name_for_others(sae, p
         ({"hook_name": "blocks.0.hook_resid_pre"}, ".*reads blocks.0.hook_resid_pre, which is not"),
         ({"hook_name": "blocks.7.hook_resid_post"}, r"layer\.index=7: this LLM has 3 blocks"),
         ({"hook_name": f"blocks.{'9' * 5000}.hook_resid_post"}, ".*reads blocks.999"),
-        ({"hook_name": ["blocks.1"]}, r".*hook_name=\['blocks.1'\] in its metadata is no str"),
-        ({"hook_name_out": True}, ".*bare: hook_name_out=True in its metadata is no str"),
-        ({"model_name": {"a": 1}}, ".*bare: model_name={'a': 1} in its metadata is no str"),
-        ({"context_size": "128"}, ".*bare: context_size='128' in its metadata is no int"),
-        ({"context_size": 1e400}, ".*bare: context_size=inf in its metadata is no int"),
+        (
+            {"hook_name": ["blocks.1"]},
+            r".*hook_name=\['blocks.1'\] in its metadata is not of type str",
+        ),
+        ({"hook_name_out": True}, ".*bare: hook_name_out=True in its metadata is not of type str"),
+        (
+            {"model_name": {"a": 1}},
+            ".*bare: model_name={'a': 1} in its metadata is not of type str",
+        ),
+        ({"context_size": "128"}, ".*bare: context_size='128' in its metadata is not of type int"),
+        ({"context_size": 1e400}, ".*bare: context_size=inf in its metadata is not of type int"),
     ],
 )
 def test_what_a_folder_does_not_say_is_asked_for(sae, metadata, message):

@@ -142,7 +142,7 @@ def test_a_token_opens_a_private_repository_and_is_not_shown(hub, folder, monkey
         ("hub:me", "hub:me: write hub:<owner>/<name>"),
         ("hub:me/sae/../x", "write hub:<owner>/<name>"),
         ("hub:me/sae@", "write hub:<owner>/<name>"),
-        ("hub:me--x/sae", "me--x/sae is no name of a repository; write owner/name"),
+        ("hub:me--x/sae", "me--x/sae is not the name of a repository; write owner/name"),
     ],
 )
 def test_an_address_that_leads_nowhere_is_told_in_one_line(hub, folder, address, told):

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from sae_lightning import UserError, load_sae
-from sae_lightning.formats.table import FORMATS, find_format, find_saved
+from sae_lightning.formats.table import FORMATS, find_format, find_saes
 from sae_lightning.formats.trained_on import find_llm_name, read_layer
 from sae_lightning.llm.sites import Kind, LayerConfig
 from sae_lightning.sae import ARCHITECTURES
@@ -224,7 +224,7 @@ def test_a_folder_is_recognised_without_naming_the_weights(tmp_path, name):
     assert torch.equal(load_sae(folder).W_enc, load_sae(file).W_enc)
     files = [each for each in tmp_path.rglob("*") if each.is_file()]
     names = [each.relative_to(tmp_path).as_posix() for each in files]
-    (found,) = find_saved(folder.relative_to(tmp_path).as_posix(), names)
+    (found,) = find_saes(folder.relative_to(tmp_path).as_posix(), names)
     assert (found.row, found.weights) == (FORMATS[name], file.relative_to(tmp_path).as_posix())
     assert {each for each in names if each.endswith((".json", ".yaml"))} == {*found.others}
 
