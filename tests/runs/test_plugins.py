@@ -112,12 +112,12 @@ def test_without_plugins_nothing_changes():
 
 def test_the_metrics_of_an_own_kind_of_data_can_be_the_objective(tmp_path):
     (tmp_path / "own_data.py").write_text(NEW_DATA)
-    typed = load_parts(
+    typed = load_plugins(
         ["plugins=[own_data]", "llm=none", "data=puzzles", "sweep.objective=-solved"]
     )
     assert compose_config(typed).config.sweep.objective == "-solved"
     with pytest.raises(UserError, match=r"objective=solved is not measured on text: choose from"):
-        compose_config(load_parts(["sweep.objective=solved"]))
+        compose_config(load_plugins(["sweep.objective=solved"]))
 
 
 def test_a_preset_of_the_users_comes_before_the_option(tmp_path):
