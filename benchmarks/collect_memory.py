@@ -37,7 +37,7 @@ WIDTH, ACTIVE = 768, 64
 READING = {
     "collect.py": {"collect"},
     "scorecard.py": {"_measure_errors"},
-    "held_out.py": {"_captured"},
+    "held_out.py": {"_capture"},
     "splice.py": {"score_baseline", "score_splices"},
     "load.py": {"load_llm", "load_tokenizer"},
     "tokens.py": {"open_tokens"},

@@ -87,9 +87,9 @@ class SavedMatrix:
         self, site: Site, shards: Sequence[MatrixFile], open_shard: Callable[[MatrixFile], Reader]
     ) -> None:
         self.site, self.shards, self._open_shard = site, shards, open_shard
-        self.rows, self.width = sum(shard.shape[0] for shard in shards), shards[0].shape[1]
-        kinds = {shard.dtype for shard in shards}
-        same = len(kinds) == 1 and kinds <= {*LLM_DTYPES}
+        self.row_count, self.width = sum(shard.shape[0] for shard in shards), shards[0].shape[1]
+        dtypes = {shard.dtype for shard in shards}
+        same = len(dtypes) == 1 and dtypes <= {*LLM_DTYPES}
         self.dtype = shards[0].dtype if same else torch.float32
         self._ends = np.cumsum([shard.shape[0] for shard in shards])
 
@@ -102,9 +102,9 @@ class SavedMatrix:
         if not x.isfinite().all():
             row = int((~x.isfinite()).any(dim=1).nonzero()[0])
             number = np.concatenate([np.arange(*limits) for limits in ranges])[row]
-            shard, place = self._locate_row(number)
+            shard, row = self._locate_row(number)
             raise UserError(
-                f"data.path: row {place} (from 0) of {self.shards[shard]} holds NaN or infinity; "
+                f"data.path: row {row} (from 0) of {self.shards[shard]} holds NaN or infinity; "
                 "leave such rows out"
             )
         return x
@@ -117,10 +117,11 @@ class SavedMatrix:
     def summarise_content(self) -> str:
         """Shape, and a checksum of rows spread evenly."""
         checksum = 0
-        for row in np.linspace(0, self.rows - 1, min(self.rows, FINGERPRINT_ROWS)).astype(np.int64):
+        count = min(self.row_count, FINGERPRINT_ROWS)
+        for row in np.linspace(0, self.row_count - 1, count).astype(np.int64):
             (part,) = self._read_pieces(row, row + 1)
             checksum = zlib.crc32(part.contiguous().view(torch.uint8).numpy(), checksum)
-        return f"{self.rows} rows of {self.width}, crc32 {checksum:08x}"
+        return f"{self.row_count} rows of {self.width}, crc32 {checksum:08x}"
 
     def _locate_row(self, row: int) -> tuple[int, int]:
         """The shard that holds a row, and the row's number in it."""
@@ -129,9 +130,9 @@ class SavedMatrix:
 
     def _read_pieces(self, start: int, stop: int) -> Iterator[Tensor]:
         while start < stop:
-            shard, place = self._locate_row(start)
-            count = min(int(stop - start), self.shards[shard].shape[0] - place)
-            yield self._get_reader(shard)(place, place + count).to(self.dtype)
+            shard, row = self._locate_row(start)
+            count = min(int(stop - start), self.shards[shard].shape[0] - row)
+            yield self._get_reader(shard)(row, row + count).to(self.dtype)
             start += count
 
     def _get_reader(self, number: int) -> Reader:
@@ -162,31 +163,31 @@ def parse_site(name: str) -> Site | None:
 def find_matrices(path: Path, names: Mapping[str, str], where: str) -> dict[Site, SavedMatrix]:
     """Find the matrices below `path`, reading only headers -> {site: matrix}.
 
-    names: {site: name of a tensor, column, file or folder}; empty for names that are sites. A
-    matrix without such a name, if it is the only one, is at `UNNAMED`. UserError: there is no
-    file; no matrix or several could be meant; or the shards of a site differ in width.
+    names: {site: name of a tensor, column, file or folder}; empty if the names are those of sites.
+    If no name matches a site, the only matrix is at `UNNAMED`. UserError: there is no file; there
+    is no matrix, or several without a site; the shards of a site differ in width.
     """
     files = [file for file in list_files(path) if file.lower().endswith(SUFFIXES)]
     if not files:
         raise UserError(f"{where}: no file there that ends in {', '.join(SUFFIXES)}")
     shards = [shard for file in files for shard in _list_shards(file, path)]
     sites = {name: parse_site(site) for site, name in names.items()}
-    found: dict[Site, list[MatrixFile]] = {}
+    by_site: dict[Site, list[MatrixFile]] = {}
     for shard in shards:
-        known = (sites.get(name) if sites else parse_site(name) for name in shard.names)
-        if site := next(filter(None, known), None):
-            found.setdefault(site, []).append(shard)
-    if missing := [name for name, site in sites.items() if site not in found]:
-        called = dict.fromkeys(name for shard in shards for name in shard.names)
+        named = (sites.get(name) if sites else parse_site(name) for name in shard.names)
+        if site := next(filter(None, named), None):
+            by_site.setdefault(site, []).append(shard)
+    if missing := [name for name, site in sites.items() if site not in by_site]:
+        names_there = dict.fromkeys(name for shard in shards for name in shard.names)
         raise UserError(
             f"data.sites: {where} holds nothing that is called {missing[0]}; "
-            f"there are {', '.join(called)}"
+            f"there are {', '.join(names_there)}"
         )
-    found = found or {UNNAMED: _pick_unnamed(shards, where)}
+    by_site = by_site or {UNNAMED: _pick_unnamed(shards, where)}
     open_shard = lru_cache(OPEN_SHARDS)(MatrixFile.make_reader)
     return {
-        site: SavedMatrix(site, _check_shards(site, found[site], where), open_shard)
-        for site in sorted(found)
+        site: SavedMatrix(site, _check_shards(site, by_site[site], where), open_shard)
+        for site in sorted(by_site)
     }
 
 
@@ -214,7 +215,7 @@ def _check_shards(site: Site, shards: list[MatrixFile], where: str) -> list[Matr
         if shard.shape[1] != first.shape[1]:
             raise UserError(
                 f"{where}: {first} has {first.shape[1]} columns, but {shard} has "
-                f"{shard.shape[1]}; the rows of a site ({site}) have one width"
+                f"{shard.shape[1]}; all rows of a site ({site}) must have the same width"
             )
     return shards
 
@@ -233,7 +234,7 @@ def _list_shards(file: str, path: Path) -> list[MatrixFile]:
 
 
 def _read_headers(file: str) -> dict[str | None, tuple[Sequence[int], Any]]:
-    """List what a file holds -> {name: (shape, dtype)}; a dtype of no floats is a str."""
+    """List what a file holds -> {name: (shape, dtype)}; a dtype that is not of floats is a str."""
     if file.lower().endswith(".safetensors"):
         with safe_open(file, "pt") as content:
             slices = {name: content.get_slice(name) for name in content.keys()}  # noqa: SIM118
@@ -244,7 +245,7 @@ def _read_headers(file: str) -> dict[str | None, tuple[Sequence[int], Any]]:
             }
     if file.lower().endswith(".npy"):
         array = np.load(file, mmap_mode="r", allow_pickle=False)
-        found = {None: (array.shape, array.dtype.newbyteorder("=").name)}
+        entries = {None: (array.shape, array.dtype.newbyteorder("=").name)}
     else:
-        found = find_columns(file)
-    return {name: (shape, FLOATS.get(kind, kind)) for name, (shape, kind) in found.items()}
+        entries = find_columns(file)
+    return {name: (shape, FLOATS.get(kind, kind)) for name, (shape, kind) in entries.items()}

@@ -11,7 +11,7 @@ from sae_lightning.llm.packaged import LLMShape
 from sae_lightning.llm.sites import LayerConfig, Site, SitePair
 from sae_lightning.ranks import world
 from sae_lightning.stream.activation_files import UNNAMED, SavedMatrix, find_matrices, parse_site
-from sae_lightning.stream.local_files import make_found_absolute
+from sae_lightning.stream.local_files import make_existing_absolute
 from sae_lightning.stream.no_llm import NoLLMSource
 from sae_lightning.stream.saved_rows import (
     SERVED_ROWS,
@@ -60,7 +60,7 @@ class ActivationsConfig(DataConfig):
                 )
 
     def with_absolute_paths(self) -> "ActivationsConfig":
-        return replace(self, path=make_found_absolute(self.path))
+        return replace(self, path=make_existing_absolute(self.path))
 
 
 class ActivationsSource(NoLLMSource):
@@ -74,8 +74,8 @@ class ActivationsSource(NoLLMSource):
     headline = "explained_variance"
 
     def read_headers(self) -> dict[Site, SavedMatrix]:
-        """Find what the files hold, reading only their headers. UserError: there is no
-        matrix of floats, or names, shapes or widths do not fit."""
+        """Find the matrices in the files, reading only headers. UserError: there is no matrix of
+        floats, or names, shapes or widths do not fit."""
         data = self.data
         return find_matrices(Path(data.path).expanduser(), data.sites, f"data.path={data.path}")
 
@@ -102,24 +102,24 @@ class ActivationsSource(NoLLMSource):
         return pair
 
     def check_data(self, sites: Sequence[Site], batch: int) -> None:
-        found = self.read_headers()
-        self._split([found[site] for site in sites], batch)
+        by_site = self.read_headers()
+        self._split([by_site[site] for site in sites], batch)
 
     def _split(self, matrices: Sequence[SavedMatrix], batch: int = 1) -> RowBlocks:
         """Split the rows. UserError: sites differ in their number of rows, or there are too few."""
         first, where = matrices[0], f"data.path={self.data.path}"
         for other in matrices:
-            if other.rows != first.rows:
+            if other.row_count != first.row_count:
                 raise UserError(
-                    f"{where}: {first.site} has {first.rows:,} rows and {other.site} "
-                    f"{other.rows:,}; row i has to be the same token at every site"
+                    f"{where}: {first.site} has {first.row_count:,} rows and {other.site} "
+                    f"{other.row_count:,}; row i has to be the same token at every site"
                 )
-        blocks = split_rows(first.rows, self.data.held_out)
+        blocks = split_rows(first.row_count, self.data.held_out)
         left = int(blocks.count_rows(blocks.train).sum())
         if left < batch:
             raise UserError(
-                f"{where}: {first.rows:,} rows, of which data.held_out={self.data.held_out} leaves "
-                f"{left:,} to train on; a batch (trainer.batch={batch}) needs more"
+                f"{where}: {first.row_count:,} rows, of which data.held_out={self.data.held_out} "
+                f"leaves {left:,} to train on; a batch (trainer.batch={batch}) needs more"
             )
         return blocks
 
@@ -133,18 +133,17 @@ class ActivationsSource(NoLLMSource):
     ) -> None:
         names = {str(site): str for site in sites}
         expect(state, {"rows": {"served": ANY_COUNT, "rows": ANY_COUNT, "files": names}}, "stream")
-        most = self.data.pool + SERVED_ROWS
+        max_rows, sequences = self.data.pool + SERVED_ROWS, state["rows"]["served"]
         widths = {site: shape.width_at(site) for site in sites}
-        sequences = state["rows"]["served"]
-        expect_stream(state, widths, most=most, served=served, sequences=sequences)
+        expect_stream(state, widths, max_rows=max_rows, served=served, sequences=sequences)
 
     def _open(self, sites: Sequence[Site], own: Sequence[Site]) -> tuple[dict, RowBlocks]:
         with world().go_first():  # copies parquet files once per machine
-            found = self.read_headers()
-            matrices = {site: found[site] for site in own}
+            by_site = self.read_headers()
+            matrices = {site: by_site[site] for site in own}
             for matrix in matrices.values():
                 matrix.try_files()
-        return matrices, self._split([found[site] for site in sites])
+        return matrices, self._split([by_site[site] for site in sites])
 
     def open_data(self, needs: Needs) -> OpenedData:
         own = needs.sites if needs.own is None else needs.own
@@ -154,8 +153,8 @@ class ActivationsSource(NoLLMSource):
         held_out = HeldOutRows(matrices, blocks, tokens=needs.tokens, device=device)
         kinds = {str(matrix.dtype).removeprefix("torch.") for matrix in matrices.values()}
         about = {
-            "activations": f"{self.data.path}, {rows.rows:,} rows to train on, "
-            f"{blocks.n - rows.rows:,} held out, {' and '.join(sorted(kinds))}"
+            "activations": f"{self.data.path}, {rows.rows_per_epoch:,} rows to train on, "
+            f"{blocks.n - rows.rows_per_epoch:,} held out, {' and '.join(sorted(kinds))}"
         }
         return OpenedData(rows, held_out, about)
 

@@ -58,7 +58,7 @@ class BatchStream:
 
     def __iter__(self) -> Iterator[dict[Site, Tensor]]:
         while self._served < self.total_batches:
-            with self._clock():
+            with self._time():
                 self._fill()
                 with record_function("pool"):
                     taken = self._pool.take(self.batch)
@@ -68,7 +68,7 @@ class BatchStream:
 
     def peek(self, n: int) -> dict[Site, Tensor]:
         """Copy activations {site: [<= n, d]} of rows spread evenly over the pool; removes none."""
-        with self._clock():
+        with self._time():
             self._fill()
             if self.device.type != "cpu":  # or the wait would count as the caller's time
                 torch.accelerator.synchronize(self.device)
@@ -89,7 +89,7 @@ class BatchStream:
     def close(self) -> None:
         self.rows.close()
 
-    def _missing(self) -> int:
+    def _count_missing(self) -> int:
         """Count the rows that the run still needs besides those in the pool."""
         return (self.total_batches - self._served) * self.batch - len(self._pool)
 
@@ -97,18 +97,19 @@ class BatchStream:
         """Add rows until the pool is full or holds all that the run still needs."""
         bar = nullcontext(lambda n: None)
         if not self._started:
-            goal = min(self.pool_rows - len(self._pool), self._missing())
+            goal = min(self.pool_rows - len(self._pool), self._count_missing())
             bar = phase("filling the shuffle pool", total=goal) if goal > 0 else bar
             self._started = True
         with bar as advance:
-            while len(self._pool) < self.pool_rows and self._missing() > 0:
-                rows = self.rows.next(self._missing())
+            while len(self._pool) < self.pool_rows and self._count_missing() > 0:
+                rows = self.rows.next(self._count_missing())
                 with record_function("pool"):
                     self._pool.add(rows.activations, rows.ids)
                 advance(len(rows.ids))
 
     @contextmanager
-    def _clock(self) -> Iterator[None]:
+    def _time(self) -> Iterator[None]:
+        """Add the seconds that the block takes to `seconds`."""
         started = perf_counter()
         yield
         self.seconds += perf_counter() - started

@@ -17,14 +17,11 @@ from typing import Any, NoReturn
 from safetensors import SafetensorError
 
 from sae_lightning.errors import UserError
-from sae_lightning.files import (
-    find_system_error,
-    read_free_space,
-    write_json,
-)
+from sae_lightning.files import find_system_error, read_free_space, write_json
 from sae_lightning.llm.placement import move_to_device
 from sae_lightning.llm.sites import Site
 from sae_lightning.ranks import world
+from sae_lightning.stream.packing import report_epoch
 from sae_lightning.stream.rows import LLMRows
 from sae_lightning.stream.shards import (
     DAMAGE_ERRORS,
@@ -60,8 +57,8 @@ class CachedRows(RowStream):
         own: Sequence[Site] | None = None,
     ) -> None:
         """`folder` holds the shards of one key, the hash of `settings`; `width` is that of an
-        activation; a `resumed` run goes on without writing where a new one would stop; only the
-        rows at the sites `own` are read (None: at all)."""
+        activation; a `resumed` run goes on without writing where a new one would stop with an
+        error; rows are read at the sites `own` only (None: at all)."""
         self.live = live
         self.sites, self.device, self.max_rows = live.sites, live.device, live.max_rows
         self.folder, self.settings, self.resumed = folder, settings, resumed
@@ -70,11 +67,11 @@ class CachedRows(RowStream):
         self.row_bytes = len(self.sites) * width * itemsize + 8  # for the id
         self.shards: list[Shard] = []  # in order
         self.epoch = live.epoch
-        self._place = 0  # LLM batches served
+        self._position = 0  # LLM batches served
         self._stop: int | None = 0  # end of this stretch; None: not known yet
         self._shard: Shard | None = None  # being read
         self._buffer: list[tuple[Rows, int, int]] | None = None  # rows, epoch, crc32
-        self._earlier_state = live.state_dict()  # of `live`, at `_place` or before
+        self._earlier_state = live.state_dict()  # of `live`, at `_position` or before
         self._is_checked = False  # whether shards and disk space were looked at
         self._lock, self._writes = ExitStack(), None  # None: lock not tried yet
 
@@ -89,7 +86,7 @@ class CachedRows(RowStream):
         """
         if not self._is_checked:
             self._check_space(remaining)
-        if self._place == self._stop:
+        if self._position == self._stop:
             self._begin_stretch()
         rows = self._compute(remaining) if self._shard is None else self._read(self._shard)
         if len(rows.ids) >= remaining:
@@ -98,48 +95,48 @@ class CachedRows(RowStream):
         return rows
 
     def _read(self, shard: Shard) -> Rows:
-        rows = shard.read_batch(self._place, self.own)
-        epoch = shard.epochs[self._place - shard.first]
-        if epoch > self.epoch:  # the text, which else prints this, is not read
-            console.print(f"the text ran out; going round again in a new order (epoch {epoch})")
+        rows = shard.read_batch(self._position, self.own)
+        epoch = shard.epochs[self._position - shard.first]
+        if epoch > self.epoch:  # the token stream, which usually prints this, is not read
+            report_epoch("the text ran out", epoch)
         self.epoch = epoch
-        self._place += 1
+        self._position += 1
         on_device = {site: move_to_device(x, self.device) for site, x in rows.activations.items()}
         return Rows(on_device, rows.ids)
 
     def _compute(self, remaining: int) -> Rows:
-        if self._stop is not None:  # the next shard has the rest
-            remaining = min(remaining, (self._stop - self._place) * self.max_rows)
+        if self._stop is not None:  # from there on, a shard has the rows
+            remaining = min(remaining, (self._stop - self._position) * self.max_rows)
         rows = self.live.next(remaining)
         self.epoch = self.live.epoch
-        self._place += 1
+        self._position += 1
         if self._buffer is not None:
             kept = Rows({site: x.cpu() for site, x in rows.activations.items()}, rows.ids)
             self._buffer.append((kept, self.epoch, self.live.tokens_crc32))
             buffered = sum(len(kept.ids) for kept, _, _ in self._buffer)
             if buffered * self.row_bytes >= SHARD_BYTES:
-                self._stop = self._place
+                self._stop = self._position
         return rows
 
     def _begin_stretch(self) -> None:
         """Begin a stretch here: open its shard, or start to buffer a new one."""
         self._end_stretch()
-        shard = self._find_shard(self._place)
+        shard = self._find_shard(self._position)
         if shard is not None and all(world().gather_values(self._map_shard(shard))):
             self._shard, self._stop, self._earlier_state = shard, shard.stop, shard.read_state()
             return
         if shard is not None:
-            console.print(f"{shard.path} is damaged: the LLM makes it again")
+            console.print(f"{shard.path} is damaged: the LLM computes it again")
             self._may_write()  # which may list the shards anew
             self.shards = [other for other in self.shards if other.path != shard.path]
-        self._stop = next((s.first for s in self.shards if s.first > self._place), None)
-        if self.live.llm_batches != self._place:
+        self._stop = next((s.first for s in self.shards if s.first > self._position), None)
+        if self.live.llm_batches != self._position:
             self._seek()
         self._earlier_state = self.live.state_dict()
         if self._may_write():
-            with self._unless_full():
+            with self._stop_writing_on_error():
                 if read_free_space(self.folder) < RESERVED_BYTES:
-                    raise OSError(errno.ENOSPC, f"less than {_size(RESERVED_BYTES)} are free")
+                    raise OSError(errno.ENOSPC, f"less than {_format_size(RESERVED_BYTES)} free")
                 self._buffer = []
 
     def _map_shard(self, shard: Shard) -> bool:
@@ -151,7 +148,7 @@ class CachedRows(RowStream):
         return next((s for s in self.shards if s.first <= llm_batch < s.stop), None)
 
     def _seek(self) -> None:
-        """Have `live` skip the text up to LLM batch `_place`.
+        """Have `live` skip the text up to LLM batch `_position`.
 
         UserError: the skipped text is not the one that the shards were made from.
         """
@@ -162,7 +159,7 @@ class CachedRows(RowStream):
             if self.resumed:
                 raise
             self._refuse_text()
-        while (number := self.live.llm_batches) < self._place:
+        while (number := self.live.llm_batches) < self._position:
             self.live.read_sequences()
             shard = self._find_shard(number)
             if shard and shard.texts[number - shard.first] != self.live.tokens_crc32:
@@ -177,7 +174,7 @@ class CachedRows(RowStream):
     def _end_stretch(self) -> None:
         """End the stretch here, and write the buffered rows."""
         if self._buffer:
-            with self._unless_full():
+            with self._stop_writing_on_error():
                 # The medians of the run's first LLM batch, which a run that resumes inside the
                 # first shard does not compute.
                 state = self._earlier_state | {"medians": self.live.state_dict()["medians"]}
@@ -186,7 +183,7 @@ class CachedRows(RowStream):
         if self._shard is not None:
             self._shard.close()
         self._buffer = self._shard = None
-        self._stop = self._place
+        self._stop = self._position
 
     def close(self) -> None:
         """Drop the buffered rows and release the lock, so that another process may write."""
@@ -198,23 +195,23 @@ class CachedRows(RowStream):
         """Print how much is cached and what the rest takes; UserError if the disk is too full."""
         self._is_checked = True
         self._list_shards()
-        at = self._place, self.max_rows, remaining
-        if count_cached(self.shards, *at) < remaining and self._may_write():
-            needed = (remaining - count_cached(self.shards, *at)) * self.row_bytes
+        needed_rows = self._position, self.max_rows, remaining
+        if count_cached(self.shards, *needed_rows) < remaining and self._may_write():
+            needed = (remaining - count_cached(self.shards, *needed_rows)) * self.row_bytes
             free = read_free_space(self.folder)
             console.print(
-                f"the activation cache takes about {_size(needed)} in {self.folder}, "
-                f"{_size(free)} are free"
+                f"the activation cache takes about {_format_size(needed)} in {self.folder}, "
+                f"{_format_size(free)} are free"
             )
             if free < needed + RESERVED_BYTES:
                 self._refuse(
-                    f"no space for {_size(needed)} in {self.folder} and {_size(RESERVED_BYTES)} to "
-                    "spare for checkpoints"
+                    f"no space for {_format_size(needed)} in {self.folder} and "
+                    f"{_format_size(RESERVED_BYTES)} to spare for checkpoints"
                 )
             elif not (self.folder / MANIFEST).is_file():
-                with self._unless_full():
+                with self._stop_writing_on_error():
                     write_json(self.folder / MANIFEST, self.settings)
-        if cached := count_cached(self.shards, *at):
+        if cached := count_cached(self.shards, *needed_rows):
             share = f"{cached:,} of {remaining:,} tokens"
             console.print(f"{share} are read from the activation cache in {self.folder}")
 
@@ -227,11 +224,11 @@ class CachedRows(RowStream):
                 self.shards.append(Shard(path))
             except DAMAGE_ERRORS:
                 if self._writes:  # and so will replace it
-                    console.print(f"{path} is damaged: the LLM makes it again")
+                    console.print(f"{path} is damaged: the LLM computes it again")
 
     def _may_write(self) -> bool:
-        """Whether this process may write; the first call locks and removes leftovers. Of several
-        ranks, only rank 0 writes."""
+        """Whether this process may write; the first call locks the folder and removes leftovers. Of
+        several ranks, only rank 0 writes."""
         if self._writes is None:
             writes = world().broadcast_value(world().is_first and self._try_lock())
             self._writes = writes and world().is_first
@@ -249,7 +246,8 @@ class CachedRows(RowStream):
             return False
 
     def _refuse(self, reason: str, fatal: bool = True) -> None:
-        """UserError in a new run if `fatal`; a resumed one, with fixed settings, only reads."""
+        """UserError in a new run if `fatal`; a resumed one, whose settings are fixed, goes on
+        without writing."""
         self._release()
         if fatal and not self.resumed:
             raise UserError(
@@ -262,7 +260,7 @@ class CachedRows(RowStream):
         self._writes = False
 
     @contextmanager
-    def _unless_full(self) -> Iterator[None]:
+    def _stop_writing_on_error(self) -> Iterator[None]:
         """Stop writing, but go on training, when the disk is full or fails."""
         try:
             yield
@@ -279,8 +277,8 @@ class CachedRows(RowStream):
         """State that `LLMRows` also loads; writes the buffered rows first, to leave no gap."""
         if self._buffer:
             self._end_stretch()
-        state = self._earlier_state | {"llm_batches": self._place}
-        if self.live.llm_batches == self._place:
+        state = self._earlier_state | {"llm_batches": self._position}
+        if self.live.llm_batches == self._position:
             state = self.live.state_dict()
         return state | {"text": self.live.tokens.fingerprint()}
 
@@ -291,10 +289,10 @@ class CachedRows(RowStream):
         """
         check_text(state, self.live.tokens.fingerprint())
         self._earlier_state, self.epoch = state, state["tokens"]["epoch"]
-        self._place = state["llm_batches"]
+        self._position = state["llm_batches"]
         self.close()
         self._is_checked, self._writes = False, None
 
 
-def _size(count: int) -> str:
+def _format_size(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

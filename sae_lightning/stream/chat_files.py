@@ -29,8 +29,8 @@ def copy_chats(files: list[str], column: str | None, where: str) -> "Dataset":
 
     def lines() -> Iterator[str]:
         for file in files:
-            rows = _parquet_rows if pick_loader(file) == "parquet" else _json_rows
-            for number, row in rows(file, where):
+            read_rows = _read_parquet if pick_loader(file) == "parquet" else _read_json
+            for number, row in read_rows(file, where):
                 origin = f"row {number} of {file}"
                 messages = _read_messages(row, column, f"{where}: {origin}")
                 yield json.dumps({"messages": messages, "origin": origin})
@@ -38,7 +38,7 @@ def copy_chats(files: list[str], column: str | None, where: str) -> "Dataset":
     return copy_documents(files, lines(), f"chats {column}")
 
 
-def _json_rows(file: str, where: str) -> Iterator[tuple[int, Any]]:
+def _read_json(file: str, where: str) -> Iterator[tuple[int, Any]]:
     number = 0
     try:
         for number, row in read_json_rows(file, where):
@@ -50,7 +50,7 @@ def _json_rows(file: str, where: str) -> Iterator[tuple[int, Any]]:
         ) from error
 
 
-def _parquet_rows(file: str, where: str) -> Iterator[tuple[int, Any]]:
+def _read_parquet(file: str, where: str) -> Iterator[tuple[int, Any]]:
     import pyarrow.parquet as pq
 
     number = 0
@@ -77,12 +77,12 @@ def _read_messages(row: Any, column: str | None, where: str) -> list[dict[str, A
 
 def _read_message(message: Any, where: str) -> dict[str, Any]:
     if isinstance(message, dict):
-        known = {key: value for key, value in message.items() if value is not None}
-        if "from" in known and "role" not in known:
-            known["role"] = ROLES.get(known["from"], known.pop("from"))
-            known["content"] = known.pop("value", None)
-        if isinstance(known.get("role"), str) and isinstance(known.get("content"), str):
-            return known
+        fields = {key: value for key, value in message.items() if value is not None}
+        if "from" in fields and "role" not in fields:
+            fields["role"] = ROLES.get(fields["from"], fields.pop("from"))
+            fields["content"] = fields.pop("value", None)
+        if isinstance(fields.get("role"), str) and isinstance(fields.get("content"), str):
+            return fields
     raise UserError(
         f"{where} holds the message {str(message)[:60]!r}; it needs a `role` and a `content`"
     )

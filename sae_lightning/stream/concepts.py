@@ -28,7 +28,8 @@ class World(NamedTuple):
     rates: Tensor
     """[concepts], the probability that a concept is active, descending (Zipf's law)"""
     parent: Tensor
-    """[concepts], the parent, without which a concept is never active; most are their own"""
+    """[concepts], index of the parent, without which a concept is never active; a concept that is
+    no child is its own parent"""
     group: Tensor
     """[concepts], index of a concept's group, whose concepts tend to fire together"""
     correlation: float
@@ -51,13 +52,13 @@ class World(NamedTuple):
         A child fires with probability rate / (its parent's rate), but only where its parent fires.
         """
         parents = self.parent == torch.arange(len(self.rates))
-        given = torch.where(parents, self.rates, self.rates / self.rates[self.parent])
+        conditional = torch.where(parents, self.rates, self.rates / self.rates[self.parent])
         latent = torch.randn(n, len(self.rates), generator=generator)
         if self.correlation > 0:
             common = torch.randn(n, int(self.group.max()) + 1, generator=generator)[:, self.group]
             share = self.correlation * parents
             latent = share.sqrt() * common + (1 - share).sqrt() * latent
-        drawn = latent < torch.special.ndtri(given)
+        drawn = latent < torch.special.ndtri(conditional)
         return drawn & drawn[:, self.parent]
 
 
@@ -75,14 +76,14 @@ def make_world(
     `hierarchy` of all, are children of the others."""
     generator = Generator().manual_seed(seed)
     directions = torch.randn(concepts, dim, generator=generator)
-    number = torch.arange(concepts)
+    index = torch.arange(concepts)
     parents = concepts - int(hierarchy * concepts)
     return World(
         directions=directions / directions.norm(dim=1, keepdim=True),
         rates=make_zipf_rates(concepts, l0, zipf),
-        parent=torch.where(number < parents, number, (number - parents) % parents),
+        parent=torch.where(index < parents, index, (index - parents) % parents),
         # each group has frequent and rare concepts
-        group=number % math.ceil(parents / GROUP_CONCEPTS),
+        group=index % math.ceil(parents / GROUP_CONCEPTS),
         correlation=correlation,
     )
 

@@ -74,9 +74,9 @@ def prepare_text_cache() -> Path:
 def hold_out(data: "Dataset", share: float, whole: bool = False) -> SplitText:
     """Hold out about `share` of the text's bytes: a fixed random sample of the documents.
 
-    Holds out that share of the documents; if their bytes are far from `share`, as many documents as
-    just reach it, or one fewer; if both are far from it, one is cut and its end is held out. With
-    `whole`, none is cut: that share of the documents is held out in any case.
+    It is the first of these whose bytes are near `share`: that share of the documents; as many as
+    just reach it; one fewer. If none is near, a document is cut and its end is held out. With
+    `whole`, that share of the documents is held out in any case.
     """
     import pyarrow.compute as pc
 
@@ -86,9 +86,9 @@ def hold_out(data: "Dataset", share: float, whole: bool = False) -> SplitText:
     held = np.concatenate([[0], np.cumsum(sizes[order])])  # bytes of the first n in `order`
     count = min(max(1, round(share * len(data))), len(data) - 1)
     last = int(np.searchsorted(held[1:], share * held[-1]))  # the document that reaches the share
-    least, most = share / 2, min(4 * share, (1 + share) / 2)
+    lowest, highest = share / 2, min(4 * share, (1 + share) / 2)
     for n in (count,) if whole else (count, last + 1, last):
-        if whole or least * held[-1] <= held[n] <= most * held[-1]:
+        if whole or lowest * held[-1] <= held[n] <= highest * held[-1]:
             # in the files' own order: reading stays sequential, shuffling comes later
             return SplitText(data.select(np.sort(order[n:])), data.select(np.sort(order[:n])))
     row, size = int(order[last]), sizes[order[last]]
@@ -96,7 +96,7 @@ def hold_out(data: "Dataset", share: float, whole: bool = False) -> SplitText:
     cut = _cut(text, share * (held[-1] / size) - held[last] / size)
     parts = (order[last + 1 :], text[:cut]), (order[:last], text[cut:])
     return SplitText(
-        *(_joined(data, np.sort(whole), part, f"{row} {cut}") for whole, part in parts)
+        *(_append_part(data, np.sort(rows), part, f"{row} {cut}") for rows, part in parts)
     )
 
 
@@ -108,47 +108,48 @@ def view_texts(column: "ChunkedArray") -> Iterator["Buffer"]:
     for array in column.chunks:
         _, ends, texts = array.buffers()
         kind = np.int64 if pa.types.is_large_string(array.type) else np.int32
-        places = np.frombuffer(ends or b"", kind)[array.offset :][: len(array) + 1].tolist()
-        for start, end, is_text in zip(places, places[1:], array.is_valid().tolist(), strict=False):
+        offsets = np.frombuffer(ends or b"", kind)[array.offset :][: len(array) + 1].tolist()
+        valid = array.is_valid().tolist()
+        for start, end, is_text in zip(offsets, offsets[1:], valid, strict=False):
             yield texts[start:end] if is_text and end > start else pa.py_buffer(b"")
 
 
 def _cut(text: "Buffer", share: float) -> int:
     """Find the byte at which to cut off the last `share` of a text's characters. The cut moves back
     to a line's or word's beginning, by at most `share` and at most half of the rest."""
-    size = sum(np.count_nonzero(begins) for begins in _characters(text))
+    size = sum(np.count_nonzero(begins) for begins in _mark_characters(text))
     cut = int(size * (1 - share))
-    first, last = (_byte(text, n) for n in (max(cut // 2, 2 * cut - size), cut))
-    return _behind(b"\n", text, first, last) or _behind(b" ", text, first, last) or last
+    first, last = (_find_byte(text, n) for n in (max(cut // 2, 2 * cut - size), cut))
+    return _find_last(b"\n", text, first, last) or _find_last(b" ", text, first, last) or last
 
 
-def _characters(text: "Buffer") -> Iterator[np.ndarray]:
+def _mark_characters(text: "Buffer") -> Iterator[np.ndarray]:
     """Yield, piece by piece, whether each byte of UTF-8 begins a character."""
     for start in range(0, len(text), SCANNED_BYTES):
         yield np.frombuffer(text[start : start + SCANNED_BYTES], np.uint8) & 0xC0 != 0x80
 
 
-def _byte(text: "Buffer", character: int) -> int:
+def _find_byte(text: "Buffer", character: int) -> int:
     """Find the byte at which a character begins; past the last one, the text's length."""
     start = 0
-    for begins in _characters(text):
-        places = np.flatnonzero(begins)
-        if character < len(places):
-            return start + int(places[character])
-        character, start = character - len(places), start + len(begins)
+    for begins in _mark_characters(text):
+        bytes_of_characters = np.flatnonzero(begins)
+        if character < len(bytes_of_characters):
+            return start + int(bytes_of_characters[character])
+        character, start = character - len(bytes_of_characters), start + len(begins)
     return start
 
 
-def _behind(what: bytes, text: "Buffer", first: int, last: int) -> int:
-    """Find the end of the last `what` between two bytes; 0 if there is none."""
+def _find_last(what: bytes, text: "Buffer", first: int, last: int) -> int:
+    """Find the byte after the last `what` between two bytes; 0 if there is none."""
     for end in range(last, first, -SCANNED_BYTES):
         start = max(first, end - SCANNED_BYTES)
-        if found := text[start:end].to_pybytes().rfind(what) + 1:
-            return start + found
+        if after := text[start:end].to_pybytes().rfind(what) + 1:
+            return start + after
     return 0
 
 
-def _joined(data: "Dataset", rows: np.ndarray, part: "Buffer", name: str) -> "Dataset":
+def _append_part(data: "Dataset", rows: np.ndarray, part: "Buffer", name: str) -> "Dataset":
     """Append a part of a document to rows of its data set, without copies."""
     import pyarrow as pa
     from datasets import Dataset, concatenate_datasets
@@ -159,8 +160,8 @@ def _joined(data: "Dataset", rows: np.ndarray, part: "Buffer", name: str) -> "Da
     text = pa.Array.from_buffers(kind, 1, [None, pa.py_buffer(ends), part])
     # with zero rows of the data, the table still counts as on disk
     table = concat_tables([data.data.slice(0, 0), pa.table({"text": text})])
-    known = hashlib.sha256(f"{data._fingerprint} {name} {len(part)}".encode()).hexdigest()[:16]
-    return concatenate_datasets([data.select(rows), Dataset(table, fingerprint=known)])
+    key = hashlib.sha256(f"{data._fingerprint} {name} {len(part)}".encode()).hexdigest()[:16]
+    return concatenate_datasets([data.select(rows), Dataset(table, fingerprint=key)])
 
 
 def keep_text_column(documents: Documents, column: str) -> Any:

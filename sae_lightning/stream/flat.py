@@ -36,7 +36,7 @@ TOKENISED_CHARACTERS = 1 << 20  # characters tokenised at a time
 FINGERPRINT_TOKENS = 1 << 12  # length of each sample in a long text's fingerprint
 WRITTEN_TOKENS = 1 << 22  # tokens written at a time
 CUT_PATTERNS = [
-    re.compile(pattern, re.DOTALL)  # each matches up to the last place of its kind
+    re.compile(pattern, re.DOTALL)  # each matches up to the last possible cut of its kind
     for pattern in (rb".*\S(?= \S)", rb".*\S\n(?=\S)", rb".*\S(?=\s)", rb".*(?=[^\x80-\xbf])")
 ]
 
@@ -96,7 +96,7 @@ def _group_pieces(documents: Iterable[Any]) -> Iterator[list[Cut]]:
     """Yield all pieces in order, in groups of about TOKENISED_CHARACTERS characters."""
     group, size = [], 0
     for number, document in enumerate(documents, 1):
-        for cut in _pieces(memoryview(document), number):
+        for cut in _cut_document(memoryview(document), number):
             group.append(cut)
             size += len(cut.text)
             if size >= TOKENISED_CHARACTERS:
@@ -106,7 +106,7 @@ def _group_pieces(documents: Iterable[Any]) -> Iterator[list[Cut]]:
         yield group
 
 
-def _pieces(document: memoryview, number: int) -> Iterator[Cut]:
+def _cut_document(document: memoryview, number: int) -> Iterator[Cut]:
     start, size = 0, len(document)
     while True:
         piece = bytes(document[start : start + PIECE_BYTES])
@@ -127,13 +127,13 @@ def _pieces(document: memoryview, number: int) -> Iterator[Cut]:
 
 
 def _adds_space(tokenizer: Any) -> bool:
-    """Whether a tokenizer prepends a space to every text, even to one that starts with a space."""
+    """Whether a tokenizer prepends a space to every text, even to one that begins with a space."""
     texts = ["a b", "a", " b", "b"]
     whole, a, space_b, b = tokenizer(texts, add_special_tokens=False)["input_ids"]
     return whole != a + space_b and whole == a + b
 
 
-def flat_tokens(
+def tokenise_indexed(
     data: Any,
     tokenizer: Any,
     separator: int,
@@ -152,18 +152,18 @@ def flat_tokens(
         key.update(part.encode())
     with mute_libraries(), phase(f"tokenising the {what}", total=len(data)) as advance:
 
-        def arrays() -> Iterator[np.ndarray]:
+        def tokenise() -> Iterator[np.ndarray]:
             if chat:
-                for document in _documents(data):
+                for document in _read_documents(data):
                     yield chat.encode_chat(json.loads(bytes(document)), separator)
                     advance(1)
                 return
-            for cut, tokens in _tokenise(tokenizer, _documents(data), separator):
+            for cut, tokens in _tokenise(tokenizer, _read_documents(data), separator):
                 yield tokens
                 advance(cut.share)
 
         if not data.cache_files:
-            return pa.chunked_array(_batches(arrays()), pa.int32())
+            return pa.chunked_array(_join_arrays(tokenise()), pa.int32())
         file = prepare_text_cache() / f"tokens-{key.hexdigest()[:32]}.arrow"
         if not file.exists():
             schema = pa.schema({"tokens": pa.int32()})
@@ -171,28 +171,28 @@ def flat_tokens(
                 write_atomically(file) as temporary,
                 pa.ipc.new_stream(temporary, schema) as stream,
             ):
-                for batch in _batches(arrays()):
+                for batch in _join_arrays(tokenise()):
                     stream.write_batch(pa.record_batch([batch], schema=schema))
     return pa.ipc.open_stream(pa.memory_map(str(file))).read_all().column("tokens")
 
 
-def _documents(data: Any) -> Iterator[Any]:
+def _read_documents(data: Any) -> Iterator[Any]:
     """Yield the documents of an indexed data set, without copies."""
     for rows in data.with_format("arrow").iter(100):
         yield from view_texts(rows.column("text"))
 
 
-def _batches(arrays: Iterable[np.ndarray]) -> Iterator[pa.Array]:
+def _join_arrays(arrays: Iterable[np.ndarray]) -> Iterator[pa.Array]:
     """Join arrays of tokens into long ones, as slicing many short ones is slow."""
-    waiting, size = [], 0
+    group, size = [], 0
     for tokens in arrays:
-        waiting.append(tokens)
+        group.append(tokens)
         size += len(tokens)
         if size >= WRITTEN_TOKENS:
-            yield pa.array(np.concatenate(waiting))
-            waiting, size = [], 0
+            yield pa.array(np.concatenate(group))
+            group, size = [], 0
     if size:
-        yield pa.array(np.concatenate(waiting))
+        yield pa.array(np.concatenate(group))
 
 
 def summarise_tokens(flat: pa.ChunkedArray) -> str:
@@ -212,7 +212,7 @@ def hash_tokenizer(tokenizer: Any) -> str:
         behaviour: Any = sorted(tokenizer.get_vocab().items())
     else:
         behaviour = json.loads(backend.to_str())
-        for call in ("truncation", "padding"):  # set by its last call
-            behaviour.pop(call, None)
+        for name in ("truncation", "padding"):  # left over from its last call
+            behaviour.pop(name, None)
     text = json.dumps([type(tokenizer).__name__, behaviour], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

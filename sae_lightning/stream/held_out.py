@@ -30,7 +30,7 @@ class HeldOut(HeldOutData):
 
     Tokens that training drops are neither scored nor replaced: position 0, special tokens, those of
     a chat that are not the assistant's (`data.assistant_only`), and those with a norm above
-    `max_norm` x median (of this text) at any site. Whatever does not depend on the SAE is computed
+    `max_norm` x median (of this text) at any site. What does not depend on the SAE is computed
     once, by all ranks together.
     """
 
@@ -61,7 +61,8 @@ class HeldOut(HeldOutData):
         self._keep = ~torch.isin(self.tokens, dropped) & (chosen >= 0)
         self._keep[:, 0] = False
         count = min(len(self.tokens), -(-loss_tokens // text.packing.width))
-        self._loss_places = torch.linspace(0, len(self.tokens) - 1, count).round().long()
+        # indices of sequences
+        self._loss_sequences = torch.linspace(0, len(self.tokens) - 1, count).round().long()
         self._rows: dict[Site, Tensor] | None = None  # {site: [n, d]}, once they are read
         self._baselines: dict[Site, SpliceBaseline] = {}
 
@@ -77,18 +78,17 @@ class HeldOut(HeldOutData):
         return self._rows[site]
 
     def prepare(self, targets: Collection[Site]) -> None:
-        """The part of scoring that all ranks do together: capture the activations, and measure the
-        baselines at the `targets` of every rank."""
+        """Capture the activations, and measure the baselines at the `targets` of every rank."""
         self._read()
-        if len(self._loss_places):
+        if len(self._loss_sequences):
             for target in sorted(set().union(*world().gather_values(set(targets)))):
-                self.baseline_at(target)
+                self.measure_baseline(target)
 
     def _read(self) -> None:
         """Capture the activations, once, and drop rows of large norm, also from `keep`."""
         if self._rows is not None:
             return
-        rows = self._captured()
+        rows = self._capture()
         if self.max_norm is not None:
             usual = torch.ones(int(self._keep.sum()), dtype=torch.bool)  # [n]
             if rows:
@@ -98,9 +98,9 @@ class HeldOut(HeldOutData):
             rows = {site: x[usual.to(x.device)] for site, x in rows.items()}
         self._rows = rows
 
-    def _captured(self) -> dict[Site, Tensor]:
-        """Capture the activations at the sites of this rank; LLM batch b is captured by rank
-        b % size."""
+    def _capture(self) -> dict[Site, Tensor]:
+        """Capture the activations at the sites of this rank. Rank b % size runs LLM batch b, and
+        sends the others their rows."""
         ranks, model = world(), self.llm.model
         batches = list(
             zip(self.tokens.split(self.batch), self._keep.split(self.batch), strict=True)
@@ -111,38 +111,38 @@ class HeldOut(HeldOutData):
         like = torch.empty(0, width, dtype=model.dtype, device=find_row_device(model))
         with phase("reading held-out text", total=len(self.tokens)) as advance:
             for start in range(0, len(batches), ranks.size):
-                at_once = batches[start : start + ranks.size]
-                places = [keep.flatten().nonzero().squeeze(1) for _, keep in at_once]
+                round_batches = batches[start : start + ranks.size]
+                positions = [keep.flatten().nonzero().squeeze(1) for _, keep in round_batches]
                 captured = {}
-                if ranks.rank < len(at_once):
-                    tokens, _ = at_once[ranks.rank]
-                    captured = capture(model, tokens, self.sites, places[ranks.rank])
-                for part in exchange_rows(captured, list(map(len, places)), wanted, like):
+                if ranks.rank < len(round_batches):
+                    tokens, _ = round_batches[ranks.rank]
+                    captured = capture(model, tokens, self.sites, positions[ranks.rank])
+                for part in exchange_rows(captured, list(map(len, positions)), wanted, like):
                     for site, x in part.items():
                         rows[site].append(x)
-                advance(sum(len(tokens) for tokens, _ in at_once))
+                advance(sum(len(tokens) for tokens, _ in round_batches))
         return {site: torch.cat(parts) for site, parts in rows.items()}
 
-    def _loss_text(self) -> tuple[Tensor, Tensor]:
+    def _select_loss_text(self) -> tuple[Tensor, Tensor]:
         """Tokens and `keep` of the sequences that the LLM's loss is measured on."""
-        return self.tokens[self._loss_places], self.keep[self._loss_places]
+        return self.tokens[self._loss_sequences], self.keep[self._loss_sequences]
 
-    def baseline_at(self, target: Site) -> SpliceBaseline:
-        """The LLM's clean loss, and its loss with `target` zero- and mean-ablated. Measured by all
-        ranks together (see `prepare`)."""
+    def measure_baseline(self, target: Site) -> SpliceBaseline:
+        """Measure the LLM's clean loss and its loss with `target` zero- and mean-ablated: once, by
+        all ranks together (see `prepare`)."""
         if target not in self._baselines:
-            tokens, keep = self._loss_text()
-            mean = self._mean_at(target)
+            tokens, keep = self._select_loss_text()
+            mean = self._compute_mean(target)
             with phase("LLM loss on held-out text", total=len(tokens)) as advance:
-                known = score_baseline(
+                baseline = score_baseline(
                     self.llm.model, tokens, target, keep, mean, self.batch, advance, world()
                 )
-            if not all(map(math.isfinite, known)):
-                _say_overflow(self.llm.model.dtype)
-            self._baselines[target] = known
+            if not all(map(math.isfinite, baseline)):
+                _report_overflow(self.llm.model.dtype)
+            self._baselines[target] = baseline
         return self._baselines[target]
 
-    def _mean_at(self, target: Site) -> Tensor:
+    def _compute_mean(self, target: Site) -> Tensor:
         """Mean activation [d] at `target`, from a rank that keeps these activations."""
         mean = None
         if target in self.own:
@@ -160,9 +160,9 @@ class HeldOut(HeldOutData):
         means: Sequence[Tensor] = (),
     ) -> list[SpliceScores | None]:
         """Measure the LLM's loss with each SAE's reconstruction in place of `target`; `weights` are
-        not used. None for each SAE if no loss is measured. If the SAEs are split over ranks, these
-        share out the LLM's batches."""
-        if not len(self._loss_places):
+        not used. None for each SAE if no loss is measured. If the SAEs are split over ranks, the
+        LLM's batches are shared out over these ranks."""
+        if not len(self._loss_sequences):
             return [None] * len(saes)
         ranks = splits[0].ranks if splits else ALONE
 
@@ -172,8 +172,8 @@ class HeldOut(HeldOutData):
             )
 
         functions = [partial(reconstruct, sae) for sae in saes]
-        known = self.baseline_at(target)
-        tokens, keep = self._loss_text()
+        baseline = self.measure_baseline(target)
+        tokens, keep = self._select_loss_text()
         what = "the SAE" if len(functions) == 1 else f"{len(functions)} SAEs"
         with phase(f"LLM loss with {what}", total=len(tokens)) as advance:
             return score_splices(
@@ -183,7 +183,7 @@ class HeldOut(HeldOutData):
                 target,
                 functions,
                 keep,
-                known,
+                baseline,
                 self.batch,
                 advance,
                 ranks,
@@ -191,7 +191,7 @@ class HeldOut(HeldOutData):
             )
 
 
-def _say_overflow(dtype: torch.dtype) -> None:
+def _report_overflow(dtype: torch.dtype) -> None:
     why, remedy = "the LLM computes NaN or infinity", "set eval.loss_tokens=0, or check its weights"
     if dtype is torch.float16:
         why = "float16 overflows in the LLM above the SAE"

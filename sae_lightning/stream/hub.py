@@ -81,12 +81,12 @@ class HubConfig(TextConfig):
         try:
             with mute_libraries():
                 splits = load_dataset_builder(self.name, self.subset).config.data_files
-            known = {
+            identity = {
                 str(split): [list(files), files.origin_metadata] for split, files in splits.items()
             }
         except Exception:  # not fatal: the text itself has been opened
             return None
-        return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class HubSource(TextSource):
@@ -104,8 +104,8 @@ class HubSource(TextSource):
         n = config.held_out_documents or HELD_OUT_DOCUMENTS
         data = _open_split(config, config.split)
         if config.streaming:
-            # take() and skip() come before any shuffling and fix the order of the files, so that
-            # the first n documents are the same in every epoch.
+            # take() and skip() come before any shuffling and fix the order of the files, so the
+            # first n documents are the same in every epoch
             return SplitText(data.skip(n), data.take(n), where)
         if n >= len(data):
             raise UserError(

@@ -22,7 +22,7 @@ from sae_lightning.stream.local_files import (
     check_files,
     check_json,
     find_files,
-    make_found_absolute,
+    make_existing_absolute,
     pick_loader,
 )
 from sae_lightning.stream.local_text import copy_text_files
@@ -53,11 +53,11 @@ class LocalConfig(TextConfig):
     `content`, or `from` and `value`), which go through the tokenizer's chat template."""
 
     assistant_only: bool | None = None
-    """true: train on the tokens that the assistant writes only; the LLM reads the others too."""
+    """true: train only on the tokens that the assistant writes; the LLM reads the others too."""
 
     held_out: float = 0.05
-    """Share of the text kept for evaluation: documents as a whole, or, where one of them is too
-    large a part of the text for that, its last words."""
+    """Share of the text kept for evaluation: whole documents or, if one document is too large a
+    part of the text for that, the end of it."""
 
     weights: dict[str, float] = field(default_factory=dict)
     """A mixture: file, folder or glob below data.path -> its share of the tokens, such as
@@ -78,7 +78,6 @@ class LocalConfig(TextConfig):
                 f"data.held_out={self.held_out}: the share of the text that evaluation reads "
                 "and training never sees; give more than 0 and less than 1"
             )
-
         if self.assistant_only and not self.chat:
             raise UserError(
                 "data.assistant_only=true has no meaning without data.chat=true: add that, or "
@@ -87,7 +86,7 @@ class LocalConfig(TextConfig):
 
     def with_absolute_paths(self) -> "LocalConfig":
         config = TextConfig.with_absolute_paths(self)
-        return replace(config, path=make_found_absolute(self.path))
+        return replace(config, path=make_existing_absolute(self.path))
 
 
 class LocalSource(TextSource):
@@ -128,7 +127,7 @@ class LocalSource(TextSource):
         return _load_table(config)
 
     def _check_files(self) -> None:
-        """UserError: a text is not there, or a file belongs to two texts of a mixture."""
+        """UserError: a text is missing, or a file belongs to two texts of a mixture."""
         owners: dict[str, str] = {}
         for config, name in zip(self._split_mixture(), self.data.weights or [""], strict=True):
             for file in _find_text(config) or [config.path]:  # a saved data set is a folder
@@ -208,22 +207,22 @@ def _load_files(files: list[str], column: str, where: str) -> "Dataset":
     with phase("reading the text"):
         if name == "text":
             return copy_text_files(files)
-        builder = load_dataset_builder(name, data_files=listed, **_options(name, files[0]))
+        builder = load_dataset_builder(name, data_files=listed, **_make_options(name, files[0]))
         if name == "json" and not os.path.exists(builder.cache_dir):  # not prepared before
             check_json(files, column, where)
         builder.download_and_prepare()
         return builder.as_dataset("train")
 
 
-def _options(name: str, file: str) -> dict[str, Any]:
-    """Options of the loader: it reads all columns of a CSV as text."""
+def _make_options(name: str, file: str) -> dict[str, Any]:
+    """Options of the loader, which read all columns of a CSV file as text."""
     if name != "csv":
         return {}
     import pandas as pd
     from datasets import Features, Value
 
     columns = pd.read_csv(file, nrows=0).columns
-    # else NA, null and None are missing values, and types depend on the first rows
+    # by default NA, null and None are missing values, and types depend on the first rows
     return {"na_filter": False, "features": Features(dict.fromkeys(columns, Value("string")))}
 
 
@@ -234,5 +233,5 @@ def _load_saved(path: Path, where: str) -> "Dataset":
     if not isinstance(data, DatasetDict):
         return data
     if "train" not in data:
-        raise UserError(f"{where}: no split `train`; name one: {', '.join(data)} are folders there")
+        raise UserError(f"{where}: no split `train`; give one of its folders: {', '.join(data)}")
     return data["train"]

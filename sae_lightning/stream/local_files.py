@@ -28,7 +28,7 @@ COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # decompressed as they are read
 
 def pick_loader(file: str) -> str:
     """Pick the builder of the `datasets` library that reads a file."""
-    return LOADERS[_format(file)]
+    return LOADERS[_read_suffix(file)]
 
 
 def find_files(path: Path, where: str) -> list[str]:
@@ -40,7 +40,7 @@ def find_files(path: Path, where: str) -> list[str]:
     files = list_files(path)
     if not files:
         raise UserError(f"{where}: no file there; give a file, a folder or a glob of text files")
-    formats = sorted({_format(file) for file in files})
+    formats = sorted({_read_suffix(file) for file in files})
     unsupported = [name for name in formats if name not in LOADERS]
     if unsupported:
         raise UserError(
@@ -54,9 +54,9 @@ def find_files(path: Path, where: str) -> list[str]:
         )
     for file in files:
         if "::" in file:
-            raise UserError(f"{where}: datasets takes the `::` in {file} apart; rename it")
+            raise UserError(f"{where}: datasets splits the name of {file} at its `::`; rename it")
         if file.lower().endswith(".zst") and find_spec("zstandard") is None:
-            raise UserError(f"{where}: {file} takes the package zstandard: pip install zstandard")
+            raise UserError(f"{where}: {file} needs the package zstandard: pip install zstandard")
     return files
 
 
@@ -76,8 +76,8 @@ def make_absolute(path: str) -> str:
     return os.path.abspath(os.path.expanduser(path))
 
 
-def make_found_absolute(path: str) -> str:
-    """Make a path or glob absolute if there is something; `~` is expanded in any case."""
+def make_existing_absolute(path: str) -> str:
+    """Make a path or glob absolute if something exists there; `~` is expanded in any case."""
     path = os.path.expanduser(path)
     exists = os.path.exists(path) or any(match_glob(Path(path)))
     return os.path.abspath(path) if exists else path
@@ -94,8 +94,8 @@ def match_glob(pattern: Path) -> Iterator[str]:
     folder = next(parent for parent in pattern.parents if parent.exists())
     names = pattern.relative_to(folder).parts
     if "**" not in names:
-        found = glob.iglob(os.path.join(*names), root_dir=folder)
-        yield from (str(folder / name) for name in found)
+        matches = glob.iglob(os.path.join(*names), root_dir=folder)
+        yield from (str(folder / name) for name in matches)
         return
     first = names.index("**")  # glob would follow circular links
     tops = match_glob(folder.joinpath(*names[:first])) if first else [folder]
@@ -116,8 +116,8 @@ def _walk(top: str | Path, hidden: bool = True) -> Iterator[tuple[str, list[str]
         yield folder, files
 
 
-def _format(file: str) -> str:
-    """File ending in lower case, before that of a compression: `.txt` for Notes.TXT.gz."""
+def _read_suffix(file: str) -> str:
+    """The suffix in lower case, without that of a compression: `.txt` for Notes.TXT.gz."""
     name = Path(Path(file).name.lower())
     inner = Path(name.stem).suffix if name.suffix in COMPRESSED else ""
     return inner or name.suffix or "(none)"
@@ -126,7 +126,7 @@ def _format(file: str) -> str:
 def check_files(files: list[str], where: str) -> None:
     """Raise UserError for the first file that cannot be read, or line that is not UTF-8."""
     for file in files:
-        for _ in _lines(file, where):
+        for _ in _read_lines(file, where):
             pass
 
 
@@ -148,8 +148,8 @@ def check_json(files: list[str], column: str, where: str) -> None:
 
 
 def read_json_rows(file: str, where: str) -> Iterator[tuple[int, Any]]:
-    """Yield (number, row) from a file of JSON lines or a JSON array; JSONDecodeError."""
-    lines = _lines(file, where)
+    """Yield (number, row) of JSON lines or a JSON array. JSONDecodeError if it is neither."""
+    lines = _read_lines(file, where)
     for number, line in enumerate(lines, 1):
         if number == 1 and line.lstrip().startswith("["):
             yield from enumerate(json.loads("".join([line, *lines])), 1)
@@ -157,8 +157,8 @@ def read_json_rows(file: str, where: str) -> Iterator[tuple[int, Any]]:
             yield number, json.loads(line)
 
 
-def _lines(file: str, where: str) -> Iterator[str]:
-    for number, line in enumerate(_bytes(file, where), 1):
+def _read_lines(file: str, where: str) -> Iterator[str]:
+    for number, line in enumerate(_read_raw_lines(file, where), 1):
         try:
             text = line.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -170,7 +170,7 @@ def _lines(file: str, where: str) -> Iterator[str]:
         yield text
 
 
-def _bytes(file: str, where: str) -> Iterator[bytes]:
+def _read_raw_lines(file: str, where: str) -> Iterator[bytes]:
     """Yield a file's lines, decompressed, as bytes."""
     try:
         with open_file(file, "rb") as content:

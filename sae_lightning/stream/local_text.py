@@ -31,12 +31,12 @@ def copy_text_files(files: list[str]) -> "Dataset":
 
     Raises OSError or UnicodeDecodeError.
     """
-    return _copy(files, "", lambda folder: _documents(files, folder))
+    return _copy(files, "", lambda folder: _read_documents(files, folder))
 
 
 def copy_documents(files: list[str], documents: Iterator[str], what: str) -> "Dataset":
-    """Copy documents that are read from files; `what` says how, and the copy is reused until that
-    or a file's name, size or time changes."""
+    """Copy documents that are read from files; the copy is reused until a file's name, size or time
+    changes, or `what`, which describes how they are read."""
 
     def arrays(_: Path) -> Iterator[pa.Array]:
         while group := list(islice(documents, WRITTEN_DOCUMENTS)):
@@ -51,10 +51,8 @@ def _copy(
     from datasets import Dataset
 
     identity = [(file, stat.st_size, stat.st_mtime_ns) for file in files if (stat := os.stat(file))]
-    known = repr((identity, what) if what else identity)
-    cached = (
-        prepare_text_cache() / f"documents-{hashlib.sha256(known.encode()).hexdigest()[:32]}.arrow"
-    )
+    key = hashlib.sha256(repr((identity, what) if what else identity).encode()).hexdigest()[:32]
+    cached = prepare_text_cache() / f"documents-{key}.arrow"
     if not cached.exists():
         with make_private_folder(cached) as folder:
             with open(folder / cached.name, "wb") as copy:
@@ -67,13 +65,13 @@ def _copy(
     return Dataset.from_file(str(cached))
 
 
-def _documents(files: list[str], folder: Path) -> Iterator[pa.Array]:
+def _read_documents(files: list[str], folder: Path) -> Iterator[pa.Array]:
     """Yield groups of files as arrays, each a view of a temporary file that joins them."""
-    left = iter(files)
+    remaining = iter(files)
     while True:
         with tempfile.TemporaryFile(dir=folder) as joined:
             ends = [0]
-            while ends[-1] < WRITTEN_BYTES and (file := next(left, None)):
+            while ends[-1] < WRITTEN_BYTES and (file := next(remaining, None)):
                 with open_file(file, "r", encoding="utf-8") as source:
                     while piece := source.read(READ_CHARACTERS):
                         joined.write(piece.encode())

@@ -16,8 +16,8 @@ class NoLLMSource(Source):
     has_llm = False
 
     def check_settings(self, layer: LayerConfig) -> None:
-        number = Dtype.auto if self.llm.dtype is Dtype.auto else Dtype.float32
-        unset = LLMConfig(name=NO_LLM, dtype=number, device=self.llm.device)
+        dtype = Dtype.auto if self.llm.dtype is Dtype.auto else Dtype.float32
+        unset = LLMConfig(name=NO_LLM, dtype=dtype, device=self.llm.device)
         self.refuse_settings("llm", self.llm, unset)
 
     def refuse_settings(self, group: str, config: Any, unset: Any) -> None:

@@ -26,7 +26,7 @@ from sae_lightning.stream.rows import LLMRows
 from sae_lightning.stream.shared import SharedRows
 from sae_lightning.stream.source import RowStream, TextConfig
 
-NEW_SETTINGS = ("chat", "assistant_only", "weights")
+NEW_SETTINGS = ("chat", "assistant_only", "weights")  # unknown to earlier versions
 CACHE_FORMAT = 2  # part of the key: after a change older caches are not used
 HASHED_NUMBERS = 1 << 14  # maximum number of elements of a tensor that are hashed
 SUMMED_NUMBERS = 1 << 24  # elements summed at a time: a 64-bit copy of all may not fit in memory
@@ -71,7 +71,7 @@ def open_rows(
 
 
 def pick_cache_folder(chosen: str | None) -> Path:
-    """Pick the folder of all caches: `data.cache_folder`, or one in the user's cache folder."""
+    """Pick the folder that holds all caches: `data.cache_folder`, or one in the user's cache."""
     if chosen is None:
         return platformdirs.user_cache_path("sae_lightning") / "activations"
     return Path(make_absolute(chosen))
@@ -89,7 +89,7 @@ def identify_rows(config: LLMConfig, data: TextConfig, seed: int, rows: LLMRows)
         for name, value in asdict(data).items()
         if name != "pool"
         and not name.startswith(("cache", "kind"))
-        and not (name in NEW_SETTINGS and not value)  # else older caches would not be found
+        and not (name in NEW_SETTINGS and not value)  # so that older caches keep their key
     }
     special = {name: getattr(config, name) for name in ("bos", "separator")}
     return {
@@ -116,8 +116,8 @@ def identify_rows(config: LLMConfig, data: TextConfig, seed: int, rows: LLMRows)
 
 def _name_site(model: nn.Module, site: Site) -> str:
     """Name a site, with the factor of a scaled branch, which earlier versions did not apply."""
-    times = measure_branch_scale(model, site)
-    return str(site) if times == 1 else f"{times} {site}"
+    scale = measure_branch_scale(model, site)
+    return str(site) if scale == 1 else f"{scale} {site}"
 
 
 def _name_processor(device: torch.device) -> str:

@@ -11,11 +11,9 @@
                    ^  k  l  m
                    ^  /  /  /      only the last one of an epoch is padded, with separators
 
-A window may hold complements ~id, of tokens that the LLM reads but that are not trained on (see
-`ChatEncoder`).
-
 Every token of a document, and one separator after the document, is in exactly one sequence. A
-document without tokens adds nothing, not even a separator.
+document without tokens adds nothing, not even a separator. Tokens that the LLM reads but that are
+not trained on are the complements ~id in a window (see `ChatEncoder`).
 """
 
 from typing import Any, NamedTuple, Protocol
@@ -23,6 +21,13 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+
+from sae_lightning.terminal import console
+
+NO_TOKENS = (
+    "data: the text holds no token to train on; check the files and the column, "
+    "and that the held-out part leaves something"
+)
 
 
 class Sequences(NamedTuple):
@@ -68,8 +73,8 @@ class Packing(NamedTuple):
     def mark_text(self, windows: list[np.ndarray]) -> Tensor:
         """Mark where `pack` puts the tokens of the windows -> [n, context] bool."""
         stops = torch.tensor([1 + len(window) for window in windows])
-        places = torch.arange(self.context)
-        return (places > 0) & (places < stops[:, None])
+        positions = torch.arange(self.context)
+        return (positions > 0) & (positions < stops[:, None])
 
     def pack_sequences(self, windows: list[np.ndarray], ids: Tensor) -> Sequences:
         tokens = self.pack(windows)
@@ -111,3 +116,8 @@ class TokenStream(Protocol):
 
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def report_epoch(what: str, epoch: int) -> None:
+    """Print `what`, that the data ran out, and that another epoch begins."""
+    console.print(f"{what}; going round again in a new order (epoch {epoch})")

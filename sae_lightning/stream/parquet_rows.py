@@ -1,7 +1,7 @@
-"""Copies activations from parquet files to .npy files, once, and so can map rows in any order.
+"""Copies activations from parquet files to .npy files, once per file.
 
-A parquet file is compressed in groups of up to a million rows, so rows in random order cannot be
-read from it.
+A parquet file is compressed in groups of up to a million rows, so it cannot be read in random
+order; an .npy file is memory-mapped.
 """
 
 import hashlib
@@ -31,15 +31,15 @@ def find_columns(file: str) -> dict[str | None, tuple[list[int], str]]:
 
     content = pq.ParquetFile(file)
     rows, schema = content.metadata.num_rows, content.schema_arrow
-    found: dict[str | None, tuple[list[int], str]] = {}
+    matrices: dict[str | None, tuple[list[int], str]] = {}
     for field in schema:
         if _is_list(field.type):
             kind = str(field.type.value_type)
             first = next(content.iter_batches(1, columns=[field.name]), None) if rows else None
             value = first.column(0)[0].as_py() if first else None
-            found[field.name] = [rows, len(value or [])], ARROW_FLOATS.get(kind, kind)
-    if found:
-        return found
+            matrices[field.name] = [rows, len(value or [])], ARROW_FLOATS.get(kind, kind)
+    if matrices:
+        return matrices
     floats = [field for field in schema if str(field.type) in ARROW_FLOATS]
     kinds = {ARROW_FLOATS[str(field.type)] for field in floats}
     if not floats:

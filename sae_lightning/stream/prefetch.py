@@ -24,16 +24,16 @@ class _Prefetched(NamedTuple):
 
 
 class PrefetchedRows(RowStream):
-    """A `RowStream` that starts to compute the rows of `inner` before they are asked for.
+    """A `RowStream` that starts to compute the rows of `inner` before they are needed.
 
     On a GPU they are computed on a CUDA stream of their own; on a CPU they are just computed
     earlier. The state does not include prefetched rows: a resumed run computes them again. No more
     rows are read than the run needs.
     """
 
-    def __init__(self, inner: RowStream, rows: int) -> None:
-        """`rows`: how many to prefetch, as many as an update needs."""
-        self.inner, self.rows = inner, rows
+    def __init__(self, inner: RowStream, ahead: int) -> None:
+        """`ahead`: how many rows to prefetch, as many as an update needs."""
+        self.inner, self.ahead = inner, ahead
         self.sites, self.device, self.max_rows = inner.sites, inner.device, inner.max_rows
         self.epoch = inner.epoch
         self._waiting: deque[_Prefetched] = deque()
@@ -51,7 +51,7 @@ class PrefetchedRows(RowStream):
         if not self._waiting:
             left -= self._begin(left)
         rows, _, self.epoch, done = self._waiting.popleft()
-        while left > 0 and sum(len(batch.rows.ids) for batch in self._waiting) < self.rows:
+        while left > 0 and sum(len(batch.rows.ids) for batch in self._waiting) < self.ahead:
             left -= self._begin(left)
         if done is not None:
             # Wait for this batch only: the whole stream includes batches started after it.

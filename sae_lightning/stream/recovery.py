@@ -66,14 +66,15 @@ def compute_cosines(directions: Tensor, W_dec: Tensor) -> Tensor:
     return normalize(directions, dim=1) @ normalize(W_dec, dim=1).T
 
 
-def match_features(table: Tensor) -> Matching:
-    """Find the one-to-one matching with the largest sum of cosines [concepts, features]; NaN counts
-    as -1."""
-    from scipy.optimize import linear_sum_assignment  # takes half a second
+def match_features(cosines: Tensor) -> Matching:
+    """Find the one-to-one matching with the largest sum of `cosines` [concepts, features]; NaN
+    counts as -1."""
+    from scipy.optimize import linear_sum_assignment  # takes half a second, needed only here
 
-    table = table.nan_to_num(nan=-1.0)
-    concepts, features = map(torch.from_numpy, linear_sum_assignment(table.numpy(), maximize=True))
-    return Matching(concepts, features, table[concepts, features])
+    cosines = cosines.nan_to_num(nan=-1.0)
+    matches = linear_sum_assignment(cosines.numpy(), maximize=True)
+    concepts, features = map(torch.from_numpy, matches)
+    return Matching(concepts, features, cosines[concepts, features])
 
 
 def measure_concept_overlap(directions: Tensor) -> float:
@@ -84,10 +85,10 @@ def measure_concept_overlap(directions: Tensor) -> float:
         directions.split(COMPARED_CONCEPTS),
         strict=True,
     ):
-        among = compute_cosines(part, directions).abs()
+        cosines = compute_cosines(part, directions).abs()
         own = torch.arange(len(part))
-        among[own, start + own] = 0
-        largest.append(among.amax(dim=1))
+        cosines[own, start + own] = 0
+        largest.append(cosines.amax(dim=1))
     return torch.cat(largest).mean().item()
 
 
@@ -122,13 +123,13 @@ class Detection:
         variance = self.squares - self.sums.square() / self.n  # [3, concepts], times n
         covariance = self.products - self.sums * self.sums[0] / self.n
         agreement = _ratio(covariance.square(), variance * variance[0])
-        each = {
+        by_concept = {
             "precision": _ratio(self.both, self.fired),
             "recall": _ratio(self.both, self.active),
             "feature_readout": agreement[1],
             "projection_readout": agreement[2],
         }
-        return {name: values[seen].mean().item() for name, values in each.items()}
+        return {name: values[seen].mean().item() for name, values in by_concept.items()}
 
 
 def _ratio(a: Tensor, b: Tensor) -> Tensor:
@@ -145,19 +146,19 @@ def measure_recovery(
     activations (see `SAE.fold`); `samples` yields (activations, strengths, features), [n, ...]
     each, on the CPU."""
     W_dec = weights["W_dec"]
-    table = compute_cosines(directions, W_dec)
-    matching = match_features(table)
+    cosines = compute_cosines(directions, W_dec)
+    matching = match_features(cosines)
     detection = Detection(matching, directions)
     for batch in samples:
         detection.add(*batch)
-    found = matching.features[matching.cosine > RECOVERED_COSINE]
-    agreement = torch.cosine_similarity(weights["W_enc"].T[found], W_dec[found], dim=1)
+    recovered = matching.features[matching.cosine > RECOVERED_COSINE]
+    agreement = torch.cosine_similarity(weights["W_enc"].T[recovered], W_dec[recovered], dim=1)
     bias = weights["b_enc"] - weights.get("threshold", torch.zeros(()))
     return Recovery(
-        mmcs=table.amax(dim=1).mean().item(),
-        recovered=len(found) / len(directions),
+        mmcs=cosines.amax(dim=1).mean().item(),
+        recovered=len(recovered) / len(directions),
         concept_overlap=measure_concept_overlap(directions),
         encoder_agreement=agreement.mean().item(),
-        negative_bias=(bias[found] < 0).float().mean().item(),
+        negative_bias=(bias[recovered] < 0).float().mean().item(),
         **detection.result(),
     )

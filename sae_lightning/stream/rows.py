@@ -40,11 +40,11 @@ class Selected(NamedTuple):
     tokens: Tensor
     """[n, context]"""
 
-    places: Tensor
-    """[rows] places in the flattened tokens."""
+    positions: Tensor
+    """[rows] indices into the flattened tokens."""
 
     ids: Tensor
-    """[rows] the sequence that each row comes from."""
+    """[rows] id of the sequence that each row comes from."""
 
 
 class LLMRows(RowStream):
@@ -101,19 +101,17 @@ class LLMRows(RowStream):
         with record_function("pool"):
             sequences = self.read_sequences()
             keep = sequences.mark_kept(self._dropped)  # [n, context]
-            places = keep.flatten().nonzero().squeeze(1)
+            positions = keep.flatten().nonzero().squeeze(1)
             ids = sequences.ids.repeat_interleave(keep.sum(1))
-        return Selected(sequences.tokens, places, ids)
+        return Selected(sequences.tokens, positions, ids)
 
     def run_llm(self, selected: Selected) -> dict[Site, Tensor]:
         """Run the LLM -> activations {site: [rows, d]} of the selected tokens, on its device."""
         with record_function("pool"):
-            tokens, places = (
-                move_to_device(selected.tokens, self.device),
-                move_to_device(selected.places, self.device),
-            )
+            tokens = move_to_device(selected.tokens, self.device)
+            positions = move_to_device(selected.positions, self.device)
         started = perf_counter()
-        rows = capture(self.llm.model, tokens, self.sites, places)
+        rows = capture(self.llm.model, tokens, self.sites, positions)
         self.llm_seconds += perf_counter() - started
         return rows
 
@@ -134,22 +132,23 @@ class LLMRows(RowStream):
         """UserError after too many LLM batches without rows."""
         self._empty = 0 if rows else self._empty + 1
         if self._empty == MAX_EMPTY_BATCHES:
-            left = (
+            nothing = (
                 f"no activation of the last {MAX_EMPTY_BATCHES} LLM batches was left after dropping"
             )
             if self.max_norm is None:
                 raise UserError(
-                    f"data.keep_special=false: {left} special tokens (with data.assistant_only, "
+                    f"data.keep_special=false: {nothing} special tokens (with data.assistant_only, "
                     "all but the assistant's); look at the text, or keep them with "
                     "data.keep_special=true"
                 )
             raise UserError(
-                f"data.max_norm={self.max_norm}: {left} special tokens and large norms; raise it, "
-                "or look at the text"
+                f"data.max_norm={self.max_norm}: {nothing} special tokens and large norms; raise "
+                "it, or look at the text"
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """LLM batches served, how many the token stream has read (all), its state; median norms."""
+        """LLM batches served; of how many the token stream has read the text (here: all), and its
+        state; median norms."""
         medians = self._medians and {str(site): median for site, median in self._medians.items()}
         return {
             "llm_batches": self.llm_batches,
@@ -167,7 +166,8 @@ class LLMRows(RowStream):
         if self._scaled != state.get("scaled", []):
             raise UserError(
                 f"resume: at {' and '.join(self._scaled)} an earlier version of sae_lightning read "
-                "what the LLM scales afterwards; resume with that version, or start a new run"
+                "activations before the LLM scales them; resume with that version, or start a new "
+                "run"
             )
         self.tokens.load_state_dict(state["tokens"])
         self.llm_batches = state["read"]

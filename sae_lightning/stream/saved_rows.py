@@ -14,9 +14,9 @@ from sae_lightning.llm.placement import move_to_device
 from sae_lightning.llm.sites import Site
 from sae_lightning.stream.activation_files import SavedMatrix
 from sae_lightning.stream.documents import HOLD_OUT_SEED
+from sae_lightning.stream.packing import report_epoch
 from sae_lightning.stream.source import HeldOutData, Rows, RowStream
 from sae_lightning.stream.states import TextChanged
-from sae_lightning.terminal import console
 
 SERVED_ROWS = 2048  # rows served at a time
 NEIGHBOURS = 64  # rows that lie together in the files are read together
@@ -30,8 +30,8 @@ class RowBlocks(NamedTuple):
         block        0         1          2            3
                    train     train     held out      train
 
-    Neighbours (tokens of a text, patches of an image) are alike: held out one by one, rows would be
-    known from their neighbours in training.
+    Neighbours (tokens of a text, patches of an image) are alike: if single rows were held out,
+    training would see their neighbours.
     """
 
     n: int
@@ -77,7 +77,7 @@ class SavedRows(RowStream):
         self.matrices, self.blocks, self.seed = matrices, blocks, seed
         self.sites, self.device = tuple(sorted(matrices)), torch.device(device)
         self.max_rows, self.llm_seconds = SERVED_ROWS, 0.0
-        self.rows = int(blocks.count_rows(blocks.train).sum())  # of an epoch
+        self.rows_per_epoch = int(blocks.count_rows(blocks.train).sum())
         self._served = 0  # rows
         self._content: dict[str, str] = {}  # fingerprint by site, computed when it is needed
         self._begin_epoch(1)
@@ -91,14 +91,11 @@ class SavedRows(RowStream):
     def next(self, remaining: int) -> Rows:
         """Read the next rows, whatever `remaining` is, but none of the next epoch; each counts as a
         sequence of its own."""
-        epoch, position = divmod(self._served, self.rows)
+        epoch, position = divmod(self._served, self.rows_per_epoch)
         if epoch + 1 != self.epoch:
-            console.print(
-                f"the activations ran out after {self.rows:,} rows; "
-                f"going round again in a new order (epoch {epoch + 1})"
-            )
+            report_epoch(f"the activations ran out after {self.rows_per_epoch:,} rows", epoch + 1)
             self._begin_epoch(epoch + 1)
-        stop = min(position + SERVED_ROWS, self.rows)
+        stop = min(position + SERVED_ROWS, self.rows_per_epoch)
         ranges = self._find_ranges(position, stop)
         x = {
             site: move_to_device(matrix.read_rows(ranges), self.device)
@@ -109,7 +106,7 @@ class SavedRows(RowStream):
         return Rows(x, ids)
 
     def _find_ranges(self, start: int, stop: int) -> list[tuple[int, int]]:
-        """Find the rows of the files at places `start` to `stop` - 1 of this epoch."""
+        """Find the rows of the files that are at `start` to `stop` - 1 in this epoch's order."""
         first, last = np.searchsorted(self._ends, [start, stop - 1], side="right")
         chosen = self._order[first : last + 1]
         begins = chosen * self.blocks.size
@@ -127,20 +124,21 @@ class SavedRows(RowStream):
 
     def state_dict(self) -> dict[str, Any]:
         """Rows served, and what identifies the files."""
-        return {"served": self._served, "rows": self.rows, "files": self.summarise_files()}
+        files = self.summarise_files()
+        return {"served": self._served, "rows": self.rows_per_epoch, "files": files}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue after the last row served; TextChanged if the files are different ones."""
-        for site, now in self.summarise_files().items():
+        for site, current in self.summarise_files().items():
             saved = state["files"].get(site)
-            if saved != now:
+            if saved != current:
                 raise TextChanged(
                     f"data.path: the activations at {site} are no longer those that the run to be "
-                    f"resumed read ({now}, not {saved}); resume with the same files"
+                    f"resumed read ({current}, not {saved}); resume with the same files"
                 )
         self._served = state["served"]
         # at the end of an epoch, the next one has not begun
-        self._begin_epoch(1 + max(0, self._served - 1) // self.rows)
+        self._begin_epoch(1 + max(0, self._served - 1) // self.rows_per_epoch)
 
 
 class HeldOutRows(HeldOutData):

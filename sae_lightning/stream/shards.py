@@ -54,7 +54,7 @@ class Shard:
     def __init__(self, path: Path) -> None:
         """Read the metadata. Raises one of `DAMAGE_ERRORS` if it is damaged."""
         if not path.is_file():  # opening a pipe would block
-            raise ValueError("it is no plain file")
+            raise ValueError("it is not a regular file")
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
         self.path, self.first = path, int(path.stem)
@@ -68,14 +68,14 @@ class Shard:
             ("texts", range(2**32)),
         ):
             expect(len(about[name]), len(about["rows"]), name)
-            for each in about[name]:
-                expect(each, counts, name)
-        self.rows: list[int] = about["rows"]  # of each LLM batch
+            for number in about[name]:
+                expect(number, counts, name)
+        self.row_counts: list[int] = about["rows"]  # of each LLM batch
         self.epochs: list[int] = about["epochs"]  # after each LLM batch
         self.texts: list[int] = about["texts"]  # crc32 of the tokens of each LLM batch
         self._state: dict[str, Any] = about["state"]
-        self.stop = self.first + len(self.rows)
-        self._starts = np.cumsum([0, *self.rows])
+        self.stop = self.first + len(self.row_counts)
+        self._starts = np.cumsum([0, *self.row_counts])
         self._tensors: dict[str, Tensor] = {}
 
     def map_tensors(self, sites: Sequence[Site], width: int, **packing: int) -> bool:
@@ -112,15 +112,15 @@ class Shard:
 
 
 def write_shard(
-    folder: Path, state: dict[str, Any], rows: list[Rows], epochs: list[int], texts: list[int]
+    folder: Path, state: dict[str, Any], batches: list[Rows], epochs: list[int], texts: list[int]
 ) -> Shard:
-    """Write the `rows` of LLM batches (tensors on the CPU), the row stream's `state` before them
+    """Write the rows of LLM batches (tensors on the CPU), the row stream's `state` before them
     and, for each batch, the epoch after it and the crc32 of its tokens (`texts`)."""
-    tensors = {"ids": torch.cat([each.ids for each in rows])}
-    for site in rows[0].activations:
-        tensors[str(site)] = torch.cat([each.activations[site] for each in rows])
+    tensors = {"ids": torch.cat([batch.ids for batch in batches])}
+    for site in batches[0].activations:
+        tensors[str(site)] = torch.cat([batch.activations[site] for batch in batches])
     tensors |= {name: x for name, x in state["tokens"].items() if isinstance(x, Tensor)}
-    about = {"rows": [len(each.ids) for each in rows], "epochs": epochs, "texts": texts}
+    about = {"rows": [len(batch.ids) for batch in batches], "epochs": epochs, "texts": texts}
     header = json.dumps(about | {"state": state}, default=lambda tensor: None)
     path = folder / f"{state['llm_batches']:08d}{SHARD_SUFFIX}"
     with write_atomically(path) as temporary:
@@ -144,7 +144,7 @@ def count_cached(shards: list[Shard], llm_batch: int, max_rows: int, remaining: 
     for shard in shards:
         if shard.stop > llm_batch:
             left -= min(left, max(0, shard.first - llm_batch) * max_rows)
-            in_shard = min(left, sum(shard.rows[max(0, llm_batch - shard.first) :]))
+            in_shard = min(left, sum(shard.row_counts[max(0, llm_batch - shard.first) :]))
             llm_batch, cached, left = shard.stop, cached + in_shard, left - in_shard
     return cached
 

@@ -14,7 +14,7 @@ from sae_lightning.stream.source import Rows
 
 
 class Pool:
-    """Activations of all sites, row by row, from which random rows are taken without replacement.
+    """Activations of all sites, from which random rows are taken without replacement.
 
     add     | a b c d e f g h |               8 rows, room for more behind them
     take 3  | a . c d e . g . |   b f h       any 3 rows, each set of 3 as likely as any other
@@ -55,9 +55,11 @@ class Pool:
                     self.capacity, new.shape[1], dtype=new.dtype, device=self.device
                 )
             if new.dtype != self._rows[site].dtype:
-                now, saved = (str(x.dtype).removeprefix("torch.") for x in (new, self._rows[site]))
+                dtype, saved = (
+                    str(x.dtype).removeprefix("torch.") for x in (new, self._rows[site])
+                )
                 raise UserError(
-                    f"llm.dtype: the LLM computes in {now} here, but the run to be resumed did in "
+                    f"llm.dtype: the LLM computes in {dtype} here, but in the run to be resumed in "
                     f"{saved}; set llm.dtype={saved}, as it was, or start a new run"
                 )
             self._rows[site][start:stop] = new
@@ -88,11 +90,11 @@ class Pool:
         n = min(n, self._filled)
         return self._copy(torch.from_numpy(np.linspace(0, self._filled - 1, n).astype(np.int64)))
 
-    def _copy(self, places: Tensor) -> Rows:
-        indices = move_to_device(places, self.device)
+    def _copy(self, indices: Tensor) -> Rows:
+        on_device = move_to_device(indices, self.device)
         # on a CPU, ten times as fast as indexing with brackets
-        rows = {site: self._rows[site].index_select(0, indices) for site in self.sites}
-        return Rows(rows, self._ids[places])
+        rows = {site: self._rows[site].index_select(0, on_device) for site in self.sites}
+        return Rows(rows, self._ids[indices])
 
     def state_dict(self) -> dict[str, Any]:
         """The filled rows, on the CPU, and the RNG's state: plain values and tensors."""

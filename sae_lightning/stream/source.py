@@ -98,7 +98,7 @@ class TextConfig(DataConfig):
     """Train on the activations of special tokens too (BOS, at position 0, is always dropped)."""
 
     cache: bool = False
-    """Keep the LLM's activations on disk, and read them from there where they are kept already."""
+    """Keep the LLM's activations on disk, and read those that are there already."""
 
     cache_folder: str | None = None
     """Folder of the cached activations; null is `activations` in the user's cache folder."""
@@ -160,7 +160,8 @@ class HeldOutData(Protocol):
         return [None] * len(saes)
 
     def prepare(self, targets: Collection[Site]) -> None:
-        """The part of scoring SAEs of the sites `targets` that all ranks do together, if any."""
+        """Do the part of scoring, if any, that all ranks must do together, for SAEs whose target
+        is in `targets`."""
 
 
 class Needs(NamedTuple):
@@ -216,7 +217,7 @@ class Source(ABC):
     origin: ClassVar[str]
     """What SAEs were trained on, for messages."""
     fits_text: ClassVar[bool] = True
-    """Whether its activations may come from an LLM, which analysis can be told."""
+    """Whether an LLM may have computed its activations; analysis then accepts `llm` and `data`."""
     metrics: ClassVar[frozenset[str]]
     """Held-out metrics that only this kind of data has and that depend on the SAE."""
     headline: ClassVar[str]
@@ -232,7 +233,8 @@ class Source(ABC):
         """Raise UserError for settings that have no meaning here; reads only the config."""
 
     def list_metrics(self, loss_tokens: int) -> tuple[frozenset[str], str]:
-        """List the metrics that `loss_tokens` allows, and say on what or why none are measured."""
+        """List the `metrics` that are measured with this `eval.loss_tokens`; and the end of a
+        message: on which data, or with which setting none is."""
         return self.metrics, f"on {self.where}"
 
     def resolve_llm(self) -> LLMConfig:
@@ -241,7 +243,7 @@ class Source(ABC):
 
     @abstractmethod
     def read_shape(self) -> LLMShape:
-        """Read the LLM's depth, width and context without loading weights (or imitate them)."""
+        """Read the LLM's dimensions without loading weights; without an LLM, make up such."""
 
     def find_sites(self, layer: LayerConfig, shape: LLMShape) -> SitePair:
         """Source and target of an SAE; UserError if there are no such sites."""

@@ -19,26 +19,26 @@ LLM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def expect(value: Any, like: Any, name: str) -> None:
-    """Raise ValueError, with `name`, unless `value` matches `like`: a dict of what to expect at
-    its keys, a tensor of the same shape and dtype, a range of ints, a type, or an equal value."""
+    """Raise ValueError about `name` unless `value` matches `like`: a tensor of the same shape and
+    dtype, a range of ints, a type, an equal value, or a dict whose values are such patterns."""
     if isinstance(like, dict):
         expect(value, dict, name)
-        for key, each in like.items():
+        for key, inner in like.items():
             if key not in value:
                 raise ValueError(f"{name} lacks {key}")
-            expect(value[key], each, f"{name}.{key}")
+            expect(value[key], inner, f"{name}.{key}")
         return
     if isinstance(like, Tensor):
         expected = _describe_tensor(like)
-        right = isinstance(value, Tensor) and _describe_tensor(value) == expected
+        matches = isinstance(value, Tensor) and _describe_tensor(value) == expected
     elif isinstance(like, range):
         expected = f"{like.start} to {like.stop - 1}" if like else "no number"
-        right = type(value) is int and value in like
+        matches = type(value) is int and value in like
     elif isinstance(like, type):
-        expected, right = like.__name__, type(value) is like
+        expected, matches = like.__name__, type(value) is like
     else:
-        expected, right = repr(like), type(value) is type(like) and value == like
-    if not right:
+        expected, matches = repr(like), type(value) is type(like) and value == like
+    if not matches:
         actual = repr(value) if isinstance(value, int | float) else type(value).__name__
         actual = _describe_tensor(value) if isinstance(value, Tensor) else actual
         raise ValueError(f"{name} is {actual} and should be {expected}")
@@ -97,15 +97,15 @@ def expect_activations(rows: Any, widths: Mapping[Site, int], n: int, name: str)
 
 
 def expect_stream(
-    state: Any, widths: Mapping[Site, int], *, most: int, served: int, sequences: int
+    state: Any, widths: Mapping[Site, int], *, max_rows: int, served: int, sequences: int
 ) -> None:
     """Raise ValueError unless `state` is a possible state of a stream after `served` batches: its
-    pool holds at most `most` rows of these `widths`, with ids below `sequences`."""
+    pool holds at most `max_rows` rows of these `widths`, with ids below `sequences`."""
     pool = {"rows": dict, "ids": Tensor, "random": dict}
     expect(state, {"served": served, "rows": dict, "pool": pool}, "stream")
     pool = state["pool"]
     n = len(pool["ids"]) if pool["ids"].ndim else 0
-    expect(n, range(most + 1), "rows in the pool")
+    expect(n, range(max_rows + 1), "rows in the pool")
     expect_ids(pool["ids"], n, sequences, "pool.ids")
     expect_activations(pool["rows"], widths, n, "pool.rows")
     np.random.PCG64().state = pool["random"]  # raises unless it is one of its states

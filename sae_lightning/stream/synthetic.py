@@ -92,21 +92,21 @@ class SyntheticConfig(DataConfig):
             self._check_children()
 
     def _check_children(self) -> None:
-        """Raise UserError for children that cannot be told from their parents."""
+        """Raise UserError if children could not be told apart from their parents."""
         children = int(self.hierarchy * self.concepts)
         if not children:
             raise UserError(
-                f"data.hierarchy={self.hierarchy}: no child among data.concepts={self.concepts}; "
-                f"give at least {1 / self.concepts:g}, or 0"
+                f"data.hierarchy={self.hierarchy}: that is less than one child among "
+                f"data.concepts={self.concepts}; give at least {1 / self.concepts:g}, or 0"
             )
         rates = make_zipf_rates(self.concepts, self.l0, self.zipf)
         parents = self.concepts - children
-        of_parent = rates[torch.arange(children) % parents]
-        if (rates[parents:] / of_parent).max() > 0.9:
+        parent_rates = rates[torch.arange(children) % parents]
+        if (rates[parents:] / parent_rates).max() > 0.9:
             raise UserError(
                 f"data.hierarchy={self.hierarchy}: with data.zipf={self.zipf} and "
                 f"data.l0={self.l0} some children fire nearly whenever their parent does, and "
-                "cannot be told from it; give a larger data.zipf, or a smaller data.l0"
+                "cannot be told apart from it; give a larger data.zipf, or a smaller data.l0"
             )
 
 
@@ -171,9 +171,9 @@ class HeldOutConcepts(HeldOutData):
     def __init__(self, world: World, *, seed: int, tokens: int, device: torch.device | str) -> None:
         """Draw `tokens` samples with the world's `seed`: all runs in that world share them."""
         self.world = world
-        samples = make_generator("held out", seed)
+        generator = make_generator("held out", seed)
         counts = [min(SAMPLED_ROWS, tokens - done) for done in range(0, tokens, SAMPLED_ROWS)]
-        x, strengths = zip(*(world.sample(n, samples) for n in counts), strict=True)
+        x, strengths = zip(*(world.sample(n, generator) for n in counts), strict=True)
         self._x = torch.cat(x).to(device)
         self.strengths = torch.cat(strengths)
         """[n, concepts], on the CPU"""
@@ -193,14 +193,15 @@ class HeldOutConcepts(HeldOutData):
     ) -> list[Recovery]:
         return [
             measure_recovery(
-                self.world.directions, _join_weights(w(), split), self._samples(sae, rows, split)
+                self.world.directions, _join_weights(w(), split), self._encode(sae, rows, split)
             )
             for sae, w, split in zip(saes, weights, splits, strict=True)
         ]
 
-    def _samples(
+    def _encode(
         self, sae: Callable[[Tensor], Any], rows: int, split: Split
     ) -> Iterator[tuple[Tensor, ...]]:
+        """Yield activations, concept strengths and features [rows, ...] of all samples."""
         for x, strengths in zip(self._x.split(rows), self.strengths.split(rows), strict=True):
             yield x.cpu(), strengths, split.join(sae(x).features.cpu().T).T
 
@@ -244,9 +245,9 @@ class SyntheticSource(NoLLMSource):
     ) -> None:
         expect(state, {"rows": {"served": ANY_COUNT, "generator": Tensor}}, "stream")
         Generator().set_state(state["rows"]["generator"])
-        most, sequences = self.data.pool + SAMPLED_ROWS, state["rows"]["served"]
+        max_rows, sequences = self.data.pool + SAMPLED_ROWS, state["rows"]["served"]
         widths = dict.fromkeys(sites, shape.width)
-        expect_stream(state, widths, most=most, served=served, sequences=sequences)
+        expect_stream(state, widths, max_rows=max_rows, served=served, sequences=sequences)
 
     def open_data(self, needs: Needs) -> OpenedData:
         device = pick_device(self.llm)

@@ -45,7 +45,7 @@ class TextSource(Source):
 
     data: TextConfig
     noun, where, has_llm, origin = "text", "text", True, "text"
-    # but for the baselines, which are the same for every SAE, and what only analysis measures
+    # without the baselines, which are the same for every SAE, and what only analysis measures
     metrics = frozenset(SpliceScores._fields) - {*SpliceBaseline._fields, "ce_error"}
     headline = "ce_recovered"
 
@@ -63,7 +63,7 @@ class TextSource(Source):
 
     def check_settings(self, layer: LayerConfig) -> None:
         if self.llm.name == NO_LLM:
-            raise UserError("llm=none: text takes an LLM to read it; choose one, or data=synthetic")
+            raise UserError("llm=none: text needs an LLM to read it; choose one, or data=synthetic")
 
     def list_metrics(self, loss_tokens: int) -> tuple[frozenset[str], str]:
         return super().list_metrics(0) if loss_tokens else (frozenset(), "with eval.loss_tokens=0")
@@ -100,13 +100,13 @@ class TextSource(Source):
             find_bos_id(load_tokenizer(self.llm))  # fail before the text is read
 
     def _check_cache(self) -> None:
-        """UserError if the cache is not writable, unless there is one to read (a colleague's)."""
+        """UserError if the cache is neither writable nor one that can be read (a colleague's)."""
         folder = ancestor = pick_cache_folder(self.data.cache_folder)
         while not os.path.exists(ancestor):
             ancestor = ancestor.parent
         writable = os.path.isdir(ancestor) and os.access(ancestor, os.W_OK)
-        held = os.path.isdir(folder) and os.access(folder, os.R_OK) and os.listdir(folder)
-        if not writable and not held:
+        readable = os.path.isdir(folder) and os.access(folder, os.R_OK) and os.listdir(folder)
+        if not writable and not readable:
             raise UserError(
                 f"data.cache_folder={folder} cannot be written to: choose another, or set "
                 "data.cache=false"
@@ -115,8 +115,8 @@ class TextSource(Source):
     def estimate_data_memory(
         self, sites: Sequence[Site], shape: LLMShape, tokens: int, loss_tokens: int
     ) -> DataMemory:
-        """With `llm.load` the LLM's weights, which may be elsewhere or smaller, are not counted."""
-        blocks = self._blocks(sites, loss_tokens)
+        """With `llm.load` the LLM's weights, which may be quantised or offloaded, do not count."""
+        blocks = self._count_blocks(sites, loss_tokens)
         weights = 0 if self.llm.load else count_llm_parameters(self.llm, blocks)
         rows = self.llm.batch * self.data.context
         if not loss_tokens:
@@ -124,7 +124,7 @@ class TextSource(Source):
         # logits, clean and with an SAE, and some of them in float32; hidden states with the SAE
         return DataMemory(rows, weights + 8 * LOGIT_ROWS * shape.vocabulary, rows * shape.width)
 
-    def _blocks(self, sites: Sequence[Site], loss_tokens: int) -> int | None:
+    def _count_blocks(self, sites: Sequence[Site], loss_tokens: int) -> int | None:
         """Count the LLM's blocks that a run at `sites` needs; None for the whole LLM.
 
         The LLM's loss needs all blocks, and so does a cache, whose key hashes all weights.
@@ -141,13 +141,13 @@ class TextSource(Source):
         sequences = expect_rows(
             state["rows"], sites, batch=batch, context=context, vocabulary=shape.vocabulary
         )
-        most = self.data.pool + batch * (context - 1)
+        max_rows = self.data.pool + batch * (context - 1)
         widths = dict.fromkeys(sites, shape.width)
-        expect_stream(state, widths, most=most, served=served, sequences=sequences)
+        expect_stream(state, widths, max_rows=max_rows, served=served, sequences=sequences)
 
     def open_data(self, needs: Needs) -> OpenedData:
         sites, tokens, loss_tokens, ahead, resumed, own = needs
-        llm, text = opened = self.open_llm(self._blocks(sites, loss_tokens))
+        llm, text = opened = self.open_llm(self._count_blocks(sites, loss_tokens))
         rows = open_rows(
             self.llm, self.data, self.seed, llm, text.train, sites, resumed, ahead, own
         )
@@ -159,7 +159,8 @@ class TextSource(Source):
                 "(others: llm.bos, llm.separator)"
             )
         held_out = self.open_held_out(sites, tokens, loss_tokens, opened, own)
-        as_returned = [site for site in sites if measure_branch_scale(llm.model, site) == 1]
+        # a module returns another activation than its site's if the block scales it afterwards
+        unscaled = [site for site in sites if measure_branch_scale(llm.model, site) == 1]
         tuning_text = TuningText(
             llm,
             text.train,
@@ -168,7 +169,7 @@ class TextSource(Source):
             max_norm=self.data.max_norm,
             keep_special=self.data.keep_special,
         )
-        modules = find_module_paths(llm.model, as_returned)
+        modules = find_module_paths(llm.model, unscaled)
         return OpenedData(rows, held_out, about, modules, tuning_text)
 
     def open_held_out(
@@ -179,7 +180,7 @@ class TextSource(Source):
         opened: tuple[LLM, SplitTokens] | None = None,
         own: Sequence[Site] | None = None,
     ) -> HeldOut:
-        llm, text = opened or self.open_llm(self._blocks(sites, loss_tokens))
+        llm, text = opened or self.open_llm(self._count_blocks(sites, loss_tokens))
         return HeldOut(
             llm,
             text.held_out,

@@ -5,8 +5,8 @@ import pytest
 import torch
 from subjects import make_subject
 
+from sae_lightning.stream.indexed_tokens import IndexedTokens
 from sae_lightning.stream.packing import Packing
-from sae_lightning.stream.tokens import ShuffledTokens
 
 CONTEXT = 12
 
@@ -21,9 +21,9 @@ def subject(tiny):
 def words():
     """words(n) -> text of n random tokens, as training reads it."""
 
-    def source(n: int, seed: int = 0) -> ShuffledTokens:
+    def source(n: int, seed: int = 0) -> IndexedTokens:
         random = torch.Generator().manual_seed(seed)
         tokens = torch.randint(2, 100, (n,), generator=random, dtype=torch.int32)
-        return ShuffledTokens(pa.chunked_array([tokens.numpy()]), Packing(CONTEXT, 0, 1), seed=0)
+        return IndexedTokens(pa.chunked_array([tokens.numpy()]), Packing(CONTEXT, 0, 1), seed=0)
 
     return source

@@ -37,7 +37,7 @@ def save_list_column(file, x: np.ndarray, name: str = "embedding", rows=None) ->
 
 
 def read_all(found) -> torch.Tensor:
-    return found.read_rows([(0, found.rows)])
+    return found.read_rows([(0, found.row_count)])
 
 
 def source(path, **settings):
@@ -342,5 +342,5 @@ def test_nothing_of_a_large_file_is_read_before_it_is_needed(tmp_path):
         file.write(header[:127].ljust(127) + b"\n")
         file.truncate(128 + rows * 4096)
     found = find_matrices(tmp_path, {}, "")[UNNAMED]
-    assert found.rows == rows
+    assert found.row_count == rows
     assert found.read_rows([(rows - 2, rows), (5, 6)]).shape == (3, 1024)

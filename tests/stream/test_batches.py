@@ -12,9 +12,8 @@ from sae_lightning.errors import UserError
 from sae_lightning.llm.capture import capture
 from sae_lightning.llm.sites import Kind, Site
 from sae_lightning.stream import batches as batches_module
-from sae_lightning.stream import open_text
+from sae_lightning.stream import open_text, streamed_tokens
 from sae_lightning.stream import rows as rows_module
-from sae_lightning.stream import tokens as tokens_module
 from sae_lightning.stream.batches import BatchStream
 from sae_lightning.stream.documents import SplitText
 from sae_lightning.stream.hub import HubConfig
@@ -155,8 +154,8 @@ def test_resuming_is_exact_at_every_batch(llm, style):
 def test_a_run_on_a_streamed_hub_data_set_resumes_exactly_twice_in_a_row(
     llm, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(tokens_module, "STREAMED_CHARACTERS", 40)
-    monkeypatch.setattr(tokens_module, "SHUFFLE_BUFFER", 5)
+    monkeypatch.setattr(streamed_tokens, "STREAMED_CHARACTERS", 40)
+    monkeypatch.setattr(streamed_tokens, "SHUFFLE_BUFFER", 5)
     # Two files, several epochs, a shuffle buffer smaller than the text; all opened anew each time.
     (tmp_path / "data").mkdir()
     for part in range(2):

@@ -259,7 +259,7 @@ def test_a_damaged_shard_is_made_again_and_no_other(llm, folder, calls, capsys, 
     assert len(calls) == Shard(third).first - Shard(second).first
     assert Shard(second)._crc32 == before
     told = capsys.readouterr().out.replace("\n", " ")
-    assert (f"{second} is damaged: the LLM makes it again" in told) == (what != "the file")
+    assert (f"{second} is damaged: the LLM computes it again" in told) == (what != "the file")
     calls.clear()
     assert_same(list(make(llm, folder)), reference)
     assert calls == []
@@ -342,7 +342,7 @@ def test_a_shard_of_strange_content_is_made_again_though_its_checksum_is_good(
     good = Shard(first)._crc32
     rewrite(first, STRANGE[what])
     assert_same(list(make(llm, folder, total_batches=8)), reference)
-    assert f"{first} is damaged: the LLM makes it again" in capsys.readouterr().out.replace(
+    assert f"{first} is damaged: the LLM computes it again" in capsys.readouterr().out.replace(
         "\n", " "
     )
     assert Shard(first)._crc32 == good
@@ -477,7 +477,7 @@ def test_the_space_is_estimated_told_and_refused_before_anything_is_written(
     stream = make(llm, folder)
     needed = 640 * (2 * WIDTH * 4 + 8)
     list(stream)
-    size = sum(sum(Shard(path).rows) for path in shards(folder)) * (2 * WIDTH * 4 + 8)
+    size = sum(sum(Shard(path).row_counts) for path in shards(folder)) * (2 * WIDTH * 4 + 8)
     assert needed <= size <= needed + 28 * (2 * WIDTH * 4 + 8), "but for the last LLM batch's rest"
     told = capsys.readouterr().out
     assert f"the activation cache takes about {needed / 1e6:.1f} MB in {folder}, " in told
@@ -518,7 +518,7 @@ def test_the_space_that_checkpoints_need_is_left_to_them(llm, folder, monkeypatc
     free = [10**12] * 4 + [cache_module.RESERVED_BYTES - 1] * 100
     monkeypatch.setattr(cache_module, "read_free_space", lambda folder: free.pop(0))
     assert_same(list(make(llm, folder)), reference)
-    assert "any further (less than 4.3 GB are free); training" in capsys.readouterr().out
+    assert "any further (less than 4.3 GB free); training" in capsys.readouterr().out
     assert len(shards(folder)) == 3, "of the four looks, the first was at the whole run"
 
 

@@ -173,7 +173,7 @@ def test_rows_and_evaluation_are_of_the_assistants_tokens(tmp_path, llm):
     tokens = open_chats(write(tmp_path, *[TALK] * 8), MARKED, context=16, assistant_only=True)
     rows = LLMRows(chats, tokens.train, [], batch=tokens.train.windows)
     selected = rows.select_tokens()
-    kept = selected.tokens.flatten()[selected.places]
+    kept = selected.tokens.flatten()[selected.positions]
     decode = byte_tokenizer().decode
     assert set(decode(kept)) == set("HelloSo long")
     held_out = HeldOut(chats, tokens.held_out, [], tokens=100, loss_tokens=0, batch=2)

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from sae_lightning.errors import UserError
 from sae_lightning.stream import flat
 from sae_lightning.stream.documents import SplitText
-from sae_lightning.stream.flat import flat_tokens, tokenise_documents
+from sae_lightning.stream.flat import tokenise_documents, tokenise_indexed
 from sae_lightning.stream.tokens import open_tokens
 
 WORDS = "the quick  brown fox (jumps), over-the\tlazy\n\ndog.\nWhile 7 wizards mix 1,234 of—them "
@@ -124,7 +124,7 @@ def test_the_bar_moves_within_a_document(tokenizer, monkeypatch):
         yield moves.append
 
     monkeypatch.setattr(flat, "phase", phase)
-    flat_tokens(Dataset.from_dict({"text": [LONG, "note"]}), tokenizer, SEPARATOR)
+    tokenise_indexed(Dataset.from_dict({"text": [LONG, "note"]}), tokenizer, SEPARATOR)
     assert len(moves) > 10 and max(moves[:-1]) < 0.1
     assert sum(moves) == pytest.approx(2)
 
@@ -136,4 +136,4 @@ def test_a_document_on_disk_that_is_not_utf8_is_named(tokenizer):
     column = pa.Array.from_buffers(pa.string(), 2, [None, offsets, pa.py_buffer(b"acaf\xe9")])
     data = Dataset(pa.table({"text": column}))
     with pytest.raises(UserError, match="document 2 of the text is not UTF-8 .byte 0xe9 after 3 b"):
-        flat_tokens(data, tokenizer, SEPARATOR)
+        tokenise_indexed(data, tokenizer, SEPARATOR)

@@ -74,7 +74,7 @@ def test_outliers_are_neither_scored_nor_replaced(llm, planted):
         assert kept.norm(dim=1).max() < 1.1
     seen = []
     scores_of(usual, SITES[0], SITES[0], [lambda x: seen.append(len(x)) or x])
-    tokens, keep = usual._loss_text()
+    tokens, keep = usual._select_loss_text()
     assert len(tokens) == 5 < len(usual.tokens)
     assert sum(seen) == int(keep.sum())
     assert not keep[torch.isin(tokens, torch.tensor(planted))].any()
@@ -118,9 +118,9 @@ def test_the_mlp_itself_in_place_of_what_it_writes_recovers_everything_and_zero_
     whole, nothing = scores_of(held_out, source, target, [mlp, torch.zeros_like])
     assert whole.ce_recovered == pytest.approx(1, abs=0.01)  # float32, by the difference
     assert nothing.ce_recovered == 0
-    known = held_out.baseline_at(target)
-    assert nothing.ce_spliced == nothing.ce_zero == known.ce_zero != known.ce_clean
-    assert nothing.ce_mean == known.ce_mean
+    baseline = held_out.measure_baseline(target)
+    assert nothing.ce_spliced == nothing.ce_zero == baseline.ce_zero != baseline.ce_clean
+    assert nothing.ce_mean == baseline.ce_mean
 
 
 def test_without_tokens_for_it_the_loss_is_not_measured(llm, monkeypatch):
@@ -149,8 +149,8 @@ def test_an_llm_that_overflows_above_the_sae_is_told_once(llm, capsys, number, r
     list(model.parameters())[-1].data.fill_(float("inf"))
     held_out = make(llm._replace(model=model), sites=SITES[1:])
     for _ in range(2):
-        assert not all(map(math.isfinite, held_out.baseline_at(SITES[1])))
+        assert not all(map(math.isfinite, held_out.measure_baseline(SITES[1])))
     out = capsys.readouterr().out
     assert out.count("not finite") == out.count(remedy) == 1
-    make(llm, sites=SITES[1:]).baseline_at(SITES[1])
+    make(llm, sites=SITES[1:]).measure_baseline(SITES[1])
     assert "not finite" not in capsys.readouterr().out

@@ -82,7 +82,7 @@ def test_compressed_files_are_read(tmp_path, kind, ending):
 def test_what_cannot_be_decompressed_names_the_package(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd")
     monkeypatch.setattr("sae_lightning.stream.local_files.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"a.jsonl.zst takes .* zstandard: pip install zstandard$"):
+    with pytest.raises(UserError, match=r"a.jsonl.zst needs .* zstandard: pip install zstandard$"):
         both(tmp_path)
 
 

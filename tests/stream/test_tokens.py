@@ -17,14 +17,14 @@ from small_text import BOS, SEPARATOR, STYLES, byte_tokenizer, story
 
 from sae_lightning.errors import UserError
 from sae_lightning.files import LOCK_FILE
-from sae_lightning.stream import open_text
-from sae_lightning.stream import tokens as tokens_module
+from sae_lightning.stream import open_text, streamed_tokens
 from sae_lightning.stream.documents import SplitText
-from sae_lightning.stream.flat import flat_tokens, hash_tokenizer, tokenise_documents
+from sae_lightning.stream.flat import hash_tokenizer, tokenise_documents, tokenise_indexed
 from sae_lightning.stream.hub import HubConfig
+from sae_lightning.stream.indexed_tokens import IndexedTokens
 from sae_lightning.stream.local import LocalConfig
 from sae_lightning.stream.packing import Packing
-from sae_lightning.stream.tokens import ShuffledTokens, open_tokens
+from sae_lightning.stream.tokens import open_tokens
 from sae_lightning.terminal import console
 
 
@@ -72,7 +72,9 @@ def test_packing_by_hand(tokenizer):
     #   token stream     a  b  c  d  e  / f  /  g  h  i  /
     #   windows of 5     └─────┬──────┘ └──────┬──────┘ └──┬──...
     #                    a  b  c  d  e  / f  /  g  h   i  /  + 3 separators
-    flat = flat_tokens(Dataset.from_dict({"text": ["abcde", "f", "", "ghi"]}), tokenizer, SEPARATOR)
+    flat = tokenise_indexed(
+        Dataset.from_dict({"text": ["abcde", "f", "", "ghi"]}), tokenizer, SEPARATOR
+    )
     a, b, c, d, e, f, g, h, i = (tokenizer.encode(letter)[0] for letter in "abcdefghi")
     assert len(flat) == 12
     train = source(["abcde", "f", "", "ghi"], "streamed", tokenizer)
@@ -111,7 +113,7 @@ def test_an_indexed_epoch_holds_every_token_exactly_once(tokenizer, seed, contex
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("context", [2, 7, 64])
 def test_a_streamed_epoch_holds_every_document_exactly_once(tokenizer, seed, context, monkeypatch):
-    monkeypatch.setattr(tokens_module, "STREAMED_CHARACTERS", 40)
+    monkeypatch.setattr(streamed_tokens, "STREAMED_CHARACTERS", 40)
     documents = story(seed)
     sequences = epoch_of(source(documents, "streamed", tokenizer, context, seed))
     assert (sequences[:, 0] == BOS).all()
@@ -179,8 +181,8 @@ def test_a_stream_opened_anew_begins_again_and_leaves_the_first_where_it_is(toke
 
 @pytest.mark.parametrize("style", STYLES)
 def test_resuming_is_exact_at_every_sequence(tokenizer, style, monkeypatch):
-    monkeypatch.setattr(tokens_module, "STREAMED_CHARACTERS", 40)
-    monkeypatch.setattr(tokens_module, "SHUFFLE_BUFFER", 5)
+    monkeypatch.setattr(streamed_tokens, "STREAMED_CHARACTERS", 40)
+    monkeypatch.setattr(streamed_tokens, "SHUFFLE_BUFFER", 5)
     documents = story(4)
     train = source(documents, style, tokenizer)
     reference = source(documents, style, tokenizer).next(260)
@@ -317,7 +319,7 @@ def test_sequences_run_across_the_pieces_in_which_text_is_stored():
     whole = np.arange(13, dtype=np.int32)
     pieces = whole[:5], whole[5:5], whole[5:8], whole[8:]
     one, other = (
-        ShuffledTokens(pa.chunked_array(parts), Packing(4, BOS, SEPARATOR), seed=0)
+        IndexedTokens(pa.chunked_array(parts), Packing(4, BOS, SEPARATOR), seed=0)
         for parts in ([whole], pieces)
     )
     assert torch.equal(one.next(9).tokens, other.next(9).tokens)
@@ -341,13 +343,13 @@ def test_text_on_disk_is_tokenised_once_and_read_through_the_memory_map(tokenize
             calls.append(len(texts))
             return tokenizer(texts, **options)
 
-    flats = [flat_tokens(open_text(config).train, Counting(), SEPARATOR) for _ in range(2)]
+    flats = [tokenise_indexed(open_text(config).train, Counting(), SEPARATOR) for _ in range(2)]
     assert calls == [2], "the second time it comes from the cache"
     assert len(flats[0]) == len(flats[1]) == 602
     assert flats[1] == flats[0]
     assert not flats[0].slice(3, 90).to_numpy().flags.owndata, "a view, not a copy"
     assert {file.suffix for file in folder.iterdir()} == {".arrow"}
-    assert len(flat_tokens(open_text(config).train, Counting(), 0)) == 602
+    assert len(tokenise_indexed(open_text(config).train, Counting(), 0)) == 602
     assert calls == [2, 2], "another separator is another text"
 
 
