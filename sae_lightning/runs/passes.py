@@ -38,8 +38,9 @@ from sae_lightning.runs.plan import (
     HeldOutResults,
     PlannedPass,
     assign_jobs,
-    count_led_controls,
     cut_evenly,
+    cut_groups,
+    find_leaders,
     group_by_leader,
 )
 from sae_lightning.runs.starts import forget_starts
@@ -138,26 +139,28 @@ def plan_passes(jobs: Iterable[Job]) -> list[PlannedPass]:
     for job in jobs:
         streams.setdefault(job.config.stream_key(), []).append(job)
     groups: dict[tuple[str, int], list[CheckedJob]] = {}
-    errors = []
+    errors, is_parted = [], False
     for key, jobs_of_stream in streams.items():
         try:
-            for checked in checks.check_jobs(jobs_of_stream):
-                # runs of a killed sweep may have stopped at different steps
-                groups.setdefault((key, checked.steps_done), []).append(checked)
+            of_stream = checks.check_jobs(jobs_of_stream)
         except UserError as error:
             errors.append(str(error))
+            continue
+        for checked, leader in zip(of_stream, find_leaders(jobs_of_stream), strict=True):
+            # runs of a killed sweep may have stopped at different steps
+            groups.setdefault((key, checked.steps_done), []).append(checked)
+            if leader is not None and of_stream[leader].steps_done != checked.steps_done:
+                is_parted = True
     if errors:
         lines = "\n  ".join(map(make_visible, errors))
         raise UserError(SEVERAL_ERRORS * (len(errors) > 1) + lines)
     if groups:
         checks.check_disk_space([checked for group in groups.values() for checked in group])
     forget_starts()
-    jobs_of_groups = [[checked.job for checked in group] for group in groups.values()]
-    led = sum(map(count_led_controls, jobs_of_groups))
-    if led < sum(map(count_led_controls, streams.values())):
+    if is_parted:
         console.print(
-            "some controls were saved at another update than their SAEs: their target stays the "
-            "last known L0 of the SAE"
+            "some controls were saved at another update than their SAEs and train on another pass: "
+            "they keep to the last known L0 of the SAE instead of following it, and may end apart"
         )
     return [part for group in groups.values() for part in _split_group(group)]
 
@@ -167,7 +170,7 @@ def _split_group(group: list[CheckedJob]) -> list[PlannedPass]:
     as fit into free memory. An SAE and the controls that follow its L0 share a pass and a rank."""
     jobs, sites, _, shapes, _ = (list(column) for column in zip(*group, strict=True))
     configs = [job.config for job in jobs]
-    trainer = configs[0].trainer
+    trainer, whole_groups = configs[0].trainer, group_by_leader(jobs)
     ranks, free = count_ranks(configs[0]), _read_free_memory(configs[0])
     needed = memory.estimate_memory(configs, sites, shapes[0], ranks)
     max_heads = min((c.sweep.max_heads for c in configs if c.sweep.max_heads), default=None)
@@ -177,12 +180,12 @@ def _split_group(group: list[CheckedJob]) -> list[PlannedPass]:
         left, head = 0.9 * free - needed.shared, max(needed.heads)
         is_split = trainer.split is Splitting.all
         per_rank = max(1, int(left // ((head / ranks if is_split else head) + needed.hidden)))
-        led_groups = group_by_leader(jobs, per_rank)
+        led_groups = cut_groups(whole_groups, per_rank)
         largest = max(map(len, led_groups))
         max_heads = per_rank if is_split else ranks * (per_rank // largest * largest)
     else:
-        led_groups = group_by_leader(jobs, max_heads)
-    if len(led_groups) > len(group_by_leader(jobs)):
+        led_groups = cut_groups(whole_groups, max_heads)
+    if len(led_groups) > len(whole_groups):
         console.print(
             "too many controls to train together with their SAEs: some keep their own sparsity "
             "coefficients instead of following the L0 of the SAE"

@@ -1,6 +1,5 @@
 """The plan of a pass: which jobs share it, and which rank trains which of them."""
 
-import sys
 from bisect import bisect
 from collections.abc import Iterable, Sequence
 from itertools import accumulate, chain, pairwise
@@ -52,21 +51,21 @@ def find_leaders(jobs: Sequence[Job]) -> list[int | None]:
     ]
 
 
-def count_led_controls(jobs: Sequence[Job]) -> int:
-    """Number of controls whose leader is among the jobs."""
-    return sum(leader is not None for leader in find_leaders(jobs))
-
-
-def group_by_leader(jobs: Sequence[Job], most: int = sys.maxsize) -> list[list[int]]:
+def group_by_leader(jobs: Sequence[Job]) -> list[list[int]]:
     """Numbers of the jobs, in groups that belong on one rank: an SAE, then the controls that it
-    leads. Most groups are a single job. Groups of more than `most` are cut."""
+    leads. Most groups are a single job."""
     groups: dict[int, list[int]] = {}
     for number, leader in enumerate(find_leaders(jobs)):
         if leader is None:
             groups.setdefault(number, []).insert(0, number)
         else:
             groups.setdefault(leader, []).append(number)
-    return [g[n : n + most] for g in groups.values() for n in range(0, len(g), most)]
+    return [*groups.values()]
+
+
+def cut_groups(groups: Iterable[list[int]], most: int) -> list[list[int]]:
+    """The groups, those of more than `most` jobs cut into several."""
+    return [group[n : n + most] for group in groups for n in range(0, len(group), most)]
 
 
 def cut_evenly(groups: Sequence[list[int]], most: int) -> list[list[list[int]]]:

@@ -12,7 +12,13 @@ from tiny_run import WORLD_BATCH, synthetic_job
 from sae_lightning.runs import passes
 from sae_lightning.runs.checks import resolve_auto
 from sae_lightning.runs.jobs import read_sweep
-from sae_lightning.runs.plan import assign_jobs, cut_evenly, find_leaders, group_by_leader
+from sae_lightning.runs.plan import (
+    assign_jobs,
+    cut_evenly,
+    cut_groups,
+    find_leaders,
+    group_by_leader,
+)
 from sae_lightning.runs.search import SweepConfig
 from sae_lightning.sae import SAEConfig
 from sae_lightning.sae.controls import Control
@@ -92,7 +98,7 @@ def test_a_pair_that_was_saved_at_different_updates_says_so(pair, monkeypatch, c
     again = [resolve_auto(replace(job, resumed=True)) for job in both]
     capsys.readouterr()
     assert len(passes.plan_passes(again)) == 2
-    assert "at another update than their SAEs: their target stays" in capsys.readouterr().out
+    assert "than their SAEs and train on another pass: they keep to" in capsys.readouterr().out
     assert len(passes.plan_passes(again[1:])) == 1
     assert not capsys.readouterr().out
 
@@ -129,7 +135,7 @@ def test_only_an_l0_that_a_coefficient_decides_is_followed(pair):
     ]
     assert find_leaders(jobs) == [None, 0, None, None, None, None, None, 6, 0]
     assert group_by_leader(jobs) == [[0, 1, 8], [2], [3], [4], [5], [6, 7]]
-    assert group_by_leader(jobs, 2) == [[0, 1], [8], [2], [3], [4], [5], [6, 7]]
+    assert cut_groups(group_by_leader(jobs), 2) == [[0, 1], [8], [2], [3], [4], [5], [6, 7]]
 
 
 @pytest.mark.parametrize(
