@@ -22,12 +22,11 @@ from sae_lightning.analysis.survey.sample import SequenceSampler
 from sae_lightning.analysis.survey.token_sets import score_token_sets
 from sae_lightning.analysis.theory.detection import find_detector
 from sae_lightning.analysis.theory.one_concept import ConceptCounts, find_frequent
+from sae_lightning.report.comparison import has_same_l0
 from sae_lightning.report.noise import find_critical_t
 from sae_lightning.report.section import ResultTable, Section
 from sae_lightning.sae import SAE
 from sae_lightning.sae.controls import Control
-
-MAX_L0_RATIO = 1.1  # above, two SAEs are not equally sparse
 
 
 class Score(NamedTuple):
@@ -211,7 +210,8 @@ def _compare_reconstructions(own: Scores, controls: Mapping[str, Scores]) -> str
     rivals = {name: s for name, s in controls.items() if "explained_variance" in s}
     if "explained_variance" not in own or not rivals:
         return "Their explained variance is not a number, so that it does not compare."
-    name = max(rivals, key=lambda name: rivals[name]["explained_variance"].value)
+    same = {name: has_same_l0(s["l0"].value, own["l0"].value) for name, s in rivals.items()}
+    name = max(rivals, key=lambda name: (same[name], rivals[name]["explained_variance"].value))
     saes = {"It": own, name: rivals[name]}
     explained = [
         f"{name}{' explains' * (name == 'It')} {scores['explained_variance'].value:.1%}"
@@ -223,8 +223,7 @@ def _compare_reconstructions(own: Scores, controls: Mapping[str, Scores]) -> str
         recovered = [f"{name} {scores['recovered'].value:.1%}" for name, scores in rivals.items()]
         text += f" It recovers {own['recovered'].value:.1%} of the concepts, "
         text += f"{', '.join(recovered)}."
-    sizes = [scores["l0"].value for scores in saes.values()]
-    if max(sizes) > MAX_L0_RATIO * min(sizes):
+    if not same[name]:
         text += " As they are not equally sparse, these numbers do not compare: loss.target_l0 "
         text += "trains SAEs to the same L0."
     return text

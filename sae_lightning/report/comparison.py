@@ -8,7 +8,7 @@ import numpy as np
 from sae_lightning.report.means import TRAINED, MeansTable
 from sae_lightning.report.noise import tell_apart
 
-SAME_L0 = 0.1  # largest relative difference in L0 at which SAEs are compared
+SAME_L0 = 0.1  # see `has_same_l0`
 MAX_SENTENCES = 4  # trained SAEs with a sentence each; more are counted
 BETTER, WORSE, TIED, UNKNOWN = "better", "worse", "not told apart", "too few seeds: noise unknown"
 OTHER_L0 = "L0 differs"
@@ -56,8 +56,9 @@ def compare_with_controls(means: MeansTable) -> list[Comparison]:
             measured = values[controls].dropna().index if column.better else []
             if values.isna()[row] or not len(measured):
                 continue
+            l0 = means.mean["l0"]
             best = max(
-                measured, key=lambda i: (_has_same_l0(means, row, i), values[i] * column.better)
+                measured, key=lambda i: (has_same_l0(l0[i], l0[row]), values[i] * column.better)
             )
             difference = values[row] - values[best]
             verdict = _judge(means, row, best, name)
@@ -65,13 +66,14 @@ def compare_with_controls(means: MeansTable) -> list[Comparison]:
     return comparisons
 
 
-def _has_same_l0(means: MeansTable, row: int, other: int) -> bool:
-    l0 = means.mean["l0"]
-    return abs(l0[other] - l0[row]) <= SAME_L0 * l0[row]
+def has_same_l0(control: float, trained: float) -> bool:
+    """Whether the L0 of a control is within 10 % of its trained SAE's, so that they compare."""
+    return abs(control - trained) <= SAME_L0 * trained
 
 
 def _judge(means: MeansTable, row: int, control: int, name: str) -> str:
-    if not _has_same_l0(means, row, control):
+    l0 = means.mean["l0"]
+    if not has_same_l0(l0[control], l0[row]):
         return OTHER_L0
     values = means.estimate(name)
     if np.isnan(values.spread[[row, control]]).all():

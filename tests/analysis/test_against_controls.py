@@ -91,7 +91,9 @@ def test_the_sentences_are_chosen_by_the_numbers():
         "against 0.20) better than those of pca. It explains"
     )
     assert "they are not equally sparse" in lead
-    both = make_control_section(own, {"pca": sparser, "frozen_decoder": control})
+    more = control | {"l0": Score(8.9), "explained_variance": Score(0.99)}  # 11 % denser
+    both = make_control_section(own, {"pca": sparser, "more": more, "frozen_decoder": control})
+    assert both.lead.endswith("frozen_decoder 90.0% at an L0 of 8.0."), "the best at the same L0"
     assert "(0.51 against 0.51) no better than those of the best control" in both.lead
     assert both.rows["pca"] == "directions are principal components"
 
