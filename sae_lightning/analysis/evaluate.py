@@ -90,11 +90,8 @@ def list_numbers(card: scorecard.Scorecard) -> dict[str, float]:
     if isinstance(card.scores, SpliceScores):
         clean, mean, error = card.scores.ce_clean, card.scores.ce_mean, card.scores.ce_error
         gap = mean - clean or math.nan
-        shares = {
-            "features_share": (mean - card.scores.ce_spliced) / gap,
-            "error_share": (mean - error) / gap,
-        }
-        numbers |= {"ce_error": error, **shares}
+        numbers["features_share"] = (mean - card.scores.ce_spliced) / gap
+        numbers["error_share"] = (mean - error) / gap
     return numbers
 
 

@@ -50,7 +50,7 @@ class Scorecard(NamedTuple):
     """Explained variance without the few tokens that dominate it, if there are any."""
 
     def scalars(self) -> dict[str, float]:
-        """All numbers by name, for `metrics.json`, curves and tables."""
+        """All numbers that are measured, by name, for `metrics.json`, curves and tables."""
         quality = self.quality._asdict()
         del quality["density"], quality["dimension"]
         parts = {"usual": self.usual, "dimension": self.quality.dimension}
@@ -61,8 +61,8 @@ class Scorecard(NamedTuple):
             for name, value in part._asdict().items()
         }
         scores = self.scores._asdict() if self.scores else {}
-        scores.pop("ce_error", None)  # of analysis only, like `fidelity`
-        return quality | self.copies._asdict() | dominant | scores
+        numbers = quality | self.copies._asdict() | dominant | scores
+        return {name: value for name, value in numbers.items() if value is not None}
 
 
 @torch.no_grad()
