@@ -52,10 +52,9 @@ def permute_dimensions(x: Tensor, generator: Generator) -> Tensor:
     return x.gather(0, order[shifted % batch])
 
 
-def list_principal_directions(covariance: Tensor) -> Tensor:
-    """[2 d, d]: the unit vectors u_1, -u_1, u_2, -u_2, ... along the principal axes of a covariance
-    [d, d], by falling variance. The largest element of each u_i is positive."""
-    axes = torch.linalg.eigh(covariance).eigenvectors.T.flip(0)
+def list_principal_directions(axes: Tensor) -> Tensor:
+    """[2 d, d]: the unit vectors u_1, -u_1, u_2, -u_2, ... along principal axes [d, d] (rows). The
+    largest element of each u_i is positive."""
     axes = axes * axes.gather(1, axes.abs().argmax(dim=1, keepdim=True)).sign()
     return torch.stack([axes, -axes], dim=1).flatten(0, 1)
 

@@ -20,7 +20,6 @@ from sae_lightning.analysis.theory.claims import (
 )
 from sae_lightning.analysis.theory.dense import compare_dense
 from sae_lightning.analysis.theory.detection import Detector
-from sae_lightning.analysis.theory.moments import Moments
 from sae_lightning.analysis.theory.one_concept import ConceptDetectors, compare_units
 from sae_lightning.analysis.theory.overlap import compare_directions, count_cosines
 from sae_lightning.analysis.theory.theory_sections import make_theory_sections
@@ -28,6 +27,7 @@ from sae_lightning.analysis.theory.token_concepts import CONCEPTS, tag_tokens
 from sae_lightning.llm.sites import Kind, Site, SitePair
 from sae_lightning.llm.vocabulary import find_special_ids, read_vocabulary
 from sae_lightning.sae import ARCHITECTURES, build_sae
+from sae_lightning.scoring.moments import Moments
 
 WIDTH, FEATURES, CONTEXT = 24, 48, 16
 

@@ -15,7 +15,6 @@ from sae_lightning.analysis.collect import EncodedBatch
 from sae_lightning.analysis.subject import Subject
 from sae_lightning.analysis.theory.dense import compare_dense
 from sae_lightning.analysis.theory.detection import FeatureCounts, NeuronCounts
-from sae_lightning.analysis.theory.moments import Moments
 from sae_lightning.analysis.theory.one_concept import (
     compare_units,
     detect_concepts,
@@ -26,6 +25,7 @@ from sae_lightning.analysis.theory.overlap import Cosines, compare_directions
 from sae_lightning.analysis.theory.token_concepts import CONCEPTS
 from sae_lightning.sae.matrix import SparseMatrix
 from sae_lightning.sae.sparse import SparsityPattern
+from sae_lightning.scoring.moments import Moments
 from sae_lightning.terminal import phase
 
 DENSE_TOKENS = 2048  # tokens on which dense autoencoders are run

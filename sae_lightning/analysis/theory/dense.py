@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae_lightning.analysis.theory.moments import Moments
 from sae_lightning.sae import build_sae
 from sae_lightning.sae.relu import DenseConfig
+from sae_lightning.scoring.moments import Moments
 
 
 def compare_dense(variances: Tensor, sample: Tensor, l0: float, error: float) -> dict[str, Any]:

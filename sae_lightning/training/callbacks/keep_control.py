@@ -7,10 +7,11 @@ from torch import Tensor
 from sae_lightning.llm.sites import Site
 from sae_lightning.sae.controls import Control, limit_turn, list_principal_directions
 from sae_lightning.sae.gated import Gated
+from sae_lightning.scoring.moments import Moments
 from sae_lightning.terminal import phase
 from sae_lightning.training.head import Head
 
-PRODUCT_ROWS = 4096  # activations multiplied at a time: float32 adds up so many accurately
+MOMENT_ROWS = 4096  # bound memory
 
 
 class KeepControl(L.Callback):
@@ -28,8 +29,9 @@ class KeepControl(L.Callback):
             site, tokens = key = (head.source, head.callbacks.normalize.tokens)
             if key not in components:
                 x = trainer.datamodule.stream.peek(tokens)[site].to(module.device)
-                mean, covariance = measure_covariance(x)
-                components[key] = mean, list_principal_directions(covariance)
+                moments = measure_moments(x)
+                _, axes = moments.find_principal_directions()
+                components[key] = moments.mean, list_principal_directions(axes)
             set_principal_directions(head, *components[key])
 
     @torch.no_grad()
@@ -40,16 +42,14 @@ class KeepControl(L.Callback):
                 head.sae.W_dec.copy_(limit_turn(head.sae.W_dec, head.random_rows))
 
 
-def measure_covariance(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean [d] and covariance [d, d], in float64 on the CPU, of activations x [n, d]."""
-    mean = x.mean(dim=0, dtype=torch.float32)
-    products = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
+def measure_moments(x: Tensor) -> Moments:
+    """Mean and covariance of activations x [n, d], which become float64 some at a time."""
+    moments = Moments()
     with phase("finding principal components", total=len(x)) as advance:
-        for part in x.split(PRODUCT_ROWS):
-            centred = part.float() - mean
-            products += (centred.T @ centred).cpu()
+        for part in x.split(MOMENT_ROWS):
+            moments.add(part)
             advance(len(part))
-    return mean, products / len(x)
+    return moments
 
 
 def set_principal_directions(head: Head, mean: Tensor, directions: Tensor) -> None:
