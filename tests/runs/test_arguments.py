@@ -10,9 +10,7 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
-from hydra import initialize_config_dir
 from hydra._internal.callbacks import Callbacks
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, RunMode
 from omegaconf import OmegaConf
@@ -20,8 +18,6 @@ from omegaconf import OmegaConf
 from sae_lightning.errors import PACKAGES, UserError
 from sae_lightning.runs.arguments import check_arguments
 from sae_lightning.runs.cli import explain_error
-from sae_lightning.runs.config import find_conf_folder
-from sae_lightning.runs.schemas import register_schemas
 from sae_lightning.runs.sweep import Sweep
 
 ROOT = Path(__file__).parents[2]
@@ -117,18 +113,11 @@ SWEPT = {
 }
 
 
-@pytest.fixture(scope="module")
-def loader():
-    register_schemas()
-    with initialize_config_dir(find_conf_folder(), version_base="1.3"):
-        yield GlobalHydra.instance().config_loader()
-
-
 @pytest.mark.parametrize("typed", SWEPT)
-def test_a_sweep_over_nothing_possible_is_refused_before_anything_is_made(loader, tmp_path, typed):
+def test_a_sweep_over_nothing_possible_is_refused_before_anything_is_made(hydra, tmp_path, typed):
     folder = tmp_path / "sweep"
     given = [*typed.split(), f"hydra.sweep.dir={folder}"]
-    config = loader.load_configuration("config", given, RunMode.MULTIRUN)
+    config = hydra.load_configuration("config", given, RunMode.MULTIRUN)
     with pytest.raises(SystemExit) as ended:
         Sweep().on_multirun_start(config)
     assert re.fullmatch(f"error: {SWEPT[typed]}", ended.value.code), ended.value.code
@@ -146,12 +135,12 @@ def test_a_sweep_over_nothing_possible_is_refused_before_anything_is_made(loader
         ("hydra/sweeper/sampler=grid", "GridSampler only supports discrete"),
     ],
 )
-def test_what_optuna_refuses_is_told_in_one_line(loader, tmp_path, setting, told):
+def test_what_optuna_refuses_is_told_in_one_line(hydra, tmp_path, setting, told):
     given = [SEARCH, "loss.l1=interval(1,2)", setting, f"hydra.sweep.dir={tmp_path}"]
-    config = loader.load_configuration("config", given, RunMode.MULTIRUN)
+    config = hydra.load_configuration("config", given, RunMode.MULTIRUN)
     sweeper = Plugins.instance().instantiate_sweeper(
         config=config,
-        hydra_context=HydraContext(config_loader=loader, callbacks=Callbacks()),
+        hydra_context=HydraContext(config_loader=hydra, callbacks=Callbacks()),
         task_function=lambda cfg: None,
     )
     with pytest.raises(Exception) as error:  # noqa: B017, PT011 - of several libraries

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from hydra import compose
 from hydra._internal.callbacks import Callbacks
 from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
 from hydra.core.config_store import ConfigStore
@@ -39,7 +39,7 @@ from sae_lightning.runs.cli import (
     read_arguments,
     refuse_second_task,
 )
-from sae_lightning.runs.config import Config, find_conf_folder
+from sae_lightning.runs.config import Config
 from sae_lightning.runs.jobs import CONFIG_FILE, Job, format_config, make_job, read_job
 from sae_lightning.runs.schemas import register_schemas
 from sae_lightning.runs.translations import TRANSLATIONS
@@ -176,13 +176,6 @@ BAD = {
     "resume=nope": r"nope holds no run \(no config\.yaml\): .*",
     "resume=nope seed=1": r"resume continues a run as it was; seed=1 cannot be given with it\. .*",
 }
-
-
-@pytest.fixture(scope="module")
-def hydra():
-    register_schemas()
-    with initialize_config_dir(find_conf_folder(), version_base="1.3"):
-        yield
 
 
 @pytest.mark.parametrize("typed", BAD)

@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
+from hydra import compose
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import ConfigCompositionException
@@ -25,7 +25,7 @@ from sae_lightning.runs.jobs import (
     read_job,
     read_overrides,
 )
-from sae_lightning.runs.schemas import name_job_folder, register_schemas
+from sae_lightning.runs.schemas import name_job_folder
 from sae_lightning.sae import ARCHITECTURES
 from sae_lightning.sae.relu import ReLULoss
 from sae_lightning.stream import SOURCES
@@ -43,12 +43,7 @@ LEFT_OPEN = {
     "data/hub": ["data.name=owner/name"],
 }
 
-
-@pytest.fixture(scope="module", autouse=True)
-def hydra():
-    register_schemas()
-    with initialize_config_dir(find_conf_folder(), version_base="1.3"):
-        yield
+pytestmark = pytest.mark.usefixtures("hydra")
 
 
 def test_an_experiment_is_all_settings_but_seeds_controls_and_what_changes_at_most_rounding():

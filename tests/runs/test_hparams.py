@@ -6,22 +6,16 @@ from pathlib import Path
 
 import pytest
 from board import list_hparams, open_board, read_runs
-from hydra import compose, initialize_config_dir
+from hydra import compose
 
-from sae_lightning.runs.config import find_conf_folder
 from sae_lightning.runs.hparams import make_hparams
 from sae_lightning.runs.jobs import Job, make_job, read_swept_settings
-from sae_lightning.runs.schemas import register_schemas
 from sae_lightning.training.logging import HeadLog
 
-pytestmark = pytest.mark.filterwarnings("ignore:html5lib's sanitizer is deprecated")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def hydra():
-    register_schemas()
-    with initialize_config_dir(find_conf_folder(), version_base="1.3"):
-        yield
+pytestmark = [
+    pytest.mark.usefixtures("hydra"),
+    pytest.mark.filterwarnings("ignore:html5lib's sanitizer is deprecated"),
+]
 
 
 def grid(line: str, folder: Path) -> list[Job]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from hydra import compose, initialize_config_dir
+from hydra import compose
 from omegaconf import OmegaConf
 
 from sae_lightning.analysis.metadata import config_from_metadata
@@ -18,7 +18,7 @@ from sae_lightning.analysis.subject import open_subject
 from sae_lightning.errors import UserError
 from sae_lightning.llm.load import LLMConfig
 from sae_lightning.llm.sites import LayerConfig
-from sae_lightning.runs.config import Config, find_conf_folder
+from sae_lightning.runs.config import Config
 from sae_lightning.runs.folders import read_sweep_runs
 from sae_lightning.runs.jobs import (
     CONFIG_FILE,
@@ -29,7 +29,6 @@ from sae_lightning.runs.jobs import (
     make_jobs,
     read_job,
 )
-from sae_lightning.runs.schemas import register_schemas
 from sae_lightning.runs.sweep import HYDRA_RECORD, Sweep
 from sae_lightning.sae import SAEConfig
 from sae_lightning.sae.relu import ReLULoss
@@ -80,13 +79,6 @@ def write_text(folder: Path, old: str, new: str) -> str:
     assert old in text
     (folder / CONFIG_FILE).write_text(text.replace(old, new))
     return text
-
-
-@pytest.fixture(scope="module")
-def hydra():
-    register_schemas()
-    with initialize_config_dir(find_conf_folder(), version_base="1.3"):
-        yield
 
 
 def resumed(*overrides: str) -> list[Job]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from hydra import compose
 
 from sae_lightning import UserError
 from sae_lightning.formats.export import save_sae
@@ -13,21 +13,15 @@ from sae_lightning.llm.packaged import LLMShape
 from sae_lightning.llm.sites import Kind, LayerConfig
 from sae_lightning.runs.checks import _count_checkpoint_bytes
 from sae_lightning.runs.cli import read_arguments
-from sae_lightning.runs.config import Config, find_conf_folder
+from sae_lightning.runs.config import Config
 from sae_lightning.runs.jobs import Job, format_config, make_job, read_job
 from sae_lightning.runs.memory import estimate_memory
-from sae_lightning.runs.schemas import register_schemas
 from sae_lightning.runs.starts import check_start, choose_architecture, forget_starts
 from sae_lightning.sae import ARCHITECTURES, build_sae
 
 D = 16
 
-
-@pytest.fixture(scope="module", autouse=True)
-def hydra():
-    register_schemas()
-    with initialize_config_dir(find_conf_folder(), version_base="1.3"):
-        yield
+pytestmark = pytest.mark.usefixtures("hydra")
 
 
 @pytest.fixture(autouse=True)

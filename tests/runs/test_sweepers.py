@@ -12,9 +12,7 @@ from unittest.mock import Mock
 
 import pytest
 from board import list_hparams, open_board
-from hydra import initialize_config_dir
 from hydra._internal.callbacks import Callbacks
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext, RunMode
@@ -22,8 +20,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from tiny_run import write_text
 
 from sae_lightning.runs import jobs
-from sae_lightning.runs.config import Config, find_conf_folder, to_dataclass
-from sae_lightning.runs.schemas import register_schemas
+from sae_lightning.runs.config import Config, to_dataclass
 from sae_lightning.runs.search import SweepConfig, compute_objective
 from sae_lightning.runs.sweep import Sweep
 from sae_lightning.sae import ARCHITECTURES
@@ -52,23 +49,15 @@ class Recorder:
         ]
 
 
-@pytest.fixture(scope="module")
-def loader():
-    """Hydra's, for conf/."""
-    register_schemas()
-    with initialize_config_dir(find_conf_folder(), version_base="1.3"):
-        yield GlobalHydra.instance().config_loader()
-
-
 @pytest.fixture
-def sweep(loader, tmp_path):
+def sweep(hydra, tmp_path):
     """sweep(typed, trained) -> the batches of overrides that `train.py -m typed` would train."""
 
     def batches(arguments: list[str], trained=lambda overrides: 0.0) -> list[list[dict]]:
-        config = configured(loader, [*arguments, f"hydra.sweep.dir={tmp_path}"])
+        config = configured(hydra, [*arguments, f"hydra.sweep.dir={tmp_path}"])
         sweeper = Plugins.instance().instantiate_sweeper(
             config=config,
-            hydra_context=HydraContext(config_loader=loader, callbacks=Callbacks()),
+            hydra_context=HydraContext(config_loader=hydra, callbacks=Callbacks()),
             task_function=lambda cfg: None,
         )
         recorder = Recorder(trained)
@@ -79,17 +68,17 @@ def sweep(loader, tmp_path):
     return batches
 
 
-def configured(loader, arguments: list[str]) -> DictConfig:
+def configured(hydra, arguments: list[str]) -> DictConfig:
     """The config of the multirun that was typed."""
-    return loader.load_configuration(
+    return hydra.load_configuration(
         "config", [*arguments, "hydra/launcher=basic"], RunMode.MULTIRUN
     )
 
 
-def composed(loader, overrides: dict[str, str]) -> Config:
+def composed(hydra, overrides: dict[str, str]) -> Config:
     """The typed config of one job."""
     given = [f"{name}={value}" for name, value in overrides.items()]
-    config = loader.load_sweep_config(configured(loader, []), given)
+    config = hydra.load_sweep_config(configured(hydra, []), given)
     with read_write(config), open_dict(config):
         del config["hydra"]
     return to_dataclass(config)
@@ -109,11 +98,9 @@ def composed(loader, overrides: dict[str, str]) -> Config:
         (["loss.l1=1e-3,1e-2", "optim.clip=null"], "optim.clip", [None, None]),
     ],
 )
-def test_hydras_syntax_of_a_grid_gives_one_config_a_value(
-    sweep, loader, arguments, setting, values
-):
+def test_hydras_syntax_of_a_grid_gives_one_config_a_value(sweep, hydra, arguments, setting, values):
     (batch,) = sweep(arguments)
-    assert [composed(loader, job).to_flat_dict()[setting] for job in batch] == values
+    assert [composed(hydra, job).to_flat_dict()[setting] for job in batch] == values
 
 
 def test_a_preset_can_hold_a_sweep(sweep, tmp_path):
@@ -173,14 +160,14 @@ def test_a_search_survives_failed_runs_and_metrics_that_are_nan(sweep, tmp_path)
     assert (found.best_value, found.best_params) == (0.5, {"loss.l1": best})
 
 
-def test_a_search_over_presets_and_sizes_composes(sweep, loader):
+def test_a_search_over_presets_and_sizes_composes(sweep, hydra):
     swept = [
         "model=choice(relu,dense)",
         "model.features=choice(16,64)",
         "layer.index=range(3,15,6)",
     ]
     (batch,) = sweep([*SEARCH[:1], *swept, "seed=3", "hydra.sweeper.n_trials=5"])
-    configs = [composed(loader, job) for job in batch]
+    configs = [composed(hydra, job) for job in batch]
     assert {config.model.name for config in configs} == {"relu", "dense"}
     assert {config.model.features for config in configs} == {16, 64}
     assert {config.layer.index for config in configs} <= {3, 9, 15}
@@ -273,7 +260,7 @@ def test_optuna_is_told_what_the_runs_achieved(train, tmp_path, launcher):
     ],
 )
 def test_what_starts_in_the_same_second_gets_a_folder_of_its_own(
-    loader, tmp_path, monkeypatch, mode, start, place, top
+    hydra, tmp_path, monkeypatch, mode, start, place, top
 ):
     monkeypatch.chdir(tmp_path)
     day = datetime(2026, 1, 31, 12)
@@ -281,14 +268,14 @@ def test_what_starts_in_the_same_second_gets_a_folder_of_its_own(
     OmegaConf.register_new_resolver("now", day.strftime, use_cache=True, replace=True)
     folders = []
     for _ in range(3):
-        config = loader.load_configuration("config", [], mode)
+        config = hydra.load_configuration("config", [], mode)
         start(Sweep(), config)
         folders.append(OmegaConf.select(config, place))
-        a_job = loader.load_sweep_config(config, [])
+        a_job = hydra.load_sweep_config(config, [])
         assert OmegaConf.select(a_job, place) == folders[-1], "all jobs of a sweep share one"
     whole = f"{top}/2026-01-31/12-00-00"
     assert folders == [whole, f"{whole}-2", f"{whole}-3"]
-    chosen = loader.load_configuration("config", [f"{place}={whole}"], mode)
+    chosen = hydra.load_configuration("config", [f"{place}={whole}"], mode)
     start(Sweep(), chosen)
     assert OmegaConf.select(chosen, place) == whole, "a folder that was named is that folder"
 

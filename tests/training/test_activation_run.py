@@ -2,29 +2,26 @@
 
 import json
 import math
-import os
-import signal
 from dataclasses import replace
 from pathlib import Path
 
-import lightning as L
 import numpy as np
 import pytest
 import torch
 from on_ranks import train_on_ranks
 from safetensors.torch import save_file
-from test_run import interrupt
+from test_run import metrics, stop_after, weights
 
 from sae_lightning import UserError, load_sae
 from sae_lightning.analysis.evaluate import EvaluateTask, score_subject
 from sae_lightning.analysis.overview import OverviewTask
 from sae_lightning.analysis.subject import open_subject
 from sae_lightning.analysis.survey.features_task import FeaturesTask
-from sae_lightning.formats.export import CFG, WEIGHTS
+from sae_lightning.formats.export import CFG
 from sae_lightning.llm.load import Dtype, LLMConfig
 from sae_lightning.llm.sites import Kind, LayerConfig
 from sae_lightning.report.sweep_report import write_report
-from sae_lightning.runs import passes, run
+from sae_lightning.runs import passes
 from sae_lightning.runs.config import Config
 from sae_lightning.runs.folders import read_sweep_runs
 from sae_lightning.runs.jobs import Job, read_job
@@ -85,14 +82,6 @@ def job(files, tmp_path):
     return make
 
 
-def metrics(folder: Path) -> dict:
-    return json.loads((folder / "metrics.json").read_text())
-
-
-def weights(folder: Path) -> bytes:
-    return (folder / "sae" / WEIGHTS).read_bytes()
-
-
 def settings() -> dict:
     return {"llm": None, "data": PlaysConfig(), "layer": LayerConfig(index=0), "seed": 0}
 
@@ -117,16 +106,7 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(job, monkeypatch):
     whole, stopped = job("whole"), job("stopped")
     passes.train_jobs([whole])
 
-    class Stop(L.Callback):
-        def on_train_batch_end(self, trainer, *_):
-            if trainer.global_step == 37:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-    with monkeypatch.context() as patch:
-        make_callbacks = run.make_callbacks
-        patch.setattr(run, "make_callbacks", lambda *args: [Stop(), *make_callbacks(*args)])
-        with pytest.raises(SystemExit):
-            passes.train_jobs([stopped])
+    stop_after(monkeypatch, 37, stopped)
     passes.train_jobs([replace(read_job(stopped.folder), resumed=True)])
     assert weights(whole.folder) == weights(stopped.folder)
     assert metrics(whole.folder)["held_out"] == metrics(stopped.folder)["held_out"]
@@ -135,11 +115,8 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(job, monkeypatch):
 def test_runs_at_different_sites_that_were_stopped_go_on_together(job, tmp_path, monkeypatch):
     """The stream of each has the checksums of the files at its own sites."""
     jobs = [job("a"), job("b", layer=replace(TRANSCODER, source=Kind.mlp))]
-    with monkeypatch.context() as patch:
-        interrupt(patch, 20, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        for each in jobs:
-            with pytest.raises(SystemExit):
-                passes.train_jobs([each])
+    for each in jobs:
+        stop_after(monkeypatch, 20, each)
     both = [replace(read_job(each.folder), resumed=True, multirun=True) for each in jobs]
     passes.train_jobs(both)
     whole = job("whole")

@@ -1,15 +1,14 @@
 """Whole runs with the activation cache end with the same SAE as runs without it."""
 
-import json
 import os
 import shutil
 from dataclasses import replace
 
 import lightning as L
 import pytest
+from test_run import metrics, weights
 
 from sae_lightning.errors import UserError
-from sae_lightning.formats.export import WEIGHTS
 from sae_lightning.llm.sites import LayerConfig
 from sae_lightning.runs import checks, passes, run
 from sae_lightning.runs.jobs import read_job
@@ -40,14 +39,6 @@ def calls(monkeypatch):
     return llm_passes
 
 
-def weights(job):
-    return (job.folder / "sae" / WEIGHTS).read_bytes()
-
-
-def metrics(job):
-    return json.loads((job.folder / "metrics.json").read_text())
-
-
 @pytest.mark.slow
 def test_a_cached_run_ends_with_the_weights_of_a_live_one_and_without_the_llm(made, calls):
     live, writing, reading = made("live", cached=False), made("writing"), made("reading")
@@ -57,10 +48,10 @@ def test_a_cached_run_ends_with_the_weights_of_a_live_one_and_without_the_llm(ma
     assert len(calls) == 2 * llm_passes > 0
     passes.train_jobs([reading])
     assert len(calls) == 2 * llm_passes
-    assert weights(live) == weights(writing) == weights(reading)
-    assert metrics(live)["held_out"] == metrics(reading)["held_out"]
-    assert metrics(live)["training"] == metrics(reading)["training"]
-    assert metrics(reading)["speed"]["llm_share"] == 0
+    assert weights(live.folder) == weights(writing.folder) == weights(reading.folder)
+    assert metrics(live.folder)["held_out"] == metrics(reading.folder)["held_out"]
+    assert metrics(live.folder)["training"] == metrics(reading.folder)["training"]
+    assert metrics(reading.folder)["speed"]["llm_share"] == 0
     other = made("other", layer=LayerConfig(index=0))
     passes.train_jobs([other])
     assert len(calls) == 3 * llm_passes, "another layer is not there yet"
@@ -135,7 +126,7 @@ def test_a_run_that_a_sweep_or_a_user_takes_up_needs_no_space_for_its_cache(made
     taken_up = made("taken up")
     taken_up.resumed = True  # and has no checkpoint yet
     passes.train_jobs([taken_up])
-    assert metrics(taken_up)["tokens"] > 0
+    assert metrics(taken_up.folder)["tokens"] > 0
 
 
 def test_jobs_of_one_pass_have_one_cache(made):
@@ -157,11 +148,11 @@ def test_a_killed_caching_run_resumes_exactly(made, calls, failing, tmp_path, de
     again = read_job(killed.folder)
     again.resumed = True
     passes.train_jobs([again])
-    assert weights(live) == weights(killed)
+    assert weights(live.folder) == weights(killed.folder)
     llm_passes = len(calls)
     passes.train_jobs([made("after", eval=EvalConfig(every=10**9, tokens=150))])
     assert (len(calls) > llm_passes) == deleted, "what was there at a checkpoint stays there"
     llm_passes = len(calls)
     passes.train_jobs([made("last")])
     assert len(calls) == llm_passes
-    assert weights(live) == weights(made("last"))
+    assert weights(live.folder) == weights(made("last"))

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_group import Killed, die
-from test_run import checkpoint, interrupt, leaves, weights
+from test_run import checkpoint, kill_after, leaves, weights
 from tiny_run import WORLD_BATCH, synthetic_job
 
 from sae_lightning.runs import passes
@@ -78,9 +77,7 @@ def test_a_control_ends_at_the_l0_of_its_sae_which_trains_as_if_alone(pair, grou
 def test_a_pair_that_was_killed_ends_as_if_it_had_not_been(pair, monkeypatch):
     whole, killed = pair("whole", **RELU), pair("killed", **RELU)
     passes.train_jobs(whole)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        interrupt(patch, 33, die)
-        passes.train_jobs(killed)
+    kill_after(monkeypatch, 33, *killed)
     again = [replace(job, resumed=True) for job in read_sweep(killed[0].sweep_folder)]
     assert find_leaders(again) == [1, None], "in the order of their names"
     passes.train_jobs(again)
@@ -92,9 +89,7 @@ def test_a_pair_that_was_saved_at_different_updates_says_so(pair, monkeypatch, c
     both = pair("both", **RELU)
     for job, step in zip(both, (11, 21), strict=True):
         job.config.trainer = replace(job.config.trainer, checkpoint_every=10 * WORLD_BATCH)
-        with monkeypatch.context() as patch, pytest.raises(Killed):
-            interrupt(patch, step, die)
-            passes.train_jobs([job])
+        kill_after(monkeypatch, step, job)
     again = [resolve_auto(replace(job, resumed=True)) for job in both]
     capsys.readouterr()
     assert len(passes.plan_passes(again)) == 2

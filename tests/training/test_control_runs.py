@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from on_ranks import train_on_ranks
 from safetensors.torch import load_file
-from test_run import assert_same, interrupt
+from test_run import assert_same, kill_after
 from tiny_run import synthetic_job
 
 from sae_lightning import UserError, load_sae
@@ -16,14 +16,6 @@ from sae_lightning.sae import SAEConfig
 from sae_lightning.sae.controls import Control
 from sae_lightning.sae.relu import ReLULoss
 from sae_lightning.training.settings import CallbacksConfig, ResampleConfig, Splitting
-
-
-class Killed(BaseException):
-    """Stands for a killed process: nothing catches it."""
-
-
-def die():
-    raise Killed
 
 
 def make_jobs(folder, **trainer) -> list:
@@ -42,9 +34,7 @@ def make_jobs(folder, **trainer) -> list:
 @pytest.mark.slow
 def test_controls_end_as_when_trained_alone_and_as_if_never_killed(tmp_path, monkeypatch):
     jobs, together = make_jobs(tmp_path / "killed"), make_jobs(tmp_path / "together")
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        interrupt(patch, 33, die)
-        passes.train_jobs(jobs)
+    kill_after(monkeypatch, 33, *jobs)
     passes.train_jobs([replace(job, resumed=True) for job in jobs])
     passes.train_jobs(together)
     alone = make_jobs(tmp_path / "alone")

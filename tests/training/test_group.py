@@ -11,7 +11,18 @@ import lightning as L
 import pytest
 import torch
 from omegaconf import OmegaConf
-from test_run import RESAMPLING, assert_same, checkpoint, curves, interrupt, resume, weights
+from test_run import (
+    RESAMPLING,
+    Killed,
+    assert_same,
+    checkpoint,
+    curves,
+    die,
+    interrupt,
+    kill_after,
+    resume,
+    weights,
+)
 from tiny_run import BATCH, STEPS
 
 from sae_lightning import UserError
@@ -111,9 +122,7 @@ def test_every_architecture_killed_ends_as_if_it_had_not_been(sweep, monkeypatch
     assert set(MIX) == set(ARCHITECTURES)
     whole, jobs = sweep("whole", **MIX), sweep("killed", **MIX)
     results = passes.train_jobs(whole)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        interrupt(patch, step, die)
-        passes.train_jobs(jobs)
+    kill_after(monkeypatch, step, *jobs)
     assert passes.train_jobs([replace(one, resumed=True) for one in jobs]) == results
     for one, other in zip(whole, jobs, strict=True):
         assert_same(one.folder, other.folder)
@@ -171,14 +180,6 @@ def whole(sweep):
     return jobs
 
 
-class Killed(BaseException):
-    """Stands for a killed process: nothing catches it."""
-
-
-def die():
-    raise Killed
-
-
 @pytest.mark.parametrize(
     "steps",
     [
@@ -190,9 +191,7 @@ def die():
 def test_a_sweep_killed_twice_ends_as_if_it_had_not_been(sweep, whole, monkeypatch, steps):
     jobs = sweep("killed", **SEEDS)
     for step in steps:
-        with monkeypatch.context() as patch, pytest.raises(Killed):
-            interrupt(patch, step, die)
-            passes.train_jobs(jobs)
+        kill_after(monkeypatch, step, *jobs)
         jobs = read_sweep(jobs[0].sweep_folder)
         for one in jobs:
             one.resumed, one.sweep_folder = True, one.folder.parent
@@ -208,9 +207,7 @@ def test_each_head_can_go_on_alone_and_heads_at_different_steps_form_passes(
     sweep, whole, monkeypatch, capsys
 ):
     jobs = sweep("killed", **SEEDS)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        interrupt(patch, 15, die)
-        passes.train_jobs(jobs)
+    kill_after(monkeypatch, 15, *jobs)
     assert checkpoint(jobs[0].folder)["global_step"] == 10
     one, two, three = jobs
     resume(one)
@@ -244,9 +241,7 @@ def test_without_hard_links_each_has_a_copy(sweep, whole, monkeypatch):
 
     monkeypatch.setattr(checkpoints.os, "link", refuse)
     jobs = sweep("copies", **SEEDS)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        interrupt(patch, 15, die)
-        passes.train_jobs(jobs)
+    kill_after(monkeypatch, 15, *jobs)
     resume(jobs[2])
     assert_same(jobs[2].folder, whole[2].folder)
 
@@ -399,9 +394,7 @@ def resumed(folder, *settings, **sweep):
 def test_a_resumed_sweep_keeps_its_settings_and_may_be_split_otherwise(sweep, whole, monkeypatch):
     asked = {"sweep": SweepConfig(l0=5.0, max_heads=3)}
     jobs = sweep("killed", **{name: seed | asked for name, seed in SEEDS.items()})
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        interrupt(patch, 15, die)
-        passes.train_jobs(jobs)
+    kill_after(monkeypatch, 15, *jobs)
     (same, *_) = resumed(jobs[0].sweep_folder)
     assert same.config.sweep == asked["sweep"]
     again = resumed(jobs[0].sweep_folder, "sweep.max_heads=2", max_heads=2)

@@ -1,12 +1,10 @@
 """`trainer.keep_every`: SAEs that are kept while training goes on."""
 
-import os
-import signal
 from dataclasses import replace
 
 import pytest
 import torch
-from test_run import interrupt
+from test_run import stop_after
 from tiny_run import WORLD_BATCH as BATCH
 from tiny_run import synthetic_job
 
@@ -37,18 +35,11 @@ def read_weights(folder):
     return {path.parent.name: path.read_bytes() for path in folder.glob(f"sae*/{WEIGHTS}")}
 
 
-def stop(job, monkeypatch, step):
-    with monkeypatch.context() as patch:
-        interrupt(patch, step, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        with pytest.raises(SystemExit):
-            passes.train_jobs([job])
-
-
 def test_a_run_keeps_the_sae_that_it_had_after_so_many_tokens(job, monkeypatch):
     whole, plain, stopped = keep(job("whole"), 30 * BATCH), job("plain"), job("stopped")
     passes.train_jobs([whole])
     passes.train_jobs([plain])
-    stop(stopped, monkeypatch, 30)  # saves its SAE
+    stop_after(monkeypatch, 30, stopped)  # saves its SAE
     kept = read_weights(whole.folder)
     assert kept == {
         "sae-3840": read_weights(stopped.folder)["sae"],
@@ -71,11 +62,11 @@ def test_each_head_keeps_its_own_and_names_the_tokens_of_its_update(job, tmp_pat
 def test_a_resumed_run_completes_what_it_keeps_and_may_begin_to_keep(job, monkeypatch):
     whole, stopped, late = (keep(job(n), 30 * BATCH) for n in ("whole", "stopped", "late"))
     passes.train_jobs([whole])
-    stop(stopped, monkeypatch, 35)
+    stop_after(monkeypatch, 35, stopped)
     assert sorted(read_weights(stopped.folder)) == ["sae", KEPT[0]]
     passes.train_jobs([replace(read_job(stopped.folder), resumed=True)])
     assert read_weights(stopped.folder) == read_weights(whole.folder)
-    stop(keep(late, None), monkeypatch, 35)
+    stop_after(monkeypatch, 35, keep(late, None))
     passes.train_jobs([replace(keep(read_job(late.folder), 30 * BATCH), resumed=True)])
     assert sorted(read_weights(late.folder)) == ["sae", KEPT[1]]
 

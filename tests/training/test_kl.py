@@ -1,14 +1,12 @@
 """Fine-tuning on the KL (`loss.kl`): exact to resume, alone as in a sweep, and it lowers the KL."""
 
-import json
 from dataclasses import replace
 
 import pytest
 import torch
 from on_ranks import train_on_ranks
 from safetensors.torch import load_file
-from test_group import Killed, die
-from test_run import assert_same, curves, interrupt, weights
+from test_run import assert_same, curves, kill_after, metrics, weights
 from tiny_run import BATCH, synthetic_job
 
 from sae_lightning import UserError
@@ -50,10 +48,6 @@ def sweep(job, tmp_path):
     return make
 
 
-def read_metrics(folder):
-    return json.loads((folder / "metrics.json").read_text())
-
-
 def test_in_a_sweep_each_head_ends_as_alone_and_says_what_it_was_before(sweep):
     together = sweep("together")
     passes.train_jobs(together)
@@ -61,12 +55,12 @@ def test_in_a_sweep_each_head_ends_as_alone_and_says_what_it_was_before(sweep):
         passes.train_jobs([alone])
         assert_same(one.folder, alone.folder)
         begun = one.config.tuned_from
-        assert ("before_kl" in read_metrics(one.folder)) == (begun is not None)
+        assert ("before_kl" in metrics(one.folder)) == (begun is not None)
         if begun is None:
             continue
         scored = curves(one.folder)
         assert begun in (20, 28)
-        before = read_metrics(one.folder)["before_kl"]
+        before = metrics(one.folder)["before_kl"]
         assert (begun * BATCH, pytest.approx(before["kl"], rel=1e-6)) in scored["held_out/kl"]
         assert min(tokens for tokens, _ in scored["train/kl"]) == (begun + 4) * BATCH
     assert len({weights(one.folder) for one in together}) == len(MIX)
@@ -80,14 +74,12 @@ def test_killed_before_during_or_as_it_begins_a_run_ends_as_if_it_had_not_been(
     whole, jobs = sweep("whole"), sweep("killed")
     passes.train_jobs(whole)
     for step in steps:
-        with monkeypatch.context() as patch, pytest.raises(Killed):
-            interrupt(patch, step, die)
-            passes.train_jobs(jobs)
+        kill_after(monkeypatch, step, *jobs)
         jobs = [replace(one, resumed=True) for one in jobs]
     passes.train_jobs(jobs)
     for one, other in zip(whole, jobs, strict=True):
         assert_same(one.folder, other.folder)
-        before = [read_metrics(each.folder).get("before_kl") for each in (one, other)]
+        before = [metrics(each.folder).get("before_kl") for each in (one, other)]
         assert before[0] == before[1]
 
 
@@ -169,7 +161,7 @@ def test_on_two_ranks_heads_end_as_on_one(sweep, tmp_path):
         expected, found = map(load_file, files)
         for name, x in expected.items():
             assert (x - found[name]).norm() <= 1e-3 * x.norm().clamp_min(1e-6), name
-        before = [read_metrics(job.folder).get("before_kl") for job in (alone, other, parted)]
+        before = [metrics(job.folder).get("before_kl") for job in (alone, other, parted)]
         assert before[0] == before[1]
         assert before[2] == (before[0] and pytest.approx(before[0], rel=1e-3))
 
@@ -184,7 +176,7 @@ def test_it_lowers_the_kl_on_held_out_text(job):
         model = TopKConfig(name="topk", features=48, k=4)
         one = job(f"{kl}", trainer=trainer, eval=eval, model=model, loss=loss)
         passes.train_jobs([one])
-        scores[kl] = read_metrics(one.folder)
+        scores[kl] = metrics(one.folder)
     before, after, plain = scores[1]["before_kl"], scores[1]["held_out"], scores[0]["held_out"]
     assert after["kl"] < 0.9 * plain["kl"]
     assert after["kl"] < before["kl"]

@@ -1,18 +1,15 @@
 """Runs on mixtures and chats resume exactly."""
 
 import json
-import os
 import shutil
-import signal
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_run import interrupt
+from test_run import metrics, stop_after, weights
 from tiny_llm import TEXT
 from tiny_run import tiny_job
 
-from sae_lightning.formats.export import WEIGHTS
 from sae_lightning.runs import passes
 from sae_lightning.runs.jobs import read_job
 from sae_lightning.stream.local import LocalConfig
@@ -42,11 +39,7 @@ def test_a_mixture_of_chats_that_was_stopped_ends_as_if_it_had_not_been(
         tiny_job(str(llm), tmp_path, tmp_path / name, data=data) for name in ("whole", "stopped")
     )
     passes.train_jobs([whole])
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        interrupt(patch, 23, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        passes.train_jobs([stopped])
+    stop_after(monkeypatch, 23, stopped)
     passes.train_jobs([replace(read_job(stopped.folder), resumed=True)])
-    ends = [(job.folder / "sae" / WEIGHTS).read_bytes() for job in (whole, stopped)]
-    assert ends[0] == ends[1]
-    metrics = [json.loads((job.folder / "metrics.json").read_text()) for job in (whole, stopped)]
-    assert metrics[0]["held_out"] == metrics[1]["held_out"]
+    assert weights(whole.folder) == weights(stopped.folder)
+    assert metrics(whole.folder)["held_out"] == metrics(stopped.folder)["held_out"]

@@ -42,6 +42,10 @@ def weights(folder):
     return (folder / "sae" / WEIGHTS).read_bytes()
 
 
+def metrics(folder):
+    return json.loads((folder / "metrics.json").read_text())
+
+
 def checkpoint(folder):
     return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=False)
 
@@ -82,6 +86,28 @@ def interrupt(monkeypatch, at_step, action):
     monkeypatch.setattr(run, "make_callbacks", lambda *args: [Interrupt(), *make_callbacks(*args)])
 
 
+class Killed(BaseException):
+    """Stands for a killed process: nothing catches it."""
+
+
+def die():
+    raise Killed
+
+
+def kill_after(monkeypatch, step, *jobs):
+    """Train the jobs until the process is killed after update `step`."""
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        interrupt(patch, step, die)
+        passes.train_jobs([*jobs])
+
+
+def stop_after(monkeypatch, step, *jobs):
+    """Train the jobs until SIGTERM stops them after update `step`."""
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        interrupt(patch, step, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        passes.train_jobs([*jobs])
+
+
 def count_products(monkeypatch):
     """A list with one entry per update: whether it used sparse products."""
     ways, before = [], SAE.training_pass
@@ -111,9 +137,9 @@ def assert_same(one, other):
     assert weights(one) == weights(other)
     for key in ("state_dict", "optimizer_states", "loops"):
         assert leaves(checkpoint(one)[key]) == leaves(checkpoint(other)[key])
-    metrics = [json.loads((folder / "metrics.json").read_text()) for folder in (one, other)]
+    ends = [metrics(folder) for folder in (one, other)]
     for section in ("held_out", "density", "training", "tokens"):
-        assert metrics[0][section] == metrics[1][section]
+        assert ends[0][section] == ends[1][section]
     assert curves(one) == curves(other)
 
 

@@ -2,17 +2,14 @@
 
 import json
 import math
-import os
-import signal
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
-import lightning as L
 import pytest
 from hydra import compose, initialize_config_dir
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_run import curves, metrics, stop_after, weights
 from tiny_run import WORLD_STEPS as STEPS
 from tiny_run import synthetic_job
 
@@ -21,7 +18,7 @@ from sae_lightning.analysis.evaluate import evaluate
 from sae_lightning.formats.export import WEIGHTS
 from sae_lightning.llm.sites import distinct_sites
 from sae_lightning.report.sweep_report import write_report
-from sae_lightning.runs import passes, run
+from sae_lightning.runs import passes
 from sae_lightning.runs.config import find_conf_folder
 from sae_lightning.runs.folders import read_sweep_runs
 from sae_lightning.runs.jobs import make_job, read_job
@@ -38,16 +35,6 @@ ROOT = Path(__file__).parents[2]
 def job(tmp_path):
     """job(name, **groups) -> a job of 60 updates on 32 concepts in 16 dimensions."""
     return lambda name, **changes: synthetic_job(tmp_path / name, **changes)
-
-
-def metrics(folder: Path) -> dict:
-    return json.loads((folder / "metrics.json").read_text())
-
-
-def curves(folder: Path) -> dict:
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    tags = [tag for tag in events.Tags()["scalars"] if not tag.startswith("speed/")]
-    return {tag: [(point.step, point.value) for point in events.Scalars(tag)] for tag in tags}
 
 
 def test_recovery_is_measured_instead_of_the_llms_loss(job, capsys):
@@ -86,19 +73,9 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(job, monkeypatch):
     whole, stopped = job("whole"), job("stopped")
     passes.train_jobs([whole])
 
-    class Stop(L.Callback):
-        def on_train_batch_end(self, trainer, *_):
-            if trainer.global_step == 23:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-    with monkeypatch.context() as patch:
-        make_callbacks = run.make_callbacks
-        patch.setattr(run, "make_callbacks", lambda *args: [Stop(), *make_callbacks(*args)])
-        with pytest.raises(SystemExit):
-            passes.train_jobs([stopped])
+    stop_after(monkeypatch, 23, stopped)
     passes.train_jobs([replace(read_job(stopped.folder), resumed=True)])
-    ends = [(job.folder / "sae" / WEIGHTS).read_bytes() for job in (whole, stopped)]
-    assert ends[0] == ends[1]
+    assert weights(whole.folder) == weights(stopped.folder)
     assert metrics(whole.folder)["held_out"] == metrics(stopped.folder)["held_out"]
     assert curves(whole.folder) == curves(stopped.folder)
 

@@ -1,12 +1,9 @@
 """A transcoder is any architecture whose target is another site than its source."""
 
-import json
-import os
-import signal
 from dataclasses import replace
 
 import pytest
-from test_run import RESAMPLING, assert_same, interrupt, resume, weights
+from test_run import RESAMPLING, assert_same, metrics, resume, stop_after, weights
 
 from sae_lightning import load_sae
 from sae_lightning.analysis.evaluate import evaluate
@@ -28,10 +25,6 @@ def transcoder(job):
     return lambda name, **changes: job(name, layer=LAYER, **changes)
 
 
-def metrics(job):
-    return json.loads((job.folder / "metrics.json").read_text())
-
-
 def architecture(name):
     """Groups of a small SAE of that architecture that learns within 40 updates."""
     config, _, loss = ARCHITECTURES[name]
@@ -48,7 +41,7 @@ def architecture(name):
 def test_every_architecture_learns_the_mlp_and_is_saved_as_it_is_scored(transcoder, name):
     done = transcoder("run", **architecture(name))
     passes.train_jobs([done])
-    said = metrics(done)["held_out"]
+    said = metrics(done.folder)["held_out"]
     sae = load_sae(done.folder)
     assert sae.metadata["hook_name"] == "blocks.1.mlp.hook_in"
     assert sae.metadata["hook_name_out"] == "blocks.1.hook_mlp_out"
@@ -95,10 +88,7 @@ def test_a_killed_transcoder_ends_the_same(transcoder, monkeypatch):
     whole = transcoder("whole", **settings)
     passes.train_jobs([whole])
     killed = replace(whole, folder=whole.folder.parent / "killed")
-    with monkeypatch.context() as patch:
-        interrupt(patch, 23, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        with pytest.raises(SystemExit):
-            passes.train_jobs([killed])
+    stop_after(monkeypatch, 23, killed)
     resume(killed)
     assert_same(whole.folder, killed.folder)
 
@@ -125,4 +115,4 @@ def test_a_cached_transcoder_is_the_live_one_and_other_sites_have_a_cache_of_the
     passes.train_jobs([cached(job("mlp", layer=LayerConfig(index=1, source=Kind.mlp)))])
     assert len(calls) == 3 * once
     assert weights(live.folder) == weights(writing.folder) == weights(reading.folder)
-    assert metrics(live)["held_out"] == metrics(reading)["held_out"]
+    assert metrics(live.folder)["held_out"] == metrics(reading.folder)["held_out"]

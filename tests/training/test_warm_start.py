@@ -1,16 +1,13 @@
 """Warm starts: a head that starts from a saved SAE computes what that SAE does, and goes on."""
 
-import json
-import os
 import shutil
-import signal
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from test_run import checkpoint as read_checkpoint
-from test_run import curves, interrupt, leaves, weights
+from test_run import curves, leaves, metrics, stop_after, weights
 from tiny_run import WORLD_BATCH as BATCH
 from tiny_run import fill_from_start, synthetic_job
 from torch import Generator
@@ -237,10 +234,6 @@ def start_from(job, start, **typed):
     return job
 
 
-def read_metrics(job):
-    return json.loads((job.folder / "metrics.json").read_text())
-
-
 def score(job, folder):
     """What task=evaluate measures of the SAE in a folder on the job's held-out data."""
     sites = job.config.layer.resolve_sites(1)
@@ -272,16 +265,16 @@ def test_the_first_held_out_score_is_that_of_the_sae_it_starts_from(job, tmp_pat
     assert printed.count(": 48 features, with the normalisation and Adam's moments") == 7
     for each in warm:
         expected = score(each, each.config.model.start)
-        found = read_metrics(each)["start"]
+        found = metrics(each.folder)["start"]
         assert found == pytest.approx(expected, rel=2e-3, abs=1e-4), each.folder
         drawn = curves(each.folder)
         for name, value in found.items():
             assert drawn[f"held_out/{name}"][0] == (0, pytest.approx(value))
-        fates = read_metrics(each)["fates"]
+        fates = metrics(each.folder)["fates"]
         assert sum(fates.values()) == FEATURES
         assert drawn["start/stayed"][0][1] == FEATURES - round(found["unfired"] * FEATURES)
         assert drawn["start/stayed"][-1][1] == fates["stayed"]
-    assert "start" not in read_metrics(mixed)
+    assert "start" not in metrics(mixed.folder)
     assert "held_out/l0" in curves(mixed.folder)
     write_report(tmp_path / "sweep", read_sweep_runs(tmp_path / "sweep"))
     assert "stayed" in (tmp_path / "sweep" / "sweep.html").read_text("utf8")
@@ -322,7 +315,7 @@ def test_features_that_were_added_are_born_or_silent(job, tmp_path):
     first, grown = job("first", 20), job("grown", 2)
     passes.train_jobs([first])
     passes.train_jobs([start_from(grown, first.folder, features=64)])
-    fates = read_metrics(grown)["fates"]
+    fates = metrics(grown.folder)["fates"]
     assert sum(fates.values()) == 64
     assert fates["born"] + fates["silent"] >= 16 and fates["born"] > 0
 
@@ -401,10 +394,7 @@ def test_a_warm_run_resumes_exactly_though_its_start_is_gone(job, tmp_path, monk
     for each in (whole, stopped):
         start_from(each, first.folder)
     passes.train_jobs([whole])
-    with monkeypatch.context() as patch:
-        interrupt(patch, 23, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        with pytest.raises(SystemExit):
-            passes.train_jobs([stopped])
+    stop_after(monkeypatch, 23, stopped)
     shutil.rmtree(first.folder)
     passes.train_jobs([replace(read_job(stopped.folder), resumed=True)])
     assert weights(stopped.folder) == weights(whole.folder)
@@ -413,7 +403,7 @@ def test_a_warm_run_resumes_exactly_though_its_start_is_gone(job, tmp_path, monk
         assert leaves(one[key]) == leaves(other[key])
     assert curves(whole.folder) == curves(stopped.folder)
     for section in ("held_out", "start", "fates"):
-        assert read_metrics(whole)[section] == read_metrics(stopped)[section]
+        assert metrics(whole.folder)[section] == metrics(stopped.folder)[section]
     # a further run from it takes over what Adam has counted
     third = start_from(job("third", 2, name), whole.folder)
     passes.train_jobs([third])
