@@ -12,6 +12,7 @@ from sae_lightning.formats.row import Origin
 from sae_lightning.formats.saelens import OWN_KEY
 from sae_lightning.formats.trained_on import find_origin
 from sae_lightning.formats.write_sae import write_sae
+from sae_lightning.runs.config import Config
 from sae_lightning.runs.jobs import (
     CONFIG_FILE,
     TRUST_SETTING,
@@ -59,6 +60,22 @@ def write_one(name: str, exported: Exported, folder: Path) -> None:
     write_sae(name, exported.sae, exported.origin, folder)
 
 
+def find_blocks(task: Task, given_settings: Collection[str]) -> dict[int, tuple[Path, Config]]:
+    """Block -> folder and config of the run that reads it, of the runs of a sweep or of one.
+    UserError if two of them read the same block."""
+    folder, blocks = Path(task.run), {}
+    for run in list_run_folders(folder) if is_sweep(folder) else [folder]:
+        config = read_job(run, trusted=TRUST_SETTING in given_settings).config
+        other, _ = blocks.setdefault(config.layer.index, (run, config))
+        if other != run:
+            raise UserError(
+                f"run={task.run}: {other.name} and {run.name} both read block "
+                f"{config.layer.index}, and format={task.format} holds one SAE of each: move one "
+                "away"
+            )
+    return blocks
+
+
 Openers = list[Callable[[], Exported]]
 
 
@@ -75,16 +92,9 @@ def open_set(name: str, task: Task, given_settings: Collection[str]) -> Openers:
         raise UserError(
             f"{given[0]} has no meaning for a set, whose runs say where they read: leave it out"
         )
-    runs: dict[int, Path] = {}
+    blocks = find_blocks(task, given_settings)
     shared: dict[str, Any] = {}
-    for run in list_run_folders(folder) if is_sweep(folder) else [folder]:
-        config = read_job(run, trusted=TRUST_SETTING in given_settings).config
-        other = runs.setdefault(config.layer.index, run)
-        if other != run:
-            raise UserError(
-                f"run={task.run}: {other.name} and {run.name} both read block "
-                f"{config.layer.index}, and a set has one transcoder for each: move one away"
-            )
+    for run, config in blocks.values():
         settings = config.to_flat_dict()
         for setting in SHARED_IN_SET:
             value = settings.get(setting)
@@ -94,14 +104,15 @@ def open_set(name: str, task: Task, given_settings: Collection[str]) -> Openers:
                     f"in {run.name}, and must be the same in all transcoders of a set"
                 )
     layers = config.data_source.read_shape().layers
-    if missing := sorted({*range(layers)} - {*runs}):
+    if missing := sorted({*range(layers)} - {*blocks}):
         indices = ",".join(map(str, missing))
         raise UserError(
             f"run={task.run} has no transcoder for {len(missing)} of {layers} blocks, and a set "
             f"needs all: train them with -m layer=transcoder layer.index={indices}"
         )
     return [
-        partial(_read_exported, task, str(runs[layer]), given_settings) for layer in sorted(runs)
+        partial(_read_exported, task, str(blocks[layer][0]), given_settings)
+        for layer in sorted(blocks)
     ]
 
 

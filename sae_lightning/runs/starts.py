@@ -182,7 +182,9 @@ def _choose_model(start: Start, model: DictConfig, typed: Collection[str]) -> di
             f"model.skip={str(model.skip).lower()}: model.start={start.address} has {has} skip "
             "connection; leave it out, or choose another start"
         )
-    if _needs_free_norms(start) and taken.get("fixed_norm", model.fixed_norm):
+    compete = ARCHITECTURES[start.config.name].network.features_compete
+    free = compete and start.norm_ratio > MAX_NORM_RATIO
+    if free and taken.get("fixed_norm", model.fixed_norm):
         if "model.fixed_norm" in typed:
             raise UserError(
                 f"model.fixed_norm=true: the decoder rows of model.start={start.address} differ in "
@@ -191,11 +193,6 @@ def _choose_model(start: Start, model: DictConfig, typed: Collection[str]) -> di
             )
         taken["fixed_norm"] = False
     return taken
-
-
-def _needs_free_norms(start: Start) -> bool:
-    compete = ARCHITECTURES[start.config.name].network.features_compete
-    return compete and start.norm_ratio > MAX_NORM_RATIO
 
 
 def check_start(config: Config, sites: SitePair, shape: LLMShape) -> str | None:

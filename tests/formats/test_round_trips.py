@@ -252,7 +252,7 @@ def test_a_set_with_a_gap_says_which_blocks_are_missing(sweep, tmp_path):
 
 def test_a_set_has_one_transcoder_for_a_block_and_one_size(sweep, tiny_folder, tmp_path):
     add_run(tmp_path, tiny_folder("llama"), "second", 2)
-    with pytest.raises(UserError, match="layer.index=2 and second both read block 2, and a set "):
+    with pytest.raises(UserError, match="layer.index=2 and second both read block 2, and format="):
         export_set(sweep, tmp_path / "set")
     for name in ("second", "layer.index=2"):
         (sweep / name / "config.yaml").unlink()

@@ -16,7 +16,7 @@ from sae_lightning.analysis.benchmarks.absorption import (
     list_known,
     measure_absorption,
 )
-from sae_lightning.analysis.benchmarks.absorption_sections import make_absorption_sections
+from sae_lightning.analysis.benchmarks.absorption_sections import SHARES, make_absorption_sections
 from sae_lightning.analysis.benchmarks.absorption_words import read_first_letters
 from sae_lightning.analysis.benchmarks.benchmark import Benchmark
 from sae_lightning.analysis.open_controls import open_controls
@@ -27,7 +27,6 @@ from sae_lightning.terminal import phase
 
 SAMPLES = 16_384  # of synthetic concepts
 MOST_PARENTS, MIN_SAMPLES = 32, 20
-MEANS = ("probe_f1", "f1", "silent", "absorbed", "fraction", "silent_with_child", "silent_without")
 
 
 def run_absorption(subject: Subject) -> Benchmark:
@@ -51,7 +50,7 @@ def run_absorption(subject: Subject) -> Benchmark:
 def average_results(results: list[ConceptResult]) -> dict[str, float]:
     """Means over concepts of the shares, as far as they are known (NaN if none is), and of the
     number of own features."""
-    known = {name: list_known(results, name) for name in MEANS}
+    known = {name: list_known(results, name) for name in SHARES.values()}
     features = {"features": fmean(len(each.features) for each in results)}
     return features | {name: fmean(values or [math.nan]) for name, values in known.items()}
 

@@ -23,11 +23,9 @@ from sae_lightning.analysis.benchmarks.sparse_probes import (
     score_sparse,
     split_texts,
 )
+from sae_lightning.analysis.open_controls import open_controls
 from sae_lightning.analysis.probing.probes import FEATURES, NEURONS, RANDOM
 from sae_lightning.analysis.subject import Subject
-from sae_lightning.formats.load_sae import load_sae
-from sae_lightning.runs.jobs import CONFIG_FILE
-from sae_lightning.runs.siblings import find_controls
 from sae_lightning.sae import SAE
 from sae_lightning.terminal import phase
 
@@ -53,12 +51,8 @@ def run_probing(
 
 def load_controls(subject: Subject) -> dict[str, SAE]:
     """`control: <name>` -> SAE, for each control that a sweep trained beside `subject`."""
-    if not (subject.folder / CONFIG_FILE).is_file() or subject.config.model.control:
-        return {}
-    return {
-        f"control: {control.name.replace('_', ' ')}": load_sae(folder).to(subject.device)
-        for control, folder in find_controls(subject.folder).items()
-    }
+    controls = open_controls(subject, None, most=None)
+    return {f"control: {name.replace('_', ' ')}": sae for name, sae in controls.items()}
 
 
 def score_sets(

@@ -21,8 +21,8 @@ from sae_lightning.analysis.dashboards.contents import (
     open_dashboards,
 )
 from sae_lightning.analysis.dashboards.feature_dashboards import Dashboard, list_dashboards
-from sae_lightning.errors import UserError
-from sae_lightning.runs.jobs import TRUST_SETTING, is_sweep, list_run_folders, read_job
+from sae_lightning.analysis.export_weights import find_blocks
+from sae_lightning.runs.jobs import is_sweep
 
 
 def open_blocks(
@@ -30,20 +30,11 @@ def open_blocks(
 ) -> list[Callable[[], Dashboards]]:
     """Functions that open one SAE each: that of the run, or those of a sweep. UserError if two of
     them read the same block."""
-    folder = Path(task.run)
-    if not is_sweep(folder):
+    if not is_sweep(Path(task.run)):
         return [partial(open_dashboards, task, given_settings)]
-    runs: dict[int, Path] = {}
-    for run in list_run_folders(folder):
-        layer = read_job(run, trusted=TRUST_SETTING in given_settings).config.layer.index
-        if (other := runs.setdefault(layer, run)) != run:
-            raise UserError(
-                f"run={task.run}: {other.name} and {run.name} both read block {layer}, and the "
-                "files hold one SAE of each block: move one away"
-            )
     return [
         partial(open_dashboards, replace(task, run=str(run)), given_settings)
-        for run in runs.values()
+        for run, _ in find_blocks(task, given_settings).values()
     ]
 
 
