@@ -30,6 +30,7 @@ PROTOCOLS = {
     "peek": "the next rows without consuming them",
     "result": "what a reducer has summed up",
     "scalars": "numbers by name, for a file",
+    "to_dict": "results by key, as a JSON file holds them",
 }
 LIGHTNING = "on_"  # its hooks
 

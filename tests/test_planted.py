@@ -57,7 +57,7 @@ def test_its_token_set_is_these_words_and_predicts_perfectly(found):
 
 def test_the_lens_sees_what_it_reads_and_what_it_writes(subject):
     found = lens(subject, top=2)
-    assert {*found.read[FEATURE].tolist()} == {token(word) for word in READS}
+    assert {*found.read_tokens[FEATURE].tolist()} == {token(word) for word in READS}
     assert found.effect.promoted[FEATURE, 0] == token(WRITES)
     assert found.effect.sharpness.argmax() == FEATURE
 
@@ -65,7 +65,7 @@ def test_the_lens_sees_what_it_reads_and_what_it_writes(subject):
 def test_steering_with_it_writes_the_word(subject):
     found = steer(subject, FEATURE, [-20, 20], "the lazy dog", tokens=8)
     weaker, stronger = found.steered
-    assert found.plain.tokens.count(WRITES) <= 1
+    assert found.unsteered.tokens.count(WRITES) <= 1
     assert WRITES not in weaker.tokens
     assert stronger.tokens[-8:] == [WRITES] * 8
 

@@ -1,8 +1,8 @@
 """An SAE beside its controls: do its features do more than those that never learned?
 
-    text, read once -> SAE     -> survey, theory, probes -> Score \\
-                    -> control -> ControlReducers        -> Score  -> make_control_section
-    held-out text   -> both    -> scorecards             -> Score /
+    text, read once -> SAE     -> survey, theory, probes -> Scores \\
+                    -> control -> ControlReducers        -> Scores  -> make_control_section
+    held-out text   -> both    -> scorecards             -> Scores /
 
 A random dictionary of the same size does surprisingly well on the usual scores (Korznikov et al.
 2026, 2602.14111), so a score says something about an SAE only beside that of its control.
@@ -21,7 +21,7 @@ from sae_lightning.analysis.subject import Subject
 from sae_lightning.analysis.survey.sample import SequenceSampler
 from sae_lightning.analysis.survey.token_sets import score_token_sets
 from sae_lightning.analysis.theory.detection import find_detector
-from sae_lightning.analysis.theory.one_concept import ConceptCounts, find_frequent
+from sae_lightning.analysis.theory.one_concept import ConceptCounts, find_frequent_concepts
 from sae_lightning.report.comparison import has_same_l0
 from sae_lightning.report.noise import find_critical_t
 from sae_lightning.report.section import ResultTable, Section
@@ -75,7 +75,7 @@ Scores = dict[str, Score]
 
 
 class ControlReducers:
-    """What the text has to tell of a control's features, so that they compare with the SAE's."""
+    """Reducers that collect from the text what a control's features are compared by."""
 
     def __init__(self, subject: Subject, sae: SAE):
         self.concepts = ConceptCounts(subject, sae.config.features)
@@ -88,15 +88,15 @@ class ControlReducers:
     def result(self) -> Scores:
         """Scores on all text that was read."""
         counts, words = self.concepts.counts.result(), self.concepts.words
-        f1 = [find_detector(counts, i).f1 for i in find_frequent(counts).values()]
-        tokens = score_token_sets(self.sampler.result(), len(words)).score
-        return score_features(tokens, f1)
+        f1 = [find_detector(counts, i).f1 for i in find_frequent_concepts(counts).values()]
+        token_scores = score_token_sets(self.sampler.result(), len(words)).score
+        return score_features(token_scores, f1)
 
 
-def score_features(tokens: Tensor, f1: Sequence[float]) -> Scores:
+def score_features(token_scores: Tensor, f1: Sequence[float]) -> Scores:
     """Scores by the token score of each feature [features], NaN where it has none, and by the F1 of
     the best feature of each concept, in the order of the list of concepts."""
-    known = tokens[~tokens.isnan()].tolist()
+    known = token_scores[~token_scores.isnan()].tolist()
     scores = {}
     if known:
         scores["token_score"] = Score(fmean(known), known)
@@ -106,11 +106,10 @@ def score_features(tokens: Tensor, f1: Sequence[float]) -> Scores:
 
 def score_probes(probes: Probes, units: str = FEATURES) -> Scores:
     """Scores of probes on features, on those of a control, or on random directions."""
-    found = {f"probe_{k}": probes.find_score(units, k) for k in CONTROL_K}
     return {
-        name: Score(score.auroc, [fold.auroc for fold in score.folds])
-        for name, score in found.items()
-        if score and not math.isnan(score.auroc)
+        f"probe_{k}": Score(score.auroc, [fold.auroc for fold in score.folds])
+        for k in CONTROL_K
+        if (score := probes.find_score(units, k)) and not math.isnan(score.auroc)
     }
 
 
@@ -157,7 +156,7 @@ def make_control_section(
 
 
 def make_missing_section(subject: Subject) -> Section:
-    """Says why the SAE has no control to compare with, and how to get one."""
+    """Say why the SAE has no control to compare with, and how to get one."""
     kind = subject.config.model.control
     lead = (
         "No control of this SAE was trained, so nothing here says what a dictionary that learned "
@@ -174,8 +173,8 @@ def _format_score(score: Score | None, kind: ScoreKind) -> str:
 
 
 def _compare_features(own: Scores, controls: Mapping[str, Scores]) -> str:
-    """What the features do better than those of the best control, and what they do not."""
-    better, no_better = [], []
+    """Say what the features do better than those of the best control, and what they do not."""
+    better, not_better = [], []
     for name, kind in SCORE_KINDS.items():
         rivals = [scores[name] for scores in controls.values() if name in scores]
         if not (kind.claim and name in own and rivals):
@@ -184,11 +183,11 @@ def _compare_features(own: Scores, controls: Mapping[str, Scores]) -> str:
         claim = f"{kind.claim} ({_format_score(own[name], kind)} against "
         claim += f"{_format_score(rival, kind)})"
         is_better = exceeds_noise(own[name].samples, rival.samples, paired=kind.paired)
-        (better if is_better else no_better).append(claim)
+        (better if is_better else not_better).append(claim)
     others = f"those of {next(iter(controls)) if len(controls) == 1 else 'the best control'}"
-    if no_better:
-        also = f"They {_join_claims(better)} better. " if better else ""
-        return f"This SAE's features {_join_claims(no_better)} no better than {others}. {also}"
+    if not_better:
+        rest = f"They {_join_claims(better)} better. " if better else ""
+        return f"This SAE's features {_join_claims(not_better)} no better than {others}. {rest}"
     return f"This SAE's features {_join_claims(better)} better than {others}. " if better else ""
 
 
@@ -206,19 +205,16 @@ def exceeds_noise(a: Sequence[float], b: Sequence[float], *, paired: bool) -> bo
 
 
 def _compare_reconstructions(own: Scores, controls: Mapping[str, Scores]) -> str:
-    """Explained variance at the L0 of each SAE and, on synthetic concepts, how many it recovers."""
+    """Explained variance at the L0 of the SAE and of the control that explains most; on synthetic
+    concepts, also how many are recovered."""
     rivals = {name: s for name, s in controls.items() if "explained_variance" in s}
     if "explained_variance" not in own or not rivals:
         return "Their explained variance is not a number, so that it does not compare."
     same = {name: has_same_l0(s["l0"].value, own["l0"].value) for name, s in rivals.items()}
     name = max(rivals, key=lambda name: (same[name], rivals[name]["explained_variance"].value))
-    saes = {"It": own, name: rivals[name]}
-    explained = [
-        f"{name}{' explains' * (name == 'It')} {scores['explained_variance'].value:.1%}"
-        f"{' of the variance' * (name == 'It')} at an L0 of {scores['l0'].value:.1f}"
-        for name, scores in saes.items()
-    ]
-    text = f"{', '.join(explained)}."
+    ev, best_ev = (scores["explained_variance"].value for scores in (own, rivals[name]))
+    text = f"It explains {ev:.1%} of the variance at an L0 of {own['l0'].value:.1f}, {name} "
+    text += f"{best_ev:.1%} at an L0 of {rivals[name]['l0'].value:.1f}."
     if "recovered" in own:
         recovered = [f"{name} {scores['recovered'].value:.1%}" for name, scores in rivals.items()]
         text += f" It recovers {own['recovered'].value:.1%} of the concepts, "

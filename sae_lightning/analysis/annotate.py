@@ -1,7 +1,9 @@
 """`task=text`: which features fire on each token of the user's own text.
 
-BOS  The  king  is  dead        As in training, the text is cut into sequences of data.context
- .    *     *    *    *         tokens. Each begins with BOS; the SAE does not run on BOS.
+    BOS  The  king  is  dead
+     -    f    f    f    f        f = the features that fire; the SAE does not run on BOS
+
+As in training, the text is cut into sequences of data.context tokens, each opened by BOS.
 """
 
 from collections.abc import Collection, Sequence
@@ -42,7 +44,7 @@ class TextTask(FeaturesTask):
     file: str | None = None
     """Or a UTF-8 file that holds it."""
     top: int = 3
-    """How many of the strongest features of each token to list."""
+    """How many features of each token to list: those that add most to its reconstruction."""
     tokens: int = 131_072
     """Tokens to read for the catalogue of features, unless an earlier task has left one. If this,
     examples or neurons is given, a new one is made."""
@@ -59,30 +61,30 @@ class TextTask(FeaturesTask):
         where = "text" if self.file is None else f"file={self.file}"
         subject = self.load_subject(given_settings)
         # before the LLM is loaded, as the text may be refused
-        contexts = len(make_sequences(subject, text, where).ids)
+        sequences = len(make_sequences(subject, text, where).ids)
         catalogue = self.find_catalogue(subject, given_settings)
         annotated = AnnotatedText(annotate(subject, text, where), catalogue)
         strongest = annotated.rank_fired()
-        summary = make_text_section(annotated, strongest, contexts)
+        summary = make_text_section(annotated, strongest, sequences)
         print_section(make_token_section(annotated, self.top))
         print_section(summary)
-        scalars = {
+        results = {
             "tokens": [
                 {
                     "token": token.text,
                     "read": token.read,
                     "active": len(token.features),
                     "features": [
-                        as_json(fired, annotated)
+                        make_entry(fired, annotated)
                         for fired in annotated.list_fired(place)[: self.top]
                     ],
                 }
                 for place, token in enumerate(annotated.tokens)
             ],
-            "strongest": [as_json(fired, annotated) for fired in strongest[:MAX_LISTED]],
+            "strongest": [make_entry(fired, annotated) for fired in strongest[:MAX_LISTED]],
         }
         first = strongest[0].feature if strongest else None
-        self.publish(subject, scalars, [summary], [catalogue], first, annotated)
+        self.publish(subject, results, [summary], [catalogue], first, annotated)
 
 
 def read_text_file(name: str) -> str:
@@ -133,15 +135,15 @@ def annotate(subject: Subject, text: str, where: str = "text") -> list[Annotated
     parts = [Sequences(*part) for part in zip(*(x.split(batch) for x in sequences), strict=True)]
     # max_norm is relative to the median norm of the first batch of the run's own text
     first = [] if subject.config.data.max_norm is None else [subject.corpus.train.next(batch)]
-    firing = FeaturesByToken(subject.sae.W_dec.norm(dim=1), sum(len(part.ids) for part in first))
-    total = firing.skip + len(sequences.ids)
-    collect(subject, chain(first, parts), [firing], total=total, what="reading your text")
+    reducer = FeaturesByToken(subject.sae.W_dec.norm(dim=1), sum(len(part.ids) for part in first))
+    total = reducer.skip + len(sequences.ids)
+    collect(subject, chain(first, parts), [reducer], total=total, label="reading your text")
     words, ids = read_vocabulary(subject.llm), sequences.tokens
-    shown = sequences.is_text.clone()
-    shown[:, 0] = True
+    is_shown = sequences.is_text.clone()
+    is_shown[:, 0] = True  # BOS
     return [
-        AnnotatedToken(words[ids[place]], *firing.by_token[place])
-        for place in map(tuple, shown.nonzero().tolist())
+        AnnotatedToken(words[ids[place]], *reducer.by_token[place])
+        for place in map(tuple, is_shown.nonzero().tolist())
     ]
 
 
@@ -156,14 +158,14 @@ class FeaturesByToken:
 
     def add(self, batch: EncodedBatch) -> None:
         for row, number in enumerate((batch.ids - self.skip).tolist()):
-            for place, values in enumerate(batch.features[row] if number >= 0 else ()):
-                fires = values.nonzero().squeeze(1)
-                fires = fires[(values * self.decoder_norms)[fires].argsort(descending=True)]
-                keep = bool(batch.keep[row, place])
-                self.by_token[number, place] = keep, fires.cpu(), values[fires].cpu()
+            for position, values in enumerate(batch.features[row] if number >= 0 else ()):
+                active = values.nonzero().squeeze(1)
+                active = active[(values * self.decoder_norms)[active].argsort(descending=True)]
+                keep = bool(batch.keep[row, position])
+                self.by_token[number, position] = keep, active.cpu(), values[active].cpu()
 
 
-def as_json(fired: FiredFeature, annotated: AnnotatedText) -> dict[str, Any]:
+def make_entry(fired: FiredFeature, annotated: AnnotatedText) -> dict[str, Any]:
     """Make an entry of `text.json`: a feature that fires, and words on which it is strongest."""
     return fired._asdict() | {"words": annotated.list_words(fired.feature)}
 
@@ -179,24 +181,24 @@ def make_token_section(annotated: AnnotatedText, top: int) -> Section:
             rows.append([name if number == 0 else "", *make_cells(fired, annotated)])
         if not len(annotated.tokens[place].features):
             rows.append([name, "none", "", "", ""])
-    left = len(read) - len(shown)
-    more = f" {left:,} more tokens are in text.html and text.json." if left else ""
+    hidden = len(read) - len(shown)
+    more = f" {hidden:,} more tokens are in text.html and text.json." if hidden else ""
     return Section(
         "Token by token",
-        "The strongest features on each token. Strengths are in the feature's own units, and as a "
-        "share of its maximum in the catalogue's text; the last column shows tokens on which it is "
-        f"strongest in that text.{more}",
+        "The features that add most to each token's reconstruction. Strengths are in the feature's "
+        "own units, and as a share of its maximum in the catalogue's text; the last column shows "
+        f"tokens on which it is strongest in that text.{more}",
         table=ResultTable(["token", *FEATURE_COLUMNS], rows),
     )
 
 
 def make_text_section(
-    annotated: AnnotatedText, strongest: Sequence[FiredFeature], contexts: int
+    annotated: AnnotatedText, strongest: Sequence[FiredFeature], sequences: int
 ) -> Section:
-    """List the `strongest` features of the whole text, which was read as `contexts` sequences."""
+    """List the `strongest` features of the whole text, read as a number of `sequences`."""
     read = sum(token.read for token in annotated.tokens)
     active = sum(len(token.features) for token in annotated.tokens) / max(1, read)
-    cut = f" in {contexts} sequences (of data.context, as in training)" if contexts > 1 else ""
+    cut = f" in {sequences} sequences (of data.context, as in training)" * (sequences > 1)
     rows = [
         [*make_cells(fired, annotated), f"‘{show_token(annotated.tokens[fired.place].text)}’"]
         for fired in strongest[:SUMMARY_FEATURES]

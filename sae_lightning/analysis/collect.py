@@ -47,8 +47,8 @@ class EncodedBatch:
 
     @cached_property
     def active_features(self) -> tuple[Tensor, Tensor]:
-        """Strengths [sequences, context, some] of the features that are active in the batch, and
-        their indices [some], ascending, on the CPU."""
+        """Strengths [sequences, context, active] of the features that are active in the batch, and
+        their indices [active], ascending, on the CPU."""
         fires = self.features.flatten(0, 1).amax(dim=0) > 0
         units = fires.nonzero().squeeze(1)
         return self.features.index_select(-1, units), units.cpu()
@@ -80,34 +80,34 @@ def collect(
     reducers: Iterable[Reducer],
     *,
     total: int,
-    what: str = "reading text",
+    label: str = "reading text",
     encode: bool = True,
     controls: Iterable[tuple[SAE, Iterable[Reducer]]] = (),
 ) -> None:
     """Run `text` (`total` sequences) through the LLM and, if `encode`, the SAE, and feed every
-    reducer; shows a progress bar. `controls`: other SAEs of the same sites, with reducers of their
-    own; one after another, they read the same activations."""
-    data, usual, read = subject.config.data, None, 0
-    readers = [(sae, list(own)) for sae, own in [(subject.sae, reducers), *controls]]
+    reducer; shows a progress bar with a `label`. `controls`: other SAEs of the same sites, with
+    reducers of their own; one after another, they read the same activations."""
+    data, medians, done = subject.config.data, None, 0
+    saes = [(sae, list(of_sae)) for sae, of_sae in [(subject.sae, reducers), *controls]]
     keep_freed_memory()  # else page faults take much of a large SAE's time
     dropped = torch.tensor([] if data.keep_special else find_special_ids(subject.llm.tokenizer))
-    with phase(what, total=total) as advance:
+    with phase(label, total=total) as advance:
         for sequences in text:
             captured = capture(subject.llm.model, sequences.tokens, distinct_sites([subject.sites]))
             keep = sequences.mark_kept(dropped).to(subject.device)
             if data.max_norm is not None:
                 rows = {site: values[keep] for site, values in captured.items()}
-                usual = usual or compute_medians(rows)  # from the first batch, as in training
-                keep = keep.masked_scatter(keep, find_usual_rows(rows, usual, data.max_norm))
-            ids = torch.arange(read, read + len(keep))
+                medians = medians or compute_medians(rows)  # from the first batch, as in training
+                keep = keep.masked_scatter(keep, find_usual_rows(rows, medians, data.max_norm))
+            ids = torch.arange(done, done + len(keep))
             tokens = sequences.tokens.to(subject.device)
-            sites = (captured[site] for site in subject.sites)
-            whole = tokens, keep, *sites, ids
-            for sae, own in readers:
-                for batch in _encode_slices(sae, *whole, encode):
-                    for reducer in own:
+            activations = (captured[site] for site in subject.sites)
+            inputs = tokens, keep, *activations, ids
+            for sae, of_sae in saes:
+                for batch in _encode_slices(sae, *inputs, encode):
+                    for reducer in of_sae:
                         reducer.add(batch)
-            read += len(keep)
+            done += len(keep)
             advance(len(keep))
     give_back_freed_memory()
 

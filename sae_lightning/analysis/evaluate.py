@@ -46,7 +46,7 @@ class EvaluateTask(Task):
         sections = [make_scorecard_section(result)]
         if controls:
             sections.append(make_control_section(*result.list_scores()))
-        self.print_and_publish(subject, result.scalars(), sections)
+        self.print_and_publish(subject, result.to_dict(), sections)
 
 
 class Evaluation(NamedTuple):
@@ -60,10 +60,10 @@ class Evaluation(NamedTuple):
     noun: str
     """What the held-out data are: text, samples, rows."""
     controls: dict[str, scorecard.Scorecard] = {}
-    """Of the controls on the same data, by name."""
+    """Scorecards of the controls on the same data, by name."""
 
-    def scalars(self) -> dict[str, Any]:
-        """The numbers in `evaluate.json`, by name."""
+    def to_dict(self) -> dict[str, Any]:
+        """The content of `evaluate.json`, by key."""
         controls = {name: list_numbers(card) for name, card in self.controls.items()}
         return {
             **list_numbers(self.card),
@@ -77,15 +77,14 @@ class Evaluation(NamedTuple):
 
     def list_scores(self) -> tuple[Scores, dict[str, Scores]]:
         """The scores that are compared, of the SAE and of each control."""
-        controls = {name: pick_scores(list_numbers(x)) for name, x in self.controls.items()}
+        controls = {name: pick_scores(list_numbers(c)) for name, c in self.controls.items()}
         return pick_scores(list_numbers(self.card)), controls
 
 
 def list_numbers(card: scorecard.Scorecard) -> dict[str, float]:
-    """All numbers of a scorecard with fidelity. The shares are those of the cross-entropy between
-    the clean LLM and mean ablation that features and error recover, each without the other
-    (Marks et al. 2024, 2403.19647, have such error nodes); NaN where mean ablation changes nothing.
-    """
+    """All numbers of a scorecard with fidelity. `features_share` and `error_share`: of the
+    cross-entropy that mean ablation adds, what features and error recover, each without the other
+    (Marks et al. 2024, 2403.19647, have such error nodes); NaN where it adds none."""
     numbers = {**card.scalars(), **card.fidelity._asdict()}
     if isinstance(card.scores, SpliceScores):
         clean, mean, error = card.scores.ce_clean, card.scores.ce_mean, card.scores.ce_error
@@ -101,8 +100,8 @@ def evaluate(
     """Score a saved SAE, and `controls` of the same site; metrics are NaN where they would divide
     by zero."""
     x = held_out.activations(sites.source)
-    saes = [each.to(x.device) for each in (sae, *controls.values())]
-    decoders, weights = [each.W_dec for each in saes], [each.weights for each in saes]
+    saes = [sae.to(x.device) for sae in (sae, *controls.values())]
+    decoders, weights = [sae.W_dec for sae in saes], [sae.weights for sae in saes]
     card, *cards = scorecard.score_saes(saes, decoders, held_out, *sites, weights, fidelity=True)
     norms = saes[0].W_dec.detach().norm(dim=1).cpu()
     return Evaluation(card, len(x), norms, held_out.noun, dict(zip(controls, cards, strict=True)))
@@ -126,77 +125,81 @@ def score_subject(
 
 
 def make_scorecard_section(result: Evaluation) -> Section:
-    scalars = result.scalars()
+    """The scorecard as sentences, numbers and histograms."""
+    numbers = result.to_dict()
     return Section(
         title=f"Scorecard on held-out {result.noun}",
-        lead=_lead(scalars),
-        rows=scorecard.format_lines(scalars, result.noun) | _rows(scalars),
-        figures=_figures(result),
+        lead=_write_lead(numbers),
+        rows=scorecard.format_lines(numbers, result.noun) | _format_errors(numbers),
+        figures=_draw_figures(result),
     )
 
 
-def _lead(scalars: dict[str, Any]) -> str:
+def _write_lead(numbers: dict[str, Any]) -> str:
     lead = (
-        f"{scalars['l0']:.1f} active features of {scalars['features']:,} explain "
-        f"{scalars['explained_variance']:.1%} of the activations' variance"
+        f"{numbers['l0']:.1f} active features of {numbers['features']:,} explain "
+        f"{numbers['explained_variance']:.1%} of the activations' variance"
     )
-    if "recovered" in scalars:
-        return f"{lead} and recover {scalars['recovered']:.1%} of the concepts."
-    increase = scalars.get("ce_spliced", math.nan) - scalars.get("ce_clean", math.nan)
+    if "recovered" in numbers:
+        return f"{lead} and recover {numbers['recovered']:.1%} of the concepts."
+    increase = numbers.get("ce_spliced", math.nan) - numbers.get("ce_clean", math.nan)
     if not math.isfinite(increase):  # not measured, or the LLM overflows
         return f"{lead}."
-    share = f"{scalars['ce_recovered']:.1%} of what zero ablation costs is recovered"
-    if scalars["ce_zero"] <= scalars["ce_clean"]:
+    share = f"{numbers['ce_recovered']:.1%} of what zero ablation costs is recovered"
+    if numbers["ce_zero"] <= numbers["ce_clean"]:
         share = "zero ablation costs nothing"
     return (
         f"{lead}; with the SAE in place the LLM's cross-entropy is {abs(increase):.3f} nats "
-        f"{'higher' if increase >= 0 else 'lower'} ({share}).{_describe_error(scalars)}"
+        f"{'higher' if increase >= 0 else 'lower'} ({share}).{_describe_error(numbers)}"
     )
 
 
-def _describe_error(scalars: dict[str, Any]) -> str:
-    """How much of the LLM's predictions the SAE does not explain; empty if that has no measure."""
-    if not scalars["ce_mean"] > scalars["ce_clean"]:
+def _describe_error(numbers: dict[str, Any]) -> str:
+    """What features and error recover of the cost of mean ablation; empty if it costs nothing."""
+    if not numbers["ce_mean"] > numbers["ce_clean"]:
         return ""
     return (
-        f" Of what mean ablation costs, the features alone recover {scalars['features_share']:.1%}"
-        f", and what they leave out, the error, alone {scalars['error_share']:.1%}."
+        f" Of what mean ablation costs, the features alone recover {numbers['features_share']:.1%}"
+        f", and what they leave out, the error, alone {numbers['error_share']:.1%}."
     )
 
 
-def _rows(scalars: dict[str, Any]) -> dict[str, str]:
+def _format_errors(numbers: dict[str, Any]) -> dict[str, str]:
+    """Lines on the size and kind of the error, by label."""
     return {
-        "squared error": f"{scalars['mse']:.4g} per element, {scalars['relative_mse']:.2%} of the "
+        "squared error": f"{numbers['mse']:.4g} per element, {numbers['relative_mse']:.2%} of the "
         "activations' mean square",
-        "shrinkage": f"reconstructions are {scalars['norm_ratio']:.4f} as long as activations; "
-        f"best rescaled by 1 / {scalars['gamma']:.4f} (about the mean 1 / "
-        f"{scalars['gamma_centred']:.4f})",
-        "cosine": f"{scalars['cosine']:.4f} of activation and reconstruction, "
-        f"{scalars['cosine_centred']:.4f} about the mean",
-        "decoder norms": f"{scalars['decoder_norm_mean']:.3g} on average, at most "
-        f"{scalars['decoder_norm_max']:.3g}",
-        "measured on": f"{scalars['tokens']:,} tokens",
+        "shrinkage": f"reconstructions are {numbers['norm_ratio']:.4f} as long as activations; "
+        f"best rescaled by 1 / {numbers['gamma']:.4f} (about the mean 1 / "
+        f"{numbers['gamma_centred']:.4f})",
+        "cosine": f"{numbers['cosine']:.4f} of activation and reconstruction, "
+        f"{numbers['cosine_centred']:.4f} about the mean",
+        "decoder norms": f"{numbers['decoder_norm_mean']:.3g} on average, at most "
+        f"{numbers['decoder_norm_max']:.3g}",
+        "measured on": f"{numbers['tokens']:,} tokens",
     }
 
 
-def _figures(result: Evaluation) -> dict[str, "Figure"]:
-    quality, scalars = result.card.quality, list_numbers(result.card)
+def _draw_figures(result: Evaluation) -> dict[str, "Figure"]:
+    quality, numbers = result.card.quality, list_numbers(result.card)
     fired = quality.density[quality.density > 0]
     silent = len(quality.density) - len(fired)
     caption = "How often features fire" + (f" ({silent:,} never do)" if silent else "")
     figures = {
         caption: plot_histogram(fired.log10(), "log10 of the share of tokens"),
-        "How long decoder rows are": plot_histogram(result.norms, "norm of the decoder row"),
+        "Norms of decoder rows": plot_histogram(result.norms, "norm of the decoder row"),
     }
-    if "ce_clean" in scalars:
+    if "ce_clean" in numbers:
         values = {
-            "as it is": scalars["ce_clean"],
-            "with the SAE": scalars["ce_spliced"],
-            "with the error": scalars["ce_error"],
-            "mean-ablated": scalars["ce_mean"],
-            "zero-ablated": scalars["ce_zero"],
+            "clean": numbers["ce_clean"],
+            "with the SAE": numbers["ce_spliced"],
+            "with the error": numbers["ce_error"],
+            "mean-ablated": numbers["ce_mean"],
+            "zero-ablated": numbers["ce_zero"],
         }
-        figures["What the LLM loses"] = make_figure("", "cross-entropy (nats per token)").add_bar(
+        figures["The LLM's cross-entropy"] = make_figure(
+            "", "cross-entropy (nats per token)"
+        ).add_bar(
             x=[*values],
             y=[*values.values()],
             texttemplate="%{y:.3f}",

@@ -79,9 +79,9 @@ class LensTask(Task):
         chosen = self.feature and subject.check_features(self.feature)
         text = None if self.direct else subject.corpus.train
         result = lens(subject, self.top, text, chosen or (), self.contexts)
-        table = make_lens_section(result, read_vocabulary(subject.llm), chosen)
-        scalars = table.table._asdict() if table.table else {}
-        self.print_and_publish(subject, scalars, [table], feature=chosen[0] if chosen else None)
+        section = make_lens_section(result, read_vocabulary(subject.llm), chosen)
+        results = section.table._asdict() if section.table else {}
+        self.print_and_publish(subject, results, [section], feature=chosen[0] if chosen else None)
 
 
 class Lens(NamedTuple):
@@ -90,7 +90,7 @@ class Lens(NamedTuple):
     effect: LogitEffect | None
     """Tokens promoted and suppressed; None if no text is read and the target is mlp_in, which has
     no direct path to the logits."""
-    read: Tensor | None
+    read_tokens: Tensor | None
     """[features, k] ids of the tokens with the largest product with the encoder, int64; None if no
     text is read and the source is attn or mlp, to which tokens have no direct path."""
 
@@ -106,7 +106,7 @@ def lens(
     """Find the `top` tokens that each feature promotes, suppresses and reads, by linear maps fitted
     on `text`, or without `text` by the direct path.
 
-    features: have their effect measured instead, in `contexts` pieces of the text. The lists are
+    features: those whose effect is measured instead, in `contexts` pieces of text. The lists are
     rankings only: effects have an unknown positive scale, and a feature may not fire on a token
     that it reads, because its bias and the context matter too.
     """
@@ -114,19 +114,20 @@ def lens(
         subject.llm.model, subject.llm.model.get_input_embeddings().num_embeddings
     )
     if text is None:
-        rows, columns = _unmapped_rows(subject), _unmapped_columns(subject)
+        rows, columns = _skip_to_unembedding(subject), _skip_to_embedding(subject)
     else:
         maps = _fit_maps(subject, text, tokens)
-        rows, columns = _mapped_rows(subject, maps), subject.sae.W_enc.T @ maps.below.result().T
+        rows = _map_to_unembedding(subject, maps)
+        columns = subject.sae.W_enc.T @ maps.below.result().T
         if features:
             rows[list(features)] = _measure_rows(subject, text, list(features), contexts)
-    read = None
+    read_tokens = None
     if columns is not None:
         # rows beyond the tokenizer's length are padding
-        words = len(subject.llm.tokenizer)
-        parts = _multiply_slices("embedding", columns, tokens[:words])
-        read = torch.cat([x.topk(min(top, words)).indices for x in parts]).cpu()
-    return Lens(None if rows is None else _unembed_rows(subject, rows, top), read)
+        vocabulary = len(subject.llm.tokenizer)
+        parts = _multiply_slices("embedding", columns, tokens[:vocabulary])
+        read_tokens = torch.cat([x.topk(min(top, vocabulary)).indices for x in parts]).cpu()
+    return Lens(None if rows is None else _unembed_rows(subject, rows, top), read_tokens)
 
 
 @torch.no_grad()
@@ -136,25 +137,24 @@ def measure_effects(
     """Find the `top` tokens that each feature promotes and suppresses, by a linear map fitted on
     `text`, or without `text` by the direct path; None if there is no such path."""
     if text is None:
-        rows = _unmapped_rows(subject)
+        rows = _skip_to_unembedding(subject)
     else:
         model = subject.llm.model
         tokens = read_embedding(model, model.get_input_embeddings().num_embeddings)
-        rows = _mapped_rows(subject, _fit_maps(subject, text, tokens))
+        rows = _map_to_unembedding(subject, _fit_maps(subject, text, tokens))
     return None if rows is None else _unembed_rows(subject, rows, top)
 
 
 def _unembed_rows(subject: Subject, rows: Tensor, top: int) -> LogitEffect:
     """Find how adding `rows` [features, d] to the unembedding's input changes the logits."""
-    words = len(subject.llm.tokenizer)
-    unembedding = read_weight(subject.llm.model.get_output_embeddings())[:words]
-    parts = [
-        rank_tokens(x, min(top, words)) for x in _multiply_slices("unembedding", rows, unembedding)
-    ]
+    vocabulary = len(subject.llm.tokenizer)
+    unembedding = read_weight(subject.llm.model.get_output_embeddings())[:vocabulary]
+    logits = _multiply_slices("unembedding", rows, unembedding)
+    parts = [rank_tokens(x, min(top, vocabulary)) for x in logits]
     return LogitEffect(*(torch.cat(part).cpu() for part in zip(*parts, strict=True)))
 
 
-def _unmapped_rows(subject: Subject) -> Tensor | None:
+def _skip_to_unembedding(subject: Subject) -> Tensor | None:
     """Map W_dec to the unembedding's input [features, d], skipping the blocks: gain * centred(row).
     It is the effect of a small strength, up to the scale of the final norm."""
     if subject.sites.target.kind is Kind.mlp_in:
@@ -162,7 +162,7 @@ def _unmapped_rows(subject: Subject) -> Tensor | None:
     return find_final_norm(subject.llm.model).apply_linear(subject.sae.W_dec)
 
 
-def _unmapped_columns(subject: Subject) -> Tensor | None:
+def _skip_to_embedding(subject: Subject) -> Tensor | None:
     """Map W_enc's columns back to the embedding [features, d], skipping the blocks; for mlp_in also
     through the MLP's norm."""
     source = subject.sites.source
@@ -178,12 +178,12 @@ def _fit_maps(subject: Subject, text: TokenStream, tokens: Tensor) -> "_Maps":
     """Fit the linear maps for the blocks on both sides of the SAE on `text`."""
     maps = _Maps(subject.llm.model, tokens)
     parts, total = excerpt(text, FIT_TOKENS, 16)
-    what = "following tokens through the LLM"
-    collect(subject, parts, [maps], total=total, what=what, encode=False)
+    label = "following tokens through the LLM"
+    collect(subject, parts, [maps], total=total, label=label, encode=False)
     return maps
 
 
-def _mapped_rows(subject: Subject, maps: "_Maps") -> Tensor:
+def _map_to_unembedding(subject: Subject, maps: "_Maps") -> Tensor:
     """Map W_dec to the unembedding's input [features, d] by the linear map for the blocks above,
     and subtract the mean row."""
     rows = subject.sae.W_dec @ maps.above.result()
@@ -196,8 +196,8 @@ def _measure_rows(
     """Measure the mean change [n, d] of the unembedding's input when a feature's row of W_dec is
     added to the target at the last token of each context, minus that for random features."""
     random = torch.Generator().manual_seed(0)
-    others = torch.randperm(subject.features, generator=random)[:REFERENCE_FEATURES]
-    rows = subject.sae.W_dec[torch.cat([torch.tensor(features), others]).to(subject.device)]
+    reference = torch.randperm(subject.features, generator=random)[:REFERENCE_FEATURES]
+    rows = subject.sae.W_dec[torch.cat([torch.tensor(features), reference]).to(subject.device)]
     tokens = text.next(contexts).tokens[:, :CONTEXT_TOKENS]
     with phase("adding features", total=contexts * (1 + len(rows))) as advance:
         changes = measure_response(
@@ -238,11 +238,11 @@ class _Ridge:
         return torch.linalg.solve(aa + ridge, ab)
 
 
-def _multiply_slices(what: str, directions: Tensor, tokens: Tensor) -> Iterator[Tensor]:
+def _multiply_slices(where: str, directions: Tensor, tokens: Tensor) -> Iterator[Tensor]:
     """Yield the products [some features, vocabulary] of directions [features, d] and tokens
     [vocabulary, d], as many features at a time as fit into memory."""
     tokens = tokens.to(directions.device).float().T
-    with phase(f"features at the {what}", total=len(directions)) as advance:
+    with phase(f"features at the {where}", total=len(directions)) as advance:
         for part in directions.split(max(1, MAX_PRODUCTS // tokens.shape[1])):
             yield part @ tokens
             advance(len(part))
@@ -252,7 +252,7 @@ def make_lens_section(lens: Lens, words: list[str], features: list[int] | None =
     """List the tokens of `features`, by default the features with the sharpest effect; words: the
     text of each token id."""
     chosen = _pick_sharpest(lens) if features is None else features
-    columns = {"reads": lens.read}
+    columns = {"reads": lens.read_tokens}
     if lens.effect:
         columns |= {"promotes": lens.effect.promoted, "suppresses": lens.effect.suppressed}
     columns = {name: ids for name, ids in columns.items() if ids is not None}
@@ -270,16 +270,16 @@ def make_lens_section(lens: Lens, words: list[str], features: list[int] | None =
 
 def _pick_sharpest(lens: Lens) -> list[int]:
     if lens.effect is None:
-        return [] if lens.read is None else list(range(min(SHARPEST_SHOWN, len(lens.read))))
+        return [] if lens.read_tokens is None else [*range(len(lens.read_tokens))][:SHARPEST_SHOWN]
     return lens.effect.sharpness.argsort(descending=True)[:SHARPEST_SHOWN].tolist()
 
 
 def _write_lead(lens: Lens) -> str:
-    if lens.effect is None and lens.read is None:
+    if lens.effect is None and lens.read_tokens is None:
         return "There is no direct path from tokens to this source, nor from this target to logits."
     sentences = []
-    if lens.read is not None:
-        sentences.append("The tokens that the encoder of each feature looks for.")
+    if lens.read_tokens is not None:
+        sentences.append("The tokens that each feature's encoder has the largest product with.")
     if lens.effect:
         sentences.append(
             "The next tokens that each feature makes more and less likely; sharpness is the excess "

@@ -28,11 +28,8 @@ def config_from_metadata(
         layer = read_layer(metadata, run)
         if warning := warn_of_gain(metadata, run):
             console.print(warning)
-    if (
-        "data.context" not in given_settings
-        and "context_size" in metadata
-        and hasattr(data, "context")
-    ):
+    is_given = "data.context" in given_settings
+    if not is_given and "context_size" in metadata and hasattr(data, "context"):
         data = replace(data, context=metadata["context_size"])
     loss = ARCHITECTURES[sae.config.name].loss()
     seed = settings["seed"]

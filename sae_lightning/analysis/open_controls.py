@@ -18,17 +18,17 @@ def open_controls(subject: Subject, control: str | None, *, most: int | None) ->
     """
     if control not in (None, "all", *Control.__members__):
         return _open_named(subject, control)
-    found = {}
+    folders = {}
     if (subject.folder / CONFIG_FILE).is_file() and subject.config.model.control is None:
-        found = find_controls(subject.folder)
-    kinds = [kind for kind in Control if kind in found and control in (None, "all", kind.name)]
+        folders = find_controls(subject.folder)
+    kinds = [kind for kind in Control if kind in folders and control in (None, "all", kind.name)]
     if not kinds and control is not None:
-        others = ", ".join(kind.name for kind in found) or "none"
+        others = ", ".join(kind.name for kind in folders) or "none"
         raise UserError(
             f"control={control}: the sweep of {subject.run} has no such control (it has {others}); "
             "train controls with sweep.controls=true, or give the folder of an SAE"
         )
-    saes = {kind.name: load_sae(found[kind]) for kind in kinds[:most]}
+    saes = {kind.name: load_sae(folders[kind]) for kind in kinds[:most]}
     return {name: sae.to(subject.device) for name, sae in saes.items()}
 
 
@@ -37,14 +37,14 @@ def _open_named(subject: Subject, control: str) -> dict[str, SAE]:
     config = subject.config
     settings = {"llm": config.llm, "data": config.data, "layer": config.layer, "seed": config.seed}
     other = open_subject(control, settings)
-    own, its = (
-        f"{each.sites} of {each.config.llm.name}, {each.config.data_source.origin}"
-        for each in (subject, other)
+    site, other_site = (
+        f"{opened.sites} of {opened.config.llm.name}, {opened.config.data_source.origin}"
+        for opened in (subject, other)
     )
-    if own != its:
+    if site != other_site:
         raise UserError(
-            f"control={control}: it is an SAE of {its}, but {subject.run} of {own}; give one of "
-            "the same site"
+            f"control={control}: it is an SAE of {other_site}, but {subject.run} of {site}; give "
+            "one of the same site"
         )
     kind = other.config.model.control
     return {kind.name if kind else other.folder.name: other.sae.to(subject.device)}

@@ -47,18 +47,18 @@ class OverviewTask(FeaturesTask):
         controls = open_controls(subject, self.control, most=1)
         if not subject.config.data_source.has_llm:  # without text there is only a scorecard
             card = evaluate.score_subject(subject, controls=controls)
-            beside = _make_control_section(subject, *card.list_scores())
-            sections = [evaluate.make_scorecard_section(card), beside]
-            self.print_and_publish(subject, {"evaluate": card.scalars()}, sections)
+            comparison = _compare_with_controls(subject, *card.list_scores())
+            sections = [evaluate.make_scorecard_section(card), comparison]
+            self.print_and_publish(subject, {"evaluate": card.to_dict()}, sections)
             return
         text = subject.corpus
         reducers = claims.TheoryReducers(subject)
-        others = {name: ControlReducers(subject, sae) for name, sae in controls.items()}
-        readers = [(sae, others[name].reducers) for name, sae in controls.items()]
-        survey = self.make_catalogues(subject, reducers, controls=readers)
+        of_controls = {name: ControlReducers(subject, sae) for name, sae in controls.items()}
+        others = [(sae, of_controls[name].reducers) for name, sae in controls.items()]
+        survey = self.make_catalogues(subject, reducers, controls=others)
         theory = claims.theory(subject, reducers)
-        del reducers, readers  # 14 KB a feature, which scoring can use
-        interpreted = {name: others.pop(name).result() for name in controls}
+        del reducers, others  # 14 KB a feature, which scoring can use
+        interpreted = {name: of_controls.pop(name).result() for name in controls}
         card = evaluate.score_subject(subject, opened=(subject.llm, text), controls=controls)
         summary, scorecard = make_features_section(survey), evaluate.make_scorecard_section(card)
         print_section(summary)
@@ -70,7 +70,7 @@ class OverviewTask(FeaturesTask):
         scores = _gather_scores(card, survey, theory, probes, interpreted)
         parts = {
             "Scorecard": [summary, scorecard],
-            "Beside a control": [_make_control_section(subject, *scores)],
+            "Beside a control": [_compare_with_controls(subject, *scores)],
             "Theory": theory_sections.make_theory_sections(theory),
             "Probes": probe_sections.make_probe_sections(probes) if probes else [],
         }
@@ -78,17 +78,17 @@ class OverviewTask(FeaturesTask):
             print_lead(section)
         for section in parts["Beside a control"]:
             print_section(section)
-        scalars = {
-            "features": survey.scalars(),
-            "evaluate": card.scalars(),
+        results = {
+            "features": survey.to_dict(),
+            "evaluate": card.to_dict(),
             "theory": theory.numbers,
-            "probe": probes and probes.scalars(),
+            "probe": probes and probes.to_dict(),
         }
         sections = [s._replace(part=part) for part, members in parts.items() for s in members]
-        self.publish(subject, scalars, sections, [survey.features, survey.neurons], survey.best)
+        self.publish(subject, results, sections, [survey.features, survey.neurons], survey.best)
 
 
-def _make_control_section(
+def _compare_with_controls(
     subject: Subject, own: Scores, controls: dict[str, Scores], random: Mapping[str, Score] = {}
 ) -> Section:
     if not controls:

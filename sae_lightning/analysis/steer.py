@@ -82,8 +82,8 @@ class SteerTask(Task):
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p={self.top_p}: give a probability above 0, up to 1")
 
-    def execute(self, given: Collection[str]) -> None:
-        subject = self.load_subject(given)
+    def execute(self, given_settings: Collection[str]) -> None:
+        subject = self.load_subject(given_settings)
         # check before the LLM is loaded
         subject.check_features([self.feature])
         encode_prompt(subject.tokenizer, self.prompt, self.tokens, subject.context)
@@ -97,7 +97,7 @@ class SteerTask(Task):
             sampling=Sampling(self.temperature, self.top_p, self.seed),
         )
         self.print_and_publish(
-            subject, result._asdict(), [make_steering_section(result)], feature=self.feature
+            subject, result.to_dict(), [make_steering_section(result)], feature=self.feature
         )
 
 
@@ -130,12 +130,17 @@ class Steered(NamedTuple):
 
     feature: int
     mode: Mode
-    whole: float
+    full_strength: float
     """Strength at which the added vector has the median norm of the prompt's activations."""
-    plain: Continuation
+    unsteered: Continuation
     """Written by the unsteered LLM, with the same random numbers."""
     steered: list[Continuation]
     """One for each strength."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of `steer.json`, by key."""
+        keys = ("feature", "mode", "whole", "plain", "steered")
+        return dict(zip(keys, self, strict=True))
 
 
 @torch.no_grad()
@@ -159,19 +164,19 @@ def steer(
     llm = subject.llm
     ids = encode_prompt(llm.tokenizer, prompt, tokens, read_context_length(llm.model))
     y = capture(llm.model, ids[None], [subject.sites.target])[subject.sites.target][0, 1:]
-    whole = (y.float().norm(dim=1).median() / subject.sae.W_dec[feature].norm()).item()
+    full_strength = (y.float().norm(dim=1).median() / subject.sae.W_dec[feature].norm()).item()
     if strengths is None:
-        strengths = [float(f"{share * whole:.2g}") for share in DEFAULT_LENGTHS]
+        strengths = [float(f"{share * full_strength:.2g}") for share in DEFAULT_LENGTHS]
     strengths = [None, *strengths]
     with phase(f"writing {len(strengths)} texts"):
         intervene = _make_intervention(subject, feature, strengths, mode)
         texts = generate(llm, ids, tokens, subject.sites, intervene, len(strengths), sampling)
     words = read_vocabulary(llm)
-    plain, *steered = (
+    unsteered, *steered = (
         _read_continuation(subject, feature, strength, text, len(ids), words)
         for strength, text in zip(strengths, texts, strict=True)
     )
-    return Steered(feature, mode, whole, plain, steered)
+    return Steered(feature, mode, full_strength, unsteered, steered)
 
 
 def _make_intervention(
@@ -179,15 +184,15 @@ def _make_intervention(
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """Make a function (x, y) -> steered y with one strength per sequence; None: unsteered."""
     sae = subject.sae
-    requested = torch.tensor([s or 0.0 for s in strengths], device=subject.device)[:, None]
-    steered = torch.tensor([s is not None for s in strengths], device=subject.device)[:, None]
+    strength = torch.tensor([s or 0.0 for s in strengths], device=subject.device)[:, None]
+    is_steered = torch.tensor([s is not None for s in strengths], device=subject.device)[:, None]
 
     def intervene(x: Tensor, y: Tensor) -> Tensor:
-        amount = requested
+        added = strength
         if mode is Mode.clamp:
-            own = sae.encode(x.flatten(0, 1))[:, feature].view(x.shape[:2])
-            amount = (requested - own) * steered
-        return y + amount[..., None] * sae.W_dec[feature]
+            activation = sae.encode(x.flatten(0, 1))[:, feature].view(x.shape[:2])
+            added = (strength - activation) * is_steered
+        return y + added[..., None] * sae.W_dec[feature]
 
     return intervene
 
@@ -218,11 +223,11 @@ def _read_continuation(
 def make_steering_section(result: Steered) -> Section:
     """Show the texts, coloured by the feature's activation, and a table of the strengths."""
     rows, texts = [], []
-    for continuation in (result.plain, *result.steered):
+    for continuation in (result.unsteered, *result.steered):
         name, share = "unsteered", ""
         if continuation.strength is not None:
             name = f"{result.mode.value} {continuation.strength:g}"
-            share = f"{continuation.strength / result.whole:.0%}"
+            share = f"{continuation.strength / result.full_strength:.0%}"
         activation = f"{continuation.activation:.2f}"
         surprise = f"{continuation.surprise:.2f}"
         rows.append([name, share, activation, surprise, str(continuation.written)])

@@ -126,7 +126,7 @@ class Subject:
         if not source.has_llm:
             remedy = "; if an LLM made them, name it and a text with llm=... data=..."
             raise UserError(
-                f"{self.folder} was trained on {source.origin}, which no LLM reads: only "
+                f"{self.folder} was trained on {source.origin} and names no LLM: only "
                 f"task=evaluate works for it{remedy * source.fits_text}"
             )
 
@@ -161,13 +161,12 @@ def open_subject(
     llm = config.data_source.read_shape()
     sites = config.data_source.find_sites(config.layer, llm)
     config.data_source.check_before_loading(llm, resumed=True)
-    for weight, width, site in zip(
-        ("reads", "writes"), (len(sae.W_enc), len(sae.b_dec)), sites, strict=True
-    ):
+    widths = {"reads": len(sae.W_enc), "writes": len(sae.b_dec)}
+    for (verb, width), site in zip(widths.items(), sites, strict=True):
         if width != llm.width_at(site):
             raise UserError(
                 f"llm.name={config.llm.name}: its activations have {llm.width_at(site)} "
-                f"dimensions, but the SAE in {folder} {weight} {width}; give the LLM that it was "
+                f"dimensions, but the SAE in {folder} {verb} {width}; give the LLM that it was "
                 "trained on"
             )
     return Subject(folder, sae.to(pick_device(config.llm)), sites, config, address)
@@ -211,8 +210,8 @@ def _read_run_config(
             f"{others[0]}=... has no meaning for {run}, which was trained on {source.origin}: "
             "leave it out"
         )
-    groups = {}
-    for group, other in settings.items():
+    replaced = {}
+    for group, given in settings.items():
         names = [name.split(".")[1] for name in given_settings if name.startswith(f"{group}.")]
         for name in names:
             if name not in {field.name for field in fields(getattr(config, group))}:
@@ -221,10 +220,10 @@ def _read_run_config(
                     f"choose another with {group}=..."
                 )
         if group in given_settings:
-            groups[group] = other
+            replaced[group] = given
         elif names:
-            single = {name: getattr(other, name) for name in names}
-            if "load" in single:
-                single["load"] = config.llm.load | single["load"]
-            groups[group] = replace(getattr(config, group), **single)
-    return replace(config, **groups)
+            values = {name: getattr(given, name) for name in names}
+            if "load" in values:
+                values["load"] = config.llm.load | values["load"]
+            replaced[group] = replace(getattr(config, group), **values)
+    return replace(config, **replaced)

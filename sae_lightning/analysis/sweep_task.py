@@ -15,7 +15,7 @@ from sae_lightning.terminal import quote_setting, shorten_path
 
 @dataclass(slots=True, kw_only=True)
 class SweepTask(Task):
-    """Write the report of a multirun again."""
+    """Write the report of a multirun again, from the metrics that its runs have saved."""
 
     def execute(self, given_settings: Collection[str]) -> None:
         folder = Path(self.run)
@@ -25,9 +25,9 @@ class SweepTask(Task):
                 "has saved: leave it out"
             )
         if (folder / CONFIG_FILE).is_file():
-            above = quote_setting("run", shorten_path(folder.absolute().parent))
+            parent = quote_setting("run", shorten_path(folder.absolute().parent))
             raise UserError(
                 f"{self.run} holds one run, not a sweep: leave out task=sweep to look at it, or "
-                f"give the folder above it for the report of all runs there ({above})"
+                f"give the folder above it for the report of all runs there ({parent})"
             )
         write_report(folder, add_stable_features(folder, read_sweep_runs(folder)))

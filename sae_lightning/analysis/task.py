@@ -34,7 +34,7 @@ class Task:
     """Run folder, a folder with a saved SAE, an SAE on the hub (hub:owner/name/path@revision), or
     for `task=sweep` the folder of a multirun."""
     task: str
-    """The question: which task to run on it."""
+    """Which task to run on it."""
     llm: LLMConfig
     """The LLM, if the folder does not name it or to use another."""
     data: DataConfig
@@ -76,36 +76,36 @@ class Task:
     def print_and_publish(
         self,
         subject: Subject,
-        scalars: dict[str, Any],
+        results: dict[str, Any],
         sections: Sequence[Section],
         feature: int | None = None,
     ) -> None:
         """Print the sections, then write them to the page."""
         for section in sections:
             print_section(section)
-        self.publish(subject, scalars, sections, feature=feature)
+        self.publish(subject, results, sections, feature=feature)
 
     def publish(
         self,
         subject: Subject,
-        scalars: dict[str, Any],
+        results: dict[str, Any],
         sections: Sequence[Section],
         catalogues: Sequence[Catalogue] = (),
         feature: int | None = None,
-        own: AnnotatedText | None = None,
+        annotated: AnnotatedText | None = None,
     ) -> None:
-        """Write numbers and a page, and print their paths; the page suggests commands to run next,
-        for `feature` if given."""
+        """Write `results` as JSON and the rest as a page, and print their paths; the page suggests
+        commands to run next, for `feature` if given."""
         name = f"{self.results_name}.html" if self.task != "overview" else "index.html"
-        target = subject.results_folder / name
-        numbers = target.with_name(f"{self.results_name}.json")
-        write_json(numbers, scalars)
+        page = subject.results_folder / name
+        numbers = page.with_name(f"{self.results_name}.json")
+        write_json(numbers, results)
         commands = suggest_commands(subject.run, feature)
         files = [*(f"{catalogue.kind}s.parquet" for catalogue in catalogues), numbers.name]
         about = subject.heading, subject.describe()
-        write_page(target, AnalysisPage(*about, sections, catalogues, commands, files, own))
+        write_page(page, AnalysisPage(*about, sections, catalogues, commands, files, annotated))
         console.print(
-            f"\n  open in a browser: {shorten_path(target)}\n"
+            f"\n  open in a browser: {shorten_path(page)}\n"
             f"  the same numbers: {shorten_path(numbers)}\n"
         )
 
@@ -142,10 +142,10 @@ def parse_numbers(name: str, value: Any) -> list[float] | None:
     if value is None:
         return None
     values = value if isinstance(value, list | tuple) else [value]
-    good = all(
+    is_valid = all(
         isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) for x in values
     )
-    if not good or not values:
+    if not is_valid or not values:
         raise UserError(f"{name}={as_typed(value)}: give a number, or several as {name}=[1,2]")
     return list(values)
 

@@ -22,7 +22,7 @@ class AnnotatedToken(NamedTuple):
     read: bool
     """False where the SAE is not applied: BOS, other special tokens, norms that are too large."""
     features: Tensor
-    """[k] features that fire here, strongest first, int64"""
+    """[k] features that fire here, by descending strength x norm of the decoder row, int64"""
     strengths: Tensor
     """[k] their activations"""
 
@@ -38,7 +38,7 @@ class FiredFeature(NamedTuple):
     place: int
     """Index of the token in the text."""
     copies: int = 0
-    """Number of its copies that fire there too, more weakly."""
+    """Number of its copies that fire there too."""
 
 
 class AnnotatedText(NamedTuple):
@@ -48,15 +48,15 @@ class AnnotatedText(NamedTuple):
     catalogue: Catalogue
 
     def list_fired(self, place: int) -> list[FiredFeature]:
-        """Features that fire on the token at index `place`, strongest first; features that are
-        copies of one another are listed once, as the strongest of them."""
+        """Features that fire on the token at index `place`, in its order; of features that are
+        copies of one another only the first is listed."""
         token = self.tokens[place]
         by_original: dict[int, FiredFeature] = {}
         maxima = self.catalogue.statistics.maximum[token.features]
         values = (token.features, token.strengths, maxima, self.resolve_copies(token.features))
         for feature, strength, maximum, original in zip(*(x.tolist() for x in values), strict=True):
-            if stronger := by_original.get(original):
-                by_original[original] = stronger._replace(copies=stronger.copies + 1)
+            if listed := by_original.get(original):
+                by_original[original] = listed._replace(copies=listed.copies + 1)
             else:
                 share = strength / maximum if maximum else None
                 by_original[original] = FiredFeature(feature, strength, share, place)
@@ -78,8 +78,10 @@ class AnnotatedText(NamedTuple):
                 previous = best.get(originals[fired.feature])
                 if previous is None or fired.strength > previous.strength:
                     best[originals[fired.feature]] = fired
-        few = (self.catalogue.statistics.fired < FEW_TOKENS).tolist()
-        return sorted(best.values(), key=lambda fired: (few[fired.feature], -(fired.share or 0)))
+        is_rare = (self.catalogue.statistics.fired < FEW_TOKENS).tolist()
+        return sorted(
+            best.values(), key=lambda fired: (is_rare[fired.feature], -(fired.share or 0))
+        )
 
     def list_words(self, feature: int) -> list[str]:
         """Up to MAX_WORDS distinct tokens at the peaks of a feature's strongest examples in the

@@ -64,7 +64,7 @@ class AnalysisPage(NamedTuple):
     """Command lines to paste, shown at the end."""
     files: Sequence[str] = ()
     """Names of files in the page's folder."""
-    own: AnnotatedText | None = None
+    annotated: AnnotatedText | None = None
     """The user's own text, annotated with features; shown above the browser of features."""
 
 
@@ -92,7 +92,7 @@ def render_page(page: AnalysisPage, units: PageData | None) -> str:
         parts=_group_by_part(page.sections),
         commands=page.commands,
         files=page.files,
-        own=page.own,
+        annotated=page.annotated,
         split_quoted=split_quoted,
         break_lines=_break_lines,
         zip=zip,

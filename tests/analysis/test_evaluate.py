@@ -50,7 +50,7 @@ def held_out(tiny):
 
 
 def test_the_identity_loses_nothing(held_out):
-    found = evaluate(both_signs(WIDTH), held_out, SITES).scalars()
+    found = evaluate(both_signs(WIDTH), held_out, SITES).to_dict()
     assert found["l0"] == WIDTH  # of each pair, one
     assert found["explained_variance"] == pytest.approx(1)
     assert (found["mse"], found["kl"]) == pytest.approx((0, 0), abs=1e-6)
@@ -70,10 +70,10 @@ def predict_mean(held_out) -> SAE:
 
 
 def test_what_a_perfect_sae_leaves_out_is_worth_nothing_and_what_the_mean_leaves_out_all(held_out):
-    perfect = evaluate(both_signs(WIDTH), held_out, SITES).scalars()
+    perfect = evaluate(both_signs(WIDTH), held_out, SITES).to_dict()
     assert perfect["ce_error"] == pytest.approx(perfect["ce_mean"], abs=1e-5)
     assert (perfect["features_share"], perfect["error_share"]) == pytest.approx((1, 0), abs=1e-4)
-    mean = evaluate(predict_mean(held_out), held_out, SITES).scalars()
+    mean = evaluate(predict_mean(held_out), held_out, SITES).to_dict()
     assert mean["ce_error"] == pytest.approx(mean["ce_clean"], abs=1e-5)
     assert (mean["features_share"], mean["error_share"]) == pytest.approx((0, 1), abs=1e-4)
 
@@ -91,12 +91,12 @@ def test_controls_are_scored_beside_an_sae_as_they_are_alone_on_one_run_of_the_c
     cards = [result.card, *result.controls.values()]
     for card, single in zip(cards, alone, strict=True):
         assert list_numbers(card) == pytest.approx(list_numbers(single.card), nan_ok=True)
-    assert result.scalars()["controls"].keys() == controls.keys()
+    assert result.to_dict()["controls"].keys() == controls.keys()
 
 
 def test_features_that_are_too_weak_are_found_as_shrinkage(held_out):
     sae = both_signs(WIDTH, scale=0.75)
-    found = evaluate(sae, held_out, SITES).scalars()
+    found = evaluate(sae, held_out, SITES).to_dict()
     x = held_out.activations(SITES.source)
     assert (found["norm_ratio"], found["gamma"]) == pytest.approx((0.75, 0.75))
     assert found["relative_mse"] == pytest.approx(1 / 16)
@@ -128,7 +128,7 @@ def test_without_the_llms_loss_the_page_speaks_of_the_rest(held_out, tiny):
     tokens = SimpleNamespace(pick_sequences=lambda n: held_out.tokens, packing=packing)
     quick = HeldOut(tiny("llama"), tokens, [SITES.source], tokens=200, loss_tokens=0, batch=4)
     sae = both_signs(WIDTH, scale=0.75)
-    result, whole = (evaluate(sae, each, SITES).scalars() for each in (quick, held_out))
+    result, whole = (evaluate(sae, each, SITES).to_dict() for each in (quick, held_out))
     shares = {"features_share", "error_share"}
     assert whole.keys() - result.keys() == {*SpliceScores._fields} | shares
     assert all(result[name] == whole[name] for name in result)
@@ -163,7 +163,7 @@ def test_the_lead_speaks_of_a_share_only_where_zero_ablation_costs_something(hel
 
 def test_what_is_written_is_json_with_every_number_of_the_scorecard(held_out):
     result = evaluate(both_signs(WIDTH), held_out, SITES)
-    found = json.loads(json.dumps(result.scalars()))
+    found = json.loads(json.dumps(result.to_dict()))
     assert result.card.scalars().items() <= found.items()
     assert found["tokens"] == len(held_out.activations(SITES.source))
     assert sum(found["density"].values()) == 2 * WIDTH
@@ -197,7 +197,7 @@ def test_synthetic_concepts_are_scored_without_an_llm():
     world = make_world(concepts=8, dim=8, l0=1.0, seed=0)
     held_out = HeldOutConcepts(world, seed=0, tokens=500, device="cpu")
     result = evaluate(both_signs(8), held_out, SITES)
-    found = result.scalars()
+    found = result.to_dict()
     assert found["explained_variance"] == pytest.approx(1)
     assert found["gamma"] == pytest.approx(1)
     assert "ce_clean" not in found

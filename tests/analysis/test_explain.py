@@ -399,7 +399,7 @@ def test_the_section_says_what_was_found_and_on_how_many_texts(planted, tmp_path
     rows = make_explanation_section(result._replace(explanations=pair)).rows
     assert rows["detection"] == "0.75 ± 0.25 on average over 2 features (0.5 is chance)"
     assert shown.texts[0].caption == "0: the word fox"
-    scalars = result.scalars()
+    scalars = result.to_dict()
     assert (scalars["detection"], scalars["requests"]) == (1.0, 17)
     assert scalars["explanations"][1]["text"] is None
 

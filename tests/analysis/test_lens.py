@@ -52,10 +52,9 @@ def one_of(matrix):
 def test_the_planted_token_comes_first_at_both_ends(llm):
     found = lens(plant(make_subject(llm)), top=3)
     assert found.effect.promoted[PLANTED, 0] == TOKEN
-    assert found.read[PLANTED, 0] == TOKEN
-    assert (
-        found.effect.promoted.shape == found.effect.suppressed.shape == found.read.shape == (32, 3)
-    )
+    assert found.read_tokens[PLANTED, 0] == TOKEN
+    assert found.effect.promoted.shape == found.effect.suppressed.shape == (32, 3)
+    assert found.read_tokens.shape == (32, 3)
 
 
 def test_the_ranking_is_that_of_the_logits_at_a_fixed_scale(llm):
@@ -95,9 +94,8 @@ def test_slices_of_features_change_nothing(tiny, words, monkeypatch, text):
     whole = lens(subject, 4, words(4000) if text else None)
     monkeypatch.setattr(module, "MAX_PRODUCTS", 250)  # two features at a time
     sliced = lens(subject, 4, words(4000) if text else None)
-    for a, b in zip(
-        (*whole.effect[:5], whole.read), (*sliced.effect[:5], sliced.read), strict=True
-    ):
+    tensors = ((*found.effect[:5], found.read_tokens) for found in (whole, sliced))
+    for a, b in zip(*tensors, strict=True):
         torch.testing.assert_close(a, b)
     assert torch.equal(whole.effect.histogram.sum(1), sliced.effect.histogram.sum(1))
 
@@ -137,7 +135,7 @@ def test_only_the_features_asked_for_are_measured(tiny, words):
     same = (mapped.effect.promoted == measured.effect.promoted).all(1)
     assert same.sum() == 30
     assert not same[[3, 7]].any()
-    assert torch.equal(mapped.read, measured.read)
+    assert torch.equal(mapped.read_tokens, measured.read_tokens)
 
 
 def test_the_linear_map_is_the_one_that_made_the_data():
@@ -162,7 +160,7 @@ def test_what_is_read_through_blocks_is_found_behind_them(llm, words):
         x - x.mean(0), (tokens == TOKEN).float()[:, None]
     ).solution[:, 0]
     assert mine @ subject.sae.W_enc[:, PLANTED] > 0
-    assert TOKEN in lens(subject, 5, words(4000)).read[PLANTED]
+    assert TOKEN in lens(subject, 5, words(4000)).read_tokens[PLANTED]
 
 
 class Gathered:
@@ -178,9 +176,9 @@ def test_without_a_path_there_is_nothing_to_say(tiny, words):
     llm = tiny("llama")
     found = lens(make_subject(llm, Kind.mlp_in))
     assert found.effect is None
-    assert found.read.shape == (32, 10)
+    assert found.read_tokens.shape == (32, 10)
     found = lens(make_subject(llm, Kind.attn))
-    assert found.read is None
+    assert found.read_tokens is None
     assert found.effect.promoted.shape == (32, 10)
     nothing = lens(make_subject(llm, Kind.attn))._replace(effect=None)
     shown = make_lens_section(nothing, read_vocabulary(llm))
@@ -191,13 +189,13 @@ def test_without_a_path_there_is_nothing_to_say(tiny, words):
 @pytest.mark.parametrize("kind", Kind)
 def test_through_the_blocks_every_site_has_both_ends(tiny, words, kind):
     found = lens(make_subject(tiny("llama"), kind), 4, words(4000))
-    assert found.effect.promoted.shape == found.read.shape == (32, 4)
+    assert found.effect.promoted.shape == found.read_tokens.shape == (32, 4)
 
 
 def test_a_transcoder_reads_at_its_source_and_writes_at_its_target(llm, words):
     subject = plant(make_subject(llm, Kind.mlp_in, Kind.mlp))
     for found in (lens(subject, 3), lens(subject, 3, words(4000))):
-        assert found.effect.promoted.shape == found.read.shape == (32, 3)
+        assert found.effect.promoted.shape == found.read_tokens.shape == (32, 3)
     assert lens(subject, 3).effect.promoted[PLANTED, 0] == TOKEN
 
 

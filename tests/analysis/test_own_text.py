@@ -12,7 +12,7 @@ from tiny_run import write_text
 
 from sae_lightning.analysis import subject as subjects
 from sae_lightning.analysis.annotate import MAX_TEXT_TASK_TOKENS, TextTask, annotate, make_sequences
-from sae_lightning.analysis.survey.kept import describe_origin, read_kept_catalogue
+from sae_lightning.analysis.survey.saved_catalogue import describe_origin, read_saved_catalogue
 from sae_lightning.analysis.survey.survey import survey
 from sae_lightning.errors import UserError
 from sae_lightning.llm.capture import capture
@@ -124,7 +124,7 @@ def test_the_planted_feature_is_told_in_the_terminal_the_numbers_and_the_page(he
         max(map(len, said[said.index("Token by token") : said.index("open in")].splitlines())) <= 80
     )
     page = (here / "sae" / "analysis" / "text.html").read_text()
-    own = json.loads(re.search(r'id="own">(.*?)</script>', page)[1])
+    own = json.loads(re.search(r'id="annotated">(.*?)</script>', page)[1])
     assert own["shown"] == ["<bos>", "a", " lazy", " potion"]
     assert FEATURE in own["features"][-1]
     assert own["strengths"][-1][own["features"][-1].index(FEATURE)] == 2
@@ -142,12 +142,12 @@ def file(subject, words, tmp_path):
 
 def said_of(subject, file, capsys) -> str:
     """What is printed when the file is not used."""
-    assert read_kept_catalogue(subject, file) is None
+    assert read_saved_catalogue(subject, file) is None
     return " ".join(capsys.readouterr().out.split())
 
 
 def test_a_catalogue_of_this_sae_is_used_again_and_told(subject, file, capsys):
-    assert read_kept_catalogue(subject, file).num_units == 32
+    assert read_saved_catalogue(subject, file).num_units == 32
     said = " ".join(capsys.readouterr().out.split())
     assert re.search(r"features\.parquet, 3\d\d tokens of Shakespeare's plays$", said)
 
@@ -212,11 +212,11 @@ def test_a_catalogue_in_which_nothing_fires_is_read_and_shown(subject, words, tm
     subject.sae.b_enc[:] = -1e6
     features = survey(subject, words(600), tokens=300, examples=1).features
     write_catalogue(tmp_path / "features.parquet", features, describe_origin(subject))
-    back = read_kept_catalogue(subject, tmp_path / "features.parquet")
+    back = read_saved_catalogue(subject, tmp_path / "features.parquet")
     assert not back.statistics.fired.any()
     own = AnnotatedText(annotate(subject, TEXT), back)
     assert own.rank_fired() == []
-    page = AnalysisPage("t", {}, [], [back], own=own)
+    page = AnalysisPage("t", {}, [], [back], annotated=own)
     assert "jumps" in render_page(page, pack_catalogues([back]))
 
 

@@ -215,7 +215,7 @@ def test_the_sections_tell_the_numbers(labels, planted):
         assert [trace.name for trace in figure.data][:2] == ["features", "neurons"]
         assert figure.data[0].x == ("1", "2", "all")
         json.dumps(json.loads(figure.to_json()), allow_nan=False)
-    json.dumps(probes.scalars(), allow_nan=False)
+    json.dumps(probes.to_dict(), allow_nan=False)
 
 
 def test_the_verdict_is_on_the_side_of_the_mean():

@@ -67,12 +67,12 @@ def test_the_planted_token_is_written(planted):
     result = steer(planted, PLANTED, [1e4], PROMPT, tokens=5)
     word = read_vocabulary(planted.llm)[token(planted.llm)]
     assert written(result.steered[0]) == [word] * 5
-    assert word not in written(result.plain)
+    assert word not in written(result.unsteered)
 
 
 def test_a_negative_strength_takes_the_token_away(planted):
     sae = planted.sae
-    plain = steer(planted, PLANTED, [0.0], PROMPT, tokens=1).plain
+    plain = steer(planted, PLANTED, [0.0], PROMPT, tokens=1).unsteered
     sae.W_dec[PLANTED] = rows(planted.llm)[read_vocabulary(planted.llm).index(written(plain)[0])]
     (without,) = steer(planted, PLANTED, [-100.0], PROMPT, tokens=5).steered
     assert written(plain)[0] not in written(without)
@@ -81,8 +81,8 @@ def test_a_negative_strength_takes_the_token_away(planted):
 @pytest.mark.parametrize("sampling", [Sampling(), FREE], ids=["greedy", "drawn"])
 def test_strength_0_writes_the_unsteered_text(planted, sampling):
     result = steer(planted, PLANTED, [0.0, 30.0], PROMPT, tokens=8, sampling=sampling)
-    assert result.steered[0]._replace(strength=None) == result.plain
-    assert result.steered[1].text != result.plain.text
+    assert result.steered[0]._replace(strength=None) == result.unsteered
+    assert result.steered[1].text != result.unsteered.text
 
 
 def test_clamping_equals_adding_where_the_feature_is_off(planted):
@@ -91,7 +91,7 @@ def test_clamping_equals_adding_where_the_feature_is_off(planted):
         for mode in Mode
     )
     assert add.steered == clamp.steered
-    assert add.plain == clamp.plain
+    assert add.unsteered == clamp.unsteered
 
 
 def test_clamping_takes_the_place_of_what_the_feature_says(tiny):
@@ -100,10 +100,10 @@ def test_clamping_takes_the_place_of_what_the_feature_says(tiny):
     subject.sae.W_enc[:, PLANTED] = 0
     clamp = steer(subject, PLANTED, [50.0, 0.0], PROMPT, tokens=6, mode=Mode.clamp)
     add = steer(subject, PLANTED, [-50.0], PROMPT, tokens=6)
-    assert clamp.steered[0]._replace(strength=None) == clamp.plain
-    assert clamp.steered[1].text == add.steered[0].text != clamp.plain.text
-    assert clamp.plain.activations == [50.0] * len(clamp.plain.tokens)
-    assert clamp.plain.activation == 50
+    assert clamp.steered[0]._replace(strength=None) == clamp.unsteered
+    assert clamp.steered[1].text == add.steered[0].text != clamp.unsteered.text
+    assert clamp.unsteered.activations == [50.0] * len(clamp.unsteered.tokens)
+    assert clamp.unsteered.activation == 50
 
 
 def test_a_strength_alone_gives_what_it_gives_beside_others(planted):
@@ -120,7 +120,7 @@ def test_a_transcoder_acts_at_its_target(tiny):
     subject.sae.W_enc[:, PLANTED] = 0
     word = read_vocabulary(llm)[token(llm)]
     result = steer(subject, PLANTED, [50.0, 150.0], PROMPT, tokens=4, mode=Mode.clamp)
-    assert result.steered[0].text == result.plain.text
+    assert result.steered[0].text == result.unsteered.text
     assert written(result.steered[1]) == [word] * 4
 
 
@@ -139,12 +139,12 @@ def test_the_section_shows_every_text(planted):
     result = steer(planted, PLANTED, [4.0, 100.0], PROMPT, tokens=5)
     shown = make_steering_section(result)
     assert [row[0] for row in shown.table.rows] == ["unsteered", "add 4", "add 100"]
-    assert shown.table.rows[2][1] == f"{100 / result.whole:.0%}"
+    assert shown.table.rows[2][1] == f"{100 / result.full_strength:.0%}"
     assert [len(text.tokens) for text in shown.texts] == [
-        len(c.tokens) for c in (result.plain, *result.steered)
+        len(c.tokens) for c in (result.unsteered, *result.steered)
     ]
     assert [text.strengths for text in shown.texts] == [
-        c.activations for c in (result.plain, *result.steered)
+        c.activations for c in (result.unsteered, *result.steered)
     ]
 
 
@@ -153,8 +153,8 @@ def test_strengths_that_are_not_given_are_shares_of_the_activation(planted):
     result = steer(planted, PLANTED, None, PROMPT, tokens=2)
     ids = planted.llm.tokenizer.encode(PROMPT)
     y = capture(planted.llm.model, torch.tensor([[0, *ids]]), [LAST.target])[LAST.target]
-    assert result.whole == pytest.approx(y[0, 1:].norm(dim=1).median().item(), rel=1e-4)
-    shares = [c.strength / result.whole for c in result.steered]
+    assert result.full_strength == pytest.approx(y[0, 1:].norm(dim=1).median().item(), rel=1e-4)
+    shares = [c.strength / result.full_strength for c in result.steered]
     assert shares == pytest.approx([0.2, 0.3, 0.4], rel=0.05)
 
 

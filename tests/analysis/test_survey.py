@@ -19,7 +19,7 @@ def found(subject, words):
 
 
 def test_its_numbers_are_those_of_its_catalogue(found):
-    said, statistics = found.scalars(), found.features.statistics
+    said, statistics = found.to_dict(), found.features.statistics
     assert said["tokens"] == statistics.tokens >= 1500
     assert said["features"] == 32
     assert said["l0"] == pytest.approx(statistics.densities.sum().item())
@@ -54,7 +54,7 @@ def test_at_least_one_example_of_an_interval_is_kept(found):
 def test_a_text_of_which_nothing_can_be_scored_is_told_without_scores(subject, words):
     found = survey(subject, words(3000), tokens=9)
     assert found.features.token_sets.score.isnan().all()
-    assert found.scalars()["score_median"] is None
+    assert found.to_dict()["score_median"] is None
     assert "token score" not in make_features_section(found).rows
     assert pick_most_telling(found.features, 5) == []
 

@@ -166,7 +166,7 @@ def test_analysis_does_what_needs_no_text_and_says_so_of_the_rest(job, tmp_path,
         said = capsys.readouterr().out
         assert "on held-out rows" in said and "text" not in said
         assert "explained_variance" in (this.folder / f"analysis/{name}.json").read_text()
-    message = r"was trained on activations from files, which no LLM reads: only task=evaluate"
+    message = r"was trained on activations from files and names no LLM: only task=evaluate"
     with pytest.raises(UserError, match=message):
         FeaturesTask(task="features", **given).execute([])
 

@@ -33,7 +33,7 @@ class ProbingScores(NamedTuple):
         means = self.aurocs[kind][k].mean(0).tolist()
         return stdev(means) if len(means) > 1 else math.nan
 
-    def scalars(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The content of `benchmark-probing.json`, by key."""
         return {
             "auroc": {

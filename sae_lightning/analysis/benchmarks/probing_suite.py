@@ -43,7 +43,7 @@ def run_probing(
     encoders = {FEATURES: subject.sae} | load_controls(subject)
     scores = score_sets(x, labelled_sets, encoders, splits)
     return Benchmark(
-        scores.scalars(),
+        scores.to_dict(),
         make_probing_sections(scores),
         scores.average_sets(FEATURES, SCORED_SIZE)[0],
     )

@@ -99,5 +99,5 @@ class ExplainTask(Task):
         cost.check_budget(self.budget)
         result = Explanations(explainer.explain_features(evidence), answers.spent, self.explainer)
         self.print_and_publish(
-            subject, result.scalars(), [make_explanation_section(result)], feature=named
+            subject, result.to_dict(), [make_explanation_section(result)], feature=named
         )

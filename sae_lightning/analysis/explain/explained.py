@@ -16,7 +16,7 @@ class Explanations(NamedTuple):
     spent: Cost
     model: str
 
-    def scalars(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The content of `explain.json`, by key."""
         return {
             "model": self.model,

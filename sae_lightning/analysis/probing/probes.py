@@ -48,7 +48,7 @@ class ProbeScore(NamedTuple):
         """Mean AUROC over tested folds."""
         return fmean(fold.auroc for fold in self.folds)
 
-    def scalars(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """All fields, and the means over folds."""
         return self._asdict() | {"accuracy": self.accuracy, "auroc": self.auroc}
 
@@ -90,13 +90,13 @@ class Probes(NamedTuple):
         scores = [*self.scores, *self.controls]
         return next((s for s in scores if (s.units, s.k) == (units, k)), None)
 
-    def scalars(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The content of `probe.json`, by key."""
         return self._asdict() | {
             "pieces": dict(zip(self.classes, self.pieces, strict=True)),
             "majority": self.majority,
-            "scores": [score.scalars() for score in self.scores],
-            "controls": [score.scalars() for score in self.controls],
+            "scores": [score.to_dict() for score in self.scores],
+            "controls": [score.to_dict() for score in self.controls],
             "matches": {
                 units: dict(zip(self.classes, best_units, strict=True))
                 for units, best_units in self.matches.items()

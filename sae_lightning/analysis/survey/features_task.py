@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from sae_lightning.analysis.collect import Reducer
 from sae_lightning.analysis.lens import measure_effects
 from sae_lightning.analysis.subject import Subject
-from sae_lightning.analysis.survey.kept import describe_origin, read_kept_catalogue
+from sae_lightning.analysis.survey.saved_catalogue import describe_origin, read_saved_catalogue
 from sae_lightning.analysis.survey.strengths import Positive
 from sae_lightning.analysis.survey.survey import (
     Survey,
@@ -47,14 +47,14 @@ class FeaturesTask(Task):
         print_section(summary)
         print_units(result.features, pick_most_telling(result.features, PRINTED_FEATURES))
         catalogues = [result.features, result.neurons]
-        self.publish(subject, result.scalars(), [summary], catalogues, result.best)
+        self.publish(subject, result.to_dict(), [summary], catalogues, result.best)
 
     def find_catalogue(self, subject: Subject, given_settings: Collection[str]) -> Catalogue:
-        """The features' catalogue that an earlier task left, or else a new one."""
-        kept = None
+        """The catalogue of features that an earlier task has saved, or else a new one."""
+        saved = None
         if not CATALOGUE_SETTINGS & {*given_settings}:
-            kept = read_kept_catalogue(subject, subject.results_folder / "features.parquet")
-        return kept or self.make_catalogues(subject).features
+            saved = read_saved_catalogue(subject, subject.results_folder / "features.parquet")
+        return saved or self.make_catalogues(subject).features
 
     def make_catalogues(
         self,

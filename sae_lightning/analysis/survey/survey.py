@@ -47,8 +47,8 @@ class Survey(NamedTuple):
         """The most telling feature; None if every rating is 0 or NaN."""
         return next(iter(pick_most_telling(self.features, 1)), None)
 
-    def scalars(self) -> dict[str, Any]:
-        """Statistics over all features, by name."""
+    def to_dict(self) -> dict[str, Any]:
+        """Statistics over all features, as in `features.json`."""
         features, score = self.features.statistics, self.features.token_sets.score
         known = score[~score.isnan()]
         return {
@@ -127,21 +127,21 @@ def survey(
 
 def make_features_section(survey: Survey) -> Section:
     """Summarise how much text was read, and how well token sets predict the features."""
-    scalars = survey.scalars()
-    unscored = scalars["features"] - scalars["scored"]
+    numbers = survey.to_dict()
+    unscored = numbers["features"] - numbers["scored"]
     rows = {
-        "text": f"{scalars['tokens']:,} tokens",
-        "features": f"{scalars['features']:,}, {scalars['unfired']:.1%} of them silent",
-        "L0": f"{scalars['l0']:.1f} active features per token",
+        "text": f"{numbers['tokens']:,} tokens",
+        "features": f"{numbers['features']:,}, {numbers['unfired']:.1%} of them silent",
+        "L0": f"{numbers['l0']:.1f} active features per token",
     }
-    if scalars["features"] > MAX_EXACT_FEATURES:
+    if numbers["features"] > MAX_EXACT_FEATURES:
         rows["nearest directions"] = (
             "with so many features, neighbours with a cosine below 0.9 may be missed"
         )
-    if scalars["scored"]:
+    if numbers["scored"]:
         rows["token score"] = (
-            f"median {scalars['score_median']:.2f}, above 0.5 for "
-            f"{scalars['score_above_half']:.0%} of {scalars['scored']:,} features ({unscored:,} "
+            f"median {numbers['score_median']:.2f}, above 0.5 for "
+            f"{numbers['score_above_half']:.0%} of {numbers['scored']:,} features ({unscored:,} "
             "fire too rarely for a score)"
         )
     return Section(

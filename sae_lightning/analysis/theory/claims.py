@@ -2,7 +2,8 @@
 
     one pass over text -> TheoryReducers -> theory() -> Theory -> make_theory_sections()
 
-Shapes: d = width of the target site; fired = features that fired on the text.
+Shapes: d = width of the target site; fired = features that fired on the text; active = features
+that fire in a batch.
 """
 
 from typing import Any, NamedTuple
@@ -45,7 +46,7 @@ class Theory(NamedTuple):
     margin: Tensor | None = None
     """[fired] pre-activation minus threshold at the mean activation, in standard deviations"""
     competes: bool = False
-    """TopK: the threshold is 0, and a feature must also be among the k strongest."""
+    """True for TopK: the threshold is 0, and a feature must also be among the k strongest."""
     overlap: dict[str, Cosines] | None = None
     """By kind of direction: `decoder`, `random` and `like_data` (see `compare_directions`)."""
 
@@ -85,11 +86,11 @@ class TheoryReducers:
         self.neuron.add(x, member, half)
 
     def _reconstruct(self, x: Tensor, y: Tensor, features: Tensor, units: Tensor) -> None:
-        """Count active features and sum the squared error; features [n, some] are the strengths of
-        the features `units` [some]."""
+        """Count active features and sum the squared error; features [n, active] are the strengths
+        of the features `units` [active]."""
         token, unit = features.nonzero(as_tuple=True)
-        number = torch.bincount(token, minlength=len(features))
-        self.active += torch.bincount(number.cpu(), minlength=len(self.active))
+        per_token = torch.bincount(token, minlength=len(features))
+        self.active += torch.bincount(per_token.cpu(), minlength=len(self.active))
         # most features are silent: summing a few rows takes a tenth of a dense product's time
         places = token * self.sae.config.features + units.to(token.device)[unit]
         pattern = SparsityPattern(places, len(x), self.sae.config.features)
@@ -130,8 +131,8 @@ def measure_activity(active: Tensor, density: Tensor) -> dict[str, float]:
     number = torch.arange(len(active)).double()
     share = active.double() / active.sum()
     up_to = active.double().cumsum(0) / active.sum()
-    # of each: the smallest number that this share of the tokens does not exceed
-    quantiles = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)
+    # the quantile q is the smallest number that a share q of the tokens does not exceed
+    quantiles = 0, 0.05, 0.25, 0.5, 0.75, 0.95, 1
     return {
         "mean": density.sum().item(),  # L0
         "deviation": (share @ (number - share @ number).square()).sqrt().item(),
@@ -142,8 +143,8 @@ def measure_activity(active: Tensor, density: Tensor) -> dict[str, float]:
 def _measure_weights(
     subject: Subject, reducers: TheoryReducers, fired: Tensor, data: Tensor, result: Theory
 ) -> Theory:
-    """Add biases, agreement and overlap of the features that fired; the others may still be as
-    initialised, with encoder = decoder transposed."""
+    """Add to `result` the biases, agreement and overlap of the features that fired; the others may
+    still be as initialised, with encoder = decoder transposed. `data`: see `compare_directions`."""
     weights = {name: value.cpu() for name, value in subject.sae.weights().items()}
     encoder, decoder, b_enc = weights["W_enc"].T[fired], weights["W_dec"][fired], weights["b_enc"]
     margin = _measure_margins(weights, reducers.source)[fired]
@@ -154,7 +155,7 @@ def _measure_weights(
         "l0_if_normal": torch.special.ndtr(margin).sum().item(),
     }
     cosines = compare_directions(decoder, data)
-    result.numbers["overlap"] = {name: counted.scalars() for name, counted in cosines.items()}
+    result.numbers["overlap"] = {kind: counted.scalars() for kind, counted in cosines.items()}
     result.numbers["overlap"]["rows"] = len(cosines["decoder"].nearest)
     agreement = None
     if reducers.is_autoencoder:

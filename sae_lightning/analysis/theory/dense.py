@@ -26,13 +26,14 @@ def compare_dense(variances: Tensor, sample: Tensor, l0: float, error: float) ->
     """
     d, curve = len(variances), _compute_curve(variances)
     explained_variance = 1 - error / variances.sum().item()
-    whole = min(int(l0), d - 1)
-    low, high = curve[whole : whole + 2].tolist()
-    at_l0 = low + min(l0 - whole, 1.0) * (high - low)
-    worth = above = int((curve < explained_variance).sum())  # least F that explains as much
-    if 0 < above <= d:
-        low, high = curve[above - 1 : above + 1].tolist()
-        worth = above - 1 + (explained_variance - low) / (high - low)
+    # between whole numbers of features the curve is interpolated
+    below = min(int(l0), d - 1)
+    low, high = curve[below : below + 2].tolist()
+    at_l0 = low + min(l0 - below, 1.0) * (high - low)
+    worth = least = int((curve < explained_variance).sum())  # F that explains at least as much
+    if 0 < least <= d:
+        low, high = curve[least - 1 : least + 1].tolist()
+        worth = least - 1 + (explained_variance - low) / (high - low)
     return {
         "l0": l0,
         "explained": explained_variance,

@@ -36,9 +36,9 @@ class Detector(NamedTuple):
     precision: float
     recall: float
     ranker: int
-    """The unit with the best AUROC on the half used for choosing."""
+    """The unit with the best AUROC on the half used for choosing; it may be another than `unit`."""
     auroc: float
-    """AUROC of the ranker: the probability that a token of the concept ranks above another token;
+    """AUROC of `ranker`: the probability that it ranks a token of the concept above another token;
     0.5 is chance."""
 
 
@@ -89,23 +89,22 @@ class FeatureCounts:
         shape = 2, concepts + 1, features, len(EDGES) + 1
         self.counts = torch.zeros(shape, dtype=torch.int32, device=device)
 
-    def add(self, strengths: Tensor, member: Tensor, half: Tensor, numbers: Tensor) -> None:
-        """Add tokens: strengths [n, some] of the features `numbers` [some], the concepts that each
-        token is a member of (bool [n, concepts]), and its half (0 or 1, [n])."""
+    def add(self, strengths: Tensor, member: Tensor, half: Tensor, units: Tensor) -> None:
+        """Add tokens: strengths [n, active] of the features `units` [active], the concepts of each
+        token (bool [n, concepts]), and its half of the text (0 or 1, [n])."""
         _increment(self.tokens, _pair_with_concepts(member, half)[1])
-        numbers = numbers.to(strengths.device)
+        units = units.to(strengths.device)
         features, bins = self.counts.shape[2:]
         fires = strengths.nonzero(as_tuple=True)
-        for tokens, units in zip(*(index.split(STRENGTHS_AT_ONCE) for index in fires), strict=True):
+        for tokens, columns in zip(*(i.split(STRENGTHS_AT_ONCE) for i in fires), strict=True):
             # strengths below all edges go to bin 1: bin 0 is for silent tokens
-            level = torch.bucketize(strengths[tokens, units], self.edges, right=True).clamp(min=1)
+            level = torch.bucketize(strengths[tokens, columns], self.edges, right=True).clamp(min=1)
             entry, group = _pair_with_concepts(member[tokens], half[tokens])
-            _increment(
-                self.counts, (group * features + numbers[units[entry]]) * bins + level[entry]
-            )
+            unit = units[columns[entry]]
+            _increment(self.counts, (group * features + unit) * bins + level[entry])
 
     def result(self) -> StrengthCounts:
-        """Of all tokens added so far, on the CPU."""
+        """The counts of all tokens added so far, on the CPU."""
         counts = self.counts.cpu()
         # summed in int32: for a sum in int64, torch would first make an int64 copy of all counts
         fired = counts[..., 1:].sum(dim=-1, dtype=torch.int32)
@@ -137,13 +136,13 @@ class NeuronCounts:
             _increment(self.counts, (group[:, None] * d + units) * bins + level[token])
 
     def result(self) -> StrengthCounts:
-        """Of all tokens added so far, on the CPU."""
+        """The counts of all tokens added so far, on the CPU."""
         return StrengthCounts(self.counts.cpu(), self.edges.cpu(), signed=True)
 
 
 def _pair_with_concepts(member: Tensor, half: Tensor) -> tuple[Tensor, Tensor]:
-    """Pairs (token, flat index into counts[half, concept]), one for each concept of a token; every
-    token belongs to the last concept."""
+    """One pair for each concept of each token -> index of the token, flat index into counts[half,
+    concept]; every token belongs to the last concept."""
     member = torch.cat([member, torch.ones_like(member[:, :1])], dim=1)
     token, concept = member.nonzero(as_tuple=True)
     return token, half[token] * member.shape[1] + concept
@@ -157,7 +156,7 @@ def _increment(counts: Tensor, indices: Tensor) -> None:
 
 def find_detector(counts: StrengthCounts, concept: int, units: Tensor | None = None) -> Detector:
     """Choose unit and threshold by F1, and the ranker by AUROC, on the first half; score on the
-    second. units [some]: candidates, all by default."""
+    second. units: indices of the candidates, all by default."""
     units = torch.arange(counts.counts.shape[2]) if units is None else units
     chosen_f1, _, _, aurocs = counts.score_thresholds(0, concept, units)
     side, row, level = (int(i) for i in torch.unravel_index(chosen_f1.argmax(), chosen_f1.shape))

@@ -38,7 +38,7 @@ class ConceptDetectors(NamedTuple):
     neuron: Detector
     """The best of the site's dimensions, in either direction."""
     few: Detector
-    """The best of 2 d randomly chosen features: as many as neurons have directions."""
+    """The best of 2 d random features, as few as neurons have directions; d = number of neurons."""
 
 
 class ConceptCounts:
@@ -55,7 +55,7 @@ class ConceptCounts:
 
 
 def read_words(subject: Subject) -> list[str]:
-    """Text of each token id; a space for special tokens, which are not text and start no line."""
+    """Text of each token id; a space for special tokens, which are no part of the text."""
     words = read_vocabulary(subject.llm)
     for special in find_special_ids(subject.llm.tokenizer):
         words[special] = " "
@@ -71,7 +71,7 @@ def tag_batch(batch: EncodedBatch, words: Sequence[str]) -> tuple[Tensor, Tensor
     return member.to(keep.device)[keep], half
 
 
-def find_frequent(counts: StrengthCounts) -> dict[str, int]:
+def find_frequent_concepts(counts: StrengthCounts) -> dict[str, int]:
     """Concepts that are frequent enough in both halves -> their index, in order."""
     tokens = counts.token_counts
     return {name: i for i, name in enumerate(CONCEPTS) if tokens[:, i].min() >= MIN_OCCURRENCES}
@@ -89,7 +89,7 @@ def detect_concepts(features: StrengthCounts, neurons: StrengthCounts) -> list[C
             neuron=find_detector(neurons, i),
             few=find_detector(features, i, few),
         )
-        for name, i in find_frequent(features).items()
+        for name, i in find_frequent_concepts(features).items()
     ]
     return sorted(detected, key=lambda best: -best.share)
 
@@ -113,10 +113,10 @@ def make_concept_section(numbers: dict[str, Any]) -> Section:
     if not n:
         return Section(title, "No concept of the lists is frequent enough in this text.")
     feature, neuron = numbers["feature_f1"], numbers["neuron_f1"]
-    ranks, neuron_ranks = numbers["feature_auroc"], numbers["neuron_auroc"]
+    auroc, neuron_auroc = numbers["feature_auroc"], numbers["neuron_auroc"]
     comparison = "better than" if feature > neuron else "no better than"
-    aurocs = f"(AUROC {ranks:.2f} against {neuron_ranks:.2f})"
-    if ranks > neuron_ranks:
+    aurocs = f"(AUROC {auroc:.2f} against {neuron_auroc:.2f})"
+    if auroc > neuron_auroc:
         ranking = f"Features also rank tokens better {aurocs}."
     else:
         why = "a feature does not rank the tokens on which it is silent"
@@ -130,9 +130,9 @@ def make_concept_section(numbers: dict[str, Any]) -> Section:
         rows={
             "mean F1": f"{feature:.3f} feature, {neuron:.3f} neuron; {always_yes:.3f} by always "
             "saying yes",
-            "with as few features": f"{numbers['few_f1']:.3f}, the best of a random choice of "
+            "few features": f"{numbers['few_f1']:.3f}, the best of a random choice of "
             "features, as many as neurons have directions",
-            "mean AUROC": f"{ranks:.3f} feature, {neuron_ranks:.3f} neuron, each of the unit that "
+            "mean AUROC": f"{auroc:.3f} feature, {neuron_auroc:.3f} neuron, each of the unit that "
             "ranks best",
             "how": "unit and threshold are chosen on one half of the sequences and scored on the "
             "other",
@@ -158,9 +158,9 @@ def _name_neuron(best: ConceptDetectors) -> str:
 
 
 def _draw_units(detected: list[ConceptDetectors]) -> "Figure":
-    drawn = make_figure("F1 of the best neuron", "F1 of the best feature")
-    drawn.update_xaxes(range=[0, 1.02]).update_yaxes(range=[0, 1.02])
-    drawn.add_scatter(
+    figure = make_figure("F1 of the best neuron", "F1 of the best feature")
+    figure.update_xaxes(range=[0, 1.02]).update_yaxes(range=[0, 1.02])
+    figure.add_scatter(
         name="equally good",
         x=[0, 1],
         y=[0, 1],
@@ -168,7 +168,7 @@ def _draw_units(detected: list[ConceptDetectors]) -> "Figure":
         line={"color": GREY, "dash": "dot"},
         hoverinfo="skip",
     )
-    return drawn.add_scatter(
+    return figure.add_scatter(
         x=[best.neuron.f1 for best in detected],
         y=[best.feature.f1 for best in detected],
         mode="markers+text",

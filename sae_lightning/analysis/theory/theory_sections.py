@@ -52,7 +52,7 @@ def _make_agreement_section(result: Theory) -> Section:
         f"have a median cosine of {median:.2f}, random directions 0 ± {chance:.2f}: {verdict}.",
         rows={
             "cosine": f"median {median:.3f}, mean {cosine['mean']:.3f}",
-            "nine of ten": f"between {cosine['low']:.3f} and {cosine['high']:.3f}",
+            "central 90 %": f"between {cosine['low']:.3f} and {cosine['high']:.3f}",
             "random directions": f"0 ± {chance:.3f}",
             "never fired": f"{silent:,} features, left out here",
         },
@@ -66,10 +66,10 @@ def _make_agreement_section(result: Theory) -> Section:
 
 def _draw_around_zero(values: Tensor, axis: str, name: str) -> "Figure":
     """Histogram of the values, with a vertical line at 0 labelled `name`."""
-    drawn = plot_histogram(values, axis)
-    places = drawn.data[0].x
-    side = "left" if places[0] + places[-1] < 0 else "right"
-    return drawn.add_vline(0, annotation_text=name, annotation_position=f"top {side}")
+    figure = plot_histogram(values, axis)
+    middles = figure.data[0].x
+    side = "left" if middles[0] + middles[-1] < 0 else "right"  # where there is more room
+    return figure.add_vline(0, annotation_text=name, annotation_position=f"top {side}")
 
 
 def _make_biases_section(result: Theory) -> Section:
@@ -89,7 +89,7 @@ def _make_biases_section(result: Theory) -> Section:
         lead=f"At the mean activation {negative:.1%} of features are below {limit}{compete}; the "
         f"median feature is {abs(median):.2f} standard deviations {side} it: {verdict}.",
         rows={
-            "nine of ten": f"between {numbers['low']:.2f} and {numbers['high']:.2f} standard "
+            "central 90 %": f"between {numbers['low']:.2f} and {numbers['high']:.2f} standard "
             "deviations of their pre-activation",
             "b_enc as saved": f"{numbers['raw_negative']:.1%} negative; it also cancels what the "
             "mean activation adds",
@@ -145,19 +145,19 @@ def _make_overlap_section(result: Theory) -> Section:
 def _make_activity_section(result: Theory) -> Section:
     numbers, features = result.numbers["activity"], result.numbers["features"]
     deviation, independent = numbers["deviation"], numbers["deviation_if_independent"]
-    times = deviation / independent if independent else 1.0
-    if times > 1.1:
-        compared = f"{times:.1f} times what"
+    ratio = deviation / independent if independent else 1.0
+    if ratio > 1.1:
+        compared = f"{ratio:.1f} times what"
     else:
-        compared = "about what" if times > 0.9 else "less than"
+        compared = "about what" if ratio > 0.9 else "less than"
     return Section(
         title="Features per token",
         lead=f"{numbers['mean']:.1f} of {features:,} features are active on a token, between "
-        f"{numbers['5%']} and {numbers['95%']} on nine of ten; the standard deviation of "
+        f"{numbers['5%']} and {numbers['95%']} on 90 % of tokens; the standard deviation of "
         f"{deviation:.1f} is {compared} features that fire independently would give.",
         rows={
             "median": f"{numbers['50%']}",
-            "every second token": f"between {numbers['25%']} and {numbers['75%']}",
+            "central 50 %": f"between {numbers['25%']} and {numbers['75%']}",
             "all": f"between {numbers['0%']} and {numbers['100%']}",
             "tokens": f"{result.numbers['tokens']:,}",
         },
@@ -171,14 +171,14 @@ def _draw_active(counts: Tensor) -> "Figure":
     width = -(-(last + 1) // MAX_BARS)
     heights = torch.stack([part.sum() for part in counts[: last + 1].split(width)])
     middles = torch.arange(len(heights)) * width + (width - 1) / 2
-    drawn = make_figure("active features", "tokens", bargap=0)
-    return drawn.add_bar(x=middles.numpy(), y=heights.numpy(), width=width)
+    figure = make_figure("active features", "tokens", bargap=0)
+    return figure.add_bar(x=middles.numpy(), y=heights.numpy(), width=width)
 
 
 def _make_dense_section(result: Theory) -> Section:
     numbers, sample = result.numbers["dense"], min(DENSE_TOKENS, result.numbers["tokens"])
     worth, d = numbers["worth"], len(numbers["curve"]) - 1
-    fewer = ", ".join(
+    checks = ", ".join(
         f"{check['measured']:.6f} with {check['features']:,} (bound {check['expected']:.6f})"
         for check in numbers["checks"]
     )
@@ -193,7 +193,7 @@ def _make_dense_section(result: Theory) -> Section:
         f"SAE does with {numbers['l0']:.1f} active features a token ({numbers['explained']:.1%}) "
         f"it takes {compared}.",
         rows={
-            "networks that were run": f"explained variance {fewer}, on {sample:,} of the tokens",
+            "networks that were run": f"explained variance {checks}, on {sample:,} of the tokens",
             "as many dense as active": f"{numbers['l0']:.1f} dense features explain "
             f"{numbers['at_l0']:.1%}",
         },
@@ -203,16 +203,16 @@ def _make_dense_section(result: Theory) -> Section:
 
 def _draw_curve(result: Theory) -> "Figure":
     numbers = result.numbers["dense"]
-    drawn = make_figure("features", "explained variance")
-    drawn.add_scatter(y=numbers["curve"], name="dense, at best", mode="lines")
-    drawn.add_scatter(
+    figure = make_figure("features", "explained variance")
+    figure.add_scatter(y=numbers["curve"], name="dense, at best", mode="lines")
+    figure.add_scatter(
         name=f"dense, run on {min(DENSE_TOKENS, result.numbers['tokens']):,} of the tokens",
         x=[check["features"] for check in numbers["checks"]],
         y=[check["measured"] for check in numbers["checks"]],
         mode="markers",
         marker={"size": 9, "symbol": "x", "color": COLOURS[0]},
     )
-    return drawn.add_scatter(
+    return figure.add_scatter(
         name="SAE, at its L0",
         x=[numbers["l0"], numbers["worth"]],
         y=[numbers["explained"]] * 2,

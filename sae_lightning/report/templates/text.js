@@ -1,15 +1,15 @@
 // The reader's own text: a click on a token lists its features; the open feature colours the text.
 {
 const { index, listedOf } = blocks, [kind] = index.kinds, { make, chips, digits, link, COPIES } = units;
-const own = JSON.parse(document.getElementById("own").textContent);
-const text = document.querySelector(".own .tokens"), tokens = [...text.children];
+const annotated = JSON.parse(document.getElementById("annotated").textContent);
+const text = document.querySelector(".annotated .tokens"), tokens = [...text.children];
 const heading = document.querySelector(".strongest h2"), results = document.querySelector(".results");
-const note = document.querySelector(".own .note");
+const note = document.querySelector(".annotated .note");
 const MAX_FEATURES = 100; // features of a token
 let chosen = null, open = null; // index of the chosen token; the feature that is open
 
-// [feature, strength] of each feature on a token, strongest first
-const on = token => own.features[token].map((feature, i) => [feature, own.strengths[token][i]]);
+// [feature, strength] of each feature on a token, by descending strength x norm of its decoder row
+const on = token => annotated.features[token].map((feature, i) => [feature, annotated.strengths[token][i]]);
 const bare = number => index.words[number].trim().toLowerCase();
 const same = (a, b) => bare(a) === bare(b);
 const isolated = word => `\u2066${word}\u2069`; // a right-to-left token reorders no neighbour
@@ -22,7 +22,7 @@ const shareOf = (listed, feature, strength) => {
   return maximum ? `${Math.round(100 * strength / maximum)} %` : "–";
 };
 
-// Merge copies into the strongest of them -> [feature, strength, number of copies that fire too]
+// Merge copies into the first of them -> [feature, strength, number of copies that fire too]
 function mergeCopies(listed, features) {
   const merged = new Map();
   for (const [feature, strength] of features) {
@@ -34,9 +34,9 @@ function mergeCopies(listed, features) {
 }
 
 async function list() {
-  const listed = await listedOf(kind), features = chosen === null ? own.strongest : on(chosen);
+  const listed = await listedOf(kind), features = chosen === null ? annotated.strongest : on(chosen);
   const what = chosen === null ? "Strongest in the text"
-    : make("span", {}, `${features.length} features on `, make("bdi", { className: "chip" }, own.shown[chosen]));
+    : make("span", {}, `${features.length} features on `, make("bdi", { className: "chip" }, annotated.shown[chosen]));
   const all = make("button", { onclick: () => choose(null) }, "whole text");
   heading.replaceChildren(what, chosen === null ? make("small", { className: "number" }, "strength · share of maximum") : all);
   results.replaceChildren(...mergeCopies(listed, features).slice(0, MAX_FEATURES).map(([feature, strength, copies]) => {
@@ -54,7 +54,7 @@ async function list() {
 }
 
 function choose(token) {
-  chosen = token === chosen || !own.features[token]?.length ? null : token;
+  chosen = token === chosen || !annotated.features[token]?.length ? null : token;
   tokens.forEach((element, i) => element.classList.toggle("chosen", i === chosen));
   list();
 }
@@ -64,7 +64,7 @@ async function colour(feature) {
   let most = 0;
   open = feature;
   tokens.forEach((element, i) => {
-    const strength = own.strengths[i][own.features[i].indexOf(feature)] ?? 0;
+    const strength = annotated.strengths[i][annotated.features[i].indexOf(feature)] ?? 0;
     most = Math.max(most, strength);
     element.classList.toggle("t", strength > 0);
     // weak strengths stay visible
@@ -76,7 +76,7 @@ async function colour(feature) {
   for (const line of results.children) line.toggleAttribute("aria-current", line.hash === link(kind, feature));
 }
 
-async function tell(token) {
+async function setTip(token) {
   const listed = await listedOf(kind);
   const line = ([feature, strength]) => `${feature}: ${digits(strength)}, ${shareOf(listed, feature, strength)}  `
     + wordsOf(listed, feature).map(word => isolated(index.words[word].trim() || "␣")).join(" ");
@@ -91,17 +91,17 @@ text.addEventListener("click", event => {
 });
 text.addEventListener("pointerover", event => {
   const token = tokens.indexOf(event.target.closest("bdi"));
-  if (token >= 0) tell(token);
+  if (token >= 0) setTip(token);
 });
 text.addEventListener("keydown", event => {
   const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
   if (!step) return;
   let next = chosen ?? (step > 0 ? -1 : tokens.length);
-  do next += step; while (tokens[next] && !own.features[next].length);
+  do next += step; while (tokens[next] && !annotated.features[next].length);
   if (tokens[next]) choose(next);
   event.preventDefault();
 });
 addEventListener("unit", ({ detail }) => colour(detail.unit));
-if (!location.hash && own.strongest.length) history.replaceState(null, "", link(kind, own.strongest[0][0]));
+if (!location.hash && annotated.strongest.length) history.replaceState(null, "", link(kind, annotated.strongest[0][0]));
 list();
 }

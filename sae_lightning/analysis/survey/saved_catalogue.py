@@ -1,4 +1,4 @@
-"""Reuses the catalogue that an earlier task saved, if it is of the same SAE and text."""
+"""Reuses the catalogue that an earlier task has saved, if it is of the same SAE and text."""
 
 import hashlib
 from pathlib import Path
@@ -20,7 +20,7 @@ def describe_origin(subject: Subject) -> dict[str, str]:
     return describe_source(subject.config.to_flat_dict()) | {"weights": weights.hexdigest()[:16]}
 
 
-def read_kept_catalogue(subject: Subject, path: Path) -> Catalogue | None:
+def read_saved_catalogue(subject: Subject, path: Path) -> Catalogue | None:
     """Read the catalogue in the parquet file at `path`; None if missing, unusable or not of
     `subject`. Prints whether the file is used, and if not, why."""
     if not path.is_file():
@@ -29,11 +29,11 @@ def read_kept_catalogue(subject: Subject, path: Path) -> Catalogue | None:
     words = read_vocabulary(subject.llm)
     try:
         metadata = read_metadata(path)
-        own = describe_origin(subject)
-        other = [name for name, value in own.items() if metadata["of"].get(name) != value]
-        if other:
+        origin = describe_origin(subject).items()
+        different = [name for name, value in origin if metadata["of"].get(name) != value]
+        if different:
             console.print(
-                f"{shorten_path(path)} does not match this SAE in {' and '.join(other)}: "
+                f"{shorten_path(path)} does not match this SAE in {' and '.join(different)}: "
                 "making a new one"
             )
             return None
