@@ -45,7 +45,7 @@ def make_samples(every: int) -> ConceptSamples:
     return ConceptSamples(
         noun="letter",
         concepts=["parent"],
-        samples=[str(i) for i in range(N)],
+        names=[str(i) for i in range(N)],
         source=x,
         target=x,
         labels=has_parent[:, None],

@@ -142,7 +142,7 @@ def test_every_text_of_a_set_is_read_once_and_classes_are_balanced(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"sets": ["wrds"]}, "sets=wrds: no such set; near it are words"),
+        ({"sets": ["wrds"]}, "sets=wrds: no such set; similar names are words"),
         ({"sets": "three"}, "sets=three: 3 classes; probes are fitted on sets of two"),
         ({"sets": "few"}, "sets=few: 5 different texts of a class; 20 are needed"),
         ({"sets": "columns"}, "sets=columns: .*columns.csv is no CSV file with columns prompt and"),

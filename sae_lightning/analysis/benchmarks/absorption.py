@@ -1,11 +1,12 @@
-"""Is the feature of a concept silent where a more specific feature fires, and is it split?
+"""Absorption: is a concept's feature silent where a more specific one fires? Splitting: are there
+several features of the concept?
 
 A dictionary that writes "starts with S" with the feature for "short" needs one feature less: the
 feature for S becomes silent on "short", and nobody who looks at its examples sees that (Chanin et
 al. 2024, "A is for Absorption", arXiv 2409.14507). It is counted as in SAEBench (Karvonen et al.
-2025, arXiv 2503.09532, "Feature absorption"): a feature absorbs by what it writes in the direction
-of a probe. The original count ablates features instead, which works only in layers before
-attention has moved the letter away from its word.
+2025, arXiv 2503.09532, "Feature absorption"): by what a feature writes in the direction of a probe.
+The original count ablates features instead, which works only in layers before attention has moved
+the letter away from its word.
 
 Shapes: n = samples, d = width of the target site, concepts; features = those of the SAE.
 """
@@ -23,11 +24,11 @@ from sae_lightning.sae import SAE
 
 # Thresholds of SAEBench.
 SPLIT_GAIN = 0.03  # F1 that one more feature must add to count as a feature of the concept
-MOST_SPLITS = 10
-ABSORBED_SHARE = 0.4  # of the activation's projection, that must be written by other features
-ABSORBING_COSINE = 0.025  # with the probe's direction, for a feature that absorbs alone
+MAX_OWN_FEATURES = 10
+ABSORBED_SHARE = 0.4  # least share of the activation's projection that other features write
+ABSORBING_COSINE = 0.025  # least cosine with the probe, for a feature that absorbs alone
 PARTLY_ABSORBING_COSINE = 0.1  # and for one of several
-MOST_ABSORBING = 3
+MAX_ABSORBING = 3
 
 ENCODED_AT_ONCE = 1024
 L1_PENALTY = 0.01
@@ -35,8 +36,8 @@ ITERATIONS = 100  # of L-BFGS; 150 change no F1 by 0.01
 ROUNDING = 1e-3  # weights far below it count as 0 in the L1 penalty
 
 
-class Rates(NamedTuple):
-    """What happens on samples [n] that have a concept."""
+class SampleOutcomes(NamedTuple):
+    """What happens on each of the samples [n] that have a concept."""
 
     silent: Tensor
     """bool: no feature of the concept fires"""
@@ -51,28 +52,28 @@ class Rates(NamedTuple):
 
 def count_absorption(
     features: Tensor, x: Tensor, direction: Tensor, W_dec: Tensor, own: list[int]
-) -> Rates:
+) -> SampleOutcomes:
     """Count absorption on samples that have a concept.
 
     features: strengths [n, features]; x: activations [n, d] that the SAE reconstructs; direction:
     [d] of norm 1, along which the concept lies; own: the concept's own features.
     """
-    along = W_dec @ direction
     cosine = cosine_similarity(W_dec, direction[None], dim=1)
-    needed, written = x @ direction, features * along
+    # along the direction: what the activation has, and what each feature writes
+    projection, written = x @ direction, features * (W_dec @ direction)
     silent = (features[:, own] == 0).all(dim=1)
-    most, absorbing = written.max(dim=1)
-    absorbed = silent & (needed > 0) & (most >= ABSORBED_SHARE * needed)
+    largest, absorbing = written.max(dim=1)
+    absorbed = silent & (projection > 0) & (largest >= ABSORBED_SHARE * projection)
     absorbed &= cosine[absorbing] >= ABSORBING_COSINE
 
     by_own = written[:, own].sum(dim=1)
     by_others = written.clamp(min=0) * (cosine >= PARTLY_ABSORBING_COSINE)
     by_others[:, own] = 0
-    by_others = by_others.topk(min(MOST_ABSORBING, len(along))).values.sum(dim=1)
-    taken = torch.minimum(by_others, needed - by_own)
-    none = (needed <= 0) | (by_own >= needed) | (by_others < ABSORBED_SHARE * needed)
+    by_others = by_others.topk(min(MAX_ABSORBING, len(W_dec))).values.sum(dim=1)
+    taken = torch.minimum(by_others, projection - by_own)
+    none = (projection <= 0) | (by_own >= projection) | (by_others < ABSORBED_SHARE * projection)
     fraction = torch.where(none, 0.0, taken / (taken + by_own.clamp(min=0)))
-    return Rates(silent, absorbed, fraction, absorbing)
+    return SampleOutcomes(silent, absorbed, fraction, absorbing)
 
 
 class SampleParts(NamedTuple):
@@ -87,12 +88,12 @@ class SampleParts(NamedTuple):
 
 
 class ConceptSamples(NamedTuple):
-    """Samples of which it is known which concepts they have, and where these lie."""
+    """Samples with the concepts that each has, and the concepts' directions."""
 
     noun: str
     """What a concept is: letter, parent concept."""
     concepts: list[str]
-    samples: list[str]
+    names: list[str]
     """Names of the samples [n]."""
     source: Tensor
     """[n, d_in] activations that the SAE reads"""
@@ -101,27 +102,27 @@ class ConceptSamples(NamedTuple):
     labels: Tensor
     """[n, concepts] bool: which concepts a sample has"""
     detected: Tensor
-    """[n, concepts] bool: which of them its activation tells"""
+    """[n, concepts] bool: which concepts a probe detects in its activation"""
     directions: Tensor
     """[concepts, d] of norm 1"""
     parts: SampleParts
     probe_f1: list[float]
-    """F1 of `detected` on tested samples."""
+    """F1 of `detected` on tested samples, by concept."""
     children: Tensor | None = None
     """[n, concepts] bool: whether a child of the concept is active, where that is known"""
 
 
 class ConceptResult(NamedTuple):
-    """Absorption and splitting of one concept; shares are of tested samples that have it, as the
-    activation tells."""
+    """Absorption and splitting of one concept; shares are of the tested samples that have it and in
+    which the probe detects it."""
 
     concept: str
     samples: int
     """Number of these samples."""
     probe_f1: float
     features: list[int]
-    """The concept's own features, strongest first; more than one if it is split, empty if the SAE
-    has none."""
+    """The concept's own features, the most predictive first; more than one if it is split, empty if
+    the SAE has none."""
     f1: float
     """F1 on tested samples of a probe that reads these features alone."""
     silent: float
@@ -134,17 +135,17 @@ class ConceptResult(NamedTuple):
     examples: list[tuple[str, int]]
     """Absorbed samples, with the absorbing feature."""
     silent_with_child: float = math.nan
-    """Share of samples with a child on which the feature closest to the concept's direction is
-    silent, where children are known: what absorption truly is."""
+    """Where children are known, share of samples with a child on which the feature closest to the
+    concept's direction is silent: absorption, measured without a probe."""
     silent_without: float = math.nan
-    """The same among samples without a child."""
+    """The same share of samples without a child."""
 
 
 class OwnFeatures(NamedTuple):
     """The features of one concept."""
 
     features: list[int]
-    """Strongest first; more than one if the concept is split, empty if no feature speaks for it."""
+    """The most predictive first; more than one if the concept is split, empty if it has none."""
     f1: float
     """F1 on the tested samples of a probe that reads these features alone; 0 without any."""
 
@@ -161,24 +162,24 @@ def find_own_features(features: Tensor, labels: Tensor, parts: SampleParts) -> l
 
     fitted = features[parts.fit]
     scale = fitted[fitted > 0].square().mean().sqrt()
-    features = features / scale.nan_to_num(1.0)  # whatever the LLM's scale is; of silent ones none
+    features = features / scale.nan_to_num(1.0)  # to the LLM's scale; NaN if all are silent
     weights, _ = fit_one_against_rest(features[parts.fit], labels[parts.fit], l1=L1_PENALTY)
     fit, choose, test = (features[part].numpy() for part in parts)
-    of_fit, of_choose, of_test = (labels[part].numpy() for part in parts)
+    fit_labels, choose_labels, test_labels = (labels[part].numpy() for part in parts)
     result = []
     for c, of_concept in enumerate(weights):
         best, own, f1 = -1.0, [], 0.0
-        most = min(MOST_SPLITS, int((of_concept > 0).sum()))
-        ranked = of_concept.topk(most).indices.tolist()
+        count = min(MAX_OWN_FEATURES, int((of_concept > 0).sum()))
+        ranked = of_concept.topk(count).indices.tolist()
         for k in range(1, len(ranked) + 1):
             with allow_early_stopping():
                 probe = LogisticRegression(class_weight="balanced", max_iter=500)
-                probe.fit(fit[:, ranked[:k]], of_fit[:, c])
-            gain = f1_score(of_choose[:, c], probe.predict(choose[:, ranked[:k]]))
-            if gain <= best + SPLIT_GAIN:
+                probe.fit(fit[:, ranked[:k]], fit_labels[:, c])
+            chosen_f1 = f1_score(choose_labels[:, c], probe.predict(choose[:, ranked[:k]]))
+            if chosen_f1 <= best + SPLIT_GAIN:
                 break
-            best, own = gain, ranked[:k]
-            f1 = f1_score(of_test[:, c], probe.predict(test[:, own]))
+            best, own = chosen_f1, ranked[:k]
+            f1 = f1_score(test_labels[:, c], probe.predict(test[:, own]))
         result.append(OwnFeatures(own, f1))
     return result
 
@@ -190,27 +191,27 @@ def measure_absorption(samples: ConceptSamples, sae: SAE) -> list[ConceptResult]
         sae.encode(x.to(sae.W_enc.device)).cpu().to_sparse()
         for x in samples.source.split(ENCODED_AT_ONCE)
     ]
-    used = torch.cat([x.indices()[1] for x in encoded]).unique()  # only these fill memory
+    used = torch.cat([x.indices()[1] for x in encoded]).unique()  # silent ones take no memory
     used = used if len(used) else torch.tensor([0])  # a silent SAE
     features = torch.cat([x.index_select(1, used).to_dense() for x in encoded])
     W_dec, results = sae.W_dec.detach().cpu()[used], []
-    found = find_own_features(features, samples.labels, samples.parts)
-    for c, (concept, own) in enumerate(zip(samples.concepts, found, strict=True)):
+    own_features = find_own_features(features, samples.labels, samples.parts)
+    for c, (concept, own) in enumerate(zip(samples.concepts, own_features, strict=True)):
         rows = samples.parts.test & samples.labels[:, c] & samples.detected[:, c]
         rows = rows.nonzero().squeeze(1)
-        rates = count_absorption(
+        outcomes = count_absorption(
             features[rows], samples.target[rows], samples.directions[c], W_dec, own.features
         )
-        shares, absorbed, truth = [math.nan] * 3, [], {}
+        shares, absorbed, with_children = [math.nan] * 3, [], {}
         if own.features:
-            shares = [rate.float().mean().item() for rate in rates[:3]]
-            absorbed = rates.absorbed.nonzero().squeeze(1).tolist()
+            shares = [share.float().mean().item() for share in outcomes[:3]]
+            absorbed = outcomes.absorbed.nonzero().squeeze(1).tolist()
         if samples.children is not None:
             child = samples.children[rows, c]
             closest = cosine_similarity(W_dec, samples.directions[c][None], dim=1).argmax()
             silent = (features[rows, closest] == 0).float()
-            truth["silent_with_child"] = silent[child].mean().item()
-            truth["silent_without"] = silent[~child].mean().item()
+            with_children["silent_with_child"] = silent[child].mean().item()
+            with_children["silent_without"] = silent[~child].mean().item()
         results.append(
             ConceptResult(
                 concept=concept,
@@ -222,9 +223,9 @@ def measure_absorption(samples: ConceptSamples, sae: SAE) -> list[ConceptResult]
                 absorbed=shares[1],
                 fraction=shares[2],
                 examples=[
-                    (samples.samples[rows[i]], int(used[rates.absorbing[i]])) for i in absorbed
+                    (samples.names[rows[i]], int(used[outcomes.absorbing[i]])) for i in absorbed
                 ],
-                **truth,
+                **with_children,
             )
         )
     return results
@@ -232,7 +233,7 @@ def measure_absorption(samples: ConceptSamples, sae: SAE) -> list[ConceptResult]
 
 def list_known(results: Sequence[ConceptResult], field: str) -> list[float]:
     """The values of a field of `ConceptResult` that are not NaN."""
-    values = [getattr(each, field) for each in results]
+    values = [getattr(result, field) for result in results]
     return [value for value in values if not math.isnan(value)]
 
 

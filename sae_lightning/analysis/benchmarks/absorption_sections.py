@@ -32,14 +32,15 @@ def make_absorption_sections(
     results: dict[str, list[ConceptResult]],
     means: dict[str, dict[str, float]],
 ) -> list[Section]:
-    """Means of the first SAE of `results` and of its controls, and the concepts of the first."""
+    """Means over concepts of the first SAE of `results` and of the others, its controls; then each
+    concept of the first SAE."""
     own, *controls = results
     columns = {
         name: field
         for name, field in SHARES.items()
         if not all(math.isnan(mean[field]) for mean in means.values())
     }
-    without = sum(not each.features for each in results[own])
+    without = sum(not result.features for result in results[own])
     tested = int(samples.parts.test.sum())
     return [
         Section(
@@ -47,7 +48,7 @@ def make_absorption_sections(
             lead=_write_lead(samples.noun, means, controls),
             rows={
                 f"{samples.noun}s": f"{len(samples.concepts)} ({' '.join(samples.concepts)})",
-                "samples": f"{len(samples.samples):,}, of which {tested:,} are counted and scored "
+                "samples": f"{len(samples.names):,}, of which {tested:,} are counted and scored "
                 "on; the others fit probes and choose features",
                 "fraction": "share of the concept that other features write, in full or in part",
                 "after ±": f"standard error over {samples.noun}s",
@@ -62,9 +63,9 @@ def make_absorption_sections(
                     [
                         name,
                         f"{means[name]['features']:.1f}",
-                        *(_format_mean(each, field) for field in columns.values()),
+                        *(_format_mean(concepts, field) for field in columns.values()),
                     ]
-                    for name, each in results.items()
+                    for name, concepts in results.items()
                 ],
             ),
         ),
@@ -96,7 +97,7 @@ def _write_lead(noun: str, means: dict[str, dict[str, float]], controls: list[st
     if not rivals:
         return lead
     best = max(rivals, key=lambda name: rivals[name]["f1"])
-    absorbed = [a for each in rivals.values() if not math.isnan(a := each["absorbed"])]
+    absorbed = [share for mean in rivals.values() if not math.isnan(share := mean["absorbed"])]
     if not absorbed:
         return f"{lead} In controls no {noun} has a feature of its own."
     lead += (
@@ -111,8 +112,8 @@ def _write_lead(noun: str, means: dict[str, dict[str, float]], controls: list[st
 def _make_concepts_section(
     noun: str, results: list[ConceptResult], columns: dict[str, str]
 ) -> Section:
-    absorbed = [each for each in results if each.absorbed > 0]
-    most = max(absorbed, key=lambda each: each.absorbed, default=None)
+    absorbed = [result for result in results if result.absorbed > 0]
+    most = max(absorbed, key=lambda result: result.absorbed, default=None)
     return Section(
         title=f"Each {noun}",
         lead=(
@@ -124,28 +125,25 @@ def _make_concepts_section(
             [noun, "samples", "own features", *columns, "absorbed by"],
             [
                 [
-                    each.concept,
-                    str(each.samples),
-                    " ".join(map(str, each.features)) or "none",
-                    *(_format_mean([each], field) for field in columns.values()),
-                    ", ".join(f"{name}: {i}" for name, i in each.examples[:SHOWN_EXAMPLES]),
+                    result.concept,
+                    str(result.samples),
+                    " ".join(map(str, result.features)) or "none",
+                    *(_format_mean([result], field) for field in columns.values()),
+                    ", ".join(f"{name}: {i}" for name, i in result.examples[:SHOWN_EXAMPLES]),
                 ]
-                for each in results
+                for result in results
             ],
         ),
-        figures={f"Samples of each {noun} on which its features are silent": _draw(results)},
+        figures={f"Samples of each {noun} on which its features are silent": _draw_shares(results)},
     )
 
 
-def _draw(results: list[ConceptResult]) -> "Figure":
-    drawn = make_figure("", "share of samples").update_xaxes(type="category")
+def _draw_shares(results: list[ConceptResult]) -> "Figure":
+    figure = make_figure("", "share of samples").update_xaxes(type="category")
+    concepts = [result.concept for result in results]
     for name in ("silent", "absorbed"):
-        drawn.add_bar(
-            name=name,
-            x=[each.concept for each in results],
-            y=[getattr(each, name) for each in results],
-        )
-    return drawn
+        figure.add_bar(name=name, x=concepts, y=[getattr(result, name) for result in results])
+    return figure
 
 
 def _format_mean(results: list[ConceptResult], field: str) -> str:

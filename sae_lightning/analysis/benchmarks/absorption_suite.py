@@ -1,7 +1,7 @@
 """`suite=absorption`: is a letter's feature silent where a feature of a word fires?
 
-words, or synthetic concepts with children -> samples with known concepts and their directions
-samples -> SAE, and each control            -> own features, silent, absorbed
+words, or synthetic concepts with children -> ConceptSamples
+ConceptSamples -> SAE, and each control    -> own features, shares of silent and absorbed samples
 """
 
 import math
@@ -26,7 +26,7 @@ from sae_lightning.stream.synthetic import HeldOutConcepts
 from sae_lightning.terminal import phase
 
 SAMPLES = 16_384  # of synthetic concepts
-MOST_PARENTS, MIN_SAMPLES = 32, 20
+MAX_PARENTS, MIN_SAMPLES = 32, 20
 
 
 def run_absorption(subject: Subject) -> Benchmark:
@@ -41,7 +41,7 @@ def run_absorption(subject: Subject) -> Benchmark:
         for name, sae in saes.items():
             results[name] = measure_absorption(samples, sae)
             advance(1)
-    means = {name: average_results(each) for name, each in results.items()}
+    means = {name: average_results(of_sae) for name, of_sae in results.items()}
     numbers = {"means": means, "concepts": results}
     sections = make_absorption_sections(samples, results, means)
     return Benchmark(numbers, sections, means["this SAE"]["f1"])
@@ -51,7 +51,7 @@ def average_results(results: list[ConceptResult]) -> dict[str, float]:
     """Means over concepts of the shares, as far as they are known (NaN if none is), and of the
     number of own features."""
     known = {name: list_known(results, name) for name in SHARES.values()}
-    features = {"features": fmean(len(each.features) for each in results)}
+    features = {"features": fmean(len(result.features) for result in results)}
     return features | {name: fmean(values or [math.nan]) for name, values in known.items()}
 
 
@@ -62,14 +62,14 @@ def sample_parents(subject: Subject) -> ConceptSamples:
     held_out = subject.config.data_source.open_held_out(sites, SAMPLES, 0)
     assert isinstance(held_out, HeldOutConcepts)
     world, active = held_out.world, held_out.strengths > 0
-    number = torch.arange(SAMPLES)
-    parts = SampleParts(number % 5 < 3, number % 5 == 3, number % 5 == 4)
-    own = torch.arange(len(world.parent))
-    is_child = (world.parent != own).nonzero().squeeze(1)
-    children = torch.zeros_like(active, dtype=torch.int32)
-    children.index_add_(1, world.parent[is_child], active[:, is_child].int())
+    fifth = torch.arange(SAMPLES) % 5
+    parts = SampleParts(fifth < 3, fifth == 3, fifth == 4)
+    # a concept without a parent is its own
+    child = (world.parent != torch.arange(len(world.parent))).nonzero().squeeze(1)
+    children = torch.zeros_like(active, dtype=torch.int32)  # number of active children
+    children.index_add_(1, world.parent[child], active[:, child].int())
     counts = torch.stack([(children[part] > 0).sum(dim=0) for part in parts]).amin(dim=0)
-    parents = counts.argsort(descending=True, stable=True)[:MOST_PARENTS]
+    parents = counts.argsort(descending=True, stable=True)[:MAX_PARENTS]
     parents = parents[counts[parents] >= MIN_SAMPLES].sort().values
     if not len(parents):
         raise UserError(
@@ -81,7 +81,7 @@ def sample_parents(subject: Subject) -> ConceptSamples:
     return ConceptSamples(
         noun="parent concept",
         concepts=[str(i) for i in parents.tolist()],
-        samples=[f"sample {i}" for i in range(SAMPLES)],
+        names=[f"sample {i}" for i in range(SAMPLES)],
         source=x,
         target=x,
         labels=active[:, parents],

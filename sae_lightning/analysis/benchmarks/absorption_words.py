@@ -5,7 +5,8 @@
 
 Chanin et al. 2024 give ten examples before each word and read the word's token. What follows a word
 cannot change its activation, so here each word of a long prompt is read, and is an example for
-those after it: a tenth of the tokens. The first words have too few examples and are not read.
+those after it, which takes a tenth of the tokens. The first words, which have too few examples, are
+not read.
 """
 
 import re
@@ -27,11 +28,11 @@ from sae_lightning.llm.sites import distinct_sites
 from sae_lightning.llm.vocabulary import find_bos_id, read_vocabulary
 from sae_lightning.terminal import phase
 
-MOST_WORDS = 16_384
+MAX_WORDS = 16_384
 WORDS_IN_PROMPT, EXAMPLES = 32, 4
 FITTED_SHARE, CHOSEN_SHARE = 0.6, 0.2  # of the prompts; the others are tested
 MIN_WORDS = 10  # of a letter, in each part
-MIN_F1 = 0.6  # of the probe, below which the LLM is said not to know the letter (SAEBench)
+MIN_F1 = 0.6  # of a letter's probe, for the letter to be tested (SAEBench)
 L2_PENALTY = 1e-3  # 1e-4 and 3e-3 change the mean F1 of SmolLM2's probes by 0.01
 
 
@@ -55,23 +56,23 @@ def read_first_letters(subject: Subject) -> ConceptSamples:
     """Read words in prompts, and fit a probe for each letter; letters with too few words, or that
     the LLM does not know, are left out. UserError if none remains."""
     ids = find_words(read_vocabulary(subject.llm))
-    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))[:MOST_WORDS]
+    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))[:MAX_WORDS]
     words = [list(ids)[i] for i in order.tolist()]
     answers = {letter: _encode_answer(subject, letter) for letter in ascii_lowercase}
     line = 1 + max(map(len, answers.values()))
-    each = min(WORDS_IN_PROMPT, ((subject.context or MOST_WORDS) - 1) // line)
-    chunks = [words[i : i + each] for i in range(0, len(words), each)]
-    read = [word for chunk in chunks for word in chunk[EXAMPLES:]]
-    prompt = torch.tensor([i / len(chunks) for i, c in enumerate(chunks) for _ in c[EXAMPLES:]])
-    later = prompt >= FITTED_SHARE
-    chosen = later & (prompt < FITTED_SHARE + CHOSEN_SHARE)
-    parts = SampleParts(~later, chosen, later & ~chosen)
-    labels = torch.tensor([[word[0] == letter for letter in ascii_lowercase] for word in read])
+    count = min(WORDS_IN_PROMPT, ((subject.context or MAX_WORDS) - 1) // line)
+    chunks = [words[i : i + count] for i in range(0, len(words), count)]
+    samples = [word for chunk in chunks for word in chunk[EXAMPLES:]]
+    place = torch.tensor([i / len(chunks) for i, c in enumerate(chunks) for _ in c[EXAMPLES:]])
+    fit = place < FITTED_SHARE
+    choose = ~fit & (place < FITTED_SHARE + CHOSEN_SHARE)
+    parts = SampleParts(fit, choose, ~fit & ~choose)
+    labels = torch.tensor([[word[0] == letter for letter in ascii_lowercase] for word in samples])
     enough = torch.stack([labels[part].sum(dim=0) >= MIN_WORDS for part in parts]).all(dim=0)
     _require(subject, enough, f"{len(words):,} whole words are too few for any letter")
     bos = find_bos_id(subject.tokenizer)
     source, target = _capture(subject, [make_prompt(c, ids, answers, bos) for c in chunks])
-    return _fit_probes(subject, read, source, target, labels, enough, parts)
+    return _fit_probes(subject, samples, source, target, labels, enough, parts)
 
 
 def _capture(subject: Subject, prompts: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
@@ -82,7 +83,7 @@ def _capture(subject: Subject, prompts: list[tuple[list[int], list[int]]]) -> tu
         for first in range(0, len(prompts), batch):
             part = prompts[first : first + batch]
             tokens = torch.tensor([t + t[:1] * (longest - len(t)) for t, _ in part])
-            at = [i * longest + p for i, (_, ps) in enumerate(part) for p in ps[EXAMPLES:]]
+            at = [i * longest + p for i, (_, places) in enumerate(part) for p in places[EXAMPLES:]]
             captured = capture(subject.llm.model, tokens, sites, torch.tensor(at, dtype=torch.long))
             for site in sites:
                 rows[site].append(captured[site].float().cpu())
@@ -93,14 +94,14 @@ def _capture(subject: Subject, prompts: list[tuple[list[int], list[int]]]) -> tu
 
 def _fit_probes(
     subject: Subject,
-    read: list[str],
+    samples: list[str],
     source: Tensor,
     target: Tensor,
     labels: Tensor,
     enough: Tensor,
     parts: SampleParts,
 ) -> ConceptSamples:
-    """Fit a probe for each letter that has `enough` words, and keep the letters it tells."""
+    """Fit a probe for each letter, and keep the letters with `enough` words that it detects."""
     from sklearn.metrics import f1_score
 
     x = target - target[parts.fit].mean(dim=0)
@@ -119,7 +120,7 @@ def _fit_probes(
     return ConceptSamples(
         noun="letter",
         concepts=[ascii_lowercase[c] for c in kept],
-        samples=read,
+        names=samples,
         source=source,
         target=target,
         labels=labels[:, known],

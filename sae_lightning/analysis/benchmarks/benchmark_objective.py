@@ -14,8 +14,8 @@ from sae_lightning.terminal import console, make_visible
 
 
 def train_and_score(jobs: Sequence[Job]) -> list[dict[str, float] | None]:
-    """Train the jobs as `train_jobs` does, and add to the metrics of each one the score that its
-    search maximises, if that is a benchmark's; the controls that a sweep adds are not scored.
+    """Train the jobs as `train_jobs` does and, if their search maximises the score of a benchmark,
+    add it to the metrics of each job; the controls that a sweep adds are not scored.
 
     UserError, before training: the benchmark cannot be run here."""
     names = [(job.config.sweep.objective or "").removeprefix("-") for job in jobs]
@@ -24,12 +24,12 @@ def train_and_score(jobs: Sequence[Job]) -> list[dict[str, float] | None]:
 
         for name in benchmarks:
             BENCHMARKS[name].check()
-    metrics = train_jobs(jobs)
-    for job, name, of_job in zip(jobs, names, metrics, strict=True):
-        added = job.config.sweep.controls and job.config.model.control is not None
-        if name in benchmarks and of_job is not None and not added:
-            of_job[name] = score_job(job, name)
-    return metrics
+    all_metrics = train_jobs(jobs)
+    for job, name, metrics in zip(jobs, names, all_metrics, strict=True):
+        is_added = job.config.sweep.controls and job.config.model.control is not None
+        if name in benchmarks and metrics is not None and not is_added:
+            metrics[name] = score_job(job, name)
+    return all_metrics
 
 
 def score_job(job: Job, suite: str) -> float:

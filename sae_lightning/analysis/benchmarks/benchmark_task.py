@@ -50,9 +50,9 @@ class BenchmarkTask(Task):
         return f"{self.task}-{self.suite}"
 
     def execute(self, given_settings: Collection[str]) -> None:
-        own = BENCHMARKS[self.suite].settings
+        of_others = {name for suite in BENCHMARKS.values() for name in suite.settings}
         for name in given_settings:
-            if name not in own and any(name in suite.settings for suite in BENCHMARKS.values()):
+            if name in of_others.difference(BENCHMARKS[self.suite].settings):
                 raise UserError(f"{name} has no meaning for suite={self.suite}: leave it out")
         result, subject = self.score(given_settings)
         self.print_and_publish(subject, result.numbers, result.sections)

@@ -29,7 +29,8 @@ def read_last_tokens(subject: Subject, texts: Sequence[str], context: int) -> Te
     with phase("reading labelled texts", total=len(texts)) as advance:
         while order:
             longest = 1 + len(windows[order[-1]])
-            batch, order = order[-max(1, budget // longest) :], order[: -max(1, budget // longest)]
+            first = -max(1, budget // longest)
+            batch, order = order[first:], order[:first]
             tokens = torch.full((len(batch), longest), separator)
             tokens[:, 0] = bos
             for row, i in zip(tokens, batch, strict=True):

@@ -35,6 +35,7 @@ class ProbingScores(NamedTuple):
 
     def to_dict(self) -> dict[str, Any]:
         """The content of `benchmark-probing.json`, by key."""
+        sets = {s.name: {"texts": len(s.texts), "classes": s.classes} for s in self.sets}
         return {
             "auroc": {
                 kind: {
@@ -42,21 +43,13 @@ class ProbingScores(NamedTuple):
                         "mean": self.average_sets(kind, k)[0],
                         "standard_error": self.average_sets(kind, k)[1],
                         "spread_over_splits": self.measure_spread(kind, k),
-                        "sets": dict(
-                            zip(
-                                (each.name for each in self.sets),
-                                aurocs.mean(1).tolist(),
-                                strict=True,
-                            )
-                        ),
+                        "sets": dict(zip(sets, aurocs.mean(1).tolist(), strict=True)),
                     }
-                    for k, aurocs in of_size.items()
+                    for k, aurocs in by_k.items()
                 }
-                for kind, of_size in self.aurocs.items()
+                for kind, by_k in self.aurocs.items()
             },
-            "sets": {
-                each.name: {"texts": len(each.texts), "classes": each.classes} for each in self.sets
-            },
+            "sets": sets,
         }
 
 

@@ -5,6 +5,7 @@ Only the package's data are read. It is never imported, because it imports other
 """
 
 from collections.abc import Iterable
+from contextlib import suppress
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
@@ -59,18 +60,17 @@ def read_sets(
 ) -> list[LabelledSet]:
     """Read at most `texts` texts of each set that the settings `sets` and `sets_folder` choose.
 
-    UserError: no such set, or one that does not have two classes with enough texts."""
+    UserError: no such set, or a named one that does not have two classes with enough texts."""
     files = find_set_files(folder)
     if sets == "all" or (sets == "usual" and folder is not None):
-        found = [_read_set(name, file, texts, seed) for name, file in files.items()]
-        return [each for each in found if isinstance(each, LabelledSet)]
+        readable = []
+        for name, file in files.items():
+            with suppress(UserError):
+                readable.append(_read_set(name, file, texts, seed))
+        return readable
     names = USUAL_SETS if sets == "usual" else [sets] if isinstance(sets, str) else sets
     check_set_names(names, files)
-    found = [_read_set(name, files[name], texts, seed) for name in names]
-    for each in found:
-        if isinstance(each, str):
-            raise UserError(each)
-    return found
+    return [_read_set(name, files[name], texts, seed) for name in names]
 
 
 def check_set_names(names: Iterable[str], files: Iterable[str]) -> None:
@@ -81,32 +81,36 @@ def check_set_names(names: Iterable[str], files: Iterable[str]) -> None:
             near = [file for file in files if name.lower() in file.lower()]
             near = near or get_close_matches(name, files, n=3, cutoff=0.4) or files
             raise UserError(
-                f"sets={name}: no such set; near it are {', '.join(near[:5])} "
-                f"(there are {len(files)}, in all)"
+                f"sets={name}: no such set; similar names are {', '.join(near[:5])} "
+                f"(of {len(files)} sets)"
             )
 
 
-def _read_set(name: str, file: Path, texts: int, seed: int) -> LabelledSet | str:
-    """Read one set; or say why it cannot be used. (The package's sets repeat texts: of each only
+def _read_set(name: str, file: Path, texts: int, seed: int) -> LabelledSet:
+    """Read one set; UserError if it cannot be used. (The package's sets repeat texts: of each only
     one is kept, so that no tested text is also one of those fitted on.)"""
     try:
         table = csv.read_csv(file, parse_options=csv.ParseOptions(newlines_in_values=True))
         prompts, targets = (table[column].to_pylist() for column in ("prompt", "target"))
     except (ArrowInvalid, KeyError) as error:
-        return f"sets={name}: {file} is no CSV file with columns prompt and target ({error})"
+        raise UserError(
+            f"sets={name}: {file} is no CSV file with columns prompt and target ({error})"
+        ) from error
     label_of: dict[str, Any] = {}
     for prompt, target in zip(prompts, targets, strict=True):
         if prompt is not None and target is not None:
             same = label_of.setdefault(str(prompt), target) == target
-            label_of[str(prompt)] = target if same else None  # of both classes: useless
+            label_of[str(prompt)] = target if same else None  # a text of both classes is dropped
     classes = sorted({target for target in label_of.values() if target is not None}, key=str)
     if len(classes) != 2:
-        return f"sets={name}: {len(classes)} classes; probes are fitted on sets of two"
+        raise UserError(f"sets={name}: {len(classes)} classes; probes are fitted on sets of two")
     random = np.random.default_rng(seed)
     of_class = [[text for text, target in label_of.items() if target == c] for c in classes]
     count = min(texts // 2, *map(len, of_class))
     if count < MIN_PER_CLASS:
-        return f"sets={name}: {count} different texts of a class; {MIN_PER_CLASS} are needed"
+        raise UserError(
+            f"sets={name}: {count} different texts of a class; {MIN_PER_CLASS} are needed"
+        )
     chosen = [random.permutation(len(members))[:count] for members in of_class]
     pairs = zip(*([of_class[c][i] for i in chosen[c]] for c in (0, 1)), strict=True)
     return LabelledSet(

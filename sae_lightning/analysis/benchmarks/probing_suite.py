@@ -39,7 +39,7 @@ def run_probing(
     with phase("reading the sets"):
         labelled_sets = read_sets(sets, sets_folder, texts, subject.config.seed)
     context = min(MAX_CONTEXT, subject.context or MAX_CONTEXT)
-    x = read_last_tokens(subject, [text for each in labelled_sets for text in each.texts], context)
+    x = read_last_tokens(subject, [text for s in labelled_sets for text in s.texts], context)
     encoders = {FEATURES: subject.sae} | load_controls(subject)
     scores = score_sets(x, labelled_sets, encoders, splits)
     return Benchmark(
@@ -60,27 +60,31 @@ def score_sets(
 ) -> ProbingScores:
     """Fit and test all probes; x [texts of all sets, d_in], `encoders` are the SAEs by kind."""
     kinds = [FEATURES, NEURONS, RANDOM, *(kind for kind in encoders if kind != FEATURES)]
-    found: dict[str, dict[int | None, list[list[float]]]] = {kind: {} for kind in kinds}
+    # kind -> k (None: all) -> [sets, splits], filled set by set
+    scores: dict[str, dict[int | None, list[list[float]]]] = {kind: {} for kind in kinds}
     with phase("fitting probes", total=len(sets) * splits) as advance:
-        for rows, each in zip(x.split([len(s.texts) for s in sets]), sets, strict=True):
+        for rows, of_set in zip(x.split([len(s.texts) for s in sets]), sets, strict=True):
             units = {kind: encode_sparse(sae, rows) for kind, sae in encoders.items()}
             neurons = rows.numpy()
             for kind in kinds:
                 for k in (*SIZES, None) if kind != RANDOM else SIZES:
-                    found[kind].setdefault(k, []).append([])
+                    scores[kind].setdefault(k, []).append([])
             for seed in range(splits):
-                split = split_texts(len(each.texts), seed)
+                split = split_texts(len(of_set.texts), seed)
                 directions = pick_random_directions(
-                    neurons, units[FEATURES].shape[1], each.labels, split.train, max(SIZES)
+                    neurons, units[FEATURES].shape[1], of_set.labels, split.train, max(SIZES)
                 )
                 for kind, matrix in (units | {NEURONS: neurons, RANDOM: directions}).items():
-                    aurocs = score_sparse(matrix, each.labels, split, SIZES)
+                    aurocs = score_sparse(matrix, of_set.labels, split, SIZES)
                     for k, auroc in zip(SIZES, aurocs, strict=True):
-                        found[kind][k][-1].append(auroc)
+                        scores[kind][k][-1].append(auroc)
                     if kind != RANDOM:  # all directions together hold the same as all neurons
-                        found[kind][None][-1].append(score_all(matrix, each.labels, split))
+                        scores[kind][None][-1].append(score_all(matrix, of_set.labels, split))
                 advance(1)
     return ProbingScores(
         sets,
-        {kind: {k: np.array(values) for k, values in of_k.items()} for kind, of_k in found.items()},
+        {
+            kind: {k: np.array(values) for k, values in by_k.items()}
+            for kind, by_k in scores.items()
+        },
     )

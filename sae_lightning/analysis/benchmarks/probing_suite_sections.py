@@ -20,7 +20,7 @@ def make_probing_sections(scores: ProbingScores) -> list[Section]:
 
 def _make_mean_section(scores: ProbingScores) -> Section:
     kinds, splits = [*scores.aurocs], scores.aurocs[FEATURES][1].shape[1]
-    texts = sum(len(each.texts) for each in scores.sets)
+    texts = sum(len(s.texts) for s in scores.sets)
     rivals, controls = (
         [compare_kinds(scores, k) for k in part] for part in (kinds[1:3], kinds[3:])
     )
@@ -63,8 +63,8 @@ def _make_mean_section(scores: ProbingScores) -> Section:
 
 
 def compare_kinds(scores: ProbingScores, rival: str) -> str:
-    """Whether features or the units of `rival` are ahead: only if a t-test over the differences on
-    each set says so at the 5 % level."""
+    """Say whether features or the units of `rival` are ahead: only if a t-test over the differences
+    on each set says so at the 5 % level."""
     mean, error = scores.compare(FEATURES, rival, SCORED_SIZE)
     score, sets = f"{rival} {scores.average_sets(rival, SCORED_SIZE)[0]:.3f}", len(scores.sets)
     if sets == 1:
@@ -79,8 +79,8 @@ def _make_sets_section(scores: ProbingScores) -> Section:
     kinds = [*scores.aurocs]
     columns = {kind: scores.aurocs[kind][SCORED_SIZE].mean(1) for kind in kinds[:3]}
     if controls := kinds[3:]:
-        of_control = [scores.aurocs[kind][SCORED_SIZE].mean(1) for kind in controls]
-        columns["controls (mean)"] = sum(of_control) / len(controls)
+        by_control = [scores.aurocs[kind][SCORED_SIZE].mean(1) for kind in controls]
+        columns["controls (mean)"] = sum(by_control) / len(controls)
     columns["dense probe"] = scores.aurocs[NEURONS][None].mean(1)
     ahead = int((columns[FEATURES] > columns[NEURONS]).sum())
     return Section(
@@ -92,25 +92,25 @@ def _make_sets_section(scores: ProbingScores) -> Section:
         table=ResultTable(
             ["set", *columns],
             [
-                [each.name, *(f"{values[i]:.3f}" for values in columns.values())]
-                for i, each in enumerate(scores.sets)
+                [labelled_set.name, *(f"{values[i]:.3f}" for values in columns.values())]
+                for i, labelled_set in enumerate(scores.sets)
             ],
         ),
     )
 
 
 def _draw_means(scores: ProbingScores) -> "Figure":
-    drawn = make_figure("units of a probe", "held-out AUROC").update_xaxes(type="category")
-    for kind, of_k in scores.aurocs.items():
-        averages = [scores.average_sets(kind, k) for k in of_k]
-        drawn.add_scatter(
+    figure = make_figure("units of a probe", "held-out AUROC").update_xaxes(type="category")
+    for kind, by_k in scores.aurocs.items():
+        averages = [scores.average_sets(kind, k) for k in by_k]
+        figure.add_scatter(
             name=kind,
-            x=[str(k or "all") for k in of_k],
+            x=[str(k or "all") for k in by_k],
             y=[mean for mean, _ in averages],
             error_y={"array": [error for _, error in averages]},
             mode="lines+markers",
         )
-    return drawn
+    return figure
 
 
 def _format(mean: float, error: float) -> str:

@@ -69,11 +69,11 @@ def score_probe(x: ndarray, labels: ndarray, split: TextSplit) -> float:
     def measure(model: LogisticRegression, x: ndarray, labels: ndarray) -> float:
         return float(measure_aurocs(model.decision_function(x)[:, None], labels, 2)[1, 0])
 
-    path, scores = LogisticRegression(max_iter=1000, warm_start=True), []
+    candidate, scores = LogisticRegression(max_iter=1000, warm_start=True), []
     with allow_early_stopping():
         for c in CANDIDATES:  # each fit starts from the last one, which halves the time
-            path.set_params(C=c).fit(train_x[:fitted], train_labels[:fitted])
-            scores.append(measure(path, train_x[fitted:], train_labels[fitted:]))
+            candidate.set_params(C=c).fit(train_x[:fitted], train_labels[:fitted])
+            scores.append(measure(candidate, train_x[fitted:], train_labels[fitted:]))
         _, best = max(zip(scores, CANDIDATES, strict=True))  # of equals, the weakest penalty
         probe = LogisticRegression(C=best, max_iter=1000).fit(train_x, train_labels)
     return measure(probe, x[split.test], labels[split.test])
@@ -118,8 +118,9 @@ def encode_sparse(sae: SAE, x: Tensor) -> csr_array:
 def pick_random_directions(
     x: ndarray, directions: int, labels: ndarray, train: ndarray, most: int
 ) -> ndarray:
-    """Of `directions` random directions, always the same ones, project x [texts, d] on the `most`
-    whose class means differ most over the rows `train` -> [texts, most], the best first."""
+    """Draw `directions` random directions, always the same ones, and project x [texts, d] on the
+    `most` of them whose class means differ most over the rows `train` -> [texts, most], the best
+    first."""
     x = (x - x[train].mean(0)) / (x[train].std(0) + 1e-6)
     random = np.random.default_rng(0)
     best, scores = np.empty((len(x), 0)), np.empty(0)
