@@ -14,7 +14,7 @@ from sae_lightning.analysis.dashboards.circuit_tracer_features import (
 from sae_lightning.analysis.dashboards.contents import DashboardSettings, open_dashboards
 from sae_lightning.analysis.dashboards.neuronpedia import write_neuronpedia
 from sae_lightning.analysis.dashboards.saedashboard import write_saedashboard
-from sae_lightning.analysis.export_weights import open_alone, open_set, write_one, write_set
+from sae_lightning.analysis.export_weights import open_one, open_set, write_one, write_set
 from sae_lightning.analysis.task import Task
 from sae_lightning.errors import UserError
 from sae_lightning.files import (
@@ -109,20 +109,20 @@ def _list_settings(task: type[Task]) -> frozenset[str]:
 
 DASHBOARD_SETTINGS = _list_settings(DashboardSettings)
 FORMAT_SETTINGS = _list_settings(ExportTask) - {"format", "to"}
-# Settings under which Neuronpedia lists the SAE.
-LISTED = frozenset({"release", "description", "creator", "creator_id", "url"})
+# Settings that say how Neuronpedia lists the SAE.
+OF_RELEASE = frozenset({"release", "description", "creator", "creator_id", "url"})
 
 # Name of a format -> how to write it.
-WRITERS = {name: Writer(partial(write_one, name), partial(open_alone, name)) for name in WRITABLE}
+WRITERS = {name: Writer(partial(write_one, name), partial(open_one, name)) for name in WRITABLE}
 WRITERS |= {
     "circuit_tracer": Writer(
         partial(write_set, "circuit_tracer"), partial(open_set, "circuit_tracer")
     ),
     "neuronpedia": Writer(write_neuronpedia, open_dashboards, DASHBOARD_SETTINGS),
-    "saedashboard": Writer(write_saedashboard, open_dashboards, DASHBOARD_SETTINGS - LISTED),
+    "saedashboard": Writer(write_saedashboard, open_dashboards, DASHBOARD_SETTINGS - OF_RELEASE),
     "circuit_tracer_features": Writer(
         write_circuit_tracer_features,
         open_blocks,
-        DASHBOARD_SETTINGS - LISTED - {"feature", "vectors"},
+        DASHBOARD_SETTINGS - OF_RELEASE - {"feature", "vectors"},
     ),
 }

@@ -35,7 +35,7 @@ class Exported(NamedTuple):
     origin: Origin
 
 
-def open_alone(name: str, task: Task, given_settings: Collection[str]) -> Exported:
+def open_one(name: str, task: Task, given_settings: Collection[str]) -> Exported:
     """Open the SAE, without its LLM, for the format `name`. UserError for the folder of a sweep."""
     if is_sweep(Path(task.run)):
         raise UserError(
@@ -77,6 +77,7 @@ def find_blocks(task: Task, given_settings: Collection[str]) -> dict[int, tuple[
 
 
 Openers = list[Callable[[], Exported]]
+"""Functions that open one SAE each, so that only one is in memory."""
 
 
 def open_set(name: str, task: Task, given_settings: Collection[str]) -> Openers:
@@ -88,9 +89,9 @@ def open_set(name: str, task: Task, given_settings: Collection[str]) -> Openers:
             f"run={task.run}: format={name} takes a transcoder for every block: give the "
             "folder of a sweep over layer.index"
         )
-    if given := sorted(each for each in given_settings if each.split(".")[0] == "layer"):
+    if of_layer := sorted(name for name in given_settings if name.split(".")[0] == "layer"):
         raise UserError(
-            f"{given[0]} has no meaning for a set, whose runs say where they read: leave it out"
+            f"{of_layer[0]} has no meaning for a set, whose runs say where they read: leave it out"
         )
     blocks = find_blocks(task, given_settings)
     shared: dict[str, Any] = {}
@@ -116,9 +117,9 @@ def open_set(name: str, task: Task, given_settings: Collection[str]) -> Openers:
     ]
 
 
-def write_set(name: str, exported: Openers, folder: Path) -> None:
+def write_set(name: str, openers: Openers, folder: Path) -> None:
     """Write a set of transcoders in the format `name`, opening one at a time."""
-    with phase("writing transcoders", total=len(exported)) as advance:
-        for each in exported:
-            write_one(name, each(), folder)
+    with phase("writing transcoders", total=len(openers)) as advance:
+        for open_exported in openers:
+            write_one(name, open_exported(), folder)
             advance()

@@ -89,9 +89,9 @@ def _describe(sae: SAE, llm: str | None) -> str:
     kind = "transcoder" if target else "sparse autoencoder"
     reads = f" It reads `{source}` of {llm}" if source and llm else ""
     reads += f" and reconstructs `{target}`" if reads and target else ""
-    made = "trained" if OWN_KEY in sae.metadata else "saved"
+    verb = "trained" if OWN_KEY in sae.metadata else "saved"
     return (
-        f"A {kind} with {sae.config.features:,} features ({sae.config.name}), {made} with "
+        f"A {kind} with {sae.config.features:,} features ({sae.config.name}), {verb} with "
         f"sae_lightning.{reads}{'.' if reads else ''} It takes activations as they are, without "
         "scaling or centring."
     )
@@ -139,7 +139,8 @@ def _list_scores(scores: dict[str, Any]) -> Iterator[list[str]]:
     yield from show("l0", ".1f", "active features per token (L0)")
     yield from show("explained_variance", ".3f", "explained variance", "the mean: 0")
     ablations = {"without the SAE": "ce_clean", "mean": "ce_mean", "zero": "ce_zero"}
-    controls = [f"{n}: {scores[k]:.3f}" for n, k in ablations.items() if scores.get(k) is not None]
+    measured = {name: scores[key] for name, key in ablations.items() if scores.get(key) is not None}
+    controls = [f"{name}: {value:.3f}" for name, value in measured.items()]
     yield from show("ce_spliced", ".3f", "cross-entropy with the SAE (nats)", ", ".join(controls))
     yield from show("ce_recovered", ".3f", "cross-entropy recovered", "zero ablation: 0")
     yield from show("unfired", ".1%", "features that never fired")
@@ -169,8 +170,8 @@ def _make_table(head: list[str], rows: list[list[str]]) -> str:
 
 def _explain_opening(repo: str, sae: SAE) -> Iterator[str]:
     """How to load the SAE in three ways; `x` holds activations [tokens, d_in]."""
-    own = f'from sae_lightning import load_sae\n\nsae = load_sae("hub:{repo}")\n'
-    yield _make_block("sae_lightning", own + "reconstruction, features = sae(x)")
+    code = f'from sae_lightning import load_sae\n\nsae = load_sae("hub:{repo}")\n'
+    yield _make_block("sae_lightning", code + "reconstruction, features = sae(x)")
     if note := sae.metadata.get(NOTE_KEY):
         yield f"{note}."
     else:

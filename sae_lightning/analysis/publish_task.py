@@ -64,13 +64,13 @@ class PublishTask(Task):
         settings = yaml.safe_load(files[CONFIG_FILE]) if CONFIG_FILE in files else {}
         card = write_card(self.repo, sae, settings, read_results(folder), self.licence)
         files = {"README.md": card.encode()} | files
-        sizes = {name: f"{measure(content):>13,} bytes" for name, content in files.items()}
+        sizes = {name: f"{count_bytes(content):>13,} bytes" for name, content in files.items()}
         console.print(make_grid(sizes, f"\n  to {self.repo}:"), "")
         self._confirm()
         url = upload_files(self.repo, files, private=self.private)
-        seen = "private" if self.private else "public"
+        visibility = "private" if self.private else "public"
         opening = format_command("analyze.py", run=f"{HUB}{self.repo}")
-        console.print(f"\n  published ({seen}): {url}\n  open it: {opening}\n")
+        console.print(f"\n  published ({visibility}): {url}\n  open it: {opening}\n")
 
     def _check(self, given_settings: Collection[str]) -> None:
         """UserError if the command cannot succeed, before anything is read or uploaded."""
@@ -124,14 +124,14 @@ def collect_files(folder: Path) -> dict[str, bytes | Path]:
             "format=saelens first, and publish that folder"
         )
     texts = {f"sae/{CFG}": json.dumps(hide_folders(cfg), indent=2)}
-    found = {*filter(is_path, (str(folder.absolute()), str(Path.home())))} | find_paths(cfg)
+    paths = {*filter(is_path, (str(folder.absolute()), str(Path.home())))} | find_paths(cfg)
     if (folder / CONFIG_FILE).is_file():
         config = read_settings(folder / CONFIG_FILE)
-        found |= find_paths(config)
+        paths |= find_paths(config)
         texts[CONFIG_FILE] = yaml.safe_dump(hide_folders(config), sort_keys=False)
     results = [folder / METRICS_FILE, *(folder / "analysis" / name for name in RESULTS)]
     for file in filter(Path.is_file, results):
-        texts[file.relative_to(folder).as_posix()] = cut_paths(read_regular_file(file), found)
+        texts[file.relative_to(folder).as_posix()] = cut_paths(read_regular_file(file), paths)
     files = {name: text.encode() for name, text in texts.items()}
     blocks = [file for file in folder.glob("analysis/index-*/*.js") if file.is_file()]
     return (
@@ -155,26 +155,26 @@ def read_results(folder: Path) -> dict[str, Any]:
     """Read the numbers for the model card, by task: `evaluate`, and `theory` and `probe` from the
     overview. Without `evaluate`, the scores of the end of training take its place. UserError if a
     file is damaged."""
-    found = {}
+    results = {}
     for name in ("overview", "theory", "probe", "evaluate"):
         if numbers := read_json(folder / "analysis" / f"{name}.json"):
-            found |= numbers if name == "overview" else {name: numbers}
-    if "evaluate" not in found and (metrics := read_json(folder / METRICS_FILE)):
-        found["evaluate"] = metrics.get("held_out", {})
-    return found
+            results |= numbers if name == "overview" else {name: numbers}
+    if "evaluate" not in results and (metrics := read_json(folder / METRICS_FILE)):
+        results["evaluate"] = metrics.get("held_out", {})
+    return results
 
 
 def hide_folders(value: Any) -> Any:
-    """Settings with every path of this machine replaced by its last part."""
+    """Replace every path of this machine in settings by its last part."""
     if isinstance(value, dict):
         return {key: hide_folders(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [hide_folders(inner) for inner in value]
     if not isinstance(value, str):
         return value
-    name, equals, given = value.partition("=")  # an override that was typed
-    if equals and is_path(given):
-        return f"{name}={Path(given).name}"
+    name, equals, path = value.partition("=")  # an override that was typed
+    if equals and is_path(path):
+        return f"{name}={Path(path).name}"
     return Path(value).name if is_path(value) else PATH.sub(_cut_folders, value)
 
 
@@ -190,15 +190,15 @@ def find_paths(value: Any) -> set[str]:
         return set().union(*map(find_paths, inner))
     if not isinstance(value, str):
         return set()
-    given = value.partition("=")[2] or value
-    return {given} if is_path(given) else {*PATH.findall(value)}
+    path = value.partition("=")[2] or value
+    return {path} if is_path(path) else {*PATH.findall(value)}
 
 
 def cut_paths(text: str, paths: Collection[str]) -> str:
-    """The text of a page or of JSON with these paths replaced by their last parts."""
+    """Replace `paths` in the text of a page or of JSON by their last parts."""
     for path in sorted(paths, key=len, reverse=True):
-        for written in {path, html.escape(path), json.dumps(path)[1:-1]}:
-            text = text.replace(written, Path(path).name)
+        for spelling in {path, html.escape(path), json.dumps(path)[1:-1]}:
+            text = text.replace(spelling, Path(path).name)
     return text
 
 
@@ -206,6 +206,6 @@ def _cut_folders(match: re.Match) -> str:
     return Path(match[0]).name
 
 
-def measure(content: bytes | Path) -> int:
+def count_bytes(content: bytes | Path) -> int:
     """Size in bytes of what is uploaded."""
     return len(content) if isinstance(content, bytes) else content.stat().st_size

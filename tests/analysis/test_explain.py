@@ -16,17 +16,17 @@ from sae_lightning.analysis.explain.evidence import (
     gather,
     pick_features,
 )
-from sae_lightning.analysis.explain.explained import (
-    Explanations,
-    make_explanation_section,
-    make_token_set_section,
-)
 from sae_lightning.analysis.explain.explainer import (
     Explainer,
     VerdictScore,
     make_detection_trials,
     make_fuzzing_trials,
     score_verdicts,
+)
+from sae_lightning.analysis.explain.explanation_sections import (
+    Explanations,
+    make_explanation_section,
+    make_token_set_section,
 )
 from sae_lightning.analysis.explain.models import Endpoint, LocalModel, Question
 from sae_lightning.analysis.explain.prompts import DETECT, FUZZ

@@ -10,7 +10,7 @@ from sklearn.metrics import roc_auc_score
 
 from sae_lightning.analysis.collect import collect
 from sae_lightning.analysis.probing import linear
-from sae_lightning.analysis.probing.labelled import Labelled
+from sae_lightning.analysis.probing.labelled import LabelledText
 from sae_lightning.analysis.probing.linear import (
     ALL_C,
     Fold,
@@ -30,12 +30,12 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def cut(x: torch.Tensor, labels: Labelled, tested: int) -> Fold:
+def cut(x: torch.Tensor, labels: LabelledText, tested: int) -> Fold:
     return Fold(x.numpy(), labels.target.numpy(), labels.fold.numpy(), tested)
 
 
 @pytest.fixture
-def labels() -> Labelled:
+def labels() -> LabelledText:
     """120 pieces of three classes in turn; those of class c hold token 10 + c three times."""
     target = torch.arange(PIECES) % CLASSES
     random = torch.Generator().manual_seed(0)
@@ -44,7 +44,7 @@ def labels() -> Labelled:
     tokens[:, WORD] = 10 + target[:, None]
     text = torch.ones_like(tokens, dtype=torch.bool)
     text[:, 0] = False
-    return Labelled(
+    return LabelledText(
         label="colour",
         classes=["red", "green", "blue"],
         target=target,

@@ -38,11 +38,11 @@ def open_blocks(
     ]
 
 
-def write_circuit_tracer_features(blocks: list[Callable[[], Dashboards]], folder: Path) -> None:
+def write_circuit_tracer_features(openers: list[Callable[[], Dashboards]], folder: Path) -> None:
     """Write the features of each SAE, opening one at a time."""
     index = {}
-    for block in blocks:
-        content = block()
+    for open_content in openers:
+        content = open_content()
         layer, offsets = content.name.layer, [0]
         file = folder / f"layer_{layer}.bin"
         with open(file, "wb") as stream:

@@ -34,8 +34,8 @@ class DashboardSettings(FeaturesTask):
     """Settings of the formats that hold dashboards instead of weights."""
 
     tokens: int = 131_072
-    """Tokens to read for the examples, unless an earlier task has left a catalogue. If
-    tokens, examples or neurons is given, a new catalogue is made."""
+    """Tokens to read for the examples, unless an earlier task has saved a catalogue. If tokens,
+    examples or neurons is given, a new catalogue is made."""
     feature: Any = None
     """A feature or a list of them; null for all."""
     direct: bool = False
@@ -107,12 +107,12 @@ class Dashboards(NamedTuple):
     @property
     def name(self) -> SourceName:
         """The SAE's place in Neuronpedia, as given or derived from LLM, site and SAE."""
-        given, (source, target) = self.settings, self.subject.sites
+        settings, (source, target) = self.settings, self.subject.sites
         kind = SITE_WORDS[source.kind] if source == target else "tc"
         config = self.subject.sae.config
-        made = f"{kind}-{config.name.replace('_', '')}-{config.features}"
-        model = given.model_id or derive_model_id(self.subject.config.llm.name)
-        return SourceName(model, source.layer, given.source_set or made, given.suffix)
+        derived = f"{kind}-{config.name.replace('_', '')}-{config.features}"
+        model = settings.model_id or derive_model_id(self.subject.config.llm.name)
+        return SourceName(model, source.layer, settings.source_set or derived, settings.suffix)
 
     @property
     def dataset(self) -> str:
@@ -122,8 +122,8 @@ class Dashboards(NamedTuple):
         return Path(text).name if Path(text).is_absolute() else text
 
     @property
-    def prompts(self) -> tuple[int, int]:
-        """How many sequences the statistics are over, and the tokens of each."""
+    def prompt_shape(self) -> tuple[int, int]:
+        """Number of sequences that the statistics are over, and of tokens in each."""
         context = self.subject.config.data.context
         return -(-self.catalogue.statistics.tokens // (context - 1)), context
 
@@ -136,7 +136,7 @@ def open_dashboards(task: DashboardSettings, given_settings: Collection[str]) ->
     catalogue = task.find_catalogue(subject, given_settings)
     parts = [catalogue.linear_histogram, catalogue.effect and catalogue.effect.histogram]
     if any(part is None for part in [*parts, catalogue.neighbours]):
-        console.print("it is of an older version, without histograms: making a new one")
+        console.print("the catalogue is of an older version, without histograms: making a new one")
         catalogue = task.make_catalogues(subject).features
     effect = measure_effects(subject, None) if task.direct else catalogue.effect
     return Dashboards(subject, task, catalogue, units, effect)

@@ -56,7 +56,7 @@ def _make_dashboards(content: Dashboards, units: Tensor) -> list[Dashboard]:
     """Make the dashboards of `units` [n]."""
     W_dec, catalogue = content.subject.sae.W_dec, content.catalogue
     W_dec = W_dec[units.to(W_dec.device)].cpu()
-    prompts, context = content.prompts
+    prompts, context = content.prompt_shape
     columns = {
         "feature_index": units.tolist(),
         "vector": shorten_numbers(W_dec) if content.settings.vectors else [[]] * len(units),
@@ -65,16 +65,15 @@ def _make_dashboards(content: Dashboards, units: Tensor) -> list[Dashboard]:
         "frac_nonzero": shorten_numbers(catalogue.statistics.densities[units].double()),
         **_describe_strengths(content, units),
     }
-    same = {
+    constants = {
         f"correlated_{kind}_{what}": []
         for kind in ("neurons", "features")
         for what in ("indices", "l1", "pearson")
     }
-    same |= {"n_prompts_total": prompts, "n_tokens_in_prompt": context}
-    same |= {"dataset": content.dataset, "decoder_weights_dist": []}
-    return [
-        dict(zip(columns, row, strict=True)) | same for row in zip(*columns.values(), strict=True)
-    ]
+    constants |= {"n_prompts_total": prompts, "n_tokens_in_prompt": context}
+    constants |= {"dataset": content.dataset, "decoder_weights_dist": []}
+    rows = zip(*columns.values(), strict=True)
+    return [dict(zip(columns, row, strict=True)) | constants for row in rows]
 
 
 def _describe_decoder(W_dec: Tensor) -> dict[str, list]:
@@ -122,45 +121,44 @@ def _describe_strengths(content: Dashboards, units: Tensor) -> dict[str, list]:
     top, spread = slice_units(catalogue.top, units), slice_units(catalogue.spread, units)
     intervals = find_interval(spread.strength, maximum[:, None]).tolist()
     activations, words = [], catalogue.vocabulary
-    for i, examples in enumerate(_show_examples(top, top.strength, words)):
+    for i, examples in enumerate(_list_examples(top, top.strength, words)):
         highest = {"bin_min": -1.0, "bin_max": edges[i][0], "bin_contains": -1.0}
         activations.append([highest | example for example in examples if example])
-    for i, examples in enumerate(_show_examples(spread, maximum[:, None], words)):
+    for i, examples in enumerate(_list_examples(spread, maximum[:, None], words)):
         for interval, example in zip(intervals[i], examples, strict=True):
             if example:
                 bounds = {"bin_min": edges[i][interval + 1], "bin_max": edges[i][interval]}
                 activations[i].append(bounds | {"bin_contains": shares[i][interval]} | example)
-    fires, centres = (fired > 0).tolist(), shorten_numbers(centres)
+    histograms = zip(shorten_numbers(centres), counts.tolist(), fired.tolist(), strict=True)
+    values, heights = zip(*((c, n) if f else ([], []) for c, n, f in histograms), strict=True)
     return {
-        "freq_hist_data_bar_values": [c if f else [] for c, f in zip(centres, fires, strict=True)],
-        "freq_hist_data_bar_heights": [
-            c if f else [] for c, f in zip(counts.tolist(), fires, strict=True)
-        ],
+        "freq_hist_data_bar_values": [*values],
+        "freq_hist_data_bar_heights": [*heights],
         "activations": activations,
     }
 
 
-def _show_examples(
+def _list_examples(
     examples: Examples, greatest: Tensor, vocabulary: list[str]
 ) -> list[list[Dashboard]]:
     """Tokens and strengths of each example [n, k]; empty where there is none. greatest: [n, k or 1]
-    the strength that no token of the example exceeds, but for rounding."""
+    the strength that no token of the example exceeds, except by rounding to half precision."""
     place = examples.position[..., None] + torch.arange(WINDOW) - BEFORE
     inside = (examples.tokens >= 0) & (place > 0)  # without BOS
     # stored in half precision, except for the peak
     strengths = examples.strengths.float().minimum(greatest[..., None])
     strengths[..., BEFORE] = examples.strength
     before = inside[..., :BEFORE].sum(dim=-1).tolist()
-    shown = []
+    lists = []
     for i, row in enumerate((examples.strength > 0).tolist()):
-        shown.append([])
+        lists.append([])
         for j, exists in enumerate(row):
-            shown[i].append({})
+            lists[i].append({})
             if exists:
-                seen = inside[i, j]
-                shown[i][j] = {
-                    "tokens": [vocabulary[t] for t in examples.tokens[i, j][seen].tolist()],
-                    "values": shorten_numbers(strengths[i, j][seen]),
+                keep = inside[i, j]
+                lists[i][j] = {
+                    "tokens": [vocabulary[t] for t in examples.tokens[i, j][keep].tolist()],
+                    "values": shorten_numbers(strengths[i, j][keep]),
                     "qualifying_token_index": before[i][j],
                 }
-    return shown
+    return lists

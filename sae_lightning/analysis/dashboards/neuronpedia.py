@@ -38,10 +38,10 @@ DESCRIPTION_LENGTH = 512  # of an explanation, as Neuronpedia's upload takes it
 def write_neuronpedia(content: Dashboards, folder: Path) -> None:
     """Write the rows of the SAE, its features, their examples and explanations."""
     name, created = content.name, datetime.now(UTC).isoformat(timespec="milliseconds")
-    home = folder / name.model / name.id
-    home.mkdir(parents=True)
+    source_folder = folder / name.model / name.id
+    source_folder.mkdir(parents=True)
     for table, row in _describe_source(content, created).items():
-        (home / f"{table}.jsonl").write_text(_format_row(row), encoding="utf8")
+        (source_folder / f"{table}.jsonl").write_text(_format_row(row), encoding="utf8")
     explanations = read_explanations(content.subject)
     for number, dashboards in enumerate(list_dashboards(content)):
         tables = {
@@ -59,23 +59,23 @@ def write_neuronpedia(content: Dashboards, folder: Path) -> None:
         }
         for table, rows in tables.items():
             if rows:
-                file = home / table / f"batch-{number}.jsonl.gz"
+                file = source_folder / table / f"batch-{number}.jsonl.gz"
                 file.parent.mkdir(exist_ok=True)
                 with gzip.open(file, "wt", compresslevel=5, encoding="utf8") as stream:
                     stream.writelines(map(_format_row, rows))
 
 
 def read_explanations(subject: Subject) -> dict[int, tuple[str, str]]:
-    """Read what `task=explain` left in the run folder: feature -> its text, and how it was made and
-    scored; empty if there is nothing."""
+    """Read what `task=explain` has saved: feature -> explanation, and its model and scores in
+    words; empty if there is nothing."""
     path = subject.results_folder / "explain.json"
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text("utf8"))
+        saved = json.loads(path.read_text("utf8"))
         return {
-            int(e["feature"]): (str(e["text"]), _describe_scores(str(found["model"]), e))
-            for e in found.get("explanations", [])
+            int(e["feature"]): (str(e["text"]), _describe_scores(str(saved["model"]), e))
+            for e in saved.get("explanations", [])
             if e["text"]
         }
     except (ValueError, TypeError, KeyError, AttributeError) as error:  # damaged
@@ -98,23 +98,23 @@ def _format_row(row: Row) -> str:
 
 
 def _make_id(*parts: object) -> str:
-    """An id of 25 characters as in the database, the same whenever the same is exported again."""
+    """An id of 25 characters as in the database; exporting again gives the same id."""
     return f"c{hashlib.sha256('/'.join(map(str, parts)).encode()).hexdigest()[:24]}"
 
 
 def _describe_source(content: Dashboards, created: str) -> dict[str, Row]:
     """The rows of the SAE's release, LLM, set and of itself, by table."""
-    given, name, subject = content.settings, content.name, content.subject
-    prompts, context = content.prompts
+    settings, name, subject = content.settings, content.name, content.subject
+    prompts, context = content.prompt_shape
     shape = subject.config.data_source.read_shape()
-    public = {"visibility": "PUBLIC", "creatorId": given.creator_id, "createdAt": created}
-    release = given.release or name.source_set
-    description = given.description or subject.heading
-    urls = [given.url] if given.url else []
+    public = {"visibility": "PUBLIC", "creatorId": settings.creator_id, "createdAt": created}
+    release = settings.release or name.source_set
+    description = settings.description or subject.heading
+    urls = [settings.url] if settings.url else []
     return {
         "release": public
         | {"name": release, "description": description, "descriptionShort": description}
-        | {"urls": urls, "creatorName": given.creator, "creatorNameShort": given.creator}
+        | {"urls": urls, "creatorName": settings.creator, "creatorNameShort": settings.creator}
         | {"isNewUi": False, "featured": False, "defaultUmapSourceIds": []},
         "model": public
         | {"id": name.model, "displayName": name.model, "displayNameShort": name.model}
@@ -122,7 +122,7 @@ def _describe_source(content: Dashboards, created: str) -> dict[str, Row]:
         | {"dimension": shape.width, "inferenceEnabled": False, "owner": "", "updatedAt": created},
         "sourceset": public
         | {"modelId": name.model, "name": name.source_set, "releaseName": release}
-        | {"description": subject.heading, "type": "", "creatorName": given.creator}
+        | {"description": subject.heading, "type": "", "creatorName": settings.creator}
         | {"urls": urls, "hasDashboards": True, "defaultRange": 1, "defaultShowBreaks": True}
         | dict.fromkeys(("showDfa", "showCorrelated", "showHeadAttribution", "showUmap"), False),
         "source": public

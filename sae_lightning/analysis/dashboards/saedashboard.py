@@ -26,7 +26,7 @@ def write_saedashboard(content: Dashboards, folder: Path) -> None:
 def _describe_settings(content: Dashboards) -> dict:
     """Describe how the dashboards were made, in keys of SAEDashboard's NeuronpediaRunnerConfig."""
     model, layer, source_set, suffix = content.name
-    prompts, context = content.prompts
+    prompts, context = content.prompt_shape
     top, spread = content.catalogue.top, content.catalogue.spread
     return {
         "sae_set": source_set,

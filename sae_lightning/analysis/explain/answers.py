@@ -64,7 +64,7 @@ class Answers:
             TemporaryFile(dir=self.folder).close()
             remove_leftovers(self.folder)
         except OSError as error:
-            raise self._unwritable(error) from error
+            raise self._make_error(error) from error
 
     def check_model(self) -> None:
         """UserError if the model does not answer; costs a few tokens, the first time."""
@@ -74,7 +74,7 @@ class Answers:
     def read_cached(self, question: Question) -> Reply | None:
         """The cached answer to a question; None if there is none."""
         try:
-            reply = Reply(**json.loads(self._file(question).read_text("utf8")))
+            reply = Reply(**json.loads(self._find_file(question).read_text("utf8")))
             cleaned = self._remove_key(reply)
         except (OSError, ValueError, TypeError):
             return None
@@ -85,7 +85,7 @@ class Answers:
     def ask(
         self, questions: Sequence[Question], advance: Callable[[int], None] = lambda n: None
     ) -> list[str]:
-        """An answer to each question; `advance` is called with the number just answered."""
+        """The answer to each question; `advance` is called with the number just answered."""
         replies = {question: self.read_cached(question) for question in questions}
         missing = [question for question, reply in replies.items() if reply is None]
         advance(len(questions) - len(missing))
@@ -133,16 +133,16 @@ class Answers:
 
     def _write(self, question: Question, reply: Reply) -> None:
         try:
-            with write_atomically(self._file(question)) as temporary:
+            with write_atomically(self._find_file(question)) as temporary:
                 temporary.write_text(json.dumps(reply._asdict()), encoding="utf8")
         except WriteError as error:
-            raise self._unwritable(error) from error
+            raise self._make_error(error) from error
 
-    def _file(self, question: Question) -> Path:
+    def _find_file(self, question: Question) -> Path:
         content = json.dumps([self.model.name, *question])
         return self.folder / f"{hashlib.sha256(content.encode()).hexdigest()}.json"
 
-    def _unwritable(self, error: Exception) -> UserError:
+    def _make_error(self, error: Exception) -> UserError:
         return UserError(
             f"answers cannot be kept in {self.folder} ({find_system_error(error)}); "
             "set XDG_CACHE_HOME to a folder that can be written"

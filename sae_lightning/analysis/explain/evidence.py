@@ -22,8 +22,8 @@ from sae_lightning.report.catalogue import AFTER, BEFORE, WINDOW, Catalogue, Exa
 MIN_TEXTS = 4  # fewest to explain from, and fewest to test on
 DOCUMENT_MARK = "¶"  # stands for the beginning and the end of documents
 
-WindowOfSequence = tuple[int, Tensor, Tensor]
-"""Number of a sequence; token ids [WINDOW], -1 beyond its ends; a feature's strengths [WINDOW]."""
+RawWindow = tuple[int, Tensor, Tensor]
+"""Number of its sequence; token ids [WINDOW], -1 beyond its ends; strengths [WINDOW]."""
 
 
 class Window(NamedTuple):
@@ -47,7 +47,7 @@ class Evidence(NamedTuple):
     """Texts for the test, in which the feature is silent."""
 
     @property
-    def enough(self) -> bool:
+    def is_enough(self) -> bool:
         """Whether there are enough texts to explain the feature and to test the explanation."""
         return len(self.shown) >= MIN_TEXTS and len(self.firing) >= MIN_TEXTS
 
@@ -69,7 +69,8 @@ def gather(
     special: Collection[int] = (),
     seed: int = 0,
 ) -> list[Evidence]:
-    """Show half of a feature's examples; keep at most `scored` texts of each kind for the test.
+    """Gather the evidence for each of `features`: half of its examples are shown to the explainer;
+    the rest, and random texts, make at most `scored` texts of each kind for the test.
 
     catalogue: of the SAE's features, from the same pass over the text as `sample`, so that
     sequences have the same numbers; special: ids shown as DOCUMENT_MARK.
@@ -86,9 +87,9 @@ def _gather_one(
     strengths = sample.densify(feature)
     # [sequences, context] greatest strength in the window around each position
     around = max_pool1d(pad(strengths, (BEFORE, AFTER)), WINDOW, stride=1)
-    seen: set[object] = set()
+    seen: set[object] = set()  # numbers of sequences, and wordings
 
-    def skip_seen(windows: Iterable[WindowOfSequence]) -> Iterator[Window]:
+    def skip_seen(windows: Iterable[RawWindow]) -> Iterator[Window]:
         """Windows whose sequence and wording are both new."""
         for sequence, ids, values in windows:
             pairs = zip(ids.tolist(), values.tolist(), strict=True)
@@ -109,7 +110,7 @@ def _gather_one(
     return Evidence(feature, shown, firing, [*islice(skip_seen(silent), len(firing))])
 
 
-def _take_examples(examples: Examples, feature: int, first: int) -> Iterator[WindowOfSequence]:
+def _take_examples(examples: Examples, feature: int, first: int) -> Iterator[RawWindow]:
     """Every other example, from index `first` on."""
     for i in range(first, examples.strength.shape[1], 2):
         if examples.strength[feature, i] > 0:
@@ -119,7 +120,7 @@ def _take_examples(examples: Examples, feature: int, first: int) -> Iterator[Win
 
 def _draw_windows(
     sample: Sample, strengths: Tensor, allowed: Tensor, rng: torch.Generator
-) -> Iterator[WindowOfSequence]:
+) -> Iterator[RawWindow]:
     """A window around one random allowed position of each sequence, in random order."""
     tokens = pad(sample.tokens, (BEFORE, AFTER), value=-1)
     strengths = pad(strengths, (BEFORE, AFTER))

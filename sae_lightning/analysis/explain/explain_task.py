@@ -6,12 +6,12 @@ from typing import Any
 
 from sae_lightning.analysis.explain.answers import Answers
 from sae_lightning.analysis.explain.evidence import gather, pick_features
-from sae_lightning.analysis.explain.explained import (
+from sae_lightning.analysis.explain.explainer import Explainer
+from sae_lightning.analysis.explain.explanation_sections import (
     Explanations,
     make_explanation_section,
     make_token_set_section,
 )
-from sae_lightning.analysis.explain.explainer import Explainer
 from sae_lightning.analysis.explain.models import open_model
 from sae_lightning.analysis.survey.survey import survey
 from sae_lightning.analysis.task import Task, check_at_least, parse_integers
@@ -69,13 +69,13 @@ class ExplainTask(Task):
     def execute(self, given_settings: Collection[str]) -> None:
         subject = self.load_subject(given_settings)
         chosen = self.feature and subject.check_features(self.feature)
-        named = chosen[0] if chosen else None
+        first = chosen[0] if chosen else None
         model = open_model(self.endpoint, self.explainer, self.key_env, self.concurrency)
         answers = model and Answers(model)
         if answers:
             answers.check_model()  # before any text is read
         seed = subject.config.seed
-        found = survey(
+        surveyed = survey(
             subject,
             subject.corpus.train,
             tokens=self.tokens,
@@ -83,15 +83,19 @@ class ExplainTask(Task):
             batch=subject.config.llm.batch,
             seed=seed,
         )
-        features = chosen or pick_features(found.features, self.count, seed)
+        features = chosen or pick_features(surveyed.features, self.count, seed)
         if answers is None:
-            unexplained = make_token_set_section(found.features, features)
-            scalars = unexplained.table._asdict() if unexplained.table else {}
-            self.print_and_publish(subject, scalars, [unexplained], feature=named)
+            section = make_token_set_section(surveyed.features, features)
+            self.print_and_publish(subject, section.table._asdict(), [section], feature=first)
             return
         special = find_special_ids(subject.llm.tokenizer)
         evidence = gather(
-            found.features, found.sample, features, scored=self.scored, special=special, seed=seed
+            surveyed.features,
+            surveyed.sample,
+            features,
+            scored=self.scored,
+            special=special,
+            seed=seed,
         )
         explainer = Explainer(answers, together=self.together, thinking=self.thinking, seed=seed)
         cost = explainer.estimate_cost(evidence)
@@ -99,5 +103,5 @@ class ExplainTask(Task):
         cost.check_budget(self.budget)
         result = Explanations(explainer.explain_features(evidence), answers.spent, self.explainer)
         self.print_and_publish(
-            subject, result.to_dict(), [make_explanation_section(result)], feature=named
+            subject, result.to_dict(), [make_explanation_section(result)], feature=first
         )

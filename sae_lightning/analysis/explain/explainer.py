@@ -80,10 +80,10 @@ class Explainer:
         self.answers, self.together, self.thinking = answers, together, thinking
         self.seed = seed
 
-    def estimate_cost(self, evidence: list[Evidence]) -> Cost:
+    def estimate_cost(self, all_evidence: list[Evidence]) -> Cost:
         """Estimate the cost of `explain_features`, on the high side: tokens in from the number of
         characters, tokens out from the longest answer that is allowed."""
-        questions = {each.feature: self._make_question(each) for each in evidence if each.enough}
+        questions = self._make_questions(all_evidence)
         texts: dict[int, str | None] = {}
         for feature, question in questions.items():
             reply = self.answers.read_cached(question)
@@ -92,7 +92,7 @@ class Explainer:
                 if reply
                 else "x" * prompts.MAX_EXPLANATION_CHARACTERS
             )
-        tests = [question for *_, question in self._make_tests(evidence, texts)]
+        tests = [question for *_, question in self._make_tests(all_evidence, texts)]
         missing = [
             question
             for question in dict.fromkeys([*questions.values(), *tests])
@@ -104,16 +104,16 @@ class Explainer:
             sum(question.tokens for question in missing),
         )
 
-    def explain_features(self, evidence: list[Evidence]) -> list[Explanation]:
+    def explain_features(self, all_evidence: list[Evidence]) -> list[Explanation]:
         """Explain each feature that has enough examples, and score the explanations.
 
         UserError if the model stops answering; its answers so far are cached for the next call.
         """
-        questions = {each.feature: self._make_question(each) for each in evidence if each.enough}
+        questions = self._make_questions(all_evidence)
         with phase("explaining features", total=len(questions)) as advance:
             answers = self.answers.ask([*questions.values()], advance)
         texts = dict(zip(questions, map(prompts.parse_explanation, answers), strict=True))
-        tests = self._make_tests(evidence, texts)
+        tests = self._make_tests(all_evidence, texts)
         with phase("testing explanations", total=len(tests)) as advance:
             answers = self.answers.ask([question for *_, question in tests], advance)
         judged: dict[tuple[int, str], tuple[list, list]] = {}
@@ -121,40 +121,44 @@ class Explainer:
             truths, verdicts = judged.setdefault((feature, trial.template), ([], []))
             truths += trial.truths
             verdicts += prompts.parse_verdicts(answer, len(trial.texts))
-        scores = {key: score_verdicts(*each) for key, each in judged.items()}
+        scores = {key: score_verdicts(*pair) for key, pair in judged.items()}
         return [
             Explanation(
-                feature=each.feature,
-                text=texts.get(each.feature),
-                shown=len(each.shown),
-                detection=scores.get((each.feature, DETECT)),
-                fuzzing=scores.get((each.feature, FUZZ)),
-                examples=each.shown[:3],
+                feature=evidence.feature,
+                text=texts.get(evidence.feature),
+                shown=len(evidence.shown),
+                detection=scores.get((evidence.feature, DETECT)),
+                fuzzing=scores.get((evidence.feature, FUZZ)),
+                examples=evidence.shown[:3],
             )
-            for each in evidence
+            for evidence in all_evidence
         ]
 
-    def _make_question(self, evidence: Evidence) -> Question:
-        return Question(
-            prompts.write_explain_prompt(evidence.shown), EXPLANATION_TOKENS + self.thinking
-        )
+    def _make_questions(self, all_evidence: list[Evidence]) -> dict[int, Question]:
+        """Feature -> the question that asks for its explanation, if there is enough evidence."""
+        tokens = EXPLANATION_TOKENS + self.thinking
+        return {
+            evidence.feature: Question(prompts.write_explain_prompt(evidence.shown), tokens)
+            for evidence in all_evidence
+            if evidence.is_enough
+        }
 
     def _make_tests(
-        self, evidence: list[Evidence], texts: dict[int, str | None]
+        self, all_evidence: list[Evidence], texts: dict[int, str | None]
     ) -> list[tuple[int, Trial, Question]]:
         """Trials of the explanations `texts` {feature: text}, each with its question."""
         tests = []
-        for each in evidence:
-            if text := texts.get(each.feature):
-                trials = make_fuzzing_trials(each, self.together, self.seed)
-                if each.silent:  # otherwise there is nothing to tell apart
-                    trials = make_detection_trials(each, self.together, self.seed) + trials
+        for evidence in all_evidence:
+            if text := texts.get(evidence.feature):
+                trials = make_fuzzing_trials(evidence, self.together, self.seed)
+                if evidence.silent:  # otherwise there is nothing to tell apart
+                    trials = make_detection_trials(evidence, self.together, self.seed) + trials
                 for trial in trials:
                     tokens = VERDICT_TOKENS * len(trial.texts) + SPARE_TOKENS + self.thinking
                     question = Question(
                         prompts.write_judge_prompt(trial.template, text, trial.texts), tokens
                     )
-                    tests.append((each.feature, trial, question))
+                    tests.append((evidence.feature, trial, question))
         return tests
 
 
@@ -196,6 +200,7 @@ def _make_trials(template: str, items: list[tuple[str, bool]], together: int) ->
 
 
 def score_verdicts(truths: list[bool], verdicts: list[bool | None]) -> VerdictScore:
+    """Compare `verdicts` (None: malformed) with the `truths`, in the same order."""
     right: dict[bool, list[bool]] = {True: [], False: []}
     for truth, verdict in zip(truths, verdicts, strict=True):
         if verdict is not None:

@@ -18,6 +18,7 @@ from sae_lightning.errors import UserError
 from sae_lightning.llm.load import NO_LLM, LLMConfig
 from sae_lightning.llm.quiet import mute_libraries
 from sae_lightning.llm.vocabulary import check_ids, find_bos_id, find_separator_id
+from sae_lightning.report.sweep_table import make_natural_key
 from sae_lightning.stream import make_source
 from sae_lightning.stream.flat import tokenise_documents
 from sae_lightning.stream.packing import Packing, Sequences
@@ -28,7 +29,7 @@ MIN_PIECES_PER_FOLD = 2  # of each class
 MAX_CLASSES = 50
 
 
-class Labelled(NamedTuple):
+class LabelledText(NamedTuple):
     """Pieces of text, each of one class."""
 
     label: str
@@ -53,7 +54,7 @@ class Labelled(NamedTuple):
 
 def labelled(
     config: DataConfig, label: str, tokenizer: Any, *, tokens: int, seed: int = 0
-) -> Labelled:
+) -> LabelledText:
     """Cut about `tokens` tokens of the text of `config` into pieces of `config.context` tokens.
 
     UserError: no such label, fewer than two classes with enough pieces, too few tokens for them.
@@ -73,13 +74,13 @@ def labelled(
             chosen = _cut_beginnings(chosen, tokenizer, packing)
             classes = pick_classes(label, chosen, tokens, packing.width)
             chosen = [piece for piece in chosen if piece.name in classes]
-    classes.sort(key=_natural_key)
+    classes.sort(key=make_natural_key)
     if left_out := len({piece.name for piece in pieces}) - len(classes):
         notes = [*notes, f"Left out: {left_out} values of {label} with fewer pieces of text."]
     windows = [piece.content for piece in chosen]
     for window in windows:
         check_ids(tokenizer, window, f"label={label}")
-    return Labelled(
+    return LabelledText(
         label=label,
         classes=classes,
         target=torch.tensor([classes.index(piece.name) for piece in chosen]),
@@ -98,12 +99,12 @@ def pick_classes(label: str, pieces: list[Piece], tokens: int, width: int) -> li
     """
     counts = Counter(piece.name for piece in pieces)
     folds = Counter((piece.name, piece.fold) for piece in pieces)
-    good = [
+    frequent = [
         name
         for name, _ in counts.most_common()
         if all(folds[name, fold] >= MIN_PIECES_PER_FOLD for fold in range(FOLDS))
     ]
-    if len(good) < 2:
+    if len(frequent) < 2:
         common = ", ".join(f"{name} ({n})" for name, n in counts.most_common(3))
         raise UserError(
             f"label={label}: {len(counts)} values and their pieces of text: {common}"
@@ -113,7 +114,7 @@ def pick_classes(label: str, pieces: list[Piece], tokens: int, width: int) -> li
     per_class = MIN_PIECES_PER_FOLD * FOLDS * width
     if tokens < 2 * per_class:
         raise UserError(f"tokens={tokens}: too few for two classes; give {2 * per_class} or more")
-    return good[: min(MAX_CLASSES, tokens // per_class)]
+    return frequent[: min(MAX_CLASSES, tokens // per_class)]
 
 
 def pick_pieces(pieces: list[Piece], classes: list[str], total: int) -> list[Piece]:
@@ -132,7 +133,8 @@ def pick_pieces(pieces: list[Piece], classes: list[str], total: int) -> list[Pie
 
 
 def share_out(available: list[int], total: int) -> list[int]:
-    """Split `total` equally, with no share above what is `available`; others get the rest."""
+    """Split `total` equally, except that no share exceeds what is `available`; the others get what
+    is left."""
     shares, left = [0] * len(available), total
     for rank, i in enumerate(sorted(range(len(available)), key=available.__getitem__)):
         shares[i] = min(available[i], left // (len(available) - rank))
@@ -141,15 +143,9 @@ def share_out(available: list[int], total: int) -> list[int]:
 
 
 def _cut_beginnings(pieces: list[Piece], tokenizer: Any, packing: Packing) -> list[Piece]:
-    """Cut texts to their first tokens; of texts that then are equal, keep one."""
+    """Cut texts to their first tokens; of those that begin alike, keep one."""
     texts = tokenise_documents(tokenizer, [piece.content for piece in pieces], packing.separator)
     windows = [text[:-1][: packing.width] for text in texts]
     # different documents with equal beginnings may lie in two folds
     distinct = {window.tobytes(): n for n, window in enumerate(windows)}.values()
     return [pieces[n]._replace(content=windows[n]) for n in distinct]
-
-
-def _natural_key(name: str) -> tuple[bool, float, str]:
-    """Sort key that puts 2 before 10."""
-    number = name.lstrip("-").isdecimal()
-    return not number, float(name) if number else 0.0, name

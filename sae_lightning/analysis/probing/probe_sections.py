@@ -29,23 +29,23 @@ def make_probe_sections(probes: Probes) -> list[Section]:
 
 def _make_comparison_section(probes: Probes) -> Section:
     sizes = list(dict.fromkeys(score.k for score in probes.scores))
-    few, most = sizes[0], probes.find_score(NEURONS, None)
-    features, neurons = probes.find_score(FEATURES, few), probes.find_score(NEURONS, few)
+    smallest, dense = sizes[0], probes.find_score(NEURONS, None)
+    features, neurons = (probes.find_score(units, smallest) for units in (FEATURES, NEURONS))
     return Section(
         title=f"Probes for {probes.label}",
         lead=(
-            f"Told from {_name_units(few)} of each class, {probes.label} has a held-out AUROC of "
-            f"{features.auroc:.2f} with features and {neurons.auroc:.2f} with neurons: "
+            f"Probes of {probes.label} on {_name_units(smallest)} for each class have a held-out "
+            f"AUROC of {features.auroc:.2f} with features and {neurons.auroc:.2f} with neurons: "
             f"{name_winner(features, neurons)}. (As many random directions as features: "
-            f"{probes.find_score(RANDOM, few).auroc:.2f}; chance: 0.50.) All features together "
-            f"reach {probes.find_score(FEATURES, None).auroc:.2f}, the dense activation (all "
-            f"neurons) {most.auroc:.2f}."
+            f"{probes.find_score(RANDOM, smallest).auroc:.2f}; chance: 0.50.) All features "
+            f"together reach {probes.find_score(FEATURES, None).auroc:.2f}, the dense activation "
+            f"(all neurons) {dense.auroc:.2f}."
         ),
         rows={
             "pieces of text": f"{sum(probes.pieces):,} of up to {probes.context} tokens",
             "classes": f"{len(probes.classes)}",
             "most frequent class": f"accuracy {probes.majority:.3f}",
-            "folds": f"{len(most.folds)}",
+            "folds": f"{len(dense.folds)}",
             "note": " ".join(probes.notes),
         },
         table=ResultTable(
@@ -95,11 +95,11 @@ def _format_cell(score: ProbeScore | None, measure: str) -> str:
 
 
 def _draw_scores(probes: Probes, sizes: list[int | None], name: str, measure: str) -> "Figure":
-    drawn = make_figure("units for each class", f"held-out {name}").update_xaxes(type="category")
+    figure = make_figure("units for each class", f"held-out {name}").update_xaxes(type="category")
     for units in UNIT_KINDS:
         scores = [score for k in sizes if (score := probes.find_score(units, k))]
         values = [[getattr(fold, measure) for fold in score.folds] for score in scores]
-        drawn.add_scatter(
+        figure.add_scatter(
             name=units,
             x=[str(score.k or "all") for score in scores],
             y=[*map(mean, values)],
@@ -107,7 +107,7 @@ def _draw_scores(probes: Probes, sizes: list[int | None], name: str, measure: st
             mode="lines+markers",
         )
     chance = 0.5 if measure == "auroc" else probes.majority
-    return drawn.add_scatter(
+    return figure.add_scatter(
         name="chance" if measure == "auroc" else "most frequent class",
         x=[str(sizes[0] or "all"), str(sizes[-1] or "all")],
         y=[chance, chance],
@@ -123,9 +123,9 @@ def _make_units_section(probes: Probes) -> Section:
     better = sum(feature.auroc > neuron.auroc for _, _, feature, neuron in rows)
     header = ["feature", "folds", "AUROC", "neuron", "neuron's folds", "neuron's AUROC"]
     return Section(
-        title=f"The unit that tells each {probes.label}",
+        title=f"The best unit for each {probes.label}",
         lead=(
-            f"The surest is feature {best.unit} for {name}, with a held-out AUROC of "
+            f"The best of all is feature {best.unit} for {name}, with a held-out AUROC of "
             f"{best.auroc:.2f}. For {better} of {len(rows)} classes the best feature does better "
             "than the best neuron. (Units are chosen anew for each tested fold: shown is "
             "the one chosen most often, for how many folds, and the mean AUROC over all folds.)"

@@ -17,7 +17,7 @@ class ProbeTask(Task):
     """Do features match abstract ideas better than neurons do?"""
 
     label: str = "genre"
-    """What to tell: genre, play or speaker of the packaged plays, or the name of the column of
+    """What to predict: genre, play or speaker of the packaged plays, or the name of the column of
     `data` that holds the classes."""
     tokens: int = 131_072
     """Tokens of labelled text to read."""
@@ -36,8 +36,8 @@ class ProbeTask(Task):
 def run_probes(
     subject: Subject, label: str, tokens: int, controls: Mapping[str, SAE] = {}
 ) -> Probes:
-    """Fit probes for `label` on `tokens` tokens of the text that the SAE was trained on, also to
-    the features of `controls`."""
+    """Fit probes for `label` on `tokens` tokens of the text that the SAE was trained on, with its
+    features, neurons, random directions and the features of `controls`."""
     config = subject.config
     text = labelled(config.data, label, subject.tokenizer, tokens=tokens, seed=config.seed)
     return probe(subject, text, batch=config.llm.batch, controls=controls)

@@ -19,7 +19,7 @@ from numpy import ndarray
 from torch import Tensor
 
 from sae_lightning.analysis.collect import EncodedBatch, collect
-from sae_lightning.analysis.probing.labelled import Labelled
+from sae_lightning.analysis.probing.labelled import LabelledText
 from sae_lightning.analysis.probing.linear import Fold, FoldScore
 from sae_lightning.analysis.subject import Subject
 from sae_lightning.sae import SAE
@@ -65,7 +65,7 @@ class BestUnit(NamedTuple):
 
 
 class Probes(NamedTuple):
-    """Features against neurons on one label."""
+    """How well features and neurons predict one label."""
 
     label: str
     classes: list[str]
@@ -87,6 +87,7 @@ class Probes(NamedTuple):
         return max(self.pieces) / sum(self.pieces)
 
     def find_score(self, units: str, k: int | None) -> ProbeScore | None:
+        """The score of probes on k units (None: all) of a kind; None if it was not measured."""
         scores = [*self.scores, *self.controls]
         return next((s for s in scores if (s.units, s.k) == (units, k)), None)
 
@@ -131,30 +132,32 @@ class PieceMeans:
 
 def probe(
     subject: Subject,
-    labelled: Labelled,
+    labelled: LabelledText,
     *,
     k: tuple[int, ...] = (1, 2, 5, 16),
     batch: int = 16,
     controls: Mapping[str, SAE] = {},
 ) -> Probes:
-    """Read the labelled text, `batch` pieces at a time, and fit probes on k units and on all;
-    `controls`: other SAEs of the same site, of whose features CONTROL_K are probed."""
+    """Read the labelled text, `batch` pieces at a time, and fit probes on k units and on all.
+    `controls`: other SAEs of the same site; their probes are on CONTROL_K features."""
     total, text = len(labelled.tokens), labelled.split_batches(batch)
-    pooled, *others = (PieceMeans(total) for _ in range(1 + len(controls)))
-    readers = [(sae, [own]) for sae, own in zip(controls.values(), others, strict=True)]
-    what = "reading labelled text"
-    collect(subject, text, [pooled], total=total, what=what, controls=readers)
-    result, scores = fit_probes(pooled.result(), labelled, k=k), []
-    del pooled
-    for name, other in zip(controls, others, strict=True):
+    means, *control_means = (PieceMeans(total) for _ in range(1 + len(controls)))
+    others = [(sae, [of_sae]) for sae, of_sae in zip(controls.values(), control_means, strict=True)]
+    label = "reading labelled text"
+    collect(subject, text, [means], total=total, label=label, controls=others)
+    result, scores = fit_probes(means.result(), labelled, k=k), []
+    del means
+    for name, of_control in zip(controls, control_means, strict=True):
         with phase(f"fitting probes on {name}"):
-            fold_scores, _ = _fit_folds(other.result()[FEATURES].numpy(), labelled, [*CONTROL_K])
+            fold_scores, _ = _fit_folds(
+                of_control.result()[FEATURES].numpy(), labelled, [*CONTROL_K]
+            )
         scores += [ProbeScore(name, *of_k) for of_k in fold_scores.items()]
     return result._replace(controls=scores)
 
 
 def fit_probes(
-    pooled: dict[str, Tensor], labelled: Labelled, *, k: tuple[int, ...] = (1, 2, 5, 16)
+    pooled: dict[str, Tensor], labelled: LabelledText, *, k: tuple[int, ...] = (1, 2, 5, 16)
 ) -> Probes:
     """Fit and test probes on features and on neurons, `pooled` [pieces, units] each."""
     from sklearn.preprocessing import StandardScaler
@@ -187,7 +190,7 @@ def fit_probes(
 
 
 def _fit_folds(
-    x: ndarray, labelled: Labelled, sizes: list[int | None]
+    x: ndarray, labelled: LabelledText, sizes: list[int | None]
 ) -> tuple[dict[int | None, list[FoldScore]], list[BestUnit]]:
     """k (None: all) -> the score on each fold; and the best single unit of each class."""
     target, folds = labelled.target.numpy(), labelled.fold.numpy()

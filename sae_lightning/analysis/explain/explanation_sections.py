@@ -1,4 +1,4 @@
-"""Explanations of features: a section to read, and the numbers of `explain.json`."""
+"""Sections on explanations of features, and the numbers of `explain.json`."""
 
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
@@ -31,19 +31,17 @@ class Explanations(NamedTuple):
 
 
 def make_explanation_section(result: Explanations) -> Section:
+    """The explanations with their scores, each beside a text in which its feature fires."""
     explanations, spent, model = result
     explained = [explanation for explanation in explanations if explanation.text]
     rows = {
         "detection": _summarise(explained, "detection"),
         "fuzzing": _summarise(explained, "fuzzing"),
-        "asked": f"{spent.requests:,} requests to {model}, {spent.tokens_in:,} tokens in and "
+        "cost": f"{spent.requests:,} requests to {model}, {spent.tokens_in:,} tokens in and "
         f"{spent.tokens_out:,} out; the other answers came from the cache",
     }
-    tests = [
-        s for explanation in explained for s in (explanation.detection, explanation.fuzzing) if s
-    ]
-    malformed = sum(s.malformed for s in tests)
-    if malformed:
+    scores = [score for e in explained for score in (e.detection, e.fuzzing) if score]
+    if malformed := sum(score.malformed for score in scores):
         rows["not understood"] = f"the verdicts on {malformed:,} texts; they are left out"
     return Section(
         title="Explanations",
@@ -67,15 +65,15 @@ def make_explanation_section(result: Explanations) -> Section:
 
 
 def make_token_set_section(catalogue: Catalogue, features: list[int]) -> Section:
-    """Section if no model is named: the token set that best predicts each feature."""
-    reading = catalogue.token_sets
+    """What is shown if no model is named: the token set that best predicts each feature."""
+    sets = catalogue.token_sets
     rows = []
-    for feature in sorted(features, key=lambda f: -reading.score[f].nan_to_num(-1)):
-        score = reading.score[feature]
-        tokens = [catalogue.vocabulary[t] for t in reading.tokens[feature].tolist() if t >= 0]
-        words = ("after " if reading.previous[feature] else "") + " ".join(map(repr, tokens))
+    for feature in sorted(features, key=lambda f: -sets.score[f].nan_to_num(-1)):
+        score = sets.score[feature]
+        tokens = [catalogue.vocabulary[t] for t in sets.tokens[feature].tolist() if t >= 0]
+        words = ("after " if sets.previous[feature] else "") + " ".join(map(repr, tokens))
         rows.append(
-            [f"{feature}: fires too rarely to say", "–"]
+            [f"{feature}: fires too rarely for a score", "–"]
             if score.isnan()
             else [f"{feature}: {words}", f"{score:.2f}"]
         )
@@ -92,8 +90,8 @@ def make_token_set_section(catalogue: Catalogue, features: list[int]) -> Section
 def _make_row(explanation: Explanation) -> list[str]:
     feature, text, shown, *scores, _ = explanation
     if not text:
-        rare = "(no explanation: fires too rarely, or the model gave none)"
-        text = rare if shown else "(never fires)"
+        none = "(no explanation: fires too rarely, or the model gave none)"
+        text = none if shown else "(never fires)"
     # how many verdicts the scores rest on
     verdicts = ["–" if score is None else str(score.yes + score.no) for score in scores]
     return [
