@@ -117,16 +117,16 @@ class Catalogue(NamedTuple):
     top: Examples
     """The strongest examples, at most one per sequence."""
     spread: Examples
-    """Random examples from each of INTERVALS, at most one per sequence and interval; none is in
-    `top`."""
+    """Examples spread over all strengths: random ones from each interval, at most one per sequence
+    and interval; none is in `top`."""
     token_sets: TokenSetScores | None = None
     """None for neurons, which are active on every token."""
     telling: Tensor | None = None
     """[units] how informative each feature is at first sight (see analysis/survey/telling.py); NaN
     where unknown."""
     copy_of: Tensor | None = None
-    """[units] the unit under which each is listed, int64: itself, unless it is a copy of a more
-    telling one."""
+    """[units] the unit under which each is listed, int64: itself, or a more telling one of which it
+    is a copy."""
     neighbours: RelatedUnits | None = None
     """By cosine similarity of decoder rows; None for neurons."""
     partners: RelatedUnits | None = None

@@ -1,4 +1,4 @@
-"""Each trained SAE beside the best of its controls, and sentences chosen by the numbers."""
+"""Compares each trained SAE with the best of its controls, and says in sentences what follows."""
 
 from collections import Counter
 from typing import NamedTuple
@@ -12,14 +12,14 @@ SAME_L0 = 0.1  # see `has_same_l0`
 MAX_SENTENCES = 4  # trained SAEs with a sentence each; more are counted
 BETTER, WORSE, TIED, UNKNOWN = "better", "worse", "not told apart", "too few seeds: noise unknown"
 OTHER_L0 = "L0 differs"
-# Metric -> what an SAE that scores {} does.
-SCORED = {
+# Metric -> what an SAE with the value {} does.
+CLAIMS = {
     "explained_variance": "explains {} of the variance",
     "recovered": "recovers {} of the concepts",
     "stable": "repeats {} of its features under another seed",
 }
-# Control -> what its trained SAE does that it does not.
-WORTH = {
+# Control -> what the trained SAE does and the control does not.
+LEARNED = {
     "frozen_decoder": "training the decoder",
     "soft_frozen_decoder": "letting decoder directions leave their random start",
     "frozen_encoder": "training the encoder",
@@ -29,7 +29,7 @@ WORTH = {
 
 
 class Comparison(NamedTuple):
-    """A metric of a trained SAE and of that one of its controls which scores best."""
+    """A metric of a trained SAE, and of the control that is best in it."""
 
     trained: int
     """Row of the trained SAE in the table."""
@@ -49,8 +49,8 @@ def compare_with_controls(means: MeansTable) -> list[Comparison]:
     for row, kind in enumerate(means.kinds):
         if kind != TRAINED:
             continue
-        same = [i for i, e in enumerate(means.experiments) if e == means.experiments[row]]
-        controls = [i for i in same if means.kinds[i] != TRAINED]
+        experiment, kinds = means.experiments[row], zip(means.experiments, means.kinds, strict=True)
+        controls = [i for i, (e, k) in enumerate(kinds) if e == experiment and k != TRAINED]
         for name, column in means.columns.items():
             values = means.mean[name]
             measured = values[controls].dropna().index if column.better else []
@@ -72,6 +72,7 @@ def has_same_l0(control: float, trained: float) -> bool:
 
 
 def _judge(means: MeansTable, row: int, control: int, name: str) -> str:
+    """The verdict on metric `name` of the trained SAE in `row`, see `Comparison.verdict`."""
     l0 = means.mean["l0"]
     if not has_same_l0(l0[control], l0[row]):
         return OTHER_L0
@@ -85,10 +86,10 @@ def _judge(means: MeansTable, row: int, control: int, name: str) -> str:
 
 
 def write_claims(means: MeansTable, comparisons: list[Comparison]) -> list[str]:
-    """One sentence for each trained SAE with controls and each metric of SCORED, or one for all of
+    """One sentence for each trained SAE with controls and each metric of CLAIMS, or one for all of
     them if there are many. Without controls, one for each trained SAE on its stable features."""
     sentences = []
-    for name in SCORED:
+    for name in CLAIMS:
         chosen = [c for c in comparisons if c.metric == name]
         if len(chosen) > MAX_SENTENCES:
             sentences.append(_count_verdicts(means, chosen))
@@ -96,26 +97,26 @@ def write_claims(means: MeansTable, comparisons: list[Comparison]) -> list[str]:
             sentences += [_write_sentence(means, c) for c in chosen]
     if "stable" in means.columns and not means.has_controls:
         rows = [*means.mean["stable"].dropna().index[:MAX_SENTENCES]]
-        sentences += [f"{means.name_row(i)} {_fill(means, 'stable', i)}." for i in rows]
+        sentences += [f"{means.name_row(i)} {_write_claim(means, 'stable', i)}." for i in rows]
     return sentences
 
 
-def _fill(means: MeansTable, name: str, row: int) -> str:
-    return SCORED[name].format(means.format_cell(row, name))
+def _write_claim(means: MeansTable, name: str, row: int) -> str:
+    return CLAIMS[name].format(means.format_cell(row, name))
 
 
 def _write_sentence(means: MeansTable, c: Comparison) -> str:
     control, l0 = means.kinds[c.control], means.mean["l0"]
     amount = means.columns[c.metric].format_value(abs(c.difference)).replace("%", " points")
     end = {
-        BETTER: f"{WORTH.get(control, 'what the control does not learn')} is worth {amount}",
+        BETTER: f"{LEARNED.get(control, 'what the control does not learn')} is worth {amount}",
         WORSE: f"the control is better by {amount}",
         TIED: f"the SAE is not told apart from its control (they differ by {amount})",
         UNKNOWN: f"they differ by {amount}; with so few seeds, the noise is unknown",
         OTHER_L0: f"they differ by {amount}, but only SAEs of the same L0 can be compared",
     }[c.verdict]
     return (
-        f"{means.name_row(c.trained)} {_fill(means, c.metric, c.trained)} at L0 "
+        f"{means.name_row(c.trained)} {_write_claim(means, c.metric, c.trained)} at L0 "
         f"{l0[c.trained]:,.1f}; its best control, {control}, "
         f"{means.format_cell(c.control, c.metric)} at L0 {l0[c.control]:,.1f}: {end}."
     )

@@ -65,15 +65,15 @@ def plot_histogram(values: Tensor, x: str, y: str = "features", bins: int = 60) 
 
 def find_pareto_front(l0: Estimates, quality: Estimates) -> np.ndarray:
     """Mark the points [n] on the Pareto front, bool: no other point is better in L0 (lower) or
-    quality (higher) without being worse in the other. Differences within the noise are none.
+    quality (higher) without being worse in the other. Differences within the noise do not count.
 
     Equal points are all on the front; points with a NaN or an infinity never are.
     """
     finite = np.isfinite(l0.mean) & np.isfinite(quality.mean)
     l0, quality = l0.pick(finite), quality.pick(finite)
     sparser = tell_apart(l0.as_column(), l0) & (l0.mean[:, None] < l0.mean)
-    truer = tell_apart(quality.as_column(), quality) & (quality.mean[:, None] > quality.mean)
-    better = sparser | truer  # [i, j]: i is better than j in one
+    higher = tell_apart(quality.as_column(), quality) & (quality.mean[:, None] > quality.mean)
+    better = sparser | higher  # [i, j]: i is better than j in one
     front = np.zeros_like(finite)
     front[finite] = ~(better & ~better.T).any(axis=0)
     return front
@@ -94,7 +94,7 @@ def plot_tradeoff(
     points = points[np.isfinite(points[["l0", "quality"]]).all(axis=1)]
     if points.empty:
         return None
-    drawn = make_figure(
+    figure = make_figure(
         "L0 (active features per token)",
         quality,
         legend_title={"text": _escape(_shorten(grouping or "")), "font": {"size": 13}},
@@ -102,18 +102,18 @@ def plot_tradeoff(
     )
     trained, controls = points[points.control == ""], points[points.control != ""]
     fronts = ((controls, "front of controls", "dot"), (trained, "front of trained SAEs", "solid"))
-    for rank, (among, name, dash) in zip((4, 2), fronts, strict=True):
-        if len(among):
+    for rank, (kind, name, dash) in zip((4, 2), fronts, strict=True):
+        if len(kind):
             style = {"name": name, "legendrank": rank, "showlegend": len(controls) > 0}
-            _draw_front(drawn, among, dash, style)
+            _draw_front(figure, kind, dash, style)
     for number, (name, group) in enumerate(controls.groupby("control")):
         symbol = f"{SHAPES[number % len(SHAPES)]}-open"
         marker = {"size": 8, "color": GREY, "symbol": symbol}
-        _draw_points(drawn, group, name, mode="markers", marker=marker, legendrank=3)
+        _draw_points(figure, group, name, mode="markers", marker=marker, legendrank=3)
     trained = trained.assign(front=_is_on_front(trained))
     for number, (name, group) in enumerate(trained.groupby("group", sort=False)):
         _draw_points(
-            drawn,
+            figure,
             group,
             name,
             mode="markers+text" if len(trained) <= MAX_LABELLED else "markers",
@@ -129,7 +129,7 @@ def plot_tradeoff(
             error_y=_make_bars(group.spread),
             legendrank=1,
         )
-    return drawn
+    return figure
 
 
 def _is_on_front(points: "pd.DataFrame") -> np.ndarray:
@@ -140,12 +140,12 @@ def _is_on_front(points: "pd.DataFrame") -> np.ndarray:
     return find_pareto_front(l0, quality)
 
 
-def _draw_front(drawn: "Figure", points: "pd.DataFrame", dash: str, style: dict) -> None:
-    """Draw the Pareto front of `points` as a line, with a band of their spreads if they have."""
+def _draw_front(figure: "Figure", points: "pd.DataFrame", dash: str, style: dict) -> None:
+    """Draw the Pareto front of `points` as a line, with a band of their spreads if any."""
     front = points[_is_on_front(points)].sort_values(["l0", "quality"])
     if front.spread.notna().any():
         spread = front.spread.fillna(0)
-        drawn.add_scatter(
+        figure.add_scatter(
             x=[*front.l0, *front.l0[::-1]],
             y=[*(front.quality + spread), *(front.quality - spread)[::-1]],
             fill="toself",
@@ -154,7 +154,7 @@ def _draw_front(drawn: "Figure", points: "pd.DataFrame", dash: str, style: dict)
             hoverinfo="skip",
             showlegend=False,
         )
-    drawn.add_scatter(
+    figure.add_scatter(
         x=front.l0,
         y=front.quality,
         mode="lines",
@@ -164,8 +164,8 @@ def _draw_front(drawn: "Figure", points: "pd.DataFrame", dash: str, style: dict)
     )
 
 
-def _draw_points(drawn: "Figure", group: "pd.DataFrame", name: str, **style: Any) -> None:
-    drawn.add_scatter(
+def _draw_points(figure: "Figure", group: "pd.DataFrame", name: str, **style: Any) -> None:
+    figure.add_scatter(
         name=_escape(name),
         showlegend=name != "",
         x=group.l0,

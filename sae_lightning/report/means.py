@@ -1,4 +1,4 @@
-"""The runs of a sweep averaged over seeds: a row for each SAE that was asked for."""
+"""The runs of a sweep averaged over seeds: a row for each SAE, whatever its seeds."""
 
 from collections import Counter
 from typing import Any
@@ -39,16 +39,16 @@ class MeansTable:
 
         groups: dict[tuple, list[int]] = {}
         trials = Counter()
-        others = [key for key in table.keys if key not in (*SEED_SETTINGS, CONTROL_SETTING)]
+        keys = [key for key in table.keys if key not in (*SEED_SETTINGS, CONTROL_SETTING)]
         for number, run in enumerate(table.runs):
             # without settings, a run cannot be compared
             experiment = identify_experiment(run.settings) if run.settings else str(run.folder)
-            swept = tuple(table.frame.loc[number, others])
+            swept = tuple(table.frame.loc[number, keys])
             group = (swept, read_kind(run), experiment)
-            # a search may try the same settings twice, which is no other seed
-            copy = trials[group, read_seeds(run)]
+            # a search may try the same settings and seed twice: each trial has a row
+            trial = trials[group, read_seeds(run)]
             trials[group, read_seeds(run)] += 1
-            groups.setdefault((*group, copy), []).append(number)
+            groups.setdefault((*group, trial), []).append(number)
         self.is_repeated = any(len(group) > 1 for group in groups.values())
         """Whether a row stands for several runs."""
         self.has_controls = any(kind != TRAINED for _, kind, *_ in groups)
@@ -62,32 +62,32 @@ class MeansTable:
         """The runs of each row, as rows of `table`."""
         self.kinds = [kind for _, kind, *_ in groups]
         self.experiments = [experiment for _, _, experiment, _ in groups]
-        done = [[n for n in group if table.is_finished[n]] for group in self.members]
-        self.seeds = np.array([len(numbers) for numbers in done])
+        finished = [[n for n in group if table.is_finished[n]] for group in self.members]
+        self.seeds = np.array([len(numbers) for numbers in finished])
         """Number of finished runs."""
         finite, measured = table.finite.to_numpy(), table.frame[table.metrics].to_numpy(float)
         self.mean, self.spread = (
-            pd.DataFrame([f(finite[n]) for n in done], columns=[*METRIC_COLUMNS])
-            for f in (_average, _spread)
+            pd.DataFrame([summarise(finite[n]) for n in finished], columns=[*METRIC_COLUMNS])
+            for summarise in (_average, _measure_spread)
         )
-        """Comparable metrics, see `SweepTable.finite`."""
-        # Each share of stable features compares a run with all others, so that these shares differ
-        # by far less than those of other seeds would: the jackknife of a mean over pairs gives
-        # 2 (n - 1) / (n - 2) times their spread, and nothing for two seeds.
+        """Comparable metrics (see `SweepTable.finite`): mean and sample standard deviation."""
+        # A run's share of stable features is a mean over its pairs with all other runs. As two runs
+        # share a pair, their shares differ by less than those of independent seeds: the jackknife
+        # of a mean over pairs gives 2 (n - 1) / (n - 2) times the spread, and none for two seeds.
         with np.errstate(divide="ignore", invalid="ignore"):
             factor = np.where(self.seeds > 2, 2 * (self.seeds - 1) / (self.seeds - 2), np.nan)
         self.spread["stable"] *= factor
-        spreads = [_spread(measured[n]) for n in done]
-        self.spreads = pd.DataFrame(spreads, columns=table.metrics)
-        """Sample standard deviation of each metric over seeds; NaN for a single run."""
+        spreads = [_measure_spread(measured[n]) for n in finished]
+        self.shown_spread = pd.DataFrame(spreads, columns=table.metrics)
+        """Sample standard deviation over seeds of all metrics as measured; NaN for one run."""
         self.frame = table.frame.iloc[[group[0] for group in self.members]].reset_index(drop=True)
         """Like `SweepTable.frame`: values of single runs, means of several."""
         for row, group in enumerate(self.members):
             if len(group) > 1:
                 runs = table.frame.loc[group]
-                self.frame.loc[row, table.metrics] = _average(measured[done[row]])
+                self.frame.loc[row, table.metrics] = _average(measured[finished[row]])
                 self.frame.at[row, "tokens"] = max(runs.tokens.dropna(), default=None)
-                self.frame.at[row, "status"] = _join(runs.status)
+                self.frame.at[row, "status"] = _count_statuses(runs.status)
                 self.frame.at[row, "reason"] = (
                     "; ".join(dict.fromkeys(runs.reason.dropna())) or None
                 )
@@ -97,7 +97,7 @@ class MeansTable:
         """[rows] bool: on the Pareto front of L0 and EV, of the trained SAEs or of the controls."""
 
     def estimate(self, name: str) -> Estimates:
-        """A comparable metric of all rows."""
+        """Mean, spread and number of seeds of a comparable metric, for all rows."""
         columns = (frame[name].to_numpy() for frame in (self.mean, self.spread))
         return Estimates(*columns, seeds=self.seeds)
 
@@ -132,7 +132,7 @@ class MeansTable:
         value = self.frame.at[row, name]
         if len(self.members[row]) > 1 and np.isnan(value):
             value = None
-        return self._format(name, value, self.spreads.at[row, name])
+        return self._format(name, value, self.shown_spread.at[row, name])
 
     def format_compared(self, row: int, name: str) -> str:
         """Like `format_cell`, with the values that are compared: CE recovered at most 1."""
@@ -140,8 +140,8 @@ class MeansTable:
         return self._format(name, values.mean(), values.std())
 
     def _format(self, name: str, value: float | None, spread: float) -> str:
-        written = self.columns[name].format_value
-        return written(value) + ("" if np.isnan(spread) else f" ± {written(spread)}")
+        format_value = self.columns[name].format_value
+        return format_value(value) + ("" if np.isnan(spread) else f" ± {format_value(spread)}")
 
     def name_row(self, row: int) -> str:
         """The row's swept settings, such as `loss.l1=0.001`; without any, its architecture."""
@@ -154,12 +154,12 @@ class MeansTable:
         metric; the spread's column is called `<metric>.spread`."""
         frame = self.frame[self.keys].assign(kind=self.kinds, seeds=self.seeds)
         for name in self.table.metrics:
-            frame[name], frame[f"{name}.spread"] = self.frame[name], self.spreads[name]
+            frame[name], frame[f"{name}.spread"] = self.frame[name], self.shown_spread[name]
         return frame.assign(tokens=self.frame.tokens, status=self.frame.status)
 
 
 def _sort_controls_last(group: tuple) -> tuple:
-    """Sort key of (swept values, kind, experiment, copy)."""
+    """Sort key of (swept values, kind, experiment, trial)."""
     swept, kind, *_ = group
     return [make_natural_key(value) for value in swept], kind != TRAINED, kind
 
@@ -169,16 +169,13 @@ def _average(values: np.ndarray) -> np.ndarray:
     return values.mean(axis=0) if len(values) else np.full(values.shape[1], np.nan)
 
 
-def _spread(values: np.ndarray) -> np.ndarray:
+def _measure_spread(values: np.ndarray) -> np.ndarray:
     """Sample standard deviation of the rows [n, metrics]; NaN for fewer than two."""
     return values.std(axis=0, ddof=1) if len(values) > 1 else np.full(values.shape[1], np.nan)
 
 
-def _join(statuses: Any) -> str:
-    """Such as `finished`, or `2 finished, 1 failed`."""
+def _count_statuses(statuses: Any) -> str:
+    """The status that all have, such as `finished`, or counts, such as `2 finished, 1 failed`."""
     counts = statuses.value_counts()
-    return (
-        ", ".join(f"{n} {status}" for status, n in counts.items())
-        if len(counts) > 1
-        else counts.index[0]
-    )
+    several = ", ".join(f"{n} {status}" for status, n in counts.items())
+    return several if len(counts) > 1 else counts.index[0]

@@ -2,8 +2,7 @@
 
 Two means are told apart if they differ by more than either spread, and by more than Welch's t-test
 allows at the 5 % level (equal SAEs are then told apart in one of twenty comparisons). A single run
-borrows the other side's spread. Of two single runs the noise is unknown: they are compared as they
-are.
+borrows the other side's spread. Of two single runs the noise is unknown: any difference counts.
 """
 
 from typing import NamedTuple
@@ -24,7 +23,7 @@ def find_critical_t(freedom: np.ndarray | float) -> np.ndarray:
 
 
 class Estimates(NamedTuple):
-    """A metric of several SAEs; all fields are arrays of one shape."""
+    """A metric of several SAEs, each with several seeds; all fields are arrays of one shape."""
 
     mean: np.ndarray
     """Over seeds."""
@@ -34,11 +33,11 @@ class Estimates(NamedTuple):
     """Number of runs."""
 
     def as_column(self) -> "Estimates":
-        """The same as a column [n, 1], to compare each with each."""
+        """All arrays as columns [n, 1], to compare all pairs."""
         return Estimates(*(values[:, None] for values in self))
 
     def pick(self, index: object) -> "Estimates":
-        """Those at an index of the arrays."""
+        """The SAEs at `index`: anything that numpy takes as an index."""
         return Estimates(*(values[index] for values in self))
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from sae_lightning.files import write_atomically
 from sae_lightning.report.annotated import AnnotatedText
-from sae_lightning.report.beside import remove_old_blocks, write_blocks
+from sae_lightning.report.block_scripts import remove_old_blocks, write_blocks
 from sae_lightning.report.catalogue import Catalogue
 from sae_lightning.report.page_data import PageData, pack_catalogues
 from sae_lightning.report.section import ResultTable, Section, show_token, split_quoted
@@ -72,12 +72,12 @@ def write_page(path: Path, page: AnalysisPage) -> None:
     """Write `page`; blocks of more than MAX_EMBEDDED_BYTES go into a folder beside it."""
     units = pack_catalogues(page.catalogues) if page.catalogues else None
     if units and units.blocks.size > MAX_EMBEDDED_BYTES:
-        units.index["beside"] = write_blocks(path, units.blocks)
+        units.index["folder"] = write_blocks(path, units.blocks)
         units = units._replace(blocks={})
     text = render_page(page, units)
     with write_atomically(path) as temporary:
         temporary.write_text(text, encoding="utf8")
-    remove_old_blocks(path, kept=units and units.index.get("beside"))
+    remove_old_blocks(path, kept=units and units.index.get("folder"))
 
 
 def render_page(page: AnalysisPage, units: PageData | None) -> str:
@@ -96,7 +96,7 @@ def render_page(page: AnalysisPage, units: PageData | None) -> str:
         split_quoted=split_quoted,
         break_lines=_break_lines,
         zip=zip,
-        find_wordy_columns=find_wordy_columns,
+        find_long_columns=find_long_columns,
         make_sort_value=make_sort_value,
     )
 
@@ -109,7 +109,7 @@ def _break_lines(token: str) -> "Markup":
 
 
 def _group_by_part(sections: Sequence[Section]) -> dict[str, tuple[str, list[Section]]]:
-    """Group sections by part: anchor -> (name of the part, its sections), in order."""
+    """Group sections by part of the page: anchor -> (name of the part, its sections), in order."""
     parts: dict[str, tuple[str, list[Section]]] = {}
     for section in sections:
         name = section.part or section.title
@@ -118,7 +118,7 @@ def _group_by_part(sections: Sequence[Section]) -> dict[str, tuple[str, list[Sec
     return parts
 
 
-def find_wordy_columns(table: ResultTable) -> set[int]:
+def find_long_columns(table: ResultTable) -> set[int]:
     """Indices of the columns with a cell longer than MAX_ONE_LINE, which may wrap."""
     return {
         number for row in table.rows for number, cell in enumerate(row) if len(cell) > MAX_ONE_LINE

@@ -67,10 +67,10 @@ def print_units(catalogue: Catalogue, units: Sequence[int], examples: int = 3) -
                     catalogue.vocabulary[i] if i >= 0 else "" for i in top.tokens[unit, number]
                 ]
                 shares = top.strengths[unit, number] / catalogue.statistics.maximum[unit]
-                above, line = _align_example(
+                heights, line = _align_example(
                     [show_token(token) for token in tokens], shares.tolist()
                 )
-                console.print(Text(" " * STRENGTH_WIDTH + above, "dark_orange"))
+                console.print(Text(" " * STRENGTH_WIDTH + heights, "dark_orange"))
                 console.print(Text(f"{strength:>{STRENGTH_WIDTH - 2}.3g}  ", "dim").append(line))
 
 

@@ -27,15 +27,15 @@ def render_sweep_page(folder: Path, means: MeansTable) -> str:
     """Render the page of a sweep; its links are relative to `folder`."""
     table, group = means.table, pick_grouping(means)
     points = _collect_points(means, group)
-    drawn = {
+    plots = {
         name: plot_tradeoff(
             points.assign(quality=means.mean[name], spread=means.spread[name]), label, group
         )
         for name, label in PLOTTED_METRICS.items()
     }
-    plotted = [name for name, plot in drawn.items() if plot]
+    plotted = [name for name, plot in plots.items() if plot]
     comparisons = compare_with_controls(means)
-    few = sum(means.seeds > 0) <= MAX_LABELLED
+    has_labels = sum(means.seeds > 0) <= MAX_LABELLED
     return render_template(
         "sweep.html",
         figures=bool(plotted),
@@ -44,8 +44,8 @@ def render_sweep_page(folder: Path, means: MeansTable) -> str:
         facts=describe_runs(table.runs),
         claims=write_claims(means, comparisons),
         comparisons=comparisons,
-        plots={PLOTTED_METRICS[name]: drawn[name] for name in plotted},
-        labels=[key for key in means.keys if key != group] if few else [],
+        plots={PLOTTED_METRICS[name]: plots[name] for name in plotted},
+        labels=[key for key in means.keys if key != group] if has_labels else [],
         unplotted=int(table.finite.loc[table.is_finished, plotted].isna().any(axis=1).sum()),
         links=[_make_links(folder, means, row) for row in range(len(means.members))],
         commands=[
@@ -125,9 +125,9 @@ def pick_grouping(means: MeansTable) -> str | None:
     if len(means.keys) < 2:
         return None
     values = {key: set(means.frame[key]) for key in means.keys}
-    few = [key for key in means.keys if len(values[key]) <= len(COLOURS)]
-    words = {key: any(make_natural_key(value)[0] for value in values[key]) for key in few}
-    return min(few, key=lambda key: (not words[key], len(values[key])), default=None)
+    candidates = [key for key in means.keys if len(values[key]) <= len(COLOURS)]
+    words = {key: any(make_natural_key(value)[0] for value in values[key]) for key in candidates}
+    return min(candidates, key=lambda key: (not words[key], len(values[key])), default=None)
 
 
 def _make_links(folder: Path, means: MeansTable, row: int) -> dict[str, str]:
@@ -142,6 +142,6 @@ def _make_links(folder: Path, means: MeansTable, row: int) -> dict[str, str]:
             if name in runs[0].settings
         ]
         names = zip(*(values for values in seeds if len({*values}) > 1), strict=True)
-        return {f"seed {', '.join(n)}": f"{link}/" for n, link in zip(names, links, strict=True)}
+        return {f"seed {', '.join(s)}": f"{link}/" for s, link in zip(names, links, strict=True)}
     files = [name for name in LINKED_FILES if (runs[0].folder / name).exists()]
     return {"open": f"{links[0]}/"} | {Path(name).stem: f"{links[0]}/{name}" for name in files}

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 CSV, MEANS_CSV, PAGE = "sweep.csv", "sweep_means.csv", "sweep.html"
 # A spreadsheet reads a text that begins with one of these as a formula.
 FORMULA_STARTS = tuple("=+-@\t\r\n＝＋－＠")
-FINE = ("finished", "unfinished")  # statuses without an error
 
 
 def write_report(folder: Path, runs: list[SweepRun]) -> None:
@@ -68,11 +67,11 @@ def disarm_formula(cell: object) -> object:
 def _print_table(folder: Path, means: MeansTable) -> None:
     """Print the table, why runs failed, and where the files are."""
     table = means.table
-    drawn = _make_table(means)
+    grid = _make_table(means)
     # full width: the terminal wraps long lines, while squeezed columns would be unreadable
     unbounded = console.options.update(max_width=10_000)
-    drawn.width = Measurement.get(console, unbounded, drawn).maximum
-    console.print(drawn)
+    grid.width = Measurement.get(console, unbounded, grid).maximum
+    console.print(grid)
     if means.front.any():
         tied = "   ≈ best, but not told apart from others" * means.is_repeated
         console.print(f"  * best of its column{tied}   ● on the Pareto front of L0 and EV")
@@ -108,14 +107,16 @@ def _make_table(means: MeansTable) -> Table:
     if means.is_repeated:
         title += ": mean ± sample standard deviation over seeds"
     if not means.table.is_finished.all():
-        columns["status"] = [Text(s, "" if s in FINE else "red") for s in frame.status]
-    drawn = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        columns["status"] = [
+            Text(s, "" if s in ("finished", "unfinished") else "red") for s in frame.status
+        ]
+    grid = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in columns:
         justify = "left" if heading in {*words, "status"} else "right"
-        drawn.add_column(Text(make_visible(heading)), justify=justify, no_wrap=True)
+        grid.add_column(Text(make_visible(heading)), justify=justify, no_wrap=True)
     for row in zip(*columns.values(), strict=True):
-        drawn.add_row(*row)
-    return drawn
+        grid.add_row(*row)
+    return grid
 
 
 def _make_cells(means: MeansTable, name: str) -> list[Text]:
@@ -123,6 +124,6 @@ def _make_cells(means: MeansTable, name: str) -> list[Text]:
     for row in range(len(means.members)):
         front, mark = "● " if name == "l0" and means.front[row] else "", means.mark(row, name)
         # a space instead of a mark keeps digits aligned
-        written = f"{front}{means.format_cell(row, name)}{mark or ' '}"
-        cells.append(Text(written, "bold" * (mark == "*")))
+        text = f"{front}{means.format_cell(row, name)}{mark or ' '}"
+        cells.append(Text(text, "bold" * (mark == "*")))
     return cells

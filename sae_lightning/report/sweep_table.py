@@ -20,11 +20,11 @@ class SweepRun(NamedTuple):
     failure: str | None
     """Why it failed; None if it did not."""
     settings: dict[str, object] = {}
-    """Dotted name -> value of every setting, for the page's heading."""
+    """Dotted name -> value of every setting; empty if they cannot be read."""
     damaged: bool = False
     """Whether a file in the folder cannot be read; `failure` says which."""
     stable: float | None = None
-    """Share of its features that come back under another seed; None if not measured."""
+    """Share of its live features that the SAEs of other seeds have, too; None if not measured."""
 
     @property
     def status(self) -> str:

@@ -388,7 +388,7 @@ def test_blocks_of_a_large_page_are_files_beside_it(large):
     assert not any(str(name).startswith("block-") for name in html.scripts)
     (policy,) = (a["content"] for _, a in html.elements if a.get("http-equiv"))
     assert "script-src 'unsafe-inline' 'self';" in policy, "scripts of its own folder, no others"
-    files = {file.name: file.read_text() for file in (path.parent / index["beside"]).iterdir()}
+    files = {file.name: file.read_text() for file in (path.parent / index["folder"]).iterdir()}
     inside = pack_catalogues([catalogue(UNITS_PER_BLOCK + 2), catalogue(3, "neuron")]).blocks
     assert files == {f"{n}.js": f'blocks.add("{n}", "{inside[n]}");\n' for n in inside}
 

@@ -5,15 +5,15 @@ const unpacked = new Map(), waiting = new Map();
 
 // Blocks of a large page are scripts in a folder beside it; each calls `add`.
 function textOf(name) {
-  if (!index.beside) return document.getElementById("block-" + name).textContent;
+  if (!index.folder) return document.getElementById("block-" + name).textContent;
   return new Promise((resolve, reject) => {
     waiting.set(name, resolve);
     const script = document.createElement("script");
-    script.src = `${index.beside}/${name}.js`;
+    script.src = `${index.folder}/${name}.js`;
     script.onload = () => script.remove();
     script.onerror = () => {
       unpacked.delete(name);
-      const why = `The folder ${index.beside} is missing beside this page. If the command was run again since, reload the page.`;
+      const why = `The folder ${index.folder} is missing beside this page. If the command was run again since, reload the page.`;
       document.querySelector(".browser .unit").textContent = why;
       reject(new Error(why));
     };

@@ -3,10 +3,10 @@
 The browser loads them on demand. They are scripts, because a page opened from disk may not fetch
 other data files.
 
-index.html            names the folder
-index-3f2a.../        named by a hash of its content, so that an old page never loads new blocks
-    feature.js        blocks.add("feature", "...base64...")
-    feature-0.js
+    index.html        names the folder
+    index-3f2a.../    named by a hash of its content, so that an old page never loads new blocks
+        feature.js    blocks.add("feature", "...base64...")
+        feature-0.js
 """
 
 import hashlib
