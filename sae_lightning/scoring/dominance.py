@@ -25,8 +25,8 @@ VARIANCE_LIMITS = {LONG_SHARE: DOMINANT_SHARE, 0.05: 0.5}
 class LongTokens(NamedTuple):
     """The tokens of largest norm in a set, which dominate its variance."""
 
-    usual: Tensor
-    """[n] bool: all other tokens."""
+    others: Tensor
+    """[n] bool: the tokens that are not long."""
     share: float
     """Share of the variance that the long tokens hold."""
     max_norm: float
@@ -35,17 +35,17 @@ class LongTokens(NamedTuple):
     @property
     def number(self) -> int:
         """Number of long tokens in the set."""
-        return int((~self.usual).sum())
+        return int((~self.others).sum())
 
 
 @torch.no_grad()
 def find_long_tokens(x: Tensor) -> LongTokens | None:
-    """Find the long tokens of x [n, d]. The longest tokens are removed one by one until, of those
-    that are left, the longest 0.1 % hold at most a tenth of the variance and the longest 5 % at
-    most half; then up to the next gap in the norms. None if there are none, or x is not finite.
+    """Find the long tokens of x [n, d]: the longest are removed one by one until, of those that are
+    left, the longest 0.1 % hold at most a tenth of the variance and the longest 5 % at most half;
+    then up to the next gap in the norms. None if there are none, or x is not finite.
 
         |x|      100  97  11  10   9  ...   1
-                 └─ long ┘ └──── usual ────┘     max_norm x median: between 11 and 97
+                 └─ long ┘ └─── others ────┘     max_norm x median: between 11 and 97
     """
     length, order = compute_norms(x).cpu().sort(descending=True)
     mean = x.mean(dim=0, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Copies, which explained variance does not reveal: features with nearly the same decoder row.
+"""Copies: features with nearly the same decoder row, which explained variance does not reveal.
 
 Shapes: features = decoder rows, d_out = width of the target site.
 """
@@ -42,7 +42,7 @@ def measure_copies(W_dec: Tensor, density: Tensor, split: Split | None = None) -
 
 
 def find_nearest_cosines(W_dec: Tensor, indices: Tensor) -> Tensor:
-    """[n] largest cosine of each row in `indices` [n] with any other row of W_dec
+    """Find the largest cosine [n] of each row in `indices` [n] with any other row of W_dec
     [features, d_out]; -1 where there is no other row.
 
     Rows in `indices` come first, and each block of them is compared with itself and all later

@@ -40,13 +40,13 @@ class Quality(NamedTuple):
 
 class QualitySums:
     """Sums over batches, from which `Quality` is computed: `residual` of squared errors, `total` of
-    squared distances from `shift`; `residuals` and `totals` are the same per dimension [d]."""
+    squared distances from `shift`, and both for each dimension [d]."""
 
     def __init__(self):
         self.tokens = 0
         self.residual = self.total = 0.0
         self.shift = self.sum = self.fired = torch.zeros(())
-        self.residuals = self.totals = torch.zeros(())  # [d]
+        self.residual_by_dim = self.total_by_dim = torch.zeros(())
 
     @torch.no_grad()
     def add(self, target: Tensor, reconstruction: Tensor, features: Tensor) -> None:
@@ -60,8 +60,8 @@ class QualitySums:
         error, square = (target - reconstruction).square(), (target - self.shift).square()
         self.residual += error.sum().item()
         self.total += square.sum().item()
-        self.residuals = self.residuals + error.sum(dim=0)
-        self.totals = self.totals + square.sum(dim=0)
+        self.residual_by_dim = self.residual_by_dim + error.sum(dim=0)
+        self.total_by_dim = self.total_by_dim + square.sum(dim=0)
         self.sum = self.sum + (target - self.shift).sum(dim=0)
         self.fired = self.fired + (features > 0).sum(dim=0).cpu()
 
@@ -76,13 +76,13 @@ class QualitySums:
             unfired=(fired == 0).double().mean().item(),
             density=fired / self.tokens,
             dimension=find_dominant_dimension(
-                self.residuals, self.totals - self.sum.square() / self.tokens
+                self.residual_by_dim, self.total_by_dim - self.sum.square() / self.tokens
             ),
         )
 
 
 class Fidelity(NamedTuple):
-    """How large the error of a reconstruction x_hat of x is, in total and in direction and length.
+    """Error of a reconstruction x_hat of x: its size, and that of its parts, direction and length.
 
     Centred numbers are computed from x - m and x_hat - m, where m is the mean of x: if the mean is
     large, the uncentred numbers are close to 1 for any SAE.
@@ -121,8 +121,8 @@ class FidelitySums:
         self.tokens += len(x)
         self.residual += (x - x_hat).square().sum().item()
         self.reconstruction += x_hat.sum(dim=0)
-        self.uncentred = self.uncentred + _sums(x, x_hat)
-        self.centred = self.centred + _sums(x - self.mean, x_hat - self.mean)
+        self.uncentred = self.uncentred + _sum_over_tokens(x, x_hat)
+        self.centred = self.centred + _sum_over_tokens(x - self.mean, x_hat - self.mean)
 
     @property
     def mean_reconstruction(self) -> Tensor:
@@ -144,7 +144,7 @@ class FidelitySums:
         )
 
 
-def _sums(x: Tensor, x_hat: Tensor) -> Tensor:
+def _sum_over_tokens(x: Tensor, x_hat: Tensor) -> Tensor:
     """Sums over tokens [n, d] of |x|, |x_hat|, their squares, x . x_hat and the cosine (0 where a
     vector is 0)."""
     length, length_hat, product = x.norm(dim=1), x_hat.norm(dim=1), (x * x_hat).sum(dim=1)

@@ -21,7 +21,7 @@ MAX_TOKENS_AT_ONCE = 4096
 MAX_ACTIVATIONS_AT_ONCE = 1 << 26
 
 
-class UsualTokens(NamedTuple):
+class WithoutLongTokens(NamedTuple):
     """Explained variance of all tokens but the long ones, which dominate the variance."""
 
     explained_variance: float
@@ -46,14 +46,14 @@ class Scorecard(NamedTuple):
     fidelity: Fidelity | None = None
     """Size and kind of the error, if requested. Left out of `scalars`, which compare runs: there,
     explained variance gives the size of the error on a scale that all runs share."""
-    usual: UsualTokens | None = None
+    without_long: WithoutLongTokens | None = None
     """Explained variance without the few tokens that dominate it, if there are any."""
 
     def scalars(self) -> dict[str, float]:
         """All numbers that are measured, by name, for `metrics.json`, curves and tables."""
         quality = self.quality._asdict()
         del quality["density"], quality["dimension"]
-        parts = {"usual": self.usual, "dimension": self.quality.dimension}
+        parts = {"usual": self.without_long, "dimension": self.quality.dimension}
         dominant = {
             f"{prefix}_{name}": value
             for prefix, part in parts.items()
@@ -81,10 +81,10 @@ def score_saes(
     with their decoder rows [features, d_out].
 
     `weights`, needed on synthetic concepts only: functions that return each SAE's weights for raw
-    activations. `fidelity` adds the kind of the error, and the LLM's loss with the error alone (a
-    pass of the LLM for each SAE), so training does without it. `splits`: how each SAE's features
-    are split over ranks, if they are; all ranks score these SAEs together.
-    Everything runs in float32, as the saved SAE will, whatever the precision of training.
+    activations. `fidelity` adds the kind of the error, and the LLM's loss with the error alone; as
+    this takes a pass of the LLM for each SAE, training does without it. `splits`: how each SAE's
+    features are split over ranks, if they are; all ranks score these SAEs together. Everything runs
+    in float32, as the saved SAE will, whatever the precision of training.
     """
     x, y = held_out.activations(source), held_out.activations(target)
     long = find_long_tokens(y)
@@ -100,13 +100,12 @@ def score_saes(
             measure_copies(decoder, quality.density, split)
             for decoder, (quality, *_), split in zip(decoders, errors, splits, strict=True)
         ]
-        means = [kind.mean_reconstruction.float().to(y.device) for _, kind, _ in errors if kind]
+        means = [sums.mean_reconstruction.float().to(y.device) for _, sums, _ in errors if sums]
         all_scores = held_out.measure_saes(source, target, saes, weights, rows, splits, means)
+    parts = zip(errors, all_copies, all_scores, strict=True)
     return [
-        Scorecard(quality, copies, scores, kind and kind.result(), usual)
-        for (quality, kind, usual), copies, scores in zip(
-            errors, all_copies, all_scores, strict=True
-        )
+        Scorecard(quality, copies, scores, sums and sums.result(), without_long)
+        for (quality, sums, without_long), copies, scores in parts
     ]
 
 
@@ -118,20 +117,20 @@ def _measure_errors(
     fidelity: bool,
     rows: int,
     split: Split,
-) -> tuple[Quality, FidelitySums | None, UsualTokens | None]:
+) -> tuple[Quality, FidelitySums | None, WithoutLongTokens | None]:
     """Measure an SAE on inputs [n, d_in] and targets [n, d_out], `rows` at a time."""
-    quality_sums, usual_sums = QualitySums(), QualitySums()
+    quality_sums, others_sums = QualitySums(), QualitySums()
     fidelity_sums = FidelitySums(y.cpu().double().mean(dim=0)) if fidelity else None
-    usual = torch.zeros(len(x), dtype=torch.bool) if long is None else long.usual
-    for part, target, keep in zip(x.split(rows), y.split(rows), usual.split(rows), strict=True):
+    others = torch.zeros(len(x), dtype=torch.bool) if long is None else long.others
+    for part, target, keep in zip(x.split(rows), y.split(rows), others.split(rows), strict=True):
         output = sae(part.float())
         quality_sums.add(target, output.reconstruction, output.features)
         if keep.any():
-            usual_sums.add(target[keep], output.reconstruction[keep], output.features[keep])
+            others_sums.add(target[keep], output.reconstruction[keep], output.features[keep])
         if fidelity_sums is not None:
             fidelity_sums.add(target, output.reconstruction)
-    without_long = long and UsualTokens(
-        usual_sums.result().explained_variance, long.number, long.share, long.max_norm
+    without_long = long and WithoutLongTokens(
+        others_sums.result().explained_variance, long.number, long.share, long.max_norm
     )
     quality = quality_sums.result(split.join)
     return quality, fidelity_sums, without_long
@@ -155,7 +154,7 @@ def _format_dominance(scalars: dict[str, float]) -> dict[str, str]:
     """Lines on explained variance without the tokens or the dimension that dominate it."""
     lines = {}
     if "usual_dropped" in scalars:
-        lines["  of usual tokens"] = (
+        lines["  of other tokens"] = (
             f"{scalars['usual_explained_variance']:.4f}; the longest {scalars['usual_dropped']:,} "
             f"hold {scalars['usual_share']:.0%} of the variance "
             f"(data.max_norm={scalars['usual_max_norm']:g} leaves them out)"

@@ -1,9 +1,9 @@
 """Stable features: those that an SAE trained with another seed has, too.
 
 Decoder rows of two SAEs are matched one to one, pairs with the largest cosine first, down to a
-cosine of 0.7 (the threshold of Paulo & Belrose 2025, arXiv 2501.16615, who match by the Hungarian
-algorithm, which takes hours for 131,072 features, and ask the same of encoders). Above this cosine
-few rows have a second candidate, so that the two matchings hardly differ.
+cosine of 0.7. Paulo & Belrose 2025 (arXiv 2501.16615) have this threshold, too, but require it of
+encoders as well, and match by the Hungarian algorithm, which takes hours for 131,072 features.
+Above this cosine few rows have a second candidate, so that the two matchings hardly differ.
 
 Shapes: features = decoder rows, d_out = width of the target site.
 """
@@ -18,10 +18,10 @@ STABLE_COSINE = 0.7
 
 
 def count_matches(a: Tensor, b: Tensor) -> int:
-    """Number of matched pairs of rows [features of a, d_out] and [features of b, d_out].
+    """Count the matched pairs of rows of `a` [features of a, d_out] and `b` [features of b, d_out].
 
-    In each round, rows that are each other's nearest are matched and removed, and so are rows that
-    no free row of the other SAE comes near. This finds the pairs that a greedy matching over the
+    In each round, rows that are each other's nearest are matched and removed, and so are rows whose
+    nearest free row is below the threshold. This finds the pairs that a greedy matching over the
     sorted cosines of all pairs would find, without keeping these cosines.
     """
     a, b = normalize(a), normalize(b)
@@ -40,22 +40,22 @@ def count_matches(a: Tensor, b: Tensor) -> int:
 
 
 def _find_nearest(a: Tensor, b: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """The largest cosine and its place: of each row of a in b, and of each row of b in a; of equal
-    cosines the first."""
+    """Find the nearest row in b of each row of a, and in a of each row of b -> (cosines, indices)
+    of both; of equal cosines the first."""
     best_a, best_b = (rows.new_full((len(rows),), -2.0) for rows in (a, b))
-    place_a, place_b = (
+    nearest_a, nearest_b = (
         torch.zeros(len(rows), dtype=torch.long, device=rows.device) for rows in (a, b)
     )
     for i in range(0, len(a), BLOCK_ROWS):
         for j in range(0, len(b), BLOCK_ROWS):
             cosines = a[i : i + BLOCK_ROWS] @ b[j : j + BLOCK_ROWS].T
-            for best, place, own, other, dim in (
-                (best_a, place_a, i, j, 1),
-                (best_b, place_b, j, i, 0),
+            for best, nearest, first, first_other, dim in (
+                (best_a, nearest_a, i, j, 1),
+                (best_b, nearest_b, j, i, 0),
             ):
                 value, index = cosines.max(dim=dim)
-                rows = slice(own, own + len(value))
+                rows = slice(first, first + len(value))
                 larger = value > best[rows]
                 best[rows] = torch.where(larger, value, best[rows])
-                place[rows] = torch.where(larger, index + other, place[rows])
-    return (best_a, place_a), (best_b, place_b)
+                nearest[rows] = torch.where(larger, index + first_other, nearest[rows])
+    return (best_a, nearest_a), (best_b, nearest_b)

@@ -41,7 +41,7 @@ def test_tokens_nine_times_as_long_dominate_where_all_share_a_long_mean():
     # 5 (10.7)^2 = 572 of 572 + 8,128 / 100 = 654
     assert long.share == pytest.approx(572 / 654, abs=0.01)
     kept = find_usual_rows({SITE: x}, compute_medians({SITE: x}), long.max_norm)
-    assert torch.equal(kept, long.usual)
+    assert torch.equal(kept, long.others)
     assert (~kept).nonzero().squeeze(1).tolist() == [0, 1, 2, 3, 4]
 
 
@@ -108,7 +108,7 @@ def test_the_scorecard_has_ev_of_usual_tokens_only_where_long_ones_dominate():
     assert scalars["explained_variance"] == pytest.approx(10_800 / 22_800, rel=1e-5)
     assert scalars["usual_explained_variance"] == pytest.approx(0, abs=1e-6)
     assert (scalars["usual_dropped"], scalars["usual_max_norm"]) == (12, 5)
-    line = format_lines(scalars)["  of usual tokens"]
+    line = format_lines(scalars)["  of other tokens"]
     assert line == (
         "0.0000; the longest 12 hold 47% of the variance (data.max_norm=5 leaves them out)"
     )
