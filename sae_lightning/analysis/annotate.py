@@ -173,15 +173,15 @@ def make_entry(fired: FiredFeature, annotated: AnnotatedText) -> dict[str, Any]:
 def make_token_section(annotated: AnnotatedText, top: int) -> Section:
     """List the `top` features of each token, for as many tokens as fit into the table."""
     rows: list[list[str]] = []
-    read = [place for place, token in enumerate(annotated.tokens) if token.read]
-    shown = read[: max(1, TOKEN_TABLE_LINES // top)]
-    for place in shown:
+    places = [place for place, token in enumerate(annotated.tokens) if token.read]
+    listed = places[: max(1, TOKEN_TABLE_LINES // top)]
+    for place in listed:
         name = f"‘{show_token(annotated.tokens[place].text)}’"
         for number, fired in enumerate(annotated.list_fired(place)[:top]):
             rows.append([name if number == 0 else "", *make_cells(fired, annotated)])
         if not len(annotated.tokens[place].features):
             rows.append([name, "none", "", "", ""])
-    hidden = len(read) - len(shown)
+    hidden = len(places) - len(listed)
     more = f" {hidden:,} more tokens are in text.html and text.json." if hidden else ""
     return Section(
         "Token by token",

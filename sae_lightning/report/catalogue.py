@@ -116,9 +116,9 @@ class Catalogue(NamedTuple):
     statistics: Statistics
     top: Examples
     """The strongest examples, at most one per sequence."""
-    spread: Examples
-    """Examples spread over all strengths: random ones from each interval, at most one per sequence
-    and interval; none is in `top`."""
+    random: Examples
+    """Random examples of each interval, so of all strengths; at most one per sequence and interval,
+    and none that is in `top`."""
     token_sets: TokenSetScores | None = None
     """None for neurons, which are active on every token."""
     telling: Tensor | None = None

@@ -109,13 +109,13 @@ def _number_tokens(catalogues: Sequence[Catalogue]) -> tuple[list[str], np.ndarr
     """The page's vocabulary, as shown, and page_ids [vocabulary + 1]: token id (or -1) -> index."""
     vocabulary = catalogues[0].vocabulary
     counts = torch.zeros(len(vocabulary) + 1, dtype=torch.int64)
-    shown = [torch.from_numpy(catalogues[0].texts)]
+    ids = [torch.from_numpy(catalogues[0].texts)]
     for catalogue in catalogues:
         if catalogue.token_sets is not None:
-            shown += [catalogue.token_sets.tokens]
+            ids += [catalogue.token_sets.tokens]
         if catalogue.effect is not None:
-            shown += [catalogue.effect.promoted, catalogue.effect.suppressed]
-    for part in (part for ids in shown for part in ids.split(COUNTED_AT_ONCE)):
+            ids += [catalogue.effect.promoted, catalogue.effect.suppressed]
+    for part in (part for tensor in ids for part in tensor.split(COUNTED_AT_ONCE)):
         counts += torch.bincount(part.flatten() + 1, minlength=len(counts))
     counts = counts[1:]
     used = counts.argsort(descending=True, stable=True)[: int((counts > 0).sum())].tolist()
@@ -155,14 +155,14 @@ def _make_list_fields(catalogue: Catalogue, page_ids: np.ndarray) -> Fields:
 
 def _make_detail_fields(catalogue: Catalogue, page_ids: np.ndarray) -> Fields:
     """Fields that only the view of a single unit shows."""
-    shown, maximum = (catalogue.top, catalogue.spread), catalogue.statistics.maximum
+    lists, maximum = (catalogue.top, catalogue.random), catalogue.statistics.maximum
     sequence, position = map(np.min_scalar_type, catalogue.texts.shape)
     fields = {
-        "sequence": _to_array(torch.cat([examples.sequence for examples in shown], 1), sequence),
-        "position": _to_array(torch.cat([examples.position for examples in shown], 1), position),
-        "interval": _to_array(find_interval(catalogue.spread.strength, maximum[:, None]), "u1"),
+        "sequence": _to_array(torch.cat([examples.sequence for examples in lists], 1), sequence),
+        "position": _to_array(torch.cat([examples.position for examples in lists], 1), position),
+        "interval": _to_array(find_interval(catalogue.random.strength, maximum[:, None]), "u1"),
         "strengths": _to_array(
-            torch.cat([_quantise(examples, maximum) for examples in shown], 1), "u1"
+            torch.cat([_quantise(examples, maximum) for examples in lists], 1), "u1"
         ),
         "histogram": _to_array(catalogue.statistics.histogram, "u4"),
     }

@@ -46,7 +46,7 @@ def _make_columns(catalogue: Catalogue, first: int, words: pa.Array) -> dict[str
         "maximum": _to_array(statistics.maximum),
         "histogram": _make_lists(statistics.histogram, statistics.histogram >= 0),
         "examples": _make_example_lists(catalogue.top, words),
-        "examples_of_all_strengths": _make_example_lists(catalogue.spread, words),
+        "examples_of_all_strengths": _make_example_lists(catalogue.random, words),
     }
     if (token_sets := catalogue.token_sets) is not None:
         columns["score"] = pa.array(token_sets.score.numpy(), from_pandas=True)  # NaN becomes null

@@ -409,5 +409,5 @@ def test_without_a_model_features_are_ranked_by_their_tokens(planted):
     catalogue = catalogue._replace(token_sets=score_token_sets(sample, len(WORDS)))
     shown = make_token_set_section(catalogue, [SILENT, EVERYWHERE, 0])
     assert shown.table.rows[0] == ["0: ' fox'", "1.00"]
-    assert shown.table.rows[-1] == ["2: fires too rarely to say", "–"]
+    assert shown.table.rows[-1] == ["2: fires too rarely for a score", "–"]
     assert "endpoint=" in shown.lead

@@ -69,7 +69,7 @@ def test_a_catalogue_comes_back_from_its_file_as_it_was(features, tmp_path, grou
     }
     back = read_catalogue(tmp_path / "features.parquet", features.vocabulary)
     assert (back.kind, back.vocabulary) == (features.kind, features.vocabulary)
-    for group in ("statistics", "top", "spread", "token_sets", "neighbours", "partners", "effect"):
+    for group in ("statistics", "top", "random", "token_sets", "neighbours", "partners", "effect"):
         given, found = getattr(features, group), getattr(back, group)
         assert given is None or list(given._fields) == list(found._fields)
         for name, value in given._asdict().items() if given else ():
@@ -86,7 +86,7 @@ def assert_same(given, found, name, features):
     if name in ("neighbours.similarity", "partners.similarity"):
         related = getattr(features, name.split(".")[0])
         given = given.masked_fill(related.units < 0, 0)
-    if name.split(".")[0] in ("top", "spread") and name.endswith("sequence"):
+    if name.split(".")[0] in ("top", "random") and name.endswith("sequence"):
         given = given.masked_fill(getattr(features, name.split(".")[0]).strength == 0, 0)
     width = found.shape[1] if found.ndim > 1 else 0  # as wide as the longest list
     given = given[:, :width] if width else given

@@ -36,11 +36,11 @@ def test_of_every_interval_a_sixth_as_many_examples_as_strongest_ones_are_kept(s
     found = survey(subject, words(3000), tokens=1500, examples=12)
     for catalogue in (found.features, found.neurons):
         assert catalogue.top.strength.shape == (catalogue.num_units, 12)
-        assert catalogue.spread.strength.shape == (catalogue.num_units, 2 * INTERVALS)
+        assert catalogue.random.strength.shape == (catalogue.num_units, 2 * INTERVALS)
         several = catalogue.statistics.fired > 200
         assert several.any()
-        assert (catalogue.spread.strength[several] > 0).float().mean() > 0.8
-        examples = catalogue.spread
+        assert (catalogue.random.strength[several] > 0).float().mean() > 0.8
+        examples = catalogue.random
         there = examples.strength > 0
         read = catalogue.texts[examples.sequence[there], examples.position[there]]
         assert read.tolist() == examples.tokens[..., BEFORE][there].tolist()
@@ -48,7 +48,7 @@ def test_of_every_interval_a_sixth_as_many_examples_as_strongest_ones_are_kept(s
 
 def test_at_least_one_example_of_an_interval_is_kept(found):
     assert found.features.top.strength.shape == (32, 4)
-    assert found.features.spread.strength.shape == (32, INTERVALS)
+    assert found.features.random.strength.shape == (32, INTERVALS)
 
 
 def test_a_text_of_which_nothing_can_be_scored_is_told_without_scores(subject, words):

@@ -69,7 +69,7 @@ def catalogue(
     units: int, kind: str = "feature", vocabulary: list[str] = WORDS, n: int = 3
 ) -> Catalogue:
     texts = text(1000, len(vocabulary))
-    top, spread = examples(units, n, texts, 0), examples(units, INTERVALS * (n // 3), texts, 1)
+    top, random = examples(units, n, texts, 0), examples(units, INTERVALS * (n // 3), texts, 1)
     ids = torch.arange(units)[:, None] % len(vocabulary) + torch.zeros(units, 2, dtype=torch.int64)
     fired = torch.arange(units) + 1
     histogram = torch.zeros(units, len(EDGES) - 1, dtype=torch.int64)
@@ -80,7 +80,7 @@ def catalogue(
         texts=texts.numpy(),
         statistics=Statistics(1000, fired, fired / 7, torch.full((units,), 7.5), histogram),
         top=top,
-        spread=spread,
+        random=random,
     )
     if kind == "neuron":
         return bare
@@ -180,7 +180,7 @@ def test_tokens_are_numbered_by_how_common_they_are_and_read_back():
     texts = unpacked(blocks["texts"], index["texts"], index["sequences"])["tokens"]
     position = details["position"].astype(int)[..., None] + range(3 - BEFORE, WINDOW - BEFORE)
     read = [words[number] for number in texts[details["sequence"][..., None], position].flatten()]
-    ids = torch.cat((given.top.tokens, given.spread.tokens), 1)[..., 3:].flatten().tolist()
+    ids = torch.cat((given.top.tokens, given.random.tokens), 1)[..., 3:].flatten().tolist()
     assert read == [WORDS[i].replace("\n", "↵") for i in ids]
     listed = unpacked(blocks["feature"], kind["listed"], 4)
     peaks = [WORDS[i].replace("\n", "↵") for i in given.top.tokens[:, :, BEFORE].flatten()]
@@ -192,7 +192,7 @@ def test_strengths_are_within_half_a_level_and_never_vanish():
     given.top.strengths[0, 0, 5] = 1e-4  # far below a level
     index, blocks = pack_catalogues([given])
     details = unpacked(blocks["feature-0"], index["kinds"][0]["detailed"], 4)
-    strengths = torch.cat((given.top.strengths, given.spread.strengths), 1).float().flatten(1)
+    strengths = torch.cat((given.top.strengths, given.random.strengths), 1).float().flatten(1)
     levels = torch.from_numpy(details["strengths"].astype(np.float32))
     assert ((levels > 0) == (strengths > 0)).all()
     assert levels[0, 5] == 1

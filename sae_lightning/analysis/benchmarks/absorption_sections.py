@@ -34,13 +34,13 @@ def make_absorption_sections(
 ) -> list[Section]:
     """Means over concepts of the first SAE of `results` and of the others, its controls; then each
     concept of the first SAE."""
-    own, *controls = results
+    first, *controls = results
     columns = {
         name: field
         for name, field in SHARES.items()
         if not all(math.isnan(mean[field]) for mean in means.values())
     }
-    without = sum(not result.features for result in results[own])
+    without = sum(not result.features for result in results[first])
     tested = int(samples.parts.test.sum())
     return [
         Section(
@@ -69,12 +69,12 @@ def make_absorption_sections(
                 ],
             ),
         ),
-        _make_concepts_section(samples.noun, results[own], columns),
+        _make_concepts_section(samples.noun, results[first], columns),
     ]
 
 
 def _write_lead(noun: str, means: dict[str, dict[str, float]], controls: list[str]) -> str:
-    (own, mean), rivals = next(iter(means.items())), {name: means[name] for name in controls}
+    (sae, mean), rivals = next(iter(means.items())), {name: means[name] for name in controls}
     if math.isnan(mean["silent"]):
         lead = f"No {noun} has a feature of its own that could be absorbed."
     else:
@@ -105,7 +105,7 @@ def _write_lead(noun: str, means: dict[str, dict[str, float]], controls: list[st
         f"most {rivals[best]['f1']:.2f} ({best.replace('_', ' ')})."
     )
     if rivals[best]["f1"] >= mean["f1"]:
-        lead += f" As that is no less than the F1 of {own}, the rates say little."
+        lead += f" As that is no less than the F1 of {sae}, the rates say little."
     return lead
 
 

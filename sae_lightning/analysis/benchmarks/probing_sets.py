@@ -78,10 +78,10 @@ def check_set_names(names: Iterable[str], files: Iterable[str]) -> None:
     files = [*files]
     for name in names:
         if name not in files:
-            near = [file for file in files if name.lower() in file.lower()]
-            near = near or get_close_matches(name, files, n=3, cutoff=0.4) or files
+            similar = [file for file in files if name.lower() in file.lower()]
+            similar = similar or get_close_matches(name, files, n=3, cutoff=0.4) or files
             raise UserError(
-                f"sets={name}: no such set; similar names are {', '.join(near[:5])} "
+                f"sets={name}: no such set; similar names are {', '.join(similar[:5])} "
                 f"(of {len(files)} sets)"
             )
 

@@ -118,13 +118,13 @@ def _describe_strengths(content: Dashboards, units: Tensor) -> dict[str, list]:
     shares[:, -1] += 1 - fired.double() / statistics.tokens  # where it is silent
     edges = maximum[:, None] * torch.arange(INTERVALS, -1, -1) / INTERVALS  # descending
     edges, shares = shorten_numbers(edges), shorten_numbers(shares)
-    top, spread = slice_units(catalogue.top, units), slice_units(catalogue.spread, units)
-    intervals = find_interval(spread.strength, maximum[:, None]).tolist()
+    top, random = slice_units(catalogue.top, units), slice_units(catalogue.random, units)
+    intervals = find_interval(random.strength, maximum[:, None]).tolist()
     activations, words = [], catalogue.vocabulary
     for i, examples in enumerate(_list_examples(top, top.strength, words)):
         highest = {"bin_min": -1.0, "bin_max": edges[i][0], "bin_contains": -1.0}
         activations.append([highest | example for example in examples if example])
-    for i, examples in enumerate(_list_examples(spread, maximum[:, None], words)):
+    for i, examples in enumerate(_list_examples(random, maximum[:, None], words)):
         for interval, example in zip(intervals[i], examples, strict=True):
             if example:
                 bounds = {"bin_min": edges[i][interval + 1], "bin_max": edges[i][interval]}

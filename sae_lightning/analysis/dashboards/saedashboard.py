@@ -27,7 +27,7 @@ def _describe_settings(content: Dashboards) -> dict:
     """Describe how the dashboards were made, in keys of SAEDashboard's NeuronpediaRunnerConfig."""
     model, layer, source_set, suffix = content.name
     prompts, context = content.prompt_shape
-    top, spread = content.catalogue.top, content.catalogue.spread
+    top, random = content.catalogue.top, content.catalogue.random
     return {
         "sae_set": source_set,
         "sae_path": content.subject.sites.source.hook_name,
@@ -42,5 +42,5 @@ def _describe_settings(content: Dashboards) -> dict:
         "n_features_at_a_time": FEATURES_PER_FILE,
         "n_quantiles": INTERVALS,
         "top_acts_group_size": top.strength.shape[1],
-        "quantile_group_size": spread.strength.shape[1] // INTERVALS,
+        "quantile_group_size": random.strength.shape[1] // INTERVALS,
     }

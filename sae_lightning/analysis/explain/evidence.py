@@ -1,7 +1,7 @@
 """Texts to explain a feature from, and others to test the explanation on.
 
     catalogue   top      ■ □ ■ □ ■ □     ■ shown to the explainer
-                spread   ■ □ ■ □         □ kept for the test
+                random   ■ □ ■ □         □ kept for the test
     sample      fires    □ □ □ ...       more texts for the test
                 silent   ○ ○ ○ ...       texts in which it is silent
 
@@ -54,7 +54,7 @@ class Evidence(NamedTuple):
 
 def pick_features(catalogue: Catalogue, count: int, seed: int = 0) -> list[int]:
     """Pick `count` random features with enough examples to explain and to test."""
-    examples = (catalogue.top.strength > 0).sum(dim=1) + (catalogue.spread.strength > 0).sum(dim=1)
+    examples = (catalogue.top.strength > 0).sum(dim=1) + (catalogue.random.strength > 0).sum(dim=1)
     candidates = (examples >= 2 * MIN_TEXTS).nonzero().squeeze(1)
     drawn = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(seed))[:count]
     return candidates[drawn].sort().values.tolist()
@@ -98,12 +98,12 @@ def _gather_one(
                 seen.update((sequence, window.tokens))
                 yield window
 
-    top, spread = catalogue.top, catalogue.spread
-    shown = [*skip_seen(chain(_take_examples(top, feature, 0), _take_examples(spread, feature, 0)))]
+    top, random = catalogue.top, catalogue.random
+    shown = [*skip_seen(chain(_take_examples(top, feature, 0), _take_examples(random, feature, 0)))]
     # at most half are top examples: the test is on firing at any strength
     firing = [*islice(skip_seen(_take_examples(top, feature, 1)), scored // 2)]
     others = chain(
-        _take_examples(spread, feature, 1), _draw_windows(sample, strengths, strengths > 0, rng)
+        _take_examples(random, feature, 1), _draw_windows(sample, strengths, strengths > 0, rng)
     )
     firing += islice(skip_seen(others), scored - len(firing))
     silent = _draw_windows(sample, strengths, sample.keep & (around == 0), rng)

@@ -88,8 +88,8 @@ def pick_fold(place: int, places: int) -> int | None:
     | 0 . . . |gap| 1 . . . |gap| 2 . . . |gap| 3 . . . |
     """
     fold = place * FOLDS // places
-    opens = place > 0 and (place - 1) * FOLDS // places < fold
-    return None if opens else fold
+    is_gap = place > 0 and (place - 1) * FOLDS // places < fold
+    return None if is_gap else fold
 
 
 def read_plays() -> dict[str, tuple[str, str]]:
@@ -115,8 +115,8 @@ def find_rivals(plays: dict[str, tuple[str, str]]) -> dict[str, str]:
         ranked = sorted(extract_speeches(text).items(), key=lambda speech: -len(speech[1]))
         if len(ranked) > 1:
             pairs[play] = ranked[:2]
-    most = sorted(pairs, key=lambda play: -len(pairs[play][1][1]))[:RIVAL_PLAYS]
-    return {f"{name} ({play})": words for play in most for name, words in pairs[play]}
+    chosen = sorted(pairs, key=lambda play: -len(pairs[play][1][1]))[:RIVAL_PLAYS]
+    return {f"{name} ({play})": words for play in chosen for name, words in pairs[play]}
 
 
 def cut_documents(source: Source, label: str, seed: int) -> tuple[list[Piece], list[str]]:

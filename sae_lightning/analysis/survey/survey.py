@@ -104,10 +104,10 @@ def survey(
         for kind in [*kinds]:
             # popped to free the reducers' state, which is as large as their results
             statistics, top, sample = (reducer.result() for reducer in kinds.pop(kind))
-            spread = draw_examples(
+            random = draw_examples(
                 sample, statistics.maximum, top, max(1, examples // TOP_PER_DRAWN), seed
             )
-            catalogues.append((Catalogue(kind, words, ids, statistics, top, spread), sample))
+            catalogues.append((Catalogue(kind, words, ids, statistics, top, random), sample))
     (features, sample), (neuron_catalogue, neuron_sample) = catalogues
     del catalogues, neuron_sample  # large
     with phase("comparing features"):

@@ -129,10 +129,8 @@ def _correlate(
     """Matthews correlation coefficient of membership and firing, from the counts of `_count_hits`;
     0 where either is constant."""
     size, fired, tokens = (np.asarray(x, float) for x in (size, fired, tokens))
-    spread = np.sqrt(size * (tokens - size)) * np.sqrt(fired * (tokens - fired))
-    return np.divide(
-        hits * tokens - size * fired, spread, where=spread > 0, out=np.zeros_like(spread)
-    )
+    scale = np.sqrt(size * (tokens - size)) * np.sqrt(fired * (tokens - fired))
+    return np.divide(hits * tokens - size * fired, scale, where=scale > 0, out=np.zeros_like(scale))
 
 
 def _list_tokens(sets: _Sets) -> np.ndarray:

@@ -80,14 +80,14 @@ def find_frequent_concepts(counts: StrengthCounts) -> dict[str, int]:
 def detect_concepts(features: StrengthCounts, neurons: StrengthCounts) -> list[ConceptDetectors]:
     """The best units for each concept that is frequent enough, the most frequent first."""
     tokens, units, d = features.token_counts, features.counts.shape[2], neurons.counts.shape[2]
-    few = torch.randperm(units, generator=Generator().manual_seed(0))[: 2 * d]
+    subset = torch.randperm(units, generator=Generator().manual_seed(0))[: 2 * d]
     detected = [
         ConceptDetectors(
             concept=name,
             share=(tokens[1, i] / tokens[1, -1]).item(),
             feature=find_detector(features, i),
             neuron=find_detector(neurons, i),
-            few=find_detector(features, i, few),
+            few=find_detector(features, i, subset),
         )
         for name, i in find_frequent_concepts(features).items()
     ]

@@ -46,21 +46,21 @@ async function unpack(name, layout, units) {
   return fields;
 }
 
-function once(name, layout, units) {
+function unpackOnce(name, layout, units) {
   if (!unpacked.has(name)) unpacked.set(name, unpack(name, layout, units));
   return unpacked.get(name);
 }
 
-const listedOf = kind => once(kind.kind, kind.listed, kind.units);
+const listedOf = kind => unpackOnce(kind.kind, kind.listed, kind.units);
 
 async function detailsOf(kind, unit) {
   const block = Math.floor(unit / index.chunk), first = block * index.chunk;
   const units = Math.min(index.chunk, kind.units - first);
-  const fields = await once(`${kind.kind}-${block}`, kind.detailed, units);
+  const fields = await unpackOnce(`${kind.kind}-${block}`, kind.detailed, units);
   return Object.fromEntries(Object.entries(fields).map(([name, field]) => [name, field.of(unit - first)]));
 }
 
-const texts = () => once("texts", index.texts, index.sequences);
+const texts = () => unpackOnce("texts", index.texts, index.sequences);
 
 return { index, add, listedOf, detailsOf, texts };
 })();

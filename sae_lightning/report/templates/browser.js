@@ -172,8 +172,8 @@ async function choose(name) {
   await refill();
 }
 
-// Show what the address names: #feature-87, #neurons, or a part of the report.
-async function go() {
+// Show what the hash of the page's address names: #feature-87, #neurons, or a part of the report.
+async function followAddress() {
   const [, name, id] = /^#(\w+?)(?:s|-(\d+))$/.exec(location.hash) ?? [];
   const part = document.getElementById(location.hash.slice(1));
   const browsing = !part?.matches(".part");
@@ -194,18 +194,18 @@ async function go() {
   if (hasUnit || isWide()) reveal(); else redraw();
 }
 
-async function changed() {
+async function update() {
   await refill();
   if (isWide() && order.length && !order.includes(unit)) walk(0);
 }
 
-search.addEventListener("input", changed);
-live.addEventListener("change", changed);
-key.addEventListener("change", () => { sortKey = key.value; down = sortKey !== "id"; changed(); });
-find(".direction").addEventListener("click", () => { down = !down; changed(); });
+search.addEventListener("input", update);
+live.addEventListener("change", update);
+key.addEventListener("change", () => { sortKey = key.value; down = sortKey !== "id"; update(); });
+find(".direction").addEventListener("click", () => { down = !down; update(); });
 list.addEventListener("scroll", redraw, { passive: true });
 addEventListener("resize", redraw);
-addEventListener("hashchange", go);
+addEventListener("hashchange", followAddress);
 addEventListener("keydown", event => {
   const typing = event.target === search;
   if (!document.body.classList.contains("browsing") || event.ctrlKey || event.metaKey || event.altKey) return;
@@ -218,5 +218,5 @@ addEventListener("keydown", event => {
 if (typeof DecompressionStream === "undefined") {
   view.append(make("p", { className: "note" }, "The list needs a browser of 2023 or later."));
   document.body.classList.add("browsing");
-} else go();
+} else followAddress();
 }

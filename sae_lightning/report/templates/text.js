@@ -9,7 +9,7 @@ const MAX_FEATURES = 100; // features of a token
 let chosen = null, open = null; // index of the chosen token; the feature that is open
 
 // [feature, strength] of each feature on a token, by descending strength x norm of its decoder row
-const on = token => annotated.features[token].map((feature, i) => [feature, annotated.strengths[token][i]]);
+const featuresOn = token => annotated.features[token].map((feature, i) => [feature, annotated.strengths[token][i]]);
 const bare = number => index.words[number].trim().toLowerCase();
 const same = (a, b) => bare(a) === bare(b);
 const isolated = word => `\u2066${word}\u2069`; // a right-to-left token reorders no neighbour
@@ -34,7 +34,7 @@ function mergeCopies(listed, features) {
 }
 
 async function list() {
-  const listed = await listedOf(kind), features = chosen === null ? annotated.strongest : on(chosen);
+  const listed = await listedOf(kind), features = chosen === null ? annotated.strongest : featuresOn(chosen);
   const what = chosen === null ? "Strongest in the text"
     : make("span", {}, `${features.length} features on `, make("bdi", { className: "chip" }, annotated.shown[chosen]));
   const all = make("button", { onclick: () => choose(null) }, "whole text");
@@ -80,7 +80,7 @@ async function setTip(token) {
   const listed = await listedOf(kind);
   const line = ([feature, strength]) => `${feature}: ${digits(strength)}, ${shareOf(listed, feature, strength)}  `
     + wordsOf(listed, feature).map(word => isolated(index.words[word].trim() || "␣")).join(" ");
-  const fired = mergeCopies(listed, on(token)), here = fired.find(([feature]) => feature === open);
+  const fired = mergeCopies(listed, featuresOn(token)), here = fired.find(([feature]) => feature === open);
   const lines = [...new Set([...here ? [here] : [], ...fired.slice(0, 5)])].map(line);
   tokens[token].dataset.tip = lines.length ? lines.join("\n") : "not read by the SAE";
 }
