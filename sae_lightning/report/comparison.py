@@ -49,8 +49,8 @@ def compare_with_controls(means: MeansTable) -> list[Comparison]:
     for row, kind in enumerate(means.kinds):
         if kind != TRAINED:
             continue
-        experiment, kinds = means.experiments[row], zip(means.experiments, means.kinds, strict=True)
-        controls = [i for i, (e, k) in enumerate(kinds) if e == experiment and k != TRAINED]
+        same = [i for i, e in enumerate(means.experiments) if e == means.experiments[row]]
+        controls = [i for i in same if means.kinds[i] != TRAINED]
         for name, column in means.columns.items():
             values = means.mean[name]
             measured = values[controls].dropna().index if column.better else []
@@ -72,7 +72,7 @@ def has_same_l0(control: float, trained: float) -> bool:
 
 
 def _judge(means: MeansTable, row: int, control: int, name: str) -> str:
-    """The verdict on metric `name` of the trained SAE in `row`, see `Comparison.verdict`."""
+    """Judge metric `name` of the trained SAE in `row`, as `Comparison.verdict` says."""
     l0 = means.mean["l0"]
     if not has_same_l0(l0[control], l0[row]):
         return OTHER_L0

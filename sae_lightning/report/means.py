@@ -37,18 +37,7 @@ class MeansTable:
     def __init__(self, table: SweepTable):
         import pandas as pd  # imported late, like in SweepTable
 
-        groups: dict[tuple, list[int]] = {}
-        trials = Counter()
-        keys = [key for key in table.keys if key not in (*SEED_SETTINGS, CONTROL_SETTING)]
-        for number, run in enumerate(table.runs):
-            # without settings, a run cannot be compared
-            experiment = identify_experiment(run.settings) if run.settings else str(run.folder)
-            swept = tuple(table.frame.loc[number, keys])
-            group = (swept, read_kind(run), experiment)
-            # a search may try the same settings and seed twice: each trial has a row
-            trial = trials[group, read_seeds(run)]
-            trials[group, read_seeds(run)] += 1
-            groups.setdefault((*group, trial), []).append(number)
+        groups = _group_repetitions(table)
         self.is_repeated = any(len(group) > 1 for group in groups.values())
         """Whether a row stands for several runs."""
         self.has_controls = any(kind != TRAINED for _, kind, *_ in groups)
@@ -84,13 +73,11 @@ class MeansTable:
         """Like `SweepTable.frame`: values of single runs, means of several."""
         for row, group in enumerate(self.members):
             if len(group) > 1:
-                runs = table.frame.loc[group]
+                runs, reasons = table.frame.loc[group], table.frame.reason[group].dropna()
                 self.frame.loc[row, table.metrics] = _average(measured[finished[row]])
                 self.frame.at[row, "tokens"] = max(runs.tokens.dropna(), default=None)
                 self.frame.at[row, "status"] = _count_statuses(runs.status)
-                self.frame.at[row, "reason"] = (
-                    "; ".join(dict.fromkeys(runs.reason.dropna())) or None
-                )
+                self.frame.at[row, "reason"] = "; ".join(dict.fromkeys(reasons)) or None
         self.best = pd.DataFrame({name: self._find_best(name) for name in METRIC_COLUMNS})
         """True where no row has a value that is better by more than the noise."""
         self.front = self.find_front("explained_variance")
@@ -156,6 +143,23 @@ class MeansTable:
         for name in self.table.metrics:
             frame[name], frame[f"{name}.spread"] = self.frame[name], self.shown_spread[name]
         return frame.assign(tokens=self.frame.tokens, status=self.frame.status)
+
+
+def _group_repetitions(table: SweepTable) -> dict[tuple, list[int]]:
+    """Group the runs that differ in seeds only: (swept values, kind, experiment, trial) -> rows of
+    `table`."""
+    groups: dict[tuple, list[int]] = {}
+    trials = Counter()
+    keys = [key for key in table.keys if key not in (*SEED_SETTINGS, CONTROL_SETTING)]
+    for number, run in enumerate(table.runs):
+        # without settings, a run cannot be compared
+        experiment = identify_experiment(run.settings) if run.settings else str(run.folder)
+        group = tuple(table.frame.loc[number, keys]), read_kind(run), experiment
+        # a search may try the same settings and seeds twice: each trial has a row
+        trial = trials[group, read_seeds(run)]
+        trials[group, read_seeds(run)] += 1
+        groups.setdefault((*group, trial), []).append(number)
+    return groups
 
 
 def _sort_controls_last(group: tuple) -> tuple:
