@@ -64,7 +64,7 @@ class PublishTask(Task):
         settings = yaml.safe_load(files[CONFIG_FILE]) if CONFIG_FILE in files else {}
         card = write_card(self.repo, sae, settings, read_results(folder), self.licence)
         files = {"README.md": card.encode()} | files
-        sizes = {name: f"{count_bytes(content):>13,} bytes" for name, content in files.items()}
+        sizes = {name: f"{measure_size(content):>13,} bytes" for name, content in files.items()}
         console.print(make_grid(sizes, f"\n  to {self.repo}:"), "")
         self._confirm()
         url = upload_files(self.repo, files, private=self.private)
@@ -206,6 +206,6 @@ def _cut_folders(match: re.Match) -> str:
     return Path(match[0]).name
 
 
-def count_bytes(content: bytes | Path) -> int:
+def measure_size(content: bytes | Path) -> int:
     """Size in bytes of what is uploaded."""
     return len(content) if isinstance(content, bytes) else content.stat().st_size

@@ -28,7 +28,7 @@ from sae_lightning.llm.sites import distinct_sites
 from sae_lightning.llm.vocabulary import find_bos_id, read_vocabulary
 from sae_lightning.terminal import phase
 
-MAX_WORDS = 16_384
+MAX_READ_WORDS = 16_384
 WORDS_IN_PROMPT, EXAMPLES = 32, 4
 FITTED_SHARE, CHOSEN_SHARE = 0.6, 0.2  # of the prompts; the others are tested
 MIN_WORDS = 10  # of a letter, in each part
@@ -56,11 +56,11 @@ def read_first_letters(subject: Subject) -> ConceptSamples:
     """Read words in prompts, and fit a probe for each letter; letters with too few words, or that
     the LLM does not know, are left out. UserError if none remains."""
     ids = find_words(read_vocabulary(subject.llm))
-    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))[:MAX_WORDS]
+    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))[:MAX_READ_WORDS]
     words = [list(ids)[i] for i in order.tolist()]
     answers = {letter: _encode_answer(subject, letter) for letter in ascii_lowercase}
     line = 1 + max(map(len, answers.values()))
-    count = min(WORDS_IN_PROMPT, ((subject.context or MAX_WORDS) - 1) // line)
+    count = min(WORDS_IN_PROMPT, ((subject.context or MAX_READ_WORDS) - 1) // line)
     chunks = [words[i : i + count] for i in range(0, len(words), count)]
     samples = [word for chunk in chunks for word in chunk[EXAMPLES:]]
     place = torch.tensor([i / len(chunks) for i, c in enumerate(chunks) for _ in c[EXAMPLES:]])
