@@ -3,13 +3,10 @@
 python docs/write_settings.py        after a setting, its docstring or a preset has changed
 """
 
-import ast
 import inspect
-import textwrap
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from enum import Enum
-from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
@@ -19,6 +16,7 @@ import yaml
 from sae_lightning.analysis.task import Task
 from sae_lightning.analysis.tasks import TASKS
 from sae_lightning.runs.config import Config, list_options
+from sae_lightning.runs.docstrings import read_docstrings
 from sae_lightning.runs.schemas import register_schemas
 from sae_lightning.sae import ARCHITECTURES
 from sae_lightning.stream import SOURCES
@@ -95,7 +93,7 @@ def page() -> str:
     parts = [TITLE + _overview()]
     for group, schema in get_type_hints(Config).items():
         if is_dataclass(schema):
-            about = _docstrings(Config)[group]
+            about = read_docstrings(Config)[group]
             parts.append(f"\n## {group}\n\n{about}\n{_presets(group)}")
             parts.append(_table(_owners(group, schema)))
             if group in NOTES:
@@ -184,7 +182,7 @@ def _presets(group: str) -> str:
 
 def _settings(schema: type, prefix: str = "") -> dict[Setting, Any]:
     """Each setting of a dataclass, those of nested ones too, and its default."""
-    hints, docs, made = get_type_hints(schema), _docstrings(schema), {}
+    hints, docs, made = get_type_hints(schema), read_docstrings(schema), {}
     for field in fields(schema):
         kind, name = hints[field.name], prefix + field.name
         if is_dataclass(kind):
@@ -196,18 +194,6 @@ def _settings(schema: type, prefix: str = "") -> dict[Setting, Any]:
         values = "integer or `auto`" if default == "auto" and kind is Any else _values(kind)
         made[Setting(name, values, docs.get(field.name, ""))] = default
     return made
-
-
-@cache
-def _docstrings(schema: type) -> dict[str, str]:
-    """The docstring below each field of a dataclass, those of its bases too."""
-    docs = {}
-    for owner in reversed(schema.__mro__[:-1]):
-        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
-        for field, below in zip(tree.body, tree.body[1:], strict=False):
-            if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
-                docs[field.target.id] = " ".join(ast.literal_eval(below.value).split())
-    return docs
 
 
 def _values(kind: Any) -> str:

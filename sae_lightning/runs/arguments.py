@@ -75,6 +75,8 @@ def check_arguments(arguments: list[str]) -> list[str]:
             raise UserError(
                 f"{setting}: empty (a shell variable that is not set?); give a path or leave it out"
             )
+        if value.strip("'\"") == "???":  # omegaconf's mark of a missing value
+            raise UserError(f"{setting}: ??? stands for a value that is not given; give one")
         if match := re.match(r"hydra\.sweeper\.(params|search_space)\b", name):
             train = name_program("train.py")
             # omegaconf cannot set a key below null

@@ -20,6 +20,7 @@ from sae_lightning.errors import UserError, check_finite
 from sae_lightning.llm.load import LLMConfig
 from sae_lightning.llm.sites import LayerConfig
 from sae_lightning.report.experiments import ONLY_ROUNDING
+from sae_lightning.runs.docstrings import read_docstrings
 from sae_lightning.runs.search import BENCHMARK_OBJECTIVES, SweepConfig
 from sae_lightning.runs.translations import translate_setting
 from sae_lightning.sae import ARCHITECTURES, Loss, SAEConfig
@@ -247,7 +248,9 @@ def to_dataclass(cfg: DictConfig) -> Any:
             check_finite(name, value)
         return OmegaConf.to_object(cfg)
     except MissingMandatoryValue as error:
-        raise UserError(f"{error.full_key} is not set: give {error.full_key}=...") from error
+        name, docs = error.full_key, read_docstrings(error.object_type)
+        about = f" ({docs[error.key].removesuffix('.')})" if error.key in docs else ""
+        raise UserError(f"{name} is not set: give {name}=...{about}") from error
     except AttributeError as error:  # `+model.featurs=3`: with +, Hydra adds any key
         translation = translate_setting(str(error).split("'")[-2])  # has no attribute 'featurs'
         hint = f"{error}: leave out the +, or correct the setting's name"

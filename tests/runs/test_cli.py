@@ -160,10 +160,11 @@ BAD = {
     r"values, as data\.weights=\{name:value\}",
     "data=text data.path=a data.weights=1": r"data\.weights=1: give names with their values, .*",
     # left open
-    "llm=hf": r"llm\.name is not set: give llm\.name=\.\.\.",
-    "llm=hf llm.name=x": r"layer\.index is not set: give layer\.index=\.\.\.",
-    "data=text": r"data\.path is not set: give data\.path=\.\.\.",
-    "data=hub": r"data\.name is not set: give data\.name=\.\.\.",
+    "llm=hf": r"llm\.name is not set: give llm\.name=\.\.\. \(.* a local folder, or .*\)",
+    "llm=hf llm.name=x": r"layer\.index is not set: give layer\.index=\.\.\. \(.*0.*\)",
+    "data=text": r"data\.path is not set: give data\.path=\.\.\. \(File, .* of \.txt / \.md .*\)",
+    "data=activations": r"data\.path is not set: give data\.path=.* \.npy or \.parquet\)",
+    "data=hub": r"data\.name is not set: give data\.name=\.\.\. \(.*\)",
     "~loss": r"loss is not set: .*",
     # the grammar
     "foo": r"cannot read 'foo': write setting=value, quoted where needed",
@@ -750,7 +751,7 @@ def test_train_refuses_before_anything_is_made(tmp_path, overrides, message):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ([], r"run is not set: give run=\.\.\."),
+        ([], r"run is not set: give run=\.\.\. \(Run folder.*\)"),
         (["run=nope"], r"nope: no such folder or file .*"),
         (["run=old", "task=nope"], r"task=nope: no such preset; choose from .*evaluate.*"),
         (["run=old", "task=lens", "strength=8"], r"strength has no meaning for this task, only .*"),
@@ -760,7 +761,7 @@ def test_train_refuses_before_anything_is_made(tmp_path, overrides, message):
         (["run=old", "trainer=cpu"], r"no setting trainer: --help lists all settings"),
         (["run=old", "data=synthetic"], r"data=synthetic has no meaning here: .* leave it out"),
         (["run=old", "task=lens", "feature=nan"], r"feature=nan: give a finite number"),
-        (["run=old", "task=steer"], r"feature is not set: give feature=\.\.\."),
+        (["run=old", "task=steer"], r"feature is not set: give feature=\.\.\. \(.*\)"),
         (
             ["run=old", "tasks=evaluate"],
             r"no setting tasks: did you mean task\? there are .*task.*",

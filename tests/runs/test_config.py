@@ -91,7 +91,7 @@ def test_every_preset_composes(name):
 def test_a_preset_that_leaves_something_open_says_what(name):
     for left_out in LEFT_OPEN[name]:
         setting = left_out.split("=")[0]
-        with pytest.raises(UserError, match=f"^{setting} is not set: give {setting}=...$"):
+        with pytest.raises(UserError, match=f"^{setting} is not set: give {setting}=... (\\(.*)$"):
             make(*(o for o in preset(name) if o != left_out))
 
 

@@ -1,0 +1,18 @@
+"""What settings mean: the docstring below each field of a dataclass."""
+
+import ast
+import inspect
+import textwrap
+from functools import cache
+
+
+@cache
+def read_docstrings(schema: type) -> dict[str, str]:
+    """Field -> its docstring, those of a dataclass's bases too."""
+    docs = {}
+    for owner in reversed(schema.__mro__[:-1]):
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
+        for field, below in zip(tree.body, tree.body[1:], strict=False):
+            if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
+                docs[field.target.id] = " ".join(ast.literal_eval(below.value).split())
+    return docs
