@@ -13,7 +13,6 @@ from sae_lightning.llm.packaged import LLMShape
 from sae_lightning.llm.sites import SitePair, distinct_sites
 from sae_lightning.runs.devices import count_threads
 from sae_lightning.runs.jobs import CONFIG_FILE, FOLDER_HINT, Job
-from sae_lightning.runs.logger_choice import check_loggers
 from sae_lightning.runs.run import make_head
 from sae_lightning.runs.starts import check_start
 from sae_lightning.sae import count_parameters
@@ -84,7 +83,6 @@ def check_jobs(jobs: list[Job]) -> list[CheckedJob]:
         _check_loss_tokens(job)
         _check_kl(job)
         _check_seeds(job)
-        check_loggers(job.config.logger)
     if any(job.config.data != config.data for job in jobs):
         raise UserError(
             "data.cache, data.cache_folder: jobs on one pass of the LLM share its cache; give all "

@@ -24,9 +24,12 @@ def refuse_unused_options(config: LoggerConfig, overrides: Sequence[str]) -> Non
 
 
 def resolve_loggers(config: LoggerConfig, overrides: Sequence[str]) -> LoggerConfig:
-    """The loggers of a new run, with null replaced by its value in this environment."""
+    """The loggers of a new run, with null replaced by its value in this environment. UserError if
+    one of them cannot be used."""
     refuse_unused_options(config, overrides)
-    return config.resolve()
+    resolved = config.resolve()
+    check_loggers(resolved)
+    return resolved
 
 
 def change_loggers(

@@ -79,6 +79,7 @@ def preset(name: str) -> list[str]:
     group, choice = name.split("/")
     goes_with = [f"model={choice}"] if group == "loss" else []
     goes_with += ["data=synthetic"] if name == "llm/none" else []
+    goes_with += ["logger.wandb.offline=true"] if name == "logger/wandb" else []  # no login
     return [name.replace("/", "="), *goes_with, *LEFT_OPEN.get(name, [])]
 
 

@@ -1,5 +1,8 @@
 """Loggers on the command line: what is refused before anything starts, and what resuming keeps."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -21,6 +24,8 @@ def choose(tmp_path, monkeypatch):
     """choose("logger=csv", ...) -> the job of a command line."""
     for name in ("WANDB_MODE", "WANDB_PROJECT", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
         monkeypatch.delenv(name, raising=False)
+    login = SimpleNamespace(__spec__=True, setup=dict, Settings=dict, login=lambda **_: True)
+    monkeypatch.setitem(sys.modules, "wandb", login)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ConfigStore.instance(), "repo", dict(ConfigStore.instance().repo))
     register_schemas()
@@ -98,9 +103,18 @@ def test_a_missing_package_is_one_line_that_says_what_to_install(choose, monkeyp
     missing = [package].__contains__
     monkeypatch.setattr(logger_choice, "find_spec", lambda name: None if missing(name) else name)
     kind = "wandb" if package == "wandb" else "mlflow"
-    config = choose(f"logger={kind}").config.logger
     with pytest.raises(UserError, match=rf"logger={kind}: .* {package} .*pip .*\.\[{kind}\]"):
-        logger_choice.check_loggers(config)
+        choose(f"logger={kind}")
+
+
+def test_a_missing_login_is_told_when_the_command_is_read(choose, saved, monkeypatch):
+    old = saved(LoggerConfig(wandb=WandbConfig(use=True, project="p")))
+    monkeypatch.setattr(sys.modules["wandb"], "login", lambda **_: False)
+    for typed in (["logger=wandb"], [old]):
+        with pytest.raises(UserError, match="logger=wandb: no login found; run `wandb login`, set"):
+            choose(*typed)
+    assert choose(old, "logger=none").config.logger.used == []
+    assert choose("logger=wandb", "logger.wandb.offline=true").config.logger.used == ["wandb"]
 
 
 def test_a_resumed_run_keeps_its_loggers_unless_others_are_typed(choose, saved):
