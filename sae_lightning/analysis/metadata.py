@@ -4,12 +4,14 @@ from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
+from sae_lightning.errors import UserError
 from sae_lightning.formats.trained_on import (
     check_metadata,
     choose_llm,
     read_layer,
     warn_of_gain,
 )
+from sae_lightning.llm.load import NO_LLM
 from sae_lightning.runs.config import Config
 from sae_lightning.sae import ARCHITECTURES, SAE
 from sae_lightning.terminal import console
@@ -24,6 +26,12 @@ def config_from_metadata(
     metadata = check_metadata(sae.metadata, run)
     llm, data, layer = settings["llm"], settings["data"], settings["layer"]
     llm = choose_llm(llm, metadata, run, given_settings)
+    if llm.name == NO_LLM != settings["llm"].name:
+        raise UserError(
+            f"{run} was trained on activations from no LLM, which this folder does not hold: give "
+            "the run folder that it is from, or, if an LLM made them, name it and a text with "
+            "llm=... data=... layer.index=..."
+        )
     if not any(name.split(".")[0] == "layer" for name in given_settings):
         layer = read_layer(metadata, run)
         if warning := warn_of_gain(metadata, run):

@@ -22,6 +22,7 @@ from sae_lightning.formats.trained_on import (
     find_llm_name,
     read_layer,
 )
+from sae_lightning.llm.load import NO_LLM
 from sae_lightning.llm.packaged import LLMShape
 from sae_lightning.llm.sites import LayerConfig, SitePair
 from sae_lightning.report.sweep_table import split_overrides
@@ -127,7 +128,7 @@ def apply_start(cfg: DictConfig, overrides: Collection[str]) -> DictConfig:
     cfg = deepcopy(cfg)
     source = SOURCES.get(cfg.data.kind)
     if source and source.has_llm:
-        if start.metadata.get("llm.name") == "none":
+        if start.metadata.get("llm.name") == NO_LLM:
             raise UserError(
                 f"model.start={start.address} was trained on no LLM's activations: give the data "
                 "that it was trained on (data=synthetic, data=activations), or another start"

@@ -63,7 +63,7 @@ class TextSource(Source):
 
     def check_settings(self, layer: LayerConfig) -> None:
         if self.llm.name == NO_LLM:
-            raise UserError("llm=none: text needs an LLM to read it; choose one, or data=synthetic")
+            raise UserError("llm=none: text needs an LLM to read it; choose one")
 
     def list_metrics(self, loss_tokens: int) -> tuple[frozenset[str], str]:
         return super().list_metrics(0) if loss_tokens else (frozenset(), "with eval.loss_tokens=0")

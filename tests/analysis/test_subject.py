@@ -201,6 +201,23 @@ def test_a_runs_own_settings_name_its_llm_better_than_the_name_for_others(sae, p
         open_subject(*asked(sae))
 
 
+def test_an_sae_of_synthetic_activations_needs_its_run_folder(sae):
+    """The exported SAE names no data, and analyze.py takes no data=synthetic."""
+    rewrite(sae, model_name="none")
+    with pytest.raises(UserError) as error:
+        open_subject(*asked(sae))
+    assert str(error.value) == (
+        f"{sae} was trained on activations from no LLM, which this folder does not hold: give the "
+        "run folder that it is from, or, if an LLM made them, name it and a text with llm=... "
+        "data=... layer.index=..."
+    )
+
+
+def test_text_needs_an_llm(sae):
+    with pytest.raises(UserError, match="^llm=none: text needs an LLM to read it; choose one$"):
+        open_subject(*asked(sae, llm=LLMConfig(name="none")), ["llm"])
+
+
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
