@@ -96,7 +96,7 @@ def read_text_file(name: str) -> str:
                 f"file={name}: more than {MAX_TEXT_TASK_TOKENS:,} tokens; give a part of it, or "
                 "look at all of it with task=features data=text data.path=..."
             )
-        return read_regular_file(path)
+        return read_regular_file(path).removeprefix("\ufeff")  # byte order mark
     except UnicodeDecodeError as error:
         byte = f"byte 0x{error.object[error.start]:02x} at {error.start:,}"
         raise UserError(f"file={name}: is not UTF-8 ({byte}); give a text file") from error

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from sae_lightning.errors import UserError
-from sae_lightning.stream.local_files import pick_loader, read_json_rows
+from sae_lightning.stream.local_files import pick_loader, read_valid_json
 from sae_lightning.stream.local_text import copy_documents
 
 if TYPE_CHECKING:
@@ -29,25 +29,13 @@ def copy_chats(files: list[str], column: str | None, where: str) -> "Dataset":
 
     def lines() -> Iterator[str]:
         for file in files:
-            read_rows = _read_parquet if pick_loader(file) == "parquet" else _read_json
+            read_rows = _read_parquet if pick_loader(file) == "parquet" else read_valid_json
             for number, row in read_rows(file, where):
                 origin = f"row {number} of {file}"
                 messages = _read_messages(row, column, f"{where}: {origin}")
                 yield json.dumps({"messages": messages, "origin": origin})
 
     return copy_documents(files, lines(), f"chats {column}")
-
-
-def _read_json(file: str, where: str) -> Iterator[tuple[int, Any]]:
-    number = 0
-    try:
-        for number, row in read_json_rows(file, where):
-            yield number, row
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{where}: {file} is not valid JSON after row {number} ({error.msg}); repair it, or "
-            "leave it out"
-        ) from error
 
 
 def _read_parquet(file: str, where: str) -> Iterator[tuple[int, Any]]:

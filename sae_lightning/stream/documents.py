@@ -193,20 +193,23 @@ def keep_text_column(documents: Documents, column: str) -> Any:
 def summarise_cause(error: Exception) -> str:
     """Return the first line of an error's cause (where `datasets` hides the reason) or, if
     `datasets` could not write its copy of the text, the reason and a remedy."""
-    error = error.__cause__ or error
-    if isinstance(error, OSError) and _concerns_copy(error):
+    cause = error.__cause__ or error
+    if concerns_copy(error):
         from datasets.config import HF_DATASETS_CACHE
 
-        why = f"its copy in {HF_DATASETS_CACHE}: {error.strerror}"
+        why = f"its copy in {HF_DATASETS_CACHE}: {cause.strerror}"
         return f"{why}; set HF_DATASETS_CACHE to another folder"
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    lines = str(cause).strip().splitlines()
+    return lines[0] if lines else type(cause).__name__
 
 
-def _concerns_copy(error: OSError) -> bool:
+def concerns_copy(error: Exception) -> bool:
     """Whether an error is about the copy of a text that `datasets` writes, or its folder."""
     from datasets.config import HF_DATASETS_CACHE
 
+    error = error.__cause__ or error
+    if not isinstance(error, OSError):
+        return False
     cache, named = Path(HF_DATASETS_CACHE), Path(str(error.filename))
     in_cache = cache.is_relative_to(named) or named.is_relative_to(cache)
     return error.errno in {*WRITE_ERRORS, *LOCKS_UNSUPPORTED} or in_cache

@@ -14,6 +14,7 @@ from sae_lightning.stream.chat_files import copy_chats
 from sae_lightning.stream.documents import (
     Documents,
     SplitText,
+    concerns_copy,
     hold_out,
     keep_text_column,
     summarise_cause,
@@ -183,8 +184,8 @@ def load_documents(config: LocalConfig) -> "Dataset":
         return _load_files(files, config.column, where)
     except UserError:
         raise
-    except Exception:
-        if pick_loader(files[0]) != "parquet":  # parquet has no lines to check
+    except Exception as error:
+        if not concerns_copy(error) and pick_loader(files[0]) != "parquet":  # it has no lines
             check_files(files, where)
         raise
 

@@ -23,6 +23,7 @@ LOADERS = {
     ".json": "json",
     ".parquet": "parquet",
 }
+CSV_ROWS = 1000  # rows of a table checked at a time
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # decompressed as they are read
 
 
@@ -124,10 +125,49 @@ def _read_suffix(file: str) -> str:
 
 
 def check_files(files: list[str], where: str) -> None:
-    """Raise UserError for the first file that cannot be read, or line that is not UTF-8."""
+    """Raise UserError for the first file that cannot be read, line that is not UTF-8, or row that
+    does not fit the others: `datasets` names neither file nor row."""
     for file in files:
         for _ in _read_lines(file, where):
             pass
+    kind, types = pick_loader(files[0]), {}
+    for file in files:
+        if kind == "json":
+            _check_rows(file, types, where)
+        elif kind == "csv":
+            _check_csv(file, where)
+
+
+def _check_rows(file: str, types: dict[str, type], where: str) -> None:
+    """Raise UserError for the first row that is no object, or whose columns hold values of other
+    types than earlier rows, which `types` keeps by column."""
+    for number, row in read_valid_json(file, where):
+        at = f"{where}: row {number} of {file}"
+        if not isinstance(row, dict):
+            raise UserError(
+                f"{at} holds {type(row).__name__}, not names with values; repair it, or leave it "
+                "out"
+            )
+        for name, value in row.items():
+            kind = float if type(value) is int else type(value)  # both are numbers of a column
+            if value is not None and kind is not types.setdefault(name, kind):
+                raise UserError(
+                    f"{at} holds {type(value).__name__} in {name}, and an earlier row "
+                    f"{types[name].__name__}; a column has one type"
+                )
+
+
+def _check_csv(file: str, where: str) -> None:
+    import pandas as pd
+
+    try:
+        for _ in pd.read_csv(file, dtype=str, na_filter=False, chunksize=CSV_ROWS):
+            pass
+    except pd.errors.ParserError as error:
+        reason = str(error).strip().removeprefix("Error tokenizing data. C error: ")
+        raise UserError(
+            f"{where}: {file} cannot be read ({reason}); repair it, or leave it out"
+        ) from error
 
 
 def check_json(files: list[str], column: str, where: str) -> None:
@@ -157,10 +197,23 @@ def read_json_rows(file: str, where: str) -> Iterator[tuple[int, Any]]:
             yield number, json.loads(line)
 
 
+def read_valid_json(file: str, where: str) -> Iterator[tuple[int, Any]]:
+    """Yield (number, row) as `read_json_rows` does; UserError after the last row that is JSON."""
+    number = 0
+    try:
+        for number, row in read_json_rows(file, where):
+            yield number, row
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{where}: {file} is not valid JSON after row {number} ({error.msg}); repair it, or "
+            "leave it out"
+        ) from error
+
+
 def _read_lines(file: str, where: str) -> Iterator[str]:
     for number, line in enumerate(_read_raw_lines(file, where), 1):
         try:
-            text = line.decode("utf-8")
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
             byte = f"byte 0x{line[error.start]:02x}"
             raise UserError(

@@ -72,7 +72,7 @@ def _read_documents(files: list[str], folder: Path) -> Iterator[pa.Array]:
         with tempfile.TemporaryFile(dir=folder) as joined:
             ends = [0]
             while ends[-1] < WRITTEN_BYTES and (file := next(remaining, None)):
-                with open_file(file, "r", encoding="utf-8") as source:
+                with open_file(file, "r", encoding="utf-8-sig") as source:
                     while piece := source.read(READ_CHARACTERS):
                         joined.write(piece.encode())
                 ends.append(joined.tell())

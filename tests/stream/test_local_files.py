@@ -109,6 +109,43 @@ def test_a_file_that_is_not_utf8_is_named(tmp_path, kind):
     assert told in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("kind", CONTENT)
+def test_a_byte_order_mark_is_no_text(tmp_path, kind):
+    folder = write(tmp_path / "t")
+    (folder / f"a.{kind}").write_text("\ufeff" + CONTENT[kind], "utf-8")
+    data = load_documents(LocalConfig(path=str(folder)))
+    assert list(data) == ([{"text": CONTENT["txt"]}] if kind == "txt" else ROWS)
+    (folder / f"a.{kind}").write_text("\ufeff" + '[{"text": 3}]', "utf-8")
+    if kind.startswith("json"):
+        with pytest.raises(UserError, match="holds int there, not text, in row 1"):
+            both(folder)
+
+
+ODD = {  # the second of two files, and what is told about it
+    "csv": ("text,label\na,x\nb,y,z\n", "cannot be read (Expected 2 fields in line 3, saw 3); rep"),
+    "quote.csv": ('text,label\na,x\n"b,y\n', "cannot be read (EOF inside string starting at row "),
+    "jsonl": ('{"text": "a"}\n{"text": "b"\n', "is not valid JSON after row 1 (Expecting ',' del"),
+    "json": ('[{"text": "a"},', "is not valid JSON after row 0 (Expecting value); repair it"),
+    "list.jsonl": ('{"text": "a"}\n["b"]\n', "holds list, not names with values; repair it, or"),
+    "object.jsonl": (
+        '{"text": "a", "n": 1}\n{"text": "b", "n": 2.5}\n{"text": "b", "n": {"of": 2}}\n',
+        "holds dict in n, and an earlier row float; a column has one type",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_rows_that_do_not_fit_are_named_with_their_file(tmp_path, name):
+    kind = name.rpartition(".")[2]
+    folder = write(tmp_path / "t")
+    (folder / f"a.{kind}").write_text(CONTENT[kind])
+    content, told = ODD[name]
+    (folder / f"b.{kind}").write_text(content)
+    with pytest.raises(UserError) as error:
+        both(folder)
+    assert f"b.{kind} {told}" in str(error.value) and "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("ending", ["gz", "bz2", "xz"])
 @pytest.mark.parametrize("kind", ["txt", "csv", "jsonl"])
 def test_a_compressed_file_that_is_damaged_is_named(tmp_path, kind, ending):

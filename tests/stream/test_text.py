@@ -202,7 +202,7 @@ def make(folder, files: dict[str, str]):
         ({"a.txt": "x", "b.jsonl": "{}"}, "", r"several formats \(.jsonl, .txt\); choose one"),
         ({"a.jsonl": '{"story": "x", "id": 1}'}, "a.jsonl", r"data.column=text: .* story, id"),
         ({"a.jsonl": '{"text": 5}'}, "a.jsonl", r"data.column=text: .* holds int there"),
-        ({"a.jsonl": "no json"}, "a.jsonl", r"cannot be read \(JSON parse error"),
+        ({"a.jsonl": "no json"}, "a.jsonl", r"a\.jsonl is not valid JSON after row 0"),
         ({"a.jsonl": ""}, "a.jsonl", r"there is no document in it"),
         ({"a.parquet": "x"}, "a.parquet", r"cannot be read \(Parquet file size"),
     ],
