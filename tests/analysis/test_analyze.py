@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pyarrow.parquet
 import pytest
+from forked import run_script
 from planted import FEATURE, save_planted
 from tiny_run import write_text
 
@@ -54,18 +55,12 @@ def here(tmp_path_factory):
 
 def arguments(*more: str) -> list[str]:
     text = ["data=text", "data.path=text", "data.held_out=0.34"]
-    return [sys.executable, str(ROOT / "analyze.py"), "run=my sae, l1=0.1", *text, *more]
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return ["analyze.py", "run=my sae, l1=0.1", *text, *more]
 
 
 def analyzed(here: Path, *more: str) -> str:
     """What it printed."""
-    done = subprocess.run(
-        arguments(*more), cwd=here, env=environment(), capture_output=True, text=True
-    )
+    done = run_script(*arguments(*more), cwd=here)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
 
@@ -116,9 +111,7 @@ def test_links_that_a_stranger_planted_overwrite_nothing(here, tmp_path):
 
     shutil.rmtree(results)
     results.symlink_to(tmp_path)
-    done = subprocess.run(
-        arguments("task=evaluate"), cwd=here, env=environment(), capture_output=True, text=True
-    )
+    done = run_script(*arguments("task=evaluate"), cwd=here)
     results.unlink()
     if shelved.exists():
         shelved.rename(results)
@@ -132,16 +125,11 @@ def test_the_key_of_an_endpoint_goes_nowhere_else_and_comes_back_nowhere(here, t
 
     key = "sk-very-secret-123"
     given = ["task=explain", "tokens=1500", f"feature={FEATURE}", "explainer=small"]
-    variables = environment() | {"OPENAI_API_KEY": key, "XDG_CACHE_HOME": str(tmp_path)}
+    variables = {"OPENAI_API_KEY": key, "XDG_CACHE_HOME": str(tmp_path)}
 
-    def explained(endpoint: str, **more: str) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            arguments(*given, f"endpoint={endpoint}", "hydra.verbose=true"),
-            cwd=here,
-            env=variables | more,
-            capture_output=True,
-            text=True,
-        )
+    def explained(endpoint: str, **more: str):
+        typed = arguments(*given, f"endpoint={endpoint}", "hydra.verbose=true")
+        return run_script(*typed, cwd=here, **variables, **more)
 
     with ChatServer(lambda question: f"{oracle(question)} ({key}, {key[:7]}***)") as server:
         # whatever was sent to a host outside would come by this proxy
@@ -164,10 +152,10 @@ def test_the_key_of_an_endpoint_goes_nowhere_else_and_comes_back_nowhere(here, t
 def test_ctrl_c_ends_it_at_once_and_leaves_nothing(here):
     before = sorted(here.rglob("*"))
     process = subprocess.Popen(
-        arguments("data=shakespeare", "task=features")[:3]
+        [sys.executable, str(ROOT / "analyze.py"), "run=my sae, l1=0.1"]
         + ["task=features", "tokens=100_000_000"],
         cwd=here,
-        env=environment(),
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -196,13 +184,7 @@ def test_the_example_finds_and_steers_the_planted_feature(here, tmp_path):
         f"reading.score[{FEATURE}:{FEATURE + 1}].argmax().item() + {FEATURE}",
     )
     (tmp_path / "look.py").write_text(script)
-    done = subprocess.run(
-        [sys.executable, str(tmp_path / "look.py")],
-        cwd=here,
-        env=environment() | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
+    done = run_script(str(tmp_path / "look.py"), cwd=here)
     assert (done.returncode, done.stderr) == (0, "")
     assert f"feature {FEATURE} fires on" in done.stdout
     assert "it promotes [' fox'" in done.stdout

@@ -4,13 +4,13 @@ import errno
 import json
 import os
 import re
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from forked import run_script
 from hydra import compose
 from hydra._internal.callbacks import Callbacks
 from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
@@ -688,16 +688,6 @@ def test_a_folder_that_holds_a_run_is_not_written_over(tmp_path, smollm2):
 def test_a_folder_without_permission_is_refused(tmp_path, smollm2, monkeypatch):
     monkeypatch.setattr(checks.os, "access", lambda path, mode: False)
     assert refused(a_job(tmp_path)).startswith(f"{tmp_path} cannot be written to: choose another")
-
-
-def run_script(script: str, *overrides: str, cwd: Path, **environment: str):
-    return subprocess.run(
-        [sys.executable, str(ROOT / script), *overrides],
-        cwd=cwd,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-        capture_output=True,
-        text=True,
-    )
 
 
 def one_line(done) -> str:

@@ -2,27 +2,17 @@
 
 import csv
 import json
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from forked import run_script
 from tiny_run import write_begun_run
 
 ROOT = Path(__file__).parents[2]
 SWEEP = Path("multirun", "2026-01-31", "12-00-00")
-
-
-def analyze(*overrides: str, cwd: Path):
-    return subprocess.run(
-        [sys.executable, str(ROOT / "analyze.py"), *overrides],
-        cwd=cwd,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
 
 
 def make_sweep(folder: Path) -> None:
@@ -43,7 +33,7 @@ def test_the_report_of_a_sweep_is_written_again_as_it_is_pasted(tmp_path):
     make_sweep(tmp_path / SWEEP)
     elsewhere = tmp_path / "else where"
     elsewhere.mkdir()
-    done = analyze("task=sweep", f"run=../{SWEEP}", cwd=elsewhere)
+    done = run_script("analyze.py", "task=sweep", f"run=../{SWEEP}", cwd=elsewhere)
     assert (done.returncode, done.stderr) == (0, "")
     assert "failed: loss.l1=1: its loss became nan" in done.stdout
     assert "1 of 3 runs did not finish" in done.stdout
@@ -80,24 +70,18 @@ def test_the_report_of_a_sweep_is_written_again_as_it_is_pasted(tmp_path):
 def test_the_wrong_folder_is_answered_in_one_line(tmp_path, overrides, message):
     make_sweep(tmp_path / SWEEP)
     before = sorted(tmp_path.rglob("*"))
-    done = analyze(*overrides, cwd=tmp_path)
+    done = run_script("analyze.py", *overrides, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
     assert re.fullmatch(rf"error: {message}\n", done.stderr), done.stderr
     assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_a_sweep_with_a_planted_link_is_not_taken_up(tmp_path):
     make_sweep(tmp_path / SWEEP)
     (tmp_path / "victim").write_text("mine")
     (tmp_path / SWEEP / "multirun.yaml").symlink_to(tmp_path / "victim")
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), "-m", f"resume={SWEEP}"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
+    done = run_script("train.py", "-m", f"resume={SWEEP}", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
     assert re.fullmatch(r"error: .*/multirun\.yaml is a symbolic link, .*\n", done.stderr)
     assert (tmp_path / "victim").read_text() == "mine"

@@ -2,16 +2,14 @@
 
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 from datetime import datetime
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 from board import list_hparams, open_board
+from forked import run_script
 from hydra._internal.callbacks import Callbacks
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
@@ -185,12 +183,9 @@ def train(tmp_path, tiny_folder):
     tiny += ["model.features=48", "eval.tokens=150", "optim.clip=null", "hydra.sweep.dir=sweep"]
 
     def done(*overrides: str):
-        return subprocess.run(
-            [sys.executable, str(ROOT / "train.py"), "-m", *tiny, *overrides],
-            cwd=tmp_path,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")},
-            capture_output=True,
-            text=True,
+        cache = str(tmp_path / "cache")
+        return run_script(
+            "train.py", "-m", *tiny, *overrides, cwd=tmp_path, HF_DATASETS_CACHE=cache
         )
 
     return done

@@ -2,12 +2,11 @@
 
 import json
 import math
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from forked import run_script
 from hydra import compose, initialize_config_dir
 from test_run import curves, metrics, stop_after, weights
 from tiny_run import WORLD_STEPS as STEPS
@@ -185,9 +184,7 @@ def test_what_a_user_types_trains_and_evaluates(tmp_path):
         ],
         ["analyze.py", "task=sweep", f"run={sweep_dir}"],
     ):
-        done = subprocess.run(
-            [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=900
-        )
+        done = run_script(*command, cwd=ROOT)
         assert done.returncode == 0, done.stderr
         assert "recovered" in done.stdout
         assert "CE" not in done.stdout
