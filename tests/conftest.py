@@ -1,5 +1,6 @@
 """Tests run offline, on files that they write or that the package contains."""
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -17,6 +18,10 @@ from small_text import BOS, SEPARATOR, byte_tokenizer
 from tiny_llm import save_tiny
 
 from sae_lightning.llm.load import Dtype, LLMConfig, load_llm
+
+# a fifth of the time it takes to compose a config: the libraries' objects are never garbage
+gc.freeze()
+gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.fixture(autouse=True)
