@@ -36,7 +36,7 @@ from safetensors.torch import save_file
 from tiny_llm import TEXT, save_tiny
 from tiny_run import write_text
 
-from sae_lightning.runs.arguments import open_dict_settings
+from sae_lightning.runs.arguments import allow_new_dict_keys
 from sae_lightning.runs.config import find_conf_folder
 from sae_lightning.runs.schemas import register_schemas
 
@@ -214,7 +214,7 @@ def answer(question: str) -> str:
 def test_a_command_for_elsewhere_is_composed(command):
     register_schemas()
     parse = OverridesParser.create().parse_override
-    typed = open_dict_settings([*command.arguments])
+    typed = allow_new_dict_keys([*command.arguments])
     jobs = [first_value(parse(a)) for a in typed if not a.startswith("-")]
     with initialize_config_dir(find_conf_folder(), version_base="1.3"):
         OmegaConf.to_object(compose("config", jobs))

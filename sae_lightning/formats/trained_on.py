@@ -82,8 +82,8 @@ def find_origin(metadata: dict[str, Any], run: str, layer: LayerConfig | None) -
 def check_metadata(metadata: dict[str, Any], run: str) -> dict[str, Any]:
     """The part of the metadata of the SAE in `run` that is used here; UserError if a value has a
     wrong type."""
-    own = metadata.get(OWN_KEY)
-    merged = metadata | (own if isinstance(own, dict) else {})
+    config = metadata.get(OWN_KEY)
+    merged = metadata | (config if isinstance(config, dict) else {})
     types = METADATA_TYPES | OWN_METADATA_TYPES
     checked = {key: merged[key] for key in types if merged.get(key) is not None}
     for key, value in checked.items():

@@ -108,7 +108,7 @@ def quote_texts(arguments: list[str]) -> list[str]:
     return [_quote_text(argument, sweep, text_settings) for argument in arguments]
 
 
-def open_dict_settings(arguments: list[str]) -> list[str]:
+def allow_new_dict_keys(arguments: list[str]) -> list[str]:
     """The arguments with `++` before settings that are dicts: without it, Hydra refuses keys that
     the default lacks."""
     dicts = r"(llm\.load|data\.sites|data\.weights)[.=]"
@@ -175,24 +175,24 @@ def check_sweep(overrides: list[Override], sweeper: DictConfig) -> None:
         if (number := sweeper.get(name)) is not None and number < 1:
             raise UserError(f"hydra.sweeper.{name}={number}: give 1 or more, or leave it out")
     names = [override.key_or_group for override in overrides]
-    search = not sweeper._target_.endswith(".BasicSweeper")
+    is_search = not sweeper._target_.endswith(".BasicSweeper")
     for override in overrides:
         line, value = override.input_line, override.value()
         if override.is_sweep_override() and names.count(override.key_or_group) > 1:
             raise UserError(f"{line}: {override.key_or_group} is given twice; leave one out")
         if isinstance(value, IntervalSweep | RangeSweep):
-            ends = value.start, value.stop if isinstance(value, RangeSweep) else value.end
-            lowest = 0 if "log" in value.tags else -math.inf
-            if search and not lowest < ends[0] < ends[1] < math.inf:
+            stop = value.stop if isinstance(value, RangeSweep) else value.end
+            bound = 0 if "log" in value.tags else -math.inf
+            if is_search and not bound < value.start < stop < math.inf:
                 above = " above 0" if "log" in value.tags else ""
                 raise UserError(f"{line}: give two finite numbers{above}, the smaller one first")
-            if not search and isinstance(value, IntervalSweep):
+            if not is_search and isinstance(value, IntervalSweep):
                 raise UserError(f"{line}: only a search takes an interval: hydra/sweeper=optuna")
-        if isinstance(value, Glob) and search:
+        if isinstance(value, Glob) and is_search:
             raise UserError(f"{line}: a search takes no glob; write choice(...)")
         if override.is_discrete_sweep() and count_values(override) == 0:
             raise UserError(f"{line}: this is empty, so nothing would be trained")
-    if not search and math.prod(map(count_values, overrides)) > MAX_JOBS:
+    if not is_search and math.prod(map(count_values, overrides)) > MAX_JOBS:
         lines = " ".join(o.input_line for o in overrides if o.is_sweep_override())
         raise UserError(
             f"{lines}: more than {MAX_JOBS:,} jobs; give fewer values, or let a search choose: "

@@ -29,9 +29,9 @@ from yaml import MarkedYAMLError
 from sae_lightning.errors import UserError, is_out_of_memory, list_causes
 from sae_lightning.files import describe_system_error
 from sae_lightning.runs.arguments import (
+    allow_new_dict_keys,
     check_arguments,
     list_tasks,
-    open_dict_settings,
     quote_texts,
     sweep_settings_of_swept_groups,
 )
@@ -96,7 +96,7 @@ def read_arguments() -> None:
 
 def rewrite_arguments(arguments: list[str]) -> list[str]:
     """The arguments as Hydra takes them, flags first; UserError if Hydra would misread them."""
-    arguments = open_dict_settings(quote_texts(check_arguments(arguments)))
+    arguments = allow_new_dict_keys(quote_texts(check_arguments(arguments)))
     return sweep_settings_of_swept_groups(choose_architecture(arguments))
 
 
@@ -246,8 +246,8 @@ def _describe_unknown_setting(error: OmegaConfBaseException, overrides: list[str
         choices = ", ".join(f"{kind}={owner}" for owner in owners[:-1])
         choices += f"{' and ' * (len(owners) > 1)}{kind}={owners[-1]}"
         return f"{name} has no meaning for this {kind}, only for {choices}: leave it out{add}"
-    given = (o for o in overrides if re.match(rf"[+~]*{re.escape(name)}[.=]", o))
-    if line := translate_setting(next(given, name)):
+    matches = (o for o in overrides if re.match(rf"[+~]*{re.escape(name)}[.=]", o))
+    if line := translate_setting(next(matches, name)):
         return line
     if dataclasses.is_dataclass(schema):
         settings = [field.name for field in dataclasses.fields(schema)]
@@ -260,7 +260,7 @@ def _describe_unknown_setting(error: OmegaConfBaseException, overrides: list[str
 
 def _describe_bad_value(error: OmegaConfBaseException, overrides: list[str]) -> str:
     name, reason = str(error.full_key), str(error).splitlines()[0]
-    given = next((o for o in reversed(overrides) if o.lstrip("+").startswith(f"{name}=")), name)
+    typed = next((o for o in reversed(overrides) if o.lstrip("+").startswith(f"{name}=")), name)
     if "Integer" in reason and re.search(r"'[\d.]+' of type 'float'", reason):
         reason = "give a whole number in digits, such as 1000000 or 1_000_000"
     if "Set[str]" in reason:  # from Hydra's classes for sweeps
@@ -271,7 +271,7 @@ def _describe_bad_value(error: OmegaConfBaseException, overrides: list[str]) -> 
         reason = "a list is not possible here"
     if "not Optional" in reason:
         reason = "null is not possible here"
-    return f"{given.lstrip('+')}: {reason[0].lower()}{reason[1:].removesuffix('.')}"
+    return f"{typed.lstrip('+')}: {reason[0].lower()}{reason[1:].removesuffix('.')}"
 
 
 def _describe_hydra_error(text: str) -> str:

@@ -85,7 +85,7 @@ def forget_empty_run(job: Job) -> bool:
     return forget
 
 
-def note_failure(job: Job, reason: str) -> None:
+def record_failure(job: Job, reason: str) -> None:
     """Record why a run failed, unless a reason is recorded already, the run has finished, its
     folder is gone or the disk is full."""
     exists = (job.folder / CONFIG_FILE).is_file()
@@ -94,11 +94,11 @@ def note_failure(job: Job, reason: str) -> None:
             write_json(failure_path(job.folder), {"reason": reason, "diverged": False})
 
 
-def note_refusal(job: Job, reason: str) -> None:
+def record_refusal(job: Job, reason: str) -> None:
     """Record why a job could not start, for the report, unless its folder holds another run."""
     if not (job.folder / CONFIG_FILE).exists():
         begin_run(job)
-        note_failure(job, reason)
+        record_failure(job, reason)
 
 
 def read_sweep_runs(folder: Path) -> list[SweepRun]:

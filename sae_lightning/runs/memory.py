@@ -20,8 +20,8 @@ from sae_lightning.sae.controls import Control
 from sae_lightning.scoring.scorecard import MAX_TOKENS_AT_ONCE
 from sae_lightning.training.settings import Accelerator
 
-# Elements that a block keeps for its backward pass, as multiples of the width, for each token: in
-# SmolLM2 with eager attention, at a context of 128. Its weights, which get no gradient, keep none.
+# Elements per token that a block keeps for its backward pass, as a multiple of the width. Measured
+# in SmolLM2 with eager attention, at a context of 128, without gradients of weights.
 KEPT_WIDTHS = 30
 PROCESS_BYTES = 800_000_000  # Python with torch, transformers and lightning
 EVALUATION_SHARE = 5 / 8  # memory per token in evaluation, as a share of training's: at most
@@ -40,11 +40,13 @@ class PassMemory(NamedTuple):
     hidden: int
     """Per SAE, in evaluation: the LLM's last hidden states with the reconstruction spliced in."""
 
-    def count_bytes(self, saes: Sequence[int], split: Collection[int] = (), ranks: int = 1) -> int:
+    def count_bytes(
+        self, numbers: Sequence[int], split: Collection[int] = (), ranks: int = 1
+    ) -> int:
         """Memory of a rank that trains the SAEs with these numbers; those in `split` are split over
         all `ranks`."""
-        heads = (self.heads[n] // (ranks if n in split else 1) for n in saes)
-        return self.shared + sum(heads) + len(saes) * self.hidden
+        heads = (self.heads[n] // (ranks if n in split else 1) for n in numbers)
+        return self.shared + sum(heads) + len(numbers) * self.hidden
 
     @property
     def shared(self) -> int:

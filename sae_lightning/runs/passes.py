@@ -66,7 +66,7 @@ def train_jobs(jobs: Sequence[Job]) -> HeldOutResults:
         # a launcher that starts jobs one by one goes on with the others: record the reason for
         # the sweep's report
         if jobs[0].multirun and not jobs[0].sweep_folder:
-            folders.note_refusal(todo[0], str(error))
+            folders.record_refusal(todo[0], str(error))
         raise
     if todo and todo[0].multirun:
         _announce_passes(todo, passes)
@@ -87,11 +87,11 @@ def train_jobs(jobs: Sequence[Job]) -> HeldOutResults:
 
 def _check_folders(jobs: list[Job]) -> None:
     """UserError if different jobs share a folder. (The same job twice is trained once.)"""
-    first: dict[Path, Job] = {}
+    by_folder: dict[Path, Job] = {}
     for job in jobs:
-        other = first.setdefault(job.folder, job)
-        if other.config.to_flat_dict() != job.config.to_flat_dict():
-            setting = _list_differing_settings([other, job])[0]
+        first = by_folder.setdefault(job.folder, job)
+        if first.config.to_flat_dict() != job.config.to_flat_dict():
+            setting = _list_differing_settings([first, job])[0]
             raise UserError(
                 f"hydra.sweep.subdir: jobs that differ in {setting} would share the folder "
                 f"{job.folder}; number them: hydra.sweep.subdir='${{hydra:job.num}}'"
@@ -111,8 +111,8 @@ def _resume_if_begun(job: Job) -> Job:
     if job.resumed or not job.multirun or not (job.folder / CONFIG_FILE).is_file():
         return job
     saved, config = read_job(job.folder, trusted=True).config, job.config  # no LLM is loaded
-    same = saved.fixed_on_resume() == config.fixed_on_resume() and saved.eval == config.eval
-    return replace(job, resumed=same)
+    is_same = saved.fixed_on_resume() == config.fixed_on_resume() and saved.eval == config.eval
+    return replace(job, resumed=is_same)
 
 
 def _read_outcome(job: Job) -> HeldOutResults:
@@ -232,10 +232,11 @@ def _is_split(choice: Splitting, heads_in_pass: int, needed: int, free: float) -
 
 def _announce_passes(jobs: list[Job], passes: list[PlannedPass]) -> None:
     free = _read_free_memory(jobs[0].config)
-    runs, times = _format_count(len(jobs), "job"), _format_count(len(passes), "pass")
+    job_count, pass_count = _format_count(len(jobs), "job"), _format_count(len(passes), "pass")
     of_llm = " of the LLM" * jobs[0].config.data_source.has_llm
     per_device = f" for each of {len(passes[0].shares)} devices" * (len(passes[0].shares) > 1)
-    console.print(f"{runs} on {times}{of_llm} ({free / 1e9:.1f} GB of memory are free{per_device})")
+    memory_line = f"{free / 1e9:.1f} GB of memory are free{per_device}"
+    console.print(f"{job_count} on {pass_count}{of_llm} ({memory_line})")
     for number, planned in enumerate(passes, 1):
         names = ", ".join(sorted({str(site) for site in planned.sites}))
         controls = sum(job.config.model.control is not None for job in planned.jobs)
@@ -274,7 +275,7 @@ def _train_pass(planned: PlannedPass) -> HeldOutResults:
                 correct = "correct this and " if isinstance(error, WriteError) else ""
                 reason = f"{error}; {correct}continue with: {format_resume_command(jobs)}"
             for job in jobs:
-                folders.note_failure(job, reason or f"{type(error).__name__}: {error}")
+                folders.record_failure(job, reason or f"{type(error).__name__}: {error}")
         if not jobs[0].multirun:
             if reason:
                 raise UserError(reason) from error

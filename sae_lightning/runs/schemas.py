@@ -33,10 +33,10 @@ def register_schemas(
         for name, schema in table.items():
             store.store(group=f"schema/{group}", name=name, node=schema)
             store.repo.get(group, {}).pop(f"{name}.yaml", None)  # of an earlier call
-            preset = any((folder / group / f"{name}.yaml").is_file() for folder in folders)
-            if not preset and (group != "data" or name not in DATA_PRESETS.values()):
-                own = {"model": {"name": name, "seed": "${seed}"}, "data": {"kind": name}}
-                node = OmegaConf.merge(schema, own.get(group, {}))
+            has_preset = any((folder / group / f"{name}.yaml").is_file() for folder in folders)
+            if not has_preset and (group != "data" or name not in DATA_PRESETS.values()):
+                values = {"model": {"name": name, "seed": "${seed}"}, "data": {"kind": name}}
+                node = OmegaConf.merge(schema, values.get(group, {}))
                 store.store(group=group, name=name, node=node)
     for name, schema in (tasks or {}).items():
         node = OmegaConf.merge(schema, {"task": name})
@@ -65,8 +65,8 @@ def pick_loss_preset(model: str) -> str:
     exists = loader.repository.config_exists
     if exists(f"loss/{model}") or not exists(f"model/{model}"):  # Hydra reports an unknown name
         return model
-    own = loader.load_configuration(f"model/{model}", [], RunMode.RUN)
-    name = OmegaConf.select(own, "model.name", default="relu")
+    preset = loader.load_configuration(f"model/{model}", [], RunMode.RUN)
+    name = OmegaConf.select(preset, "model.name", default="relu")
     return name if name in ARCHITECTURES else "relu"  # Config reports an unknown name
 
 

@@ -98,9 +98,9 @@ def choose_architecture(arguments: list[str]) -> list[str]:
     for address in _list_values(arguments[names.index("model.start")]):
         kinds.setdefault(find_start(address).config.name, address)
     if len(kinds) > 1:
-        several = " and ".join(f"{address} ({kind})" for kind, address in kinds.items())
+        addresses = " and ".join(f"{address} ({kind})" for kind, address in kinds.items())
         raise UserError(
-            f"model.start: {several} have different architectures, and a command has one: give a "
+            f"model.start: {addresses} have different architectures, and a command has one: give a "
             "command for each"
         )
     return [*arguments, *(f"model={kind}" for kind in kinds)]
@@ -178,9 +178,9 @@ def _choose_model(start: Start, model: DictConfig, typed: Collection[str]) -> di
     if "groups" in taken:  # new features join the last one
         taken["groups"] = [size / features for size in start.config.sizes()[:-1]]
     if taken.get("skip", model.skip) != start.config.skip:
-        has = "a" if start.config.skip else "no"
+        article = "a" if start.config.skip else "no"
         raise UserError(
-            f"model.skip={str(model.skip).lower()}: model.start={start.address} has {has} skip "
+            f"model.skip={str(model.skip).lower()}: model.start={start.address} has {article} skip "
             "connection; leave it out, or choose another start"
         )
     compete = ARCHITECTURES[start.config.name].network.features_compete

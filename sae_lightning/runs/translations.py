@@ -49,7 +49,9 @@ SETTINGS_ELSEWHERE = {
         "data=hub with data.name=..., or data=text with data.path=..."
     ),
 }
-TRANSLATIONS = {word: ours for words, ours in SETTINGS_ELSEWHERE.items() for word in words.split()}
+TRANSLATIONS = {
+    name: advice for names, advice in SETTINGS_ELSEWHERE.items() for name in names.split()
+}
 
 
 def translate_setting(argument: str) -> str | None:
@@ -58,9 +60,5 @@ def translate_setting(argument: str) -> str | None:
     if "task" in ConfigStore.instance().repo:
         return None
     name = argument.lstrip("-+~").partition("=")[0]
-    word = name.rpartition(".")[2].replace("-", "_").lower()
-    return (
-        f"{argument}: no such setting here; use {TRANSLATIONS[word]}"
-        if word in TRANSLATIONS
-        else None
-    )
+    advice = TRANSLATIONS.get(name.rpartition(".")[2].replace("-", "_").lower())
+    return advice and f"{argument}: no such setting here; use {advice}"

@@ -128,9 +128,9 @@ def _open_checkpoint(start: str) -> dict[str, Any] | None:
 
 
 def _refuse_checkpoint(start: str, error: Exception) -> UserError:
-    why = f"it lacks {error}" if isinstance(error, KeyError) else str(error).split("\n")[0]
+    reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error).split("\n")[0]
     return UserError(
-        f"model.start={start}: its checkpoint is damaged ({why}); give {start}/sae, copied to "
+        f"model.start={start}: its checkpoint is damaged ({reason}); give {start}/sae, copied to "
         "another folder, to start from the weights alone"
     )
 

@@ -870,7 +870,7 @@ def test_a_report_that_cannot_be_written_hides_neither_runs_nor_failures(
     """Hydra turns what a callback raises into a warning."""
     for name in ("a", "b"):
         folders.begin_run(replace(a_job(tmp_path / name), folder=tmp_path / name))
-    folders.note_failure(a_job(tmp_path / "b"), "it had to")
+    folders.record_failure(a_job(tmp_path / "b"), "it had to")
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / CONFIG_FILE).write_text("")  # damaged
 

@@ -7,7 +7,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from sae_lightning.errors import UserError
-from sae_lightning.runs.arguments import open_dict_settings, sweep_settings_of_swept_groups
+from sae_lightning.runs.arguments import allow_new_dict_keys, sweep_settings_of_swept_groups
 from sae_lightning.runs.config import Config, find_conf_folder
 from sae_lightning.runs.jobs import CONFIG_FILE, Job, format_config, make_job, read_job
 from sae_lightning.runs.schemas import register_schemas
@@ -18,7 +18,7 @@ MEMORY = {0: "20GiB", "cpu": "60GiB"}
 def make(*typed: str) -> Config:
     """The config of a command line, as train.py reads it."""
     register_schemas()
-    overrides = open_dict_settings([*typed])
+    overrides = allow_new_dict_keys([*typed])
     with initialize_config_dir(find_conf_folder(), version_base="1.3"):
         return make_job(compose("config", overrides), Path("folder"), overrides).config
 
@@ -49,7 +49,7 @@ def test_llm_load_is_typed_like_any_setting(typed, load):
 
 
 def test_llm_load_can_be_swept_over():
-    typed = open_dict_settings(["-m", "llm=gpt2,smollm2", "llm.load.device_map=auto"])
+    typed = allow_new_dict_keys(["-m", "llm=gpt2,smollm2", "llm.load.device_map=auto"])
     typed = sweep_settings_of_swept_groups(typed)
     assert typed[2] == "++llm.load.device_map=choice(auto)"
     override = OverridesParser.create().parse_override("++llm.load.device_map=auto,cpu")
