@@ -94,16 +94,14 @@ def _run_pass(planned: PlannedPass) -> HeldOutResults:
         outcome = "stopped"
         raise
     finally:
+        outcomes = []
         for head in heads:
             with suppress(WriteError):  # an earlier write error has been reported
                 head.log.close()
-        outcomes = [
-            "failed" if h.failure else "success" if (h.folder / METRICS_FILE).is_file() else outcome
-            for h in heads
-        ]
-        finish_loggers(
-            [(log, o) for h, o in zip(heads, outcomes, strict=True) for log in h.log.others]
-        )
+            is_scored = (head.folder / METRICS_FILE).is_file()
+            of_head = "failed" if head.failure else "success" if is_scored else outcome
+            outcomes += [(logger, of_head) for logger in head.log.others]
+        finish_loggers(outcomes)
 
 
 def _fit(planned: PlannedPass, parts: RunParts) -> HeldOutResults:
@@ -130,7 +128,7 @@ def _fit(planned: PlannedPass, parts: RunParts) -> HeldOutResults:
     except KeyboardInterrupt:
         console.print(f"interrupted. Continue with\n\n  {module.resume}\n")
         sys.exit(128 + signal.SIGINT)
-    module.stopped_by = module.asked_to_stop
+    module.stopped_by = module.received_signal
     if module.stopped_by and jobs[0].sweep_folder:  # start no other pass
         print_how_to_continue(module)
         sys.exit(128 + module.stopped_by)

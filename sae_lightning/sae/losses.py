@@ -75,5 +75,5 @@ def preact(pre: Tensor, threshold: Tensor | float, norms: Tensor) -> Tensor:
     """Mean over the batch of sum_dead relu(threshold - pre) |W_dec|, which pulls dead features up
     to their thresholds (Conerly et al., Anthropic January 2025 update). pre [batch, dead];
     threshold and norms [dead]."""
-    missing = (threshold - pre.float()).relu().mean(dim=0)
-    return (missing * norms.detach()).sum()
+    shortfall = (threshold - pre.float()).relu().mean(dim=0)
+    return (shortfall * norms.detach()).sum()

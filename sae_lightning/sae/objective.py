@@ -148,8 +148,8 @@ class PenaltyLoss(Loss):
         if self.preact:
             dead = status.dead.nonzero().squeeze(1)
             pre, norms = sae.pre_activations_of(dead, output), sae.W_dec[dead].norm(dim=1)
-            missing = preact(pre, sae.thresholds_for(dead), norms)
-            terms["preact"] = sae.split.ranks.sum(missing)
+            own_term = preact(pre, sae.thresholds_for(dead), norms)
+            terms["preact"] = sae.split.ranks.sum(own_term)
         return terms
 
     def coefficients(self) -> dict[str, float]:

@@ -50,7 +50,7 @@ class SAEModule(L.LightningModule):
         self.heads_in_pass = heads_in_pass or len(heads)
         self.resampling = resampling or [head.callbacks.resample for head in heads]
         self.last_batch: dict[Site, Tensor] = {}
-        self.asked_to_stop: signal.Signals | None = None  # the signal that this rank got
+        self.received_signal: signal.Signals | None = None  # the signal that this rank got
         self.stopped_by: signal.Signals | None = None  # the same on all ranks
         self.latest_metrics: list[dict[str, float]] = []  # of the heads of all ranks
         self.tokens_per_second = 0.0

@@ -60,7 +60,8 @@ class Evaluate(L.Callback):
         self.every = every
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Evaluate the SAEs that the heads of a new run start from: all ranks take part."""
+        """Evaluate the heads of a new run that start from a saved SAE or begin with `loss.kl`; if
+        there are any, all ranks take part."""
         if trainer.global_step == 0 and (module.starts_warm or 0 in module.tuning_starts):
             heads = [head for head in module.heads if head.start or head.tuned_from == 0]
             self._evaluate(heads, trainer, module)

@@ -30,10 +30,10 @@ class StopOnSignal(L.Callback):
         """Install the signal handlers, in the main thread; ranks other than 0 ignore signals."""
 
         def stop(number: int, _) -> None:
-            if not self.updating or module.asked_to_stop and number == signal.SIGINT:
+            if not self.updating or module.received_signal and number == signal.SIGINT:
                 console.print(f"interrupted. Continue with\n\n  {module.resume}\n")
                 raise SystemExit(128 + number)
-            module.asked_to_stop = signal.Signals(number)
+            module.received_signal = signal.Signals(number)
             console.print("stopping after this update, then saving (Ctrl-C again: stop at once)")
 
         if threading.current_thread() is threading.main_thread():
@@ -50,8 +50,9 @@ class StopOnSignal(L.Callback):
 
         UserError if no head is left.
         """
-        number, training = module.asked_to_stop or 0, [h for h in module.training_heads if h.writes]
-        number, remaining = world().sum_counts([number, len(training)])  # only rank 0 gets signals
+        training = sum(head.writes for head in module.training_heads)
+        counts = [module.received_signal or 0, training]
+        number, remaining = world().sum_counts(counts)  # only rank 0 gets signals
         if number:
             module.stopped_by = signal.Signals(number)
         if remaining < self.remaining:
