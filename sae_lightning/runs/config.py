@@ -48,11 +48,11 @@ STREAM_HALF = ("llm", "data", "trainer", "eval", "seed")
 # Settings of the trainer that change the speed and, of a split SAE, the rounding.
 DEVICE_SETTINGS = ("devices", "nodes", "split", "patience")
 # Prefixes of the overrides that may be given with `resume`.
-CHANGES_ON_RESUME = (
+RESUME_OVERRIDES = (
     *(f"sweep.{name}=" for name in ("objective", "l0", "max_heads")),
     *(f"trainer.{name}=" for name in (*DEVICE_SETTINGS, "threads", "keep_every")),
 )
-# Prefixes of the settings that may change when a run is resumed.
+# Prefixes of the settings in which a resumed run may differ from its checkpoint.
 FREE_ON_RESUME = (*ONLY_ROUNDING, "eval")
 
 
@@ -89,7 +89,7 @@ class Config:
     plugins: list[str] = field(default_factory=list)
     """Modules or .py files with parts of your own, such as `[my_sae]` (docs/extending.md)."""
     resume: str | None = None
-    """Run folder to continue; nothing else may be given with it."""
+    """Run folder to continue. Only settings of devices, loggers and the sweep may change with it."""
 
     def __post_init__(self):
         self._check_model()

@@ -16,7 +16,7 @@ from sae_lightning.errors import UserError
 from sae_lightning.llm.packaged import PACKAGED
 from sae_lightning.report.sweep_table import split_overrides
 from sae_lightning.runs.arguments import join_sweep_values
-from sae_lightning.runs.config import CHANGES_ON_RESUME, Config, to_dataclass
+from sae_lightning.runs.config import RESUME_OVERRIDES, Config, to_dataclass
 from sae_lightning.runs.logger_choice import change_loggers, list_destinations, resolve_loggers
 from sae_lightning.runs.saved import OVERRIDES_KEY, read_settings, refuse_plugins
 from sae_lightning.runs.starts import apply_start, locate_start
@@ -153,7 +153,7 @@ def make_jobs(cfg: DictConfig, folder: Path, overrides: list[str], sweep: Path) 
 
 def _change_job(job: Job, cfg: DictConfig, overrides: list[str]) -> Job:
     """A resumed job with the settings of the composed config that were typed with `resume`."""
-    for setting in (o.partition("=")[0] for o in overrides if o.startswith(CHANGES_ON_RESUME)):
+    for setting in (o.partition("=")[0] for o in overrides if o.startswith(RESUME_OVERRIDES)):
         group, _, name = setting.partition(".")
         value = getattr(to_dataclass(cfg[group]), name)
         setattr(job.config, group, replace(getattr(job.config, group), **{name: value}))
@@ -164,7 +164,7 @@ def _change_job(job: Job, cfg: DictConfig, overrides: list[str]) -> Job:
 
 def _refuse_other_overrides(overrides: list[str]) -> None:
     """UserError for overrides with `resume` that would change the run."""
-    allowed = ("resume=", "plugins=", f"{TRUST_SETTING}=", "logger=", "logger.", *CHANGES_ON_RESUME)
+    allowed = ("resume=", "plugins=", f"{TRUST_SETTING}=", "logger=", "logger.", *RESUME_OVERRIDES)
     others = [o for o in overrides if not o.startswith(allowed)]
     if others:
         raise UserError(
