@@ -24,8 +24,8 @@ def refuse_unused_options(config: LoggerConfig, overrides: Sequence[str]) -> Non
 
 
 def resolve_loggers(config: LoggerConfig, overrides: Sequence[str]) -> LoggerConfig:
-    """The loggers of a new run, with null replaced by its value in this environment. UserError if
-    one of them cannot be used."""
+    """The loggers of a run, with null replaced by its value in this environment. UserError for a
+    typed option without effect, or a logger that cannot be used."""
     refuse_unused_options(config, overrides)
     resolved = config.resolve()
     check_loggers(resolved)
@@ -45,8 +45,8 @@ def change_loggers(
     for kind in ("wandb", "csv", "mlflow"):
         options = [name.split(".")[2] for name in names if name.startswith(f"logger.{kind}.")]
         options += ["use"] * ("logger" in names)
-        new = {option: getattr(getattr(typed, kind), option) for option in options}
-        changed = replace(changed, **{kind: replace(getattr(changed, kind), **new)})
+        values = {option: getattr(getattr(typed, kind), option) for option in options}
+        changed = replace(changed, **{kind: replace(getattr(changed, kind), **values)})
     for name, value in list_destinations(changed).items():
         if name not in names:
             raise UserError(
@@ -72,9 +72,9 @@ def check_loggers(config: LoggerConfig) -> None:
     """UserError if a logger's package or login is missing."""
     uri = config.mlflow.tracking_uri or ""
     databases = ["sqlalchemy", "alembic"] if re.match("sqlite|mysql|postgres|mssql", uri) else []
-    needed = {"wandb": ["wandb"], "mlflow": ["mlflow", *databases], "csv": []}
+    packages = {"wandb": ["wandb"], "mlflow": ["mlflow", *databases], "csv": []}
     for kind in config.used:
-        for package in needed[kind]:
+        for package in packages[kind]:
             if find_spec(package) is None:
                 raise UserError(
                     f"logger={kind}: the package {package} is not installed; "

@@ -24,7 +24,7 @@ from sae_lightning.training.settings import Accelerator
 # in SmolLM2 with eager attention, at a context of 128, without gradients of weights.
 KEPT_WIDTHS = 30
 PROCESS_BYTES = 800_000_000  # Python with torch, transformers and lightning
-EVALUATION_SHARE = 5 / 8  # memory per token in evaluation, as a share of training's: at most
+EVALUATION_SHARE = 5 / 8  # memory per token in evaluation / in training, at most
 
 
 class PassMemory(NamedTuple):
@@ -113,7 +113,7 @@ def estimate_memory(
     data = config.data_source.estimate_data_memory(
         llm_sites, llm, config.eval.tokens, config.eval.loss_tokens
     )
-    row = sum(map(llm.width_at, llm_sites)) * element_bytes
+    row_bytes = sum(map(llm.width_at, llm_sites)) * element_bytes
     # activations in training or evaluation, and float64 weights in export, original and folded
     batch = max(config.trainer.batch, int(EVALUATION_SHARE * MAX_TOKENS_AT_ONCE))
     batches = [
@@ -124,9 +124,9 @@ def estimate_memory(
     activations, exported = max(zip(batches, exports, strict=True), key=sum)  # of the largest SAE
     warm = [n for n, c in zip(weights, configs, strict=True) if c.model.start]
     parts = {
-        ("data.pool",): 2 * config.data.pool * row,  # copied for a checkpoint
-        ("llm.batch",): ranks * data.rows * row,
-        ("eval.tokens",): config.eval.tokens * row,
+        ("data.pool",): 2 * config.data.pool * row_bytes,  # copied for a checkpoint
+        ("llm.batch",): ranks * data.rows * row_bytes,
+        ("eval.tokens",): config.eval.tokens * row_bytes,
         ("llm.name",): data.shared * element_bytes,
         ("model.features", "trainer.batch"): activations,
         # with copies while a start is opened
