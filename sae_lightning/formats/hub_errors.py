@@ -10,7 +10,7 @@ from sae_lightning.errors import UserError, list_causes
 from sae_lightning.llm.quiet import mute_libraries
 
 LOGIN = "hf auth login"
-LONGEST_WAIT = 60.0  # seconds to wait where the hub asks to; the client itself would wait for hours
+LONGEST_WAIT = 60.0  # seconds; the client itself would wait for hours if the hub asks it to
 
 
 @contextmanager
@@ -69,7 +69,7 @@ def explain_hub_error(error: Exception, repo: str, revision: str) -> str | None:
 
 
 def _explain_status(response) -> str:
-    """What an HTTP status of the hub means, and what to do."""
+    """The meaning of the hub's HTTP status, and the remedy."""
     status = response.status_code
     if status == 401:
         return f"the hub refuses your token (401); log in again: {LOGIN}"

@@ -60,7 +60,7 @@ class Head(nn.Module):
         products: Products = Products.auto,
     ):
         super().__init__()
-        self.start: str | None = None  # the SAE to start from, until it has
+        self.start: str | None = None  # address of the SAE to start from; None once it is resumed
         self.start_metrics: dict[str, float] = {}  # held-out metrics of that SAE
         self.tuned_from: int | None = None  # the first update with `loss.kl`
         self.before_kl: dict[str, float] = {}  # held-out metrics before that update

@@ -121,7 +121,7 @@ def _expect_progress(saved: dict[str, Any], step: int, steps: int) -> None:
 
 
 def _list_counters(*names: str, count: Any = ANY_COUNT) -> dict[str, dict[str, Any]]:
-    """What Lightning saves of its progress counters with these names."""
+    """The expected form of Lightning's progress counters with these names."""
     return {kind: dict.fromkeys(names, count) for kind in ("total", "current")}
 
 

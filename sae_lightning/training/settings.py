@@ -209,7 +209,7 @@ class OptimConfig:
 
 
 class Normalization(Enum):
-    """What is done to activations before the SAE sees them."""
+    """How activations are normalised before the SAE reads them."""
 
     none = "none"
     scale = "scale"

@@ -42,8 +42,8 @@ def start_head(head: Head, optimizer: Optimizer) -> str:
     from; returns one line about what was taken over.
 
     The SAE takes raw activations; its weights are converted to the head's units, its features come
-    first, and those that it lacks keep their random start. From the folder of a run, Adam's moments
-    come along, and with them the normalisation that they belong to, if the settings agree.
+    first, and those that it lacks keep their random start. If it lies in a run's folder and the
+    settings agree, Adam's moments are taken over, too, with the normalisation that they belong to.
     """
     start, checkpoint = load_sae(head.start), _open_checkpoint(head.start)
     differing = checkpoint and _find_differing_setting(head, checkpoint["settings"])

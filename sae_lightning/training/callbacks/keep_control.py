@@ -11,7 +11,7 @@ from sae_lightning.scoring.moments import Moments
 from sae_lightning.terminal import phase
 from sae_lightning.training.head import Head
 
-MOMENT_ROWS = 4096  # bound memory
+MOMENT_ROWS = 4096  # activations that are in float64 at a time
 
 
 class KeepControl(L.Callback):
@@ -43,7 +43,7 @@ class KeepControl(L.Callback):
 
 
 def measure_moments(x: Tensor) -> Moments:
-    """Mean and covariance of activations x [n, d], which become float64 some at a time."""
+    """Mean [d] and covariance [d, d] of activations x [n, d], in float64."""
     moments = Moments()
     with phase("finding principal components", total=len(x)) as advance:
         for part in x.split(MOMENT_ROWS):
