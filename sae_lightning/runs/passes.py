@@ -89,20 +89,13 @@ def _check_folders(jobs: list[Job]) -> None:
     """UserError if different jobs share a folder. (The same job twice is trained once.)"""
     by_folder: dict[Path, Job] = {}
     for job in jobs:
-        first = by_folder.setdefault(job.folder, job)
-        if first.config.to_flat_dict() != job.config.to_flat_dict():
-            setting = _list_differing_settings([first, job])[0]
+        first = by_folder.setdefault(job.folder, job).config.to_flat_dict()
+        second = job.config.to_flat_dict()
+        if differing := [k for k in first | second if first.get(k) != second.get(k)]:
             raise UserError(
-                f"hydra.sweep.subdir: jobs that differ in {setting} would share the folder "
+                f"hydra.sweep.subdir: jobs that differ in {differing[0]} would share the folder "
                 f"{job.folder}; number them: hydra.sweep.subdir='${{hydra:job.num}}'"
             )
-
-
-def _list_differing_settings(jobs: list[Job]) -> list[str]:
-    """Names of the settings in which jobs differ."""
-    settings = [job.config.to_flat_dict() for job in jobs]
-    names = dict.fromkeys(name for flat in settings for name in flat)
-    return [name for name in names if len({repr(flat.get(name)) for flat in settings}) > 1]
 
 
 def _resume_if_begun(job: Job) -> Job:
