@@ -126,8 +126,7 @@ class ConceptResult(NamedTuple):
     f1: float
     """F1 on tested samples of a probe that reads these features alone."""
     silent: float
-    """Share on which none of them fires. Like the next two, NaN if the SAE has none: what is not
-    there is neither silent nor absorbed."""
+    """Share on which none of them fires; NaN, like the next two, if the concept has no features."""
     absorbed: float
     """Share on which none fires and a single other feature takes over (full absorption)."""
     fraction: float
@@ -155,14 +154,14 @@ def find_own_features(features: Tensor, labels: Tensor, parts: SampleParts) -> l
 
     As in the paper: a probe with an L1 penalty ranks the features, and probes on the first k of
     them are compared. The k-th is the concept's own if it adds more than 0.03 to F1. Features with
-    a negative weight speak against the concept and are none of its own.
+    a negative weight are not the concept's own.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import f1_score
 
     fitted = features[parts.fit]
     scale = fitted[fitted > 0].square().mean().sqrt()
-    features = features / scale.nan_to_num(1.0)  # to the LLM's scale; NaN if all are silent
+    features = features / scale.nan_to_num(1.0)  # LLMs differ in scale; NaN if all are silent
     weights, _ = fit_one_against_rest(features[parts.fit], labels[parts.fit], l1=L1_PENALTY)
     fit, choose, test = (features[part].numpy() for part in parts)
     fit_labels, choose_labels, test_labels = (labels[part].numpy() for part in parts)
@@ -191,7 +190,7 @@ def measure_absorption(samples: ConceptSamples, sae: SAE) -> list[ConceptResult]
         sae.encode(x.to(sae.W_enc.device)).cpu().to_sparse()
         for x in samples.source.split(ENCODED_AT_ONCE)
     ]
-    used = torch.cat([x.indices()[1] for x in encoded]).unique()  # silent ones take no memory
+    used = torch.cat([x.indices()[1] for x in encoded]).unique()  # features that ever fire
     used = used if len(used) else torch.tensor([0])  # a silent SAE
     features = torch.cat([x.index_select(1, used).to_dense() for x in encoded])
     W_dec, results = sae.W_dec.detach().cpu()[used], []

@@ -69,7 +69,7 @@ def read_first_letters(subject: Subject) -> ConceptSamples:
     parts = SampleParts(fit, choose, ~fit & ~choose)
     labels = torch.tensor([[word[0] == letter for letter in ascii_lowercase] for word in samples])
     enough = torch.stack([labels[part].sum(dim=0) >= MIN_WORDS for part in parts]).all(dim=0)
-    _require(subject, enough, f"{len(words):,} whole words are too few for any letter")
+    _check(subject, enough, f"{len(words):,} whole words are too few for any letter")
     bos = find_bos_id(subject.tokenizer)
     source, target = _capture(subject, [make_prompt(c, ids, answers, bos) for c in chunks])
     return _fit_probes(subject, samples, source, target, labels, enough, parts)
@@ -115,7 +115,7 @@ def _fit_probes(
     ]
     known = enough & (torch.tensor(f1) >= MIN_F1)
     best = max(f1[c] for c in enough.nonzero().squeeze(1).tolist())
-    _require(subject, known, f"no first letter is known (the best probe has an F1 of {best:.2f})")
+    _check(subject, known, f"no first letter is known (the best probe has an F1 of {best:.2f})")
     kept = known.nonzero().squeeze(1).tolist()
     return ConceptSamples(
         noun="letter",
@@ -131,7 +131,7 @@ def _fit_probes(
     )
 
 
-def _require(subject: Subject, letters: Tensor, why: str) -> None:
+def _check(subject: Subject, letters: Tensor, why: str) -> None:
     if not letters.any():
         raise UserError(
             f"suite=absorption: {why} in llm.name={subject.config.llm.name}, {subject.sites}; "

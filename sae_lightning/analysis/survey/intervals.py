@@ -64,6 +64,7 @@ def draw_examples(
 def _draw_part(
     sample: Sample, maximum: Tensor, top: Examples, per_interval: int, seed: int
 ) -> Examples:
+    """Draw examples like `draw_examples`, of all units of `sample` at once."""
     entries = _find_candidates(sample, top)
     unit, strength = sample.owners()[entries], sample.strengths[entries]
     interval = find_interval(strength, maximum[unit]).numpy()
