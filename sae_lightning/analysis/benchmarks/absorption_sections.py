@@ -79,10 +79,10 @@ def _write_lead(noun: str, means: dict[str, dict[str, float]], controls: list[st
         lead = f"No {noun} has a feature of its own that could be absorbed."
     else:
         lead = (
-            f"A {noun} has {mean['features']:.1f} features of its own (1 = not split), which tell "
-            f"it with an F1 of {mean['f1']:.2f}. On {mean['silent']:.0%} of the samples that have "
-            f"the {noun} none of them fires; on {mean['absorbed']:.1%} one other feature writes it "
-            f"instead (absorption; {mean['fraction']:.1%} with partial absorption)."
+            f"A {noun} has {mean['features']:.1f} features of its own (1 = not split), which "
+            f"detect it with an F1 of {mean['f1']:.2f}. On {mean['silent']:.0%} of the samples "
+            f"that have the {noun} none of them fires; on {mean['absorbed']:.1%} one other feature "
+            f"writes it instead (absorption; {mean['fraction']:.1%} with partial absorption)."
         )
     if not math.isnan(mean["silent_with_child"]):
         lead += (

@@ -1,5 +1,5 @@
 """Labelled sets of texts for `suite=probing`: those of the package sae-probes (Kantamneni et al.
-2025, 2502.16681, table 4), or files of one's own in the same format.
+2025, 2502.16681, table 4), or the user's files in the same format.
 
 Only the package's data are read. It is never imported, because it imports other tools.
 """

@@ -47,7 +47,7 @@ class Fold:
         self.aurocs = measure_aurocs(self.x, self.target, self.classes)
 
     def score_best_units(self) -> tuple[ndarray, ndarray]:
-        """The unit that tells each class best on the fitted folds, and its AUROC on the tested
+        """The unit that predicts each class best on the fitted folds, and its AUROC on the tested
         fold (below 1/2 if its sign is reversed there), both [classes]."""
         unit = np.abs(self.aurocs - 0.5).argmax(1)
         sign = np.sign(self.aurocs[range(self.classes), unit] - 0.5)
@@ -58,7 +58,7 @@ class Fold:
         """Fit and test one probe for each class, on its k best units."""
         from sklearn.linear_model import LogisticRegression
 
-        # with two classes, one probe tells both
+        # one probe is enough for two classes
         classes = [1] if self.classes == 2 else range(self.classes)
         scores = []
         for c in classes:

@@ -54,7 +54,7 @@ class ProbeScore(NamedTuple):
 
 
 class BestUnit(NamedTuple):
-    """The single unit that best tells a class from all others."""
+    """The single unit that best separates a class from all others."""
 
     unit: int
     """The unit that was chosen most often."""
