@@ -277,7 +277,7 @@ def test_a_feature_that_is_not_there_is_refused(sae):
 
 def test_concepts_have_no_text(run, tmp_path):
     synthetic(run, tmp_path)
-    with pytest.raises(UserError, match="synthetic concepts, .* only task=evaluate"):
+    with pytest.raises(UserError, match="synthetic concepts and names no LLM: only task=evaluate"):
         _ = open_subject(*asked(run)).llm
 
 
