@@ -60,14 +60,13 @@ def labelled(
     UserError: no such label, fewer than two classes with enough pieces, too few tokens for them.
     """
     source = make_source(LLMConfig(name=NO_LLM), config, seed)
-    packing = Packing(config.context, find_bos_id(tokenizer), find_separator_id(tokenizer))
     with mute_libraries(), phase("cutting labelled text"):
         plays = bool(source.labels)
-        pieces, notes = (
-            cut_plays(label, tokenizer, packing, seed)
-            if plays
-            else cut_documents(source, label, seed)
-        )
+        if not plays:  # refuses data without text, which has no context
+            pieces, notes = cut_documents(source, label, seed)
+        packing = Packing(config.context, find_bos_id(tokenizer), find_separator_id(tokenizer))
+        if plays:
+            pieces, notes = cut_plays(label, tokenizer, packing, seed)
         classes = pick_classes(label, pieces, tokens, packing.width)
         chosen = pick_pieces(pieces, classes, tokens // packing.width)
         if not plays:
