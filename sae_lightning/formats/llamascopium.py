@@ -20,6 +20,8 @@ from sae_lightning.formats.row import (
 )
 from sae_lightning.sae import SAE
 
+MEAN_NORMS = "dataset_average_activation_norm"
+
 
 def read_llamascopium(files: SavedFiles) -> StoredSAE:
     """Read an SAE or transcoder of llamascopium (also as published in Llama Scope R1).
@@ -35,23 +37,24 @@ def read_llamascopium(files: SavedFiles) -> StoredSAE:
     if cfg.get("use_glu_encoder"):
         raise UserError(f"{files.source}: use_glu_encoder is not supported")
     hooks = [cfg["hook_point_in"], cfg.get("hook_point_out", cfg["hook_point_in"])]
-    prefix = "dataset_average_activation_norm."
-    names = [name for name in tensors if name.startswith(prefix)]
-    stored = {name.removeprefix(prefix): tensors.pop(name) for name in names}  # by hook
+    names = [name for name in tensors if name.startswith(f"{MEAN_NORMS}.")]
+    stored = {name.removeprefix(f"{MEAN_NORMS}."): tensors.pop(name) for name in names}  # by hook
     weights = rename_tensors(LLAMASCOPIUM, tensors)
     if not cfg.get("use_decoder_bias", True):
         weights["b_dec"] = torch.zeros(weights["W_dec"].shape[1])
     scales = [1.0, 1.0]
     if normalisation == "dataset-wise":
-        mean_norms = stored | cfg.get("dataset_average_activation_norm", {})
-        for number, (hook, side) in enumerate(zip(hooks, ("in", "out"), strict=True)):
-            norm = mean_norms.get(side, mean_norms.get(hook))
-            if norm is None:
-                raise UserError(
-                    f"{files.source}: norm_activation='dataset-wise', but no mean norm is saved: "
-                    'add "dataset_average_activation_norm": {"in": ..., "out": ...} to this file'
-                )
-            scales[number] = compute_scale(norm, weights["W_dec"].shape[1])
+        mean_norms = stored | cfg.get(MEAN_NORMS, {})
+        averages = [
+            mean_norms.get(side, mean_norms.get(hook))
+            for hook, side in zip(hooks, ("in", "out"), strict=True)
+        ]
+        if any(norm is None for norm in averages):
+            raise UserError(
+                f"{files.source}: norm_activation='dataset-wise', but no mean norm is saved: "
+                f'add "{MEAN_NORMS}": {{"in": ..., "out": ...}} to this file'
+            )
+        scales = [compute_scale(norm, weights["W_dec"].shape[1]) for norm in averages]
     uses_norms = cfg.get("sparsity_include_decoder_norm", True)
     if kind == "jumprelu" and uses_norms:
         norms = weights["W_dec"].norm(dim=1).clamp(min=1e-8)
@@ -77,7 +80,7 @@ def compute_scale(norm: Any, d: int) -> float:
     ValueError unless `norm` is positive and finite."""
     norm = float(norm)
     if not 0 < norm < math.inf:
-        raise ValueError(f"dataset_average_activation_norm is {norm} and should be positive")
+        raise ValueError(f"{MEAN_NORMS} is {norm} and should be positive")
     return math.sqrt(d) / norm
 
 
@@ -129,7 +132,7 @@ def read_llama_scope(files: SavedFiles) -> StoredSAE:
     cfg = files.settings
     check_readable(files.source, "act_fn", cfg.get("act_fn", "jumprelu"), ["jumprelu"])
     weights = rename_tensors(LLAMA_SCOPE, files.tensors)
-    norms = cfg["dataset_average_activation_norm"]
+    norms = cfg[MEAN_NORMS]
     scale_in, scale_out = (
         compute_scale(norms[side], weights["b_dec"].numel()) for side in ("in", "out")
     )

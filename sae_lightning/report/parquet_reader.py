@@ -73,26 +73,29 @@ def read_catalogue(path: Path, vocabulary: list[str]) -> Catalogue:
             units, similarity = columns[f"{name}s"], columns[f"{name}_likeness"]
             related = RelatedUnits(
                 _pad_lists(units, _read_integers(units.flatten(), last), -1),
-                _pad_lists(similarity, _read_reals(similarity.flatten()), 0),
+                _read_real_lists(similarity),
             )
             if related.units.shape != related.similarity.shape:
                 raise ValueError(f"{name}s and {name}_likeness differ in number")
             catalogue = catalogue._replace(**{f"{name}s": related})
     if "promoted" in columns:
-        tokens = (_read_tokens(columns[name], ids).long() for name in ("promoted", "suppressed"))
-        effect = LogitEffect(*tokens, _to_tensor(columns["sharpness"]).float())
-        if "effect_histogram" in columns:
-            raised, lowered = (
-                _pad_lists(lists, _read_reals(lists.flatten()), 0)
-                for lists in (columns["effect_raised"], columns["effect_lowered"])
-            )
-            bins = _read_counts(columns["effect_histogram"], LINEAR_BINS)
-            effect = effect._replace(raised=raised, lowered=lowered, histogram=bins)
-        catalogue = catalogue._replace(effect=effect)
+        catalogue = catalogue._replace(effect=_read_effect(columns, ids))
     if "linear_histogram" in columns:
         bins = _read_counts(columns["linear_histogram"], LINEAR_BINS)
         catalogue = catalogue._replace(linear_histogram=bins)
     return catalogue
+
+
+def _read_effect(columns: dict[str, pa.Array], ids: dict[str, int]) -> LogitEffect:
+    tokens = (_read_tokens(columns[name], ids).long() for name in ("promoted", "suppressed"))
+    effect = LogitEffect(*tokens, _to_tensor(columns["sharpness"]).float())
+    if "effect_histogram" not in columns:
+        return effect
+    return effect._replace(
+        raised=_read_real_lists(columns["effect_raised"]),
+        lowered=_read_real_lists(columns["effect_lowered"]),
+        histogram=_read_counts(columns["effect_histogram"], LINEAR_BINS),
+    )
 
 
 def _combine_columns(table: pa.Table):
@@ -131,6 +134,10 @@ def _read_reals(values: pa.Array) -> Tensor:
 
 def _count_entries(lists: pa.ListArray) -> Tensor:
     return _to_tensor(lists.value_lengths()).long()
+
+
+def _read_real_lists(lists: pa.ListArray) -> Tensor:
+    return _pad_lists(lists, _read_reals(lists.flatten()), 0)
 
 
 def _pad_lists(lists: pa.ListArray, values: Tensor, fill: float) -> Tensor:

@@ -83,16 +83,7 @@ def check_jobs(jobs: list[Job]) -> list[CheckedJob]:
         _check_loss_tokens(job)
         _check_kl(job)
         _check_seeds(job)
-    if any(job.config.data != config.data for job in jobs):
-        raise UserError(
-            "data.cache, data.cache_folder: jobs on one pass of the LLM share its cache; give all "
-            "of them the same"
-        )
-    if any(job.config.trainer != config.trainer for job in jobs):
-        raise UserError(
-            "trainer.devices, nodes, split, patience: jobs on one pass of the LLM share them; give "
-            "all of them the same"
-        )
+        _check_shared(job, jobs[0])
     llm = config.data_source.read_shape()
     config.data_source.check_before_loading(llm, jobs[0].resumed)
     sites = [config.data_source.find_sites(job.config.layer, llm) for job in jobs]
@@ -125,6 +116,19 @@ def _check_folder(job: Job) -> None:
         raise UserError(
             f"{job.folder} already holds a run: continue it with "
             f"{quote_setting('resume', job.folder)}, or choose another folder with {FOLDER_HINT}"
+        )
+
+
+def _check_shared(job: Job, first: Job) -> None:
+    if job.config.data != first.config.data:
+        raise UserError(
+            "data.cache, data.cache_folder: jobs on one pass of the LLM share its cache; give all "
+            "of them the same"
+        )
+    if job.config.trainer != first.config.trainer:
+        raise UserError(
+            "trainer.devices, nodes, split, patience: jobs on one pass of the LLM share them; give "
+            "all of them the same"
         )
 
 

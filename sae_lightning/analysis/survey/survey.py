@@ -111,18 +111,23 @@ def survey(
     (features, sample), (neuron_catalogue, neuron_sample) = catalogues
     del catalogues, neuron_sample  # large
     with phase("comparing features"):
-        token_sets = score_token_sets(sample, len(words))
-        statistics = features.statistics
-        features = features._replace(
-            token_sets=token_sets,
-            linear_histogram=estimate_histogram(sample, statistics.maximum, statistics.tokens),
-            telling=rate_telling(ids, sample, token_sets, words),
-            neighbours=find_neighbours(subject.sae.W_dec),
-            partners=find_partners(sample),
-        )
-        originals = find_originals(subject.sae.W_dec, features.neighbours, rank_units(features))
-        features = features._replace(copy_of=originals)
+        features = _compare(features, sample, subject.sae.W_dec)
     return Survey(features, neuron_catalogue, sample)
+
+
+def _compare(features: Catalogue, sample: Sample, directions: Tensor) -> Catalogue:
+    """Add how telling each feature is, and which others are like it or fire with it."""
+    words, statistics = features.vocabulary, features.statistics
+    token_sets = score_token_sets(sample, len(words))
+    features = features._replace(
+        token_sets=token_sets,
+        linear_histogram=estimate_histogram(sample, statistics.maximum, statistics.tokens),
+        telling=rate_telling(features.texts, sample, token_sets, words),
+        neighbours=find_neighbours(directions),
+        partners=find_partners(sample),
+    )
+    originals = find_originals(directions, features.neighbours, rank_units(features))
+    return features._replace(copy_of=originals)
 
 
 def make_features_section(survey: Survey) -> Section:
