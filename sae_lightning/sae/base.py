@@ -116,23 +116,27 @@ class SAE(nn.Module):
         ranks: Ranks = ALONE,
     ):
         """Random decoder directions, encoder = decoder transposed (Anthropic, April 2024 update):
-        pre-activations of normalised input have a standard deviation of about `decoder_norm`."""
+        pre-activations of normalised input have a standard deviation of about `decoder_norm`.
+        An encoder that stays as it is has the norm 1: at 0.1, biases would decide alone what fires.
+        """
         super().__init__()
         self.config = config
+        is_frozen = "W_enc" in FROZEN_WEIGHTS.get(config.control, ())
+        encoder_norm = 1.0 if is_frozen else config.decoder_norm
         self.split = Split(config.features, ranks)
         rows = draw_directions(self.split, d_out, generator)
         rows *= config.decoder_norm / rows.norm(dim=1, keepdim=True)
         # Widths can differ in a transcoder only; its encoder directions are then drawn separately.
-        columns = rows
+        columns = rows * (encoder_norm / config.decoder_norm)
         if d_in != d_out:
             columns = draw_directions(self.split, d_in, generator)
-            columns *= config.decoder_norm / columns.norm(dim=1, keepdim=True)
+            columns *= encoder_norm / columns.norm(dim=1, keepdim=True)
         # Column-major: a feature's column is contiguous, as its decoder row is, and sparse products
         # write the gradient in this layout.
-        self.W_enc = nn.Parameter(columns.clone().T)
-        bias = float(config.start_bias * config.decoder_norm)
+        self.W_enc = nn.Parameter(columns.T)
+        bias = float(config.start_bias * encoder_norm)
         self.b_enc = nn.Parameter(torch.full((len(rows),), bias))
-        self.W_dec = nn.Parameter(rows.clone())
+        self.W_dec = nn.Parameter(rows)
         self.b_dec = nn.Parameter(torch.zeros(d_out))
         if config.skip:
             self.W_skip = nn.Parameter(torch.zeros(d_in, d_out))

@@ -48,6 +48,8 @@ def test_frozen_weights_keep_every_bit_and_the_others_train(name, control):
         head = make_control(name, control, fixed_norm=fixed_norm)
         head.products = products
         start = parameters(make_control(name, None, fixed_norm=fixed_norm))
+        if control is Control.frozen_encoder:
+            start["W_enc"] = parameters(head)["W_enc"]  # of norm 1, see the next test
         if control is Control.pca:
             begin(head, activations())
             start = parameters(head)
@@ -57,6 +59,15 @@ def test_frozen_weights_keep_every_bit_and_the_others_train(name, control):
             assert torch.equal(weight, start[key]) == frozen, key
         names = [key for group in head.group_parameters() for key in group]
         assert {*names} == {*start} - {*FROZEN_WEIGHTS[control]}
+
+
+def test_a_frozen_encoder_has_the_directions_of_its_sae_and_the_norm_1():
+    """At JumpReLU's norm of 0.1, which training would raise, biases alone decide what fires."""
+    heads = [make_control("jumprelu", control) for control in (None, Control.frozen_encoder)]
+    trained, frozen = (head.sae.W_enc.detach() for head in heads)
+    assert_close(frozen, 10 * trained)
+    assert_close(frozen.norm(dim=0), torch.ones(frozen.shape[1]))
+    assert torch.equal(heads[0].sae.W_dec, heads[1].sae.W_dec)
 
 
 @pytest.mark.parametrize("name", ["relu", "topk"])  # with free and with fixed norms

@@ -74,6 +74,14 @@ def test_a_control_ends_at_the_l0_of_its_sae_which_trains_as_if_alone(pair, grou
 
 
 @pytest.mark.slow
+def test_a_jumprelu_with_a_frozen_encoder_follows_without_losing_its_features(pair):
+    both = pair("both", Control.frozen_encoder, updates=1000, **JUMPRELU)
+    trained, control = passes.train_jobs(both)
+    assert control["l0"] == pytest.approx(trained["l0"], rel=0.1)
+    assert control["unfired"] < 0.1
+
+
+@pytest.mark.slow
 def test_a_pair_that_was_killed_ends_as_if_it_had_not_been(pair, monkeypatch):
     whole, killed = pair("whole", **RELU), pair("killed", **RELU)
     passes.train_jobs(whole)
