@@ -1,8 +1,10 @@
-"""Does memory grow with the amount of text? python benchmarks/collect_memory.py
+"""Does memory grow with the amount of text, and what does an overview of many features take?
 
-Runs a survey of 100,000 tokens and one of 1,000,000, each in its own process, with an SAE of random
-weights on the packaged LLM, a few percent of whose features are active. Prints the peak memory of
-both and the ratio, which should be at most 1.1. On two cores: 2.170 GB and 2.264 GB, ratio 1.043.
+    python benchmarks/collect_memory.py
+
+Runs a survey of 100,000 tokens and one of 1,000,000, each in its own process, on the packaged LLM
+with an SAE of random weights (64 active features per token). Prints the peak memory of both and
+the ratio, which should be at most 1.1. On two cores: 2.170 GB and 2.264 GB, ratio 1.043.
 
 How the overview grows with the features:
 
@@ -119,8 +121,8 @@ def measure_overview(tokens: int, features: int) -> dict[str, Any]:
     from sae_lightning.llm.sites import LayerConfig
     from sae_lightning.stream.plays import PlaysConfig
 
-    with tempfile.TemporaryDirectory() as place:
-        run, llm = Path(place, "run"), Path(place, "llm")
+    with tempfile.TemporaryDirectory() as folder:
+        run, llm = Path(folder, "run"), Path(folder, "llm")
         make_sae(run, llm, features, make_llm(llm))
         task = OverviewTask(
             run=str(run),

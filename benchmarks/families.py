@@ -41,8 +41,8 @@ def check_family(family: str) -> dict[Kind, str] | str:
         except Exception as error:
             raise ValueError(str(error)) from error
         try:
-            known = read_config(config, Path(name))
-            model = read_model(config, Path(name), known, None, torch.float32, torch.device("cpu"))
+            hf_config, cpu = read_config(config, Path(name)), torch.device("cpu")
+            model = read_model(config, Path(name), hf_config, None, torch.float32, cpu)
             model.eval().requires_grad_(False)
             find_decoder_stack(model)
         except UserError as error:
@@ -50,7 +50,7 @@ def check_family(family: str) -> dict[Kind, str] | str:
         except Exception as error:
             return f"{WRONG}: {type(error).__name__} {' '.join(str(error).split())[:90]}"
         try:
-            _logits(model, torch.full((2, 8), 2))
+            _compute_logits(model, torch.full((2, 8), 2))
         except Exception as error:
             raise ValueError(f"the tiny model does not run: {error}") from error
         return {kind: _check_kind(model, kind) for kind in Kind}
@@ -93,7 +93,7 @@ def _check_kind(model: nn.Module, kind: Kind) -> str:
 
 @torch.no_grad()
 def _is_right(model: nn.Module, site: Site) -> bool:
-    """Whether the activation at `site` is what docs/models.md says, and replacing it has effect."""
+    """Whether the activation at `site` passes the checks of docs/models.md."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(2, 60, (2, 8), generator=generator)
     before, after = Site(site.layer - 1, Kind.resid), Site(site.layer, Kind.resid)
@@ -102,13 +102,13 @@ def _is_right(model: nn.Module, site: Site) -> bool:
     other[:, -1] += 1
     if not _is_close(_capture_site(model, other, site)[:, :-1], value[:, :-1]):
         return False  # it depends on a later token
-    through = _logits(model, tokens)
-    counts = value.shape == (2, 8, WIDTH) and all(
-        _is_close(_run_replaced(model, tokens, site, new, _logits), through) is same
+    logits = _compute_logits(model, tokens)
+    replaceable = value.shape == (2, 8, WIDTH) and all(
+        _is_close(_run_replaced(model, tokens, site, new, _compute_logits), logits) is same
         for new, same in ((lambda y: y, True), (torch.zeros_like, False))
     )
     if site.kind in (Kind.resid, Kind.mlp_in):
-        return counts
+        return replaceable
     end = _capture_site(model, tokens, after)
     without = _run_replaced(
         model, tokens, site, torch.zeros_like, lambda m, t: _capture_site(m, t, after)
@@ -116,8 +116,8 @@ def _is_right(model: nn.Module, site: Site) -> bool:
     try:
         rest = _capture_site(model, tokens, Site(site.layer, _OTHER[site.kind]))
     except UserError:
-        return counts and _is_close(end - value, without)
-    return counts and _is_close(_capture_site(model, tokens, before) + value + rest, end)
+        return replaceable and _is_close(end - value, without)
+    return replaceable and _is_close(_capture_site(model, tokens, before) + value + rest, end)
 
 
 _OTHER = {Kind.attn: Kind.mlp, Kind.mlp: Kind.attn}
@@ -127,7 +127,7 @@ def _capture_site(model: nn.Module, tokens: Tensor, site: Site) -> Tensor:
     return capture(model, tokens, [site])[site]
 
 
-def _logits(model: nn.Module, tokens: Tensor) -> Tensor:
+def _compute_logits(model: nn.Module, tokens: Tensor) -> Tensor:
     return model(input_ids=tokens, use_cache=False).logits
 
 
@@ -194,34 +194,34 @@ PAGE_TEXT = """\
 
 Which LLMs can be read, and where. `llm.name` takes a causal language model that transformers loads,
 from the hub or a folder, whatever its size; what counts is its *family*, `model_type` in its
-`config.json`. This page is written by `python benchmarks/families.py`, which builds a tiny model of
-every family with random weights, loads it as a run does, and checks each site in all blocks but the
-first: {date}, transformers {version}, {families} families, {right} of {cells} cells right.
+`config.json`. `python benchmarks/families.py` writes this page: it builds a tiny model of every
+family with random weights, loads it as a run does, and checks each site in all blocks but the
+first: on {date} with transformers {version}, {right} of {cells} cells of {families} families are
+right.
 
 What is read at a site (`layer.source`, `layer.target`) of block i, and what is checked:
 
-- `resid`: the block's output, what goes on to the next block.
+- `resid`: the block's output, which the next block reads.
 - `attn`, `mlp`: what this branch adds to the residual stream,
   `resid(i) = resid(i-1) + attn(i) + mlp(i)`. Where a block adds a fixed multiple of what its branch
-  returns (Granite, MiniCPM-3), that multiple is read, exported, and taken out again where it is
-  replaced.
-- `mlp_in`: what the MLP reads, the stream behind the MLP's norm.
-- At each, that no token sees those behind it, that the LLM goes on unchanged where an activation is
-  replaced by itself, and changes where it is replaced by zeros.
+  returns (Granite, MiniCPM-3), that multiple is what SAEs read and are exported for.
+- `mlp_in`: what the MLP reads: the residual stream after the MLP's norm.
+- At each site: that no activation depends on later tokens, that replacing an activation by itself
+  changes no logit, and that replacing it by zeros does.
 
 A cell says `right`, or why the site is refused; a run says so in one line, before it trains:
 
-| said | why |
+| in the cell | why |
 |---|---|
 | no such module | none of the block's modules is this branch alone (Mamba, BLOOM) |
 | no plain sum | a third branch (Falcon-H1), a stream that is scaled (Gemma-4) or normed (GPT-1) |
 | several streams | blocks pass on several residual streams that they mix (Gemma-3n, DeepSeek-V4) |
 | not run on text | this block waits for an image |
-| not a row a token | the activation has more rows than the text has tokens |
-| 2 right, 1 ... | blocks differ, as in hybrid models; so it is in that many of the three |
+| not a row a token | the activation does not have one row for each token |
+| 2 right, 1 ... | blocks differ, as in hybrid models: 2 of the three blocks are right |
 
-Families marked *text of images* take images too. Their text decoder is what is read: its embedding,
-blocks and head; give them text as to any LLM. What encodes images is loaded with them and not used.
+Families marked *text of images* take images too. Only their text decoder (embedding, blocks and
+head) is read; give them text as to any LLM. The image encoder is loaded but not used.
 
 | family | {header} |
 |---|{rule}
@@ -231,8 +231,8 @@ Refused as a whole, all but the last without reading a weight:
 
 {refused}
 
-Not tried, because transformers needs another package for them, or a tiny one takes more than
-smaller numbers in its config:
+Not tried, because transformers needs another package for them, or because smaller numbers in the
+config do not make the model tiny:
 
 {not_built}
 """

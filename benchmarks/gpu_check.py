@@ -1,18 +1,18 @@
-"""How does this do on a GPU? One command, under eight minutes, no network, no packaged LLM.
+"""All GPU checks in one command: under eight minutes, without a network or the packaged LLM.
 
     python benchmarks/gpu_check.py
     python benchmarks/gpu_check.py only=products,speed
     python benchmarks/gpu_check.py only=speed trainer.tokens=4194304
 
     tests      those marked `gpu`
-    products   `sparse.py`: dense against sparse products by density, in bf16 and fp32; where they
-               meet is what `sae_lightning.sae.products.break_even_density` has to return
+    products   `sparse.py`: dense against sparse products by density, in bf16 and fp32; the density
+               at equal times is what `sae_lightning.sae.products.break_even_density` must return
     speed      `throughput.py gpu`: ReLU at L0 60 and TopK k = 32, 24,576 features, batch 8,192, on
                block 8 of an LLM of GPT-2 small's shape; the share of the floor, and a profile
     peers      `speed.py gpu`: the same beside SAELens where it is installed
 
 Each part is a process of its own; one that fails does not stop the others. Tables and JSON files
-lie in `out` (outputs/gpu_check).
+are written to `out` (outputs/gpu_check).
 """
 
 import random
@@ -34,12 +34,12 @@ PEER_TOKENS = 1_048_576  # the others' speed is constant
 
 def main(arguments: list[str]) -> None:
     """Run the parts one after another."""
-    given = dict(a.split("=", 1) for a in arguments if a.startswith(("out=", "only=")))
+    options = dict(a.split("=", 1) for a in arguments if a.startswith(("out=", "only=")))
     overrides = [a for a in arguments if not a.startswith(("out=", "only="))]
-    out = Path(given.get("out", "outputs/gpu_check")).absolute()
+    out = Path(options.get("out", "outputs/gpu_check")).absolute()
     out.mkdir(parents=True, exist_ok=True)
     parts = list_parts(out, overrides)
-    only = given.get("only", ",".join(parts)).split(",")
+    only = options.get("only", ",".join(parts)).split(",")
     if unknown := set(only) - set(parts):
         raise UserError(f"only={unknown.pop()}: no such part; choose from {', '.join(parts)}")
     for part in only:
@@ -63,8 +63,8 @@ def list_parts(out: Path, overrides: list[str]) -> dict[str, list[list[str]]]:
     return {
         "tests": [["-m", "pytest", "-q", "-m", "gpu", f"--rootdir={HERE.parent}", "tests"]],
         "products": [
-            [f"{HERE}/sparse.py", *sizes, f"precision={number}", f"out={out}/{number}.json"]
-            for number in ("bf16", "fp32")
+            [f"{HERE}/sparse.py", *sizes, f"precision={precision}", f"out={out}/{precision}.json"]
+            for precision in ("bf16", "fp32")
         ],
         "speed": [[f"{HERE}/throughput.py", *work, f"out={out / 'throughput'}"]],
         "peers": [[f"{HERE}/speed.py", *peers, f"out={out / 'speed'}"]],

@@ -1,8 +1,9 @@
 """Do the tools themselves open what we write, and do we open what they write?
 
 Every tool gets an environment of its own, because their packages cannot be installed together;
-what fits there is taken from ours. It opens SAEs that we wrote, of every architecture, and writes
-its own, which are opened here. Both sides run the same raw activations through each SAE.
+packages of our environment are reused where their versions fit. The tool opens SAEs that we wrote,
+of every architecture, and writes its own, which are opened here. Both sides run the same raw
+activations through each SAE.
 
     python benchmarks/interop.py                          # the first time it installs for minutes
     python benchmarks/interop.py tools=sparsify,saelens   # only these
@@ -63,7 +64,7 @@ TOOLS = {
     ),
     "llamascopium": Tool("llamascopium", ("llamascopium==2.0.0b34",), "llamascopium"),
     "circuit_tracer": Tool("circuit-tracer", (TRACER,), "circuit_tracer"),
-    # what it needs beside the classes of its files does not go with ours
+    # without its dependencies, which do not fit ours and which its file classes do not need
     DASHBOARD: Tool("SAEDashboard", ("--no-deps", "sae-dashboard==0.8.0"), "saedashboard"),
 }
 OPTIONS = ("tools", "run", "folder", "out")
@@ -75,12 +76,12 @@ SITES = {"hook_name": "blocks.0.mlp.hook_in", "hook_name_out": "blocks.0.hook_ml
 
 
 class Row(NamedTuple):
-    """What became of some SAEs."""
+    """SAEs that one side wrote, and whether the other opened them."""
 
     tool: str
     """Name and version."""
     direction: str
-    """Who opened whose."""
+    """opens ours, or opened by us"""
     opened: list[str]
     difference: float
     refused: dict[str, str]
@@ -130,16 +131,16 @@ def try_tool(key: str, out: Path, python: str) -> list[Row]:
     saes, refused = write_ours(tool.format, folder / "ours") if tool.format else ({}, {})
     settings = {"tool": key, "theirs": str(folder / "theirs"), "inputs": str(out / "x.pt")}
     settings["ours"] = {name: str(folder / "ours" / name) for name in saes}
-    found = call("peers.exchange:exchange", settings, folder / "exchange.log", python)
-    label, rows = f"{tool.name} {found['version']}", []
+    answer = call("peers.exchange:exchange", settings, folder / "exchange.log", python)
+    label, rows = f"{tool.name} {answer['version']}", []
     if tool.format:
-        errors = found["errors"]
+        errors = answer["errors"]
         names = [name for name in saes if not errors[name]]
         refused |= {name: f"{tool.name}: {errors[name]}" for name in saes if errors[name]}
         differences = [compare(saes[name], out, folder / "ours" / f"{name}.pt") for name in names]
         rows.append(Row(label, "opens ours", names, max(differences, default=0.0), refused))
     names, differences, refused = [], [], {}
-    for name in found["names"]:
+    for name in answer["names"]:
         theirs = folder / "theirs" / name
         try:
             differences.append(compare(load_sae(theirs), out, Path(f"{theirs}.pt")))
@@ -158,9 +159,10 @@ def try_dashboards(run: str, folder: Path, python: str) -> Row:
     if done.returncode:
         raise Failed((done.stderr.strip().splitlines() or ["the export failed"])[-1])
     settings, log = {"folder": str(target)}, folder / "read.log"
-    found = call(f"peers.interop_{DASHBOARD}:read_dashboards", settings, log, python)
-    label, features = f"{TOOLS[DASHBOARD].name} {found['version']}", f"{found['features']} features"
-    return Row(label, "opens ours", [features], found["difference"], {})
+    answer = call(f"peers.interop_{DASHBOARD}:read_dashboards", settings, log, python)
+    label = f"{TOOLS[DASHBOARD].name} {answer['version']}"
+    features = f"{answer['features']} features"
+    return Row(label, "opens ours", [features], answer["difference"], {})
 
 
 def write_ours(format: str, folder: Path) -> tuple[dict[str, SAE], dict[str, str]]:
@@ -212,7 +214,7 @@ def measure_difference(ours: Tensor, theirs: Tensor) -> float:
 
 
 def list_names(names: Iterable[str]) -> str:
-    """The names, ours sorted by what kind of SAE it is; of a path on the hub, the first parts."""
+    """The names, those of our SAEs grouped by kind; of a path on the hub, only the first parts."""
     groups: dict[str, list[str]] = {}
     for name in names:
         name = "/".join(name.split("/")[:3][-2:])

@@ -1,4 +1,4 @@
-"""How much speed does a run keep beside other work on the same cores?
+"""How much of its speed does a run keep while other processes use the same cores?
 
 Starts `train.py` as a user does, in turn alone and beside one busy process per core. A run that
 gets its fair share of the cores keeps half of its speed.

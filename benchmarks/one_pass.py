@@ -54,14 +54,14 @@ def main(arguments: list[str]) -> None:
             chosen = {o.partition("=")[0]: o for o in [*SWEEPS[name], TOKENS, *overrides]}
             settings = [*chosen.values()]
             together, saes = run_sweep("one_pass", settings, Path(folder, "one_pass"))
-            alone, same = run_sweep("basic", settings, Path(folder, "basic"))
+            alone, other_saes = run_sweep("basic", settings, Path(folder, "basic"))
         table.add_row(
             name,
             str(len(saes)),
             f"{alone:.0f} s",
             f"{together:.0f} s",
             f"{together / alone:.3f}",
-            f"{sum(saes[job] == same.get(job) for job in saes)} of {len(saes)}",
+            f"{sum(saes[job] == other_saes.get(job) for job in saes)} of {len(saes)}",
         )
     console.print(table)
 

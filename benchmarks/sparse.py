@@ -1,9 +1,10 @@
-"""Up to which density are sparse products faster, and would one encoder product for many SAEs be?
+"""Up to which density are sparse products faster, and does one encoder product for many SAEs pay?
 
-An update of one SAE (forward, backward, no optimiser) is timed both ways in turn, at densities from
-0.1 % to 30 %: biases are shifted until that share of features is active on random input. Where the
-ratio passes 1, `sae_lightning.sae.products.break_even_density` draws the line. Then the encoders of
-eight SAEs are computed one by one and as one product.
+An update of one SAE (forward, backward, no optimiser) is timed with dense and sparse products in
+turn, at densities from 0.1 % to 30 %: biases are shifted until that share of features is active on
+random input. The density at which the ratio passes 1 is what
+`sae_lightning.sae.products.break_even_density` returns. Then the encoders of eight SAEs are
+computed one by one and as one product.
 
     python benchmarks/sparse.py                                  # 2 minutes on two cores
     python benchmarks/sparse.py features=24576 d=768 batch=8192 device=cuda

@@ -2,21 +2,19 @@
 
 import random
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from benchmarks.timing.models import make_byte_tokenizer
 
 STYLES = ["indexed", "streamed"]
 BOS, SEPARATOR = 256, 257
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", model_max_length=8
-    )
+    """One token a byte; texts of more than 8 tokens would cause warnings, which are errors here."""
+    tokenizer = make_byte_tokenizer()
+    tokenizer.model_max_length = 8
+    return tokenizer
 
 
 def story(seed: int, documents: int = 25) -> list[str]:

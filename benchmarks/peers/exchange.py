@@ -23,11 +23,11 @@ Run = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 @torch.no_grad()
 def exchange(tool: str, ours: dict[str, str], theirs: str, inputs: str) -> dict[str, Any]:
-    """Open the folders `ours`, and have the tool write its own SAEs to the folder `theirs`. What
-    each SAE makes of the activations in the file `inputs` is saved beside its folder.
+    """Open the folders `ours`, and have the tool write its own SAEs to the folder `theirs`. The
+    outputs of each SAE on the activations in the file `inputs` are saved beside its folder.
 
-    Returns the tool's version, by the names of ours the error in one line or "", and the names of
-    theirs.
+    Returns the tool's version; for each name of ours the error in one line, or ""; and the names of
+    the tool's own SAEs.
     """
     peer, x = importlib.import_module(f"peers.interop_{tool}"), torch.load(inputs)
     errors, names = {}, []

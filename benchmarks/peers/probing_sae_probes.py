@@ -29,7 +29,7 @@ def score(sets: list[str], sae: str, activations: str, out: str, sizes: list[int
     """Set -> the units that the package chooses, AUROC by k, and that of its dense probe, from the
     LLM's activations in the folder `activations`, where the package keeps its own."""
     names = {"model_name": "llm", "hook_name": "site", "model_cache_path": activations}
-    opened, found = sae_lens.SAE.load_from_disk(sae), {}
+    opened, scores = sae_lens.SAE.load_from_disk(sae), {}
     for name in sets:
         settings = {"reg_type": "l2", "setting": "normal", "dataset": name}
         run_sae_eval(opened, **settings, **names, device="cpu", ks=sizes, results_path=out)
@@ -38,9 +38,9 @@ def score(sets: list[str], sae: str, activations: str, out: str, sizes: list[int
         results = json.loads(file.read_text())
         run_baseline_dataset_layer("site", name, "logreg", "llm", activations, out)
         (dense,) = Path(out).glob(f"baseline_results_llm/normal_setting/{name}_site*.json")
-        found[name] = {
+        scores[name] = {
             "units": results[-1]["indices"],
             "auroc": {str(row["k"]): row["test_auc"] for row in results},
             "dense": json.loads(dense.read_text())[0]["test_auc"],
         }
-    return found
+    return scores

@@ -11,7 +11,6 @@ buffer has the size of our pool, since its default (30,000 contexts) is more tha
 import importlib.metadata
 from collections.abc import Iterator
 from functools import reduce
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from dictionary_learning.trainers.standard import StandardTrainerAprilUpdate
 from dictionary_learning.trainers.top_k import TopKTrainer
 from dictionary_learning.training import trainSAE
 from nnsight import LanguageModel
+from timing.clock import read_clock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 TRAINERS = {"relu": StandardTrainerAprilUpdate, "topk": TopKTrainer, "batch_topk": BatchTopKTrainer}
@@ -75,7 +75,7 @@ def measure(architecture: str, variant: str, setting: float, work: dict[str, Any
         "seed": work["seed"],
         "device": work["device"],
     }
-    started = _read_clock()
+    started = read_clock()
     trainSAE(
         buffer,
         [settings],
@@ -87,7 +87,7 @@ def measure(architecture: str, variant: str, setting: float, work: dict[str, Any
     )
     return {
         "tokens": steps * work["batch"],
-        "seconds": _read_clock() - started,
+        "seconds": read_clock() - started,
         "l0": None if architecture == "relu" else setting,
     }
 
@@ -95,9 +95,3 @@ def measure(architecture: str, variant: str, setting: float, work: dict[str, Any
 def _texts(tokenizer: Any, work: dict[str, Any]) -> Iterator[str]:
     for row in torch.load(work["tokens"]):
         yield tokenizer.decode(row, skip_special_tokens=True)
-
-
-def _read_clock() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return perf_counter()

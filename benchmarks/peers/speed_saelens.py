@@ -2,10 +2,10 @@
 
 `documented` is the example of its documentation (`LanguageModelSAETrainingRunner`, ReLU with L1;
 BatchTopK with the changes given there): everything in fp32, no autocast, 16 prompts at a time, a
-buffer of 64 contexts, schedules as shares of the run. Two things differ from the example: the LLM
+buffer of 64 contexts, schedules as shares of the run. Two things differ from the example. The LLM
 is a local folder, so it is loaded with `model_class_name="AutoModelForCausalLM"`, which stops at
-the hooked block; and the learning rate is higher and the L1 coefficient another, because with those
-for 30,000 updates a run of 100 would not become sparse at all.
+the hooked block. And the learning rate is higher and the L1 coefficient another: with those of the
+example, which are for 30,000 updates, a run of 100 would not become sparse.
 
 `tuned` is the same with what makes it faster: the LLM cut after the hooked block and in bf16, the
 SAE in autocast, both where the hardware has bf16 (fp32 master weights, as ours); as many prompts at
@@ -19,13 +19,13 @@ tokens of a sequence (ours leaves BOS out).
 
 import importlib.metadata
 import logging
-from time import perf_counter
 from typing import Any
 
 import sae_lens
 import torch
 from datasets import Dataset
 from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, LoggingConfig
+from timing.clock import read_clock
 
 L1 = 4.0  # on the packaged LLM at block 9, 10,000 features: an L0 of 102 after 100 updates of 2,048
 LR = 3e-3
@@ -51,9 +51,9 @@ def measure(architecture: str, variant: str, setting: float, work: dict[str, Any
         _config(architecture, variant, setting, work),
         override_dataset=Dataset.from_dict({"input_ids": list(tokens.numpy())}),
     )
-    started = _read_clock()
+    started = read_clock()
     sae = runner.run()
-    seconds = _read_clock() - started
+    seconds = read_clock() - started
     return {"tokens": work["steps"] * work["batch"], "seconds": seconds, "l0": _l0(sae, runner)}
 
 
@@ -116,9 +116,3 @@ def _l0(sae: Any, runner: LanguageModelSAETrainingRunner) -> float:
     features = sae.encode(batch)
     features = features.to_dense() if features.is_sparse else features
     return (features != 0).sum().item() / len(batch)
-
-
-def _read_clock() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return perf_counter()

@@ -13,11 +13,11 @@ Triton kernels are for CUDA; on a CPU it computes in fp32 with torch's embedding
 
 import importlib.metadata
 import os
-from time import perf_counter
 from typing import Any
 
 import torch
 from datasets import Dataset
+from timing.clock import read_clock
 from transformers import AutoModel, AutoModelForCausalLM
 
 if not torch.cuda.is_available():
@@ -53,12 +53,6 @@ def measure(architecture: str, variant: str, setting: float, work: dict[str, Any
     )
     trainer = Trainer(config, Dataset.from_dict(data).with_format("torch"), llm)
     trainer.save = lambda: None
-    started = _read_clock()
+    started = read_clock()
     trainer.fit()
-    return {"tokens": tokens.numel(), "seconds": _read_clock() - started, "l0": setting}
-
-
-def _read_clock() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return perf_counter()
+    return {"tokens": tokens.numel(), "seconds": read_clock() - started, "l0": setting}

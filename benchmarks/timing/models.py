@@ -1,6 +1,6 @@
 """LLMs of real shapes with random weights: as fast as the real ones, and without a download.
 
-Their tokenizer has one token a byte, so that nothing else has to be installed.
+Their tokenizer has one token per byte, so it needs no download either.
 
     gpt2          GPT-2 small: 12 blocks, d = 768
     pythia_160m   Pythia-160M: 12 blocks, d = 768
@@ -74,7 +74,7 @@ def make_random_llm(name: str, block: int, folder: Path) -> Path:
 
 
 def make_byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, then BOS and EOS."""
+    """Make a tokenizer with one token per byte (ids 0 to 255), then BOS (256) and EOS (257)."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -3,13 +3,13 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 from unittest.mock import patch
 
 import lightning as L
 import torch
 from command import make_jobs
+from timing.clock import read_clock
 from timing.profile import make_profiler, summarize
 
 import sae_lightning.runs.run as wiring
@@ -140,9 +140,3 @@ class _ProfileUpdates(L.Callback):
                 "tokens_per_second": self.updates * module.batch / wall,
             }
             raise _Done
-
-
-def read_clock() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return perf_counter()

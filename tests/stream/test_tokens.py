@@ -365,11 +365,11 @@ def test_the_tokenizer_hash_follows_its_behaviour_and_nothing_else(tokenizer):
 @pytest.mark.slow
 def test_the_tokenizer_hash_is_the_same_in_another_process(tokenizer):
     code = (
-        "from small_text import byte_tokenizer\n"
+        "from tests.small_text import byte_tokenizer\n"
         "from sae_lightning.stream.flat import hash_tokenizer\n"
         "import sys; sys.stdout.write(hash_tokenizer(byte_tokenizer()))"
     )
-    folder = Path(__file__).parents[1]
+    folder = Path(__file__).parents[2]
     out = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, check=True
     )
