@@ -5,7 +5,7 @@ Shapes: units, n, k as in catalogue.py; entries = values of all lists, concatena
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -36,10 +36,25 @@ MAX_TEXT_TOKENS = 1 << 27  # sequences x context
 MAX_COUNT = 2**32 - 1  # the page stores uint32
 
 
-def read_metadata(path: Path) -> dict[str, Any]:
-    """The file's own metadata: `of`, its origin, and `tokens`, the number of tokens read.
-    KeyError if an older version wrote the file, without these."""
-    return json.loads(pyarrow.parquet.read_schema(path).metadata[METADATA_KEY])
+class CatalogueHeader(NamedTuple):
+    """What the footer of a file says, read without its columns."""
+
+    kind: str
+    """Name of the units."""
+    units: int
+    of: dict[str, str]
+    """Its origin, as `write_catalogue` was given it."""
+    tokens: int
+    """Number of tokens read."""
+
+
+def read_header(path: Path) -> CatalogueHeader:
+    """Read the footer of a catalogue. Any exception means that the file is damaged or, a KeyError,
+    that an older version wrote it."""
+    footer = pyarrow.parquet.read_metadata(path)
+    told = json.loads(footer.metadata[METADATA_KEY])
+    kind = footer.schema.to_arrow_schema().names[0]
+    return CatalogueHeader(kind, footer.num_rows, dict(told["of"]), told["tokens"])
 
 
 def read_catalogue(path: Path, vocabulary: list[str]) -> Catalogue:
@@ -49,7 +64,7 @@ def read_catalogue(path: Path, vocabulary: list[str]) -> Catalogue:
     """
     columns = dict(_combine_columns(pyarrow.parquet.read_table(path)))
     kind, ids = next(iter(columns)), {word: i for i, word in enumerate(vocabulary)}
-    last, tokens = len(columns[kind]) - 1, read_metadata(path)["tokens"]
+    last, tokens = len(columns[kind]) - 1, read_header(path).tokens
     numbers = {"fired": _read_integers(columns["fired"], MAX_COUNT)}
     numbers |= {name: _read_reals(columns[name]) for name in ("mean", "maximum")}
     histogram = _read_counts(columns["histogram"], len(EDGES) - 1)

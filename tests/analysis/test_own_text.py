@@ -12,6 +12,7 @@ from tiny_run import write_text
 
 from sae_lightning.analysis import subject as subjects
 from sae_lightning.analysis.annotate import MAX_TEXT_TASK_TOKENS, TextTask, annotate, make_sequences
+from sae_lightning.analysis.survey import saved_catalogue
 from sae_lightning.analysis.survey.saved_catalogue import describe_origin, read_saved_catalogue
 from sae_lightning.analysis.survey.survey import survey
 from sae_lightning.errors import UserError
@@ -206,6 +207,22 @@ def test_a_strangers_catalogue_reaches_neither_other_files_nor_the_memory(subjec
         assert "features.parquet cannot be used (" in said
         assert why in said
         assert said.endswith("): making a new one")
+
+
+def test_the_columns_of_a_catalogue_of_other_units_are_not_read(subject, file, capsys, monkeypatch):
+    """A small file can hold billions of equal rows."""
+    whole = pyarrow.parquet.read_table(file)
+    pyarrow.parquet.write_table(pyarrow.concat_tables([whole] * 3), file)
+    monkeypatch.setattr(pyarrow.parquet, "read_table", lambda _: pytest.fail("read"))
+    assert "cannot be used (it describes 96 'feature' units): making" in said_of(
+        subject, file, capsys
+    )
+
+
+def test_a_bug_of_ours_is_not_taken_for_a_damaged_catalogue(subject, file, monkeypatch):
+    monkeypatch.setattr(saved_catalogue, "describe_origin", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        read_saved_catalogue(subject, file)
 
 
 def test_a_catalogue_in_which_nothing_fires_is_read_and_shown(subject, words, tmp_path):

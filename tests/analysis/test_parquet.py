@@ -9,7 +9,7 @@ import torch
 from sae_lightning.analysis.lens import measure_effects
 from sae_lightning.analysis.survey.survey import survey
 from sae_lightning.report.parquet import write_catalogue
-from sae_lightning.report.parquet_reader import read_catalogue, read_metadata
+from sae_lightning.report.parquet_reader import read_catalogue, read_header
 
 
 @pytest.fixture
@@ -63,10 +63,8 @@ def test_a_catalogue_comes_back_from_its_file_as_it_was(features, tmp_path, grou
     monkeypatch.setattr("sae_lightning.report.parquet.UNITS_PER_GROUP", group)
     of = {"weights": "abc"}
     write_catalogue(tmp_path / "features.parquet", features, of)
-    assert read_metadata(tmp_path / "features.parquet") == {
-        "tokens": features.statistics.tokens,
-        "of": of,
-    }
+    header = read_header(tmp_path / "features.parquet")
+    assert header == (features.kind, 32, of, features.statistics.tokens)
     back = read_catalogue(tmp_path / "features.parquet", features.vocabulary)
     assert (back.kind, back.vocabulary) == (features.kind, features.vocabulary)
     for group in ("statistics", "top", "random", "token_sets", "neighbours", "partners", "effect"):

@@ -6,7 +6,7 @@ from pathlib import Path
 from sae_lightning.analysis.subject import Subject
 from sae_lightning.llm.vocabulary import read_vocabulary
 from sae_lightning.report.catalogue import Catalogue
-from sae_lightning.report.parquet_reader import read_catalogue, read_metadata
+from sae_lightning.report.parquet_reader import read_catalogue, read_header
 from sae_lightning.report.sweep_page import describe_source
 from sae_lightning.terminal import console, shorten_path
 
@@ -26,25 +26,32 @@ def read_saved_catalogue(subject: Subject, path: Path) -> Catalogue | None:
     if not path.is_file():
         console.print("there is no catalogue of this SAE yet: making one")
         return None
+    try:
+        header = read_header(path)
+        # before columns are read: an untrusted file may be small and its columns huge; `kind`
+        # becomes part of file names, and must not choose a path
+        if (header.kind, header.units) != ("feature", subject.features):
+            raise ValueError(f"it describes {header.units} {header.kind!r} units")
+    except Exception as error:  # damaged, malicious, or from an older version
+        return _refuse(path, error)
+    origin = describe_origin(subject).items()
+    different = [name for name, value in origin if header.of.get(name) != value]
+    if different:
+        console.print(
+            f"{shorten_path(path)} does not match this SAE in {' and '.join(different)}: "
+            "making a new one"
+        )
+        return None
     words = read_vocabulary(subject.llm)
     try:
-        metadata = read_metadata(path)
-        origin = describe_origin(subject).items()
-        different = [name for name, value in origin if metadata["of"].get(name) != value]
-        if different:
-            console.print(
-                f"{shorten_path(path)} does not match this SAE in {' and '.join(different)}: "
-                "making a new one"
-            )
-            return None
         catalogue = read_catalogue(path, words)
-        # `kind` becomes part of file names: an untrusted file must not choose a path with it
-        if (catalogue.kind, catalogue.num_units) != ("feature", subject.features):
-            raise ValueError(f"it describes {catalogue.num_units} {catalogue.kind!r} units")
-        tokens, text = catalogue.statistics.tokens, metadata["of"]["text"]
-        console.print(f"using the catalogue {shorten_path(path)}, {tokens:,} tokens of {text}")
-        return catalogue
-    except Exception as error:  # damaged, malicious, or from an older version
-        why = f"it lacks {error}" if isinstance(error, KeyError) else str(error).split("\n")[0]
-        console.print(f"{shorten_path(path)} cannot be used ({why}): making a new one")
-        return None
+    except Exception as error:
+        return _refuse(path, error)
+    told = f"{header.tokens:,} tokens of {header.of['text']}"
+    console.print(f"using the catalogue {shorten_path(path)}, {told}")
+    return catalogue
+
+
+def _refuse(path: Path, error: Exception) -> None:
+    why = f"it lacks {error}" if isinstance(error, KeyError) else str(error).split("\n")[0]
+    console.print(f"{shorten_path(path)} cannot be used ({why}): making a new one")
