@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from sae_lightning.formats.hub_errors import one_line_hub_errors
-from sae_lightning.terminal import phase
+from sae_lightning.terminal import console
 
 
 def has_token() -> bool:
@@ -32,7 +32,9 @@ def upload_files(repo: str, files: Mapping[str, bytes | Path], *, private: bool)
     repository if there is none; returns its address on the web."""
     from huggingface_hub import CommitOperationAdd, HfApi
 
-    with phase(f"uploading to {repo}"), one_line_hub_errors(f"repo={repo}", repo):
+    console.print(f"uploading to {repo}")
+    # the client draws a bar in bytes, and tells no other of them
+    with one_line_hub_errors(f"repo={repo}", repo, bars=console.is_terminal):
         api = HfApi()
         url = api.create_repo(repo, private=private, exist_ok=True)
         operations = [CommitOperationAdd(path, content) for path, content in files.items()]

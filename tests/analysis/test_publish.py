@@ -13,10 +13,11 @@ import pytest
 import torch
 import yaml
 from hub_server import TOKEN, HubServer, connect
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants
 from planted import save_planted
 from tiny_run import tiny_job, write_text
 
+from sae_lightning import terminal
 from sae_lightning.analysis import publish_task
 from sae_lightning.analysis.model_card import write_card
 from sae_lightning.analysis.publish_task import PublishTask, hide_folders
@@ -331,6 +332,20 @@ def test_an_upload_that_fails_leaves_no_half_of_a_commit(hub, run, request_, sta
         publish(run)
     assert "\n" not in str(no.value)
     assert all(repo.files == {} for repo in hub.repos.values())
+
+
+def test_a_terminal_shows_the_bytes_that_are_uploaded(hub, run, monkeypatch, capfd):
+    """The client's bar, and none of ours, which would overwrite it."""
+    publish(run)
+    assert not capfd.readouterr().err
+    monkeypatch.setattr(terminal.Terminal, "is_terminal", True)
+    send, live = HfApi.create_commit, []
+    monkeypatch.setattr(
+        HfApi, "create_commit", lambda *a, **k: live.extend(terminal._live) or send(*a, **k)
+    )
+    publish(run, repo="me/again")
+    assert live == []
+    assert re.search(r"100%.*6\.\d\dk/6\.\d\dk .*B/s", capfd.readouterr().err)
 
 
 def test_a_damaged_file_of_scores_is_told_in_one_line(hub, run):
