@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from sae_lightning.stream.local import LocalConfig
     from sae_lightning.stream.plays import PlaysConfig
 
-# Name -> module.
-FOUND_IN = {
+# Name -> the module that defines it.
+DEFINED_IN = {
     "Answers": "analysis.explain.answers",
     "Endpoint": "analysis.explain.models",
     "Explainer": "analysis.explain.explainer",
@@ -100,9 +100,9 @@ if not TYPE_CHECKING:  # hidden, so that type checkers report unknown names
     def __getattr__(name: str) -> Any:
         if name == "__version__":
             return version("sae-lightning")
-        if name not in FOUND_IN:
+        if name not in DEFINED_IN:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return getattr(import_module(f"{__name__}.{FOUND_IN[name]}"), name)
+        return getattr(import_module(f"{__name__}.{DEFINED_IN[name]}"), name)
 
     def __dir__() -> list[str]:
         return sorted({*globals(), *__all__})

@@ -33,7 +33,7 @@ def _error_numbers(names: str) -> set[int]:
     return {getattr(errno, name) for name in names.split() if hasattr(errno, name)}
 
 
-# Error numbers of a failed write, and of a failed read or write.
+# Error numbers of writes that failed, and of writes or reads that failed.
 WRITE_ERRORS = _error_numbers("ENOSPC EDQUOT EFBIG EROFS EEXIST")
 SYSTEM_ERRORS = WRITE_ERRORS | _error_numbers(
     "EIO ESTALE EBUSY ENAMETOOLONG ELOOP EISDIR EACCES EPERM ENOTDIR ENOTCONN"

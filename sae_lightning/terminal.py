@@ -47,7 +47,7 @@ class _VisibleSymbols(dict):
 SYMBOLS_ONE_LINE = _VisibleSymbols({code: chr(0x2400 + code) for code in range(32)})
 SYMBOLS_ONE_LINE |= {ord("\n"): "↵", ord("\t"): "⇥", 0x7F: "␡"}
 SYMBOLS_MULTILINE = _VisibleSymbols(
-    SYMBOLS_ONE_LINE | {ord(each): each for each in ("\n", LEFT_TO_RIGHT)}
+    SYMBOLS_ONE_LINE | {ord(character): character for character in ("\n", LEFT_TO_RIGHT)}
 )
 
 
@@ -83,14 +83,14 @@ _live: list[Progress] = []
 
 
 @contextmanager
-def show_live(bar: Progress) -> Iterator[Progress]:
-    """Make `bar` the live display until the block ends; phases inside add lines to it."""
-    with bar:
-        _live.append(bar)
+def show_live(display: Progress) -> Iterator[Progress]:
+    """Make `display` the live display until the block ends; phases inside add lines to it."""
+    with display:
+        _live.append(display)
         try:
-            yield bar
+            yield display
         finally:
-            _live.remove(bar)
+            _live.remove(display)
 
 
 @contextmanager
@@ -100,7 +100,7 @@ def phase(description: str, total: int | None = None) -> Iterator[Callable[[floa
     Without a terminal, as in a log file, it prints only one line at the end, with the seconds.
     """
     started, description = time.monotonic(), make_visible(description)
-    alone = Progress(
+    new_display = Progress(
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
         *([BarColumn(), MofNCompleteColumn()] if total else []),
@@ -109,12 +109,12 @@ def phase(description: str, total: int | None = None) -> Iterator[Callable[[floa
         transient=True,
         disable=not console.is_terminal,
     )
-    with nullcontext(_live[-1]) if _live else show_live(alone) as bar:
-        task = bar.add_task(description, total=total)
+    with nullcontext(_live[-1]) if _live else show_live(new_display) as display:
+        task = display.add_task(description, total=total)
         try:
-            yield lambda n=1: bar.advance(task, n)
+            yield lambda n=1: display.advance(task, n)
         finally:
-            bar.remove_task(task)
+            display.remove_task(task)
     if not console.is_terminal:
         console.print(f"{description}: done in {time.monotonic() - started:.0f} s")
 
@@ -136,8 +136,8 @@ def shorten_path(folder: Path) -> Path:
 
 
 def name_program(script: str) -> str:
-    """`script` (train.py, analyze.py) or, where the package is installed or its command was typed,
-    that command (sae-train, sae-analyze)."""
+    """The command sae-train (sae-analyze) if the package is installed or that command was typed;
+    otherwise `script`, which is train.py (analyze.py)."""
     installed = Path(__file__).with_name("conf").is_dir()
     typed = Path(sys.argv[0]).name.startswith("sae-")
     return f"sae-{script.removesuffix('.py')}" if installed or typed else script

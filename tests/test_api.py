@@ -27,8 +27,8 @@ def read_typed_imports() -> dict[str, str]:
 
 
 def test_editors_find_each_name_where_python_finds_it():
-    found_in = sae_lightning.FOUND_IN.items()
-    assert read_typed_imports() == {n: f"sae_lightning.{module}:{n}" for n, module in found_in}
+    defined_in = sae_lightning.DEFINED_IN.items()
+    assert read_typed_imports() == {n: f"sae_lightning.{module}:{n}" for n, module in defined_in}
 
 
 def test_all_is_a_literal_list_of_what_can_be_imported():
@@ -38,7 +38,7 @@ def test_all_is_a_literal_list_of_what_can_be_imported():
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
     )
     names = ast.literal_eval(assignment.value)
-    assert names == sorted(["UserError", *sae_lightning.FOUND_IN])
+    assert names == sorted(["UserError", *sae_lightning.DEFINED_IN])
 
 
 def test_a_name_is_completed_before_it_is_used():

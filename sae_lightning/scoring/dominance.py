@@ -2,7 +2,6 @@
 
 "Massive activations" (Sun et al. 2024, 2402.17762) occur in most LLMs, on few tokens. Explained
 variance then measures how well an SAE reconstructs these tokens, and says little about the others.
-Long tokens are tokens whose activations have a large norm.
 """
 
 import math
@@ -13,59 +12,59 @@ from torch import Tensor
 
 from sae_lightning.stream.rows import compute_norms
 
-LONG_SHARE = 1e-3  # share of tokens, by largest norm, that must not dominate
+LARGEST_SHARE = 1e-3  # share of the tokens, those of largest norm, that must not dominate
 # Share of the variance above which tokens or a dimension dominate, if it is also more than ten
 # times their share of all tokens or dimensions.
 DOMINANT_SHARE = 0.1
 # Share of the tokens -> share of the variance that they may hold. The second entry is for models
 # such as Llama 2, where one token of each short sequence (the first full stop) holds nearly all.
-VARIANCE_LIMITS = {LONG_SHARE: DOMINANT_SHARE, 0.05: 0.5}
+VARIANCE_LIMITS = {LARGEST_SHARE: DOMINANT_SHARE, 0.05: 0.5}
 
 
-class LongTokens(NamedTuple):
-    """The tokens of largest norm in a set, which dominate its variance."""
+class DominantTokens(NamedTuple):
+    """The few tokens of largest norm that dominate the variance of a set."""
 
     others: Tensor
-    """[n] bool: the tokens that are not long."""
+    """[n] bool: all other tokens."""
     share: float
-    """Share of the variance that the long tokens hold."""
+    """Share of the variance that the dominant tokens hold."""
     max_norm: float
     """The `data.max_norm`, a multiple of the median norm, that leaves out just these."""
 
     @property
     def number(self) -> int:
-        """Number of long tokens in the set."""
+        """Number of dominant tokens in the set."""
         return int((~self.others).sum())
 
 
 @torch.no_grad()
-def find_long_tokens(x: Tensor) -> LongTokens | None:
-    """Find the long tokens of x [n, d]: the longest are removed one by one until, of those that are
-    left, the longest 0.1 % hold at most a tenth of the variance and the longest 5 % at most half;
-    then up to the next gap in the norms. None if there are none, or x is not finite.
+def find_dominant_tokens(x: Tensor) -> DominantTokens | None:
+    """Find the dominant tokens of x [n, d], by falling norm: tokens are removed until, of the rest,
+    the largest 0.1 % hold at most a tenth of the variance and the largest 5 % at most half; then up
+    to the next gap in the norms. None if there are none, or x is not finite.
 
-        |x|      100  97  11  10   9  ...   1
-                 └─ long ┘ └─── others ────┘     max_norm x median: between 11 and 97
+        |x|      100  97     11  10   9  ...   1
+                 dominant    └─── others ─────┘     max_norm x median: between 11 and 97
     """
-    length, order = compute_norms(x).cpu().sort(descending=True)
+    norms, order = compute_norms(x).cpu().sort(descending=True)
     mean = x.mean(dim=0, dtype=torch.float32)
     spread = torch.cat([(part.float() - mean).square().sum(dim=1) for part in x.split(4096)])
-    # remaining[j]: sum of squared distances from the mean, without the j longest tokens
+    # remaining[j]: sum of squared distances from the mean, without the j tokens of largest norm
     remaining = spread.cpu().double()[order].flip(0).cumsum(0).flip(0)
     limits = [(math.ceil(share * len(x)), limit) for share, limit in VARIANCE_LIMITS.items()]
     dominated = sum(_dominates(remaining, few, limit) for few, limit in limits) > 0
-    median = length.median().item()
+    median = norms.median().item()
     if not dominated[0] or not median > 0:
         return None
     # the first j that suffices, or one soon after it, where the norm drops most
     first = int((~dominated).nonzero()[0])
-    gaps = length[first - 1 : -1] / length[first:]
-    count = first + int(gaps[: math.ceil(LONG_SHARE * len(x)) + 1].argmax())
-    least, most = length[count].item() / median, length[count - 1].item() / median
-    middle = math.sqrt(least * most)
+    gaps = norms[first - 1 : -1] / norms[first:]
+    count = first + int(gaps[: math.ceil(LARGEST_SHARE * len(x)) + 1].argmax())
+    lowest, highest = norms[count].item() / median, norms[count - 1].item() / median
+    middle = math.sqrt(lowest * highest)
     rounded = (float(f"{middle:.{digits}g}") for digits in range(1, 9))
-    max_norm = next((m for m in rounded if least <= m < most), least)
-    return LongTokens(
+    max_norm = next((m for m in rounded if lowest <= m < highest), lowest)
+    return DominantTokens(
         compute_norms(x) <= max_norm * median,
         1 - (remaining[count] / remaining[0]).item(),
         max_norm,
@@ -73,8 +72,8 @@ def find_long_tokens(x: Tensor) -> LongTokens | None:
 
 
 def _dominates(remaining: Tensor, few: int, limit: float) -> Tensor:
-    """[n] bool: whether, without the j longest tokens, the next `few` hold more than `limit` of the
-    variance that remains (`remaining` [n]), and more than ten times their share of the tokens."""
+    """[n] bool: whether, without the j tokens of largest norm, the next `few` hold over `limit` of
+    the variance that remains (`remaining` [n]), and over ten times their share of the tokens."""
     rest = torch.cat([remaining[few:], torch.zeros(few, dtype=remaining.dtype)])
     at_random = few / torch.arange(len(remaining), 0, -1, dtype=remaining.dtype)
     return remaining - rest > remaining * (10 * at_random).clamp(min=limit)

@@ -10,7 +10,7 @@ from sae_lightning.llm.sites import Site
 from sae_lightning.llm.splice import SpliceScores
 from sae_lightning.ranks import Split
 from sae_lightning.sae import Output
-from sae_lightning.scoring.dominance import LongTokens, find_long_tokens
+from sae_lightning.scoring.dominance import DominantTokens, find_dominant_tokens
 from sae_lightning.scoring.duplicates import COPY_COSINE, Copies, measure_copies
 from sae_lightning.scoring.metrics import Fidelity, FidelitySums, Quality, QualitySums
 from sae_lightning.stream.recovery import RECOVERED_COSINE, Recovery
@@ -21,14 +21,14 @@ MAX_TOKENS_AT_ONCE = 4096
 MAX_ACTIVATIONS_AT_ONCE = 1 << 26
 
 
-class WithoutLongTokens(NamedTuple):
-    """Explained variance of all tokens but the long ones, which dominate the variance."""
+class WithoutDominantTokens(NamedTuple):
+    """Explained variance without the few tokens that dominate the variance."""
 
     explained_variance: float
     dropped: int
-    """Number of long tokens left out."""
+    """Number of dominant tokens left out."""
     share: float
-    """Share of the variance that the long tokens hold."""
+    """Share of the variance that they hold."""
     max_norm: float
     """The `data.max_norm` that leaves them out."""
 
@@ -46,14 +46,14 @@ class Scorecard(NamedTuple):
     fidelity: Fidelity | None = None
     """Size and kind of the error, if requested. Left out of `scalars`, which compare runs: there,
     explained variance gives the size of the error on a scale that all runs share."""
-    without_long: WithoutLongTokens | None = None
+    without_dominant: WithoutDominantTokens | None = None
     """Explained variance without the few tokens that dominate it, if there are any."""
 
     def scalars(self) -> dict[str, float]:
         """All numbers that are measured, by name, for `metrics.json`, curves and tables."""
         quality = self.quality._asdict()
         del quality["density"], quality["dimension"]
-        parts = {"usual": self.without_long, "dimension": self.quality.dimension}
+        parts = {"usual": self.without_dominant, "dimension": self.quality.dimension}
         dominant = {
             f"{prefix}_{name}": value
             for prefix, part in parts.items()
@@ -87,13 +87,13 @@ def score_saes(
     in float32, as the saved SAE will, whatever the precision of training.
     """
     x, y = held_out.activations(source), held_out.activations(target)
-    long = find_long_tokens(y)
+    dominant = find_dominant_tokens(y)
     with torch.autocast(x.device.type, enabled=False):
         splits = splits or [Split(len(decoder)) for decoder in decoders]
         features = max(split.features for split in splits)
         rows = max(1, min(MAX_TOKENS_AT_ONCE, MAX_ACTIVATIONS_AT_ONCE // features))
         errors = [
-            _measure_errors(sae, x, y, long, fidelity, rows, split)
+            _measure_errors(sae, x, y, dominant, fidelity, rows, split)
             for sae, split in zip(saes, splits, strict=True)
         ]
         all_copies = [
@@ -104,8 +104,8 @@ def score_saes(
         all_scores = held_out.measure_saes(source, target, saes, weights, rows, splits, means)
     parts = zip(errors, all_copies, all_scores, strict=True)
     return [
-        Scorecard(quality, copies, scores, sums and sums.result(), without_long)
-        for (quality, sums, without_long), copies, scores in parts
+        Scorecard(quality, copies, scores, sums and sums.result(), without_dominant)
+        for (quality, sums, without_dominant), copies, scores in parts
     ]
 
 
@@ -113,15 +113,15 @@ def _measure_errors(
     sae: Callable[[Tensor], Output],
     x: Tensor,
     y: Tensor,
-    long: LongTokens | None,
+    dominant: DominantTokens | None,
     fidelity: bool,
     rows: int,
     split: Split,
-) -> tuple[Quality, FidelitySums | None, WithoutLongTokens | None]:
+) -> tuple[Quality, FidelitySums | None, WithoutDominantTokens | None]:
     """Measure an SAE on inputs [n, d_in] and targets [n, d_out], `rows` at a time."""
     quality_sums, others_sums = QualitySums(), QualitySums()
     fidelity_sums = FidelitySums(y.cpu().double().mean(dim=0)) if fidelity else None
-    others = torch.zeros(len(x), dtype=torch.bool) if long is None else long.others
+    others = torch.zeros(len(x), dtype=torch.bool) if dominant is None else dominant.others
     for part, target, keep in zip(x.split(rows), y.split(rows), others.split(rows), strict=True):
         output = sae(part.float())
         quality_sums.add(target, output.reconstruction, output.features)
@@ -129,11 +129,11 @@ def _measure_errors(
             others_sums.add(target[keep], output.reconstruction[keep], output.features[keep])
         if fidelity_sums is not None:
             fidelity_sums.add(target, output.reconstruction)
-    without_long = long and WithoutLongTokens(
-        others_sums.result().explained_variance, long.number, long.share, long.max_norm
+    without_dominant = dominant and WithoutDominantTokens(
+        others_sums.result().explained_variance, dominant.number, dominant.share, dominant.max_norm
     )
     quality = quality_sums.result(split.join)
-    return quality, fidelity_sums, without_long
+    return quality, fidelity_sums, without_dominant
 
 
 def format_lines(scalars: dict[str, float], noun: str = "text") -> dict[str, str]:
@@ -155,8 +155,8 @@ def _format_dominance(scalars: dict[str, float]) -> dict[str, str]:
     lines = {}
     if "usual_dropped" in scalars:
         lines["  of other tokens"] = (
-            f"{scalars['usual_explained_variance']:.4f}; the longest {scalars['usual_dropped']:,} "
-            f"hold {scalars['usual_share']:.0%} of the variance "
+            f"{scalars['usual_explained_variance']:.4f}; the {scalars['usual_dropped']:,} "
+            f"of largest norm hold {scalars['usual_share']:.0%} of the variance "
             f"(data.max_norm={scalars['usual_max_norm']:g} leaves them out)"
         )
     if "dimension_index" in scalars:

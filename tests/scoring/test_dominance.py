@@ -8,7 +8,7 @@ from torch import Generator, tensor
 
 from sae_lightning.llm.sites import Kind, Site
 from sae_lightning.sae import Output
-from sae_lightning.scoring.dominance import find_dominant_dimension, find_long_tokens
+from sae_lightning.scoring.dominance import find_dominant_dimension, find_dominant_tokens
 from sae_lightning.scoring.scorecard import format_lines, score_saes
 from sae_lightning.stream.rows import compute_medians, find_usual_rows
 
@@ -23,12 +23,12 @@ def opposite(n: int) -> torch.Tensor:
 
 def test_the_longest_are_named_by_their_share_however_long_they_are():
     """12 of length r among 12,000 of length 1 hold 12 r^2 of the variance of 12,000 + 12 r^2."""
-    assert find_long_tokens(torch.cat([opposite(12_000), 10 * opposite(12)])) is None  # 9 %
+    assert find_dominant_tokens(torch.cat([opposite(12_000), 10 * opposite(12)])) is None  # 9 %
     for length, max_norm in ((11, 3), (30, 5)):  # between 1 and it: its root, in one digit
-        long = find_long_tokens(torch.cat([opposite(12_000), length * opposite(12)]))
+        dominant = find_dominant_tokens(torch.cat([opposite(12_000), length * opposite(12)]))
         share = 12 * length**2 / (12_000 + 12 * length**2)
-        assert long[1:] == (pytest.approx(share, rel=1e-5), max_norm)
-        assert long.number == 12
+        assert dominant[1:] == (pytest.approx(share, rel=1e-5), max_norm)
+        assert dominant.number == 12
 
 
 def test_tokens_nine_times_as_long_dominate_where_all_share_a_long_mean():
@@ -36,38 +36,38 @@ def test_tokens_nine_times_as_long_dominate_where_all_share_a_long_mean():
     x = 0.1 * torch.randn(8_128, 640, generator=Generator().manual_seed(0)) / math.sqrt(640)
     x[:, 7] += 1
     x[:5, 7] = -9.7
-    long = find_long_tokens(x)
-    assert long.number == 5
+    dominant = find_dominant_tokens(x)
+    assert dominant.number == 5
     # 5 (10.7)^2 = 572 of 572 + 8,128 / 100 = 654
-    assert long.share == pytest.approx(572 / 654, abs=0.01)
-    kept = find_usual_rows({SITE: x}, compute_medians({SITE: x}), long.max_norm)
-    assert torch.equal(kept, long.others)
+    assert dominant.share == pytest.approx(572 / 654, abs=0.01)
+    kept = find_usual_rows({SITE: x}, compute_medians({SITE: x}), dominant.max_norm)
+    assert torch.equal(kept, dominant.others)
     assert (~kept).nonzero().squeeze(1).tolist() == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("copies", [13, 100])
 def test_all_of_equal_length_are_named_together(copies):
     x = torch.cat([opposite(12_000), torch.full((copies, 2), 50.0)])
-    assert find_long_tokens(x).number == copies
+    assert find_dominant_tokens(x).number == copies
 
 
 def test_one_long_token_in_each_short_sequence_is_told_too():
     """600 of length 50 hold 1.5 million of the variance, but 13 of them only 2 % of it."""
-    long = find_long_tokens(torch.cat([opposite(12_000), 50 * opposite(600)]))
-    assert long.number == 600
-    assert long.share == pytest.approx(1.5e6 / (1.5e6 + 12_000), rel=1e-5)
+    dominant = find_dominant_tokens(torch.cat([opposite(12_000), 50 * opposite(600)]))
+    assert dominant.number == 600
+    assert dominant.share == pytest.approx(1.5e6 / (1.5e6 + 12_000), rel=1e-5)
 
 
 def test_usual_activations_are_passed_over():
     g = Generator().manual_seed(0)
     for x in (torch.randn(200, 3, generator=g), torch.randn(5_000, 64, generator=g)):
-        assert find_long_tokens(x) is None
-    assert find_long_tokens(torch.zeros(10, 4)) is None
+        assert find_dominant_tokens(x) is None
+    assert find_dominant_tokens(torch.zeros(10, 4)) is None
     mostly_zero = torch.cat([torch.zeros(900, 2), torch.ones(2, 2)])
-    assert find_long_tokens(mostly_zero) is None  # no multiple of a median of 0
+    assert find_dominant_tokens(mostly_zero) is None  # no multiple of a median of 0
     for broken in (math.nan, math.inf):
-        assert find_long_tokens(torch.full((10, 4), broken)) is None
-        assert find_long_tokens(torch.cat([opposite(100), torch.full((1, 2), broken)])) is None
+        assert find_dominant_tokens(torch.full((10, 4), broken)) is None
+        assert find_dominant_tokens(torch.cat([opposite(100), torch.full((1, 2), broken)])) is None
 
 
 def test_a_dimension_that_dominates_is_named_with_what_is_explained_of_the_others():
@@ -110,7 +110,7 @@ def test_the_scorecard_has_ev_of_usual_tokens_only_where_long_ones_dominate():
     assert (scalars["usual_dropped"], scalars["usual_max_norm"]) == (12, 5)
     line = format_lines(scalars)["  of other tokens"]
     assert line == (
-        "0.0000; the longest 12 hold 47% of the variance (data.max_norm=5 leaves them out)"
+        "0.0000; the 12 of largest norm hold 47% of the variance (data.max_norm=5 leaves them out)"
     )
     (card,) = score_saes([sae], ROWS, Fixed(x[known.squeeze(1) == 0]), SITE, SITE)
     assert set(card.scalars()) == {

@@ -101,7 +101,7 @@ def test_a_few_long_activations_that_decide_the_variance_are_told():
     long = torch.cat([x, torch.tensor([[0.0, 20.0]])])
     # about the mean (0, 20/101): 400 (100/101)^2 = 392.1 of 392.1 + 100 + 100 (20/101)^2 = 496.0
     message = (
-        r"the longest 1 of 101 activations hold 79% of the variance.*; data\.max_norm=4 leaves"
+        r"the 1 largest of 101 activations hold 79% of the variance.*; data\.max_norm=4 leaves"
     )
     assert re.search(message, describe_outliers(SITE, long))
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from sae_lightning.errors import UserError
 from sae_lightning.llm.sites import Site
-from sae_lightning.scoring.dominance import find_long_tokens
+from sae_lightning.scoring.dominance import find_dominant_tokens
 from sae_lightning.terminal import console
 from sae_lightning.training.settings import Normalization
 
@@ -33,11 +33,11 @@ def estimate_normalization(x: Tensor, mode: Normalization) -> tuple[Tensor, Tens
 
 def describe_outliers(site: Site, x: Tensor) -> str | None:
     """A warning if a few activations of x [n, d] with large norm dominate the variance."""
-    outliers = find_long_tokens(x)
+    outliers = find_dominant_tokens(x)
     if outliers is None:
         return None
     return (
-        f"{site}: the longest {outliers.number:,} of {len(x):,} activations hold "
+        f"{site}: the {outliers.number:,} largest of {len(x):,} activations hold "
         f"{outliers.share:.0%} of the variance, so normalisation and explained variance mostly "
         f"describe these; data.max_norm={outliers.max_norm:g} leaves them out"
     )
