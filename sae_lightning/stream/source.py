@@ -177,7 +177,7 @@ class Needs(NamedTuple):
     resumed: bool = False
     """Whether the run goes on without a cache if the disk has no space for it."""
     own: Sequence[Site] | None = None
-    """The sites whose rows this rank needs, of several (None: all)."""
+    """With several ranks, the sites whose rows this one needs (None: all)."""
 
 
 class OpenedData(NamedTuple):
