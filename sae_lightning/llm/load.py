@@ -107,6 +107,9 @@ class LLMConfig:
             )
 
 
+_last_tokenizer: dict[str, Any] = {}  # of one LLM, by its settings and the times of its files
+
+
 class LLM(NamedTuple):
     """A frozen language model and its tokenizer."""
 
@@ -206,10 +209,17 @@ def find_hub_name(config: LLMConfig) -> str:
 
 
 def load_tokenizer(config: LLMConfig):
-    """The LLM's tokenizer (transformers), without loading the LLM."""
+    """The LLM's tokenizer (transformers), without loading the LLM; the same object again, while
+    the settings and a local folder's files are the same, as checks load it before the text."""
     folder = dequantise(config.name) if config.name in PACKAGED else _folder(config.name)
-    with mute_libraries():
-        return read_tokenizer(config, folder, read_config(config, folder))
+    times = folder and sorted((file.name, file.stat().st_mtime_ns) for file in folder.iterdir())
+    key = repr((config, times))
+    if key not in _last_tokenizer:
+        with mute_libraries():
+            tokenizer = read_tokenizer(config, folder, read_config(config, folder))
+        _last_tokenizer.clear()
+        _last_tokenizer[key] = tokenizer
+    return _last_tokenizer[key]
 
 
 def load_llm(config: LLMConfig, blocks: int | None = None, tokenizer: object = None) -> LLM:

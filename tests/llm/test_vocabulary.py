@@ -1,8 +1,10 @@
 """Every token is decoded as in text: with its leading space, or as bytes if it is no text."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -100,6 +102,18 @@ def tokenizer_of(bos, eos):
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=core, **{name: token for name, token in named.items() if token}
     )
+
+
+def test_a_tokenizer_is_read_once_until_its_settings_or_files_change(folder):
+    config = LLMConfig(name=folder(eos="<eos>"))
+    first = load_tokenizer(config)
+    assert load_tokenizer(replace(config)) is first
+    other = load_tokenizer(replace(config, separator="the"))
+    assert (first.eos_token, other.eos_token) == ("<eos>", "the")
+    again = load_tokenizer(config)
+    assert again is not first
+    os.utime(Path(config.name) / "tokenizer.json", ns=(0, 0))
+    assert load_tokenizer(config) is not again
 
 
 @pytest.mark.parametrize(
