@@ -24,7 +24,7 @@ from sae_lightning.training.settings import (
     Precision,
     Products,
     TrainerConfig,
-    checkpoint_path,
+    locate_checkpoint,
 )
 
 
@@ -176,7 +176,7 @@ def _count_checkpoint_bytes(job: Job, sites: SitePair, llm: LLMShape) -> int:
     if job.config.model.start:  # decoder rows in half precision, in the checkpoint
         needed += 2 * 2 * job.config.model.features * llm.width_at(sites.target)
     saes = [*job.folder.glob("sae/*"), *job.folder.glob("sae-*/*")]
-    written = [checkpoint_path(job.folder), *saes]
+    written = [locate_checkpoint(job.folder), *saes]
     return needed - sum(file.stat().st_size for file in written if file.is_file())
 
 
@@ -195,13 +195,13 @@ def check_disk_space(jobs: list[CheckedJob]) -> None:
 def _read_steps_done(job: Job, sites: SitePair, llm: LLMShape, checked_streams: set) -> int:
     """Updates in the checkpoint of a resumed run, after checking all its parts; 0 if the run was
     killed before its first checkpoint. `checked_streams`: files already checked for other heads."""
-    path = checkpoint_path(job.folder)
+    path = locate_checkpoint(job.folder)
     try:
         path.lstat()  # not exists(), which hides broken symbolic links and disk errors
     except FileNotFoundError:
         return 0
     saved = open_checkpoint(job.folder)
-    expected, settings = job.config.fixed_on_resume(), saved["settings"]
+    expected, settings = job.config.list_fixed_settings(), saved["settings"]
     differing = [k for k in expected | settings if expected.get(k) != settings.get(k)]
     if differing:
         name = min(differing, key=str)

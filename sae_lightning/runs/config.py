@@ -201,7 +201,7 @@ class Config:
         """All settings but the loggers', which say nothing about the SAE, by dotted name."""
         return {k: v for k, v in self.to_flat_dict().items() if not k.startswith("logger.")}
 
-    def fixed_on_resume(self) -> dict[str, Any]:
+    def list_fixed_settings(self) -> dict[str, Any]:
         """The settings that must be the same on resuming, by dotted name."""
         # older checkpoints lack loss.kl
         free = FREE_ON_RESUME if self.loss.kl else (*FREE_ON_RESUME, "loss.kl")

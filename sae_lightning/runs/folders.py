@@ -28,7 +28,7 @@ from sae_lightning.runs.jobs import (
     read_job,
 )
 from sae_lightning.terminal import console, phase
-from sae_lightning.training.settings import checkpoint_path, failure_path
+from sae_lightning.training.settings import locate_checkpoint, locate_failure
 
 METRICS_FILE = "metrics.json"
 DENSITY_FILE = "density.safetensors"  # the share of held-out tokens on which each feature fires
@@ -73,7 +73,7 @@ def begin_run(job: Job) -> None:
     """Write the settings of a run, and delete the record of an earlier failure."""
     with write_atomically(job.folder / CONFIG_FILE) as temporary:
         temporary.write_text(format_config(job), encoding="utf8")
-    failure_path(job.folder).unlink(missing_ok=True)
+    locate_failure(job.folder).unlink(missing_ok=True)
 
 
 def forget_empty_run(job: Job) -> bool:
@@ -91,7 +91,7 @@ def record_failure(job: Job, reason: str) -> None:
     exists = (job.folder / CONFIG_FILE).is_file()
     if exists and read_failure(job.folder) is None and read_metrics(job.folder) is None:
         with suppress(WriteError):
-            write_json(failure_path(job.folder), {"reason": reason, "diverged": False})
+            write_json(locate_failure(job.folder), {"reason": reason, "diverged": False})
 
 
 def record_refusal(job: Job, reason: str) -> None:
@@ -156,7 +156,7 @@ def _read_number(value: object) -> float:
 
 def _read_failure(folder: Path) -> dict | None:
     """UserError if the file does not hold a reason."""
-    path = failure_path(folder)
+    path = locate_failure(folder)
     content = read_json(path)
     if content is None:
         return None
@@ -192,7 +192,7 @@ def claim_folders(folders: list[Path]) -> Iterator[None]:
                     f"folder with {FOLDER_HINT}"
                 ) from None
             saes = [folder / "sae", *folder.glob("sae-*")]
-            subfolders = [*saes, checkpoint_path(folder).parent]
+            subfolders = [*saes, locate_checkpoint(folder).parent]
             for path in [*subfolders, *([folder] if folder.parent in folders else [])]:
                 refuse_link(path)
             for path in (folder, *subfolders):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_lightning.errors import UserError
-from sae_lightning.training.logger_settings import LoggerConfig, default_tracking_uri
+from sae_lightning.training.logger_settings import LoggerConfig, make_default_tracking_uri
 
 # Settings that say where curves are sent. A run folder that has them may come from a stranger.
 DESTINATIONS = (("wandb", "entity"), ("mlflow", "tracking_uri"))
@@ -65,7 +65,7 @@ def list_destinations(config: LoggerConfig) -> dict[str, Any]:
     }
     if not config.wandb.is_online:
         values.pop("logger.wandb.entity", None)
-    return {k: v for k, v in values.items() if v not in (None, default_tracking_uri())}
+    return {k: v for k, v in values.items() if v not in (None, make_default_tracking_uri())}
 
 
 def check_loggers(config: LoggerConfig) -> None:

@@ -104,8 +104,8 @@ def _resume_if_begun(job: Job) -> Job:
     if job.resumed or not job.multirun or not (job.folder / CONFIG_FILE).is_file():
         return job
     saved, config = read_job(job.folder, trusted=True).config, job.config  # no LLM is loaded
-    is_same = saved.fixed_on_resume() == config.fixed_on_resume() and saved.eval == config.eval
-    return replace(job, resumed=is_same)
+    same_settings = saved.list_fixed_settings() == config.list_fixed_settings()
+    return replace(job, resumed=same_settings and saved.eval == config.eval)
 
 
 def _read_outcome(job: Job) -> HeldOutResults:

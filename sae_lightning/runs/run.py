@@ -40,7 +40,7 @@ from sae_lightning.training.head import Head
 from sae_lightning.training.loggers import finish_loggers, open_loggers
 from sae_lightning.training.logging import HeadLog, LoggedRun, SilentLog
 from sae_lightning.training.module import SAEModule
-from sae_lightning.training.settings import Accelerator, checkpoint_path
+from sae_lightning.training.settings import Accelerator, locate_checkpoint
 
 
 class RunParts(NamedTuple):
@@ -111,7 +111,7 @@ def _fit(planned: PlannedPass, parts: RunParts) -> HeldOutResults:
         parts.trainer.fit(
             module,
             datamodule=parts.data,
-            ckpt_path=checkpoint_path(jobs[0].folder) if steps_done else None,
+            ckpt_path=locate_checkpoint(jobs[0].folder) if steps_done else None,
             weights_only=True,
         )
     finally:
@@ -219,6 +219,7 @@ def open_other_loggers(planned: PlannedPass, heads: Iterable[Head]) -> None:
 def make_head(job: Job, sites: SitePair, llm: LLMShape, ranks: Ranks = ALONE) -> Head:
     """The head that trains a job's SAE, split over `ranks`; its log is set later."""
     config = job.config
+    trained_tokens = config.trainer.steps * config.trainer.batch
     head = Head(
         build_sae(config.model, *map(llm.width_at, sites), ranks=ranks),
         name=job.label,
@@ -228,12 +229,12 @@ def make_head(job: Job, sites: SitePair, llm: LLMShape, ranks: Ranks = ALONE) ->
         loss=config.loss,
         optim=config.optim,
         callbacks=config.callbacks,
-        dead_window=config.callbacks.dead_window(config.trainer.steps * config.trainer.batch),
+        dead_window=config.callbacks.compute_dead_window(trained_tokens),
         seed=config.model.seed,
         products=config.trainer.products,
     )
     head.tuned_from = config.tuned_from
-    head.settings = config.fixed_on_resume()
+    head.settings = config.list_fixed_settings()
     head.metadata = config.data_source.make_saelens_metadata(sites) | {
         "sae_lightning": config.describe_settings()
     }

@@ -27,7 +27,7 @@ from sae_lightning.files import convert_write_errors, make_private_folder, write
 from sae_lightning.formats.pickles import read_checksum
 from sae_lightning.ranks import world
 from sae_lightning.training.head import Head
-from sae_lightning.training.settings import checkpoint_path, stream_path
+from sae_lightning.training.settings import locate_checkpoint, locate_stream
 
 
 class HeadCheckpoints(CheckpointIO):
@@ -46,14 +46,14 @@ class HeadCheckpoints(CheckpointIO):
         stream = _get_loader_states(checkpoint).pop()
         step = checkpoint["global_step"]
         training = {n: head for n, head in enumerate(self.heads) if head.failure is None}
-        paths = [stream_path(head.folder, step) for head in training.values() if head.writes]
+        paths = [locate_stream(head.folder, step) for head in training.values() if head.writes]
         crc = _write_stream(stream, paths) if paths else None
         with ExitStack() as files:
             for number, head in training.items():
                 part = _extract_head(checkpoint, number)
                 file = Path()
                 if head.writes:
-                    file = files.enter_context(write_atomically(checkpoint_path(head.folder)))
+                    file = files.enter_context(write_atomically(locate_checkpoint(head.folder)))
                 part = _convert_split_tensors(part, head, partial(_assemble, head, file.parent))
                 if head.writes:
                     _save(part | {"settings": head.settings, "stream": crc}, file)
@@ -68,7 +68,7 @@ class HeadCheckpoints(CheckpointIO):
         options = {"map_location": map_location or "cpu", "weights_only": weights_only}
         parts = [_load_part(head, options) for head in self.heads]
         whole = _join_heads(parts)
-        paths = [stream_path(head.folder, whole["global_step"]) for head in self.heads]
+        paths = [locate_stream(head.folder, whole["global_step"]) for head in self.heads]
         stream, *others = [torch.load(path, **options) for path in _list_distinct_files(paths)]
         for other in others:  # heads of other passes read other sites
             stream["pool"]["rows"] |= other["pool"]["rows"]
@@ -106,8 +106,8 @@ def _assemble(head: Head, folder: Path, x: Tensor, dim: int, name: str) -> Tenso
 def _load_part(head: Head, options: dict[str, Any]) -> dict[str, Any]:
     """Load a head's checkpoint: if the head is split, only this rank's features."""
     if head.sae.split.ranks.size == 1:
-        return torch.load(checkpoint_path(head.folder), **options)
-    part = torch.load(checkpoint_path(head.folder), mmap=True, **options)
+        return torch.load(locate_checkpoint(head.folder), **options)
+    part = torch.load(locate_checkpoint(head.folder), mmap=True, **options)
 
     def slice_own(x: Tensor, dim: int, _: str) -> Tensor:
         rows = head.sae.split.slice(x, dim).movedim(dim, 0).contiguous()

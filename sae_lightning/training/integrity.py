@@ -14,12 +14,12 @@ from sae_lightning.formats.pickles import load_tensors, read_checksum
 from sae_lightning.stream.states import ANY_COUNT, expect
 from sae_lightning.training.head import Head
 from sae_lightning.training.module import SAEModule
-from sae_lightning.training.settings import checkpoint_path, stream_path
+from sae_lightning.training.settings import locate_checkpoint, locate_stream
 
 
 def open_checkpoint(folder: Path) -> dict[str, Any]:
     """Open a run's checkpoint, mmapped; UserError if it is damaged."""
-    path = checkpoint_path(folder)
+    path = locate_checkpoint(folder)
     with _report_damage(path, f"{path} is truncated or not a checkpoint"):
         saved = load_tensors(path)
         expect(saved, {"global_step": int, "settings": dict}, "it")
@@ -39,7 +39,7 @@ def check_checkpoint(
     with FakeTensorMode():  # gives shapes and dtypes without allocating memory
         head = make_head()
         groups = SAEModule([head], batch=1, steps=steps).configure_optimizers().state_dict()
-    path, step = checkpoint_path(head.folder), saved["global_step"]
+    path, step = locate_checkpoint(head.folder), saved["global_step"]
     with _report_damage(path, f"{path} is truncated or not a checkpoint"):
         _expect_progress(saved, step, steps)
         _expect_weights(saved["state_dict"], head)
@@ -57,7 +57,7 @@ def check_checkpoint(
         adam_steps = step + extra.get("adam_steps", 0)
         _expect_adam(saved["optimizer_states"][0], groups["param_groups"], head, adam_steps)
     head.set_extra_state(extra)
-    stream = stream_path(head.folder, step)
+    stream = locate_stream(head.folder, step)
     if not stream.is_file():
         raise UserError(
             f"{stream}, which belongs to {path.name}, is gone; delete {path} to start the run "

@@ -95,11 +95,11 @@ class LoggerConfig:
             name = mlflow.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or DEFAULT_PROJECT
             uri = mlflow.tracking_uri
             if uri is None and not os.environ.get("MLFLOW_TRACKING_URI"):
-                uri = default_tracking_uri()
+                uri = make_default_tracking_uri()
             mlflow = replace(mlflow, experiment=name, tracking_uri=uri)
         return replace(self, wandb=wandb, mlflow=mlflow)
 
 
-def default_tracking_uri() -> str:
+def make_default_tracking_uri() -> str:
     """MLflow's own default: a database in the working folder, with its absolute path."""
     return f"sqlite:///{Path.cwd() / 'mlflow.db'}"

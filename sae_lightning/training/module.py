@@ -16,7 +16,7 @@ from sae_lightning.llm.spliced_kl import CleanRun
 from sae_lightning.stream.tuning_text import TuningText
 from sae_lightning.training.adam import Adam
 from sae_lightning.training.head import Head
-from sae_lightning.training.settings import ResampleConfig, checkpoint_path, failure_path
+from sae_lightning.training.settings import ResampleConfig, locate_checkpoint, locate_failure
 
 
 class SAEModule(L.LightningModule):
@@ -95,7 +95,7 @@ class SAEModule(L.LightningModule):
         """Freeze a head whose loss or gradient is not finite and write the reason to its folder;
         the others train on. UserError if it is the only one of the pass."""
         culprit, remedy = _find_culprit(head, self.last_batch)
-        saved, checkpoint = "nothing was saved yet", checkpoint_path(head.folder)
+        saved, checkpoint = "nothing was saved yet", locate_checkpoint(head.folder)
         if checkpoint.exists():
             saved = f"the last good checkpoint is {checkpoint}"
         head.failure = (
@@ -104,7 +104,7 @@ class SAEModule(L.LightningModule):
         )
         head.sae.zero_grad()  # from now on Adam skips its parameters, which have no gradient
         if head.writes:
-            write_json(failure_path(head.folder), {"reason": head.failure, "diverged": True})
+            write_json(locate_failure(head.folder), {"reason": head.failure, "diverged": True})
         if self.heads_in_pass == 1:
             raise UserError(head.failure)
 

@@ -3,13 +3,13 @@
 import math
 
 
-def warmup_factor(step: int, total: int, share: float) -> float:
+def compute_warmup(step: int, total: int, share: float) -> float:
     """Factor that rises linearly to 1 over the first `share` of the run, then stays 1."""
     length = share * total
     return 1.0 if step + 1 >= length else (step + 1) / length
 
 
-def decay_factor(step: int, total: int, share: float) -> float:
+def compute_decay(step: int, total: int, share: float) -> float:
     """Factor that stays 1, then falls linearly towards 0 over the last `share` of the run."""
     length = share * total
     remaining = total - step
@@ -33,7 +33,7 @@ def measure_l0_error(l0: float, target: float) -> float:
     return min(max(math.log(max(l0, 1e-9) / max(target, 1e-9)), -1.0), 1.0)
 
 
-def steering_factor(error: float, last_error: float, step: int, total: int) -> float:
+def compute_steering(error: float, last_error: float, step: int, total: int) -> float:
     """Factor by which a sparsity coefficient is multiplied after update `step` of `total`, given
     the L0 error at this update and at the last one.
 

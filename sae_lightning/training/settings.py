@@ -22,22 +22,22 @@ def _check_positive(name: str, value: float, remedy: str = "give a positive numb
         raise UserError(f"{name}={value}: {remedy}")
 
 
-def checkpoint_path(folder: Path) -> Path:
+def locate_checkpoint(folder: Path) -> Path:
     """Path of the checkpoint of the run in `folder`."""
     return folder / "checkpoints" / "last.ckpt"
 
 
-def stream_path(folder: Path, step: int) -> Path:
+def locate_stream(folder: Path, step: int) -> Path:
     """Path of the stream's state at update `step`."""
     return folder / "checkpoints" / f"stream-{step}.pt"
 
 
-def kept_sae_path(folder: Path, tokens: int) -> Path:
+def locate_kept_sae(folder: Path, tokens: int) -> Path:
     """Folder of the SAE that a run keeps after `tokens` training tokens."""
     return folder / f"sae-{tokens}"
 
 
-def failure_path(folder: Path) -> Path:
+def locate_failure(folder: Path) -> Path:
     """Path of the file that says why a run failed."""
     return folder / "failure.json"
 
@@ -263,6 +263,6 @@ class CallbacksConfig:
         if self.dead_after is not None:
             _check_positive("callbacks.dead_after", self.dead_after, "give tokens, or null")
 
-    def dead_window(self, run_tokens: int) -> int:
+    def compute_dead_window(self, run_tokens: int) -> int:
         """Tokens without firing after which a feature counts as dead."""
         return self.dead_after or min(10_000_000, max(1, run_tokens // 25))

@@ -19,7 +19,7 @@ from sae_lightning.sae.base import SMALLEST_NORM
 from sae_lightning.sae.initial import rescale_strengths
 from sae_lightning.stream.states import ANY_COUNT, expect
 from sae_lightning.training.head import Head
-from sae_lightning.training.settings import checkpoint_path
+from sae_lightning.training.settings import locate_checkpoint
 
 STAYED_COSINE = 0.9  # of a feature's decoder row with that at the start: above it, it has stayed
 # Settings in which a run must agree with the one it starts from for Adam's moments to fit.
@@ -114,7 +114,7 @@ def _find_factors(head: Head, start: SAE, W_dec: Tensor) -> Tensor:
 def _open_checkpoint(start: str) -> dict[str, Any] | None:
     """The checkpoint of the run whose last SAE is `start`, mmapped; None if there is none."""
     folder = Path(start)
-    path = checkpoint_path(folder.parent if folder.name == "sae" else folder)
+    path = locate_checkpoint(folder.parent if folder.name == "sae" else folder)
     if not path.is_file():
         return None
     try:

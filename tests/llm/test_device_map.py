@@ -170,7 +170,7 @@ def test_a_run_may_be_resumed_where_the_llm_is_spread_otherwise_but_not_quantise
     tmp_path,
 ):
     def fixed(**settings) -> dict:
-        return with_load(tiny_job("x", tmp_path, tmp_path), settings).config.fixed_on_resume()
+        return with_load(tiny_job("x", tmp_path, tmp_path), settings).config.list_fixed_settings()
 
     plain = fixed()
     assert fixed(device_map="auto", max_memory={"cpu": "1GB"}, offload_folder="x") == plain

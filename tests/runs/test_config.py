@@ -365,7 +365,7 @@ def test_a_run_folder_gives_back_its_config(tmp_path, overrides):
     )
     assert (again.overrides, again.folder) == (overrides, tmp_path)
     assert again.config.stream_key() == this.config.stream_key()
-    assert again.config.fixed_on_resume() == this.config.fixed_on_resume()
+    assert again.config.list_fixed_settings() == this.config.list_fixed_settings()
 
 
 def test_every_source_and_every_architecture_went_round():
@@ -391,10 +391,10 @@ def test_a_setting_that_was_typed_may_refer_to_another():
 def test_a_checkpoint_must_agree_on_everything_but_where_and_how_it_is_looked_at():
     config = make()
     free = make("llm.device=cpu", "llm.attn=eager", "trainer.accelerator=cpu", "eval.every=5000")
-    assert config.fixed_on_resume() == free.fixed_on_resume()
-    assert config.fixed_on_resume() == replace(config, resume="somewhere").fixed_on_resume()
+    assert config.list_fixed_settings() == free.list_fixed_settings()
+    assert config.list_fixed_settings() == replace(config, resume="somewhere").list_fixed_settings()
     for setting, value in (HEAD_HALF | STREAM_HALF).items():
-        same = changed(config, setting, value).fixed_on_resume() == config.fixed_on_resume()
+        same = changed(config, setting, value).list_fixed_settings() == config.list_fixed_settings()
         assert same == setting.startswith("eval.")
 
 
@@ -517,7 +517,7 @@ def test_a_run_that_does_not_say_its_kind_of_data_is_read(tmp_path, overrides):
     (tmp_path / CONFIG_FILE).write_text("\n".join(without))
     config = read_job(tmp_path).config
     assert config == make(*overrides)
-    assert "data.kind" not in config.fixed_on_resume(), "its checkpoint does not say it either"
+    assert "data.kind" not in config.list_fixed_settings(), "its checkpoint does not say it either"
 
 
 @pytest.mark.parametrize("kind", ["hub", "paper"])

@@ -12,7 +12,7 @@ from sae_lightning.files import write_json
 from sae_lightning.report.sweep_report import write_report
 from sae_lightning.runs import folders
 from sae_lightning.runs.jobs import CONFIG_FILE
-from sae_lightning.training.settings import failure_path
+from sae_lightning.training.settings import locate_failure
 
 SCORES = {"l0": 20.5, "explained_variance": 0.75}
 GOOD = {"tokens": 1024, "held_out": SCORES, "training": {"train/dead": 0.0}}
@@ -67,14 +67,14 @@ def test_metrics_of_another_shape_are_damage_of_one_run(sweep, content, capsys):
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"reason": 3}', '"it failed"'])
 def test_a_failure_of_another_shape_is_damage_of_one_run(sweep, content):
-    path = failure_path(sweep / "loss.l1=2")
+    path = locate_failure(sweep / "loss.l1=2")
     path.write_text(content)
     assert [row["status"] for row in report(sweep)] == ["finished", "damaged"]
     assert folders.read_failure(path.parent) is None
 
 
 def test_a_failure_of_version_0_1_0_is_read(sweep):
-    failure_path(sweep / "loss.l1=2").write_text('{"reason": "its loss became nan"}')
+    locate_failure(sweep / "loss.l1=2").write_text('{"reason": "its loss became nan"}')
     assert folders.read_failure(sweep / "loss.l1=2")["diverged"] is False
     assert [row["reason"] for row in report(sweep)] == ["", "its loss became nan"]
 

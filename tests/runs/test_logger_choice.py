@@ -150,5 +150,5 @@ def test_a_folder_does_not_decide_where_curves_are_sent(choose, saved, loggers, 
 def test_loggers_share_a_pass_and_are_free_on_resuming(choose):
     plain, logged = choose().config, choose("logger=csv").config
     assert plain.stream_key() == logged.stream_key()
-    assert plain.fixed_on_resume() == logged.fixed_on_resume()
+    assert plain.list_fixed_settings() == logged.list_fixed_settings()
     assert plain.describe_settings() == logged.describe_settings()

@@ -286,7 +286,7 @@ def test_a_run_that_is_trained_longer_takes_over_adam_and_the_normalisation(job,
     start_from(longer, first.folder, features=64)
     saved = read_checkpoint(first.folder)
     head = make_head(longer.config.model, str(first.folder))
-    head.settings = longer.config.fixed_on_resume()
+    head.settings = longer.config.list_fixed_settings()
     line, optimizer = begin(head)
     assert line == (
         f"starting from {first.folder}: 48 features, and 16 new ones, with the normalisation and "
@@ -326,7 +326,7 @@ def test_adam_starts_anew_where_its_moments_would_be_in_other_units(job, tmp_pat
     start_from(other, first.folder)
     other.config.callbacks.normalize.mode = Normalization.scale
     head = make_head(other.config.model, str(first.folder))
-    head.settings = other.config.fixed_on_resume()
+    head.settings = other.config.list_fixed_settings()
     line, optimizer = begin(head)
     assert line.endswith(
         "; Adam starts anew, because callbacks.normalize.mode is not that of its checkpoint"
@@ -338,7 +338,7 @@ def test_adam_starts_anew_where_its_moments_would_be_in_other_units(job, tmp_pat
     other.config.callbacks.normalize.mode = first.config.callbacks.normalize.mode
     other.config.data = replace(other.config.data, concepts=40)
     head = make_head(other.config.model, str(first.folder))
-    head.settings = other.config.fixed_on_resume()
+    head.settings = other.config.list_fixed_settings()
     line, optimizer = begin(head)
     assert line.endswith("; Adam starts anew, because data.concepts is not that of its checkpoint")
     assert not optimizer.state
@@ -350,7 +350,7 @@ def test_an_sae_that_starts_from_a_control_is_none_and_starts_adam_anew(job, tmp
     control.config.model.control = Control.frozen_encoder
     passes.train_jobs([control])
     head = make_head(other.config.model, str(control.folder))
-    head.settings = other.config.fixed_on_resume()
+    head.settings = other.config.list_fixed_settings()
     line, optimizer = begin(head)
     assert line.endswith(
         ": 48 features of a control (frozen_encoder), which trains on as an SAE; Adam starts anew, "

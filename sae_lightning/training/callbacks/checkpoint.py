@@ -8,7 +8,7 @@ from sae_lightning.formats.export import save_sae
 from sae_lightning.training.checkpoints import assemble_whole
 from sae_lightning.training.head import Head
 from sae_lightning.training.schedules import is_due
-from sae_lightning.training.settings import kept_sae_path
+from sae_lightning.training.settings import locate_kept_sae
 
 
 def export_head(head: Head, folder: Path | None = None) -> None:
@@ -31,7 +31,7 @@ class Checkpoint(L.Callback):
         step = trainer.global_step
         if self.keep_every and is_due(step, module.batch, self.keep_every):
             for head in module.training_heads:
-                export_head(head, kept_sae_path(head.folder, module.tokens_seen))
+                export_head(head, locate_kept_sae(head.folder, module.tokens_seen))
         if module.stopped_by:
             trainer.should_stop = True
         if module.stopped_by or step == module.steps or is_due(step, module.batch, self.every):

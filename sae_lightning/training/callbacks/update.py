@@ -8,10 +8,10 @@ from torch.profiler import record_function
 
 from sae_lightning.training.head import Head
 from sae_lightning.training.schedules import (
-    decay_factor,
+    compute_decay,
+    compute_steering,
+    compute_warmup,
     measure_l0_error,
-    steering_factor,
-    warmup_factor,
 )
 
 
@@ -23,14 +23,14 @@ class Schedule(L.Callback):
         step, steps = trainer.global_step, module.steps
         for group in trainer.optimizers[0].param_groups:
             head = module.heads[group["head"]]
-            optim, factor = head.optim, warmup_factor(step, steps, head.optim.warmup)
+            optim, factor = head.optim, compute_warmup(step, steps, head.optim.warmup)
             if head.tuned_from is not None and step >= head.tuned_from:
                 factor *= head.loss.kl_lr
-            group["lr"] = group["peak_lr"] * factor * decay_factor(step, steps, optim.decay)
+            group["lr"] = group["peak_lr"] * factor * compute_decay(step, steps, optim.decay)
         for head in module.heads:
             head.progress.fill_(step / steps)
             if head.loss.sparsity:
-                head.penalty_factor.fill_(warmup_factor(step, steps, head.loss.warmup))
+                head.penalty_factor.fill_(compute_warmup(step, steps, head.loss.warmup))
 
 
 class DecoderNorm(L.Callback):
@@ -116,7 +116,7 @@ class TargetL0(L.Callback):
                 continue
             error = measure_l0_error(l0, target)
             last_error = error if last_error > 1 else last_error  # above 1: there is none yet
-            factor = steering_factor(error, last_error, trainer.global_step, module.steps)
+            factor = compute_steering(error, last_error, trainer.global_step, module.steps)
             head.steering.mul_(factor)
             head.l0_error.fill_(error)
 
