@@ -6,11 +6,11 @@ from typing import NamedTuple
 import numpy as np
 
 from sae_lightning.report.means import TRAINED, MeansTable
-from sae_lightning.report.noise import tell_apart
+from sae_lightning.report.noise import differ_significantly
 
 SAME_L0 = 0.1  # see `has_same_l0`
 MAX_SENTENCES = 4  # trained SAEs with a sentence each; more are counted
-BETTER, WORSE, TIED, UNKNOWN = "better", "worse", "not told apart", "too few seeds: noise unknown"
+BETTER, WORSE, TIED, UNKNOWN = "better", "worse", "not significant", "too few seeds: noise unknown"
 OTHER_L0 = "L0 differs"
 # Metric -> what an SAE with the value {} does.
 CLAIMS = {
@@ -79,7 +79,7 @@ def _judge(means: MeansTable, row: int, control: int, name: str) -> str:
     values = means.estimate(name)
     if np.isnan(values.spread[[row, control]]).all():
         return UNKNOWN
-    if not tell_apart(values.pick([row]), values.pick([control])).item():
+    if not differ_significantly(values.pick([row]), values.pick([control])).item():
         return TIED
     better = values.mean[row] > values.mean[control]
     return BETTER if better == (means.columns[name].better > 0) else WORSE
@@ -111,7 +111,7 @@ def _write_sentence(means: MeansTable, c: Comparison) -> str:
     end = {
         BETTER: f"{LEARNED.get(control, 'what the control does not learn')} is worth {amount}",
         WORSE: f"the control is better by {amount}",
-        TIED: f"the SAE is not told apart from its control (they differ by {amount})",
+        TIED: f"they differ by {amount}, which is not significant",
         UNKNOWN: f"they differ by {amount}; with so few seeds, the noise is unknown",
         OTHER_L0: f"they differ by {amount}, but only SAEs of the same L0 can be compared",
     }[c.verdict]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from sae_lightning.report.noise import Estimates, tell_apart
+from sae_lightning.report.noise import Estimates, differ_significantly
 from sae_lightning.terminal import make_visible
 
 if TYPE_CHECKING:
@@ -71,8 +71,10 @@ def find_pareto_front(l0: Estimates, quality: Estimates) -> np.ndarray:
     """
     finite = np.isfinite(l0.mean) & np.isfinite(quality.mean)
     l0, quality = l0.pick(finite), quality.pick(finite)
-    sparser = tell_apart(l0.as_column(), l0) & (l0.mean[:, None] < l0.mean)
-    higher = tell_apart(quality.as_column(), quality) & (quality.mean[:, None] > quality.mean)
+    sparser = differ_significantly(l0.as_column(), l0)
+    sparser &= l0.mean[:, None] < l0.mean
+    higher = differ_significantly(quality.as_column(), quality)
+    higher &= quality.mean[:, None] > quality.mean
     better = sparser | higher  # [i, j]: i is better than j in one
     front = np.zeros_like(finite)
     front[finite] = ~(better & ~better.T).any(axis=0)

@@ -7,7 +7,7 @@ import numpy as np
 
 from sae_lightning.report.experiments import identify_experiment
 from sae_lightning.report.figures import find_pareto_front
-from sae_lightning.report.noise import Estimates, tell_apart
+from sae_lightning.report.noise import Estimates, differ_significantly
 from sae_lightning.report.sweep_table import (
     METRIC_COLUMNS,
     SweepRun,
@@ -93,7 +93,7 @@ class MeansTable:
         if not better or np.isnan(values.mean).all():
             return np.zeros(len(self.members), bool)
         leader = values.pick([np.nanargmax(values.mean * better)])
-        return ~tell_apart(values, leader) & ~np.isnan(values.mean)
+        return ~differ_significantly(values, leader) & ~np.isnan(values.mean)
 
     def find_front(self, quality: str) -> np.ndarray:
         """Mark the rows on the Pareto front of L0 and a metric: trained SAEs among themselves, and
@@ -106,7 +106,7 @@ class MeansTable:
         return front
 
     def mark(self, row: int, name: str) -> str:
-        """`*` for the best of a column, `≈` for several that are not told apart, else empty."""
+        """`*` for the best of a column, `≈` if several do not differ significantly, else empty."""
         count = self.best[name].sum()
         if not self.best.at[row, name]:
             return ""

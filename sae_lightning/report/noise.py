@@ -1,8 +1,8 @@
 """Which means over seeds differ by more than their noise.
 
-Two means are told apart if they differ by more than either spread, and by more than Welch's t-test
-allows at the 5 % level (equal SAEs are then told apart in one of twenty comparisons). A single run
-borrows the other side's spread. Of two single runs the noise is unknown: any difference counts.
+Two means differ significantly if they differ by more than either spread, and by more than Welch's
+t-test allows at the 5 % level (as equal SAEs do in one of twenty comparisons). A single run borrows
+the other side's spread. Of two single runs the noise is unknown: any difference counts.
 """
 
 from typing import NamedTuple
@@ -41,7 +41,7 @@ class Estimates(NamedTuple):
         return Estimates(*(values[index] for values in self))
 
 
-def tell_apart(a: Estimates, b: Estimates) -> np.ndarray:
+def differ_significantly(a: Estimates, b: Estimates) -> np.ndarray:
     """Whether means differ by more than their noise, bool, elementwise; False where one is NaN."""
     spread_a = np.where(np.isnan(a.spread), b.spread, a.spread)
     spread_b = np.where(np.isnan(b.spread), a.spread, b.spread)

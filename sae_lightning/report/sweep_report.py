@@ -73,7 +73,7 @@ def _print_table(folder: Path, means: MeansTable) -> None:
     grid.width = Measurement.get(console, unbounded, grid).maximum
     console.print(grid)
     if means.front.any():
-        tied = "   ≈ best, but not told apart from others" * means.is_repeated
+        tied = "   ≈ not significantly different from the best" * means.is_repeated
         console.print(f"  * best of its column{tied}   ● on the Pareto front of L0 and EV")
     frame = table.frame
     for name, status, reason in zip(table.names, frame.status, frame.reason, strict=True):

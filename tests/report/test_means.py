@@ -1,4 +1,4 @@
-"""Means and spreads over seeds, and which of them are told apart, on numbers worked by hand."""
+"""Means and spreads over seeds, and which differ significantly, on numbers worked by hand."""
 
 import csv
 import math
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sae_lightning.report.means import MeansTable
-from sae_lightning.report.noise import CRITICAL_T, Estimates, tell_apart
+from sae_lightning.report.noise import CRITICAL_T, Estimates, differ_significantly
 from sae_lightning.report.sweep_report import CSV, MEANS_CSV, PAGE, write_report
 from sae_lightning.report.sweep_table import SweepRun, SweepTable
 
@@ -69,19 +69,19 @@ def estimate(mean: float, spread: float, seeds: int) -> Estimates:
 )
 def test_means_are_told_apart_beyond_what_welchs_test_allows(other, apart):
     one = estimate(0, 3, 3)
-    assert tell_apart(one, other) == tell_apart(other, one) == [apart]
+    assert differ_significantly(one, other) == differ_significantly(other, one) == [apart]
 
 
 def test_with_many_seeds_a_difference_must_still_exceed_the_spread():
     # 31 degrees of freedom or more: 2.042 sqrt(2 * 3^2/100) = 0.87, less than the spread of 3
     one = estimate(0, 3, 100)
-    assert not tell_apart(one, estimate(2.9, 3, 100))
-    assert tell_apart(one, estimate(3.1, 3, 100))
+    assert not differ_significantly(one, estimate(2.9, 3, 100))
+    assert differ_significantly(one, estimate(3.1, 3, 100))
 
 
 def test_two_single_runs_are_compared_as_they_are():
-    assert tell_apart(estimate(1, NAN, 1), estimate(1 + 1e-9, NAN, 1))
-    assert not tell_apart(estimate(1, NAN, 1), estimate(1, NAN, 1))
+    assert differ_significantly(estimate(1, NAN, 1), estimate(1 + 1e-9, NAN, 1))
+    assert not differ_significantly(estimate(1, NAN, 1), estimate(1, NAN, 1))
 
 
 def test_the_critical_values_are_students():
