@@ -21,8 +21,8 @@ TEMPLATES = Path(__file__).parent / "templates"
 NUMBER = re.compile(r"^[^\w.]*?([-−+]?(?:\d[\d,]*)?\.?\d+(?:e[-+]?\d+)?)", re.IGNORECASE)
 
 MAX_ONE_LINE = 40  # characters; a longer cell of a table may wrap
-# Largest unpacked size of blocks that stay in the page; compressed, as base64, they take half.
-MAX_EMBEDDED_BYTES = 1 << 27
+# Largest unpacked size of blocks that stay in the page; compressed, as base64, they take a third.
+MAX_EMBEDDED_BYTES = 1 << 26
 
 
 def render_template(template: str, *, figures: bool, **values: object) -> str:

@@ -1,11 +1,14 @@
 """Packs catalogues compactly for the page's script (templates/blocks.js).
 
-block "texts"      the tokens of all sequences
-block "feature"    what the list needs for all units: frequency, strength, searchable tokens
-block "feature-0"  details of units   0 ... 127: examples, histogram, relations
-block "feature-1"  details of units 128 ... 255
+block "texts"            the tokens of all sequences
+block "feature"          what all units are sorted by: frequency, strength, scores
+block "feature-words-0"  tokens that the list shows and searches, of units   0 ... 127
+block "feature-words-1"  of units 128 ... 255
+block "feature-0"        details of units   0 ... 127: examples, histogram, relations
+block "feature-1"        of units 128 ... 255
 
-"feature" is loaded when the page opens, a block of details when one of its units is opened.
+"feature" is loaded when the page opens, words when one of their units is listed (for a search, those
+of all units), details when one of their units is opened.
 A block holds its fields one after another, deflated, as base64. The bytes of a field are grouped by
 significance (the lowest byte of every number, then the next ...), which compresses best.
 Tokens are renumbered from 1 by frequency: the high bytes of common ones are 0, which compress to
@@ -33,7 +36,7 @@ from sae_lightning.report.catalogue import (
 )
 from sae_lightning.report.section import show_token
 
-UNITS_PER_BLOCK = 128  # in a block of details; about 200 kB unpacked
+UNITS_PER_BLOCK = 128  # in a block of words or details; about 150 kB of details unpacked
 COUNTED_AT_ONCE = 8192  # units whose tokens are counted at a time: bounds memory
 LEVELS = 255  # a strength is stored in 255ths of its unit's maximum
 HUNDREDTHS = 100  # a similarity is stored in hundredths
@@ -61,15 +64,14 @@ class Blocks(Mapping[str, str]):
         self.size = catalogues[0].texts.size * page_ids.itemsize  # bytes, unpacked
         for catalogue in catalogues:
             first = slice_units(catalogue, slice(1))
-            fields = [
-                *_make_list_fields(first, page_ids).values(),
-                *_make_detail_fields(first, page_ids).values(),
-            ]
-            self.size += catalogue.num_units * sum(values[0].nbytes for values in fields)
+            for make_fields in (_make_list_fields, _make_word_fields, _make_detail_fields):
+                fields = make_fields(first, page_ids).values()
+                self.size += catalogue.num_units * sum(values[0].nbytes for values in fields)
             for start in range(0, catalogue.num_units, UNITS_PER_BLOCK):
                 part = slice_units(catalogue, slice(start, start + UNITS_PER_BLOCK))  # a view
-                name = f"{catalogue.kind}-{start // UNITS_PER_BLOCK}"
-                self.parts[name] = part, _make_detail_fields
+                number = start // UNITS_PER_BLOCK
+                self.parts[f"{catalogue.kind}-words-{number}"] = part, _make_word_fields
+                self.parts[f"{catalogue.kind}-{number}"] = part, _make_detail_fields
 
     def __getitem__(self, name: str) -> str:
         catalogue, fields = self.parts[name]
@@ -95,6 +97,7 @@ def pack_catalogues(catalogues: Sequence[Catalogue]) -> PageData:
                 "tokens": catalogue.statistics.tokens,
                 "strongest": catalogue.top.strength.shape[1],
                 "listed": _describe_layout(_make_list_fields(first, page_ids)),
+                "words": _describe_layout(_make_word_fields(first, page_ids)),
                 "detailed": _describe_layout(_make_detail_fields(first, page_ids)),
             }
         )
@@ -130,26 +133,36 @@ def _make_text_fields(catalogue: Catalogue, page_ids: np.ndarray) -> Fields:
 
 
 def _make_list_fields(catalogue: Catalogue, page_ids: np.ndarray) -> Fields:
-    """Fields that the list of units shows, sorts by and searches."""
-    statistics, top = catalogue.statistics, catalogue.top
+    """Fields that the list of units is sorted and filtered by."""
+    statistics = catalogue.statistics
     fields = {
         "fired": _to_array(statistics.fired, "u4"),
         "mean": _to_array(statistics.mean, "f4"),
         "maximum": _to_array(statistics.maximum, "f4"),
-        "peaks": page_ids.take(top.tokens[:, :, BEFORE]),
-        "preview": page_ids.take(top.tokens[:, 0, PREVIEW]),
     }
     if catalogue.token_sets is not None:
         fields["score"] = _to_array(catalogue.token_sets.score, "f4")
-        fields["token_set"] = page_ids.take(catalogue.token_sets.tokens)
-        fields["previous"] = _to_array(catalogue.token_sets.previous, "u1")
     if catalogue.telling is not None:
         fields["telling"] = _to_array(catalogue.telling, "f4")
         fields["copy_of"] = _to_array(catalogue.copy_of, "u4")
     if catalogue.effect is not None:
+        fields["sharpness"] = _to_array(catalogue.effect.sharpness, "f4")
+    return fields
+
+
+def _make_word_fields(catalogue: Catalogue, page_ids: np.ndarray) -> Fields:
+    """Fields of tokens that the list shows and searches."""
+    top = catalogue.top
+    fields = {
+        "peaks": page_ids.take(top.tokens[:, :, BEFORE]),
+        "preview": page_ids.take(top.tokens[:, 0, PREVIEW]),
+    }
+    if catalogue.token_sets is not None:
+        fields["token_set"] = page_ids.take(catalogue.token_sets.tokens)
+        fields["previous"] = _to_array(catalogue.token_sets.previous, "u1")
+    if catalogue.effect is not None:
         fields["promoted"] = page_ids.take(catalogue.effect.promoted)
         fields["suppressed"] = page_ids.take(catalogue.effect.suppressed)
-        fields["sharpness"] = _to_array(catalogue.effect.sharpness, "f4")
     return fields
 
 

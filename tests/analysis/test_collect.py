@@ -1,7 +1,5 @@
 """One pass hands every reducer what the LLM and the SAE make of each token, once."""
 
-from dataclasses import fields
-
 import pytest
 import torch
 from subjects import make_subject, place

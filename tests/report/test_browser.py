@@ -17,7 +17,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="needs chromium"),
 ]
-UNITS, ORIGINAL, COPIES = 60, 4, [5, 6, 7]
+UNITS, ORIGINAL, COPIES = 300, 4, [5, 6, 7]
 WORDS = [" the", " cat", "\n", *(f" word{i}" for i in range(400))]
 DRIVER = """
 <script>
@@ -39,6 +39,7 @@ DRIVER = """
     document.querySelector(".examples li").click();
   }
   seen.byId = await type("7");
+  seen.byWord = await type('"word197"');
   seen.none = await type("nowhere");
   await type("");
   document.querySelector(".row .alike").click();
@@ -82,6 +83,11 @@ def test_a_copy_is_found_by_its_link_and_its_id_and_says_what_it_is_like(seen):
     assert seen["copies"] == ["5", "6", "7"]
     assert seen["byId"][0] == "7"
     assert seen["none"] == []
+
+
+def test_a_search_finds_units_of_all_blocks(seen):
+    assert "200" in seen["byWord"]  # WORDS[200] is its token set; it is in the second block
+    assert len(seen["byWord"]) < UNITS / 10
 
 
 def test_copies_are_one_entry_which_can_be_opened(seen):

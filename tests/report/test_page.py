@@ -157,12 +157,14 @@ def test_every_number_of_a_unit_can_be_read_back():
     units = UNITS_PER_BLOCK + 2
     given = catalogue(units)
     index, blocks = pack_catalogues([given])
-    assert {*blocks} == {"texts", "feature", "feature-0", "feature-1"}
+    parts = {f"feature-{name}" for name in ("0", "1", "words-0", "words-1")}
+    assert {*blocks} == {"texts", "feature", *parts}
     (kind,) = index["kinds"]
     listed = unpacked(blocks["feature"], kind["listed"], units)
     assert listed["fired"][:, 0].tolist() == given.statistics.fired.tolist()
     assert np.array_equal(listed["score"][:, 0], given.token_sets.score.numpy(), equal_nan=True)
-    assert listed["previous"][:, 0].tolist() == given.token_sets.previous.tolist()
+    words = unpacked(blocks["feature-words-1"], kind["words"], 2)
+    assert words["previous"][:, 0].tolist() == given.token_sets.previous.tolist()[-2:]
     last = unpacked(blocks["feature-1"], kind["detailed"], 2)
     assert np.array_equal(last["histogram"], given.statistics.histogram[UNITS_PER_BLOCK:].numpy())
     assert last["neighbours"].tolist() == [[1, -1]] * 2
@@ -182,7 +184,7 @@ def test_tokens_are_numbered_by_how_common_they_are_and_read_back():
     read = [words[number] for number in texts[details["sequence"][..., None], position].flatten()]
     ids = torch.cat((given.top.tokens, given.random.tokens), 1)[..., 3:].flatten().tolist()
     assert read == [WORDS[i].replace("\n", "↵") for i in ids]
-    listed = unpacked(blocks["feature"], kind["listed"], 4)
+    listed = unpacked(blocks["feature-words-0"], kind["words"], 4)
     peaks = [WORDS[i].replace("\n", "↵") for i in given.top.tokens[:, :, BEFORE].flatten()]
     assert [words[number] for number in listed["peaks"].flatten()] == peaks
 
@@ -248,8 +250,8 @@ def test_tokens_can_hold_anything(full):
     index = json.loads(full.scripts["index"])
     shown = {word.replace("\n", "↵") for word in WORDS}
     assert set(index["words"]) <= shown | {""}
-    # plotly, a figure, the index, the texts, two blocks of each kind, the page's own two
-    assert full.tags().count("script") == 1 + 1 + 1 + 1 + 2 + 2 + 2
+    # plotly, a figure, the index, the texts, three blocks of each kind, the page's own two
+    assert full.tags().count("script") == 1 + 1 + 1 + 1 + 3 + 3 + 2
     for text in ("</script><script>alert(1)</script>", "<!--<script>", "</td><script>", "&amp;"):
         assert text in full.text
     script = "".join(file.read_text("utf8") for file in TEMPLATES.glob("*.js"))
@@ -296,6 +298,7 @@ def test_every_block_that_the_index_names_is_there(full):
     assert [kind["kind"] for kind in index["kinds"]] == ["feature", "neuron"]
     for kind in index["kinds"]:
         unpacked(full.scripts[f"block-{kind['kind']}"], kind["listed"], kind["units"])
+        unpacked(full.scripts[f"block-{kind['kind']}-words-0"], kind["words"], kind["units"])
         unpacked(full.scripts[f"block-{kind['kind']}-0"], kind["detailed"], kind["units"])
 
 
@@ -398,7 +401,7 @@ def test_a_page_that_is_written_again_leaves_no_old_blocks(large, monkeypatch):
     (folder / "index-notes").mkdir()
     large(UNITS_PER_BLOCK)
     (beside,) = folder.glob("index-????????????")
-    assert len(list(beside.iterdir())) == 5  # two of each kind, and their texts
+    assert len(list(beside.iterdir())) == 7  # three of each kind, and their texts
     large(UNITS_PER_BLOCK)  # the same again
     assert {file.name for file in folder.iterdir()} == {"index.html", "index-notes", beside.name}
     monkeypatch.setattr("sae_lightning.report.page.MAX_EMBEDDED_BYTES", 10**9)

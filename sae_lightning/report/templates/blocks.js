@@ -1,4 +1,4 @@
-// Unpacks the data blocks that page_data.py packs; details only when one of their units is opened.
+// Unpacks the data blocks that page_data.py packs, each when it is first needed.
 const blocks = (() => {
 const index = JSON.parse(document.getElementById("index").textContent);
 const unpacked = new Map(), waiting = new Map();
@@ -51,13 +51,28 @@ function unpackOnce(name, layout, units) {
   return unpacked.get(name);
 }
 
-const listedOf = kind => unpackOnce(kind.kind, kind.listed, kind.units);
+const blockOf = unit => Math.floor(unit / index.chunk);
+const part = (kind, name, layout, block) =>
+  unpackOnce(`${name}-${block}`, layout, Math.min(index.chunk, kind.units - block * index.chunk));
+
+// What all units are sorted by, and the words of `units`.
+async function listedOf(kind, units = []) {
+  const listed = await unpackOnce(kind.kind, kind.listed, kind.units);
+  if (!listed.words) {
+    const words = listed.words = []; // by block
+    for (const [field] of kind.words) {
+      listed[field] = { of: unit => words[blockOf(unit)][field].of(unit % index.chunk) };
+    }
+  }
+  await Promise.all([...new Set([...units].map(blockOf))].map(async block => {
+    listed.words[block] = await part(kind, `${kind.kind}-words`, kind.words, block);
+  }));
+  return listed;
+}
 
 async function detailsOf(kind, unit) {
-  const block = Math.floor(unit / index.chunk), first = block * index.chunk;
-  const units = Math.min(index.chunk, kind.units - first);
-  const fields = await unpackOnce(`${kind.kind}-${block}`, kind.detailed, units);
-  return Object.fromEntries(Object.entries(fields).map(([name, field]) => [name, field.of(unit - first)]));
+  const fields = await part(kind, kind.kind, kind.detailed, blockOf(unit)), row = unit % index.chunk;
+  return Object.fromEntries(Object.entries(fields).map(([name, field]) => [name, field.of(row)]));
 }
 
 const texts = () => unpackOnce("texts", index.texts, index.sequences);

@@ -21,12 +21,13 @@ const unfolded = new Set(); // units whose copies are listed too
 
 // ---- the list ----
 
+const isId = typed => /^#\d+$/.test(typed);
+
 // Returns a function: unit -> [matching tokens it fires on, matching tokens it promotes]; null while
 // nothing is typed. A search in quotes must match the whole token.
-function matcher(listed) {
-  const typed = search.value.trimEnd().toLowerCase();
+function matcher(listed, typed) {
   if (!typed) return null;
-  if (/^#\d+$/.test(typed)) return () => [[], []];
+  if (isId(typed)) return () => [[], []];
   const whole = /^"(.+)"$/.exec(typed)?.[1];
   const hit = words.map(word => whole ? word.trim().toLowerCase() === whole.trim()
                                       : word.toLowerCase().includes(typed));
@@ -35,10 +36,11 @@ function matcher(listed) {
 }
 
 async function refill() {
-  const request = ++requests, listed = await listedOf(kind);
+  const request = ++requests, typed = search.value.trimEnd().toLowerCase();
+  const listed = await listedOf(kind, typed && !isId(typed) ? Array(kind.units).keys() : []);
   if (request !== requests) return; // a newer one has started
   const [meaning, value] = ORDERS[key.value], values = value(listed);
-  matches = matcher(listed);
+  matches = matcher(listed, typed);
   const fired = listed.fired.values, sign = down ? -1 : 1;
   const id = Number(/^#?(\d+)$/.exec(search.value.trim())?.[1] ?? NaN);
   const place = new Uint8Array(kind.units); // 0: not listed, 1: has the typed id, 2: fires on a match, 3: promotes a match
@@ -69,13 +71,15 @@ async function refill() {
   find(".meaning").textContent = meaning;
   rows.style.height = `${order.length * ROW}px`;
   list.scrollTop = 0;
-  draw(listed);
+  draw();
 }
 
-function draw(listed) {
-  const first = Math.max(0, Math.floor(list.scrollTop / ROW) - 6);
-  const last = first + Math.ceil(list.clientHeight / ROW) + 12;
-  rows.replaceChildren(...order.slice(first, last).map((unit, i) => row(listed, unit, first + i)));
+async function draw() {
+  const all = order, top = list.scrollTop, first = Math.max(0, Math.floor(top / ROW) - 6);
+  const shown = all.slice(first, first + Math.ceil(list.clientHeight / ROW) + 12);
+  const listed = await listedOf(kind, shown);
+  if (all !== order || top !== list.scrollTop) return; // a later call draws
+  rows.replaceChildren(...shown.map((unit, i) => row(listed, unit, first + i)));
 }
 
 function row(listed, id, place) {
@@ -111,10 +115,6 @@ function row(listed, id, place) {
   return element;
 }
 
-async function redraw() {
-  draw(await listedOf(kind));
-}
-
 // Scroll the list to the row of the open unit.
 async function reveal() {
   const place = order.indexOf(unit);
@@ -122,7 +122,7 @@ async function reveal() {
     const top = place * ROW, room = list.clientHeight - ROW;
     list.scrollTop = Math.min(Math.max(list.scrollTop, top - room), top);
   }
-  await redraw();
+  await draw();
 }
 
 // Show or hide a unit's copies in the list.
@@ -158,7 +158,7 @@ function walk(step) {
 }
 
 async function choose(name) {
-  kind = kinds.get(name);
+  [kind, order] = [kinds.get(name), []];
   const listed = await listedOf(kind);
   const names = Object.keys(ORDERS).filter(name => ORDERS[name][1](listed));
   key.replaceChildren(...names.map(name => make("option", {}, name)));
@@ -191,7 +191,7 @@ async function followAddress() {
     if (!order.includes(Number(id)) && order.includes(original)) { unfolded.add(original); await refill(); }
   }
   else if (order.length) open(unit ?? order[0]);
-  if (hasUnit || isWide()) reveal(); else redraw();
+  if (hasUnit || isWide()) reveal(); else draw();
 }
 
 async function update() {
@@ -203,8 +203,8 @@ search.addEventListener("input", update);
 live.addEventListener("change", update);
 key.addEventListener("change", () => { sortKey = key.value; down = sortKey !== "id"; update(); });
 find(".direction").addEventListener("click", () => { down = !down; update(); });
-list.addEventListener("scroll", redraw, { passive: true });
-addEventListener("resize", redraw);
+list.addEventListener("scroll", draw, { passive: true });
+addEventListener("resize", draw);
 addEventListener("hashchange", followAddress);
 addEventListener("keydown", event => {
   const typing = event.target === search;

@@ -34,12 +34,15 @@ function mergeCopies(listed, features) {
 }
 
 async function list() {
-  const listed = await listedOf(kind), features = chosen === null ? annotated.strongest : featuresOn(chosen);
+  const token = chosen, features = token === null ? annotated.strongest : featuresOn(token);
+  const merged = mergeCopies(await listedOf(kind), features).slice(0, MAX_FEATURES);
+  const listed = await listedOf(kind, merged.map(([feature]) => feature));
+  if (token !== chosen) return; // a later call lists
   const what = chosen === null ? "Strongest in the text"
     : make("span", {}, `${features.length} features on `, make("bdi", { className: "chip" }, annotated.shown[chosen]));
   const all = make("button", { onclick: () => choose(null) }, "whole text");
   heading.replaceChildren(what, chosen === null ? make("small", { className: "number" }, "strength · share of maximum") : all);
-  results.replaceChildren(...mergeCopies(listed, features).slice(0, MAX_FEATURES).map(([feature, strength, copies]) => {
+  results.replaceChildren(...merged.map(([feature, strength, copies]) => {
     const words = chips(wordsOf(listed, feature));
     if (copies) words.push(make("span", { tip: COPIES }, `+${copies} ${copies === 1 ? "copy" : "copies"}`));
     const line = make("a", { href: link(kind, feature) },
@@ -81,7 +84,9 @@ async function setTip(token) {
   const line = ([feature, strength]) => `${feature}: ${digits(strength)}, ${shareOf(listed, feature, strength)}  `
     + wordsOf(listed, feature).map(word => isolated(index.words[word].trim() || "␣")).join(" ");
   const fired = mergeCopies(listed, featuresOn(token)), here = fired.find(([feature]) => feature === open);
-  const lines = [...new Set([...here ? [here] : [], ...fired.slice(0, 5)])].map(line);
+  const told = [...new Set([...here ? [here] : [], ...fired.slice(0, 5)])];
+  await listedOf(kind, told.map(([feature]) => feature));
+  const lines = told.map(line);
   tokens[token].dataset.tip = lines.length ? lines.join("\n") : "not read by the SAE";
 }
 

@@ -27,7 +27,9 @@ const capital = word => word[0].toUpperCase() + word.slice(1);
 
 // The elements of a unit; `walk(step)` goes to the next or the previous one.
 async function view(kind, id, walk) {
-  const [listed, details, read] = await Promise.all([listedOf(kind), detailsOf(kind, id), texts()]);
+  const [details, read] = await Promise.all([detailsOf(kind, id), texts()]);
+  const others = [...details.neighbours ?? [], ...details.partners ?? []].filter(other => other >= 0);
+  const listed = await listedOf(kind, [id, ...others]);
   const maximum = listed.maximum.values[id];
   const side = make("aside", {}, histogram(kind, details.histogram, maximum), ...effect(listed, id),
     ...related("Most similar directions", kind, details.neighbours, details.neighbours_similarity, listed,
@@ -61,7 +63,7 @@ function heading(kind, listed, id, walk) {
   Object.entries(facts).forEach(([name, value]) => add(name, value));
   const tokens = listed.token_set ? chips(listed.token_set.of(id)) : [];
   if (tokens.length) {
-    const where = listed.previous.values[id] ? "best predicted by the previous token being one of" : "best predicted by the token being one of";
+    const where = listed.previous.of(id)[0] ? "best predicted by the previous token being one of" : "best predicted by the token being one of";
     add(where, ...tokens, Number.isNaN(score) ? "" : ` score ${score.toFixed(2)}`);
   }
   const original = listed.copy_of?.values[id] ?? id, alike = copiesOf(listed).get(original) ?? [];
