@@ -157,12 +157,14 @@ class FeaturesByToken:
         """(sequence, position) -> whether the SAE reads the token, features, their strengths."""
 
     def add(self, batch: EncodedBatch) -> None:
+        strengths, units = batch.active_features
+        norms = self.decoder_norms[units]
         for row, number in enumerate((batch.ids - self.skip).tolist()):
-            for position, values in enumerate(batch.features[row] if number >= 0 else ()):
+            for position, values in enumerate(strengths[row] if number >= 0 else ()):
                 active = values.nonzero().squeeze(1)
-                active = active[(values * self.decoder_norms)[active].argsort(descending=True)]
+                active = active[(values * norms)[active].argsort(descending=True)]
                 keep = bool(batch.keep[row, position])
-                self.by_token[number, position] = keep, active.cpu(), values[active].cpu()
+                self.by_token[number, position] = keep, units[active.cpu()], values[active].cpu()
 
 
 def make_entry(fired: FiredFeature, annotated: AnnotatedText) -> dict[str, Any]:

@@ -7,7 +7,6 @@ Shapes: sequences = sequences in a batch, context = tokens per sequence.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -19,6 +18,7 @@ from sae_lightning.llm.sites import distinct_sites
 from sae_lightning.llm.vocabulary import find_special_ids
 from sae_lightning.runs.heap import give_back_freed_memory, keep_freed_memory
 from sae_lightning.sae import SAE
+from sae_lightning.sae.firing import encode_firing
 from sae_lightning.stream.packing import Sequences, TokenStream
 from sae_lightning.stream.rows import compute_medians, find_usual_rows
 from sae_lightning.terminal import console, phase
@@ -39,19 +39,11 @@ class EncodedBatch:
     """[sequences, context, d_in] activations at the source, float32"""
     y: Tensor
     """[sequences, context, d_out] activations at the target, float32; x itself in an autoencoder"""
-    features: Tensor
-    """[sequences, context, features] strengths; 0 where not `keep`; [sequences, context, 0] if the
-    SAE was not run"""
+    active_features: tuple[Tensor, Tensor]
+    """Strengths [sequences, context, active] of the features that are active in the batch, 0 where
+    not `keep`, and their indices [active], ascending, on the CPU; none if the SAE was not run"""
     ids: Tensor
     """[sequences] index of each sequence in reading order"""
-
-    @cached_property
-    def active_features(self) -> tuple[Tensor, Tensor]:
-        """Strengths [sequences, context, active] of the features that are active in the batch, and
-        their indices [active], ascending, on the CPU."""
-        fires = self.features.flatten(0, 1).amax(dim=0) > 0
-        units = fires.nonzero().squeeze(1)
-        return self.features.index_select(-1, units), units.cpu()
 
 
 class Reducer(Protocol):
@@ -127,8 +119,8 @@ def _encode_slices(
     for part_tokens, part_keep, part_source, part_target, part_ids in zip(*parts, strict=True):
         x = part_source.float()
         y = x if source is target else part_target.float()
-        features = x.new_empty(*part_keep.shape, 0)
+        strengths, units = x.new_empty(part_keep.numel(), 0), torch.empty(0, dtype=torch.int64)
         if encode:
-            features = sae.encode(x.flatten(0, 1)).view(*part_keep.shape, -1)
-            features[~part_keep] = 0
-        yield EncodedBatch(part_tokens, part_keep, x, y, features, part_ids)
+            strengths, units = encode_firing(sae, x.flatten(0, 1), part_keep.flatten())
+        active = strengths.view(*part_keep.shape, len(units)), units.cpu()
+        yield EncodedBatch(part_tokens, part_keep, x, y, active, part_ids)

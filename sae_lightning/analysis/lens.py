@@ -42,6 +42,7 @@ from sae_lightning.stream.packing import TokenStream
 from sae_lightning.terminal import phase
 
 MAX_PRODUCTS = 2**24  # products of features and tokens in memory at a time
+RANKED_AT_ONCE = 32  # features whose tokens are ranked at a time: their products fit in the cache
 SHARPEST_SHOWN = 10  # features shown if the user names none
 
 FIT_TOKENS = 8192  # for fitting the linear maps; three times as many do not improve them
@@ -149,8 +150,11 @@ def _unembed_rows(subject: Subject, rows: Tensor, top: int) -> LogitEffect:
     """Find how adding `rows` [features, d] to the unembedding's input changes the logits."""
     vocabulary = len(subject.llm.tokenizer)
     unembedding = read_weight(subject.llm.model.get_output_embeddings())[:vocabulary]
-    logits = _multiply_slices("unembedding", rows, unembedding)
-    parts = [rank_tokens(x, min(top, vocabulary)) for x in logits]
+    parts = [
+        rank_tokens(x, min(top, vocabulary))
+        for logits in _multiply_slices("unembedding", rows, unembedding)
+        for x in logits.split(RANKED_AT_ONCE)
+    ]
     return LogitEffect(*(torch.cat(part).cpu() for part in zip(*parts, strict=True)))
 
 

@@ -9,9 +9,9 @@ from sae_lightning.report.catalogue import LINEAR_BINS, LogitEffect
 def rank_tokens(logits: Tensor, top: int) -> LogitEffect:
     """Summarise each feature's changes of the logits [features, vocabulary]: the `top` largest and
     smallest, the sharpness (excess kurtosis), and a histogram."""
-    largest, smallest = logits.topk(top), (-logits).topk(top)
+    largest, smallest = logits.topk(top), logits.topk(top, largest=False)
     tiny = torch.finfo(logits.dtype).tiny ** 0.5
-    low, high = -smallest.values[:, :1], largest.values[:, :1]
+    low, high = smallest.values[:, :1], largest.values[:, :1]
     bins = (logits - low).mul_(LINEAR_BINS / (high - low).clamp(min=tiny))
     bins = bins.clamp_(max=LINEAR_BINS - 1).int()
     bins += LINEAR_BINS * torch.arange(len(bins), dtype=bins.dtype, device=bins.device)[:, None]
@@ -20,5 +20,5 @@ def rank_tokens(logits: Tensor, top: int) -> LogitEffect:
     variance = square.mean(-1).clamp(min=tiny)
     sharpness = square.square_().mean(-1) / variance.square() - 3
     tokens = largest.indices, smallest.indices
-    changes = largest.values, -smallest.values
+    changes = largest.values, smallest.values
     return LogitEffect(*tokens, sharpness, *changes, histogram.view(-1, LINEAR_BINS))

@@ -7,8 +7,8 @@ block "feature-words-1"  of units 128 ... 255
 block "feature-0"        details of units   0 ... 127: examples, histogram, relations
 block "feature-1"        of units 128 ... 255
 
-"feature" is loaded when the page opens, words when one of their units is listed (for a search, those
-of all units), details when one of their units is opened.
+"feature" is loaded when the page opens, words when one of their units is listed (for a search,
+those of all units), details when one of their units is opened.
 A block holds its fields one after another, deflated, as base64. The bytes of a field are grouped by
 significance (the lowest byte of every number, then the next ...), which compresses best.
 Tokens are renumbered from 1 by frequency: the high bytes of common ones are 0, which compress to

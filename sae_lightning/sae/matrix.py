@@ -99,6 +99,17 @@ class DenseMatrix(Matrix):
 
 
 @dataclass(slots=True, eq=False)
+class SomeColumns(DenseMatrix):
+    """Every value of some features: [batch, some]."""
+
+    columns: Tensor
+    """[some] indices of these features"""
+
+    def broadcast(self, vector: Tensor) -> Tensor:
+        return vector[self.columns]
+
+
+@dataclass(slots=True, eq=False)
 class SparseMatrix(Matrix):
     """The values of [batch, features] that can differ from 0."""
 

@@ -5,6 +5,12 @@ import torch
 from sae_lightning.analysis.collect import EncodedBatch
 
 
+def pick_active(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Strengths [sequences, context, units] -> those of the active units, and their indices."""
+    units = (features.flatten(0, 1).amax(dim=0) > 0).nonzero().squeeze(1)
+    return features[..., units], units
+
+
 def batches(features: torch.Tensor, tokens: torch.Tensor | None = None, size: int = 3):
     """Batches of `size` sequences; features [sequences, context, units]. Position 0 is BOS."""
     sequences, context, _ = features.shape
@@ -17,7 +23,7 @@ def batches(features: torch.Tensor, tokens: torch.Tensor | None = None, size: in
     ids = torch.arange(sequences)
     parts = [each.split(size) for each in (tokens, keep, x, features, ids)]
     for tokens, keep, x, features, ids in zip(*parts, strict=True):
-        yield EncodedBatch(tokens, keep, x, x, features, ids)
+        yield EncodedBatch(tokens, keep, x, x, pick_active(features), ids)
 
 
 def sparse(*shape: int, share: float = 0.3, seed: int = 0) -> torch.Tensor:

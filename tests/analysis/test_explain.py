@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from batches import pick_active
 from chat_server import ChatServer, oracle
 
 from sae_lightning.analysis.collect import EncodedBatch
@@ -55,7 +56,7 @@ def world(tokens: torch.Tensor, vocabulary: list[str]) -> tuple[Catalogue, Sampl
     features[..., EVERYWHERE] = 1
     features *= keep[..., None] * (1 + 4 * torch.rand(features.shape, generator=random))
     x = torch.zeros(*tokens.shape, 1)
-    batch = EncodedBatch(tokens, keep, x, x, features, torch.arange(len(tokens)))
+    batch = EncodedBatch(tokens, keep, x, x, pick_active(features), torch.arange(len(tokens)))
     reducers = (
         FiringStatistics(4, strengths.feature_strengths),
         StrongestExamples(4, 24, strengths.feature_strengths),

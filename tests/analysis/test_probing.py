@@ -189,7 +189,7 @@ def test_pieces_are_pooled_over_their_own_tokens_only(labels, subject):
     pooled = []
     for tokens, mask in ((short, text), (short[:, :7], text[:, :7])):
         part = labels._replace(tokens=tokens, text=mask)
-        reducer = PieceMeans(2)
+        reducer = PieceMeans(2, subject.features)
         collect(subject, part.split_batches(1), [reducer], total=2)
         pooled.append(reducer.result())
     for units in ("features", "neurons"):

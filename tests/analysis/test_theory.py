@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from batches import pick_active
 from subjects import make_subject, place
 from torch import Generator, Tensor
 from torch.nn.functional import one_hot
@@ -54,7 +55,8 @@ def batch_of(
     keep[:, 0] = False
     features = subject.sae.encode(x.flatten(0, 1)).view(*x.shape[:2], -1)
     features = features.masked_fill(~keep[..., None], 0)
-    return EncodedBatch(tokens, keep, x, x, features, torch.arange(first, first + len(x)))
+    ids = torch.arange(first, first + len(x))
+    return EncodedBatch(tokens, keep, x, x, pick_active(features), ids)
 
 
 def theory_of(subject: Subject, x: Tensor, tokens: Tensor | None = None):

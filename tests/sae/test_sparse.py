@@ -8,6 +8,7 @@ from torch import Generator, tensor
 from torch.testing import assert_close
 
 from sae_lightning.sae import ARCHITECTURES, TrainingStatus, build_sae
+from sae_lightning.sae.firing import encode_firing
 from sae_lightning.sae.jumprelu import JumpReLULoss, PenaltyKind
 from sae_lightning.sae.losses import l1
 from sae_lightning.sae.matrix import DenseMatrix, SparseMatrix
@@ -315,3 +316,15 @@ def test_the_products_of_no_entries_are_0():
     table = torch.ones(5, 2)
     assert weighted_sums(offsets, none, torch.zeros(0), table).tolist() == [[0, 0]] * 3
     assert dots(offsets, none, torch.ones(3, 2), table).shape == (0,)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_features_that_fire_are_those_of_encode_bit_for_bit(name):
+    sae, x, keep = made(name, 0.01), noise(TOKENS, WIDTH), torch.arange(TOKENS) % 8 > 0
+    if name in ("batch_topk", "matryoshka"):
+        sae.threshold.fill_(0.5)
+    strengths, units = encode_firing(sae, x, keep)
+    expected = sae.encode(x) * keep[:, None]
+    assert 0 < len(units) < FEATURES
+    assert units.tolist() == (expected > 0).any(dim=0).nonzero().squeeze(1).tolist()
+    assert torch.equal(strengths, expected[:, units])

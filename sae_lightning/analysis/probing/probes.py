@@ -108,14 +108,17 @@ class Probes(NamedTuple):
 class PieceMeans:
     """Mean activations over the tokens of each piece of text."""
 
-    def __init__(self, pieces: int) -> None:
-        self._pieces, self._filled = pieces, 0
+    def __init__(self, pieces: int, features: int) -> None:
+        self._pieces, self._features, self._filled = pieces, features, 0
         self._means: dict[str, Tensor] = {}
 
     def add(self, batch: EncodedBatch) -> None:
         keep = batch.keep[..., None]
         count = keep.sum(1).clamp(min=1)
-        means = {FEATURES: batch.features.sum(1) / count, NEURONS: (batch.x * keep).sum(1) / count}
+        strengths, active = batch.active_features
+        features = strengths.new_zeros(*batch.keep.shape, self._features)
+        features[..., active] = strengths
+        means = {FEATURES: features.sum(1) / count, NEURONS: (batch.x * keep).sum(1) / count}
         end = self._filled + len(count)
         for units, rows in means.items():
             # allocated once: small tensors that outlive the large ones of each batch would
@@ -141,7 +144,8 @@ def probe(
     """Read the labelled text, `batch` pieces at a time, and fit probes on k units and on all.
     `controls`: other SAEs of the same site; their probes are on CONTROL_K features."""
     total, text = len(labelled.tokens), labelled.split_batches(batch)
-    means, *control_means = (PieceMeans(total) for _ in range(1 + len(controls)))
+    saes = subject.sae, *controls.values()
+    means, *control_means = (PieceMeans(total, sae.config.features) for sae in saes)
     others = [(sae, [of_sae]) for sae, of_sae in zip(controls.values(), control_means, strict=True)]
     label = "reading labelled text"
     collect(subject, text, [means], total=total, label=label, controls=others)
