@@ -84,49 +84,51 @@ class Setting(NamedTuple):
 
 def main() -> None:
     """Write the page."""
-    PAGE.write_text(page(), "utf8")
+    PAGE.write_text(format_page(), "utf8")
 
 
-def page() -> str:
+def format_page() -> str:
     """Text of docs/settings.md."""
     register_schemas()
-    parts = [TITLE + _overview()]
+    parts = [TITLE + _format_overview()]
     for group, schema in get_type_hints(Config).items():
         if is_dataclass(schema):
-            about = read_docstrings(Config)[group]
-            parts.append(f"\n## {group}\n\n{about}\n{_presets(group)}")
-            parts.append(_table(_owners(group, schema)))
+            docstring = read_docstrings(Config)[group]
+            parts.append(f"\n## {group}\n\n{docstring}\n{_format_presets(group)}")
+            parts.append(_format_table(_group_by_preset(group, schema)))
             if group in NOTES:
                 parts.append(f"\n{NOTES[group]}\n")
-    plain = {k: v for k, v in _settings(Config).items() if "." not in k.name}
-    parts.append("\n## Settings without a group\n\n" + _table({"": plain}))
+    plain = {k: v for k, v in _collect_settings(Config).items() if "." not in k.name}
+    parts.append("\n## Settings without a group\n\n" + _format_table({"": plain}))
     parts.append("\n## Tasks of analyze.py\n\nFor every task:\n\n")
-    common = {k: v for k, v in _settings(Task).items() if "." not in k.name}
-    parts.append(_table({"": common}))
+    common = {k: v for k, v in _collect_settings(Task).items() if "." not in k.name}
+    parts.append(_format_table({"": common}))
     parts.append("\n`llm`, `data` and `layer` are groups as above, for folders without a run.\n")
     for name, task in TASKS.items():
-        own = {k: v for k, v in _settings(task).items() if k not in _settings(Task)}
-        about = " ".join(task.__doc__.split())
-        parts.append(f"\n### task={name}\n\n{about}\n" + (own and "\n" + _table({"": own}) or ""))
+        parts.append(f"\n### task={name}\n\n{' '.join(task.__doc__.split())}\n")
+        inherited = _collect_settings(Task)
+        if own := {k: v for k, v in _collect_settings(task).items() if k not in inherited}:
+            parts.append("\n" + _format_table({"": own}))
     return "".join(parts) + HYDRA
 
 
-def _overview() -> str:
+def _format_overview() -> str:
     """Rows of the groups, their presets and the settings worth knowing."""
-    known = {s.name for group in WORTH_KNOWING for s in _all_of(group)}
+    names = {s.name for group in WORTH_KNOWING for s in _collect_group(group)}
     rows = []
     for group, settings in WORTH_KNOWING.items():
-        assert {*settings.split()} <= known, settings
-        rows.append(f"| `{group}` | {_code(_names(group))} | {_code(settings.split())} |\n")
+        assert {*settings.split()} <= names, settings
+        presets, chosen = _format_code(_list_presets(group)), _format_code(settings.split())
+        rows.append(f"| `{group}` | {presets} | {chosen} |\n")
     return "".join(rows)
 
 
-def _all_of(group: str) -> set[Setting]:
+def _collect_group(group: str) -> set[Setting]:
     schema = get_type_hints(Config).get(group)
-    return set().union(*_owners(group, schema).values()) if schema else set()
+    return set().union(*_group_by_preset(group, schema).values()) if schema else set()
 
 
-def _owners(group: str, schema: type) -> dict[str, dict[Setting, Any]]:
+def _group_by_preset(group: str, schema: type) -> dict[str, dict[Setting, Any]]:
     """The settings of a group, with their defaults, for each preset that has settings of its own;
     "" where there is only one kind."""
     schemas = {"": schema}
@@ -136,22 +138,22 @@ def _owners(group: str, schema: type) -> dict[str, dict[Setting, Any]]:
         schemas = {name: row.loss for name, row in ARCHITECTURES.items()}
     elif group == "data":
         schemas = {DATA[kind]: row.settings for kind, row in SOURCES.items()}
-    made = {}
-    for owner, schema in schemas.items():
-        presets = {group: owner} if owner else DEFAULTS
-        changed = {k: v for preset in presets.items() for k, v in _changes(*preset).items()}
-        settings = _settings(schema, f"{group}.").items()
-        made[owner] = {setting: changed.get(setting.name, value) for setting, value in settings}
-    return made
+    by_preset = {}
+    for name, schema in schemas.items():
+        presets = {group: name} if name else DEFAULTS
+        changed = {k: v for preset in presets.items() for k, v in _read_preset(*preset).items()}
+        settings = _collect_settings(schema, f"{group}.").items()
+        by_preset[name] = {setting: changed.get(setting.name, v) for setting, v in settings}
+    return by_preset
 
 
-def _names(group: str) -> list[str]:
+def _list_presets(group: str) -> list[str]:
     """The presets of a group."""
     return list_options().get(group, [])
 
 
-def _changes(group: str, preset: str) -> dict[str, Any]:
-    """What a preset sets, by dotted name."""
+def _read_preset(group: str, preset: str) -> dict[str, Any]:
+    """The settings that a preset changes, by dotted name."""
     file = CONF / group / f"{preset}.yaml"
     if not file.is_file():
         return {"model.name": preset, "model.seed": "${seed}"} if group == "model" else {}
@@ -164,99 +166,107 @@ def _changes(group: str, preset: str) -> dict[str, Any]:
 def _flatten(tree: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     flat = {}
     for key, value in tree.items():
-        more = _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else None
-        flat |= {prefix + key: value} if more is None else more
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
     return flat
 
 
-def _presets(group: str) -> str:
+def _format_presets(group: str) -> str:
     """A list of the presets of a group that set something."""
     hidden = ("model.name", "model.seed")
     lines = []
-    for name in _names(group):
-        changes = _changes(group, name).items()
-        sets = [f"{k}={_plain(v)}" for k, v in changes if k not in hidden and v != "???"]
-        lines += [f"- `{group}={name}` sets {_code(sets)}\n"] * bool(sets)
+    for name in _list_presets(group):
+        changes = _read_preset(group, name).items()
+        sets = [f"{k}={_format_value(v)}" for k, v in changes if k not in hidden and v != "???"]
+        lines += [f"- `{group}={name}` sets {_format_code(sets)}\n"] * bool(sets)
     return "\n" + "".join(lines) + "\n" if lines else "\n"
 
 
-def _settings(schema: type, prefix: str = "") -> dict[Setting, Any]:
+def _collect_settings(schema: type, prefix: str = "") -> dict[Setting, Any]:
     """Each setting of a dataclass, those of nested ones too, and its default."""
-    hints, docs, made = get_type_hints(schema), read_docstrings(schema), {}
+    hints, docs, settings = get_type_hints(schema), read_docstrings(schema), {}
     for field in fields(schema):
         kind, name = hints[field.name], prefix + field.name
         if is_dataclass(kind):
-            made |= _settings(kind, f"{name}.")
+            settings |= _collect_settings(kind, f"{name}.")
             continue
         default = field.default
         if field.default_factory is not MISSING:
             default = field.default_factory()
-        values = "integer or `auto`" if default == "auto" and kind is Any else _values(kind)
-        made[Setting(name, values, docs.get(field.name, ""))] = default
-    return made
+        values = (
+            "integer or `auto`" if default == "auto" and kind is Any else _describe_values(kind)
+        )
+        settings[Setting(name, values, docs.get(field.name, ""))] = default
+    return settings
 
 
-def _values(kind: Any) -> str:
-    """What a setting takes."""
+def _describe_values(kind: Any) -> str:
+    """The values that a setting of this type takes."""
     if isinstance(kind, UnionType):
-        return " or ".join(_values(k) for k in get_args(kind) if k is not NoneType) + " or `null`"
+        return (
+            " or ".join(_describe_values(k) for k in get_args(kind) if k is not NoneType)
+            + " or `null`"
+        )
     if get_origin(kind) is list:
-        return f"list of {_values(*get_args(kind))}s"
+        return f"list of {_describe_values(*get_args(kind))}s"
     if get_origin(kind) is dict:
         return "arguments by name"
     if inspect.isclass(kind) and issubclass(kind, Enum):
-        return _code([member.name for member in kind])
+        return _format_code([member.name for member in kind])
     names = {int: "integer", float: "number", bool: "`true`, `false`", str: "text"}
     return names.get(kind, "number, list or `null`")
 
 
-def _table(owners: Mapping[str, Mapping[Setting, Any]]) -> str:
-    """A table of settings; with several owners a column says whose a setting is."""
+def _format_table(by_preset: Mapping[str, Mapping[Setting, Any]]) -> str:
+    """A table of settings; with several presets, a column says which of them have a setting."""
     rows: dict[Setting, dict[str, Any]] = {}
-    for owner, settings in owners.items():
+    for preset, settings in by_preset.items():
         for setting, default in settings.items():
-            rows.setdefault(setting, {})[owner] = default
-    several = len(owners) > 1
+            rows.setdefault(setting, {})[preset] = default
+    several = len(by_preset) > 1
     lines = ["| setting | values | default | meaning |", "|---|---|---|---|"]
     lines = [line + (" for |", "---|")[i] * several for i, line in enumerate(lines)]
     names = [setting.name for setting in rows]
     for setting, defaults in sorted(rows.items(), key=lambda row: names.index(row[0].name)):
         meaning = setting.meaning.replace("|", "\\|")
-        cells = [f"`{setting.name}`", setting.values, _defaults(defaults), meaning]
+        cells = [f"`{setting.name}`", setting.values, _format_defaults(defaults), meaning]
         if several:
-            cells.append("all" if len(defaults) == len(owners) else ", ".join(defaults))
+            cells.append("all" if len(defaults) == len(by_preset) else ", ".join(defaults))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def _defaults(defaults: Mapping[str, Any]) -> str:
-    """The default of a setting, or what it is for each of its owners."""
+def _format_defaults(defaults: Mapping[str, Any]) -> str:
+    """The default of a setting, given those of each preset."""
     by_text: dict[str, list[str]] = {}
-    for owner, default in defaults.items():
+    for preset, default in defaults.items():
         missing = default is MISSING or default == "???"
-        by_text.setdefault("to be given" if missing else f"`{_plain(default)}`", []).append(owner)
+        text = "to be given" if missing else f"`{_format_value(default)}`"
+        by_text.setdefault(text, []).append(preset)
     if len(by_text) == 1:
         return next(iter(by_text))
     if len(by_text) == len(defaults):
         return "the preset's"
-    return "; ".join(f"{text} ({', '.join(owners)})" for text, owners in by_text.items())
+    return "; ".join(f"{text} ({', '.join(presets)})" for text, presets in by_text.items())
 
 
-def _plain(value: Any) -> str:
+def _format_value(value: Any) -> str:
     """A value as it is typed."""
     if isinstance(value, Enum):
         return value.name
     if isinstance(value, bool | NoneType):
         return {True: "true", False: "false", None: "null"}[value]
     if isinstance(value, list):
-        return f"[{','.join(map(_plain, value))}]"
+        return f"[{','.join(map(_format_value, value))}]"
     if isinstance(value, str):
-        with_number = value.replace("-", "").replace("e", "").replace(".", "").isdigit()
-        return f"{float(value):g}" if with_number else value
+        is_number = value.replace("-", "").replace("e", "").replace(".", "").isdigit()
+        return f"{float(value):g}" if is_number else value
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _code(names: list[str]) -> str:
+def _format_code(names: list[str]) -> str:
     return ", ".join(f"`{name}`" for name in names)
 
 

@@ -255,7 +255,7 @@ def test_python_of_a_page_runs(block, trained):
 
 def test_settings_md_is_what_the_script_writes(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "docs")
-    written = importlib.import_module("write_settings").page()
+    written = importlib.import_module("write_settings").format_page()
     page = (ROOT / "docs" / "settings.md").read_text("utf8")
     assert written == page, "python docs/write_settings.py writes it anew"
 
