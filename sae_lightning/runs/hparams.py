@@ -23,10 +23,12 @@ def make_hparams(jobs: Sequence[Job]) -> list[HParams]:
     overrides = [split_overrides(job.overrides) for job in jobs]
     # `job.swept` is empty in resumed jobs and lacks added seeds and controls: compare the jobs, too
     varied = find_swept(overrides)
-    swept = [
-        [*dict.fromkeys([*(name for name in job.swept if name in typed), *varied])] or [*typed]
-        for job, typed in zip(jobs, overrides, strict=True)
-    ]
+    swept = []
+    for job, typed in zip(jobs, overrides, strict=True):
+        known = [*dict.fromkeys([*(name for name in job.swept if name in typed), *varied])]
+        # if a job of a sweep is resumed alone, its folder's name has them
+        parts = [part.partition("=")[0] for part in job.folder.name.split(",")]
+        swept.append(known or [name for name in typed if name in parts] or [*typed])
     settings = [_select_settings(*row) for row in zip(jobs, overrides, swept, strict=True)]
     columns: dict = {}
     for values in settings:

@@ -69,3 +69,10 @@ def test_one_trial_of_a_search_knows_what_is_searched(tmp_path):
     assert read_swept_settings(hydra) == ["loss.l1"]
     shown = list_hparams(logged([replace(one, swept=read_swept_settings(hydra))]))
     assert [name for name in shown if name.endswith("*")] == ["loss.l1*"]
+
+
+def test_a_job_of_a_sweep_that_is_resumed_alone_knows_what_was_swept(tmp_path):
+    (one,) = grid("loss.l1=0.003 model.features=64 seed=3", tmp_path)
+    one = replace(one, folder=tmp_path / "loss.l1=0.003,seed=3", swept=["resume"], resumed=True)
+    (told,) = make_hparams([one])
+    assert told.swept == ["loss.l1", "seed"]
