@@ -59,19 +59,19 @@ SCORE_KINDS = {
     "recovered": ScoreKind("concepts recovered", "{:.1%}"),
     "token_score": ScoreKind("token score", "{:.2f}", "match token sets"),
     "token_like": ScoreKind("  above 0.5", "{:.0%}"),
-    "concepts": ScoreKind("concepts, F1", "{:.2f}", "detect concepts", True),
+    "concepts": ScoreKind("concepts, F1", "{:.2f}", "detect concepts", paired=True),
     **{
         f"probe_{k}": ScoreKind(
             f"speakers, k = {k}",
             "{:.3f}",
             f"tell speakers apart {'one by one' if k == 1 else f'in groups of {k}'}",
-            True,
+            paired=True,
         )
         for k in CONTROL_K
     },
 }
 Scores = dict[str, Score]
-"""Name in SCORE_KINDS -> score, of one SAE; without those that are NaN, which compare with none."""
+"""Name in SCORE_KINDS -> score, of one SAE; NaNs are left out."""
 
 
 class ControlReducers:
@@ -126,7 +126,7 @@ def make_control_section(
     own: Scores, controls: Mapping[str, Scores], random: Mapping[str, Score] = {}
 ) -> Section:
     """A table of all scores, and sentences that say what the SAE does better than its controls.
-    `random`: scores of random directions, as far as there are any."""
+    `random`: scores of random directions; empty if there are none."""
     columns = {"this SAE": own, **controls, **({RANDOM: random} if random else {})}
     rows = [
         [kind.label, *(_format_score(scores.get(name), kind) for scores in columns.values())]
@@ -137,7 +137,7 @@ def make_control_section(
     notes = {kind.name: kind.value for kind in kinds}
     compared = _compare_features(own, controls)
     if "features_share" in own:
-        notes["CE: ..."] = "share of what mean ablation costs that the part alone recovers"
+        notes["CE: features, error"] = "share of what mean ablation costs that each alone recovers"
     if "concepts" in own:
         notes["concepts, F1"] = "of the best single feature for each"
     if "probe_1" in own:

@@ -52,9 +52,9 @@ def read_header(path: Path) -> CatalogueHeader:
     """Read the footer of a catalogue. Any exception means that the file is damaged or, a KeyError,
     that an older version wrote it."""
     footer = pyarrow.parquet.read_metadata(path)
-    told = json.loads(footer.metadata[METADATA_KEY])
+    note = json.loads(footer.metadata[METADATA_KEY])
     kind = footer.schema.to_arrow_schema().names[0]
-    return CatalogueHeader(kind, footer.num_rows, dict(told["of"]), told["tokens"])
+    return CatalogueHeader(kind, footer.num_rows, dict(note["of"]), note["tokens"])
 
 
 def read_catalogue(path: Path, vocabulary: list[str]) -> Catalogue:

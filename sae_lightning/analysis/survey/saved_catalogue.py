@@ -47,11 +47,12 @@ def read_saved_catalogue(subject: Subject, path: Path) -> Catalogue | None:
         catalogue = read_catalogue(path, words)
     except Exception as error:
         return _refuse(path, error)
-    told = f"{header.tokens:,} tokens of {header.of['text']}"
-    console.print(f"using the catalogue {shorten_path(path)}, {told}")
+    text = header.of["text"]
+    console.print(f"using the catalogue {shorten_path(path)}, {header.tokens:,} tokens of {text}")
     return catalogue
 
 
 def _refuse(path: Path, error: Exception) -> None:
+    """Print why the file is not used."""
     why = f"it lacks {error}" if isinstance(error, KeyError) else str(error).split("\n")[0]
     console.print(f"{shorten_path(path)} cannot be used ({why}): making a new one")
