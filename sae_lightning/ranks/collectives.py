@@ -63,11 +63,11 @@ class Ranks:
         """Barrier: wait until all ranks call it."""
         self.gather_values(None)
 
-    def tell(self, name: str, message: bytes) -> None:
-        """Store a message under a name, for ranks that wait for it with `hear`."""
+    def store_message(self, name: str, message: bytes) -> None:
+        """Store a message under a name, for ranks that wait for it with `await_message`."""
         self.store.set(name, message)
 
-    def hear(self, name: str) -> bytes:
+    def await_message(self, name: str) -> bytes:
         """Wait, without a time limit, for the message `name`."""
         self.call(self.store.wait, [name], FOREVER)
         return self.call(self.store.get, name)
@@ -79,10 +79,10 @@ class Ranks:
         self.go_first_calls += 1
         key = f"go_first/{self.go_first_calls}/{socket.gethostname()}"
         if self.local_rank:
-            self.hear(key)
+            self.await_message(key)
         yield
         if self.size > 1 and not self.local_rank:
-            self.tell(key, b"done")
+            self.store_message(key, b"done")
 
     def sum_counts(self, counts: list[int]) -> list[int]:
         """All-reduce: sums of integers over the ranks, on the CPU."""

@@ -51,7 +51,7 @@ def connect(
     if rank == 0:
         store.set("patience", str(patience))
         _await_ranks(store, size, check)
-    timeout = timedelta(seconds=int(ranks.hear("patience")))
+    timeout = timedelta(seconds=int(ranks.await_message("patience")))
     options = {"rank": rank, "world_size": size, "timeout": timeout}
     ranks.call(dist.init_process_group, backend, store=store, **options)
     ranks.rows = dist.new_group(timeout=timeout)

@@ -132,7 +132,7 @@ class Followers:
         plugins = sorted({name for job in jobs for name in job.config.plugins})
         # what plugins define is in the pass: they are imported before it is unpickled
         message = plugins, planned and pickle.dumps(planned)
-        world().tell(f"pass/{self.passes_sent}", pickle.dumps(message))
+        world().store_message(f"pass/{self.passes_sent}", pickle.dumps(message))
 
     def end(self) -> None:
         """End all ranks but this one, once they have trained what they were sent."""
@@ -201,7 +201,7 @@ def follow() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         while True:
             passes_received += 1
-            plugins, planned = pickle.loads(world().hear(f"pass/{passes_received}"))
+            plugins, planned = pickle.loads(world().await_message(f"pass/{passes_received}"))
             if planned is None:
                 break
             import_plugins(plugins)

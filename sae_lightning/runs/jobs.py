@@ -51,7 +51,7 @@ class Job:
     """Content of TensorBoard's HParams tab, set once all jobs of the command are known."""
 
     @property
-    def trust_override(self) -> dict[str, str]:
+    def trust_overrides(self) -> dict[str, str]:
         """The settings that every command on this run must repeat, because its folder alone may not
         allow code to run: code that comes with the LLM, and plugins."""
         trusted = {TRUST_SETTING: "true"} if self.config.llm.trust_remote_code else {}
@@ -83,7 +83,7 @@ def format_resume_command(jobs: Sequence[Job]) -> str:
     sweep = jobs[0].sweep_folder
     folders = [sweep] if sweep else [job.folder for job in jobs]
     names = [str(shorten_path(folder)) for folder in folders]
-    settings = jobs[0].trust_override | list_destinations(jobs[0].config.logger)
+    settings = jobs[0].trust_overrides | list_destinations(jobs[0].config.logger)
     if not sweep and len(jobs) == 1:
         return format_command("train.py", resume=names[0], **settings)
     return format_command("train.py", "-m", resume=join_sweep_values(names), **settings)

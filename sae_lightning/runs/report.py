@@ -72,7 +72,7 @@ def print_results(job: Job, metrics: dict) -> None:
     folder = shorten_path(job.folder)
     # outputs/ or multirun/, so that TensorBoard also shows earlier runs
     root = Path(folder.parts[0]) if folder.parts and not folder.is_absolute() else folder
-    analyze = format_command("analyze.py", run=folder, **job.trust_override)
+    analyze = format_command("analyze.py", run=folder, **job.trust_overrides)
     console.print(f"\n  {format_tensorboard_command(root)}\n  {analyze}\n")
 
 

@@ -86,7 +86,7 @@ def test_an_architecture_of_a_module_here_is_an_option(tmp_path, typed):
     assert (job.config.model.k, job.config.model.name, job.config.model.seed) == (7, "mine", 3)
     assert type(job.config.loss) is ARCHITECTURES["mine"].loss
     assert re.search(r"  model .*mine.*\n", list_presets())
-    assert job.trust_override == {"plugins": "[own_part]"}
+    assert job.trust_overrides == {"plugins": "[own_part]"}
     assert str(tmp_path) in os.environ["PYTHONPATH"], "for the processes that a run starts"
 
 
