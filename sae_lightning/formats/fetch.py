@@ -79,17 +79,16 @@ def fetch_saved(address: str | os.PathLike) -> Path:
     parsed = parse_address(address)
     with one_line_hub_errors(address, parsed.repo, parsed.revision):
         commit = _find_commit(parsed)
-        path = None if commit is None else _find_cached(parsed, commit)
-        if commit is None or (commit == parsed.revision and path):
-            path = path or _find_cached(parsed, _read_cached_commit(parsed))
-        else:
-            path = _choose_on_hub(address, parsed, commit)
-            sizes = _choose_files(address, parsed, path, _list_sizes(parsed, path, commit))
-            _download(address, parsed.repo, commit, sizes)
-            if commit != parsed.revision:
-                _record_commit(parsed, commit)
-            path = _locate_cache(parsed) / "snapshots" / commit / path
-    return path
+        if commit is None:
+            return _find_cached(parsed, _read_cached_commit(parsed))
+        if commit == parsed.revision and (cached := _find_cached(parsed, commit)):
+            return cached
+        path = _choose_on_hub(address, parsed, commit)
+        sizes = _choose_files(address, parsed, path, _list_sizes(parsed, path, commit))
+        _download(address, parsed.repo, commit, sizes)
+        if commit != parsed.revision:
+            _record_commit(parsed, commit)
+        return _locate_cache(parsed) / "snapshots" / commit / path
 
 
 def _find_commit(parsed: HubAddress) -> str | None:
