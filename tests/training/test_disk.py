@@ -47,8 +47,9 @@ def test_curves_that_cannot_be_written_are_told(tmp_path, limit):
     log = HeadLog(tmp_path, HParams({}, {}), resumed_at=None)
     limit(0)
     log.add_scalars({"train/l0": 1.0}, 64)
-    with pytest.raises(WriteError, match=r"cannot write to .*events.*: File too large"):
-        log.flush()
+    for write_to_disk in (log.flush, log.close):
+        with pytest.raises(WriteError, match=r"cannot write to .*events.*: File too large"):
+            write_to_disk()
 
 
 @pytest.mark.parametrize("gone", ["deleted", "renamed", "made anew"])
