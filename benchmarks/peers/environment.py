@@ -12,8 +12,8 @@ from timing.child import Failed
 
 
 def make_environment(cache: Path, packages: tuple[str, ...], log: Path) -> str:
-    """The interpreter of an environment with `packages` (what pip is told to install), made in a
-    folder of `cache` unless it is there."""
+    """The interpreter of an environment with `packages` (arguments of pip install), which is made
+    in a folder of `cache` unless it is there."""
     folder = cache / re.split("[= ]", packages[-1])[0]
     python, done = folder / "bin" / "python", folder / "packages.txt"
     wanted = "\n".join(packages)

@@ -53,7 +53,7 @@ class Kernel(NamedTuple):
 
 
 def read_label(name: str) -> str | None:
-    """Label of an event by its name; None for events that are no labels."""
+    """Label of an event by its name; None for other events."""
     name = "optimiser" if name.startswith(OPTIMISER) else name
     return name if name in PARTS else None
 

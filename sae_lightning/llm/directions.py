@@ -93,7 +93,7 @@ def _find_norm_before(model: nn.Module, reader: nn.Module, name: str) -> Norm:
 
 
 def _measure_norm(module: nn.Module, width: int) -> Norm | None:
-    """Gain and centring of a norm, measured on test vectors; None if `module` is no norm.
+    """Gain and centring of a norm, measured on test vectors; None if it is not a norm.
 
     Weights are not read, because families store the gain differently (in Gemma it is 1 + weight).
     """

@@ -257,7 +257,7 @@ def _one_line_errors(config, part: str = "model") -> Iterator[None]:
 
 
 def _explain_error(config, error: Exception, part: str) -> str:
-    """An error of transformers or huggingface_hub, told in one line with its remedy."""
+    """An error of transformers or huggingface_hub as one line with a remedy."""
     from huggingface_hub import errors as hub
 
     name, text = f"llm.name={config.name}", " ".join(str(error).split())

@@ -13,7 +13,7 @@ NUMBERS_AT_ONCE = 1 << 22  # random numbers drawn at a time
 def draw_directions(split: Split, d: int, generator: Generator) -> Tensor:
     """[own features, d]: this rank's rows of torch.randn(features, d), which is drawn in pieces and
     never held as a whole."""
-    # torch draws 16 numbers at a time and, if the size is no multiple of 16, the last 16 again:
+    # torch draws 16 numbers at a time and, if the size is not a multiple of 16, the last 16 again:
     # so pieces are multiples of 16, and the last one includes the remainder
     count, rows = 16 * max(1, NUMBERS_AT_ONCE // (16 * d)), torch.empty(len(split.own), d)
     stops = [*range(count, split.features - count + 1, count), split.features]

@@ -56,7 +56,7 @@ class ActivationsConfig(DataConfig):
         for name in self.sites:
             if parse_site(name) is None:
                 raise UserError(
-                    f"data.sites: {name} is no site; name one as resid.9 (or attn, mlp_in, mlp)"
+                    f"data.sites: {name} is not a site; name one as resid.9 (or attn, mlp_in, mlp)"
                 )
 
     def with_absolute_paths(self) -> "ActivationsConfig":

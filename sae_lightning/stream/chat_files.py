@@ -59,7 +59,7 @@ def _read_messages(row: Any, column: str | None, where: str) -> list[dict[str, A
         )
     messages = row[name]
     if not isinstance(messages, list) or not messages:
-        raise UserError(f"{where}: {name} is no list of messages; leave the row out")
+        raise UserError(f"{where}: {name} is not a list of messages; leave the row out")
     return [_read_message(message, where) for message in messages]
 
 

@@ -139,8 +139,8 @@ def check_files(files: list[str], where: str) -> None:
 
 
 def _check_rows(file: str, types: dict[str, type], where: str) -> None:
-    """Raise UserError for the first row that is no object, or whose columns hold values of other
-    types than earlier rows, which `types` keeps by column."""
+    """Raise UserError for the first row that is not an object, or whose columns differ in type from
+    those of earlier rows; `types` holds these by column."""
     for number, row in read_valid_json(file, where):
         at = f"{where}: row {number} of {file}"
         if not isinstance(row, dict):

@@ -3,8 +3,8 @@
     weights      books 0.75, code 0.25
     sequences    b1  b2  c1  b3  b4  b5  c2  b6  b7  ...      the text that lags most is next
 
-So each text has its share of the tokens at every point of the stream, but for a few sequences. Each
-has epochs of its own: a small text with a large weight is repeated sooner.
+So each text has its share of the tokens at every point of the stream, to within a few sequences.
+Each has epochs of its own: a small text with a large weight is repeated sooner.
 """
 
 from collections.abc import Sequence

@@ -310,7 +310,10 @@ def test_settings_of_no_meaning_are_refused():
     for settings, message in (
         ({"path": ""}, r"^data\.path is empty"),
         ({"path": "a", "held_out": 1.0}, r"^data\.held_out=1\.0: the share of the rows"),
-        ({"path": "a", "sites": {"layer9": "x"}}, r"^data\.sites: layer9 is no site; name one as"),
+        (
+            {"path": "a", "sites": {"layer9": "x"}},
+            r"^data\.sites: layer9 is not a site; name one as",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             ActivationsConfig(**settings)

@@ -118,8 +118,8 @@ BAD = {
         {"text": "a"},
         r"row 2 of .*a\.jsonl has no messages, a list of messages",
     ),
-    "no list": ({"messages": "Hi"}, r"row 2 of .*a\.jsonl: messages is no list of messages"),
-    "empty": ({"messages": []}, r"row 2 of .*a\.jsonl: messages is no list of messages"),
+    "no list": ({"messages": "Hi"}, r"row 2 of .*a\.jsonl: messages is not a list of messages"),
+    "empty": ({"messages": []}, r"row 2 of .*a\.jsonl: messages is not a list of messages"),
     "no role": ({"messages": [{"content": "Hi"}]}, r"row 2 of .*message \"\{'content': 'Hi'\}\""),
     "no text": ({"messages": [{"role": "user", "content": [1]}]}, r"row 2 of .* needs a `role`"),
 }
