@@ -260,7 +260,7 @@ def _describe_unknown_setting(error: OmegaConfBaseException, overrides: list[str
 
 def _describe_bad_value(error: OmegaConfBaseException, overrides: list[str]) -> str:
     name, reason = str(error.full_key), str(error).splitlines()[0]
-    typed = next((o for o in reversed(overrides) if o.lstrip("+").startswith(f"{name}=")), name)
+    typed = next((o for o in overrides if o.lstrip("+").startswith(f"{name}=")), name)
     if "Integer" in reason and re.search(r"'[\d.]+' of type 'float'", reason):
         reason = "give a whole number in digits, such as 1000000 or 1_000_000"
     if "Set[str]" in reason:  # from Hydra's classes for sweeps
