@@ -84,7 +84,7 @@ def test_a_sweep_gives_its_runs_in_the_order_that_was_typed(tmp_path):
         ("layer.index=1", r"layer\.index=1 has no meaning with data=synthetic.*"),
         ("loss.l1=1,2", r"loss\.l1=1,2: several values make a sweep, which needs -m; .*"),
         ("-m", r"-m: only settings .* a sweep is train_sweep\(\.\.\.\), .*"),
-        ("hydra/launcher=basic", r"hydra/launcher=basic: .* takes the command, .*"),
+        ("hydra/launcher=basic", r"hydra/launcher=basic: only the command takes this, .*"),
     ],
 )
 def test_what_the_command_answers_in_a_line_is_a_user_error(typed, line, tmp_path):
