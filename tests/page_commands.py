@@ -162,6 +162,9 @@ def small_analysis(command: Command) -> list[str]:
         given["feature"] = feature if feature.startswith("[") else "3"
     if command.setting("control"):
         given["control"] = RUN
+    if command.setting("llm"):
+        given |= {"llm": "hf"} | SMALL_LLM
+        del given["eval.loss_tokens"]
     return replaced(command.arguments, given, sweep=False)
 
 
