@@ -14,6 +14,7 @@ BLOCK_FEATURES = 512  # features compared at a time
 MAX_EXACT_FEATURES = 16_384  # up to this number, each is compared with all others
 HASH_TABLES = 16  # above this number; each table compares a feature with its block only
 HASH_DIRECTIONS = 32  # random directions per hash; a table sorts by two hashes
+HASHED_ROWS = 8192  # rows hashed at a time: bounds memory
 MAX_PAIRS = 400_000_000  # of features that fire on the same token; bounds time and memory
 
 
@@ -53,12 +54,13 @@ def _pick_comparisons(rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     # Rows with the same largest component in a random basis are similar (cross-polytope hashing,
     # Andoni et al. 2015). Rows sorted by two hashes are cut into blocks of equal size.
     generator = Generator().manual_seed(0)
-    centred = rows - rows.mean(dim=0)
+    mean = rows.mean(dim=0)
     for _ in range(HASH_TABLES):
         basis = torch.randn(rows.shape[1], 2 * HASH_DIRECTIONS, generator=generator).to(rows)
+        products = torch.cat([(part - mean) @ basis for part in rows.split(HASHED_ROWS)])
         largest = [
             torch.cat([part, -part], dim=1).argmax(dim=1)
-            for part in (centred @ basis).split(HASH_DIRECTIONS, dim=1)
+            for part in products.split(HASH_DIRECTIONS, dim=1)
         ]
         order = (largest[0] * 2 * HASH_DIRECTIONS + largest[1]).argsort(stable=True)
         for block in order.split(BLOCK_FEATURES):
