@@ -252,6 +252,16 @@ def test_a_tool_that_is_unknown_is_refused_before_anything_is_installed(interop,
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # SAELens' own
+@pytest.mark.parametrize("variant", ["documented", "tuned"])
+def test_saelens_knows_the_settings_of_its_speed_run(variant, monkeypatch):
+    work = dict.fromkeys(("steps", "batch", "context", "llm_batch", "d", "features", "seed"), 8)
+    work |= {"bf16": False, "device": "cpu", "llm": "llm", "truncated": "llm", "options": {}}
+    peer = _script("peers.speed_saelens", monkeypatch)
+    made = peer._config("relu", variant, 8, work | {"module": "model.layers.0"})
+    assert (made.train_batch_size_tokens, made.checkpoint_path) == (8, None)
+
+
 @pytest.mark.parametrize("given", ["sweep=8", "profile=false", "models=smollm2,gpt2"])
 def test_the_comparison_refuses_what_it_would_ignore(given, tmp_path, speed):
     with pytest.raises(UserError, match=given):

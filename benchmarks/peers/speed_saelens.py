@@ -82,7 +82,7 @@ def _config(
         "n_batches_for_norm_estimate": max(1, round(NORM_SHARE * steps)),
         "logger": LoggingConfig(log_to_wandb=False),
         "n_checkpoints": 0,
-        "locate_checkpoint": None,
+        "checkpoint_path": None,
         "output_path": None,
         "device": work["device"],
         "seed": work["seed"],
