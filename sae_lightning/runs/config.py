@@ -7,7 +7,7 @@ dataclasses; the packages below runs/ never see a DictConfig.
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -248,7 +248,8 @@ def to_dataclass(cfg: DictConfig) -> Any:
             check_finite(name, value)
         return OmegaConf.to_object(cfg)
     except MissingMandatoryValue as error:
-        name, docs = error.full_key, read_docstrings(error.object_type)
+        name = error.full_key
+        docs = read_docstrings(error.object_type) if is_dataclass(error.object_type) else {}
         about = f" ({docs[error.key].removesuffix('.')})" if error.key in docs else ""
         raise UserError(f"{name} is not set: give {name}=...{about}") from error
     except AttributeError as error:  # `+model.featurs=3`: with +, Hydra adds any key

@@ -156,7 +156,8 @@ def _change_job(job: Job, cfg: DictConfig, overrides: list[str]) -> Job:
     for setting in (o.partition("=")[0] for o in overrides if o.startswith(RESUME_OVERRIDES)):
         group, _, name = setting.partition(".")
         value = getattr(to_dataclass(cfg[group]), name)
-        setattr(job.config, group, replace(getattr(job.config, group), **{name: value}))
+        changed = replace(getattr(job.config, group), **{name: value})
+        job.config = replace(job.config, **{group: changed})  # which checks it
     loggers = to_dataclass(cfg.logger)
     job.config.logger = change_loggers(job.config.logger, loggers, overrides, job.folder)
     return job

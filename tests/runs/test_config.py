@@ -96,6 +96,11 @@ def test_a_preset_that_leaves_something_open_says_what(name):
             make(*(o for o in preset(name) if o != left_out))
 
 
+def test_a_dict_that_leaves_something_open_says_what():
+    with pytest.raises(UserError, match=r"^llm\.load\.a is not set: give llm\.load\.a=\.\.\.$"):
+        make("+llm.load.a=???")
+
+
 def test_without_options_it_is_the_packaged_llm_and_text():
     config = make()
     assert (config.llm.name, config.layer.index, config.layer.source) == ("smollm2", 9, Kind.resid)
@@ -421,6 +426,13 @@ def test_resume_reads_the_run_and_takes_nothing_else(tmp_path):
     assert resumed.overrides == ["model.features=5"]
     with pytest.raises(UserError, match=r"loss\.l1=1 cannot be given with it"):
         compose_job(f"resume={tmp_path}", "loss.l1=1")
+
+
+def test_an_objective_that_is_typed_with_resume_is_checked(tmp_path):
+    (tmp_path / CONFIG_FILE).write_text(format_config(compose_job()))
+    assert compose_job(f"resume={tmp_path}", "sweep.objective=-kl").config.sweep.objective == "-kl"
+    with pytest.raises(UserError, match=r"sweep\.objective=nope is not measured on text: choose"):
+        compose_job(f"resume={tmp_path}", "sweep.objective=nope")
 
 
 def test_a_run_folder_is_a_day_and_a_time_or_the_run_that_goes_on(tmp_path):
