@@ -212,7 +212,9 @@ def load_tokenizer(config: LLMConfig):
     """The LLM's tokenizer (transformers), without loading the LLM; the same object again, while
     the settings and a local folder's files are the same, as checks load it before the text."""
     folder = dequantise(config.name) if config.name in PACKAGED else _folder(config.name)
-    times = folder and sorted((file.name, file.stat().st_mtime_ns) for file in folder.iterdir())
+    # without broken links
+    files = [file for file in folder.iterdir() if file.exists()] if folder else []
+    times = sorted((file.name, file.stat().st_mtime_ns) for file in files)
     key = repr((config, times))
     if key not in _last_tokenizer:
         with mute_libraries():

@@ -114,6 +114,8 @@ def test_a_tokenizer_is_read_once_until_its_settings_or_files_change(folder):
     assert again is not first
     os.utime(Path(config.name) / "tokenizer.json", ns=(0, 0))
     assert load_tokenizer(config) is not again
+    (Path(config.name) / "model.onnx").symlink_to("deleted")
+    assert load_tokenizer(config).eos_token == "<eos>"
 
 
 @pytest.mark.parametrize(
