@@ -64,6 +64,10 @@ def check_arguments(arguments: list[str]) -> list[str]:
             or f"{unknown[0]}: no such flag; settings are written without dashes (setting=value), "
             "and --help lists them"
         )
+    if parsed.multirun and (parsed.cfg or parsed.info):
+        raise UserError(
+            "-m: --cfg and --info describe one SAE; leave -m out, and give one value per setting"
+        )
     settings, first = parsed.overrides, {}
     for setting in settings:
         name, equals, value = setting.partition("=")

@@ -21,7 +21,7 @@ class MixedTokens(TokenStream):
     """Interleaves the sequences of several indexed texts; its state is the states of the texts."""
 
     def __init__(self, texts: Sequence[Any], weights: Sequence[float]) -> None:
-        """`texts`: a `IndexedTokens` for each of the weights, which add up to 1."""
+        """`texts`: an `IndexedTokens` for each of the weights, which add up to 1."""
         self.texts, self.weights, self.packing = texts, weights, texts[0].packing
 
     @property

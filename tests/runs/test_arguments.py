@@ -57,6 +57,8 @@ def test_a_flag_may_stand_anywhere(typed, taken):
         ("+hydra.sweeper.params={seed:3}", "+hydra.sweeper.params={seed:3}: hydra.sweeper.params"),
         ("seed=1 model.k=3 seed=2", "seed=1 seed=2: seed is given twice; leave one out"),
         ("-m model=relu +model=topk", "model=relu +model=topk: model is given twice; leave one"),
+        ("-m model=relu,topk --cfg job", "-m: --cfg and --info describe one SAE; leave -m out"),
+        ("seed=1,2 --multirun --info", "-m: --cfg and --info describe one SAE; leave -m out"),
         ("prompt=???", "prompt=???: ??? stands for a value that is not given; give one"),
         ("run='???'", "run='???': ??? stands for a value that is not given; give one"),
         ("seed=1 seed=1", "seed=1 seed=1: seed is given twice; leave one out"),
