@@ -120,6 +120,7 @@ def _broken_rule(module: str, importer: str, name: str) -> str | None:
     return None
 
 
+@pytest.mark.slow
 def test_every_import_of_the_project_keeps_the_rules():
     assert {"train", "analyze", "sae_lightning.sae.base"} <= set(modules(ROOT)), "looked at nothing"
     assert violations(ROOT) == []
@@ -145,6 +146,7 @@ def cycles(root: Path) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_no_files_or_folders_import_one_another_in_a_circle():
     assert cycles(ROOT) == []
 

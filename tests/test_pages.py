@@ -61,8 +61,6 @@ BENCHMARKS = [c for c in ALONE if c not in COMMANDS]
 COMPOSABLE = [c for c in COMMANDS if {*c.arguments} & COMPOSED.keys()]
 # The same command is run once, whatever page it is on.
 RUNNABLE = {(c.script, *small_arguments(c)): c for c in COMMANDS if c not in COMPOSABLE}
-# Over 5 seconds where other tests run beside it: several SAEs, many questions, all tasks at once.
-SLOW = ("-m", "task=explain")
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Deprecated API features:DeprecationWarning"),  # Optuna's
@@ -70,14 +68,8 @@ pytestmark = [
 ]
 
 
-def is_slow(command: Command) -> bool:
-    overview = command.script == "analyze.py" and not command.setting("task")
-    return bool({*SLOW} & {*command.arguments}) or (overview and "--help" not in command.arguments)
-
-
 def parameters(commands: list[Command]) -> list:
-    marks = {True: [pytest.mark.slow], False: []}
-    return [pytest.param(c, id=c.name, marks=marks[is_slow(c)]) for c in commands]
+    return [pytest.param(c, id=c.name) for c in commands]
 
 
 def write_plays(folder: Path) -> list[Path]:
@@ -182,6 +174,7 @@ def trained(folder, run):
         write_begun(folder / done, folder / begun)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", parameters(list(RUNNABLE.values())))
 def test_a_command_of_a_page_does_what_it_says(
     command, run, trained, capsys, monkeypatch, tmp_path
@@ -210,6 +203,7 @@ def answer(question: str) -> str:
     return oracle(question) if "the word " in question else "Explanation: the word fox"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", parameters(COMPOSABLE))
 def test_a_command_for_elsewhere_is_composed(command):
     register_schemas()
@@ -228,7 +222,7 @@ def first_value(override) -> str:
     return override.input_line
 
 
-@pytest.mark.parametrize("command", [pytest.param(c, id=c.name) for c in BENCHMARKS])
+@pytest.mark.parametrize("command", parameters(BENCHMARKS))
 def test_a_benchmark_of_a_page_is_there_and_tells_its_options(command):
     """They measure for minutes, so they are not run; tests/test_benchmarks.py has their sums."""
     text = (ROOT / command.script).read_text("utf8")
@@ -253,6 +247,7 @@ def test_python_of_a_page_runs(block, trained):
     exec(BLOCKS[block], {"activations": torch.randn(8, 24)})
 
 
+@pytest.mark.slow
 def test_settings_md_is_what_the_script_writes(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "docs")
     written = importlib.import_module("write_settings").format_page()

@@ -128,6 +128,7 @@ def truth(here):
     return strengths[ids], dict(zip(read_vocabulary(llm), strengths, strict=True))
 
 
+@pytest.mark.slow
 def test_every_row_has_the_columns_of_its_table(home):
     assert home.relative_to(home.parents[1]).parts == ("gpt2-small", "1-res-relu-32")
     for table, needed in NEEDED.items():
@@ -300,6 +301,7 @@ def test_the_effects_are_those_of_the_page_unless_the_direct_path_is_asked_for(h
         assert row["logits_hist_data_bar_heights"] == page["effect_histogram"]
 
 
+@pytest.mark.slow
 def test_a_catalogue_of_an_older_version_is_made_anew(here, tmp_path, capsys):
     file = here / "sae" / "analysis" / "features.parquet"
     whole = pyarrow.parquet.read_table(file)

@@ -290,6 +290,7 @@ def test_after_a_crash_only_what_is_missing_is_asked(evidence, tmp_path):
     assert again.answers.spent.requests == 24
 
 
+@pytest.mark.slow
 def test_a_local_model_explains_and_is_scored(evidence, tiny_folder, tmp_path):
     llm = load_llm(LLMConfig(name=tiny_folder("llama"), dtype=Dtype.float32, device="cpu"))
     llm.model.config.max_position_embeddings = 10_000

@@ -118,6 +118,7 @@ def test_a_measured_effect_behind_the_last_block_is_what_norm_and_head_make_of_t
     assert (found.suppressed[:, 0] == expected.argmin(1)).float().mean() > 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("measured", [[], [PLANTED]], ids=["mapped", "measured"])
 def test_a_planted_effect_is_found_through_the_blocks(llm, words, measured):
     """A row that the logit of a token reads, and no other logit more."""
@@ -129,6 +130,7 @@ def test_a_planted_effect_is_found_through_the_blocks(llm, words, measured):
     assert token in lens(subject, 3, words(4000), measured).effect.promoted[PLANTED]
 
 
+@pytest.mark.slow
 def test_only_the_features_asked_for_are_measured(tiny, words):
     subject = make_subject(tiny("llama"))
     mapped, measured = (lens(subject, 5, words(4000), features) for features in ([], [3, 7]))

@@ -111,6 +111,7 @@ def answered(task: TextTask) -> dict:
     return json.loads((Path(task.run) / "analysis" / "text.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_planted_feature_is_told_in_the_terminal_the_numbers_and_the_page(here, capsys):
     found = answered(task(here, text="a lazy potion", top=1))
     potion = found["tokens"][-1]

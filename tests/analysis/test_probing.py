@@ -63,6 +63,7 @@ def planted(labels) -> dict[str, torch.Tensor]:
     return {"features": features, "neurons": noise(PIECES, 20, seed=1)}
 
 
+@pytest.mark.slow
 def test_a_unit_that_carries_the_label_is_found_and_suffices(labels, planted):
     probes = fit_probes(planted, labels)
     assert (
@@ -75,6 +76,7 @@ def test_a_unit_that_carries_the_label_is_found_and_suffices(labels, planted):
     assert probes.find_score("neurons", 1).accuracy < 0.55
 
 
+@pytest.mark.slow
 def test_shuffled_labels_are_told_no_better_than_by_chance(labels, planted):
     found = []
     for seed in range(6):
@@ -160,6 +162,7 @@ def test_a_unit_that_never_changes_tells_nothing(labels, units):
     assert before.fit_all() == pytest.approx(after.fit_all(), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_planted_feature_is_found_through_the_llm(labels, subject):
     """The SAE's last three features fire on the three words that are the classes."""
     site = subject.sites.source
@@ -196,6 +199,7 @@ def test_pieces_are_pooled_over_their_own_tokens_only(labels, subject):
         torch.testing.assert_close(pooled[0][units], pooled[1][units], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_sections_tell_the_numbers(labels, planted):
     probes = fit_probes(planted, labels, k=(1, 2))
     comparison, units = make_probe_sections(probes)
@@ -232,6 +236,7 @@ def test_a_tie_is_on_no_side():
     assert name_winner(neurons, neurons) == "neither is ahead"
 
 
+@pytest.mark.slow
 def test_a_score_is_the_mean_over_folds_with_its_standard_error(labels, planted):
     probes = fit_probes(planted, labels, k=(1,))
     outcomes = [FoldScore(0.8, 0.5), FoldScore(0.5, 0.9)]
@@ -242,6 +247,7 @@ def test_a_score_is_the_mean_over_folds_with_its_standard_error(labels, planted)
     assert rows["features: AUROC"] == "0.700 ± 0.200"
 
 
+@pytest.mark.slow
 def test_random_directions_are_as_many_as_features_and_k_is_less_than_all(labels, planted):
     probes = fit_probes(planted, labels, k=(20, 25, 30))  # of 30 features and 20 neurons
     tested = {(score.units, score.k) for score in probes.scores}

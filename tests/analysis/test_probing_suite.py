@@ -114,6 +114,7 @@ def test_nothing_of_the_test_part_reaches_a_probe():
     assert np.array_equal(directions[split.train], again[split.train])
 
 
+@pytest.mark.slow
 def test_a_probe_on_all_units_is_the_same_in_the_space_of_the_texts():
     x = np.maximum(noise(TEXTS, 600, seed=2), 0)
     x[:, :40] += 0.3 * LABELS[:, None]
@@ -187,6 +188,7 @@ def test_the_last_token_of_each_text_is_read_whatever_is_beside_it(tiny):
         assert torch.allclose(row, capture(subject.llm.model, tokens, [site])[site][0, -1].float())
 
 
+@pytest.mark.slow
 def test_the_benchmark_finds_the_feature_that_reads_a_word_and_not_its_control(
     tmp_path, monkeypatch
 ):

@@ -256,6 +256,7 @@ class ClosedTerminal(io.StringIO):
         return True
 
 
+@pytest.mark.slow
 def test_nothing_becomes_public_unless_the_user_says_so(hub, run, monkeypatch):
     public = {"private": False, "licence": "mit"}
     monkeypatch.setattr(sys, "stdin", Terminal(False))

@@ -61,6 +61,7 @@ def asked(task: str, *overrides: str):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_a_task_composes_with_its_settings(task):
     config = asked(task)
@@ -72,6 +73,7 @@ def test_the_default_is_the_overview():
     assert to_dataclass(compose("analyze", ["run=x"])).task == "overview"
 
 
+@pytest.mark.slow
 def test_steering_is_typed_as_the_readme_does():
     config = asked("steer", "strength=8", 'prompt="There once was a cat"')
     assert (config.feature, config.strength, config.prompt) == (3, [8], "There once was a cat")
@@ -117,6 +119,7 @@ def numeric(cfg: DictConfig, prefix: str = "") -> Iterator[str]:
             yield prefix + name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "preset"),
     [

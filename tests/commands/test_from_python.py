@@ -38,6 +38,7 @@ def trained(tmp_path_factory):
     return train(*SMALL, "model=topk", "model.k=4", f"hydra.run.dir={folder}")
 
 
+@pytest.mark.slow
 def test_the_config_is_that_of_the_command_line(trained):
     register_schemas()
     typed = [*SMALL, "model=topk", "model.k=4"]
@@ -59,6 +60,7 @@ def test_a_run_has_its_folder_its_metrics_and_its_sae(trained):
     assert trained.sae(torch.zeros(2, 16)).features.shape == (2, 48)
 
 
+@pytest.mark.slow
 def test_a_second_run_in_the_same_process_is_trained_and_resumed(trained, tmp_path):
     again = train(*SMALL, "model=topk", "model.k=4", f"hydra.run.dir={tmp_path / 'again'}")
     assert torch.equal(again.sae.W_dec, trained.sae.W_dec)
@@ -109,6 +111,7 @@ def test_the_programs_own_use_of_hydra_goes_on(tmp_path):
     assert not GlobalHydra.instance().is_initialized()
 
 
+@pytest.mark.slow
 def test_presets_of_a_folder_are_found(tmp_path):
     (tmp_path / "presets" / "model").mkdir(parents=True)
     (tmp_path / "presets" / "model" / "mine.yaml").write_text("defaults: [topk, _self_]\nk: 5\n")
@@ -118,6 +121,7 @@ def test_presets_of_a_folder_are_found(tmp_path):
         train(*SMALL, config_dir="nope")
 
 
+@pytest.mark.slow
 def test_a_run_in_a_thread_installs_no_signal_handlers():
     """As in a server, or in a notebook whose cells run in threads."""
     runs, before = [], signal.getsignal(signal.SIGINT)

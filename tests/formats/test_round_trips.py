@@ -250,6 +250,7 @@ def test_a_set_with_a_gap_says_which_blocks_are_missing(sweep, tmp_path):
     assert not (tmp_path / "set").exists()
 
 
+@pytest.mark.slow
 def test_a_set_has_one_transcoder_for_a_block_and_one_size(sweep, tiny_folder, tmp_path):
     add_run(tmp_path, tiny_folder("llama"), "second", 2)
     with pytest.raises(UserError, match="layer.index=2 and second both read block 2, and format="):

@@ -50,6 +50,7 @@ def save(config, folder) -> str:
     return str(folder)
 
 
+@pytest.mark.slow
 def test_an_lm_head_of_its_own_goes_and_a_shared_one_stays_the_embedding(tmp_path, tokens):
     for tied in (True, False):
         config = transformers.LlamaConfig(**MODERN, num_key_value_heads=1, tie_word_embeddings=tied)
@@ -58,6 +59,7 @@ def test_an_lm_head_of_its_own_goes_and_a_shared_one_stays_the_embedding(tmp_pat
         assert whole - part == (0 if tied else 24 * 100)
 
 
+@pytest.mark.slow
 def test_a_block_that_depends_on_how_many_there_are_does_what_it_did(tmp_path, tokens):
     """Gemma-3n's last blocks take keys and values from earlier ones: which, the number decides."""
     config = transformers.Gemma3nTextConfig(

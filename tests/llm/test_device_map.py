@@ -70,6 +70,7 @@ def test_offloaded_llms_compute_the_same_bits(tiny, spread, tokens):
     assert hash_llm(model) == hash_llm(whole.model)
 
 
+@pytest.mark.slow
 def test_losses_text_and_directions_of_offloaded_llms_are_the_same(tiny, spread, tokens):
     site, keep = Site(1, Kind.resid), torch.ones(4, 10, dtype=torch.bool)
     scores = []
@@ -128,6 +129,7 @@ def test_weights_written_to_disk_are_in_a_new_folder(tmp_path):
     assert first != second and first.is_dir() and second.is_dir()
 
 
+@pytest.mark.slow
 def test_a_run_with_weights_on_disk_trains_the_same_sae(tiny_folder, tmp_path):
     text = tmp_path / "text"
     text.mkdir()

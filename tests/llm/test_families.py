@@ -56,6 +56,7 @@ def families():
         yield importlib.import_module("families")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", SOME)
 def test_a_branch_is_what_it_adds_to_the_stream_or_is_refused(families, family):
     assert families.check_family(family) == SOME[family]

@@ -409,6 +409,7 @@ def test_a_page_that_is_written_again_leaves_no_old_blocks(large, monkeypatch):
     assert {file.name for file in folder.iterdir()} == {"index.html", "index-notes"}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs a browser")
 def test_a_late_unit_of_a_large_page_is_shown_from_disk(large):
     path = large(3 * UNITS_PER_BLOCK)

@@ -117,6 +117,7 @@ SWEPT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("typed", SWEPT)
 def test_a_sweep_over_nothing_possible_is_refused_before_anything_is_made(hydra, tmp_path, typed):
     folder = tmp_path / "sweep"

@@ -83,6 +83,7 @@ def preset(name: str) -> list[str]:
     return [name.replace("/", "="), *goes_with, *LEFT_OPEN.get(name, [])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_composes(name):
     assert isinstance(make(*preset(name)), Config)
@@ -120,6 +121,7 @@ def test_an_option_of_a_group_is_a_file_of_its_folder_or_an_architecture():
         assert sorted(loader.get_group_options(group)) == sorted(options)
 
 
+@pytest.mark.slow
 def test_every_architecture_and_every_source_has_a_schema_and_is_an_option():
     known = ConfigStore.instance()
     for group, table in (("model", ARCHITECTURES), ("loss", ARCHITECTURES), ("data", SOURCES)):
@@ -130,6 +132,7 @@ def test_every_architecture_and_every_source_has_a_schema_and_is_an_option():
         assert type(config.loss) is ARCHITECTURES[name].loss
 
 
+@pytest.mark.slow
 def test_an_llm_brings_a_layer_and_the_user_may_choose_another():
     assert make("llm=gpt2").layer.index == 8
     assert make("llm=gpt2", "layer.index=3", "layer=mlp").layer.index == 3
@@ -139,6 +142,7 @@ def test_an_llm_brings_a_layer_and_the_user_may_choose_another():
     assert (layer.index, layer.source, layer.target) == (8, Kind.mlp_in, Kind.mlp)
 
 
+@pytest.mark.slow
 def test_synthetic_data_brings_no_llm_and_an_objective_that_it_has():
     config = make("data=synthetic", "seed=3")
     assert (config.llm.name, config.layer.index, config.sweep.objective) == ("none", 0, "recovered")
@@ -190,6 +194,7 @@ def test_settings_of_text_are_unknown_to_synthetic_data(setting):
         make("data=synthetic", f"data.{setting}")
 
 
+@pytest.mark.slow
 def test_a_model_brings_its_own_loss():
     for name, row in ARCHITECTURES.items():
         config = make(f"model={name}")
@@ -219,6 +224,7 @@ def test_an_unknown_architecture_is_an_error_before_anything_is_loaded():
         make("model.name=topkk")
 
 
+@pytest.mark.slow
 def test_only_a_transcoder_has_a_skip_connection():
     assert make("layer=transcoder", "model.skip=true").model.skip
     for autoencoder in ([], ["layer.target=resid"]):
@@ -241,12 +247,14 @@ def test_a_target_that_cannot_be_steered_to_is_an_error(overrides, message):
         make(*overrides)
 
 
+@pytest.mark.slow
 def test_a_typo_behind_a_plus_is_an_error():
     for typo in ("+model.featurs=3", "+loss.lambda=1", "+sed=1"):
         with pytest.raises(UserError, match="leave out the"):
             make(typo)
 
 
+@pytest.mark.slow
 def test_the_weights_follow_the_seed_unless_they_are_given_another():
     assert make("seed=7").model.seed == 7
     assert make("model=dense", "seed=7").model.seed == 7
@@ -254,12 +262,14 @@ def test_the_weights_follow_the_seed_unless_they_are_given_another():
     assert make("model.seed=1").seed == 0
 
 
+@pytest.mark.slow
 def test_a_batch_larger_than_the_pool_is_an_error():
     assert make("trainer.batch=500", "data.pool=500").trainer.batch == 500
     with pytest.raises(UserError, match=r"^trainer\.batch=501 is larger .*data\.pool=500"):
         make("trainer.batch=501", "data.pool=500")
 
 
+@pytest.mark.slow
 def test_a_feature_cannot_be_silent_for_longer_than_the_run():
     assert make("callbacks.dead_after=999", "trainer.tokens=1000", "trainer.batch=10")
     with pytest.raises(UserError, match=r"^callbacks\.dead_after=2048: .*trainer\.tokens=2048; "):
@@ -358,6 +368,7 @@ ROUND_TRIPS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overrides", ROUND_TRIPS.values(), ids=ROUND_TRIPS)
 def test_a_run_folder_gives_back_its_config(tmp_path, overrides):
     this = compose_job(*overrides)
@@ -418,6 +429,7 @@ def test_a_run_is_named_by_what_was_asked_for():
     assert compose_job().label == "relu"
 
 
+@pytest.mark.slow
 def test_resume_reads_the_run_and_takes_nothing_else(tmp_path):
     (tmp_path / CONFIG_FILE).write_text(format_config(compose_job("model.features=5")))
     resumed = compose_job(f"resume={tmp_path}")
@@ -470,6 +482,7 @@ def test_a_job_of_a_sweep_is_named_after_what_is_swept():
     assert len(long.encode()) <= 200 and long.endswith("_3")
 
 
+@pytest.mark.slow
 def test_local_paths_are_saved_absolute(tmp_path, monkeypatch):
     (tmp_path / "llm").mkdir()
     (tmp_path / "a.txt").write_text("")
@@ -546,6 +559,7 @@ def test_a_run_of_a_version_with_fewer_settings_is_read(tmp_path):
     assert read_job(tmp_path).config == make("data=text", "data.path=x")
 
 
+@pytest.mark.slow
 def test_an_experiment_beats_config_yaml(tmp_path):
     """`_self_` comes before `experiment`: what config.yaml itself sets must not win."""
     text = (CONF / "config.yaml").read_text()

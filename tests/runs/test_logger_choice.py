@@ -50,6 +50,7 @@ def saved(tmp_path):
     return write
 
 
+@pytest.mark.slow
 def test_one_logger_or_several_are_chosen_by_name(choose):
     assert choose().config.logger.used == choose("logger=none").config.logger.used == []
     assert choose("logger=csv").config.logger.used == ["csv"]
@@ -58,6 +59,7 @@ def test_one_logger_or_several_are_chosen_by_name(choose):
     assert job.config.logger.wandb.tags == ["a", "b"]
 
 
+@pytest.mark.slow
 def test_what_the_environment_says_is_saved_but_for_an_address_that_may_hold_a_password(
     choose, monkeypatch, tmp_path
 ):
@@ -107,6 +109,7 @@ def test_a_missing_package_is_one_line_that_says_what_to_install(choose, monkeyp
         choose(f"logger={kind}")
 
 
+@pytest.mark.slow
 def test_a_missing_login_is_told_when_the_command_is_read(choose, saved, monkeypatch):
     old = saved(LoggerConfig(wandb=WandbConfig(use=True, project="p")))
     monkeypatch.setattr(sys.modules["wandb"], "login", lambda **_: False)
@@ -117,6 +120,7 @@ def test_a_missing_login_is_told_when_the_command_is_read(choose, saved, monkeyp
     assert choose("logger=wandb", "logger.wandb.offline=true").config.logger.used == ["wandb"]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_loggers_unless_others_are_typed(choose, saved):
     old = saved(LoggerConfig(wandb=WandbConfig(use=True, project="p", tags=["a"], offline=True)))
     assert choose(old).config.logger.used == ["wandb"]
@@ -132,6 +136,7 @@ def test_a_resumed_run_keeps_its_loggers_unless_others_are_typed(choose, saved):
         choose(old, "logger=csv", "loss.l1=1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("loggers", "destination"),
     [(TEAM, "logger.wandb.entity=team"), (SERVER, "logger.mlflow.tracking_uri=http://host")],
@@ -147,6 +152,7 @@ def test_a_folder_does_not_decide_where_curves_are_sent(choose, saved, loggers, 
     assert format_resume_command([job]).endswith(f"resume=old {destination}")
 
 
+@pytest.mark.slow
 def test_loggers_share_a_pass_and_are_free_on_resuming(choose):
     plain, logged = choose().config, choose("logger=csv").config
     assert plain.stream_key() == logged.stream_key()

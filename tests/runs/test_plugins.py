@@ -110,6 +110,7 @@ def test_without_plugins_nothing_changes():
     assert set(ConfigStore.instance().repo) == groups
 
 
+@pytest.mark.slow
 def test_the_metrics_of_an_own_kind_of_data_can_be_the_objective(tmp_path):
     (tmp_path / "own_data.py").write_text(NEW_DATA)
     typed = load_plugins(
@@ -187,6 +188,7 @@ def test_an_installed_plugin_needs_not_be_typed(tmp_path):
     assert "mine" in ARCHITECTURES
 
 
+@pytest.mark.slow
 def test_a_run_folder_does_not_import_what_it_names(tmp_path):
     (tmp_path / "own_run.py").write_text(NEW)
     folder = tmp_path / "run"

@@ -307,6 +307,7 @@ def begin_sweep(folder: Path, *overrides: str) -> Sweep:
     return callback
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("record", "answer"),
     [
@@ -336,6 +337,7 @@ def test_hydras_record_of_a_strangers_sweep_is_text(
     assert SECRET not in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", ["the record of a sweep", None])
 def test_a_sweep_that_adds_no_run_leaves_the_record_of_another(hydra, tmp_path, kept):
     folder = write_run(tmp_path / "sweep" / "run", "llm", trusting=False).parent

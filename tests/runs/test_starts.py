@@ -60,6 +60,7 @@ def compose_start(*typed: str) -> Config:
     return make_job(compose("config", arguments), Path("folder"), arguments).config
 
 
+@pytest.mark.slow
 def test_what_is_not_typed_comes_from_the_start(save, tmp_path):
     save("topk", "topk", k=7)
     config = compose_start("model.start=topk", "loss.auxk=0.1", "llm.batch=3")
@@ -76,6 +77,7 @@ def test_what_is_not_typed_comes_from_the_start(save, tmp_path):
     assert (one.model.k, one.model.features, one.layer.index) == (3, 50, 3)
 
 
+@pytest.mark.slow
 def test_settings_are_checked_with_what_comes_from_the_start(save):
     """The defaults would not fit: k=64, 10,000 features, no skip connection of an autoencoder."""
     save("topk", "topk", k=7)
@@ -109,6 +111,7 @@ def test_a_transcoder_brings_its_sites_and_its_skip_connection(save):
     compose_start("model.start=across", "layer=transcoder", "model.skip=true")
 
 
+@pytest.mark.slow
 def test_features_that_compete_keep_their_norms_if_these_differ(save):
     save("equal", "topk", norms=(1.0, 1.005))
     save("unequal", "topk", norms=(1.0, 3.0))
@@ -176,6 +179,7 @@ def test_an_llm_of_another_width_is_refused_and_another_llm_is_told(save, tmp_pa
     )
 
 
+@pytest.mark.slow
 def test_reading_the_start_and_keeping_its_rows_is_counted(save, tmp_path):
     """n = 2 x 40 x 16 + 40 + 16 parameters: read in float32 in up to three copies, and decoder rows
     in half precision, in memory once and on disk twice."""

@@ -101,6 +101,7 @@ def test_hydras_syntax_of_a_grid_gives_one_config_a_value(sweep, hydra, argument
     assert [composed(hydra, job).to_flat_dict()[setting] for job in batch] == values
 
 
+@pytest.mark.slow
 def test_a_preset_can_hold_a_sweep(sweep, tmp_path):
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text(
@@ -141,6 +142,7 @@ def test_a_search_ends_where_l0_is_what_was_asked_for(sweep, tmp_path):
     assert 32 < 0.1 / best < 64 * 1.01
 
 
+@pytest.mark.slow
 def test_a_search_is_repeated_with_the_same_trials(sweep):
     few = [*SEARCH, "hydra.sweeper.n_trials=3"]
     assert sweep(few) == sweep(few)
@@ -158,6 +160,7 @@ def test_a_search_survives_failed_runs_and_metrics_that_are_nan(sweep, tmp_path)
     assert (found.best_value, found.best_params) == (0.5, {"loss.l1": best})
 
 
+@pytest.mark.slow
 def test_a_search_over_presets_and_sizes_composes(sweep, hydra):
     swept = [
         "model=choice(relu,dense)",
@@ -247,6 +250,7 @@ def test_optuna_is_told_what_the_runs_achieved(train, tmp_path, launcher):
     assert [name for name in shown if name.endswith("*")] == ["loss.l1*"], "in TensorBoard"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "start", "place", "top"),
     [

@@ -105,6 +105,7 @@ def test_a_text_is_what_one_shell_argument_holds(with_tasks, text):
     assert OverridesParser.create().parse_override(argument).value() == text
 
 
+@pytest.mark.slow
 def test_a_text_in_a_run_folder_is_still_that_text(hydra, tmp_path):
     given = ["data=text", "data.path=.", *quote_texts(["data.column=1e3"])]
     this = make_job(compose("config", given), tmp_path, given)

@@ -139,6 +139,7 @@ def test_after_a_few_updates_as_many_fire_in_inference_as_in_training():
     assert fired == pytest.approx(5, rel=0.1)
 
 
+@pytest.mark.slow
 def test_a_trained_one_fires_k_times_a_token_in_inference():
     head = make_head("batch_topk", k=4)
     train(head, 120)

@@ -70,6 +70,7 @@ def test_a_frozen_encoder_has_the_directions_of_its_sae_and_the_norm_1():
     assert torch.equal(heads[0].sae.W_dec, heads[1].sae.W_dec)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["relu", "topk"])  # with free and with fixed norms
 def test_soft_frozen_rows_turn_as_far_as_they_may(name):
     least = {}

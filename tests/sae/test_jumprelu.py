@@ -111,6 +111,7 @@ def test_penalties_by_hand():
     assert tanh.coefficients() == {"l0": 1e-3}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", PenaltyKind)
 def test_l0_falls_when_its_coefficient_rises_over_three_decades(kind):
     # a known failure elsewhere (SAELens issues 382, 494, 719): the coefficient has no effect
@@ -125,6 +126,7 @@ def test_l0_falls_when_its_coefficient_rises_over_three_decades(kind):
     assert errors == sorted(errors), "fewer features explain less"
 
 
+@pytest.mark.slow
 def test_the_coefficient_is_steered_to_a_target():
     head = make_head("jumprelu", loss={"target_l0": 5})
     train(head, 300)
@@ -144,6 +146,7 @@ def test_the_pre_activation_loss_is_the_distance_to_the_threshold_by_hand():
     assert sae.log_threshold.grad is None, "pre-activations rise, the threshold does not fall"
 
 
+@pytest.mark.slow
 def test_the_pre_activation_loss_brings_dead_features_back():
     assert preact_revives("jumprelu", {"l0": 1e-2}) >= 10
 

@@ -131,6 +131,7 @@ def test_prefixes_of_a_skip_transcoder_have_its_skip_connection():
     assert this.reconstruction.tolist() == [[3028.5], [186.5]]
 
 
+@pytest.mark.slow
 def test_early_prefixes_explain_more_than_those_of_a_batch_topk():
     x, errors = activations(2048, seed=1), {}
     for name in ("matryoshka", "batch_topk"):

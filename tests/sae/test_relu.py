@@ -96,6 +96,7 @@ def test_a_run_that_is_all_warm_up_keeps_p():
     assert_close(got, tensor([[0.5, 5.0, 50.0], [0.5, 5.0, 50.0]]))  # of l1: norm / batch
 
 
+@pytest.mark.slow
 def test_p_annealing_gives_fewer_features_that_explain_as_much():
     ends = []
     for p in (1.0, 0.3):
@@ -107,6 +108,7 @@ def test_p_annealing_gives_fewer_features_that_explain_as_much():
     assert other < 1.1 * error
 
 
+@pytest.mark.slow
 def test_l0_falls_when_l1_rises_over_three_decades():
     reached = []
     for coefficient in (1e-3, 1e-2, 1e-1, 1.0):
@@ -116,6 +118,7 @@ def test_l0_falls_when_l1_rises_over_three_decades():
     assert all(b < 0.9 * a for a, b in zip(reached, reached[1:], strict=False)), reached
 
 
+@pytest.mark.slow
 def test_the_coefficient_is_steered_to_a_target():
     head = make_head("relu", loss={"l1": 2e-2, "target_l0": 5})
     train(head, 400)
@@ -145,6 +148,7 @@ def test_where_nothing_is_dead_the_pre_activation_loss_is_0():
     assert not sae.W_enc.grad.any()
 
 
+@pytest.mark.slow
 def test_the_pre_activation_loss_brings_dead_features_back():
     assert preact_revives("relu", {"l1": 3e-2}) >= 18
 
@@ -217,6 +221,7 @@ def trained_loss(x: torch.Tensor, features: int) -> float:
     return loss.item()
 
 
+@pytest.mark.slow
 def test_a_dense_autoencoder_narrower_than_its_input_cannot_reach_zero_loss():
     # A reconstruction is b_dec plus a mix of the 4 rows of W_dec: whatever the encoder does, it
     # lies in a 4-dimensional plane. The best plane through isotropic data in 8 dimensions leaves
@@ -229,6 +234,7 @@ def test_a_dense_autoencoder_narrower_than_its_input_cannot_reach_zero_loss():
     assert 0.9999 * floor < trained_loss(x, features=4) < 1.02 * floor
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("features", [8, 12])
 def test_a_dense_autoencoder_as_wide_as_its_input_reaches_zero_loss(features):
     # With all features active on all of the data both maps are linear and can be inverses.

@@ -166,6 +166,7 @@ def test_what_adam_holds_lies_in_memory_as_its_parameter_does():
                 assert optimizer.state[parameter][status].stride() == parameter.stride()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["relu", "jumprelu", "gated"])
 def test_many_entries_on_two_threads_give_the_same_gradient_every_time(name):
     """Torch adds up the gradient of indexing with brackets in another order each time."""
@@ -184,6 +185,7 @@ def test_many_entries_on_two_threads_give_the_same_gradient_every_time(name):
         torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("threshold", "bandwidth"), [(1.0, 0.024), (4.1, 0.1), (0.1, 2.0)])
 def test_in_bf16_narrow_windows_are_not_cut_off(threshold, bandwidth):
     sae = made("jumprelu", 0.2, threshold=threshold, bandwidth=bandwidth)

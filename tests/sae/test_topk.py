@@ -120,6 +120,7 @@ def test_auxk_k_decides_how_many_dead_features_help():
         assert term.item() == pytest.approx(left / 21.5**2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["topk", "batch_topk", "matryoshka"])
 def test_auxk_brings_dead_features_back(name):
     back, changed = {}, {}

@@ -151,6 +151,7 @@ def test_resuming_is_exact_at_every_batch(llm, style):
         assert all(same(a, b) for a, b in zip(rest, reference[served:], strict=True))
 
 
+@pytest.mark.slow
 def test_a_run_on_a_streamed_hub_data_set_resumes_exactly_twice_in_a_row(
     llm, tmp_path, monkeypatch
 ):

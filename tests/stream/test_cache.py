@@ -103,6 +103,7 @@ def leftovers(folder) -> list[str]:
     return [path.name for path in folder.rglob("*") if path.name.endswith(".tmp")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("max_norm", [None, 1.5])
@@ -130,6 +131,7 @@ def test_cached_is_live_bit_for_bit(llm, folder, calls, style, dtype, max_norm):
     assert leftovers(folder) == []
 
 
+@pytest.mark.slow
 def test_the_length_batch_and_pool_of_a_run_change_nothing_in_its_cache(llm, folder, calls):
     list(make(llm, folder))
     written = len(calls)
@@ -145,6 +147,7 @@ def test_the_length_batch_and_pool_of_a_run_change_nothing_in_its_cache(llm, fol
         assert len(calls) == before > written
 
 
+@pytest.mark.slow
 def test_a_longer_run_continues_a_shorter_ones_cache(llm, folder, calls):
     reference = list(make(llm, total_batches=90))
     passes = len(calls)
@@ -393,6 +396,7 @@ def test_resuming_is_exact_whatever_became_of_the_cache(llm, folder, style, befo
         assert_same(list(make(llm, folder, **settings)), reference)
 
 
+@pytest.mark.slow
 def test_a_run_that_reads_the_first_shard_knows_the_medians_that_it_never_computed(llm, folder):
     live = make(llm, max_norm=1.02)
     list(live)
@@ -583,6 +587,7 @@ def test_a_second_process_reads_what_is_complete_and_writes_nothing(llm, folder,
     assert "another process" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [1, 12, 25])
 def test_a_cache_that_is_deleted_while_it_is_used_harms_no_run(llm, folder, after):
     reference = list(make(llm))

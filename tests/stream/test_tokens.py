@@ -179,6 +179,7 @@ def test_a_stream_opened_anew_begins_again_and_leaves_the_first_where_it_is(toke
     assert torch.equal(again.next(2).tokens, train.next(2).tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style", STYLES)
 def test_resuming_is_exact_at_every_sequence(tokenizer, style, monkeypatch):
     monkeypatch.setattr(streamed_tokens, "STREAMED_CHARACTERS", 40)

@@ -101,6 +101,7 @@ def sweep(job, tmp_path):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "precision", [Precision.fp32, pytest.param(Precision.bf16, marks=pytest.mark.slow)]
 )
@@ -180,6 +181,7 @@ def whole(sweep):
     return jobs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "steps",
     [
@@ -227,6 +229,7 @@ def test_each_head_can_go_on_alone_and_heads_at_different_steps_form_passes(
         assert_same(mine.folder, other.folder)
 
 
+@pytest.mark.slow
 def test_heads_share_one_file_of_the_stream(whole):
     files = [one.folder / "checkpoints" / f"stream-{STEPS}.pt" for one in whole]
     assert len({file.stat().st_ino for file in files}) == 1
@@ -246,6 +249,7 @@ def test_without_hard_links_each_has_a_copy(sweep, whole, monkeypatch):
     assert_same(jobs[2].folder, whole[2].folder)
 
 
+@pytest.mark.slow
 def test_a_head_that_diverges_is_frozen_and_the_others_do_not_notice(
     sweep, whole, capsys, monkeypatch
 ):
@@ -300,6 +304,7 @@ def test_a_head_that_diverges_late_keeps_its_last_checkpoint(sweep, whole, monke
     assert curves(jobs[1].folder)["train/loss"][-1][0] == 16 * BATCH
 
 
+@pytest.mark.slow
 def test_where_all_diverge_the_pass_ends(sweep, capsys):
     jobs = sweep("diverged", **{f"{lr}": {"optim": OptimConfig(lr=lr)} for lr in (1e30, 1e31)})
     assert passes.train_jobs(jobs) == [None, None]
@@ -307,6 +312,7 @@ def test_where_all_diverge_the_pass_ends(sweep, capsys):
     assert passes.train_jobs([replace(one, resumed=True) for one in jobs]) == [None, None]
 
 
+@pytest.mark.slow
 def test_a_pass_that_fails_does_not_end_the_sweep(job, sweep, monkeypatch, capsys):
     seeds = {f"{seed}": {"seed": seed} for seed in range(3)}
     jobs = sweep("seeds", **seeds)
@@ -368,6 +374,7 @@ def test_one_job_that_cannot_run_keeps_all_from_starting(sweep):
     assert not any((one.folder / "config.yaml").exists() for one in jobs)
 
 
+@pytest.mark.slow
 def test_the_same_run_twice_is_trained_once(sweep, monkeypatch):
     (one,) = sweep("twice", a={})
     trained = []
@@ -437,6 +444,7 @@ def test_jobs_that_would_share_a_folder_are_refused(sweep):
     assert not one.folder.exists()
 
 
+@pytest.mark.slow
 def test_a_failed_pass_leaves_nothing_in_memory(sweep, monkeypatch):
     jobs = sweep("seeds", **{f"{seed}": {"seed": seed} for seed in range(2)})
     loaded, load = [], text.load_llm
@@ -454,6 +462,7 @@ def test_a_failed_pass_leaves_nothing_in_memory(sweep, monkeypatch):
     assert len(loaded) == 2
 
 
+@pytest.mark.slow
 def test_out_of_memory_says_how_to_go_on_with_fewer(sweep, monkeypatch, capsys):
     jobs = sweep("many", **SEEDS)
     monkeypatch.setattr(devices, "run_pass", lambda jobs: raise_(torch.OutOfMemoryError()))
@@ -463,6 +472,7 @@ def test_out_of_memory_says_how_to_go_on_with_fewer(sweep, monkeypatch, capsys):
     assert line.rstrip().endswith(f"train.py -m resume={jobs[0].sweep_folder} sweep.max_heads=2")
 
 
+@pytest.mark.slow
 def test_a_plain_run_out_of_memory_says_what_to_lower(job, monkeypatch):
     allocator = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to")
     monkeypatch.setattr(devices, "run_pass", lambda jobs: raise_(allocator))
@@ -542,6 +552,7 @@ def test_ctrl_c_in_the_last_update_of_a_pass_ends_the_sweep(sweep, monkeypatch, 
     assert [folders.read_metrics(one.folder) is None for one in jobs] == [False, True]
 
 
+@pytest.mark.slow
 def test_a_run_that_trains_elsewhere_is_left_alone(sweep, whole):
     again = resumed(whole[0].sweep_folder)
     (again[1].folder / "metrics.json").unlink()

@@ -103,11 +103,13 @@ def rewrite(file: Path, change) -> None:
 CKPT, STREAM = "checkpoints/last.ckpt", f"checkpoints/stream-{STEP}.pt"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["run", "other", "concepts"])
 def test_a_good_checkpoint_says_how_far_the_run_came(killed, name):
     assert check(killed / name) == STEP
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", [CKPT, STREAM])
 @pytest.mark.parametrize("seed", range(2))
 def test_a_flipped_bit_anywhere_is_noticed_or_changes_nothing(killed, tmp_path, part, seed):
@@ -264,6 +266,7 @@ GOOD = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("part", "message"), [(part, message) for part, harms in GOOD.items() for message in harms]
 )
@@ -277,6 +280,7 @@ def test_what_does_not_fit_is_named_though_its_checksums_are_good(harmed, part, 
     assert line.endswith(f"; delete {folder / CKPT} to start the run again from its beginning")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["run", "concepts"])
 def test_a_checkpoint_from_before_there_were_checksums_is_resumed_the_same(harmed, tmp_path, name):
     folder = harmed(name)
@@ -297,6 +301,7 @@ def test_a_disk_that_does_not_answer_is_no_reason_to_delete_a_checkpoint(harmed,
     assert refused(folder) == f"{folder / CKPT} cannot be read: Stale file handle"
 
 
+@pytest.mark.slow
 def test_a_text_that_changed_to_as_many_tokens_is_not_trained_on(killed, harmed):
     folder, text = harmed(), killed / "text" / "a.txt"
     good = text.read_text()

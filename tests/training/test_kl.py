@@ -48,6 +48,7 @@ def sweep(job, tmp_path):
     return make
 
 
+@pytest.mark.slow
 def test_in_a_sweep_each_head_ends_as_alone_and_says_what_it_was_before(sweep):
     together = sweep("together")
     passes.train_jobs(together)
@@ -83,6 +84,7 @@ def test_killed_before_during_or_as_it_begins_a_run_ends_as_if_it_had_not_been(
         assert before[0] == before[1]
 
 
+@pytest.mark.slow
 def test_until_it_begins_a_head_is_the_same_and_then_the_sum_keeps_the_size_of_the_mse(
     job, monkeypatch
 ):

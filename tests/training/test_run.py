@@ -173,6 +173,7 @@ def test_a_run_stopped_by_sigterm_saves_says_how_to_continue_and_ends_the_same(
     assert_same(whole.folder, stopped.folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at_step", [4, 27])
 def test_a_run_that_dies_between_checkpoints_ends_the_same(job, whole, monkeypatch, at_step):
     def power_cut():
@@ -207,6 +208,7 @@ def test_a_signal_before_the_first_update_stops_at_once_and_not_as_a_success(
     assert_same(whole.folder, stopped.folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", [Precision.fp32, Precision.bf16])
 def test_resuming_is_exact_in_either_precision_and_when_repeated(job, monkeypatch, precision):
     ways = count_products(monkeypatch)
@@ -235,6 +237,7 @@ def test_resuming_is_exact_in_either_precision_and_when_repeated(job, monkeypatc
     assert_same(one.folder, other.folder)
 
 
+@pytest.mark.slow
 def test_the_run_folder_says_what_auto_stood_for(job):
     made = job("run")
     made.config = replace(made.config, llm=replace(made.config.llm, dtype=Dtype.auto))
@@ -256,11 +259,13 @@ def test_two_processes_do_not_train_in_one_folder(job):
     assert [file.name for file in made.folder.iterdir()] == [".lock"]
 
 
+@pytest.mark.slow
 def test_a_folder_that_holds_a_run_is_not_trained_over(job, whole):
     with pytest.raises(UserError, match=r"already holds a run: continue it with resume="):
         passes.train_jobs([replace(whole, config=job("whole").config)])
 
 
+@pytest.mark.slow
 def test_damaged_metrics_are_written_again(job, whole):
     file = whole.folder / "metrics.json"
     before = json.loads(file.read_text())
@@ -271,6 +276,7 @@ def test_damaged_metrics_are_written_again(job, whole):
     assert "tokens_per_second" not in after["speed"]  # this process has trained nothing
 
 
+@pytest.mark.slow
 def test_a_run_killed_after_its_last_update_is_finished_by_resuming(job, whole):
     (whole.folder / "metrics.json").rename(whole.folder / "metrics.was")
     before = weights(whole.folder)
@@ -283,6 +289,7 @@ def test_a_run_killed_after_its_last_update_is_finished_by_resuming(job, whole):
     assert old["training"] == new["training"]
 
 
+@pytest.mark.slow
 def test_a_run_killed_between_its_new_checkpoint_and_removing_the_old_stream_leaves_neither(job):
     one = job("one")
     passes.train_jobs([one])
@@ -295,6 +302,7 @@ def test_a_run_killed_between_its_new_checkpoint_and_removing_the_old_stream_lea
     assert not old.exists()
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_touched_by_resuming(job, whole, capsys):
     before = {file: file.stat().st_mtime_ns for file in whole.folder.rglob("*")}
     metrics = resume(whole)
@@ -324,6 +332,7 @@ def test_the_seed_decides_everything(job):
     assert weights(folder / "one") == weights(folder / "same") != weights(folder / "other")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", Normalization)
 def test_the_saved_sae_does_to_raw_activations_what_the_trained_one_did(
     job, mode, monkeypatch, tiny
@@ -347,6 +356,7 @@ def test_the_saved_sae_does_to_raw_activations_what_the_trained_one_did(
     assert trained.features.count_nonzero() > 100
 
 
+@pytest.mark.slow
 def test_without_the_llms_loss_only_the_blocks_below_are_loaded_and_the_sae_is_the_same(
     job, monkeypatch
 ):
@@ -366,6 +376,7 @@ def test_without_the_llms_loss_only_the_blocks_below_are_loaded_and_the_sae_is_t
     assert len(find_decoder_stack(loaded[-1].model)) == 3, "the key of a cache is of the whole LLM"
 
 
+@pytest.mark.slow
 def test_a_run_folder_is_complete_and_the_curves_are_plotted_against_tokens(job):
     made = job("run")
     (metrics,) = passes.train_jobs([made])
@@ -406,6 +417,7 @@ def test_a_run_folder_is_complete_and_the_curves_are_plotted_against_tokens(job)
     assert metrics["explained_variance"] > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tasks", [{}, {"SLURM_NTASKS_PER_NODE": "4"}])
 def test_within_a_cluster_job_of_several_tasks_a_run_trains_by_itself(
     job, monkeypatch, capsys, tasks
@@ -421,6 +433,7 @@ def test_within_a_cluster_job_of_several_tasks_a_run_trains_by_itself(
     assert ["python", "analyze.py", "run=my run"] in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -436,6 +449,7 @@ def test_a_loss_that_is_no_longer_finite_stops_the_run_and_names_the_term(job, c
         passes.train_jobs([job("run", **changes)])
 
 
+@pytest.mark.slow
 def test_a_late_divergence_leaves_the_last_good_checkpoint(job, monkeypatch):
     made = job("run")
 

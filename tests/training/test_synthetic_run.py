@@ -36,6 +36,7 @@ def job(tmp_path):
     return lambda name, **changes: synthetic_job(tmp_path / name, **changes)
 
 
+@pytest.mark.slow
 def test_recovery_is_measured_instead_of_the_llms_loss(job, capsys):
     this = job("run")
     (held_out,) = passes.train_jobs([this])
@@ -56,6 +57,7 @@ def test_recovery_is_measured_instead_of_the_llms_loss(job, capsys):
     assert f"{found['recovered']:.1%} of concepts" in said
 
 
+@pytest.mark.slow
 def test_an_evaluation_of_the_saved_sae_says_the_same(job):
     this = job("run")
     (trained,) = passes.train_jobs([this])
@@ -68,6 +70,7 @@ def test_an_evaluation_of_the_saved_sae_says_the_same(job):
     assert found.tokens == 2000
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(job, monkeypatch):
     whole, stopped = job("whole"), job("stopped")
     passes.train_jobs([whole])
@@ -79,6 +82,7 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(job, monkeypatch):
     assert curves(whole.folder) == curves(stopped.folder)
 
 
+@pytest.mark.slow
 def test_a_sweep_shares_the_samples_and_reports_what_was_recovered(job, tmp_path, capsys):
     sweep = tmp_path / "sweep"
     jobs = [

@@ -280,6 +280,7 @@ def test_the_first_held_out_score_is_that_of_the_sae_it_starts_from(job, tmp_pat
     assert "stayed" in (tmp_path / "sweep" / "sweep.html").read_text("utf8")
 
 
+@pytest.mark.slow
 def test_a_run_that_is_trained_longer_takes_over_adam_and_the_normalisation(job, tmp_path):
     first, longer = job("first", 30, "jumprelu"), job("longer", 30, "jumprelu", seed=1)
     passes.train_jobs([first])
@@ -311,6 +312,7 @@ def test_a_run_that_is_trained_longer_takes_over_adam_and_the_normalisation(job,
             assert n is None or moment.narrow(dim, n, 16).abs().sum() == 0
 
 
+@pytest.mark.slow
 def test_features_that_were_added_are_born_or_silent(job, tmp_path):
     first, grown = job("first", 20), job("grown", 2)
     passes.train_jobs([first])
@@ -320,6 +322,7 @@ def test_features_that_were_added_are_born_or_silent(job, tmp_path):
     assert fates["born"] + fates["silent"] >= 16 and fates["born"] > 0
 
 
+@pytest.mark.slow
 def test_adam_starts_anew_where_its_moments_would_be_in_other_units(job, tmp_path):
     first, other = job("first", 5), job("other", 5)
     passes.train_jobs([first])
@@ -344,6 +347,7 @@ def test_adam_starts_anew_where_its_moments_would_be_in_other_units(job, tmp_pat
     assert not optimizer.state
 
 
+@pytest.mark.slow
 def test_an_sae_that_starts_from_a_control_is_none_and_starts_adam_anew(job, tmp_path):
     """What the control has frozen has no moments."""
     control, other = job("control", 5), job("other", 5)
@@ -362,6 +366,7 @@ def test_an_sae_that_starts_from_a_control_is_none_and_starts_adam_anew(job, tmp
     assert_same_function(head, str(control.folder))
 
 
+@pytest.mark.slow
 def test_a_kept_sae_has_no_checkpoint(job, tmp_path):
     first = job("first", 6)
     first.config.trainer = replace(first.config.trainer, keep_every=3 * BATCH)
@@ -370,6 +375,7 @@ def test_a_kept_sae_has_no_checkpoint(job, tmp_path):
     assert begin(head)[0].endswith("sae-384: 48 features")
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_told(job, tmp_path):
     first = job("first", 3)
     passes.train_jobs([first])
