@@ -37,14 +37,12 @@ def read_llamascopium(files: SavedFiles) -> StoredSAE:
     if cfg.get("use_glu_encoder"):
         raise UserError(f"{files.source}: use_glu_encoder is not supported")
     hooks = [cfg["hook_point_in"], cfg.get("hook_point_out", cfg["hook_point_in"])]
-    names = [name for name in tensors if name.startswith(f"{MEAN_NORMS}.")]
-    stored = {name.removeprefix(f"{MEAN_NORMS}."): tensors.pop(name) for name in names}  # by hook
+    mean_norms = _pop_mean_norms(tensors) | cfg.get(MEAN_NORMS, {})
     weights = rename_tensors(LLAMASCOPIUM, tensors)
     if not cfg.get("use_decoder_bias", True):
         weights["b_dec"] = torch.zeros(weights["W_dec"].shape[1])
     scales = [1.0, 1.0]
     if normalisation == "dataset-wise":
-        mean_norms = stored | cfg.get(MEAN_NORMS, {})
         averages = [
             mean_norms.get(side, mean_norms.get(hook))
             for hook, side in zip(hooks, ("in", "out"), strict=True)
@@ -73,6 +71,12 @@ def read_llamascopium(files: SavedFiles) -> StoredSAE:
         scale_out=scales[1],
         rescale=kind == "topk" and uses_norms,
     )
+
+
+def _pop_mean_norms(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Hook -> mean norm of the activations there; `tensors` loses them."""
+    names = [name for name in tensors if name.startswith(f"{MEAN_NORMS}.")]
+    return {name.removeprefix(f"{MEAN_NORMS}."): tensors.pop(name) for name in names}
 
 
 def compute_scale(norm: Any, d: int) -> float:

@@ -112,7 +112,12 @@ def plot_tradeoff(
         symbol = f"{SHAPES[number % len(SHAPES)]}-open"
         marker = {"size": 8, "color": GREY, "symbol": symbol}
         _draw_points(figure, group, name, mode="markers", marker=marker, legendrank=3)
-    trained = trained.assign(front=_is_on_front(trained))
+    _draw_trained(figure, trained.assign(front=_is_on_front(trained)))
+    return figure
+
+
+def _draw_trained(figure: "Figure", trained: "pd.DataFrame") -> None:
+    """Draw trained SAEs in the colour and shape of their group, pale behind the front."""
     for number, (name, group) in enumerate(trained.groupby("group", sort=False)):
         _draw_points(
             figure,
@@ -131,7 +136,6 @@ def plot_tradeoff(
             error_y=_make_bars(group.spread),
             legendrank=1,
         )
-    return figure
 
 
 def _is_on_front(points: "pd.DataFrame") -> np.ndarray:

@@ -60,12 +60,7 @@ class MeansTable:
             for summarise in (_average, _measure_spread)
         )
         """Comparable metrics (see `SweepTable.finite`): mean and sample standard deviation."""
-        # A run's share of stable features is a mean over its pairs with all other runs. As two runs
-        # share a pair, their shares differ by less than those of independent seeds: the jackknife
-        # of a mean over pairs gives 2 (n - 1) / (n - 2) times the spread, and none for two seeds.
-        with np.errstate(divide="ignore", invalid="ignore"):
-            factor = np.where(self.seeds > 2, 2 * (self.seeds - 1) / (self.seeds - 2), np.nan)
-        self.spread["stable"] *= factor
+        self.spread["stable"] *= _correct_for_pairs(self.seeds)
         spreads = [_measure_spread(measured[n]) for n in finished]
         self.shown_spread = pd.DataFrame(spreads, columns=table.metrics)
         """Sample standard deviation over seeds of all metrics as measured; NaN for one run."""
@@ -171,6 +166,17 @@ def _sort_controls_last(group: tuple) -> tuple:
 def _average(values: np.ndarray) -> np.ndarray:
     """Mean of the rows [n, metrics]; NaN where there are none."""
     return values.mean(axis=0) if len(values) else np.full(values.shape[1], np.nan)
+
+
+def _correct_for_pairs(seeds: np.ndarray) -> np.ndarray:
+    """What to multiply the spread of shares of stable features by, for each number of seeds.
+
+    A run's share is a mean over its pairs with all other runs. As two runs share a pair, their
+    shares differ by less than those of independent seeds: the jackknife of a mean over pairs gives
+    2 (n - 1) / (n - 2) times the spread, and none for two seeds.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(seeds > 2, 2 * (seeds - 1) / (seeds - 2), np.nan)
 
 
 def _measure_spread(values: np.ndarray) -> np.ndarray:

@@ -178,9 +178,13 @@ def explain_error(error: BaseException, overrides: list[str]) -> str | None:
             return f"{key}: {str(cause).splitlines()[0]}"
     if isinstance(error, HydraException | OmegaConfBaseException):
         return _describe_hydra_error(str(error))
-    if str(error) == "No trials are completed yet.":  # from Optuna
+    return _describe_search_error(error)
+
+
+def _describe_search_error(error: BaseException) -> str | None:
+    """One line about an error in Optuna or its sweeper, but not in our code, which that calls."""
+    if str(error) == "No trials are completed yet.":
         return "no trial of the search succeeded, see above"
-    # errors in Optuna and its sweeper, but not in our code, which the sweeper calls
     modules = ["", *(f.f_globals.get("__name__", "") for f, _ in walk_tb(error.__traceback__))]
     if any(name.startswith("optuna.") for name in modules) or "optuna_sweeper" in modules[-1]:
         reason = (str(error).splitlines() or [type(error).__name__])[0]

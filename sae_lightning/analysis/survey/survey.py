@@ -81,19 +81,7 @@ def survey(
     from each interval of strengths. `reducers`: others to feed in the same pass; `controls`: as in
     `collect`.
     """
-    d_in, positive = len(subject.sae.W_enc), strengths.NeuronStrengths(neurons)
-    kinds = {
-        "feature": [
-            FiringStatistics(subject.features, strengths.feature_strengths),
-            StrongestExamples(subject.features, examples, strengths.feature_strengths),
-            SequenceSampler(subject.features, seed),
-        ],
-        "neuron": [
-            FiringStatistics(d_in, positive),
-            StrongestExamples(d_in, examples, positive),
-            SequenceSampler(d_in, seed, entries=NEURON_ENTRIES, strengths=positive),
-        ],
-    }
+    kinds = _make_reducers(subject, examples, neurons, seed)
     recorder = TokenRecorder()
     text, total = excerpt(source, tokens, batch)
     reducers = [*chain(*kinds.values()), recorder, *reducers]
@@ -113,6 +101,25 @@ def survey(
     with phase("comparing features"):
         features = _compare(features, sample, subject.sae.W_dec)
     return Survey(features, neuron_catalogue, sample)
+
+
+def _make_reducers(
+    subject: Subject, examples: int, neurons: Positive, seed: int
+) -> dict[str, list[Reducer]]:
+    """Kind of unit -> what makes its catalogue."""
+    d_in, positive = len(subject.sae.W_enc), strengths.NeuronStrengths(neurons)
+    return {
+        "feature": [
+            FiringStatistics(subject.features, strengths.feature_strengths),
+            StrongestExamples(subject.features, examples, strengths.feature_strengths),
+            SequenceSampler(subject.features, seed),
+        ],
+        "neuron": [
+            FiringStatistics(d_in, positive),
+            StrongestExamples(d_in, examples, positive),
+            SequenceSampler(d_in, seed, entries=NEURON_ENTRIES, strengths=positive),
+        ],
+    }
 
 
 def _compare(features: Catalogue, sample: Sample, directions: Tensor) -> Catalogue:
