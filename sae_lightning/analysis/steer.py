@@ -244,8 +244,9 @@ def make_steering_section(result: Steered) -> Section:
 def _write_lead(result: Steered) -> str:
     how = "added" if result.mode is Mode.add else "held at a strength"
     return (
-        f"Feature {result.feature} was {how} while the LLM wrote. Length: the norm of what a "
-        "strength adds, over the activation's norm. Activation: the feature's own, when the "
-        "unsteered LLM reads the text. Surprise: nats per token for the unsteered LLM; if it is "
-        "far above that of the unsteered text, the strength was too much for the language."
+        f"Feature {result.feature} was {how} while the LLM wrote. Length: the norm of the "
+        "strength times the decoder row, over the activation's norm. Activation: the feature's "
+        "own, when the unsteered LLM reads the text. Surprise: nats per token for the unsteered "
+        "LLM; if it is far above that of the unsteered text, the strength was too much for the "
+        "language."
     )

@@ -26,7 +26,7 @@ class ChatEncoder:
     """
 
     def __init__(self, tokenizer: Any, assistant_only: bool) -> None:
-        """UserError: the tokenizer has no chat template, or no offsets."""
+        """UserError: the tokenizer has no chat template or, for `assistant_only`, no offsets."""
         if tokenizer.chat_template is None:
             raise UserError(
                 "data.chat=true: the LLM's tokenizer has no chat template; choose an LLM that was "

@@ -37,7 +37,7 @@ from sae_lightning.report.catalogue import (
 from sae_lightning.report.section import show_token
 
 UNITS_PER_BLOCK = 128  # in a block of words or details; about 150 kB of details unpacked
-COUNTED_AT_ONCE = 8192  # units whose tokens are counted at a time: bounds memory
+COUNTED_AT_ONCE = 8192  # rows (units or sequences) counted at a time: bounds memory
 LEVELS = 255  # a strength is stored in 255ths of its unit's maximum
 HUNDREDTHS = 100  # a similarity is stored in hundredths
 PREVIEW = slice(BEFORE - 3, BEFORE + 8)  # tokens of the strongest example that the list shows

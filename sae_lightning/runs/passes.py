@@ -153,7 +153,8 @@ def plan_passes(jobs: Iterable[Job]) -> list[PlannedPass]:
     if is_parted:
         console.print(
             "some controls were saved at another update than their SAEs and train on another pass: "
-            "they keep to the last known L0 of the SAE instead of following it, and may end apart"
+            "they keep to the last known L0 of the SAE instead of following it, and may end at "
+            "another"
         )
     return [part for group in groups.values() for part in _split_group(group)]
 

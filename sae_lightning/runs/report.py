@@ -39,7 +39,7 @@ def print_plan(planned: PlannedPass, inputs: dict[str, str]) -> None:
     if len(planned.shares) > 1:
         split, whole = len(planned.split), len(jobs) - len(planned.split)
         counts = [f"{split} of the SAEs split by features"] * bool(split)
-        counts += [f"{whole} of them shared out"] * bool(whole)
+        counts += [f"{whole} of them whole, each on one device"] * bool(whole)
         rows["devices"] = f"{len(planned.shares)}, {', '.join(counts)}"
     if starts := dict.fromkeys(model.start for model in models if model.start):
         rows["starting from"] = ", ".join(str(shorten_path(Path(start))) for start in starts)
@@ -59,7 +59,7 @@ def print_results(job: Job, metrics: dict) -> None:
     if "before_kl" in metrics:
         lines["with loss.kl"] = _format_kl_effect(metrics["before_kl"], metrics["held_out"])
     if "fates" in metrics:
-        lines["since the start"] = ", ".join(
+        lines["since the warm start"] = ", ".join(
             f"{n:,} {name}" for name, n in metrics["fates"].items()
         )
         lines["at the start"] = (

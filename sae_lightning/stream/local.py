@@ -91,7 +91,7 @@ class LocalConfig(TextConfig):
 
 
 class LocalSource(TextSource):
-    """Holds out a fixed random sample of the documents."""
+    """Holds out a fixed random sample of the documents, or the end of one (see `hold_out`)."""
 
     data: LocalConfig
     settings = LocalConfig

@@ -1,4 +1,4 @@
-"""Schedules: pure functions of the step, which is 0 at the first of the run's `total` updates."""
+"""Schedules: pure functions of the number of updates so far and of the run's `total`."""
 
 import math
 

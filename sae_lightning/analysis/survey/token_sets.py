@@ -35,8 +35,8 @@ class _Counts(NamedTuple):
 
 
 class _Sets(NamedTuple):
-    """The token sets of all features: one row per member, sorted by feature, then by descending
-    P(fires | token)."""
+    """The token sets of all features: one row per member, sorted by feature, then by falling
+    firings / (occurrences + 1): without the 1, tokens that occur once or twice would lead."""
 
     feature: np.ndarray
     """[members]"""
