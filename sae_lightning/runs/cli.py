@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
-from traceback import walk_tb
 
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf.errors import (
@@ -37,6 +36,7 @@ from sae_lightning.runs.arguments import (
 )
 from sae_lightning.runs.config import DATA_PRESETS, list_options
 from sae_lightning.runs.launchers import find_launched_rank
+from sae_lightning.runs.search import describe_search_error
 from sae_lightning.runs.starts import choose_architecture
 from sae_lightning.runs.translations import translate_setting
 from sae_lightning.sae import ARCHITECTURES
@@ -178,20 +178,7 @@ def explain_error(error: BaseException, overrides: list[str]) -> str | None:
             return f"{key}: {str(cause).splitlines()[0]}"
     if isinstance(error, HydraException | OmegaConfBaseException):
         return _describe_hydra_error(str(error))
-    return _describe_search_error(error)
-
-
-def _describe_search_error(error: BaseException) -> str | None:
-    """One line about an error in Optuna or its sweeper, but not in our code, which that calls."""
-    if str(error) == "No trials are completed yet.":
-        return "no trial of the search succeeded, see above"
-    modules = ["", *(f.f_globals.get("__name__", "") for f, _ in walk_tb(error.__traceback__))]
-    if any(name.startswith("optuna.") for name in modules) or "optuna_sweeper" in modules[-1]:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        return (
-            f"hydra/sweeper=optuna: {reason}; see its settings, such as hydra.sweeper.storage=..."
-        )
-    return None
+    return describe_search_error(error)
 
 
 def _suggest(word: str, options: list[str]) -> str:

@@ -1,8 +1,9 @@
-"""Settings of a multirun, and the objective that a searching sweeper maximises."""
+"""Settings of a multirun, the objective that a searching sweeper maximises, and its errors."""
 
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
+from traceback import walk_tb
 
 from sae_lightning.errors import UserError
 from sae_lightning.report.sweep_table import cap_recovered
@@ -74,3 +75,16 @@ def compute_objective(metrics: dict[str, float], sweep: SweepConfig) -> float:
     if sweep.l0 is None:
         return value
     return value - EXCESS_L0_PENALTY * math.log(max(1.0, metrics["l0"] / sweep.l0))
+
+
+def describe_search_error(error: BaseException) -> str | None:
+    """One line about an error in Optuna or its sweeper, but not in our code, which that calls."""
+    if str(error) == "No trials are completed yet.":
+        return "no trial of the search succeeded, see above"
+    modules = ["", *(f.f_globals.get("__name__", "") for f, _ in walk_tb(error.__traceback__))]
+    if any(name.startswith("optuna.") for name in modules) or "optuna_sweeper" in modules[-1]:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        return (
+            f"hydra/sweeper=optuna: {reason}; see its settings, such as hydra.sweeper.storage=..."
+        )
+    return None
