@@ -138,11 +138,11 @@ def annotate(subject: Subject, text: str, where: str = "text") -> list[Annotated
     reducer = FeaturesByToken(subject.sae.W_dec.norm(dim=1), sum(len(part.ids) for part in first))
     total = reducer.skip + len(sequences.ids)
     collect(subject, chain(first, parts), [reducer], total=total, label="reading your text")
-    words, ids = read_vocabulary(subject.llm), sequences.tokens
+    vocabulary, ids = read_vocabulary(subject.llm), sequences.tokens
     is_shown = sequences.is_text.clone()
     is_shown[:, 0] = True  # BOS
     return [
-        AnnotatedToken(words[ids[place]], *reducer.by_token[place])
+        AnnotatedToken(vocabulary[ids[place]], *reducer.by_token[place])
         for place in map(tuple, is_shown.nonzero().tolist())
     ]
 

@@ -252,16 +252,21 @@ def _multiply_slices(where: str, directions: Tensor, tokens: Tensor) -> Iterator
             advance(len(part))
 
 
-def make_lens_section(lens: Lens, words: list[str], features: list[int] | None = None) -> Section:
-    """List the tokens of `features`, by default the features with the sharpest effect; words: the
-    text of each token id."""
+def make_lens_section(
+    lens: Lens, vocabulary: list[str], features: list[int] | None = None
+) -> Section:
+    """List the tokens of `features`, by default the features with the sharpest effect;
+    vocabulary: the text of each token id."""
     chosen = _pick_sharpest(lens) if features is None else features
     columns = {"reads": lens.read_tokens}
     if lens.effect:
         columns |= {"promotes": lens.effect.promoted, "suppresses": lens.effect.suppressed}
     columns = {name: ids for name, ids in columns.items() if ids is not None}
     rows = [
-        [str(i), *(" ".join(repr(words[t]) for t in ids[i].tolist()) for ids in columns.values())]
+        [
+            str(i),
+            *(" ".join(repr(vocabulary[t]) for t in ids[i].tolist()) for ids in columns.values()),
+        ]
         for i in chosen
     ]
     header = ["feature", *columns]

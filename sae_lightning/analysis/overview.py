@@ -22,7 +22,7 @@ from sae_lightning.analysis.survey.features_task import PRINTED_FEATURES, Featur
 from sae_lightning.analysis.survey.survey import (
     Survey,
     make_features_section,
-    pick_most_telling,
+    pick_most_informative,
 )
 from sae_lightning.analysis.theory import claims, theory_sections
 from sae_lightning.analysis.theory.token_concepts import CONCEPTS
@@ -62,7 +62,7 @@ class OverviewTask(FeaturesTask):
         card = evaluate.score_subject(subject, opened=(subject.llm, text), controls=controls)
         summary, scorecard = make_features_section(survey), evaluate.make_scorecard_section(card)
         print_section(summary)
-        print_units(survey.features, pick_most_telling(survey.features, PRINTED_FEATURES))
+        print_units(survey.features, pick_most_informative(survey.features, PRINTED_FEATURES))
         probes = None
         tokens = PROBE_TOKENS * PROBE_FEATURES // max(PROBE_FEATURES, subject.features)
         if "speaker" in subject.config.data_source.labels:

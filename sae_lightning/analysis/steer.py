@@ -171,9 +171,9 @@ def steer(
     with phase(f"writing {len(strengths)} texts"):
         intervene = _make_intervention(subject, feature, strengths, mode)
         texts = generate(llm, ids, tokens, subject.sites, intervene, len(strengths), sampling)
-    words = read_vocabulary(llm)
+    vocabulary = read_vocabulary(llm)
     unsteered, *steered = (
-        _read_continuation(subject, feature, strength, text, len(ids), words)
+        _read_continuation(subject, feature, strength, text, len(ids), vocabulary)
         for strength, text in zip(strengths, texts, strict=True)
     )
     return Steered(feature, mode, full_strength, unsteered, steered)
@@ -203,7 +203,7 @@ def _read_continuation(
     strength: float | None,
     ids: Tensor,
     prompt: int,
-    words: list[str],
+    vocabulary: list[str],
 ) -> Continuation:
     """Read a text [n] with the unsteered LLM and the SAE; its first `prompt` ids are the prompt."""
     llm, source = subject.llm, subject.sites.source
@@ -213,7 +213,7 @@ def _read_continuation(
     return Continuation(
         strength=strength,
         text=llm.tokenizer.decode(ids[1:]),
-        tokens=[words[i] for i in ids[1:].tolist()],
+        tokens=[vocabulary[i] for i in ids[1:].tolist()],
         activations=subject.sae.encode(x)[:, feature].tolist(),
         written=written,
         surprise=nats.mean().item() if written else float("nan"),

@@ -121,12 +121,12 @@ class Catalogue(NamedTuple):
     and none that is in `top`."""
     token_sets: TokenSetScores | None = None
     """None for neurons, which are active on every token."""
-    telling: Tensor | None = None
-    """[units] how informative each feature is at first sight (see analysis/survey/telling.py); NaN
-    where unknown."""
+    informativeness: Tensor | None = None
+    """[units] how informative each feature is at first sight, 0 to 1 (see
+    analysis/survey/informativeness.py); NaN where unknown."""
     copy_of: Tensor | None = None
-    """[units] the unit under which each is listed, int64: itself, or a more telling one of which it
-    is a copy."""
+    """[units] the unit under which each is listed, int64: itself, or a more informative one that it
+    is a copy of."""
     neighbours: RelatedUnits | None = None
     """By cosine similarity of decoder rows; None for neurons."""
     partners: RelatedUnits | None = None

@@ -22,19 +22,19 @@ def write_catalogue(path: Path, catalogue: Catalogue, of: dict[str, str]) -> Non
     Tokens are written as text. pandas, polars and datasets open the file; `parquet_reader` turns
     it back into a catalogue.
     """
-    words = pa.array(catalogue.vocabulary)
+    vocabulary = pa.array(catalogue.vocabulary)
     note = {METADATA_KEY: json.dumps({"tokens": catalogue.statistics.tokens, "of": of})}
     with write_atomically(path) as temporary, ExitStack() as files:
         writer = None
         for first in range(0, catalogue.num_units, UNITS_PER_GROUP):
-            table = pa.table(_make_columns(catalogue, first, words), metadata=note)
+            table = pa.table(_make_columns(catalogue, first, vocabulary), metadata=note)
             writer = writer or files.enter_context(
                 pyarrow.parquet.ParquetWriter(temporary, table.schema, compression="zstd")
             )
             writer.write_table(table)
 
 
-def _make_columns(catalogue: Catalogue, first: int, words: pa.Array) -> dict[str, pa.Array]:
+def _make_columns(catalogue: Catalogue, first: int, vocabulary: pa.Array) -> dict[str, pa.Array]:
     """The columns of UNITS_PER_GROUP units from unit `first` on."""
     catalogue = slice_units(catalogue, slice(first, first + UNITS_PER_GROUP))
     statistics = catalogue.statistics
@@ -45,16 +45,16 @@ def _make_columns(catalogue: Catalogue, first: int, words: pa.Array) -> dict[str
         "mean": _to_array(statistics.mean),
         "maximum": _to_array(statistics.maximum),
         "histogram": _make_lists(statistics.histogram, statistics.histogram >= 0),
-        "examples": _make_example_lists(catalogue.top, words),
-        "examples_of_all_strengths": _make_example_lists(catalogue.random, words),
+        "examples": _make_example_lists(catalogue.top, vocabulary),
+        "examples_of_all_strengths": _make_example_lists(catalogue.random, vocabulary),
     }
     if (token_sets := catalogue.token_sets) is not None:
         columns["score"] = pa.array(token_sets.score.numpy(), from_pandas=True)  # NaN becomes null
-        columns["tokens"] = _make_text_lists(token_sets.tokens, words)
+        columns["tokens"] = _make_text_lists(token_sets.tokens, vocabulary)
         columns["tokens_are_previous"] = _to_array(token_sets.previous)
-    if catalogue.telling is not None:
-        # how informative the feature is at first sight, 0 to 1 (analysis/survey/telling.py)
-        columns["telling"] = pa.array(catalogue.telling.numpy(), from_pandas=True)
+    if catalogue.informativeness is not None:
+        # the file calls informativeness `telling`
+        columns["telling"] = pa.array(catalogue.informativeness.numpy(), from_pandas=True)
         columns["copy_of"] = _to_array(catalogue.copy_of)
     for name, related in (("neighbour", catalogue.neighbours), ("partner", catalogue.partners)):
         if related is not None:
@@ -62,8 +62,8 @@ def _make_columns(catalogue: Catalogue, first: int, words: pa.Array) -> dict[str
             # similarity to each: neighbours' cosine of decoder rows, partners' Jaccard index
             columns[f"{name}_likeness"] = _make_lists(related.similarity, related.units >= 0)
     if (effect := catalogue.effect) is not None:
-        columns["promoted"] = _make_text_lists(effect.promoted, words)
-        columns["suppressed"] = _make_text_lists(effect.suppressed, words)
+        columns["promoted"] = _make_text_lists(effect.promoted, vocabulary)
+        columns["suppressed"] = _make_text_lists(effect.suppressed, vocabulary)
         columns["sharpness"] = _to_array(effect.sharpness)
         if effect.histogram is not None:
             for name in ("raised", "lowered", "histogram"):
@@ -86,12 +86,12 @@ def _make_lists(values: Tensor | pa.Array, mask: Tensor) -> pa.ListArray:
     return pa.ListArray.from_arrays(ends.int().numpy(), flat)
 
 
-def _make_text_lists(ids: Tensor, words: pa.Array) -> pa.ListArray:
+def _make_text_lists(ids: Tensor, vocabulary: pa.Array) -> pa.ListArray:
     """One list per row of `ids` [units, k]: the tokens' texts, without -1."""
-    return _make_lists(words.take(_to_array(ids[ids >= 0])), ids >= 0)
+    return _make_lists(vocabulary.take(_to_array(ids[ids >= 0])), ids >= 0)
 
 
-def _make_example_lists(examples: Examples, words: pa.Array) -> pa.ListArray:
+def _make_example_lists(examples: Examples, vocabulary: pa.Array) -> pa.ListArray:
     """One list of examples per unit; tokens outside the sequence are left out."""
     exists = examples.strength > 0  # [units, n]
     tokens, strengths = examples.tokens[exists], examples.strengths[exists]  # [examples, WINDOW]
@@ -101,7 +101,7 @@ def _make_example_lists(examples: Examples, words: pa.Array) -> pa.ListArray:
         "position": _to_array(examples.position[exists]),  # of the peak in its sequence
         # index of the peak in tokens
         "peak": _to_array((tokens[:, :BEFORE] >= 0).sum(dim=1).int()),
-        "tokens": _make_text_lists(tokens, words),
+        "tokens": _make_text_lists(tokens, vocabulary),
         "strengths": _make_lists(strengths.float(), tokens >= 0),
     }
     return _make_lists(pa.StructArray.from_arrays([*columns.values()], names=[*columns]), exists)

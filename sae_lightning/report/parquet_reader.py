@@ -80,9 +80,9 @@ def read_catalogue(path: Path, vocabulary: list[str]) -> Catalogue:
         )
         catalogue = catalogue._replace(token_sets=token_sets)
     if "telling" in columns:
-        telling = _to_tensor(columns["telling"]).float()
+        informativeness = _to_tensor(columns["telling"]).float()
         copy_of = _read_integers(columns["copy_of"], last)
-        catalogue = catalogue._replace(telling=telling, copy_of=copy_of)
+        catalogue = catalogue._replace(informativeness=informativeness, copy_of=copy_of)
     for name in ("neighbour", "partner"):
         if f"{name}s" in columns:
             units, similarity = columns[f"{name}s"], columns[f"{name}_likeness"]
@@ -166,10 +166,10 @@ def _pad_lists(lists: pa.ListArray, values: Tensor, fill: float) -> Tensor:
     return rows
 
 
-def _look_up_ids(words: pa.Array, ids: dict[str, int]) -> Tensor:
+def _look_up_ids(texts: pa.Array, ids: dict[str, int]) -> Tensor:
     """Token ids [entries] of texts, int32; -1 for a text without an id."""
-    encoded = words.dictionary_encode()
-    codes = np.array([ids.get(word, -1) for word in encoded.dictionary.to_pylist()], np.int32)
+    encoded = texts.dictionary_encode()
+    codes = np.array([ids.get(text, -1) for text in encoded.dictionary.to_pylist()], np.int32)
     return torch.from_numpy(codes[encoded.indices.to_numpy()])
 
 
@@ -180,15 +180,15 @@ def _read_tokens(lists: pa.ListArray, ids: dict[str, int]) -> Tensor:
 
 def _read_examples(lists: pa.ListArray, ids: dict[str, int]) -> Examples:
     flat = lists.flatten()  # [examples of all units]
-    words, strengths, peaks = flat.field("tokens"), flat.field("strengths"), flat.field("peak")
-    lengths = _count_entries(words)
+    texts, strengths, peaks = flat.field("tokens"), flat.field("strengths"), flat.field("peak")
+    lengths = _count_entries(texts)
     first = (BEFORE - _read_integers(peaks, BEFORE)).repeat_interleave(lengths)
     start = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
     place = first + torch.arange(len(first)) - start  # index in the window
     owner = torch.arange(len(flat)).repeat_interleave(lengths)
     # an empty extra example, at index -1, pads units with fewer than n
     tokens = torch.full((len(flat) + 1, WINDOW), -1, dtype=torch.int32)
-    tokens[owner, place] = _look_up_ids(words.flatten(), ids)
+    tokens[owner, place] = _look_up_ids(texts.flatten(), ids)
     window = torch.zeros(len(flat) + 1, WINDOW, dtype=torch.float16)
     window[owner, place] = _read_reals(strengths.flatten()).half()
     slots = _pad_lists(lists, torch.arange(len(flat)), -1)  # [units, n] index of the example

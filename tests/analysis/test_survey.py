@@ -6,7 +6,7 @@ import torch
 from sae_lightning.analysis.collect import collect, excerpt
 from sae_lightning.analysis.survey.survey import (
     make_features_section,
-    pick_most_telling,
+    pick_most_informative,
     rank_units,
     survey,
 )
@@ -56,7 +56,7 @@ def test_a_text_of_which_nothing_can_be_scored_is_told_without_scores(subject, w
     assert found.features.token_sets.score.isnan().all()
     assert found.to_dict()["score_median"] is None
     assert "token score" not in make_features_section(found).rows
-    assert pick_most_telling(found.features, 5) == []
+    assert pick_most_informative(found.features, 5) == []
 
 
 def test_reducers_that_read_along_see_the_same_pass(subject, words):
@@ -74,18 +74,18 @@ def test_reducers_that_read_along_see_the_same_pass(subject, words):
     assert beside.seen == alone.seen
 
 
-def test_the_features_shown_first_are_the_most_telling_ones_that_are_no_copies(found):
-    nan, telling = float("nan"), torch.linspace(0.9, 0.1, 32)
-    telling[:4] = torch.tensor([nan, 0.2, 0.95, 0])
+def test_the_features_shown_first_are_the_most_informative_ones_that_are_no_copies(found):
+    nan, informativeness = float("nan"), torch.linspace(0.9, 0.1, 32)
+    informativeness[:4] = torch.tensor([nan, 0.2, 0.95, 0])
     copy_of = torch.arange(32)
     copy_of[[4, 6]] = 2
-    catalogue = found.features._replace(telling=telling, copy_of=copy_of)
-    assert pick_most_telling(catalogue, 3) == [2, 5, 7]
+    catalogue = found.features._replace(informativeness=informativeness, copy_of=copy_of)
+    assert pick_most_informative(catalogue, 3) == [2, 5, 7]
     assert found._replace(features=catalogue).best == 2
-    assert len(pick_most_telling(catalogue, 99)) == 32 - 2 - 2  # without a score, or of 0
+    assert len(pick_most_informative(catalogue, 99)) == 32 - 2 - 2  # without a score, or of 0
 
 
-def test_copies_stand_under_the_most_telling_of_them(subject, words):
+def test_copies_stand_under_the_most_informative_of_them(subject, words):
     subject.sae.W_dec[[3, 5, 9]] = subject.sae.W_dec[7] * torch.tensor([[1.0], [2.0], [0.5]])
     features = survey(subject, words(3000), tokens=1500, examples=1).features
     best = next(unit for unit in rank_units(features).tolist() if unit in (3, 5, 7, 9))

@@ -59,8 +59,10 @@ def seen(tmp_path_factory) -> dict:
     """What DRIVER reads off a page that was opened at the link of a copy."""
     copy_of = torch.arange(UNITS)
     copy_of[COPIES] = ORIGINAL
-    telling = torch.linspace(1, 0, UNITS)
-    features = catalogue(UNITS, vocabulary=WORDS, n=6)._replace(telling=telling, copy_of=copy_of)
+    informativeness = torch.linspace(1, 0, UNITS)
+    features = catalogue(UNITS, vocabulary=WORDS, n=6)._replace(
+        informativeness=informativeness, copy_of=copy_of
+    )
     units = [features, catalogue(3, "neuron", WORDS, 6)]
     html = render_page(AnalysisPage("t", {}, [], units), pack_catalogues(units)) + DRIVER
     path = tmp_path_factory.mktemp("page") / "page.html"

@@ -95,12 +95,12 @@ def _describe_logits(content: Dashboards, units: Tensor) -> dict[str, list]:
     keys += ("logits_hist_data_bar_values", "logits_hist_data_bar_heights")
     if content.effect is None:
         return {key: [[]] * len(units) for key in keys}
-    effect, words = slice_units(content.effect, units), content.catalogue.vocabulary
+    effect, vocabulary = slice_units(content.effect, units), content.catalogue.vocabulary
     low, high = effect.lowered[:, :1], effect.raised[:, :1]
     columns = [
-        [[words[token] for token in row] for row in effect.promoted.tolist()],
+        [[vocabulary[token] for token in row] for row in effect.promoted.tolist()],
         shorten_numbers(effect.raised),
-        [[words[token] for token in row] for row in effect.suppressed.tolist()],
+        [[vocabulary[token] for token in row] for row in effect.suppressed.tolist()],
         shorten_numbers(effect.lowered),
         shorten_numbers(low + (high - low) * (torch.arange(LINEAR_BINS) + 0.5) / LINEAR_BINS),
         effect.histogram.tolist(),
@@ -120,11 +120,11 @@ def _describe_strengths(content: Dashboards, units: Tensor) -> dict[str, list]:
     edges, shares = shorten_numbers(edges), shorten_numbers(shares)
     top, random = slice_units(catalogue.top, units), slice_units(catalogue.random, units)
     intervals = find_interval(random.strength, maximum[:, None]).tolist()
-    activations, words = [], catalogue.vocabulary
-    for i, examples in enumerate(_list_examples(top, top.strength, words)):
+    activations, vocabulary = [], catalogue.vocabulary
+    for i, examples in enumerate(_list_examples(top, top.strength, vocabulary)):
         highest = {"bin_min": -1.0, "bin_max": edges[i][0], "bin_contains": -1.0}
         activations.append([highest | example for example in examples if example])
-    for i, examples in enumerate(_list_examples(random, maximum[:, None], words)):
+    for i, examples in enumerate(_list_examples(random, maximum[:, None], vocabulary)):
         for interval, example in zip(intervals[i], examples, strict=True):
             if example:
                 bounds = {"bin_min": edges[i][interval + 1], "bin_max": edges[i][interval]}

@@ -11,7 +11,7 @@ from sae_lightning.analysis.survey.strengths import Positive
 from sae_lightning.analysis.survey.survey import (
     Survey,
     make_features_section,
-    pick_most_telling,
+    pick_most_informative,
     survey,
 )
 from sae_lightning.analysis.task import Task, check_at_least
@@ -45,7 +45,7 @@ class FeaturesTask(Task):
         result = self.make_catalogues(subject)
         summary = make_features_section(result)
         print_section(summary)
-        print_units(result.features, pick_most_telling(result.features, PRINTED_FEATURES))
+        print_units(result.features, pick_most_informative(result.features, PRINTED_FEATURES))
         catalogues = [result.features, result.neurons]
         self.publish(subject, result.to_dict(), [summary], catalogues, result.best)
 

@@ -42,9 +42,9 @@ def read_saved_catalogue(subject: Subject, path: Path) -> Catalogue | None:
             "making a new one"
         )
         return None
-    words = read_vocabulary(subject.llm)
+    vocabulary = read_vocabulary(subject.llm)
     try:
-        catalogue = read_catalogue(path, words)
+        catalogue = read_catalogue(path, vocabulary)
     except Exception as error:
         return _refuse(path, error)
     text = header.of["text"]

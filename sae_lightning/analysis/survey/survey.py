@@ -15,11 +15,11 @@ from sae_lightning.analysis.survey.examples import (
     StrongestExamples,
     TokenRecorder,
 )
+from sae_lightning.analysis.survey.informativeness import rate_informativeness
 from sae_lightning.analysis.survey.intervals import draw_examples, estimate_histogram
 from sae_lightning.analysis.survey.related import MAX_EXACT_FEATURES, find_neighbours, find_partners
 from sae_lightning.analysis.survey.sample import Sample, SequenceSampler
 from sae_lightning.analysis.survey.strengths import Positive
-from sae_lightning.analysis.survey.telling import rate_telling
 from sae_lightning.analysis.survey.token_sets import score_token_sets
 from sae_lightning.llm.vocabulary import read_vocabulary
 from sae_lightning.report.catalogue import Catalogue
@@ -44,8 +44,8 @@ class Survey(NamedTuple):
 
     @property
     def best(self) -> int | None:
-        """The most telling feature; None if every rating is 0 or NaN."""
-        return next(iter(pick_most_telling(self.features, 1)), None)
+        """The most informative feature; None if every rating is 0 or NaN."""
+        return next(iter(pick_most_informative(self.features, 1)), None)
 
     def to_dict(self) -> dict[str, Any]:
         """Statistics over all features, as in `features.json`."""
@@ -87,7 +87,7 @@ def survey(
     reducers = [*chain(*kinds.values()), recorder, *reducers]
     collect(subject, text, reducers, total=total, controls=controls)
     del reducers
-    words, ids, catalogues = read_vocabulary(subject.llm), recorder.result(), []
+    vocabulary, ids, catalogues = read_vocabulary(subject.llm), recorder.result(), []
     with phase("drawing examples"):
         for kind in [*kinds]:
             # popped to free the reducers' state, which is as large as their results
@@ -95,7 +95,7 @@ def survey(
             random = draw_examples(
                 sample, statistics.maximum, top, max(1, examples // TOP_PER_DRAWN), seed
             )
-            catalogues.append((Catalogue(kind, words, ids, statistics, top, random), sample))
+            catalogues.append((Catalogue(kind, vocabulary, ids, statistics, top, random), sample))
     (features, sample), (neuron_catalogue, neuron_sample) = catalogues
     del catalogues, neuron_sample  # large
     with phase("comparing features"):
@@ -123,13 +123,13 @@ def _make_reducers(
 
 
 def _compare(features: Catalogue, sample: Sample, directions: Tensor) -> Catalogue:
-    """Add how telling each feature is, and which others are like it or fire with it."""
-    words, statistics = features.vocabulary, features.statistics
-    token_sets = score_token_sets(sample, len(words))
+    """Add how informative each feature is, and which others are like it or fire with it."""
+    vocabulary, statistics = features.vocabulary, features.statistics
+    token_sets = score_token_sets(sample, len(vocabulary))
     features = features._replace(
         token_sets=token_sets,
         linear_histogram=estimate_histogram(sample, statistics.maximum, statistics.tokens),
-        telling=rate_telling(features.texts, sample, token_sets, words),
+        informativeness=rate_informativeness(features.texts, sample, token_sets, vocabulary),
         neighbours=find_neighbours(directions),
         partners=find_partners(sample),
     )
@@ -166,12 +166,12 @@ def make_features_section(survey: Survey) -> Section:
 
 
 def rank_units(catalogue: Catalogue) -> Tensor:
-    """Sort all units [units], the most telling first."""
-    return catalogue.telling.nan_to_num(-1).argsort(descending=True, stable=True)
+    """Sort all units [units], the most informative first."""
+    return catalogue.informativeness.nan_to_num(-1).argsort(descending=True, stable=True)
 
 
-def pick_most_telling(catalogue: Catalogue, n: int) -> list[int]:
-    """Pick the `n` most telling units, without copies and ratings of 0 or NaN."""
+def pick_most_informative(catalogue: Catalogue, n: int) -> list[int]:
+    """Pick the `n` most informative units, without copies and ratings of 0 or NaN."""
     order = rank_units(catalogue)
-    order = order[(catalogue.copy_of[order] == order) & (catalogue.telling[order] > 0)]
+    order = order[(catalogue.copy_of[order] == order) & (catalogue.informativeness[order] > 0)]
     return order[:n].tolist()

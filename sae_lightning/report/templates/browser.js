@@ -7,7 +7,7 @@ const finder = find(".finder"), list = find(".list"), rows = find(".rows"), view
 const [search, key, live] = [find("[type=search]"), find("select"), find(".live input")];
 const ROW = 54; // pixels of a row, as in browser.css
 const ORDERS = { // name -> its meaning, and the values of all units; undefined if this kind of unit has none
-  "most telling": ["well predicted by words that are rare in the text; the best feature of each such word comes first", listed => listed.telling?.values],
+  "most informative": ["well predicted by words that are rare in the text; the best feature of each such word comes first", listed => listed.telling?.values],
   "token score": ["how well a set of tokens predicts where it fires: 1 is perfectly, 0 is not at all", listed => listed.score?.values],
   density: ["share of tokens on which it fires", listed => listed.fired.values],
   "maximum strength": ["strength of its strongest example", listed => listed.maximum.values],
@@ -16,7 +16,7 @@ const ORDERS = { // name -> its meaning, and the values of all units; undefined 
   id: ["index in the SAE", listed => listed.fired.values.map((_, unit) => unit)],
 };
 const kinds = new Map(index.kinds.map(kind => [kind.kind, kind]));
-let kind, unit = null, order = [], folded = new Map(), matches = null, sortKey = "most telling", down = true, requests = 0;
+let kind, unit = null, order = [], folded = new Map(), matches = null, sortKey = "most informative", down = true, requests = 0;
 const unfolded = new Set(); // units whose copies are listed too
 
 // ---- the list ----

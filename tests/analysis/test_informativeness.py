@@ -6,8 +6,8 @@ import pytest
 import torch
 from batches import batches
 
+from sae_lightning.analysis.survey.informativeness import rate_informativeness
 from sae_lightning.analysis.survey.sample import SequenceSampler
-from sae_lightning.analysis.survey.telling import rate_telling
 from sae_lightning.analysis.survey.token_sets import score_token_sets
 
 #        often                 rare
@@ -16,8 +16,8 @@ OFTEN, FO = 3, 9
 
 
 def told(*features) -> list[float]:
-    """How telling features are that fire on these tokens; each is a list of tokens, or a function
-    of the tokens [sequences, context] that says where it fires."""
+    """How informative features are that fire on these tokens; each is a list of tokens, or a
+    function of the tokens [sequences, context] that says where it fires."""
     random = torch.Generator().manual_seed(0)
     weights = torch.tensor([10.0] * OFTEN + [1.0] * (FO + 1 - OFTEN))
     tokens = torch.multinomial(weights, 200 * 32, True, generator=random).view(200, 32)
@@ -28,7 +28,7 @@ def told(*features) -> list[float]:
         sampling.add(batch)
     sample = sampling.result()
     read = score_token_sets(sample, len(WORDS))
-    return rate_telling(tokens.numpy(), sample, read, WORDS).tolist()
+    return rate_informativeness(tokens.numpy(), sample, read, WORDS).tolist()
 
 
 def test_words_that_are_rarer_than_the_mean_tell_something_and_nothing_else_does():

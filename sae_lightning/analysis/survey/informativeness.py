@@ -1,4 +1,4 @@
-"""Rates how telling (informative at first sight) features are: those that rare words predict well.
+"""Rates how informative features are at first sight: those that rare words predict well.
 
     token-set score x mean rarity of tokens x words / (words + 1) / rank
 
@@ -19,10 +19,10 @@ from sae_lightning.report.catalogue import TokenSetScores
 PIECE_WEIGHT = 0.25  # for a piece of a word; a whole word has weight 1
 
 
-def rate_telling(
+def rate_informativeness(
     ids: np.ndarray, sample: Sample, token_sets: TokenSetScores, vocabulary: Sequence[str]
 ) -> Tensor:
-    """Rate how telling each feature is [features], 0 to 1; NaN without a token-set score.
+    """Rate how informative each feature is [features], 0 to 1; NaN without a token-set score.
 
     ids: [sequences, context] all tokens read, for their rarity.
     """
