@@ -159,7 +159,7 @@ class FeaturesByToken:
     def add(self, batch: EncodedBatch) -> None:
         strengths, units = batch.active_features
         norms = self.decoder_norms[units]
-        for row, number in enumerate((batch.ids - self.skip).tolist()):
+        for row, number in enumerate((batch.sequence_indices - self.skip).tolist()):
             for position, values in enumerate(strengths[row] if number >= 0 else ()):
                 active = values.nonzero().squeeze(1)
                 active = active[(values * norms)[active].argsort(descending=True)]

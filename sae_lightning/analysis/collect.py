@@ -1,4 +1,4 @@
-"""One pass over text that feeds every reducer; activations are held for one batch at a time.
+"""One pass over text, in which every reducer takes each batch; only one batch is in memory.
 
 sequences -> capture -> encode -> EncodedBatch -> reducer.add(batch), for each reducer
 
@@ -41,8 +41,9 @@ class EncodedBatch:
     """[sequences, context, d_out] activations at the target, float32; x itself in an autoencoder"""
     active_features: tuple[Tensor, Tensor]
     """Strengths [sequences, context, active] of the features that are active in the batch, 0 where
-    not `keep`, and their indices [active], ascending, on the CPU; none if the SAE was not run"""
-    ids: Tensor
+    not `keep`, and their indices [active], ascending, on the CPU; active = 0 if the SAE was not
+    run"""
+    sequence_indices: Tensor
     """[sequences] index of each sequence in reading order"""
 
 
@@ -54,15 +55,16 @@ class Reducer(Protocol):
         ...
 
 
-def excerpt(source: TokenStream, tokens: int, batch: int) -> tuple[Iterator[Sequences], int]:
+def excerpt(text: TokenStream, tokens: int, batch: int) -> tuple[Iterator[Sequences], int]:
     """Take the next `tokens` tokens of a text, rounded up to whole sequences, or all of a shorter
-    text -> batches of `batch` sequences, and the number of sequences in all."""
-    needed = -(-tokens // source.packing.width)
-    # never twice: a repeated sequence would count as a second example; a stream has no length
-    total = min(needed, getattr(source, "windows", needed))
+    text -> batches of `batch` sequences, and the total number of sequences."""
+    needed = -(-tokens // text.packing.width)
+    # A text is not read twice: a repeated sequence would count as a second example. (A streamed
+    # text has no `windows`: its length is unknown.)
+    total = min(needed, getattr(text, "windows", needed))
     if total < needed:
         console.print(f"the text has fewer than {tokens:,} tokens: all of it is read, once")
-    return (source.next(min(batch, total - n)) for n in range(0, total, batch)), total
+    return (text.next(min(batch, total - n)) for n in range(0, total, batch)), total
 
 
 @torch.no_grad()
@@ -77,29 +79,30 @@ def collect(
     controls: Iterable[tuple[SAE, Iterable[Reducer]]] = (),
 ) -> None:
     """Run `text` (`total` sequences) through the LLM and, if `encode`, the SAE, and feed every
-    reducer; shows a progress bar with a `label`. `controls`: other SAEs of the same sites, with
-    reducers of their own; one after another, they read the same activations."""
-    data, medians, done = subject.config.data, None, 0
-    saes = [(sae, list(of_sae)) for sae, of_sae in [(subject.sae, reducers), *controls]]
+    reducer; shows a progress bar with a `label`. `controls`: other SAEs of the same sites, each
+    with its reducers; they encode the same activations, one SAE after another."""
+    data, medians, sequences_read = subject.config.data, None, 0
+    pairs = [(subject.sae, reducers), *controls]
+    reducers_of_sae = [(sae, [*its_reducers]) for sae, its_reducers in pairs]
     keep_freed_memory()  # else page faults take much of a large SAE's time
-    dropped = torch.tensor([] if data.keep_special else find_special_ids(subject.llm.tokenizer))
+    dropped_ids = torch.tensor([] if data.keep_special else find_special_ids(subject.llm.tokenizer))
     with phase(label, total=total) as advance:
         for sequences in text:
             captured = capture(subject.llm.model, sequences.tokens, distinct_sites([subject.sites]))
-            keep = sequences.mark_kept(dropped).to(subject.device)
+            keep = sequences.mark_kept(dropped_ids).to(subject.device)
             if data.max_norm is not None:
                 rows = {site: values[keep] for site, values in captured.items()}
                 medians = medians or compute_medians(rows)  # from the first batch, as in training
                 keep = keep.masked_scatter(keep, find_usual_rows(rows, medians, data.max_norm))
-            ids = torch.arange(done, done + len(keep))
+            indices = torch.arange(sequences_read, sequences_read + len(keep))
             tokens = sequences.tokens.to(subject.device)
             activations = (captured[site] for site in subject.sites)
-            inputs = tokens, keep, *activations, ids
-            for sae, of_sae in saes:
+            inputs = tokens, keep, *activations, indices
+            for sae, its_reducers in reducers_of_sae:
                 for batch in _encode_slices(sae, *inputs, encode):
-                    for reducer in of_sae:
+                    for reducer in its_reducers:
                         reducer.add(batch)
-            done += len(keep)
+            sequences_read += len(keep)
             advance(len(keep))
     give_back_freed_memory()
 
@@ -110,17 +113,18 @@ def _encode_slices(
     keep: Tensor,
     source: Tensor,
     target: Tensor,
-    ids: Tensor,
+    indices: Tensor,
     encode: bool,
 ) -> Iterator[EncodedBatch]:
-    """Encode a few sequences at a time, so that their features fit into memory."""
-    n = max(1, MAX_STRENGTHS // (keep.shape[1] * sae.config.features))
-    parts = [values.split(n) for values in (tokens, keep, source, target, ids)]
-    for part_tokens, part_keep, part_source, part_target, part_ids in zip(*parts, strict=True):
+    """Split sequences with their activations at `source` and `target` into batches whose feature
+    activations fit into memory, and encode these if `encode`."""
+    sequences = max(1, MAX_STRENGTHS // (keep.shape[1] * sae.config.features))
+    parts = [values.split(sequences) for values in (tokens, keep, source, target, indices)]
+    for part_tokens, part_keep, part_source, part_target, part_indices in zip(*parts, strict=True):
         x = part_source.float()
         y = x if source is target else part_target.float()
-        strengths, units = x.new_empty(part_keep.numel(), 0), torch.empty(0, dtype=torch.int64)
+        strengths, features = x.new_empty(part_keep.numel(), 0), torch.empty(0, dtype=torch.int64)
         if encode:
-            strengths, units = encode_firing(sae, x.flatten(0, 1), part_keep.flatten())
-        active = strengths.view(*part_keep.shape, len(units)), units.cpu()
-        yield EncodedBatch(part_tokens, part_keep, x, y, active, part_ids)
+            strengths, features = encode_firing(sae, x.flatten(0, 1), part_keep.flatten())
+        active = strengths.view(*part_keep.shape, len(features)), features.cpu()
+        yield EncodedBatch(part_tokens, part_keep, x, y, active, part_indices)

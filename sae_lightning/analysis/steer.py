@@ -1,4 +1,4 @@
-"""`task=steer`: text that the LLM writes with a feature turned up or down.
+"""`task=steer`: text that the LLM writes while a feature is strengthened or suppressed.
 
     add:    y + strength W_dec[feature]             clamp:  y + (strength - f(x)) W_dec[feature]
 
@@ -53,7 +53,7 @@ class Mode(Enum):
 
 @dataclass(slots=True, kw_only=True)
 class SteerTask(Task):
-    """Text that the LLM writes with a feature turned up."""
+    """Text that the LLM writes while a feature is strengthened or suppressed."""
 
     feature: Any
     """Index of the feature."""
@@ -116,13 +116,13 @@ class Continuation(NamedTuple):
     """Number of tokens in the continuation."""
     surprise: float
     """Mean -log p of the continuation for the unsteered LLM, nats per token; NaN if nothing was
-    written. Far above the unsteered text's if steering broke the language."""
+    written. If it is far above that of the unsteered text, steering broke the language."""
 
     @property
     def activation(self) -> float:
         """The feature's mean activation on the continuation; NaN if nothing was written."""
-        last = self.activations[len(self.activations) - self.written :]
-        return sum(last) / len(last) if last else float("nan")
+        activations = self.activations[len(self.activations) - self.written :]
+        return sum(activations) / len(activations) if activations else float("nan")
 
 
 class Steered(NamedTuple):
@@ -138,7 +138,8 @@ class Steered(NamedTuple):
     """One for each strength."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of `steer.json`, by key."""
+        """The content of `steer.json`: fields by key, `whole` for the full strength and `plain` for
+        the unsteered text."""
         keys = ("feature", "mode", "whole", "plain", "steered")
         return dict(zip(keys, self, strict=True))
 
@@ -166,7 +167,7 @@ def steer(
     y = capture(llm.model, ids[None], [subject.sites.target])[subject.sites.target][0, 1:]
     full_strength = (y.float().norm(dim=1).median() / subject.sae.W_dec[feature].norm()).item()
     if strengths is None:
-        strengths = [float(f"{share * full_strength:.2g}") for share in DEFAULT_LENGTHS]
+        strengths = [float(f"{length * full_strength:.2g}") for length in DEFAULT_LENGTHS]
     strengths = [None, *strengths]
     with phase(f"writing {len(strengths)} texts"):
         intervene = _make_intervention(subject, feature, strengths, mode)
@@ -182,17 +183,18 @@ def steer(
 def _make_intervention(
     subject: Subject, feature: int, strengths: list[float | None], mode: Mode
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """Make a function (x, y) -> steered y with one strength per sequence; None: unsteered."""
+    """Make a function (x, y) -> steered y, where sequence i has strengths[i]; it is left unsteered
+    if that is None."""
     sae = subject.sae
-    strength = torch.tensor([s or 0.0 for s in strengths], device=subject.device)[:, None]
+    targets = torch.tensor([s or 0.0 for s in strengths], device=subject.device)[:, None]
     is_steered = torch.tensor([s is not None for s in strengths], device=subject.device)[:, None]
 
     def intervene(x: Tensor, y: Tensor) -> Tensor:
-        added = strength
+        changes = targets  # [sequences, 1]: what is added to the feature's activation
         if mode is Mode.clamp:
             activation = sae.encode(x.flatten(0, 1))[:, feature].view(x.shape[:2])
-            added = (strength - activation) * is_steered
-        return y + added[..., None] * sae.W_dec[feature]
+            changes = (targets - activation) * is_steered  # [sequences, tokens]
+        return y + changes[..., None] * sae.W_dec[feature]
 
     return intervene
 
@@ -202,21 +204,22 @@ def _read_continuation(
     feature: int,
     strength: float | None,
     ids: Tensor,
-    prompt: int,
+    prompt_length: int,
     vocabulary: list[str],
 ) -> Continuation:
-    """Read a text [n] with the unsteered LLM and the SAE; its first `prompt` ids are the prompt."""
+    """Read a text, `ids` [n], with the unsteered LLM and the SAE; it starts with the prompt, of
+    `prompt_length` tokens. `strength`: the one that it was written with."""
     llm, source = subject.llm, subject.sites.source
     x = capture(llm.model, ids[None], [source])[source][0, 1:].float()
-    written = len(ids) - prompt
-    nats = compute_surprisal(llm.model, ids)[len(ids) - 1 - written :]
+    written = len(ids) - prompt_length
+    surprisal = compute_surprisal(llm.model, ids)[len(ids) - 1 - written :]
     return Continuation(
         strength=strength,
         text=llm.tokenizer.decode(ids[1:]),
         tokens=[vocabulary[i] for i in ids[1:].tolist()],
         activations=subject.sae.encode(x)[:, feature].tolist(),
         written=written,
-        surprise=nats.mean().item() if written else float("nan"),
+        surprise=surprisal.mean().item() if written else float("nan"),
     )
 
 
@@ -224,13 +227,13 @@ def make_steering_section(result: Steered) -> Section:
     """Show the texts, coloured by the feature's activation, and a table of the strengths."""
     rows, texts = [], []
     for continuation in (result.unsteered, *result.steered):
-        name, share = "unsteered", ""
+        name, length = "unsteered", ""
         if continuation.strength is not None:
             name = f"{result.mode.value} {continuation.strength:g}"
-            share = f"{continuation.strength / result.full_strength:.0%}"
+            length = f"{continuation.strength / result.full_strength:.0%}"
         activation = f"{continuation.activation:.2f}"
         surprise = f"{continuation.surprise:.2f}"
-        rows.append([name, share, activation, surprise, str(continuation.written)])
+        rows.append([name, length, activation, surprise, str(continuation.written)])
         caption = f"{name}: activation {activation} on what was written"
         texts.append(ColouredText(caption, continuation.tokens, continuation.activations))
     return Section(
@@ -244,9 +247,9 @@ def make_steering_section(result: Steered) -> Section:
 def _write_lead(result: Steered) -> str:
     how = "added" if result.mode is Mode.add else "held at a strength"
     return (
-        f"Feature {result.feature} was {how} while the LLM wrote. Length: the norm of the "
-        "strength times the decoder row, over the activation's norm. Activation: the feature's "
-        "own, when the unsteered LLM reads the text. Surprise: nats per token for the unsteered "
-        "LLM; if it is far above that of the unsteered text, the strength was too much for the "
-        "language."
+        f"Feature {result.feature} was {how} while the LLM wrote. Length: the norm of strength x "
+        "decoder row, as a share of the activations' median norm. Activation: the feature's "
+        "mean over the tokens written, when the unsteered LLM reads the text. Surprise: nats per "
+        "token for the unsteered LLM; if it is far above that of the unsteered text, the strength "
+        "was too great to keep the language fluent."
     )

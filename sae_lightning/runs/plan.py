@@ -40,8 +40,8 @@ HeldOutResults = list[dict[str, float] | None]
 
 
 def find_leaders(jobs: Sequence[Job]) -> list[int | None]:
-    """For each control whose sparsity coefficient is steered, the number of its leader: the trained
-    SAE of the same experiment and seed, whose L0 it follows. None for all other jobs."""
+    """For each control whose sparsity coefficient is adjusted, the number of its leader: the
+    trained SAE of the same experiment and seed, whose L0 it follows. None for all other jobs."""
     keys = [(identify_experiment(job.config.to_flat_dict()), job.config.model.seed) for job in jobs]
     is_control = [job.config.model.control is not None for job in jobs]
     trained = {key: n for n, key in enumerate(keys) if not is_control[n]}

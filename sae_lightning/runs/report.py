@@ -52,23 +52,25 @@ def print_results(job: Job, metrics: dict) -> None:
     """Print the metrics of a finished run, and the commands to run next."""
     speed, dead = metrics["speed"], metrics["training"]["train/dead"]
     noun = job.config.data_source.noun
-    lines = scorecard.format_lines(metrics["held_out"], noun) | {
-        "dead in training": f"{dead:.1%} of features",
+    held_out = scorecard.format_lines(metrics["held_out"], noun)
+    training = {
+        "dead features": f"{dead:.1%}",
         "peak memory": f"{speed['peak_memory_gb']:.1f} GB",
     }
     if "before_kl" in metrics:
-        lines["with loss.kl"] = _format_kl_effect(metrics["before_kl"], metrics["held_out"])
+        held_out["with loss.kl"] = _format_kl_effect(metrics["before_kl"], metrics["held_out"])
     if "fates" in metrics:
-        lines["since the warm start"] = ", ".join(
+        held_out["since the warm start"] = ", ".join(
             f"{n:,} {name}" for name, n in metrics["fates"].items()
         )
-        lines["at the start"] = (
+        held_out["at the start"] = (
             f"explained variance {metrics['start']['explained_variance']:.4f}, "
             f"L0 {metrics['start']['l0']:.1f}"
         )
     if "tokens_per_second" in speed:
-        lines["speed"] = format_speed(job, speed)
-    console.print(make_grid(lines, title=f"on held-out {noun}"))
+        training["speed"] = format_speed(job, speed)
+    console.print(make_grid(held_out, title=f"on held-out {noun}"))
+    console.print(make_grid(training, title="in training"))
     folder = shorten_path(job.folder)
     # outputs/ or multirun/, so that TensorBoard also shows earlier runs
     root = Path(folder.parts[0]) if folder.parts and not folder.is_absolute() else folder

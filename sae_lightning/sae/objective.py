@@ -124,8 +124,8 @@ class PenaltyLoss(Loss):
             )
         if self.target_l0 is not None and self.warmup > 0.5:
             raise UserError(
-                f"loss.warmup={self.warmup}: loss.target_l0={self.target_l0} steers once the "
-                "warm-up is over; give at most 0.5"
+                f"loss.warmup={self.warmup}: loss.target_l0={self.target_l0} takes effect once "
+                "the warm-up is over; give at most 0.5"
             )
         coefficient = getattr(self, self.sparsity)
         _not_negative(self.sparsity, coefficient, "1e-3")

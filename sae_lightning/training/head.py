@@ -87,7 +87,7 @@ class Head(nn.Module):
         self.register_buffer("progress", torch.zeros(()))  # share of the run completed
         # factors of the sparsity coefficient, set by its warm-up and by `TargetL0`
         self.register_buffer("penalty_factor", torch.ones(()))
-        self.register_buffer("steering", torch.ones(()))
+        self.register_buffer("steering", torch.ones(()))  # product of `compute_feedback`
         # `measure_l0_error` at the last update, in [-1, 1]; 2 means none yet
         self.register_buffer("l0_error", torch.tensor(2.0))
         self.register_buffer("tokens_since_fired", torch.zeros(features, dtype=torch.int64))

@@ -33,9 +33,9 @@ def measure_l0_error(l0: float, target: float) -> float:
     return min(max(math.log(max(l0, 1e-9) / max(target, 1e-9)), -1.0), 1.0)
 
 
-def compute_steering(error: float, last_error: float, step: int, total: int) -> float:
+def compute_feedback(error: float, last_error: float, step: int, total: int) -> float:
     """Factor by which a sparsity coefficient is multiplied after update `step` of `total`, given
-    the L0 error at this update and at the last one.
+    `measure_l0_error` at this update and at the last one.
 
     exp(30 step^2 / total^3 x error + (error - last_error)): a proportional-integral controller in
     logarithms, since L0 falls roughly as a power of the coefficient. In the middle of the run, a

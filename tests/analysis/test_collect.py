@@ -48,7 +48,7 @@ def test_features_are_those_of_the_activations_at_the_source(subject, words):
     expected = subject.sae.encode(x.flatten(0, 1)).view(9, 12, 32)
     expected[:, 0] = 0  # BOS
     torch.testing.assert_close(found.features, expected, rtol=1e-4, atol=1e-4)
-    assert found.ids.tolist() == list(range(9))
+    assert found.sequence_indices.tolist() == list(range(9))
     assert (expected > 0).any()
 
 
@@ -103,7 +103,7 @@ def test_slices_of_a_batch_add_up_to_it(subject, words, monkeypatch):
     monkeypatch.setattr(room, "MAX_STRENGTHS", 32 * 12)  # a sequence at a time
     sliced = collected(subject, words(600), 99)
     assert len(sliced.batches) == 9 > len(whole.batches)
-    for name in ("tokens", "keep", "x", "y", "features", "ids"):
+    for name in ("tokens", "keep", "x", "y", "features", "sequence_indices"):
         torch.testing.assert_close(getattr(sliced, name), getattr(whole, name))
 
 

@@ -35,7 +35,7 @@ def test_an_example_is_what_stands_in_the_text_there(room):
     features[:, 0] = 0
     found, top, sample = drawn(features, **room)
     assert found.strength.shape == (UNITS, 2 * INTERVALS)
-    assert {*found.sequence[found.strength > 0].tolist()} <= {*sample.ids.tolist()}
+    assert {*found.sequence[found.strength > 0].tolist()} <= {*sample.sequence_indices.tolist()}
     whole = drawn(features, each=0, n=30)[1]  # all sequences' peaks, with windows
     for unit in range(UNITS):
         for slot in range(2 * INTERVALS):

@@ -20,7 +20,7 @@ def sampled(features: torch.Tensor, seed: int = 0, **room: int):
 def test_a_text_that_fits_is_kept_as_it_is():
     features = sparse(10, CONTEXT, UNITS)
     sample = sampled(features)
-    assert sample.ids.tolist() == list(range(10))
+    assert sample.sequence_indices.tolist() == list(range(10))
     assert sample.tokens.flatten().tolist() == list(range(10 * CONTEXT))
     assert not sample.keep[:, 0].any()
     features[:, 0] = 0
@@ -34,12 +34,12 @@ def test_a_text_that_fits_is_kept_as_it_is():
 def test_a_longer_text_leaves_whole_sequences_and_no_more_than_there_is_room_for(room):
     features = sparse(40, CONTEXT, UNITS)
     sample = sampled(features, **room)
-    assert 1 <= len(sample.ids) < 40
+    assert 1 <= len(sample.sequence_indices) < 40
     size = {"tokens": sample.tokens.numel(), "entries": len(sample.places)}
     assert all(size[name] <= most for name, most in room.items())
     features[:, 0] = 0
     for feature in range(UNITS):
-        assert torch.equal(sample.densify(feature), features[sample.ids][..., feature])
+        assert torch.equal(sample.densify(feature), features[sample.sequence_indices][..., feature])
 
 
 def test_what_is_kept_has_drawn_the_highest_lots():
@@ -47,7 +47,7 @@ def test_what_is_kept_has_drawn_the_highest_lots():
     features = sparse(40, CONTEXT, UNITS)
     features[::3] = sparse(14, CONTEXT, UNITS, share=0.9, seed=1)
     lots = np.random.default_rng(7).random(40)
-    kept = np.isin(np.arange(40), sampled(features, 7, entries=45).ids)
+    kept = np.isin(np.arange(40), sampled(features, 7, entries=45).sequence_indices)
     assert lots[kept].min() > lots[~kept].max()
 
 
@@ -60,7 +60,7 @@ def test_a_text_in_which_nothing_fires_is_a_sample_too():
 def test_every_sequence_is_as_likely_to_be_kept():
     features, kept = sparse(20, CONTEXT, UNITS), torch.zeros(20)
     for seed in range(300):
-        kept[sampled(features, seed, tokens=5 * CONTEXT).ids] += 1
+        kept[sampled(features, seed, tokens=5 * CONTEXT).sequence_indices] += 1
     # 5 of 20, 300 times: 75 each, with a standard deviation of 7.5
     assert kept.sum() == 1500
     assert (kept - 75).abs().max() < 4 * 7.5

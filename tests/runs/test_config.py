@@ -242,7 +242,7 @@ def test_only_a_transcoder_has_a_skip_connection():
         (["loss.target_l0=50", "loss.warmup=0.6"], r"^loss\.warmup=0\.6: .*give at most 0\.5$"),
     ],
 )
-def test_a_target_that_cannot_be_steered_to_is_an_error(overrides, message):
+def test_a_target_that_cannot_be_reached_is_an_error(overrides, message):
     with pytest.raises(UserError, match=message):
         make(*overrides)
 

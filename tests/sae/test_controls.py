@@ -26,8 +26,10 @@ D = 16
 
 def make_control(name: str, control: Control | None, **settings):
     """A head with clipping, warm-up and, where there is a coefficient, a target for L0."""
-    steered = hasattr(ARCHITECTURES[name].loss, "target_l0")
-    return make_head(name, loss={"target_l0": 3.0} if steered else {}, control=control, **settings)
+    has_target = hasattr(ARCHITECTURES[name].loss, "target_l0")
+    return make_head(
+        name, loss={"target_l0": 3.0} if has_target else {}, control=control, **settings
+    )
 
 
 def begin(head, x) -> None:

@@ -156,7 +156,7 @@ def test_strengths_are_not_shrunk_by_the_penalty():
     assert errors["gated"] < 0.7 * errors["relu"]
 
 
-def test_the_coefficient_is_steered_to_a_target():
+def test_the_coefficient_is_adjusted_until_l0_is_at_its_target():
     head = make_head("gated", loss={"l1": 2e-2, "target_l0": 5})
     train(head, 400)
     assert l0(head) == pytest.approx(5, rel=0.1)

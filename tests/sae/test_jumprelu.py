@@ -127,7 +127,7 @@ def test_l0_falls_when_its_coefficient_rises_over_three_decades(kind):
 
 
 @pytest.mark.slow
-def test_the_coefficient_is_steered_to_a_target():
+def test_the_coefficient_is_adjusted_until_l0_is_at_its_target():
     head = make_head("jumprelu", loss={"target_l0": 5})
     train(head, 300)
     assert l0(head) == pytest.approx(5, rel=0.1)

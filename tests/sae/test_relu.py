@@ -1,4 +1,4 @@
-"""ReLU: the equation by hand, its L1 penalty and p-annealing, and a coefficient that is steered."""
+"""ReLU: the equation by hand, its L1 penalty, p-annealing, and a target L0."""
 
 import pytest
 import torch
@@ -119,7 +119,7 @@ def test_l0_falls_when_l1_rises_over_three_decades():
 
 
 @pytest.mark.slow
-def test_the_coefficient_is_steered_to_a_target():
+def test_the_coefficient_is_adjusted_until_l0_is_at_its_target():
     head = make_head("relu", loss={"l1": 2e-2, "target_l0": 5})
     train(head, 400)
     assert l0(head) == pytest.approx(5, rel=0.1)

@@ -167,7 +167,7 @@ def test_a_head_knows_how_much_of_the_run_is_done():
     assert head.progress == 0.75
 
 
-def steer(head, *l0s, steps=1000):
+def adjust(head, *l0s, steps=1000):
     """Factors on the coefficient after updates with these L0s, from the middle of the run on."""
     path, trainer = [], SimpleNamespace(global_step=steps // 2)
     for l0 in l0s:
@@ -177,42 +177,42 @@ def steer(head, *l0s, steps=1000):
     return path
 
 
-def test_steering_by_hand():
+def test_feedback_by_hand():
     head = make_head(loss=ReLULoss(l1=0.5, target_l0=10))
     # at update 5 of 10 the gain on an error is 30 x 5^2 / 10^3 = 0.75; errors log 2, log 1.5, 0:
     # 2^0.75;  x 1.5^0.75 x 1.5/2;  x 1 x 1/1.5
     path = [2**0.75, 3**0.75 * 0.75, 3**0.75 * 0.5]
-    assert steer(head, 20, 15, 10, steps=10) == pytest.approx(path)
+    assert adjust(head, 20, 15, 10, steps=10) == pytest.approx(path)
     assert head.l0_error == 0
     assert head.effective_coefficients["l1"] == 0.5 * head.steering
 
 
 def test_too_many_raise_the_coefficient_and_too_few_lower_it():
-    up, down = (steer(make_head(loss=ReLULoss(target_l0=10)), l0)[0] for l0 in (20, 5))
+    up, down = (adjust(make_head(loss=ReLULoss(target_l0=10)), l0)[0] for l0 in (20, 5))
     assert up > 1 > down
     assert up * down == pytest.approx(1)
     # amid 1000 updates: 30 x 500^2 / 1000^3; the error is bounded by -1
-    assert steer(make_head(loss=ReLULoss(target_l0=10)), 0) == pytest.approx([math.exp(-0.0075)])
+    assert adjust(make_head(loss=ReLULoss(target_l0=10)), 0) == pytest.approx([math.exp(-0.0075)])
 
 
-def test_steering_waits_for_the_end_of_the_warm_up():
+def test_feedback_waits_for_the_end_of_the_warm_up():
     head = make_head(loss=ReLULoss(target_l0=10))
     head.penalty_factor.fill_(0.99)
-    assert steer(head, 100, 100) == [1, 1]
+    assert adjust(head, 100, 100) == [1, 1]
     head.penalty_factor.fill_(1.0)
-    assert steer(head, 100)[0] > 1
+    assert adjust(head, 100)[0] > 1
 
 
 @pytest.mark.parametrize("loss", [ReLULoss(), DenseLoss(), AuxKLoss()])
-def test_without_a_target_nothing_is_steered(loss):
-    assert steer(make_head(loss=loss), 100, 1) == [1, 1]
+def test_without_a_target_no_coefficient_is_adjusted(loss):
+    assert adjust(make_head(loss=loss), 100, 1) == [1, 1]
 
 
-def test_steering_goes_on_where_it_was():
+def test_feedback_goes_on_where_it_was():
     one, other = (make_head(loss=ReLULoss(target_l0=10)) for _ in range(2))
-    steer(one, 30, 20)
+    adjust(one, 30, 20)
     other.load_state_dict(one.state_dict())
-    assert steer(one, 15, 12) == steer(other, 15, 12)
+    assert adjust(one, 15, 12) == adjust(other, 15, 12)
 
 
 def test_the_path_of_every_coefficient_is_a_curve():

@@ -46,8 +46,8 @@ from sae_lightning.training.logger_settings import LoggerConfig
 from sae_lightning.training.settings import CallbacksConfig, OptimConfig, Precision
 
 DENSE = {"model": DenseConfig(name="dense", features=20), "loss": DenseLoss()}
-# every architecture, some steered, resampled or with a term for dead features; other sizes, sites,
-# rates and seeds
+# every architecture, some with a target L0, resampled or with a term for dead features; other
+# sizes, sites, rates and seeds
 MIX = {
     "relu": {
         "loss": ReLULoss(l1=0.3, target_l0=3, p=0.5),

@@ -6,7 +6,7 @@ import pytest
 
 from sae_lightning.training.schedules import (
     compute_decay,
-    compute_steering,
+    compute_feedback,
     compute_warmup,
     is_due,
     measure_l0_error,
@@ -80,29 +80,29 @@ def test_the_error_of_l0_is_a_bounded_logarithm():
 
 
 def test_a_coefficient_at_its_target_stays():
-    assert [compute_steering(0, 0, step, total=100) for step in (1, 50, 100)] == [1, 1, 1]
+    assert [compute_feedback(0, 0, step, total=100) for step in (1, 50, 100)] == [1, 1, 1]
 
 
 def test_a_lasting_error_moves_the_coefficient_by_its_tenfold_in_a_run():
     # in the middle exp(30 x 500^2 / 1000^3 x 0.2) an update
-    assert compute_steering(0.2, 0.2, 500, total=1000) == pytest.approx(math.exp(0.0015))
-    assert compute_steering(-0.2, -0.2, 500, total=1000) == pytest.approx(math.exp(-0.0015))
+    assert compute_feedback(0.2, 0.2, 500, total=1000) == pytest.approx(math.exp(0.0015))
+    assert compute_feedback(-0.2, -0.2, 500, total=1000) == pytest.approx(math.exp(-0.0015))
     # slower before, faster after: 30 / 1000^3 x (1^2 + ... + 1000^2) = 10.015
-    whole = math.prod(compute_steering(0.2, 0.2, step, total=1000) for step in range(1, 1001))
+    whole = math.prod(compute_feedback(0.2, 0.2, step, total=1000) for step in range(1, 1001))
     assert whole == pytest.approx(math.exp(0.2 * 10.015005))
 
 
 def test_a_change_is_answered_at_once():
-    assert compute_steering(0.3, 0.1, 500, total=1000) == pytest.approx(math.exp(0.00225 + 0.2))
+    assert compute_feedback(0.3, 0.1, 500, total=1000) == pytest.approx(math.exp(0.00225 + 0.2))
     # too many still, but fewer than before: the coefficient already falls
-    assert compute_steering(0.1, 0.3, 500, total=1000) < 1
+    assert compute_feedback(0.1, 0.3, 500, total=1000) < 1
 
 
 def test_noise_in_l0_does_not_add_up():
     errors = [0.5, -0.5] * 50
     product = 1.0
     for before, now in zip(errors, errors[1:], strict=False):
-        product *= compute_steering(now, before, 50, total=100)
+        product *= compute_feedback(now, before, 50, total=100)
     # changes cancel but for the last: exp(-0.5 - 0.5), and the sum of errors after the first
     assert product == pytest.approx(math.exp(-1 + 7.5 / 100 * -0.5))
 
@@ -115,7 +115,7 @@ def test_where_l0_falls_as_a_power_of_the_coefficient_the_target_is_reached(powe
     for step in range(1, 501):
         log_l0 += 0.1 * (math.log(400) - power * log_coefficient - log_l0)
         now = measure_l0_error(math.exp(log_l0), 50)
-        log_coefficient += math.log(compute_steering(now, before, step, total=500))
+        log_coefficient += math.log(compute_feedback(now, before, step, total=500))
         before = now
         path.append(math.exp(log_l0))
     assert path[-1] == pytest.approx(50, rel=0.1 if power < 1 else 0.03)

@@ -129,4 +129,4 @@ def _draw_windows(
         positions = allowed[row].nonzero().squeeze(1)
         position = int(positions[torch.randint(len(positions), (), generator=rng)])
         window = slice(position, position + WINDOW)
-        yield int(sample.ids[row]), tokens[row, window], strengths[row, window]
+        yield int(sample.sequence_indices[row]), tokens[row, window], strengths[row, window]

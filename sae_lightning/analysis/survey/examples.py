@@ -105,7 +105,7 @@ class StrongestExamples:
             tokens=torch.where(inside, tokens, -1).int(),
             # + 0 turns -0 into 0
             strengths=torch.where(inside, around, 0).clamp(0, FLOAT16_MAX).half() + 0,
-            sequence=batch.ids[sequence],
+            sequence=batch.sequence_indices[sequence],
             position=place.int(),
         )
 

@@ -82,9 +82,9 @@ def _find_candidates(sample: Sample, top: Examples) -> np.ndarray:
     keys = sample.owners().numpy() * size + sample.places.numpy()  # ascending
     unit, i = (top.strength > 0).numpy().nonzero()
     sequence, position = top.sequence.numpy()[unit, i], top.position.numpy()[unit, i]
-    ids = sample.ids.numpy()
-    row = np.searchsorted(ids, sequence).clip(max=len(ids) - 1)
-    in_sample = ids[row] == sequence
+    sampled = sample.sequence_indices.numpy()
+    row = np.searchsorted(sampled, sequence).clip(max=len(sampled) - 1)
+    in_sample = sampled[row] == sequence
     candidate = np.ones(len(keys), bool)
     peaks = (unit * size + row * context + position)[in_sample]
     candidate[np.searchsorted(keys, peaks)] = False
@@ -127,7 +127,7 @@ def _make_examples(sample: Sample, entries: np.ndarray, slot: np.ndarray, n: int
         unit, place = owners[entry], sample.places[entry]
         sequence, position = place // context, place % context
         examples.strength[unit, column] = sample.strengths[entry]
-        examples.sequence[unit, column] = sample.ids[sequence]
+        examples.sequence[unit, column] = sample.sequence_indices[sequence]
         examples.position[unit, column] = position.int()
         inside = ((position[:, None] + offsets) >= 0) & ((position[:, None] + offsets) < context)
         window = (place[:, None] + offsets).clamp(0, sample.tokens.numel() - 1)

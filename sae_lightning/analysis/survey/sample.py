@@ -22,7 +22,7 @@ class Sample(NamedTuple):
     """[sequences, context] int32"""
     keep: Tensor
     """[sequences, context] bool: tokens that the SAE reads"""
-    ids: Tensor
+    sequence_indices: Tensor
     """[sequences] index of each sequence in reading order, ascending"""
     starts: Tensor
     """[features + 1] where each feature's entries begin"""
@@ -69,7 +69,9 @@ class SequenceSampler:
         self.strengths = strengths
         self.features, self.limits = features, {"tokens": tokens, "entries": entries}
         self.random = np.random.default_rng(seed)
-        self.kept: list[tuple] = []  # a heap of (key, id, tokens, keep, positions, units, values)
+        self.kept: list[
+            tuple
+        ] = []  # a heap of (key, sequence, tokens, keep, positions, units, values)
         self.size = {"tokens": 0, "entries": 0}
         self.lowest = 0.0  # sequences with a smaller key cannot enter any more
 
@@ -83,7 +85,14 @@ class SequenceSampler:
             value = values[i][position, unit].cpu().numpy()
             # copied, because a slice would keep the whole batch in memory
             fires = position.cpu().int().numpy(), units[unit.cpu()].int().numpy()
-            entry = (key, int(batch.ids[i]), tokens[i].copy(), keep[i].copy(), *fires, value)
+            entry = (
+                key,
+                int(batch.sequence_indices[i]),
+                tokens[i].copy(),
+                keep[i].copy(),
+                *fires,
+                value,
+            )
             heapq.heappush(self.kept, entry)
             self._count(entry, 1)
             while self._full() and len(self.kept) > 1:
@@ -101,7 +110,7 @@ class SequenceSampler:
 
     def result(self) -> Sample:
         kept = sorted(self.kept, key=lambda entry: entry[1])
-        _, ids, tokens, keep, positions, units, values = zip(*kept, strict=True)
+        _, indices, tokens, keep, positions, units, values = zip(*kept, strict=True)
         context = tokens[0].size
         places = np.concatenate([n * context + p.astype(np.int64) for n, p in enumerate(positions)])
         units, values = np.concatenate(units), np.concatenate(values)
@@ -110,7 +119,7 @@ class SequenceSampler:
         return Sample(
             tokens=torch.from_numpy(np.stack(tokens)),
             keep=torch.from_numpy(np.stack(keep)),
-            ids=torch.tensor(ids),
+            sequence_indices=torch.tensor(indices),
             starts=torch.from_numpy(np.concatenate([[0], counts.cumsum()])),
             places=torch.from_numpy(places[order]),
             strengths=torch.from_numpy(values[order]),

@@ -67,7 +67,7 @@ def tag_batch(batch: EncodedBatch, words: Sequence[str]) -> tuple[Tensor, Tensor
     0 or 1 [n]."""
     keep = batch.keep
     member = torch.stack([tag_tokens([words[i] for i in row]) for row in batch.tokens.tolist()])
-    half = (batch.ids.to(keep.device) % 2)[:, None].expand_as(keep)[keep]
+    half = (batch.sequence_indices.to(keep.device) % 2)[:, None].expand_as(keep)[keep]
     return member.to(keep.device)[keep], half
 
 

@@ -9,7 +9,7 @@ from torch.profiler import record_function
 from sae_lightning.training.head import Head
 from sae_lightning.training.schedules import (
     compute_decay,
-    compute_steering,
+    compute_feedback,
     compute_warmup,
     measure_l0_error,
 )
@@ -116,7 +116,7 @@ class TargetL0(L.Callback):
                 continue
             error = measure_l0_error(l0, target)
             last_error = error if last_error > 1 else last_error  # above 1: there is none yet
-            factor = compute_steering(error, last_error, trainer.global_step, module.steps)
+            factor = compute_feedback(error, last_error, trainer.global_step, module.steps)
             head.steering.mul_(factor)
             head.l0_error.fill_(error)
 
