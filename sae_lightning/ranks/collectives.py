@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from sae_lightning.errors import UserError
 
 FOREVER = timedelta(days=365)
-WAITING = "waiting for another rank"
+WAITING = "waiting for another rank"  # the reason of a rank that did not fail itself
 REASON_SECONDS = 10  # to wait for the other ranks' reasons when a call fails
 
 
@@ -35,9 +35,10 @@ class Ranks:
         """`local_rank`: number among the ranks of this machine; `store`: the key-value store of all
         ranks."""
         self.rank, self.size, self.local_rank, self.store = rank, size, local_rank, store
-        self.go_first_calls = 0
-        # a second process group: rows of activations do not wait for all-reduces on a GPU
-        self.rows: dist.ProcessGroup | None = None
+        self.go_first_calls = 0  # so far, the same on all ranks
+        # a second process group for `exchange`, whose rows of activations need not wait for
+        # all-reduces on a GPU
+        self.exchange_group: dist.ProcessGroup | None = None
 
     @property
     def is_first(self) -> bool:
@@ -109,9 +110,9 @@ class Ranks:
         """Mean over all ranks, from each rank's `mean` of `count` values."""
         if self.size == 1:
             return mean
-        total = [mean * count if count else 0.0, count]
-        total = self.sum(torch.tensor(total, dtype=torch.float64))
-        return (total[0] / total[1]).item()
+        local = [mean * count if count else 0.0, count]  # the mean of no values is NaN
+        total, total_count = self.sum(torch.tensor(local, dtype=torch.float64))
+        return (total / total_count).item()
 
     def keep_largest(self, x: Tensor, k: int) -> Tensor:
         """This rank's candidates x [..., m], all set to 0 but those among the k largest of all
@@ -124,16 +125,17 @@ class Ranks:
         return x.masked_fill(~kept[..., self.rank * k :][..., : x.shape[-1]], 0)
 
     def keep_largest_entries(self, x: Tensor, rows: Tensor, count: int, k: int) -> Tensor:
-        """`keep_largest` in each of `count` rows, for entries x [n] of a sparse matrix whose row
-        numbers `rows` [n] ascend."""
+        """`keep_largest` in each row, for entries x [n] of a sparse matrix of `count` rows;
+        `rows` [n]: the row of each entry, in ascending order."""
         if self.size == 1:
             return x
-        places = rows, torch.arange(len(rows), device=rows.device) - torch.searchsorted(rows, rows)
-        table = x.new_zeros(count, k).index_put_(places, x)
-        return self.keep_largest(table, k)[places]
+        in_row = torch.arange(len(rows), device=rows.device) - torch.searchsorted(rows, rows)
+        table = x.new_zeros(count, k).index_put_((rows, in_row), x)
+        return self.keep_largest(table, k)[rows, in_row]
 
     def find_smallest(self, x: Tensor) -> Tensor | None:
-        """Smallest positive value [] in the x [n] of all ranks; None if there is none."""
+        """Smallest value [] that `keep_largest` has kept, given its results x [n] of all ranks;
+        None if there is none. (Only with several ranks does x hold 0 where it kept nothing.)"""
         if self.size == 1:
             return x.min() if len(x) else None
         smallest = self.stack(pad(x[x > 0], (0, 1), value=torch.inf).min()).min()
@@ -145,7 +147,7 @@ class Ranks:
         """Send outgoing[r] to each rank r and receive incoming[r] from it; None, or an empty
         tensor, where nothing is sent."""
         operations = [
-            dist.P2POp(operation, x.view(torch.uint8), other, self.rows)
+            dist.P2POp(operation, x.view(torch.uint8), other, self.exchange_group)
             for operation, tensors in ((dist.isend, outgoing), (dist.irecv, incoming))
             for other, x in enumerate(tensors)
             if x is not None and x.numel() and other != self.rank
@@ -159,15 +161,15 @@ class Ranks:
         try:
             return function(*args, **options)
         except RuntimeError as error:  # torch has no exception for a lost connection alone
-            lost = self._explain_failure()
-            if lost is None:
+            reason = self._explain_failure()
+            if reason is None:
                 raise
-            raise RankLost(lost) from error
+            raise RankLost(reason) from error
 
     def _explain_failure(self) -> str | None:
-        """Say why a call failed: the reason stored by a failed rank or, if none has, which ranks do
-        not answer; None if all wait for another rank."""
-        close_connections()  # wakes up ranks that wait for this one
+        """Say why a call failed: the reason stored by a failed rank or, if none has stored one,
+        which ranks do not answer; None if all wait, so that no rank is lost."""
+        close_connections()  # makes calls fail on the ranks that wait for this one
         self.store_reason(WAITING)
         others = set(range(self.size)) - {self.rank}
         deadline, reasons = monotonic() + REASON_SECONDS, {}
@@ -185,7 +187,7 @@ class Ranks:
                 f"rank {rank} ({self.store.get(f'process/{rank}').decode()})"
                 for rank in sorted(others - reasons.keys())
             ]
-        except RuntimeError:  # the store was in the process that is lost
+        except RuntimeError:  # the store is gone with it
             return "rank 0 has ended"
         failed = [
             f"rank {rank}: {reason}"
@@ -194,13 +196,14 @@ class Ranks:
         ]
         if failed:
             return failed[0]
-        lost = ", ".join(silent)
-        return f"{lost} has ended, or gave no answer within trainer.patience" if silent else None
+        if not silent:
+            return None
+        return f"{', '.join(silent)} has ended, or gave no answer within trainer.patience"
 
     def store_reason(self, reason: str) -> None:
         """Store why this rank ends (or WAITING), for the error messages of the other ranks."""
         if self.store is not None:
-            with suppress(RuntimeError):  # the store was in the process that is lost
+            with suppress(RuntimeError):  # the store is gone with rank 0
                 self.store.set(f"reasons/{self.rank}", reason)
 
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from sae_lightning.ranks.collectives import ALONE, RankLost, Ranks, close_connections
 
-START_SECONDS = 600
+START_SECONDS = 600  # in which all ranks must start
 
 _world = ALONE
 
@@ -43,8 +43,8 @@ def connect(
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl"
-    is_server, start = rank == 0 and not launcher_listens, timedelta(seconds=START_SECONDS)
-    store = dist.TCPStore(address, port, size, is_server, start, wait_for_workers=False)
+    is_server, timeout = rank == 0 and not launcher_listens, timedelta(seconds=START_SECONDS)
+    store = dist.TCPStore(address, port, size, is_server, timeout, wait_for_workers=False)
     store = dist.PrefixStore(f"sae_lightning/{restarts}", store)
     ranks = Ranks(rank, size, local_rank, store)
     store.set(f"process/{rank}", f"process {os.getpid()} on {socket.gethostname()}")
@@ -54,12 +54,13 @@ def connect(
     timeout = timedelta(seconds=int(ranks.await_message("patience")))
     options = {"rank": rank, "world_size": size, "timeout": timeout}
     ranks.call(dist.init_process_group, backend, store=store, **options)
-    ranks.rows = dist.new_group(timeout=timeout)
+    ranks.exchange_group = dist.new_group(timeout=timeout)
     _world = ranks
     return ranks
 
 
 def _await_ranks(store: dist.Store, size: int, check: Callable[[], None]) -> None:
+    """Wait until all ranks have started; RankLost if one has not after START_SECONDS."""
     deadline, missing = monotonic() + START_SECONDS, list(range(size))
     while missing := [rank for rank in missing if not store.check([f"process/{rank}"])]:
         check()

@@ -1,5 +1,6 @@
 """The features of one dictionary, split over ranks."""
 
+import math
 import os
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from sae_lightning.ranks.collectives import ALONE, Ranks
 
-SENT_BYTES = 1 << 26  # in one message when a tensor is assembled
+MESSAGE_BYTES = 1 << 26  # at most, in `gather_on_first`
 
 
 class Split:
@@ -23,7 +24,7 @@ class Split:
 
     def __init__(self, features: int, ranks: Ranks = ALONE):
         self.features, self.ranks = features, ranks
-        self.own = range(ranks.rank, features, ranks.size)
+        self.own_features = range(ranks.rank, features, ranks.size)
         """The features of this rank."""
 
     def count_own(self, stop: int) -> int:
@@ -34,10 +35,10 @@ class Split:
         """This rank's part of a tensor that has all features along `dim`."""
         if self.ranks.size == 1:
             return whole
-        return whole.movedim(dim, 0)[self.own.start :: self.ranks.size].movedim(0, dim)
+        return whole.movedim(dim, 0)[self.own_features.start :: self.ranks.size].movedim(0, dim)
 
     def join(self, x: Tensor) -> Tensor:
-        """All-gather: [features, ...] from each rank's x [own features, ...]."""
+        """All-gather the x [own features, ...] of all ranks, as one [features, ...]."""
         if self.ranks.size == 1:
             return x
         longest = -(-self.features // self.ranks.size)  # rows on the rank with the most features
@@ -51,37 +52,41 @@ class Split:
         """Norm [] over all features, from each rank's norm [] over its own."""
         return x if self.ranks.size == 1 else self.ranks.sum(x.double().square()).sqrt().to(x.dtype)
 
-    def assemble_file(self, x: Tensor, dim: int, file: Path) -> Tensor | None:
+    def gather_on_first(self, x: Tensor, dim: int, file: Path) -> Tensor | None:
         """Gather a tensor that is split along `dim` on rank 0; the other ranks get None. It is an
         mmap of `file`, in the memory order of `x`, so it need not fit into memory."""
         if self.ranks.size == 1:
             return x
-        rows = x.movedim(dim, 0)  # a row for each feature
-        count = max(1, SENT_BYTES // max(1, rows[:1].numel() * x.itemsize))
         whole = None
         if self.ranks.is_first:
-            shape = list(x.shape)
-            shape[dim] = self.features
-            strided = x.ndim > 1 and not x.is_contiguous()
-            elements = rows[:1].numel() * self.features
-            with open(file, "wb") as empty:
-                if hasattr(os, "posix_fallocate"):  # otherwise a full disk crashes the process
-                    os.posix_fallocate(empty.fileno(), 0, elements * x.itemsize)
-            flat = torch.from_file(str(file), shared=True, size=elements, dtype=x.dtype)
-            file.unlink()  # the disk space is freed with the tensor
-            whole = flat.view(shape[::-1]).T if strided else flat.view(shape)
+            whole = _map_file(file, x, dim, self.features)
             self.slice(whole, dim).copy_(x)
+        rows = x.movedim(dim, 0)  # a row for each feature
+        per_message = max(1, MESSAGE_BYTES // max(1, rows[:1].numel() * x.itemsize))
         for sender in range(1, self.ranks.size):
-            length = len(range(sender, self.features, self.ranks.size))
-            for start in range(0, length, count):
-                stop = min(start + count, length)
+            sent = range(sender, self.features, self.ranks.size)  # all features of the sender
+            for start in range(0, len(sent), per_message):
+                features = sent[start : start + per_message]
                 outgoing, incoming = [None] * self.ranks.size, [None] * self.ranks.size
                 if self.ranks.rank == sender:
-                    outgoing[0] = rows[start:stop].cpu().contiguous()
+                    outgoing[0] = rows[start : start + per_message].cpu().contiguous()
                 elif self.ranks.is_first:
-                    incoming[sender] = torch.empty(stop - start, *rows.shape[1:], dtype=x.dtype)
+                    incoming[sender] = torch.empty(len(features), *rows.shape[1:], dtype=x.dtype)
                 self.ranks.exchange(outgoing, incoming)
                 if self.ranks.is_first:
-                    features = torch.arange(start, stop) * self.ranks.size + sender
-                    whole.movedim(dim, 0)[features] = incoming[sender]
+                    whole.movedim(dim, 0)[torch.tensor(features)] = incoming[sender]
         return whole
+
+
+def _map_file(file: Path, x: Tensor, dim: int, features: int) -> Tensor:
+    """An mmap of `file`, which is deleted, as a tensor of the shape, dtype and memory order of `x`
+    but with all `features` along `dim`; its disk space is freed with the tensor."""
+    shape = list(x.shape)
+    shape[dim] = features
+    with open(file, "wb") as empty:
+        if hasattr(os, "posix_fallocate"):  # otherwise a full disk crashes the process
+            os.posix_fallocate(empty.fileno(), 0, math.prod(shape) * x.itemsize)
+    flat = torch.from_file(str(file), shared=True, size=math.prod(shape), dtype=x.dtype)
+    file.unlink()
+    is_transposed = x.ndim > 1 and not x.is_contiguous()
+    return flat.view(shape[::-1]).T if is_transposed else flat.view(shape)

@@ -231,7 +231,7 @@ class SAE(nn.Module):
     def estimate_density(self, output: TrainingOutput) -> float:
         """Estimated share of this batch's [batch, features] that `find_entries` would keep."""
         density = output.pre.density_above(self.entry_bound())
-        return self.split.ranks.average(density, len(self.split.own))
+        return self.split.ranks.average(density, len(self.split.own_features))
 
     @torch.no_grad()
     def restart(self, features: Tensor, columns: Tensor, rows: Tensor) -> None:

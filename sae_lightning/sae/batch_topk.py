@@ -27,7 +27,7 @@ class BatchTopK(SAE):
 
     def add_parameters(self) -> None:
         # the same value for every feature, in the shape of the saved format
-        self.register_buffer("threshold", torch.zeros(len(self.split.own)))
+        self.register_buffer("threshold", torch.zeros(len(self.split.own_features)))
         # bias correction for the initial 0, as in Adam; goes to 1
         self.register_buffer("threshold_weight", torch.zeros(()))
 

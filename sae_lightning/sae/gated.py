@@ -37,8 +37,8 @@ class Gated(SAE):
     biases = ("b_enc", "b_mag")
 
     def add_parameters(self) -> None:
-        self.r_mag = nn.Parameter(torch.zeros(len(self.split.own)))
-        self.b_mag = nn.Parameter(torch.zeros(len(self.split.own)))
+        self.r_mag = nn.Parameter(torch.zeros(len(self.split.own_features)))
+        self.b_mag = nn.Parameter(torch.zeros(len(self.split.own_features)))
 
     def compute_strengths(self, pre: Matrix) -> Tensor:
         """Feature strengths, given the gate's pre-activations `pre`."""

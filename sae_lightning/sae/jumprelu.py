@@ -87,7 +87,7 @@ class JumpReLU(SAE):
     biases = ("b_enc", "log_threshold")
 
     def add_parameters(self) -> None:
-        start = torch.full((len(self.split.own),), math.log(self.config.threshold))
+        start = torch.full((len(self.split.own_features),), math.log(self.config.threshold))
         self.log_threshold = nn.Parameter(start)
 
     @property

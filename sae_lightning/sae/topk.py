@@ -57,7 +57,7 @@ class TopK(SAE):
 
     @property
     def _own_k(self) -> int:
-        return min(self.config.k, len(self.split.own))
+        return min(self.config.k, len(self.split.own_features))
 
     def _find_largest(self, pre: Tensor) -> Tensor:
         indices = pre.topk(self._own_k, dim=1, sorted=False).indices.sort(dim=1).values

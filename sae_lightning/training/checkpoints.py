@@ -100,7 +100,7 @@ def assemble_whole(head: Head, tensors: dict[str, Tensor]) -> Iterator[dict[str,
 
 
 def _assemble(head: Head, folder: Path, x: Tensor, dim: int, name: str) -> Tensor | None:
-    return head.sae.split.assemble_file(x, dim, folder / name)
+    return head.sae.split.gather_on_first(x, dim, folder / name)
 
 
 def _load_part(head: Head, options: dict[str, Any]) -> dict[str, Any]:
