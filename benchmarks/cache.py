@@ -14,7 +14,7 @@ from pathlib import Path
 from command import make_jobs, run_command
 from rich.table import Table
 
-from sae_lightning.formats.export import WEIGHTS
+from sae_lightning.formats.saelens import WEIGHTS
 from sae_lightning.runs.passes import train_jobs
 from sae_lightning.terminal import console
 

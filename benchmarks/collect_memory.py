@@ -97,7 +97,7 @@ def make_llm(folder: Path) -> torch.Tensor:
 
 def make_sae(folder: Path, llm: Path, features: int, x: torch.Tensor) -> None:
     """Save a random SAE whose thresholds fit activations like x [n, d]."""
-    from sae_lightning.formats.export import save_sae
+    from sae_lightning.formats.saved_format import save_sae
     from sae_lightning.sae import ARCHITECTURES, build_sae
 
     kind = ARCHITECTURES["jumprelu"].config(name="jumprelu", features=features)

@@ -12,7 +12,7 @@ import torch
 import transformers
 from tiny_llm import WIDTH, tiny_config, tiny_tokenizer
 
-from sae_lightning.formats.export import save_sae
+from sae_lightning.formats.saved_format import save_sae
 from sae_lightning.llm.quiet import mute_libraries
 from sae_lightning.sae import ARCHITECTURES, build_sae
 

@@ -17,7 +17,7 @@ from test_group import MIX
 from test_run import checkpoint, curves, leaves, weights
 from tiny_run import BATCH, tiny_job, write_text
 
-from sae_lightning.formats.export import WEIGHTS
+from sae_lightning.formats.saelens import WEIGHTS
 from sae_lightning.llm.load import Dtype, LLMConfig
 from sae_lightning.llm.sites import LayerConfig
 from sae_lightning.runs import folders

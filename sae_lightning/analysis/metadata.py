@@ -8,8 +8,8 @@ from sae_lightning.errors import UserError
 from sae_lightning.formats.trained_on import (
     check_metadata,
     choose_llm,
+    describe_missing_gain,
     read_layer,
-    warn_of_gain,
 )
 from sae_lightning.llm.load import NO_LLM
 from sae_lightning.runs.config import Config
@@ -34,7 +34,7 @@ def config_from_metadata(
         )
     if not any(name.split(".")[0] == "layer" for name in given_settings):
         layer = read_layer(metadata, run)
-        if warning := warn_of_gain(metadata, run):
+        if warning := describe_missing_gain(metadata, run):
             console.print(warning)
     is_given = "data.context" in given_settings
     if not is_given and "context_size" in metadata and hasattr(data, "context"):

@@ -3,8 +3,8 @@
 from sae_lightning.analysis.subject import Subject, open_subject
 from sae_lightning.errors import UserError
 from sae_lightning.formats.load_sae import load_sae
+from sae_lightning.runs.find_controls import find_controls
 from sae_lightning.runs.jobs import CONFIG_FILE
-from sae_lightning.runs.siblings import find_controls
 from sae_lightning.sae import SAE
 from sae_lightning.sae.controls import Control
 

@@ -24,7 +24,7 @@ from sae_lightning.formats.saelens import CFG, OWN_KEY, WEIGHTS
 from sae_lightning.formats.upload import has_token, is_private, upload_files
 from sae_lightning.runs.folders import METRICS_FILE, read_json
 from sae_lightning.runs.jobs import CONFIG_FILE, is_sweep
-from sae_lightning.runs.saved import read_settings
+from sae_lightning.runs.untrusted_yaml import read_settings
 from sae_lightning.terminal import console, format_command, make_grid
 
 # Results of other tasks that are uploaded if they exist: numbers and the page.

@@ -9,7 +9,7 @@ from sae_lightning.errors import UserError
 from sae_lightning.report.sweep_report import write_report
 from sae_lightning.runs.folders import read_sweep_runs
 from sae_lightning.runs.jobs import CONFIG_FILE
-from sae_lightning.runs.repeated import add_stable_features
+from sae_lightning.runs.stable_features import add_stable_features
 from sae_lightning.terminal import quote_setting, shorten_path
 
 

@@ -8,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sae_lightning.analysis.tasks import TASKS
 from sae_lightning.runs.arguments import refuse_sweep
-from sae_lightning.runs.cli import one_line_errors, read_arguments, refuse_second_task
+from sae_lightning.runs.cli import refuse_second_task, report_errors, rewrite_command_line
 from sae_lightning.runs.config import find_conf_folder, to_dataclass
 from sae_lightning.runs.jobs import read_overrides
 from sae_lightning.runs.plugins import load_plugins
@@ -17,10 +17,10 @@ from sae_lightning.runs.plugins import load_plugins
 def analyze_from_command_line() -> None:
     """Run the task that the command line names; an error in all but the first task of a cluster
     job."""
-    with one_line_errors():
+    with report_errors():
         sys.argv[1:] = load_plugins(sys.argv[1:], TASKS)
         refuse_second_task()
-        read_arguments()
+        rewrite_command_line()
         refuse_sweep(sys.argv[1:])  # before Hydra makes a sweep's folders
         analyze_composed()
 
@@ -28,7 +28,7 @@ def analyze_from_command_line() -> None:
 @hydra.main(version_base="1.3", config_path=find_conf_folder(), config_name="analyze")
 def analyze_composed(cfg: DictConfig) -> None:
     """Run one task on one run folder or saved SAE."""
-    with one_line_errors():
+    with report_errors():
         typed = [o.lstrip("+~").partition("=")[0] for o in read_overrides(HydraConfig.get())]
         if OmegaConf.is_missing(cfg.layer, "index"):
             cfg.layer.index = 0  # llm=hf does not set it; the run folder does

@@ -9,7 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from sae_lightning.runs.cli import one_line_errors, read_arguments
+from sae_lightning.runs.cli import report_errors, rewrite_command_line
 from sae_lightning.runs.config import find_conf_folder
 from sae_lightning.runs.jobs import make_composed_job
 from sae_lightning.runs.launchers import find_launched_rank
@@ -20,11 +20,11 @@ from sae_lightning.terminal import phase
 
 def train_from_command_line() -> None:
     """Train the jobs of the command line or, on other ranks, those that rank 0 sends."""
-    with one_line_errors():
+    with report_errors():
         sys.argv[1:] = load_plugins(sys.argv[1:])
         if follow_first_rank():
             sys.exit()
-        read_arguments()
+        rewrite_command_line()
         train_composed()
 
 
@@ -40,7 +40,7 @@ def train_composed(cfg: DictConfig) -> float | None:
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
     multirun = hydra_config.mode is RunMode.MULTIRUN
-    with one_line_errors(folder, multirun):
+    with report_errors(folder, multirun):
         import_plugins(cfg.plugins)  # in a process that submitit has started
         job = make_composed_job(cfg)
         # imported late, so that a mistyped option is reported at once

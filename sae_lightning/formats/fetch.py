@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from sae_lightning.errors import UserError
-from sae_lightning.formats.hub_errors import LONGEST_WAIT, one_line_hub_errors, read_wait
+from sae_lightning.formats.hub_errors import LONGEST_WAIT, convert_hub_errors, read_wait
 from sae_lightning.formats.suites import choose_path, expand_suite
 from sae_lightning.formats.table import FORMATS, find_saes
 from sae_lightning.terminal import console, phase
@@ -77,7 +77,7 @@ def fetch_saved(address: str | os.PathLike) -> Path:
         return Path(address)
     address = str(address)
     parsed = parse_address(address)
-    with one_line_hub_errors(address, parsed.repo, parsed.revision):
+    with convert_hub_errors(address, parsed.repo, parsed.revision):
         commit = _find_commit(parsed)
         if commit is None:
             return _find_cached(parsed, _read_cached_commit(parsed))

@@ -14,7 +14,7 @@ LONGEST_WAIT = 60.0  # seconds; the client itself would wait for hours if the hu
 
 
 @contextmanager
-def one_line_hub_errors(
+def convert_hub_errors(
     address: str, repo: str, revision: str = "main", bars: bool = False
 ) -> Iterator[None]:
     """Mute huggingface_hub (but for its `bars`), and raise what goes wrong as a UserError that

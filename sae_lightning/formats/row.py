@@ -118,7 +118,7 @@ class Format(NamedTuple):
     write: Callable[[SAE, str, Origin], Written] | None = None
     """Makes the settings, and the tensors that the layout does not name, from an SAE, its key in
     `layouts` and its origin; None for a format that is only read, and for SAELens' (see
-    export.py)."""
+    saved_format.py)."""
 
     @property
     def settings_file(self) -> str | None:

@@ -1,4 +1,4 @@
-"""Reads SAELens' format, which is also the saved format (export.py writes it)."""
+"""Reads SAELens' format, which is also the saved format (saved_format.py writes it)."""
 
 from dataclasses import fields
 from itertools import pairwise

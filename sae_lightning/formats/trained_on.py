@@ -63,7 +63,7 @@ def find_origin(metadata: dict[str, Any], run: str, layer: LayerConfig | None) -
     checked = {k: metadata[k] for k, kind in WRITTEN_TYPES.items() if type(metadata.get(k)) is kind}
     sites, problem, layer_is_given = None, "", layer is not None
     try:
-        if not layer and (warning := warn_of_gain(checked, run)):
+        if not layer and (warning := describe_missing_gain(checked, run)):
             raise UserError(f"{warning}; give layer=transcoder layer.index=... to write that site")
         layer = layer or read_layer(checked, run)
         sites = SitePair(
@@ -134,7 +134,7 @@ def read_layer(metadata: dict[str, Any], run: str) -> LayerConfig:
     return LayerConfig(index=source[0], source=source[1], target=target[1])
 
 
-def warn_of_gain(metadata: dict[str, Any], run: str) -> str | None:
+def describe_missing_gain(metadata: dict[str, Any], run: str) -> str | None:
     """A warning that the SAE in `run` was trained on the MLP's input without the norm's gain, as
     TransformerLens computes it; None if it was not."""
     hook = metadata.get("hook_name") or ""

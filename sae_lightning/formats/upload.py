@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from sae_lightning.formats.hub_errors import one_line_hub_errors
+from sae_lightning.formats.hub_errors import convert_hub_errors
 from sae_lightning.terminal import console
 
 
@@ -20,7 +20,7 @@ def is_private(repo: str) -> bool | None:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
 
-    with one_line_hub_errors(f"repo={repo}", repo):
+    with convert_hub_errors(f"repo={repo}", repo):
         try:
             return HfApi().model_info(repo).private
         except RepositoryNotFoundError:
@@ -34,7 +34,7 @@ def upload_files(repo: str, files: Mapping[str, bytes | Path], *, private: bool)
 
     console.print(f"uploading to {repo}")
     # the client draws a bar in bytes, and tells no other of them
-    with one_line_hub_errors(f"repo={repo}", repo, bars=console.is_terminal):
+    with convert_hub_errors(f"repo={repo}", repo, bars=console.is_terminal):
         api = HfApi()
         url = api.create_repo(repo, private=private, exist_ok=True)
         operations = [CommitOperationAdd(path, content) for path, content in files.items()]

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from sae_lightning.errors import UserError
 from sae_lightning.files import write_atomically, write_json
-from sae_lightning.formats.export import save_sae
 from sae_lightning.formats.row import Layout, Origin
+from sae_lightning.formats.saved_format import save_sae
 from sae_lightning.formats.table import FORMATS
 from sae_lightning.sae import SAE
 

@@ -58,7 +58,7 @@ PROCESS_START = time.time()
 
 
 @contextmanager
-def one_line_errors(folder: Path | None = None, multirun: bool = False) -> Iterator[None]:
+def report_errors(folder: Path | None = None, multirun: bool = False) -> Iterator[None]:
     """Print expected errors as one line and exit with code 1; bugs keep their traceback.
 
     With SAE_LIGHTNING_DEBUG=1 every error keeps its traceback. `folder`, which Hydra made for the
@@ -89,7 +89,7 @@ def one_line_errors(folder: Path | None = None, multirun: bool = False) -> Itera
             remove_unused_folder(folder)
 
 
-def read_arguments() -> None:
+def rewrite_command_line() -> None:
     """Rewrite `sys.argv` for Hydra; UserError for arguments that Hydra would misread."""
     sys.argv[1:] = rewrite_arguments(sys.argv[1:])
 

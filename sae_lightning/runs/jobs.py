@@ -18,8 +18,8 @@ from sae_lightning.report.sweep_table import split_overrides
 from sae_lightning.runs.arguments import join_sweep_values
 from sae_lightning.runs.config import RESUME_OVERRIDES, Config, to_dataclass
 from sae_lightning.runs.logger_choice import change_loggers, list_destinations, resolve_loggers
-from sae_lightning.runs.saved import OVERRIDES_KEY, read_settings, refuse_plugins
 from sae_lightning.runs.starts import apply_start, locate_start
+from sae_lightning.runs.untrusted_yaml import OVERRIDES_KEY, read_settings, refuse_plugins
 from sae_lightning.sae import ARCHITECTURES
 from sae_lightning.stream import SOURCES
 from sae_lightning.stream.local_files import make_absolute

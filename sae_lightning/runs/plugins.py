@@ -16,8 +16,8 @@ from hydra._internal.utils import get_args_parser
 
 from sae_lightning.errors import UserError
 from sae_lightning.runs.arguments import quote_if_needed
-from sae_lightning.runs.saved import name_module
 from sae_lightning.runs.schemas import register_schemas
+from sae_lightning.runs.untrusted_yaml import name_module
 from sae_lightning.sae import ARCHITECTURES
 from sae_lightning.stream import SOURCES
 

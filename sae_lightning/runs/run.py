@@ -16,16 +16,21 @@ from safetensors.torch import save_file
 
 from sae_lightning.errors import WriteError
 from sae_lightning.files import write_atomically, write_json
-from sae_lightning.formats.export import describe_limits
+from sae_lightning.formats.saved_format import describe_limits
 from sae_lightning.llm.packaged import LLMShape
 from sae_lightning.llm.sites import SitePair, distinct_sites
 from sae_lightning.ranks import ALONE, Ranks, world
+from sae_lightning.runs.console_output import (
+    format_speed,
+    print_how_to_continue,
+    print_plan,
+    print_results,
+)
 from sae_lightning.runs.folders import DENSITY_FILE, METRICS_FILE
 from sae_lightning.runs.heap import keep_freed_memory
 from sae_lightning.runs.jobs import Job, format_resume_command
 from sae_lightning.runs.logger_choice import find_sweep, name_with_day
 from sae_lightning.runs.plan import HeldOutResults, PlannedPass, find_leaders
-from sae_lightning.runs.report import format_speed, print_how_to_continue, print_plan, print_results
 from sae_lightning.sae import build_sae
 from sae_lightning.stream.batches import BatchStream
 from sae_lightning.stream.source import Needs, OpenedData

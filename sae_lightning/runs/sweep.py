@@ -27,8 +27,8 @@ from sae_lightning.runs.arguments import check_sweep, count_values
 from sae_lightning.runs.cli import DEBUG, explain_error, format_error, remove_unused_folder
 from sae_lightning.runs.folders import make_unique_folder, read_sweep_runs
 from sae_lightning.runs.jobs import CONFIG_FILE, is_sweep, make_jobs, read_overrides
-from sae_lightning.runs.repeated import add_stable_features
-from sae_lightning.runs.saved import parse_scalars
+from sae_lightning.runs.stable_features import add_stable_features
+from sae_lightning.runs.untrusted_yaml import parse_scalars
 from sae_lightning.terminal import (
     console,
     format_command,

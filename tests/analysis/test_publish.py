@@ -23,8 +23,8 @@ from sae_lightning.analysis.model_card import write_card
 from sae_lightning.analysis.publish_task import PublishTask, hide_folders
 from sae_lightning.analysis.subject import open_subject
 from sae_lightning.errors import UserError
-from sae_lightning.formats.export import save_sae
 from sae_lightning.formats.load_sae import load_sae
+from sae_lightning.formats.saved_format import save_sae
 from sae_lightning.llm.load import LLMConfig
 from sae_lightning.llm.sites import LayerConfig
 from sae_lightning.runs import folders

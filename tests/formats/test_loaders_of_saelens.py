@@ -8,10 +8,10 @@ import sys
 import pytest
 import torch
 import yaml
-from test_export import FEATURES, D, assert_agree, raw_activations
-from test_export import trained as make_trained
 from test_formats import BY_HAND
 from test_round_trips import RESID, TRANSCODER, describe, fold, make
+from test_saved_format import FEATURES, D, assert_agree, raw_activations
+from test_saved_format import trained as make_trained
 
 from sae_lightning import load_sae
 from sae_lightning.formats.trained_on import read_layer

@@ -8,14 +8,21 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from test_export import FEATURES, D, assert_agree, expect_output, normalisation, raw_activations
-from test_export import trained as make_trained
+from test_saved_format import (
+    FEATURES,
+    D,
+    assert_agree,
+    expect_output,
+    normalisation,
+    raw_activations,
+)
+from test_saved_format import trained as make_trained
 from tiny_run import tiny_job, write_text
 
 from sae_lightning import UserError, load_sae
 from sae_lightning.analysis.export_task import ExportTask
-from sae_lightning.formats.export import save_sae
 from sae_lightning.formats.row import Origin
+from sae_lightning.formats.saved_format import save_sae
 from sae_lightning.formats.table import FORMATS
 from sae_lightning.formats.trained_on import find_llm_name, find_origin, read_layer
 from sae_lightning.formats.write_sae import WRITABLE, write_sae

@@ -17,7 +17,7 @@ from sae_lightning.report.catalogue import (
 )
 from sae_lightning.report.printer import print_section, print_units
 from sae_lightning.report.section import ColouredText, ResultTable, Section
-from sae_lightning.runs.cli import one_line_errors
+from sae_lightning.runs.cli import report_errors
 from sae_lightning.terminal import console, format_command, phase, shorten_path
 
 WORDS = [" the", " cat", "\n", " 世界", "</b>"]
@@ -148,7 +148,7 @@ def test_an_error_that_quotes_a_file_is_one_line_without_controls(capsys, monkey
     monkeypatch.setattr("sys.argv", ["train.py"])
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     try:
-        with one_line_errors(Path("x\x1b[2Jy"), multirun):
+        with report_errors(Path("x\x1b[2Jy"), multirun):
             raise UserError("architecture=a\x1b[2J\n\u202eb: unknown")
     except SystemExit as error:
         message = error.code + "\n"

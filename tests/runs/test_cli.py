@@ -19,9 +19,9 @@ from sae_lightning.errors import UserError
 from sae_lightning.runs import cli, folders, sweep
 from sae_lightning.runs.cli import (
     explain_error,
-    one_line_errors,
-    read_arguments,
     refuse_second_task,
+    report_errors,
+    rewrite_command_line,
 )
 from sae_lightning.runs.jobs import CONFIG_FILE, make_job
 from sae_lightning.runs.translations import TRANSLATIONS
@@ -284,10 +284,10 @@ def command_line(monkeypatch):
 
 
 def test_a_users_error_ends_with_its_line_and_a_bug_with_its_traceback(command_line):
-    with pytest.raises(SystemExit) as ended, one_line_errors():
+    with pytest.raises(SystemExit) as ended, report_errors():
         raise UserError("seed=-1: give more")
     assert ended.value.code == "error: seed=-1: give more", "printed to stderr, exit code 1"
-    with pytest.raises(ZeroDivisionError), one_line_errors():
+    with pytest.raises(ZeroDivisionError), report_errors():
         _ = 1 / 0
 
 
@@ -301,12 +301,12 @@ def test_only_a_list_of_what_is_wrong_in_a_sweep_has_line_breaks():
 
 def test_debugging_keeps_the_traceback(command_line):
     command_line.setenv(cli.DEBUG, "1")
-    with pytest.raises(UserError), one_line_errors():
+    with pytest.raises(UserError), report_errors():
         raise UserError("seed=-1: give more")
 
 
 def test_ctrl_c_is_no_error_of_ours(command_line, capsys):
-    with pytest.raises(SystemExit) as ended, one_line_errors():
+    with pytest.raises(SystemExit) as ended, report_errors():
         raise KeyboardInterrupt
     assert (ended.value.code, capsys.readouterr().err) == (130, "interrupted\n")
 
@@ -321,7 +321,7 @@ def test_of_several_tasks_that_a_cluster_starts_one_analyses_and_the_others_say_
     command_line.setenv("MASTER_PORT", "1")
     with (
         pytest.raises(SystemExit, match="^error: task 3 of 4: the first one does all the work"),
-        one_line_errors(),
+        report_errors(),
     ):
         refuse_second_task()
 
@@ -330,16 +330,16 @@ def test_of_several_tasks_that_a_cluster_starts_one_analyses_and_the_others_say_
 def test_a_flag_that_does_not_exist_is_named(command_line, flag):
     command_line.setattr(sys, "argv", ["train.py", "model.features=3", flag])
     answer = f"^error: {flag}: no such flag; .*setting=value"
-    with pytest.raises(SystemExit, match=answer), one_line_errors():
-        read_arguments()
+    with pytest.raises(SystemExit, match=answer), report_errors():
+        rewrite_command_line()
 
 
 @pytest.mark.parametrize("flag", ["--d_sae=64", "--d-sae"])
 def test_another_tools_word_is_known_with_dashes_too(command_line, flag):
     command_line.setattr(sys, "argv", ["train.py", flag])
     answer = f"^error: {flag}: no such setting here; use model.features=..."
-    with pytest.raises(SystemExit, match=answer), one_line_errors():
-        read_arguments()
+    with pytest.raises(SystemExit, match=answer), report_errors():
+        rewrite_command_line()
 
 
 def test_no_setting_of_ours_is_taken_for_another_tools(hydra):
@@ -359,12 +359,12 @@ def test_no_setting_of_ours_is_taken_for_another_tools(hydra):
 @pytest.mark.parametrize("flags", [["-m"], ["--cfg", "job"], ["--help"], ["-cn", "analyze"], []])
 def test_hydras_own_flags_are_let_through(command_line, flags):
     command_line.setattr(sys, "argv", ["train.py", *flags, "seed=1", "~loss"])
-    with one_line_errors():
-        read_arguments()
+    with report_errors():
+        rewrite_command_line()
 
 
 def fail(folder):
-    with pytest.raises(SystemExit), one_line_errors(folder):
+    with pytest.raises(SystemExit), report_errors(folder):
         raise UserError("too bad")
 
 

@@ -19,10 +19,10 @@ from sae_lightning.runs.expansion import (
     expand_jobs,
     list_controls,
 )
+from sae_lightning.runs.find_controls import find_controls
 from sae_lightning.runs.folders import begin_run
 from sae_lightning.runs.jobs import Job, make_job, read_sweep
 from sae_lightning.runs.schemas import register_schemas
-from sae_lightning.runs.siblings import find_controls
 from sae_lightning.runs.sweep import Sweep
 from sae_lightning.sae.controls import Control
 

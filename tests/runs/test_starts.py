@@ -8,11 +8,11 @@ import torch
 from hydra import compose
 
 from sae_lightning import UserError
-from sae_lightning.formats.export import save_sae
+from sae_lightning.formats.saved_format import save_sae
 from sae_lightning.llm.packaged import LLMShape
 from sae_lightning.llm.sites import Kind, LayerConfig
 from sae_lightning.runs.checks import _count_checkpoint_bytes
-from sae_lightning.runs.cli import read_arguments
+from sae_lightning.runs.cli import rewrite_command_line
 from sae_lightning.runs.config import Config
 from sae_lightning.runs.jobs import Job, format_config, make_job, read_job
 from sae_lightning.runs.memory import estimate_memory
@@ -235,7 +235,7 @@ def test_the_architecture_of_the_start_is_chosen_before_anything_is_composed(
     save("topk", "topk")
     save("second", "topk", k=3)
     monkeypatch.setattr(sys, "argv", ["train.py", *typed.split()])
-    read_arguments()
+    rewrite_command_line()
     assert [a for a in sys.argv[1:] if a not in typed.split()] == added
 
 

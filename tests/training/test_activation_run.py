@@ -18,7 +18,7 @@ from sae_lightning.analysis.evaluate import EvaluateTask, score_subject
 from sae_lightning.analysis.overview import OverviewTask
 from sae_lightning.analysis.subject import open_subject
 from sae_lightning.analysis.survey.features_task import FeaturesTask
-from sae_lightning.formats.export import CFG
+from sae_lightning.formats.saelens import CFG
 from sae_lightning.llm.load import Dtype, LLMConfig
 from sae_lightning.llm.sites import Kind, LayerConfig
 from sae_lightning.report.sweep_report import write_report

@@ -9,7 +9,7 @@ from test_run import assert_same, kill_after
 from tiny_run import synthetic_job
 
 from sae_lightning import UserError, load_sae
-from sae_lightning.formats.export import WEIGHTS
+from sae_lightning.formats.saelens import WEIGHTS
 from sae_lightning.llm.sites import Kind, LayerConfig
 from sae_lightning.runs import passes
 from sae_lightning.sae import SAEConfig

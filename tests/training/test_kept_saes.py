@@ -10,7 +10,7 @@ from tiny_run import synthetic_job
 
 from sae_lightning import load_sae
 from sae_lightning.analysis.subject import open_subject
-from sae_lightning.formats.export import WEIGHTS
+from sae_lightning.formats.saelens import WEIGHTS
 from sae_lightning.llm.packaged import LLMShape
 from sae_lightning.llm.sites import LayerConfig
 from sae_lightning.runs import checks, passes

@@ -10,7 +10,7 @@ from test_run import assert_same, curves, kill_after, metrics, weights
 from tiny_run import BATCH, synthetic_job
 
 from sae_lightning import UserError
-from sae_lightning.formats.export import WEIGHTS
+from sae_lightning.formats.saelens import WEIGHTS
 from sae_lightning.llm.capture import capture
 from sae_lightning.llm.sites import Kind, LayerConfig
 from sae_lightning.runs import passes

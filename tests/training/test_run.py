@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_run import BATCH, STEPS
 
 from sae_lightning import UserError, load_sae
-from sae_lightning.formats.export import WEIGHTS
+from sae_lightning.formats.saelens import WEIGHTS
 from sae_lightning.llm.capture import capture
 from sae_lightning.llm.load import Attention, Dtype
 from sae_lightning.llm.sites import find_decoder_stack

@@ -14,7 +14,7 @@ from tiny_run import synthetic_job
 
 from sae_lightning import UserError, load_sae
 from sae_lightning.analysis.evaluate import evaluate
-from sae_lightning.formats.export import WEIGHTS
+from sae_lightning.formats.saelens import WEIGHTS
 from sae_lightning.llm.sites import distinct_sites
 from sae_lightning.report.sweep_report import write_report
 from sae_lightning.runs import passes

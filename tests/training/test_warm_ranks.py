@@ -10,7 +10,7 @@ from test_run import checkpoint
 from tiny_run import WORLD_BATCH as BATCH
 from tiny_run import fill_from_start, synthetic_job
 
-from sae_lightning.formats.export import WEIGHTS
+from sae_lightning.formats.saelens import WEIGHTS
 from sae_lightning.runs import folders, passes
 from sae_lightning.sae import ARCHITECTURES
 from sae_lightning.training.settings import Splitting

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 
 from sae_lightning import UserError, load_sae
 from sae_lightning.analysis.evaluate import evaluate
-from sae_lightning.formats.export import save_sae
+from sae_lightning.formats.saved_format import save_sae
 from sae_lightning.llm.sites import Kind, Site, distinct_sites
 from sae_lightning.report.sweep_report import write_report
 from sae_lightning.runs import passes

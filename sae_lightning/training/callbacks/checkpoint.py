@@ -4,7 +4,7 @@ from pathlib import Path
 
 import lightning as L
 
-from sae_lightning.formats.export import save_sae
+from sae_lightning.formats.saved_format import save_sae
 from sae_lightning.training.checkpoints import assemble_whole
 from sae_lightning.training.head import Head
 from sae_lightning.training.schedules import is_due

@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sae_lightning.formats.export import save_sae
+from sae_lightning.formats.saved_format import save_sae
 from sae_lightning.report.sweep_table import SweepRun
-from sae_lightning.runs import repeated
+from sae_lightning.runs import stable_features
 from sae_lightning.runs.folders import DENSITY_FILE
-from sae_lightning.runs.repeated import STABLE_FILE, add_stable_features
+from sae_lightning.runs.stable_features import STABLE_FILE, add_stable_features
 from sae_lightning.sae import ARCHITECTURES, build_sae
 
 WIDTH, FEATURES, DEAD = 32, 8, 2
@@ -57,9 +57,9 @@ def test_saes_of_other_concepts_are_not_compared(runs, tmp_path):
 
 def test_a_sweep_is_compared_once_and_a_new_sae_again(runs, tmp_path, monkeypatch):
     first = add_stable_features(tmp_path, runs)
-    compared, compare = [], repeated._measure_shares
+    compared, compare = [], stable_features._measure_shares
     monkeypatch.setattr(
-        repeated, "_measure_shares", lambda *rows: compared.append(1) or compare(*rows)
+        stable_features, "_measure_shares", lambda *rows: compared.append(1) or compare(*rows)
     )
     assert add_stable_features(tmp_path, runs) == first and not compared
     decoder = torch.eye(FEATURES, WIDTH)

@@ -17,9 +17,9 @@ from torch.testing import assert_close
 import sae_lightning
 from sae_lightning.errors import UserError
 from sae_lightning.files import write_json
-from sae_lightning.formats.export import describe_limits, save_sae
 from sae_lightning.formats.load_sae import load_sae
 from sae_lightning.formats.saelens import CFG, NOTE_KEY, WEIGHTS
+from sae_lightning.formats.saved_format import describe_limits, save_sae
 from sae_lightning.sae import ARCHITECTURES, SAE, Output, build_sae
 
 D, FEATURES = 16, 40
